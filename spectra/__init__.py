@@ -1,0 +1,62 @@
+"""Spectra of the curvature of neural networks, with an error bar on every number.
+
+An operator multiplies a vector by a curvature matrix without forming it; Lanczos and quadrature turn a
+few hundred such products into the full eigenvalue density. With n parameters θ, the Hessian is
+H = ∇²L(θ), a vector is a pytree like θ, and eigenvalues are in units of the loss over units of θ squared.
+"""
+
+from spectra._errors import (
+    DataError,
+    DifferentiationError,
+    MemoryLimitError,
+    NonFiniteError,
+    NotSymmetricError,
+    ResultFileError,
+    SpectraError,
+    StructureError,
+)
+from spectra._status import Status
+from spectra.density import slq, spectral_density
+from spectra.io import load, save
+from spectra.krylov.lanczos import lanczos
+from spectra.krylov.plan import plan
+from spectra.operators.base import LinearOperator
+from spectra.operators.function import FunctionOperator, MatrixOperator
+from spectra.operators.hessian import HessianOperator
+from spectra.plotting import plot_density, plot_eigenvalues
+from spectra.problem import Problem
+from spectra.report import SpectrumReport, spectrum
+from spectra.results import Density, Estimate, Interval, Plan, Quadrature, Tridiagonal
+
+__all__ = [
+    "DataError",
+    "Density",
+    "DifferentiationError",
+    "Estimate",
+    "FunctionOperator",
+    "HessianOperator",
+    "Interval",
+    "LinearOperator",
+    "MatrixOperator",
+    "MemoryLimitError",
+    "NonFiniteError",
+    "NotSymmetricError",
+    "Plan",
+    "Problem",
+    "Quadrature",
+    "ResultFileError",
+    "SpectraError",
+    "SpectrumReport",
+    "Status",
+    "StructureError",
+    "Tridiagonal",
+    "lanczos",
+    "load",
+    "plan",
+    "plot_density",
+    "plot_eigenvalues",
+    "save",
+    "slq",
+    "spectral_density",
+    "spectrum",
+]

@@ -1,0 +1,131 @@
+"""Small dense mathematics of Gauss quadrature: from Lanczos coefficients to nodes, brackets and bands.
+
+Everything is NumPy float64 on the host; SciPy is imported on first use, which keeps `import spectra`
+fast. Only `gauss_rule_traced` runs in JAX, for use inside a caller's jit.
+"""
+
+import numpy as np
+
+
+def dense(alpha, beta, xp):
+    """The tridiagonal matrix (..., m, m) with diagonal `alpha` and off-diagonal `beta`."""
+    m = alpha.shape[-1]
+    eye = xp.eye(m, dtype=alpha.dtype)
+    up = xp.eye(m, k=1, dtype=alpha.dtype)
+    padded = xp.concatenate([beta, xp.zeros_like(alpha[..., :1])], axis=-1)
+    off = padded[..., :, None] * up
+    return alpha[..., :, None] * eye + off + xp.swapaxes(off, -1, -2)
+
+
+def gauss_rule(alpha: np.ndarray, beta: np.ndarray, length: int):
+    """Nodes, weights and residuals of one probe; alpha (m,), beta (m,) with beta[-1] the last residual.
+
+    Nodes are eigenvalues of T, weights the squared first components of its eigenvectors, residuals
+    |beta_m| times the modulus of their last components. Beyond `length` nodes repeat the last one with
+    weight zero.
+    """
+    from scipy.linalg import eigh_tridiagonal
+
+    alpha, beta = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)
+    theta, vectors = eigh_tridiagonal(alpha[:length], beta[: length - 1])
+    pad = (0, len(alpha) - length)
+    return (
+        np.pad(theta, pad, mode="edge"),
+        np.pad(vectors[0] ** 2, pad),
+        np.pad(np.abs(beta[length - 1] * vectors[-1]), pad),
+    )
+
+
+def gauss_rule_traced(alpha, beta):
+    """`gauss_rule` inside jit, in the working dtype. A dead tail of T decouples: its weight is zero."""
+    import jax.numpy as jnp
+
+    theta, vectors = jnp.linalg.eigh(dense(alpha, beta[..., :-1], jnp))
+    return theta, vectors[..., 0, :] ** 2, jnp.abs(beta[..., -1:] * vectors[..., -1, :])
+
+
+def bracket(quadrature, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Chebyshev-Markov-Stieltjes bounds on the probes' weighted CDFs, averaged over probes.
+
+    With S_i the sum of the first i weights and θ_i the sorted nodes, the measure μ of a probe obeys
+    S_{i-1} <= μ(-inf, θ_i) <= μ(-inf, θ_i] <= S_i; monotonicity carries that to every x. Points are
+    moved by the noise floor first, so that rounding of a node cannot break a bound. A rule that ended
+    in an invariant space is the measure itself.
+    """
+    x = np.asarray(x, np.float64)
+    shift = quadrature.noise_floor
+    total = np.zeros((3, *x.shape))
+    for nodes, weights, residuals, length in zip(
+        *map(np.asarray, (quadrature.nodes, quadrature.weights)),
+        np.asarray(quadrature.residuals),
+        np.asarray(quadrature.lengths),
+        strict=True,
+    ):
+        theta = nodes[:length]
+        sums = np.concatenate([[0.0], np.cumsum(weights[:length])])
+        sums /= sums[-1]
+        low = np.searchsorted(theta, x - shift, side="right")
+        high = np.searchsorted(theta, x + shift, side="left")
+        if not residuals.any():
+            high = np.searchsorted(theta, x + shift, side="right")
+        else:
+            low, high = np.maximum(low - 1, 0), np.minimum(high + 1, length)
+        middle = np.searchsorted(theta, x, side="right")
+        total += sums[np.stack([low, middle, high])]
+    return tuple(total / len(quadrature.nodes))  # pyright: ignore[reportReturnType]
+
+
+def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.ndarray:
+    """Largest F for which an observed share this small has probability at least `tail`.
+
+    A probe uniform on the sphere in n dimensions sees a subspace of dimension nF with the law
+    Beta(nF/2, n(1-F)/2); the mean of k probes has, to its first two moments, the law with k n in the
+    place of n. The bound inverts the CDF of that law in F by bisection.
+    """
+    from scipy.special import betainc
+
+    values, index = np.unique(np.asarray(share, np.float64).ravel(), return_inverse=True)
+    values = np.clip(values, 0.0, 1.0)
+    low, high = values.copy(), np.ones_like(values)
+    for _ in range(60):  # 2^-60: to the last bit
+        middle = (low + high) / 2
+        a, b = num_normals * middle / 2, num_normals * (1 - middle) / 2
+        inside = betainc(np.maximum(a, 1e-300), np.maximum(b, 1e-300), values) >= tail
+        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+    bound = np.where(values >= 1, 1.0, np.where(values <= 0, 0.0, low))
+    return bound[index].reshape(np.shape(share))
+
+
+def sampling_band(quadrature, lower, upper, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Widen averaged brackets by what a finite number of probes leaves open, for the whole curve."""
+    num_nodes = int(np.max(quadrature.lengths))
+    tail = (1 - level) / (2 * num_nodes)
+    normals = quadrature.num_probes * quadrature.size
+    return (
+        1 - share_upper_bound(1 - lower, normals, tail),
+        share_upper_bound(upper, normals, tail),
+    )
+
+
+def cdf_band(quadrature, x: np.ndarray, level: float):
+    """(lower, estimate, upper) of the CDF at `x`; see `Quadrature.cdf`."""
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} is not between 0 and 1.")
+    lower, estimate, upper = bracket(quadrature, x)
+    lower, upper = sampling_band(quadrature, lower, upper, level)
+    return lower, np.clip(estimate, lower, upper), upper
+
+
+def band_width_parts(quadrature, level: float) -> tuple[float, float]:
+    """Mean width of the band over the spectral range: (bracket part, sampling part)."""
+    low, high = quadrature.range
+    edges = np.unique(np.asarray(quadrature.nodes))
+    gaps = np.diff(edges)
+    if high <= low or not len(gaps):
+        return 0.0, 0.0
+    middle = (edges[1:] + edges[:-1]) / 2
+    lower, _, upper = bracket(quadrature, middle)
+    wide_lower, wide_upper = sampling_band(quadrature, lower, upper, level)
+    inner = float(np.sum(gaps * (upper - lower)) / (high - low))
+    outer = float(np.sum(gaps * (wide_upper - wide_lower)) / (high - low))
+    return inner, outer - inner

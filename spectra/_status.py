@@ -1,0 +1,62 @@
+"""How an iterative computation ended: a code, what it means, and what to do about it."""
+
+import enum
+
+
+class Status(enum.Enum):
+    """How a result came to its end. Each member carries a `message` and a `remedy`.
+
+    The value is a short code that is stored in result files; it compares by identity. A status never
+    stands in for an error: failures raise, a status only qualifies a number that is sound.
+
+    Examples:
+        >>> from spectra import Status
+        >>> Status.COMPLETE.ok, Status.BUDGET_EXHAUSTED.ok
+        (True, False)
+        >>> print(Status.BUDGET_EXHAUSTED.remedy)
+        Raise num_steps (narrows the bracket) or num_probes (narrows the sampling part), or accept \
+the reported width.
+    """
+
+    COMPLETE = ("complete", "all requested steps and probes ran", "")
+    CONVERGED = ("converged", "the requested tolerance was reached", "")
+    INVARIANT = (
+        "invariant",
+        "the Krylov space became invariant: the quadrature is exact and shorter than requested",
+        "",
+    )
+    BUDGET_EXHAUSTED = (
+        "budget_exhausted",
+        "the budget of steps and probes ended before the tolerance was reached",
+        "Raise num_steps (narrows the bracket) or num_probes (narrows the sampling part), or accept "
+        "the reported width.",
+    )
+    NOISY = (
+        "noisy",
+        "products with the operator are less symmetric than their precision explains",
+        "Eigenvalues below the reported noise floor are not resolved: use "
+        "matmul_precision='float32', float64, or a smoother loss.",
+    )
+    TRACED = (
+        "traced",
+        "computed inside jit or vmap, where values cannot be checked",
+        "Call outside jit to have products checked for NaN and for symmetry.",
+    )
+
+    def __init__(self, code: str, message: str, remedy: str):
+        self.code = code
+        self.message = message
+        self.remedy = remedy
+
+    @property
+    def ok(self) -> bool:
+        """Whether the computation did all that was asked, with nothing to be wary of."""
+        return self in (Status.COMPLETE, Status.CONVERGED, Status.INVARIANT)
+
+    @classmethod
+    def from_code(cls, code: str) -> "Status":
+        """The member whose code is `code`, as it is stored in result files."""
+        return next(member for member in cls if member.code == code)
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}" + (f" ({self.remedy})" if self.remedy else "")

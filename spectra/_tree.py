@@ -1,0 +1,153 @@
+"""Vectors as pytrees: structure, checks, and arithmetic leaf by leaf.
+
+Nothing here but `ravel` concatenates leaves, so a vector keeps the shapes and the sharding of the
+parameters it belongs to. Every contraction states `Precision.HIGHEST`: JAX's default would run a
+float32 product in bfloat16 on a TPU and in TF32 on a GPU.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spectra._errors import StructureError
+
+PyTree = Any
+
+def path_str(path: tuple) -> str:
+    """`params/Dense_0/kernel` for a key path, the form in which errors name a leaf."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "<root>"
+
+
+def working_dtype(dtype) -> jnp.dtype:
+    """Dtype of the vectors that belong to parameters of `dtype`: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def scalar_dtype(tree: PyTree) -> jnp.dtype:
+    """Dtype of inner products over `tree`: float64 as soon as one leaf is."""
+    return jnp.result_type(jnp.float32, *[leaf.dtype for leaf in jax.tree.leaves(tree)])
+
+
+def vector_structure(params: PyTree) -> PyTree:
+    """`ShapeDtypeStruct` of one vector over `params`; rejects leaves that are not real floats."""
+
+    def one(path, leaf):
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise StructureError(
+                f"parameter leaf '{path_str(path)}' is a {type(leaf).__name__}, not an array; "
+                "pass arrays, and close over everything else in the loss."
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise StructureError(
+                f"parameter leaf '{path_str(path)}' has dtype {leaf.dtype}; a Hessian needs real "
+                "floating-point parameters. Close over this leaf in the loss, or cast it."
+            )
+        return jax.ShapeDtypeStruct(leaf.shape, working_dtype(leaf.dtype))
+
+    structure = jax.tree_util.tree_map_with_path(one, params)
+    if not any(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure)):
+        raise StructureError("the parameters hold no numbers; pass a non-empty pytree of arrays.")
+    return structure
+
+
+def check_structure(tree: PyTree, structure: PyTree, what: str) -> None:
+    """Raise unless `tree` has the structure and shapes of `structure`; names the first difference."""
+    got, expected = jax.tree.structure(tree), jax.tree.structure(structure)
+    if got != expected:
+        raise StructureError(
+            f"{what} has another structure than the operator.\n  expected: {expected}\n  got:      "
+            f"{got}\nPass a pytree like the parameters, or a flat array of shape (n,)."
+        )
+    leaves = zip(
+        jax.tree_util.tree_leaves_with_path(structure), jax.tree.leaves(tree), strict=True
+    )
+    for (path, want), leaf in leaves:
+        shape = leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
+        if shape != want.shape:
+            raise StructureError(
+                f"{what}: leaf '{path_str(path)}' has shape {shape}, expected {want.shape}."
+            )
+        dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise StructureError(
+                f"{what}: leaf '{path_str(path)}' has dtype {dtype}, expected {want.dtype}."
+            )
+
+
+def tree_size(structure: PyTree) -> int:
+    """Number of scalars in one vector."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure))
+
+
+def tree_bytes(structure: PyTree) -> int:
+    """Bytes of one vector."""
+    return sum(
+        math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(structure)
+    )
+
+
+def cast_like(tree: PyTree, structure: PyTree) -> PyTree:
+    """`tree` as JAX arrays in the dtypes of `structure`."""
+    return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), tree, structure)
+
+
+def ravel(tree: PyTree) -> jax.Array:
+    """One flat vector, leaves in tree order. Only for interfaces that are flat by nature."""
+    dtype = scalar_dtype(tree)
+    return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)])
+
+
+def unravel(flat: jax.Array, structure: PyTree) -> PyTree:
+    """The inverse of `ravel` for vectors of the given structure."""
+    leaves, treedef = jax.tree.flatten(structure)
+    parts, start = [], 0
+    for leaf in leaves:
+        stop = start + math.prod(leaf.shape)
+        parts.append(flat[start:stop].reshape(leaf.shape).astype(leaf.dtype))
+        start = stop
+    return jax.tree.unflatten(treedef, parts)
+
+
+def vdot(a: PyTree, b: PyTree) -> jax.Array:
+    """Inner product sum_i a_i b_i over all leaves, in full precision."""
+
+    def one(x, y):
+        axes = tuple(range(x.ndim))
+        return lax.dot_general(x, y, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST)
+
+    dtype = scalar_dtype(a)
+    return sum(one(x, y).astype(dtype) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+def norm(a: PyTree) -> jax.Array:
+    """Euclidean norm over all leaves."""
+    return jnp.sqrt(vdot(a, a))
+
+
+def scale(factor, a: PyTree) -> PyTree:
+    """factor * a, in the dtypes of a."""
+    return jax.tree.map(lambda x: (factor * x).astype(x.dtype), a)
+
+
+def axpy(factor, a: PyTree, b: PyTree) -> PyTree:
+    """factor * a + b, in the dtypes of b."""
+    return jax.tree.map(lambda x, y: (factor * x + y).astype(y.dtype), a, b)
+
+
+def sphere_sample(key: jax.Array, structure: PyTree) -> PyTree:
+    """A vector drawn uniformly from the unit sphere.
+
+    Every leaf has a key of its own and JAX's generator does not depend on the sharding, so the same
+    key gives the same vector on any number of devices.
+    """
+    leaves, treedef = jax.tree.flatten(structure)
+    draws = [
+        jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
+        for i, leaf in enumerate(leaves)
+    ]
+    draw = jax.tree.unflatten(treedef, draws)
+    return scale(1 / norm(draw), draw)

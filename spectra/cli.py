@@ -1,0 +1,149 @@
+"""The command line: run, show and plot spectra. Results are saved before anything is drawn."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="See the curvature of neural networks: Hessian spectra with error bars.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+OutDir = Annotated[Path, typer.Option("--out", help="Folder for spectrum.npz and spectrum.png.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Lanczos steps a probe; default 100.")]
+Probes = Annotated[int, typer.Option("--probes", help="Random probes.")]
+Tol = Annotated[float | None, typer.Option("--tol", help="Stop at this mean width of the CDF's band.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the probes.")]
+
+
+@app.command()
+def demo(out: OutDir = Path("spectra-demo"), seed: Seed = 0):
+    """Train a real network on real data, compute its spectrum, save it and draw it."""
+    try:
+        from spectra.demos import digits
+    except ImportError as error:
+        raise typer.Exit(_fail(f"{error}. Install the demo's packages: pip install 'spectra-jax[demo]'")) from error
+    typer.echo("Training a 64-256-256-10 network on 1,797 handwritten digits ...")
+    try:
+        problem = digits.problem(seed)
+    except ImportError as error:
+        raise typer.Exit(_fail(f"{error}. Install the demo's packages: pip install 'spectra-jax[demo]'")) from error
+    _analyse(problem, out, steps=None, probes=8, tol=None, seed=seed)
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(help="Python file with problem() -> spectra.Problem.")],
+    out: OutDir = Path("spectra-out"),
+    steps: Steps = None,
+    probes: Probes = 8,
+    tol: Tol = None,
+    seed: Seed = 0,
+):
+    """Compute the Hessian's spectrum of a problem of your own."""
+    _analyse(_load_problem(file), out, steps=steps, probes=probes, tol=tol, seed=seed)
+
+
+@app.command()
+def show(result: Annotated[Path, typer.Argument(help="A saved .npz result.")]):
+    """Print a saved result."""
+    typer.echo(repr(_load(result)))
+
+
+@app.command()
+def plot(
+    result: Annotated[Path, typer.Argument(help="A saved .npz result.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture: .png, .pdf or .svg.")],
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Draw the line 2 / learning rate.")
+    ] = None,
+):
+    """Draw the density of a saved result."""
+    _draw(_load(result), output, learning_rate)
+
+
+def main() -> None:
+    """Entry point: errors of spectra are printed as one message, without a traceback."""
+    from spectra._errors import SpectraError
+
+    try:
+        app()
+    except (SpectraError, FileNotFoundError) as error:
+        sys.exit(_fail(str(error)))
+
+
+def _fail(message: str) -> int:
+    typer.echo(f"error: {message}", err=True)
+    return 1
+
+
+def _analyse(problem, out: Path, *, steps, probes: int, tol, seed: int) -> None:
+    import jax
+
+    from spectra.report import spectrum
+
+    op = problem.operator()
+    typer.echo(f"Computing the spectrum of the Hessian of {problem.name}, {op.size:,} parameters ...")
+    report = spectrum(
+        op,
+        key=jax.random.key(seed),
+        num_steps=steps,
+        num_probes=probes,
+        tol=tol,
+        progress=True,
+        name=problem.name,
+    )
+    path = report.save(out / "spectrum.npz")
+    typer.echo(f"\n{report}\n")
+    typer.echo(f"result   {path}")
+    picture = out / "spectrum.png"
+    _draw(report, picture, None)
+
+
+def _draw(result: Any, path: Path, learning_rate: float | None) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from spectra.density import spectral_density
+    from spectra.plotting import plot_density
+    from spectra.results import Quadrature
+
+    if isinstance(result, Quadrature):
+        density = spectral_density(result)
+    else:
+        density = getattr(result, "density", result)
+    ax = plot_density(density, learning_rate=learning_rate)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ax.figure.savefig(path, dpi=300)  # pyright: ignore[reportAttributeAccessIssue]
+    typer.echo(f"picture  {path}")
+
+
+def _load(path: Path) -> Any:
+    from spectra.io import load
+
+    return load(path)
+
+
+def _load_problem(file: Path):
+    from spectra._errors import SpectraError
+    from spectra.problem import Problem
+
+    if not file.exists():
+        raise FileNotFoundError(f"no file '{file}'.")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise SpectraError(f"'{file}' is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.parent.resolve()))
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    if not hasattr(module, "problem"):
+        raise SpectraError(f"'{file}' defines no function problem() that returns a spectra.Problem.")
+    problem = module.problem()
+    if not isinstance(problem, Problem):
+        raise SpectraError(f"problem() in '{file}' returned a {type(problem).__name__}, not a spectra.Problem.")
+    return problem

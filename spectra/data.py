@@ -1,0 +1,144 @@
+"""Where batches come from: one pytree in memory, or a source that is read anew for every product.
+
+A batch is a pytree of arrays that share a leading axis, the examples. A tuple, dict, array or other
+pytree is one batch. A list, a DataLoader or any re-iterable is a stream of batches, and so is a function
+without arguments that returns an iterator (a generator function).
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from spectra._errors import DataError
+from spectra._tree import path_str
+
+PyTree = Any
+
+
+def as_batch(batch: PyTree, where: str = "data") -> PyTree:
+    """The batch with array leaves that JAX accepts; raises if leaves share no leading axis."""
+
+    def one(path, leaf):
+        name = f"{where}: leaf '{path_str(path)}'"
+        if isinstance(leaf, (jax.Array, np.ndarray)):
+            array = leaf
+        elif hasattr(leaf, "__array__"):
+            array = np.asarray(leaf)
+        else:
+            raise DataError(f"{name} is a {type(leaf).__name__}; a batch holds arrays.")
+        if array.dtype == object:
+            raise DataError(f"{name} holds Python objects; pad or stack examples to one array.")
+        if array.ndim == 0:
+            raise DataError(f"{name} has no axes; a batch's leaves share a leading axis of examples.")
+        return array
+
+    batch = jax.tree_util.tree_map_with_path(one, batch)
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    sizes = {path_str(path): leaf.shape[0] for path, leaf in leaves}
+    if len(set(sizes.values())) > 1:
+        raise DataError(f"{where}: leaves differ in their number of examples: {sizes}.")
+    if leaves and leaves[0][1].shape[0] == 0:
+        raise DataError(f"{where}: the batch has no examples.")
+    return batch
+
+
+def batch_size(batch: PyTree) -> int:
+    """Number of examples; 1 for a loss without data."""
+    leaves = jax.tree.leaves(batch)
+    return leaves[0].shape[0] if leaves else 1
+
+
+def is_stream(data: Any) -> bool:
+    """Whether `data` is a source of batches rather than one batch."""
+    if data is None or isinstance(data, (tuple, Mapping, np.ndarray, jax.Array)):
+        return False
+    if isinstance(data, list) or callable(data):
+        return True
+    leaves = jax.tree.leaves(data)  # a registered pytree node is a batch, an opaque object is not
+    opaque = len(leaves) == 1 and leaves[0] is data
+    return opaque and hasattr(data, "__iter__") and not hasattr(data, "__array__")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stream:
+    """A re-iterable source of batches whose passes were found to be equal.
+
+    Iterating yields (weight, batch) with weights that sum to one; every pass is compared with the first
+    in number and weights of batches, so a source that ends early is noticed.
+    """
+
+    source: Iterable | Callable[[], Iterator]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def open(
+        cls, source: Any, weight_fn: Callable[[PyTree], Any] | None = None, *, check: bool = True
+    ) -> "Stream":
+        """Read the source once for its weights, and a second time to see that nothing changes.
+
+        Raises:
+            DataError: the source is empty, can be read only once, or gives other batches on the second
+                pass (a shuffling loader, random augmentation).
+        """
+        if isinstance(source, Iterator):
+            raise DataError(
+                f"the data source is a {type(source).__name__}, which can be read only once, but every "
+                "product reads all data. Pass a list, a loader, or the generator function itself."
+            )
+        first = list(cls._survey(source, weight_fn))
+        if not first:
+            raise DataError("the data source is empty: it gives no batches.")
+        if check:
+            second = list(cls._survey(source, weight_fn))
+            if not second:
+                raise DataError(
+                    "the data source gives no batches on the second pass: it can be read only once. "
+                    "Pass a list, or a function that returns a fresh iterator."
+                )
+            if first != second:
+                index = next(
+                    (i for i, pair in enumerate(zip(first, second, strict=False)) if len(set(pair)) > 1),
+                    min(len(first), len(second)),
+                )
+                raise DataError(
+                    f"the data source is not deterministic: batch {index} differs between two passes. "
+                    "Switch shuffling and random augmentation off (shuffle=False), or pass a list of "
+                    "batches drawn once."
+                )
+        weights = np.array([weight for weight, _ in first], np.float64)
+        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+            raise DataError(f"weight_fn gave weights {weights[:8]}...; they must be >= 0 and not all 0.")
+        return cls(source, tuple(weights / weights.sum()))
+
+    @staticmethod
+    def _read(source) -> Iterator[PyTree]:
+        for index, batch in enumerate(source() if callable(source) else source):
+            yield as_batch(batch, f"data batch {index}")
+
+    @classmethod
+    def _survey(cls, source, weight_fn) -> Iterator[tuple[float, int]]:
+        for batch in cls._read(source):
+            digest = 0
+            for leaf in jax.tree.leaves(batch):
+                digest = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8), digest)
+            weight = batch_size(batch) if weight_fn is None else float(weight_fn(batch))
+            yield weight, digest
+
+    def first(self) -> PyTree:
+        """The first batch."""
+        return next(iter(self._read(self.source)))
+
+    def __iter__(self) -> Iterator[tuple[float, PyTree]]:
+        index = -1
+        for index, batch in enumerate(self._read(self.source)):
+            if index >= len(self.weights):
+                raise DataError(f"the data source gave more than its {len(self.weights)} batches.")
+            yield self.weights[index], batch
+        if index + 1 != len(self.weights):
+            raise DataError(
+                f"the data source ended after {index + 1} of {len(self.weights)} batches."
+            )

@@ -1,0 +1,1 @@
+"""Complete problems on real data that need no download."""

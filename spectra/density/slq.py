@@ -1,0 +1,236 @@
+"""Stochastic Lanczos quadrature: the spectral measure from a few random vectors."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spectra import _quadrature, _tree
+from spectra._errors import SpectraError
+from spectra._status import Status
+from spectra.krylov import lanczos as _lanczos
+from spectra.krylov.basis import Layout
+from spectra.krylov.plan import estimate, require_fit
+from spectra.operators.base import LinearOperator
+from spectra.results import Quadrature
+
+
+def slq(
+    op: LinearOperator,
+    *,
+    key: jax.Array,
+    num_steps: int = 100,
+    num_probes: int = 8,
+    tol: float | None = None,
+    probe_batch: int | None = None,
+    progress: bool = False,
+) -> Quadrature:
+    """Estimate the spectral measure of an operator by Lanczos from random vectors on the unit sphere.
+
+    For each probe v_i, m Lanczos steps give the Gauss quadrature of its spectral measure
+    μ_i(f) = v_iᵀ f(H) v_i ≈ Σ_j w_ij f(θ_ij), exact for polynomials of degree below 2m; the mean over
+    probes estimates tr f(H) / n without bias. Works inside `jit`, where the small eigenproblem is solved
+    on the device in the working dtype and `tol` and the checks of values are not available.
+
+    Args:
+        op: symmetric operator of order n.
+        key: JAX random key; probe i depends on the key and i alone, so more probes extend a run.
+        num_steps: m, at most n; with `tol`, the most that may be spent.
+        num_probes: k; with `tol`, the most that may be spent.
+        tol: stop as soon as the mean width of the CDF's 95 % band over the spectral range is below
+            `tol`: steps are added until the bracket takes half of it, then probes.
+        probe_batch: probes in flight together, each with a basis of its own; default from `plan`.
+        progress: show a progress bar.
+
+    Returns:
+        `Quadrature` with nodes and weights (k, m); `.cdf(x)` gives the distribution with its band.
+
+    Raises:
+        SpectraError: num_steps, num_probes, probe_batch or tol out of range.
+        NonFiniteError: the loss or a product is NaN or infinite.
+        NotSymmetricError: the operator is not symmetric.
+        MemoryLimitError: the plan does not fit into the free memory.
+
+    Cost: k m products; memory as `plan` states, (m + 6) n numbers for each probe in flight.
+
+    References:
+        Golub and Welsch, doi:10.1090/S0025-5718-69-99647-1; Ubaru, Chen and Saad,
+        doi:10.1137/16M1104974; Ghorbani, Krishnan and Xiao, arXiv:1901.10159.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(0.0, 1.0, 200)))
+        >>> quadrature = spectra.slq(op, key=jax.random.key(0), num_steps=30, num_probes=4)
+        >>> quadrature.nodes.shape
+        (4, 30)
+    """
+    if tol is not None and not 0 < tol < 1:
+        raise SpectraError(f"tol={tol} is a share of the spectral range: use a number in (0, 1).")
+    plan = estimate(op, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
+    if _lanczos.is_traced((op, key)):
+        if tol is not None:
+            raise SpectraError("tol= needs values, which do not exist inside jit or vmap.")
+        return _traced(op, key, num_steps, num_probes, plan.probe_batch)
+    require_fit(plan)
+    layout = Layout.of(op.structure, packed=op.packable)
+    with _Progress(progress, plan.num_matvecs) as bar:
+        run = _Run(op.prepare(), layout, key, op.size, op.precision, bar)
+        if tol is None:
+            for start in range(0, num_probes, plan.probe_batch):
+                run.add(range(start, min(start + plan.probe_batch, num_probes)), num_steps)
+            return run.result()
+        return _adaptive(run, num_steps, num_probes, tol, plan.probe_batch)
+
+
+def _adaptive(run: "_Run", num_steps: int, num_probes: int, tol: float, batch: int) -> Quadrature:
+    """Find the steps with the first probe, then add probes as the sampling part asks for them."""
+    run.add(range(1), num_steps, stop_when=lambda q: _quadrature.band_width_parts(q, 0.95)[0] <= tol / 2)
+    steps = run.steps_done
+    while (width := run.result().band_width()) > tol and run.num_probes < num_probes:
+        # The sampling part falls at least like 1 / sqrt(k): never more probes than that predicts.
+        inner, sampling = _quadrature.band_width_parts(run.result(), 0.95)
+        ratio = (sampling / max(tol - inner, tol / 4)) ** 2
+        more = int(np.clip(np.ceil(run.num_probes * (ratio - 1)), 1, batch))
+        run.add(range(run.num_probes, min(run.num_probes + more, num_probes)), steps)
+    return run.result(Status.CONVERGED if width <= tol else Status.BUDGET_EXHAUSTED)
+
+
+class _Run:
+    """Probes done so far, as rows of coefficients, and how to add more."""
+
+    def __init__(self, op, layout: Layout, key, size: int, precision: float, bar: "_Progress"):
+        self.op, self.layout, self.key, self.bar = op, layout, key, bar
+        self.size, self.precision = size, precision
+        self.rows: list[dict[str, Any]] = []
+        self.steps_done = 0
+        self.num_matvecs = 0
+
+    @property
+    def num_probes(self) -> int:
+        return len(self.rows)
+
+    def add(self, probes: range, num_steps: int, stop_when=None) -> None:
+        """Run probes together, `CHUNK` steps a call; `stop_when` sees the quadrature so far."""
+        batched = len(probes) > 1
+        keys = jnp.stack([jax.random.fold_in(self.key, i) for i in probes])
+        state = _start(self.layout, keys if batched else keys[0], num_steps, batched)
+        done = 0
+        while done < num_steps:
+            stop = min(done + _lanczos.CHUNK, num_steps)
+            state = _lanczos.advance(self.op, self.layout, state, done, stop, batched=batched)
+            self.bar.update((stop - done) * len(probes))
+            done = stop
+            if not np.any(state.alive):
+                break
+            if stop_when is not None and stop_when(self._quadrature(_rows(state, done, batched))):
+                break
+        if stop_when is None:
+            done = num_steps  # steps that a breakdown left out are zeros
+        self.rows += _rows(state, done, batched)
+        self.steps_done = max(self.steps_done, done)
+        self.num_matvecs += sum(row["length"] for row in self.rows[-len(probes) :])
+
+    def result(self, status: Status | None = None) -> Quadrature:
+        return self._quadrature(self.rows, status)
+
+    def _quadrature(self, rows, status: Status | None = None) -> Quadrature:
+        steps = max(len(row["alpha"]) for row in rows)
+        rules = [_quadrature.gauss_rule(row["alpha"], row["beta"], row["length"]) for row in rows]
+        nodes, weights, residuals = (
+            np.stack([np.pad(r[i], (0, steps - len(r[i])), mode=mode) for r in rules])
+            for i, mode in enumerate(("edge", "constant", "constant"))
+        )
+        asymmetry = np.array([row["asymmetry"] for row in rows])
+        lengths = np.array([row["length"] for row in rows])
+        if status is None:
+            exact = (residuals == 0).all()
+            status = Status.INVARIANT if exact else Status.COMPLETE
+        # Coefficients that symmetry makes zero are rounding: beyond ten times their natural size
+        # something in the loss is rougher than its precision.
+        if asymmetry.max() > 100 * self.precision * np.sqrt(steps):
+            status = Status.NOISY
+        return Quadrature(
+            nodes=nodes,
+            weights=weights,
+            residuals=residuals,
+            lengths=lengths,
+            asymmetry=asymmetry,
+            size=self.size,
+            num_matvecs=self.num_matvecs or int(lengths.sum()),
+            precision=self.precision,
+            status=status,
+        )
+
+
+@partial(jax.jit, static_argnames=("layout", "num_steps", "batched"))
+def _start(layout: Layout, keys: jax.Array, num_steps: int, batched: bool):
+    def one(key):
+        return _lanczos.init(layout, _tree.sphere_sample(key, layout.structure), num_steps)
+
+    return (jax.vmap(one) if batched else one)(keys)
+
+
+def _rows(state, done: int, batched: bool) -> list[dict[str, Any]]:
+    """Coefficients of each probe in float64, cut to the steps that were run."""
+    scale = jnp.where(state.scale > 0, state.scale, 1)
+    arrays = (state.alpha, state.beta, state.length, state.asymmetry / scale)
+    columns = [np.asarray(x) for x in jax.device_get(arrays)]
+    if not batched:
+        columns = [x[None] for x in columns]
+    return [
+        {
+            "alpha": alpha[:done].astype(np.float64),
+            "beta": beta[:done].astype(np.float64),
+            "length": int(length),
+            "asymmetry": float(asymmetry),
+        }
+        for alpha, beta, length, asymmetry in zip(*columns, strict=True)
+    ]
+
+
+def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int) -> Quadrature:
+    """The whole run as one traced program: probes one after another, or `batch` at a time."""
+    size, precision = op.size, op.precision
+    layout = Layout.of(op.structure, packed=False)
+    op = op.prepare()
+
+    def probe(i):
+        v0 = _tree.sphere_sample(jax.random.fold_in(key, i), layout.structure)
+        state = _lanczos.run(op, layout, _lanczos.init(layout, v0, num_steps), 0, num_steps)
+        rule = _quadrature.gauss_rule_traced(state.alpha, state.beta)
+        scale = jnp.where(state.scale > 0, state.scale, 1)
+        return (*rule, state.length, state.asymmetry / scale)
+
+    columns = lax.map(probe, jnp.arange(num_probes), batch_size=batch if batch > 1 else None)
+    return Quadrature(
+        *columns,
+        size=size,
+        num_matvecs=num_steps * num_probes,
+        precision=precision,
+        status=Status.TRACED,
+    )
+
+
+class _Progress:
+    """A tqdm bar, or nothing."""
+
+    def __init__(self, show: bool, total: int):
+        self.bar = None
+        if show:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=total, unit="product", desc="Lanczos")
+
+    def update(self, count: int) -> None:
+        if self.bar is not None:
+            self.bar.update(count)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()

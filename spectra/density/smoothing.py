@@ -1,0 +1,233 @@
+"""From a quadrature to a smooth density with a band, at no further product."""
+
+import numpy as np
+
+from spectra import _quadrature
+from spectra._errors import SpectraError
+from spectra.results import Density, Quadrature
+
+RELATIVE_WIDTH = 0.08
+"""Default kernel width as a share of the distance from zero: an outlier is drawn 8 % wide."""
+NODES_A_WIDTH = 2.0
+"""Default kernel width near zero in units of the typical spacing of Ritz values there."""
+_REACH = 6.0  # kernel widths beyond which its mass, 2e-9, is left out
+_PER_WIDTH = 4.0  # grid points a kernel width
+
+
+def spectral_density(
+    quadrature: Quadrature, *, bandwidth: float | None = None, grid=None, level: float = 0.95
+) -> Density:
+    """Smooth a quadrature to a density that integrates to one, with a band that holds as a whole.
+
+    p(x) = Σ_ij (w_ij / k) N(x; θ_ij, h(θ_ij)²). By default the width h(t) = η sqrt(t² + s²), with
+    η = 0.08, is proportional to the distance from zero and constant below s, which is set by the
+    spacing of the Ritz values where most of the mass lies: on the signed-log axis on which such
+    spectra are drawn, features at 1e-3 and at 1e4 are equally wide. It scales with H. The value at a
+    grid point is the mean of p under the hat function of that point, so that the trapezoidal rule gives
+    the mass of p to rounding on any grid.
+
+    The band is what the CDF's band implies: the largest and smallest ∫ N(x; t, h(t)²) dF(t) over all
+    distributions F in it.
+
+    Args:
+        quadrature: result of `slq`.
+        bandwidth: constant kernel width in units of the eigenvalues, instead of the default.
+        grid: increasing points, shape (g,); default: four points a width, 6 widths beyond the ends.
+        level: confidence of the band.
+
+    Returns:
+        `Density` with grid, density, lower, upper.
+
+    Raises:
+        SpectraError: bandwidth not positive, or grid not increasing.
+
+    References:
+        Lin, Saad and Yang, doi:10.1137/130934283.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(0.0, 1.0, 200)))
+        >>> quadrature = spectra.slq(op, key=jax.random.key(0), num_steps=30, num_probes=4)
+        >>> round(spectra.spectral_density(quadrature).integral(), 6)
+        1.0
+    """
+    scale = _linear_scale(quadrature)
+    if bandwidth is None:
+        widths = _relative_width(scale)
+    elif bandwidth > 0 and np.isfinite(bandwidth):
+        widths = _constant_width(float(bandwidth))
+    else:
+        raise SpectraError(f"bandwidth={bandwidth}: use a positive number, or None for the default.")
+    live = np.arange(quadrature.num_steps) < np.asarray(quadrature.lengths)[:, None]
+    centers = np.asarray(quadrature.nodes)[live]
+    masses = np.asarray(quadrature.weights)[live] / quadrature.num_probes
+    own_grid = _default_grid(centers, widths)
+    if grid is None:
+        grid = own_grid
+    else:
+        grid = np.asarray(grid, np.float64)
+        if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) > 0).all():
+            raise SpectraError("grid must be a 1-D array of at least two increasing numbers.")
+    density = _smooth(grid, centers, masses, widths(centers))
+    lower, upper = _band(quadrature, grid, own_grid, widths, level)
+    return Density(
+        grid=grid,
+        density=density,
+        lower=np.clip(np.minimum(lower, density), 0, None),
+        upper=np.maximum(upper, density),
+        bandwidth=widths(grid),
+        linear_scale=float(scale),
+        outliers=resolved_outliers(quadrature),
+        size=quadrature.size,
+        level=level,
+    )
+
+
+def _linear_scale(quadrature: Quadrature) -> float:
+    """|eigenvalue| below which the default width is constant: NODES_A_WIDTH * spacing / η.
+
+    The spacing is the median, by weight, of the distance between neighbouring nodes, or of a node's
+    residual where that is smaller: an isolated node that has converged is as sharp as it looks.
+    """
+    spacing, weight = [], []
+    for nodes, weights, residuals, length in zip(
+        np.asarray(quadrature.nodes),
+        np.asarray(quadrature.weights),
+        np.asarray(quadrature.residuals),
+        np.asarray(quadrature.lengths),
+        strict=True,
+    ):
+        gaps = np.gradient(nodes[:length]) if length > 1 else np.zeros(length)
+        spacing.append(np.minimum(gaps, residuals[:length]))
+        weight.append(weights[:length])
+    spacing, weight = np.concatenate(spacing), np.concatenate(weight)
+    order = np.argsort(spacing)
+    middle = np.searchsorted(np.cumsum(weight[order]), weight.sum() / 2)
+    typical = spacing[order][min(middle, len(order) - 1)]
+    noise = 10 * quadrature.noise_floor
+    if typical > 0:
+        return max(NODES_A_WIDTH * typical / RELATIVE_WIDTH, noise)
+    # Most of the mass sits on exact atoms: stay well below the smallest that is not zero.
+    sizes = np.abs(np.asarray(quadrature.nodes))
+    sizes = sizes[sizes > noise]
+    return max(1e-3 * sizes.min(), noise) if sizes.size else 1.0  # {0} has no scale of its own
+
+
+def _relative_width(scale: float):
+    return lambda t: RELATIVE_WIDTH * np.hypot(t, scale)
+
+
+def _constant_width(width: float):
+    return lambda t: np.full(np.shape(t), width)
+
+
+def _default_grid(centers: np.ndarray, widths) -> np.ndarray:
+    """Points a quarter of a width apart within reach of some node, found by walking from node to node."""
+    pieces, end = [], -np.inf
+    for center in np.unique(centers):
+        h = float(widths(center))
+        start, stop = max(center - _REACH * h, end), center + _REACH * h
+        if stop <= end:
+            continue
+        x = start
+        points = []
+        while x < stop:
+            points.append(x)
+            x += float(widths(np.clip(x, center - _REACH * h, stop))) / _PER_WIDTH
+        pieces += points
+        end = x
+    pieces.append(end)
+    grid = np.unique(np.array(pieces))
+    return grid[np.concatenate([[True], np.diff(grid) > 0])]
+
+
+def _hat_means(grid: np.ndarray, centers: np.ndarray, h: np.ndarray) -> np.ndarray:
+    """(g, c) means of Gaussians under the hat functions of the grid: ∫ hat_i N_c / ∫ hat_i.
+
+    With Φ, φ the normal distribution and density at z = (x - c) / h, the integral over a cell [a, b] of
+    the rising hat is ((c - a) ΔΦ - h Δφ) / (b - a), and of the falling one ΔΦ minus that.
+    """
+    from scipy.special import ndtr
+
+    z = np.clip((grid[:, None] - centers) / h, -_REACH - 2, _REACH + 2)
+    x = centers + h * z  # beyond the reach a point counts as its edge: no cancellation far away
+    phi = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+    mass = np.where(z[:-1] > 0, ndtr(-z[:-1]) - ndtr(-z[1:]), ndtr(z[1:]) - ndtr(z[:-1]))
+    cell = np.diff(grid)[:, None]
+    rising = ((x[:-1] - grid[:-1, None]) * mass + (centers - x[:-1]) * mass - h * np.diff(phi, axis=0))
+    rising = np.clip(rising / cell, 0, mass)
+    total = np.zeros_like(z)
+    total[1:] += rising
+    total[:-1] += mass - rising
+    hat = np.zeros(len(grid))
+    hat[1:] += np.diff(grid) / 2
+    hat[:-1] += np.diff(grid) / 2
+    return total / hat[:, None]
+
+
+def _chunks(grid: np.ndarray, size: int = 256):
+    """Slices of the grid with a neighbour on each side, so that hats are whole."""
+    for start in range(0, len(grid), size):
+        stop = min(start + size, len(grid))
+        low, high = max(start - 1, 0), min(stop + 1, len(grid))
+        yield slice(start, stop), grid[low:high], slice(start - low, stop - low)
+
+
+def _smooth(grid, centers, masses, h) -> np.ndarray:
+    out = np.zeros(len(grid))
+    for target, points, inner in _chunks(grid):
+        near = (centers + 8 * h >= points[0]) & (centers - 8 * h <= points[-1])
+        kernel = _hat_means(points, centers[near], h[near])
+        out[target] = (kernel @ masses[near])[inner]
+    return out
+
+
+def _band(quadrature, grid, edges, widths, level: float):
+    """Extremes of ∫ K(x, t) dF(t) over lower <= F <= upper, by summation by parts over cells of t.
+
+    Σ_j K_j (F_j - F_{j-1}) = -Σ_j F_j (K_{j+1} - K_j): where K rises the smallest F makes the largest
+    value, where it falls the largest F does.
+    """
+    cdf = _quadrature.cdf_band(quadrature, edges, level)
+    low, high = cdf[0], cdf[2]
+    middle = (edges[1:] + edges[:-1]) / 2
+    h = widths(middle)
+    bottom, top = np.zeros(len(grid)), np.zeros(len(grid))
+    for target, points, inner in _chunks(grid):
+        near = np.flatnonzero((middle + 8 * h >= points[0]) & (middle - 8 * h <= points[-1]))
+        if not len(near):
+            continue
+        first, last = near[0], near[-1] + 1
+        kernel = _hat_means(points, middle[first:last], h[first:last])[inner]
+        step = np.diff(np.pad(kernel, ((0, 0), (1, 1))), axis=1)  # at edges first .. last
+        rise, fall = np.maximum(step, 0), np.maximum(-step, 0)
+        f_low, f_high = low[first : last + 1], high[first : last + 1]
+        top[target] = fall @ f_high - rise @ f_low
+        bottom[target] = fall @ f_low - rise @ f_high
+    return bottom, top
+
+
+def resolved_outliers(quadrature: Quadrature, *, share: float = 0.01) -> np.ndarray:
+    """Eigenvalues that every probe resolves one by one, from both ends of the spectrum inwards.
+
+    A node counts while its residual is below 1 % of the distance to its neighbour further in and its
+    weight below `share`; the value is the mean over probes.
+    """
+    nodes, weights = np.asarray(quadrature.nodes), np.asarray(quadrature.weights)
+    residuals, lengths = np.asarray(quadrature.residuals), np.asarray(quadrature.lengths)
+    found = []
+    for from_top in (True, False):
+        counts, columns = [], []
+        for theta, w, r, length in zip(nodes, weights, residuals, lengths, strict=True):
+            order = np.arange(length)[::-1] if from_top else np.arange(length)
+            theta, w, r = theta[order], w[order], r[order]
+            gap = np.abs(np.diff(theta))
+            good = (r[:-1] <= 0.01 * gap) & (w[:-1] <= share)
+            counts.append(int(np.argmin(np.append(good, False))))
+            columns.append(theta)
+        for j in range(min(counts)):
+            values = np.array([column[j] for column in columns])
+            if np.ptp(values) > 0.01 * abs(np.mean(values)):
+                break  # probes disagree on which eigenvalue is next
+            found.append(values.mean())
+    return np.sort(np.array(found, np.float64))

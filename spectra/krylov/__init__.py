@@ -1,0 +1,1 @@
+"""Krylov methods: orthogonalisation, the Lanczos recurrence, and the memory that they need."""

@@ -1,0 +1,270 @@
+"""The Lanczos recurrence: one pure step, driven under `lax` control flow or in chunks from the host.
+
+Step i, with q_i in row i of the basis:
+
+    w = H q_i;  α_i = q_iᵀ w;  w -= α_i q_i + β_{i-1} q_{i-1};  w ⟂ q_0..q_i;  β_i = |w|;  q_{i+1} = w / β_i
+
+Subtracting the three terms first leaves coefficients of rounding size, so one Gram-Schmidt pass over the
+basis is as good as two over the raw product. α_i takes in the correction of the passes, without which T
+would not be the projection Q H Qᵀ to rounding.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spectra import _tree
+from spectra._errors import NonFiniteError, NotSymmetricError, SpectraError
+from spectra._status import Status
+from spectra.krylov import basis as _basis
+from spectra.krylov.basis import Basis, Layout, Panels
+from spectra.krylov.orthogonalize import orthogonalize
+from spectra.operators.base import LinearOperator
+from spectra.results import Tridiagonal
+
+PyTree = Any
+CHUNK = 16
+"""Steps in one compiled call: how often a run can report, stop, or notice a NaN."""
+BREAKDOWN = 10.0
+"""The space is invariant when β <= BREAKDOWN * eps * |T|: a residual of a few roundings of one product."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LanczosState:
+    """All that a run carries from step to step; a pytree of arrays."""
+
+    basis: Basis  # segments; () without reorthogonalisation
+    current: Panels  # q_i
+    previous: Panels  # q_{i-1}
+    alpha: jax.Array  # (m,)
+    beta: jax.Array  # (m,), beta[i] = |r_i|
+    scale: jax.Array  # (), largest row sum of |T| so far, an estimate of |H|
+    asymmetry: jax.Array  # (), largest coefficient that symmetry makes zero, same unit as alpha
+    length: jax.Array  # (), steps done before breakdown
+    alive: jax.Array  # (), no breakdown yet
+    second_passes: jax.Array  # ()
+
+
+def init(layout: Layout, v0: PyTree, num_steps: int, *, keep_basis: bool = True) -> LanczosState:
+    """The state before the first step, from any non-zero start vector."""
+    start = layout.pack(v0)
+    dtype = jnp.result_type(*start)
+    size = _basis.norm(start)
+    return LanczosState(
+        basis=_basis.zeros(layout, num_steps) if keep_basis else (),
+        current=_basis.scale(1 / size, start),
+        previous=[jnp.zeros_like(x) for x in start],
+        alpha=jnp.zeros(num_steps, dtype),
+        beta=jnp.zeros(num_steps, dtype),
+        scale=jnp.zeros((), dtype),
+        asymmetry=jnp.zeros((), dtype),
+        length=jnp.zeros((), jnp.int32),
+        alive=jnp.ones((), bool),
+        second_passes=jnp.zeros((), jnp.int32),
+    )
+
+
+def absorb(layout: Layout, i: jax.Array, product: PyTree, state: LanczosState) -> LanczosState:
+    """Step i of the recurrence, given the product H q_i.
+
+    After a breakdown the current vector is zero, and so is all that follows from it: the remaining
+    steps of a compiled loop leave T as it is.
+    """
+    q, w = state.current, layout.pack(product)
+    beta_previous = jnp.where(i > 0, state.beta[i - 1], 0)
+    alpha = _basis.vdot(q, w)
+    w = _basis.axpy(-alpha, q, _basis.axpy(-beta_previous, state.previous, w))
+    rows, asymmetry, second = state.basis, state.asymmetry, state.second_passes
+    if rows:
+        rows = _basis.put(rows, i, q)
+        w, beta, first, total, repeated = orthogonalize(rows, w, i + 1)
+        alpha = alpha + total[i]
+        # H q_i is orthogonal to all rows but i - 1, i, i + 1 if H is symmetric, and has the coefficient
+        # β_{i-1} on row i - 1: what the first pass finds on rows before i is asymmetry or rounding.
+        others = jnp.where(jnp.arange(len(first)) == i, 0, first)
+        asymmetry = jnp.maximum(asymmetry, jnp.max(jnp.abs(others)))
+        second = second + repeated
+    else:
+        beta = _basis.norm(w)
+    scale = jnp.maximum(state.scale, jnp.abs(alpha) + beta + beta_previous)
+    eps = jnp.finfo(alpha.dtype).eps
+    alive = state.alive & (beta > BREAKDOWN * eps * scale)
+    inverse = jnp.where(alive, 1 / jnp.where(alive, beta, 1), 0)
+    return LanczosState(
+        basis=rows,
+        current=[jnp.where(alive, x, 0) for x in _basis.scale(inverse, w)],
+        previous=q,
+        alpha=state.alpha.at[i].set(alpha),
+        beta=state.beta.at[i].set(jnp.where(alive | jnp.isnan(beta), beta, 0)),
+        scale=scale,
+        asymmetry=asymmetry,
+        length=state.length + state.alive,
+        alive=alive,
+        second_passes=second,
+    )
+
+
+def run(
+    op: LinearOperator, layout: Layout, state: LanczosState, start, stop, *, batched: bool = False
+) -> LanczosState:
+    """Steps start..stop-1 under `lax` control flow; `batched` states carry a leading probe axis."""
+
+    def step(i, state):
+        return absorb(layout, i, op.mv(layout.unpack(state.current)), state)
+
+    # The counter is not batched, so `lax.cond` on it stays a branch under vmap.
+    body = jax.vmap(step, in_axes=(None, 0)) if batched else step
+    return lax.fori_loop(start, stop, body, state)
+
+
+_run_chunk = jax.jit(run, static_argnames=("layout", "batched"), donate_argnames=("state",))
+
+
+@partial(jax.jit, static_argnames=("layout", "batched"), donate_argnames=("state",))
+def _absorb_one(layout, i, product, state, batched=False):
+    body = partial(absorb, layout)
+    return (jax.vmap(body, in_axes=(None, 0, 0)) if batched else body)(i, product, state)
+
+
+@partial(jax.jit, static_argnames=("layout", "batched"))
+def _current(layout, state, batched=False):
+    return (jax.vmap(layout.unpack) if batched else layout.unpack)(state.current)
+
+
+def advance(
+    op: LinearOperator, layout: Layout, state: LanczosState, start: int, stop: int, *, batched: bool
+) -> LanczosState:
+    """Steps start..stop-1 from the host, checked for NaN and for symmetry. Consumes `state`."""
+    if op.on_host:
+        for i in range(start, stop):
+            vectors = _current(layout, state, batched=batched)
+            product = op.mv_batch(vectors) if batched else op.mv(vectors)
+            state = _absorb_one(layout, i, product, state, batched=batched)
+    else:
+        state = _run_chunk(op, layout, state, start, stop, batched=batched)
+    check(op, state, stop)
+    return state
+
+
+def check(op: LinearOperator, state: LanczosState, stop: int) -> None:
+    """Raise if a product was not finite or the operator is not symmetric."""
+    alpha, beta, scale, asymmetry = jax.device_get(
+        (state.alpha, state.beta, state.scale, state.asymmetry)
+    )
+    bad = ~(np.isfinite(alpha[..., :stop]) & np.isfinite(beta[..., :stop]))
+    if bad.any():
+        step = int(np.argwhere(bad)[:, -1].min())
+        raise NonFiniteError(
+            f"the product of Lanczos step {step + 1} is NaN or infinite. {op.explain_non_finite()}"
+        )
+    limit = float(np.sqrt(op.precision))
+    worst = float(np.max(asymmetry / np.where(scale > 0, scale, 1)))
+    if worst > limit:
+        raise NotSymmetricError(
+            f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {worst:.1e} |H| within {stop} steps, "
+            f"above {limit:.1e}, the square root of the precision of its products. Lanczos needs a "
+            "symmetric real operator; a loss that is random or depends on call order (dropout, batch "
+            "statistics that are updated) is a common reason."
+        )
+
+
+def lanczos(
+    op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: str = "full"
+) -> Tridiagonal:
+    """Reduce a symmetric operator to tridiagonal form on the Krylov space of a start vector.
+
+    Computes H Qᵀ = Qᵀ T + r e_mᵀ with orthonormal rows q_0 = v0/|v0|, ..., q_{m-1}. The run ends early,
+    with the true `length`, when β_j <= 10 eps |T|: the space is invariant then and the eigenvalues of T
+    are eigenvalues of H. Works inside `jit` and `vmap`; outside, products are checked for NaN and for
+    symmetry as the run goes.
+
+    Args:
+        op: a symmetric `LinearOperator` of order n.
+        v0: start vector, a pytree like the parameters or a flat array (n,); need not be normalised.
+        num_steps: m, from 1 to n.
+        reorthogonalize: "full" keeps the basis and makes every new vector orthogonal to it; "none" is
+            the bare three-term recurrence, which needs no basis but returns copies ("ghosts") of
+            converged eigenvalues.
+
+    Returns:
+        `Tridiagonal` with alpha (m,), beta (m-1,), length, basis and orthogonality.
+
+    Raises:
+        SpectraError: num_steps out of range, or v0 zero or not finite.
+        StructureError: v0 does not match the operator.
+        NonFiniteError: a product is NaN or infinite.
+        NotSymmetricError: the operator is not symmetric.
+
+    Cost: m products, m n numbers of memory for the basis, and one read and write sweep of it a step
+    (m² n numbers in all; twice that in steps where a second Gram-Schmidt pass is needed).
+
+    References:
+        Parlett, The Symmetric Eigenvalue Problem, doi:10.1137/1.9781611971163, ch. 13.
+
+    Examples:
+        >>> import jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, 1.0, 2.0, 2.0, 3.0, 3.0])))
+        >>> result = spectra.lanczos(op, jnp.ones(6), 5)
+        >>> int(result.length)  # three distinct eigenvalues
+        3
+    """
+    if reorthogonalize not in ("full", "none"):
+        raise SpectraError(f"reorthogonalize={reorthogonalize!r}: use 'full' or 'none'.")
+    check_steps(num_steps, op.size)
+    v0 = op.as_vector(v0, "v0")
+    keep = reorthogonalize == "full"
+    traced = is_traced((op, v0))
+    layout = Layout.of(op.structure, packed=not traced and op.packable)
+    if traced:
+        op = op.prepare()
+        state = run(op, layout, init(layout, v0, num_steps, keep_basis=keep), 0, num_steps)
+        return _finish(state, layout, Status.TRACED)
+    size = float(_tree.norm(v0))
+    if not np.isfinite(size) or size == 0:
+        raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
+    op = op.prepare()
+    state = _init(layout, v0, num_steps, keep_basis=keep)
+    for start in range(0, num_steps, CHUNK):
+        stop = min(start + CHUNK, num_steps)
+        state = advance(op, layout, state, start, stop, batched=False)
+        if not state.alive:
+            break
+    return _finish(state, layout, Status.COMPLETE if state.alive else Status.INVARIANT)
+
+
+_init = jax.jit(init, static_argnames=("layout", "num_steps", "keep_basis"))
+
+
+def _finish(state: LanczosState, layout: Layout, status: Status) -> Tridiagonal:
+    scale = jnp.where(state.scale > 0, state.scale, 1)
+    return Tridiagonal(
+        alpha=state.alpha,
+        beta=state.beta[:-1],
+        residual_norm=state.beta[state.length - 1],
+        length=state.length,
+        asymmetry=state.asymmetry / scale,
+        second_passes=state.second_passes,
+        segments=state.basis,
+        layout=layout,
+        status=status,
+    )
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether any leaf is a tracer: the caller is inside jit, vmap or grad."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def check_steps(num_steps: int, size: int) -> None:
+    """Raise unless 1 <= num_steps <= n."""
+    if not 1 <= num_steps <= size:
+        raise SpectraError(
+            f"num_steps={num_steps} is not between 1 and the order of the operator, {size}: a Krylov "
+            f"space has at most {size} dimensions."
+        )

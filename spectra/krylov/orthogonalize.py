@@ -1,0 +1,50 @@
+"""Classical Gram-Schmidt against a segmented basis, with a second pass only where it is needed.
+
+One pass computes c = Q w and w' = w - Q^T c; it leaves a component along the basis of relative size
+(loss of orthogonality of Q) * |c| / |w'|. When |c| is small beside |w'| that is below rounding, and a
+second pass would read the whole basis for nothing. Daniel, Gragg, Kaufman and Stewart
+(doi:10.2307/2005398) repeat the pass when |w'| < |w| / sqrt(2), which is |c| > |w'|. Here the test is
+|c| > `REPEAT` |w'| with a smaller constant: the orthogonality of the basis must not decay by a factor
+in every step of a long run.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spectra.krylov import basis as _basis
+from spectra.krylov.basis import Basis, Panels
+
+REPEAT = 0.1
+
+
+def gram_schmidt_pass(
+    basis: Basis, vector: Panels, filled
+) -> tuple[Panels, jax.Array]:
+    """One classical pass over the first `filled` rows: (w - Q^T Q w, Q w). Two reads of the rows."""
+    coefficients = _basis.dots(basis, vector, filled)
+    return _basis.subtract(basis, coefficients, vector, filled), coefficients
+
+
+def orthogonalize(
+    basis: Basis, vector: Panels, filled
+) -> tuple[Panels, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Make `vector` orthogonal to the first `filled` rows of `basis` to working precision.
+
+    Returns the new vector, its norm, the coefficients of the first pass, the sum of the coefficients
+    of all passes, and whether a second one ran. Costs one pass, or two where the first removed a
+    relevant part.
+    """
+    vector, first = gram_schmidt_pass(basis, vector, filled)
+    norm = _basis.norm(vector)
+
+    def again(vector):
+        vector, second = gram_schmidt_pass(basis, vector, filled)
+        return vector, _basis.norm(vector), first + second
+
+    def enough(vector):
+        return vector, norm, first
+
+    repeat = jnp.vdot(first, first) > (REPEAT * norm) ** 2
+    vector, norm, total = lax.cond(repeat, again, enough, vector)
+    return vector, norm, first, total, repeat

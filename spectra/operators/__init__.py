@@ -1,0 +1,1 @@
+"""Curvature matrices as symmetric linear operators on pytrees."""

@@ -1,0 +1,50 @@
+"""Weighted means over the parts of a data set: microbatches under `lax.scan`, streams from the host."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spectra.data import batch_size
+
+PyTree = Any
+WeightFn = Callable[[PyTree], Any]
+
+
+def mean_over_microbatches(
+    fn: Callable[[PyTree], PyTree],
+    batch: PyTree,
+    microbatch: int | None,
+    weight_fn: WeightFn | None,
+) -> PyTree:
+    """Σ w_b fn(b) / Σ w_b over pieces of at most `microbatch` examples; w_b counts examples by default.
+
+    Full pieces run under `lax.scan`, so the program and the peak memory are those of one piece; what is
+    left over runs as one smaller piece with its own weight.
+    """
+    n = batch_size(batch)
+    if microbatch is None or microbatch >= n:
+        return fn(batch)
+    weight = weight_fn or batch_size
+    steps, rest = divmod(n, microbatch)
+    pieces = jax.tree.map(
+        lambda x: x[: steps * microbatch].reshape(steps, microbatch, *x.shape[1:]), batch
+    )
+
+    def weighted(piece):
+        w = jnp.asarray(weight(piece), jnp.float32)
+        return w, jax.tree.map(lambda x: w.astype(x.dtype) * x, fn(piece))
+
+    def body(total, piece):
+        return jax.tree.map(jnp.add, total, weighted(piece)), None
+
+    first = jax.tree.map(lambda x: x[0], pieces)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(weighted, first))
+    total, _ = lax.scan(body, zero, pieces)
+    if rest:
+        last = jax.tree.map(lambda x: x[steps * microbatch :], batch)
+        total = jax.tree.map(jnp.add, total, weighted(last))
+    weights, value = total
+    return jax.tree.map(lambda x: x / weights.astype(x.dtype), value)

@@ -1,0 +1,247 @@
+"""The symmetric linear operator: what algorithms may ask of it, and its arithmetic."""
+
+import abc
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra import _memory, _tree
+from spectra._errors import MemoryLimitError, NonFiniteError, SpectraError
+from spectra.results import format_bytes
+
+if TYPE_CHECKING:
+    from spectra.operators.arithmetic import ScaledOperator, ShiftedOperator, SumOperator
+
+PyTree = Any
+
+
+def operator(leaves: tuple[str, ...]):
+    """Class decorator: a frozen dataclass that is a pytree with the named fields as children.
+
+    Unflattening bypasses `__init__`, so a constructor may check and convert its arguments although JAX
+    rebuilds operators from tracers and placeholders.
+    """
+
+    def register(cls):
+        cls = dataclasses.dataclass(frozen=True, eq=False, repr=False, init="__init__" not in vars(cls))(
+            cls
+        )
+        names = [field.name for field in dataclasses.fields(cls)]
+        static = tuple(name for name in names if name not in leaves)
+
+        def flatten(op):
+            keys = [(jax.tree_util.GetAttrKey(name), getattr(op, name)) for name in leaves]
+            return keys, tuple(getattr(op, name) for name in static)
+
+        def unflatten(aux, children):
+            op = object.__new__(cls)
+            for name, value in zip((*leaves, *static), (*children, *aux), strict=True):
+                object.__setattr__(op, name, value)
+            return op
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+        return cls
+
+    return register
+
+
+class LinearOperator(abc.ABC):
+    """A real symmetric operator on vectors that are pytrees; itself a pytree.
+
+    Subclasses say how one product is computed (`mv`) and what a vector looks like (`like`). Parameters
+    and data are leaves, functions are static: a jitted routine takes an operator as an argument, and
+    the next one of the same structure re-uses the compiled code.
+
+    Examples:
+        >>> import jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0]))).shift(1.0)
+        >>> (2.0 * op) @ jnp.ones(2)
+        Array([4., 6.], dtype=float32)
+    """
+
+    @property
+    @abc.abstractmethod
+    def like(self) -> PyTree:
+        """Arrays (or their shapes) with the structure of a vector, placed where vectors should be."""
+
+    @abc.abstractmethod
+    def mv(self, v: PyTree) -> PyTree:
+        """The product with a vector: a pytree in, the same pytree out; pure, jit- and vmap-able."""
+
+    @property
+    def structure(self) -> PyTree:
+        """Pytree of `ShapeDtypeStruct` of one vector; float32 at least."""
+        return _tree.vector_structure(self.like)
+
+    @property
+    def size(self) -> int:
+        """n, the order of the matrix: the number of parameters."""
+        return _tree.tree_size(self.like)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of inner products of vectors."""
+        return _tree.scalar_dtype(self.structure)
+
+    @property
+    def precision(self) -> float:
+        """Relative error to expect of one product; the unit roundoff unless a subclass knows worse."""
+        return float(jnp.finfo(self.dtype).eps)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether products are driven from the host (streamed data) and cannot be compiled whole."""
+        return False
+
+    @property
+    def packable(self) -> bool:
+        """Whether no leaf of a vector is split over devices, so that leaves may be concatenated."""
+        return all(map(_is_whole, jax.tree.leaves(self.like)))
+
+    def prepare(self) -> "LinearOperator":
+        """An equal operator that is faster to multiply with many times, at the cost of memory."""
+        return self
+
+    def prepared_bytes(self) -> int:
+        """Bytes that `prepare` would allocate."""
+        return 0
+
+    def explain_non_finite(self) -> str:
+        """What is known about why a product is not finite, for error messages."""
+        return "Check the matrix or the function for NaN and overflow."
+
+    def mv_batch(self, vectors: PyTree) -> PyTree:
+        """Products with a stack of vectors: leaves (k, *leaf.shape) in and out."""
+        return jax.vmap(self.mv)(vectors)
+
+    def as_vector(self, v: PyTree, what: str = "the vector") -> PyTree:
+        """`v`, a pytree or a flat array of shape (n,), as a pytree in the working dtypes."""
+        structure = self.structure
+        is_flat = hasattr(v, "ndim") and v.ndim == 1 and v.shape[0] == self.size
+        if is_flat and not jax.tree_util.treedef_is_leaf(jax.tree.structure(structure)):
+            v = _tree.unravel(jnp.asarray(v), structure)
+        _tree.check_structure(v, structure, what)
+        return _tree.cast_like(v, structure)
+
+    def __matmul__(self, v: PyTree) -> PyTree:
+        """H v for a pytree, or for a flat array of shape (n,); the result has the form of `v`."""
+        vector = self.as_vector(v)
+        product = self.mv(vector) if self.on_host else _product(self, vector)
+        if not isinstance(jax.tree.leaves(product)[0], jax.core.Tracer) and not all(
+            bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(product)
+        ):
+            raise NonFiniteError(f"the product is NaN or infinite. {self.explain_non_finite()}")
+        same = jax.tree.structure(v) == jax.tree.structure(product)
+        return product if same else _tree.ravel(product)
+
+    def as_matrix(self, *, memory_limit: int | None = None) -> jax.Array:
+        """The dense (n, n) matrix, symmetric to the bit: (A + Aᵀ) / 2 of the n columns.
+
+        Args:
+            memory_limit: bytes; by default half of what the device has free.
+
+        Raises:
+            MemoryLimitError: 3 n² numbers (columns, transpose, result) exceed the limit.
+
+        Cost: n products in chunks of at most 64 columns, 3 n² numbers at the peak.
+        """
+        n = self.size
+        needed = 3 * n * n * jnp.dtype(self.dtype).itemsize
+        limit = memory_limit or (_memory.available_bytes() or 2**63) // 2
+        if needed > limit:
+            raise MemoryLimitError(
+                f"the dense matrix of order {n:,} needs {format_bytes(needed)} at its peak, above the "
+                f"limit of {format_bytes(limit)}. Use slq or lanczos, which need no matrix, or raise "
+                "memory_limit."
+            )
+        op = self.prepare()
+        structure = self.structure
+
+        def column(i):
+            unit = jnp.zeros(n, self.dtype).at[i].set(1)
+            return _tree.ravel(op.mv(_tree.unravel(unit, structure)))
+
+        if self.on_host:
+            columns = jnp.stack([column(i) for i in range(n)])
+        else:
+            columns = _columns(op, n)
+        matrix = (columns + columns.T) / 2
+        if not isinstance(matrix, jax.core.Tracer) and not bool(jnp.isfinite(matrix).all()):
+            raise NonFiniteError(f"the matrix has NaN or infinite entries. {self.explain_non_finite()}")
+        return matrix
+
+    def to_scipy(self):
+        """A `scipy.sparse.linalg.LinearOperator` on flat vectors, with the linearisation re-used."""
+        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+        op = self.prepare()
+        dtype = np.dtype(self.dtype)
+
+        def matvec(x):
+            return np.asarray(op @ jnp.asarray(np.ravel(x), dtype))
+
+        return ScipyOperator((self.size, self.size), matvec=matvec, rmatvec=matvec, dtype=dtype)
+
+    def __add__(self, other: "LinearOperator") -> "SumOperator":
+        from spectra.operators.arithmetic import SumOperator
+
+        return SumOperator((self, other)) if isinstance(other, LinearOperator) else NotImplemented
+
+    def __sub__(self, other: "LinearOperator") -> "SumOperator":
+        return self + (-1.0) * other if isinstance(other, LinearOperator) else NotImplemented
+
+    def __rmul__(self, factor) -> "ScaledOperator":
+        from spectra.operators.arithmetic import ScaledOperator
+
+        return ScaledOperator(self, factor) if jnp.ndim(factor) == 0 else NotImplemented
+
+    __mul__ = __rmul__
+
+    def __neg__(self) -> "ScaledOperator":
+        return (-1.0) * self
+
+    def __truediv__(self, divisor) -> "ScaledOperator":
+        return (1.0 / divisor) * self
+
+    def shift(self, delta) -> "ShiftedOperator":
+        """H + delta I, a damped operator: every eigenvalue moves by `delta`."""
+        from spectra.operators.arithmetic import ShiftedOperator
+
+        if jnp.ndim(delta) != 0:
+            raise SpectraError(f"shift needs a scalar, got an array of shape {jnp.shape(delta)}.")
+        return ShiftedOperator(self, delta)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(size={self.size:,}, dtype={self.dtype})"
+
+
+def _is_whole(leaf) -> bool:
+    if isinstance(leaf, jax.core.Tracer):
+        return False  # its sharding cannot be seen
+    if isinstance(leaf, jax.Array):
+        return leaf.sharding.is_fully_replicated
+    return getattr(leaf, "sharding", None) is None  # NumPy arrays and unplaced shapes
+
+
+@jax.jit
+def _product(op, v):
+    return op.mv(v)
+
+
+def _columns(op, n: int):
+    """All columns, 64 products at a time so that the batched activations stay bounded."""
+
+    @jax.jit
+    def compute(op):
+        structure = op.structure
+
+        def column(i):
+            unit = jnp.zeros(n, op.dtype).at[i].set(1)
+            return _tree.ravel(op.mv(_tree.unravel(unit, structure)))
+
+        return jax.lax.map(column, jnp.arange(n), batch_size=min(64, n))
+
+    return compute(op)

@@ -1,0 +1,43 @@
+"""Which operation in a loss stands in the way of its second derivative."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+PyTree = Any
+_SUSPECTS = ("custom_vjp", "custom_jvp", "callback", "pallas_call", "ffi_call", "custom_call", "while")
+
+
+def refusing_operations(fn: Callable, *args: PyTree) -> str:
+    """Name the primitives in `fn` that may lack a derivative, with the functions they come from."""
+    try:
+        jaxpr = jax.make_jaxpr(fn)(*args)
+    except Exception:  # the loss itself was traced before; only its description is at stake here
+        return "an operation that JAX could not name"
+    names = dict.fromkeys(name for eqn in _equations(jaxpr.jaxpr) if (name := _suspect(eqn)))
+    strongest = [name for name in names if "custom_jvp" not in name] or list(names)
+    return ", ".join(strongest) or "an operation that JAX could not name"
+
+
+def _equations(jaxpr) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_has_equations):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+def _has_equations(value) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def _suspect(eqn) -> str | None:
+    primitive = eqn.primitive.name
+    if not any(word in primitive for word in _SUSPECTS):
+        return None
+    inner = eqn.params.get("call_jaxpr") or eqn.params.get("fun_jaxpr")
+    info = getattr(getattr(inner, "jaxpr", inner), "debug_info", None)
+    where = getattr(info, "func_src_info", None) or eqn.params.get("name") or ""
+    return f"{primitive} '{where}'" if where else primitive

@@ -1,0 +1,244 @@
+"""The whole answer in one object: density, extremes, trace and shares, each with its uncertainty."""
+
+import dataclasses
+import platform
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import jax
+import numpy as np
+
+from spectra import density
+from spectra.operators.base import LinearOperator
+from spectra.results import Density, Estimate, Interval, Quadrature, _rows
+
+__all__ = ["SpectrumReport", "spectrum"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectrumReport:
+    """What `spectrum` found out about an operator.
+
+    Print it, `.plot()` it, `.save(path)` it; `spectra.load(path)` brings it back. Intervals of extreme
+    eigenvalues come from residuals: an eigenvalue lies within. All others are 95 % intervals.
+    """
+
+    name: str
+    quadrature: Quadrature
+    density: Density
+    largest: Interval  # scalars: an eigenvalue lies in [lower, upper]
+    smallest: Interval
+    trace: Estimate
+    negative: Interval  # share of eigenvalues below minus the noise floor
+    near_zero: Interval  # share within zero_tol * |H| of zero
+    zero_tol: float
+    condition_lower_bound: float  # |λ|max over the smallest |λ| that is resolved
+    noise_floor: float  # |eigenvalue| below which products do not resolve
+    provenance: dict[str, Any]  # versions, device, key, time, settings
+
+    def plot(self, ax=None, **options):
+        """Draw the density; returns the Axes. See `spectra.plot_density`."""
+        from spectra.plotting import plot_density
+
+        return plot_density(self.density, ax, **options)
+
+    def save(self, path):
+        """Write an `.npz` file, atomically; returns its path. See `spectra.save`."""
+        from spectra.io import save
+
+        return save(self, path)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed report."""
+        q = self.quadrature
+        settings = f"{q.num_steps} steps x {q.num_probes} probes, {q.num_matvecs:,} products"
+        seconds = self.provenance.get("seconds")
+        if seconds is not None:
+            settings += f", {seconds:.1f} s"
+        return [
+            ("parameters", f"{q.size:,}"),
+            ("Lanczos", settings),
+            ("largest eigenvalue", _extreme(self.largest)),
+            ("smallest eigenvalue", _extreme(self.smallest)),
+            ("trace", f"{self.trace.value:.5g} ± {self.trace.stderr:.2g}"),
+            ("negative eigenvalues", _share(self.negative) + f" of all (λ < -{self.noise_floor:.1e})"),
+            ("near zero", _share(self.near_zero) + f" of all (|λ| <= {self.zero_tol:g} |H|)"),
+            ("effective condition number", f"at least {self.condition_lower_bound:.3g}"),
+            (
+                "noise floor",
+                f"{self.noise_floor:.1e}: smaller |λ| are not resolved by {self._precision()} products",
+            ),
+            ("CDF in doubt", f"{100 * q.band_width():.2g} % on average over the range (95 % band)"),
+            ("status", str(q.status)),
+        ]
+
+    def _precision(self) -> str:
+        return str(self.provenance.get("dtype", "these"))
+
+    def __repr__(self) -> str:
+        return _rows(f"Spectrum of {self.name}", self.rows())
+
+    def _repr_html_(self) -> str:
+        import html
+
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
+            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for label, value in self.rows()
+        )
+        return f"<table><caption>Spectrum of {html.escape(self.name)}</caption>{cells}</table>"
+
+
+def _extreme(value: Interval) -> str:
+    return f"{value.estimate:.7g} (residual {max(value.upper - value.estimate, 0):.1g})"
+
+
+def _share(share: Interval) -> str:
+    return f"{100 * share.estimate:.3g} % [{100 * share.lower:.3g}, {100 * share.upper:.3g}]"
+
+
+def spectrum(
+    op: LinearOperator,
+    *,
+    key: jax.Array,
+    num_steps: int | None = None,
+    num_probes: int = 8,
+    tol: float | None = None,
+    zero_tol: float = 1e-3,
+    probe_batch: int | None = None,
+    progress: bool = False,
+    name: str = "H",
+) -> SpectrumReport:
+    """Compute the spectral density of an operator and all that follows from the same products.
+
+    Args:
+        op: symmetric operator.
+        key: JAX random key.
+        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
+        num_probes: random probes.
+        tol: see `slq`.
+        zero_tol: eigenvalues with |λ| <= zero_tol |H| count as near zero.
+        probe_batch: see `slq`.
+        progress: show a progress bar.
+        name: what the report calls the operator.
+
+    Returns:
+        `SpectrumReport`.
+
+    Raises:
+        As `slq`.
+
+    Cost: as `slq`; all else is arithmetic on num_steps x num_probes numbers.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(-1.0, 3.0, 400)))
+        >>> report = spectra.spectrum(op, key=jax.random.key(0), num_steps=60)
+        >>> round(float(report.largest.estimate), 4)
+        3.0
+    """
+    start = time.perf_counter()
+    quadrature = density.slq(
+        op,
+        key=key,
+        num_steps=min(100, op.size) if num_steps is None else num_steps,
+        num_probes=num_probes,
+        tol=tol,
+        probe_batch=probe_batch,
+        progress=progress,
+    )
+    seconds = time.perf_counter() - start
+    floor = quadrature.noise_floor
+    scale = max(map(abs, quadrature.range))
+    return SpectrumReport(
+        name=name,
+        quadrature=quadrature,
+        density=density.spectral_density(quadrature),
+        largest=_extreme_interval(quadrature, -1),
+        smallest=_extreme_interval(quadrature, 0),
+        trace=trace_estimate(quadrature),
+        negative=quadrature.cdf(-floor),
+        near_zero=_share_between(quadrature, -zero_tol * scale, zero_tol * scale),
+        zero_tol=zero_tol,
+        condition_lower_bound=_condition_lower_bound(quadrature),
+        noise_floor=floor,
+        provenance=_provenance(op, key, seconds),
+    )
+
+
+def trace_estimate(quadrature: Quadrature) -> Estimate:
+    """tr H = n times the mean of vᵀHv; exact in the quadrature for any number of steps.
+
+    For v uniform on the sphere Var vᵀHv = 2 (mean λ² - (mean λ)²) / (n + 2), and the quadrature
+    estimates both means, so that a standard error exists for a single probe already.
+    """
+    n, k = quadrature.size, quadrature.num_probes
+    first, second = quadrature.mean(lambda x: x), quadrature.mean(lambda x: x * x)
+    variance = 2 * max(second - first**2, 0.0) / (n + 2)
+    return Estimate(n * first, float(n * np.sqrt(variance / k)), quadrature.num_matvecs, "slq")
+
+
+def _extreme_interval(quadrature: Quadrature, end: int) -> Interval:
+    """The outermost Ritz value of all probes, with its residual: an eigenvalue lies within.
+
+    Ritz values lie inside the spectrum, so the outermost is the best; rounding adds the noise floor.
+    """
+    nodes, residuals = np.asarray(quadrature.nodes), np.asarray(quadrature.residuals)
+    last = np.asarray(quadrature.lengths) - 1 if end == -1 else np.zeros(len(nodes), int)
+    rows = np.arange(len(nodes))
+    values, errors = nodes[rows, last], residuals[rows, last]
+    best = int(np.argmax(values) if end == -1 else np.argmin(values))
+    value, error = float(values[best]), float(errors[best]) + quadrature.noise_floor
+    return Interval(value - error, value, value + error)
+
+
+def _share_between(quadrature: Quadrature, low: float, high: float) -> Interval:
+    below = quadrature.cdf(np.nextafter(low, -np.inf))
+    above = quadrature.cdf(high)
+    return Interval(
+        float(max(above.lower - below.upper, 0.0)),
+        float(above.estimate - below.estimate),
+        float(above.upper - below.lower),
+    )
+
+
+def _condition_lower_bound(quadrature: Quadrature) -> float:
+    """|λ|max over the smallest |θ| + residual: an eigenvalue that small exists, smaller ones may.
+
+    Nothing below the noise floor is claimed, so the bound never exceeds |H| / noise floor.
+    """
+    live = np.arange(quadrature.num_steps) < np.asarray(quadrature.lengths)[:, None]
+    sizes = np.abs(np.asarray(quadrature.nodes)) + np.asarray(quadrature.residuals)
+    smallest = max(float(sizes[live].min()), quadrature.noise_floor)
+    largest = max(map(abs, quadrature.range))
+    return largest / smallest if smallest > 0 else 1.0
+
+
+def _provenance(op: LinearOperator, key: jax.Array, seconds: float) -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("spectra-jax")
+    except PackageNotFoundError:
+        own = "not installed"
+    device = jax.local_devices()[0]
+    return {
+        "spectra": own,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "num_devices": jax.device_count(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": seconds,
+        "operator": type(op).__name__,
+        "dtype": str(op.dtype),
+        "mode": getattr(op, "mode", ""),
+        "linearized": bool(getattr(op, "linearized", False)),
+        "matmul_precision": getattr(op, "matmul_precision", "highest"),
+        "key": np.asarray(jax.random.key_data(key) if _is_typed(key) else key).ravel().tolist().__str__(),
+    }
+
+
+def _is_typed(key) -> bool:
+    return jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)

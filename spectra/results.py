@@ -1,0 +1,284 @@
+"""What computations return: frozen dataclasses that are pytrees, with the shape of each field beside it.
+
+Arrays are JAX arrays inside `jit` and NumPy float64 arrays outside, where the small eigenproblems are
+solved on the host.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra import _quadrature
+from spectra._status import Status
+
+PyTree = Any
+Array = Any
+
+
+def _register(cls, meta: tuple[str, ...]):
+    data = [f.name for f in dataclasses.fields(cls) if f.name not in meta]
+    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(meta))
+
+
+def _rows(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+class Interval(NamedTuple):
+    """A number or a curve with its band: `lower <= estimate <= upper`, each of the shape of the input."""
+
+    lower: Array
+    estimate: Array
+    upper: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Tridiagonal:
+    """The Lanczos decomposition H Qᵀ = Qᵀ T + r e_mᵀ of m steps; rows of Q are orthonormal.
+
+    `T` has `alpha` on its diagonal and `beta` beside it. Entries beyond `length` are zero: the Krylov
+    space became invariant there and T[:length, :length] holds exact eigenvalues of H.
+    """
+
+    alpha: Array  # (m,)
+    beta: Array  # (m - 1,)
+    residual_norm: Array  # (), |r|: zero after a breakdown
+    length: Array  # (), integer
+    asymmetry: Array  # (), largest |q_iᵀ H q_j| that symmetry makes zero, in units of |T|
+    second_passes: Array  # (), steps that needed a second Gram-Schmidt pass
+    segments: Any  # the basis in segments of rows, see krylov.basis; empty if not kept
+    layout: Any  # how segments map to pytrees
+    status: Status
+
+    @property
+    def basis(self) -> PyTree:
+        """The rows of Q as one pytree with leaves (m, *leaf.shape). A copy, made on each access."""
+        from spectra.krylov import basis
+
+        self._need_basis()
+        return basis.stack(self.segments, self.layout, self.alpha.shape[-1])
+
+    @property
+    def orthogonality(self) -> Array:
+        """max |Q Qᵀ - I| over the first `length` rows. Costs m² n operations, at each access."""
+        from spectra.krylov import basis
+
+        self._need_basis()
+        gram = basis.gram(self.segments)
+        row = jnp.arange(len(gram)) < self.length
+        return jnp.max(jnp.where(row[:, None] & row, jnp.abs(gram - jnp.eye(len(gram))), 0))
+
+    def matrix(self) -> Array:
+        """T as a dense (m, m) array."""
+        return _quadrature.dense(self.alpha, self.beta, jnp if _is_jax(self.alpha) else np)
+
+    def _need_basis(self):
+        if not self.segments:
+            raise ValueError(
+                "the basis was not kept: run lanczos with reorthogonalize='full' to have it."
+            )
+
+    def __repr__(self) -> str:
+        return f"Tridiagonal(num_steps={self.alpha.shape[-1]}, length={self.length}, {self.status.code})"
+
+
+def _is_jax(x) -> bool:
+    return isinstance(x, jax.Array)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadrature:
+    """Gauss quadratures of the spectral measures of k random probes.
+
+    Row i integrates f against the measure of probe v_i: v_iᵀ f(H) v_i ≈ Σ_j weights[i, j] f(nodes[i, j]),
+    exactly for polynomials of degree below 2 lengths[i]. The mean over rows estimates tr f(H) / n. Rows
+    are sorted by node and sum to one; entries beyond a row's length have weight zero.
+    """
+
+    nodes: Array  # (k, m) Ritz values
+    weights: Array  # (k, m) squared first components of the eigenvectors of T
+    residuals: Array  # (k, m): an eigenvalue of H lies within this distance of the node
+    lengths: Array  # (k,) true number of nodes
+    asymmetry: Array  # (k,) see Tridiagonal
+    size: int  # n, order of the operator
+    num_matvecs: int
+    precision: float  # relative error of one product, as stated by the operator
+    status: Status
+
+    @property
+    def num_probes(self) -> int:
+        """k, the number of probes."""
+        return self.nodes.shape[0]
+
+    @property
+    def num_steps(self) -> int:
+        """m, the number of Lanczos steps of each probe."""
+        return self.nodes.shape[1]
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest Ritz value."""
+        return float(np.min(self.nodes)), float(np.max(self.nodes))
+
+    @property
+    def noise_floor(self) -> float:
+        """Magnitude below which an eigenvalue is not resolved: measured asymmetry times |H|.
+
+        Never below the rounding of one product in the working precision, precision * |H|.
+        """
+        scale = max(map(abs, self.range))
+        return scale * max(float(np.max(self.asymmetry)), self.precision)
+
+    def cdf(self, x, *, level: float = 0.95) -> Interval:
+        """Share of eigenvalues at or below `x`, with a band that holds for the whole curve.
+
+        The band has two parts. For each probe, the Chebyshev-Markov-Stieltjes inequalities bracket the
+        true weighted CDF between partial sums of the weights: that part is deterministic and shrinks
+        with more steps. The share F(x) seen by a probe that is uniform on the sphere has the law
+        Beta(nF/2, n(1-F)/2): that part is statistical, and shrinks with more probes. With probability
+        at least `level` the true CDF lies in the band at all x at once (Bonferroni over the nodes).
+
+        Args:
+            x: points, any shape, in units of the eigenvalues.
+            level: probability that the whole curve lies in the band.
+
+        Returns:
+            Interval(lower, estimate, upper), float64 arrays of the shape of `x`.
+
+        References:
+            Golub and Meurant, Matrices, Moments and Quadrature, 2010, ch. 6; Chen, Trogdon and Ubaru,
+            arXiv:2105.06595.
+
+        Examples:
+            >>> import jax, jax.numpy as jnp, spectra
+            >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(-1.0, 3.0, 400)))
+            >>> quadrature = spectra.slq(op, key=jax.random.key(0), num_steps=60, num_probes=4)
+            >>> lower, estimate, upper = quadrature.cdf(0.0)
+            >>> bool(lower < 0.25 < upper)
+            True
+        """
+        return Interval(*_quadrature.cdf_band(self, np.asarray(x, np.float64), level))
+
+    def mean(self, f) -> float:
+        """Estimate of tr f(H) / n for a function of an array of eigenvalues."""
+        return float(np.mean(np.sum(self.weights * f(np.asarray(self.nodes)), axis=1)))
+
+    def band_width(self, *, level: float = 0.95) -> float:
+        """Mean width of the CDF's band over the spectral range: the share of eigenvalues in doubt.
+
+        Times the range it bounds the Wasserstein-1 distance between estimate and truth.
+        """
+        return sum(_quadrature.band_width_parts(self, level))
+
+    def __repr__(self) -> str:
+        low, high = self.range if not isinstance(self.nodes, jax.core.Tracer) else ("?", "?")
+        return (
+            f"Quadrature(num_probes={self.num_probes}, num_steps={self.num_steps}, "
+            f"size={self.size}, range=({low:.6g}, {high:.6g}), {self.status.code})"
+            if low != "?"
+            else f"Quadrature(num_probes={self.num_probes}, num_steps={self.num_steps}, traced)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Density:
+    """A spectral density smoothed by a Gaussian kernel of location-dependent width.
+
+    ∫ density = 1 by the trapezoidal rule on `grid`, without renormalising, as far as the grid covers
+    the spectrum. `lower` and `upper` bound the exact spectrum smoothed by the same kernel, on the whole
+    grid at once, at the confidence `level`.
+    """
+
+    grid: Array  # (g,) eigenvalues
+    density: Array  # (g,) per unit of eigenvalue
+    lower: Array  # (g,)
+    upper: Array  # (g,)
+    bandwidth: Array  # (g,) width of the kernel for mass at each grid point
+    linear_scale: float  # |eigenvalue| below which a signed-log axis should be linear
+    outliers: Array  # (r,) mean positions of eigenvalues resolved one by one
+    size: int  # n
+    level: float
+
+    def integral(self) -> float:
+        """Mass on the grid by the trapezoidal rule; below one where the grid cuts the spectrum off."""
+        return float(np.trapezoid(self.density, self.grid))
+
+    def __repr__(self) -> str:
+        return (
+            f"Density(points={len(self.grid)}, range=({self.grid[0]:.4g}, {self.grid[-1]:.4g}), "
+            f"integral={self.integral():.6f}, outliers={len(self.outliers)})"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number with its standard error and what it cost."""
+
+    value: float
+    stderr: float
+    num_matvecs: int
+    method: str
+
+    def __repr__(self) -> str:
+        return f"{self.value:.6g} ± {self.stderr:.2g} ({self.method}, {self.num_matvecs} products)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes and products of a run, before anything is allocated. All sizes in bytes."""
+
+    size: int  # n
+    num_steps: int
+    num_probes: int
+    probe_batch: int  # probes in flight together
+    vector: int  # one vector
+    basis: int  # Krylov basis of one probe
+    vectors: int  # working vectors of one probe besides the basis
+    linearization: int  # saved values of the linearised gradient, shared by all probes
+    workspace: int  # temporaries of one product, from the compiled program; 0 if not compiled
+    available: int | None  # free memory of the device, None if it cannot be known
+    num_matvecs: int
+
+    @property
+    def total(self) -> int:
+        """Peak of what the run adds to parameters and data."""
+        return self.linearization + self.probe_batch * (self.basis + self.vectors + self.workspace)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the memory that is free now."""
+        return self.available is None or self.total <= self.available
+
+    def __repr__(self) -> str:
+        rows = [
+            ("parameters", f"{self.size:,}"),
+            ("products", f"{self.num_matvecs:,} ({self.num_steps} steps x {self.num_probes} probes)"),
+            ("basis", f"{format_bytes(self.basis)} a probe, {self.probe_batch} in flight"),
+            ("working vectors", f"{format_bytes(self.vectors)} a probe"),
+            ("saved linearisation", format_bytes(self.linearization)),
+            ("workspace of a product", format_bytes(self.workspace)),
+            ("peak", format_bytes(self.total)),
+            ("available", "unknown" if self.available is None else format_bytes(self.available)),
+            ("fits", "yes" if self.fits else "no"),
+        ]
+        return _rows("Plan", rows)
+
+
+def format_bytes(count: int) -> str:
+    """`1536` as `1.5 KiB`."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+_register(Tridiagonal, ("layout", "status"))
+_register(Quadrature, ("size", "num_matvecs", "precision", "status"))
+_register(Density, ("linear_scale", "size", "level"))
+_register(Estimate, ("num_matvecs", "method"))
