@@ -57,11 +57,13 @@ def plot_density(
         raise SpectraError(f"xscale={xscale!r}: use 'auto', 'symlog' or 'linear'.")
     ax = _axes(ax)
     grid = np.asarray(density.grid)
-    edge = max(abs(grid[0]), abs(grid[-1]))
+    floor = _floor(density)
+    visible = grid[np.asarray(density.density) > floor]
+    low, high = visible[0], visible[-1]
+    edge = max(abs(low), abs(high))
     if xscale == "auto":
         xscale = "symlog" if edge > _DYNAMIC * density.linear_scale else "linear"
     peak = float(np.max(density.density))
-    floor = _floor(density)
     with np.errstate(divide="ignore"):
         line = np.maximum(density.density, floor * 1e-3)
     ax.fill_between(
@@ -77,13 +79,12 @@ def plot_density(
     ax.set_ylim(floor, peak * 4)
     _mark_outliers(ax, density, color)
     if xscale == "symlog":
-        _symlog(ax, density.linear_scale, grid)
+        _symlog(ax, density.linear_scale, low, high)
     else:
-        ax.set_xlim(grid[0], grid[-1])
+        ax.set_xlim(low, high)
     if learning_rate is not None:
         limit = 2 / learning_rate
         ax.axvline(limit, color=ACCENT, linewidth=0.9, linestyle="--", label="2 / learning rate")
-        low, high = ax.get_xlim()
         ax.set_xlim(low, max(high, limit * 1.5))
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("density")
@@ -118,7 +119,7 @@ def plot_eigenvalues(quadrature: Quadrature, ax: "Axes | None" = None, *, color:
     ax.fill_between(x, lower, upper, color=color, alpha=0.22, linewidth=0, step="post")
     ax.step(x, estimate, where="post", color=color, linewidth=1.0)
     if max(abs(x[0]), abs(x[-1])) > _DYNAMIC * density.linear_scale:
-        _symlog(ax, density.linear_scale, density.grid)
+        _symlog(ax, density.linear_scale, density.grid[0], density.grid[-1])
     ax.set_ylim(-0.02, 1.02)
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("share of eigenvalues below")
@@ -145,16 +146,16 @@ def _floor(density: Density) -> float:
     return 0.1 / (density.size * widest * np.sqrt(2 * np.pi))
 
 
-def _symlog(ax, scale: float, grid: np.ndarray) -> None:
+def _symlog(ax, scale: float, low: float, high: float) -> None:
     """A signed-log axis with a linear part one decade wide and at most seven labels."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    first = np.ceil(np.log10(scale))
+    first = np.floor(np.log10(scale))
     linthresh = 10.0**first
     ax.set_xscale("symlog", linthresh=linthresh, linscale=0.6)
-    ax.set_xlim(grid[0], grid[-1])
+    ax.set_xlim(low, high)
     ticks = [0.0]
-    spans = [(sign, np.floor(np.log10(abs(end)))) for sign, end in ((-1, grid[0]), (1, grid[-1]))
+    spans = [(sign, np.floor(np.log10(abs(end)))) for sign, end in ((-1, low), (1, high))
              if sign * end > linthresh]
     decades = sum(last - first + 1 for _, last in spans)
     stride = max(1, int(np.ceil(decades / 6)))

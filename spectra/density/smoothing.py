@@ -2,12 +2,11 @@
 
 import numpy as np
 
-from spectra import _quadrature
 from spectra._errors import SpectraError
 from spectra.results import Density, Quadrature
 
-RELATIVE_WIDTH = 0.08
-"""Default kernel width as a share of the distance from zero: an outlier is drawn 8 % wide."""
+RELATIVE_WIDTH = 0.05
+"""Default kernel width as a share of the distance from zero: an outlier is drawn 5 % wide."""
 NODES_A_WIDTH = 2.0
 """Default kernel width near zero in units of the typical spacing of Ritz values there."""
 _REACH = 6.0  # kernel widths beyond which its mass, 2e-9, is left out
@@ -20,14 +19,16 @@ def spectral_density(
     """Smooth a quadrature to a density that integrates to one, with a band that holds as a whole.
 
     p(x) = Σ_ij (w_ij / k) N(x; θ_ij, h(θ_ij)²). By default the width h(t) = η sqrt(t² + s²), with
-    η = 0.08, is proportional to the distance from zero and constant below s, which is set by the
+    η = 0.05, is proportional to the distance from zero and constant below s, which is set by the
     spacing of the Ritz values where most of the mass lies: on the signed-log axis on which such
     spectra are drawn, features at 1e-3 and at 1e4 are equally wide. It scales with H. The value at a
     grid point is the mean of p under the hat function of that point, so that the trapezoidal rule gives
     the mass of p to rounding on any grid.
 
-    The band is what the CDF's band implies: the largest and smallest ∫ N(x; t, h(t)²) dF(t) over all
-    distributions F in it.
+    The band holds, at its level and for all grid points at once, the density of the exact spectrum
+    smoothed by the same kernel. It rests on the known law of a probe that is uniform on the sphere and
+    on the spread between probes. For bounds that hold whatever the quadratures missed, ask
+    `Quadrature.cdf`.
 
     Args:
         quadrature: result of `slq`.
@@ -58,23 +59,28 @@ def spectral_density(
         widths = _constant_width(float(bandwidth))
     else:
         raise SpectraError(f"bandwidth={bandwidth}: use a positive number, or None for the default.")
-    live = np.arange(quadrature.num_steps) < np.asarray(quadrature.lengths)[:, None]
-    centers = np.asarray(quadrature.nodes)[live]
-    masses = np.asarray(quadrature.weights)[live] / quadrature.num_probes
-    own_grid = _default_grid(centers, widths)
+    centers = np.asarray(quadrature.nodes).ravel()
+    masses = np.zeros((quadrature.num_probes, centers.size))
+    np.put_along_axis(
+        masses,
+        np.arange(centers.size).reshape(quadrature.num_probes, -1),
+        np.asarray(quadrature.weights),
+        axis=1,
+    )
     if grid is None:
-        grid = own_grid
+        grid = _default_grid(centers, widths)
     else:
         grid = np.asarray(grid, np.float64)
         if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) > 0).all():
             raise SpectraError("grid must be a 1-D array of at least two increasing numbers.")
-    density = _smooth(grid, centers, masses, widths(centers))
-    lower, upper = _band(quadrature, grid, own_grid, widths, level)
+    probes, square = _smooth(grid, centers, masses, widths(centers))
+    num_tests = float(np.sum(np.diff(grid) / widths(grid[1:])))  # kernel widths on the grid
+    lower, upper = _band(probes, square, quadrature.size, num_tests, level)
     return Density(
         grid=grid,
-        density=density,
-        lower=np.clip(np.minimum(lower, density), 0, None),
-        upper=np.maximum(upper, density),
+        density=probes.mean(axis=0),
+        lower=lower,
+        upper=upper,
         bandwidth=widths(grid),
         linear_scale=float(scale),
         outliers=resolved_outliers(quadrature),
@@ -173,38 +179,41 @@ def _chunks(grid: np.ndarray, size: int = 256):
         yield slice(start, stop), grid[low:high], slice(start - low, stop - low)
 
 
-def _smooth(grid, centers, masses, h) -> np.ndarray:
-    out = np.zeros(len(grid))
+def _smooth(grid, centers, masses, h) -> tuple[np.ndarray, np.ndarray]:
+    """Smoothed density of each probe (k, g) from masses (k, c), and the mean of the squared kernel (g,)."""
+    density = np.zeros((len(masses), len(grid)))
+    square = np.zeros(len(grid))
     for target, points, inner in _chunks(grid):
         near = (centers + 8 * h >= points[0]) & (centers - 8 * h <= points[-1])
-        kernel = _hat_means(points, centers[near], h[near])
-        out[target] = (kernel @ masses[near])[inner]
-    return out
+        kernel = _hat_means(points, centers[near], h[near])[inner]
+        density[:, target] = masses[:, near] @ kernel.T
+        square[target] = kernel**2 @ masses[:, near].mean(axis=0)
+    return density, square
 
 
-def _band(quadrature, grid, edges, widths, level: float):
-    """Extremes of ∫ K(x, t) dF(t) over lower <= F <= upper, by summation by parts over cells of t.
+def _band(probes: np.ndarray, square: np.ndarray, size: int, num_tests: float, level: float):
+    """Chi-square limits for the smoothed density, for the whole curve.
 
-    Σ_j K_j (F_j - F_{j-1}) = -Σ_j F_j (K_{j+1} - K_j): where K rises the smallest F makes the largest
-    value, where it falls the largest F does.
+    The value that one probe gives at x is the quadratic form vᵀ K(x, H) v. For v uniform on the sphere
+    its mean is the smoothed density p and its variance 2 (mean K² - p²) / (n + 2); the spread between
+    probes estimates the same and takes in what the quadratures themselves leave open, so the larger of
+    the two counts. A positive sum of squares with this mean and variance is, to its first two moments,
+    p χ²_ν / ν with ν = 2 p² / variance, which is inverted for p.
     """
-    cdf = _quadrature.cdf_band(quadrature, edges, level)
-    low, high = cdf[0], cdf[2]
-    middle = (edges[1:] + edges[:-1]) / 2
-    h = widths(middle)
-    bottom, top = np.zeros(len(grid)), np.zeros(len(grid))
-    for target, points, inner in _chunks(grid):
-        near = np.flatnonzero((middle + 8 * h >= points[0]) & (middle - 8 * h <= points[-1]))
-        if not len(near):
-            continue
-        first, last = near[0], near[-1] + 1
-        kernel = _hat_means(points, middle[first:last], h[first:last])[inner]
-        step = np.diff(np.pad(kernel, ((0, 0), (1, 1))), axis=1)  # at edges first .. last
-        rise, fall = np.maximum(step, 0), np.maximum(-step, 0)
-        f_low, f_high = low[first : last + 1], high[first : last + 1]
-        top[target] = fall @ f_high - rise @ f_low
-        bottom[target] = fall @ f_low - rise @ f_high
-    return bottom, top
+    from scipy.special import chdtri
+
+    k = len(probes)
+    mean = probes.mean(axis=0)
+    variance = 2 * np.clip(square - mean**2, 0, None) / (size + 2) / k
+    if k > 1:
+        variance = np.maximum(variance, probes.var(axis=0, ddof=1) / k)
+    tail = (1 - level) / (2 * max(num_tests, 1))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        dof = np.clip(2 * mean**2 / variance, 1e-2, 1e12)
+        lower = mean * dof / chdtri(dof, tail)
+        upper = mean * dof / chdtri(dof, 1 - tail)
+    exact = ~(variance > 0)
+    return np.where(exact, mean, lower), np.where(exact, mean, upper)
 
 
 def resolved_outliers(quadrature: Quadrature, *, share: float = 0.01) -> np.ndarray:

@@ -62,7 +62,7 @@ class MatrixOperator(LinearOperator):
         return jnp.matmul(self.matrix, v, precision=lax.Precision.HIGHEST)
 
 
-@operator(leaves=("like",))
+@operator(leaves=("example",))
 class FunctionOperator(LinearOperator):
     """A symmetric operator given by its product with a vector.
 
@@ -85,15 +85,20 @@ class FunctionOperator(LinearOperator):
     """
 
     function: Callable[[PyTree], PyTree]
-    like: PyTree  # pyright: ignore[reportIncompatibleMethodOverride]
+    example: PyTree
 
     def __init__(self, mv: Callable[[PyTree], PyTree], like: PyTree):
         if not callable(mv):
             raise StructureError(f"mv is a {type(mv).__name__}; pass a function of a vector.")
         object.__setattr__(self, "function", mv)
-        object.__setattr__(self, "like", like)
+        object.__setattr__(self, "example", like)
         structure = self.structure
         _tree.check_structure(jax.eval_shape(mv, structure), structure, "the result of mv")
+
+    @property
+    def like(self) -> PyTree:
+        """The example of a vector."""
+        return self.example
 
     def mv(self, v: PyTree) -> PyTree:
         """The user's product, in the working dtypes."""
