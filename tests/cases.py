@@ -1,0 +1,169 @@
+"""The registry: spectra and operators that every algorithm runs through, with exact answers.
+
+References are NumPy float64 and use neither JAX nor automatic differentiation. To add an operator,
+add a function to `OPERATORS`; it inherits every test of products, dense matrices and quadratures.
+"""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+
+import spectra
+
+N = 48  # one order for all planted spectra: the compiled code is shared
+
+
+def _spectra() -> dict[str, np.ndarray]:
+    ones = np.ones(N)
+    bulk = np.linspace(0.5, 1.5, N)
+    return {
+        "decaying": np.logspace(0, -6, N),
+        "clustered": np.repeat([1.0, 2.0, 5.0], N // 3) + 1e-3 * np.linspace(-1, 1, N),
+        "repeated": np.repeat([1.0, 2.0, 5.0], N // 3),
+        "indefinite": np.linspace(-2.0, 3.0, N),
+        "rank deficient": np.concatenate([np.zeros(N - 5), [1.0, 2.0, 3.0, 4.0, 5.0]]),
+        "zero": 0 * ones,
+        "multiple of the identity": -0.7 * ones,
+        "outliers 1e4 times the bulk": np.concatenate([bulk[:-3], [-8e3, 9e3, 1e4]]),
+    }
+
+
+SPECTRA = _spectra()
+
+
+def rotation(n: int, seed: int = 0) -> np.ndarray:
+    """An orthogonal matrix in float64."""
+    q, r = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))
+    return q * np.sign(np.diag(r))
+
+
+def planted(eigenvalues: np.ndarray) -> np.ndarray:
+    """A dense symmetric float64 matrix with the given eigenvalues."""
+    q = rotation(len(eigenvalues))
+    a = (q * eigenvalues) @ q.T
+    return (a + a.T) / 2
+
+
+def ridge_loss(params, batch):
+    """mean of tanh² over examples, weighted if the batch carries a mask: smooth, not convex."""
+    inputs, mask = batch
+    z = inputs @ params["w"] + params["b"]
+    return jnp.sum(mask * jnp.tanh(z) ** 2) / jnp.sum(mask)
+
+
+def ridge_count(batch):
+    """The weight of a batch of `ridge_loss`: how many examples its mask keeps."""
+    return batch[1].sum()
+
+
+class Ridge:
+    """`ridge_loss` on fixed data, with its Hessian in closed form.
+
+    With t = tanh(z), z = xᵀw + b, and x extended by one, (tanh²)'' = 2 (1 - t²)(1 - 3 t²), so
+    H = Σ m_i 2 (1 - t_i²)(1 - 3 t_i²) x_i x_iᵀ / Σ m_i; leaves in tree order are b, w.
+    """
+
+    def __init__(self, num_examples=13, width=5, masked=False):
+        rng = np.random.default_rng(1)
+        self.inputs = rng.standard_normal((num_examples, width))
+        self.mask = rng.integers(1, 4, num_examples) * 1.0 if masked else np.ones(num_examples)
+        self.w, self.b = rng.standard_normal(width) / 2, 0.3
+
+    def params(self, dtype=None):
+        return {"w": jnp.asarray(self.w, dtype), "b": jnp.asarray(self.b, dtype)}
+
+    def batch(self, dtype=None):
+        return jnp.asarray(self.inputs, dtype), jnp.asarray(self.mask, dtype)
+
+    def parts(self, *stops):
+        x, m = self.batch()
+        edges = (0, *stops, len(x))
+        return [(x[a:b], m[a:b]) for a, b in itertools.pairwise(edges)]
+
+    def hessian(self) -> np.ndarray:
+        t = np.tanh(self.inputs @ self.w + self.b)
+        x = np.column_stack([np.ones(len(t)), self.inputs])
+        curvature = self.mask * 2 * (1 - t**2) * (1 - 3 * t**2) / self.mask.sum()
+        return (x.T * curvature) @ x
+
+    def operator(self, data=None, **options):
+        data = self.batch() if data is None else data
+        return spectra.HessianOperator(ridge_loss, self.params(), data, **options)
+
+
+def negative_laplacian(v):
+    """-∂² with zero boundary values: eigenvalues 4 sin²(π k / 2(n + 1)) along each axis."""
+    out = 2 * v.ndim * v
+    for axis in range(v.ndim):
+        padded = jnp.pad(v, [(1, 1) if a == axis else (0, 0) for a in range(v.ndim)])
+        out = out - jnp.take(padded, jnp.arange(v.shape[axis]), axis)
+        out = out - jnp.take(padded, jnp.arange(2, v.shape[axis] + 2), axis)
+    return out
+
+
+def laplacian_eigenvalues(*shape: int) -> np.ndarray:
+    """Known eigenvalues of `negative_laplacian` on a grid."""
+    total = np.zeros(1)
+    for n in shape:
+        axis = 4 * np.sin(np.pi * np.arange(1, n + 1) / (2 * (n + 1))) ** 2
+        total = (total[:, None] + axis).ravel()
+    return np.sort(total)
+
+
+def laplacian_matrix(n: int) -> np.ndarray:
+    return 2 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1)
+
+
+def _matrix(name="indefinite"):
+    return spectra.MatrixOperator(planted(SPECTRA[name])), planted(SPECTRA[name])
+
+
+def _ridge(data=None, masked=False, **options):
+    ridge = Ridge(masked=masked)
+    return ridge.operator(ridge.parts(*data) if data else None, **options), ridge.hessian()
+
+
+def _arithmetic():
+    op, dense = _ridge()
+    eye = np.eye(len(dense))
+    return ((2.0 * op - op.shift(0.25)) / 4.0 + (-op)).shift(-1.5), -0.75 * dense - 1.5625 * eye
+
+
+OPERATORS = {
+    "matrix": _matrix,
+    "function": lambda: (
+        spectra.FunctionOperator(negative_laplacian, jnp.zeros(9)),
+        laplacian_matrix(9),
+    ),
+    "one batch": _ridge,
+    "one batch, not linearised": lambda: _ridge(linearize=False),
+    "one batch, linearised": lambda: _ridge(linearize=True),
+    "forward over reverse": lambda: _ridge(mode="forward-over-reverse"),
+    "reverse over reverse": lambda: _ridge(mode="reverse-over-reverse"),
+    "reverse over reverse, not linearised": lambda: _ridge(
+        mode="reverse-over-reverse", linearize=False
+    ),
+    "finite difference": lambda: _ridge(mode="finite-difference"),
+    "microbatches that divide": lambda: _ridge(microbatch=13),
+    "microbatches with a rest": lambda: _ridge(microbatch=4),
+    "microbatches, not linearised": lambda: _ridge(microbatch=4, linearize=False),
+    "masked microbatches": lambda: _ridge(masked=True, microbatch=4, weight_fn=ridge_count),
+    "stream": lambda: _ridge(data=(1, 6)),
+    "masked stream": lambda: _ridge(data=(1, 6), masked=True, weight_fn=ridge_count),
+    "masked stream of microbatches": lambda: _ridge(
+        data=(1, 6), masked=True, microbatch=2, weight_fn=ridge_count
+    ),
+    "sum, multiple and shift": _arithmetic,
+    "sum with a stream": lambda: (
+        Ridge().operator() + Ridge().operator(Ridge().parts(4)),
+        2 * Ridge().hessian(),
+    ),
+}
+
+
+def relative_error(got, expected) -> float:
+    """|got - expected| / |expected| in the Frobenius norm, in float64."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    size = np.linalg.norm(expected)
+    return float(np.linalg.norm(got - expected) / (size if size > 0 else 1.0))

@@ -1,0 +1,99 @@
+"""Every operator of the registry against its dense float64 reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import OPERATORS, SPECTRA, Ridge, planted, relative_error
+
+import spectra
+from spectra import _tree
+
+
+def tolerance(op) -> float:
+    """32 roundings of one product.
+
+    A product is a sum over at most N = 48 terms of a handful of chained float operations; their
+    rounding errors add up to less than 32 eps |H| |v|. `op.precision` is eps, except for finite
+    differences, where both of the error's parts are of order eps^(2/3) by the choice of the step.
+    """
+    return 32 * op.precision
+
+
+@pytest.fixture(params=OPERATORS, ids=str)
+def case(request, dtype):
+    op, dense = OPERATORS[request.param]()
+    assert str(op.dtype) == dtype
+    return op, dense
+
+
+def test_dense_matrix_product_and_scipy_agree_with_the_reference(case):
+    op, dense = case
+    assert op.size == len(dense)
+    matrix = op.as_matrix()
+    assert (np.asarray(matrix) == np.asarray(matrix).T).all()
+    assert relative_error(matrix, dense) <= tolerance(op)
+    v = np.random.default_rng(2).standard_normal(op.size)
+    scale = np.linalg.norm(dense, 2) * np.linalg.norm(v)
+    flat = np.asarray(op @ jnp.asarray(v), np.float64)
+    assert np.linalg.norm(flat - dense @ v) <= tolerance(op) * scale
+    through_scipy = op.to_scipy().matvec(v)
+    assert through_scipy.dtype == op.dtype
+    assert np.linalg.norm(through_scipy - dense @ v) <= tolerance(op) * scale
+
+
+def test_prepared_and_batched_products_equal_the_plain_product(case):
+    op, dense = case
+    structure = op.structure
+    rows = jax.random.normal(jax.random.key(3), (3, op.size), op.dtype)
+    batched = op.prepare().mv_batch(jax.vmap(lambda v: _tree.unravel(v, structure))(rows))
+    for i in range(3):
+        product = op.mv(_tree.unravel(rows[i], structure))
+        one = jax.tree.map(lambda x, i=i: x[i], batched)
+        for tree in (product, one):
+            assert jax.tree.map(lambda x: (x.shape, x.dtype), tree) == jax.tree.map(
+                lambda x: (x.shape, x.dtype), structure
+            )
+        difference = np.linalg.norm(np.asarray(_tree.ravel(one) - _tree.ravel(product)))
+        scale = np.linalg.norm(dense, 2) * np.linalg.norm(rows[i])
+        assert difference <= 2 * tolerance(op) * scale
+
+
+def test_a_pytree_product_has_the_structure_of_the_parameters():
+    op = Ridge().operator()
+    v = {"w": jnp.ones(5), "b": jnp.ones(())}
+    product = op @ v
+    assert jax.tree.map(jnp.shape, product) == jax.tree.map(jnp.shape, v)
+    flat = op @ jnp.ones(6)
+    assert flat.shape == (6,)
+    np.testing.assert_array_equal(flat, np.concatenate([product["b"][None], product["w"]]))
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_a_planted_matrix_has_the_planted_eigenvalues(name, dtype):
+    eigenvalues = np.sort(SPECTRA[name])
+    matrix = np.asarray(spectra.MatrixOperator(planted(eigenvalues)).as_matrix(), np.float64)
+    # Weyl: eigenvalues move by at most the norm of the rounding, N roundings of |A|.
+    error = np.abs(np.linalg.eigvalsh(matrix) - eigenvalues).max()
+    eps = float(jnp.finfo(dtype).eps)
+    assert error <= len(eigenvalues) * eps * np.abs(eigenvalues).max()
+
+
+def test_an_operator_is_a_pytree_of_its_parameters_and_data():
+    op = Ridge().operator()
+    assert {x.shape for x in jax.tree.leaves(op)} == {(5,), (), (13, 5), (13,)}
+    doubled = jax.tree.map(lambda x: 2 * x, op)
+    assert isinstance(doubled, spectra.HessianOperator)
+    np.testing.assert_array_equal(doubled.params["w"], 2 * op.params["w"])
+
+
+def test_multiples_from_either_side_and_from_numpy_scalars():
+    a = planted(SPECTRA["indefinite"])
+    op, v = spectra.MatrixOperator(a), jnp.ones(len(a))
+    for scaled in (2.0 * op, op * 2.0, np.float32(2) * op, jnp.float32(2) * op, op / 0.5):
+        np.testing.assert_array_equal(scaled @ v, 2 * (op @ v))
+
+
+def test_the_data_shared_by_losses_without_data_may_be_none(dtype):
+    op = spectra.HessianOperator(lambda p, _: jnp.sum(p**4) / 12, jnp.array([1.0, 2.0, 3.0]), None)
+    np.testing.assert_allclose(op.as_matrix(), np.diag([1.0, 4.0, 9.0]), rtol=32 * op.precision)
