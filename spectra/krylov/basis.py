@@ -80,7 +80,8 @@ class Layout:
         leaves = self.treedef.flatten_up_to(tree)
         if self.packed:
             (panel,) = self.panels
-            flat = jnp.concatenate([jnp.ravel(leaf).astype(panel.dtype) for leaf in leaves])
+            parts = [jnp.ravel(leaf).astype(panel.dtype) for leaf in leaves]
+            flat = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
             return [jnp.pad(flat, (0, math.prod(panel.shape) - flat.size)).reshape(panel.shape)]
         return [
             leaf.reshape(panel.shape).astype(panel.dtype)

@@ -1,0 +1,199 @@
+"""Densities and CDF bands against exact spectra: mass, scale, coverage."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectra
+from spectra.density.smoothing import _hat_means, spectral_density
+
+BULK_AND_OUTLIERS = np.concatenate(
+    [np.random.default_rng(0).normal(size=990), 1e4 * (1 + np.arange(10))]
+)
+SPECTRA = {
+    "semicircle": 2 * np.cos(np.arange(1, 1001) * np.pi / 1001),
+    "bulk and outliers": BULK_AND_OUTLIERS,
+    "decay": 10.0 ** (-5 * np.linspace(0, 1, 1000)),
+    "half null": np.concatenate([np.zeros(500), np.linspace(0.5, 2, 500)]),
+}
+
+
+def run(values, seed, num_steps=60, num_probes=8, **options):
+    op = spectra.MatrixOperator(jnp.diag(jnp.asarray(values, jnp.float32)))
+    return spectra.slq(
+        op, key=jax.random.key(seed), num_steps=num_steps, num_probes=num_probes, **options
+    )
+
+
+def diagonal_mv(v):
+    return VALUES * v
+
+
+VALUES = jnp.asarray(SPECTRA["bulk and outliers"], jnp.float32)
+
+
+def exact_cdf(values, x):
+    return np.searchsorted(np.sort(values), x, side="right") / len(values)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_density_integrates_to_one_without_renormalising(name):
+    density = spectral_density(run(SPECTRA[name], 0))
+    # Kernels are cut 6 widths out, where 2e-9 of their mass lies.
+    assert abs(density.integral() - 1) < 1e-8
+    assert (density.lower <= density.density).all()
+    assert (density.density <= density.upper).all()
+
+
+def test_a_grid_that_cuts_the_spectrum_off_shows_the_lost_mass():
+    density = spectral_density(run(SPECTRA["half null"], 0), grid=np.linspace(0.25, 3, 400))
+    # Half of the eigenvalues are zero. A probe's share of them varies by sqrt(2 / 4 / (n k)) = 0.8 %.
+    assert abs(density.integral() - 0.5) < 5 * 0.008
+
+
+def test_trapezoidal_mass_is_kept_on_a_grid_coarser_than_the_kernel():
+    density = spectral_density(
+        run(SPECTRA["semicircle"], 0), bandwidth=1e-3, grid=np.linspace(-3, 3, 11)
+    )
+    assert abs(density.integral() - 1) < 1e-12
+
+
+def test_hat_means_agree_with_numerical_integration():
+    from scipy.integrate import quad
+    from scipy.stats import norm
+
+    grid, center, width = np.array([-1.0, -0.2, 0.1, 0.9]), 0.15, 0.3
+    got = _hat_means(grid, np.array([center]), np.array([width]))[:, 0]
+    for i, value in enumerate(got):
+        hat = np.eye(4)[i]
+        total = quad(
+            lambda x, hat=hat: np.interp(x, grid, hat) * norm.pdf(x, center, width),
+            -1,
+            0.9,
+            points=[-0.2, 0.1],
+        )[0]
+        area = np.trapezoid(hat, grid)
+        assert abs(value - total / area) < 1e-10  # quad's own error estimate is 1.5e-8 at most
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_default_bandwidth_scales_with_the_operator(factor):
+    quadrature = run(BULK_AND_OUTLIERS, 0)
+    scaled = run(BULK_AND_OUTLIERS * factor, 0)
+    one, other = spectral_density(quadrature), spectral_density(scaled)
+    # Ritz values agree to the noise floor, 1e-7 |H| = 1e-2; the spacing in the bulk, 0.1, sets the scale.
+    assert abs(other.linear_scale / factor / one.linear_scale - 1) < 0.1
+
+
+def test_bulk_is_resolved_beside_outliers_ten_thousand_times_larger():
+    """Away from the edges of the bulk the density follows the normal law that it was drawn from."""
+    density = spectral_density(run(BULK_AND_OUTLIERS, 0, num_steps=90))
+    x = np.linspace(-1.5, 1.5, 13)
+    got = np.interp(x, density.grid, density.density)
+    width = np.interp(x, density.grid, density.bandwidth)
+    assert width.max() < 0.5
+    # The normal law smoothed by the kernel; 990 draws make 990 * 2 * width * p, about 100 a window:
+    # 10 % of sampling, three standard deviations.
+    expected = 0.99 * np.exp(-(x**2) / 2 / (1 + width**2)) / np.sqrt(2 * np.pi * (1 + width**2))
+    assert np.abs(got / expected - 1).max() < 0.3
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_outliers_are_eigenvalues(name):
+    values = SPECTRA[name]
+    for outlier in spectral_density(run(values, 0)).outliers:
+        # Resolved to 1 % of the gap to the next node by the rule; the mean over probes is no worse.
+        assert np.abs(values - outlier).min() <= 0.01 * np.ptp(values)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_cdf_band_contains_the_true_cdf_at_the_promised_rate(name):
+    """Over 100 keys the whole true curve leaves the 95 % band at most 11 times.
+
+    With a true rate of 5 % the number of misses is Binomial(100, 0.05), above 11 with probability 0.4 %.
+    """
+    values = SPECTRA[name]
+    x = np.sort(
+        np.concatenate([values, values - 1e-3, np.linspace(values.min(), values.max(), 200)])
+    )
+    truth = exact_cdf(values, x)
+    misses = 0
+    for seed in range(100):
+        lower, estimate, upper = run(values, seed, num_steps=30, num_probes=2).cdf(x)
+        assert (lower <= estimate).all()
+        assert (estimate <= upper).all()
+        misses += not ((lower <= truth) & (truth <= upper)).all()
+    assert misses <= 11
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_density_band_contains_the_smoothed_truth_at_the_promised_rate(name):
+    """As above, for the exact spectrum smoothed by the kernel that each result states."""
+    values = np.sort(SPECTRA[name])
+    misses = 0
+    for seed in range(100):
+        quadrature = run(values, seed, num_steps=50, num_probes=4)
+        density = spectral_density(quadrature)
+        widths = 0.05 * np.hypot(values, density.linear_scale)
+        truth = _hat_means(density.grid, values, widths).mean(axis=1)
+        # The ends of the grid hold the tails of kernels only; compare where one eigenvalue is seen.
+        seen = truth > 0.1 / (len(values) * density.bandwidth.max() * np.sqrt(2 * np.pi))
+        inside = (density.lower <= truth * (1 + 1e-6)) & (truth * (1 - 1e-6) <= density.upper)
+        misses += not inside[seen].all()
+    assert misses <= 11
+
+
+def test_cdf_of_an_exact_rule_is_the_step_function():
+    quadrature = run(np.repeat([1.0, 2.0, 4.0], [100, 50, 50]), 0, num_steps=10, num_probes=200)
+    lower, estimate, upper = quadrature.cdf(np.array([0.5, 1.5, 3.0, 5.0]))
+    assert (lower[[0, 3]] == [0, 1]).all()
+    assert (upper[[0, 3]] == [0, 1]).all()
+    # 200 probes of 200 dimensions: sd sqrt(2 F (1 - F) / 40000) = 0.35 %.
+    assert np.abs(estimate - [0, 0.5, 0.75, 1]).max() < 4 * 0.0036
+    # A width from sampling alone: Bonferroni over 3 nodes is 2.4 sd a side.
+    assert (upper - lower)[1:3].max() < 2 * 4 * 0.0036
+
+
+def test_tolerance_is_reached_or_its_absence_is_said():
+    values = SPECTRA["semicircle"]
+    reached = run(values, 0, num_steps=200, num_probes=16, tol=0.05)
+    assert reached.status is spectra.Status.CONVERGED
+    assert reached.band_width() <= 0.05
+    assert reached.num_matvecs < 200 * 16
+    short = run(values, 0, num_steps=10, num_probes=2, tol=0.01)
+    assert short.status is spectra.Status.BUDGET_EXHAUSTED
+    assert short.band_width() > 0.01
+    assert "num_steps" in str(short.status)
+
+
+def test_band_width_bounds_the_distance_to_the_truth():
+    """Wasserstein-1 over the range, ∫|F - F̂|, is below the mean width of a band that holds both."""
+    from scipy.stats import wasserstein_distance
+
+    values = SPECTRA["semicircle"]
+    quadrature = run(values, 3, num_steps=40)
+    distance = wasserstein_distance(
+        values, quadrature.nodes.ravel(), None, quadrature.weights.ravel()
+    )
+    assert distance / np.ptp(values) <= quadrature.band_width()
+
+
+def test_more_probes_extend_a_run():
+    few, many = run(VALUES, 0, num_probes=2), run(VALUES, 0, num_probes=3)
+    np.testing.assert_array_equal(few.nodes, many.nodes[:2])
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"bandwidth": 0.0}, "bandwidth"),
+        ({"bandwidth": -1.0}, "bandwidth"),
+        ({"bandwidth": np.nan}, "bandwidth"),
+        ({"grid": [1.0, 0.0]}, "grid"),
+        ({"grid": [1.0]}, "grid"),
+    ],
+)
+def test_bad_smoothing_arguments_are_named(options, word):
+    with pytest.raises(spectra.SpectraError, match=word):
+        spectral_density(run(SPECTRA["decay"], 0, num_probes=1), **options)
