@@ -157,9 +157,9 @@ def test_cdf_of_an_exact_rule_is_the_step_function():
 
 def test_tolerance_is_reached_or_its_absence_is_said():
     values = SPECTRA["semicircle"]
-    reached = run(values, 0, num_steps=200, num_probes=16, tol=0.05)
+    reached = run(values, 0, num_steps=200, num_probes=16, tol=0.1)
     assert reached.status is spectra.Status.CONVERGED
-    assert reached.band_width() <= 0.05
+    assert reached.band_width() <= 0.1
     assert reached.num_matvecs < 200 * 16
     short = run(values, 0, num_steps=10, num_probes=2, tol=0.01)
     assert short.status is spectra.Status.BUDGET_EXHAUSTED
