@@ -56,7 +56,7 @@ def is_stream(data: Any) -> bool:
     """Whether `data` is a source of batches rather than one batch."""
     if data is None or isinstance(data, (tuple, Mapping, np.ndarray, jax.Array)):
         return False
-    if isinstance(data, list) or callable(data):
+    if isinstance(data, (list, Iterator)) or callable(data):  # JAX refuses to see iterators as leaves
         return True
     leaves = jax.tree.leaves(data)  # a registered pytree node is a batch, an opaque object is not
     opaque = len(leaves) == 1 and leaves[0] is data
@@ -137,7 +137,8 @@ class Stream:
         for index, batch in enumerate(self._read(self.source)):
             if index >= len(self.weights):
                 raise DataError(f"the data source gave more than its {len(self.weights)} batches.")
-            yield self.weights[index], batch
+            if self.weights[index] > 0:  # a batch of padding may have no mean at all
+                yield self.weights[index], batch
         if index + 1 != len(self.weights):
             raise DataError(
                 f"the data source ended after {index + 1} of {len(self.weights)} batches."

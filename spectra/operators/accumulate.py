@@ -34,8 +34,18 @@ def mean_over_microbatches(
     )
 
     def weighted(piece):
-        w = jnp.asarray(weight(piece), jnp.float32)
-        return w, jax.tree.map(lambda x: w.astype(x.dtype) * x, fn(piece))
+        w = jnp.asarray(weight(piece))
+        w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+
+        def value(piece):
+            return jax.tree.map(lambda x: w.astype(x.dtype) * x, fn(piece))
+
+        if weight_fn is None:
+            return w, value(piece)
+        # A piece of padding only has weight zero and may have no mean at all (0 / 0): skip it.
+        shapes = jax.eval_shape(value, piece)
+        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return w, lax.cond(w > 0, value, lambda _: nothing, piece)
 
     def body(total, piece):
         return jax.tree.map(jnp.add, total, weighted(piece)), None
