@@ -1,0 +1,178 @@
+"""Batches, microbatches and streams: one mean, however the data are cut; sources that change."""
+
+import itertools
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Ridge, relative_error, ridge_count, ridge_loss
+
+import spectra
+from spectra import DataError
+
+CUTS = {"equal": (4, 8), "unequal": (1, 9), "a batch each": tuple(range(1, 12))}
+
+
+def hessian(ridge, data, **options):
+    return np.asarray(ridge.operator(data, **options).as_matrix(), np.float64)
+
+
+@pytest.mark.parametrize("microbatch", [None, 1, 5, 12, 100])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("masked", [False, True], ids=["examples", "tokens"])
+def test_any_cut_of_the_data_gives_the_same_hessian(masked, cut, microbatch, x64):
+    ridge = Ridge(num_examples=12, width=3, masked=masked)
+    weight_fn = ridge_count if masked else None
+    got = hessian(ridge, ridge.parts(*CUTS[cut]), microbatch=microbatch, weight_fn=weight_fn)
+    # A sum of 12 terms in another order: 12 roundings, and as many in each product.
+    assert relative_error(got, ridge.hessian()) <= 32 * np.finfo(float).eps
+    op = ridge.operator(microbatch=microbatch, weight_fn=weight_fn)
+    assert relative_error(op.as_matrix(), ridge.hessian()) <= 32 * np.finfo(float).eps
+
+
+def test_token_means_need_token_weights(x64):
+    ridge = Ridge(num_examples=12, width=3, masked=True)
+    wrong = hessian(ridge, ridge.parts(1, 9))
+    assert relative_error(wrong, ridge.hessian()) > 1e-3
+
+
+def test_fractional_weights_keep_the_precision_of_the_data(x64):
+    ridge = Ridge(num_examples=12, width=3)
+    ridge.mask = np.linspace(0.1, 1.3, 12)  # not representable in float32
+    for options in ({}, {"microbatch": 5}):
+        got = hessian(ridge, None, weight_fn=ridge_count, **options)
+        assert relative_error(got, ridge.hessian()) <= 32 * np.finfo(float).eps
+
+
+@pytest.mark.parametrize("cut", [{"microbatch": 3}, {"data": (3, 6)}], ids=["micro", "stream"])
+def test_a_piece_of_padding_only_counts_nothing(cut, x64):
+    ridge = Ridge(num_examples=9, width=3)
+    ridge.mask[3:6] = 0  # its own mean is 0 / 0, its weight is zero
+    data = ridge.parts(*cut["data"]) if "data" in cut else None
+    got = hessian(ridge, data, weight_fn=ridge_count, microbatch=cut.get("microbatch"))
+    assert relative_error(got, ridge.hessian()) <= 32 * np.finfo(float).eps
+
+
+def test_loss_and_gradient_are_means_over_the_stream(x64):
+    ridge = Ridge()
+    one, many = ridge.operator(), ridge.operator(ridge.parts(2, 3))
+    t = np.tanh(ridge.inputs @ ridge.w + ridge.b)
+    assert float(one.loss()) == pytest.approx(np.mean(t**2), rel=1e-14)
+    assert float(many.loss()) == pytest.approx(np.mean(t**2), rel=1e-14)
+    gradient = ridge.inputs.T @ (2 * t * (1 - t**2)) / len(t)
+    np.testing.assert_allclose(many.gradient()["w"], gradient, rtol=0, atol=1e-14)
+
+
+class Loader:
+    """A re-iterable that is not a list, as data loaders are."""
+
+    def __init__(self, passes):
+        self.passes = passes
+        self.count = 0
+
+    def __iter__(self):
+        self.count += 1
+        return iter(self.passes(self.count))
+
+
+def test_kinds_of_sources_are_the_same_stream():
+    ridge = Ridge()
+    parts = ridge.parts(4, 5)
+
+    def generate():
+        yield from parts
+
+    matrices = [hessian(ridge, source) for source in (parts, generate, Loader(lambda _: parts))]
+    np.testing.assert_array_equal(matrices[0], matrices[1])
+    np.testing.assert_array_equal(matrices[0], matrices[2])
+
+
+def test_numpy_batches_of_any_dtype_are_read():
+    ridge = Ridge()
+    inputs, mask = ridge.inputs.astype(np.float32), np.ones(13, np.int8)
+    batches = [(inputs[:4], mask[:4]), (inputs[4:].astype(jnp.bfloat16), mask[4:])]
+    op = ridge.operator(batches)
+    assert np.isfinite(op.as_matrix()).all()
+
+
+def refuse(source, match, **options):
+    with pytest.raises(DataError, match=match):
+        Ridge().operator(source, **options)
+
+
+def test_a_shuffling_source_is_refused():
+    x, m = Ridge().batch()
+    orders = [np.random.default_rng(i).permutation(13) for i in range(9)]
+
+    def passes(i):
+        return [(x[o], m[o]) for o in np.split(orders[i], [5])]
+
+    refuse(Loader(passes), "not deterministic: batch 0 differs.*shuffle=False")
+
+
+def test_shuffled_order_of_equal_batches_is_refused():
+    parts = Ridge().parts(5, 10)
+    refuse(Loader(lambda i: parts if i == 1 else parts[::-1]), "not deterministic")
+
+
+def test_a_source_with_random_noise_is_refused():
+    x, m = Ridge().batch()
+    refuse(Loader(lambda i: [(x + i * 1e-6, m)]), "random augmentation")
+
+
+def test_sources_that_can_be_read_once_are_refused():
+    parts = Ridge().parts(5)
+    refuse(iter(parts), "read only once")
+    refuse((part for part in parts), "read only once")
+    exhausted = iter(parts)
+    refuse(lambda: exhausted, "no batches on the second pass")
+
+
+def test_sources_that_end_early_or_grow_between_passes_are_refused():
+    parts = Ridge().parts(5, 10)
+    refuse(Loader(lambda i: parts[: 4 - i]), "not deterministic: batch 2")
+    refuse(Loader(lambda i: parts[: i + 1]), "not deterministic: batch 2")
+
+
+def test_sources_that_end_early_or_grow_later_are_noticed_in_a_product():
+    ridge, v = Ridge(), jnp.ones(6)
+    parts = ridge.parts(5, 10)
+    shrinking = ridge.operator(Loader(lambda i: parts if i <= 3 else parts[:2]))
+    with pytest.raises(DataError, match="ended after 2 of 3"):
+        for _ in range(3):
+            _ = shrinking @ v
+    growing = ridge.operator(Loader(lambda i: parts if i <= 3 else parts + parts))
+    with pytest.raises(DataError, match="more than its 3"):
+        for _ in range(3):
+            _ = growing @ v
+
+
+def test_empty_sources_and_batches_are_refused():
+    x, m = Ridge().batch()
+    refuse([], "gives no batches")
+    refuse(lambda: itertools.chain(), "gives no batches")
+    refuse((x[:0], m[:0]), "no examples")
+    refuse([(x, m), (x[:0], m[:0])], "data batch 1: the batch has no examples")
+
+
+def test_inconsistent_batches_are_refused_by_leaf():
+    x, m = Ridge().batch()
+    refuse((x, m[:3]), r"differ in their number of examples: \{'0': 13, '1': 3\}")
+    refuse({"x": x, "m": "text"}, "leaf 'm' is a str")
+    refuse({"x": x, "m": jnp.ones(())}, "leaf 'm' has no axes")
+    refuse({"x": x, "m": np.array([None] * 13)}, "leaf 'm' holds Python objects")
+
+
+@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf, 0.0])
+def test_impossible_weights_are_refused(weight):
+    refuse(Ridge().parts(5), "weight_fn gave weights", weight_fn=lambda batch: weight)
+
+
+def test_the_probe_can_be_switched_off():
+    ridge = Ridge()
+    source = Loader(lambda _: ridge.parts(5))
+    op = spectra.HessianOperator(ridge_loss, ridge.params(), source, check_data=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isfinite(op.as_matrix()).all()
