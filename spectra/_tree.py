@@ -95,6 +95,15 @@ def cast_like(tree: PyTree, structure: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), tree, structure)
 
 
+def is_traced(tree: PyTree) -> bool:
+    """Whether values are out of reach: a leaf is a tracer, or the caller itself is being traced.
+
+    Under `jit` JAX stages every operation, also those on concrete arrays that a function closes over.
+    """
+    leaves = [*jax.tree.leaves(tree), jnp.zeros(()) + 0]
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+
+
 def ravel(tree: PyTree) -> jax.Array:
     """One flat vector, leaves in tree order. Only for interfaces that are flat by nature."""
     dtype = scalar_dtype(tree)

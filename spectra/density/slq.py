@@ -70,7 +70,7 @@ def slq(
     if tol is not None and not 0 < tol < 1:
         raise SpectraError(f"tol={tol} is a share of the spectral range: use a number in (0, 1).")
     plan = estimate(op, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
-    if _lanczos.is_traced((op, key)):
+    if _tree.is_traced((op, key)):
         if tol is not None:
             raise SpectraError("tol= needs values, which do not exist inside jit or vmap.")
         return _traced(op, key, num_steps, num_probes, plan.probe_batch)

@@ -219,7 +219,7 @@ def lanczos(
     check_steps(num_steps, op.size)
     v0 = op.as_vector(v0, "v0")
     keep = reorthogonalize == "full"
-    traced = is_traced((op, v0))
+    traced = _tree.is_traced((op, v0))
     layout = Layout.of(op.structure, packed=not traced and op.packable)
     if traced:
         op = op.prepare()
@@ -254,11 +254,6 @@ def _finish(state: LanczosState, layout: Layout, status: Status) -> Tridiagonal:
         layout=layout,
         status=status,
     )
-
-
-def is_traced(tree: PyTree) -> bool:
-    """Whether any leaf is a tracer: the caller is inside jit, vmap or grad."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def check_steps(num_steps: int, size: int) -> None:

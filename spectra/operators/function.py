@@ -42,7 +42,7 @@ class MatrixOperator(LinearOperator):
         if jnp.iscomplexobj(matrix):
             raise StructureError(f"a MatrixOperator needs a real matrix, got dtype {matrix.dtype}.")
         matrix = matrix.astype(_tree.working_dtype(matrix.dtype))
-        if not isinstance(matrix, jax.core.Tracer):
+        if not _tree.is_traced(matrix):
             difference = float(jnp.max(jnp.abs(matrix - matrix.T)))
             limit = float(jnp.finfo(matrix.dtype).eps) ** 0.5 * float(jnp.max(jnp.abs(matrix)))
             if difference > limit:

@@ -156,6 +156,11 @@ class HessianOperator(LinearOperator):
     def mv(self, v: PyTree) -> PyTree:
         """One product H v; under tracing a stream raises, since its data live outside the program."""
         if self.stream is not None:
+            if _tree.is_traced(v):
+                raise SpectraError(
+                    "streamed data cannot be read inside jit or vmap: pass one batch instead, with "
+                    "microbatch= if it is large, or call outside."
+                )
             return _weighted_sum((w, _hvp(piece, v)) for w, piece in self._pieces())
         params, product = self._cast_params(), products.PRODUCTS[self.mode]
 
@@ -177,7 +182,7 @@ class HessianOperator(LinearOperator):
         Raises:
             NonFiniteError: the loss or its gradient is NaN or infinite at these parameters.
         """
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((self.params, self.data)))
+        traced = _tree.is_traced((self.params, self.data))
         use = self._should_linearize()
         if not use:
             if not traced and not np.isfinite(float(self.loss())):
