@@ -136,16 +136,12 @@ def test_sources_that_end_early_or_grow_between_passes_are_refused():
 
 
 def test_sources_that_end_early_or_grow_later_are_noticed_in_a_product():
-    ridge, v = Ridge(), jnp.ones(6)
+    ridge = Ridge()
     parts = ridge.parts(5, 10)
-    shrinking = ridge.operator(Loader(lambda i: parts if i <= 3 else parts[:2]))
     with pytest.raises(DataError, match="ended after 2 of 3"):
-        for _ in range(3):
-            _ = shrinking @ v
-    growing = ridge.operator(Loader(lambda i: parts if i <= 3 else parts + parts))
+        ridge.operator(Loader(lambda i: parts if i <= 3 else parts[:2])).as_matrix()
     with pytest.raises(DataError, match="more than its 3"):
-        for _ in range(3):
-            _ = growing @ v
+        ridge.operator(Loader(lambda i: parts if i <= 3 else parts + parts)).as_matrix()
 
 
 def test_empty_sources_and_batches_are_refused():
