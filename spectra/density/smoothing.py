@@ -9,6 +9,8 @@ RELATIVE_WIDTH = 0.05
 """Default kernel width as a share of the distance from zero: an outlier is drawn 5 % wide."""
 NODES_A_WIDTH = 2.0
 """Default kernel width near zero in units of the typical spacing of Ritz values there."""
+NOISE_FLOORS_A_WIDTH = 5.0
+"""No kernel is narrower than this many noise floors: rounding scatters the nodes of an atom that far."""
 _REACH = 6.0  # kernel widths beyond which its mass, 2e-9, is left out
 _PER_WIDTH = 4.0  # grid points a kernel width
 
@@ -110,7 +112,7 @@ def _linear_scale(quadrature: Quadrature) -> float:
     order = np.argsort(spacing)
     middle = np.searchsorted(np.cumsum(weight[order]), weight.sum() / 2)
     typical = spacing[order][min(middle, len(order) - 1)]
-    noise = 10 * quadrature.noise_floor
+    noise = NOISE_FLOORS_A_WIDTH * quadrature.noise_floor / RELATIVE_WIDTH
     if typical > 0:
         return max(NODES_A_WIDTH * typical / RELATIVE_WIDTH, noise)
     # Most of the mass sits on exact atoms: stay well below the smallest that is not zero.

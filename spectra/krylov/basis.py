@@ -31,7 +31,10 @@ Panels = list[jax.Array]
 Basis = tuple[Panels, ...]
 
 SEGMENT = 8
-"""Vectors in a segment. Half a segment is read in vain on average; 8 fills the sublanes of a TPU tile."""
+"""Vectors in a segment, at least: half a segment is read in vain on average, and 8 fills the sublanes of
+a TPU tile."""
+MAX_SEGMENTS = 16
+"""Every segment is code to compile; beyond 128 vectors segments grow instead (3 % of the rows in vain)."""
 BLOCK = 4096
 """Longest block of a packed panel. Over 100 steps with ten outliers 1e5 times the bulk, from a vector of
 ones, max|QQ^T - I| was 8e-5, 2e-5, 1e-5, 7e-6 for blocks of 32768, 8192, 4096, 2048; below 4096 the
@@ -123,33 +126,41 @@ def axpy(factor: jax.Array, a: Panels, b: Panels) -> Panels:
     return [(factor * x + y).astype(y.dtype) for x, y in zip(a, b, strict=True)]
 
 
+def segments(num_rows: int) -> tuple[int, int]:
+    """Number of segments for `num_rows` vectors, and the vectors in each."""
+    rows = SEGMENT * -(-num_rows // (SEGMENT * MAX_SEGMENTS))
+    return -(-num_rows // rows), rows
+
+
 def zeros(layout: Layout, num_rows: int) -> Basis:
     """An empty basis with room for `num_rows` vectors, in whole segments."""
+    count, rows = segments(num_rows)
 
     def segment():
-        return [jnp.zeros((p.shape[0], SEGMENT, *p.shape[1:]), p.dtype) for p in layout.panels]
+        return [jnp.zeros((p.shape[0], rows, *p.shape[1:]), p.dtype) for p in layout.panels]
 
-    return tuple(segment() for _ in range(-(-num_rows // SEGMENT)))
+    return tuple(segment() for _ in range(count))
 
 
 def put(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
     """The basis with `vector` in `row`; touches the segment concerned, in place where donated."""
+    size = basis[0][0].shape[1]
 
     def write(segment):
         return [
-            lax.dynamic_update_index_in_dim(rows, x[:, None], row % SEGMENT, 1)
+            lax.dynamic_update_index_in_dim(rows, x[:, None], row % size, 1)
             for rows, x in zip(segment, vector, strict=True)
         ]
 
     return tuple(
-        lax.cond(row // SEGMENT == i, write, lambda segment: segment, segment)
+        lax.cond(row // size == i, write, lambda segment: segment, segment)
         for i, segment in enumerate(basis)
     )
 
 
 def dots(basis: Basis, vector: Panels, filled: jax.Array) -> jax.Array:
     """Coefficients Q v on the first `filled` rows, zero beyond; shape (rows,). Reads them once."""
-    dtype = jnp.result_type(*vector)
+    dtype, size = jnp.result_type(*vector), basis[0][0].shape[1]
 
     def one(rows, x):
         axes = (tuple(range(2, rows.ndim)), tuple(range(1, x.ndim)))
@@ -162,9 +173,9 @@ def dots(basis: Basis, vector: Panels, filled: jax.Array) -> jax.Array:
 
     def skip(segment):
         del segment
-        return jnp.zeros(SEGMENT, dtype)
+        return jnp.zeros(size, dtype)
 
-    parts = [lax.cond(i * SEGMENT < filled, read, skip, seg) for i, seg in enumerate(basis)]
+    parts = [lax.cond(i * size < filled, read, skip, seg) for i, seg in enumerate(basis)]
     return jnp.concatenate(parts)
 
 
@@ -177,27 +188,36 @@ def subtract(
     over the row axis makes the CPU backend transpose the segment (30 times slower).
     """
 
+    size = basis[0][0].shape[1]
+
     def one(rows, x, c):
-        for r in range(SEGMENT):
+        for r in range(size):
             x = x - c[r].astype(x.dtype) * rows[:, r]
         return x
 
     for i, segment in enumerate(basis):
-        c = coefficients[i * SEGMENT : (i + 1) * SEGMENT]
+        c = coefficients[i * size : (i + 1) * size]
 
         def read(v, segment=segment, c=c):
             return [one(rows, x, c) for rows, x in zip(segment, v, strict=True)]
 
-        vector = lax.cond(i * SEGMENT < filled, read, lambda v: v, vector)
+        vector = lax.cond(i * size < filled, read, lambda v: v, vector)
     return vector
 
 
 def gram(basis: Basis) -> jax.Array:
     """Q Q^T over all rows, empty ones included; shape (rows, rows)."""
 
+    def split(x):  # short sums: self-products have terms of one sign, and XLA sums in sequence
+        if x.ndim != 3 or x.shape[2] <= 64:
+            return x
+        parts = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % 64)))
+        parts = parts.reshape(x.shape[0], x.shape[1], -1, 64)
+        return jnp.moveaxis(parts, 2, 1).reshape(-1, x.shape[1], 64)
+
     def block(a, b):
         total = jnp.zeros((), jnp.result_type(*a))
-        for x, y in zip(a, b, strict=True):
+        for x, y in zip(map(split, a), map(split, b), strict=True):
             axes = tuple(range(2, x.ndim))
             dims = ((axes, axes), ((0,), (0,)))
             partial = lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)

@@ -65,8 +65,8 @@ def estimate(
         raise SpectraError(f"probe_batch={probe_batch} is not between 1 and num_probes={num_probes}.")
     layout = _basis.Layout.of(op.structure, packed=op.packable)
     vector = sum(p.size * p.dtype.itemsize for p in layout.panels)
-    segments = -(-num_steps // _basis.SEGMENT)
-    basis = segments * _basis.SEGMENT * vector
+    count, rows = _basis.segments(num_steps)
+    basis = count * rows * vector
     linearization = op.prepared_bytes()
     available = _memory.available_bytes()
     one = basis + VECTORS * vector + workspace
