@@ -20,6 +20,11 @@ def refusing_operations(fn: Callable, *args: PyTree) -> str:
     return ", ".join(strongest) or "an operation that JAX could not name"
 
 
+def may_refuse_at_lowering(jaxpr) -> bool:
+    """Whether forward mode met a `custom_vjp`: JAX stages that, and refuses only what it compiles."""
+    return any(eqn.primitive.name == "custom_lin" for eqn in _equations(jaxpr))
+
+
 def _equations(jaxpr) -> Iterator[Any]:
     for eqn in jaxpr.eqns:
         yield eqn

@@ -14,7 +14,7 @@ from spectra.data import Stream, as_batch, is_stream
 from spectra.operators import products
 from spectra.operators.accumulate import mean_over_microbatches
 from spectra.operators.base import LinearOperator, operator
-from spectra.operators.diagnose import refusing_operations
+from spectra.operators.diagnose import may_refuse_at_lowering, refusing_operations
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
@@ -358,7 +358,9 @@ def _resolve_mode(op: HessianOperator) -> str:
     refusals = []
     for mode in modes:
         try:
-            _hvp.eval_shape(piece._with(mode=mode), op.structure)
+            traced = _hvp.trace(piece._with(mode=mode), op.structure)
+            if may_refuse_at_lowering(traced.jaxpr.jaxpr):
+                traced.lower()
         except Exception as error:
             refusals.append((mode, error))
             continue
