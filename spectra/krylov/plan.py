@@ -6,7 +6,7 @@ from spectra import _memory
 from spectra._errors import MemoryLimitError, SpectraError
 from spectra.krylov import basis as _basis
 from spectra.krylov.lanczos import check_steps
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Plan, format_bytes
 
 VECTORS = 6
@@ -58,6 +58,7 @@ def estimate(
     workspace: int = 0,
 ) -> Plan:
     """`plan` without compiling: all but the workspace, which is taken as given."""
+    require_operator(op)
     check_steps(num_steps, op.size)
     if num_probes < 1:
         raise SpectraError(f"num_probes={num_probes}: at least one probe is needed.")

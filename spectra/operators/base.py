@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra import _memory, _tree
-from spectra._errors import MemoryLimitError, NonFiniteError, SpectraError
+from spectra._errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
 from spectra.results import format_bytes
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class LinearOperator(abc.ABC):
     def __rmul__(self, factor) -> "ScaledOperator":
         from spectra.operators.arithmetic import ScaledOperator
 
-        return ScaledOperator(self, factor) if jnp.ndim(factor) == 0 else NotImplemented
+        return ScaledOperator(self, factor) if _is_real_scalar(factor) else NotImplemented
 
     __mul__ = __rmul__
 
@@ -210,12 +210,28 @@ class LinearOperator(abc.ABC):
         """H + delta I, a damped operator: every eigenvalue moves by `delta`."""
         from spectra.operators.arithmetic import ShiftedOperator
 
-        if jnp.ndim(delta) != 0:
-            raise SpectraError(f"shift needs a scalar, got an array of shape {jnp.shape(delta)}.")
+        if not _is_real_scalar(delta):
+            raise SpectraError(f"shift needs a real scalar, got {delta!r}.")
         return ShiftedOperator(self, delta)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(size={self.size:,}, dtype={self.dtype})"
+
+
+def require_operator(op) -> None:
+    """Raise a helpful error for what is not an operator."""
+    if not isinstance(op, LinearOperator):
+        raise StructureError(
+            f"op is a {type(op).__name__}, not a LinearOperator; wrap a matrix in MatrixOperator, a "
+            "function of a vector in FunctionOperator, a loss in HessianOperator."
+        )
+
+
+def _is_real_scalar(x) -> bool:
+    if isinstance(x, (int, float)):
+        return True
+    is_array = isinstance(x, (np.generic, np.ndarray, jax.Array))
+    return is_array and x.ndim == 0 and not jnp.issubdtype(x.dtype, jnp.complexfloating)
 
 
 def _is_whole(leaf) -> bool:

@@ -21,6 +21,7 @@ LossFn = Callable[[PyTree, PyTree], jax.Array]
 
 LINEARIZE_SHARE = 0.25
 """Share of the free memory that linearize="auto" spends on saved values; the basis needs the rest."""
+_PRECISIONS = ("float32", "highest", "high", "tensorfloat32", "bfloat16", "default")
 _LOW_PRECISION = {"bfloat16": 2.0**-8, "tensorfloat32": 2.0**-11, "default": 2.0**-8}
 
 
@@ -98,8 +99,12 @@ class HessianOperator(LinearOperator):
             raise SpectraError(f"mode={mode!r}: use 'auto' or one of {sorted(products.PRODUCTS)}.")
         if linearize not in (True, False, "auto"):
             raise SpectraError(f"linearize={linearize!r}: use True, False or 'auto'.")
-        if microbatch is not None and microbatch < 1:
+        if microbatch is not None and not (isinstance(microbatch, int) and microbatch > 0):
             raise SpectraError(f"microbatch={microbatch}: use a positive number of examples, or None.")
+        if matmul_precision not in _PRECISIONS:
+            raise SpectraError(f"matmul_precision={matmul_precision!r}: use one of {_PRECISIONS}.")
+        if not callable(loss_fn):
+            raise StructureError(f"loss_fn is a {type(loss_fn).__name__}; pass a function (params, batch).")
         _tree.vector_structure(params)
         stream = None
         if is_stream(data):
@@ -236,6 +241,11 @@ class HessianOperator(LinearOperator):
 
     def _value(self, params: PyTree, piece: PyTree) -> jax.Array:
         value = self.loss_fn(params, piece)
+        if not jax.tree_util.all_leaves((value,)):
+            raise StructureError(
+                f"loss_fn returned a {type(value).__name__}; it must return one real number, the mean "
+                "over the batch (without auxiliary outputs)."
+            )
         if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
             kind = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
             raise StructureError(
