@@ -1,0 +1,272 @@
+"""Every bad input gives an error that names the argument or the leaf, and never a number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import SPECTRA, Ridge, planted, ridge_loss
+
+import spectra
+from spectra import NonFiniteError, NotSymmetricError, SpectraError, StructureError
+
+KEY = jax.random.key(0)
+OP = spectra.MatrixOperator(planted(SPECTRA["indefinite"]))
+
+
+def hessian(loss_fn, params=None, **options):
+    params = jnp.ones(3) if params is None else params
+    return spectra.HessianOperator(loss_fn, params, None, **options)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "found"),
+    [
+        (lambda p, _: p**2, r"shape \(3,\) and dtype float32"),
+        (lambda p, _: jnp.sum(p).astype(int), r"shape \(\) and dtype int32"),
+        (lambda p, _: jnp.sum(p) * 1j, "dtype complex64"),
+    ],
+    ids=["vector", "integer", "complex"],
+)
+def test_losses_that_are_not_one_real_number(loss_fn, found):
+    with pytest.raises(StructureError, match=rf"loss_fn returned .*{found}.*one real number"):
+        hessian(loss_fn)
+
+
+def test_losses_with_auxiliary_outputs():
+    with pytest.raises(StructureError, match="auxiliary"):
+        hessian(lambda p, _: (jnp.sum(p**2), {"accuracy": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "found"),
+    [
+        (np.arange(3), "has dtype int"),
+        (np.ones(3, bool), "has dtype bool"),
+        (np.ones(3) * 1j, "has dtype complex"),
+        (1.5, "is a float, not an array"),
+        ("text", "is a str, not an array"),
+    ],
+    ids=str,
+)
+def test_parameter_leaves_that_are_not_real_arrays(leaf, found):
+    with pytest.raises(StructureError, match=f"'layer/kernel' {found}"):
+        hessian(lambda p, _: 0.0, {"layer": {"kernel": leaf}, "bias": np.ones(2)})
+
+
+@pytest.mark.parametrize("params", [{}, [], np.ones(0), {"a": np.ones((0, 3))}], ids=str)
+def test_parameters_without_numbers(params):
+    with pytest.raises(StructureError, match="the parameters hold no numbers"):
+        hessian(lambda p, _: 0.0, params)
+
+
+def run_all(op):
+    """Every public function that multiplies with an operator."""
+    v0 = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), op.structure)
+    yield "lanczos", lambda: spectra.lanczos(op, v0, 2)
+    yield "slq", lambda: spectra.slq(op, key=KEY, num_steps=2, num_probes=1)
+    yield "spectrum", lambda: spectra.spectrum(op, key=KEY, num_steps=2, num_probes=1)
+    yield "as_matrix", op.as_matrix
+    yield "product", lambda: op @ v0
+
+
+@pytest.mark.parametrize("linearize", [True, False])
+@pytest.mark.parametrize(
+    ("loss_fn", "params", "found"),
+    [
+        (lambda p, _: jnp.sum(jnp.log(p["w"])), -1.0, "The loss is nan"),
+        (lambda p, _: jnp.sum(1 / p["w"]), 0.0, "The loss is inf"),
+        (lambda p, _: jnp.sum(jnp.sqrt(p["w"])), 0.0, "gradient is not, in leaf 'w'"),
+        (lambda p, _: jnp.sum(p["w"] ** 1.5), 0.0, "second derivatives are not"),
+        (lambda p, _: jnp.sum(p["w"] ** 2), np.nan, "leaf 'w' holds NaN or infinite"),
+    ],
+    ids=["loss nan", "loss inf", "gradient", "hessian", "parameter"],
+)
+def test_losses_that_are_not_finite(loss_fn, params, found, linearize):
+    op = hessian(loss_fn, {"w": jnp.full(3, params)}, linearize=linearize)
+    for name, call in run_all(op):
+        if name == "product" and np.isfinite(op.mv({"w": jnp.ones(3)})["w"]).all():
+            continue  # a single product looks at itself alone; that of a log or a square is finite
+        with pytest.raises(NonFiniteError, match=found):
+            call()
+
+
+def test_a_loss_that_is_not_finite_on_one_batch_of_a_stream():
+    x, m = Ridge().batch()
+    op = Ridge().operator([(x, m), (x.at[0, 0].set(jnp.nan), m)])
+    for _, call in run_all(op):
+        with pytest.raises(NonFiniteError, match="The loss is nan"):
+            call()
+
+
+def test_a_product_that_turns_nan_half_way():
+    # Eigenvalue NaN in a direction that the start reaches only by and by: tridiagonal coupling.
+    def mv(v):
+        out = jnp.roll(v, 1) + jnp.roll(v, -1)
+        return jnp.where(jnp.abs(v[20]) > 0, jnp.nan, 1.0) * out
+
+    op = spectra.FunctionOperator(mv, jnp.zeros(64))
+    with pytest.raises(NonFiniteError, match=r"Lanczos step (21|22) is NaN.*function for NaN"):
+        spectra.lanczos(op, jnp.zeros(64).at[0].set(1.0), 40)
+
+
+def test_overflow_in_a_product():
+    op = spectra.MatrixOperator(np.full((2, 2), 3e38, np.float32))
+    for name, call in run_all(op):
+        if name in ("lanczos", "product"):  # a random probe may have entries of two signs
+            with pytest.raises(NonFiniteError, match="NaN or infinite"):
+                call()
+
+
+@pytest.mark.parametrize(
+    ("v", "found"),
+    [
+        ({"w": np.ones(5)}, "another structure"),
+        ({"w": np.ones(4), "b": np.ones(())}, r"leaf 'w' has shape \(4,\), expected \(5,\)"),
+        ({"w": np.ones(5, int), "b": np.ones(())}, "leaf 'w' has dtype int64, expected float32"),
+        (np.ones(7), "another structure"),
+        ([np.ones(5), np.ones(())], "another structure"),
+    ],
+    ids=["missing leaf", "shape", "integer", "flat of wrong length", "list"],
+)
+def test_vectors_that_do_not_match_the_parameters(v, found):
+    op = Ridge().operator()
+    with pytest.raises(StructureError, match=f"the vector.*{found}"):
+        op @ v
+    with pytest.raises(StructureError, match=f"v0.*{found}"):
+        spectra.lanczos(op, v, 2)
+
+
+def test_sums_of_operators_on_other_vectors():
+    with pytest.raises(StructureError, match="second operator of a sum"):
+        OP + spectra.MatrixOperator(np.eye(3))
+
+
+def test_functions_that_return_another_structure():
+    with pytest.raises(StructureError, match=r"result of mv.*shape \(2,\), expected \(3,\)"):
+        spectra.FunctionOperator(lambda v: v[:2], jnp.zeros(3))
+    with pytest.raises(StructureError, match="mv is a Array"):
+        spectra.FunctionOperator(jnp.ones(3), jnp.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "matrix", [np.ones((2, 3)), np.ones(3), np.ones((0, 0)), np.ones((2, 2)) * 1j], ids=np.shape
+)
+def test_matrices_that_are_not_square_or_not_real(matrix):
+    with pytest.raises(StructureError, match="MatrixOperator needs a"):
+        spectra.MatrixOperator(matrix)
+
+
+def test_matrices_that_are_not_symmetric():
+    with pytest.raises(NotSymmetricError, match=r"reaches 1\.00e\+00"):
+        spectra.MatrixOperator(np.array([[1.0, 1.0], [0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e6])
+def test_functions_that_are_not_symmetric(size, dtype):
+    a = planted(SPECTRA["indefinite"])
+    matrix = jnp.asarray(size * (a + 0.1 * np.triu(np.ones(a.shape), 1)))
+    op = spectra.FunctionOperator(lambda v: matrix @ v, matrix[0])
+    with pytest.raises(NotSymmetricError, match=r"not symmetric.*dropout"):
+        spectra.lanczos(op, jnp.ones(len(a)), 16)
+    with pytest.raises(NotSymmetricError, match="not symmetric"):
+        spectra.slq(op, key=KEY, num_steps=16, num_probes=2)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 49])
+def test_numbers_of_steps_outside_one_to_n(steps):
+    for call in (
+        lambda: spectra.lanczos(OP, jnp.ones(48), steps),
+        lambda: spectra.slq(OP, key=KEY, num_steps=steps),
+        lambda: spectra.spectrum(OP, key=KEY, num_steps=steps),
+        lambda: spectra.plan(OP, num_steps=steps, num_probes=1),
+    ):
+        with pytest.raises(SpectraError, match=f"num_steps={steps} is not between 1 and .* 48"):
+            call()
+
+
+def test_numbers_of_probes_below_one():
+    with pytest.raises(SpectraError, match="num_probes=0"):
+        spectra.slq(OP, key=KEY, num_steps=3, num_probes=0)
+    with pytest.raises(SpectraError, match="num_probes=-1"):
+        spectra.plan(OP, num_steps=3, num_probes=-1)
+    with pytest.raises(SpectraError, match="probe_batch=9"):
+        spectra.slq(OP, key=KEY, num_steps=3, num_probes=2, probe_batch=9)
+
+
+@pytest.mark.parametrize("tol", [0.0, 1.0, -0.1, float("nan")])
+def test_tolerances_outside_zero_to_one(tol):
+    with pytest.raises(SpectraError, match="tol="):
+        spectra.slq(OP, key=KEY, num_steps=3, tol=tol)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_start_vectors_that_have_no_direction(value):
+    with pytest.raises(SpectraError, match="v0 has norm"):
+        spectra.lanczos(OP, jnp.full(48, value), 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"mode": "forward"}, "mode='forward'"),
+        ({"linearize": "maybe"}, "linearize='maybe'"),
+        ({"microbatch": 0}, "microbatch=0"),
+        ({"microbatch": 2.5}, r"microbatch=2\.5"),
+        ({"matmul_precision": "precise"}, "matmul_precision='precise'"),
+    ],
+    ids=str,
+)
+def test_unknown_options(options, found):
+    with pytest.raises(SpectraError, match=found):
+        spectra.HessianOperator(ridge_loss, Ridge().params(), Ridge().batch(), **options)
+
+
+def test_unknown_options_of_functions():
+    with pytest.raises(SpectraError, match="reorthogonalize='twice'"):
+        spectra.lanczos(OP, jnp.ones(48), 3, reorthogonalize="twice")
+    q = spectra.slq(OP, key=KEY, num_steps=3, num_probes=1)
+    with pytest.raises(SpectraError, match="level=2"):
+        q.cdf(0.0, level=2)
+    with pytest.raises(SpectraError, match="shift needs a real scalar"):
+        OP.shift(jnp.ones(3))
+
+
+@pytest.mark.parametrize("factor", ["a", None, "1.0"], ids=repr)
+def test_multiples_that_are_not_numbers(factor):
+    with pytest.raises(TypeError):
+        OP * factor
+
+
+@pytest.mark.parametrize("call", ["slq", "lanczos", "spectrum", "plan"])
+def test_what_is_not_an_operator(call):
+    calls = {
+        "slq": lambda: spectra.slq(np.eye(3), key=KEY),
+        "lanczos": lambda: spectra.lanczos(np.eye(3), np.ones(3), 2),
+        "spectrum": lambda: spectra.spectrum(np.eye(3), key=KEY),
+        "plan": lambda: spectra.plan(np.eye(3), num_steps=2, num_probes=1),
+    }
+    with pytest.raises(SpectraError, match=r"ndarray.*MatrixOperator"):
+        calls[call]()
+
+
+def test_too_little_memory(monkeypatch):
+    monkeypatch.setattr("spectra._memory.available_bytes", lambda device=None: 10_000)
+    with pytest.raises(spectra.MemoryLimitError, match=r"num_steps=\d+") as info:
+        spectra.slq(OP, key=KEY, num_steps=48, num_probes=4)
+    assert "KiB" in str(info.value)
+    assert isinstance(info.value, MemoryError)
+    assert not spectra.plan(OP, num_steps=48, num_probes=4).fits
+    with pytest.raises(spectra.MemoryLimitError, match=r"order 48 needs.*memory_limit"):
+        OP.as_matrix()
+
+
+def test_errors_are_also_the_built_in_that_fits():
+    for error, base in [
+        (StructureError, TypeError),
+        (NonFiniteError, FloatingPointError),
+        (spectra.MemoryLimitError, MemoryError),
+        (spectra.DataError, ValueError),
+    ]:
+        assert issubclass(error, (SpectraError, base))
+        assert issubclass(error, SpectraError)
+        assert issubclass(error, base)
