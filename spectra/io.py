@@ -47,6 +47,8 @@ def save(result: Any, path: str | os.PathLike) -> Path:
         ...     spectra.load(path).value
         1.5
     """
+    if type(result).__name__ not in _CLASSES:
+        raise SpectraError(f"cannot save a {type(result).__name__}; results are {', '.join(_CLASSES)}.")
     path = Path(path)
     if path.suffix != ".npz":
         path = path.with_name(path.name + ".npz")
@@ -82,7 +84,8 @@ def load(path: str | os.PathLike) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"no result file at '{path}'.")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: np.load leaves the file open when the archive is damaged.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             if "header" not in file:
                 raise ResultFileError(f"'{path}' is an npz file, but not a spectra result: no header.")
             header = json.loads(str(file["header"]))
@@ -103,8 +106,10 @@ def load(path: str | os.PathLike) -> Any:
             "update spectra."
         )
     try:
+        if "class" not in header["result"]:
+            raise TypeError("the result has no class")
         return _decode(header["result"], "", arrays)
-    except (KeyError, TypeError, ValueError, StopIteration) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, StopIteration) as error:
         raise ResultFileError(f"'{path}' lacks or garbles a field: {error!r}") from error
 
 
