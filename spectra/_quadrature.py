@@ -6,6 +6,8 @@ fast. Only `gauss_rule_traced` runs in JAX, for use inside a caller's jit.
 
 import numpy as np
 
+from spectra._errors import SpectraError
+
 
 def dense(alpha, beta, xp):
     """The tridiagonal matrix (..., m, m) with diagonal `alpha` and off-diagonal `beta`."""
@@ -17,23 +19,51 @@ def dense(alpha, beta, xp):
     return alpha[..., :, None] * eye + off + xp.swapaxes(off, -1, -2)
 
 
-def gauss_rule(alpha: np.ndarray, beta: np.ndarray, length: int):
-    """Nodes, weights and residuals of one probe; alpha (m,), beta (m,) with beta[-1] the last residual.
+MERGE = 10.0
+"""Nodes nearer than MERGE * eps * |T| are one: a Krylov space holds no repeated eigenvalue."""
+
+
+def gauss_rule(alpha: np.ndarray, beta: np.ndarray, length: int, eps: float):
+    """Nodes, weights, residuals and their number for one probe; alpha, beta (m,), beta[-1] the residual.
 
     Nodes are eigenvalues of T, weights the squared first components of its eigenvectors, residuals
-    |beta_m| times the modulus of their last components. Beyond `length` nodes repeat the last one with
-    weight zero.
+    |beta_m| times the modulus of their last components. Near a breakdown rounding is amplified: β does
+    not fall to eps |T| at once, and T repeats an eigenvalue to rounding. In a run that did end in an
+    invariant space such nodes become one. Arrays keep the shape (m,); beyond the number of nodes the
+    last one repeats with weight zero.
     """
     from scipy.linalg import eigh_tridiagonal
 
     alpha, beta = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)
     theta, vectors = eigh_tridiagonal(alpha[:length], beta[: length - 1])
-    pad = (0, len(alpha) - length)
+    weights, residuals = vectors[0] ** 2, np.abs(beta[length - 1] * vectors[-1])
+    ended = beta[length - 1] == 0
+    starts = _distinct(theta, eps) if ended else np.arange(length)
+    weights = np.add.reduceat(weights, starts)
+    residuals = np.maximum.reduceat(residuals, starts)
+    pad = (0, len(alpha) - len(starts))
     return (
-        np.pad(theta, pad, mode="edge"),
-        np.pad(vectors[0] ** 2, pad),
-        np.pad(np.abs(beta[length - 1] * vectors[-1]), pad),
+        np.pad(theta[starts], pad, mode="edge"),
+        np.pad(weights, pad),
+        np.pad(residuals, pad),
+        len(starts),
     )
+
+
+def invariant_length(alpha: np.ndarray, beta: np.ndarray, length: int, eps: float) -> int:
+    """Dimension of the invariant space that a run ended in: the number of distinct Ritz values."""
+    from scipy.linalg import eigvalsh_tridiagonal
+
+    theta = eigvalsh_tridiagonal(
+        np.asarray(alpha[:length], np.float64), np.asarray(beta[: length - 1], np.float64)
+    )
+    return len(_distinct(theta, eps))
+
+
+def _distinct(theta: np.ndarray, eps: float) -> np.ndarray:
+    """Index of the first node of each group that agrees to rounding."""
+    apart = np.diff(theta) > MERGE * eps * np.abs(theta).max()
+    return np.flatnonzero(np.concatenate([[True], apart]))
 
 
 def gauss_rule_traced(alpha, beta):
@@ -110,7 +140,7 @@ def sampling_band(quadrature, lower, upper, level: float) -> tuple[np.ndarray, n
 def cdf_band(quadrature, x: np.ndarray, level: float):
     """(lower, estimate, upper) of the CDF at `x`; see `Quadrature.cdf`."""
     if not 0 < level < 1:
-        raise ValueError(f"level={level} is not between 0 and 1.")
+        raise SpectraError(f"level={level} is not between 0 and 1.")
     lower, estimate, upper = bracket(quadrature, x)
     lower, upper = sampling_band(quadrature, lower, upper, level)
     return lower, np.clip(estimate, lower, upper), upper

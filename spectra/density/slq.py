@@ -138,13 +138,16 @@ class _Run:
 
     def _quadrature(self, rows, status: Status | None = None) -> Quadrature:
         steps = max(len(row["alpha"]) for row in rows)
-        rules = [_quadrature.gauss_rule(row["alpha"], row["beta"], row["length"]) for row in rows]
+        eps = float(jnp.finfo(self.op.dtype).eps)
+        rules = [
+            _quadrature.gauss_rule(row["alpha"], row["beta"], row["length"], eps) for row in rows
+        ]
         nodes, weights, residuals = (
             np.stack([np.pad(r[i], (0, steps - len(r[i])), mode=mode) for r in rules])
             for i, mode in enumerate(("edge", "constant", "constant"))
         )
         asymmetry = np.array([row["asymmetry"] for row in rows])
-        lengths = np.array([row["length"] for row in rows])
+        lengths = np.array([rule[3] for rule in rules])
         if status is None:
             exact = (residuals == 0).all()
             status = Status.INVARIANT if exact else Status.COMPLETE
@@ -159,7 +162,7 @@ class _Run:
             lengths=lengths,
             asymmetry=asymmetry,
             size=self.size,
-            num_matvecs=self.num_matvecs or int(lengths.sum()),
+            num_matvecs=self.num_matvecs or sum(row["length"] for row in rows),
             precision=self.precision,
             status=status,
         )

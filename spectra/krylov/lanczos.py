@@ -20,11 +20,12 @@ from jax import lax
 
 from spectra import _tree
 from spectra._errors import NonFiniteError, NotSymmetricError, SpectraError
+from spectra._quadrature import invariant_length
 from spectra._status import Status
 from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis, Layout, Panels
 from spectra.krylov.orthogonalize import orthogonalize
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Tridiagonal
 
 PyTree = Any
@@ -216,6 +217,7 @@ def lanczos(
     """
     if reorthogonalize not in ("full", "none"):
         raise SpectraError(f"reorthogonalize={reorthogonalize!r}: use 'full' or 'none'.")
+    require_operator(op)
     check_steps(num_steps, op.size)
     v0 = op.as_vector(v0, "v0")
     keep = reorthogonalize == "full"
@@ -235,7 +237,19 @@ def lanczos(
         state = advance(op, layout, state, start, stop, batched=False)
         if not state.alive:
             break
-    return _finish(state, layout, Status.COMPLETE if state.alive else Status.INVARIANT)
+    if state.alive:
+        return _finish(state, layout, Status.COMPLETE)
+    # Rounding may have carried the run past the invariant space, along directions that repeat it.
+    eps = float(jnp.finfo(op.dtype).eps)
+    length = invariant_length(np.asarray(state.alpha), np.asarray(state.beta), int(state.length), eps)
+    kept = np.arange(num_steps) < length
+    state = dataclasses.replace(
+        state,
+        alpha=jnp.where(kept, state.alpha, 0),
+        beta=jnp.where(np.arange(num_steps) < length - 1, state.beta, 0),
+        length=jnp.asarray(length, jnp.int32),
+    )
+    return _finish(state, layout, Status.INVARIANT)
 
 
 _init = jax.jit(init, static_argnames=("layout", "num_steps", "keep_basis"))
