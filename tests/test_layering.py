@@ -1,0 +1,144 @@
+"""Imports flow one way, the public names are declared once, and each documents itself."""
+
+import ast
+import doctest
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spectra
+
+ROOT = Path(spectra.__file__).parent
+# A module may import from earlier layers, and from its own.
+LAYERS = [
+    {"_errors", "_status", "_memory"},
+    {"_tree", "_quadrature"},
+    {"results"},
+    {"data"},
+    {"operators"},
+    {"problem"},
+    {"krylov"},
+    {"density"},
+    {"report", "plotting"},
+    {"io"},
+    {"demos"},
+    {"cli"},
+]
+# Methods of results reach forward to functions of later layers, when called: `.plot()`, `.save()`,
+# `.basis`. They import inside the method, so that importing a layer never needs a later one.
+DEFERRED = {
+    ("results", "krylov"),
+    ("report", "plotting"),
+    ("report", "io"),
+}
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        relative = path.relative_to(ROOT).with_suffix("")
+        if relative.parts not in (("__init__",), ("__main__",)):
+            yield path, relative.parts[0]
+
+
+def level(name: str) -> int:
+    found = [i for i, layer in enumerate(LAYERS) if name in layer]
+    assert found, f"the module spectra/{name} has no layer; give it one here"
+    return found[0]
+
+
+def imports(tree):
+    """(name of the imported unit, whether at module level) for every import of the package."""
+    deferred = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "spectra":
+                names = [alias.name for alias in node.names]
+            elif (node.module or "").startswith("spectra."):
+                names = [node.module.split(".")[1]]
+        elif isinstance(node, ast.Import):
+            names = [a.name.split(".")[1] for a in node.names if a.name.startswith("spectra.")]
+        for name in names:
+            yield name, id(node) not in deferred
+
+
+def test_every_layer_names_modules_that_exist():
+    existing = {unit for _, unit in modules()}
+    assert set().union(*LAYERS) == existing
+
+
+@pytest.mark.parametrize(("path", "unit"), list(modules()), ids=lambda x: getattr(x, "stem", x))
+def test_imports_flow_one_way(path, unit):
+    for name, at_import in imports(ast.parse(path.read_text())):
+        if at_import:
+            assert level(name) <= level(unit), f"{path.name} imports the later layer {name}"
+        elif level(name) > level(unit):
+            assert (unit, name) in DEFERRED, f"{path.name} reaches forward to {name} when called"
+
+
+def test_no_module_needs_a_private_part_of_jax():
+    for path, _ in modules():
+        text = path.read_text()
+        assert "jax._src" not in text, path
+        assert "jax.config.update" not in text, f"{path}: global flags are the user's"
+
+
+def test_public_names_are_declared_once_and_sorted():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    imported = [
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert sorted(imported) == sorted(spectra.__all__)
+    assert len(set(spectra.__all__)) == len(spectra.__all__)
+    assert spectra.__all__ == sorted(spectra.__all__)
+
+
+PUBLIC = [(name, getattr(spectra, name)) for name in spectra.__all__]
+FUNCTIONS = [(name, x) for name, x in PUBLIC if inspect.isfunction(x)]
+
+
+@pytest.mark.parametrize(("name", "value"), PUBLIC)
+def test_public_names_have_docstrings(name, value):
+    assert inspect.getdoc(value)
+    if inspect.isclass(value):
+        for member, attribute in vars(value).items():
+            if not member.startswith("_") and callable(attribute):
+                assert inspect.getdoc(getattr(value, member)), f"{name}.{member}"
+
+
+@pytest.mark.parametrize(("name", "value"), FUNCTIONS)
+def test_public_functions_have_an_example(name, value):
+    text = inspect.getdoc(value)
+    assert "Examples:" in text
+    assert doctest.DocTestParser().get_examples(text) or "See `" in text, name
+    assert text.split("\n", 1)[0].endswith("."), "one verb line first"
+
+
+@pytest.mark.parametrize(("name", "value"), FUNCTIONS)
+def test_every_argument_of_a_public_function_is_documented(name, value):
+    text = inspect.getdoc(value)
+    if "Args:" in text:
+        for argument in inspect.signature(value).parameters:
+            assert f"{argument}:" in text, f"{name}({argument})"
+
+
+def test_importing_needs_no_optional_dependency():
+    code = (
+        "import sys, spectra; heavy = ('torch', 'sklearn', 'matplotlib', 'typer', 'flax'); "
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

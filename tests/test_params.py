@@ -1,0 +1,215 @@
+"""Any pytree of parameters: nested, Flax linen and nnx, half precision, scalar, empty leaves."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import relative_error
+from flax import linen, nnx
+
+import spectra
+
+KEY = jax.random.key(0)
+X = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+Y = np.random.default_rng(1).standard_normal((9, 2)).astype(np.float32)
+
+
+def two_layers(k1, b1, k2, b2, x, y):
+    return jnp.mean(jnp.sum((jnp.tanh(x @ k1 + b1) @ k2 + b2 - y) ** 2, axis=1))
+
+
+def reference(kernels, order):
+    """Float64 Hessian of `two_layers` by central differences of NumPy losses, leaves in `order`.
+
+    Independent of JAX: second differences with step 1e-4 have truncation near 1e-8 and cancellation
+    eps / 1e-8 = 2e-8, both far below float32's own rounding.
+    """
+    x, y = X.astype(np.float64), Y.astype(np.float64)
+    parts = {k: np.asarray(v, np.float64) for k, v in kernels.items()}
+    shapes = [parts[name].shape for name in order]
+    flat = np.concatenate([parts[name].ravel() for name in order])
+
+    def loss(theta):
+        pieces, start = {}, 0
+        for name, shape in zip(order, shapes, strict=True):
+            size = int(np.prod(shape))
+            pieces[name] = theta[start : start + size].reshape(shape)
+            start += size
+        h = np.tanh(x @ pieces["k1"] + pieces["b1"]) @ pieces["k2"] + pieces["b2"]
+        return np.mean(np.sum((h - y) ** 2, axis=1))
+
+    n, e = len(flat), 1e-4 * np.eye(len(flat))
+    hessian = np.zeros((n, n))
+    for i in range(n):
+        for j in range(i + 1):
+            corners = [loss(flat + s * e[i] + t * e[j]) * s * t for s in (1, -1) for t in (1, -1)]
+            hessian[i, j] = hessian[j, i] = sum(corners) / 4e-8
+    return hessian
+
+
+class Linen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        hidden = jnp.tanh(linen.Dense(3)(x))
+        return linen.Dense(2)(hidden)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(4, 3, rngs=rngs)
+        self.second = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(jnp.tanh(self.first(x)))
+
+
+def mean_square(out, y):
+    return jnp.mean(jnp.sum((out - y) ** 2, axis=1))
+
+
+# 32 roundings of a float32 product, plus the reference's own error of 1e-7 |H|.
+TOLERANCE = 32 * 1.2e-7
+
+
+def test_flax_linen_variables():
+    model = Linen()
+    variables = model.init(KEY, X)
+    op = spectra.HessianOperator(
+        lambda p, b: mean_square(model.apply(p, b[0]), b[1]), variables, (X, Y)
+    )
+    first, second = variables["params"]["Dense_0"], variables["params"]["Dense_1"]
+    exact = reference(
+        {"k1": first["kernel"], "b1": first["bias"], "k2": second["kernel"], "b2": second["bias"]},
+        ["b1", "k1", "b2", "k2"],
+    )
+    assert relative_error(op.as_matrix(), exact) <= TOLERANCE
+    product = op @ jax.tree.map(jnp.ones_like, variables)
+    assert jax.tree.structure(product) == jax.tree.structure(variables)
+
+
+def test_flax_nnx_state():
+    graph, state = nnx.split(Nnx(nnx.Rngs(0)))
+    op = spectra.HessianOperator(
+        lambda s, b: mean_square(nnx.merge(graph, s)(b[0]), b[1]), state, (X, Y)
+    )
+    pure = nnx.to_pure_dict(state)
+    first, second = pure["first"], pure["second"]
+    exact = reference(
+        {"k1": first["kernel"], "b1": first["bias"], "k2": second["kernel"], "b2": second["bias"]},
+        ["b1", "k1", "b2", "k2"],
+    )
+    assert relative_error(op.as_matrix(), exact) <= TOLERANCE
+    q = spectra.slq(op, key=KEY, num_steps=8, num_probes=2)
+    values = np.linalg.eigvalsh(exact)
+    assert abs(q.range[1] - values[-1]) <= 1e-3 * values[-1]
+    product = op @ jax.tree.map(jnp.ones_like, state)
+    assert jax.tree.structure(product) == jax.tree.structure(state)
+
+
+def parameters(dtype=jnp.float32):
+    rng = np.random.default_rng(2)
+    shapes = {"k1": (4, 3), "b1": (3,), "k2": (3, 2), "b2": (2,)}
+    return {k: jnp.asarray(rng.standard_normal(s) / 2, dtype) for k, s in shapes.items()}
+
+
+def nested_loss(p, batch):
+    (k1, b1), (k2, b2) = (p["first"][0], p["first"][1]), p["second"]
+    return two_layers(k1, b1, k2, b2, *batch)
+
+
+def nested(p):
+    return {"first": [p["k1"], p["b1"]], "second": (p["k2"], p["b2"])}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_half_precision_parameters_give_the_float32_hessian_at_their_values(dtype):
+    half = nested(parameters(dtype))
+    full = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    op = spectra.HessianOperator(nested_loss, half, (X, Y))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(op.structure))
+    assert op.dtype == jnp.float32
+    product = op @ jax.tree.map(jnp.ones_like, full)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(product))
+    same = spectra.HessianOperator(nested_loss, full, (X, Y))
+    np.testing.assert_array_equal(op.as_matrix(), same.as_matrix())
+    exact = reference(
+        {k: np.asarray(v, np.float64) for k, v in parameters(dtype).items()},
+        ["k1", "b1", "k2", "b2"],
+    )
+    assert relative_error(op.as_matrix(), exact) <= TOLERANCE
+    # Vectors in half precision are cast up, not the products down.
+    rounded = op @ jax.tree.map(jnp.ones_like, half)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(rounded))
+    q = spectra.slq(op, key=KEY, num_steps=6, num_probes=2)
+    assert np.isfinite(q.nodes).all()
+
+
+def test_one_leaf_in_half_precision_leaves_the_others_alone(x64):
+    p = parameters(jnp.float64)
+    p["k1"] = p["k1"].astype(jnp.bfloat16)
+    op = spectra.HessianOperator(nested_loss, nested(p), (X, Y))
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(op.structure)]
+    assert dtypes == [jnp.float32, jnp.float64, jnp.float64, jnp.float64]
+    v = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), op.structure)
+    assert [x.dtype for x in jax.tree.leaves(op @ v)] == dtypes
+    assert np.isfinite(spectra.lanczos(op, v, 6).alpha).all()
+
+
+@dataclasses.dataclass
+class Layer:
+    scale: jax.Array
+    empty: jax.Array
+
+
+jax.tree_util.register_dataclass(Layer, ["scale", "empty"], [])
+
+# A quartic with H = diag(12 a_i c_i²), c the parameters: every leaf kind has a known product.
+TREES = {
+    "scalar leaf": {"a": jnp.array(2.0), "b": jnp.arange(1.0, 4.0)},
+    "only a scalar": jnp.array(2.0),
+    "list": [jnp.array(1.0), jnp.arange(1.0, 3.0)],
+    "tuple of tuples": ((jnp.array([1.0]),), (jnp.ones((2, 2)), jnp.array(3.0))),
+    "none inside": {"a": None, "b": jnp.arange(1.0, 4.0)},
+    "empty leaf": {"a": jnp.zeros((0,)), "b": jnp.arange(1.0, 4.0), "c": jnp.zeros((3, 0))},
+    "custom node": Layer(jnp.arange(1.0, 4.0), jnp.zeros((0, 2))),
+    "numpy leaves": {"w": np.arange(1.0, 4.0, dtype=np.float32)},
+}
+
+
+@pytest.mark.parametrize("linearize", [True, False])
+@pytest.mark.parametrize("name", TREES)
+def test_shapes_and_containers_of_leaves(name, linearize):
+    params = TREES[name]
+
+    def loss_fn(p, _):
+        return sum(jnp.sum(x**4) for x in jax.tree.leaves(p))
+
+    op = spectra.HessianOperator(loss_fn, params, None, linearize=linearize)
+    flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
+    exact = np.diag(12 * flat**2)
+    assert op.size == len(flat)
+    assert relative_error(op.as_matrix(), exact) <= TOLERANCE
+    ones = jax.tree.map(jnp.ones_like, params)
+    product = op @ ones
+    assert jax.tree.map(jnp.shape, product) == jax.tree.map(jnp.shape, params)
+    steps = min(3, op.size)
+    eager = spectra.lanczos(op, ones, steps)
+    assert jax.tree.map(jnp.shape, eager.basis) == jax.tree.map(lambda x: (steps, *x.shape), params)
+    traced = jax.jit(lambda op, v: spectra.lanczos(op, v, steps).alpha)(op, ones)
+    scale = 64 * 1.2e-7 * np.abs(exact).max()
+    np.testing.assert_allclose(traced, eager.alpha, rtol=0, atol=scale)
+    q = spectra.slq(op, key=KEY, num_steps=steps, num_probes=2)
+    assert q.range[1] <= exact.max() + scale
+
+
+def test_many_leaves_are_one_operator():
+    params = {f"{i:03}": jnp.full((2,), 1.0 + i) for i in range(150)}
+    op = spectra.HessianOperator(
+        lambda p, _: sum(jnp.sum(x**3) / 6 for x in p.values()), params, None
+    )
+    result = spectra.lanczos(op, jax.tree.map(jnp.ones_like, params), 5)
+    assert float(result.orthogonality) <= 64 * 1.2e-7
+    # alpha_0 is the mean of the diagonal, 1 .. 150.
+    assert float(result.alpha[0]) == pytest.approx(75.5, rel=1e-5)
