@@ -50,7 +50,10 @@ def main() -> list[str]:
     ]
     for name, steps in (("diagonal", 96), ("mlp", 800), ("transformer", 200)):
         done = subprocess.run(
-            [sys.executable, "-c", CODE, name, str(steps)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", CODE, name, str(steps)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         figures = json.loads(done.stdout.strip().splitlines()[-1])
         mib = {key: f"{value / 2**20:.0f} MiB" for key, value in figures.items()}

@@ -46,7 +46,10 @@ def measure(name: str, steps: int = 80, rounds: int = 9) -> list[str]:
 
 
 def main() -> list[str]:
-    head = ["| network | what | ms | spread | / jvp of grad | / gradient |", "|---|---|---|---|---|---|"]
+    head = [
+        "| network | what | ms | spread | / jvp of grad | / gradient |",
+        "|---|---|---|---|---|---|",
+    ]
     return head + measure("mlp") + measure("transformer")
 
 

@@ -1,11 +1,12 @@
 """How much memory the device of an array has left."""
 
 import os
+from typing import Any
 
 import jax
 
 
-def available_bytes(device: jax.Device | None = None) -> int | None:
+def available_bytes(device: Any = None) -> int | None:
     """Free bytes of a device, of the machine for a CPU device, None where neither can be asked."""
     device = device or jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
@@ -27,9 +28,10 @@ def _machine_bytes() -> int | None:
         except (OSError, ValueError, AttributeError):
             return None
     try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open(
-            "/sys/fs/cgroup/memory.current"
-        ) as used:
+        with (
+            open("/sys/fs/cgroup/memory.max") as limit,
+            open("/sys/fs/cgroup/memory.current") as used,
+        ):
             free.append(int(limit.read()) - int(used.read()))
     except (OSError, ValueError):  # no control group, or no limit ("max")
         pass

@@ -54,7 +54,7 @@ def invariant_length(alpha: np.ndarray, beta: np.ndarray, length: int, eps: floa
     """Dimension of the invariant space that a run ended in: the number of distinct Ritz values."""
     from scipy.linalg import eigvalsh_tridiagonal
 
-    theta = eigvalsh_tridiagonal(
+    theta: np.ndarray = eigvalsh_tridiagonal(  # pyright: ignore[reportAssignmentType]
         np.asarray(alpha[:length], np.float64), np.asarray(beta[: length - 1], np.float64)
     )
     return len(_distinct(theta, eps))

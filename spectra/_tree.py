@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from spectra._errors import StructureError
 
 PyTree = Any
+
 
 def path_str(path: tuple) -> str:
     """`params/Dense_0/kernel` for a key path, the form in which errors name a leaf."""
@@ -61,20 +63,14 @@ def check_structure(tree: PyTree, structure: PyTree, what: str) -> None:
             f"{what} has another structure than the operator.\n  expected: {expected}\n  got:      "
             f"{got}\nPass a pytree like the parameters, or a flat array of shape (n,)."
         )
-    leaves = zip(
-        jax.tree_util.tree_leaves_with_path(structure), jax.tree.leaves(tree), strict=True
-    )
+    leaves = zip(jax.tree_util.tree_leaves_with_path(structure), jax.tree.leaves(tree), strict=True)
     for (path, want), leaf in leaves:
         shape = leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
         if shape != want.shape:
-            raise StructureError(
-                f"{what}: leaf '{path_str(path)}' has shape {shape}, expected {want.shape}."
-            )
+            raise StructureError(f"{what}: leaf '{path_str(path)}' has shape {shape}, expected {want.shape}.")
         dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise StructureError(
-                f"{what}: leaf '{path_str(path)}' has dtype {dtype}, expected {want.dtype}."
-            )
+            raise StructureError(f"{what}: leaf '{path_str(path)}' has dtype {dtype}, expected {want.dtype}.")
 
 
 def tree_size(structure: PyTree) -> int:
@@ -84,10 +80,7 @@ def tree_size(structure: PyTree) -> int:
 
 def tree_bytes(structure: PyTree) -> int:
     """Bytes of one vector."""
-    return sum(
-        math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(structure)
-    )
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(structure))
 
 
 def cast_like(tree: PyTree, structure: PyTree) -> PyTree:
@@ -101,7 +94,7 @@ def is_traced(tree: PyTree) -> bool:
     Under `jit` JAX stages every operation, also those on concrete arrays that a function closes over.
     """
     leaves = [*jax.tree.leaves(tree), jnp.zeros(()) + 0]
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    return any(isinstance(leaf, Tracer) for leaf in leaves)
 
 
 def ravel(tree: PyTree) -> jax.Array:
@@ -129,7 +122,8 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
         return lax.dot_general(x, y, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST)
 
     dtype = scalar_dtype(a)
-    return sum(one(x, y).astype(dtype) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum((one(x, y).astype(dtype) for x, y in pairs), jnp.zeros((), dtype))
 
 
 def norm(a: PyTree) -> jax.Array:
@@ -155,8 +149,7 @@ def sphere_sample(key: jax.Array, structure: PyTree) -> PyTree:
     """
     leaves, treedef = jax.tree.flatten(structure)
     draws = [
-        jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
-        for i, leaf in enumerate(leaves)
+        jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)
     ]
     draw = jax.tree.unflatten(treedef, draws)
     return scale(1 / norm(draw), draw)

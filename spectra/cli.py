@@ -26,12 +26,16 @@ def demo(out: OutDir = Path("spectra-demo"), seed: Seed = 0):
     try:
         from spectra.demos import digits
     except ImportError as error:
-        raise typer.Exit(_fail(f"{error}. Install the demo's packages: pip install 'spectra-jax[demo]'")) from error
+        raise typer.Exit(
+            _fail(f"{error}. Install the demo's packages: pip install 'spectra-jax[demo]'")
+        ) from error
     typer.echo("Training a 64-256-256-10 network on 1,797 handwritten digits ...")
     try:
         problem = digits.problem(seed)
     except ImportError as error:
-        raise typer.Exit(_fail(f"{error}. Install the demo's packages: pip install 'spectra-jax[demo]'")) from error
+        raise typer.Exit(
+            _fail(f"{error}. Install the demo's packages: pip install 'spectra-jax[demo]'")
+        ) from error
     _analyse(problem, out, steps=None, probes=8, tol=None, seed=seed)
 
 
@@ -58,9 +62,7 @@ def show(result: Annotated[Path, typer.Argument(help="A saved .npz result.")]):
 def plot(
     result: Annotated[Path, typer.Argument(help="A saved .npz result.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Picture: .png, .pdf or .svg.")],
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Draw the line 2 / learning rate.")
-    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Draw the line 2 / learning rate.")] = None,
 ):
     """Draw the density of a saved result."""
     _draw(_load(result), output, learning_rate)
@@ -145,5 +147,7 @@ def _load_problem(file: Path):
         raise SpectraError(f"'{file}' defines no function problem() that returns a spectra.Problem.")
     problem = module.problem()
     if not isinstance(problem, Problem):
-        raise SpectraError(f"problem() in '{file}' returned a {type(problem).__name__}, not a spectra.Problem.")
+        raise SpectraError(
+            f"problem() in '{file}' returned a {type(problem).__name__}, not a spectra.Problem."
+        )
     return problem

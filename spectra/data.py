@@ -63,6 +63,12 @@ def is_stream(data: Any) -> bool:
     return opaque and hasattr(data, "__iter__") and not hasattr(data, "__array__")
 
 
+def _iterator(source: Any) -> Iterator[PyTree]:
+    """A fresh pass over a source."""
+    batches: Any = source() if callable(source) else source
+    return iter(batches)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stream:
     """A re-iterable source of batches whose passes were found to be equal.
@@ -115,8 +121,8 @@ class Stream:
         return cls(source, tuple(weights / weights.sum()))
 
     @staticmethod
-    def _read(source) -> Iterator[PyTree]:
-        for index, batch in enumerate(source() if callable(source) else source):
+    def _read(source: Any) -> Iterator[PyTree]:
+        for index, batch in enumerate(_iterator(source)):
             yield as_batch(batch, f"data batch {index}")
 
     @classmethod
@@ -124,7 +130,7 @@ class Stream:
         for batch in cls._read(source):
             digest = 0
             for leaf in jax.tree.leaves(batch):
-                digest = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8), digest)
+                digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
             weight = batch_size(batch) if weight_fn is None else float(weight_fn(batch))
             yield weight, digest
 
@@ -140,6 +146,4 @@ class Stream:
             if self.weights[index] > 0:  # a batch of padding may have no mean at all
                 yield self.weights[index], batch
         if index + 1 != len(self.weights):
-            raise DataError(
-                f"the data source ended after {index + 1} of {len(self.weights)} batches."
-            )
+            raise DataError(f"the data source ended after {index + 1} of {len(self.weights)} batches.")

@@ -122,8 +122,8 @@ def _umask() -> int:
 def _encode(value: Any, prefix: str, arrays: dict[str, np.ndarray]) -> Any:
     """The JSON form of a value; arrays go to `arrays` under their path."""
     if type(value).__name__ in _CLASSES:
-        is_tuple = isinstance(value, tuple)
-        names = value._fields if is_tuple else [field.name for field in dataclasses.fields(value)]
+        is_plain = dataclasses.is_dataclass(value)
+        names = [field.name for field in dataclasses.fields(value)] if is_plain else list(value._fields)
         fields = {
             name: _encode(getattr(value, name), f"{prefix}/{name}" if prefix else name, arrays)
             for name in names

@@ -133,8 +133,8 @@ def _axes(ax):
         return ax
     _, ax = plt.subplots(figsize=(3.15, 2.4), dpi=200, layout="constrained")
     ax.tick_params(labelsize=7, which="both")
-    ax.xaxis.label.set_size(8)
-    ax.yaxis.label.set_size(8)
+    ax.xaxis.label.set_fontsize(8)
+    ax.yaxis.label.set_fontsize(8)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     return ax
@@ -155,8 +155,9 @@ def _symlog(ax, scale: float, low: float, high: float) -> None:
     ax.set_xscale("symlog", linthresh=linthresh, linscale=0.6)
     ax.set_xlim(low, high)
     ticks = [0.0]
-    spans = [(sign, np.floor(np.log10(abs(end)))) for sign, end in ((-1, low), (1, high))
-             if sign * end > linthresh]
+    spans = [
+        (sign, np.floor(np.log10(abs(end)))) for sign, end in ((-1, low), (1, high)) if sign * end > linthresh
+    ]
     decades = sum(last - first + 1 for _, last in spans)
     stride = max(1, int(np.ceil(decades / 6)))
     for sign, last in spans:

@@ -62,7 +62,10 @@ class SpectrumReport:
             ("largest eigenvalue", _extreme(self.largest)),
             ("smallest eigenvalue", _extreme(self.smallest)),
             ("trace", f"{self.trace.value:.5g} ± {self.trace.stderr:.2g}"),
-            ("negative eigenvalues", _share(self.negative) + f" of all (λ < -{self.noise_floor:.1e})"),
+            (
+                "negative eigenvalues",
+                _share(self.negative) + f" of all (λ < -{self.noise_floor:.1e})",
+            ),
             ("near zero", _share(self.near_zero) + f" of all (|λ| <= {self.zero_tol:g} |H|)"),
             ("effective condition number", f"at least {self.condition_lower_bound:.3g}"),
             (

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from spectra import _quadrature
 from spectra._status import Status
@@ -78,9 +79,7 @@ class Tridiagonal:
 
     def _need_basis(self):
         if not self.segments:
-            raise ValueError(
-                "the basis was not kept: run lanczos with reorthogonalize='full' to have it."
-            )
+            raise ValueError("the basis was not kept: run lanczos with reorthogonalize='full' to have it.")
 
     def __repr__(self) -> str:
         return f"Tridiagonal(num_steps={self.alpha.shape[-1]}, length={self.length}, {self.status.code})"
@@ -175,13 +174,11 @@ class Quadrature:
         return sum(_quadrature.band_width_parts(self, level))
 
     def __repr__(self) -> str:
-        low, high = self.range if not isinstance(self.nodes, jax.core.Tracer) else ("?", "?")
-        return (
-            f"Quadrature(num_probes={self.num_probes}, num_steps={self.num_steps}, "
-            f"size={self.size}, range=({low:.6g}, {high:.6g}), {self.status.code})"
-            if low != "?"
-            else f"Quadrature(num_probes={self.num_probes}, num_steps={self.num_steps}, traced)"
-        )
+        text = f"Quadrature(num_probes={self.num_probes}, num_steps={self.num_steps}, size={self.size}"
+        if not isinstance(self.nodes, Tracer):
+            low, high = self.range
+            text += f", range=({low:.6g}, {high:.6g})"
+        return f"{text}, {self.status.code})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +253,10 @@ class Plan:
     def __repr__(self) -> str:
         rows = [
             ("parameters", f"{self.size:,}"),
-            ("products", f"{self.num_matvecs:,} ({self.num_steps} steps x {self.num_probes} probes)"),
+            (
+                "products",
+                f"{self.num_matvecs:,} ({self.num_steps} steps x {self.num_probes} probes)",
+            ),
             ("basis", f"{format_bytes(self.basis)} a probe, {self.probe_batch} in flight"),
             ("working vectors", f"{format_bytes(self.vectors)} a probe"),
             ("saved linearisation", format_bytes(self.linearization)),

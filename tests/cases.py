@@ -141,9 +141,7 @@ OPERATORS = {
     "one batch, linearised": lambda: _ridge(linearize=True),
     "forward over reverse": lambda: _ridge(mode="forward-over-reverse"),
     "reverse over reverse": lambda: _ridge(mode="reverse-over-reverse"),
-    "reverse over reverse, not linearised": lambda: _ridge(
-        mode="reverse-over-reverse", linearize=False
-    ),
+    "reverse over reverse, not linearised": lambda: _ridge(mode="reverse-over-reverse", linearize=False),
     "finite difference": lambda: _ridge(mode="finite-difference"),
     "microbatches that divide": lambda: _ridge(microbatch=13),
     "microbatches with a rest": lambda: _ridge(microbatch=4),

@@ -63,9 +63,7 @@ def test_hessian_and_spectrum_equal_the_closed_form(case, form, dtype):
     params, data = jax.tree.map(jnp.asarray, (params, data))
     if form == "stream":
         data = [jax.tree.map(lambda x: x[:7], data), jax.tree.map(lambda x: x[7:], data)]
-    op = spectra.HessianOperator(
-        loss_fn, params, data, microbatch=16 if form == "microbatch" else None
-    )
+    op = spectra.HessianOperator(loss_fn, params, data, microbatch=16 if form == "microbatch" else None)
     eps, n = float(jnp.finfo(dtype).eps), len(exact)
     # A product sums 40 terms, after and before sums over 6: at most 52 roundings of |H|.
     assert relative_error(op.as_matrix(), exact) <= 52 * eps

@@ -57,9 +57,7 @@ def test_operators_map_over_checkpoints():
     mapped = jax.vmap(largest)(stacked)
     for i in range(2):
         one = largest(jax.tree.map(lambda x, i=i: x[i], stacked))
-        np.testing.assert_allclose(
-            np.linalg.eigvalsh(mapped[i]), np.linalg.eigvalsh(one), atol=64 * 1.2e-7
-        )
+        np.testing.assert_allclose(np.linalg.eigvalsh(mapped[i]), np.linalg.eigvalsh(one), atol=64 * 1.2e-7)
 
 
 @pytest.mark.parametrize("linearize", [True, False])

@@ -8,9 +8,7 @@ import pytest
 import spectra
 from spectra.density.smoothing import _hat_means, spectral_density
 
-BULK_AND_OUTLIERS = np.concatenate(
-    [np.random.default_rng(0).normal(size=990), 1e4 * (1 + np.arange(10))]
-)
+BULK_AND_OUTLIERS = np.concatenate([np.random.default_rng(0).normal(size=990), 1e4 * (1 + np.arange(10))])
 SPECTRA = {
     "semicircle": 2 * np.cos(np.arange(1, 1001) * np.pi / 1001),
     "bulk and outliers": BULK_AND_OUTLIERS,
@@ -21,9 +19,7 @@ SPECTRA = {
 
 def run(values, seed, num_steps=60, num_probes=8, **options):
     op = spectra.MatrixOperator(jnp.diag(jnp.asarray(values, jnp.float32)))
-    return spectra.slq(
-        op, key=jax.random.key(seed), num_steps=num_steps, num_probes=num_probes, **options
-    )
+    return spectra.slq(op, key=jax.random.key(seed), num_steps=num_steps, num_probes=num_probes, **options)
 
 
 def diagonal_mv(v):
@@ -53,9 +49,7 @@ def test_a_grid_that_cuts_the_spectrum_off_shows_the_lost_mass():
 
 
 def test_trapezoidal_mass_is_kept_on_a_grid_coarser_than_the_kernel():
-    density = spectral_density(
-        run(SPECTRA["semicircle"], 0), bandwidth=1e-3, grid=np.linspace(-3, 3, 11)
-    )
+    density = spectral_density(run(SPECTRA["semicircle"], 0), bandwidth=1e-3, grid=np.linspace(-3, 3, 11))
     assert abs(density.integral() - 1) < 1e-12
 
 
@@ -114,9 +108,7 @@ def test_cdf_band_contains_the_true_cdf_at_the_promised_rate(name):
     With a true rate of 5 % the number of misses is Binomial(100, 0.05), above 11 with probability 0.4 %.
     """
     values = SPECTRA[name]
-    x = np.sort(
-        np.concatenate([values, values - 1e-3, np.linspace(values.min(), values.max(), 200)])
-    )
+    x = np.sort(np.concatenate([values, values - 1e-3, np.linspace(values.min(), values.max(), 200)]))
     truth = exact_cdf(values, x)
     misses = 0
     for seed in range(100):
@@ -173,9 +165,7 @@ def test_band_width_bounds_the_distance_to_the_truth():
 
     values = SPECTRA["semicircle"]
     quadrature = run(values, 3, num_steps=40)
-    distance = wasserstein_distance(
-        values, quadrature.nodes.ravel(), None, quadrature.weights.ravel()
-    )
+    distance = wasserstein_distance(values, quadrature.nodes.ravel(), None, quadrature.weights.ravel())
     assert distance / np.ptp(values) <= quadrature.band_width()
 
 

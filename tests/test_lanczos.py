@@ -141,9 +141,7 @@ def test_extreme_eigenvalues_of_a_two_dimensional_laplacian(dtype):
     assert result.basis.shape == (100, *shape)
     theta, _ = ritz(result)
     bound = 100 * float(jnp.finfo(dtype).eps) * 8
-    np.testing.assert_allclose(
-        theta[[0, -1]], laplacian_eigenvalues(*shape)[[0, -1]], rtol=0, atol=bound
-    )
+    np.testing.assert_allclose(theta[[0, -1]], laplacian_eigenvalues(*shape)[[0, -1]], rtol=0, atol=bound)
 
 
 def hadamard(v):

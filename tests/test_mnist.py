@@ -58,9 +58,11 @@ def test_measure_and_extremes_agree_with_the_dense_spectrum(operator, eigenvalue
     assert abs(report.largest.estimate / eigenvalues[-1] - 1) < 1e-5
     assert abs(report.smallest.estimate / eigenvalues[0] - 1) < 1e-5
     assert abs(report.trace.value - eigenvalues.sum()) < 5 * report.trace.stderr
-    assert report.near_zero.lower <= np.mean(
-        np.abs(eigenvalues) <= report.zero_tol * np.abs(eigenvalues).max()
-    ) <= report.near_zero.upper
+    assert (
+        report.near_zero.lower
+        <= np.mean(np.abs(eigenvalues) <= report.zero_tol * np.abs(eigenvalues).max())
+        <= report.near_zero.upper
+    )
 
 
 def test_cdf_band_contains_the_true_cdf_at_the_promised_rate(operator, eigenvalues):

@@ -76,9 +76,7 @@ TOLERANCE = 32 * 1.2e-7
 def test_flax_linen_variables():
     model = Linen()
     variables = model.init(KEY, X)
-    op = spectra.HessianOperator(
-        lambda p, b: mean_square(model.apply(p, b[0]), b[1]), variables, (X, Y)
-    )
+    op = spectra.HessianOperator(lambda p, b: mean_square(model.apply(p, b[0]), b[1]), variables, (X, Y))
     first, second = variables["params"]["Dense_0"], variables["params"]["Dense_1"]
     exact = reference(
         {"k1": first["kernel"], "b1": first["bias"], "k2": second["kernel"], "b2": second["bias"]},
@@ -91,9 +89,7 @@ def test_flax_linen_variables():
 
 def test_flax_nnx_state():
     graph, state = nnx.split(Nnx(nnx.Rngs(0)))
-    op = spectra.HessianOperator(
-        lambda s, b: mean_square(nnx.merge(graph, s)(b[0]), b[1]), state, (X, Y)
-    )
+    op = spectra.HessianOperator(lambda s, b: mean_square(nnx.merge(graph, s)(b[0]), b[1]), state, (X, Y))
     pure = nnx.to_pure_dict(state)
     first, second = pure["first"], pure["second"]
     exact = reference(
@@ -206,9 +202,7 @@ def test_shapes_and_containers_of_leaves(name, linearize):
 
 def test_many_leaves_are_one_operator():
     params = {f"{i:03}": jnp.full((2,), 1.0 + i) for i in range(150)}
-    op = spectra.HessianOperator(
-        lambda p, _: sum(jnp.sum(x**3) / 6 for x in p.values()), params, None
-    )
+    op = spectra.HessianOperator(lambda p, _: sum(jnp.sum(x**3) / 6 for x in p.values()), params, None)
     result = spectra.lanczos(op, jax.tree.map(jnp.ones_like, params), 5)
     assert float(result.orthogonality) <= 64 * 1.2e-7
     # alpha_0 is the mean of the diagonal, 1 .. 150.

@@ -1,5 +1,6 @@
 """Reports, pictures and the command line, as a user meets them."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -53,8 +54,8 @@ def test_report_states_the_extremes_within_their_intervals(report):
 
 def test_report_shares_and_trace_lie_in_their_intervals(report):
     n = len(VALUES)
-    assert report.negative.lower <= np.sum(report.noise_floor * -1 > VALUES) / n
-    assert np.sum(VALUES < -report.noise_floor) / n <= report.negative.upper
+    negative = np.sum(-report.noise_floor > VALUES) / n
+    assert report.negative.lower <= negative <= report.negative.upper
     near = np.sum(np.abs(VALUES) <= report.zero_tol * 80) / n
     assert report.near_zero.lower <= near <= report.near_zero.upper
     # Five standard errors: a normal law leaves them with probability 6e-7.
@@ -112,7 +113,7 @@ def test_density_picture_is_readable(report, tmp_path):
         if low <= tick <= high and label.get_text()
     ]
     assert len(labels) >= 3
-    for left, right in zip(labels, labels[1:], strict=False):
+    for left, right in itertools.pairwise(labels):
         assert left.x1 < right.x0
     figure.savefig(tmp_path / "picture.png")
     assert plt.imread(tmp_path / "picture.png").std() > 0.01
@@ -153,9 +154,7 @@ def test_command_line_runs_a_problem_shows_and_plots_it(tmp_path):
     shown = runner.invoke(cli.app, ["show", str(tmp_path / "o" / "spectrum.npz")])
     assert "a quadratic" in shown.output
     picture = tmp_path / "density.pdf"
-    plot = runner.invoke(
-        cli.app, ["plot", str(tmp_path / "o" / "spectrum.npz"), "-o", str(picture)]
-    )
+    plot = runner.invoke(cli.app, ["plot", str(tmp_path / "o" / "spectrum.npz"), "-o", str(picture)])
     assert plot.exit_code == 0
     assert picture.read_bytes()[:4] == b"%PDF"
 

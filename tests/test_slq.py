@@ -52,7 +52,7 @@ def test_breakdown_gives_exact_nodes_and_nothing_else(name, dtype):
 
 @pytest.mark.parametrize(
     "name",
-    [x for x in BREAKDOWNS],
+    list(BREAKDOWNS),
 )
 def test_breakdown_from_random_probes_has_the_true_length(name, dtype):
     entries = BREAKDOWNS[name]
@@ -108,7 +108,7 @@ def test_a_full_run_on_every_operator_finds_its_spectrum(name):
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-@pytest.mark.parametrize("name", [x for x in SPECTRA])
+@pytest.mark.parametrize("name", list(SPECTRA))
 def test_every_function_is_equivariant_under_scaling(name, scale, x64):
     a = planted(SPECTRA[name])
     reports = [
@@ -136,9 +136,7 @@ def test_every_function_is_equivariant_under_scaling(name, scale, x64):
     assert other.density.linear_scale / scale == pytest.approx(one.density.linear_scale, rel=1e-3)
     grid = np.linspace(-1.6, 1.6, 200) * size
     fixed = spectra.spectral_density(one.quadrature, grid=grid, bandwidth=0.1 * size)
-    scaled = spectra.spectral_density(
-        other.quadrature, grid=scale * grid, bandwidth=scale * 0.1 * size
-    )
+    scaled = spectra.spectral_density(other.quadrature, grid=scale * grid, bandwidth=scale * 0.1 * size)
     peak = fixed.density.max()
     np.testing.assert_allclose(scaled.density * scale, fixed.density, rtol=0, atol=tol * peak)
     np.testing.assert_allclose(scaled.upper * scale, fixed.upper, rtol=1e-3, atol=tol * peak)
@@ -173,3 +171,17 @@ def test_known_moments_of_the_spectrum_lie_within_the_standard_error():
     stderr = 2000 * np.sqrt(2 * eigenvalues.var() / 2002 / 4)
     assert report.trace.stderr == pytest.approx(stderr, rel=0.1)
     assert abs(report.trace.value - eigenvalues.sum()) <= 4 * stderr
+
+
+@pytest.mark.xfail(reason="what a breakdown drops is not in the noise floor", strict=True)
+def test_a_bulk_that_breakdown_cuts_off_stays_within_the_band():
+    # Outliers 5e5 times the bulk's radius: the coupling within the bulk is 10 eps |T|, just below
+    # the test for a breakdown, and all of the bulk becomes one node, half a width from its edge.
+    entries = np.concatenate([np.linspace(-0.5, 0.5, 3995), 5e4 * np.arange(1, 6)])
+    entries = jnp.asarray(entries, jnp.float32)
+    op = spectra.FunctionOperator(lambda v: entries * v, entries)
+    q = spectra.slq(op, key=KEY, num_steps=100, num_probes=2)
+    x = np.array([-0.25, 0.0, 0.25])
+    lower, _, upper = q.cdf(x)
+    truth = np.mean(np.asarray(entries) <= x[:, None], axis=1)
+    assert ((lower <= truth) & (truth <= upper)).all()

@@ -41,9 +41,7 @@ def torch_product(v, dtype):
     loss = functional.cross_entropy(x, torch.tensor(LABELS))
     leaves = list(params.values())
     gradients = torch.autograd.grad(loss, leaves, create_graph=True)
-    inner = sum(
-        (g * torch.tensor(v[k], dtype=dtype)).sum() for k, g in zip(params, gradients, strict=True)
-    )
+    inner = sum((g * torch.tensor(v[k], dtype=dtype)).sum() for k, g in zip(params, gradients, strict=True))
     products = torch.autograd.grad(inner, leaves)
     return {k: p.numpy() for k, p in zip(params, products, strict=True)}
 

@@ -1,5 +1,7 @@
 """A 64-256-256-10 network on scikit-learn's 1,797 handwritten digits, trained with Flax and optax."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ MODEL = MLP()
 def loss_fn(params, batch):
     """Mean cross-entropy over a batch of (images, labels)."""
     images, labels = batch
-    logits = MODEL.apply({"params": params}, images)
+    logits = jnp.asarray(MODEL.apply({"params": params}, images))
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
@@ -36,13 +38,11 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Images (1797, 64) scaled to [0, 1] and labels (1797,)."""
     from sklearn.datasets import load_digits as sklearn_digits
 
-    digits = sklearn_digits()
+    digits: Any = sklearn_digits()
     return np.asarray(digits.data / 16, np.float32), np.asarray(digits.target, np.int32)
 
 
-def train(
-    key: jax.Array, batch, *, epochs: int = 30, batch_size: int = 128, learning_rate: float = 1e-3
-):
+def train(key: jax.Array, batch, *, epochs: int = 30, batch_size: int = 128, learning_rate: float = 1e-3):
     """Parameters after some epochs of Adam, and the share of the images that they classify right."""
     images, labels = map(jnp.asarray, batch)
     init_key, order_key = jax.random.split(key)
@@ -65,7 +65,7 @@ def train(
     state = optimizer.init(params)
     for key in jax.random.split(order_key, epochs):
         params, state = epoch(params, state, key)
-    right = jnp.mean(jnp.argmax(MODEL.apply({"params": params}, images), -1) == labels)
+    right = jnp.mean(jnp.argmax(jnp.asarray(MODEL.apply({"params": params}, images)), -1) == labels)
     return params, float(right)
 
 

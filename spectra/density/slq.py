@@ -139,11 +139,11 @@ class _Run:
     def _quadrature(self, rows, status: Status | None = None) -> Quadrature:
         steps = max(len(row["alpha"]) for row in rows)
         eps = float(jnp.finfo(self.op.dtype).eps)
-        rules = [
+        rules: list[Any] = [
             _quadrature.gauss_rule(row["alpha"], row["beta"], row["length"], eps) for row in rows
         ]
         nodes, weights, residuals = (
-            np.stack([np.pad(r[i], (0, steps - len(r[i])), mode=mode) for r in rules])
+            np.stack([np.pad(r[i], (0, steps - r[0].size), mode=mode) for r in rules])
             for i, mode in enumerate(("edge", "constant", "constant"))
         )
         asymmetry = np.array([row["asymmetry"] for row in rows])

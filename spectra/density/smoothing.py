@@ -162,7 +162,7 @@ def _hat_means(grid: np.ndarray, centers: np.ndarray, h: np.ndarray) -> np.ndarr
     phi = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
     mass = np.where(z[:-1] > 0, ndtr(-z[:-1]) - ndtr(-z[1:]), ndtr(z[1:]) - ndtr(z[:-1]))
     cell = np.diff(grid)[:, None]
-    rising = ((x[:-1] - grid[:-1, None]) * mass + (centers - x[:-1]) * mass - h * np.diff(phi, axis=0))
+    rising = (x[:-1] - grid[:-1, None]) * mass + (centers - x[:-1]) * mass - h * np.diff(phi, axis=0)
     rising = np.clip(rising / cell, 0, mass)
     total = np.zeros_like(z)
     total[1:] += rising

@@ -74,9 +74,7 @@ class Layout:
                 width = -(-width // 64) * 64  # whole cache lines: rows of a segment stay aligned
             return [jax.ShapeDtypeStruct((blocks, width), jnp.result_type(*self.dtypes))]
         pairs = zip(self.shapes, self.dtypes, strict=True)
-        return [
-            jax.ShapeDtypeStruct(s if len(s) > 1 else (1, math.prod(s)), d) for s, d in pairs
-        ]
+        return [jax.ShapeDtypeStruct(s if len(s) > 1 else (1, math.prod(s)), d) for s, d in pairs]
 
     def pack(self, tree: PyTree) -> Panels:
         """Panels of a vector given as a pytree."""
@@ -153,8 +151,7 @@ def put(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
         ]
 
     return tuple(
-        lax.cond(row // size == i, write, lambda segment: segment, segment)
-        for i, segment in enumerate(basis)
+        lax.cond(row // size == i, write, lambda segment: segment, segment) for i, segment in enumerate(basis)
     )
 
 
@@ -179,9 +176,7 @@ def dots(basis: Basis, vector: Panels, filled: jax.Array) -> jax.Array:
     return jnp.concatenate(parts)
 
 
-def subtract(
-    basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array
-) -> Panels:
+def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array) -> Panels:
     """v - Q^T c over the first `filled` rows. Reads them once.
 
     The sum over the rows of a segment is written out: XLA fuses it into one sweep, where a contraction

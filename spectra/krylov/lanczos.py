@@ -155,9 +155,7 @@ def advance(
 
 def check(op: LinearOperator, state: LanczosState, stop: int) -> None:
     """Raise if a product was not finite or the operator is not symmetric."""
-    alpha, beta, scale, asymmetry = jax.device_get(
-        (state.alpha, state.beta, state.scale, state.asymmetry)
-    )
+    alpha, beta, scale, asymmetry = jax.device_get((state.alpha, state.beta, state.scale, state.asymmetry))
     bad = ~(np.isfinite(alpha[..., :stop]) & np.isfinite(beta[..., :stop]))
     if bad.any():
         step = int(np.argwhere(bad)[:, -1].min())
@@ -175,9 +173,7 @@ def check(op: LinearOperator, state: LanczosState, stop: int) -> None:
         )
 
 
-def lanczos(
-    op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: str = "full"
-) -> Tridiagonal:
+def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: str = "full") -> Tridiagonal:
     """Reduce a symmetric operator to tridiagonal form on the Krylov space of a start vector.
 
     Computes H Qᵀ = Qᵀ T + r e_mᵀ with orthonormal rows q_0 = v0/|v0|, ..., q_{m-1}. The run ends early,

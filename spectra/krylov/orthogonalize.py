@@ -18,9 +18,7 @@ from spectra.krylov.basis import Basis, Panels
 REPEAT = 0.1
 
 
-def gram_schmidt_pass(
-    basis: Basis, vector: Panels, filled
-) -> tuple[Panels, jax.Array]:
+def gram_schmidt_pass(basis: Basis, vector: Panels, filled) -> tuple[Panels, jax.Array]:
     """One classical pass over the first `filled` rows: (w - Q^T Q w, Q w). Two reads of the rows."""
     coefficients = _basis.dots(basis, vector, filled)
     return _basis.subtract(basis, coefficients, vector, filled), coefficients

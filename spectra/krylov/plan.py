@@ -44,9 +44,7 @@ def plan(op: LinearOperator, *, num_steps: int, num_probes: int) -> Plan:
     """
     batch = estimate(op, num_steps=num_steps, num_probes=num_probes).probe_batch
     workspace = 0 if op.on_host else _workspace(op)
-    return estimate(
-        op, num_steps=num_steps, num_probes=num_probes, probe_batch=batch, workspace=workspace
-    )
+    return estimate(op, num_steps=num_steps, num_probes=num_probes, probe_batch=batch, workspace=workspace)
 
 
 def estimate(

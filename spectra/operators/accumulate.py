@@ -29,9 +29,7 @@ def mean_over_microbatches(
         return fn(batch)
     weight = weight_fn or batch_size
     steps, rest = divmod(n, microbatch)
-    pieces = jax.tree.map(
-        lambda x: x[: steps * microbatch].reshape(steps, microbatch, *x.shape[1:]), batch
-    )
+    pieces = jax.tree.map(lambda x: x[: steps * microbatch].reshape(steps, microbatch, *x.shape[1:]), batch)
 
     def weighted(piece):
         w = jnp.asarray(weight(piece))

@@ -2,11 +2,12 @@
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from spectra import _memory, _tree
 from spectra._errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 PyTree = Any
 
 
+@dataclass_transform(frozen_default=True, eq_default=False)
 def operator(leaves: tuple[str, ...]):
     """Class decorator: a frozen dataclass that is a pytree with the named fields as children.
 
@@ -26,9 +28,7 @@ def operator(leaves: tuple[str, ...]):
     """
 
     def register(cls):
-        cls = dataclasses.dataclass(frozen=True, eq=False, repr=False, init="__init__" not in vars(cls))(
-            cls
-        )
+        cls = dataclasses.dataclass(frozen=True, eq=False, repr=False, init="__init__" not in vars(cls))(cls)
         names = [field.name for field in dataclasses.fields(cls)]
         static = tuple(name for name in names if name not in leaves)
 
@@ -130,7 +130,7 @@ class LinearOperator(abc.ABC):
         """H v for a pytree, or for a flat array of shape (n,); the result has the form of `v`."""
         vector = self.as_vector(v)
         product = self.mv(vector) if self.on_host else _product(self, vector)
-        if not isinstance(jax.tree.leaves(product)[0], jax.core.Tracer) and not all(
+        if not isinstance(jax.tree.leaves(product)[0], Tracer) and not all(
             bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(product)
         ):
             raise NonFiniteError(f"the product is NaN or infinite. {self.explain_non_finite()}")
@@ -158,18 +158,9 @@ class LinearOperator(abc.ABC):
                 "memory_limit."
             )
         op = self.prepare()
-        structure = self.structure
-
-        def column(i):
-            unit = jnp.zeros(n, self.dtype).at[i].set(1)
-            return _tree.ravel(op.mv(_tree.unravel(unit, structure)))
-
-        if self.on_host:
-            columns = jnp.stack([column(i) for i in range(n)])
-        else:
-            columns = _columns(op, n)
+        columns = jnp.stack([_column(op, i) for i in range(n)]) if self.on_host else _columns(op)
         matrix = (columns + columns.T) / 2
-        if not isinstance(matrix, jax.core.Tracer) and not bool(jnp.isfinite(matrix).all()):
+        if not isinstance(matrix, Tracer) and not bool(jnp.isfinite(matrix).all()):
             raise NonFiniteError(f"the matrix has NaN or infinite entries. {self.explain_non_finite()}")
         return matrix
 
@@ -183,7 +174,7 @@ class LinearOperator(abc.ABC):
         def matvec(x):
             return np.asarray(op @ jnp.asarray(np.ravel(x), dtype))
 
-        return ScipyOperator((self.size, self.size), matvec=matvec, rmatvec=matvec, dtype=dtype)
+        return ScipyOperator((self.size, self.size), matvec=matvec, rmatvec=matvec, dtype=dtype)  # pyright: ignore[reportCallIssue]
 
     def __add__(self, other: "LinearOperator") -> "SumOperator":
         from spectra.operators.arithmetic import SumOperator
@@ -235,7 +226,7 @@ def _is_real_scalar(x) -> bool:
 
 
 def _is_whole(leaf) -> bool:
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         return False  # its sharding cannot be seen
     if isinstance(leaf, jax.Array):
         return leaf.sharding.is_fully_replicated
@@ -247,17 +238,12 @@ def _product(op, v):
     return op.mv(v)
 
 
-def _columns(op, n: int):
+def _column(op: LinearOperator, i) -> jax.Array:
+    unit = jnp.zeros(op.size, op.dtype).at[i].set(1)
+    return _tree.ravel(op.mv(_tree.unravel(unit, op.structure)))
+
+
+@jax.jit
+def _columns(op):
     """All columns, 64 products at a time so that the batched activations stay bounded."""
-
-    @jax.jit
-    def compute(op):
-        structure = op.structure
-
-        def column(i):
-            unit = jnp.zeros(n, op.dtype).at[i].set(1)
-            return _tree.ravel(op.mv(_tree.unravel(unit, structure)))
-
-        return jax.lax.map(column, jnp.arange(n), batch_size=min(64, n))
-
-    return compute(op)
+    return jax.lax.map(lambda i: _column(op, i), jnp.arange(op.size), batch_size=min(64, op.size))

@@ -6,7 +6,15 @@ from typing import Any
 import jax
 
 PyTree = Any
-_SUSPECTS = ("custom_vjp", "custom_jvp", "callback", "pallas_call", "ffi_call", "custom_call", "while")
+_SUSPECTS = (
+    "custom_vjp",
+    "custom_jvp",
+    "callback",
+    "pallas_call",
+    "ffi_call",
+    "custom_call",
+    "while",
+)
 
 
 def refusing_operations(fn: Callable, *args: PyTree) -> str:

