@@ -18,7 +18,7 @@ def hessian(ridge, data, **options):
     return np.asarray(ridge.operator(data, **options).as_matrix(), np.float64)
 
 
-@pytest.mark.parametrize("microbatch", [None, 1, 5, 12, 100])
+@pytest.mark.parametrize("microbatch", [None, 5, 100])
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("masked", [False, True], ids=["examples", "tokens"])
 def test_any_cut_of_the_data_gives_the_same_hessian(masked, cut, microbatch, x64):

@@ -42,8 +42,9 @@ def test_dense_matrix_product_and_scipy_agree_with_the_reference(case):
     assert np.linalg.norm(through_scipy - dense @ v) <= tolerance(op) * scale
 
 
-def test_prepared_and_batched_products_equal_the_plain_product(case):
-    op, dense = case
+@pytest.mark.parametrize("name", OPERATORS)
+def test_prepared_and_batched_products_equal_the_plain_product(name, x64):
+    op, dense = OPERATORS[name]()
     structure = op.structure
     rows = jax.random.normal(jax.random.key(3), (3, op.size), op.dtype)
     batched = op.prepare().mv_batch(jax.vmap(lambda v: _tree.unravel(v, structure))(rows))
