@@ -104,10 +104,10 @@ def test_breakdown_ends_with_exact_values_weights_and_length(name, scale, dtype)
         assert gram_error(result) <= n * eps
 
 
-@pytest.mark.parametrize("n", [100, 100_000])
 @pytest.mark.parametrize("start", ["ones", "random"])
 @pytest.mark.parametrize("name", ["uniform", "outliers", "decaying"])
-def test_basis_is_orthonormal_after_a_hundred_steps(name, start, n, dtype):
+def test_basis_is_orthonormal_after_a_hundred_steps(name, start, dtype):
+    n = 100_000
     entries = {
         "uniform": np.linspace(-1.0, 1.0, n),
         "outliers": np.concatenate([np.linspace(0.5, 1.5, n - 10), 1e4 * np.arange(1, 11)]),

@@ -174,15 +174,14 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("linearize", [True, False])
 @pytest.mark.parametrize("name", TREES)
-def test_shapes_and_containers_of_leaves(name, linearize):
+def test_shapes_and_containers_of_leaves(name):
     params = TREES[name]
 
     def loss_fn(p, _):
         return sum(jnp.sum(x**4) for x in jax.tree.leaves(p))
 
-    op = spectra.HessianOperator(loss_fn, params, None, linearize=linearize)
+    op = spectra.HessianOperator(loss_fn, params, None)
     flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
     exact = np.diag(12 * flat**2)
     assert op.size == len(flat)
