@@ -16,6 +16,7 @@ ROOT = Path(spectra.__file__).parent
 LAYERS = [
     {"_errors", "_status", "_memory"},
     {"_tree", "_quadrature"},
+    {"_paths"},
     {"results"},
     {"data"},
     {"operators"},
