@@ -33,19 +33,30 @@ def scalar_dtype(tree: PyTree) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *[leaf.dtype for leaf in jax.tree.leaves(tree)])
 
 
-def vector_structure(params: PyTree) -> PyTree:
-    """`ShapeDtypeStruct` of one vector over `params`; rejects leaves that are not real floats."""
-
-    def one(path, leaf):
+def check_arrays(params: PyTree) -> None:
+    """Raise unless every leaf is an array, or the shape of one."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise StructureError(
                 f"parameter leaf '{path_str(path)}' is a {type(leaf).__name__}, not an array; "
                 "pass arrays, and close over everything else in the loss."
             )
+
+
+def lift(leaf: jax.Array) -> jax.Array:
+    """A constant among the parameters: floats in the working dtype, all else as it is."""
+    return leaf.astype(working_dtype(leaf.dtype)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def vector_structure(params: PyTree) -> PyTree:
+    """`ShapeDtypeStruct` of one vector over `params`; rejects leaves that are not real floats."""
+    check_arrays(params)
+
+    def one(path, leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise StructureError(
                 f"parameter leaf '{path_str(path)}' has dtype {leaf.dtype}; a Hessian needs real "
-                "floating-point parameters. Close over this leaf in the loss, or cast it."
+                "floating-point parameters. Make it a constant with wrt=, or cast it."
             )
         return jax.ShapeDtypeStruct(leaf.shape, working_dtype(leaf.dtype))
 
@@ -71,6 +82,20 @@ def check_structure(tree: PyTree, structure: PyTree, what: str) -> None:
         dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise StructureError(f"{what}: leaf '{path_str(path)}' has dtype {dtype}, expected {want.dtype}.")
+
+
+def keep_leaves(tree: PyTree, indices: tuple[int, ...]) -> PyTree:
+    """`tree` with None in the place of all leaves but the chosen ones."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([leaf if i in indices else None for i, leaf in enumerate(leaves)])
+
+
+def replace_leaves(tree: PyTree, indices: tuple[int, ...], kept: PyTree) -> PyTree:
+    """`tree` with the chosen leaves taken from `kept`, the inverse of `keep_leaves`."""
+    leaves, treedef = jax.tree.flatten(tree)
+    for index, leaf in zip(indices, jax.tree.leaves(kept), strict=True):
+        leaves[index] = leaf
+    return treedef.unflatten(leaves)
 
 
 def tree_size(structure: PyTree) -> int:

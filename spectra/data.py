@@ -6,6 +6,7 @@ without arguments that returns an iterator (a generator function).
 """
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -28,6 +29,8 @@ def as_batch(batch: PyTree, where: str = "data") -> PyTree:
             array = leaf
         elif hasattr(leaf, "__array__"):
             array = np.asarray(leaf)
+        elif isinstance(leaf, jax.ShapeDtypeStruct):  # enough to plan with
+            array = leaf
         else:
             raise DataError(f"{name} is a {type(leaf).__name__}; a batch holds arrays.")
         if array.dtype == object:
@@ -79,12 +82,22 @@ class Stream:
 
     source: Iterable | Callable[[], Iterator]
     weights: tuple[float, ...]
+    indices: tuple[int, ...] | None  # batches that are used, ascending; None for all
 
     @classmethod
     def open(
-        cls, source: Any, weight_fn: Callable[[PyTree], Any] | None = None, *, check: bool = True
+        cls,
+        source: Any,
+        weight_fn: Callable[[PyTree], Any] | None = None,
+        num_batches: int | None = None,
+        subsample_key: jax.Array | None = None,
+        *,
+        check: bool = True,
     ) -> "Stream":
         """Read the source once for its weights, and a second time to see that nothing changes.
+
+        With `num_batches` only the first ones are read, so the source may be endless; with a key as
+        many are drawn without replacement, for which the source is counted.
 
         Raises:
             DataError: the source is empty, can be read only once, or gives other batches on the second
@@ -95,11 +108,18 @@ class Stream:
                 f"the data source is a {type(source).__name__}, which can be read only once, but every "
                 "product reads all data. Pass a list, a loader, or the generator function itself."
             )
-        first = list(cls._survey(source, weight_fn))
+        if num_batches is not None and num_batches < 1:
+            raise DataError(f"num_batches={num_batches}: at least one batch is needed.")
+        if num_batches is None and subsample_key is not None:
+            raise DataError("subsample_key draws num_batches batches: say how many.")
+        stop = num_batches if subsample_key is None else None
+        first = list(cls._survey(source, weight_fn, stop))
         if not first:
             raise DataError("the data source is empty: it gives no batches.")
+        if num_batches is not None and len(first) < num_batches:
+            raise DataError(f"num_batches={num_batches}, but the data source has only {len(first)} batches.")
         if check:
-            second = list(cls._survey(source, weight_fn))
+            second = list(cls._survey(source, weight_fn, stop))
             if not second:
                 raise DataError(
                     "the data source gives no batches on the second pass: it can be read only once. "
@@ -115,19 +135,24 @@ class Stream:
                     "Switch shuffling and random augmentation off (shuffle=False), or pass a list of "
                     "batches drawn once."
                 )
-        weights = np.array([weight for weight, _ in first], np.float64)
+        indices = None if num_batches is None else tuple(range(num_batches))
+        if subsample_key is not None:
+            drawn = jax.random.choice(subsample_key, len(first), (num_batches,), replace=False)
+            indices = tuple(sorted(map(int, drawn)))
+        used = first if indices is None else [first[i] for i in indices]
+        weights = np.array([weight for weight, _ in used], np.float64)
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
             raise DataError(f"weight_fn gave weights {weights[:8]}...; they must be >= 0 and not all 0.")
-        return cls(source, tuple(weights / weights.sum()))
+        return cls(source, tuple(weights / weights.sum()), indices)
 
     @staticmethod
-    def _read(source: Any) -> Iterator[PyTree]:
-        for index, batch in enumerate(_iterator(source)):
+    def _read(source: Any, stop: int | None = None) -> Iterator[PyTree]:
+        for index, batch in enumerate(itertools.islice(_iterator(source), stop)):
             yield as_batch(batch, f"data batch {index}")
 
     @classmethod
-    def _survey(cls, source, weight_fn) -> Iterator[tuple[float, int]]:
-        for batch in cls._read(source):
+    def _survey(cls, source, weight_fn, stop: int | None) -> Iterator[tuple[float, int]]:
+        for batch in cls._read(source, stop):
             digest = 0
             for leaf in jax.tree.leaves(batch):
                 digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
@@ -135,15 +160,23 @@ class Stream:
             yield weight, digest
 
     def first(self) -> PyTree:
-        """The first batch."""
-        return next(iter(self._read(self.source)))
+        """The first batch that is used."""
+        return next(self._used())
 
     def __iter__(self) -> Iterator[tuple[float, PyTree]]:
-        index = -1
-        for index, batch in enumerate(self._read(self.source)):
-            if index >= len(self.weights):
+        count = 0
+        for batch in self._used():
+            if count >= len(self.weights):
                 raise DataError(f"the data source gave more than its {len(self.weights)} batches.")
-            if self.weights[index] > 0:  # a batch of padding may have no mean at all
-                yield self.weights[index], batch
-        if index + 1 != len(self.weights):
-            raise DataError(f"the data source ended after {index + 1} of {len(self.weights)} batches.")
+            if self.weights[count] > 0:  # a batch of padding may have no mean at all
+                yield self.weights[count], batch
+            count += 1
+        if count != len(self.weights):
+            raise DataError(f"the data source ended after {count} of {len(self.weights)} batches.")
+
+    def _used(self) -> Iterator[PyTree]:
+        if self.indices is None:
+            return self._read(self.source)
+        kept = set(self.indices)
+        batches = enumerate(self._read(self.source, self.indices[-1] + 1))
+        return (batch for index, batch in batches if index in kept)

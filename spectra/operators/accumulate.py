@@ -1,12 +1,13 @@
 """Weighted means over the parts of a data set: microbatches under `lax.scan`, streams from the host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from spectra import _tree
 from spectra.data import batch_size
 
 PyTree = Any
@@ -56,3 +57,22 @@ def mean_over_microbatches(
         total = jax.tree.map(jnp.add, total, weighted(last))
     weights, value = total
     return jax.tree.map(lambda x: x / weights.astype(x.dtype), value)
+
+
+def weighted_sum(parts: Iterable[tuple[float, PyTree]]) -> PyTree:
+    """Σ w x over (w, x), in the order of the stream, with at most two parts in flight.
+
+    Products are dispatched without waiting, so the next batch is read while the device works; without
+    a bound a fast source would queue all its batches in the device's memory.
+    """
+    total = None
+    for weight, part in parts:
+        before = total
+        total = _add(weight, part, jax.tree.map(jnp.zeros_like, part) if total is None else total)
+        jax.block_until_ready(before)
+    return total
+
+
+@jax.jit
+def _add(weight, part, total):
+    return _tree.axpy(weight, part, total)

@@ -1,5 +1,7 @@
 """Sums, multiples and shifts of operators; they prepare and explain themselves through their parts."""
 
+import abc
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,17 +66,22 @@ class SumOperator(LinearOperator):
         """What the terms know."""
         return " ".join(term.explain_non_finite() for term in self.terms)
 
+    def _principal(self, indices: tuple[int, ...]) -> "SumOperator":
+        return SumOperator(tuple(term._principal(indices) for term in self.terms))
 
-class _Wrapped(LinearOperator):
-    """An operator that changes another one's products pointwise."""
+
+class Wrapped(LinearOperator):
+    """An operator made from another one, which prepares and explains itself through it."""
 
     base: LinearOperator
 
-    def _map(self, v: PyTree, product: PyTree) -> PyTree:
-        raise AssertionError  # every final subclass defines it
+    @abc.abstractmethod
+    def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+        """The product, given the base's: `mv` for a vector or `mv_batch` for a stack of them."""
 
-    def _with_base(self, base: LinearOperator) -> "_Wrapped":
-        raise AssertionError  # every final subclass defines it
+    @abc.abstractmethod
+    def _with_base(self, base: LinearOperator) -> "Wrapped":
+        """The same made from another base."""
 
     @property
     def like(self) -> PyTree:
@@ -82,8 +89,8 @@ class _Wrapped(LinearOperator):
         return self.base.like
 
     def mv(self, v: PyTree) -> PyTree:
-        """The changed product."""
-        return self._map(v, self.base.mv(v))
+        """The product."""
+        return self._apply(self.base.mv, v)
 
     @property
     def on_host(self) -> bool:
@@ -96,11 +103,11 @@ class _Wrapped(LinearOperator):
         return self.base.precision
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
-        """The changed batched products."""
-        return self._map(vectors, self.base.mv_batch(vectors))
+        """The products with a stack of vectors."""
+        return self._apply(self.base.mv_batch, vectors)
 
     def prepare(self) -> LinearOperator:
-        """The same change of the prepared operator."""
+        """The same made from the prepared base."""
         return self._with_base(self.base.prepare())
 
     def prepared_bytes(self) -> int:
@@ -111,31 +118,33 @@ class _Wrapped(LinearOperator):
         """As the wrapped operator."""
         return self.base.explain_non_finite()
 
+    def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
+        return self._with_base(self.base._principal(indices))
+
 
 @operator(leaves=("base", "factor"))
-class ScaledOperator(_Wrapped):
+class ScaledOperator(Wrapped):
     """A multiple of an operator; written `factor * op`."""
 
     base: LinearOperator
     factor: Any
 
-    def _map(self, v: PyTree, product: PyTree) -> PyTree:
-        del v
-        return _tree.scale(self.factor, product)
+    def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+        return _tree.scale(self.factor, multiply(v))
 
     def _with_base(self, base: LinearOperator) -> "ScaledOperator":
         return ScaledOperator(base, self.factor)
 
 
 @operator(leaves=("base", "delta"))
-class ShiftedOperator(_Wrapped):
+class ShiftedOperator(Wrapped):
     """H + delta I; written `op.shift(delta)`."""
 
     base: LinearOperator
     delta: Any
 
-    def _map(self, v: PyTree, product: PyTree) -> PyTree:
-        return _tree.axpy(self.delta, v, product)
+    def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+        return _tree.axpy(self.delta, v, multiply(v))
 
     def _with_base(self, base: LinearOperator) -> "ShiftedOperator":
         return ShiftedOperator(base, self.delta)

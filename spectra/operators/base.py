@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from spectra import _memory, _tree
+from spectra import _memory, _paths, _tree
 from spectra._errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
 from spectra.results import format_bytes
 
@@ -129,13 +129,13 @@ class LinearOperator(abc.ABC):
     def __matmul__(self, v: PyTree) -> PyTree:
         """H v for a pytree, or for a flat array of shape (n,); the result has the form of `v`."""
         vector = self.as_vector(v)
-        product = self.mv(vector) if self.on_host else _product(self, vector)
-        if not isinstance(jax.tree.leaves(product)[0], Tracer) and not all(
-            bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(product)
+        result = self.mv(vector) if self.on_host else product(self, vector)
+        if not isinstance(jax.tree.leaves(result)[0], Tracer) and not all(
+            bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(result)
         ):
             raise NonFiniteError(f"the product is NaN or infinite. {self.explain_non_finite()}")
-        same = jax.tree.structure(v) == jax.tree.structure(product)
-        return product if same else _tree.ravel(product)
+        same = jax.tree.structure(v) == jax.tree.structure(result)
+        return result if same else _tree.ravel(result)
 
     def as_matrix(self, *, memory_limit: int | None = None) -> jax.Array:
         """The dense (n, n) matrix, symmetric to the bit: (A + Aᵀ) / 2 of the n columns.
@@ -163,6 +163,45 @@ class LinearOperator(abc.ABC):
         if not isinstance(matrix, Tracer) and not bool(jnp.isfinite(matrix).all()):
             raise NonFiniteError(f"the matrix has NaN or infinite entries. {self.explain_non_finite()}")
         return matrix
+
+    def block(self, select: _paths.Select) -> "LinearOperator":
+        """The principal submatrix of the parameters whose path matches.
+
+        Vectors keep the parameters' tree, with None in the place of leaves that are not chosen. A block
+        of an operator on data differentiates only the chosen leaves, which is cheaper than the whole.
+
+        Args:
+            select: a glob on the path ("Dense_0/*", or "Dense_0" for all that lies under it), a compiled
+                regular expression to search for, or a function of the path.
+
+        Raises:
+            StructureError: nothing matches; the message lists the paths.
+
+        Examples:
+            >>> import jax.numpy as jnp, spectra
+            >>> def loss_fn(params, x):
+            ...     return jnp.mean((x @ params["a"]["w"]) ** 2) + jnp.sum(params["b"]["w"] ** 2)
+            >>> params = {"a": {"w": jnp.ones(3)}, "b": {"w": jnp.ones(2)}}
+            >>> op = spectra.HessianOperator(loss_fn, params, jnp.eye(3))
+            >>> op.block("b/*").as_matrix()
+            Array([[2., 0.],
+                   [0., 2.]], dtype=float32)
+        """
+        return self._principal(_paths.select_leaves(self.like, select))
+
+    def blocks(self, by: str = "leaf") -> dict[str, "LinearOperator"]:
+        """The diagonal blocks: one for every leaf (`by="leaf"`), or for every layer (`by="layer"`).
+
+        A layer is all leaves that share their path up to its last part: `Dense_0/kernel` and
+        `Dense_0/bias`, `fc1.weight` and `fc1.bias`.
+        """
+        groups = _paths.group_leaves(self.like, by)
+        return {name: self._principal(indices) for name, indices in groups.items()}
+
+    def _principal(self, indices: tuple[int, ...]) -> "LinearOperator":
+        from spectra.operators.blocks import BlockOperator
+
+        return BlockOperator(self, indices)
 
     def to_scipy(self):
         """A `scipy.sparse.linalg.LinearOperator` on flat vectors, with the linearisation re-used."""
@@ -234,7 +273,8 @@ def _is_whole(leaf) -> bool:
 
 
 @jax.jit
-def _product(op, v):
+def product(op: LinearOperator, v: PyTree) -> PyTree:
+    """The compiled product."""
     return op.mv(v)
 
 

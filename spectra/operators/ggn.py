@@ -1,0 +1,105 @@
+"""The generalised Gauss-Newton matrix: the loss's curvature seen through the linearised model."""
+
+from collections.abc import Callable
+from typing import Any, Unpack
+
+import jax
+
+from spectra._errors import DataError
+from spectra.operators import products
+from spectra.operators.base import operator
+from spectra.operators.data_operator import DataOperator, DataOptions, check_scalar
+
+PyTree = Any
+ModelFn = Callable[[PyTree, PyTree], PyTree]
+OutputLossFn = Callable[[PyTree, PyTree], jax.Array]
+
+
+def split(piece: PyTree) -> tuple[PyTree, PyTree]:
+    """(inputs, targets) of a batch for operators that know the model."""
+    if isinstance(piece, (tuple, list)) and len(piece) == 2:
+        return piece[0], piece[1]
+    raise DataError(
+        f"a batch is a {type(piece).__name__}, not a pair (inputs, targets): the operator calls "
+        "model_fn(params, inputs) and loss_fn(outputs, targets)."
+    )
+
+
+class ModelOperator(DataOperator):
+    """An operator that knows the model apart from the loss on its outputs."""
+
+    model_fn: ModelFn
+    loss_fn: OutputLossFn
+
+    def _value(self, params: PyTree, piece: PyTree) -> jax.Array:
+        inputs, targets = split(piece)
+        return self._output_loss(self.model_fn(params, inputs), targets)
+
+    def _output_loss(self, outputs: PyTree, targets: PyTree) -> jax.Array:
+        return check_scalar(self.loss_fn(outputs, targets), "loss_fn")
+
+    def _jacobian(self, variables: PyTree, inputs: PyTree):
+        """Outputs, v -> J v and u -> Jᵀ u of the model at the variables."""
+        return products.jacobian(self.mode, lambda x: self.model_fn(self._merge(x), inputs), variables)
+
+
+@operator(leaves=("params", "data"))
+class GGNOperator(ModelOperator):
+    """The generalised Gauss-Newton matrix Jᵀ (∇²ℓ) J of a loss ℓ on the outputs of a model.
+
+    With outputs f = model_fn(θ, x), J = ∂f/∂θ, and ∇²ℓ the Hessian of `loss_fn` with respect to the
+    outputs, by automatic differentiation: any loss will do, and the matrix is positive semi-definite
+    where it is convex in the outputs. H - GGN, the residual term Σ (∂ℓ/∂f_k) ∇²f_k, is
+    `HessianOperator(...) - GGNOperator(...)`.
+
+    Args:
+        model_fn: pure function (params, inputs) -> outputs, any pytree of floating arrays. Static.
+        loss_fn: pure function (outputs, targets) -> scalar, the mean over the batch. Static.
+        params: pytree of parameters.
+        data: one batch, a pair (inputs, targets), or a re-iterable of such pairs.
+        **options: see `DataOperator`.
+
+    Raises:
+        As `HessianOperator`; DataError if a batch is not a pair.
+
+    Cost: a product is one J v and one Jᵀ u, about 3 evaluations of the model beyond the shared one, and
+    works in the memory of a gradient plus a few arrays of the size of the outputs: no Jacobian and no
+    matrix in output space is formed. `microbatch` bounds the outputs in memory.
+
+    References:
+        Schraudolph, doi:10.1162/08997660260028683; Martens, arXiv:1412.1193.
+
+    Examples:
+        >>> import jax.numpy as jnp, spectra
+        >>> def model_fn(params, x):
+        ...     return jnp.tanh(x @ params)
+        >>> def loss_fn(outputs, targets):
+        ...     return 0.5 * jnp.mean((outputs - targets) ** 2)
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+        >>> op = spectra.GGNOperator(model_fn, loss_fn, jnp.zeros(2), (x, jnp.ones(2)))
+        >>> op @ jnp.ones(2)
+        Array([0.5, 4.5], dtype=float32)
+    """
+
+    model_fn: ModelFn
+    loss_fn: OutputLossFn
+
+    def __init__(
+        self,
+        model_fn: ModelFn,
+        loss_fn: OutputLossFn,
+        params: PyTree,
+        data: Any,
+        **options: Unpack[DataOptions],
+    ):
+        self._open(params, data, model_fn=model_fn, loss_fn=loss_fn, **options)
+
+    def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
+        inputs, targets = split(piece)
+        outputs, push, pull = self._jacobian(variables, inputs)
+        return pull(self._curvature(outputs, targets, push(v)))
+
+    def _curvature(self, outputs: PyTree, targets: PyTree, u: PyTree) -> PyTree:
+        """(∇²ℓ) u in output space."""
+        gradient = jax.grad(self._output_loss)
+        return products.derivative(self.mode, lambda f: gradient(f, targets), outputs, u)

@@ -1,0 +1,72 @@
+"""Which way of differentiating a model admits, found by tracing alone."""
+
+import warnings
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from spectra._errors import DifferentiationError
+from spectra.operators.diagnose import may_refuse_at_lowering, refusing_operations
+from spectra.operators.products import MODES
+
+if TYPE_CHECKING:
+    from spectra.operators.data_operator import DataOperator
+
+
+def resolve_mode(op: "DataOperator") -> str:
+    """The first mode that the operator's functions admit; says what refused the ones before it.
+
+    Raises:
+        DifferentiationError: there is none, or not the one asked for; carries JAX's reason.
+    """
+    piece = op.first_piece()
+
+    def value(op):
+        return op._value(op._merge(op._variables()), op.data)
+
+    jax.eval_shape(value, piece)
+    try:
+        jax.eval_shape(lambda op: op._grad(op._variables(), op.data), piece)
+    except Exception as error:
+        raise DifferentiationError(
+            f"the loss cannot be differentiated: {_first_line(error)} Every mode needs a gradient; "
+            "look for integer arithmetic, while loops or callbacks between parameters and loss."
+        ) from error
+    refusals: list[tuple[str, Exception]] = []
+    for mode in MODES if op.mode == "auto" else (op.mode,):
+        try:
+            _require_product(piece._with(mode=mode))
+        except Exception as error:
+            refusals.append((mode, error))
+            continue
+        if refusals:
+            _warn(op, mode, refusals, refusing_operations(value, piece))
+        return mode
+    mode, error = refusals[-1]
+    raise DifferentiationError(
+        f"mode='{mode}' does not work for this loss: {_first_line(error)} Use mode='auto'."
+    ) from error
+
+
+def _require_product(op: "DataOperator") -> None:
+    traced = jax.jit(lambda op, v: op.mv(v)).trace(op, op.structure)
+    if may_refuse_at_lowering(traced.jaxpr.jaxpr):
+        traced.lower()
+
+
+def _warn(op: "DataOperator", mode: str, refusals: list[tuple[str, Exception]], blame: str) -> None:
+    reasons = " ".join(f"{m} failed: {_first_line(e)}" for m, e in refusals)
+    accuracy = ""
+    if mode == "finite-difference":
+        error = float(jnp.finfo(op.dtype).eps) ** (2 / 3)
+        accuracy = f" Expect relative errors near {error:.0e} in each product."
+    warnings.warn(
+        f"the loss refuses second derivatives in {refusals[-1][0]} mode because of {blame}; "
+        f"products use {mode}.{accuracy} ({reasons})",
+        stacklevel=6,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
