@@ -21,7 +21,10 @@ from spectra.io import load, save
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
 from spectra.operators.base import LinearOperator
+from spectra.operators.covariance import GradientCovarianceOperator
+from spectra.operators.fisher import FisherOperator
 from spectra.operators.function import FunctionOperator, MatrixOperator
+from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator
 from spectra.plotting import plot_density, plot_eigenvalues
 from spectra.problem import Problem
@@ -33,7 +36,10 @@ __all__ = [
     "Density",
     "DifferentiationError",
     "Estimate",
+    "FisherOperator",
     "FunctionOperator",
+    "GGNOperator",
+    "GradientCovarianceOperator",
     "HessianOperator",
     "Interval",
     "LinearOperator",

@@ -52,23 +52,24 @@ def select_leaves(tree: PyTree, select: Select) -> tuple[int, ...]:
     Raises:
         StructureError: nothing matches; the message lists the paths.
     """
-    if isinstance(select, str):
-        globs = (select, f"{select}/*", f"{select}.*")
-
-        def chosen(path):
-            return any(fnmatch.fnmatchcase(path, glob) for glob in globs)
-    elif isinstance(select, re.Pattern):
-        chosen = select.search
-    elif callable(select):
-        chosen = select
-    else:
-        raise StructureError(
-            f"select is a {type(select).__name__}; pass a glob such as 'Dense_0/*', a compiled regular "
-            "expression, or a function of the path."
-        )
     paths = leaf_paths(tree)
+    chosen = _predicate(select)
     indices = tuple(index for index, path in enumerate(paths) if chosen(path))
     if not indices:
         shown = ", ".join(paths[:20]) + (f", and {len(paths) - 20} more" if len(paths) > 20 else "")
         raise StructureError(f"no parameter matches {select!r}; the paths are {shown}.")
     return indices
+
+
+def _predicate(select: Select) -> Callable[[str], Any]:
+    if isinstance(select, str):
+        globs = (select, f"{select}/*", f"{select}.*")
+        return lambda path: any(fnmatch.fnmatchcase(path, glob) for glob in globs)
+    if isinstance(select, re.Pattern):
+        return select.search
+    if callable(select):
+        return select
+    raise StructureError(
+        f"select is a {type(select).__name__}; pass a glob such as 'Dense_0/*', a compiled regular "
+        "expression, or a function of the path."
+    )

@@ -136,7 +136,7 @@ class Stream:
                     "batches drawn once."
                 )
         indices = None if num_batches is None else tuple(range(num_batches))
-        if subsample_key is not None:
+        if num_batches is not None and subsample_key is not None:
             drawn = jax.random.choice(subsample_key, len(first), (num_batches,), replace=False)
             indices = tuple(sorted(map(int, drawn)))
         used = first if indices is None else [first[i] for i in indices]

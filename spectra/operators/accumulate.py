@@ -59,6 +59,19 @@ def mean_over_microbatches(
     return jax.tree.map(lambda x: x / weights.astype(x.dtype), value)
 
 
+def map_microbatches(fn: Callable[[PyTree], PyTree], batch: PyTree, microbatch: int | None) -> PyTree:
+    """fn of the batch, for a function that treats examples one by one, a piece at a time."""
+    n = batch_size(batch)
+    if microbatch is None or microbatch >= n:
+        return fn(batch)
+    steps, rest = divmod(n, microbatch)
+    pieces = jax.tree.map(lambda x: x[: steps * microbatch].reshape(steps, microbatch, *x.shape[1:]), batch)
+    parts = [jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), lax.map(fn, pieces))]
+    if rest:
+        parts.append(fn(jax.tree.map(lambda x: x[steps * microbatch :], batch)))
+    return jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
+
+
 def weighted_sum(parts: Iterable[tuple[float, PyTree]]) -> PyTree:
     """Σ w x over (w, x), in the order of the stream, with at most two parts in flight.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from spectra._errors import DifferentiationError
+from spectra._errors import DifferentiationError, SpectraError
 from spectra.operators.diagnose import may_refuse_at_lowering, refusing_operations
 from spectra.operators.products import MODES
 
@@ -37,6 +37,8 @@ def resolve_mode(op: "DataOperator") -> str:
     for mode in MODES if op.mode == "auto" else (op.mode,):
         try:
             _require_product(piece._with(mode=mode))
+        except SpectraError:  # says more than that a mode is refused
+            raise
         except Exception as error:
             refusals.append((mode, error))
             continue

@@ -1,0 +1,126 @@
+"""The second moment and the covariance of the gradients of single examples."""
+
+from collections.abc import Callable
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from spectra import _tree
+from spectra.operators import products
+from spectra.operators.base import operator
+from spectra.operators.data_operator import DataOperator, DataOptions, check_scalar
+
+PyTree = Any
+
+
+@operator(leaves=("params", "data", "mean"))
+class GradientCovarianceOperator(DataOperator):
+    """The second moment Σ w_i g_i g_iᵀ / Σ w_i of the gradients g_i of single examples.
+
+    With `centered` the gradient of the mean loss is taken out: C - ḡ ḡᵀ, the covariance of the noise of
+    stochastic gradients with batches of one. Positive semi-definite. For a loss that is a negative
+    log-likelihood the second moment is the empirical Fisher matrix.
+
+    Args:
+        loss_fn: pure function (params, batch) -> scalar, the mean over the batch. It is evaluated on
+            batches of one example, so a model that mixes examples (batch statistics) has no such matrix.
+        params: pytree of parameters.
+        data: one batch or a re-iterable of batches.
+        centered: subtract ḡ ḡᵀ; costs one gradient when the operator is made.
+        **options: see `DataOperator`; `weight_fn` of one example gives w_i, by default 1.
+
+    Raises:
+        As `HessianOperator`.
+
+    Cost: a product is one J v and one Jᵀ u of the vector of losses, about as a Hessian product; no
+    gradient of a single example is ever held.
+
+    References:
+        Kunstner, Balles and Hennig, arXiv:1905.12558; Jastrzębski et al., arXiv:2002.09572.
+
+    Examples:
+        >>> import jax.numpy as jnp, spectra
+        >>> def loss_fn(w, x):
+        ...     return jnp.mean(x @ w)  # g_i = x_i
+        >>> op = spectra.GradientCovarianceOperator(loss_fn, jnp.ones(2), jnp.array([[1.0, 0.0], [3.0, 2.0]]))
+        >>> op.as_matrix()
+        Array([[5., 3.],
+               [3., 2.]], dtype=float32)
+    """
+
+    loss_fn: Callable[[PyTree, PyTree], jax.Array]
+    mean: PyTree  # ḡ if centered, else None
+
+    def __init__(
+        self,
+        loss_fn: Callable[[PyTree, PyTree], jax.Array],
+        params: PyTree,
+        data: Any,
+        *,
+        centered: bool = False,
+        **options: Unpack[DataOptions],
+    ):
+        self._open(params, data, loss_fn=loss_fn, mean=None, **options)
+        if centered:
+            self._set(mean=self.gradient())
+
+    @property
+    def centered(self) -> bool:
+        """Whether the mean gradient is taken out."""
+        return self.mean is not None
+
+    def mv(self, v: PyTree) -> PyTree:
+        """C v, or C v - ḡ (ḡᵀ v)."""
+        product = super().mv(v)
+        return product if self.mean is None else self._center(product, v)
+
+    def mv_batch(self, vectors: PyTree) -> PyTree:
+        """The same for a stack of vectors."""
+        products = super().mv_batch(vectors)
+        centered_already = self.mean is None or self.stream is None
+        return products if centered_already else jax.vmap(self._center)(products, vectors)
+
+    def _center(self, product: PyTree, v: PyTree) -> PyTree:
+        return _tree.axpy(-_tree.vdot(self.mean, v), self.mean, product)
+
+    def _principal(self, indices: tuple[int, ...]) -> "GradientCovarianceOperator":
+        block = super()._principal(indices)
+        return block if self.mean is None else block._with(mean=_tree.keep_leaves(self.mean, indices))
+
+    def _pieces(self):
+        for weight, piece in super()._pieces():
+            yield weight, piece._with(mean=None)  # the mean over all pieces is taken out at the end
+
+    def _value(self, params: PyTree, piece: PyTree) -> jax.Array:
+        return check_scalar(self.loss_fn(params, piece), "loss_fn")
+
+    def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
+        weights = self._weights(piece)
+        # An example of weight zero (padding) may have no finite loss: another one stands in for it.
+        stand_in = jax.tree.map(lambda x: x[jnp.argmax(weights > 0)], piece)
+
+        def losses(x):
+            params = self._merge(x)
+
+            def one(weight, example):
+                example = jax.tree.map(lambda e, s: jnp.where(weight > 0, e, s), example, stand_in)
+                return self._value(params, _alone(example))
+
+            return jax.vmap(one)(weights, piece)
+
+        _, push, pull = products.jacobian(self.mode, losses, variables)
+        along = push(v)
+        return pull((weights / jnp.sum(weights)).astype(along.dtype) * along)
+
+    def _weights(self, piece: PyTree) -> jax.Array:
+        count = jax.tree.leaves(piece)[0].shape[0]
+        if self.weight_fn is None:
+            return jnp.ones(count)
+        weight_fn = self.weight_fn
+        return jax.vmap(lambda example: jnp.asarray(weight_fn(_alone(example)), float))(piece)
+
+
+def _alone(example: PyTree) -> PyTree:
+    """The batch of one example."""
+    return jax.tree.map(lambda x: x[None], example)

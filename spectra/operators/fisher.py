@@ -1,0 +1,213 @@
+"""The Fisher information matrix of a model: exact in the targets, sampled, or empirical."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Self, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra._errors import SpectraError, StructureError
+from spectra._tree import is_traced
+from spectra.data import batch_size
+from spectra.operators import likelihood
+from spectra.operators.accumulate import map_microbatches
+from spectra.operators.base import operator
+from spectra.operators.data_operator import DataOptions
+from spectra.operators.ggn import GGNOperator, ModelFn, OutputLossFn, split
+
+PyTree = Any
+KINDS = ("type2", "mc", "empirical")
+CHECKED_EXAMPLES = 64
+"""Examples on which the loss is compared with the likelihood it is taken for."""
+
+
+@operator(leaves=("params", "data", "key"))
+class FisherOperator(GGNOperator):
+    """The Fisher information Σ_t w_t E[∇log p(y|f_t) ∇log p(y|f_t)ᵀ] of a model's predictions.
+
+    The loss is read as the weighted mean Σ_t w_t ℓ_t of negative log-likelihoods ℓ_t over *terms*: the
+    entries of integer targets (examples, or tokens), else the examples. The kinds differ in y:
+
+    * "type2": the expectation over y ~ p(·|f_t), exactly, by E[∇ℓ ∇ℓᵀ] = E[∇²ℓ]. Where ∇²ℓ does not
+      depend on y (softmax cross-entropy, squared error, binary cross-entropy with logits, every natural
+      exponential family) it is the Gauss-Newton matrix, and is multiplied as such.
+    * "mc": one y_t drawn from p(·|f_t) for each term, unbiased for "type2". The
+      operator of one batch holds them in its `data`.
+    * "empirical": the y_t of the data. Not a Fisher matrix in the strict sense, and far from one when the
+      model fits (Kunstner, Balles and Hennig, arXiv:1905.12558).
+
+    Args:
+        model_fn: pure function (params, inputs) -> outputs, one array for "mc". Static.
+        loss_fn: pure function (outputs, targets) -> scalar, the mean over the batch. Static.
+        params: pytree of parameters.
+        data: one batch, a pair (inputs, targets), or a re-iterable of such pairs. Targets may carry masks
+            or weights beside the labels; `weight_fn` then gives the number of terms of a batch.
+        kind: "type2", "mc" or "empirical".
+        key: JAX random key of the samples, for "mc". The sample of an example depends on the key, the
+            batch's place in the stream and the example's place in the batch alone.
+        sample_fn: function (key, outputs, targets) -> targets of one example, for "mc" with a likelihood
+            other than softmax, Gaussian and Bernoulli, which are recognised from the targets.
+        **options: see `DataOperator`.
+
+    Raises:
+        StructureError: "type2" for a loss whose curvature depends on the targets; "mc" for targets or a
+            loss of no known likelihood.
+        As `GGNOperator` otherwise.
+
+    Cost: a product is one J v and one Jᵀ u; gradients of single terms exist in output space only. "mc"
+    evaluates the model once when the operator is made, or once more a product for streams.
+
+    References:
+        Amari, doi:10.1162/089976698300017746; Martens, arXiv:1412.1193, sections 5, 9, 11.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> def model_fn(params, x):
+        ...     return x @ params
+        >>> def loss_fn(logits, labels):
+        ...     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1))
+        >>> data = (jnp.eye(3), jnp.array([0, 1, 0]))
+        >>> op = spectra.FisherOperator(model_fn, loss_fn, jnp.zeros((3, 2)), data, kind="type2")
+        >>> op @ jnp.array([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+        Array([[ 0.08333334, -0.08333334],
+               [ 0.        ,  0.        ],
+               [ 0.        ,  0.        ]], dtype=float32)
+    """
+
+    kind: str
+    sample_fn: Callable[[jax.Array, PyTree, PyTree], PyTree] | None
+    key: jax.Array | None
+
+    def __init__(
+        self,
+        model_fn: ModelFn,
+        loss_fn: OutputLossFn,
+        params: PyTree,
+        data: Any,
+        *,
+        kind: Literal["type2", "mc", "empirical"] = "type2",
+        key: jax.Array | None = None,
+        sample_fn: Callable[[jax.Array, PyTree, PyTree], PyTree] | None = None,
+        **options: Unpack[DataOptions],
+    ):
+        if kind not in KINDS:
+            raise SpectraError(f"kind={kind!r}: use one of {KINDS}.")
+        if (kind == "mc") != (key is not None):
+            raise SpectraError("kind='mc' draws targets and needs key=; the other kinds draw nothing.")
+        functions = {"model_fn": model_fn, "loss_fn": loss_fn, "sample_fn": sample_fn}
+        self._open(params, data, kind=kind, key=None, **functions, **options)
+        _check_likelihood(self.first_piece())
+        if kind == "mc":
+            self._set(key=key)
+            if self.stream is None:
+                self._set(data=_with_samples(self), key=None)
+
+    def _pieces(self) -> Iterator[tuple[float, Self]]:
+        key = self.key
+        for index, (weight, piece) in enumerate(super()._pieces()):
+            if key is not None:
+                piece = piece._with(key=jax.random.fold_in(key, index))
+                piece = piece._with(data=_with_samples(piece), key=None)
+            yield weight, piece
+
+    def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
+        if self.kind == "type2":
+            return super()._piece_product(variables, piece, v)
+        inputs, targets = split(piece)
+        outputs, push, pull = self._jacobian(variables, inputs)
+        scores = self._scores(outputs, targets, piece)
+        terms = likelihood.term_axes(outputs, targets)
+        along = _inner(scores, push(v), terms)
+        return pull(jax.tree.map(lambda s: s * along.reshape(along.shape + (1,) * (s.ndim - terms)), scores))
+
+    def _scores(self, outputs: PyTree, targets: PyTree, piece: PyTree) -> PyTree:
+        """√w_t ∇ℓ_t for each term: the gradient of the mean loss, w_t ∇ℓ_t, over √w_t."""
+        gradient = jax.grad(self._output_loss)(outputs, targets)
+        weight = self._num_terms(outputs, targets, piece)
+        if self.kind == "mc" and self.sample_fn is None:
+            index, classes = likelihood.label_index(outputs, targets)
+            if not classes:
+                loss = self._output_loss
+                second, mixed = likelihood.regression_curvature(loss, outputs, targets, index)
+                bernoulli = jnp.where(mixed > 0, gradient / jnp.sqrt(jnp.where(mixed > 0, mixed, 1)), 0)
+                return jnp.where(second > 0, jnp.sqrt(weight) * gradient, bernoulli)
+        return jax.tree.map(lambda g: jnp.sqrt(weight).astype(g.dtype) * g, gradient)
+
+    def _num_terms(self, outputs: PyTree, targets: PyTree, piece: PyTree) -> jax.Array:
+        if self.weight_fn is not None:
+            return jnp.asarray(self.weight_fn(piece), float)
+        axes = likelihood.term_axes(outputs, targets)
+        return jnp.asarray(math.prod(jax.tree.leaves(outputs)[0].shape[:axes]), float)
+
+    def _draw(self, piece: PyTree, keys: jax.Array) -> PyTree:
+        inputs, targets = split(piece)
+        outputs = self.model_fn(self._merge(self._variables()), inputs)
+        if self.sample_fn is not None:
+            return jax.vmap(self.sample_fn)(keys, outputs, targets)
+        weight = self._num_terms(outputs, targets, piece)
+        return likelihood.sample(self._output_loss, keys, outputs, targets, weight)
+
+
+def _inner(a: PyTree, b: PyTree, terms: int) -> jax.Array:
+    """Σ a b over all axes but the first `terms`, over all leaves."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum((jnp.sum(x * y, axis=tuple(range(terms, x.ndim))) for x, y in pairs), jnp.zeros(()))
+
+
+@jax.jit
+def _with_samples(op: FisherOperator) -> tuple[PyTree, PyTree]:
+    """The batch with its targets drawn anew, each example with a key of its own."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(op.key, jnp.arange(batch_size(op.data)))
+    with jax.default_matmul_precision(op.matmul_precision):
+        drawn = map_microbatches(lambda piece: op._draw(*piece), (op.data, keys), op.microbatch)
+    return split(op.data)[0], drawn
+
+
+def _check_likelihood(op: FisherOperator) -> None:
+    """Raise where the kind does not fit the loss, as far as a few examples of concrete data show it."""
+    if op.kind == "empirical" or op.sample_fn is not None:
+        return
+    if op.kind == "mc":
+        shapes = jax.eval_shape(lambda op: op.model_fn(op._merge(op._variables()), split(op.data)[0]), op)
+        likelihood.label_index(shapes, split(op.data)[1])
+    arrays = (op.params, op.data)
+    if not all(isinstance(x, (jax.Array, np.ndarray)) for x in jax.tree.leaves(arrays)) or is_traced(arrays):
+        return
+    few = op._with(data=jax.tree.map(lambda x: x[:CHECKED_EXAMPLES], op.data))
+    error = float(_likelihood_error(few))
+    if error > op.precision**0.5:
+        what = {
+            "type2": "its curvature depends on the targets; use GGNOperator for the curvature at the data's "
+            "own targets, or kind='mc' with sample_fn=",
+            "mc": "for integer targets it is not the mean softmax cross-entropy of its terms (class weights? "
+            "label smoothing? another loss?); pass sample_fn=, weight_fn= if weights or masks are at work, "
+            "or use GGNOperator",
+        }[op.kind]
+        raise StructureError(f"kind='{op.kind}' does not fit this loss: {what} (relative error {error:.1e}).")
+
+
+@jax.jit
+def _likelihood_error(op: FisherOperator) -> jax.Array:
+    inputs, targets = split(op.data)
+    outputs = op.model_fn(op._merge(op._variables()), inputs)
+    if not likelihood.is_known(outputs, targets):
+        return jnp.zeros(())
+    keys = jax.random.split(jax.random.key(0), batch_size(op.data))
+    weight = op._num_terms(outputs, targets, op.data)
+    drawn = likelihood.sample(op._output_loss, keys, outputs, targets, weight)
+    if op.kind == "type2":
+        u = jax.random.normal(keys[0], outputs.shape, outputs.dtype)
+        own, other = (op._curvature(outputs, y, u) for y in (targets, drawn))
+        error = jnp.max(jnp.abs(own - other)) / jnp.max(jnp.abs(own))
+    elif likelihood.is_classification(outputs, targets):
+        index, _ = likelihood.label_index(outputs, targets)
+        labels = jax.tree.leaves(drawn)[index]
+        expected = jax.nn.softmax(outputs) - jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
+        gradient = weight * jax.grad(op._output_loss)(outputs, drawn)
+        masked = jnp.all(gradient == 0, axis=-1, keepdims=True)
+        error = jnp.max(jnp.where(masked, 0, jnp.abs(gradient - expected)))
+    else:
+        return jnp.zeros(())
+    return jnp.where(jnp.isfinite(error), error, 0)  # a non-finite loss is reported when it is used
