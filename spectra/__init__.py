@@ -20,6 +20,7 @@ from spectra.density import slq, spectral_density
 from spectra.io import load, save
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
+from spectra.models import linen_model, nnx_model
 from spectra.operators.base import LinearOperator
 from spectra.operators.covariance import GradientCovarianceOperator
 from spectra.operators.fisher import FisherOperator
@@ -57,7 +58,9 @@ __all__ = [
     "StructureError",
     "Tridiagonal",
     "lanczos",
+    "linen_model",
     "load",
+    "nnx_model",
     "plan",
     "plot_density",
     "plot_eigenvalues",

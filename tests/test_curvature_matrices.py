@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import relative_error
-from networks import LOSSES, N, OUTPUTS, TARGETS, Network, curvature, model_fn, sandwich, softmax
+from networks import LOSSES, OUTPUTS, TARGETS, N, Network, curvature, model_fn, sandwich, softmax
 
 import spectra
 from spectra import FisherOperator, GGNOperator, GradientCovarianceOperator, HessianOperator
@@ -121,10 +121,14 @@ def test_sampled_fisher_is_unbiased(name):
     @jax.jit
     def dense(key):
         op = FisherOperator(model_fn, LOSSES[name], net.params(), data, kind="mc", key=key)
-        return jax.vmap(op.mv)(jax.vmap(lambda row: spectra._tree.unravel(row, op.structure))(jnp.eye(op.size)))
+        return jax.vmap(op.mv)(
+            jax.vmap(lambda row: spectra._tree.unravel(row, op.structure))(jnp.eye(op.size))
+        )
 
     samples = [dense(key) for key in jax.random.split(jax.random.key(0), 400)]
-    flat = np.stack([np.concatenate([x.reshape(x.shape[0], -1) for x in jax.tree.leaves(s)], 1) for s in samples])
+    flat = np.stack(
+        [np.concatenate([x.reshape(x.shape[0], -1) for x in jax.tree.leaves(s)], 1) for s in samples]
+    )
     expected = sandwich(net.jacobians(), curvature(name, net)[0])
     stderr = flat.std(0, ddof=1) / np.sqrt(len(flat))
     assert np.all(np.abs(flat.mean(0) - expected) <= 5 * stderr + 1e-5 * np.abs(expected).max())
@@ -173,10 +177,10 @@ def test_a_likelihood_that_is_not_there_is_refused():
         with pytest.raises(spectra.StructureError, match=f"kind='{kind}' does not fit"):
             FisherOperator(model_fn, loss, net.params(), data, kind=kind, key=key)
     FisherOperator(model_fn, smoothed, net.params(), data, kind="type2")  # curvature without the targets
+    unknown = (data[0], jnp.zeros((N, 7), int))
+    norm = lambda outputs, targets: jnp.mean(outputs**2)  # noqa: E731
     with pytest.raises(spectra.StructureError, match="sample_fn"):
-        bad = (data[0], jnp.zeros((N, 7), int))
-        loss = lambda outputs, targets: jnp.mean(outputs**2)  # noqa: E731
-        FisherOperator(model_fn, loss, net.params(), bad, kind="mc", key=jax.random.key(0))
+        FisherOperator(model_fn, norm, net.params(), unknown, kind="mc", key=jax.random.key(0))
     with pytest.raises(spectra.SpectraError, match="needs key="):
         FisherOperator(model_fn, LOSSES["cross_entropy"], net.params(), data, kind="mc")
     with pytest.raises(spectra.SpectraError, match="kind="):

@@ -20,7 +20,7 @@ LAYERS = [
     {"results"},
     {"data"},
     {"operators"},
-    {"problem"},
+    {"problem", "models"},
     {"krylov"},
     {"density"},
     {"report", "plotting"},

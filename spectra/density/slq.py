@@ -1,7 +1,8 @@
 """Stochastic Lanczos quadrature: the spectral measure from a few random vectors."""
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,34 @@ from spectra.operators.base import LinearOperator
 from spectra.results import Quadrature
 
 
+@overload
 def slq(
     op: LinearOperator,
+    *,
+    key: jax.Array,
+    num_steps: int = ...,
+    num_probes: int = ...,
+    tol: float | None = ...,
+    probe_batch: int | None = ...,
+    progress: bool = ...,
+) -> Quadrature: ...
+
+
+@overload
+def slq(
+    op: Mapping[str, LinearOperator],
+    *,
+    key: jax.Array,
+    num_steps: int = ...,
+    num_probes: int = ...,
+    tol: float | None = ...,
+    probe_batch: int | None = ...,
+    progress: bool = ...,
+) -> dict[str, Quadrature]: ...
+
+
+def slq(
+    op: LinearOperator | Mapping[str, LinearOperator],
     *,
     key: jax.Array,
     num_steps: int = 100,
@@ -27,7 +54,7 @@ def slq(
     tol: float | None = None,
     probe_batch: int | None = None,
     progress: bool = False,
-) -> Quadrature:
+) -> Quadrature | dict[str, Quadrature]:
     """Estimate the spectral measure of an operator by Lanczos from random vectors on the unit sphere.
 
     For each probe v_i, m Lanczos steps give the Gauss quadrature of its spectral measure
@@ -36,9 +63,11 @@ def slq(
     on the device in the working dtype and `tol` and the checks of values are not available.
 
     Args:
-        op: symmetric operator of order n.
+        op: symmetric operator of order n; or several by name, such as `op.blocks(by="layer")`, which then
+            share the compiled code of the recurrence where they are of equal shape.
         key: JAX random key; probe i depends on the key and i alone, so more probes extend a run.
-        num_steps: m, at most n; with `tol`, the most that may be spent.
+        num_steps: m, at most n (small ones of several operators take n); with `tol`, the most that may
+            be spent.
         num_probes: k; with `tol`, the most that may be spent.
         tol: stop as soon as the mean width of the CDF's 95 % band over the spectral range is below
             `tol`: steps are added until the bracket takes half of it, then probes.
@@ -46,7 +75,8 @@ def slq(
         progress: show a progress bar.
 
     Returns:
-        `Quadrature` with nodes and weights (k, m); `.cdf(x)` gives the distribution with its band.
+        `Quadrature` with nodes and weights (k, m); `.cdf(x)` gives the distribution with its band. For
+        several operators a dict of them.
 
     Raises:
         SpectraError: num_steps, num_probes, probe_batch or tol out of range.
@@ -69,6 +99,31 @@ def slq(
     """
     if tol is not None and not 0 < tol < 1:
         raise SpectraError(f"tol={tol} is a share of the spectral range: use a number in (0, 1).")
+    rest = (num_probes, tol, probe_batch)
+    if isinstance(op, Mapping):
+        total = sum(min(num_steps, block.size) for block in op.values()) * num_probes
+        with _Progress(progress, total) as bar:
+            return {
+                name: _one(
+                    block, jax.random.fold_in(key, i), min(num_steps, block.size), *rest, bar, apart=True
+                )
+                for i, (name, block) in enumerate(op.items())
+            }
+    with _Progress(progress, num_steps * num_probes) as bar:
+        return _one(op, key, num_steps, *rest, bar)
+
+
+def _one(
+    op: LinearOperator,
+    key: jax.Array,
+    num_steps: int,
+    num_probes: int,
+    tol: float | None,
+    probe_batch: int | None,
+    bar: "_Progress",
+    *,
+    apart: bool = False,
+) -> Quadrature:
     plan = estimate(op, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
     if _tree.is_traced((op, key)):
         if tol is not None:
@@ -76,13 +131,12 @@ def slq(
         return _traced(op, key, num_steps, num_probes, plan.probe_batch)
     require_fit(plan)
     layout = Layout.of(op.structure, packed=op.packable)
-    with _Progress(progress, plan.num_matvecs) as bar:
-        run = _Run(op.prepare(), layout, key, op.size, op.precision, bar)
-        if tol is None:
-            for start in range(0, num_probes, plan.probe_batch):
-                run.add(range(start, min(start + plan.probe_batch, num_probes)), num_steps)
-            return run.result()
-        return _adaptive(run, num_steps, num_probes, tol, plan.probe_batch)
+    run = _Run(op.prepare(), layout, key, op.size, op.precision, bar, apart)
+    if tol is None:
+        for start in range(0, num_probes, plan.probe_batch):
+            run.add(range(start, min(start + plan.probe_batch, num_probes)), num_steps)
+        return run.result()
+    return _adaptive(run, num_steps, num_probes, tol, plan.probe_batch)
 
 
 def _adaptive(run: "_Run", num_steps: int, num_probes: int, tol: float, batch: int) -> Quadrature:
@@ -101,8 +155,8 @@ def _adaptive(run: "_Run", num_steps: int, num_probes: int, tol: float, batch: i
 class _Run:
     """Probes done so far, as rows of coefficients, and how to add more."""
 
-    def __init__(self, op, layout: Layout, key, size: int, precision: float, bar: "_Progress"):
-        self.op, self.layout, self.key, self.bar = op, layout, key, bar
+    def __init__(self, op, layout: Layout, key, size: int, precision: float, bar: "_Progress", apart: bool):
+        self.op, self.layout, self.key, self.bar, self.apart = op, layout, key, bar, apart
         self.size, self.precision = size, precision
         self.rows: list[dict[str, Any]] = []
         self.steps_done = 0
@@ -116,11 +170,13 @@ class _Run:
         """Run probes together, `CHUNK` steps a call; `stop_when` sees the quadrature so far."""
         batched = len(probes) > 1
         keys = jnp.stack([jax.random.fold_in(self.key, i) for i in probes])
-        state = _start(self.layout, keys if batched else keys[0], num_steps, batched)
+        state = _start(self.layout.anonymous(), keys if batched else keys[0], num_steps, batched)
         done = 0
         while done < num_steps:
             stop = min(done + _lanczos.CHUNK, num_steps)
-            state = _lanczos.advance(self.op, self.layout, state, done, stop, batched=batched)
+            state = _lanczos.advance(
+                self.op, self.layout, state, done, stop, batched=batched, apart=self.apart
+            )
             self.bar.update((stop - done) * len(probes))
             done = stop
             if not np.any(state.alive):

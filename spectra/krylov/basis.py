@@ -57,6 +57,10 @@ class Layout:
         shapes = tuple(tuple(leaf.shape) for leaf in leaves)
         return cls(treedef, shapes, tuple(jnp.dtype(leaf.dtype) for leaf in leaves), packed)
 
+    def anonymous(self) -> "Layout":
+        """The layout of the list of leaves: equal for vectors that differ in names only."""
+        return dataclasses.replace(self, treedef=jax.tree.structure([0] * len(self.shapes)))
+
     @property
     def structure(self) -> PyTree:
         """`ShapeDtypeStruct` of a vector as a pytree."""

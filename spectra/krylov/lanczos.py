@@ -71,13 +71,13 @@ def init(layout: Layout, v0: PyTree, num_steps: int, *, keep_basis: bool = True)
     )
 
 
-def absorb(layout: Layout, i: jax.Array, product: PyTree, state: LanczosState) -> LanczosState:
-    """Step i of the recurrence, given the product H q_i.
+def absorb(i: jax.Array, w: Panels, state: LanczosState) -> LanczosState:
+    """Step i of the recurrence, given the product w = H q_i.
 
     After a breakdown the current vector is zero, and so is all that follows from it: the remaining
     steps of a compiled loop leave T as it is.
     """
-    q, w = state.current, layout.pack(product)
+    q = state.current
     beta_previous = jnp.where(i > 0, state.beta[i - 1], 0)
     alpha = _basis.vdot(q, w)
     w = _basis.axpy(-alpha, q, _basis.axpy(-beta_previous, state.previous, w))
@@ -117,7 +117,7 @@ def run(
     """Steps start..stop-1 under `lax` control flow; `batched` states carry a leading probe axis."""
 
     def step(i, state):
-        return absorb(layout, i, op.mv(layout.unpack(state.current)), state)
+        return absorb(i, layout.pack(op.mv(layout.unpack(state.current))), state)
 
     # The counter is not batched, so `lax.cond` on it stays a branch under vmap.
     body = jax.vmap(step, in_axes=(None, 0)) if batched else step
@@ -127,26 +127,54 @@ def run(
 _run_chunk = jax.jit(run, static_argnames=("layout", "batched"), donate_argnames=("state",))
 
 
-@partial(jax.jit, static_argnames=("layout", "batched"), donate_argnames=("state",))
-def _absorb_one(layout, i, product, state, batched=False):
-    body = partial(absorb, layout)
-    return (jax.vmap(body, in_axes=(None, 0, 0)) if batched else body)(i, product, state)
+@partial(jax.jit, static_argnames=("batched",), donate_argnames=("state",))
+def _absorb_one(i, w, state, batched=False):
+    return (jax.vmap(absorb, in_axes=(None, 0, 0)) if batched else absorb)(i, w, state)
 
 
 @partial(jax.jit, static_argnames=("layout", "batched"))
-def _current(layout, state, batched=False):
-    return (jax.vmap(layout.unpack) if batched else layout.unpack)(state.current)
+def _unpack(layout, panels, batched=False):
+    return (jax.vmap(layout.unpack) if batched else layout.unpack)(panels)
+
+
+@partial(jax.jit, static_argnames=("layout", "batched"))
+def _pack(layout, vectors, batched=False):
+    return (jax.vmap(layout.pack) if batched else layout.pack)(vectors)
+
+
+@partial(jax.jit, static_argnames=("layout", "batched"))
+def _multiply(op, layout, panels, batched=False):
+    def one(panels):
+        return layout.pack(op.mv(layout.unpack(panels)))
+
+    return (jax.vmap(one) if batched else one)(panels)
+
+
+def _product(op: LinearOperator, layout: Layout, panels: Panels, batched: bool) -> Panels:
+    if not op.on_host:
+        return _multiply(op, layout, panels, batched=batched)
+    vectors = _unpack(layout, panels, batched=batched)
+    return _pack(layout, op.mv_batch(vectors) if batched else op.mv(vectors), batched=batched)
 
 
 def advance(
-    op: LinearOperator, layout: Layout, state: LanczosState, start: int, stop: int, *, batched: bool
+    op: LinearOperator,
+    layout: Layout,
+    state: LanczosState,
+    start: int,
+    stop: int,
+    *,
+    batched: bool,
+    apart: bool = False,
 ) -> LanczosState:
-    """Steps start..stop-1 from the host, checked for NaN and for symmetry. Consumes `state`."""
-    if op.on_host:
+    """Steps start..stop-1 from the host, checked for NaN and for symmetry. Consumes `state`.
+
+    Product and recurrence are one compiled loop, or, `apart`, two programs: the one of the recurrence
+    then serves all operators of the same size.
+    """
+    if op.on_host or apart:
         for i in range(start, stop):
-            vectors = _current(layout, state, batched=batched)
-            product = op.mv_batch(vectors) if batched else op.mv(vectors)
-            state = _absorb_one(layout, i, product, state, batched=batched)
+            state = _absorb_one(i, _product(op, layout, state.current, batched), state, batched=batched)
     else:
         state = _run_chunk(op, layout, state, start, stop, batched=batched)
     check(op, state, stop)

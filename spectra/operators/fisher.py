@@ -159,6 +159,7 @@ def _inner(a: PyTree, b: PyTree, terms: int) -> jax.Array:
 @jax.jit
 def _with_samples(op: FisherOperator) -> tuple[PyTree, PyTree]:
     """The batch with its targets drawn anew, each example with a key of its own."""
+    assert op.key is not None
     keys = jax.vmap(jax.random.fold_in, (None, 0))(op.key, jnp.arange(batch_size(op.data)))
     with jax.default_matmul_precision(op.matmul_precision):
         drawn = map_microbatches(lambda piece: op._draw(*piece), (op.data, keys), op.microbatch)

@@ -1,0 +1,169 @@
+"""Models with state: batch statistics, dropout, tied weights, frozen and integer leaves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import relative_error
+from flax import linen as nn
+from flax import nnx
+
+import spectra
+
+X = np.random.default_rng(0).standard_normal((6, 3))
+Y = np.random.default_rng(1).standard_normal((6, 2))
+MEAN, VAR = np.array([0.5, -0.2]), np.array([1.5, 0.7])
+EPS = 1e-5
+W = np.random.default_rng(2).standard_normal((3, 2))
+
+
+def half_square(outputs, targets):
+    return 0.5 * jnp.mean(jnp.sum((outputs - targets) ** 2, -1))
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Dense(2, use_bias=False, param_dtype=x.dtype)(x)
+        x = nn.Dropout(0.5, deterministic=True)(x)
+        return nn.BatchNorm(
+            use_running_average=not train, use_scale=False, use_bias=False, epsilon=EPS, param_dtype=x.dtype
+        )(x)
+
+
+class Nnx(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        options = {"param_dtype": jnp.float64, "rngs": rngs}
+        self.linear = nnx.Linear(3, 2, use_bias=False, **options)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.norm = nnx.BatchNorm(2, use_scale=False, use_bias=False, epsilon=EPS, **options)
+        self.linear.kernel[...] = jnp.asarray(W)
+        self.norm.mean = nnx.BatchStat(jnp.asarray(MEAN))
+        self.norm.var = nnx.BatchStat(jnp.asarray(VAR))
+
+    def __call__(self, x):
+        return self.norm(self.dropout(self.linear(x)))
+
+
+def linen_operator(batch_stats):
+    model_fn = spectra.linen_model(Linen(), batch_stats=batch_stats, train=batch_stats == "batch")
+    variables = {
+        "params": {"Dense_0": {"kernel": jnp.asarray(W)}},
+        "batch_stats": {"BatchNorm_0": {"mean": jnp.asarray(MEAN), "var": jnp.asarray(VAR)}},
+    }
+    return model_fn, variables
+
+
+def nnx_operator(batch_stats):
+    module = Nnx()
+    result = spectra.nnx_model(module, batch_stats=batch_stats)
+    assert not module.dropout.deterministic  # the user's module is left alone
+    return result
+
+
+ADAPTERS = {"linen": linen_operator, "nnx": nnx_operator}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_running_statistics_are_constants(adapter, x64):
+    model_fn, variables = ADAPTERS[adapter]("running")
+    data = (jnp.asarray(X), jnp.asarray(Y))
+    np.testing.assert_allclose(model_fn(variables, data[0]), (X @ W - MEAN) / np.sqrt(VAR + EPS), rtol=1e-13)
+    op = spectra.GGNOperator(model_fn, half_square, variables, data, wrt="params")
+    expected = np.kron(X.T @ X / len(X), np.diag(1 / (VAR + EPS)))  # linear in the kernel, leaves (3, 2)
+    assert relative_error(op.as_matrix(), expected) <= 64 * np.finfo(float).eps
+
+
+def batch_normalised_loss(w):
+    """In PyTorch, differentiated twice by its own double backward."""
+    import torch
+
+    x, y = torch.tensor(X), torch.tensor(Y)
+    z = torch.nn.functional.batch_norm(x @ w.reshape(3, 2), None, None, training=True, eps=EPS)
+    return 0.5 * ((z - y) ** 2).sum(1).mean()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_batch_statistics_are_differentiated(adapter, x64):
+    import torch
+
+    model_fn, variables = ADAPTERS[adapter]("batch")
+
+    def loss_fn(variables, batch):
+        return half_square(model_fn(variables, batch[0]), batch[1])
+
+    op = spectra.HessianOperator(loss_fn, variables, (jnp.asarray(X), jnp.asarray(Y)), wrt="params")
+    expected = torch.autograd.functional.hessian(batch_normalised_loss, torch.tensor(W.ravel())).numpy()
+    # Flax takes the variance as E z² - (E z)²: a few roundings more than 64.
+    assert relative_error(op.as_matrix(), expected) <= 1e3 * np.finfo(float).eps
+
+
+def test_compiled_code_is_shared_between_checkpoints():
+    traces = 0
+
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            nonlocal traces
+            traces += 1
+            return nn.Dense(2)(x)
+
+    x = jnp.asarray(X, jnp.float32)
+    for seed in range(3):
+        variables = Counting().init(jax.random.key(seed), x)
+        model_fn = spectra.linen_model(Counting())
+        options = {"wrt": "params", "mode": "forward-over-reverse"}
+        op = spectra.GGNOperator(
+            model_fn, half_square, variables, (x, jnp.asarray(Y, jnp.float32)), **options
+        )
+        before = traces
+        op @ jnp.ones(op.size)
+        if seed:
+            assert traces == before
+
+
+def test_tied_weights_are_one_parameter(x64):
+    """f = Wᵀ W x with W used twice: H by PyTorch's double backward."""
+    import torch
+
+    def loss_fn(params, batch):
+        return half_square(batch[0] @ params["w"] @ params["w"].T, batch[0] + 1)
+
+    def torch_loss(w):
+        x = torch.tensor(X)
+        return 0.5 * ((x @ w @ w.T - x - 1) ** 2).sum(1).mean()
+
+    op = spectra.HessianOperator(loss_fn, {"w": jnp.asarray(W)}, (jnp.asarray(X),))
+    expected = torch.autograd.functional.hessian(torch_loss, torch.tensor(W)).numpy().reshape(6, 6)
+    assert relative_error(op.as_matrix(), expected) <= 64 * np.finfo(float).eps
+
+
+def test_frozen_and_integer_leaves(x64):
+    """Embedding table, frozen; its index, an integer; only the output layer varies."""
+    params = {
+        "table": jnp.asarray(W),
+        "order": jnp.array([2, 0, 1]),
+        "out": {"w": jnp.array([0.3, -1.0])},
+    }
+
+    def loss_fn(params, batch):
+        rows = params["table"][params["order"][batch]]
+        return jnp.mean(jnp.tanh(rows @ params["out"]["w"]) ** 2)
+
+    batch = jnp.array([0, 1, 2, 1])
+    op = spectra.HessianOperator(loss_fn, params, batch, wrt="out")
+    rows = W[np.array([2, 0, 1])[np.asarray(batch)]]
+    t = np.tanh(rows @ np.array([0.3, -1.0]))
+    expected = (rows.T * (2 * (1 - t**2) * (1 - 3 * t**2))) @ rows / 4
+    assert relative_error(op.as_matrix(), expected) <= 64 * np.finfo(float).eps
+    assert list(op.blocks()) == ["out/w"]
+    with pytest.raises(spectra.StructureError, match="'order' has dtype int"):
+        spectra.HessianOperator(loss_fn, params, batch)
+    with pytest.raises(spectra.StructureError, match="paths are"):
+        spectra.HessianOperator(loss_fn, params, batch, wrt="output")
+
+
+def test_unknown_batch_statistics_are_refused():
+    with pytest.raises(spectra.SpectraError, match="batch_stats="):
+        spectra.linen_model(Linen(), batch_stats="frozen")
