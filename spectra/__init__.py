@@ -16,7 +16,7 @@ from spectra._errors import (
     StructureError,
 )
 from spectra._status import Status
-from spectra.density import slq, spectral_density
+from spectra.density import slq, spectral_density, spectral_distances
 from spectra.io import load, save
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
@@ -27,7 +27,7 @@ from spectra.operators.fisher import FisherOperator
 from spectra.operators.function import FunctionOperator, MatrixOperator
 from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator
-from spectra.plotting import plot_density, plot_eigenvalues
+from spectra.plotting import plot_blocks, plot_density, plot_eigenvalues
 from spectra.problem import Problem
 from spectra.report import SpectrumReport, spectrum
 from spectra.results import Density, Estimate, Interval, Plan, Quadrature, Tridiagonal
@@ -62,10 +62,12 @@ __all__ = [
     "load",
     "nnx_model",
     "plan",
+    "plot_blocks",
     "plot_density",
     "plot_eigenvalues",
     "save",
     "slq",
     "spectral_density",
+    "spectral_distances",
     "spectrum",
 ]

@@ -30,7 +30,7 @@ def save(result: Any, path: str | os.PathLike) -> Path:
     """Write a result to an `.npz` file, atomically: the file appears whole or not at all.
 
     Args:
-        result: `SpectrumReport`, `Quadrature`, `Density` or `Estimate`.
+        result: `SpectrumReport`, `Quadrature`, `Density` or `Estimate`, or a dict of such by name (blocks).
         path: file name; `.npz` is added if it is missing. An existing file is replaced.
 
     Returns:
@@ -47,7 +47,7 @@ def save(result: Any, path: str | os.PathLike) -> Path:
         ...     spectra.load(path).value
         1.5
     """
-    if type(result).__name__ not in _CLASSES:
+    if type(result).__name__ not in _CLASSES and not isinstance(result, dict):
         raise SpectraError(f"cannot save a {type(result).__name__}; results are {', '.join(_CLASSES)}.")
     path = Path(path)
     if path.suffix != ".npz":
@@ -106,7 +106,7 @@ def load(path: str | os.PathLike) -> Any:
             "update spectra."
         )
     try:
-        if "class" not in header["result"]:
+        if not {"class", "dict"} & set(header["result"]):
             raise TypeError("the result has no class")
         return _decode(header["result"], "", arrays)
     except (AttributeError, KeyError, TypeError, ValueError, StopIteration) as error:

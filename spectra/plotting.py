@@ -1,5 +1,7 @@
 """Pictures of results. Functions take a result and optionally an Axes, and return the Axes."""
 
+import textwrap
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -126,18 +128,83 @@ def plot_eigenvalues(quadrature: Quadrature, ax: "Axes | None" = None, *, color:
     return ax
 
 
+def plot_blocks(
+    results: Mapping[str, Quadrature | Density], *, columns: int | None = None, color: str = COLOR
+) -> "np.ndarray":
+    """Draw the densities of several operators as small multiples on common axes.
+
+    Args:
+        results: quadratures or densities by name, such as `slq(op.blocks(by="layer"), key=key)`.
+        columns: panels in a row; default: as square as possible, at most six.
+        color: of lines and bands.
+
+    Returns:
+        Array of the Axes, one for each result, in order; `axes[0].figure` is the picture.
+
+    Raises:
+        SpectraError: there is nothing to draw.
+
+    Examples:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> blocks = {f"layer {i}": spectra.MatrixOperator(jnp.diag(i * jnp.linspace(0.5, 1.0, 50)))
+        ...           for i in (1, 2, 3)}
+        >>> axes = spectra.plot_blocks(spectra.slq(blocks, key=jax.random.key(0), num_probes=2))
+        >>> [ax.get_title() for ax in axes]
+        ['layer 1', 'layer 2', 'layer 3']
+    """
+    import matplotlib.pyplot as plt
+
+    from spectra.density.smoothing import spectral_density
+
+    if not results:
+        raise SpectraError("there are no blocks to draw.")
+    densities = [spectral_density(r) if isinstance(r, Quadrature) else r for r in results.values()]
+    columns = columns or min(6, int(np.ceil(np.sqrt(len(densities)))))
+    rows = -(-len(densities) // columns)
+    size = (1.55 * columns + 0.4, 1.25 * rows + 0.4)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=size, dpi=200, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    axes = grid.ravel()[: len(densities)]
+    for ax in grid.ravel()[len(densities) :]:
+        ax.set_visible(False)
+    for ax, name, density in zip(axes, results, densities, strict=True):
+        plot_density(density, ax, color=color)
+        _tidy(ax, labels=6)
+        ax.set_title(textwrap.fill(name.replace("/", "/ "), 24).replace("/ ", "/"), fontsize=6)
+        ax.set_xlabel("")
+        ax.set_ylabel("")
+    scale = float(np.median([d.linear_scale for d in densities]))
+    low = min(float(d.grid[0]) for d in densities)
+    high = max(float(d.grid[-1]) for d in densities)
+    if max(abs(low), abs(high)) > _DYNAMIC * scale:
+        _symlog(axes[0], scale, low, high, labels=4)
+    else:
+        axes[0].set_xscale("linear")
+        axes[0].set_xlim(low, high)
+    axes[0].set_ylim(min(map(_floor, densities)), 4 * max(float(np.max(d.density)) for d in densities))
+    figure.supxlabel("eigenvalue", fontsize=8)
+    figure.supylabel("density", fontsize=8)
+    return axes
+
+
 def _axes(ax):
     import matplotlib.pyplot as plt
 
     if ax is not None:
         return ax
     _, ax = plt.subplots(figsize=(3.15, 2.4), dpi=200, layout="constrained")
-    ax.tick_params(labelsize=7, which="both")
+    _tidy(ax, labels=7)
     ax.xaxis.label.set_fontsize(8)
     ax.yaxis.label.set_fontsize(8)
+    return ax
+
+
+def _tidy(ax, labels: int) -> None:
+    ax.tick_params(labelsize=labels, which="both")
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    return ax
 
 
 def _floor(density: Density) -> float:
@@ -146,8 +213,8 @@ def _floor(density: Density) -> float:
     return 0.1 / (density.size * widest * np.sqrt(2 * np.pi))
 
 
-def _symlog(ax, scale: float, low: float, high: float) -> None:
-    """A signed-log axis with a linear part one decade wide and at most seven labels."""
+def _symlog(ax, scale: float, low: float, high: float, labels: int = 7) -> None:
+    """A signed-log axis with a linear part one decade wide and at most `labels` labels."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     first = np.floor(np.log10(scale))
@@ -159,7 +226,7 @@ def _symlog(ax, scale: float, low: float, high: float) -> None:
         (sign, np.floor(np.log10(abs(end)))) for sign, end in ((-1, low), (1, high)) if sign * end > linthresh
     ]
     decades = sum(last - first + 1 for _, last in spans)
-    stride = max(1, int(np.ceil(decades / 6)))
+    stride = max(1, int(np.ceil(decades / (labels - 1))))
     for sign, last in spans:
         ticks += [sign * 10.0**e for e in np.arange(last, first - 0.5, -stride)]
     ax.xaxis.set_major_locator(FixedLocator(sorted(ticks)))

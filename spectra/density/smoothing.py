@@ -54,7 +54,7 @@ def spectral_density(
         >>> round(spectra.spectral_density(quadrature).integral(), 6)
         1.0
     """
-    scale = _linear_scale(quadrature)
+    scale = linear_scale(quadrature)
     if bandwidth is None:
         widths = _relative_width(scale)
     elif bandwidth > 0 and np.isfinite(bandwidth):
@@ -91,7 +91,7 @@ def spectral_density(
     )
 
 
-def _linear_scale(quadrature: Quadrature) -> float:
+def linear_scale(quadrature: Quadrature) -> float:
     """|eigenvalue| below which the default width is constant: NODES_A_WIDTH * spacing / η.
 
     The spacing is the median, by weight, of the distance between neighbouring nodes, or of a node's

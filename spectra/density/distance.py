@@ -1,0 +1,79 @@
+"""How far apart spectra are, as distributions of eigenvalues."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from spectra._errors import SpectraError
+from spectra.density.smoothing import linear_scale
+from spectra.results import Quadrature
+
+WIDTH = 0.1
+"""Kernel width on the signed-log axis: spectra that differ by 10 % in scale count as nearly equal."""
+_REACH = 6.0
+_PER_WIDTH = 4.0
+
+
+def spectral_distances(quadratures: Mapping[str, Quadrature], *, normalize: bool = False) -> np.ndarray:
+    """Jensen-Shannon distances between the eigenvalue distributions of several operators.
+
+    d(p, q) = sqrt(KL(p | m)/2 + KL(q | m)/2) with m = (p + q)/2 and logarithms to base 2: 0 for equal
+    distributions, 1 for distributions that do not overlap; a metric. The distributions are those of
+    asinh(λ / s), on which magnitudes over many decades weigh alike, smoothed by a Gaussian of width 0.1;
+    s is the median over operators of the scale below which their spectra are not resolved.
+
+    Args:
+        quadratures: results of `slq` by name, such as one per block.
+        normalize: compare shapes only: divide every spectrum by its largest |eigenvalue| first.
+
+    Returns:
+        (b, b) symmetric array with zero diagonal, in the order of the mapping.
+
+    Raises:
+        SpectraError: fewer than two spectra.
+
+    References:
+        Zhang et al., Why Transformers Need Adam: A Hessian Perspective, arXiv:2402.16788, section 3.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> ops = {name: spectra.MatrixOperator(jnp.diag(scale * jnp.linspace(1.0, 2.0, 50)))
+        ...        for name, scale in (("a", 1.0), ("b", 1.0), ("c", 100.0))}
+        >>> distances = spectra.spectral_distances(spectra.slq(ops, key=jax.random.key(0)))
+        >>> bool(distances[0, 1] < 0.1), bool(distances[0, 2] > 0.99)
+        (True, True)
+    """
+    if len(quadratures) < 2:
+        raise SpectraError("distances need at least two spectra.")
+    units = [max(map(abs, q.range)) or 1.0 if normalize else 1.0 for q in quadratures.values()]
+    scales = [linear_scale(q) / unit for q, unit in zip(quadratures.values(), units, strict=True)]
+    scale = float(np.median(scales))
+    places = [
+        np.arcsinh(np.asarray(q.nodes).ravel() / unit / scale)
+        for q, unit in zip(quadratures.values(), units, strict=True)
+    ]
+    low = min(x.min() for x in places) - _REACH * WIDTH
+    high = max(x.max() for x in places) + _REACH * WIDTH
+    edges = np.arange(low, high + WIDTH / _PER_WIDTH, WIDTH / _PER_WIDTH)
+    masses = [
+        _masses(edges, x, np.asarray(q.weights).ravel())
+        for x, q in zip(places, quadratures.values(), strict=True)
+    ]
+    return np.array([[_jensen_shannon(p, q) for q in masses] for p in masses])
+
+
+def _masses(edges: np.ndarray, centers: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Share of the smoothed distribution in each cell between edges."""
+    from scipy.special import ndtr
+
+    cdf = ndtr((edges[:, None] - centers) / WIDTH) @ weights
+    mass = np.clip(np.diff(cdf), 0, None)
+    return mass / mass.sum()
+
+
+def _jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
+    from scipy.special import rel_entr
+
+    middle = (p + q) / 2
+    divergence = (rel_entr(p, middle).sum() + rel_entr(q, middle).sum()) / 2 / np.log(2)
+    return float(np.sqrt(max(divergence, 0.0)))

@@ -1,0 +1,177 @@
+"""Blocks: principal submatrices by path, products, spectra and pictures of all of them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from cases import OPERATORS, relative_error
+from networks import LOSSES, Network, cross_entropy, model_fn
+
+import spectra
+from spectra import _paths, _tree
+
+SPLIT = {"A": slice(0, 9), "B": slice(9, 15), "c": slice(15, 18)}
+
+
+def loss_fn(params, batch):
+    return LOSSES["cross_entropy"](model_fn(params, batch[0]), batch[1])
+
+
+def batch(net):
+    return jnp.asarray(net.x), jnp.asarray(net.labels)
+
+
+def operators():
+    net = Network()
+    params, data = net.params(), batch(net)
+    hessian = spectra.HessianOperator(loss_fn, params, data)
+    ggn = spectra.GGNOperator(model_fn, cross_entropy, params, data)
+    return {
+        "hessian": hessian,
+        "stream": spectra.HessianOperator(loss_fn, params, [data, data], linearize=False),
+        "ggn": ggn,
+        "mc": spectra.FisherOperator(model_fn, cross_entropy, params, data, kind="mc", key=jax.random.key(0)),
+        "centered covariance": spectra.GradientCovarianceOperator(loss_fn, params, data, centered=True),
+        "sum": 2.0 * hessian - ggn.shift(0.5),
+        "function": spectra.FunctionOperator(lambda v: _tree.scale(3.0, v), params),
+    }
+
+
+@pytest.mark.parametrize("name", operators())
+def test_a_block_is_a_principal_submatrix(name, x64):
+    op = operators()[name]
+    dense = np.asarray(op.as_matrix())
+    limit = 64 * np.finfo(float).eps * np.linalg.norm(dense, 2)
+    for select, rows in (("B", SPLIT["B"]), ("[AB]", slice(0, 15)), ("*", slice(0, 18))):
+        block = op.block(select)
+        assert block.size == len(dense[rows])
+        assert np.abs(np.asarray(block.as_matrix()) - dense[rows, rows]).max() <= limit
+    nested = op.block("[Bc]").block("c").as_matrix()
+    assert np.abs(np.asarray(nested) - dense[SPLIT["c"], SPLIT["c"]]).max() <= limit
+    vectors = jax.random.normal(jax.random.key(1), (3, 6))
+    many = op.block("B").mv_batch({"A": None, "B": vectors.reshape(3, 3, 2), "c": None})
+    assert np.abs(np.asarray(many["B"]).reshape(3, 6) - vectors @ dense[9:15, 9:15]).max() <= 4 * limit
+
+
+def test_a_block_differentiates_its_own_leaves_only():
+    """The gradient stops at the last layer: half the operations, as the compiler counts them."""
+    net = Network()
+    params, data = net.params(), batch(net)
+    deep = {f"layer {i}": params["B"][:2, :2] for i in range(20)} | {"out": params["A"][:, :2]}
+
+    def deep_loss(params, batch):
+        x, y = batch
+        for i in range(20):
+            x = jnp.tanh(x @ params[f"layer {i}"])
+        return cross_entropy(x @ params["out"].T, y)
+
+    op = spectra.HessianOperator(deep_loss, deep, data)
+
+    def flops(op):
+        v = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), op.structure)
+        cost = jax.jit(lambda op, v: op.mv(v)).lower(op, v).compile().cost_analysis()
+        assert cost is not None
+        return cost["flops"]
+
+    assert flops(op.block("out")) < 0.3 * flops(op)
+
+
+def test_selection_by_glob_regex_and_predicate():
+    op = operators()["hessian"]
+    for select in ("[Bc]", re.compile("^[Bc]$"), lambda path: path in "Bc"):
+        assert op.block(select).size == 9
+    with pytest.raises(spectra.StructureError, match=r"no parameter matches 'D'; the paths are A, B, c"):
+        op.block("D")
+    with pytest.raises(spectra.StructureError, match="select is a int"):
+        op.block(3)  # pyright: ignore
+    with pytest.raises(spectra.StructureError, match="by='model'"):
+        op.blocks(by="model")
+
+
+def test_names_of_leaves_and_layers():
+    tree = {"a": {"kernel": 1.0, "bias": 2.0}, "b": [3.0, {"w": 4.0}], "fc1.weight": 5.0, "fc1.bias": 6.0}
+    assert _paths.leaf_paths(tree) == ["a/bias", "a/kernel", "b/0", "b/1/w", "fc1.bias", "fc1.weight"]
+    assert list(_paths.group_leaves(tree, "layer")) == ["a", "b", "b/1", "fc1"]
+    assert list(_paths.group_leaves(jnp.ones(3), "leaf")) == ["<root>"]
+    assert _paths.select_leaves(tree, "b") == (2, 3)
+    assert _paths.select_leaves(tree, "fc1") == (4, 5)
+
+
+def test_nnx_variables_are_named_without_their_box():
+    from flax import nnx
+
+    _, params = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    assert _paths.leaf_paths(params) == ["bias", "kernel"]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_block_of_everything_is_the_operator(name, x64):
+    op, dense = OPERATORS[name]()
+    limit = 32 * op.precision
+    assert relative_error(op.block("*").as_matrix(), dense) <= limit
+
+
+def test_slq_of_all_blocks_shares_the_code_of_the_recurrence(x64):
+    from spectra.krylov import lanczos
+
+    rng = np.random.default_rng(0)
+    params = {f"layer {i}": jnp.asarray(rng.standard_normal((4, 5))) for i in range(3)}
+
+    def product_loss(params, x):
+        return jnp.mean(jnp.tanh(sum(x @ w for w in params.values())) ** 2)
+
+    op = spectra.HessianOperator(product_loss, params, jnp.asarray(rng.standard_normal((7, 4))))
+    blocks = op.blocks()
+    before = lanczos._absorb_one._cache_size()
+    results = spectra.slq(blocks, key=jax.random.key(0), num_steps=30, num_probes=2)
+    assert lanczos._absorb_one._cache_size() == before + 1
+    for name, block in blocks.items():
+        exact = np.linalg.eigvalsh(block.as_matrix())
+        assert results[name].num_steps == 20  # n of a block
+        ends = results[name].nodes[:, [0, -1]]
+        assert np.abs(ends - exact[[0, -1]]).max() <= 1e-12 * np.abs(exact).max()
+    alone = spectra.slq(
+        blocks["layer 1"], key=jax.random.fold_in(jax.random.key(0), 1), num_steps=20, num_probes=2
+    )
+    np.testing.assert_allclose(alone.nodes, results["layer 1"].nodes, rtol=0, atol=1e-10)
+
+
+def test_pictures_and_files_of_blocks(tmp_path):
+    mpl.use("Agg")
+    values = {"a/kernel": jnp.linspace(-1.0, 1.0, 40), "a/bias": jnp.linspace(0.0, 100.0, 60)}
+    blocks = {name: spectra.MatrixOperator(jnp.diag(v)) for name, v in values.items()}
+    results = spectra.slq(blocks, key=jax.random.key(0), num_steps=20, num_probes=2)
+    axes = spectra.plot_blocks(results)
+    assert [ax.get_title() for ax in axes] == ["a/kernel", "a/bias"]
+    assert axes[0].get_xlim() == axes[1].get_xlim()
+    assert axes[0].get_xlim()[1] >= 100
+    axes[0].figure.savefig(tmp_path / "blocks.png")
+    plt.close("all")
+    path = spectra.save(results, tmp_path / "blocks")
+    again = spectra.load(path)
+    assert list(again) == list(results)
+    np.testing.assert_array_equal(again["a/bias"].nodes, results["a/bias"].nodes)
+    with pytest.raises(spectra.SpectraError, match="no blocks"):
+        spectra.plot_blocks({})
+
+
+def test_distances_between_spectra():
+    """Distributions that do not overlap are at distance 1; equal ones at 0 whatever the probes."""
+    base = np.linspace(1.0, 2.0, 60)
+    values = {"a": base, "again": base, "tenfold": 10 * base, "negative": -base}
+    ops = {name: spectra.MatrixOperator(jnp.diag(jnp.asarray(v))) for name, v in values.items()}
+    results = spectra.slq(ops, key=jax.random.key(0), num_steps=60, num_probes=8)
+    d = spectra.spectral_distances(results)
+    np.testing.assert_allclose(d, d.T, atol=1e-12)
+    assert np.diag(d).max() < 1e-6
+    assert d[0, 1] < 0.1
+    assert min(d[0, 2], d[0, 3]) > 0.999
+    shapes = spectra.spectral_distances(results, normalize=True)
+    assert shapes[0, 2] < 0.1
+    assert shapes[0, 3] > 0.999
+    with pytest.raises(spectra.SpectraError, match="at least two"):
+        spectra.spectral_distances({"a": results["a"]})
