@@ -31,9 +31,11 @@ from spectra.plotting import plot_blocks, plot_density, plot_eigenvalues
 from spectra.problem import Problem
 from spectra.report import SpectrumReport, spectrum
 from spectra.results import Density, Estimate, Interval, Plan, Quadrature, Tridiagonal
+from spectra.variability import DataVariability, data_variability
 
 __all__ = [
     "DataError",
+    "DataVariability",
     "Density",
     "DifferentiationError",
     "Estimate",
@@ -57,6 +59,7 @@ __all__ = [
     "Status",
     "StructureError",
     "Tridiagonal",
+    "data_variability",
     "lanczos",
     "linen_model",
     "load",

@@ -159,6 +159,20 @@ class Stream:
             weight = batch_size(batch) if weight_fn is None else float(weight_fn(batch))
             yield weight, digest
 
+    def split(self, count: int) -> "list[Stream]":
+        """Every `count`-th batch, from each of the first `count` on: disjoint parts of the source."""
+        total = len(self.weights)
+        if total < count:
+            raise DataError(f"{total} batches cannot be split into {count} parts.")
+        indices = tuple(range(total)) if self.indices is None else self.indices
+        parts = []
+        for first in range(count):
+            weights = np.array(self.weights[first::count])
+            if not weights.sum() > 0:
+                raise DataError(f"part {first} of {count} has no weight: its batches are padding only.")
+            parts.append(Stream(self.source, tuple(weights / weights.sum()), indices[first::count]))
+        return parts
+
     def first(self) -> PyTree:
         """The first batch that is used."""
         return next(self._used())

@@ -1,8 +1,10 @@
 """Batches, microbatches and streams: one mean, however the data are cut; sources that change."""
 
+import functools
 import itertools
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -172,3 +174,103 @@ def test_the_probe_can_be_switched_off():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.isfinite(op.as_matrix()).all()
+
+
+def examples(count=60):
+    return jnp.asarray(np.random.default_rng(0).standard_normal((count, 4)))
+
+
+def linear_loss(w, x):
+    return 0.5 * jnp.mean((x @ w) ** 2)  # H = XᵀX / N
+
+
+SUBSETS = {
+    "one batch": lambda x: (spectra.HessianOperator(linear_loss, jnp.ones(4), x), None),
+    "a stream": lambda x: (
+        spectra.HessianOperator(linear_loss, jnp.ones(4), [x[i : i + 5] for i in range(0, 60, 5)]),
+        None,
+    ),
+    "a function": lambda x: (
+        lambda batch: spectra.HessianOperator(linear_loss, jnp.ones(4), batch),
+        [x[:15], x[15:30], x[30:45], x[45:]],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SUBSETS)
+def test_spread_over_disjoint_subsets(kind, x64):
+    x = examples()
+    operator, batches = SUBSETS[kind](x)
+    spread = spectra.data_variability(
+        operator, batches, key=jax.random.key(0), num_steps=4, num_eigenvalues=2, num_probes=2
+    )
+    rows = np.asarray(x)
+    parts = [rows[15 * i : 15 * i + 15] for i in range(4)]
+    if kind == "a stream":
+        parts = [np.concatenate([rows[5 * j : 5 * j + 5] for j in range(i, 12, 4)]) for i in range(4)]
+    for i, part in enumerate(parts):
+        exact = np.linalg.eigvalsh(part.T @ part / len(part))
+        np.testing.assert_allclose(spread.largest[i], exact[:1:-1], rtol=1e-10)
+        np.testing.assert_allclose(spread.smallest[i], exact[:2], rtol=1e-10)
+    whole = np.linalg.eigvalsh(rows.T @ rows / 60)
+    np.testing.assert_allclose(spread.whole_largest, whole[:1:-1], rtol=1e-10)
+    assert spread.whole_largest[0] <= spread.largest[:, 0].mean()
+    assert "4" in repr(spread)
+    assert "from probes" in repr(spread)
+
+
+def test_variance_of_the_data_is_told_apart_from_that_of_the_probes():
+    """Subsets that are copies differ by their probes only; subsets of other scale by the data."""
+    x = examples(15).astype(jnp.float32)
+    make = lambda batch: spectra.HessianOperator(linear_loss, jnp.ones(4), batch)  # noqa: E731
+    options = {"key": jax.random.key(0), "num_steps": 4, "num_probes": 1}
+    same = spectra.data_variability(make, [x] * 12, **options)
+    assert np.std(same.trace) > 0
+    # Twelve draws: the variance between them has a relative error of sqrt(2 / 11) = 0.43.
+    assert same.trace_data_std <= 1.5 * same.trace_probe_std
+    # One probe's trace is off by at most sqrt(2 / (n + 2)) = 0.6 of itself, 64 probes by 0.07: four of these.
+    scaled = spectra.data_variability(make, [x, 10 * x], **options | {"num_probes": 64})
+    exact = [float(jnp.sum(x**2)) / 15, 100 * float(jnp.sum(x**2)) / 15]
+    assert scaled.trace_data_std == pytest.approx(np.std(exact, ddof=1), rel=0.3)
+    assert scaled.trace_data_std > scaled.trace_probe_std
+
+
+def test_subsets_that_cannot_be_made():
+    op = spectra.HessianOperator(linear_loss, jnp.ones(4), examples(3).astype(jnp.float32))
+    key = jax.random.key(0)
+    with pytest.raises(DataError, match="3 examples cannot be split into 4"):
+        spectra.data_variability(op, key=key, num_steps=4)
+    with pytest.raises(spectra.SpectraError, match="at least two"):
+        spectra.data_variability(op, key=key, num_subsets=1)
+    with pytest.raises(spectra.SpectraError, match="function from a batch"):
+        spectra.data_variability(jnp.ones(3), key=key)  # pyright: ignore
+
+
+def test_a_subset_of_the_batches(x64):
+    x = examples()
+    batches = [x[i : i + 6] for i in range(0, 60, 6)]
+
+    def hessian(rows):
+        return np.asarray(rows).T @ np.asarray(rows) / len(rows)
+
+    limit = 32 * np.finfo(float).eps
+    make = functools.partial(spectra.HessianOperator, linear_loss, jnp.ones(4))
+    assert relative_error(make(batches, num_batches=3).as_matrix(), hessian(x[:18])) <= limit
+
+    def endless():
+        while True:
+            yield x[:6]
+
+    assert relative_error(make(endless, num_batches=2).as_matrix(), hessian(x[:6])) <= limit
+    drawn = make(batches, num_batches=4, subsample_key=jax.random.key(3))
+    chosen = drawn.stream.indices
+    assert len(set(chosen)) == 4
+    assert chosen != (0, 1, 2, 3)
+    rows = np.concatenate([batches[i] for i in chosen])
+    assert relative_error(drawn.as_matrix(), hessian(rows)) <= limit
+    with pytest.raises(DataError, match="only 10 batches"):
+        make(batches, num_batches=11)
+    with pytest.raises(DataError, match="say how many"):
+        make(batches, subsample_key=jax.random.key(0))
+    with pytest.raises(spectra.SpectraError, match="data is one batch"):
+        make(x, num_batches=2)

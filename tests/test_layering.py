@@ -24,7 +24,7 @@ LAYERS = [
     {"krylov"},
     {"density"},
     {"report", "plotting"},
-    {"io"},
+    {"io", "variability"},
     {"demos"},
     {"cli"},
 ]

@@ -88,6 +88,10 @@ class GradientCovarianceOperator(DataOperator):
         block = super()._principal(indices)
         return block if self.mean is None else block._with(mean=_tree.keep_leaves(self.mean, indices))
 
+    def _on(self, **data) -> "GradientCovarianceOperator":
+        other = self._with(**data, mean=None)
+        return other._with(mean=other.gradient()) if self.centered else other
+
     def _pieces(self):
         for weight, piece in super()._pieces():
             yield weight, piece._with(mean=None)  # the mean over all pieces is taken out at the end

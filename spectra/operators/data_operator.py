@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self, TypedDict
 
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra import _memory, _paths, _tree
-from spectra._errors import NonFiniteError, SpectraError, StructureError
-from spectra.data import Stream, as_batch, is_stream
+from spectra._errors import DataError, NonFiniteError, SpectraError, StructureError
+from spectra.data import Stream, as_batch, batch_size, is_stream
 from spectra.operators import products
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
 from spectra.operators.base import LinearOperator, operator, product
@@ -259,6 +260,27 @@ class DataOperator(LinearOperator):
         assert self.stream is not None
         for weight, batch in self.stream:
             yield weight, self._with(data=batch, stream=None)
+
+    def split_data(self, count: int) -> list[Self]:
+        """The operators of `count` disjoint parts of the data: runs of examples, or every count-th batch.
+
+        Raises:
+            DataError: there are fewer examples or batches than parts.
+        """
+        if self.stream is not None:
+            return [self._on(stream=part) for part in self.stream.split(count)]
+        n = batch_size(self.data)
+        if n < count:
+            raise DataError(f"{n} examples cannot be split into {count} parts.")
+        edges = [n * i // count for i in range(count + 1)]
+        return [
+            self._on(data=jax.tree.map(lambda x, a=a, b=b: x[a:b], self.data))
+            for a, b in itertools.pairwise(edges)
+        ]
+
+    def _on(self, **data) -> Self:
+        """The same matrix of other data."""
+        return self._with(**data)
 
     def first_piece(self) -> Self:
         """The operator of the first batch of a stream; the operator itself for one batch."""
