@@ -124,26 +124,26 @@ def data_variability(
     )
 
 
-def _subsets(operator, batches, count: int) -> tuple[list[LinearOperator], LinearOperator]:
+def _subsets(operator, batches, count: int) -> tuple[Sequence[LinearOperator], LinearOperator]:
     """The operators of the subsets, and the one of all data."""
-    if not isinstance(operator, DataOperator):
-        if not callable(operator) or batches is None:
+    if isinstance(operator, DataOperator):
+        if batches is not None:
             raise SpectraError(
-                "pass an operator on data, or a function from a batch to an operator and batches."
+                "this operator has its data; batches belong to a function that makes operators."
             )
-        if len(batches) < 2:
-            raise SpectraError(f"{len(batches)} batches: a spread needs at least two subsets.")
-        subsets = [operator(batch) for batch in batches]
-        sizes = np.array([batch_size(batch) for batch in batches], float)
-        first, *rest = [float(w) * op for w, op in zip(sizes / sizes.sum(), subsets, strict=True)]
-        return subsets, sum(rest, first)
-    if batches is not None:
+        if count < 2:
+            raise SpectraError(f"num_subsets={count}: a spread needs at least two subsets.")
+        return operator.split_data(count), operator
+    if not callable(operator) or batches is None:
         raise SpectraError(
-            "batches belong to a function from a batch to an operator; this operator has data."
+            "pass an operator on data, or a function from a batch to an operator, and batches."
         )
-    if count < 2:
-        raise SpectraError(f"num_subsets={count}: a spread needs at least two subsets.")
-    return operator.split_data(count), operator
+    if len(batches) < 2:
+        raise SpectraError(f"{len(batches)} batches: a spread needs at least two subsets.")
+    subsets: list[Any] = [operator(batch) for batch in batches]
+    sizes = np.array([batch_size(batch) for batch in batches], float)
+    first, *rest = [float(w) * op for w, op in zip(sizes / sizes.sum(), subsets, strict=True)]
+    return subsets, sum(rest, first)
 
 
 def _ends(quadrature: Quadrature, count: int) -> tuple[np.ndarray, np.ndarray]:
