@@ -143,7 +143,9 @@ def _subsets(operator, batches, count: int) -> tuple[Sequence[LinearOperator], L
     subsets: list[Any] = [operator(batch) for batch in batches]
     sizes = np.array([batch_size(batch) for batch in batches], float)
     first, *rest = [float(w) * op for w, op in zip(sizes / sizes.sum(), subsets, strict=True)]
-    return subsets, sum(rest, first)
+    for part in rest:
+        first = first + part
+    return subsets, first
 
 
 def _ends(quadrature: Quadrature, count: int) -> tuple[np.ndarray, np.ndarray]:

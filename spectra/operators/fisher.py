@@ -43,7 +43,9 @@ class FisherOperator(GGNOperator):
         loss_fn: pure function (outputs, targets) -> scalar, the mean over the batch. Static.
         params: pytree of parameters.
         data: one batch, a pair (inputs, targets), or a re-iterable of such pairs. Targets may carry masks
-            or weights beside the labels; `weight_fn` then gives the number of terms of a batch.
+            or weights beside the labels; `weight_fn` then gives the number of terms of a batch. It also
+            sets the scale of the empirical matrix, which is quadratic in the terms, where the loss is a
+            mean over more than the examples (the numbers of a regression target, say).
         kind: "type2", "mc" or "empirical".
         key: JAX random key of the samples, for "mc". The sample of an example depends on the key, the
             batch's place in the stream and the example's place in the batch alone.
