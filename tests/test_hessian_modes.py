@@ -152,3 +152,150 @@ def test_auto_linearisation_follows_the_memory_estimate(monkeypatch):
     assert op.prepared_bytes() == 0
     assert build(jnp.sin, linearize=True).linearized
     np.testing.assert_allclose(op.as_matrix(memory_limit=10**6), exact_hessian(), atol=1e-6)
+
+
+# Models with a custom_vjp inside: a fused cross-entropy, as t5x has, and a fused attention.
+
+
+@jax.custom_vjp
+def fused_cross_entropy(logits, labels):
+    return jnp.mean(jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, labels[:, None], 1)[:, 0])
+
+
+def _fused_backward(saved, g):
+    logits, labels = saved
+    hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return g * (jax.nn.softmax(logits) - hot) / len(labels), None
+
+
+fused_cross_entropy.defvjp(lambda f, y: (fused_cross_entropy(f, y), (f, y)), _fused_backward)
+
+
+@jax.custom_vjp
+def fused_attention(q, k, v):
+    return jax.nn.softmax(q @ k.T) @ v
+
+
+def _attention_backward(saved, g):
+    q, k, v = saved
+    p = jax.nn.softmax(q @ k.T)
+    d = p * (g @ v.T - jnp.sum(g * (p @ v), -1, keepdims=True))
+    return d @ k, d.T @ q, p.T @ g
+
+
+fused_attention.defvjp(lambda q, k, v: (fused_attention(q, k, v), (q, k, v)), _attention_backward)
+
+
+def attention_model(attention):
+    def model_fn(params, x):
+        def one(x):
+            return jnp.mean(attention(x @ params["q"], x @ params["k"], x @ params["v"]), 0)
+
+        return jax.vmap(one)(x)
+
+    return model_fn
+
+
+def plain_attention(q, k, v):
+    return jax.nn.softmax(q @ k.T) @ v
+
+
+def plain_cross_entropy(logits, labels):
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1))
+
+
+def attention_problem():
+    rng = np.random.default_rng(4)
+    params = {name: jnp.asarray(rng.standard_normal((3, 3)) / 2) for name in "qkv"}
+    return params, (jnp.asarray(rng.standard_normal((5, 4, 3))), jnp.asarray(rng.integers(0, 3, 5)))
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical", "mc", "hessian", "covariance"])
+def test_every_operator_falls_back_where_a_model_refuses_forward_mode(kind, x64):
+    params, data = attention_problem()
+
+    def build(attention, loss):
+        model_fn = attention_model(attention)
+        if kind == "ggn":
+            return spectra.GGNOperator(model_fn, loss, params, data)
+        if kind in ("empirical", "mc"):
+            key = jax.random.key(0) if kind == "mc" else None
+            return spectra.FisherOperator(model_fn, loss, params, data, kind=kind, key=key)
+
+        def loss_fn(params, batch):
+            return loss(model_fn(params, batch[0]), batch[1])
+
+        cls = spectra.HessianOperator if kind == "hessian" else spectra.GradientCovarianceOperator
+        return cls(loss_fn, params, data)
+
+    exact = build(plain_attention, plain_cross_entropy)
+    with pytest.warns(UserWarning, match="custom_vjp.*fused_") as record:
+        fused = build(fused_attention, fused_cross_entropy)
+    assert "reverse-over-reverse" in str(record[0].message)
+    assert fused.mode == "reverse-over-reverse"
+    assert relative_error(fused.as_matrix(), exact.as_matrix()) <= 64 * np.finfo(float).eps
+
+
+def test_gauss_newton_by_finite_differences(dtype):
+    """f = sin(x w) through a host callback that can be differentiated once: J in closed form."""
+
+    def model_fn(w, x):
+        return host_sin(x @ w)
+
+    def loss_fn(outputs, targets):
+        return 0.5 * jnp.mean((outputs - targets) ** 2)
+
+    data = (jnp.asarray(X), jnp.zeros(len(X)))
+    op = spectra.GGNOperator(model_fn, loss_fn, jnp.asarray(W), data, mode="finite-difference")
+    jacobian = np.cos(X @ W)[:, None] * X
+    expected = jacobian.T @ jacobian / len(X)
+    # The model's and the loss's differences each add a few eps^(2/3); see above.
+    assert relative_error(op.as_matrix(), expected) <= 64 * float(jnp.finfo(dtype).eps) ** (2 / 3)
+
+
+@pytest.mark.parametrize("wrap", ["checkpoint", "scan"])
+def test_rematerialised_and_scanned_layers(wrap, x64):
+    """The same model written plainly; `linearize` and its transpose go through both constructs."""
+    rng = np.random.default_rng(5)
+    params = {"w": jnp.asarray(rng.standard_normal((3, 4, 4)) / 2)}
+    data = (jnp.asarray(rng.standard_normal((5, 4))), jnp.asarray(rng.integers(0, 4, 5)))
+
+    def layer(x, w):
+        return jnp.tanh(x @ w)
+
+    def plain(params, x):
+        for w in params["w"]:
+            x = layer(x, w)
+        return x
+
+    def wrapped(params, x):
+        if wrap == "scan":
+            return jax.lax.scan(lambda x, w: (layer(x, w), None), x, params["w"])[0]
+        for w in params["w"]:
+            x = jax.checkpoint(layer)(x, w)
+        return x
+
+    for linearize in (True, False):
+        got, expected = (
+            spectra.GGNOperator(model, plain_cross_entropy, params, data, linearize=linearize).as_matrix()
+            for model in (wrapped, plain)
+        )
+        assert relative_error(got, expected) <= 64 * np.finfo(float).eps
+
+
+def test_batches_of_equal_shape_compile_once():
+    traces = 0
+
+    def model_fn(w, x):
+        nonlocal traces
+        traces += 1
+        return x @ w
+
+    x = np.random.default_rng(0).standard_normal((12, 4)).astype(np.float32)
+    batches = [(x[i : i + 3], np.zeros(3, np.float32)) for i in range(0, 12, 3)]
+    loss = lambda outputs, targets: jnp.mean((outputs - targets) ** 2)  # noqa: E731
+    op = spectra.GGNOperator(model_fn, loss, jnp.ones(4), batches)
+    op @ jnp.ones(4)
+    before = traces
+    op @ jnp.ones(4)
+    assert traces == before

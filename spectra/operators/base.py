@@ -120,8 +120,7 @@ class LinearOperator(abc.ABC):
     def as_vector(self, v: PyTree, what: str = "the vector") -> PyTree:
         """`v`, a pytree or a flat array of shape (n,), as a pytree in the working dtypes."""
         structure = self.structure
-        is_flat = hasattr(v, "ndim") and v.ndim == 1 and v.shape[0] == self.size
-        if is_flat and not jax.tree_util.treedef_is_leaf(jax.tree.structure(structure)):
+        if self._is_flat(v):
             v = _tree.unravel(jnp.asarray(v), structure)
         _tree.check_structure(v, structure, what)
         return _tree.cast_like(v, structure)
@@ -134,8 +133,12 @@ class LinearOperator(abc.ABC):
             bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(result)
         ):
             raise NonFiniteError(f"the product is NaN or infinite. {self.explain_non_finite()}")
-        same = jax.tree.structure(v) == jax.tree.structure(result)
-        return result if same else _tree.ravel(result)
+        return _tree.ravel(result) if self._is_flat(v) else result
+
+    def _is_flat(self, v: PyTree) -> bool:
+        """Whether `v` is a flat array that stands for a vector of another form."""
+        own = getattr(self.like, "shape", None)  # an operator on a single array
+        return getattr(v, "shape", None) == (self.size,) and own != (self.size,)
 
     def as_matrix(self, *, memory_limit: int | None = None) -> jax.Array:
         """The dense (n, n) matrix, symmetric to the bit: (A + Aᵀ) / 2 of the n columns.
