@@ -81,9 +81,12 @@ def weighted_sum(parts: Iterable[tuple[float, PyTree]]) -> PyTree:
     total = None
     for weight, part in parts:
         before = total
-        total = _add(weight, part, jax.tree.map(jnp.zeros_like, part) if total is None else total)
+        total = _multiple(weight, part) if total is None else _add(weight, part, total)
         jax.block_until_ready(before)
     return total
+
+
+_multiple = jax.jit(_tree.scale)
 
 
 @jax.jit
