@@ -18,6 +18,11 @@ Steps = Annotated[int | None, typer.Option("--steps", help="Lanczos steps a prob
 Probes = Annotated[int, typer.Option("--probes", help="Random probes.")]
 Tol = Annotated[float | None, typer.Option("--tol", help="Stop at this mean width of the CDF's band.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the probes.")]
+Kind = Annotated[
+    str, typer.Option("--operator", help="hessian, ggn, fisher, mc-fisher, empirical-fisher or covariance.")
+]
+Block = Annotated[str | None, typer.Option("--block", help="Parameters by path, such as 'Dense_0/*'.")]
+By = Annotated[str | None, typer.Option("--blocks", help="All diagonal blocks: by 'layer' or 'leaf'.")]
 
 
 @app.command()
@@ -36,7 +41,7 @@ def demo(out: OutDir = Path("spectra-demo"), seed: Seed = 0):
         raise typer.Exit(
             _fail(f"{error}. Install the demo's packages: pip install 'spectra-jax[demo]'")
         ) from error
-    _analyse(problem, out, steps=None, probes=8, tol=None, seed=seed)
+    _analyse(problem.operator(), problem.name, out, steps=None, probes=8, tol=None, seed=seed)
 
 
 @app.command()
@@ -47,15 +52,29 @@ def run(
     probes: Probes = 8,
     tol: Tol = None,
     seed: Seed = 0,
+    operator: Kind = "hessian",
+    block: Block = None,
+    blocks: By = None,
 ):
-    """Compute the Hessian's spectrum of a problem of your own."""
-    _analyse(_load_problem(file), out, steps=steps, probes=probes, tol=tol, seed=seed)
+    """Compute the spectrum of a curvature matrix of a problem of your own, or of its diagonal blocks."""
+    import jax
+
+    problem = _load_problem(file)
+    op = problem.operator(operator, key=jax.random.key(seed))
+    name = problem.name if operator == "hessian" else f"{problem.name}, {operator}"
+    if block is not None:
+        op, name = op.block(block), f"{name}, {block}"
+    if blocks is None:
+        _analyse(op, name, out, steps=steps, probes=probes, tol=tol, seed=seed)
+    else:
+        _analyse_blocks(op.blocks(by=blocks), name, out, steps=steps, probes=probes, tol=tol, seed=seed)
 
 
 @app.command()
 def show(result: Annotated[Path, typer.Argument(help="A saved .npz result.")]):
     """Print a saved result."""
-    typer.echo(repr(_load(result)))
+    loaded = _load(result)
+    typer.echo(_table(loaded) if isinstance(loaded, dict) else repr(loaded))
 
 
 @app.command()
@@ -83,13 +102,12 @@ def _fail(message: str) -> int:
     return 1
 
 
-def _analyse(problem, out: Path, *, steps, probes: int, tol, seed: int) -> None:
+def _analyse(op, name: str, out: Path, *, steps, probes: int, tol, seed: int) -> None:
     import jax
 
     from spectra.report import spectrum
 
-    op = problem.operator()
-    typer.echo(f"Computing the spectrum of the Hessian of {problem.name}, {op.size:,} parameters ...")
+    typer.echo(f"Computing the spectrum of {name}, {op.size:,} parameters ...")
     report = spectrum(
         op,
         key=jax.random.key(seed),
@@ -97,7 +115,7 @@ def _analyse(problem, out: Path, *, steps, probes: int, tol, seed: int) -> None:
         num_probes=probes,
         tol=tol,
         progress=True,
-        name=problem.name,
+        name=name,
     )
     path = report.save(out / "spectrum.npz")
     typer.echo(f"\n{report}\n")
@@ -106,19 +124,46 @@ def _analyse(problem, out: Path, *, steps, probes: int, tol, seed: int) -> None:
     _draw(report, picture, None)
 
 
+def _analyse_blocks(blocks, name: str, out: Path, *, steps, probes: int, tol, seed: int) -> None:
+    import jax
+
+    from spectra.density import slq
+    from spectra.io import save
+
+    sizes = sum(block.size for block in blocks.values())
+    typer.echo(f"Computing the spectra of {len(blocks)} blocks of {name}, {sizes:,} parameters ...")
+    key = jax.random.key(seed)
+    results = slq(blocks, key=key, num_steps=steps or 100, num_probes=probes, tol=tol, progress=True)
+    path = save(results, out / "spectrum.npz")
+    typer.echo(f"\n{_table(results)}\n")
+    typer.echo(f"result   {path}")
+    _draw(results, out / "spectrum.png", None)
+
+
+def _table(results: dict) -> str:
+    """Extremes of every block, a line each."""
+    width = max(map(len, results))
+    lines = [f"{'block':<{width}}  {'parameters':>10}  {'smallest':>12}  {'largest':>12}"]
+    for name, quadrature in results.items():
+        low, high = quadrature.range
+        lines.append(f"{name:<{width}}  {quadrature.size:>10,}  {low:>12.5g}  {high:>12.5g}")
+    return "\n".join(lines)
+
+
 def _draw(result: Any, path: Path, learning_rate: float | None) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from spectra.density import spectral_density
-    from spectra.plotting import plot_density
+    from spectra.plotting import plot_blocks, plot_density
     from spectra.results import Quadrature
 
-    if isinstance(result, Quadrature):
-        density = spectral_density(result)
+    if isinstance(result, dict):
+        ax = plot_blocks(result)[0]
     else:
-        density = getattr(result, "density", result)
-    ax = plot_density(density, learning_rate=learning_rate)
+        is_quadrature = isinstance(result, Quadrature)
+        density = spectral_density(result) if is_quadrature else getattr(result, "density", result)
+        ax = plot_density(density, learning_rate=learning_rate)
     path.parent.mkdir(parents=True, exist_ok=True)
     ax.figure.savefig(path, dpi=300)  # pyright: ignore[reportAttributeAccessIssue]
     typer.echo(f"picture  {path}")

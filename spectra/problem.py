@@ -4,7 +4,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
+from spectra._errors import SpectraError
+from spectra.operators.base import LinearOperator
+from spectra.operators.covariance import GradientCovarianceOperator
+from spectra.operators.fisher import FisherOperator
+from spectra.operators.ggn import GGNOperator, split
 from spectra.operators.hessian import HessianOperator
+
+OPERATORS = ("hessian", "ggn", "fisher", "mc-fisher", "empirical-fisher", "covariance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,11 +21,12 @@ class Problem:
     """What `problem()` in a file for `spectra run` returns.
 
     Args:
-        loss_fn: pure function (params, batch) -> scalar.
+        loss_fn: pure function (params, batch) -> scalar; or, with `model_fn`, (outputs, targets) -> scalar.
         params: pytree of parameters.
-        data: one batch or a re-iterable of batches.
+        data: one batch or a re-iterable of batches; with `model_fn`, batches are (inputs, targets).
         name: title of the report.
         options: keyword arguments for the operator, for example {"microbatch": 256}.
+        model_fn: pure function (params, inputs) -> outputs, which Gauss-Newton and Fisher matrices need.
 
     Examples:
         >>> import jax.numpy as jnp, spectra
@@ -30,7 +40,42 @@ class Problem:
     data: Any
     name: str = "problem"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model_fn: Callable[[Any, Any], Any] | None = None
 
-    def operator(self) -> HessianOperator:
-        """The Hessian of the problem's loss."""
-        return HessianOperator(self.loss_fn, self.params, self.data, **self.options)
+    def operator(self, kind: str = "hessian", *, key: jax.Array | None = None) -> LinearOperator:
+        """A curvature matrix of the problem: one of "hessian", "ggn", "fisher", "mc-fisher" (which
+        draws targets with `key`), "empirical-fisher" and "covariance" (of single gradients).
+
+        Raises:
+            SpectraError: unknown kind, or one that needs a `model_fn` that is not there.
+        """
+        if kind not in OPERATORS:
+            raise SpectraError(f"operator '{kind}' is not known; use one of {', '.join(OPERATORS)}.")
+        if kind in ("hessian", "covariance"):
+            cls = HessianOperator if kind == "hessian" else GradientCovarianceOperator
+            loss_fn = self.loss_fn if self.model_fn is None else ComposedLoss(self.model_fn, self.loss_fn)
+            return cls(loss_fn, self.params, self.data, **self.options)
+        if self.model_fn is None:
+            raise SpectraError(
+                f"operator '{kind}' needs to know the model apart from the loss: give the Problem "
+                "model_fn(params, inputs) -> outputs, and loss_fn(outputs, targets) -> scalar."
+            )
+        arguments = (self.model_fn, self.loss_fn, self.params, self.data)
+        if kind == "ggn":
+            return GGNOperator(*arguments, **self.options)
+        if kind == "mc-fisher":
+            return FisherOperator(*arguments, kind="mc", key=key, **self.options)
+        return FisherOperator(*arguments, kind="type2" if kind == "fisher" else "empirical", **self.options)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComposedLoss:
+    """loss_fn(model_fn(params, inputs), targets): equal for equal functions, so compiled code is shared."""
+
+    model_fn: Callable[[Any, Any], Any]
+    loss_fn: Callable[[Any, Any], Any]
+
+    def __call__(self, params: Any, batch: Any) -> Any:
+        """The loss of a batch (inputs, targets)."""
+        inputs, targets = split(batch)
+        return self.loss_fn(self.model_fn(params, inputs), targets)
