@@ -4,9 +4,15 @@ import argparse
 from datetime import date
 from pathlib import Path
 
-from benchmarks import memory, product, reorthogonalization, timing
+from benchmarks import memory, product, reorthogonalization, streaming, timing, vocabulary
 
-SECTIONS = {"product": product, "reorthogonalisation": reorthogonalization, "memory": memory}
+SECTIONS = {
+    "product": product,
+    "reorthogonalisation": reorthogonalization,
+    "memory": memory,
+    "streaming": streaming,
+    "vocabulary": vocabulary,
+}
 
 
 def main() -> None:

@@ -70,8 +70,8 @@ def run_small(batch: int = 4) -> str:
     curvature = float(sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (v, product)), strict=True)))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (
-        f"Run: one product of the small model over {batch} sequences, vᵀGv = {curvature:.4g} >= 0; peak of the "
-        f"process {(after - before) / 2**20:.2f} GiB above what it held before."
+        f"Run: one product of the small model over {batch} sequences, vᵀGv = {curvature:.4g} >= 0; "
+        f"peak of the process {(after - before) / 2**20:.2f} GiB above what it held before."
     )
 
 

@@ -38,13 +38,16 @@ class DataVariability:
 
     @property
     def trace_data_std(self) -> float:
-        """Standard deviation of the trace between subsets, without the share that the probes cause."""
-        between = float(np.var(self.trace, ddof=1)) - float(np.mean(np.square(self.trace_probe_stderr)))
-        return float(np.sqrt(max(between, 0.0)))
+        """Standard deviation of the trace between subsets.
+
+        All subsets see the same probes: the error that the probes cause is common to them, as far as
+        the subsets are alike, and cancels between them.
+        """
+        return float(np.std(self.trace, ddof=1))
 
     @property
     def trace_probe_std(self) -> float:
-        """Standard deviation of a subset's trace that the probes cause."""
+        """Standard error of a subset's trace that the probes cause."""
         return float(np.sqrt(np.mean(np.square(self.trace_probe_stderr))))
 
     def __repr__(self) -> str:
@@ -76,7 +79,7 @@ def data_variability(
             (a stream: every `num_subsets`-th batch); or a function from a batch to an operator, together
             with `batches`, one for each subset.
         batches: the subsets for a function.
-        key: JAX random key; every subset has probes of its own.
+        key: JAX random key of the probes, the same for every subset.
         num_subsets: s, at least 2.
         num_eigenvalues: k, eigenvalues reported at each end.
         num_steps: Lanczos steps a probe.
@@ -105,10 +108,7 @@ def data_variability(
     steps = min(num_steps, whole.size)
     if not 1 <= num_eigenvalues <= steps:
         raise SpectraError(f"num_eigenvalues={num_eigenvalues} is not between 1 and the {steps} steps.")
-    results = [
-        slq(op, key=jax.random.fold_in(key, i), num_steps=steps, num_probes=num_probes)
-        for i, op in enumerate([*subsets, whole])
-    ]
+    results = [slq(op, key=key, num_steps=steps, num_probes=num_probes) for op in [*subsets, whole]]
     traces = [trace_estimate(q) for q in results]
     ends = [_ends(q, num_eigenvalues) for q in results]
     s = len(subsets)
