@@ -225,7 +225,7 @@ def test_variance_of_the_data_is_told_apart_from_that_of_the_probes():
     make = lambda batch: spectra.HessianOperator(linear_loss, jnp.ones(4), batch)  # noqa: E731
     options = {"key": jax.random.key(0), "num_steps": 4}
     same = spectra.data_variability(make, [x] * 3, num_probes=1, **options)
-    assert same.trace_data_std == 0
+    assert same.trace_data_std <= 1e-12 * abs(same.whole_trace)  # rounding of the mean
     assert same.trace_probe_std > 0
     # One probe's trace is off by at most sqrt(2 / (n + 2)) = 0.6 of itself, 64 probes by 0.07: four of these.
     scaled = spectra.data_variability(make, [x, 10 * x], num_probes=64, **options)
