@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 COLOR = "#0072B2"  # from the palette of Okabe and Ito, which colour-blind readers can tell apart
 ACCENT = "#D55E00"
+_HIDDEN = 1e-9  # of the lowest density shown: stands for zero on a logarithmic axis
 _DYNAMIC = 50.0  # a spectrum with wider magnitudes than this asks for a logarithmic axis
 
 
@@ -67,11 +68,11 @@ def plot_density(
         xscale = "symlog" if edge > _DYNAMIC * density.linear_scale else "linear"
     peak = float(np.max(density.density))
     with np.errstate(divide="ignore"):
-        line = np.maximum(density.density, floor * 1e-3)
+        line = np.maximum(density.density, floor * _HIDDEN)
     ax.fill_between(
         grid,
-        np.maximum(density.lower, floor * 1e-3),
-        np.maximum(density.upper, floor * 1e-3),
+        np.maximum(density.lower, floor * _HIDDEN),
+        np.maximum(density.upper, floor * _HIDDEN),
         color=color,
         alpha=0.22,
         linewidth=0,
@@ -172,9 +173,12 @@ def plot_blocks(
     for ax, name, density in zip(axes, results, densities, strict=True):
         plot_density(density, ax, color=color)
         _tidy(ax, labels=6)
-        ax.set_title(textwrap.fill(name.replace("/", "/ "), 24).replace("/ ", "/"), fontsize=6)
+        lines = textwrap.wrap(name.replace("/", "/ "), 34, break_long_words=False)
+        ax.set_title("\n".join(lines).replace("/ ", "/"), fontsize=5.5)
         ax.set_xlabel("")
         ax.set_ylabel("")
+    for ax in axes[-columns:]:  # the lowest panel of each column
+        ax.tick_params(labelbottom=True)
     scale = float(np.median([d.linear_scale for d in densities]))
     low = min(float(d.grid[0]) for d in densities)
     high = max(float(d.grid[-1]) for d in densities)
@@ -226,9 +230,10 @@ def _symlog(ax, scale: float, low: float, high: float, labels: int = 7) -> None:
         (sign, np.floor(np.log10(abs(end)))) for sign, end in ((-1, low), (1, high)) if sign * end > linthresh
     ]
     decades = sum(last - first + 1 for _, last in spans)
+    inner = first if labels > 4 else first + 1  # small panels have no room beside the zero
     stride = max(1, int(np.ceil(decades / (labels - 1))))
     for sign, last in spans:
-        ticks += [sign * 10.0**e for e in np.arange(last, first - 0.5, -stride)]
+        ticks += [sign * 10.0**e for e in np.arange(last, inner - 0.5, -stride)]
     ax.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
     ax.xaxis.set_minor_locator(NullLocator())
 
