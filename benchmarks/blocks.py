@@ -85,7 +85,7 @@ def transformer_problem(steps: int):
         rows = np.stack([tokens[s : s + length + 1] for s in starts])
         return rows[:, :-1], rows[:, 1:]
 
-    module = Decoder(vocabulary=64, width=64, depth=3, heads=4)
+    module = Decoder(vocabulary=64, width=64, depth=2, heads=4)
     params, loss = train(module, iter(batch, None), steps, 1e-3)
     return module, params, batch(32), loss
 

@@ -10,7 +10,7 @@ from spectra._errors import SpectraError
 from spectra.operators.base import LinearOperator
 from spectra.operators.covariance import GradientCovarianceOperator
 from spectra.operators.fisher import FisherOperator
-from spectra.operators.ggn import GGNOperator, split
+from spectra.operators.ggn import ComposedLoss, GGNOperator
 from spectra.operators.hessian import HessianOperator
 
 OPERATORS = ("hessian", "ggn", "fisher", "mc-fisher", "empirical-fisher", "covariance")
@@ -66,16 +66,3 @@ class Problem:
         if kind == "mc-fisher":
             return FisherOperator(*arguments, kind="mc", key=key, **self.options)
         return FisherOperator(*arguments, kind="type2" if kind == "fisher" else "empirical", **self.options)
-
-
-@dataclasses.dataclass(frozen=True)
-class ComposedLoss:
-    """loss_fn(model_fn(params, inputs), targets): equal for equal functions, so compiled code is shared."""
-
-    model_fn: Callable[[Any, Any], Any]
-    loss_fn: Callable[[Any, Any], Any]
-
-    def __call__(self, params: Any, batch: Any) -> Any:
-        """The loss of a batch (inputs, targets)."""
-        inputs, targets = split(batch)
-        return self.loss_fn(self.model_fn(params, inputs), targets)

@@ -1,5 +1,6 @@
 """The generalised Gauss-Newton matrix: the loss's curvature seen through the linearised model."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Unpack
 
@@ -23,6 +24,19 @@ def split(piece: PyTree) -> tuple[PyTree, PyTree]:
         f"a batch is a {type(piece).__name__}, not a pair (inputs, targets): the operator calls "
         "model_fn(params, inputs) and loss_fn(outputs, targets)."
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ComposedLoss:
+    """loss_fn(model_fn(params, inputs), targets): equal for equal functions, so compiled code is shared."""
+
+    model_fn: Callable[[Any, Any], Any]
+    loss_fn: Callable[[Any, Any], Any]
+
+    def __call__(self, params: Any, batch: Any) -> Any:
+        """The loss of a batch (inputs, targets)."""
+        inputs, targets = split(batch)
+        return self.loss_fn(self.model_fn(params, inputs), targets)
 
 
 class ModelOperator(DataOperator):
