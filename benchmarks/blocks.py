@@ -138,7 +138,7 @@ def measure(name: str, problem, steps: int) -> tuple[list[str], float]:
 def main(steps: int = 300) -> list[str]:
     mpl.use("Agg")
     head = [
-        "| network | parameters | blocks | mean distance | mean distance of shapes | largest / smallest norm | "
+        "| network | parameters | blocks | mean distance | of shapes only | largest / smallest norm | "
         "largest / smallest root mean square eigenvalue |",
         "|---|---|---|---|---|---|---|",
     ]
