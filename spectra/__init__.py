@@ -18,6 +18,7 @@ from spectra._errors import (
 from spectra._status import Status
 from spectra.density import slq, spectral_density
 from spectra.io import load, save
+from spectra.krylov.eigsh import eigsh
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
 from spectra.models import linen_model, nnx_model
@@ -30,12 +31,13 @@ from spectra.operators.hessian import HessianOperator
 from spectra.plotting import plot_density, plot_eigenvalues
 from spectra.problem import Problem
 from spectra.report import SpectrumReport, spectrum
-from spectra.results import Density, Estimate, Interval, Plan, Quadrature, Tridiagonal
+from spectra.results import Density, Eigenpairs, Estimate, Interval, Plan, Quadrature, Tridiagonal
 
 __all__ = [
     "DataError",
     "Density",
     "DifferentiationError",
+    "Eigenpairs",
     "Estimate",
     "FisherOperator",
     "FunctionOperator",
@@ -57,6 +59,7 @@ __all__ = [
     "Status",
     "StructureError",
     "Tridiagonal",
+    "eigsh",
     "lanczos",
     "linen_model",
     "load",

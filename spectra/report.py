@@ -11,7 +11,7 @@ import numpy as np
 
 from spectra import density
 from spectra.operators.base import LinearOperator
-from spectra.results import Density, Estimate, Interval, Quadrature, _rows
+from spectra.results import Density, Estimate, Interval, Quadrature, _html, _rows
 
 __all__ = ["SpectrumReport", "spectrum"]
 
@@ -83,14 +83,7 @@ class SpectrumReport:
         return _rows(f"Spectrum of {self.name}", self.rows())
 
     def _repr_html_(self) -> str:
-        import html
-
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for label, value in self.rows()
-        )
-        return f"<table><caption>Spectrum of {html.escape(self.name)}</caption>{cells}</table>"
+        return _html(f"Spectrum of {self.name}", self.rows())
 
 
 def _extreme(value: Interval) -> str:

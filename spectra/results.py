@@ -29,6 +29,16 @@ def _rows(title: str, rows: list[tuple[str, str]]) -> str:
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
+def _html(title: str, rows: list[tuple[str, str]]) -> str:
+    import html
+
+    left = " style='text-align:left'"
+    cells = "".join(
+        f"<tr><th{left}>{html.escape(name)}</th><td{left}>{html.escape(value)}</td></tr>" for name, value in rows
+    )
+    return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
+
+
 class Interval(NamedTuple):
     """A number or a curve with its band: `lower <= estimate <= upper`, each of the shape of the input."""
 
@@ -225,6 +235,58 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues with eigenvectors: H v_i ≈ values[i] v_i, in ascending order of the values.
+
+    Vectors are orthonormal, in the form of the parameters. An eigenvalue of H lies within
+    `residuals[i]` of `values[i]`.
+    """
+
+    values: Array  # (k,) ascending
+    vectors: PyTree  # leaves (k, *leaf.shape)
+    residuals: Array  # (k,) |H v - λ v|
+    converged: Array  # (k,) bool
+    which: str
+    size: int  # n, order of the operator
+    num_matvecs: int
+    num_restarts: int
+    missed: float  # bound on the probability that a repeated wanted eigenvalue was left out
+    noise_floor: float  # |λ| below which products do not resolve an eigenvalue from zero
+    status: Status
+
+    @property
+    def num_null(self) -> int:
+        """How many of the eigenvalues are zero to the noise floor."""
+        return int(np.sum(np.abs(self.values) <= self.noise_floor))
+
+    def matrix(self) -> np.ndarray:
+        """The vectors as the columns of an (n, k) array, parameters ravelled in tree order."""
+        leaves = [np.asarray(x).reshape(len(self.values), -1) for x in jax.tree.leaves(self.vectors)]
+        return np.concatenate(leaves, axis=1).T
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
+        pairs = zip(self.values, self.residuals, self.converged, strict=True)
+        lines = [
+            (f"{i}", f"{value:.8g} ± {residual:.1g}" + ("" if done else "  not converged"))
+            for i, (value, residual, done) in enumerate(pairs)
+        ]
+        missed = f"{self.missed:.2g}" if self.missed < 1 else "not bounded"
+        return [
+            *lines,
+            ("products", f"{self.num_matvecs:,} ({self.num_restarts} restarts)"),
+            ("probability of a missed copy", f"at most {missed}" if self.missed < 1 else missed),
+            ("status", str(self.status)),
+        ]
+
+    def __repr__(self) -> str:
+        return _rows(f"Eigenpairs ({self.which}, {len(self.values)} of {self.size:,})", self.rows())
+
+    def _repr_html_(self) -> str:
+        return _html(f"Eigenpairs ({self.which}, {len(self.values)} of {self.size:,})", self.rows())
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Bytes and products of a run, before anything is allocated. All sizes in bytes."""
 
@@ -278,6 +340,7 @@ def format_bytes(count: int) -> str:
     raise AssertionError
 
 
+_register(Eigenpairs, tuple("which size num_matvecs num_restarts missed noise_floor status".split()))
 _register(Tridiagonal, ("layout", "status"))
 _register(Quadrature, ("size", "num_matvecs", "precision", "status"))
 _register(Density, ("linear_scale", "size", "level"))
