@@ -61,10 +61,10 @@ def eigsh(
         key: JAX random key of all random vectors.
         tol: largest accepted residual |Hv - λv| in units of |H|; an eigenvalue is then accurate to
             tol² |H|² / gap, a vector to tol |H| / gap. Below the rounding of products, 10 times
-            `op.precision`, a pair counts as converged.
+            `op.precision`, a pair counts as converged. For "SM" in units of |λ| itself.
         num_basis: vectors kept at most, the memory of the run; default 2 max(2k + 1, 20), or n.
         block_size: start vectors. 1 needs the fewest products unless eigenvalues repeat.
-        max_matvecs: products allowed; default 50 num_basis + 1000 (10 times that for "SM").
+        max_matvecs: products allowed; default 50 num_basis + 1000, for "SM" 4000 a vector of its block.
         verify: look for missed copies: "auto", True (until the probability is below 1e-6), or False.
         v0: first start vector, a pytree or a flat array; default random.
         deflate: pairs known already: the operator is restricted to the orthogonal complement.
