@@ -24,6 +24,7 @@ from spectra.krylov.plan import plan
 from spectra.models import linen_model, nnx_model
 from spectra.operators.base import LinearOperator
 from spectra.operators.covariance import GradientCovarianceOperator
+from spectra.operators.dense import dense_hessian
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.function import FunctionOperator, MatrixOperator
 from spectra.operators.ggn import GGNOperator
@@ -59,6 +60,7 @@ __all__ = [
     "Status",
     "StructureError",
     "Tridiagonal",
+    "dense_hessian",
     "eigsh",
     "lanczos",
     "linen_model",

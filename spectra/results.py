@@ -34,7 +34,8 @@ def _html(title: str, rows: list[tuple[str, str]]) -> str:
 
     left = " style='text-align:left'"
     cells = "".join(
-        f"<tr><th{left}>{html.escape(name)}</th><td{left}>{html.escape(value)}</td></tr>" for name, value in rows
+        f"<tr><th{left}>{html.escape(name)}</th><td{left}>{html.escape(value)}</td></tr>"
+        for name, value in rows
     )
     return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
 
@@ -340,7 +341,7 @@ def format_bytes(count: int) -> str:
     raise AssertionError
 
 
-_register(Eigenpairs, tuple("which size num_matvecs num_restarts missed noise_floor status".split()))
+_register(Eigenpairs, ("which", "size", "num_matvecs", "num_restarts", "missed", "noise_floor", "status"))
 _register(Tridiagonal, ("layout", "status"))
 _register(Quadrature, ("size", "num_matvecs", "precision", "status"))
 _register(Density, ("linear_scale", "size", "level"))

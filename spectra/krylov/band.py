@@ -92,7 +92,9 @@ def _absorb(layout: Layout, size: int, state: BandState, row, previous, product:
     inverse = jnp.where(alive, 1 / jnp.where(alive, rest, 1), 0)
     # Where nothing is left no row is appended, and the coefficient below rounding is dropped.
     kept = jnp.where(alive, rest, 0)
-    column = jnp.where(jnp.arange(len(column)) == state.filled, jnp.where(jnp.isnan(rest), rest, kept), column)
+    column = jnp.where(
+        jnp.arange(len(column)) == state.filled, jnp.where(jnp.isnan(rest), rest, kept), column
+    )
     new = [jnp.where(alive, x, 0) for x in _basis.scale(inverse, w)]
     return BandState(
         basis=_basis.put(state.basis, state.filled, new),
