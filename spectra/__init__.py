@@ -17,6 +17,7 @@ from spectra._errors import (
 )
 from spectra._status import Status
 from spectra.density import slq, spectral_density
+from spectra.estimators.condition import condition_number
 from spectra.io import load, save
 from spectra.krylov.eigsh import eigsh
 from spectra.krylov.lanczos import lanczos
@@ -32,9 +33,20 @@ from spectra.operators.hessian import HessianOperator
 from spectra.plotting import plot_density, plot_eigenvalues
 from spectra.problem import Problem
 from spectra.report import SpectrumReport, spectrum
-from spectra.results import Density, Eigenpairs, Estimate, Interval, Plan, Quadrature, Tridiagonal
+from spectra.results import (
+    ConditionNumber,
+    Density,
+    Eigenpairs,
+    Estimate,
+    Interval,
+    LayerConditions,
+    Plan,
+    Quadrature,
+    Tridiagonal,
+)
 
 __all__ = [
+    "ConditionNumber",
     "DataError",
     "Density",
     "DifferentiationError",
@@ -46,6 +58,7 @@ __all__ = [
     "GradientCovarianceOperator",
     "HessianOperator",
     "Interval",
+    "LayerConditions",
     "LinearOperator",
     "MatrixOperator",
     "MemoryLimitError",
@@ -60,6 +73,7 @@ __all__ = [
     "Status",
     "StructureError",
     "Tridiagonal",
+    "condition_number",
     "dense_hessian",
     "eigsh",
     "lanczos",
