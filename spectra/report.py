@@ -170,9 +170,11 @@ def trace_estimate(quadrature: Quadrature) -> Estimate:
     estimates both means, so that a standard error exists for a single probe already.
     """
     n, k = quadrature.size, quadrature.num_probes
-    first, second = quadrature.mean(lambda x: x), quadrature.mean(lambda x: x * x)
-    variance = 2 * max(second - first**2, 0.0) / (n + 2)
-    return Estimate(n * first, float(n * np.sqrt(variance / k)), quadrature.num_matvecs, "slq")
+    rest = quadrature.bulk or quadrature  # deflated eigenvalues have no sampling error
+    first, second = rest.mean(lambda x: x), rest.mean(lambda x: x * x)
+    variance = 2 * max(second - first**2, 0.0) / (rest.size + 2)
+    stderr = float(rest.size * np.sqrt(variance / k))
+    return Estimate(n * quadrature.mean(lambda x: x), stderr, quadrature.num_matvecs, "slq")
 
 
 def _extreme_interval(quadrature: Quadrature, end: int) -> Interval:

@@ -118,6 +118,9 @@ class Quadrature:
     num_matvecs: int
     precision: float  # relative error of one product, as stated by the operator
     status: Status
+    bulk: "Quadrature | None" = None  # of the complement of deflated eigenvectors, of order n - r
+    atoms: Array | None = None  # (r,) deflated eigenvalues: columns of weight 1/n in every row
+    coupling: float = 0.0  # how far an eigenvalue can be moved by the residuals of the deflated ones
 
     @property
     def num_probes(self) -> int:
@@ -442,6 +445,6 @@ _register(Eigenpairs, ("which", "size", "num_matvecs", "num_restarts", "missed",
 _register(ConditionNumber, ("is_lower_bound", "shift", "rank_tol", "size", "num_matvecs", "method", "status"))
 _register(LayerConditions, ())
 _register(Tridiagonal, ("layout", "status"))
-_register(Quadrature, ("size", "num_matvecs", "precision", "status"))
+_register(Quadrature, ("size", "num_matvecs", "precision", "status", "coupling"))
 _register(Density, ("linear_scale", "size", "level"))
 _register(Estimate, ("num_matvecs", "method"))
