@@ -142,6 +142,8 @@ class Band:
         self.processed: list[int] = []
         self.pending: list[int] = []
         self.parent: dict[int, int] = {}  # the row whose product led to a pending row
+        self.chain: dict[int, int] = {}  # which of the start vectors a pending row descends from
+        self.lengths: list[int] = []  # products in the chain of each start vector
         self.num_matvecs = 0
 
     @property
@@ -159,12 +161,15 @@ class Band:
         row = self.filled
         self.state = _append(self.layout, self.state, vector)
         (self.locked if locked else self.pending).append(row)
+        if not locked:
+            self.chain[row] = len(self.lengths)
+            self.lengths.append(0)
         return row
 
     def extend(self, row: int, steps: int) -> None:
         """Take up to `steps` products, beginning with the pending `row`; fewer at a breakdown."""
         before = self.filled
-        previous = self.parent.pop(row, -1)
+        previous, chain = self.parent.pop(row, -1), self.chain.pop(row)
         if self.op.on_host:
             self._extend_on_host(row, previous, steps)
         else:
@@ -174,11 +179,12 @@ class Band:
         done = [row, *new][:steps]
         self.coefficients[:, done] = columns[:, done]
         self.num_matvecs += len(done)
+        self.lengths[chain] += len(done)
         self.pending.remove(row)
         self.processed += done
         if len(new) == steps:  # no breakdown: the last row waits for its product
             self.pending.append(new[-1])
-            self.parent[new[-1]] = done[-1]
+            self.parent[new[-1]], self.chain[new[-1]] = done[-1], chain
         self._check()
 
     def _extend_on_host(self, row, previous, steps):
@@ -239,10 +245,16 @@ class Band:
                 vectors[:, group] = vectors[:, group] @ turn
                 theta[group] = theta[group].mean()
 
-    def restart(self, vectors: np.ndarray, rows: list[int] | None = None, *, keep_pending=True) -> None:
+    def residuals(self, values: np.ndarray) -> np.ndarray:
+        """|H v - λ v| of the processed rows as they are, with these values."""
+        columns = self.coefficients[:, self.processed].copy()
+        columns[self.processed, range(len(values))] -= values
+        return np.linalg.norm(columns, axis=0)
+
+    def restart(self, vectors: np.ndarray, rows: list[int] | None = None) -> None:
         """Replace all processed rows by the combinations `vectors` (len(rows), p) of `rows`."""
         rows = self.processed if rows is None else rows
-        pending = self.pending if keep_pending else []
+        pending = self.pending
         size, first = len(self.coefficients), len(self.locked)
         middle, last = first + vectors.shape[1], first + vectors.shape[1] + len(pending)
         weights = np.zeros((size, size))
@@ -250,11 +262,11 @@ class Band:
         weights[rows, first:middle] = vectors
         weights[pending, range(middle, last)] = 1
         columns = weights.T @ self.coefficients[:, rows] @ vectors
-        parents = {middle + i: -1 for i in range(len(pending))}
+        self.chain = {middle + i: self.chain[row] for i, row in enumerate(pending)}
         self.coefficients = np.zeros_like(self.coefficients)
         self.coefficients[:, first:middle] = columns
         self.processed, self.pending = list(range(first, middle)), list(range(middle, last))
-        self.parent = parents
+        self.parent = {}
         dtype = self.state.coefficients.dtype
         self.state = _replace(
             self.state, jnp.asarray(weights, dtype), jnp.asarray(self.coefficients, dtype), jnp.int32(last)

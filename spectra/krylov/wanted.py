@@ -50,7 +50,9 @@ def ends(values: np.ndarray, which: str) -> list[End]:
     return [End(sign, part[-1], part[-2]) for sign, part in parts if len(part) > 1]
 
 
-def missed_probability(limits: list[End], theta: np.ndarray, low: float, high: float, size: int) -> float:
+def missed_probability(
+    limits: list[End], theta: np.ndarray, steps: int, low: float, high: float, size: int
+) -> float:
     """Bound on the probability that Lanczos from a random vector has overlooked a wanted eigenvalue.
 
     Kuczynski and Wozniakowski (doi:10.1137/0613066): after j steps from a uniform start, with
@@ -58,7 +60,7 @@ def missed_probability(limits: list[End], theta: np.ndarray, low: float, high: f
     ε (λ_max - λ_min) of the largest eigenvalue. With ε the distance from the largest of `theta` up to
     a wanted value, in units of the range down to the other end, this is the probability of a miss.
     """
-    total, steps = 0.0, len(theta)
+    total = 0.0
     for end in limits:
         top = float(np.max(end.sign * theta))
         bottom = -high if end.sign < 0 else low
