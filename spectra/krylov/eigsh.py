@@ -165,8 +165,8 @@ class _Run:
 
     @property
     def aim(self) -> float:
-        """Where the iteration stops: a little below, since the turn of equal Ritz vectors mixes residuals."""
-        return max(0.9 * self.tol, float(jnp.finfo(self.op.dtype).eps)) * self.band.scale
+        """Where the iteration stops: below tol, since turning copies of a pair mixes their residuals."""
+        return max(0.6 * self.tol, float(jnp.finfo(self.op.dtype).eps)) * self.band.scale
 
     @property
     def exhausted(self) -> bool:

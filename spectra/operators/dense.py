@@ -23,7 +23,7 @@ COLUMNS = 64
 """Columns in flight in one vmapped product: bounds the batched activations."""
 CHUNK = 1024
 """Columns of one compiled call: bounds what is copied into the matrix at a time."""
-MAX_GROUPS = 16
+MAX_GROUPS = 8
 """A block column is code to compile; more leaves than this share columns, a few at a time."""
 STRUCTURES = ("matrix", "blocks")
 
