@@ -17,12 +17,15 @@ from spectra._errors import (
 )
 from spectra._status import Status
 from spectra.density import slq, spectral_density, spectral_distances
+from spectra.estimators.condition import condition_number
 from spectra.io import load, save
+from spectra.krylov.eigsh import eigsh
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
 from spectra.models import linen_model, nnx_model
 from spectra.operators.base import LinearOperator
 from spectra.operators.covariance import GradientCovarianceOperator
+from spectra.operators.dense import dense_hessian
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.function import FunctionOperator, MatrixOperator
 from spectra.operators.ggn import GGNOperator
@@ -30,14 +33,26 @@ from spectra.operators.hessian import HessianOperator
 from spectra.plotting import plot_blocks, plot_density, plot_eigenvalues
 from spectra.problem import Problem
 from spectra.report import SpectrumReport, spectrum
-from spectra.results import Density, Estimate, Interval, Plan, Quadrature, Tridiagonal
+from spectra.results import (
+    ConditionNumber,
+    Density,
+    Eigenpairs,
+    Estimate,
+    Interval,
+    LayerConditions,
+    Plan,
+    Quadrature,
+    Tridiagonal,
+)
 from spectra.variability import DataVariability, data_variability
 
 __all__ = [
+    "ConditionNumber",
     "DataError",
     "DataVariability",
     "Density",
     "DifferentiationError",
+    "Eigenpairs",
     "Estimate",
     "FisherOperator",
     "FunctionOperator",
@@ -45,6 +60,7 @@ __all__ = [
     "GradientCovarianceOperator",
     "HessianOperator",
     "Interval",
+    "LayerConditions",
     "LinearOperator",
     "MatrixOperator",
     "MemoryLimitError",
@@ -59,7 +75,10 @@ __all__ = [
     "Status",
     "StructureError",
     "Tridiagonal",
+    "condition_number",
     "data_variability",
+    "dense_hessian",
+    "eigsh",
     "lanczos",
     "linen_model",
     "load",

@@ -74,16 +74,28 @@ def gauss_rule_traced(alpha, beta):
     return theta, vectors[..., 0, :] ** 2, jnp.abs(beta[..., -1:] * vectors[..., -1, :])
 
 
-def bracket(quadrature, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def split(quadrature, x: np.ndarray):
+    """What sampling leaves open, and what is known: (quadrature of the rest, its share, atoms' CDF (3, ...)).
+
+    Without deflation the rest is all. Atoms are known to the noise floor and the coupling.
+    """
+    if quadrature.bulk is None:
+        return quadrature, 1.0, np.zeros((3, *np.shape(x)))
+    atoms, shift = np.sort(quadrature.atoms), quadrature.noise_floor + quadrature.coupling
+    points = np.stack([x - shift, x, x + shift])
+    share = quadrature.bulk.size / quadrature.size
+    return quadrature.bulk, share, np.searchsorted(atoms, points, side="right") / quadrature.size
+
+
+def bracket(quadrature, x: np.ndarray, shift: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Chebyshev-Markov-Stieltjes bounds on the probes' weighted CDFs, averaged over probes.
 
     With S_i the sum of the first i weights and θ_i the sorted nodes, the measure μ of a probe obeys
     S_{i-1} <= μ(-inf, θ_i) <= μ(-inf, θ_i] <= S_i; monotonicity carries that to every x. Points are
     moved by the noise floor first, so that rounding of a node cannot break a bound. A rule that ended
-    in an invariant space is the measure itself.
+    in an invariant space is the measure itself. Points move by `shift`: the noise floor, at least.
     """
     x = np.asarray(x, np.float64)
-    shift = quadrature.noise_floor
     total = np.zeros((3, *x.shape))
     for nodes, weights, residuals, length in zip(
         *map(np.asarray, (quadrature.nodes, quadrature.weights)),
@@ -141,9 +153,17 @@ def cdf_band(quadrature, x: np.ndarray, level: float):
     """(lower, estimate, upper) of the CDF at `x`; see `Quadrature.cdf`."""
     if not 0 < level < 1:
         raise SpectraError(f"level={level} is not between 0 and 1.")
-    lower, estimate, upper = bracket(quadrature, x)
-    lower, upper = sampling_band(quadrature, lower, upper, level)
+    _, estimate, _, lower, upper = _curves(quadrature, x, level)
     return lower, np.clip(estimate, lower, upper), upper
+
+
+def _curves(quadrature, x: np.ndarray, level: float):
+    """CDF at x: bracket below, estimate, bracket above, and the band that sampling widens them to."""
+    rest, share, known = split(quadrature, x)
+    lower, estimate, upper = bracket(rest, x, quadrature.noise_floor + quadrature.coupling)
+    band = sampling_band(rest, lower, upper, level)
+    curves = zip((lower, estimate, upper, *band), (*known, known[0], known[2]), strict=True)
+    return [share * curve + atoms for curve, atoms in curves]
 
 
 def band_width_parts(quadrature, level: float) -> tuple[float, float]:
@@ -154,8 +174,7 @@ def band_width_parts(quadrature, level: float) -> tuple[float, float]:
     if high <= low or not len(gaps):
         return 0.0, 0.0
     middle = (edges[1:] + edges[:-1]) / 2
-    lower, _, upper = bracket(quadrature, middle)
-    wide_lower, wide_upper = sampling_band(quadrature, lower, upper, level)
+    lower, _, upper, wide_lower, wide_upper = _curves(quadrature, middle, level)
     inner = float(np.sum(gaps * (upper - lower)) / (high - low))
     outer = float(np.sum(gaps * (wide_upper - wide_lower)) / (high - low))
     return inner, outer - inner

@@ -31,6 +31,16 @@ the reported width.
         "Raise num_steps (narrows the bracket) or num_probes (narrows the sampling part), or accept "
         "the reported width.",
     )
+    NOT_CONVERGED = (
+        "not_converged",
+        "the products allowed ended before every eigenpair met the tolerance",
+        "Raise max_matvecs or num_basis, loosen tol, or use the pairs whose `converged` is true.",
+    )
+    SINGULAR = (
+        "singular",
+        "some of the eigenvalues asked for are zero to the noise floor: their vectors are null directions",
+        "Ask for more pairs to pass the null space, or damp the operator with `op.shift(delta)`.",
+    )
     NOISY = (
         "noisy",
         "products with the operator are less symmetric than their precision explains",

@@ -19,11 +19,12 @@ import numpy as np
 from spectra._errors import ResultFileError, SpectraError
 from spectra._status import Status
 from spectra.report import SpectrumReport
-from spectra.results import Density, Estimate, Interval, Quadrature
+from spectra.results import ConditionNumber, Density, Estimate, Interval, LayerConditions, Quadrature
 
 FORMAT = "spectra-result"
 SCHEMA = 1
-_CLASSES = {cls.__name__: cls for cls in (SpectrumReport, Quadrature, Density, Estimate, Interval)}
+_SAVED = (SpectrumReport, Quadrature, Density, Estimate, Interval, ConditionNumber, LayerConditions)
+_CLASSES = {cls.__name__: cls for cls in _SAVED}
 
 
 def save(result: Any, path: str | os.PathLike) -> Path:

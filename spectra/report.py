@@ -11,7 +11,7 @@ import numpy as np
 
 from spectra import density
 from spectra.operators.base import LinearOperator
-from spectra.results import Density, Estimate, Interval, Quadrature, _rows
+from spectra.results import Density, Estimate, Interval, Quadrature, _html, _rows
 
 __all__ = ["SpectrumReport", "spectrum"]
 
@@ -83,14 +83,7 @@ class SpectrumReport:
         return _rows(f"Spectrum of {self.name}", self.rows())
 
     def _repr_html_(self) -> str:
-        import html
-
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for label, value in self.rows()
-        )
-        return f"<table><caption>Spectrum of {html.escape(self.name)}</caption>{cells}</table>"
+        return _html(f"Spectrum of {self.name}", self.rows())
 
 
 def _extreme(value: Interval) -> str:
@@ -177,9 +170,11 @@ def trace_estimate(quadrature: Quadrature) -> Estimate:
     estimates both means, so that a standard error exists for a single probe already.
     """
     n, k = quadrature.size, quadrature.num_probes
-    first, second = quadrature.mean(lambda x: x), quadrature.mean(lambda x: x * x)
-    variance = 2 * max(second - first**2, 0.0) / (n + 2)
-    return Estimate(n * first, float(n * np.sqrt(variance / k)), quadrature.num_matvecs, "slq")
+    rest = quadrature.bulk or quadrature  # deflated eigenvalues have no sampling error
+    first, second = rest.mean(lambda x: x), rest.mean(lambda x: x * x)
+    variance = 2 * max(second - first**2, 0.0) / (rest.size + 2)
+    stderr = float(rest.size * np.sqrt(variance / k))
+    return Estimate(n * quadrature.mean(lambda x: x), stderr, quadrature.num_matvecs, "slq")
 
 
 def _extreme_interval(quadrature: Quadrature, end: int) -> Interval:

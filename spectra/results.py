@@ -29,6 +29,17 @@ def _rows(title: str, rows: list[tuple[str, str]]) -> str:
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
+def _html(title: str, rows: list[tuple[str, str]]) -> str:
+    import html
+
+    left = " style='text-align:left'"
+    cells = "".join(
+        f"<tr><th{left}>{html.escape(name)}</th><td{left}>{html.escape(value)}</td></tr>"
+        for name, value in rows
+    )
+    return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
+
+
 class Interval(NamedTuple):
     """A number or a curve with its band: `lower <= estimate <= upper`, each of the shape of the input."""
 
@@ -107,6 +118,9 @@ class Quadrature:
     num_matvecs: int
     precision: float  # relative error of one product, as stated by the operator
     status: Status
+    bulk: "Quadrature | None" = None  # of the complement of deflated eigenvectors, of order n - r
+    atoms: Array | None = None  # (r,) deflated eigenvalues: columns of weight 1/n in every row
+    coupling: float = 0.0  # how far an eigenvalue can be moved by the residuals of the deflated ones
 
     @property
     def num_probes(self) -> int:
@@ -225,6 +239,155 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues with eigenvectors: H v_i ≈ values[i] v_i, in ascending order of the values.
+
+    Vectors are orthonormal, in the form of the parameters. An eigenvalue of H lies within
+    `residuals[i]` of `values[i]`.
+    """
+
+    values: Array  # (k,) ascending
+    vectors: PyTree  # leaves (k, *leaf.shape)
+    residuals: Array  # (k,) |H v - λ v|
+    converged: Array  # (k,) bool
+    which: str
+    size: int  # n, order of the operator
+    num_matvecs: int
+    num_restarts: int
+    missed: float  # bound on the probability that a repeated wanted eigenvalue was left out
+    noise_floor: float  # |λ| below which products do not resolve an eigenvalue from zero
+    status: Status
+
+    @property
+    def num_null(self) -> int:
+        """How many of the eigenvalues are zero to the noise floor."""
+        return int(np.sum(np.abs(self.values) <= self.noise_floor))
+
+    def matrix(self) -> np.ndarray:
+        """The vectors as the columns of an (n, k) array, parameters ravelled in tree order."""
+        leaves = [np.asarray(x).reshape(len(self.values), -1) for x in jax.tree.leaves(self.vectors)]
+        return np.concatenate(leaves, axis=1).T
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
+        pairs = zip(self.values, self.residuals, self.converged, strict=True)
+        lines = [
+            (f"{i}", f"{value:.8g} ± {residual:.1g}" + ("" if done else "  not converged"))
+            for i, (value, residual, done) in enumerate(pairs)
+        ]
+        missed = f"{self.missed:.2g}" if self.missed < 1 else "not bounded"
+        return [
+            *lines,
+            ("products", f"{self.num_matvecs:,} ({self.num_restarts} restarts)"),
+            ("probability of a missed copy", f"at most {missed}" if self.missed < 1 else missed),
+            ("status", str(self.status)),
+        ]
+
+    def __repr__(self) -> str:
+        return _rows(f"Eigenpairs ({self.which}, {len(self.values)} of {self.size:,})", self.rows())
+
+    def _repr_html_(self) -> str:
+        return _html(f"Eigenpairs ({self.which}, {len(self.values)} of {self.size:,})", self.rows())
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionNumber:
+    """What can be said of the condition number of A = H + shift I.
+
+    Eigenvalues with |λ| <= rank_tol * largest, or below the noise floor, count as zero: the *numerical
+    range* is what is left. Where `is_lower_bound` is true the products leave it open whether smaller
+    eigenvalues exist, and `effective` (and `value`, if finite) is at least what is stated.
+    """
+
+    value: float  # |λ|max / |λ|min; infinite if some eigenvalue is zero
+    effective: float  # |λ|max / smallest_nonzero
+    largest: float  # |λ|max
+    smallest_nonzero: float
+    rank: int
+    nullity: int
+    nullity_interval: Interval  # 95 %; all three equal where eigenvalues were counted
+    noise_floor: float  # |λ| below which products do not resolve an eigenvalue from zero
+    is_lower_bound: bool
+    shift: float
+    rank_tol: float
+    size: int  # n
+    num_matvecs: int
+    method: str  # "dense" or "krylov"
+    status: Status
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
+        least = "at least " if self.is_lower_bound else ""
+        low, _, high = self.nullity_interval
+        counted = f"{self.nullity:,}" + ("" if low == high else f" [{low:.0f}, {high:.0f}]")
+        return [
+            ("condition number", (least if np.isfinite(self.value) else "") + f"{self.value:.6g}"),
+            ("over the numerical range", f"{least}{self.effective:.6g}"),
+            ("largest |λ|", f"{self.largest:.6g}"),
+            ("smallest |λ| above zero", f"{self.smallest_nonzero:.6g}"),
+            ("rank", f"{self.rank:,} of {self.size:,}"),
+            ("nullity", counted),
+            ("counted as zero", f"|λ| <= {max(self.rank_tol * self.largest, self.noise_floor):.2g}"),
+            ("noise floor", f"{self.noise_floor:.2g}"),
+            ("method", f"{self.method}, {self.num_matvecs:,} products"),
+            ("status", str(self.status)),
+        ]
+
+    def __repr__(self) -> str:
+        return _rows("Condition number" + (f" of H + {self.shift:g} I" if self.shift else ""), self.rows())
+
+    def _repr_html_(self) -> str:
+        return _html("Condition number" + (f" of H + {self.shift:g} I" if self.shift else ""), self.rows())
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConditions:
+    """Condition numbers of the diagonal blocks, one for each layer; prints as a table."""
+
+    layers: dict[str, ConditionNumber]
+
+    def __getitem__(self, name: str) -> ConditionNumber:
+        return self.layers[name]
+
+    def __iter__(self):
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def table(self) -> list[list[str]]:
+        """Cells of the table, the head first."""
+        head = ["layer", "n", "rank", "largest |λ|", "smallest |λ| > 0", "effective", "condition number"]
+        body = [
+            [
+                name,
+                f"{c.size:,}",
+                f"{c.rank:,}",
+                f"{c.largest:.4g}",
+                f"{c.smallest_nonzero:.4g}",
+                ("≥ " if c.is_lower_bound else "") + f"{c.effective:.4g}",
+                f"{c.value:.4g}",
+            ]
+            for name, c in self.layers.items()
+        ]
+        return [head, *body]
+
+    def __repr__(self) -> str:
+        table = self.table()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join(
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in table
+        )
+
+    def _repr_html_(self) -> str:
+        import html
+
+        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.table()]
+        return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Bytes and products of a run, before anything is allocated. All sizes in bytes."""
 
@@ -278,7 +441,10 @@ def format_bytes(count: int) -> str:
     raise AssertionError
 
 
+_register(Eigenpairs, ("which", "size", "num_matvecs", "num_restarts", "missed", "noise_floor", "status"))
+_register(ConditionNumber, ("is_lower_bound", "shift", "rank_tol", "size", "num_matvecs", "method", "status"))
+_register(LayerConditions, ())
 _register(Tridiagonal, ("layout", "status"))
-_register(Quadrature, ("size", "num_matvecs", "precision", "status"))
+_register(Quadrature, ("size", "num_matvecs", "precision", "status", "coupling"))
 _register(Density, ("linear_scale", "size", "level"))
 _register(Estimate, ("num_matvecs", "method"))

@@ -23,6 +23,7 @@ LAYERS = [
     {"problem", "models"},
     {"krylov"},
     {"density"},
+    {"estimators"},
     {"report", "plotting"},
     {"io", "variability"},
     {"demos"},

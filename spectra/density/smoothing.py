@@ -62,33 +62,40 @@ def spectral_density(
     else:
         raise SpectraError(f"bandwidth={bandwidth}: use a positive number, or None for the default.")
     centers = np.asarray(quadrature.nodes).ravel()
-    masses = np.zeros((quadrature.num_probes, centers.size))
-    np.put_along_axis(
-        masses,
-        np.arange(centers.size).reshape(quadrature.num_probes, -1),
-        np.asarray(quadrature.weights),
-        axis=1,
-    )
     if grid is None:
         grid = _default_grid(centers, widths)
     else:
         grid = np.asarray(grid, np.float64)
         if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) > 0).all():
             raise SpectraError("grid must be a 1-D array of at least two increasing numbers.")
-    probes, square = _smooth(grid, centers, masses, widths(centers))
+    rest, share, known = quadrature.bulk or quadrature, 1.0, np.zeros(len(grid))
+    if quadrature.bulk is not None:  # atoms have no sampling error: they shift the curve and its band
+        share, atoms = rest.size / quadrature.size, np.asarray(quadrature.atoms)
+        known = _smooth(grid, atoms, np.full((1, len(atoms)), 1 / quadrature.size), widths(atoms))[0][0]
+    nodes = np.asarray(rest.nodes).ravel()
+    probes, square = _smooth(grid, nodes, _masses(rest), widths(nodes))
     num_tests = float(np.sum(np.diff(grid) / widths(grid[1:])))  # kernel widths on the grid
-    lower, upper = _band(probes, square, quadrature.size, num_tests, level)
+    lower, upper = _band(probes, square, rest.size, num_tests, level)
     return Density(
         grid=grid,
-        density=probes.mean(axis=0),
-        lower=lower,
-        upper=upper,
+        density=known + share * probes.mean(axis=0),
+        lower=known + share * lower,
+        upper=known + share * upper,
         bandwidth=widths(grid),
         linear_scale=float(scale),
         outliers=resolved_outliers(quadrature),
         size=quadrature.size,
         level=level,
     )
+
+
+def _masses(quadrature: Quadrature) -> np.ndarray:
+    """Weights as a (k, k m) array: row i has those of probe i in the places of its nodes."""
+    k = quadrature.num_probes
+    masses = np.zeros((k, k * quadrature.num_steps))
+    places = np.arange(masses.shape[1]).reshape(k, -1)
+    np.put_along_axis(masses, places, np.asarray(quadrature.weights), axis=1)
+    return masses
 
 
 def linear_scale(quadrature: Quadrature) -> float:

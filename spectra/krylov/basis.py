@@ -159,6 +159,50 @@ def put(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
     )
 
 
+def take(basis: Basis, row: jax.Array) -> Panels:
+    """A copy of the vector in `row`; zero where there is no such row. Reads that row only."""
+    size = basis[0][0].shape[1]
+
+    def read(segment):
+        return [lax.dynamic_index_in_dim(rows, row % size, 1, keepdims=False) for rows in segment]
+
+    def skip(segment):
+        return [jnp.zeros_like(rows[:, 0]) for rows in segment]
+
+    parts = [lax.cond(row // size == i, read, skip, segment) for i, segment in enumerate(basis)]
+    return [sum(panels[1:], panels[0]) for panels in zip(*parts, strict=True)]
+
+
+def combine(basis: Basis, weights: jax.Array) -> Basis:
+    """New rows Wᵀ Q for square `weights` (rows, rows), in place where the basis is donated.
+
+    Packed panels go block by block, so that the extra memory is one block of all rows; sharded ones
+    leaf by leaf, where only sums over the row axis are formed and nothing moves between devices.
+    """
+    size = basis[0][0].shape[1]
+
+    def mix(rows):
+        spec = "rs,br...->bs..."
+        return jnp.einsum(spec, weights.astype(rows.dtype), rows, precision=lax.Precision.HIGHEST)
+
+    def split(rows):
+        return [rows[:, i : i + size] for i in range(0, rows.shape[1], size)]
+
+    def one(parts):
+        if len(parts[0]) == 1 or parts[0].ndim > 3:
+            return split(mix(jnp.concatenate(parts, axis=1)))
+
+        def block(b, parts):
+            rows = jnp.concatenate([lax.dynamic_slice_in_dim(part, b, 1) for part in parts], axis=1)
+            pairs = zip(parts, split(mix(rows)), strict=True)
+            return [lax.dynamic_update_slice_in_dim(part, new, b, 0) for part, new in pairs]
+
+        return lax.fori_loop(0, len(parts[0]), block, list(parts))
+
+    columns = [one(parts) for parts in zip(*basis, strict=True)]
+    return tuple(list(segment) for segment in zip(*columns, strict=True))
+
+
 def dots(basis: Basis, vector: Panels, filled: jax.Array) -> jax.Array:
     """Coefficients Q v on the first `filled` rows, zero beyond; shape (rows,). Reads them once."""
     dtype, size = jnp.result_type(*vector), basis[0][0].shape[1]

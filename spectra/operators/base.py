@@ -157,15 +157,19 @@ class LinearOperator(abc.ABC):
         if needed > limit:
             raise MemoryLimitError(
                 f"the dense matrix of order {n:,} needs {format_bytes(needed)} at its peak, above the "
-                f"limit of {format_bytes(limit)}. Use slq or lanczos, which need no matrix, or raise "
-                "memory_limit."
+                f"limit of {format_bytes(limit)}. Use eigsh, slq or condition_number, which need no matrix, "
+                "op.block(...) for one layer, or raise memory_limit."
             )
-        op = self.prepare()
-        columns = jnp.stack([_column(op, i) for i in range(n)]) if self.on_host else _columns(op)
-        matrix = (columns + columns.T) / 2
+        matrix = self._matrix()
         if not isinstance(matrix, Tracer) and not bool(jnp.isfinite(matrix).all()):
             raise NonFiniteError(f"the matrix has NaN or infinite entries. {self.explain_non_finite()}")
         return matrix
+
+    def _matrix(self) -> jax.Array:
+        """The dense matrix; subclasses that know more than products override it."""
+        op = self.prepare()
+        columns = jnp.stack([_column(op, i) for i in range(self.size)]) if self.on_host else _columns(op)
+        return (columns + columns.T) / 2
 
     def block(self, select: _paths.Select) -> "LinearOperator":
         """The principal submatrix of the parameters whose path matches.

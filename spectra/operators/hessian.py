@@ -65,3 +65,8 @@ class HessianOperator(DataOperator):
 
     def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
         return products.derivative(self.mode, lambda x: self._grad(x, piece), variables, v)
+
+    def _matrix(self) -> jax.Array:
+        from spectra.operators.dense import hessian_matrix
+
+        return hessian_matrix(self)

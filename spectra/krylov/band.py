@@ -1,0 +1,279 @@
+"""Lanczos with any number of starting vectors: rows, the products of some of them, and all coefficients.
+
+The basis V has rows of three kinds. *Processed* rows have had their product with H taken; *pending* rows
+have not; *locked* rows are given vectors that all others are kept orthogonal to. One step takes the
+product of a pending row v_j, records its coefficients on all rows as column j of G, and appends what is
+left as a new pending row:
+
+    H v_j = Σ_i G_ij v_i,    exactly, to the rounding of the product
+
+One start gives Lanczos, b starts the band Lanczos method of Ruhe (doi:10.2307/2006344). Nothing in G rests
+on a recurrence, so the residual of a Ritz pair is computed from the operator's own products,
+
+    |H y - θ y| = |(G - θ) s|,  y = Vᵀ s,
+
+without multiplying again, and whatever is not symmetric or was restarted shows up in it. A thick restart
+(Wu and Simon, doi:10.1137/S0895479898334605; Stewart, doi:10.1137/S0895479800371529) replaces processed
+rows by some of their Ritz vectors and keeps pending rows as they are: G stays exact.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spectra._errors import NonFiniteError, NotSymmetricError
+from spectra.krylov import basis as _basis
+from spectra.krylov.basis import Basis, Layout
+from spectra.krylov.lanczos import BREAKDOWN
+from spectra.krylov.orthogonalize import orthogonalize
+from spectra.operators.base import LinearOperator
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BandState:
+    """What lives on the device."""
+
+    basis: Basis
+    coefficients: jax.Array  # (rows, rows), G
+    filled: jax.Array  # (), rows in use
+    scale: jax.Array  # (), largest |H v| so far
+
+
+@partial(jax.jit, static_argnames=("layout", "num_rows"))
+def _empty(layout: Layout, num_rows: int) -> BandState:
+    dtype = jnp.result_type(*[panel.dtype for panel in layout.panels])
+    count, rows = _basis.segments(num_rows)
+    return BandState(
+        basis=_basis.zeros(layout, num_rows),
+        coefficients=jnp.zeros((count * rows, count * rows), dtype),
+        filled=jnp.zeros((), jnp.int32),
+        scale=jnp.zeros((), dtype),
+    )
+
+
+@partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
+def _append(layout: Layout, state: BandState, vector: PyTree) -> BandState:
+    """One more row: `vector` made orthogonal to all others."""
+    w = layout.pack(vector)
+    w = _basis.scale(1 / _basis.norm(w), w)
+    for _ in range(2):  # a random vector may lie almost in the span of the rows
+        w, size, *_ = orthogonalize(state.basis, w, state.filled)
+        w = _basis.scale(1 / size, w)
+    basis = _basis.put(state.basis, state.filled, w)
+    return dataclasses.replace(state, basis=basis, filled=state.filled + 1)
+
+
+@partial(jax.jit, static_argnames=("layout",))
+def _row(layout: Layout, state: BandState, row) -> PyTree:
+    return layout.unpack(_basis.take(state.basis, row))
+
+
+def _absorb(layout: Layout, size: int, state: BandState, row, previous, product: PyTree) -> BandState:
+    """Column `row` of G and a new row, given the product; `previous` is the row that led to this one."""
+    q, p = _basis.take(state.basis, row), _basis.take(state.basis, previous)
+    w = layout.pack(product)
+    # Subtract the two large coefficients first: what is left needs one pass, as in `lanczos.absorb`.
+    alpha = _basis.vdot(q, w)
+    beta = jnp.where(previous >= 0, state.coefficients[row, previous], 0)
+    w = _basis.axpy(-alpha, q, _basis.axpy(-beta, p, w))
+    w, rest, _, column, _ = orthogonalize(state.basis, w, state.filled)
+    column = column.at[row].add(alpha).at[previous].add(beta)
+    scale = jnp.maximum(state.scale, jnp.sqrt(jnp.vdot(column, column) + rest**2))
+    eps = jnp.finfo(scale.dtype).eps
+    alive = (rest > BREAKDOWN * eps * scale) & (state.filled < size)
+    inverse = jnp.where(alive, 1 / jnp.where(alive, rest, 1), 0)
+    # Where nothing is left no row is appended, and the coefficient below rounding is dropped.
+    kept = jnp.where(alive, rest, 0)
+    column = jnp.where(
+        jnp.arange(len(column)) == state.filled, jnp.where(jnp.isnan(rest), rest, kept), column
+    )
+    new = [jnp.where(alive, x, 0) for x in _basis.scale(inverse, w)]
+    return BandState(
+        basis=_basis.put(state.basis, state.filled, new),
+        coefficients=state.coefficients.at[:, row].set(column),
+        filled=state.filled + alive,
+        scale=scale,
+    )
+
+
+@partial(jax.jit, static_argnames=("layout", "size"), donate_argnames=("state",))
+def _chain(op, layout, size, state, row, previous, steps):
+    """Process `row`, then each row that a product has led to, `steps` products in all."""
+
+    def going(carry):
+        done, row, _, state = carry
+        return (done < steps) & (row < state.filled)
+
+    def step(carry):
+        done, row, previous, state = carry
+        new = state.filled
+        product = op.mv(layout.unpack(_basis.take(state.basis, row)))
+        return done + 1, new, row, _absorb(layout, size, state, row, previous, product)
+
+    first = (jnp.int32(0), jnp.asarray(row, jnp.int32), jnp.asarray(previous, jnp.int32), state)
+    return lax.while_loop(going, step, first)[-1]
+
+
+_absorb_one = jax.jit(_absorb, static_argnames=("layout", "size"), donate_argnames=("state",))
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def _replace(state: BandState, weights, coefficients, filled) -> BandState:
+    basis = _basis.combine(state.basis, weights)
+    return BandState(basis, coefficients, filled, state.scale)
+
+
+class Band:
+    """A basis with its coefficients in float64, driven from the host; `op` is prepared by the caller."""
+
+    def __init__(self, op: LinearOperator, layout: Layout, num_rows: int):
+        self.op, self.layout, self.limit = op, layout, num_rows
+        self.state = _empty(layout, num_rows)
+        self.coefficients = np.zeros(self.state.coefficients.shape)
+        self.locked: list[int] = []
+        self.processed: list[int] = []
+        self.pending: list[int] = []
+        self.parent: dict[int, int] = {}  # the row whose product led to a pending row
+        self.chain: dict[int, int] = {}  # which of the start vectors a pending row descends from
+        self.lengths: list[int] = []  # products in the chain of each start vector
+        self.num_matvecs = 0
+
+    @property
+    def filled(self) -> int:
+        """Rows in use."""
+        return len(self.locked) + len(self.processed) + len(self.pending)
+
+    @property
+    def scale(self) -> float:
+        """Largest |H v| of a unit vector so far, an estimate of |H| from below."""
+        return float(self.state.scale)
+
+    def append(self, vector: PyTree, *, locked: bool = False) -> int:
+        """A new pending (or locked) row from a vector that need not be orthogonal to the others."""
+        row = self.filled
+        self.state = _append(self.layout, self.state, vector)
+        (self.locked if locked else self.pending).append(row)
+        if not locked:
+            self.chain[row] = len(self.lengths)
+            self.lengths.append(0)
+        return row
+
+    def extend(self, row: int, steps: int) -> None:
+        """Take up to `steps` products, beginning with the pending `row`; fewer at a breakdown."""
+        before = self.filled
+        previous, chain = self.parent.pop(row, -1), self.chain.pop(row)
+        if self.op.on_host:
+            self._extend_on_host(row, previous, steps)
+        else:
+            self.state = _chain(self.op, self.layout, self.op.size, self.state, row, previous, steps)
+        columns, after = jax.device_get((self.state.coefficients, self.state.filled))
+        new = list(range(before, int(after)))
+        done = [row, *new][:steps]
+        self.coefficients[:, done] = columns[:, done]
+        self.num_matvecs += len(done)
+        self.lengths[chain] += len(done)
+        self.pending.remove(row)
+        self.processed += done
+        if len(new) == steps:  # no breakdown: the last row waits for its product
+            self.pending.append(new[-1])
+            self.parent[new[-1]], self.chain[new[-1]] = done[-1], chain
+        self._check()
+
+    def _extend_on_host(self, row, previous, steps):
+        filled = self.filled
+        for _ in range(steps):
+            product = self.op.mv(_row(self.layout, self.state, row))
+            self.state = _absorb_one(self.layout, self.op.size, self.state, row, previous, product)
+            row, previous = filled, row
+            if int(self.state.filled) == filled:
+                return
+            filled += 1
+
+    def _check(self) -> None:
+        if not np.isfinite(self.coefficients).all():
+            raise NonFiniteError(
+                f"one of the first {self.num_matvecs} products is NaN or infinite. "
+                f"{self.op.explain_non_finite()}"
+            )
+        limit, scale = float(np.sqrt(self.op.precision)), self.scale or 1.0
+        if self.asymmetry > limit:
+            raise NotSymmetricError(
+                f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {self.asymmetry:.1e} |H| "
+                f"(|H| at least {scale:.1e}), above {limit:.1e}, the square root of the precision of its "
+                "products. eigsh needs a symmetric real operator; a loss that is random or depends on "
+                "call order (dropout, batch statistics that are updated) is a common reason."
+            )
+
+    @property
+    def asymmetry(self) -> float:
+        """Largest |v_iᵀ H v_j - v_jᵀ H v_i| over the processed rows, in units of |H|."""
+        g = self.coefficients[np.ix_(self.processed, self.processed)]
+        return float(np.max(np.abs(g - g.T), initial=0.0)) / (self.scale or 1.0)
+
+    def ritz(self, rows: list[int] | None = None):
+        """Ritz values of some processed rows, ascending, their vectors and parts of their residuals.
+
+        Returns θ (r,), S (r, r), the coefficients on pending rows (p, r), and residual norms (r,).
+        """
+        rows = self.processed if rows is None else rows
+        columns = self.coefficients[:, rows]
+        square = columns[rows]
+        theta, vectors = np.linalg.eigh((square + square.T) / 2)
+        self._separate(theta, vectors, columns[self.pending])
+        residual = columns @ vectors
+        residual[rows] -= theta * vectors
+        coupling = columns[self.pending] @ vectors
+        return theta, vectors, coupling, np.linalg.norm(residual, axis=0)
+
+    def _separate(self, theta: np.ndarray, vectors: np.ndarray, pending: np.ndarray) -> None:
+        """Within each group of equal Ritz values, turn the vectors so that the converged ones come first.
+
+        Copies of an eigenvalue converge one after another, and LAPACK returns any basis of their space.
+        """
+        width = 10 * float(jnp.finfo(self.op.dtype).eps) * self.scale
+        for group in np.split(np.arange(len(theta)), np.flatnonzero(np.diff(theta) > width) + 1):
+            if len(group) > 1 and len(pending):
+                turn = np.linalg.svd(pending @ vectors[:, group])[2][::-1].T
+                vectors[:, group] = vectors[:, group] @ turn
+                theta[group] = theta[group].mean()
+
+    def residuals(self, values: np.ndarray) -> np.ndarray:
+        """|H v - λ v| of the processed rows as they are, with these values."""
+        columns = self.coefficients[:, self.processed].copy()
+        columns[self.processed, range(len(values))] -= values
+        return np.linalg.norm(columns, axis=0)
+
+    def restart(self, vectors: np.ndarray, rows: list[int] | None = None) -> None:
+        """Replace all processed rows by the combinations `vectors` (len(rows), p) of `rows`."""
+        rows = self.processed if rows is None else rows
+        pending = self.pending
+        size, first = len(self.coefficients), len(self.locked)
+        middle, last = first + vectors.shape[1], first + vectors.shape[1] + len(pending)
+        weights = np.zeros((size, size))
+        weights[self.locked, self.locked] = 1
+        weights[rows, first:middle] = vectors
+        weights[pending, range(middle, last)] = 1
+        columns = weights.T @ self.coefficients[:, rows] @ vectors
+        self.chain = {middle + i: self.chain[row] for i, row in enumerate(pending)}
+        self.coefficients = np.zeros_like(self.coefficients)
+        self.coefficients[:, first:middle] = columns
+        self.processed, self.pending = list(range(first, middle)), list(range(middle, last))
+        self.parent = {}
+        dtype = self.state.coefficients.dtype
+        self.state = _replace(
+            self.state, jnp.asarray(weights, dtype), jnp.asarray(self.coefficients, dtype), jnp.int32(last)
+        )
+
+    def vectors(self) -> PyTree:
+        """The rows after the locked ones as one pytree with leaves (rows, *leaf.shape). A copy."""
+        first = len(self.locked)
+        rows = _basis.stack(self.state.basis, self.layout, self.filled)
+        return jax.tree.map(lambda x: x[first:], rows)

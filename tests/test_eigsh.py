@@ -1,0 +1,338 @@
+"""Eigenpairs: against NumPy and ARPACK, repeated and clustered, and with true residuals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyamg
+import pytest
+import scipy.sparse as sparse
+from cases import SPECTRA, N, planted, ridge_loss
+from scipy.sparse.linalg import LinearOperator, eigsh
+
+import spectra
+from spectra.krylov import wanted
+
+KEY = jax.random.key(0)
+EPS = np.finfo(float).eps
+
+
+def diagonal(entries, dtype=None):
+    """A diagonal operator; equal orders share the compiled code."""
+    return spectra.MatrixOperator(jnp.diag(jnp.asarray(entries, dtype)))
+
+
+def pick(values, k, which):
+    """The k wanted ones, written without the code under test."""
+    values = np.sort(values)
+    if which in ("LA", "SA"):
+        return values[-k:] if which == "LA" else values[:k]
+    if which == "BE":
+        return np.concatenate([values[: k // 2], values[len(values) - (k - k // 2) :]])
+    order = np.argsort(np.abs(values))
+    return np.sort(values[order[-k:] if which == "LM" else order[:k]])
+
+
+def check_pairs(op, pairs, a, k):
+    """Orthonormal vectors, true residuals, ascending values."""
+    size = np.abs(np.linalg.eigvalsh(a)).max()
+    v = pairs.matrix()
+    # Rounding: k vectors combined from at most 2 max(2k + 1, 20) rows, each orthogonal to n eps.
+    np.testing.assert_allclose(v.T @ v, np.eye(k), rtol=0, atol=10 * len(a) * EPS)
+    residuals = np.linalg.norm(a @ v - v * pairs.values, axis=0)
+    np.testing.assert_allclose(pairs.residuals, residuals, rtol=1e-3, atol=10 * len(a) * EPS * size)
+    assert (np.diff(pairs.values) >= 0).all()
+    assert pairs.converged.all()
+    assert pairs.status in (spectra.Status.CONVERGED, spectra.Status.SINGULAR)
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE", "SM"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_every_end_of_every_spectrum(name, which, x64):
+    a, k = planted(SPECTRA[name]), 5
+    op = spectra.MatrixOperator(a)
+    pairs = spectra.eigsh(op, k, which=which, key=KEY, tol=1e-9)
+    exact = np.linalg.eigvalsh(a)
+    size = np.abs(exact).max()
+    # |λ - θ| <= residual; ties in |λ| may pick either sign, so moduli are compared where they count.
+    got, want = pairs.values, pick(exact, k, which)
+    if which in ("LM", "SM"):
+        got, want = np.sort(np.abs(got)), np.sort(np.abs(want))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-9 * size + N * EPS * size)
+    check_pairs(op, pairs, a, k)
+
+
+def anisotropic(n):
+    """pyamg's rotated anisotropic diffusion on a grid: simple eigenvalues, clustered at both ends."""
+    stencil = pyamg.gallery.diffusion_stencil_2d(epsilon=0.01, theta=np.pi / 5, type="FE")
+    return sparse.csr_matrix(pyamg.gallery.stencil_grid(stencil, (n, n)))
+
+
+def indefinite(n):
+    """A random sparse symmetric matrix with both signs."""
+    a = sparse.random(n, n, density=0.02, random_state=3)
+    return sparse.csr_matrix(a + a.T)
+
+
+def clustered(n):
+    """Clusters of ten within 1e-3, down both sides of zero."""
+    rng = np.random.default_rng(4)
+    centers = np.repeat(np.linspace(-1.0, 1.0, n // 10), 10)
+    return sparse.csr_matrix(planted(centers + 1e-3 * rng.standard_normal(n)))
+
+
+def network_like(n):
+    """Ten outliers over a bulk, and half of all eigenvalues zero."""
+    rng = np.random.default_rng(5)
+    bulk = np.concatenate([np.zeros(n // 2), 0.1 * rng.standard_normal(n - n // 2 - 10) ** 2])
+    return sparse.csr_matrix(planted(np.concatenate([bulk, np.linspace(1.0, 8.0, 10)])))
+
+
+MATRICES = {
+    "anisotropic diffusion": anisotropic(20),
+    "random indefinite": indefinite(400),
+    "clustered": clustered(400),
+    "network-like": network_like(400),
+}
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+@pytest.mark.parametrize("name", MATRICES)
+def test_against_arpack_values_subspaces_and_products(name, k, x64):
+    a = MATRICES[name].toarray()
+    products = 0
+
+    def matvec(x):
+        nonlocal products
+        products += 1
+        return a @ x
+
+    tol = 1e-10
+    start = np.random.default_rng(6).standard_normal(len(a))
+    counted = LinearOperator(a.shape, matvec=matvec, dtype=float)
+    values, vectors = eigsh(counted, k, which="LA", tol=tol, v0=start)
+    pairs = spectra.eigsh(spectra.MatrixOperator(a), k, which="LA", key=KEY, tol=tol)
+    np.testing.assert_allclose(pairs.values, np.sort(values), rtol=1e-8)
+    cosines = np.linalg.svd(vectors.T @ pairs.matrix(), compute_uv=False)
+    # A subspace is accurate to tol |H| / gap: 1e-10 * 1e4 for the narrowest gap here.
+    assert np.sqrt(np.clip(1 - cosines.min() ** 2, 0, None)) <= 1e-6
+    assert pairs.num_matvecs <= 1.1 * products
+    check_pairs(None, pairs, a, k)
+
+
+def test_products_are_counted_as_they_are_made():
+    calls = []
+
+    def mv(v):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.linspace(-1.0, 1.0, 300) * v
+
+    pairs = spectra.eigsh(spectra.FunctionOperator(mv, jnp.zeros(300)), 3, key=KEY, tol=1e-4)
+    jax.effects_barrier()
+    assert len(calls) == pairs.num_matvecs
+
+
+REPEATED = {
+    "all, three times": np.repeat(np.linspace(-1.0, 1.0, 100), 3),
+    "outliers, three times": np.concatenate([np.linspace(0, 1, 291), np.repeat([5.0, 7.0, 9.0], 3)]),
+    "decaying, three times": np.repeat(0.9 ** np.arange(100), 3),
+    "three distinct": np.repeat([1.0, 2.0, 5.0], 100),
+    "the best of six, twice": np.concatenate([np.linspace(-1, 1, 295), [2.0, 2.1, 2.2, 3.0, 3.0]]),
+}
+
+
+@pytest.mark.parametrize("k", [2, 6])
+@pytest.mark.parametrize("name", REPEATED)
+def test_repeated_eigenvalues_have_their_multiplicity_by_default(name, k, dtype):
+    entries = np.asarray(REPEATED[name], dtype)
+    pairs = spectra.eigsh(diagonal(entries, dtype), k, which="LA", key=KEY)
+    size = np.abs(entries).max()
+    np.testing.assert_allclose(pairs.values, np.sort(entries)[-k:], rtol=0, atol=1e-5 * size)
+    assert pairs.converged.all()
+    assert pairs.missed < 1 or pairs.num_matvecs > 20
+
+
+def test_multiplicity_is_found_for_nearly_every_key():
+    entries = REPEATED["all, three times"]
+    op = diagonal(entries, jnp.float32)
+    found = [
+        np.allclose(
+            spectra.eigsh(op, 6, which="LA", key=jax.random.key(i)).values, np.sort(entries)[-6:], atol=1e-4
+        )
+        for i in range(20)
+    ]
+    assert np.mean(found) >= 0.9
+
+
+def test_a_block_of_starts_finds_copies_without_verification(x64):
+    entries = REPEATED["all, three times"]
+    pairs = spectra.eigsh(diagonal(entries), 6, which="LA", key=KEY, block_size=3, verify=False, tol=1e-8)
+    np.testing.assert_allclose(pairs.values, np.sort(entries)[-6:], atol=1e-8)
+    alone = spectra.eigsh(diagonal(entries), 6, which="LA", key=KEY, verify=False, tol=1e-8)
+    assert len(np.unique(np.round(alone.values, 6))) == 6  # one vector of each eigenspace: the test can fail
+
+
+def test_a_relative_gap_of_one_millionth(x64):
+    entries = np.concatenate([np.linspace(0, 1, 298), [2.0, 2.0 * (1 + 1e-6)]])
+    pairs = spectra.eigsh(diagonal(entries), 2, which="LA", key=KEY, tol=1e-10)
+    # |λ - θ| <= residual² / gap = (2e-10)² / 2e-6, below rounding.
+    np.testing.assert_allclose(pairs.values, entries[-2:], rtol=1e-14)
+    # Vectors are accurate to residual / gap = 1e-10 / 1e-6, each.
+    np.testing.assert_allclose(np.abs(pairs.matrix()[-2:]), np.eye(2), atol=1e-3)
+
+
+def test_zero_small_and_whole(dtype):
+    zero = spectra.eigsh(diagonal(np.zeros(60), dtype), 4, key=KEY)
+    np.testing.assert_array_equal(zero.values, 0)
+    assert zero.converged.all()
+    assert zero.num_null == 4
+    assert zero.num_matvecs < 24
+    entries = np.array([3.0, -1.0, 2.0])
+    whole = spectra.eigsh(diagonal(entries, dtype), 3, key=KEY)
+    np.testing.assert_allclose(whole.values, np.sort(entries), rtol=1e-6)
+    with pytest.raises(spectra.SpectraError, match="k=4 is not between 1 and the order of the operator, 3"):
+        spectra.eigsh(diagonal(entries, dtype), 4, key=KEY)
+    large = np.linspace(1.0, 2.0, 60)
+    pairs = spectra.eigsh(diagonal(large, dtype), 60, key=KEY)
+    np.testing.assert_allclose(pairs.values, large, rtol=60 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("name", ["indefinite", "outliers 1e4 times the bulk", "repeated"])
+def test_scaling_changes_the_scale_alone(name, scale, x64):
+    a = planted(SPECTRA[name])
+    one = spectra.eigsh(spectra.MatrixOperator(a), 3, key=KEY, tol=1e-8)
+    other = spectra.eigsh(spectra.MatrixOperator(scale * a), 3, key=KEY, tol=1e-8)
+    size = np.abs(SPECTRA[name]).max()
+    np.testing.assert_allclose(other.values / scale, one.values, rtol=0, atol=1e-8 * size)
+    assert abs(other.num_matvecs - one.num_matvecs) <= 2  # rounding of scale * a
+
+
+def test_pytrees_streams_and_one_batch_agree(x64):
+    rng = np.random.default_rng(7)
+    x, mask = jnp.asarray(rng.standard_normal((60, 40))), jnp.ones(60)
+    params = {"w": jnp.asarray(rng.standard_normal(40) / 6), "b": jnp.asarray(0.3)}
+    whole = spectra.HessianOperator(ridge_loss, params, (x, mask))
+    stream = spectra.HessianOperator(ridge_loss, params, [(x[:25], mask[:25]), (x[25:], mask[25:])])
+    exact = np.linalg.eigvalsh(np.asarray(whole.as_matrix()))
+    for op in (whole, stream):
+        pairs = spectra.eigsh(op, 3, which="LM", key=KEY, tol=1e-8)
+        np.testing.assert_allclose(pairs.values, pick(exact, 3, "LM"), rtol=1e-9)
+        assert pairs.vectors["w"].shape == (3, 40)
+        v = jax.tree.map(lambda x: x[0], pairs.vectors)
+        hv = op @ v
+        np.testing.assert_allclose(hv["w"], pairs.values[0] * v["w"], atol=1e-8 * np.abs(exact).max())
+
+
+def test_deflation_continues_where_a_run_ended(x64):
+    a = planted(np.linspace(-2.0, 3.0, 200))
+    op = spectra.MatrixOperator(a)
+    first = spectra.eigsh(op, 3, which="LA", key=KEY, tol=1e-9)
+    second = spectra.eigsh(op, 3, which="LA", key=KEY, tol=1e-9, deflate=first)
+    exact = np.linalg.eigvalsh(a)
+    np.testing.assert_allclose(second.values, exact[-6:-3], atol=1e-8)
+    assert np.abs(first.matrix().T @ second.matrix()).max() <= 1e-12
+
+
+def test_memory_is_bounded_by_the_basis_and_nothing_compiles_again(x64):
+    traces = []
+
+    def mv(v):
+        traces.append(1)
+        return jnp.linspace(0.0, 1.0, 500) * v
+
+    op = spectra.FunctionOperator(mv, jnp.zeros(500))
+    traces.clear()
+    pairs = spectra.eigsh(op, 2, which="LA", key=KEY, tol=1e-8, num_basis=12)
+    assert pairs.num_restarts > 5
+    assert pairs.num_matvecs > 60
+    assert len(traces) == 1
+    np.testing.assert_allclose(pairs.values, [498 / 499, 1.0], atol=1e-8)
+
+
+def test_a_spent_budget_is_said_and_not_hidden():
+    entries = np.linspace(0.0, 1.0, 300)
+    pairs = spectra.eigsh(diagonal(entries, jnp.float32), 5, which="LA", key=KEY, tol=1e-6, max_matvecs=25)
+    assert pairs.status is spectra.Status.NOT_CONVERGED
+    assert not pairs.converged.all()
+    assert pairs.num_matvecs <= 40
+    # What is returned are Ritz pairs with their true residuals: an eigenvalue lies within each.
+    distance = np.abs(pairs.values[:, None] - entries).min(axis=1)
+    assert (distance <= pairs.residuals + 1e-6).all()
+
+
+def test_bad_input_raises():
+    op = diagonal(np.arange(60.0), jnp.float32)
+    for arguments, words in [
+        ({"k": 0}, "k=0"),
+        ({"which": "XX"}, "which="),
+        ({"tol": -1.0}, "tol="),
+        ({"verify": "yes"}, "verify="),
+        ({"num_basis": 5}, "num_basis=5 is too small"),
+        ({"v0": jnp.zeros(60)}, "v0 has norm"),
+        ({"block_size": 0}, "block_size=0"),
+    ]:
+        with pytest.raises(spectra.SpectraError, match=words):
+            spectra.eigsh(op, **({"k": 3, "key": KEY} | arguments))
+    with pytest.raises(spectra.SpectraError, match="cannot run inside jit"):
+        jax.jit(lambda op: spectra.eigsh(op, 2, key=KEY).values)(op)
+    skew = spectra.FunctionOperator(lambda v: jnp.roll(v, 1) * jnp.arange(60.0), jnp.zeros(60))
+    with pytest.raises(spectra.NotSymmetricError, match="eigsh needs a"):
+        spectra.eigsh(skew, 2, key=KEY)
+    bad = spectra.FunctionOperator(lambda v: v / jnp.zeros(60), jnp.zeros(60))
+    with pytest.raises(spectra.NonFiniteError):
+        spectra.eigsh(bad, 2, key=KEY)
+
+
+def test_same_key_same_answer_and_a_start_of_ones():
+    op = diagonal(np.linspace(-1, 1, 300), jnp.float32)
+    one, two = (spectra.eigsh(op, 2, key=KEY) for _ in range(2))
+    np.testing.assert_array_equal(one.matrix(), two.matrix())
+    other = spectra.eigsh(op, 2, key=KEY, v0=np.ones(300, np.float32))
+    np.testing.assert_allclose(other.values, one.values, atol=1e-5)
+    assert "converged" in repr(one)
+    assert "<table>" in one._repr_html_()
+
+
+SINGULAR = np.concatenate([np.zeros(600), np.linspace(0.1, 1.0, 1900)])
+SEPARATE = np.concatenate([[0.01, -0.02, 0.03], np.linspace(0.2, 1.0, 2497)])
+
+
+def test_smallest_of_a_large_singular_operator_are_null_directions(dtype):
+    entries = jnp.asarray(SINGULAR, dtype)
+    op = spectra.FunctionOperator(lambda v: entries * v, entries)
+    pairs = spectra.eigsh(op, 3, which="SM", key=KEY)
+    assert pairs.status is spectra.Status.SINGULAR
+    assert pairs.num_null == 3
+    assert pairs.converged.all()
+    outside = np.linalg.norm(pairs.matrix()[600:], axis=0)
+    # The part outside the null space is at most residual / 0.1.
+    assert (outside <= 10 * pairs.noise_floor).all()
+    assert (np.abs(pairs.values) <= pairs.noise_floor).all()
+
+
+def test_smallest_of_a_large_regular_operator(x64):
+    entries = jnp.asarray(SEPARATE)
+    op = spectra.FunctionOperator(lambda v: entries * v, entries)
+    pairs = spectra.eigsh(op, 3, which="SM", key=KEY, tol=1e-6)
+    np.testing.assert_allclose(pairs.values, [-0.02, 0.01, 0.03], rtol=1e-10)
+    assert pairs.status is spectra.Status.CONVERGED
+    residuals = np.linalg.norm(SEPARATE[:, None] * pairs.matrix() - pairs.matrix() * pairs.values, axis=0)
+    np.testing.assert_allclose(pairs.residuals, residuals, rtol=1e-6, atol=1e-14)
+
+
+def test_the_bound_on_a_missed_eigenvalue_holds():
+    # Lanczos in NumPy from random starts: how often is the top eigenvalue, 1, still not seen?
+    rng, n, steps, trials = np.random.default_rng(8), 200, 12, 400
+    entries = np.concatenate([np.linspace(0.0, 0.6, n - 1), [1.0]])
+    bounds, misses = [], 0
+    for _ in range(trials):
+        q = [rng.standard_normal(n)]
+        for _ in range(steps - 1):
+            q = list(np.linalg.qr(np.array([*q, entries * q[-1]]).T)[0].T)
+        theta = np.linalg.eigvalsh((np.array(q) * entries) @ np.array(q).T)
+        limit = [wanted.End(1.0, 0.99, 1.0)]
+        below = np.minimum(theta, 0.62)  # as if nothing beyond the bulk had shown
+        bounds.append(wanted.missed_probability(limit, below, steps, 0.0, 1.0, n))
+        misses += theta.max() < 0.62
+    assert max(bounds) < 0.1
+    assert misses <= trials * max(bounds)
