@@ -23,6 +23,7 @@ LAYERS = [
     {"problem"},
     {"krylov"},
     {"density"},
+    {"estimators"},
     {"report", "plotting"},
     {"io"},
     {"demos"},

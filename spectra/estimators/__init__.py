@@ -1,0 +1,5 @@
+"""Traces, diagonals and functions of an operator, each with its error."""
+
+from spectra.estimators.trace import frobenius_norm, model_trace, trace
+
+__all__ = ["frobenius_norm", "model_trace", "trace"]
