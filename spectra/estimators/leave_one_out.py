@@ -75,6 +75,12 @@ def _second(u: Array, i, xp) -> Array:
     return _unit(rest - xp.sum(rest * u, axis=1, keepdims=True) * u, xp)
 
 
+def seconds(u: Array, count: int, xp) -> Array:
+    """Second directions [i, j] of the first `count` probes, zero for i = j; shape (count, count, m)."""
+    among = xp.stack([_second(u[:count], i, xp) for i in range(count)])
+    return xp.where(xp.eye(count, dtype=bool)[..., None], 0, among)
+
+
 def _with_pairs(formula, u: Array, xp) -> tuple[Array, Array]:
     """(G, m) estimates t_j, and (d, G, m) estimates t_j|i for the first d probes i."""
     count = min(len(u), PAIRS)

@@ -48,10 +48,13 @@ class SketchRun:
             self.basis_images = _append(self.basis_images, blocks.products(run.op, basis, run.batch))
         self.probes, self.images = _append(self.probes, new), _append(self.images, images)
 
+    def sketch(self) -> Any:
+        """R = Q Yᵀ, shape (m, m)."""
+        return self.run.host(jnp.sum(_gram(self.basis, self.images), axis=0))
+
     def directions(self) -> Any:
-        """Unit directions that leaving out a probe removes from the basis."""
-        sketch = self.run.host(jnp.sum(_gram(self.basis, self.images), axis=0))
-        return leave_one_out.directions(sketch, self.run.op.precision, self.run.xp)
+        """Unit directions that leaving out a probe removes from the basis, shape (m, m)."""
+        return leave_one_out.directions(self.sketch(), self.run.op.precision, self.run.xp)
 
     def inner_products(self) -> Sketch:
         """All that XTrace needs, for each group and for the whole."""
@@ -165,9 +168,10 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         estimates, pairs = leave_one_out.xnystrace_values(
             core, run.op.size, resphere=kind == "normal", xp=xp
         )
-        taken = (shift * run.sizes)[:, None]
+        taken = (shift * xp.asarray(run.sizes))[:, None]
         estimates, pairs = estimates - taken, pairs - taken
-        found[:] = with_rounding(run, estimates, pairs, sketch.rounding())
+        floor = xp.hypot(sketch.rounding(), taken[:, 0])
+        found[:] = with_rounding(run, estimates, pairs, floor)
         return found[0][-1], found[1][-1]
 
     status = adaptive(run, step, num_matvecs, least=MIN_SKETCH)
