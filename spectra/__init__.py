@@ -16,7 +16,18 @@ from spectra._errors import (
     StructureError,
 )
 from spectra._status import Status
-from spectra.density import slq, spectral_density
+from spectra.density import kpm, slq, spectral_density
+from spectra.estimators import (
+    count_above,
+    diagonal,
+    effective_dimension,
+    frobenius_norm,
+    logdet,
+    model_trace,
+    negative_share,
+    trace,
+    trace_of,
+)
 from spectra.io import load, save
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
@@ -26,7 +37,7 @@ from spectra.operators.hessian import HessianOperator
 from spectra.plotting import plot_density, plot_eigenvalues
 from spectra.problem import Problem
 from spectra.report import SpectrumReport, spectrum
-from spectra.results import Density, Estimate, Interval, Plan, Quadrature, Tridiagonal
+from spectra.results import Density, Estimate, Interval, Moments, Plan, Quadrature, Tridiagonal
 
 __all__ = [
     "DataError",
@@ -39,6 +50,7 @@ __all__ = [
     "LinearOperator",
     "MatrixOperator",
     "MemoryLimitError",
+    "Moments",
     "NonFiniteError",
     "NotSymmetricError",
     "Plan",
@@ -50,8 +62,16 @@ __all__ = [
     "Status",
     "StructureError",
     "Tridiagonal",
+    "count_above",
+    "diagonal",
+    "effective_dimension",
+    "frobenius_norm",
+    "kpm",
     "lanczos",
     "load",
+    "logdet",
+    "model_trace",
+    "negative_share",
     "plan",
     "plot_density",
     "plot_eigenvalues",
@@ -59,4 +79,6 @@ __all__ = [
     "slq",
     "spectral_density",
     "spectrum",
+    "trace",
+    "trace_of",
 ]

@@ -19,18 +19,18 @@ import numpy as np
 from spectra._errors import ResultFileError, SpectraError
 from spectra._status import Status
 from spectra.report import SpectrumReport
-from spectra.results import Density, Estimate, Interval, Quadrature
+from spectra.results import Density, Estimate, Interval, Moments, Quadrature
 
 FORMAT = "spectra-result"
 SCHEMA = 1
-_CLASSES = {cls.__name__: cls for cls in (SpectrumReport, Quadrature, Density, Estimate, Interval)}
+_CLASSES = {cls.__name__: cls for cls in (SpectrumReport, Quadrature, Moments, Density, Estimate, Interval)}
 
 
 def save(result: Any, path: str | os.PathLike) -> Path:
     """Write a result to an `.npz` file, atomically: the file appears whole or not at all.
 
     Args:
-        result: `SpectrumReport`, `Quadrature`, `Density` or `Estimate`.
+        result: `SpectrumReport`, `Quadrature`, `Moments`, `Density` or `Estimate`.
         path: file name; `.npz` is added if it is missing. An existing file is replaced.
 
     Returns:

@@ -183,8 +183,41 @@ class Quadrature:
 
 
 @dataclasses.dataclass(frozen=True)
+class Moments:
+    """Chebyshev moments of the spectral measures of k random probes.
+
+    moments[i, j] = v_iᵀ T_j(A) v_i with |v_i| = 1 and A = (2 H - a - b) / (b - a), so that [a, b], which
+    holds the spectrum, becomes [-1, 1].
+    """
+
+    moments: Array  # (k, num_moments), within [-1, 1]
+    bounds: Array  # (2,), a and b
+    size: int  # n, order of the operator
+    num_matvecs: int  # with those that found the bounds
+    precision: float  # relative error of one product
+    status: Status
+
+    @property
+    def num_probes(self) -> int:
+        """k, the number of probes."""
+        return self.moments.shape[0]
+
+    @property
+    def num_moments(self) -> int:
+        """Moments of each probe, that of degree zero included."""
+        return self.moments.shape[1]
+
+    def __repr__(self) -> str:
+        low, high = map(float, self.bounds)
+        return (
+            f"Moments(num_probes={self.num_probes}, num_moments={self.num_moments}, size={self.size}, "
+            f"bounds=({low:.6g}, {high:.6g}), {self.status.code})"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Density:
-    """A spectral density smoothed by a Gaussian kernel of location-dependent width.
+    """A spectral density smoothed by a kernel of location-dependent width.
 
     ∫ density = 1 by the trapezoidal rule on `grid`, without renormalising, as far as the grid covers
     the spectrum. `lower` and `upper` bound the exact spectrum smoothed by the same kernel, on the whole
@@ -325,5 +358,6 @@ def format_bytes(count: int) -> str:
 
 _register(Tridiagonal, ("layout", "status"))
 _register(Quadrature, ("size", "num_matvecs", "precision", "status"))
+_register(Moments, ("size", "num_matvecs", "precision", "status"))
 _register(Density, ("linear_scale", "size", "level"))
 _register(Estimate, ("num_matvecs", "method", "status", "reason", "dof"))

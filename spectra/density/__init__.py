@@ -1,6 +1,7 @@
-"""Spectral densities: stochastic Lanczos quadrature and smoothing."""
+"""Spectral densities: stochastic Lanczos quadrature, Chebyshev moments, and smoothing."""
 
+from spectra.density.kpm import kpm
 from spectra.density.slq import slq
 from spectra.density.smoothing import spectral_density
 
-__all__ = ["slq", "spectral_density"]
+__all__ = ["kpm", "slq", "spectral_density"]

@@ -1,6 +1,17 @@
 """Traces, diagonals and functions of an operator, each with its error."""
 
 from spectra.estimators.diagonal import diagonal
+from spectra.estimators.functions import count_above, effective_dimension, logdet, negative_share, trace_of
 from spectra.estimators.trace import frobenius_norm, model_trace, trace
 
-__all__ = ["diagonal", "frobenius_norm", "model_trace", "trace"]
+__all__ = [
+    "count_above",
+    "diagonal",
+    "effective_dimension",
+    "frobenius_norm",
+    "logdet",
+    "model_trace",
+    "negative_share",
+    "trace",
+    "trace_of",
+]
