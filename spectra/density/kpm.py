@@ -234,6 +234,8 @@ def _squared_kernel(cells: np.ndarray, mu: np.ndarray, t: np.ndarray) -> tuple[n
     order, angles = np.arange(count), np.pi * (np.arange(2 * count) + 0.5) / (2 * count)
     cosines = np.cos(order[:, None] * angles)
     mass = np.maximum((np.where(order > 0, 2, 1) * jackson(count) * mu) @ cosines, 0) / (2 * count)
-    square = np.concatenate([(part @ cosines) ** 2 @ mass for part in np.array_split(cells, len(t) // 256 + 1)])
+    square = np.concatenate(
+        [(part @ cosines) ** 2 @ mass for part in np.array_split(cells, len(t) // 256 + 1)]
+    )
     peak = np.sum(cells * np.cos(np.arccos(t)[:, None] * order), axis=1)
     return np.minimum(3**0.5 * square, peak * np.maximum(cells @ mu, 0)), peak

@@ -253,11 +253,10 @@ def _leave_one_out(basis, basis_images, probes, images, u, among, sketch, precis
         stderr = jnp.sqrt(variance + jnp.maximum(covariance, 0) + rounding)
         return mean + jnp.sum(q * z, axis=0), stderr
 
-    pairs = [
-        one(*leaves) for leaves in zip(*map(jax.tree.leaves, (basis, basis_images, probes, images)), strict=True)
-    ]
+    stacks = zip(*map(jax.tree.leaves, (basis, basis_images, probes, images)), strict=True)
+    means, errors = zip(*(one(*leaves) for leaves in stacks), strict=True)
     treedef = jax.tree.structure(basis)
-    return tuple(treedef.unflatten(x) for x in zip(*pairs, strict=True))
+    return treedef.unflatten(means), treedef.unflatten(errors)
 
 
 _RUNNERS = {"exact": _exact, "hutchinson": _hutchinson, "xdiag": _xdiag}

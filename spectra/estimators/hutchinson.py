@@ -108,4 +108,5 @@ def sample_norms(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, int]:
         return result()
 
     status = adaptive(run, step, num_matvecs)
-    return *result(), status, sum(x.shape[-1] for x in parts)
+    square, error = result()
+    return square, error, status, sum(x.shape[-1] for x in parts)

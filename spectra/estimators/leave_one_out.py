@@ -89,10 +89,8 @@ def _with_pairs(formula, u: Array, xp) -> tuple[Array, Array]:
         return formula([u, _second(u, i, xp)], i)
 
     if xp is np:
-        pairs = np.stack([without(i) for i in range(count)])
-    else:
-        pairs = lax.map(without, jnp.arange(count))
-    return formula([u], None), pairs
+        return formula([u], None), np.stack([without(i) for i in range(count)])
+    return formula([u], None), lax.map(without, jnp.arange(count))
 
 
 def _drop(removed: list[Array], rows: Array, xp) -> Array:

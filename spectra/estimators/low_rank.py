@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from spectra import _tree
 from spectra._errors import SpectraError
 from spectra.estimators import blocks, leave_one_out
+from spectra.estimators.hutchinson import mean_and_error
 from spectra.estimators.leave_one_out import Nystrom, Sketch
 from spectra.estimators.run import Run, adaptive
-from spectra.estimators.hutchinson import mean_and_error
 from spectra.results import Estimate
 
 PyTree = Any
@@ -165,9 +165,7 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
             inverse_root=vectors / root,
             inverse_gram=inverse_gram,
         )
-        estimates, pairs = leave_one_out.xnystrace_values(
-            core, run.op.size, resphere=kind == "normal", xp=xp
-        )
+        estimates, pairs = leave_one_out.xnystrace_values(core, run.op.size, resphere=kind == "normal", xp=xp)
         taken = (shift * xp.asarray(run.sizes))[:, None]
         estimates, pairs = estimates - taken, pairs - taken
         floor = xp.hypot(sketch.rounding(), taken[:, 0])

@@ -80,7 +80,7 @@ class Run:
                 f"{np.sqrt(self.op.precision):.1e}, the square root of the precision of its products."
             )
 
-    def estimate(self, values: Array, stderr: Array, *, status: Status, **fields) -> Estimate:
+    def estimate(self, values: Array, stderr: Array, *, status: Status, **fields: Any) -> Estimate:
         """The result for values and errors of each group and, last, of the whole."""
         fields["status"] = Status.TRACED if self.traced else status
         if not self.traced:
@@ -89,7 +89,7 @@ class Run:
         if self.by is None:
             return total
         named = [dict(zip(self.groups, x, strict=False)) for x in (values, stderr)]
-        return Estimate(*named, total=total, **fields)
+        return Estimate(named[0], named[1], total=total, **fields)
 
 
 def begin(
@@ -143,9 +143,7 @@ def check_probes(probes: str | None, default: str) -> str:
     return probes or default
 
 
-def adaptive(
-    run: Run, step: Callable[[int], tuple[float, float]], most: int, least: int = MIN_PROBES
-) -> Status:
+def adaptive(run: Run, step: Callable[[int], Any], most: int, least: int = MIN_PROBES) -> Status:
     """Call `step` with growing numbers of probes until stderr <= tol |value|; all at once without tol.
 
     Every look is a chance to stop on an error that is too small by luck, so the number of probes grows

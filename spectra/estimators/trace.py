@@ -136,9 +136,7 @@ def choose(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]
 def _exact(run: Run, reason: str) -> Estimate:
     entries = _tree.unravel(exact.columns(run)[0], run.op.structure)
     # Summed on the host in float64: n roundings of a float32 sum are none of the operator's.
-    values = run.by_group(
-        run.xp.stack([run.xp.sum(run.host(leaf)) for leaf in jax.tree.leaves(entries)])
-    )
+    values = run.by_group(run.xp.stack([run.xp.sum(run.host(leaf)) for leaf in jax.tree.leaves(entries)]))
     return run.estimate(
         values,
         run.xp.zeros(len(values)),
