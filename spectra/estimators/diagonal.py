@@ -41,7 +41,7 @@ def diagonal(
     eigenvalues dominate. "exact" uses n products with unit vectors. Works inside `jit` and `vmap`.
 
     The errors rest on the spread of the samples, which for "xdiag" are leave-one-out estimates whose
-    covariance is estimated and added (see `spectra.estimators.leave_one_out`), and on rounding. They
+    covariance is bounded and added (see `spectra.estimators.leave_one_out`), and on rounding. They
     hold entry by entry, not for all entries at once.
 
     Args:
@@ -246,11 +246,11 @@ def _leave_one_out(basis, basis_images, probes, images, u, among, sketch, precis
             # Effect of i on estimate j, and of j on estimate i; they vanish for i = j.
             on_j = terms(among[i], jnp.sum(among[i] * sketch[:d], axis=1), q, z, w[:d])
             on_i = terms(among[:, i], among[:, i] @ sketch[i], q, z, w[i])
-            return total + jnp.sum(on_j * on_i, axis=0)
+            return total + jnp.sum(jnp.abs(on_j * on_i), axis=0)
 
         covariance = lax.fori_loop(0, d, pairs, jnp.zeros_like(mean)) / (d * (d - 1))
         rounding = precision**2 * jnp.mean(y**2, axis=0)
-        stderr = jnp.sqrt(variance + jnp.maximum(covariance, 0) + rounding)
+        stderr = jnp.sqrt(variance + covariance + rounding)
         return mean + jnp.sum(q * z, axis=0), stderr
 
     stacks = zip(*map(jax.tree.leaves, (basis, basis_images, probes, images)), strict=True)

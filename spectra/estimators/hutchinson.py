@@ -67,9 +67,11 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
 
     def result():
         samples, squares = (xp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
-        values, stderr = mean_and_error(run, samples)
-        if samples.shape[-1] == 1:
-            seen = samples[:, 0] ** 2 / run.op.size if kind == "rademacher" else 0
+        if samples.shape[-1] > 1:
+            values, stderr = mean_and_error(run, samples)
+        else:
+            values = samples[:, 0]
+            seen = values**2 / run.op.size if kind == "rademacher" else 0
             stderr = xp.sqrt(2 * xp.maximum(squares[:, 0] - seen, 0))
         return values, xp.hypot(stderr, run.rounding(squares))
 

@@ -9,7 +9,11 @@ has mean zero over one of the two probes,
 
     Cov(t_i, t_j) = E[δ_ij δ_ji]   and   Var(mean t) = E[s² / m + δ_ij δ_ji],
 
-with s² the variance of the t_j between each other. Both terms are estimated without bias.
+with s² the variance of the t_j between each other. The mean of δ_ij δ_ji over pairs estimates the
+covariance without bias, but its own tails are heavy: with it, intervals of XTrace held for 89 to 91 % of
+1000 keys where one eigenvalue dwarfs a flat bulk or λ_i = 0.8^i, with 16 probes. So the mean of
+|δ_ij δ_ji|, which bounds it, is used: they hold for 96 to 100 %, and the error stated is 1.0 to 1.3 times
+the true one for XNysTrace and 1.2 to 4 times for XTrace, most where the spectrum decays fastest.
 
 In the coordinates of the sketch, leaving probe j out removes one direction u_j; leaving out i as well
 removes the part of u_i that is orthogonal to u_j. Everything here is (m, m) algebra, for NumPy in float64
@@ -25,7 +29,7 @@ from jax import lax
 Array = Any
 
 PAIRS = 64
-"""Probes among which pairs are formed for the covariance: 4032 products estimate it well enough."""
+"""Probes among which pairs are formed for the covariance: 4032 pairs estimate it well enough."""
 
 
 class Sketch(NamedTuple):
@@ -179,6 +183,6 @@ def mean_and_variance(values: Array, pairs: Array, xp) -> tuple[Array, Array]:
     m, d = values.shape[-1], len(pairs)
     delta = values[:, None, :d] - xp.moveaxis(pairs, 0, 1)[..., :d]
     delta = xp.where(xp.eye(d, dtype=bool), 0, delta)
-    covariance = xp.sum(delta * xp.swapaxes(delta, -1, -2), axis=(-2, -1)) / (d * (d - 1))
+    covariance = xp.sum(xp.abs(delta * xp.swapaxes(delta, -1, -2)), axis=(-2, -1)) / (d * (d - 1))
     spread = xp.var(values, axis=-1, ddof=1) / m
-    return xp.mean(values, axis=-1), spread + xp.maximum(covariance, 0)
+    return xp.mean(values, axis=-1), spread + covariance

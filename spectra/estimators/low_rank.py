@@ -168,7 +168,8 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         estimates, pairs = leave_one_out.xnystrace_values(core, run.op.size, resphere=kind == "normal", xp=xp)
         taken = (shift * xp.asarray(run.sizes))[:, None]
         estimates, pairs = estimates - taken, pairs - taken
-        floor = xp.hypot(sketch.rounding(), taken[:, 0])
+        # Rounding of the core counts in units of the smallest eigenvalue of ΩΩᵀ, and the shift is no larger.
+        floor = sketch.rounding() * run.op.size / weights[0]
         found[:] = with_rounding(run, estimates, pairs, floor)
         return found[0][-1], found[1][-1]
 

@@ -49,7 +49,7 @@ def trace(
 
     The interval (`Estimate.interval`) rests on Student's t with the spread of the samples: independent
     ones for "hutchinson" and "hutch++"; leave-one-out estimates of m probes for the other two, whose
-    covariance is estimated and added (see `spectra.estimators.leave_one_out`). The rounding of a product
+    covariance is bounded and added (see `spectra.estimators.leave_one_out`). The rounding of a product
     is part of the error.
 
     Args:
@@ -60,7 +60,7 @@ def trace(
             of the result says which and why.
         num_matvecs: budget of products. Where it covers n, sketches give way to "exact".
         tol: stop as soon as stderr <= tol |value|, looking at 12 probes (16 for "hutchinson") and then
-            at up to twice as many each time; the status says whether it was reached.
+            at half again as many each time; the status says whether it was reached.
         probes: "rademacher" (default for "hutchinson": exact for a diagonal H) or "normal" (default
             for the others, which scale the projected probe to the length it has on average).
         by: "leaf" or "layer": value and stderr become dicts with the trace of each diagonal block, from
