@@ -16,8 +16,19 @@ from spectra._errors import (
     StructureError,
 )
 from spectra._status import Status
-from spectra.density import slq, spectral_density, spectral_distances
-from spectra.estimators.condition import condition_number
+from spectra.density import kpm, slq, spectral_density, spectral_distances
+from spectra.estimators import (
+    condition_number,
+    count_above,
+    diagonal,
+    effective_dimension,
+    frobenius_norm,
+    logdet,
+    model_trace,
+    negative_share,
+    trace,
+    trace_of,
+)
 from spectra.io import load, save
 from spectra.krylov.eigsh import eigsh
 from spectra.krylov.lanczos import lanczos
@@ -40,6 +51,7 @@ from spectra.results import (
     Estimate,
     Interval,
     LayerConditions,
+    Moments,
     Plan,
     Quadrature,
     Tridiagonal,
@@ -64,6 +76,7 @@ __all__ = [
     "LinearOperator",
     "MatrixOperator",
     "MemoryLimitError",
+    "Moments",
     "NonFiniteError",
     "NotSymmetricError",
     "Plan",
@@ -76,12 +89,20 @@ __all__ = [
     "StructureError",
     "Tridiagonal",
     "condition_number",
+    "count_above",
     "data_variability",
     "dense_hessian",
+    "diagonal",
+    "effective_dimension",
     "eigsh",
+    "frobenius_norm",
+    "kpm",
     "lanczos",
     "linen_model",
     "load",
+    "logdet",
+    "model_trace",
+    "negative_share",
     "nnx_model",
     "plan",
     "plot_blocks",
@@ -92,4 +113,6 @@ __all__ = [
     "spectral_density",
     "spectral_distances",
     "spectrum",
+    "trace",
+    "trace_of",
 ]

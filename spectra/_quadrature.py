@@ -66,6 +66,23 @@ def _distinct(theta: np.ndarray, eps: float) -> np.ndarray:
     return np.flatnonzero(np.concatenate([[True], apart]))
 
 
+def gauss_radau(nodes, weights, residuals, fixed: float) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of the rule with one more node, at `fixed`, outside the range of the nodes.
+
+    T grows by a row with β_m beside and fixed + Σ_j r_j² / (θ_j - fixed) on the diagonal, which gives it
+    the eigenvalue `fixed`. In the eigenbasis of T that is an arrowhead matrix with |β_m s_mj| = r_j on
+    the border; s_1j s_mj alternates in sign.
+
+    References:
+        Golub and Meurant, Matrices, Moments and Quadrature, 2010, section 6.2.
+    """
+    m = len(nodes)
+    arrow = np.diag(np.append(nodes, fixed + np.sum(residuals**2 / (nodes - fixed))))
+    arrow[m, :m] = arrow[:m, m] = residuals * (-1.0) ** np.arange(m)
+    theta, vectors = np.linalg.eigh(arrow)
+    return theta, (np.sqrt(weights) @ vectors[:m]) ** 2
+
+
 def gauss_rule_traced(alpha, beta):
     """`gauss_rule` inside jit, in the working dtype. A dead tail of T decouples: its weight is zero."""
     import jax.numpy as jnp

@@ -19,11 +19,19 @@ import numpy as np
 from spectra._errors import ResultFileError, SpectraError
 from spectra._status import Status
 from spectra.report import SpectrumReport
-from spectra.results import ConditionNumber, Density, Estimate, Interval, LayerConditions, Quadrature
+from spectra.results import (
+    ConditionNumber,
+    Density,
+    Estimate,
+    Interval,
+    LayerConditions,
+    Moments,
+    Quadrature,
+)
 
 FORMAT = "spectra-result"
 SCHEMA = 1
-_SAVED = (SpectrumReport, Quadrature, Density, Estimate, Interval, ConditionNumber, LayerConditions)
+_SAVED = (SpectrumReport, Quadrature, Moments, Density, Estimate, Interval, ConditionNumber, LayerConditions)
 _CLASSES = {cls.__name__: cls for cls in _SAVED}
 
 
@@ -31,7 +39,8 @@ def save(result: Any, path: str | os.PathLike) -> Path:
     """Write a result to an `.npz` file, atomically: the file appears whole or not at all.
 
     Args:
-        result: `SpectrumReport`, `Quadrature`, `Density` or `Estimate`, or a dict of such by name (blocks).
+        result: `SpectrumReport`, `Quadrature`, `Moments`, `Density`, `Estimate` or a condition number, or a
+            dict of such by name (blocks).
         path: file name; `.npz` is added if it is missing. An existing file is replaced.
 
     Returns:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from spectra import _quadrature
+from spectra._errors import SpectraError
 from spectra._status import Status
 
 PyTree = Any
@@ -196,8 +197,41 @@ class Quadrature:
 
 
 @dataclasses.dataclass(frozen=True)
+class Moments:
+    """Chebyshev moments of the spectral measures of k random probes.
+
+    moments[i, j] = v_iᵀ T_j(A) v_i with |v_i| = 1 and A = (2 H - a - b) / (b - a), so that [a, b], which
+    holds the spectrum, becomes [-1, 1].
+    """
+
+    moments: Array  # (k, num_moments), within [-1, 1]
+    bounds: Array  # (2,), a and b
+    size: int  # n, order of the operator
+    num_matvecs: int  # with those that found the bounds
+    precision: float  # relative error of one product
+    status: Status
+
+    @property
+    def num_probes(self) -> int:
+        """k, the number of probes."""
+        return self.moments.shape[0]
+
+    @property
+    def num_moments(self) -> int:
+        """Moments of each probe, that of degree zero included."""
+        return self.moments.shape[1]
+
+    def __repr__(self) -> str:
+        low, high = map(float, self.bounds)
+        return (
+            f"Moments(num_probes={self.num_probes}, num_moments={self.num_moments}, size={self.size}, "
+            f"bounds=({low:.6g}, {high:.6g}), {self.status.code})"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Density:
-    """A spectral density smoothed by a Gaussian kernel of location-dependent width.
+    """A spectral density smoothed by a kernel of location-dependent width.
 
     ∫ density = 1 by the trapezoidal rule on `grid`, without renormalising, as far as the grid covers
     the spectrum. `lower` and `upper` bound the exact spectrum smoothed by the same kernel, on the whole
@@ -227,15 +261,59 @@ class Density:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A number with its standard error and what it cost."""
+    """A number, or a pytree of them, with its standard error, what the error rests on, and what it cost.
 
-    value: float
-    stderr: float
+    `stderr` takes in the spread over probes and the rounding of products, not the bracket. Fields are
+    floats for one number, pytrees like the parameters for a diagonal, and dicts {group: number} where
+    groups were asked for.
+    """
+
+    value: Any
+    stderr: Any  # like value; 0 where nothing was sampled
     num_matvecs: int
     method: str
+    status: Status = Status.COMPLETE
+    reason: str = ""  # why this method, where it was chosen; what `lower` and `upper` rest on
+    dof: float | None = None  # degrees of freedom of Student's t for the interval; None: normal law
+    lower: Any = None  # bracket of `value` for the probes drawn, deterministic; None where there is none
+    upper: Any = None
+    total: "Estimate | None" = None  # the sum over groups, from the same products
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """The interval that holds the truth with probability `level`: bracket plus t times stderr.
+
+        Examples:
+            >>> from spectra import Estimate
+            >>> lower, value, upper = Estimate(10.0, 1.0, 64, "hutchinson", dof=63).interval()
+            >>> round(lower, 2), round(upper, 2)
+            (8.0, 12.0)
+        """
+        from scipy.special import ndtri, stdtrit
+
+        if not 0 < level < 1:
+            raise SpectraError(f"level={level} is not between 0 and 1.")
+        tail = (1 + level) / 2
+        t = float(ndtri(tail) if self.dof is None else stdtrit(self.dof, tail))
+        low = self.value if self.lower is None else self.lower
+        high = self.value if self.upper is None else self.upper
+        return Interval(
+            jax.tree.map(lambda x, s: x - t * s, low, self.stderr),
+            self.value,
+            jax.tree.map(lambda x, s: x + t * s, high, self.stderr),
+        )
 
     def __repr__(self) -> str:
-        return f"{self.value:.6g} ± {self.stderr:.2g} ({self.method}, {self.num_matvecs} products)"
+        tail = f"({self.method}, {self.num_matvecs} products" + (
+            ")" if self.status is Status.COMPLETE else f", {self.status.code})"
+        )
+        if isinstance(self.value, Tracer):
+            return f"Estimate {tail}"
+        if isinstance(self.value, (int, float)) or getattr(self.value, "ndim", 1) == 0:
+            return f"{float(self.value):.6g} ± {float(self.stderr):.2g} {tail}"
+        if self.total is not None:
+            rows = [(name, f"{v:.6g} ± {self.stderr[name]:.2g}") for name, v in self.value.items()]
+            return _rows(f"Estimate {tail}", rows)
+        return f"Estimate of {len(jax.tree.leaves(self.value))} arrays {tail}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,5 +524,6 @@ _register(ConditionNumber, ("is_lower_bound", "shift", "rank_tol", "size", "num_
 _register(LayerConditions, ())
 _register(Tridiagonal, ("layout", "status"))
 _register(Quadrature, ("size", "num_matvecs", "precision", "status", "coupling"))
+_register(Moments, ("size", "num_matvecs", "precision", "status"))
 _register(Density, ("linear_scale", "size", "level"))
-_register(Estimate, ("num_matvecs", "method"))
+_register(Estimate, ("num_matvecs", "method", "status", "reason", "dof"))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from spectra._errors import SpectraError
-from spectra.results import Density, Quadrature
+from spectra.results import Density, Moments, Quadrature
 
 RELATIVE_WIDTH = 0.05
 """Default kernel width as a share of the distance from zero: an outlier is drawn 5 % wide."""
@@ -16,7 +16,7 @@ _PER_WIDTH = 4.0  # grid points a kernel width
 
 
 def spectral_density(
-    quadrature: Quadrature, *, bandwidth: float | None = None, grid=None, level: float = 0.95
+    quadrature: Quadrature | Moments, *, bandwidth: float | None = None, grid=None, level: float = 0.95
 ) -> Density:
     """Smooth a quadrature to a density that integrates to one, with a band that holds as a whole.
 
@@ -33,7 +33,8 @@ def spectral_density(
     `Quadrature.cdf`.
 
     Args:
-        quadrature: result of `slq`.
+        quadrature: result of `slq`, or the `Moments` of `kpm`: these are damped by Jackson's kernel,
+            whose width their number sets.
         bandwidth: constant kernel width in units of the eigenvalues, instead of the default.
         grid: increasing points, shape (g,); default: four points a width, 6 widths beyond the ends.
         level: confidence of the band.
@@ -54,6 +55,12 @@ def spectral_density(
         >>> round(spectra.spectral_density(quadrature).integral(), 6)
         1.0
     """
+    if isinstance(quadrature, Moments):
+        from spectra.density.kpm import moments_density
+
+        if bandwidth is not None:
+            raise SpectraError("the number of moments sets the width of a KPM density: leave out bandwidth.")
+        return moments_density(quadrature, grid, level)
     scale = linear_scale(quadrature)
     if bandwidth is None:
         widths = _relative_width(scale)
@@ -75,7 +82,7 @@ def spectral_density(
     nodes = np.asarray(rest.nodes).ravel()
     probes, square = _smooth(grid, nodes, _masses(rest), widths(nodes))
     num_tests = float(np.sum(np.diff(grid) / widths(grid[1:])))  # kernel widths on the grid
-    lower, upper = _band(probes, square, rest.size, num_tests, level)
+    lower, upper = band(probes, square, rest.size, num_tests, level)
     return Density(
         grid=grid,
         density=known + share * probes.mean(axis=0),
@@ -200,7 +207,7 @@ def _smooth(grid, centers, masses, h) -> tuple[np.ndarray, np.ndarray]:
     return density, square
 
 
-def _band(probes: np.ndarray, square: np.ndarray, size: int, num_tests: float, level: float):
+def band(probes: np.ndarray, square: np.ndarray, size: int, num_tests: float, level: float):
     """Chi-square limits for the smoothed density, for the whole curve.
 
     The value that one probe gives at x is the quadratic form vᵀ K(x, H) v. For v uniform on the sphere

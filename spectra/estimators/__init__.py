@@ -1,1 +1,19 @@
-"""Numbers that summarise a spectrum."""
+"""Numbers that summarise a spectrum: traces, diagonals, functions, condition numbers, each with its error."""
+
+from spectra.estimators.condition import condition_number
+from spectra.estimators.diagonal import diagonal
+from spectra.estimators.functions import count_above, effective_dimension, logdet, negative_share, trace_of
+from spectra.estimators.trace import frobenius_norm, model_trace, trace
+
+__all__ = [
+    "condition_number",
+    "count_above",
+    "diagonal",
+    "effective_dimension",
+    "frobenius_norm",
+    "logdet",
+    "model_trace",
+    "negative_share",
+    "trace",
+    "trace_of",
+]

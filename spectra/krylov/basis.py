@@ -17,6 +17,7 @@ the sharding cannot be seen), keep one panel a leaf with the leaf's own axes: no
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -170,7 +171,7 @@ def take(basis: Basis, row: jax.Array) -> Panels:
         return [jnp.zeros_like(rows[:, 0]) for rows in segment]
 
     parts = [lax.cond(row // size == i, read, skip, segment) for i, segment in enumerate(basis)]
-    return [sum(panels[1:], panels[0]) for panels in zip(*parts, strict=True)]
+    return [functools.reduce(jnp.add, panels) for panels in zip(*parts, strict=True)]
 
 
 def combine(basis: Basis, weights: jax.Array) -> Basis:

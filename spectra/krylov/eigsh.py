@@ -137,17 +137,15 @@ class _Run:
         self.limit, self.starts, self.restarts, self.missed = limit, 0, 0, 1.0
         self.converged, self.budget = False, 0
         self.seen: list[int] = []  # products from each start vector when the last copy was found
-        self.copies, self.extended, self.allowed = (
-            0,
-            0,
-            0,
-        )  # missed copies found so far; products that a search may go up to
+        self.copies = self.extended = 0  # missed copies found so far
+        self.allowed = 0  # products that a search may go up to
         known = 0 if deflate is None else len(deflate.values)
         layout = Layout.of(op.structure, packed=op.packable)
         self.band = Band(op, layout, limit + block_size + known)
         self.capacity = limit + block_size + known
-        for i in range(known):
-            self.band.append(jax.tree.map(lambda x, i=i: x[i], deflate.vectors), locked=True)
+        if deflate is not None:
+            for i in range(known):
+                self.band.append(jax.tree.map(lambda x, i=i: x[i], deflate.vectors), locked=True)
         if v0 is not None:
             v0 = op.as_vector(v0, "v0")
             size = float(_tree.norm(v0))

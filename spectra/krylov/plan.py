@@ -70,7 +70,7 @@ def estimate(
     available = _memory.available_bytes()
     one = basis + VECTORS * vector + workspace
     if probe_batch is None:
-        probe_batch = _choose_batch(op, one, linearization, available, num_probes)
+        probe_batch = choose_batch(op, one, linearization, available, num_probes)
     return Plan(
         size=op.size,
         num_steps=num_steps,
@@ -108,7 +108,7 @@ def require_fit(plan: Plan) -> None:
     )
 
 
-def _choose_batch(op, one: int, shared: int, available: int | None, num_probes: int) -> int:
+def choose_batch(op, one: int, shared: int, available: int | None, num_probes: int) -> int:
     """Probes in flight. Streams share each pass over the data between as many probes as fit.
 
     On a CPU one probe at a time is fastest: the reorthogonalisation is bound by memory bandwidth and

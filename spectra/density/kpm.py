@@ -1,0 +1,241 @@
+"""The kernel polynomial method: a spectral density from Chebyshev moments, with three vectors a probe."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spectra import _tree
+from spectra._errors import NonFiniteError, SpectraError
+from spectra._status import Status
+from spectra.density.smoothing import RELATIVE_WIDTH, band
+from spectra.krylov.lanczos import lanczos
+from spectra.krylov.plan import VECTORS, choose_batch
+from spectra.operators.base import LinearOperator, require_operator
+from spectra.results import Density, Moments
+
+PyTree = Any
+
+BOUND_STEPS = 24
+"""Lanczos steps that find the ends of the spectrum."""
+MARGIN = 0.01
+"""The bounds are widened by this share of the range, or of |H| if that is more, beyond Ritz values and
+residuals: rounding of a product, relative to the range, must stay small."""
+CHUNK = 16
+"""Products in one compiled call."""
+
+
+def kpm(
+    op: LinearOperator,
+    *,
+    key: jax.Array,
+    num_moments: int = 200,
+    num_probes: int = 8,
+    bounds: tuple[float, float] | None = None,
+    probe_batch: int | None = None,
+) -> Moments:
+    """Compute Chebyshev moments of the spectral measure by three-term recurrence, without a basis.
+
+    With t_j = T_j(A) v for A = (2 H - a - b) / (b - a), one product gives two moments:
+    μ_2j = 2 t_j·t_j - μ_0 and μ_2j+1 = 2 t_j+1·t_j - μ_1. `spectral_density` makes the density of them.
+    The resolution is the same everywhere, π (b - a) / 2 num_moments: where a few outliers dwarf the bulk
+    `slq` resolves it far better for the same products; `kpm` is for operators so large that a Krylov
+    basis does not fit.
+
+    Args:
+        op: symmetric operator of order n.
+        key: JAX random key; probe i depends on the key and i alone.
+        num_moments: moments a probe, at least 2.
+        num_probes: k.
+        bounds: (a, b) that hold the spectrum; default: the ends of 24 Lanczos steps without a basis,
+            widened by their residuals and 1 % of the range, and further if a moment exceeds one.
+        probe_batch: probes in flight together.
+
+    Returns:
+        `Moments` of shape (k, num_moments).
+
+    Raises:
+        SpectraError: an argument is out of range, or eigenvalues lie outside of the given bounds.
+        NonFiniteError: a product is NaN or infinite.
+
+    Cost: num_probes x num_moments / 2 products, 24 for the bounds; three vectors a probe in flight.
+
+    References:
+        Weiße, Wellein, Alvermann and Fehske, doi:10.1103/RevModPhys.78.275.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(0.0, 1.0, 200)))
+        >>> moments = spectra.kpm(op, key=jax.random.key(0), num_moments=60, num_probes=4)
+        >>> round(spectra.spectral_density(moments).integral(), 6)
+        1.0
+    """
+    require_operator(op)
+    if _tree.is_traced((op, key)):
+        raise SpectraError("kpm chooses its bounds from values: call outside of jit and vmap, or use slq.")
+    if num_moments < 2 or num_probes < 1:
+        raise SpectraError(f"num_moments={num_moments} and num_probes={num_probes}: use at least 2 and 1.")
+    if probe_batch is not None and not 1 <= probe_batch <= num_probes:
+        raise SpectraError(f"probe_batch={probe_batch} is not between 1 and num_probes={num_probes}.")
+    if bounds is not None and not (np.isfinite(bounds).all() and bounds[0] < bounds[1]):
+        raise SpectraError(f"bounds={bounds}: use two finite numbers, the smaller one first.")
+    given, count = bounds is not None, 0
+    op = op.prepare()
+    batch = probe_batch or choose_batch(op, VECTORS * _tree.tree_bytes(op.structure), 0, None, num_probes)
+    if bounds is None:
+        bounds, count = _find_bounds(op, key)
+    moments = np.empty((num_probes, num_moments))
+    done = 0
+    while done < num_probes:
+        stop = min(done + batch, num_probes)
+        moments[done:stop] = _moments(op, key, range(done, stop), num_moments, bounds)
+        count += (stop - done) * (num_moments // 2)
+        # Outside of [a, b] Chebyshev polynomials grow like cosh: beyond rounding, |μ| <= 1 inside.
+        if np.abs(moments[done:stop]).max() <= 1 + np.sqrt(op.precision):
+            done = stop
+        elif given:
+            raise SpectraError(f"bounds={bounds} do not hold the spectrum: a Chebyshev moment exceeds one.")
+        else:
+            wide = 0.1 * (bounds[1] - bounds[0])
+            bounds, done = (bounds[0] - wide, bounds[1] + wide), 0
+    return Moments(moments, np.array(bounds), op.size, count, op.precision, Status.COMPLETE)
+
+
+def _find_bounds(op: LinearOperator, key) -> tuple[tuple[float, float], int]:
+    """Ends of the spectrum from Lanczos without a basis, and its products."""
+    steps = min(BOUND_STEPS, op.size)
+    start = _tree.sphere_sample(jax.random.fold_in(key, 2**31 - 2), op.structure)
+    run = lanczos(op, start, steps, reorthogonalize="none")
+    length = int(run.length)
+    matrix = np.asarray(run.matrix(), np.float64)[:length, :length]
+    theta, vectors = np.linalg.eigh(matrix)
+    reach = float(run.residual_norm) * np.abs(vectors[-1])
+    low, high = float(np.min(theta - reach)), float(np.max(theta + reach))
+    size = max(abs(low), abs(high)) or 1.0  # H = 0 has no scale
+    margin = MARGIN * max(high - low, size)
+    return (low - margin, high + margin), length
+
+
+def _moments(op: LinearOperator, key, probes: range, num_moments: int, bounds) -> np.ndarray:
+    """Moments of some probes side by side, float64 (k, num_moments)."""
+    a, b = bounds
+    map_ = jnp.asarray([2 / (b - a), -(a + b) / (b - a)], op.dtype)
+    steps, columns = num_moments // 2, []
+    state = _start(op, key, jnp.arange(probes.start, probes.stop))
+    for done in range(0, steps, CHUNK):
+        stop = min(done + CHUNK, steps)
+        if op.on_host:
+            for i in range(done, stop):
+                state, dots = _absorb(op.mv_batch(state[1]), state, map_, i == 0)
+                columns.append(np.asarray(dots, np.float64)[None])
+        else:
+            state, dots = _run(op, state, map_, done, stop - done)
+            columns.append(np.asarray(dots, np.float64))
+    dots = np.concatenate(columns)  # (steps, 2, k): t_j·t_j and t_j·t_j+1
+    if not np.isfinite(dots).all():
+        raise NonFiniteError(f"a Chebyshev moment is NaN or infinite. {op.explain_non_finite()}")
+    even, odd = 2 * dots[:, 0] - dots[0, 0], 2 * dots[:, 1] - dots[0, 1]
+    moments = np.stack([even, odd], axis=1).reshape(2 * steps, -1)
+    if num_moments % 2:  # the last even one needs one more inner product, not one more product
+        last = np.asarray(_squares(state[1]), np.float64)
+        moments = np.concatenate([moments, (2 * last - dots[0, 0])[None]])
+    return (moments / dots[0, 0]).T  # of probes of length one, to the last bit
+
+
+@jax.jit
+def _start(op: LinearOperator, key, indices):
+    """(t_-1, t_0) = (anything, v) for each probe."""
+    probes = jax.vmap(lambda i: _tree.sphere_sample(jax.random.fold_in(key, i), op.structure))(indices)
+    return jax.tree.map(jnp.zeros_like, probes), probes
+
+
+def _advance(products: PyTree, state, map_, first):
+    """t_j+1 = 2 A t_j - t_j-1, or A t_0; and the inner products of t_j with itself and with t_j+1."""
+    previous, current = state
+    twice = jnp.where(first, 1, 2)
+
+    def one(hv, v, before):
+        scaled = map_[0].astype(v.dtype) * hv + map_[1].astype(v.dtype) * v
+        return twice.astype(v.dtype) * scaled - jnp.where(first, 0, before)
+
+    following = jax.tree.map(one, products, current, previous)
+    dots = jnp.stack([_squares(current), jax.vmap(_tree.vdot)(current, following)])
+    return (current, following), dots
+
+
+_absorb = jax.jit(_advance, donate_argnums=(0,))
+_squares = jax.jit(lambda stack: jax.vmap(_tree.vdot)(stack, stack))
+
+
+@partial(jax.jit, static_argnames="count", donate_argnames="state")
+def _run(op: LinearOperator, state, map_, done, count: int):
+    def step(state, i):
+        return _advance(op.mv_batch(state[1]), state, map_, i == 0)
+
+    return lax.scan(step, state, done + jnp.arange(count))
+
+
+def jackson(count: int) -> np.ndarray:
+    """Damping factors that make the truncated Chebyshev series positive; shape (count,)."""
+    n, q = np.arange(count), np.pi / (count + 1)
+    return ((count - n + 1) * np.cos(q * n) + np.sin(q * n) / np.tan(q)) / (count + 1)
+
+
+def moments_density(moments: Moments, grid=None, level: float = 0.95) -> Density:
+    """The Jackson-damped density, as its mean over the cell of each grid point; see `spectral_density`.
+
+    With x = cos θ the density integrates to (g_0 μ_0 θ + 2 Σ g_j μ_j sin(jθ) / j) / π, so cells are
+    integrated exactly, and the trapezoidal rule on the grid gives the mass on it to rounding.
+    """
+    a, b = map(float, moments.bounds)
+    count, half = moments.num_moments, (b - a) / 2
+    if grid is None:
+        angles = np.pi * (np.arange(4 * count + 1) / (4 * count))
+        grid = (a + b) / 2 - half * np.cos(angles)
+    grid = np.asarray(grid, np.float64)
+    if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) > 0).all():
+        raise SpectraError("grid must be a 1-D array of at least two increasing numbers.")
+    edges = np.concatenate([grid[:1], (grid[1:] + grid[:-1]) / 2, grid[-1:]])
+    theta = np.arccos(np.clip((edges - (a + b) / 2) / half, -1, 1))
+    order = np.arange(1, count)
+    above = np.concatenate([theta[:, None], 2 * np.sin(theta[:, None] * order) / order], axis=1) / np.pi
+    cells = -np.diff(above, axis=0) / np.diff(edges)[:, None] * jackson(count)  # (g, num_moments)
+    mu = np.asarray(moments.moments, np.float64)
+    probes = np.maximum(mu @ cells.T, 0)
+    t = np.clip((grid - (a + b) / 2) / half, -1, 1)
+    width = half * np.pi / count * np.sqrt(np.maximum(1 - t**2 + (4 * t**2 - 3) / count, 1 / count**2))
+    square, peak = _squared_kernel(cells, mu.mean(axis=0), t)
+    num_tests = float(np.sum(np.diff(grid) / width[1:]))
+    lower, upper = band(probes, square, moments.size, num_tests, level)
+    mean = probes.mean(axis=0)
+    return Density(
+        grid=grid,
+        density=mean,
+        lower=lower,
+        upper=np.maximum(np.minimum(upper, peak), mean),
+        bandwidth=width,
+        linear_scale=float(half * np.pi / count / RELATIVE_WIDTH),
+        outliers=np.zeros(0),
+        size=moments.size,
+        level=level,
+    )
+
+
+def _squared_kernel(cells: np.ndarray, mu: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the squared kernel at each grid point, from above, and the kernel's largest value there.
+
+    The exact mean needs twice as many moments. Under the damped density in the place of the spectrum it
+    is, for a kernel of Gaussian shape, at least 1 / sqrt(3) of it, the value at an isolated eigenvalue.
+    """
+    count = len(mu)
+    order, angles = np.arange(count), np.pi * (np.arange(2 * count) + 0.5) / (2 * count)
+    cosines = np.cos(order[:, None] * angles)
+    mass = np.maximum((np.where(order > 0, 2, 1) * jackson(count) * mu) @ cosines, 0) / (2 * count)
+    square = np.concatenate(
+        [(part @ cosines) ** 2 @ mass for part in np.array_split(cells, len(t) // 256 + 1)]
+    )
+    peak = np.sum(cells * np.cos(np.arccos(t)[:, None] * order), axis=1)
+    return np.minimum(3**0.5 * square, peak * np.maximum(cells @ mu, 0)), peak

@@ -1,0 +1,136 @@
+"""Stacks of vectors: random probes, products in batches, Gram matrices, an orthonormal basis.
+
+A stack of k vectors is a pytree with leaves (k, *leaf.shape). Contractions run leaf by leaf in full
+precision, so a stack keeps the sharding of the parameters and nothing is ever gathered: only (k, k)
+matrices are summed over devices. Probe i depends on the key and i alone, whatever the batch it is in.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spectra import _tree
+from spectra.operators.base import LinearOperator
+
+PyTree = Any
+PROBES = ("rademacher", "normal")
+JITTER = 4.0
+"""Noise added before a stack is orthonormalised, in roundings of its longest vector: what a product may
+be off by anyway, and what fills the basis where the vectors are dependent."""
+PASSES = 4
+"""A pass brings singular values from s to s / sqrt(eps): two reach those of size eps, the third makes
+them orthonormal, the fourth to the last bit."""
+
+
+def draw(key: jax.Array, indices: jax.Array, structure: PyTree, kind: str) -> PyTree:
+    """The probes with the given numbers, entries ±1 ("rademacher") or N(0, 1) ("normal")."""
+    sample = jax.random.rademacher if kind == "rademacher" else jax.random.normal
+    leaves, treedef = jax.tree.flatten(structure)
+
+    def one(i):
+        own = jax.random.fold_in(key, i)
+        keys = [jax.random.fold_in(own, j) for j in range(len(leaves))]
+        return treedef.unflatten([sample(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
+
+    return jax.vmap(one)(indices)
+
+
+def length(stack: PyTree) -> int:
+    """k, the number of vectors."""
+    return jax.tree.leaves(stack)[0].shape[0]
+
+
+def rows(stack: PyTree, start: int, stop: int) -> PyTree:
+    """Vectors start..stop-1."""
+    return jax.tree.map(lambda x: x[start:stop], stack)
+
+
+def concatenate(stacks: list[PyTree]) -> PyTree:
+    """One stack after the other."""
+    return stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)
+
+
+def gram(a: PyTree, b: PyTree) -> jax.Array:
+    """Inner products a_i · b_j restricted to each leaf; shape (leaves, k, l). Their sum is A Bᵀ."""
+
+    def one(x, y):
+        axes = tuple(range(1, x.ndim))
+        dims = ((axes, axes), ((), ()))
+        return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
+
+    parts = [one(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+    return jnp.stack([part.astype(_tree.scalar_dtype(a)) for part in parts])
+
+
+def row_dots(a: PyTree, b: PyTree) -> jax.Array:
+    """Inner products a_i · b_i restricted to each leaf; shape (leaves, k)."""
+
+    def one(x, y):
+        axes = tuple(range(1, x.ndim))
+        dims = ((axes, axes), ((0,), (0,)))
+        return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
+
+    parts = [one(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+    return jnp.stack([part.astype(_tree.scalar_dtype(a)) for part in parts])
+
+
+def combine(coefficients: jax.Array, stack: PyTree) -> PyTree:
+    """Row i of the result is Σ_j c_ij v_j."""
+
+    def one(x):
+        return jnp.tensordot(coefficients.astype(x.dtype), x, axes=1, precision=lax.Precision.HIGHEST)
+
+    return jax.tree.map(one, stack)
+
+
+def subtract(a: PyTree, b: PyTree) -> PyTree:
+    """a - b."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+@partial(jax.jit, static_argnames="batch")
+def _products(op: LinearOperator, stack: PyTree, batch: int) -> PyTree:
+    return lax.map(op.mv, stack, batch_size=batch)
+
+
+def products(op: LinearOperator, stack: PyTree, batch: int) -> PyTree:
+    """H v for each vector of a stack, `batch` at a time; a stream reads its data once a batch."""
+    if not op.on_host:
+        return _products(op, stack, batch)
+    starts = range(0, length(stack), batch)
+    return concatenate([op.mv_batch(rows(stack, s, s + batch)) for s in starts])
+
+
+@jax.jit
+def orthonormalize(stack: PyTree, against: PyTree | None, key: jax.Array) -> PyTree:
+    """k orthonormal vectors, orthogonal to `against`, whose span holds the stack to rounding.
+
+    Dependent vectors are no exception: noise of the size of their rounding error takes the place of
+    what is missing, so the result always has k orthonormal rows (as Householder's QR would give, but
+    from inner products alone). Each pass divides by the eigenvalues of the scaled Gram matrix, clipped
+    at eps: never by a small pivot.
+
+    References:
+        Stathopoulos and Wu, doi:10.1137/S1064827500370883.
+    """
+    k = length(stack)
+    dtype = _tree.scalar_dtype(stack)
+    eps = jnp.finfo(dtype).eps
+    structure = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stack)
+    longest = jnp.sqrt(jnp.max(jnp.sum(row_dots(stack, stack), axis=0)))
+    noise = JITTER * eps * longest / _tree.tree_size(structure) ** 0.5
+    noise = jnp.where(longest > 0, noise, 1)
+    stack = _tree.axpy(noise, draw(key, jnp.arange(k), structure, "normal"), stack)
+    for _ in range(PASSES):
+        if against is not None:
+            stack = subtract(stack, combine(jnp.sum(gram(stack, against), axis=0), against))
+        products = jnp.sum(gram(stack, stack), axis=0)
+        size = jnp.diagonal(products)
+        unit = 1 / jnp.sqrt(jnp.where(size > 0, size, 1))
+        values, vectors = jnp.linalg.eigh(unit[:, None] * products * unit)
+        values = jnp.maximum(values, k * eps * jnp.maximum(values[-1], eps))
+        stack = combine((vectors / jnp.sqrt(values)).T * unit, stack)
+    return stack

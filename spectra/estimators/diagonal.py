@@ -1,0 +1,262 @@
+"""The diagonal of an operator, entry by entry with its error."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spectra import _tree
+from spectra._errors import SpectraError
+from spectra._paths import leaf_paths
+from spectra._status import Status
+from spectra.estimators import blocks, exact, leave_one_out
+from spectra.estimators.low_rank import MIN_SKETCH, SketchRun
+from spectra.estimators.run import Run, adaptive, begin
+from spectra.estimators.trace import choose
+from spectra.operators.base import LinearOperator
+from spectra.results import Estimate
+
+PyTree = Any
+METHODS = ("auto", "exact", "hutchinson", "xdiag")
+PAIRS = 16
+"""Probes among which pairs are formed for the covariance; each pair costs vectors here."""
+
+
+def diagonal(
+    op: LinearOperator,
+    *,
+    key: jax.Array | None,
+    method: str = "auto",
+    num_matvecs: int = 64,
+    tol: float | None = None,
+    by: str | None = None,
+    probe_batch: int | None = None,
+) -> Estimate:
+    """Estimate the diagonal H_ii, each entry with a standard error.
+
+    "hutchinson" is the mean of v ⊙ Hv over random signs, exact for a diagonal H. "xdiag" takes out what
+    a sketch of the range explains, every probe being left out of its own sketch: the choice where few
+    eigenvalues dominate. "exact" uses n products with unit vectors. Works inside `jit` and `vmap`.
+
+    The errors rest on the spread of the samples, which for "xdiag" are leave-one-out estimates whose
+    covariance is bounded and added (see `spectra.estimators.leave_one_out`), and on rounding. They
+    hold entry by entry, not for all entries at once.
+
+    Args:
+        op: symmetric operator of order n.
+        key: JAX random key; probe i depends on the key and i alone. None for "exact".
+        method: one of the above, or "auto": "exact" if the budget covers n products, else "xdiag", or
+            "hutchinson" if 2 num_matvecs vectors do not fit into half of the free memory.
+        num_matvecs: budget of products. Where it covers n, "xdiag" gives way to "exact".
+        tol: stop as soon as |stderr| <= tol |value| in the Euclidean norm over all entries.
+        by: "leaf" or "layer": value and stderr become dicts {path: array}, or {layer: {path: array}};
+            `total` has the pytree.
+        probe_batch: products side by side; changes the result by rounding only.
+
+    Returns:
+        `Estimate` whose value and stderr are pytrees like the parameters, placed as they are.
+
+    Raises:
+        SpectraError: an argument is out of range.
+        NonFiniteError: a product is NaN or infinite.
+        MemoryLimitError: the sketch does not fit.
+
+    Cost: at most num_matvecs products (n if exact). Memory: 4 vectors and the batch for "hutchinson",
+    about 4 num_matvecs vectors for "xdiag".
+
+    References:
+        Bekas, Kokiopoulou and Saad, doi:10.1016/j.apnum.2007.01.003; Epperly, Tropp and Webber,
+        arXiv:2301.07825, section 2.4.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.arange(1.0, 101.0)))
+        >>> estimate = spectra.diagonal(op, key=jax.random.key(0), method="hutchinson", num_matvecs=4)
+        >>> estimate.value[:3]
+        Array([1., 2., 3.], dtype=float32)
+    """
+    if method not in METHODS:
+        raise SpectraError(f"method={method!r}: use one of {METHODS}.")
+    method, reason = choose(op, {"xdiag": "xtrace"}.get(method, method), num_matvecs)
+    method = {"xtrace": "xdiag"}.get(method, method)
+    reason = reason.replace("xtrace", "xdiag")
+    if method == "xdiag" and num_matvecs < 4:
+        raise SpectraError(f"num_matvecs={num_matvecs}: xdiag needs at least 4 products.")
+    run = begin(
+        op,
+        key=key,
+        by=by,
+        tol=tol,
+        num_matvecs=num_matvecs,
+        probe_batch=probe_batch,
+        count=op.size if method == "exact" else num_matvecs,
+        stacks={"xdiag": 4 * num_matvecs, "hutchinson": 4}.get(method, 0),
+        needs_key=method != "exact",
+    )
+    value, stderr, fields = _RUNNERS[method](run, num_matvecs)
+    if not run.traced:
+        run.host(jnp.stack([jnp.sum(leaf) for leaf in jax.tree.leaves((value, stderr))]))
+    fields |= {"method": method, "reason": reason}
+    if run.traced:
+        fields["status"] = Status.TRACED
+    total = Estimate(value, stderr, **fields)
+    if by is None:
+        return total
+    return Estimate(_grouped(run, value), _grouped(run, stderr), total=total, **fields)
+
+
+def _grouped(run: Run, tree: PyTree) -> dict[str, Any]:
+    """{path: leaf}, or {layer: {path: leaf}}."""
+    leaves, names = jax.tree.leaves(tree), leaf_paths(run.op.like)
+    if run.by == "leaf":
+        return dict(zip(names, leaves, strict=True))
+    return {group: {names[i]: leaves[i] for i in members} for group, members in run.groups.items()}
+
+
+def _exact(run: Run, num_matvecs: int):
+    del num_matvecs
+    value = _tree.unravel(exact.columns(run)[0], run.op.structure)
+    zero = jax.tree.map(jnp.zeros_like, value)
+    return value, zero, {"num_matvecs": run.op.size, "status": Status.COMPLETE}
+
+
+def _relative(run: Run, value: PyTree, stderr: PyTree) -> tuple[float, float]:
+    """Norms of value and error, which `tol` compares."""
+    return (0.0, 0.0) if run.tol is None else (float(_tree.norm(value)), float(_tree.norm(stderr)))
+
+
+def _hutchinson(run: Run, num_matvecs: int):
+    """Mean and spread of v ⊙ Hv, updated batch by batch without cancellation."""
+    state, done = None, 0
+
+    def step(count):
+        nonlocal state, done
+        for start in range(done, count, run.batch):
+            indices = jnp.arange(start, min(start + run.batch, count))
+            state = _accumulate(run, indices, state)
+        done = count
+        return _relative(run, *result())
+
+    def result():
+        assert state is not None
+        mean, spread, square = state
+        return mean, _hutchinson_error(spread, square, done, run.op.precision)
+
+    status = adaptive(run, step, num_matvecs)
+    value, stderr = result()
+    return value, stderr, {"num_matvecs": done, "status": status, "dof": float(max(done - 1, 1))}
+
+
+def _accumulate(run: Run, indices: jax.Array, state):
+    if run.op.on_host:
+        stack = _signs(run.op, run.key, indices)
+        return _merge(stack, run.op.mv_batch(stack), indices[0], state)
+    return _step(run.op, run.key, indices, state)
+
+
+@jax.jit
+def _signs(op: LinearOperator, key, indices) -> PyTree:
+    return blocks.draw(key, indices, op.structure, "rademacher")
+
+
+@jax.jit
+def _step(op: LinearOperator, key, indices, state):
+    stack = _signs(op, key, indices)
+    return _merge(stack, op.mv_batch(stack), indices[0], state)
+
+
+@jax.jit
+def _merge(stack: PyTree, products: PyTree, done, state):
+    """Mean, sum of squared deviations and mean of (Hv)², with a batch taken in (Chan, Golub, LeVeque)."""
+    k = blocks.length(stack)
+    samples = jax.tree.map(jnp.multiply, stack, products)
+    mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), samples)
+    spread = jax.tree.map(lambda x, m: jnp.sum((x - m) ** 2, axis=0), samples, mean)
+    square = jax.tree.map(lambda x: jnp.mean(x**2, axis=0), products)
+    if state is None:
+        return mean, spread, square
+    share = (k / (done + k)).astype(_tree.scalar_dtype(mean))
+    old_mean, old_spread, old_square = state
+    shift = jax.tree.map(jnp.subtract, mean, old_mean)
+    between = jax.tree.map(lambda x: x**2, shift)
+    return (
+        _tree.axpy(share, shift, old_mean),
+        _tree.axpy(done * share, between, jax.tree.map(jnp.add, old_spread, spread)),
+        _tree.axpy(share, jax.tree.map(jnp.subtract, square, old_square), old_square),
+    )
+
+
+@partial(jax.jit, static_argnames=("count", "precision"))
+def _hutchinson_error(spread: PyTree, square: PyTree, count: int, precision: float) -> PyTree:
+    """Of one probe the spread is unknown; (Hv)_i² bounds it on average."""
+
+    def one(s, q):
+        variance = s / (count * (count - 1)) if count > 1 else q
+        return jnp.sqrt(variance + precision**2 * q)
+
+    return jax.tree.map(one, spread, square)
+
+
+def _xdiag(run: Run, num_matvecs: int):
+    sketch = SketchRun(run, "rademacher")
+    found: list[Any] = []
+
+    def step(count):
+        sketch.extend(count)
+        u, xp = sketch.directions(), run.xp
+        images = run.host(sketch.sketch())
+        among = leave_one_out.seconds(u, min(count, PAIRS), xp)
+        found[:] = _leave_one_out(
+            sketch.basis,
+            sketch.basis_images,
+            sketch.probes,
+            sketch.images,
+            *(jnp.asarray(x, run.op.dtype) for x in (u, among, images.T)),
+            run.op.precision,
+        )
+        return _relative(run, *found)
+
+    status = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
+    m = sketch.num_probes
+    return *found, {"num_matvecs": 2 * m, "status": status, "dof": float(m - 1)}
+
+
+@jax.jit
+def _leave_one_out(basis, basis_images, probes, images, u, among, sketch, precision):
+    """XDiag and its error: diag(P A) + ω ⊙ (1 - P) A ω with P the sketch without the probe ω.
+
+    With a_j = Q u_j, b_j = Z u_j and r_j = Q y_j, estimate j is diag(Q Zᵀ) - a_j ⊙ b_j + (u_j·r_j) ω_j ⊙ a_j.
+    Leaving out i as well adds the same terms for the second direction.
+    """
+    m, d = len(u), len(among)
+
+    def terms(directions, weights, q, z, w):
+        a, b = blocks.combine(directions, q), blocks.combine(directions, z)
+        weights = weights.reshape(-1, *[1] * (q.ndim - 1)).astype(q.dtype)
+        return a * (weights * w - b)
+
+    def one(q, z, w, y):
+        samples = terms(u, jnp.sum(u * sketch, axis=1), q, z, w)
+        mean = jnp.mean(samples, axis=0)
+        variance = jnp.sum((samples - mean) ** 2, axis=0) / (m * (m - 1))
+
+        def pairs(i, total):
+            # Effect of i on estimate j, and of j on estimate i; they vanish for i = j.
+            on_j = terms(among[i], jnp.sum(among[i] * sketch[:d], axis=1), q, z, w[:d])
+            on_i = terms(among[:, i], among[:, i] @ sketch[i], q, z, w[i])
+            return total + jnp.sum(jnp.abs(on_j * on_i), axis=0)
+
+        covariance = lax.fori_loop(0, d, pairs, jnp.zeros_like(mean)) / (d * (d - 1))
+        rounding = precision**2 * jnp.mean(y**2, axis=0)
+        stderr = jnp.sqrt(variance + covariance + rounding)
+        return mean + jnp.sum(q * z, axis=0), stderr
+
+    stacks = zip(*map(jax.tree.leaves, (basis, basis_images, probes, images)), strict=True)
+    means, errors = zip(*(one(*leaves) for leaves in stacks), strict=True)
+    treedef = jax.tree.structure(basis)
+    return treedef.unflatten(means), treedef.unflatten(errors)
+
+
+_RUNNERS = {"exact": _exact, "hutchinson": _hutchinson, "xdiag": _xdiag}

@@ -1,0 +1,362 @@
+"""Traces of functions of an operator by quadrature, bracketed where the function allows it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from spectra import _quadrature, _tree
+from spectra._errors import SpectraError
+from spectra._status import Status
+from spectra.density.slq import slq, slq_until
+from spectra.operators.base import LinearOperator, require_operator
+from spectra.results import Estimate, Quadrature
+
+Source = LinearOperator | Quadrature
+Bounds = tuple[float | None, float | None]
+
+
+def trace_of(
+    source: Source,
+    f: Callable[[np.ndarray], Any],
+    *,
+    key: jax.Array | None = None,
+    num_steps: int | None = None,
+    num_probes: int = 8,
+    tol: float | None = None,
+    bounds: Bounds | None = None,
+    probe_batch: int | None = None,
+) -> Estimate:
+    """Estimate tr f(H) = Σ_i f(λ_i) by stochastic Lanczos quadrature, with bracket and standard error.
+
+    The value is n times the mean of Σ_j w_j f(θ_j) over probes. If the derivatives of f of orders 2m and
+    2m+1 each keep one sign on [a, b], an interval that holds the spectrum, then for every probe the exact
+    vᵀf(H)v lies between the Gauss rule and the Gauss-Radau rules with a node at a and at b. So it is for
+    log, 1/x, x/(x + δ), exp and real powers on a > 0, and not for steps or oscillations. `lower` and
+    `upper` are the means of these brackets; more steps narrow them. They are certain where `bounds` are
+    given; else a and b are the outermost Ritz values widened by their residuals, likely but not certain.
+
+    `stderr` is the spread over probes: for v uniform on the sphere Var vᵀf(H)v = 2 (mean f² - (mean f)²)
+    / (n + 2), which the quadrature estimates; the interval uses Student's t with the degrees of freedom
+    of that estimate, k (tr g²)² / tr g⁴ with g = f - mean f. What a shift of the nodes by the noise
+    floor changes is added.
+
+    Args:
+        source: symmetric operator of order n, or a `Quadrature` of it, which costs no product.
+        f: vectorised NumPy function of eigenvalues.
+        key: JAX random key; needed for an operator.
+        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
+        num_probes: probes; with `tol`, the most that may be spent.
+        tol: stop adding probes as soon as stderr and half of the bracket are below tol |value|.
+        bounds: (a, b) known to hold the spectrum; None for an end that is not known. (0, None) says that
+            H is positive semi-definite: nodes below zero by rounding count as zero.
+        probe_batch: see `slq`.
+
+    Returns:
+        `Estimate` with lower and upper, None where f is not finite at a or b (then `reason` says so).
+
+    Raises:
+        SpectraError: f is not finite at a Ritz value, or a Ritz value lies outside of `bounds`.
+        As `slq`.
+
+    Cost: num_probes x num_steps products, memory as `slq`.
+
+    References:
+        Golub and Meurant, Matrices, Moments and Quadrature, 2010, ch. 6; Ubaru, Chen and Saad,
+        doi:10.1137/16M1104974.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, numpy as np, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(1.0, 2.0, 200)))
+        >>> estimate = spectra.trace_of(op, np.log, key=jax.random.key(0), num_steps=10)
+        >>> exact = np.log(np.linspace(1.0, 2.0, 200)).sum()
+        >>> lower, _, upper = estimate.interval()
+        >>> bool(lower < exact < upper)
+        True
+    """
+    if tol is not None and not 0 < tol < 1:
+        raise SpectraError(f"tol={tol} is relative to the value: use a number in (0, 1).")
+
+    def estimate(quadrature):
+        return _from_quadrature(quadrature, f, bounds)
+
+    def wanting(found: Estimate) -> float:
+        """Error that more probes would have to reach."""
+        assert tol is not None
+        half = 0.0 if found.lower is None else (found.upper - found.lower) / 2
+        return tol * abs(found.value) - half
+
+    def enough(quadrature):
+        found = estimate(quadrature)
+        return found.stderr <= wanting(found) or wanting(found) < 0
+
+    found = estimate(_quadrature_of(source, key, num_steps, num_probes, probe_batch, tol and enough))
+    if tol is None:
+        return found
+    status = Status.CONVERGED if found.stderr <= wanting(found) else Status.BUDGET_EXHAUSTED
+    return dataclasses.replace(found, status=status)
+
+
+def _quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, enough=None) -> Quadrature:
+    """The quadrature given, or one of the operator."""
+    if isinstance(source, Quadrature):
+        if _tree.is_traced(source):
+            raise SpectraError("functions of an operator need values: call outside of jit and vmap.")
+        return source
+    require_operator(source)
+    if _tree.is_traced((source, key)):
+        raise SpectraError("functions of an operator need values: call outside of jit and vmap.")
+    if key is None:
+        raise SpectraError("key=None: random probes need a key, for example jax.random.key(0).")
+    steps = min(100, source.size) if num_steps is None else num_steps
+    options = {"key": key, "num_steps": steps, "num_probes": num_probes, "probe_batch": probe_batch}
+    return slq_until(source, enough, **options) if enough else slq(source, **options)
+
+
+def _from_quadrature(q: Quadrature, f, bounds: Bounds | None) -> Estimate:
+    a, b = _interval(q, bounds)
+    floor = q.noise_floor
+    nodes = np.clip(np.asarray(q.nodes, np.float64), a, b)
+    weights = np.asarray(q.weights, np.float64)
+    values = _evaluate(f, nodes)
+    bad = ~np.isfinite(values) & (weights > 0)
+    if bad.any():
+        raise SpectraError(
+            f"f is not finite at the Ritz value {nodes[bad][0]:.6g} (the noise floor is {floor:.1e}): for "
+            "log, inverse and powers shift the operator, op.shift(delta), by more than its most negative "
+            "eigenvalue and the noise floor, or pass bounds=(0, None) if it is positive semi-definite."
+        )
+    values = np.where(weights > 0, values, 0.0)
+    n, k = q.size, q.num_probes
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    mean = float(np.sum(weights * values) / k)
+    square, fourth = (float(np.sum(weights * (values - mean) ** p) / k) for p in (2, 4))
+    shifted = np.stack([_evaluate(f, np.clip(nodes + s * floor, a, b)) for s in (-1, 1)])
+    moved = np.where(np.isfinite(shifted) & (weights > 0), np.abs(shifted - values), 0.0)
+    rounding = n * float(np.sum(weights * moved.max(axis=0)) / k)
+    lower, upper, reason = _bracket(q, f, nodes, weights, values, (a, b), bounds)
+    return Estimate(
+        value=n * mean,
+        stderr=float(np.hypot(n * np.sqrt(2 * square / (n + 2) / k), rounding)),
+        num_matvecs=q.num_matvecs,
+        method="slq",
+        status=q.status,
+        reason=reason,
+        dof=float(k * n * square**2 / fourth) if fourth > 0 else None,
+        lower=lower,
+        upper=upper,
+    )
+
+
+def _evaluate(f, x: np.ndarray) -> np.ndarray:
+    """f without warnings, in float64; a scalar result is broadcast."""
+    with np.errstate(all="ignore"):
+        return np.broadcast_to(np.asarray(f(x), np.float64), x.shape)
+
+
+def _interval(q: Quadrature, bounds: Bounds | None) -> tuple[float, float]:
+    """[a, b] as given, or the Ritz values of the ends widened by residual and noise floor."""
+    floor, (low, high) = q.noise_floor, q.range
+    a, b = bounds or (None, None)
+    if (a is not None and low < a - floor) or (b is not None and high > b + floor):
+        raise SpectraError(
+            f"bounds=({a}, {b}) do not hold the spectrum: Ritz values reach from {low:.6g} to {high:.6g}, "
+            f"and the noise floor is {floor:.1e}."
+        )
+    residuals = np.asarray(q.residuals, np.float64)
+    last = (np.arange(q.num_probes), np.asarray(q.lengths) - 1)
+    if a is None:
+        a = float(np.min(q.nodes[:, 0] - residuals[:, 0])) - floor
+    if b is None:
+        b = float(np.max(np.asarray(q.nodes)[last] + residuals[last])) + floor
+    return float(a), float(b)
+
+
+def _bracket(q: Quadrature, f, nodes, weights, values, interval, bounds):
+    """(lower, upper, what they rest on): n times the means of the smallest and largest rule a probe."""
+    floor = q.noise_floor
+    a, b = min(interval[0], nodes.min() - floor), max(interval[1], nodes.max() + floor)
+    low, high = 0.0, 0.0
+    for theta, w, fv, r, length in zip(nodes, weights, values, q.residuals, q.lengths, strict=True):
+        rules = [float(np.sum(w * fv))]
+        if np.any(r):
+            if not _of_one_curvature(f, a, b, nodes.min()):
+                why = f"f is not finite, or neither convex nor concave, on [{a:.3g}, {b:.3g}]"
+                return None, None, f"no bracket: {why}; pass tighter bounds if there are any"
+            for end in (a, b):
+                points, masses = _quadrature.gauss_radau(theta[:length], w[:length], r[:length], end)
+                rules.append(float(np.sum(masses * _evaluate(f, np.clip(points, a, b)))))
+        low, high = low + min(rules), high + max(rules)
+    given = bounds is not None and None not in bounds
+    rests = "the given bounds" if given else "Ritz values and residuals as bounds, likely but not certain"
+    scale = q.size / q.num_probes
+    return scale * low, scale * high, f"the bracket rests on {rests}"
+
+
+def _of_one_curvature(f, a: float, b: float, smallest: float) -> bool:
+    """Whether f is finite and convex, or concave, as far as samples show: finds poles and steps."""
+    signs = set()
+    for left, right in ((a, b), (a, smallest)):
+        x = _evaluate(f, np.linspace(left, max(left, right), 65))
+        if not np.isfinite(x).all():
+            return False
+        bend = x[2:] + x[:-2] - 2 * x[1:-1]
+        signs |= set(np.sign(bend[np.abs(bend) > 16 * np.finfo(float).eps * np.abs(x).max()]))
+    return len(signs) < 2
+
+
+def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, **options: Any) -> Estimate:
+    """Estimate log det(H + δI) = Σ_i log(λ_i + δ), with the bracket of Gauss and Gauss-Radau rules.
+
+    Args:
+        source: symmetric operator, or a `Quadrature` of it.
+        shift: δ, more than the most negative eigenvalue of H.
+        key: JAX random key; needed for an operator.
+        options: keyword arguments of `trace_of`; `bounds` are those of H, without the shift.
+
+    Returns:
+        `Estimate`; see `trace_of`.
+
+    Raises:
+        SpectraError: H + δI has a Ritz value that is not positive.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(0.5 * jnp.eye(100))
+        >>> round(spectra.logdet(op, key=jax.random.key(0)).value, 4)
+        -69.3147
+    """
+    return trace_of(source, lambda x: np.log(x + shift), key=key, **options)
+
+
+def effective_dimension(
+    source: Source, shift: float, *, key: jax.Array | None = None, **options: Any
+) -> Estimate:
+    """Estimate the effective dimension tr H(H + δI)⁻¹ = Σ_i λ_i / (λ_i + δ): directions stiffer than δ.
+
+    Args:
+        source: symmetric operator, or a `Quadrature` of it.
+        shift: δ, more than the most negative eigenvalue of H.
+        key: JAX random key; needed for an operator.
+        options: keyword arguments of `trace_of`; `bounds` are those of H.
+
+    Returns:
+        `Estimate`; see `trace_of`.
+
+    Raises:
+        SpectraError: H + δI has a Ritz value that is not positive.
+
+    References:
+        MacKay, Bayesian interpolation, doi:10.1162/neco.1992.4.3.415.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(0.0, 1.0, 200)))
+        >>> estimate = spectra.effective_dimension(op, 1.0, key=jax.random.key(0))
+        >>> lower, _, upper = estimate.interval()
+        >>> bool(lower < 61.1 < upper)
+        True
+    """
+    return trace_of(source, lambda x: np.where(x + shift > 0, x / (x + shift), np.nan), key=key, **options)
+
+
+def count_above(
+    source: Source,
+    threshold: float,
+    *,
+    key: jax.Array | None = None,
+    num_steps: int | None = None,
+    num_probes: int = 8,
+    probe_batch: int | None = None,
+) -> Estimate:
+    """Estimate the number of eigenvalues above a threshold.
+
+    n (1 - F(threshold)) with the CDF of `Quadrature.cdf`. `lower` and `upper` are the
+    Chebyshev-Markov-Stieltjes bracket, certain for the probes drawn; `stderr` follows from the law
+    Beta(nF/2, n(1-F)/2) of the share that a probe sees, at the point of the bracket where it is widest.
+
+    Args:
+        source: symmetric operator, or a `Quadrature` of it.
+        threshold: in units of the eigenvalues.
+        key: JAX random key; needed for an operator.
+        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
+        num_probes: probes.
+        probe_batch: see `slq`.
+
+    Returns:
+        `Estimate` with lower and upper.
+
+    Raises:
+        As `slq`.
+
+    Cost: num_probes x num_steps products, memory as `slq`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(-1.0, 3.0, 400)))
+        >>> lower, _, upper = spectra.count_above(op, 2.0, key=jax.random.key(0)).interval()
+        >>> bool(lower < 100 < upper)
+        True
+    """
+    q = _quadrature_of(source, key, num_steps, num_probes, probe_batch)
+    return _count(q, threshold, above=True, unit=q.size)
+
+
+def negative_share(
+    source: Source,
+    *,
+    key: jax.Array | None = None,
+    num_steps: int | None = None,
+    num_probes: int = 8,
+    probe_batch: int | None = None,
+) -> Estimate:
+    """Estimate the share of eigenvalues that are negative: below minus the noise floor.
+
+    Args:
+        source: symmetric operator, or a `Quadrature` of it.
+        key: JAX random key; needed for an operator.
+        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
+        num_probes: probes.
+        probe_batch: see `slq`.
+
+    Returns:
+        `Estimate` of a number in [0, 1], as `count_above` has it.
+
+    Raises:
+        As `slq`.
+
+    Cost: num_probes x num_steps products, memory as `slq`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(-1.0, 3.0, 400)))
+        >>> lower, _, upper = spectra.negative_share(op, key=jax.random.key(0)).interval()
+        >>> bool(lower < 0.25 < upper)
+        True
+    """
+    q = _quadrature_of(source, key, num_steps, num_probes, probe_batch)
+    return _count(q, -q.noise_floor, above=False, unit=1)
+
+
+def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:
+    point = np.asarray(x, np.float64)
+    rest, share, known = _quadrature.split(q, point)  # atoms of deflated pairs are not sampled
+    sampled = _quadrature.bracket(rest, point, q.noise_floor + q.coupling)
+    widest = float(min(max(0.5, sampled[0]), sampled[2]))
+    variance = widest * (1 - widest)
+    low, middle, high = (float(share * part + atoms) for part, atoms in zip(sampled, known, strict=True))
+    if above:
+        low, middle, high = 1 - high, 1 - middle, 1 - low
+    return Estimate(
+        value=unit * middle,
+        stderr=float(unit * share * np.sqrt(2 * variance / (rest.size + 2) / q.num_probes)),
+        num_matvecs=q.num_matvecs,
+        method="slq",
+        status=q.status,
+        reason="the bracket is that of Chebyshev, Markov and Stieltjes",
+        dof=q.num_probes * rest.size * variance / (1 - 3 * variance) if variance > 0 else None,
+        lower=unit * low,
+        upper=unit * high,
+    )

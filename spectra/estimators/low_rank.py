@@ -1,0 +1,258 @@
+"""Traces that take out what a sketch of the range explains: Hutch++, XTrace and XNysTrace.
+
+All use a rank-revealing decomposition where the published algorithms invert a triangular factor: a
+Hessian nearly always is rank-deficient.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spectra import _tree
+from spectra._errors import SpectraError
+from spectra.estimators import blocks, leave_one_out
+from spectra.estimators.hutchinson import mean_and_error
+from spectra.estimators.leave_one_out import Nystrom, Sketch
+from spectra.estimators.run import Run, adaptive
+from spectra.results import Estimate
+
+PyTree = Any
+_BASIS = 2**31 - 1  # number of the key that fills a rank-deficient basis; no probe reaches it
+
+
+class SketchRun:
+    """Probes Ω, Y = H Ω, an orthonormal basis Q of the range of Y, and Z = H Q; grows without loss."""
+
+    def __init__(self, run: Run, kind: str):
+        self.run, self.kind = run, kind
+        self.probes: Any = None
+        self.images: Any = None  # Y
+        self.basis: Any = None  # Q
+        self.basis_images: Any = None  # Z
+
+    @property
+    def num_probes(self) -> int:
+        """m."""
+        return 0 if self.probes is None else blocks.length(self.probes)
+
+    def extend(self, count: int, *, project: bool = True) -> None:
+        """Raise the number of probes to `count`: one product each, and another one with `project`."""
+        run = self.run
+        new = _draw(run.op, run.key, jnp.arange(self.num_probes, count), self.kind)
+        images = blocks.products(run.op, new, run.batch)
+        if project:
+            key = jax.random.fold_in(jax.random.fold_in(run.key, _BASIS), count)
+            basis = blocks.orthonormalize(images, self.basis, key)
+            self.basis = _append(self.basis, basis)
+            self.basis_images = _append(self.basis_images, blocks.products(run.op, basis, run.batch))
+        self.probes, self.images = _append(self.probes, new), _append(self.images, images)
+
+    def sketch(self) -> Any:
+        """R = Q Yᵀ, shape (m, m)."""
+        return self.run.host(jnp.sum(_gram(self.basis, self.images), axis=0))
+
+    def directions(self) -> Any:
+        """Unit directions that leaving out a probe removes from the basis, shape (m, m)."""
+        return leave_one_out.directions(self.sketch(), self.run.op.precision, self.run.xp)
+
+    def inner_products(self) -> Sketch:
+        """All that XTrace needs, for each group and for the whole."""
+        run, q, z = self.run, self.basis, self.basis_images
+        qz, qy, qo = (run.by_group(_gram(q, x)) for x in (z, self.images, self.probes))
+        run.check_symmetric(qz[-1])
+        if run.by is None:
+            qq, zo = run.xp.eye(self.num_probes)[None], qy
+        else:
+            qq, zo = run.by_group(_gram(q, q)), run.by_group(_gram(z, self.probes))
+        oy = run.by_group(_row_dots(self.probes, self.images))
+        oo = run.host(jnp.sum(_row_dots(self.probes, self.probes), axis=0))
+        return Sketch(qq, qz, qy, qo, zo, oy, oo)
+
+    def squared(self) -> Sketch:
+        """The same for H² in the place of H, from the same products; for the whole only."""
+        run = self.run
+        inner = self.inner_products()
+        zz = run.host(jnp.sum(_gram(self.basis_images, self.basis_images), axis=0))[None]
+        zy = run.host(jnp.sum(_gram(self.basis_images, self.images), axis=0))[None]
+        yy = run.host(jnp.sum(_row_dots(self.images, self.images), axis=0))[None]
+        return inner._replace(qz=zz, qy=zy, zo=zy, oy=yy)
+
+    def rounding(self) -> Any:
+        """Error by rounding of one quadratic form, for each group."""
+        return self.run.rounding(self.run.by_group(_row_dots(self.images, self.images)))
+
+
+_gram = jax.jit(blocks.gram)
+_row_dots = jax.jit(blocks.row_dots)
+_draw = jax.jit(
+    lambda op, key, indices, kind: blocks.draw(key, indices, op.structure, kind), static_argnames="kind"
+)
+
+
+def _append(stack: PyTree | None, new: PyTree) -> PyTree:
+    return new if stack is None else blocks.concatenate([stack, new])
+
+
+def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
+    """XTrace of m probes from 2 m products; see `leave_one_out`."""
+    sketch = SketchRun(run, kind)
+    found: list[Any] = []
+
+    def step(count):
+        sketch.extend(count)
+        values, pairs = leave_one_out.xtrace_values(
+            sketch.inner_products(),
+            sketch.directions(),
+            run.op.size,
+            resphere=kind == "normal",
+            xp=run.xp,
+        )
+        found[:] = with_rounding(run, values, pairs, sketch.rounding())
+        return found[0][-1], found[1][-1]
+
+    status = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
+    return run.estimate(
+        *found,
+        num_matvecs=2 * sketch.num_probes,
+        method="xtrace",
+        status=status,
+        reason=reason,
+        dof=float(sketch.num_probes - 1),
+    )
+
+
+MIN_SKETCH = 12
+"""Probes before an adaptive run with a sketch may stop."""
+
+
+def with_rounding(run: Run, values, pairs, rounding) -> tuple[Any, Any]:
+    """Mean of leave-one-out estimates, and its error with that of rounding."""
+    mean, variance = leave_one_out.mean_and_variance(values, pairs, run.xp)
+    return mean, run.xp.sqrt(variance + rounding**2)
+
+
+def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
+    """XNysTrace of m probes from m products, for positive semi-definite operators.
+
+    The operator is shifted by ν, the rounding of its products, and n ν is taken off the trace: of the
+    shifted core ΩᵀAΩ no eigenvalue is below ν times the smallest of ΩᵀΩ but for rounding, and there it
+    is raised to that.
+    """
+    xp, sketch = run.xp, SketchRun(run, kind)
+    found: list[Any] = []
+
+    def step(count):
+        sketch.extend(count, project=False)
+        probes, images, m = sketch.probes, sketch.images, sketch.num_probes
+        square = run.host(jnp.sum(_row_dots(images, images)))
+        shift = run.op.precision * xp.sqrt(square / (m * run.op.size))
+        images = _shift(shift, probes, images)
+        core = run.host(jnp.sum(_gram(probes, images), axis=0))
+        values, vectors = xp.linalg.eigh((core + core.T) / 2)
+        if not run.traced:
+            _require_positive(values, run)
+        gram = run.host(jnp.sum(_gram(probes, probes), axis=0))
+        weights, axes = xp.linalg.eigh(gram)
+        values = xp.maximum(values, xp.maximum(shift * weights[0], m * run.op.precision**2 * values[-1]))
+        root = xp.sqrt(xp.where(values > 0, values, 1))
+        inverse_gram = (axes / xp.maximum(weights, run.op.precision * weights[-1])) @ axes.T
+        factor = _combine(jnp.asarray((vectors / root).T), images)
+        core = Nystrom(
+            bb=run.by_group(_gram(factor, factor)),
+            ob=run.by_group(_gram(probes, factor)),
+            root=vectors * root,
+            inverse_root=vectors / root,
+            inverse_gram=inverse_gram,
+        )
+        estimates, pairs = leave_one_out.xnystrace_values(core, run.op.size, resphere=kind == "normal", xp=xp)
+        taken = (shift * xp.asarray(run.sizes))[:, None]
+        estimates, pairs = estimates - taken, pairs - taken
+        # Rounding of the core counts in units of the smallest eigenvalue of ΩΩᵀ, and the shift is no larger.
+        floor = sketch.rounding() * run.op.size / weights[0]
+        found[:] = with_rounding(run, estimates, pairs, floor)
+        return found[0][-1], found[1][-1]
+
+    status = adaptive(run, step, num_matvecs, least=MIN_SKETCH)
+    return run.estimate(
+        *found,
+        num_matvecs=sketch.num_probes,
+        method="xnystrace",
+        status=status,
+        reason=reason,
+        dof=float(sketch.num_probes - 1),
+    )
+
+
+@jax.jit
+def _shift(factor, vectors, products):
+    return _tree.axpy(factor, vectors, products)
+
+
+_combine = jax.jit(blocks.combine)
+
+
+def _require_positive(values, run: Run) -> None:
+    if values[0] < -(run.op.precision**0.5) * abs(values).max():
+        raise SpectraError(
+            f"xnystrace needs a positive semi-definite operator: on the span of the probes it has the "
+            f"eigenvalue {values[0]:.2e} beside {values[-1]:.2e}. Use method='xtrace', or shift the operator."
+        )
+
+
+def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
+    """Hutch++: the trace on a sketched range, and Hutchinson on its complement, a third of products each.
+
+    Given the range Q the samples are independent: the interval rests on Student's t.
+
+    References:
+        Meyer, Musco, Musco and Woodruff, arXiv:2010.09649.
+    """
+    xp, rank = run.xp, max(1, num_matvecs // 3)
+    sketch = SketchRun(run, kind)
+    sketch.extend(rank)
+    q, z = sketch.basis, sketch.basis_images
+    qz, qq = run.by_group(_gram(q, z)), run.by_group(_gram(q, q))
+    run.check_symmetric(qz[-1])
+    fixed = xp.trace(2 * qz - qz[-1] @ qq, axis1=-2, axis2=-1)
+    parts: list[Any] = []
+
+    def step(count):
+        done = sum(x.shape[-1] for x in parts)
+        probes = _draw(run.op, run.key, jnp.arange(rank + done, rank + count), kind)
+        complement, square = _project(q, probes)
+        images = blocks.products(run.op, complement, run.batch)
+        samples = run.by_group(_complement_forms(q, complement, images))
+        if kind == "normal":
+            samples = samples * (run.op.size - rank) / run.host(square)
+        parts.append(samples)
+        values, stderr = result()
+        return values[-1], stderr[-1]
+
+    def result():
+        mean, stderr = mean_and_error(run, xp.concatenate(parts, axis=-1))
+        return mean + fixed, xp.hypot(stderr, sketch.rounding())
+
+    status = adaptive(run, step, num_matvecs - 2 * rank, least=MIN_SKETCH)
+    samples = sum(x.shape[-1] for x in parts)
+    return run.estimate(
+        *result(),
+        num_matvecs=2 * rank + samples,
+        method="hutch++",
+        status=status,
+        reason=reason,
+        dof=float(samples - 1),
+    )
+
+
+@jax.jit
+def _project(basis: PyTree, vectors: PyTree):
+    """The part of vectors orthogonal to the basis, and its squared lengths."""
+    rest = blocks.subtract(vectors, blocks.combine(jnp.sum(blocks.gram(vectors, basis), axis=0), basis))
+    return rest, jnp.sum(blocks.row_dots(rest, rest), axis=0)
+
+
+@jax.jit
+def _complement_forms(basis: PyTree, vectors: PyTree, images: PyTree):
+    """v · (1 - QQᵀ) H v for each leaf."""
+    return blocks.row_dots(vectors, _project(basis, images)[0])

@@ -1,0 +1,162 @@
+"""What every estimator shares: arguments and their checks, groups of leaves, adaptive runs, results."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra import _memory, _tree
+from spectra._errors import MemoryLimitError, NonFiniteError, NotSymmetricError, SpectraError
+from spectra._paths import group_leaves
+from spectra._status import Status
+from spectra.estimators.blocks import PROBES
+from spectra.krylov.plan import VECTORS, choose_batch
+from spectra.operators.base import LinearOperator, require_operator
+from spectra.results import Estimate, format_bytes
+
+Array = Any
+MIN_PROBES = 16
+"""Probes before an adaptive run may stop: an error estimated from fewer is too often far too small."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A prepared operator with everything that one estimate was asked with."""
+
+    op: LinearOperator
+    key: Any
+    groups: dict[str, tuple[int, ...]]  # leaves of each group; empty for a single number
+    by: str | None
+    tol: float | None
+    batch: int
+    traced: bool
+
+    @property
+    def xp(self):
+        """NumPy in float64 on the host, JAX inside a caller's jit."""
+        return jnp if self.traced else np
+
+    def host(self, x: Array) -> Array:
+        """Float64 on the host, as it is under tracing; raises for NaN and infinity."""
+        if self.traced:
+            return x
+        x = np.asarray(x, np.float64)
+        if not np.isfinite(x).all():
+            raise NonFiniteError(f"a product is NaN or infinite. {self.op.explain_non_finite()}")
+        return x
+
+    @property
+    def leaf_sets(self) -> list[tuple[int, ...]]:
+        """Leaves of each group, and all leaves last."""
+        return [*self.groups.values(), tuple(range(len(jax.tree.leaves(self.op.structure))))]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of parameters of each group, and of all."""
+        leaves = [math.prod(leaf.shape) for leaf in jax.tree.leaves(self.op.structure)]
+        return np.array([sum(leaves[i] for i in group) for group in self.leaf_sets], float)
+
+    def by_group(self, leafwise: Array) -> Array:
+        """An array with a leading axis of leaves, summed over each group, and over all in the last row."""
+        parts = self.host(leafwise)
+        return self.xp.stack([sum(parts[i] for i in leaves) for leaves in self.leaf_sets])
+
+    def rounding(self, squares: Array) -> Array:
+        """Error of vᵀHv by rounding, eps |v| |Hv|, for each group; `squares` (G, k) holds |(Hv)_g|²."""
+        return self.op.precision * self.xp.sqrt(self.sizes * self.xp.mean(squares, axis=-1))
+
+    def check_symmetric(self, core: Array) -> None:
+        """Raise where Q H Qᵀ contradicts symmetry by far more than its rounding."""
+        if self.traced:
+            return
+        worst, size = np.abs(core - core.T).max(), np.linalg.norm(core)
+        if worst > np.sqrt(self.op.precision) * size:
+            raise NotSymmetricError(
+                f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {worst / size:.1e} |H|, above "
+                f"{np.sqrt(self.op.precision):.1e}, the square root of the precision of its products."
+            )
+
+    def estimate(self, values: Array, stderr: Array, *, status: Status, **fields: Any) -> Estimate:
+        """The result for values and errors of each group and, last, of the whole."""
+        fields["status"] = Status.TRACED if self.traced else status
+        if not self.traced:
+            values, stderr = values.tolist(), stderr.tolist()
+        total = Estimate(values[-1], stderr[-1], **fields)
+        if self.by is None:
+            return total
+        named = [dict(zip(self.groups, x, strict=False)) for x in (values, stderr)]
+        return Estimate(named[0], named[1], total=total, **fields)
+
+
+def begin(
+    op: LinearOperator,
+    *,
+    key: Any,
+    by: str | None,
+    tol: float | None,
+    num_matvecs: int,
+    probe_batch: int | None,
+    count: int,
+    stacks: int = 0,
+    needs_key: bool = True,
+) -> Run:
+    """Check the arguments, choose the batch, and prepare the operator.
+
+    `count` products run side by side at most; `stacks` vectors are held besides.
+    """
+    require_operator(op)
+    if needs_key and key is None:
+        raise SpectraError("key=None: random probes need a key, for example jax.random.key(0).")
+    traced = _tree.is_traced((op, key))
+    if tol is not None:
+        if traced:
+            raise SpectraError("tol= needs values, which do not exist inside jit or vmap.")
+        if not 0 < tol < 1:
+            raise SpectraError(f"tol={tol} is relative to the value: use a number in (0, 1).")
+    if not isinstance(num_matvecs, int) or num_matvecs < 1:
+        raise SpectraError(f"num_matvecs={num_matvecs}: use a positive number of products.")
+    if probe_batch is not None and not (isinstance(probe_batch, int) and probe_batch >= 1):
+        raise SpectraError(f"probe_batch={probe_batch}: use a positive number of probes.")
+    groups = {} if by is None else group_leaves(op.like, by)
+    vector = _tree.tree_bytes(op.structure)
+    available = _memory.available_bytes()
+    needed = op.prepared_bytes() + (stacks + VECTORS) * vector
+    if available is not None and needed > available:
+        raise MemoryLimitError(
+            f"{stacks} vectors of {format_bytes(vector)} besides the product need {format_bytes(needed)}, "
+            f"and {format_bytes(available)} are free. Use method='hutchinson', which holds none, or fewer "
+            "num_matvecs."
+        )
+    shared = needed - VECTORS * vector
+    batch = probe_batch or choose_batch(op, VECTORS * vector, shared, available, count)
+    return Run(op.prepare(), key, groups, by, tol, min(batch, count), traced)
+
+
+def check_probes(probes: str | None, default: str) -> str:
+    """The kind of probes, `default` for None."""
+    if probes is not None and probes not in PROBES:
+        raise SpectraError(f"probes={probes!r}: use one of {PROBES}.")
+    return probes or default
+
+
+def adaptive(run: Run, step: Callable[[int], Any], most: int, least: int = MIN_PROBES) -> Status:
+    """Call `step` with growing numbers of probes until stderr <= tol |value|; all at once without tol.
+
+    Every look is a chance to stop on an error that is too small by luck, so the number of probes grows
+    by half between looks; the same numbers each time, so that compiled code is shared.
+    """
+    if run.tol is None:
+        step(most)
+        return Status.COMPLETE
+    count = min(least, most)
+    while True:
+        value, stderr = step(count)
+        if stderr <= run.tol * abs(value):
+            return Status.CONVERGED
+        if count == most:
+            return Status.BUDGET_EXHAUSTED
+        count = min(most, count + count // 2)

@@ -1,0 +1,279 @@
+"""The trace of an operator and its Frobenius norm, by the method that fits the budget."""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from spectra import _memory, _tree
+from spectra._errors import SpectraError
+from spectra._status import Status
+from spectra.estimators import exact, leave_one_out
+from spectra.estimators.hutchinson import hutchinson, sample_norms
+from spectra.estimators.low_rank import MIN_SKETCH, SketchRun, hutchpp, with_rounding, xnystrace, xtrace
+from spectra.estimators.run import Run, adaptive, begin, check_probes
+from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.ggn import ComposedLoss
+from spectra.operators.hessian import HessianOperator
+from spectra.results import Estimate, format_bytes
+
+PyTree = Any
+
+_RUNNERS = {"hutchinson": hutchinson, "hutch++": hutchpp, "xtrace": xtrace, "xnystrace": xnystrace}
+METHODS = ("auto", "exact", *_RUNNERS)
+_STACKS = {"hutchinson": 0.0, "hutch++": 2.0, "xtrace": 2.0, "xnystrace": 4.0}
+"""Vectors held at the peak, for each product of the budget."""
+_LEAST = {"hutchinson": 1, "hutch++": 4, "xtrace": 4, "xnystrace": 2}
+"""Products that leave two samples or probes, without which there is no error; see `hutchinson` for one."""
+
+
+def trace(
+    op: LinearOperator,
+    *,
+    key: jax.Array | None,
+    method: str = "auto",
+    num_matvecs: int = 64,
+    tol: float | None = None,
+    probes: str | None = None,
+    by: str | None = None,
+    probe_batch: int | None = None,
+) -> Estimate:
+    """Estimate the trace tr H = Σ_i H_ii, with a standard error and an interval that holds.
+
+    "hutchinson" is the mean of vᵀHv over random probes. "hutch++" takes the trace on a sketched range
+    exactly and samples the rest. "xtrace" does the same with every probe in both roles, leaving it out
+    of its own sketch; "xnystrace" needs half the products, of a positive semi-definite operator. "exact"
+    sums n products with unit vectors. Works inside `jit` and `vmap`, where `tol` and the checks of
+    values are not available.
+
+    The interval (`Estimate.interval`) rests on Student's t with the spread of the samples: independent
+    ones for "hutchinson" and "hutch++"; leave-one-out estimates of m probes for the other two, whose
+    covariance is bounded and added (see `spectra.estimators.leave_one_out`). The rounding of a product
+    is part of the error.
+
+    Args:
+        op: symmetric operator of order n.
+        key: JAX random key; probe i depends on the key and i alone. None for "exact".
+        method: one of the above, or "auto": "exact" if the budget covers n products, else "xtrace", or
+            "hutchinson" if 2 num_matvecs vectors do not fit into half of the free memory. The `reason`
+            of the result says which and why.
+        num_matvecs: budget of products. Where it covers n, sketches give way to "exact".
+        tol: stop as soon as stderr <= tol |value|, looking at 12 probes (16 for "hutchinson") and then
+            at half again as many each time; the status says whether it was reached.
+        probes: "rademacher" (default for "hutchinson": exact for a diagonal H) or "normal" (default
+            for the others, which scale the projected probe to the length it has on average).
+        by: "leaf" or "layer": value and stderr become dicts with the trace of each diagonal block, from
+            the same products; `total` is the trace.
+        probe_batch: products side by side; changes the result by rounding only.
+
+    Returns:
+        `Estimate` with value and stderr.
+
+    Raises:
+        SpectraError: an argument is out of range, or "xnystrace" meets an indefinite operator.
+        NonFiniteError: a product is NaN or infinite.
+        NotSymmetricError: a sketch finds that the operator is not symmetric.
+        MemoryLimitError: the sketch does not fit.
+
+    Cost: at most num_matvecs products (n if exact). Memory: probe_batch products and no vector for
+    "hutchinson" and "exact"; 2 num_matvecs vectors for "xtrace" and "hutch++", 4 for "xnystrace".
+
+    References:
+        Hutchinson, doi:10.1080/03610918908812806; Meyer, Musco, Musco and Woodruff, arXiv:2010.09649;
+        Epperly, Tropp and Webber, arXiv:2301.07825.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(1.0 / jnp.arange(1.0, 201.0) ** 2))
+        >>> estimate = spectra.trace(op, key=jax.random.key(0))
+        >>> estimate.method, estimate.num_matvecs
+        ('xtrace', 64)
+        >>> lower, _, upper = estimate.interval()
+        >>> bool(lower < 1.6399 < upper)
+        True
+    """
+    if method not in METHODS:
+        raise SpectraError(f"method={method!r}: use one of {METHODS}.")
+    method, reason = choose(op, method, num_matvecs)
+    kind = check_probes(probes, "rademacher" if method == "hutchinson" else "normal")
+    count = op.size if method == "exact" else num_matvecs
+    if method != "exact" and num_matvecs < _LEAST[method]:
+        raise SpectraError(f"num_matvecs={num_matvecs}: {method} needs at least {_LEAST[method]} products.")
+    run = begin(
+        op,
+        key=key,
+        by=by,
+        tol=tol,
+        num_matvecs=num_matvecs,
+        probe_batch=probe_batch,
+        count=count,
+        stacks=math.ceil(_STACKS.get(method, 0) * num_matvecs),
+        needs_key=method != "exact",
+    )
+    return _exact(run, reason) if method == "exact" else _RUNNERS[method](run, kind, num_matvecs, reason)
+
+
+def choose(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]:
+    """The method that "auto" stands for, and the reason; sketches of all of the space give way too."""
+    require_operator(op)
+    if method in ("exact", "hutchinson"):
+        return method, ""
+    if op.size <= num_matvecs:
+        return "exact", f"num_matvecs={num_matvecs} covers the n={op.size} products that give it exactly"
+    if method != "auto":
+        return method, ""
+    needed = _STACKS["xtrace"] * num_matvecs * _tree.tree_bytes(op.structure)
+    available = _memory.available_bytes()
+    if num_matvecs < _LEAST["xtrace"]:
+        return "hutchinson", f"num_matvecs={num_matvecs} is too few for a sketch"
+    if available is not None and needed > available // 2:
+        held = f"{format_bytes(int(needed))} of vectors"
+        return "hutchinson", f"xtrace would hold {held}, {format_bytes(available)} are free"
+    return "xtrace", f"n={op.size:,} exceeds num_matvecs={num_matvecs} and the sketch fits into memory"
+
+
+def _exact(run: Run, reason: str) -> Estimate:
+    entries = _tree.unravel(exact.columns(run)[0], run.op.structure)
+    # Summed on the host in float64: n roundings of a float32 sum are none of the operator's.
+    values = run.by_group(run.xp.stack([run.xp.sum(run.host(leaf)) for leaf in jax.tree.leaves(entries)]))
+    return run.estimate(
+        values,
+        run.xp.zeros(len(values)),
+        num_matvecs=run.op.size,
+        method="exact",
+        status=Status.COMPLETE,
+        reason=reason,
+    )
+
+
+def frobenius_norm(
+    op: LinearOperator,
+    *,
+    key: jax.Array | None,
+    num_matvecs: int = 64,
+    tol: float | None = None,
+    probe_batch: int | None = None,
+) -> Estimate:
+    """Estimate the Frobenius norm ‖H‖_F = sqrt(Σ_ij H_ij²), the root of the sum of squared eigenvalues.
+
+    ‖H‖_F² = tr H² is estimated as `trace` does with method="auto", from products with H alone: XTrace of
+    H² has the same sketch, and |Hv|² takes the place of vᵀHv. The error is carried through the root to
+    first order.
+
+    Args:
+        op: symmetric operator of order n.
+        key: JAX random key.
+        num_matvecs: budget of products; exact if it covers n.
+        tol: stop as soon as stderr <= tol value.
+        probe_batch: products side by side; changes the result by rounding only.
+
+    Returns:
+        `Estimate` with value and stderr.
+
+    Raises:
+        As `trace`.
+
+    Cost: at most num_matvecs products, memory as `trace`.
+
+    References:
+        Epperly, Tropp and Webber, arXiv:2301.07825.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.array([[3.0, 0.0], [0.0, -4.0]]))
+        >>> spectra.frobenius_norm(op, key=jax.random.key(0)).value
+        5.0
+    """
+    method, reason = choose(op, "auto", num_matvecs)
+    run = begin(
+        op,
+        key=key,
+        by=None,
+        tol=tol if tol is None else 2 * tol,  # of the square
+        num_matvecs=num_matvecs,
+        probe_batch=probe_batch,
+        count=op.size if method == "exact" else num_matvecs,
+        stacks=math.ceil(_STACKS.get(method, 0) * num_matvecs),
+        needs_key=method != "exact",
+    )
+    if method == "exact":
+        square, error = run.xp.sum(run.host(exact.columns(run)[1])), 0.0
+        status, dof, count = Status.COMPLETE, None, op.size
+    elif method == "hutchinson":
+        square, error, status, count = sample_norms(run, num_matvecs)
+        dof = float(max(count - 1, 1))
+    else:
+        sketch, found = SketchRun(run, "normal"), []
+
+        def step(count):
+            sketch.extend(count)
+            values, pairs = leave_one_out.xtrace_values(
+                sketch.squared(), sketch.directions(), op.size, resphere=True, xp=run.xp
+            )
+            mean, error = with_rounding(run, values, pairs, 0.0)
+            found[:] = [mean[-1], run.xp.hypot(error[-1], 2 * run.op.precision * mean[-1])]
+            return found
+
+        status = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
+        (square, error), count = found, 2 * sketch.num_probes
+        dof = float(sketch.num_probes - 1)
+    value = run.xp.sqrt(run.xp.maximum(square, 0))
+    stderr = error / run.xp.where(value > 0, 2 * value, 1)
+    return run.estimate(
+        run.xp.asarray([value]),
+        run.xp.asarray([stderr]),
+        num_matvecs=count,
+        method=method,
+        status=status,
+        reason=reason,
+        dof=dof,
+    )
+
+
+def model_trace(
+    model_fn: Callable[[PyTree, PyTree], PyTree],
+    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    inputs: PyTree,
+    targets: PyTree,
+    *,
+    key: jax.Array | None = None,
+    **options: Any,
+) -> Estimate:
+    """Estimate the trace of the Hessian of loss_fn(model_fn(params, inputs), targets) in the parameters.
+
+    Args:
+        model_fn: pure function (params, inputs) -> outputs.
+        loss_fn: pure function (outputs, targets) -> scalar, the mean over the examples.
+        params: pytree of real floating arrays.
+        inputs: array or pytree with a leading axis of examples.
+        targets: the same for what the outputs are compared with.
+        key: JAX random key; None stands for jax.random.key(0).
+        options: keyword arguments of `trace` and of `HessianOperator`.
+
+    Returns:
+        `Estimate` with value and stderr.
+
+    Raises:
+        As `HessianOperator` and `trace`.
+
+    Cost: as `trace`.
+
+    Examples:
+        >>> import jax.numpy as jnp, spectra
+        >>> def model_fn(params, inputs):
+        ...     return inputs @ params
+        >>> def loss_fn(outputs, targets):
+        ...     return jnp.mean((outputs - targets) ** 2)
+        >>> inputs, targets = jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.zeros(2)
+        >>> spectra.model_trace(model_fn, loss_fn, jnp.ones(2), inputs, targets)
+        10 ± 0 (exact, 2 products)
+    """
+    own = {name: options.pop(name) for name in list(options) if name in _TRACE_OPTIONS}
+    op = HessianOperator(ComposedLoss(model_fn, loss_fn), params, (inputs, targets), **options)
+    return trace(op, key=jax.random.key(0) if key is None else key, **own)
+
+
+_TRACE_OPTIONS = tuple(inspect.signature(trace).parameters)[2:]

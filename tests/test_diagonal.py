@@ -1,0 +1,171 @@
+"""Diagonals: exact where an exact answer exists, equal to a naive implementation, with errors that hold."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import OPERATORS, SPECTRA, Ridge, planted, rotation
+from scipy.stats import t as student
+
+import spectra
+
+KEY = jax.random.key(0)
+N = 40
+
+
+def signs(i, n=N):
+    """Probe i as documented: from the key, its number and the number of the leaf."""
+    return np.asarray(jax.random.rademacher(jax.random.fold_in(jax.random.fold_in(KEY, i), 0), (n,), float))
+
+
+def naive_xdiag(a, probes, keep, j):
+    q = np.linalg.qr(a @ probes[:, keep])[0]
+    omega = probes[:, j]
+    image = a @ omega
+    return np.diag(q @ q.T @ a) + omega * (image - q @ (q.T @ image)) / omega**2
+
+
+@pytest.mark.parametrize("name", ["decaying", "indefinite"])
+def test_xdiag_equals_a_naive_leave_one_out(name, x64):
+    eigenvalues = {"decaying": 0.8 ** np.arange(N), "indefinite": np.linspace(-2, 3, N)}[name]
+    a, m = planted(eigenvalues), 8
+    probes = np.stack([signs(i) for i in range(m)], axis=1)
+    one = partial(naive_xdiag, a, probes)
+    single = np.array([one([i for i in range(m) if i != j], j) for j in range(m)])
+    pairs = np.zeros(N)
+    for i in range(m):
+        for j in range(i):
+            rest = [k for k in range(m) if k not in (i, j)]
+            pairs += 2 * np.abs((single[i] - one(rest, i)) * (single[j] - one(rest, j)))
+    stderr = np.sqrt(single.var(axis=0, ddof=1) / m + pairs / (m * (m - 1)))
+    got = spectra.diagonal(spectra.MatrixOperator(a), key=KEY, method="xdiag", num_matvecs=2 * m)
+    # Entries of m products of norm |H| sqrt(n), each with n roundings; the sketch amplifies by
+    # |H| / λ_m = 5.
+    tol = 100 * m * N * np.finfo(float).eps * np.abs(eigenvalues).max()
+    np.testing.assert_allclose(got.value, single.mean(axis=0), rtol=0, atol=tol)
+    np.testing.assert_allclose(got.stderr, stderr, rtol=1e-6, atol=tol)
+
+
+def test_hutchinson_equals_its_definition(x64):
+    a = planted(np.linspace(-2, 3, N))
+    samples = np.array([signs(i) * (a @ signs(i)) for i in range(10)])
+    for batch in (1, 3, 10):
+        got = spectra.diagonal(
+            spectra.MatrixOperator(a), key=KEY, method="hutchinson", num_matvecs=10, probe_batch=batch
+        )
+        np.testing.assert_allclose(got.value, samples.mean(axis=0), rtol=0, atol=1e-14)
+        np.testing.assert_allclose(got.stderr, samples.std(axis=0, ddof=1) / np.sqrt(10), rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "exact"])
+def test_a_diagonal_operator_has_its_diagonal(method, dtype):
+    entries = jnp.asarray(np.linspace(-2, 3, N), dtype)
+    op = spectra.FunctionOperator(lambda v: entries * v, entries)
+    got = spectra.diagonal(op, key=KEY, method=method, num_matvecs=3)
+    np.testing.assert_allclose(got.value, entries, rtol=4 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("name", ["zero", "rank deficient", "multiple of the identity", "two scales"])
+def test_degenerate_operators_give_no_nan(name, dtype):
+    eigenvalues = np.append([1e4, 1e-4], np.zeros(46)) if name == "two scales" else SPECTRA[name]
+    a = planted(eigenvalues)
+    op = spectra.MatrixOperator(jnp.asarray(a, dtype))
+    got = spectra.diagonal(op, key=KEY, method="xdiag", num_matvecs=40)
+    traced = jax.jit(lambda op: spectra.diagonal(op, key=KEY, method="xdiag", num_matvecs=40))(op)
+    eps, size = float(jnp.finfo(dtype).eps), np.abs(eigenvalues).max()
+    for estimate in (got, traced):
+        error = np.abs(np.asarray(estimate.value, np.float64) - np.diag(a))
+        assert np.isfinite(estimate.stderr).all()
+        # Six standard errors of t with 19 degrees of freedom, 48 entries: 4e-4; and n roundings of |H|.
+        assert (error <= 6 * np.asarray(estimate.stderr) + 2 * 48 * eps * size).all()
+    if name in ("zero", "rank deficient", "two scales"):
+        assert np.abs(np.asarray(got.value) - np.diag(a)).max() <= 2 * 48 * eps * size
+    assert traced.status is spectra.Status.TRACED
+
+
+@pytest.mark.parametrize("name", ["flat", "polynomial", "exponential"])
+@pytest.mark.parametrize("method", ["hutchinson", "xdiag"])
+def test_intervals_hold_at_their_rate(method, name, x64):
+    index = np.arange(float(N))
+    eigenvalues = {"flat": 3 - index / N, "polynomial": (index + 1) ** -2, "exponential": 0.8**index}[name]
+    a = planted(eigenvalues)
+    op = spectra.MatrixOperator(a)
+
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        estimate = spectra.diagonal(op, key=key, method=method, num_matvecs=32)
+        return estimate.value, estimate.stderr
+
+    values, errors = map(np.asarray, run(jax.random.split(jax.random.key(7), 400)))
+    dof = 31 if method == "hutchinson" else 15
+    held = np.abs(values - np.diag(a)) <= student.ppf(0.975, dof) * errors
+    assert held.mean() >= 0.92
+    if method == "hutchinson":
+        assert held.mean() <= 0.98
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "xdiag", "exact"])
+def test_the_batch_of_probes_changes_rounding_only(method, dtype):
+    op = spectra.MatrixOperator(jnp.asarray(planted(0.8 ** np.arange(N)), dtype))
+    values = [
+        spectra.diagonal(op, key=KEY, method=method, num_matvecs=30, probe_batch=batch).value
+        for batch in (1, 7, 30)
+    ]
+    assert np.ptp(values, axis=0).max() <= 10 * N * float(jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_has_its_diagonal(name):
+    op, dense = OPERATORS[name]()
+    got = spectra.diagonal(op, key=KEY, num_matvecs=100)
+    assert got.method == "exact"
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(got.value)])
+    assert jax.tree.structure(got.value) == jax.tree.structure(op.structure)
+    bound = len(dense) ** 2 * op.precision * np.linalg.norm(dense, 2)
+    np.testing.assert_allclose(flat, np.diag(dense), rtol=0, atol=bound)
+
+
+def test_a_tolerance_and_a_stream_and_groups(x64, tmp_path):
+    ridge = Ridge(width=30)
+    op, dense = ridge.operator(ridge.parts(5)), ridge.hessian()
+    got = spectra.diagonal(
+        op, key=KEY, method="hutchinson", num_matvecs=3000, tol=0.2, by="leaf", probe_batch=64
+    )
+    assert got.status is spectra.Status.CONVERGED
+    assert got.num_matvecs < 3000
+    assert list(got.value) == ["b", "w"]
+    assert (np.abs(got.value["w"] - np.diag(dense)[1:]) <= 6 * got.stderr["w"]).all()
+    np.testing.assert_array_equal(got.total.value["w"], got.value["w"])
+    assert "arrays" in repr(got)
+    loaded = spectra.load(spectra.save(got.total, tmp_path / "diagonal"))
+    np.testing.assert_array_equal(loaded.value["w"], got.value["w"])
+    layers = spectra.diagonal(op, key=KEY, num_matvecs=12, by="layer")
+    assert (layers.method, list(layers.value["w"])) == ("xdiag", ["w"])
+    short = spectra.diagonal(op, key=KEY, num_matvecs=30, tol=1e-9)
+    assert short.status in (spectra.Status.BUDGET_EXHAUSTED, spectra.Status.CONVERGED)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("method", ["hutchinson", "xdiag"])
+def test_estimates_are_equivariant_under_scaling(method, scale, x64):
+    a = planted(SPECTRA["rank deficient"])
+    one, other = (
+        spectra.diagonal(spectra.MatrixOperator(c * a), key=KEY, method=method, num_matvecs=24)
+        for c in (1.0, scale)
+    )
+    np.testing.assert_allclose(other.value / scale, one.value, rtol=0, atol=1e-12)
+
+
+def test_arguments_out_of_range_are_named():
+    op = spectra.MatrixOperator(jnp.asarray(rotation(80) @ rotation(80).T))
+    for options in ({"method": "none"}, {"num_matvecs": 3, "method": "xdiag"}, {"tol": 0.0}, {"key": None}):
+        (name,) = [k for k in ("method", "num_matvecs", "tol", "key") if k in options][:1]
+        with pytest.raises(spectra.SpectraError, match=f"{name}="):
+            spectra.diagonal(op, **({"key": KEY} | options))
+    broken = spectra.FunctionOperator(lambda v: v / 0.0, jnp.zeros(100))
+    for method in ("hutchinson", "xdiag", "exact"):
+        with pytest.raises(spectra.NonFiniteError):
+            spectra.diagonal(broken, key=KEY, method=method)

@@ -1,0 +1,128 @@
+"""Chebyshev moments and their density: exact moments of the probes, mass one, a band that holds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import SPECTRA, N, Ridge, planted
+
+import spectra
+
+KEY = jax.random.key(0)
+
+
+def exact_density(eigenvalues, moments, grid):
+    """The true spectrum under the same kernel: the density of its own moments."""
+    a, b = moments.bounds
+    angles = np.arccos(np.clip((2 * eigenvalues - a - b) / (b - a), -1, 1))
+    mu = np.cos(np.arange(moments.num_moments)[:, None] * angles).mean(axis=1)
+    exact = spectra.Moments(mu[None], moments.bounds, 10**12, 0, 0.0, moments.status)
+    return spectra.spectral_density(exact, grid=grid).density
+
+
+@pytest.mark.parametrize("num_moments", [2, 7, 40])
+@pytest.mark.parametrize("name", ["indefinite", "rank deficient", "multiple of the identity", "zero"])
+def test_moments_are_those_of_the_probes(name, num_moments, x64):
+    a = planted(SPECTRA[name])
+    got = spectra.kpm(spectra.MatrixOperator(a), key=KEY, num_moments=num_moments, num_probes=2)
+    low, high = got.bounds
+    assert low < SPECTRA[name].min()
+    assert high > SPECTRA[name].max()
+    values, vectors = np.linalg.eigh(a)
+    angles = np.arccos((2 * values - low - high) / (high - low))
+    for i in range(2):
+        v = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(KEY, i), 0), (N,)))
+        weights = (vectors.T @ v) ** 2 / (v @ v)
+        exact = np.cos(np.arange(num_moments)[:, None] * angles) @ weights
+        # The recurrence adds a rounding of |H| / (b - a) a step; at most 100 here (the identity).
+        np.testing.assert_allclose(got.moments[i], exact, rtol=0, atol=1e3 * num_moments * N * 2.2e-16)
+    assert got.num_matvecs <= 24 + 2 * (num_moments // 2)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_density_integrates_to_one_and_lies_in_its_band(name):
+    op = spectra.MatrixOperator(planted(SPECTRA[name]))
+    moments = spectra.kpm(op, key=KEY, num_moments=81, num_probes=4)
+    density = spectra.spectral_density(moments)
+    assert density.integral() == pytest.approx(1.0, abs=1e-6)
+    assert (density.density >= 0).all()
+    assert ((density.lower <= density.density) & (density.density <= density.upper)).all()
+    low, high = moments.bounds
+    coarse = spectra.spectral_density(moments, grid=np.linspace(low, high, 33))
+    assert coarse.integral() == pytest.approx(1.0, abs=1e-6)
+    spectra.plot_density(density).figure.canvas.draw()
+
+
+def test_the_band_holds_at_its_rate(x64):
+    eigenvalues = np.concatenate([np.linspace(-1.0, 1.0, 190), np.linspace(2.0, 3.0, 9), [6.0]])
+    entries = jnp.asarray(eigenvalues)
+    op = spectra.FunctionOperator(lambda v: entries * v, entries)
+    held = 0
+    for i in range(60):
+        moments = spectra.kpm(
+            op, key=jax.random.fold_in(KEY, i), num_moments=60, num_probes=4, bounds=(-1.1, 6.1)
+        )
+        density = spectra.spectral_density(moments)
+        exact = exact_density(eigenvalues, moments, density.grid)
+        held += ((density.lower <= exact) & (exact <= density.upper)).all()
+    # 95 % of 60 keys for the whole curve, less three standard deviations.
+    assert held >= 52
+
+
+def test_it_agrees_with_quadrature(x64):
+    eigenvalues = np.linspace(-1.0, 3.0, 300)
+    entries = jnp.asarray(eigenvalues)
+    op = spectra.FunctionOperator(lambda v: entries * v, entries)
+    density = spectra.spectral_density(spectra.kpm(op, key=KEY, num_moments=100, num_probes=8))
+    below = np.trapezoid(np.where(density.grid <= 1.0, density.density, 0), density.grid)
+    lower, _, upper = spectra.slq(op, key=KEY, num_steps=60, num_probes=8).cdf(1.0)
+    assert lower - 0.02 <= below <= upper + 0.02
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_densities_are_equivariant_under_scaling(scale, x64):
+    a = planted(SPECTRA["indefinite"])
+    one, other = (
+        spectra.kpm(spectra.MatrixOperator(c * a), key=KEY, num_moments=50, num_probes=2)
+        for c in (1.0, scale)
+    )
+    np.testing.assert_allclose(other.moments, one.moments, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(other.bounds / scale, one.bounds, rtol=1e-9)
+
+
+def test_streams_batches_and_files_give_the_same(tmp_path):
+    ridge = Ridge()
+    whole = spectra.kpm(ridge.operator(), key=KEY, num_moments=21, num_probes=3)
+    streamed = spectra.kpm(
+        ridge.operator(ridge.parts(5)), key=KEY, num_moments=21, num_probes=3, bounds=whole.bounds
+    )
+    together = spectra.kpm(
+        ridge.operator(), key=KEY, num_moments=21, num_probes=3, bounds=tuple(whole.bounds), probe_batch=2
+    )
+    for other in (streamed, together):
+        np.testing.assert_allclose(other.moments, whole.moments, rtol=0, atol=1e-4)
+    loaded = spectra.load(spectra.save(whole, tmp_path / "moments"))
+    np.testing.assert_array_equal(loaded.moments, whole.moments)
+    assert loaded.status is spectra.Status.COMPLETE
+    assert "num_moments=21" in repr(loaded)
+
+
+def test_bad_input_is_refused():
+    op = spectra.MatrixOperator(planted(SPECTRA["indefinite"]))
+    for options, match in (
+        ({"num_moments": 1}, "num_moments=1"),
+        ({"num_probes": 0}, "num_probes=0"),
+        ({"bounds": (1.0, 0.0)}, "bounds="),
+        ({"bounds": (-0.1, 0.1)}, "do not hold the spectrum"),
+        ({"probe_batch": 9}, "probe_batch=9"),
+    ):
+        with pytest.raises(spectra.SpectraError, match=match):
+            spectra.kpm(op, **({"key": KEY} | options))
+    with pytest.raises(spectra.SpectraError, match="outside of jit"):
+        jax.jit(lambda key: spectra.kpm(op, key=key).moments)(KEY)
+    moments = spectra.kpm(op, key=KEY, num_moments=20, num_probes=1)
+    with pytest.raises(spectra.SpectraError, match="bandwidth"):
+        spectra.spectral_density(moments, bandwidth=0.1)
+    broken = spectra.FunctionOperator(lambda v: v / 0.0, jnp.zeros(9))
+    with pytest.raises(spectra.NonFiniteError):
+        spectra.kpm(broken, key=KEY)

@@ -1,0 +1,401 @@
+"""Traces: exact where an exact answer exists, equal to a naive implementation, with errors that hold."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import OPERATORS, SPECTRA, Ridge, planted
+from scipy.stats import t as student
+
+import spectra
+
+KEY = jax.random.key(0)
+METHODS = ("hutchinson", "hutch++", "xtrace", "xnystrace")
+N = 60
+DECAYS = {
+    "flat": np.linspace(3.0, 1.0, N),
+    "polynomial": np.arange(1.0, N + 1) ** -2,
+    "exponential": 0.8 ** np.arange(N),
+}
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def jitted(op, key, method, num_matvecs):
+    return spectra.trace(op, key=key, method=method, num_matvecs=num_matvecs)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def mapped(op, keys, method, num_matvecs):
+    """Value and error for each key: one program for all operators of one size."""
+
+    def one(key):
+        estimate = spectra.trace(op, key=key, method=method, num_matvecs=num_matvecs)
+        return estimate.value, estimate.stderr
+
+    return jax.vmap(one)(keys)
+
+
+def sum_of_squares(params, batch):
+    del batch
+    return jnp.sum(params**2)
+
+
+@pytest.mark.parametrize("num_matvecs", [1, 2, 3, 8, 64])
+def test_the_trace_of_a_sum_of_squares_is_exactly_four(num_matvecs, dtype):
+    op = spectra.HessianOperator(sum_of_squares, jnp.array([1.0, 2.0], dtype), None)
+    assert spectra.trace(op, key=None, method="exact").value == 4.0
+    assert spectra.trace(op, key=None, method="exact").stderr == 0.0
+    rademacher = spectra.trace(op, key=KEY, method="hutchinson", num_matvecs=num_matvecs)
+    assert rademacher.value == 4.0
+    # Only the rounding of a product is left: eps |v| |Hv| = 4 eps.
+    assert rademacher.stderr <= 5 * jnp.finfo(dtype).eps
+    if num_matvecs >= 2:
+        for method in ("auto", "xtrace", "xnystrace", "hutch++"):
+            estimate = spectra.trace(op, key=KEY, method=method, num_matvecs=max(num_matvecs, 4))
+            assert (estimate.value, estimate.method, estimate.num_matvecs) == (4.0, "exact", 2)
+            assert "n=2" in estimate.reason
+
+
+def draw(size, i, key=KEY, leaf=0):
+    """Probe i as documented: from the key, its number and the number of the leaf."""
+    return np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, i), leaf), (size,)))
+
+
+def projector(vectors):
+    q = np.linalg.qr(vectors)[0]
+    return q @ q.T
+
+
+def naive_xtrace(a, probes, keep, j, groups):
+    """Estimate j with the sketch of the probes in `keep`, from dense projectors; one number a group."""
+    n = len(a)
+    p = projector(a @ probes[:, keep])
+    rest = np.eye(n) - p
+    mu = rest @ probes[:, j]
+    mu = mu * np.sqrt((n - len(keep)) / (mu @ mu))
+    terms = np.diag(p @ a + a @ p - p @ a @ p) + mu * (rest @ a @ mu)
+    return np.array([terms[g].sum() for g in groups])
+
+
+def naive_xnystrace(a, probes, keep, j, groups):
+    n = len(a)
+    omega = probes[:, keep]
+    nystrom = a @ omega @ np.linalg.solve(omega.T @ a @ omega, omega.T @ a)
+    mu = probes[:, j] - projector(omega) @ probes[:, j]
+    mu = mu * np.sqrt((n - len(keep)) / (mu @ mu))
+    terms = np.diag(nystrom) + mu * ((a - nystrom) @ mu)
+    return np.array([terms[g].sum() for g in groups])
+
+
+def naive_mean_and_error(estimate, m, num_groups):
+    """Mean over leave-one-out estimates, and its error with their covariance from leaving out two."""
+    everyone = range(m)
+    single = np.array([estimate([i for i in everyone if i != j], j) for j in everyone])
+    delta = np.zeros((m, m, num_groups))
+    for i in everyone:
+        for j in everyone:
+            if i != j:
+                delta[i, j] = single[j] - estimate([k for k in everyone if k not in (i, j)], j)
+    pairs = np.sum(np.abs(delta * np.swapaxes(delta, 0, 1)), axis=(0, 1)) / (m * (m - 1))
+    return single.mean(axis=0), np.sqrt(single.var(axis=0, ddof=1) / m + pairs)
+
+
+@pytest.mark.parametrize("name", ["flat", "polynomial", "exponential", "indefinite"])
+@pytest.mark.parametrize("method", ["xtrace", "xnystrace"])
+def test_sketches_equal_a_naive_leave_one_out(method, name, x64):
+    eigenvalues = np.linspace(-2, 3, 40) if name == "indefinite" else DECAYS[name][:40]
+    if name == "indefinite" and method == "xnystrace":
+        pytest.skip("XNysTrace is for positive semi-definite operators")
+    a, n, m = planted(eigenvalues), 40, 8
+    op = spectra.FunctionOperator(
+        lambda v: {
+            "b": a[:15, :15] @ v["b"] + a[:15, 15:] @ v["w"],
+            "w": a[15:, :15] @ v["b"] + a[15:, 15:] @ v["w"],
+        },
+        {"b": jnp.zeros(15), "w": jnp.zeros(25)},
+    )
+    probes = np.stack([np.concatenate([draw(15, i), draw(25, i, leaf=1)]) for i in range(m)], axis=1)
+    groups = [slice(0, 15), slice(15, n), slice(0, n)]
+    one = partial({"xtrace": naive_xtrace, "xnystrace": naive_xnystrace}[method], a, probes, groups=groups)
+    values, errors = naive_mean_and_error(one, m, 3)
+    num_matvecs = 2 * m if method == "xtrace" else m
+    got = spectra.trace(op, key=KEY, method=method, num_matvecs=num_matvecs, by="leaf")
+    # Forms of vectors of length sqrt(n), m of them, each with n roundings of |H|; the core that XNysTrace
+    # inverts, and the differences that the error is made of, amplify by |H| / λ_m = 9 at most, squared.
+    tol = 100 * n * m * np.finfo(float).eps * np.abs(eigenvalues).max()
+    np.testing.assert_allclose([*got.value.values(), got.total.value], values, rtol=0, atol=tol)
+    np.testing.assert_allclose([*got.stderr.values(), got.total.stderr], errors, rtol=1e-6, atol=tol)
+    plain = spectra.trace(op, key=KEY, method=method, num_matvecs=num_matvecs)
+    assert abs(plain.value - got.total.value) <= tol
+
+
+def test_hutchinson_equals_its_definition(x64):
+    a = planted(DECAYS["polynomial"][:30])
+    op = spectra.MatrixOperator(a)
+    samples = [draw(30, i) @ a @ draw(30, i) for i in range(9)]
+    got = spectra.trace(op, key=KEY, method="hutchinson", num_matvecs=9, probes="normal")
+    assert got.value == pytest.approx(np.mean(samples), rel=1e-13)
+    assert got.stderr == pytest.approx(np.std(samples, ddof=1) / 3, rel=1e-12)
+
+
+DEGENERATE = {
+    "zero": np.zeros(N),
+    "multiple of the identity": np.full(N, 0.5),
+    "rank one": np.append(3.0, np.zeros(N - 1)),
+    "rank five": np.append(np.arange(1.0, 6.0), np.zeros(N - 5)),
+    "two far scales": np.append([1e4, 1e-4], np.zeros(N - 2)),
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("method", ["hutch++", "xtrace", "xnystrace"])
+def test_degenerate_operators_are_exact(method, name, dtype):
+    eigenvalues = DEGENERATE[name]
+    truth, size = eigenvalues.sum(), np.abs(eigenvalues).max()
+    op = spectra.MatrixOperator(jnp.asarray(planted(eigenvalues), dtype))
+    eager = spectra.trace(op, key=KEY, method=method, num_matvecs=40)
+    traced = jitted(op, KEY, method, 40)
+    # n roundings of |H|, and as many for the dense matrix itself. The smallest eigenvalue of the Gram
+    # matrix of m = 40 normal probes, (sqrt(n) - sqrt(m))², amplifies what rounding does to the core.
+    tol = 2 * N * float(jnp.finfo(dtype).eps) * size
+    if method == "xnystrace":
+        tol *= N / (N**0.5 - 40**0.5) ** 2
+    for estimate in (eager, traced):
+        assert abs(float(estimate.value) - truth) <= tol
+        assert 0 <= float(estimate.stderr) <= tol
+    assert traced.status is spectra.Status.TRACED
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_exponential_of_a_rank_deficient_matrix(method):
+    exponents = np.append(np.arange(1.0, 6.0) / 2, np.zeros(95))
+    op = spectra.MatrixOperator(planted(np.exp(exponents)))
+    estimate = spectra.trace(op, key=KEY, method=method, num_matvecs=60)
+    # A normal error of four standard errors has probability 6e-5; 19 degrees of freedom at worst: 8e-4.
+    assert abs(estimate.value - np.exp(exponents).sum()) <= 4 * estimate.stderr
+    assert estimate.stderr <= 0.1 * estimate.value
+
+
+def coverage(method, eigenvalues, num_matvecs, keys=400):
+    """Share of keys whose 95 % interval holds the trace."""
+    op = spectra.MatrixOperator(planted(eigenvalues))
+    many = jax.random.split(jax.random.key(7), keys)
+    values, errors = map(np.asarray, mapped(op, many, method, num_matvecs))
+    dof = jax.eval_shape(lambda key: jitted(op, key, method, num_matvecs), KEY).dof
+    return np.mean(np.abs(values - eigenvalues.sum()) <= student.ppf(0.975, dof) * errors)
+
+
+@pytest.mark.parametrize("name", DECAYS)
+@pytest.mark.parametrize("method", METHODS)
+def test_intervals_hold_at_their_rate(method, name, x64):
+    # 400 keys: a true rate of 95 % gives 95 ± 1.1 %. Student's t is for samples that are not too skewed:
+    # 64 probes, the default budget, are enough where one eigenvalue dominates.
+    held = coverage(method, DECAYS[name], 64 if method == "hutchinson" else 24)
+    assert held >= 0.92
+    if method == "hutchinson":
+        assert held <= 0.98
+
+
+def test_intervals_of_adaptive_runs_hold(x64):
+    eigenvalues = DECAYS["polynomial"]
+    op = spectra.MatrixOperator(planted(eigenvalues))
+    held, spent = 0, []
+    for i in range(100):
+        key = jax.random.fold_in(KEY, i)
+        estimate = spectra.trace(op, key=key, method="hutchinson", num_matvecs=59, tol=0.2)
+        lower, _, upper = estimate.interval()
+        held += lower <= eigenvalues.sum() <= upper
+        spent.append(estimate.num_matvecs)
+        done = estimate.stderr <= 0.2 * abs(estimate.value)
+        assert done == (estimate.status is spectra.Status.CONVERGED)
+    # Stopping on a small spread costs a few percent, which are bounded here: 90 % less 2 % of 100 keys.
+    assert held >= 0.88 * 100
+    assert min(spent) >= 16
+    assert len(set(spent)) > 1
+
+
+@pytest.mark.parametrize("method", ["xtrace", "xnystrace", "hutch++"])
+def test_a_tolerance_ends_a_sketch_early(method, x64):
+    op = spectra.MatrixOperator(planted(DECAYS["exponential"]))
+    truth = DECAYS["exponential"].sum()
+    estimate = spectra.trace(op, key=KEY, method=method, num_matvecs=56, tol=0.05)
+    assert estimate.status is spectra.Status.CONVERGED
+    assert estimate.num_matvecs < 56
+    assert abs(estimate.value - truth) <= 4 * estimate.stderr
+    flat = spectra.MatrixOperator(planted(DECAYS["flat"]))
+    tight = spectra.trace(flat, key=KEY, method=method, num_matvecs=40, tol=1e-9)
+    assert tight.status is spectra.Status.BUDGET_EXHAUSTED
+    assert tight.num_matvecs <= 40
+
+
+@pytest.mark.parametrize("method", [*METHODS, "exact"])
+def test_the_batch_of_probes_changes_rounding_only(method, dtype):
+    op = spectra.MatrixOperator(jnp.asarray(planted(DECAYS["polynomial"]), dtype))
+    run = partial(spectra.trace, op, key=KEY, method=method, num_matvecs=30)
+    values = [run(probe_batch=batch).value for batch in (1, 7, 30)]
+    # Forms of vectors of length sqrt(n) with n roundings of |H| = 1 each.
+    assert np.ptp(values) <= 10 * N * float(jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_published_rates(method, x64):
+    """Error with 16 and with 64 products on the spectra of arXiv:2301.07825, figure 1, n = 120."""
+    index = np.arange(120.0)
+    cases = {
+        "polynomial": (index + 1) ** -2,
+        "exponential": 0.7**index,
+        "step": np.where(index < 10, 1.0, 1e-3),
+    }
+    ratio = {}
+    for name, eigenvalues in cases.items():
+        op = spectra.MatrixOperator(planted(eigenvalues))
+        errors = []
+        for num_matvecs in (16, 64):
+            values, _ = mapped(op, jax.random.split(KEY, 24), method, num_matvecs)
+            errors.append(np.sqrt(np.mean((np.asarray(values) - eigenvalues.sum()) ** 2)))
+        ratio[name] = errors[0] / errors[1]
+    if method == "hutchinson":
+        # 1 / sqrt(k): a factor of 2, within 45 % for 24 keys (two errors, 14 % each, three sigma).
+        for value in ratio.values():
+            assert 1.1 <= value <= 3.6
+    else:
+        # |A - A_r|_F / sqrt(k) with r and k growing fourfold: 4^(3/2) * 2 = 16 for i^-2; for 0.7^i with at
+        # least 16 more dimensions 0.7^-16 * 2 = 600; behind the step of 1e3 almost three decades.
+        assert ratio["polynomial"] >= 8
+        assert ratio["exponential"] >= 200
+        assert ratio["step"] >= 30
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["decaying", "rank deficient", "zero"])
+def test_estimates_are_equivariant_under_scaling(name, method, scale, x64):
+    a = planted(SPECTRA[name])
+    run = partial(spectra.trace, key=KEY, method=method, num_matvecs=24)
+    one, other = run(spectra.MatrixOperator(a)), run(spectra.MatrixOperator(scale * a))
+    tol = 1e3 * np.finfo(float).eps * np.abs(SPECTRA[name]).sum()
+    assert abs(other.value / scale - one.value) <= tol
+    assert abs(other.stderr / scale - one.stderr) <= tol
+    norms = [
+        spectra.frobenius_norm(spectra.MatrixOperator(c * a), key=KEY, num_matvecs=24) for c in (1, scale)
+    ]
+    assert abs(norms[1].value / scale - norms[0].value) <= tol
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_has_its_trace(name):
+    op, dense = OPERATORS[name]()
+    n, size = len(dense), np.linalg.norm(dense, 2)
+    exact = spectra.trace(op, key=None, method="exact")
+    assert abs(exact.value - np.trace(dense)) <= n * n * op.precision * size
+    if n < 20:
+        sampled = spectra.trace(op, key=KEY, method="hutchinson", num_matvecs=20, probe_batch=6)
+    else:
+        sampled = spectra.trace(op, key=KEY, num_matvecs=20, probe_batch=6)
+        assert sampled.method == "xtrace"
+    # 4.5 standard errors of Student's t with 9 degrees of freedom: 0.15 %.
+    assert abs(sampled.value - np.trace(dense)) <= 4.5 * sampled.stderr
+
+
+def test_groups_share_the_products(x64):
+    ridge = Ridge(width=30)
+    op, dense = ridge.operator(ridge.parts(5)), ridge.hessian()  # a stream; leaves b, w
+    blocks = {"b": dense[0, 0], "w": np.trace(dense[1:, 1:])}
+    for method in (*METHODS[:3], "exact"):
+        got = spectra.trace(op, key=KEY, method=method, num_matvecs=12, by="leaf")
+        assert list(got.value) == ["b", "w"]
+        for name, truth in blocks.items():
+            assert abs(got.value[name] - truth) <= 5 * got.stderr[name] + 1e-12
+        assert sum(got.value.values()) == pytest.approx(got.total.value, rel=1e-12)
+        plain = spectra.trace(op, key=KEY, method=method, num_matvecs=12)
+        assert plain.value == pytest.approx(got.total.value, rel=1e-12)
+        assert plain.num_matvecs == got.num_matvecs
+    layers = spectra.trace(op, key=None, method="exact", by="layer")
+    assert list(layers.value) == ["b", "w"]
+    assert "Estimate" in repr(layers)
+
+
+@pytest.mark.parametrize("num_matvecs", [1, 40, 100])
+@pytest.mark.parametrize("name", ["decaying", "indefinite", "rank deficient"])
+def test_frobenius_norm(name, num_matvecs, x64):
+    op = spectra.MatrixOperator(planted(SPECTRA[name]))
+    got = spectra.frobenius_norm(op, key=KEY, num_matvecs=num_matvecs)
+    truth = np.linalg.norm(SPECTRA[name])
+    assert abs(got.value - truth) <= 4 * got.stderr + 1e-13 * truth
+    assert got.method == {1: "hutchinson", 40: "xtrace", 100: "exact"}[num_matvecs]
+
+
+def test_model_trace_is_that_of_the_composed_loss():
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.standard_normal((20, 4)), rng.standard_normal(20)
+    params = {"w": jnp.asarray(rng.standard_normal(4), jnp.float32), "b": jnp.zeros(())}
+
+    def model_fn(params, inputs):
+        return inputs @ params["w"] + params["b"]
+
+    def loss_fn(outputs, targets):
+        return jnp.mean((outputs - targets) ** 2)
+
+    got = spectra.model_trace(model_fn, loss_fn, params, inputs, targets)
+    assert got.value == pytest.approx(2 * np.mean(np.sum(inputs**2, axis=1) + 1), rel=1e-5)
+    groups = spectra.model_trace(model_fn, loss_fn, params, inputs, targets, by="leaf", microbatch=7)
+    assert groups.value["b"] == pytest.approx(2.0, rel=1e-5)
+
+
+def test_auto_states_its_reason(monkeypatch):
+    small, large = (spectra.MatrixOperator(jnp.eye(n)) for n in (10, 100))
+    assert spectra.trace(small, key=KEY).method == "exact"
+    assert "n=100 exceeds num_matvecs=32" in spectra.trace(large, key=KEY, num_matvecs=32).reason
+    assert spectra.trace(large, key=KEY, num_matvecs=3).method == "hutchinson"
+    monkeypatch.setattr("spectra._memory.available_bytes", lambda device=None: 40_000)
+    scarce = spectra.trace(large, key=KEY)
+    assert scarce.method == "hutchinson"
+    assert "KiB" in scarce.reason
+    with pytest.raises(spectra.MemoryLimitError, match="method='hutchinson'"):
+        spectra.trace(large, key=KEY, method="xnystrace", num_matvecs=99)
+
+
+BAD = {
+    "method='none'": {"method": "none"},
+    "num_matvecs=0": {"num_matvecs": 0},
+    "num_matvecs=3": {"num_matvecs": 3, "method": "xtrace"},
+    "tol=2": {"tol": 2},
+    "probes='cauchy'": {"probes": "cauchy"},
+    "probe_batch=0": {"probe_batch": 0},
+    "by='module'": {"by": "module"},
+    "key=None": {"key": None},
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_arguments_out_of_range_are_named(text):
+    op = spectra.MatrixOperator(jnp.eye(100))
+    with pytest.raises(spectra.SpectraError, match=text):
+        spectra.trace(op, **({"key": KEY} | BAD[text]))
+
+
+def test_bad_operators_give_no_number():
+    indefinite = spectra.MatrixOperator(jnp.diag(jnp.linspace(-1.0, 1.0, 100)))
+    with pytest.raises(spectra.SpectraError, match="positive semi-definite"):
+        spectra.trace(indefinite, key=KEY, method="xnystrace")
+    skewed = spectra.FunctionOperator(lambda v: jnp.cumsum(v), jnp.zeros(100))
+    with pytest.raises(spectra.NotSymmetricError):
+        spectra.trace(skewed, key=KEY)
+    broken = spectra.FunctionOperator(lambda v: v / 0.0, jnp.zeros(100))
+    for method in METHODS:
+        with pytest.raises(spectra.NonFiniteError):
+            spectra.trace(broken, key=KEY, method=method)
+    with pytest.raises(spectra.SpectraError, match="tol="):
+        jax.jit(lambda key: spectra.trace(indefinite, key=key, tol=0.1).value)(KEY)
+
+
+def test_estimates_are_saved_and_printed(tmp_path):
+    op = spectra.MatrixOperator(jnp.eye(100))
+    for by in (None, "leaf"):
+        estimate = spectra.trace(op, key=KEY, num_matvecs=20, by=by)
+        assert spectra.load(spectra.save(estimate, tmp_path / "trace")) == estimate
+        assert "20 products" in repr(estimate)
+    with pytest.raises(spectra.SpectraError, match="level"):
+        estimate.interval(1.5)
