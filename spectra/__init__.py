@@ -5,6 +5,7 @@ few hundred such products into the full eigenvalue density. With n parameters θ
 H = ∇²L(θ), a vector is a pytree like θ, and eigenvalues are in units of the loss over units of θ squared.
 """
 
+from spectra import bridge
 from spectra._errors import (
     DataError,
     DifferentiationError,
@@ -16,6 +17,7 @@ from spectra._errors import (
     StructureError,
 )
 from spectra._status import Status
+from spectra.bridge import TorchModel, from_torch
 from spectra.density import slq, spectral_density, spectral_distances
 from spectra.io import load, save
 from spectra.krylov.lanczos import lanczos
@@ -58,8 +60,11 @@ __all__ = [
     "SpectrumReport",
     "Status",
     "StructureError",
+    "TorchModel",
     "Tridiagonal",
+    "bridge",
     "data_variability",
+    "from_torch",
     "lanczos",
     "linen_model",
     "load",

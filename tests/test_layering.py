@@ -24,7 +24,7 @@ LAYERS = [
     {"krylov"},
     {"density"},
     {"report", "plotting"},
-    {"io", "variability"},
+    {"io", "variability", "bridge"},
     {"demos"},
     {"cli"},
 ]

@@ -1,0 +1,177 @@
+"""Losses against torch.nn.functional, and loaders. Tolerance: a dozen float32 roundings, 1e-6."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spectra import bridge
+from spectra.bridge import BridgeError, _losses
+
+rng = np.random.default_rng(0)
+LOGITS = {n: rng.standard_normal(s).astype(np.float32) for n, s in
+          {"flat": (7, 5), "image": (3, 5, 2, 4), "single": (5,)}.items()}  # fmt: skip
+TARGETS = {"flat": np.array([0, 4, -100, 2, 1, 1, -100]), "single": np.array(3),
+           "image": rng.integers(0, 5, (3, 2, 4))}  # fmt: skip
+WEIGHT = np.array([0.5, 1.0, 2.0, 0.1, 3.0], np.float32)
+
+
+def _same(ours, theirs):
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
+@pytest.mark.parametrize("shape", list(LOGITS))
+def test_cross_entropy(shape, weight, smoothing, reduction):
+    x, y = LOGITS[shape], TARGETS[shape]
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    ours = _losses.cross_entropy(jnp.asarray(x), jnp.asarray(y), weight=weight, **options)
+    w = None if weight is None else torch.tensor(weight)
+    _same(ours, F.cross_entropy(torch.tensor(x), torch.tensor(y), w, **options))
+    if smoothing == 0 and shape != "single":
+        logs = np.log(np.exp(x) / np.exp(x).sum(1, keepdims=True))
+        ours = _losses.nll_loss(jnp.asarray(logs), jnp.asarray(y), weight=weight, reduction=reduction)
+        _same(ours, F.nll_loss(torch.tensor(logs), torch.tensor(y), w, reduction=reduction))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", list(LOGITS))
+def test_cross_entropy_with_probabilities(shape, reduction):
+    x = LOGITS[shape]
+    axis = 0 if x.ndim == 1 else 1
+    q = np.exp(x[::-1]) / np.exp(x[::-1]).sum(axis, keepdims=True)
+    options = {"label_smoothing": 0.1, "reduction": reduction}
+    ours = _losses.cross_entropy(jnp.asarray(x), jnp.asarray(q), weight=WEIGHT, **options)
+    theirs = F.cross_entropy(torch.tensor(x), torch.tensor(q), torch.tensor(WEIGHT), **options)
+    _same(ours, theirs)
+
+
+def test_class_axis_and_ignore_index():
+    x, y = LOGITS["image"], TARGETS["image"]
+    last = jnp.moveaxis(jnp.asarray(x), 1, -1)
+    ours = _losses.cross_entropy(last, jnp.asarray(y), class_axis=-1, ignore_index=2)
+    _same(ours, F.cross_entropy(torch.tensor(x), torch.tensor(y), ignore_index=2))
+
+
+def test_targets_outside_of_the_classes_give_nan():
+    assert jnp.isnan(_losses.cross_entropy(jnp.ones((1, 3)), jnp.array([7])))
+    assert jnp.isnan(_losses.cross_entropy(jnp.ones((1, 3)), jnp.array([-100])))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_elementwise_losses(reduction):
+    x, y = (rng.standard_normal((4, 3)).astype(np.float32) for _ in range(2))
+    p = rng.random((4, 3)).astype(np.float32)
+    tx, ty, tp = map(torch.tensor, (x, y, p))
+    jx, jy, jp = map(jnp.asarray, (x, y, p))
+    _same(_losses.mse_loss(jx, jy, reduction=reduction), F.mse_loss(tx, ty, reduction=reduction))
+    options = {"weight": p[0] + 1, "pos_weight": p[1] + 2}
+    theirs = F.binary_cross_entropy_with_logits(
+        50 * tx, tp, reduction=reduction, **{k: torch.tensor(v) for k, v in options.items()}
+    )
+    _same(_losses.bce_with_logits(50 * jx, jp, reduction=reduction, **options) / 50, theirs / 50)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _losses.mse_loss(jnp.ones(3), jnp.ones((3, 1))), "mse_loss"),
+        (lambda: _losses.bce_with_logits(jnp.ones(3), jnp.ones(2)), "bce_with_logits"),
+        (lambda: _losses.nll_loss(jnp.ones((3, 2)), jnp.ones(3)), "class indices"),
+        (lambda: _losses.cross_entropy(jnp.ones((3, 2)), jnp.ones(2, int)), "class indices"),
+        (
+            lambda: _losses.cross_entropy(jnp.ones((1, 2)), jnp.ones(1, int), weight=[1.0]),
+            "weights",
+        ),
+        (lambda: _losses.mse_loss(jnp.ones(3), jnp.ones(3), reduction="max"), "reduction"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(BridgeError, match=message):
+        call()
+
+
+def _classifier():
+    module = nn.Linear(4, 3)
+    return module, bridge.from_torch(module, torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cross_entropy", {}),
+        ("cross_entropy", {"weight": [1.0, 2.0, 3.0]}),
+        ("mse_loss", {}),
+        ("bce_with_logits", {}),
+    ],
+)
+def test_weighted_batches_average_to_the_whole(name, options):
+    """Σ weight·loss / Σ weight over unequal batches is PyTorch's loss of all examples at once."""
+    module, model = _classifier()
+    x = torch.randn(11, 4)
+    y = torch.randint(0, 3, (11,)) if name == "cross_entropy" else torch.rand(11, 3)
+    if name == "cross_entropy":
+        y[:4] = -100
+    dataset = torch.utils.data.TensorDataset(x, y)
+    batches = torch.utils.data.DataLoader(dataset, batch_size=5)
+    loss = bridge.make_loss(model, name, **options)
+    assert len(batches) == 3
+    for _ in range(2):
+        parts = [(loss(model.params, b), loss.weight(b)) for b in batches]
+    ours = sum(w * v for v, w in parts) / sum(w for _, w in parts)
+    function = {"bce_with_logits": F.binary_cross_entropy_with_logits}.get(name) or getattr(F, name)
+    tensors = {k: torch.tensor(v) for k, v in options.items()}
+    _same(ours, function(module(x), y, **tensors).detach())
+
+
+def test_batches_as_mappings_and_outputs_by_name():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, features):
+            return {"logits": self.head(features), "features": features}
+
+    model = bridge.from_torch(Two(), {"features": torch.zeros(2, 4)})
+    loader = [{"features": torch.randn(5, 4), "labels": torch.tensor([0, 1, 2, 0, 1])}]
+    (batch,) = loader
+    loss = bridge.make_loss(model, "cross_entropy")
+    value = loss(model.params, batch)
+    pair = ({"features": batch["features"]}, batch["labels"])
+    assert value == loss(model.params, pair)
+    assert jax.grad(loss)(model.params, batch)["head.weight"].shape == (3, 4)
+    mse = bridge.make_loss(model, "mse_loss", output="features")
+    assert mse(model.params, (pair[0], batch["features"])) == 0
+    for wrong in (bridge.make_loss(model, "mse_loss", output="other"), mse):
+        with pytest.raises(BridgeError):
+            wrong(model.params, (pair[0], batch["features"][:, :1]))
+    with pytest.raises(BridgeError, match="no 'labels'"):
+        loss(model.params, {"features": batch["features"]})
+    with pytest.raises(BridgeError, match="must be"):
+        loss(model.params, (1, 2, 3))
+
+
+def test_unknown_losses():
+    _, model = _classifier()
+    with pytest.raises(BridgeError, match="unknown loss"):
+        bridge.make_loss(model, "hinge")
+    with pytest.raises(BridgeError, match="scalar"):
+        bridge.make_loss(model, "mse_loss", reduction="none")
+
+
+def test_several_outputs_need_a_choice():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x + 1
+
+    model = bridge.from_torch(Pair(), torch.zeros(2, 3))
+    x = jnp.ones((2, 3))
+    with pytest.raises(BridgeError, match="output="):
+        bridge.make_loss(model, "mse_loss")({}, (x, x))
+    assert bridge.make_loss(model, "mse_loss", output=1)({}, (x, x)) == 1
