@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from spectra.bridge import _files, _schema
@@ -58,7 +59,8 @@ def export(
         ['graph.json', 'weights.safetensors']
     """
     document, arrays = _document(module, example_inputs, batch_axis, train)
-    _files.assemble(_schema.build(document, WHERE), arrays, WHERE)
+    with jax.enable_x64(True):  # the file keeps every dtype; whoever loads it decides
+        _files.assemble(_schema.build(document, WHERE), arrays, WHERE)
     _files.save(Path(path), document, arrays)
 
 
