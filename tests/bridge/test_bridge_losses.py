@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import spectra
 from spectra import bridge
 from spectra.bridge import BridgeError, _losses
 
@@ -59,7 +60,10 @@ def test_class_axis_and_ignore_index():
 
 
 def test_targets_outside_of_the_classes_give_nan():
-    assert jnp.isnan(_losses.cross_entropy(jnp.ones((1, 3)), jnp.array([7])))
+    for target in (7, 3, -1):
+        for smoothing in (0.0, 0.1):
+            value = _losses.cross_entropy(jnp.ones((1, 3)), jnp.array([target]), label_smoothing=smoothing)
+            assert jnp.isnan(value)
     assert jnp.isnan(_losses.cross_entropy(jnp.ones((1, 3)), jnp.array([-100])))
 
 
@@ -175,3 +179,82 @@ def test_several_outputs_need_a_choice():
     with pytest.raises(BridgeError, match="output="):
         bridge.make_loss(model, "mse_loss")({}, (x, x))
     assert bridge.make_loss(model, "mse_loss", output=1)({}, (x, x)) == 1
+
+
+def _hessian(module, loss) -> np.ndarray:
+    """The dense Hessian by PyTorch's double backward, in the order of a flat dictionary's keys."""
+    params = dict(sorted(module.named_parameters()))
+    (flat,) = [torch.cat([p.detach().reshape(-1) for p in params.values()])]
+
+    def of_flat(flat):
+        parts = flat.split([p.numel() for p in params.values()])
+        named = {k: x.reshape(p.shape) for (k, p), x in zip(params.items(), parts, strict=True)}
+        return loss(lambda *x: torch.func.functional_call(module, named, x))
+
+    return torch.autograd.functional.hessian(of_flat, flat).numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cross_entropy", {"ignore_index": 1, "label_smoothing": 0.2, "weight": [0.3, 1.0, 2.0]}),
+        ("cross_entropy", {"ignore_index": 2}),
+        ("mse_loss", {}),
+        ("bce_with_logits", {"pos_weight": [1.0, 2.0, 0.5]}),
+    ],
+)
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_a_torch_loader_gives_pytorchs_hessian(name, options, microbatch, x64):
+    """A DataLoader of tensors with a smaller last batch, as it is, against the loss of all examples.
+
+    The entries are sums of 11 products of order one: 1e-12 is 400 roundings of 2.2e-16 above that.
+    """
+    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x = torch.randn(11, 4, dtype=torch.float64)
+    y = torch.randint(0, 3, (11,)) if name == "cross_entropy" else torch.rand(11, 3, dtype=torch.float64)
+    model = bridge.from_torch(module, x)
+    options = {k: torch.tensor(v).double() if isinstance(v, list) else v for k, v in options.items()}
+    loss = bridge.make_loss(model, name, **options)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    op = spectra.HessianOperator(loss, model.params, loader, weight_fn=loss.weight, microbatch=microbatch)
+    function = {"bce_with_logits": F.binary_cross_entropy_with_logits}.get(name) or getattr(F, name)
+    expected = _hessian(module, lambda f: function(f(x), y, **options))
+    np.testing.assert_allclose(np.asarray(op.as_matrix()), expected, atol=1e-12)
+
+
+def test_options_are_checked():
+    _, model = _classifier()
+    with pytest.raises(BridgeError, match="no options"):
+        bridge.make_loss(model, "mse_loss", ignore_index=3)
+    with pytest.raises(BridgeError, match="label_smoothing"):
+        _losses.cross_entropy(jnp.ones((1, 3)), jnp.array([0]), label_smoothing=1.5)
+    with pytest.raises(BridgeError, match="probabilities"):
+        _losses.cross_entropy(jnp.ones((2, 3)), jnp.ones(3))
+    total = bridge.make_loss(model, "cross_entropy", reduction="sum")
+    with pytest.raises(BridgeError, match="averaged"):
+        total.weight((jnp.ones((2, 4)), jnp.array([0, 1])))
+
+
+def test_batches_of_a_tokeniser(x64):
+    """Mappings that are no dicts, bfloat16 features, tensors that require gradients."""
+    from collections import UserDict
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, features):
+            return self.head(features.to(self.head.weight.dtype))
+
+    x = torch.randn(5, 4).bfloat16()
+    model = bridge.from_torch(Head(), {"features": x})
+    loss = bridge.make_loss(model, "cross_entropy")
+    batches = [UserDict(features=x, labels=torch.tensor([0, 1, 2, 0, 1]))]
+    op = spectra.HessianOperator(loss, model.params, batches, weight_fn=loss.weight)
+    plain = {"features": jnp.asarray(x.float().numpy(), jnp.bfloat16), "labels": jnp.array([0, 1, 2, 0, 1])}
+    np.testing.assert_allclose(op.loss(), loss(model.params, plain), rtol=1e-6)
+    tracked = bridge.make_loss(*_classifier()[1:], "mse_loss")
+    model = tracked.model
+    data = (torch.randn(6, 4, requires_grad=True), torch.randn(6, 3))
+    assert np.isfinite(spectra.HessianOperator(tracked, model.params, data).loss())

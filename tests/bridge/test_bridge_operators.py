@@ -123,6 +123,15 @@ CALLS: list[tuple[str, tuple]] = [
     ("aten.index_put.default", (T(4), [torch.tensor([1, 1])], T(2), True)),
     ("aten.index_put.default", (T(4), [torch.tensor([-1, 1])], T(2))),
     ("aten.index_put.default", (X, [B], torch.tensor(2.0))),
+    ("aten.index_put.default", (T(3, 2, 3), [None, B], torch.tensor([2.0]))),
+    ("aten.index_put.default", (T(2, 3, 4), [B], torch.tensor(2.0), True)),
+    ("aten.index_put.default", (T(2, 4, 3), [None, torch.arange(4) % 2 == 0], torch.tensor(1.0))),
+    *(("aten._fft_r2c.default", (T(3, 4, 5), d, n, o))
+      for d in ([2], [0, 2]) for n in (0, 1, 2) for o in (True, False)),
+    *(("aten._fft_c2c.default", (torch.complex(X, P), d, n, f))
+      for d in ([1], [1, 0]) for n in (0, 1, 2) for f in (True, False)),
+    *(("aten._fft_c2r.default", (torch.fft.rfftn(T(4, size)), [0, 1], n, size))
+      for n in (0, 1, 2) for size in (5, 6)),
     ("aten.index_select.default", (X, -1, torch.tensor([2, 0]))),
     ("aten.index_add.default", (X, 1, torch.tensor([2, 2]), T(2, 2))),
     ("aten.gather.default", (X, 0, ORDER[:, :2])),
@@ -186,6 +195,11 @@ KEYWORDS: list[tuple[str, tuple, dict]] = [
         for m in ("floor", "trunc", None)
     ),
     ("aten.div.Scalar_mode", (I, 2), {"rounding_mode": "floor"}),
+    *(
+        ("aten.div.Tensor_mode", (NAN, b), {"rounding_mode": m})
+        for b in (torch.zeros(6), -torch.zeros(6), NAN.flip(0), torch.full((6,), -0.3))
+        for m in ("floor", "trunc")
+    ),
     ("aten.div.Scalar_mode", (X, 0.3), {"rounding_mode": "trunc"}),
     *(
         ("aten.scatter_reduce.two", (X, 1, ORDER, P, r), {"include_self": s})
@@ -319,6 +333,24 @@ GRADIENT_POINTS = {
     ),
     "hardsigmoid": (torch.nn.functional.hardsigmoid, "aten.hardsigmoid.default", ()),
     "leaky_relu": (torch.nn.functional.leaky_relu, "aten.leaky_relu.default", ()),
+    "hardswish": (torch.nn.functional.hardswish, "aten.hardswish.default", ()),
+    "relu6": (torch.nn.functional.relu6, "aten.relu6.default", ()),
+    "softplus": (torch.nn.functional.softplus, "aten.softplus.default", ()),
+    "silu": (torch.nn.functional.silu, "aten.silu.default", ()),
+    "selu": (torch.nn.functional.selu, "aten.selu.default", ()),
+    "celu": (torch.nn.functional.celu, "aten.celu.default", ()),
+    "prelu": (
+        lambda t: torch.nn.functional.prelu(t, torch.tensor([0.2])),
+        "aten.prelu.default",
+        (jnp.array([0.2]),),
+    ),
+    "maximum": (
+        lambda t: torch.maximum(t, torch.tensor(1.0)),
+        "aten.maximum.default",
+        (jnp.array(1.0),),
+    ),
+    "remainder": (lambda t: torch.remainder(t, 0.7), "aten.remainder.Scalar", (0.7,)),
+    "sign": (torch.sign, "aten.sign.default", ()),
     "elu": (torch.nn.functional.elu, "aten.elu.default", ()),
     "square": (lambda t: t**2, "aten.pow.Tensor_Scalar", (2,)),
     "abs": (torch.abs, "aten.abs.default", ()),
@@ -334,6 +366,38 @@ def test_gradient_at_kinks(name):
     ours = jax.grad(lambda x: OPERATORS[operator](x, *args).sum())(jnp.asarray(points.detach().numpy()))
     assert points.grad is not None
     np.testing.assert_allclose(ours, points.grad.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.7, 1.3])
+def test_celu_has_the_derivatives_of_its_formula(alpha, x64):
+    """d/dx α(exp(x/α) - 1) = exp(x/α); PyTorch's own backward rounds 1/α to float32.
+
+    The slope is computed as 1 + expm1(x/α): a few roundings of numbers up to one.
+    """
+    atol = 4 * np.finfo(float).eps
+    celu = OPERATORS["aten.celu.default"]
+    for x in (-2.0, -0.1):
+        gradient, product = jax.jvp(jax.grad(lambda t: celu(t, alpha)), (x,), (1.0,))
+        np.testing.assert_allclose(gradient, np.exp(x / alpha), rtol=0, atol=atol)
+        np.testing.assert_allclose(product, np.exp(x / alpha) / alpha, rtol=0, atol=atol / alpha)
+
+
+def test_std_of_constants_has_derivative_zero():
+    """PyTorch masks the infinite slope of the root at zero."""
+    x = torch.ones(2, 3, requires_grad=True)
+    x.std(1).sum().backward()
+    ours = jax.grad(lambda t: OPERATORS["aten.std.correction"](t, [1]).sum())(jnp.ones((2, 3)))
+    assert x.grad is not None
+    np.testing.assert_array_equal(ours, x.grad.numpy())
+
+
+def test_padding_row_of_an_embedding_gets_no_gradient():
+    weight, ids = T(5, 3).requires_grad_(), torch.tensor([[0, 2, 2], [4, 0, 1]])
+    torch.nn.functional.embedding(ids, weight, padding_idx=2).square().sum().backward()
+    embedding = OPERATORS["aten.embedding.default"]
+    ours = jax.grad(lambda w: (embedding(w, to_jax(ids), 2) ** 2).sum())(to_jax(weight.detach()))
+    assert weight.grad is not None
+    np.testing.assert_allclose(ours, weight.grad.numpy(), rtol=1e-6)
 
 
 def test_max_pool_gradient_at_ties():
@@ -389,6 +453,11 @@ def test_norm_of_zero_has_finite_derivatives():
         ("aten.einsum.default", ("__import__('os')", [jnp.ones(2)])),
         ("aten._embedding_bag.default", (jnp.ones((2, 2)), *[jnp.zeros(2, int)] * 2, False, 7)),
         ("aten.scaled_dot_product_attention.default", (*[jnp.ones((1, 2, 2))] * 3, None, 0.5)),
+        ("aten.embedding.default", (jnp.ones((2, 2)), jnp.zeros(2, int), -1, True)),
+        ("aten._embedding_bag.default", (jnp.ones((2, 2)), *[jnp.zeros(2, int)] * 2, True)),
+        ("aten.im2col.default", (jnp.ones((1, 4, 4)), [2**20, 2**20], [1, 1], [2**20, 2**20], [1, 1])),
+        ("aten.avg_pool1d.default", (jnp.ones((1, 4)), [1], [1], [2**40])),
+        ("aten._fft_c2c.default", (jnp.ones(2, complex), [0], 7, True)),
         ("size.pow", (2, 10**9)),
         ("size.add", ("a", "b")),
     ],
