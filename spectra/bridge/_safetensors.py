@@ -56,6 +56,12 @@ def write(path: str | os.PathLike[str], arrays: dict[str, np.ndarray]) -> None:
         if str(array.dtype) not in _CODES.values():
             raise BridgeError(f"tensor {name!r} has dtype {array.dtype}, which safetensors cannot store")
     partial = Path(path).with_name(Path(path).name + ".partial")
-    # The library writes the memory as it lies: order="C" makes it the array's own order.
-    save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, partial, {"format": "pt"})
+    partial.touch()
+    mode = partial.stat().st_mode  # the library makes a file that only its owner can read
+    try:
+        # It writes the memory as it lies: order="C" makes that the array's own order.
+        save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, partial, {"format": "pt"})
+    except SafetensorError as error:
+        raise BridgeError(f"cannot write {path}: {error}") from None
+    partial.chmod(mode)
     partial.replace(path)

@@ -25,13 +25,17 @@ from spectra import bridge  # noqa: E402
 from spectra.bridge import _structure  # noqa: E402
 
 
+def evaluate(model, params, leaves):
+    args, kwargs = _structure.unflatten(model.graph.input_tree, leaves)
+    return model.apply(params, *args, **kwargs)
+
+
 def main(folders: list[str]) -> None:
     for folder in folders:
         model = bridge.load(folder)
         data = np.load(f"{folder}/case.npz")
         leaves = [data[f"input/{i}"] for i in range(len(model.graph.inputs))]
-        args, kwargs = _structure.unflatten(model.graph.input_tree, leaves)
-        outputs = jax.tree.leaves(jax.jit(model.apply)(model.params, *args, **kwargs))
+        outputs = jax.tree.leaves(jax.jit(evaluate, static_argnums=0)(model, model.params, leaves))
         outputs = [x for x in outputs if jnp.issubdtype(x.dtype, jnp.floating)]
         expected = [data[k] for k in sorted(k for k in data.files if k.startswith("output/"))]
         error = max(
