@@ -24,7 +24,10 @@ LOSSES: dict[str, Callable[..., jax.Array]] = {
 
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """A scalar loss of a model: `loss(params, batch)`, and `weight(batch)`, what it divides by."""
+    """A scalar loss of a model: `loss(params, batch)`, and `weight(batch)`, what it divides by.
+
+    Made by `make_loss`; compared by identity, so one object compiles once.
+    """
 
     model: TorchModel
     name: str
@@ -34,8 +37,19 @@ class Loss:
 
     def __call__(self, params: Mapping[str, jax.Array], batch: Any) -> jax.Array:
         """Return the loss of a batch, a scalar."""
-        inputs, named, targets = self._split(batch)
-        outputs = _pick(self.model.apply(params, *inputs, **named), self.output)
+        inputs, targets = self._split(batch)
+        return self.of_outputs(self.outputs(params, inputs), targets)
+
+    def outputs(self, params: Mapping[str, jax.Array], inputs: Any) -> jax.Array:
+        """Return the array that the loss takes: the `model_fn` of a Gauss-Newton or Fisher operator."""
+        if isinstance(inputs, Mapping):
+            result = self.model.apply(params, **inputs)
+        else:
+            result = self.model.apply(params, *(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
+        return _pick(result, self.output)
+
+    def of_outputs(self, outputs: jax.Array, targets: Any) -> jax.Array:
+        """Return the loss of outputs: the `loss_fn` of a Gauss-Newton or Fisher operator."""
         return LOSSES[self.name](outputs, as_jax(targets), **self.options)
 
     def weight(self, batch: Any) -> jax.Array:
@@ -46,7 +60,7 @@ class Loss:
         """
         if self.options.get("reduction", "mean") != "mean":
             raise BridgeError("batches are averaged, so a sum over them has no weight: use reduction='mean'")
-        targets = as_jax(self._split(batch)[2])
+        targets = as_jax(self._split(batch)[1])
         indices = self.name in ("cross_entropy", "nll_loss")
         if not indices or not jnp.issubdtype(targets.dtype, jnp.integer):
             classes = self._num_classes(targets) if indices else 1
@@ -61,18 +75,14 @@ class Loss:
     def _num_classes(self, targets: jax.Array) -> int:
         return targets.shape[0 if targets.ndim == 1 else self.options.get("class_axis", 1)]
 
-    def _split(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    def _split(self, batch: Any) -> tuple[Any, Any]:
         if isinstance(batch, Mapping):
             if self.targets not in batch:
                 raise BridgeError(f"the batch has no {self.targets!r}, only {sorted(batch)}")
-            named = {k: v for k, v in batch.items() if k != self.targets}
-            return (), named, batch[self.targets]
+            return {k: v for k, v in batch.items() if k != self.targets}, batch[self.targets]
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise BridgeError("a batch must be (inputs, targets) or a mapping that holds the targets")
-        inputs, targets = batch
-        if isinstance(inputs, Mapping):
-            return (), dict(inputs), targets
-        return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}, targets
+        return batch[0], batch[1]
 
 
 def _pick(outputs: Any, key: str | int | None) -> jax.Array:
@@ -111,7 +121,8 @@ def make_loss(
             Tensors are accepted.
 
     Returns:
-        The loss; its method `weight(batch)` gives each batch's share in an average.
+        The loss. `loss.weight` gives each batch's share in an average, for `weight_fn=`;
+        `loss.outputs` and `loss.of_outputs` are its two halves, for operators that know the model.
 
     Raises:
         BridgeError: an unknown name or option, or `reduction="none"`, which gives no scalar.

@@ -222,6 +222,17 @@ def test_a_torch_loader_gives_pytorchs_hessian(name, options, microbatch, x64):
     np.testing.assert_allclose(np.asarray(op.as_matrix()), expected, atol=1e-12)
 
 
+def test_halves_make_the_gauss_newton_matrix(x64):
+    """For a linear model it is the Hessian; the entries are sums of 10 products, as above."""
+    model = bridge.from_torch(nn.Linear(4, 3).double(), torch.zeros(2, 4, dtype=torch.float64))
+    loss = bridge.make_loss(model, "cross_entropy", weight=[1.0, 2.0, 0.5], label_smoothing=0.1)
+    batch = (torch.randn(10, 4, dtype=torch.float64), torch.randint(0, 3, (10,)))
+    options = {"weight_fn": loss.weight, "microbatch": 4}
+    ggn = spectra.GGNOperator(loss.outputs, loss.of_outputs, model.params, batch, **options)
+    hessian = spectra.HessianOperator(loss, model.params, batch, **options)
+    np.testing.assert_allclose(ggn.as_matrix(), hessian.as_matrix(), atol=1e-12)
+
+
 def test_options_are_checked():
     _, model = _classifier()
     with pytest.raises(BridgeError, match="no options"):
