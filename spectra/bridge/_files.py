@@ -52,6 +52,8 @@ def load(path: str | os.PathLike[str]) -> TorchModel:
     """
     folder = Path(path)
     try:
+        if (size := (folder / GRAPH).stat().st_size) > _schema.MAX_FILE_BYTES:
+            raise BridgeError(f"{folder / GRAPH} has {size} bytes, more than {_schema.MAX_FILE_BYTES}")
         document = (folder / GRAPH).read_bytes()
     except OSError as error:
         raise BridgeError(

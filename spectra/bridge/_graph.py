@@ -58,6 +58,7 @@ class Node:
 class Graph:
     """A checked graph: every name is known, every operator is in the table."""
 
+    default_dtype: str
     symbols: dict[str, int]
     tensors: tuple[Tensor, ...]
     aliases: dict[str, str]

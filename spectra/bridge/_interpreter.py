@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._graph import MAX_ELEMENTS, DType, Graph, Node, Ref
 from spectra.bridge._operators import OPERATORS
-from spectra.bridge._promotion import canonical
+from spectra.bridge._promotion import canonical, default_float
 
 Check = Callable[[Node, Any], None]
 
@@ -41,23 +41,28 @@ def evaluate(
     values: dict[str, Any] = {t.name: tensors[t.key] for t in graph.tensors}
     values.update(zip((i.name for i in graph.inputs), inputs, strict=True))
     last_use = _last_uses(graph)
-    for position, node in enumerate(graph.nodes):
-        try:
-            args = _resolve(node.args, values)
-            kwargs = {k: _resolve(v, values) for k, v in node.kwargs.items()}
-            result = OPERATORS[node.op](*args, **kwargs)
-        except RecursionError:
-            raise
-        except Exception as error:
-            raise BridgeError(
-                f"{node.op} failed at node {node.name} of module {node.module or '(top)'}: {error}"
-            ) from error
-        if check is not None:
-            check(node, result)
-        values[node.name] = result
-        for name in last_use.get(position, ()):
-            del values[name]
+    with default_float(graph.default_dtype):
+        for position, node in enumerate(graph.nodes):
+            result = _call(node, values)
+            if check is not None:
+                check(node, result)
+            values[node.name] = result
+            for name in last_use.get(position, ()):
+                del values[name]
     return [_resolve(output, values) for output in graph.outputs]
+
+
+def _call(node: Node, values: Mapping[str, Any]) -> Any:
+    try:
+        args = _resolve(node.args, values)
+        kwargs = {k: _resolve(v, values) for k, v in node.kwargs.items()}
+        return OPERATORS[node.op](*args, **kwargs)
+    except RecursionError:
+        raise
+    except Exception as error:
+        raise BridgeError(
+            f"{node.op} failed at node {node.name} of module {node.module or '(top)'}: {error}"
+        ) from error
 
 
 def _resolve(argument: Any, values: Mapping[str, Any]) -> Any:

@@ -81,6 +81,7 @@ def lower(
         "digest": "",
         "weights": "",
         "producer": {"torch": torch.__version__},
+        "default": _default_dtype(),
         "symbols": [{"name": k, "example": v} for k, v in names.symbols.items()],
         "tensors": names.tensors,
         "aliases": names.aliases,
@@ -143,6 +144,13 @@ class _Names:
                 "trainable": trainable,
             }
         )
+
+
+def _default_dtype() -> str:
+    name = _dtype(torch.get_default_dtype())
+    if name not in ("float32", "float64"):
+        raise BridgeError(f"torch.get_default_dtype() is {name}: export under float32 or float64")
+    return name
 
 
 def _dtype(dtype: torch.dtype) -> str:

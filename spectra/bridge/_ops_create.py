@@ -4,13 +4,13 @@ import math
 
 import jax.numpy as jnp
 
-from spectra.bridge._promotion import DEFAULT_FLOAT, canonical, cast
+from spectra.bridge._promotion import canonical, cast, default_dtype
 from spectra.bridge._registry import aten
 
 
 @aten("scalar_tensor.default")
 def scalar_tensor(s, dtype=None):
-    return cast(s, canonical("float32") if dtype is None else dtype)
+    return cast(s, default_dtype() if dtype is None else dtype)
 
 
 @aten("full.default")
@@ -31,12 +31,12 @@ def fill(self, value):
 # Memory that `empty` leaves uninitialised may hold anything: zeros are as good as any.
 @aten("empty.memory_format", "empty_strided.default", "zeros.default")
 def zeros(size, stride=None, dtype=None):
-    return jnp.zeros(size, DEFAULT_FLOAT if dtype is None else dtype)
+    return jnp.zeros(size, default_dtype() if dtype is None else dtype)
 
 
 @aten("ones.default")
 def ones(size, dtype=None):
-    return jnp.ones(size, DEFAULT_FLOAT if dtype is None else dtype)
+    return jnp.ones(size, default_dtype() if dtype is None else dtype)
 
 
 @aten("zeros_like.default", "empty_like.default")
@@ -66,24 +66,24 @@ def new_full(self, size, fill_value, dtype=None):
 
 @aten("eye.default", "eye.m")
 def eye(n, m=None, dtype=None):
-    return jnp.eye(n, m, dtype=DEFAULT_FLOAT if dtype is None else dtype)
+    return jnp.eye(n, m, dtype=default_dtype() if dtype is None else dtype)
 
 
 @aten("arange.start_step")
 def arange(start, end, step=1, dtype=None):
     if dtype is None:
         floating = any(isinstance(x, float) for x in (start, end, step))
-        dtype = DEFAULT_FLOAT if floating else canonical("int64")
+        dtype = default_dtype() if floating else canonical("int64")
     length = max(math.ceil((end - start) / step), 0)
     return cast(start + jnp.arange(length) * step, dtype)
 
 
 @aten("linspace.default")
 def linspace(start, end, steps, dtype=None):
-    return jnp.linspace(start, end, steps, dtype=DEFAULT_FLOAT if dtype is None else dtype)
+    return jnp.linspace(start, end, steps, dtype=default_dtype() if dtype is None else dtype)
 
 
 def _dtype_for(value):
     if isinstance(value, bool):
         return jnp.bool_
-    return canonical("int64") if isinstance(value, int) else DEFAULT_FLOAT
+    return canonical("int64") if isinstance(value, int) else default_dtype()

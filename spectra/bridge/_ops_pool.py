@@ -13,7 +13,7 @@ from spectra.bridge._promotion import canonical
 from spectra.bridge._registry import aten
 
 # Bounds for hostile files: a bin is a row of a matrix, a count of windows an array on the host.
-MAX_BINS, MAX_COUNT = 2**16, 2**24
+MAX_BINS, MAX_COUNT = 2**16, 2**26
 
 
 def _output_size(size, kernel, stride, padding, dilation, ceil_mode):
@@ -109,18 +109,20 @@ def _avg_pool(self, n, kernel, stride, padding, ceil_mode, count_include_pad, di
     padded = _pad_last(self, pads, 0)
     total = lax.reduce_window(padded, 0.0, lax.add, window, strides, "VALID")
     if divisor is None:
-        divisor = _window_counts(self.shape[-n:], kernel, stride, padding, counts, count_include_pad)
+        divisor = _window_counts(
+            self.shape[-n:], kernel, stride, padding, counts, count_include_pad, self.dtype
+        )
     return total / jnp.asarray(divisor, self.dtype)
 
 
-def _window_counts(size, kernel, stride, padding, counts, count_include_pad):
+def _window_counts(size, kernel, stride, padding, counts, count_include_pad, dtype):
     """Elements in each window: clipped to the padded input, or to the input itself."""
-    result = np.ones(())
+    result = jnp.ones((), dtype)
     for s, k, t, p, c in zip(size, kernel, stride, padding, counts, strict=True):
         start = np.arange(c) * t - p
         end = np.minimum(start + k, s + p)
         inside = np.minimum(end, s) - np.maximum(start, 0)
-        result = result[..., None] * (end - start if count_include_pad else inside)
+        result = result[..., None] * jnp.asarray(end - start if count_include_pad else inside, dtype)
     return result
 
 
@@ -157,8 +159,8 @@ def avg_pool3d(
 
 def _bins(size: int, count: int):
     """Adaptive bin i covers [floor(i·size / count), ceil((i + 1)·size / count))."""
-    if not 1 <= count <= MAX_BINS:
-        raise BridgeError(f"adaptive pooling to {count} bins")
+    if not 1 <= count <= MAX_BINS or size * count > MAX_COUNT:
+        raise BridgeError(f"adaptive pooling of {size} elements to {count} bins")
     i = np.arange(count)
     return i * size // count, -(-(i + 1) * size // count)
 

@@ -4,8 +4,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from spectra.bridge._errors import BridgeError
 from spectra.bridge._ops_pointwise import absolute
 from spectra.bridge._ops_shape import axes_of, axis_of
 from spectra.bridge._promotion import canonical, cast, is_float
@@ -203,6 +205,9 @@ def vector_norm(self, ord=2, dim=None, keepdim=False, dtype=None):
     return _root(total, ord)
 
 
+MAX_POINTS = 2**12  # the indices of all pairs are made on the host
+
+
 @aten("_cdist_forward.default")
 def cdist(x1, x2, p=2.0, compute_mode=None):
     return vector_norm(x1[..., :, None, :] - x2[..., None, :, :], p, [-1])
@@ -210,7 +215,9 @@ def cdist(x1, x2, p=2.0, compute_mode=None):
 
 @aten("_pdist_forward.default")
 def pdist(self, p=2.0):
-    rows, columns = jnp.triu_indices(self.shape[0], 1)
+    if self.shape[0] > MAX_POINTS:
+        raise BridgeError(f"pdist of {self.shape[0]} points: at most {MAX_POINTS}")
+    rows, columns = np.triu_indices(self.shape[0], 1)
     return vector_norm(self[rows] - self[columns], p, [-1])
 
 

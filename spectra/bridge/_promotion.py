@@ -9,6 +9,9 @@ operator converts its operands here first.
 Source: "Tensor Attributes", section "torch.dtype", of the PyTorch documentation.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -30,7 +33,22 @@ DTYPES = (
     "complex128",
 )
 
-DEFAULT_FLOAT = jnp.float32
+_DEFAULT_FLOAT: ContextVar[str] = ContextVar("default_float", default="float32")
+
+
+@contextmanager
+def default_float(name: str) -> Iterator[None]:
+    """Evaluate with `name` as PyTorch's default dtype, which `torch.set_default_dtype` changes."""
+    token = _DEFAULT_FLOAT.set(name)
+    try:
+        yield
+    finally:
+        _DEFAULT_FLOAT.reset(token)
+
+
+def default_dtype() -> Any:
+    """Return the dtype of floating results that neither an operand nor an argument decides."""
+    return canonical(_DEFAULT_FLOAT.get())
 
 
 def canonical(name: Any) -> Any:
@@ -78,7 +96,7 @@ def promote(*operands: Any) -> list[jax.Array]:
 def promote_float(*operands: Any) -> list[jax.Array]:
     """Convert operands to their common dtype, integers and booleans to the default float."""
     dtype = result_type(*operands)
-    return [cast(x, dtype if category(dtype) >= 2 else DEFAULT_FLOAT) for x in operands]
+    return [cast(x, dtype if category(dtype) >= 2 else default_dtype()) for x in operands]
 
 
 def cast(x: Any, dtype: Any) -> jax.Array:
@@ -91,7 +109,7 @@ def _scalar_dtype(value: bool | complex) -> Any:
         return jnp.dtype(bool)
     if isinstance(value, int):
         return canonical("int64")
-    return jnp.dtype(DEFAULT_FLOAT if isinstance(value, float) else jnp.complex64)
+    return default_dtype() if isinstance(value, float) else jnp.dtype(jnp.complex64)
 
 
 def _complex_of(above: Any, dtype: Any) -> Any:

@@ -8,6 +8,7 @@ One JSON object with exactly these fields:
                 no spaces
     weights     SHA-256 (hex) of the file `weights.safetensors` beside it
     producer    {"torch": version}: information only
+    default     PyTorch's default dtype when the module was exported, "float32" or "float64"
     symbols     [{"name": str, "example": int}]: sizes that a caller may change
     tensors     [{"name", "key", "kind", "dtype", "shape", "trainable"}]: values from the weights
                 file; kind is "parameter", "buffer" or "constant", key the entry in the weights file
@@ -34,6 +35,7 @@ there are no cycles. Operators are keys of the table in `_registry`; nothing els
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from spectra.bridge._graph import Graph
 
 FORMAT, VERSION = "spectra-graph", 1
 FIELDS = {
-    "format", "version", "digest", "weights", "producer", "symbols", "tensors", "aliases",
+    "format", "version", "digest", "weights", "producer", "default", "symbols", "tensors", "aliases",
     "inputs", "input_tree", "nodes", "outputs", "output_tree",
 }  # fmt: skip
 MAX_FILE_BYTES = 2**29
@@ -65,10 +67,13 @@ def file_digest(path: Path) -> str:
 
 def parse(data: bytes, where: str) -> Graph:
     """Turn the bytes of a graph file into a checked Graph, or raise BridgeError."""
-    if len(data) > MAX_FILE_BYTES:
-        raise BridgeError(f"{where} has {len(data)} bytes, more than the limit {MAX_FILE_BYTES}")
     try:
-        document = json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        document = json.loads(
+            data.decode(),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_unique_keys,
+        )
     except (ValueError, RecursionError) as error:
         raise BridgeError(f"{where} is not valid JSON ({error}): export the module again") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -79,13 +84,20 @@ def parse(data: bytes, where: str) -> Graph:
             f"{VERSION}: export the module again"
         )
     if set(document) != FIELDS:
-        raise BridgeError(f"{where}: missing or unknown fields {sorted(set(document) ^ FIELDS)}")
-    if document["digest"] != digest(document):
-        raise BridgeError(f"{where} was changed or damaged after it was written: export it again")
+        raise BridgeError(f"{where}: missing or unknown fields {sorted(set(document) ^ FIELDS)[:8]}")
     try:
+        if document["digest"] != digest(document):
+            raise BridgeError(f"{where} was changed or damaged after it was written: export it again")
         return build(document, where)
     except RecursionError:
         raise BridgeError(f"{where} is nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is beyond the range of a float")
+    return value
 
 
 def _refuse_constant(text: str) -> Any:
@@ -102,6 +114,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def build(document: dict[str, Any], where: str) -> Graph:
     """Check the fields of a document and return the Graph."""
     checker = Checker(where)
+    if document["default"] not in ("float32", "float64"):
+        checker.fail("default", "must be float32 or float64", document["default"])
     symbols = checker.symbols(document["symbols"])
     tensors = tuple(checker.tensor(item) for item in checker.items(document["tensors"], "tensors"))
     inputs = tuple(checker.input(item) for item in checker.items(document["inputs"], "inputs"))
@@ -126,7 +140,7 @@ def build(document: dict[str, Any], where: str) -> Graph:
     if tree["type"] != "tuple" or halves != ["tuple", "dict"]:
         checker.fail("input_tree", "must hold a tuple and a dict", halves)
     return Graph(
-        symbols, tensors, aliases, inputs, tree, nodes, outputs, document["output_tree"],
+        document["default"], symbols, tensors, aliases, inputs, tree, nodes, outputs, document["output_tree"],
         document["weights"],
     )  # fmt: skip
 

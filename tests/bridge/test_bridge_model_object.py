@@ -261,3 +261,29 @@ def test_half_precision_weights():
 def test_operators_are_counted(mlp):
     assert mlp.operators == {"aten.linear.default": 2, "aten.gelu.default": 1}
     assert mlp.dynamic_batch
+
+
+class _Implicit(nn.Module):
+    """Every result here whose dtype only PyTorch's default decides."""
+
+    def forward(self, x):
+        n = torch.arange(4)
+        made = (
+            torch.ones(4) + torch.zeros(4) + torch.full((4,), 2.0) + torch.eye(4)[0] + torch.linspace(0, 1, 4)
+        )
+        return x * made + torch.sin(n) + n / 3 + n * 0.5 + torch.arange(0, 1, 0.25) + torch.tensor(3.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_default_dtype_of_the_exporting_program(dtype, x64, tmp_path):
+    torch.set_default_dtype(dtype)
+    try:
+        module, x = _Implicit(), torch.randn(3, 4)
+        bridge.export(module, x, tmp_path)
+        expected = module(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    result = bridge.load(tmp_path).apply({}, x)
+    assert str(result.dtype) == str(expected.dtype).removeprefix("torch.")
+    # A dozen roundings of sums below 20.
+    np.testing.assert_allclose(result, expected, atol=12 * 20 * torch.finfo(dtype).eps)

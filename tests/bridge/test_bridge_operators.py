@@ -179,6 +179,10 @@ CALLS: list[tuple[str, tuple]] = [
     ("aten.baddbmm.default", (T(2, 3, 3), T(2, 3, 4), T(2, 4, 3))),
     ("aten.addbmm.default", (T(3, 3), T(2, 3, 4), T(2, 4, 3))),
     ("aten.addr.default", (X, T(2), T(3))),
+    *(("aten._embedding_bag.default", (T(7, 3), torch.tensor([1, 2, 4, 5, 4, 3, 1]), torch.tensor(o), False,
+                                       mode, False, weights, last, 4))
+      for mode in (0, 1, 2) for weights in ((None, T(7)) if mode == 0 else (None,))
+      for o, last in (([0, 3, 3, 6], False), ([0, 2, 5, 7], True), ([0, 0, 7], True))),
     ("aten.native_layer_norm.default", (X, [3], None, None, 1e-5)),
     ("aten.native_group_norm.default", (T(2, 4, 3), T(4), T(4), 2, 4, 3, 2, 1e-5)),
     ("aten._fused_rms_norm.default", (X, [3], T(3), 1e-6)),
@@ -281,7 +285,9 @@ def test_operator(name, args, kwargs):
     tolerance = 2e-2 if any(getattr(a, "dtype", None) == torch.bfloat16 for a in args) else 1e-5
     with jax.enable_x64(True):
         ours = OPERATORS[name](*[to_jax(a) for a in args], **{k: to_jax(v) for k, v in kwargs.items()})
-        compare(ours, torch_call(name, args, kwargs), tolerance)
+        theirs = torch_call(name, args, kwargs)
+        # The other outputs of an embedding bag serve PyTorch's own backward.
+        compare(ours, theirs[:1] if "embedding_bag" in name else theirs, tolerance)
 
 
 @pytest.mark.slow
@@ -456,6 +462,8 @@ def test_norm_of_zero_has_finite_derivatives():
         ("aten.embedding.default", (jnp.ones((2, 2)), jnp.zeros(2, int), -1, True)),
         ("aten._embedding_bag.default", (jnp.ones((2, 2)), *[jnp.zeros(2, int)] * 2, True)),
         ("aten.im2col.default", (jnp.ones((1, 4, 4)), [2**20, 2**20], [1, 1], [2**20, 2**20], [1, 1])),
+        ("aten.adaptive_avg_pool1d.default", (jnp.ones((1, 2**20)), [2**15])),
+        ("aten._pdist_forward.default", (jnp.ones((2**14, 1)),)),
         ("aten.avg_pool1d.default", (jnp.ones((1, 4)), [1], [1], [2**40])),
         ("aten._fft_c2c.default", (jnp.ones(2, complex), [0], 7, True)),
         ("size.pow", (2, 10**9)),
