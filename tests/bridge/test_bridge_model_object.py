@@ -25,7 +25,7 @@ def _loss(model):
 
 
 def test_linearize_agrees_with_jvp(mlp):
-    gradient = jax.grad(_loss(mlp))
+    gradient = jax.jit(jax.grad(_loss(mlp)))
     vector = jax.tree.map(jnp.ones_like, mlp.params)
     _, linear = jax.linearize(gradient, mlp.params)
     expected = jax.jvp(gradient, (mlp.params,), (vector,))[1]
@@ -37,6 +37,7 @@ def test_linearize_agrees_with_jvp(mlp):
 def test_vmap_over_probes_and_over_parameters(mlp):
     vectors = jax.tree.map(lambda p: jnp.stack([jnp.ones_like(p), p]), mlp.params)
 
+    @jax.jit
     def product(v):
         return jax.jvp(jax.grad(_loss(mlp)), (mlp.params,), (v,))[1]
 
