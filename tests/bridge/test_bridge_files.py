@@ -1,5 +1,6 @@
 """The two files: round trips without PyTorch, damage, and hostile content."""
 
+import copy
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from bridge_cases import CASES
-from test_bridge_models import inputs_of, prepare
+from test_bridge_models import TOLERANCES, inputs_of, prepare
 from torch.utils import _pytree
 
 from spectra import bridge
@@ -22,58 +23,54 @@ from spectra.bridge import BridgeError, _safetensors, _schema
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 
 
-def _write_case(name: str, folder: Path) -> None:
-    """Export at batch three; keep inputs and PyTorch's outputs at batch four."""
+def _write_case(name: str, folder: Path, dtype: torch.dtype) -> None:
+    """Export at batch three; keep inputs, a vector and PyTorch's results at batch four."""
     case = CASES[name]
-    module, example = prepare(case, torch.float32, 3)
-    bridge.export(module, example, folder, **case.options)
-    inputs = inputs_of(case, torch.float32, 4)
-    outputs = reference.torch_outputs(module, inputs)
+    with jax.enable_x64(dtype == torch.float64), reference.precision(dtype, case.heavy):
+        module, example = prepare(case, dtype, 3)
+        bridge.export(module, example, folder, **case.options)
+        inputs = inputs_of(case, dtype, 4)
+        rng = np.random.default_rng(0)
+        params = bridge.load(folder).params
+        vector = {k: rng.standard_normal(p.shape).astype(p.dtype) for k, p in params.items()}
+        results = reference.torch_derivatives(copy.deepcopy(module), inputs, vector, case.twin)
     arguments = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     leaves = [x for x in _pytree.tree_leaves(arguments) if isinstance(x, torch.Tensor)]
-    # JAX sorts the keys of a dictionary, PyTorch keeps their order; the cases have at most one.
     arrays = {f"input/{i}": x.numpy() for i, x in enumerate(leaves)}
-    arrays |= {f"output/{i:03d}": x.detach().numpy() for i, x in enumerate(outputs)}
+    arrays |= {f"output/{i}": x for i, x in enumerate(results[0])}
+    for kind, tree in zip(("vector", "gradient", "product"), (vector, *results[1:]), strict=True):
+        arrays |= {f"{kind}/{k}": x for k, x in tree.items()}
     np.savez(folder / "case.npz", **arrays)
 
 
-def _run_without_torch(folders: list[Path]) -> None:
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        Path(__file__).with_name("without_torch.py"),
-        *map(str, folders),
-    ]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+def _check_without_torch(names: list[str], folder: Path, dtype: torch.dtype) -> None:
+    for name in names:
+        _write_case(name, folder / name, dtype)
+    program = Path(__file__).with_name("without_torch.py")
     done = subprocess.run(
-        command,
+        [sys.executable, "-W", "error", program, *(folder / name for name in names)],
         check=False,
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": str(int(dtype == torch.float64))},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    errors = {Path(w).name: float(e) for w, e in map(str.split, done.stdout.splitlines())}
-    assert set(errors) == {f.name for f in folders}
-    assert max(errors.values()) < 1e-5, errors
+    errors = {Path(w[0]).name: tuple(map(float, w[1:])) for w in map(str.split, done.stdout.splitlines())}
+    assert set(errors) == set(names)
+    wrong = {
+        n: e for n, e in errors.items() if any(x >= y for x, y in zip(e, TOLERANCES[dtype], strict=True))
+    }
+    assert not wrong
 
 
 def test_round_trip_without_torch(tmp_path):
-    names = ["mlp", "norms", "attention", "embedding_bags"]
-    for name in names:
-        _write_case(name, tmp_path / name)
-    _run_without_torch([tmp_path / name for name in names])
+    _check_without_torch(["mlp", "tied_detached", "embedding_bags"], tmp_path, torch.float32)
 
 
 @pytest.mark.slow
-def test_all_round_trips_without_torch(tmp_path):
-    # Models with several named outputs come back sorted; the in-process tests cover them.
-    skipped = {"tied_detached", "t5", "batch_norm_train"}
-    names = [n for n in CASES if n not in skipped]
-    for name in names:
-        _write_case(name, tmp_path / name)
-    _run_without_torch([tmp_path / name for name in names])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_all_round_trips_without_torch(tmp_path, dtype):
+    _check_without_torch(list(CASES), tmp_path, dtype)
 
 
 def test_files_are_equivalent_to_memory(tmp_path):

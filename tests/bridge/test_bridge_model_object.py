@@ -138,6 +138,8 @@ def test_the_module_is_left_as_it_was():
     with torch.no_grad():
         module[0].weight.zero_()
     assert np.any(np.asarray(model.params["0.weight"]))
+    assert list(model.params) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert {"1.running_mean", "1.running_var"} <= set(model.buffers)  # not differentiated
 
 
 def test_example_of_batch_one_is_dynamic():
