@@ -15,13 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.bridge._errors import BridgeError
+from spectra.bridge._graph import CONSTANTS
 from spectra.bridge._match import Key, convert, match, split_fused
 from spectra.bridge._weights import load_weights
 
 Rename = Mapping[str, str] | Callable[[str], str]
-
-# PyTorch counts batches where Flax does not.
-_IGNORED = ("num_batches_tracked",)
 
 
 def to_flax(
@@ -97,7 +95,8 @@ def to_flax(
 def _prepare(arrays: dict[str, np.ndarray], rename: Rename | None) -> dict[str, np.ndarray]:
     result: dict[str, np.ndarray] = {}
     for name, value in arrays.items():
-        if name.rsplit(".", 1)[-1] in _IGNORED:
+        # Counters and index tables, and constants of a forward pass in an exported file: not weights.
+        if not jnp.issubdtype(value.dtype, jnp.floating) or name.startswith(CONSTANTS):
             continue
         new = rename(name) if callable(rename) else name
         for pattern, replacement in [] if rename is None or callable(rename) else rename.items():

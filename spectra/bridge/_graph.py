@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_ELEMENTS = 2**36
+CONSTANTS = "constants/"  # what tensors of the forward pass are called in the weights file
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from spectra.bridge import _structure
 from spectra.bridge._errors import BridgeError, UnsupportedOperatorError
+from spectra.bridge._graph import CONSTANTS
 from spectra.bridge._operators import ABSENT, OPERATORS
 from spectra.bridge._promotion import DTYPES
 from spectra.bridge._schema import FORMAT, VERSION, reachable
@@ -128,7 +129,7 @@ class _Names:
             value, kind = self.program.constants[target], "constant"
         else:
             raise BridgeError(f"the program needs a {spec.kind.name} ({target}), which has no file form")
-        key = f"constants/{target}" if kind == "constant" else self.first[id(value)]
+        key = f"{CONSTANTS}{target}" if kind == "constant" else self.first[id(value)]
         if key in self.placeholder_of:
             self.renamed[name] = self.placeholder_of[key]
             return

@@ -87,7 +87,10 @@ class TorchModel:
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """The names of the parameters that had `requires_grad=True`."""
+        """The names of the parameters that had `requires_grad=True`.
+
+        For an operator on these alone: `wrt=lambda name: name in model.trainable`.
+        """
         return tuple(t.key for t in self.graph.tensors if t.kind == "parameter" and t.trainable)
 
     def state_dict(self, params: Mapping[str, jax.Array] | None = None) -> dict[str, np.ndarray]:

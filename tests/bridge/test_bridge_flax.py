@@ -34,12 +34,14 @@ class TorchSmall(nn.Module):
         self.up = nn.ConvTranspose2d(6, 5, 2, 2)
         self.ln = nn.LayerNorm(5)
         self.layers = nn.ModuleList([nn.Linear(5, 3)])
+        self.shift = torch.tensor([0.5])  # a constant of the forward pass, not in the state dict
+        self.register_buffer("order", torch.arange(3))
         nn.init.uniform_(self.bn.running_var, 0.5, 2.0)
         nn.init.normal_(self.bn.running_mean)
 
     def forward(self, x):
         x = self.up(self.bn(self.conv(x))).movedim(1, -1)
-        return self.layers[0](self.ln(x).mean((1, 2)))
+        return self.layers[0](self.ln(x).mean((1, 2))) + (self.shift - 0.5)
 
 
 def test_linen(tmp_path):

@@ -121,6 +121,13 @@ def test_tied_and_frozen_parameters():
     model = bridge.from_torch(module, (torch.zeros(2, 4, dtype=torch.long),))
     assert list(model.params) == ["frozen", "embed.weight"]
     assert model.trainable == ("embed.weight",)
+    op = spectra.HessianOperator(
+        lambda p, ids: model.apply(p, ids).mean(),
+        model.params,
+        jnp.zeros((2, 4), int),
+        wrt=lambda name: name in model.trainable,
+    )
+    assert op.size == 15
     state = {k: torch.tensor(v) for k, v in model.state_dict().items()}
     assert set(state) == set(module.state_dict())
     module.load_state_dict(state)
