@@ -5,6 +5,7 @@ few hundred such products into the full eigenvalue density. With n parameters θ
 H = ∇²L(θ), a vector is a pytree like θ, and eigenvalues are in units of the loss over units of θ squared.
 """
 
+from spectra import bridge
 from spectra._errors import (
     DataError,
     DifferentiationError,
@@ -16,6 +17,7 @@ from spectra._errors import (
     StructureError,
 )
 from spectra._status import Status
+from spectra.bridge import TorchModel, from_torch
 from spectra.density import kpm, slq, spectral_density, spectral_distances
 from spectra.estimators import (
     condition_number,
@@ -87,7 +89,9 @@ __all__ = [
     "SpectrumReport",
     "Status",
     "StructureError",
+    "TorchModel",
     "Tridiagonal",
+    "bridge",
     "condition_number",
     "count_above",
     "data_variability",
@@ -96,6 +100,7 @@ __all__ = [
     "effective_dimension",
     "eigsh",
     "frobenius_norm",
+    "from_torch",
     "kpm",
     "lanczos",
     "linen_model",

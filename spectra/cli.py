@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +86,37 @@ def plot(
 ):
     """Draw the density of a saved result."""
     _draw(_load(result), output, learning_rate)
+
+
+@app.command("export-torch")
+def export_torch(
+    target: Annotated[str, typer.Argument(help="FILE.py:FUNCTION; it returns (module, example_inputs).")],
+    output: Annotated[Path, typer.Option("-o", "--out", help="Folder for graph.json and the weights.")],
+):
+    """Write a PyTorch module as two plain files, which spectra.bridge.load reads without PyTorch."""
+    import jax
+
+    from spectra import bridge
+
+    name, _, function = target.rpartition(":")
+    if not name or not function:
+        raise bridge.BridgeError(f"'{target}': write FILE.py:FUNCTION, the function that builds the module.")
+    made = _function_of(Path(name), function, "(module, example_inputs)")()
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise bridge.BridgeError(
+            f"{function}() in '{name}' returned a {type(made).__name__}, not (module, example_inputs)."
+        )
+    typer.echo("Exporting ...")
+    bridge.export(*made, output)
+    with jax.enable_x64(True):
+        model = bridge.load(output)
+    size = sum(p.size for p in model.params.values())
+    batch = "any" if model.dynamic_batch else "the example's only"
+    typer.echo(
+        f"module   {type(made[0]).__name__}, {size:,} parameters in {len(model.params)} arrays\n"
+        f"graph    {len(model.graph.nodes)} nodes of {len(model.operators)} operators, batch size: {batch}\n"
+        f"written  {output / 'graph.json'}\n         {output / 'weights.safetensors'}"
+    )
 
 
 def main() -> None:
@@ -179,6 +211,18 @@ def _load_problem(file: Path):
     from spectra._errors import SpectraError
     from spectra.problem import Problem
 
+    problem = _function_of(file, "problem", "a spectra.Problem")()
+    if not isinstance(problem, Problem):
+        raise SpectraError(
+            f"problem() in '{file}' returned a {type(problem).__name__}, not a spectra.Problem."
+        )
+    return problem
+
+
+def _function_of(file: Path, name: str, result: str) -> Callable[[], Any]:
+    """The function of this name in a Python file, which is imported with its folder on the path."""
+    from spectra._errors import SpectraError
+
     if not file.exists():
         raise FileNotFoundError(f"no file '{file}'.")
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -188,11 +232,6 @@ def _load_problem(file: Path):
     sys.path.insert(0, str(file.parent.resolve()))
     sys.modules[file.stem] = module
     spec.loader.exec_module(module)
-    if not hasattr(module, "problem"):
-        raise SpectraError(f"'{file}' defines no function problem() that returns a spectra.Problem.")
-    problem = module.problem()
-    if not isinstance(problem, Problem):
-        raise SpectraError(
-            f"problem() in '{file}' returned a {type(problem).__name__}, not a spectra.Problem."
-        )
-    return problem
+    if not callable(getattr(module, name, None)):
+        raise SpectraError(f"'{file}' defines no function {name}() that returns {result}.")
+    return getattr(module, name)

@@ -20,6 +20,17 @@ from spectra._tree import path_str
 PyTree = Any
 
 
+def to_numpy(value: Any) -> np.ndarray:
+    """A NumPy array of an array or a PyTorch tensor, on any device, bfloat16 included."""
+    if hasattr(value, "detach"):  # tensors that require gradients refuse np.asarray
+        value = value.detach().cpu().resolve_conj()
+        if str(value.dtype) == "torch.bfloat16":  # PyTorch has no NumPy form of it: through int16
+            int16 = value.new_empty(0).short().dtype
+            return value.view(int16).numpy().view("bfloat16")
+        return value.numpy()
+    return np.asarray(value)
+
+
 def as_batch(batch: PyTree, where: str = "data") -> PyTree:
     """The batch with array leaves that JAX accepts; raises if leaves share no leading axis."""
 
@@ -28,7 +39,7 @@ def as_batch(batch: PyTree, where: str = "data") -> PyTree:
         if isinstance(leaf, (jax.Array, np.ndarray)):
             array = leaf
         elif hasattr(leaf, "__array__"):
-            array = np.asarray(leaf)
+            array = to_numpy(leaf)
         elif isinstance(leaf, jax.ShapeDtypeStruct):  # enough to plan with
             array = leaf
         else:
@@ -39,7 +50,7 @@ def as_batch(batch: PyTree, where: str = "data") -> PyTree:
             raise DataError(f"{name} has no axes; a batch's leaves share a leading axis of examples.")
         return array
 
-    batch = jax.tree_util.tree_map_with_path(one, batch)
+    batch = jax.tree_util.tree_map_with_path(one, jax.tree.map(_plain_mapping, batch))
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     sizes = {path_str(path): leaf.shape[0] for path, leaf in leaves}
     if len(set(sizes.values())) > 1:
@@ -47,6 +58,13 @@ def as_batch(batch: PyTree, where: str = "data") -> PyTree:
     if leaves and leaves[0][1].shape[0] == 0:
         raise DataError(f"{where}: the batch has no examples.")
     return batch
+
+
+def _plain_mapping(leaf: Any) -> Any:
+    """Tokenisers give mappings that are not dicts, which JAX takes for leaves."""
+    if isinstance(leaf, Mapping):
+        return {key: _plain_mapping(value) for key, value in leaf.items()}
+    return leaf
 
 
 def batch_size(batch: PyTree) -> int:

@@ -25,7 +25,7 @@ LAYERS = [
     {"density"},
     {"estimators"},
     {"report", "plotting"},
-    {"io", "variability"},
+    {"io", "variability", "bridge"},
     {"demos"},
     {"cli"},
 ]

@@ -1,0 +1,146 @@
+"""The checks of single fields of a graph file; what passes becomes a record of `_graph`."""
+
+import math
+import re
+from typing import Any, NoReturn
+
+from spectra.bridge._errors import BridgeError, UnsupportedOperatorError
+from spectra.bridge._graph import MAX_ELEMENTS, DType, Input, Node, Ref, Tensor
+from spectra.bridge._operators import ABSENT, OPERATORS, SIGNATURES
+from spectra.bridge._promotion import DTYPES
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,255}")
+
+
+class Checker:
+    """Checks one field after the other, keeping the names defined so far."""
+
+    def __init__(self, where: str):
+        self.where = where
+        self.names: set[str] = set()
+        self.known_symbols: set[str] = set()
+
+    def fail(self, place: str, problem: str, value: Any) -> NoReturn:
+        raise BridgeError(f"{self.where}: {place}: {problem}, got {str(value)[:80]}")
+
+    def items(self, value: Any, place: str) -> list[Any]:
+        if not isinstance(value, list):
+            self.fail(place, "must be a list", value)
+        return value
+
+    def record(self, value: Any, fields: set[str], place: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or set(value) != fields:
+            self.fail(place, f"must be an object with the fields {sorted(fields)}", value)
+        return value
+
+    def define(self, name: Any, place: str) -> str:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            self.fail(place, "a name must be an identifier", name)
+        if name in self.names:
+            self.fail(place, "a name is defined twice", name)
+        self.names.add(name)
+        return name
+
+    def dtype(self, value: Any, place: str) -> str:
+        if value not in DTYPES:
+            self.fail(place, "unknown dtype", value)
+        return value
+
+    def integer(self, value: Any, place: str, low: int, high: int) -> int:
+        if type(value) is not int or not low <= value <= high:
+            self.fail(place, f"must be an integer from {low} to {high}", value)
+        return value
+
+    def symbols(self, value: Any) -> dict[str, int]:
+        result = {}
+        for item in self.items(value, "symbols"):
+            item = self.record(item, {"name", "example"}, "symbols")
+            name = self.define(item["name"], "symbols")
+            result[name] = self.integer(item["example"], f"symbol {name}", 1, 2**31)
+        self.known_symbols = set(result)
+        self.names.clear()
+        return result
+
+    def shape(self, value: Any, place: str, extra: tuple[type, ...] = ()) -> tuple[Any, ...]:
+        dims = self.items(value, place)
+        if len(dims) > 32:
+            self.fail(place, "an array has at most 32 dimensions", len(dims))
+        for dim in dims:
+            if isinstance(dim, extra):
+                if isinstance(dim, str) and dim not in self.known_symbols:
+                    self.fail(place, "unknown symbol", dim)
+            else:
+                self.integer(dim, place, 0, MAX_ELEMENTS)
+        if math.prod(d for d in dims if isinstance(d, int)) > MAX_ELEMENTS:
+            self.fail(place, f"an array has at most {MAX_ELEMENTS} elements", dims)
+        return tuple(dims)
+
+    def tensor(self, value: Any) -> Tensor:
+        fields = {"name", "key", "kind", "dtype", "shape", "trainable"}
+        value = self.record(value, fields, "tensors")
+        name = self.define(value["name"], "tensors")
+        if value["kind"] not in ("parameter", "buffer", "constant"):
+            self.fail(f"tensor {name}", "unknown kind", value["kind"])
+        if not isinstance(value["key"], str) or type(value["trainable"]) is not bool:
+            self.fail(f"tensor {name}", "key must be a string and trainable a boolean", value)
+        dtype, shape = self.dtype(value["dtype"], name), self.shape(value["shape"], name)
+        return Tensor(name, value["key"], value["kind"], dtype, shape, value["trainable"])
+
+    def input(self, value: Any) -> Input:
+        value = self.record(value, {"name", "dtype", "shape"}, "inputs")
+        name = self.define(value["name"], "inputs")
+        return Input(name, self.dtype(value["dtype"], name), self.shape(value["shape"], name, (str,)))
+
+    def operators(self, nodes: list[Any]) -> None:
+        """Refuse every operator outside the table, all in one message."""
+        unknown: dict[str, list[str]] = {}
+        for node in nodes:
+            op = node.get("op") if isinstance(node, dict) else None
+            if isinstance(op, str) and op not in OPERATORS:
+                paths = unknown.setdefault(op, [])
+                if (path := str(node.get("module"))) not in paths:
+                    paths.append(path)
+        if unknown:
+            raise UnsupportedOperatorError(unknown, ABSENT)
+
+    def node(self, value: Any) -> Node:
+        fields = {"name", "op", "args", "kwargs", "module", "dtype", "shape"}
+        value = self.record(value, fields, "nodes")
+        op, place = value["op"], f"node {str(value['name'])[:80]}"
+        if not isinstance(op, str) or not isinstance(value["module"], str):
+            self.fail(place, "op and module must be strings", op)
+        args = tuple(self.arguments(value["args"], place))
+        if not isinstance(value["kwargs"], dict):
+            self.fail(place, "kwargs must be an object", value["kwargs"])
+        kwargs = {k: self.argument(v, place) for k, v in value["kwargs"].items()}
+        try:
+            SIGNATURES[op].bind(*args, **kwargs)
+        except TypeError as error:
+            self.fail(place, f"arguments do not fit {op}", error)
+        dtype = None if value["dtype"] is None else self.dtype(value["dtype"], place)
+        shape = value["shape"]
+        shape = None if shape is None else self.shape(shape, place, (type(None),))
+        name = self.define(value["name"], place)
+        return Node(name, op, args, kwargs, value["module"], dtype, shape)
+
+    def arguments(self, value: Any, place: str) -> list[Any]:
+        return [self.argument(item, place) for item in self.items(value, place)]
+
+    def argument(self, value: Any, place: str) -> Any:
+        if value is None or isinstance(value, (bool, float, str)):
+            return value
+        if isinstance(value, int):
+            return self.integer(value, place, -(2**63), 2**63 - 1)
+        if isinstance(value, list):
+            return self.arguments(value, place)
+        if isinstance(value, dict) and len(value) == 1:
+            ((kind, content),) = value.items()
+            if kind == "ref":
+                if not isinstance(content, str) or content not in self.names:
+                    self.fail(place, "refers to a name that is not defined before it", content)
+                return Ref(content)
+            if kind == "dtype":
+                return DType(self.dtype(content, place))
+            if kind == "float" and content in ("inf", "-inf", "nan"):
+                return float(content)
+        return self.fail(place, "not an argument", value)

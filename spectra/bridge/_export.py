@@ -1,0 +1,105 @@
+"""The two ways out of PyTorch. PyTorch is imported when they are called, not before."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from spectra.bridge import _files, _schema
+from spectra.bridge._errors import BridgeError
+from spectra.bridge._model import TorchModel
+
+if TYPE_CHECKING:
+    import torch
+
+WHERE = "the exported graph"
+
+
+def export(
+    module: "torch.nn.Module",
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    batch_axis: int | list[int | None] | None = 0,
+    train: bool = False,
+) -> None:
+    """Write a PyTorch module as `weights.safetensors` and `graph.json`, to be read by `load`.
+
+    Args:
+        module: any module that `torch.export` accepts. It is exported in evaluation mode (dropout
+            off, BatchNorm with its running statistics) and left as it was.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword
+            arguments. Only shapes, dtypes and structure matter; arguments that are not tensors
+            become part of the graph.
+        path: the folder to write; created if absent.
+        batch_axis: the axis that may change its size: one for all tensors, or a list with one entry
+            for each tensor of `example_inputs` in order (None: fixed). With a single number, only
+            tensors whose size there equals the first tensor's are taken to be batched.
+        train: export in training mode instead: BatchNorm then uses the batch's statistics and its
+            running statistics stay as they are. Dropout with a positive rate is refused.
+
+    Raises:
+        UnsupportedOperatorError: operators without a counterpart, each with its module paths.
+        BridgeError: `torch.export` refuses the module, or the folder cannot be written.
+
+    Warns:
+        StaticBatchWarning: the module's Python code fixes the batch size; the model then accepts
+            the example's only.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from spectra import bridge
+        >>> folder = tempfile.mkdtemp()
+        >>> bridge.export(torch.nn.Linear(3, 2), (torch.zeros(4, 3),), folder)
+        >>> sorted(p.name for p in Path(folder).iterdir())
+        ['graph.json', 'weights.safetensors']
+    """
+    document, arrays = _document(module, example_inputs, batch_axis, train)
+    with jax.enable_x64(True):  # the file keeps every dtype; whoever loads it decides
+        _files.assemble(_schema.build(document, WHERE), arrays, WHERE)
+    _files.save(Path(path), document, arrays)
+
+
+def from_torch(
+    module: "torch.nn.Module",
+    example_inputs: Any,
+    *,
+    batch_axis: int | list[int | None] | None = 0,
+    train: bool = False,
+) -> TorchModel:
+    """Turn a PyTorch module into a pure JAX function with PyTorch's parameter names, in memory.
+
+    The same as `export` followed by `load`, without files; arguments, errors and warnings are those
+    of `export`. The arrays are copies: training the module further does not change the model.
+
+    Returns:
+        The model: `.apply(params, *inputs)`, `.params`, `.buffers`.
+
+    Examples:
+        >>> import spectra
+        >>> import torch
+        >>> model = spectra.from_torch(torch.nn.Linear(3, 2), (torch.zeros(4, 3),))
+        >>> sorted(model.params)
+        ['bias', 'weight']
+    """
+    document, arrays = _document(module, example_inputs, batch_axis, train)
+    return _files.assemble(_schema.build(document, WHERE), arrays, WHERE)
+
+
+def _document(
+    module: Any, example_inputs: Any, batch_axis: Any, train: bool
+) -> tuple[dict, dict[str, np.ndarray]]:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise BridgeError(
+            "converting a module needs PyTorch: pip install 'spectra-jax[torch]'. What it exported, "
+            "`spectra.bridge.load` reads without it."
+        ) from None
+    from spectra.bridge._trace import document_of
+
+    return document_of(module, example_inputs, batch_axis, train)

@@ -1,0 +1,105 @@
+"""ATen activation functions, with PyTorch's derivatives at the kinks."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spectra.bridge._errors import BridgeError
+from spectra.bridge._ops_compare import clamp
+from spectra.bridge._promotion import cast, promote_float
+from spectra.bridge._registry import aten
+
+
+@aten("hardtanh.default")
+def hardtanh(self, min_val=-1.0, max_val=1.0):
+    # Unlike clamp, the derivative at the bounds is 0.
+    low, high = cast(min_val, self.dtype), cast(max_val, self.dtype)
+    return jnp.where(self <= low, low, jnp.where(self >= high, high, self))
+
+
+@aten("relu.default")
+def relu(self):
+    # The derivative at 0 is 0, and NaN passes, as in PyTorch.
+    return jnp.where(self <= 0, jnp.zeros_like(self), self)
+
+
+@aten("relu6.default")
+def relu6(self):
+    return hardtanh(self, 0.0, 6.0)
+
+
+@aten("leaky_relu.default")
+def leaky_relu(self, negative_slope=0.01):
+    return jnp.where(self > 0, self, self * cast(negative_slope, self.dtype))
+
+
+@aten("prelu.default", "_prelu_kernel.default")
+def prelu(self, weight):
+    if weight.ndim == 1 and self.ndim > 1:
+        weight = weight.reshape((1, -1) + (1,) * (self.ndim - 2))
+    return jnp.where(self > 0, self, self * weight)
+
+
+@aten("elu.default")
+def elu(self, alpha=1.0, scale=1.0, input_scale=1.0):
+    # The inner selection keeps exp finite where it is not used, so that no derivative is NaN.
+    negative = jnp.where(self > 0, jnp.zeros_like(self), self)
+    return jnp.where(self > 0, self * scale, jnp.expm1(negative * input_scale) * (alpha * scale))
+
+
+@aten("celu.default")
+def celu(self, alpha=1.0):
+    return elu(self, alpha, 1.0, 1.0 / alpha)
+
+
+@aten("selu.default")
+def selu(self):
+    return elu(self, 1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
+
+
+@aten("gelu.default")
+def gelu(self, approximate="none"):
+    if approximate not in ("none", "tanh"):
+        raise BridgeError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
+    if approximate == "tanh":
+        return jax.nn.gelu(self, approximate=True)
+    return self * 0.5 * (1.0 + lax.erf(self * 0.70710678118654752440))
+
+
+@aten("silu.default")
+def silu(self):
+    return self * jax.nn.sigmoid(self)
+
+
+@aten("mish.default")
+def mish(self):
+    return self * jnp.tanh(jax.nn.softplus(self))
+
+
+@aten("softplus.default")
+def softplus(self, beta=1.0, threshold=20.0):
+    scaled = self * beta
+    safe = jnp.where(scaled > threshold, jnp.zeros_like(self), scaled)
+    return jnp.where(scaled > threshold, self, jnp.log1p(jnp.exp(safe)) / beta)
+
+
+@aten("hardsigmoid.default")
+def hardsigmoid(self):
+    return hardtanh(self + 3, 0.0, 6.0) / 6
+
+
+@aten("hardswish.default")
+def hardswish(self):
+    return self * hardtanh(self + 3, 0.0, 6.0) / 6
+
+
+@aten("threshold.default")
+def threshold(self, threshold, value):
+    return jnp.where(self <= threshold, cast(value, self.dtype), self)
+
+
+@aten("logit.default")
+def logit(self, eps=None):
+    x = promote_float(self)[0]
+    x = x if eps is None else clamp(x, eps, 1 - eps)
+    return jnp.log(x / (1 - x))

@@ -1,0 +1,198 @@
+"""From a PyTorch module to a graph document, by `torch.export`. Needs PyTorch, as `_lower` does."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import _decomp
+from torch.utils import _pytree as torch_pytree
+
+from spectra.bridge._errors import BridgeError, StaticBatchWarning
+from spectra.bridge._lower import lower
+from spectra.bridge._operators import OPERATORS
+from spectra.data import to_numpy
+
+_ATEN = torch.ops.aten
+_NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+
+# Composite operators that stay whole. Decomposed they would cost speed (a linear layer on a
+# transposed input becomes a batched product with a copied weight), the batch's freedom (recurrent
+# layers unroll over time), or exactness (attention's rows without any allowed key).
+_KEPT = (
+    _ATEN.linear.default,
+    _ATEN.matmul.default,
+    _ATEN.einsum.default,
+    _ATEN.scaled_dot_product_attention.default,
+    _ATEN.lstm.input,
+    _ATEN.gru.input,
+    _ATEN.rnn_tanh.input,
+    _ATEN.rnn_relu.input,
+)
+
+
+@torch.library.custom_op("spectra_bridge::stop_gradient", mutates_args=())
+def _stop_gradient(x: torch.Tensor) -> torch.Tensor:
+    """Mark where PyTorch stops derivatives: its own decompositions drop the mark."""
+    return x.clone()
+
+
+@_stop_gradient.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def document_of(
+    module: torch.nn.Module, example_inputs: Any, batch_axis: Any, train: bool
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The document (without digests) and the arrays of a module, for `export` and `from_torch`."""
+    if not isinstance(module, torch.nn.Module):
+        raise BridgeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    args, kwargs = _arguments(example_inputs)
+    args, kwargs, axes = _batched(args, kwargs, batch_axis)
+    with _mode(module, train), warnings.catch_warnings():
+        # Deprecations inside torch.export and notices about its own tracing: not the caller's.
+        warnings.simplefilter("ignore")
+        program, problem = _trace(module, args, kwargs, axes)
+        _mark_stopped_gradients(program.graph_module)
+        try:
+            program = program.run_decompositions(_decompositions())
+        except Exception as error:
+            raise BridgeError(f"PyTorch cannot decompose the module's graph: {_first_line(error)}") from error
+    document, tensors = lower(program, module)
+    if axes and not document["symbols"]:
+        warnings.warn(
+            "the module could only be exported for the example's batch size"
+            + (f": {problem}" if problem else ", which its code treats as a fixed number"),
+            StaticBatchWarning,
+            stacklevel=4,
+        )
+    return document, {key: to_numpy(tensor) for key, tensor in tensors.items()}
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise BridgeError(
+        f"example_inputs must be a tensor, a tuple or a mapping, got {type(example_inputs).__name__}"
+    )
+
+
+def _batched(args: Any, kwargs: Any, batch_axis: Any) -> tuple[Any, Any, list[tuple[Any, int]]]:
+    """Return the arguments with every batch of one doubled, and (tensor, batch axis) pairs.
+
+    torch.export takes a size of 1 for a constant, so a batch of one could not become dynamic.
+    """
+    leaves, spec = torch_pytree.tree_flatten((args, kwargs))
+    # A copy of each, so that one tensor passed twice is two entries of the shape table.
+    leaves = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+    places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+    tensors = [leaves[i] for i in places]
+    if isinstance(batch_axis, (list, tuple)):
+        if len(batch_axis) != len(tensors):
+            raise BridgeError(f"batch_axis has {len(batch_axis)} entries, {len(tensors)} tensors")
+        chosen = list(batch_axis)
+    else:
+        sizes = [_size(t, batch_axis) for t in tensors]
+        batch = next((s for s in sizes if s is not None), None)
+        chosen = [batch_axis if s is not None and s == batch else None for s in sizes]
+    pairs = []
+    for i, axis in zip(places, chosen, strict=True):
+        if axis is None:
+            continue
+        if _size(leaves[i], axis) is None:
+            raise BridgeError(f"batch_axis {axis} does not exist in shape {tuple(leaves[i].shape)}")
+        if leaves[i].shape[axis] == 1:
+            leaves[i] = torch.cat([leaves[i], leaves[i]], axis)
+        pairs.append((leaves[i], axis % leaves[i].ndim))
+    args, kwargs = torch_pytree.tree_unflatten(leaves, spec)
+    return args, kwargs, pairs
+
+
+def _size(tensor: torch.Tensor, axis: int | None) -> int | None:
+    if axis is None or not -tensor.ndim <= axis < tensor.ndim:
+        return None
+    return tensor.shape[axis]
+
+
+@contextmanager
+def _mode(module: torch.nn.Module, train: bool) -> Iterator[None]:
+    """Set evaluation or training mode, and put every submodule's own flag back afterwards."""
+    flags = [(m, m.training) for m in module.modules()]
+    module.train(train)
+    try:
+        yield
+    finally:
+        for submodule, flag in flags:
+            submodule.training = flag
+
+
+def _trace(
+    module: torch.nn.Module, args: Any, kwargs: Any, axes: list[tuple[Any, int]]
+) -> tuple[torch.export.ExportedProgram, str]:
+    """Export with a free batch size; where that fails, with the example's, and say why."""
+    problem = ""
+    if axes:
+        shapes = torch.export.ShapesCollection()
+        for tensor, axis in axes:
+            shapes[tensor] = {axis: torch.export.Dim.AUTO}
+        try:
+            dynamic = shapes.dynamic_shapes(module, args, kwargs)
+            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic), ""
+        except Exception as error:  # torch.export has no common base class for its refusals
+            problem = _first_line(error)
+    try:
+        return torch.export.export(module, args, kwargs), problem
+    except Exception as error:
+        raise BridgeError(
+            f"torch.export cannot trace the module: {_first_line(error)}. Usually a Python branch "
+            "or a shape depends on a tensor's values."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def _mark_stopped_gradients(graph_module: torch.fx.GraphModule) -> None:
+    """Mark `detach` and what leaves a `torch.no_grad()` region, in nested graphs too."""
+    for submodule in list(graph_module.modules()):
+        if not isinstance(submodule, torch.fx.GraphModule):
+            continue
+        graph = submodule.graph
+        for node in list(graph.nodes):
+            if node.target in (_ATEN.detach.default, _ATEN.detach_.default):
+                node.target = torch.ops.spectra_bridge.stop_gradient.default
+            elif node.target is _NO_GRAD and node.args[0] is False:
+                _mark_results(graph, node)
+        submodule.recompile()
+
+
+def _mark_results(graph: torch.fx.Graph, region: torch.fx.Node) -> None:
+    for item in list(region.users):
+        value = item.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        with graph.inserting_after(item):
+            mark = graph.call_function(torch.ops.spectra_bridge.stop_gradient.default, (item,))
+        mark.meta = dict(item.meta)
+        item.replace_all_uses_with(mark, delete_user_cb=lambda user, mark=mark: user is not mark)
+
+
+def _decompositions() -> dict[Any, Any]:
+    """PyTorch's default table, less what stays whole, plus all it has for what is not covered."""
+    table = torch.export.default_decompositions()
+    for operator in _KEPT:
+        table.pop(operator, None)
+    result = dict(table.items())
+    for operator, function in _decomp.decomposition_table.items():
+        known = str(operator) in OPERATORS or operator in result
+        if not known and isinstance(operator, torch._ops.OpOverload):
+            result[operator] = function
+    return result

@@ -1,0 +1,95 @@
+"""Weights from files: safetensors, sharded safetensors, and PyTorch state dicts."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spectra.bridge import _safetensors
+from spectra.bridge._errors import BridgeError
+from spectra.data import to_numpy
+
+INDEX = "model.safetensors.index.json"
+
+
+def load_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Read a state dict as `{dotted name: NumPy array}`.
+
+    Args:
+        source: one of a `.safetensors` file; a `*.index.json` file of a sharded model, or the
+            folder that holds it, or a folder with `model.safetensors` or `weights.safetensors`; a
+            `.pt`, `.pth` or `.bin` state dict, which needs PyTorch and is read with
+            `weights_only=True`, so that no pickled code runs; or a mapping of names to arrays or
+            tensors.
+
+    Returns:
+        The arrays under PyTorch's names, copies all of them.
+
+    Raises:
+        BridgeError: the file is missing or damaged, a shard is missing or outside its folder, or
+            PyTorch is needed and absent.
+
+    Examples:
+        >>> import numpy as np
+        >>> from spectra import bridge
+        >>> bridge.load_weights({"bias": np.zeros(3)})["bias"].shape
+        (3,)
+    """
+    if isinstance(source, Mapping):
+        return {str(name): np.array(to_numpy(value)) for name, value in source.items()}
+    path = Path(source)
+    if path.is_dir():
+        names = (INDEX, "model.safetensors", "weights.safetensors")
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise BridgeError(f"{path} holds none of {', '.join(names)}")
+        path = found[0]
+    if path.name.endswith(".index.json"):
+        return _read_sharded(path)
+    if path.suffix == ".safetensors":
+        return _safetensors.read(path)
+    if path.suffix in (".pt", ".pth", ".bin"):
+        return _read_torch(path)
+    raise BridgeError(f"{path}: expected .safetensors, .index.json, .pt, .pth, .bin or a folder")
+
+
+def _read_sharded(path: Path) -> dict[str, np.ndarray]:
+    try:
+        document = json.loads(path.read_bytes().decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise BridgeError(f"cannot read {path}: {error}") from None
+    places = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise BridgeError(f"{path} has no weight_map from names to files")
+    arrays: dict[str, np.ndarray] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise BridgeError(f"{path}: {shard!r} is not the name of a shard in its folder")
+        content = _safetensors.read(path.parent / shard)
+        wanted = [name for name, place in places.items() if place == shard]
+        absent = [name for name in wanted if name not in content]
+        if absent:
+            raise BridgeError(f"{path.parent / shard} lacks {absent[:5]}, which {path.name} lists")
+        arrays.update({name: content[name] for name in wanted})
+    return arrays
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        raise BridgeError(
+            f"{path} is a PyTorch file and PyTorch is not installed: convert it once to safetensors"
+        ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling a damaged file can raise anything
+        raise BridgeError(f"cannot read {path} with weights_only=True: {error}") from None
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise BridgeError(f"{path} does not hold a state dict of tensors")
+    return {str(name): np.array(to_numpy(tensor)) for name, tensor in state.items()}

@@ -1,0 +1,297 @@
+"""The two files: round trips without PyTorch, damage, and hostile content."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bridge_reference as reference
+import jax
+import numpy as np
+import pytest
+import torch
+from bridge_cases import CASES
+from test_bridge_models import TOLERANCES, inputs_of, prepare
+from torch.utils import _pytree
+
+from spectra import bridge
+from spectra.bridge import BridgeError, _safetensors, _schema
+
+# PyTorch's own note on a kernel that it does not use.
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+
+
+def _write_case(name: str, folder: Path, dtype: torch.dtype) -> None:
+    """Export at batch three; keep inputs, a vector and PyTorch's results at batch four."""
+    case = CASES[name]
+    with jax.enable_x64(dtype == torch.float64), reference.precision(dtype, case.heavy):
+        module, example = prepare(case, dtype, 3)
+        bridge.export(module, example, folder, **case.options)
+        inputs = inputs_of(case, dtype, 4)
+        rng = np.random.default_rng(0)
+        params = bridge.load(folder).params
+        vector = {k: rng.standard_normal(p.shape).astype(p.dtype) for k, p in params.items()}
+        results = reference.torch_derivatives(copy.deepcopy(module), inputs, vector, case.twin)
+    arguments = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    leaves = [x for x in _pytree.tree_leaves(arguments) if isinstance(x, torch.Tensor)]
+    arrays = {f"input/{i}": x.numpy() for i, x in enumerate(leaves)}
+    arrays |= {f"output/{i}": x for i, x in enumerate(results[0])}
+    for kind, tree in zip(("vector", "gradient", "product"), (vector, *results[1:]), strict=True):
+        arrays |= {f"{kind}/{k}": x for k, x in tree.items()}
+    np.savez(folder / "case.npz", **arrays)
+
+
+def _check_without_torch(names: list[str], folder: Path, dtype: torch.dtype) -> None:
+    for name in names:
+        _write_case(name, folder / name, dtype)
+    program = Path(__file__).with_name("without_torch.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", program, *(folder / name for name in names)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": str(int(dtype == torch.float64))},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = {Path(w[0]).name: tuple(map(float, w[1:])) for w in map(str.split, done.stdout.splitlines())}
+    assert set(errors) == set(names)
+    wrong = {
+        n: e for n, e in errors.items() if any(x >= y for x, y in zip(e, TOLERANCES[dtype], strict=True))
+    }
+    assert not wrong
+
+
+def test_round_trip_without_torch(tmp_path):
+    _check_without_torch(["mlp", "tied_detached", "embedding_bags"], tmp_path, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_all_round_trips_without_torch(tmp_path, dtype):
+    _check_without_torch(list(CASES), tmp_path, dtype)
+
+
+def test_files_are_equivalent_to_memory(tmp_path):
+    module, example = prepare(CASES["tied_detached"], torch.float32, 3)
+    bridge.export(module, example, tmp_path / "model")
+    loaded = bridge.load(tmp_path / "model")
+    direct = bridge.from_torch(module, example)
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "graph.json",
+        "weights.safetensors",
+    ]
+    assert list(loaded.params) == list(direct.params)
+    ids = example[0].numpy()
+    for a, b in zip(
+        jax.tree.leaves(loaded.apply(loaded.params, ids)),
+        jax.tree.leaves(direct.apply(direct.params, ids)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_exporting_twice_gives_the_same_bytes(tmp_path):
+    module, example = prepare(CASES["cnn"], torch.float32, 3)
+    for name in ("a", "b"):
+        bridge.export(module, example, tmp_path / name)
+    for file in ("graph.json", "weights.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The bytes of a small model with most features of the schema."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    module, example = prepare(CASES["tied_detached"], torch.float32, 3)
+    bridge.export(module, example, folder)
+    return (folder / "graph.json").read_bytes(), (folder / "weights.safetensors").read_bytes()
+
+
+def _load(folder: Path, graph: bytes, weights: bytes):
+    (folder / "graph.json").write_bytes(graph)
+    (folder / "weights.safetensors").write_bytes(weights)
+    return bridge.load(folder)
+
+
+def _damage(data: bytes, rng: np.random.Generator) -> bytes:
+    """Truncate, change, insert, repeat or remove bytes."""
+    kind, at = rng.integers(5), int(rng.integers(len(data)))
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + bytes([data[at] ^ int(rng.integers(1, 256))]) + data[at + 1 :]
+    if kind == 2:
+        return data[:at] + rng.bytes(int(rng.integers(1, 9))) + data[at:]
+    if kind == 3:
+        return data + data[at:]
+    return data[:at] + data[at + 1 + int(rng.integers(8)) :]
+
+
+def test_damaged_files(files, tmp_path):
+    """500 damaged graphs and 500 damaged weights: each gives an error of the bridge."""
+    rng = np.random.default_rng(0)
+    for index in range(1000):
+        damaged = list(files)
+        damaged[index % 2] = _damage(files[index % 2], rng)
+        with pytest.raises(BridgeError):
+            _load(tmp_path, *damaged)
+
+
+_STRANGE = [None, True, -1, 0, 1, 2**31, 2**40, 2**62, 10**30, 1.5, "", "x", "aten.add.Tensor",
+            "__import__", [], [[]], {}, {"ref": "x"}, {"ref": 1}, {"dtype": "object"},
+            {"float": "inf"}, {"float": "1e9"}, ["../../etc/passwd"]]  # fmt: skip
+
+
+def _places(value, found):
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            found.append((value, key))
+            _places(value[key], found)
+    return found
+
+
+def _mutate(graph: bytes, rng: np.random.Generator) -> bytes:
+    """Replace, remove, repeat or exchange one entry anywhere in the document, and sign it again."""
+    document = json.loads(graph)
+    places = _places(document, [])
+    owner, key = places[int(rng.integers(len(places)))]
+    kind = rng.integers(4)
+    if kind == 0:
+        owner[key] = _STRANGE[int(rng.integers(len(_STRANGE)))]
+    elif kind == 1:
+        del owner[key]
+    elif kind == 2 and isinstance(owner, list):
+        owner.insert(key, owner[key])
+    else:
+        other, place = places[int(rng.integers(len(places)))]
+        owner[key], other[place] = json.loads(json.dumps([other[place], owner[key]]))
+    document["digest"] = _schema.digest(document)
+    return json.dumps(document).encode()
+
+
+def test_forged_graphs(files, tmp_path):
+    """1,000 well-signed graphs, one entry changed: an error, or a graph that still evaluates."""
+    rng = np.random.default_rng(1)
+    refused = 0
+    for _ in range(1000):
+        try:
+            model = _load(tmp_path, _mutate(files[0], rng), files[1])
+        except BridgeError:
+            refused += 1
+        else:
+            assert isinstance(model, bridge.TorchModel)
+    assert refused > 500
+
+
+def _forged(files, change) -> bytes:
+    document = json.loads(files[0])
+    change(document)
+    document["digest"] = _schema.digest(document)
+    return json.dumps(document).encode()
+
+
+def _node(document, op):
+    return next(n for n in document["nodes"] if n["op"] == op)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: _node(d, "aten.linear.default").update(op="os.system"), "os.system"),
+        (lambda d: d["nodes"].reverse(), "not defined before"),
+        (lambda d: d["nodes"][0].update(name=d["nodes"][1]["name"]), "defined twice|not defined"),
+        (lambda d: d["tensors"][0].update(shape=[2**50]), "integer from"),
+        (lambda d: d["tensors"][0].update(shape=[2**20, 2**20]), "at most"),
+        (lambda d: d["tensors"][0].update(dtype="object"), "dtype"),
+        (lambda d: d["inputs"][0].update(shape=["other", 4]), "unknown symbol"),
+        (lambda d: d.update(version=2), "version 2"),
+        (lambda d: d.update(format="pickle"), "not a spectra-graph"),
+        (lambda d: d.update(extra=1), "unknown fields"),
+        (lambda d: d.update(symbols=[{"name": "s", "example": 0}]), "integer from"),
+        (lambda d: d.update(aliases={"a": "nothing"}), "aliases"),
+        (lambda d: d["output_tree"].update(type="object"), "tree"),
+        (lambda d: _node(d, "aten.linear.default").update(kwargs={"nope": 1}), "do not fit"),
+        (lambda d: _node(d, "aten.linear.default").update(shape=[3, 4, 9]), "PyTorch"),
+    ],
+)
+def test_forged_fields(files, tmp_path, change, message):
+    with pytest.raises(BridgeError, match=message):
+        _load(tmp_path, _forged(files, change), files[1])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x80\x04K\x01.",
+        b"[" * 100_000,
+        b'{"format": NaN}',
+        b'{"format": 1e999}',
+        b'{"a": 1, "a": 2}',
+        b"\xff\xfe",
+        b"null",
+    ],
+)
+def test_not_a_graph(files, tmp_path, data):
+    with pytest.raises(BridgeError):
+        _load(tmp_path, data, files[1])
+
+
+def _header(header, body: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + body
+
+
+def _entry(dtype="F32", shape=(1,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"1234567", _header({}, length=2**63), _header(b"{", b""), _header([1]),
+        _header({"a": _entry()}), _header({"a": _entry(shape=(2**40,))}, b"0000"),
+        _header({"a": _entry(shape=(2**62, 4))}, b"0000"),
+        _header({"a": _entry(shape=(-1,))}, b"0000"),
+        _header({"a": _entry("F99")}, b"0000"), _header({"a": _entry(offsets=(0, 2**40))}, b"0000"),
+        _header({"a": _entry(), "b": _entry()}, b"0000"), _header({"a": _entry()}, b"00000"),
+        _header({"a": _entry(offsets=(4, 8))}, b"0" * 8), _header({"a": 3}, b"0000"),
+        _header(b"[" * 100_000),
+        _header({"a": _entry("BOOL", (4,))}, b"\x00\x01\x02\x01"),
+        _header({"a": _entry(shape=(True,))}, b"0000"), b"\x80\x04\x95" + b"0" * 64,
+    ],
+)  # fmt: skip
+def test_not_safetensors(tmp_path, data):
+    (tmp_path / "x.safetensors").write_bytes(data)
+    with pytest.raises(BridgeError):
+        _safetensors.read(tmp_path / "x.safetensors")
+
+
+def test_damaged_weights_alone(files, tmp_path):
+    """Without a digest beside it, a changed byte among the numbers is another number; nothing else is."""
+    rng = np.random.default_rng(2)
+    path, refused = tmp_path / "x.safetensors", 0
+    for _ in range(300):
+        path.write_bytes(_damage(files[1], rng))
+        try:
+            arrays = bridge.load_weights(path)
+        except BridgeError:
+            refused += 1
+        else:
+            assert all(isinstance(x, np.ndarray) for x in arrays.values())
+    assert refused > 100
+
+
+@pytest.mark.parametrize("path", ["nothing", "nothing/at/all"])
+def test_missing_folder(tmp_path, path):
+    with pytest.raises(BridgeError, match=r"graph\.json"):
+        bridge.load(tmp_path / path)
+
+
+def test_weights_of_another_model(files, tmp_path):
+    _safetensors.write(tmp_path / "w.safetensors", {"a": np.zeros(3, np.float32)})
+    with pytest.raises(BridgeError, match="not the file"):
+        _load(tmp_path, files[0], (tmp_path / "w.safetensors").read_bytes())

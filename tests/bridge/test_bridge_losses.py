@@ -1,0 +1,269 @@
+"""Losses against torch.nn.functional, and loaders. Tolerance: a dozen float32 roundings, 1e-6."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import spectra
+from spectra import bridge
+from spectra.bridge import BridgeError, _losses
+
+rng = np.random.default_rng(0)
+LOGITS = {n: rng.standard_normal(s).astype(np.float32) for n, s in
+          {"flat": (7, 5), "image": (3, 5, 2, 4), "single": (5,)}.items()}  # fmt: skip
+TARGETS = {"flat": np.array([0, 4, -100, 2, 1, 1, -100]), "single": np.array(3),
+           "image": rng.integers(0, 5, (3, 2, 4))}  # fmt: skip
+WEIGHT = np.array([0.5, 1.0, 2.0, 0.1, 3.0], np.float32)
+
+
+def _same(ours, theirs):
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
+@pytest.mark.parametrize("shape", list(LOGITS))
+def test_cross_entropy(shape, weight, smoothing, reduction):
+    x, y = LOGITS[shape], TARGETS[shape]
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    ours = _losses.cross_entropy(jnp.asarray(x), jnp.asarray(y), weight=weight, **options)
+    w = None if weight is None else torch.tensor(weight)
+    _same(ours, F.cross_entropy(torch.tensor(x), torch.tensor(y), w, **options))
+    if smoothing == 0 and shape != "single":
+        logs = np.log(np.exp(x) / np.exp(x).sum(1, keepdims=True))
+        ours = _losses.nll_loss(jnp.asarray(logs), jnp.asarray(y), weight=weight, reduction=reduction)
+        _same(ours, F.nll_loss(torch.tensor(logs), torch.tensor(y), w, reduction=reduction))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", list(LOGITS))
+def test_cross_entropy_with_probabilities(shape, reduction):
+    x = LOGITS[shape]
+    axis = 0 if x.ndim == 1 else 1
+    q = np.exp(x[::-1]) / np.exp(x[::-1]).sum(axis, keepdims=True)
+    options = {"label_smoothing": 0.1, "reduction": reduction}
+    ours = _losses.cross_entropy(jnp.asarray(x), jnp.asarray(q), weight=WEIGHT, **options)
+    theirs = F.cross_entropy(torch.tensor(x), torch.tensor(q), torch.tensor(WEIGHT), **options)
+    _same(ours, theirs)
+
+
+def test_class_axis_and_ignore_index():
+    x, y = LOGITS["image"], TARGETS["image"]
+    last = jnp.moveaxis(jnp.asarray(x), 1, -1)
+    ours = _losses.cross_entropy(last, jnp.asarray(y), class_axis=-1, ignore_index=2)
+    _same(ours, F.cross_entropy(torch.tensor(x), torch.tensor(y), ignore_index=2))
+
+
+def test_targets_outside_of_the_classes_give_nan():
+    for target in (7, 3, -1):
+        for smoothing in (0.0, 0.1):
+            value = _losses.cross_entropy(jnp.ones((1, 3)), jnp.array([target]), label_smoothing=smoothing)
+            assert jnp.isnan(value)
+    assert jnp.isnan(_losses.cross_entropy(jnp.ones((1, 3)), jnp.array([-100])))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_elementwise_losses(reduction):
+    x, y = (rng.standard_normal((4, 3)).astype(np.float32) for _ in range(2))
+    p = rng.random((4, 3)).astype(np.float32)
+    tx, ty, tp = map(torch.tensor, (x, y, p))
+    jx, jy, jp = map(jnp.asarray, (x, y, p))
+    _same(_losses.mse_loss(jx, jy, reduction=reduction), F.mse_loss(tx, ty, reduction=reduction))
+    options = {"weight": p[0] + 1, "pos_weight": p[1] + 2}
+    theirs = F.binary_cross_entropy_with_logits(
+        50 * tx, tp, reduction=reduction, **{k: torch.tensor(v) for k, v in options.items()}
+    )
+    _same(_losses.bce_with_logits(50 * jx, jp, reduction=reduction, **options) / 50, theirs / 50)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _losses.mse_loss(jnp.ones(3), jnp.ones((3, 1))), "mse_loss"),
+        (lambda: _losses.bce_with_logits(jnp.ones(3), jnp.ones(2)), "bce_with_logits"),
+        (lambda: _losses.nll_loss(jnp.ones((3, 2)), jnp.ones(3)), "class indices"),
+        (lambda: _losses.cross_entropy(jnp.ones((3, 2)), jnp.ones(2, int)), "class indices"),
+        (
+            lambda: _losses.cross_entropy(jnp.ones((1, 2)), jnp.ones(1, int), weight=[1.0]),
+            "weights",
+        ),
+        (lambda: _losses.mse_loss(jnp.ones(3), jnp.ones(3), reduction="max"), "reduction"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(BridgeError, match=message):
+        call()
+
+
+def _classifier():
+    module = nn.Linear(4, 3)
+    return module, bridge.from_torch(module, torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cross_entropy", {}),
+        ("cross_entropy", {"weight": [1.0, 2.0, 3.0]}),
+        ("mse_loss", {}),
+        ("bce_with_logits", {}),
+    ],
+)
+def test_weighted_batches_average_to_the_whole(name, options):
+    """Σ weight·loss / Σ weight over unequal batches is PyTorch's loss of all examples at once."""
+    module, model = _classifier()
+    x = torch.randn(11, 4)
+    y = torch.randint(0, 3, (11,)) if name == "cross_entropy" else torch.rand(11, 3)
+    if name == "cross_entropy":
+        y[:4] = -100
+    dataset = torch.utils.data.TensorDataset(x, y)
+    batches = torch.utils.data.DataLoader(dataset, batch_size=5)
+    loss = bridge.make_loss(model, name, **options)
+    assert len(batches) == 3
+    for _ in range(2):
+        parts = [(loss(model.params, b), loss.weight(b)) for b in batches]
+    ours = sum(w * v for v, w in parts) / sum(w for _, w in parts)
+    function = {"bce_with_logits": F.binary_cross_entropy_with_logits}.get(name) or getattr(F, name)
+    tensors = {k: torch.tensor(v) for k, v in options.items()}
+    _same(ours, function(module(x), y, **tensors).detach())
+
+
+def test_batches_as_mappings_and_outputs_by_name():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, features):
+            return {"logits": self.head(features), "features": features}
+
+    model = bridge.from_torch(Two(), {"features": torch.zeros(2, 4)})
+    loader = [{"features": torch.randn(5, 4), "labels": torch.tensor([0, 1, 2, 0, 1])}]
+    (batch,) = loader
+    loss = bridge.make_loss(model, "cross_entropy")
+    value = loss(model.params, batch)
+    pair = ({"features": batch["features"]}, batch["labels"])
+    assert value == loss(model.params, pair)
+    assert jax.grad(loss)(model.params, batch)["head.weight"].shape == (3, 4)
+    mse = bridge.make_loss(model, "mse_loss", output="features")
+    assert mse(model.params, (pair[0], batch["features"])) == 0
+    for wrong in (bridge.make_loss(model, "mse_loss", output="other"), mse):
+        with pytest.raises(BridgeError):
+            wrong(model.params, (pair[0], batch["features"][:, :1]))
+    with pytest.raises(BridgeError, match="no 'labels'"):
+        loss(model.params, {"features": batch["features"]})
+    with pytest.raises(BridgeError, match="must be"):
+        loss(model.params, (1, 2, 3))
+
+
+def test_unknown_losses():
+    _, model = _classifier()
+    with pytest.raises(BridgeError, match="unknown loss"):
+        bridge.make_loss(model, "hinge")
+    with pytest.raises(BridgeError, match="scalar"):
+        bridge.make_loss(model, "mse_loss", reduction="none")
+
+
+def test_several_outputs_need_a_choice():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x + 1
+
+    model = bridge.from_torch(Pair(), torch.zeros(2, 3))
+    x = jnp.ones((2, 3))
+    with pytest.raises(BridgeError, match="output="):
+        bridge.make_loss(model, "mse_loss")({}, (x, x))
+    assert bridge.make_loss(model, "mse_loss", output=1)({}, (x, x)) == 1
+
+
+def _hessian(module, loss) -> np.ndarray:
+    """The dense Hessian by PyTorch's double backward, in the order of a flat dictionary's keys."""
+    params = dict(sorted(module.named_parameters()))
+    (flat,) = [torch.cat([p.detach().reshape(-1) for p in params.values()])]
+
+    def of_flat(flat):
+        parts = flat.split([p.numel() for p in params.values()])
+        named = {k: x.reshape(p.shape) for (k, p), x in zip(params.items(), parts, strict=True)}
+        return loss(lambda *x: torch.func.functional_call(module, named, x))
+
+    return torch.autograd.functional.hessian(of_flat, flat).numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "microbatch"),
+    [
+        ("cross_entropy", {"ignore_index": 1, "label_smoothing": 0.2, "weight": [0.3, 1.0, 2.0]}, 2),
+        ("cross_entropy", {"ignore_index": 2, "weight": [0.3, 1.0, 2.0]}, None),
+        ("mse_loss", {}, None),
+        ("bce_with_logits", {"pos_weight": [1.0, 2.0, 0.5]}, None),
+    ],
+)
+def test_a_torch_loader_gives_pytorchs_hessian(name, options, microbatch, x64):
+    """A DataLoader of tensors with a smaller last batch, as it is, against the loss of all examples.
+
+    The entries are sums of 11 products of order one: 1e-12 is 400 roundings of 2.2e-16 above that.
+    """
+    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x = torch.randn(11, 4, dtype=torch.float64)
+    y = torch.randint(0, 3, (11,)) if name == "cross_entropy" else torch.rand(11, 3, dtype=torch.float64)
+    model = bridge.from_torch(module, x)
+    options = {k: torch.tensor(v).double() if isinstance(v, list) else v for k, v in options.items()}
+    loss = bridge.make_loss(model, name, **options)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    op = spectra.HessianOperator(loss, model.params, loader, weight_fn=loss.weight, microbatch=microbatch)
+    function = {"bce_with_logits": F.binary_cross_entropy_with_logits}.get(name) or getattr(F, name)
+    expected = _hessian(module, lambda f: function(f(x), y, **options))
+    np.testing.assert_allclose(np.asarray(op.as_matrix()), expected, atol=1e-12)
+
+
+def test_halves_make_the_gauss_newton_matrix(x64):
+    """For a linear model it is the Hessian; the entries are sums of 10 products, as above."""
+    model = bridge.from_torch(nn.Linear(4, 3).double(), torch.zeros(2, 4, dtype=torch.float64))
+    loss = bridge.make_loss(model, "cross_entropy", weight=[1.0, 2.0, 0.5], label_smoothing=0.1)
+    batch = (torch.randn(10, 4, dtype=torch.float64), torch.randint(0, 3, (10,)))
+    ggn = spectra.GGNOperator(loss.outputs, loss.of_outputs, model.params, batch)
+    hessian = spectra.HessianOperator(loss, model.params, batch)
+    np.testing.assert_allclose(ggn.as_matrix(), hessian.as_matrix(), atol=1e-12)
+
+
+def test_options_are_checked():
+    _, model = _classifier()
+    with pytest.raises(BridgeError, match="no options"):
+        bridge.make_loss(model, "mse_loss", ignore_index=3)
+    with pytest.raises(BridgeError, match="label_smoothing"):
+        _losses.cross_entropy(jnp.ones((1, 3)), jnp.array([0]), label_smoothing=1.5)
+    with pytest.raises(BridgeError, match="probabilities"):
+        _losses.cross_entropy(jnp.ones((2, 3)), jnp.ones(3))
+    total = bridge.make_loss(model, "cross_entropy", reduction="sum")
+    with pytest.raises(BridgeError, match="averaged"):
+        total.weight((jnp.ones((2, 4)), jnp.array([0, 1])))
+
+
+def test_batches_of_a_tokeniser(x64):
+    """Mappings that are no dicts, bfloat16 features, tensors that require gradients."""
+    from collections import UserDict
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, features):
+            return self.head(features.to(self.head.weight.dtype))
+
+    x = torch.randn(5, 4).bfloat16()
+    model = bridge.from_torch(Head(), {"features": x})
+    loss = bridge.make_loss(model, "cross_entropy")
+    batches = [UserDict(features=x, labels=torch.tensor([0, 1, 2, 0, 1]))]
+    op = spectra.HessianOperator(loss, model.params, batches, weight_fn=loss.weight)
+    plain = {"features": jnp.asarray(x.float().numpy(), jnp.bfloat16), "labels": jnp.array([0, 1, 2, 0, 1])}
+    np.testing.assert_allclose(op.loss(), loss(model.params, plain), rtol=1e-6)
+    tracked = bridge.make_loss(*_classifier()[1:], "mse_loss")
+    model = tracked.model
+    data = (torch.randn(6, 4, requires_grad=True), torch.randn(6, 3))
+    assert np.isfinite(spectra.HessianOperator(tracked, model.params, data).loss())

@@ -1,0 +1,299 @@
+"""The model object and the export: transformations, argument checks, tied weights, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import spectra
+from spectra import bridge
+from spectra.bridge import BridgeError, StaticBatchWarning, UnsupportedOperatorError
+
+
+@pytest.fixture(scope="module")
+def mlp():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3))
+    return bridge.from_torch(module, (torch.zeros(2, 4),))
+
+
+def _loss(model):
+    x = jnp.cos(jnp.arange(20.0)).reshape(5, 4)
+    return lambda params: jnp.mean(jax.nn.logsumexp(model.apply(params, x), -1))
+
+
+def test_linearize_agrees_with_jvp(mlp):
+    gradient = jax.jit(jax.grad(_loss(mlp)))
+    vector = jax.tree.map(jnp.ones_like, mlp.params)
+    _, linear = jax.linearize(gradient, mlp.params)
+    expected = jax.jvp(gradient, (mlp.params,), (vector,))[1]
+    for name, value in linear(vector).items():
+        # The same sums in another order: some ten roundings of eps = 1.2e-7.
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_vmap_over_probes_and_over_parameters(mlp):
+    vectors = jax.tree.map(lambda p: jnp.stack([jnp.ones_like(p), p]), mlp.params)
+
+    @jax.jit
+    def product(v):
+        return jax.jvp(jax.grad(_loss(mlp)), (mlp.params,), (v,))[1]
+
+    together = jax.vmap(product)(vectors)
+    for i in range(2):
+        alone = product(jax.tree.map(lambda v, i=i: v[i], vectors))
+        for name in alone:
+            np.testing.assert_allclose(together[name][i], alone[name], rtol=1e-5, atol=1e-6)
+    assert jax.vmap(_loss(mlp))(vectors).shape == (2,)
+
+
+def test_apply_traces_once_a_shape(mlp):
+    traces = []
+
+    @jax.jit
+    def run(params, x):
+        traces.append(x.shape)
+        return mlp.apply(params, x)
+
+    for batch in (2, 2, 7, 7, 1):
+        run(mlp.params, jnp.ones((batch, 4)))
+    assert traces == [(2, 4), (7, 4), (1, 4)]
+
+
+def test_apply_is_a_static_argument(mlp):
+    run = jax.jit(lambda f, p, x: f(p, x), static_argnums=0)
+    assert run(mlp.apply, mlp.params, jnp.ones((2, 4))).shape == (2, 3)
+
+
+def test_matmul_precision_is_the_callers(mlp):
+    with jax.default_matmul_precision("float32"):
+        text = str(jax.make_jaxpr(mlp.apply)(mlp.params, jnp.ones((2, 4))))
+    assert "HIGHEST" in text or "float32" in text.split("dot_general")[1]
+    assert "HIGHEST" not in str(jax.make_jaxpr(mlp.apply)(mlp.params, jnp.ones((2, 4))))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((jnp.ones((2, 5)),), "shape"),
+        ((jnp.ones(4),), "shape"),
+        ((jnp.ones((2, 4), int),), "float32"),
+        ((), "length 1"),
+        ((jnp.ones((2, 4)), 1), "length 1"),
+    ],
+)
+def test_wrong_inputs(mlp, inputs, message):
+    with pytest.raises(BridgeError, match=message):
+        mlp.apply(mlp.params, *inputs)
+
+
+def test_wrong_params(mlp):
+    with pytest.raises(BridgeError, match="missing"):
+        mlp.apply({}, jnp.ones((2, 4)))
+    with pytest.raises(BridgeError, match="shape"):
+        mlp.apply({**mlp.params, "0.bias": jnp.ones(2)}, jnp.ones((2, 4)))
+    with pytest.raises(BridgeError, match="keyword"):
+        mlp.apply(mlp.params, jnp.ones((2, 4)), mask=1)
+
+
+def test_float64_parameters_on_a_float32_export(mlp):
+    with jax.enable_x64(True):
+        params = {k: jnp.asarray(v, jnp.float64) for k, v in mlp.params.items()}
+        assert mlp.apply(params, jnp.ones((2, 4))).dtype == jnp.float64
+
+
+class _Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, ids):
+        return self.head(self.embed(ids) * self.frozen)
+
+
+def test_tied_and_frozen_parameters():
+    module = _Tied()
+    model = bridge.from_torch(module, (torch.zeros(2, 4, dtype=torch.long),))
+    assert list(model.params) == ["frozen", "embed.weight"]
+    assert model.trainable == ("embed.weight",)
+    op = spectra.HessianOperator(
+        lambda p, ids: model.apply(p, ids).mean(),
+        model.params,
+        jnp.zeros((2, 4), int),
+        wrt=lambda name: name in model.trainable,
+    )
+    assert op.size == 15
+    state = {k: torch.tensor(v) for k, v in model.state_dict().items()}
+    assert set(state) == set(module.state_dict())
+    module.load_state_dict(state)
+    changed = model.state_dict({**model.params, "embed.weight": jnp.zeros((5, 3))})
+    assert not changed["head.weight"].any()
+
+
+def test_the_module_is_left_as_it_was():
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout())
+    module[2].eval()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    model = bridge.from_torch(module, (torch.randn(3, 2),))
+    assert [m.training for m in module] == [True, True, False]
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+    with torch.no_grad():
+        module[0].weight.zero_()
+    assert np.any(np.asarray(model.params["0.weight"]))
+    assert list(model.params) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert {"1.running_mean", "1.running_var"} <= set(model.buffers)  # not differentiated
+
+
+def test_example_of_batch_one_is_dynamic():
+    model = spectra.from_torch(nn.Linear(3, 2), torch.zeros(1, 3))
+    assert model.apply(model.params, jnp.ones((6, 3))).shape == (6, 2)
+
+
+class _FixedBatch(nn.Module):
+    def forward(self, x):
+        return x * torch.arange(3.0)[:, None] if x.shape[0] == 3 else x
+
+
+def test_static_batch_is_announced():
+    with pytest.warns(StaticBatchWarning, match="batch size"):
+        model = bridge.from_torch(_FixedBatch(), torch.ones(3, 2))
+    assert not model.dynamic_batch
+    assert model.apply({}, jnp.ones((3, 2))).shape == (3, 2)
+    with pytest.raises(BridgeError, match="export it again"):
+        model.apply({}, jnp.ones((4, 2)))
+
+
+def test_batch_axis_for_each_tensor():
+    module = nn.Bilinear(2, 3, 4)
+    model = bridge.from_torch(module, (torch.ones(5, 2), torch.ones(5, 3)), batch_axis=[0, 0])
+    assert model.apply(model.params, jnp.ones((7, 2)), jnp.ones((7, 3))).shape == (7, 4)
+    with pytest.raises(BridgeError, match="axis 0"):
+        model.apply(model.params, jnp.ones((7, 2)), jnp.ones((6, 3)))
+    with pytest.raises(BridgeError, match="entries"):
+        bridge.from_torch(module, (torch.ones(5, 2), torch.ones(5, 3)), batch_axis=[0])
+    with pytest.raises(BridgeError, match="does not exist"):
+        bridge.from_torch(module, (torch.ones(5, 2), torch.ones(5, 3)), batch_axis=[2, None])
+    fixed = bridge.from_torch(module, (torch.ones(5, 2), torch.ones(5, 3)), batch_axis=None)
+    assert not fixed.dynamic_batch
+
+
+class _Random(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.noise = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.noise(x)
+
+
+def test_uncovered_operators_are_named():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.ModuleList([_Random()])
+
+        def forward(self, x):
+            return torch.linalg.eigvalsh(x @ x.mT).sum(), self.block[0](x)
+
+    with pytest.raises(UnsupportedOperatorError) as caught:
+        bridge.from_torch(Outer(), torch.ones(3, 2, 2), train=True)
+    message = str(caught.value)
+    assert "block.0.noise" in message
+    assert "random" in message
+    assert any("eigh" in name for name in caught.value.operators)
+
+
+def test_modules_that_cannot_be_traced():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(BridgeError, match="tensor's values"):
+        bridge.from_torch(Branch(), torch.ones(3))
+    with pytest.raises(BridgeError, match=r"nn\.Module"):
+        bridge.from_torch(lambda x: x, torch.ones(3))  # type: ignore[arg-type]
+    with pytest.raises(BridgeError, match="example_inputs"):
+        bridge.from_torch(nn.ReLU(), 3)
+
+
+def test_float64_needs_x64():
+    module = nn.Linear(2, 2).double()
+    with pytest.raises(BridgeError, match="x64"):
+        bridge.from_torch(module, torch.ones(2, 2, dtype=torch.float64))
+
+
+def test_wide_integers_need_x64():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("big", torch.tensor([2**40]))
+
+        def forward(self, x):
+            return x * self.big
+
+    with pytest.raises(BridgeError, match="outside"):
+        bridge.from_torch(Wide(), torch.ones(2))
+
+
+def test_keywords_and_constants():
+    class Scaled(nn.Module):
+        def forward(self, x, scale=1.0, flip=False):
+            return -x * scale if flip else x * scale
+
+    model = bridge.from_torch(Scaled(), {"x": torch.ones(2, 3), "scale": 3.0, "flip": True})
+    x = np.ones((4, 3), np.float32)
+    for result in (
+        model.apply({}, x=x),
+        model.apply({}, {"x": x}),
+        model.apply({}, x=x, flip=True),
+        model.apply({}, x=torch.tensor(x)),
+    ):
+        np.testing.assert_array_equal(result, -3 * x)
+    with pytest.raises(BridgeError, match="part of the graph"):
+        model.apply({}, x=x, flip=False)
+
+
+def test_half_precision_weights():
+    module = nn.Linear(3, 2).bfloat16()
+    model = bridge.from_torch(module, torch.ones(2, 3, dtype=torch.bfloat16))
+    assert model.params["weight"].dtype == jnp.bfloat16
+    x = torch.randn(4, 3).bfloat16()
+    theirs = module(x).detach().float().numpy()
+    # One rounding to 8 bits of a sum of four terms of order one.
+    np.testing.assert_allclose(np.float32(model.apply(model.params, x)), theirs, atol=2**-6)
+
+
+def test_operators_are_counted(mlp):
+    assert mlp.operators == {"aten.linear.default": 2, "aten.gelu.default": 1}
+    assert mlp.dynamic_batch
+
+
+class _Implicit(nn.Module):
+    """Every result here whose dtype only PyTorch's default decides."""
+
+    def forward(self, x):
+        n = torch.arange(4)
+        made = (
+            torch.ones(4) + torch.zeros(4) + torch.full((4,), 2.0) + torch.eye(4)[0] + torch.linspace(0, 1, 4)
+        )
+        return x * made + torch.sin(n) + n / 3 + n * 0.5 + torch.arange(0, 1, 0.25) + torch.tensor(3.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_default_dtype_of_the_exporting_program(dtype, x64, tmp_path):
+    torch.set_default_dtype(dtype)
+    try:
+        module, x = _Implicit(), torch.randn(3, 4)
+        bridge.export(module, x, tmp_path)
+        expected = module(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    result = bridge.load(tmp_path).apply({}, x)
+    assert str(result.dtype) == str(expected.dtype).removeprefix("torch.")
+    # A dozen roundings of sums below 20.
+    np.testing.assert_allclose(result, expected, atol=12 * 20 * torch.finfo(dtype).eps)
