@@ -161,7 +161,7 @@ def test_counts_hold_at_their_rate(threshold, x64):
 
 def test_share_of_negative_curvature():
     op = diagonal_operator(np.linspace(-1.0, 3.0, 400, dtype=np.float32))
-    lower, value, upper = spectra.negative_share(op, key=KEY).interval()
+    lower, _, upper = spectra.negative_share(op, key=KEY).interval()
     assert lower <= 0.25 <= upper
     assert upper - lower < 0.1
     positive = spectra.negative_share(spectra.MatrixOperator(planted(np.append(1.0, np.zeros(59)))), key=KEY)
