@@ -310,7 +310,7 @@ class Estimate:
             return f"Estimate {tail}"
         if isinstance(self.value, (int, float)) or getattr(self.value, "ndim", 1) == 0:
             return f"{float(self.value):.6g} ± {float(self.stderr):.2g} {tail}"
-        if self.total is not None:
+        if isinstance(self.value, dict) and all(isinstance(x, float) for x in self.value.values()):
             rows = [(name, f"{v:.6g} ± {self.stderr[name]:.2g}") for name, v in self.value.items()]
             return _rows(f"Estimate {tail}", rows)
         return f"Estimate of {len(jax.tree.leaves(self.value))} arrays {tail}"

@@ -20,6 +20,18 @@ def signs(i, n=N):
     return np.asarray(jax.random.rademacher(jax.random.fold_in(jax.random.fold_in(KEY, i), 0), (n,), float))
 
 
+@partial(jax.jit, static_argnums=2)
+def mapped(op, keys, method):
+    def one(key):
+        estimate = spectra.diagonal(op, key=key, method=method, num_matvecs=32)
+        return estimate.value, estimate.stderr
+
+    return jax.vmap(one)(keys)
+
+
+jitted = jax.jit(lambda op: spectra.diagonal(op, key=KEY, method="xdiag", num_matvecs=40))
+
+
 def naive_xdiag(a, probes, keep, j):
     q = np.linalg.qr(a @ probes[:, keep])[0]
     omega = probes[:, j]
@@ -73,7 +85,7 @@ def test_degenerate_operators_give_no_nan(name, dtype):
     a = planted(eigenvalues)
     op = spectra.MatrixOperator(jnp.asarray(a, dtype))
     got = spectra.diagonal(op, key=KEY, method="xdiag", num_matvecs=40)
-    traced = jax.jit(lambda op: spectra.diagonal(op, key=KEY, method="xdiag", num_matvecs=40))(op)
+    traced = jitted(op)
     eps, size = float(jnp.finfo(dtype).eps), np.abs(eigenvalues).max()
     for estimate in (got, traced):
         error = np.abs(np.asarray(estimate.value, np.float64) - np.diag(a))
@@ -93,13 +105,7 @@ def test_intervals_hold_at_their_rate(method, name, x64):
     a = planted(eigenvalues)
     op = spectra.MatrixOperator(a)
 
-    @jax.jit
-    @jax.vmap
-    def run(key):
-        estimate = spectra.diagonal(op, key=key, method=method, num_matvecs=32)
-        return estimate.value, estimate.stderr
-
-    values, errors = map(np.asarray, run(jax.random.split(jax.random.key(7), 400)))
+    values, errors = map(np.asarray, mapped(op, jax.random.split(jax.random.key(7), 400), method))
     dof = 31 if method == "hutchinson" else 15
     held = np.abs(values - np.diag(a)) <= student.ppf(0.975, dof) * errors
     assert held.mean() >= 0.92
@@ -132,10 +138,10 @@ def test_a_tolerance_and_a_stream_and_groups(x64, tmp_path):
     ridge = Ridge(width=30)
     op, dense = ridge.operator(ridge.parts(5)), ridge.hessian()
     got = spectra.diagonal(
-        op, key=KEY, method="hutchinson", num_matvecs=3000, tol=0.2, by="leaf", probe_batch=64
+        op, key=KEY, method="hutchinson", num_matvecs=400, tol=0.3, by="leaf", probe_batch=64
     )
     assert got.status is spectra.Status.CONVERGED
-    assert got.num_matvecs < 3000
+    assert got.num_matvecs < 400
     assert list(got.value) == ["b", "w"]
     assert (np.abs(got.value["w"] - np.diag(dense)[1:]) <= 6 * got.stderr["w"]).all()
     np.testing.assert_array_equal(got.total.value["w"], got.value["w"])
@@ -162,7 +168,7 @@ def test_estimates_are_equivariant_under_scaling(method, scale, x64):
 def test_arguments_out_of_range_are_named():
     op = spectra.MatrixOperator(jnp.asarray(rotation(80) @ rotation(80).T))
     for options in ({"method": "none"}, {"num_matvecs": 3, "method": "xdiag"}, {"tol": 0.0}, {"key": None}):
-        (name,) = [k for k in ("method", "num_matvecs", "tol", "key") if k in options][:1]
+        name = next(iter(options))
         with pytest.raises(spectra.SpectraError, match=f"{name}="):
             spectra.diagonal(op, **({"key": KEY} | options))
     broken = spectra.FunctionOperator(lambda v: v / 0.0, jnp.zeros(100))

@@ -63,8 +63,8 @@ def test_intervals_hold_at_their_rate(name, x64):
         "rank deficient log": (np.append(np.arange(1.0, 6.0), np.zeros(N - 5)), lambda x: np.log(x + 0.1)),
     }[name]
     op, held = diagonal_operator(entries), 0
-    quadrature = spectra.slq(op, key=KEY, num_steps=20, num_probes=1600, probe_batch=1600)
-    for i in range(400):  # four probes each
+    quadrature = spectra.slq(op, key=KEY, num_steps=25, num_probes=800, probe_batch=800)
+    for i in range(200):  # four probes each
         rows = slice(4 * i, 4 * i + 4)
         part = spectra.results.Quadrature(
             *(
@@ -78,7 +78,7 @@ def test_intervals_hold_at_their_rate(name, x64):
         )
         lower, _, upper = spectra.trace_of(part, f).interval()
         held += lower <= f(entries).sum() <= upper
-    assert held >= 0.92 * 400
+    assert held >= 0.92 * 200
 
 
 def test_the_log_determinant_of_half_the_identity_is_exact(dtype):
@@ -119,10 +119,13 @@ def test_bounds_are_checked_and_poles_are_noticed(quadratures, x64):
         spectra.trace_of(q, np.log, bounds=(0.5, None))
     estimated = spectra.trace_of(q, np.exp)
     assert "likely but not certain" in estimated.reason
-    for f in (lambda x: 1 / x, np.sin, lambda x: np.where(x > 1, 1.0, 0.0)):
-        got = spectra.trace_of(q, f, bounds=None if f(1.0) == 1 else (-3.0, 9.0))
+    for f in (np.sin, lambda x: np.where(x > 9, 1.0, 0.0)):
+        got = spectra.trace_of(q, lambda x, f=f: f(9 * x))
         assert (got.lower, got.upper) == (None, None)
         assert got.reason.startswith("no bracket")
+    beyond = spectra.trace_of(q, lambda x: 1 / x)  # the residual reaches across the pole at zero
+    assert np.isfinite([beyond.lower, beyond.upper]).all()
+    assert "not certain" in beyond.reason
     with pytest.raises(spectra.SpectraError, match="key=None"):
         spectra.trace_of(diagonal_operator(EIGENVALUES), np.log)
     with pytest.raises(spectra.SpectraError, match="tol="):

@@ -82,7 +82,7 @@ def kpm(
         raise SpectraError(f"probe_batch={probe_batch} is not between 1 and num_probes={num_probes}.")
     if bounds is not None and not (np.isfinite(bounds).all() and bounds[0] < bounds[1]):
         raise SpectraError(f"bounds={bounds}: use two finite numbers, the smaller one first.")
-    given, count = bounds is not None, 0
+    given, count, widened = bounds is not None, 0, 0
     op = op.prepare()
     batch = probe_batch or choose_batch(op, VECTORS * _tree.tree_bytes(op.structure), 0, None, num_probes)
     if bounds is None:
@@ -94,11 +94,14 @@ def kpm(
         moments[done:stop] = _moments(op, key, range(done, stop), num_moments, bounds)
         count += (stop - done) * (num_moments // 2)
         # Outside of [a, b] Chebyshev polynomials grow like cosh: beyond rounding, |μ| <= 1 inside.
-        if np.abs(moments[done:stop]).max() <= 1 + np.sqrt(op.precision):
+        if (np.abs(moments[done:stop]) <= 1 + np.sqrt(op.precision)).all():
             done = stop
         elif given:
             raise SpectraError(f"bounds={bounds} do not hold the spectrum: a Chebyshev moment exceeds one.")
+        elif widened == 5:
+            raise NonFiniteError(f"Chebyshev moments grow in any interval. {op.explain_non_finite()}")
         else:
+            widened += 1
             wide = 0.1 * (bounds[1] - bounds[0])
             bounds, done = (bounds[0] - wide, bounds[1] + wide), 0
     return Moments(moments, np.array(bounds), op.size, count, op.precision, Status.COMPLETE)
@@ -135,7 +138,7 @@ def _moments(op: LinearOperator, key, probes: range, num_moments: int, bounds) -
             state, dots = _run(op, state, map_, done, stop - done)
             columns.append(np.asarray(dots, np.float64))
     dots = np.concatenate(columns)  # (steps, 2, k): t_j·t_j and t_j·t_j+1
-    if not np.isfinite(dots).all():
+    if not np.isfinite(dots[:1]).all():
         raise NonFiniteError(f"a Chebyshev moment is NaN or infinite. {op.explain_non_finite()}")
     even, odd = 2 * dots[:, 0] - dots[0, 0], 2 * dots[:, 1] - dots[0, 1]
     moments = np.stack([even, odd], axis=1).reshape(2 * steps, -1)

@@ -36,7 +36,9 @@ def trace_of(
     vᵀf(H)v lies between the Gauss rule and the Gauss-Radau rules with a node at a and at b. So it is for
     log, 1/x, x/(x + δ), exp and real powers on a > 0, and not for steps or oscillations. `lower` and
     `upper` are the means of these brackets; more steps narrow them. They are certain where `bounds` are
-    given; else a and b are the outermost Ritz values widened by their residuals, likely but not certain.
+    given; else a and b are the outermost Ritz values widened by their residuals, a no further than f is
+    defined: likely but not certain. Where samples show that f is neither convex nor concave there is no
+    bracket, and the interval does not hold the error of the quadrature.
 
     `stderr` is the spread over probes: for v uniform on the sphere Var vᵀf(H)v = 2 (mean f² - (mean f)²)
     / (n + 2), which the quadrature estimates; the interval uses Student's t with the degrees of freedom
@@ -55,7 +57,7 @@ def trace_of(
         probe_batch: see `slq`.
 
     Returns:
-        `Estimate` with lower and upper, None where f is not finite at a or b (then `reason` says so).
+        `Estimate` with lower and upper, None where there is no bracket; `reason` says what they rest on.
 
     Raises:
         SpectraError: f is not finite at a Ritz value, or a Ritz value lies outside of `bounds`.
@@ -137,6 +139,8 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None) -> Estimate:
     moved = np.where(np.isfinite(shifted) & (weights > 0), np.abs(shifted - values), 0.0)
     rounding = n * float(np.sum(weights * moved.max(axis=0)) / k)
     lower, upper, reason = _bracket(q, f, nodes, weights, values, (a, b), bounds)
+    if lower is not None:  # sums in another order
+        lower, upper = min(lower, n * mean), max(upper, n * mean)
     return Estimate(
         value=n * mean,
         stderr=float(np.hypot(n * np.sqrt(2 * square / (n + 2) / k), rounding)),
@@ -176,21 +180,30 @@ def _interval(q: Quadrature, bounds: Bounds | None) -> tuple[float, float]:
 
 def _bracket(q: Quadrature, f, nodes, weights, values, interval, bounds):
     """(lower, upper, what they rest on): n times the means of the smallest and largest rule a probe."""
-    floor = q.noise_floor
-    a, b = min(interval[0], nodes.min() - floor), max(interval[1], nodes.max() + floor)
+    floor, smallest = q.noise_floor, float(nodes.min())
+    a, b = min(interval[0], smallest - floor), max(interval[1], float(nodes.max()) + floor)
+    rests = "the given bounds"
+    if bounds is None or None in bounds:
+        rests = "Ritz values and residuals as bounds, likely but not certain"
     low, high = 0.0, 0.0
+    if np.any(q.residuals):
+        # A pole or the end of the domain of f above a: the nearest to a where f still is what it must be.
+        nearer = [smallest - (smallest - a) / 2**i for i in range(40)]
+        good = [x for x in nearer if _of_one_curvature(f, x, b, smallest)]
+        if not good:
+            return None, None, "no bracket: f is neither convex nor concave between the Ritz values"
+        if good[0] > a:
+            a, rests = (
+                good[0],
+                f"{good[0]:.3g} as lower bound, below which f is not defined: likely, not certain",
+            )
     for theta, w, fv, r, length in zip(nodes, weights, values, q.residuals, q.lengths, strict=True):
         rules = [float(np.sum(w * fv))]
         if np.any(r):
-            if not _of_one_curvature(f, a, b, nodes.min()):
-                why = f"f is not finite, or neither convex nor concave, on [{a:.3g}, {b:.3g}]"
-                return None, None, f"no bracket: {why}; pass tighter bounds if there are any"
             for end in (a, b):
                 points, masses = _quadrature.gauss_radau(theta[:length], w[:length], r[:length], end)
                 rules.append(float(np.sum(masses * _evaluate(f, np.clip(points, a, b)))))
         low, high = low + min(rules), high + max(rules)
-    given = bounds is not None and None not in bounds
-    rests = "the given bounds" if given else "Ritz values and residuals as bounds, likely but not certain"
     scale = q.size / q.num_probes
     return scale * low, scale * high, f"the bracket rests on {rests}"
 

@@ -32,6 +32,10 @@ PAIRS = 64
 """Probes among which pairs are formed for the covariance: 4032 pairs estimate it well enough."""
 
 
+TOGETHER = 2**18
+"""Numbers in an array of the pair algebra on the host, at most."""
+
+
 class Sketch(NamedTuple):
     """Inner products of the rows of Q, Z = H Q, the probes Ω and Y = H Ω; G groups, m probes."""
 
@@ -73,28 +77,29 @@ def _unit(rows: Array, xp) -> Array:
 
 
 def _second(u: Array, i, xp) -> Array:
-    """Row j is the unit vector of span(u_i, u_j) orthogonal to u_j; row i has no meaning."""
-    rest = u[i] - (u @ u[i])[:, None] * u
-    rest = _unit(rest, xp)
-    return _unit(rest - xp.sum(rest * u, axis=1, keepdims=True) * u, xp)
+    """Row j is the unit vector of span(u_i, u_j) orthogonal to u_j; row i has no meaning. i: any shape."""
+    rest = _unit(u[i][..., None, :] - (u[i] @ u.T)[..., None] * u, xp)
+    return _unit(rest - xp.sum(rest * u, axis=-1, keepdims=True) * u, xp)
 
 
 def seconds(u: Array, count: int, xp) -> Array:
     """Second directions [i, j] of the first `count` probes, zero for i = j; shape (count, count, m)."""
-    among = xp.stack([_second(u[:count], i, xp) for i in range(count)])
+    among = _second(u[:count], xp.arange(count), xp)
     return xp.where(xp.eye(count, dtype=bool)[..., None], 0, among)
 
 
-def _with_pairs(formula, u: Array, xp) -> tuple[Array, Array]:
-    """(G, m) estimates t_j, and (d, G, m) estimates t_j|i for the first d probes i."""
-    count = min(len(u), PAIRS)
+def _with_pairs(formula, u: Array, num_groups: int, xp) -> tuple[Array, Array]:
+    """(G, m) estimates t_j, and (d, G, m) estimates t_j|i for the first d probes i.
 
-    def without(i):
-        return formula([u, _second(u, i, xp)], i)
-
-    if xp is np:
-        return formula([u], None), np.stack([without(i) for i in range(count)])
-    return formula([u], None), lax.map(without, jnp.arange(count))
+    On the host many i run together: there a call costs more than the arithmetic.
+    """
+    m, count = len(u), min(len(u), PAIRS)
+    if xp is not np:
+        return formula([u], None), lax.map(lambda i: formula([u, _second(u, i, xp)], i), jnp.arange(count))
+    together = max(1, TOGETHER // (num_groups * m * m))
+    parts = [np.arange(start, min(start + together, count)) for start in range(0, count, together)]
+    pairs = [formula([u, _second(u, i, xp)[:, None]], i) for i in parts]
+    return formula([u], None), np.concatenate(pairs)
 
 
 def _drop(removed: list[Array], rows: Array, xp) -> Array:
@@ -138,7 +143,7 @@ def xtrace_values(g: Sketch, u: Array, size: int, *, resphere: bool, xp) -> tupl
                 total = total - form(a, core, b) * form(b, g.qq, a)
         return total
 
-    return _with_pairs(formula, u, xp)
+    return _with_pairs(formula, u, len(g.qz), xp)
 
 
 def xnystrace_values(g: Nystrom, size: int, *, resphere: bool, xp) -> tuple[Array, Array]:
@@ -158,10 +163,11 @@ def xnystrace_values(g: Nystrom, size: int, *, resphere: bool, xp) -> tuple[Arra
         """Coefficients of ω_j less its projection on the probes kept, and its squared length."""
         if i is None:
             return inverse / diagonal[:, None], 1 / diagonal
-        determinant = diagonal * diagonal[i] - inverse[i] ** 2
-        determinant = xp.where(xp.arange(m) == i, 1, determinant)
-        rows = diagonal[i] * inverse - inverse[i][:, None] * inverse[i]
-        return rows / determinant[:, None], diagonal[i] / determinant
+        own = diagonal[i][..., None]
+        determinant = xp.where(xp.arange(m) == xp.asarray(i)[..., None], 1, diagonal * own - inverse[i] ** 2)
+        rows = own[..., None] * inverse - inverse[i][..., None] * inverse[i][..., None, :]
+        rows, square = rows / determinant[..., None], own / determinant
+        return (rows[:, None], square[:, None]) if xp is np else (rows, square)
 
     def formula(removed, i):
         z = sum(a * xp.sum(a * g.root, axis=-1, keepdims=True) for a in removed)
@@ -175,7 +181,7 @@ def xnystrace_values(g: Nystrom, size: int, *, resphere: bool, xp) -> tuple[Arra
             total = total - xp.sum((a @ g.bb) * a, axis=-1)
         return total
 
-    return _with_pairs(formula, u, xp)
+    return _with_pairs(formula, u, len(g.bb), xp)
 
 
 def mean_and_variance(values: Array, pairs: Array, xp) -> tuple[Array, Array]:
