@@ -139,7 +139,7 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None) -> Estimate:
     moved = np.where(np.isfinite(shifted) & (weights > 0), np.abs(shifted - values), 0.0)
     rounding = n * float(np.sum(weights * moved.max(axis=0)) / k)
     lower, upper, reason = _bracket(q, f, nodes, weights, values, (a, b), bounds)
-    if lower is not None:  # sums in another order
+    if lower is not None and upper is not None:  # sums in another order
         lower, upper = min(lower, n * mean), max(upper, n * mean)
     return Estimate(
         value=n * mean,
