@@ -139,7 +139,7 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None) -> Estimate:
     moved = np.where(np.isfinite(shifted) & (weights > 0), np.abs(shifted - values), 0.0)
     rounding = n * float(np.sum(weights * moved.max(axis=0)) / k)
     lower, upper, reason = _bracket(q, f, nodes, weights, values, (a, b), bounds)
-    if lower is not None:  # sums in another order
+    if lower is not None and upper is not None:  # sums in another order
         lower, upper = min(lower, n * mean), max(upper, n * mean)
     return Estimate(
         value=n * mean,
@@ -188,7 +188,7 @@ def _bracket(q: Quadrature, f, nodes, weights, values, interval, bounds):
     low, high = 0.0, 0.0
     if np.any(q.residuals):
         # A pole or the end of the domain of f above a: the nearest to a where f still is what it must be.
-        nearer = [smallest - (smallest - a) / 2**i for i in range(40)]
+        nearer = [a, *(smallest - (smallest - a) / 2**i for i in range(1, 40))]
         good = [x for x in nearer if _of_one_curvature(f, x, b, smallest)]
         if not good:
             return None, None, "no bracket: f is neither convex nor concave between the Ritz values"
