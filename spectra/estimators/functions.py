@@ -188,7 +188,7 @@ def _bracket(q: Quadrature, f, nodes, weights, values, interval, bounds):
     low, high = 0.0, 0.0
     if np.any(q.residuals):
         # A pole or the end of the domain of f above a: the nearest to a where f still is what it must be.
-        nearer = [smallest - (smallest - a) / 2**i for i in range(40)]
+        nearer = [a, *(smallest - (smallest - a) / 2**i for i in range(1, 40))]
         good = [x for x in nearer if _of_one_curvature(f, x, b, smallest)]
         if not good:
             return None, None, "no bracket: f is neither convex nor concave between the Ritz values"
