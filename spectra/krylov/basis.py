@@ -170,7 +170,7 @@ def take(basis: Basis, row: jax.Array) -> Panels:
         return [jnp.zeros_like(rows[:, 0]) for rows in segment]
 
     parts = [lax.cond(row // size == i, read, skip, segment) for i, segment in enumerate(basis)]
-    return [sum(panels[1:], panels[0]) for panels in zip(*parts, strict=True)]
+    return [jnp.asarray(sum(panels[1:], panels[0])) for panels in zip(*parts, strict=True)]
 
 
 def combine(basis: Basis, weights: jax.Array) -> Basis:
