@@ -11,7 +11,7 @@ from spectra.krylov import missing, wanted
 from spectra.krylov.band import Band
 from spectra.krylov.basis import Layout
 from spectra.krylov.dense import dense_eigenpairs
-from spectra.krylov.smallest import smallest_eigenpairs
+from spectra.krylov.smallest import smallest_eigenpairs, split
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Eigenpairs
 
@@ -139,13 +139,13 @@ class _Run:
         self.seen: list[int] = []  # products from each start vector when the last copy was found
         self.copies = self.extended = 0  # missed copies found so far
         self.allowed = 0  # products that a search may go up to
-        known = 0 if deflate is None else len(deflate.values)
+        given = [] if deflate is None else split(deflate.vectors, len(deflate.values))
+        known = len(given)
         layout = Layout.of(op.structure, packed=op.packable)
         self.band = Band(op, layout, limit + block_size + known)
         self.capacity = limit + block_size + known
-        if deflate is not None:
-            for i in range(known):
-                self.band.append(jax.tree.map(lambda x, i=i: x[i], deflate.vectors), locked=True)
+        for vector in given:
+            self.band.append(vector, locked=True)
         if v0 is not None:
             v0 = op.as_vector(v0, "v0")
             size = float(_tree.norm(v0))

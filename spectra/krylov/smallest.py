@@ -52,7 +52,7 @@ def smallest_eigenpairs(
     if op.size <= DENSE:
         return dense_eigenpairs(op, k, "SM", tol, deflate)
     op = op.prepare()
-    known = [] if deflate is None else _split(deflate.vectors, len(deflate.values))
+    known = [] if deflate is None else split(deflate.vectors, len(deflate.values))
     width = min(k + max(5, k // 2), op.size - len(known))
     layout = Layout.of(op.structure, packed=op.packable)
     norm, products = _norm_bound(op, layout, key)
@@ -74,7 +74,7 @@ def smallest_eigenpairs(
         degree = int(min(degree, MAX_DEGREE, (budget - products - width) // (2 * width)))
         if converged[best].all() or degree < 1:
             break
-        block = _split(_filter(op, vectors, cut, norm, degree), width)
+        block = split(_filter(op, vectors, cut, norm, degree), width)
         products += 2 * degree * width
         rounds += 1
     chosen = best[np.argsort(values[best])]
@@ -95,7 +95,8 @@ def smallest_eigenpairs(
     )
 
 
-def _split(vectors: PyTree, count: int) -> list[PyTree]:
+def split(vectors: PyTree, count: int) -> list[PyTree]:
+    """A stack of vectors as a list."""
     return [jax.tree.map(lambda x, i=i: x[i], vectors) for i in range(count)]
 
 
