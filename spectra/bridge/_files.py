@@ -86,8 +86,9 @@ def assemble(graph: Graph, arrays: Mapping[str, np.ndarray], where: str) -> Torc
                 f"{tensor.dtype}{list(tensor.shape)} in the graph"
             )
         groups[tensor.kind][tensor.key] = _to_jax(tensor.key, array, where)
-    verify(graph, {k: v for group in groups.values() for k, v in group.items()}, where)
-    return TorchModel(graph, groups["parameter"], groups["buffer"], groups["constant"])
+    parameters, buffers, constants = groups.values()
+    verify(graph, parameters, {**buffers, **constants}, where)
+    return TorchModel(graph, parameters, buffers, constants)
 
 
 def _to_jax(key: str, array: np.ndarray, where: str) -> jax.Array:

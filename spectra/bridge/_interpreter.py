@@ -98,11 +98,12 @@ def _references(argument: Any) -> list[str]:
     return []
 
 
-def verify(graph: Graph, tensors: Mapping[str, Any], where: str) -> None:
+def verify(graph: Graph, tensors: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:
     """Trace the graph on abstract inputs and compare each result with PyTorch's dtype and shape.
 
     No array is allocated. It finds everything that a structural check cannot: operands that do not
-    fit, sizes beyond the limit, results that differ from the exported ones.
+    fit, sizes beyond the limit, results that differ from the exported ones. The `fixed` tensors keep
+    their values: a mask among them may select rows, whose number is then known.
 
     Raises:
         BridgeError: naming the first node that fails.
@@ -114,7 +115,7 @@ def verify(graph: Graph, tensors: Mapping[str, Any], where: str) -> None:
     structs = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tensors.items()}
 
     def run(structs, inputs):
-        outputs = evaluate(graph, structs, inputs, _check_result)
+        outputs = evaluate(graph, {**fixed, **structs}, inputs, _check_result)
         for output in outputs:
             if not isinstance(output, (jax.Array, bool, int, float, str, type(None))):
                 raise BridgeError(f"an output is a {type(output).__name__}, not an array")

@@ -16,6 +16,7 @@ from spectra.bridge import (  # noqa: F401
     _ops_reduce,
     _ops_rnn,
     _ops_shape,
+    _ops_solve,
     _ops_sym,
 )
 from spectra.bridge._registry import ABSENT, OPERATORS, SIGNATURES

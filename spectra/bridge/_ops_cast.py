@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.bridge._promotion import broadcast, cast, category
+from spectra.bridge._promotion import broadcast, cast, category, is_float
 from spectra.bridge._registry import aten, register
 
 
@@ -31,6 +31,21 @@ def complex_(real, imag):
     return lax.complex(*broadcast(real, imag))
 
 
+@aten("polar.default")
+def polar(abs, angle):
+    return lax.complex(*broadcast(abs * jnp.cos(angle), abs * jnp.sin(angle)))
+
+
+@aten("view_as_real.default")
+def view_as_real(self):
+    return jnp.stack([jnp.real(self), jnp.imag(self)], -1)
+
+
+@aten("view_as_complex.default")
+def view_as_complex(self):
+    return lax.complex(self[..., 0], self[..., 1])
+
+
 @aten("real.default")
 def real(self):
     return jnp.real(self)
@@ -44,4 +59,4 @@ def imag(self):
 @register("spectra.stop_gradient")
 def stop_gradient(self):
     """`Tensor.detach()` and results computed under `torch.no_grad()`."""
-    return lax.stop_gradient(self)
+    return lax.stop_gradient(self) if is_float(self) else self

@@ -462,6 +462,25 @@ def _arithmetic():
     return Function({"l": nn.Linear(7, 7)}, forward)
 
 
+@case("linear_algebra", dense(3, 4))
+def _linear_algebra():
+    def forward(m, x):
+        y = m["l"](x)
+        a = y @ y.mT + torch.eye(3, dtype=y.dtype)
+        lower = torch.linalg.cholesky(a)
+        angle = torch.polar(torch.ones_like(y), y)
+        turned = torch.view_as_complex(y.unflatten(-1, (2, 2)).contiguous()) * angle[..., :2]
+        wave = torch.fft.rfft2(y)
+        return [
+            torch.linalg.inv(a), torch.linalg.solve(a, y), torch.linalg.det(a), torch.logdet(a), lower,
+            torch.linalg.solve_triangular(lower, y, upper=False), torch.view_as_real(turned),
+            wave.real, torch.fft.irfft(torch.fft.rfft(y)) * y,
+            y[:, :, torch.tensor([True, False, True, True])],
+        ]  # fmt: skip
+
+    return Function({"l": nn.Linear(4, 4)}, forward)
+
+
 @case("keywords", lambda b: {"x": torch.randn(b, 4), "options": {"mask": torch.ones(b, 4) > 0}})
 def _keywords():
     class Keywords(nn.Module):
