@@ -11,7 +11,7 @@ import numpy as np
 
 from spectra import density
 from spectra.operators.base import LinearOperator
-from spectra.results import Density, Estimate, Interval, Quadrature, _html, _rows
+from spectra.results import Density, Estimate, Interval, Quadrature, html_table, text_table
 
 __all__ = ["SpectrumReport", "spectrum"]
 
@@ -80,10 +80,10 @@ class SpectrumReport:
         return str(self.provenance.get("dtype", "these"))
 
     def __repr__(self) -> str:
-        return _rows(f"Spectrum of {self.name}", self.rows())
+        return text_table(f"Spectrum of {self.name}", self.rows())
 
     def _repr_html_(self) -> str:
-        return _html(f"Spectrum of {self.name}", self.rows())
+        return html_table(f"Spectrum of {self.name}", self.rows())
 
 
 def _extreme(value: Interval) -> str:

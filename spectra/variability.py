@@ -13,7 +13,7 @@ from spectra.density.slq import slq
 from spectra.operators.base import LinearOperator
 from spectra.operators.data_operator import DataOperator
 from spectra.report import trace_estimate
-from spectra.results import Array, Quadrature, _rows
+from spectra.results import Array, Quadrature, text_table
 
 PyTree = Any
 
@@ -59,7 +59,7 @@ class DataVariability:
                 spread.append((f"{name} eigenvalue" if i == 0 else f"  no. {i + 1}", text))
         text = f"{np.mean(self.trace):.5g}; between subsets ± {self.trace_data_std:.2g}, "
         spread.append(("trace", f"{text}from probes ± {self.trace_probe_std:.2g}"))
-        return _rows("Data variability", spread)
+        return text_table("Data variability", spread)
 
 
 def data_variability(

@@ -1,0 +1,30 @@
+"""What computations return: frozen dataclasses that are pytrees, with the shape of each field beside it.
+
+Arrays are JAX arrays inside `jit` and NumPy float64 arrays outside, where the small eigenproblems are
+solved on the host.
+"""
+
+from spectra.results._base import Array, Interval, format_bytes, html_table, text_table
+from spectra.results.conditions import ConditionNumber, LayerConditions
+from spectra.results.density import Density
+from spectra.results.estimates import Estimate
+from spectra.results.krylov import Eigenpairs, Tridiagonal
+from spectra.results.plans import Plan
+from spectra.results.quadrature import Moments, Quadrature
+
+__all__ = [
+    "Array",
+    "ConditionNumber",
+    "Density",
+    "Eigenpairs",
+    "Estimate",
+    "Interval",
+    "LayerConditions",
+    "Moments",
+    "Plan",
+    "Quadrature",
+    "Tridiagonal",
+    "format_bytes",
+    "html_table",
+    "text_table",
+]

@@ -1,0 +1,115 @@
+"""Results of Krylov methods: decompositions and eigenpairs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra import _quadrature
+from spectra._status import Status
+from spectra.results._base import Array, PyTree, html_table, result, text_table
+
+
+def _is_jax(x) -> bool:
+    return isinstance(x, jax.Array)
+
+
+@result("layout", "status")
+class Tridiagonal:
+    """The Lanczos decomposition H Qᵀ = Qᵀ T + r e_mᵀ of m steps; rows of Q are orthonormal.
+
+    `T` has `alpha` on its diagonal and `beta` beside it. Entries beyond `length` are zero: the Krylov
+    space became invariant there and T[:length, :length] holds exact eigenvalues of H.
+    """
+
+    alpha: Array  # (m,)
+    beta: Array  # (m - 1,)
+    residual_norm: Array  # (), |r|: zero after a breakdown
+    length: Array  # (), integer
+    asymmetry: Array  # (), largest |q_iᵀ H q_j| that symmetry makes zero, in units of |T|
+    second_passes: Array  # (), steps that needed a second Gram-Schmidt pass
+    segments: Any  # the basis in segments of rows, see krylov.basis; empty if not kept
+    layout: Any  # how segments map to pytrees
+    status: Status
+
+    @property
+    def basis(self) -> PyTree:
+        """The rows of Q as one pytree with leaves (m, *leaf.shape). A copy, made on each access."""
+        from spectra.krylov import basis
+
+        self._need_basis()
+        return basis.stack(self.segments, self.layout, self.alpha.shape[-1])
+
+    @property
+    def orthogonality(self) -> Array:
+        """max |Q Qᵀ - I| over the first `length` rows. Costs m² n operations, at each access."""
+        from spectra.krylov import basis
+
+        self._need_basis()
+        gram = basis.gram(self.segments)
+        row = jnp.arange(len(gram)) < self.length
+        return jnp.max(jnp.where(row[:, None] & row, jnp.abs(gram - jnp.eye(len(gram))), 0))
+
+    def matrix(self) -> Array:
+        """T as a dense (m, m) array."""
+        return _quadrature.dense(self.alpha, self.beta, jnp if _is_jax(self.alpha) else np)
+
+    def _need_basis(self):
+        if not self.segments:
+            raise ValueError("the basis was not kept: run lanczos with reorthogonalize='full' to have it.")
+
+    def __repr__(self) -> str:
+        return f"Tridiagonal(num_steps={self.alpha.shape[-1]}, length={self.length}, {self.status.code})"
+
+
+@result("which", "size", "num_matvecs", "num_restarts", "missed", "noise_floor", "status")
+class Eigenpairs:
+    """Eigenvalues with eigenvectors: H v_i ≈ values[i] v_i, in ascending order of the values.
+
+    Vectors are orthonormal, in the form of the parameters. An eigenvalue of H lies within
+    `residuals[i]` of `values[i]`.
+    """
+
+    values: Array  # (k,) ascending
+    vectors: PyTree  # leaves (k, *leaf.shape)
+    residuals: Array  # (k,) |H v - λ v|
+    converged: Array  # (k,) bool
+    which: str
+    size: int  # n, order of the operator
+    num_matvecs: int
+    num_restarts: int
+    missed: float  # bound on the probability that a repeated wanted eigenvalue was left out
+    noise_floor: float  # |λ| below which products do not resolve an eigenvalue from zero
+    status: Status
+
+    @property
+    def num_null(self) -> int:
+        """How many of the eigenvalues are zero to the noise floor."""
+        return int(np.sum(np.abs(self.values) <= self.noise_floor))
+
+    def matrix(self) -> np.ndarray:
+        """The vectors as the columns of an (n, k) array, parameters ravelled in tree order."""
+        leaves = [np.asarray(x).reshape(len(self.values), -1) for x in jax.tree.leaves(self.vectors)]
+        return np.concatenate(leaves, axis=1).T
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
+        pairs = zip(self.values, self.residuals, self.converged, strict=True)
+        lines = [
+            (f"{i}", f"{value:.8g} ± {residual:.1g}" + ("" if done else "  not converged"))
+            for i, (value, residual, done) in enumerate(pairs)
+        ]
+        missed = f"{self.missed:.2g}" if self.missed < 1 else "not bounded"
+        return [
+            *lines,
+            ("products", f"{self.num_matvecs:,} ({self.num_restarts} restarts)"),
+            ("probability of a missed copy", f"at most {missed}" if self.missed < 1 else missed),
+            ("status", str(self.status)),
+        ]
+
+    def __repr__(self) -> str:
+        return text_table(f"Eigenpairs ({self.which}, {len(self.values)} of {self.size:,})", self.rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Eigenpairs ({self.which}, {len(self.values)} of {self.size:,})", self.rows())

@@ -1,0 +1,136 @@
+"""Spectral measures: Gauss quadratures of probes, and Chebyshev moments."""
+
+import numpy as np
+from jax.core import Tracer
+
+from spectra import _quadrature
+from spectra._status import Status
+from spectra.results._base import Array, Interval, result
+
+
+@result("size", "num_matvecs", "precision", "status", "coupling")
+class Quadrature:
+    """Gauss quadratures of the spectral measures of k random probes.
+
+    Row i integrates f against the measure of probe v_i: v_iᵀ f(H) v_i ≈ Σ_j weights[i, j] f(nodes[i, j]),
+    exactly for polynomials of degree below 2 lengths[i]. The mean over rows estimates tr f(H) / n. Rows
+    are sorted by node and sum to one; entries beyond a row's length have weight zero.
+    """
+
+    nodes: Array  # (k, m) Ritz values
+    weights: Array  # (k, m) squared first components of the eigenvectors of T
+    residuals: Array  # (k, m): an eigenvalue of H lies within this distance of the node
+    lengths: Array  # (k,) true number of nodes
+    asymmetry: Array  # (k,) see Tridiagonal
+    size: int  # n, order of the operator
+    num_matvecs: int
+    precision: float  # relative error of one product, as stated by the operator
+    status: Status
+    bulk: "Quadrature | None" = None  # of the complement of deflated eigenvectors, of order n - r
+    atoms: Array | None = None  # (r,) deflated eigenvalues: columns of weight 1/n in every row
+    coupling: float = 0.0  # how far an eigenvalue can be moved by the residuals of the deflated ones
+
+    @property
+    def num_probes(self) -> int:
+        """k, the number of probes."""
+        return self.nodes.shape[0]
+
+    @property
+    def num_steps(self) -> int:
+        """m, the number of Lanczos steps of each probe."""
+        return self.nodes.shape[1]
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest Ritz value."""
+        return float(np.min(self.nodes)), float(np.max(self.nodes))
+
+    @property
+    def noise_floor(self) -> float:
+        """Magnitude below which an eigenvalue is not resolved: measured asymmetry times |H|.
+
+        Never below the rounding of one product in the working precision, precision * |H|.
+        """
+        scale = max(map(abs, self.range))
+        return scale * max(float(np.max(self.asymmetry)), self.precision)
+
+    def cdf(self, x, *, level: float = 0.95) -> Interval:
+        """Share of eigenvalues at or below `x`, with a band that holds for the whole curve.
+
+        The band has two parts. For each probe, the Chebyshev-Markov-Stieltjes inequalities bracket the
+        true weighted CDF between partial sums of the weights: that part is deterministic and shrinks
+        with more steps. The share F(x) seen by a probe that is uniform on the sphere has the law
+        Beta(nF/2, n(1-F)/2): that part is statistical, and shrinks with more probes. With probability
+        at least `level` the true CDF lies in the band at all x at once (Bonferroni over the nodes).
+
+        Args:
+            x: points, any shape, in units of the eigenvalues.
+            level: probability that the whole curve lies in the band.
+
+        Returns:
+            Interval(lower, estimate, upper), float64 arrays of the shape of `x`.
+
+        References:
+            Golub and Meurant, Matrices, Moments and Quadrature, 2010, ch. 6; Chen, Trogdon and Ubaru,
+            arXiv:2105.06595.
+
+        Examples:
+            >>> import jax, jax.numpy as jnp, spectra
+            >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(-1.0, 3.0, 400)))
+            >>> quadrature = spectra.slq(op, key=jax.random.key(0), num_steps=60, num_probes=4)
+            >>> lower, estimate, upper = quadrature.cdf(0.0)
+            >>> bool(lower < 0.25 < upper)
+            True
+        """
+        return Interval(*_quadrature.cdf_band(self, np.asarray(x, np.float64), level))
+
+    def mean(self, f) -> float:
+        """Estimate of tr f(H) / n for a function of an array of eigenvalues."""
+        return float(np.mean(np.sum(self.weights * f(np.asarray(self.nodes)), axis=1)))
+
+    def band_width(self, *, level: float = 0.95) -> float:
+        """Mean width of the CDF's band over the spectral range: the share of eigenvalues in doubt.
+
+        Times the range it bounds the Wasserstein-1 distance between estimate and truth.
+        """
+        return sum(_quadrature.band_width_parts(self, level))
+
+    def __repr__(self) -> str:
+        text = f"Quadrature(num_probes={self.num_probes}, num_steps={self.num_steps}, size={self.size}"
+        if not isinstance(self.nodes, Tracer):
+            low, high = self.range
+            text += f", range=({low:.6g}, {high:.6g})"
+        return f"{text}, {self.status.code})"
+
+
+@result("size", "num_matvecs", "precision", "status")
+class Moments:
+    """Chebyshev moments of the spectral measures of k random probes.
+
+    moments[i, j] = v_iᵀ T_j(A) v_i with |v_i| = 1 and A = (2 H - a - b) / (b - a), so that [a, b], which
+    holds the spectrum, becomes [-1, 1].
+    """
+
+    moments: Array  # (k, num_moments), within [-1, 1]
+    bounds: Array  # (2,), a and b
+    size: int  # n, order of the operator
+    num_matvecs: int  # with those that found the bounds
+    precision: float  # relative error of one product
+    status: Status
+
+    @property
+    def num_probes(self) -> int:
+        """k, the number of probes."""
+        return self.moments.shape[0]
+
+    @property
+    def num_moments(self) -> int:
+        """Moments of each probe, that of degree zero included."""
+        return self.moments.shape[1]
+
+    def __repr__(self) -> str:
+        low, high = map(float, self.bounds)
+        return (
+            f"Moments(num_probes={self.num_probes}, num_moments={self.num_moments}, size={self.size}, "
+            f"bounds=({low:.6g}, {high:.6g}), {self.status.code})"
+        )
