@@ -19,6 +19,8 @@ def dense(alpha, beta, xp):
     return alpha[..., :, None] * eye + off + xp.swapaxes(off, -1, -2)
 
 
+BREAKDOWN = 10.0
+"""The space is invariant when β <= BREAKDOWN * eps * |T|: a residual of a few roundings of one product."""
 MERGE = 10.0
 """Nodes nearer than MERGE * eps * |T| are one: a Krylov space holds no repeated eigenvalue."""
 
@@ -110,9 +112,12 @@ def bracket(quadrature, x: np.ndarray, shift: float) -> tuple[np.ndarray, np.nda
     With S_i the sum of the first i weights and θ_i the sorted nodes, the measure μ of a probe obeys
     S_{i-1} <= μ(-inf, θ_i) <= μ(-inf, θ_i] <= S_i; monotonicity carries that to every x. Points are
     moved by the noise floor first, so that rounding of a node cannot break a bound. A rule that ended
-    in an invariant space is the measure itself. Points move by `shift`: the noise floor, at least.
+    in an invariant space is the measure itself, but for the coupling β <= BREAKDOWN eps |H| that it
+    dropped: a bulk with such recurrence coefficients is one node and reaches 2 β to each side of it.
+    Points move by `shift`: the noise floor, at least.
     """
     x = np.asarray(x, np.float64)
+    dropped = 2 * BREAKDOWN * quadrature.precision * max(map(abs, quadrature.range))
     total = np.zeros((3, *x.shape))
     for nodes, weights, residuals, length in zip(
         *map(np.asarray, (quadrature.nodes, quadrature.weights)),
@@ -123,11 +128,12 @@ def bracket(quadrature, x: np.ndarray, shift: float) -> tuple[np.ndarray, np.nda
         theta = nodes[:length]
         sums = np.concatenate([[0.0], np.cumsum(weights[:length])])
         sums /= sums[-1]
-        low = np.searchsorted(theta, x - shift, side="right")
-        high = np.searchsorted(theta, x + shift, side="left")
         if not residuals.any():
-            high = np.searchsorted(theta, x + shift, side="right")
+            low = np.searchsorted(theta, x - shift - dropped, side="right")
+            high = np.searchsorted(theta, x + shift + dropped, side="right")
         else:
+            low = np.searchsorted(theta, x - shift, side="right")
+            high = np.searchsorted(theta, x + shift, side="left")
             low, high = np.maximum(low - 1, 0), np.minimum(high + 1, length)
         middle = np.searchsorted(theta, x, side="right")
         total += sums[np.stack([low, middle, high])]

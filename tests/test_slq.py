@@ -173,7 +173,6 @@ def test_known_moments_of_the_spectrum_lie_within_the_standard_error():
     assert abs(report.trace.value - eigenvalues.sum()) <= 4 * stderr
 
 
-@pytest.mark.xfail(reason="what a breakdown drops is not in the noise floor", strict=True)
 def test_a_bulk_that_breakdown_cuts_off_stays_within_the_band():
     # Outliers 5e5 times the bulk's radius: the coupling within the bulk is 10 eps |T|, just below
     # the test for a breakdown, and all of the bulk becomes one node, half a width from its edge.

@@ -1,8 +1,7 @@
 """Stochastic Lanczos quadrature: the spectral measure from a few random vectors."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, overload
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from spectra import _quadrature, _tree
 from spectra._errors import SpectraError
 from spectra._status import Status
 from spectra.density import deflation
+from spectra.density.run import ProbeRun, Progress
 from spectra.krylov import lanczos as _lanczos
 from spectra.krylov.basis import Layout
 from spectra.krylov.lanczos import check_steps
@@ -112,14 +112,14 @@ def slq(
         if deflate is not None:
             raise SpectraError("deflate belongs to one operator: call slq for each of them.")
         total = sum(min(num_steps, block.size) for block in op.values()) * num_probes
-        with _Progress(progress, total) as bar:
+        with Progress(progress, total) as bar:
             return {
                 name: _one(
                     block, jax.random.fold_in(key, i), min(num_steps, block.size), *rest, bar, apart=True
                 )
                 for i, (name, block) in enumerate(op.items())
             }
-    with _Progress(progress, num_steps * num_probes) as bar:
+    with Progress(progress, num_steps * num_probes) as bar:
         return _one(op, key, num_steps, *rest, bar, deflate=deflate)
 
 
@@ -130,7 +130,7 @@ def _one(
     num_probes: int,
     tol: float | None,
     probe_batch: int | None,
-    bar: "_Progress",
+    bar: Progress,
     *,
     apart: bool = False,
     deflate: Eigenpairs | None = None,
@@ -148,7 +148,7 @@ def _one(
         size, vectors = op.size - len(deflate.values), deflate.vectors
         check_steps(num_steps, size)
         op = DeflatedOperator(op, vectors)
-    run = _Run(op.prepare(), layout, key, size, op.precision, bar, apart, vectors)
+    run = ProbeRun(op.prepare(), layout, key, size, op.precision, bar, apart, vectors)
     if tol is None:
         for start in range(0, num_probes, plan.probe_batch):
             run.add(range(start, min(start + plan.probe_batch, num_probes)), num_steps)
@@ -165,8 +165,8 @@ def slq_until(
     plan = estimate(op, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
     require_fit(plan)
     layout = Layout.of(op.structure, packed=op.packable)
-    with _Progress(False, plan.num_matvecs) as bar:
-        run = _Run(op.prepare(), layout, key, op.size, op.precision, bar, False, None)
+    with Progress(False, plan.num_matvecs) as bar:
+        run = ProbeRun(op.prepare(), layout, key, op.size, op.precision, bar, False, None)
         while run.num_probes < num_probes:
             goal = min(max(4, 2 * run.num_probes), num_probes)
             for start in range(run.num_probes, goal, plan.probe_batch):
@@ -176,7 +176,7 @@ def slq_until(
         return run.result()
 
 
-def _adaptive(run: "_Run", num_steps: int, num_probes: int, tol: float, batch: int) -> Quadrature:
+def _adaptive(run: ProbeRun, num_steps: int, num_probes: int, tol: float, batch: int) -> Quadrature:
     """Find the steps with the first probe, then add probes as the sampling part asks for them."""
     run.add(range(1), num_steps, stop_when=lambda q: _quadrature.band_width_parts(q, 0.95)[0] <= tol / 2)
     steps = run.steps_done
@@ -187,107 +187,6 @@ def _adaptive(run: "_Run", num_steps: int, num_probes: int, tol: float, batch: i
         more = int(np.clip(np.ceil(run.num_probes * (ratio - 1)), 1, batch))
         run.add(range(run.num_probes, min(run.num_probes + more, num_probes)), steps)
     return run.result(Status.CONVERGED if width <= tol else Status.BUDGET_EXHAUSTED)
-
-
-class _Run:
-    """Probes done so far, as rows of coefficients, and how to add more."""
-
-    def __init__(self, op, layout: Layout, key, size: int, precision: float, bar: "_Progress", apart, known):
-        self.known = known  # vectors that the probes are made orthogonal to
-        self.op, self.layout, self.key, self.bar, self.apart = op, layout, key, bar, apart
-        self.size, self.precision = size, precision
-        self.rows: list[dict[str, Any]] = []
-        self.steps_done = 0
-        self.num_matvecs = 0
-
-    @property
-    def num_probes(self) -> int:
-        return len(self.rows)
-
-    def add(self, probes: range, num_steps: int, stop_when=None) -> None:
-        """Run probes together, `CHUNK` steps a call; `stop_when` sees the quadrature so far."""
-        batched = len(probes) > 1
-        keys = jnp.stack([jax.random.fold_in(self.key, i) for i in probes])
-        state = _start(self.layout.anonymous(), keys if batched else keys[0], num_steps, batched)
-        if self.known is not None:
-            state = deflation.project_start(self.layout, self.known, state, batched)
-        done = 0
-        while done < num_steps:
-            stop = min(done + _lanczos.CHUNK, num_steps)
-            state = _lanczos.advance(
-                self.op, self.layout, state, done, stop, batched=batched, apart=self.apart
-            )
-            self.bar.update((stop - done) * len(probes))
-            done = stop
-            if not np.any(state.alive):
-                break
-            if stop_when is not None and stop_when(self._quadrature(_rows(state, done, batched))):
-                break
-        if stop_when is None:
-            done = num_steps  # steps that a breakdown left out are zeros
-        self.rows += _rows(state, done, batched)
-        self.steps_done = max(self.steps_done, done)
-        self.num_matvecs += sum(row["length"] for row in self.rows[-len(probes) :])
-
-    def result(self, status: Status | None = None) -> Quadrature:
-        return self._quadrature(self.rows, status)
-
-    def _quadrature(self, rows, status: Status | None = None) -> Quadrature:
-        steps = max(len(row["alpha"]) for row in rows)
-        eps = float(jnp.finfo(self.op.dtype).eps)
-        rules: list[Any] = [
-            _quadrature.gauss_rule(row["alpha"], row["beta"], row["length"], eps) for row in rows
-        ]
-        nodes, weights, residuals = (
-            np.stack([np.pad(r[i], (0, steps - r[0].size), mode=mode) for r in rules])
-            for i, mode in enumerate(("edge", "constant", "constant"))
-        )
-        asymmetry = np.array([row["asymmetry"] for row in rows])
-        lengths = np.array([rule[3] for rule in rules])
-        if status is None:
-            exact = (residuals == 0).all()
-            status = Status.INVARIANT if exact else Status.COMPLETE
-        # Coefficients that symmetry makes zero are rounding: beyond ten times their natural size
-        # something in the loss is rougher than its precision.
-        if asymmetry.max() > 100 * self.precision * np.sqrt(steps):
-            status = Status.NOISY
-        return Quadrature(
-            nodes=nodes,
-            weights=weights,
-            residuals=residuals,
-            lengths=lengths,
-            asymmetry=asymmetry,
-            size=self.size,
-            num_matvecs=self.num_matvecs or sum(row["length"] for row in rows),
-            precision=self.precision,
-            status=status,
-        )
-
-
-@partial(jax.jit, static_argnames=("layout", "num_steps", "batched"))
-def _start(layout: Layout, keys: jax.Array, num_steps: int, batched: bool):
-    def one(key):
-        return _lanczos.init(layout, _tree.sphere_sample(key, layout.structure), num_steps)
-
-    return (jax.vmap(one) if batched else one)(keys)
-
-
-def _rows(state, done: int, batched: bool) -> list[dict[str, Any]]:
-    """Coefficients of each probe in float64, cut to the steps that were run."""
-    scale = jnp.where(state.scale > 0, state.scale, 1)
-    arrays = (state.alpha, state.beta, state.length, state.asymmetry / scale)
-    columns = [np.asarray(x) for x in jax.device_get(arrays)]
-    if not batched:
-        columns = [x[None] for x in columns]
-    return [
-        {
-            "alpha": alpha[:done].astype(np.float64),
-            "beta": beta[:done].astype(np.float64),
-            "length": int(length),
-            "asymmetry": float(asymmetry),
-        }
-        for alpha, beta, length, asymmetry in zip(*columns, strict=True)
-    ]
 
 
 def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int) -> Quadrature:
@@ -311,25 +210,3 @@ def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int
         precision=precision,
         status=Status.TRACED,
     )
-
-
-class _Progress:
-    """A tqdm bar, or nothing."""
-
-    def __init__(self, show: bool, total: int):
-        self.bar = None
-        if show:
-            from tqdm.auto import tqdm
-
-            self.bar = tqdm(total=total, unit="product", desc="Lanczos")
-
-    def update(self, count: int) -> None:
-        if self.bar is not None:
-            self.bar.update(count)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.close()

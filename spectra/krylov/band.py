@@ -27,9 +27,9 @@ import numpy as np
 from jax import lax
 
 from spectra._errors import NonFiniteError, NotSymmetricError
+from spectra._quadrature import BREAKDOWN
 from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis, Layout
-from spectra.krylov.lanczos import BREAKDOWN
 from spectra.krylov.orthogonalize import orthogonalize
 from spectra.operators.base import LinearOperator
 

@@ -20,7 +20,7 @@ from jax import lax
 
 from spectra import _tree
 from spectra._errors import NonFiniteError, NotSymmetricError, SpectraError
-from spectra._quadrature import invariant_length
+from spectra._quadrature import BREAKDOWN, invariant_length
 from spectra._status import Status
 from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis, Layout, Panels
@@ -31,8 +31,6 @@ from spectra.results import Tridiagonal
 PyTree = Any
 CHUNK = 16
 """Steps in one compiled call: how often a run can report, stop, or notice a NaN."""
-BREAKDOWN = 10.0
-"""The space is invariant when β <= BREAKDOWN * eps * |T|: a residual of a few roundings of one product."""
 
 
 @jax.tree_util.register_dataclass
