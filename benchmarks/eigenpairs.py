@@ -8,6 +8,7 @@ one unmeasured call each.
 
 import importlib.util
 import itertools
+import sys
 import time
 
 import jax
@@ -135,6 +136,7 @@ def measure(name: str, params, rounds: int) -> list[str]:
     times = alternate(functions, rounds=rounds)
     for label, function in slow.items():
         start = time.perf_counter()
+        print(f"{name}: {label}", file=sys.stderr, flush=True)
         try:
             function()
         except Exception as error:
