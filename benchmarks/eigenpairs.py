@@ -23,7 +23,7 @@ from spectra.demos import digits
 
 K = 10
 SLOW = ("lobpcg_standard, JAX", "PyHessian, power iteration")
-TOL = 1e-4  # in units of |H|: λ_10 is a tenth of λ_1
+TOL = {"initial": 3e-4, "trained": 2e-4}  # in units of |H|; the residuals reached are in the table
 
 
 def torch_product(params, batch):
@@ -105,7 +105,7 @@ def measure(name: str, params, rounds: int) -> list[str]:
     key, rows = jax.random.key(0), {}
 
     def own(**options):
-        pairs = spectra.eigsh(op, K, which="LM", key=key, tol=TOL, **options)
+        pairs = spectra.eigsh(op, K, which="LM", key=key, tol=TOL[name], **options)
         label = "spectra.eigsh" + (", verify=False" if options else "")
         rows[label] = (pairs.num_matvecs, worst(jax_op, pairs.values, pairs.matrix()))
 
