@@ -75,6 +75,9 @@ def eigsh(
         NonFiniteError: a product is NaN or infinite.
         NotSymmetricError: the operator is not symmetric.
 
+    Fails to find copies where the search cannot reach them: `missed` near one says so; use verify=True or
+    block_size.
+
     Cost: num_basis n numbers of memory, whatever the number of products; for n <= ncv + 1 and for "SM"
     up to n = 2000, n products and a dense eigenproblem in float64.
 
@@ -164,7 +167,8 @@ class _Run:
     @property
     def aim(self) -> float:
         """Where the iteration stops: turning copies of an eigenpair mixes their residuals."""
-        return max((0.5 if self.copies else 0.95) * self.tol, float(jnp.finfo(self.op.dtype).eps)) * self.band.scale
+        share = 0.5 if self.copies else 0.95
+        return max(share * self.tol, float(jnp.finfo(self.op.dtype).eps)) * self.band.scale
 
     @property
     def exhausted(self) -> bool:
