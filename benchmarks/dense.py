@@ -106,6 +106,7 @@ def main() -> list[str]:
     for width in WIDTHS:
         n = 3 * width * (width + 1)
         for method in METHODS:
+            print(lines[-1], file=sys.stderr, flush=True)
             result = measure(CODE, method, str(width))
             if isinstance(result, str):
                 lines.append(f"| {n:,} | {method} | {n:,} | | {result} | | |")

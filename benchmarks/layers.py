@@ -8,6 +8,7 @@ waits for them, and memory is the peak beyond imports and data.
 """
 
 import json
+import sys
 import time
 
 from benchmarks.dense import measure
@@ -83,6 +84,7 @@ def main() -> list[str]:
     for inputs, hidden in SHAPES:
         n = inputs * hidden
         for method in METHODS:
+            print(lines[-1], file=sys.stderr, flush=True)
             if method != "spectra" and n > 50_000:
                 text = f"out of reach: the matrix alone is {4 * n * n / 2**30:.0f} GiB"
                 lines.append(f"| {n:,} | {method} | {text} | | |")
