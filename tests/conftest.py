@@ -15,3 +15,10 @@ def dtype(request):
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _release_compiled_code():
+    """Thousands of compiled programs in one process exceed the memory maps that Linux allows it."""
+    yield
+    jax.clear_caches()

@@ -79,7 +79,11 @@ def test_a_result_of_jit_can_be_saved(tmp_path):
     assert loaded.status is spectra.Status.TRACED
 
 
-@pytest.mark.parametrize("result", [1.0, "text", None, {"a": object()}, object()], ids=["number", "text", "None", "dict", "object"])
+@pytest.mark.parametrize(
+    "result",
+    [1.0, "text", None, {"a": object()}, object()],
+    ids=["number", "text", "None", "dict", "object"],
+)
 def test_what_is_not_a_result_is_not_saved(result, tmp_path):
     with pytest.raises(spectra.SpectraError, match="cannot save a"):
         spectra.save(result, tmp_path / "x.npz")

@@ -125,7 +125,7 @@ class DataOperator(LinearOperator):
             **functions,
         )
         _tree.vector_structure(self.like)
-        self._set(mode=resolve_mode(self))
+        self._set(mode=resolve_mode(self, _loss, _gradient))
 
     def _set(self, **fields) -> None:
         for name, value in fields.items():
@@ -202,9 +202,12 @@ class DataOperator(LinearOperator):
             NonFiniteError: the loss is NaN or infinite at these parameters.
         """
         loss, linear = _linearize(self) if self.linearized else (self.loss(), None)
+        self._require_finite(loss)
+        return self if linear is None else LinearizedOperator(linear, self)
+
+    def _require_finite(self, loss: jax.Array) -> None:
         if not _tree.is_traced((self.params, self.data)) and not np.isfinite(float(loss)):
             raise NonFiniteError(self.explain_non_finite())
-        return self if linear is None else LinearizedOperator(linear, self)
 
     def prepared_bytes(self) -> int:
         """Bytes of the saved values, from shapes alone; parameters and data are not counted twice."""

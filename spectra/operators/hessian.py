@@ -69,4 +69,5 @@ class HessianOperator(DataOperator):
     def _matrix(self) -> jax.Array:
         from spectra.operators.dense import hessian_matrix
 
+        self._require_finite(self.loss())
         return hessian_matrix(self)

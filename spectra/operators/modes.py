@@ -1,12 +1,13 @@
 """Which way of differentiating a model admits, found by tracing alone."""
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 
 from spectra._errors import DifferentiationError, SpectraError
+from spectra.operators.base import product
 from spectra.operators.diagnose import may_refuse_at_lowering, refusing_operations
 from spectra.operators.products import MODES
 
@@ -14,20 +15,20 @@ if TYPE_CHECKING:
     from spectra.operators.data_operator import DataOperator
 
 
-def resolve_mode(op: "DataOperator") -> str:
+def resolve_mode(op: "DataOperator", loss: Callable, gradient: Callable) -> str:
     """The first mode that the operator's functions admit; says what refused the ones before it.
+
+    `loss` and `gradient` are the compiled functions of an operator, whose traces are kept: the next
+    checkpoint of a model traces nothing again.
 
     Raises:
         DifferentiationError: there is none, or not the one asked for; carries JAX's reason.
     """
     piece = op.first_piece()
 
-    def value(op):
-        return op._value(op._merge(op._variables()), op.data)
-
-    jax.eval_shape(value, piece)
+    loss.eval_shape(piece)
     try:
-        jax.eval_shape(lambda op: op._grad(op._variables(), op.data), piece)
+        gradient.eval_shape(piece)
     except Exception as error:
         raise DifferentiationError(
             f"the loss cannot be differentiated: {_first_line(error)} Every mode needs a gradient; "
@@ -43,7 +44,8 @@ def resolve_mode(op: "DataOperator") -> str:
             refusals.append((mode, error))
             continue
         if refusals:
-            _warn(op, mode, refusals, refusing_operations(value, piece))
+            blame = refusing_operations(lambda op: op._value(op._merge(op._variables()), op.data), piece)
+            _warn(op, mode, refusals, blame)
         return mode
     mode, error = refusals[-1]
     raise DifferentiationError(
@@ -52,7 +54,7 @@ def resolve_mode(op: "DataOperator") -> str:
 
 
 def _require_product(op: "DataOperator") -> None:
-    traced = jax.jit(lambda op, v: op.mv(v)).trace(op, op.structure)
+    traced = product.trace(op, op.structure)
     if may_refuse_at_lowering(traced.jaxpr.jaxpr):
         traced.lower()
 
