@@ -2,7 +2,7 @@
 
 The first fully connected layer of a network w - h - 10 (tanh, 200 examples, float32) has n = w h parameters.
 Every tool ends at the same number, |λ|max / |λ|min over the numerical range: the explicit ones by LAPACK from
-their matrix, `spectra` by itself (dense up to n = 2,000, matrix-free beyond, a lower bound where it says ≥).
+their matrix, `spectra` by itself (dense up to n = 5,000, matrix-free beyond, a lower bound where it says ≥).
 Each entry is a process of its own, given 60 s; seconds include compilation, as a user
 waits for them, and memory is the peak beyond imports and data.
 """
