@@ -29,8 +29,7 @@ def mean_over_microbatches(
     if microbatch is None or microbatch >= n:
         return fn(batch)
     weight = weight_fn or batch_size
-    steps, rest = divmod(n, microbatch)
-    pieces = jax.tree.map(lambda x: x[: steps * microbatch].reshape(steps, microbatch, *x.shape[1:]), batch)
+    pieces, last = _cut(batch, microbatch)
 
     def weighted(piece):
         w = jnp.asarray(weight(piece))
@@ -52,8 +51,7 @@ def mean_over_microbatches(
     first = jax.tree.map(lambda x: x[0], pieces)
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(weighted, first))
     total, _ = lax.scan(body, zero, pieces)
-    if rest:
-        last = jax.tree.map(lambda x: x[steps * microbatch :], batch)
+    if last is not None:
         total = jax.tree.map(jnp.add, total, weighted(last))
     weights, value = total
     return jax.tree.map(lambda x: x / weights.astype(x.dtype), value)
@@ -64,12 +62,18 @@ def map_microbatches(fn: Callable[[PyTree], PyTree], batch: PyTree, microbatch: 
     n = batch_size(batch)
     if microbatch is None or microbatch >= n:
         return fn(batch)
-    steps, rest = divmod(n, microbatch)
-    pieces = jax.tree.map(lambda x: x[: steps * microbatch].reshape(steps, microbatch, *x.shape[1:]), batch)
+    pieces, last = _cut(batch, microbatch)
     parts = [jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), lax.map(fn, pieces))]
-    if rest:
-        parts.append(fn(jax.tree.map(lambda x: x[steps * microbatch :], batch)))
+    if last is not None:
+        parts.append(fn(last))
     return jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
+
+
+def _cut(batch: PyTree, size: int) -> tuple[PyTree, PyTree | None]:
+    """Full pieces stacked along a new leading axis, and what is left over, or None."""
+    steps, rest = divmod(batch_size(batch), size)
+    pieces = jax.tree.map(lambda x: x[: steps * size].reshape(steps, size, *x.shape[1:]), batch)
+    return pieces, jax.tree.map(lambda x: x[steps * size :], batch) if rest else None
 
 
 def weighted_sum(parts: Iterable[tuple[float, PyTree]]) -> PyTree:

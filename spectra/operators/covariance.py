@@ -77,9 +77,9 @@ class GradientCovarianceOperator(DataOperator):
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """The same for a stack of vectors."""
-        products = super().mv_batch(vectors)
-        centered_already = self.mean is None or self.stream is None
-        return products if centered_already else jax.vmap(self._center)(products, vectors)
+        results = super().mv_batch(vectors)
+        done = self.mean is None or self.stream is None  # without a stream `mv` itself has centred them
+        return results if done else jax.vmap(self._center)(results, vectors)
 
     def _center(self, product: PyTree, v: PyTree) -> PyTree:
         return _tree.axpy(-_tree.vdot(self.mean, v), self.mean, product)

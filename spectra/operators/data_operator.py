@@ -163,7 +163,9 @@ class DataOperator(LinearOperator):
         return max(eps, _LOW_PRECISION.get(self.matmul_precision, 0.0))
 
     def _principal(self, indices: tuple[int, ...]) -> Self:
-        return self._with(selected=tuple(self.selected[i] for i in indices) if self.selected else indices)
+        return self._with(
+            selected=tuple(self.selected[i] for i in indices) if self.selected is not None else indices
+        )
 
     def loss(self) -> jax.Array:
         """The mean loss over all data at the parameters."""

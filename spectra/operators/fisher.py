@@ -15,7 +15,7 @@ from spectra.operators import likelihood
 from spectra.operators.accumulate import map_microbatches
 from spectra.operators.base import operator
 from spectra.operators.data_operator import DataOptions
-from spectra.operators.ggn import GGNOperator, ModelFn, OutputLossFn, split
+from spectra.operators.ggn import ModelFn, ModelOperator, OutputLossFn, split
 
 PyTree = Any
 KINDS = ("type2", "mc", "empirical")
@@ -24,7 +24,7 @@ CHECKED_EXAMPLES = 64
 
 
 @operator(leaves=("params", "data", "key"))
-class FisherOperator(GGNOperator):
+class FisherOperator(ModelOperator):
     """The Fisher information Σ_t w_t E[∇log p(y|f_t) ∇log p(y|f_t)ᵀ] of a model's predictions.
 
     The loss is read as the weighted mean Σ_t w_t ℓ_t of negative log-likelihoods ℓ_t over *terms*: the
@@ -33,8 +33,8 @@ class FisherOperator(GGNOperator):
     * "type2": the expectation over y ~ p(·|f_t), exactly, by E[∇ℓ ∇ℓᵀ] = E[∇²ℓ]. Where ∇²ℓ does not
       depend on y (softmax cross-entropy, squared error, binary cross-entropy with logits, every natural
       exponential family) it is the Gauss-Newton matrix, and is multiplied as such.
-    * "mc": one y_t drawn from p(·|f_t) for each term, unbiased for "type2". The
-      operator of one batch holds them in its `data`.
+    * "mc": one y_t drawn from p(·|f_t) for each term, unbiased for "type2". The operator
+      of one batch holds them in its `data`.
     * "empirical": the y_t of the data. Not a Fisher matrix in the strict sense, and far from one when the
       model fits (Kunstner, Balles and Hennig, arXiv:1905.12558).
 
@@ -78,6 +78,8 @@ class FisherOperator(GGNOperator):
                [ 0.        ,  0.        ]], dtype=float32)
     """
 
+    model_fn: ModelFn
+    loss_fn: OutputLossFn
     kind: str
     sample_fn: Callable[[jax.Array, PyTree, PyTree], PyTree] | None
     key: jax.Array | None
@@ -116,7 +118,7 @@ class FisherOperator(GGNOperator):
 
     def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
         if self.kind == "type2":
-            return super()._piece_product(variables, piece, v)
+            return self._gauss_newton_product(variables, piece, v)
         inputs, targets = split(piece)
         outputs, push, pull = self._jacobian(variables, inputs)
         scores = self._scores(outputs, targets, piece)

@@ -56,6 +56,17 @@ class ModelOperator(DataOperator):
         """Outputs, v -> J v and u -> Jᵀ u of the model at the variables."""
         return products.jacobian(self.mode, lambda x: self.model_fn(self._merge(x), inputs), variables)
 
+    def _curvature(self, outputs: PyTree, targets: PyTree, u: PyTree) -> PyTree:
+        """(∇²ℓ) u in output space."""
+        gradient = jax.grad(self._output_loss)
+        return products.derivative(self.mode, lambda f: gradient(f, targets), outputs, u)
+
+    def _gauss_newton_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
+        """Jᵀ (∇²ℓ) J v."""
+        inputs, targets = split(piece)
+        outputs, push, pull = self._jacobian(variables, inputs)
+        return pull(self._curvature(outputs, targets, push(v)))
+
 
 @operator(leaves=("params", "data"))
 class GGNOperator(ModelOperator):
@@ -109,11 +120,4 @@ class GGNOperator(ModelOperator):
         self._open(params, data, model_fn=model_fn, loss_fn=loss_fn, **options)
 
     def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
-        inputs, targets = split(piece)
-        outputs, push, pull = self._jacobian(variables, inputs)
-        return pull(self._curvature(outputs, targets, push(v)))
-
-    def _curvature(self, outputs: PyTree, targets: PyTree, u: PyTree) -> PyTree:
-        """(∇²ℓ) u in output space."""
-        gradient = jax.grad(self._output_loss)
-        return products.derivative(self.mode, lambda f: gradient(f, targets), outputs, u)
+        return self._gauss_newton_product(variables, piece, v)
