@@ -1,8 +1,9 @@
 """Numbers that summarise a spectrum: traces, diagonals, functions, condition numbers, each with its error."""
 
 from spectra.estimators.condition import condition_number
+from spectra.estimators.counts import count_above, negative_share
 from spectra.estimators.diagonal import diagonal
-from spectra.estimators.functions import count_above, effective_dimension, logdet, negative_share, trace_of
+from spectra.estimators.functions import effective_dimension, logdet, trace_of
 from spectra.estimators.trace import frobenius_norm, model_trace, trace
 
 __all__ = [

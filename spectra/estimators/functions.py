@@ -94,14 +94,14 @@ def trace_of(
         found = estimate(quadrature)
         return found.stderr <= wanting(found) or wanting(found) < 0
 
-    found = estimate(_quadrature_of(source, key, num_steps, num_probes, probe_batch, tol and enough))
+    found = estimate(quadrature_of(source, key, num_steps, num_probes, probe_batch, tol and enough))
     if tol is None:
         return found
     status = Status.CONVERGED if found.stderr <= wanting(found) else Status.BUDGET_EXHAUSTED
     return dataclasses.replace(found, status=status)
 
 
-def _quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, enough=None) -> Quadrature:
+def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, enough=None) -> Quadrature:
     """The quadrature given, or one of the operator."""
     if isinstance(source, Quadrature):
         if _tree.is_traced(source):
@@ -273,103 +273,3 @@ def effective_dimension(
         True
     """
     return trace_of(source, lambda x: np.where(x + shift > 0, x / (x + shift), np.nan), key=key, **options)
-
-
-def count_above(
-    source: Source,
-    threshold: float,
-    *,
-    key: jax.Array | None = None,
-    num_steps: int | None = None,
-    num_probes: int = 8,
-    probe_batch: int | None = None,
-) -> Estimate:
-    """Estimate the number of eigenvalues above a threshold.
-
-    n (1 - F(threshold)) with the CDF of `Quadrature.cdf`. `lower` and `upper` are the
-    Chebyshev-Markov-Stieltjes bracket, certain for the probes drawn; `stderr` follows from the law
-    Beta(nF/2, n(1-F)/2) of the share that a probe sees, at the point of the bracket where it is widest.
-
-    Args:
-        source: symmetric operator, or a `Quadrature` of it.
-        threshold: in units of the eigenvalues.
-        key: JAX random key; needed for an operator.
-        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
-        num_probes: probes.
-        probe_batch: see `slq`.
-
-    Returns:
-        `Estimate` with lower and upper.
-
-    Raises:
-        As `slq`.
-
-    Cost: num_probes x num_steps products, memory as `slq`.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp, spectra
-        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(-1.0, 3.0, 400)))
-        >>> lower, _, upper = spectra.count_above(op, 2.0, key=jax.random.key(0)).interval()
-        >>> bool(lower < 100 < upper)
-        True
-    """
-    q = _quadrature_of(source, key, num_steps, num_probes, probe_batch)
-    return _count(q, threshold, above=True, unit=q.size)
-
-
-def negative_share(
-    source: Source,
-    *,
-    key: jax.Array | None = None,
-    num_steps: int | None = None,
-    num_probes: int = 8,
-    probe_batch: int | None = None,
-) -> Estimate:
-    """Estimate the share of eigenvalues that are negative: below minus the noise floor.
-
-    Args:
-        source: symmetric operator, or a `Quadrature` of it.
-        key: JAX random key; needed for an operator.
-        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
-        num_probes: probes.
-        probe_batch: see `slq`.
-
-    Returns:
-        `Estimate` of a number in [0, 1], as `count_above` has it.
-
-    Raises:
-        As `slq`.
-
-    Cost: num_probes x num_steps products, memory as `slq`.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp, spectra
-        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(-1.0, 3.0, 400)))
-        >>> lower, _, upper = spectra.negative_share(op, key=jax.random.key(0)).interval()
-        >>> bool(lower < 0.25 < upper)
-        True
-    """
-    q = _quadrature_of(source, key, num_steps, num_probes, probe_batch)
-    return _count(q, -q.noise_floor, above=False, unit=1)
-
-
-def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:
-    point = np.asarray(x, np.float64)
-    rest, share, known = _quadrature.split(q, point)  # atoms of deflated pairs are not sampled
-    sampled = _quadrature.bracket(rest, point, q.noise_floor + q.coupling)
-    widest = float(min(max(0.5, sampled[0]), sampled[2]))
-    variance = widest * (1 - widest)
-    low, middle, high = (float(share * part + atoms) for part, atoms in zip(sampled, known, strict=True))
-    if above:
-        low, middle, high = 1 - high, 1 - middle, 1 - low
-    return Estimate(
-        value=unit * middle,
-        stderr=float(unit * share * np.sqrt(2 * variance / (rest.size + 2) / q.num_probes)),
-        num_matvecs=q.num_matvecs,
-        method="slq",
-        status=q.status,
-        reason="the bracket is that of Chebyshev, Markov and Stieltjes",
-        dof=q.num_probes * rest.size * variance / (1 - 3 * variance) if variance > 0 else None,
-        lower=unit * low,
-        upper=unit * high,
-    )
