@@ -7,17 +7,20 @@ H = ∇²L(θ), a vector is a pytree like θ, and eigenvalues are in units of th
 
 from spectra import bridge
 from spectra._errors import (
+    CheckpointError,
     DataError,
     DifferentiationError,
     MemoryLimitError,
     NonFiniteError,
     NotSymmetricError,
+    PreemptedError,
     ResultFileError,
     SpectraError,
     StructureError,
 )
 from spectra._status import Status
 from spectra.bridge import TorchModel, from_torch
+from spectra.checkpoint import Checkpoint
 from spectra.density import kpm, slq, spectral_density, spectral_distances
 from spectra.estimators import (
     condition_number,
@@ -61,6 +64,8 @@ from spectra.results import (
 from spectra.variability import DataVariability, data_variability
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointError",
     "ConditionNumber",
     "DataError",
     "DataVariability",
@@ -82,6 +87,7 @@ __all__ = [
     "NonFiniteError",
     "NotSymmetricError",
     "Plan",
+    "PreemptedError",
     "Problem",
     "Quadrature",
     "ResultFileError",

@@ -35,3 +35,11 @@ class MemoryLimitError(SpectraError, MemoryError):
 
 class ResultFileError(SpectraError):
     """A file is not a `spectra` result, is truncated, or was written by a newer schema."""
+
+
+class CheckpointError(SpectraError):
+    """A checkpoint belongs to another run, or cannot be used."""
+
+
+class PreemptedError(SpectraError):
+    """The run was asked to end, saved itself, and goes on when it is started again."""

@@ -12,7 +12,10 @@ def available_bytes(device: Any = None) -> int | None:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return _machine_bytes() if device.platform == "cpu" else None
+    if device.platform != "cpu":
+        return None
+    machine = _machine_bytes()  # which all CPU devices of this process share
+    return None if machine is None else machine // jax.local_device_count(device.platform)
 
 
 def _machine_bytes() -> int | None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding
 
 from spectra._errors import StructureError
 
@@ -96,6 +98,19 @@ def replace_leaves(tree: PyTree, indices: tuple[int, ...], kept: PyTree) -> PyTr
     for index, leaf in zip(indices, jax.tree.leaves(kept), strict=True):
         leaves[index] = leaf
     return treedef.unflatten(leaves)
+
+
+def has_values(tree: PyTree) -> bool:
+    """Whether all leaves are arrays, not only shapes."""
+    return all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(tree))
+
+
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """The mesh of several devices on which the arrays lie; None where there is none, or several."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
+    meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)}
+    meshes = [mesh for mesh in meshes if mesh.size > 1]
+    return meshes[0] if len(meshes) == 1 else None
 
 
 def tree_size(structure: PyTree) -> int:

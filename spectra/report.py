@@ -1,6 +1,7 @@
 """The whole answer in one object: density, extremes, trace and shares, each with its uncertainty."""
 
 import dataclasses
+import os
 import platform
 import time
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from spectra import density
+from spectra.checkpoint import Checkpoint
 from spectra.operators.base import LinearOperator
 from spectra.results import Density, Estimate, Interval, Quadrature, html_table, text_table
 
@@ -104,6 +106,9 @@ def spectrum(
     zero_tol: float = 1e-3,
     probe_batch: int | None = None,
     progress: bool = False,
+    checkpoint: Checkpoint | str | os.PathLike | None = None,
+    basis: str = "inherit",
+    basis_dtype: Any = None,
     name: str = "H",
 ) -> SpectrumReport:
     """Compute the spectral density of an operator and all that follows from the same products.
@@ -117,6 +122,9 @@ def spectrum(
         zero_tol: eigenvalues with |λ| <= zero_tol |H| count as near zero.
         probe_batch: see `slq`.
         progress: show a progress bar.
+        checkpoint: see `slq`.
+        basis: see `slq`.
+        basis_dtype: see `slq`.
         name: what the report calls the operator.
 
     Returns:
@@ -143,6 +151,9 @@ def spectrum(
         tol=tol,
         probe_batch=probe_batch,
         progress=progress,
+        checkpoint=checkpoint,
+        basis=basis,
+        basis_dtype=basis_dtype,
     )
     seconds = time.perf_counter() - start
     floor = quadrature.noise_floor

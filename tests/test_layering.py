@@ -14,7 +14,7 @@ import spectra
 ROOT = Path(spectra.__file__).parent
 # A module may import from earlier layers, and from its own.
 LAYERS = [
-    {"_errors", "_status", "_memory"},
+    {"_errors", "_status", "_memory", "_processes", "_digest"},
     {"_tree", "_quadrature"},
     {"_paths"},
     {"results"},
@@ -22,6 +22,7 @@ LAYERS = [
     {"operators"},
     {"problem", "models"},
     {"krylov"},
+    {"checkpoint"},
     {"density"},
     {"estimators"},
     {"report", "plotting"},

@@ -1,5 +1,6 @@
 """Probes done so far, and how to add more: the engine of `slq`, driven from the host."""
 
+import time
 from functools import partial
 from typing import Any
 
@@ -7,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _quadrature, _tree
+from spectra import _processes, _quadrature, _tree
 from spectra._status import Status
+from spectra.checkpoint import Recorder
 from spectra.density import deflation
 from spectra.krylov import lanczos as _lanczos
-from spectra.krylov.basis import Layout
+from spectra.krylov.layout import Layout
 from spectra.results import Quadrature
 
 
@@ -20,7 +22,7 @@ class Progress:
 
     def __init__(self, show: bool, total: int):
         self.bar = None
-        if show:
+        if show and _processes.is_first():
             from tqdm.auto import tqdm
 
             self.bar = tqdm(total=total, unit="product", desc="Lanczos")
@@ -38,16 +40,44 @@ class Progress:
             self.bar.close()
 
 
+PACE = 5.0
+"""Seconds between two looks at the clock and at signals, where a run can be interrupted."""
+
+
 class ProbeRun:
     """Probes done so far, as rows of coefficients, and how to add more."""
 
-    def __init__(self, op, layout: Layout, key, size: int, precision: float, bar: "Progress", apart, known):
+    def __init__(
+        self,
+        op,
+        layout: Layout,
+        key,
+        bar: "Progress",
+        *,
+        size: int,
+        apart: bool = False,
+        known: Any = None,
+        home: Any = None,
+        recorder: Recorder | None = None,
+    ):
         self.known = known  # vectors that the probes are made orthogonal to
-        self.op, self.layout, self.key, self.bar, self.apart = op, layout, key, bar, apart
-        self.size, self.precision = size, precision
-        self.rows: list[dict[str, Any]] = []
-        self.steps_done = 0
-        self.num_matvecs = 0
+        self.home = home  # where the basis lives, if not with the operator
+        self.op, self.layout, self.key, self.bar = op, layout, key, bar
+        self.apart, self.recorder = apart, recorder
+        self.size, self.precision = size, op.precision
+        self.rows: list[dict[str, Any]] = [] if recorder is None else recorder.restored()
+        self.chunk = _lanczos.CHUNK if recorder is None else 1
+        self.bar.update(self.num_matvecs)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of the longest run so far."""
+        return max((len(row["alpha"]) for row in self.rows), default=0)
+
+    @property
+    def num_matvecs(self) -> int:
+        """Products done so far."""
+        return sum(row["length"] for row in self.rows)
 
     @property
     def num_probes(self) -> int:
@@ -57,27 +87,40 @@ class ProbeRun:
     def add(self, probes: range, num_steps: int, stop_when=None) -> None:
         """Run probes together, `CHUNK` steps a call; `stop_when` sees the quadrature so far."""
         batched = len(probes) > 1
-        keys = jnp.stack([jax.random.fold_in(self.key, i) for i in probes])
-        state = _start(self.layout.anonymous(), keys if batched else keys[0], num_steps, batched)
-        if self.known is not None:
-            state = deflation.project_start(self.layout, self.known, state, batched)
-        done = 0
+        state, done = self._begin(probes, num_steps, batched)
         while done < num_steps:
-            stop = min(done + _lanczos.CHUNK, num_steps)
+            stop = min(done + self.chunk, num_steps)
+            started = time.monotonic()
             state = _lanczos.advance(
-                self.op, self.layout, state, done, stop, batched=batched, apart=self.apart
+                self.op, self.layout, state, done, stop, batched=batched, apart=self.apart, home=self.home
             )
             self.bar.update((stop - done) * len(probes))
-            done = stop
+            steps, done = stop - done, stop
             if not np.any(state.alive):
                 break
             if stop_when is not None and stop_when(self._quadrature(_rows(state, done, batched))):
                 break
+            if self.recorder is not None and done < num_steps:
+                seconds = self.recorder.after(probes, state, done, time.monotonic() - started)
+                self.chunk = int(np.clip(PACE * steps / seconds, 1, _lanczos.CHUNK))
         if stop_when is None:
             done = num_steps  # steps that a breakdown left out are zeros
         self.rows += _rows(state, done, batched)
-        self.steps_done = max(self.steps_done, done)
-        self.num_matvecs += sum(row["length"] for row in self.rows[-len(probes) :])
+        if self.recorder is not None:
+            self.recorder.finished(self.rows)
+
+    def _begin(self, probes: range, num_steps: int, batched: bool):
+        """A fresh state, or the one that was saved, and the steps done."""
+        keys = jnp.stack([jax.random.fold_in(self.key, i) for i in probes])
+        with jax.default_device(self.home):
+            state = _start(self.layout.anonymous(), keys if batched else keys[0], num_steps, batched)
+        if self.known is not None:
+            state = deflation.project_start(self.layout, self.known, state, batched)
+        if self.recorder is None:
+            return state, 0
+        state, done = self.recorder.restore(probes, state)
+        self.bar.update(done * len(probes))
+        return state, done
 
     def result(self, status: Status | None = None) -> Quadrature:
         """The quadratures of all probes done."""
@@ -100,7 +143,8 @@ class ProbeRun:
             status = Status.INVARIANT if exact else Status.COMPLETE
         # Coefficients that symmetry makes zero are rounding: beyond ten times their natural size
         # something in the loss is rougher than its precision.
-        if asymmetry.max() > 100 * self.precision * np.sqrt(steps):
+        rounding = max(100 * self.precision, self.layout.row_precision)
+        if asymmetry.max() > rounding * np.sqrt(steps):
             status = Status.NOISY
         return Quadrature(
             nodes=nodes,
@@ -109,7 +153,7 @@ class ProbeRun:
             lengths=lengths,
             asymmetry=asymmetry,
             size=self.size,
-            num_matvecs=self.num_matvecs or sum(row["length"] for row in rows),
+            num_matvecs=sum(row["length"] for row in rows),
             precision=self.precision,
             status=status,
         )

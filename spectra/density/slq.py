@@ -1,7 +1,9 @@
 """Stochastic Lanczos quadrature: the spectral measure from a few random vectors."""
 
+import contextlib
+import os
 from collections.abc import Callable, Mapping
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,13 @@ from jax import lax
 from spectra import _quadrature, _tree
 from spectra._errors import SpectraError
 from spectra._status import Status
+from spectra.checkpoint import Checkpoint, Recorder, describe
 from spectra.density import deflation
 from spectra.density.run import ProbeRun, Progress
 from spectra.krylov import lanczos as _lanczos
-from spectra.krylov.basis import Layout
 from spectra.krylov.lanczos import check_steps
-from spectra.krylov.plan import estimate, require_fit
+from spectra.krylov.layout import Layout
+from spectra.krylov.plan import estimate, place_basis, require_fit
 from spectra.operators.base import LinearOperator
 from spectra.operators.deflated import DeflatedOperator
 from spectra.results import Eigenpairs, Quadrature
@@ -33,6 +36,9 @@ def slq(
     probe_batch: int | None = ...,
     progress: bool = ...,
     deflate: Eigenpairs | None = ...,
+    checkpoint: Checkpoint | str | os.PathLike | None = ...,
+    basis: str = ...,
+    basis_dtype: Any = ...,
 ) -> Quadrature: ...
 
 
@@ -46,6 +52,9 @@ def slq(
     tol: float | None = ...,
     probe_batch: int | None = ...,
     progress: bool = ...,
+    checkpoint: Checkpoint | str | os.PathLike | None = ...,
+    basis: str = ...,
+    basis_dtype: Any = ...,
 ) -> dict[str, Quadrature]: ...
 
 
@@ -59,6 +68,9 @@ def slq(
     probe_batch: int | None = None,
     progress: bool = False,
     deflate: Eigenpairs | None = None,
+    checkpoint: Checkpoint | str | os.PathLike | None = None,
+    basis: str = "inherit",
+    basis_dtype: Any = None,
 ) -> Quadrature | dict[str, Quadrature]:
     """Estimate the spectral measure of an operator by Lanczos from random vectors on the unit sphere.
 
@@ -81,6 +93,14 @@ def slq(
         deflate: eigenpairs from `eigsh`: they become atoms of weight 1/n without sampling error in every
             row, and all steps are spent on the rest, in their orthogonal complement. Where outliers
             are 1e4 times the bulk that resolves the bulk; the band holds as without.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in: finished probes, and the basis of the
+            running one. The same call goes on from there, with bit-identical results on the same
+            devices and results equal to rounding on others.
+        basis: where basis vectors lie. "inherit": as the parameters. "sharded": parameters that are
+            replicated over devices of a mesh have their basis spread over these. "host": in the memory
+            of the host, which also does the reorthogonalisation; the device keeps three vectors.
+        basis_dtype: dtype of stored basis vectors, for example "bfloat16": half the memory, at an
+            orthogonality of about 1e-3 instead of 1e-6. By default that of the vectors.
 
     Returns:
         `Quadrature` with nodes and weights (k, m); `.cdf(x)` gives the distribution with its band. For
@@ -91,6 +111,8 @@ def slq(
         NonFiniteError: the loss or a product is NaN or infinite.
         NotSymmetricError: the operator is not symmetric.
         MemoryLimitError: the plan does not fit into the free memory.
+        CheckpointError: the folder holds the checkpoint of another run.
+        PreemptedError: the process was asked to end (SIGTERM), and the run is saved.
 
     Cost: k m products; memory as `plan` states, (m + 6) n numbers for each probe in flight.
 
@@ -108,6 +130,8 @@ def slq(
     if tol is not None and not 0 < tol < 1:
         raise SpectraError(f"tol={tol} is a share of the spectral range: use a number in (0, 1).")
     rest = (num_probes, tol, probe_batch)
+    checkpoint = Checkpoint.of(checkpoint)
+    places = {"basis": basis, "basis_dtype": basis_dtype}
     if isinstance(op, Mapping):
         if deflate is not None:
             raise SpectraError("deflate belongs to one operator: call slq for each of them.")
@@ -115,12 +139,19 @@ def slq(
         with Progress(progress, total) as bar:
             return {
                 name: _one(
-                    block, jax.random.fold_in(key, i), min(num_steps, block.size), *rest, bar, apart=True
+                    block,
+                    jax.random.fold_in(key, i),
+                    min(num_steps, block.size),
+                    *rest,
+                    bar,
+                    apart=True,
+                    checkpoint=checkpoint and checkpoint.child(name),
+                    **places,
                 )
                 for i, (name, block) in enumerate(op.items())
             }
     with Progress(progress, num_steps * num_probes) as bar:
-        return _one(op, key, num_steps, *rest, bar, deflate=deflate)
+        return _one(op, key, num_steps, *rest, bar, deflate=deflate, checkpoint=checkpoint, **places)
 
 
 def _one(
@@ -134,27 +165,38 @@ def _one(
     *,
     apart: bool = False,
     deflate: Eigenpairs | None = None,
+    checkpoint: Checkpoint | None = None,
+    basis: str = "inherit",
+    basis_dtype: Any = None,
 ) -> Quadrature:
-    plan = estimate(op, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
+    options = {"probe_batch": probe_batch, "basis": basis, "basis_dtype": basis_dtype}
+    plan = estimate(op, num_steps=num_steps, num_probes=num_probes, **options)
     if _tree.is_traced((op, key)):
-        if tol is not None or deflate is not None:
-            raise SpectraError("tol= and deflate= need values, which do not exist inside jit or vmap.")
+        if tol is not None or deflate is not None or checkpoint is not None:
+            raise SpectraError(
+                "tol=, deflate= and checkpoint= need values, which do not exist inside jit or vmap."
+            )
         return _traced(op, key, num_steps, num_probes, plan.probe_batch)
     require_fit(plan)
-    layout = Layout.of(op.structure, packed=op.packable)
+    layout, home = place_basis(op, basis, basis_dtype)
     size, vectors = op.size, None
     if deflate is not None:
         deflation.check(op, deflate)
         size, vectors = op.size - len(deflate.values), deflate.vectors
         check_steps(num_steps, size)
         op = DeflatedOperator(op, vectors)
-    run = ProbeRun(op.prepare(), layout, key, size, op.precision, bar, apart, vectors)
-    if tol is None:
-        for start in range(0, num_probes, plan.probe_batch):
-            run.add(range(start, min(start + plan.probe_batch, num_probes)), num_steps)
-        result = run.result()
-    else:
-        result = _adaptive(run, num_steps, num_probes, tol, plan.probe_batch)
+    recorder = None
+    if checkpoint is not None:
+        recorder = Recorder(checkpoint, op, layout, describe(op, key, num_steps, layout.row_dtype))
+    with recorder.watching() if recorder else contextlib.nullcontext():
+        places = {"apart": apart, "known": vectors, "home": home, "recorder": recorder}
+        run = ProbeRun(op.prepare(), layout, key, bar, size=size, **places)
+        if tol is None:
+            for start in range(run.num_probes, num_probes, plan.probe_batch):
+                run.add(range(start, min(start + plan.probe_batch, num_probes)), num_steps)
+            result = run.result()
+        else:
+            result = _adaptive(run, num_steps, num_probes, tol, plan.probe_batch)
     return result if deflate is None else deflation.with_atoms(result, deflate)
 
 
@@ -164,9 +206,9 @@ def slq_until(
     """`slq` that looks at the quadrature after 4, 8, 16, ... probes and ends where it is enough."""
     plan = estimate(op, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
     require_fit(plan)
-    layout = Layout.of(op.structure, packed=op.packable)
+    layout = Layout.of(op.like)
     with Progress(False, plan.num_matvecs) as bar:
-        run = ProbeRun(op.prepare(), layout, key, op.size, op.precision, bar, False, None)
+        run = ProbeRun(op.prepare(), layout, key, bar, size=op.size)
         while run.num_probes < num_probes:
             goal = min(max(4, 2 * run.num_probes), num_probes)
             for start in range(run.num_probes, goal, plan.probe_batch):
@@ -178,7 +220,8 @@ def slq_until(
 
 def _adaptive(run: ProbeRun, num_steps: int, num_probes: int, tol: float, batch: int) -> Quadrature:
     """Find the steps with the first probe, then add probes as the sampling part asks for them."""
-    run.add(range(1), num_steps, stop_when=lambda q: _quadrature.band_width_parts(q, 0.95)[0] <= tol / 2)
+    if not run.num_probes:
+        run.add(range(1), num_steps, stop_when=lambda q: _quadrature.band_width_parts(q, 0.95)[0] <= tol / 2)
     steps = run.steps_done
     while (width := run.result().band_width()) > tol and run.num_probes < num_probes:
         # The sampling part falls at least like 1 / sqrt(k): never more probes than that predicts.
@@ -192,7 +235,7 @@ def _adaptive(run: ProbeRun, num_steps: int, num_probes: int, tol: float, batch:
 def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int) -> Quadrature:
     """The whole run as one traced program: probes one after another, or `batch` at a time."""
     size, precision = op.size, op.precision
-    layout = Layout.of(op.structure, packed=False)
+    layout = Layout.leafwise(op.structure)
     op = op.prepare()
 
     def probe(i):

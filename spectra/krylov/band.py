@@ -29,7 +29,8 @@ from jax import lax
 from spectra._errors import NonFiniteError, NotSymmetricError
 from spectra._quadrature import BREAKDOWN
 from spectra.krylov import basis as _basis
-from spectra.krylov.basis import Basis, Layout
+from spectra.krylov.basis import Basis
+from spectra.krylov.layout import Layout
 from spectra.krylov.orthogonalize import orthogonalize
 from spectra.operators.base import LinearOperator
 
@@ -125,9 +126,9 @@ def _chain(op, layout, size, state, row, previous, steps):
 _absorb_one = jax.jit(_absorb, static_argnames=("layout", "size"), donate_argnames=("state",))
 
 
-@partial(jax.jit, donate_argnames=("state",))
-def _replace(state: BandState, weights, coefficients, filled) -> BandState:
-    basis = _basis.combine(state.basis, weights)
+@partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
+def _replace(layout: Layout, state: BandState, weights, coefficients, filled) -> BandState:
+    basis = _basis.combine(state.basis, weights, layout)
     return BandState(basis, coefficients, filled, state.scale)
 
 
@@ -268,9 +269,8 @@ class Band:
         self.processed, self.pending = list(range(first, middle)), list(range(middle, last))
         self.parent = {}
         dtype = self.state.coefficients.dtype
-        self.state = _replace(
-            self.state, jnp.asarray(weights, dtype), jnp.asarray(self.coefficients, dtype), jnp.int32(last)
-        )
+        arrays = jnp.asarray(weights, dtype), jnp.asarray(self.coefficients, dtype), jnp.int32(last)
+        self.state = _replace(self.layout.anonymous(), self.state, *arrays)
 
     def vectors(self) -> PyTree:
         """The rows after the locked ones as one pytree with leaves (rows, *leaf.shape). A copy."""

@@ -1,8 +1,7 @@
-"""How Krylov vectors lie in memory: panels, and a basis of row segments.
+"""A Krylov basis as segments of rows, and arithmetic on vectors in panels (see `layout`).
 
-A vector is stored as *panels*: arrays of two or more axes whose first axis counts blocks. A basis is a
-tuple of *segments*; a segment holds `SEGMENT` vectors and puts the row axis behind the block axis, so a
-panel (B, k) has segments (B, SEGMENT, k). Both choices were measured (n = 2^20, float32, 2 CPU cores):
+A basis is a tuple of *segments*; a segment holds `SEGMENT` vectors and puts the row axis behind the block
+axis, so a panel (B, k) has segments (B, SEGMENT, k). Measured (n = 2^20, float32, 2 CPU cores):
 
 * Inner products are batched over blocks and then summed. A matrix-vector product over the full length
   sums in sequence in XLA's CPU backend: 2e-5 off for a self-product, 1e-7 with blocks of 4096, at the
@@ -11,24 +10,19 @@ panel (B, k) has segments (B, SEGMENT, k). Both choices were measured (n = 2^20,
 * Segments are separate buffers, so a compiled loop reads the filled ones only: `lax.cond` on a whole
   buffer copies nothing, a slice of one large buffer is a copy.
 
-Vectors that live on one device, or are replicated, are packed into one panel: a network of 150 leaves
-then costs as few operations as one of 2. Sharded vectors, and vectors under a caller's `jit` (where
-the sharding cannot be seen), keep one panel a leaf with the leaf's own axes: no leaf is ever gathered.
+On a mesh the first axis is split, so all of this is local: one sum over blocks, at the end of `dots` or
+`vdot`, is one reduction between devices.
 """
 
-import dataclasses
 import functools
-import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from spectra import _tree
+from spectra.krylov.layout import Layout, Panels, PyTree
 
-PyTree = Any
-Panels = list[jax.Array]
 Basis = tuple[Panels, ...]
 
 SEGMENT = 8
@@ -36,70 +30,6 @@ SEGMENT = 8
 a TPU tile."""
 MAX_SEGMENTS = 16
 """Every segment is code to compile; beyond 128 vectors segments grow instead (3 % of the rows in vain)."""
-BLOCK = 4096
-"""Longest block of a packed panel. Over 100 steps with ten outliers 1e5 times the bulk, from a vector of
-ones, max|QQ^T - I| was 8e-5, 2e-5, 1e-5, 7e-6 for blocks of 32768, 8192, 4096, 2048; below 4096 the
-bandwidth drops by a third."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The map between pytrees and panels; hashable, so that compiled code depends on it statically."""
-
-    treedef: Any
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[Any, ...]
-    packed: bool
-
-    @classmethod
-    def of(cls, structure: PyTree, *, packed: bool) -> "Layout":
-        """The layout of vectors with this structure, packed into one panel or leaf by leaf."""
-        leaves, treedef = jax.tree.flatten(structure)
-        shapes = tuple(tuple(leaf.shape) for leaf in leaves)
-        return cls(treedef, shapes, tuple(jnp.dtype(leaf.dtype) for leaf in leaves), packed)
-
-    def anonymous(self) -> "Layout":
-        """The layout of the list of leaves: equal for vectors that differ in names only."""
-        return dataclasses.replace(self, treedef=jax.tree.structure([0] * len(self.shapes)))
-
-    @property
-    def structure(self) -> PyTree:
-        """`ShapeDtypeStruct` of a vector as a pytree."""
-        pairs = zip(self.shapes, self.dtypes, strict=True)
-        return self.treedef.unflatten([jax.ShapeDtypeStruct(s, d) for s, d in pairs])
-
-    @property
-    def panels(self) -> list[jax.ShapeDtypeStruct]:
-        """`ShapeDtypeStruct` of each panel of one vector."""
-        if self.packed:
-            size = sum(map(math.prod, self.shapes))
-            blocks = -(-size // BLOCK)
-            width = -(-size // blocks)
-            if blocks > 1:
-                width = -(-width // 64) * 64  # whole cache lines: rows of a segment stay aligned
-            return [jax.ShapeDtypeStruct((blocks, width), jnp.result_type(*self.dtypes))]
-        pairs = zip(self.shapes, self.dtypes, strict=True)
-        return [jax.ShapeDtypeStruct(s if len(s) > 1 else (1, math.prod(s)), d) for s, d in pairs]
-
-    def pack(self, tree: PyTree) -> Panels:
-        """Panels of a vector given as a pytree."""
-        leaves = self.treedef.flatten_up_to(tree)
-        if self.packed:
-            (panel,) = self.panels
-            parts = [jnp.ravel(leaf).astype(panel.dtype) for leaf in leaves]
-            flat = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-            return [jnp.pad(flat, (0, math.prod(panel.shape) - flat.size)).reshape(panel.shape)]
-        return [
-            leaf.reshape(panel.shape).astype(panel.dtype)
-            for leaf, panel in zip(leaves, self.panels, strict=True)
-        ]
-
-    def unpack(self, panels: Panels) -> PyTree:
-        """The pytree of a vector given as panels."""
-        if self.packed:
-            return _tree.unravel(panels[0].reshape(-1), self.structure)
-        pairs = zip(panels, self.shapes, strict=True)
-        return self.treedef.unflatten([panel.reshape(shape) for panel, shape in pairs])
 
 
 def vdot(a: Panels, b: Panels) -> jax.Array:
@@ -140,7 +70,10 @@ def zeros(layout: Layout, num_rows: int) -> Basis:
     count, rows = segments(num_rows)
 
     def segment():
-        return [jnp.zeros((p.shape[0], rows, *p.shape[1:]), p.dtype) for p in layout.panels]
+        panels = layout.panels
+        return layout.place(
+            [jnp.zeros((p.shape[0], rows, *p.shape[1:]), layout.row_dtype or p.dtype) for p in panels]
+        )
 
     return tuple(segment() for _ in range(count))
 
@@ -151,7 +84,7 @@ def put(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
 
     def write(segment):
         return [
-            lax.dynamic_update_index_in_dim(rows, x[:, None], row % size, 1)
+            lax.dynamic_update_index_in_dim(rows, x[:, None].astype(rows.dtype), row % size, 1)
             for rows, x in zip(segment, vector, strict=True)
         ]
 
@@ -174,55 +107,69 @@ def take(basis: Basis, row: jax.Array) -> Panels:
     return [functools.reduce(jnp.add, panels) for panels in zip(*parts, strict=True)]
 
 
-def combine(basis: Basis, weights: jax.Array) -> Basis:
+def combine(basis: Basis, weights: jax.Array, layout: Layout) -> Basis:
     """New rows Wᵀ Q for square `weights` (rows, rows), in place where the basis is donated.
 
-    Packed panels go block by block, so that the extra memory is one block of all rows; sharded ones
-    leaf by leaf, where only sums over the row axis are formed and nothing moves between devices.
+    Packed panels go block by block, so that the extra memory is one block of all rows; nothing moves
+    between devices.
     """
     size = basis[0][0].shape[1]
 
-    def mix(rows):
+    def mix(rows, weights):
         spec = "rs,br...->bs..."
         return jnp.einsum(spec, weights.astype(rows.dtype), rows, precision=lax.Precision.HIGHEST)
 
     def split(rows):
         return [rows[:, i : i + size] for i in range(0, rows.shape[1], size)]
 
-    def one(parts):
-        if len(parts[0]) == 1 or parts[0].ndim > 3:
-            return split(mix(jnp.concatenate(parts, axis=1)))
+    def one(arguments):
+        parts, weights = arguments
+        if len(parts[0]) == 1 or not layout.packed:
+            return split(mix(jnp.concatenate(parts, axis=1), weights))
 
         def block(b, parts):
             rows = jnp.concatenate([lax.dynamic_slice_in_dim(part, b, 1) for part in parts], axis=1)
-            pairs = zip(parts, split(mix(rows)), strict=True)
+            pairs = zip(parts, split(mix(rows, weights)), strict=True)
             return [lax.dynamic_update_slice_in_dim(part, new, b, 0) for part, new in pairs]
 
         return lax.fori_loop(0, len(parts[0]), block, list(parts))
 
-    columns = [one(parts) for parts in zip(*basis, strict=True)]
+    panels = [list(parts) for parts in zip(*basis, strict=True)]
+    columns = [
+        layout.locally(one, (spec, PartitionSpec()), spec)((parts, weights))
+        for parts, spec in zip(panels, layout.panel_specs, strict=True)
+    ]
     return tuple(list(segment) for segment in zip(*columns, strict=True))
 
 
-def dots(basis: Basis, vector: Panels, filled: jax.Array) -> jax.Array:
-    """Coefficients Q v on the first `filled` rows, zero beyond; shape (rows,). Reads them once."""
+def dots(basis: Basis, vector: Panels, filled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Coefficients Q v on the first `filled` rows, zero beyond, shape (rows,); and |v|². Reads rows once.
+
+    Both are summed over blocks in one reduction, which on a mesh is all that devices exchange.
+    """
     dtype, size = jnp.result_type(*vector), basis[0][0].shape[1]
 
-    def one(rows, x):
+    def dot(rows, x):
         axes = (tuple(range(2, rows.ndim)), tuple(range(1, x.ndim)))
         dims = (axes, ((0,), (0,)))
-        partial = lax.dot_general(rows, x, dims, precision=lax.Precision.HIGHEST)
-        return jnp.sum(partial, axis=0).astype(dtype)
+        return lax.dot_general(rows.astype(x.dtype), x, dims, precision=lax.Precision.HIGHEST)
 
     def read(segment):
-        return sum((one(r, x) for r, x in zip(segment, vector, strict=True)), jnp.zeros((), dtype))
+        return [dot(rows, x) for rows, x in zip(segment, vector, strict=True)]
 
     def skip(segment):
-        del segment
-        return jnp.zeros(size, dtype)
+        return [jnp.zeros(rows.shape[:2], x.dtype) for rows, x in zip(segment, vector, strict=True)]
 
-    parts = [lax.cond(i * size < filled, read, skip, seg) for i, seg in enumerate(basis)]
-    return jnp.concatenate(parts)
+    parts = [lax.cond(i * size < filled, read, skip, segment) for i, segment in enumerate(basis)]
+    parts.append([dot(x[:, None], x) for x in vector])
+    sums = sum(
+        (
+            jnp.sum(jnp.concatenate(blocks, axis=1), axis=0).astype(dtype)
+            for blocks in zip(*parts, strict=True)
+        ),
+        jnp.zeros((), dtype),
+    )
+    return sums[:-1], sums[-1]
 
 
 def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array) -> Panels:
@@ -236,7 +183,7 @@ def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.
 
     def one(rows, x, c):
         for r in range(size):
-            x = x - c[r].astype(x.dtype) * rows[:, r]
+            x = x - c[r].astype(x.dtype) * rows[:, r].astype(x.dtype)
         return x
 
     for i, segment in enumerate(basis):
@@ -260,11 +207,12 @@ def gram(basis: Basis) -> jax.Array:
         return jnp.moveaxis(parts, 2, 1).reshape(-1, x.shape[1], 64)
 
     def block(a, b):
-        total = jnp.zeros((), jnp.result_type(*a))
+        dtype = jnp.promote_types(jnp.float32, jnp.result_type(*a))
+        total = jnp.zeros((), dtype)
         for x, y in zip(map(split, a), map(split, b), strict=True):
             axes = tuple(range(2, x.ndim))
             dims = ((axes, axes), ((0,), (0,)))
-            partial = lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
+            partial = lax.dot_general(x.astype(dtype), y.astype(dtype), dims, precision=lax.Precision.HIGHEST)
             total = total + jnp.sum(partial, axis=0)
         return total
 

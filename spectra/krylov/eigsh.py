@@ -9,8 +9,8 @@ from spectra._errors import SpectraError
 from spectra._status import Status
 from spectra.krylov import missing, wanted
 from spectra.krylov.band import Band
-from spectra.krylov.basis import Layout
 from spectra.krylov.dense import dense_eigenpairs
+from spectra.krylov.layout import Layout
 from spectra.krylov.smallest import smallest_eigenpairs, split
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Eigenpairs
@@ -144,7 +144,7 @@ class _Run:
         self.allowed = 0  # products that a search may go up to
         given = [] if deflate is None else split(deflate.vectors, len(deflate.values))
         known = len(given)
-        layout = Layout.of(op.structure, packed=op.packable)
+        layout = Layout.of(op.like)
         self.band = Band(op, layout, limit + block_size + known)
         self.capacity = limit + block_size + known
         for vector in given:

@@ -23,7 +23,8 @@ from spectra._errors import NonFiniteError, NotSymmetricError, SpectraError
 from spectra._quadrature import BREAKDOWN, invariant_length
 from spectra._status import Status
 from spectra.krylov import basis as _basis
-from spectra.krylov.basis import Basis, Layout, Panels
+from spectra.krylov.basis import Basis
+from spectra.krylov.layout import Layout, Panels
 from spectra.krylov.orthogonalize import orthogonalize
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Tridiagonal
@@ -55,7 +56,7 @@ def init(layout: Layout, v0: PyTree, num_steps: int, *, keep_basis: bool = True)
     start = layout.pack(v0)
     dtype = jnp.result_type(*start)
     size = _basis.norm(start)
-    return LanczosState(
+    state = LanczosState(
         basis=_basis.zeros(layout, num_steps) if keep_basis else (),
         current=_basis.scale(1 / size, start),
         previous=[jnp.zeros_like(x) for x in start],
@@ -66,6 +67,21 @@ def init(layout: Layout, v0: PyTree, num_steps: int, *, keep_basis: bool = True)
         length=jnp.zeros((), jnp.int32),
         alive=jnp.ones((), bool),
         second_passes=jnp.zeros((), jnp.int32),
+    )
+    return _place(layout, state)
+
+
+def _place(layout: Layout, state: LanczosState) -> LanczosState:
+    """Vectors and rows where the layout has them, and numbers on every device."""
+    if layout.mesh is None:
+        return state
+    numbers = {name: layout.replicate(x) for name, x in vars(state).items() if isinstance(x, jax.Array)}
+    return dataclasses.replace(
+        state,
+        basis=tuple(map(layout.place, state.basis)),
+        current=layout.place(state.current),
+        previous=layout.place(state.previous),
+        **numbers,
     )
 
 
@@ -115,7 +131,8 @@ def run(
     """Steps start..stop-1 under `lax` control flow; `batched` states carry a leading probe axis."""
 
     def step(i, state):
-        return absorb(i, layout.pack(op.mv(layout.unpack(state.current))), state)
+        w = layout.pack(op.mv(layout.unpack(state.current)))
+        return _place(layout, absorb(i, w, state))
 
     # The counter is not batched, so `lax.cond` on it stays a branch under vmap.
     body = jax.vmap(step, in_axes=(None, 0)) if batched else step
@@ -125,9 +142,12 @@ def run(
 _run_chunk = jax.jit(run, static_argnames=("layout", "batched"), donate_argnames=("state",))
 
 
-@partial(jax.jit, static_argnames=("batched",), donate_argnames=("state",))
-def _absorb_one(i, w, state, batched=False):
-    return (jax.vmap(absorb, in_axes=(None, 0, 0)) if batched else absorb)(i, w, state)
+@partial(jax.jit, static_argnames=("layout", "batched"), donate_argnames=("state",))
+def _absorb_one(layout, i, w, state, batched=False):
+    def step(i, w, state):
+        return _place(layout, absorb(i, w, state))
+
+    return (jax.vmap(step, in_axes=(None, 0, 0)) if batched else step)(i, w, state)
 
 
 @partial(jax.jit, static_argnames=("layout", "batched"))
@@ -148,11 +168,15 @@ def _multiply(op, layout, panels, batched=False):
     return (jax.vmap(one) if batched else one)(panels)
 
 
-def _product(op: LinearOperator, layout: Layout, panels: Panels, batched: bool) -> Panels:
-    if not op.on_host:
-        return _multiply(op, layout, panels, batched=batched)
-    vectors = _unpack(layout, panels, batched=batched)
-    return _pack(layout, op.mv_batch(vectors) if batched else op.mv(vectors), batched=batched)
+def _product(op: LinearOperator, layout: Layout, panels: Panels, batched: bool, home) -> Panels:
+    if home is not None:
+        panels = jax.device_put(panels, op.device)
+    if op.on_host:
+        vectors = _unpack(layout, panels, batched=batched)
+        panels = _pack(layout, op.mv_batch(vectors) if batched else op.mv(vectors), batched=batched)
+    else:
+        panels = _multiply(op, layout, panels, batched=batched)
+    return panels if home is None else jax.device_put(panels, home)
 
 
 def advance(
@@ -164,22 +188,24 @@ def advance(
     *,
     batched: bool,
     apart: bool = False,
+    home: Any = None,
 ) -> LanczosState:
     """Steps start..stop-1 from the host, checked for NaN and for symmetry. Consumes `state`.
 
     Product and recurrence are one compiled loop, or, `apart`, two programs: the one of the recurrence
-    then serves all operators of the same size.
+    then serves all operators of the same size, and can run on a device of its own, `home`.
     """
-    if op.on_host or apart:
+    if op.on_host or apart or home is not None:
         for i in range(start, stop):
-            state = _absorb_one(i, _product(op, layout, state.current, batched), state, batched=batched)
+            w = _product(op, layout, state.current, batched, home)
+            state = _absorb_one(layout.anonymous(), i, w, state, batched=batched)
     else:
         state = _run_chunk(op, layout, state, start, stop, batched=batched)
-    check(op, state, stop)
+    check(op, state, stop, layout.row_precision)
     return state
 
 
-def check(op: LinearOperator, state: LanczosState, stop: int) -> None:
+def check(op: LinearOperator, state: LanczosState, stop: int, row_precision: float) -> None:
     """Raise if a product was not finite or the operator is not symmetric."""
     alpha, beta, scale, asymmetry = jax.device_get((state.alpha, state.beta, state.scale, state.asymmetry))
     bad = ~(np.isfinite(alpha[..., :stop]) & np.isfinite(beta[..., :stop]))
@@ -188,7 +214,7 @@ def check(op: LinearOperator, state: LanczosState, stop: int) -> None:
         raise NonFiniteError(
             f"the product of Lanczos step {step + 1} is NaN or infinite. {op.explain_non_finite()}"
         )
-    limit = float(np.sqrt(op.precision))
+    limit = max(float(np.sqrt(op.precision)), row_precision)  # rounded rows look like asymmetry
     worst = float(np.max(asymmetry / np.where(scale > 0, scale, 1)))
     if worst > limit:
         raise NotSymmetricError(
@@ -244,7 +270,7 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
     v0 = op.as_vector(v0, "v0")
     keep = reorthogonalize == "full"
     traced = _tree.is_traced((op, v0))
-    layout = Layout.of(op.structure, packed=not traced and op.packable)
+    layout = Layout.leafwise(op.structure) if traced else Layout.of(op.like)
     if traced:
         op = op.prepare()
         state = run(op, layout, init(layout, v0, num_steps, keep_basis=keep), 0, num_steps)

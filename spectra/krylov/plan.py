@@ -1,40 +1,59 @@
-"""Memory and products of a run, known before anything is allocated."""
+"""Memory, products and time of a run, known before anything is allocated."""
+
+import dataclasses
+import math
+import time
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from spectra import _memory
+from spectra import _memory, _tree
 from spectra._errors import MemoryLimitError, SpectraError
 from spectra.krylov import basis as _basis
 from spectra.krylov.lanczos import check_steps
-from spectra.operators.base import LinearOperator, require_operator
+from spectra.krylov.layout import Layout
+from spectra.operators.base import LinearOperator, product, require_operator
 from spectra.results import Plan, format_bytes
 
 VECTORS = 6
 """Working vectors beside the basis: q_i, q_{i-1}, the product as a pytree and packed, w before and after
 a Gram-Schmidt pass."""
+PLACES = ("inherit", "sharded", "host")
 _BATCH_NUMBERS = 2**22
 """On an accelerator probes run side by side until their vectors hold this many numbers: enough to fill it."""
 
 
-def plan(op: LinearOperator, *, num_steps: int, num_probes: int) -> Plan:
+def plan(
+    op: LinearOperator,
+    *,
+    num_steps: int,
+    num_probes: int,
+    basis: str = "inherit",
+    basis_dtype: Any = None,
+    measure: bool = False,
+) -> Plan:
     """State the bytes and products that `slq` would need, without running or allocating anything.
 
     The peak is linearization + probe_batch * (basis + 6 vectors + workspace), on top of parameters and
-    data. The workspace of a product comes from compiling it for the device, which takes as long as the
-    first product of a run.
+    data; on a mesh all of it is for one device. The workspace of a product comes from compiling it for
+    the device, which takes as long as the first product of a run.
 
     Args:
         op: the operator.
         num_steps: Lanczos steps a probe, m.
         num_probes: probes, k.
+        basis: see `slq`.
+        basis_dtype: see `slq`.
+        measure: time two products and two passes over a vector, and state the `seconds` of the run.
 
     Returns:
-        `Plan` with sizes in bytes, `total`, `available` and `fits`.
+        `Plan` with sizes in bytes, `total`, `available`, `fits`, and `seconds`.
 
     Raises:
-        SpectraError: num_steps or num_probes out of range.
+        SpectraError: num_steps or num_probes out of range, or an unknown place for the basis.
 
-    Cost: one compilation; no product.
+    Cost: one compilation; no product unless `measure`.
 
     Examples:
         >>> import jax.numpy as jnp, spectra
@@ -42,9 +61,13 @@ def plan(op: LinearOperator, *, num_steps: int, num_probes: int) -> Plan:
         >>> spectra.plan(op, num_steps=80, num_probes=8).num_matvecs
         640
     """
-    batch = estimate(op, num_steps=num_steps, num_probes=num_probes).probe_batch
+    options = {"num_steps": num_steps, "num_probes": num_probes, "basis": basis, "basis_dtype": basis_dtype}
+    batch = estimate(op, **options).probe_batch
     workspace = 0 if op.on_host else _workspace(op)
-    return estimate(op, num_steps=num_steps, num_probes=num_probes, probe_batch=batch, workspace=workspace)
+    result = estimate(op, **options, probe_batch=batch, workspace=workspace)
+    if not measure:
+        return result
+    return dataclasses.replace(result, seconds=_seconds(op, Layout.of(op.like), result))
 
 
 def estimate(
@@ -54,6 +77,8 @@ def estimate(
     num_probes: int,
     probe_batch: int | None = None,
     workspace: int = 0,
+    basis: str = "inherit",
+    basis_dtype: Any = None,
 ) -> Plan:
     """`plan` without compiling: all but the workspace, which is taken as given."""
     require_operator(op)
@@ -62,13 +87,15 @@ def estimate(
         raise SpectraError(f"num_probes={num_probes}: at least one probe is needed.")
     if probe_batch is not None and not 1 <= probe_batch <= num_probes:
         raise SpectraError(f"probe_batch={probe_batch} is not between 1 and num_probes={num_probes}.")
-    layout = _basis.Layout.of(op.structure, packed=op.packable)
-    vector = sum(p.size * p.dtype.itemsize for p in layout.panels)
+    layout, home = place_basis(op, basis, basis_dtype)
+    vector = layout.device_bytes()
     count, rows = _basis.segments(num_steps)
-    basis = count * rows * vector
-    linearization = op.prepared_bytes()
-    available = _memory.available_bytes()
-    one = basis + VECTORS * vector + workspace
+    stored = count * rows * layout.device_bytes(layout.row_dtype)
+    num_devices = 1 if layout.mesh is None else layout.mesh.size
+    linearization = op.prepared_bytes() // _num_pieces(op)
+    available = _memory.available_bytes(op.device)
+    kept, vectors = (stored, VECTORS) if home is None else (0, 3)
+    one = kept + vectors * vector + workspace
     if probe_batch is None:
         probe_batch = choose_batch(op, one, linearization, available, num_probes)
     return Plan(
@@ -77,13 +104,34 @@ def estimate(
         num_probes=num_probes,
         probe_batch=probe_batch,
         vector=vector,
-        basis=basis,
-        vectors=VECTORS * vector,
+        basis=kept,
+        vectors=vectors * vector,
         linearization=linearization,
         workspace=workspace,
         available=available,
         num_matvecs=num_steps * num_probes,
+        num_devices=num_devices,
+        host=stored - kept,
     )
+
+
+def place_basis(op: LinearOperator, basis: str, dtype: Any = None) -> tuple[Layout, Any]:
+    """The layout of basis vectors, and the device that they live on if it is not the operator's."""
+    if basis not in PLACES:
+        raise SpectraError(f"basis={basis!r}: use one of {PLACES}.")
+    if dtype is not None:
+        dtype = jnp.dtype(dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise SpectraError(f"basis_dtype={dtype}: basis vectors need a floating dtype.")
+    layout = Layout.of(op.like, spread=basis == "sharded", row_dtype=dtype)
+    if basis != "host":
+        return layout, None
+    if layout.mesh is not None:
+        raise SpectraError(
+            'basis="host" is for one device. On a mesh basis="sharded" divides the basis of replicated '
+            'parameters by the number of devices, and basis_dtype="bfloat16" halves it.'
+        )
+    return layout, jax.local_devices(backend="cpu")[0]
 
 
 def require_fit(plan: Plan) -> None:
@@ -98,8 +146,14 @@ def require_fit(plan: Plan) -> None:
         advice.append("probe_batch=1")
     if plan.linearization:
         advice.append("linearize=False in the operator")
+    if plan.num_devices > 1 and plan.vector * plan.num_devices > plan.size:
+        advice.append('basis="sharded" if parameters are replicated')
+    advice.append('basis_dtype="bfloat16"')
+    if plan.num_devices == 1 and jax.default_backend() != "cpu":
+        advice.append('basis="host"')
     if steps >= 2:
         advice.append(f"num_steps={steps}")
+    advice.append("kpm, which keeps no basis")
     advice.append("float32 instead of float64 parameters")
     raise MemoryLimitError(
         f"the run needs {format_bytes(plan.total)} ({plan.probe_batch} x "
@@ -125,10 +179,45 @@ def choose_batch(op, one: int, shared: int, available: int | None, num_probes: i
     return min(wanted, num_probes)
 
 
+def _num_pieces(op: LinearOperator) -> int:
+    """Into how many pieces the operator's most divided array is split: so are the values it saves."""
+    if _tree.is_traced(op):
+        return 1
+    arrays = [leaf for leaf in jax.tree.leaves(op) if isinstance(leaf, jax.Array) and leaf.size]
+    return max((leaf.size // math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in arrays), default=1)
+
+
 def _workspace(op: LinearOperator) -> int:
-    """Temporaries of one compiled product, as the compiler states them."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), op.structure)
+    """Temporaries of one compiled product, on one device, as the compiler states them."""
     prepared = jax.eval_shape(lambda op: op.prepare(), op) if op.prepared_bytes() else op
-    compiled = jax.jit(lambda op, v: op.mv(v)).lower(prepared, shapes).compile()
+    compiled = jax.jit(lambda op, v: op.mv(v)).lower(prepared, _shapes(op)).compile()
     analysis = compiled.memory_analysis()
     return int(analysis.temp_size_in_bytes) if analysis is not None else 0
+
+
+def _shapes(op: LinearOperator) -> Any:
+    """Shapes of a vector, placed as the operator's own arrays are."""
+    return jax.tree.map(
+        lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(like, "sharding", None)),
+        op.structure,
+        op.like,
+    )
+
+
+def _seconds(op: LinearOperator, layout: Layout, plan: Plan) -> float:
+    """Products at the speed of the second one; the basis at the speed of a sum of two vectors.
+
+    Step i reads i + 1 rows twice, m² rows in all.
+    """
+    op, v = op.prepare(), jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), op.structure)
+    one = product if not op.on_host else (lambda op, v: op.mv(v))
+    panels = jax.jit(layout.pack)(v)
+    add = jax.jit(lambda panels: [x + x[::-1] for x in panels])
+    times = []
+    for run in (lambda: one(op, v), lambda: add(panels)):
+        jax.block_until_ready(run())
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - started)
+    per_row = times[1] / 3 * (plan.basis + plan.host) / max(1, plan.num_steps * plan.vector)
+    return plan.num_probes * (plan.num_steps * times[0] + plan.num_steps**2 * per_row)

@@ -17,8 +17,8 @@ from jax import lax
 from spectra import _tree
 from spectra._status import Status
 from spectra.krylov.band import Band
-from spectra.krylov.basis import Layout
 from spectra.krylov.dense import dense_eigenpairs
+from spectra.krylov.layout import Layout
 from spectra.operators.base import LinearOperator
 from spectra.results import Eigenpairs
 
@@ -54,7 +54,7 @@ def smallest_eigenpairs(
     op = op.prepare()
     known = [] if deflate is None else split(deflate.vectors, len(deflate.values))
     width = min(k + max(5, k // 2), op.size - len(known))
-    layout = Layout.of(op.structure, packed=op.packable)
+    layout = Layout.of(op.like)
     norm, products = _norm_bound(op, layout, key)
     floor = op.precision * np.sqrt(op.size) * norm
     budget = max_matvecs or 4000 * width

@@ -97,9 +97,12 @@ class LinearOperator(abc.ABC):
         return False
 
     @property
-    def packable(self) -> bool:
-        """Whether no leaf of a vector is split over devices, so that leaves may be concatenated."""
-        return all(map(_is_whole, jax.tree.leaves(self.like)))
+    def device(self) -> Any:
+        """Where products are computed; the first of several."""
+        leaves = jax.tree.leaves(self)
+        arrays = [x for x in leaves if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+        local = arrays[0].sharding.addressable_devices if arrays else jax.local_devices()
+        return min(local, key=lambda device: device.id)
 
     def prepare(self) -> "LinearOperator":
         """An equal operator that is faster to multiply with many times, at the cost of memory."""
@@ -269,14 +272,6 @@ def _is_real_scalar(x) -> bool:
         return True
     is_array = isinstance(x, (np.generic, np.ndarray, jax.Array))
     return is_array and x.ndim == 0 and not jnp.issubdtype(x.dtype, jnp.complexfloating)
-
-
-def _is_whole(leaf) -> bool:
-    if isinstance(leaf, Tracer):
-        return False  # its sharding cannot be seen
-    if isinstance(leaf, jax.Array):
-        return leaf.sharding.is_fully_replicated
-    return getattr(leaf, "sharding", None) is None  # NumPy arrays and unplaced shapes
 
 
 @jax.jit

@@ -7,7 +7,7 @@ from spectra.results._base import format_bytes, text_table
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes and products of a run, before anything is allocated. All sizes in bytes."""
+    """Bytes and products of a run, before anything is allocated. Sizes in bytes, on one device."""
 
     size: int  # n
     num_steps: int
@@ -20,6 +20,9 @@ class Plan:
     workspace: int  # temporaries of one product, from the compiled program; 0 if not compiled
     available: int | None  # free memory of the device, None if it cannot be known
     num_matvecs: int
+    num_devices: int = 1
+    host: int = 0  # basis in the host's memory
+    seconds: float | None = None  # of the whole run, if a product was measured
 
     @property
     def total(self) -> int:
@@ -38,12 +41,15 @@ class Plan:
                 "products",
                 f"{self.num_matvecs:,} ({self.num_steps} steps x {self.num_probes} probes)",
             ),
+            ("devices", f"{self.num_devices}, each with:") if self.num_devices > 1 else None,
             ("basis", f"{format_bytes(self.basis)} a probe, {self.probe_batch} in flight"),
+            ("basis on the host", f"{format_bytes(self.host)} a probe") if self.host else None,
             ("working vectors", f"{format_bytes(self.vectors)} a probe"),
             ("saved linearisation", format_bytes(self.linearization)),
             ("workspace of a product", format_bytes(self.workspace)),
             ("peak", format_bytes(self.total)),
             ("available", "unknown" if self.available is None else format_bytes(self.available)),
             ("fits", "yes" if self.fits else "no"),
+            None if self.seconds is None else ("time", f"about {self.seconds:.3g} s after compilation"),
         ]
-        return text_table("Plan", rows)
+        return text_table("Plan", [row for row in rows if row is not None])

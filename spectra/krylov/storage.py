@@ -1,0 +1,110 @@
+"""A Lanczos state on disk: rows and vectors as the parameters' leaves, written and read by Orbax.
+
+Panels depend on the mesh, leaves do not: what one number of devices has written another can read.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from spectra.krylov.lanczos import LanczosState
+from spectra.krylov.layout import Layout, Panels
+
+PyTree = Any
+NUMBERS = ("alpha", "beta", "scale", "asymmetry", "length", "alive", "second_passes")
+VECTORS = ("current", "previous")
+
+
+def write(path: Path, tree: PyTree) -> None:
+    """Write arrays to a folder that appears whole or not at all; every process writes what it holds."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(path, tree, force=True)
+
+
+def read(path: Path, like: PyTree) -> PyTree:
+    """Read arrays, each placed as `like` says."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as loader:
+        return loader.restore(path, like)
+
+
+def write_rows(path: Path, layout: Layout, segment: Panels, *, batched: bool) -> None:
+    """A segment of the basis."""
+    write(path, {"rows": _rows(layout, segment, batched)})
+
+
+def read_rows(path: Path, layout: Layout, segment: Panels, *, batched: bool) -> Panels:
+    """A segment as `write_rows` wrote it, in the place of `segment`."""
+    shapes = jax.eval_shape(partial(_rows, layout, batched=batched), segment)
+    leaves = read(path, {"rows": _where(layout, shapes)})["rows"]
+    return _segment(layout, leaves, batched)
+
+
+def write_vectors(path: Path, layout: Layout, state: LanczosState, *, batched: bool) -> None:
+    """All of a state but the basis."""
+    write(path, _vectors(layout, state, batched))
+
+
+def read_vectors(path: Path, layout: Layout, state: LanczosState, *, batched: bool) -> dict[str, Any]:
+    """The fields of a state that `write_vectors` wrote."""
+    shapes = jax.eval_shape(partial(_vectors, layout, batched=batched), state)
+    like = {name: _where(layout, shapes[name]) for name in VECTORS}
+    like |= {name: jax.tree.map(partial(_place, layout, PartitionSpec()), shapes[name]) for name in NUMBERS}
+    fields = read(path, like)
+    return fields | {name: _packed(layout, fields[name], batched) for name in VECTORS}
+
+
+def _where(layout: Layout, shapes: list[Any]) -> list[Any]:
+    """Stacks of leaves, split as the leaves are."""
+    specs = layout.specs or [PartitionSpec()] * len(shapes)
+    return [
+        _place(layout, PartitionSpec(*[None] * (len(shape.shape) - len(own)), *spec), shape)
+        for shape, own, spec in zip(shapes, layout.shapes, specs, strict=True)
+    ]
+
+
+def _place(layout: Layout, spec: PartitionSpec, shape: Any) -> Any:
+    if layout.mesh is None:
+        sharding: Any = SingleDeviceSharding(jax.local_devices()[0])
+    else:
+        sharding = NamedSharding(layout.mesh, spec)
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+@partial(jax.jit, static_argnames=("layout", "batched"))
+def _rows(layout: Layout, segment: Panels, batched: bool) -> list[jax.Array]:
+    def one(segment):
+        return jax.vmap(layout.unpack)([jnp.moveaxis(x, 1, 0) for x in segment])
+
+    return (jax.vmap(one) if batched else one)(segment)
+
+
+@partial(jax.jit, static_argnames=("layout", "batched"))
+def _segment(layout: Layout, leaves: list[jax.Array], batched: bool) -> Panels:
+    def one(leaves):
+        panels = [jnp.moveaxis(x, 0, 1) for x in jax.vmap(layout.pack)(leaves)]
+        return layout.place([x.astype(layout.row_dtype or x.dtype) for x in panels])
+
+    return (jax.vmap(one) if batched else one)(leaves)
+
+
+@partial(jax.jit, static_argnames=("layout", "batched"))
+def _vectors(layout: Layout, state: LanczosState, batched: bool) -> dict[str, Any]:
+    unpack = jax.vmap(layout.unpack) if batched else layout.unpack
+    numbers = {name: layout.replicate(getattr(state, name)) for name in NUMBERS}
+    return numbers | {name: unpack(getattr(state, name)) for name in VECTORS}
+
+
+@partial(jax.jit, static_argnames=("layout", "batched"))
+def _packed(layout: Layout, leaves: list[jax.Array], batched: bool) -> Panels:
+    def one(leaves):
+        return layout.place(layout.pack(leaves))
+
+    return (jax.vmap(one) if batched else one)(leaves)
