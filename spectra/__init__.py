@@ -5,7 +5,7 @@ few hundred such products into the full eigenvalue density. With n parameters θ
 H = ∇²L(θ), a vector is a pytree like θ, and eigenvalues are in units of the loss over units of θ squared.
 """
 
-from spectra import bridge
+from spectra import bridge, distributed
 from spectra._errors import (
     CheckpointError,
     DataError,
@@ -103,6 +103,7 @@ __all__ = [
     "data_variability",
     "dense_hessian",
     "diagonal",
+    "distributed",
     "effective_dimension",
     "eigsh",
     "frobenius_norm",

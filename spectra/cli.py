@@ -1,12 +1,16 @@
 """The command line: run, show and plot spectra. Results are saved before anything is drawn."""
 
 import importlib.util
+import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+
+from spectra._processes import is_first
 
 app = typer.Typer(
     help="See the curvature of neural networks: Hessian spectra with error bars.",
@@ -25,6 +29,23 @@ Kind = Annotated[
 Block = Annotated[str | None, typer.Option("--block", help="Parameters by path, such as 'Dense_0/*'.")]
 By = Annotated[str | None, typer.Option("--blocks", help="All diagonal blocks: by 'layer' or 'leaf'.")]
 
+MeshAxes = Annotated[
+    str | None, typer.Option("--mesh", help="Axes of the mesh of all devices, such as data=4,model=2.")
+]
+Distributed = Annotated[bool, typer.Option("--distributed", help="Join the other processes of this run.")]
+Saved = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Folder to save the run in, and to go on from.")
+]
+Minutes = Annotated[float, typer.Option("--checkpoint-minutes", help="Longest time between checkpoints.")]
+BasisPlace = Annotated[
+    str, typer.Option("--basis", help="Where basis vectors lie: inherit, sharded or host.")
+]
+BasisDtype = Annotated[
+    str | None, typer.Option("--basis-dtype", help="Of stored basis vectors, such as bfloat16.")
+]
+RESUME = 75
+"""Exit code of a run that was ended from outside and goes on when started again (EX_TEMPFAIL)."""
+
 
 @app.command()
 def demo(out: OutDir = Path("spectra-demo"), seed: Seed = 0):
@@ -42,7 +63,9 @@ def demo(out: OutDir = Path("spectra-demo"), seed: Seed = 0):
         raise typer.Exit(
             _fail(f"{error}. Install the demo's packages: pip install 'spectra-jax[demo]'")
         ) from error
-    _analyse(problem.operator(), problem.name, out, steps=None, probes=8, tol=None, seed=seed)
+    import jax
+
+    _analyse(problem.operator(), problem.name, out, jax.random.key(seed))
 
 
 @app.command()
@@ -56,19 +79,39 @@ def run(
     operator: Kind = "hessian",
     block: Block = None,
     blocks: By = None,
+    mesh: MeshAxes = None,
+    distributed: Distributed = False,
+    checkpoint: Saved = None,
+    checkpoint_minutes: Minutes = 10.0,
+    basis: BasisPlace = "inherit",
+    basis_dtype: BasisDtype = None,
 ):
-    """Compute the spectrum of a curvature matrix of a problem of your own, or of its diagonal blocks."""
+    """Compute the spectrum of a curvature matrix of a problem of your own, or of its diagonal blocks.
+
+    With --checkpoint the same command goes on where the last one ended; exit code 75 asks for that.
+    """
     import jax
 
-    problem = _load_problem(file)
+    from spectra.checkpoint import Checkpoint
+    from spectra.distributed import initialize, make_mesh
+
+    if distributed:
+        initialize()
+    devices = None if mesh is None and not distributed else make_mesh(mesh or "data=-1")
+    problem = _load_problem(file, devices)
+    options: dict[str, Any] = {"num_probes": probes, "tol": tol, "basis": basis, "basis_dtype": basis_dtype}
+    if checkpoint is not None:
+        options["checkpoint"] = Checkpoint(checkpoint, minutes=checkpoint_minutes)
     op = problem.operator(operator, key=jax.random.key(seed))
     name = problem.name if operator == "hessian" else f"{problem.name}, {operator}"
     if block is not None:
         op, name = op.block(block), f"{name}, {block}"
     if blocks is None:
-        _analyse(op, name, out, steps=steps, probes=probes, tol=tol, seed=seed)
+        _analyse(op, name, out, jax.random.key(seed), num_steps=steps, **options)
     else:
-        _analyse_blocks(op.blocks(by=blocks), name, out, steps=steps, probes=probes, tol=tol, seed=seed)
+        _analyse_blocks(
+            op.blocks(by=blocks), name, out, jax.random.key(seed), num_steps=steps or 100, **options
+        )
 
 
 @app.command()
@@ -121,12 +164,37 @@ def export_torch(
 
 def main() -> None:
     """Entry point: errors of spectra are printed as one message, without a traceback."""
-    from spectra._errors import SpectraError
+    import jax
+
+    from spectra._errors import PreemptedError, SpectraError
 
     try:
         app()
+    except PreemptedError as error:
+        _fail(str(error))
+        _leave(RESUME)
     except (SpectraError, FileNotFoundError) as error:
-        sys.exit(_fail(str(error)))
+        _fail(str(error))
+        _leave(1)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        _fail(
+            f"another process of this run was lost: {str(error).splitlines()[0]}\nWhat was saved with "
+            "--checkpoint stays: start the same command again on all hosts."
+        )
+        _leave(RESUME)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process; one of several does not wait for the others, which may be gone."""
+    import jax
+
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _fail(message: str) -> int:
@@ -134,42 +202,38 @@ def _fail(message: str) -> int:
     return 1
 
 
-def _analyse(op, name: str, out: Path, *, steps, probes: int, tol, seed: int) -> None:
-    import jax
+def _say(message: str) -> None:
+    """Print, in the first process only."""
+    if is_first():
+        typer.echo(message)
 
+
+def _analyse(op, name: str, out: Path, key, **options) -> None:
     from spectra.report import spectrum
 
-    typer.echo(f"Computing the spectrum of {name}, {op.size:,} parameters ...")
-    report = spectrum(
-        op,
-        key=jax.random.key(seed),
-        num_steps=steps,
-        num_probes=probes,
-        tol=tol,
-        progress=True,
-        name=name,
-    )
-    path = report.save(out / "spectrum.npz")
-    typer.echo(f"\n{report}\n")
-    typer.echo(f"result   {path}")
-    picture = out / "spectrum.png"
-    _draw(report, picture, None)
+    _say(f"Computing the spectrum of {name}, {op.size:,} parameters ...")
+    report = spectrum(op, key=key, progress=True, name=name, **options)
+    _keep(report, repr(report), out)
 
 
-def _analyse_blocks(blocks, name: str, out: Path, *, steps, probes: int, tol, seed: int) -> None:
-    import jax
-
+def _analyse_blocks(blocks, name: str, out: Path, key, **options) -> None:
     from spectra.density import slq
-    from spectra.io import save
 
     sizes = sum(block.size for block in blocks.values())
-    typer.echo(f"Computing the spectra of {len(blocks)} blocks of {name}, {sizes:,} parameters ...")
-    key = jax.random.key(seed)
-    results = slq(blocks, key=key, num_steps=steps or 100, num_probes=probes, tol=tol, progress=True)
-    path = save(results, out / "spectrum.npz")
-    typer.echo(f"\n{_table(results)}\n")
-    typer.echo(f"result   {path}")
-    _draw(results, out / "spectrum.png", None)
+    _say(f"Computing the spectra of {len(blocks)} blocks of {name}, {sizes:,} parameters ...")
+    results = slq(blocks, key=key, progress=True, **options)
+    _keep(results, _table(results), out)
+
+
+def _keep(result: Any, text: str, out: Path) -> None:
+    """Save, then print, then draw; of several processes the first does it for all."""
+    from spectra.io import save
+
+    if is_first():
+        path = save(result, out / "spectrum.npz")
+        typer.echo(f"\n{text}\n")
+        typer.echo(f"result   {path}")
+        _draw(result, out / "spectrum.png", None)
 
 
 def _table(results: dict) -> str:
@@ -207,16 +271,18 @@ def _load(path: Path) -> Any:
     return load(path)
 
 
-def _load_problem(file: Path):
+def _load_problem(file: Path, mesh: Any):
+    """The problem of a file, on the mesh if there is one; its function may take the mesh as an argument."""
     from spectra._errors import SpectraError
     from spectra.problem import Problem
 
-    problem = _function_of(file, "problem", "a spectra.Problem")()
+    make = _function_of(file, "problem", "a spectra.Problem")
+    problem = make(mesh) if inspect.signature(make).parameters else make()
     if not isinstance(problem, Problem):
         raise SpectraError(
             f"problem() in '{file}' returned a {type(problem).__name__}, not a spectra.Problem."
         )
-    return problem
+    return problem if mesh is None else problem.on(mesh)
 
 
 def _function_of(file: Path, name: str, result: str) -> Callable[[], Any]:

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from spectra._errors import SpectraError
+from spectra.distributed import shard_data, shard_params
 from spectra.operators.base import LinearOperator
 from spectra.operators.covariance import GradientCovarianceOperator
 from spectra.operators.fisher import FisherOperator
@@ -27,6 +29,9 @@ class Problem:
         name: title of the report.
         options: keyword arguments for the operator, for example {"microbatch": 256}.
         model_fn: pure function (params, inputs) -> outputs, which Gauss-Newton and Fisher matrices need.
+        partition: how parameters are split over a mesh: a function (path, leaf) -> PartitionSpec or a pytree
+            of specs; see `spectra.distributed.shard_params`.
+        local_data: whether each process has its own part of every batch only.
 
     Examples:
         >>> import jax.numpy as jnp, spectra
@@ -41,6 +46,14 @@ class Problem:
     name: str = "problem"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     model_fn: Callable[[Any, Any], Any] | None = None
+    partition: Any = None
+    local_data: bool = False
+
+    def on(self, mesh: Mesh) -> "Problem":
+        """The problem with its parameters and data on a mesh; what lies there already stays."""
+        params = shard_params(self.params, mesh, self.partition)
+        data = shard_data(self.data, mesh, local=self.local_data)
+        return dataclasses.replace(self, params=params, data=data)
 
     def operator(self, kind: str = "hessian", *, key: jax.Array | None = None) -> LinearOperator:
         """A curvature matrix of the problem: one of "hessian", "ggn", "fisher", "mc-fisher" (which

@@ -20,6 +20,7 @@ LAYERS = [
     {"results"},
     {"data"},
     {"operators"},
+    {"distributed"},
     {"problem", "models"},
     {"krylov"},
     {"checkpoint"},

@@ -113,8 +113,8 @@ class DataOperator(LinearOperator):
             data = as_batch(data)
         _tree.check_arrays(params)
         self._set(
-            params=params,
-            data=data,
+            params=_tree.on_auto_axes(params),
+            data=_tree.on_auto_axes(data),
             selected=None if wrt is None else _paths.select_leaves(params, wrt),
             mode=mode,
             microbatch=microbatch,

@@ -49,10 +49,11 @@ class Quadrature:
     def noise_floor(self) -> float:
         """Magnitude below which an eigenvalue is not resolved: measured asymmetry times |H|.
 
-        Never below the rounding of one product in the working precision, precision * |H|.
+        Never below 4 precision * |H|: the product, both terms that a step subtracts and the
+        normalisation round a coefficient once each.
         """
         scale = max(map(abs, self.range))
-        return scale * max(float(np.max(self.asymmetry)), self.precision)
+        return scale * max(float(np.max(self.asymmetry)), 4 * self.precision)
 
     def cdf(self, x, *, level: float = 0.95) -> Interval:
         """Share of eigenvalues at or below `x`, with a band that holds for the whole curve.

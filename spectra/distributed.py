@@ -1,0 +1,194 @@
+"""One script from a laptop to a pod: starting processes, meshes, and placing parameters and data on them.
+
+All of it is JAX's own SPMD: arrays are placed on a mesh, and what is computed from them follows. Names of
+mesh axes have a meaning here: the batch is split over `data` and `fsdp`, parameters over every axis
+but `data`.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from spectra import _tree
+from spectra._errors import SpectraError, StructureError
+from spectra.data import as_batch, batch_size, is_stream
+
+PyTree = Any
+Partition = Callable[[str, Any], PartitionSpec]
+HEARTBEAT = 30
+"""Seconds after which the others end when a process has gone silent; a broken connection shows at once."""
+BATCH_AXES = ("data", "fsdp")
+
+
+def initialize(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Join the other processes of this run, before anything else touches a device.
+
+    On Cloud TPU, Slurm, Open MPI and Kubernetes (GKE) JAX finds the others by itself. Elsewhere give the
+    three arguments, or the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID.
+
+    Raises:
+        SpectraError: the other processes cannot be found.
+    """
+    count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes if num_processes is not None or count is None else int(count),
+            process_id if process_id is not None or index is None else int(index),
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise SpectraError(
+            f"the processes of this run could not be joined: {str(error).splitlines()[0]} Outside Cloud TPU, "
+            "Slurm, Open MPI and Kubernetes, set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID for each process."
+        ) from error
+
+
+def make_mesh(axes: str | Mapping[str, int], devices: Any = None) -> Mesh:
+    """The mesh of all devices with these axes, such as "data=4,model=2".
+
+    Args:
+        axes: names and sizes; one size may be -1, "as many as are left".
+        devices: by default all devices of all processes.
+
+    Raises:
+        SpectraError: the text cannot be read, or sizes do not multiply to the number of devices.
+
+    Examples:
+        >>> import spectra
+        >>> dict(spectra.distributed.make_mesh("data=1,model=1").shape)
+        {'data': 1, 'model': 1}
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if isinstance(axes, str):
+        pairs = re.findall(r"(\w+)\s*=\s*(-?\d+)", axes)
+        if not pairs or re.sub(r"(\w+)\s*=\s*(-?\d+)", "", axes).strip(" ,"):
+            raise SpectraError(f"mesh '{axes}': write the axes as in data=4,model=2.")
+        axes = {name: int(size) for name, size in pairs}
+    sizes = dict(axes)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if list(sizes.values()).count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        sizes = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
+    if any(size < 1 for size in sizes.values()) or math.prod(sizes.values()) != len(devices):
+        raise SpectraError(
+            f"mesh {sizes} needs {math.prod(sizes.values())} devices, {len(devices)} are there: sizes must "
+            "multiply to that number (one may be -1)."
+        )
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+
+
+def shard_params(params: PyTree, mesh: Mesh, partition: Partition | PyTree | None = None) -> PyTree:
+    """Parameters placed on a mesh; what already lies on it stays as it is.
+
+    Args:
+        params: a pytree of arrays, the same on every process.
+        mesh: from `make_mesh`.
+        partition: a function (path, leaf) -> PartitionSpec, or a pytree of them. By default every axis
+            but `data` splits the largest axis of each leaf that it divides; other leaves are
+            replicated.
+
+    Raises:
+        StructureError: a spec does not fit its leaf.
+    """
+
+    def place(path, leaf, spec=None):
+        name = _tree.path_str(path)
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        if spec is None:
+            spec = partition(name, leaf) if callable(partition) else _default_spec(leaf, mesh)
+        try:
+            return _put(leaf, NamedSharding(mesh, spec))
+        except ValueError as error:
+            raise StructureError(
+                f"parameter leaf '{name}' of shape {np.shape(leaf)} cannot be split as {spec} over the mesh "
+                f"{dict(mesh.shape)}: {str(error).splitlines()[0]}"
+            ) from error
+
+    if partition is None or callable(partition):
+        return jax.tree_util.tree_map_with_path(place, params)
+    return jax.tree_util.tree_map_with_path(place, params, partition)
+
+
+def shard_data(data: Any, mesh: Mesh, *, local: bool = False) -> Any:
+    """One batch or a stream of batches, split over the mesh along the axis of examples.
+
+    Every process reads the whole batch and sends its devices their part; with `local` a process has its
+    own part only, as large as every other's. Where the examples do not divide over the devices, those left
+    over are a batch of their own, which is replicated: results are exact, and products are driven
+    from the host.
+
+    Args:
+        data: what operators take as data.
+        mesh: from `make_mesh`; the batch is split over its axes `data` and `fsdp`, or the first axis.
+        local: whether `data` is this process's part.
+
+    Returns:
+        A placed batch, or a function that gives an iterator over placed batches.
+    """
+    if is_stream(data):
+
+        def batches() -> Iterator[PyTree]:
+            for batch in data() if callable(data) else data:
+                yield from _pieces(as_batch(batch), mesh, local)
+
+        return batches
+    if data is None:
+        return None
+    pieces = _pieces(as_batch(data), mesh, local)
+    return pieces[0] if len(pieces) == 1 else pieces
+
+
+def _pieces(batch: PyTree, mesh: Mesh, local: bool) -> list[PyTree]:
+    """The part of a batch that divides over the devices, split, and the rest, replicated."""
+    leaves = jax.tree.leaves(batch)
+    if not leaves or all(_on_mesh(leaf) for leaf in leaves):
+        return [batch]
+    axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names) or mesh.axis_names[:1]
+    split, whole = NamedSharding(mesh, PartitionSpec(axes)), NamedSharding(mesh, PartitionSpec())
+    if local:
+        return [jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, np.asarray(x)), batch)]
+    count = math.prod(mesh.shape[name] for name in axes)
+    even = batch_size(batch) // count * count
+    pieces = []
+    if even:
+        pieces.append(jax.tree.map(lambda x: _put(x[:even], split), batch))
+    if even < batch_size(batch):
+        pieces.append(jax.tree.map(lambda x: _put(x[even:], whole), batch))
+    return pieces
+
+
+def _on_mesh(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """An array on the mesh, each process sending what its devices hold."""
+    if jax.process_count() == 1:
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)
+    sharding.shard_shape(host.shape)  # raises where it does not divide
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _default_spec(leaf: Any, mesh: Mesh) -> PartitionSpec:
+    """The largest axis that they divide, split over all mesh axes but `data`."""
+    names = tuple(name for name in mesh.axis_names if name != "data" and mesh.shape[name] > 1)
+    count = math.prod(mesh.shape[name] for name in names)
+    shape = np.shape(leaf)
+    fitting = [i for i, size in enumerate(shape) if size and size % count == 0]
+    if not names or not fitting:
+        return PartitionSpec()
+    axis = max(fitting, key=lambda i: shape[i])
+    return PartitionSpec(*[None] * axis, names)
