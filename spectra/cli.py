@@ -276,7 +276,7 @@ def _load_problem(file: Path, mesh: Any):
     from spectra._errors import SpectraError
     from spectra.problem import Problem
 
-    make = _function_of(file, "problem", "a spectra.Problem")
+    make: Callable[..., Any] = _function_of(file, "problem", "a spectra.Problem")
     problem = make(mesh) if inspect.signature(make).parameters else make()
     if not isinstance(problem, Problem):
         raise SpectraError(

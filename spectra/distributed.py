@@ -102,7 +102,7 @@ def shard_params(params: PyTree, mesh: Mesh, partition: Partition | PyTree | Non
         StructureError: a spec does not fit its leaf.
     """
 
-    def place(path, leaf, spec=None):
+    def place(path, leaf, spec: Any = None):
         name = _tree.path_str(path)
         if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
             return leaf
@@ -140,7 +140,8 @@ def shard_data(data: Any, mesh: Mesh, *, local: bool = False) -> Any:
     if is_stream(data):
 
         def batches() -> Iterator[PyTree]:
-            for batch in data() if callable(data) else data:
+            source: Any = data() if callable(data) else data
+            for batch in source:
                 yield from _pieces(as_batch(batch), mesh, local)
 
         return batches

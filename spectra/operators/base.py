@@ -122,7 +122,7 @@ class LinearOperator(abc.ABC):
 
     def as_vector(self, v: PyTree, what: str = "the vector") -> PyTree:
         """`v`, a pytree or a flat array of shape (n,), as a pytree in the working dtypes."""
-        structure = self.structure
+        structure, v = self.structure, _tree.on_auto_axes(v)
         if self._is_flat(v):
             v = _tree.unravel(jnp.asarray(v), structure)
         _tree.check_structure(v, structure, what)
