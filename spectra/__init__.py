@@ -46,6 +46,7 @@ from spectra.operators.fisher import FisherOperator
 from spectra.operators.function import FunctionOperator, MatrixOperator
 from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator
+from spectra.operators.preconditioned import PreconditionedOperator
 from spectra.plotting import plot_blocks, plot_density, plot_eigenvalues
 from spectra.problem import Problem
 from spectra.report import SpectrumReport, spectrum
@@ -59,8 +60,11 @@ from spectra.results import (
     Moments,
     Plan,
     Quadrature,
+    Snapshot,
+    SpectrumHistory,
     Tridiagonal,
 )
+from spectra.training import SpectrumTracker
 from spectra.variability import DataVariability, data_variability
 
 __all__ = [
@@ -87,12 +91,16 @@ __all__ = [
     "NonFiniteError",
     "NotSymmetricError",
     "Plan",
+    "PreconditionedOperator",
     "PreemptedError",
     "Problem",
     "Quadrature",
     "ResultFileError",
+    "Snapshot",
     "SpectraError",
+    "SpectrumHistory",
     "SpectrumReport",
+    "SpectrumTracker",
     "Status",
     "StructureError",
     "TorchModel",

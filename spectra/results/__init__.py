@@ -8,6 +8,7 @@ from spectra.results._base import Array, Interval, format_bytes, html_table, tex
 from spectra.results.conditions import ConditionNumber, LayerConditions
 from spectra.results.density import Density
 from spectra.results.estimates import Estimate
+from spectra.results.history import Snapshot, SpectrumHistory
 from spectra.results.krylov import Eigenpairs, Tridiagonal
 from spectra.results.plans import Plan
 from spectra.results.quadrature import Moments, Quadrature
@@ -23,6 +24,8 @@ __all__ = [
     "Moments",
     "Plan",
     "Quadrature",
+    "Snapshot",
+    "SpectrumHistory",
     "Tridiagonal",
     "format_bytes",
     "html_table",
