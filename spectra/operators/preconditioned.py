@@ -214,7 +214,7 @@ def _second_moment(optimizer_state: PyTree) -> tuple[Any, dict[str, Any], Rule]:
 
 
 def _count(state: Any) -> Any:
-    if not hasattr(state, "count"):
+    if "count" not in state._fields:  # every tuple has a method of this name
         return None
     count = _value(state.count)
     if not _tree.is_traced(count) and int(count) == 0:
