@@ -29,6 +29,7 @@ from spectra.estimators import (
     effective_dimension,
     frobenius_norm,
     logdet,
+    loss_slice,
     model_trace,
     negative_share,
     trace,
@@ -47,7 +48,17 @@ from spectra.operators.function import FunctionOperator, MatrixOperator
 from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator
 from spectra.operators.preconditioned import PreconditionedOperator
-from spectra.plotting import plot_blocks, plot_density, plot_eigenvalues
+from spectra.plotting import (
+    plot_blocks,
+    plot_cdf,
+    plot_comparison,
+    plot_density,
+    plot_density_over_time,
+    plot_eigenvalues,
+    plot_eigenvector_mass,
+    plot_landscape,
+    plot_style,
+)
 from spectra.problem import Problem
 from spectra.report import SpectrumReport, spectrum
 from spectra.results import (
@@ -57,6 +68,7 @@ from spectra.results import (
     Estimate,
     Interval,
     LayerConditions,
+    LossSlice,
     Moments,
     Plan,
     Quadrature,
@@ -85,6 +97,7 @@ __all__ = [
     "Interval",
     "LayerConditions",
     "LinearOperator",
+    "LossSlice",
     "MatrixOperator",
     "MemoryLimitError",
     "Moments",
@@ -121,13 +134,20 @@ __all__ = [
     "linen_model",
     "load",
     "logdet",
+    "loss_slice",
     "model_trace",
     "negative_share",
     "nnx_model",
     "plan",
     "plot_blocks",
+    "plot_cdf",
+    "plot_comparison",
     "plot_density",
+    "plot_density_over_time",
     "plot_eigenvalues",
+    "plot_eigenvector_mass",
+    "plot_landscape",
+    "plot_style",
     "save",
     "slq",
     "spectral_density",

@@ -10,6 +10,7 @@ from spectra.results.density import Density
 from spectra.results.estimates import Estimate
 from spectra.results.history import Snapshot, SpectrumHistory
 from spectra.results.krylov import Eigenpairs, Tridiagonal
+from spectra.results.landscape import LossSlice
 from spectra.results.plans import Plan
 from spectra.results.quadrature import Moments, Quadrature
 
@@ -21,6 +22,7 @@ __all__ = [
     "Estimate",
     "Interval",
     "LayerConditions",
+    "LossSlice",
     "Moments",
     "Plan",
     "Quadrature",
