@@ -48,6 +48,7 @@ from spectra.operators.function import FunctionOperator, MatrixOperator
 from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator
 from spectra.operators.preconditioned import PreconditionedOperator
+from spectra.page import write_report
 from spectra.plotting import (
     plot_blocks,
     plot_cdf,
@@ -155,4 +156,5 @@ __all__ = [
     "spectrum",
     "trace",
     "trace_of",
+    "write_report",
 ]

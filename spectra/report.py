@@ -13,7 +13,7 @@ import numpy as np
 from spectra import density
 from spectra.checkpoint import Checkpoint
 from spectra.operators.base import LinearOperator
-from spectra.results import Density, Estimate, Interval, Quadrature, html_table, text_table
+from spectra.results import Density, Estimate, Interval, Quadrature, notebook_view, text_table
 
 __all__ = ["SpectrumReport", "spectrum"]
 
@@ -85,7 +85,7 @@ class SpectrumReport:
         return text_table(f"Spectrum of {self.name}", self.rows())
 
     def _repr_html_(self) -> str:
-        return html_table(f"Spectrum of {self.name}", self.rows())
+        return notebook_view(self, f"Spectrum of {self.name}", self.rows())
 
 
 def _extreme(value: Interval) -> str:

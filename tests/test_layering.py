@@ -29,7 +29,7 @@ LAYERS = [
     {"report", "plotting"},
     {"variability", "bridge"},
     {"io"},
-    {"training"},
+    {"training", "page"},
     {"demos"},
     {"cli"},
 ]

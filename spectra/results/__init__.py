@@ -4,7 +4,7 @@ Arrays are JAX arrays inside `jit` and NumPy float64 arrays outside, where the s
 solved on the host.
 """
 
-from spectra.results._base import Array, Interval, format_bytes, html_table, text_table
+from spectra.results._base import Array, Interval, format_bytes, html_table, notebook_view, text_table
 from spectra.results.conditions import ConditionNumber, LayerConditions
 from spectra.results.density import Density
 from spectra.results.estimates import Estimate
@@ -31,5 +31,6 @@ __all__ = [
     "Tridiagonal",
     "format_bytes",
     "html_table",
+    "notebook_view",
     "text_table",
 ]

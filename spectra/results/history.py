@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from spectra.results._base import Array, Interval, html_table, text_table
+from spectra.results._base import Array, Interval, html_table, notebook_view, text_table
 from spectra.results.estimates import Estimate
 from spectra.results.quadrature import Quadrature
 
@@ -143,7 +143,7 @@ class SpectrumHistory:
         return text_table(f"Spectrum along training, {self._name}", self.rows())
 
     def _repr_html_(self) -> str:
-        return html_table(f"Spectrum along training, {self._name}", self.rows())
+        return notebook_view(self, f"Spectrum along training, {self._name}", self.rows())
 
     @property
     def _name(self) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from spectra.results._base import Array, text_table
+from spectra.results._base import Array, notebook_view, text_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +22,18 @@ class LossSlice:
     center: float  # the loss at the parameters
     num_evaluations: int
 
-    def __repr__(self) -> str:
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
         low, high = float(self.loss.min()), float(self.loss.max())
-        rows = [
+        return [
             ("eigenvalues", f"{self.eigenvalues[0]:.6g}, {self.eigenvalues[1]:.6g}"),
             ("loss", f"{self.center:.6g} at the centre, {low:.6g} to {high:.6g} in the plane"),
             ("distances", f"up to {self.x[-1]:.4g} and {self.y[-1]:.4g}"),
             ("evaluations", f"{self.num_evaluations:,}"),
         ]
-        return text_table("Loss in the plane of two eigenvectors", rows)
+
+    def __repr__(self) -> str:
+        return text_table("Loss in the plane of two eigenvectors", self.rows())
+
+    def _repr_html_(self) -> str:
+        return notebook_view(self, "Loss in the plane of two eigenvectors", self.rows())
