@@ -151,7 +151,7 @@ class PreconditionedOperator(Wrapped):
         if count is not None:
             chosen["count"] = count
         moments = _matching(getattr(state, found.moment), op)
-        momentum = 1 - chosen["b1"] ** count if found.has_momentum else 1.0
+        momentum = 1.0 if count is None or not found.has_momentum else 1 - chosen["b1"] ** count
 
         def one(moment, like):
             scale = momentum * found.scale(moment.astype(like.dtype), eps_in_sqrt=eps_in_sqrt, **chosen)

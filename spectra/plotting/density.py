@@ -17,7 +17,7 @@ from spectra.plotting.style import (
     styled,
     symlog,
 )
-from spectra.results import Density, Quadrature
+from spectra.results import Density, Moments, Quadrature
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -190,8 +190,8 @@ def _curve(ax, density: Density, xscale: str, color: str, linestyle, label, alph
         ax.plot(x[part], line[part], color=color, linewidth=1.0, linestyle=dash, label=name)
 
 
-def as_density(result: Quadrature | Density) -> Density:
-    """The density of a quadrature; a density as it is."""
+def as_density(result: Quadrature | Moments | Density) -> Density:
+    """The density of a quadrature or of moments; a density as it is."""
     from spectra.density.smoothing import spectral_density
 
     return result if isinstance(result, Density) else spectral_density(result)

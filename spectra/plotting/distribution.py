@@ -85,6 +85,8 @@ def plot_eigenvalues(
     """
     if isinstance(result, Quadrature):
         return plot_cdf(result, ax, color=color)
+    from matplotlib.ticker import MaxNLocator
+
     ax = new_axes(ax)
     values, residuals = np.asarray(result.values)[::-1], np.asarray(result.residuals)[::-1]
     rank = np.arange(1, len(values) + 1)
@@ -97,7 +99,7 @@ def plot_eigenvalues(
         ax.set_yscale("log")
     else:
         ax.axhline(0, color=ACCENT, linewidth=0.6, linestyle=":")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("rank")
     ax.set_ylabel("eigenvalue")
     return ax

@@ -22,7 +22,7 @@ INK = "#0b0c0d"  # stands for the colour of text, which a page knows
 PIXELS = 200  # an inch in notebooks: two for one of a usual screen
 
 
-def draw(result: Any, *, learning_rate: float | None = None):
+def draw(result: Any, *, learning_rate: float | None = None) -> Any:
     """The Axes of the picture that shows a result; None for those that are best read as a table."""
     if isinstance(result, Mapping):
         spectra = all(isinstance(part, (Quadrature, Density)) for part in result.values())

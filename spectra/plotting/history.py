@@ -117,8 +117,7 @@ def _limits(history: SpectrumHistory, learning_rate, limit) -> list[tuple[str, n
 
 def _grid(scale: float, low: float, high: float) -> np.ndarray:
     """Points that are equally spaced on a signed-logarithmic axis."""
-    ends = np.arcsinh(np.array([low, high]) / scale)
-    return scale * np.sinh(np.linspace(*ends, _POINTS))
+    return scale * np.sinh(np.linspace(np.arcsinh(low / scale), np.arcsinh(high / scale), _POINTS))
 
 
 def _heat(ax, steps: np.ndarray, densities: list[Density], lowest: float):

@@ -18,7 +18,8 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1
 """Lines that can be told apart in grey."""
 MAP = "cividis"  # even in lightness, for colour-blind readers and in grey
 DYNAMIC = 50.0  # a spectrum with wider magnitudes than this asks for a logarithmic axis
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 FILE = Path(__file__).with_name("spectra.mplstyle")
 
 

@@ -55,7 +55,7 @@ def plot_eigenvector_mass(pairs: Eigenpairs, ax: "Axes | None" = None, *, by: st
     table = np.concatenate([share[:, None], np.full((rows, 1), np.nan), mass[:, order]], axis=1)
     image = ax.imshow(table, cmap=MAP, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     shown = np.arange(0, k, max(1, -(-k // 8)))
-    ax.set_xticks([0, *(shown + 2)], ["all", *(f"{i + 1}" for i in shown)])
+    ax.set_xticks(np.append(0, shown + 2), ["all", *(f"{i + 1}" for i in shown)])
     stride = max(1, -(-rows // 40))
     ax.set_yticks(np.arange(0, rows, stride), [_short(name) for name in names[::stride]])
     ax.tick_params(axis="y", labelsize=6 if rows <= 24 else 5, length=0)
