@@ -4,6 +4,7 @@ The results drawn are made of NumPy numbers, so that a picture changes only when
 compared apart from the image: glyphs differ between versions of FreeType and matplotlib.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -192,6 +193,16 @@ PICTURES = {
     "time": lambda ax: spectra.plot_density_over_time(history(), ax, learning_rate=0.25),
     "mass": lambda ax: spectra.plot_eigenvector_mass(pairs(k=20, layers=9), ax),
     "landscape": lambda ax: spectra.plot_landscape(plane(), ax),
+    "landscape with long numbers": lambda ax: spectra.plot_landscape(
+        dataclasses.replace(
+            plane(),
+            x=0.123 * plane().x,
+            y=0.123 * plane().y,
+            loss=plane().loss / 200,
+            eigenvalues=np.array([0.60901, 0.46914]),
+        ),
+        ax,
+    ),
 }
 
 
@@ -220,9 +231,13 @@ def test_a_picture_of_8_cm_is_legible(name):
             ]
             for one, other in itertools.combinations(boxes, 2):
                 assert not one.overlaps(other)
+            boxes += [axis.label.get_window_extent(renderer)] if axis.label.get_text() else []
             for box in boxes:
                 assert page.x0 <= box.x0 < box.x1 <= page.x1 + 1
                 assert page.y0 <= box.y0 < box.y1 <= page.y1 + 1
+    for legend in figure.findobj(Legend):
+        box = legend.get_window_extent(renderer)
+        assert page.x0 <= box.x0 < box.x1 <= page.x1
     texts = [t for t in figure.findobj(plt.Text) if t.get_text() and t.get_visible()]
     assert min(t.get_fontsize() for t in texts) >= 5
 

@@ -38,7 +38,7 @@ def plot_landscape(
     """
     from matplotlib.ticker import MaxNLocator
 
-    ax = new_axes(ax, height=2.45)
+    ax = new_axes(ax, height=2.75)
     loss = np.ma.masked_invalid(plane.loss)
     edges = MaxNLocator(levels).tick_values(float(loss.min()), float(loss.max()))
     filled = ax.contourf(plane.x, plane.y, loss, levels=edges, cmap=MAP)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _tree
+from spectra import _processes, _tree
 from spectra._errors import SpectraError
 from spectra.density import slq
 from spectra.io.lines import HistoryFile, read
@@ -65,8 +65,7 @@ class SpectrumTracker:
         name: what the history calls the operator.
 
     Raises:
-        SpectraError: every, budget, k or tol out of range; a budget with several processes, whose
-            clocks would disagree.
+        SpectraError: every, budget, k or tol out of range.
         NonFiniteError: the loss or a product is NaN or infinite: training has diverged.
 
     Cost: num_steps num_probes + about 2 k products a snapshot, each 1 to 2 gradients of the loss over
@@ -122,11 +121,6 @@ class SpectrumTracker:
             raise SpectraError(f"every={every}: use a positive number of steps.")
         if budget is not None and not budget > 0:
             raise SpectraError(f"budget={budget} is a share of training time: use a positive number.")
-        if budget is not None and jax.process_count() > 1:
-            raise SpectraError(
-                "budget= decides by the clock, and the clocks of several processes would disagree: choose "
-                "every= instead."
-            )
         self.op_factory, self.every, self.budget, self.name = op_factory, every, budget, name
         self.key = jax.random.key(0) if key is None else key
         self.num_eigenvalues, self.tol = num_eigenvalues, tol
@@ -220,7 +214,8 @@ class SpectrumTracker:
     def _exceeds_budget(self, trained: float) -> bool:
         if self.budget is None or self._vectors is None:  # the first is always taken
             return False
-        return self._seconds + self._cost > self.budget * trained
+        spent, cost, trained = _processes.largest(self._seconds, self._cost, trained)  # one clock for all
+        return spent + cost > self.budget * trained
 
     def _skip(self, step: int) -> None:
         if not self._history.skipped:
@@ -248,7 +243,7 @@ def _continued(path: str | os.PathLike | None, name: str) -> tuple[SpectrumHisto
     empty = SpectrumHistory((), {"name": name, **environment()})
     if path is None:
         return empty, None
-    if jax.process_index() == 0:
+    if _processes.is_first():
         file = HistoryFile(path, empty.provenance)
         return file.history, file
     return (read(Path(path)) if os.path.exists(path) else empty), None
