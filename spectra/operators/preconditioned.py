@@ -114,8 +114,9 @@ class PreconditionedOperator(Wrapped):
         >>> w = jnp.ones(2)
         >>> optimizer = optax.rmsprop(0.01)
         >>> _, state = optimizer.update(op @ w, optimizer.init(w), w)
-        >>> spectra.PreconditionedOperator(op, state).as_matrix().diagonal().round(3)
-        Array([3.162, 3.162], dtype=float32)
+        >>> matrix = spectra.PreconditionedOperator(op, state).as_matrix()
+        >>> [round(float(x), 3) for x in matrix.diagonal()]
+        [3.162, 3.162]
     """
 
     base: LinearOperator

@@ -47,7 +47,7 @@ def write_report(
         >>> report = spectra.spectrum(op, key=jax.random.key(0), num_steps=20, num_probes=2)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     page = spectra.write_report(report, folder + "/report").read_text()
-        >>> page.startswith("<!DOCTYPE html>"), "http" in page
+        >>> page.startswith("<!DOCTYPE html>"), "://" in page
         (True, False)
     """
     if isinstance(result, (str, os.PathLike)):

@@ -43,7 +43,7 @@ def notebook_view(result: Any, title: str, rows: list[tuple[str, str]]) -> str:
     """The table with the picture of the result under it."""
     from spectra.plotting.gallery import png_tag
 
-    return f"<div>{html_table(title, rows)}{png_tag(result)}</div>"
+    return html_table(title, rows) + png_tag(result)
 
 
 def format_bytes(count: int) -> str:

@@ -55,7 +55,7 @@ class SpectrumTracker:
         key: JAX random key of the probes; default key(0).
         num_eigenvalues: k.
         tol: residual of the eigenvalues in units of |H|. They are accurate to tol² |H|² / gap.
-        num_steps: Lanczos steps of the quadrature. 10 give the ends, the trace and the shape of the
+        num_steps: Lanczos steps of the quadrature. 8 give the ends, the trace and the shape of the
             density; take 40 or more for its details.
         num_probes: probes of the quadrature.
         budget: largest share of training time that snapshots may take, for example 0.1. A snapshot that
@@ -109,7 +109,7 @@ class SpectrumTracker:
         key: jax.Array | None = None,
         num_eigenvalues: int = 1,
         tol: float = 1e-2,
-        num_steps: int = 10,
+        num_steps: int = 8,
         num_probes: int = 1,
         budget: float | None = None,
         callbacks: Iterable[Callable[[Snapshot], Any]] = (),
