@@ -29,6 +29,7 @@ from spectra.estimators import (
     effective_dimension,
     frobenius_norm,
     logdet,
+    loss_slice,
     model_trace,
     negative_share,
     trace,
@@ -46,7 +47,19 @@ from spectra.operators.fisher import FisherOperator
 from spectra.operators.function import FunctionOperator, MatrixOperator
 from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator
-from spectra.plotting import plot_blocks, plot_density, plot_eigenvalues
+from spectra.operators.preconditioned import PreconditionedOperator
+from spectra.page import write_report
+from spectra.plotting import (
+    plot_blocks,
+    plot_cdf,
+    plot_comparison,
+    plot_density,
+    plot_density_over_time,
+    plot_eigenvalues,
+    plot_eigenvector_mass,
+    plot_landscape,
+    plot_style,
+)
 from spectra.problem import Problem
 from spectra.report import SpectrumReport, spectrum
 from spectra.results import (
@@ -56,11 +69,15 @@ from spectra.results import (
     Estimate,
     Interval,
     LayerConditions,
+    LossSlice,
     Moments,
     Plan,
     Quadrature,
+    Snapshot,
+    SpectrumHistory,
     Tridiagonal,
 )
+from spectra.training import SpectrumTracker
 from spectra.variability import DataVariability, data_variability
 
 __all__ = [
@@ -81,18 +98,23 @@ __all__ = [
     "Interval",
     "LayerConditions",
     "LinearOperator",
+    "LossSlice",
     "MatrixOperator",
     "MemoryLimitError",
     "Moments",
     "NonFiniteError",
     "NotSymmetricError",
     "Plan",
+    "PreconditionedOperator",
     "PreemptedError",
     "Problem",
     "Quadrature",
     "ResultFileError",
+    "Snapshot",
     "SpectraError",
+    "SpectrumHistory",
     "SpectrumReport",
+    "SpectrumTracker",
     "Status",
     "StructureError",
     "TorchModel",
@@ -113,13 +135,20 @@ __all__ = [
     "linen_model",
     "load",
     "logdet",
+    "loss_slice",
     "model_trace",
     "negative_share",
     "nnx_model",
     "plan",
     "plot_blocks",
+    "plot_cdf",
+    "plot_comparison",
     "plot_density",
+    "plot_density_over_time",
     "plot_eigenvalues",
+    "plot_eigenvector_mass",
+    "plot_landscape",
+    "plot_style",
     "save",
     "slq",
     "spectral_density",
@@ -127,4 +156,5 @@ __all__ = [
     "spectrum",
     "trace",
     "trace_of",
+    "write_report",
 ]

@@ -176,17 +176,17 @@ def cdf_band(quadrature, x: np.ndarray, level: float):
     """(lower, estimate, upper) of the CDF at `x`; see `Quadrature.cdf`."""
     if not 0 < level < 1:
         raise SpectraError(f"level={level} is not between 0 and 1.")
-    _, estimate, _, lower, upper = _curves(quadrature, x, level)
+    _, estimate, _, lower, upper = curves(quadrature, x, level)
     return lower, np.clip(estimate, lower, upper), upper
 
 
-def _curves(quadrature, x: np.ndarray, level: float):
+def curves(quadrature, x: np.ndarray, level: float):
     """CDF at x: bracket below, estimate, bracket above, and the band that sampling widens them to."""
     rest, share, known = split(quadrature, x)
     lower, estimate, upper = bracket(rest, x, quadrature.noise_floor + quadrature.coupling)
     band = sampling_band(rest, lower, upper, level)
-    curves = zip((lower, estimate, upper, *band), (*known, known[0], known[2]), strict=True)
-    return [share * curve + atoms for curve, atoms in curves]
+    pairs = zip((lower, estimate, upper, *band), (*known, known[0], known[2]), strict=True)
+    return [share * curve + atoms for curve, atoms in pairs]
 
 
 def band_width_parts(quadrature, level: float) -> tuple[float, float]:
@@ -197,7 +197,7 @@ def band_width_parts(quadrature, level: float) -> tuple[float, float]:
     if high <= low or not len(gaps):
         return 0.0, 0.0
     middle = (edges[1:] + edges[:-1]) / 2
-    lower, _, upper, wide_lower, wide_upper = _curves(quadrature, middle, level)
+    lower, _, upper, wide_lower, wide_upper = curves(quadrature, middle, level)
     inner = float(np.sum(gaps * (upper - lower)) / (high - low))
     outer = float(np.sum(gaps * (wide_upper - wide_lower)) / (high - low))
     return inner, outer - inner

@@ -131,6 +131,18 @@ def plot(
     _draw(_load(result), output, learning_rate)
 
 
+@app.command()
+def report(
+    result: Annotated[Path, typer.Argument(help="A saved .npz result, or the .jsonl of a tracker.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page, .html.")],
+    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+):
+    """Write a saved result as one self-contained page: pictures, tables, what the bands mean, provenance."""
+    from spectra.page import write_report
+
+    typer.echo(f"page     {write_report(result, output, title=title)}")
+
+
 @app.command("export-torch")
 def export_torch(
     target: Annotated[str, typer.Argument(help="FILE.py:FUNCTION; it returns (module, example_inputs).")],
@@ -250,18 +262,14 @@ def _draw(result: Any, path: Path, learning_rate: float | None) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from spectra.density import spectral_density
-    from spectra.plotting import plot_blocks, plot_density
-    from spectra.results import Quadrature
+    from spectra._errors import SpectraError
+    from spectra.plotting.gallery import draw
 
-    if isinstance(result, dict):
-        ax = plot_blocks(result)[0]
-    else:
-        is_quadrature = isinstance(result, Quadrature)
-        density = spectral_density(result) if is_quadrature else getattr(result, "density", result)
-        ax = plot_density(density, learning_rate=learning_rate)
+    ax = draw(result, learning_rate=learning_rate)
+    if ax is None:
+        raise SpectraError(f"a {type(result).__name__} has no picture: spectra show prints it.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    ax.figure.savefig(path, dpi=300)  # pyright: ignore[reportAttributeAccessIssue]
+    ax.figure.savefig(path, dpi=300)
     typer.echo(f"picture  {path}")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from spectra import density
 from spectra.checkpoint import Checkpoint
 from spectra.operators.base import LinearOperator
-from spectra.results import Density, Estimate, Interval, Quadrature, html_table, text_table
+from spectra.results import Density, Estimate, Interval, Quadrature, notebook_view, text_table
 
 __all__ = ["SpectrumReport", "spectrum"]
 
@@ -85,7 +85,7 @@ class SpectrumReport:
         return text_table(f"Spectrum of {self.name}", self.rows())
 
     def _repr_html_(self) -> str:
-        return html_table(f"Spectrum of {self.name}", self.rows())
+        return notebook_view(self, f"Spectrum of {self.name}", self.rows())
 
 
 def _extreme(value: Interval) -> str:
@@ -162,8 +162,8 @@ def spectrum(
         name=name,
         quadrature=quadrature,
         density=density.spectral_density(quadrature),
-        largest=_extreme_interval(quadrature, -1),
-        smallest=_extreme_interval(quadrature, 0),
+        largest=extreme_interval(quadrature, -1),
+        smallest=extreme_interval(quadrature, 0),
         trace=trace_estimate(quadrature),
         negative=quadrature.cdf(-floor),
         near_zero=_share_between(quadrature, -zero_tol * scale, zero_tol * scale),
@@ -188,7 +188,7 @@ def trace_estimate(quadrature: Quadrature) -> Estimate:
     return Estimate(n * quadrature.mean(lambda x: x), stderr, quadrature.num_matvecs, "slq")
 
 
-def _extreme_interval(quadrature: Quadrature, end: int) -> Interval:
+def extreme_interval(quadrature: Quadrature, end: int) -> Interval:
     """The outermost Ritz value of all probes, with its residual: an eigenvalue lies within.
 
     Ritz values lie inside the spectrum, so the outermost is the best; rounding adds the noise floor.
@@ -224,7 +224,8 @@ def _condition_lower_bound(quadrature: Quadrature) -> float:
     return largest / smallest if smallest > 0 else 1.0
 
 
-def _provenance(op: LinearOperator, key: jax.Array, seconds: float) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Versions, device and date, for the provenance of a result."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -239,6 +240,12 @@ def _provenance(op: LinearOperator, key: jax.Array, seconds: float) -> dict[str,
         "device": f"{device.platform}: {device.device_kind}",
         "num_devices": jax.device_count(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _provenance(op: LinearOperator, key: jax.Array, seconds: float) -> dict[str, Any]:
+    return {
+        **environment(),
         "seconds": seconds,
         "operator": type(op).__name__,
         "dtype": str(op.dtype),

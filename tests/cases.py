@@ -8,6 +8,7 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import spectra
 
@@ -130,6 +131,18 @@ def _arithmetic():
     return ((2.0 * op - op.shift(0.25)) / 4.0 + (-op)).shift(-1.5), -0.75 * dense - 1.5625 * eye
 
 
+def _preconditioned(data=None):
+    """Adagrad after one step along a gradient g: P = sqrt(0.1 + g² + 1e-7)."""
+    ridge = Ridge()
+    optimizer, params = optax.adagrad(0.1), ridge.params()
+    gradient = {"b": jnp.asarray(0.5), "w": jnp.linspace(-1.0, 2.0, 5)}
+    _, state = optimizer.update(gradient, optimizer.init(params), params)
+    g = np.concatenate([[0.5], np.linspace(-1.0, 2.0, 5)])
+    root = (0.1 + g**2 + 1e-7) ** -0.25
+    op = spectra.PreconditionedOperator(ridge.operator(ridge.parts(*data) if data else None), state)
+    return op, ridge.hessian() * np.outer(root, root)
+
+
 OPERATORS = {
     "matrix": _matrix,
     "function": lambda: (
@@ -153,6 +166,8 @@ OPERATORS = {
         data=(1, 6), masked=True, microbatch=2, weight_fn=ridge_count
     ),
     "sum, multiple and shift": _arithmetic,
+    "preconditioned": _preconditioned,
+    "preconditioned stream": lambda: _preconditioned(data=(4,)),
     "sum with a stream": lambda: (
         Ridge().operator() + Ridge().operator(Ridge().parts(4)),
         2 * Ridge().hessian(),

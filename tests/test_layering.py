@@ -27,7 +27,9 @@ LAYERS = [
     {"density"},
     {"estimators"},
     {"report", "plotting"},
-    {"io", "variability", "bridge"},
+    {"variability", "bridge"},
+    {"io"},
+    {"training", "page"},
     {"demos"},
     {"cli"},
 ]
@@ -37,6 +39,8 @@ DEFERRED = {
     ("results", "krylov"),
     ("report", "plotting"),
     ("report", "io"),
+    ("results", "plotting"),
+    ("results", "io"),
 }
 
 

@@ -4,6 +4,7 @@ from spectra.estimators.condition import condition_number
 from spectra.estimators.counts import count_above, negative_share
 from spectra.estimators.diagonal import diagonal
 from spectra.estimators.functions import effective_dimension, logdet, trace_of
+from spectra.estimators.landscape import loss_slice
 from spectra.estimators.trace import frobenius_norm, model_trace, trace
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "effective_dimension",
     "frobenius_norm",
     "logdet",
+    "loss_slice",
     "model_trace",
     "negative_share",
     "trace",

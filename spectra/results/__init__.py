@@ -4,11 +4,13 @@ Arrays are JAX arrays inside `jit` and NumPy float64 arrays outside, where the s
 solved on the host.
 """
 
-from spectra.results._base import Array, Interval, format_bytes, html_table, text_table
+from spectra.results._base import Array, Interval, format_bytes, html_table, notebook_view, text_table
 from spectra.results.conditions import ConditionNumber, LayerConditions
 from spectra.results.density import Density
 from spectra.results.estimates import Estimate
+from spectra.results.history import Snapshot, SpectrumHistory
 from spectra.results.krylov import Eigenpairs, Tridiagonal
+from spectra.results.landscape import LossSlice
 from spectra.results.plans import Plan
 from spectra.results.quadrature import Moments, Quadrature
 
@@ -20,11 +22,15 @@ __all__ = [
     "Estimate",
     "Interval",
     "LayerConditions",
+    "LossSlice",
     "Moments",
     "Plan",
     "Quadrature",
+    "Snapshot",
+    "SpectrumHistory",
     "Tridiagonal",
     "format_bytes",
     "html_table",
+    "notebook_view",
     "text_table",
 ]

@@ -39,6 +39,13 @@ def html_table(title: str, rows: list[tuple[str, str]]) -> str:
     return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
 
 
+def notebook_view(result: Any, title: str, rows: list[tuple[str, str]]) -> str:
+    """The table with the picture of the result under it."""
+    from spectra.plotting.gallery import png_tag
+
+    return html_table(title, rows) + png_tag(result)
+
+
 def format_bytes(count: int) -> str:
     """`1536` as `1.5 KiB`."""
     value = float(count)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from spectra.results._base import Array, result
+from spectra.results._base import Array, notebook_view, result
 
 
 @result("linear_scale", "size", "level")
@@ -33,3 +33,13 @@ class Density:
             f"Density(points={len(self.grid)}, range=({self.grid[0]:.4g}, {self.grid[-1]:.4g}), "
             f"integral={self.integral():.6f}, outliers={len(self.outliers)})"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("parameters", f"{self.size:,}"),
+            ("range", f"{self.grid[0]:.4g} to {self.grid[-1]:.4g}"),
+            ("integral", f"{self.integral():.6f}"),
+            ("eigenvalues resolved one by one", f"{len(self.outliers)}"),
+            ("band", f"{100 * self.level:g} % on the whole grid"),
+        ]
+        return notebook_view(self, "Spectral density", rows)

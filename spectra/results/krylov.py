@@ -8,7 +8,7 @@ import numpy as np
 
 from spectra import _quadrature
 from spectra._status import Status
-from spectra.results._base import Array, PyTree, html_table, result, text_table
+from spectra.results._base import Array, PyTree, notebook_view, result, text_table
 
 
 def _is_jax(x) -> bool:
@@ -112,4 +112,5 @@ class Eigenpairs:
         return text_table(f"Eigenpairs ({self.which}, {len(self.values)} of {self.size:,})", self.rows())
 
     def _repr_html_(self) -> str:
-        return html_table(f"Eigenpairs ({self.which}, {len(self.values)} of {self.size:,})", self.rows())
+        title = f"Eigenpairs ({self.which}, {len(self.values)} of {self.size:,})"
+        return notebook_view(self, title, self.rows())

@@ -5,7 +5,7 @@ from jax.core import Tracer
 
 from spectra import _quadrature
 from spectra._status import Status
-from spectra.results._base import Array, Interval, result
+from spectra.results._base import Array, Interval, notebook_view, result
 
 
 @result("size", "num_matvecs", "precision", "status", "coupling")
@@ -103,6 +103,18 @@ class Quadrature:
             text += f", range=({low:.6g}, {high:.6g})"
         return f"{text}, {self.status.code})"
 
+    def _repr_html_(self) -> str:
+        low, high = self.range
+        rows = [
+            ("parameters", f"{self.size:,}"),
+            ("Lanczos", f"{self.num_steps} steps x {self.num_probes} probes, {self.num_matvecs:,} products"),
+            ("range", f"{low:.6g} to {high:.6g}"),
+            ("CDF in doubt", f"{100 * self.band_width():.2g} % on average over the range (95 % band)"),
+            ("noise floor", f"{self.noise_floor:.1e}"),
+            ("status", str(self.status)),
+        ]
+        return notebook_view(self, "Quadrature of the spectral measure", rows)
+
 
 @result("size", "num_matvecs", "precision", "status")
 class Moments:
@@ -135,3 +147,13 @@ class Moments:
             f"Moments(num_probes={self.num_probes}, num_moments={self.num_moments}, size={self.size}, "
             f"bounds=({low:.6g}, {high:.6g}), {self.status.code})"
         )
+
+    def _repr_html_(self) -> str:
+        low, high = map(float, self.bounds)
+        rows = [
+            ("parameters", f"{self.size:,}"),
+            ("moments", f"{self.num_moments} x {self.num_probes} probes, {self.num_matvecs:,} products"),
+            ("bounds", f"{low:.6g} to {high:.6g}"),
+            ("status", str(self.status)),
+        ]
+        return notebook_view(self, "Chebyshev moments of the spectral measure", rows)

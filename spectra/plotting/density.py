@@ -1,0 +1,209 @@
+"""Pictures of spectral densities: one with its band, several on common axes."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spectra._errors import SpectraError
+from spectra.plotting.style import (
+    ACCENT,
+    COLOR,
+    COLORS,
+    DASHES,
+    add_legend,
+    asks_for_logarithm,
+    new_axes,
+    styled,
+    symlog,
+)
+from spectra.results import Density, Moments, Quadrature
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_HIDDEN = 1e-9  # of the lowest density shown: stands for zero on a logarithmic axis
+XSCALES = ("auto", "symlog", "linear", "loglog")
+
+
+@styled
+def plot_density(
+    density: Density,
+    ax: "Axes | None" = None,
+    *,
+    xscale: str = "auto",
+    yscale: str = "log",
+    learning_rate: float | None = None,
+    color: str = COLOR,
+    linestyle="-",
+    label: str | None = None,
+) -> "Axes":
+    """Draw a spectral density with its band, its outliers as ticks, on axes that fit the spectrum.
+
+    A logarithmic vertical axis ends where one eigenvalue in n would be a tenth of the way up from
+    nothing: below lies no information. The horizontal axis is signed-logarithmic (linear within
+    `density.linear_scale`) if the spectrum spans more than a factor of 50 of that, else linear.
+
+    Args:
+        density: result of `spectral_density`.
+        ax: where to draw; default: a new figure of 8 cm width.
+        xscale: "auto", "symlog", "linear", or "loglog": the logarithm of |λ|, with the density of negative
+            eigenvalues as a second, dotted line, which shows power laws as straight lines.
+        yscale: "log" or "linear".
+        learning_rate: draw the line 2 / learning rate, the stability limit of gradient descent.
+        color: of line and band.
+        linestyle: of the line.
+        label: for a legend.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        SpectraError: unknown xscale or yscale.
+
+    Examples:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(0.0, 1.0, 200)))
+        >>> quadrature = spectra.slq(op, key=jax.random.key(0), num_steps=30, num_probes=4)
+        >>> ax = spectra.plot_density(spectra.spectral_density(quadrature))
+        >>> ax.get_xlabel()
+        'eigenvalue'
+    """
+    _check(xscale, yscale)
+    own, ax = ax is None, new_axes(ax)
+    low, high = visible_range(density)
+    xscale = _fitting(xscale, density.linear_scale, low, high)
+    _curve(ax, density, xscale, color, linestyle, label)
+    for value in density.outliers:  # short ticks below the curve's area
+        position = abs(value) if xscale == "loglog" else value
+        ax.axvline(position, ymin=0.0, ymax=0.035, color=ACCENT, linewidth=0.8)
+    top = density.density if yscale == "log" else density.upper
+    _set_axes(ax, [density], xscale, yscale, density.linear_scale, (low, high), top, learning_rate)
+    if learning_rate is not None:
+        add_legend(ax, own)
+    return ax
+
+
+@styled
+def plot_comparison(
+    results: Mapping[str, Quadrature | Density],
+    ax: "Axes | None" = None,
+    *,
+    xscale: str = "auto",
+    yscale: str = "log",
+    learning_rate: float | None = None,
+) -> "Axes":
+    """Draw several spectra into one picture, each with its band, told apart by colour and by dashes.
+
+    Args:
+        results: quadratures or densities by name, at most six.
+        ax: where to draw; default: a new figure of 8 cm width.
+        xscale: see `plot_density`; "auto" fits all spectra.
+        yscale: see `plot_density`.
+        learning_rate: see `plot_density`.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        SpectraError: nothing to draw, or more than six spectra: take `plot_blocks` for those.
+
+    Examples:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> diagonals = {"flat": jnp.linspace(0, 1, 99), "steep": jnp.logspace(-3, 0, 99)}
+        >>> operators = {name: spectra.MatrixOperator(jnp.diag(d)) for name, d in diagonals.items()}
+        >>> results = spectra.slq(operators, key=jax.random.key(0), num_steps=20, num_probes=2)
+        >>> [line.get_label() for line in spectra.plot_comparison(results).get_lines()]
+        ['flat', 'steep']
+    """
+    if not 1 <= len(results) <= len(COLORS):
+        raise SpectraError(
+            f"{len(results)} spectra: one picture can tell 1 to {len(COLORS)} apart; plot_blocks draws any "
+            "number side by side."
+        )
+    _check(xscale, yscale)
+    own, ax = ax is None, new_axes(ax)
+    densities = {name: as_density(result) for name, result in results.items()}
+    ranges = [visible_range(d) for d in densities.values()]
+    low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
+    scale = min(d.linear_scale for d in densities.values())
+    xscale = _fitting(xscale, scale, low, high)
+    for (name, density), color, dash in zip(densities.items(), COLORS, DASHES, strict=False):
+        _curve(ax, density, xscale, color, dash, name, alpha=0.12)
+    top = np.concatenate([d.density for d in densities.values()])
+    _set_axes(ax, list(densities.values()), xscale, yscale, scale, (low, high), top, learning_rate)
+    add_legend(ax, own, columns=3 if len(results) > 2 else 2)
+    return ax
+
+
+def _check(xscale: str, yscale: str) -> None:
+    if xscale not in XSCALES:
+        raise SpectraError(f"xscale={xscale!r}: use one of {XSCALES}.")
+    if yscale not in ("log", "linear"):
+        raise SpectraError(f"yscale={yscale!r}: use 'log' or 'linear'.")
+
+
+def _fitting(xscale: str, scale: float, low: float, high: float) -> str:
+    if xscale != "auto":
+        return xscale
+    return "symlog" if asks_for_logarithm(scale, low, high) else "linear"
+
+
+def _set_axes(ax, densities, xscale, yscale, scale, ends, top, learning_rate) -> None:
+    """Scales, limits and labels for the densities drawn; the line of a learning rate widens the axis."""
+    low, high = ends
+    if yscale == "log":
+        ax.set_yscale("log")
+        ax.set_ylim(min(map(floor, densities)), 4 * float(np.max(top)))
+    else:
+        ax.set_ylim(0, 1.08 * float(np.max(top)))
+    if learning_rate is not None:
+        limit = 2 / learning_rate
+        ax.axvline(limit, color=ACCENT, linewidth=0.9, linestyle="--", label="2 / learning rate")
+        high = max(high, limit * 1.5)
+    if xscale == "symlog":
+        symlog(ax.xaxis, scale, low, high)
+    elif xscale == "linear":
+        ax.set_xlim(low, high)
+    else:
+        ax.set_xscale("log")
+        ax.set_xlim(scale / 10, max(abs(low), abs(high)))
+    ax.set_xlabel("|eigenvalue|" if xscale == "loglog" else "eigenvalue")
+    ax.set_ylabel("density")
+
+
+def _curve(ax, density: Density, xscale: str, color: str, linestyle, label, alpha: float = 0.22) -> None:
+    """Band and line; on a log-log axis the negative part as a line of its own."""
+    hidden = floor(density) * _HIDDEN
+    grid = np.asarray(density.grid)
+    lower, line, upper = (np.maximum(y, hidden) for y in (density.lower, density.density, density.upper))
+    parts = [(grid, slice(None), linestyle, label)]
+    if xscale == "loglog":
+        positive, negative = grid > 0, (grid < 0) & (density.density > floor(density))
+        parts = [(grid, positive, linestyle, label)]
+        if negative.any():
+            parts.append((-grid, negative, ":", "negative" if label is None else f"{label}, negative"))
+    for x, part, dash, name in parts:
+        ax.fill_between(x[part], lower[part], upper[part], color=color, alpha=alpha, linewidth=0)
+        ax.plot(x[part], line[part], color=color, linewidth=1.0, linestyle=dash, label=name)
+
+
+def as_density(result: Quadrature | Moments | Density) -> Density:
+    """The density of a quadrature or of moments; a density as it is."""
+    from spectra.density.smoothing import spectral_density
+
+    return result if isinstance(result, Density) else spectral_density(result)
+
+
+def floor(density: Density) -> float:
+    """A tenth of the peak that a single eigenvalue makes where the kernel is widest."""
+    widest = float(np.max(density.bandwidth))
+    return 0.1 / (density.size * widest * np.sqrt(2 * np.pi))
+
+
+def visible_range(density: Density) -> tuple[float, float]:
+    """Where the density is above the floor."""
+    visible = np.asarray(density.grid)[np.asarray(density.density) > floor(density)]
+    return float(visible[0]), float(visible[-1])

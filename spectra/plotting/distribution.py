@@ -1,0 +1,105 @@
+"""Pictures of eigenvalues themselves: their cumulative distribution, and eigenpairs by rank."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spectra import _quadrature
+from spectra.plotting.style import ACCENT, COLOR, asks_for_logarithm, new_axes, styled, symlog
+from spectra.results import Eigenpairs, Quadrature
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@styled
+def plot_cdf(
+    quadrature: Quadrature, ax: "Axes | None" = None, *, level: float = 0.95, color: str = COLOR
+) -> "Axes":
+    """Draw the cumulative distribution of the eigenvalues with its bracket and its band.
+
+    The dark area is the bracket: what the steps leave open for the probes that were drawn, without any
+    chance in it. The light area around it adds what a finite number of probes leaves open: the whole
+    curve lies in it with probability `level`.
+
+    Args:
+        quadrature: result of `slq`.
+        ax: where to draw; default: a new figure of 8 cm width.
+        level: of the band.
+        color: of line, bracket and band.
+
+    Returns:
+        The Axes.
+
+    Examples:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(0.0, 1.0, 200)))
+        >>> quadrature = spectra.slq(op, key=jax.random.key(0), num_steps=30, num_probes=4)
+        >>> spectra.plot_cdf(quadrature).get_ylabel()
+        'share of eigenvalues below'
+    """
+    from spectra.density.smoothing import spectral_density
+
+    density = spectral_density(quadrature)
+    ax = new_axes(ax)
+    x = np.unique(np.concatenate([density.grid, np.asarray(quadrature.nodes).ravel()]))
+    inner_lower, estimate, inner_upper, lower, upper = _quadrature.curves(quadrature, x, level)
+    step = {"step": "post", "color": color, "linewidth": 0}
+    ax.fill_between(x, lower, upper, alpha=0.2, label=f"{100 * level:g} % band", **step)
+    ax.fill_between(x, inner_lower, inner_upper, alpha=0.4, label="bracket", **step)
+    ax.step(x, np.clip(estimate, lower, upper), where="post", color=color, linewidth=1.0)
+    low, high = float(density.grid[0]), float(density.grid[-1])
+    if asks_for_logarithm(density.linear_scale, low, high):
+        symlog(ax.xaxis, density.linear_scale, low, high)
+    else:
+        ax.set_xlim(low, high)
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_xlabel("eigenvalue")
+    ax.set_ylabel("share of eigenvalues below")
+    ax.legend(loc="lower right")
+    return ax
+
+
+@styled
+def plot_eigenvalues(
+    result: Eigenpairs | Quadrature, ax: "Axes | None" = None, *, color: str = COLOR
+) -> "Axes":
+    """Draw eigenvalues: those of eigenpairs by rank with their residuals, a quadrature as `plot_cdf` does.
+
+    Args:
+        result: result of `eigsh` or of `slq`.
+        ax: where to draw; default: a new figure of 8 cm width.
+        color: of the eigenvalues. Pairs that have not converged are open circles.
+
+    Returns:
+        The Axes.
+
+    Examples:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(0.0, 1.0, 200)))
+        >>> pairs = spectra.eigsh(op, 3, which="LA", key=jax.random.key(0))
+        >>> spectra.plot_eigenvalues(pairs).get_ylabel()
+        'eigenvalue'
+    """
+    if isinstance(result, Quadrature):
+        return plot_cdf(result, ax, color=color)
+    from matplotlib.ticker import MaxNLocator
+
+    ax = new_axes(ax)
+    values, residuals = np.asarray(result.values)[::-1], np.asarray(result.residuals)[::-1]
+    rank = np.arange(1, len(values) + 1)
+    done = np.asarray(result.converged)[::-1]
+    ax.errorbar(rank, values, residuals, fmt="none", ecolor=color, elinewidth=0.8, capsize=1.5)
+    ax.plot(rank[done], values[done], "o", color=color, markersize=3)
+    ax.plot(rank[~done], values[~done], "o", color=color, markersize=3, markerfacecolor="white")
+    sizes = np.abs(values)
+    if (values > 0).all() and sizes.max() > 50 * sizes.min():
+        ax.set_yscale("log")
+    else:
+        ax.axhline(0, color=ACCENT, linewidth=0.6, linestyle=":")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("rank")
+    ax.set_ylabel("eigenvalue")
+    return ax

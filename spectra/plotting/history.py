@@ -1,0 +1,139 @@
+"""The density along training as a heat map."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spectra._errors import SpectraError
+from spectra.plotting.density import floor
+from spectra.plotting.style import (
+    ACCENT,
+    MAP,
+    add_colorbar,
+    add_legend,
+    asks_for_logarithm,
+    new_axes,
+    styled,
+    symlog,
+)
+from spectra.results import Density, SpectrumHistory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_POINTS = 300  # of the eigenvalue axis: two a pixel row at 8 cm in print
+
+
+@styled
+def plot_density_over_time(
+    history: SpectrumHistory,
+    ax: "Axes | None" = None,
+    *,
+    learning_rate: float | bool | None = None,
+    limit=None,
+    yscale: str = "auto",
+    colorbar: bool = True,
+) -> "Axes":
+    """Draw the spectrum along training: the density as a heat map, the largest eigenvalue as a line.
+
+    Colours are logarithmic and end, as in `plot_density`, a tenth below what one eigenvalue makes. No
+    product is taken: everything comes from the history.
+
+    Args:
+        history: of a `SpectrumTracker`, or as `spectra.load` reads it.
+        ax: where to draw; default: a new figure of 8 cm width.
+        learning_rate: draw the line 2 / learning rate, where gradient descent becomes unstable; True
+            takes the `learning_rate=` that the tracker was called with.
+        limit: draw another limit of stability: a number or one a snapshot, such as
+            (2 + 2 b1) / ((1 - b1) learning_rate) for gradient descent with momentum and Adam.
+        yscale: "symlog", "linear", or "auto".
+        colorbar: add one.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        SpectraError: fewer than two snapshots, no recorded learning rate, or unknown yscale.
+
+    Examples:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> import jax.numpy as jnp, spectra
+        >>> tracker = spectra.SpectrumTracker(
+        ...     lambda t: spectra.MatrixOperator((1 + t) * jnp.diag(jnp.linspace(0.0, 1.0, 50))), 1)
+        >>> for step in range(3):
+        ...     snapshot = tracker(step, float(step))
+        >>> spectra.plot_density_over_time(tracker.history, learning_rate=0.5).get_xlabel()
+        'training step'
+    """
+    if yscale not in ("auto", "symlog", "linear"):
+        raise SpectraError(f"yscale={yscale!r}: use 'auto', 'symlog' or 'linear'.")
+    if len(history) < 2:
+        raise SpectraError(f"{len(history)} snapshots are no history yet: at least two are needed.")
+    from spectra.density.smoothing import spectral_density
+
+    limits = _limits(history, learning_rate, limit)
+    own = [spectral_density(s.quadrature) for s in history]
+    scale = float(np.median([d.linear_scale for d in own]))
+    low = min(float(d.grid[0]) for d in own)
+    high = max([float(d.grid[-1]) for d in own] + [1.2 * float(np.nanmax(y)) for _, y, _ in limits])
+    wide = yscale == "symlog" or (yscale == "auto" and asks_for_logarithm(scale, low, high))
+    grid = _grid(scale, low, high) if wide else np.linspace(low, high, _POINTS)
+    densities = [spectral_density(s.quadrature, grid=grid) for s in history]
+    own_figure, ax = ax is None, new_axes(ax)
+    mesh = _heat(ax, history.steps, densities, min(map(floor, own)))
+    ax.plot(history.steps, history.sharpness, color=ACCENT, linewidth=1.2, label="largest eigenvalue")
+    for name, y, dash in limits:
+        ax.plot(history.steps, y, color="black", linewidth=0.9, linestyle=dash, label=name)
+    if wide:
+        symlog(ax.yaxis, scale, low, high)
+    else:
+        ax.set_ylim(low, high)
+    ax.set_xlabel("training step")
+    ax.set_ylabel("eigenvalue")
+    add_legend(ax, own_figure)
+    if colorbar:
+        add_colorbar(mesh, ax, "density")
+    return ax
+
+
+def _limits(history: SpectrumHistory, learning_rate, limit) -> list[tuple[str, np.ndarray, str]]:
+    """Name, values and dashes of the lines that are asked for."""
+    lines = []
+    if learning_rate is not None and learning_rate is not False:
+        rates = (
+            history.scalar("learning_rate")
+            if learning_rate is True
+            else np.full(len(history), float(learning_rate))
+        )
+        if np.isnan(rates).all():
+            raise SpectraError(
+                "no learning rate was recorded: call the tracker with learning_rate=, or pass the number."
+            )
+        lines.append(("2 / learning rate", 2 / rates, "--"))
+    if limit is not None:
+        lines.append(("limit of stability", np.broadcast_to(np.asarray(limit, float), len(history)), ":"))
+    return lines
+
+
+def _grid(scale: float, low: float, high: float) -> np.ndarray:
+    """Points that are equally spaced on a signed-logarithmic axis."""
+    return scale * np.sinh(np.linspace(np.arcsinh(low / scale), np.arcsinh(high / scale), _POINTS))
+
+
+def _heat(ax, steps: np.ndarray, densities: list[Density], lowest: float):
+    """Columns of colour, each from halfway to the snapshot before to halfway to the next."""
+    from matplotlib.colors import LogNorm
+
+    values = np.array([d.density for d in densities]).T
+    middle = (steps[1:] + steps[:-1]) / 2
+    edges = np.concatenate([[steps[0]], middle, [steps[-1]]])
+    grid = densities[0].grid
+    rows = np.concatenate([[grid[0]], (grid[1:] + grid[:-1]) / 2, [grid[-1]]])
+    return ax.pcolormesh(
+        edges,
+        rows,
+        np.ma.masked_less(values, lowest),
+        norm=LogNorm(lowest, values.max()),
+        cmap=MAP,
+        rasterized=True,
+    )

@@ -1,0 +1,115 @@
+"""What all pictures share: the style, new axes of 8 cm width, signed-logarithmic axes."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""From the palette of Okabe and Ito, which colour-blind readers can tell apart."""
+COLOR, ACCENT = COLORS[:2]
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
+"""Lines that can be told apart in grey."""
+MAP = "cividis"  # even in lightness, for colour-blind readers and in grey
+DYNAMIC = 50.0  # a spectrum with wider magnitudes than this asks for a logarithmic axis
+P = ParamSpec("P")
+R = TypeVar("R")
+FILE = Path(__file__).with_name("spectra.mplstyle")
+
+
+@contextlib.contextmanager
+def plot_style(**changes) -> Iterator[None]:
+    """Use the style of these pictures for figures that are made inside a `with` block.
+
+    Text of 6 to 8 points on figures that are 8 cm wide, colours that colour-blind readers can tell
+    apart, no frame above and to the right. Functions that make a figure of their own use it already.
+
+    Args:
+        **changes: matplotlib's rcParams to change, with "_" for ".": `font_size=9`.
+
+    Examples:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> import matplotlib.pyplot as plt, spectra
+        >>> with spectra.plot_style(figure_dpi=100):
+        ...     figure, axes = plt.subplots(1, 2)
+        >>> float(figure.dpi)
+        100.0
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib import rcParams
+
+    names = {name.replace(".", "_"): name for name in rcParams}
+    with plt.style.context([FILE, {names.get(name, name): value for name, value in changes.items()}]):
+        yield
+
+
+def styled(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: draw in the style, unless the caller brings Axes, which have a style already."""
+
+    @functools.wraps(function)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = kwargs.get("ax") if len(args) < 2 else args[1]
+        with plot_style() if given is None else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return drawn
+
+
+def new_axes(ax: "Axes | None", *, height: float = 2.4) -> "Axes":
+    """`ax`, or the Axes of a new figure of 8 cm width; height in inches."""
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(3.15, height), layout="constrained")[1] if ax is None else ax
+
+
+def add_colorbar(mappable, ax: "Axes", label: str, **options) -> None:
+    """A colour bar as high as the Axes."""
+    cax = ax.inset_axes((1.03, 0.0, 0.035, 1.0))
+    bar = ax.figure.colorbar(mappable, cax=cax, **options)
+    bar.set_label(label)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+
+
+def add_legend(ax: "Axes", own: bool, *, columns: int = 2) -> None:
+    """A legend above the Axes in a figure of our own; inside where the caller arranges the figure."""
+    if own:
+        ax.figure.legend(loc="outside upper center", ncols=columns)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        ax.legend()
+
+
+def asks_for_logarithm(scale: float, low: float, high: float) -> bool:
+    """Whether a spectrum from `low` to `high` with detail at `scale` needs a signed-log axis."""
+    return scale > 0 and max(abs(low), abs(high)) > DYNAMIC * scale
+
+
+def symlog(axis, scale: float, low: float, high: float, labels: int = 7) -> None:
+    """Make `ax.xaxis` or `ax.yaxis` signed-logarithmic: linear below `scale`, at most `labels` labels."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    first = np.floor(np.log10(scale))
+    linthresh = 10.0**first
+    set_scale, set_limits = (
+        (axis.axes.set_xscale, axis.axes.set_xlim)
+        if axis.axis_name == "x"
+        else (axis.axes.set_yscale, axis.axes.set_ylim)
+    )
+    set_scale("symlog", linthresh=linthresh, linscale=0.6)
+    set_limits(low, high)
+    ticks = [0.0]
+    spans = [
+        (sign, np.floor(np.log10(abs(end)))) for sign, end in ((-1, low), (1, high)) if sign * end > linthresh
+    ]
+    decades = sum(last - first + 1 for _, last in spans)
+    inner = first if labels > 4 else first + 1  # small panels have no room beside the zero
+    stride = max(1, int(np.ceil(decades / (labels - 1))))
+    for sign, last in spans:
+        ticks += [sign * 10.0**e for e in np.arange(last, inner - 0.5, -stride)]
+    axis.set_major_locator(FixedLocator(sorted(ticks)))
+    axis.set_minor_locator(NullLocator())

@@ -1,0 +1,150 @@
+"""Spectra along training."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from spectra.results._base import Array, Interval, html_table, notebook_view, text_table
+from spectra.results.estimates import Estimate
+from spectra.results.quadrature import Quadrature
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The spectrum at one step of training."""
+
+    step: int
+    eigenvalues: Array  # (k,) the largest, descending
+    residuals: Array  # (k,): an eigenvalue lies within this distance
+    largest: Interval  # scalars: λmax, the sharpness; never below the largest Ritz value seen
+    smallest: Interval
+    trace: Estimate
+    quadrature: Quadrature  # the density: `spectra.spectral_density(snapshot.quadrature)`
+    scalars: dict[str, float]  # what the training loop passed along: loss, learning_rate, ...
+    num_matvecs: int
+    seconds: float  # what the snapshot cost
+    trained: float  # seconds of training before it, without snapshots
+
+    @property
+    def sharpness(self) -> float:
+        """λmax."""
+        return float(self.largest.estimate)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed snapshot."""
+        high, low = self.largest, self.smallest
+        return [
+            ("largest eigenvalue", f"{high.estimate:.6g} ± {high.upper - high.estimate:.1g}"),
+            ("smallest eigenvalue", f"{low.estimate:.6g} ± {low.upper - low.estimate:.1g}"),
+            ("trace", f"{self.trace.value:.5g} ± {self.trace.stderr:.2g}"),
+            *((name, f"{value:.5g}") for name, value in self.scalars.items()),
+            ("cost", f"{self.num_matvecs} products, {self.seconds:.3g} s"),
+        ]
+
+    def __repr__(self) -> str:
+        return text_table(f"Snapshot of step {self.step}", self.rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Snapshot of step {self.step}", self.rows())
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectrumHistory:
+    """Snapshots in the order of training, as a `SpectrumTracker` records and `spectra.load` reads them."""
+
+    snapshots: tuple[Snapshot, ...]
+    provenance: dict[str, Any]
+    skipped: tuple[int, ...] = ()  # steps left out to stay within the budget
+
+    def __len__(self) -> int:
+        return len(self.snapshots)
+
+    def __iter__(self):
+        return iter(self.snapshots)
+
+    def __getitem__(self, index: int) -> Snapshot:
+        return self.snapshots[index]
+
+    @property
+    def steps(self) -> np.ndarray:
+        """(s,) step of each snapshot."""
+        return np.array([s.step for s in self.snapshots], int)
+
+    @property
+    def sharpness(self) -> np.ndarray:
+        """(s,) λmax."""
+        return np.array([s.sharpness for s in self.snapshots], float)
+
+    @property
+    def smallest(self) -> np.ndarray:
+        """(s,) λmin."""
+        return np.array([s.smallest.estimate for s in self.snapshots], float)
+
+    @property
+    def eigenvalues(self) -> np.ndarray:
+        """(s, k) largest eigenvalues, descending."""
+        return np.array([s.eigenvalues for s in self.snapshots], float)
+
+    @property
+    def trace(self) -> np.ndarray:
+        """(s,) trace."""
+        return np.array([s.trace.value for s in self.snapshots], float)
+
+    @property
+    def trace_stderr(self) -> np.ndarray:
+        """(s,) standard error of the trace."""
+        return np.array([s.trace.stderr for s in self.snapshots], float)
+
+    def scalar(self, name: str) -> np.ndarray:
+        """(s,) a number that the training loop passed along; NaN where it did not."""
+        return np.array([s.scalars.get(name, np.nan) for s in self.snapshots], float)
+
+    @property
+    def cost(self) -> float:
+        """Seconds of all snapshots but the first, which compiles, as a share of those spent on training."""
+        rest = self.snapshots[1:]
+        trained = rest[-1].trained - self.snapshots[0].trained if rest else 0.0
+        return sum(s.seconds for s in rest) / trained if trained > 0 else float("nan")
+
+    def plot(self, ax=None, **options):
+        """Draw the density over the steps; returns the Axes. See `spectra.plot_density_over_time`."""
+        from spectra.plotting import plot_density_over_time
+
+        return plot_density_over_time(self, ax, **options)
+
+    def save(self, path):
+        """Write an `.npz` file, atomically; returns its path. See `spectra.save`."""
+        from spectra.io import save
+
+        return save(self, path)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed history."""
+        if not self.snapshots:
+            return [("snapshots", "none yet")]
+        sharpness, trace = self.sharpness, self.trace
+        last, top = self.snapshots[-1], int(np.argmax(sharpness))
+        rows = [
+            ("snapshots", f"{len(self)}, steps {self.steps[0]:,} to {self.steps[-1]:,}"),
+            ("largest eigenvalue", f"{sharpness[0]:.5g} at first, {sharpness[-1]:.5g} at last"),
+            ("at its largest", f"{sharpness[top]:.5g} in step {self.steps[top]:,}"),
+            ("smallest eigenvalue", f"{self.smallest[0]:.5g} at first, {last.smallest.estimate:.5g} at last"),
+            ("trace", f"{trace[0]:.5g} at first, {trace[-1]:.5g} ± {last.trace.stderr:.2g} at last"),
+            ("products", f"{sum(s.num_matvecs for s in self.snapshots):,}"),
+        ]
+        if np.isfinite(self.cost):
+            rows.append(("cost", f"{100 * self.cost:.0f} % of training time, without the first snapshot"))
+        if self.skipped:
+            rows.append(("left out for the budget", f"{len(self.skipped)} snapshots"))
+        return rows
+
+    def __repr__(self) -> str:
+        return text_table(f"Spectrum along training, {self._name}", self.rows())
+
+    def _repr_html_(self) -> str:
+        return notebook_view(self, f"Spectrum along training, {self._name}", self.rows())
+
+    @property
+    def _name(self) -> str:
+        return str(self.provenance.get("name", "H"))

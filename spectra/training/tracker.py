@@ -1,0 +1,259 @@
+"""Record how the spectrum moves while a network trains."""
+
+import dataclasses
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra import _processes, _tree
+from spectra._errors import SpectraError
+from spectra.density import slq
+from spectra.io.lines import HistoryFile, read
+from spectra.krylov.eigsh import eigsh
+from spectra.operators.base import LinearOperator, require_operator
+from spectra.report import environment, extreme_interval, trace_estimate
+from spectra.results import Eigenpairs, Interval, Quadrature, Snapshot, SpectrumHistory
+
+PyTree = Any
+FRESH = 0.5
+"""Random vector in the start of the next search, in units of `tol`: too little to cost a product, and what
+lets the search leave an invariant space. An eigenvalue that has overtaken is found by the probes."""
+
+
+class SpectrumTracker:
+    """A hook for a training loop that records the sharpness, the density and the trace as they move.
+
+    Three lines in a loop of Flax, optax or anything else:
+
+        tracker = spectra.SpectrumTracker(lambda params: spectra.HessianOperator(loss_fn, params, batch),
+                                          every=100, path="run/spectrum.jsonl")
+        for step, data in enumerate(loader):
+            params, state, loss = train_step(params, state, data)
+            tracker(step, params, loss=loss)
+
+    The operator is built anew from the parameters, but its functions are the same, so nothing is compiled
+    after the first snapshot. A snapshot takes the k largest eigenvalues by Lanczos from the last
+    eigenvectors (one to three products where they move slowly) and one short quadrature with the same
+    probes each time, so that what moves is the spectrum and not the sample. Calls between snapshots
+    compare two integers.
+
+    Args:
+        op_factory: function from what the tracker is called with (parameters, an nnx state, parameters
+            and optimizer state, ...) to an operator. Let its `loss_fn` and data be the same objects
+            each time.
+        every: steps between snapshots; one is taken where `step % every == 0`.
+        path: a `.jsonl` file to which every snapshot is appended, on disk before the call returns, and
+            which `spectra.load` reads while the run goes on. A file that exists is continued: steps that
+            it holds are not recorded again. None: keep the history in memory only.
+        key: JAX random key of the probes; default key(0).
+        num_eigenvalues: k.
+        tol: residual of the eigenvalues in units of |H|. They are accurate to tol² |H|² / gap.
+        num_steps: Lanczos steps of the quadrature. 8 give the ends, the trace and the shape of the
+            density; take 40 or more for its details.
+        num_probes: probes of the quadrature.
+        budget: largest share of training time that snapshots may take, for example 0.1. A snapshot that
+            would exceed it is left out, at the cost of the last, which lengthens the interval; the
+            first, which compiles, is not counted. None: take every snapshot.
+        callbacks: functions that are called with each `Snapshot`.
+        name: what the history calls the operator.
+
+    Raises:
+        SpectraError: every, budget, k or tol out of range.
+        NonFiniteError: the loss or a product is NaN or infinite: training has diverged.
+
+    Cost: num_steps num_probes + about 2 k products a snapshot, each 1 to 2 gradients of the loss over
+    the data of the operator, on which the cost thus depends: give it a fixed part of a large data set.
+    `tracker.history.cost` is the measured share of training time.
+
+    References:
+        Cohen, Kaur, Li, Kolter and Talwalkar, arXiv:2103.00065.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, spectra
+        >>> def loss_fn(params, batch):
+        ...     x, y = batch
+        ...     return jnp.mean((jnp.tanh(x @ params["w1"]) @ params["w2"] - y) ** 2)
+        >>> x = jax.random.normal(jax.random.key(0), (50, 4))
+        >>> batch = (x, x[:, 0])
+        >>> params = {"w1": jax.random.normal(jax.random.key(1), (4, 16)), "w2": jnp.ones(16) / 4}
+        >>> optimizer = optax.sgd(0.05)
+        >>> state = optimizer.init(params)
+        >>> tracker = spectra.SpectrumTracker(
+        ...     lambda params: spectra.HessianOperator(loss_fn, params, batch), every=10)
+        >>> for step in range(31):
+        ...     snapshot = tracker(step, params)
+        ...     updates, state = optimizer.update(jax.grad(loss_fn)(params, batch), state)
+        ...     params = optax.apply_updates(params, updates)
+        >>> tracker.history.steps
+        array([ 0, 10, 20, 30])
+
+        TensorBoard (`writer` of `tensorboardX` or `torch.utils.tensorboard`) and Weights & Biases:
+
+            SpectrumTracker(..., callbacks=[lambda s: writer.add_scalar("sharpness", s.sharpness, s.step)])
+            SpectrumTracker(..., callbacks=[lambda s: wandb.log({"sharpness": s.sharpness}, step=s.step)])
+    """
+
+    def __init__(
+        self,
+        op_factory: Callable[..., LinearOperator],
+        every: int = 100,
+        *,
+        path: str | os.PathLike | None = None,
+        key: jax.Array | None = None,
+        num_eigenvalues: int = 1,
+        tol: float = 1e-2,
+        num_steps: int = 8,
+        num_probes: int = 1,
+        budget: float | None = None,
+        callbacks: Iterable[Callable[[Snapshot], Any]] = (),
+        name: str = "H",
+    ):
+        if not callable(op_factory):
+            raise SpectraError(f"op_factory is a {type(op_factory).__name__}; pass a function of the params.")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise SpectraError(f"every={every}: use a positive number of steps.")
+        if budget is not None and not budget > 0:
+            raise SpectraError(f"budget={budget} is a share of training time: use a positive number.")
+        self.op_factory, self.every, self.budget, self.name = op_factory, every, budget, name
+        self.key = jax.random.key(0) if key is None else key
+        self.num_eigenvalues, self.tol = num_eigenvalues, tol
+        self.num_steps, self.num_probes = num_steps, num_probes
+        self.callbacks = tuple(callbacks)
+        self._history, self._file = _continued(path, name)
+        self._vectors: PyTree = None  # the leading eigenvectors of the last snapshot
+        self._start: float | None = None  # when training began, moved on by the time of each snapshot
+        self._before = self._history[-1].trained if len(self._history) else 0.0  # in the run continued
+        self._seconds = self._cost = 0.0  # of all snapshots but the first; of the last
+
+    @property
+    def history(self) -> SpectrumHistory:
+        """All snapshots so far, those of a file that was continued included."""
+        return self._history
+
+    def __call__(self, step: int, *state: PyTree, **scalars: Any) -> Snapshot | None:
+        """Take a snapshot if one is due at this step.
+
+        Args:
+            step: number of the training step.
+            *state: arguments of `op_factory`.
+            **scalars: numbers to record with it, such as `loss=` or `learning_rate=`.
+
+        Returns:
+            The snapshot, or None.
+        """
+        if self._start is None:
+            self._start = time.perf_counter()
+        step = int(step)
+        if step % self.every or step in {s.step for s in self._history.snapshots}:
+            return None
+        jax.block_until_ready(state)  # what is still being trained is not the snapshot's time
+        now = time.perf_counter()
+        trained = now - self._start
+        if self._exceeds_budget(trained):
+            self._skip(step)
+            return None
+        first = self._vectors is None
+        snapshot = self._take(step, state, scalars, trained + self._before, now)
+        self._record(snapshot)
+        cost = time.perf_counter() - now
+        self._start += cost
+        if not first:
+            self._seconds, self._cost = self._seconds + cost, cost
+        return snapshot
+
+    def _take(self, step: int, state: tuple, scalars: dict, trained: float, began: float) -> Snapshot:
+        op = self.op_factory(*state)
+        require_operator(op)
+        op = op.prepare()  # once for both runs
+        quadrature = slq(op, key=self.key, num_steps=min(self.num_steps, op.size), num_probes=self.num_probes)
+        pairs, products = self._leading(op, step, quadrature)
+        top = extreme_interval(quadrature, -1)
+        value, error = float(pairs.values[-1]), float(pairs.residuals[-1]) + pairs.noise_floor
+        largest = Interval(value - error, value, value + error)
+        return Snapshot(
+            step=step,
+            eigenvalues=np.asarray(pairs.values, float)[::-1],
+            residuals=np.asarray(pairs.residuals, float)[::-1],
+            largest=largest if value >= top.estimate else top,
+            smallest=extreme_interval(quadrature, 0),
+            trace=trace_estimate(quadrature),
+            quadrature=quadrature,
+            scalars={name: float(x) for name, x in scalars.items()},
+            num_matvecs=quadrature.num_matvecs + products,
+            seconds=time.perf_counter() - began,
+            trained=trained,
+        )
+
+    def _leading(self, op: LinearOperator, step: int, seen: Quadrature) -> tuple[Eigenpairs, int]:
+        """The largest eigenpairs and what they cost, from the last vectors or else from a random one.
+
+        A Ritz value of the probes above what was found is a direction that the last vectors did not reach.
+        """
+        key = jax.random.fold_in(self.key, step)
+        k = min(self.num_eigenvalues, op.size)
+        options = {"which": "LA", "tol": self.tol, "num_basis": min(2 * k + 10, op.size), "verify": False}
+        first = self._vectors is None
+        if first:
+            self._vectors = jax.tree.map(lambda x: jnp.zeros((k, *x.shape), x.dtype), op.structure)
+        start = _start(self._vectors, key, 1.0 if first else FRESH * self.tol)
+        pairs = eigsh(op, k, key=key, v0=start, **options)
+        products = pairs.num_matvecs
+        if not first and seen.range[1] > pairs.values[-1] + pairs.residuals[-1]:
+            pairs = eigsh(op, k, key=key, v0=_start(self._vectors, key, np.inf), **options)
+            products += pairs.num_matvecs
+        self._vectors = pairs.vectors
+        return pairs, products
+
+    def _exceeds_budget(self, trained: float) -> bool:
+        if self.budget is None or self._vectors is None:  # the first is always taken
+            return False
+        spent, cost, trained = _processes.largest(self._seconds, self._cost, trained)  # one clock for all
+        return spent + cost > self.budget * trained
+
+    def _skip(self, step: int) -> None:
+        if not self._history.skipped:
+            warnings.warn(
+                f"the snapshot of step {step} is left out: snapshots have taken {self._seconds:.3g} s, one "
+                f"costs {self._cost:.3g} s, and budget={self.budget} allows that share of training time. The "
+                "next ones are taken as soon as it allows them; history.skipped lists those left out. A "
+                "smaller part of the data, fewer num_steps or a larger `every` make room.",
+                stacklevel=3,
+            )
+        self._history = dataclasses.replace(self._history, skipped=(*self._history.skipped, step))
+        if self._file is not None:
+            self._file.skip(step)
+
+    def _record(self, snapshot: Snapshot) -> None:
+        if self._file is not None:
+            self._file.add(snapshot)
+        self._history = dataclasses.replace(self._history, snapshots=(*self._history.snapshots, snapshot))
+        for callback in self.callbacks:
+            callback(snapshot)
+
+
+def _continued(path: str | os.PathLike | None, name: str) -> tuple[SpectrumHistory, HistoryFile | None]:
+    """The history in a file, if there is one, and the file, if this process writes it."""
+    empty = SpectrumHistory((), {"name": name, **environment()})
+    if path is None:
+        return empty, None
+    if _processes.is_first():
+        file = HistoryFile(path, empty.provenance)
+        return file.history, file
+    return (read(Path(path)) if os.path.exists(path) else empty), None
+
+
+@jax.jit
+def _start(vectors: PyTree, key: jax.Array, share) -> PyTree:
+    """The sum of the last vectors plus `share` times a random one; the random one alone for infinity."""
+    structure = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), vectors)
+    fresh = _tree.sphere_sample(key, structure)
+    last = jnp.where(jnp.isinf(share), 0.0, 1 / len(jax.tree.leaves(vectors)[0]) ** 0.5)
+    share = jnp.where(jnp.isinf(share), 1.0, share)
+    return jax.tree.map(lambda x, f: (last * x.sum(axis=0) + share * f).astype(x.dtype), vectors, fresh)

@@ -1,0 +1,209 @@
+"""The report page: in a real browser, on a phone, in the dark, without a network; and notebook views."""
+
+import html.parser
+import re
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from test_pictures import density, history, pairs, plane, quadrature
+from typer.testing import CliRunner
+
+import spectra
+from spectra import cli
+
+HOSTILE = "<script>alert('x')</script> & \"quotes\" http://example.com/a.js"
+
+
+def spectrum_report(name="a network"):
+    values = np.concatenate([np.linspace(-0.5, 1, 195), [5.0, 10, 20, 40, 80]])
+    op = spectra.MatrixOperator(jnp.diag(jnp.asarray(values, jnp.float32)))
+    return spectra.spectrum(op, key=jax.random.key(3), num_steps=40, num_probes=2, name=name)
+
+
+RESULTS = {
+    "spectrum": spectrum_report,
+    "quadrature": quadrature,
+    "density": density,
+    "eigenpairs": pairs,
+    "history": history,
+    "short history": lambda: history(1),
+    "landscape": plane,
+    "blocks": lambda: {f"a/rather/long/name/of/layer_{i}/Dense": quadrature(seed=i) for i in range(4)},
+    "estimate": lambda: spectra.Estimate(1.5, 0.1, 64, "slq"),
+    "condition": lambda: spectra.condition_number(
+        spectra.MatrixOperator(jnp.diag(jnp.arange(1.0, 9.0))), key=jax.random.key(0)
+    ),
+}
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects tags, attributes and text, and checks that every tag is closed."""
+
+    VOID = ("meta", "img", "br", "link", "use", "path", "image", "rect")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.words = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_page_is_well_formed_and_loads_nothing(name, tmp_path):
+    text = spectra.write_report(RESULTS[name](), tmp_path / "page").read_text()
+    page = Reader(text)
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    for key, value in page.attributes:
+        if key in ("src", "href", "xlink:href", "srcset", "data"):
+            assert value.startswith(("#", "data:image/png")), (key, value)
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
+    assert "How to reproduce" in text
+    assert "Provenance" in text
+    # Ids are references within one page: a second definition would be another picture's.
+    ids = [value for key, value in page.attributes if key == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_text_is_escaped(tmp_path):
+    report = spectrum_report(HOSTILE)
+    text = spectra.write_report(report, tmp_path / "page.html", title=None).read_text()
+    page = Reader(text)
+    assert "script" not in page.tags
+    assert f"Spectrum of {HOSTILE}" in page.words
+    text = spectra.write_report({HOSTILE: quadrature()}, tmp_path / "blocks.html").read_text()
+    assert "script" not in Reader(text).tags
+
+
+def test_the_page_says_what_the_bands_mean_and_how_to_compute_again(tmp_path):
+    report = spectrum_report()
+    path = report.save(tmp_path / "mine")
+    text = spectra.write_report(path, tmp_path / "page").read_text()
+    page = " ".join(Reader(text).words)
+    for part in (
+        "there is no chance in it",
+        "With probability 95 % the whole true curve lies in the coloured area",
+        'spectra.load("mine.npz")',
+        "np.array([0, 3], np.uint32)",
+        "num_steps=40, num_probes=2",
+        "quadrature/nodes",
+        "2 × 40 float64",
+        f"{report.largest.estimate:.7g}",
+    ):
+        assert part in page, part
+    assert text.count("<svg") == 2
+    # The key on the page is the key of the run.
+    key = jax.random.wrap_key_data(np.array([0, 3], np.uint32))
+    assert (jax.random.key_data(key) == jax.random.key_data(jax.random.key(3))).all()
+
+
+def test_only_results_have_a_page(tmp_path):
+    with pytest.raises(spectra.SpectraError, match="a int is not a result"):
+        spectra.write_report(3, tmp_path / "page")
+    with pytest.raises(FileNotFoundError, match="no result file"):
+        spectra.write_report(tmp_path / "none.npz", tmp_path / "page")
+
+
+def test_the_command_line_writes_the_page_and_pictures_of_every_kind(tmp_path):
+    runner = CliRunner()
+    for name in ("eigenpairs", "history", "blocks"):
+        path = spectra.save(RESULTS[name](), tmp_path / name)
+        page = tmp_path / f"{name}.html"
+        done = runner.invoke(cli.app, ["report", str(path), "-o", str(page), "--title", "Mine & yours"])
+        assert done.exit_code == 0, done.output
+        assert "<h1>Mine &amp; yours</h1>" in page.read_text()
+        picture = tmp_path / f"{name}.svg"
+        assert runner.invoke(cli.app, ["plot", str(path), "-o", str(picture)]).exit_code == 0
+        assert "<svg" in picture.read_text()
+    path = spectra.save(RESULTS["estimate"](), tmp_path / "estimate")
+    done = runner.invoke(cli.app, ["plot", str(path), "-o", str(tmp_path / "no.png")])
+    assert "has no picture" in str(done.exception)
+
+
+@pytest.mark.parametrize("name", ["spectrum", "quadrature", "density", "eigenpairs", "history", "landscape"])
+def test_results_show_a_table_and_a_picture_in_a_notebook(name):
+    plt.close("all")
+    result = RESULTS[name]()
+    view = result._repr_html_()
+    page = Reader(view)
+    assert {"table", "img"} <= set(page.tags)
+    assert "data:image/png;base64," in view
+    assert not plt.get_fignums()  # or a notebook would show the picture twice
+    assert "img" not in Reader(history(1)._repr_html_()).tags
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MEASURE = """<script>
+const wide = [...document.querySelectorAll("body *")].filter(
+  e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".wide") && !e.closest("svg"));
+document.title = JSON.stringify([innerWidth, document.documentElement.scrollWidth,
+  getComputedStyle(document.documentElement).backgroundColor,
+  getComputedStyle(document.querySelector("svg text, svg path, svg use") || document.body).color,
+  wide.map(e => e.tagName)]);
+</script>"""
+
+
+def browse(path, *options):
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    done = subprocess.run([*command, *options, path.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize(("scheme", "ground"), [("1", "rgb(255, 255, 255)"), ("0", "rgb(20, 23, 26)")])
+def test_a_phone_shows_the_page_without_scrolling_sideways_in_light_and_dark(tmp_path, scheme, ground):
+    for name in ("spectrum", "history", "blocks", "eigenpairs"):
+        page = spectra.write_report(RESULTS[name](), tmp_path / name)
+        framed = tmp_path / "framed.html"
+        # Headless windows have a least width; a frame is as narrow as a phone. Scripts need another policy.
+        content = page.read_text().replace("default-src 'none'", "script-src 'unsafe-inline'")
+        (tmp_path / "inner.html").write_text(content.replace("</body>", MEASURE + "</body>"))
+        framed.write_text(
+            "<iframe id=f src=inner.html width=360 height=700></iframe><script>onload = () => {"
+            "document.body.append(document.getElementById('f').contentDocument.title)}</script>"
+        )
+        options = ("--allow-file-access-from-files", f"--blink-settings=preferredColorScheme={scheme}")
+        dom = browse(framed, *options, "--dump-dom")
+        found = re.search(r"\[(\d+),(\d+),\"(rgb[^\"]*)\",\"(rgb[^\"]*)\",(\[.*?\])\]", dom)
+        assert found, dom[-500:]
+        width, scroll, background, ink, wide = found.groups()
+        assert int(scroll) <= int(width) <= 360
+        assert wide == "[]"
+        assert background == ground
+        lightness = [sum(map(int, re.findall(r"\d+", color)[:3])) / 765 for color in (background, ink)]
+        assert abs(lightness[0] - lightness[1]) > 0.6
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_asks_for_nothing_and_draws_the_picture(tmp_path):
+    page = spectra.write_report(spectrum_report(), tmp_path / "page")
+    log, shot = tmp_path / "net.json", tmp_path / "shot.png"
+    quiet = ("--disable-background-networking", "--disable-component-update", "--no-first-run")
+    browse(page, *quiet, f"--log-net-log={log}", f"--screenshot={shot}", "--window-size=900,2400")
+    asked = set(re.findall(r'"url":"((?:https?|file)://[^"]*)"', log.read_text()))
+    assert {url for url in asked if "page.html" in url or url.startswith("file")} <= {page.as_uri()}
+    picture = plt.imread(shot)[..., :3]
+    blue = np.abs(picture - np.array([0x00, 0x72, 0xB2]) / 255).max(axis=-1) < 0.05
+    assert blue.sum() > 200  # the curve

@@ -1,0 +1,339 @@
+"""The tracker: right numbers, compiled once, within its budget, on disk at every step."""
+
+import json
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import Ridge
+from flax import nnx
+
+import spectra
+from spectra.training import tracker as tracker_module
+
+X = np.random.default_rng(3).standard_normal((40, 6))
+BATCH = (jnp.asarray(X, jnp.float32), jnp.asarray(X[:, 0], jnp.float32))
+RATE = 0.05
+
+
+def loss_fn(params, batch):
+    x, y = batch
+    return jnp.mean((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2)
+
+
+def start():
+    rng = np.random.default_rng(4)
+    return {
+        name: jnp.asarray(rng.standard_normal(shape), jnp.float32) / 2
+        for name, shape in {"a": (6, 8), "b": (8,)}.items()
+    }
+
+
+def factory(params):
+    return spectra.HessianOperator(loss_fn, params, BATCH)
+
+
+@jax.jit
+def descend(params):
+    return jax.tree.map(lambda p, g: p - RATE * g, params, jax.grad(loss_fn)(params, BATCH))
+
+
+def train(tracker, steps, first=0):
+    params = start()
+    for step in range(first, steps):
+        tracker(step, params, loss=loss_fn(params, BATCH), learning_rate=RATE)
+        params = descend(params)
+    return params
+
+
+def test_every_snapshot_has_the_eigenvalues_of_the_dense_hessian():
+    tracker = spectra.SpectrumTracker(factory, 5, num_eigenvalues=2, tol=1e-3, num_steps=20, num_probes=4)
+    params = start()
+    for step in range(16):
+        snapshot = tracker(step, params)
+        if snapshot is None:
+            assert step % 5
+        else:
+            exact = np.linalg.eigvalsh(np.asarray(factory(params).as_matrix(), float))
+            scale = np.abs(exact).max()
+            # A residual r bounds the error by r; float32 products add 32 eps |H|.
+            slack = 1e-3 * scale + 32 * np.finfo(np.float32).eps * scale
+            np.testing.assert_allclose(snapshot.eigenvalues, exact[-2:][::-1], atol=slack)
+            assert snapshot.largest.lower <= exact[-1] <= snapshot.largest.upper
+            assert abs(snapshot.smallest.estimate - exact[0]) <= 0.05 * scale
+            # 4 probes of one sphere: five standard errors are missed once in a million.
+            assert abs(snapshot.trace.value - exact.sum()) <= 5 * snapshot.trace.stderr
+        params = descend(params)
+    history = tracker.history
+    np.testing.assert_array_equal(history.steps, [0, 5, 10, 15])
+    assert history.eigenvalues.shape == (4, 2)
+    assert "steps 0 to 15" in repr(history)
+
+
+def test_nothing_is_compiled_after_the_first_snapshot():
+    compiled = []
+
+    def listen(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(name)
+
+    points = [start()]
+    for _ in range(4):
+        points.append(descend(points[-1]))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        tracker = spectra.SpectrumTracker(factory, 1)
+        tracker(0, points[0])
+        assert compiled
+        compiled.clear()
+        for step, params in enumerate(points[1:], 1):
+            tracker(step, params)
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_warm_starts_need_fewer_products_than_cold_ones():
+    tracker = spectra.SpectrumTracker(factory, 1)
+    train(tracker, 8)
+    products = [s.num_matvecs - s.quadrature.num_matvecs for s in tracker.history]
+    assert max(products[1:]) < products[0]
+
+
+def test_an_eigenvalue_that_overtakes_in_an_orthogonal_direction_is_seen():
+    """Vectors of the old leading eigenvalue lie in an invariant space without the new one."""
+    bulk = np.linspace(0.0, 0.1, 60)
+
+    def diagonal(step):
+        return spectra.MatrixOperator(jnp.diag(jnp.asarray([2.0, 1.0 + step, *bulk], jnp.float32)))
+
+    tracker = spectra.SpectrumTracker(diagonal, 1)
+    for step in range(5):
+        snapshot = tracker(step, float(step))
+        # tol = 1e-2 |H|, squared over the gap.
+        np.testing.assert_allclose(snapshot.sharpness, max(2.0, 1.0 + step), rtol=1e-3)
+
+
+def test_scalars_callbacks_and_time():
+    seen = []
+    tracker = spectra.SpectrumTracker(factory, 4, callbacks=[seen.append])
+    train(tracker, 9)
+    assert [s.step for s in seen] == [0, 4, 8]
+    history = tracker.history
+    np.testing.assert_allclose(history.scalar("learning_rate"), RATE)
+    assert (np.diff(history.scalar("loss")) < 0).all()
+    assert np.isnan(history.scalar("accuracy")).all()
+    assert (np.diff([s.trained for s in history]) > 0).all()
+    assert all(s.seconds > 0 for s in history)
+
+
+def test_a_preconditioned_operator_takes_the_optimizer_state_along():
+    optimizer = optax.adam(1e-2)
+    params = start()
+    _, state = optimizer.update(jax.grad(loss_fn)(params, BATCH), optimizer.init(params))
+    tracker = spectra.SpectrumTracker(
+        lambda params, state: spectra.PreconditionedOperator(factory(params), state), 1, tol=1e-3
+    )
+    snapshot = tracker(0, params, state)
+    exact = np.linalg.eigvalsh(
+        np.asarray(spectra.PreconditionedOperator(factory(params), state).as_matrix(), float)
+    )
+    np.testing.assert_allclose(snapshot.sharpness, exact[-1], rtol=1e-3)
+
+
+def test_an_nnx_loop():
+    model = nnx.Linear(6, 1, rngs=nnx.Rngs(0))
+    graph, _ = nnx.split(model)
+
+    def loss(params, batch):
+        x, y = batch
+        return jnp.mean((nnx.merge(graph, params)(x)[:, 0] - y) ** 2)
+
+    tracker = spectra.SpectrumTracker(lambda params: spectra.HessianOperator(loss, params, BATCH), 1)
+    ones = np.column_stack([np.ones(40), X])
+    exact = np.linalg.eigvalsh(2 * ones.T @ ones / 40)
+    snapshot = tracker(0, nnx.state(model, nnx.Param))
+    np.testing.assert_allclose(snapshot.sharpness, exact[-1], rtol=1e-5)
+
+
+def test_streamed_data():
+    ridge = Ridge()
+    tracker = spectra.SpectrumTracker(lambda _: ridge.operator(ridge.parts(4)), 1)
+    exact = np.linalg.eigvalsh(ridge.hessian())
+    np.testing.assert_allclose(tracker(0, None).sharpness, exact[-1], rtol=1e-5)
+
+
+class Clock:
+    """Time that passes as the test says."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.5])
+def test_a_budget_bounds_the_share_of_training_time(budget, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(tracker_module, "time", clock)
+
+    def slow(params):
+        clock.now += 2.0  # seconds a snapshot
+        return factory(params)
+
+    tracker = spectra.SpectrumTracker(slow, 2, budget=budget)
+    params, taken = start(), []
+
+    def run():
+        for step in range(100):
+            if tracker(step, params) is not None:
+                taken.append(step)
+            clock.now += 1.0  # and a step of training
+
+    with pytest.warns(UserWarning, match="is left out: snapshots have taken") as caught:
+        run()
+    assert len(caught) == 1
+    assert taken[0] == 0
+    # Of the first, which compiles, nothing is counted; the second is taken before its cost is known.
+    assert 2.0 * (len(taken) - 1) <= budget * 100 + 2.0
+    assert len(taken) - 1 >= budget * 100 / 2.0 - 1  # and it is used
+    assert sorted([*taken, *tracker.history.skipped]) == list(range(0, 100, 2))
+    assert "left out for the budget" in repr(tracker.history)
+    assert tracker.history[1].trained >= 2.0
+
+
+def test_without_a_budget_every_snapshot_is_taken():
+    tracker = spectra.SpectrumTracker(factory, 2)
+    train(tracker, 11)
+    np.testing.assert_array_equal(tracker.history.steps, np.arange(0, 11, 2))
+    assert tracker.history.skipped == ()
+
+
+def same(a, b):
+    assert repr(a) == repr(b)
+    assert list(a.steps) == list(b.steps)
+    for one, other in zip(a, b, strict=True):
+        assert one.scalars == other.scalars
+        assert one.largest == other.largest
+        assert one.trace == other.trace
+        np.testing.assert_array_equal(one.quadrature.nodes, other.quadrature.nodes)
+        np.testing.assert_array_equal(one.eigenvalues, other.eigenvalues)
+        assert one.quadrature.status is other.quadrature.status
+
+
+def test_the_file_is_whole_after_every_snapshot(tmp_path):
+    path = tmp_path / "runs" / "spectrum.jsonl"
+    read = []
+    tracker = spectra.SpectrumTracker(
+        factory, 3, path=path, callbacks=[lambda _: read.append(len(spectra.load(path)))], name="tiny"
+    )
+    train(tracker, 10)
+    assert read == [1, 2, 3, 4]
+    same(spectra.load(path), tracker.history)
+    same(spectra.load(spectra.save(tracker.history, tmp_path / "all")), tracker.history)
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("history") / "spectrum.jsonl"
+    tracker = spectra.SpectrumTracker(factory, 3, path=path, num_steps=4)
+    train(tracker, 7)
+    return path.read_bytes(), tracker.history
+
+
+def test_a_file_torn_at_any_byte_reads_as_what_was_whole(recorded, tmp_path):
+    content, history = recorded
+    path = tmp_path / "torn.jsonl"
+    ends = [i for i, byte in enumerate(content) if byte == ord("\n")]
+    # Every byte near an end of line, and a sample of the rest.
+    cuts = {0, len(content), *range(0, len(content), 97)}
+    cuts |= {cut for end in ends for cut in (end - 1, end, end + 1)}
+    for cut in sorted(cuts):
+        path.write_bytes(content[:cut])
+        whole = content[:cut].count(b"\n") - 1
+        if whole < 0:
+            with pytest.raises(spectra.ResultFileError):
+                spectra.load(path)
+        else:
+            loaded = spectra.load(path)
+            assert list(loaded.steps) == list(history.steps[:whole])
+
+
+def test_a_run_goes_on_where_a_crash_has_torn_the_file(recorded, tmp_path):
+    content, _ = recorded
+    path = tmp_path / "torn.jsonl"
+    path.write_bytes(content[:-20])
+    tracker = spectra.SpectrumTracker(factory, 3, path=path, num_steps=4)
+    assert list(tracker.history.steps) == [0, 3]
+    train(tracker, 13)
+    assert list(spectra.load(path).steps) == [0, 3, 6, 9, 12]
+    again = spectra.SpectrumTracker(factory, 3, path=path, num_steps=4)
+    train(again, 13)
+    assert list(spectra.load(path).steps) == [0, 3, 6, 9, 12]
+    assert (np.diff([s.trained for s in spectra.load(path)]) > 0).all()
+
+
+def test_a_torn_header_is_written_anew(recorded, tmp_path):
+    content, _ = recorded
+    path = tmp_path / "torn.jsonl"
+    path.write_bytes(content[:30])
+    train(spectra.SpectrumTracker(factory, 3, path=path, num_steps=4), 4)
+    assert list(spectra.load(path).steps) == [0, 3]
+
+
+def test_a_damaged_line_in_the_middle_is_not_passed_over(recorded, tmp_path):
+    content, _ = recorded
+    path = tmp_path / "bad.jsonl"
+    lines = content.splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], lines[1][:40] + b"\n", *lines[2:]]))
+    with pytest.raises(spectra.ResultFileError, match="damaged before its last line"):
+        spectra.load(path)
+    path.write_bytes(lines[0].replace(b'"schema": 1', b'"schema": 9'))
+    with pytest.raises(spectra.ResultFileError, match="schema 9"):
+        spectra.load(path)
+    path.write_bytes(b'{"format": "something else"}\n')
+    with pytest.raises(spectra.ResultFileError, match="not a spectra result"):
+        spectra.load(path)
+    with pytest.raises(spectra.ResultFileError, match="not a spectra result"):
+        spectra.SpectrumTracker(factory, path=path)
+    assert path.read_bytes() == b'{"format": "something else"}\n'
+
+
+def test_a_loss_that_diverged_is_recorded_as_it_is(tmp_path):
+    path = tmp_path / "spectrum.jsonl"
+    tracker = spectra.SpectrumTracker(factory, path=path)
+    tracker(0, start(), loss=np.inf, other=jnp.nan)
+    assert spectra.load(path)[0].scalars["loss"] == np.inf
+    assert np.isnan(spectra.load(path).scalar("other")).all()
+    assert "NaN" not in path.read_text()
+
+
+def test_parameters_that_are_not_numbers_are_an_error():
+    tracker = spectra.SpectrumTracker(factory, 1)
+    with pytest.raises(spectra.NonFiniteError, match="holds NaN"):
+        tracker(0, jax.tree.map(lambda x: x * jnp.nan, start()))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"every": 0}, "every=0"),
+        ({"every": 2.5}, r"every=2\.5"),
+        ({"budget": 0.0}, r"budget=0\.0"),
+        ({"op_factory": 3}, "op_factory is a int"),
+    ],
+)
+def test_bad_arguments(options, match):
+    with pytest.raises(spectra.SpectraError, match=match):
+        spectra.SpectrumTracker(**({"op_factory": factory} | options))
+
+
+def test_an_empty_history_says_so():
+    history = spectra.SpectrumTracker(factory).history
+    assert "none yet" in repr(history)
+    assert len(history.steps) == 0
