@@ -1,4 +1,4 @@
-"""Measure spectra beside its peers and write tables, plots and a summary: `python -m benchmarks [SECTION ...]`.
+"""Measure spectra beside its peers and write tables, plots and a summary.
 
 Every section runs in a process of its own and writes `results/<section>.md` when it is done; one that fails
 or runs out of time is reported, and the next one starts. One section alone runs in this process.
@@ -112,7 +112,9 @@ def run_apart(name: str, settings: Settings) -> dict[str, str]:
         return {name: f"stopped after {limit} s"}
     sys.stderr.write(errors)
     if process.returncode:
-        last = [line for line in errors.strip().splitlines() if line.strip()] or [f"exit {process.returncode}"]
+        last = [line for line in errors.strip().splitlines() if line.strip()] or [
+            f"exit {process.returncode}"
+        ]
         return {name: last[-1][:120]}
     return {}
 
@@ -130,7 +132,9 @@ def summary(settings: Settings, failed: dict[str, str]) -> None:
     """`results/README.md`: all goals with their figures, and what could not be measured."""
     stored = load(settings)
     lines = ["# Results", "", "Made by `python -m benchmarks`; each page says on which machine and when.", ""]
-    rows = [Goal(**goal).row() + f" [{name}]({name}.md) |" for name in stored for goal in stored[name]["goals"]]
+    rows = [
+        Goal(**goal).row() + f" [{name}]({name}.md) |" for name in stored for goal in stored[name]["goals"]
+    ]
     lines += ["| what | measured | goal | | section |", "|---|---|---|---|---|", *rows, ""]
     lines += [
         f"* [{name}]({name}.md): {entry['date']}, {entry['seconds']} s, {entry['machine']}"

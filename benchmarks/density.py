@@ -70,8 +70,8 @@ def measure(name: str, steps: int, probes: int, rounds: int, settings: Settings,
         lowest = matmuls + sweep
         lines = [
             "",
-            f"Floor of {name}: {matmuls:.2f} ms of matrix products ({rate:.0f} GFLOP/s) and {sweep:.2f} ms of "
-            f"reading the filled basis ({bandwidth:.1f} GB/s).",
+            f"Floor of {name}: {matmuls:.2f} ms of matrix products ({rate:.0f} GFLOP/s) and {sweep:.2f} ms "
+            f"of reading the filled basis ({bandwidth:.1f} GB/s).",
         ]
     exact = None if name == "large" else extremes(problem, settings.choose(5, 1))
     rows = []
@@ -90,7 +90,15 @@ def measure(name: str, steps: int, probes: int, rounds: int, settings: Settings,
                 ritz_error(tool, steps, exact) if exact is not None else "",
             ]
         )
-    head = ["tool", "ms a step", "spread", "spectra / this", "/ floor", "max abs(QQᵀ − I)", "top 5, worst error"]
+    head = [
+        "tool",
+        "ms a step",
+        "spread",
+        "spectra / this",
+        "/ floor",
+        "max abs(QQᵀ − I)",
+        "top 5, worst error",
+    ]
     report.lines += ["", f"### {name}: {n:,} parameters, {steps} steps, {probes} probes", ""]
     report.lines += [*table(head, rows), *lines, "", "; ".join(notes) + "."]
     goals(name, times, tools, lowest, count, exact, steps, report)
@@ -102,13 +110,16 @@ def goals(name, times, tools, lowest, count, exact, steps, report: Report) -> No
         ours, theirs = RATIOS[name]
         free = [label for label in ("matfree", "matfree, linearised") if label in times]
         if free:
-            best = max(ratio(times, "spectra", label) for label in free)
-            report.goals.append(Goal(f"density of {name}, of matfree's time (the faster variant)", best, ours))
+            for label in free:
+                share = ratio(times, "spectra", label)
+                report.goals.append(Goal(f"density of {name}, of the time of {label}", share, ours))
         if "hessian-eigenthings" in times:
             share = ratio(times, "spectra", "hessian-eigenthings")
-            report.goals.append(Goal(f"density of {name}, of hessian-eigenthings' time", share, theirs))
+            report.goals.append(Goal(f"density of {name}, of the time of hessian-eigenthings", share, theirs))
     if name == "mlp" and lowest:
-        report.goals.append(Goal("density of mlp, of the floor", median_ms(times["spectra"], count) / lowest, 1.15))
+        report.goals.append(
+            Goal("density of mlp, of the floor", median_ms(times["spectra"], count) / lowest, 1.15)
+        )
     if exact is not None and steps >= 80:
         error = float(ritz_error(tools["spectra"], steps, exact))
         report.goals.append(Goal(f"largest eigenvalues of {name}, relative error", error, 1e-6))
@@ -150,7 +161,9 @@ def extremes(problem, k: int = 5) -> np.ndarray:
     """The k largest eigenvalues to 1e-10 by ARPACK with a product in float64."""
     with jax.enable_x64(True):
         apply, linear, n = in_float64(problem)
-        op = LinearOperator((n, n), matvec=lambda v: np.asarray(apply(linear, jnp.asarray(v.ravel()))), dtype=float)  # pyright: ignore
+        op = LinearOperator(
+            (n, n), matvec=lambda v: np.asarray(apply(linear, jnp.asarray(v.ravel()))), dtype=float
+        )  # pyright: ignore
         return np.sort(eigsh(op, k, which="LA", tol=1e-10, return_eigenvectors=False))[::-1]
 
 
@@ -175,7 +188,10 @@ def accuracy(settings: Settings, report: Report) -> list[str]:
             wasserstein(nodes[i], weights[i] / weights[i].sum(), values, own[i]) / span for i in range(probes)
         ]
         outer = wasserstein(
-            nodes.ravel(), (weights / weights.sum(1, keepdims=True)).ravel() / probes, values, np.full(n, 1 / n)
+            nodes.ravel(),
+            (weights / weights.sum(1, keepdims=True)).ravel() / probes,
+            values,
+            np.full(n, 1 / n),
         )
         exact = values[::-1][:5]
         top = np.sort(nodes[0])[::-1][:5]
@@ -192,7 +208,13 @@ def accuracy(settings: Settings, report: Report) -> list[str]:
             report.goals.append(
                 Goal("largest eigenvalues of small, relative error", float(rows[-1][3]), 1e-6)
             )
-    head = ["tool", "W1 to its probes' measure", "W1 to the spectrum", "top 5, worst error", "max abs(QQᵀ − I)"]
+    head = [
+        "tool",
+        "W1 to its probes' measure",
+        "W1 to the spectrum",
+        "top 5, worst error",
+        "max abs(QQᵀ − I)",
+    ]
     return [*table(head, rows), "", f"{steps} steps, {probes} probes. " + "; ".join(notes) + "."]
 
 

@@ -7,6 +7,8 @@ product in XLA and in PyTorch, and the faster one counts: that is the machine's 
 twice up to the current row (coefficients, then the update) at the bandwidth of a matrix-vector product.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +22,7 @@ def products(name: str) -> list[tuple[Shape, int]]:
     """Matrix products of one application of the linear part: shape, and how often."""
     if name == "mlp":
         rows, widths = 1797, (64, 256, 256, 10)
-        shapes = [(1, rows, a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        shapes = [(1, rows, a, b) for a, b in itertools.pairwise(widths)]
         return [*_first(shapes[0]), *(part for shape in shapes[1:] for part in _six(shape))]
     model = {"transformer": problems.DECODER, "large": problems.LARGE}[name]
     batch, length = (16, 64) if name == "transformer" else (4, 64)

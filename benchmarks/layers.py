@@ -12,6 +12,7 @@ import sys
 import time
 
 from benchmarks.dense import measure
+from benchmarks.settings import Settings
 
 METHODS = ("spectra", "loop of backward passes (torch)", "torch.func.hessian", "jax.hessian")
 SHAPES = ((10, 10), (20, 50), (50, 60), (100, 100), (200, 500))
@@ -79,9 +80,9 @@ def one(method: str, inputs: str, hidden: str) -> None:
     print(json.dumps({"value": float(value), "sign": sign, "seconds": seconds, "mib": peak / 1024}))
 
 
-def main() -> list[str]:
+def main(settings: Settings) -> list[str]:
     lines = ["| n | tool | condition number | s | peak memory, MiB |", "|---|---|---|---|---|"]
-    for inputs, hidden in SHAPES:
+    for inputs, hidden in settings.choose(SHAPES, SHAPES[:1]):
         n = inputs * hidden
         for method in METHODS:
             print(lines[-1], file=sys.stderr, flush=True)
@@ -99,4 +100,4 @@ def main() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(main()))
+    print("\n".join(main(Settings())))

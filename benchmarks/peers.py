@@ -110,7 +110,11 @@ class Matfree(FlatJax):
             tridiag = decomp.tridiag_sym(steps, reortho="full")
 
             def product(v):
-                return linear(v) if self.linearised else _flat_product(self.loss_fn, self.unravel, flat, batch, v)
+                return (
+                    linear(v)
+                    if self.linearised
+                    else _flat_product(self.loss_fn, self.unravel, flat, batch, v)
+                )
 
             def one(v):
                 found = tridiag(product, v)
@@ -192,7 +196,8 @@ class Google(FlatJax):
             jax.ops.index_update = lambda x, index, value: x.at[index].set(value)  # pyright: ignore
         assert self.path is not None
         spec = importlib.util.spec_from_file_location("google_lanczos", self.path / "jax" / "lanczos.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -340,7 +345,9 @@ class PyHessian(Torch):
     def starts(self, probes):
         self.torch.manual_seed(0)
         draws = [[self.torch.randint_like(w, high=2) for w in self.weights] for _ in range(probes)]
-        return np.stack([2 * np.concatenate([d.detach().numpy().ravel() for d in draw]) - 1 for draw in draws])
+        return np.stack(
+            [2 * np.concatenate([d.detach().numpy().ravel() for d in draw]) - 1 for draw in draws]
+        )
 
     def basis(self, steps):
         module = importlib.import_module("pyhessian.hessian")

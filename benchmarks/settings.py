@@ -40,7 +40,9 @@ class Goal:
 
     def row(self) -> str:
         sign = "≥" if self.at_least else "≤"
-        return f"| {self.what} | {self.measured:.3g}{self.unit} | {sign} {self.bound:g}{self.unit} | {'met' if self.met else 'missed'} |"
+        outcome = "met" if self.met else "missed"
+        bound = f"{sign} {self.bound:g}{self.unit}"
+        return f"| {self.what} | {self.measured:.3g}{self.unit} | {bound} | {outcome} |"
 
 
 @dataclasses.dataclass
