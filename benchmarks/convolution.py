@@ -26,7 +26,9 @@ from benchmarks.timing import alternate, median_ms, ratio, spread
 def as_products(next_call, args, kwargs, context):
     """Flax interceptor: 2-D convolutions of stride 1 and padding SAME as patches times a matrix."""
     layer = context.module
-    if not isinstance(layer, nn.Conv) or not layer.variables.get("params") or not _is_plain(layer):
+    if not isinstance(layer, nn.Conv) or context.method_name != "__call__" or not _is_plain(layer):
+        return next_call(*args, **kwargs)
+    if layer.is_initializing():
         return next_call(*args, **kwargs)
     params = layer.variables["params"]
     out = convolve(args[0], params["kernel"])

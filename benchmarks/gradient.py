@@ -65,10 +65,10 @@ def decoder(depth: int, examples: int):
 
 def look_up(next_call, args, kwargs, context):
     """Flax interceptor: rows of an embedding by a product with one-hot vectors."""
-    table = context.module.variables.get("params", {}).get("embedding")
-    if not isinstance(context.module, nn.Embed) or table is None:
+    if not isinstance(context.module, nn.Embed) or context.method_name != "__call__":
         return next_call(*args, **kwargs)
-    return jax.nn.one_hot(args[0], len(table)) @ table
+    rows = context.module.variables["params"]["embedding"]
+    return jax.nn.one_hot(args[0], len(rows)) @ rows
 
 
 def formulations(settings: Settings) -> list[str]:

@@ -83,6 +83,10 @@ def products() -> dict[str, tuple[float, float]]:
     return found
 
 
+def lanczos(op, v, steps):
+    return spectra.lanczos(op, v, steps).alpha
+
+
 def orthogonalization() -> dict[str, tuple[float, float]]:
     """48 passes over a growing basis of 2e5 numbers, in matrix-vector products with all of it."""
     n, m = 200_000, 48

@@ -1,8 +1,8 @@
 """Eigenpairs nearest zero: the Chebyshev filter of `which="SM"` beside shift-and-invert with MINRES.
 
-Diagonal operators in float64 with 5 wanted eigenvalues near zero and an indefinite rest, so the truth is known.
-MINRES is SciPy's, inside ARPACK's shift-and-invert mode at zero: each of its outer steps solves a system to a
-relative residual of 1e-10. Products count all multiplications with the operator.
+Diagonal operators in float64 with 5 wanted eigenvalues near zero and an indefinite rest: the truth is known.
+MINRES is SciPy's, inside ARPACK's shift-and-invert mode at zero: each of its outer steps solves a system to
+a relative residual of 1e-10. Products count all multiplications with the operator.
 """
 
 import jax
@@ -31,7 +31,7 @@ def main(settings: Settings) -> Report:
         for gap in settings.choose((0.3, 0.1, 0.03, 0.01), (0.3,)):
             values = spectrum(n, gap)
             rows += compare(values, gap, settings)
-    head = ["gap / |H|", "method", "products", "ms", "worst |λ| error / |H|"]
+    head = ["gap / ‖H‖", "method", "products", "ms", "worst error / ‖H‖"]
     return Report(table(head, rows))
 
 
