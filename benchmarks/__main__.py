@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.settings import RESULTS, Goal, Report, Settings
 
 SECTIONS = {
-    "density": 900,
+    "density": 1200,
     "product": 300,
     "gradient": 240,
     "convolution": 200,

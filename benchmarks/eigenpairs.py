@@ -99,7 +99,7 @@ def peers(model, criterion, batch, torch_op, rows):
 
 
 def measure(name: str, params, settings: Settings, report: Report) -> list[str]:
-    rounds = settings.choose(5, 1)
+    rounds = settings.choose(3, 1)
     loss_fn, _, batch = settings.problem("mlp")
     op = spectra.HessianOperator(loss_fn, params, batch)
     jax_op, torch_parts = op.to_scipy(), torch_product(params, batch)
