@@ -1,9 +1,9 @@
 """SLQ density end to end, beside the tools that people would use instead.
 
 80 Lanczos steps for each of 8 probes (fewer on other networks than the MLP, and 10 steps on the one of 25M
-parameters: the time is proportional to the probes), from a problem that is set up to nodes, weights and, where the tool makes
-one, the smoothed curve; compiled code is warm, compilation is in the section `startup`. Tools that take
-minutes run one probe, once, beside the first round. The floor is that of `benchmarks/floor.py`.
+parameters: the time is proportional to the probes), from a problem that is set up to nodes, weights and,
+where the tool makes one, the smoothed curve. Compiled code is warm; compilation is in the section `startup`.
+Tools that take minutes run one probe, once, beside the first round. The floor is that of `floor.py`.
 
 Accuracy is compared by what a tool controls: orthogonality of its basis; its largest Ritz values against
 converged eigenvalues in float64; and, at a size where all eigenvalues are known, the Wasserstein-1 distance

@@ -84,14 +84,21 @@ def figure(found, path) -> None:
     for ax, (sweep, points) in zip(axes, found.items(), strict=True):
         x, y = np.array([p[0] for p in points], float), np.array([p[1] for p in points])
         ax.loglog(x, y, "o-", ms=3.5, lw=1.2, c="#0072B2")
-        ax.loglog(x, y[-1] * x / x[-1], lw=0.8, c="#bbbbbb", ls="--", zorder=0)
+        ax.loglog(x, y[-1] * x / x[-1], lw=0.8, c="#bbbbbb", ls="--", zorder=0, label="proportional")
+        ax.set_ylim(y.min() / 1.4, y.max() * 1.4)
         ax.set_xlabel(sweep, fontsize=8)
-        ax.tick_params(labelsize=7)
         ax.minorticks_off()
+        shown = x[:: 2 if len(x) > 4 else 1]
+        ax.set_xticks(
+            shown, [f"{value / 1000:.0f}k" if value >= 10_000 else f"{value:.0f}" for value in shown]
+        )
+        ends = np.geomspace(y.min(), y.max(), 3)
+        ax.set_yticks(ends, [f"{value:.0f}" if value >= 10 else f"{value:.1f}" for value in ends])
+        ax.tick_params(labelsize=7)
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
     axes[0].set_ylabel("ms", fontsize=8)
-    axes[-1].set_title("dashed: proportional", fontsize=6.5, c="#777777")
+    axes[0].legend(fontsize=6.5, frameon=False)
     fig.savefig(path)
     plt.close(fig)
 
