@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 
+from benchmarks.settings import Settings
+
 METHODS = ("spectra", "jax.hessian", "torch.func.hessian")
 WIDTHS = (6, 15, 34, 56)
 CODE = "import sys; from benchmarks import dense; dense.one(*sys.argv[1:])"
@@ -98,12 +100,12 @@ def measure(code: str, *arguments: str, timeout: int = TIMEOUT) -> dict | str:
     return json.loads(out.stdout.strip().splitlines()[-1])
 
 
-def main() -> list[str]:
+def main(settings: Settings) -> list[str]:
     lines = [
         "| n | tool | products (columns) | entries | first call, s | second call, s | peak memory, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for width in WIDTHS:
+    for width in settings.choose(WIDTHS, WIDTHS[:1]):
         n = 3 * width * (width + 1)
         for method in METHODS:
             print(lines[-1], file=sys.stderr, flush=True)
@@ -119,4 +121,4 @@ def main() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(main()))
+    print("\n".join(main(Settings())))

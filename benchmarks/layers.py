@@ -3,7 +3,7 @@
 The first fully connected layer of a network w - h - 10 (tanh, 200 examples, float32) has n = w h parameters.
 Every tool ends at the same number, |λ|max / |λ|min over the numerical range: the explicit ones by LAPACK from
 their matrix, `spectra` by itself (dense up to n = 5,000, matrix-free beyond, a lower bound where it says ≥).
-Each entry is a process of its own, given 60 s; seconds include compilation, as a user
+Each entry is a process of its own, given 20 s; seconds include compilation, as a user
 waits for them, and memory is the peak beyond imports and data.
 """
 
@@ -12,11 +12,12 @@ import sys
 import time
 
 from benchmarks.dense import measure
+from benchmarks.settings import Settings
 
 METHODS = ("spectra", "loop of backward passes (torch)", "torch.func.hessian", "jax.hessian")
 SHAPES = ((10, 10), (20, 50), (50, 60), (100, 100), (200, 500))
 CODE = "import sys; from benchmarks import layers; layers.one(*sys.argv[1:])"
-TIMEOUT = 60
+TIMEOUT = 20
 
 
 def one(method: str, inputs: str, hidden: str) -> None:
@@ -79,9 +80,9 @@ def one(method: str, inputs: str, hidden: str) -> None:
     print(json.dumps({"value": float(value), "sign": sign, "seconds": seconds, "mib": peak / 1024}))
 
 
-def main() -> list[str]:
+def main(settings: Settings) -> list[str]:
     lines = ["| n | tool | condition number | s | peak memory, MiB |", "|---|---|---|---|---|"]
-    for inputs, hidden in SHAPES:
+    for inputs, hidden in settings.choose(SHAPES, SHAPES[:1]):
         n = inputs * hidden
         for method in METHODS:
             print(lines[-1], file=sys.stderr, flush=True)
@@ -99,4 +100,4 @@ def main() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(main()))
+    print("\n".join(main(Settings())))

@@ -8,6 +8,8 @@ import json
 import subprocess
 import sys
 
+from benchmarks.settings import Settings
+
 CODE = """
 import json, resource, sys
 import jax, jax.numpy as jnp
@@ -43,12 +45,15 @@ print(json.dumps({"plan": plan.total, "basis": plan.basis, "linearization": plan
 """
 
 
-def main() -> list[str]:
+CASES = (("diagonal", 96), ("mlp", 800), ("transformer", 200))
+
+
+def main(settings: Settings) -> list[str]:
     lines = [
         "| problem | steps | basis | saved | workspace | plan | measured | measured / plan |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, steps in (("diagonal", 96), ("mlp", 800), ("transformer", 200)):
+    for name, steps in settings.choose(CASES, (("mlp", 16),)):
         done = subprocess.run(
             [sys.executable, "-c", CODE, name, str(steps)],
             capture_output=True,
@@ -65,4 +70,4 @@ def main() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(main()))
+    print("\n".join(main(Settings())))

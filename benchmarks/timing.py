@@ -3,22 +3,41 @@
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 
 import jax
 
+Times = dict[str, list[float]]
 
-def alternate(functions: dict[str, Callable], *, rounds: int = 7) -> dict[str, list[float]]:
-    """Seconds of each call, one round after another, after one unmeasured call of each."""
-    for function in functions.values():
-        jax.block_until_ready(function())
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+
+def alternate(
+    functions: dict[str, Callable],
+    *,
+    rounds: int = 7,
+    warm: dict[str, Callable] | None = None,
+    once: tuple[str, ...] = (),
+    quiet: bool = False,
+) -> Times:
+    """Seconds of each call, one round after another, after one unmeasured call of each.
+
+    `warm` replaces the unmeasured call by a shorter one that compiles as much; those in `once` take part in
+    the first round only, for peers that take minutes.
+    """
+    for name, function in functions.items():
+        jax.block_until_ready((warm or {}).get(name, function)())
+    times: Times = {name: [] for name in functions}
+    for turn in range(rounds):
         for name, function in functions.items():
+            if turn and name in once:
+                continue
             start = time.perf_counter()
             jax.block_until_ready(function())
             times[name].append(time.perf_counter() - start)
+            if not quiet and times[name][-1] > 1:
+                print(f"  {name}: {times[name][-1]:.3g} s", file=sys.stderr, flush=True)
     return times
 
 
@@ -33,9 +52,9 @@ def spread(times: list[float]) -> float:
     return (ordered[-1 - quarter] - ordered[quarter]) / 2 / statistics.median(ordered)
 
 
-def ratio(times: dict[str, list[float]], name: str, reference: str) -> float:
+def ratio(times: Times, name: str, reference: str) -> float:
     """Median over rounds of the ratio within a round: load that comes and goes cancels."""
-    pairs = zip(times[name], times[reference], strict=True)
+    pairs = zip(times[name], times[reference], strict=False)
     return statistics.median(a / b for a, b in pairs)
 
 
@@ -46,7 +65,18 @@ def machine() -> str:
     except (OSError, StopIteration):
         model = platform.processor()
     device = jax.devices()[0]
-    return (
-        f"{device.platform} {device.device_kind}; host {model}, {os.cpu_count()} cores; "
-        f"jax {jax.__version__}, Python {platform.python_version()}"
+    kind = "" if device.device_kind == device.platform else f" {device.device_kind}"
+    return f"{device.platform}{kind}; host {model}, {os.cpu_count()} cores; " + ", ".join(
+        [f"Python {platform.python_version()}", *versions("jax", "torch")]
     )
+
+
+def versions(*packages: str) -> list[str]:
+    """Those that are installed, with their versions."""
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return found

@@ -7,21 +7,19 @@ medians of a call after the first. Packages that are not installed are left out.
 of the best other package for the same error, and less time.
 """
 
-import argparse
 import functools
 import statistics
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 import spectra
 from benchmarks import timing
-from spectra.demos import digits
+from benchmarks.settings import Goal, Report, Settings, table
 
 N = 1000
 INDEX = np.arange(N)
@@ -34,7 +32,6 @@ SPECTRA = {
 METHODS = ("hutchinson", "hutch++", "xtrace", "xnystrace")
 BUDGETS = (16, 32, 64, 128, 256)
 SEEDS = 21
-RESULTS = Path(__file__).with_name("results")
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -45,7 +42,7 @@ def _many(op, keys, method, budget):
     return jax.lax.map(one, keys)
 
 
-def errors(keys: int = 16) -> dict[str, dict[str, list[float]]]:
+def errors(keys: int = 16, budgets=BUDGETS) -> dict[str, dict[str, list[float]]]:
     """Median relative error of each method on each spectrum at each budget, in float64."""
     found: dict[str, dict[str, list[float]]] = {name: {m: [] for m in METHODS} for name in SPECTRA}
     with jax.enable_x64(True):
@@ -53,7 +50,7 @@ def errors(keys: int = 16) -> dict[str, dict[str, list[float]]]:
         for name, eigenvalues in SPECTRA.items():
             op = spectra.MatrixOperator(np.diag(eigenvalues))
             for method in METHODS:
-                for budget in BUDGETS:
+                for budget in budgets:
                     values = np.asarray(_many(op, many, method, budget))
                     error = np.median(np.abs(values - eigenvalues.sum())) / eigenvalues.sum()
                     found[name][method].append(float(error))
@@ -70,7 +67,15 @@ def figure(found, path: Path) -> None:
     _, axes = plt.subplots(2, 2, figsize=(6.3, 4.8), dpi=200, layout="constrained", sharex=True)
     for ax, (name, lines) in zip(axes.flat, found.items(), strict=True):
         for method, values in lines.items():
-            ax.loglog(BUDGETS, np.maximum(values, 1e-16), "o-", ms=3, lw=1, c=colors[method], label=method)
+            ax.loglog(
+                BUDGETS[: len(values)],
+                np.maximum(values, 1e-16),
+                "o-",
+                ms=3,
+                lw=1,
+                c=colors[method],
+                label=method,
+            )
         ax.set_title(name, fontsize=8)
         ax.tick_params(labelsize=7)
         ax.set_xticks(BUDGETS, [str(b) for b in BUDGETS])
@@ -84,38 +89,6 @@ def figure(found, path: Path) -> None:
     axes[0, 0].legend(fontsize=7, frameon=False)
     plt.savefig(path)
     plt.close()
-
-
-def network():
-    """Loss, trained parameters and data of the MLP."""
-    images, labels = map(jnp.asarray, digits.load_digits())
-
-    def loss_fn(params, batch):
-        inputs, targets = batch
-        hidden = jnp.tanh(inputs @ params["w1"] + params["b1"])
-        logits = hidden @ params["w2"] + params["b2"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-    keys = jax.random.split(jax.random.key(0))
-    params = {
-        "w1": jax.random.normal(keys[0], (64, 16)) / 8,
-        "b1": jnp.zeros(16),
-        "w2": jax.random.normal(keys[1], (16, 10)) / 4,
-        "b2": jnp.zeros(10),
-    }
-    optimizer = optax.adam(1e-2)
-
-    @jax.jit
-    def train(params, batch):
-        def step(carry, _):
-            params, state = carry
-            update, state = optimizer.update(jax.grad(loss_fn)(params, batch), state, params)
-            return (optax.apply_updates(params, update), state), None
-
-        return jax.lax.scan(step, (params, optimizer.init(params)), length=200)[0][0]
-
-    batch = (images.reshape(len(images), -1), labels)
-    return loss_fn, train(params, batch), batch
 
 
 def own(problem):
@@ -257,8 +230,9 @@ PEERS = {
 }
 
 
-def beside_peers(budgets=(32, 64, 128)) -> list[str]:
-    problem = network()
+def beside_peers(settings: Settings, report: Report, budgets=(32, 64, 128)) -> list[str]:
+    """Error and time of every method, seed by seed in turn."""
+    problem = settings.problem("small")
     truth = spectra.trace(spectra.HessianOperator(*problem), key=None, method="exact").value
     runs, versions = own(problem), []
     for package, build in PEERS.items():
@@ -267,61 +241,107 @@ def beside_peers(budgets=(32, 64, 128)) -> list[str]:
             versions.append(f"{package} {version(package)}")
         except Exception as error:
             versions.append(f"{package} left out ({type(error).__name__}: {str(error)[:60]})")
-    lines = [
-        f"Exact trace {truth:.5g}. " + ", ".join(versions) + ".",
-        "",
-        "| method | " + " | ".join(f"error, {b} products | ms" for b in budgets) + " |",
-        "|---" * (1 + 2 * len(budgets)) + "|",
-    ]
+    cells: dict[str, list[str]] = {name: [] for name in runs}
+    points: dict[str, list[tuple[int, float, float]]] = {name: [] for name in runs}
+    budgets = settings.choose(budgets, budgets[:1])
+    for budget in budgets:
+        errors, times = compare(runs, budget, truth, settings.choose(SEEDS, 1))
+        for name in runs:
+            if name not in times:
+                cells[name] += ["failed", ""]
+                continue
+            error, ms = statistics.median(errors[name]), timing.median_ms(times[name])
+            points[name].append((budget, error, ms))
+            cells[name] += [f"{error:.1e}", f"{ms:.1f}"]
+        for peer in ("matfree XTrace", "traceax XTrace"):
+            if peer in times:
+                share = timing.ratio(times, "spectra xtrace", peer)
+                report.goals.append(
+                    Goal(f"trace by XTrace, {budget} products, of the time of {peer}", share, 1.0)
+                )
+    peers_figure(points, settings.results / "traces-peers.png")
+    head = ["method", *(title for b in budgets for title in (f"error, {b} products", "ms"))]
+    rows = [[name, *parts] for name, parts in cells.items()]
+    picture = "![Error against products and against time](traces-peers.png)"
+    return [f"Exact trace {truth:.5g}. " + ", ".join(versions) + ".", "", *table(head, rows), "", picture]
+
+
+def compare(runs, budget: int, truth: float, seeds: int):
+    """Relative errors and seconds of each method that works, over seeds, one method after another."""
+    errors: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     for name, run in runs.items():
-        cells = []
-        for budget in budgets:
-            try:
-                run(budget, 0)
-                values, seconds = [], []
-                for seed in range(1, SEEDS + 1):
-                    start = time.perf_counter()
-                    values.append(float(run(budget, seed)))
-                    seconds.append(time.perf_counter() - start)
-                error = statistics.median(abs(v - truth) / abs(truth) for v in values)
-                cells.append(f"{error:.1e} | {1e3 * statistics.median(seconds):.1f}")
-            except Exception as error:
-                cells.append(f"failed ({type(error).__name__}) | ")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        print(lines[-1], flush=True)
-    return lines
+        try:
+            run(budget, 0)
+            errors[name], times[name] = [], []
+        except Exception as error:
+            print(f"{name}, {budget} products: {type(error).__name__}", file=sys.stderr)
+    for seed in range(1, seeds + 1):
+        for name in errors:
+            start = time.perf_counter()
+            value = float(runs[name](budget, seed))
+            times[name].append(time.perf_counter() - start)
+            errors[name].append(abs(value - truth) / abs(truth))
+    return errors, times
 
 
-def main() -> list[str]:
-    lines = beside_peers()
-    found = errors()
-    figure(found, RESULTS / "traces.png")
-    lines += [
-        "",
-        "Median relative error of the figure:",
-        "",
-        "| spectrum | method | " + " | ".join(map(str, BUDGETS)) + " |",
-    ]
-    lines.append("|---" * (2 + len(BUDGETS)) + "|")
-    for name, methods in found.items():
-        for method, values in methods.items():
-            lines.append(f"| {name} | {method} | " + " | ".join(f"{v:.1e}" for v in values) + " |")
-    return lines
+def peers_figure(points, path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = {"spectra": "#0072B2", "matfree": "#E69F00", "traceax": "#009E73", "curvlinops": "#D55E00"}
+    styles = {"Hutchinson": ":", "hutchinson": ":", "Hutch++": "--", "hutch++": "--"}
+    fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), dpi=200, layout="constrained", sharey=True)
+    for name, found in points.items():
+        package, _, method = name.partition(" ")
+        color, style = colors.get(package, "#999999"), styles.get(method, "-")
+        for ax, index in zip(axes, (0, 2), strict=True):
+            ax.loglog(
+                [p[index] for p in found],
+                [p[1] for p in found],
+                ls=style,
+                marker="o",
+                ms=3,
+                lw=1,
+                c=color,
+                label=name,
+            )
+    axes[0].set_xlabel("products", fontsize=8)
+    axes[1].set_xlabel("ms", fontsize=8)
+    axes[0].set_ylabel("median relative error", fontsize=8)
+    axes[0].set_xticks([32, 64, 128], ["32", "64", "128"])
+    for ax in axes:
+        ax.tick_params(labelsize=7)
+        ax.minorticks_off()
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+    axes[1].legend(fontsize=5.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    fig.savefig(path)
+    plt.close(fig)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.parse_args()
-    output = RESULTS / "traces.md"
-    text = [
-        "# Traces",
-        "",
-        timing.machine(),
-        "",
-        (__doc__ or "").strip(),
+def main(settings: Settings) -> Report:
+    report = Report([])
+    report.lines += beside_peers(settings, report)
+    found = errors(settings.choose(16, 1), settings.choose(BUDGETS, BUDGETS[:1]))
+    figure(found, settings.results / "traces.png")
+    report.lines += [
         "",
         "![Error against products](traces.png)",
         "",
+        "Median relative error of the figure:",
+        "",
     ]
-    output.write_text("\n".join([*text, *main(), ""]))
-    print(f"written to {output}")
+    rows = [
+        [name, method, *(f"{v:.1e}" for v in values)]
+        for name, methods in found.items()
+        for method, values in methods.items()
+    ]
+    report.lines += table(["spectrum", "method", *map(str, BUDGETS[: len(rows[0]) - 2])], rows)
+    return report
+
+
+if __name__ == "__main__":
+    print("\n".join(main(Settings()).lines))

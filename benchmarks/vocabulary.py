@@ -14,6 +14,7 @@ import optax
 
 import spectra
 from benchmarks.problems import Decoder
+from benchmarks.settings import Settings
 from spectra._memory import available_bytes
 
 VOCABULARY, TOKENS = 50257, 512
@@ -75,7 +76,9 @@ def run_small(batch: int = 4) -> str:
     )
 
 
-def main() -> list[str]:
+def main(settings: Settings) -> list[str]:
+    if settings.tiny:
+        return [row("small, 4 layers, width 96", SMALL, 4)]
     free = available_bytes()
     return [
         "| model | parameters | gradient, GiB | GGN product, GiB | ratio | output Hessians, if formed |",
@@ -89,4 +92,4 @@ def main() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(main()))
+    print("\n".join(main(Settings())))

@@ -4,6 +4,7 @@ All use a rank-revealing decomposition where the published algorithms invert a t
 Hessian nearly always is rank-deficient.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,13 +40,13 @@ class SketchRun:
     def extend(self, count: int, *, project: bool = True) -> None:
         """Raise the number of probes to `count`: one product each, and another one with `project`."""
         run = self.run
-        new = _draw(run.op, run.key, jnp.arange(self.num_probes, count), self.kind)
-        images = blocks.products(run.op, new, run.batch)
+        grow = _grow if run.op.on_host else _grow_compiled
+        new, images, basis, basis_images = grow(
+            run.op, run.key, self.basis, self.num_probes, count, self.kind, run.batch, project
+        )
         if project:
-            key = jax.random.fold_in(jax.random.fold_in(run.key, _BASIS), count)
-            basis = blocks.orthonormalize(images, self.basis, key)
             self.basis = _append(self.basis, basis)
-            self.basis_images = _append(self.basis_images, blocks.products(run.op, basis, run.batch))
+            self.basis_images = _append(self.basis_images, basis_images)
         self.probes, self.images = _append(self.probes, new), _append(self.images, images)
 
     def sketch(self) -> Any:
@@ -58,16 +59,13 @@ class SketchRun:
 
     def inner_products(self) -> Sketch:
         """All that XTrace needs, for each group and for the whole."""
-        run, q, z = self.run, self.basis, self.basis_images
-        qz, qy, qo = (run.by_group(_gram(q, x)) for x in (z, self.images, self.probes))
+        run = self.run
+        # One program and one transfer: for small networks a call costs as much as some products.
+        parts = _inner_products(self.basis, self.basis_images, self.images, self.probes, run.by is not None)
+        qz, qy, qo, oy, oo, *rest = [run.by_group(part) for part in run.fetch(parts)]
         run.check_symmetric(qz[-1])
-        if run.by is None:
-            qq, zo = run.xp.eye(self.num_probes)[None], qy
-        else:
-            qq, zo = run.by_group(_gram(q, q)), run.by_group(_gram(z, self.probes))
-        oy = run.by_group(_row_dots(self.probes, self.images))
-        oo = run.host(jnp.sum(_row_dots(self.probes, self.probes), axis=0))
-        return Sketch(qq, qz, qy, qo, zo, oy, oo)
+        qq, zo = rest or (run.xp.eye(self.num_probes)[None], qy)
+        return Sketch(qq, qz, qy, qo, zo, oy, oo[-1])
 
     def squared(self) -> Sketch:
         """The same for H² in the place of H, from the same products; for the whole only."""
@@ -81,6 +79,28 @@ class SketchRun:
     def rounding(self) -> Any:
         """Error by rounding of one quadratic form, for each group."""
         return self.run.rounding(self.run.by_group(_row_dots(self.images, self.images)))
+
+
+def _grow(op, key, known: PyTree | None, start: int, stop: int, kind: str, batch: int, project: bool):
+    """Probes and their images; with `project` also a basis of the images, orthogonal to `known`, and its."""
+    probes = blocks.draw(key, jnp.arange(start, stop), op.structure, kind)
+    images = blocks.products(op, probes, batch)
+    if not project:
+        return probes, images, None, None
+    noise = jax.random.fold_in(jax.random.fold_in(key, _BASIS), stop)
+    basis = blocks.orthonormalize(images, known, noise)
+    return probes, images, basis, blocks.products(op, basis, batch)
+
+
+_grow_compiled = jax.jit(_grow, static_argnames=("start", "stop", "kind", "batch", "project"))
+
+
+@partial(jax.jit, static_argnames="grouped")
+def _inner_products(q: PyTree, z: PyTree, y: PyTree, o: PyTree, grouped: bool):
+    """QZᵀ, QYᵀ, QΩᵀ, and the diagonals of ΩYᵀ and ΩΩᵀ, leaf by leaf; for groups QQᵀ and ZΩᵀ, too."""
+    parts = [blocks.gram(q, z), blocks.gram(q, y), blocks.gram(q, o), blocks.row_dots(o, y)]
+    parts.append(blocks.row_dots(o, o))
+    return [*parts, blocks.gram(q, q), blocks.gram(z, o)] if grouped else parts
 
 
 _gram = jax.jit(blocks.gram)

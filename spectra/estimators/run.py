@@ -40,6 +40,10 @@ class Run:
         """NumPy in float64 on the host, JAX inside a caller's jit."""
         return jnp if self.traced else np
 
+    def fetch(self, parts: Array) -> Array:
+        """A tree of arrays on the host, in one transfer; as it is under tracing."""
+        return parts if self.traced else jax.device_get(parts)
+
     def host(self, x: Array) -> Array:
         """Float64 on the host, as it is under tracing; raises for NaN and infinity."""
         if self.traced:

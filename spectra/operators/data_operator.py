@@ -213,17 +213,20 @@ class DataOperator(LinearOperator):
 
     def prepared_bytes(self) -> int:
         """Bytes of the saved values, from shapes alone; parameters and data are not counted twice."""
-        return _saved_bytes(self) if self.linearized else 0
+        return self._bytes_to_save() or 0
 
     @property
     def linearized(self) -> bool:
         """What `prepare` will choose: whether the values that products share are saved and re-used."""
+        return self._bytes_to_save() is not None
+
+    def _bytes_to_save(self) -> int | None:
+        """Bytes of the values that products share, None where they are not saved."""
         if self.stream is not None or self.mode == "finite-difference" or self.linearize is False:
-            return False
-        if self.linearize is True:
-            return True
-        available = _memory.available_bytes()
-        return available is None or _saved_bytes(self) <= LINEARIZE_SHARE * available
+            return None
+        saved, available = _saved_bytes(self), _memory.available_bytes()
+        fits = available is None or saved <= LINEARIZE_SHARE * available
+        return saved if fits or self.linearize is True else None
 
     def explain_non_finite(self) -> str:
         """Name the parameter leaf, the loss or the gradient leaf that is not finite."""
