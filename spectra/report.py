@@ -131,7 +131,7 @@ def spectrum(
         `SpectrumReport`.
 
     Raises:
-        As `slq`.
+        SpectraError: as `slq`.
 
     Cost: as `slq`; all else is arithmetic on num_steps x num_probes numbers.
 

@@ -35,7 +35,7 @@ def count_above(
         `Estimate` with lower and upper.
 
     Raises:
-        As `slq`.
+        SpectraError: as `slq`.
 
     Cost: num_probes x num_steps products, memory as `slq`.
 
@@ -71,7 +71,7 @@ def negative_share(
         `Estimate` of a number in [0, 1], as `count_above` has it.
 
     Raises:
-        As `slq`.
+        SpectraError: as `slq`.
 
     Cost: num_probes x num_steps products, memory as `slq`.
 

@@ -61,7 +61,7 @@ def trace_of(
 
     Raises:
         SpectraError: f is not finite at a Ritz value, or a Ritz value lies outside of `bounds`.
-        As `slq`.
+        SpectraError: as `slq`.
 
     Cost: num_probes x num_steps products, memory as `slq`.
 

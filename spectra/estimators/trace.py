@@ -173,7 +173,7 @@ def frobenius_norm(
         `Estimate` with value and stderr.
 
     Raises:
-        As `trace`.
+        SpectraError: as `trace`.
 
     Cost: at most num_matvecs products, memory as `trace`.
 
@@ -257,7 +257,7 @@ def model_trace(
         `Estimate` with value and stderr.
 
     Raises:
-        As `HessianOperator` and `trace`.
+        SpectraError: as `HessianOperator` and `trace`.
 
     Cost: as `trace`.
 

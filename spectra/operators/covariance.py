@@ -31,7 +31,7 @@ class GradientCovarianceOperator(DataOperator):
         **options: see `DataOperator`; `weight_fn` of one example gives w_i, by default 1.
 
     Raises:
-        As `HessianOperator`.
+        SpectraError: as `HessianOperator`.
 
     Cost: a product is one J v and one Jᵀ u of the vector of losses, about as a Hessian product; no
     gradient of a single example is ever held.

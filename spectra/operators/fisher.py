@@ -56,7 +56,7 @@ class FisherOperator(ModelOperator):
     Raises:
         StructureError: "type2" for a loss whose curvature depends on the targets; "mc" for targets or a
             loss of no known likelihood.
-        As `GGNOperator` otherwise.
+        SpectraError: as `GGNOperator` otherwise.
 
     Cost: a product is one J v and one Jᵀ u; gradients of single terms exist in output space only. "mc"
     evaluates the model once when the operator is made, or once more a product for streams.

@@ -85,7 +85,8 @@ class GGNOperator(ModelOperator):
         **options: see `DataOperator`.
 
     Raises:
-        As `HessianOperator`; DataError if a batch is not a pair.
+        SpectraError: as `HessianOperator`.
+        DataError: a batch is not a pair.
 
     Cost: a product is one J v and one Jᵀ u, about 3 evaluations of the model beyond the shared one, and
     works in the memory of a gradient plus a few arrays of the size of the outputs: no Jacobian and no

@@ -1,0 +1,59 @@
+"""Pages made while the site is built: each notebook, from its committed outputs, and the changelog."""
+
+import base64
+from pathlib import Path
+
+import nbformat
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+OPTIONAL = {"Guide": ("launching.md", "scaling.md")}  # pages that appear in the menu once they exist
+
+
+def on_config(config):
+    """Put into the menu what lies on disk."""
+    for section, pages in OPTIONAL.items():
+        entries = next(entry[section] for entry in config.nav if section in entry)
+        entries += [page for page in pages if (Path(config.docs_dir) / page).exists() and page not in entries]
+    notebooks = next(entry["Notebooks"] for entry in config.nav if "Notebooks" in entry)
+    notebooks += [f"notebooks/{path.stem}.md" for path in _notebooks()]
+    config.nav.append({"Changes": "changelog.md"})
+    return config
+
+
+def on_files(files, config):
+    """Add the pages and pictures that are made here."""
+    add = lambda name, content: files.append(File.generated(config, name, content=content))  # noqa: E731
+    add("changelog.md", (ROOT / "CHANGELOG.md").read_text())
+    rows = ["# Notebooks", "", "Executed in continuous integration; the sources are in `notebooks/`.", ""]
+    for path in _notebooks():
+        text, pictures = _page(path)
+        add(f"notebooks/{path.stem}.md", text)
+        for name, data in pictures.items():
+            add(f"notebooks/{name}", data)
+        rows.append(f"* [{text.splitlines()[0].lstrip('# ')}]({path.stem}.md)")
+    add("notebooks/index.md", "\n".join(rows) + "\n")
+    return files
+
+
+def _notebooks() -> list[Path]:
+    return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def _page(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A notebook as Markdown, and its pictures by file name."""
+    parts, pictures = [], {}
+    for i, cell in enumerate(nbformat.read(path, 4).cells):
+        if cell.cell_type == "markdown":
+            parts.append(cell.source.replace("](../docs/", "](../").replace(".ipynb)", ".md)"))
+            continue
+        parts.append(f"```python\n{cell.source}\n```")
+        for j, output in enumerate(cell.outputs):
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{path.stem}-{i}-{j}.png"
+                pictures[name] = base64.b64decode(data["image/png"])
+                parts.append(f"![]({name}){{ width=560 }}")
+            elif text := output.get("text", data.get("text/plain", "")).rstrip():
+                parts.append(f"```text\n{text}\n```")
+    return "\n\n".join(parts) + "\n", pictures

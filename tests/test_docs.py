@@ -1,0 +1,34 @@
+"""The API page names every public name, once."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import spectra
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "api.md"
+
+
+def test_the_api_page_has_every_public_name_once():
+    named = Counter(re.findall(r"^::: spectra\.(\w+)$", PAGE.read_text(), flags=re.M))
+    assert named == Counter(spectra.__all__)
+
+
+def test_the_api_page_has_every_public_name_of_the_bridge():
+    members = re.search(r"::: spectra\.bridge\n.*?members: \[(.*?)\]", PAGE.read_text(), flags=re.S)
+    assert members is not None
+    elsewhere = {"from_torch", "TorchModel"}  # spectra.from_torch and spectra.TorchModel
+    assert set(members[1].split(", ")) | elsewhere == set(spectra.bridge.__all__)
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "notebooks").glob("[0-9]*.py")), ids=lambda p: p.stem)
+def test_every_notebook_is_committed_with_its_outputs(source):
+    import json
+
+    notebook = json.loads(source.with_suffix(".ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code if "".join(cell["source"]).strip())
+    assert not any(output["output_type"] == "error" for cell in code for output in cell["outputs"])
