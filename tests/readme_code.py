@@ -11,13 +11,13 @@ from pathlib import Path
 
 
 def run(path: Path) -> int:
-    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.S | re.M)
-    namespace: dict = {}
-    for block in blocks:
-        print(block)
-        exec(compile(block, str(path), "exec"), namespace)
-    print(f"{len(blocks)} blocks of {path.name} ran")
-    return len(blocks)
+    text, namespace, count = path.read_text(), {}, 0
+    for count, block in enumerate(re.finditer(r"^```python\n(.*?)^```", text, flags=re.S | re.M), 1):
+        print(block[1])
+        above = "\n" * text.count("\n", 0, block.start(1))  # so that errors name the line of the page
+        exec(compile(above + block[1], str(path), "exec"), namespace)
+    print(f"{count} blocks of {path.name} ran")
+    return count
 
 
 def main(paths: list[str]) -> None:

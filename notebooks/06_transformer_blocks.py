@@ -1,0 +1,172 @@
+# %% [markdown]
+# # 6. Transformer blocks, and why Adam
+#
+# On transformers plain gradient descent lags far behind Adam; on convolutional networks it does not. One explanation looks
+# at the Hessian block by block: the blocks of a transformer have very different spectra, so no single step size suits all
+# of them, and Adam gives each its own ([Zhang et al. 2024](https://arxiv.org/abs/2402.16788)). This notebook measures all
+# three parts on small networks: who wins, how different the blocks are, and what Adam's preconditioner makes of them.
+
+# %%
+import argparse
+import inspect
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from flax import linen as nn
+
+import spectra
+from spectra.demos import digits
+from spectra.plotting import ACCENT, COLOR
+
+plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False})
+
+# %% [markdown]
+# ## A transformer on text, a CNN on images
+#
+# One layer of attention on the characters of a module of Python's standard library, and a CNN (its convolutions written as
+# products with patches, see notebook 5) on handwritten digits. Both take the mean cross-entropy.
+
+
+# %%
+class Transformer(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        length = tokens.shape[1]
+        x = nn.Embed(96, 32, name="embedding")(tokens)
+        x = x + self.param("positions", nn.initializers.normal(0.02), (length, 32))
+        y = nn.LayerNorm()(x)
+        query, key, value = (nn.Dense(32, use_bias=False, name=name)(y) for name in ("query", "key", "value"))
+        scores = jnp.einsum("btc,bsc->bts", query, key) / np.sqrt(32)
+        scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -jnp.inf)
+        x = x + nn.Dense(32, use_bias=False, name="out")(jax.nn.softmax(scores) @ value)
+        y = nn.gelu(nn.Dense(128, name="mlp_in")(nn.LayerNorm()(x)))
+        x = x + nn.Dense(32, name="mlp_out")(y)
+        return nn.Dense(96, name="head")(nn.LayerNorm()(x))
+
+
+class CNN(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape(-1, 8, 8, 1)
+        for width, name in ((16, "conv1"), (32, "conv2")):
+            x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+            rows = [slice(i, i + 2 * ((x.shape[1] - 1) // 2), 2) for i in range(3)]
+            x = jnp.concatenate([x[:, i, j] for i in rows for j in rows], axis=-1)
+            x = nn.gelu(nn.Dense(width, name=name)(x))
+        x = nn.gelu(nn.Dense(64, name="hidden")(x.reshape(len(x), -1)))
+        return nn.Dense(10, name="head")(x)
+
+
+def characters():
+    text = inspect.getsource(argparse).encode("ascii", "ignore")
+    codes = np.clip(np.frombuffer(text, np.uint8).astype(np.int32) - 31, 0, 95)
+    rows = codes[: len(codes) // 33 * 33].reshape(-1, 33)
+    return jnp.asarray(rows[:, :-1]), jnp.asarray(rows[:, 1:])
+
+
+DATA = {"transformer": characters(), "CNN": tuple(map(jnp.asarray, digits.load_digits()))}
+MODULES = {"transformer": Transformer(), "CNN": CNN()}
+
+
+class Loss:
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, params, batch):
+        logits = self.module.apply({"params": params}, batch[0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+
+LOSSES = {name: Loss(module) for name, module in MODULES.items()}
+START = {
+    name: module.init(jax.random.key(0), DATA[name][0][:1])["params"] for name, module in MODULES.items()
+}
+for name, params in START.items():
+    print(
+        f"{name}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {len(DATA[name][0]):,} examples"
+    )
+
+# %% [markdown]
+# ## Who wins
+#
+# The same number of steps and batches for both, and for each optimizer the best of a grid of rates. Gradient descent has
+# momentum.
+
+
+# %%
+def train(name, optimizer, steps=250, size=32):
+    """Parameters, optimizer state, and the loss of every step."""
+    data = DATA[name]
+
+    @jax.jit
+    def run(params, state, key):
+        def step(carry, key):
+            params, state = carry
+            index = jax.random.randint(key, (size,), 0, len(data[0]))
+            loss, gradient = jax.value_and_grad(LOSSES[name])(params, (data[0][index], data[1][index]))
+            updates, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), loss
+
+        return jax.lax.scan(step, (params, state), jax.random.split(key, steps))
+
+    (params, state), losses = run(START[name], optimizer.init(START[name]), jax.random.key(1))
+    return params, state, np.asarray(losses)
+
+
+RATES = {"gradient descent": (0.03, 0.1, 0.3), "Adam": (1e-3, 3e-3, 1e-2)}
+MAKE = {"gradient descent": lambda rate: optax.sgd(rate, momentum=0.9), "Adam": optax.adam}
+best = {}
+for name in MODULES:
+    for kind, rates in RATES.items():
+        runs = [(rate, *train(name, MAKE[kind](rate))) for rate in rates]
+        final = [np.mean(losses[-30:]) for *_, losses in runs]
+        best[name, kind] = runs[int(np.nanargmin(final))]
+        print(
+            f"{name}, {kind}:",
+            ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in zip(rates, final, strict=True)),
+        )
+
+_, axes = plt.subplots(1, 2, figsize=(5.6, 2.2), dpi=180, layout="constrained")
+for ax, name in zip(axes, MODULES, strict=True):
+    for kind, color in (("gradient descent", ACCENT), ("Adam", COLOR)):
+        losses = best[name, kind][-1]
+        smooth = np.convolve(losses, np.ones(15) / 15, "valid")
+        ax.semilogy(smooth, color=color, linewidth=1, label=f"{kind}, rate {best[name, kind][0]:g}")
+    ax.set(xlabel="step", ylabel="loss, mean over 15 steps", title=name)
+    ax.legend(frameon=False, fontsize=6)
+
+# %% [markdown]
+# ## How different are the blocks?
+#
+# One spectrum for each weight matrix at the start of training, all on the same axes.
+
+
+# %%
+def is_weight(path):
+    return path.endswith(("kernel", "embedding"))
+
+
+BATCH = {name: jax.tree.map(lambda x: x[:64], data) for name, data in DATA.items()}
+quadratures = {}
+for name in MODULES:
+    op = spectra.HessianOperator(LOSSES[name], START[name], BATCH[name]).block(is_weight)
+    quadratures[name] = spectra.slq(op.blocks(), key=jax.random.key(2), num_steps=40, num_probes=2)
+axes = spectra.plot_blocks(quadratures["transformer"])
+
+# %%
+typical = {}
+for name, found in quadratures.items():
+    norms = {path: max(map(abs, q.range)) for path, q in found.items()}
+    typical[name] = np.array([np.sqrt(q.mean(np.square)) for q in found.values()])
+    distances = spectra.spectral_distances(found, metric="wasserstein")
+    mean = distances[~np.eye(len(found), dtype=bool)].mean()
+    print(f"{name}: {len(found)} blocks; mean distance of their spectra {mean:.3f}")
+    print(
+        f"  largest eigenvalue from {min(norms.values()):.3g} ({min(norms, key=norms.get)}) to {max(norms.values()):.3g} ({max(norms, key=norms.get)})"
+    )
+    print(
+        f"  root mean square eigenvalue: largest over smallest {typical[name].max() / typical[name].min():.0f}"
+    )
