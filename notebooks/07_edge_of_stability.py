@@ -17,7 +17,7 @@ from matplotlib.ticker import NullFormatter
 
 import spectra
 from spectra.demos import digits
-from spectra.plotting import ACCENT, COLOR
+from spectra.plotting.style import ACCENT, COLOR
 
 plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False})
 
@@ -123,6 +123,12 @@ assert ratio[0] < 0.6, "it starts well below"
 assert worst < 0.05, "and stays within 5 % of 2/η"
 assert losses[-1] < 0.2 * losses[EVERY]
 assert np.any(np.diff(losses) > 0), "the loss does not fall in every step"
+
+# %% [markdown]
+# The whole density along training, as the tracker has recorded it:
+
+# %%
+ax = history.plot(learning_rate=RATE)
 
 # %% [markdown]
 # The sharpness starts well below $2/\eta$, rises, and stays within 5 % of it over the last third of training: all three
