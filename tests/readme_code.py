@@ -12,7 +12,8 @@ from pathlib import Path
 
 def run(path: Path) -> int:
     text, namespace, count = path.read_text(), {}, 0
-    for count, block in enumerate(re.finditer(r"^```python\n(.*?)^```", text, flags=re.S | re.M), 1):
+    for block in re.finditer(r"^```python\n(.*?)^```", text, flags=re.S | re.M):
+        count += 1
         print(block[1])
         above = "\n" * text.count("\n", 0, block.start(1))  # so that errors name the line of the page
         exec(compile(above + block[1], str(path), "exec"), namespace)
