@@ -99,12 +99,12 @@ for name, quadrature in results.items():
 #
 # With a `checkpoint` every finished probe is recorded, and the basis of the running one in intervals. A scheduler that takes
 # the machine away sends SIGTERM first: the run saves what it has and raises `PreemptedError`, and the same call goes on from
-# there. Here a run on *one* device gets the signal from its data source, in the middle of the second probe, and four devices
-# take over: vectors are stored without the mesh. Data that are streamed are read once for every product, so counting the
-# readings counts the products.
+# there. Here a run on *one* device gets the signal from its data source, in the middle of the run, and four devices take
+# over: vectors are stored without the mesh. Data that are streamed are read once for each Lanczos step
+# of both probes, so counting the readings counts the steps.
 
 # %%
-readings, stop_at = 0, 40
+readings, stop_at = 0, 12
 
 
 def source():
@@ -126,16 +126,16 @@ with tempfile.TemporaryDirectory() as folder:
     shutil.copytree(Path(folder) / "run", Path(folder) / "copy")
     before = readings
     resumed = spectra.slq(streamed, **run, checkpoint=saved)
-    products = readings - before
+    rest = readings - before
     elsewhere = spectra.slq(operators["FSDP"], **run, checkpoint=Path(folder) / "copy")
 
 uninterrupted = spectra.slq(streamed, **run)
 same = np.array_equal(resumed.nodes, uninterrupted.nodes)
 moved = np.abs(elsewhere.nodes - uninterrupted.nodes)[:, [0, -1]].max() / scale
-print(f"the resumed run read the data {products} times, of 60 products in all")
+print(f"the resumed run read the data {rest} times, a run from the start {readings - before - rest} times")
 print("on one device again, bit for bit the result of a run without interruption:", same)
 print("on four devices, both ends of the spectrum equal to rounding:", bool(moved < 1e-5))
-assert products < 30
+assert rest < 0.8 * (readings - before - rest)
 assert same
 assert moved < 1e-5
 
