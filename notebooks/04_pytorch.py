@@ -20,7 +20,7 @@ from torch import nn
 import spectra
 
 plt.rcParams.update({"font.size": 7})
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 
 # %% [markdown]
 # ## Train in PyTorch

@@ -2,8 +2,8 @@
 # # 8. Many devices: a mesh, a plan, and a run that survives
 #
 # The same lines run on a laptop, on eight GPUs and on a TPU slice: vectors and the Krylov basis are sharded as the
-# parameters are, and nothing is ever gathered. This notebook simulates four devices on a CPU, so it shows where things lie
-# and that the answers agree; it says nothing about speed.
+# parameters are. This notebook simulates four devices on a CPU, so it shows where things lie and that the answers agree; it
+# says nothing about speed.
 
 # %%
 import os

@@ -4,7 +4,7 @@
     python -m notebooks.execute --write 03      the third, and keep its outputs in the .ipynb
 
 Without --write the committed .ipynb must have the cells of its source. No output may go to stderr (a
-warning is an error here too) or show a path of the machine.
+warning is an error here too), show a path of the machine or an object's address.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from nbclient.exceptions import CellExecutionError
 
 HERE = Path(__file__).parent
 SECONDS = 600  # of one cell
-MACHINE_PATH = re.compile(r"/(?:home|root|tmp|usr|opt|work)/|[A-Z]:\\")
+PRIVATE = re.compile(r"/(?:home|root|tmp|usr|opt|work)/|[A-Z]:\\| at 0x[0-9a-f]")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
@@ -59,14 +59,14 @@ def require_pair(source: Path, notebook) -> None:
 
 
 def require_clean(notebook) -> None:
-    """No warnings, no paths of this machine."""
+    """No warnings, no paths of this machine, no addresses."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             text = str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
             if output.get("name") == "stderr":
                 raise NotebookError(f"a cell wrote to stderr: {text}")
-            if found := MACHINE_PATH.search(text):
-                raise NotebookError(f"an output holds the path {text[found.start() :][:60]!r}")
+            if found := PRIVATE.search(text):
+                raise NotebookError(f"an output holds a path or an address: {text[found.start() :][:60]!r}")
 
 
 def execute(source: Path, write: bool) -> float:
