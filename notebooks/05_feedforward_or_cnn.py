@@ -220,7 +220,7 @@ ends = {}
 for name, loss in LOSSES.items():
     params = trained[name][0]
     for size in SIZES:
-        count = min(24, 500 // size)
+        count = min(12, 500 // size)
         found = []
         for i in range(count):
             start = i * (500 // count)
