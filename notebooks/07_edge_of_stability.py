@@ -190,8 +190,8 @@ for (name, report), color in zip(reports.items(), ("0.55", COLOR), strict=True):
     trace = report.trace
     print(f"{name}: trace {trace.value:.0f} ± {trace.stderr:.1g}, smallest {report.smallest.estimate:.4f}")
 ax.axvline(edge, color=ACCENT, linewidth=0.9, linestyle="--", label=r"$2/\eta$")
-ax.set_xlim(-2, 3 * edge)
-_ = ax.legend(frameon=False, fontsize=6)
+ax.set_xlim(-2, 1.3 * edge)
+_ = ax.legend(frameon=False, fontsize=6, loc="upper center")
 before, after = reports.values()
 assert after.trace.interval().lower > before.trace.interval().upper
 assert after.smallest.lower > before.smallest.upper
