@@ -41,12 +41,20 @@ def plot_style(**changes) -> Iterator[None]:
         >>> float(figure.dpi)
         100.0
     """
+    import matplotlib
     import matplotlib.pyplot as plt
     from matplotlib import rcParams
 
     names = {name.replace(".", "_"): name for name in rcParams}
-    with plt.style.context([FILE, {names.get(name, name): value for name, value in changes.items()}]):
-        yield
+    interactive = plt.isinteractive()
+    try:
+        with plt.style.context([FILE, {names.get(name, name): value for name, value in changes.items()}]):
+            try:
+                yield
+            finally:
+                interactive = plt.isinteractive()
+    finally:  # a notebook's backend turns it on with the first figure, which may be drawn in here
+        matplotlib.interactive(interactive)
 
 
 def styled(function: Callable[P, R]) -> Callable[P, R]:
