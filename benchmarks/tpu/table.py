@@ -63,7 +63,8 @@ def orthogonalisation(rows: list[dict]) -> list[str]:
 
 def programs(rows: list[dict]) -> list[str]:
     lines = [
-        "| topology | program | form | compile s (CPU s) | memory | HBM bytes | collectives | matrix products |",
+        "| topology | program | form | compile s (CPU s) | memory | HBM bytes | collectives "
+        "| matrix products |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(rows, key=lambda r: (r["topology"], r["form"])):
@@ -106,8 +107,8 @@ def checks(known: dict) -> list[str]:
                 f"larger or other ones: {larger}" if larger else "none is larger, and none of another kind"
             )
             lines.append(
-                f"* {step['topology']}: the step has {text} of the gradient's own program (it gathers the vector "
-                f"as well as the parameters, layer by layer); of its gathers {verdict}."
+                f"* {step['topology']}: the step has {text} of the gradient's own program (it gathers the "
+                f"vector as well as the parameters, layer by layer); of its gathers {verdict}."
             )
     return lines
 
