@@ -26,8 +26,9 @@ CASES = [
     ),
     *(Case("product", t, "small", precision="default") for t in ("v5e:8x8", "v5e:16x16")),
     *(
-        Case(p, t, "1e9")
-        for t in ("v5e:8x8", "v5p:2x2x4", "v5e:16x16")
+        Case(p, t, "1e9", precision=precision)
+        for precision in ("default", "float32")
+        for t in ("v5e:8x8", "v5e:16x16", "v5p:2x2x4")
         for p in ("step", "gradient", "product")
     ),
 ]
