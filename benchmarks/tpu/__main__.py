@@ -24,6 +24,7 @@ CASES = [
         for f in FORMS
         for p in ("gradient", "product")
     ),
+    *(Case("step", t, "small", precision="default") for t in ("v5e:4x4", "v5e:8x8", "v5e:16x16")),
     *(Case("product", t, "small", precision="default") for t in ("v5e:8x8", "v5e:16x16")),
     *(
         Case(p, t, "1e9", precision=precision)

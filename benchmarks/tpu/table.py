@@ -25,6 +25,7 @@ def table(known: dict) -> str:
     parts += orthogonalisation([r for r in rows if r["program"] == "orthogonalize"])
     parts += ["", "## One Lanczos step of a transformer of 1e9 parameters", "", STEP]
     parts += programs([r for r in rows if r["size"] == "1e9" and r["program"] != "orthogonalize"])
+    parts += extrapolated(known)
     parts += ["", *checks(known), "", "## Ways to write the product", "", FORMS]
     parts += programs([r for r in rows if r["size"] == "small"])
     return "\n".join(parts) + "\n"
@@ -75,6 +76,24 @@ def programs(rows: list[dict]) -> list[str]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(r["precisions"].items()))
         lines.append(
             f"{start} {seconds(r)} | {memory(r)} | {r['hbm'] / 1e9:.2f} GB | {collectives(r)} | {kinds} |"
+        )
+    return lines
+
+
+def extrapolated(known: dict, chips: int = 256) -> list[str]:
+    """A step on 16x16 from the one on 8x8, where the former was not compiled: vectors fall with the chips."""
+    steps = [r for r in known.values() if r["program"] == "step" and r["size"] == "1e9" and "failed" not in r]
+    if any(r["topology"] == "v5e:16x16" for r in steps):
+        return []
+    lines = []
+    for r in (r for r in steps if r["topology"] == "v5e:8x8"):
+        share = r["chips"] / chips
+        memory = r["temporary"] + (r["memory"] - r["temporary"]) * share
+        passes = 16 * r["rows"] * r["numbers_a_chip"]
+        moved = r["hbm"] - (1 - share) * passes
+        lines.append(
+            f"| v5e:16x16, extrapolated from 8x8 | step | {r['form']} | | {memory / 2**30:.2f} of 16 GiB "
+            f"| {moved / 1e9:.2f} GB | {collectives(r)} | |"
         )
     return lines
 
