@@ -40,8 +40,8 @@ did not compile within its limit on these cores. The recurrence is the same, and
 on the vector unit, in float32: the matrix products listed are the model's. On v5e 4x4 the basis does not
 fit (see above).
 
-On 8x8 this compiler gathers the weights of a layer, 16 rows a chip, by an all-reduce of shards padded with
-zeros. By count nothing else is moved: parameters and vector in both sweeps, 4 x 931M numbers of the layers in
+On 8x8 the gathers of layers, 16 rows of weights a chip, are all-reduces in the compiled program; that they
+are gathers in another form is inferred from their size: parameters and vector in both sweeps, 4 x 931M numbers of the layers in
 float32 (14.9 GB), their gradient once (3.7 GB) and those of the two tables (0.27 GB) are the 18.9 GB below.
 """
 FORMS = """\
@@ -76,7 +76,7 @@ def programs(rows: list[dict]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(rows, key=lambda r: (r["topology"], r["form"])):
-        start = f"| {r['topology']} | {r['program']} | {r['form']} |"
+        start = f"| {r['topology']} | {r['program']}, {r['precision']} | {r['form']} |"
         if "failed" in r:
             lines.append(f"{start} | | | {short(r['failed'])} | |")
             continue
