@@ -42,7 +42,8 @@ fit (see above).
 
 On 8x8 the gathers of layers, 16 rows of weights a chip, are all-reduces in the compiled program; that they
 are gathers in another form is inferred from their size: parameters and vector in both sweeps, 4 x 931M
-numbers of the layers in float32 (14.9 GB), their gradient once (3.7 GB) and those of the two tables (0.27 GB) are the 18.9 GB below.
+numbers of the layers in float32 (14.9 GB), their gradient once (3.7 GB) and those of the two tables (0.27 GB)
+are the 18.9 GB below.
 """
 FORMS = """\
 The same transformer with 8 layers of width 512, JAX's default precision in the model: what is compared is
