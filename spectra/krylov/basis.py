@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from spectra.krylov.layout import Layout, Panels, PyTree
+from spectra.krylov.layout import LANES, Layout, Panels, PyTree
 
 Basis = tuple[Panels, ...]
 
@@ -200,20 +200,20 @@ def gram(basis: Basis) -> jax.Array:
     """Q Q^T over all rows, empty ones included; shape (rows, rows)."""
 
     def split(x):  # short sums: self-products have terms of one sign, and XLA sums in sequence
-        if x.ndim != 3 or x.shape[2] <= 64:
+        if x.ndim != 3 or x.shape[2] <= LANES:
             return x
-        parts = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % 64)))
-        parts = parts.reshape(x.shape[0], x.shape[1], -1, 64)
-        return jnp.moveaxis(parts, 2, 1).reshape(-1, x.shape[1], 64)
+        parts = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES)))
+        return parts.reshape(*x.shape[:2], -1, LANES)
 
     def block(a, b):
         dtype = jnp.promote_types(jnp.float32, jnp.result_type(*a))
         total = jnp.zeros((), dtype)
         for x, y in zip(map(split, a), map(split, b), strict=True):
-            axes = tuple(range(2, x.ndim))
-            dims = ((axes, axes), ((0,), (0,)))
+            apart = (0, 2) if x.ndim == 4 and x.shape[3] == LANES else (0,)
+            axes = tuple(axis for axis in range(2, x.ndim) if axis not in apart)
+            dims = ((axes, axes), (apart, apart))
             partial = lax.dot_general(x.astype(dtype), y.astype(dtype), dims, precision=lax.Precision.HIGHEST)
-            total = total + jnp.sum(partial, axis=0)
+            total = total + jnp.sum(partial, axis=tuple(range(len(apart))))
         return total
 
     return jnp.block([[block(a, b) for b in basis] for a in basis])

@@ -25,7 +25,7 @@ def gram_schmidt_pass(basis: Basis, vector: Panels, filled) -> tuple[Panels, jax
     where it removes much a second pass follows.
     """
     coefficients, square = _basis.dots(basis, vector, filled)
-    rest = jnp.maximum(square - jnp.vdot(coefficients, coefficients), 0)
+    rest = jnp.maximum(square - _square(coefficients), 0)
     return _basis.subtract(basis, coefficients, vector, filled), jnp.sqrt(rest), coefficients
 
 
@@ -47,6 +47,10 @@ def orthogonalize(
     def enough(vector):
         return vector, norm, first
 
-    repeat = jnp.vdot(first, first) > (REPEAT * norm) ** 2
+    repeat = _square(first) > (REPEAT * norm) ** 2
     vector, norm, total = lax.cond(repeat, again, enough, vector)
     return vector, norm, first, total, repeat
+
+
+def _square(coefficients: jax.Array) -> jax.Array:
+    return jnp.vdot(coefficients, coefficients, precision=lax.Precision.HIGHEST)

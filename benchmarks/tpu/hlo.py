@@ -1,0 +1,202 @@
+"""What a compiled program moves: collectives by kind, and bytes between a chip and its HBM.
+
+XLA's own "bytes accessed" counts every operand of every instruction: what lies in VMEM (memory space 1)
+like what lies in HBM, both sides of a prefetch, and the buffers that a conditional only passes on. Here an
+instruction counts the operands and results that lie in HBM; a fusion that slices an operand counts the
+slice; a conditional counts its most expensive branch, a loop its body times its trips.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
+_SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\](\{[^}]*\})?")
+_BITS = {"pred": 8}
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.-]+)")
+
+
+@dataclasses.dataclass
+class Instruction:
+    name: str
+    shape: str
+    op: str
+    operands: list[str]
+    rest: str
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Totals of one execution on one device."""
+
+    hbm: float = 0.0
+    count: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    bytes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    largest: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    def add(self, other: "Traffic", times: int = 1) -> None:
+        self.hbm += times * other.hbm
+        for kind in other.count:
+            self.count[kind] += times * other.count[kind]
+            self.bytes[kind] += times * other.bytes[kind]
+            self.largest[kind] = max(self.largest[kind], other.largest[kind])
+
+
+def size_of(shape: str, *, hbm_only: bool = False) -> int:
+    """Bytes of all arrays in a shape; of those in HBM."""
+    total = 0
+    for kind, dims, layout in _SHAPE.findall(shape):
+        if hbm_only and "S(" in layout:
+            continue
+        bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind[1:]) or 32)
+        total += math.prod(map(int, filter(None, dims.split(",")))) * bits // 8
+    return total
+
+
+def numbers_in(shape: str) -> int:
+    """Numbers in all arrays of a shape."""
+    return sum(math.prod(map(int, filter(None, dims.split(",")))) for _, dims, _ in _SHAPE.findall(shape))
+
+
+class Program:
+    """The computations of an HLO module in text form."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        self._known: dict[str, Traffic] = {}
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            head = re.match(r"^(ENTRY )?%([\w.-]+) \(.*\{$", line)
+            if head:
+                current = self.computations[head[2]] = {}
+                self.entry = head[2] if head[1] else self.entry
+                continue
+            found = _INSTRUCTION.match(line)
+            if found:
+                arguments = found[5].split("), ")[0]
+                operands = re.findall(r"%([\w.-]+)", arguments)
+                current[found[2]] = Instruction(found[2], found[3], found[4], operands, found[5])
+
+    def traffic(self) -> Traffic:
+        """Totals of one run of the program."""
+        return self._of(self.entry)
+
+    def precisions(self) -> collections.Counter:
+        """Matrix products by the precision of their operands."""
+        found: collections.Counter = collections.Counter()
+        for instruction in self.instructions():
+            if instruction.op in ("dot", "convolution"):
+                stated = re.search(r"operand_precision=\{(\w+)", instruction.rest)
+                algorithm = re.search(r"algorithm=(\w+)", instruction.rest)
+                found[algorithm[1] if algorithm else stated[1] if stated else "default"] += 1
+        return found
+
+    def instructions(self):
+        for computation in self.computations.values():
+            yield from computation.values()
+
+    def _of(self, name: str) -> Traffic:
+        if name not in self._known:
+            self._known[name] = total = Traffic()
+            scope, seen = self.computations[name], set()
+            for instruction in scope.values():
+                self._count(instruction, scope, total, seen)
+        return self._known[name]
+
+    def _count(self, i: Instruction, scope, total: Traffic, seen: set) -> None:
+        kind = i.op.removesuffix("-start")
+        if kind in KINDS:
+            _collective(kind, i, scope, total)
+        if i.op == "while":
+            condition, body = (re.search(rf"{what}=%([\w.-]+)", i.rest) for what in ("condition", "body"))
+            assert condition
+            assert body
+            total.add(self._of(body[1]), self._trips(condition[1], i.rest))
+        elif i.op == "conditional":
+            listed = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
+            branches = re.findall(r"%([\w.-]+)", listed[1]) if listed else _CALLED.findall(i.rest)
+            total.add(max((self._of(b) for b in branches), key=lambda t: (t.hbm, sum(t.bytes.values()))))
+        elif i.op == "call":
+            total.add(self._of(_CALLED.findall(i.rest)[0]))
+        elif i.op == "fusion":
+            called = _CALLED.findall(i.rest)[0]
+            total.hbm += size_of(i.shape, hbm_only=True) + self._operands(i, called, scope)
+            for inner in self.computations[called].values():
+                self._inner_collective(inner, called, total, seen)
+        elif i.op not in FREE and not i.op.endswith("-done"):
+            total.hbm += _plain_bytes(i, scope)
+
+    def _inner_collective(self, inner: Instruction, called: str, total: Traffic, seen: set) -> None:
+        """A collective inside a fusion; an asynchronous one is spread over several, with one identity."""
+        kind = inner.op.removesuffix("-start")
+        if inner.op == "fusion":
+            deeper = _CALLED.findall(inner.rest)[0]
+            for instruction in self.computations[deeper].values():
+                self._inner_collective(instruction, deeper, total, seen)
+        if kind not in KINDS:
+            return
+        chain = re.search(r'chain_id="(\d+)"', inner.rest)
+        channel = re.search(r"channel_id=(\d+)", inner.rest)
+        identity = (chain and chain[1], channel and channel[1], inner.shape.split("{")[0])
+        if not (chain and identity in seen):
+            seen.add(identity)
+            kind = "reduce-scatter" if "scatter" in called and kind == "all-reduce" else kind
+            _collective(kind, inner, self.computations[called], total)
+
+    def _trips(self, condition: str, rest: str) -> int:
+        known = re.search(r'known_trip_count[^}]*?"(\d+)"', rest)
+        if known:
+            return int(known[1])
+        names = [condition]  # the bound is a constant of the condition, or of a fusion in it
+        for instruction in self.computations[condition].values():
+            names += _CALLED.findall(instruction.rest)
+        bounds = [
+            int(i.rest.split(")")[0])
+            for name in names
+            for i in self.computations[name].values()
+            if i.op == "constant" and re.fullmatch(r"\d+", i.rest.split(")")[0])
+        ]
+        return max(bounds, default=1)
+
+    def _operands(self, i: Instruction, called: str, scope) -> float:
+        """HBM bytes that a fusion reads: of an operand that it only slices, the slices."""
+        inner = list(self.computations[called].values())
+        parameters = {x.name: int(x.rest.split(")")[0]) for x in inner if x.op == "parameter"}
+        read = 0.0
+        for name, index in parameters.items():
+            operand = scope.get(i.operands[index]) if index < len(i.operands) else None
+            full = size_of(operand.shape, hbm_only=True) if operand else 0
+            users = [x for x in inner if name in x.operands]
+            slices = [x for x in users if x.op in ("slice", "dynamic-slice") and x.operands[0] == name]
+            if users and len(slices) == len(users):
+                full = min(full, sum(size_of(x.shape) for x in slices))
+            elif users and all(x.op == "dynamic-update-slice" and x.operands[0] == name for x in users):
+                full = 0  # written in place; the result is counted below
+            read += full
+        return read
+
+
+def _plain_bytes(i: Instruction, scope) -> float:
+    if i.op in ("dynamic-update-slice", "dynamic-slice", "slice"):
+        part = scope.get(i.operands[1]).shape if i.op == "dynamic-update-slice" else i.shape
+        return 2 * size_of(part, hbm_only=True)
+    if i.op.endswith("-start"):  # the result names both ends; of a slice, the source is the whole
+        ends = [m.group(0) for m in _SHAPE.finditer(i.shape)][:2]
+        small = min(map(size_of, ends), default=0)
+        copies = i.op in ("copy-start", "slice-start", "dynamic-slice-start")
+        return copies * small * sum(size_of(end, hbm_only=True) > 0 for end in ends)
+    operands = sum(size_of(scope[o].shape, hbm_only=True) for o in i.operands if o in scope)
+    return size_of(i.shape, hbm_only=True) + operands
+
+
+def _collective(kind: str, i: Instruction, scope, total: Traffic) -> None:
+    """A collective by the larger of what goes in and what comes out of a device."""
+    into = sum(size_of(scope[o].shape) for o in i.operands if o in scope)
+    out = size_of(i.shape) - (into if i.op.endswith("-start") else 0)
+    total.count[kind] += 1
+    total.bytes[kind] += max(into, out)
+    total.largest[kind] = max(total.largest[kind], max(into, out))

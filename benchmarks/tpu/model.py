@@ -1,0 +1,150 @@
+"""A decoder-only transformer, layers under `lax.scan` with remat, and the ways to split its product.
+
+The parameters are split over one mesh axis (FSDP) and so is the batch. What differs is who says where
+the weights of a layer are gathered:
+
+* "auto": nobody; the partitioner chooses for every operation.
+* "constrained": sharding constraints on the weights of a layer and on the activations.
+* "explicit": the same, with the sharding in the types (`AxisType.Explicit`).
+* "shard_map": `all_gather` in the body of the scan, whose transpose is a reduce-scatter. The body is
+  rematerialised, so the gathered weights are not saved.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXIS = "data"
+FORMS = ("auto", "constrained", "explicit", "shard_map")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A transformer of width d with feed-forward layers of 4 d."""
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int = 32768
+    length: int = 1024
+
+    @property
+    def shapes(self):
+        d, n = self.width, self.layers
+        layers = {
+            "norm1": (n, d),
+            "qkv": (n, d, 3 * d),
+            "out": (n, d, d),
+            "norm2": (n, d),
+            "up": (n, d, 4 * d),
+            "down": (n, 4 * d, d),
+        }
+        return {
+            "embed": (self.vocabulary, d),
+            "layers": layers,
+            "norm": (d,),
+            "head": (self.vocabulary, d),
+        }
+
+
+SIZES = {
+    "1e9": Size(layers=74, width=1024, heads=8, length=256),
+    "small": Size(layers=8, width=512, heads=4, vocabulary=4096, length=256),
+}
+# Weights are split along their input features, tables along the vocabulary: shards keep long rows.
+FSDP = {
+    "embed": P(AXIS, None),
+    "layers": {
+        "norm1": P(None, AXIS),
+        "qkv": P(None, AXIS, None),
+        "out": P(None, AXIS, None),
+        "norm2": P(None, AXIS),
+        "up": P(None, AXIS, None),
+        "down": P(None, AXIS, None),
+    },
+    "norm": P(AXIS),
+    "head": P(AXIS, None),
+}
+
+
+def shape_structs(size: Size, mesh, specs=FSDP):
+    """Parameters as placed shapes; nothing is allocated."""
+
+    def one(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, size.shapes, specs, is_leaf=lambda x: type(x) is tuple)
+
+
+def batch_struct(size: Size, mesh, per_device: int = 1):
+    """A batch of token sequences, `per_device` a device."""
+    shape = (per_device * mesh.size, size.length + 1)
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, P(AXIS, None)))
+
+
+def make_loss(size: Size, form: str, mesh):
+    """loss_fn(params, tokens) in one of `FORMS`."""
+    if form == "shard_map":
+        local = partial(_loss, size, _all_gather, lambda x: x)
+        specs = (FSDP, P(AXIS, None))
+        mean = lambda p, t: lax.pmean(local(p, t), AXIS)  # noqa: E731
+        return jax.shard_map(mean, mesh=mesh, in_specs=specs, out_specs=P())
+    if form == "auto":
+        return partial(_loss, size, lambda w, axis: w, lambda x: x)
+    move = jax.sharding.reshard if form == "explicit" else lax.with_sharding_constraint
+
+    def gather(w, axis):
+        return move(w, NamedSharding(mesh, P(*[None] * w.ndim)))
+
+    def split(x):
+        return move(x, NamedSharding(mesh, P(AXIS, *[None] * (x.ndim - 1))))
+
+    return partial(_loss, size, gather, split)
+
+
+def _all_gather(w, axis):
+    return lax.all_gather(w, AXIS, axis=axis, tiled=True)
+
+
+def _loss(size: Size, gather, split, params, tokens):
+    """Mean cross-entropy of the next token."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    x = split(gather(params["embed"], 0).at[inputs].get(mode="clip"))
+
+    @jax.checkpoint
+    def layer(x, p):
+        p = jax.tree.map(lambda w: gather(w, 0), p)
+        x = split(x + attention(_norm(x, p["norm1"]), p, size.heads))
+        hidden = jax.nn.gelu(jnp.einsum("bsd,df->bsf", _norm(x, p["norm2"]), p["up"]))
+        return split(x + jnp.einsum("bsf,fd->bsd", hidden, p["down"])), None
+
+    x, _ = lax.scan(layer, x, params["layers"])
+
+    @jax.checkpoint
+    def cross_entropy(x, norm, head):
+        logits = jnp.einsum("bsd,vd->bsv", _norm(x, gather(norm, 0)), gather(head, 0))
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+    return cross_entropy(x, params["norm"], params["head"])
+
+
+def attention(x, p, heads: int):
+    """Causal self-attention, written out: it can be differentiated twice."""
+    batch, length, width = x.shape
+    qkv = jnp.einsum("bsd,df->bsf", x, p["qkv"]).reshape(batch, length, 3, heads, width // heads)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    scores = jnp.einsum("bqhc,bkhc->bhqk", q, k) / jnp.sqrt(width / heads)
+    mask = jnp.tril(jnp.ones((length, length), bool))
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
+    mixed = jnp.einsum("bhqk,bkhc->bqhc", weights, v).reshape(batch, length, width)
+    return jnp.einsum("bsd,df->bsf", mixed, p["out"])
+
+
+def _norm(x, scale):
+    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * (1 + scale)

@@ -1,0 +1,172 @@
+"""The table of what was compiled, from the figures in `results/tpu.json`."""
+
+from benchmarks.tpu.chips import CHIPS
+
+INTRODUCTION = """\
+# Lanczos on TPU, as the compiler sees it
+
+Programs of the package, compiled ahead of time by libtpu for topologies that were not there
+(`pip install 'spectra-jax[tpu-aot]'`, `python -m benchmarks.tpu`). Nothing was run: bytes and collectives are
+read from the compiled program, seconds are of compiling, on two shared CPU cores (CPU seconds beside them).
+
+Memory is arguments, results and temporaries of one chip. Bytes are what one chip moves between HBM and its
+cores in one run of the program; the most expensive branch of every conditional is counted, so all 104 rows
+are read and the second Gram-Schmidt pass is always taken. XLA's own "bytes accessed" also counts what lies in
+VMEM, both ends of a prefetch and the operands of conditionals; it stands beside. The floor of two passes is
+4 reads of all rows: 16 x 104 bytes a number of the vector that the chip holds. Collectives: number of times,
+bytes on one device in all (the larger of what goes in and what comes out).
+"""
+
+
+def table(known: dict) -> str:
+    """All sections as Markdown."""
+    rows = list(known.values())
+    parts = [INTRODUCTION, "## Orthogonalisation alone", ""]
+    parts += orthogonalisation([r for r in rows if r["program"] == "orthogonalize"])
+    parts += ["", "## One Lanczos step of a transformer of 1e9 parameters", "", STEP]
+    parts += programs([r for r in rows if r["size"] == "1e9" and r["program"] != "orthogonalize"])
+    parts += extrapolated(known)
+    parts += ["", *checks(known), "", "## Ways to write the product", "", FORMS]
+    parts += programs([r for r in rows if r["size"] == "small"])
+    return "\n".join(parts) + "\n"
+
+
+STEP = """\
+Decoder-only: 74 layers of width 1024 under `lax.scan` with remat, vocabulary 32,768, one sequence of 256
+tokens a chip, parameters and batch split over one axis (FSDP), weights gathered in the body of the scan by
+`shard_map`, m = 100. The step is the body of `slq` and `lanczos`: product and recurrence in one loop.
+Products inside the model are at JAX's default precision here; with the package's default, float32, the step
+did not compile within its limit on these cores. The recurrence is the same, and multiplies rows with vectors
+on the vector unit, in float32: the matrix products listed are the model's. On v5e 4x4 the basis does not
+fit (see above).
+
+On 8x8 the gathers of layers, 16 rows of weights a chip, are all-reduces in the compiled program; that they
+are gathers in another form is inferred from their size: parameters and vector in both sweeps, 4 x 931M
+numbers of the layers in float32 (14.9 GB), their gradient once (3.7 GB) and those of the two tables (0.27 GB)
+are the 18.9 GB below.
+"""
+FORMS = """\
+The same transformer with 8 layers of width 512, JAX's default precision in the model: what is compared is
+who says where weights are gathered (see `benchmarks/tpu/model.py`).
+"""
+
+
+def orthogonalisation(rows: list[dict]) -> list[str]:
+    lines = [
+        "| topology | parameters | basis | numbers a chip | compile s (CPU s) | memory | HBM bytes / floor "
+        "| XLA's bytes / floor | collectives |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        start = f"| {r['topology']} | {r.get('parameters', 998_396_928):,} | {r['layout']} |"
+        if "failed" in r:
+            lines.append(f"{start} | | | | | {short(r['failed'])} |")
+            continue
+        floor = 16 * r["rows"] * r["numbers_a_chip"]
+        lines.append(
+            f"{start} {r['numbers_a_chip']:,} | {seconds(r)} | {memory(r)} | {r['hbm'] / floor:.2f} "
+            f"| {r['bytes_accessed'] / floor:.2f} | {collectives(r)} |"
+        )
+    return lines
+
+
+def programs(rows: list[dict]) -> list[str]:
+    lines = [
+        "| topology | program | form | compile s (CPU s) | memory | HBM bytes | collectives "
+        "| matrix products |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(rows, key=lambda r: (r["topology"], r["form"])):
+        start = f"| {r['topology']} | {r['program']}, {r['precision']} | {r['form']} |"
+        if "failed" in r:
+            lines.append(f"{start} | | | {short(r['failed'])} | |")
+            continue
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(r["precisions"].items()))
+        lines.append(
+            f"{start} {seconds(r)} | {memory(r)} | {r['hbm'] / 1e9:.2f} GB | {collectives(r)} | {kinds} |"
+        )
+    return lines
+
+
+def extrapolated(known: dict, chips: int = 256) -> list[str]:
+    """A step on 16x16 from the one on 8x8, where the former was not compiled: vectors fall with the chips."""
+    steps = [r for r in known.values() if r["program"] == "step" and r["size"] == "1e9" and "failed" not in r]
+    if any(r["topology"] == "v5e:16x16" for r in steps):
+        return []
+    lines = []
+    for r in (r for r in steps if r["topology"] == "v5e:8x8"):
+        share = r["chips"] / chips
+        memory = r["temporary"] + (r["memory"] - r["temporary"]) * share
+        passes = 16 * r["rows"] * r["numbers_a_chip"]
+        moved = r["hbm"] - (1 - share) * passes
+        lines.append(
+            f"| v5e:16x16, extrapolated from 8x8 | step | {r['form']} | | {memory / 2**30:.2f} of 16 GiB "
+            f"| {moved / 1e9:.2f} GB | {collectives(r)} | |"
+        )
+    return lines
+
+
+def checks(known: dict) -> list[str]:
+    """What a step adds to its product, and how it compares with the gradient, where all were compiled."""
+    lines = []
+    for step in known.values():
+        if step["program"] != "step" or "failed" in step:
+            continue
+        name = f"{step['topology']}, {step['size']}"
+        product, gradient = (partner(known, step, program) for program in ("product", "gradient"))
+        if product:
+            floor = 16 * step["rows"] * step["numbers_a_chip"]
+            times = (step["hbm"] - product["hbm"]) / floor
+            added = {k: v[0] - product["collectives"].get(k, [0])[0] for k, v in step["collectives"].items()}
+            text = ", ".join(f"{count:.0f} {kind}" for kind, count in added.items() if count) or "none"
+            lines.append(
+                f"* {name}: beyond its product the step moves {times:.2f} times the floor of two "
+                f"Gram-Schmidt passes, and adds collectives: {text}."
+            )
+        if gradient:
+            own = gradient["collectives"]
+            pairs = {k: (v, own[k]) for k, v in step["collectives"].items() if k in own}
+            text = ", ".join(
+                f"{mine[1] / its[1]:.2f} times the {k} bytes" for k, (mine, its) in pairs.items()
+            )
+            gathers = [k for k in step["collectives"] if k != "all-reduce"]
+            larger = [k for k in gathers if k not in own or step["collectives"][k][2] > own[k][2]]
+            verdict = (
+                f"larger or other ones: {larger}" if larger else "none is larger, and none of another kind"
+            )
+            lines.append(
+                f"* {name}: the step has {text} of the gradient's own program (it gathers the "
+                f"vector as well as the parameters, layer by layer); of its gathers {verdict}."
+            )
+    return lines
+
+
+def partner(known: dict, step: dict, program: str) -> dict | None:
+    """The figures of another program of the same case."""
+    same = ("topology", "size", "form", "precision", "layout")
+    found = (r for r in known.values() if r["program"] == program and all(r[k] == step[k] for k in same))
+    return next((r for r in found if "failed" not in r), None)
+
+
+def seconds(r: dict) -> str:
+    return f"{r['compile_s']:.0f} ({r['compile_cpu_s']:.0f})"
+
+
+def memory(r: dict) -> str:
+    chip = CHIPS[r["topology"].split(":")[0]]
+    fits = "" if r["memory"] <= chip.memory else ", does not fit"
+    return f"{r['memory'] / 2**30:.2f} of {chip.memory / 2**30:.0f} GiB{fits}"
+
+
+def collectives(r: dict) -> str:
+    def one(kind, count, size):
+        unit, scale = next(
+            (u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if size >= s or s == 1
+        )
+        return f"{count:.0f} {kind} ({size / scale:.3g} {unit})"
+
+    return ", ".join(one(kind, *r["collectives"][kind][:2]) for kind in sorted(r["collectives"])) or "none"
+
+
+def short(reason: str) -> str:
+    return reason.split("HLO module")[0].split("CompileTimeHbmOom: ")[-1].strip().rstrip(".")

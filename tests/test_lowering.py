@@ -1,0 +1,164 @@
+"""What is compiled for a mesh: which collectives a Lanczos step has, and in what precision it multiplies.
+
+The programs are lowered for 8 simulated devices and for CUDA, and, with libtpu, compiled for a TPU
+topology; nothing of them is run.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROWS = 24  # of the basis for 20 steps, in segments of 8
+
+PROGRAM = """
+import json, re
+import jax, jax.numpy as jnp, spectra
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from spectra.krylov import lanczos
+from spectra.krylov.layout import Layout
+from spectra.operators import data_operator
+
+mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+every = ("data", "model")
+
+def loss_fn(p, batch):
+    hidden = jnp.tanh(batch @ p["w"] + p["b"])
+    return jnp.mean((hidden @ p["v"]) ** 2)
+
+shapes = {"w": (64, 128), "b": (128,), "v": (128, 32)}
+cases = {
+    "replicated": ({k: P() for k in shapes}, every, False),
+    "spread": ({k: P() for k in shapes}, every, True),
+    "fsdp": ({"w": P(every, None), "b": P(every), "v": P(every, None)}, every, False),
+    "tensor": ({"w": P(None, "model"), "b": P("model"), "v": P("model", None)}, "data", False),
+    "mixed": ({"w": P("data", "model"), "b": P("model"), "v": P("model", "data")}, "data", False),
+}
+
+def struct(shape, spec):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+def collectives(text):
+    pattern = r"= (\\([^=]*?\\)|\\S+) (all-[a-z-]+|reduce-scatter|collective-permute|ragged-[a-z-]+)\\("
+    found = re.findall(pattern, text)
+    arrays = [(kind, re.findall(r"\\w+\\[([\\d,]*)\\]", shape)) for shape, kind in found]
+    return [(kind, [[int(d) for d in a.split(",") if d] for a in shapes]) for kind, shapes in arrays]
+
+out = {}
+for name, (specs, batch, spread) in cases.items():
+    like = {k: struct(s, specs[k]) for k, s in shapes.items()}
+    data = struct((64, 64), P(batch, None))
+    op = spectra.HessianOperator(loss_fn, like, data, mode="forward-over-reverse", linearize=False)
+    layout = Layout.of(op.like, spread=spread)
+    init = lambda: lanczos.init(layout, jax.tree.map(lambda s: jnp.ones(s.shape), like), 20)
+    places = jax.jit(init).lower().compile().output_shardings
+    state = jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), jax.eval_shape(init), places
+    )
+    args = (op, layout, state, 0, 1)
+    out[name] = {
+        "step": collectives(lanczos._run_chunk.lower(*args).compile().as_text()),
+        "gradient": collectives(data_operator._gradient.lower(op).compile().as_text()),
+        "split": [p.sharding.shard_shape(p.shape) for p in state.basis[0]],
+        "whole": [p.shape for p in state.basis[0]],
+    }
+    exported = jax.export.export(lanczos._run_chunk, platforms=["cuda"])(*args)
+    module = exported.mlir_module()
+    dots = [line for line in module.splitlines() if "stablehlo.dot_general" in line]
+    out[name]["cuda"] = {
+        "platforms": exported.platforms,
+        "devices": exported.nr_devices,
+        "dots": len(dots),
+        "lower": [line for line in dots if "precision = [HIGHEST, HIGHEST]" not in line],
+    }
+print(json.dumps(out))
+"""
+CASES = ("replicated", "spread", "fsdp", "tensor", "mixed")
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    flags = "--xla_force_host_platform_device_count=8"
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
+
+
+def moved(collectives, *, reductions: bool):
+    """Shapes of what is reduced, or of what is otherwise moved."""
+    return [shape for kind, shapes in collectives for shape in shapes if (kind == "all-reduce") == reductions]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_gathers_nothing_that_the_gradient_does_not(lowered, case):
+    step = moved(lowered[case]["step"], reductions=False)
+    gradient = moved(lowered[case]["gradient"], reductions=False)
+    if case == "spread":  # the current vector, once: in the place of the all-reduce's second half
+        assert len(step) == 1
+        assert 64 * 128 + 128 + 128 * 32 <= step[0][0] < 64 * 128 + 128 + 128 * 32 + 8
+        return
+    assert all(shape in gradient for shape in step)  # parameters, activations, and vectors like them
+    assert len(step) <= 2 * len(gradient)  # the parameters, and the vector
+    assert not any(ROWS in shape or 8 in shape[1:2] for shape in step)  # no row axis: never the basis
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_adds_two_reductions_and_two_for_a_second_pass(lowered, case):
+    own = [s for s in moved(lowered[case]["step"], reductions=True) if len(s) == 0 or s == [ROWS + 1]]
+    gradient = [s for s in moved(lowered[case]["gradient"], reductions=True) if len(s) == 0]
+    # alpha, and coefficients with the norm; in the second pass coefficients, and the norm. "mixed" has
+    # leaves over two sets of devices, each with its own sums; what is replicated needs none.
+    sets = {"replicated": 0, "mixed": 2}.get(case, 1)
+    assert len(own) - len(gradient) <= 4 * sets
+    assert sum(s == [ROWS + 1] for s in own) == 2 * sets
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_basis_is_split_as_the_parameters_are(lowered, case):
+    ratio = [w[0] // s[0] for w, s in zip(lowered[case]["whole"], lowered[case]["split"], strict=True)]
+    assert sorted(ratio) == {"replicated": [1], "tensor": [2], "mixed": [2, 8]}.get(case, [8])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_lowers_for_cuda_in_full_precision(lowered, case):
+    cuda = lowered[case]["cuda"]
+    assert cuda["platforms"] == ["cuda"]
+    assert cuda["devices"] == 8
+    assert cuda["dots"] > 3 * 3  # three segments, twice, and the model's own
+    assert not cuda["lower"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "spread"])
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu-aot]'"
+)
+def test_the_tpu_compiler_keeps_to_the_floor_of_bytes(layout):
+    case = {"program": "orthogonalize", "topology": "v5e:8x8", "layout": layout}
+    case["size"] = "1e9" if layout == "fsdp" else "5e6"
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tpu", "--one", json.dumps(case)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    figures = json.loads(run.stdout.splitlines()[-1])
+    floor = 2 * 2 * 4 * figures["rows"] * figures["numbers_a_chip"]  # two passes, two reads, 4 bytes
+    assert figures["hbm"] <= 1.3 * floor
+    assert figures["memory"] <= 16 * 2**30
+    # Coefficients and square of two passes, and the last norm: 2 (104 + 1) + 1 numbers.
+    assert figures["collectives"] == {"all-reduce": [3, 4 * (2 * (figures["rows"] + 1) + 1), 420]}
+    assert set(figures["precisions"]) <= {"highest"}
