@@ -135,7 +135,7 @@ twice. For fully sharded parameters (FSDP) the form that the compiler handles be
 loss under `jax.shard_map`, with `lax.all_gather` on the weights of a layer in the rematerialised body of the
 scan.
 
-```python
+```py
 def loss_fn(params, tokens):  # the mean over all devices of each one's mean
     return jax.shard_map(
         lambda p, t: lax.pmean(local_loss(p, t), "data"),
