@@ -32,7 +32,8 @@ from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout
 from spectra.krylov.orthogonalize import orthogonalize
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, product
+from spectra.operators.diagnose import slow_in_loops
 
 PyTree = Any
 
@@ -137,6 +138,7 @@ class Band:
 
     def __init__(self, op: LinearOperator, layout: Layout, num_rows: int):
         self.op, self.layout, self.limit = op, layout, num_rows
+        self.stepwise = op.on_host or slow_in_loops(op)
         self.state = _empty(layout, num_rows)
         self.coefficients = np.zeros(self.state.coefficients.shape)
         self.locked: list[int] = []
@@ -171,8 +173,8 @@ class Band:
         """Take up to `steps` products, beginning with the pending `row`; fewer at a breakdown."""
         before = self.filled
         previous, chain = self.parent.pop(row, -1), self.chain.pop(row)
-        if self.op.on_host:
-            self._extend_on_host(row, previous, steps)
+        if self.stepwise:
+            self._extend_stepwise(row, previous, steps)
         else:
             self.state = _chain(self.op, self.layout, self.op.size, self.state, row, previous, steps)
         columns, after = jax.device_get((self.state.coefficients, self.state.filled))
@@ -188,11 +190,12 @@ class Band:
             self.parent[new[-1]], self.chain[new[-1]] = done[-1], chain
         self._check()
 
-    def _extend_on_host(self, row, previous, steps):
-        filled = self.filled
+    def _extend_stepwise(self, row, previous, steps):
+        filled, op = self.filled, self.op
         for _ in range(steps):
-            product = self.op.mv(_row(self.layout, self.state, row))
-            self.state = _absorb_one(self.layout, self.op.size, self.state, row, previous, product)
+            vector = _row(self.layout, self.state, row)
+            image = op.mv(vector) if op.on_host else product(op, vector)
+            self.state = _absorb_one(self.layout, op.size, self.state, row, previous, image)
             row, previous = filled, row
             if int(self.state.filled) == filled:
                 return

@@ -27,6 +27,7 @@ from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
 from spectra.krylov.orthogonalize import orthogonalize
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.diagnose import slow_in_loops
 from spectra.results import Tridiagonal
 
 PyTree = Any
@@ -279,10 +280,10 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
     if not np.isfinite(size) or size == 0:
         raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
     op = op.prepare()
-    state = _init(layout, v0, num_steps, keep_basis=keep)
+    state, apart = _init(layout, v0, num_steps, keep_basis=keep), slow_in_loops(op)
     for start in range(0, num_steps, CHUNK):
         stop = min(start + CHUNK, num_steps)
-        state = advance(op, layout, state, start, stop, batched=False)
+        state = advance(op, layout, state, start, stop, batched=False, apart=apart)
         if not state.alive:
             break
     if state.alive:

@@ -86,8 +86,15 @@ def weighted_sum(parts: Iterable[tuple[float, PyTree]]) -> PyTree:
     for weight, part in parts:
         before = total
         total = _multiple(weight, part) if total is None else _add(weight, part, total)
-        jax.block_until_ready(before)
+        jax.block_until_ready(total if _shares_threads(total) else before)
     return total
+
+
+def _shares_threads(tree: PyTree) -> bool:
+    """Whether several devices of one CPU hold an array: their collectives need a thread each, and two
+    programs at once can leave them waiting for one another."""
+    devices = jax.tree.leaves(tree)[0].sharding.addressable_devices
+    return len(devices) > 1 and next(iter(devices)).platform == "cpu"
 
 
 _multiple = jax.jit(_tree.scale)

@@ -1,9 +1,11 @@
-"""Which operation in a loss stands in the way of its second derivative."""
+"""Which operations in a loss stand in the way: of its second derivative, or of speed."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+
+from spectra.operators.base import LinearOperator, product
 
 PyTree = Any
 _SUSPECTS = (
@@ -31,6 +33,18 @@ def refusing_operations(fn: Callable, *args: PyTree) -> str:
 def may_refuse_at_lowering(jaxpr) -> bool:
     """Whether forward mode met a `custom_vjp`: JAX stages that, and refuses only what it compiles."""
     return any(eqn.primitive.name == "custom_lin" for eqn in _equations(jaxpr))
+
+
+def slow_in_loops(op: LinearOperator) -> bool:
+    """Whether products should be called one by one, not from a compiled loop: convolutions on a CPU.
+
+    There XLA runs a convolution with the threads of its library at the top of a program, and as a plain
+    loop inside a `while` (jax-ml/jax issue 12868): the products of a small CNN took 8 times as long.
+    """
+    if op.on_host or op.device.platform != "cpu":
+        return False
+    jaxpr = product.trace(op, op.structure).jaxpr.jaxpr
+    return any(eqn.primitive.name == "conv_general_dilated" for eqn in _equations(jaxpr))
 
 
 def _equations(jaxpr) -> Iterator[Any]:
