@@ -1,5 +1,6 @@
 """The same key gives the same answer on one and on eight devices, and sharding is kept."""
 
+import functools
 import json
 import os
 import subprocess
@@ -103,26 +104,27 @@ def cases(*layouts):
     return [(runs[layout], layout) for layout in layouts or runs]
 
 
-@pytest.fixture(scope="module")
-def answers(request):
+@functools.cache
+def run(layouts):
+    """What the program says about some layouts; it runs once for each set of them."""
     flags = "--xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run(
-        [sys.executable, "-c", f"EVEN = {request.param == 'divides'}\n{PROGRAM}"],
+    process = subprocess.run(
+        [sys.executable, "-c", f"EVEN = {layouts == 'divides'}\n{PROGRAM}"],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert run.returncode == 0, run.stderr[-2000:]
-    result = json.loads(run.stdout)
+    assert process.returncode == 0, process.stderr[-2000:]
+    result = json.loads(process.stdout)
     assert result["one"]["devices"] == 8
     return result, float(np.finfo(np.float32).eps)
 
 
-@pytest.mark.parametrize(("answers", "layout"), cases(), indirect=["answers"])
-def test_answers_do_not_depend_on_the_number_of_devices(layout, answers):
-    result, eps = answers
+@pytest.mark.parametrize(("layouts", "layout"), cases())
+def test_answers_do_not_depend_on_the_number_of_devices(layouts, layout):
+    result, eps = run(layouts)
     one, many = result["one"], result[layout]
     size = np.abs(one["nodes"]).max()
     # Sums over 64 examples and 800 parameters in another order: at most 64 roundings of a product;
@@ -142,11 +144,9 @@ def test_answers_do_not_depend_on_the_number_of_devices(layout, answers):
         assert abs(many["trace"] - one["trace"]) <= 64 * eps * size * np.sqrt(len(one["product"])) * 8
 
 
-@pytest.mark.parametrize(
-    ("answers", "layout"), cases("fsdp", "tensor", "mixed", "replicated"), indirect=["answers"]
-)
-def test_the_basis_lies_as_the_parameters_do_and_as_planned(layout, answers):
-    case = answers[0][layout]
+@pytest.mark.parametrize(("layouts", "layout"), cases("fsdp", "tensor", "mixed", "replicated"))
+def test_the_basis_lies_as_the_parameters_do_and_as_planned(layouts, layout):
+    case = run(layouts)[0][layout]
     pieces = {"fsdp": 8, "tensor": 2, "replicated": 1}.get(layout)
     if pieces:  # the leaves of "mixed" lie in three ways
         assert case["largest"] == case["bytes"] // pieces
@@ -154,15 +154,14 @@ def test_the_basis_lies_as_the_parameters_do_and_as_planned(layout, answers):
     assert case["plan devices"] == 8
 
 
-@pytest.mark.parametrize(("answers", "layout"), cases("spread", "tensor, spread"), indirect=["answers"])
-def test_a_spread_basis_is_divided_by_the_number_of_devices(layout, answers):
-    result, _ = answers
+@pytest.mark.parametrize(("layouts", "layout"), cases("spread", "tensor, spread"))
+def test_a_spread_basis_is_divided_by_the_number_of_devices(layouts, layout):
+    result, _ = run(layouts)
     assert result[layout]["planned"] == result["one"]["planned"] // 8
 
 
-@pytest.mark.parametrize("answers", ["divides"], indirect=True)
-def test_a_basis_in_bfloat16_takes_half_and_keeps_the_extremes(answers):
-    result, _ = answers
+def test_a_basis_in_bfloat16_takes_half_and_keeps_the_extremes():
+    result, _ = run("divides")
     one, half = result["one"], result["bfloat16"]
     assert half["planned"] == result["fsdp"]["planned"] // 2
     # Rows are off by 2^-9 each: what Gram-Schmidt leaves along them, squared, moves a Ritz value.
