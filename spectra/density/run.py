@@ -90,7 +90,9 @@ class ProbeRun:
         batched = len(probes) > 1
         state, done = self._begin(probes, num_steps, batched)
         while done < num_steps:
-            stop = min(done + self.chunk, num_steps)
+            # Chunks of any length end where the longest do: there alone is it asked whether to stop.
+            goal = min((done // _lanczos.CHUNK + 1) * _lanczos.CHUNK, num_steps)
+            stop = min(done + self.chunk, goal)
             started = time.monotonic()
             state = _lanczos.advance(
                 self.op, self.layout, state, done, stop, batched=batched, apart=self.apart, home=self.home
@@ -99,7 +101,11 @@ class ProbeRun:
             steps, done = stop - done, stop
             if not np.any(state.alive):
                 break
-            if stop_when is not None and stop_when(self._quadrature(_rows(state, done, batched))):
+            if (
+                stop_when is not None
+                and done == goal
+                and stop_when(self._quadrature(_rows(state, done, batched)))
+            ):
                 break
             if self.recorder is not None and done < num_steps:
                 seconds = self.recorder.after(probes, state, done, time.monotonic() - started)
