@@ -45,7 +45,7 @@ def test_an_operator_on_one_device_has_nothing_to_spread():
 def test_placed_data_stay_as_they_are():
     mesh = make_mesh("data=1")
     batch = shard_data((np.ones((6, 2)), np.zeros(6)), mesh)
-    assert shard_data(batch, mesh) is batch
+    assert all(a is b for a, b in zip(shard_data(batch, mesh), batch, strict=True))
     assert [len(x) for x in shard_data([np.ones((6, 2)), np.ones((4, 2))], mesh)()] == [6, 4]
 
 
