@@ -139,7 +139,6 @@ class _Run:
         self.op, self.k, self.which, self.key, self.tol = op, k, which, key, tol
         self.limit, self.starts, self.restarts, self.missed = limit, 0, 0, 1.0
         self.converged, self.budget = False, 0
-        self.seen: list[int] = []  # products from each start vector when the last copy was found
         self.copies = self.extended = 0  # missed copies found so far
         self.allowed = 0  # products that a search may go up to
         given = [] if deflate is None else split(deflate.vectors, len(deflate.values))
@@ -220,10 +219,10 @@ class _Run:
         left = np.log(now / self.aim) / rate if rate > 0 else np.inf
         return int(np.clip(left / 2, 1, max(1, min(self.band.num_matvecs // 12, 8))))
 
-    def restart(self, vectors: np.ndarray, best: np.ndarray, room: int = 0) -> None:
-        """Keep the best Ritz vectors: enough to leave `room` rows, or half of what is free by default."""
+    def restart(self, vectors: np.ndarray, best: np.ndarray) -> None:
+        """Keep the best Ritz vectors: all that are wanted, and enough to fill half of what is free."""
         free = self.capacity - len(self.band.locked) - len(self.band.pending)
-        keep = self.k + (free - self.k) // 2 if not room else free - room
+        keep = self.k + (free - self.k) // 2
         chosen = np.sort(best[: int(np.clip(keep, self.k, free - 1))])
         self.band.restart(vectors[:, chosen])
         self.restarts += 1
