@@ -9,6 +9,7 @@ for random starts applies as it is. The waiting vectors are set aside meanwhile;
 joins them in one band.
 """
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,14 +25,16 @@ CERTAIN = 1e-6
 """The same for verify=True, without a limit of its own on the products."""
 LOOSE = 1e-4
 """Above this tolerance verify="auto" spends no more products than ARPACK's first sweep."""
+KNOWN = 0.03
+"""Residual in units of the gap, with which a further Ritz vector stays out of the search."""
 
 
 def search(run: "_Run", verify: bool | str, ncv: int) -> bool:
     """Look for a missed eigenvalue; True if there is none, as far as the products allowed can tell."""
     band = run.band
-    theta, vectors, _, _ = band.ritz()
-    kept = np.sort(wanted.order(theta, run.which)[: run.k])
-    limits = wanted.ends(theta[kept], run.which, run.accepted)
+    theta, vectors, _, errors = band.ritz()
+    best = wanted.order(theta, run.which)
+    limits = wanted.ends(theta[best[: run.k]], run.which, run.accepted)
     run.missed = 0.0 if not limits or run.exhausted else 1.0
     if not run.missed:
         return True
@@ -39,20 +42,24 @@ def search(run: "_Run", verify: bool | str, ncv: int) -> bool:
         run.allowed = run.budget if verify is True else band.num_matvecs + _share(run, band.num_matvecs, ncv)
     if run.copies > run.extended:  # eigenvalues do repeat here: look as long as it took to come this far
         run.extended, run.allowed = run.copies, max(run.allowed, 2 * band.num_matvecs)
-    room = run.capacity - len(band.locked) - len(band.pending) - run.k
-    steps = min(run.allowed, run.budget, band.num_matvecs + min(room, run.op.size - band.filled) - 1)
-    steps -= band.num_matvecs
+    room = run.capacity - len(band.locked) - len(band.pending) - 1
+    steps = min(run.allowed - band.num_matvecs, run.budget - band.num_matvecs, room - run.k)
+    steps = min(steps, run.op.size - band.filled - 1)
     if steps < 1:
         return True
+    gaps = np.min([end.second - end.sign * theta for end in limits], axis=0)
+    known = [i for i in best[run.k :] if errors[i] <= KNOWN * gaps[i]][: room - run.k - steps]
+    shift = np.sum(errors[known] ** 2 / gaps[known]) / (1 - np.sum((errors[known] / gaps[known]) ** 2))
+    limits = [dataclasses.replace(end, second=end.second - shift) for end in limits]
     low, high = float(theta.min()), float(theta.max())
-    band.set_aside(vectors[:, kept])
+    band.set_aside(vectors[:, np.sort([*best[: run.k], *known])])
     first = list(band.processed)
     found = _from_random(run, limits, steps, low, high, CERTAIN if verify is True else MISSED)
     if found:
         run.history, run.copies = [], run.copies + 1
     else:  # what the search has seen belongs to no wanted pair
         band.pending = []
-        band.restart(np.eye(run.k), first)
+        band.restart(np.eye(len(first)), first)
     band.bring_back()
     return not found
 
