@@ -214,7 +214,8 @@ class Band:
     @property
     def asymmetry(self) -> float:
         """Largest |v_iᵀ H v_j - v_jᵀ H v_i| over the processed rows, in units of |H|."""
-        rows = self.processed[len(self.aside[0][1]) if self.aside else 0 :]  # what is aside counts in the others
+        known = len(self.aside[0][1]) if self.aside else 0  # rows that lack their part along what is aside
+        rows = self.processed[known:]
         g = self.coefficients[np.ix_(rows, rows)]
         return float(np.max(np.abs(g - g.T), initial=0.0)) / (self.scale or 1.0)
 

@@ -38,14 +38,17 @@ def eigsh(
     filter in H² instead, see `spectra.krylov.smallest`.
 
     **Repeated eigenvalues.** From one start vector a Krylov space holds one vector of each eigenspace.
-    So when all k pairs have converged, a fresh random vector is made orthogonal to the whole basis
-    and Lanczos steps from it look for an eigenvalue that belongs among the k. If one shows, both
-    sequences go on as a block, until a further random vector finds nothing; if none shows, `missed`
-    bounds the probability that one is there all the same (Kuczynski and Wozniakowski). "auto" stops at
-    5 %, or when the search has cost 1/(k - 1) of the run before it, or a tenth; a run that ends within
-    ARPACK's first sweep, of ncv = max(2k + 1, 20), is searched until 1.1 (ncv + 1), and at tol > 1e-4
-    until ncv + 1. Measured: 2 to 15 products find copies that are well inside the wanted set, 36 the
-    copy of the top of 100 equally spaced ones. Once one was found the search may double the run.
+    So when all k pairs have converged, a fresh random vector is made orthogonal to them and Lanczos
+    steps from it look for an eigenvalue that belongs among the k. If one shows, both sequences go on
+    as a block, until a further random vector finds nothing; if none shows, `missed` bounds the
+    probability that one is there all the same (Kuczynski and Wozniakowski), one that would change
+    a value by more than the tolerance: it is 0 where the k values are equal. "auto" stops at 5 %, or
+    when the search has cost 1/(k - 1) of the run before it, or a tenth; a run that ends within ARPACK's
+    first sweep, of ncv = max(2k + 1, 20), is searched until 1.1 (ncv + 1), and at tol > 1e-4 until
+    ncv + 1. Measured: 2 to 15 products find copies that are well inside the wanted set, 36 the copy of
+    the top of 100 equally spaced ones. Once one was found the search may double the run.
+    Products that end too early leave `missed` above 5 %, up to 1, which is no bound: `status` and
+    `converged` speak of the residuals of the pairs returned alone.
 
     Args:
         op: symmetric operator of order n.

@@ -3,10 +3,14 @@
 A Krylov space holds one vector of each eigenspace, up to rounding, which brings in the others: it is
 amplified from step to step, and what the rows and the vectors that wait for their products hold of a copy
 before it shows is not small. A start orthogonal to them would be blind to that part, and no bound would
-hold. So the search keeps the k pairs and nothing else: their complement is an invariant space, in which a
+hold. So the search is orthogonal to the k pairs alone: their complement is an invariant space, in which a
 copy is an ordinary extreme eigenvector, and a random vector of it starts a Lanczos run to which the bound
 for random starts applies as it is. The waiting vectors are set aside meanwhile; when a copy shows, its run
 joins them in one band.
+
+Further Ritz pairs (θ, z) of residual ρ stay out of the search as well: an eigenvector e of μ has
+|zᵀe| <= ρ / (μ - θ), so without its part along all z its Rayleigh quotient is, with o = Σ (ρ / (μ - θ))², at
+least μ - Σ ρ² / (μ - θ) / (1 - o). The bound is taken for that.
 """
 
 import dataclasses
@@ -56,7 +60,7 @@ def search(run: "_Run", verify: bool | str, ncv: int) -> bool:
     first = list(band.processed)
     found = _from_random(run, limits, steps, low, high, CERTAIN if verify is True else MISSED)
     if found:
-        run.history, run.copies = [], run.copies + 1
+        run.history, run.copies, run.missed = [], run.copies + 1, 1.0
     else:  # what the search has seen belongs to no wanted pair
         band.pending = []
         band.restart(np.eye(len(first)), first)
@@ -69,7 +73,8 @@ def _share(run: "_Run", spent: int, ncv: int) -> int:
     if run.tol > LOOSE:
         return ncv + 1 - spent
     few, share = int(1.1 * (ncv + 1)), int(spent / min(run.k - 1, 10))
-    return share if spent > few else few - spent if run.k >= 5 else max(share, few - spent)
+    # Beyond ncv products ARPACK would begin a second sweep, of more than this share.
+    return max(share, few - spent) if spent > ncv or run.k < 5 else few - spent
 
 
 def _from_random(run: "_Run", limits, steps: int, low: float, high: float, goal: float) -> bool:
