@@ -62,15 +62,18 @@ def _empty(layout: Layout, num_rows: int) -> BandState:
 
 
 @partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
-def _append(layout: Layout, state: BandState, vector: PyTree) -> BandState:
-    """One more row: `vector` made orthogonal to all others."""
+def _append(layout: Layout, state: BandState, vector: PyTree) -> tuple[BandState, jax.Array]:
+    """One more row, `vector` made orthogonal to all others, and the coefficients of `vector` on all rows."""
     w = layout.pack(vector)
     w = _basis.scale(1 / _basis.norm(w), w)
+    column, rest = jnp.zeros(len(state.coefficients), state.scale.dtype), 1.0
     for _ in range(2):  # a random vector may lie almost in the span of the rows
-        w, size, *_ = orthogonalize(state.basis, w, state.filled)
+        w, size, _, part, _ = orthogonalize(state.basis, w, state.filled)
         w = _basis.scale(1 / size, w)
+        column, rest = column + rest * part, rest * size
     basis = _basis.put(state.basis, state.filled, w)
-    return dataclasses.replace(state, basis=basis, filled=state.filled + 1)
+    column = column.at[state.filled].set(rest)
+    return dataclasses.replace(state, basis=basis, filled=state.filled + 1), column
 
 
 @partial(jax.jit, static_argnames=("layout",))
@@ -145,8 +148,7 @@ class Band:
         self.processed: list[int] = []
         self.pending: list[int] = []
         self.parent: dict[int, int] = {}  # the row whose product led to a pending row
-        self.chain: dict[int, int] = {}  # which of the start vectors a pending row descends from
-        self.lengths: list[int] = []  # products in the chain of each start vector
+        self.aside: list[tuple[PyTree, np.ndarray]] = []  # waiting vectors, coefficients of products on each
         self.num_matvecs = 0
 
     @property
@@ -162,17 +164,14 @@ class Band:
     def append(self, vector: PyTree, *, locked: bool = False) -> int:
         """A new pending (or locked) row from a vector that need not be orthogonal to the others."""
         row = self.filled
-        self.state = _append(self.layout, self.state, vector)
+        self.state, _ = _append(self.layout, self.state, vector)
         (self.locked if locked else self.pending).append(row)
-        if not locked:
-            self.chain[row] = len(self.lengths)
-            self.lengths.append(0)
         return row
 
     def extend(self, row: int, steps: int) -> None:
         """Take up to `steps` products, beginning with the pending `row`; fewer at a breakdown."""
         before = self.filled
-        previous, chain = self.parent.pop(row, -1), self.chain.pop(row)
+        previous = self.parent.pop(row, -1)
         if self.stepwise:
             self._extend_stepwise(row, previous, steps)
         else:
@@ -182,12 +181,11 @@ class Band:
         done = [row, *new][:steps]
         self.coefficients[:, done] = columns[:, done]
         self.num_matvecs += len(done)
-        self.lengths[chain] += len(done)
         self.pending.remove(row)
         self.processed += done
         if len(new) == steps:  # no breakdown: the last row waits for its product
             self.pending.append(new[-1])
-            self.parent[new[-1]], self.chain[new[-1]] = done[-1], chain
+            self.parent[new[-1]] = done[-1]
         self._check()
 
     def _extend_stepwise(self, row, previous, steps):
@@ -219,7 +217,9 @@ class Band:
     @property
     def asymmetry(self) -> float:
         """Largest |v_iᵀ H v_j - v_jᵀ H v_i| over the processed rows, in units of |H|."""
-        g = self.coefficients[np.ix_(self.processed, self.processed)]
+        known = len(self.aside[0][1]) if self.aside else 0  # rows that lack their part along what is aside
+        rows = self.processed[known:]
+        g = self.coefficients[np.ix_(rows, rows)]
         return float(np.max(np.abs(g - g.T), initial=0.0)) / (self.scale or 1.0)
 
     def ritz(self, rows: list[int] | None = None):
@@ -266,7 +266,6 @@ class Band:
         weights[rows, first:middle] = vectors
         weights[pending, range(middle, last)] = 1
         columns = weights.T @ self.coefficients[:, rows] @ vectors
-        self.chain = {middle + i: self.chain[row] for i, row in enumerate(pending)}
         self.coefficients = np.zeros_like(self.coefficients)
         self.coefficients[:, first:middle] = columns
         self.processed, self.pending = list(range(first, middle)), list(range(middle, last))
@@ -274,6 +273,28 @@ class Band:
         dtype = self.state.coefficients.dtype
         arrays = jnp.asarray(weights, dtype), jnp.asarray(self.coefficients, dtype), jnp.int32(last)
         self.state = _replace(self.layout.anonymous(), self.state, *arrays)
+
+    def set_aside(self, vectors: np.ndarray) -> None:
+        """Restart without the pending rows: new rows need not be orthogonal to these until `bring_back`."""
+        columns = self.coefficients[:, self.processed] @ vectors
+        self.aside = [(_row(self.layout, self.state, row), columns[row]) for row in self.pending]
+        self.pending = []
+        self.restart(vectors)
+
+    def bring_back(self) -> None:
+        """Pending again what was set aside, made orthogonal to the rows made since: G is exact again.
+
+        The first processed rows must be those that `set_aside` left.
+        """
+        for vector, coupling in self.aside:
+            if self.filled >= self.op.size:  # the rows span everything, this vector too
+                break
+            row = self.filled
+            self.state, column = _append(self.layout, self.state, vector)
+            kept = self.processed[: len(coupling)]
+            self.coefficients[:, kept] += np.outer(jax.device_get(column), coupling)
+            self.pending.append(row)
+        self.aside = []
 
     def vectors(self) -> PyTree:
         """The rows after the locked ones as one pytree with leaves (rows, *leaf.shape). A copy."""

@@ -38,14 +38,17 @@ def eigsh(
     filter in H² instead, see `spectra.krylov.smallest`.
 
     **Repeated eigenvalues.** From one start vector a Krylov space holds one vector of each eigenspace.
-    So when all k pairs have converged, a fresh random vector is made orthogonal to the whole basis
-    and Lanczos steps from it look for an eigenvalue that belongs among the k. If one shows, both
-    sequences go on as a block, until a further random vector finds nothing; if none shows, `missed`
-    bounds the probability that one is there all the same (Kuczynski and Wozniakowski). "auto" stops at
-    5 %, or when the search has cost 1/(k - 1) of the run before it, or a tenth; a run that ends within
-    ARPACK's first sweep, of ncv = max(2k + 1, 20), is searched until 1.1 (ncv + 1), and at tol > 1e-4
-    until ncv + 1. Measured: 2 to 15 products find copies that are well inside the wanted set, 36 the
-    copy of the top of 100 equally spaced ones. Once one was found the search may double the run.
+    So when all k pairs have converged, a fresh random vector is made orthogonal to them and Lanczos
+    steps from it look for an eigenvalue that belongs among the k. If one shows, both sequences go on
+    as a block, until a further random vector finds nothing; if none shows, `missed` bounds the
+    probability that one is there all the same (Kuczynski and Wozniakowski), one that would change
+    a value by more than the tolerance: it is 0 where the k values are equal. "auto" stops at 5 %, or
+    when the search has cost 1/(k - 1) of the run before it, or a tenth; a run that ends within ARPACK's
+    first sweep, of ncv = max(2k + 1, 20), is searched until 1.1 (ncv + 1), and at tol > 1e-4 until
+    ncv + 1. Measured: 2 to 15 products find copies that are well inside the wanted set, 36 the copy of
+    the top of 100 equally spaced ones. Once one was found the search may double the run.
+    Products that end too early leave `missed` above 5 %, up to 1, which is no bound: `status` and
+    `converged` speak of the residuals of the pairs returned alone.
 
     Args:
         op: symmetric operator of order n.
@@ -139,7 +142,6 @@ class _Run:
         self.op, self.k, self.which, self.key, self.tol = op, k, which, key, tol
         self.limit, self.starts, self.restarts, self.missed = limit, 0, 0, 1.0
         self.converged, self.budget = False, 0
-        self.seen: list[int] = []  # products from each start vector when the last copy was found
         self.copies = self.extended = 0  # missed copies found so far
         self.allowed = 0  # products that a search may go up to
         given = [] if deflate is None else split(deflate.vectors, len(deflate.values))
@@ -220,10 +222,10 @@ class _Run:
         left = np.log(now / self.aim) / rate if rate > 0 else np.inf
         return int(np.clip(left / 2, 1, max(1, min(self.band.num_matvecs // 12, 8))))
 
-    def restart(self, vectors: np.ndarray, best: np.ndarray, room: int = 0) -> None:
-        """Keep the best Ritz vectors: enough to leave `room` rows, or half of what is free by default."""
+    def restart(self, vectors: np.ndarray, best: np.ndarray) -> None:
+        """Keep the best Ritz vectors: all that are wanted, and enough to fill half of what is free."""
         free = self.capacity - len(self.band.locked) - len(self.band.pending)
-        keep = self.k + (free - self.k) // 2 if not room else free - room
+        keep = self.k + (free - self.k) // 2
         chosen = np.sort(best[: int(np.clip(keep, self.k, free - 1))])
         self.band.restart(vectors[:, chosen])
         self.restarts += 1

@@ -28,7 +28,7 @@ class End:
     """One end of the spectrum: eigenvalues with sign * λ > worst are wanted.
 
     A missed eigenvalue is a copy of a found one. A copy of the worst would change nothing, so it is
-    the next better, `second`, that must be excluded from the rest of the space.
+    the next better value, `second`, that must be excluded from the rest of the space.
     """
 
     sign: float
@@ -36,8 +36,8 @@ class End:
     second: float
 
 
-def ends(values: np.ndarray, which: str) -> list[End]:
-    """The ends at which k wanted eigenvalues could hide a copy; none for a single one."""
+def ends(values: np.ndarray, which: str, margin: float) -> list[End]:
+    """The ends at which k wanted eigenvalues could hide a copy; none where all are equal within `margin`."""
     k = len(values)
     if which == "BE":
         parts = [(1.0, np.sort(values)[::-1][: math.ceil(k / 2)]), (-1.0, np.sort(-values)[::-1][: k // 2])]
@@ -47,7 +47,8 @@ def ends(values: np.ndarray, which: str) -> list[End]:
     else:
         sign = 1.0 if which == "LA" else -1.0
         parts = [(sign, np.sort(sign * values)[::-1])]
-    return [End(sign, part[-1], part[-2]) for sign, part in parts if len(part) > 1]
+    better = [(sign, part[-1], part[part > part[-1] + margin]) for sign, part in parts if len(part)]
+    return [End(sign, worst, rest[-1]) for sign, worst, rest in better if len(rest)]
 
 
 def missed_probability(
