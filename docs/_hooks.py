@@ -7,14 +7,10 @@ import nbformat
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = {"Guide": ("launching.md", "scaling.md")}  # pages that appear in the menu once they exist
 
 
 def on_config(config):
-    """Put into the menu what lies on disk."""
-    for section, pages in OPTIONAL.items():
-        entries = next(entry[section] for entry in config.nav if section in entry)
-        entries += [page for page in pages if (Path(config.docs_dir) / page).exists() and page not in entries]
+    """Put the notebooks on disk and the changelog into the menu."""
     notebooks = next(entry["Notebooks"] for entry in config.nav if "Notebooks" in entry)
     notebooks += [f"notebooks/{path.stem}.md" for path in _notebooks()]
     config.nav.append({"Changes": "changelog.md"})
