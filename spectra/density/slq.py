@@ -100,7 +100,7 @@ def slq(
             replicated over devices of a mesh have their basis spread over these. "host": in the memory
             of the host, which also does the reorthogonalisation; the device keeps three vectors.
         basis_dtype: dtype of stored basis vectors, for example "bfloat16": half the memory, at an
-            orthogonality of about 1e-3 instead of 1e-6. By default that of the vectors.
+            orthogonality near 1e-4 instead of 1e-6. By default that of the vectors.
 
     Returns:
         `Quadrature` with nodes and weights (k, m); `.cdf(x)` gives the distribution with its band. For
