@@ -3,7 +3,7 @@
 Blocks fenced with `py` show other libraries' code and are not run.
 """
 
-import os
+import contextlib
 import re
 import sys
 import tempfile
@@ -23,11 +23,10 @@ def run(path: Path) -> int:
 
 def main(paths: list[str]) -> None:
     files = [Path(path).resolve() for path in paths]
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # what the examples write goes there
+    # What the examples write goes to a folder of its own, which is left before it is removed.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         if not sum(map(run, files)):
             raise SystemExit(f"{paths} have no Python blocks")
-        os.chdir("/")
 
 
 if __name__ == "__main__":

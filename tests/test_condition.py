@@ -228,5 +228,5 @@ def test_bad_input_raises():
 
 
 def test_the_page_on_condition_numbers_runs(pytestconfig, capsys):
-    readme_code.main(str(pytestconfig.rootpath / "docs" / "condition-numbers.md"))
+    readme_code.main([str(pytestconfig.rootpath / "docs" / "condition-numbers.md")])
     assert "blocks of" in capsys.readouterr().out

@@ -93,6 +93,8 @@ def weighted_sum(parts: Iterable[tuple[float, PyTree]]) -> PyTree:
 def _shares_threads(tree: PyTree) -> bool:
     """Whether several devices of one CPU hold an array: their collectives need a thread each, and two
     programs at once can leave them waiting for one another."""
+    if _tree.is_traced(tree):
+        return False
     devices = jax.tree.leaves(tree)[0].sharding.addressable_devices
     return len(devices) > 1 and next(iter(devices)).platform == "cpu"
 
