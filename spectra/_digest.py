@@ -15,7 +15,8 @@ def tree_digest(tree: PyTree) -> int:
     """A checksum of all leaves with their shapes and dtypes, equal on any number of devices."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        total = zlib.crc32(f"{leaf.shape}{leaf.dtype}{array_digest(leaf)}".encode(), total)
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)  # that of a NumPy array once it is on a device
+        total = zlib.crc32(f"{leaf.shape}{dtype}{array_digest(leaf)}".encode(), total)
     return total
 
 

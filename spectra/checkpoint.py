@@ -46,8 +46,12 @@ class Checkpoint:
         minutes: at most so long between two checkpoints.
         steps: also after so many Lanczos steps; never by count if None.
 
-    A probe that is finished is always recorded. On SIGTERM the run writes a last checkpoint and raises
-    `PreemptedError`; the command line then ends with code 75, "try again".
+    A probe that is finished is always recorded. On SIGTERM the run writes a last checkpoint after the steps
+    under way (about 5 seconds of them, or one step) and raises `PreemptedError`; the command line then
+    ends with code 75, "try again". If these were the last steps, the run is finished instead.
+
+    Cost: one product more, by which a run knows its own operator; disk space of the basis of the probes
+    in flight, in the dtype of the vectors.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra, tempfile
@@ -55,7 +59,7 @@ class Checkpoint:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     saved = spectra.Checkpoint(folder, minutes=5)
         ...     first = spectra.slq(op, key=jax.random.key(0), num_steps=20, checkpoint=saved)
-        ...     again = spectra.slq(op, key=jax.random.key(0), num_steps=20, checkpoint=saved)  # no product
+        ...     again = spectra.slq(op, key=jax.random.key(0), num_steps=20, checkpoint=saved)  # one product
         >>> bool((first.nodes == again.nodes).all())
         True
     """
@@ -74,7 +78,7 @@ class Checkpoint:
         return dataclasses.replace(self, directory=Path(self.directory) / re.sub(r"[^\w.-]", "_", name))
 
 
-def describe(op: LinearOperator, key: jax.Array, num_steps: int, row_dtype: Any) -> dict[str, Any]:
+def _describe(op: LinearOperator, key: jax.Array, num_steps: int, row_dtype: Any) -> dict[str, Any]:
     """What makes a run the one it is, in words and checksums that do not depend on the devices.
 
     One product with a fixed vector stands for the loss function and the data: it shows a change in
@@ -106,11 +110,12 @@ class Recorder:
     """Saves and restores the runs of one `slq` call; all processes of a run call it alike."""
 
     def __init__(
-        self, checkpoint: Checkpoint, op: LinearOperator, layout: Layout, description: dict[str, Any]
+        self, checkpoint: Checkpoint, op: LinearOperator, layout: Layout, key: jax.Array, num_steps: int
     ):
         self.folder = Path(checkpoint.directory).absolute()
         self.seconds, self.steps = 60 * checkpoint.minutes, checkpoint.steps
-        self.layout, self.description = layout.anonymous(), description
+        self.layout = layout.anonymous()
+        self.description = _describe(op, key, num_steps, layout.row_dtype)
         self.rows: list[dict[str, Any]] = []
         self.flight: dict[str, Any] | None = None
         self.saved_at, self.saved_step = time.monotonic(), 0
@@ -128,7 +133,12 @@ class Recorder:
                 complete = flight is None or all((self.folder / name).is_dir() for name in flight["items"])
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # written by halves: the one before is whole
-            if record.get("schema") != SCHEMA or not complete:
+            if record["schema"] != SCHEMA:
+                raise CheckpointError(
+                    f"the checkpoint in '{self.folder}' has schema {record['schema']}, this version of "
+                    f"spectra reads {SCHEMA}: go on with the version that wrote it, or use another folder."
+                )
+            if not complete:
                 continue
             differences = _differences(self.description, saved, op.precision)
             if differences:

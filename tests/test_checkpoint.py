@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -221,7 +222,7 @@ def test_sigterm_ends_with_code_75_and_the_same_command_goes_on_elsewhere(tmp_pa
     saved = (*steps, "--checkpoint", "saved", "--checkpoint-minutes", "0.001")
     process = shell(tmp_path, *saved)
     while not list((tmp_path / "saved").glob("record-*.json")) and process.poll() is None:
-        pass
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 75, text

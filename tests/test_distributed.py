@@ -4,19 +4,17 @@ import os
 import random
 import socket
 import subprocess
-import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_checkpoint import SCRIPT
+from test_checkpoint import COMMAND, SCRIPT
 
 import spectra
 from spectra.distributed import make_mesh, shard_data, shard_params
-
-COMMAND = [sys.executable, "-c", "from spectra.cli import main; main()", "run", "problem.py", "--probes", "2"]
 
 
 @pytest.mark.parametrize("axes", ["", "data", "data=3,model=1", "data=0", "data=-1,model=-1", "data=1;x"])
@@ -132,7 +130,7 @@ def test_killed_at_any_moment_the_same_command_completes_the_run(seed, tmp_path)
     started = processes(tmp_path, 2, *options, "--out", "again")
     if seed % 2:  # once something is saved; otherwise anywhere, imports and compilation included
         while not list((tmp_path / "saved").glob("record-*")) and started[0].poll() is None:
-            pass
+            time.sleep(0.01)
     try:
         started[0].wait(timeout=draw.uniform(0, 4 if seed % 2 else 20))
     except subprocess.TimeoutExpired:

@@ -20,7 +20,7 @@ from spectra import _tree
 from spectra._errors import SpectraError
 from spectra.krylov import basis as _basis
 from spectra.krylov.lanczos import LanczosState
-from spectra.krylov.layout import Layout
+from spectra.krylov.layout import Layout, Panels
 from spectra.operators.base import LinearOperator
 from spectra.operators.deflated import project
 from spectra.results import Eigenpairs, Quadrature
@@ -42,10 +42,13 @@ def check(op: LinearOperator, pairs: Eigenpairs) -> None:
         raise SpectraError("deflate holds all eigenpairs: nothing is left to estimate.")
 
 
-@partial(jax.jit, static_argnames=("layout", "batched"))
 def project_start(layout: Layout, vectors, state: LanczosState, batched: bool) -> LanczosState:
     """The state of a fresh Lanczos run with its start vector made orthogonal to `vectors`."""
+    return dataclasses.replace(state, current=_project_panels(layout, vectors, state.current, batched))
 
+
+@partial(jax.jit, static_argnames=("layout", "batched"))
+def _project_panels(layout: Layout, vectors, current: Panels, batched: bool) -> Panels:
     def one(current):
         v = layout.unpack(current)
         for _ in range(2):
@@ -53,8 +56,7 @@ def project_start(layout: Layout, vectors, state: LanczosState, batched: bool) -
         panels = layout.pack(v)
         return _basis.scale(1 / _basis.norm(panels), panels)
 
-    current = (jax.vmap(one) if batched else one)(state.current)
-    return dataclasses.replace(state, current=current)
+    return (jax.vmap(one) if batched else one)(current)
 
 
 def with_atoms(bulk: Quadrature, pairs: Eigenpairs) -> Quadrature:

@@ -1,5 +1,6 @@
 """Probes done so far, and how to add more: the engine of `slq`, driven from the host."""
 
+import contextlib
 import time
 from functools import partial
 from typing import Any
@@ -86,7 +87,7 @@ class ProbeRun:
         return len(self.rows)
 
     def add(self, probes: range, num_steps: int, stop_when=None) -> None:
-        """Run probes together, `CHUNK` steps a call; `stop_when` sees the quadrature so far."""
+        """Run probes together, at most `CHUNK` steps a call; `stop_when` sees the quadrature so far."""
         batched = len(probes) > 1
         state, done = self._begin(probes, num_steps, batched)
         while done < num_steps:
@@ -109,7 +110,7 @@ class ProbeRun:
                 break
             if self.recorder is not None and done < num_steps:
                 seconds = self.recorder.after(probes, state, done, time.monotonic() - started)
-                self.chunk = int(np.clip(PACE * steps / seconds, 1, _lanczos.CHUNK))
+                self.chunk = int(np.clip(PACE * steps / max(seconds, 1e-9), 1, _lanczos.CHUNK))
         if stop_when is None:
             done = num_steps  # steps that a breakdown left out are zeros
         self.rows += _rows(state, done, batched)
@@ -119,7 +120,7 @@ class ProbeRun:
     def _begin(self, probes: range, num_steps: int, batched: bool):
         """A fresh state, or the one that was saved, and the steps done."""
         keys = jnp.stack([jax.random.fold_in(self.key, i) for i in probes])
-        with jax.default_device(self.home):
+        with jax.default_device(self.home) if self.home else contextlib.nullcontext():
             state = _start(self.layout.anonymous(), keys if batched else keys[0], num_steps, batched)
         if self.known is not None:
             state = deflation.project_start(self.layout, self.known, state, batched)

@@ -13,7 +13,7 @@ from jax import lax
 from spectra import _quadrature, _tree
 from spectra._errors import SpectraError
 from spectra._status import Status
-from spectra.checkpoint import Checkpoint, Recorder, describe
+from spectra.checkpoint import Checkpoint, Recorder
 from spectra.density import deflation
 from spectra.density.run import ProbeRun, Progress
 from spectra.krylov import lanczos as _lanczos
@@ -187,7 +187,7 @@ def _one(
         op = DeflatedOperator(op, vectors)
     recorder = None
     if checkpoint is not None:
-        recorder = Recorder(checkpoint, op, layout, describe(op, key, num_steps, layout.row_dtype))
+        recorder = Recorder(checkpoint, op, layout, key, num_steps)
     with recorder.watching() if recorder else contextlib.nullcontext():
         places = {"apart": apart, "known": vectors, "home": home, "recorder": recorder}
         run = ProbeRun(op.prepare(), layout, key, bar, size=size, **places)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from spectra.krylov.lanczos import LanczosState
 from spectra.krylov.layout import Layout, Panels
@@ -43,7 +43,7 @@ def write_rows(path: Path, layout: Layout, segment: Panels, *, batched: bool) ->
 def read_rows(path: Path, layout: Layout, segment: Panels, *, batched: bool) -> Panels:
     """A segment as `write_rows` wrote it, in the place of `segment`."""
     shapes = jax.eval_shape(partial(_rows, layout, batched=batched), segment)
-    leaves = read(path, {"rows": _where(layout, shapes)})["rows"]
+    leaves = read(path, {"rows": _where(layout, shapes, segment[0])})["rows"]
     return _segment(layout, leaves, batched)
 
 
@@ -55,26 +55,24 @@ def write_vectors(path: Path, layout: Layout, state: LanczosState, *, batched: b
 def read_vectors(path: Path, layout: Layout, state: LanczosState, *, batched: bool) -> dict[str, Any]:
     """The fields of a state that `write_vectors` wrote."""
     shapes = jax.eval_shape(partial(_vectors, layout, batched=batched), state)
-    like = {name: _where(layout, shapes[name]) for name in VECTORS}
-    like |= {name: jax.tree.map(partial(_place, layout, PartitionSpec()), shapes[name]) for name in NUMBERS}
+    like = {name: _where(layout, shapes[name], state.alpha) for name in VECTORS}
+    like |= {name: _placed(layout, shapes[name], PartitionSpec(), state.alpha) for name in NUMBERS}
     fields = read(path, like)
     return fields | {name: _packed(layout, fields[name], batched) for name in VECTORS}
 
 
-def _where(layout: Layout, shapes: list[Any]) -> list[Any]:
+def _where(layout: Layout, shapes: list[Any], beside: jax.Array) -> list[Any]:
     """Stacks of leaves, split as the leaves are."""
     specs = layout.specs or [PartitionSpec()] * len(shapes)
     return [
-        _place(layout, PartitionSpec(*[None] * (len(shape.shape) - len(own)), *spec), shape)
+        _placed(layout, shape, PartitionSpec(*[None] * (len(shape.shape) - len(own)), *spec), beside)
         for shape, own, spec in zip(shapes, layout.shapes, specs, strict=True)
     ]
 
 
-def _place(layout: Layout, spec: PartitionSpec, shape: Any) -> Any:
-    if layout.mesh is None:
-        sharding: Any = SingleDeviceSharding(jax.local_devices()[0])
-    else:
-        sharding = NamedSharding(layout.mesh, spec)
+def _placed(layout: Layout, shape: Any, spec: PartitionSpec, beside: jax.Array) -> Any:
+    """A shape on the mesh; without one, on the device of an array of the fresh state."""
+    sharding = beside.sharding if layout.mesh is None else NamedSharding(layout.mesh, spec)
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
