@@ -296,8 +296,7 @@ class Band:
             self.pending.append(row)
         self.aside = []
 
-    def vectors(self) -> PyTree:
-        """The rows after the locked ones as one pytree with leaves (rows, *leaf.shape). A copy."""
+    def vectors(self, count: int) -> PyTree:
+        """The first `count` rows after the locked ones as one pytree with leaves (count, *leaf.shape)."""
         first = len(self.locked)
-        rows = _basis.stack(self.state.basis, self.layout, self.filled)
-        return jax.tree.map(lambda x: x[first:], rows)
+        return _basis.stack(self.state.basis, self.layout, first, first + count)

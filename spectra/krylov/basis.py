@@ -219,8 +219,11 @@ def gram(basis: Basis) -> jax.Array:
     return jnp.block([[block(a, b) for b in basis] for a in basis])
 
 
-def stack(basis: Basis, layout: Layout, num_rows: int) -> PyTree:
-    """The first `num_rows` vectors as one pytree with leaves (num_rows, *leaf.shape). A copy."""
-    rows = [jnp.concatenate(parts, axis=1) for parts in zip(*basis, strict=True)]
-    rows = [jnp.moveaxis(x, 1, 0)[:num_rows] for x in rows]
+@functools.partial(jax.jit, static_argnames=("layout", "first", "last"))
+def stack(basis: Basis, layout: Layout, first: int, last: int) -> PyTree:
+    """The vectors in rows `first` to `last` - 1 as one pytree with leaves (rows, *leaf.shape). A copy."""
+    size = basis[0][0].shape[1]
+    low, high = first // size, max(-(-last // size), 1)
+    rows = [jnp.concatenate(parts, axis=1) for parts in zip(*basis[low:high], strict=True)]
+    rows = [jnp.moveaxis(x[:, first - low * size : last - low * size], 1, 0) for x in rows]
     return jax.vmap(layout.unpack)(rows)

@@ -235,7 +235,7 @@ class _Run:
         band, op = self.band, self.op
         theta, vectors, _, _ = band.ritz()
         chosen = np.sort(wanted.order(theta, self.which)[: self.k])
-        values, count = theta[chosen], len(chosen)
+        values = theta[chosen]
         band.restart(vectors[:, chosen])
         residuals = band.residuals(values)
         converged = residuals <= self.accepted
@@ -243,7 +243,7 @@ class _Run:
         noisy = band.asymmetry > 100 * op.precision
         return Eigenpairs(
             values=values,
-            vectors=jax.tree.map(lambda x: x[:count], band.vectors()),
+            vectors=band.vectors(len(values)),
             residuals=residuals,
             converged=converged,
             which=self.which,

@@ -64,7 +64,7 @@ def smallest_eigenpairs(
         band = Band(op, layout, len(known) + width)
         for i, vector in enumerate([*known, *block]):
             band.append(vector, locked=i < len(known))
-        values, sizes, residuals, vectors = _rayleigh_ritz(op, band.vectors())
+        values, sizes, residuals, vectors = _rayleigh_ritz(op, band.vectors(width))
         products += width
         # A block that lies far below the cut has come loose from all others: the filter fits.
         cut = cut if sizes.max() < cut / 30 else float(np.clip(sizes.max(), floor, cut))

@@ -39,7 +39,7 @@ class Tridiagonal:
         from spectra.krylov import basis
 
         self._need_basis()
-        return basis.stack(self.segments, self.layout, self.alpha.shape[-1])
+        return basis.stack(self.segments, self.layout, 0, self.alpha.shape[-1])
 
     @property
     def orthogonality(self) -> Array:
