@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.settings import RESULTS, Goal, Report, Settings
 
 SECTIONS = {
-    "density": 1200,
+    "density": 2400,
     "product": 300,
     "gradient": 240,
     "convolution": 200,

@@ -33,7 +33,7 @@ COLORS = {
     "google/spectral-density": "#999999",
 }
 SLOW = ("curvlinops", "PyHessian", "CoLA", "google/spectral-density")
-SIZES = {"mlp": (80, 8, 3), "cnn": (80, 2, 3), "transformer": (80, 1, 3), "large": (10, 1, 1)}
+SIZES = {"mlp": (80, 8, 3), "transformer": (80, 1, 3), "cnn": (20, 1, 1), "large": (10, 1, 1)}
 TINY = {"mlp": (4, 1, 1), "transformer": (4, 1, 1)}
 RATIOS = {"mlp": (0.62, 0.42), "transformer": (0.65, 0.45)}
 """Goals: of matfree's time, and of hessian-eigenthings'."""

@@ -64,8 +64,10 @@ def counted(operator):
 
 
 def worst(operator, values, vectors) -> float:
+    """Largest relative residual; ten more products, so after all is timed."""
     pairs = zip(np.asarray(values), np.asarray(vectors).T, strict=True)
-    return max(float(np.linalg.norm(operator.matvec(v) - w * v) / abs(w)) for w, v in pairs)
+    errors = [float(np.linalg.norm(operator.matvec(v) - w * v) / abs(w)) for w, v in pairs]
+    return max(errors, default=float("nan"))
 
 
 def peers(model, criterion, batch, torch_op, rows):
@@ -83,7 +85,7 @@ def peers(model, criterion, batch, torch_op, rows):
                 result = he.lanczos(op, k=K, max_iter=steps, seed=0)
                 vectors = result.eigenvectors.numpy()
                 vectors = vectors if vectors.shape[0] > vectors.shape[1] else vectors.T
-                rows[name] = (steps or 20, worst(torch_op, result.eigenvalues.numpy(), vectors))
+                rows[name] = (steps or 20, torch_op, result.eigenvalues.numpy(), vectors)
 
             functions[name] = lanczos
     if importlib.util.find_spec("pyhessian"):
@@ -92,7 +94,7 @@ def peers(model, criterion, batch, torch_op, rows):
         def power():
             values, vectors = hessian(model, criterion, data=batch, cuda=False).eigenvalues(top_n=K)
             flat = np.stack([np.concatenate([p.detach().numpy().ravel() for p in v]) for v in vectors], 1)
-            rows["PyHessian, power iteration"] = ("not counted", worst(torch_op, values, flat))
+            rows["PyHessian, power iteration"] = ("not counted", torch_op, values, flat)
 
         functions["PyHessian, power iteration"] = power
     return functions
@@ -109,13 +111,13 @@ def measure(name: str, params, settings: Settings, report: Report) -> list[str]:
     def own(**options):
         pairs = spectra.eigsh(op, K, which="LM", key=key, tol=TOL[name], **options)
         label = "spectra.eigsh" + (", verify=False" if options else "")
-        rows[label] = (pairs.num_matvecs, worst(jax_op, pairs.values, pairs.matrix()))
+        rows[label] = (pairs.num_matvecs, jax_op, pairs.values, pairs.matrix())
 
     def arpack(label, operator):
         operator, counts = counted(operator)
         values, vectors = eigsh(operator, K, which="LM", tol=1e-3)
         products = counts[0]
-        rows[label] = (products, worst(operator, values, vectors))
+        rows[label] = (products, operator, values, vectors)
 
     def lobpcg():
         from jax.experimental.sparse.linalg import lobpcg_standard
@@ -124,7 +126,7 @@ def measure(name: str, params, settings: Settings, report: Report) -> list[str]:
         block = jax.jit(lambda op, x: jax.vmap(lambda v: spectra._tree.ravel(op @ v), 1, 1)(x))
         prepared = op.prepare()
         values, vectors, steps = lobpcg_standard(lambda x: block(prepared, x), start, m=30)
-        rows["lobpcg_standard, JAX"] = (int(steps) * K, worst(jax_op, values, vectors))
+        rows["lobpcg_standard, JAX"] = (int(steps) * K, jax_op, values, vectors)
 
     functions = {
         "spectra.eigsh": own,
@@ -144,10 +146,11 @@ def measure(name: str, params, settings: Settings, report: Report) -> list[str]:
         try:
             function()
         except Exception as error:
-            rows[label] = (f"fails: {type(error).__name__}", float("nan"))
+            rows[label] = (f"fails: {type(error).__name__}", jax_op, [], np.zeros((0, 0)))
         times[label] = [time.perf_counter() - start] * rounds
     lines = []
-    for label, (products, residual) in rows.items():
+    for label, (products, *found) in rows.items():
+        residual = worst(*found)
         share = ratio(times, "spectra.eigsh", label)
         lines.append(
             f"| {name} | {label} | {products} | {residual:.0e} | {median_ms(times[label]) / 1e3:.2f} | "
