@@ -27,6 +27,7 @@ import numpy as np
 from spectra import _processes, _tree
 from spectra._digest import tree_digest
 from spectra._errors import CheckpointError, PreemptedError
+from spectra._files import replacing
 from spectra.krylov import storage
 from spectra.krylov.lanczos import LanczosState
 from spectra.krylov.layout import Layout
@@ -228,17 +229,11 @@ class Recorder:
         self.number += 1
         if _processes.is_first():
             record = {"schema": SCHEMA, "description": self.description, "rows": self.rows, "flight": flight}
-            path = self._path(self.number)
-            temporary = path.with_suffix(".part")
             try:
-                with temporary.open("w") as file:
-                    json.dump(record, file, default=np.ndarray.tolist)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
+                with replacing(self._path(self.number)) as temporary:
+                    temporary.write_text(json.dumps(record, default=np.ndarray.tolist))
                 self._prune()
             except OSError as error:
-                temporary.unlink(missing_ok=True)
                 self._warn(error)
         _processes.largest(0.0)  # nobody goes on to overwrite what this record may still need
 
@@ -251,6 +246,8 @@ class Recorder:
         for number in records[-2:]:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 needed |= set((json.loads(self._path(number).read_text())["flight"] or {})["items"])
+        for path in self.folder.glob("record-*.part"):  # of a process that was killed
+            path.unlink(missing_ok=True)
         for path in self.folder.glob("probe-*"):
             if path.name not in needed:
                 shutil.rmtree(path, ignore_errors=True)

@@ -118,7 +118,12 @@ def shard_params(params: PyTree, mesh: Mesh, partition: Partition | PyTree | Non
 
     if partition is None or callable(partition):
         return jax.tree_util.tree_map_with_path(place, params)
-    return jax.tree_util.tree_map_with_path(place, params, partition)
+    if jax.tree.structure(partition, is_leaf=_is_spec) != jax.tree.structure(params):
+        raise StructureError(
+            "partition is a pytree that does not match the parameters: give one PartitionSpec for each of "
+            f"{', '.join(_tree.path_str(path) for path, _ in jax.tree.leaves_with_path(params))}."
+        )
+    return jax.tree.map_with_path(place, params, partition)
 
 
 def shard_data(data: Any, mesh: Mesh, *, local: bool = False) -> Any:
@@ -168,6 +173,10 @@ def _pieces(batch: PyTree, mesh: Mesh, local: bool) -> list[PyTree]:
     if even < batch_size(batch):
         pieces.append(jax.tree.map(lambda x: _put(x[even:], whole), batch))
     return pieces
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)
 
 
 def _on_mesh(leaf: Any) -> bool:

@@ -32,6 +32,14 @@ def test_a_partition_that_does_not_fit_names_the_leaf():
         shard_params({"layer": {"w": jnp.ones(3)}}, make_mesh("data=1"), lambda path, leaf: P(None, "data"))
 
 
+def test_a_partition_may_be_a_pytree_of_specs():
+    params, mesh = {"w": jnp.ones((4, 2)), "b": jnp.ones(4)}, make_mesh("model=1")
+    placed = shard_params(params, mesh, {"w": P("model", None), "b": P()})
+    assert placed["w"].sharding.spec == P("model", None) and placed["b"].sharding.spec == P()
+    with pytest.raises(spectra.StructureError, match="each of b, w"):
+        shard_params(params, mesh, {"w": P("model")})
+
+
 def test_an_operator_on_one_device_has_nothing_to_spread():
     op = spectra.MatrixOperator(jnp.eye(20))
     with pytest.raises(spectra.SpectraError, match="device_put"):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spectra._files import replacing
 from spectra.bridge import _safetensors, _schema
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._graph import Graph
@@ -113,8 +114,7 @@ def save(folder: Path, document: dict[str, Any], arrays: dict[str, np.ndarray]) 
         _safetensors.write(folder / WEIGHTS, arrays)
         document["weights"] = _schema.file_digest(folder / WEIGHTS)
         document["digest"] = _schema.digest(document)
-        partial = folder / (GRAPH + ".partial")
-        partial.write_text(json.dumps(document, allow_nan=False, separators=(",", ":")))
-        partial.replace(folder / GRAPH)
+        with replacing(folder / GRAPH) as temporary:
+            temporary.write_text(json.dumps(document, allow_nan=False, separators=(",", ":")))
     except OSError as error:
         raise BridgeError(f"cannot write {folder}: {error.strerror or error}") from None

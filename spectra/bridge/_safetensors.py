@@ -7,6 +7,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from spectra._files import replacing
 from spectra.bridge._errors import BridgeError
 
 
@@ -55,13 +56,10 @@ def write(path: str | os.PathLike[str], arrays: dict[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         if str(array.dtype) not in _CODES.values():
             raise BridgeError(f"tensor {name!r} has dtype {array.dtype}, which safetensors cannot store")
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.touch()
-    mode = partial.stat().st_mode  # the library makes a file that only its owner can read
+    # The library writes the memory as it lies: order="C" makes that the array's own order.
+    ordered = {k: np.asarray(v, order="C") for k, v in arrays.items()}
     try:
-        # It writes the memory as it lies: order="C" makes that the array's own order.
-        save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, partial, {"format": "pt"})
+        with replacing(Path(path)) as temporary:
+            save_file(ordered, temporary, {"format": "pt"})
     except SafetensorError as error:
         raise BridgeError(f"cannot write {path}: {error}") from None
-    partial.chmod(mode)
-    partial.replace(path)

@@ -5,10 +5,7 @@ Arrays carry the names of the dataclass fields, with a path in front where resul
 and all fields that are not arrays.
 """
 
-import contextlib
 import json
-import os
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from spectra._errors import ResultFileError
+from spectra._files import replacing
 from spectra.io.encode import decode, encode
 
 FORMAT = "spectra-result"
@@ -32,18 +30,8 @@ def write(result: Any, path: Path) -> None:
 
     header = {"format": FORMAT, "schema": SCHEMA, "result": encode(result, store)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, header=np.array(json.dumps(header)), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, header=np.array(json.dumps(header)), **arrays)
 
 
 def read(path: Path) -> Any:
@@ -81,9 +69,3 @@ def check_header(header: Any, form: str, schema: int, path: Path) -> None:
             f"'{path}' has schema {header.get('schema')}, this version of spectra reads {schema}: "
             "update spectra."
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
