@@ -8,6 +8,8 @@
 # 2. The Hessian of the mean loss is a mean of Hessians. Does the average hide curvature that single examples have?
 
 # %%
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -84,17 +86,18 @@ LOSSES = {"feed-forward": Loss(FeedForward()), "CNN": Loss(CNN())}
 OPTIMIZER = optax.adam(3e-3)
 
 
-def train(loss, seed, steps=600, size=100):
-    @jax.jit
-    def update(params, state, batch):
-        updates, state = OPTIMIZER.update(jax.grad(loss)(params, batch), state)
-        return optax.apply_updates(params, updates), state
+@partial(jax.jit, static_argnames="loss")
+def update(loss, params, state, batch):
+    updates, state = OPTIMIZER.update(jax.grad(loss)(params, batch), state)
+    return optax.apply_updates(params, updates), state
 
+
+def train(loss, seed, steps=600, size=100):
     params = loss.module.init(jax.random.key(seed), images[:1])
     state, rng = OPTIMIZER.init(params), np.random.default_rng(seed)
     for _ in range(steps):
         index = rng.integers(0, len(images), size)
-        params, state = update(params, state, (images[index], labels[index]))
+        params, state = update(loss, params, state, (images[index], labels[index]))
     return params
 
 
@@ -220,7 +223,7 @@ ends = {}
 for name, loss in LOSSES.items():
     params = trained[name][0]
     for size in SIZES:
-        count = min(12, 500 // size)
+        count = min(8, 500 // size)
         found = []
         for i in range(count):
             start = i * (500 // count)
