@@ -82,7 +82,8 @@ def _gemm_ms(shape: Shape, rounds: int) -> float:
         functions["torch"] = lambda: [x @ y for _ in range(inner)] and None
     except ImportError:
         pass
-    return min(min(t) for t in alternate(functions, rounds=rounds, quiet=True).values()) * 1e3 / inner
+    times = alternate(functions, rounds=rounds, quiet=True, burst=0.05)
+    return min(min(t) for t in times.values()) * 1e3 / inner
 
 
 def basis_ms(n: int, steps: int, rounds: int = 7) -> tuple[float, float]:

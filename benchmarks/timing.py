@@ -1,5 +1,6 @@
 """Measuring side by side: alternate the contestants, report medians and the spread."""
 
+import math
 import os
 import platform
 import statistics
@@ -11,6 +12,25 @@ from importlib.metadata import PackageNotFoundError, version
 import jax
 
 Times = dict[str, list[float]]
+BURST = 0.2
+"""Seconds for which a short call is repeated; see `seconds`."""
+
+
+def seconds(function: Callable, burst: float = BURST) -> float:
+    """Seconds of one call in its steady state.
+
+    The first call wakes the threads of its framework while those of the one before still spin on the cores,
+    some 10 ms: it only says how often to repeat what is short. What lasts longer than the burst counts as it is.
+    """
+
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            jax.block_until_ready(function())
+        return (time.perf_counter() - start) / count
+
+    first = run(1)
+    return first if first >= burst else run(math.ceil(burst / first))
 
 
 def alternate(
@@ -20,6 +40,7 @@ def alternate(
     warm: dict[str, Callable] | None = None,
     once: tuple[str, ...] = (),
     quiet: bool = False,
+    burst: float = BURST,
 ) -> Times:
     """Seconds of each call, one round after another, after one unmeasured call of each.
 
@@ -33,9 +54,7 @@ def alternate(
         for name, function in functions.items():
             if turn and name in once:
                 continue
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds(function, burst))
             if not quiet and times[name][-1] > 1:
                 print(f"  {name}: {times[name][-1]:.3g} s", file=sys.stderr, flush=True)
     return times

@@ -10,7 +10,6 @@ of the best other package for the same error, and less time.
 import functools
 import statistics
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -278,10 +277,9 @@ def compare(runs, budget: int, truth: float, seeds: int):
             print(f"{name}, {budget} products: {type(error).__name__}", file=sys.stderr)
     for seed in range(1, seeds + 1):
         for name in errors:
-            start = time.perf_counter()
-            value = float(runs[name](budget, seed))
-            times[name].append(time.perf_counter() - start)
-            errors[name].append(abs(value - truth) / abs(truth))
+            call = functools.partial(runs[name], budget, seed)
+            errors[name].append(abs(float(call()) - truth) / abs(truth))
+            times[name].append(timing.seconds(call))
     return errors, times
 
 
