@@ -20,7 +20,7 @@ def seconds(function: Callable, burst: float = BURST) -> float:
     """Seconds of one call in its steady state.
 
     The first call wakes the threads of its framework while those of the one before still spin on the cores,
-    some 10 ms: it only says how often to repeat what is short. What lasts longer than the burst counts as it is.
+    some 10 ms: it only says how often to repeat what is short. What lasts longer counts as it is.
     """
 
     def run(count: int) -> float:
