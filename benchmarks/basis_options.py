@@ -30,7 +30,7 @@ from benchmarks import timing
 from spectra import _tree
 from spectra.demos import digits
 from spectra.krylov import basis as rows_of
-from spectra.krylov import lanczos
+from spectra.krylov import recurrence
 from spectra.krylov.plan import place_basis
 from spectra.results import format_bytes
 
@@ -42,8 +42,8 @@ def orthogonality(op, steps: int, place: str, dtype) -> float:
     layout, home = place_basis(op, place, dtype)
     with jax.default_device(home):
         start = _tree.sphere_sample(jax.random.fold_in(KEY, 0), layout.anonymous().structure)
-        state = lanczos.init(layout.anonymous(), start, steps)
-    state = lanczos.advance(op.prepare(), layout, state, 0, steps, batched=False, home=home)
+        state = recurrence.init(layout.anonymous(), start, steps)
+    state = recurrence.advance(op.prepare(), layout, state, 0, steps, batched=False, home=home)
     gram = np.asarray(rows_of.gram(state.basis))[:steps, :steps]
     return float(np.max(np.abs(gram - np.eye(steps))))
 

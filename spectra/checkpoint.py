@@ -29,8 +29,8 @@ from spectra._digest import tree_digest
 from spectra._errors import CheckpointError, PreemptedError
 from spectra._files import replacing
 from spectra.krylov import storage
-from spectra.krylov.lanczos import LanczosState
 from spectra.krylov.layout import Layout
+from spectra.krylov.recurrence import LanczosState
 from spectra.operators.base import LinearOperator
 
 PyTree = Any

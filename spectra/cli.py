@@ -1,10 +1,7 @@
 """The command line: run, show and plot spectra. Results are saved before anything is drawn."""
 
-import importlib.util
-import inspect
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -50,14 +47,10 @@ RESUME = 75
 @app.command()
 def demo(out: OutDir = Path("spectra-demo"), seed: Seed = 0):
     """Train a real network on real data, compute its spectrum, save it and draw it."""
-    try:
-        from spectra.demos import digits
-    except ImportError as error:
-        raise typer.Exit(
-            _fail(f"{error}. Install the demo's packages: pip install 'spectra-jax[demo]'")
-        ) from error
     typer.echo("Training a 64-256-256-10 network on 1,797 handwritten digits ...")
     try:
+        from spectra.demos import digits
+
         problem = digits.problem(seed)
     except ImportError as error:
         raise typer.Exit(
@@ -92,13 +85,14 @@ def run(
     """
     import jax
 
+    from spectra._scripts import load_problem
     from spectra.checkpoint import Checkpoint
     from spectra.distributed import initialize, make_mesh
 
     if distributed:
         initialize()
     devices = None if mesh is None and not distributed else make_mesh(mesh or "data=-1")
-    problem = _load_problem(file, devices)
+    problem = load_problem(file, devices)
     options: dict[str, Any] = {"num_probes": probes, "tol": tol, "basis": basis, "basis_dtype": basis_dtype}
     if checkpoint is not None:
         options["checkpoint"] = Checkpoint(checkpoint, minutes=checkpoint_minutes)
@@ -152,11 +146,12 @@ def export_torch(
     import jax
 
     from spectra import bridge
+    from spectra._scripts import function_of
 
     name, _, function = target.rpartition(":")
     if not name or not function:
         raise bridge.BridgeError(f"'{target}': write FILE.py:FUNCTION, the function that builds the module.")
-    made = _function_of(Path(name), function, "(module, example_inputs)")()
+    made = function_of(Path(name), function, "(module, example_inputs)")()
     if not isinstance(made, tuple) or len(made) != 2:
         raise bridge.BridgeError(
             f"{function}() in '{name}' returned a {type(made).__name__}, not (module, example_inputs)."
@@ -277,35 +272,3 @@ def _load(path: Path) -> Any:
     from spectra.io import load
 
     return load(path)
-
-
-def _load_problem(file: Path, mesh: Any):
-    """The problem of a file, on the mesh if there is one; its function may take the mesh as an argument."""
-    from spectra._errors import SpectraError
-    from spectra.problem import Problem
-
-    make: Callable[..., Any] = _function_of(file, "problem", "a spectra.Problem")
-    problem = make(mesh) if inspect.signature(make).parameters else make()
-    if not isinstance(problem, Problem):
-        raise SpectraError(
-            f"problem() in '{file}' returned a {type(problem).__name__}, not a spectra.Problem."
-        )
-    return problem if mesh is None else problem.on(mesh)
-
-
-def _function_of(file: Path, name: str, result: str) -> Callable[[], Any]:
-    """The function of this name in a Python file, which is imported with its folder on the path."""
-    from spectra._errors import SpectraError
-
-    if not file.exists():
-        raise FileNotFoundError(f"no file '{file}'.")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise SpectraError(f"'{file}' is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(file.parent.resolve()))
-    sys.modules[file.stem] = module
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise SpectraError(f"'{file}' defines no function {name}() that returns {result}.")
-    return getattr(module, name)

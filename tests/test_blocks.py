@@ -116,7 +116,7 @@ def test_the_block_of_everything_is_the_operator(name, x64):
 
 
 def test_slq_of_all_blocks_shares_the_code_of_the_recurrence(x64):
-    from spectra.krylov import lanczos
+    from spectra.krylov import recurrence
 
     rng = np.random.default_rng(0)
     params = {f"layer {i}": jnp.asarray(rng.standard_normal((4, 5))) for i in range(3)}
@@ -126,9 +126,9 @@ def test_slq_of_all_blocks_shares_the_code_of_the_recurrence(x64):
 
     op = spectra.HessianOperator(product_loss, params, jnp.asarray(rng.standard_normal((7, 4))))
     blocks = op.blocks()
-    before = lanczos._absorb_one._cache_size()
+    before = recurrence._absorb_one._cache_size()
     results = spectra.slq(blocks, key=jax.random.key(0), num_steps=30, num_probes=2)
-    assert lanczos._absorb_one._cache_size() == before + 1
+    assert recurrence._absorb_one._cache_size() == before + 1
     for name, block in blocks.items():
         exact = np.linalg.eigvalsh(block.as_matrix())
         assert results[name].num_steps == 20  # n of a block

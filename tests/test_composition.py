@@ -126,15 +126,17 @@ def test_the_next_checkpoint_traces_and_compiles_nothing(options, caplog):
         op.loss()
         return spectra.slq(op, key=KEY, num_steps=4, num_probes=2)
 
-    first = analyse(ridge.params(), 0.0)
-    traces = count
-    assert traces > 0
-    caplog.clear()
+    def compiled():
+        found = [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
+        caplog.clear()
+        return {message.split(" in ")[0] for message in found}
+
     with jax.log_compiles():
+        first = analyse(ridge.params(), 0.0)
+        traces, before = count, compiled()
         second = analyse(jax.tree.map(lambda x: 0.5 * x, ridge.params()), 0.1)
-    assert count == traces
-    compiled = [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
-    # Slices of the test's own data compile; nothing of the library does.
-    library = [m for m in compiled if any(w in m for w in ("_run", "_hvp", "_linearize", "_loss"))]
-    assert library == []
+    assert count == traces > 0
+    assert any("loss" in name for name in before)
+    # What the test itself does to the parameters may compile; nothing of the first time does again.
+    assert not before & compiled()
     assert not np.allclose(first.nodes, second.nodes)

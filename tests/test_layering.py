@@ -30,7 +30,7 @@ LAYERS = [
     {"variability", "bridge"},
     {"io"},
     {"training", "page"},
-    {"demos"},
+    {"demos", "_scripts"},
     {"cli"},
 ]
 # Methods of results reach forward to functions of later layers, when called: `.plot()`, `.save()`,

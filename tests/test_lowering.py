@@ -19,9 +19,9 @@ PROGRAM = """
 import json, re
 import jax, jax.numpy as jnp, spectra
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from spectra.krylov import lanczos
+from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
-from spectra.operators import data_operator
+from spectra.operators import compiled
 
 mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 every = ("data", "model")
@@ -54,19 +54,19 @@ for name, (specs, batch, spread) in cases.items():
     data = struct((64, 64), P(batch, None))
     op = spectra.HessianOperator(loss_fn, like, data, mode="forward-over-reverse", linearize=False)
     layout = Layout.of(op.like, spread=spread)
-    init = lambda: lanczos.init(layout, jax.tree.map(lambda s: jnp.ones(s.shape), like), 20)
+    init = lambda: recurrence.init(layout, jax.tree.map(lambda s: jnp.ones(s.shape), like), 20)
     places = jax.jit(init).lower().compile().output_shardings
     state = jax.tree.map(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), jax.eval_shape(init), places
     )
     args = (op, layout, state, 0, 1)
     out[name] = {
-        "step": collectives(lanczos._run_chunk.lower(*args).compile().as_text()),
-        "gradient": collectives(data_operator._gradient.lower(op).compile().as_text()),
+        "step": collectives(recurrence._run_chunk.lower(*args).compile().as_text()),
+        "gradient": collectives(compiled.gradient.lower(op).compile().as_text()),
         "split": [p.sharding.shard_shape(p.shape) for p in state.basis[0]],
         "whole": [p.shape for p in state.basis[0]],
     }
-    exported = jax.export.export(lanczos._run_chunk, platforms=["cuda"])(*args)
+    exported = jax.export.export(recurrence._run_chunk, platforms=["cuda"])(*args)
     module = exported.mlir_module()
     dots = [line for line in module.splitlines() if "stablehlo.dot_general" in line]
     out[name]["cuda"] = {

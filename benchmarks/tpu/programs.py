@@ -16,10 +16,10 @@ import spectra
 from benchmarks.tpu import model
 from benchmarks.tpu.hlo import Program
 from spectra.krylov import basis as _basis
-from spectra.krylov import lanczos as _lanczos
+from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
 from spectra.krylov.orthogonalize import orthogonalize
-from spectra.operators import base, data_operator
+from spectra.operators import base, compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,17 +86,17 @@ def lower(case: Case, mesh: Mesh):
         matmul_precision=case.precision,
     )
     if case.program == "gradient":
-        return data_operator._gradient.lower(op)
+        return compiled.gradient.lower(op)
     if case.program == "product":
         return base.product.lower(op, like)
-    shapes = jax.eval_shape(partial(_lanczos.init, layout, num_steps=case.steps), like)
+    shapes = jax.eval_shape(partial(recurrence.init, layout, num_steps=case.steps), like)
     state = dataclasses.replace(
         jax.tree.map(whole, shapes),
         basis=tuple(placed(layout, segment) for segment in shapes.basis),
         current=placed(layout, shapes.current),
         previous=placed(layout, shapes.previous),
     )
-    return _lanczos._run_chunk.lower(op, layout, state, counter, counter)
+    return recurrence._run_chunk.lower(op, layout, state, counter, counter)
 
 
 def figures(case: Case, keep: str | None = None) -> dict:

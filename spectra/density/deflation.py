@@ -19,8 +19,8 @@ import numpy as np
 from spectra import _tree
 from spectra._errors import SpectraError
 from spectra.krylov import basis as _basis
-from spectra.krylov.lanczos import LanczosState
 from spectra.krylov.layout import Layout, Panels
+from spectra.krylov.recurrence import LanczosState
 from spectra.operators.base import LinearOperator
 from spectra.operators.deflated import project
 from spectra.results import Eigenpairs, Quadrature

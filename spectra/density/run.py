@@ -13,7 +13,7 @@ from spectra import _processes, _quadrature, _tree
 from spectra._status import Status
 from spectra.checkpoint import Recorder
 from spectra.density import deflation
-from spectra.krylov import lanczos as _lanczos
+from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
 from spectra.operators.diagnose import slow_in_loops
 from spectra.results import Quadrature
@@ -68,7 +68,7 @@ class ProbeRun:
         self.apart, self.recorder = apart or slow_in_loops(op), recorder
         self.size, self.precision = size, op.precision
         self.rows: list[dict[str, Any]] = [] if recorder is None else recorder.restored()
-        self.chunk = _lanczos.CHUNK if recorder is None else 1
+        self.chunk = recurrence.CHUNK if recorder is None else 1
         self.bar.update(self.num_matvecs)
 
     @property
@@ -92,10 +92,10 @@ class ProbeRun:
         state, done = self._begin(probes, num_steps, batched)
         while done < num_steps:
             # Chunks of any length end where the longest do: there alone is it asked whether to stop.
-            goal = min((done // _lanczos.CHUNK + 1) * _lanczos.CHUNK, num_steps)
+            goal = min((done // recurrence.CHUNK + 1) * recurrence.CHUNK, num_steps)
             stop = min(done + self.chunk, goal)
             started = time.monotonic()
-            state = _lanczos.advance(
+            state = recurrence.advance(
                 self.op, self.layout, state, done, stop, batched=batched, apart=self.apart, home=self.home
             )
             self.bar.update((stop - done) * len(probes))
@@ -110,7 +110,7 @@ class ProbeRun:
                 break
             if self.recorder is not None and done < num_steps:
                 seconds = self.recorder.after(probes, state, done, time.monotonic() - started)
-                self.chunk = int(np.clip(PACE * steps / max(seconds, 1e-9), 1, _lanczos.CHUNK))
+                self.chunk = int(np.clip(PACE * steps / max(seconds, 1e-9), 1, recurrence.CHUNK))
         if stop_when is None:
             done = num_steps  # steps that a breakdown left out are zeros
         self.rows += _rows(state, done, batched)
@@ -170,7 +170,7 @@ class ProbeRun:
 @partial(jax.jit, static_argnames=("layout", "num_steps", "batched"))
 def _start(layout: Layout, keys: jax.Array, num_steps: int, batched: bool):
     def one(key):
-        return _lanczos.init(layout, _tree.sphere_sample(key, layout.structure), num_steps)
+        return recurrence.init(layout, _tree.sphere_sample(key, layout.structure), num_steps)
 
     return (jax.vmap(one) if batched else one)(keys)
 

@@ -16,8 +16,7 @@ from spectra._status import Status
 from spectra.checkpoint import Checkpoint, Recorder
 from spectra.density import deflation
 from spectra.density.run import ProbeRun, Progress
-from spectra.krylov import lanczos as _lanczos
-from spectra.krylov.lanczos import check_steps
+from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit
 from spectra.operators.base import LinearOperator
@@ -183,7 +182,7 @@ def _one(
     if deflate is not None:
         deflation.check(op, deflate)
         size, vectors = op.size - len(deflate.values), deflate.vectors
-        check_steps(num_steps, size)
+        recurrence.check_steps(num_steps, size)
         op = DeflatedOperator(op, vectors)
     recorder = None
     if checkpoint is not None:
@@ -240,7 +239,7 @@ def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int
 
     def probe(i):
         v0 = _tree.sphere_sample(jax.random.fold_in(key, i), layout.structure)
-        state = _lanczos.run(op, layout, _lanczos.init(layout, v0, num_steps), 0, num_steps)
+        state = recurrence.run(op, layout, recurrence.init(layout, v0, num_steps), 0, num_steps)
         rule = _quadrature.gauss_rule_traced(state.alpha, state.beta)
         scale = jnp.where(state.scale > 0, state.scale, 1)
         return (*rule, state.length, state.asymmetry / scale)

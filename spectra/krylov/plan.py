@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from spectra import _memory, _tree
 from spectra._errors import MemoryLimitError, SpectraError
 from spectra.krylov import basis as _basis
-from spectra.krylov.lanczos import check_steps
 from spectra.krylov.layout import Layout
+from spectra.krylov.recurrence import check_steps
 from spectra.operators.base import LinearOperator, product, require_operator
 from spectra.results import Plan, format_bytes
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spectra.krylov.lanczos import LanczosState
 from spectra.krylov.layout import Layout, Panels
+from spectra.krylov.recurrence import LanczosState
 
 PyTree = Any
 NUMBERS = ("alpha", "beta", "scale", "asymmetry", "length", "alive", "second_passes")

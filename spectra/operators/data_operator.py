@@ -13,9 +13,9 @@ import numpy as np
 from spectra import _memory, _paths, _tree
 from spectra._errors import DataError, NonFiniteError, SpectraError, StructureError
 from spectra.data import Stream, as_batch, batch_size, is_stream
-from spectra.operators import products
+from spectra.operators import compiled, products
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
-from spectra.operators.base import LinearOperator, operator, product
+from spectra.operators.base import LinearOperator, product
 from spectra.operators.modes import resolve_mode
 
 PyTree = Any
@@ -125,7 +125,7 @@ class DataOperator(LinearOperator):
             **functions,
         )
         _tree.vector_structure(self.like)
-        self._set(mode=resolve_mode(self, _loss, _gradient))
+        self._set(mode=resolve_mode(self))
 
     def _set(self, **fields) -> None:
         for name, value in fields.items():
@@ -170,14 +170,14 @@ class DataOperator(LinearOperator):
     def loss(self) -> jax.Array:
         """The mean loss over all data at the parameters."""
         if self.stream is None:
-            return _loss(self)
-        return weighted_sum((weight, _loss(piece)) for weight, piece in self._pieces())
+            return compiled.loss(self)
+        return weighted_sum((weight, compiled.loss(piece)) for weight, piece in self._pieces())
 
     def gradient(self) -> PyTree:
         """The gradient of the mean loss, in the working dtypes."""
         if self.stream is None:
-            return _gradient(self)
-        return weighted_sum((w, _gradient(piece)) for w, piece in self._pieces())
+            return compiled.gradient(self)
+        return weighted_sum((w, compiled.gradient(piece)) for w, piece in self._pieces())
 
     def mv(self, v: PyTree) -> PyTree:
         """One product; under tracing a stream raises, since its data live outside the program."""
@@ -195,7 +195,7 @@ class DataOperator(LinearOperator):
         """Products with a stack of vectors, sharing each pass over streamed data."""
         if self.stream is None:
             return super().mv_batch(vectors)
-        return weighted_sum((w, _product_batch(piece, vectors)) for w, piece in self._pieces())
+        return weighted_sum((w, compiled.product_batch(piece, vectors)) for w, piece in self._pieces())
 
     def prepare(self) -> LinearOperator:
         """Save what all products share, if asked to or if it fits; check the loss.
@@ -203,9 +203,9 @@ class DataOperator(LinearOperator):
         Raises:
             NonFiniteError: the loss is NaN or infinite at these parameters.
         """
-        loss, linear = _linearize(self) if self.linearized else (self.loss(), None)
+        loss, linear = compiled.linearize(self) if self.linearized else (self.loss(), None)
         self._require_finite(loss)
-        return self if linear is None else LinearizedOperator(linear, self)
+        return self if linear is None else compiled.LinearizedOperator(linear, self)
 
     def _require_finite(self, loss: jax.Array) -> None:
         if not _tree.is_traced((self.params, self.data)) and not np.isfinite(float(loss)):
@@ -224,7 +224,7 @@ class DataOperator(LinearOperator):
         """Bytes of the values that products share, None where they are not saved."""
         if self.stream is not None or self.mode == "finite-difference" or self.linearize is False:
             return None
-        saved, available = _saved_bytes(self), _memory.available_bytes()
+        saved, available = compiled.saved_bytes(self), _memory.available_bytes()
         fits = available is None or saved <= LINEARIZE_SHARE * available
         return saved if fits or self.linearize is True else None
 
@@ -295,32 +295,6 @@ class DataOperator(LinearOperator):
         return self if self.stream is None else self._with(data=self.stream.first(), stream=None)
 
 
-@operator(leaves=("linear", "source"))
-class LinearizedOperator(LinearOperator):
-    """An operator with the values saved that its products share; made by `prepare`, for one run."""
-
-    linear: Any
-    source: DataOperator
-
-    @property
-    def like(self) -> PyTree:
-        """The vectors of the source."""
-        return self.source.like
-
-    @property
-    def precision(self) -> float:
-        """As the source's."""
-        return self.source.precision
-
-    def mv(self, v: PyTree) -> PyTree:
-        """One application of the saved linear map."""
-        return self.linear(v)
-
-    def explain_non_finite(self) -> str:
-        """As the source."""
-        return self.source.explain_non_finite()
-
-
 def check_scalar(value, name: str) -> jax.Array:
     """`value` if it is one real number; raises otherwise."""
     if not jax.tree_util.all_leaves((value,)):
@@ -333,46 +307,3 @@ def check_scalar(value, name: str) -> jax.Array:
         f"{name} returned {kind}; it must return one real number, the mean over the batch (without "
         "auxiliary outputs)."
     )
-
-
-# Jitted once for all operators: the cache is keyed by the operator's static part and the shapes of its
-# leaves, so the next checkpoint of a model neither traces nor compiles.
-def _loss_traced(op: DataOperator) -> jax.Array:
-    params = op._merge(op._variables())
-    return op._mean(lambda piece: op._value(params, piece))
-
-
-_loss = jax.jit(_loss_traced)
-
-
-@jax.jit
-def _gradient(op: DataOperator) -> PyTree:
-    variables = op._variables()
-    return op._mean(lambda piece: op._grad(variables, piece))
-
-
-@jax.jit
-def _product_batch(op: DataOperator, vectors: PyTree) -> PyTree:
-    return jax.vmap(op.mv)(vectors)
-
-
-@jax.jit
-def _linearize(op: DataOperator) -> tuple[jax.Array, Callable[[PyTree], PyTree]]:
-    """The loss, and v -> A v with all values that do not depend on v saved: pytrees that jit returns."""
-    zero = jax.tree.map(jnp.zeros_like, op._variables())
-    if op.mode == "reverse-over-reverse":  # the product itself may refuse forward mode
-        pullback = jax.vjp(op.mv, zero)[1]  # A is symmetric: Aᵀ u is A u
-        return _loss_traced(op), jax.tree_util.Partial(_first, pullback)
-    return _loss_traced(op), jax.linearize(op.mv, zero)[1]
-
-
-def _first(pullback, u: PyTree) -> PyTree:
-    return pullback(u)[0]
-
-
-def _saved_bytes(op: DataOperator) -> int:
-    """Bytes of the values that the linear map saves and that are not the operator's own leaves."""
-    jaxpr = _linearize.trace(op).jaxpr.jaxpr
-    own = {id(var) for var in jaxpr.invars}
-    saved = {id(var): var.aval for var in jaxpr.outvars[1:] if id(var) not in own}
-    return sum(aval.size * aval.dtype.itemsize for aval in saved.values())  # pyright: ignore

@@ -1,12 +1,12 @@
 """Which way of differentiating a model admits, found by tracing alone."""
 
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
 from spectra._errors import DifferentiationError, SpectraError
+from spectra.operators import compiled
 from spectra.operators.base import product
 from spectra.operators.diagnose import may_refuse_at_lowering, refusing_operations
 from spectra.operators.products import MODES
@@ -15,20 +15,19 @@ if TYPE_CHECKING:
     from spectra.operators.data_operator import DataOperator
 
 
-def resolve_mode(op: "DataOperator", loss: Callable, gradient: Callable) -> str:
+def resolve_mode(op: "DataOperator") -> str:
     """The first mode that the operator's functions admit; says what refused the ones before it.
 
-    `loss` and `gradient` are the compiled functions of an operator, whose traces are kept: the next
-    checkpoint of a model traces nothing again.
+    Traces of the compiled functions are kept: the next checkpoint of a model traces nothing again.
 
     Raises:
         DifferentiationError: there is none, or not the one asked for; carries JAX's reason.
     """
     piece = op.first_piece()
 
-    loss.eval_shape(piece)
+    compiled.loss.eval_shape(piece)
     try:
-        gradient.eval_shape(piece)
+        compiled.gradient.eval_shape(piece)
     except Exception as error:
         raise DifferentiationError(
             f"the loss cannot be differentiated: {_first_line(error)} Every mode needs a gradient; "

@@ -1,0 +1,231 @@
+"""The Lanczos recurrence: one pure step, driven under `lax` control flow or in chunks from the host.
+
+Step i, with q_i in row i of the basis:
+
+    w = H q_i;  α_i = q_iᵀ w;  w -= α_i q_i + β_{i-1} q_{i-1};  w ⟂ q_0..q_i;  β_i = |w|;  q_{i+1} = w / β_i
+
+Subtracting the three terms first leaves coefficients of rounding size, so one Gram-Schmidt pass over the
+basis is as good as two over the raw product. α_i takes in the correction of the passes, without which T
+would not be the projection Q H Qᵀ to rounding.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spectra._errors import NonFiniteError, NotSymmetricError, SpectraError
+from spectra._quadrature import BREAKDOWN
+from spectra.krylov import basis as _basis
+from spectra.krylov.basis import Basis
+from spectra.krylov.layout import Layout, Panels
+from spectra.krylov.orthogonalize import orthogonalize
+from spectra.operators.base import LinearOperator
+
+PyTree = Any
+CHUNK = 16
+"""Steps in one compiled call: how often a run can report, stop, or notice a NaN."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LanczosState:
+    """All that a run carries from step to step; a pytree of arrays."""
+
+    basis: Basis  # segments; () without reorthogonalisation
+    current: Panels  # q_i
+    previous: Panels  # q_{i-1}
+    alpha: jax.Array  # (m,)
+    beta: jax.Array  # (m,), beta[i] = |r_i|
+    scale: jax.Array  # (), largest row sum of |T| so far, an estimate of |H|
+    asymmetry: jax.Array  # (), largest coefficient that symmetry makes zero, same unit as alpha
+    length: jax.Array  # (), steps done before breakdown
+    alive: jax.Array  # (), no breakdown yet
+    second_passes: jax.Array  # ()
+
+
+def init(layout: Layout, v0: PyTree, num_steps: int, *, keep_basis: bool = True) -> LanczosState:
+    """The state before the first step, from any non-zero start vector."""
+    start = layout.pack(v0)
+    dtype = jnp.result_type(*start)
+    size = _basis.norm(start)
+    state = LanczosState(
+        basis=_basis.zeros(layout, num_steps) if keep_basis else (),
+        current=_basis.scale(1 / size, start),
+        previous=[jnp.zeros_like(x) for x in start],
+        alpha=jnp.zeros(num_steps, dtype),
+        beta=jnp.zeros(num_steps, dtype),
+        scale=jnp.zeros((), dtype),
+        asymmetry=jnp.zeros((), dtype),
+        length=jnp.zeros((), jnp.int32),
+        alive=jnp.ones((), bool),
+        second_passes=jnp.zeros((), jnp.int32),
+    )
+    return _place(layout, state)
+
+
+def _place(layout: Layout, state: LanczosState) -> LanczosState:
+    """Vectors and rows where the layout has them, and numbers on every device."""
+    if layout.mesh is None:
+        return state
+    numbers = {name: layout.replicate(x) for name, x in vars(state).items() if isinstance(x, jax.Array)}
+    return dataclasses.replace(
+        state,
+        basis=tuple(map(layout.place, state.basis)),
+        current=layout.place(state.current),
+        previous=layout.place(state.previous),
+        **numbers,
+    )
+
+
+def absorb(i: jax.Array, w: Panels, state: LanczosState) -> LanczosState:
+    """Step i of the recurrence, given the product w = H q_i.
+
+    After a breakdown the current vector is zero, and so is all that follows from it: the remaining
+    steps of a compiled loop leave T as it is.
+    """
+    q = state.current
+    beta_previous = jnp.where(i > 0, state.beta[i - 1], 0)
+    alpha = _basis.vdot(q, w)
+    w = _basis.axpy(-alpha, q, _basis.axpy(-beta_previous, state.previous, w))
+    rows, asymmetry, second = state.basis, state.asymmetry, state.second_passes
+    if rows:
+        rows = _basis.put(rows, i, q)
+        w, beta, first, total, repeated = orthogonalize(rows, w, i + 1)
+        alpha = alpha + total[i]
+        # H q_i is orthogonal to all rows but i - 1, i, i + 1 if H is symmetric, and has the coefficient
+        # β_{i-1} on row i - 1: what the first pass finds on rows before i is asymmetry or rounding.
+        others = jnp.where(jnp.arange(len(first)) == i, 0, first)
+        asymmetry = jnp.maximum(asymmetry, jnp.max(jnp.abs(others)))
+        second = second + repeated
+    else:
+        beta = _basis.norm(w)
+    scale = jnp.maximum(state.scale, jnp.abs(alpha) + beta + beta_previous)
+    eps = jnp.finfo(alpha.dtype).eps
+    alive = state.alive & (beta > BREAKDOWN * eps * scale)
+    inverse = jnp.where(alive, 1 / jnp.where(alive, beta, 1), 0)
+    return LanczosState(
+        basis=rows,
+        current=[jnp.where(alive, x, 0) for x in _basis.scale(inverse, w)],
+        previous=q,
+        alpha=state.alpha.at[i].set(alpha),
+        beta=state.beta.at[i].set(jnp.where(alive | jnp.isnan(beta), beta, 0)),
+        scale=scale,
+        asymmetry=asymmetry,
+        length=state.length + state.alive,
+        alive=alive,
+        second_passes=second,
+    )
+
+
+def run(
+    op: LinearOperator, layout: Layout, state: LanczosState, start, stop, *, batched: bool = False
+) -> LanczosState:
+    """Steps start..stop-1 under `lax` control flow; `batched` states carry a leading probe axis."""
+
+    def step(i, state):
+        w = layout.pack(op.mv(layout.unpack(state.current)))
+        return _place(layout, absorb(i, w, state))
+
+    # The counter is not batched, so `lax.cond` on it stays a branch under vmap.
+    body = jax.vmap(step, in_axes=(None, 0)) if batched else step
+    return lax.fori_loop(start, stop, body, state)
+
+
+_run_chunk = jax.jit(run, static_argnames=("layout", "batched"), donate_argnames=("state",))
+
+
+@partial(jax.jit, static_argnames=("layout", "batched"), donate_argnames=("state",))
+def _absorb_one(layout, i, w, state, batched=False):
+    def step(i, w, state):
+        return _place(layout, absorb(i, w, state))
+
+    return (jax.vmap(step, in_axes=(None, 0, 0)) if batched else step)(i, w, state)
+
+
+@partial(jax.jit, static_argnames=("layout", "batched"))
+def _unpack(layout, panels, batched=False):
+    return (jax.vmap(layout.unpack) if batched else layout.unpack)(panels)
+
+
+@partial(jax.jit, static_argnames=("layout", "batched"))
+def _pack(layout, vectors, batched=False):
+    return (jax.vmap(layout.pack) if batched else layout.pack)(vectors)
+
+
+@partial(jax.jit, static_argnames=("layout", "batched"))
+def _multiply(op, layout, panels, batched=False):
+    def one(panels):
+        return layout.pack(op.mv(layout.unpack(panels)))
+
+    return (jax.vmap(one) if batched else one)(panels)
+
+
+def _product(op: LinearOperator, layout: Layout, panels: Panels, batched: bool, home) -> Panels:
+    if home is not None:
+        panels = jax.device_put(panels, op.device)
+    if op.on_host:
+        vectors = _unpack(layout, panels, batched=batched)
+        panels = _pack(layout, op.mv_batch(vectors) if batched else op.mv(vectors), batched=batched)
+    else:
+        panels = _multiply(op, layout, panels, batched=batched)
+    return panels if home is None else jax.device_put(panels, home)
+
+
+def advance(
+    op: LinearOperator,
+    layout: Layout,
+    state: LanczosState,
+    start: int,
+    stop: int,
+    *,
+    batched: bool,
+    apart: bool = False,
+    home: Any = None,
+) -> LanczosState:
+    """Steps start..stop-1 from the host, checked for NaN and for symmetry. Consumes `state`.
+
+    Product and recurrence are one compiled loop, or, `apart`, two programs: the one of the recurrence
+    then serves all operators of the same size, and can run on a device of its own, `home`.
+    """
+    if op.on_host or apart or home is not None:
+        for i in range(start, stop):
+            w = _product(op, layout, state.current, batched, home)
+            state = _absorb_one(layout.anonymous(), i, w, state, batched=batched)
+    else:
+        state = _run_chunk(op, layout, state, start, stop, batched=batched)
+    check(op, state, stop, layout.row_precision)
+    return state
+
+
+def check(op: LinearOperator, state: LanczosState, stop: int, row_precision: float) -> None:
+    """Raise if a product was not finite or the operator is not symmetric."""
+    alpha, beta, scale, asymmetry = jax.device_get((state.alpha, state.beta, state.scale, state.asymmetry))
+    bad = ~(np.isfinite(alpha[..., :stop]) & np.isfinite(beta[..., :stop]))
+    if bad.any():
+        step = int(np.argwhere(bad)[:, -1].min())
+        raise NonFiniteError(
+            f"the product of Lanczos step {step + 1} is NaN or infinite. {op.explain_non_finite()}"
+        )
+    limit = max(float(np.sqrt(op.precision)), row_precision)  # rounded rows look like asymmetry
+    worst = float(np.max(asymmetry / np.where(scale > 0, scale, 1)))
+    if worst > limit:
+        raise NotSymmetricError(
+            f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {worst:.1e} |H| within {stop} steps, "
+            f"above {limit:.1e}, the square root of the precision of its products. Lanczos needs a "
+            "symmetric real operator; a loss that is random or depends on call order (dropout, batch "
+            "statistics that are updated) is a common reason."
+        )
+
+
+def check_steps(num_steps: int, size: int) -> None:
+    """Raise unless 1 <= num_steps <= n."""
+    if not 1 <= num_steps <= size:
+        raise SpectraError(
+            f"num_steps={num_steps} is not between 1 and the order of the operator, {size}: a Krylov "
+            f"space has at most {size} dimensions."
+        )
