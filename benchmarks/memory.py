@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 
-from benchmarks.settings import Settings
+from benchmarks.settings import Goal, Report, Settings
 
 CODE = """
 import ctypes, gc, json, sys
@@ -50,11 +50,12 @@ print(json.dumps({"plan": plan.total, "basis": plan.basis, "linearization": plan
 CASES = (("diagonal", 96), ("mlp", 800), ("transformer", 200))
 
 
-def main(settings: Settings) -> list[str]:
-    lines = [
+def main(settings: Settings) -> Report:
+    head = [
         "| problem | steps | basis | saved | workspace | plan | measured | measured / plan |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    report = Report(head)
     for name, steps in settings.choose(CASES, (("mlp", 16),)):
         done = subprocess.run(
             [sys.executable, "-c", CODE, name, str(steps)],
@@ -64,12 +65,14 @@ def main(settings: Settings) -> list[str]:
         )
         figures = json.loads(done.stdout.strip().splitlines()[-1])
         mib = {key: f"{value / 2**20:.0f} MiB" for key, value in figures.items()}
-        lines.append(
+        share = figures["peak"] / figures["plan"]
+        report.goals.append(Goal(f"peak memory of {name}, of the plan", share, 1.15))
+        report.lines.append(
             f"| {name} | {steps} | {mib['basis']} | {mib['linearization']} | {mib['workspace']} | "
-            f"{mib['plan']} | {mib['peak']} | {figures['peak'] / figures['plan']:.2f} |"
+            f"{mib['plan']} | {mib['peak']} | {share:.2f} |"
         )
-    return lines
+    return report
 
 
 if __name__ == "__main__":
-    print("\n".join(main(Settings())))
+    print("\n".join(main(Settings()).lines))
