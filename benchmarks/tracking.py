@@ -97,6 +97,7 @@ def main() -> list[str]:
         row("full batch, 2,000 steps", [batch], descent, batch, 2000),
         row("minibatches of 128, 500 epochs (7,000 steps)", small, adam, part, 7000),
         row("minibatches of 128, 30 epochs (420 steps)", small, adam, part, 420),
+        row("the same, one batch tracked", small, adam, small[0], 420),
         row("the same with budget=0.3", small, adam, part, 420, budget=0.3),
     ]
 
