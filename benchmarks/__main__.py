@@ -30,7 +30,7 @@ SECTIONS = {
     "vocabulary": 400,
     "eigenpairs": 400,
     "smallest": 200,
-    "traces": 400,
+    "traces": 600,
     "dense": 300,
     "layers": 300,
 }

@@ -136,7 +136,8 @@ def begin(
             "num_matvecs."
         )
     shared = needed - VECTORS * vector
-    batch = probe_batch or choose_batch(op, VECTORS * vector, shared, available, count)
+    # A caller's own vmap multiplies the batch.
+    batch = probe_batch or choose_batch(op, VECTORS * vector, shared, available, count, bare=not traced)
     return Run(op.prepare(), key, groups, by, tol, min(batch, count), traced)
 
 

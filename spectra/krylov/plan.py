@@ -20,8 +20,8 @@ VECTORS = 6
 """Working vectors beside the basis: q_i, q_{i-1}, the product as a pytree and packed, w before and after
 a Gram-Schmidt pass."""
 PLACES = ("inherit", "sharded", "host")
-_BATCH_NUMBERS = 2**22
-"""On an accelerator probes run side by side until their vectors hold this many numbers: enough to fill it."""
+_BATCH_NUMBERS, _CPU_BATCH_NUMBERS = 2**22, 2**14
+"""Vectors side by side hold up to this many numbers: enough to fill an accelerator, or the cores of a CPU."""
 
 
 def plan(
@@ -163,16 +163,19 @@ def require_fit(plan: Plan) -> None:
     )
 
 
-def choose_batch(op, one: int, shared: int, available: int | None, num_probes: int) -> int:
+def choose_batch(
+    op, one: int, shared: int, available: int | None, num_probes: int, *, bare: bool = False
+) -> int:
     """Probes in flight. Streams share each pass over the data between as many probes as fit.
 
-    On a CPU one probe at a time is fastest: the reorthogonalisation is bound by memory bandwidth and
-    batched products gain nothing. An accelerator needs wide operations to be busy.
+    An accelerator needs wide operations to be busy. On a CPU one probe at a time is fastest: the
+    reorthogonalisation is bound by memory bandwidth and batched products gain nothing, but for `bare`
+    products of some thousand parameters, too small to fill the cores.
     """
     if op.on_host:
         wanted = num_probes
     elif jax.default_backend() == "cpu":
-        wanted = 1
+        wanted = max(1, _CPU_BATCH_NUMBERS // op.size) if bare else 1
     else:
         wanted = max(1, _BATCH_NUMBERS // op.size)
     if available is not None:
