@@ -15,6 +15,7 @@ from spectra.density.smoothing import RELATIVE_WIDTH, band
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import VECTORS, choose_batch
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.stepwise import outside_loops
 from spectra.results import Density, Moments
 
 PyTree = Any
@@ -83,8 +84,8 @@ def kpm(
     if bounds is not None and not (np.isfinite(bounds).all() and bounds[0] < bounds[1]):
         raise SpectraError(f"bounds={bounds}: use two finite numbers, the smaller one first.")
     given, count, widened = bounds is not None, 0, 0
-    op = op.prepare()
     batch = probe_batch or choose_batch(op, VECTORS * _tree.tree_bytes(op.structure), 0, None, num_probes)
+    op = outside_loops(op.prepare())
     if bounds is None:
         bounds, count = _find_bounds(op, key)
     moments = np.empty((num_probes, num_moments))

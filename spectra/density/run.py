@@ -15,7 +15,6 @@ from spectra.checkpoint import Recorder
 from spectra.density import deflation
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
-from spectra.operators.diagnose import slow_in_loops
 from spectra.results import Quadrature
 
 
@@ -65,7 +64,7 @@ class ProbeRun:
         self.known = known  # vectors that the probes are made orthogonal to
         self.home = home  # where the basis lives, if not with the operator
         self.op, self.layout, self.key, self.bar = op, layout, key, bar
-        self.apart, self.recorder = apart or slow_in_loops(op), recorder
+        self.apart, self.recorder = apart, recorder
         self.size, self.precision = size, op.precision
         self.rows: list[dict[str, Any]] = [] if recorder is None else recorder.restored()
         self.chunk = recurrence.CHUNK if recorder is None else 1

@@ -21,6 +21,7 @@ from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit
 from spectra.operators.base import LinearOperator
 from spectra.operators.deflated import DeflatedOperator
+from spectra.operators.stepwise import outside_loops
 from spectra.results import Eigenpairs, Quadrature
 
 
@@ -189,7 +190,7 @@ def _one(
         recorder = Recorder(checkpoint, op, layout, key, num_steps)
     with recorder.watching() if recorder else contextlib.nullcontext():
         places = {"apart": apart, "known": vectors, "home": home, "recorder": recorder}
-        run = ProbeRun(op.prepare(), layout, key, bar, size=size, **places)
+        run = ProbeRun(outside_loops(op.prepare()), layout, key, bar, size=size, **places)
         if tol is None:
             for start in range(run.num_probes, num_probes, plan.probe_batch):
                 run.add(range(start, min(start + plan.probe_batch, num_probes)), num_steps)
@@ -207,7 +208,7 @@ def slq_until(
     require_fit(plan)
     layout = Layout.of(op.like)
     with Progress(False, plan.num_matvecs) as bar:
-        run = ProbeRun(op.prepare(), layout, key, bar, size=op.size)
+        run = ProbeRun(outside_loops(op.prepare()), layout, key, bar, size=op.size)
         while run.num_probes < num_probes:
             goal = min(max(4, 2 * run.num_probes), num_probes)
             for start in range(run.num_probes, goal, plan.probe_batch):

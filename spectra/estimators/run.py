@@ -16,6 +16,7 @@ from spectra._status import Status
 from spectra.estimators.blocks import PROBES
 from spectra.krylov.plan import VECTORS, choose_batch
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.stepwise import outside_loops
 from spectra.results import Estimate, format_bytes
 
 Array = Any
@@ -138,7 +139,8 @@ def begin(
     shared = needed - VECTORS * vector
     # A caller's own vmap multiplies the batch.
     batch = probe_batch or choose_batch(op, VECTORS * vector, shared, available, count, bare=not traced)
-    return Run(op.prepare(), key, groups, by, tol, min(batch, count), traced)
+    op = op.prepare() if traced else outside_loops(op.prepare())
+    return Run(op, key, groups, by, tol, min(batch, count), traced)
 
 
 def check_probes(probes: str | None, default: str) -> str:

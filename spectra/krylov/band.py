@@ -32,8 +32,7 @@ from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout
 from spectra.krylov.orthogonalize import orthogonalize
-from spectra.operators.base import LinearOperator, product
-from spectra.operators.diagnose import slow_in_loops
+from spectra.operators.base import LinearOperator
 
 PyTree = Any
 
@@ -141,7 +140,6 @@ class Band:
 
     def __init__(self, op: LinearOperator, layout: Layout, num_rows: int):
         self.op, self.layout, self.limit = op, layout, num_rows
-        self.stepwise = op.on_host or slow_in_loops(op)
         self.state = _empty(layout, num_rows)
         self.coefficients = np.zeros(self.state.coefficients.shape)
         self.locked: list[int] = []
@@ -172,8 +170,8 @@ class Band:
         """Take up to `steps` products, beginning with the pending `row`; fewer at a breakdown."""
         before = self.filled
         previous = self.parent.pop(row, -1)
-        if self.stepwise:
-            self._extend_stepwise(row, previous, steps)
+        if self.op.on_host:
+            self._extend_on_host(row, previous, steps)
         else:
             self.state = _chain(self.op, self.layout, self.op.size, self.state, row, previous, steps)
         columns, after = jax.device_get((self.state.coefficients, self.state.filled))
@@ -188,12 +186,11 @@ class Band:
             self.parent[new[-1]] = done[-1]
         self._check()
 
-    def _extend_stepwise(self, row, previous, steps):
-        filled, op = self.filled, self.op
+    def _extend_on_host(self, row, previous, steps):
+        filled = self.filled
         for _ in range(steps):
-            vector = _row(self.layout, self.state, row)
-            image = op.mv(vector) if op.on_host else product(op, vector)
-            self.state = _absorb_one(self.layout, op.size, self.state, row, previous, image)
+            product = self.op.mv(_row(self.layout, self.state, row))
+            self.state = _absorb_one(self.layout, self.op.size, self.state, row, previous, product)
             row, previous = filled, row
             if int(self.state.filled) == filled:
                 return

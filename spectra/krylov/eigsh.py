@@ -13,6 +13,7 @@ from spectra.krylov.dense import dense_eigenpairs
 from spectra.krylov.layout import Layout
 from spectra.krylov.smallest import smallest_eigenpairs, split
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.stepwise import outside_loops
 from spectra.results import Eigenpairs
 
 
@@ -113,7 +114,7 @@ def eigsh(
     limit = min(2 * ncv if num_basis is None else num_basis, n - known)
     if limit < k + block_size + 2:
         raise SpectraError(f"num_basis={limit} is too small for k={k}: at least {k + block_size + 2}.")
-    run = _Run(op.prepare(), k, which, key, tol, limit, block_size, v0, deflate)
+    run = _Run(outside_loops(op.prepare()), k, which, key, tol, limit, block_size, v0, deflate)
     run.budget = max_matvecs or 50 * limit + 1000
     run.until_converged()
     while verify is not False and run.converged and not missing.search(run, verify, ncv):

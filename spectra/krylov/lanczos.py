@@ -14,7 +14,7 @@ from spectra._status import Status
 from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import CHUNK, LanczosState, advance, check_steps, init, run
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.operators.diagnose import slow_in_loops
+from spectra.operators.stepwise import outside_loops
 from spectra.results import Tridiagonal
 
 PyTree = Any
@@ -73,11 +73,10 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
     size = float(_tree.norm(v0))
     if not np.isfinite(size) or size == 0:
         raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
-    op = op.prepare()
-    state, apart = _init(layout, v0, num_steps, keep_basis=keep), slow_in_loops(op)
+    op, state = outside_loops(op.prepare()), _init(layout, v0, num_steps, keep_basis=keep)
     for start in range(0, num_steps, CHUNK):
         stop = min(start + CHUNK, num_steps)
-        state = advance(op, layout, state, start, stop, batched=False, apart=apart)
+        state = advance(op, layout, state, start, stop, batched=False)
         if not state.alive:
             break
     if state.alive:

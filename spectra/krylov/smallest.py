@@ -20,6 +20,7 @@ from spectra.krylov.band import Band
 from spectra.krylov.dense import dense_eigenpairs
 from spectra.krylov.layout import Layout
 from spectra.operators.base import LinearOperator
+from spectra.operators.stepwise import outside_loops
 from spectra.results import Eigenpairs
 
 PyTree = Any
@@ -51,7 +52,7 @@ def smallest_eigenpairs(
     """
     if op.size <= DENSE:
         return dense_eigenpairs(op, k, "SM", tol, deflate)
-    op = op.prepare()
+    op = outside_loops(op.prepare())
     known = [] if deflate is None else split(deflate.vectors, len(deflate.values))
     width = min(k + max(5, k // 2), op.size - len(known))
     layout = Layout.of(op.like)
