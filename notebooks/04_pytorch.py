@@ -54,16 +54,13 @@ assert right > 0.95
 # %% [markdown]
 # ## Bring it over
 #
-# The example inputs only show shapes; any batch size works afterwards. Parameters keep their PyTorch names. The data
-# are a list of one batch, so that products are called one by one: on a CPU, XLA runs convolutions inside a compiled
-# loop many times slower than outside ([jax #12868](https://github.com/jax-ml/jax/issues/12868)). On a GPU or TPU, or for a
-# model without convolutions, pass the batch itself.
+# The example inputs only show shapes; any batch size works afterwards. Parameters keep their PyTorch names.
 
 # %%
 model = spectra.from_torch(module, (images[:4],))
 loss_fn = spectra.bridge.make_loss(model, "cross_entropy")
 images, labels = images[:600], labels[:600]  # enough for the curvature here
-data = [(jnp.asarray(images.numpy()), jnp.asarray(labels.numpy()))]
+data = (jnp.asarray(images.numpy()), jnp.asarray(labels.numpy()))
 print({name: value.shape for name, value in model.params.items()})
 
 # %% [markdown]
@@ -87,7 +84,7 @@ worst = max(
     np.abs(np.asarray(product[name]) - g.numpy()).max() / np.abs(g.numpy()).max()
     for name, g in zip(names, double_backward, strict=True)
 )
-jax_loss = float(loss_fn(model.params, data[0]))
+jax_loss = float(loss_fn(model.params, data))
 print(f"loss: PyTorch {torch_loss.item():.7f}, JAX {jax_loss:.7f}")
 print("Hessian-vector product: relative difference below 1e-4" if worst < 1e-4 else f"differs by {worst:.1e}")
 assert abs(jax_loss / torch_loss.item() - 1) < 1e-5
@@ -150,7 +147,7 @@ with tempfile.TemporaryDirectory() as folder:
     spectra.bridge.export(module, (images[:4],), folder)
     print(sorted(p.name for p in Path(folder).iterdir()))
     loaded = spectra.bridge.load(folder)
-inputs = data[0][0]
+inputs = data[0]
 same = jnp.abs(loaded.apply(loaded.params, inputs) - model.apply(model.params, inputs)).max()
 print("largest difference of the outputs:", float(same))
 assert same == 0
