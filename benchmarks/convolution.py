@@ -1,9 +1,10 @@
 """Convolutions on a CPU: XLA's slow gradient shown apart, and the network written with matrix products.
 
 The derivatives of a convolution are convolutions of unusual shapes (an image as the filter, the batch as
-the feature axis), for which XLA has no fast path on the CPU. Written as patches times a matrix, the network
-has matrix products everywhere. `as_products` changes how Flax computes `nn.Conv`, not the model: parameters,
-paths and results stay the same.
+the feature axis). On a CPU XLA hands them to a library of many threads at the top of a program, and writes
+plain loops inside a compiled `while`: the last row is the same product there. Written as patches times a
+matrix, the network has matrix products everywhere. `as_products` changes how Flax computes `nn.Conv`, not the
+model: parameters, paths and results stay the same.
 
     with nn.intercept_methods(as_products):
         logits = model.apply({"params": params}, images)
@@ -57,6 +58,12 @@ def products_loss(params, batch):
         return problems.cnn_loss(params, batch)
 
 
+@jax.jit
+def looped(op, v):
+    """One product, in a loop."""
+    return jax.lax.fori_loop(0, jnp.int32(1), lambda _, x: op.mv(x), v)
+
+
 def main(settings: Settings) -> Report:
     _, params, batch = settings.problem("cnn")
     v = problems.vector(params)
@@ -68,10 +75,11 @@ def main(settings: Settings) -> Report:
         functions[f"value, {name}"] = functools.partial(jax.jit(loss), params, batch)
         functions[f"gradient, {name}"] = functools.partial(jax.jit(jax.grad(loss)), params, batch)
         functions[f"product, {name}"] = functools.partial(multiply, prepared, v)
+        functions[f"product in a loop, {name}"] = functools.partial(looped, prepared, v)
     results = {name: function() for name, function in functions.items()}
     times = alternate(functions, rounds=settings.choose(15, 1))
     rows = []
-    for what in ("value", "gradient", "product"):
+    for what in ("value", "gradient", "product", "product in a loop"):
         slow, fast = (f"{what}, {name}" for name in losses)
         a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(results[n])]) for n in (slow, fast))
         rows.append(

@@ -175,7 +175,8 @@ def choose_batch(
     if op.on_host:
         wanted = num_probes
     elif jax.default_backend() == "cpu":
-        wanted = max(1, _CPU_BATCH_NUMBERS // op.size) if bare else 1
+        fits = _CPU_BATCH_NUMBERS // op.size if bare else 1
+        wanted = 2 ** max(0, fits.bit_length() - 1)  # divides the usual numbers: no second, smaller program
     else:
         wanted = max(1, _BATCH_NUMBERS // op.size)
     if available is not None:
