@@ -70,10 +70,33 @@ class SumOperator(LinearOperator):
         return SumOperator(tuple(term._principal(indices) for term in self.terms))
 
 
-class Wrapped(LinearOperator):
-    """An operator made from another one, which prepares and explains itself through it."""
+class Derived(LinearOperator):
+    """An operator made from another one, whose vectors, precision and explanations it has."""
 
     base: LinearOperator
+
+    @property
+    def like(self) -> PyTree:
+        """The vectors of the other operator."""
+        return self.base.like
+
+    @property
+    def on_host(self) -> bool:
+        """As the other operator."""
+        return self.base.on_host
+
+    @property
+    def precision(self) -> float:
+        """As the other operator."""
+        return self.base.precision
+
+    def explain_non_finite(self) -> str:
+        """As the other operator."""
+        return self.base.explain_non_finite()
+
+
+class Wrapped(Derived):
+    """An operator that multiplies and prepares itself through another one."""
 
     @abc.abstractmethod
     def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
@@ -83,24 +106,9 @@ class Wrapped(LinearOperator):
     def _with_base(self, base: LinearOperator) -> "Wrapped":
         """The same made from another base."""
 
-    @property
-    def like(self) -> PyTree:
-        """The vectors of the wrapped operator."""
-        return self.base.like
-
     def mv(self, v: PyTree) -> PyTree:
         """The product."""
         return self._apply(self.base.mv, v)
-
-    @property
-    def on_host(self) -> bool:
-        """As the wrapped operator."""
-        return self.base.on_host
-
-    @property
-    def precision(self) -> float:
-        """As the wrapped operator."""
-        return self.base.precision
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """The products with a stack of vectors."""
@@ -113,10 +121,6 @@ class Wrapped(LinearOperator):
     def prepared_bytes(self) -> int:
         """As the wrapped operator."""
         return self.base.prepared_bytes()
-
-    def explain_non_finite(self) -> str:
-        """As the wrapped operator."""
-        return self.base.explain_non_finite()
 
     def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
         return self._with_base(self.base._principal(indices))

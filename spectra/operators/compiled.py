@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from spectra.operators.arithmetic import Derived
 from spectra.operators.base import LinearOperator, operator
 
 if TYPE_CHECKING:
@@ -61,27 +62,13 @@ def saved_bytes(op: "DataOperator") -> int:
     return sum(aval.size * aval.dtype.itemsize for aval in saved.values())  # pyright: ignore
 
 
-@operator(leaves=("linear", "source"))
-class LinearizedOperator(LinearOperator):
+@operator(leaves=("linear", "base"))
+class LinearizedOperator(Derived):
     """An operator with the values saved that its products share; made by `prepare`, for one run."""
 
     linear: Any
-    source: "DataOperator"
-
-    @property
-    def like(self) -> PyTree:
-        """The vectors of the source."""
-        return self.source.like
-
-    @property
-    def precision(self) -> float:
-        """As the source's."""
-        return self.source.precision
+    base: LinearOperator
 
     def mv(self, v: PyTree) -> PyTree:
         """One application of the saved linear map."""
         return self.linear(v)
-
-    def explain_non_finite(self) -> str:
-        """As the source."""
-        return self.source.explain_non_finite()

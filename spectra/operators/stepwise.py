@@ -5,27 +5,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spectra.operators.arithmetic import Derived
 from spectra.operators.base import LinearOperator, operator, product
 from spectra.operators.diagnose import slow_in_loops
 
 PyTree = Any
 
 
-@operator(leaves=("source",))
-class StepwiseOperator(LinearOperator):
+@operator(leaves=("base",))
+class StepwiseOperator(Derived):
     """An operator each of whose products is a program of its own; made by `outside_loops`, for one run."""
 
-    source: LinearOperator
-
-    @property
-    def like(self) -> PyTree:
-        """The vectors of the source."""
-        return self.source.like
-
-    @property
-    def precision(self) -> float:
-        """As the source's."""
-        return self.source.precision
+    base: LinearOperator
 
     @property
     def on_host(self) -> bool:
@@ -34,17 +25,13 @@ class StepwiseOperator(LinearOperator):
 
     def mv(self, v: PyTree) -> PyTree:
         """The compiled product."""
-        return product(self.source, v)
+        return product(self.base, v)
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """Compiled products, one after the other."""
         count = jax.tree.leaves(vectors)[0].shape[0]
         found = [self.mv(jax.tree.map(lambda x, i=i: x[i], vectors)) for i in range(count)]
         return jax.tree.map(lambda *rows: jnp.stack(rows), *found)
-
-    def explain_non_finite(self) -> str:
-        """As the source."""
-        return self.source.explain_non_finite()
 
 
 def outside_loops(op: LinearOperator) -> LinearOperator:
