@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding
 
 from spectra._errors import StructureError
 
@@ -103,37 +102,6 @@ def replace_leaves(tree: PyTree, indices: tuple[int, ...], kept: PyTree) -> PyTr
 def has_values(tree: PyTree) -> bool:
     """Whether all leaves are arrays, not only shapes."""
     return all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(tree))
-
-
-def mesh_of(tree: PyTree) -> Mesh | None:
-    """The mesh of several devices on which the arrays lie; None where there is none, or several."""
-    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
-    meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)}
-    meshes = [mesh for mesh in meshes if mesh.size > 1]
-    return meshes[0] if len(meshes) == 1 else None
-
-
-def on_auto_axes(tree: PyTree) -> PyTree:
-    """Arrays on a mesh with explicit axes as the same arrays on its automatic twin; nothing is copied.
-
-    `jax.make_mesh` makes explicit axes unless told otherwise, under which every operation of a model would
-    have to say how its result is split.
-    """
-
-    def one(leaf):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(leaf, Tracer) or not isinstance(sharding, NamedSharding):
-            return leaf
-        mesh = sharding.mesh
-        if not isinstance(mesh, Mesh) or AxisType.Explicit not in mesh.axis_types:
-            return leaf
-        auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-        sharding = NamedSharding(auto, sharding.spec)
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        return jax.device_put(leaf, sharding)
-
-    return jax.tree.map(one, tree)
 
 
 def tree_size(structure: PyTree) -> int:

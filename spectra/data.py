@@ -16,6 +16,7 @@ import numpy as np
 
 from spectra._digest import array_digest
 from spectra._errors import DataError
+from spectra._mesh import on_automatic_axes
 from spectra._tree import path_str
 
 PyTree = Any
@@ -51,7 +52,7 @@ def as_batch(batch: PyTree, where: str = "data") -> PyTree:
             raise DataError(f"{name} has no axes; a batch's leaves share a leading axis of examples.")
         return array
 
-    batch = jax.tree_util.tree_map_with_path(one, jax.tree.map(_plain_mapping, batch))
+    batch = on_automatic_axes(jax.tree_util.tree_map_with_path(one, jax.tree.map(_plain_mapping, batch)))
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     sizes = {path_str(path): leaf.shape[0] for path, leaf in leaves}
     if len(set(sizes.values())) > 1:

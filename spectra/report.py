@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from spectra import density
+from spectra._mesh import automatic
 from spectra.checkpoint import Checkpoint
 from spectra.operators.base import LinearOperator
 from spectra.results import Density, Estimate, Interval, Quadrature, notebook_view, text_table
@@ -96,6 +97,7 @@ def _share(share: Interval) -> str:
     return f"{100 * share.estimate:.3g} % [{100 * share.lower:.3g}, {100 * share.upper:.3g}]"
 
 
+@automatic
 def spectrum(
     op: LinearOperator,
     *,

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from spectra._errors import SpectraError
+from spectra._mesh import automatic
 from spectra.data import batch_size
 from spectra.density.slq import slq
 from spectra.operators.base import LinearOperator
@@ -62,6 +63,7 @@ class DataVariability:
         return text_table("Data variability", spread)
 
 
+@automatic
 def data_variability(
     operator: DataOperator | Callable[[PyTree], LinearOperator],
     batches: Sequence[PyTree] | None = None,

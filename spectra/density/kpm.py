@@ -10,6 +10,7 @@ from jax import lax
 
 from spectra import _tree
 from spectra._errors import NonFiniteError, SpectraError
+from spectra._mesh import automatic
 from spectra._status import Status
 from spectra.density.smoothing import RELATIVE_WIDTH, band
 from spectra.krylov.lanczos import lanczos
@@ -29,6 +30,7 @@ CHUNK = 16
 """Products in one compiled call."""
 
 
+@automatic
 def kpm(
     op: LinearOperator,
     *,

@@ -12,6 +12,7 @@ from jax import lax
 
 from spectra import _quadrature, _tree
 from spectra._errors import SpectraError
+from spectra._mesh import automatic
 from spectra._status import Status
 from spectra.checkpoint import Checkpoint, Recorder
 from spectra.density import deflation
@@ -58,6 +59,7 @@ def slq(
 ) -> dict[str, Quadrature]: ...
 
 
+@automatic
 def slq(
     op: LinearOperator | Mapping[str, LinearOperator],
     *,

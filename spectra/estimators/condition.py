@@ -5,6 +5,7 @@ import numpy as np
 
 from spectra import _tree
 from spectra._errors import SpectraError
+from spectra._mesh import automatic
 from spectra._status import Status
 from spectra.density.slq import slq
 from spectra.krylov.eigsh import eigsh
@@ -22,6 +23,7 @@ FILTER_SHARE = 20
 """The filter near zero is tried if it needs at most this many times the products of the quadrature."""
 
 
+@automatic
 def condition_number(
     op: LinearOperator,
     *,

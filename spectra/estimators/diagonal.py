@@ -9,6 +9,7 @@ from jax import lax
 
 from spectra import _tree
 from spectra._errors import SpectraError
+from spectra._mesh import automatic
 from spectra._paths import leaf_paths
 from spectra._status import Status
 from spectra.estimators import blocks, exact, leave_one_out
@@ -24,6 +25,7 @@ PAIRS = 16
 """Probes among which pairs are formed for the covariance; each pair costs vectors here."""
 
 
+@automatic
 def diagonal(
     op: LinearOperator,
     *,

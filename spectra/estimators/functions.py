@@ -9,6 +9,7 @@ import numpy as np
 
 from spectra import _quadrature, _tree
 from spectra._errors import SpectraError
+from spectra._mesh import automatic
 from spectra._status import Status
 from spectra.density.slq import slq, slq_until
 from spectra.operators.base import LinearOperator, require_operator
@@ -18,6 +19,7 @@ Source = LinearOperator | Quadrature
 Bounds = tuple[float | None, float | None]
 
 
+@automatic
 def trace_of(
     source: Source,
     f: Callable[[np.ndarray], Any],
@@ -220,6 +222,7 @@ def _of_one_curvature(f, a: float, b: float, smallest: float) -> bool:
     return len(signs) < 2
 
 
+@automatic
 def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, **options: Any) -> Estimate:
     """Estimate log det(H + δI) = Σ_i log(λ_i + δ), with the bracket of Gauss and Gauss-Radau rules.
 
@@ -244,6 +247,7 @@ def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, 
     return trace_of(source, lambda x: np.log(x + shift), key=key, **options)
 
 
+@automatic
 def effective_dimension(
     source: Source, shift: float, *, key: jax.Array | None = None, **options: Any
 ) -> Estimate:

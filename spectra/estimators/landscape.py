@@ -8,6 +8,7 @@ import numpy as np
 
 from spectra import _tree
 from spectra._errors import NonFiniteError, SpectraError, StructureError
+from spectra._mesh import automatic
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.data_operator import DataOperator
 from spectra.results import Eigenpairs, LossSlice
@@ -15,6 +16,7 @@ from spectra.results import Eigenpairs, LossSlice
 PyTree = Any
 
 
+@automatic
 def loss_slice(
     op: DataOperator, pairs: Eigenpairs, *, extent: float | None = None, num_points: int = 25
 ) -> LossSlice:

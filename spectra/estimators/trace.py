@@ -9,6 +9,7 @@ import jax
 
 from spectra import _memory, _tree
 from spectra._errors import SpectraError
+from spectra._mesh import automatic
 from spectra._status import Status
 from spectra.estimators import exact, leave_one_out
 from spectra.estimators.hutchinson import hutchinson, sample_norms
@@ -29,6 +30,7 @@ _LEAST = {"hutchinson": 1, "hutch++": 4, "xtrace": 4, "xnystrace": 2}
 """Products that leave two samples or probes, without which there is no error; see `hutchinson` for one."""
 
 
+@automatic
 def trace(
     op: LinearOperator,
     *,
@@ -148,6 +150,7 @@ def _exact(run: Run, reason: str) -> Estimate:
     )
 
 
+@automatic
 def frobenius_norm(
     op: LinearOperator,
     *,
@@ -232,6 +235,7 @@ def frobenius_norm(
     )
 
 
+@automatic
 def model_trace(
     model_fn: Callable[[PyTree, PyTree], PyTree],
     loss_fn: Callable[[PyTree, PyTree], jax.Array],

@@ -6,6 +6,7 @@ import numpy as np
 
 from spectra import _tree
 from spectra._errors import SpectraError
+from spectra._mesh import automatic
 from spectra._status import Status
 from spectra.krylov import missing, wanted
 from spectra.krylov.band import Band
@@ -17,6 +18,7 @@ from spectra.operators.stepwise import outside_loops
 from spectra.results import Eigenpairs
 
 
+@automatic
 def eigsh(
     op: LinearOperator,
     k: int,

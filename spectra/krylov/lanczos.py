@@ -9,6 +9,7 @@ import numpy as np
 
 from spectra import _tree
 from spectra._errors import SpectraError
+from spectra._mesh import automatic
 from spectra._quadrature import invariant_length
 from spectra._status import Status
 from spectra.krylov.layout import Layout
@@ -20,6 +21,7 @@ from spectra.results import Tridiagonal
 PyTree = Any
 
 
+@automatic
 def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: str = "full") -> Tridiagonal:
     """Reduce a symmetric operator to tridiagonal form on the Krylov space of a start vector.
 

@@ -24,7 +24,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spectra import _tree
+from spectra import _mesh, _tree
 from spectra._errors import SpectraError
 
 PyTree = Any
@@ -72,7 +72,7 @@ class Layout:
         Raises:
             SpectraError: `spread` where there is no mesh of several devices.
         """
-        leaves, mesh = jax.tree.leaves(like), _tree.mesh_of(like)
+        leaves, mesh = jax.tree.leaves(like), _mesh.mesh_of(like)
         bare = cls.leafwise(_tree.vector_structure(like))
         everything = tuple(range(len(leaves)))
         if any(isinstance(leaf, Tracer) for leaf in leaves):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from spectra import _memory, _tree
 from spectra._errors import MemoryLimitError, SpectraError
+from spectra._mesh import automatic
 from spectra.krylov import basis as _basis
 from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import check_steps
@@ -24,6 +25,7 @@ _BATCH_NUMBERS, _CPU_BATCH_NUMBERS = 2**22, 2**14
 """Vectors side by side hold up to this many numbers: enough to fill an accelerator, or the cores of a CPU."""
 
 
+@automatic
 def plan(
     op: LinearOperator,
     *,

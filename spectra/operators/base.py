@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from spectra import _memory, _paths, _tree
+from spectra import _memory, _mesh, _paths, _tree
 from spectra._errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
 from spectra.results import format_bytes
 
@@ -122,12 +122,13 @@ class LinearOperator(abc.ABC):
 
     def as_vector(self, v: PyTree, what: str = "the vector") -> PyTree:
         """`v`, a pytree or a flat array of shape (n,), as a pytree in the working dtypes."""
-        structure, v = self.structure, _tree.on_auto_axes(v)
+        structure, v = self.structure, _mesh.on_automatic_axes(v)
         if self._is_flat(v):
             v = _tree.unravel(jnp.asarray(v), structure)
         _tree.check_structure(v, structure, what)
         return _tree.cast_like(v, structure)
 
+    @_mesh.automatic
     def __matmul__(self, v: PyTree) -> PyTree:
         """H v for a pytree, or for a flat array of shape (n,); the result has the form of `v`."""
         vector = self.as_vector(v)
@@ -143,6 +144,7 @@ class LinearOperator(abc.ABC):
         own = getattr(self.like, "shape", None)  # an operator on a single array
         return getattr(v, "shape", None) == (self.size,) and own != (self.size,)
 
+    @_mesh.automatic
     def as_matrix(self, *, memory_limit: int | None = None) -> jax.Array:
         """The dense (n, n) matrix, symmetric to the bit: (A + Aᵀ) / 2 of the n columns.
 
@@ -213,6 +215,7 @@ class LinearOperator(abc.ABC):
 
         return BlockOperator(self, indices)
 
+    @_mesh.automatic
     def to_scipy(self):
         """A `scipy.sparse.linalg.LinearOperator` on flat vectors, with the linearisation re-used."""
         from scipy.sparse.linalg import LinearOperator as ScipyOperator

@@ -12,6 +12,7 @@ import numpy as np
 
 from spectra import _memory, _paths, _tree
 from spectra._errors import DataError, NonFiniteError, SpectraError, StructureError
+from spectra._mesh import automatic, on_automatic_axes
 from spectra.data import Stream, as_batch, batch_size, is_stream
 from spectra.operators import compiled, products
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
@@ -75,6 +76,7 @@ class DataOperator(LinearOperator):
     weight_fn: Callable[[PyTree], Any] | None
     stream: Stream | None
 
+    @automatic
     def _open(
         self,
         params: PyTree,
@@ -113,8 +115,8 @@ class DataOperator(LinearOperator):
             data = as_batch(data)
         _tree.check_arrays(params)
         self._set(
-            params=_tree.on_auto_axes(params),
-            data=_tree.on_auto_axes(data),
+            params=on_automatic_axes(params),
+            data=data,
             selected=None if wrt is None else _paths.select_leaves(params, wrt),
             mode=mode,
             microbatch=microbatch,
@@ -167,12 +169,14 @@ class DataOperator(LinearOperator):
             selected=tuple(self.selected[i] for i in indices) if self.selected is not None else indices
         )
 
+    @automatic
     def loss(self) -> jax.Array:
         """The mean loss over all data at the parameters."""
         if self.stream is None:
             return compiled.loss(self)
         return weighted_sum((weight, compiled.loss(piece)) for weight, piece in self._pieces())
 
+    @automatic
     def gradient(self) -> PyTree:
         """The gradient of the mean loss, in the working dtypes."""
         if self.stream is None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from spectra import _tree
 from spectra._errors import SpectraError
+from spectra._mesh import automatic
 from spectra.operators import products
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.hessian import HessianOperator
@@ -28,6 +29,7 @@ MAX_GROUPS = 8
 STRUCTURES = ("matrix", "blocks")
 
 
+@automatic
 def dense_hessian(
     loss_fn,
     params: PyTree,

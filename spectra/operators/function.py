@@ -9,6 +9,7 @@ from jax import lax
 
 from spectra import _tree
 from spectra._errors import NotSymmetricError, StructureError
+from spectra._mesh import automatic, on_automatic_axes
 from spectra.operators.base import LinearOperator, operator
 
 PyTree = Any
@@ -35,13 +36,14 @@ class MatrixOperator(LinearOperator):
 
     matrix: jax.Array
 
+    @automatic
     def __init__(self, matrix):
         matrix = jnp.asarray(matrix)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
             raise StructureError(f"a MatrixOperator needs a square matrix, got shape {matrix.shape}.")
         if jnp.iscomplexobj(matrix):
             raise StructureError(f"a MatrixOperator needs a real matrix, got dtype {matrix.dtype}.")
-        matrix = matrix.astype(_tree.working_dtype(matrix.dtype))
+        matrix = on_automatic_axes(matrix).astype(_tree.working_dtype(matrix.dtype))
         if not _tree.is_traced(matrix):
             difference = float(jnp.max(jnp.abs(matrix - matrix.T)))
             limit = float(jnp.finfo(matrix.dtype).eps) ** 0.5 * float(jnp.max(jnp.abs(matrix)))
@@ -87,11 +89,12 @@ class FunctionOperator(LinearOperator):
     function: Callable[[PyTree], PyTree]
     example: PyTree
 
+    @automatic
     def __init__(self, mv: Callable[[PyTree], PyTree], like: PyTree):
         if not callable(mv):
             raise StructureError(f"mv is a {type(mv).__name__}; pass a function of a vector.")
         object.__setattr__(self, "function", mv)
-        object.__setattr__(self, "example", like)
+        object.__setattr__(self, "example", on_automatic_axes(like))
         structure = self.structure
         _tree.check_structure(jax.eval_shape(mv, structure), structure, "the result of mv")
 

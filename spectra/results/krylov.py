@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _quadrature
+from spectra import _mesh, _quadrature
 from spectra._status import Status
 from spectra.results._base import Array, PyTree, notebook_view, result, text_table
 
@@ -34,30 +34,32 @@ class Tridiagonal:
     status: Status
 
     @property
+    @_mesh.automatic
     def basis(self) -> PyTree:
         """The rows of Q as one pytree with leaves (m, *leaf.shape). A copy, made on each access."""
         from spectra.krylov import basis
 
-        self._need_basis()
-        return basis.stack(self.segments, self.layout, 0, self.alpha.shape[-1])
+        return basis.stack(self._kept().segments, self.layout, 0, self.alpha.shape[-1])
 
     @property
+    @_mesh.automatic
     def orthogonality(self) -> Array:
         """max |Q Qᵀ - I| over the first `length` rows. Costs m² n operations, at each access."""
         from spectra.krylov import basis
 
-        self._need_basis()
-        gram = basis.gram(self.segments)
-        row = jnp.arange(len(gram)) < self.length
+        kept = self._kept()
+        gram = basis.gram(kept.segments)
+        row = jnp.arange(len(gram)) < kept.length
         return jnp.max(jnp.where(row[:, None] & row, jnp.abs(gram - jnp.eye(len(gram))), 0))
 
     def matrix(self) -> Array:
         """T as a dense (m, m) array."""
         return _quadrature.dense(self.alpha, self.beta, jnp if _is_jax(self.alpha) else np)
 
-    def _need_basis(self):
+    def _kept(self) -> "Tridiagonal":
         if not self.segments:
             raise ValueError("the basis was not kept: run lanczos with reorthogonalize='full' to have it.")
+        return _mesh.on_automatic_axes(self)
 
     def __repr__(self) -> str:
         return f"Tridiagonal(num_steps={self.alpha.shape[-1]}, length={self.length}, {self.status.code})"

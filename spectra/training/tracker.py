@@ -14,6 +14,7 @@ import numpy as np
 
 from spectra import _processes, _tree
 from spectra._errors import SpectraError
+from spectra._mesh import automatic
 from spectra.density import slq
 from spectra.io.lines import HistoryFile, read
 from spectra.krylov.eigsh import eigsh
@@ -137,6 +138,7 @@ class SpectrumTracker:
         """All snapshots so far, those of a file that was continued included."""
         return self._history
 
+    @automatic
     def __call__(self, step: int, *state: PyTree, **scalars: Any) -> Snapshot | None:
         """Take a snapshot if one is due at this step.
 
