@@ -13,6 +13,7 @@ import re
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
+FREE |= {"async-update"}
 _SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\](\{[^}]*\})?")
 _BITS = {"pred": 8}
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
@@ -80,6 +81,15 @@ class Program:
                 arguments = found[5].split("), ")[0]
                 operands = re.findall(r"%([\w.-]+)", arguments)
                 current[found[2]] = Instruction(found[2], found[3], found[4], operands, found[5])
+        for instruction in self.instructions():
+            self._name_asynchronous(instruction)
+
+    def _name_asynchronous(self, i: Instruction) -> None:
+        """`async-start` of one slice, copy or collective by its short name; of anything else, a call."""
+        if i.op == "async-start":
+            ops = [x.op for x in self.computations[_CALLED.findall(i.rest)[0]].values() if x.op not in FREE]
+            short = len(ops) == 1 and (ops[0] in KINDS or ops[0] in ("copy", "slice", "dynamic-slice"))
+            i.op = f"{ops[0]}-start" if short else "call"
 
     def traffic(self) -> Traffic:
         """Totals of one run of the program."""

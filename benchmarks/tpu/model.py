@@ -5,7 +5,7 @@ the weights of a layer are gathered:
 
 * "auto": nobody; the partitioner chooses for every operation.
 * "constrained": sharding constraints on the weights of a layer and on the activations.
-* "explicit": the same, with the sharding in the types (`AxisType.Explicit`).
+* "explicit": the same, with the sharding in the types (`explicit_axes` around the loss).
 * "shard_map": `all_gather` in the body of the scan, whose transpose is a reduce-scatter. The body is
   rematerialised, so the gathered weights are not saved.
 """
@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, explicit_axes, reshard
 from jax.sharding import PartitionSpec as P
 
 AXIS = "data"
@@ -96,13 +96,17 @@ def make_loss(size: Size, form: str, mesh):
         return jax.shard_map(mean, mesh=mesh, in_specs=specs, out_specs=P())
     if form == "auto":
         return partial(_loss, size, lambda w, axis: w, lambda x: x)
-    move = jax.sharding.reshard if form == "explicit" else lax.with_sharding_constraint
+    if form == "explicit":
+        loss = partial(
+            _loss, size, lambda w, axis: reshard(w, P()), lambda x: reshard(x, P(AXIS)), rows=P(AXIS)
+        )
+        return explicit_axes(loss, axes=AXIS, in_sharding=(FSDP, P(AXIS)))
 
     def gather(w, axis):
-        return move(w, NamedSharding(mesh, P(*[None] * w.ndim)))
+        return lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
 
     def split(x):
-        return move(x, NamedSharding(mesh, P(AXIS, *[None] * (x.ndim - 1))))
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, P(AXIS)))
 
     return partial(_loss, size, gather, split)
 
@@ -111,10 +115,10 @@ def _all_gather(w, axis):
     return lax.all_gather(w, AXIS, axis=axis, tiled=True)
 
 
-def _loss(size: Size, gather, split, params, tokens):
-    """Mean cross-entropy of the next token."""
+def _loss(size: Size, gather, split, params, tokens, rows=None):
+    """Mean cross-entropy of the next token; `rows` is the sharding of what is looked up, where asked for."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    x = split(gather(params["embed"], 0).at[inputs].get(mode="clip"))
+    x = split(gather(params["embed"], 0).at[inputs].get(mode="clip", out_sharding=rows))
 
     @jax.checkpoint
     def layer(x, p):

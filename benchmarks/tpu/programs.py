@@ -2,12 +2,15 @@
 
 import dataclasses
 import os
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,12 +24,14 @@ from spectra.krylov.layout import Layout
 from spectra.krylov.orthogonalize import orthogonalize
 from spectra.operators import base, compiled
 
+REPEATS = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One compilation; `size` names a transformer of `model.SIZES`, or numbers a chip for "spread"."""
 
-    program: str  # orthogonalize, gradient, product, step
+    program: str  # orthogonalize, gradient, product, products, linearized, step
     topology: str
     size: str
     layout: str = "fsdp"  # or "spread": replicated parameters, basis packed and split over the chips
@@ -39,14 +44,13 @@ class Case:
         return "/".join(str(value) for value in dataclasses.astuple(self))
 
 
-def pod(topology: str, form: str = "shard_map") -> Mesh:
+def pod(topology: str) -> Mesh:
     """A mesh of one axis over all chips of a topology that exists in the compiler only."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    kind = AxisType.Explicit if form == "explicit" else AxisType.Auto
-    return Mesh(np.array(devices), (model.AXIS,), axis_types=(kind,))
+    return Mesh(np.array(devices), (model.AXIS,), axis_types=(AxisType.Auto,))
 
 
 def vectors(case: Case, mesh: Mesh):
@@ -82,13 +86,15 @@ def lower(case: Case, mesh: Mesh):
         like,
         model.batch_struct(size, mesh),
         mode="forward-over-reverse",
-        linearize=False,
+        linearize=case.program == "linearized",
         matmul_precision=case.precision,
     )
     if case.program == "gradient":
         return compiled.gradient.lower(op)
     if case.program == "product":
         return base.product.lower(op, like)
+    if case.program in ("products", "linearized"):
+        return repeated.lower(op, like)
     shapes = jax.eval_shape(partial(recurrence.init, layout, num_steps=case.steps), like)
     state = dataclasses.replace(
         jax.tree.map(whole, shapes),
@@ -99,16 +105,26 @@ def lower(case: Case, mesh: Mesh):
     return recurrence._run_chunk.lower(op, layout, state, counter, counter)
 
 
+@jax.jit
+def repeated(op, v):
+    """`REPEATS` products in a loop, after what they share where the operator linearises."""
+    prepared = op.prepare()
+    return lax.fori_loop(0, REPEATS, lambda _, v: prepared.mv(v), v)
+
+
 def figures(case: Case, keep: str | None = None) -> dict:
     """Compile a case; its figures for one chip."""
-    mesh = pod(case.topology, case.form)
+    mesh = pod(case.topology)
     like = vectors(case, mesh)
     clock, cpu = time.perf_counter(), time.process_time()
-    lowered = lower(case, mesh)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # `explicit_axes` looks for it
+        lowered = lower(case, mesh)
     traced = time.perf_counter() - clock
-    compiled = lowered.compile()
-    seconds, cpu = time.perf_counter() - clock, time.process_time() - cpu
-    text = compiled.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        # The text that libtpu writes: jaxlib cannot read all of libtpu's instructions back from the executable.
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        seconds, cpu = time.perf_counter() - clock, time.process_time() - cpu
+        text = next(Path(folder).glob("*jit_*.after_optimizations.txt")).read_text()
     if keep:
         with open(keep, "w") as file:
             file.write(text)
