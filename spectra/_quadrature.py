@@ -6,6 +6,7 @@ fast. Only `gauss_rule_traced` runs in JAX, for use inside a caller's jit.
 
 import numpy as np
 
+from spectra._blas import one_thread
 from spectra._errors import SpectraError
 
 
@@ -68,6 +69,7 @@ def _distinct(theta: np.ndarray, eps: float) -> np.ndarray:
     return np.flatnonzero(np.concatenate([[True], apart]))
 
 
+@one_thread()
 def gauss_radau(nodes, weights, residuals, fixed: float) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights of the rule with one more node, at `fixed`, outside the range of the nodes.
 

@@ -5,6 +5,7 @@ parameters it belongs to. Every contraction states `Precision.HIGHEST`: JAX's de
 float32 product in bfloat16 on a TPU and in TF32 on a GPU.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -36,6 +37,8 @@ def scalar_dtype(tree: PyTree) -> jnp.dtype:
 
 def check_arrays(params: PyTree) -> None:
     """Raise unless every leaf is an array, or the shape of one."""
+    if all(hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in jax.tree.leaves(params)):
+        return
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise StructureError(
@@ -52,7 +55,12 @@ def lift(leaf: jax.Array) -> jax.Array:
 def vector_structure(params: PyTree) -> PyTree:
     """`ShapeDtypeStruct` of one vector over `params`; rejects leaves that are not real floats."""
     check_arrays(params)
+    leaves, treedef = jax.tree.flatten(params)
+    return _vector_structure(treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
 
+
+@functools.lru_cache(maxsize=256)
+def _vector_structure(treedef, kinds: tuple) -> PyTree:
     def one(path, leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise StructureError(
@@ -61,7 +69,8 @@ def vector_structure(params: PyTree) -> PyTree:
             )
         return jax.ShapeDtypeStruct(leaf.shape, working_dtype(leaf.dtype))
 
-    structure = jax.tree_util.tree_map_with_path(one, params)
+    leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
+    structure = jax.tree_util.tree_map_with_path(one, treedef.unflatten(leaves))
     if not any(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure)):
         raise StructureError("the parameters hold no numbers; pass a non-empty pytree of arrays.")
     return structure

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from spectra import _tree
+from spectra._blas import one_thread
 from spectra._errors import NonFiniteError, SpectraError
 from spectra._mesh import automatic
 from spectra._status import Status
@@ -117,7 +118,8 @@ def _find_bounds(op: LinearOperator, key) -> tuple[tuple[float, float], int]:
     run = lanczos(op, start, steps, reorthogonalize="none")
     length = int(run.length)
     matrix = np.asarray(run.matrix(), np.float64)[:length, :length]
-    theta, vectors = np.linalg.eigh(matrix)
+    with one_thread():
+        theta, vectors = np.linalg.eigh(matrix)
     reach = float(run.residual_norm) * np.abs(vectors[-1])
     low, high = float(np.min(theta - reach)), float(np.max(theta + reach))
     size = max(abs(low), abs(high)) or 1.0  # H = 0 has no scale

@@ -13,7 +13,7 @@ from spectra._mesh import automatic
 from spectra._paths import leaf_paths
 from spectra._status import Status
 from spectra.estimators import blocks, exact, leave_one_out
-from spectra.estimators.low_rank import MIN_SKETCH, SketchRun
+from spectra.estimators.low_rank import MIN_SKETCH, Held, SketchRun
 from spectra.estimators.run import Run, adaptive, begin
 from spectra.estimators.trace import choose
 from spectra.operators.base import LinearOperator
@@ -207,14 +207,11 @@ def _xdiag(run: Run, num_matvecs: int):
 
     def step(count):
         sketch.extend(count)
-        u, xp = sketch.directions(), run.xp
-        images = run.host(sketch.sketch())
+        images, xp = sketch.inner_products().qy[-1], run.xp
+        u = sketch.directions(images)
         among = leave_one_out.seconds(u, min(count, PAIRS), xp)
         found[:] = _leave_one_out(
-            sketch.basis,
-            sketch.basis_images,
-            sketch.probes,
-            sketch.images,
+            sketch.held,
             *(jnp.asarray(x, run.op.dtype) for x in (u, among, images.T)),
             run.op.precision,
         )
@@ -226,7 +223,7 @@ def _xdiag(run: Run, num_matvecs: int):
 
 
 @jax.jit
-def _leave_one_out(basis, basis_images, probes, images, u, among, sketch, precision):
+def _leave_one_out(held: Held, u, among, sketch, precision):
     """XDiag and its error: diag(P A) + ω ⊙ (1 - P) A ω with P the sketch without the probe ω.
 
     With a_j = Q u_j, b_j = Z u_j and r_j = Q y_j, estimate j is diag(Q Zᵀ) - a_j ⊙ b_j + (u_j·r_j) ω_j ⊙ a_j.
@@ -255,9 +252,11 @@ def _leave_one_out(basis, basis_images, probes, images, u, among, sketch, precis
         stderr = jnp.sqrt(variance + covariance + rounding)
         return mean + jnp.sum(q * z, axis=0), stderr
 
-    stacks = zip(*map(jax.tree.leaves, (basis, basis_images, probes, images)), strict=True)
+    stacks = zip(
+        *map(jax.tree.leaves, (held.basis, held.basis_images, held.probes, held.images)), strict=True
+    )
     means, errors = zip(*(one(*leaves) for leaves in stacks), strict=True)
-    treedef = jax.tree.structure(basis)
+    treedef = jax.tree.structure(held.basis)
     return treedef.unflatten(means), treedef.unflatten(errors)
 
 

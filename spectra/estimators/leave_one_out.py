@@ -27,14 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spectra._blas import one_thread
+
 Array = Any
 
 PAIRS = 64
 """Probes among which pairs are formed for the covariance: 4032 pairs estimate it well enough."""
 
 
-TOGETHER = 2**18
-"""Numbers in an array of the pair algebra on the host, at most."""
+TOGETHER = 2**16
+"""Numbers in an array of the pair algebra on the host, at most: half a megabyte, which stays in a cache."""
 
 
 class Sketch(NamedTuple):
@@ -46,6 +48,7 @@ class Sketch(NamedTuple):
     qo: Array  # (G, m, m)
     zo: Array  # (G, m, m)
     oy: Array  # (G, m)
+    yy: Array  # (G, m)
     oo: Array  # (m,)
 
 
@@ -59,6 +62,7 @@ class Nystrom(NamedTuple):
     inverse_gram: Array  # (m, m), (Ω Ωᵀ)^{-1}
 
 
+@one_thread()
 def directions(sketch: Array, precision: float, xp) -> Array:
     """Unit rows u_j orthogonal to all columns of the sketch R = Q Yᵀ but column j.
 
@@ -73,14 +77,18 @@ def directions(sketch: Array, precision: float, xp) -> Array:
 
 
 def _unit(rows: Array, xp) -> Array:
-    size = xp.linalg.norm(rows, axis=-1, keepdims=True)
+    size = xp.sqrt(_dots(rows, rows, xp))[..., None]
     return rows / xp.where(size > 0, size, 1)
+
+
+def _dots(a: Array, b: Array, xp) -> Array:
+    """Inner products of rows; on the host without the array of their terms."""
+    return np.vecdot(a, b) if xp is np else jnp.sum(a * b, axis=-1)
 
 
 def _second(u: Array, i, xp) -> Array:
     """Row j is the unit vector of span(u_i, u_j) orthogonal to u_j; row i has no meaning. i: any shape."""
-    rest = _unit(u[i][..., None, :] - (u[i] @ u.T)[..., None] * u, xp)
-    return _unit(rest - xp.sum(rest * u, axis=-1, keepdims=True) * u, xp)
+    return _unit(_drop([u, u], u[i][..., None, :], xp), xp)  # twice: to rounding
 
 
 def seconds(u: Array, count: int, xp) -> Array:
@@ -94,39 +102,71 @@ def _with_pairs(formula, u: Array, num_groups: int, xp) -> tuple[Array, Array]:
 
     On the host many i run together: there a call costs more than the arithmetic.
     """
-    m, count = len(u), min(len(u), PAIRS)
+    m, count, first = len(u), min(len(u), PAIRS), u[None]
     if xp is not np:
-        return formula([u], None), lax.map(lambda i: formula([u, _second(u, i, xp)], i), jnp.arange(count))
+        pairs = lax.map(lambda i: formula([first, _second(u, i, xp)[None]], i), jnp.arange(count))
+        return formula([first], None), pairs
     together = max(1, TOGETHER // (num_groups * m * m))
     parts = [np.arange(start, min(start + together, count)) for start in range(0, count, together)]
-    pairs = [formula([u, _second(u, i, xp)[:, None]], i) for i in parts]
-    return formula([u], None), np.concatenate(pairs)
+    pairs = [formula([first, _second(u, i, xp)[:, None]], i) for i in parts]
+    return formula([first], None), np.concatenate(pairs)
 
 
 def _drop(removed: list[Array], rows: Array, xp) -> Array:
     for u in removed:
-        rows = rows - u * xp.sum(u * rows, axis=-1, keepdims=True)
+        rows = rows - u * _dots(u, rows, xp)[..., None]
     return rows
 
 
+@one_thread()
 def xtrace_values(g: Sketch, u: Array, size: int, *, resphere: bool, xp) -> tuple[Array, Array]:
     """tr over each group of P A + A P - P A P, exactly, plus μᵀ(1-P) A (1-P) μ, μ = (1-P) ω_j.
 
     P projects on the sketch without probe j. With `resphere`, μ is scaled to the length that a normal
     vector in the complement of P has on average, which removes the variance of its length. The groups
-    sum to XTrace.
+    sum to XTrace, the last row.
 
     References:
         Epperly, Tropp and Webber, arXiv:2301.07825, sections 2.2 and 2.3.
     """
-    m = len(u)
-    core, sketch, probes = g.qz[-1], g.qy[-1], g.qo[-1]
-    core = (core + core.T) / 2
-    mixed = core @ g.qq
+    core = (g.qz[-1] + g.qz[-1].T) / 2
+    found = _with_pairs(_whole(g, core, u, size, resphere, xp), u, 1, xp)
+    if len(g.qz) > 1:
+        groups = Sketch(*[part[:-1] for part in g[:-1]], oo=g.oo)
+        formula = _of_groups(groups, core, g.qy[-1], g.qo[-1], size, resphere, xp)
+        parts = _with_pairs(formula, u, len(groups.qz), xp)
+        found = [xp.concatenate(pair, axis=-2) for pair in zip(parts, found, strict=True)]
+    return found[0], found[1]
+
+
+def _whole(g: Sketch, core: Array, u: Array, size: int, resphere: bool, xp):
+    """XTrace: the directions a that are left out take Σ aᵀHa off tr H; with x the part of Qω in the sketch,
+    and v the second direction, x loses v (v·x)."""
+    m, trace = len(u), xp.trace(core)
+    x, sketch = _drop([u], g.qo[-1].T, xp), g.qy[-1].T
+    hx, hu = x @ core, u @ core
+    taken, rest = _dots(u, hu, xp), g.oy[-1] - 2 * _dots(sketch, x, xp) + _dots(x, hx, xp)
+    length = g.oo - _dots(x, x, xp)
+
+    def formula(removed, _):
+        less, residual, square = taken[None], rest[None], length[None]
+        for v in removed[1:]:
+            share, own = _dots(v, x, xp), _dots(v @ core, v, xp)
+            less = less + own
+            residual = residual + share * (2 * _dots(v, sketch - hx, xp) + share * own)
+            square = square + share**2
+        return trace - less + residual * ((size - (m - len(removed))) / square if resphere else 1)
+
+    return formula
+
+
+def _of_groups(g: Sketch, core: Array, sketch: Array, probes: Array, size: int, resphere: bool, xp):
+    """The same restricted to each group, where Q has no orthonormal rows."""
+    m, mixed = len(core), core @ g.qq
     fixed = 2 * xp.trace(g.qz, axis1=-2, axis2=-1) - xp.trace(mixed, axis1=-2, axis2=-1)
 
     def form(a, matrix, b):
-        return xp.sum((a @ matrix) * b, axis=-1)
+        return _dots(a @ matrix, b, xp)
 
     def formula(removed, _):
         x = _drop(removed, probes.T, xp)
@@ -134,9 +174,9 @@ def xtrace_values(g: Sketch, u: Array, size: int, *, resphere: bool, xp) -> tupl
         c = _drop(removed, sketch.T - hx, xp)
         rest = g.oy + form(x, g.qz, x) + form(x, g.qq, c)
         for a, b in ((g.zo, x), (g.qo, c), (g.qy, x)):
-            rest = rest - xp.sum(xp.swapaxes(a, -1, -2) * b, axis=-1)
+            rest = rest - _dots(xp.swapaxes(a, -1, -2), b, xp)
         if resphere:
-            rest = rest * (size - (m - len(removed))) / (g.oo - xp.sum(x * x, axis=-1))
+            rest = rest * (size - (m - len(removed))) / (g.oo - _dots(x, x, xp))
         total = rest + fixed[:, None]
         for a in removed:
             total = total - 2 * form(a, g.qz - mixed, a)
@@ -144,9 +184,10 @@ def xtrace_values(g: Sketch, u: Array, size: int, *, resphere: bool, xp) -> tupl
                 total = total - form(a, core, b) * form(b, g.qq, a)
         return total
 
-    return _with_pairs(formula, u, len(g.qz), xp)
+    return formula
 
 
+@one_thread()
 def xnystrace_values(g: Nystrom, size: int, *, resphere: bool, xp) -> tuple[Array, Array]:
     """tr over each group of the Nyström approximation without probe j, plus ω_jᵀ (A - A<Ω>) ω_j.
 

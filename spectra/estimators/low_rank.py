@@ -5,12 +5,13 @@ Hessian nearly always is rank-deficient.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from spectra import _tree
+from spectra._blas import one_thread
 from spectra._errors import SpectraError
 from spectra.estimators import blocks, leave_one_out
 from spectra.estimators.hutchinson import mean_and_error
@@ -22,84 +23,87 @@ PyTree = Any
 _BASIS = 2**31 - 1  # number of the key that fills a rank-deficient basis; no probe reaches it
 
 
+class Held(NamedTuple):
+    """Stacks of m vectors, the last two only where the sketch projects."""
+
+    probes: PyTree  # Ω
+    images: PyTree  # Y = H Ω
+    basis: PyTree  # Q, orthonormal, of the range of Y
+    basis_images: PyTree  # Z = H Q
+
+
 class SketchRun:
-    """Probes Ω, Y = H Ω, an orthonormal basis Q of the range of Y, and Z = H Q; grows without loss."""
+    """Probes, their images and what is made of them; grows without loss."""
 
     def __init__(self, run: Run, kind: str):
         self.run, self.kind = run, kind
-        self.probes: Any = None
-        self.images: Any = None  # Y
-        self.basis: Any = None  # Q
-        self.basis_images: Any = None  # Z
-
-    @property
-    def num_probes(self) -> int:
-        """m."""
-        return 0 if self.probes is None else blocks.length(self.probes)
+        self.num_probes = 0
+        self.held: Any = None
+        self._parts: Any = None
 
     def extend(self, count: int, *, project: bool = True) -> None:
         """Raise the number of probes to `count`: one product each, and another one with `project`."""
         run = self.run
         grow = _grow if run.op.on_host else _grow_compiled
-        new, images, basis, basis_images = grow(
-            run.op, run.key, self.basis, self.num_probes, count, self.kind, run.batch, project
+        self.held, self._parts = grow(
+            run.op,
+            run.key,
+            self.held,
+            start=self.num_probes,
+            stop=count,
+            kind=self.kind,
+            batch=run.batch,
+            project=project,
+            grouped=run.by is not None,
         )
-        if project:
-            self.basis = _append(self.basis, basis)
-            self.basis_images = _append(self.basis_images, basis_images)
-        self.probes, self.images = _append(self.probes, new), _append(self.images, images)
+        self.num_probes = count
 
-    def sketch(self) -> Any:
-        """R = Q Yᵀ, shape (m, m)."""
-        return self.run.host(jnp.sum(_gram(self.basis, self.images), axis=0))
-
-    def directions(self) -> Any:
-        """Unit directions that leaving out a probe removes from the basis, shape (m, m)."""
-        return leave_one_out.directions(self.sketch(), self.run.op.precision, self.run.xp)
+    def directions(self, sketch: Any) -> Any:
+        """Unit directions that leaving out a probe removes from the basis, shape (m, m); R = Q Yᵀ."""
+        return leave_one_out.directions(sketch, self.run.op.precision, self.run.xp)
 
     def inner_products(self) -> Sketch:
         """All that XTrace needs, for each group and for the whole."""
         run = self.run
-        # One program and one transfer: for small networks a call costs as much as some products.
-        parts = _inner_products(self.basis, self.basis_images, self.images, self.probes, run.by is not None)
-        qz, qy, qo, oy, oo, *rest = [run.by_group(part) for part in run.fetch(parts)]
+        qz, qy, qo, oy, yy, oo, *rest = [run.by_group(part) for part in run.fetch(self._parts)]
         run.check_symmetric(qz[-1])
         qq, zo = rest or (run.xp.eye(self.num_probes)[None], qy)
-        return Sketch(qq, qz, qy, qo, zo, oy, oo[-1])
+        return Sketch(qq, qz, qy, qo, zo, oy, yy, oo[-1])
 
-    def squared(self) -> Sketch:
+    def squared(self, inner: Sketch) -> Sketch:
         """The same for H² in the place of H, from the same products; for the whole only."""
-        run = self.run
-        inner = self.inner_products()
-        zz = run.host(jnp.sum(_gram(self.basis_images, self.basis_images), axis=0))[None]
-        zy = run.host(jnp.sum(_gram(self.basis_images, self.images), axis=0))[None]
-        yy = run.host(jnp.sum(_row_dots(self.images, self.images), axis=0))[None]
-        return inner._replace(qz=zz, qy=zy, zo=zy, oy=yy)
-
-    def rounding(self) -> Any:
-        """Error by rounding of one quadratic form, for each group."""
-        return self.run.rounding(self.run.by_group(_row_dots(self.images, self.images)))
+        run, held = self.run, self.held
+        zz = run.host(jnp.sum(_gram(held.basis_images, held.basis_images), axis=0))[None]
+        zy = run.host(jnp.sum(_gram(held.basis_images, held.images), axis=0))[None]
+        return inner._replace(qz=zz, qy=zy, zo=zy, oy=inner.yy)
 
 
-def _grow(op, key, known: PyTree | None, start: int, stop: int, kind: str, batch: int, project: bool):
-    """Probes and their images; with `project` also a basis of the images, orthogonal to `known`, and its."""
+def _grow(op, key, held: Held | None, *, start, stop, kind, batch, project, grouped):
+    """More probes and their images; with `project` also a basis of all images and its, and inner products."""
     probes = blocks.draw(key, jnp.arange(start, stop), op.structure, kind)
     images = blocks.products(op, probes, batch)
-    if not project:
-        return probes, images, None, None
-    noise = jax.random.fold_in(jax.random.fold_in(key, _BASIS), stop)
-    basis = blocks.orthonormalize(images, known, noise)
-    return probes, images, basis, blocks.products(op, basis, batch)
+    basis = basis_images = None
+    if project:
+        noise = jax.random.fold_in(jax.random.fold_in(key, _BASIS), stop)
+        basis = blocks.orthonormalize(images, held and held.basis, noise)
+        basis_images = blocks.products(op, basis, batch)
+    new = Held(probes, images, basis, basis_images)
+    if held is not None:
+        new = Held(
+            *(None if y is None else blocks.concatenate([x, y]) for x, y in zip(held, new, strict=True))
+        )
+    return new, _inner_products(new, grouped) if project else None
 
 
-_grow_compiled = jax.jit(_grow, static_argnames=("start", "stop", "kind", "batch", "project"))
+_grow_compiled = jax.jit(_grow, static_argnames=("start", "stop", "kind", "batch", "project", "grouped"))
 
 
 @partial(jax.jit, static_argnames="grouped")
-def _inner_products(q: PyTree, z: PyTree, y: PyTree, o: PyTree, grouped: bool):
-    """QZᵀ, QYᵀ, QΩᵀ, and the diagonals of ΩYᵀ and ΩΩᵀ, leaf by leaf; for groups QQᵀ and ZΩᵀ, too."""
-    parts = [blocks.gram(q, z), blocks.gram(q, y), blocks.gram(q, o), blocks.row_dots(o, y)]
-    parts.append(blocks.row_dots(o, o))
+def _inner_products(held: Held, grouped: bool):
+    """QZᵀ, QYᵀ, QΩᵀ, and the diagonals of ΩYᵀ, YYᵀ and ΩΩᵀ, leaf by leaf; for groups QQᵀ and ZΩᵀ, too."""
+    o, y, q, z = held
+    parts = [blocks.gram(q, z), blocks.gram(q, y), blocks.gram(q, o)]
+    parts += [blocks.row_dots(o, y), blocks.row_dots(y, y), blocks.row_dots(o, o)]
     return [*parts, blocks.gram(q, q), blocks.gram(z, o)] if grouped else parts
 
 
@@ -110,10 +114,6 @@ _draw = jax.jit(
 )
 
 
-def _append(stack: PyTree | None, new: PyTree) -> PyTree:
-    return new if stack is None else blocks.concatenate([stack, new])
-
-
 def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     """XTrace of m probes from 2 m products; see `leave_one_out`."""
     sketch = SketchRun(run, kind)
@@ -121,14 +121,15 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
 
     def step(count):
         sketch.extend(count)
+        inner = sketch.inner_products()
         values, pairs = leave_one_out.xtrace_values(
-            sketch.inner_products(),
-            sketch.directions(),
+            inner,
+            sketch.directions(inner.qy[-1]),
             run.op.size,
             resphere=kind == "normal",
             xp=run.xp,
         )
-        found[:] = with_rounding(run, values, pairs, sketch.rounding())
+        found[:] = with_rounding(run, values, pairs, run.rounding(inner.yy))
         return found[0][-1], found[1][-1]
 
     status = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
@@ -164,16 +165,18 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
 
     def step(count):
         sketch.extend(count, project=False)
-        probes, images, m = sketch.probes, sketch.images, sketch.num_probes
-        square = run.host(jnp.sum(_row_dots(images, images)))
-        shift = run.op.precision * xp.sqrt(square / (m * run.op.size))
+        (probes, images, *_), m = sketch.held, sketch.num_probes
+        squares = run.by_group(_row_dots(images, images))
+        shift = run.op.precision * xp.sqrt(xp.sum(squares[-1]) / (m * run.op.size))
         images = _shift(shift, probes, images)
         core = run.host(jnp.sum(_gram(probes, images), axis=0))
-        values, vectors = xp.linalg.eigh((core + core.T) / 2)
+        with one_thread():
+            values, vectors = xp.linalg.eigh((core + core.T) / 2)
         if not run.traced:
             _require_positive(values, run)
         gram = run.host(jnp.sum(_gram(probes, probes), axis=0))
-        weights, axes = xp.linalg.eigh(gram)
+        with one_thread():
+            weights, axes = xp.linalg.eigh(gram)
         values = xp.maximum(values, xp.maximum(shift * weights[0], m * run.op.precision**2 * values[-1]))
         root = xp.sqrt(xp.where(values > 0, values, 1))
         inverse_gram = (axes / xp.maximum(weights, run.op.precision * weights[-1])) @ axes.T
@@ -189,7 +192,7 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         taken = (shift * xp.asarray(run.sizes))[:, None]
         estimates, pairs = estimates - taken, pairs - taken
         # Rounding of the core counts in units of the smallest eigenvalue of ΩΩᵀ, and the shift is no larger.
-        floor = sketch.rounding() * run.op.size / weights[0]
+        floor = run.rounding(squares) * run.op.size / weights[0]
         found[:] = with_rounding(run, estimates, pairs, floor)
         return found[0][-1], found[1][-1]
 
@@ -231,9 +234,8 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     xp, rank = run.xp, max(1, num_matvecs // 3)
     sketch = SketchRun(run, kind)
     sketch.extend(rank)
-    q, z = sketch.basis, sketch.basis_images
-    qz, qq = run.by_group(_gram(q, z)), run.by_group(_gram(q, q))
-    run.check_symmetric(qz[-1])
+    q, inner = sketch.held.basis, sketch.inner_products()
+    qz, qq = inner.qz, inner.qq
     fixed = xp.trace(2 * qz - qz[-1] @ qq, axis1=-2, axis2=-1)
     parts: list[Any] = []
 
@@ -251,7 +253,7 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
 
     def result():
         mean, stderr = mean_and_error(run, xp.concatenate(parts, axis=-1))
-        return mean + fixed, xp.hypot(stderr, sketch.rounding())
+        return mean + fixed, xp.hypot(stderr, run.rounding(inner.yy))
 
     status = adaptive(run, step, num_matvecs - 2 * rank, least=MIN_SKETCH)
     samples = sum(x.shape[-1] for x in parts)

@@ -212,8 +212,13 @@ def frobenius_norm(
 
         def step(count):
             sketch.extend(count)
+            inner = sketch.inner_products()
             values, pairs = leave_one_out.xtrace_values(
-                sketch.squared(), sketch.directions(), op.size, resphere=True, xp=run.xp
+                sketch.squared(inner),
+                sketch.directions(inner.qy[-1]),
+                op.size,
+                resphere=True,
+                xp=run.xp,
             )
             mean, error = with_rounding(run, values, pairs, 0.0)
             found[:] = [mean[-1], run.xp.hypot(error[-1], 2 * run.op.precision * mean[-1])]

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spectra._blas import one_thread
 from spectra._errors import NonFiniteError, NotSymmetricError
 from spectra._quadrature import BREAKDOWN
 from spectra.krylov import basis as _basis
@@ -219,6 +220,7 @@ class Band:
         g = self.coefficients[np.ix_(rows, rows)]
         return float(np.max(np.abs(g - g.T), initial=0.0)) / (self.scale or 1.0)
 
+    @one_thread()
     def ritz(self, rows: list[int] | None = None):
         """Ritz values of some processed rows, ascending, their vectors and parts of their residuals.
 
@@ -252,6 +254,7 @@ class Band:
         columns[self.processed, range(len(values))] -= values
         return np.linalg.norm(columns, axis=0)
 
+    @one_thread()
     def restart(self, vectors: np.ndarray, rows: list[int] | None = None) -> None:
         """Replace all processed rows by the combinations `vectors` (len(rows), p) of `rows`."""
         rows = self.processed if rows is None else rows

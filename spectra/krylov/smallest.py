@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from spectra import _tree
+from spectra._blas import one_thread
 from spectra._status import Status
 from spectra.krylov.band import Band
 from spectra.krylov.dense import dense_eigenpairs
@@ -115,7 +116,8 @@ def _rayleigh_ritz(op: LinearOperator, basis: PyTree):
     """Ritz values in an orthonormal block, |H v|, |H v - θ v|, and the Ritz vectors, still stacked."""
     images = _products(op, basis)
     square = np.asarray(_gram(basis, images), np.float64)
-    theta, turn = np.linalg.eigh((square + square.T) / 2)
+    with one_thread():
+        theta, turn = np.linalg.eigh((square + square.T) / 2)
     vectors, images = _turn(basis, turn), _turn(images, turn)
     sizes, residuals = _sizes(vectors, images, jnp.asarray(theta, op.dtype))
     return theta, np.asarray(sizes, np.float64), np.asarray(residuals, np.float64), vectors

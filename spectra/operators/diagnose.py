@@ -8,6 +8,8 @@ import jax
 from spectra.operators.base import LinearOperator, product
 
 PyTree = Any
+MAX_KINDS = 256
+_convolves: dict[Any, bool] = {}  # of operators by structure and shapes: the next checkpoint is not looked at
 _SUSPECTS = (
     "custom_vjp",
     "custom_jvp",
@@ -43,8 +45,14 @@ def slow_in_loops(op: LinearOperator) -> bool:
     """
     if op.on_host or op.device.platform != "cpu":
         return False
-    jaxpr = product.trace(op, op.structure).jaxpr.jaxpr
-    return any(eqn.primitive.name == "conv_general_dilated" for eqn in _equations(jaxpr))
+    leaves, treedef = jax.tree.flatten(op)
+    kind = treedef, *map(jax.typeof, leaves)
+    if kind not in _convolves:
+        if len(_convolves) == MAX_KINDS:
+            _convolves.clear()
+        jaxpr = product.trace(op, op.structure).jaxpr.jaxpr
+        _convolves[kind] = any(eqn.primitive.name == "conv_general_dilated" for eqn in _equations(jaxpr))
+    return _convolves[kind]
 
 
 def _equations(jaxpr) -> Iterator[Any]:
