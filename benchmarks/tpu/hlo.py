@@ -134,7 +134,8 @@ class Program:
             total.add(self._of(_CALLED.findall(i.rest)[0]))
         elif i.op == "fusion":
             called = _CALLED.findall(i.rest)[0]
-            total.hbm += size_of(i.shape, hbm_only=True) + self._operands(i, called, scope)
+            written = size_of(i.shape, hbm_only=True) - self._left_in_place(called)
+            total.hbm += max(0, written) + self._operands(i, called, scope)
             for inner in self.computations[called].values():
                 self._inner_collective(inner, called, total, seen)
         elif i.op not in FREE and not i.op.endswith("-done"):
@@ -172,6 +173,19 @@ class Program:
         ]
         return max(bounds, default=1)
 
+    def _left_in_place(self, called: str) -> int:
+        """HBM bytes of a fusion's results that it does not touch: all but the slice of what it updates."""
+        inner, left = self.computations[called], 0
+        for x in inner.values():
+            if x.op == "dynamic-update-slice":
+                source = inner[x.operands[0]]
+                while source.op == "bitcast":
+                    source = inner[source.operands[0]]
+                if source.op == "parameter":
+                    whole = size_of(x.shape, hbm_only=True)
+                    left += whole and whole - size_of(inner[x.operands[1]].shape)
+        return left
+
     def _operands(self, i: Instruction, called: str, scope) -> float:
         """HBM bytes that a fusion reads: of an operand that it only slices, the slices."""
         inner = list(self.computations[called].values())
@@ -185,7 +199,7 @@ class Program:
             if users and len(slices) == len(users):
                 full = min(full, sum(size_of(x.shape) for x in slices))
             elif users and all(x.op == "dynamic-update-slice" and x.operands[0] == name for x in users):
-                full = 0  # written in place; the result is counted below
+                full = 0  # written in place; the slice is counted as result
             read += full
         return read
 

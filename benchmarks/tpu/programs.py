@@ -121,7 +121,7 @@ def figures(case: Case, keep: str | None = None) -> dict:
         lowered = lower(case, mesh)
     traced = time.perf_counter() - clock
     with tempfile.TemporaryDirectory() as folder:
-        # The text that libtpu writes: jaxlib cannot read all of libtpu's instructions back from the executable.
+        # As libtpu writes it: jaxlib cannot read all of its instructions back from the executable.
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         seconds, cpu = time.perf_counter() - clock, time.process_time() - cpu
         text = next(Path(folder).glob("*jit_*.after_optimizations.txt")).read_text()

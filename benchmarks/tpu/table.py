@@ -1,6 +1,9 @@
 """The table of what was compiled, from the figures in `results/tpu.json`."""
 
 from benchmarks.tpu.chips import CHIPS
+from benchmarks.tpu.programs import REPEATS
+
+REPEATED = {"products": "product in a loop", "linearized": "linearised product in a loop"}
 
 INTRODUCTION = """\
 # Lanczos on TPU, as the compiler sees it
@@ -35,19 +38,27 @@ STEP = """\
 Decoder-only: 74 layers of width 1024 under `lax.scan` with remat, vocabulary 32,768, one sequence of 256
 tokens a chip, parameters and batch split over one axis (FSDP), weights gathered in the body of the scan by
 `shard_map`, m = 100. The step is the body of `slq` and `lanczos`: product and recurrence in one loop.
-Products inside the model are at JAX's default precision here; with the package's default, float32, the step
-did not compile within its limit on these cores. The recurrence is the same, and multiplies rows with vectors
+Products inside the model are in float32, the package's default, but where a row says "default": there they
+are at JAX's own, one pass of bfloat16. The recurrence is the same in both, and multiplies rows with vectors
 on the vector unit, in float32: the matrix products listed are the model's. On v5e 4x4 the basis does not
 fit (see above).
 
-On 8x8 the gathers of layers, 16 rows of weights a chip, are all-reduces in the compiled program; that they
-are gathers in another form is inferred from their size: parameters and vector in both sweeps, 4 x 931M
-numbers of the layers in float32 (14.9 GB), their gradient once (3.7 GB) and those of the two tables (0.27 GB)
-are the 18.9 GB below.
+On 8x8 and 16x16 the gathers of layers, 16 and 4 rows of weights a chip, are all-reduces in the compiled
+program; that they are gathers in another form is inferred from their size: parameters and vector in both
+sweeps, 4 x 931M numbers of the layers in float32 (14.9 GB), their gradient once (3.7 GB) and those of the two
+tables (0.27 GB) are the 18.9 GB below. On v5p 2x2x4, with 64 rows a chip, they are gathers.
 """
 FORMS = """\
 The same transformer with 8 layers of width 512, JAX's default precision in the model: what is compared is
-who says where weights are gathered (see `benchmarks/tpu/model.py`).
+who says where weights are gathered (see `benchmarks/tpu/model.py`), and `jvp` of the gradient with its
+linearisation. "In a loop" is one of ten products, so that what the compiler takes out of the loop counts a
+tenth; "linearised" saves what the products share before the loop.
+
+What came: wherever the weights of a layer are gathered as a whole, three ways of saying so give the same
+collectives; left alone, the partitioner moves several times as much, in more kinds. Linearisation saves a
+fifth of the gathers, those of the primal pass, and reads more than ten times the bytes of HBM: what it saves
+are activations that remat would have made anew from VMEM. So the step above is `jvp` of the gradient
+(`linearize=False`) with `shard_map`.
 """
 
 
@@ -77,13 +88,16 @@ def programs(rows: list[dict]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(rows, key=lambda r: (r["topology"], r["form"])):
-        start = f"| {r['topology']} | {r['program']}, {r['precision']} | {r['form']} |"
+        program = REPEATED.get(r["program"], r["program"])
+        start = f"| {r['topology']} | {program}, {r['precision']} | {r['form']} |"
         if "failed" in r:
             lines.append(f"{start} | | | {short(r['failed'])} | |")
             continue
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(r["precisions"].items()))
+        share = 1 / REPEATS if r["program"] in REPEATED else 1
         lines.append(
-            f"{start} {seconds(r)} | {memory(r)} | {r['hbm'] / 1e9:.2f} GB | {collectives(r)} | {kinds} |"
+            f"{start} {seconds(r)} | {memory(r)} | {share * r['hbm'] / 1e9:.2f} GB | {collectives(r, share)} "
+            f"| {kinds} |"
         )
     return lines
 
@@ -158,14 +172,17 @@ def memory(r: dict) -> str:
     return f"{r['memory'] / 2**30:.2f} of {chip.memory / 2**30:.0f} GiB{fits}"
 
 
-def collectives(r: dict) -> str:
+def collectives(r: dict, share: float = 1.0) -> str:
     def one(kind, count, size):
         unit, scale = next(
             (u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if size >= s or s == 1
         )
         return f"{count:.0f} {kind} ({size / scale:.3g} {unit})"
 
-    return ", ".join(one(kind, *r["collectives"][kind][:2]) for kind in sorted(r["collectives"])) or "none"
+    found = {
+        kind: [share * number for number in r["collectives"][kind][:2]] for kind in sorted(r["collectives"])
+    }
+    return ", ".join(one(kind, *numbers) for kind, numbers in found.items()) or "none"
 
 
 def short(reason: str) -> str:
