@@ -1,5 +1,6 @@
 """Traces: exact where an exact answer exists, equal to a naive implementation, with errors that hold."""
 
+import re
 from functools import partial
 
 import jax
@@ -399,3 +400,21 @@ def test_estimates_are_saved_and_printed(tmp_path):
         assert "20 products" in repr(estimate)
     with pytest.raises(spectra.SpectraError, match="level"):
         estimate.interval(1.5)
+
+
+ESTIMATORS = {
+    **{m: partial(spectra.trace, method=m) for m in ("hutchinson", "hutch++", "xtrace", "xnystrace")},
+    "by leaf": partial(spectra.trace, method="xtrace", by="leaf"),
+    "frobenius_norm": spectra.frobenius_norm,
+    "xdiag": partial(spectra.diagonal, method="xdiag"),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_matrix_products_inside_jit_are_in_full_precision(name):
+    """JAX's default would be one pass of bfloat16 on a TPU, and TF32 on a GPU."""
+    op = spectra.MatrixOperator(jnp.diag(jnp.arange(1.0, 61.0)))
+    jaxpr = str(jax.make_jaxpr(lambda key: ESTIMATORS[name](op, key=key, num_matvecs=12).stderr)(KEY))
+    products = re.findall(r"dot_general\[(.*?)\]\s", jaxpr, re.DOTALL)
+    assert products
+    assert all("HIGHEST" in product for product in products)

@@ -3,7 +3,6 @@
 import numpy as np
 
 from spectra._errors import SpectraError
-from spectra._mesh import automatic
 from spectra.results import Density, Moments, Quadrature
 
 RELATIVE_WIDTH = 0.05
@@ -16,7 +15,6 @@ _REACH = 6.0  # kernel widths beyond which its mass, 2e-9, is left out
 _PER_WIDTH = 4.0  # grid points a kernel width
 
 
-@automatic
 def spectral_density(
     quadrature: Quadrature | Moments, *, bandwidth: float | None = None, grid=None, level: float = 0.95
 ) -> Density:

@@ -63,6 +63,7 @@ def diagonal(
     Raises:
         SpectraError: an argument is out of range.
         NonFiniteError: a product is NaN or infinite.
+        NotSymmetricError: a sketch finds that the operator is not symmetric.
         MemoryLimitError: the sketch does not fit.
 
     Cost: at most num_matvecs products (n if exact). Memory: 4 vectors and the batch for "hutchinson",
@@ -244,7 +245,7 @@ def _leave_one_out(held: Held, u, among, sketch, precision):
         def pairs(i, total):
             # Effect of i on estimate j, and of j on estimate i; they vanish for i = j.
             on_j = terms(among[i], jnp.sum(among[i] * sketch[:d], axis=1), q, z, w[:d])
-            on_i = terms(among[:, i], among[:, i] @ sketch[i], q, z, w[i])
+            on_i = terms(among[:, i], jnp.sum(among[:, i] * sketch[i], axis=1), q, z, w[i])
             return total + jnp.sum(jnp.abs(on_j * on_i), axis=0)
 
         covariance = lax.fori_loop(0, d, pairs, jnp.zeros_like(mean)) / (d * (d - 1))

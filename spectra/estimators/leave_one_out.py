@@ -21,8 +21,11 @@ removes the part of u_i that is orthogonal to u_j. Everything here is (m, m) alg
 and for JAX inside a caller's jit. A leading axis counts groups of parameters, the whole last.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -30,11 +33,8 @@ from jax import lax
 from spectra._blas import one_thread
 
 Array = Any
-
 PAIRS = 64
 """Probes among which pairs are formed for the covariance: 4032 pairs estimate it well enough."""
-
-
 TOGETHER = 2**16
 """Numbers in an array of the pair algebra on the host, at most: half a megabyte, which stays in a cache."""
 
@@ -62,7 +62,14 @@ class Nystrom(NamedTuple):
     inverse_gram: Array  # (m, m), (Ω Ωᵀ)^{-1}
 
 
-@one_thread()
+@contextlib.contextmanager
+def careful() -> Iterator[None]:
+    """For small algebra: BLAS on one thread on the host, full precision inside a caller's jit."""
+    with one_thread(), jax.default_matmul_precision("highest"):
+        yield
+
+
+@careful()
 def directions(sketch: Array, precision: float, xp) -> Array:
     """Unit rows u_j orthogonal to all columns of the sketch R = Q Yᵀ but column j.
 
@@ -118,7 +125,7 @@ def _drop(removed: list[Array], rows: Array, xp) -> Array:
     return rows
 
 
-@one_thread()
+@careful()
 def xtrace_values(g: Sketch, u: Array, size: int, *, resphere: bool, xp) -> tuple[Array, Array]:
     """tr over each group of P A + A P - P A P, exactly, plus μᵀ(1-P) A (1-P) μ, μ = (1-P) ω_j.
 
@@ -187,7 +194,7 @@ def _of_groups(g: Sketch, core: Array, sketch: Array, probes: Array, size: int, 
     return formula
 
 
-@one_thread()
+@careful()
 def xnystrace_values(g: Nystrom, size: int, *, resphere: bool, xp) -> tuple[Array, Array]:
     """tr over each group of the Nyström approximation without probe j, plus ω_jᵀ (A - A<Ω>) ω_j.
 

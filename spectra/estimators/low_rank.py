@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from spectra import _tree
-from spectra._blas import one_thread
 from spectra._errors import SpectraError
 from spectra.estimators import blocks, leave_one_out
 from spectra.estimators.hutchinson import mean_and_error
@@ -170,16 +169,15 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         shift = run.op.precision * xp.sqrt(xp.sum(squares[-1]) / (m * run.op.size))
         images = _shift(shift, probes, images)
         core = run.host(jnp.sum(_gram(probes, images), axis=0))
-        with one_thread():
+        gram = run.host(jnp.sum(_gram(probes, probes), axis=0))
+        with leave_one_out.careful():
             values, vectors = xp.linalg.eigh((core + core.T) / 2)
+            weights, axes = xp.linalg.eigh(gram)
+            inverse_gram = (axes / xp.maximum(weights, run.op.precision * weights[-1])) @ axes.T
         if not run.traced:
             _require_positive(values, run)
-        gram = run.host(jnp.sum(_gram(probes, probes), axis=0))
-        with one_thread():
-            weights, axes = xp.linalg.eigh(gram)
         values = xp.maximum(values, xp.maximum(shift * weights[0], m * run.op.precision**2 * values[-1]))
         root = xp.sqrt(xp.where(values > 0, values, 1))
-        inverse_gram = (axes / xp.maximum(weights, run.op.precision * weights[-1])) @ axes.T
         factor = _combine(jnp.asarray((vectors / root).T), images)
         core = Nystrom(
             bb=run.by_group(_gram(factor, factor)),
@@ -236,7 +234,8 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     sketch.extend(rank)
     q, inner = sketch.held.basis, sketch.inner_products()
     qz, qq = inner.qz, inner.qq
-    fixed = xp.trace(2 * qz - qz[-1] @ qq, axis1=-2, axis2=-1)
+    with leave_one_out.careful():
+        fixed = xp.trace(2 * qz - qz[-1] @ qq, axis1=-2, axis2=-1)
     parts: list[Any] = []
 
     def step(count):
