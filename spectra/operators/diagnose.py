@@ -8,7 +8,7 @@ import jax
 from spectra.operators.base import LinearOperator, product
 
 PyTree = Any
-MAX_KINDS = 256
+MAX_KINDS = 64
 _convolves: dict[Any, bool] = {}  # of operators by structure and shapes: the next checkpoint is not looked at
 _SUSPECTS = (
     "custom_vjp",
