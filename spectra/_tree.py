@@ -37,14 +37,13 @@ def scalar_dtype(tree: PyTree) -> jnp.dtype:
 
 def check_arrays(params: PyTree) -> None:
     """Raise unless every leaf is an array, or the shape of one."""
-    if all(hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in jax.tree.leaves(params)):
-        return
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-            raise StructureError(
-                f"parameter leaf '{path_str(path)}' is a {type(leaf).__name__}, not an array; "
-                "pass arrays, and close over everything else in the loss."
-            )
+    wrong = [not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")) for leaf in jax.tree.leaves(params)]
+    if any(wrong):  # only then the paths, which take longer to make than everything else here
+        path, leaf = jax.tree_util.tree_leaves_with_path(params)[wrong.index(True)]
+        raise StructureError(
+            f"parameter leaf '{path_str(path)}' is a {type(leaf).__name__}, not an array; "
+            "pass arrays, and close over everything else in the loss."
+        )
 
 
 def lift(leaf: jax.Array) -> jax.Array:

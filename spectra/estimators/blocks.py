@@ -25,8 +25,13 @@ PASSES = 4
 them orthonormal, the fourth to the last bit."""
 
 
-def draw(key: jax.Array, indices: jax.Array, structure: PyTree, kind: str) -> PyTree:
+@partial(jax.jit, static_argnames="kind")
+def draw(op: LinearOperator, key: jax.Array, indices: jax.Array, kind: str) -> PyTree:
     """The probes with the given numbers, entries ±1 ("rademacher") or N(0, 1) ("normal")."""
+    return _draw(key, indices, op.structure, kind)
+
+
+def _draw(key: jax.Array, indices: jax.Array, structure: PyTree, kind: str) -> PyTree:
     sample = jax.random.rademacher if kind == "rademacher" else jax.random.normal
     leaves, treedef = jax.tree.flatten(structure)
 
@@ -53,6 +58,7 @@ def concatenate(stacks: list[PyTree]) -> PyTree:
     return stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)
 
 
+@jax.jit
 def gram(a: PyTree, b: PyTree) -> jax.Array:
     """Inner products a_i · b_j restricted to each leaf; shape (leaves, k, l). Their sum is A Bᵀ."""
 
@@ -65,6 +71,7 @@ def gram(a: PyTree, b: PyTree) -> jax.Array:
     return jnp.stack([part.astype(_tree.scalar_dtype(a)) for part in parts])
 
 
+@jax.jit
 def row_dots(a: PyTree, b: PyTree) -> jax.Array:
     """Inner products a_i · b_i restricted to each leaf; shape (leaves, k)."""
 
@@ -77,6 +84,7 @@ def row_dots(a: PyTree, b: PyTree) -> jax.Array:
     return jnp.stack([part.astype(_tree.scalar_dtype(a)) for part in parts])
 
 
+@jax.jit
 def combine(coefficients: jax.Array, stack: PyTree) -> PyTree:
     """Row i of the result is Σ_j c_ij v_j."""
 
@@ -123,7 +131,7 @@ def orthonormalize(stack: PyTree, against: PyTree | None, key: jax.Array) -> PyT
     longest = jnp.sqrt(jnp.max(jnp.sum(row_dots(stack, stack), axis=0)))
     noise = JITTER * eps * longest / _tree.tree_size(structure) ** 0.5
     noise = jnp.where(longest > 0, noise, 1)
-    stack = _tree.axpy(noise, draw(key, jnp.arange(k), structure, "normal"), stack)
+    stack = _tree.axpy(noise, _draw(key, jnp.arange(k), structure, "normal"), stack)
     for _ in range(PASSES):
         if against is not None:
             stack = subtract(stack, combine(jnp.sum(gram(stack, against), axis=0), against))

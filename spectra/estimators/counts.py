@@ -4,12 +4,10 @@ import jax
 import numpy as np
 
 from spectra import _quadrature
-from spectra._mesh import automatic
 from spectra.estimators.functions import Source, quadrature_of
 from spectra.results import Estimate, Quadrature
 
 
-@automatic
 def count_above(
     source: Source,
     threshold: float,
@@ -52,7 +50,6 @@ def count_above(
     return _count(q, threshold, above=True, unit=q.size)
 
 
-@automatic
 def negative_share(
     source: Source,
     *,

@@ -13,8 +13,8 @@ from spectra._mesh import automatic
 from spectra._paths import leaf_paths
 from spectra._status import Status
 from spectra.estimators import blocks, exact, leave_one_out
-from spectra.estimators.low_rank import MIN_SKETCH, Held, SketchRun
 from spectra.estimators.run import Run, adaptive, begin
+from spectra.estimators.sketch import MIN_SKETCH, Held, SketchRun
 from spectra.estimators.trace import choose
 from spectra.operators.base import LinearOperator
 from spectra.results import Estimate
@@ -154,19 +154,14 @@ def _hutchinson(run: Run, num_matvecs: int):
 
 def _accumulate(run: Run, indices: jax.Array, state):
     if run.op.on_host:
-        stack = _signs(run.op, run.key, indices)
+        stack = blocks.draw(run.op, run.key, indices, "rademacher")
         return _merge(stack, run.op.mv_batch(stack), indices[0], state)
     return _step(run.op, run.key, indices, state)
 
 
 @jax.jit
-def _signs(op: LinearOperator, key, indices) -> PyTree:
-    return blocks.draw(key, indices, op.structure, "rademacher")
-
-
-@jax.jit
 def _step(op: LinearOperator, key, indices, state):
-    stack = _signs(op, key, indices)
+    stack = blocks.draw(op, key, indices, "rademacher")
     return _merge(stack, op.mv_batch(stack), indices[0], state)
 
 
@@ -208,12 +203,12 @@ def _xdiag(run: Run, num_matvecs: int):
 
     def step(count):
         sketch.extend(count)
-        images, xp = sketch.inner_products().qy[-1], run.xp
-        u = sketch.directions(images)
-        among = leave_one_out.seconds(u, min(count, PAIRS), xp)
+        inner = sketch.inner_products()
+        u = sketch.directions(inner)
+        among = leave_one_out.seconds(u, min(count, PAIRS), run.xp)
         found[:] = _leave_one_out(
             sketch.held,
-            *(jnp.asarray(x, run.op.dtype) for x in (u, among, images.T)),
+            *(jnp.asarray(x, run.op.dtype) for x in (u, among, inner.qy[-1].T)),
             run.op.precision,
         )
         return _relative(run, *found)

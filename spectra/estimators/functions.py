@@ -222,7 +222,6 @@ def _of_one_curvature(f, a: float, b: float, smallest: float) -> bool:
     return len(signs) < 2
 
 
-@automatic
 def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, **options: Any) -> Estimate:
     """Estimate log det(H + δI) = Σ_i log(λ_i + δ), with the bracket of Gauss and Gauss-Radau rules.
 
@@ -247,7 +246,6 @@ def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, 
     return trace_of(source, lambda x: np.log(x + shift), key=key, **options)
 
 
-@automatic
 def effective_dimension(
     source: Source, shift: float, *, key: jax.Array | None = None, **options: Any
 ) -> Estimate:

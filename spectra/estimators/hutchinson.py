@@ -22,7 +22,7 @@ def forms(run: Run, kind: str, start: int, stop: int) -> tuple[Any, Any]:
     batch = min(run.batch, stop - start)
     if run.op.on_host:
         parts = [
-            _stack_forms(stack := _draw(run.op, run.key, part, kind), run.op.mv_batch(stack))
+            _stack_forms(stack := blocks.draw(run.op, run.key, part, kind), run.op.mv_batch(stack))
             for part in np.split(indices, range(batch, stop - start, batch))
         ]
         dots, squares = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
@@ -34,16 +34,11 @@ def forms(run: Run, kind: str, start: int, stop: int) -> tuple[Any, Any]:
 @partial(jax.jit, static_argnames=("kind", "batch"))
 def _forms(op: LinearOperator, key, indices, kind: str, batch: int):
     def one(i):
-        v = blocks.draw(key, i[None], op.structure, kind)
+        v = blocks.draw(op, key, i[None], kind)
         product = jax.tree.map(lambda x: x[None], op.mv(jax.tree.map(lambda x: x[0], v)))
         return tuple(x[:, 0] for x in _stack_forms(v, product))
 
     return tuple(x.T for x in lax.map(one, indices, batch_size=batch))
-
-
-@partial(jax.jit, static_argnames="kind")
-def _draw(op: LinearOperator, key, indices, kind: str) -> PyTree:
-    return blocks.draw(key, indices, op.structure, kind)
 
 
 @jax.jit

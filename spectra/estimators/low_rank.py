@@ -4,8 +4,7 @@ All use a rank-revealing decomposition where the published algorithms invert a t
 Hessian nearly always is rank-deficient.
 """
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,103 +13,12 @@ from spectra import _tree
 from spectra._errors import SpectraError
 from spectra.estimators import blocks, leave_one_out
 from spectra.estimators.hutchinson import mean_and_error
-from spectra.estimators.leave_one_out import Nystrom, Sketch
+from spectra.estimators.leave_one_out import Nystrom
 from spectra.estimators.run import Run, adaptive
+from spectra.estimators.sketch import MIN_SKETCH, SketchRun
 from spectra.results import Estimate
 
 PyTree = Any
-_BASIS = 2**31 - 1  # number of the key that fills a rank-deficient basis; no probe reaches it
-
-
-class Held(NamedTuple):
-    """Stacks of m vectors, the last two only where the sketch projects."""
-
-    probes: PyTree  # Ω
-    images: PyTree  # Y = H Ω
-    basis: PyTree  # Q, orthonormal, of the range of Y
-    basis_images: PyTree  # Z = H Q
-
-
-class SketchRun:
-    """Probes, their images and what is made of them; grows without loss."""
-
-    def __init__(self, run: Run, kind: str):
-        self.run, self.kind = run, kind
-        self.num_probes = 0
-        self.held: Any = None
-        self._parts: Any = None
-
-    def extend(self, count: int, *, project: bool = True) -> None:
-        """Raise the number of probes to `count`: one product each, and another one with `project`."""
-        run = self.run
-        grow = _grow if run.op.on_host else _grow_compiled
-        self.held, self._parts = grow(
-            run.op,
-            run.key,
-            self.held,
-            start=self.num_probes,
-            stop=count,
-            kind=self.kind,
-            batch=run.batch,
-            project=project,
-            grouped=run.by is not None,
-        )
-        self.num_probes = count
-
-    def directions(self, sketch: Any) -> Any:
-        """Unit directions that leaving out a probe removes from the basis, shape (m, m); R = Q Yᵀ."""
-        return leave_one_out.directions(sketch, self.run.op.precision, self.run.xp)
-
-    def inner_products(self) -> Sketch:
-        """All that XTrace needs, for each group and for the whole."""
-        run = self.run
-        qz, qy, qo, oy, yy, oo, *rest = [run.by_group(part) for part in run.fetch(self._parts)]
-        run.check_symmetric(qz[-1])
-        qq, zo = rest or (run.xp.eye(self.num_probes)[None], qy)
-        return Sketch(qq, qz, qy, qo, zo, oy, yy, oo[-1])
-
-    def squared(self, inner: Sketch) -> Sketch:
-        """The same for H² in the place of H, from the same products; for the whole only."""
-        run, held = self.run, self.held
-        zz = run.host(jnp.sum(_gram(held.basis_images, held.basis_images), axis=0))[None]
-        zy = run.host(jnp.sum(_gram(held.basis_images, held.images), axis=0))[None]
-        return inner._replace(qz=zz, qy=zy, zo=zy, oy=inner.yy)
-
-
-def _grow(op, key, held: Held | None, *, start, stop, kind, batch, project, grouped):
-    """More probes and their images; with `project` also a basis of all images and its, and inner products."""
-    probes = blocks.draw(key, jnp.arange(start, stop), op.structure, kind)
-    images = blocks.products(op, probes, batch)
-    basis = basis_images = None
-    if project:
-        noise = jax.random.fold_in(jax.random.fold_in(key, _BASIS), stop)
-        basis = blocks.orthonormalize(images, held and held.basis, noise)
-        basis_images = blocks.products(op, basis, batch)
-    new = Held(probes, images, basis, basis_images)
-    if held is not None:
-        new = Held(
-            *(None if y is None else blocks.concatenate([x, y]) for x, y in zip(held, new, strict=True))
-        )
-    return new, _inner_products(new, grouped) if project else None
-
-
-_grow_compiled = jax.jit(_grow, static_argnames=("start", "stop", "kind", "batch", "project", "grouped"))
-
-
-@partial(jax.jit, static_argnames="grouped")
-def _inner_products(held: Held, grouped: bool):
-    """QZᵀ, QYᵀ, QΩᵀ, and the diagonals of ΩYᵀ, YYᵀ and ΩΩᵀ, leaf by leaf; for groups QQᵀ and ZΩᵀ, too."""
-    o, y, q, z = held
-    parts = [blocks.gram(q, z), blocks.gram(q, y), blocks.gram(q, o)]
-    parts += [blocks.row_dots(o, y), blocks.row_dots(y, y), blocks.row_dots(o, o)]
-    return [*parts, blocks.gram(q, q), blocks.gram(z, o)] if grouped else parts
-
-
-_gram = jax.jit(blocks.gram)
-_row_dots = jax.jit(blocks.row_dots)
-_draw = jax.jit(
-    lambda op, key, indices, kind: blocks.draw(key, indices, op.structure, kind), static_argnames="kind"
-)
 
 
 def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
@@ -123,7 +31,7 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         inner = sketch.inner_products()
         values, pairs = leave_one_out.xtrace_values(
             inner,
-            sketch.directions(inner.qy[-1]),
+            sketch.directions(inner),
             run.op.size,
             resphere=kind == "normal",
             xp=run.xp,
@@ -140,10 +48,6 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         reason=reason,
         dof=float(sketch.num_probes - 1),
     )
-
-
-MIN_SKETCH = 12
-"""Probes before an adaptive run with a sketch may stop."""
 
 
 def with_rounding(run: Run, values, pairs, rounding) -> tuple[Any, Any]:
@@ -165,11 +69,11 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     def step(count):
         sketch.extend(count, project=False)
         (probes, images, *_), m = sketch.held, sketch.num_probes
-        squares = run.by_group(_row_dots(images, images))
+        squares = run.by_group(blocks.row_dots(images, images))
         shift = run.op.precision * xp.sqrt(xp.sum(squares[-1]) / (m * run.op.size))
         images = _shift(shift, probes, images)
-        core = run.host(jnp.sum(_gram(probes, images), axis=0))
-        gram = run.host(jnp.sum(_gram(probes, probes), axis=0))
+        core = run.host(jnp.sum(blocks.gram(probes, images), axis=0))
+        gram = run.host(jnp.sum(blocks.gram(probes, probes), axis=0))
         with leave_one_out.careful():
             values, vectors = xp.linalg.eigh((core + core.T) / 2)
             weights, axes = xp.linalg.eigh(gram)
@@ -178,10 +82,10 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
             _require_positive(values, run)
         values = xp.maximum(values, xp.maximum(shift * weights[0], m * run.op.precision**2 * values[-1]))
         root = xp.sqrt(xp.where(values > 0, values, 1))
-        factor = _combine(jnp.asarray((vectors / root).T), images)
+        factor = blocks.combine(jnp.asarray((vectors / root).T), images)
         core = Nystrom(
-            bb=run.by_group(_gram(factor, factor)),
-            ob=run.by_group(_gram(probes, factor)),
+            bb=run.by_group(blocks.gram(factor, factor)),
+            ob=run.by_group(blocks.gram(probes, factor)),
             root=vectors * root,
             inverse_root=vectors / root,
             inverse_gram=inverse_gram,
@@ -208,9 +112,6 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
 @jax.jit
 def _shift(factor, vectors, products):
     return _tree.axpy(factor, vectors, products)
-
-
-_combine = jax.jit(blocks.combine)
 
 
 def _require_positive(values, run: Run) -> None:
@@ -240,7 +141,7 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
 
     def step(count):
         done = sum(x.shape[-1] for x in parts)
-        probes = _draw(run.op, run.key, jnp.arange(rank + done, rank + count), kind)
+        probes = blocks.draw(run.op, run.key, jnp.arange(rank + done, rank + count), kind)
         complement, square = _project(q, probes)
         images = blocks.products(run.op, complement, run.batch)
         samples = run.by_group(_complement_forms(q, complement, images))

@@ -13,8 +13,9 @@ from spectra._mesh import automatic
 from spectra._status import Status
 from spectra.estimators import exact, leave_one_out
 from spectra.estimators.hutchinson import hutchinson, sample_norms
-from spectra.estimators.low_rank import MIN_SKETCH, SketchRun, hutchpp, with_rounding, xnystrace, xtrace
+from spectra.estimators.low_rank import hutchpp, with_rounding, xnystrace, xtrace
 from spectra.estimators.run import Run, adaptive, begin, check_probes
+from spectra.estimators.sketch import MIN_SKETCH, SketchRun
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.ggn import ComposedLoss
 from spectra.operators.hessian import HessianOperator
@@ -215,7 +216,7 @@ def frobenius_norm(
             inner = sketch.inner_products()
             values, pairs = leave_one_out.xtrace_values(
                 sketch.squared(inner),
-                sketch.directions(inner.qy[-1]),
+                sketch.directions(inner),
                 op.size,
                 resphere=True,
                 xp=run.xp,
@@ -240,7 +241,6 @@ def frobenius_norm(
     )
 
 
-@automatic
 def model_trace(
     model_fn: Callable[[PyTree, PyTree], PyTree],
     loss_fn: Callable[[PyTree, PyTree], jax.Array],

@@ -1,0 +1,100 @@
+"""A sketch of the range: probes, their images, and an orthonormal basis of them, grown without loss."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spectra.estimators import blocks, leave_one_out
+from spectra.estimators.leave_one_out import Sketch
+from spectra.estimators.run import Run
+
+PyTree = Any
+MIN_SKETCH = 12
+"""Probes before an adaptive run with a sketch may stop."""
+_BASIS = 2**31 - 1  # number of the key that fills a rank-deficient basis; no probe reaches it
+
+
+class Held(NamedTuple):
+    """Stacks of m vectors, the last two only where the sketch projects."""
+
+    probes: PyTree  # Ω
+    images: PyTree  # Y = H Ω
+    basis: PyTree  # Q, orthonormal, of the range of Y
+    basis_images: PyTree  # Z = H Q
+
+
+class SketchRun:
+    """Probes, their images and what is made of them; grows without loss."""
+
+    def __init__(self, run: Run, kind: str):
+        self.run, self.kind = run, kind
+        self.num_probes = 0
+        self.held: Any = None
+        self._parts: Any = None
+
+    def extend(self, count: int, *, project: bool = True) -> None:
+        """Raise the number of probes to `count`: one product each, and another one with `project`."""
+        run = self.run
+        grow = _grow if run.op.on_host else _grow_compiled
+        self.held, self._parts = grow(
+            run.op,
+            run.key,
+            self.held,
+            start=self.num_probes,
+            stop=count,
+            kind=self.kind,
+            batch=run.batch,
+            project=project,
+            grouped=run.by is not None,
+        )
+        self.num_probes = count
+
+    def directions(self, inner: Sketch) -> Any:
+        """Unit directions that leaving out a probe removes from the basis, shape (m, m)."""
+        return leave_one_out.directions(inner.qy[-1], self.run.op.precision, self.run.xp)
+
+    def inner_products(self) -> Sketch:
+        """All that XTrace needs, for each group and for the whole."""
+        run = self.run
+        qz, qy, qo, oy, yy, oo, *rest = [run.by_group(part) for part in run.fetch(self._parts)]
+        run.check_symmetric(qz[-1])
+        qq, zo = rest or (run.xp.eye(self.num_probes)[None], qy)
+        return Sketch(qq, qz, qy, qo, zo, oy, yy, oo[-1])
+
+    def squared(self, inner: Sketch) -> Sketch:
+        """The same for H² in the place of H, from the same products; for the whole only."""
+        run, held = self.run, self.held
+        zz = run.host(jnp.sum(blocks.gram(held.basis_images, held.basis_images), axis=0))[None]
+        zy = run.host(jnp.sum(blocks.gram(held.basis_images, held.images), axis=0))[None]
+        return inner._replace(qz=zz, qy=zy, zo=zy, oy=inner.yy)
+
+
+def _grow(op, key, held: Held | None, *, start, stop, kind, batch, project, grouped):
+    """More probes and their images; with `project` also a basis of all images and its, and inner products."""
+    probes = blocks.draw(op, key, jnp.arange(start, stop), kind)
+    images = blocks.products(op, probes, batch)
+    basis = basis_images = None
+    if project:
+        noise = jax.random.fold_in(jax.random.fold_in(key, _BASIS), stop)
+        basis = blocks.orthonormalize(images, held and held.basis, noise)
+        basis_images = blocks.products(op, basis, batch)
+    new = Held(probes, images, basis, basis_images)
+    if held is not None:
+        new = Held(
+            *(None if y is None else blocks.concatenate([x, y]) for x, y in zip(held, new, strict=True))
+        )
+    return new, _inner_products(new, grouped) if project else None
+
+
+_grow_compiled = jax.jit(_grow, static_argnames=("start", "stop", "kind", "batch", "project", "grouped"))
+
+
+@partial(jax.jit, static_argnames="grouped")
+def _inner_products(held: Held, grouped: bool):
+    """QZᵀ, QYᵀ, QΩᵀ, and the diagonals of ΩYᵀ, YYᵀ and ΩΩᵀ, leaf by leaf; for groups QQᵀ and ZΩᵀ, too."""
+    o, y, q, z = held
+    parts = [blocks.gram(q, z), blocks.gram(q, y), blocks.gram(q, o)]
+    parts += [blocks.row_dots(o, y), blocks.row_dots(y, y), blocks.row_dots(o, o)]
+    return [*parts, blocks.gram(q, q), blocks.gram(z, o)] if grouped else parts
