@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra._errors import SpectraError, StructureError
+from spectra._mesh import automatic
 from spectra._tree import is_traced
 from spectra.data import batch_size
 from spectra.operators import likelihood
@@ -84,6 +85,7 @@ class FisherOperator(ModelOperator):
     sample_fn: Callable[[jax.Array, PyTree, PyTree], PyTree] | None
     key: jax.Array | None
 
+    @automatic
     def __init__(
         self,
         model_fn: ModelFn,

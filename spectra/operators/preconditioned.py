@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from spectra import _tree
 from spectra._errors import SpectraError, StructureError
+from spectra._mesh import automatic
 from spectra._paths import leaf_paths
 from spectra.operators.arithmetic import Wrapped
 from spectra.operators.base import LinearOperator, operator, require_operator
@@ -122,6 +123,7 @@ class PreconditionedOperator(Wrapped):
     base: LinearOperator
     scale: PyTree  # P^(-1/2), a vector
 
+    @automatic
     def __init__(
         self,
         op: LinearOperator,

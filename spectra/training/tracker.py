@@ -14,7 +14,7 @@ import numpy as np
 
 from spectra import _processes, _tree
 from spectra._errors import SpectraError
-from spectra._mesh import automatic
+from spectra._mesh import automatic, on_automatic_axes
 from spectra.density import slq
 from spectra.io.lines import HistoryFile, read
 from spectra.krylov.eigsh import eigsh
@@ -123,7 +123,7 @@ class SpectrumTracker:
         if budget is not None and not budget > 0:
             raise SpectraError(f"budget={budget} is a share of training time: use a positive number.")
         self.op_factory, self.every, self.budget, self.name = op_factory, every, budget, name
-        self.key = jax.random.key(0) if key is None else key
+        self.key = on_automatic_axes(jax.random.key(0) if key is None else key)
         self.num_eigenvalues, self.tol = num_eigenvalues, tol
         self.num_steps, self.num_probes = num_steps, num_probes
         self.callbacks = tuple(callbacks)
