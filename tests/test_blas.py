@@ -4,11 +4,14 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import spectra
+from spectra import _blas
 from spectra._blas import one_thread
+from spectra.krylov import smallest
 
 
 def threads():
@@ -58,18 +61,44 @@ def test_errors_give_it_back():
     assert threads() == {2}
 
 
-def test_krylov_methods_use_it_between_their_steps():
-    """Products see the caller's number: only the problems between them are held to one thread."""
-    seen = []
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda op, key: spectra.eigsh(op, 2, key=key).values,
+        lambda op, key: spectra.eigsh(op, 2, which="SM", key=key).values,
+        lambda op, key: spectra.trace(op, key=key, method="xtrace").value,
+        lambda op, key: spectra.trace(op, key=key, method="xnystrace").value,
+        lambda op, key: spectra.trace(op, key=key, method="hutch++").value,
+        lambda op, key: spectra.diagonal(op, key=key, method="xdiag").value,
+        lambda op, key: spectra.kpm(op, key=key, num_moments=8).moments,
+        lambda op, key: spectra.logdet(op, key=key, num_steps=8).value,
+    ],
+    ids=["eigsh", "smallest", "xtrace", "xnystrace", "hutch++", "xdiag", "kpm", "logdet"],
+)
+def test_methods_use_it_between_their_products(method, monkeypatch):
+    """Small problems run on one thread, and products see the number of the caller."""
+    limited, seen = [], []
+
+    class Pools:
+        def limit(self, **limits):
+            limited.append(limits)
+            return pools.limit(**limits)
+
+    pools = _blas._pools()
+    monkeypatch.setattr(smallest, "DENSE", 50)
+    monkeypatch.setattr(_blas, "_pools", Pools)
 
     def product(v):
         seen.append(threads())
         return v * jnp.arange(1.0, 101.0)
 
     def mv(v):
-        return jax.pure_callback(product, v, v)
+        return jax.pure_callback(product, v, v, vmap_method="sequential")
 
-    pairs = spectra.eigsh(spectra.FunctionOperator(mv, jnp.zeros(100)), 2, key=jax.random.key(0))
-    assert pairs.converged.all()
-    assert {2} in seen
+    result = method(spectra.FunctionOperator(mv, jnp.zeros(100)), jax.random.key(0))
+    assert np.isfinite(result).all()
+    assert limited
+    assert all(limits == {"limits": 1, "user_api": "blas"} for limits in limited)
+    assert all(number == {2} for number in seen)
+    assert seen
     assert threads() == {2}
