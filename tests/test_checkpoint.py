@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 
 import spectra
-from spectra import checkpoint as module
+from spectra.density import recorder as module
 from spectra.density import run as density_run
 from spectra.krylov import storage
+from spectra.operators import accumulate
 
 KEY = jax.random.key(3)
 OPTIONS = {"key": KEY, "num_steps": 30, "num_probes": 3}
@@ -193,6 +195,89 @@ def test_blocks_have_a_checkpoint_each(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_b", "c"]
 
 
+def streamed(kind):
+    """An operator whose products read four batches, or twice four."""
+    rng = np.random.default_rng(0)
+    data = [jnp.asarray(rng.standard_normal((size, 6)), jnp.float32) for size in (9, 9, 9, 4)]
+    params = {"w": jnp.asarray(rng.standard_normal((6, 5)) / 2, jnp.float32), "b": jnp.zeros(5)}
+
+    def loss_fn(params, x):
+        return jnp.mean(jnp.sin(x @ params["w"] + params["b"]) ** 2)
+
+    op = spectra.HessianOperator(loss_fn, params, data)
+    if kind == "sum":
+        return op + spectra.HessianOperator(loss_fn, params, data[::-1])
+    return spectra.GradientCovarianceOperator(loss_fn, params, data) if kind == "covariance" else op
+
+
+@pytest.mark.parametrize("probe_batch", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "reads", "saved"),
+    [("hessian", 4, (1, 4)), ("sum", 8, (2, 6)), ("covariance", 4, (3, 5))],
+    ids=["hessian", "sum", "covariance"],
+)
+def test_a_run_goes_on_within_a_pass_over_a_stream(kind, reads, saved, probe_batch, monkeypatch, tmp_path):
+    """A product that was interrupted after k batches needs the others only, and gives the same to the bit."""
+    options = {"key": KEY, "num_steps": 10, "num_probes": 2, "probe_batch": probe_batch}
+    whole = spectra.slq(streamed(kind), **options)  # a basis of more than one segment
+    steps = 10 * 2 // probe_batch
+    counted = []
+    original = accumulate.Passes.after
+
+    def after(self, count, total):
+        counted.append(count)
+        if len(counted) == limit:
+            raise Killed
+        original(self, count, total)
+
+    monkeypatch.setattr(accumulate.Passes, "after", after)
+    monkeypatch.setattr(density_run, "PACE", 0.0)  # a look at the clock after each batch
+    for done in saved:  # batches of the second step, or with 5 of the third
+        folder, limit = tmp_path / str(done), reads + done + 1
+        with pytest.raises(Killed):
+            spectra.slq(streamed(kind), **options, checkpoint=spectra.Checkpoint(folder, minutes=0))
+        counted.clear()
+        limit = None
+        again = spectra.slq(streamed(kind), **options, checkpoint=folder)
+        assert len(counted) == reads * steps - (reads + done)
+        np.testing.assert_array_equal(again.nodes, whole.nodes)
+        np.testing.assert_array_equal(again.weights, whole.weights)
+        counted.clear()
+
+
+def test_sums_that_are_no_vectors_of_the_operator_are_not_saved(monkeypatch, tmp_path):
+    """Then a product is the unit."""
+    inner = streamed("hessian")
+
+    class Restricted(spectra.LinearOperator):
+        like = property(lambda self: jnp.zeros(4))
+        on_host = True
+
+        def mv(self, v):
+            return (inner @ jnp.pad(v, (0, inner.size - 4)))[:4]
+
+    monkeypatch.setattr(density_run, "PACE", 0.0)
+    options = {"key": KEY, "num_steps": 3, "num_probes": 1}
+    whole = spectra.slq(Restricted(), **options)
+    original = module.Recorder.save
+    saved = []
+
+    def save(self, *args):
+        original(self, *args)
+        saved.append(self.flight)
+        if len(saved) == 6:
+            raise Killed
+
+    monkeypatch.setattr(module.Recorder, "save", save)
+    with pytest.raises(Killed):
+        spectra.slq(Restricted(), **options, checkpoint=spectra.Checkpoint(tmp_path, minutes=0))
+    assert not any(flight["sums"] for flight in saved)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(
+        spectra.slq(Restricted(), **options, checkpoint=tmp_path).nodes, whole.nodes
+    )
+
+
 SCRIPT = """
 import sys, jax, jax.numpy as jnp, numpy as np, spectra
 
@@ -227,7 +312,11 @@ def test_sigterm_ends_with_code_75_and_the_same_command_goes_on_elsewhere(tmp_pa
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 75, text
     assert "goes on from there" in text
-    # The rest on four devices, and the whole on one without interruption.
+    assert_same_on_four_devices(tmp_path, steps, saved)
+
+
+def assert_same_on_four_devices(tmp_path, steps, saved):
+    """The rest on four devices, and the whole on one without interruption."""
     for options in ((*saved, "--mesh", "data=2,model=2", "--out", "resumed"), (*steps, "--out", "whole")):
         process = shell(tmp_path, *options, devices=4 if "--mesh" in options else 1)
         assert process.wait(timeout=300) == 0, process.stdout.read()
@@ -238,3 +327,42 @@ def test_sigterm_ends_with_code_75_and_the_same_command_goes_on_elsewhere(tmp_pa
     for power in (1, 2):
         moments = [q.mean(lambda x, p=power: x**p) for q in (one, other)]
         assert abs(moments[0] - moments[1]) <= 64 * np.finfo("f").eps * size**power
+
+
+STREAM = """
+import time
+from spectra.density import run
+
+run.PACE = 0.05
+
+class Batches:
+    slow = False
+    def __iter__(self):
+        rng = np.random.default_rng(0)
+        for size in (20, 20, 20, 8):
+            time.sleep(0.2 * self.slow)
+            yield rng.standard_normal((size, 16)).astype("f") / 4, rng.standard_normal((size, 8)).astype("f")
+
+def problem():
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: (rng.standard_normal(shape) / 4).astype("float32")
+    params = {"w": draw(16, 32), "b": draw(32), "v": draw(32, 8)}
+    return spectra.Problem(loss_fn, params, Batches(), name="stream")
+"""
+
+
+def test_sigterm_between_the_batches_of_a_slow_product(tmp_path):
+    script = textwrap.dedent(SCRIPT).split("def problem")[0] + STREAM
+    problem = tmp_path / "problem.py"
+    problem.write_text(script.replace("slow = False", "slow = True"))
+    steps = ("--steps", "20")
+    saved = (*steps, "--checkpoint", "saved", "--checkpoint-minutes", "0.005")
+    process = shell(tmp_path, *saved)
+    while not list((tmp_path / "saved").glob("record-*.json")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, text
+    assert re.search(r"after step \d+ and [123] batches of the next of probe 1", " ".join(text.split())), text
+    problem.write_text(script)
+    assert_same_on_four_devices(tmp_path, steps, saved)

@@ -11,10 +11,11 @@ import numpy as np
 
 from spectra import _processes, _quadrature, _tree
 from spectra._status import Status
-from spectra.checkpoint import Recorder
 from spectra.density import deflation
+from spectra.density.recorder import Recorder
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
+from spectra.operators.accumulate import Passes
 from spectra.results import Quadrature
 
 
@@ -95,7 +96,15 @@ class ProbeRun:
             stop = min(done + self.chunk, goal)
             started = time.monotonic()
             state = recurrence.advance(
-                self.op, self.layout, state, done, stop, batched=batched, apart=self.apart, home=self.home
+                self.op,
+                self.layout,
+                state,
+                done,
+                stop,
+                batched=batched,
+                apart=self.apart,
+                home=self.home,
+                passes=self._passes(probes, state, done) if stop == done + 1 else None,
             )
             self.bar.update((stop - done) * len(probes))
             steps, done = stop - done, stop
@@ -115,6 +124,17 @@ class ProbeRun:
         self.rows += _rows(state, done, batched)
         if self.recorder is not None:
             self.recorder.finished(self.rows)
+
+    def _passes(self, probes: range, state, done: int) -> Passes | None:
+        """What looks at the clock inside a product that takes longer than the pace: it reads a stream."""
+        recorder = self.recorder
+        if recorder is None:
+            return None
+
+        def look(sums, seconds: float) -> float:
+            return recorder.after(probes, state, done, seconds, sums)
+
+        return Passes(recorder.sums(probes, state, done), look, PACE)
 
     def _begin(self, probes: range, num_steps: int, batched: bool):
         """A fresh state, or the one that was saved, and the steps done."""

@@ -14,8 +14,9 @@ from spectra import _quadrature, _tree
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._status import Status
-from spectra.checkpoint import Checkpoint, Recorder
+from spectra.checkpoint import Checkpoint
 from spectra.density import deflation
+from spectra.density.recorder import Recorder
 from spectra.density.run import ProbeRun, Progress
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout

@@ -103,7 +103,7 @@ def _losses(op: DataOperator, plane: PyTree, points: np.ndarray) -> jax.Array:
     where = jnp.asarray(points, op.dtype)
     if op.stream is None:
         return _on_batch(op, plane, where)
-    return weighted_sum((weight, _on_batch(piece, plane, where)) for weight, piece in op._pieces())
+    return weighted_sum(lambda piece: _on_batch(piece, plane, where), op._pieces())
 
 
 @jax.jit

@@ -9,6 +9,7 @@ basis is as good as two over the raw product. α_i takes in the correction of th
 would not be the projection Q H Qᵀ to rounding.
 """
 
+import contextlib
 import dataclasses
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
 from spectra.krylov.orthogonalize import orthogonalize
+from spectra.operators.accumulate import Passes
 from spectra.operators.base import LinearOperator
 
 PyTree = Any
@@ -186,15 +188,18 @@ def advance(
     batched: bool,
     apart: bool = False,
     home: Any = None,
+    passes: Passes | None = None,
 ) -> LanczosState:
     """Steps start..stop-1 from the host, checked for NaN and for symmetry. Consumes `state`.
 
     Product and recurrence are one compiled loop, or, `apart`, two programs: the one of the recurrence
-    then serves all operators of the same size, and can run on a device of its own, `home`.
+    then serves all operators of the same size, and can run on a device of its own, `home`. A product that
+    streams its data is seen by `passes` between batches.
     """
     if op.on_host or apart or home is not None:
         for i in range(start, stop):
-            w = _product(op, layout, state.current, batched, home)
+            with passes.observed() if passes else contextlib.nullcontext():
+                w = _product(op, layout, state.current, batched, home)
             state = _absorb_one(layout.anonymous(), i, w, state, batched=batched)
     else:
         state = _run_chunk(op, layout, state, start, stop, batched=batched)

@@ -61,6 +61,19 @@ def read_vectors(path: Path, layout: Layout, state: LanczosState, *, batched: bo
     return fields | {name: _packed(layout, fields[name], batched) for name in VECTORS}
 
 
+def write_sums(path: Path, sums: list[PyTree]) -> None:
+    """Vectors, or stacks of them, as pytrees like the parameters."""
+    write(path, [jax.tree.leaves(vectors) for vectors in sums])
+
+
+def read_sums(path: Path, layout: Layout, count: int, state: LanczosState, treedef: Any) -> list[PyTree]:
+    """`count` vectors that `write_sums` wrote."""
+    probes = state.alpha.shape[:-1]
+    shapes = [jax.ShapeDtypeStruct(probes + s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
+    found = read(path, [_where(layout, shapes, state.alpha)] * count)
+    return [treedef.unflatten(leaves) for leaves in found]
+
+
 def _where(layout: Layout, shapes: list[Any], beside: jax.Array) -> list[Any]:
     """Stacks of leaves, split as the leaves are."""
     specs = layout.specs or [PartitionSpec()] * len(shapes)

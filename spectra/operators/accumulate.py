@@ -1,6 +1,9 @@
 """Weighted means over the parts of a data set: microbatches under `lax.scan`, streams from the host."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -76,17 +79,74 @@ def _cut(batch: PyTree, size: int) -> tuple[PyTree, PyTree | None]:
     return pieces, jax.tree.map(lambda x: x[steps * size :], batch) if rest else None
 
 
-def weighted_sum(parts: Iterable[tuple[float, PyTree]]) -> PyTree:
-    """Σ w x over (w, x), in the order of the stream, with at most two parts in flight.
+class Passes:
+    """The passes over streams within one product: how far each is, so that a run can end between batches.
+
+    Args:
+        sums: (batches added, their sum) of each pass, in the order in which the product makes them; where
+            a run goes on inside a product, those of the run before.
+        look: called between batches with the sums and the seconds since the last call; what it returns, in
+            place of the seconds, decides after how many batches it is called again.
+        pace: seconds that should lie between two calls.
+    """
+
+    def __init__(
+        self,
+        sums: list[tuple[int, PyTree]],
+        look: Callable[[list[tuple[int, PyTree]], float], float],
+        pace: float,
+    ):
+        self.sums, self._look, self._pace = list(sums), look, pace
+        self._begun = self._batches = 0
+        self._stride, self._looked = 1, time.monotonic()
+
+    @contextlib.contextmanager
+    def observed(self) -> Iterator[None]:
+        """Every `weighted_sum` inside is one of the passes."""
+        token = _observer.set(self)
+        try:
+            yield
+        finally:
+            _observer.reset(token)
+
+    def begin(self) -> tuple[int, PyTree]:
+        """Batches that the next pass has behind it, and their sum."""
+        self._begun += 1
+        if len(self.sums) < self._begun:
+            self.sums.append((0, None))
+        return self.sums[self._begun - 1]
+
+    def after(self, count: int, total: PyTree) -> None:
+        """Note a batch of the pass under way."""
+        self.sums[self._begun - 1] = count, total
+        self._batches += 1
+        if self._batches < self._stride:
+            return
+        seconds = self._look(self.sums, time.monotonic() - self._looked)
+        self._stride = max(1, int(self._pace * self._batches / max(seconds, 1e-9)))
+        self._batches, self._looked = 0, time.monotonic()
+
+
+_observer: ContextVar[Passes | None] = ContextVar("passes", default=None)
+
+
+def weighted_sum(fn: Callable[[Any], PyTree], pieces: Iterable[tuple[float, Any]]) -> PyTree:
+    """Σ w fn(x) over (w, x), in the order of the stream, with at most two parts in flight.
 
     Products are dispatched without waiting, so the next batch is read while the device works; without
-    a bound a fast source would queue all its batches in the device's memory.
+    a bound a fast source would queue all its batches in the device's memory. What a saved pass has behind
+    it is read, since streams cannot skip, and not computed again.
     """
-    total = None
-    for weight, part in parts:
-        before = total
+    passes = _observer.get()
+    done, total = passes.begin() if passes else (0, None)
+    for count, (weight, piece) in enumerate(pieces, start=1):
+        if count <= done:
+            continue
+        before, part = total, fn(piece)
         total = _multiple(weight, part) if total is None else _add(weight, part, total)
         jax.block_until_ready(total if _shares_threads(total) else before)
+        if passes:
+            passes.after(count, total)
     return total
 
 

@@ -174,14 +174,14 @@ class DataOperator(LinearOperator):
         """The mean loss over all data at the parameters."""
         if self.stream is None:
             return compiled.loss(self)
-        return weighted_sum((weight, compiled.loss(piece)) for weight, piece in self._pieces())
+        return weighted_sum(compiled.loss, self._pieces())
 
     @automatic
     def gradient(self) -> PyTree:
         """The gradient of the mean loss, in the working dtypes."""
         if self.stream is None:
             return compiled.gradient(self)
-        return weighted_sum((w, compiled.gradient(piece)) for w, piece in self._pieces())
+        return weighted_sum(compiled.gradient, self._pieces())
 
     def mv(self, v: PyTree) -> PyTree:
         """One product; under tracing a stream raises, since its data live outside the program."""
@@ -191,7 +191,7 @@ class DataOperator(LinearOperator):
                     "streamed data cannot be read inside jit or vmap: pass one batch instead, with "
                     "microbatch= if it is large, or call outside."
                 )
-            return weighted_sum((w, product(piece, v)) for w, piece in self._pieces())
+            return weighted_sum(lambda piece: product(piece, v), self._pieces())
         variables = self._variables()
         return self._mean(lambda piece: self._piece_product(variables, piece, v))
 
@@ -199,7 +199,7 @@ class DataOperator(LinearOperator):
         """Products with a stack of vectors, sharing each pass over streamed data."""
         if self.stream is None:
             return super().mv_batch(vectors)
-        return weighted_sum((w, compiled.product_batch(piece, vectors)) for w, piece in self._pieces())
+        return weighted_sum(lambda piece: compiled.product_batch(piece, vectors), self._pieces())
 
     def prepare(self) -> LinearOperator:
         """Save what all products share, if asked to or if it fits; check the loss.

@@ -100,7 +100,7 @@ def _blocks(matrix: jax.Array, structure: PyTree) -> PyTree:
 def hessian_matrix(op: HessianOperator) -> jax.Array:
     """The (n, n) Hessian, not yet checked for NaN."""
     if op.stream is not None:
-        return _mirror(weighted_sum((w, _upper(piece)) for w, piece in op._pieces()), _owners(op))
+        return _mirror(weighted_sum(_upper, op._pieces()), _owners(op))
     return _mirror(_upper(op), _owners(op))
 
 
