@@ -16,11 +16,13 @@ class Checkpoint:
         steps: also after so many Lanczos steps; never by count if None.
 
     A probe that is finished is always recorded. On SIGTERM the run writes a last checkpoint after the steps
-    under way (about 5 seconds of them, or one step) and raises `PreemptedError`; the command line then
-    ends with code 75, "try again". If these were the last steps, the run is finished instead.
+    under way (about 5 seconds of them, or one step; of streamed data about 5 seconds of batches, or one
+    batch) and raises `PreemptedError`; the command line then ends with code 75, "try again". If these were
+    the last steps, the run is finished instead.
 
     Cost: one product more, by which a run knows its own operator; disk space of the basis of the probes
-    in flight, in the dtype of the vectors.
+    in flight, in the dtype of the vectors. A run that goes on within a pass over a stream reads the batches
+    behind it again, since streams cannot skip, and multiplies by the others only.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra, tempfile

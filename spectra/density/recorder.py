@@ -145,11 +145,10 @@ class Recorder:
         if stop or due:
             self.save(probes, state, done, sums or [])
         if stop:
-            batches = f" and {sum(n for n, _ in sums)} batches of the next" if sums else ""
+            batches = f" and {sum(n for n, _ in sums)} batches of the next step" if sums else ""
             raise PreemptedError(
-                f"the run was asked to end (SIGTERM) and did, after step {done}{batches} of probe "
-                f"{probes.start + 1}; its checkpoint is in '{self.folder}'. The same command goes on from "
-                "there."
+                f"the run was asked to end (SIGTERM) and did, after step {done} of probe {probes.start + 1}"
+                f"{batches}; its checkpoint is in '{self.folder}'. The same command goes on from there."
             )
         return seconds
 
