@@ -245,6 +245,48 @@ def test_a_run_goes_on_within_a_pass_over_a_stream(kind, reads, saved, probe_bat
         counted.clear()
 
 
+HOST = """
+import sys, jax, numpy as np, spectra
+from spectra.density import run
+from spectra.operators import accumulate
+
+run.PACE = 0.0
+rng = np.random.default_rng(0)
+draw = lambda *shape: jax.device_put(rng.standard_normal(shape).astype("f"), jax.devices()[1])
+data = [draw(9, 6) for _ in range(4)]
+op = spectra.HessianOperator(lambda w, x: jax.numpy.mean(jax.numpy.sin(x @ w) ** 2), draw(6, 5), data)
+options = {"key": jax.random.key(3), "num_steps": 4, "num_probes": 1, "basis": "host"}
+whole = spectra.slq(op, **options)
+original, counted = accumulate.Passes.after, []
+
+def after(self, count, total):
+    counted.append(count)
+    if len(counted) == 7:
+        raise KeyboardInterrupt
+    original(self, count, total)
+
+accumulate.Passes.after = after
+try:
+    spectra.slq(op, **options, checkpoint=spectra.Checkpoint(sys.argv[1], minutes=0))
+except KeyboardInterrupt:
+    again = spectra.slq(op, **options, checkpoint=sys.argv[1])
+    assert len(counted) == 7 + 4 * 4 - 6, counted
+    assert (again.nodes == whole.nodes).all()
+    assert (again.weights == whole.weights).all()
+    print("resumed")
+"""
+
+
+def test_a_pass_goes_on_where_the_operator_is_with_the_basis_elsewhere(tmp_path):
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, "-c", HOST, str(tmp_path)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.stdout.strip() == "resumed", process.stderr
+
+
 def test_sums_that_are_no_vectors_of_the_operator_are_not_saved(monkeypatch, tmp_path):
     """Then a product is the unit."""
     inner = streamed("hessian")

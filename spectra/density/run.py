@@ -134,7 +134,10 @@ class ProbeRun:
         def look(sums, seconds: float) -> float:
             return recorder.after(probes, state, done, seconds, sums)
 
-        return Passes(recorder.sums(probes, state, done), look, PACE)
+        sums = recorder.sums(probes, state, done)
+        if self.home is not None:  # they were read to where the basis lives
+            sums = [(count, jax.device_put(total, self.op.device)) for count, total in sums]
+        return Passes(sums, look, PACE)
 
     def _begin(self, probes: range, num_steps: int, batched: bool):
         """A fresh state, or the one that was saved, and the steps done."""
