@@ -1,7 +1,15 @@
 import contextlib
+import tempfile
 
 import jax
 import pytest
+
+# Many tests make the same program from functions of their own: it is compiled once a process. Before the
+# tests are imported, since JAX looks for its cache once, at the first program.
+_programs = tempfile.TemporaryDirectory(prefix="spectra-programs-")
+jax.config.update("jax_compilation_cache_dir", _programs.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 @pytest.fixture(params=["float32", "float64"])

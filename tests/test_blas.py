@@ -65,7 +65,7 @@ def test_errors_give_it_back():
     "method",
     [
         lambda op, key: spectra.eigsh(op, 2, key=key).values,
-        lambda op, key: spectra.eigsh(op, 2, which="SM", key=key).values,
+        lambda op, key: spectra.eigsh(op, 2, which="SM", key=key, tol=0.1).values,
         lambda op, key: spectra.trace(op, key=key, method="xtrace").value,
         lambda op, key: spectra.trace(op, key=key, method="xnystrace").value,
         lambda op, key: spectra.trace(op, key=key, method="hutch++").value,
