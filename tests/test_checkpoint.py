@@ -343,16 +343,22 @@ def shell(folder, *options, devices=1):
     return subprocess.Popen([*COMMAND, *options], cwd=folder, env=environment, **streams)
 
 
-def test_sigterm_ends_with_code_75_and_the_same_command_goes_on_elsewhere(tmp_path):
-    (tmp_path / "problem.py").write_text(textwrap.dedent(SCRIPT))
-    steps = ("--steps", "400")
-    saved = (*steps, "--checkpoint", "saved", "--checkpoint-minutes", "0.001")
-    process = shell(tmp_path, *saved)
-    while not list((tmp_path / "saved").glob("record-*.json")) and process.poll() is None:
+def ended_after_its_first_record(folder, saved):
+    """What a run says that gets SIGTERM then."""
+    process = shell(folder, *saved)
+    while not list((folder / "saved").glob("record-*.json")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 75, text
+    return text
+
+
+def test_sigterm_ends_with_code_75_and_the_same_command_goes_on_elsewhere(tmp_path):
+    (tmp_path / "problem.py").write_text(textwrap.dedent(SCRIPT))
+    steps = ("--steps", "400")
+    saved = (*steps, "--checkpoint", "saved", "--checkpoint-minutes", "0.001")
+    text = ended_after_its_first_record(tmp_path, saved)
     assert "goes on from there" in text
     assert_same_on_four_devices(tmp_path, steps, saved)
 
@@ -399,12 +405,7 @@ def test_sigterm_between_the_batches_of_a_slow_product(tmp_path):
     problem.write_text(script.replace("slow = False", "slow = True"))
     steps = ("--steps", "20")
     saved = (*steps, "--checkpoint", "saved", "--checkpoint-minutes", "0.005")
-    process = shell(tmp_path, *saved)
-    while not list((tmp_path / "saved").glob("record-*.json")) and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=120)[0]
-    assert process.returncode == 75, text
+    text = ended_after_its_first_record(tmp_path, saved)
     assert re.search(
         r"after step \d+ of probe 1 and [1-4] batches of the next step", " ".join(text.split())
     ), text

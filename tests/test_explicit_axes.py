@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 EPS = float(np.finfo(np.float32).eps)
-SUM = 64 * EPS
-"""Of sums over 32 examples in another order, relative to their terms."""
+SUM = 2 * 32 * EPS
+"""Two sums over 32 examples, each within 32 roundings of its terms, in orders of their own."""
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,11 @@ class Recorder:
     def _path(self, number: int) -> Path:
         return self.folder / f"record-{number:06d}.json"
 
+    def _flight_of(self, probes: range) -> dict[str, Any] | None:
+        """What was saved of these probes."""
+        flight = self.flight
+        return flight if flight and flight["probes"] == [probes.start, probes.stop] else None
+
     def restored(self) -> list[dict[str, Any]]:
         """The finished probes that were found."""
         return [
@@ -97,8 +102,8 @@ class Recorder:
 
     def restore(self, probes: range, state: LanczosState) -> tuple[LanczosState, int]:
         """The state of the probes in flight and the steps done; a fresh `state` and 0 if there are none."""
-        flight = self.flight
-        if flight is None or flight["probes"] != [probes.start, probes.stop]:
+        flight = self._flight_of(probes)
+        if flight is None:
             return state, 0
         items = flight["items"][:-1] if flight.get("sums") else flight["items"]
         batched, *names, last = state.alpha.ndim > 1, *items
@@ -112,8 +117,8 @@ class Recorder:
 
     def sums(self, probes: range, state: LanczosState, done: int) -> list[tuple[int, PyTree]]:
         """The passes over a stream that the product of this step has behind it; see `Passes`."""
-        flight = self.flight
-        if flight is None or flight["probes"] != [probes.start, probes.stop] or flight["done"] != done:
+        flight = self._flight_of(probes)
+        if flight is None or flight["done"] != done:
             return []
         path, counts = self.folder / flight["items"][-1], flight.get("sums", [])
         if not counts:
@@ -132,7 +137,7 @@ class Recorder:
         state: LanczosState,
         done: int,
         seconds: float,
-        sums: list[tuple[int, PyTree]] | None = None,
+        sums: Sequence[tuple[int, PyTree]] = (),
     ) -> float:
         """Called between chunks, and with `sums` between the batches of a product: saves where it is time
         to, raises where the run is to end.
@@ -143,7 +148,7 @@ class Recorder:
         due = due or (self.steps is not None and done - self.saved_step >= self.steps)
         stop, due, seconds = _processes.largest(self.stop_requested, due, seconds)
         if stop or due:
-            self.save(probes, state, done, sums or [])
+            self.save(probes, state, done, sums)
         if stop:
             batches = f" and {sum(n for n, _ in sums)} batches of the next step" if sums else ""
             raise PreemptedError(
@@ -153,14 +158,14 @@ class Recorder:
         return seconds
 
     def save(
-        self, probes: range, state: LanczosState, done: int, sums: list[tuple[int, PyTree]] | None = None
+        self, probes: range, state: LanczosState, done: int, sums: Sequence[tuple[int, PyTree]] = ()
     ) -> None:
         """Write what is new since the last checkpoint. What it names is never written again in place."""
         batched = state.alpha.ndim > 1
         size = state.basis[0][0].shape[2 if batched else 1]
         span, stem = [probes.start, probes.stop], f"probe-{probes.start:05d}"
-        known = self.flight["items"] if self.flight and self.flight["probes"] == span else []
-        sums = sums if sums and all(self._is_vector(total, state) for _, total in sums) else []
+        known = (self._flight_of(probes) or {"items": []})["items"]
+        sums = sums if all(self._is_vector(total, state) for _, total in sums) else []
         counts = [count for count, _ in sums]
         items: dict[str, Callable[[Path], None]] = {}
         for i in range(-(-done // size)):
