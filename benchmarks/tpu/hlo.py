@@ -3,17 +3,20 @@
 XLA's own "bytes accessed" counts every operand of every instruction: what lies in VMEM (memory space 1)
 like what lies in HBM, both sides of a prefetch, and the buffers that a conditional only passes on. Here an
 instruction counts the operands and results that lie in HBM; a fusion that slices an operand counts the
-slice; a conditional counts its most expensive branch, a loop its body times its trips.
+slice; a conditional counts its most expensive branch, a loop its body times its trips. A row is put into a
+basis by one conditional for each segment, of which one writes: together they count as one.
 """
 
 import collections
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
 FREE |= {"async-update"}
+PUT = "jit(dynamic_update_index_in_dim)/"  # in a conditional
 _SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\](\{[^}]*\})?")
 _BITS = {"pred": 8}
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
@@ -109,27 +112,36 @@ class Program:
         for computation in self.computations.values():
             yield from computation.values()
 
+    def recurrence(self) -> float:
+        """HBM bytes of a Lanczos step outside the product: of what lies neither in a loop inside the loop
+        over steps, as the model's layers do, nor bears the name of a derivative."""
+        loop = next(i for i in self.computations[self.entry].values() if i.op == "while")
+        return self._total(_body(loop), lambda i: i.op != "while" and "jvp(" not in i.rest).hbm
+
     def _of(self, name: str) -> Traffic:
         if name not in self._known:
-            self._known[name] = total = Traffic()
-            scope, seen = self.computations[name], set()
-            for instruction in scope.values():
-                self._count(instruction, scope, total, seen)
+            self._known[name] = self._total(name, lambda i: True)
         return self._known[name]
+
+    def _total(self, name: str, chosen: Callable[[Instruction], bool]) -> Traffic:
+        total, scope, seen = Traffic(), self.computations[name], set()
+        rows = [i for i in scope.values() if i.op == "conditional" and self._puts_row(i)]
+        for instruction in scope.values():
+            if chosen(instruction) and instruction not in rows[1:]:
+                self._count(instruction, scope, total, seen)
+        return total
 
     def _count(self, i: Instruction, scope, total: Traffic, seen: set) -> None:
         kind = i.op.removesuffix("-start")
         if kind in KINDS:
             _collective(kind, i, scope, total)
         if i.op == "while":
-            condition, body = (re.search(rf"{what}=%([\w.-]+)", i.rest) for what in ("condition", "body"))
+            condition = re.search(r"condition=%([\w.-]+)", i.rest)
             assert condition
-            assert body
-            total.add(self._of(body[1]), self._trips(condition[1], i.rest))
+            total.add(self._of(_body(i)), self._trips(condition[1], i.rest))
         elif i.op == "conditional":
-            listed = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
-            branches = re.findall(r"%([\w.-]+)", listed[1]) if listed else _CALLED.findall(i.rest)
-            total.add(max((self._of(b) for b in branches), key=lambda t: (t.hbm, sum(t.bytes.values()))))
+            branches = map(self._of, _branches(i))
+            total.add(max(branches, key=lambda t: (t.hbm, sum(t.bytes.values()))))
         elif i.op == "call":
             total.add(self._of(_CALLED.findall(i.rest)[0]))
         elif i.op == "fusion":
@@ -157,6 +169,11 @@ class Program:
             seen.add(identity)
             kind = "reduce-scatter" if "scatter" in called and kind == "all-reduce" else kind
             _collective(kind, inner, self.computations[called], total)
+
+    def _puts_row(self, i: Instruction) -> bool:
+        """Whether a conditional is that of `spectra.krylov.basis.put`."""
+        inner = (x for branch in _branches(i) for x in self.computations[branch].values())
+        return any(x.op == "fusion" and PUT in x.rest for x in inner)
 
     def _trips(self, condition: str, rest: str) -> int:
         known = re.search(r'known_trip_count[^}]*?"(\d+)"', rest)
@@ -202,6 +219,19 @@ class Program:
                 full = 0  # written in place; the slice is counted as result
             read += full
         return read
+
+
+def _body(i: Instruction) -> str:
+    """Name of the computation that a loop repeats."""
+    found = re.search(r"body=%([\w.-]+)", i.rest)
+    assert found
+    return found[1]
+
+
+def _branches(i: Instruction) -> list[str]:
+    """Names of the computations of a conditional."""
+    listed = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
+    return re.findall(r"%([\w.-]+)", listed[1]) if listed else _CALLED.findall(i.rest)
 
 
 def _plain_bytes(i: Instruction, scope) -> float:

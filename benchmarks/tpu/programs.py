@@ -146,6 +146,7 @@ def figures(case: Case, keep: str | None = None) -> dict:
         + memory.temp_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "hbm": traffic.hbm,
+        "hbm_recurrence": program.recurrence() if case.program == "step" else None,
         "bytes_accessed": cost["bytes accessed"],
         "flops": cost["flops"],
         "collectives": {k: [traffic.count[k], traffic.bytes[k], traffic.largest[k]] for k in traffic.count},

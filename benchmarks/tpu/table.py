@@ -130,12 +130,16 @@ def checks(known: dict) -> list[str]:
         product, gradient = (partner(known, step, program) for program in ("product", "gradient"))
         if product:
             floor = 16 * step["rows"] * step["numbers_a_chip"]
-            times = (step["hbm"] - product["hbm"]) / floor
+            recurrence = step["hbm_recurrence"]
+            grown = (step["hbm"] - recurrence) / product["hbm"]
+            whole = step["hbm"] / (floor + product["hbm"])
             added = {k: v[0] - product["collectives"].get(k, [0])[0] for k, v in step["collectives"].items()}
             text = ", ".join(f"{count:.0f} {kind}" for kind, count in added.items() if count) or "none"
             lines.append(
-                f"* {name}: beyond its product the step moves {times:.2f} times the floor of two "
-                f"Gram-Schmidt passes, and adds collectives: {text}."
+                f"* {name}: the recurrence moves {recurrence / floor:.2f} times the floor of two "
+                f"Gram-Schmidt passes, the product {grown:.2f} times what it moves in a program of its own, "
+                f"both together {whole:.2f} times that floor and that program; the step adds to its "
+                f"collectives: {text}."
             )
         if gradient:
             own = gradient["collectives"]

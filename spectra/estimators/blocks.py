@@ -32,15 +32,8 @@ def draw(op: LinearOperator, key: jax.Array, indices: jax.Array, kind: str) -> P
 
 
 def _draw(key: jax.Array, indices: jax.Array, structure: PyTree, kind: str) -> PyTree:
-    sample = jax.random.rademacher if kind == "rademacher" else jax.random.normal
-    leaves, treedef = jax.tree.flatten(structure)
-
-    def one(i):
-        own = jax.random.fold_in(key, i)
-        keys = [jax.random.fold_in(own, j) for j in range(len(leaves))]
-        return treedef.unflatten([sample(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
-
-    return jax.vmap(one)(indices)
+    distribution = getattr(jax.random, kind)
+    return jax.vmap(lambda i: _tree.sample(jax.random.fold_in(key, i), structure, distribution))(indices)
 
 
 def length(stack: PyTree) -> int:

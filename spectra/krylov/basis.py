@@ -30,6 +30,10 @@ SEGMENT = 8
 a TPU tile."""
 MAX_SEGMENTS = 16
 """Every segment is code to compile; beyond 128 vectors segments grow instead (3 % of the rows in vain)."""
+AT_ONCE = {"tpu": 4}
+"""Segments in one sweep, by platform; one elsewhere. The vector is read and written once a sweep: four move
+fewer bytes on a TPU (benchmarks/results/tpu.md); on a CPU more rows at once are slower (15.9, 17.6 and
+18.6 ms a step for one, two and four segments at n = 1e6)."""
 
 
 def vdot(a: Panels, b: Panels) -> jax.Array:
@@ -79,7 +83,10 @@ def zeros(layout: Layout, num_rows: int) -> Basis:
 
 
 def put(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
-    """The basis with `vector` in `row`; touches the segment concerned, in place where donated."""
+    """The basis with `vector` in `row`; touches the segment concerned, in place where donated.
+
+    One conditional a segment: a `lax.switch` over all copies the basis on a CPU.
+    """
     size = basis[0][0].shape[1]
 
     def write(segment):
@@ -147,21 +154,22 @@ def dots(basis: Basis, vector: Panels, filled: jax.Array) -> tuple[jax.Array, ja
 
     Both are summed over blocks in one reduction, which on a mesh is all that devices exchange.
     """
-    dtype, size = jnp.result_type(*vector), basis[0][0].shape[1]
 
-    def dot(rows, x):
-        axes = (tuple(range(2, rows.ndim)), tuple(range(1, x.ndim)))
-        dims = (axes, ((0,), (0,)))
-        return lax.dot_general(rows.astype(x.dtype), x, dims, precision=lax.Precision.HIGHEST)
+    def first(count, segments, vector):
+        read = [[_dot(rows, x) for rows, x in zip(part, vector, strict=True)] for part in segments[:count]]
+        skipped = [
+            [jnp.zeros(rows.shape[:2], x.dtype) for rows, x in zip(part, vector, strict=True)]
+            for part in segments[count:]
+        ]
+        return read + skipped
 
-    def read(segment):
-        return [dot(rows, x) for rows, x in zip(segment, vector, strict=True)]
+    def program(at_once, basis, vector, filled):
+        groups = _groups(basis, filled, at_once)
+        return [part for group, switch in groups for part in switch(first, basis[group], vector)]
 
-    def skip(segment):
-        return [jnp.zeros(rows.shape[:2], x.dtype) for rows, x in zip(segment, vector, strict=True)]
-
-    parts = [lax.cond(i * size < filled, read, skip, segment) for i, segment in enumerate(basis)]
-    parts.append([dot(x[:, None], x) for x in vector])
+    dtype = jnp.result_type(*vector)
+    parts = _by_platform(program, basis, vector, filled)
+    parts.append([_dot(x[:, None], x) for x in vector])
     sums = sum(
         (
             jnp.sum(jnp.concatenate(blocks, axis=1), axis=0).astype(dtype)
@@ -173,27 +181,59 @@ def dots(basis: Basis, vector: Panels, filled: jax.Array) -> tuple[jax.Array, ja
 
 
 def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array) -> Panels:
-    """v - Q^T c over the first `filled` rows. Reads them once.
+    """v - Q^T c over the first `filled` rows. Reads them once."""
 
-    The sum over the rows of a segment is written out: XLA fuses it into one sweep, where a contraction
-    over the row axis makes the CPU backend transpose the segment (30 times slower).
+    def first(count, segments, coefficients, vector):
+        panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
+        return [_subtract(rows, coefficients, x) for rows, x in zip(panels, vector, strict=True)]
+
+    def program(at_once, basis, coefficients, vector, filled):
+        for group, switch in _groups(basis, filled, at_once):
+            vector = switch(first, basis[group], coefficients[group], vector)
+        return vector
+
+    return _by_platform(program, basis, coefficients.reshape(len(basis), -1), vector, filled)
+
+
+def _groups(basis: Basis, filled: jax.Array, at_once: int):
+    """Slices of `at_once` segments; and for each `switch(fn, ...)`, which is fn(count, ...) where the first
+    `count` of them hold one of the first `filled` rows."""
+    segments_filled = -(-filled // basis[0][0].shape[1])
+    for start in range(0, len(basis), at_once):
+        group = slice(start, start + at_once)
+        size = len(basis[group])
+
+        def switch(fn, *arguments, start=start, size=size):
+            branches = [functools.partial(fn, count) for count in range(size + 1)]
+            return lax.switch(segments_filled - start, branches, *arguments)
+
+        yield group, switch
+
+
+def _by_platform(program, *arguments):
+    """`program` with as many segments at once as suit the platform that it is compiled for."""
+    programs = {name: functools.partial(program, count) for name, count in AT_ONCE.items()}
+    return lax.platform_dependent(*arguments, default=functools.partial(program, 1), **programs)
+
+
+@jax.jit
+def _dot(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """Block by block the inner products of the rows of a segment with a vector, for one panel."""
+    dims = ((tuple(range(2, rows.ndim)), tuple(range(1, x.ndim))), ((0,), (0,)))
+    return lax.dot_general(rows.astype(x.dtype), x, dims, precision=lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _subtract(segments: list[jax.Array], coefficients: jax.Array, x: jax.Array) -> jax.Array:
+    """x - Σ c_r q_r over all rows of some segments of one panel, in one sweep.
+
+    The sum over rows is written out: XLA fuses it, where a contraction over the row axis makes the CPU
+    backend transpose the segment (30 times slower).
     """
-
-    size = basis[0][0].shape[1]
-
-    def one(rows, x, c):
-        for r in range(size):
+    for rows, c in zip(segments, coefficients, strict=False):
+        for r in range(rows.shape[1]):
             x = x - c[r].astype(x.dtype) * rows[:, r].astype(x.dtype)
-        return x
-
-    for i, segment in enumerate(basis):
-        c = coefficients[i * size : (i + 1) * size]
-
-        def read(v, segment=segment, c=c):
-            return [one(rows, x, c) for rows, x in zip(segment, v, strict=True)]
-
-        vector = lax.cond(i * size < filled, read, lambda v: v, vector)
-    return vector
+    return x
 
 
 def gram(basis: Basis) -> jax.Array:

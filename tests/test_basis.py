@@ -1,0 +1,57 @@
+"""Parts of the recurrence: vectors drawn as documented, sweeps over the rows of a basis."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spectra import _tree
+from spectra.krylov import basis
+from spectra.krylov.layout import Layout
+from spectra.krylov.orthogonalize import REPEAT, orthogonalize
+
+SHAPES = {"scalar": (), "row": (5,), "matrix": (4, 6), "kernel": (3, 3, 2, 4), "same size": (6, 4)}
+
+
+@pytest.mark.parametrize("distribution", [jax.random.normal, jax.random.rademacher])
+def test_every_leaf_is_drawn_with_a_key_of_its_own(distribution, dtype):
+    structure = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in SHAPES.items()}
+    key = jax.random.key(3)
+    drawn = _tree.sample(key, structure, distribution)
+    for i, name in enumerate(sorted(SHAPES)):
+        expected = distribution(jax.random.fold_in(key, i), SHAPES[name], dtype)
+        assert drawn[name].dtype == dtype
+        np.testing.assert_array_equal(drawn[name], expected)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("filled", [0, 9, 33, 52])
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_sweeps_over_several_segments(at_once, filled, packed, x64, monkeypatch):
+    """As many segments at once as on a TPU, here; the sums are those of NumPy."""
+    monkeypatch.setitem(basis.AT_ONCE, "cpu", at_once)
+    rng = np.random.default_rng(filled)
+    like = {"a": jnp.zeros((7, 5)), "b": jnp.zeros(40)}
+    layout = Layout.of(like) if packed else Layout.leafwise(like)
+    q = np.linalg.qr(rng.normal(size=(75, 52)))[0].T
+    rows = basis.zeros(layout, 52)
+
+    def vector(x):
+        return layout.pack({"a": jnp.asarray(x[:35]).reshape(7, 5), "b": jnp.asarray(x[35:])})
+
+    put = jax.jit(basis.put, donate_argnums=0)
+    for i, row in enumerate(q[:filled]):
+        rows = put(rows, i, vector(row))
+    v = rng.normal(size=75)
+    new, norm, first, total, repeated = jax.jit(orthogonalize)(rows, vector(v), filled)
+    leaves = layout.unpack(new)
+    got = np.concatenate([np.ravel(leaves["a"]), np.ravel(leaves["b"])])
+    expected = v - q[:filled].T @ (q[:filled] @ v)
+    # Two passes of at most 52 terms of size |v|, each with a rounding, in sums of 75 products.
+    tol = 2 * (52 + 75) * np.finfo(float).eps * np.linalg.norm(v)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tol)
+    assert abs(norm - np.linalg.norm(expected)) <= tol
+    np.testing.assert_allclose(first[:filled], q[:filled] @ v, rtol=0, atol=tol)
+    np.testing.assert_allclose(total[:filled], q[:filled] @ v, rtol=0, atol=tol)
+    assert not np.any(first[filled:])
+    assert bool(repeated) == (np.linalg.norm(q[:filled] @ v) > REPEAT * np.linalg.norm(expected))
