@@ -16,8 +16,9 @@ Memory is arguments, results and temporaries of one chip. Bytes are what one chi
 cores in one run of the program; the most expensive branch of every conditional is counted, so all 104 rows
 are read and the second Gram-Schmidt pass is always taken. XLA's own "bytes accessed" also counts what lies in
 VMEM, both ends of a prefetch and the operands of conditionals; it stands beside. The floor of two passes is
-4 reads of all rows: 16 x 104 bytes a number of the vector that the chip holds. Collectives: number of times,
-bytes on one device in all (the larger of what goes in and what comes out).
+4 reads of all rows: 16 x 104 bytes a number of the vector that the chip holds. A sweep reads four segments of
+eight rows, and the vector once. Collectives: number of times, bytes on one device in all (the larger of what
+goes in and what comes out).
 """
 
 
@@ -47,6 +48,12 @@ On 8x8 and 16x16 the gathers of layers, 16 and 4 rows of weights a chip, are all
 program; that they are gathers in another form is inferred from their size: parameters and vector in both
 sweeps, 4 x 931M numbers of the layers in float32 (14.9 GB), their gradient once (3.7 GB) and those of the two
 tables (0.27 GB) are the 18.9 GB below. On v5p 2x2x4, with 64 rows a chip, they are gathers.
+
+Below the table the step's bytes are told apart: the product is what lies in the loops over layers or bears
+the name of a derivative, the recurrence is all the rest. Of the 13 conditionals that put a row into its
+segment one writes, and one is counted. The product inside a step is not compiled like one alone: on v5p two
+weights of all layers (58 MB each) are copied to another layout for every layer there, which is in neither the
+model nor the recurrence.
 """
 FORMS = """\
 The same transformer with 8 layers of width 512, JAX's default precision in the model: what is compared is
@@ -132,14 +139,13 @@ def checks(known: dict) -> list[str]:
             floor = 16 * step["rows"] * step["numbers_a_chip"]
             recurrence = step["hbm_recurrence"]
             grown = (step["hbm"] - recurrence) / product["hbm"]
-            whole = step["hbm"] / (floor + product["hbm"])
+            rest = (step["hbm"] - product["hbm"]) / floor
             added = {k: v[0] - product["collectives"].get(k, [0])[0] for k, v in step["collectives"].items()}
             text = ", ".join(f"{count:.0f} {kind}" for kind, count in added.items() if count) or "none"
             lines.append(
                 f"* {name}: the recurrence moves {recurrence / floor:.2f} times the floor of two "
-                f"Gram-Schmidt passes, the product {grown:.2f} times what it moves in a program of its own, "
-                f"both together {whole:.2f} times that floor and that program; the step adds to its "
-                f"collectives: {text}."
+                f"Gram-Schmidt passes, the product {grown:.2f} times what it moves alone; the step less the "
+                f"product alone is {rest:.2f} times the floor. Collectives that the step adds: {text}."
             )
         if gradient:
             own = gradient["collectives"]
