@@ -202,10 +202,9 @@ def sample(key: jax.Array, structure: PyTree, distribution: Callable[..., jax.Ar
 def _samples(key: jax.Array, shapes: tuple, distribution: Callable[..., jax.Array]) -> list[jax.Array]:
     """One array for each shape and dtype.
 
-    XLA takes 0.3 s to compile a draw of numbers in a row on a CPU, and twice as long for each axis more
-    (3 s for the kernel of a convolution), so they are drawn in a row. The generator counts them in that
-    order: they are the same as in the leaf's own shape. Of several devices each would draw all of a row;
-    there a leaf is drawn as it is.
+    XLA takes 0.5 s to compile a draw of numbers in a row on a CPU and 3 s for the kernel of a convolution,
+    so they are drawn in a row. The generator counts them in that order: they are the same as in the leaf's
+    own shape. Of several devices each would draw all of a row; there a leaf is drawn as it is.
     """
 
     def draw(i, shape, dtype):

@@ -9,6 +9,7 @@ from spectra import _tree
 from spectra.krylov import basis
 from spectra.krylov.layout import Layout
 from spectra.krylov.orthogonalize import REPEAT, orthogonalize
+from spectra.operators.diagnose import _equations
 
 SHAPES = {"scalar": (), "row": (5,), "matrix": (4, 6), "kernel": (3, 3, 2, 4), "same size": (6, 4)}
 
@@ -43,7 +44,10 @@ def test_sweeps_over_several_segments(at_once, filled, packed, x64, monkeypatch)
     for i, row in enumerate(q[:filled]):
         rows = put(rows, i, vector(row))
     v = rng.normal(size=75)
-    new, norm, first, total, repeated = jax.jit(orthogonalize)(rows, vector(v), filled)
+    traced_anew = jax.jit(lambda *arguments: orthogonalize(*arguments))  # not for another `at_once`
+    equations = _equations(jax.make_jaxpr(traced_anew)(rows, vector(v), 1).jaxpr)
+    assert at_once + 1 in {len(e.params["branches"]) for e in equations if e.primitive.name == "cond"}
+    new, norm, first, total, repeated = traced_anew(rows, vector(v), filled)
     leaves = layout.unpack(new)
     got = np.concatenate([np.ravel(leaves["a"]), np.ravel(leaves["b"])])
     expected = v - q[:filled].T @ (q[:filled] @ v)
