@@ -4,8 +4,8 @@ A basis is a tuple of *segments*; a segment holds `SEGMENT` vectors and puts the
 axis, so a panel (B, k) has segments (B, SEGMENT, k). Measured (n = 2^20, float32, 2 CPU cores):
 
 * Inner products are batched over blocks and then summed. A matrix-vector product over the full length
-  sums in sequence in XLA's CPU backend: 2e-5 off for a self-product, 1e-7 with blocks of 4096 or 8192, at
-  the same bandwidth. With accurate coefficients one Gram-Schmidt pass does what two did before.
+  sums in sequence in XLA's CPU backend: 2e-5 off for a self-product, 1e-7 in blocks of 8192, at the same
+  bandwidth. With accurate coefficients one Gram-Schmidt pass does what two did before.
 * Segments are separate buffers, so a compiled loop reads the filled ones only: `lax.cond` on a whole
   buffer copies nothing, a slice of one large buffer is a copy.
 
