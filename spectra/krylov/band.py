@@ -17,123 +17,20 @@ without multiplying again, and whatever is not symmetric or was restarted shows 
 rows by some of their Ritz vectors and keeps pending rows as they are: G stays exact.
 """
 
-import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from spectra._blas import one_thread
 from spectra._errors import NonFiniteError, NotSymmetricError
-from spectra._quadrature import BREAKDOWN
+from spectra.krylov import band_state
 from spectra.krylov import basis as _basis
-from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout
-from spectra.krylov.orthogonalize import orthogonalize
 from spectra.operators.base import LinearOperator
 
 PyTree = Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BandState:
-    """What lives on the device."""
-
-    basis: Basis
-    coefficients: jax.Array  # (rows, rows), G
-    filled: jax.Array  # (), rows in use
-    scale: jax.Array  # (), largest |H v| so far
-
-
-@partial(jax.jit, static_argnames=("layout", "num_rows"))
-def _empty(layout: Layout, num_rows: int) -> BandState:
-    dtype = jnp.result_type(*[panel.dtype for panel in layout.panels])
-    count, rows = _basis.segments(num_rows)
-    return BandState(
-        basis=_basis.zeros(layout, num_rows),
-        coefficients=jnp.zeros((count * rows, count * rows), dtype),
-        filled=jnp.zeros((), jnp.int32),
-        scale=jnp.zeros((), dtype),
-    )
-
-
-@partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
-def _append(layout: Layout, state: BandState, vector: PyTree) -> tuple[BandState, jax.Array]:
-    """One more row, `vector` made orthogonal to all others, and the coefficients of `vector` on all rows."""
-    w = layout.pack(vector)
-    w = _basis.scale(1 / _basis.norm(w), w)
-    column, rest = jnp.zeros(len(state.coefficients), state.scale.dtype), 1.0
-    for _ in range(2):  # a random vector may lie almost in the span of the rows
-        w, size, _, part, _ = orthogonalize(state.basis, w, state.filled)
-        w = _basis.scale(1 / size, w)
-        column, rest = column + rest * part, rest * size
-    basis = _basis.put(state.basis, state.filled, w)
-    column = column.at[state.filled].set(rest)
-    return dataclasses.replace(state, basis=basis, filled=state.filled + 1), column
-
-
-@partial(jax.jit, static_argnames=("layout",))
-def _row(layout: Layout, state: BandState, row) -> PyTree:
-    return layout.unpack(_basis.take(state.basis, row))
-
-
-def _absorb(layout: Layout, size: int, state: BandState, row, previous, product: PyTree) -> BandState:
-    """Column `row` of G and a new row, given the product; `previous` is the row that led to this one."""
-    q, p = _basis.take(state.basis, row), _basis.take(state.basis, previous)
-    w = layout.pack(product)
-    # Subtract the two large coefficients first: what is left needs one pass, as in `lanczos.absorb`.
-    alpha = _basis.vdot(q, w)
-    beta = jnp.where(previous >= 0, state.coefficients[row, previous], 0)
-    w = _basis.axpy(-alpha, q, _basis.axpy(-beta, p, w))
-    w, rest, _, column, _ = orthogonalize(state.basis, w, state.filled)
-    column = column.at[row].add(alpha).at[previous].add(beta)
-    scale = jnp.maximum(state.scale, jnp.sqrt(jnp.vdot(column, column) + rest**2))
-    eps = jnp.finfo(scale.dtype).eps
-    alive = (rest > BREAKDOWN * eps * scale) & (state.filled < size)
-    inverse = jnp.where(alive, 1 / jnp.where(alive, rest, 1), 0)
-    # Where nothing is left no row is appended, and the coefficient below rounding is dropped.
-    kept = jnp.where(alive, rest, 0)
-    column = jnp.where(
-        jnp.arange(len(column)) == state.filled, jnp.where(jnp.isnan(rest), rest, kept), column
-    )
-    new = [jnp.where(alive, x, 0) for x in _basis.scale(inverse, w)]
-    return BandState(
-        basis=_basis.put(state.basis, state.filled, new),
-        coefficients=state.coefficients.at[:, row].set(column),
-        filled=state.filled + alive,
-        scale=scale,
-    )
-
-
-@partial(jax.jit, static_argnames=("layout", "size"), donate_argnames=("state",))
-def _chain(op, layout, size, state, row, previous, steps):
-    """Process `row`, then each row that a product has led to, `steps` products in all."""
-
-    def going(carry):
-        done, row, _, state = carry
-        return (done < steps) & (row < state.filled)
-
-    def step(carry):
-        done, row, previous, state = carry
-        new = state.filled
-        product = op.mv(layout.unpack(_basis.take(state.basis, row)))
-        return done + 1, new, row, _absorb(layout, size, state, row, previous, product)
-
-    first = (jnp.int32(0), jnp.asarray(row, jnp.int32), jnp.asarray(previous, jnp.int32), state)
-    return lax.while_loop(going, step, first)[-1]
-
-
-_absorb_one = jax.jit(_absorb, static_argnames=("layout", "size"), donate_argnames=("state",))
-
-
-@partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
-def _replace(layout: Layout, state: BandState, weights, coefficients, filled) -> BandState:
-    basis = _basis.combine(state.basis, weights, layout)
-    return BandState(basis, coefficients, filled, state.scale)
 
 
 class Band:
@@ -141,7 +38,7 @@ class Band:
 
     def __init__(self, op: LinearOperator, layout: Layout, num_rows: int):
         self.op, self.layout, self.limit = op, layout, num_rows
-        self.state = _empty(layout, num_rows)
+        self.state = band_state.empty(layout, num_rows)
         self.coefficients = np.zeros(self.state.coefficients.shape)
         self.locked: list[int] = []
         self.processed: list[int] = []
@@ -163,7 +60,7 @@ class Band:
     def append(self, vector: PyTree, *, locked: bool = False) -> int:
         """A new pending (or locked) row from a vector that need not be orthogonal to the others."""
         row = self.filled
-        self.state, _ = _append(self.layout, self.state, vector)
+        self.state, _ = band_state.append(self.layout, self.state, vector)
         (self.locked if locked else self.pending).append(row)
         return row
 
@@ -174,7 +71,9 @@ class Band:
         if self.op.on_host:
             self._extend_on_host(row, previous, steps)
         else:
-            self.state = _chain(self.op, self.layout, self.op.size, self.state, row, previous, steps)
+            self.state = band_state.chain(
+                self.op, self.layout, self.op.size, self.state, row, previous, steps
+            )
         columns, after = jax.device_get((self.state.coefficients, self.state.filled))
         new = list(range(before, int(after)))
         done = [row, *new][:steps]
@@ -190,8 +89,8 @@ class Band:
     def _extend_on_host(self, row, previous, steps):
         filled = self.filled
         for _ in range(steps):
-            product = self.op.mv(_row(self.layout, self.state, row))
-            self.state = _absorb_one(self.layout, self.op.size, self.state, row, previous, product)
+            product = self.op.mv(band_state.row_of(self.layout, self.state, row))
+            self.state = band_state.absorb_one(self.layout, self.op.size, self.state, row, previous, product)
             row, previous = filled, row
             if int(self.state.filled) == filled:
                 return
@@ -272,12 +171,12 @@ class Band:
         self.parent = {}
         dtype = self.state.coefficients.dtype
         arrays = jnp.asarray(weights, dtype), jnp.asarray(self.coefficients, dtype), jnp.int32(last)
-        self.state = _replace(self.layout.anonymous(), self.state, *arrays)
+        self.state = band_state.replace(self.layout.anonymous(), self.state, *arrays)
 
     def set_aside(self, vectors: np.ndarray) -> None:
         """Restart without the pending rows: new rows need not be orthogonal to these until `bring_back`."""
         columns = self.coefficients[:, self.processed] @ vectors
-        self.aside = [(_row(self.layout, self.state, row), columns[row]) for row in self.pending]
+        self.aside = [(band_state.row_of(self.layout, self.state, row), columns[row]) for row in self.pending]
         self.pending = []
         self.restart(vectors)
 
@@ -290,7 +189,7 @@ class Band:
             if self.filled >= self.op.size:  # the rows span everything, this vector too
                 break
             row = self.filled
-            self.state, column = _append(self.layout, self.state, vector)
+            self.state, column = band_state.append(self.layout, self.state, vector)
             kept = self.processed[: len(coupling)]
             self.coefficients[:, kept] += np.outer(jax.device_get(column), coupling)
             self.pending.append(row)
