@@ -3,9 +3,10 @@
 from spectra.estimators.condition import condition_number
 from spectra.estimators.counts import count_above, negative_share
 from spectra.estimators.diagonal import diagonal
+from spectra.estimators.frobenius import frobenius_norm
 from spectra.estimators.functions import effective_dimension, logdet, trace_of
 from spectra.estimators.landscape import loss_slice
-from spectra.estimators.trace import frobenius_norm, model_trace, trace
+from spectra.estimators.trace import model_trace, trace
 
 __all__ = [
     "condition_number",

@@ -7,16 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra import _quadrature, _tree
+from spectra import _tree
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._status import Status
 from spectra.density.slq import slq, slq_until
+from spectra.estimators.bracket import Bounds, bracket, evaluate, interval_of
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Estimate, Quadrature
 
 Source = LinearOperator | Quadrature
-Bounds = tuple[float | None, float | None]
 
 
 @automatic
@@ -120,11 +120,11 @@ def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, e
 
 
 def _from_quadrature(q: Quadrature, f, bounds: Bounds | None) -> Estimate:
-    a, b = _interval(q, bounds)
+    a, b = interval_of(q, bounds)
     floor = q.noise_floor
     nodes = np.clip(np.asarray(q.nodes, np.float64), a, b)
     weights = np.asarray(q.weights, np.float64)
-    values = _evaluate(f, nodes)
+    values = evaluate(f, nodes)
     bad = ~np.isfinite(values) & (weights > 0)
     if bad.any():
         raise SpectraError(
@@ -137,10 +137,10 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None) -> Estimate:
     weights = weights / weights.sum(axis=1, keepdims=True)
     mean = float(np.sum(weights * values) / k)
     square, fourth = (float(np.sum(weights * (values - mean) ** p) / k) for p in (2, 4))
-    shifted = np.stack([_evaluate(f, np.clip(nodes + s * floor, a, b)) for s in (-1, 1)])
+    shifted = np.stack([evaluate(f, np.clip(nodes + s * floor, a, b)) for s in (-1, 1)])
     moved = np.where(np.isfinite(shifted) & (weights > 0), np.abs(shifted - values), 0.0)
     rounding = n * float(np.sum(weights * moved.max(axis=0)) / k)
-    lower, upper, reason = _bracket(q, f, nodes, weights, values, (a, b), bounds)
+    lower, upper, reason = bracket(q, f, nodes, weights, values, (a, b), bounds)
     if lower is not None and upper is not None:  # sums in another order
         lower, upper = min(lower, n * mean), max(upper, n * mean)
     return Estimate(
@@ -154,72 +154,6 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None) -> Estimate:
         lower=lower,
         upper=upper,
     )
-
-
-def _evaluate(f, x: np.ndarray) -> np.ndarray:
-    """f without warnings, in float64; a scalar result is broadcast."""
-    with np.errstate(all="ignore"):
-        return np.broadcast_to(np.asarray(f(x), np.float64), x.shape)
-
-
-def _interval(q: Quadrature, bounds: Bounds | None) -> tuple[float, float]:
-    """[a, b] as given, or the Ritz values of the ends widened by residual and noise floor."""
-    floor, (low, high) = q.noise_floor, q.range
-    a, b = bounds or (None, None)
-    if (a is not None and low < a - floor) or (b is not None and high > b + floor):
-        raise SpectraError(
-            f"bounds=({a}, {b}) do not hold the spectrum: Ritz values reach from {low:.6g} to {high:.6g}, "
-            f"and the noise floor is {floor:.1e}."
-        )
-    residuals = np.asarray(q.residuals, np.float64)
-    last = (np.arange(q.num_probes), np.asarray(q.lengths) - 1)
-    if a is None:
-        a = float(np.min(q.nodes[:, 0] - residuals[:, 0])) - floor
-    if b is None:
-        b = float(np.max(np.asarray(q.nodes)[last] + residuals[last])) + floor
-    return float(a), float(b)
-
-
-def _bracket(q: Quadrature, f, nodes, weights, values, interval, bounds):
-    """(lower, upper, what they rest on): n times the means of the smallest and largest rule a probe."""
-    floor, smallest = q.noise_floor, float(nodes.min())
-    a, b = min(interval[0], smallest - floor), max(interval[1], float(nodes.max()) + floor)
-    rests = "the given bounds"
-    if bounds is None or None in bounds:
-        rests = "Ritz values and residuals as bounds, likely but not certain"
-    low, high = 0.0, 0.0
-    if np.any(q.residuals):
-        # A pole or the end of the domain of f above a: the nearest to a where f still is what it must be.
-        nearer = [a, *(smallest - (smallest - a) / 2**i for i in range(1, 40))]
-        good = [x for x in nearer if _of_one_curvature(f, x, b, smallest)]
-        if not good:
-            return None, None, "no bracket: f is neither convex nor concave between the Ritz values"
-        if good[0] > a:
-            a, rests = (
-                good[0],
-                f"{good[0]:.3g} as lower bound, below which f is not defined: likely, not certain",
-            )
-    for theta, w, fv, r, length in zip(nodes, weights, values, q.residuals, q.lengths, strict=True):
-        rules = [float(np.sum(w * fv))]
-        if np.any(r):
-            for end in (a, b):
-                points, masses = _quadrature.gauss_radau(theta[:length], w[:length], r[:length], end)
-                rules.append(float(np.sum(masses * _evaluate(f, np.clip(points, a, b)))))
-        low, high = low + min(rules), high + max(rules)
-    scale = q.size / q.num_probes
-    return scale * low, scale * high, f"the bracket rests on {rests}"
-
-
-def _of_one_curvature(f, a: float, b: float, smallest: float) -> bool:
-    """Whether f is finite and convex, or concave, as far as samples show: finds poles and steps."""
-    signs = set()
-    for left, right in ((a, b), (a, smallest)):
-        x = _evaluate(f, np.linspace(left, max(left, right), 65))
-        if not np.isfinite(x).all():
-            return False
-        bend = x[2:] + x[:-2] - 2 * x[1:-1]
-        signs |= set(np.sign(bend[np.abs(bend) > 16 * np.finfo(float).eps * np.abs(x).max()]))
-    return len(signs) < 2
 
 
 def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, **options: Any) -> Estimate:
