@@ -4,41 +4,26 @@ import abc
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Self, TypedDict
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spectra import _memory, _paths, _tree
-from spectra._errors import DataError, NonFiniteError, SpectraError, StructureError
+from spectra._errors import DataError, NonFiniteError, SpectraError
 from spectra._mesh import automatic, on_automatic_axes
 from spectra.data import Stream, as_batch, batch_size, is_stream
-from spectra.operators import compiled, products
+from spectra.operators import compiled
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
 from spectra.operators.base import LinearOperator, product
+from spectra.operators.checks import check_functions, check_options, explain_non_finite
 from spectra.operators.modes import resolve_mode
 
 PyTree = Any
 
 LINEARIZE_SHARE = 0.25
 """Share of the free memory that linearize="auto" spends on saved values; the basis needs the rest."""
-_PRECISIONS = ("float32", "highest", "high", "tensorfloat32", "bfloat16", "default")
 _LOW_PRECISION = {"bfloat16": 2.0**-8, "tensorfloat32": 2.0**-11, "default": 2.0**-8}
-
-
-class DataOptions(TypedDict, total=False):
-    """Keyword arguments of every operator on data; see `DataOperator`."""
-
-    wrt: _paths.Select | None
-    mode: str
-    microbatch: int | None
-    linearize: bool | Literal["auto"]
-    matmul_precision: str
-    weight_fn: Callable[[PyTree], Any] | None
-    num_batches: int | None
-    subsample_key: jax.Array | None
-    check_data: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -94,17 +79,8 @@ class DataOperator(LinearOperator):
         **functions: Any,
     ) -> None:
         """Check the arguments and set all fields; `functions` are the subclass's own."""
-        if mode not in ("auto", *products.MODES):
-            raise SpectraError(f"mode={mode!r}: use 'auto' or one of {sorted(products.MODES)}.")
-        if linearize not in (True, False, "auto"):
-            raise SpectraError(f"linearize={linearize!r}: use True, False or 'auto'.")
-        if microbatch is not None and not (isinstance(microbatch, int) and microbatch > 0):
-            raise SpectraError(f"microbatch={microbatch}: use a positive number of examples, or None.")
-        if matmul_precision not in _PRECISIONS:
-            raise SpectraError(f"matmul_precision={matmul_precision!r}: use one of {_PRECISIONS}.")
-        for name, function in functions.items():
-            if name.endswith("_fn") and function is not None and not callable(function):
-                raise StructureError(f"{name} is a {type(function).__name__}; pass a function.")
+        check_options(mode, microbatch, linearize, matmul_precision)
+        check_functions(functions)
         stream = None
         if is_stream(data):
             chosen = (num_batches, subsample_key)
@@ -234,22 +210,7 @@ class DataOperator(LinearOperator):
 
     def explain_non_finite(self) -> str:
         """Name the parameter leaf, the loss or the gradient leaf that is not finite."""
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.like):
-            if not bool(jnp.isfinite(leaf).all()):
-                return f"The parameter leaf '{_tree.path_str(path)}' holds NaN or infinite values."
-        loss = float(self.loss())
-        if not np.isfinite(loss):
-            return f"The loss is {loss} at these parameters: check the data and the loss function."
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.gradient()):
-            if not bool(jnp.isfinite(leaf).all()):
-                return (
-                    f"The loss is finite but its gradient is not, in leaf '{_tree.path_str(path)}': "
-                    "look for sqrt, log, norm or division at zero."
-                )
-        return (
-            "Loss and gradient are finite, second derivatives are not: look for sqrt, norm or "
-            "jnp.where with a branch that overflows."
-        )
+        return explain_non_finite(self)
 
     def _variables(self) -> PyTree:
         """The parameters that vary, in the working dtypes."""
@@ -297,17 +258,3 @@ class DataOperator(LinearOperator):
     def first_piece(self) -> Self:
         """The operator of the first batch of a stream; the operator itself for one batch."""
         return self if self.stream is None else self._with(data=self.stream.first(), stream=None)
-
-
-def check_scalar(value, name: str) -> jax.Array:
-    """`value` if it is one real number; raises otherwise."""
-    if not jax.tree_util.all_leaves((value,)):
-        kind = type(value).__name__
-    elif jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        kind = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
-    else:
-        return value
-    raise StructureError(
-        f"{name} returned {kind}; it must return one real number, the mean over the batch (without "
-        "auxiliary outputs)."
-    )

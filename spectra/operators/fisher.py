@@ -15,7 +15,7 @@ from spectra.data import batch_size
 from spectra.operators import likelihood
 from spectra.operators.accumulate import map_microbatches
 from spectra.operators.base import operator
-from spectra.operators.data_operator import DataOptions
+from spectra.operators.checks import DataOptions
 from spectra.operators.ggn import ModelFn, ModelOperator, OutputLossFn, split
 
 PyTree = Any

@@ -9,7 +9,8 @@ import jax
 from spectra._errors import DataError
 from spectra.operators import products
 from spectra.operators.base import operator
-from spectra.operators.data_operator import DataOperator, DataOptions, check_scalar
+from spectra.operators.checks import DataOptions, check_scalar
+from spectra.operators.data_operator import DataOperator
 
 PyTree = Any
 ModelFn = Callable[[PyTree, PyTree], PyTree]
