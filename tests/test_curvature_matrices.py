@@ -39,8 +39,9 @@ def setup(name, cut="one batch"):
     return net, data, options
 
 
-CASES = [(name, "one batch") for name in NAMES] + [("cross_entropy", cut) for cut in list(CUTS)[1:]]
-cases = pytest.mark.parametrize(("name", "cut"), CASES)
+CASES = [(name, "one batch", dtype) for name in NAMES for dtype in ("float32", "float64")]
+CASES += [("cross_entropy", cut, "float64") for cut in list(CUTS)[1:]]
+cases = pytest.mark.parametrize(("name", "cut", "dtype"), CASES, indirect=["dtype"])
 
 
 @cases
@@ -72,7 +73,9 @@ def test_exact_fisher_is_the_gauss_newton_matrix_of_these_losses(name, x64):
     assert relative_error(op.as_matrix(), expected) <= tolerance("float64")
 
 
-@pytest.mark.parametrize(("name", "cut"), [case for case in CASES if case[0] != "binary"])
+@pytest.mark.parametrize(
+    ("name", "cut", "dtype"), [case for case in CASES if case[0] != "binary"], indirect=["dtype"]
+)
 def test_empirical_fisher_is_the_second_moment_of_gradients(name, cut, dtype):
     net, data, options = setup(name, cut)
     gradients = N * curvature(name, net)[1]  # of single examples
