@@ -37,7 +37,7 @@ class Band:
     """A basis with its coefficients in float64, driven from the host; `op` is prepared by the caller."""
 
     def __init__(self, op: LinearOperator, layout: Layout, num_rows: int):
-        self.op, self.layout, self.limit = op, layout, num_rows
+        self.op, self.layout = op, layout
         self.state = band_state.empty(layout, num_rows)
         self.coefficients = np.zeros(self.state.coefficients.shape)
         self.locked: list[int] = []

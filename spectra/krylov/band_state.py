@@ -69,7 +69,7 @@ def absorb(layout: Layout, size: int, state: BandState, row, previous, product: 
     """Column `row` of G and a new row, given the product; `previous` is the row that led to this one."""
     q, p = _basis.take(state.basis, row), _basis.take(state.basis, previous)
     w = layout.pack(product)
-    # Subtract the two large coefficients first: what is left needs one pass, as in `lanczos.absorb`.
+    # Subtract the two large coefficients first: what is left needs one pass, as in `recurrence.absorb`.
     alpha = _basis.vdot(q, w)
     beta = jnp.where(previous >= 0, state.coefficients[row, previous], 0)
     w = _basis.axpy(-alpha, q, _basis.axpy(-beta, p, w))

@@ -143,7 +143,7 @@ class _Run:
 
     def __init__(self, op, k, which, key, tol, limit, block_size, v0, deflate):
         self.op, self.k, self.which, self.key, self.tol = op, k, which, key, tol
-        self.limit, self.starts, self.restarts, self.missed = limit, 0, 0, 1.0
+        self.starts, self.restarts, self.missed = 0, 0, 1.0
         self.converged, self.budget = False, 0
         self.copies = self.extended = 0  # missed copies found so far
         self.allowed = 0  # products that a search may go up to

@@ -39,8 +39,8 @@ class DataOperator(LinearOperator):
       these that the model admits, with a warning that names the operation that refuses.
     * microbatch: examples a piece; pieces of one batch are accumulated under `lax.scan`.
     * linearize: whether `prepare` saves the values that all products at these parameters share. A
-      Hessian product then costs 1 to 1.6 gradients instead of 2.1. "auto": if they take at most a
-      quarter of the free memory.
+      Hessian product then costs 1.7 to 1.8 gradients instead of 2.1 to 2.5 (two CPU cores, three
+      networks: benchmarks/results/product.md). "auto": if they take at most a quarter of the free memory.
     * matmul_precision: precision of the matrix products inside the model, as of
       `jax.default_matmul_precision`. JAX's own default runs them in bfloat16 on a TPU and in TF32 on a
       GPU, which puts the noise floor of the spectrum near 1e-3 |H|.
