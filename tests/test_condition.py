@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import readme_code
 import scipy.linalg
 from cases import planted, rotation
 
@@ -224,3 +225,8 @@ def test_bad_input_raises():
             spectra.condition_number(op, key=KEY, **arguments)
     with pytest.raises(spectra.SpectraError, match="outside jit"):
         jax.jit(lambda v: spectra.condition_number(spectra.MatrixOperator(v), key=KEY).value)(jnp.eye(3))
+
+
+def test_the_page_on_condition_numbers_runs(pytestconfig, capsys):
+    readme_code.main([str(pytestconfig.rootpath / "docs" / "condition-numbers.md")])
+    assert "blocks of" in capsys.readouterr().out
