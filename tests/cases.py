@@ -9,8 +9,21 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import spectra
+
+SHARP = pytest.mark.parametrize(
+    "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)], indirect=True
+)
+"""For the fixture `dtype`: float64, whose bounds are sharper, in every run, and float32 with `-m ''`."""
+
+
+def slow_but(names, *always):
+    """Parameters of which every run takes the named ones, and `-m ''` all."""
+    assert {*always} <= {*names}
+    return [name if name in always else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
 
 N = 48  # one order for all planted spectra: the compiled code is shared
 

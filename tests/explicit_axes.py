@@ -1,6 +1,10 @@
-"""Program of `test_explicit_axes.py`, for eight devices: results on meshes with explicit axes, as JSON."""
+"""Program of `test_explicit_axes.py`, for eight devices: results on meshes with explicit axes, as JSON.
+
+Its argument says which: "often" for what every run of the tests looks at, "rarely" for the rest.
+"""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +17,8 @@ import spectra
 from spectra._mesh import on_automatic_axes
 
 ROWS = P("d", None)
+LAYOUTS = {"often": ["fsdp"], "rarely": ["replicated", "written"]}
+OFTEN = ["largest", "quadrature", "trace", "condition", "report"]
 rng = np.random.default_rng(0)
 weights = jnp.asarray(rng.standard_normal((16, 4)) / 4, "float32")
 inputs = jnp.asarray(rng.standard_normal((32, 16)), "float32")
@@ -60,38 +66,40 @@ def arrays(loss, model, w, x, m):
     }
 
 
-def numbers(loss, model, w, x):
+def numbers(part, loss, model, w, x):
     """Results on the host."""
     op, key = spectra.HessianOperator(loss, w, x), jax.random.key(0)
     pairs = spectra.eigsh(op, 2, which="LA", key=key)
     few = {"key": key, "num_probes": 2, "num_steps": 32}
     tracker = spectra.SpectrumTracker(lambda w: spectra.HessianOperator(loss, w, x), every=1, tol=1e-4)
-    snapshot = tracker(0, w)
-    assert snapshot is not None
-    return {
-        "largest": pairs.values,
-        "smallest": spectra.eigsh(op, 1, which="SA", key=key).values,
-        "nearest to zero": 1 + spectra.eigsh(op.shift(1.0), 1, which="SM", key=key).values,
-        "Lanczos": spectra.lanczos(op, w, 2).alpha,
-        "quadrature": spectra.slq(op, **few).nodes[:, 0],
-        "atoms": spectra.slq(op, **few, deflate=pairs).atoms,
-        "moments": spectra.kpm(op, key=key, num_probes=1, num_moments=8, bounds=(-1, 1)).moments,
-        "trace": spectra.trace(op, key=key, num_matvecs=32).value,
-        "trace of a function": spectra.trace_of(op, np.square, key=key, tol=0.5).value,
-        "norm": spectra.frobenius_norm(op, key=key, num_matvecs=32).value,
-        "logdet": spectra.logdet(op, 1.0, key=key).value,
-        "effective dimension": spectra.effective_dimension(op, 1.0, key=key).value,
-        "count": spectra.count_above(op, 0.1, key=key).value,
-        "negative": spectra.negative_share(op, key=key).value,
-        "condition": spectra.condition_number(op.shift(1.0), key=key).value,
-        "plane": np.sort(spectra.loss_slice(op, pairs, num_points=3).loss.ravel()),  # up to signs of vectors
-        "report": spectra.spectrum(op, **few).largest.estimate,
-        "variability": spectra.data_variability(op, num_subsets=2, **few).whole_largest,
-        "sharpness": snapshot.sharpness,
-        "scipy": op.to_scipy() @ np.ones(64, np.float32),
-        "model": spectra.model_trace(model, output_loss, w, x, x[:, :4], key=key, num_matvecs=32).value,
-        "planned": spectra.plan(op, num_steps=8, num_probes=1, measure=True).seconds is not None,
+    results = {
+        "largest": lambda: pairs.values,
+        "smallest": lambda: spectra.eigsh(op, 1, which="SA", key=key).values,
+        "nearest to zero": lambda: 1 + spectra.eigsh(op.shift(1.0), 1, which="SM", key=key).values,
+        "Lanczos": lambda: spectra.lanczos(op, w, 2).alpha,
+        "quadrature": lambda: spectra.slq(op, **few).nodes[:, 0],
+        "atoms": lambda: spectra.slq(op, **few, deflate=pairs).atoms,
+        "moments": lambda: spectra.kpm(op, key=key, num_probes=1, num_moments=8, bounds=(-1, 1)).moments,
+        "trace": lambda: spectra.trace(op, key=key, num_matvecs=32).value,
+        "trace of a function": lambda: spectra.trace_of(op, np.square, key=key, tol=0.5).value,
+        "norm": lambda: spectra.frobenius_norm(op, key=key, num_matvecs=32).value,
+        "logdet": lambda: spectra.logdet(op, 1.0, key=key).value,
+        "effective dimension": lambda: spectra.effective_dimension(op, 1.0, key=key).value,
+        "count": lambda: spectra.count_above(op, 0.1, key=key).value,
+        "negative": lambda: spectra.negative_share(op, key=key).value,
+        "condition": lambda: spectra.condition_number(op.shift(1.0), key=key).value,
+        # Sorted, since the signs of eigenvectors are arbitrary.
+        "plane": lambda: np.sort(spectra.loss_slice(op, pairs, num_points=3).loss.ravel()),
+        "report": lambda: spectra.spectrum(op, **few).largest.estimate,
+        "variability": lambda: spectra.data_variability(op, num_subsets=2, **few).whole_largest,
+        "sharpness": lambda: tracker(0, w).sharpness,
+        "scipy": lambda: op.to_scipy() @ np.ones(64, np.float32),
+        "model": lambda: (
+            spectra.model_trace(model, output_loss, w, x, x[:, :4], key=key, num_matvecs=32).value
+        ),
+        "planned": lambda: spectra.plan(op, num_steps=8, num_probes=1, measure=True).seconds is not None,
     }
+    return {name: result() for name, result in results.items() if (name in OFTEN) == (part == "often")}
 
 
 def flat(found):
@@ -122,13 +130,13 @@ def pointers(array):
     return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
 
 
-def main():
-    """Print all results."""
+def main(part):
+    """Print the results of one part."""
     one = arrays(naive_loss, naive, weights, inputs, symmetric)
     found = {
         "eigenvalues": np.linalg.eigvalsh(np.asarray(one["matrix"], np.float64)).tolist(),
         "arrays": {"one": flat(one)},
-        "numbers": {"one": flat(numbers(naive_loss, naive, weights, inputs))},
+        "numbers": {"one": flat(numbers(part, naive_loss, naive, weights, inputs))},
         "elsewhere": {},
     }
     mesh = jax.make_mesh((8,), ("d",))
@@ -137,19 +145,20 @@ def main():
         whole = jax.device_put(weights, P(None, None))
         both = {"in_sharding": (ROWS, ROWS)}
         explicit = explicit_axes(written_loss, **both), explicit_axes(written, **both)
+        fsdp = (naive_loss, naive, split, x, m)
         layouts = {
             "replicated": (naive_loss, naive, whole, x, m),
-            "fsdp": (naive_loss, naive, split, x, m),
-            "written": (*explicit, split, x, m),
+            "fsdp": fsdp,
+            "written": (*explicit, *fsdp[2:]),
         }
-        for layout, arguments in layouts.items():
-            results = arrays(*arguments)
+        for layout in LAYOUTS[part]:
+            results = arrays(*layouts[layout])
             on_mesh = {
                 name for name, v in results.items() if jax.typeof(v).sharding.mesh == mesh.abstract_mesh
             }
             found["elsewhere"][layout] = sorted(results.keys() - on_mesh)
             found["arrays"][layout] = flat(results)
-        found["numbers"]["fsdp"] = flat(numbers(*layouts["fsdp"][:-1]))
+        found["numbers"]["fsdp"] = flat(numbers(part, *fsdp[:-1]))
         found["own"] = float(jax.jit(written_loss)(split, x))
         found["moved"] = pointers(on_automatic_axes(x)) != pointers(x)
 
@@ -166,4 +175,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

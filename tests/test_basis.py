@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import SHARP, slow_but
 
 from spectra import _tree
 from spectra.krylov import basis
@@ -14,6 +15,7 @@ from spectra.operators.diagnose import _equations
 SHAPES = {"scalar": (), "row": (5,), "matrix": (4, 6), "kernel": (3, 3, 2, 4), "same size": (6, 4)}
 
 
+@SHARP
 @pytest.mark.parametrize("distribution", [jax.random.normal, jax.random.rademacher])
 def test_every_leaf_is_drawn_with_a_key_of_its_own(distribution, dtype):
     structure = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in SHAPES.items()}
@@ -27,7 +29,7 @@ def test_every_leaf_is_drawn_with_a_key_of_its_own(distribution, dtype):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("filled", [0, 9, 33, 52])
-@pytest.mark.parametrize("at_once", [1, 2, 4])
+@pytest.mark.parametrize("at_once", slow_but([1, 2, 4], 1, 4))
 def test_sweeps_over_several_segments(at_once, filled, packed, x64, monkeypatch):
     """As many segments at once as on a TPU, here; the sums are those of NumPy."""
     monkeypatch.setattr(basis, "AT_ONCE", {"cpu": at_once})

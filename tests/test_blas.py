@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import spectra
@@ -61,21 +62,20 @@ def test_errors_give_it_back():
     assert threads() == {2}
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        lambda op, key: spectra.eigsh(op, 2, key=key).values,
-        lambda op, key: spectra.eigsh(op, 2, which="SM", key=key, tol=0.1).values,
-        lambda op, key: spectra.trace(op, key=key, method="xtrace").value,
-        lambda op, key: spectra.trace(op, key=key, method="xnystrace").value,
-        lambda op, key: spectra.trace(op, key=key, method="hutch++").value,
-        lambda op, key: spectra.diagonal(op, key=key, method="xdiag").value,
-        lambda op, key: spectra.kpm(op, key=key, num_moments=8).moments,
-        lambda op, key: spectra.logdet(op, key=key, num_steps=8).value,
-    ],
-    ids=["eigsh", "smallest", "xtrace", "xnystrace", "hutch++", "xdiag", "kpm", "logdet"],
-)
-def test_methods_use_it_between_their_products(method, monkeypatch):
+METHODS = {
+    "eigsh": lambda op, key: spectra.eigsh(op, 2, key=key).values,
+    "smallest": lambda op, key: spectra.eigsh(op, 2, which="SM", key=key, tol=0.1).values,
+    "xtrace": lambda op, key: spectra.trace(op, key=key, method="xtrace").value,
+    "xnystrace": lambda op, key: spectra.trace(op, key=key, method="xnystrace").value,
+    "hutch++": lambda op, key: spectra.trace(op, key=key, method="hutch++").value,
+    "xdiag": lambda op, key: spectra.diagonal(op, key=key, method="xdiag").value,
+    "kpm": lambda op, key: spectra.kpm(op, key=key, num_moments=8).moments,
+    "logdet": lambda op, key: spectra.logdet(op, key=key, num_steps=8).value,
+}
+
+
+@pytest.mark.parametrize("name", slow_but(METHODS, "eigsh", "xtrace", "logdet"))
+def test_methods_use_it_between_their_products(name, monkeypatch):
     """Small problems run on one thread, and products see the number of the caller."""
     limited, seen = [], []
 
@@ -95,7 +95,7 @@ def test_methods_use_it_between_their_products(method, monkeypatch):
     def mv(v):
         return jax.pure_callback(product, v, v, vmap_method="sequential")
 
-    result = method(spectra.FunctionOperator(mv, jnp.zeros(100)), jax.random.key(0))
+    result = METHODS[name](spectra.FunctionOperator(mv, jnp.zeros(100)), jax.random.key(0))
     assert np.isfinite(result).all()
     assert limited
     assert all(limits == {"limits": 1, "user_api": "blas"} for limits in limited)

@@ -8,7 +8,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from cases import OPERATORS, relative_error
+from cases import OPERATORS, relative_error, slow_but
 from networks import LOSSES, Network, cross_entropy, model_fn
 
 import spectra
@@ -41,7 +41,7 @@ def operators():
     }
 
 
-@pytest.mark.parametrize("name", operators())
+@pytest.mark.parametrize("name", slow_but(operators(), "hessian", "stream", "ggn", "sum", "function"))
 def test_a_block_is_a_principal_submatrix(name, x64):
     op = operators()[name]
     dense = np.asarray(op.as_matrix())

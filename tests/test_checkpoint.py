@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 
 import spectra
 from spectra.density import recorder as module
@@ -61,7 +62,7 @@ def interrupted(interrupt, monkeypatch, folder, count, **options):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("count", [5, 25, 40])
+@pytest.mark.parametrize("count", slow_but([5, 25, 40], 25))
 @pytest.mark.parametrize(
     "options", [{}, {"probe_batch": 2}, {"basis_dtype": "bfloat16"}, {"tol": 0.02, "num_probes": 6}], ids=str
 )
@@ -210,7 +211,7 @@ def streamed(kind):
     return spectra.GradientCovarianceOperator(loss_fn, params, data) if kind == "covariance" else op
 
 
-@pytest.mark.parametrize("probe_batch", [1, 2])
+@pytest.mark.parametrize("probe_batch", slow_but([1, 2], 2))
 @pytest.mark.parametrize(
     ("kind", "reads", "saved"),
     [("hessian", 4, (1, 4)), ("sum", 8, (2, 6)), ("covariance", 4, (3, 5))],
@@ -399,6 +400,7 @@ def problem():
 """
 
 
+@pytest.mark.slow  # the parts are tested above: the signal, and going on within a pass
 def test_sigterm_between_the_batches_of_a_slow_product(tmp_path):
     script = textwrap.dedent(SCRIPT).split("def problem")[0] + STREAM
     problem = tmp_path / "problem.py"

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import relative_error
+from cases import SHARP, relative_error
 from scipy.special import expit, softmax
 
 import spectra
@@ -56,6 +56,7 @@ def softmax_regression():
 CASES = [linear_regression, logistic_regression, softmax_regression]
 
 
+@SHARP
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 @pytest.mark.parametrize("form", ["batch", "microbatch", "stream"])
 def test_hessian_and_spectrum_equal_the_closed_form(case, form, dtype):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPERATORS, Ridge, ridge_loss
+from cases import OPERATORS, SHARP, Ridge, ridge_loss, slow_but
 
 import spectra
 
@@ -24,7 +24,7 @@ def close(got, want, precision, size=1.0):
     np.testing.assert_allclose(got, want, rtol=0, atol=64 * precision * size)
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", slow_but(COMPILED, "one batch, not linearised", "masked microbatches"))
 def test_jit_vmap_and_eager_agree_for_every_operator(name, x64):
     op, dense = OPERATORS[name]()
     size, m = np.linalg.norm(dense, 2), 3
@@ -37,6 +37,7 @@ def test_jit_vmap_and_eager_agree_for_every_operator(name, x64):
     close(jax.jit(jax.vmap(run, in_axes=(None, 0)))(op, vs), eager, op.precision, size)
 
 
+@SHARP
 def test_slq_agrees_inside_jit_and_vmap(dtype):
     op = Ridge().operator()
     run = lambda op, key: spectra.slq(op, key=key, num_steps=6, num_probes=2)  # noqa: E731
@@ -67,7 +68,7 @@ def test_operators_map_over_checkpoints():
         np.testing.assert_allclose(np.linalg.eigvalsh(mapped[i]), np.linalg.eigvalsh(one), atol=64 * 1.2e-7)
 
 
-@pytest.mark.parametrize("linearize", [True, False])
+@pytest.mark.parametrize("linearize", slow_but([True, False], True))
 def test_what_a_jitted_function_closes_over_may_be_concrete(linearize):
     op, v = Ridge().operator(linearize=linearize), jnp.ones(6)
     eager = spectra.lanczos(op, v, 4).alpha

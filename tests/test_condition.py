@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import readme_code
 import scipy.linalg
-from cases import planted, rotation
+from cases import planted, rotation, slow_but
 
 import spectra
 
@@ -170,7 +170,7 @@ SPECTRA = {
 }
 
 
-@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("name", slow_but(SPECTRA, "indefinite with a gap", "dense around zero"))
 def test_large_operators_without_a_matrix(name, x64):
     entries, kappa, bound = SPECTRA[name]
     result = spectra.condition_number(diagonal(entries), key=KEY, method="krylov")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 
 import spectra
 from spectra.krylov import smallest
@@ -42,7 +43,7 @@ ESTIMATES = {
 }
 
 
-@pytest.mark.parametrize("name", ESTIMATES)
+@pytest.mark.parametrize("name", slow_but(ESTIMATES, "exact", "hutchinson", "lanczos", "slq"))
 def test_products_are_called_one_by_one_and_give_the_same(name, monkeypatch, x64):
     calls, original = [], stepwise.product
 

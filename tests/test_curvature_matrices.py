@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import relative_error
+from cases import SHARP, relative_error, slow_but
 from networks import LOSSES, OUTPUTS, TARGETS, N, Network, curvature, model_fn, sandwich, softmax
 
 import spectra
@@ -39,8 +39,15 @@ def setup(name, cut="one batch"):
     return net, data, options
 
 
-CASES = [(name, "one batch", dtype) for name in NAMES for dtype in ("float32", "float64")]
-CASES += [("cross_entropy", cut, "float64") for cut in list(CUTS)[1:]]
+CASES = [
+    pytest.param(name, "one batch", dtype, marks=[pytest.mark.slow] * (dtype == "float32"))
+    for name in NAMES
+    for dtype in ("float32", "float64")
+]
+CASES += [
+    pytest.param("cross_entropy", cut, "float64", marks=[pytest.mark.slow] * (cut == "microbatches"))
+    for cut in list(CUTS)[1:]  # which "stream of microbatches" has, too
+]
 cases = pytest.mark.parametrize(("name", "cut", "dtype"), CASES, indirect=["dtype"])
 
 
@@ -52,6 +59,7 @@ def test_gauss_newton_matrix(name, cut, dtype):
     assert relative_error(op.as_matrix(), expected) <= tolerance(dtype)
 
 
+@SHARP
 @pytest.mark.parametrize("name", NAMES)
 def test_hessian_is_gauss_newton_plus_the_residual_term(name, dtype):
     net, data, _ = setup(name)
@@ -74,7 +82,7 @@ def test_exact_fisher_is_the_gauss_newton_matrix_of_these_losses(name, x64):
 
 
 @pytest.mark.parametrize(
-    ("name", "cut", "dtype"), [case for case in CASES if case[0] != "binary"], indirect=["dtype"]
+    ("name", "cut", "dtype"), [case for case in CASES if case.values[0] != "binary"], indirect=["dtype"]
 )
 def test_empirical_fisher_is_the_second_moment_of_gradients(name, cut, dtype):
     net, data, options = setup(name, cut)
@@ -219,7 +227,7 @@ def token_setup():
     return net, flat, as_jax
 
 
-@pytest.mark.parametrize("cut", ["one batch", "microbatches", "stream"])
+@pytest.mark.parametrize("cut", slow_but(["one batch", "microbatches", "stream"], "stream"))
 def test_tokens_are_the_terms_of_a_masked_language_model_loss(cut, x64):
     net, flat, data = token_setup()
     options = {"weight_fn": num_tokens}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import relative_error
+from cases import SHARP, relative_error
 from networks import cross_entropy
 
 import spectra
@@ -64,6 +64,7 @@ def operator(kind, loss, params, data, sampled):
     )
 
 
+@SHARP
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "type2", "empirical", "mc"])
 @pytest.mark.parametrize("loss", [cross_entropy, mse], ids=["cross_entropy", "mse"])
 def test_matrix(reference, loss, kind, dtype):

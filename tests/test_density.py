@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 
 import spectra
 from spectra.density.smoothing import _hat_means, spectral_density
@@ -101,7 +102,7 @@ def test_outliers_are_eigenvalues(name):
         assert np.abs(values - outlier).min() <= 0.01 * np.ptp(values)
 
 
-@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("name", slow_but(SPECTRA, "bulk and outliers", "half null"))
 def test_cdf_band_contains_the_true_cdf_at_the_promised_rate(name):
     """Over 100 keys the whole true curve leaves the 95 % band at most 11 times.
 
@@ -119,7 +120,7 @@ def test_cdf_band_contains_the_true_cdf_at_the_promised_rate(name):
     assert misses <= 11
 
 
-@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("name", slow_but(SPECTRA, "bulk and outliers"))
 def test_density_band_contains_the_smoothed_truth_at_the_promised_rate(name):
     """As above, for the exact spectrum smoothed by the kernel that each result states."""
     values = np.sort(SPECTRA[name])

@@ -37,30 +37,27 @@ whole = {k: P() for k in params}
 fsdp = {"w": P(None, "d"), "b": P("d"), "v": P("d", None)}
 mixed = {"w": P("data", "model"), "b": P(), "v": P("model", None)}
 stream = lambda: (batch[i : i + 20] for i in range(0, len(batch), 20))
-cases = {"one": (params, jnp.asarray(batch))}
-if EVEN:
-    cases |= {
-        "replicated": on(flat, whole),
-        "spread": on(flat, whole),
-        "fsdp": on(flat, fsdp),
-        "mixed": on(grid, mixed),
-        "bfloat16": on(flat, fsdp),
-        "explicit": on(explicit, fsdp, P("d")),
-    }
-else:
-    tensor = {"w": P(None, "model"), "b": P("model"), "v": P("model", None)}
-    cases |= {
-        "tensor": on(grid, tensor),
-        "tensor, spread": on(grid, tensor),
-        "default": (
-            spectra.distributed.shard_params(params, grid),
-            spectra.distributed.shard_data(batch, grid),
-        ),
-        "stream": (on(flat, fsdp)[0], spectra.distributed.shard_data(stream, flat)),
-    }
+tensor = {"w": P(None, "model"), "b": P("model"), "v": P("model", None)}
+cases = {
+    "one": lambda: (params, jnp.asarray(batch)),
+    "replicated": lambda: on(flat, whole),
+    "spread": lambda: on(flat, whole),
+    "fsdp": lambda: on(flat, fsdp),
+    "mixed": lambda: on(grid, mixed),
+    "bfloat16": lambda: on(flat, fsdp),
+    "explicit": lambda: on(explicit, fsdp, P("d")),
+    "tensor": lambda: on(grid, tensor),
+    "tensor, spread": lambda: on(grid, tensor),
+    "default": lambda: (
+        spectra.distributed.shard_params(params, grid),
+        spectra.distributed.shard_data(batch, grid),
+    ),
+    "stream": lambda: (on(flat, fsdp)[0], spectra.distributed.shard_data(stream, flat)),
+}
 out = {}
 key = jax.random.key(0)
-for name, (p, x) in cases.items():
+for name in NAMES:
+    p, x = cases[name]()
     op = spectra.HessianOperator(loss_fn, p, x)
     options = {"basis": "sharded"} if "spread" in name else {}
     if name == "bfloat16":
@@ -93,24 +90,29 @@ for name, (p, x) in cases.items():
 print(json.dumps(out))
 """
 LAYOUTS = {
-    "divides": ["replicated", "spread", "fsdp", "mixed", "explicit"],
-    "uneven": ["tensor", "tensor, spread", "default", "stream"],
+    "divides": ["fsdp", "mixed", "bfloat16"],
+    "divides, slow": ["replicated", "spread", "explicit"],
+    "uneven": ["tensor, spread", "default"],
+    "uneven, slow": ["tensor", "stream"],
 }
+"""Runs of the program, on 64 examples or on 67, and their layouts."""
 
 
 def cases(*layouts):
     """The layouts with the run of the program that has them."""
-    runs = {layout: run for run, names in LAYOUTS.items() for layout in names}
-    return [(runs[layout], layout) for layout in layouts or runs]
+    runs = {layout: run for run, names in LAYOUTS.items() for layout in names if layout != "bfloat16"}
+    slow = {run: [pytest.mark.slow] * run.endswith("slow") for run in LAYOUTS}
+    return [pytest.param(runs[name], name, marks=slow[runs[name]]) for name in layouts or runs]
 
 
 @functools.cache
 def run(layouts):
-    """What the program says about some layouts; it runs once for each set of them."""
+    """What one run of the program says; each runs once."""
     flags = "--xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    even, names = layouts.startswith("divides"), ["one", *LAYOUTS[layouts]]
     process = subprocess.run(
-        [sys.executable, "-c", f"EVEN = {layouts == 'divides'}\n{PROGRAM}"],
+        [sys.executable, "-c", f"EVEN, NAMES = {even}, {names}\n{PROGRAM}"],
         env=environment,
         capture_output=True,
         text=True,

@@ -6,7 +6,7 @@ import numpy as np
 import pyamg
 import pytest
 import scipy.sparse as sparse
-from cases import SPECTRA, N, planted, ridge_loss
+from cases import SHARP, SPECTRA, N, planted, ridge_loss, slow_but
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 import spectra
@@ -95,7 +95,7 @@ MATRICES = {
 }
 
 
-@pytest.mark.parametrize("k", [1, 5, 20])
+@pytest.mark.parametrize("k", slow_but([1, 5, 20], 5))
 @pytest.mark.parametrize("name", MATRICES)
 def test_against_arpack_values_subspaces_and_products(name, k, x64):
     a = MATRICES[name].toarray()
@@ -163,7 +163,9 @@ def test_multiplicity_is_found_for_nearly_every_key():
     assert np.mean(found) >= 0.9
 
 
-@pytest.mark.parametrize("name", ["decaying, three times", "the best of six, twice"])
+@pytest.mark.parametrize(
+    "name", slow_but(["decaying, three times", "the best of six, twice"], "decaying, three times")
+)
 def test_copies_are_missed_no_more_often_than_stated(name, x64):
     # In float64 rounding brings copies into a run of 25 steps and more: a search must not be blind to them.
     entries, keys = REPEATED[name], 60
@@ -202,6 +204,7 @@ def test_a_relative_gap_of_one_millionth(x64):
     np.testing.assert_allclose(np.abs(pairs.matrix()[-2:]), np.eye(2), atol=1e-3)
 
 
+@SHARP
 def test_zero_small_and_whole(dtype):
     zero = spectra.eigsh(diagonal(np.zeros(60), dtype), 4, key=KEY)
     np.testing.assert_array_equal(zero.values, 0)
@@ -319,6 +322,7 @@ SINGULAR = np.concatenate([np.zeros(600), np.linspace(0.1, 1.0, 1900)])
 SEPARATE = np.concatenate([[0.01, -0.02, 0.03], np.linspace(0.2, 1.0, 2497)])
 
 
+@SHARP
 def test_smallest_of_a_large_singular_operator_are_null_directions(dtype):
     entries = jnp.asarray(SINGULAR, dtype)
     op = spectra.FunctionOperator(lambda v: entries * v, entries)

@@ -15,60 +15,74 @@ SUM = 2 * 32 * EPS
 """Two sums over 32 examples, each within 32 roundings of its terms, in orders of their own."""
 
 
+PARTS = pytest.mark.parametrize("part", ["often", pytest.param("rarely", marks=pytest.mark.slow)])
+LAYOUTS = pytest.mark.parametrize(
+    ("part", "layout"),
+    [
+        ("often", "fsdp"),
+        pytest.param("rarely", "replicated", marks=pytest.mark.slow),
+        pytest.param("rarely", "written", marks=pytest.mark.slow),
+    ],
+)
+
+
 @functools.cache
-def run():
+def run(part):
     """What the program says."""
     flags = "--xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "error", pathlib.Path(__file__).with_name("explicit_axes.py")]
+    command = [sys.executable, "-W", "error", pathlib.Path(__file__).with_name("explicit_axes.py"), part]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-2000:]
     return json.loads(process.stdout)
 
 
-def assert_same(kind, layout, tolerances):
-    one, many = run()[kind]["one"], run()[kind][layout]
+def assert_same(part, kind, layout, tolerances):
+    one, many = run(part)[kind]["one"], run(part)[kind][layout]
     assert one.keys() == many.keys()
     for name, expected in one.items():
         error = tolerances.get(name, SUM) * np.abs(expected).max()
         np.testing.assert_allclose(many[name], expected, rtol=0, atol=error, err_msg=name)
 
 
-@pytest.mark.parametrize("layout", ["replicated", "fsdp", "written"])
-def test_arrays_are_those_of_one_device(layout):
-    values = np.array(run()["eigenvalues"])
-    size, matrix = np.abs(values).max(), np.reshape(run()["arrays"]["one"]["matrix"], (64, 64))
-    start = np.reshape(run()["arrays"]["one"]["function"], 64) / 3  # the parameters, at which Lanczos begins
+@LAYOUTS
+def test_arrays_are_those_of_one_device(part, layout):
+    values = np.array(run(part)["eigenvalues"])
+    size, matrix = np.abs(values).max(), np.reshape(run(part)["arrays"]["one"]["matrix"], (64, 64))
+    start = (
+        np.reshape(run(part)["arrays"]["one"]["function"], 64) / 3
+    )  # the parameters, at which Lanczos begins
     start /= np.linalg.norm(start)
     beta = np.linalg.norm(matrix @ start - (start @ matrix @ start) * start)
     # A vector of the basis is a product over beta; an eigenvector moves by the error over the gap.
     amplified = {"basis": SUM * size / beta, "eigenvector": SUM * size / (values[-1] - values[-2])}
-    assert_same("arrays", layout, amplified)
+    assert_same(part, "arrays", layout, amplified)
 
 
-def test_numbers_are_those_of_one_device():
-    assert_same("numbers", "fsdp", {})
+@PARTS
+def test_numbers_are_those_of_one_device(part):
+    assert_same(part, "numbers", "fsdp", {})
 
 
-@pytest.mark.parametrize("layout", ["replicated", "fsdp", "written"])
-def test_results_lie_on_the_users_mesh(layout):
-    assert run()["elsewhere"][layout] == []
+@LAYOUTS
+def test_results_lie_on_the_users_mesh(part, layout):
+    assert run(part)["elsewhere"][layout] == []
 
 
 def test_the_users_own_code_runs_as_before():
-    assert "Explicit" in run()["kept"]
-    assert run()["own"] == pytest.approx(run()["arrays"]["one"]["loss"][0], rel=SUM)
+    assert "Explicit" in run("often")["kept"]
+    assert run("often")["own"] == pytest.approx(run("often")["arrays"]["one"]["loss"][0], rel=SUM)
 
 
 def test_moving_between_the_meshes_copies_nothing():
-    assert not run()["moved"]
+    assert not run("often")["moved"]
 
 
 def test_inside_jit_with_automatic_axes():
-    assert run()["inside"] == pytest.approx(run()["outside"], rel=SUM)
+    assert run("often")["inside"] == pytest.approx(run("often")["outside"], rel=SUM)
 
 
 def test_errors_say_what_to_wrap():
-    assert "explicit_axes(loss_fn, in_sharding=" in run()["unwrapped"]
-    assert run()["in jit"].startswith("StructureError")
-    assert "auto_axes(f, out_sharding=" in run()["in jit"]
+    assert "explicit_axes(loss_fn, in_sharding=" in run("often")["unwrapped"]
+    assert run("often")["in jit"].startswith("StructureError")
+    assert "auto_axes(f, out_sharding=" in run("often")["in jit"]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import relative_error
+from cases import relative_error, slow_but
 
 import spectra
 
@@ -210,7 +210,9 @@ def attention_problem():
     return params, (jnp.asarray(rng.standard_normal((5, 4, 3))), jnp.asarray(rng.integers(0, 3, 5)))
 
 
-@pytest.mark.parametrize("kind", ["ggn", "empirical", "mc", "hessian", "covariance"])
+@pytest.mark.parametrize(
+    "kind", slow_but(["ggn", "empirical", "mc", "hessian", "covariance"], "ggn", "hessian")
+)
 def test_every_operator_falls_back_where_a_model_refuses_forward_mode(kind, x64):
     params, data = attention_problem()
 

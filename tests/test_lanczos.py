@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SPECTRA, N, laplacian_eigenvalues, negative_laplacian, planted
+from cases import SPECTRA, N, laplacian_eigenvalues, negative_laplacian, planted, slow_but
 from scipy.linalg import eigh_tridiagonal
 
 import spectra
@@ -168,6 +168,7 @@ class RotatedDiagonal(spectra.LinearOperator):
         return hadamard(self.entries * hadamard(v))
 
 
+@pytest.mark.parametrize("dtype", slow_but(["float32", "float64"], "float32"), indirect=True)
 def test_planted_spectrum_of_a_million_parameters(dtype):
     n, steps = 2**20, 100 if dtype == "float32" else 40
     outliers = 1e4 * np.arange(1.0, 7.0)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPERATORS, SPECTRA, Ridge, planted, relative_error
+from cases import OPERATORS, SHARP, SPECTRA, Ridge, planted, relative_error
 
 import spectra
 from spectra import _tree
@@ -27,6 +27,7 @@ def case(request, dtype):
     return op, dense
 
 
+@SHARP
 def test_dense_matrix_product_and_scipy_agree_with_the_reference(case):
     op, dense = case
     assert op.size == len(dense)

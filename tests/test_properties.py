@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from cases import slow_but
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import cross_entropy
@@ -50,14 +52,25 @@ def make(kind, params, data, **options):
     return spectra.FisherOperator(model_fn, cross_entropy, params, data, kind=kind, key=key, **options)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    shape=TREES,
-    kind=st.sampled_from(["hessian", "ggn", "type2", "mc", "empirical", "covariance", "centered"]),
-    microbatch=st.sampled_from([None, 2]),
-    seed=st.integers(0, 2**16),
-)
-def test_symmetric_and_positive_semi_definite(shape, kind, microbatch, seed):
+def check(test, examples, **strategies):
+    """Run a property on some examples, always the same ones: every one compiles a program of its own."""
+    options = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+    settings(max_examples=examples, **options)(given(**strategies)(test))()
+
+
+@pytest.mark.parametrize("examples", slow_but([8, 30], 8))
+def test_symmetric_and_positive_semi_definite(examples):
+    check(
+        symmetric_and_positive_semi_definite,
+        examples,
+        shape=TREES,
+        kind=st.sampled_from(["hessian", "ggn", "type2", "mc", "empirical", "covariance", "centered"]),
+        microbatch=st.sampled_from([None, 2]),
+        seed=st.integers(0, 2**16),
+    )
+
+
+def symmetric_and_positive_semi_definite(shape, kind, microbatch, seed):
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.standard_normal(leaf[0]), leaf[1]), shape, is_leaf=is_leaf
@@ -83,9 +96,12 @@ def test_symmetric_and_positive_semi_definite(shape, kind, microbatch, seed):
         assert np.linalg.eigvalsh((matrix + matrix.T) / 2).min() >= -limit
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(shape=TREES, seed=st.integers(0, 2**16))
-def test_hessian_is_the_gauss_newton_matrix_of_a_linear_model(shape, seed):
+@pytest.mark.parametrize("examples", slow_but([3, 10], 3))
+def test_hessian_is_the_gauss_newton_matrix_of_a_linear_model(examples):
+    check(of_a_linear_model, examples, shape=TREES, seed=st.integers(0, 2**16))
+
+
+def of_a_linear_model(shape, seed):
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.standard_normal(leaf[0]), leaf[1]), shape, is_leaf=is_leaf

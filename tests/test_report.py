@@ -162,9 +162,9 @@ def test_command_line_runs_a_problem_shows_and_plots_it(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["show", "missing.npz"], "missing.npz"),
         (["show", "empty.npz"], "truncated"),
-        (["run", "none.py"], "none.py"),
+        pytest.param(["show", "missing.npz"], "missing.npz", marks=pytest.mark.slow),
+        pytest.param(["run", "none.py"], "none.py", marks=pytest.mark.slow),
         (["run", "lacking.py"], "problem()"),
         (["run", "wrong.py"], "spectra.Problem"),
     ],

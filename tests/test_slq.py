@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPERATORS, SPECTRA, N, planted
+from cases import OPERATORS, SHARP, SPECTRA, N, planted, slow_but
 from test_lanczos import BREAKDOWNS
 
 import spectra
@@ -28,6 +28,7 @@ def exact_weights(entries, i):
     return np.array([np.sum(v[entries == x] ** 2) for x in np.unique(entries)]) / np.sum(v**2)
 
 
+@SHARP
 @pytest.mark.parametrize("name", BREAKDOWNS)
 def test_breakdown_gives_exact_nodes_and_nothing_else(name, dtype):
     entries = BREAKDOWNS[name]
@@ -94,7 +95,9 @@ def test_moments_up_to_degree_2m_minus_1_are_those_of_the_probes(name, x64):
             w = a @ w / size
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    "name", slow_but(OPERATORS, "function", "one batch", "masked stream of microbatches", "preconditioned")
+)
 def test_a_full_run_on_every_operator_finds_its_spectrum(name):
     op, dense = OPERATORS[name]()
     exact, n = np.linalg.eigvalsh(dense), len(dense)

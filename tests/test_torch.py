@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import SHARP
 
 import spectra
 
@@ -46,6 +47,7 @@ def torch_product(v, dtype):
     return {k: p.numpy() for k, p in zip(params, products, strict=True)}
 
 
+@SHARP
 @pytest.mark.parametrize("mode", ["forward-over-reverse", "reverse-over-reverse"])
 @pytest.mark.parametrize("linearize", [True, False])
 def test_product_equals_double_backward(mode, linearize, dtype):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPERATORS, SPECTRA, Ridge, planted
+from cases import OPERATORS, SHARP, SPECTRA, Ridge, planted, slow_but
 from scipy.stats import t as student
 
 import spectra
@@ -103,7 +103,7 @@ def naive_mean_and_error(estimate, m, num_groups):
     return single.mean(axis=0), np.sqrt(single.var(axis=0, ddof=1) / m + pairs)
 
 
-@pytest.mark.parametrize("name", ["flat", "polynomial", "exponential", "indefinite"])
+@pytest.mark.parametrize("name", slow_but([*DECAYS, "indefinite"], "polynomial", "indefinite"))
 @pytest.mark.parametrize("method", ["xtrace", "xnystrace"])
 def test_sketches_equal_a_naive_leave_one_out(method, name, x64):
     eigenvalues = np.linspace(-2, 3, 40) if name == "indefinite" else DECAYS[name][:40]
@@ -150,6 +150,7 @@ DEGENERATE = {
 }
 
 
+@SHARP
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize("method", ["hutch++", "xtrace", "xnystrace"])
 def test_degenerate_operators_are_exact(method, name, dtype):
@@ -217,7 +218,7 @@ def test_intervals_of_adaptive_runs_hold(x64):
     assert len(set(spent)) > 1
 
 
-@pytest.mark.parametrize("method", ["xtrace", "xnystrace", "hutch++"])
+@pytest.mark.parametrize("method", slow_but(METHODS[1:], "xtrace"))
 def test_a_tolerance_ends_a_sketch_early(method, x64):
     op = spectra.MatrixOperator(planted(DECAYS["exponential"]))
     truth = DECAYS["exponential"].sum()
@@ -231,7 +232,7 @@ def test_a_tolerance_ends_a_sketch_early(method, x64):
     assert tight.num_matvecs <= 40
 
 
-@pytest.mark.parametrize("method", [*METHODS, "exact"])
+@pytest.mark.parametrize("method", slow_but([*METHODS, "exact"], "hutchinson", "xtrace", "exact"))
 def test_the_batch_of_probes_changes_rounding_only(method, x64):
     op = spectra.MatrixOperator(jnp.asarray(planted(DECAYS["polynomial"])))
     run = partial(spectra.trace, op, key=KEY, method=method, num_matvecs=30)
@@ -240,7 +241,7 @@ def test_the_batch_of_probes_changes_rounding_only(method, x64):
     assert np.ptp(values) <= 10 * N * np.finfo(np.float64).eps
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(METHODS, "hutchinson", "xtrace"))
 def test_published_rates(method, x64):
     """Error with 16 and with 64 products on the spectra of arXiv:2301.07825, figure 1, n = 120."""
     index = np.arange(120.0)
@@ -285,7 +286,9 @@ def test_estimates_are_equivariant_under_scaling(name, method, scale, x64):
     assert abs(norms[1].value / scale - norms[0].value) <= tol
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    "name", slow_but(OPERATORS, "matrix", "one batch", "masked stream of microbatches", "preconditioned")
+)
 def test_every_operator_has_its_trace(name):
     op, dense = OPERATORS[name]()
     n, size = len(dense), np.linalg.norm(dense, 2)

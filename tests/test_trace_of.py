@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import planted
+from cases import SHARP, planted, slow_but
 
 import spectra
 
@@ -53,7 +53,10 @@ def test_the_bracket_holds_for_the_probes_drawn(name, num_steps, quadratures, x6
         assert got.upper - got.lower <= 1e-3 * abs(truth)
 
 
-@pytest.mark.parametrize("name", ["log", "inverse", "effective dimension", "rank one", "rank deficient log"])
+RATES = ["log", "inverse", "effective dimension", "rank one", "rank deficient log"]
+
+
+@pytest.mark.parametrize("name", slow_but(RATES, "log", "rank one"))
 def test_intervals_hold_at_their_rate(name, x64):
     entries, f = {
         "log": (EIGENVALUES, np.log),
@@ -81,6 +84,7 @@ def test_intervals_hold_at_their_rate(name, x64):
     assert held >= 0.92 * 200
 
 
+@SHARP
 def test_the_log_determinant_of_half_the_identity_is_exact(dtype):
     got = spectra.logdet(spectra.MatrixOperator(0.5 * jnp.eye(N, dtype=dtype)), key=KEY)
     assert got.value == pytest.approx(N * np.log(0.5), rel=4 * float(jnp.finfo(dtype).eps))
@@ -146,7 +150,7 @@ def test_a_tolerance_adds_probes_or_says_that_the_budget_ended(x64):
     assert coarse.num_matvecs == 12
 
 
-@pytest.mark.parametrize("threshold", [-0.5, 0.0, 2.0, 2.9, 2.985])
+@pytest.mark.parametrize("threshold", slow_but([-0.5, 0.0, 2.0, 2.9, 2.985], 0.0, 2.985))
 def test_counts_hold_at_their_rate(threshold, x64):
     eigenvalues = np.linspace(-1.0, 3.0, 400)
     op = diagonal_operator(eigenvalues)

@@ -64,7 +64,8 @@ def check_outputs(module, model, inputs, tolerance) -> None:
 # Large graphs compile for seconds each: by default one transformer stands for all of them, and
 # the operators of the long lists are tested one by one in test_operators.
 LONG = ("gru_rnn", "rnn_cells", "lstm_time_first", "activations", "indexing", "arithmetic", "norms",
-        "pooling", "pooling_1d_3d", "conv3d", "linear_algebra")  # fmt: skip
+        "pooling", "pooling_1d_3d", "conv1d", "conv2d", "conv3d", "weight_norm",
+        "linear_algebra")  # fmt: skip
 QUICK = [n for n, case in CASES.items() if n == "bert" or not (case.heavy or n in LONG)]
 
 
