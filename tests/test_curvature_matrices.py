@@ -44,9 +44,10 @@ CASES = [
     for name in NAMES
     for dtype in ("float32", "float64")
 ]
+# "stream of microbatches" has what "microbatches" has.
 CASES += [
     pytest.param("cross_entropy", cut, "float64", marks=[pytest.mark.slow] * (cut == "microbatches"))
-    for cut in list(CUTS)[1:]  # which "stream of microbatches" has, too
+    for cut in list(CUTS)[1:]
 ]
 cases = pytest.mark.parametrize(("name", "cut", "dtype"), CASES, indirect=["dtype"])
 

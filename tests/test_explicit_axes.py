@@ -47,11 +47,9 @@ def assert_same(part, kind, layout, tolerances):
 
 @LAYOUTS
 def test_arrays_are_those_of_one_device(part, layout):
-    values = np.array(run(part)["eigenvalues"])
-    size, matrix = np.abs(values).max(), np.reshape(run(part)["arrays"]["one"]["matrix"], (64, 64))
-    start = (
-        np.reshape(run(part)["arrays"]["one"]["function"], 64) / 3
-    )  # the parameters, at which Lanczos begins
+    values, one = np.array(run(part)["eigenvalues"]), run(part)["arrays"]["one"]
+    size, matrix = np.abs(values).max(), np.reshape(one["matrix"], (64, 64))
+    start = np.reshape(one["function"], 64) / 3  # the parameters, at which Lanczos begins
     start /= np.linalg.norm(start)
     beta = np.linalg.norm(matrix @ start - (start @ matrix @ start) * start)
     # A vector of the basis is a product over beta; an eigenvector moves by the error over the gap.
@@ -70,8 +68,9 @@ def test_results_lie_on_the_users_mesh(part, layout):
 
 
 def test_the_users_own_code_runs_as_before():
-    assert "Explicit" in run("often")["kept"]
-    assert run("often")["own"] == pytest.approx(run("often")["arrays"]["one"]["loss"][0], rel=SUM)
+    found = run("often")
+    assert "Explicit" in found["kept"]
+    assert found["own"] == pytest.approx(found["arrays"]["one"]["loss"][0], rel=SUM)
 
 
 def test_moving_between_the_meshes_copies_nothing():
@@ -83,6 +82,7 @@ def test_inside_jit_with_automatic_axes():
 
 
 def test_errors_say_what_to_wrap():
-    assert "explicit_axes(loss_fn, in_sharding=" in run("often")["unwrapped"]
-    assert run("often")["in jit"].startswith("StructureError")
-    assert "auto_axes(f, out_sharding=" in run("often")["in jit"]
+    found = run("often")
+    assert "explicit_axes(loss_fn, in_sharding=" in found["unwrapped"]
+    assert found["in jit"].startswith("StructureError")
+    assert "auto_axes(f, out_sharding=" in found["in jit"]
