@@ -20,9 +20,13 @@ SHARP = pytest.mark.parametrize(
 
 
 def slow_but(names, *always):
-    """Parameters of which every run takes the named ones, and `-m ''` all."""
+    """Parameters, or tuples of them, of which every run takes the named ones, and `-m ''` all."""
     assert {*always} <= {*names}
-    return [name if name in always else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+    def slow(name):
+        return pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=pytest.mark.slow)
+
+    return [name if name in always else slow(name) for name in names]
 
 
 N = 48  # one order for all planted spectra: the compiled code is shared

@@ -39,20 +39,18 @@ def setup(name, cut="one batch"):
     return net, data, options
 
 
-CASES = [
-    pytest.param(name, "one batch", dtype, marks=[pytest.mark.slow] * (dtype == "float32"))
-    for name in NAMES
-    for dtype in ("float32", "float64")
-]
-# "stream of microbatches" has what "microbatches" has.
-CASES += [
-    pytest.param("cross_entropy", cut, "float64", marks=[pytest.mark.slow] * (cut == "microbatches"))
-    for cut in list(CUTS)[1:]
-]
-cases = pytest.mark.parametrize(("name", "cut", "dtype"), CASES, indirect=["dtype"])
+CASES = [(name, "one batch", dtype) for name in NAMES for dtype in ("float32", "float64")]
+CASES += [("cross_entropy", cut, "float64") for cut in list(CUTS)[1:]]
 
 
-@cases
+def cases(*names):
+    """The cases of some losses; "stream of microbatches" has what "microbatches" has."""
+    chosen = [case for case in CASES if case[0] in names]
+    always = [case for case in chosen if case[2] == "float64" and case[1] != "microbatches"]
+    return pytest.mark.parametrize(("name", "cut", "dtype"), slow_but(chosen, *always), indirect=["dtype"])
+
+
+@cases(*NAMES)
 def test_gauss_newton_matrix(name, cut, dtype):
     net, data, options = setup(name, cut)
     op = GGNOperator(model_fn, LOSSES[name], net.params(), data, **options)
@@ -82,9 +80,7 @@ def test_exact_fisher_is_the_gauss_newton_matrix_of_these_losses(name, x64):
     assert relative_error(op.as_matrix(), expected) <= tolerance("float64")
 
 
-@pytest.mark.parametrize(
-    ("name", "cut", "dtype"), [case for case in CASES if case.values[0] != "binary"], indirect=["dtype"]
-)
+@cases("cross_entropy", "half_square")
 def test_empirical_fisher_is_the_second_moment_of_gradients(name, cut, dtype):
     net, data, options = setup(name, cut)
     gradients = N * curvature(name, net)[1]  # of single examples

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from cases import slow_but
 
 PROGRAM = """
 import json
@@ -101,8 +102,8 @@ LAYOUTS = {
 def cases(*layouts):
     """The layouts with the run of the program that has them."""
     runs = {layout: run for run, names in LAYOUTS.items() for layout in names if layout != "bfloat16"}
-    slow = {run: [pytest.mark.slow] * run.endswith("slow") for run in LAYOUTS}
-    return [pytest.param(runs[name], name, marks=slow[runs[name]]) for name in layouts or runs]
+    chosen = [(runs[name], name) for name in layouts or runs]
+    return slow_but(chosen, *(case for case in chosen if not case[0].endswith("slow")))
 
 
 @functools.cache

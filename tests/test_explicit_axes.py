@@ -9,21 +9,16 @@ import sys
 
 import numpy as np
 import pytest
+from cases import slow_but
 
 EPS = float(np.finfo(np.float32).eps)
 SUM = 2 * 32 * EPS
 """Two sums over 32 examples, each within 32 roundings of its terms, in orders of their own."""
 
 
-PARTS = pytest.mark.parametrize("part", ["often", pytest.param("rarely", marks=pytest.mark.slow)])
-LAYOUTS = pytest.mark.parametrize(
-    ("part", "layout"),
-    [
-        ("often", "fsdp"),
-        pytest.param("rarely", "replicated", marks=pytest.mark.slow),
-        pytest.param("rarely", "written", marks=pytest.mark.slow),
-    ],
-)
+PARTS = pytest.mark.parametrize("part", slow_but(["often", "rarely"], "often"))
+ALL = [("often", "fsdp"), ("rarely", "replicated"), ("rarely", "written")]
+LAYOUTS = pytest.mark.parametrize(("part", "layout"), slow_but(ALL, ALL[0]))
 
 
 @functools.cache
