@@ -18,8 +18,8 @@ from pathlib import Path
 from benchmarks.settings import RESULTS, Goal, Report, Settings
 
 SECTIONS = {
-    "density": 2400,
-    "product": 300,
+    "density": 3600,
+    "product": 600,
     "gradient": 240,
     "convolution": 200,
     "startup": 300,
@@ -79,7 +79,8 @@ def run_here(name: str, settings: Settings) -> dict[str, str]:
         return {name: f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     report = found if isinstance(found, Report) else Report(found)
     seconds = time.perf_counter() - start
-    head = [f"# {name.capitalize()}, {date.today()}", "", f"{timing.machine()}. {seconds:.0f} s.", ""]
+    run = f"{timing.machine()}. {seconds:.0f} s. {timing.unrest()}".rstrip()
+    head = [f"# {name.capitalize()}, {date.today()}", "", run, ""]
     text = [*head, (module.__doc__ or "").strip(), "", *report.lines, ""]
     if report.goals:
         text += ["## Goals", "", *goal_table(report.goals), ""]

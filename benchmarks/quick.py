@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import spectra
-from benchmarks import problems
+from benchmarks import problems, timing
 from benchmarks.settings import RESULTS
-from benchmarks.timing import Times, alternate, machine
+from benchmarks.timing import Times, machine
 from spectra.krylov.orthogonalize import orthogonalize
 
 STORED = RESULTS / "ratios.json"
@@ -50,6 +50,9 @@ def main(*, store: bool = False) -> int:
     return 0
 
 
+alternate = functools.partial(timing.alternate, quiet=True, tries=2)
+
+
 def shares(times: Times, reference: str) -> dict[str, tuple[float, float]]:
     """Median over rounds of each ratio to the reference within a round, and half its middle range."""
     found = {}
@@ -79,7 +82,7 @@ def products() -> dict[str, tuple[float, float]]:
                 spectra.lanczos(op, v, steps).alpha
             ),
         }
-        found |= shares(alternate(functions, rounds=9, quiet=True), reference)
+        found |= shares(alternate(functions, rounds=9), reference)
     return found
 
 
@@ -106,7 +109,7 @@ def orthogonalization() -> dict[str, tuple[float, float]]:
         "matrix-vector product": lambda: gemv(matrix, v0),
         "48 orthogonalisations": lambda: passes(result.segments, packed),
     }
-    return shares(alternate(functions, rounds=9, quiet=True), "matrix-vector product")
+    return shares(alternate(functions, rounds=9), "matrix-vector product")
 
 
 def estimates() -> dict[str, tuple[float, float]]:
@@ -121,7 +124,7 @@ def estimates() -> dict[str, tuple[float, float]]:
         "ARPACK": lambda: eigsh(flat, 5, which="LM", tol=1e-3, v0=start)[0],
         "eigsh": lambda: spectra.eigsh(op, 5, which="LM", key=key, tol=3e-4).values,
     }
-    found = shares(alternate(functions, rounds=5, quiet=True), "ARPACK")
+    found = shares(alternate(functions, rounds=5), "ARPACK")
     op = spectra.HessianOperator(*problems.get("small"))
     vectors = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (op.size,)))(jnp.arange(32))
     multiply = jax.jit(lambda op, stack: jax.lax.map(lambda v: op @ v, stack, batch_size=8))
@@ -130,7 +133,7 @@ def estimates() -> dict[str, tuple[float, float]]:
         "32 products": lambda: multiply(prepared, vectors),
         "XTrace of 32 products": lambda: spectra.trace(op, key=key, method="xtrace", num_matvecs=32).value,
     }
-    return found | shares(alternate(functions, rounds=9, quiet=True), "32 products")
+    return found | shares(alternate(functions, rounds=9), "32 products")
 
 
 if __name__ == "__main__":

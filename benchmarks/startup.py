@@ -6,6 +6,7 @@ would take minutes, so they run 100 steps and 1 probe, as does a row of spectra 
 the command itself, training included.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tempfile
 import time
 
 from benchmarks.settings import Goal, Report, Settings, table
+from benchmarks.timing import quietest
 
 CODE = """
 import json, sys, time
@@ -46,6 +48,15 @@ def fresh(tool: str, steps: int, probes: int, examples: int, timeout: int = 240)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def demo() -> float:
+    """Seconds of the command, training, report and picture included."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        command = [sys.executable, "-c", "from spectra.cli import main; main()", "demo", "--out", folder]
+        subprocess.run(command, capture_output=True, check=True, timeout=240)
+        return time.perf_counter() - start
+
+
 def main(settings: Settings) -> Report:
     steps, probes = settings.choose((100, 8), (4, 1))
     examples = settings.choose(0, 4)
@@ -53,7 +64,7 @@ def main(settings: Settings) -> Report:
     rows, report = [], Report([])
     for tool, count in settings.choose(jobs, jobs[:2]):
         print(f"  {tool}, {count} probes", file=sys.stderr, flush=True)
-        found = fresh(tool, steps, count, examples)
+        found = quietest(functools.partial(fresh, tool, steps, count, examples))
         if isinstance(found, str):
             rows.append([f"{tool}, {count} probes", found, *[""] * 6])
             continue
@@ -67,11 +78,7 @@ def main(settings: Settings) -> Report:
     head = ["", "imports", "data, weights", "set-up", "first", "second", "compilation", "all, s"]
     report.lines = table(head, rows)
     if not settings.tiny:
-        with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
-            command = [sys.executable, "-c", "from spectra.cli import main; main()", "demo", "--out", folder]
-            subprocess.run(command, capture_output=True, check=True, timeout=240)
-            seconds = time.perf_counter() - start
+        seconds = quietest(demo)
         report.lines += ["", f"`spectra demo`, training, report and picture included: {seconds:.1f} s."]
     return report
 

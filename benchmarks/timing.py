@@ -1,4 +1,9 @@
-"""Measuring side by side: alternate the contestants, report medians and the spread."""
+"""Measuring side by side: alternate the contestants, report medians and the spread.
+
+A host may give a virtual machine's processors to other machines for a while; Linux counts that time as
+stolen. A turn that lost more than the share `QUIET` of its time is taken again, whatever it measured, at most
+`TRIES` times or for `PATIENCE` seconds, and the turn that lost least counts. Elsewhere every turn counts.
+"""
 
 import math
 import os
@@ -8,16 +13,46 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import TypeVar
 
 import jax
 
+T = TypeVar("T")
 Times = dict[str, list[float]]
 BURST = 0.2
 """Seconds for which a short call is repeated; see `seconds`."""
+QUIET, TRIES, PATIENCE = 0.02, 8, 60.0
+stolen: list[float] = []
+"""The share of its processors' time that every turn lost that counted."""
 
 
-def seconds(function: Callable, burst: float = BURST) -> float:
-    """Seconds of one call in its steady state.
+def quietest(measure: Callable[[], T], tries: int = TRIES) -> T:
+    """What `measure` finds in the quietest of a few turns."""
+    turns, start = [], time.perf_counter()
+    while len(turns) < tries and time.perf_counter() - start < PATIENCE:
+        before = _processor_time()
+        found = measure()
+        busy, lost = (now - then for now, then in zip(_processor_time(), before, strict=True))
+        turns.append((lost / max(1, lost + busy), found))
+        if turns[-1][0] <= QUIET:
+            break
+    share, found = min(turns, key=lambda turn: turn[0])
+    stolen.append(share)
+    return found
+
+
+def _processor_time() -> tuple[int, int]:
+    """Ticks since the machine's start in which its processors worked, and in which they were taken away."""
+    try:
+        with open("/proc/stat") as lines:
+            user, nice, system, _, _, irq, softirq, steal = map(int, next(lines).split()[1:9])
+    except OSError:
+        return 0, 0
+    return user + nice + system + irq + softirq, steal
+
+
+def seconds(function: Callable, burst: float = BURST, tries: int = TRIES) -> float:
+    """Seconds of one call in its steady state, in the quietest of a few turns.
 
     The first call wakes the threads of its framework while those of the one before still spin on the cores,
     some 10 ms: it only says how often to repeat what is short. What lasts longer counts as it is.
@@ -29,8 +64,11 @@ def seconds(function: Callable, burst: float = BURST) -> float:
             jax.block_until_ready(function())
         return (time.perf_counter() - start) / count
 
-    first = run(1)
-    return first if first >= burst else run(math.ceil(burst / first))
+    def turn() -> float:
+        first = run(1)
+        return first if first >= burst else run(math.ceil(burst / first))
+
+    return quietest(turn, tries)
 
 
 def alternate(
@@ -41,6 +79,7 @@ def alternate(
     once: tuple[str, ...] = (),
     quiet: bool = False,
     burst: float = BURST,
+    tries: int = TRIES,
 ) -> Times:
     """Seconds of each call, one round after another, after one unmeasured call of each.
 
@@ -54,7 +93,7 @@ def alternate(
         for name, function in functions.items():
             if turn and name in once:
                 continue
-            times[name].append(seconds(function, burst))
+            times[name].append(seconds(function, burst, tries))
             if not quiet and times[name][-1] > 1:
                 print(f"  {name}: {times[name][-1]:.3g} s", file=sys.stderr, flush=True)
     return times
@@ -87,6 +126,16 @@ def machine() -> str:
     kind = "" if device.device_kind == device.platform else f" {device.device_kind}"
     return f"{device.platform}{kind}; host {model}, {os.cpu_count()} cores; " + ", ".join(
         [f"Python {platform.python_version()}", *versions("jax", "torch")]
+    )
+
+
+def unrest() -> str:
+    """What the host took in the turns that counted so far; empty where nothing says so."""
+    if not any(stolen):
+        return ""
+    return (
+        f"Of the processors' time the host took at most {max(stolen):.0%}, in the median "
+        f"{statistics.median(stolen):.1%}, in the turns that count."
     )
 
 
