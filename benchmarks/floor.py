@@ -5,6 +5,9 @@ linear part of a Hessian product, with everything saved that does not depend on 
 of the three is bilinear, and its derivative along v has two terms. Each shape is timed by itself as a plain
 product in XLA and in PyTorch, and the faster one counts: that is the machine's own rate. The basis is read
 twice up to the current row (coefficients, then the update) at the bandwidth of a matrix-vector product.
+
+That rate is of operands that stay in the cache from call to call. `all_products` is what XLA needs for the
+same matrix products in one program, each with operands of its own, as in a real one.
 """
 
 import itertools
@@ -84,6 +87,19 @@ def _gemm_ms(shape: Shape, rounds: int) -> float:
         pass
     times = alternate(functions, rounds=rounds, quiet=True, burst=0.05)
     return min(min(t) for t in times.values()) * 1e3 / inner
+
+
+def all_products(name: str):
+    """A call of one program of all matrix products of one Hessian product, each with operands of its own."""
+    shapes = [shape for shape, count in products(name) for _ in range(count)]
+    keys = jax.random.split(jax.random.key(0), 2 * len(shapes)).reshape(len(shapes), 2)
+    batches = [(b,) if b > 1 else () for b, *_ in shapes]
+    pairs = [
+        (jax.random.normal(left, (*batch, m, k)), jax.random.normal(right, (*batch, k, n)))
+        for (left, right), batch, (_, m, k, n) in zip(keys, batches, shapes, strict=True)
+    ]
+    run = jax.jit(lambda pairs: [jnp.matmul(*pair, precision="highest") for pair in pairs])
+    return lambda: run(pairs)
 
 
 def basis_ms(n: int, steps: int, rounds: int = 7) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from spectra.demos import digits
 def mlp():
     """The demo's network on all digits: 85,002 parameters."""
     batch = tuple(map(jnp.asarray, digits.load_digits()))
-    params = digits.MODEL.init(jax.random.key(0), batch[0][:1])["params"]
+    params = jax.jit(digits.MODEL.init)(jax.random.key(0), batch[0][:1])["params"]
     return digits.loss_fn, params, batch
 
 

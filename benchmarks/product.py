@@ -3,13 +3,14 @@
 Same weights and data, float32, compiled code warm. "Asymmetry" is |uᵀHv − vᵀHu| relative to |u| |Hv|, by
 which a wrong product shows. A step of a run adds the orthogonalisation to the product: there the linear part
 is the body of a compiled loop, and XLA hoists nothing any more because everything constant is an argument.
+The "matrix products alone" are those of one product, in one program, each with operands of its own.
 """
 
 import jax
 import numpy as np
 
 import spectra
-from benchmarks import peers, problems
+from benchmarks import floor, peers, problems
 from benchmarks.settings import Goal, Report, Settings, table
 from benchmarks.timing import alternate, median_ms, ratio, spread
 
@@ -34,6 +35,8 @@ def measure(name: str, settings: Settings, report: Report) -> list[str]:
         "JAX, jvp of grad": lambda: naive(params, batch, v),
         "JAX, reverse over reverse": lambda: reverse(params, batch, v),
     }
+    if name in GOALS:
+        functions["JAX, matrix products alone"] = floor.all_products(name)
     tools, notes = peers.build((peers.Spectra, *peers.PRODUCT), name, problem)
     asymmetry = {}
     for tool in tools:
