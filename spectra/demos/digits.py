@@ -46,7 +46,7 @@ def train(key: jax.Array, batch, *, epochs: int = 30, batch_size: int = 128, lea
     """Parameters after some epochs of Adam, and the share of the images that they classify right."""
     images, labels = map(jnp.asarray, batch)
     init_key, order_key = jax.random.split(key)
-    params = MODEL.init(init_key, images[:1])["params"]
+    params = jax.jit(MODEL.init)(init_key, images[:1])["params"]
     optimizer = optax.adam(learning_rate)
     steps = len(images) // batch_size
 
