@@ -22,6 +22,7 @@ from spectra.krylov.orthogonalize import orthogonalize
 
 STORED = RESULTS / "ratios.json"
 WORSE = 1.2
+alternate = functools.partial(timing.alternate, quiet=True, tries=2)
 
 
 def main(*, store: bool = False) -> int:
@@ -48,9 +49,6 @@ def main(*, store: bool = False) -> int:
         )
         print(f"stored in {STORED.name}")
     return 0
-
-
-alternate = functools.partial(timing.alternate, quiet=True, tries=2)
 
 
 def shares(times: Times, reference: str) -> dict[str, tuple[float, float]]:
