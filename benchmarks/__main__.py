@@ -34,8 +34,8 @@ SECTIONS = {
     "dense": 600,
     "layers": 600,
 }
-"""Sections in the order in which they run, and the seconds that each is given: two or three times what it
-takes where no turn is measured again."""
+"""Sections in the order in which they run, and the seconds that each is given, with room for turns that are
+measured again."""
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from spectra.krylov.orthogonalize import orthogonalize
 
 STORED = RESULTS / "ratios.json"
 WORSE = 1.2
-alternate = functools.partial(timing.alternate, quiet=True, tries=2)
+alternate = functools.partial(timing.alternate, quiet=True, tries=2)  # a report has three minutes
 
 
 def main(*, store: bool = False) -> int:

@@ -357,7 +357,7 @@ def ended_after_its_first_record(folder, saved):
 
 def test_sigterm_ends_with_code_75_and_the_same_command_goes_on_elsewhere(tmp_path):
     (tmp_path / "problem.py").write_text(textwrap.dedent(SCRIPT))
-    steps = ("--steps", "64", "--probes", "24")  # compiles sooner than more steps would, and runs as long
+    steps = ("--steps", "64", "--probes", "24")  # few steps compile soon, many probes take a while
     saved = (*steps, "--checkpoint", "saved", "--checkpoint-minutes", "0.001")
     text = ended_after_its_first_record(tmp_path, saved)
     assert "goes on from there" in text
