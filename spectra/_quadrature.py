@@ -7,6 +7,7 @@ fast. Only `gauss_rule_traced` runs in JAX, for use inside a caller's jit.
 import numpy as np
 
 from spectra._blas import one_thread
+from spectra._breakdown import breakdown_factor
 from spectra._errors import SpectraError
 
 
@@ -20,53 +21,23 @@ def dense(alpha, beta, xp):
     return alpha[..., :, None] * eye + off + xp.swapaxes(off, -1, -2)
 
 
-BREAKDOWN = 10.0
-"""The space is invariant when β <= BREAKDOWN * eps * |T|: a residual of a few roundings of one product."""
-MERGE = 10.0
-"""Nodes nearer than MERGE * eps * |T| are one: a Krylov space holds no repeated eigenvalue."""
-
-
-def gauss_rule(alpha: np.ndarray, beta: np.ndarray, length: int, eps: float):
-    """Nodes, weights, residuals and their number for one probe; alpha, beta (m,), beta[-1] the residual.
+def gauss_rule(alpha: np.ndarray, beta: np.ndarray, length: int):
+    """Nodes, weights and residuals of one probe from the first `length` steps; alpha, beta (m,).
 
     Nodes are eigenvalues of T, weights the squared first components of its eigenvectors, residuals
-    |beta_m| times the modulus of their last components. Near a breakdown rounding is amplified: β does
-    not fall to eps |T| at once, and T repeats an eigenvalue to rounding. In a run that did end in an
-    invariant space such nodes become one. Arrays keep the shape (m,); beyond the number of nodes the
-    last one repeats with weight zero.
+    |beta_m| times the modulus of their last components: zero where the space is invariant, beta_m = 0.
+    Arrays keep the shape (m,); beyond the number of nodes the last one repeats with weight zero.
     """
     from scipy.linalg import eigh_tridiagonal
 
     alpha, beta = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)
     theta, vectors = eigh_tridiagonal(alpha[:length], beta[: length - 1])
-    weights, residuals = vectors[0] ** 2, np.abs(beta[length - 1] * vectors[-1])
-    ended = beta[length - 1] == 0
-    starts = _distinct(theta, eps) if ended else np.arange(length)
-    weights = np.add.reduceat(weights, starts)
-    residuals = np.maximum.reduceat(residuals, starts)
-    pad = (0, len(alpha) - len(starts))
+    pad = (0, len(alpha) - length)
     return (
-        np.pad(theta[starts], pad, mode="edge"),
-        np.pad(weights, pad),
-        np.pad(residuals, pad),
-        len(starts),
+        np.pad(theta, pad, mode="edge"),
+        np.pad(vectors[0] ** 2, pad),
+        np.pad(np.abs(beta[length - 1] * vectors[-1]), pad),
     )
-
-
-def invariant_length(alpha: np.ndarray, beta: np.ndarray, length: int, eps: float) -> int:
-    """Dimension of the invariant space that a run ended in: the number of distinct Ritz values."""
-    from scipy.linalg import eigvalsh_tridiagonal
-
-    theta: np.ndarray = eigvalsh_tridiagonal(  # pyright: ignore[reportAssignmentType]
-        np.asarray(alpha[:length], np.float64), np.asarray(beta[: length - 1], np.float64)
-    )
-    return len(_distinct(theta, eps))
-
-
-def _distinct(theta: np.ndarray, eps: float) -> np.ndarray:
-    """Index of the first node of each group that agrees to rounding."""
-    apart = np.diff(theta) > MERGE * eps * np.abs(theta).max()
-    return np.flatnonzero(np.concatenate([[True], apart]))
 
 
 @one_thread()
@@ -114,12 +85,12 @@ def bracket(quadrature, x: np.ndarray, shift: float) -> tuple[np.ndarray, np.nda
     With S_i the sum of the first i weights and θ_i the sorted nodes, the measure μ of a probe obeys
     S_{i-1} <= μ(-inf, θ_i) <= μ(-inf, θ_i] <= S_i; monotonicity carries that to every x. Points are
     moved by the noise floor first, so that rounding of a node cannot break a bound. A rule that ended
-    in an invariant space is the measure itself, but for the coupling β <= BREAKDOWN eps |H| that it
-    dropped: a bulk with such recurrence coefficients is one node and reaches 2 β to each side of it.
+    in an invariant space is the measure itself, but for a coupling of rounding's size that it dropped: a
+    bulk with such recurrence coefficients β is one node and reaches 2 β to each side of it.
     Points move by `shift`: the noise floor, at least.
     """
     x = np.asarray(x, np.float64)
-    dropped = 2 * BREAKDOWN * quadrature.precision * max(map(abs, quadrature.range))
+    dropped = 2 * breakdown_factor(quadrature.size) * quadrature.precision * max(map(abs, quadrature.range))
     total = np.zeros((3, *x.shape))
     for nodes, weights, residuals, length in zip(
         *map(np.asarray, (quadrature.nodes, quadrature.weights)),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra import _processes, _quadrature, _tree
+from spectra._breakdown import invariant_length
 from spectra._status import Status
 from spectra.density import deflation
 from spectra.density.recorder import Recorder
@@ -108,7 +109,7 @@ class ProbeRun:
             )
             self.bar.update((stop - done) * len(probes))
             steps, done = stop - done, stop
-            if not np.any(state.alive):
+            if all(self._invariant_length(row) is not None for row in _rows(state, done, batched)):
                 break
             if (
                 stop_when is not None
@@ -158,16 +159,12 @@ class ProbeRun:
 
     def _quadrature(self, rows, status: Status | None = None) -> Quadrature:
         steps = max(len(row["alpha"]) for row in rows)
-        eps = float(jnp.finfo(self.op.dtype).eps)
-        rules: list[Any] = [
-            _quadrature.gauss_rule(row["alpha"], row["beta"], row["length"], eps) for row in rows
-        ]
+        lengths, rules = zip(*map(self._rule, rows), strict=True)
         nodes, weights, residuals = (
             np.stack([np.pad(r[i], (0, steps - r[0].size), mode=mode) for r in rules])
             for i, mode in enumerate(("edge", "constant", "constant"))
         )
         asymmetry = np.array([row["asymmetry"] for row in rows])
-        lengths = np.array([rule[3] for rule in rules])
         if status is None:
             exact = (residuals == 0).all()
             status = Status.INVARIANT if exact else Status.COMPLETE
@@ -180,13 +177,24 @@ class ProbeRun:
             nodes=nodes,
             weights=weights,
             residuals=residuals,
-            lengths=lengths,
+            lengths=np.array(lengths),
             asymmetry=asymmetry,
             size=self.size,
             num_matvecs=sum(row["length"] for row in rows),
             precision=self.precision,
             status=status,
         )
+
+    def _invariant_length(self, row: dict[str, Any]) -> int | None:
+        return invariant_length(row["alpha"], row["beta"], row["length"], self.size, self.precision)
+
+    def _rule(self, row: dict[str, Any]):
+        """Length; nodes, weights and residuals: of the invariant space, if the run went through one."""
+        length, beta = self._invariant_length(row), row["beta"]
+        if length is None:
+            return row["length"], _quadrature.gauss_rule(row["alpha"], beta, row["length"])
+        beta = np.where(np.arange(len(beta)) < length - 1, beta, 0)
+        return length, _quadrature.gauss_rule(row["alpha"], beta, length)
 
 
 @partial(jax.jit, static_argnames=("layout", "num_steps", "batched"))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra._quadrature import BREAKDOWN
+from spectra._breakdown import breakdown_factor
 from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout
@@ -77,7 +77,7 @@ def absorb(layout: Layout, size: int, state: BandState, row, previous, product: 
     column = column.at[row].add(alpha).at[previous].add(beta)
     scale = jnp.maximum(state.scale, jnp.sqrt(jnp.vdot(column, column) + rest**2))
     eps = jnp.finfo(scale.dtype).eps
-    alive = (rest > BREAKDOWN * eps * scale) & (state.filled < size)
+    alive = (rest > breakdown_factor(size) * eps * scale) & (state.filled < size)
     inverse = jnp.where(alive, 1 / jnp.where(alive, rest, 1), 0)
     # Where nothing is left no row is appended, and the coefficient below rounding is dropped.
     kept = jnp.where(alive, rest, 0)

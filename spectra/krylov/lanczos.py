@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra import _tree
+from spectra._breakdown import invariant_length
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
-from spectra._quadrature import invariant_length
 from spectra._status import Status
 from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import CHUNK, LanczosState, advance, check_steps, init, run
@@ -26,9 +26,10 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
     """Reduce a symmetric operator to tridiagonal form on the Krylov space of a start vector.
 
     Computes H Qᵀ = Qᵀ T + r e_mᵀ with orthonormal rows q_0 = v0/|v0|, ..., q_{m-1}. The run ends early,
-    with the true `length`, when β_j <= 10 eps |T|: the space is invariant then and the eigenvalues of T
-    are eigenvalues of H. Works inside `jit` and `vmap`; outside, products are checked for NaN and for
-    symmetry as the run goes.
+    with the true `length`, where the space is invariant: the eigenvalues of T are eigenvalues of H then. A
+    residual that rounding alone can have left ends it, β_j <= (10 + √n / 2) eps |T|; outside `jit`, also one
+    that rounding was amplified to and behind which the run repeats itself. Works inside `jit` and `vmap`;
+    outside, products are checked for NaN and for symmetry as the run goes.
 
     Args:
         op: a symmetric `LinearOperator` of order n.
@@ -79,21 +80,29 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
     for start in range(0, num_steps, CHUNK):
         stop = min(start + CHUNK, num_steps)
         state = advance(op, layout, state, start, stop, batched=False)
-        if not state.alive:
-            break
-    if state.alive:
-        return _finish(state, layout, Status.COMPLETE)
-    # Rounding may have carried the run past the invariant space, along directions that repeat it.
-    eps = float(jnp.finfo(op.dtype).eps)
-    length = invariant_length(np.asarray(state.alpha), np.asarray(state.beta), int(state.length), eps)
-    kept = np.arange(num_steps) < length
-    state = dataclasses.replace(
+        length = _invariant_length(op, state, keep)
+        if length is not None:
+            return _finish(_cut(state, length), layout, Status.INVARIANT)
+    return _finish(state, layout, Status.COMPLETE)
+
+
+def _invariant_length(op: LinearOperator, state: LanczosState, orthogonal: bool) -> int | None:
+    """Dimension of the invariant space that the run went through; copies tell of one in no other basis."""
+    alpha, beta, length, alive = jax.device_get((state.alpha, state.beta, state.length, state.alive))
+    if not orthogonal:
+        return None if alive else int(length)
+    return invariant_length(alpha, beta, int(length), op.size, op.precision)
+
+
+def _cut(state: LanczosState, length: int) -> LanczosState:
+    """The first `length` steps, with no residual: what rounding carried on is left out."""
+    steps = np.arange(len(state.alpha))
+    return dataclasses.replace(
         state,
-        alpha=jnp.where(kept, state.alpha, 0),
-        beta=jnp.where(np.arange(num_steps) < length - 1, state.beta, 0),
+        alpha=jnp.where(steps < length, state.alpha, 0),
+        beta=jnp.where(steps < length - 1, state.beta, 0),
         length=jnp.asarray(length, jnp.int32),
     )
-    return _finish(state, layout, Status.INVARIANT)
 
 
 _init = jax.jit(init, static_argnames=("layout", "num_steps", "keep_basis"))

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spectra._breakdown import breakdown_factor
 from spectra._errors import NonFiniteError, NotSymmetricError, SpectraError
-from spectra._quadrature import BREAKDOWN
 from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
@@ -107,8 +107,8 @@ def absorb(i: jax.Array, w: Panels, state: LanczosState) -> LanczosState:
     else:
         beta = _basis.norm(w)
     scale = jnp.maximum(state.scale, jnp.abs(alpha) + beta + beta_previous)
-    eps = jnp.finfo(alpha.dtype).eps
-    alive = state.alive & (beta > BREAKDOWN * eps * scale)
+    rounding = breakdown_factor(sum(x.size for x in w)) * jnp.finfo(alpha.dtype).eps
+    alive = state.alive & (beta > rounding * scale)
     inverse = jnp.where(alive, 1 / jnp.where(alive, beta, 1), 0)
     return LanczosState(
         basis=rows,
