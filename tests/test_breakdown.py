@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import rotation
+from test_lanczos import DiagonalOperator
 
 import spectra
 from spectra._breakdown import invariant_length
@@ -30,17 +31,11 @@ def quadratic(params, batch):
     return jnp.mean(signs * (inputs @ params) ** 2) / 2
 
 
-def diagonal(entries, v):
-    return entries * v
-
-
 def operator(kind, values, n, dtype):
     """An operator of order n with these eigenvalues, multiplicities as even as can be."""
     values = np.sort(np.resize(np.asarray(values, np.float64), n))
     if kind == "diagonal":
-        return spectra.FunctionOperator(
-            jax.tree_util.Partial(diagonal, jnp.asarray(values, dtype)), jnp.zeros(n, dtype)
-        )
+        return DiagonalOperator(jnp.asarray(values, dtype))
     q = rotation(n)
     if kind == "dense":
         a = (q * values) @ q.T
