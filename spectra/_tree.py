@@ -171,6 +171,9 @@ def norm(a: PyTree) -> jax.Array:
     return jnp.sqrt(vdot(a, a))
 
 
+_length = jax.jit(norm)
+
+
 def scale(factor, a: PyTree) -> PyTree:
     """factor * a, in the dtypes of a."""
     return jax.tree.map(lambda x: (factor * x).astype(x.dtype), a)
@@ -181,9 +184,31 @@ def axpy(factor, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: (factor * x + y).astype(y.dtype), a, b)
 
 
+def all_finite(tree: PyTree) -> bool:
+    """Whether no leaf holds NaN or infinity."""
+    return bool(_all_finite(jax.tree.leaves(tree)))
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    """One program for all leaves: JAX compiles each operation that is not inside of one by itself."""
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in leaves])
+
+
+def length(tree: PyTree) -> float:
+    """The Euclidean norm, on the host."""
+    return float(_length(tree))
+
+
 def sphere_sample(key: jax.Array, structure: PyTree) -> PyTree:
     """A vector drawn uniformly from the unit sphere."""
-    draw = sample(key, structure, jax.random.normal)
+    leaves, treedef = jax.tree.flatten(structure)
+    return treedef.unflatten(_sphere_samples(key, _kinds(leaves)))
+
+
+@functools.partial(jax.jit, static_argnames="shapes")
+def _sphere_samples(key: jax.Array, shapes: tuple) -> list[jax.Array]:
+    draw = _samples(key, shapes, jax.random.normal)
     return scale(1 / norm(draw), draw)
 
 
@@ -194,8 +219,11 @@ def sample(key: jax.Array, structure: PyTree, distribution: Callable[..., jax.Ar
     of devices.
     """
     leaves, treedef = jax.tree.flatten(structure)
-    shapes = tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)
-    return treedef.unflatten(_samples(key, shapes, distribution))
+    return treedef.unflatten(_samples(key, _kinds(leaves), distribution))
+
+
+def _kinds(leaves: list) -> tuple:
+    return tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)
 
 
 @functools.partial(jax.jit, static_argnames=("shapes", "distribution"))

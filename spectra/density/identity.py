@@ -25,8 +25,13 @@ def describe(op: LinearOperator, key: jax.Array, num_steps: int, row_dtype: Any)
         "key": np.asarray(data).ravel().tolist(),
         "num_steps": num_steps,
         "basis_dtype": str(row_dtype or op.dtype),
-        "product": [float(_tree.vdot(u, product)), float(_tree.norm(product))],
+        "product": [float(x) for x in _numbers(u, product)],
     }
+
+
+@jax.jit
+def _numbers(u, product):
+    return _tree.vdot(u, product), _tree.norm(product)
 
 
 def differences(mine: dict[str, Any], saved: dict[str, Any], precision: float) -> list[str]:

@@ -12,6 +12,7 @@ from spectra import _tree
 from spectra._blas import one_thread
 from spectra._errors import NonFiniteError, SpectraError
 from spectra._mesh import automatic
+from spectra._quadrature import dense
 from spectra._status import Status
 from spectra.density.smoothing import RELATIVE_WIDTH, band
 from spectra.krylov.lanczos import lanczos
@@ -117,7 +118,8 @@ def _find_bounds(op: LinearOperator, key) -> tuple[tuple[float, float], int]:
     start = _tree.sphere_sample(jax.random.fold_in(key, 2**31 - 2), op.structure)
     run = lanczos(op, start, steps, reorthogonalize="none")
     length = int(run.length)
-    matrix = np.asarray(run.matrix(), np.float64)[:length, :length]
+    alpha, beta = (np.asarray(x, np.float64) for x in jax.device_get((run.alpha, run.beta)))
+    matrix = dense(alpha, beta, np)[:length, :length]
     with one_thread():
         theta, vectors = np.linalg.eigh(matrix)
     reach = float(run.residual_norm) * np.abs(vectors[-1])
@@ -132,7 +134,7 @@ def _moments(op: LinearOperator, key, probes: range, num_moments: int, bounds) -
     a, b = bounds
     map_ = jnp.asarray([2 / (b - a), -(a + b) / (b - a)], op.dtype)
     steps, columns = num_moments // 2, []
-    state = _start(op, key, jnp.arange(probes.start, probes.stop))
+    state = _start(op, key, np.arange(probes.start, probes.stop, dtype=np.int32))
     for done in range(0, steps, CHUNK):
         stop = min(done + CHUNK, steps)
         if op.on_host:

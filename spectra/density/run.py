@@ -142,9 +142,9 @@ class ProbeRun:
 
     def _begin(self, probes: range, num_steps: int, batched: bool):
         """A fresh state, or the one that was saved, and the steps done."""
-        keys = jnp.stack([jax.random.fold_in(self.key, i) for i in probes])
+        indices = np.asarray(probes if batched else probes[0], np.int32)
         with jax.default_device(self.home) if self.home else contextlib.nullcontext():
-            state = _start(self.layout.anonymous(), keys if batched else keys[0], num_steps, batched)
+            state = _start(self.layout.anonymous(), self.key, indices, num_steps, batched)
         if self.known is not None:
             state = deflation.project_start(self.layout, self.known, state, batched)
         if self.recorder is None:
@@ -198,18 +198,21 @@ class ProbeRun:
 
 
 @partial(jax.jit, static_argnames=("layout", "num_steps", "batched"))
-def _start(layout: Layout, keys: jax.Array, num_steps: int, batched: bool):
-    def one(key):
-        return recurrence.init(layout, _tree.sphere_sample(key, layout.structure), num_steps)
+def _start(layout: Layout, key: jax.Array, indices: jax.Array, num_steps: int, batched: bool):
+    def one(index):
+        v0 = _tree.sphere_sample(jax.random.fold_in(key, index), layout.structure)
+        return recurrence.init(layout, v0, num_steps)
 
-    return (jax.vmap(one) if batched else one)(keys)
+    return (jax.vmap(one) if batched else one)(indices)
 
 
 def _rows(state, done: int, batched: bool) -> list[dict[str, Any]]:
     """Coefficients of each probe in float64, cut to the steps that were run."""
-    scale = jnp.where(state.scale > 0, state.scale, 1)
-    arrays = (state.alpha, state.beta, state.length, state.asymmetry / scale)
-    columns = [np.asarray(x) for x in jax.device_get(arrays)]
+    alpha, beta, length, asymmetry, scale = (
+        np.asarray(x)
+        for x in jax.device_get((state.alpha, state.beta, state.length, state.asymmetry, state.scale))
+    )
+    columns = [alpha, beta, length, asymmetry / np.where(scale > 0, scale, 1)]
     if not batched:
         columns = [x[None] for x in columns]
     return [

@@ -94,7 +94,7 @@ def loss_slice(
 def _extent(op: DataOperator, center: float, values: np.ndarray) -> float:
     if center and values[0]:
         return float(np.sqrt(2 * abs(center / values[0])))
-    size = float(_tree.norm(_tree.cast_like(op.like, op.structure)))
+    size = _tree.length(_tree.cast_like(op.like, op.structure))
     return 0.1 * size if size else 1.0
 
 

@@ -258,6 +258,14 @@ def gram(basis: Basis) -> jax.Array:
     return jnp.block([[block(a, b) for b in basis] for a in basis])
 
 
+@jax.jit
+def orthogonality(basis: Basis, length: jax.Array) -> jax.Array:
+    """max |Q Qᵀ - I| over the first `length` rows."""
+    products = gram(basis)
+    row = jnp.arange(len(products)) < length
+    return jnp.max(jnp.where(row[:, None] & row, jnp.abs(products - jnp.eye(len(products))), 0))
+
+
 @functools.partial(jax.jit, static_argnames=("layout", "first", "last"))
 def stack(basis: Basis, layout: Layout, first: int, last: int) -> PyTree:
     """The vectors in rows `first` to `last` - 1 as one pytree with leaves (rows, *leaf.shape). A copy."""

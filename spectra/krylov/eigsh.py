@@ -156,7 +156,7 @@ class _Run:
             self.band.append(vector, locked=True)
         if v0 is not None:
             v0 = op.as_vector(v0, "v0")
-            size = float(_tree.norm(v0))
+            size = _tree.length(v0)
             if not np.isfinite(size) or size == 0:
                 raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
             self.band.append(v0)

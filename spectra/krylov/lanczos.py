@@ -73,7 +73,7 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
         op = op.prepare()
         state = run(op, layout, init(layout, v0, num_steps, keep_basis=keep), 0, num_steps)
         return _finish(state, layout, Status.TRACED)
-    size = float(_tree.norm(v0))
+    size = _tree.length(v0)
     if not np.isfinite(size) or size == 0:
         raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
     op, state = outside_loops(op.prepare()), _init(layout, v0, num_steps, keep_basis=keep)
@@ -109,15 +109,20 @@ _init = jax.jit(init, static_argnames=("layout", "num_steps", "keep_basis"))
 
 
 def _finish(state: LanczosState, layout: Layout, status: Status) -> Tridiagonal:
-    scale = jnp.where(state.scale > 0, state.scale, 1)
+    beta, last, asymmetry = _numbers(state.beta, state.length, state.asymmetry, state.scale)
     return Tridiagonal(
         alpha=state.alpha,
-        beta=state.beta[:-1],
-        residual_norm=state.beta[state.length - 1],
+        beta=beta,
+        residual_norm=last,
         length=state.length,
-        asymmetry=state.asymmetry / scale,
+        asymmetry=asymmetry,
         second_passes=state.second_passes,
         segments=state.basis,
         layout=layout,
         status=status,
     )
+
+
+@jax.jit
+def _numbers(beta, length, asymmetry, scale):
+    return beta[:-1], beta[length - 1], asymmetry / jnp.where(scale > 0, scale, 1)

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any, dataclass_transform
 
 import jax
@@ -124,7 +125,9 @@ class LinearOperator(abc.ABC):
         """`v`, a pytree or a flat array of shape (n,), as a pytree in the working dtypes."""
         structure, v = self.structure, _mesh.on_automatic_axes(v)
         if self._is_flat(v):
-            v = _tree.unravel(jnp.asarray(v), structure)
+            leaves, treedef = jax.tree.flatten(structure)
+            kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+            v = treedef.unflatten(_unravel(v, kinds))
         _tree.check_structure(v, structure, what)
         return _tree.cast_like(v, structure)
 
@@ -133,11 +136,9 @@ class LinearOperator(abc.ABC):
         """H v for a pytree, or for a flat array of shape (n,); the result has the form of `v`."""
         vector = self.as_vector(v)
         result = self.mv(vector) if self.on_host else product(self, vector)
-        if not isinstance(jax.tree.leaves(result)[0], Tracer) and not all(
-            bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(result)
-        ):
+        if not isinstance(jax.tree.leaves(result)[0], Tracer) and not _tree.all_finite(result):
             raise NonFiniteError(f"the product is NaN or infinite. {self.explain_non_finite()}")
-        return _tree.ravel(result) if self._is_flat(v) else result
+        return _ravel(result) if self._is_flat(v) else result
 
     def _is_flat(self, v: PyTree) -> bool:
         """Whether `v` is a flat array that stands for a vector of another form."""
@@ -166,15 +167,14 @@ class LinearOperator(abc.ABC):
                 "op.block(...) for one layer, or raise memory_limit."
             )
         matrix = self._matrix()
-        if not isinstance(matrix, Tracer) and not bool(jnp.isfinite(matrix).all()):
+        if not isinstance(matrix, Tracer) and not _tree.all_finite(matrix):
             raise NonFiniteError(f"the matrix has NaN or infinite entries. {self.explain_non_finite()}")
         return matrix
 
     def _matrix(self) -> jax.Array:
         """The dense matrix; subclasses that know more than products override it."""
         op = self.prepare()
-        columns = jnp.stack([_column(op, i) for i in range(self.size)]) if self.on_host else _columns(op)
-        return (columns + columns.T) / 2
+        return _symmetric([_column(op, i) for i in range(self.size)]) if self.on_host else _columns(op)
 
     def block(self, select: _paths.Select) -> "LinearOperator":
         """The principal submatrix of the parameters whose path matches.
@@ -291,4 +291,20 @@ def _column(op: LinearOperator, i) -> jax.Array:
 @jax.jit
 def _columns(op):
     """All columns, 64 products at a time so that the batched activations stay bounded."""
-    return jax.lax.map(lambda i: _column(op, i), jnp.arange(op.size), batch_size=min(64, op.size))
+    columns = jax.lax.map(lambda i: _column(op, i), jnp.arange(op.size), batch_size=min(64, op.size))
+    return (columns + columns.T) / 2
+
+
+@jax.jit
+def _symmetric(columns: list[jax.Array]) -> jax.Array:
+    matrix = jnp.stack(columns)
+    return (matrix + matrix.T) / 2
+
+
+# What a product with a flat vector adds, as one program each way.
+_ravel = jax.jit(_tree.ravel)
+
+
+@partial(jax.jit, static_argnames="kinds")
+def _unravel(flat: jax.Array, kinds: tuple) -> list[jax.Array]:
+    return _tree.unravel(flat, [jax.ShapeDtypeStruct(*kind) for kind in kinds])

@@ -66,13 +66,13 @@ def check_scalar(value, name: str) -> jax.Array:
 def explain_non_finite(op) -> str:
     """Name the parameter leaf, the loss or the gradient leaf that is not finite."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(op.like):
-        if not bool(jnp.isfinite(leaf).all()):
+        if not _tree.all_finite(leaf):
             return f"The parameter leaf '{_tree.path_str(path)}' holds NaN or infinite values."
     loss = float(op.loss())
     if not np.isfinite(loss):
         return f"The loss is {loss} at these parameters: check the data and the loss function."
     for path, leaf in jax.tree_util.tree_leaves_with_path(op.gradient()):
-        if not bool(jnp.isfinite(leaf).all()):
+        if not _tree.all_finite(leaf):
             return (
                 f"The loss is finite but its gradient is not, in leaf '{_tree.path_str(path)}': "
                 "look for sqrt, log, norm or division at zero."

@@ -232,7 +232,8 @@ class DataOperator(LinearOperator):
     def _pieces(self) -> Iterator[tuple[float, Self]]:
         assert self.stream is not None
         for weight, batch in self.stream:
-            yield weight, self._with(data=batch, stream=None)
+            whole = self.microbatch is None or batch_size(batch) <= self.microbatch
+            yield weight, self._with(data=batch, stream=None, microbatch=None if whole else self.microbatch)
 
     def split_data(self, count: int) -> list[Self]:
         """The operators of `count` disjoint parts of the data: runs of examples, or every count-th batch.

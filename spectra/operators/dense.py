@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spectra import _tree
 from spectra._errors import SpectraError
@@ -26,6 +27,8 @@ CHUNK = 1024
 """Columns of one compiled call: bounds what is copied into the matrix at a time."""
 MAX_GROUPS = 8
 """A block column is code to compile; more leaves than this share columns, a few at a time."""
+SMALL = 32
+"""Up to this order all leaves share their columns: symmetry would save less than another program costs."""
 STRUCTURES = ("matrix", "blocks")
 
 
@@ -114,15 +117,16 @@ def _offsets(leaves) -> list[int]:
 def _groups(op: HessianOperator) -> list[tuple[int, int, int, int]]:
     """Runs of leaves that share a block column: (first leaf, last + 1, first parameter, last + 1)."""
     leaves = jax.tree.leaves(op.structure)
-    offsets, run = _offsets(leaves), -(-len(leaves) // MAX_GROUPS)
+    groups = MAX_GROUPS if op.size > SMALL else 1
+    offsets, run = _offsets(leaves), -(-len(leaves) // groups)
     edges = [*range(0, len(leaves), run), len(leaves)]
     return [(a, b, offsets[a], offsets[b]) for a, b in itertools.pairwise(edges)]
 
 
-def _owners(op: HessianOperator) -> jax.Array:
+def _owners(op: HessianOperator) -> np.ndarray:
     """The number of the group that each parameter belongs to."""
-    sizes = jnp.asarray([stop - start for _, _, start, stop in _groups(op)])
-    return jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=op.size)
+    sizes = [stop - start for _, _, start, stop in _groups(op)]
+    return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
 
 
 def _upper(op: HessianOperator) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -154,13 +155,9 @@ class PreconditionedOperator(Wrapped):
         if count is not None:
             chosen["count"] = count
         moments = _matching(getattr(state, found.moment), op)
-        momentum = 1.0 if count is None or not found.has_momentum else 1 - chosen["b1"] ** count
-
-        def one(moment, like):
-            scale = momentum * found.scale(moment.astype(like.dtype), eps_in_sqrt=eps_in_sqrt, **chosen)
-            return (1 / jnp.sqrt(scale)).astype(like.dtype)
-
-        scale = jax.tree.map(one, moments, op.structure)
+        leaves, treedef = jax.tree.flatten(op.structure)
+        static = {"rule": found, "dtypes": tuple(leaf.dtype for leaf in leaves), "eps_in_sqrt": eps_in_sqrt}
+        scale = treedef.unflatten(_scales(jax.tree.leaves(moments), chosen, **static))
         if not _tree.is_traced((scale, op)):
             _check(scale)
         object.__setattr__(self, "base", op)
@@ -177,6 +174,19 @@ class PreconditionedOperator(Wrapped):
 
     def _principal(self, indices: tuple[int, ...]) -> "PreconditionedOperator":
         return _make(self.base._principal(indices), _tree.keep_leaves(self.scale, indices))
+
+
+@partial(jax.jit, static_argnames=("rule", "dtypes", "eps_in_sqrt"))
+def _scales(moments: list, numbers: dict[str, Any], *, rule: Rule, dtypes: tuple, eps_in_sqrt: bool) -> list:
+    """P^(-1/2) of each leaf."""
+    corrected = rule.has_momentum and "count" in numbers
+    momentum = 1 - numbers["b1"] ** numbers["count"] if corrected else 1.0
+
+    def one(moment, dtype):
+        scale = momentum * rule.scale(moment.astype(dtype), eps_in_sqrt=eps_in_sqrt, **numbers)
+        return (1 / jnp.sqrt(scale)).astype(dtype)
+
+    return [one(*pair) for pair in zip(moments, dtypes, strict=True)]
 
 
 def _make(base: LinearOperator, scale: PyTree) -> PreconditionedOperator:
@@ -250,8 +260,10 @@ def _matching(moments: PyTree, op: LinearOperator) -> PyTree:
 
 
 def _check(scale: PyTree) -> None:
+    if _tree.all_finite(scale):
+        return
     for path, leaf in zip(leaf_paths(scale), jax.tree.leaves(scale), strict=True):
-        if not bool(jnp.isfinite(leaf).all()):
+        if not _tree.all_finite(leaf):
             raise SpectraError(
                 f"the preconditioner of '{path}' is zero or not a number somewhere: with eps=0 a parameter "
                 "that has seen no gradient has no scale. Pass the eps of the optimizer."

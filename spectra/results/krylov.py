@@ -1,5 +1,6 @@
 """Results of Krylov methods: decompositions and eigenpairs."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 from spectra import _mesh, _quadrature
 from spectra._status import Status
 from spectra.results._base import Array, PyTree, notebook_view, result, text_table
+
+_dense = jax.jit(functools.partial(_quadrature.dense, xp=jnp))
 
 
 def _is_jax(x) -> bool:
@@ -48,13 +51,13 @@ class Tridiagonal:
         from spectra.krylov import basis
 
         kept = self._kept()
-        gram = basis.gram(kept.segments)
-        row = jnp.arange(len(gram)) < kept.length
-        return jnp.max(jnp.where(row[:, None] & row, jnp.abs(gram - jnp.eye(len(gram))), 0))
+        return basis.orthogonality(kept.segments, kept.length)
 
     def matrix(self) -> Array:
         """T as a dense (m, m) array."""
-        return _quadrature.dense(self.alpha, self.beta, jnp if _is_jax(self.alpha) else np)
+        if _is_jax(self.alpha):
+            return _dense(self.alpha, self.beta)
+        return _quadrature.dense(self.alpha, self.beta, np)
 
     def _kept(self) -> "Tridiagonal":
         if not self.segments:
