@@ -25,25 +25,37 @@ def batch(net):
     return jnp.asarray(net.x), jnp.asarray(net.labels)
 
 
-def operators():
+def hessian(params, data):
+    return spectra.HessianOperator(loss_fn, params, data)
+
+
+def ggn(params, data):
+    return spectra.GGNOperator(model_fn, cross_entropy, params, data)
+
+
+KINDS = {
+    "hessian": hessian,
+    "stream": lambda params, data: spectra.HessianOperator(loss_fn, params, [data, data], linearize=False),
+    "ggn": ggn,
+    "mc": lambda params, data: spectra.FisherOperator(
+        model_fn, cross_entropy, params, data, kind="mc", key=jax.random.key(0)
+    ),
+    "centered covariance": lambda params, data: spectra.GradientCovarianceOperator(
+        loss_fn, params, data, centered=True
+    ),
+    "sum": lambda params, data: 2.0 * hessian(params, data) - ggn(params, data).shift(0.5),
+    "function": lambda params, data: spectra.FunctionOperator(lambda v: _tree.scale(3.0, v), params),
+}
+
+
+def operator(name):
     net = Network()
-    params, data = net.params(), batch(net)
-    hessian = spectra.HessianOperator(loss_fn, params, data)
-    ggn = spectra.GGNOperator(model_fn, cross_entropy, params, data)
-    return {
-        "hessian": hessian,
-        "stream": spectra.HessianOperator(loss_fn, params, [data, data], linearize=False),
-        "ggn": ggn,
-        "mc": spectra.FisherOperator(model_fn, cross_entropy, params, data, kind="mc", key=jax.random.key(0)),
-        "centered covariance": spectra.GradientCovarianceOperator(loss_fn, params, data, centered=True),
-        "sum": 2.0 * hessian - ggn.shift(0.5),
-        "function": spectra.FunctionOperator(lambda v: _tree.scale(3.0, v), params),
-    }
+    return KINDS[name](net.params(), batch(net))
 
 
-@pytest.mark.parametrize("name", slow_but(operators(), "hessian", "stream", "ggn", "sum", "function"))
+@pytest.mark.parametrize("name", slow_but(KINDS, "hessian", "stream", "ggn", "sum", "function"))
 def test_a_block_is_a_principal_submatrix(name, x64):
-    op = operators()[name]
+    op = operator(name)
     dense = np.asarray(op.as_matrix())
     limit = 64 * np.finfo(float).eps * np.linalg.norm(dense, 2)
     for select, rows in (("B", SPLIT["B"]), ("[AB]", slice(0, 15)), ("*", slice(0, 18))):
@@ -81,7 +93,7 @@ def test_a_block_differentiates_its_own_leaves_only():
 
 
 def test_selection_by_glob_regex_and_predicate():
-    op = operators()["hessian"]
+    op = operator("hessian")
     for select in ("[Bc]", re.compile("^[Bc]$"), lambda path: path in "Bc"):
         assert op.block(select).size == 9
     with pytest.raises(spectra.StructureError, match=r"no parameter matches 'D'; the paths are A, B, c"):

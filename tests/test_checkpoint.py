@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import slow_but
+from children import environment
 
 import spectra
 from spectra.density import recorder as module
@@ -196,19 +196,19 @@ def test_blocks_have_a_checkpoint_each(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_b", "c"]
 
 
+def sine_loss(params, x):
+    return jnp.mean(jnp.sin(x @ params["w"] + params["b"]) ** 2)
+
+
 def streamed(kind):
     """An operator whose products read four batches, or twice four."""
     rng = np.random.default_rng(0)
     data = [jnp.asarray(rng.standard_normal((size, 6)), jnp.float32) for size in (9, 9, 9, 4)]
     params = {"w": jnp.asarray(rng.standard_normal((6, 5)) / 2, jnp.float32), "b": jnp.zeros(5)}
-
-    def loss_fn(params, x):
-        return jnp.mean(jnp.sin(x @ params["w"] + params["b"]) ** 2)
-
-    op = spectra.HessianOperator(loss_fn, params, data)
-    if kind == "sum":
-        return op + spectra.HessianOperator(loss_fn, params, data[::-1])
-    return spectra.GradientCovarianceOperator(loss_fn, params, data) if kind == "covariance" else op
+    if kind == "covariance":
+        return spectra.GradientCovarianceOperator(sine_loss, params, data)
+    op = spectra.HessianOperator(sine_loss, params, data)
+    return op + spectra.HessianOperator(sine_loss, params, data[::-1]) if kind == "sum" else op
 
 
 @pytest.mark.parametrize("probe_batch", slow_but([1, 2], 2))
@@ -279,12 +279,8 @@ except KeyboardInterrupt:
 
 
 def test_a_pass_goes_on_where_the_operator_is_with_the_basis_elsewhere(tmp_path):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-    }
     command = [sys.executable, "-c", HOST, str(tmp_path)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, env=environment(2), capture_output=True, text=True, check=False)
     assert process.stdout.strip() == "resumed", process.stderr
 
 
@@ -338,10 +334,8 @@ COMMAND = [sys.executable, "-c", "from spectra.cli import main; main()", "run", 
 
 
 def shell(folder, *options, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*COMMAND, *options], cwd=folder, env=environment, **streams)
+    return subprocess.Popen([*COMMAND, *options], cwd=folder, env=environment(devices), **streams)
 
 
 def ended_after_its_first_record(folder, saved):

@@ -1,5 +1,7 @@
 """Gauss-Newton, Fisher and gradient covariance against dense float64 matrices written in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,7 @@ def tolerance(dtype):
     return 64 * float(jnp.finfo(dtype).eps)
 
 
+@functools.cache  # one function, one program
 def loss_of(name):
     def loss_fn(params, batch):
         return LOSSES[name](model_fn(params, batch[0]), batch[1])

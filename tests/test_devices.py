@@ -2,16 +2,16 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from cases import slow_but
+from children import environment
 
 PROGRAM = """
-import json
+import json, sys
 import jax, jax.numpy as jnp, numpy as np, spectra
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -26,7 +26,7 @@ def loss_fn(p, batch):
 rng = np.random.default_rng(0)
 cast = lambda *shape: np.asarray(rng.standard_normal(shape) / 4, "float32")
 params = {"w": cast(16, 32), "b": cast(32), "v": cast(32, 8)}
-batch = cast(67, 16)[:64] if EVEN else cast(67, 16)
+examples = cast(67, 16)
 
 def on(mesh, specs, data=None):
     placed = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in params.items()}
@@ -55,9 +55,8 @@ cases = {
     ),
     "stream": lambda: (on(flat, fsdp)[0], spectra.distributed.shard_data(stream, flat)),
 }
-out = {}
-key = jax.random.key(0)
-for name in NAMES:
+
+def answers(name):
     p, x = cases[name]()
     op = spectra.HessianOperator(loss_fn, p, x)
     options = {"basis": "sharded"} if "spread" in name else {}
@@ -69,7 +68,7 @@ for name in NAMES:
     plan = spectra.plan(op, num_steps=12, num_probes=2, **options)
     pairs = spectra.eigsh(op, 2, which="LM", key=key) if name in ("one", "fsdp") else None
     trace = name in ("one", "mixed") and spectra.trace(op, key=key, method="hutchinson", num_matvecs=8).value
-    out[name] = {
+    return {
         "nodes": q.nodes.tolist(),
         "weights": q.weights.tolist(),
         "alpha": np.asarray(result.alpha, float).tolist(),
@@ -88,15 +87,21 @@ for name in NAMES:
         "plan devices": plan.num_devices,
         "devices": jax.device_count(),
     }
+
+key = jax.random.key(0)
+out = {}
+for run, names in json.loads(sys.argv[1]).items():
+    batch = examples[:64] if run.startswith("divides") else examples
+    out[run] = {name: answers(name) for name in ("one", *names)}
 print(json.dumps(out))
 """
 LAYOUTS = {
     "divides": ["fsdp", "mixed", "bfloat16"],
-    "divides, slow": ["replicated", "spread", "explicit"],
     "uneven": ["tensor, spread", "default"],
+    "divides, slow": ["replicated", "spread", "explicit"],
     "uneven, slow": ["tensor", "stream"],
 }
-"""Runs of the program, on 64 examples or on 67, and their layouts."""
+"""On 64 examples or on 67: layouts of the parameters, those of every test run and those of `-m ''`."""
 
 
 def cases(*layouts):
@@ -107,20 +112,23 @@ def cases(*layouts):
 
 
 @functools.cache
-def run(layouts):
-    """What one run of the program says; each runs once."""
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    even, names = layouts.startswith("divides"), ["one", *LAYOUTS[layouts]]
+def program(slow):
+    """What the program says of all layouts of every test run, or of all others; each runs once."""
+    layouts = {run: names for run, names in LAYOUTS.items() if run.endswith("slow") == slow}
     process = subprocess.run(
-        [sys.executable, "-c", f"EVEN, NAMES = {even}, {names}\n{PROGRAM}"],
-        env=environment,
+        [sys.executable, "-c", PROGRAM, json.dumps(layouts)],
+        env=environment(devices=8),
         capture_output=True,
         text=True,
         check=False,
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    result = json.loads(process.stdout)
+    return json.loads(process.stdout)
+
+
+def run(layouts):
+    """The layouts of one batch, with "one" of a single device."""
+    result = program(layouts.endswith("slow"))[layouts]
     assert result["one"]["devices"] == 8
     return result, float(np.finfo(np.float32).eps)
 

@@ -1,6 +1,5 @@
 """Meshes and placement; several processes of one run on this machine, and their sudden end."""
 
-import os
 import random
 import socket
 import subprocess
@@ -8,12 +7,16 @@ import time
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import pytest
+from children import environment
 from jax.sharding import PartitionSpec as P
 from test_checkpoint import COMMAND, SCRIPT
+from typer.testing import CliRunner
 
 import spectra
+from spectra import cli
 from spectra.distributed import make_mesh, shard_data, shard_params
 
 
@@ -56,15 +59,14 @@ def test_placed_data_stay_as_they_are():
     assert [len(x) for x in shard_data([np.ones((6, 2)), np.ones((4, 2))], mesh)()] == [6, 4]
 
 
-def processes(folder, count, *options):
+def processes(folder, count, *options, cache=True):
     """Start the same command `count` times, as one run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
     for index in range(count):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
+        variables = environment(cache=cache) | {
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(count),
@@ -75,7 +77,7 @@ def processes(folder, count, *options):
                 subprocess.Popen(
                     [*COMMAND, "--distributed", *options],
                     cwd=folder,
-                    env=environment,
+                    env=variables,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )
@@ -97,13 +99,16 @@ def quadrature(folder):
     return spectra.load(folder / "spectrum.npz").quadrature
 
 
-@pytest.fixture
-def alone(tmp_path):
-    (tmp_path / "problem.py").write_text(SCRIPT)
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [*COMMAND, "--steps", "12", "--out", "alone"]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
-    return quadrature(tmp_path / "alone")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same command in this process."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "problem.py").write_text(SCRIPT)
+    mpl.use("Agg")
+    options = ["--probes", "2", "--steps", "12", "--out", str(folder / "alone")]
+    done = CliRunner().invoke(cli.app, ["run", str(folder / "problem.py"), *options])
+    assert done.exit_code == 0, done.output
+    return quadrature(folder / "alone")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +121,7 @@ def alone(tmp_path):
     ],
 )
 def test_processes_give_the_answer_of_one_and_one_of_them_tells_it(count, mesh, alone, tmp_path):
+    (tmp_path / "problem.py").write_text(SCRIPT)
     options = ("--steps", "12", "--mesh", mesh, "--out", "together")
     codes, logs = finish(tmp_path, processes(tmp_path, count, *options))
     assert codes == [0] * count, logs
@@ -136,7 +142,7 @@ def test_killed_at_any_moment_the_same_command_completes_the_run(seed, tmp_path)
     draw = random.Random(seed)
     options = ("--steps", "300", "--mesh", "data=2", "--checkpoint", "saved", "--checkpoint-minutes", "0.001")
     assert finish(tmp_path, processes(tmp_path, 2, *options[:4], "--out", "whole"))[0] == [0, 0]
-    started = processes(tmp_path, 2, *options, "--out", "again")
+    started = processes(tmp_path, 2, *options, "--out", "again", cache=False)
     if seed % 2:  # once something is saved; otherwise anywhere, imports and compilation included
         while not list((tmp_path / "saved").glob("record-*")) and started[0].poll() is None:
             time.sleep(0.01)

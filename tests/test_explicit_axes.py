@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from cases import slow_but
+from children import environment
 
 EPS = float(np.finfo(np.float32).eps)
 SUM = 2 * 32 * EPS
@@ -24,10 +24,8 @@ LAYOUTS = pytest.mark.parametrize(("part", "layout"), slow_but(ALL, ALL[0]))
 @functools.cache
 def run(part):
     """What the program says."""
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", pathlib.Path(__file__).with_name("explicit_axes.py"), part]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, env=environment(8), capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-2000:]
     return json.loads(process.stdout)
 

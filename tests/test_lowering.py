@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from children import environment
 
 ROWS = 24  # of the basis for 20 steps, in segments of 8
 
@@ -82,10 +83,9 @@ CASES = ("replicated", "spread", "fsdp", "tensor", "mixed")
 
 @pytest.fixture(scope="module")
 def lowered():
-    flags = "--xla_force_host_platform_device_count=8"
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=environment(devices=8),
         capture_output=True,
         text=True,
         check=False,

@@ -1,0 +1,21 @@
+"""Programs that tests run in processes of their own, on simulated devices."""
+
+import os
+
+import jax
+
+
+def environment(devices=1, *, cache=True):
+    """The variables of such a process, which reads and writes the compiled programs of this one.
+
+    Without `cache` for one that is killed: JAX leaves what it was writing as it is, and reads it later.
+    """
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    found = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    shared = {name.upper(): str(getattr(jax.config, name)) for name in names}
+    return found | (shared if cache else {"JAX_ENABLE_COMPILATION_CACHE": "false"})
