@@ -1,5 +1,7 @@
 """Parts of the recurrence: vectors drawn as documented, sweeps over the rows of a basis."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,15 @@ def test_every_leaf_is_drawn_with_a_key_of_its_own(distribution, dtype):
         np.testing.assert_array_equal(drawn[name], expected)
 
 
+@functools.cache
+def program(at_once):
+    """Traced anew for each number of segments at once, which the module says while it is traced."""
+    return jax.jit(lambda *arguments: orthogonalize(*arguments))
+
+
+put = jax.jit(basis.put, donate_argnums=0)
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("filled", [0, 9, 33, 52])
 @pytest.mark.parametrize("at_once", slow_but([1, 2, 4], 1, 4))
@@ -42,15 +53,13 @@ def test_sweeps_over_several_segments(at_once, filled, packed, x64, monkeypatch)
     def vector(x):
         return layout.pack({"a": jnp.asarray(x[:35]).reshape(7, 5), "b": jnp.asarray(x[35:])})
 
-    put = jax.jit(basis.put, donate_argnums=0)
     for i, row in enumerate(q[:filled]):
         rows = put(rows, i, vector(row))
     v = rng.normal(size=75)
-    traced_anew = jax.jit(lambda *arguments: orthogonalize(*arguments))  # not for another `at_once`
-    equations = _equations(jax.make_jaxpr(traced_anew)(rows, vector(v), 1).jaxpr)
+    equations = _equations(jax.make_jaxpr(program(at_once))(rows, vector(v), filled).jaxpr)
     branches = [len(e.params["branches"]) for e in equations if e.primitive.name == "cond"]
     assert max(branches) == at_once + 1
-    new, norm, first, total, repeated = traced_anew(rows, vector(v), filled)
+    new, norm, first, total, repeated = program(at_once)(rows, vector(v), filled)
     leaves = layout.unpack(new)
     got = np.concatenate([np.ravel(leaves["a"]), np.ravel(leaves["b"])])
     expected = v - q[:filled].T @ (q[:filled] @ v)

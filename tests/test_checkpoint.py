@@ -188,7 +188,7 @@ def test_only_what_is_new_is_written(monkeypatch, tmp_path):
 
 
 def test_blocks_have_a_checkpoint_each(tmp_path):
-    blocks = {"a/b": operator(n=40), "c": operator(n=50)}
+    blocks = {"a/b": operator(n=40), "c": operator()}
     first = spectra.slq(blocks, **OPTIONS, checkpoint=tmp_path)
     again = spectra.slq(blocks, **OPTIONS, checkpoint=tmp_path)
     for name in blocks:
@@ -351,7 +351,7 @@ def ended_after_its_first_record(folder, saved):
 
 def test_sigterm_ends_with_code_75_and_the_same_command_goes_on_elsewhere(tmp_path):
     (tmp_path / "problem.py").write_text(textwrap.dedent(SCRIPT))
-    steps = ("--steps", "64", "--probes", "24")  # few steps compile soon, many probes take a while
+    steps = ("--steps", "32", "--probes", "48")  # few steps compile soon, many probes take a while
     saved = (*steps, "--checkpoint", "saved", "--checkpoint-minutes", "0.001")
     text = ended_after_its_first_record(tmp_path, saved)
     assert "goes on from there" in text

@@ -97,7 +97,7 @@ def test_empirical_fisher_is_the_second_moment_of_gradients(name, cut, dtype):
     mean = np.einsum("iam,ia->m", net.jacobians(), gradients) / N
     assert relative_error(centered.as_matrix(), expected - np.outer(mean, mean)) <= 2 * tolerance(dtype)
     vectors = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), net.params())
-    one = centered.mv(net.params())
+    one = centered @ net.params()
     for got, want in zip(jax.tree.leaves(centered.mv_batch(vectors)), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(got[1], 2 * want, rtol=0, atol=8 * tolerance(dtype) * np.abs(want).max())
 
