@@ -119,7 +119,9 @@ class LinearOperator(abc.ABC):
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """Products with a stack of vectors: leaves (k, *leaf.shape) in and out."""
-        return jax.vmap(self.mv)(vectors)
+        if self.on_host or _tree.is_traced((self, vectors)):
+            return jax.vmap(self.mv)(vectors)
+        return product_batch(self, vectors)
 
     def as_vector(self, v: PyTree, what: str = "the vector") -> PyTree:
         """`v`, a pytree or a flat array of shape (n,), as a pytree in the working dtypes."""
@@ -281,6 +283,12 @@ def _is_real_scalar(x) -> bool:
 def product(op: LinearOperator, v: PyTree) -> PyTree:
     """The compiled product."""
     return op.mv(v)
+
+
+@jax.jit
+def product_batch(op: LinearOperator, vectors: PyTree) -> PyTree:
+    """The compiled products with a stack of vectors."""
+    return jax.vmap(op.mv)(vectors)
 
 
 def _column(op: LinearOperator, i) -> jax.Array:

@@ -35,12 +35,6 @@ def gradient(op: "DataOperator") -> PyTree:
 
 
 @jax.jit
-def product_batch(op: "DataOperator", vectors: PyTree) -> PyTree:
-    """Products with a stack of vectors."""
-    return jax.vmap(op.mv)(vectors)
-
-
-@jax.jit
 def linearize(op: "DataOperator") -> tuple[jax.Array, Callable[[PyTree], PyTree]]:
     """The loss, and v -> A v with all values that do not depend on v saved: pytrees that jit returns."""
     zero = jax.tree.map(jnp.zeros_like, op._variables())

@@ -15,7 +15,7 @@ from spectra._mesh import automatic, on_automatic_axes
 from spectra.data import Stream, as_batch, batch_size, is_stream
 from spectra.operators import compiled
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
-from spectra.operators.base import LinearOperator, product
+from spectra.operators.base import LinearOperator, product, product_batch
 from spectra.operators.checks import check_functions, check_options, explain_non_finite
 from spectra.operators.modes import resolve_mode
 
@@ -175,7 +175,7 @@ class DataOperator(LinearOperator):
         """Products with a stack of vectors, sharing each pass over streamed data."""
         if self.stream is None:
             return super().mv_batch(vectors)
-        return weighted_sum(lambda piece: compiled.product_batch(piece, vectors), self._pieces())
+        return weighted_sum(lambda piece: product_batch(piece, vectors), self._pieces())
 
     def prepare(self) -> LinearOperator:
         """Save what all products share, if asked to or if it fits; check the loss.

@@ -89,6 +89,13 @@ def dense_hessian(
 
 def _blocks(matrix: jax.Array, structure: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(structure)
+    rows = _cut(matrix, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    return treedef.unflatten([treedef.unflatten(row) for row in rows])
+
+
+@partial(jax.jit, static_argnames="kinds")
+def _cut(matrix: jax.Array, kinds: tuple) -> list[list[jax.Array]]:
+    leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
     offsets = _offsets(leaves)
 
     def block(i, j):
@@ -97,7 +104,7 @@ def _blocks(matrix: jax.Array, structure: PyTree) -> PyTree:
         return part.astype(jnp.promote_types(leaves[i].dtype, leaves[j].dtype))
 
     count = range(len(leaves))
-    return treedef.unflatten([treedef.unflatten([block(i, j) for j in count]) for i in count])
+    return [[block(i, j) for j in count] for i in count]
 
 
 def hessian_matrix(op: HessianOperator) -> jax.Array:
