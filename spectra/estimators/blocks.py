@@ -31,6 +31,19 @@ def draw(op: LinearOperator, key: jax.Array, indices: jax.Array, kind: str) -> P
     return _draw(key, indices, op.structure, kind)
 
 
+def draw_with_noise(op: LinearOperator, key: jax.Array, indices: jax.Array, kind: str, noise: jax.Array):
+    """Probes, and as many normal vectors from the key `noise`: (probes, vectors).
+
+    Together where both are normal: compiling the generator takes longer than all else in a sketch.
+    """
+    others = jnp.arange(len(indices))
+    if kind != "normal":
+        return draw(op, key, indices, kind), draw(op, noise, others, "normal")
+    keys, numbers = jnp.stack([key, noise]), jnp.stack([indices, others])
+    both = jax.vmap(lambda key, indices: _draw(key, indices, op.structure, kind))(keys, numbers)
+    return tuple(jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1))
+
+
 def _draw(key: jax.Array, indices: jax.Array, structure: PyTree, kind: str) -> PyTree:
     distribution = getattr(jax.random, kind)
     return jax.vmap(lambda i: _tree.sample(jax.random.fold_in(key, i), structure, distribution))(indices)
@@ -106,13 +119,13 @@ def products(op: LinearOperator, stack: PyTree, batch: int) -> PyTree:
 
 
 @jax.jit
-def orthonormalize(stack: PyTree, against: PyTree | None, key: jax.Array) -> PyTree:
+def orthonormalize(stack: PyTree, against: PyTree | None, noise: PyTree) -> PyTree:
     """k orthonormal vectors, orthogonal to `against`, whose span holds the stack to rounding.
 
-    Dependent vectors are no exception: noise of the size of their rounding error takes the place of
-    what is missing, so the result always has k orthonormal rows (as Householder's QR would give, but
-    from inner products alone). Each pass divides by the eigenvalues of the scaled Gram matrix, clipped
-    at eps: never by a small pivot.
+    Dependent vectors are no exception: `noise`, k normal vectors scaled to their rounding error, takes the
+    place of what is missing, so the result always has k orthonormal rows (as Householder's QR would
+    give, but from inner products alone). Each pass divides by the eigenvalues of the scaled Gram
+    matrix, clipped at eps: never by a small pivot.
 
     References:
         Stathopoulos and Wu, doi:10.1137/S1064827500370883.
@@ -122,9 +135,8 @@ def orthonormalize(stack: PyTree, against: PyTree | None, key: jax.Array) -> PyT
     eps = jnp.finfo(dtype).eps
     structure = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stack)
     longest = jnp.sqrt(jnp.max(jnp.sum(row_dots(stack, stack), axis=0)))
-    noise = JITTER * eps * longest / _tree.tree_size(structure) ** 0.5
-    noise = jnp.where(longest > 0, noise, 1)
-    stack = _tree.axpy(noise, _draw(key, jnp.arange(k), structure, "normal"), stack)
+    size = JITTER * eps * longest / _tree.tree_size(structure) ** 0.5
+    stack = _tree.axpy(jnp.where(longest > 0, size, 1), noise, stack)
     for _ in range(PASSES):
         if against is not None:
             stack = subtract(stack, combine(jnp.sum(gram(stack, against), axis=0), against))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spectra.estimators import blocks, leave_one_out
 from spectra.estimators.leave_one_out import Sketch
@@ -73,11 +74,14 @@ class SketchRun:
 
 def _grow(op, key, held: Held | None, *, start, stop, kind, batch, project, grouped):
     """More probes and their images; with `project` also a basis of all images and its, and inner products."""
-    probes = blocks.draw(op, key, jnp.arange(start, stop), kind)
-    images = blocks.products(op, probes, batch)
-    basis = basis_images = None
+    indices, basis, basis_images, noise = np.arange(start, stop), None, None, None
     if project:
-        noise = jax.random.fold_in(jax.random.fold_in(key, _BASIS), stop)
+        other = jax.random.fold_in(jax.random.fold_in(key, _BASIS), stop)
+        probes, noise = blocks.draw_with_noise(op, key, indices, kind, other)
+    else:
+        probes = blocks.draw(op, key, indices, kind)
+    images = blocks.products(op, probes, batch)
+    if project:
         basis = blocks.orthonormalize(images, held and held.basis, noise)
         basis_images = blocks.products(op, basis, batch)
     new = Held(probes, images, basis, basis_images)
