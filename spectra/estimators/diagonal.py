@@ -1,10 +1,10 @@
 """The diagonal of an operator, entry by entry with its error."""
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from spectra import _tree
@@ -100,7 +100,7 @@ def diagonal(
     )
     value, stderr, fields = _RUNNERS[method](run, num_matvecs)
     if not run.traced:
-        run.host(jnp.stack([jnp.sum(leaf) for leaf in jax.tree.leaves((value, stderr))]))
+        run.host(_sums((value, stderr)))
     fields |= {"method": method, "reason": reason}
     if run.traced:
         fields["status"] = Status.TRACED
@@ -108,6 +108,12 @@ def diagonal(
     if by is None:
         return total
     return Estimate(_grouped(run, value), _grouped(run, stderr), total=total, **fields)
+
+
+@jax.jit
+def _sums(tree: PyTree) -> jax.Array:
+    """The sum of each leaf: not finite where the leaf is not."""
+    return jnp.stack([jnp.sum(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def _grouped(run: Run, tree: PyTree) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def _hutchinson(run: Run, num_matvecs: int):
     def step(count):
         nonlocal state, done
         for start in range(done, count, run.batch):
-            indices = jnp.arange(start, min(start + run.batch, count))
+            indices = np.arange(start, min(start + run.batch, count))
             state = _accumulate(run, indices, state)
         done = count
         return _relative(run, *result())
@@ -145,7 +151,7 @@ def _hutchinson(run: Run, num_matvecs: int):
     def result():
         assert state is not None
         mean, spread, square = state
-        return mean, _hutchinson_error(spread, square, done, run.op.precision)
+        return mean, _hutchinson_error(spread, square, float(done), run.op.precision)
 
     status = adaptive(run, step, num_matvecs)
     value, stderr = result()
@@ -186,13 +192,13 @@ def _merge(stack: PyTree, products: PyTree, done, state):
     )
 
 
-@partial(jax.jit, static_argnames=("count", "precision"))
-def _hutchinson_error(spread: PyTree, square: PyTree, count: int, precision: float) -> PyTree:
+@jax.jit
+def _hutchinson_error(spread: PyTree, square: PyTree, count, precision) -> PyTree:
     """Of one probe the spread is unknown; (Hv)_i² bounds it on average."""
 
     def one(s, q):
-        variance = s / (count * (count - 1)) if count > 1 else q
-        return jnp.sqrt(variance + precision**2 * q)
+        variance = jnp.where(count > 1, s / jnp.maximum(count * (count - 1), 1), q)
+        return jnp.sqrt(variance + precision**2 * q).astype(q.dtype)
 
     return jax.tree.map(one, spread, square)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from spectra import _tree
@@ -21,7 +22,7 @@ def columns(run: Run) -> tuple[jax.Array, jax.Array]:
         return _columns(op, run.batch)
     parts = []
     for start in range(0, n, run.batch):
-        indices = jnp.arange(start, min(start + run.batch, n))
+        indices = np.arange(start, min(start + run.batch, n))
         parts.append(_entries(op.mv_batch(_units(op, indices)), indices))
     return tuple(jnp.concatenate(x) for x in zip(*parts, strict=True))  # pyright: ignore[reportReturnType]
 

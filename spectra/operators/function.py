@@ -45,9 +45,8 @@ class MatrixOperator(LinearOperator):
             raise StructureError(f"a MatrixOperator needs a real matrix, got dtype {matrix.dtype}.")
         matrix = on_automatic_axes(matrix).astype(_tree.working_dtype(matrix.dtype))
         if not _tree.is_traced(matrix):
-            difference = float(jnp.max(jnp.abs(matrix - matrix.T)))
-            limit = float(jnp.finfo(matrix.dtype).eps) ** 0.5 * float(jnp.max(jnp.abs(matrix)))
-            if difference > limit:
+            difference, largest = map(float, _asymmetry(matrix))
+            if difference > float(jnp.finfo(matrix.dtype).eps) ** 0.5 * largest:
                 raise NotSymmetricError(
                     f"the matrix is not symmetric: |A - Aᵀ| reaches {difference:.2e}. Pass "
                     "(A + A.T) / 2 if the difference is rounding, or AᵀA for singular values."
@@ -62,6 +61,12 @@ class MatrixOperator(LinearOperator):
     def mv(self, v: jax.Array) -> jax.Array:
         """A v."""
         return jnp.matmul(self.matrix, v, precision=lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _asymmetry(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """max |A - Aᵀ| and max |A|."""
+    return jnp.max(jnp.abs(matrix - matrix.T)), jnp.max(jnp.abs(matrix))
 
 
 @operator(leaves=("example",))
