@@ -4,14 +4,17 @@ References are NumPy float64 and use neither JAX nor automatic differentiation. 
 add a function to `OPERATORS`; it inherits every test of products, dense matrices and quadratures.
 """
 
+import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import spectra
+from spectra.operators.base import LinearOperator, operator
 
 SHARP = pytest.mark.parametrize(
     "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)], indirect=True
@@ -61,6 +64,41 @@ def planted(eigenvalues: np.ndarray) -> np.ndarray:
     q = rotation(len(eigenvalues))
     a = (q * eigenvalues) @ q.T
     return (a + a.T) / 2
+
+
+@operator(leaves=("entries",))
+class Diagonal(LinearOperator):
+    """diag(entries). Entries are a leaf: one compiled program serves all spectra of one order."""
+
+    entries: jax.Array
+
+    @property
+    def like(self):
+        return self.entries
+
+    def mv(self, v):
+        return self.entries * v
+
+
+def diagonal(eigenvalues, dtype=None) -> Diagonal:
+    return Diagonal(jnp.asarray(eigenvalues, dtype))
+
+
+def runs_of(num_probes: int, quadrature):
+    """A quadrature of many probes as runs of `num_probes` each: what as many keys would give, in one call.
+
+    Probe i depends on the key and i alone, so the runs are independent of each other.
+    """
+    for start in range(0, quadrature.num_probes, num_probes):
+        yield _rows(quadrature, slice(start, start + num_probes))
+
+
+def _rows(quadrature, rows: slice):
+    fields = ("nodes", "weights", "residuals", "lengths", "asymmetry")
+    arrays = {name: getattr(quadrature, name)[rows] for name in fields}
+    bulk = quadrature.bulk and _rows(quadrature.bulk, rows)
+    products = int(np.sum(arrays["lengths"]))
+    return dataclasses.replace(quadrature, **arrays, bulk=bulk, num_matvecs=products)
 
 
 def ridge_loss(params, batch):

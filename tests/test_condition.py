@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 import readme_code
 import scipy.linalg
-from cases import planted, rotation, slow_but
+from cases import diagonal, planted, rotation, slow_but
 
 import spectra
 
 KEY = jax.random.key(0)
 EPS = np.finfo(float).eps
-
-
-def diagonal(entries):
-    entries = jnp.asarray(entries)
-    return spectra.FunctionOperator(lambda v: entries * v, entries)
 
 
 # W. Gautschi and others; spectral condition numbers of Hilbert matrices to the digits published.

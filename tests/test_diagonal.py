@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPERATORS, SPECTRA, Ridge, planted, rotation
+from cases import OPERATORS, SPECTRA, N, Ridge, diagonal, planted
 from scipy.stats import t as student
 
 import spectra
 
 KEY = jax.random.key(0)
-N = 40
+BUDGET = 32  # one order and one budget wherever neither matters: the compiled code is shared
+KEYS = jax.random.split(jax.random.key(7), 400)
 
 
 def signs(i, n=N):
@@ -22,14 +23,8 @@ def signs(i, n=N):
 
 @partial(jax.jit, static_argnums=2)
 def mapped(op, keys, method):
-    def one(key):
-        estimate = spectra.diagonal(op, key=key, method=method, num_matvecs=32)
-        return estimate.value, estimate.stderr
-
-    return jax.vmap(one)(keys)
-
-
-jitted = jax.jit(lambda op: spectra.diagonal(op, key=KEY, method="xdiag", num_matvecs=40))
+    """An estimate for each key: one program for all operators."""
+    return jax.vmap(lambda key: spectra.diagonal(op, key=key, method=method, num_matvecs=BUDGET))(keys)
 
 
 def naive_xdiag(a, probes, keep, j):
@@ -74,24 +69,23 @@ def test_hutchinson_equals_its_definition(x64):
 @pytest.mark.parametrize("method", ["hutchinson", "exact"])
 def test_a_diagonal_operator_has_its_diagonal(method, dtype):
     entries = jnp.asarray(np.linspace(-2, 3, N), dtype)
-    op = spectra.FunctionOperator(lambda v: entries * v, entries)
-    got = spectra.diagonal(op, key=KEY, method=method, num_matvecs=3)
+    got = spectra.diagonal(diagonal(entries), key=KEY, method=method, num_matvecs=3)
     np.testing.assert_allclose(got.value, entries, rtol=4 * float(jnp.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("name", ["zero", "rank deficient", "multiple of the identity", "two scales"])
 def test_degenerate_operators_give_no_nan(name, dtype):
-    eigenvalues = np.append([1e4, 1e-4], np.zeros(46)) if name == "two scales" else SPECTRA[name]
+    eigenvalues = np.append([1e4, 1e-4], np.zeros(N - 2)) if name == "two scales" else SPECTRA[name]
     a = planted(eigenvalues)
     op = spectra.MatrixOperator(jnp.asarray(a, dtype))
-    got = spectra.diagonal(op, key=KEY, method="xdiag", num_matvecs=40)
-    traced = jitted(op)
+    got = spectra.diagonal(op, key=KEY, method="xdiag", num_matvecs=BUDGET)
+    traced = mapped(op, KEYS, "xdiag")
     eps, size = float(jnp.finfo(dtype).eps), np.abs(eigenvalues).max()
-    for estimate in (got, traced):
-        error = np.abs(np.asarray(estimate.value, np.float64) - np.diag(a))
-        assert np.isfinite(estimate.stderr).all()
-        # Six standard errors of t with 19 degrees of freedom, 48 entries: 4e-4; and n roundings of |H|.
-        assert (error <= 6 * np.asarray(estimate.stderr) + 2 * 48 * eps * size).all()
+    for value, stderr in ((got.value, got.stderr), (traced.value[0], traced.stderr[0])):
+        error = np.abs(np.asarray(value, np.float64) - np.diag(a))
+        assert np.isfinite(stderr).all()
+        # Six standard errors of t with 15 degrees of freedom, 48 entries: 1e-3; and n roundings of |H|.
+        assert (error <= 6 * np.asarray(stderr) + 2 * 48 * eps * size).all()
     if name in ("zero", "rank deficient", "two scales"):
         assert np.abs(np.asarray(got.value) - np.diag(a)).max() <= 2 * 48 * eps * size
     assert traced.status is spectra.Status.TRACED
@@ -103,12 +97,14 @@ def test_intervals_hold_at_their_rate(method, name, x64):
     index = np.arange(float(N))
     eigenvalues = {"flat": 3 - index / N, "polynomial": (index + 1) ** -2, "exponential": 0.8**index}[name]
     a = planted(eigenvalues)
-    op = spectra.MatrixOperator(a)
-
-    values, errors = map(np.asarray, mapped(op, jax.random.split(jax.random.key(7), 400), method))
-    dof = 31 if method == "hutchinson" else 15
-    held = np.abs(values - np.diag(a)) <= student.ppf(0.975, dof) * errors
+    estimate = mapped(spectra.MatrixOperator(a), KEYS, method)
+    errors, stderr = np.asarray(estimate.value) - np.diag(a), np.asarray(estimate.stderr)
+    held = np.abs(errors) <= student.ppf(0.975, 31 if method == "hutchinson" else 15) * stderr
     assert held.mean() >= 0.92
+    # The error stated, beside the true one, over 400 keys and 48 entries; the mean square of one entry is
+    # good to 7 %. What bounding a covariance costs XDiag is what it costs XTrace, see `leave_one_out`.
+    ratio = np.sqrt(np.mean(stderr**2) / np.mean(errors**2))
+    assert 0.9 <= ratio <= {"hutchinson": 1.1, "xdiag": 4.0}[method]
     if method == "hutchinson":
         assert held.mean() <= 0.98
 
@@ -117,8 +113,8 @@ def test_intervals_hold_at_their_rate(method, name, x64):
 def test_the_batch_of_probes_changes_rounding_only(method, x64):
     op = spectra.MatrixOperator(jnp.asarray(planted(0.8 ** np.arange(N))))
     values = [
-        spectra.diagonal(op, key=KEY, method=method, num_matvecs=30, probe_batch=batch).value
-        for batch in (1, 7, 30)
+        spectra.diagonal(op, key=KEY, method=method, num_matvecs=BUDGET, probe_batch=batch).value
+        for batch in (1, 7, BUDGET)
     ]
     assert np.ptp(values, axis=0).max() <= 10 * N * np.finfo(np.float64).eps
 
@@ -138,7 +134,7 @@ def test_a_tolerance_and_a_stream_and_groups(x64, tmp_path):
     ridge = Ridge(width=30)
     op, dense = ridge.operator(ridge.parts(5)), ridge.hessian()
     got = spectra.diagonal(
-        op, key=KEY, method="hutchinson", num_matvecs=100, tol=0.9, by="leaf", probe_batch=16
+        op, key=KEY, method="hutchinson", num_matvecs=100, tol=0.9, by="leaf", probe_batch=4
     )
     assert got.status is spectra.Status.CONVERGED
     assert got.num_matvecs < 100
@@ -148,9 +144,9 @@ def test_a_tolerance_and_a_stream_and_groups(x64, tmp_path):
     assert "arrays" in repr(got)
     loaded = spectra.load(spectra.save(got.total, tmp_path / "diagonal"))
     np.testing.assert_array_equal(loaded.value["w"], got.value["w"])
-    layers = spectra.diagonal(op, key=KEY, num_matvecs=12, by="layer")
+    layers = spectra.diagonal(op, key=KEY, num_matvecs=24, by="layer", probe_batch=4)
     assert (layers.method, list(layers.value["w"])) == ("xdiag", ["w"])
-    short = spectra.diagonal(op, key=KEY, num_matvecs=30, tol=1e-9)
+    short = spectra.diagonal(op, key=KEY, num_matvecs=24, tol=1e-9, probe_batch=4)
     assert short.status in (spectra.Status.BUDGET_EXHAUSTED, spectra.Status.CONVERGED)
 
 
@@ -159,19 +155,21 @@ def test_a_tolerance_and_a_stream_and_groups(x64, tmp_path):
 def test_estimates_are_equivariant_under_scaling(method, scale, x64):
     a = planted(SPECTRA["rank deficient"])
     one, other = (
-        spectra.diagonal(spectra.MatrixOperator(c * a), key=KEY, method=method, num_matvecs=24)
+        spectra.diagonal(spectra.MatrixOperator(c * a), key=KEY, method=method, num_matvecs=BUDGET)
         for c in (1.0, scale)
     )
     np.testing.assert_allclose(other.value / scale, one.value, rtol=0, atol=1e-12)
 
 
-def test_arguments_out_of_range_are_named():
-    op = spectra.MatrixOperator(jnp.asarray(rotation(80) @ rotation(80).T))
+def test_arguments_out_of_range_are_named(x64):
+    op = spectra.MatrixOperator(np.eye(N))
     for options in ({"method": "none"}, {"num_matvecs": 3, "method": "xdiag"}, {"tol": 0.0}, {"key": None}):
         name = next(iter(options))
         with pytest.raises(spectra.SpectraError, match=f"{name}="):
-            spectra.diagonal(op, **({"key": KEY} | options))
-    broken = spectra.FunctionOperator(lambda v: v / 0.0, jnp.zeros(100))
-    for method in ("hutchinson", "xdiag", "exact"):
+            spectra.diagonal(op, **({"key": KEY, "num_matvecs": BUDGET} | options))
+    overflowing = spectra.MatrixOperator(np.full((N, N), 1e308))
+    for method in ("hutchinson", "xdiag"):
         with pytest.raises(spectra.NonFiniteError):
-            spectra.diagonal(broken, key=KEY, method=method)
+            spectra.diagonal(overflowing, key=KEY, method=method, num_matvecs=BUDGET)
+    with pytest.raises(spectra.NonFiniteError):
+        spectra.diagonal(diagonal(np.full(N, np.nan)), key=KEY, method="exact")

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPERATORS, SHARP, SPECTRA, Ridge, planted, slow_but
+from cases import OPERATORS, SHARP, SPECTRA, N, Ridge, planted, slow_but
 from scipy.stats import t as student
 
 import spectra
+from spectra.operators.base import LinearOperator, operator
 
 KEY = jax.random.key(0)
 METHODS = ("hutchinson", "hutch++", "xtrace", "xnystrace")
-N = 60
+BUDGET = 24  # one order and one budget wherever neither matters: the compiled code is shared
 DECAYS = {
     "flat": np.linspace(3.0, 1.0, N),
     "polynomial": np.arange(1.0, N + 1) ** -2,
@@ -23,19 +24,27 @@ DECAYS = {
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def jitted(op, key, method, num_matvecs):
-    return spectra.trace(op, key=key, method=method, num_matvecs=num_matvecs)
-
-
-@partial(jax.jit, static_argnums=(2, 3))
 def mapped(op, keys, method, num_matvecs):
-    """Value and error for each key: one program for all operators of one size."""
+    """An estimate for each key: one program for all operators of one size."""
+    return jax.vmap(lambda key: spectra.trace(op, key=key, method=method, num_matvecs=num_matvecs))(keys)
 
-    def one(key):
-        estimate = spectra.trace(op, key=key, method=method, num_matvecs=num_matvecs)
-        return estimate.value, estimate.stderr
 
-    return jax.vmap(one)(keys)
+KEYS, MANY = (jax.random.split(jax.random.key(7), count) for count in (400, 1600))
+
+
+@operator(leaves=("matrix",))
+class TwoLeaves(LinearOperator):
+    """A matrix on vectors of two leaves, the first of which holds 15 numbers."""
+
+    matrix: jax.Array
+
+    @property
+    def like(self):
+        return {"b": self.matrix[0, :15], "w": self.matrix[0, 15:]}
+
+    def mv(self, v):
+        product = self.matrix @ jnp.concatenate([v["b"], v["w"]])
+        return {"b": product[:15], "w": product[15:]}
 
 
 def sum_of_squares(params, batch):
@@ -110,13 +119,7 @@ def test_sketches_equal_a_naive_leave_one_out(method, name, x64):
     if name == "indefinite" and method == "xnystrace":
         pytest.skip("XNysTrace is for positive semi-definite operators")
     a, n, m = planted(eigenvalues), 40, 8
-    op = spectra.FunctionOperator(
-        lambda v: {
-            "b": a[:15, :15] @ v["b"] + a[:15, 15:] @ v["w"],
-            "w": a[15:, :15] @ v["b"] + a[15:, 15:] @ v["w"],
-        },
-        {"b": jnp.zeros(15), "w": jnp.zeros(25)},
-    )
+    op = TwoLeaves(jnp.asarray(a))
     probes = np.stack([np.concatenate([draw(15, i), draw(25, i, leaf=1)]) for i in range(m)], axis=1)
     groups = [slice(0, 15), slice(15, n), slice(0, n)]
     one = partial({"xtrace": naive_xtrace, "xnystrace": naive_xnystrace}[method], a, probes, groups=groups)
@@ -157,47 +160,46 @@ def test_degenerate_operators_are_exact(method, name, dtype):
     eigenvalues = DEGENERATE[name]
     truth, size = eigenvalues.sum(), np.abs(eigenvalues).max()
     op = spectra.MatrixOperator(jnp.asarray(planted(eigenvalues), dtype))
-    eager = spectra.trace(op, key=KEY, method=method, num_matvecs=40)
-    traced = jitted(op, KEY, method, 40)
+    eager = spectra.trace(op, key=KEY, method=method, num_matvecs=BUDGET)
+    traced = mapped(op, KEYS, method, BUDGET)
     # n roundings of |H|, and as many for the dense matrix itself. The smallest eigenvalue of the Gram
-    # matrix of m = 40 normal probes, (sqrt(n) - sqrt(m))², amplifies what rounding does to the core.
+    # matrix of m = 24 normal probes, (sqrt(n) - sqrt(m))², amplifies what rounding does to the core.
     tol = 2 * N * float(jnp.finfo(dtype).eps) * size
     if method == "xnystrace":
-        tol *= N / (N**0.5 - 40**0.5) ** 2
-    for estimate in (eager, traced):
-        assert abs(float(estimate.value) - truth) <= tol
-        assert 0 <= float(estimate.stderr) <= tol
+        tol *= N / (N**0.5 - BUDGET**0.5) ** 2
+    for value, stderr in ((eager.value, eager.stderr), (traced.value[0], traced.stderr[0])):
+        assert abs(float(value) - truth) <= tol
+        assert 0 <= float(stderr) <= tol
     assert traced.status is spectra.Status.TRACED
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_exponential_of_a_rank_deficient_matrix(method):
-    exponents = np.append(np.arange(1.0, 6.0) / 2, np.zeros(95))
+def test_the_exponential_of_a_rank_deficient_matrix(method, x64):
+    exponents = np.append(np.arange(1.0, 6.0) / 2, np.zeros(N - 5))
     op = spectra.MatrixOperator(planted(np.exp(exponents)))
-    estimate = spectra.trace(op, key=KEY, method=method, num_matvecs=60)
-    # A normal error of four standard errors has probability 6e-5; 19 degrees of freedom at worst: 8e-4.
+    estimate = spectra.trace(op, key=KEY, method=method, num_matvecs=BUDGET)
+    # A normal error of four standard errors has probability 6e-5; 7 degrees of freedom at worst: 5e-3.
     assert abs(estimate.value - np.exp(exponents).sum()) <= 4 * estimate.stderr
     assert estimate.stderr <= 0.1 * estimate.value
-
-
-def coverage(method, eigenvalues, num_matvecs, keys=400):
-    """Share of keys whose 95 % interval holds the trace."""
-    op = spectra.MatrixOperator(planted(eigenvalues))
-    many = jax.random.split(jax.random.key(7), keys)
-    values, errors = map(np.asarray, mapped(op, many, method, num_matvecs))
-    dof = jax.eval_shape(lambda key: jitted(op, key, method, num_matvecs), KEY).dof
-    return np.mean(np.abs(values - eigenvalues.sum()) <= student.ppf(0.975, dof) * errors)
 
 
 @pytest.mark.parametrize("name", DECAYS)
 @pytest.mark.parametrize("method", METHODS)
 def test_intervals_hold_at_their_rate(method, name, x64):
     # 400 keys: a true rate of 95 % gives 95 ± 1.1 %. Student's t is for samples that are not too skewed:
-    # 64 probes, the default budget, are enough where one eigenvalue dominates.
-    held = coverage(method, DECAYS[name], 64 if method == "hutchinson" else 24)
+    # 64 probes, the default budget, are enough where one eigenvalue dominates, for 93 % there: 1600 keys.
+    op, truth = spectra.MatrixOperator(planted(DECAYS[name])), DECAYS[name].sum()
+    keys, num_matvecs = (MANY, 64) if method == "hutchinson" else (KEYS, BUDGET)
+    estimate = mapped(op, keys, method, num_matvecs)
+    errors, stderr = np.asarray(estimate.value) - truth, np.asarray(estimate.stderr)
+    held = np.mean(np.abs(errors) <= student.ppf(0.975, estimate.dof) * stderr)
     assert held >= 0.92
     if method == "hutchinson":
         assert held <= 0.98
+    # The error stated, beside the true one, whose mean square over 400 keys is good to 7 %, twice that where
+    # it is skewed: the root to 15 % at two sigma. `leave_one_out` says what bounding a covariance costs.
+    ratio = np.sqrt(np.mean(stderr**2) / np.mean(errors**2))
+    assert 0.85 <= ratio <= {"xtrace": 4.0, "xnystrace": 1.3}.get(method, 1.15)
 
 
 def test_intervals_of_adaptive_runs_hold(x64):
@@ -222,21 +224,21 @@ def test_intervals_of_adaptive_runs_hold(x64):
 def test_a_tolerance_ends_a_sketch_early(method, x64):
     op = spectra.MatrixOperator(planted(DECAYS["exponential"]))
     truth = DECAYS["exponential"].sum()
-    estimate = spectra.trace(op, key=KEY, method=method, num_matvecs=56, tol=0.05)
+    estimate = spectra.trace(op, key=KEY, method=method, num_matvecs=36, tol=0.05)
     assert estimate.status is spectra.Status.CONVERGED
-    assert estimate.num_matvecs < 56
+    assert estimate.num_matvecs < 36
     assert abs(estimate.value - truth) <= 4 * estimate.stderr
     flat = spectra.MatrixOperator(planted(DECAYS["flat"]))
-    tight = spectra.trace(flat, key=KEY, method=method, num_matvecs=40, tol=1e-9)
+    tight = spectra.trace(flat, key=KEY, method=method, num_matvecs=36, tol=1e-9)
     assert tight.status is spectra.Status.BUDGET_EXHAUSTED
-    assert tight.num_matvecs <= 40
+    assert tight.num_matvecs <= 36
 
 
 @pytest.mark.parametrize("method", slow_but([*METHODS, "exact"], "hutchinson", "xtrace", "exact"))
 def test_the_batch_of_probes_changes_rounding_only(method, x64):
     op = spectra.MatrixOperator(jnp.asarray(planted(DECAYS["polynomial"])))
-    run = partial(spectra.trace, op, key=KEY, method=method, num_matvecs=30)
-    values = [run(probe_batch=batch).value for batch in (1, 7, 30)]
+    run = partial(spectra.trace, op, key=KEY, method=method, num_matvecs=BUDGET)
+    values = [run(probe_batch=batch).value for batch in (1, 7, BUDGET)]
     # Forms of vectors of length sqrt(n) with n roundings of |H| = 1 each.
     assert np.ptp(values) <= 10 * N * np.finfo(np.float64).eps
 
@@ -255,8 +257,9 @@ def test_published_rates(method, x64):
         op = spectra.MatrixOperator(planted(eigenvalues))
         errors = []
         for num_matvecs in (16, 64):
-            values, _ = mapped(op, jax.random.split(KEY, 24), method, num_matvecs)
-            errors.append(np.sqrt(np.mean((np.asarray(values) - eigenvalues.sum()) ** 2)))
+            run = partial(spectra.trace, op, method=method, num_matvecs=num_matvecs)
+            values = np.array([run(key=key).value for key in KEYS[:24]])
+            errors.append(np.sqrt(np.mean((values - eigenvalues.sum()) ** 2)))
         ratio[name] = errors[0] / errors[1]
     if method == "hutchinson":
         # 1 / sqrt(k): a factor of 2, within 45 % for 24 keys (two errors, 14 % each, three sigma).
@@ -275,13 +278,13 @@ def test_published_rates(method, x64):
 @pytest.mark.parametrize("name", ["decaying", "rank deficient", "zero"])
 def test_estimates_are_equivariant_under_scaling(name, method, scale, x64):
     a = planted(SPECTRA[name])
-    run = partial(spectra.trace, key=KEY, method=method, num_matvecs=24)
+    run = partial(spectra.trace, key=KEY, method=method, num_matvecs=BUDGET)
     one, other = run(spectra.MatrixOperator(a)), run(spectra.MatrixOperator(scale * a))
     tol = 1e3 * np.finfo(float).eps * np.abs(SPECTRA[name]).sum()
     assert abs(other.value / scale - one.value) <= tol
     assert abs(other.stderr / scale - one.stderr) <= tol
     norms = [
-        spectra.frobenius_norm(spectra.MatrixOperator(c * a), key=KEY, num_matvecs=24) for c in (1, scale)
+        spectra.frobenius_norm(spectra.MatrixOperator(c * a), key=KEY, num_matvecs=BUDGET) for c in (1, scale)
     ]
     assert abs(norms[1].value / scale - norms[0].value) <= tol
 
@@ -295,40 +298,42 @@ def test_every_operator_has_its_trace(name):
     exact = spectra.trace(op, key=None, method="exact")
     assert abs(exact.value - np.trace(dense)) <= n * n * op.precision * size
     if n < 20:
-        sampled = spectra.trace(op, key=KEY, method="hutchinson", num_matvecs=20, probe_batch=6)
+        sampled = spectra.trace(op, key=KEY, method="hutchinson", num_matvecs=BUDGET, probe_batch=6)
     else:
-        sampled = spectra.trace(op, key=KEY, num_matvecs=20, probe_batch=6)
+        sampled = spectra.trace(op, key=KEY, num_matvecs=BUDGET, probe_batch=6)
         assert sampled.method == "xtrace"
-    # 4.5 standard errors of Student's t with 9 degrees of freedom: 0.15 %.
+    # 4.5 standard errors of Student's t with 11 degrees of freedom: 0.09 %.
     assert abs(sampled.value - np.trace(dense)) <= 4.5 * sampled.stderr
 
 
 def test_groups_share_the_products(x64):
-    ridge = Ridge(width=30)
+    ridge = Ridge(width=31)
     op, dense = ridge.operator(ridge.parts(5)), ridge.hessian()  # a stream; leaves b, w
     blocks = {"b": dense[0, 0], "w": np.trace(dense[1:, 1:])}
-    for method in (*METHODS[:3], "exact"):
-        got = spectra.trace(op, key=KEY, method=method, num_matvecs=12, by="leaf")
+    # Products eight at a time, whatever the method: one program multiplies for all.
+    for method, num_matvecs in {"hutchinson": 16, "hutch++": BUDGET, "xtrace": 16, "exact": BUDGET}.items():
+        run = partial(spectra.trace, op, key=KEY, method=method, num_matvecs=num_matvecs, probe_batch=8)
+        got = run(by="leaf")
         assert list(got.value) == ["b", "w"]
         for name, truth in blocks.items():
             assert abs(got.value[name] - truth) <= 5 * got.stderr[name] + 1e-12
         assert sum(got.value.values()) == pytest.approx(got.total.value, rel=1e-12)
-        plain = spectra.trace(op, key=KEY, method=method, num_matvecs=12)
+        plain = run()
         assert plain.value == pytest.approx(got.total.value, rel=1e-12)
         assert plain.num_matvecs == got.num_matvecs
-    layers = spectra.trace(op, key=None, method="exact", by="layer")
+    layers = spectra.trace(op, key=None, method="exact", by="layer", probe_batch=8)
     assert list(layers.value) == ["b", "w"]
     assert "Estimate" in repr(layers)
 
 
-@pytest.mark.parametrize("num_matvecs", [1, 40, 100])
+@pytest.mark.parametrize("num_matvecs", [1, BUDGET, 100])
 @pytest.mark.parametrize("name", ["decaying", "indefinite", "rank deficient"])
 def test_frobenius_norm(name, num_matvecs, x64):
     op = spectra.MatrixOperator(planted(SPECTRA[name]))
     got = spectra.frobenius_norm(op, key=KEY, num_matvecs=num_matvecs)
     truth = np.linalg.norm(SPECTRA[name])
     assert abs(got.value - truth) <= 4 * got.stderr + 1e-13 * truth
-    assert got.method == {1: "hutchinson", 40: "xtrace", 100: "exact"}[num_matvecs]
+    assert got.method == {1: "hutchinson", BUDGET: "xtrace", 100: "exact"}[num_matvecs]
 
 
 def test_model_trace_is_that_of_the_composed_loss():
@@ -348,17 +353,19 @@ def test_model_trace_is_that_of_the_composed_loss():
     assert groups.value["b"] == pytest.approx(2.0, rel=1e-5)
 
 
-def test_auto_states_its_reason(monkeypatch):
-    small, large = (spectra.MatrixOperator(jnp.eye(n)) for n in (10, 100))
+def test_auto_states_its_reason(monkeypatch, x64):
+    small, large = (spectra.MatrixOperator(np.eye(n)) for n in (10, N))
     assert spectra.trace(small, key=KEY).method == "exact"
-    assert "n=100 exceeds num_matvecs=32" in spectra.trace(large, key=KEY, num_matvecs=32).reason
+    reason = spectra.trace(large, key=KEY, num_matvecs=BUDGET).reason
+    assert f"n={N} exceeds num_matvecs={BUDGET}" in reason
     assert spectra.trace(large, key=KEY, num_matvecs=3).method == "hutchinson"
-    monkeypatch.setattr("spectra._memory.available_bytes", lambda device=None: 40_000)
-    scarce = spectra.trace(large, key=KEY)
+    # A sketch would hold 48 vectors of 48 numbers, 18 kB, and half of what is free is 15 kB.
+    monkeypatch.setattr("spectra._memory.available_bytes", lambda device=None: 30_000)
+    scarce = spectra.trace(large, key=KEY, num_matvecs=BUDGET)
     assert scarce.method == "hutchinson"
     assert "KiB" in scarce.reason
     with pytest.raises(spectra.MemoryLimitError, match="method='hutchinson'"):
-        spectra.trace(large, key=KEY, method="xnystrace", num_matvecs=99)
+        spectra.trace(large, key=KEY, method="xnystrace", num_matvecs=40)
 
 
 BAD = {
@@ -380,27 +387,26 @@ def test_arguments_out_of_range_are_named(text):
         spectra.trace(op, **({"key": KEY} | BAD[text]))
 
 
-def test_bad_operators_give_no_number():
-    indefinite = spectra.MatrixOperator(jnp.diag(jnp.linspace(-1.0, 1.0, 100)))
+def test_bad_operators_give_no_number(x64):
+    indefinite = spectra.MatrixOperator(planted(np.linspace(-1.0, 1.0, N)))
     with pytest.raises(spectra.SpectraError, match="positive semi-definite"):
-        spectra.trace(indefinite, key=KEY, method="xnystrace")
-    skewed = spectra.FunctionOperator(lambda v: jnp.cumsum(v), jnp.zeros(100))
+        spectra.trace(indefinite, key=KEY, method="xnystrace", num_matvecs=BUDGET)
+    skewed = spectra.FunctionOperator(jnp.cumsum, jnp.zeros(N))
     with pytest.raises(spectra.NotSymmetricError):
-        spectra.trace(skewed, key=KEY)
-    broken = spectra.FunctionOperator(lambda v: v / 0.0, jnp.zeros(100))
+        spectra.trace(skewed, key=KEY, num_matvecs=BUDGET)
+    overflowing = spectra.MatrixOperator(np.full((N, N), 1e308))
     for method in METHODS:
         with pytest.raises(spectra.NonFiniteError):
-            spectra.trace(broken, key=KEY, method=method)
+            spectra.trace(overflowing, key=KEY, method=method, num_matvecs=BUDGET)
     with pytest.raises(spectra.SpectraError, match="tol="):
         jax.jit(lambda key: spectra.trace(indefinite, key=key, tol=0.1).value)(KEY)
 
 
-def test_estimates_are_saved_and_printed(tmp_path):
-    op = spectra.MatrixOperator(jnp.eye(100))
-    for by in (None, "leaf"):
-        estimate = spectra.trace(op, key=KEY, num_matvecs=20, by=by)
+def test_estimates_are_saved_and_printed(tmp_path, x64):
+    for op, by in ((spectra.MatrixOperator(np.eye(N)), None), (TwoLeaves(jnp.eye(40)), "leaf")):
+        estimate = spectra.trace(op, key=KEY, num_matvecs=16 if by else BUDGET, by=by)
         assert spectra.load(spectra.save(estimate, tmp_path / "trace")) == estimate
-        assert "20 products" in repr(estimate)
+        assert f"{16 if by else BUDGET} products" in repr(estimate)
     with pytest.raises(spectra.SpectraError, match="level"):
         estimate.interval(1.5)
 
