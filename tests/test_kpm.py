@@ -18,7 +18,7 @@ def exact_density(eigenvalues, moments, grid):
     """The true spectrum under the same kernel: the density of its own moments."""
     a, b = moments.bounds
     angles = np.arccos(np.clip((2 * eigenvalues - a - b) / (b - a), -1, 1))
-    mu = np.cos(np.arange(moments.num_moments)[:, None] * np.atleast_1d(angles)).mean(axis=1)
+    mu = np.cos(np.arange(moments.num_moments)[:, None] * angles).mean(axis=1)
     exact = spectra.Moments(mu[None], moments.bounds, 10**12, 0, 0.0, moments.status)
     return spectra.spectral_density(exact, grid=grid).density
 

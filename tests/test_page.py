@@ -1,5 +1,6 @@
 """The report page: in a real browser, on a phone, in the dark, without a network; and notebook views."""
 
+import functools
 import html.parser
 import re
 import shutil
@@ -19,6 +20,7 @@ from spectra import cli
 HOSTILE = "<script>alert('x')</script> & \"quotes\" http://example.com/a.js"
 
 
+@functools.cache
 def spectrum_report(name="a network"):
     values = np.concatenate([np.linspace(-0.5, 1, 195), [5.0, 10, 20, 40, 80]])
     op = spectra.MatrixOperator(jnp.diag(jnp.asarray(values, jnp.float32)))
