@@ -158,7 +158,7 @@ def _hutchinson(run: Run, num_matvecs: int):
     return value, stderr, {"num_matvecs": done, "status": status, "dof": float(max(done - 1, 1))}
 
 
-def _accumulate(run: Run, indices: jax.Array, state):
+def _accumulate(run: Run, indices: np.ndarray, state):
     if run.op.on_host:
         stack = blocks.draw(run.op, run.key, indices, "rademacher")
         return _merge(stack, run.op.mv_batch(stack), indices[0], state)
