@@ -80,6 +80,8 @@ from spectra.results import (
 from spectra.training import SpectrumTracker
 from spectra.variability import DataVariability, data_variability
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Checkpoint",
     "CheckpointError",

@@ -228,15 +228,11 @@ def _condition_lower_bound(quadrature: Quadrature) -> float:
 
 def environment() -> dict[str, Any]:
     """Versions, device and date, for the provenance of a result."""
-    from importlib.metadata import PackageNotFoundError, version
+    import spectra  # the package's own version, which is complete only when everything has been imported
 
-    try:
-        own = version("spectra-jax")
-    except PackageNotFoundError:
-        own = "not installed"
     device = jax.local_devices()[0]
     return {
-        "spectra": own,
+        "spectra": spectra.__version__,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "device": f"{device.platform}: {device.device_kind}",

@@ -1,4 +1,4 @@
-"""The API page names every public name, once."""
+"""The API page names every public name, once; what repeats the version has the same."""
 
 import re
 from collections import Counter
@@ -22,6 +22,11 @@ def test_the_api_page_has_every_public_name_of_the_bridge():
     assert members is not None
     elsewhere = {"from_torch", "TorchModel"}  # spectra.from_torch and spectra.TorchModel
     assert set(members[1].split(", ")) | elsewhere == set(spectra.bridge.__all__)
+
+
+def test_the_citation_is_of_this_version():
+    cited = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), flags=re.M)
+    assert cited == [spectra.__version__]
 
 
 @pytest.mark.parametrize("source", sorted((ROOT / "notebooks").glob("[0-9]*.py")), ids=lambda p: p.stem)

@@ -115,7 +115,7 @@ def _reproduce(result: Any, facts: dict[str, Any], source: str) -> Section:
         )
         text += paragraph("To compute it again, where op is the same operator on the same data:")
         text += f"<pre>{html.escape(command)}</pre>"
-    if versions and "not installed" not in versions[0]:
+    if versions:
         text += paragraph("In an environment with the versions of the run:")
         text += f"<pre>{html.escape('pip install ' + ' '.join(versions))}</pre>"
     return Section("How to reproduce", text)
