@@ -93,7 +93,7 @@ def batch_normalised_loss(w):
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_batch_statistics_are_differentiated(adapter, x64):
-    import torch
+    torch = pytest.importorskip("torch")
 
     model_fn, variables = ADAPTERS[adapter]("batch")
 
@@ -131,7 +131,7 @@ def test_compiled_code_is_shared_between_checkpoints():
 
 def test_tied_weights_are_one_parameter(x64):
     """f = Wᵀ W x with W used twice: H by PyTorch's double backward."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     def loss_fn(params, batch):
         return half_square(batch[0] @ params["w"] @ params["w"].T, batch[0] + 1)
