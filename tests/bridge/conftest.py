@@ -7,22 +7,24 @@ import pytest
 try:
     import torch
 except ModuleNotFoundError:
+    torch = None
+# torch.export logs every graph it makes, which would bury the output of a failing test.
+logging.getLogger("torch.__trace").addFilter(lambda record: False)
 
-    class WithoutTorch(pytest.Module):
-        def collect(self):
-            pytest.skip("PyTorch is not installed", allow_module_level=True)
 
-    # Not `importorskip` at the top: pytest reads this file before there is anything to skip when it is
-    # given this folder.
-    def pytest_pycollect_makemodule(module_path, parent):
-        return WithoutTorch.from_parent(parent, path=module_path)
+class WithoutTorch(pytest.Module):
+    def collect(self):
+        pytest.skip("PyTorch is not installed", allow_module_level=True)
 
-else:
-    # torch.export logs every graph it makes, which would bury the output of a failing test.
-    logging.getLogger("torch.__trace").addFilter(lambda record: False)
 
-    @pytest.fixture(autouse=True)
-    def _deterministic():
-        torch.manual_seed(0)
-        yield
-        assert torch.get_default_dtype() == torch.float32
+def pytest_pycollect_makemodule(module_path, parent):
+    # An `importorskip` above would be an error of pytest's when it is given this folder: it reads this file
+    # before there is anything to skip.
+    return None if torch else WithoutTorch.from_parent(parent, path=module_path)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    torch.manual_seed(0)
+    yield
+    assert torch.get_default_dtype() == torch.float32
