@@ -1,15 +1,54 @@
 import contextlib
-import tempfile
+import hashlib
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
 
 import jax
+import jaxlib
 import pytest
 
-# Many tests make the same program from functions of their own: it is compiled once a process. Before the
-# tests are imported, since JAX looks for its cache once, at the first program.
-_programs = tempfile.TemporaryDirectory(prefix="spectra-programs-")
-jax.config.update("jax_compilation_cache_dir", _programs.name)
+LARGEST = 4 * 2**30
+"""Bytes of compiled programs that are kept; beyond, they are thrown away and made anew."""
+
+
+def _kept_programs() -> Path:
+    """A folder of this user's for programs of these versions and this kind of processor."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    features = [line for line in lines if line.startswith(("flags", "Features", "model name"))][:2]
+    host = hashlib.sha256("\n".join([platform.machine(), platform.processor(), *features]).encode())
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    name = f"jax{jax.__version__}-jaxlib{jaxlib.__version__}-{python}-{host.hexdigest()[:12]}"
+    return home / "spectra-tests" / name
+
+
+# A run of the tests is mostly the compilation of small programs. They are kept from one run to the next,
+# for all workers and the processes that tests start. Before the tests are imported, since JAX looks for its
+# cache once, at the first program.
+_folder = Path(os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_kept_programs())))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+jax.config.update("jax_compilation_cache_dir", str(_folder))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_configure(config):
+    """Before the workers start: no more programs than the limit."""
+    if hasattr(config, "workerinput") or _folder != _kept_programs() or not _folder.exists():
+        return
+    if sum(path.stat().st_size for path in _folder.iterdir()) > LARGEST:
+        shutil.rmtree(_folder)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """All cores, but none beside this process for a single file: a worker takes seconds to start."""
+    single = len(config.args) == 1 and ".py" in config.args[0]
+    return 0 if single else os.cpu_count()
 
 
 @pytest.fixture(params=["float32", "float64"])
