@@ -17,6 +17,7 @@ A bulk that has been a single node until then splits that node, by about β_d.
 import numpy as np
 
 MOST = 64.0
+"""Largest `breakdown_factor`."""
 COPIES = 50.0
 """How far, in units of β_d, the rest of a run strays from every single Ritz value of an exhausted space. The
 rest of a bulk stays within a few β_d of its node."""
@@ -49,9 +50,9 @@ def invariant_length(alpha, beta, length: int, size: int, precision: float) -> i
         return 1
     alpha, beta = alpha / scale, beta / scale
     noise = breakdown_factor(size) * precision
-    for d in np.flatnonzero(beta[:-1] <= precision ** (1 / 3)) + 1:
+    for d in (np.flatnonzero(beta[:-1] <= precision ** (1 / 3)) + 1).tolist():
         if _tells_of_copies(alpha, beta, d, noise) and _is_rounding(alpha, beta, d, noise):
-            return int(d)
+            return d
     return length if beta[-1] <= noise or length == size else None
 
 
@@ -60,7 +61,7 @@ def _is_rounding(alpha: np.ndarray, beta: np.ndarray, d: int, noise: float) -> b
     if beta[d - 1] <= noise:
         return True
     theta = _eigenvalues(alpha[:d], beta[: d - 1])
-    vector, before = np.zeros((d, d)), np.zeros((d, d))  # row i: the error that product i brought in
+    behind = vector = before = np.zeros((d, d))  # row i: the error that product i brought in
     for step in range(d):
         behind = (theta - alpha[step]) * vector - (beta[step - 1] if step else 0) * before
         behind[step] = 1
