@@ -5,10 +5,12 @@ import re
 from typing import Any, NoReturn
 
 from spectra.bridge._errors import BridgeError, UnsupportedOperatorError
+from spectra.bridge._exporter import Exporter
 from spectra.bridge._graph import MAX_ELEMENTS, DType, Input, Node, Ref, Tensor
 from spectra.bridge._operators import ABSENT, OPERATORS, SIGNATURES
 from spectra.bridge._promotion import DTYPES
 
+_RELEASE = re.compile(r"(\d{1,4})\.(\d{1,4})(\D.{0,80})?")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,255}")
 
 
@@ -50,6 +52,15 @@ class Checker:
         if type(value) is not int or not low <= value <= high:
             self.fail(place, f"must be an integer from {low} to {high}", value)
         return value
+
+    def exporter(self, producer: Any, default: Any) -> Exporter:
+        release = self.record(producer, {"torch"}, "producer")["torch"]
+        numbers = _RELEASE.fullmatch(release) if isinstance(release, str) else None
+        if numbers is None:
+            self.fail("producer", "torch must be a version of PyTorch", release)
+        if default not in ("float32", "float64"):
+            self.fail("default", "must be float32 or float64", default)
+        return Exporter((int(numbers[1]), int(numbers[2])), default)
 
     def symbols(self, value: Any) -> dict[str, int]:
         result = {}

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from spectra.bridge._exporter import Exporter
+
 MAX_ELEMENTS = 2**36
 CONSTANTS = "constants/"  # what tensors of the forward pass are called in the weights file
 
@@ -59,7 +61,7 @@ class Node:
 class Graph:
     """A checked graph: every name is known, every operator is in the table."""
 
-    default_dtype: str
+    exporter: Exporter
     symbols: dict[str, int]
     tensors: tuple[Tensor, ...]
     aliases: dict[str, str]

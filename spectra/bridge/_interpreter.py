@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from spectra.bridge._errors import BridgeError
+from spectra.bridge._exporter import exported_by
 from spectra.bridge._graph import MAX_ELEMENTS, DType, Graph, Node, Ref
 from spectra.bridge._operators import OPERATORS
-from spectra.bridge._promotion import canonical, default_float
+from spectra.bridge._promotion import canonical
 
 Check = Callable[[Node, Any], None]
 
@@ -41,7 +42,7 @@ def evaluate(
     values: dict[str, Any] = {t.name: tensors[t.key] for t in graph.tensors}
     values.update(zip((i.name for i in graph.inputs), inputs, strict=True))
     last_use = _last_uses(graph)
-    with default_float(graph.default_dtype):
+    with exported_by(graph.exporter):
         for position, node in enumerate(graph.nodes):
             result = _call(node, values)
             if check is not None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from spectra.bridge._errors import BridgeError
-from spectra.bridge._ops_compare import clamp
+from spectra.bridge._ops_compare import clamp_inclusive
 from spectra.bridge._promotion import cast, promote_float
 from spectra.bridge._registry import aten
 
@@ -101,5 +101,5 @@ def threshold(self, threshold, value):
 @aten("logit.default")
 def logit(self, eps=None):
     x = promote_float(self)[0]
-    x = x if eps is None else clamp(x, eps, 1 - eps)
+    x = x if eps is None else clamp_inclusive(x, eps, 1 - eps)
     return jnp.log(x / (1 - x))

@@ -1,7 +1,9 @@
 """Pointwise ATen operators that compare, select or clamp, and the logical and bitwise ones."""
 
+import jax
 import jax.numpy as jnp
 
+from spectra.bridge._exporter import exporter
 from spectra.bridge._promotion import cast, promote
 from spectra.bridge._registry import aten
 
@@ -76,13 +78,41 @@ def where(condition, self, other):
 def clamp(self, min=None, max=None):
     bounds = [x for x in (min, max) if x is not None]
     self = promote(self, *bounds)[0]
-    # Selections rather than minimum/maximum: at a bound PyTorch's gradient is 1, not one half.
-    # A NaN compares false and stays.
+    if exporter().torch < (2, 14):
+        return clamp_inclusive(self, min, max)
+    if any(isinstance(bound, jax.Array) for bound in bounds):
+        return _clamp_shared(self, *(None if x is None else cast(x, self.dtype) for x in (min, max)))
+    # Selections rather than minimum/maximum: at a number the derivative is 0. A NaN compares false and stays.
+    if min is not None:
+        self = jnp.where(self <= min, cast(min, self.dtype), self)
+    if max is not None:
+        self = jnp.where(self >= max, cast(max, self.dtype), self)
+    return self
+
+
+def clamp_inclusive(self, min, max):
+    """Clamp with derivative 1 at the bounds and none for a bound that is met: PyTorch up to 2.13.
+
+    One difference is left: below two equal bounds, where that release gave neither of them a
+    derivative, the lower one has it, as in later ones.
+    """
     if min is not None:
         self = jnp.where(self < min, cast(min, self.dtype), self)
     if max is not None:
         self = jnp.where(self > max, cast(max, self.dtype), self)
     return self
+
+
+def _clamp_shared(self, min, max):
+    """Clamp as since PyTorch 2.14: where a value meets an array of bounds, both share the derivative."""
+    if max is None:
+        return jnp.maximum(self, min)
+    if min is None:
+        return jnp.minimum(self, max)
+    clamped = jnp.where(self < max, jnp.maximum(self, min), jnp.minimum(self, max))
+    # Where bounds coincide, the value that meets both keeps it all; where they cross, max is the result.
+    clamped = jnp.where((self == min) & (min == max), self, clamped)
+    return jnp.where(min > max, max, clamped)
 
 
 @aten("clamp_min.default", "clamp_min.Tensor")

@@ -6,17 +6,20 @@ that of every class above it; a Python number then brings the default dtype of i
 promotes differently (`int64 + 1.5` is float64 under x64, float32 in PyTorch), so every pointwise
 operator converts its operands here first.
 
+Complex numbers of half precision (complex32, and bcomplex32, which bfloat16 with a complex number
+gives since PyTorch 2.14) have no counterpart in JAX: here they are complex64, as up to PyTorch 2.13,
+and a module that computes with them is refused when it is exported.
+
 Source: "Tensor Attributes", section "torch.dtype", of the PyTorch documentation.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import dtypes
+
+from spectra.bridge._exporter import exporter
 
 DTYPES = (
     "bool",
@@ -33,22 +36,10 @@ DTYPES = (
     "complex128",
 )
 
-_DEFAULT_FLOAT: ContextVar[str] = ContextVar("default_float", default="float32")
-
-
-@contextmanager
-def default_float(name: str) -> Iterator[None]:
-    """Evaluate with `name` as PyTorch's default dtype, which `torch.set_default_dtype` changes."""
-    token = _DEFAULT_FLOAT.set(name)
-    try:
-        yield
-    finally:
-        _DEFAULT_FLOAT.reset(token)
-
 
 def default_dtype() -> Any:
     """Return the dtype of floating results that neither an operand nor an argument decides."""
-    return canonical(_DEFAULT_FLOAT.get())
+    return canonical(exporter().default_dtype)
 
 
 def canonical(name: Any) -> Any:

@@ -7,7 +7,7 @@ One JSON object with exactly these fields:
     digest      SHA-256 (hex) of the object without this field, as JSON with sorted keys and
                 no spaces
     weights     SHA-256 (hex) of the file `weights.safetensors` beside it
-    producer    {"torch": version}: information only
+    producer    {"torch": version}: where releases differ in a derivative, the exporting one's is kept
     default     PyTorch's default dtype when the module was exported, "float32" or "float64"
     symbols     [{"name": str, "example": int}]: sizes that a caller may change
     tensors     [{"name", "key", "kind", "dtype", "shape", "trainable"}]: values from the weights
@@ -114,8 +114,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def build(document: dict[str, Any], where: str) -> Graph:
     """Check the fields of a document and return the Graph."""
     checker = Checker(where)
-    if document["default"] not in ("float32", "float64"):
-        checker.fail("default", "must be float32 or float64", document["default"])
+    exporter = checker.exporter(document["producer"], document["default"])
     symbols = checker.symbols(document["symbols"])
     tensors = tuple(checker.tensor(item) for item in checker.items(document["tensors"], "tensors"))
     inputs = tuple(checker.input(item) for item in checker.items(document["inputs"], "inputs"))
@@ -140,7 +139,7 @@ def build(document: dict[str, Any], where: str) -> Graph:
     if tree["type"] != "tuple" or halves != ["tuple", "dict"]:
         checker.fail("input_tree", "must hold a tuple and a dict", halves)
     return Graph(
-        document["default"], symbols, tensors, aliases, inputs, tree, nodes, outputs, document["output_tree"],
+        exporter, symbols, tensors, aliases, inputs, tree, nodes, outputs, document["output_tree"],
         document["weights"],
     )  # fmt: skip
 

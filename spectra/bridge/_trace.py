@@ -20,7 +20,8 @@ _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 # Composite operators that stay whole. Decomposed they would cost speed (a linear layer on a
 # transposed input becomes a batched product with a copied weight), the batch's freedom (recurrent
-# layers unroll over time), or exactness (attention's rows without any allowed key).
+# layers unroll over time), or exactness (attention's rows without any allowed key; the derivative of
+# the hard activations at their kinks, where a clamp in their place has another).
 _KEPT = (
     _ATEN.linear.default,
     _ATEN.matmul.default,
@@ -30,6 +31,9 @@ _KEPT = (
     _ATEN.gru.input,
     _ATEN.rnn_tanh.input,
     _ATEN.rnn_relu.input,
+    _ATEN.hardsigmoid.default,
+    _ATEN.hardswish.default,
+    _ATEN.relu6.default,
 )
 
 

@@ -19,7 +19,11 @@ from torch.utils import _pytree
 from spectra.bridge import TorchModel
 
 # Optimisation costs more time than it saves on models of this size.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+FAST = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 
 
 def numpy_tree(value: Any) -> Any:
@@ -75,15 +79,16 @@ def _filled(params: dict[str, torch.Tensor], gradients: Any) -> dict[str, torch.
     }
 
 
-def jax_outputs(model: TorchModel, params: Any, inputs: Any) -> list[jax.Array]:
-    # PyTorch's order of leaves: dictionaries as they were filled, not sorted.
-    leaves = _pytree.tree_leaves(apply(model, params, inputs))
+def floating(outputs: Any) -> list[jax.Array]:
+    """The floating arrays in PyTorch's order of leaves: dictionaries as they were filled, not sorted."""
+    leaves = _pytree.tree_leaves(outputs)
     return [x for x in leaves if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)]
 
 
-def jax_loss(model: TorchModel, params: Any, inputs: Any) -> jax.Array:
-    total = jnp.zeros((), next(iter(params.values())).dtype)
-    for out in jax_outputs(model, params, inputs):
+def scalar(outputs: list[jax.Array]) -> jax.Array:
+    """The scalar of the module docstring."""
+    total = jnp.zeros((), outputs[0].dtype)
+    for out in outputs:
         weight = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
         total = total + (out * out).mean() / 2 + (out * weight).mean()
     return total
@@ -91,27 +96,28 @@ def jax_loss(model: TorchModel, params: Any, inputs: Any) -> jax.Array:
 
 def jax_derivatives(model: TorchModel, inputs: Any, vector: Any):
     """Outputs, gradient and H·vector by `jvp` of `grad`, in one compilation."""
-    arrays, rebuild = _split(inputs)
+    arrays, rebuild = split(inputs)
 
     @jax.jit
     def run(params, arrays, vector):
         def loss(p):
-            return jax_loss(model, p, rebuild(arrays))
+            outputs = floating(apply(model, p, rebuild(arrays)))
+            return scalar(outputs), outputs
 
-        gradient, product = jax.jvp(jax.grad(loss), (params,), (vector,))
-        return jax_outputs(model, params, rebuild(arrays)), gradient, product
+        (gradient, outputs), (product, _) = jax.jvp(jax.grad(loss, has_aux=True), (params,), (vector,))
+        return outputs, gradient, product
 
     return run.lower(model.params, arrays, vector).compile(FAST)(model.params, arrays, vector)
 
 
 def compiled_outputs(model: TorchModel, inputs: Any) -> list[jax.Array]:
     """The floating outputs, by one compiled forward pass."""
-    arrays, rebuild = _split(inputs)
-    run = jax.jit(lambda params, arrays: jax_outputs(model, params, rebuild(arrays)))
+    arrays, rebuild = split(inputs)
+    run = jax.jit(lambda params, arrays: floating(apply(model, params, rebuild(arrays))))
     return run.lower(model.params, arrays).compile(FAST)(model.params, arrays)
 
 
-def _split(inputs: Any):
+def split(inputs: Any):
     """Separate arrays from the constants of an input, which must not be traced."""
     leaves, tree = jax.tree.flatten(inputs, is_leaf=lambda x: x is None)
     is_array = [isinstance(x, np.ndarray) for x in leaves]

@@ -2,6 +2,7 @@
 
 import logging
 
+import jax
 import pytest
 
 try:
@@ -28,3 +29,13 @@ def _deterministic():
     torch.manual_seed(0)
     yield
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    """Optimisation costs more time than it saves on programs of this size."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
