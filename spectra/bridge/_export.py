@@ -40,6 +40,9 @@ def export(
         train: export in training mode instead: BatchNorm then uses the batch's statistics and its
             running statistics stay as they are. Dropout with a positive rate is refused.
 
+    Where releases of PyTorch differ in a derivative (of a clamp at its bounds, between 2.13 and 2.14), the
+    model keeps the choice of the one that exported it.
+
     Raises:
         UnsupportedOperatorError: operators without a counterpart, each with its module paths.
         BridgeError: `torch.export` refuses the module, or the folder cannot be written.

@@ -19,11 +19,12 @@ from torch.utils import _pytree
 from spectra.bridge import TorchModel
 
 # Optimisation costs more time than it saves on models of this size.
-FAST = {
+FAST: dict[str, bool | int] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
 }
+if jax.__version_info__ < (0, 11):  # twice the time to compile; XLA has had no choice since
+    FAST["xla_cpu_use_fusion_emitters"] = False
 
 
 def numpy_tree(value: Any) -> Any:

@@ -32,10 +32,12 @@ def _deterministic():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Optimisation costs more time than it saves on programs of this size."""
+def _quickly():
+    """On programs of this size, optimisation and a second thread cost more time than they save."""
     name = "jax_disable_most_optimizations"
-    before = jax.config.values[name]
+    before, threads = jax.config.values[name], torch.get_num_threads()
     jax.config.update(name, True)
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     jax.config.update(name, before)

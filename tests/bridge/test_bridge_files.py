@@ -52,7 +52,12 @@ def _check_without_torch(names: list[str], folder: Path, dtype: torch.dtype) -> 
         check=False,
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": str(int(dtype == torch.float64))},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_ENABLE_X64": str(int(dtype == torch.float64)),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        },
     )
     assert done.returncode == 0, done.stderr[-3000:]
     errors = {Path(w[0]).name: tuple(map(float, w[1:])) for w in map(str.split, done.stdout.splitlines())}
@@ -85,8 +90,8 @@ def test_files_are_equivalent_to_memory(tmp_path):
     assert list(loaded.params) == list(direct.params)
     ids = example[0].numpy()
     for a, b in zip(
-        jax.tree.leaves(loaded.apply(loaded.params, ids)),
-        jax.tree.leaves(direct.apply(direct.params, ids)),
+        jax.tree.leaves(jax.jit(loaded.apply)(loaded.params, ids)),
+        jax.tree.leaves(jax.jit(direct.apply)(direct.params, ids)),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
@@ -191,7 +196,7 @@ def test_every_changed_field_is_refused(files):
     """
     document = json.loads(files[0])
     places, changed = _places(document, []), 0
-    assert len(places) > 400
+    assert len(places) > 250
     for owner, key in places:
         value = owner[key]
         equal = [float(value)] if type(value) is int else [int(value)] if value in (0.0, 1.0) else []

@@ -48,10 +48,11 @@ def test_linen(tmp_path):
     module, x = TorchSmall().eval(), torch.randn(2, 4, 8, 8)
     bridge.export(module, x, tmp_path)
     model, ours = Small(), jnp.asarray(x.movedim(1, -1).numpy())
-    empty = model.init(jax.random.key(0), ours)
+    empty = jax.jit(model.init)(jax.random.key(0), ours)
+    apply = jax.jit(model.apply)
     for source in (tmp_path, tmp_path / "weights.safetensors", module.state_dict()):
         variables = bridge.to_flax(source, empty)
-        result = model.apply(variables, ours)
+        result = apply(variables, ours)
         np.testing.assert_allclose(result, module(x).detach(), rtol=1e-5, atol=1e-5)
     assert jax.tree.structure(variables) == jax.tree.structure(empty)
 
@@ -62,9 +63,9 @@ def test_attention_fused_and_separate():
     x = torch.randn(3, 5, 8)
     expected = mha(x, x, x)[0].detach()
     model = linen.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)
-    empty = model.init(jax.random.key(0), jnp.ones((3, 5, 8)))
+    empty = jax.jit(model.init)(jax.random.key(0), jnp.ones((3, 5, 8)))
     fused = bridge.to_flax(mha.state_dict(), empty)
-    np.testing.assert_allclose(model.apply(fused, x.numpy()), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(model.apply)(fused, x.numpy()), expected, rtol=1e-5, atol=1e-5)
     weight, bias = mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3)
     names = ("q_proj", "k_proj", "v_proj")
     separate = {f"{n}.weight": w for n, w in zip(names, weight, strict=True)}
@@ -104,7 +105,7 @@ def test_nnx():
     module, model = TorchModel().eval(), NNXModel(nnx.Rngs(0))
     ids = torch.randint(0, 11, (3, 5))
     nnx.update(model, bridge.to_flax(module.state_dict(), nnx.state(model)))
-    result = model(jnp.asarray(ids.numpy()))
+    result = nnx.jit(model)(jnp.asarray(ids.numpy()))
     np.testing.assert_allclose(result, module(ids).detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -117,8 +118,8 @@ class Unnamed(linen.Module):
 def test_modules_without_namesakes_match_by_shape():
     module = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
     x = torch.randn(2, 5)
-    variables = bridge.to_flax(module.state_dict(), Unnamed().init(jax.random.key(0), x.numpy()))
-    result = Unnamed().apply(variables, x.numpy())
+    variables = bridge.to_flax(module.state_dict(), jax.jit(Unnamed().init)(jax.random.key(0), x.numpy()))
+    result = jax.jit(Unnamed().apply)(variables, x.numpy())
     np.testing.assert_allclose(result, module(x).detach(), rtol=1e-5, atol=1e-6)
 
 

@@ -1,6 +1,11 @@
 """Losses against torch.nn.functional, and loaders. Tolerance: a dozen float32 roundings, 1e-6."""
 
+import itertools
+from functools import cache, partial
+
+import bridge_reference as reference
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,32 +29,61 @@ def _same(ours, theirs):
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
+def _compiled(function, *arrays):
+    """All of a dictionary's losses in one program; an error names the one that differs."""
+    arrays = [jnp.asarray(x) for x in arrays]
+    return jax.jit(function).lower(*arrays).compile(reference.FAST)(*arrays)
+
+
+def _check(ours, theirs):
+    assert set(ours) == set(theirs)
+    wrong = {}
+    for name, expected in theirs.items():
+        try:
+            _same(ours[name], expected)
+        except AssertionError as error:
+            wrong[name] = str(error)
+    assert not wrong
+
+
+REDUCTIONS = ("mean", "sum", "none")
+VARIANTS = {
+    f"{reduction} {smoothing} {'plain' if weight is None else 'weighted'}": (weight, smoothing, reduction)
+    for weight, smoothing, reduction in itertools.product((None, WEIGHT), (0.0, 0.2), REDUCTIONS)
+}
+
+
 @pytest.mark.parametrize("shape", list(LOGITS))
-def test_cross_entropy(shape, weight, smoothing, reduction):
+def test_cross_entropy(shape):
     x, y = LOGITS[shape], TARGETS[shape]
-    options = {"label_smoothing": smoothing, "reduction": reduction}
-    ours = _losses.cross_entropy(jnp.asarray(x), jnp.asarray(y), weight=weight, **options)
-    w = None if weight is None else torch.tensor(weight)
-    _same(ours, F.cross_entropy(torch.tensor(x), torch.tensor(y), w, **options))
-    if smoothing == 0 and shape != "single":
-        logs = np.log(np.exp(x) / np.exp(x).sum(1, keepdims=True))
-        ours = _losses.nll_loss(jnp.asarray(logs), jnp.asarray(y), weight=weight, reduction=reduction)
-        _same(ours, F.nll_loss(torch.tensor(logs), torch.tensor(y), w, reduction=reduction))
+
+    def losses(x, y, logs, module, array):
+        results = {}
+        for name, (weight, smoothing, reduction) in VARIANTS.items():
+            weight = None if weight is None else array(weight)
+            options = {"weight": weight, "reduction": reduction}
+            results[name] = module.cross_entropy(x, y, label_smoothing=smoothing, **options)
+            if smoothing == 0 and shape != "single":
+                results[f"nll {name}"] = module.nll_loss(logs, y, **options)
+        return results
+
+    logs = x - np.log(np.exp(x).sum(min(1, x.ndim - 1), keepdims=True))
+    ours = _compiled(partial(losses, module=_losses, array=jnp.asarray), x, y, logs)
+    _check(ours, losses(torch.tensor(x), torch.tensor(y), torch.tensor(logs), F, torch.tensor))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("shape", list(LOGITS))
-def test_cross_entropy_with_probabilities(shape, reduction):
+def test_cross_entropy_with_probabilities(shape):
     x = LOGITS[shape]
     axis = 0 if x.ndim == 1 else 1
     q = np.exp(x[::-1]) / np.exp(x[::-1]).sum(axis, keepdims=True)
-    options = {"label_smoothing": 0.1, "reduction": reduction}
-    ours = _losses.cross_entropy(jnp.asarray(x), jnp.asarray(q), weight=WEIGHT, **options)
-    theirs = F.cross_entropy(torch.tensor(x), torch.tensor(q), torch.tensor(WEIGHT), **options)
-    _same(ours, theirs)
+
+    def losses(x, q, module, array):
+        options = {"weight": array(WEIGHT), "label_smoothing": 0.1}
+        return {r: module.cross_entropy(x, q, reduction=r, **options) for r in REDUCTIONS}
+
+    ours = _compiled(partial(losses, module=_losses, array=jnp.asarray), x, q)
+    _check(ours, losses(torch.tensor(x), torch.tensor(q), F, torch.tensor))
 
 
 def test_class_axis_and_ignore_index():
@@ -100,7 +134,9 @@ def test_refusals(call, message):
         call()
 
 
+@cache
 def _classifier():
+    torch.manual_seed(0)
     module = nn.Linear(4, 3)
     return module, bridge.from_torch(module, torch.zeros(2, 4))
 
@@ -194,6 +230,13 @@ def _hessian(module, loss) -> np.ndarray:
     return torch.autograd.functional.hessian(of_flat, flat).numpy()
 
 
+def _columns(op) -> np.ndarray:
+    """All columns in one program for each shape of batch."""
+    _, unravel = jax.flatten_util.ravel_pytree(op.like)
+    columns = op.mv_batch(jax.vmap(unravel)(jnp.eye(op.size)))
+    return np.concatenate([np.reshape(c, (op.size, -1)) for c in jax.tree.leaves(columns)], 1).T
+
+
 @pytest.mark.parametrize(
     ("name", "options", "microbatch"),
     [
@@ -220,7 +263,7 @@ def test_a_torch_loader_gives_pytorchs_hessian(name, options, microbatch, x64):
     op = spectra.HessianOperator(loss, model.params, loader, weight_fn=loss.weight, microbatch=microbatch)
     function = {"bce_with_logits": F.binary_cross_entropy_with_logits}.get(name) or getattr(F, name)
     expected = _hessian(module, lambda f: function(f(x), y, **options))
-    np.testing.assert_allclose(np.asarray(op.as_matrix()), expected, atol=1e-12)
+    np.testing.assert_allclose(_columns(op), expected, atol=1e-12)
 
 
 def test_halves_make_the_gauss_newton_matrix(x64):
@@ -264,7 +307,7 @@ def test_batches_of_a_tokeniser(x64):
     batches = [UserDict(features=x, labels=torch.tensor([0, 1, 2, 0, 1]))]
     op = spectra.HessianOperator(loss, model.params, batches, weight_fn=loss.weight)
     plain = {"features": jnp.asarray(x.float().numpy(), jnp.bfloat16), "labels": jnp.array([0, 1, 2, 0, 1])}
-    np.testing.assert_allclose(op.loss(), loss(model.params, plain), rtol=1e-6)
+    np.testing.assert_allclose(op.loss(), jax.jit(loss)(model.params, plain), rtol=1e-6)
     tracked = bridge.make_loss(*_classifier()[1:], "mse_loss")
     model = tracked.model
     data = (torch.randn(6, 4, requires_grad=True), torch.randn(6, 3))

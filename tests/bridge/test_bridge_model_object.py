@@ -28,8 +28,8 @@ def test_linearize_agrees_with_jvp(mlp):
     gradient = jax.jit(jax.grad(_loss(mlp)))
     vector = jax.tree.map(jnp.ones_like, mlp.params)
     _, linear = jax.linearize(gradient, mlp.params)
-    expected = jax.jvp(gradient, (mlp.params,), (vector,))[1]
-    for name, value in linear(vector).items():
+    expected = jax.jit(lambda v: jax.jvp(gradient, (mlp.params,), (v,))[1])(vector)
+    for name, value in jax.jit(linear)(vector).items():
         # The same sums in another order: some ten roundings of eps = 1.2e-7.
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)
 
@@ -41,12 +41,12 @@ def test_vmap_over_probes_and_over_parameters(mlp):
     def product(v):
         return jax.jvp(jax.grad(_loss(mlp)), (mlp.params,), (v,))[1]
 
-    together = jax.vmap(product)(vectors)
+    together = jax.jit(jax.vmap(product))(vectors)
     for i in range(2):
         alone = product(jax.tree.map(lambda v, i=i: v[i], vectors))
         for name in alone:
             np.testing.assert_allclose(together[name][i], alone[name], rtol=1e-5, atol=1e-6)
-    assert jax.vmap(_loss(mlp))(vectors).shape == (2,)
+    assert jax.jit(jax.vmap(_loss(mlp)))(vectors).shape == (2,)
 
 
 def test_apply_traces_once_a_shape(mlp):
@@ -293,7 +293,7 @@ def test_default_dtype_of_the_exporting_program(dtype, x64, tmp_path):
         expected = module(x)
     finally:
         torch.set_default_dtype(torch.float32)
-    result = bridge.load(tmp_path).apply({}, x)
+    result = jax.jit(bridge.load(tmp_path).apply)({}, x.numpy())
     assert str(result.dtype) == str(expected.dtype).removeprefix("torch.")
     # A dozen roundings of sums below 20.
     np.testing.assert_allclose(result, expected, atol=12 * 20 * torch.finfo(dtype).eps)
