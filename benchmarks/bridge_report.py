@@ -34,7 +34,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from bridge_cases import CASES, Case, minilm  # noqa: E402
-from test_bridge_models import inputs_of, prepare  # noqa: E402
+from model_families import inputs_of, prepare  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from spectra import bridge  # noqa: E402
@@ -123,7 +123,11 @@ def timings(case: Case, batch: int = 8, rounds: int = 7) -> tuple[int, list[list
     model = bridge.from_torch(module, inputs)
     arrays = reference.numpy_tree(inputs)
     vector = jax.tree.map(np.ones_like, jax.tree.map(np.asarray, model.params))
-    gradient = jax.grad(lambda p: reference.jax_loss(model, p, arrays))
+
+    def loss(params):
+        return reference.scalar(reference.floating(reference.apply(model, params, arrays)))
+
+    gradient = jax.grad(loss)
     fresh = jax.jit(lambda p, v: jax.jvp(gradient, (p,), (v,))[1])
     linear = jax.jit(jax.linearize(gradient, model.params)[1])
     params = dict(module.named_parameters())
