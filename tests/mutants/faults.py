@@ -1,0 +1,557 @@
+"""The faults, by hand: what someone could get wrong in the mathematics, and the tests that should say so.
+
+The old text must stand exactly once in its file; `test_mutants.py` checks that, and that the tests exist. A
+test is a file of `tests/`, or one function of it; the ones most likely to fail stand first.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change of one file of the package."""
+
+    name: str
+    file: str  # under spectra/
+    old: str
+    new: str
+    tests: tuple[str, ...]  # under tests/
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The tests as pytest takes them from the root."""
+        return tuple(f"tests/{test}" for test in self.tests)
+
+
+def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
+    """A fault, with its tests last."""
+    return Fault(name, file, old, new, tests)
+
+
+KRYLOV = [
+    fault(
+        "the second Gram-Schmidt pass is off",
+        "krylov/orthogonalize.py",
+        "REPEAT = 0.1",
+        "REPEAT = 1e9",
+        "test_orthogonalize.py",
+    ),
+    fault(
+        "the second pass's coefficients are left out of the sum",
+        "krylov/orthogonalize.py",
+        "_basis.norm(vector), first + second",
+        "_basis.norm(vector), first",
+        "test_orthogonalize.py",
+    ),
+    fault(
+        "the norm after a pass is that before it",
+        "krylov/orthogonalize.py",
+        "jnp.maximum(square - _square(coefficients), 0)",
+        "square",
+        "test_orthogonalize.py",
+    ),
+    fault(
+        "the previous vector is added, not subtracted",
+        "krylov/recurrence.py",
+        "_basis.axpy(-beta_previous, state.previous, w)",
+        "_basis.axpy(beta_previous, state.previous, w)",
+        "test_lanczos.py::test_without_reorthogonalisation_no_basis_is_kept",
+    ),
+    fault(
+        "asymmetry is not refused",
+        "krylov/recurrence.py",
+        "    if worst > limit:",
+        "    if worst > 1e9 * limit:",
+        "test_bad_input.py::test_functions_that_are_not_symmetric",
+    ),
+    fault(
+        "a segment that is not full is passed over",
+        "krylov/basis.py",
+        "-(-filled // basis[0][0].shape[1])",
+        "filled // basis[0][0].shape[1]",
+        "test_orthogonalize.py",
+    ),
+    fault(
+        "the first row of a segment goes to the one before",
+        "krylov/basis.py",
+        "lax.cond(row // size == i, write,",
+        "lax.cond((row - 1) // size == i, write,",
+        "test_orthogonalize.py",
+    ),
+    fault(
+        "Gram matrices in the default precision",
+        "estimators/blocks.py",
+        "((), ()))\n        return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)",
+        "((), ()))\n        return lax.dot_general(x, y, dims)",
+        "test_trace.py::test_matrix_products_inside_jit_are_in_full_precision",
+    ),
+    fault(
+        "no breakdown is found",
+        "_quadrature.py",
+        "BREAKDOWN = 10.0",
+        "BREAKDOWN = 0.0",
+        "test_slq.py::test_breakdown_from_random_probes_has_the_true_length",
+    ),
+    fault(
+        "nodes that repeat an eigenvalue are not merged",
+        "_quadrature.py",
+        "MERGE = 10.0",
+        "MERGE = 0.0",
+        "test_slq.py::test_breakdown_from_random_probes_has_the_true_length",
+    ),
+    fault(
+        "copies of an eigenvalue are not looked for",
+        "krylov/missing.py",
+        "run.missed = 0.0 if not limits or run.exhausted else 1.0",
+        "run.missed = 0.0",
+        "test_eigsh.py::test_repeated_eigenvalues_have_their_multiplicity_by_default",
+    ),
+    fault(
+        "LM takes the largest values, not the largest moduli",
+        "krylov/wanted.py",
+        "np.argsort(-np.abs(values), kind",
+        "np.argsort(-values, kind",
+        "test_eigsh.py::test_every_end_of_every_spectrum",
+    ),
+    fault(
+        "residuals without the eigenvalue's own term",
+        "krylov/band.py",
+        "columns[self.processed, range(len(values))] -= values",
+        "pass",
+        "test_eigsh.py::test_every_end_of_every_spectrum",
+    ),
+]
+
+DENSITY = [
+    fault(
+        "the CDF's band is for one point, without Bonferroni's factor",
+        "_quadrature.py",
+        "tail = (1 - level) / (2 * num_nodes)",
+        "tail = (1 - level) / 2",
+        "test_laws.py",
+    ),
+    fault(
+        "the CDF's band does not know how many probes there are",
+        "_quadrature.py",
+        "normals = quadrature.num_probes * quadrature.size",
+        "normals = quadrature.size",
+        "test_laws.py",
+    ),
+    fault(
+        "the bracket of the CDF is not widened by a node",
+        "_quadrature.py",
+        "low, high = np.maximum(low - 1, 0), np.minimum(high + 1, length)",
+        "pass",
+        "test_density.py::test_cdf_band_contains_the_true_cdf_at_the_promised_rate",
+    ),
+    fault(
+        "residuals from the wrong component of the eigenvectors",
+        "_quadrature.py",
+        "np.abs(beta[length - 1] * vectors[-1])",
+        "np.abs(beta[length - 1] * vectors[0])",
+        "test_trace_of.py::test_the_bracket_holds_for_the_probes_drawn",
+    ),
+    fault(
+        "Gauss-Radau with the wrong sign",
+        "_quadrature.py",
+        "residuals**2 / (nodes - fixed)",
+        "residuals**2 / (fixed - nodes)",
+        "test_trace_of.py::test_the_bracket_holds_for_the_probes_drawn",
+    ),
+    fault(
+        "Gauss-Radau without alternating signs",
+        "_quadrature.py",
+        "residuals * (-1.0) ** np.arange(m)",
+        "residuals",
+        "test_trace_of.py::test_the_bracket_holds_for_the_probes_drawn",
+    ),
+    fault(
+        "the noise floor is a millionth of a rounding",
+        "results/quadrature.py",
+        "max(float(np.max(self.asymmetry)), 4 * self.precision)",
+        "1e-6 * self.precision",
+        "test_trace_of.py::test_share_of_negative_curvature",
+    ),
+    fault(
+        "the density's band with half the variance",
+        "density/smoothing.py",
+        "variance = 2 * np.clip(square - mean**2, 0, None)",
+        "variance = np.clip(square - mean**2, 0, None)",
+        "test_laws.py",
+    ),
+    fault(
+        "the density's band is for one point",
+        "density/smoothing.py",
+        "tail = (1 - level) / (2 * max(num_tests, 1))",
+        "tail = (1 - level) / 2",
+        "test_laws.py",
+    ),
+    fault(
+        "means under hats with the wrong sign",
+        "density/smoothing.py",
+        "- h * np.diff(phi, axis=0)",
+        "+ h * np.diff(phi, axis=0)",
+        "test_density.py::test_hat_means_agree_with_numerical_integration",
+    ),
+    fault(
+        "odd Chebyshev moments without their correction",
+        "density/kpm.py",
+        "2 * dots[:, 1] - dots[0, 1]",
+        "2 * dots[:, 1]",
+        "test_kpm.py::test_moments_are_those_of_the_probes",
+    ),
+    fault(
+        "the Chebyshev series is not damped",
+        "density/kpm.py",
+        "return ((count - n + 1) * np.cos(q * n) + np.sin(q * n) / np.tan(q)) / (count + 1)",
+        "return np.ones(count) + 0 * q * n",
+        "test_kpm.py::test_the_density_integrates_to_one_and_lies_in_its_band",
+    ),
+    fault(
+        "known eigenvectors are not taken out",
+        "operators/deflated.py",
+        "return leaf - jnp.tensordot(",
+        "return leaf - 0 * jnp.tensordot(",
+        "test_deflation.py::test_rows_contain_the_atoms_with_their_exact_weight",
+    ),
+    fault(
+        "atoms weigh as much as in the complement",
+        "density/deflation.py",
+        "np.full(known.shape, 1 / n)",
+        "np.full(known.shape, 1 / bulk.size)",
+        "test_deflation.py::test_rows_contain_the_atoms_with_their_exact_weight",
+    ),
+    fault(
+        "the distance of spectra with natural logarithms",
+        "density/distance.py",
+        ".sum()) / 2 / np.log(2)",
+        ".sum()) / 2",
+        "test_blocks.py::test_distances_between_spectra",
+    ),
+    fault(
+        "a checkpoint does not look at the key",
+        "density/identity.py",
+        '"key": np.asarray(data).ravel().tolist(),',
+        '"key": 0 * np.asarray(data).size,',
+        "test_checkpoint.py::test_a_checkpoint_of_another_run_is_refused",
+    ),
+    fault(
+        "a checkpoint does not look at the parameters",
+        "density/identity.py",
+        "tree_digest(op.like) if _tree.has_values(op.like) else 0",
+        "0 * tree_digest(op.like)",
+        "test_checkpoint.py::test_other_parameters_are_refused_though_the_product_is_the_same",
+    ),
+]
+
+ESTIMATORS = [
+    fault(
+        "intervals of one side",
+        "results/estimates.py",
+        "tail = (1 + level) / 2",
+        "tail = level",
+        "test_laws.py",
+    ),
+    fault(
+        "Student's t with a degree of freedom too many",
+        "estimators/hutchinson.py",
+        "dof=float(max(num_probes() - 1, 1))",
+        "dof=float(num_probes())",
+        "test_laws.py",
+    ),
+    fault(
+        "the spread divides by k, not by k - 1",
+        "estimators/hutchinson.py",
+        "run.xp.std(samples, axis=-1, ddof=1)",
+        "run.xp.std(samples, axis=-1, ddof=0)",
+        "test_trace.py::test_hutchinson_equals_its_definition",
+    ),
+    fault(
+        "Rademacher probes are normal ones",
+        "estimators/blocks.py",
+        "distribution = getattr(jax.random, kind)",
+        "distribution = jax.random.normal",
+        "test_trace.py::test_the_trace_of_a_sum_of_squares_is_exactly_four",
+    ),
+    fault(
+        "probes from a cube, not from the sphere",
+        "_tree.py",
+        "draw = sample(key, structure, jax.random.normal)",
+        "draw = sample(key, structure, jax.random.uniform)",
+        "test_slq.py::test_moments_up_to_degree_2m_minus_1_are_those_of_the_probes",
+    ),
+    fault(
+        "leaves of a probe share a key",
+        "_tree.py",
+        "return distribution(jax.random.fold_in(key, i), row, dtype)",
+        "return distribution(jax.random.fold_in(key, 0 * i), row, dtype)",
+        "test_basis.py::test_every_leaf_is_drawn_with_a_key_of_its_own",
+    ),
+    fault(
+        "the covariance of leave-one-out estimates is dropped",
+        "estimators/leave_one_out.py",
+        "return xp.mean(values, axis=-1), spread + covariance",
+        "return xp.mean(values, axis=-1), spread + 0 * covariance",
+        "test_trace.py::test_sketches_equal_a_naive_leave_one_out",
+    ),
+    fault(
+        "XTrace scales probes by the wrong dimension",
+        "estimators/leave_one_out.py",
+        "((size - (m - len(removed))) / square if resphere else 1)",
+        "((size - m) / square if resphere else 1)",
+        "test_trace.py::test_sketches_equal_a_naive_leave_one_out",
+    ),
+    fault(
+        "Hutch++ scales probes by the wrong dimension",
+        "estimators/low_rank.py",
+        "samples * (run.op.size - rank) / run.host(square)",
+        "samples * run.op.size / run.host(square)",
+        "test_trace.py::test_intervals_hold_at_their_rate",
+    ),
+    fault(
+        "batches of a diagonal weigh the same",
+        "estimators/diagonal.py",
+        "share = (k / (done + k))",
+        "share = (k / (k + k) + 0 * done)",
+        "test_diagonal.py::test_the_batch_of_probes_changes_rounding_only",
+    ),
+    fault(
+        "XDiag without the product of two directions",
+        "estimators/diagonal.py",
+        "return a * (weights * w - b)",
+        "return a * (weights * w)",
+        "test_diagonal.py::test_xdiag_equals_a_naive_leave_one_out",
+    ),
+    fault(
+        "tr f(H) with half the variance of a probe",
+        "estimators/functions.py",
+        "n * np.sqrt(2 * square / (n + 2) / k)",
+        "n * np.sqrt(square / (n + 2) / k)",
+        "test_laws.py",
+    ),
+    fault(
+        "the condition number upside down",
+        "estimators/condition.py",
+        "ratio = largest / smallest if smallest > 0 else 1.0",
+        "ratio = smallest / largest if smallest > 0 else 1.0",
+        "test_condition.py::test_hilbert_matrices",
+    ),
+    fault(
+        "the spread over subsets divides by s, not by s - 1",
+        "variability.py",
+        "return float(np.std(self.trace, ddof=1))",
+        "return float(np.std(self.trace))",
+        "test_data.py::test_variance_of_the_data_is_told_apart_from_that_of_the_probes",
+    ),
+]
+
+OPERATORS = [
+    fault(
+        "the gradient in the place of its derivative",
+        "operators/products.py",
+        "return jax.jvp(gradient, (params,), (v,))[1]",
+        "return jax.jvp(gradient, (params,), (v,))[0]",
+        "test_closed_forms.py",
+    ),
+    fault(
+        "a central difference over one step, not over two",
+        "operators/products.py",
+        "_tree.scale(1 / (2 * per_unit),",
+        "_tree.scale(1 / per_unit,",
+        "test_hessian_modes.py::test_a_first_order_loss_falls_back_to_finite_differences",
+    ),
+    fault(
+        "the fallback passes over reverse mode",
+        "operators/modes.py",
+        'for mode in MODES if op.mode == "auto" else (op.mode,):',
+        'for mode in MODES[::2] if op.mode == "auto" else (op.mode,):',
+        "test_hessian_modes.py::test_a_custom_vjp_falls_back_to_reverse_over_reverse",
+    ),
+    fault(
+        "the Gauss-Newton matrix without the loss's curvature",
+        "operators/ggn.py",
+        "return pull(self._curvature(outputs, targets, push(v)))",
+        "return pull(push(v))",
+        "test_curvature_matrices.py::test_gauss_newton_matrix",
+    ),
+    fault(
+        "the rest of the examples is dropped",
+        "operators/accumulate.py",
+        "total = jax.tree.map(jnp.add, total, weighted(last))",
+        "pass",
+        "test_data.py::test_any_cut_of_the_data_gives_the_same_hessian",
+    ),
+    fault(
+        "batches of a stream weigh the same",
+        "data.py",
+        "return cls(source, tuple(weights / weights.sum()), indices)",
+        "return cls(source, tuple(np.full(len(weights), 1 / len(weights))), indices)",
+        "test_data.py::test_any_cut_of_the_data_gives_the_same_hessian",
+    ),
+    fault(
+        "chosen leaves go to each other's places",
+        "_tree.py",
+        "for index, leaf in zip(indices, jax.tree.leaves(kept), strict=True):",
+        "for index, leaf in zip(reversed(indices), jax.tree.leaves(kept), strict=True):",
+        "test_blocks.py::test_a_block_is_a_principal_submatrix",
+    ),
+    fault(
+        "the parts of a trace under each other's names",
+        "estimators/run.py",
+        "dict(zip(self.groups, x, strict=False))",
+        "dict(zip(reversed(self.groups), x, strict=False))",
+        "test_trace.py::test_groups_share_the_products",
+    ),
+    fault(
+        "the blocks on the diagonal of a dense Hessian are doubled",
+        "operators/dense.py",
+        "jnp.where(same, 0.5, 1.0)",
+        "jnp.where(same, 1.0, 1.0)",
+        "test_dense.py",
+    ),
+    fault(
+        "the mean gradient is added to the covariance",
+        "operators/covariance.py",
+        "_tree.axpy(-_tree.vdot(self.mean, v), self.mean, product)",
+        "_tree.axpy(_tree.vdot(self.mean, v), self.mean, product)",
+        "test_curvature_matrices.py::test_empirical_fisher_is_the_second_moment_of_gradients",
+    ),
+    fault(
+        "scores of a Fisher matrix weigh as their squares",
+        "operators/fisher.py",
+        "jax.tree.map(lambda g: jnp.sqrt(weight).astype(g.dtype) * g, gradient)",
+        "jax.tree.map(lambda g: weight.astype(g.dtype) * g, gradient)",
+        "test_curvature_matrices.py::test_empirical_fisher_is_the_second_moment_of_gradients",
+    ),
+    fault(
+        "sampled targets with the inverse of their deviation",
+        "operators/likelihood.py",
+        "outputs + noise / jnp.sqrt(precision)",
+        "outputs + noise * jnp.sqrt(precision)",
+        "test_curvature_matrices.py::test_sampled_fisher_is_unbiased",
+    ),
+    fault(
+        "Adam's second moment without its bias correction",
+        "operators/preconditioned.py",
+        "return jnp.sqrt(nu / (1 - b2**count) + eps_root) + eps",
+        "return jnp.sqrt(nu + eps_root) + eps",
+        "test_preconditioned.py",
+    ),
+    fault(
+        "Adam's momentum without its bias correction",
+        "operators/preconditioned.py",
+        '1 - chosen["b1"] ** count',
+        "1.0",
+        "test_preconditioned.py",
+    ),
+    fault(
+        "P on both sides, not its root",
+        "operators/preconditioned.py",
+        "return (1 / jnp.sqrt(scale)).astype(like.dtype)",
+        "return (1 / scale).astype(like.dtype)",
+        "test_preconditioned.py",
+    ),
+    fault(
+        "snapshots of training multiply by the first operator",
+        "training/tracker.py",
+        "op = self.op_factory(*state)",
+        'op = vars(self).setdefault("_first", self.op_factory(*state))',
+        "test_tracker.py::test_every_snapshot_has_the_eigenvalues_of_the_dense_hessian",
+    ),
+]
+
+BRIDGE = [
+    fault(
+        "a convolution's padding by the other axis",
+        "bridge/_ops_conv.py",
+        '"padding": [(p, p) for p in padding]',
+        '"padding": [(p, p) for p in reversed(padding)]',
+        "bridge/test_bridge_lopsided.py",
+    ),
+    fault(
+        "a transposed convolution's kernel is not reversed",
+        "bridge/_ops_conv.py",
+        "return jnp.flip(weight, range(2, weight.ndim))",
+        "return weight",
+        "bridge/test_bridge_lopsided.py",
+    ),
+    fault(
+        "a norm's eps beside the root, not under it",
+        "bridge/_ops_norm.py",
+        "rstd = lax.rsqrt(jnp.mean(centred * centred, axes, keepdims=True) + eps)",
+        "rstd = 1 / (jnp.sqrt(jnp.mean(centred * centred, axes, keepdims=True)) + eps)",
+        "bridge/test_bridge_lopsided.py",
+    ),
+    fault(
+        "GELU always by tanh",
+        "bridge/_ops_activation.py",
+        '    if approximate == "tanh":',
+        "    if True:",
+        "bridge/test_bridge_lopsided.py",
+    ),
+    fault(
+        "ReLU has derivative one at zero",
+        "bridge/_ops_activation.py",
+        "return jnp.where(self <= 0, jnp.zeros_like(self), self)",
+        "return jnp.where(self < 0, jnp.zeros_like(self), self)",
+        "bridge/test_bridge_operators.py",
+    ),
+    fault(
+        "attention scales by the width, not by its root",
+        "bridge/_ops_linalg.py",
+        "query.shape[-1] ** -0.5",
+        "query.shape[-1] ** -1.0",
+        "bridge/test_bridge_lopsided.py",
+    ),
+    fault(
+        "gates of an LSTM in another order",
+        "bridge/_ops_rnn.py",
+        "i, f, g, o = jnp.split(",
+        "f, i, g, o = jnp.split(",
+        "bridge/test_bridge_lopsided.py",
+    ),
+    fault(
+        "a variance never corrected",
+        "bridge/_ops_reduce.py",
+        "max(count - correction, 0)",
+        "max(count - 0 * correction, 0)",
+        "bridge/test_bridge_lopsided.py",
+    ),
+    fault(
+        "average pooling counts the padding always",
+        "bridge/_ops_pool.py",
+        "jnp.asarray(end - start if count_include_pad else inside, dtype)",
+        "jnp.asarray(end - start, dtype)",
+        "bridge/test_bridge_lopsided.py",
+    ),
+    fault(
+        "label smoothing forgets the number of classes",
+        "bridge/_losses.py",
+        "- smoothing / classes * jnp.sum(w * log_probs, -1)",
+        "- smoothing * jnp.sum(w * log_probs, -1)",
+        "bridge/test_bridge_losses.py::test_cross_entropy",
+    ),
+    fault(
+        "ignored targets count in a batch's weight",
+        "bridge/_objective.py",
+        "return jnp.sum(keep).astype(float)",
+        "return jnp.asarray(keep.size, float)",
+        "bridge/test_bridge_losses.py::test_weighted_batches_average_to_the_whole",
+    ),
+    fault(
+        "a tied weight counts twice",
+        "bridge/_lower.py",
+        "key = self.first.setdefault(id(value), name)",
+        "key = self.first[id(value)] = name",
+        "bridge/test_bridge_model_object.py::test_tied_and_frozen_parameters",
+    ),
+    fault(
+        "a square kernel is not transposed for Flax",
+        "bridge/_match.py",
+        "return value.T.reshape(shape) if split_out or split_in else None",
+        "return (value if rows == columns else value.T).reshape(shape) if split_out or split_in else None",
+        "bridge/test_bridge_flax.py",
+    ),
+]
+
+FAULTS = [*KRYLOV, *DENSITY, *ESTIMATORS, *OPERATORS, *BRIDGE]

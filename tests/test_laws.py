@@ -1,0 +1,92 @@
+"""Bands and errors against the laws that they are made of, from both sides: neither too narrow nor too wide.
+
+The expected number of points at which a band fails is the sum of the probabilities that it fails at one, in
+whatever way these hang together. Where the law of one point is exact, that sum is a closed form.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectra
+
+LEVEL = 0.5  # bands fail often enough to be counted
+
+
+def quadrature(nodes, masses, num_normals):
+    """The exact quadrature of an operator of order `num_normals`: all its eigenvalues, with masses (k, m)."""
+    shape = masses.shape
+    return spectra.Quadrature(
+        nodes=np.broadcast_to(nodes, shape),
+        weights=masses / masses.sum(axis=1, keepdims=True),
+        residuals=np.zeros(shape),
+        lengths=np.full(len(masses), len(nodes)),
+        asymmetry=np.zeros(len(masses)),
+        size=num_normals,
+        num_matvecs=masses.size,
+        precision=np.finfo(float).eps,
+        status=spectra.Status.INVARIANT,
+    )
+
+
+def within_five_errors(samples, expected):
+    """Whether the mean of independent samples is what is expected, at odds of two million to one."""
+    return abs(np.mean(samples) - expected) <= 5 * np.std(samples) / len(samples) ** 0.5
+
+
+@pytest.mark.parametrize("num_probes", [1, 3])
+def test_the_cdfs_band_fails_at_as_many_nodes_as_it_states(num_probes):
+    """Shares of a probe have the law Beta(nF/2, n(1-F)/2), and their mean nearly that with k n for n.
+
+    Bonferroni gives each of m nodes the m-th part of what may fail, and above the last node nothing can.
+    """
+    rng, nodes, copies = np.random.default_rng(0), np.arange(6.0), 10
+    x, truth = nodes[:-1] + 0.5, np.arange(1, 6) / 6
+    fails = []
+    for _ in range(500):
+        masses = np.sum(rng.standard_normal((num_probes, 6, copies)) ** 2, axis=2)
+        lower, _, upper = quadrature(nodes, masses, 6 * copies).cdf(x, level=LEVEL)
+        fails.append(np.sum((truth < lower) | (truth > upper)))
+    assert within_five_errors(fails, (1 - LEVEL) * 5 / 6)
+
+
+def test_the_densitys_band_fails_at_as_many_widths_as_it_states():
+    """The value at a point has, to two moments, a chi-square law; each width of a kernel is a test."""
+    rng, eigenvalues, width = np.random.default_rng(0), np.linspace(-1.0, 1.0, 400), 0.1
+    options = {"grid": np.linspace(-0.7, 0.7, 15), "bandwidth": width, "level": LEVEL}
+    truth = spectra.spectral_density(quadrature(eigenvalues, np.ones((1, 400)), 400), **options).density
+    shares = []
+    for _ in range(400):
+        density = spectra.spectral_density(
+            quadrature(eigenvalues, rng.standard_normal((1, 400)) ** 2, 400), **options
+        )
+        shares.append(np.mean((truth < density.lower) | (truth > density.upper)))
+    # The variance is that at the values found and not at the true ones: a tenth either way.
+    expected = (1 - LEVEL) * width / 1.4
+    assert within_five_errors(shares, np.clip(np.mean(shares), 0.9 * expected, 1.1 * expected))
+
+
+def test_an_interval_from_three_probes_is_students(x64):
+    """Two degrees of freedom: 4.3 standard errors; with three it would be 3.2, and hold for 91 %."""
+    op = spectra.MatrixOperator(jnp.diag(jnp.linspace(1.0, 2.0, 200)))
+
+    @jax.jit
+    @jax.vmap
+    def holds(key):
+        found = spectra.trace(op, key=key, method="hutchinson", probes="normal", num_matvecs=3)
+        lower, _, upper = found.interval(0.95)
+        return (lower <= 300) & (upper >= 300)
+
+    # A sum of 200 squares is all but normal: its skewness is 0.2.
+    held = np.asarray(holds(jax.random.split(jax.random.key(0), 4000)))
+    assert within_five_errors(held, 0.95)
+
+
+def test_the_error_of_a_function_of_an_operator_is_that_of_a_probe_on_the_sphere():
+    eigenvalues = np.linspace(1.0, 3.0, 400)
+    op = spectra.MatrixOperator(jnp.diag(jnp.asarray(eigenvalues, jnp.float32)))
+    found = spectra.trace_of(op, np.log, key=jax.random.key(0), num_steps=12, num_probes=4)
+    # vᵀAv on the sphere has the variance 2 var(λ(A)) / (n + 2), found here from 1,600 squares: 5 % at most.
+    stated = 400 * np.sqrt(2 * np.log(eigenvalues).var() / 402 / 4)
+    assert found.stderr == pytest.approx(stated, rel=0.15)
