@@ -141,7 +141,8 @@ def try_fault(fault: Fault, limit: float) -> Verdict:
                 note = "" if fair else "fails without the fault, too"
                 return Verdict(fault, fair, outcome.failed, note, spent)
             if outcome.code != PASSED:
-                raise MutantError(f"{fault.name}: no test was run.\n{outcome.text[-3000:]}")
+                print(outcome.text[-3000:], file=sys.stderr)
+                return Verdict(fault, False, (), f"no test was run (exit code {outcome.code})", spent)
         return Verdict(fault, False, (), "survived", spent)
 
 

@@ -37,13 +37,6 @@ KRYLOV = [
         "test_orthogonalize.py",
     ),
     fault(
-        "the second pass's coefficients are left out of the sum",
-        "krylov/orthogonalize.py",
-        "_basis.norm(vector), first + second",
-        "_basis.norm(vector), first",
-        "test_orthogonalize.py",
-    ),
-    fault(
         "the norm after a pass is that before it",
         "krylov/orthogonalize.py",
         "jnp.maximum(square - _square(coefficients), 0)",
@@ -254,9 +247,9 @@ ESTIMATORS = [
     ),
     fault(
         "Student's t with a degree of freedom too many",
-        "estimators/hutchinson.py",
-        "dof=float(max(num_probes() - 1, 1))",
-        "dof=float(num_probes())",
+        "estimators/diagonal.py",
+        'dof": float(max(done - 1, 1))',
+        'dof": float(done)',
         "test_laws.py",
     ),
     fault(
@@ -276,8 +269,8 @@ ESTIMATORS = [
     fault(
         "probes from a cube, not from the sphere",
         "_tree.py",
-        "draw = sample(key, structure, jax.random.normal)",
-        "draw = sample(key, structure, jax.random.uniform)",
+        "jax.random.normal)",
+        "jax.random.uniform)",
         "test_slq.py::test_moments_up_to_degree_2m_minus_1_are_those_of_the_probes",
     ),
     fault(
@@ -302,11 +295,11 @@ ESTIMATORS = [
         "test_trace.py::test_sketches_equal_a_naive_leave_one_out",
     ),
     fault(
-        "Hutch++ scales probes by the wrong dimension",
+        "Hutch++ forgets the part along its sketch",
         "estimators/low_rank.py",
-        "samples * (run.op.size - rank) / run.host(square)",
-        "samples * run.op.size / run.host(square)",
-        "test_trace.py::test_intervals_hold_at_their_rate",
+        "fixed = xp.trace(2 * qz -",
+        "fixed = xp.trace(1 * qz -",
+        "test_trace.py::test_degenerate_operators_are_exact",
     ),
     fault(
         "batches of a diagonal weigh the same",
@@ -330,10 +323,10 @@ ESTIMATORS = [
         "test_laws.py",
     ),
     fault(
-        "the condition number upside down",
+        "the smallest eigenvalue of a condition number is the one before it",
         "estimators/condition.py",
-        "ratio = largest / smallest if smallest > 0 else 1.0",
-        "ratio = smallest / largest if smallest > 0 else 1.0",
+        "smallest = float(sizes[nullity]) if rank else 0.0",
+        "smallest = float(sizes[nullity - 1]) if rank else 0.0",
         "test_condition.py::test_hilbert_matrices",
     ),
     fault(
@@ -428,7 +421,7 @@ OPERATORS = [
         "operators/likelihood.py",
         "outputs + noise / jnp.sqrt(precision)",
         "outputs + noise * jnp.sqrt(precision)",
-        "test_curvature_matrices.py::test_sampled_fisher_is_unbiased",
+        "test_laws.py",
     ),
     fault(
         "Adam's second moment without its bias correction",
@@ -440,15 +433,15 @@ OPERATORS = [
     fault(
         "Adam's momentum without its bias correction",
         "operators/preconditioned.py",
-        '1 - chosen["b1"] ** count',
-        "1.0",
+        '["b1"] ** ',
+        '["b1"] * 0 * ',
         "test_preconditioned.py",
     ),
     fault(
         "P on both sides, not its root",
         "operators/preconditioned.py",
-        "return (1 / jnp.sqrt(scale)).astype(like.dtype)",
-        "return (1 / scale).astype(like.dtype)",
+        "(1 / jnp.sqrt(scale))",
+        "(1 / scale)",
         "test_preconditioned.py",
     ),
     fault(
