@@ -124,13 +124,13 @@ def _failures(report: Path) -> tuple[str, ...]:
     return tuple(f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}" for case in failed)
 
 
-def try_fault(fault: Fault, limit: float) -> Verdict:
+def try_fault(fault: Fault, limit: float, named_only: bool) -> Verdict:
     """Plant one fault and run tests until one fails."""
     with copy() as folder:
         source = folder / "spectra" / fault.file
         source.write_text(mutated(fault, folder))
         spent = 0.0
-        for tests in (fault.paths, ()):
+        for tests in (fault.paths,) if named_only else (fault.paths, ()):
             outcome = run(tests, folder, limit)
             spent += outcome.seconds
             if outcome.code is None:
@@ -197,6 +197,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="names and files of the faults")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time, each in one process")
     parser.add_argument("--limit", type=float, default=3600, help="seconds that one run of tests may take")
+    parser.add_argument("--named-only", action="store_true", help="not the whole suite where these survive")
     parser.add_argument("--table", type=Path, help="page whose results are replaced")
     options = parser.parse_args()
     unknown = {*(options.only or ())} - {fault.name for fault in FAULTS}
@@ -210,7 +211,7 @@ def main() -> int:
     print(f"without a fault: passed in {check_copy(faults, options.limit):.0f} s", flush=True)
     verdicts = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for verdict in pool.map(lambda fault: try_fault(fault, options.limit), faults):
+        for verdict in pool.map(lambda fault: try_fault(fault, options.limit, options.named_only), faults):
             print(row(verdict), flush=True)
             verdicts.append(verdict)
     results = table(verdicts, time.monotonic() - started)

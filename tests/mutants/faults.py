@@ -79,18 +79,11 @@ KRYLOV = [
         "test_trace.py::test_matrix_products_inside_jit_are_in_full_precision",
     ),
     fault(
-        "no breakdown is found",
-        "_quadrature.py",
-        "BREAKDOWN = 10.0",
-        "BREAKDOWN = 0.0",
-        "test_slq.py::test_breakdown_from_random_probes_has_the_true_length",
-    ),
-    fault(
-        "nodes that repeat an eigenvalue are not merged",
-        "_quadrature.py",
-        "MERGE = 10.0",
-        "MERGE = 0.0",
-        "test_slq.py::test_breakdown_from_random_probes_has_the_true_length",
+        "no residual is small enough for a breakdown",
+        "krylov/recurrence.py",
+        "alive = state.alive & (beta > ",
+        "alive = state.alive & (beta > 0 * ",
+        "test_lanczos.py::test_breakdown_ends_with_exact_values_weights_and_length",
     ),
     fault(
         "copies of an eigenvalue are not looked for",
@@ -253,11 +246,11 @@ ESTIMATORS = [
         "test_laws.py",
     ),
     fault(
-        "the spread divides by k, not by k - 1",
-        "estimators/hutchinson.py",
-        "run.xp.std(samples, axis=-1, ddof=1)",
-        "run.xp.std(samples, axis=-1, ddof=0)",
-        "test_trace.py::test_hutchinson_equals_its_definition",
+        "the spread divides by m, not by m - 1",
+        "estimators/diagonal.py",
+        "axis=0) / (m * (m - 1))",
+        "axis=0) / (m * m)",
+        "test_diagonal.py::test_xdiag_equals_a_naive_leave_one_out",
     ),
     fault(
         "Rademacher probes are normal ones",
@@ -316,11 +309,11 @@ ESTIMATORS = [
         "test_diagonal.py::test_xdiag_equals_a_naive_leave_one_out",
     ),
     fault(
-        "tr f(H) with half the variance of a probe",
+        "the log-determinant forgets the shift",
         "estimators/functions.py",
-        "n * np.sqrt(2 * square / (n + 2) / k)",
-        "n * np.sqrt(square / (n + 2) / k)",
-        "test_laws.py",
+        "lambda x: np.log(x + shift)",
+        "lambda x: np.log(x + 0 * shift)",
+        "test_trace_of.py::test_rank_deficient_operators_need_a_shift_and_get_advice",
     ),
     fault(
         "the smallest eigenvalue of a condition number is the one before it",
@@ -487,7 +480,7 @@ BRIDGE = [
         "bridge/_ops_activation.py",
         "return jnp.where(self <= 0, jnp.zeros_like(self), self)",
         "return jnp.where(self < 0, jnp.zeros_like(self), self)",
-        "bridge/test_bridge_operators.py",
+        "bridge/test_bridge_operators.py::test_gradient_at_kinks",
     ),
     fault(
         "attention scales by the width, not by its root",
@@ -543,7 +536,7 @@ BRIDGE = [
         "bridge/_match.py",
         "return value.T.reshape(shape) if split_out or split_in else None",
         "return (value if rows == columns else value.T).reshape(shape) if split_out or split_in else None",
-        "bridge/test_bridge_flax.py",
+        "bridge/test_bridge_flax.py::test_nnx",
     ),
 ]
 
