@@ -113,10 +113,11 @@ def test_a_spectrum_that_goes_on_is_not_taken_for_an_invariant_space(name, preci
             assert invariant_length(alpha, beta, steps, len(eigenvalues), precision) is None
 
 
-def test_a_start_near_an_eigenvector_is_not_taken_for_one():
-    """A start that is an eigenvector up to 1e-5: what lies behind its small residual is the spectrum."""
+def test_a_start_near_two_eigenvectors_is_not_taken_for_their_span():
+    """A start in their span up to 1e-4, which no rounding of 1e-7 explains: the spectrum lies behind it."""
     eigenvalues, rng = np.linspace(-2.0, 3.0, 400), np.random.default_rng(0)
-    start = 1e-5 * rng.standard_normal(400) / 20
-    start[-1] = 1
+    start = 1e-4 * rng.standard_normal(400) / 20
+    start[[0, -1]] = 1
     alpha, beta = in_numpy(eigenvalues, start, 24, 1.2e-7, rng)
+    assert beta[1] < 1e-3
     assert invariant_length(alpha, beta, 24, 400, 1.2e-7) is None

@@ -86,6 +86,27 @@ KRYLOV = [
         "test_lanczos.py::test_breakdown_ends_with_exact_values_weights_and_length",
     ),
     fault(
+        "rounding is not amplified on its way to a breakdown",
+        "_breakdown.py",
+        "np.linalg.norm(behind, axis=0).max()",
+        "1.0",
+        "test_breakdown.py::test_every_probe_ends_with_the_true_length",
+    ),
+    fault(
+        "any small residual may be rounding",
+        "_breakdown.py",
+        "    if beta[d - 1] <= noise:",
+        "    if beta[d - 1] <= 1:",
+        "test_breakdown.py::test_a_start_near_two_eigenvectors_is_not_taken_for_their_span",
+    ),
+    fault(
+        "what lies behind a breakdown is kept",
+        "density/run.py",
+        "        if length is None:",
+        "        if True:",
+        "test_breakdown.py::test_every_probe_ends_with_the_true_length",
+    ),
+    fault(
         "copies of an eigenvalue are not looked for",
         "krylov/missing.py",
         "run.missed = 0.0 if not limits or run.exhausted else 1.0",
@@ -480,7 +501,7 @@ BRIDGE = [
         "bridge/_ops_activation.py",
         "return jnp.where(self <= 0, jnp.zeros_like(self), self)",
         "return jnp.where(self < 0, jnp.zeros_like(self), self)",
-        "bridge/test_bridge_operators.py::test_gradient_at_kinks",
+        "bridge/test_bridge_derivatives.py::test_gradients_at_kinks",
     ),
     fault(
         "attention scales by the width, not by its root",
