@@ -173,10 +173,10 @@ DENSITY = [
         "test_trace_of.py::test_the_bracket_holds_for_the_probes_drawn",
     ),
     fault(
-        "the noise floor is a millionth of a rounding",
+        "the noise floor is a millionth of what it is",
         "results/quadrature.py",
-        "max(float(np.max(self.asymmetry)), 4 * self.precision)",
-        "1e-6 * self.precision",
+        "return scale * max(",
+        "return 1e-6 * scale * max(",
         "test_trace_of.py::test_share_of_negative_curvature",
     ),
     fault(
