@@ -245,11 +245,14 @@ def _keep(result: Any, text: str, out: Path) -> None:
 
 def _table(results: dict) -> str:
     """Extremes of every block, a line each."""
+    from spectra.density.extremes import LEVEL, extreme
+    from spectra.results._digits import extreme_cell
+
     width = max(map(len, results))
     lines = [f"{'block':<{width}}  {'parameters':>10}  {'smallest':>12}  {'largest':>12}"]
     for name, quadrature in results.items():
-        low, high = quadrature.range
-        lines.append(f"{name:<{width}}  {quadrature.size:>10,}  {low:>12.5g}  {high:>12.5g}")
+        low, high = (extreme_cell(extreme(quadrature, end), end, LEVEL) for end in (0, -1))
+        lines.append(f"{name:<{width}}  {quadrature.size:>10,}  {low:>12}  {high:>12}")
     return "\n".join(lines)
 
 

@@ -13,8 +13,10 @@ import numpy as np
 from spectra import density
 from spectra._mesh import automatic
 from spectra.checkpoint import Checkpoint
+from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
 from spectra.operators.base import LinearOperator
 from spectra.results import Density, Estimate, Interval, Quadrature, notebook_view, text_table
+from spectra.results._digits import directed, extreme_text
 
 __all__ = ["SpectrumReport", "spectrum"]
 
@@ -23,22 +25,24 @@ __all__ = ["SpectrumReport", "spectrum"]
 class SpectrumReport:
     """What `spectrum` found out about an operator.
 
-    Print it, `.plot()` it, `.save(path)` it; `spectra.load(path)` brings it back. Intervals of extreme
-    eigenvalues come from residuals: an eigenvalue lies within. All others are 95 % intervals.
+    Print it, `.plot()` it, `.save(path)` it; `spectra.load(path)` brings it back. The intervals of the two
+    extreme eigenvalues have a bound on the inner side (a Rayleigh quotient) and a limit that holds with
+    probability `level` on the outer side, see `spectra.density.extremes`. The other intervals are of 95 %.
     """
 
     name: str
     quadrature: Quadrature
     density: Density
-    largest: Interval  # scalars: an eigenvalue lies in [lower, upper]
-    smallest: Interval
+    largest: Interval  # scalars: λmax >= lower always, and <= upper with probability `level`
+    smallest: Interval  # λmin <= upper always, and >= lower with probability `level`
     trace: Estimate
     negative: Interval  # share of eigenvalues below minus the noise floor
     near_zero: Interval  # share within zero_tol * |H| of zero
     zero_tol: float
-    condition_lower_bound: float  # |λ|max over the smallest |λ| that is resolved
+    condition_lower_bound: float  # of |λ|max over the smallest |λ| that is not zero
     noise_floor: float  # |eigenvalue| below which products do not resolve
     provenance: dict[str, Any]  # versions, device, key, time, settings
+    level: float | None = None  # None in older files: `largest` and `smallest` hold an eigenvalue, then
 
     def plot(self, ax=None, **options):
         """Draw the density; returns the Axes. See `spectra.plot_density`."""
@@ -62,15 +66,18 @@ class SpectrumReport:
         return [
             ("parameters", f"{q.size:,}"),
             ("Lanczos", settings),
-            ("largest eigenvalue", _extreme(self.largest)),
-            ("smallest eigenvalue", _extreme(self.smallest)),
+            ("largest eigenvalue", extreme_text(self.largest, -1, self.level)),
+            ("smallest eigenvalue", extreme_text(self.smallest, 0, self.level)),
             ("trace", f"{self.trace.value:.5g} ± {self.trace.stderr:.2g}"),
             (
                 "negative eigenvalues",
                 _share(self.negative) + f" of all (λ < -{self.noise_floor:.1e})",
             ),
             ("near zero", _share(self.near_zero) + f" of all (|λ| <= {self.zero_tol:g} |H|)"),
-            ("effective condition number", f"at least {self.condition_lower_bound:.3g}"),
+            (
+                "effective condition number",
+                f"at least {directed(self.condition_lower_bound, up=False, digits=3)}",
+            ),
             (
                 "noise floor",
                 f"{self.noise_floor:.1e}: smaller |λ| are not resolved by {self._precision()} products",
@@ -87,10 +94,6 @@ class SpectrumReport:
 
     def _repr_html_(self) -> str:
         return notebook_view(self, f"Spectrum of {self.name}", self.rows())
-
-
-def _extreme(value: Interval) -> str:
-    return f"{value.estimate:.7g} (residual {max(value.upper - value.estimate, 0):.1g})"
 
 
 def _share(share: Interval) -> str:
@@ -164,15 +167,16 @@ def spectrum(
         name=name,
         quadrature=quadrature,
         density=density.spectral_density(quadrature),
-        largest=extreme_interval(quadrature, -1),
-        smallest=extreme_interval(quadrature, 0),
+        largest=extreme(quadrature, -1),
+        smallest=extreme(quadrature, 0),
         trace=trace_estimate(quadrature),
         negative=quadrature.cdf(-floor),
         near_zero=_share_between(quadrature, -zero_tol * scale, zero_tol * scale),
         zero_tol=zero_tol,
-        condition_lower_bound=_condition_lower_bound(quadrature),
+        condition_lower_bound=condition_lower_bound(quadrature),
         noise_floor=floor,
         provenance=_provenance(op, key, seconds),
+        level=LEVEL,
     )
 
 
@@ -190,20 +194,6 @@ def trace_estimate(quadrature: Quadrature) -> Estimate:
     return Estimate(n * quadrature.mean(lambda x: x), stderr, quadrature.num_matvecs, "slq")
 
 
-def extreme_interval(quadrature: Quadrature, end: int) -> Interval:
-    """The outermost Ritz value of all probes, with its residual: an eigenvalue lies within.
-
-    Ritz values lie inside the spectrum, so the outermost is the best; rounding adds the noise floor.
-    """
-    nodes, residuals = np.asarray(quadrature.nodes), np.asarray(quadrature.residuals)
-    last = np.asarray(quadrature.lengths) - 1 if end == -1 else np.zeros(len(nodes), int)
-    rows = np.arange(len(nodes))
-    values, errors = nodes[rows, last], residuals[rows, last]
-    best = int(np.argmax(values) if end == -1 else np.argmin(values))
-    value, error = float(values[best]), float(errors[best]) + quadrature.noise_floor
-    return Interval(value - error, value, value + error)
-
-
 def _share_between(quadrature: Quadrature, low: float, high: float) -> Interval:
     below = quadrature.cdf(np.nextafter(low, -np.inf))
     above = quadrature.cdf(high)
@@ -212,18 +202,6 @@ def _share_between(quadrature: Quadrature, low: float, high: float) -> Interval:
         float(above.estimate - below.estimate),
         float(above.upper - below.lower),
     )
-
-
-def _condition_lower_bound(quadrature: Quadrature) -> float:
-    """|λ|max over the smallest |θ| + residual: an eigenvalue that small exists, smaller ones may.
-
-    Nothing below the noise floor is claimed, so the bound never exceeds |H| / noise floor.
-    """
-    live = np.arange(quadrature.num_steps) < np.asarray(quadrature.lengths)[:, None]
-    sizes = np.abs(np.asarray(quadrature.nodes)) + np.asarray(quadrature.residuals)
-    smallest = max(float(sizes[live].min()), quadrature.noise_floor)
-    largest = max(map(abs, quadrature.range))
-    return largest / smallest if smallest > 0 else 1.0
 
 
 def environment() -> dict[str, Any]:

@@ -15,7 +15,7 @@ ROOT = Path(spectra.__file__).parent
 # A module may import from earlier layers, and from its own.
 LAYERS = [
     {"_errors", "_status", "_blas", "_memory", "_processes", "_digest", "_files", "_breakdown"},
-    {"_mesh", "_tree", "_quadrature"},
+    {"_mesh", "_tree", "_quadrature", "_christoffel"},
     {"_paths"},
     {"results"},
     {"data"},

@@ -1,16 +1,21 @@
-"""Condition numbers: counted from the dense matrix where it is small, bounded from Krylov spaces beyond."""
+"""Condition numbers: counted from the dense matrix where it is small, between bounds from probes beyond."""
+
+import dataclasses
 
 import jax
 import numpy as np
 
 from spectra import _tree
+from spectra._christoffel import Openness
+from spectra._christoffel import shift as shift_of
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._status import Status
+from spectra.density import extremes
 from spectra.density.slq import slq
-from spectra.krylov.eigsh import eigsh
+from spectra.krylov.plan import estimate
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.results import ConditionNumber, Interval, LayerConditions
+from spectra.results import ConditionNumber, Interval, LayerConditions, Quadrature
 
 METHODS = ("auto", "dense", "krylov")
 DENSE = 5000
@@ -19,8 +24,25 @@ number instead of a bound. Streamed data are read for each product, so there the
 DENSE_STREAM = 500
 CLEAR = 100.0
 """A spectrum is cut between zero and not zero for sure if what is kept is this far above the cut."""
-FILTER_SHARE = 20
-"""The filter near zero is tried if it needs at most this many times the products of the quadrature."""
+SURE = 1e-6
+"""Probability with which an eigenvalue may lie where the probes leave no room for one."""
+VALUE = 1.01
+"""A matrix-free result is a value if upper and lower end differ by this factor at most, or else a bound."""
+DENSE_VALUE = 1.5
+"""The same where all eigenvalues were computed: the interval is the rounding, which is rarely as large."""
+LOOSE = 0.05
+"""Relative doubt about the smallest |λ| that is worth a longer run, though it will not give a value."""
+LONGER = (2, 4, 8)
+"""How many times num_steps a second run may take, of two probes."""
+STEPS = 85.0
+"""Steps of the second run for a value, in units of sqrt(κ), or of κ with eigenvalues on both sides of zero.
+
+The Chebyshev polynomial of degree m in [λ, |H|] is cosh(2 m sqrt(δ / κ)) at (1 - δ) λ. An eigenvalue there
+would need a mass below that to the power of -2, and with two probes is excluded, up to the chance SURE, from
+m = log(2 sqrt(n / SURE)) / (2 sqrt(δ / κ)) on: 12 / (2 sqrt(0.005 / κ)) at n = 6000. On both sides of zero the
+polynomial is one in H², whose condition number is κ². It only decides what is tried, not what is said."""
+BASIS = 2**28
+"""Numbers in the basis of the second run: 1 GiB in float32."""
 
 
 @automatic
@@ -35,29 +57,40 @@ def condition_number(
     num_steps: int = 100,
     num_probes: int = 4,
 ) -> ConditionNumber | LayerConditions:
-    """Compute the condition number of H + shift I, and say what of it can be known.
+    """Compute the condition number of H + shift I, and say what of it is known.
 
     κ = |λ|max / |λ|min is infinite for a singular matrix, which the Hessian of a network is more often
-    than not; `effective` is |λ|max over the smallest |λ| that is not zero. Zero means
-    |λ| <= max(rank_tol |λ|max, noise floor), with the noise floor precision sqrt(n) |λ|max of the
-    products (or their measured asymmetry), below which no algorithm that uses them sees anything.
+    than not; `effective` is |λ|max over the smallest |λ| that is not zero. Zero means |λ| <= max(rank_tol
+    |λ|max, noise floor): below the floor no algorithm that uses these products sees anything.
 
-    Up to n = 5000 (500 for streamed data) all eigenvalues are counted. Beyond that, `largest` comes from
-    `eigsh`, `nullity` from the mass that `slq` finds at zero, with its 95 % interval, and the smallest |λ|
-    from
+    **Dense.** Up to n = 5000 (500 for streamed data) all eigenvalues are counted, in float64. By Weyl's
+    theorem none is further from the truth than the spectral norm of the error of the matrix, the noise
+    floor: precision times the Frobenius norm where a product is right relative to itself (`MatrixOperator`),
+    4 precision sqrt(n) |H| where it may subtract larger numbers (losses, sums, functions), and n eps |H| of
+    float64 for the eigenproblem. `effective` is a value within `effective_interval`, or a lower bound where
+    that is wider than a factor 1.5 or where eigenvalues come so near the cut that those beneath may not be
+    zero.
 
-    * the quadrature itself, if its Krylov space ended: it holds every distinct eigenvalue then;
-    * `eigsh` at the other end, if all eigenvalues have one sign (as with a large enough `shift`);
-    * the filter of `eigsh(which="SM")`, if its degree is affordable;
-    * otherwise the smallest Ritz value and its residual: the condition number is a lower bound then,
-      and `is_lower_bound` says so. It is also one where the kept eigenvalues come within a factor 100
-      of the cut, so that those beneath may not be zero.
+    **Krylov.** Beyond that, from random probes, each statement with its theorem:
+
+    * |λ|max is at least the largest |Ritz value|, a Rayleigh quotient.
+    * The smallest |λ| that is not zero is at most |θ| + r of any Ritz pair whose [θ - r, θ + r] excludes
+      zero: that interval holds an eigenvalue. So `effective` is at least the ratio of the two, always.
+    * No eigenvalue lies where its mass would have shown in the probes (`spectra._christoffel`), but with
+      probability 1e-6: this bounds |λ|max above and the smallest |λ| below, and shows that there are no
+      zeros where there are none.
+
+    Where both sides agree to 1 %, `effective` is a value: `is_lower_bound` is false. If not, a second run of
+    up to 8 num_steps of two probes is made, if that can help. What stays open is stated as a lower bound,
+    with the upper end in `effective_interval`, infinite if there is none. `nullity` is an estimate from the
+    mass that the probes have at zero, with its 95 % interval; it is certain where there are no zeros.
 
     Args:
         op: symmetric operator of order n.
         key: JAX random key.
         shift: added to every eigenvalue: the damping of a preconditioner or trust region.
-        rank_tol: relative to |λ|max; default n times `op.precision`, as in `numpy.linalg.matrix_rank`.
+        rank_tol: relative to |λ|max: what counts as zero beside the noise floor, if that is smaller.
+            Default: the noise floor alone.
         method: "dense", "krylov", or "auto".
         per_layer: one condition number for each diagonal block `op.blocks(by="layer")`.
         num_steps: Lanczos steps a probe of the matrix-free method.
@@ -71,7 +104,11 @@ def condition_number(
         SpectraError: an argument out of range; called inside jit or vmap.
         MemoryLimitError: method="dense" for a matrix that does not fit.
 
-    Cost: n products, or num_steps * num_probes and what `eigsh` takes for one pair at each end.
+    Cost: n products, or num_steps * num_probes and at most 16 num_steps more, with a basis of at most 1 GiB
+    in float32 (or num_steps vectors, if that is more).
+
+    References:
+        Parlett, The Symmetric Eigenvalue Problem, 1998, sections 4.5 and 10.3 (residuals, Weyl).
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra
@@ -101,30 +138,38 @@ def condition_number(
             for (name, block), one in zip(blocks.items(), keys, strict=True)
         }
         return LayerConditions(layers)  # pyright: ignore[reportArgumentType]
-    rank_tol = op.size * op.precision if rank_tol is None else rank_tol
     if method == "dense" or (method == "auto" and op.size <= (DENSE_STREAM if op.on_host else DENSE)):
         return _dense(op, shift, rank_tol)
     return _krylov(op, key, shift, rank_tol, **options)
 
 
-def _dense(op: LinearOperator, shift: float, rank_tol: float) -> ConditionNumber:
+def _dense(op: LinearOperator, shift: float, rank_tol: float | None) -> ConditionNumber:
     values = np.linalg.eigvalsh(np.asarray(op.as_matrix(), np.float64))
     n = len(values)
     # Products resolve eigenvalues relative to |H|, whatever is added to them later.
-    floor = op.precision * np.sqrt(n) * float(np.abs(values).max())
+    floor = _matrix_error(op, values)
     sizes = np.sort(np.abs(values + shift))
-    cut = max(rank_tol * sizes[-1], floor)
+    largest = float(sizes[-1])
+    cut = max((rank_tol or 0.0) * largest, floor)
     rank = int(np.sum(sizes > cut))
     nullity = n - rank
     smallest = float(sizes[nullity]) if rank else 0.0
+    if rank:
+        ends = (largest - floor) / (smallest + floor), (largest + floor) / (smallest - floor)
+    else:
+        ends = 1.0, 1.0
+    near = bool(nullity and rank and smallest < CLEAR * cut)
     return _result(
-        largest=float(sizes[-1]),
-        smallest=smallest,
+        largest=Interval(largest - floor, largest, largest + floor),
+        smallest=Interval(max(smallest - floor, 0.0), smallest, smallest + floor),
+        ends=(max(ends[0], 1.0), np.inf if near else max(ends[1], 1.0)),
+        singular=bool(nullity),
+        at_least=ends[0],
         nullity=Interval(*[float(nullity)] * 3),
         floor=floor,
-        bound=bool(nullity and rank and smallest < CLEAR * cut),
+        cut=cut,
+        value_within=DENSE_VALUE,
         shift=shift,
-        rank_tol=rank_tol,
         size=n,
         num_matvecs=n,
         method="dense",
@@ -132,85 +177,162 @@ def _dense(op: LinearOperator, shift: float, rank_tol: float) -> ConditionNumber
     )
 
 
+def _matrix_error(op: LinearOperator, values: np.ndarray) -> float:
+    """A bound on the spectral norm of what rounding did to the matrix and to its eigenvalues.
+
+    The Frobenius norm bounds it. Columns are right to `precision` of themselves, or of |H|: measured on
+    float32 Hessians of networks, the spectral norm was up to 1.8 precision sqrt(n) |H|. The float64
+    eigensolver is backward stable, with n eps |H| as in `numpy.linalg.matrix_rank`.
+    """
+    n, norm = len(values), float(np.abs(values).max())
+    if op.cancels:
+        columns = 4 * op.precision * np.sqrt(n) * norm
+    else:
+        columns = op.precision * norm * float(np.linalg.norm(values / norm)) if norm else 0.0
+    return columns + n * float(np.finfo(float).eps) * norm
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What the probes of some runs leave of the two ends of |λ|."""
+
+    top: Interval
+    bottom: Interval  # of the smallest |λ| above the cut
+    smallest: float  # the smallest |λ|, zeros included, is not above this
+    cut: float
+    singular: bool  # some eigenvalue is within the cut
+    regular: bool  # none is
+    definite: bool  # all Ritz values have one sign
+    doubt: float  # residual at the smallest |λ|, relative to it
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Lower and upper end of |λ|max over the smallest |λ| above the cut."""
+        if not self.bottom.upper or not np.isfinite(self.bottom.upper):
+            return 1.0, np.inf
+        certain = self.singular or self.regular
+        upper = self.top.upper / self.bottom.lower if certain and self.bottom.lower > self.cut else np.inf
+        return max(self.top.lower / self.bottom.upper, 1.0), upper
+
+
+def _look(runs: list[Quadrature], rank_tol: float | None) -> _Found:
+    moved = max(map(shift_of, runs))
+    theta, residuals = extremes.ritz_pairs(runs)
+    low, high = float(theta.min()), float(theta.max())
+    top = max(-low, high)
+    cut = max((rank_tol or 0.0) * top, extremes.ZERO * moved)
+    room = Openness(runs, SURE)
+    least, most = room.end(low, -1.0), room.end(high, 1.0)
+    around = np.concatenate([np.linspace(-cut, cut, 41), theta[np.abs(theta) <= cut]])
+    regular = not room(around).any()
+    # |A v| >= |λ|min for every unit vector, a Ritz vector too.
+    smallest = float(np.min(np.hypot(theta, residuals))) + moved
+    bound, size = extremes.nonzero_bound(theta, residuals, moved, cut)
+    if least > cut or most < -cut:  # one sign: a Rayleigh quotient bounds without its residual
+        size = min(abs(low), abs(high))
+        smallest = min(smallest, size + moved)
+    if regular:
+        bound = min(bound, smallest)
+        size = min(size, bound)
+    lowest = room.nearest(cut, bound) if np.isfinite(bound) and bound > cut else cut
+    best = int(np.argmin(np.abs(np.abs(theta) - size))) if np.isfinite(size) else 0
+    return _Found(
+        top=Interval(top - moved, top, max(top + moved, -least, most)),
+        bottom=Interval(min(lowest, bound), min(max(size, lowest), bound), bound),
+        smallest=max(smallest, cut),
+        cut=cut,
+        singular=bool((np.abs(theta) + residuals + moved <= cut).any()),
+        regular=regular,
+        definite=low > 0 or high < 0,
+        doubt=float(residuals[best] / size) if np.isfinite(size) and size else np.inf,
+    )
+
+
 def _krylov(op: LinearOperator, key, shift, rank_tol, num_steps, num_probes) -> ConditionNumber:
     n, shifted = op.size, op.shift(shift) if shift else op
-    quadrature = slq(shifted, key=key, num_steps=min(num_steps, n), num_probes=num_probes)
-    products, floor = quadrature.num_matvecs, quadrature.noise_floor * np.sqrt(n)
-    low, high = quadrature.range
-    largest, residual = max(-low, high), 0.0
-    exact = quadrature.status is Status.INVARIANT
-    status = quadrature.status
-    if not exact:
-        top = eigsh(shifted, 1, which="LM", key=key, tol=1e-6, verify=False)
-        products, status = products + top.num_matvecs, top.status
-        largest = max(largest, float(np.abs(top.values[0])))
-    cut = max(rank_tol * largest, floor)
-    live = np.arange(quadrature.num_steps) < np.asarray(quadrature.lengths)[:, None]
-    nodes = np.asarray(quadrature.nodes)
-    sizes = np.abs(nodes) + np.asarray(quadrature.residuals)
-    kept = live & (np.abs(nodes) > cut)
-    smallest = float(sizes[kept].min()) if kept.any() else 0.0
-    nullity = _null_dimension(quadrature, cut, n)
-    bound = not exact
-    if exact and not (live & ~kept).any():
-        nullity = Interval(0.0, 0.0, 0.0)  # a random vector has a part in every eigenspace
-    elif not exact and nullity.lower == 0:
-        which, steps = _way_to_zero(low, high, cut, smallest, largest, products)
-        if which is not None:
-            end = eigsh(shifted, 1, which=which, key=key, tol=1e-4, verify=False, max_matvecs=steps)
-            products += end.num_matvecs
-            residual = float(end.residuals[0])
-            found = float(np.abs(end.values[0]))
-            if bool(end.converged[0]) and found > max(cut, 10 * residual):
-                smallest, bound, nullity = found, False, Interval(0.0, 0.0, 0.0)
-    some_null = nullity.estimate > 0
+    runs = [slq(shifted, key=key, num_steps=min(num_steps, n), num_probes=num_probes)]
+    found = _look(runs, rank_tol)
+    steps = _second_run(shifted, runs[0], found)
+    if steps:
+        # Probe i comes from fold_in(key, i): this key is none of those.
+        again = jax.random.fold_in(key, 2**31 - 1)
+        runs.append(slq(shifted, key=again, num_steps=steps, num_probes=2))
+        found = _look(runs, rank_tol)
+    status = next((q.status for q in runs if q.status is Status.NOISY), Status.COMPLETE)
     return _result(
-        largest=largest,
-        smallest=smallest,
-        nullity=nullity,
-        floor=floor,
-        bound=bound or bool(some_null and smallest and smallest < CLEAR * cut),
+        largest=found.top,
+        smallest=found.bottom if np.isfinite(found.bottom.upper) else Interval(0.0, 0.0, 0.0),
+        ends=found.ends,
+        singular=found.singular,
+        at_least=max(found.top.lower / found.smallest, 1.0) if found.smallest else np.inf,
+        nullity=Interval(0.0, 0.0, 0.0) if found.regular else _null_dimension(runs[0], found, n),
+        floor=max(map(shift_of, runs)),
+        cut=found.cut,
+        value_within=VALUE,
         shift=shift,
-        rank_tol=rank_tol,
         size=n,
-        num_matvecs=products,
+        num_matvecs=sum(q.num_matvecs for q in runs),
         method="krylov",
-        status=status if status in (Status.NOISY, Status.NOT_CONVERGED) else Status.COMPLETE,
+        status=status,
     )
 
 
-def _null_dimension(quadrature, cut: float, n: int) -> Interval:
-    """n times the mass within the cut, with its 95 % interval."""
-    below, above = quadrature.cdf(np.nextafter(-cut, -np.inf)), quadrature.cdf(cut)
-    return Interval(
-        float(np.ceil(n * max(above.lower - below.upper, 0.0))),
-        float(np.round(n * (above.estimate - below.estimate))),
-        float(np.floor(n * (above.upper - below.lower))),
-    )
+def _null_dimension(quadrature: Quadrature, found: _Found, n: int) -> Interval:
+    """n times the mass within the cut, with its 95 % interval; at least one where a zero is certain."""
+    below, above = quadrature.cdf(np.nextafter(-found.cut, -np.inf)), quadrature.cdf(found.cut)
+    low = max(np.ceil(n * max(above.lower - below.upper, 0.0)), float(found.singular))
+    high = max(np.floor(n * min(above.upper - below.lower, 1.0)), low)
+    middle = np.clip(np.round(n * (above.estimate - below.estimate)), low, high)
+    return Interval(float(low), float(middle), float(high))
 
 
-def _way_to_zero(low, high, cut, smallest, largest, products) -> tuple[str | None, int]:
-    """How to look for the eigenvalue nearest zero, and the products allowed."""
-    allowed = FILTER_SHARE * products
-    if low > cut or high < -cut:
-        return ("SA" if low > 0 else "LA"), allowed
-    block, degree = 6, 5 * largest / max(smallest, cut)
-    return ("SM", allowed) if 8 * block * degree <= allowed else (None, 0)
+def _second_run(op: LinearOperator, first: Quadrature, found: _Found) -> int:
+    """Steps of a second run of two probes that is worth its products; 0 if none is."""
+    lower, upper = found.ends
+    if upper <= VALUE * lower or not found.top.estimate or first.num_steps >= op.size:
+        return 0
+    possible = [steps for factor in LONGER if _fits(op, steps := min(factor * first.num_steps, op.size))]
+    if not possible:
+        return 0
+    needed = STEPS * (np.sqrt(lower) if found.definite else lower)
+    enough = [steps for steps in possible if steps >= min(needed, op.size)]
+    if enough and not found.singular:
+        return enough[0]
+    # The error of an extreme Ritz value, (log(sqrt n) / 2 m)² |H|, or of an interior one, its residual.
+    doubt = (6 / (2 * first.num_steps)) ** 2 * lower if found.definite else found.doubt
+    if doubt <= LOOSE:
+        return 0
+    return possible[min(1, len(possible) - 1)] if found.singular else possible[-1]
 
 
-def _result(*, largest, smallest, nullity: Interval, floor, bound, size, **fields) -> ConditionNumber:
-    count = int(nullity.estimate)
-    ratio = largest / smallest if smallest > 0 else 1.0  # A = 0: a multiple of an orthogonal matrix
+def _fits(op: LinearOperator, steps: int) -> bool:
+    return steps * op.size <= BASIS and estimate(op, num_steps=steps, num_probes=2).fits
+
+
+def _result(
+    *, largest, smallest, ends, singular, at_least, nullity, floor, cut, value_within, size, **fields
+) -> ConditionNumber:
+    zero = not largest.estimate  # A = 0: a multiple of an orthogonal matrix
+    lower, upper = ends
+    known = zero or upper <= value_within * lower
+    ratio = 1.0 if zero or not smallest.estimate else largest.estimate / smallest.estimate
+    effective = float(np.clip(ratio, lower, upper)) if known else float(lower)
+    count = size if zero else int(nullity.estimate)
+    infinite = zero or singular or nullity.lower >= 1
     return ConditionNumber(
-        value=float("inf") if count or not largest else ratio,
-        effective=ratio,
-        largest=largest,
-        smallest_nonzero=smallest,
+        value=float("inf") if infinite else effective if known else max(effective, min(at_least, upper)),
+        effective=effective,
+        largest=largest.estimate,
+        smallest_nonzero=smallest.estimate if known else smallest.upper,
         rank=size - count,
         nullity=count,
         nullity_interval=nullity,
         noise_floor=floor,
-        is_lower_bound=bound,
+        is_lower_bound=not known,
+        rank_tol=cut / largest.estimate if not zero else 0.0,
         size=size,
+        largest_interval=largest,
+        smallest_interval=smallest,
+        effective_interval=Interval(float(lower), effective, float(upper)),
         **fields,
     )

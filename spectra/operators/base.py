@@ -93,6 +93,11 @@ class LinearOperator(abc.ABC):
         return float(jnp.finfo(self.dtype).eps)
 
     @property
+    def cancels(self) -> bool:
+        """Whether a product subtracts numbers larger than itself: it is right relative to |H| alone then."""
+        return True
+
+    @property
     def on_host(self) -> bool:
         """Whether products are driven from the host (streamed data) and cannot be compiled whole."""
         return False

@@ -54,6 +54,11 @@ class MatrixOperator(LinearOperator):
         object.__setattr__(self, "matrix", matrix)
 
     @property
+    def cancels(self) -> bool:
+        """Columns are right to the unit roundoff, each relative to itself."""
+        return False
+
+    @property
     def like(self) -> jax.Array:
         """One row of the matrix."""
         return self.matrix[0]

@@ -5,6 +5,7 @@ import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from spectra.density.extremes import LEVEL, extreme
 from spectra.plotting import (
     plot_blocks,
     plot_cdf,
@@ -27,6 +28,7 @@ from spectra.results import (
     Quadrature,
     SpectrumHistory,
 )
+from spectra.results._digits import extreme_cell
 
 _ROWS = 24  # of a table of snapshots
 
@@ -159,7 +161,7 @@ def _history(history: SpectrumHistory) -> list[Section]:
         [
             f"{s.step:,}",
             f"{s.sharpness:.5g}",
-            f"{s.smallest.estimate:.4g}",
+            extreme_cell(s.smallest, 0, s.level),
             f"{s.trace.value:.4g} ± {s.trace.stderr:.1g}",
         ]
         for s in history.snapshots[::stride]
@@ -176,8 +178,7 @@ def _blocks(results: dict[str, Any]) -> list[Section]:
         [
             name,
             f"{q.size:,}",
-            f"{q.range[0]:.4g}",
-            f"{q.range[1]:.4g}",
+            *(extreme_cell(extreme(q, end), end, LEVEL) for end in (0, -1)),
             f"{100 * q.band_width():.2g} %",
         ]
         for name, q in results.items()

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from spectra.results._base import Array, Interval, html_table, notebook_view, text_table
+from spectra.results._digits import directed, extreme_cell, extreme_text, is_converged, rounded
 from spectra.results.estimates import Estimate
 from spectra.results.quadrature import Quadrature
 
@@ -17,30 +18,46 @@ class Snapshot:
     step: int
     eigenvalues: Array  # (k,) the largest, descending
     residuals: Array  # (k,): an eigenvalue lies within this distance
-    largest: Interval  # scalars: λmax, the sharpness; never below the largest Ritz value seen
-    smallest: Interval
+    largest: Interval  # scalars: λmax, the sharpness, >= lower always, and <= upper with probability `level`
+    smallest: Interval  # λmin <= upper always, and >= lower with probability `level`
     trace: Estimate
     quadrature: Quadrature  # the density: `spectra.spectral_density(snapshot.quadrature)`
     scalars: dict[str, float]  # what the training loop passed along: loss, learning_rate, ...
     num_matvecs: int
     seconds: float  # what the snapshot cost
     trained: float  # seconds of training before it, without snapshots
+    level: float | None = None  # None in older files: `largest` and `smallest` hold an eigenvalue, then
 
     @property
     def sharpness(self) -> float:
-        """λmax."""
+        """λmax: the largest Ritz value seen, converged to the tolerance of the tracker."""
         return float(self.largest.estimate)
+
+    @property
+    def smallest_kind(self) -> str:
+        """What `smallest` is: "value", "upper bound" if it has not converged, "residual" in older files."""
+        if self.level is None:
+            return "residual"
+        return "value" if is_converged(self.smallest, 0) else "upper bound"
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed snapshot."""
-        high, low = self.largest, self.smallest
         return [
-            ("largest eigenvalue", f"{high.estimate:.6g} ± {high.upper - high.estimate:.1g}"),
-            ("smallest eigenvalue", f"{low.estimate:.6g} ± {low.upper - low.estimate:.1g}"),
+            ("largest eigenvalue", self._largest()),
+            ("smallest eigenvalue", extreme_text(self.smallest, 0, self.level)),
             ("trace", f"{self.trace.value:.5g} ± {self.trace.stderr:.2g}"),
             *((name, f"{value:.5g}") for name, value in self.scalars.items()),
             ("cost", f"{self.num_matvecs} products, {self.seconds:.3g} s"),
         ]
+
+    def _largest(self) -> str:
+        """The leading pair with its residual, where the probes say less than it."""
+        value, residual = float(self.eigenvalues[0]), float(self.residuals[0])
+        if self.level is None or is_converged(self.largest, -1) or value < self.sharpness:
+            return extreme_text(self.largest, -1, self.level)
+        above = float(self.largest.upper)
+        most = f"; at most {directed(above, up=True)} ({100 * self.level:g} %)" if np.isfinite(above) else ""
+        return f"at least {rounded(value, residual)} (residual {residual:.1g}){most}"
 
     def __repr__(self) -> str:
         return text_table(f"Snapshot of step {self.step}", self.rows())
@@ -78,8 +95,18 @@ class SpectrumHistory:
 
     @property
     def smallest(self) -> np.ndarray:
-        """(s,) λmin."""
+        """(s,) smallest Ritz values: λmin where `smallest_kind` is "value", else upper bounds on it."""
         return np.array([s.smallest.estimate for s in self.snapshots], float)
+
+    @property
+    def smallest_kind(self) -> np.ndarray:
+        """(s,) what each entry of `smallest` is, see `Snapshot`."""
+        return np.array([s.smallest_kind for s in self.snapshots], str)
+
+    @property
+    def smallest_interval(self) -> Interval:
+        """(s,) each: λmin lies below `upper` always, and above `lower` with probability `level`."""
+        return Interval(*np.array([s.smallest for s in self.snapshots], float).reshape(-1, 3).T)
 
     @property
     def eigenvalues(self) -> np.ndarray:
@@ -129,7 +156,7 @@ class SpectrumHistory:
             ("snapshots", f"{len(self)}, steps {self.steps[0]:,} to {self.steps[-1]:,}"),
             ("largest eigenvalue", f"{sharpness[0]:.5g} at first, {sharpness[-1]:.5g} at last"),
             ("at its largest", f"{sharpness[top]:.5g} in step {self.steps[top]:,}"),
-            ("smallest eigenvalue", f"{self.smallest[0]:.5g} at first, {last.smallest.estimate:.5g} at last"),
+            ("smallest eigenvalue", self._ends()),
             ("trace", f"{trace[0]:.5g} at first, {trace[-1]:.5g} ± {last.trace.stderr:.2g} at last"),
             ("products", f"{sum(s.num_matvecs for s in self.snapshots):,}"),
         ]
@@ -144,6 +171,12 @@ class SpectrumHistory:
 
     def _repr_html_(self) -> str:
         return notebook_view(self, f"Spectrum along training, {self._name}", self.rows())
+
+    def _ends(self) -> str:
+        first, last = (extreme_cell(s.smallest, 0, s.level) for s in (self.snapshots[0], self.snapshots[-1]))
+        known = np.isin(self.smallest_kind, ("value", "residual"))
+        note = "" if known.all() else f"; not converged in {np.sum(~known)} of {len(self)}"
+        return f"{first} at first, {last} at last{note}"
 
     @property
     def _name(self) -> str:

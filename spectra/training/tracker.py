@@ -16,10 +16,11 @@ from spectra import _processes, _tree
 from spectra._errors import SpectraError
 from spectra._mesh import automatic, on_automatic_axes
 from spectra.density import slq
+from spectra.density.extremes import LEVEL, extreme
 from spectra.io.lines import HistoryFile, read
 from spectra.krylov.eigsh import eigsh
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.report import environment, extreme_interval, trace_estimate
+from spectra.report import environment, trace_estimate
 from spectra.results import Eigenpairs, Interval, Quadrature, Snapshot, SpectrumHistory
 
 PyTree = Any
@@ -56,8 +57,9 @@ class SpectrumTracker:
         key: JAX random key of the probes; default key(0).
         num_eigenvalues: k.
         tol: residual of the eigenvalues in units of |H|. They are accurate to tol² |H|² / gap.
-        num_steps: Lanczos steps of the quadrature. 8 give the ends, the trace and the shape of the
-            density; take 40 or more for its details.
+        num_steps: Lanczos steps of the quadrature. 8 give the trace, the shape of the density and a bound on
+            the smallest eigenvalue, which is stated as such until it has converged; take 40 or more for
+            details of the density and for the smallest eigenvalue.
         num_probes: probes of the quadrature.
         budget: largest share of training time that snapshots may take, for example 0.1. A snapshot that
             would exceed it is left out, at the cost of the last, which lengthens the interval; the
@@ -176,21 +178,23 @@ class SpectrumTracker:
         op = op.prepare()  # once for both runs
         quadrature = slq(op, key=self.key, num_steps=min(self.num_steps, op.size), num_probes=self.num_probes)
         pairs, products = self._leading(op, step, quadrature)
-        top = extreme_interval(quadrature, -1)
-        value, error = float(pairs.values[-1]), float(pairs.residuals[-1]) + pairs.noise_floor
-        largest = Interval(value - error, value, value + error)
+        largest, value = extreme(quadrature, -1), float(pairs.values[-1])
+        if value > largest.estimate:  # a Rayleigh quotient too: it raises the bound, not the limit
+            bound = value - pairs.noise_floor
+            largest = Interval(bound, value, max(largest.upper, value + pairs.noise_floor))
         return Snapshot(
             step=step,
             eigenvalues=np.asarray(pairs.values, float)[::-1],
             residuals=np.asarray(pairs.residuals, float)[::-1],
-            largest=largest if value >= top.estimate else top,
-            smallest=extreme_interval(quadrature, 0),
+            largest=largest,
+            smallest=extreme(quadrature, 0),
             trace=trace_estimate(quadrature),
             quadrature=quadrature,
             scalars={name: float(x) for name, x in scalars.items()},
             num_matvecs=quadrature.num_matvecs + products,
             seconds=time.perf_counter() - began,
             trained=trained,
+            level=LEVEL,
         )
 
     def _leading(self, op: LinearOperator, step: int, seen: Quadrature) -> tuple[Eigenpairs, int]:

@@ -1,0 +1,67 @@
+"""What a quadrature says for certain about the ends of a spectrum and about its smallest magnitudes."""
+
+import numpy as np
+
+from spectra._christoffel import Openness, shift
+from spectra.results import Interval, Quadrature
+
+LEVEL = 0.99
+"""Probability of the outer end of an extreme eigenvalue: the inner end holds always."""
+ZERO = 4.0
+"""|λ| up to this many shifts by rounding counts as zero. Measured on float32 Hessians of networks with sine
+layers, whose products are worse than their stated precision: up to 3."""
+
+
+def extreme(quadrature: Quadrature, end: int, *, level: float = LEVEL) -> Interval:
+    """The smallest (end=0) or the largest (end=-1) eigenvalue, between a bound and a limit.
+
+    The outermost Ritz value is a Rayleigh quotient: the smallest eigenvalue is not above it and the largest
+    not below, but for rounding, which is added. That side is a **bound**. The other side is a **limit that
+    holds with probability `level`**: an eigenvalue further out would have shown in the probes, see
+    `spectra._christoffel`. It is infinite where there are too few probes and steps to exclude anything.
+    The estimate is the Ritz value.
+    """
+    sign = 1.0 if end == -1 else -1.0
+    nodes = np.asarray(quadrature.nodes, np.float64)
+    value = float(nodes.max() if end == -1 else nodes.min())
+    rest = quadrature.bulk or quadrature
+    start = float(np.max(rest.nodes) if end == -1 else np.min(rest.nodes))
+    far = Openness([quadrature], 1 - level).end(start, sign)
+    inner, outer = value - sign * shift(quadrature), max(sign * far, sign * value + shift(quadrature)) * sign
+    return Interval(min(inner, outer), value, max(inner, outer))
+
+
+def ritz_pairs(quadratures) -> tuple[np.ndarray, np.ndarray]:
+    """All Ritz values and their residuals, of all probes."""
+    parts = []
+    for q in quadratures:
+        live = np.arange(q.num_steps) < np.asarray(q.lengths)[:, None]
+        parts.append((np.asarray(q.nodes, np.float64)[live], np.asarray(q.residuals, np.float64)[live]))
+    theta, residuals = zip(*parts, strict=True)
+    return np.concatenate(theta), np.concatenate(residuals)
+
+
+def nonzero_bound(theta: np.ndarray, residuals: np.ndarray, moved: float, cut: float) -> tuple[float, float]:
+    """(bound, estimate) of the smallest |λ| above `cut`: infinite if no Ritz pair is known to be of one.
+
+    [θ - r, θ + r] holds an eigenvalue of a matrix within `moved` of H. Where it stays clear of zero, that
+    eigenvalue is none of the zeros, and the smallest |λ| that is not zero is at most |θ| + r.
+    """
+    sizes = np.abs(theta)
+    known = sizes - residuals - moved > cut
+    if not known.any():
+        return np.inf, np.inf
+    best = int(np.argmin(np.where(known, sizes + residuals, np.inf)))
+    return float(sizes[best] + residuals[best] + moved), float(sizes[best])
+
+
+def condition_lower_bound(quadrature: Quadrature) -> float:
+    """A lower bound on |λ|max over the smallest |λ| that is not zero.
+
+    Numerator: the largest |Ritz value|, a Rayleigh quotient. Denominator: the smallest |θ| + residual of a
+    Ritz pair that is certainly of an eigenvalue other than zero, see `nonzero_bound`. Zeros may be there or
+    not, and nothing smaller than the noise floor is claimed. It is 1 where nothing is known.
+    """
+    moved, top = shift(quadrature), max(map(abs, quadrature.range))
+    smallest, _ = nonzero_bound(*ritz_pairs([quadrature]), moved, ZERO * moved)
+    return max((top - moved) / smallest, 1.0) if top else 1.0
