@@ -164,8 +164,9 @@ assert not short.status.ok
 # %% [markdown]
 # ## The ends of the spectrum
 #
-# The extreme eigenvalues need no statistics. The outermost Ritz value lies within its *residual* of an eigenvalue,
-# and the residual is known; noise of the products is added.
+# The outermost Ritz value is a Rayleigh quotient: the extreme eigenvalue lies at it or further out, without any
+# statistics. How much further is limited by the probes, at 99 %: an eigenvalue beyond would have shown in them. Noise of
+# the products is added on both sides.
 
 # %%
 report = spectra.spectrum(op, key=jax.random.key(5), num_steps=60, num_probes=4)

@@ -41,7 +41,7 @@ class Openness:
     def __call__(self, x) -> np.ndarray:
         """Whether an eigenvalue may lie at each of the points."""
         x = np.atleast_1d(np.asarray(x, np.float64))
-        return -sum(_log_chance(x, *rule) for rule in self.rules) < self.threshold
+        return -np.sum([_log_chance(x, *rule) for rule in self.rules], axis=0) < self.threshold
 
     def end(self, start: float, sign: float) -> float:
         """The last open point outside all nodes, going from the outermost, `start`, in one direction."""
@@ -51,11 +51,11 @@ class Openness:
         for _ in range(3):  # then 1.006, then 1.0001
             closed = ~self(start + sign * steps)
             if not closed.any():
-                return sign * np.inf
+                return float(sign * np.inf)
             first = int(np.argmax(closed))
             outer, inner = steps[first], steps[first - 1] if first else inner
             steps = np.linspace(inner, outer, 93)[1:]
-        return start + sign * outer
+        return float(start + sign * outer)
 
     def nearest(self, low: float, high: float) -> float:
         """The smallest magnitude in [low, high] at which either sign is open; `high` if there is none."""

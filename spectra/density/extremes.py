@@ -27,7 +27,8 @@ def extreme(quadrature: Quadrature, end: int, *, level: float = LEVEL) -> Interv
     rest = quadrature.bulk or quadrature
     start = float(np.max(rest.nodes) if end == -1 else np.min(rest.nodes))
     far = Openness([quadrature], 1 - level).end(start, sign)
-    inner, outer = value - sign * shift(quadrature), max(sign * far, sign * value + shift(quadrature)) * sign
+    moved = shift(quadrature)
+    inner, outer = value - sign * moved, sign * max(sign * far, sign * value + moved)
     return Interval(min(inner, outer), value, max(inner, outer))
 
 

@@ -39,10 +39,11 @@ STEPS = 85.0
 
 The Chebyshev polynomial of degree m in [λ, |H|] is cosh(2 m sqrt(δ / κ)) at (1 - δ) λ. An eigenvalue there
 would need a mass below that to the power of -2, and with two probes is excluded, up to the chance SURE, from
-m = log(2 sqrt(n / SURE)) / (2 sqrt(δ / κ)) on: 12 / (2 sqrt(0.005 / κ)) at n = 6000. On both sides of zero the
-polynomial is one in H², whose condition number is κ². It only decides what is tried, not what is said."""
-BASIS = 2**28
-"""Numbers in the basis of the second run: 1 GiB in float32."""
+m = log(2 sqrt(n / SURE)) / (2 sqrt(δ / κ)) on: 12 / (2 sqrt(0.005 / κ)) at n = 6000. On both sides of zero
+it is one in H², whose condition number is κ². It only decides what is tried, not what is said."""
+WORK = 2**35
+"""Largest steps² n of the second run: its orthogonalisation takes some 10 s a probe on two CPU cores, and its
+basis 0.3 GB at most."""
 
 
 @automatic
@@ -104,8 +105,7 @@ def condition_number(
         SpectraError: an argument out of range; called inside jit or vmap.
         MemoryLimitError: method="dense" for a matrix that does not fit.
 
-    Cost: n products, or num_steps * num_probes and at most 16 num_steps more, with a basis of at most 1 GiB
-    in float32 (or num_steps vectors, if that is more).
+    Cost: n products, or num_steps * num_probes and, up to n = 10⁵ or so, at most 16 num_steps more.
 
     References:
         Parlett, The Symmetric Eigenvalue Problem, 1998, sections 4.5 and 10.3 (residuals, Weyl).
@@ -306,7 +306,7 @@ def _second_run(op: LinearOperator, first: Quadrature, found: _Found) -> int:
 
 
 def _fits(op: LinearOperator, steps: int) -> bool:
-    return steps * op.size <= BASIS and estimate(op, num_steps=steps, num_probes=2).fits
+    return steps**2 * op.size <= WORK and estimate(op, num_steps=steps, num_probes=2).fits
 
 
 def _result(
