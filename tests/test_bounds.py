@@ -123,9 +123,9 @@ def test_small_and_large_orders(n):
         )
         check(result, entries)
         assert result.nullity_interval.lower <= nullity <= result.nullity_interval.upper
-        # What counts as zero is the noise, 4 times the floor of 4 eps |H|, at any order; where the space
-        # became invariant, the floor also has what the breakdown dropped, 20 eps |H|.
-        assert result.rank_tol <= 1.01 * 4 * (4 + 20) * EPS
+        # What counts as zero is two shifts, at any order: each 4 floors of 4 eps |H|, and 20 eps |H| more
+        # that a breakdown dropped.
+        assert result.rank_tol <= 1.01 * 2 * (4 * 4 + 20) * EPS
 
 
 def test_an_eigenvalue_that_is_alone_just_below_a_cluster_is_found():
@@ -211,9 +211,9 @@ def test_extremes_are_as_sharp_as_the_steps_allow():
         num_steps=40,
     )
     low, estimate, high = report.smallest
-    # The inner side is the noise floor of 4 eps |H|; the outer one ten times that.
-    assert high - estimate <= 8 * EPS * 10
-    assert estimate - low <= 80 * EPS * 10
+    # The inner side is the shift by rounding, 16 eps |H|, or more by the asymmetry; the outer ten times that.
+    assert high - estimate <= 32 * EPS * 10
+    assert estimate - low <= 320 * EPS * 10
     assert low <= -0.5 <= high
     edge = spectra.spectrum(
         Diagonal(jnp.asarray(EXTREMES["uniform"], jnp.float32)), key=jax.random.key(0), num_steps=40

@@ -7,9 +7,9 @@ from spectra.results import Interval, Quadrature
 
 LEVEL = 0.99
 """Probability of the outer end of an extreme eigenvalue: the inner end holds always."""
-ZERO = 4.0
-"""|λ| up to this many shifts by rounding counts as zero. Measured on float32 Hessians of networks with sine
-layers, whose products are worse than their stated precision: up to 3."""
+ZERO = 2.0
+"""|λ| up to this many shifts by rounding counts as zero: a computed zero may be one shift away from it, and
+what is known of an eigenvalue is known to one shift."""
 
 
 def extreme(quadrature: Quadrature, end: int, *, level: float = LEVEL) -> Interval:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra import _processes, _tree
+from spectra._christoffel import shift
 from spectra._errors import SpectraError
 from spectra._mesh import automatic, on_automatic_axes
 from spectra.density import slq
@@ -180,8 +181,8 @@ class SpectrumTracker:
         pairs, products = self._leading(op, step, quadrature)
         largest, value = extreme(quadrature, -1), float(pairs.values[-1])
         if value > largest.estimate:  # a Rayleigh quotient too: it raises the bound, not the limit
-            bound = value - pairs.noise_floor
-            largest = Interval(bound, value, max(largest.upper, value + pairs.noise_floor))
+            moved = shift(quadrature)
+            largest = Interval(value - moved, value, max(largest.upper, value + moved))
         return Snapshot(
             step=step,
             eigenvalues=np.asarray(pairs.values, float)[::-1],
