@@ -20,7 +20,7 @@ References:
 
 import numpy as np
 
-from spectra import _quadrature
+from spectra._breakdown import breakdown_factor
 
 MARGIN = 4.0
 """The noise floor is what is seen of rounding, and not all is: converged Ritz values of float32 Hessians of
@@ -60,6 +60,14 @@ class Openness:
             steps = np.linspace(inner, outer, 93)[1:]
         return float(start + sign * outer)
 
+    def closes(self, low: float, high: float) -> float:
+        """The smallest magnitude in [low, high] at which neither sign is open; infinite if there is none."""
+        if not 0 < low < high:
+            return np.inf
+        sizes = np.geomspace(low, high, int(np.ceil(np.log(high / low) / np.log(RATIO))) + 1)
+        closed = ~(self(sizes) | self(-sizes))
+        return float(sizes[np.argmax(closed)]) if closed.any() else np.inf
+
     def nearest(self, low: float, high: float) -> float:
         """The smallest magnitude in [low, high] at which either sign is open; `high` if there is none."""
         if low >= high:
@@ -90,22 +98,24 @@ def _rules(quadrature):
     columns = zip(rest.nodes, rest.weights, rest.residuals, rest.lengths, strict=True)
     for nodes, weights, residuals, length in (map(np.asarray, row) for row in columns):
         theta, r = np.asarray(nodes[:length], float), np.asarray(residuals[:length], float)
-        yield theta, r, _log_betas(theta, weights[:length], r), factor, least, moved
+        yield theta, r, _log_betas(theta, weights[:length], r, dropped(rest)), factor, least, moved
 
 
-def _log_betas(theta, weights, residuals) -> float:
-    """log of β_1 ... β_m, where sqrt(w_j) r_j = Π β / Π_{i≠j} |θ_j - θ_i| for every j.
+def _log_betas(theta, weights, residuals, last: float) -> float:
+    """log of β_1 ... β_m, from sqrt(w_j) r_j = Π β / Π_{i≠j} |θ_j - θ_i|, which holds for every j.
 
-    It comes from the component that rounding has hurt least, and that is never taken for less than rounding.
-    After a breakdown it is log 0: there is no mass but in the nodes.
+    The component that rounding has hurt least decides, and none is taken for less than rounding. After a
+    breakdown β_m is at most `last`, what was taken for zero, and the sum of (r_j / β_m)² is one.
     """
+    scale = max(abs(theta[0]), abs(theta[-1])) or 1.0
+    apart = np.maximum(np.abs(theta[:, None] - theta), np.spacing(scale))
+    np.fill_diagonal(apart, 1.0)
+    apart, roots = np.sum(np.log(apart), axis=1), np.sqrt(weights)
     if not residuals.any():
-        return -np.inf
-    scale = max(abs(theta[0]), abs(theta[-1]))
-    parts = np.sqrt(weights) * residuals
-    j = int(np.argmax(parts))
-    apart = np.maximum(np.abs(np.delete(theta, j) - theta[j]), np.spacing(scale))
-    return float(np.log(max(parts[j], SMALLEST * scale)) + np.sum(np.log(apart)))
+        parts = np.log(np.maximum(roots, SMALLEST)) + apart
+        return float(np.log(last or scale * SMALLEST) - np.logaddexp.reduce(-2 * parts) / 2)
+    j = int(np.argmax(roots * residuals))
+    return float(np.log(max(roots[j] * residuals[j], SMALLEST * scale)) + apart[j])
 
 
 def _log_chance(x, theta, residuals, log_betas, factor, least, moved) -> np.ndarray:
@@ -116,13 +126,15 @@ def _log_chance(x, theta, residuals, log_betas, factor, least, moved) -> np.ndar
     """
     distance = np.maximum(np.abs(x[:, None] - theta) - moved, np.finfo(float).tiny)
     inside = distance.min(axis=1) <= np.finfo(float).tiny
-    if log_betas == -np.inf:
-        mass = np.full(len(x), least)
-    else:
-        terms = 2 * (np.sum(np.log(distance), axis=1) - log_betas)
-        with np.errstate(over="ignore"):
-            mass = np.maximum(-terms - np.log1p(np.sum((residuals / distance) ** 2, axis=1)), least)
+    terms = 2 * (np.sum(np.log(distance), axis=1) - log_betas)
+    with np.errstate(over="ignore"):
+        mass = np.maximum(-terms - np.log1p(np.sum((residuals / distance) ** 2, axis=1)), least)
     return np.where(inside, 0.0, np.minimum(mass / 2 + factor, 0.0))
+
+
+def dropped(quadrature) -> float:
+    """The largest β that a breakdown takes for zero by its size alone."""
+    return breakdown_factor(quadrature.size) * quadrature.precision * max(map(abs, quadrature.range))
 
 
 def shift(quadrature) -> float:
@@ -134,5 +146,5 @@ def shift(quadrature) -> float:
     moved = MARGIN * quadrature.noise_floor + quadrature.coupling
     rest = quadrature.bulk or quadrature
     if any(not np.any(row) for row in np.asarray(rest.residuals)):
-        moved += 2 * _quadrature.BREAKDOWN * quadrature.precision * max(map(abs, quadrature.range))
+        moved += 2 * dropped(quadrature)
     return float(moved)

@@ -63,7 +63,8 @@ def condition_number(
     κ = |λ|max / |λ|min is infinite for a singular matrix, which the Hessian of a network is more often
     than not; `effective` is |λ|max over the smallest |λ| that is not zero. Zero means |λ| <= max(rank_tol
     |λ|max, noise): below the noise no algorithm that uses these products sees anything. The noise is the
-    `noise_floor` of a dense matrix and twice that of a Krylov run, whose Ritz values rounding moves as well.
+    `noise_floor` of a dense matrix and twice that of a Krylov run, whose Ritz values rounding moves as well;
+    or up to 100 times as much beside a zero that hides it, where a gap of another factor 100 follows.
 
     **Dense.** Up to n = 5000 (500 for streamed data) all eigenvalues are counted, in float64. By Weyl's
     theorem none is further from the truth than the spectral norm of the error of the matrix, the noise
@@ -235,6 +236,9 @@ def _look(runs: list[Quadrature], rank_tol: float | None) -> _Found:
     if regular:
         bound = min(bound, smallest)
         size = min(size, bound)
+    singular = bool((np.abs(theta) + residuals + moved <= cut).any())
+    if singular and np.isfinite(bound):
+        cut = _wider(room, cut, bound)
     lowest = room.nearest(cut, bound) if np.isfinite(bound) and bound > cut else cut
     best = int(np.argmin(np.abs(np.abs(theta) - size))) if np.isfinite(size) else 0
     return _Found(
@@ -242,11 +246,21 @@ def _look(runs: list[Quadrature], rank_tol: float | None) -> _Found:
         bottom=Interval(min(lowest, bound), min(max(size, lowest), bound), bound),
         smallest=max(smallest, cut),
         cut=cut,
-        singular=bool((np.abs(theta) + residuals + moved <= cut).any()),
+        singular=singular,
         regular=regular,
         definite=low > 0 or high < 0,
         doubt=float(residuals[best] / size) if np.isfinite(size) and size else np.inf,
     )
+
+
+def _wider(room: Openness, cut: float, bound: float) -> float:
+    """What counts as zero beside a zero: up to CLEAR times the noise, if nothing follows in CLEAR times that.
+
+    A zero hides what lies within some noise of it: the probes exclude no more.
+    """
+    edge = room.closes(cut, min(CLEAR * cut, bound / CLEAR))
+    gap = min(CLEAR * edge, bound)
+    return edge if np.isfinite(edge) and room.nearest(edge, gap) >= gap else cut
 
 
 def _krylov(op: LinearOperator, key, shift, rank_tol, num_steps, num_probes) -> ConditionNumber:
