@@ -1,7 +1,7 @@
 """Quadratic forms with random probes: Hutchinson's trace, leaf by leaf, with no vector kept."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,34 +16,79 @@ from spectra.results import Estimate
 PyTree = Any
 
 
-def forms(run: Run, kind: str, start: int, stop: int) -> tuple[Any, Any]:
-    """v_gᵀ(Hv)_g and |(Hv)_g|² of probes start..stop-1 for each group; two arrays (G, stop - start)."""
+class Spread(NamedTuple):
+    """What v ⊙ Hv of the probes so far says about the entries off the diagonal, see `off_diagonal`.
+
+    Differences are taken from the first probe: they vanish exactly for a diagonal H.
+    """
+
+    origin: PyTree  # of the first probe
+    total: PyTree  # sum of differences from it
+    squares: Any  # (leaves,), sum of their squares
+
+
+def forms(run: Run, kind: str, start: int, stop: int, spread: Spread | None = None):
+    """v_gᵀ(Hv)_g and |(Hv)_g|² of probes start..stop-1 for each group; two arrays (G, stop - start).
+
+    With them the `Spread` of Rademacher probes, which goes on from the one given; None for others.
+    """
     indices = jnp.arange(start, stop)
     batch = min(run.batch, stop - start)
-    if run.op.on_host:
-        parts = [
-            _stack_forms(stack := blocks.draw(run.op, run.key, part, kind), run.op.mv_batch(stack))
-            for part in np.split(indices, range(batch, stop - start, batch))
-        ]
-        dots, squares = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
-    else:
-        dots, squares = _forms(run.op, run.key, indices, kind, batch)
-    return run.by_group(dots), run.by_group(squares)
+    if kind == "rademacher" and spread is None:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.op.structure)
+        leaves = len(jax.tree.leaves(zeros))
+        spread = Spread(zeros, zeros, jnp.zeros(leaves, run.op.dtype))
+    if not run.op.on_host:
+        dots, squares, spread = _forms(run.op, run.key, indices, spread, kind, batch)
+        return run.by_group(dots), run.by_group(squares), spread
+    parts = []
+    for part in np.split(indices, range(batch, stop - start, batch)):
+        stack = blocks.draw(run.op, run.key, part, kind)
+        *found, spread = _stack_forms(stack, run.op.mv_batch(stack), part[0], spread)
+        parts.append(found)
+    dots, squares = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+    return run.by_group(dots), run.by_group(squares), spread
 
 
 @partial(jax.jit, static_argnames=("kind", "batch"))
-def _forms(op: LinearOperator, key, indices, kind: str, batch: int):
-    def one(i):
-        v = blocks.draw(op, key, i[None], kind)
-        product = jax.tree.map(lambda x: x[None], op.mv(jax.tree.map(lambda x: x[0], v)))
-        return tuple(x[:, 0] for x in _stack_forms(v, product))
+def _forms(op: LinearOperator, key, indices, spread: Spread | None, kind: str, batch: int):
+    def step(spread, part):
+        v = blocks.draw(op, key, part, kind)
+        dots, squares, spread = _stack_forms(v, jax.vmap(op.mv)(v), part[0], spread)
+        return spread, (dots, squares)
 
-    return tuple(x.T for x in lax.map(one, indices, batch_size=batch))
+    whole = len(indices) - len(indices) % batch
+    spread, found = lax.scan(step, spread, indices[:whole].reshape(-1, batch))
+    dots, squares = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1) for x in found)
+    if whole < len(indices):
+        spread, rest = step(spread, indices[whole:])
+        dots, squares = (jnp.concatenate(x, axis=1) for x in zip((dots, squares), rest, strict=True))
+    return dots, squares, spread
 
 
 @jax.jit
-def _stack_forms(vectors: PyTree, products: PyTree):
-    return blocks.row_dots(vectors, products), blocks.row_dots(products, products)
+def _stack_forms(vectors: PyTree, products: PyTree, first, spread: Spread | None):
+    """Forms of a batch of which `first` is the number of the first probe."""
+    dots, squares = blocks.row_dots(vectors, products), blocks.row_dots(products, products)
+    if spread is not None:
+        samples = jax.tree.map(jnp.multiply, vectors, products)
+        origin = jax.tree.map(lambda x, o: jnp.where(first == 0, x[0], o), samples, spread.origin)
+        moved = jax.tree.map(jnp.subtract, samples, origin)
+        total = jax.tree.map(lambda t, x: t + jnp.sum(x, axis=0), spread.total, moved)
+        square = spread.squares + jnp.sum(blocks.row_dots(moved, moved), axis=1)
+        spread = Spread(origin, total, square)
+    return dots, squares, spread
+
+
+@partial(jax.jit, static_argnames="count")
+def off_diagonal(spread: Spread, count: int):
+    """Σ_a Σ_{b≠a} H_ab² for the rows a of each leaf, without bias from `count` Rademacher probes.
+
+    Entry a of v ⊙ Hv is H_aa + Σ_{b≠a} H_ab v_a v_b: its variance is the sum of squares of row a off the
+    diagonal.
+    """
+    total = jax.tree.map(lambda x: x[None], spread.total)
+    return (spread.squares - blocks.row_dots(total, total)[:, 0] / count) / (count - 1)
 
 
 def mean_and_error(run: Run, samples: Any) -> tuple[Any, Any]:
@@ -51,27 +96,44 @@ def mean_and_error(run: Run, samples: Any) -> tuple[Any, Any]:
     return run.xp.mean(samples, axis=-1), run.xp.std(samples, axis=-1, ddof=1) / samples.shape[-1] ** 0.5
 
 
-def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
-    """Mean of vᵀHv over probes; the interval rests on Student's t for k independent samples.
+EIGENVECTOR = 16
+"""Order from which a vector of signs is no eigenvector by chance but of a multiple of the identity."""
 
-    A single probe has no spread. Its error comes from 2 |Hv|², an unbiased estimate of twice the
-    squared Frobenius norm, which is the variance for normal probes; Rademacher probes do not see the
-    squared diagonal, of which (vᵀHv)² / n is at most the average.
+
+def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
+    """Mean of vᵀHv over probes, with the variance that the products themselves show.
+
+    For normal probes Var vᵀHv = 2 |H|_F², and |Hv|² estimates |H|_F² without bias: with vᵀHv = Σ λ_i g_i² it
+    is Σ λ_i² g_i², which has at least one degree of freedom a probe (Satterthwaite: (Σ λ²)² / Σ λ⁴ >= 1).
+    So Student's t with k degrees of freedom; where one eigenvalue dominates, the spread of the samples
+    has far fewer, and its intervals held for 86 instead of 95 % of 8 probes.
+
+    Signs see nothing of the diagonal, Var vᵀHv = 2 Σ_{a≠b} H_ab², which has two estimates: `off_diagonal`,
+    and the bound 2 (|Hv|² - (vᵀHv)² / n), which is the spread of v ⊙ Hv over entries in the place of probes.
+    The first fails where a few entries count and all k signs agree; it is taken as if the spread were
+    about the truth, two standard errors off (the score interval), which leaves k - 4 degrees of k - 1.
+    The smaller one counts.
     """
-    xp, parts = run.xp, []
+    xp, parts, spread = run.xp, [], None
+    signs = kind == "rademacher"
 
     def result():
         samples, squares = (xp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
-        if samples.shape[-1] > 1:
-            values, stderr = mean_and_error(run, samples)
-        else:
-            values = samples[:, 0]
-            seen = values**2 / run.op.size if kind == "rademacher" else 0
-            stderr = xp.sqrt(2 * xp.maximum(squares[:, 0] - seen, 0))
-        return values, xp.hypot(stderr, run.rounding(squares))
+        k, values = samples.shape[-1], xp.mean(samples, axis=-1)
+        second = xp.mean(squares, axis=-1)
+        if signs:
+            sizes = run.sizes
+            seen = np.where(sizes < EIGENVECTOR, 0, 1 / sizes) * values**2
+            second = xp.maximum(second - seen, 0) / np.where(sizes < EIGENVECTOR, 1, 1 - 2 / sizes)
+        if signs and k > 4:
+            off = xp.maximum(run.by_group(off_diagonal(spread, k)), 0)
+            second = xp.minimum(second, off * (k - 1) / (k - 4))
+        return values, xp.hypot(xp.sqrt(2 * second / k), run.rounding(squares))
 
     def step(count):
-        parts.append(forms(run, kind, num_probes(), count))
+        nonlocal spread
+        dots, squares, spread = forms(run, kind, num_probes(), count, spread)
+        parts.append((dots, squares))
         values, stderr = result()
         return values[-1], stderr[-1]
 
@@ -85,7 +147,7 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         method="hutchinson",
         status=status,
         reason=reason,
-        dof=float(max(num_probes() - 1, 1)),
+        dof=float(num_probes()),
     )
 
 
@@ -101,7 +163,7 @@ def sample_norms(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, int]:
         return mean[-1], run.xp.hypot(stderr[-1], 2 * run.op.precision * mean[-1])
 
     def step(count):
-        parts.append(forms(run, "rademacher", sum(x.shape[-1] for x in parts), count)[1])
+        parts.append(forms(run, "normal", sum(x.shape[-1] for x in parts), count)[1])
         return result()
 
     status = adaptive(run, step, num_matvecs)

@@ -195,11 +195,14 @@ def _of_groups(g: Sketch, core: Array, sketch: Array, probes: Array, size: int, 
 
 
 @careful()
-def xnystrace_values(g: Nystrom, size: int, *, resphere: bool, xp) -> tuple[Array, Array]:
+def xnystrace_values(g: Nystrom, size: int, *, resphere: bool, xp) -> tuple[Array, Array, Array]:
     """tr over each group of the Nyström approximation without probe j, plus ω_jᵀ (A - A<Ω>) ω_j.
 
     The residual ignores the span of the other probes, so with `resphere` the probe is made orthogonal
     to it and scaled to the average length there.
+
+    The third result is the variance of each estimate given its sketch, (G, m). The residual of probe j is
+    a vector, (A - A<Ω>) ω_j = Bᵀu_j (u_jᵀ B ω_j), and `hutch++` says how it shows the variance of its form.
 
     References:
         Epperly, Tropp and Webber, arXiv:2301.07825, section 2.3.
@@ -230,14 +233,28 @@ def xnystrace_values(g: Nystrom, size: int, *, resphere: bool, xp) -> tuple[Arra
             total = total - xp.sum((a @ g.bb) * a, axis=-1)
         return total
 
-    return _with_pairs(formula, u, len(g.bb), xp)
+    z = u * xp.sum(u * g.root, axis=-1, keepdims=True)
+    own = xp.sum((z @ g.bb) * z, axis=-1)
+    if resphere:
+        probes, square = dual(None)
+        scale = (size - (m - 1)) / square
+        form = xp.sum((probes @ g.ob[-1]) * z, axis=-1)
+        less = xp.where(xp.arange(len(g.bb))[:, None] == len(g.bb) - 1, scale * form**2 / square, 0)
+        own = scale * own - less
+    return *_with_pairs(formula, u, len(g.bb), xp), 2 * xp.maximum(own, 0)
 
 
-def mean_and_variance(values: Array, pairs: Array, xp) -> tuple[Array, Array]:
-    """Mean over probes and its variance, for estimates (G, m) and pairs (d, G, m); see above."""
+def mean_and_variance(values: Array, pairs: Array, xp, own: Array | None = None) -> tuple[Array, Array]:
+    """Mean over probes and its variance, for estimates (G, m) and pairs (d, G, m); see above.
+
+    `own` has the variance of each estimate given its sketch, where it is known: on average that is the
+    spread and the covariance together.
+    """
     m, d = values.shape[-1], len(pairs)
     delta = values[:, None, :d] - xp.moveaxis(pairs, 0, 1)[..., :d]
     delta = xp.where(xp.eye(d, dtype=bool), 0, delta)
     covariance = xp.sum(xp.abs(delta * xp.swapaxes(delta, -1, -2)), axis=(-2, -1)) / (d * (d - 1))
+    if own is not None:
+        return xp.mean(values, axis=-1), xp.mean(own, axis=-1) / m + covariance * (1 - 1 / m)
     spread = xp.var(values, axis=-1, ddof=1) / m
     return xp.mean(values, axis=-1), spread + covariance

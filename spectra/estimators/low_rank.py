@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spectra import _tree
 from spectra._errors import SpectraError
 from spectra.estimators import blocks, leave_one_out
-from spectra.estimators.hutchinson import mean_and_error
 from spectra.estimators.leave_one_out import Nystrom
 from spectra.estimators.run import Run, adaptive
 from spectra.estimators.sketch import MIN_SKETCH, SketchRun
@@ -50,9 +50,9 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     )
 
 
-def with_rounding(run: Run, values, pairs, rounding) -> tuple[Any, Any]:
+def with_rounding(run: Run, values, pairs, rounding, own=None) -> tuple[Any, Any]:
     """Mean of leave-one-out estimates, and its error with that of rounding."""
-    mean, variance = leave_one_out.mean_and_variance(values, pairs, run.xp)
+    mean, variance = leave_one_out.mean_and_variance(values, pairs, run.xp, own)
     return mean, run.xp.sqrt(variance + rounding**2)
 
 
@@ -90,12 +90,14 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
             inverse_root=vectors / root,
             inverse_gram=inverse_gram,
         )
-        estimates, pairs = leave_one_out.xnystrace_values(core, run.op.size, resphere=kind == "normal", xp=xp)
+        estimates, pairs, own = leave_one_out.xnystrace_values(
+            core, run.op.size, resphere=kind == "normal", xp=xp
+        )
         taken = (shift * xp.asarray(run.sizes))[:, None]
         estimates, pairs = estimates - taken, pairs - taken
         # Rounding of the core counts in units of the smallest eigenvalue of ΩΩᵀ, and the shift is no larger.
         floor = run.rounding(squares) * run.op.size / weights[0]
-        found[:] = with_rounding(run, estimates, pairs, floor)
+        found[:] = with_rounding(run, estimates, pairs, floor, own)
         return found[0][-1], found[1][-1]
 
     status = adaptive(run, step, num_matvecs, least=MIN_SKETCH)
@@ -105,7 +107,7 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         method="xnystrace",
         status=status,
         reason=reason,
-        dof=float(sketch.num_probes - 1),
+        dof=float(sketch.num_probes),
     )
 
 
@@ -125,12 +127,16 @@ def _require_positive(values, run: Run) -> None:
 def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     """Hutch++: the trace on a sketched range, and Hutchinson on its complement, a third of products each.
 
-    Given the range Q the samples are independent: the interval rests on Student's t.
+    Given the range Q the samples are independent. For v uniform on the sphere |v|² = n - r in its complement,
+    with w = (1 - QQᵀ) H v, Var vᵀw = 2 E |w - v (vᵀw) / |v|²|²: the residual shows the variance, with at
+    least one degree of freedom a probe as in `hutchinson`, and the interval rests on Student's t. For
+    groups of parameters, and for signs, 2 E |w|² is a bound.
 
     References:
         Meyer, Musco, Musco and Woodruff, arXiv:2010.09649.
     """
     xp, rank = run.xp, max(1, num_matvecs // 3)
+    rest = run.op.size - rank
     sketch = SketchRun(run, kind)
     sketch.extend(rank)
     q, inner = sketch.held.basis, sketch.inner_products()
@@ -140,30 +146,37 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     parts: list[Any] = []
 
     def step(count):
-        done = sum(x.shape[-1] for x in parts)
+        done = num_samples()
         probes = blocks.draw(run.op, run.key, jnp.arange(rank + done, rank + count), kind)
         complement, square = _project(q, probes)
         images = blocks.products(run.op, complement, run.batch)
-        samples = run.by_group(_complement_forms(q, complement, images))
+        samples, squares = map(run.by_group, _complement_forms(q, complement, images))
         if kind == "normal":
-            samples = samples * (run.op.size - rank) / run.host(square)
-        parts.append(samples)
+            scale = rest / run.host(square)
+            samples, squares = samples * scale, squares * scale
+        parts.append((samples, squares))
         values, stderr = result()
         return values[-1], stderr[-1]
 
     def result():
-        mean, stderr = mean_and_error(run, xp.concatenate(parts, axis=-1))
-        return mean + fixed, xp.hypot(stderr, run.rounding(inner.yy))
+        samples, squares = (xp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
+        variances = xp.maximum(squares - seen * samples**2, 0)
+        stderr = xp.sqrt(2 * xp.mean(variances, axis=-1) / num_samples())
+        return xp.mean(samples, axis=-1) + fixed, xp.hypot(stderr, run.rounding(inner.yy))
 
+    def num_samples():
+        return sum(samples.shape[-1] for samples, _ in parts)
+
+    seen = np.zeros((len(run.leaf_sets), 1))
+    seen[-1] = 1 / rest if kind == "normal" else 0
     status = adaptive(run, step, num_matvecs - 2 * rank, least=MIN_SKETCH)
-    samples = sum(x.shape[-1] for x in parts)
     return run.estimate(
         *result(),
-        num_matvecs=2 * rank + samples,
+        num_matvecs=2 * rank + num_samples(),
         method="hutch++",
         status=status,
         reason=reason,
-        dof=float(samples - 1),
+        dof=float(num_samples()),
     )
 
 
@@ -176,5 +189,6 @@ def _project(basis: PyTree, vectors: PyTree):
 
 @jax.jit
 def _complement_forms(basis: PyTree, vectors: PyTree, images: PyTree):
-    """v · (1 - QQᵀ) H v for each leaf."""
-    return blocks.row_dots(vectors, _project(basis, images)[0])
+    """v · w and |w|² with w = (1 - QQᵀ) H v, for each leaf."""
+    rest = _project(basis, images)[0]
+    return blocks.row_dots(vectors, rest), blocks.row_dots(rest, rest)
