@@ -62,8 +62,32 @@ def gauss_rule_traced(alpha, beta):
     """`gauss_rule` inside jit, in the working dtype. A dead tail of T decouples: its weight is zero."""
     import jax.numpy as jnp
 
-    theta, vectors = jnp.linalg.eigh(dense(alpha, beta[..., :-1], jnp))
+    theta, vectors = _eigh_traced(dense(alpha, beta[..., :-1], jnp))
     return theta, vectors[..., 0, :] ** 2, jnp.abs(beta[..., -1:] * vectors[..., -1, :])
+
+
+def _eigh_traced(matrix):
+    """`eigh` whose derivative exists where eigenvalues agree, as those of a dead tail of T do.
+
+    Vectors of the same eigenvalue are left where they are: the tail shares nothing with the rest of T.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    @jax.custom_jvp
+    def eigh(matrix):
+        return tuple(jnp.linalg.eigh(matrix))
+
+    @eigh.defjvp
+    def derivative(primals, tangents):
+        values, vectors = eigh(*primals)
+        inner = jnp.swapaxes(vectors, -1, -2) @ tangents[0] @ vectors
+        gaps = values[..., None, :] - values[..., :, None]
+        turn = jnp.where(gaps == 0, 0, inner / jnp.where(gaps == 0, 1, gaps))
+        return (values, vectors), (jnp.diagonal(inner, axis1=-2, axis2=-1), vectors @ turn)
+
+    with jax.default_matmul_precision("highest"):
+        return eigh(matrix)
 
 
 def split(quadrature, x: np.ndarray):

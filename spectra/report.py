@@ -14,6 +14,7 @@ from spectra import density
 from spectra._mesh import automatic
 from spectra.checkpoint import Checkpoint
 from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
+from spectra.density.sampling import sampling_error
 from spectra.operators.base import LinearOperator
 from spectra.results import Density, Estimate, Interval, Quadrature, notebook_view, text_table
 from spectra.results._digits import directed, extreme_text
@@ -183,15 +184,35 @@ def spectrum(
 def trace_estimate(quadrature: Quadrature) -> Estimate:
     """tr H = n times the mean of vᵀHv; exact in the quadrature for any number of steps.
 
-    For v uniform on the sphere Var vᵀHv = 2 (mean λ² - (mean λ)²) / (n + 2), and the quadrature
-    estimates both means, so that a standard error exists for a single probe already.
+    The error is that of the probes, see `sampling_error`, and of rounding: a step rounds v · Hv four times
+    (see `Quadrature.noise_floor`), by eps |Hv| each. A run of n steps has no other: its T is H itself in
+    another basis, and the sum of its nodes is the trace. After a single step the residual takes the
+    place of the spread of the nodes.
     """
-    n, k = quadrature.size, quadrature.num_probes
+    n = quadrature.size
     rest = quadrature.bulk or quadrature  # deflated eigenvalues have no sampling error
-    first, second = rest.mean(lambda x: x), rest.mean(lambda x: x * x)
-    variance = 2 * max(second - first**2, 0.0) / (rest.size + 2)
-    stderr = float(rest.size * np.sqrt(variance / k))
-    return Estimate(n * quadrature.mean(lambda x: x), stderr, quadrature.num_matvecs, "slq")
+    nodes, weights, residuals = (
+        np.asarray(x, np.float64) for x in (rest.nodes, rest.weights, rest.residuals)
+    )
+    lengths = np.asarray(rest.lengths)
+    rounding = 4 * n * quadrature.precision * _root_mean_square(nodes, weights)
+    fields = {"num_matvecs": quadrature.num_matvecs, "method": "slq"}
+    if rest is quadrature and (whole := lengths == n).any():
+        value = float(np.mean(np.sum(nodes[whole], axis=1)))
+        return Estimate(value, rounding, **fields, reason="n steps leave nothing to sampling")
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    if (single := lengths == 1).any():  # θ ± r with half the weight each has the moments 1 and 2 of the probe
+        pairs = nodes[:, :1] + residuals[:, :1] * np.array([-1.0, 1.0])
+        nodes = np.hstack([np.where(single[:, None], pairs, nodes[:, :1]), nodes])
+        weights = np.hstack([np.where(single[:, None], 0.5, 0.0) * np.ones(2), weights * ~single[:, None]])
+    stderr, dof = sampling_error(weights, nodes, rest.size)
+    value = n * quadrature.mean(lambda x: x)
+    return Estimate(value, float(np.hypot(stderr, rounding)), **fields, dof=dof)
+
+
+def _root_mean_square(nodes: np.ndarray, weights: np.ndarray) -> float:
+    scale = float(np.max(np.abs(nodes), initial=0.0))
+    return scale * float(np.sqrt(np.mean(np.sum(weights * (nodes / (scale or 1.0)) ** 2, axis=1))))
 
 
 def _share_between(quadrature: Quadrature, low: float, high: float) -> Interval:

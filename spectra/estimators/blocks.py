@@ -118,7 +118,7 @@ def products(op: LinearOperator, stack: PyTree, batch: int) -> PyTree:
     return concatenate([op.mv_batch(rows(stack, s, s + batch)) for s in starts])
 
 
-@jax.jit
+@jax.custom_jvp
 def orthonormalize(stack: PyTree, against: PyTree | None, noise: PyTree) -> PyTree:
     """k orthonormal vectors, orthogonal to `against`, whose span holds the stack to rounding.
 
@@ -127,9 +127,17 @@ def orthonormalize(stack: PyTree, against: PyTree | None, noise: PyTree) -> PyTr
     give, but from inner products alone). Each pass divides by the eigenvalues of the scaled Gram
     matrix, clipped at eps: never by a small pivot.
 
+    Its derivative is that of the span: a rotation of the rows within it, which no estimate depends on, is
+    left out. With S = R B + G A for rows A of `against`, dB = R⁺ (dS - G dA)(1 - AᵀA - BᵀB) - B dAᵀ A.
+
     References:
         Stathopoulos and Wu, doi:10.1137/S1064827500370883.
     """
+    return _orthonormalize(stack, against, noise)
+
+
+@jax.jit
+def _orthonormalize(stack: PyTree, against: PyTree | None, noise: PyTree) -> PyTree:
     k = length(stack)
     dtype = _tree.scalar_dtype(stack)
     eps = jnp.finfo(dtype).eps
@@ -147,3 +155,23 @@ def orthonormalize(stack: PyTree, against: PyTree | None, noise: PyTree) -> PyTr
         values = jnp.maximum(values, k * eps * jnp.maximum(values[-1], eps))
         stack = combine((vectors / jnp.sqrt(values)).T * unit, stack)
     return stack
+
+
+@orthonormalize.defjvp
+def _span_derivative(primals, tangents):
+    (stack, against, noise), (moved, against_moved, _) = primals, tangents
+    basis = orthonormalize(stack, against, noise)
+    if against is not None:
+        moved = subtract(moved, combine(_dots(stack, against), against_moved))
+        moved = subtract(moved, combine(_dots(moved, against), against))
+    moved = subtract(moved, combine(_dots(moved, basis), basis))
+    # What the basis was filled with where the stack is dependent does not move with it.
+    factor = jnp.linalg.pinv(_dots(stack, basis), rtol=length(stack) * jnp.finfo(_tree.scalar_dtype(stack)).eps)
+    moved = combine(factor, moved)
+    if against is not None:
+        moved = subtract(moved, combine(_dots(basis, against_moved), against))
+    return basis, moved
+
+
+def _dots(a: PyTree, b: PyTree) -> jax.Array:
+    return jnp.sum(gram(a, b), axis=0)

@@ -1,19 +1,25 @@
 """The Frobenius norm of an operator, from the products that a trace takes."""
 
 import math
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from spectra._mesh import automatic
 from spectra._status import Status
-from spectra.estimators import exact, leave_one_out
-from spectra.estimators.hutchinson import sample_norms
+from spectra.estimators import blocks, exact, leave_one_out
 from spectra.estimators.low_rank import with_rounding
-from spectra.estimators.run import adaptive, begin
+from spectra.estimators.run import Run, adaptive, begin
 from spectra.estimators.sketch import MIN_SKETCH, SketchRun
 from spectra.estimators.trace import STACKS, choose
 from spectra.operators.base import LinearOperator
 from spectra.results import Estimate
+
+PyTree = Any
 
 
 @automatic
@@ -68,11 +74,12 @@ def frobenius_norm(
         needs_key=method != "exact",
     )
     if method == "exact":
-        square, error = run.xp.sum(run.host(exact.columns(run)[1])), 0.0
+        squares = run.host(exact.columns(run)[1])
+        square, error = run.xp.sum(squares), 2 * op.precision * run.xp.sum(squares)
         status, dof, count = Status.COMPLETE, None, op.size
     elif method == "hutchinson":
-        square, error, status, count = sample_norms(run, num_matvecs)
-        dof = float(max(count - 1, 1))
+        square, error, status, count = _sampled(run, num_matvecs)
+        dof = count / 2
     else:
         sketch, found = SketchRun(run, "normal"), []
 
@@ -104,3 +111,74 @@ def frobenius_norm(
         reason=reason,
         dof=dof,
     )
+
+
+def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Status, int]:
+    """Mean of |Hv|² over normal probes, its standard error, the status, and the number of probes.
+
+    |Hv|² has the law Σ λ_i² χ²_1, so that k of them are close to χ² with ν = k |H|_F⁴ / tr H⁴ >= k degrees of
+    freedom (Satterthwaite), and the root has the standard error |H|_F / sqrt(2 ν). Both the spread of |Hv|²
+    and (w_i · w_{i-1})² for products w = Hv estimate tr H⁴ without bias; the larger one is taken, at most
+    |H|_F⁴. The root of χ² is skewed: Student's t with k / 2 degrees of freedom has its quantiles to 3 %.
+    """
+    xp, parts, last = run.xp, [], None
+
+    def result():
+        squares, crosses = (xp.concatenate(x) for x in zip(*parts, strict=True))
+        k, mean = len(squares), xp.mean(squares)
+        fourth = mean**2
+        if k > 1:
+            pairs = xp.sum(crosses[1:] ** 2) / (k - 1)
+            fourth = xp.minimum(xp.maximum(xp.var(squares, ddof=1) / 2, pairs), mean**2)
+        return mean, xp.hypot(xp.sqrt(2 * fourth / k), 2 * run.op.precision * mean)
+
+    def num_probes():
+        return sum(len(squares) for squares, _ in parts)
+
+    def step(count):
+        nonlocal last
+        squares, crosses, last = _norms(run, num_probes(), count, last)
+        parts.append((squares, crosses))
+        return result()
+
+    status = adaptive(run, step, num_matvecs)
+    return *result(), status, num_probes()
+
+
+def _norms(run: Run, start: int, stop: int, last: PyTree | None):
+    """|w_i|², w_i · w_{i-1} (first of all with zero), and the last w, for w = Hv of probes start..stop-1."""
+    op, indices = run.op, jnp.arange(start, stop)
+    batch = min(run.batch, stop - start)
+    if last is None:
+        last = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), op.structure)
+    if not op.on_host:
+        *found, last = _norms_compiled(op, run.key, indices, last, batch)
+    else:
+        parts = []
+        for part in np.split(indices, range(batch, stop - start, batch)):
+            *dots, last = _stack_norms(op.mv_batch(blocks.draw(op, run.key, part, "normal")), last)
+            parts.append(dots)
+        found = [jnp.concatenate(x) for x in zip(*parts, strict=True)]
+    return run.host(found[0]), run.host(found[1]), last
+
+
+@partial(jax.jit, static_argnames="batch")
+def _norms_compiled(op: LinearOperator, key, indices, last, batch: int):
+    def step(last, part):
+        *dots, last = _stack_norms(jax.vmap(op.mv)(blocks.draw(op, key, part, "normal")), last)
+        return last, dots
+
+    whole = len(indices) - len(indices) % batch
+    last, found = lax.scan(step, last, indices[:whole].reshape(-1, batch))
+    found = [x.ravel() for x in found]
+    if whole < len(indices):
+        last, rest = step(last, indices[whole:])
+        found = [jnp.concatenate(x) for x in zip(found, rest, strict=True)]
+    return *found, last
+
+
+@jax.jit
+def _stack_norms(images: PyTree, last: PyTree):
+    before = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y[:-1]]), last, images)
+    squares, crosses = (jnp.sum(blocks.row_dots(images, x), axis=0) for x in (images, before))
+    return squares, crosses, jax.tree.map(lambda x: x[-1], images)

@@ -11,6 +11,7 @@ from spectra import _tree
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._status import Status
+from spectra.density.sampling import sampling_error
 from spectra.density.slq import slq, slq_until
 from spectra.estimators.bracket import Bounds, bracket, evaluate, interval_of
 from spectra.operators.base import LinearOperator, require_operator
@@ -44,7 +45,7 @@ def trace_of(
 
     `stderr` is the spread over probes: for v uniform on the sphere Var vᵀf(H)v = 2 (mean f² - (mean f)²)
     / (n + 2), which the quadrature estimates; the interval uses Student's t with the degrees of freedom
-    of that estimate, k (tr g²)² / tr g⁴ with g = f - mean f. What a shift of the nodes by the noise
+    of that estimate, k (tr g²)² / tr g⁴ >= k with g = f - mean f. What a shift of the nodes by the noise
     floor changes is added.
 
     Args:
@@ -136,7 +137,7 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None) -> Estimate:
     n, k = q.size, q.num_probes
     weights = weights / weights.sum(axis=1, keepdims=True)
     mean = float(np.sum(weights * values) / k)
-    square, fourth = (float(np.sum(weights * (values - mean) ** p) / k) for p in (2, 4))
+    stderr, dof = sampling_error(weights, values, n)
     shifted = np.stack([evaluate(f, np.clip(nodes + s * floor, a, b)) for s in (-1, 1)])
     moved = np.where(np.isfinite(shifted) & (weights > 0), np.abs(shifted - values), 0.0)
     rounding = n * float(np.sum(weights * moved.max(axis=0)) / k)
@@ -145,12 +146,12 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None) -> Estimate:
         lower, upper = min(lower, n * mean), max(upper, n * mean)
     return Estimate(
         value=n * mean,
-        stderr=float(np.hypot(n * np.sqrt(2 * square / (n + 2) / k), rounding)),
+        stderr=float(np.hypot(stderr, rounding)),
         num_matvecs=q.num_matvecs,
         method="slq",
         status=q.status,
         reason=reason,
-        dof=float(k * n * square**2 / fourth) if fourth > 0 else None,
+        dof=dof,
         lower=lower,
         upper=upper,
     )

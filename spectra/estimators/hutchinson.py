@@ -91,11 +91,6 @@ def off_diagonal(spread: Spread, count: int):
     return (spread.squares - blocks.row_dots(total, total)[:, 0] / count) / (count - 1)
 
 
-def mean_and_error(run: Run, samples: Any) -> tuple[Any, Any]:
-    """Mean of independent samples (G, k) and its standard error; k > 1."""
-    return run.xp.mean(samples, axis=-1), run.xp.std(samples, axis=-1, ddof=1) / samples.shape[-1] ** 0.5
-
-
 EIGENVECTOR = 16
 """Order from which a vector of signs is no eigenvector by chance but of a multiple of the identity."""
 
@@ -149,23 +144,3 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         reason=reason,
         dof=float(num_probes()),
     )
-
-
-def sample_norms(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, int]:
-    """Mean of |Hv|², its standard error, the status, and the number of probes."""
-    parts: list[Any] = []
-
-    def result():
-        squares = run.xp.concatenate(parts, axis=-1)
-        if squares.shape[-1] == 1:  # the variance is at most twice the square, reached for rank one
-            return squares[-1, 0], 2**0.5 * squares[-1, 0]
-        mean, stderr = mean_and_error(run, squares)
-        return mean[-1], run.xp.hypot(stderr[-1], 2 * run.op.precision * mean[-1])
-
-    def step(count):
-        parts.append(forms(run, "normal", sum(x.shape[-1] for x in parts), count)[1])
-        return result()
-
-    status = adaptive(run, step, num_matvecs)
-    square, error = result()
-    return square, error, status, sum(x.shape[-1] for x in parts)

@@ -26,7 +26,7 @@ def gram_schmidt_pass(basis: Basis, vector: Panels, filled) -> tuple[Panels, jax
     """
     coefficients, square = _basis.dots(basis, vector, filled)
     rest = jnp.maximum(square - _square(coefficients), 0)
-    return _basis.subtract(basis, coefficients, vector, filled), jnp.sqrt(rest), coefficients
+    return _basis.subtract(basis, coefficients, vector, filled), _root(rest), coefficients
 
 
 def orthogonalize(
@@ -54,3 +54,8 @@ def orthogonalize(
 
 def _square(coefficients: jax.Array) -> jax.Array:
     return jnp.vdot(coefficients, coefficients, precision=lax.Precision.HIGHEST)
+
+
+def _root(x: jax.Array) -> jax.Array:
+    """sqrt, with the derivative 0 at 0: where a space ends, the norm of what is left says nothing."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
