@@ -15,6 +15,7 @@ from spectra._mesh import automatic
 from spectra.checkpoint import Checkpoint
 from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
 from spectra.density.sampling import sampling_error
+from spectra.estimators.rounding import relative_change
 from spectra.operators.base import LinearOperator
 from spectra.results import Density, Estimate, Interval, Quadrature, notebook_view, text_table
 from spectra.results._digits import directed, extreme_text
@@ -139,7 +140,8 @@ def spectrum(
     Raises:
         SpectraError: as `slq`.
 
-    Cost: as `slq`; all else is arithmetic on num_steps x num_probes numbers.
+    Cost: as `slq`, and of a loss seven products more, four of them at other parameters, that measure its
+    rounding (see `spectra.estimators.rounding`); all else is arithmetic on num_steps x num_probes numbers.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra
@@ -161,6 +163,7 @@ def spectrum(
         basis=basis,
         basis_dtype=basis_dtype,
     )
+    quadrature = dataclasses.replace(quadrature, rounding=relative_change(op))
     seconds = time.perf_counter() - start
     floor = quadrature.noise_floor
     scale = max(map(abs, quadrature.range))

@@ -1,1 +1,1 @@
-"""Whether every stated number holds: coverage and width of intervals, violations of bounds, on known spectra."""
+"""Whether every stated number holds: intervals, brackets and bounds on spectra that are known."""

@@ -78,7 +78,9 @@ def _matrices() -> dict[str, Callable[[np.random.Generator], np.ndarray]]:
         "bulk and spikes": lambda rng: planted(spiked(rng)),
         "flat and a spike": lambda rng: planted(np.append(1 + 0.01 * rng.standard_normal(N - 1), 100.0)),
         "spikes of both signs": lambda rng: planted(np.append(rng.standard_normal(N - 3), [-80.0, 50, 20])),
-        "two clusters": lambda rng: planted(np.repeat([1.0, 5.0], [252, 253]) + 1e-3 * rng.standard_normal(N)),
+        "two clusters": lambda rng: planted(
+            np.repeat([1.0, 5.0], [252, 253]) + 1e-3 * rng.standard_normal(N)
+        ),
         "repeated": lambda _: planted(np.repeat([0.0, 1.0, 2.0, 10.0], [300, 150, 50, 5])),
         "rank 50": lambda rng: planted(np.append(np.zeros(N - 50), np.exp(2 * rng.standard_normal(50)))),
         "sixteen decades": lambda _: planted(np.logspace(-12, 4, N)),
@@ -130,9 +132,7 @@ def network(activation, seed: int, steps: int = 300):
 
     def loss(flat, data):
         x, y = data
-        w1, b1, w2, b2 = (
-            flat[a:b].reshape(s) for a, b, s in zip(edges[:-1], edges[1:], shapes, strict=True)
-        )
+        w1, b1, w2, b2 = (flat[a:b].reshape(s) for a, b, s in zip(edges[:-1], edges[1:], shapes, strict=True))
         z = activation(x @ w1 + b1) @ w2 + b2
         return jnp.mean(jax.nn.logsumexp(z, 1) - jnp.take_along_axis(z, y[:, None], 1)[:, 0])
 

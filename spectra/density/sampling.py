@@ -21,7 +21,9 @@ def sampling_error(weights: np.ndarray, values: np.ndarray, size: int) -> tuple[
     largest = np.max(np.abs(values - mean), initial=0.0, where=weights > 0)
     if largest == 0:
         return 0.0, None
-    g = (values - mean) / largest  # squares of the smallest and of the largest numbers do not under- or overflow
+    g = (
+        values - mean
+    ) / largest  # squares of the smallest and of the largest numbers do not under- or overflow
     square, fourth = (float(np.sum(weights * g**p) / k) for p in (2, 4))
     stderr = size * largest * np.sqrt(2 * square / (size + 2) / k)
     return float(stderr), float(max(k, k * size * square**2 / fourth)) if fourth > 0 else float(k)

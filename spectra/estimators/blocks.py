@@ -166,7 +166,9 @@ def _span_derivative(primals, tangents):
         moved = subtract(moved, combine(_dots(moved, against), against))
     moved = subtract(moved, combine(_dots(moved, basis), basis))
     # What the basis was filled with where the stack is dependent does not move with it.
-    factor = jnp.linalg.pinv(_dots(stack, basis), rtol=length(stack) * jnp.finfo(_tree.scalar_dtype(stack)).eps)
+    factor = jnp.linalg.pinv(
+        _dots(stack, basis), rtol=length(stack) * jnp.finfo(_tree.scalar_dtype(stack)).eps
+    )
     moved = combine(factor, moved)
     if against is not None:
         moved = subtract(moved, combine(_dots(basis, against_moved), against))

@@ -12,7 +12,7 @@ from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._paths import leaf_paths
 from spectra._status import Status
-from spectra.estimators import blocks, exact, leave_one_out
+from spectra.estimators import blocks, exact, leave_one_out, rounding
 from spectra.estimators.run import Run, adaptive, begin
 from spectra.estimators.sketch import MIN_SKETCH, Held, SketchRun
 from spectra.estimators.trace import choose
@@ -40,7 +40,8 @@ def diagonal(
 
     "hutchinson" is the mean of v ⊙ Hv over random signs, exact for a diagonal H. "xdiag" takes out what
     a sketch of the range explains, every probe being left out of its own sketch: the choice where few
-    eigenvalues dominate. "exact" uses n products with unit vectors. Works inside `jit` and `vmap`.
+    eigenvalues dominate. "exact" uses n products with unit vectors; its errors are those of rounding, which
+    outside of `jit` are measured (see `spectra.estimators.rounding`). Works inside `jit` and `vmap`.
 
     The errors rest on the spread of the samples, which for "xdiag" are leave-one-out estimates whose
     covariance is bounded and added (see `spectra.estimators.leave_one_out`), and on rounding. They
@@ -126,9 +127,14 @@ def _grouped(run: Run, tree: PyTree) -> dict[str, Any]:
 
 def _exact(run: Run, num_matvecs: int):
     del num_matvecs
-    value = _tree.unravel(exact.columns(run)[0], run.op.structure)
-    zero = jax.tree.map(jnp.zeros_like, value)
-    return value, zero, {"num_matvecs": run.op.size, "status": Status.COMPLETE}
+    value, squares = (_tree.unravel(column, run.op.structure) for column in exact.columns(run))
+    stderr, dof = jax.tree.map(lambda x: run.op.precision * jnp.sqrt(x), squares), None
+    if moved := rounding.moved_products(run):
+        changes = jax.tree.map(
+            lambda *xs: jnp.sqrt(jnp.mean(jnp.stack(xs) ** 2, axis=0)), *[x for *_, x in moved]
+        )
+        stderr, dof = jax.tree.map(jnp.hypot, stderr, changes), float(len(moved))
+    return value, stderr, {"num_matvecs": run.op.size, "status": Status.COMPLETE, "dof": dof}
 
 
 def _relative(run: Run, value: PyTree, stderr: PyTree) -> tuple[float, float]:

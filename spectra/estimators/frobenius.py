@@ -11,7 +11,7 @@ from jax import lax
 
 from spectra._mesh import automatic
 from spectra._status import Status
-from spectra.estimators import blocks, exact, leave_one_out
+from spectra.estimators import blocks, exact, leave_one_out, rounding
 from spectra.estimators.low_rank import with_rounding
 from spectra.estimators.run import Run, adaptive, begin
 from spectra.estimators.sketch import MIN_SKETCH, SketchRun
@@ -77,6 +77,9 @@ def frobenius_norm(
         squares = run.host(exact.columns(run)[1])
         square, error = run.xp.sum(squares), 2 * op.precision * run.xp.sum(squares)
         status, dof, count = Status.COMPLETE, None, op.size
+        if moved := rounding.moved_products(run):
+            forms = [2 * rounding.form(product, change) for _, product, change in moved]
+            error, dof = np.hypot(error, rounding.root_mean_square(forms)), float(len(moved))
     elif method == "hutchinson":
         square, error, status, count = _sampled(run, num_matvecs)
         dof = count / 2

@@ -212,14 +212,17 @@ def _of_groups(g: Sketch, core: Array, sketch: Array, probes: Array, size: int, 
 
 
 @careful()
-def xnystrace_values(g: Nystrom, size: int, *, resphere: bool, xp) -> tuple[Array, Array, Array]:
+def xnystrace_values(
+    g: Nystrom, size: int, precision: float, *, resphere: bool, xp
+) -> tuple[Array, Array, Array]:
     """tr over each group of the Nyström approximation without probe j, plus ω_jᵀ (A - A<Ω>) ω_j.
 
     The residual ignores the span of the other probes, so with `resphere` the probe is made orthogonal
     to it and scaled to the average length there.
 
     The third result is the variance of each estimate given its sketch, (G, m). The residual of probe j is
-    a vector, (A - A<Ω>) ω_j = Bᵀu_j (u_jᵀ B ω_j), and `hutch++` says how it shows the variance of its form.
+    a vector, (A - A<Ω>) ω_j = Bᵀu_j (u_jᵀ B ω_j), and `hutchpp` says how it shows the variance of its form.
+    Of a difference that rounding swamps, as for a multiple of the identity, the spread takes the place.
 
     References:
         Epperly, Tropp and Webber, arXiv:2301.07825, section 2.3.
@@ -250,15 +253,18 @@ def xnystrace_values(g: Nystrom, size: int, *, resphere: bool, xp) -> tuple[Arra
             total = total - xp.sum((a @ g.bb) * a, axis=-1)
         return total
 
+    values, pairs = _with_pairs(formula, u, len(g.bb), xp)
     z = u * xp.sum(u * g.root, axis=-1, keepdims=True)
-    own = xp.sum((z @ g.bb) * z, axis=-1)
+    own = 2 * xp.sum((z @ g.bb) * z, axis=-1)
     if resphere:
         probes, square = dual(None)
         scale = (size - (m - 1)) / square
         form = xp.sum((probes @ g.ob[-1]) * z, axis=-1)
-        less = xp.where(xp.arange(len(g.bb))[:, None] == len(g.bb) - 1, scale * form**2 / square, 0)
-        own = scale * own - less
-    return *_with_pairs(formula, u, len(g.bb), xp), 2 * xp.maximum(own, 0)
+        less = own[-1] * scale - 2 * scale * form**2 / square
+        swamped = xp.mean(less) < 10 * m * precision * xp.mean(own[-1] * scale)
+        less = xp.where(swamped, xp.var(values[-1], ddof=1), xp.maximum(less, 0))
+        own = xp.concatenate([own[:-1] * scale, less[None]])
+    return values, pairs, own
 
 
 def mean_and_variance(values: Array, pairs: Array, xp, own: Array | None = None) -> tuple[Array, Array]:

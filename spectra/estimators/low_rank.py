@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from spectra import _tree
 from spectra._errors import SpectraError
@@ -91,7 +90,7 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
             inverse_gram=inverse_gram,
         )
         estimates, pairs, own = leave_one_out.xnystrace_values(
-            core, run.op.size, resphere=kind == "normal", xp=xp
+            core, run.op.size, run.op.precision, resphere=kind == "normal", xp=xp
         )
         taken = (shift * xp.asarray(run.sizes))[:, None]
         estimates, pairs = estimates - taken, pairs - taken
@@ -150,25 +149,23 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         probes = blocks.draw(run.op, run.key, jnp.arange(rank + done, rank + count), kind)
         complement, square = _project(q, probes)
         images = blocks.products(run.op, complement, run.batch)
-        samples, squares = map(run.by_group, _complement_forms(q, complement, images))
+        samples, squares, residuals = map(run.by_group, _complement_forms(q, complement, images))
         if kind == "normal":
             scale = rest / run.host(square)
-            samples, squares = samples * scale, squares * scale
+            squares = scale * xp.concatenate([squares[:-1], residuals[-1:]])
+            samples = scale * samples
         parts.append((samples, squares))
         values, stderr = result()
         return values[-1], stderr[-1]
 
     def result():
         samples, squares = (xp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
-        variances = xp.maximum(squares - seen * samples**2, 0)
-        stderr = xp.sqrt(2 * xp.mean(variances, axis=-1) / num_samples())
+        stderr = xp.sqrt(2 * xp.mean(squares, axis=-1) / num_samples())
         return xp.mean(samples, axis=-1) + fixed, xp.hypot(stderr, run.rounding(inner.yy))
 
     def num_samples():
         return sum(samples.shape[-1] for samples, _ in parts)
 
-    seen = np.zeros((len(run.leaf_sets), 1))
-    seen[-1] = 1 / rest if kind == "normal" else 0
     status = adaptive(run, step, num_matvecs - 2 * rank, least=MIN_SKETCH)
     return run.estimate(
         *result(),
@@ -189,6 +186,10 @@ def _project(basis: PyTree, vectors: PyTree):
 
 @jax.jit
 def _complement_forms(basis: PyTree, vectors: PyTree, images: PyTree):
-    """v · w and |w|² with w = (1 - QQᵀ) H v, for each leaf."""
+    """v · w, |w|² and |w - v (vᵀw) / |v|²|² with w = (1 - QQᵀ) H v, for each leaf."""
     rest = _project(basis, images)[0]
-    return blocks.row_dots(vectors, rest), blocks.row_dots(rest, rest)
+    dots, lengths = blocks.row_dots(vectors, rest), jnp.sum(blocks.row_dots(vectors, vectors), axis=0)
+    share = jnp.sum(dots, axis=0) / jnp.where(lengths > 0, lengths, 1)
+    along = jax.tree.map(lambda v: v * share.reshape(-1, *[1] * (v.ndim - 1)).astype(v.dtype), vectors)
+    residual = blocks.subtract(rest, along)
+    return dots, blocks.row_dots(rest, rest), blocks.row_dots(residual, residual)

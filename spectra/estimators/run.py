@@ -28,7 +28,8 @@ MIN_PROBES = 16
 class Run:
     """A prepared operator with everything that one estimate was asked with."""
 
-    op: LinearOperator
+    op: LinearOperator  # prepared
+    source: LinearOperator  # as it was given
     key: Any
     groups: dict[str, tuple[int, ...]]  # leaves of each group; empty for a single number
     by: str | None
@@ -139,8 +140,8 @@ def begin(
     shared = needed - VECTORS * vector
     # A caller's own vmap multiplies the batch.
     batch = probe_batch or choose_batch(op, VECTORS * vector, shared, available, count, bare=not traced)
-    op = op.prepare() if traced else outside_loops(op.prepare())
-    return Run(op, key, groups, by, tol, min(batch, count), traced)
+    source, op = op, op.prepare() if traced else outside_loops(op.prepare())
+    return Run(op, source, key, groups, by, tol, min(batch, count), traced)
 
 
 def check_probes(probes: str | None, default: str) -> str:

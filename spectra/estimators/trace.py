@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from spectra import _memory, _tree
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._status import Status
-from spectra.estimators import exact
+from spectra.estimators import exact, rounding
 from spectra.estimators.hutchinson import hutchinson
 from spectra.estimators.low_rank import hutchpp, xnystrace, xtrace
 from spectra.estimators.run import Run, begin, check_probes
@@ -47,13 +48,16 @@ def trace(
     "hutchinson" is the mean of vᵀHv over random probes. "hutch++" takes the trace on a sketched range
     exactly and samples the rest. "xtrace" does the same with every probe in both roles, leaving it out
     of its own sketch; "xnystrace" needs half the products, of a positive semi-definite operator. "exact"
-    sums n products with unit vectors. Works inside `jit` and `vmap`, where `tol` and the checks of
-    values are not available.
+    sums n products with unit vectors; its error is that of rounding. Works inside `jit` and `vmap`, where
+    `tol` and the checks of values are not available.
 
-    The interval (`Estimate.interval`) rests on Student's t with the spread of the samples: independent
-    ones for "hutchinson" and "hutch++"; leave-one-out estimates of m probes for the other two, whose
-    covariance is bounded and added (see `spectra.estimators.leave_one_out`). The rounding of a product
-    is part of the error.
+    The interval (`Estimate.interval`) rests on Student's t with the variance that the products show: that
+    of vᵀHv is 2 |H|_F², which |Hv|² estimates with at least one degree of freedom a probe. "xtrace" has
+    leave-one-out estimates of m probes instead, with their spread and their covariance, as "xnystrace" (see
+    `spectra.estimators.leave_one_out`). The rounding of a product is part of the error; of a loss it is
+    measured for "exact" (see `spectra.estimators.rounding`), but inside `jit`, where it is the stated
+    precision. Fewer than four Rademacher probes miss some matrices altogether: (1, -1)ᵀ(1, -1) is seen by
+    every second of them. Use "normal" for so few.
 
     Args:
         op: symmetric operator of order n.
@@ -79,8 +83,9 @@ def trace(
         NotSymmetricError: a sketch finds that the operator is not symmetric.
         MemoryLimitError: the sketch does not fit.
 
-    Cost: at most num_matvecs products (n if exact). Memory: probe_batch products and no vector for
-    "hutchinson" and "exact"; 2 num_matvecs vectors for "xtrace" and "hutch++", 4 for "xnystrace".
+    Cost: at most num_matvecs products (n if exact, and 8 that measure rounding). Memory: probe_batch products
+    and none or two vectors for "exact" and "hutchinson"; 2 num_matvecs vectors for "xtrace" and "hutch++", 4
+    for "xnystrace".
 
     References:
         Hutchinson, doi:10.1080/03610918908812806; Meyer, Musco, Musco and Woodruff, arXiv:2010.09649;
@@ -137,16 +142,23 @@ def choose(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]
 
 
 def _exact(run: Run, reason: str) -> Estimate:
-    entries = _tree.unravel(exact.columns(run)[0], run.op.structure)
     # Summed on the host in float64: n roundings of a float32 sum are none of the operator's.
-    values = run.by_group(run.xp.stack([run.xp.sum(run.host(leaf)) for leaf in jax.tree.leaves(entries)]))
+    values, squares = (
+        run.by_group(run.xp.stack([run.xp.sum(run.host(leaf)) for leaf in jax.tree.leaves(tree)]))
+        for tree in (_tree.unravel(column, run.op.structure) for column in exact.columns(run))
+    )
+    stderr, dof = run.op.precision * run.xp.sqrt(squares), None
+    if moved := rounding.moved_products(run):
+        forms = [run.by_group(rounding.leaf_dots(v, change)) for v, _, change in moved]
+        stderr, dof = np.hypot(stderr, rounding.root_mean_square(forms)), float(len(moved))
     return run.estimate(
         values,
-        run.xp.zeros(len(values)),
+        stderr,
         num_matvecs=run.op.size,
         method="exact",
         status=Status.COMPLETE,
         reason=reason,
+        dof=dof,
     )
 
 
@@ -187,7 +199,7 @@ def model_trace(
         ...     return jnp.mean((outputs - targets) ** 2)
         >>> inputs, targets = jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.zeros(2)
         >>> spectra.model_trace(model_fn, loss_fn, jnp.ones(2), inputs, targets)
-        10 ± 0 (exact, 2 products)
+        10 ± 1.1e-06 (exact, 2 products)
     """
     own = {name: options.pop(name) for name in list(options) if name in _TRACE_OPTIONS}
     op = HessianOperator(ComposedLoss(model_fn, loss_fn), params, (inputs, targets), **options)

@@ -66,6 +66,13 @@ class SumOperator(LinearOperator):
         """What the terms know."""
         return " ".join(term.explain_non_finite() for term in self.terms)
 
+    def moved(self, key: jax.Array) -> "SumOperator | None":
+        """The sum of the terms at moved parameters, and of those that have none as they are."""
+        moved = [term.moved(key) for term in self.terms]
+        if all(term is None for term in moved):
+            return None
+        return SumOperator(tuple(new or old for new, old in zip(moved, self.terms, strict=True)))
+
     def _principal(self, indices: tuple[int, ...]) -> "SumOperator":
         return SumOperator(tuple(term._principal(indices) for term in self.terms))
 
@@ -121,6 +128,11 @@ class Wrapped(Derived):
     def prepared_bytes(self) -> int:
         """As the wrapped operator."""
         return self.base.prepared_bytes()
+
+    def moved(self, key: jax.Array) -> "LinearOperator | None":
+        """The same made from the base at moved parameters."""
+        base = self.base.moved(key)
+        return None if base is None else self._with_base(base)
 
     def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
         return self._with_base(self.base._principal(indices))

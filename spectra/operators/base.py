@@ -118,6 +118,11 @@ class LinearOperator(abc.ABC):
         """Bytes that `prepare` would allocate."""
         return 0
 
+    def moved(self, key: jax.Array) -> "LinearOperator | None":
+        """The operator at parameters moved by one rounding each; None where there are none to move."""
+        del key
+        return None
+
     def explain_non_finite(self) -> str:
         """What is known about why a product is not finite, for error messages."""
         return "Check the matrix or the function for NaN and overflow."

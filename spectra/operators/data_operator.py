@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spectra import _memory, _paths, _tree
@@ -195,6 +196,10 @@ class DataOperator(LinearOperator):
         """Bytes of the saved values, from shapes alone; parameters and data are not counted twice."""
         return self._bytes_to_save() or 0
 
+    def moved(self, key: jax.Array) -> Self:
+        """The operator at parameters multiplied by 1 ± eps of the working dtype, with random signs."""
+        return self._with(params=_moved(self.params, key))
+
     @property
     def linearized(self) -> bool:
         """What `prepare` will choose: whether the values that products share are saved and re-used."""
@@ -259,3 +264,17 @@ class DataOperator(LinearOperator):
     def first_piece(self) -> Self:
         """The operator of the first batch of a stream; the operator itself for one batch."""
         return self if self.stream is None else self._with(data=self.stream.first(), stream=None)
+
+
+@jax.jit
+def _moved(params: PyTree, key: jax.Array) -> PyTree:
+    leaves, treedef = jax.tree.flatten(params)
+
+    def one(i, leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        x = _tree.lift(leaf)
+        signs = jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype)
+        return x + jnp.finfo(x.dtype).eps * signs * x
+
+    return treedef.unflatten([one(i, jnp.asarray(leaf)) for i, leaf in enumerate(leaves)])

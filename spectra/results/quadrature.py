@@ -8,7 +8,7 @@ from spectra._status import Status
 from spectra.results._base import Array, Interval, notebook_view, result
 
 
-@result("size", "num_matvecs", "precision", "status", "coupling")
+@result("size", "num_matvecs", "precision", "status", "coupling", "rounding")
 class Quadrature:
     """Gauss quadratures of the spectral measures of k random probes.
 
@@ -29,6 +29,7 @@ class Quadrature:
     bulk: "Quadrature | None" = None  # of the complement of deflated eigenvectors, of order n - r
     atoms: Array | None = None  # (r,) deflated eigenvalues: columns of weight 1/n in every row
     coupling: float = 0.0  # how far an eigenvalue can be moved by the residuals of the deflated ones
+    rounding: float = 0.0  # change of H at parameters moved by one rounding, over |H|; 0 if not measured
 
     @property
     def num_probes(self) -> int:
@@ -47,13 +48,13 @@ class Quadrature:
 
     @property
     def noise_floor(self) -> float:
-        """Magnitude below which an eigenvalue is not resolved: measured asymmetry times |H|.
+        """Magnitude below which an eigenvalue is not resolved: measured asymmetry or rounding times |H|.
 
         Never below 4 precision * |H|: the product, both terms that a step subtracts and the
         normalisation round a coefficient once each.
         """
         scale = max(map(abs, self.range))
-        return scale * max(float(np.max(self.asymmetry)), 4 * self.precision)
+        return scale * max(float(np.max(self.asymmetry)), 4 * self.precision, self.rounding)
 
     def cdf(self, x, *, level: float = 0.95) -> Interval:
         """Share of eigenvalues at or below `x`, with a band that holds for the whole curve.

@@ -1,0 +1,77 @@
+"""Derivatives of estimates are those of their values, where a sketch or a Krylov space has an end, too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectra
+
+N, KEY, STEP = 40, jax.random.key(0), 1e-4
+RNG = np.random.default_rng(0)
+SYMMETRIC = (lambda a: a + a.T)(RNG.standard_normal((N, N)))
+RANK_FIVE = (lambda a: a @ a.T)(RNG.standard_normal((N, 5)))
+RAMP = np.diag(np.arange(N) * 1.0)
+
+
+def compare(f, at):
+    """The gradient with a central difference, whose errors are h² and eps / h for f smooth on the scale of 1."""
+    difference = (f(at + STEP) - f(at - STEP)) / (2 * STEP)
+    assert jax.grad(f)(at) == pytest.approx(float(difference), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["auto", "hutch++", "hutchinson"])
+def test_the_gradient_of_a_trace(method, x64):
+    def f(t):
+        op = spectra.MatrixOperator(SYMMETRIC + t * RAMP)
+        return spectra.trace(op, key=KEY, method=method, num_matvecs=12).value
+
+    compare(f, 0.0)
+    if method == "hutchinson":  # signs see a diagonal exactly: Σ i
+        assert jax.grad(f)(0.0) == pytest.approx(N * (N - 1) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["xtrace", "xnystrace"])
+def test_the_gradient_of_a_sketch_that_is_too_wide(method, x64):
+    def f(t):
+        op = spectra.MatrixOperator(t * RANK_FIVE)
+        return spectra.trace(op, key=KEY, method=method, num_matvecs=24).value
+
+    assert jax.grad(f)(1.0) == pytest.approx(np.trace(RANK_FIVE), rel=1e-8)
+
+
+def test_the_gradient_of_a_norm(x64):
+    def f(t):
+        return spectra.frobenius_norm(
+            spectra.MatrixOperator(SYMMETRIC + t * RAMP), key=KEY, num_matvecs=12
+        ).value
+
+    compare(f, 0.0)
+
+
+SMALL = SYMMETRIC[:6, :6]
+KRYLOV = {
+    "all steps": (SMALL, np.diag(np.arange(6.0)), 0.1),
+    "repeated eigenvalues": (np.diag([1.0, 1.0, 2.0, 2.0, 3.0, 3.0]), np.eye(6), 0.1),
+    "a multiple of the identity": (np.eye(6), np.eye(6), 0.1),
+}
+
+
+@pytest.mark.parametrize("name", KRYLOV)
+def test_the_gradient_of_a_quadrature_that_ends(name, x64):
+    a, b, at = KRYLOV[name]
+
+    def f(t):
+        q = spectra.slq(spectra.MatrixOperator(a + t * b), key=KEY, num_steps=6, num_probes=2)
+        return jnp.mean(jnp.sum(q.weights * q.nodes**2, axis=1))
+
+    compare(f, at)
+
+
+def test_the_gradient_of_lanczos_with_n_steps(x64):
+    def f(t):
+        op = spectra.MatrixOperator(SMALL + t * np.diag(np.arange(6.0)))
+        return spectra.lanczos(op, jnp.ones(6), 6).alpha.sum()
+
+    compare(f, 0.1)  # the trace: 15 t
+    assert jax.grad(f)(0.1) == pytest.approx(15.0, rel=1e-8)
