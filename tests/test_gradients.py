@@ -15,7 +15,7 @@ RAMP = np.diag(np.arange(N) * 1.0)
 
 
 def compare(f, at):
-    """The gradient with a central difference, whose errors are h² and eps / h for f smooth on the scale of 1."""
+    """The gradient with a central difference, of errors h² and eps / h for f smooth on the scale of 1."""
     difference = (f(at + STEP) - f(at - STEP)) / (2 * STEP)
     assert jax.grad(f)(at) == pytest.approx(float(difference), rel=1e-5, abs=1e-6)
 

@@ -101,7 +101,7 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     For normal probes Var vᵀHv = 2 |H|_F², and |Hv|² estimates |H|_F² without bias: with vᵀHv = Σ λ_i g_i² it
     is Σ λ_i² g_i², which has at least one degree of freedom a probe (Satterthwaite: (Σ λ²)² / Σ λ⁴ >= 1).
     So Student's t with k degrees of freedom; where one eigenvalue dominates, the spread of the samples
-    has far fewer, and its intervals held for 86 instead of 95 % of 8 probes.
+    has far fewer, and its intervals held for 85 instead of 95 % of 8 probes.
 
     Signs see nothing of the diagonal, Var vᵀHv = 2 Σ_{a≠b} H_ab², which has two estimates: `off_diagonal`,
     and the bound 2 (|Hv|² - (vᵀHv)² / n), which is the spread of v ⊙ Hv over entries in the place of probes.
