@@ -36,7 +36,7 @@ def main() -> int:
     if unknown := [name for name in only if name not in parts]:
         parser.error(f"no part {unknown[0]}; there are {', '.join(parts)}")
     count = 40 if args.quick else args.keys
-    chosen = (args.cases or "").split(",")
+    chosen = str(args.cases or "").split(",")
     start, lines, below = time.perf_counter(), [], 0
     with jax.enable_x64(True):
         for statement in STATEMENTS:

@@ -111,7 +111,7 @@ def large(eigenvalues: np.ndarray) -> Case:
 
     n = len(eigenvalues)
     order = np.random.default_rng(0).permutation(eigenvalues)
-    basis = np.square(dct(np.eye(n), norm="ortho", axis=0))
+    basis = np.asarray(dct(np.eye(n), norm="ortho", axis=0)) ** 2
     weights = jnp.asarray(order)
 
     def product(v):

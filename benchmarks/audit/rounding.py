@@ -73,7 +73,10 @@ def measure(loss, seeds: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         pairs = spectra.eigsh(op, 1, which="LA", key=jax.random.key(seed), tol=1e-7)
         error = float(pairs.values[-1]) - np.linalg.eigvalsh(matrix)[-1]
         found["largest eigenvalue"].append((error, float(pairs.residuals[-1]) + pairs.noise_floor))
-    return {name: tuple(np.array(x) for x in zip(*rows, strict=True)) for name, rows in found.items()}
+    return {
+        name: (np.array([error for error, _ in rows]), np.array([half for _, half in rows]))
+        for name, rows in found.items()
+    }
 
 
 def audit(count: int) -> tuple[list[str], int]:

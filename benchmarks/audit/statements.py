@@ -60,6 +60,11 @@ def _student(value, stderr, dof: float | None, truth) -> Outcome:
     return Outcome(np.asarray(value) - half, np.asarray(value), np.asarray(value) + half, truth)
 
 
+def _intervals(found: list[spectra.Interval], truth) -> Outcome:
+    lower, value, upper = (np.array(x) for x in zip(*found, strict=True))
+    return Outcome(lower, value, upper, truth)
+
+
 @functools.cache
 def _program(estimator: Callable, batch: int, **options: Any):
     """A compiled function of an operator and keys, and a list with the degrees of freedom once it has run."""
@@ -97,7 +102,7 @@ def adaptive(tol: float, **options: Any):
             spectra.trace(case.operator, key=key, num_matvecs=num_matvecs, tol=tol, **options).interval()
             for key in keys
         ]
-        return Outcome(*map(np.array, zip(*found, strict=True)), case.trace)
+        return _intervals(found, case.trace)
 
     return measure
 
@@ -130,7 +135,7 @@ def of_quadratures(estimate: Callable[[spectra.Quadrature], Any], truth: Callabl
     def measure(case: Case, setting: tuple[int, int], keys: jax.Array) -> Outcome:
         seed = int(jax.random.key_data(keys)[0, -1]) % 2**31
         found = [estimate(q).interval() for q in quadratures(case, setting, seed, len(keys))]
-        return Outcome(*map(np.array, zip(*found, strict=True)), truth(case))
+        return _intervals(found, truth(case))
 
     return measure
 
