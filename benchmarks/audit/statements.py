@@ -186,7 +186,7 @@ STATEMENTS = (
         Statement(
             "stopping",
             f"trace, {method}, tol=0.05",
-            (512,),
+            (400,),
             adaptive(0.05, method=method),
             lambda case, _: case.name in _some,
             keys=100,
