@@ -50,43 +50,47 @@ def invariant_length(alpha, beta, length: int, size: int, precision: float) -> i
         return 1
     alpha, beta = alpha / scale, beta / scale
     noise = breakdown_factor(size) * precision
+    resolved = noise * np.sqrt(length)  # by Weyl: errors of the products, `length` columns of them
+    nodes = None
     for d in (np.flatnonzero(beta[:-1] <= precision ** (1 / 3)) + 1).tolist():
-        if _tells_of_copies(alpha, beta, d, noise) and _is_rounding(alpha, beta, d, noise):
+        if _goes_on(alpha, beta, d, resolved):
+            continue
+        theta = _eigenvalues(alpha[:d], beta[: d - 1])
+        if np.min(np.diff(theta), initial=1.0) < 4 * resolved:
+            break  # too near each other to tell a copy from a neighbour, and no farther apart later
+        nodes = _eigenvalues(alpha, beta[:-1]) if nodes is None else nodes
+        beside = np.abs(nodes[:, None] - theta).min(axis=1) > resolved
+        copies = not beside.any() or _wanders(alpha, beta, d, theta, beside, resolved)
+        if copies and _is_rounding(alpha, beta, theta, noise):
             return d
     return length if beta[-1] <= noise or length == size else None
 
 
-def _is_rounding(alpha: np.ndarray, beta: np.ndarray, d: int, noise: float) -> bool:
-    """Whether errors of the products alone can have left a residual β_d."""
+def _goes_on(alpha: np.ndarray, beta: np.ndarray, d: int, resolved: float) -> bool:
+    """Whether what came behind step d looks like a bulk: the usual case, told without an eigenproblem."""
+    spread = max(np.ptp(alpha[d:]), 2 * np.max(beta[d:-1], initial=0.0))
+    return bool(len(alpha) > d + 1 and resolved < spread < COPIES * beta[d - 1] / 2)
+
+
+def _wanders(alpha, beta, d: int, theta: np.ndarray, beside: np.ndarray, resolved: float) -> bool:
+    """Whether what came behind step d strays among the Ritz values `theta` of the first d, on no weight."""
+    tail = _eigenvalues(alpha[d:], beta[d:-1])
+    strays = np.abs(tail[:, None] - theta).max(axis=0).min() > COPIES * beta[d - 1]
+    within = theta[0] - 4 * resolved <= tail[0] and tail[-1] <= theta[-1] + 4 * resolved
+    return bool(strays and within and _weights(alpha, beta[:-1])[beside].sum() <= WANDERING)
+
+
+def _is_rounding(alpha: np.ndarray, beta: np.ndarray, theta: np.ndarray, noise: float) -> bool:
+    """Whether errors of the products alone can have left a residual behind the step of these Ritz values."""
+    d = len(theta)
     if beta[d - 1] <= noise:
         return True
-    theta = _eigenvalues(alpha[:d], beta[: d - 1])
     behind = vector = before = np.zeros((d, d))  # row i: the error that product i brought in
     for step in range(d):
         behind = (theta - alpha[step]) * vector - (beta[step - 1] if step else 0) * before
         behind[step] = 1
         before, vector = vector, np.clip(behind / beta[step], -1e150, 1e150)
-    return beta[d - 1] <= noise * np.linalg.norm(behind, axis=0).max()
-
-
-def _tells_of_copies(alpha: np.ndarray, beta: np.ndarray, d: int, noise: float) -> bool:
-    """Whether all that came behind step d repeats the Ritz values of the first d steps."""
-    length = len(alpha)
-    resolved = noise * np.sqrt(length)  # by Weyl: errors of the products, `length` columns of them
-    tail = alpha[d:]
-    spread = max(np.ptp(tail), 2 * np.max(beta[d:-1], initial=0.0))
-    if len(tail) > 1 and resolved < spread < COPIES * beta[d - 1] / 2:
-        return False  # the usual case: cheap, and no eigenproblem
-    theta, nodes = _eigenvalues(alpha[:d], beta[: d - 1]), _eigenvalues(alpha, beta[:-1])
-    if np.min(np.diff(theta), initial=1.0) < 4 * resolved:
-        return False  # too near each other to tell a copy from a neighbour
-    beside = np.abs(nodes[:, None] - theta).min(axis=1) > resolved
-    if not beside.any():
-        return True
-    tail = _eigenvalues(tail, beta[d:-1])
-    strays = np.abs(tail[:, None] - theta).max(axis=0).min() > COPIES * beta[d - 1]
-    within = theta[0] - 4 * resolved <= tail[0] and tail[-1] <= theta[-1] + 4 * resolved
-    return bool(strays and within and _weights(alpha, beta[:-1])[beside].sum() <= WANDERING)
+    return bool(beta[d - 1] <= noise * np.linalg.norm(behind, axis=0).max())
 
 
 def _eigenvalues(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:

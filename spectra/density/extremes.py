@@ -24,6 +24,8 @@ def extreme(quadrature: Quadrature, end: int, *, level: float = LEVEL) -> Interv
     sign = 1.0 if end == -1 else -1.0
     nodes = np.asarray(quadrature.nodes, np.float64)
     value = float(nodes.max() if end == -1 else nodes.min())
+    if not any(quadrature.range) and not np.any(quadrature.residuals):
+        return Interval(0.0, 0.0, 0.0)  # every product was zero, which happens to no other operator
     rest = quadrature.bulk or quadrature
     start = float(np.max(rest.nodes) if end == -1 else np.min(rest.nodes))
     far = Openness([quadrature], 1 - level).end(start, sign)
