@@ -174,7 +174,8 @@ def cdf_band(quadrature, x: np.ndarray, level: float):
     if not 0 < level < 1:
         raise SpectraError(f"level={level} is not between 0 and 1.")
     _, estimate, _, lower, upper = curves(quadrature, x, level)
-    return lower, np.clip(estimate, lower, upper), upper
+    curve = lower, np.clip(estimate, lower, upper), upper
+    return tuple(np.where(np.isnan(x), np.nan, part)[()] for part in curve)
 
 
 def curves(quadrature, x: np.ndarray, level: float):

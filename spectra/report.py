@@ -174,7 +174,7 @@ def spectrum(
         largest=extreme(quadrature, -1),
         smallest=extreme(quadrature, 0),
         trace=trace_estimate(quadrature),
-        negative=quadrature.cdf(-floor),
+        negative=quadrature.cdf(np.nextafter(-floor, -np.inf)),  # H = 0 has no floor, and none is negative
         near_zero=_share_between(quadrature, -zero_tol * scale, zero_tol * scale),
         zero_tol=zero_tol,
         condition_lower_bound=condition_lower_bound(quadrature),

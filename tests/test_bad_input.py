@@ -274,3 +274,31 @@ def test_errors_are_also_the_built_in_that_fits():
         assert issubclass(error, (SpectraError, base))
         assert issubclass(error, SpectraError)
         assert issubclass(error, base)
+
+
+TRIANGULAR = np.triu(np.random.default_rng(0).standard_normal((40, 40)))
+
+
+def triangular(v):
+    return jnp.asarray(TRIANGULAR[: len(v), : len(v)], v.dtype) @ v
+
+
+def plus_one(v):
+    return v + 1
+
+
+DENSE = {
+    "as_matrix": lambda op: op.as_matrix(),
+    "condition_number": lambda op: spectra.condition_number(op, key=KEY),
+    "eigsh": lambda op: spectra.eigsh(op, 1, which="SM", key=KEY),
+    "eigsh of a small one": lambda op: spectra.eigsh(op, 1, which="LA", key=KEY),
+}
+
+
+@pytest.mark.parametrize("call", DENSE.values(), ids=DENSE)
+@pytest.mark.parametrize("n", [12, 40])
+def test_dense_matrices_of_maps_without_a_symmetric_one(n, call, dtype):
+    """Eigenvalues of (A + Aᵀ) / 2 are not those of A, and an affine map has no eigenvalues."""
+    for function, message in ((triangular, "not symmetric"), (plus_one, "not linear|not symmetric")):
+        with pytest.raises(spectra.NotSymmetricError, match=message):
+            call(spectra.FunctionOperator(function, jnp.zeros(n)))

@@ -187,3 +187,21 @@ def test_a_bulk_that_breakdown_cuts_off_stays_within_the_band():
     lower, _, upper = q.cdf(x)
     truth = np.mean(np.asarray(entries) <= x[:, None], axis=1)
     assert ((lower <= truth) & (truth <= upper)).all()
+
+
+def test_nothing_of_a_zero_operator_is_negative():
+    op = spectra.MatrixOperator(np.zeros((N, N)))
+    report = spectra.spectrum(op, key=KEY, num_steps=6, num_probes=2)
+    np.testing.assert_array_equal(report.negative, 0)
+    assert spectra.negative_share(report.quadrature).value == 0
+    np.testing.assert_array_equal(report.largest, 0)
+
+
+def test_the_distribution_at_no_number_is_none():
+    q = spectra.slq(
+        spectra.MatrixOperator(planted(SPECTRA["indefinite"])), key=KEY, num_steps=6, num_probes=2
+    )
+    for curve in q.cdf(np.array([np.nan, -3.0])):
+        assert np.isnan(curve[0])
+        assert np.isfinite(curve[1])
+    assert all(np.isnan(part) for part in q.cdf(np.nan))

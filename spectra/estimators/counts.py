@@ -83,7 +83,8 @@ def negative_share(
         True
     """
     q = quadrature_of(source, key, num_steps, num_probes, probe_batch)
-    return _count(q, -q.noise_floor, above=False, unit=1)
+    below = float(np.nextafter(-q.noise_floor, -np.inf))  # the zero operator has no floor
+    return _count(q, below, above=False, unit=1)
 
 
 def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:

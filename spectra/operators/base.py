@@ -166,8 +166,10 @@ class LinearOperator(abc.ABC):
 
         Raises:
             MemoryLimitError: 3 n² numbers (columns, transpose, result) exceed the limit.
+            NotSymmetricError: the columns are not symmetric, or the operator is not linear.
 
-        Cost: n products in chunks of at most 64 columns, 3 n² numbers at the peak.
+        Cost: n products in chunks of at most 64 columns, and one that checks linearity; 3 n² numbers at
+        the peak.
         """
         n = self.size
         needed = 3 * n * n * jnp.dtype(self.dtype).itemsize
@@ -185,8 +187,9 @@ class LinearOperator(abc.ABC):
 
     def _matrix(self) -> jax.Array:
         """The dense matrix; subclasses that know more than products override it."""
-        op = self.prepare()
-        return _symmetric([_column(op, i) for i in range(self.size)]) if self.on_host else _columns(op)
+        from spectra.operators.columns import symmetric_matrix
+
+        return symmetric_matrix(self)
 
     def block(self, select: _paths.Select) -> "LinearOperator":
         """The principal submatrix of the parameters whose path matches.
@@ -299,24 +302,6 @@ def product(op: LinearOperator, v: PyTree) -> PyTree:
 def product_batch(op: LinearOperator, vectors: PyTree) -> PyTree:
     """The compiled products with a stack of vectors."""
     return jax.vmap(op.mv)(vectors)
-
-
-def _column(op: LinearOperator, i) -> jax.Array:
-    unit = jnp.zeros(op.size, op.dtype).at[i].set(1)
-    return _tree.ravel(op.mv(_tree.unravel(unit, op.structure)))
-
-
-@jax.jit
-def _columns(op):
-    """All columns, 64 products at a time so that the batched activations stay bounded."""
-    columns = jax.lax.map(lambda i: _column(op, i), jnp.arange(op.size), batch_size=min(64, op.size))
-    return (columns + columns.T) / 2
-
-
-@jax.jit
-def _symmetric(columns: list[jax.Array]) -> jax.Array:
-    matrix = jnp.stack(columns)
-    return (matrix + matrix.T) / 2
 
 
 # What a product with a flat vector adds, as one program each way.
