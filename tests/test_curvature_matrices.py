@@ -272,3 +272,41 @@ def test_weights_of_single_examples(x64):
     moments = np.einsum("i,ia,ib->iab", weights / weights.sum(), gradients, gradients)
     op = GradientCovarianceOperator(loss_fn, net.params(), batch, weight_fn=lambda b: b[2].sum())
     assert relative_error(op.as_matrix(), sandwich(net.jacobians(), moments)) <= tolerance("float64")
+
+
+def token_loss(outputs, targets):
+    """Mean cross-entropy over tokens, classes along the last axis."""
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(outputs), targets[..., None], -1))
+
+
+def token_loss_of_pytorch(outputs, targets):
+    return token_loss(jnp.swapaxes(outputs, 1, 2), targets)
+
+
+def token_model(params, inputs):
+    return inputs @ params
+
+
+def token_model_of_pytorch(params, inputs):
+    return jnp.swapaxes(inputs @ params, 1, 2)
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_empirical_fisher_of_tokens_does_not_depend_on_the_layout(classes, x64):
+    """(batch, classes, tokens), where each token is a term: Σ s sᵀ of softmax scores, in NumPy."""
+    rng = np.random.default_rng(0)
+    inputs, params = rng.standard_normal((6, 5, 4)), rng.standard_normal((4, classes))
+    targets = rng.integers(0, classes, (6, 5))
+    logits = inputs @ params
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    scores = p / p.sum(-1, keepdims=True) - np.eye(classes)[targets]
+    gradients = np.einsum("bti,btc->btic", inputs, scores).reshape(30, -1)
+    data = jnp.asarray(inputs), jnp.asarray(targets)
+    plain = FisherOperator(token_model, token_loss, jnp.asarray(params), data, kind="empirical")
+    assert relative_error(plain.as_matrix(), gradients.T @ gradients / 30) <= 1e-12
+    other = token_model_of_pytorch, token_loss_of_pytorch, jnp.asarray(params), data
+    if classes == 5:  # as many as tokens: shapes do not tell
+        with pytest.raises(spectra.StructureError, match="move the classes to the last axis"):
+            FisherOperator(*other, kind="empirical")
+        return
+    assert relative_error(FisherOperator(*other, kind="empirical").as_matrix(), plain.as_matrix()) <= 1e-12

@@ -1,6 +1,5 @@
 """The Fisher information matrix of a model: exact in the targets, sampled, or empirical."""
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self, Unpack
 
@@ -124,9 +123,12 @@ class FisherOperator(ModelOperator):
         inputs, targets = split(piece)
         outputs, push, pull = self._jacobian(variables, inputs)
         scores = self._scores(outputs, targets, piece)
-        terms = likelihood.term_axes(outputs, targets)
-        along = _inner(scores, push(v), terms)
-        return pull(jax.tree.map(lambda s: s * along.reshape(along.shape + (1,) * (s.ndim - terms)), scores))
+        axis = likelihood.class_axis(outputs, targets)
+        terms = 1 if axis is None else outputs.ndim - 1
+        scores, pushed = (likelihood.terms_first(x, axis) for x in (scores, push(v)))
+        along = _inner(scores, pushed, terms)
+        scaled = jax.tree.map(lambda s: s * along.reshape(along.shape + (1,) * (s.ndim - terms)), scores)
+        return pull(likelihood.classes_back(scaled, axis))
 
     def _scores(self, outputs: PyTree, targets: PyTree, piece: PyTree) -> PyTree:
         """√w_t ∇ℓ_t for each term: the gradient of the mean loss, w_t ∇ℓ_t, over √w_t."""
@@ -144,8 +146,9 @@ class FisherOperator(ModelOperator):
     def _num_terms(self, outputs: PyTree, targets: PyTree, piece: PyTree) -> jax.Array:
         if self.weight_fn is not None:
             return jnp.asarray(self.weight_fn(piece), float)
-        axes = likelihood.term_axes(outputs, targets)
-        return jnp.asarray(math.prod(jax.tree.leaves(outputs)[0].shape[:axes]), float)
+        first = jax.tree.leaves(outputs)[0]
+        axis = likelihood.class_axis(outputs, targets)
+        return jnp.asarray(len(first) if axis is None else first.size // first.shape[axis], float)
 
     def _draw(self, piece: PyTree, keys: jax.Array) -> PyTree:
         inputs, targets = split(piece)
@@ -174,7 +177,7 @@ def _with_samples(op: FisherOperator) -> tuple[PyTree, PyTree]:
 
 def _check_likelihood(op: FisherOperator) -> None:
     """Raise where the kind does not fit the loss, as far as a few examples of concrete data show it."""
-    if op.kind == "empirical" or op.sample_fn is not None:
+    if op.sample_fn is not None:
         return
     if op.kind == "mc":
         shapes = jax.eval_shape(lambda op: op.model_fn(op._merge(op._variables()), split(op.data)[0]), op)
@@ -183,6 +186,9 @@ def _check_likelihood(op: FisherOperator) -> None:
     if not all(isinstance(x, (jax.Array, np.ndarray)) for x in jax.tree.leaves(arrays)) or is_traced(arrays):
         return
     few = op._with(data=jax.tree.map(lambda x: x[:CHECKED_EXAMPLES], op.data))
+    if op.kind == "empirical":
+        _check_layout(few)
+        return
     error = float(_likelihood_error(few))
     if error > op.precision**0.5:
         what = {
@@ -193,6 +199,15 @@ def _check_likelihood(op: FisherOperator) -> None:
             "or use GGNOperator",
         }[op.kind]
         raise StructureError(f"kind='{op.kind}' does not fit this loss: {what} (relative error {error:.1e}).")
+
+
+def _check_layout(op: FisherOperator) -> None:
+    inputs, targets = split(op.data)
+    outputs = jax.eval_shape(lambda op: op.model_fn(op._merge(op._variables()), split(op.data)[0]), op)
+    axis = likelihood.class_axis(outputs, targets)
+    if axis not in (None, 1) and outputs.ndim > 2 and outputs.shape[1] == outputs.shape[-1]:
+        outputs = op.model_fn(op._merge(op._variables()), inputs)
+        likelihood.require_classes_last(jax.grad(op._output_loss)(outputs, targets))
 
 
 @jax.jit

@@ -52,9 +52,39 @@ def is_classification(outputs: PyTree, targets: PyTree) -> bool:
     return is_known(outputs, targets) and label_index(outputs, targets)[1]
 
 
-def term_axes(outputs: PyTree, targets: PyTree) -> int:
-    """How many leading axes of the outputs count the terms of the loss."""
-    return outputs.ndim - 1 if is_classification(outputs, targets) else 1
+def class_axis(outputs: PyTree, targets: PyTree) -> int | None:
+    """The axis of the outputs that counts classes: the last, or the second as in PyTorch's layout."""
+    if not hasattr(outputs, "shape") or outputs.ndim == 0:
+        return None
+    shapes = [x.shape for x in jax.tree.leaves(targets) if jnp.issubdtype(x.dtype, jnp.integer)]
+    if outputs.shape[:-1] in shapes:
+        return outputs.ndim - 1
+    return 1 if outputs.ndim > 2 and outputs.shape[:1] + outputs.shape[2:] in shapes else None
+
+
+def terms_first(tree: PyTree, axis: int | None) -> PyTree:
+    """Arrays in the shape of the outputs, with the axis of the classes, if there is one, as the last."""
+    return tree if axis is None else jax.tree.map(lambda x: jnp.moveaxis(x, axis, -1), tree)
+
+
+def classes_back(tree: PyTree, axis: int | None) -> PyTree:
+    """The inverse of `terms_first`."""
+    return tree if axis is None else jax.tree.map(lambda x: jnp.moveaxis(x, -1, axis), tree)
+
+
+def require_classes_last(gradient: jax.Array) -> None:
+    """Raise if the last axis was taken for that of the classes, and the gradient says that the second is.
+
+    The scores of a softmax sum to zero over the classes. Shapes alone do not tell where there are as many
+    classes as tokens.
+    """
+    size, last, second = (float(jnp.max(jnp.abs(x))) for x in (gradient, gradient.sum(-1), gradient.sum(1)))
+    if second <= 1e-3 * size < last:
+        raise StructureError(
+            f"outputs of shape {list(gradient.shape)} have their classes along axis 1, as in PyTorch, and as "
+            "many of them as entries along the last axis, so that shapes do not tell: move the classes to "
+            "the last axis, jnp.moveaxis(outputs, 1, -1), in the model and in the loss."
+        )
 
 
 def replace_labels(targets: PyTree, index: int, labels: jax.Array) -> PyTree:
