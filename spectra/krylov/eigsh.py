@@ -103,6 +103,8 @@ def eigsh(
     require_operator(op)
     known = 0 if deflate is None else len(deflate.values)
     _check_arguments(op, k, which, tol, block_size, verify, known)
+    if max_matvecs is not None and max_matvecs < k:
+        raise SpectraError(f"max_matvecs={max_matvecs}: {k} pairs take at least as many products.")
     if _tree.is_traced((op, key)):
         raise SpectraError(
             "eigsh restarts from the host and cannot run inside jit or vmap: call it outside, or use "
@@ -117,7 +119,7 @@ def eigsh(
     if limit < k + block_size + 2:
         raise SpectraError(f"num_basis={limit} is too small for k={k}: at least {k + block_size + 2}.")
     run = _Run(outside_loops(op.prepare()), k, which, key, tol, limit, block_size, v0, deflate)
-    run.budget = max_matvecs or 50 * limit + 1000
+    run.budget = 50 * limit + 1000 if max_matvecs is None else max_matvecs
     run.until_converged()
     while verify is not False and run.converged and not missing.search(run, verify, ncv):
         run.until_converged()
@@ -212,7 +214,7 @@ class _Run:
             if len(best):
                 weight = np.linalg.norm(coupling[:, best[: self.k]][:, open_], axis=1)
                 row = band.pending[int(np.argmax(weight))] if open_.any() else row
-            band.extend(row, min(room, self._chunk(len(best))))
+            band.extend(row, min(room, self._chunk(len(best)), self.budget - band.num_matvecs))
 
     def _chunk(self, done: int) -> int:
         """Products until the next test: few where convergence is near, by the rate of the last two."""
