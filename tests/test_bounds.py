@@ -7,30 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import rotation
+from cases import Diagonal, rotation
 from scipy.stats import binom
 
 import spectra
 from spectra.density.extremes import LEVEL, extreme
-from spectra.operators.base import LinearOperator, operator
 from spectra.results._digits import directed, rounded
 
 N = 400
 EPS = float(np.finfo(np.float32).eps)
-
-
-@operator(leaves=("entries",))
-class Diagonal(LinearOperator):
-    """A diagonal matrix: one compiled program for all of an order."""
-
-    entries: jax.Array
-
-    @property
-    def like(self):
-        return self.entries
-
-    def mv(self, v):
-        return self.entries * v
 
 
 def _spectra() -> dict[str, np.ndarray]:

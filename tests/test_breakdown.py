@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import rotation
-from test_lanczos import DiagonalOperator
+from cases import diagonal, rotation
 
 import spectra
 from spectra._breakdown import invariant_length
@@ -35,7 +34,7 @@ def operator(kind, values, n, dtype):
     """An operator of order n with these eigenvalues, multiplicities as even as can be."""
     values = np.sort(np.resize(np.asarray(values, np.float64), n))
     if kind == "diagonal":
-        return DiagonalOperator(jnp.asarray(values, dtype))
+        return diagonal(values, dtype)
     q = rotation(n)
     if kind == "dense":
         a = (q * values) @ q.T
