@@ -45,7 +45,8 @@ def test_decomposition_holds_and_ritz_values_are_eigenvalues(name, dtype):
     residual = a @ q.T - q.T @ t
     assert np.linalg.norm(residual[:, :-1]) <= N * eps * size * np.sqrt(N)
     last = np.linalg.norm(residual[:, -1])
-    # After a breakdown |r| is reported as zero; it was at most 10 eps |T|, and |T| <= 3 |H|.
+    # After a breakdown |r| is reported as zero; it was at most (10 + √N / 2) eps |T|, which
+    # N √N eps |H| has room for.
     assert abs(last - float(result.residual_norm)) <= (N * np.sqrt(N) + 30) * eps * size
     # Every Ritz value of an exhausted Krylov space is an eigenvalue (same bound, by Weyl); all
     # eigenvalues are there, since a random start has a component on each.

@@ -16,9 +16,9 @@ jitted_slq = jax.jit(
     lambda op, key, steps: spectra.slq(op, key=key, num_steps=steps, num_probes=2),
     static_argnums=2,
 )
-# A breakdown is found by the size of one residual, 10 eps |H|. From a random start the residual of
-# an exhausted space of dimension six is 1 to 1e4 eps |H|: each step amplifies by |H| / beta what
-# rounding put outside. Nodes and weights stay exact; extra nodes repeat an eigenvalue.
+# Inside `jit` a breakdown is found by the size of one residual alone, (10 + √n / 2) eps |H|. From a random
+# start the residual of an exhausted space of dimension six is 1 to 1e4 eps |H|: each step amplifies by
+# |H| / beta what rounding put outside. Nodes and weights stay exact; extra nodes repeat an eigenvalue.
 
 
 def exact_weights(entries, i):
@@ -177,7 +177,7 @@ def test_known_moments_of_the_spectrum_lie_within_the_standard_error():
 
 
 def test_a_bulk_that_breakdown_cuts_off_stays_within_the_band():
-    # Outliers 5e5 times the bulk's radius: the coupling within the bulk is 10 eps |T|, just below
+    # Outliers 5e5 times the bulk's radius: the coupling within the bulk is 10 eps |T|, below
     # the test for a breakdown, and all of the bulk becomes one node, half a width from its edge.
     entries = np.concatenate([np.linspace(-0.5, 0.5, 3995), 5e4 * np.arange(1, 6)])
     entries = jnp.asarray(entries, jnp.float32)
