@@ -43,3 +43,7 @@ class CheckpointError(SpectraError):
 
 class PreemptedError(SpectraError):
     """The run was asked to end, saved itself, and goes on when it is started again."""
+
+    def __init__(self, message: str, *, signal: int = 15):
+        super().__init__(message)
+        self.signal = signal  # the number of the signal that asked: 15 for SIGTERM, 2 for SIGINT

@@ -1,5 +1,8 @@
 """What the processes of a run agree on; with one process nothing is exchanged."""
 
+import functools
+import operator
+
 import jax
 import numpy as np
 
@@ -17,3 +20,13 @@ def largest(*values: float) -> tuple[float, ...]:
 
     gathered = np.asarray(process_allgather(np.asarray(values, np.float32)))
     return tuple(float(x) for x in gathered.reshape(jax.process_count(), -1).max(axis=0))
+
+
+def combined(value: int) -> int:
+    """The exclusive or of a 32-bit number over all processes, which must all call this."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental.multihost_utils import process_allgather
+
+    gathered = np.asarray(process_allgather(np.asarray(value, np.uint32))).ravel()
+    return functools.reduce(operator.xor, map(int, gathered))

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import zlib
 from pathlib import Path
 
 
@@ -15,10 +16,17 @@ class Checkpoint:
         minutes: at most so long between two checkpoints.
         steps: also after so many Lanczos steps; never by count if None.
 
-    A probe that is finished is always recorded. On SIGTERM the run writes a last checkpoint after the steps
-    under way (about 5 seconds of them, or one step; of streamed data about 5 seconds of batches, or one
-    batch) and raises `PreemptedError`; the command line then ends with code 75, "try again". If these were
-    the last steps, the run is finished instead.
+    A probe that is finished is always recorded. On SIGTERM or SIGINT (Ctrl-C) a run writes a last
+    checkpoint after the steps under way (about 5 seconds of them, or one step; of streamed data about 5
+    seconds of batches, or one batch) and raises `PreemptedError`; the command line then ends with code
+    75, "try again", or 130 after Ctrl-C. If these were the last steps, the run is finished instead. A
+    second Ctrl-C ends it at once.
+
+    A checkpoint belongs to one operator (its functions, parameters and data) and one key; of another one it
+    is refused. Steps, probes and `tol` may change: the call gives what a fresh one would, and computes
+    only what is missing. Probes recorded with fewer steps than asked for are computed anew.
+
+    What is damaged is noticed by its checksum and computed anew, with a warning.
 
     Cost: one product more, by which a run knows its own operator; disk space of the basis of the probes
     in flight, in the dtype of the vectors. A run that goes on within a pass over a stream reads the batches
@@ -46,4 +54,7 @@ class Checkpoint:
 
     def child(self, name: str) -> "Checkpoint":
         """The checkpoint of one of several runs."""
-        return dataclasses.replace(self, directory=Path(self.directory) / re.sub(r"[^\w.-]", "_", name))
+        readable = re.sub(r"[^\w-]", "_", name)[:60]  # no two names share a folder, none leads elsewhere
+        return dataclasses.replace(
+            self, directory=Path(self.directory) / f"{readable}-{zlib.crc32(name.encode()):08x}"
+        )

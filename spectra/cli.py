@@ -1,12 +1,15 @@
 """The command line: run, show and plot spectra. Results are saved before anything is drawn."""
 
+import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from spectra import _signals
 from spectra._processes import is_first
 
 app = typer.Typer(
@@ -42,6 +45,8 @@ BasisDtype = Annotated[
 ]
 RESUME = 75
 """Exit code of a run that was ended from outside and goes on when started again (EX_TEMPFAIL)."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of every command; with a checkpoint the same command goes on, too."""
 
 
 @app.command()
@@ -100,12 +105,13 @@ def run(
     name = problem.name if operator == "hessian" else f"{problem.name}, {operator}"
     if block is not None:
         op, name = op.block(block), f"{name}, {block}"
-    if blocks is None:
-        _analyse(op, name, out, jax.random.key(seed), num_steps=steps, **options)
-    else:
-        _analyse_blocks(
-            op.blocks(by=blocks), name, out, jax.random.key(seed), num_steps=steps or 100, **options
-        )
+    with _signals.watching() if checkpoint else contextlib.nullcontext():
+        if blocks is None:
+            _analyse(op, name, out, jax.random.key(seed), num_steps=steps, **options)
+        else:
+            _analyse_blocks(
+                op.blocks(by=blocks), name, out, jax.random.key(seed), num_steps=steps or 100, **options
+            )
 
 
 @app.command()
@@ -179,7 +185,7 @@ def main() -> None:
         app()
     except PreemptedError as error:
         _fail(str(error))
-        _leave(RESUME)
+        _leave(INTERRUPTED if error.signal == signal.SIGINT else RESUME)
     except (SpectraError, FileNotFoundError) as error:
         _fail(str(error))
         _leave(1)

@@ -103,6 +103,7 @@ class Stream:
     source: Iterable | Callable[[], Iterator]
     weights: tuple[float, ...]
     indices: tuple[int, ...] | None  # batches that are used, ascending; None for all
+    digests: tuple[int, ...]  # checksums of these batches
 
     @classmethod
     def open(
@@ -163,7 +164,7 @@ class Stream:
         weights = np.array([weight for weight, _ in used], np.float64)
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
             raise DataError(f"weight_fn gave weights {weights[:8]}...; they must be >= 0 and not all 0.")
-        return cls(source, tuple(weights / weights.sum()), indices)
+        return cls(source, tuple(weights / weights.sum()), indices, tuple(digest for _, digest in used))
 
     @staticmethod
     def _read(source: Any, stop: int | None = None) -> Iterator[PyTree]:
@@ -192,7 +193,8 @@ class Stream:
             weights = np.array(self.weights[first::count])
             if not weights.sum() > 0:
                 raise DataError(f"part {first} of {count} has no weight: its batches are padding only.")
-            parts.append(Stream(self.source, tuple(weights / weights.sum()), indices[first::count]))
+            share = tuple(weights / weights.sum())
+            parts.append(Stream(self.source, share, indices[first::count], self.digests[first::count]))
         return parts
 
     def first(self) -> PyTree:

@@ -6,38 +6,84 @@ import jax
 import numpy as np
 
 from spectra import _tree
-from spectra._digest import tree_digest
-from spectra.operators.base import LinearOperator
+from spectra._digest import program_digest, tree_digest
+from spectra.operators.base import LinearOperator, product
+from spectra.operators.data_operator import DataOperator
+from spectra.operators.deflated import DeflatedOperator
+
+PLACE = ("data", "program")
+"""What may be padded, cut or written otherwise on other devices or by another version of JAX."""
 
 
-def describe(op: LinearOperator, key: jax.Array, num_steps: int, row_dtype: Any) -> dict[str, Any]:
-    """What makes a run the one it is, in words and checksums that do not depend on the devices.
+def describe(op: LinearOperator, key: jax.Array, row_dtype: Any) -> dict[str, Any]:
+    """What makes a run the one it is, in words and checksums.
 
-    One product with a fixed vector stands for the loss function and the data: it shows a change in
-    either, which their names would not.
+    Parameters and data are known by their bits (of a stream: of every batch), functions by the operations
+    that they trace to and the numbers that they close over. One product with a fixed vector stands for
+    what cannot be seen so: host functions, and programs that another version of JAX writes otherwise.
+
+    Steps, probes and tolerance are not part of it: they say how much of the run is wanted.
     """
     u = _tree.sphere_sample(jax.random.key(0), op.structure)
-    product = op @ u
+    found = op @ u
     data = jax.random.key_data(key) if jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     return {
         "operator": f"{type(op).__name__} of order {op.size}",
         "parameters": tree_digest(op.like) if _tree.has_values(op.like) else 0,
+        "data": [_data(part) for part in _parts(op)],
+        "program": _program(op, u),
+        "place": [jax.__version__, len(op.device.client.devices())],
         "key": np.asarray(data).ravel().tolist(),
-        "num_steps": num_steps,
         "basis_dtype": str(row_dtype or op.dtype),
-        "product": [float(x) for x in _numbers(u, product)],
+        "product": [float(x) for x in _numbers(u, found)],
     }
+
+
+def differences(mine: dict[str, Any], saved: dict[str, Any], precision: float) -> list[str]:
+    """Names of what differs; products may differ by rounding."""
+    loose = {"product", "place"} | (set(PLACE) if mine["place"] != saved["place"] else set())
+    names = [name for name in mine if name not in loose and mine[name] != saved[name]]
+    (value, size), (other, _) = mine["product"], saved["product"]
+    if not abs(value - other) <= 1000 * precision * size:
+        names.append("product (loss function or data)")
+    return names
+
+
+def _is_part(node: Any) -> bool:
+    return isinstance(node, DataOperator)
+
+
+def _parts(op: LinearOperator) -> list[Any]:
+    """The operators on data inside an operator, and its other leaves.
+
+    The vectors of a deflation are left out: computed anew they differ by rounding.
+    """
+    if isinstance(op, DeflatedOperator):
+        return _parts(op.base)
+    return jax.tree.leaves(op, is_leaf=_is_part)
+
+
+def _data(part: Any) -> int:
+    if isinstance(part, LinearOperator) and not isinstance(part, DataOperator):  # opaque to JAX
+        return tree_digest([x for x in jax.tree.leaves(vars(part)) if isinstance(x, (jax.Array, np.ndarray))])
+    if not isinstance(part, DataOperator):
+        return tree_digest(part)
+    stream = part.stream
+    return tree_digest(part) if stream is None else tree_digest((part.params, np.array(stream.digests)))
+
+
+def _program(op: LinearOperator, u: Any) -> int:
+    """Of a product on the whole data or the first batch; how it is cut into pieces changes no answer."""
+
+    def plain(part):
+        return part.first_piece()._with(microbatch=None) if isinstance(part, DataOperator) else part
+
+    if isinstance(op, DeflatedOperator):
+        op = op.base
+    op = jax.tree.map(plain, op, is_leaf=_is_part)
+    return 0 if op.on_host else program_digest(product.trace(op, u).jaxpr)
 
 
 @jax.jit
 def _numbers(u, product):
     return _tree.vdot(u, product), _tree.norm(product)
-
-
-def differences(mine: dict[str, Any], saved: dict[str, Any], precision: float) -> list[str]:
-    """Names of what differs; products may differ by rounding."""
-    names = [name for name in mine if name != "product" and mine[name] != saved.get(name)]
-    (value, size), (other, _) = mine["product"], saved.get("product", (np.inf, 0.0))
-    if not abs(value - other) <= 1000 * precision * size:
-        names.append("product (loss function or data)")
-    return names

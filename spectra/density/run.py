@@ -67,9 +67,8 @@ class ProbeRun:
         self.op, self.layout, self.key, self.bar = op, layout, key, bar
         self.apart, self.recorder = apart, recorder
         self.size, self.precision = size, op.precision
-        self.rows: list[dict[str, Any]] = [] if recorder is None else recorder.restored()
+        self.rows: list[dict[str, Any]] = []
         self.chunk = recurrence.CHUNK if recorder is None else 1
-        self.bar.update(self.num_matvecs)
 
     @property
     def steps_done(self) -> int:
@@ -87,7 +86,18 @@ class ProbeRun:
         return len(self.rows)
 
     def add(self, probes: range, num_steps: int, stop_when=None) -> None:
-        """Run probes together, at most `CHUNK` steps a call; `stop_when` sees the quadrature so far."""
+        """Run probes together, at most `CHUNK` steps a call; `stop_when` sees the quadrature so far.
+
+        Those that a checkpoint holds with as many steps are taken from it.
+        """
+        while probes and (row := self._recorded(probes[0], num_steps, stop_when)) is not None:
+            self.rows.append(row)
+            self.bar.update(row["length"])
+            probes = probes[1:]
+        if not probes:
+            return
+        if self.recorder is not None:
+            self.recorder.between()
         batched = len(probes) > 1
         state, done = self._begin(probes, num_steps, batched)
         while done < num_steps:
@@ -121,9 +131,24 @@ class ProbeRun:
                 self.chunk = int(np.clip(PACE * steps / max(seconds, 1e-9), 1, recurrence.CHUNK))
         if stop_when is None:
             done = num_steps  # steps that a breakdown left out are zeros
-        self.rows += _rows(state, done, batched)
+        rows = _rows(state, done, batched)
+        self.rows += rows
         if self.recorder is not None:
-            self.recorder.finished(self.rows)
+            self.recorder.finished(probes, rows)
+
+    def _recorded(self, probe: int, num_steps: int, stop_when) -> dict[str, Any] | None:
+        """What `add` would make of a probe, if the checkpoint holds enough of it."""
+        row = None if self.recorder is None else self.recorder.rows.get(probe)
+        if row is None:
+            return None
+        whole = self._invariant_length(row) is not None
+        for goal in range(recurrence.CHUNK, num_steps, recurrence.CHUNK) if stop_when else ():
+            if not whole and len(row["alpha"]) < goal:
+                return None
+            part = _resized(row, goal)
+            if self._invariant_length(part) is not None or stop_when(self._quadrature([part])):
+                return part
+        return _resized(row, num_steps) if whole or len(row["alpha"]) >= num_steps else None
 
     def _passes(self, probes: range, state, done: int) -> Passes | None:
         """What looks at the clock inside a product that takes longer than the pace: it reads a stream."""
@@ -203,6 +228,12 @@ def _start(layout: Layout, key: jax.Array, indices: jax.Array, num_steps: int, b
         return recurrence.init(layout, v0, num_steps)
 
     return (jax.vmap(one) if batched else one)(indices)
+
+
+def _resized(row: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The first steps of a probe; zeros follow those of a run that ended by itself."""
+    kept = {name: np.append(row[name], np.zeros(steps))[:steps] for name in ("alpha", "beta")}
+    return row | kept | {"length": min(row["length"], steps)}
 
 
 def _rows(state, done: int, batched: bool) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _quadrature, _tree
+from spectra import _quadrature, _signals, _tree
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._status import Status
@@ -115,7 +115,7 @@ def slq(
         NotSymmetricError: the operator is not symmetric.
         MemoryLimitError: the plan does not fit into the free memory.
         CheckpointError: the folder holds the checkpoint of another run.
-        PreemptedError: the process was asked to end (SIGTERM), and the run is saved.
+        PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: k m products; memory as `plan` states, (m + 6) n numbers for each probe in flight.
 
@@ -134,12 +134,13 @@ def slq(
         raise SpectraError(f"tol={tol} is a share of the spectral range: use a number in (0, 1).")
     rest = (num_probes, tol, probe_batch)
     checkpoint = Checkpoint.of(checkpoint)
+    watched = _signals.watching() if checkpoint else contextlib.nullcontext()
     places = {"basis": basis, "basis_dtype": basis_dtype}
     if isinstance(op, Mapping):
         if deflate is not None:
             raise SpectraError("deflate belongs to one operator: call slq for each of them.")
         total = sum(min(num_steps, block.size) for block in op.values()) * num_probes
-        with Progress(progress, total) as bar:
+        with watched, Progress(progress, total) as bar:
             return {
                 name: _one(
                     block,
@@ -153,7 +154,7 @@ def slq(
                 )
                 for i, (name, block) in enumerate(op.items())
             }
-    with Progress(progress, num_steps * num_probes) as bar:
+    with watched, Progress(progress, num_steps * num_probes) as bar:
         return _one(op, key, num_steps, *rest, bar, deflate=deflate, checkpoint=checkpoint, **places)
 
 
@@ -190,12 +191,12 @@ def _one(
         op = DeflatedOperator(op, vectors)
     recorder = None
     if checkpoint is not None:
-        recorder = Recorder(checkpoint, op, layout, key, num_steps)
-    with recorder.watching() if recorder else contextlib.nullcontext():
+        recorder = Recorder(checkpoint, op, layout, key)
+    with recorder.running() if recorder else contextlib.nullcontext():
         places = {"apart": apart, "known": vectors, "home": home, "recorder": recorder}
         run = ProbeRun(outside_loops(op.prepare()), layout, key, bar, size=size, **places)
         if tol is None:
-            for start in range(run.num_probes, num_probes, plan.probe_batch):
+            for start in range(0, num_probes, plan.probe_batch):
                 run.add(range(start, min(start + plan.probe_batch, num_probes)), num_steps)
             result = run.result()
         else:
@@ -223,8 +224,7 @@ def slq_until(
 
 def _adaptive(run: ProbeRun, num_steps: int, num_probes: int, tol: float, batch: int) -> Quadrature:
     """Find the steps with the first probe, then add probes as the sampling part asks for them."""
-    if not run.num_probes:
-        run.add(range(1), num_steps, stop_when=lambda q: _quadrature.band_width_parts(q, 0.95)[0] <= tol / 2)
+    run.add(range(1), num_steps, stop_when=lambda q: _quadrature.band_width_parts(q, 0.95)[0] <= tol / 2)
     steps = run.steps_done
     while (width := run.result().band_width()) > tol and run.num_probes < num_probes:
         # The sampling part falls at least like 1 / sqrt(k): never more probes than that predicts.

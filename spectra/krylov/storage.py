@@ -35,43 +35,44 @@ def read(path: Path, like: PyTree) -> PyTree:
         return loader.restore(path, like)
 
 
-def write_rows(path: Path, layout: Layout, segment: Panels, *, batched: bool) -> None:
-    """A segment of the basis."""
-    write(path, {"rows": _rows(layout, segment, batched)})
-
-
-def read_rows(path: Path, layout: Layout, segment: Panels, *, batched: bool) -> Panels:
-    """A segment as `write_rows` wrote it, in the place of `segment`."""
+def rows_like(layout: Layout, segment: Panels, *, batched: bool) -> PyTree:
+    """What `rows_tree` of a segment looks like, and where its arrays belong."""
     shapes = jax.eval_shape(partial(_rows, layout, batched=batched), segment)
-    leaves = read(path, {"rows": _where(layout, shapes, segment[0])})["rows"]
-    return _segment(layout, leaves, batched)
+    return {"rows": _where(layout, shapes, segment[0])}
 
 
-def write_vectors(path: Path, layout: Layout, state: LanczosState, *, batched: bool) -> None:
-    """All of a state but the basis."""
-    write(path, _vectors(layout, state, batched))
+def rows_tree(layout: Layout, segment: Panels, *, batched: bool) -> PyTree:
+    """A segment of the basis."""
+    return {"rows": _rows(layout, segment, batched)}
 
 
-def read_vectors(path: Path, layout: Layout, state: LanczosState, *, batched: bool) -> dict[str, Any]:
-    """The fields of a state that `write_vectors` wrote."""
+def segment_of(layout: Layout, tree: PyTree, batched: bool) -> Panels:
+    """The segment that `rows_tree` was made of."""
+    return _segment(layout, tree["rows"], batched)
+
+
+def vectors_like(layout: Layout, state: LanczosState, *, batched: bool) -> PyTree:
+    """What `vectors_tree` of a state looks like, and where its arrays belong."""
     shapes = jax.eval_shape(partial(_vectors, layout, batched=batched), state)
     like = {name: _where(layout, shapes[name], state.alpha) for name in VECTORS}
-    like |= {name: _placed(layout, shapes[name], PartitionSpec(), state.alpha) for name in NUMBERS}
-    fields = read(path, like)
-    return fields | {name: _packed(layout, fields[name], batched) for name in VECTORS}
+    return like | {name: _placed(layout, shapes[name], PartitionSpec(), state.alpha) for name in NUMBERS}
 
 
-def write_sums(path: Path, sums: list[PyTree]) -> None:
-    """Vectors, or stacks of them, as pytrees like the parameters."""
-    write(path, [jax.tree.leaves(vectors) for vectors in sums])
+def vectors_tree(layout: Layout, state: LanczosState, *, batched: bool) -> PyTree:
+    """All of a state but the basis."""
+    return _vectors(layout, state, batched)
 
 
-def read_sums(path: Path, layout: Layout, count: int, state: LanczosState, treedef: Any) -> list[PyTree]:
-    """`count` vectors that `write_sums` wrote."""
+def state_fields(layout: Layout, tree: PyTree, batched: bool) -> dict[str, Any]:
+    """The fields of the state that `vectors_tree` was made of."""
+    return tree | {name: _packed(layout, tree[name], batched) for name in VECTORS}
+
+
+def sums_like(layout: Layout, count: int, state: LanczosState) -> PyTree:
+    """`count` vectors, or stacks of them, as lists of leaves like the parameters."""
     probes = state.alpha.shape[:-1]
     shapes = [jax.ShapeDtypeStruct(probes + s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
-    found = read(path, [_where(layout, shapes, state.alpha)] * count)
-    return [treedef.unflatten(leaves) for leaves in found]
+    return [_where(layout, shapes, state.alpha)] * count
 
 
 def _where(layout: Layout, shapes: list[Any], beside: jax.Array) -> list[Any]:

@@ -1,0 +1,156 @@
+"""Runs that are ended at random moments go on to the same answer, to the bit."""
+
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from children import environment
+from test_checkpoint import KEY, OPTIONS, SCRIPT, STREAM, operator
+from test_distributed import finish, processes
+
+import spectra
+from spectra.density import run as density_run
+from spectra.krylov import recurrence
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", [0, 7, 29])
+def test_a_signal_at_any_step_saves_and_says_how_to_resume(number, at, monkeypatch, tmp_path):
+    whole = spectra.slq(operator(), **OPTIONS)
+    original, steps = recurrence.advance, []
+
+    def advance(*args, **options):
+        steps.append(1)
+        if len(steps) == at + 1:
+            signal.raise_signal(number)
+        return original(*args, **options)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(density_run, "PACE", 0.0)
+    monkeypatch.setattr(recurrence, "advance", advance)
+    name = signal.Signals(number).name
+    with pytest.raises(spectra.PreemptedError, match=rf"\({name}\).*goes on from there") as caught:
+        spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
+    assert caught.value.signal == number
+    assert signal.getsignal(number) is before
+    assert len(steps) == at + 1  # at once
+    again = spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
+    assert len(steps) == 3 * 30  # nothing twice
+    np.testing.assert_array_equal(again.nodes, whole.nodes)
+
+
+def test_a_second_interrupt_ends_at_once(monkeypatch, tmp_path):
+    def advance(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(recurrence, "advance", advance)
+    with pytest.raises(KeyboardInterrupt):
+        spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
+
+
+def test_a_signal_between_blocks_is_heeded(monkeypatch, tmp_path):
+    blocks = {"a": operator(n=40), "b": operator()}
+    options = {"key": KEY, "num_steps": 30, "num_probes": 1}
+    whole = spectra.slq(blocks, **options)
+    original, calls = density_run.ProbeRun.result, []
+
+    def result(self, *args):
+        calls.append(1)
+        if len(calls) == 1:  # the first block is done
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(density_run.ProbeRun, "result", result)
+    with pytest.raises(spectra.PreemptedError, match="before its first step"):
+        spectra.slq(blocks, **options, checkpoint=tmp_path)
+    again = spectra.slq(blocks, **options, checkpoint=tmp_path)
+    for name, quadrature in whole.items():
+        np.testing.assert_array_equal(again[name].nodes, quadrature.nodes)
+
+
+KINDS = {  # what the command is given besides, and what the problem is
+    "memory": ((), SCRIPT),
+    "stream": ((), textwrap.dedent(SCRIPT).split("def problem")[0] + STREAM),
+    "blocks": (("--blocks", "layer"), SCRIPT),
+    "processes": (("--mesh", "data=2"), SCRIPT),
+}
+SIGNALS = {signal.SIGKILL: 10, signal.SIGTERM: 5, signal.SIGINT: 5}
+CODES = {signal.SIGKILL: {-9}, signal.SIGTERM: {75, 0}, signal.SIGINT: {130, 0}}
+COMMAND = [sys.executable, "-c", "from spectra.cli import main; main()", "run", "problem.py"]
+
+
+@pytest.mark.slow  # 40 kills, 20 terminations, 20 interrupts
+@pytest.mark.parametrize("kind", KINDS)
+def test_ended_at_random_moments_a_run_goes_on_to_the_same_bits(kind, tmp_path, monkeypatch):
+    more, script = KINDS[kind]
+    (tmp_path / "problem.py").write_text(textwrap.dedent(script))
+    options = ("--steps", "200", "--probes", "6", *more)
+    saved = (*options, "--checkpoint", "saved", "--checkpoint-minutes", "0.001")
+    assert set(finish(tmp_path, started(tmp_path, kind, *options, "--out", "whole"))[0]) == {0}
+    # From here on compiled programs are read only: a killed process would leave torn ones.
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1e9")
+    draw = random.Random(kind)
+    left = [number for number, count in SIGNALS.items() for _ in range(count)]
+    draw.shuffle(left)
+    completed, longest = 0, 2.0
+    while left or not completed:
+        running, out = started(tmp_path, kind, *saved, "--out", f"again-{completed}"), f"again-{completed}"
+        began = wait_for_its_lock(tmp_path / "saved", running[0])
+        if left:
+            wait(running[0], draw.uniform(0, longest))
+            if running[0].poll() is None:
+                number = left.pop()
+                for process in running:
+                    process.send_signal(number)
+                codes, logs = finish(tmp_path, running, timeout=120)
+                assert set(codes) <= CODES[number], logs
+                if 0 not in codes:
+                    assert number == signal.SIGKILL or "goes on from there" in "".join(logs)
+                    continue
+        codes, logs = finish(tmp_path, running, timeout=120)
+        assert set(codes) == {0}, logs
+        longest = min(longest, time.time() - began)
+        same_bits(
+            spectra.load(tmp_path / "whole/spectrum.npz"), spectra.load(tmp_path / out / "spectrum.npz")
+        )
+        completed += 1
+        for path in sorted((tmp_path / "saved").rglob("*"), reverse=True):  # begin anew
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def started(folder, kind, *options):
+    if kind == "processes":
+        return processes(folder, 2, *options)
+    with (folder / "log-0").open("w") as log:
+        command = [*COMMAND, *options]
+        return [subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log)]
+
+
+def wait_for_its_lock(folder, process):
+    """Until the run works in its folder: from its first product on."""
+    began = time.time()
+    while process.poll() is None:
+        if any(path.stat().st_mtime >= began for path in folder.rglob("lock")):
+            break
+        time.sleep(0.005)
+    return time.time()
+
+
+def wait(process, seconds):
+    end = time.time() + seconds
+    while process.poll() is None and time.time() < end:
+        time.sleep(0.002)
+
+
+def same_bits(one, other):
+    pairs = zip(one.values(), other.values(), strict=True) if isinstance(one, dict) else [(one, other)]
+    for a, b in pairs:
+        a, b = (getattr(x, "quadrature", x) for x in (a, b))
+        np.testing.assert_array_equal(a.nodes, b.nodes)
+        np.testing.assert_array_equal(a.weights, b.weights)
