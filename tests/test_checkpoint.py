@@ -185,6 +185,56 @@ def test_a_changed_problem_is_noticed(what, tmp_path):
     spectra.slq(mine, **options)
 
 
+def changed(rng):
+    """The regression with a small change of a random kind, and its name."""
+    kind = rng.choice(["parameter", "input", "label", "constant", "exponent", "order", "weights", "fewer"])
+    stream = bool(rng.integers(2)) or kind in ("order", "weights", "fewer")
+    op = regression(stream=stream)
+    params, data = op.params, op.data if op.stream is None else list(op.stream.source)
+    options, exponent, constant = {}, 2, 0.0
+    if kind == "parameter":
+        place = tuple(rng.integers((6, 3)))
+        params = {"w": params["w"].at[place].multiply(1 + 2.0**-20)}
+    elif kind in ("input", "label"):
+        batches = data if stream else [data]
+        i, leaf = rng.integers(len(batches)), int(kind == "label")
+        x = list(batches[i])
+        x[leaf] = x[leaf].at[tuple(rng.integers(x[leaf].shape))].multiply(-1)
+        batches[i] = tuple(x)
+        data = batches if stream else batches[0]
+    elif kind == "constant":
+        constant = float(rng.choice([1e-3, 1e-6, -1e-6]))
+    elif kind == "exponent":
+        exponent = 4
+    elif kind == "weights":
+        options["weight_fn"] = lambda batch: 1.0 + abs(float(batch[0][0, 0]))
+    elif kind == "fewer":
+        data = data[:1]
+    else:
+        data = data[::-1]
+
+    def loss_fn(params, batch):
+        x, y = batch
+        return jnp.mean((jnp.tanh(x @ params["w"]) - y) ** exponent) + constant * jnp.sum(params["w"] ** 2)
+
+    return kind, stream, spectra.HessianOperator(loss_fn, params, data, **options)
+
+
+@pytest.mark.slow
+def test_a_hundred_changed_problems_are_noticed(tmp_path):
+    rng = np.random.default_rng(0)
+    options = {"key": KEY, "num_steps": 3, "num_probes": 1}
+    for stream in (False, True):
+        spectra.slq(regression(stream=stream), **options, checkpoint=tmp_path / str(stream))
+    for _ in range(100):
+        kind, stream, op = changed(rng)
+        try:
+            spectra.slq(op, **options, checkpoint=tmp_path / str(stream))
+        except spectra.CheckpointError:
+            continue
+        pytest.fail(f"not noticed: {kind}")
+
+
 def test_how_data_are_cut_and_what_functions_are_called_makes_no_other_problem(tmp_path):
     def renamed(parameters, pair):
         return jnp.mean((jnp.tanh(pair[0] @ parameters["w"]) - pair[1]) ** 2)

@@ -69,7 +69,11 @@ def _data(part: Any) -> int:
     if not isinstance(part, DataOperator):
         return tree_digest(part)
     stream = part.stream
-    return tree_digest(part) if stream is None else tree_digest((part.params, np.array(stream.digests)))
+    return (
+        tree_digest(part)
+        if stream is None
+        else tree_digest((part.params, np.array(stream.digests), np.array(stream.weights)))
+    )
 
 
 def _program(op: LinearOperator, u: Any) -> int:
