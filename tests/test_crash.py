@@ -136,7 +136,8 @@ def wait_for_its_lock(folder, process):
     """Until the run works in its folder: from its first product on."""
     began = time.time()
     while process.poll() is None:
-        if any(path.stat().st_mtime >= began for path in folder.rglob("lock")):
+        locks = [path for path in (folder / "lock", *folder.glob("*/lock")) if path.exists()]
+        if any(path.stat().st_mtime >= began for path in locks):
             break
         time.sleep(0.005)
     return time.time()
