@@ -28,6 +28,7 @@ SECTIONS = {
     "memory": 240,
     "streaming": 400,
     "vocabulary": 400,
+    "attention": 600,
     "eigenpairs": 900,
     "smallest": 400,
     "traces": 1200,

@@ -6,6 +6,7 @@ H = ∇²L(θ), a vector is a pytree like θ, and eigenvalues are in units of th
 """
 
 from spectra import bridge, distributed
+from spectra._attention import attention
 from spectra._errors import (
     CheckpointError,
     DataError,
@@ -121,6 +122,7 @@ __all__ = [
     "StructureError",
     "TorchModel",
     "Tridiagonal",
+    "attention",
     "bridge",
     "condition_number",
     "count_above",

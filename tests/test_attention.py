@@ -1,0 +1,139 @@
+"""Attention in blocks equals attention written out, in value and in every product, in linear memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import slow_but
+
+import spectra
+
+KEY = jax.random.key(0)
+
+
+def written_out(q, k, v, bias=None, mask=None, *, is_causal=False, window=None):
+    """softmax(Q Kᵀ / sqrt(H) + bias) V in the dtype of the inputs; `jax.nn` has its softmax in float32."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k) / q.shape[-1] ** 0.5
+    if bias is not None:
+        logits = logits + bias
+    rows, columns = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])
+    seen = jnp.ones(logits.shape, bool) if mask is None else jnp.broadcast_to(mask, logits.shape)
+    if is_causal:
+        seen &= columns <= rows
+    if window is not None:
+        seen &= (columns >= rows - window[0]) & (columns <= rows + window[1])
+    logits = jnp.where(seen, logits, -0.7 * float(np.finfo("f").max))
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits), v)
+
+
+def inputs(t=37, s=37, heads=4, groups=4, dtype=jnp.float64):
+    shapes = ((2, t, heads, 3), (2, s, groups, 3), (2, s, groups, 3))
+    keys = jax.random.split(KEY, 3)
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def some_mask(t, s, rows=2):
+    return jax.random.bernoulli(jax.random.key(1), 0.6, (rows, 1, t, s)).at[:, :, 5].set(False)
+
+
+CASES = {
+    "plain": ({}, {}),
+    "causal": ({}, {"is_causal": True}),
+    "grouped heads": ({"groups": 2}, {"is_causal": True}),
+    "other lengths": ({"t": 20, "s": 45}, {}),
+    "longer, causal": ({"t": 45, "s": 20}, {"is_causal": True}),
+    "window": ({}, {"window": (9, 3)}),
+    "window, behind the keys": ({"t": 50, "s": 20}, {"window": (4, 0)}),
+    "causal window": ({"groups": 1}, {"is_causal": True, "window": (12, 0)}),
+    "mask, a row without keys": ({}, {"mask": some_mask(37, 37)}),
+    "mask, causal": ({}, {"mask": some_mask(37, 37), "is_causal": True}),
+    "mask of keys": ({}, {"mask": jnp.arange(37) < 30}),
+    "bias": ({}, {"bias": jax.random.normal(KEY, (1, 4, 37, 37))}),
+    "bias of heads": ({"groups": 2}, {"bias": jax.random.normal(KEY, (4, 1, 1))}),
+}
+
+
+def blocks(*args, window=None, **options):
+    return spectra.attention(*args, **options, local_window_size=window, block_sizes=(8, 16))
+
+
+def loss(attend, args, options):
+    return jnp.sum(jnp.sin(attend(*args, **options)))
+
+
+@pytest.mark.parametrize(
+    "name", slow_but(CASES, "causal window", "mask, a row without keys", "bias of heads")
+)
+def test_values_and_products_are_those_of_attention_written_out(name):
+    shapes, options = CASES[name]
+    with jax.enable_x64(True):
+        args = inputs(**shapes)
+        v = [jax.random.normal(jax.random.key(2), x.shape, x.dtype) for x in args]
+
+        @jax.jit
+        def everything(args, v):
+            def of(attend):
+                grad = jax.grad(lambda *args: loss(attend, args, options), (0, 1, 2))
+                forward = jax.jvp(grad, args, v)
+                backward = jax.grad(lambda *x: sum(map(jnp.vdot, grad(*x), v)), (0, 1, 2))(*args)
+                return attend(*args, **options), forward, backward
+
+            return of(blocks), of(written_out)
+
+        ours, plain = everything(tuple(args), tuple(v))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        # 50 terms a sum at most, five sums deep: 1e-12 of the largest entry is 4,500 roundings.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * np.abs(np.asarray(b)).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lengths_scale_and_dtypes_are_those_of_jax(dtype):
+    args = inputs(dtype=dtype)
+    options = {
+        "scale": 0.2,
+        "query_seq_lengths": jnp.array([37, 11], jnp.int32),
+        "key_value_seq_lengths": jnp.array([20, 37], jnp.int32),
+        "local_window_size": 30,
+    }
+    ours, plain = spectra.attention(*args, **options), jax.nn.dot_product_attention(*args, **options)
+    assert ours.dtype == plain.dtype == dtype
+    assert ours.shape == plain.shape
+    np.testing.assert_allclose(
+        ours.astype("f"), plain.astype("f"), rtol=0, atol=8 * float(jnp.finfo(dtype).eps)
+    )
+    alone = spectra.attention(*(x[0] for x in args))  # without a batch
+    np.testing.assert_allclose(
+        alone.astype("f"),
+        jax.nn.dot_product_attention(*(x[0] for x in args)).astype("f"),
+        rtol=0,
+        atol=8 * float(jnp.finfo(dtype).eps),
+    )
+
+
+def temporary_bytes(attend, length):
+    shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+
+    def product(args, v):
+        return jax.jvp(jax.grad(lambda args: loss(attend, args, {"is_causal": True})), (args,), (v,))[1]
+
+    compiled = jax.jit(product).lower((shape,) * 3, (shape,) * 3).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_a_product_takes_memory_that_is_linear_in_the_sequence():
+    """Lengths at which blocks no longer count; slope of the logarithms at most 1.1."""
+    short, long = temporary_bytes(spectra.attention, 2048), temporary_bytes(spectra.attention, 8192)
+    assert np.log(long / short) <= 1.1 * np.log(4)
+    assert long <= temporary_bytes(jax.nn.dot_product_attention, 8192) / 100
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    q, k, v = inputs(groups=3, dtype=jnp.float32)
+    with pytest.raises(spectra.StructureError, match="multiple of K"):
+        spectra.attention(q, k, v)
+    q, k, v = inputs(dtype=jnp.float32)
+    with pytest.raises(spectra.StructureError, match=r"mask of shape .* does not broadcast"):
+        spectra.attention(q, k, v, mask=jnp.ones((3, 1, 37, 37), bool))
+    with pytest.raises(spectra.StructureError, match="give booleans"):
+        spectra.attention(q, k, v, mask=jnp.ones((37, 37)))
