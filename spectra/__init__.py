@@ -74,11 +74,12 @@ from spectra.results import (
     Moments,
     Plan,
     Quadrature,
+    Sharpness,
     Snapshot,
     SpectrumHistory,
     Tridiagonal,
 )
-from spectra.training import SpectrumTracker
+from spectra.training import SpectrumTracker, critical_sharpness
 from spectra.variability import DataVariability, data_variability
 
 __version__ = "0.1.0"
@@ -113,6 +114,7 @@ __all__ = [
     "Problem",
     "Quadrature",
     "ResultFileError",
+    "Sharpness",
     "Snapshot",
     "SpectraError",
     "SpectrumHistory",
@@ -126,6 +128,7 @@ __all__ = [
     "bridge",
     "condition_number",
     "count_above",
+    "critical_sharpness",
     "data_variability",
     "dense_hessian",
     "diagonal",

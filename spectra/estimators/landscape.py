@@ -82,7 +82,7 @@ def loss_slice(
     return LossSlice(
         x=line,
         y=line.copy(),
-        loss=np.asarray(_losses(op, plane, points), float).reshape(shape),
+        loss=np.asarray(losses_at(op, plane, points), float).reshape(shape),
         quadratic=quadratic.reshape(shape),
         slope=slope,
         eigenvalues=values,
@@ -98,8 +98,8 @@ def _extent(op: DataOperator, center: float, values: np.ndarray) -> float:
     return 0.1 * size if size else 1.0
 
 
-def _losses(op: DataOperator, plane: PyTree, points: np.ndarray) -> jax.Array:
-    """The mean loss over all data at each point (p, 2)."""
+def losses_at(op: DataOperator, plane: PyTree, points: np.ndarray) -> jax.Array:
+    """The mean loss over all data at θ + Σ_j x_j v_j for each point x (p, k), with k stacked vectors v."""
     where = jnp.asarray(points, op.dtype)
     if op.stream is None:
         return _on_batch(op, plane, where)

@@ -23,6 +23,7 @@ from spectra.results import (
     Moments,
     Plan,
     Quadrature,
+    Sharpness,
     Snapshot,
     SpectrumHistory,
     Tridiagonal,
@@ -45,6 +46,7 @@ CLASSES = {
         Plan,
         LossSlice,
         DataVariability,
+        Sharpness,
         Snapshot,
         SpectrumHistory,
     )

@@ -13,6 +13,7 @@ from spectra.results.krylov import Eigenpairs, Tridiagonal
 from spectra.results.landscape import LossSlice
 from spectra.results.plans import Plan
 from spectra.results.quadrature import Moments, Quadrature
+from spectra.results.sharpness import Sharpness
 
 __all__ = [
     "Array",
@@ -26,6 +27,7 @@ __all__ = [
     "Moments",
     "Plan",
     "Quadrature",
+    "Sharpness",
     "Snapshot",
     "SpectrumHistory",
     "Tridiagonal",

@@ -1,6 +1,7 @@
-"""Spectra along training: a hook for any training loop, and curvature as an adaptive optimizer feels it."""
+"""Spectra along training: a hook for any training loop, and curvature as an optimizer feels it."""
 
 from spectra.operators.preconditioned import PreconditionedOperator
+from spectra.training.sharpness import critical_sharpness
 from spectra.training.tracker import SpectrumTracker
 
-__all__ = ["PreconditionedOperator", "SpectrumTracker"]
+__all__ = ["PreconditionedOperator", "SpectrumTracker", "critical_sharpness"]

@@ -1,0 +1,142 @@
+"""Sharpness along the direction that training moves in, from evaluations of the loss alone."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Unpack
+
+import jax
+import numpy as np
+
+from spectra import _tree
+from spectra._errors import NonFiniteError, SpectraError
+from spectra._mesh import automatic
+from spectra._status import Status
+from spectra.estimators.landscape import losses_at
+from spectra.operators.checks import DataOptions
+from spectra.operators.hessian import HessianOperator
+from spectra.results import Sharpness
+
+PyTree = Any
+
+
+@automatic
+def critical_sharpness(
+    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    data: Any,
+    direction: PyTree,
+    *,
+    step: float = 1.0,
+    tol: float = 0.05,
+    max_evaluations: int = 40,
+    **options: Unpack[DataOptions],
+) -> Sharpness:
+    """2 / s, where s is the first step at which the loss is back at its value: L(θ + s d) = L(θ).
+
+    On a quadratic it is dᵀHd / |g · d|; along the gradient, gᵀHg / gᵀg. A learning rate above s, in units of
+    the direction, makes the next step raise the loss. The step is found from `step` by trying longer or
+    shorter ones and bisecting then; no gradient is taken.
+
+    Args:
+        loss_fn: pure function (params, batch) -> scalar, the mean over the batch.
+        params: pytree of parameters.
+        data: one batch or a re-iterable of batches.
+        direction: pytree like the parameters that vary: an optimizer's update, or a gradient. The loss may
+            fall along it or against it, which `descends` tells: for the loss of one task along the update
+            of another, a loss that rises from the first step on is a conflict, not a sharpness.
+        step: first step tried, in units of the direction; the last result's `step` saves evaluations.
+        tol: relative width of the bracket.
+        max_evaluations: evaluations of the mean loss allowed.
+        **options: see `DataOperator`: wrt, microbatch, weight_fn, ...
+
+    Returns:
+        `Sharpness` with its bracket. Its status is `BUDGET_EXHAUSTED` where the evaluations ended before
+        the bracket was narrow: `lower` is 0 if the loss never rose, `upper` infinite if it never fell.
+
+    Raises:
+        SpectraError: step, tol or max_evaluations out of range, or a direction that is zero.
+        NonFiniteError: the loss is NaN or infinite at the parameters.
+        StructureError: `direction` is not like the parameters.
+
+    Cost: evaluations of the loss over all data, 8 from a `step` that is right to a factor of two (4 with
+    tol=0.5), two more for each factor of four that it is too long; the memory of an evaluation.
+
+    References:
+        Kalra, Gagnon-Audet, Gromov, Mediratta, Niu, Miller and Shvartsman, arXiv:2601.16979.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> def loss_fn(w, x):
+        ...     return jnp.mean((x @ w) ** 2)
+        >>> w, x = jnp.ones(2), jnp.diag(jnp.array([1.0, 3.0]))
+        >>> g = jax.grad(loss_fn)(w, x)
+        >>> found = spectra.critical_sharpness(loss_fn, w, x, g, step=0.1, tol=1e-3)
+        >>> round(float(found), 1), round(float(g @ (jnp.array([1.0, 9.0]) * g) / (g @ g)), 1)
+        (8.9, 8.9)
+    """
+    if not (0 < step < math.inf and 0 < tol < 1 and max_evaluations >= 4):
+        raise SpectraError(
+            f"step={step}, tol={tol}, max_evaluations={max_evaluations}: use a positive step, a tolerance in "
+            "(0, 1) and at least 4 evaluations."
+        )
+    op = HessianOperator(loss_fn, params, data, **options)
+    along = op.as_vector(direction, "direction")
+    if not _tree.length(along) > 0:
+        raise SpectraError("direction is zero: there is nothing to step along.")
+    line = _Line(op, along, max_evaluations)
+    if not math.isfinite(line.origin):
+        raise NonFiniteError(op.explain_non_finite())
+    sign, low, high = _bracket(line, step)
+    while line.left and 0 < low and high < math.inf and high > (1 + tol) * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if line.rises(sign * middle) else (middle, high)
+    done = 0 < low and high <= (1 + tol) * low
+    return Sharpness(
+        value=2 / math.sqrt(low * high) if 0 < low and high < math.inf else (math.inf if low == 0 else 0.0),
+        lower=2 / high,
+        upper=2 / low if low else math.inf,
+        descends=sign > 0,
+        loss=line.origin,
+        num_evaluations=line.count,
+        status=Status.CONVERGED if done else Status.BUDGET_EXHAUSTED,
+    )
+
+
+class _Line:
+    """The mean loss along a direction; counts its evaluations."""
+
+    def __init__(self, op: HessianOperator, along: PyTree, budget: int):
+        self.op, self.budget, self.count = op, budget, 0
+        self.along = jax.tree.map(lambda x: x[None], along)
+        self.origin = self._loss(0.0)
+
+    @property
+    def left(self) -> bool:
+        """Whether another evaluation is allowed."""
+        return self.count < self.budget
+
+    def _loss(self, step: float) -> float:
+        self.count += 1
+        return float(losses_at(self.op, self.along, np.array([[step]]))[0])
+
+    def rises(self, step: float) -> bool:
+        """Whether the loss is above its value at the parameters, or not finite."""
+        return not self._loss(step) <= self.origin
+
+
+def _bracket(line: _Line, step: float) -> tuple[float, float, float]:
+    """The sign of the direction along which the loss falls; a step at which it is not above its value and a
+    longer one at which it is. 0 or infinity where the evaluations ended before one was found.
+    """
+    low, high = step, math.inf
+    while (along := line.rises(low)) and line.rises(-low):
+        low, high = low / 4, low
+        if not line.left:
+            return 1.0, 0.0, high
+    sign = -1.0 if along else 1.0
+    while high == math.inf and line.left:
+        if line.rises(sign * 2 * low):
+            high = 2 * low
+        else:
+            low *= 2
+    return sign, low, high

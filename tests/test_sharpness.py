@@ -1,0 +1,91 @@
+"""Critical sharpness against closed forms: quadratics, a quartic, and what cannot be bracketed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectra
+
+X = jnp.diag(jnp.array([1.0, 2.0, 5.0, 0.1]))
+W = jnp.array([1.0, -2.0, 0.5, 3.0])
+
+
+def quadratic(w, x):
+    return jnp.sum((x @ w) ** 2) / 2
+
+
+def along(d):
+    """dᵀHd / |g · d|, in float64."""
+    h, g = (np.asarray(a, float) for a in (X @ X, X @ X @ W))
+    d = np.asarray(d, float)
+    return d @ h @ d / abs(g @ d)
+
+
+@pytest.mark.parametrize("step", [1e-4, 0.05, 1.0, 300.0])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_quadratic_has_the_curvature_along_the_direction(step, sign):
+    d = -sign * jax.grad(quadratic)(W, X)
+    found = spectra.critical_sharpness(quadratic, W, X, d, step=step, tol=1e-3)
+    assert found.lower <= along(d) * (1 + 1e-5)
+    assert found.upper >= along(d) * (1 - 1e-5)
+    assert found.upper <= 1.0011 * found.lower
+    assert found.lower <= float(found) <= found.upper
+    assert found.descends == (sign > 0)
+    assert found.status.code == "converged"
+
+
+def test_from_a_step_of_the_right_size_eight_evaluations_do_and_streams_agree():
+    d = jnp.array([0.1, 0.2, -0.3, 0.0])
+    first = spectra.critical_sharpness(quadratic, W, X, d)
+    again = spectra.critical_sharpness(quadratic, W, X, d, step=first.step)
+    assert again.num_evaluations <= 8
+
+    def mean(w, x):
+        return 2 * jnp.mean((x @ w) ** 2)  # four examples
+
+    streamed = spectra.critical_sharpness(mean, W, [X[:2], X[2:]], d, microbatch=1)
+    assert streamed.lower <= along(d) <= streamed.upper
+    assert streamed.upper <= 1.051 * streamed.lower
+
+
+def test_a_quartic_ends_where_it_is_back_at_its_value():
+    # (1 - s)⁴ is back at 1 at s = 2: the curvature at the start, 12, would say 2 / s = 3.
+    found = spectra.critical_sharpness(lambda w, _: jnp.sum(w**4), jnp.ones(1), None, -jnp.ones(1), tol=1e-4)
+    assert found.lower <= 1.0001
+    assert found.upper >= 0.9999
+
+
+def test_what_never_falls_or_never_rises_is_said():
+    at_minimum = spectra.critical_sharpness(quadratic, 0 * W, X, W, max_evaluations=9)
+    assert at_minimum.upper == float(at_minimum) == np.inf
+    linear = spectra.critical_sharpness(lambda w, _: jnp.sum(w), W, None, -W, max_evaluations=9)
+    assert linear.lower == float(linear) == 0.0
+    for found in (at_minimum, linear):
+        assert found.status.code == "budget_exhausted"
+        assert found.num_evaluations <= 10
+
+
+def test_overflow_counts_as_rising_and_bad_input_is_refused():
+    d = -jax.grad(quadratic)(W, X)
+    assert (
+        abs(
+            float(spectra.critical_sharpness(quadratic, W, X, d, step=1e30, max_evaluations=300)) / along(d)
+            - 1
+        )
+        < 0.03
+    )
+    with pytest.raises(spectra.SpectraError, match="direction is zero"):
+        spectra.critical_sharpness(quadratic, W, X, 0 * d)
+    with pytest.raises(spectra.NonFiniteError):
+        spectra.critical_sharpness(quadratic, W * np.nan, X, d)
+    with pytest.raises(spectra.StructureError, match="direction"):
+        spectra.critical_sharpness(quadratic, W, X, jnp.ones(3))
+    with pytest.raises(spectra.SpectraError, match="tol"):
+        spectra.critical_sharpness(quadratic, W, X, d, tol=2.0)
+
+
+def test_a_result_is_saved_and_printed(tmp_path):
+    found = spectra.critical_sharpness(quadratic, W, X, jnp.ones(4))
+    assert spectra.load(spectra.save(found, tmp_path / "sharpness")) == found
+    assert f"{found:.3g}" in repr(found)
