@@ -78,7 +78,8 @@ def attention(
     query, key, value = (_four(x) for x in (query, key, value))
     bias, mask = (None if x is None else _four(x) for x in (bias, mask))
     _check(query, key, value, bias, mask)
-    window = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
+    window = local_window_size
+    window = (window, window) if isinstance(window, int) else window
     unhidden = mask is None and query_seq_lengths is None and key_value_seq_lengths is None
     rule = _Rule(query.shape[1], key.shape[1], is_causal, window, unhidden)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale

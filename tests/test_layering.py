@@ -14,14 +14,14 @@ import spectra
 ROOT = Path(spectra.__file__).parent
 # A module may import from earlier layers, and from its own.
 LAYERS = [
-    {"_errors", "_status", "_blas", "_memory", "_processes", "_digest", "_files", "_breakdown"},
+    {"_errors", "_status", "_blas", "_memory", "_processes", "_digest", "_files", "_breakdown", "_signals"},
     {"_mesh", "_tree", "_quadrature", "_christoffel"},
     {"_paths"},
     {"results"},
     {"data"},
     {"operators"},
     {"distributed"},
-    {"problem", "models"},
+    {"problem", "models", "_attention"},
     {"krylov"},
     {"checkpoint"},
     {"density"},

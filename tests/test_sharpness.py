@@ -88,4 +88,4 @@ def test_overflow_counts_as_rising_and_bad_input_is_refused():
 def test_a_result_is_saved_and_printed(tmp_path):
     found = spectra.critical_sharpness(quadratic, W, X, jnp.ones(4))
     assert spectra.load(spectra.save(found, tmp_path / "sharpness")) == found
-    assert f"{found:.3g}" in repr(found)
+    assert f"{found:.4g}" in repr(found)

@@ -87,12 +87,12 @@ def critical_sharpness(
     if not math.isfinite(line.origin):
         raise NonFiniteError(op.explain_non_finite())
     sign, low, high = _bracket(line, step)
-    while line.left and 0 < low and high < math.inf and high > (1 + tol) * low:
+    while line.left and low > 0 and (1 + tol) * low < high < math.inf:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if line.rises(sign * middle) else (middle, high)
-    done = 0 < low and high <= (1 + tol) * low
+    done = low > 0 and high <= (1 + tol) * low
     return Sharpness(
-        value=2 / math.sqrt(low * high) if 0 < low and high < math.inf else (math.inf if low == 0 else 0.0),
+        value=2 / math.sqrt(low * high) if low > 0 and high < math.inf else (math.inf if low == 0 else 0.0),
         lower=2 / high,
         upper=2 / low if low else math.inf,
         descends=sign > 0,
