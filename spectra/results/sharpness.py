@@ -11,8 +11,8 @@ from spectra.results._base import text_table
 class Sharpness:
     """2 / s for the first step s along a direction at which the loss is back at its value.
 
-    `lower` and `upper` bracket it: at the step 2 / upper the loss was not above its value, at 2 / lower it was.
-    That it is the *first* such step holds where the loss falls and then rises, as a quadratic does.
+    `lower` and `upper` bracket it: at the step 2 / upper the loss was not above its value, at 2 / lower it
+    was. That it is the *first* such step holds where the loss falls and then rises, as a quadratic does.
     """
 
     value: float
