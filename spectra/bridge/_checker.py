@@ -154,4 +154,8 @@ class Checker:
                 return DType(self.dtype(content, place))
             if kind == "float" and content in ("inf", "-inf", "nan"):
                 return float(content)
+            if kind == "complex" and isinstance(content, list) and len(content) == 2:
+                parts = self.arguments(content, place)
+                if all(type(part) is float for part in parts):
+                    return complex(*parts)
         return self.fail(place, "not an argument", value)

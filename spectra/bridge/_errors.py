@@ -24,7 +24,8 @@ class UnsupportedOperatorError(BridgeError):
         lines = []
         for name, paths in sorted(operators.items()):
             shown = ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
-            reason = f" ({hints[name]})" if name in hints else ""
+            hint = hints.get(name.rpartition(".")[0])  # by name, for all overloads
+            reason = f" ({hint})" if hint else ""
             lines.append(f"  {name[:80]}{reason} in module {shown}")
         super().__init__(
             "these operators have no JAX counterpart in the bridge:\n"

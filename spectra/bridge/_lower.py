@@ -229,6 +229,8 @@ def _argument(value: Any, names: _Names) -> Any:
         return {"dtype": _dtype(value)}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"}
+    if isinstance(value, complex):
+        return {"complex": [_argument(value.real, names), _argument(value.imag, names)]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise BridgeError(f"an operator's argument {value!r} has no form in a graph file")

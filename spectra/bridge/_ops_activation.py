@@ -7,7 +7,7 @@ from jax import lax
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._ops_compare import clamp_inclusive
 from spectra.bridge._promotion import cast, promote_float
-from spectra.bridge._registry import aten
+from spectra.bridge._registry import RANDOM, aten
 
 
 @aten("hardtanh.default")
@@ -31,6 +31,13 @@ def relu6(self):
 @aten("leaky_relu.default")
 def leaky_relu(self, negative_slope=0.01):
     return jnp.where(self > 0, self, self * cast(negative_slope, self.dtype))
+
+
+@aten("rrelu_with_noise_functional.default")
+def rrelu(self, noise, lower=0.125, upper=1 / 3, training=False):
+    if training:
+        raise BridgeError(f"rrelu in training: {RANDOM}; export in evaluation mode")
+    return leaky_relu(self, (lower + upper) / 2), noise
 
 
 @aten("prelu.default", "_prelu_kernel.default")

@@ -1,9 +1,9 @@
-"""ATen operators that copy, cast, or take complex numbers apart; the stop of gradients."""
+"""ATen operators that copy or cast; the stop of gradients."""
 
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.bridge._promotion import broadcast, cast, category, is_float
+from spectra.bridge._promotion import cast, category, is_float
 from spectra.bridge._registry import aten, register
 
 
@@ -24,36 +24,6 @@ def identity(self):
 @aten("copy.default")
 def copy(self, src):
     return jnp.broadcast_to(cast(src, self.dtype), self.shape)
-
-
-@aten("complex.default")
-def complex_(real, imag):
-    return lax.complex(*broadcast(real, imag))
-
-
-@aten("polar.default")
-def polar(abs, angle):
-    return lax.complex(*broadcast(abs * jnp.cos(angle), abs * jnp.sin(angle)))
-
-
-@aten("view_as_real.default")
-def view_as_real(self):
-    return jnp.stack([jnp.real(self), jnp.imag(self)], -1)
-
-
-@aten("view_as_complex.default")
-def view_as_complex(self):
-    return lax.complex(self[..., 0], self[..., 1])
-
-
-@aten("real.default")
-def real(self):
-    return jnp.real(self)
-
-
-@aten("imag.default")
-def imag(self):
-    return jnp.imag(self)
 
 
 @register("spectra.stop_gradient")

@@ -45,6 +45,14 @@ def convolution(input, weight, bias, stride, padding, dilation, transposed, outp
     return out if input.ndim == n + 2 else out[0]
 
 
+@aten("conv_tbc.default")
+def conv_tbc(self, weight, bias, pad=0):
+    """A convolution over the first axis: (time, batch, channels)."""
+    kernel = jnp.transpose(weight, (2, 1, 0))
+    out = convolution(jnp.transpose(self, (1, 2, 0)), kernel, bias, [1], [pad], [1], False, [0], 1)
+    return jnp.transpose(out, (2, 0, 1))
+
+
 def _transposed_window(weight, stride, padding, dilation, output_padding):
     """The adjoint of a strided convolution is a unit-stride one over an input spread by stride.
 

@@ -34,6 +34,11 @@ def zeros(size, stride=None, dtype=None):
     return jnp.zeros(size, default_dtype() if dtype is None else dtype)
 
 
+@aten("empty_permuted.default")
+def empty_permuted(size, physical_layout, dtype=None):
+    return zeros(size, None, dtype)
+
+
 @aten("ones.default")
 def ones(size, dtype=None):
     return jnp.ones(size, default_dtype() if dtype is None else dtype)
@@ -49,8 +54,8 @@ def ones_like(self, dtype=None):
     return full_like(self, 1, dtype)
 
 
-@aten("new_zeros.default", "new_empty.default")
-def new_zeros(self, size, dtype=None):
+@aten("new_zeros.default", "new_empty.default", "new_empty_strided.default")
+def new_zeros(self, size, stride=None, dtype=None):
     return jnp.zeros(size, self.dtype if dtype is None else dtype)
 
 
@@ -76,6 +81,16 @@ def arange(start, end, step=1, dtype=None):
         dtype = default_dtype() if floating else canonical("int64")
     length = max(math.ceil((end - start) / step), 0)
     return cast(start + jnp.arange(length) * step, dtype)
+
+
+@aten("fft_fftfreq.default")
+def fftfreq(n, d=1.0, dtype=None):
+    return jnp.fft.fftfreq(n, d).astype(default_dtype() if dtype is None else dtype)
+
+
+@aten("fft_rfftfreq.default")
+def rfftfreq(n, d=1.0, dtype=None):
+    return jnp.fft.rfftfreq(n, d).astype(default_dtype() if dtype is None else dtype)
 
 
 @aten("linspace.default")

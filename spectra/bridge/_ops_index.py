@@ -1,12 +1,13 @@
-"""ATen operators that read or write by index, sort or select."""
+"""ATen operators that read or write by index, or select."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from spectra.bridge._errors import BridgeError
-from spectra.bridge._ops_shape import at, axis_of
+from spectra.bridge._ops_shape import axis_of
 from spectra.bridge._promotion import canonical, cast
 from spectra.bridge._registry import aten
 
@@ -46,7 +47,7 @@ def _index_tuple(indices):
 @aten("index_select.default")
 def index_select(self, dim, index):
     axis = axis_of(dim, self.ndim)
-    return at(self, axis, index) if self.ndim else self
+    return read(self, (slice(None),) * axis + (index,)) if self.ndim else self
 
 
 @aten("index_add.default")
@@ -104,25 +105,81 @@ def _source(src, index, self):
 
 @aten("scatter_reduce.two")
 def scatter_reduce(self, dim, index, src, reduce, include_self=True):
-    key, src = _along(self, axis_of(dim, self.ndim), index), _source(src, index, self)
-    start = {"sum": 0, "mean": 0, "prod": 1, "amax": -jnp.inf, "amin": jnp.inf}
-    if reduce not in start:
-        raise BridgeError(f"unknown reduction {reduce!r} in scatter_reduce")
-    if include_self:
-        base = self
-    elif reduce in ("amax", "amin") and not jnp.issubdtype(self.dtype, jnp.inexact):
-        limits = jnp.iinfo(self.dtype)
-        base = self.at[key].set(limits.min if reduce == "amax" else limits.max)
-    else:
-        base = self.at[key].set(start[reduce])
-    if reduce in ("sum", "prod", "amax", "amin"):
-        method = {"sum": "add", "prod": "multiply", "amax": "max", "amin": "min"}[reduce]
-        return getattr(base.at[key], method)(src)
-    count = jnp.ones_like(self).at[key].add(jnp.ones_like(src))
-    if not include_self:
-        count = jnp.maximum(count - 1, 1)
-    total = base.at[key].add(src)
+    key = _along(self, axis_of(dim, self.ndim), index)
+    return _reduced(self, key, _source(src, index, self), reduce, include_self)
+
+
+@aten("index_reduce.default")
+def index_reduce(self, dim, index, source, reduce, include_self=True):
+    axis = axis_of(dim, self.ndim)
+    shape = [-1 if a == axis else 1 for a in range(self.ndim)]
+    key = _along(self, axis, jnp.broadcast_to(index.reshape(shape), source.shape))
+    return _reduced(self, key, cast(source, self.dtype), reduce, include_self)
+
+
+def _reduced(self, key, src, reduce, include_self):
+    """Combine what is written to one place, with what stood there if `include_self`."""
+    if reduce not in ("sum", "mean", "prod", "amax", "amin"):
+        raise BridgeError(f"unknown reduction {reduce!r} of what is scattered")
+    written = jnp.zeros(self.shape, bool).at[key].set(True)
+    kept = jnp.ones(self.shape, bool) if include_self else ~written
+    if reduce in ("amax", "amin"):
+        return _extreme(self, key, src, kept, reduce)
+    if reduce == "prod":
+        return jnp.where(kept, self, 1) * _product(key, src, self.shape)
+    total = jnp.where(kept, self, 0).at[key].add(src)
+    if reduce == "sum":
+        return total
+    count = cast(kept, self.dtype).at[key].add(jnp.ones_like(src))
     return total / count if jnp.issubdtype(self.dtype, jnp.inexact) else total // count
+
+
+def _extreme(self, key, src, kept, reduce):
+    """The extreme of each place; equal elements share its derivative evenly, as in PyTorch."""
+    fixed, new = jax.lax.stop_gradient(self), jax.lax.stop_gradient(src)
+    floating = jnp.issubdtype(self.dtype, jnp.inexact)
+    limits = jnp.finfo(self.dtype) if floating else jnp.iinfo(self.dtype)
+    far = (-jnp.inf if floating else limits.min) if reduce == "amax" else (jnp.inf if floating else limits.max)
+    places = jnp.where(kept, fixed, far).at[key]
+    best = places.max(new) if reduce == "amax" else places.min(new)
+    if not floating:
+        return best
+    ours, theirs = kept & (fixed == best), new == best[key]
+    count = cast(ours, self.dtype).at[key].add(cast(theirs, self.dtype))
+    # The differences are 0: only their derivatives count, and the extreme stays exact.
+    change = jnp.where(ours, self - fixed, 0).at[key].add(jnp.where(theirs, src - new, 0))
+    return best + change / jnp.maximum(count, 1)
+
+
+def _product(key, src, shape):
+    """The product of what each place receives, 1 where it is nothing.
+
+    JAX cannot differentiate a scattered product: this is a running one over the elements in the order of
+    their places, made of plain products, with every derivative also at zeros.
+    """
+    if not src.size:
+        return jnp.ones(shape, src.dtype)
+    place = jnp.ravel_multi_index(tuple(k % n for k, n in zip(key, shape, strict=True)), shape, mode="clip")
+    place = jnp.broadcast_to(place, src.shape).reshape(-1)
+    order = jnp.argsort(place, stable=True)
+    place, values = place[order], src.reshape(-1)[order]
+    first = jnp.concatenate([jnp.ones(1, bool), place[1:] != place[:-1]])
+
+    def join(a, b):
+        (start, x), (new, y) = a, b
+        return start | new, jnp.where(new, y, x * y)
+
+    values = jax.lax.associative_scan(join, (first, values))[1]
+    last = jnp.concatenate([first[1:], jnp.ones(1, bool)])
+    size = math.prod(shape)
+    flat = jnp.ones(size, src.dtype).at[jnp.where(last, place, size)].set(values, mode="drop")
+    return flat.reshape(shape)
+
+
+@aten("put.default")
+def put(self, index, source, accumulate=False):
+    flat, values = self.reshape(-1).at[index.reshape(-1)], cast(source, self.dtype).reshape(-1)
+    return (flat.add(values) if accumulate else flat.set(values)).reshape(self.shape)
 
 
 @aten("masked_fill.Scalar", "masked_fill.Tensor")
@@ -137,34 +194,6 @@ def masked_scatter(self, mask, source):
     position = jnp.cumsum(mask.reshape(-1)) - 1
     values = source.reshape(-1)[jnp.maximum(position, 0)].reshape(self.shape)
     return jnp.where(mask, values, self)
-
-
-@aten("sort.default", "sort.stable")
-def sort(self, dim=-1, descending=False, stable=True):
-    axis = axis_of(dim, self.ndim)
-    if not self.ndim:
-        return self, jnp.zeros((), canonical("int64"))
-    order = jnp.argsort(jax.lax.stop_gradient(self), axis, stable=True, descending=descending)
-    return jnp.take_along_axis(self, order, axis), cast(order, canonical("int64"))
-
-
-@aten("argsort.default", "argsort.stable")
-def argsort(self, dim=-1, descending=False, stable=True):
-    return sort(self, dim, descending)[1]
-
-
-@aten("topk.default")
-def topk(self, k, dim=-1, largest=True, sorted=True):
-    values, order = sort(self, dim, largest)
-    axis = axis_of(dim, self.ndim)
-    return at(values, axis, slice(k)), at(order, axis, slice(k))
-
-
-@aten("bucketize.Tensor")
-def bucketize(self, boundaries, out_int32=False, right=False):
-    side = "right" if right else "left"
-    dtype = canonical("int32" if out_int32 else "int64")
-    return cast(jnp.searchsorted(boundaries, self, side=side), dtype)
 
 
 @aten("one_hot.default")

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from spectra.bridge._errors import BridgeError
+from spectra.bridge._ops_order import chosen
 from spectra.bridge._ops_pointwise import absolute
 from spectra.bridge._ops_shape import axes_of, axis_of
 from spectra.bridge._promotion import canonical, cast, is_float
@@ -48,7 +49,8 @@ def var(self, dim=None, correction=1, keepdim=False):
     count = math.prod(self.shape[a] for a in axes)
     centred = self - jnp.mean(self, axes, keepdims=True)
     correction = 1 if correction is None else correction
-    return jnp.sum(centred * centred, axes, keepdims=keepdim) / max(count - correction, 0)
+    squared = jnp.real(centred * jnp.conj(centred))  # real, of complex numbers too
+    return jnp.sum(squared, axes, keepdims=keepdim) / max(count - correction, 0)
 
 
 @aten("var.dim", "var.default")
@@ -99,10 +101,7 @@ def _extreme(self, dim, keepdim, position):
     if not self.ndim:
         return self, jnp.zeros((), canonical("int64"))
     axis = axis_of(dim, self.ndim)
-    where = position(lax.stop_gradient(self), axis=axis, keepdims=True)
-    value = jnp.take_along_axis(self, where, axis)
-    where = cast(where, canonical("int64"))
-    return (value, where) if keepdim else (value.squeeze(axis), where.squeeze(axis))
+    return chosen(self, position(lax.stop_gradient(self), axis=axis, keepdims=True), axis, keepdim)
 
 
 @aten("max.dim")
@@ -224,20 +223,3 @@ def pdist(self, p=2.0):
 @aten("count_nonzero.dim_IntList", "count_nonzero.default")
 def count_nonzero(self, dim=None):
     return cast(jnp.count_nonzero(self, axes_of(dim, self.ndim)), canonical("int64"))
-
-
-@aten("median.dim")
-def median(self, dim=-1, keepdim=False):
-    """The lower of the two middle elements, as in PyTorch."""
-    axis = axis_of(dim, self.ndim)
-    order = jnp.argsort(lax.stop_gradient(self), axis, stable=True)
-    middle = (self.shape[axis] - 1) // 2
-    where = lax.slice_in_dim(order, middle, middle + 1, axis=axis)
-    value = jnp.take_along_axis(self, where, axis)
-    where = cast(where, canonical("int64"))
-    return (value, where) if keepdim else (value.squeeze(axis), where.squeeze(axis))
-
-
-@aten("isin.Tensor_Tensor")
-def isin(elements, test_elements, assume_unique=False, invert=False):
-    return jnp.isin(elements, test_elements, invert=invert)

@@ -168,6 +168,15 @@ def diagonal(self, offset=0, dim1=0, dim2=1):
     return jnp.diagonal(self, offset, axis_of(dim1, self.ndim), axis_of(dim2, self.ndim))
 
 
+@aten("diagonal_scatter.default")
+def diagonal_scatter(self, src, offset=0, dim1=0, dim2=1):
+    axes = axis_of(dim1, self.ndim), axis_of(dim2, self.ndim)
+    moved = jnp.moveaxis(self, axes, (-2, -1))
+    place = jnp.arange(src.shape[-1])
+    moved = moved.at[..., place + max(-offset, 0), place + max(offset, 0)].set(cast(src, self.dtype))
+    return jnp.moveaxis(moved, (-2, -1), axes)
+
+
 @aten("diag_embed.default")
 def diag_embed(self, offset=0, dim1=-2, dim2=-1):
     size = self.shape[-1] + abs(offset)

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from spectra.bridge._registry import aten
 
 
-def _no_error(matrices):
+def no_error(matrices):
+    """Return the error codes of a factorisation that went well."""
     return jnp.zeros(matrices.shape[:-2], jnp.int32)
 
 
 @aten("linalg_inv_ex.default")
 def inverse(A, check_errors=False):
-    return jnp.linalg.inv(A), _no_error(A)
+    return jnp.linalg.inv(A), no_error(A)
 
 
 @aten("linalg_cholesky_ex.default")
@@ -24,7 +25,7 @@ def cholesky(self, upper=False, check_errors=False):
     # PyTorch reads one triangle only; its derivative is that of the symmetric matrix, as JAX's is.
     source = jnp.swapaxes(self, -1, -2) if upper else self
     lower = jax.lax.linalg.cholesky(source, symmetrize_input=False)
-    return jnp.swapaxes(lower, -1, -2) if upper else lower, _no_error(self)
+    return jnp.swapaxes(lower, -1, -2) if upper else lower, no_error(self)
 
 
 @aten("_linalg_solve_ex.default")
@@ -44,6 +45,25 @@ def solve_triangular(self, B, upper, left=True, unitriangular=False):
     A = jnp.broadcast_to(self, shape + self.shape[-2:])
     B = jnp.broadcast_to(B, shape + B.shape[-2:])
     return jax.lax.linalg.triangular_solve(A, B, left_side=left, lower=not upper, unit_diagonal=unitriangular)
+
+
+@aten("triangular_solve.default")
+def triangular_solve(self, A, upper=True, transpose=False, unitriangular=False):
+    matrix = jnp.swapaxes(A, -1, -2) if transpose else A
+    return solve_triangular(matrix, self, upper != transpose, True, unitriangular), A
+
+
+@aten("cholesky_solve.default")
+def cholesky_solve(self, input2, upper=False):
+    """Solve A·X = B for A = L·Lᴴ, or Uᴴ·U, given the factor."""
+    adjoint = jnp.conj(jnp.swapaxes(input2, -1, -2))
+    lower, transposed = (adjoint, input2) if upper else (input2, adjoint)
+    return solve_triangular(transposed, solve_triangular(lower, self, False), True)
+
+
+@aten("cholesky_inverse.default")
+def cholesky_inverse(self, upper=False):
+    return cholesky_solve(jnp.eye(self.shape[-1], dtype=self.dtype), self, upper)
 
 
 @aten("_linalg_det.default")
