@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from spectra.bridge._errors import BridgeError, UnsupportedOperatorError
 from spectra.bridge._exporter import Exporter
-from spectra.bridge._graph import MAX_ELEMENTS, DType, Input, Node, Ref, Tensor
+from spectra.bridge._graph import MAX_ELEMENTS, Branch, DType, Input, Node, Ref, Tensor
 from spectra.bridge._operators import ABSENT, OPERATORS, SIGNATURES
 from spectra.bridge._promotion import DTYPES
 
@@ -154,8 +154,22 @@ class Checker:
                 return DType(self.dtype(content, place))
             if kind == "float" and content in ("inf", "-inf", "nan"):
                 return float(content)
+            if kind == "graph":
+                return self.branch(content, place)
             if kind == "complex" and isinstance(content, list) and len(content) == 2:
                 parts = self.arguments(content, place)
                 if all(type(part) is float for part in parts):
                     return complex(*parts)
         return self.fail(place, "not an argument", value)
+
+    def branch(self, value: Any, place: str) -> Branch:
+        """A graph in an argument: it has names of its own, and none from outside."""
+        value = self.record(value, {"inputs", "nodes", "outputs"}, place)
+        outside, self.names = self.names, set()
+        inputs = tuple(self.define(name, place) for name in self.items(value["inputs"], place))
+        raw_nodes = self.items(value["nodes"], place)
+        self.operators(raw_nodes)
+        nodes = tuple(self.node(item) for item in raw_nodes)
+        outputs = tuple(self.arguments(value["outputs"], place))
+        self.names = outside
+        return Branch(inputs, nodes, outputs)

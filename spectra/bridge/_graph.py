@@ -58,6 +58,15 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A graph inside of a node, which sees nothing but its inputs."""
+
+    inputs: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Graph:
     """A checked graph: every name is known, every operator is in the table."""
 

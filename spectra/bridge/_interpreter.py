@@ -5,6 +5,7 @@ shapes, so tracing it once gives XLA the whole model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._exporter import exported_by
-from spectra.bridge._graph import MAX_ELEMENTS, DType, Graph, Node, Ref
+from spectra.bridge._graph import MAX_ELEMENTS, Branch, DType, Graph, Node, Ref
 from spectra.bridge._operators import OPERATORS
 from spectra.bridge._promotion import canonical
 
@@ -41,22 +42,30 @@ def evaluate(
     """
     values: dict[str, Any] = {t.name: tensors[t.key] for t in graph.tensors}
     values.update(zip((i.name for i in graph.inputs), inputs, strict=True))
-    last_use = _last_uses(graph)
     with exported_by(graph.exporter):
-        for position, node in enumerate(graph.nodes):
-            result = _call(node, values)
-            if check is not None:
-                check(node, result)
-            values[node.name] = result
-            for name in last_use.get(position, ()):
-                del values[name]
-    return [_resolve(output, values) for output in graph.outputs]
+        return _run(graph, values, check)
 
 
-def _call(node: Node, values: Mapping[str, Any]) -> Any:
+def _run(graph: Graph | Branch, values: dict[str, Any], check: Check | None) -> list[Any]:
+    last_use = _last_uses(graph)
+    for position, node in enumerate(graph.nodes):
+        result = _call(node, values, check)
+        if check is not None:
+            check(node, result)
+        values[node.name] = result
+        for name in last_use.get(position, ()):
+            del values[name]
+    return [_resolve(output, values, check) for output in graph.outputs]
+
+
+def _branch(branch: Branch, check: Check | None, *operands: Any) -> list[Any]:
+    return _run(branch, dict(zip(branch.inputs, operands, strict=True)), check)
+
+
+def _call(node: Node, values: Mapping[str, Any], check: Check | None) -> Any:
     try:
-        args = _resolve(node.args, values)
-        kwargs = {k: _resolve(v, values) for k, v in node.kwargs.items()}
+        args = _resolve(node.args, values, check)
+        kwargs = {k: _resolve(v, values, check) for k, v in node.kwargs.items()}
         return OPERATORS[node.op](*args, **kwargs)
     except RecursionError:
         raise
@@ -66,17 +75,19 @@ def _call(node: Node, values: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def _resolve(argument: Any, values: Mapping[str, Any]) -> Any:
+def _resolve(argument: Any, values: Mapping[str, Any], check: Check | None) -> Any:
     if isinstance(argument, Ref):
         return values[argument.name]
+    if isinstance(argument, Branch):
+        return partial(_branch, argument, check)
     if isinstance(argument, DType):
         return canonical(argument.name)
     if isinstance(argument, (list, tuple)):
-        return [_resolve(item, values) for item in argument]
+        return [_resolve(item, values, check) for item in argument]
     return argument
 
 
-def _last_uses(graph: Graph) -> dict[int, list[str]]:
+def _last_uses(graph: Graph | Branch) -> dict[int, list[str]]:
     """Return, for each position, the values that no later node reads, so that they can be freed."""
     kept = set(_references(graph.outputs))
     last: dict[str, int] = {}

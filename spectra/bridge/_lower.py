@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from spectra.bridge._graph import CONSTANTS
 from spectra.bridge._operators import ABSENT, OPERATORS
 from spectra.bridge._promotion import DTYPES
 from spectra.bridge._schema import FORMAT, VERSION, reachable
+from spectra.bridge._stand_ins import written_out
 
 _SIZE_FUNCTIONS = {
     operator.getitem: "getitem",
@@ -43,7 +45,7 @@ _SIZE_FUNCTIONS = {
     torch.sym_ite: "size.ite",
     torch.sym_sum: "size.sum",
 }
-_RENAMED = {"spectra_bridge.stop_gradient.default": "spectra.stop_gradient"}
+_RENAMED = {"spectra_bridge.stop_gradient.default": "spectra.stop_gradient", "cond": "spectra.cond"}
 # Placement of storage: without meaning in JAX.
 _IGNORED_KEYWORDS = {"layout", "device", "pin_memory", "memory_format", "non_blocking", "generator"}
 
@@ -136,7 +138,7 @@ class _Names:
             self.renamed[name] = self.placeholder_of[key]
             return
         self.placeholder_of[key] = name
-        self.values[key] = value
+        self.values[key] = written_out(value)
         self.tensors.append(
             {
                 "name": name,
@@ -221,6 +223,8 @@ def _module_path(node: torch.fx.Node) -> str:
 
 
 def _argument(value: Any, names: _Names) -> Any:
+    if isinstance(value, torch.fx.Node) and value.op == "get_attr":
+        return {"graph": _branch(getattr(value.graph.owning_module, str(value.target)), names)}
     if isinstance(value, torch.fx.Node):
         return {"ref": names.renamed.get(value.name, value.name)}
     if isinstance(value, (list, tuple)):
@@ -236,6 +240,16 @@ def _argument(value: Any, names: _Names) -> Any:
     raise BridgeError(f"an operator's argument {value!r} has no form in a graph file")
 
 
+def _branch(module: Any, names: _Names) -> dict[str, Any]:
+    """A graph that is an operator's argument: its names are its own."""
+    renamed, names.renamed = names.renamed, {}
+    nodes = [_node(node, names) for node in module.graph.nodes if node.op == "call_function"]
+    outputs = [_argument(x, names) for x in module.graph.output_node().args[0]]
+    names.renamed = renamed
+    inputs = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+    return {"inputs": inputs, "nodes": reachable(nodes, outputs), "outputs": outputs}
+
+
 def _user_outputs(program: torch.export.ExportedProgram, node: torch.fx.Node) -> list[Any]:
     """Updated buffers come first among the outputs; a pure function leaves them out."""
     specs = program.graph_signature.output_specs
@@ -243,9 +257,17 @@ def _user_outputs(program: torch.export.ExportedProgram, node: torch.fx.Node) ->
     return [v for v, s in zip(values, specs, strict=True) if s.kind is OutputKind.USER_OUTPUT]
 
 
+def _with_branches(nodes: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for node in nodes:
+        yield node
+        for argument in node["args"]:
+            if isinstance(argument, dict) and "graph" in argument:
+                yield from _with_branches(argument["graph"]["nodes"])
+
+
 def _refuse_unknown(nodes: list[dict[str, Any]]) -> None:
     unknown: dict[str, list[str]] = {}
-    for node in nodes:
+    for node in _with_branches(nodes):
         if node["op"] not in OPERATORS:
             paths = unknown.setdefault(node["op"], [])
             if (path := node["module"] or "(top)") not in paths:

@@ -5,6 +5,7 @@ from spectra.bridge import (  # noqa: F401
     _ops_cast,
     _ops_compare,
     _ops_complex,
+    _ops_control,
     _ops_conv,
     _ops_create,
     _ops_factor,

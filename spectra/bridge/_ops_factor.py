@@ -12,7 +12,7 @@ from jax import lax
 
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._ops_solve import no_error, solve_triangular
-from spectra.bridge._promotion import canonical, cast
+from spectra.bridge._promotion import cast
 from spectra.bridge._registry import aten
 
 
@@ -197,10 +197,3 @@ def matrix_exp(self):
     if not matrices.size:
         return self
     return lax.map(jax.scipy.linalg.expm, matrices).reshape(self.shape)
-
-
-@aten("linalg_lstsq.default")
-def lstsq(self, b, rcond=None, driver=None):
-    """The solution of least norm; residuals, rank and singular values as far as PyTorch's shapes are known."""
-    rank = jnp.linalg.matrix_rank(lax.stop_gradient(self))
-    return pinv(self, None, rcond) @ b, _nothing(self), cast(rank, canonical("int64")), _nothing(self)

@@ -139,7 +139,9 @@ def _extreme(self, key, src, kept, reduce):
     fixed, new = jax.lax.stop_gradient(self), jax.lax.stop_gradient(src)
     floating = jnp.issubdtype(self.dtype, jnp.inexact)
     limits = jnp.finfo(self.dtype) if floating else jnp.iinfo(self.dtype)
-    far = (-jnp.inf if floating else limits.min) if reduce == "amax" else (jnp.inf if floating else limits.max)
+    far = (
+        (-jnp.inf if floating else limits.min) if reduce == "amax" else (jnp.inf if floating else limits.max)
+    )
     places = jnp.where(kept, fixed, far).at[key]
     best = places.max(new) if reduce == "amax" else places.min(new)
     if not floating:

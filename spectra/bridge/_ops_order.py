@@ -131,7 +131,9 @@ def _running(self, dim, better):
     fixed = lax.stop_gradient(self)
     shape = [1] * self.ndim
     shape[axis] = -1
-    where = jnp.broadcast_to(jnp.arange(self.shape[axis], dtype=canonical("int64")).reshape(shape), self.shape)
+    where = jnp.broadcast_to(
+        jnp.arange(self.shape[axis], dtype=canonical("int64")).reshape(shape), self.shape
+    )
     nan = jnp.isnan if is_float(self) else jnp.zeros_like
 
     def later(a, b):

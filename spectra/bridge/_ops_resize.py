@@ -19,7 +19,9 @@ def _triangle(x):
 def _cubic(x):
     """Keys' kernel with a = -1/2, the one of antialiased resizing (elsewhere PyTorch has -3/4)."""
     x = np.abs(x)
-    return np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0))
+    return np.where(
+        x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0)
+    )
 
 
 def _antialias(size, count, align_corners, scale, kernel, radius):
@@ -45,7 +47,10 @@ def _resized(self, output_size, align_corners, scales, kernel, radius):
         weights = _antialias(self.shape[axis], count, align_corners, scale, kernel, radius)
         # A resampling, not a model's matrix product: it must not follow a reduced matmul precision.
         out = lax.dot_general(
-            self, jnp.asarray(weights, self.dtype), (((axis,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
+            self,
+            jnp.asarray(weights, self.dtype),
+            (((axis,), (1,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
         )
         self = jnp.moveaxis(out, -1, axis)
     return self
@@ -89,9 +94,7 @@ def grid_sampler_3d(input, grid, interpolation_mode, padding_mode, align_corners
             f"grid_sampler_3d with interpolation {interpolation_mode} and padding {padding_mode}"
         )
     sizes = input.shape[2:]
-    points = [
-        _source(grid[..., 2 - a], size, padding_mode, align_corners) for a, size in enumerate(sizes)
-    ]
+    points = [_source(grid[..., 2 - a], size, padding_mode, align_corners) for a, size in enumerate(sizes)]
     if interpolation_mode == 1:
         return _corner(input, [jnp.round(p) for p in points])
     floors = [jnp.floor(lax.stop_gradient(p)) for p in points]

@@ -13,6 +13,7 @@ from torch.utils import _pytree as torch_pytree
 from spectra.bridge._errors import BridgeError, StaticBatchWarning
 from spectra.bridge._lower import lower
 from spectra.bridge._operators import OPERATORS
+from spectra.bridge._stand_ins import StandIns, write_out_sparse
 from spectra.data import to_numpy
 
 _ATEN = torch.ops.aten
@@ -59,7 +60,9 @@ def document_of(
     with _mode(module, train), warnings.catch_warnings():
         # Deprecations inside torch.export and notices about its own tracing: not the caller's.
         warnings.simplefilter("ignore")
-        program, problem = _trace(module, args, kwargs, axes)
+        with StandIns():
+            program, problem = _trace(module, args, kwargs, axes)
+        write_out_sparse(program)
         _mark_stopped_gradients(program.graph_module)
         try:
             program = program.run_decompositions(_decompositions())
