@@ -1,7 +1,7 @@
-"""Errors and times of the PyTorch bridge; writes benchmarks/results/bridge.md.
+"""Errors and times of the PyTorch bridge; writes benchmarks/results/bridge.md and bridge-functions.md.
 
 Run from the root of the repository, with the packages of the `test` extra: `taskset -c 0 python -m
-benchmarks.bridge_report`.
+benchmarks.bridge_report`; with the argument `functions`, the sweep over PyTorch's functions alone.
 
 Errors are relative, in the Euclidean norm over all entries, and the larger one of batch sizes 2 and 5 of a
 model exported at 3; the truth is PyTorch's double backward in the same precision.
@@ -37,8 +37,10 @@ from bridge_cases import CASES, Case, minilm  # noqa: E402
 from model_families import inputs_of, prepare  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
+from benchmarks import bridge_functions  # noqa: E402
 from spectra import bridge  # noqa: E402
 
+RESULTS = ROOT / "benchmarks" / "results"
 BATCHES = (2, 5)
 ERRORS = "| model | operators (kinds) | output f32 | gradient | product | output f64 | gradient | product |"
 TIMES = "| model | parameters | jvp of grad | double backward | ratio | linear part | retained | ratio |"
@@ -173,7 +175,7 @@ def compiled_by_torch() -> str:
 def write(lines: list[str]) -> None:
     """Print the last line and write all: an interrupted run leaves what it measured."""
     print(lines[-1], flush=True)
-    (ROOT / "benchmarks" / "results" / "bridge.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "bridge.md").write_text("\n".join(lines) + "\n")
 
 
 def rule(head: str) -> str:
@@ -186,6 +188,9 @@ def main() -> None:
         f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} core."
     )
+    bridge_functions.write(RESULTS / "bridge-functions.md", about)
+    if sys.argv[1:] == ["functions"]:
+        return
     lines = ["# PyTorch bridge: errors and times", "", about, "", (__doc__ or "").split("\n\n", 2)[2].strip()]
     lines += ["", f"## Products in milliseconds\n\n{TIMES}", rule(TIMES)]
     for name, case in timed().items():

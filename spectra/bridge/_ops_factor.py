@@ -1,7 +1,7 @@
 """Eigenvalues, singular values and what follows from them, QR and LU factors, the matrix exponential.
 
-Factors are unique only up to signs or phases, and their derivatives exist where eigenvalues or singular values
-are distinct: elsewhere both PyTorch's and these are infinite or NaN, which the operators report.
+Factors are unique only up to signs or phases, and their derivatives exist where eigenvalues or singular
+values are distinct: elsewhere both PyTorch's and these are infinite or NaN, which the operators report.
 """
 
 from functools import partial

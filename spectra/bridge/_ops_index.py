@@ -146,10 +146,11 @@ def _extreme(self, key, src, kept, reduce):
     best = places.max(new) if reduce == "amax" else places.min(new)
     if not floating:
         return best
-    ours, theirs = kept & (fixed == best), new == best[key]
-    count = cast(ours, self.dtype).at[key].add(cast(theirs, self.dtype))
+    equal, theirs = fixed == best, new == best[key]
+    # PyTorch counts an equal element of `self` also where it takes no part, and so do these derivatives.
+    count = cast(equal, self.dtype).at[key].add(cast(theirs, self.dtype))
     # The differences are 0: only their derivatives count, and the extreme stays exact.
-    change = jnp.where(ours, self - fixed, 0).at[key].add(jnp.where(theirs, src - new, 0))
+    change = jnp.where(kept & equal, self - fixed, 0).at[key].add(jnp.where(theirs, src - new, 0))
     return best + change / jnp.maximum(count, 1)
 
 

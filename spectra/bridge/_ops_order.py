@@ -45,7 +45,10 @@ def chosen(self, where, axis, keepdim):
 
 
 def _ranked(self, rank, dim, keepdim):
-    """The element of each row with this rank; a number, or one for each row with axes of length 1."""
+    """The element of each row with this rank; a number, or one for each row with axes of length 1.
+
+    Of equal elements the first has the lowest rank; PyTorch's quick selection may take another.
+    """
     axis = axis_of(dim, self.ndim)
     if not self.ndim:
         return self, jnp.zeros((), canonical("int64"))
@@ -72,9 +75,9 @@ def median(self, dim=-1, keepdim=False):
     middle = (self.shape[axis] - 1) // 2
     if not is_float(self):
         return _ranked(self, middle, dim, keepdim)
-    # NaN comes last in the order: where there is one, the last element is it.
-    missing = jnp.any(jnp.isnan(self), axis, keepdims=True)
-    return _ranked(self, jnp.where(missing, self.shape[axis] - 1, middle), dim, keepdim)
+    # NaN comes last in the order, the first one first.
+    missing = jnp.sum(jnp.isnan(self), axis, keepdims=True)
+    return _ranked(self, jnp.where(missing > 0, self.shape[axis] - missing, middle), dim, keepdim)
 
 
 @aten("nanmedian.dim")
@@ -253,7 +256,7 @@ def bincount(self, weights=None, minlength=0):
 
 @aten("repeat_interleave.Tensor")
 def repeat_interleave(repeats, output_size=None):
-    """Position i as often as `repeats[i]` says; with another sum than `output_size`, positions out of range."""
+    """Position i as often as `repeats[i]` says; out of range if these are not `output_size` in all."""
     if output_size is None:
         known = _constant(repeats)
         if known is None:

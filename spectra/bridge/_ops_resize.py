@@ -9,7 +9,7 @@ from jax import lax
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._registry import aten
 
-MAX_WEIGHTS = 2**26  # entries of one axis's matrix, which is made on the host
+MAX_WEIGHTS = 2**24  # entries of one axis's matrix, which is made on the host
 
 
 def _triangle(x):
@@ -26,7 +26,7 @@ def _cubic(x):
 
 def _antialias(size, count, align_corners, scale, kernel, radius):
     """Weights (count, size): the kernel, widened by the ratio of a reduction, and normalised."""
-    if not 1 <= count or count * size > MAX_WEIGHTS:
+    if count < 1 or count * size > MAX_WEIGHTS:
         raise BridgeError(f"resizing {size} entries to {count}")
     if align_corners:
         scale = (size - 1) / (count - 1) if count > 1 else 0.0

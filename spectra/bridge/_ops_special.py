@@ -18,7 +18,6 @@ _UNARY = {
     "special_i1e": special.i1e,
     "special_modified_bessel_i0": special.i0,
     "special_modified_bessel_i1": special.i1,
-    "special_log_ndtr": special.log_ndtr,
     "special_ndtri": special.ndtri,
     "special_spherical_bessel_j0": lambda x: jnp.sinc(x / jnp.pi),
 }
@@ -51,7 +50,7 @@ def zeta(self, other):
 
 @aten("polygamma.default")
 def polygamma(n, self):
-    """The n-th derivative of digamma; left of 0 by reflection for n = 1, by recurrence otherwise."""
+    """The n-th derivative of digamma."""
     if not 0 <= n <= MAX_DEGREE:
         raise BridgeError(f"polygamma needs an order from 0 to {MAX_DEGREE}, got {n}")
     x = promote_float(self)[0]
@@ -86,6 +85,14 @@ def _(primals, tangents):
 @aten("special_erfcx.default")
 def erfcx(self):
     return _erfcx(promote_float(self)[0])
+
+
+@aten("special_log_ndtr.default")
+def log_ndtr(self):
+    """log Φ; JAX's own loses digits where Φ is close to 1."""
+    t = promote_float(self)[0] * 0.5**0.5
+    low, high = jnp.minimum(t, -1), jnp.maximum(t, -1)
+    return jnp.where(t < -1, jnp.log(_erfcx(-low) / 2) - low * low, jnp.log1p(-lax.erfc(high) / 2))
 
 
 def _degree(n) -> int:

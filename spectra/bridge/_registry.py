@@ -24,8 +24,8 @@ _FAMILIES = {
         "fractional_max_pool2d", "fractional_max_pool3d", "alpha_dropout", "dropout",
     ),
     _DATA_DEPENDENT: (
-        "nonzero", "_local_scalar_dense", "item", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
-        "equal", "_ctc_loss",
+        "nonzero", "_local_scalar_dense", "item", "masked_select", "_unique2", "unique_dim",
+        "unique_consecutive", "equal", "_ctc_loss",
     ),
     _ESTIMATE: (
         "fake_quantize_per_tensor_affine_cachemask", "fake_quantize_per_channel_affine_cachemask",

@@ -24,6 +24,8 @@ X, P = T(2, 3), T(2, 3).abs() + 0.2
 SPD = torch.eye(3) * 2 + (lambda a: a @ a.mT)(T(2, 3, 3))
 NAN = torch.tensor([1.0, float("nan"), float("inf"), -float("inf"), 0.0, -2.5])
 ORDER = torch.tensor([[0, 1, 0], [1, 1, 0]])
+LU, PIVOTS = torch.linalg.lu_factor(T(2, 3, 3))
+OFFSETS = torch.tensor([2, 3, 7], dtype=torch.int32)
 
 CALLS: dict[str, list[tuple[str, tuple]]] = {
     "pointwise": [
@@ -80,6 +82,28 @@ CALLS: dict[str, list[tuple[str, tuple]]] = {
         ("aten.lerp.Scalar", (X, P, 0.3)), ("aten.lerp.Tensor", (X, P, X)),
         ("aten.scalar_tensor.default", (3,)), ("aten.copy.default", (X, torch.tensor(2))),
         ("aten.complex.default", (X, P)), ("aten.imag.default", (torch.complex(X, P),)),
+        *((f"aten.{n}.default", (torch.complex(X, P),)) for n in (
+            "angle", "_conj_physical", "conj_physical", "_conj", "sgn", "abs")),
+        ("aten.angle.default", (NAN,)), ("aten.angle.default", (I,)), ("aten._neg_view.default", (X,)),
+        ("aten.resolve_conj.default", (X,)),
+        *((f"aten.{n}.default", (X,)) for n in (
+            "i0", "special_i0e", "special_i1", "special_i1e", "special_modified_bessel_i0", "signbit",
+            "special_modified_bessel_i1", "special_log_ndtr", "special_erfcx",
+            "special_spherical_bessel_j0")),
+        ("aten.special_log_ndtr.default", (torch.tensor([-30.0, -3.0, 2.0, 4.0]),)),
+        ("aten.special_erfcx.default", (torch.tensor([-3.0, 4.99, 5.01, 60.0, float("inf")]),)),
+        ("aten.special_ndtri.default", (P / 4,)), ("aten.signbit.default", (I,)),
+        *(("aten.polygamma.default", (n, P)) for n in (0, 1, 2, 5)),
+        ("aten.igamma.default", (P, X.abs())), ("aten.igammac.default", (P, X.abs())),
+        ("aten.special_zeta.default", (P + 1.5, X.abs() + 0.5)),
+        ("aten.special_zeta.other_scalar", (P + 2, 1.5)), ("aten.special_zeta.self_scalar", (2.5, P)),
+        *((f"aten.special_{n}_polynomial_{k}.n_scalar", (P - 0.5, d))
+          for n, k in (*((c, k) for c in ("chebyshev", "shifted_chebyshev") for k in "tuvw"),
+                       ("hermite", "h"), ("hermite", "he"), ("laguerre", "l"), ("legendre", "p"))
+          for d in (-1, 0, 1, 4)),
+        ("aten.gcd.default", (I * 4, J + 8)), ("aten.lcm.default", (I * 4, J + 8)),
+        ("aten.frexp.Tensor", (NAN,)), ("aten.frexp.Tensor", (X,)), ("aten.nextafter.default", (X, P)),
+        ("aten.rrelu_with_noise_functional.default", (X, P)),
         ("aten.real.default", (torch.complex(X, P),)),
     ],
     "shapes": [
@@ -108,6 +132,7 @@ CALLS: dict[str, list[tuple[str, tuple]]] = {
         ("aten.full.default", ([2], 3.5)),
         ("aten.full_like.default", (X, 3)), ("aten.fill.Scalar", (I, 2.0)),
         ("aten.zeros.default", ([2, 3],)),
+        ("aten.fft_fftfreq.default", (5, 0.3)), ("aten.fft_rfftfreq.default", (6,)),
         ("aten.ones.default", ([2, 3],)), ("aten.new_zeros.default", (I, [2])),
         ("aten.new_ones.default", (I, [2])), ("aten.new_full.default", (X, [2], 3)),
         ("aten.eye.default", (3,)), ("aten.eye.m", (3, 4)), ("aten.arange.start_step", (2, 9, 3)),
@@ -140,6 +165,21 @@ CALLS: dict[str, list[tuple[str, tuple]]] = {
         ("aten.topk.default", (X, 2)),
         ("aten.topk.default", (X, 2, 1, False)), ("aten.one_hot.default", (ORDER, 3)),
         ("aten.bucketize.Tensor", (X, torch.tensor([-0.5, 0.0, 0.5]))),
+        ("aten.bucketize.Scalar", (0.1, torch.tensor([-0.5, 0.0, 0.5]))),
+        ("aten.searchsorted.Tensor", (I.sort(1).values, J)),
+        ("aten.searchsorted.Tensor", (SPD.sort(-1).values, SPD[..., :2].contiguous())),
+        ("aten.searchsorted.Scalar", (torch.tensor([-0.5, 0.0, 0.5]), 0.5)),
+        ("aten.put.default", (X, torch.tensor([5, 0]), T(2))),
+        ("aten.put.default", (X, torch.tensor([5, 5]), T(2), True)),
+        ("aten.diagonal_scatter.default", (T(3, 4), T(3), 1)),
+        ("aten.diagonal_scatter.default", (T(2, 4, 3), T(2, 3), -1, 1, 2)),
+        ("aten.kthvalue.default", (T(4, 5), 2, 0)), ("aten.kthvalue.default", (I, 3, 1, True)),
+        ("aten.mode.default", (I % 3, 1)), ("aten.mode.default", (T(2, 3), 0, True)),
+        ("aten.cummax.default", (T(4, 5), 1)), ("aten.cummin.default", (I % 3, 0)),
+        ("aten.histc.default", (T(50), 7, -1.0, 1.5)), ("aten.histc.default", (T(50), 7)),
+        ("aten.histc.default", (torch.ones(3), 4)), ("aten.bincount.default", (I.abs().flatten(), None, 12)),
+        ("aten.bincount.default", (I.abs().flatten(), T(6), 12)), ("aten.one_hot.default", (ORDER, 4)),
+        ("aten.median.default", (I,)), ("aten.nanmedian.default", (NAN,)), ("aten.nanmedian.dim", (I, 1)),
         ("aten.isin.Tensor_Tensor", (I, J)),
     ],
     "reductions": [
@@ -159,6 +199,7 @@ CALLS: dict[str, list[tuple[str, tuple]]] = {
         ("aten._pdist_forward.default", (T(4, 3), 2.0)),
         ("aten.count_nonzero.dim_IntList", (I - 3, [1])),
         ("aten.median.dim", (T(2, 6), 1)), ("aten.max.default", (I,)),
+        ("aten.var.correction", (torch.complex(X, P), [1])),
     ],
     "pooling": [
         ("aten.convolution.default", (T(1, 4, 9), T(6, 2, 3), T(6), [2], [1], [2], False, [0], 2)),
@@ -169,6 +210,10 @@ CALLS: dict[str, list[tuple[str, tuple]]] = {
         ("aten.avg_pool1d.default", (X, [2])),
         ("aten.avg_pool2d.default", (T(1, 5, 5), [3], [2], [1], True, False)),
         ("aten.adaptive_avg_pool1d.default", (T(1, 2, 7), [3])),
+        ("aten.conv_tbc.default", (T(5, 2, 3), T(2, 3, 4), T(4), 1)),
+        *((f"aten._upsample_{n}2d_aa.default", (T(1, 2, 6, 9), size, corners))
+          for n in ("bilinear", "bicubic") for size in ([4, 3], [11, 9]) for corners in (False, True)),
+        ("aten._upsample_bilinear2d_aa.default", (T(1, 1, 6, 9), [3, 3], False, 0.4, 0.3)),
         ("aten.adaptive_max_pool2d.default", (T(1, 5, 7), [2, 3])),
     ],
     "linear algebra": [
@@ -189,6 +234,19 @@ CALLS: dict[str, list[tuple[str, tuple]]] = {
           ("linalg_inv_ex", "linalg_cholesky_ex", "_linalg_det", "_linalg_slogdet")),
         *(("aten._linalg_solve_ex.default", (SPD, b)) for b in (T(2, 3, 5), T(2, 3), T(3))),
         ("aten.native_layer_norm.default", (X, [3], None, None, 1e-5)),
+        ("aten.linalg_matrix_exp.default", (SPD / 4,)),
+        ("aten.linalg_householder_product.default", (T(2, 4, 3), T(2, 3))),
+        *((f"aten.{n}.default", (SPD,)) for n in ("linalg_qr", "linalg_lu", "linalg_lu_factor_ex")),
+        *(("aten.linalg_qr.default", (a, m))
+          for a in (T(2, 3, 5), T(5, 3)) for m in ("reduced", "complete", "r")),
+        *(("aten.linalg_lu.default", (a,)) for a in (T(2, 3, 5), T(5, 3))),
+        ("aten.lu_unpack.default", (LU, PIVOTS)), ("aten.lu_unpack.default", (LU, PIVOTS, False)),
+        *(("aten.cholesky_solve.default", (T(2, 3, 2), SPD, u)) for u in (False, True)),
+        *(("aten.cholesky_inverse.default", (SPD, u)) for u in (False, True)),
+        *(("aten.triangular_solve.default", (T(2, 3, 2), SPD, u, t, n))
+          for u in (False, True) for t in (False, True) for n in (False, True)),
+        ("aten.linalg_pinv.default", (T(2, 4, 3), 0.3)), ("aten.linalg_pinv.default", (SPD, 1e-3, True)),
+        ("aten._grouped_mm.default", (T(7, 4), T(3, 4, 8), OFFSETS)),
         ("aten.native_group_norm.default", (T(2, 4, 3), T(4), T(4), 2, 4, 3, 2, 1e-5)),
         ("aten._fused_rms_norm.default", (X, [3], T(3), 1e-6)),
         ("aten._native_batch_norm_legit_functional.default",
@@ -244,6 +302,25 @@ KEYWORDS: list[tuple[str, tuple, dict]] = [
         for t in (True, False)
     ),
     ("aten.linalg_vector_norm.default", (X,), {"keepdim": True}),
+    ("aten.searchsorted.Tensor", (J, I), {"side": "right", "sorter": J.argsort(1), "out_int32": True}),
+    ("aten.nonzero_static.default", (B,), {"size": 5, "fill_value": -7}),
+    ("aten.repeat_interleave.Tensor", (torch.tensor([2, 0, 3]),), {"output_size": 5}),
+    ("aten.empty_permuted.default", ([2, 0], [1, 0]), {"dtype": torch.float64}),
+    *(
+        ("aten.index_reduce.default", (X, 1, ORDER[0], P, r), {"include_self": s})
+        for s in (True, False)
+        for r in ("prod", "mean", "amax", "amin")
+    ),
+    *(
+        ("aten.linalg_lu_solve.default", (LU, PIVOTS, T(2, *b)), {"left": left, "adjoint": a})
+        for b, left in (((3, 2), True), ((2, 3), False))
+        for a in (True, False)
+    ),
+    *(
+        ("aten.linalg_pinv.atol_rtol_float", (T(2, 4, 3),), {"atol": a, "rtol": r})
+        for a, r in ((None, None), (0.4, None), (0.1, 0.3))
+    ),
+    ("aten.histogram.bin_ct", (T(40), 5), {"weight": P.repeat(7, 1).flatten()[:40], "density": True}),
 ]
 
 

@@ -1,0 +1,67 @@
+"""PyTorch's functions in float64 against its double backward; where derivatives jump or have to share."""
+
+import re
+
+import pytest
+import torch
+from function_sweep import Outcome, sweep
+from torch_functions import FUNCTIONS
+from torch_layers import LAYERS
+
+# PyTorch on functions that are young or old: no matter of ours.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:torch_functions",
+    "ignore::FutureWarning:torch_functions",
+    "ignore::UserWarning:torch",
+)
+
+FAMILIES = {**FUNCTIONS, **LAYERS}
+# Those whose operators are written here by a formula of our own, rather than taken from JAX.
+OWN = """angle|complex where|complex scalar|median|kthvalue|mode|cummax|nanmedian|scatter_reduce|
+    scatter_reduce, prod|index_reduce|diagonal_scatter|sparse @ dense|eig|eig, vectors|lstsq|lu_factor|
+    householder_product|linalg.lu_solve|pinv|linalg.qr|linalg.matrix_exp|cholesky_solve|erfcx|chebyshev_polynomial_t|
+    grid_sample, 3d|interpolate, bicubic, antialiased|gaussian_nll_loss|cov|torch.cond|bincount|
+    repeat_interleave by a constant"""
+
+# Rounding: a Hessian of a few operations on numbers of order one, matrices with condition numbers up to 1e3.
+TOLERANCE = 1e-9
+
+
+@pytest.fixture
+def _float64(x64):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def _wrong(outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
+    return {k: o for k, o in outcomes.items() if o.errors is None or not max(o.errors) < TOLERANCE}
+
+
+@pytest.mark.usefixtures("_float64")
+def test_own_formulas_have_the_derivatives_of_pytorch():
+    names = re.split(r"\|\s*", OWN)
+    everything = {name: f for family in FAMILIES.values() for name, f in family.items()}
+    assert not _wrong(sweep({name: everything[name] for name in names}))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f not in ("random", "shapes that depend on values")]
+)
+def test_functions(family):
+    wrong = _wrong(sweep(FAMILIES[family]))
+    refused = {"fake_quantize_per_tensor_affine", "airy_ai", "bessel_j0", "modified_bessel_k0", "ctc_loss"}
+    assert set(wrong) == refused & set(FAMILIES[family])
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("random", "it draws random numbers"), ("shapes that depend on values", "depends on the values")],
+)
+def test_refusals_say_why(family, reason):
+    outcomes = sweep(FAMILIES[family])
+    assert all(outcome.errors is None and reason in outcome.refusal for outcome in outcomes.values())
