@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._ops_shape import at, axis_of
@@ -226,7 +227,7 @@ def histogram(self, bins=100, range=None, weight=None, density=False):
 
 def _constant(x):
     """The values of an array that is the same in every call, or None."""
-    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+    return None if isinstance(x, Tracer) else np.asarray(x, np.int64)
 
 
 @aten("bincount.default")

@@ -9,7 +9,7 @@ from jax import lax
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._registry import aten
 
-MAX_WEIGHTS = 2**24  # entries of one axis's matrix, which is made on the host
+MAX_WEIGHTS = 2**22  # entries of one axis's matrix, which is made on the host
 
 
 def _triangle(x):
@@ -101,7 +101,7 @@ def grid_sampler_3d(input, grid, interpolation_mode, padding_mode, align_corners
     total = jnp.zeros((), input.dtype)
     for corner in itertools.product((0, 1), repeat=3):
         places = [f + c for f, c in zip(floors, corner, strict=True)]
-        weight = 1.0
+        weight = jnp.ones((), grid.dtype)
         for point, floor, high in zip(points, floors, corner, strict=True):
             weight = weight * (point - floor if high else floor + 1 - point)
         total = total + _corner(input, places) * weight[:, None]

@@ -9,7 +9,7 @@ from spectra.bridge._errors import BridgeError
 from spectra.bridge._promotion import broadcast, cast, promote, promote_float
 from spectra.bridge._registry import aten
 
-MAX_DEGREE = 1024  # of a polynomial: each degree is one step of an unrolled recurrence
+MAX_DEGREE = 256  # of a polynomial: each degree is one step of an unrolled recurrence
 
 _UNARY = {
     "i0": special.i0,

@@ -4,7 +4,6 @@ Some functions check their arguments' values, or return beside their result some
 values; sparse matrices have no storage to trace. PyTorch's own definitions are followed.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def _gaussian_nll_loss(
 
 def _cov(input: Any, *, correction: int = 1, fweights: Any = None, aweights: Any = None) -> Any:
     rows = input.reshape(1, -1) if input.ndim < 2 else input
-    weights = torch.ones(rows.shape[1], dtype=rows.real.dtype)
+    weights = torch.ones(rows.shape[1], dtype=rows.real.dtype, device=rows.device)
     for given in (fweights, aweights):
         weights = weights if given is None else weights * given
     total = weights.sum()
@@ -69,10 +68,12 @@ def _lstsq(A: Any, B: Any, rcond: float | None = None, *, driver: str | None = N
     missed = A @ solution - right
     residuals = (missed * missed.conj()).real.sum(-2) if overdetermined else A.real.new_zeros(0)
     solution = solution.squeeze(-1) if vector else solution
-    return torch.return_types.linalg_lstsq((solution, residuals, rank, A.real.new_zeros(0)))
+    return _LSTSQ((solution, residuals, rank, A.real.new_zeros(0)))
 
 
-_STAND_INS: dict[Any, Callable[..., Any]] = {
+_LSTSQ: Any = vars(torch.return_types)["linalg_lstsq"]
+
+_STAND_INS: dict[Any, Any] = {
     functional.gaussian_nll_loss: _gaussian_nll_loss,
     torch.cov: _cov,
     torch.Tensor.cov: _cov,
@@ -85,13 +86,13 @@ _STAND_INS: dict[Any, Callable[..., Any]] = {
 class StandIns(TorchFunctionMode):
     """Call the stand-in where there is one."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _STAND_INS.get(func, func)(*args, **(kwargs or {}))
 
 
 def written_out(value: torch.Tensor) -> torch.Tensor:
     """A sparse matrix as a dense one; other tensors as they are."""
-    if value.layout is torch.strided:
+    if not _is_sparse(value):
         return value
     if value.numel() > MAX_DENSE:
         raise BridgeError(
@@ -122,14 +123,17 @@ _DENSE = {
 }
 
 
+def _is_sparse(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is not torch.strided
+
+
 def write_out_sparse(program: torch.export.ExportedProgram) -> None:
     """Turn the sparse matrices that a program holds into dense ones, and products with them likewise."""
-    fakes = [n.meta["val"] for n in program.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    if all(fake.layout is torch.strided for fake in fakes):
+    if not any(_is_sparse(node.meta.get("val")) for node in program.graph.nodes):
         return
     for node in program.graph.nodes:
         value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+        if node.op == "placeholder" and _is_sparse(value):
             with value.fake_mode:
                 node.meta["val"] = torch.empty(value.shape, dtype=value.dtype)
         elif node.target in _DENSE:

@@ -469,6 +469,34 @@ OPERATORS = [
 
 BRIDGE = [
     fault(
+        "equal elements do not share the derivative of what is scattered",
+        "bridge/_ops_index.py",
+        "change / jnp.maximum(count, 1)",
+        "change",
+        "bridge/test_bridge_ties.py::test_values_and_gradients_at_ties",
+    ),
+    fault(
+        "the later of equal elements does not take over a running maximum",
+        "bridge/_ops_order.py",
+        "return _running(self, dim, jnp.greater_equal)",
+        "return _running(self, dim, jnp.greater)",
+        "bridge/test_bridge_ties.py::test_values_and_gradients_at_ties",
+    ),
+    fault(
+        "eigenvectors of any norm",
+        "bridge/_ops_factor.py",
+        "(dvalues, dV - V * along)",
+        "(dvalues, dV)",
+        "bridge/test_bridge_functions.py::test_own_formulas_have_the_derivatives_of_pytorch",
+    ),
+    fault(
+        "a branch sees the names around it",
+        "bridge/_checker.py",
+        "outside, self.names = self.names, set()",
+        "outside, self.names = self.names, set(self.names)",
+        "bridge/test_bridge_branches.py",
+    ),
+    fault(
         "a convolution's padding by the other axis",
         "bridge/_ops_conv.py",
         '"padding": [(p, p) for p in padding]',
