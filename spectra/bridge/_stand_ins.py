@@ -64,9 +64,9 @@ def _lstsq(A: Any, B: Any, rcond: float | None = None, *, driver: str | None = N
     right = B.unsqueeze(-1) if vector else B
     solution = torch.linalg.pinv(A, rtol=rcond) @ right
     rank = torch.linalg.matrix_rank(A.detach(), rtol=rcond)
-    overdetermined = A.shape[-2] > A.shape[-1]
     missed = A @ solution - right
-    residuals = (missed * missed.conj()).real.sum(-2) if overdetermined else A.real.new_zeros(0)
+    given = driver not in (None, "gelsy") and A.shape[-2] > A.shape[-1]  # the others leave them empty
+    residuals = (missed * missed.conj()).real.sum(-2) if given else A.real.new_zeros(0)
     solution = solution.squeeze(-1) if vector else solution
     return _LSTSQ((solution, residuals, rank, A.real.new_zeros(0)))
 

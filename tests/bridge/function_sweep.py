@@ -65,6 +65,38 @@ class Swept(nn.Module):
         return self.function(*(self.values[name] * one for name in self.names))
 
 
+class Together(nn.Module):
+    """Several functions, each of parameters of its own: one export and one program for all of them."""
+
+    def __init__(self, functions: Functions):
+        super().__init__()
+        self.parts = nn.ModuleList(Swept(function) for function in functions.values())
+
+    def forward(self, one: torch.Tensor) -> list[Any]:
+        return [part(one) for part in self.parts]
+
+
+def together(functions: Functions) -> dict[str, float]:
+    """The largest relative error among value, gradient and product of each function."""
+    module, one = Together(functions), torch.ones((), dtype=torch.float64)
+    reference_module = Together({name: TWINS.get(name, f) for name, f in functions.items()})
+    model = bridge.from_torch(module, (one,), batch_axis=None)
+    rng = np.random.default_rng(0)
+    vector = {k: rng.standard_normal(p.shape) for k, p in model.params.items()}
+    theirs = reference.torch_derivatives(reference_module, (one,), vector)
+    ours = reference.jax_derivatives(model, (one.numpy(),), vector)
+    counts = [len(reference.torch_outputs(part, (one,))) for part in reference_module.parts]
+    ends = np.cumsum(counts)
+    errors = {}
+    for index, name in enumerate(functions):
+        pieces = [[side[0][ends[index] - counts[index] : ends[index]] for side in (ours, theirs)]]
+        for kind in (1, 2):
+            keys = [k for k in vector if k.startswith(f"parts.{index}.")]
+            pieces.append([[side[kind][k] for k in keys] for side in (ours, theirs)])
+        errors[name] = max(_relative(a, b) for a, b in pieces)
+    return errors
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Relative errors of value, gradient and product, or why there are none."""
