@@ -158,7 +158,7 @@ class Checker:
                 return self.branch(content, place)
             if kind == "complex" and isinstance(content, list) and len(content) == 2:
                 parts = self.arguments(content, place)
-                if all(type(part) is float for part in parts):
+                if all(isinstance(part, float) for part in parts):
                     return complex(*parts)
         return self.fail(place, "not an argument", value)
 

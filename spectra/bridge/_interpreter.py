@@ -55,7 +55,7 @@ def _run(graph: Graph | Branch, values: dict[str, Any], check: Check | None) -> 
         values[node.name] = result
         for name in last_use.get(position, ()):
             del values[name]
-    return [_resolve(output, values, check) for output in graph.outputs]
+    return [resolve(output, values, check) for output in graph.outputs]
 
 
 def _branch(branch: Branch, check: Check | None, *operands: Any) -> list[Any]:
@@ -64,8 +64,8 @@ def _branch(branch: Branch, check: Check | None, *operands: Any) -> list[Any]:
 
 def _call(node: Node, values: Mapping[str, Any], check: Check | None) -> Any:
     try:
-        args = _resolve(node.args, values, check)
-        kwargs = {k: _resolve(v, values, check) for k, v in node.kwargs.items()}
+        args = resolve(node.args, values, check)
+        kwargs = {k: resolve(v, values, check) for k, v in node.kwargs.items()}
         return OPERATORS[node.op](*args, **kwargs)
     except RecursionError:
         raise
@@ -75,7 +75,8 @@ def _call(node: Node, values: Mapping[str, Any], check: Check | None) -> Any:
         ) from error
 
 
-def _resolve(argument: Any, values: Mapping[str, Any], check: Check | None) -> Any:
+def resolve(argument: Any, values: Mapping[str, Any], check: Check | None = None) -> Any:
+    """Put values in the place of names, dtypes of their names and functions of branches."""
     if isinstance(argument, Ref):
         return values[argument.name]
     if isinstance(argument, Branch):
@@ -83,7 +84,7 @@ def _resolve(argument: Any, values: Mapping[str, Any], check: Check | None) -> A
     if isinstance(argument, DType):
         return canonical(argument.name)
     if isinstance(argument, (list, tuple)):
-        return [_resolve(item, values, check) for item in argument]
+        return [resolve(item, values, check) for item in argument]
     return argument
 
 

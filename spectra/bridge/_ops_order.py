@@ -225,9 +225,11 @@ def histogram(self, bins=100, range=None, weight=None, density=False):
     return counts, edges
 
 
-def _constant(x):
-    """The values of an array that is the same in every call, or None."""
-    return None if isinstance(x, Tracer) else np.asarray(x, np.int64)
+def _known(x, advice):
+    """The values of an array that is the same in every call; JAX's error for one that is not."""
+    if isinstance(x, Tracer):
+        raise jax.errors.ConcretizationTypeError(x, f"The length depends on the values: {advice}.")
+    return np.asarray(x, np.int64)
 
 
 @aten("bincount.default")
@@ -237,12 +239,10 @@ def bincount(self, weights=None, minlength=0):
     Where the elements are not constants, `minlength` is the length; elements beyond it make the counts NaN,
     or the least integer.
     """
-    known = _constant(self)
-    if known is None and not minlength:
-        raise BridgeError(
-            "bincount's length depends on the values: give it minlength=, the number of different ones"
-        )
-    length = minlength if known is None else max(minlength, int(known.max(initial=-1)) + 1)
+    length = minlength
+    if not (minlength and isinstance(self, Tracer)):
+        known = _known(self, "give bincount minlength=, the number of different ones")
+        length = max(minlength, int(known.max(initial=-1)) + 1)
     if length > MAX_BINS:
         raise BridgeError(f"bincount of {length} different values, at most {MAX_BINS}")
     if weights is None:
@@ -259,12 +259,7 @@ def bincount(self, weights=None, minlength=0):
 def repeat_interleave(repeats, output_size=None):
     """Position i as often as `repeats[i]` says; out of range if these are not `output_size` in all."""
     if output_size is None:
-        known = _constant(repeats)
-        if known is None:
-            raise BridgeError(
-                "repeat_interleave's length depends on the values of its repeats: give it output_size="
-            )
-        output_size = int(known.sum())
+        output_size = int(_known(repeats, "give repeat_interleave output_size=").sum())
     dtype = canonical("int64")
     if not repeats.size:
         return jnp.zeros((output_size,), dtype)

@@ -27,8 +27,8 @@ An argument is null, a boolean, an integer, a string, a finite float, a list of 
     {"ref": name}     the value of an earlier node, tensor or input
     {"dtype": name}   a dtype
     {"float": text}   "inf", "-inf" or "nan"
-    {"complex": [re, im]}  of two floats
-    {"graph": {"inputs": [name], "nodes", "outputs"}}  a branch, which sees nothing but its inputs
+    {"complex": [re, im]}   two floats
+    {"graph": {"inputs": [name], "nodes", "outputs"}}   a branch, which sees nothing but its inputs
 
 Sizes that depend on the batch are nodes as well: `aten.sym_size.int` of an input, and `size.add`,
 `size.mul`, `size.floordiv`, ... of sizes. Since an argument can only name what stands before it,
