@@ -198,14 +198,14 @@ def test_uncovered_operators_are_named():
             self.block = nn.ModuleList([_Random()])
 
         def forward(self, x):
-            return torch.linalg.eigvalsh(x @ x.mT).sum(), self.block[0](x)
+            return torch.special.airy_ai(x).sum(), self.block[0](x)
 
     with pytest.raises(UnsupportedOperatorError) as caught:
         bridge.from_torch(Outer(), torch.ones(3, 2, 2), train=True)
     message = str(caught.value)
     assert "block.0.noise" in message
     assert "random" in message
-    assert any("eigh" in name for name in caught.value.operators)
+    assert any("airy" in name for name in caught.value.operators)
 
 
 def test_modules_that_cannot_be_traced():
