@@ -1,6 +1,9 @@
 """The tracker: right numbers, compiled once, within its budget, on disk at every step."""
 
 import json
+import re
+import resource
+import signal
 
 import jax
 import jax.monitoring
@@ -286,13 +289,48 @@ def test_a_torn_header_is_written_anew(recorded, tmp_path):
     assert list(spectra.load(path).steps) == [0, 3]
 
 
-def test_a_damaged_line_in_the_middle_is_not_passed_over(recorded, tmp_path):
+def test_of_a_damaged_file_all_is_read_that_is_whole(recorded, tmp_path):
+    content, history = recorded
+    path = tmp_path / "bad.jsonl"
+    lines = content.splitlines(keepends=True)
+    rng = np.random.default_rng(0)
+    for number, line in enumerate(lines):
+        for at in rng.integers(0, len(line) - 1, 12):
+            changed = line[:at] + bytes([line[at] ^ int(rng.choice([1, 2, 64, 128]))]) + line[at + 1 :]
+            path.write_bytes(b"".join([*lines[:number], changed, *lines[number + 1 :]]))
+            with pytest.warns(
+                UserWarning, match=r"is damaged in line \d.*2 snapshots are whole|is damaged in line 1,"
+            ):
+                loaded = spectra.load(path)
+            rest = [s for i, s in enumerate(history, 1) if i != number]
+            assert [repr(s) for s in loaded] == [repr(s) for s in rest]
+            assert loaded.provenance == (history.provenance if number else {})
+
+
+def test_a_line_that_a_full_disk_has_run_into_the_next_costs_only_itself(recorded, tmp_path):
+    """As earlier versions left it: a torn line, then a whole one behind it, on one line."""
+    content, history = recorded
+    path = tmp_path / "torn.jsonl"
+    lines = content.splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], lines[1][:300], *lines[2:]]))
+    with pytest.warns(UserWarning, match="is damaged in line 2, which is left out; 2 snapshots"):
+        assert list(spectra.load(path).steps) == list(history.steps[1:])
+
+
+def test_files_without_checksums_are_read(recorded, tmp_path):
+    content, history = recorded
+    path = tmp_path / "old.jsonl"
+    path.write_bytes(re.sub(rb', "crc32": "[0-9a-f]{8}"', b"", content))
+    same(spectra.load(path), history)
+    tracker = spectra.SpectrumTracker(factory, 3, path=path, num_steps=4)
+    train(tracker, 10)
+    assert list(spectra.load(path).steps) == [0, 3, 6, 9]
+
+
+def test_what_is_no_history_is_refused(recorded, tmp_path):
     content, _ = recorded
     path = tmp_path / "bad.jsonl"
     lines = content.splitlines(keepends=True)
-    path.write_bytes(b"".join([lines[0], lines[1][:40] + b"\n", *lines[2:]]))
-    with pytest.raises(spectra.ResultFileError, match="damaged before its last line"):
-        spectra.load(path)
     path.write_bytes(lines[0].replace(b'"schema": 1', b'"schema": 9'))
     with pytest.raises(spectra.ResultFileError, match="schema 9"):
         spectra.load(path)
@@ -302,6 +340,35 @@ def test_a_damaged_line_in_the_middle_is_not_passed_over(recorded, tmp_path):
     with pytest.raises(spectra.ResultFileError, match="not a spectra result"):
         spectra.SpectrumTracker(factory, path=path)
     assert path.read_bytes() == b'{"format": "something else"}\n'
+
+
+def test_a_full_disk_costs_no_snapshot_and_ends_no_training(tmp_path):
+    """The limit on the size of a file stands for the disk: writing fails within a line."""
+    path, limits = tmp_path / "full.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    tracker = spectra.SpectrumTracker(factory, 1, path=path, num_steps=4)
+    params, handler = start(), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        tracker(0, params)
+        whole = path.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 500, limits[1]))
+        with pytest.warns(UserWarning, match=r"full\.jsonl' cannot be written .*Training goes on") as caught:
+            tracker(1, params)
+            tracker(2, params)
+        assert len(caught) == 1
+        assert path.read_bytes() == whole
+        assert list(spectra.load(path).steps) == [0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tracker.history.steps) == [0, 1, 2]
+    tracker(3, params)
+    same(spectra.load(path), tracker.history)
+
+
+@pytest.mark.parametrize("name", ["", "a" * 300 + ".jsonl"], ids=["folder", "long"])
+def test_a_place_that_cannot_be_written_is_refused_before_training(name, tmp_path):
+    with pytest.raises(spectra.SpectraError, match="cannot be written"):
+        spectra.SpectrumTracker(factory, path=tmp_path / name)
 
 
 def test_a_loss_that_diverged_is_recorded_as_it_is(tmp_path):

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spectra._errors import SpectraError
+from spectra._errors import ResultFileError, SpectraError
 from spectra.io import lines, npz
 from spectra.io.encode import CLASSES
 
 
-def save(result: Any, path: str | os.PathLike) -> Path:
+def save(result: Any, path: str | os.PathLike, *, overwrite: bool = True) -> Path:
     """Write a result to an `.npz` file, atomically: the file appears whole or not at all.
 
     The vectors of `Eigenpairs` come back in the tree that they had if it is made of dicts, lists and
@@ -19,13 +19,16 @@ def save(result: Any, path: str | os.PathLike) -> Path:
 
     Args:
         result: any result of this package, or a dict of results by name (blocks).
-        path: file name; `.npz` is added if it is missing. An existing file is replaced.
+        path: file name; `.npz` is added if it is missing.
+        overwrite: whether an existing file is replaced.
 
     Returns:
         The path that was written.
 
     Raises:
         SpectraError: `result` is not a result, or holds values of a trace.
+        FileExistsError: the file exists, and `overwrite` is false.
+        OSError: the file cannot be written; one that was there is what it was.
 
     Examples:
         >>> import tempfile, spectra
@@ -40,24 +43,34 @@ def save(result: Any, path: str | os.PathLike) -> Path:
     path = Path(path)
     if path.suffix != ".npz":
         path = path.with_name(path.name + ".npz")
-    npz.write(result, path)
+    npz.write(result, path, overwrite=overwrite)
     return path
 
 
 def load(path: str | os.PathLike) -> Any:
     """Read a result that `save` wrote, or the history that a `SpectrumTracker` writes, while it grows.
 
+    Nothing in a file is run, no more memory is taken than its size allows, and each field is checked. Of a
+    history whose lines are damaged the others are read, with a warning.
+
     Args:
         path: the file, `.npz` or, of a tracker, `.jsonl`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ResultFileError: the file is truncated, not a spectra result, or of a newer schema.
+        ResultFileError: the file cannot be read, is truncated or damaged, not a spectra result, or of a
+            newer schema.
 
     Examples:
         See `save`.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no result file at '{path}'.")
-    return lines.read(path) if lines.is_history(path) else npz.read(path)
+    try:
+        history = lines.is_history(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no result file at '{path}'.") from None
+    except (OSError, ValueError) as error:  # a folder, a name that is too long or holds a zero
+        raise ResultFileError(
+            f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}."
+        ) from error
+    return lines.read(path) if history else npz.read(path)

@@ -1,26 +1,46 @@
 """A file that grows with a run: one JSON object a line, each on disk before the next is begun.
 
-The first line is the header; then comes a line for every snapshot. A line that a crash has torn is the last
-one and has no end: readers leave it out, and the next run cuts it off before it appends. Numbers are
-written in full, so what is read is what was computed to the bit.
+The first line is the header; then comes a line for every snapshot. Each line ends with a checksum of
+itself (`crc32`), which those of first versions lack. A line that a crash has torn is the last one and has
+no end: readers leave it out, and the next run cuts it off before it appends. A line that was damaged
+later is left out with a warning. Numbers are written in full, so what is read is what was computed to
+the bit.
 """
 
+import contextlib
 import json
 import math
 import os
+import re
+import warnings
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spectra._errors import ResultFileError
-from spectra.io.encode import decode, encode
+from spectra._errors import ResultFileError, SpectraError
+from spectra._json import JsonError, parse
+from spectra.io.encode import DAMAGE, decode, encode
+from spectra.io.fields import facts
 from spectra.io.npz import check_header
 from spectra.results import Snapshot, SpectrumHistory
 
 FORMAT = "spectra-history"
 SCHEMA = 1
+MAX_LINE = 2**26
+"""Bytes of the longest line that is read; a snapshot of 100 steps and 8 probes has 60,000."""
 _START = f'{{"format": "{FORMAT}"'
+_CHECK = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
+_BEGINNINGS = (b'{"snapshot": ', b'{"skipped": ')
+_DTYPES = (
+    "bool",
+    "float16",
+    "float32",
+    "float64",
+    *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)),
+)
 
 
 def is_history(path: Path) -> bool:
@@ -31,63 +51,194 @@ def is_history(path: Path) -> bool:
 
 
 class HistoryFile:
-    """A history open for writing. A file that is there already is continued."""
+    """A history open for writing. A file that is there already is continued.
+
+    What cannot be written (the disk is full) is kept, with a warning, and written with the next line; the
+    file then ends with its last whole line. A run in training is not ended for that.
+    """
 
     def __init__(self, path: str | os.PathLike, provenance: dict[str, Any]):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._waiting: list[bytes] = []  # lines that could not be written yet
+        self._warned = False
         self.history = SpectrumHistory((), provenance, ())
-        if self.path.exists() and (whole := _whole_lines(self.path)):
-            self.history = read(self.path)
-            if whole < self.path.stat().st_size:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and (whole := _whole_lines(self.path)):
+                self.history = read(self.path)
                 os.truncate(self.path, whole)
-        else:
-            self.path.write_bytes(b"")
-            self._append({"format": FORMAT, "schema": SCHEMA, "provenance": provenance})
-            _sync_folder(self.path.parent)
+            else:
+                self.path.write_bytes(b"")
+                _append(self.path, [_line({"format": FORMAT, "schema": SCHEMA, "provenance": provenance})])
+                _sync_folder(self.path.parent)
+        except OSError as error:
+            raise SpectraError(
+                f"'{self.path}' cannot be written ({error.strerror or error}): choose another path for the history."
+            ) from error
 
     def add(self, snapshot: Snapshot) -> None:
-        """Append a snapshot; on return it is on disk."""
-        self._append({"snapshot": encode(snapshot, lambda _, array: _listed(array))})
+        """Append a snapshot; on return it is on disk, or there has been a warning."""
+        self._write({"snapshot": encode(snapshot, lambda _, array: _listed(array))})
 
     def skip(self, step: int) -> None:
         """Note a snapshot that was due and was left out for its cost."""
-        self._append({"skipped": step})
+        self._write({"skipped": step})
 
-    def _append(self, line: dict[str, Any]) -> None:
-        with self.path.open("ab") as file:
-            file.write(json.dumps(_finite(line), allow_nan=False).encode() + b"\n")
-            file.flush()
+    def _write(self, line: dict[str, Any]) -> None:
+        self._waiting.append(_line(line))
+        try:
+            _append(self.path, self._waiting)
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"'{self.path}' cannot be written ({error.strerror or error}). Training goes on, and snapshots "
+                    "are kept in memory (`tracker.history`); they are written as soon as there is room again.",
+                    stacklevel=4,
+                )
+        else:
+            self._waiting, self._warned = [], False
+
+
+def _append(path: Path, lines: list[bytes]) -> None:
+    """Add lines after the last whole one; if that fails, the file is what it was."""
+    with path.open("r+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size and (file.seek(size - 1), file.read(1))[1] != b"\n":
+            size = _whole_lines(path)
+        data = memoryview(b"".join(lines))
+        try:
+            file.truncate(size)
+            file.seek(size)
+            while data:
+                data = data[file.write(data) :]
             os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    text = json.dumps(_finite(content), allow_nan=False).encode()
+    return text[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(text)
 
 
 def read(path: Path) -> SpectrumHistory:
-    """The history in a file, up to its last whole line."""
+    """The history in a file: all that is whole of it, with a warning that names damaged lines."""
     try:
-        text = path.read_bytes()[: _whole_lines(path)].decode()
-        header, *rest = [json.loads(line) for line in text.splitlines()] or [None]
-    except ValueError as error:
-        raise ResultFileError(f"'{path}' is damaged before its last line: {error}") from error
-    check_header(header, FORMAT, SCHEMA, path)
+        return _read(path)
+    except OSError as error:
+        raise ResultFileError(f"'{path}' cannot be read: {error.strerror or error}") from error
+
+
+def _read(path: Path) -> SpectrumHistory:
+    lines = _lines(path)
+    first = next(lines, b"")
+    header = _object(first)
+    if header is not None:
+        check_header(header, FORMAT, SCHEMA, path)
+    marked = header is not None and "crc32" in header
+    snapshots, skipped, damaged = [], [], [1] if header is None else []
+    for number, line in enumerate(lines, 2):
+        content, whole = _content(line, marked)
+        snapshots += [x for x in content if isinstance(x, Snapshot)]
+        skipped += [x for x in content if isinstance(x, int)]
+        damaged += [] if whole else [number]
+    if header is None and not snapshots:
+        check_header(_unchecked(first), FORMAT, SCHEMA, path)
+        raise ResultFileError(f"'{path}' is damaged: its first line cannot be read, and no snapshot either.")
+    provenance = {} if header is None else header.get("provenance")
+    if (wrong := facts(provenance)) is not None:
+        raise ResultFileError(f"'{path}' lacks or garbles a field: provenance {wrong}")
+    if damaged:
+        shown = ", ".join(map(str, damaged[:8])) + (
+            f" and {len(damaged) - 8} more" if len(damaged) > 8 else ""
+        )
+        warnings.warn(
+            f"'{path}' is damaged in line {shown}, which is left out; {len(snapshots)} snapshots are whole.",
+            stacklevel=4,
+        )
+    return SpectrumHistory(tuple(snapshots), provenance, tuple(skipped))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines that have an end, without it; of one that is too long, a part that is no JSON."""
+    with path.open("rb") as file:
+        while line := file.readline(MAX_LINE):
+            rest = line
+            while not rest.endswith(b"\n"):
+                if not (rest := file.readline(MAX_LINE)):
+                    return
+            yield line.rstrip(b"\n") if rest is line else b""
+
+
+def _content(line: bytes, marked: bool) -> tuple[list[Snapshot | int], bool]:
+    """What a line holds, and whether it is whole; of two that a full disk has run together, the second."""
+    found = _record(line, marked)
+    if found is not None:
+        return [found], True
+    start = max(line.rfind(beginning) for beginning in _BEGINNINGS)
+    found = _record(line[start:], marked) if start > 0 else None
+    return ([] if found is None else [found]), False
+
+
+def _record(line: bytes, marked: bool) -> Snapshot | int | None:
+    """The snapshot or the step left out in a line; None if it is damaged."""
+    content = _object(line)
+    if content is None or (marked and "crc32" not in content):
+        return None
+    if type(content.get("skipped")) is int and len(content) == 1 + ("crc32" in content):
+        return content["skipped"]
     try:
-        snapshots = [decode(line["snapshot"], _array) for line in rest if "snapshot" in line]
-        skipped = [line["skipped"] for line in rest if "skipped" in line]
-        return SpectrumHistory(tuple(snapshots), header["provenance"], tuple(skipped))
-    except (AttributeError, KeyError, TypeError, ValueError, StopIteration) as error:
-        raise ResultFileError(f"'{path}' lacks or garbles a field: {error!r}") from error
+        if set(content) - {"crc32"} != {"snapshot"}:
+            return None
+        found = decode(content["snapshot"], _array)
+    except DAMAGE:
+        return None
+    return found if isinstance(found, Snapshot) else None
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line whose checksum, if it has one, is right."""
+    check = _CHECK.search(line)
+    if check is not None and zlib.crc32(line[: check.start()] + b"}") != int(check[1], 16):
+        return None
+    content = _unchecked(line)
+    return content if isinstance(content, dict) and (check is not None) == ("crc32" in content) else None
+
+
+def _unchecked(line: bytes) -> Any:
+    try:
+        return parse(line)
+    except JsonError:
+        return None
 
 
 def _whole_lines(path: Path) -> int:
     """Bytes up to the end of the last line that is whole."""
-    return path.read_bytes().rfind(b"\n") + 1
+    with path.open("rb") as file:
+        at = file.seek(0, os.SEEK_END)
+        while at:
+            start = max(0, at - 2**20)
+            file.seek(start)
+            if (found := file.read(at - start).rfind(b"\n")) >= 0:
+                return start + found + 1
+            at = start
+    return 0
 
 
 def _listed(array: np.ndarray) -> Any:
-    return {"dtype": str(array.dtype), "shape": list(array.shape), "values": array.ravel().tolist()}
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "values": array.ravel().tolist()}
 
 
 def _array(stored: Any) -> np.ndarray:
-    return np.array(stored["values"], stored["dtype"]).reshape(stored["shape"])
+    if stored["dtype"] not in _DTYPES:
+        raise TypeError(f"dtype {str(stored['dtype'])[:40]}")
+    values = [float(x["float"]) if isinstance(x, dict) else x for x in stored["values"]]
+    if not all(type(x) in (bool, int, float) for x in values):
+        raise TypeError("an array of something else than numbers")
+    return np.array(values, stored["dtype"]).reshape(stored["shape"])
 
 
 def _finite(value: Any) -> Any:

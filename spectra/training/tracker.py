@@ -54,7 +54,8 @@ class SpectrumTracker:
         every: steps between snapshots; one is taken where `step % every == 0`.
         path: a `.jsonl` file to which every snapshot is appended, on disk before the call returns, and
             which `spectra.load` reads while the run goes on. A file that exists is continued: steps that
-            it holds are not recorded again. None: keep the history in memory only.
+            it holds are not recorded again. Where the disk is full, a warning says so, training goes on,
+            and the snapshots follow when there is room. None: keep the history in memory only.
         key: JAX random key of the probes; default key(0).
         num_eigenvalues: k.
         tol: residual of the eigenvalues in units of |H|. They are accurate to tol² |H|² / gap.
@@ -69,7 +70,7 @@ class SpectrumTracker:
         name: what the history calls the operator.
 
     Raises:
-        SpectraError: every, budget, k or tol out of range.
+        SpectraError: every, budget, k or tol out of range, or no file can be written at `path`.
         NonFiniteError: the loss or a product is NaN or infinite: training has diverged.
 
     Cost: num_steps num_probes + about 2 k products a snapshot, each 1 to 2 gradients of the loss over
@@ -238,9 +239,9 @@ class SpectrumTracker:
             self._file.skip(step)
 
     def _record(self, snapshot: Snapshot) -> None:
+        self._history = dataclasses.replace(self._history, snapshots=(*self._history.snapshots, snapshot))
         if self._file is not None:
             self._file.add(snapshot)
-        self._history = dataclasses.replace(self._history, snapshots=(*self._history.snapshots, snapshot))
         for callback in self.callbacks:
             callback(snapshot)
 
