@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-MAX_BYTES = 2**28
-"""Bytes of memory that one text may take once it is read; about twenty times its length, at worst."""
+MAX_BYTES = 3 * 2**27
+"""Bytes of memory that one text may take once it is read, which is up to eighty times its length."""
 MAX_DEPTH = 100
 """Levels of nesting in what is saved: those of parameter trees are a tenth of it."""
 # Bytes that CPython takes for what a character stands for: an object with its table, a list, a pair, an item.
@@ -17,7 +17,8 @@ class JsonError(ValueError):
 
 def memory_of(data: bytes) -> int:
     """A bound on the bytes that a JSON text takes once it is read."""
-    return 4 * len(data) + sum(data.count(mark) * size for mark, size in _COSTS.items())
+    letters = 3 if data.isascii() else 9  # itself, as text and in its values: up to four bytes a character
+    return letters * len(data) + sum(data.count(mark) * size for mark, size in _COSTS.items())
 
 
 def parse(data: bytes, *, max_bytes: int = MAX_BYTES, **hooks: Any) -> Any:

@@ -1,15 +1,19 @@
 """The command line: run, show and plot spectra. Results are saved before anything is drawn."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from spectra import _signals
+from spectra._errors import PreemptedError, SpectraError
+from spectra._place import Place, ResultElsewhereError, keep_elsewhere
 from spectra._processes import is_first
 
 app = typer.Typer(
@@ -18,7 +22,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-OutDir = Annotated[Path, typer.Option("--out", help="Folder for spectrum.npz and spectrum.png.")]
+OutDir = Annotated[
+    Path,
+    typer.Option("--out", help="Folder for spectrum.npz and .png; numbered (spectrum-2) if they are there."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a result that is there already.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Lanczos steps a probe; default 100.")]
 Probes = Annotated[int, typer.Option("--probes", help="Random probes.")]
 Tol = Annotated[float | None, typer.Option("--tol", help="Stop at this mean width of the CDF's band.")]
@@ -47,11 +55,15 @@ RESUME = 75
 """Exit code of a run that was ended from outside and goes on when started again (EX_TEMPFAIL)."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as of every command; with a checkpoint the same command goes on, too."""
+ELSEWHERE = 74
+"""Exit code of a run whose result was computed, but could not be written where it was asked for (EX_IOERR)."""
 
 
 @app.command()
-def demo(out: OutDir = Path("spectra-demo"), seed: Seed = 0):
+def demo(out: OutDir = Path("spectra-demo"), seed: Seed = 0, force: Force = False):
     """Train a real network on real data, compute its spectrum, save it and draw it."""
+    place = Place(out, force)
+    place.check()
     typer.echo("Training a 64-256-256-10 network on 1,797 handwritten digits ...")
     try:
         from spectra.demos import digits
@@ -63,7 +75,7 @@ def demo(out: OutDir = Path("spectra-demo"), seed: Seed = 0):
         ) from error
     import jax
 
-    _analyse(problem.operator(), problem.name, out, jax.random.key(seed))
+    _analyse(problem.operator(), problem.name, place, jax.random.key(seed))
 
 
 @app.command()
@@ -83,6 +95,7 @@ def run(
     checkpoint_minutes: Minutes = 10.0,
     basis: BasisPlace = "inherit",
     basis_dtype: BasisDtype = None,
+    force: Force = False,
 ):
     """Compute the spectrum of a curvature matrix of a problem of your own, or of its diagonal blocks.
 
@@ -96,6 +109,9 @@ def run(
 
     if distributed:
         initialize()
+    place = Place(out, force)
+    if is_first():
+        place.check()
     devices = None if mesh is None and not distributed else make_mesh(mesh or "data=-1")
     problem = load_problem(file, devices)
     options: dict[str, Any] = {"num_probes": probes, "tol": tol, "basis": basis, "basis_dtype": basis_dtype}
@@ -107,10 +123,10 @@ def run(
         op, name = op.block(block), f"{name}, {block}"
     with _signals.watching() if checkpoint else contextlib.nullcontext():
         if blocks is None:
-            _analyse(op, name, out, jax.random.key(seed), num_steps=steps, **options)
+            _analyse(op, name, place, jax.random.key(seed), num_steps=steps, **options)
         else:
             _analyse_blocks(
-                op.blocks(by=blocks), name, out, jax.random.key(seed), num_steps=steps or 100, **options
+                op.blocks(by=blocks), name, place, jax.random.key(seed), num_steps=steps or 100, **options
             )
 
 
@@ -118,7 +134,9 @@ def run(
 def show(result: Annotated[Path, typer.Argument(help="A saved .npz result.")]):
     """Print a saved result."""
     loaded = _load(result)
-    typer.echo(_table(loaded) if isinstance(loaded, dict) else repr(loaded))
+    with _about(result):
+        text = _table(loaded) if isinstance(loaded, dict) else repr(loaded)
+    typer.echo(text)
 
 
 @app.command()
@@ -128,7 +146,9 @@ def plot(
     learning_rate: Annotated[float | None, typer.Option(help="Draw the line 2 / learning rate.")] = None,
 ):
     """Draw the density of a saved result."""
-    _draw(_load(result), output, learning_rate)
+    loaded = _load(result)
+    with _about(result):
+        _draw(loaded, output, learning_rate)
 
 
 @app.command()
@@ -140,7 +160,10 @@ def report(
     """Write a saved result as one self-contained page: pictures, tables, what the bands mean, provenance."""
     from spectra.page import write_report
 
-    typer.echo(f"page     {write_report(result, output, title=title)}")
+    loaded = _load(result)
+    with _about(result):
+        page = write_report(loaded, output, title=title, source=result.name)
+    typer.echo(f"page     {page}")
 
 
 @app.command("export-torch")
@@ -179,14 +202,18 @@ def main() -> None:
     """Entry point: errors of spectra are printed as one message, without a traceback."""
     import jax
 
-    from spectra._errors import PreemptedError, SpectraError
-
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without ± is no reason to lose a result
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except PreemptedError as error:
         _fail(str(error))
         _leave(INTERRUPTED if error.signal == signal.SIGINT else RESUME)
-    except (SpectraError, FileNotFoundError) as error:
+    except ResultElsewhereError as error:
+        _fail(str(error))
+        _leave(ELSEWHERE)
+    except (SpectraError, OSError) as error:
         _fail(str(error))
         _leave(1)
     except jax.errors.JaxRuntimeError as error:
@@ -211,7 +238,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def _fail(message: str) -> int:
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {message.encode('utf-8', 'backslashreplace').decode()}", err=True)
     return 1
 
 
@@ -221,40 +248,54 @@ def _say(message: str) -> None:
         typer.echo(message)
 
 
-def _analyse(op, name: str, out: Path, key, **options) -> None:
+def _analyse(op, name: str, place: Place, key, **options) -> None:
     from spectra.report import spectrum
 
     _say(f"Computing the spectrum of {name}, {op.size:,} parameters ...")
     report = spectrum(op, key=key, progress=True, name=name, **options)
-    _keep(report, repr(report), out)
+    _keep(report, repr(report), place)
 
 
-def _analyse_blocks(blocks, name: str, out: Path, key, **options) -> None:
+def _analyse_blocks(blocks, name: str, place: Place, key, **options) -> None:
     from spectra.density import slq
 
     sizes = sum(block.size for block in blocks.values())
     _say(f"Computing the spectra of {len(blocks)} blocks of {name}, {sizes:,} parameters ...")
     results = slq(blocks, key=key, progress=True, **options)
-    _keep(results, _table(results), out)
+    _keep(results, _table(results), place)
 
 
-def _keep(result: Any, text: str, out: Path) -> None:
+def _keep(result: Any, text: str, place: Place) -> None:
     """Save, then print, then draw; of several processes the first does it for all."""
-    from spectra.io import save
-
-    if is_first():
-        path = save(result, out / "spectrum.npz")
+    if not is_first():
+        return
+    failure, path = None, None
+    try:
+        path = place.keep(result)
+    except OSError as error:
+        failure = keep_elsewhere(result, error, place)
+    finally:  # whatever went wrong, the numbers have been paid for
         typer.echo(f"\n{text}\n")
-        typer.echo(f"result   {path}")
-        _draw(result, out / "spectrum.png", None)
+    if path is None:
+        raise failure or AssertionError
+    typer.echo(f"result   {path}")
+    try:
+        _draw(result, path.with_suffix(".png"), None)
+    except OSError as error:
+        raise ResultElsewhereError(
+            f"the picture could not be written ({error.strerror or error}); the result is in '{path}'."
+        ) from error
 
 
 def _table(results: dict) -> str:
-    """Extremes of every block, a line each."""
+    """Extremes of every block, a line each; results of other kinds one after the other."""
     from spectra.density.extremes import LEVEL, extreme
+    from spectra.results import Quadrature
     from spectra.results._digits import extreme_cell
 
-    width = max(map(len, results))
+    if not all(isinstance(part, Quadrature) for part in results.values()):
+        return "\n\n".join(f"{name}\n{part!r}" for name, part in results.items())
+    width = max(map(len, ["block", *results]))
     lines = [f"{'block':<{width}}  {'parameters':>10}  {'smallest':>12}  {'largest':>12}"]
     for name, quadrature in results.items():
         low, high = (extreme_cell(extreme(quadrature, end), end, LEVEL) for end in (0, -1))
@@ -266,14 +307,19 @@ def _draw(result: Any, path: Path, learning_rate: float | None) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from spectra._errors import SpectraError
+    from spectra._files import replacing
     from spectra.plotting.gallery import draw
 
     ax = draw(result, learning_rate=learning_rate)
     if ax is None:
         raise SpectraError(f"a {type(result).__name__} has no picture: spectra show prints it.")
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    kinds = ax.figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise SpectraError(f"'{path}': a picture ends in {', '.join(f'.{kind}' for kind in kinds)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    ax.figure.savefig(path, dpi=300)
+    with replacing(path) as temporary:
+        ax.figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=300)
     typer.echo(f"picture  {path}")
 
 
@@ -281,3 +327,16 @@ def _load(path: Path) -> Any:
     from spectra.io import load
 
     return load(path)
+
+
+@contextlib.contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Numbers of a file that pass every check and cannot be shown all the same are the file's fault, in words."""
+    try:
+        yield
+    except (SpectraError, OSError):
+        raise
+    except Exception as error:
+        raise SpectraError(
+            f"'{path}' cannot be shown: its numbers contradict each other ({type(error).__name__}: {error})."
+        ) from error

@@ -14,7 +14,10 @@ import spectra
 ROOT = Path(spectra.__file__).parent
 # A module may import from earlier layers, and from its own.
 LAYERS = [
-    {"_errors", "_status", "_blas", "_memory", "_processes", "_digest", "_files", "_breakdown", "_signals"},
+    {
+        *("_errors", "_status", "_blas", "_memory", "_processes", "_digest", "_files", "_json", "_breakdown"),
+        "_signals",
+    },
     {"_mesh", "_tree", "_quadrature", "_christoffel"},
     {"_paths"},
     {"results"},
@@ -30,7 +33,7 @@ LAYERS = [
     {"variability", "bridge"},
     {"io"},
     {"training", "page"},
-    {"demos", "_scripts"},
+    {"demos", "_scripts", "_place"},
     {"cli"},
 ]
 # Methods of results reach forward to functions of later layers, when called: `.plot()`, `.save()`,

@@ -4,6 +4,7 @@ Each node looks its operator up in the table and calls it. Nothing here depends 
 shapes, so tracing it once gives XLA the whole model.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spectra.bridge._budget import limited
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._exporter import exported_by
 from spectra.bridge._graph import MAX_ELEMENTS, Branch, DType, Graph, Node, Ref
@@ -122,6 +124,9 @@ def verify(graph: Graph, tensors: Mapping[str, Any], fixed: Mapping[str, Any], w
         BridgeError: naming the first node that fails.
     """
     shapes = [tuple(graph.symbols[d] if isinstance(d, str) else d for d in i.shape) for i in graph.inputs]
+    for shape, i in zip(shapes, graph.inputs, strict=True):
+        if math.prod(shape) > MAX_ELEMENTS:
+            raise BridgeError(f"{where}: input {i.name} has more than {MAX_ELEMENTS} elements")
     inputs = [
         jax.ShapeDtypeStruct(shape, canonical(i.dtype)) for shape, i in zip(shapes, graph.inputs, strict=True)
     ]
@@ -135,7 +140,8 @@ def verify(graph: Graph, tensors: Mapping[str, Any], fixed: Mapping[str, Any], w
         return [o for o in outputs if isinstance(o, jax.Array)]
 
     try:
-        jax.eval_shape(run, structs, inputs)
+        with limited(len(graph.nodes)):
+            jax.eval_shape(run, structs, inputs)
     except BridgeError as error:
         raise BridgeError(f"{where}: {error}") from error.__cause__
     except Exception as error:

@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
+from spectra.bridge._budget import spend
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._registry import aten
 
@@ -18,6 +19,7 @@ def check_window(kernel) -> None:
     """Raise BridgeError for a window beyond MAX_WINDOW elements."""
     if math.prod(kernel) > MAX_WINDOW:
         raise BridgeError(f"windows of {kernel} exceed {MAX_WINDOW} elements")
+    spend(4 * math.prod(kernel))
 
 
 def spatial(values, n: int) -> tuple[int, ...]:

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spectra.bridge._budget import spend
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._ops_conv import check_window, spatial
 from spectra.bridge._promotion import canonical
 from spectra.bridge._registry import aten
 
 # Bounds for hostile files: a bin is a row of a matrix, a count of windows an array on the host.
-MAX_BINS, MAX_COUNT = 2**16, 2**26
+MAX_BINS, MAX_COUNT = 2**16, 2**25
 
 
 def _output_size(size, kernel, stride, padding, dilation, ceil_mode):
@@ -161,6 +162,7 @@ def _bins(size: int, count: int):
     """Adaptive bin i covers [floor(i·size / count), ceil((i + 1)·size / count))."""
     if not 1 <= count <= MAX_BINS or size * count > MAX_COUNT:
         raise BridgeError(f"adaptive pooling of {size} elements to {count} bins")
+    spend(size * count // 2**11)
     i = np.arange(count)
     return i * size // count, -(-(i + 1) * size // count)
 

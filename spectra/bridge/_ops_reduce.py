@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spectra.bridge._budget import spend
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._ops_order import chosen
 from spectra.bridge._ops_pointwise import absolute
@@ -216,6 +217,7 @@ def cdist(x1, x2, p=2.0, compute_mode=None):
 def pdist(self, p=2.0):
     if self.shape[0] > MAX_POINTS:
         raise BridgeError(f"pdist of {self.shape[0]} points: at most {MAX_POINTS}")
+    spend(self.shape[0] ** 2 // 2**11)
     rows, columns = np.triu_indices(self.shape[0], 1)
     return vector_norm(self[rows] - self[columns], p, [-1])
 

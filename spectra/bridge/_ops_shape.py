@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from spectra.bridge._budget import spend
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._promotion import cast
 from spectra.bridge._registry import aten, register
@@ -124,6 +125,7 @@ def split(self, split_size, dim=0):
     if split_size < 1 or size > MAX_PARTS * split_size:
         raise BridgeError(f"cannot split {size} entries into parts of {split_size}")
     full, rest = divmod(size, split_size)
+    spend(full)
     return split_with_sizes(self, [split_size] * full + ([rest] if rest else []), dim)
 
 
@@ -132,6 +134,7 @@ def unbind(self, dim=0):
     axis = axis_of(dim, self.ndim)
     if self.shape[axis] > MAX_PARTS:
         raise BridgeError(f"cannot unbind {self.shape[axis]} entries")
+    spend(self.shape[axis])
     return tuple(at(self, axis, i) for i in range(self.shape[axis]))
 
 

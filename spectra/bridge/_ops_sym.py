@@ -1,7 +1,8 @@
 """Integer arithmetic on array sizes, in plain Python.
 
 A dynamic batch size reaches the graph as `sym_size.int` of an input and as sums, products, floor
-divisions and comparisons of such sizes. Under `jit` sizes are static, so these run while tracing.
+divisions and comparisons of such sizes. Under `jit` sizes are static, so these run while tracing. A size
+has 64 bits, as in PyTorch: Python's integers would grow with every product that a file asks for.
 """
 
 import math
@@ -10,6 +11,8 @@ import operator
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._ops_shape import axis_of
 from spectra.bridge._registry import aten, register
+
+LARGEST = 2**63 - 1
 
 
 @aten("sym_size.int")
@@ -23,14 +26,16 @@ def sym_numel(self):
 
 
 def _number(value):
-    if isinstance(value, (bool, int, float)):
-        return value
-    raise BridgeError(f"size arithmetic needs plain numbers, got {type(value).__name__}")
+    if not isinstance(value, (bool, int, float)):
+        raise BridgeError(f"size arithmetic needs plain numbers, got {type(value).__name__}")
+    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        raise BridgeError("size arithmetic leaves the range of 64-bit integers")
+    return value
 
 
 def _binary(function):
     def apply(a, b):
-        return function(_number(a), _number(b))
+        return _number(function(_number(a), _number(b)))
 
     return apply
 
@@ -58,7 +63,7 @@ for _name, _function in {
 
 @register("size.neg")
 def negative(a):
-    return -_number(a)
+    return _number(-_number(a))
 
 
 @register("size.not")
@@ -68,7 +73,7 @@ def negation(a):
 
 @register("size.int")
 def integer(a):
-    return int(_number(a))
+    return _number(int(_number(a)))
 
 
 @register("size.float")
@@ -78,12 +83,12 @@ def floating(a):
 
 @register("size.floor")
 def floor(a):
-    return math.floor(_number(a))
+    return _number(math.floor(_number(a)))
 
 
 @register("size.ceil")
 def ceil(a):
-    return math.ceil(_number(a))
+    return _number(math.ceil(_number(a)))
 
 
 @register("size.pow")
@@ -91,7 +96,7 @@ def power(a, b):
     # A bounded exponent: a file must not be able to ask for an astronomically large integer.
     if not 0 <= _number(b) <= 64:
         raise BridgeError(f"a power of a size needs an exponent in [0, 64], got {b}")
-    return _number(a) ** b
+    return _number(_number(a) ** b)
 
 
 @register("size.ite")
@@ -101,4 +106,4 @@ def if_then_else(condition, a, b):
 
 @register("size.sum")
 def total(values):
-    return sum(_number(v) for v in values)
+    return _number(sum(_number(v) for v in values))

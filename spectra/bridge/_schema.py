@@ -41,6 +41,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from spectra import _json
 from spectra.bridge import _structure
 from spectra.bridge._checker import Checker
 from spectra.bridge._errors import BridgeError
@@ -51,7 +52,7 @@ FIELDS = {
     "format", "version", "digest", "weights", "producer", "default", "symbols", "tensors", "aliases",
     "inputs", "input_tree", "nodes", "outputs", "output_tree",
 }  # fmt: skip
-MAX_FILE_BYTES = 2**29
+MAX_FILE_BYTES, MAX_MEMORY = 2**29, 2**31
 
 
 def digest(document: dict[str, Any]) -> str:
@@ -70,14 +71,15 @@ def file_digest(path: Path) -> str:
 def parse(data: bytes, where: str) -> Graph:
     """Turn the bytes of a graph file into a checked Graph, or raise BridgeError."""
     try:
-        document = json.loads(
-            data.decode(),
+        document = _json.parse(
+            data,
+            max_bytes=MAX_MEMORY,
             parse_constant=_refuse_constant,
             parse_float=_finite,
             object_pairs_hook=_unique_keys,
         )
-    except (ValueError, RecursionError) as error:
-        raise BridgeError(f"{where} is not valid JSON ({error}): export the module again") from None
+    except _json.JsonError as error:
+        raise BridgeError(f"{where} cannot be read ({error}): export the module again") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise BridgeError(f"{where} is not a {FORMAT} file")
     if document.get("version") != VERSION:
