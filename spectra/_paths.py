@@ -19,12 +19,29 @@ GROUPINGS = ("leaf", "layer")
 def leaf_paths(tree: PyTree) -> list[str]:
     """Name of each leaf in tree order: `Dense_0/kernel`, or PyTorch's own `fc1.weight`.
 
-    The last step into an nnx `Variable` says nothing, so it is left out where every leaf has it.
+    The last step into an nnx `Variable` says nothing, so it is left out where every leaf has it. Of leaves
+    that would share a name, all but the first are numbered.
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     if all(len(path) > 1 and path[-1] == GetAttrKey("value") for path in paths):
         paths = [path[:-1] for path in paths]
-    return [path_str(path) for path in paths]
+    return _told_apart([path_str(path) for path in paths])
+
+
+def _told_apart(names: list[str]) -> list[str]:
+    """Names of which no two are the same: `{"a": {"b": x}, "a/b": y}` has `a/b` and `a/b~2`."""
+    taken = set(names)
+    if len(taken) == len(names):
+        return names
+    seen: set[str] = set()
+    for i, name in enumerate(names):
+        number, free = 1, name
+        while free in seen or (number > 1 and free in taken):
+            number += 1
+            free = f"{name}~{number}"
+        seen.add(free)
+        names[i] = free
+    return names
 
 
 def layer_name(path: str) -> str:

@@ -52,7 +52,7 @@ FIELDS = {
     "format", "version", "digest", "weights", "producer", "default", "symbols", "tensors", "aliases",
     "inputs", "input_tree", "nodes", "outputs", "output_tree",
 }  # fmt: skip
-MAX_FILE_BYTES, MAX_MEMORY = 2**29, 2**31
+MAX_FILE_BYTES, MAX_MEMORY = 2**29, 5 * 2**27
 
 
 def digest(document: dict[str, Any]) -> str:

@@ -1,18 +1,20 @@
 """Weights from files: safetensors, sharded safetensors, and PyTorch state dicts."""
 
-import json
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from spectra import _json
 from spectra.bridge import _safetensors
 from spectra.bridge._errors import BridgeError
 from spectra.data import to_numpy
 
 INDEX = "model.safetensors.index.json"
+_ROOM = 2**27  # bytes beyond the length of a PyTorch file that its tensors may take: views, lists of names
 
 
 def load_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -58,8 +60,8 @@ def load_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
 
 def _read_sharded(path: Path) -> dict[str, np.ndarray]:
     try:
-        document = json.loads(path.read_bytes().decode())
-    except (OSError, ValueError, RecursionError) as error:
+        document = _json.parse(path.read_bytes())
+    except (OSError, _json.JsonError) as error:
         raise BridgeError(f"cannot read {path}: {error}") from None
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
@@ -85,11 +87,27 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             f"{path} is a PyTorch file and PyTorch is not installed: convert it once to safetensors"
         ) from None
     try:
+        room = path.stat().st_size + _ROOM
+        _check_archive(path, room)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except BridgeError:
+        raise
     except Exception as error:  # unpickling a damaged file can raise anything
         raise BridgeError(f"cannot read {path} with weights_only=True: {error}") from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise BridgeError(f"{path} does not hold a state dict of tensors")
+    if (needed := sum(tensor.numel() * tensor.element_size() for tensor in state.values())) > 4 * room:
+        # Views of one storage, each of which would become an array: tied weights are a few.
+        raise BridgeError(f"{path} holds tensors of {needed:,} bytes, many times its own length")
     return {str(name): np.array(to_numpy(tensor)) for name, tensor in state.items()}
+
+
+def _check_archive(path: Path, room: int) -> None:
+    """Refuse a packed archive that claims to hold more than the file: PyTorch packs nothing."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            held = sum(entry.file_size for entry in archive.infolist())
+        if held > room:
+            raise BridgeError(f"{path} claims to hold {held:,} bytes, more than its own length")

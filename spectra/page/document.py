@@ -1,13 +1,16 @@
 """One HTML file with everything in it: no network, no scripts, light and dark, paper and phone."""
 
 import html
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spectra._errors import SpectraError
+from spectra._files import replacing
 from spectra.io import load
 from spectra.io.encode import CLASSES, encode
 from spectra.page.parts import Section, pairs_table, paragraph, sections, table
@@ -17,6 +20,8 @@ from spectra.results import SpectrumHistory, format_bytes
 CSS = Path(__file__).with_name("page.css")
 # The page may load nothing, and browsers hold it to that.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_VERSION = re.compile(r"\d{1,4}(\.\d{1,6}){0,3}([.+]?[a-z]{1,8}\d{0,12}){0,3}", re.ASCII)
+_KEY = re.compile(r"\[\d{1,10}(, \d{1,10}){0,7}\]", re.ASCII)
 _ARRAYS = 40  # rows of the table of contents
 
 
@@ -59,7 +64,9 @@ def write_report(
     if path.suffix not in (".html", ".htm"):
         path = path.with_name(path.name + ".html")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(result, title or _title(result), source or "RESULT.npz"), encoding="utf-8")
+    text = page(result, title or _title(result), source or "RESULT.npz")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 
@@ -68,7 +75,7 @@ def page(result: Any, title: str, source: str) -> str:
     facts = _provenance(result)
     parts = [*sections(result), _reproduce(result, facts, source), _contents(result, facts)]
     body = "\n".join(f"<section><h2>{html.escape(part.title)}</h2>{part.body}</section>" for part in parts)
-    date = f", {facts['date'][:16].replace('T', ' ')} UTC" if "date" in facts else ""
+    date = f", {str(facts['date'])[:16].replace('T', ' ')} UTC" if "date" in facts else ""
     subtitle = html.escape(_kind(result) + date)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -101,12 +108,15 @@ def _provenance(result: Any) -> dict[str, Any]:
 
 def _reproduce(result: Any, facts: dict[str, Any], source: str) -> Section:
     """The commands that show the file again and that compute it again."""
-    again = f'import spectra\n\nresult = spectra.load("{source}")\nprint(result)'
+    # A reader copies these commands: what a received file says enters them as a number or as a quoted text only.
+    again = f"import spectra\n\nresult = spectra.load({json.dumps(source)})\nprint(result)"
     text = paragraph("To look at the result again:") + f"<pre>{html.escape(again)}</pre>"
     names = {"spectra-jax": "spectra", "jax": "jax"}
-    versions = [f'"{name}=={facts[key]}"' for name, key in names.items() if key in facts]
-    if isinstance(result, SpectrumReport):
-        key = facts.get("key", "[0, 0]")
+    versions = [
+        f'"{name}=={facts[key]}"' for name, key in names.items() if _VERSION.fullmatch(str(facts.get(key)))
+    ]
+    key = str(facts.get("key", "[0, 0]"))
+    if isinstance(result, SpectrumReport) and _KEY.fullmatch(key):
         q = result.quadrature
         command = (
             "import jax, numpy as np, spectra\n\n"

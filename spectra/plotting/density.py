@@ -13,6 +13,7 @@ from spectra.plotting.style import (
     DASHES,
     add_legend,
     asks_for_logarithm,
+    label_text,
     new_axes,
     styled,
     symlog,
@@ -187,7 +188,8 @@ def _curve(ax, density: Density, xscale: str, color: str, linestyle, label, alph
             parts.append((-grid, negative, ":", "negative" if label is None else f"{label}, negative"))
     for x, part, dash, name in parts:
         ax.fill_between(x[part], lower[part], upper[part], color=color, alpha=alpha, linewidth=0)
-        ax.plot(x[part], line[part], color=color, linewidth=1.0, linestyle=dash, label=name)
+        text = None if name is None else label_text(name)
+        ax.plot(x[part], line[part], color=color, linewidth=1.0, linestyle=dash, label=text)
 
 
 def as_density(result: Quadrature | Moments | Density) -> Density:

@@ -54,7 +54,7 @@ def plot_blocks(
     for ax, name, density in zip(axes, results, densities, strict=True):
         plot_density(density, ax, color=color)
         lines = textwrap.wrap(name.replace("/", "/ "), 34, break_long_words=False)
-        ax.set_title("\n".join(lines).replace("/ ", "/"), fontsize=5.5)
+        ax.set_title("\n".join(lines).replace("/ ", "/"), fontsize=5.5, parse_math=False)
         ax.set_xlabel("")
         ax.set_ylabel("")
     for ax in axes[-columns:]:  # the lowest panel of each column

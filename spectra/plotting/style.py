@@ -84,6 +84,21 @@ def add_colorbar(mappable, ax: "Axes", label: str, **options) -> None:
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
 
+def label_text(name: str) -> str:
+    """A name as a legend shows it: matplotlib's mathematics where it is that, and letter by letter elsewhere.
+
+    A dollar in the name of a parameter begins no formula, and a leading underscore hides nothing.
+    """
+    from matplotlib.mathtext import MathTextParser
+
+    if "$" in name:
+        try:
+            MathTextParser("path").parse(name)
+        except ValueError:
+            name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
 def add_legend(ax: "Axes", own: bool, *, columns: int = 2) -> None:
     """A legend above the Axes in a figure of our own; inside where the caller arranges the figure."""
     if own:

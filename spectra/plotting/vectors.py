@@ -57,7 +57,7 @@ def plot_eigenvector_mass(pairs: Eigenpairs, ax: "Axes | None" = None, *, by: st
     shown = np.arange(0, k, max(1, -(-k // 8)))
     ax.set_xticks(np.append(0, shown + 2), ["all", *(f"{i + 1}" for i in shown)])
     stride = max(1, -(-rows // 40))
-    ax.set_yticks(np.arange(0, rows, stride), [_short(name) for name in names[::stride]])
+    ax.set_yticks(np.arange(0, rows, stride), [_short(name) for name in names[::stride]], parse_math=False)
     ax.tick_params(axis="y", labelsize=6 if rows <= 24 else 5, length=0)
     ax.spines[:].set_visible(False)
     ax.set_xlabel("eigenvector")
