@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -136,7 +137,7 @@ def show(result: Annotated[Path, typer.Argument(help="A saved .npz result.")]):
     loaded = _load(result)
     with _about(result):
         text = _table(loaded) if isinstance(loaded, dict) else repr(loaded)
-    typer.echo(text)
+    typer.echo(_printable(text))
 
 
 @app.command()
@@ -238,8 +239,14 @@ def _leave(code: int) -> NoReturn:
 
 
 def _fail(message: str) -> int:
-    typer.echo(f"error: {message.encode('utf-8', 'backslashreplace').decode()}", err=True)
+    typer.echo(f"error: {_printable(message)}", err=True)
     return 1
+
+
+def _printable(text: str) -> str:
+    """Text without what would steer a terminal: names in files may hold anything."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _say(message: str) -> None:

@@ -2,6 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
+import tracemalloc
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,8 @@ import numpy as np
 import pytest
 
 import spectra
+from spectra import _files, _json
+from spectra.io import npz
 from spectra.results import Interval
 
 KEY = jax.random.key(0)
@@ -215,3 +221,189 @@ def test_two_hundred_mutated_files_load_as_they_were_or_are_refused(saved, repor
             assert repr(loaded) == repr(report)
             np.testing.assert_array_equal(loaded.quadrature.nodes, report.quadrature.nodes)
     assert noticed > 100
+
+
+def rewritten(path, change):
+    """The file again, its arrays and its header changed."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    header = json.loads(str(arrays.pop("header")))
+    change(header, arrays)
+    np.savez_compressed(path, header=np.array(json.dumps(header)), **arrays)
+
+
+def forms(header):
+    """All forms of arrays in a header."""
+    if isinstance(header, dict):
+        if isinstance(header.get("array"), dict):
+            yield header
+        for value in header.values():
+            yield from forms(value)
+
+
+def test_files_of_first_versions_are_read(saved, report):
+    """They name arrays, without dtype and shape, and write NaN as Python does."""
+
+    def change(header, arrays):
+        for form in list(forms(header)):
+            form["array"] = form["array"]["name"]
+        header["result"]["fields"]["provenance"]["dict"]["seconds"] = float("nan")
+        header["result"]["fields"].pop("level")
+
+    rewritten(saved, change)
+    loaded = spectra.load(saved)
+    assert_same(loaded.quadrature, report.quadrature)
+    assert_same(loaded.density, report.density)
+    assert np.isnan(loaded.provenance["seconds"])
+    assert loaded.level is None
+
+
+COLLIDING = {
+    "a path and a name": {"a": {"b": 1}, "a/b": 2},
+    "one of the archive's": {"w": 1, "w.npy": 2},
+    "a zero": {"a\0b": 1, "a\0c": 2},
+    "numbered already": {"a": {"b": 1}, "a/b": 2, "a/b~2": 3},
+    "long": {"x" * 300 + "a": 1, "x" * 300 + "b": 2, "y" * 70000: 3},
+    "words of NumPy's": {"header": 1, "file": 2, "allow_pickle": 3},
+    "half a character": {"\ud800": 1, "\udfff": 2, "_": 3},
+}
+
+
+@pytest.mark.parametrize("name", COLLIDING)
+def test_no_two_arrays_share_a_name(name, tmp_path):
+    tree = jax.tree.map(lambda x: np.full((2, 3), float(x)), COLLIDING[name])
+    path = spectra.save(tree, tmp_path / "x")
+    assert jax.tree.map(np.array_equal, spectra.load(path), tree) == jax.tree.map(lambda _: True, tree)
+    with np.load(path) as file:  # NumPy alone sees as many
+        assert len(file.files) == 1 + len(jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float16", "int8", ">f4", "bool"])
+def test_dtypes_come_back(dtype, tmp_path):
+    array = np.arange(6).reshape(2, 3).astype(jnp.dtype(dtype))
+    loaded = spectra.load(spectra.save({"x": array, "y": array.T, "z": array[:, :0]}, tmp_path / "x"))
+    assert loaded["x"].dtype == jnp.dtype(dtype).newbyteorder("=")
+    for name, original in (("x", array), ("y", array.T), ("z", array[:, :0])):
+        np.testing.assert_array_equal(loaded[name].astype(float), original.astype(float))
+        loaded[name][...] = 0  # an array of one's own
+
+
+def test_what_cannot_be_read_again_is_not_written(tmp_path):
+    deep = np.ones(2)
+    for _ in range(200):
+        deep = {"a": deep}
+    for tree, message in (
+        (deep, "nested more than"),
+        ({"a": 2**70}, "more than 64 bits"),
+        ({"a": np.array(["text"])}, "cannot save an array of dtype"),
+        ({"a": 1j}, "cannot save a complex"),
+    ):
+        with pytest.raises(spectra.SpectraError, match=message):
+            spectra.save(tree, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_claims_no_more_memory_than_its_size_allows(tmp_path, monkeypatch):
+    """The limit is checked on the directory of the archive: nothing is unpacked before."""
+    path = tmp_path / "bomb.npz"
+    spectra.save({"zeros": np.zeros(10**6), "noise": np.random.default_rng(0).random(10**5)}, path)
+    size = path.stat().st_size
+    monkeypatch.setattr(npz, "COMPRESSED", 8 * 10**6 - 16 * size)
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("it was unpacked"))
+    refused(path, r"claim to hold 8,\d{3},\d{3}, which no file that spectra writes does")
+
+
+def test_large_arrays_are_stored_and_what_is_written_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(npz, "COMPRESSED", 10**6)
+    tree = {
+        "small": np.zeros(100_000),
+        "large": np.zeros(200_000),
+    }  # 1.6 MB that would pack to some hundred bytes
+    path = spectra.save(tree, tmp_path / "x")
+    assert path.stat().st_size > 1.5e6
+    assert jax.tree.map(np.array_equal, spectra.load(path), tree) == {"small": True, "large": True}
+
+
+def test_an_array_of_another_shape_or_dtype_is_refused(saved):
+    data = saved.read_bytes()
+    changes = {
+        r"weights has shape \(2, 20\): 2 for probes = 1": lambda a: a.update(
+            {"quadrature/nodes": a["quadrature/nodes"][:1]}
+        ),
+        "has dtype complex128": lambda a: a.update({"density/grid": a["density/grid"] + 0j}),
+        "weights has entries below 0": lambda a: a.update({"quadrature/weights": -a["quadrature/weights"]}),
+        "a density has points": lambda a: a.update(
+            {k: v[:0] for k, v in a.items() if k.startswith("density")}
+        ),
+    }
+    for message, change in changes.items():
+        saved.write_bytes(data)
+
+        def agree(header, arrays, change=change):
+            change(arrays)
+            for form in forms(header):
+                array = arrays[form["array"]["name"]]
+                form["array"] |= {"dtype": array.dtype.name, "shape": list(array.shape)}
+
+        rewritten(saved, agree)
+        refused(saved, message)
+    saved.write_bytes(data)
+    rewritten(saved, lambda _, a: a.update({"density/grid": a["density/grid"].astype("f4")}))
+    refused(saved, "is float32, not float64")
+
+
+def test_a_place_that_is_no_file_is_refused_in_words(tmp_path):
+    for path in (tmp_path, tmp_path / ("a" * 300)):
+        refused(path, "cannot be read")
+    with pytest.raises(spectra.ResultFileError, match="cannot be read"):
+        spectra.load("a\0b")
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    path, other = tmp_path / "x.npz", tmp_path / "x.npz.mine.part"
+    other.write_text("of the user")
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    (tmp_path / f"x.npz.{_files._host()}-{ended.pid}-abcd_123.part").write_text("half")
+    old = tmp_path / "x.npzabcd1234.part"  # as earlier versions called theirs
+    old.write_text("old")
+    assert len(list(tmp_path.iterdir())) == 3
+    with _files.replacing(path) as temporary:
+        assert temporary.exists()
+        _files.sweep(path)  # another save of the same file in this process
+        assert temporary.exists()
+        assert sorted(tmp_path.iterdir()) == sorted([other, old, temporary])
+        temporary.write_text("whole")
+    os.utime(old, (0, 0))
+    _files.sweep(path)
+    assert sorted(tmp_path.iterdir()) == sorted([other, path])
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_an_existing_file_is_kept_where_that_is_asked(links, tmp_path, monkeypatch):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+    path = spectra.save({"a": np.ones(2)}, tmp_path / "x", overwrite=False)
+    with pytest.raises(FileExistsError):
+        spectra.save({"a": np.zeros(2)}, path, overwrite=False)
+    assert spectra.load(path)["a"].sum() == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_memory_of_json_is_bounded_before_it_is_read():
+    for text in (b"[[]]" * 50, b'{"a": {"b": 1.5}}' * 20, '["日本", "é"]'.encode() * 20, b"1, 2, 3, " * 50):
+        value = (
+            b"["
+            + b",".join([text.strip(b", ").replace(b"]" + b"[", b"],[").replace(b"}{", b"},{")] * 50)
+            + b"]"
+        )
+        tracemalloc.start()
+        kept = _json.parse(value)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert kept
+        assert peak <= _json.memory_of(value) + 1000
+    with pytest.raises(_json.JsonError, match="would take"):
+        _json.parse(b"[" + b"[]," * 1000 + b"1]", max_bytes=10_000)
+    with pytest.raises(_json.JsonError, match="nested"):
+        _json.parse(b"[" * 100_000)

@@ -36,4 +36,6 @@ def spend(steps: int) -> None:
         return
     left[0] -= steps
     if left[0] < 0:
-        raise BridgeError("the graph asks for more work than its size allows: it cuts arrays into too many parts")
+        raise BridgeError(
+            "the graph asks for more work than its size allows: it cuts arrays into too many parts"
+        )

@@ -126,7 +126,8 @@ def decode(value: Any, fetch: Callable[[Any], np.ndarray], depth: int = 0) -> An
     if not isinstance(value, dict):
         if isinstance(value, list):
             raise TypeError("a bare list")
-        return _plain(value)
+        _plain(value)
+        return value
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
     kind = _kind_of(value)

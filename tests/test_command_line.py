@@ -1,0 +1,285 @@
+"""The command line and the places it reads from and writes to: nothing is lost, replaced or taken for another."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from test_damage import report, results
+from typer.testing import CliRunner
+
+import spectra
+from spectra import _place, _scripts, cli
+
+ROOT = Path(spectra.__file__).parents[1]
+PROBLEM = """
+import jax.numpy as jnp
+import spectra
+
+
+def problem():
+    return spectra.Problem(lambda w, x: jnp.mean((x @ w) ** 2), jnp.ones(3), jnp.eye(3))
+"""
+
+
+class File(type(Path())):
+    """A path that notes how often what lies there was computed."""
+
+    computed: list
+
+
+@pytest.fixture
+def problem(tmp_path, monkeypatch):
+    """A file of a problem, whose spectrum costs nothing: that it is computed is counted."""
+    mpl.use("Agg")
+    file = File(tmp_path / "here" / "problem.py")
+    file.parent.mkdir()
+    file.write_text(PROBLEM)
+    file.computed = []
+
+    def spectrum(*_, **__):
+        file.computed.append(1)
+        return report()
+
+    monkeypatch.setattr("spectra.report.spectrum", spectrum)
+    return file
+
+
+@pytest.fixture(autouse=True)
+def _imports(monkeypatch):
+    """What importing problems leaves is gone after a test."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if not getattr(sys.modules[name], "__file__", None) or "here" in sys.modules[name].__file__:
+            del sys.modules[name]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_second_run_keeps_the_first_ones_result(problem, tmp_path):
+    out = tmp_path / "out"
+    for _ in range(3):
+        done = invoke("run", problem, "--out", out)
+        assert done.exit_code == 0, done.output
+    assert names(out) == sorted(f"spectrum{n}.{end}" for n in ("", "-2", "-3") for end in ("npz", "png"))
+    assert str(out / "spectrum-3.npz") in done.output
+    (out / "spectrum.npz").write_text("an older one")
+    assert invoke("run", problem, "--out", out, "--force").exit_code == 0
+    assert len(names(out)) == 6
+    assert repr(spectra.load(out / "spectrum.npz")) == repr(report())
+
+
+def test_a_result_that_appears_meanwhile_is_kept_too(problem, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    save = _place.save
+
+    def late(result, path, **options):
+        if not out.joinpath("spectrum.npz").exists():
+            (out / "spectrum.npz").write_text("of another process")
+        return save(result, path, **options)
+
+    monkeypatch.setattr(_place, "save", late)
+    assert invoke("run", problem, "--out", out).exit_code == 0
+    assert names(out) == ["spectrum-2.npz", "spectrum-2.png", "spectrum.npz"]
+    assert (out / "spectrum.npz").read_text() == "of another process"
+
+
+@pytest.mark.parametrize("place", ["a file", "under a file", "a long name", "no room", "read-only"])
+def test_a_place_that_cannot_be_written_is_known_before_anything_is_computed(
+    place, problem, tmp_path, monkeypatch
+):
+    file = tmp_path / "file"
+    file.write_text("")
+    out = {"a file": file, "under a file": file / "out", "a long name": tmp_path / ("a" * 300)}.get(
+        place, tmp_path / "o"
+    )
+    if place == "no room":
+        monkeypatch.setattr(
+            os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+    if place == "read-only":
+        error = PermissionError(13, "Permission denied")
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: (_ for _ in ()).throw(error))
+    done = invoke("run", problem, "--out", out)
+    assert problem.computed == []
+    assert isinstance(done.exception, spectra.SpectraError)
+    assert "choose another folder with --out" in str(done.exception)
+    assert set(names(tmp_path)) <= {"file", "here", "o"}
+    assert list(tmp_path.glob("o/*")) == []
+
+
+def test_a_result_that_cannot_be_written_is_printed_and_kept_elsewhere(problem, tmp_path, monkeypatch):
+    out, second = tmp_path / "out", tmp_path / "second"
+    second.mkdir()
+    save = _place.save
+
+    def full(result, path, **options):
+        if path.parent == out:
+            raise OSError(28, "No space left on device")
+        return save(result, path, **options)
+
+    monkeypatch.setattr(_place, "save", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(second))
+    done = invoke("run", problem, "--out", out)
+    assert "largest eigenvalue" in done.output
+    assert isinstance(done.exception, _place.ResultElsewhereError)
+    (kept,) = second.rglob("*.npz")
+    assert f"kept in '{kept}'" in str(done.exception)
+    assert repr(spectra.load(kept)) == repr(report())
+    monkeypatch.setattr(_place, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    done = invoke("run", problem, "--out", out)
+    assert "largest eigenvalue" in done.output
+    assert "and nowhere else" in str(done.exception)
+
+
+def test_a_picture_that_cannot_be_written_costs_no_result(problem, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
+    )
+    done = invoke("run", problem, "--out", tmp_path / "out")
+    assert isinstance(done.exception, _place.ResultElsewhereError)
+    assert "largest eigenvalue" in done.output
+    assert names(tmp_path / "out") == ["spectrum.npz"]
+
+
+def shell(folder, *arguments):
+    """The command in a process of its own, which sees no file of the folder by itself."""
+    code = "from spectra.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        encoding="latin-1",
+    )
+
+
+SHADOWS = ("spectra", "copy", "typing", "queue", "scipy", "torch", "matplotlib", "jax", "tqdm", "random2")
+
+
+def test_files_beside_a_problem_hide_no_module_and_are_found_by_it(tmp_path, monkeypatch):
+    """`datasets` stands for a package that is installed, too, and that packages import."""
+    here, installed = tmp_path / "here", tmp_path / "installed"
+    here.mkdir()
+    installed.mkdir()
+    for name in SHADOWS:
+        (here / f"{name}.py").write_text("raise SystemExit('a file beside the problem')")
+    (here / "scipy").mkdir()
+    (here / "scipy" / "__init__.py").write_text("raise SystemExit('a folder beside the problem')")
+    (here / "mine.py").write_text("import datasets, deeper.inner\nX = datasets.WHOSE, deeper.inner.Y")
+    (here / "deeper").mkdir()
+    (here / "deeper" / "inner.py").write_text("Y = 3")
+    (here / "datasets.py").write_text("WHOSE = 'mine'")
+    (installed / "datasets.py").write_text("WHOSE = 'installed'")
+    (installed / "package_of_another.py").write_text("import calendar, datasets\nX = datasets.WHOSE")
+    monkeypatch.syspath_prepend(installed)
+    file = here / "random.py"
+    file.write_text(
+        "import copy, queue, typing, random, scipy.special, package_of_another, mine\n"
+        "def problem():\n"
+        "    return copy.deepcopy(random.random), package_of_another.X, mine.X\n"
+    )
+    function = _scripts.function_of(file, "problem", "a problem")
+    assert callable(function()[0])
+    assert function()[1:] == ("installed", ("installed", 3))
+    for name in ("datasets", "mine", "package_of_another"):
+        sys.modules.pop(name)
+    file.write_text("import mine, package_of_another\ndef problem():\n    return mine.X\n")
+    assert _scripts.function_of(file, "problem", "a problem")() == ("mine", 3)
+    import random
+
+    assert random.__file__ != str(file)
+    assert sys.path[-1] == str(here)
+
+
+def test_a_run_beside_such_files_in_a_shell_without_umlauts(tmp_path):
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in SHADOWS:
+        (here / f"{name}.py").write_text("raise SystemExit('a file beside the problem')")
+    (here / "random.py").write_text(PROBLEM.replace("jnp.eye(3))", "jnp.eye(3), name='$a_b$ ≤')"))
+    done = shell(here, "run", "random.py", "--probes", "1")
+    assert done.returncode == 0, done.stderr
+    assert r"Spectrum of $a_b$ \u2264" in done.stdout
+    assert names(here / "spectra-out") == ["spectrum.npz", "spectrum.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\nopen('absent.txt')\n", "problem.py', line 2: FileNotFoundError"),
+        ("\nimport absent_module\n", "problem.py', line 2: ModuleNotFoundError"),
+        ("def problem(:\n", "problem.py', line 1"),
+        ("def problem():\n    raise OSError('mine')\n", "problem.py', line 2: OSError: mine"),
+    ],
+)
+def test_what_a_problem_cannot_open_is_said_with_its_line(text, message, problem, tmp_path):
+    problem.write_text(text)
+    done = invoke("run", problem, "--out", tmp_path / "out")
+    assert isinstance(done.exception, spectra.SpectraError)
+    assert message in str(done.exception)
+
+
+def test_places_that_are_no_files_are_one_message(tmp_path):
+    spectra.save(report(), tmp_path / "r.npz")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.py").mkdir()
+    long = "a" * 300
+    for arguments in (
+        ("show", "."),
+        ("show", f"{long}.npz"),
+        ("plot", "r.npz", "-o", "file/x.png"),
+        ("plot", "r.npz", "-o", f"{long}.png"),
+        ("plot", "r.npz", "-o", "r.npz"),
+        ("report", "r.npz", "-o", "file/x"),
+        ("report", ".", "-o", "x"),
+        ("run", "folder.py"),
+        ("run", f"{long}.py"),
+        ("run", "."),
+        ("export-torch", f"{long}.py:f", "-o", "x"),
+    ):
+        before = os.getcwd()
+        os.chdir(tmp_path)
+        try:
+            done = invoke(*arguments)
+        finally:
+            os.chdir(before)
+        assert isinstance(done.exception, (spectra.SpectraError, OSError)), (arguments, done.exception)
+    shutil.rmtree(tmp_path / "spectra-out")
+    assert names(tmp_path) == ["file", "folder.py", "r.npz"]
+    done = shell(tmp_path, "plot", "r.npz", "-o", "file/x.png")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_what_a_file_says_moves_no_cursor_and_every_result_is_shown(tmp_path):
+    path = spectra.save({"a\x1b]0;title\x07": results()["pairs"], "b": report()}, tmp_path / "x")
+    done = invoke("show", path)
+    assert done.exit_code == 0, done.output
+    assert "\x1b" not in done.output
+    assert "\x07" not in done.output
+    assert "Eigenpairs" in done.output
+    assert "Spectrum of net" in done.output
+
+
+def test_numbers_that_contradict_each_other_are_the_files_fault(tmp_path, monkeypatch):
+    path = spectra.save(report(), tmp_path / "x")
+    monkeypatch.setattr(spectra.SpectrumReport, "rows", lambda _: np.ones(3)[5])
+    done = invoke("show", path)
+    assert isinstance(done.exception, spectra.SpectraError)
+    assert "its numbers contradict each other (IndexError" in str(done.exception)
