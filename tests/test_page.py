@@ -1,6 +1,9 @@
 """The report page: in a real browser, on a phone, in the dark, without a network; and notebook views."""
 
+import ast
+import dataclasses
 import functools
+import html
 import html.parser
 import re
 import shutil
@@ -118,6 +121,32 @@ def test_the_page_says_what_the_bands_mean_and_how_to_compute_again(tmp_path):
     # The key on the page is the key of the run.
     key = jax.random.wrap_key_data(np.array([0, 3], np.uint32))
     assert (jax.random.key_data(key) == jax.random.key_data(jax.random.key(3))).all()
+
+
+def received(**facts):
+    report = spectrum_report()
+    return dataclasses.replace(report, provenance=report.provenance | facts)
+
+
+COMMAND = 'x"; rm -rf ~ #'
+
+
+@pytest.mark.parametrize("name", ["spectra", "jax", "key", "date", "source"])
+def test_what_a_file_says_enters_no_command_that_a_reader_copies(name, tmp_path):
+    """But quoted, as the name of a file; in the table of the provenance it may stand."""
+    hostile = {} if name == "source" else {name: COMMAND}
+    options = {"source": COMMAND + ".npz"} if name == "source" else {}
+    text = spectra.write_report(received(**hostile), tmp_path / "page", **options).read_text()
+    commands = [html.unescape(x) for x in re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)]
+    assert len(commands) == 2 if name == "key" else 3
+    for command in commands:
+        if name == "source" and "spectra.load" in command:
+            found = [x.value for x in ast.walk(ast.parse(command)) if isinstance(x, ast.Constant)]
+            assert found == [COMMAND + ".npz"]
+        else:
+            assert "rm -rf" not in command
+    if name in ("spectra", "jax"):
+        assert f'=={(spectra if name == "jax" else jax).__version__}"' in commands[-1]  # the other one
 
 
 def test_only_results_have_a_page(tmp_path):

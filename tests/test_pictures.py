@@ -359,3 +359,22 @@ def test_the_style_can_be_used_for_other_figures():
     with spectra.plot_style(font_size=9):
         assert plt.rcParams["font.size"] == 9
         assert not plt.rcParams["axes.spines.top"]
+
+
+NAMES = ("a$_$b", "$x", "$_$", r"a\$b$^", "_orig_mod.fc", "a$" * 20 + "/w")
+
+
+def test_names_of_parameters_are_no_formulas(tmp_path):
+    """Each is drawn letter by letter; what is a formula in a legend of one's own stays one."""
+    vectors = {name: {"w": np.ones((1, 2))} for name in NAMES}
+    mass = spectra.plot_eigenvector_mass(
+        dataclasses.replace(pairs(1), vectors=vectors, size=2 * len(NAMES)), by="leaf"
+    )
+    blocks = spectra.plot_blocks({name: density() for name in NAMES})[0]
+    legend = spectra.plot_comparison({name: density() for name in (*NAMES[:5], r"$\lambda$")})
+    for ax in (mass, blocks, legend):
+        ax.figure.savefig(tmp_path / "x.svg")
+        plt.close(ax.figure)
+    assert [text.get_text() for text in blocks.figure.findobj(plt.Text) if text.get_text() in NAMES]
+    shown = [text.get_text() for text in legend.figure.legends[0].get_texts()]
+    assert shown == [r"a\$_\$b", r"\$x", r"\$_\$", r"a\\$b\$^", " _orig_mod.fc", r"$\lambda$"]

@@ -28,7 +28,7 @@ def sym_numel(self):
 def _number(value):
     if not isinstance(value, (bool, int, float)):
         raise BridgeError(f"size arithmetic needs plain numbers, got {type(value).__name__}")
-    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+    if isinstance(value, int) and not -LARGEST - 1 <= value <= LARGEST:
         raise BridgeError("size arithmetic leaves the range of 64-bit integers")
     return value
 

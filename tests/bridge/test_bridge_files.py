@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 
 import bridge_reference as reference
@@ -18,6 +20,7 @@ from torch.utils import _pytree
 
 from spectra import bridge
 from spectra.bridge import BridgeError, _safetensors, _schema
+from spectra.bridge._operators import OPERATORS
 
 # PyTorch's own note on a kernel that it does not use.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
@@ -286,6 +289,80 @@ def _node(document, op):
 def test_forged_fields(files, tmp_path, change, message):
     with pytest.raises(BridgeError, match=message):
         _load(tmp_path, _forged(files, change), files[1])
+
+
+def _chain(op, first, last=40, arguments=lambda ref: [ref, ref]):
+    """Nodes of which each takes the one before it."""
+
+    def node(name, op, args):
+        rest = {"kwargs": {}, "module": "", "dtype": None, "shape": None}
+        return {"name": name, "op": op, "args": args, **rest}
+
+    rest = [node(f"z{i}", op, arguments({"ref": f"z{i - 1}"})) for i in range(1, last)]
+    return {
+        "nodes": [node("z0", *first), *rest],
+        "outputs": [{"ref": f"z{last - 1}"}],
+        "output_tree": {"type": "leaf", "index": 0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        (_chain("size.mul", ("size.mul", [2**62, 2**62])), "64-bit"),
+        (_chain("size.mul", ("size.add", [2**40, 1])), "64-bit"),
+        (_chain("size.pow", ("size.add", [2, 2])), "64-bit|exponent"),
+        (_chain("size.add", ("size.add", [2**62, 2**61]), 80), "64-bit"),
+        (_chain("size.sum", ("size.neg", [-(2**62)]), arguments=lambda ref: [[ref] * 9]), "64-bit"),
+        (_chain("size.ceil", ("size.float", [1e300]), arguments=lambda ref: [ref]), "64-bit"),
+        (_chain("aten.unbind.int", ("aten.full.default", [[2**15, 2], 1.0]), arguments=lambda _: [{"ref": "z0"}]),
+         "more work"),
+        (_chain("aten.im2col.default", ("aten.full.default", [[1, 1, 99, 99], 1.0]),
+                arguments=lambda _: [{"ref": "z0"}, [60, 60], [1, 1], [0, 0], [1, 1]]), "more work"),
+        (_chain("aten.cat.default", ("aten.full.default", [[2], 1.0]), arguments=lambda ref: [[ref] * 3]), "elements"),
+    ],
+)  # fmt: skip
+def test_a_small_graph_cannot_ask_for_endless_work(files, tmp_path, nodes, message):
+    began = time.process_time()
+    with pytest.raises(BridgeError, match=message):
+        _load(tmp_path, _forged(files, lambda d: d.update(nodes)), files[1])
+    assert time.process_time() - began < 10
+
+
+def test_sizes_up_to_the_largest_are_computed():
+    ops = {name: OPERATORS[f"size.{name}"] for name in ("mul", "pow", "sub", "floor", "sum", "floordiv")}
+    assert ops["sub"](-(2**62), 2**62) == -(2**63)
+    assert ops["mul"](2**31, 2**32 - 1) == 2**63 - 2**31
+    assert ops["pow"](2, 62) == 2**62
+    assert ops["floor"](2.0**62) == 2**62
+    assert ops["sum"]([2**62, -(2**62), 5]) == 5
+    assert ops["floordiv"](-7, 2) == -4
+
+
+def test_inputs_of_impossible_sizes(files, tmp_path):
+    def change(document):
+        document["symbols"] = [{"name": "s", "example": 2**31}]
+        document["inputs"][0]["shape"] = ["s", "s", "s"]
+
+    with pytest.raises(BridgeError, match="more than"):
+        _load(tmp_path, _forged(files, change), files[1])
+
+
+def test_a_pytorch_file_takes_no_more_memory_than_its_length_allows(tmp_path):
+    """A view of one number is a gigabyte as an array; an archive that is packed holds more than it is long."""
+    torch.save({"w": torch.zeros(1).expand(2**18, 2**10)}, tmp_path / "view.pt")
+    with pytest.raises(BridgeError, match="many times its own length"):
+        bridge.load_weights(tmp_path / "view.pt")
+    torch.save({"w": torch.zeros(60_000_000)}, tmp_path / "sound.pt")
+    with zipfile.ZipFile(tmp_path / "sound.pt") as sound:
+        with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
+            for entry in sound.namelist():
+                packed.writestr(entry, sound.read(entry))
+    with pytest.raises(BridgeError, match="more than its own length"):
+        bridge.load_weights(tmp_path / "packed.pt")
+    shared = torch.arange(6.0)
+    torch.save({"a": shared, "b": shared.view(2, 3), "c": shared.expand(4, 6)}, tmp_path / "tied.pt")
+    assert bridge.load_weights(tmp_path / "tied.pt")["c"].shape == (4, 6)
 
 
 @pytest.mark.parametrize(
