@@ -17,7 +17,7 @@ _ROOM = 2**18  # bytes that must fit before a run begins: its result and its pic
 
 
 class ResultElsewhereError(SpectraError):
-    """The result was computed, but could not be written where it was asked for; the message says where it is."""
+    """The result was computed, but could not be written where it should be; the message says where it is."""
 
 
 class Place(NamedTuple):
@@ -37,8 +37,8 @@ class Place(NamedTuple):
                 os.fsync(file.fileno())
         except OSError as error:
             raise SpectraError(
-                f"the result could not be written in '{self.folder}' ({error.strerror or error}); nothing has been "
-                "computed yet: choose another folder with --out."
+                f"the result could not be written in '{self.folder}' ({error.strerror or error}); nothing has "
+                "been computed yet: choose another folder with --out."
             ) from error
 
     def keep(self, result: Any) -> Path:
@@ -63,7 +63,8 @@ class Place(NamedTuple):
 
 def keep_elsewhere(result: Any, error: OSError, place: Place) -> ResultElsewhereError:
     """Save the result in a folder for temporary files, and say so in the error that is returned."""
-    cause = f"the result could not be written in '{place.folder}' ({error.strerror or error}). It is printed above"
+    reason = error.strerror or error
+    cause = f"the result could not be written in '{place.folder}' ({reason}). It is printed above"
     try:
         path = Place(Path(tempfile.mkdtemp(prefix="spectra-")), False).keep(result)
     except OSError as second:

@@ -16,8 +16,8 @@ from spectra.problem import Problem
 
 # What spectra itself stands on, and may still import: a file of such a name beside the problem is not it.
 _OURS = frozenset(
-    ("spectra", "jax", "jaxlib", "flax", "optax", "orbax", "numpy", "scipy", "matplotlib", "mpl_toolkits")
-    + ("safetensors", "threadpoolctl", "tqdm", "typer", "sklearn", "torch", "ml_dtypes", "PIL")
+    "spectra jax jaxlib flax optax orbax numpy scipy matplotlib mpl_toolkits PIL safetensors threadpoolctl tqdm "
+    "typer sklearn torch ml_dtypes".split()
 )
 
 

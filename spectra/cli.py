@@ -57,7 +57,7 @@ RESUME = 75
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as of every command; with a checkpoint the same command goes on, too."""
 ELSEWHERE = 74
-"""Exit code of a run whose result was computed, but could not be written where it was asked for (EX_IOERR)."""
+"""Exit code of a run that has a result, but could not write it where it was asked for (EX_IOERR)."""
 
 
 @app.command()
@@ -338,7 +338,7 @@ def _load(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _about(path: Path) -> Iterator[None]:
-    """Numbers of a file that pass every check and cannot be shown all the same are the file's fault, in words."""
+    """Numbers that pass every check and cannot be shown all the same are the file's fault, in words."""
     try:
         yield
     except (SpectraError, OSError):

@@ -8,6 +8,7 @@ counts as JSON. An error of spectra is an answer; anything else that is raised, 
 that is opened, a process that is started or code that is run is not.
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -204,10 +205,8 @@ def forge_graph(data: bytes, rng: np.random.Generator) -> bytes:
             mutate(document, rng, strange)
     else:
         endless(document, rng)
-    try:
+    with contextlib.suppress(TypeError, AttributeError):
         document["digest"] = _schema.digest(document)
-    except (TypeError, AttributeError):
-        pass
     return json.dumps(document).encode()
 
 

@@ -1,4 +1,4 @@
-"""The command line and the places it reads from and writes to: nothing is lost, replaced or taken for another."""
+"""The command line and the places it reads and writes: nothing is lost, replaced or taken for another."""
 
 import os
 import shutil

@@ -97,7 +97,7 @@ def exported(sound):
 
 def test_every_class_has_a_rule_for_each_of_its_fields_and_is_among_the_sound_files(sound):
     for cls in CLASSES.values():
-        names = cls._fields if cls is Interval else [f for f in cls.__dataclass_fields__]
+        names = cls._fields if cls is Interval else list(cls.__dataclass_fields__)
         assert set(_RULES[cls]) == set(names), cls
     for name, result in results().items():
         loaded = spectra.load(sound / "npz" / f"{name}.npz")

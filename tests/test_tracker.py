@@ -351,10 +351,9 @@ def test_a_full_disk_costs_no_snapshot_and_ends_no_training(tmp_path):
         tracker(0, params)
         whole = path.read_bytes()
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 500, limits[1]))
-        with pytest.warns(UserWarning, match=r"full\.jsonl' cannot be written .*Training goes on") as caught:
+        with pytest.warns(UserWarning, match=r"full\.jsonl' cannot be written .*Training goes on"):
             tracker(1, params)
-            tracker(2, params)
-        assert len(caught) == 1
+        tracker(2, params)  # without another warning, which would be an error
         assert path.read_bytes() == whole
         assert list(spectra.load(path).steps) == [0]
     finally:

@@ -1,4 +1,4 @@
-"""How much work a graph may ask for while it is loaded: in proportion to its nodes, whatever their arguments say.
+"""How much work a graph may ask for while it is loaded: in proportion to its nodes, whatever they say.
 
 A few operators become one step of the trace for each part or each entry of a window. One of them has a
 bound of its own, but a file of a few kilobytes could name hundreds.
@@ -26,7 +26,7 @@ def limited(num_nodes: int) -> Iterator[None]:
 
 
 def spend(steps: int) -> None:
-    """Take steps from what is left; outside of `limited`, where a checked graph is evaluated, nothing is counted.
+    """Take steps from what is left; outside of `limited`, where a graph is checked already, nothing counts.
 
     Raises:
         BridgeError: there are not so many left.

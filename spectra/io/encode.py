@@ -111,8 +111,8 @@ def checked_text(form: Any) -> str:
     text = json.dumps(form, allow_nan=False)
     if (needed := memory_of(text.encode())) > MAX_BYTES:
         raise SpectraError(
-            f"the result has too many parts for one file: they would take {needed >> 20} MiB, besides arrays. "
-            "Save it in several."
+            f"the result has too many parts for one file: they would take {needed >> 20} MiB, besides "
+            "arrays. Save it in several."
         )
     return text
 

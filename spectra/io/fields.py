@@ -199,7 +199,8 @@ def _curve_or_number(value: Any, sizes: Sizes) -> str | None:
 
 _RULES: dict[type, Mapping[str, Rule]] = {
     Quadrature: {
-        "nodes": _array("probes steps"), "weights": _array("probes steps", low=0), "residuals": _array("probes steps", low=0),
+        "nodes": _array("probes steps"),
+        **dict.fromkeys(("weights", "residuals"), _array("probes steps", low=0)),
         "lengths": _array("probes", "iu", low=0), "asymmetry": _array("probes", low=0),
         "size": _SIZE, "num_matvecs": _COUNT, "precision": _POSITIVE, "status": _STATUS,
         "bulk": _or_none(_a(Quadrature)), "atoms": _or_none(_array("deflated")),
@@ -239,12 +240,13 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     },
     Plan: {
         **dict.fromkeys(("size", "num_steps", "num_probes", "probe_batch", "num_devices"), _SIZE),
-        **dict.fromkeys(("vector", "basis", "vectors", "linearization", "workspace", "num_matvecs", "host"), _COUNT),
+        **dict.fromkeys(("vector", "basis", "vectors", "linearization", "workspace", "host"), _COUNT),
+        "num_matvecs": _COUNT,
         "available": _or_none(_COUNT), "seconds": _or_none(_POSITIVE),
     },
     LossSlice: {
-        "x": _array("x"), "y": _array("y"), "loss": _array("y x"), "quadratic": _array("y x"), "slope": _array("2"),
-        "eigenvalues": _array("2"), "center": _REAL, "num_evaluations": _COUNT,
+        "x": _array("x"), "y": _array("y"), "loss": _array("y x"), "quadratic": _array("y x"),
+        "slope": _array("2"), "eigenvalues": _array("2"), "center": _REAL, "num_evaluations": _COUNT,
     },
     DataVariability: {
         "largest": _array("subsets k"), "smallest": _array("subsets k"), "trace": _array("subsets"),
@@ -252,8 +254,8 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "whole_trace": _REAL, "num_matvecs": _COUNT,
     },
     Snapshot: {
-        "step": _count(-(2**63)), "eigenvalues": _array("k"), "residuals": _array("k", low=0), "largest": _interval,
-        "smallest": _interval, "trace": _a(Estimate), "quadrature": _a(Quadrature), "scalars": _scalars,
+        "step": _count(-(2**63)), "eigenvalues": _array("k"), "residuals": _array("k", low=0),
+        "largest": _interval, "smallest": _interval, "trace": _a(Estimate), "quadrature": _a(Quadrature), "scalars": _scalars,
         "num_matvecs": _COUNT, "seconds": _REAL, "trained": _REAL, "level": _LEVEL,
     },
     SpectrumHistory: {"snapshots": _of_class(Snapshot), "provenance": facts, "skipped": _steps},

@@ -73,7 +73,8 @@ class HistoryFile:
                 _sync_folder(self.path.parent)
         except OSError as error:
             raise SpectraError(
-                f"'{self.path}' cannot be written ({error.strerror or error}): choose another path for the history."
+                f"'{self.path}' cannot be written ({error.strerror or error}): choose another path for "
+                "the history."
             ) from error
 
     def add(self, snapshot: Snapshot) -> None:
@@ -92,8 +93,8 @@ class HistoryFile:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"'{self.path}' cannot be written ({error.strerror or error}). Training goes on, and snapshots "
-                    "are kept in memory (`tracker.history`); they are written as soon as there is room again.",
+                    f"'{self.path}' cannot be written ({error.strerror or error}). Training goes on, and "
+                    "snapshots are kept in memory (`tracker.history`); they are written as soon as there is room.",
                     stacklevel=4,
                 )
         else:

@@ -154,7 +154,8 @@ def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kinds: str) -> n
             raise ResultFileError(f"its array '{entry.filename[:80]}' has dtype {dtype}.")
         if start + math.prod(shape) * dtype.itemsize != entry.file_size:
             raise ResultFileError(
-                f"its array '{entry.filename[:80]}' of shape {shape} and dtype {dtype} has {entry.file_size:,} bytes."
+                f"its array '{entry.filename[:80]}' of shape {shape} and dtype {dtype} has "
+                f"{entry.file_size:,} bytes."
             )
         array = np.empty(shape[::-1] if fortran else shape, dtype)  # memory that the archive's limit allows
         _fill(member, memoryview(array.reshape(-1).view(np.uint8)))

@@ -108,7 +108,7 @@ def _provenance(result: Any) -> dict[str, Any]:
 
 def _reproduce(result: Any, facts: dict[str, Any], source: str) -> Section:
     """The commands that show the file again and that compute it again."""
-    # A reader copies these commands: what a received file says enters them as a number or as a quoted text only.
+    # A reader copies these commands: what a received file says enters them as numbers or as quoted text only.
     again = f"import spectra\n\nresult = spectra.load({json.dumps(source)})\nprint(result)"
     text = paragraph("To look at the result again:") + f"<pre>{html.escape(again)}</pre>"
     names = {"spectra-jax": "spectra", "jax": "jax"}

@@ -315,11 +315,12 @@ def _chain(op, first, last=40, arguments=lambda ref: [ref, ref]):
         (_chain("size.add", ("size.add", [2**62, 2**61]), 80), "64-bit"),
         (_chain("size.sum", ("size.neg", [-(2**62)]), arguments=lambda ref: [[ref] * 9]), "64-bit"),
         (_chain("size.ceil", ("size.float", [1e300]), arguments=lambda ref: [ref]), "64-bit"),
-        (_chain("aten.unbind.int", ("aten.full.default", [[2**15, 2], 1.0]), arguments=lambda _: [{"ref": "z0"}]),
+        (_chain("aten.unbind.int", ("aten.full.default", [[2**15, 2], 1.0]), 9, lambda _: [{"ref": "z0"}]),
          "more work"),
-        (_chain("aten.im2col.default", ("aten.full.default", [[1, 1, 99, 99], 1.0]),
-                arguments=lambda _: [{"ref": "z0"}, [60, 60], [1, 1], [0, 0], [1, 1]]), "more work"),
-        (_chain("aten.cat.default", ("aten.full.default", [[2], 1.0]), arguments=lambda ref: [[ref] * 3]), "elements"),
+        (_chain("aten.im2col.default", ("aten.full.default", [[1, 1, 99, 99], 1.0]), arguments=lambda _:
+                [{"ref": "z0"}, [60, 60], [1, 1], [0, 0], [1, 1]]), "more work"),
+        (_chain("aten.cat.default", ("aten.full.default", [[2], 1.0]), arguments=lambda ref: [[ref] * 3]),
+         "elements"),
     ],
 )  # fmt: skip
 def test_a_small_graph_cannot_ask_for_endless_work(files, tmp_path, nodes, message):
@@ -354,10 +355,10 @@ def test_a_pytorch_file_takes_no_more_memory_than_its_length_allows(tmp_path):
     with pytest.raises(BridgeError, match="many times its own length"):
         bridge.load_weights(tmp_path / "view.pt")
     torch.save({"w": torch.zeros(60_000_000)}, tmp_path / "sound.pt")
-    with zipfile.ZipFile(tmp_path / "sound.pt") as sound:
-        with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
-            for entry in sound.namelist():
-                packed.writestr(entry, sound.read(entry))
+    sound = zipfile.ZipFile(tmp_path / "sound.pt")
+    with sound, zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
+        for entry in sound.namelist():
+            packed.writestr(entry, sound.read(entry))
     with pytest.raises(BridgeError, match="more than its own length"):
         bridge.load_weights(tmp_path / "packed.pt")
     shared = torch.arange(6.0)
