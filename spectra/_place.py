@@ -37,8 +37,8 @@ class Place(NamedTuple):
                 os.fsync(file.fileno())
         except OSError as error:
             raise SpectraError(
-                f"the result could not be written in '{self.folder}' ({error.strerror or error}); nothing has "
-                "been computed yet: choose another folder with --out."
+                f"the result could not be written in '{self.folder}' ({error.strerror or error}); nothing "
+                "has been computed yet: choose another folder with --out."
             ) from error
 
     def keep(self, result: Any) -> Path:

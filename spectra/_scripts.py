@@ -16,11 +16,22 @@ from spectra.problem import Problem
 
 # What spectra itself stands on, and may still import: a file of such a name beside the problem is not it.
 _OURS = frozenset(
-    "spectra jax jaxlib flax optax orbax numpy scipy matplotlib mpl_toolkits PIL safetensors threadpoolctl tqdm "
-    "typer sklearn torch ml_dtypes".split()
+    (
+        *(
+            "spectra",
+            "jax",
+            "jaxlib",
+            "flax",
+            "optax",
+            "orbax",
+            "numpy",
+            "scipy",
+            "matplotlib",
+            "mpl_toolkits",
+        ),
+        *("safetensors", "threadpoolctl", "tqdm", "typer", "sklearn", "torch", "ml_dtypes", "PIL"),
+    )
 )
-
-
 _loaded: set[str] = set()  # names in `sys.modules` of files that were imported here
 
 

@@ -31,13 +31,26 @@ from spectra import bridge
 from spectra.bridge import _schema
 
 SECONDS = 10.0  # of the processor; ten times that on the clock, which also runs for other processes
-EVENTS = ("exec", "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen",
-          "socket.connect", "ctypes.dlopen", "shutil.rmtree")  # fmt: skip
-STRANGE = [None, True, False, -1, 0, 1, 2, 7, 2**31, 2**62, 2**64, 10**30, 0.0, 1.5, -1e300, 1e-320, float("nan"),
-           float("inf"), "", "x", "a$_$b", "\x00\x1b[2J", "__import__('os').system('x')", [], [[]], [1, 2], {},
-           {"a": 1}, {"float": "nan"}, {"float": "1e9"}, {"status": "complete"}, {"status": "x"}, {"list": []},
-           {"tuple": [1]}, {"dict": {}}, {"class": "Estimate", "fields": {}}, {"array": "nodes"}, {"ref": "x"},
-           {"dtype": "object"}, {"tree": {"a/b": 1}}, "../../etc/passwd", "aten.add.Tensor"]  # fmt: skip
+EVENTS = (
+    *("exec", "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen"),
+    *("socket.connect", "ctypes.dlopen", "shutil.rmtree"),
+)
+NUMBERS = [-1, 0, 1, 2, 7, 2**31, 2**62, 2**64, 10**30, 0.0, 1.5, -1e300, 1e-320, float("nan"), float("inf")]
+TEXTS = [
+    "",
+    "x",
+    "a$_$b",
+    "\x00\x1b[2J",
+    "__import__('os').system('x')",
+    "../../etc/passwd",
+    "aten.add.Tensor",
+]
+FORMS = [
+    *([], [[]], [1, 2], {}, {"a": 1}, {"float": "nan"}, {"float": "1e9"}, {"status": "complete"}),
+    *({"status": "x"}, {"list": []}, {"tuple": [1]}, {"dict": {}}, {"class": "Estimate", "fields": {}}),
+    *({"array": "nodes"}, {"ref": "x"}, {"dtype": "object"}, {"tree": {"a/b": 1}}),
+]
+STRANGE = [None, True, False, *NUMBERS, *TEXTS, *FORMS]
 
 
 class Hang(BaseException):

@@ -1,4 +1,4 @@
-"""Files from anywhere: each is read, or refused in words, within bounded memory and time, and runs nothing."""
+"""Files from anywhere: each is read, or refused in words, in bounded memory and time, and runs nothing."""
 
 import json
 import subprocess
@@ -49,6 +49,7 @@ def results():
     """One of every class, made of NumPy numbers."""
     line = np.linspace(0.1, 1.0, 6)
     tree = {"a": {"kernel": np.ones((3, 2))}, "b": [np.zeros(4), np.ones(1)]}
+    number = spectra.Estimate(1.0, 0.1, 9, "x")
     return {
         "report": report(),
         "quadrature": quadrature(),
@@ -61,7 +62,7 @@ def results():
         ),
         "lanczos": spectra.Tridiagonal(line, line[1:], 0.1, 6, 1e-7, 0, (), None, Status.COMPLETE),
         "diagonal": spectra.Estimate(tree, tree, 9, "exact"),
-        "groups": spectra.Estimate({"a": 1.0}, {"a": 0.1}, 9, "hutchinson", total=spectra.Estimate(1.0, 0.1, 9, "x")),
+        "groups": spectra.Estimate({"a": 1.0}, {"a": 0.1}, 9, "hutchinson", total=number),
         "condition": condition(),
         "layers": spectra.LayerConditions({"a/b": condition(), "c": condition(5)}),
         "plan": spectra.Plan(500, 24, 3, 1, 4000, 96_000, 12_000, 0, 0, None, 72),

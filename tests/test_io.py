@@ -265,7 +265,7 @@ COLLIDING = {
     "numbered already": {"a": {"b": 1}, "a/b": 2, "a/b~2": 3},
     "long": {"x" * 300 + "a": 1, "x" * 300 + "b": 2, "y" * 70000: 3},
     "words of NumPy's": {"header": 1, "file": 2, "allow_pickle": 3},
-    "half a character": {"\ud800": 1, "\udfff": 2, "_": 3},
+    "half a character": {chr(0xD800): 1, chr(0xDFFF): 2, "_": 3},
 }
 
 

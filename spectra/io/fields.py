@@ -255,8 +255,8 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     },
     Snapshot: {
         "step": _count(-(2**63)), "eigenvalues": _array("k"), "residuals": _array("k", low=0),
-        "largest": _interval, "smallest": _interval, "trace": _a(Estimate), "quadrature": _a(Quadrature), "scalars": _scalars,
-        "num_matvecs": _COUNT, "seconds": _REAL, "trained": _REAL, "level": _LEVEL,
+        "largest": _interval, "smallest": _interval, "trace": _a(Estimate), "quadrature": _a(Quadrature),
+        "scalars": _scalars, "num_matvecs": _COUNT, "seconds": _REAL, "trained": _REAL, "level": _LEVEL,
     },
     SpectrumHistory: {"snapshots": _of_class(Snapshot), "provenance": facts, "skipped": _steps},
     SpectrumReport: {

@@ -94,7 +94,7 @@ class HistoryFile:
                 self._warned = True
                 warnings.warn(
                     f"'{self.path}' cannot be written ({error.strerror or error}). Training goes on, and "
-                    "snapshots are kept in memory (`tracker.history`); they are written as soon as there is room.",
+                    "snapshots are kept in memory (`tracker.history`); they follow as soon as there is room.",
                     stacklevel=4,
                 )
         else:
@@ -149,7 +149,7 @@ def _read(path: Path) -> SpectrumHistory:
     if header is None and not snapshots:
         check_header(_unchecked(first), FORMAT, SCHEMA, path)
         raise ResultFileError(f"'{path}' is damaged: its first line cannot be read, and no snapshot either.")
-    provenance = {} if header is None else header.get("provenance")
+    provenance: Any = {} if header is None else header.get("provenance")
     if (wrong := facts(provenance)) is not None:
         raise ResultFileError(f"'{path}' lacks or garbles a field: provenance {wrong}")
     if damaged:

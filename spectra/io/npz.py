@@ -158,7 +158,7 @@ def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kinds: str) -> n
                 f"{entry.file_size:,} bytes."
             )
         array = np.empty(shape[::-1] if fortran else shape, dtype)  # memory that the archive's limit allows
-        _fill(member, memoryview(array.reshape(-1).view(np.uint8)))
+        _fill(member, array.reshape(-1).view(np.uint8).data)
     return array.T if fortran else array
 
 

@@ -350,7 +350,7 @@ def test_inputs_of_impossible_sizes(files, tmp_path):
 
 
 def test_a_pytorch_file_takes_no_more_memory_than_its_length_allows(tmp_path):
-    """A view of one number is a gigabyte as an array; an archive that is packed holds more than it is long."""
+    """A view of one number is a gigabyte as an array; a packed archive holds more than it is long."""
     torch.save({"w": torch.zeros(1).expand(2**18, 2**10)}, tmp_path / "view.pt")
     with pytest.raises(BridgeError, match="many times its own length"):
         bridge.load_weights(tmp_path / "view.pt")
