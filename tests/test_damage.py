@@ -69,6 +69,7 @@ def results():
         "spread": spectra.DataVariability(
             line.reshape(3, 2), line.reshape(3, 2), line[:3], line[:3], line[:2], line[:2], 1.0, 9
         ),
+        "sharpness": spectra.Sharpness(2.0, 1.9, 2.1, True, 0.7, 12, Status.CONVERGED),
         "interval": {"curve": Interval(line, line, line)},
     }  # fmt: skip
 

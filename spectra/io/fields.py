@@ -25,6 +25,7 @@ from spectra.results import (
     Moments,
     Plan,
     Quadrature,
+    Sharpness,
     Snapshot,
     SpectrumHistory,
     Tridiagonal,
@@ -247,6 +248,10 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     LossSlice: {
         "x": _array("x"), "y": _array("y"), "loss": _array("y x"), "quadratic": _array("y x"),
         "slope": _array("2"), "eigenvalues": _array("2"), "center": _REAL, "num_evaluations": _COUNT,
+    },
+    Sharpness: {
+        **dict.fromkeys(("value", "lower", "upper", "loss"), _REAL), "descends": _FLAG,
+        "num_evaluations": _COUNT, "status": _STATUS,
     },
     DataVariability: {
         "largest": _array("subsets k"), "smallest": _array("subsets k"), "trace": _array("subsets"),
