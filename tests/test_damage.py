@@ -119,11 +119,6 @@ def test_a_few_damaged_results(kind, sound):
     check(damage.run(kind, 0, 80, sound / kind), 80)
 
 
-@pytest.mark.parametrize("kind", ["graph", "weights"])
-def test_a_few_damaged_models(kind, exported):
-    check(damage.run(kind, 0, 40, exported), 40)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [("npz", 2000), ("jsonl", 1000)])
 def test_damaged_results(kind, count, sound):
@@ -133,6 +128,7 @@ def test_damaged_results(kind, count, sound):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [("graph", 1000), ("weights", 1000)])
 def test_damaged_models(kind, count, exported):
+    """In this process: `test_bridge_files`."""
     check_alone(kind, count, exported)
 
 
