@@ -62,8 +62,11 @@ def gauss_rule_traced(alpha, beta):
     """`gauss_rule` inside jit, in the working dtype. A dead tail of T decouples: its weight is zero."""
     import jax.numpy as jnp
 
-    theta, vectors = _eigh_traced(dense(alpha, beta[..., :-1], jnp))
-    return theta, vectors[..., 0, :] ** 2, jnp.abs(beta[..., -1:] * vectors[..., -1, :])
+    from spectra._tree import power_of_two
+
+    unit = power_of_two(jnp.max(jnp.abs(jnp.concatenate([alpha, beta], axis=-1)), axis=-1, keepdims=True))
+    theta, vectors = _eigh_traced(dense(alpha / unit, beta[..., :-1] / unit, jnp))
+    return unit * theta, vectors[..., 0, :] ** 2, jnp.abs(beta[..., -1:] * vectors[..., -1, :])
 
 
 def _eigh_traced(matrix):

@@ -166,9 +166,29 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
     return sum((one(x, y).astype(dtype) for x, y in pairs), jnp.zeros((), dtype))
 
 
+def largest(a: PyTree) -> jax.Array:
+    """max |a_i| over all leaves; NaN if there is one."""
+    parts = [jnp.max(jnp.abs(leaf), initial=0).astype(scalar_dtype(a)) for leaf in jax.tree.leaves(a)]
+    return functools.reduce(jnp.maximum, parts)
+
+
+def power_of_two(size: jax.Array) -> jax.Array:
+    """The power of two nearest to `size`, a unit in which numbers of that size have squares: 1 for 0, NaN, inf.
+
+    Squares of float32 underflow below 1e-19 and overflow beyond 1e19. Division by a power of two rounds
+    nothing, so that an algorithm in such a unit gives for H and for c H the same answer up to c.
+    """
+    size, kind = lax.stop_gradient(size), jnp.finfo(size.dtype)
+    inside = jnp.clip(size, kind.tiny, 1 / kind.tiny)  # its inverse is a normal number
+    unit = lax.reduce_precision(inside, exponent_bits=kind.nexp, mantissa_bits=0)
+    return jnp.where(jnp.isfinite(size) & (size > 0), unit, 1)
+
+
 def norm(a: PyTree) -> jax.Array:
-    """Euclidean norm over all leaves."""
-    return jnp.sqrt(vdot(a, a))
+    """Euclidean norm over all leaves, of numbers of any size."""
+    unit = power_of_two(largest(a))
+    a = scale(1 / unit, a)
+    return unit * jnp.sqrt(vdot(a, a))
 
 
 _length = jax.jit(norm)

@@ -70,12 +70,13 @@ def absorb(layout: Layout, size: int, state: BandState, row, previous, product: 
     q, p = _basis.take(state.basis, row), _basis.take(state.basis, previous)
     w = layout.pack(product)
     # Subtract the two large coefficients first: what is left needs one pass, as in `recurrence.absorb`.
-    alpha = _basis.vdot(q, w)
-    beta = jnp.where(previous >= 0, state.coefficients[row, previous], 0)
-    w = _basis.axpy(-alpha, q, _basis.axpy(-beta, p, w))
+    unit = _basis.unit_of_step(state.scale == 0, w, state.scale)
+    alpha = _basis.vdot(q, w) / unit
+    beta = jnp.where(previous >= 0, state.coefficients[row, previous], 0) / unit
+    w = _basis.axpy(-alpha, q, _basis.axpy(-beta, p, _basis.scale(1 / unit, w)))
     w, rest, _, column, _ = orthogonalize(state.basis, w, state.filled)
     column = column.at[row].add(alpha).at[previous].add(beta)
-    scale = jnp.maximum(state.scale, jnp.sqrt(jnp.vdot(column, column) + rest**2))
+    scale = jnp.maximum(state.scale / unit, jnp.sqrt(jnp.vdot(column, column) + rest**2))
     eps = jnp.finfo(scale.dtype).eps
     alive = (rest > breakdown_factor(size) * eps * scale) & (state.filled < size)
     inverse = jnp.where(alive, 1 / jnp.where(alive, rest, 1), 0)
@@ -87,9 +88,9 @@ def absorb(layout: Layout, size: int, state: BandState, row, previous, product: 
     new = [jnp.where(alive, x, 0) for x in _basis.scale(inverse, w)]
     return BandState(
         basis=_basis.put(state.basis, state.filled, new),
-        coefficients=state.coefficients.at[:, row].set(column),
+        coefficients=state.coefficients.at[:, row].set(unit * column),
         filled=state.filled + alive,
-        scale=scale,
+        scale=unit * scale,
     )
 
 

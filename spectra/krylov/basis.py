@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from spectra import _tree
 from spectra.krylov.layout import LANES, Layout, Panels, PyTree
 
 Basis = tuple[Panels, ...]
@@ -48,8 +49,23 @@ def vdot(a: Panels, b: Panels) -> jax.Array:
 
 
 def norm(a: Panels) -> jax.Array:
-    """Euclidean norm over all panels."""
-    return jnp.sqrt(vdot(a, a))
+    """Euclidean norm over all panels, of numbers of any size."""
+    unit = _tree.power_of_two(_tree.largest(a))
+    a = scale(1 / unit, a)
+    return unit * jnp.sqrt(vdot(a, a))
+
+
+def unit_of_step(first: jax.Array, product: Panels, size: jax.Array) -> jax.Array:
+    """A power of two near |H|, in which a step computes: the largest entry of the first product, then `size`.
+
+    |H| is known once there was a product, so that no later one is read for this.
+    """
+    return lax.cond(
+        first,
+        lambda product: _tree.power_of_two(_tree.largest(product)),
+        lambda _: _tree.power_of_two(size),
+        product,
+    )
 
 
 def scale(factor: jax.Array, a: Panels) -> Panels:

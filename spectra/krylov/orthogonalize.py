@@ -34,6 +34,8 @@ def orthogonalize(
 ) -> tuple[Panels, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Make `vector` orthogonal to the first `filled` rows of `basis` to working precision.
 
+    `vector` is in a unit in which its square is a number, see `basis.unit_of_step`.
+
     Returns the new vector, its norm, the coefficients of the first pass, the sum of the coefficients
     of all passes, and whether a second one ran. Costs one pass, or two where the first removed a
     relevant part.
@@ -42,7 +44,8 @@ def orthogonalize(
 
     def again(vector):
         vector, _, second = gram_schmidt_pass(basis, vector, filled)
-        return vector, _basis.norm(vector), first + second  # at a breakdown nothing but rounding is left
+        # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
+        return vector, jnp.sqrt(_basis.vdot(vector, vector)), first + second
 
     def enough(vector):
         return vector, norm, first

@@ -6,7 +6,8 @@ Step i, with q_i in row i of the basis:
 
 Subtracting the three terms first leaves coefficients of rounding size, so one Gram-Schmidt pass over the
 basis is as good as two over the raw product. α_i takes in the correction of the passes, without which T
-would not be the projection Q H Qᵀ to rounding.
+would not be the projection Q H Qᵀ to rounding. A step computes in a unit near |H|, a power of two, which
+the subtraction brings in without a pass of its own: squares neither under- nor overflow.
 """
 
 import contextlib
@@ -91,9 +92,10 @@ def absorb(i: jax.Array, w: Panels, state: LanczosState) -> LanczosState:
     steps of a compiled loop leave T as it is.
     """
     q = state.current
-    beta_previous = jnp.where(i > 0, state.beta[i - 1], 0)
-    alpha = _basis.vdot(q, w)
-    w = _basis.axpy(-alpha, q, _basis.axpy(-beta_previous, state.previous, w))
+    unit = _basis.unit_of_step(i == 0, w, state.scale)
+    beta_previous = jnp.where(i > 0, state.beta[i - 1], 0) / unit
+    alpha = _basis.vdot(q, w) / unit
+    w = _basis.axpy(-alpha, q, _basis.axpy(-beta_previous, state.previous, _basis.scale(1 / unit, w)))
     rows, asymmetry, second = state.basis, state.asymmetry, state.second_passes
     if rows:
         rows = _basis.put(rows, i, q)
@@ -102,11 +104,15 @@ def absorb(i: jax.Array, w: Panels, state: LanczosState) -> LanczosState:
         # H q_i is orthogonal to all rows but i - 1, i, i + 1 if H is symmetric, and has the coefficient
         # β_{i-1} on row i - 1: what the first pass finds on rows before i is asymmetry or rounding.
         others = jnp.where(jnp.arange(len(first)) == i, 0, first)
-        asymmetry = jnp.maximum(asymmetry, jnp.max(jnp.abs(others)))
+        asymmetry = jnp.maximum(asymmetry, unit * jnp.max(jnp.abs(others)))
         second = second + repeated
     else:
-        beta = _basis.norm(w)
-    scale = jnp.maximum(state.scale, jnp.abs(alpha) + beta + beta_previous)
+        beta = jnp.sqrt(_basis.vdot(w, w))
+    scale = jnp.maximum(state.scale / unit, jnp.abs(alpha) + beta + beta_previous)
+    if not rows:
+        # The same of the one row at hand. q_i is orthogonal to it to |H| eps / β_{i-1}: as much is rounding.
+        before = jnp.abs(_basis.vdot(state.previous, w)) * beta_previous
+        asymmetry = jnp.maximum(asymmetry, unit * before / jnp.where(scale > 0, scale, 1))
     rounding = breakdown_factor(sum(x.size for x in w)) * jnp.finfo(alpha.dtype).eps
     alive = state.alive & (beta > rounding * scale)
     inverse = jnp.where(alive, 1 / jnp.where(alive, beta, 1), 0)
@@ -114,9 +120,9 @@ def absorb(i: jax.Array, w: Panels, state: LanczosState) -> LanczosState:
         basis=rows,
         current=[jnp.where(alive, x, 0) for x in _basis.scale(inverse, w)],
         previous=q,
-        alpha=state.alpha.at[i].set(alpha),
-        beta=state.beta.at[i].set(jnp.where(alive | jnp.isnan(beta), beta, 0)),
-        scale=scale,
+        alpha=state.alpha.at[i].set(unit * alpha),
+        beta=state.beta.at[i].set(jnp.where(alive | jnp.isnan(beta), unit * beta, 0)),
+        scale=unit * scale,
         asymmetry=asymmetry,
         length=state.length + state.alive,
         alive=alive,

@@ -155,7 +155,7 @@ def _sizes(vectors: PyTree, images: PyTree, theta: jax.Array):
 
 def _filter(op: LinearOperator, block: PyTree, cut: float, norm: float, degree: int) -> PyTree:
     """T_degree of the map that sends [cut², norm²] to [-1, 1], on a stack of vectors."""
-    bounds = jnp.asarray([cut, norm], op.dtype)
+    bounds = jnp.asarray([cut / norm, 1 / norm], op.dtype)
     if not op.on_host:
         return _filter_jit(op, block, bounds, degree)
     before, now = block, _map_interval(op, block, bounds)
@@ -174,10 +174,11 @@ def _filter_jit(op, block, bounds, degree):
 
 
 def _map_interval(op, block: PyTree, bounds: jax.Array) -> PyTree:
-    low, high = bounds[0] ** 2, bounds[1] ** 2
-    squared = op.mv_batch(op.mv_batch(block))
-    shifted = _tree.axpy(-2 / (high + low), squared, block)
-    return _tree.scale((high + low) / (high - low), shifted)
+    """In units of the norm, of which the square may be no number; `bounds` are the cut in it, and its inverse."""
+    low, inverse = bounds[0] ** 2, bounds[1]
+    squared = _tree.scale(inverse, op.mv_batch(_tree.scale(inverse, op.mv_batch(block))))
+    shifted = _tree.axpy(-2 / (1 + low), squared, block)
+    return _tree.scale((1 + low) / (1 - low), shifted)
 
 
 def _three_terms(now: PyTree, before: PyTree) -> PyTree:
