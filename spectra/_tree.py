@@ -173,7 +173,7 @@ def largest(a: PyTree) -> jax.Array:
 
 
 def power_of_two(size: jax.Array) -> jax.Array:
-    """The power of two nearest to `size`, a unit in which numbers of that size have squares: 1 for 0, NaN, inf.
+    """The power of two nearest to `size`, a unit for numbers of that size; 1 for 0, NaN and infinity.
 
     Squares of float32 underflow below 1e-19 and overflow beyond 1e19. Division by a power of two rounds
     nothing, so that an algorithm in such a unit gives for H and for c H the same answer up to c.

@@ -116,10 +116,11 @@ def test_a_step_gathers_nothing_that_the_gradient_does_not(lowered, case):
 def test_a_step_adds_two_reductions_and_two_for_a_second_pass(lowered, case):
     own = [s for s in moved(lowered[case]["step"], reductions=True) if len(s) == 0 or s == [ROWS + 1]]
     gradient = [s for s in moved(lowered[case]["gradient"], reductions=True) if len(s) == 0]
-    # alpha, and coefficients with the norm; in the second pass coefficients, and the norm. "mixed" has
-    # leaves over two sets of devices, each with its own sums; what is replicated needs none.
+    # The largest entry, in the first step alone; alpha, and coefficients with the norm; in the second pass
+    # coefficients, and the norm. "mixed" has leaves over two sets of devices, each with its own sums; what is
+    # replicated needs none.
     sets = {"replicated": 0, "mixed": 2}.get(case, 1)
-    assert len(own) - len(gradient) <= 4 * sets
+    assert len(own) - len(gradient) <= 5 * sets
     assert sum(s == [ROWS + 1] for s in own) == 2 * sets
 
 

@@ -2,7 +2,9 @@
 
 A stack of k vectors is a pytree with leaves (k, *leaf.shape). Contractions run leaf by leaf in full
 precision, so a stack keeps the sharding of the parameters and nothing is ever gathered: only (k, k)
-matrices are summed over devices. Probe i depends on the key and i alone, whatever the batch it is in.
+matrices are summed over devices. Squares of float32 underflow below 1e-19 and overflow beyond 1e19, so that
+products are kept in a unit, see `in_unit`, and estimates multiplied by it at the end. Probe i depends on
+the key and i alone, whatever the batch it is in.
 """
 
 from functools import partial
@@ -47,6 +49,21 @@ def draw_with_noise(op: LinearOperator, key: jax.Array, indices: jax.Array, kind
 def _draw(key: jax.Array, indices: jax.Array, structure: PyTree, kind: str) -> PyTree:
     distribution = getattr(jax.random, kind)
     return jax.vmap(lambda i: _tree.sample(jax.random.fold_in(key, i), structure, distribution))(indices)
+
+
+@jax.jit
+def in_unit(stack: PyTree, unit: jax.Array) -> tuple[PyTree, jax.Array]:
+    """Products in a unit in which their squares are numbers, and that unit: a power of two, which is exact.
+
+    `unit` is the one of the products before, or 0: then it is set by the largest entry, if there is any.
+    """
+
+    def first(stack):
+        size = _tree.largest(stack)
+        return jnp.where(size > 0, _tree.power_of_two(size), 0)
+
+    unit = lax.cond(unit > 0, lambda _: unit, first, stack)
+    return _tree.scale(1 / jnp.where(unit > 0, unit, 1), stack), unit
 
 
 def length(stack: PyTree) -> int:

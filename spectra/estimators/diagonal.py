@@ -127,14 +127,19 @@ def _grouped(run: Run, tree: PyTree) -> dict[str, Any]:
 
 def _exact(run: Run, num_matvecs: int):
     del num_matvecs
-    value, squares = (_tree.unravel(column, run.op.structure) for column in exact.columns(run))
-    stderr, dof = jax.tree.map(lambda x: run.op.precision * jnp.sqrt(x), squares), None
+    value, norms = (_tree.unravel(column, run.op.structure) for column in exact.columns(run))
+    stderr, dof = jax.tree.map(lambda x: run.op.precision * x, norms), None
     if moved := rounding.moved_products(run):
-        changes = jax.tree.map(
-            lambda *xs: jnp.sqrt(jnp.mean(jnp.stack(xs) ** 2, axis=0)), *[x for *_, x in moved]
-        )
+        changes = _root_mean_square([x for *_, x in moved])
         stderr, dof = jax.tree.map(jnp.hypot, stderr, changes), float(len(moved))
     return value, stderr, {"num_matvecs": run.op.size, "status": Status.COMPLETE, "dof": dof}
+
+
+@jax.jit
+def _root_mean_square(trees: list[PyTree]) -> PyTree:
+    """Entry by entry, over several pytrees."""
+    stack, unit = blocks.in_unit(jax.tree.map(lambda *xs: jnp.stack(xs), *trees), jnp.zeros(()))
+    return jax.tree.map(lambda x: (unit * jnp.sqrt(jnp.mean(x**2, axis=0))).astype(x.dtype), stack)
 
 
 def _relative(run: Run, value: PyTree, stderr: PyTree) -> tuple[float, float]:
@@ -144,69 +149,72 @@ def _relative(run: Run, value: PyTree, stderr: PyTree) -> tuple[float, float]:
 
 def _hutchinson(run: Run, num_matvecs: int):
     """Mean and spread of v ⊙ Hv, updated batch by batch without cancellation."""
-    state, done = None, 0
+    state, unit, done = None, run.no_unit, 0
 
     def step(count):
-        nonlocal state, done
+        nonlocal state, unit, done
         for start in range(done, count, run.batch):
             indices = np.arange(start, min(start + run.batch, count))
-            state = _accumulate(run, indices, state)
+            state, unit = _accumulate(run, indices, state, unit)
         done = count
         return _relative(run, *result())
 
     def result():
         assert state is not None
-        mean, spread, square = state
-        return mean, _hutchinson_error(spread, square, float(done), run.op.precision)
+        return _hutchinson_result(*state, unit, float(done), run.op.precision)
 
     status = adaptive(run, step, num_matvecs)
     value, stderr = result()
     return value, stderr, {"num_matvecs": done, "status": status, "dof": float(max(done - 1, 1))}
 
 
-def _accumulate(run: Run, indices: np.ndarray, state):
+def _accumulate(run: Run, indices: np.ndarray, state, unit):
     if run.op.on_host:
         stack = blocks.draw(run.op, run.key, indices, "rademacher")
-        return _merge(stack, run.op.mv_batch(stack), indices[0], state)
-    return _step(run.op, run.key, indices, state)
+        return _merge(stack, run.op.mv_batch(stack), indices[0], state, unit)
+    return _step(run.op, run.key, indices, state, unit)
 
 
 @jax.jit
-def _step(op: LinearOperator, key, indices, state):
+def _step(op: LinearOperator, key, indices, state, unit):
     stack = blocks.draw(op, key, indices, "rademacher")
-    return _merge(stack, op.mv_batch(stack), indices[0], state)
+    return _merge(stack, op.mv_batch(stack), indices[0], state, unit)
 
 
 @jax.jit
-def _merge(stack: PyTree, products: PyTree, done, state):
-    """Mean, sum of squared deviations and mean of (Hv)², with a batch taken in (Chan, Golub, LeVeque)."""
-    k = blocks.length(stack)
+def _merge(stack: PyTree, products: PyTree, done, state, unit):
+    """Mean, sum of squared deviations and mean of (Hv)², with a batch taken in (Chan, Golub, LeVeque), and
+    their unit."""
+    k, (products, unit) = blocks.length(stack), blocks.in_unit(products, unit)
     samples = jax.tree.map(jnp.multiply, stack, products)
     mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), samples)
     spread = jax.tree.map(lambda x, m: jnp.sum((x - m) ** 2, axis=0), samples, mean)
     square = jax.tree.map(lambda x: jnp.mean(x**2, axis=0), products)
     if state is None:
-        return mean, spread, square
+        return (mean, spread, square), unit
     share = (k / (done + k)).astype(_tree.scalar_dtype(mean))
     old_mean, old_spread, old_square = state
     shift = jax.tree.map(jnp.subtract, mean, old_mean)
     between = jax.tree.map(lambda x: x**2, shift)
-    return (
+    merged = (
         _tree.axpy(share, shift, old_mean),
         _tree.axpy(done * share, between, jax.tree.map(jnp.add, old_spread, spread)),
         _tree.axpy(share, jax.tree.map(jnp.subtract, square, old_square), old_square),
     )
+    return merged, unit
 
 
 @jax.jit
-def _hutchinson_error(spread: PyTree, square: PyTree, count, precision) -> PyTree:
-    """Of one probe the spread is unknown; (Hv)_i² bounds it on average."""
+def _hutchinson_result(mean: PyTree, spread: PyTree, square: PyTree, unit, count, precision):
+    """Value and error. Of one probe the spread is unknown; (Hv)_i² bounds it on average."""
 
-    def one(s, q):
+    def error(s, q):
         variance = jnp.where(count > 1, s / jnp.maximum(count * (count - 1), 1), q)
-        return jnp.sqrt(variance + precision**2 * q).astype(q.dtype)
+        return jnp.sqrt(variance + precision**2 * q)
 
-    return jax.tree.map(one, spread, square)
+    return _tree.scale(unit, mean), jax.tree.map(
+        lambda s, q: (unit * error(s, q)).astype(q.dtype), spread, square
+    )
 
 
 def _xdiag(run: Run, num_matvecs: int):
@@ -221,6 +229,7 @@ def _xdiag(run: Run, num_matvecs: int):
         found[:] = _leave_one_out(
             sketch.held,
             *(jnp.asarray(x, run.op.dtype) for x in (u, among, inner.qy[-1].T)),
+            sketch.unit,
             run.op.precision,
         )
         return _relative(run, *found)
@@ -231,7 +240,7 @@ def _xdiag(run: Run, num_matvecs: int):
 
 
 @jax.jit
-def _leave_one_out(held: Held, u, among, sketch, precision):
+def _leave_one_out(held: Held, u, among, sketch, unit, precision):
     """XDiag and its error: diag(P A) + ω ⊙ (1 - P) A ω with P the sketch without the probe ω.
 
     With a_j = Q u_j, b_j = Z u_j and r_j = Q y_j, estimate j is diag(Q Zᵀ) - a_j ⊙ b_j + (u_j·r_j) ω_j ⊙ a_j.
@@ -258,7 +267,7 @@ def _leave_one_out(held: Held, u, among, sketch, precision):
         covariance = lax.fori_loop(0, d, pairs, jnp.zeros_like(mean)) / (d * (d - 1))
         rounding = precision**2 * jnp.mean(y**2, axis=0)
         stderr = jnp.sqrt(variance + covariance + rounding)
-        return mean + jnp.sum(q * z, axis=0), stderr
+        return _tree.scale(unit, (mean + jnp.sum(q * z, axis=0), stderr))
 
     stacks = zip(
         *map(jax.tree.leaves, (held.basis, held.basis_images, held.probes, held.images)), strict=True

@@ -16,7 +16,7 @@ PyTree = Any
 
 
 def columns(run: Run) -> tuple[jax.Array, jax.Array]:
-    """e_iᵀ H e_i and |H e_i|² for all i, in the order of `ravel`; two arrays (n,)."""
+    """e_iᵀ H e_i and |H e_i| for all i, in the order of `ravel`; two arrays (n,)."""
     op, n = run.op, run.op.size
     if not op.on_host:
         return _columns(op, run.batch)
@@ -37,7 +37,7 @@ _units = jax.jit(lambda op, indices: jax.vmap(lambda i: _unit(op, i))(indices))
 @jax.jit
 def _entries(products: PyTree, indices):
     def one(product, i):
-        return _tree.ravel(product)[i], _tree.vdot(product, product)
+        return _tree.ravel(product)[i], _tree.norm(product)
 
     return jax.vmap(one)(products, indices)
 
@@ -46,6 +46,6 @@ def _entries(products: PyTree, indices):
 def _columns(op: LinearOperator, batch: int):
     def one(i):
         product = op.mv(_unit(op, i))
-        return _tree.ravel(product)[i], _tree.vdot(product, product)
+        return _tree.ravel(product)[i], _tree.norm(product)
 
     return lax.map(one, jnp.arange(op.size), batch_size=batch)

@@ -74,14 +74,14 @@ def frobenius_norm(
         needs_key=method != "exact",
     )
     if method == "exact":
-        squares = run.host(exact.columns(run)[1])
-        square, error = run.xp.sum(squares), 2 * op.precision * run.xp.sum(squares)
-        status, dof, count = Status.COMPLETE, None, op.size
+        norms, unit = blocks.in_unit(exact.columns(run)[1], run.no_unit)
+        square = run.xp.sum(run.host(norms) ** 2)
+        error, status, dof, count = 2 * op.precision * square, Status.COMPLETE, None, op.size
         if moved := rounding.moved_products(run):
-            forms = [2 * rounding.form(product, change) for _, product, change in moved]
+            forms = [2 * rounding.form(product, change, unit) for _, product, change in moved]
             error, dof = np.hypot(error, rounding.root_mean_square(forms)), float(len(moved))
     elif method == "hutchinson":
-        square, error, status, count = _sampled(run, num_matvecs)
+        square, error, unit, status, count = _sampled(run, num_matvecs)
         dof = count / 2
     else:
         sketch, found = SketchRun(run, "normal"), []
@@ -101,13 +101,14 @@ def frobenius_norm(
             return found
 
         status = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
-        (square, error), count = found, 2 * sketch.num_probes
+        (square, error), unit, count = found, sketch.unit, 2 * sketch.num_probes
         dof = float(sketch.num_probes - 1)
     value = run.xp.sqrt(run.xp.maximum(square, 0))
     stderr = error / run.xp.where(value > 0, 2 * value, 1)
     return run.estimate(
         run.xp.asarray([value]),
         run.xp.asarray([stderr]),
+        unit=unit,
         num_matvecs=count,
         method=method,
         status=status,
@@ -116,15 +117,15 @@ def frobenius_norm(
     )
 
 
-def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Status, int]:
-    """Mean of |Hv|² over normal probes, its standard error, the status, and the number of probes.
+def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Status, int]:
+    """Mean of |Hv|² over normal probes and its standard error, the unit of |Hv|, status, number of probes.
 
     |Hv|² has the law Σ λ_i² χ²_1, so that k of them are close to χ² with ν = k |H|_F⁴ / tr H⁴ >= k degrees of
     freedom (Satterthwaite), and the root has the standard error |H|_F / sqrt(2 ν). Both the spread of |Hv|²
     and (w_i · w_{i-1})² for products w = Hv estimate tr H⁴ without bias; the larger one is taken, at most
     |H|_F⁴. The root of χ² is skewed: Student's t with k / 2 degrees of freedom has its quantiles to 3 %.
     """
-    xp, parts, last = run.xp, [], None
+    xp, parts, last, unit = run.xp, [], None, run.no_unit
 
     def result():
         squares, crosses = (xp.concatenate(x) for x in zip(*parts, strict=True))
@@ -139,45 +140,51 @@ def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Status, int]:
         return sum(len(squares) for squares, _ in parts)
 
     def step(count):
-        nonlocal last
-        squares, crosses, last = _norms(run, num_probes(), count, last)
+        nonlocal last, unit
+        squares, crosses, last, unit = _norms(run, num_probes(), count, last, unit)
         parts.append((squares, crosses))
         return result()
 
     status = adaptive(run, step, num_matvecs)
-    return *result(), status, num_probes()
+    return *result(), unit, status, num_probes()
 
 
-def _norms(run: Run, start: int, stop: int, last: PyTree | None):
-    """|w_i|², w_i · w_{i-1} (first of all with zero), and the last w, for w = Hv of probes start..stop-1."""
+def _norms(run: Run, start: int, stop: int, last: PyTree | None, unit):
+    """|w_i|², w_i · w_{i-1} (first of all with zero), and the last w, for w = Hv of probes start..stop-1.
+
+    All in the unit that is returned as well, see `blocks.in_unit`.
+    """
     op, indices = run.op, jnp.arange(start, stop)
     batch = min(run.batch, stop - start)
     if last is None:
         last = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), op.structure)
     if not op.on_host:
-        *found, last = _norms_compiled(op, run.key, indices, last, batch)
+        *found, last, unit = _norms_compiled(op, run.key, indices, last, unit, batch)
     else:
         parts = []
         for part in np.split(indices, range(batch, stop - start, batch)):
-            *dots, last = _stack_norms(op.mv_batch(blocks.draw(op, run.key, part, "normal")), last)
+            images, unit = blocks.in_unit(op.mv_batch(blocks.draw(op, run.key, part, "normal")), unit)
+            *dots, last = _stack_norms(images, last)
             parts.append(dots)
         found = [jnp.concatenate(x) for x in zip(*parts, strict=True)]
-    return run.host(found[0]), run.host(found[1]), last
+    return run.host(found[0]), run.host(found[1]), last, unit
 
 
 @partial(jax.jit, static_argnames="batch")
-def _norms_compiled(op: LinearOperator, key, indices, last, batch: int):
-    def step(last, part):
-        *dots, last = _stack_norms(jax.vmap(op.mv)(blocks.draw(op, key, part, "normal")), last)
-        return last, dots
+def _norms_compiled(op: LinearOperator, key, indices, last, unit, batch: int):
+    def step(carried, part):
+        last, unit = carried
+        images, unit = blocks.in_unit(jax.vmap(op.mv)(blocks.draw(op, key, part, "normal")), unit)
+        *dots, last = _stack_norms(images, last)
+        return (last, unit), dots
 
     whole = len(indices) - len(indices) % batch
-    last, found = lax.scan(step, last, indices[:whole].reshape(-1, batch))
+    carried, found = lax.scan(step, (last, unit), indices[:whole].reshape(-1, batch))
     found = [x.ravel() for x in found]
     if whole < len(indices):
-        last, rest = step(last, indices[whole:])
+        carried, rest = step(carried, indices[whole:])
         found = [jnp.concatenate(x) for x in zip(found, rest, strict=True)]
-    return *found, last
+    return *found, *carried
 
 
 @jax.jit

@@ -27,48 +27,58 @@ class Spread(NamedTuple):
     squares: Any  # (leaves,), sum of their squares
 
 
-def forms(run: Run, kind: str, start: int, stop: int, spread: Spread | None = None):
-    """v_gᵀ(Hv)_g and |(Hv)_g|² of probes start..stop-1 for each group; two arrays (G, stop - start).
+class Carried(NamedTuple):
+    """What one batch of probes leaves to the next: the unit of all products, see `blocks.in_unit`."""
 
-    With them the `Spread` of Rademacher probes, which goes on from the one given; None for others.
-    """
+    unit: Any
+    spread: Spread | None  # of Rademacher probes; None for others
+
+
+def nothing(run: Run, kind: str) -> Carried:
+    """What is there before the first probe."""
+    if kind != "rademacher":
+        return Carried(run.no_unit, None)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.op.structure)
+    leaves = len(jax.tree.leaves(zeros))
+    return Carried(run.no_unit, Spread(zeros, zeros, jnp.zeros(leaves, run.op.dtype)))
+
+
+def forms(run: Run, kind: str, start: int, stop: int, carried: Carried):
+    """v_gᵀ(Hv)_g and |(Hv)_g|² of probes start..stop-1 for each group; two arrays (G, stop - start)."""
     indices = jnp.arange(start, stop)
     batch = min(run.batch, stop - start)
-    if kind == "rademacher" and spread is None:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.op.structure)
-        leaves = len(jax.tree.leaves(zeros))
-        spread = Spread(zeros, zeros, jnp.zeros(leaves, run.op.dtype))
     if not run.op.on_host:
-        dots, squares, spread = _forms(run.op, run.key, indices, spread, kind, batch)
-        return run.by_group(dots), run.by_group(squares), spread
+        dots, squares, carried = _forms(run.op, run.key, indices, carried, kind, batch)
+        return run.by_group(dots), run.by_group(squares), carried
     parts = []
     for part in np.split(indices, range(batch, stop - start, batch)):
         stack = blocks.draw(run.op, run.key, part, kind)
-        *found, spread = _stack_forms(stack, run.op.mv_batch(stack), part[0], spread)
+        *found, carried = _stack_forms(stack, run.op.mv_batch(stack), part[0], carried)
         parts.append(found)
     dots, squares = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
-    return run.by_group(dots), run.by_group(squares), spread
+    return run.by_group(dots), run.by_group(squares), carried
 
 
 @partial(jax.jit, static_argnames=("kind", "batch"))
-def _forms(op: LinearOperator, key, indices, spread: Spread | None, kind: str, batch: int):
-    def step(spread, part):
+def _forms(op: LinearOperator, key, indices, carried: Carried, kind: str, batch: int):
+    def step(carried, part):
         v = blocks.draw(op, key, part, kind)
-        dots, squares, spread = _stack_forms(v, jax.vmap(op.mv)(v), part[0], spread)
-        return spread, (dots, squares)
+        dots, squares, carried = _stack_forms(v, jax.vmap(op.mv)(v), part[0], carried)
+        return carried, (dots, squares)
 
     whole = len(indices) - len(indices) % batch
-    spread, found = lax.scan(step, spread, indices[:whole].reshape(-1, batch))
+    carried, found = lax.scan(step, carried, indices[:whole].reshape(-1, batch))
     dots, squares = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1) for x in found)
     if whole < len(indices):
-        spread, rest = step(spread, indices[whole:])
+        carried, rest = step(carried, indices[whole:])
         dots, squares = (jnp.concatenate(x, axis=1) for x in zip((dots, squares), rest, strict=True))
-    return dots, squares, spread
+    return dots, squares, carried
 
 
 @jax.jit
-def _stack_forms(vectors: PyTree, products: PyTree, first, spread: Spread | None):
+def _stack_forms(vectors: PyTree, products: PyTree, first, carried: Carried):
     """Forms of a batch of which `first` is the number of the first probe."""
+    (products, unit), spread = blocks.in_unit(products, carried.unit), carried.spread
     dots, squares = blocks.row_dots(vectors, products), blocks.row_dots(products, products)
     if spread is not None:
         samples = jax.tree.map(jnp.multiply, vectors, products)
@@ -77,7 +87,7 @@ def _stack_forms(vectors: PyTree, products: PyTree, first, spread: Spread | None
         total = jax.tree.map(lambda t, x: t + jnp.sum(x, axis=0), spread.total, moved)
         square = spread.squares + jnp.sum(blocks.row_dots(moved, moved), axis=1)
         spread = Spread(origin, total, square)
-    return dots, squares, spread
+    return dots, squares, Carried(unit, spread)
 
 
 @partial(jax.jit, static_argnames="count")
@@ -109,7 +119,7 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     about the truth, two standard errors off (the score interval), which leaves k - 4 degrees of k - 1.
     The smaller one counts.
     """
-    xp, parts, spread = run.xp, [], None
+    xp, parts, carried = run.xp, [], nothing(run, kind)
     signs = kind == "rademacher"
 
     def result():
@@ -121,13 +131,13 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
             seen = np.where(sizes < EIGENVECTOR, 0, 1 / sizes) * values**2
             second = xp.maximum(second - seen, 0) / np.where(sizes < EIGENVECTOR, 1, 1 - 2 / sizes)
         if signs and k > 4:
-            off = xp.maximum(run.by_group(off_diagonal(spread, k)), 0)
+            off = xp.maximum(run.by_group(off_diagonal(carried.spread, k)), 0)
             second = xp.minimum(second, off * (k - 1) / (k - 4))
         return values, xp.hypot(xp.sqrt(2 * second / k), run.rounding(squares))
 
     def step(count):
-        nonlocal spread
-        dots, squares, spread = forms(run, kind, num_probes(), count, spread)
+        nonlocal carried
+        dots, squares, carried = forms(run, kind, num_probes(), count, carried)
         parts.append((dots, squares))
         values, stderr = result()
         return values[-1], stderr[-1]
@@ -138,6 +148,7 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     status = adaptive(run, step, num_matvecs)
     return run.estimate(
         *result(),
+        unit=carried.unit,
         num_matvecs=num_probes(),
         method="hutchinson",
         status=status,

@@ -41,6 +41,7 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     status = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
     return run.estimate(
         *found,
+        unit=sketch.unit,
         num_matvecs=2 * sketch.num_probes,
         method="xtrace",
         status=status,
@@ -102,6 +103,7 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     status = adaptive(run, step, num_matvecs, least=MIN_SKETCH)
     return run.estimate(
         *found,
+        unit=sketch.unit,
         num_matvecs=sketch.num_probes,
         method="xnystrace",
         status=status,
@@ -148,7 +150,7 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         done = num_samples()
         probes = blocks.draw(run.op, run.key, jnp.arange(rank + done, rank + count), kind)
         complement, square = _project(q, probes)
-        images = blocks.products(run.op, complement, run.batch)
+        images, sketch.unit = blocks.in_unit(blocks.products(run.op, complement, run.batch), sketch.unit)
         samples, squares, residuals = map(run.by_group, _complement_forms(q, complement, images))
         if kind == "normal":
             scale = rest / run.host(square)
@@ -169,6 +171,7 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     status = adaptive(run, step, num_matvecs - 2 * rank, least=MIN_SKETCH)
     return run.estimate(
         *result(),
+        unit=sketch.unit,
         num_matvecs=2 * rank + num_samples(),
         method="hutch++",
         status=status,

@@ -90,6 +90,7 @@ def leaf_dots(a: PyTree, b: PyTree) -> jax.Array:
     return blocks.row_dots(a, b)[:, 0]
 
 
-def form(a: PyTree, b: PyTree) -> float:
-    """a · b on the host."""
-    return float(_tree.vdot(a, b))
+def form(product: PyTree, change: PyTree, unit: jax.Array) -> float:
+    """a · b on the host, in the square of a unit for products."""
+    images, _ = blocks.in_unit((product, change), unit)
+    return float(_tree.vdot(*images))

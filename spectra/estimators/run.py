@@ -66,6 +66,11 @@ class Run:
         leaves = [math.prod(leaf.shape) for leaf in jax.tree.leaves(self.op.structure)]
         return np.array([sum(leaves[i] for i in group) for group in self.leaf_sets], float)
 
+    @property
+    def no_unit(self) -> Any:
+        """Where no product was seen yet, see `blocks.in_unit`."""
+        return jnp.zeros((), self.op.dtype)
+
     def by_group(self, leafwise: Array) -> Array:
         """An array with a leading axis of leaves, summed over each group, and over all in the last row."""
         parts = self.host(leafwise)
@@ -86,8 +91,11 @@ class Run:
                 f"{np.sqrt(self.op.precision):.1e}, the square root of the precision of its products."
             )
 
-    def estimate(self, values: Array, stderr: Array, *, status: Status, **fields: Any) -> Estimate:
-        """The result for values and errors of each group and, last, of the whole."""
+    def estimate(
+        self, values: Array, stderr: Array, *, status: Status, unit: Array = 1.0, **fields: Any
+    ) -> Estimate:
+        """The result for values and errors of each group and, last, of the whole, in the given unit."""
+        values, stderr = self.host(unit) * values, self.host(unit) * stderr
         fields["status"] = Status.TRACED if self.traced else status
         if not self.traced:
             values, stderr = values.tolist(), stderr.tolist()

@@ -21,17 +21,20 @@ class Held(NamedTuple):
     """Stacks of m vectors, the last two only where the sketch projects."""
 
     probes: PyTree  # Ω
-    images: PyTree  # Y = H Ω
+    images: PyTree  # Y = H Ω, in the unit of the run, as all products
     basis: PyTree  # Q, orthonormal, of the range of Y
     basis_images: PyTree  # Z = H Q
 
 
 class SketchRun:
-    """Probes, their images and what is made of them; grows without loss."""
+    """Probes, their images and what is made of them; grows without loss.
+
+    All inner products are those of H in units of `unit`, see `blocks.in_unit`.
+    """
 
     def __init__(self, run: Run, kind: str):
         self.run, self.kind = run, kind
-        self.num_probes = 0
+        self.num_probes, self.unit = 0, run.no_unit
         self.held: Any = None
         self._parts: Any = None
 
@@ -39,10 +42,11 @@ class SketchRun:
         """Raise the number of probes to `count`: one product each, and another one with `project`."""
         run = self.run
         grow = _grow if run.op.on_host else _grow_compiled
-        self.held, self._parts = grow(
+        self.held, self._parts, self.unit = grow(
             run.op,
             run.key,
             self.held,
+            self.unit,
             start=self.num_probes,
             stop=count,
             kind=self.kind,
@@ -72,7 +76,7 @@ class SketchRun:
         return inner._replace(qz=zz, qy=zy, zo=zy, oy=inner.yy)
 
 
-def _grow(op, key, held: Held | None, *, start, stop, kind, batch, project, grouped):
+def _grow(op, key, held: Held | None, unit, *, start, stop, kind, batch, project, grouped):
     """More probes and their images; with `project` also a basis of all images and its, and inner products."""
     indices, basis, basis_images, noise = np.arange(start, stop), None, None, None
     if project:
@@ -80,16 +84,16 @@ def _grow(op, key, held: Held | None, *, start, stop, kind, batch, project, grou
         probes, noise = blocks.draw_with_noise(op, key, indices, kind, other)
     else:
         probes = blocks.draw(op, key, indices, kind)
-    images = blocks.products(op, probes, batch)
+    images, unit = blocks.in_unit(blocks.products(op, probes, batch), unit)
     if project:
         basis = blocks.orthonormalize(images, held and held.basis, noise)
-        basis_images = blocks.products(op, basis, batch)
+        basis_images, unit = blocks.in_unit(blocks.products(op, basis, batch), unit)
     new = Held(probes, images, basis, basis_images)
     if held is not None:
         new = Held(
             *(None if y is None else blocks.concatenate([x, y]) for x, y in zip(held, new, strict=True))
         )
-    return new, _inner_products(new, grouped) if project else None
+    return new, _inner_products(new, grouped) if project else None, unit
 
 
 _grow_compiled = jax.jit(_grow, static_argnames=("start", "stop", "kind", "batch", "project", "grouped"))

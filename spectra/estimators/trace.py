@@ -12,7 +12,7 @@ from spectra import _memory, _tree
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._status import Status
-from spectra.estimators import exact, rounding
+from spectra.estimators import blocks, exact, rounding
 from spectra.estimators.hutchinson import hutchinson
 from spectra.estimators.low_rank import hutchpp, xnystrace, xtrace
 from spectra.estimators.run import Run, begin, check_probes
@@ -143,11 +143,13 @@ def choose(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]
 
 def _exact(run: Run, reason: str) -> Estimate:
     # Summed on the host in float64: n roundings of a float32 sum are none of the operator's.
+    entries, norms = exact.columns(run)
+    norms, unit = blocks.in_unit(norms, run.no_unit)
     values, squares = (
         run.by_group(run.xp.stack([run.xp.sum(run.host(leaf)) for leaf in jax.tree.leaves(tree)]))
-        for tree in (_tree.unravel(column, run.op.structure) for column in exact.columns(run))
+        for tree in (_tree.unravel(column, run.op.structure) for column in (entries, run.host(norms) ** 2))
     )
-    stderr, dof = run.op.precision * run.xp.sqrt(squares), None
+    stderr, dof = run.op.precision * run.host(unit) * run.xp.sqrt(squares), None
     if moved := rounding.moved_products(run):
         forms = [run.by_group(rounding.leaf_dots(v, change)) for v, _, change in moved]
         stderr, dof = np.hypot(stderr, rounding.root_mean_square(forms)), float(len(moved))

@@ -174,7 +174,7 @@ def _filter_jit(op, block, bounds, degree):
 
 
 def _map_interval(op, block: PyTree, bounds: jax.Array) -> PyTree:
-    """In units of the norm, of which the square may be no number; `bounds` are the cut in it, and its inverse."""
+    """In units of the norm, whose square may be no number: `bounds` are the cut in it, and its inverse."""
     low, inverse = bounds[0] ** 2, bounds[1]
     squared = _tree.scale(inverse, op.mv_batch(_tree.scale(inverse, op.mv_batch(block))))
     shifted = _tree.axpy(-2 / (1 + low), squared, block)
