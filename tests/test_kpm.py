@@ -39,7 +39,7 @@ def test_moments_are_those_of_the_probes(name, num_moments, x64):
         exact = np.cos(np.arange(num_moments)[:, None] * angles) @ weights
         # The recurrence adds a rounding of |H| / (b - a) a step; at most 100 here (the identity).
         np.testing.assert_allclose(got.moments[i], exact, rtol=0, atol=1e3 * num_moments * N * 2.2e-16)
-    assert got.num_matvecs <= 24 + 2 * (num_moments // 2)
+    assert got.num_matvecs <= 24 + 2 * max(num_moments // 2, 2)  # two of a probe show symmetry
 
 
 @pytest.mark.parametrize("name", SPECTRA)

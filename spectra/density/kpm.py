@@ -10,7 +10,7 @@ from jax import lax
 
 from spectra import _tree
 from spectra._blas import one_thread
-from spectra._errors import NonFiniteError, SpectraError
+from spectra._errors import NonFiniteError, NotSymmetricError, SpectraError
 from spectra._mesh import automatic
 from spectra._quadrature import dense
 from spectra._status import Status
@@ -50,6 +50,10 @@ def kpm(
     `slq` resolves it far better for the same products; `kpm` is for operators so large that a Krylov
     basis does not fit.
 
+    That half the products will do rests on symmetry, T_i T_j = (T_i+j + T_|i-j|) / 2. So does the identity
+    t_j-1·t_j+1 - t_j·t_j = t_1·t_1 - t_0·t_0, which is tested: maps that are not symmetric or not linear
+    break it.
+
     Args:
         op: symmetric operator of order n.
         key: JAX random key; probe i depends on the key and i alone.
@@ -65,8 +69,10 @@ def kpm(
     Raises:
         SpectraError: an argument is out of range, or eigenvalues lie outside of the given bounds.
         NonFiniteError: a product is NaN or infinite.
+        NotSymmetricError: the operator is not symmetric, or not linear.
 
-    Cost: num_probes x num_moments / 2 products, 24 for the bounds; three vectors a probe in flight.
+    Cost: num_probes x num_moments / 2 products, but at least two a probe; 24 for the bounds; three
+    vectors a probe in flight.
 
     References:
         Weiße, Wellein, Alvermann and Fehske, doi:10.1103/RevModPhys.78.275.
@@ -97,7 +103,7 @@ def kpm(
     while done < num_probes:
         stop = min(done + batch, num_probes)
         moments[done:stop] = _moments(op, key, range(done, stop), num_moments, bounds)
-        count += (stop - done) * (num_moments // 2)
+        count += (stop - done) * _num_products(num_moments)
         # Outside of [a, b] Chebyshev polynomials grow like cosh: beyond rounding, |μ| <= 1 inside.
         if (np.abs(moments[done:stop]) <= 1 + np.sqrt(op.precision)).all():
             done = stop
@@ -129,11 +135,16 @@ def _find_bounds(op: LinearOperator, key) -> tuple[tuple[float, float], int]:
     return (low - margin, high + margin), length
 
 
+def _num_products(num_moments: int) -> int:
+    """Products of a probe: two moments each, and at least those that test the symmetry."""
+    return max(num_moments // 2, 2)
+
+
 def _moments(op: LinearOperator, key, probes: range, num_moments: int, bounds) -> np.ndarray:
     """Moments of some probes side by side, float64 (k, num_moments)."""
     a, b = bounds
     map_ = jnp.asarray([2 / (b - a), -(a + b) / (b - a)], op.dtype)
-    steps, columns = num_moments // 2, []
+    steps, columns = _num_products(num_moments), []
     state = _start(op, key, np.arange(probes.start, probes.stop, dtype=np.int32))
     for done in range(0, steps, CHUNK):
         stop = min(done + CHUNK, steps)
@@ -144,7 +155,9 @@ def _moments(op: LinearOperator, key, probes: range, num_moments: int, bounds) -
         else:
             state, dots = _run(op, state, map_, done, stop - done)
             columns.append(np.asarray(dots, np.float64))
-    dots = np.concatenate(columns)  # (steps, 2, k): t_j·t_j and t_j·t_j+1
+        if done == 0:
+            _require_symmetric(op, np.concatenate(columns), max(abs(a), abs(b)) * 2 / (b - a))
+    dots = np.concatenate(columns)  # (steps, 3, k): t_j·t_j, t_j·t_j+1 and t_j-1·t_j+1
     if not np.isfinite(dots[:1]).all():
         raise NonFiniteError(f"a Chebyshev moment is NaN or infinite. {op.explain_non_finite()}")
     even, odd = 2 * dots[:, 0] - dots[0, 0], 2 * dots[:, 1] - dots[0, 1]
@@ -152,7 +165,27 @@ def _moments(op: LinearOperator, key, probes: range, num_moments: int, bounds) -
     if num_moments % 2:  # the last even one needs one more inner product, not one more product
         last = np.asarray(_squares(state[1]), np.float64)
         moments = np.concatenate([moments, (2 * last - dots[0, 0])[None]])
-    return (moments / dots[0, 0]).T  # of probes of length one, to the last bit
+    return (moments[:num_moments] / dots[0, 0]).T  # of probes of length one, to the last bit
+
+
+def _require_symmetric(op: LinearOperator, dots: np.ndarray, size: float) -> None:
+    """Raise where the first steps contradict symmetry by far more than their rounding.
+
+    A step rounds by the precision of a product, which is relative to |H|: `size` in units of A. As in Lanczos
+    runs the square root of the precision may be missing.
+    """
+    square, _, across = dots[1:].swapaxes(0, 1)
+    error = np.abs(across - square - (dots[1, 0] - dots[0, 0])) / dots[0, 0]
+    limit = float(np.sqrt(op.precision)) * max(size, 1.0)
+    # Outside of [a, b] everything grows: that is not the operator's fault, and found out by the caller.
+    inside = np.maximum.accumulate(square / dots[0, 0], axis=0) <= 1 + limit
+    worst = float(np.max(error, initial=0.0, where=inside & np.isfinite(error)))
+    if worst > limit:
+        raise NotSymmetricError(
+            "the operator is not symmetric, or not linear: T_j-1·T_j+1 - T_j² misses T_1² - T_0² by "
+            f"{worst:.1e}, and the precision of its products explains {limit:.1e}. A loss that is random or "
+            "depends on call order (dropout, batch statistics that are updated) is a common reason."
+        )
 
 
 @jax.jit
@@ -163,7 +196,7 @@ def _start(op: LinearOperator, key, indices):
 
 
 def _advance(products: PyTree, state, map_, first):
-    """t_j+1 = 2 A t_j - t_j-1, or A t_0; and the inner products of t_j with itself and with t_j+1."""
+    """t_j+1 = 2 A t_j - t_j-1, or A t_0; and inner products: t_j·t_j, t_j·t_j+1 and t_j-1·t_j+1."""
     previous, current = state
     twice = jnp.where(first, 1, 2)
 
@@ -172,7 +205,8 @@ def _advance(products: PyTree, state, map_, first):
         return twice.astype(v.dtype) * scaled - jnp.where(first, 0, before)
 
     following = jax.tree.map(one, products, current, previous)
-    dots = jnp.stack([_squares(current), jax.vmap(_tree.vdot)(current, following)])
+    pairs = (current, current), (current, following), (previous, following)
+    dots = jnp.stack([jax.vmap(_tree.vdot)(*pair) for pair in pairs])
     return (current, following), dots
 
 
