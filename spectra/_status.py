@@ -25,6 +25,12 @@ the reported width.
         "the Krylov space became invariant: the quadrature is exact and shorter than requested",
         "",
     )
+    DENSE = (
+        "dense",
+        "the iteration had not converged within n products: all eigenpairs were computed from the dense "
+        "matrix, for n more",
+        "",
+    )
     BUDGET_EXHAUSTED = (
         "budget_exhausted",
         "the budget of steps and probes ended before the tolerance was reached",
@@ -61,7 +67,7 @@ the reported width.
     @property
     def ok(self) -> bool:
         """Whether the computation did all that was asked, with nothing to be wary of."""
-        return self in (Status.COMPLETE, Status.CONVERGED, Status.INVARIANT)
+        return self in (Status.COMPLETE, Status.CONVERGED, Status.INVARIANT, Status.DENSE)
 
     @classmethod
     def from_code(cls, code: str) -> "Status":

@@ -13,6 +13,7 @@ from spectra._mesh import automatic
 from spectra._status import Status
 from spectra.density import extremes
 from spectra.density.slq import slq
+from spectra.estimators.rounding import relative_change
 from spectra.krylov.plan import estimate
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import ConditionNumber, Interval, LayerConditions, Quadrature
@@ -149,7 +150,7 @@ def _dense(op: LinearOperator, shift: float, rank_tol: float | None) -> Conditio
     values = np.linalg.eigvalsh(np.asarray(op.as_matrix(), np.float64))
     n = len(values)
     # Products resolve eigenvalues relative to |H|, whatever is added to them later.
-    floor = _matrix_error(op, values)
+    floor = _matrix_error(op, values) + relative_change(op) * float(np.abs(values).max())
     sizes = np.sort(np.abs(values + shift))
     largest = float(sizes[-1])
     cut = max((rank_tol or 0.0) * largest, floor)
@@ -264,14 +265,21 @@ def _wider(room: Openness, cut: float, bound: float) -> float:
 
 
 def _krylov(op: LinearOperator, key, shift, rank_tol, num_steps, num_probes) -> ConditionNumber:
-    n, shifted = op.size, op.shift(shift) if shift else op
-    runs = [slq(shifted, key=key, num_steps=min(num_steps, n), num_probes=num_probes)]
+    n, shifted, rounding = op.size, op.shift(shift) if shift else op, relative_change(op)
+
+    def run(key, num_steps, num_probes):
+        q = slq(shifted, key=key, num_steps=num_steps, num_probes=num_probes)
+        # In units of |H + shift I|, which may be smaller than |H|.
+        ratio = max(abs(x - shift) for x in q.range) / (max(map(abs, q.range)) or 1.0)
+        return dataclasses.replace(q, rounding=rounding * ratio)
+
+    runs = [run(key, min(num_steps, n), num_probes)]
     found = _look(runs, rank_tol)
     steps = _second_run(shifted, runs[0], found)
     if steps:
         # Probe i comes from fold_in(key, i): this key is none of those.
         again = jax.random.fold_in(key, 2**31 - 1)
-        runs.append(slq(shifted, key=again, num_steps=steps, num_probes=2))
+        runs.append(run(again, steps, 2))
         found = _look(runs, rank_tol)
     status = next((q.status for q in runs if q.status is Status.NOISY), Status.COMPLETE)
     return _result(

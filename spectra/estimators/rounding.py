@@ -12,19 +12,16 @@ norm.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spectra import _tree
 from spectra.estimators import blocks
 from spectra.estimators.run import Run
+from spectra.krylov.rounding import KEY, SAMPLES, change_of_product, multiply
 from spectra.operators.base import LinearOperator
 from spectra.operators.stepwise import outside_loops
 
 PyTree = Any
-SAMPLES = 4
-"""Moved operators: as many degrees of freedom has what they say."""
-_KEY = 7
 
 
 def moved_products(run: Run) -> list[tuple[PyTree, PyTree, PyTree]]:
@@ -34,7 +31,7 @@ def moved_products(run: Run) -> list[tuple[PyTree, PyTree, PyTree]]:
     asked for, and the rounding of its products is their stated precision. Empty as well inside a caller's
     jit, where it would double the program.
     """
-    key = jax.random.key(_KEY)
+    key = jax.random.key(KEY)
     if run.traced or run.source.moved(key) is None:
         return []
     found = []
@@ -56,27 +53,22 @@ def relative_change(op: LinearOperator) -> float:
     eigenvalue moves by |H' - H| at most (Weyl), of which this is what the extreme ones feel. 0 where the
     operator does not say what it depends on.
     """
-    from scipy.special import stdtrit
-
-    key = jax.random.key(_KEY)
+    key = jax.random.key(KEY)
     if op.moved(key) is None:
         return 0.0
-    here = outside_loops(op.prepare())
-    vector = blocks.draw(op, key, np.arange(1), "rademacher")
+    here = op.prepare()
+    vector = jax.tree.map(lambda x: x[0], blocks.draw(op, key, np.arange(1), "rademacher"))
     for _ in range(2):
-        size = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(vector)]))
-        vector = jax.tree.map(lambda x, s=size: x / jnp.where(s > 0, s, 1), vector)
-        vector = blocks.products(here, vector, 1)
-    image = blocks.products(here, vector, 1)
+        vector = multiply(here, _in_unit(vector))
+    image = multiply(here, _in_unit(vector))
     del here
-    changes = []
-    for i in range(SAMPLES):
-        other = op.moved(jax.random.fold_in(key, i))
-        assert other is not None
-        moved = blocks.products(outside_loops(other.prepare()), vector, 1)
-        changes.append(float(_tree.norm(blocks.subtract(moved, image))))
-    size = float(_tree.norm(image))
-    return float(stdtrit(SAMPLES, 0.975) * root_mean_square(changes)) / size if size > 0 else 0.0
+    size = _tree.length(image)
+    return change_of_product(op, _in_unit(vector), image) / size if size > 0 else 0.0
+
+
+@jax.jit
+def _in_unit(vector: PyTree) -> PyTree:
+    return _tree.scale(1 / _tree.power_of_two(_tree.largest(vector)), vector)
 
 
 def root_mean_square(samples: list[Any]) -> Any:

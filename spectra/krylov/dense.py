@@ -4,13 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _tree
+from spectra import _memory, _tree
 from spectra._status import Status
 from spectra.krylov import wanted
 from spectra.operators.base import LinearOperator
 from spectra.results import Eigenpairs
 
 PyTree = object
+LARGEST = 2000
+"""Up to this order n products and LAPACK, some seconds, are what an iteration may give way to."""
+
+
+def allowed(op: LinearOperator, max_matvecs: int | None) -> bool:
+    """Whether the n products of a dense matrix are, and the matrix fits."""
+    n, free = op.size, _memory.available_bytes(op.device)
+    if n > LARGEST or (max_matvecs is not None and max_matvecs < n):
+        return False
+    return free is None or 3 * n * n * jnp.dtype(op.dtype).itemsize <= free // 2
 
 
 def dense_eigenpairs(

@@ -1,5 +1,7 @@
 """Eigenpairs at the ends of the spectrum by thick-restart Lanczos, with a check for repeated ones."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,9 @@ from spectra import _tree
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._status import Status
-from spectra.krylov import missing, wanted
+from spectra.krylov import missing, rounding, wanted
 from spectra.krylov.band import Band
-from spectra.krylov.dense import dense_eigenpairs
+from spectra.krylov.dense import allowed, dense_eigenpairs
 from spectra.krylov.layout import Layout
 from spectra.krylov.smallest import smallest_eigenpairs, split
 from spectra.operators.base import LinearOperator, require_operator
@@ -50,6 +52,11 @@ def eigsh(
     first sweep, of ncv = max(2k + 1, 20), is searched until 1.1 (ncv + 1), and at tol > 1e-4 until
     ncv + 1. Measured: 2 to 15 products find copies that are well inside the wanted set, 36 the copy of
     the top of 100 equally spaced ones. Once one was found the search may double the run.
+
+    **Small operators.** Where n products have not been enough, up to n = 2000, n more give the dense matrix
+    and all of its eigenpairs: `status` is DENSE then. They are within `max_matvecs`, n before which Lanczos
+    ends. With `num_basis`, which limits the memory, there is no matrix.
+
     Products that end too early leave `missed` above 5 %, up to 1, which is no bound: `status` and
     `converged` speak of the residuals of the pairs returned alone.
 
@@ -64,7 +71,8 @@ def eigsh(
             `op.precision`, a pair counts as converged. For "SM" in units of |λ| itself.
         num_basis: vectors kept at most, the memory of the run; default 2 max(2k + 1, 20), or n.
         block_size: start vectors. 1 needs the fewest products unless eigenvalues repeat.
-        max_matvecs: products allowed; default 50 num_basis + 1000, for "SM" 4000 a vector of its block.
+        max_matvecs: products allowed; default 50 num_basis + 1000, for "SM" 4000 a vector of its block, and
+            2 n for small operators. Those that measure rounding are not counted.
         verify: look for missed copies: "auto", True (until the probability is below 1e-6), or False.
         v0: first start vector, a pytree or a flat array; default random.
         deflate: pairs known already: the operator is restricted to the orthogonal complement.
@@ -74,7 +82,8 @@ def eigsh(
         and `converged` for each. Residuals are those of the vectors returned, formed at the end from
         the products of the run (H v = Σ s_i H q_i) and not from the recurrence: exact to the rounding
         of one product. `status` is NOT_CONVERGED if the products allowed ran out, SINGULAR if "SM"
-        met null directions, whose number is `num_null`.
+        met null directions, whose number is `num_null`. An eigenvalue of H lies within the residual and
+        `noise_floor`, which is measured where there are parameters (see `spectra.krylov.rounding`).
 
     Raises:
         SpectraError: k, which or another argument out of range; called inside jit or vmap.
@@ -85,7 +94,8 @@ def eigsh(
     block_size.
 
     Cost: num_basis n numbers of memory, whatever the number of products; for n <= ncv + 1 and for "SM"
-    up to n = 2000, n products and a dense eigenproblem in float64.
+    up to n = 2000, n products and a dense eigenproblem in float64. Of a loss five products more, that measure
+    its rounding.
 
     References:
         Wu and Simon, doi:10.1137/S0895479898334605; Stewart, doi:10.1137/S0895479800371529;
@@ -110,20 +120,45 @@ def eigsh(
             "eigsh restarts from the host and cannot run inside jit or vmap: call it outside, or use "
             "lanczos, which can."
         )
-    n, ncv = op.size, max(2 * k + 1, 20)
-    if n - known <= ncv + 1 or k >= n - known:
+    return rounding.with_measured_floor(
+        op, _pairs(op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate)
+    )
+
+
+def _pairs(op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate) -> Eigenpairs:
+    """The pairs by what suits the order of the operator and the products allowed."""
+    ncv, rest = max(2 * k + 1, 20), op.size - (0 if deflate is None else len(deflate.values))
+    if (rest <= ncv + 1 or k >= rest) and (max_matvecs is None or max_matvecs >= op.size):
         return dense_eigenpairs(op, k, which, tol, deflate)
     if which == "SM":
         return smallest_eigenpairs(op, k, key=key, tol=tol, max_matvecs=max_matvecs, deflate=deflate)
-    limit = min(2 * ncv if num_basis is None else num_basis, n - known)
+    limit = min(2 * ncv if num_basis is None else num_basis, rest)
     if limit < k + block_size + 2:
+        if limit == rest:
+            raise SpectraError(f"max_matvecs={max_matvecs}: an operator this small takes {op.size} products.")
         raise SpectraError(f"num_basis={limit} is too small for k={k}: at least {k + block_size + 2}.")
+    budget, small = _budget(op, 50 * limit + 1000, max_matvecs, num_basis)
+    if small and budget <= ncv:
+        return dense_eigenpairs(op, k, which, tol, deflate)
     run = _Run(outside_loops(op.prepare()), k, which, key, tol, limit, block_size, v0, deflate)
-    run.budget = 50 * limit + 1000 if max_matvecs is None else max_matvecs
+    run.budget = budget
     run.until_converged()
     while verify is not False and run.converged and not missing.search(run, verify, ncv):
         run.until_converged()
+    spent = run.band.num_matvecs
+    certain = run.converged and (verify is not True or run.missed <= missing.CERTAIN)
+    if small and not certain and spent >= budget:
+        found = dense_eigenpairs(op, k, which, tol, deflate)
+        return dataclasses.replace(found, num_matvecs=spent + op.size, status=Status.DENSE)
     return run.result()
+
+
+def _budget(op, default: int, max_matvecs: int | None, num_basis: int | None) -> tuple[int, bool]:
+    """Products of Lanczos, and whether a dense matrix may follow, for n more."""
+    n = op.size
+    if num_basis is not None or not allowed(op, max_matvecs):
+        return default if max_matvecs is None else max_matvecs, False
+    return n if max_matvecs is None else min(n, max_matvecs - n), True
 
 
 def _check_arguments(op, k, which, tol, block_size, verify, known) -> None:
@@ -256,6 +291,6 @@ class _Run:
             num_matvecs=band.num_matvecs,
             num_restarts=self.restarts,
             missed=self.missed,
-            noise_floor=band.scale * max(band.asymmetry, op.precision),
+            noise_floor=band.scale * max(band.asymmetry, 4 * op.precision),  # as `Quadrature.noise_floor`
             status=Status.NOT_CONVERGED if not done else Status.NOISY if noisy else Status.CONVERGED,
         )

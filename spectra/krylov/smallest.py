@@ -16,17 +16,16 @@ from jax import lax
 
 from spectra import _tree
 from spectra._blas import one_thread
+from spectra._errors import SpectraError
 from spectra._status import Status
+from spectra.krylov import dense
 from spectra.krylov.band import Band
-from spectra.krylov.dense import dense_eigenpairs
 from spectra.krylov.layout import Layout
 from spectra.operators.base import LinearOperator
 from spectra.operators.stepwise import outside_loops
 from spectra.results import Eigenpairs
 
 PyTree = Any
-DENSE = 2000
-"""Up to this order n products and LAPACK are cheaper than a filter at a condition number of 100."""
 GROWTH = 1e4
 """How much one filter may amplify zero: it leaves the block half the digits of float32."""
 MAX_DEGREE = 500
@@ -43,7 +42,8 @@ def smallest_eigenpairs(
     max_matvecs: int | None = None,
     deflate: Eigenpairs | None = None,
 ) -> Eigenpairs:
-    """k eigenpairs of smallest |λ|; see `spectra.eigsh`. Dense up to order 2000.
+    """k eigenpairs of smallest |λ|; see `spectra.eigsh`. Dense up to order 2000, where n products are cheaper
+    than a filter at a condition number of 100.
 
     A pair has converged when its residual is below tol |λ|, or below the noise floor
     precision sqrt(n) |H|, where nothing can be said: null directions are carried down to it.
@@ -51,15 +51,19 @@ def smallest_eigenpairs(
     Cost: a round multiplies a block of k + max(5, k/2) vectors 2 d times, with d about 5 |H| / a. Where
     eigenvalues lie as dense near zero as elsewhere, that is more than n products.
     """
-    if op.size <= DENSE:
-        return dense_eigenpairs(op, k, "SM", tol, deflate)
+    if dense.allowed(op, max_matvecs):
+        return dense.dense_eigenpairs(op, k, "SM", tol, deflate)
     op = outside_loops(op.prepare())
     known = [] if deflate is None else split(deflate.vectors, len(deflate.values))
     width = min(k + max(5, k // 2), op.size - len(known))
     layout = Layout.of(op.like)
-    norm, products = _norm_bound(op, layout, key)
+    budget = 4000 * width if max_matvecs is None else max_matvecs
+    if budget <= width:
+        raise SpectraError(
+            f"max_matvecs={budget}: the smallest take a block of {width} vectors, {width + 1} products."
+        )
+    norm, products = _norm_bound(op, layout, key, min(NORM_STEPS, op.size, budget - width))
     floor = op.precision * np.sqrt(op.size) * norm
-    budget = max_matvecs or 4000 * width
     block = [_tree.sphere_sample(jax.random.fold_in(key, i + 1), op.structure) for i in range(width)]
     cut, rounds = 0.9 * norm, 0
     while True:
@@ -102,9 +106,8 @@ def split(vectors: PyTree, count: int) -> list[PyTree]:
     return [jax.tree.map(lambda x, i=i: x[i], vectors) for i in range(count)]
 
 
-def _norm_bound(op: LinearOperator, layout: Layout, key: jax.Array) -> tuple[float, int]:
+def _norm_bound(op: LinearOperator, layout: Layout, key: jax.Array, steps: int) -> tuple[float, int]:
     """An upper bound on |H|: the largest |Ritz value| of a short run plus the norm of its residual."""
-    steps = min(NORM_STEPS, op.size)
     band = Band(op, layout, steps + 1)
     band.extend(band.append(_tree.sphere_sample(key, op.structure)), steps)
     theta, _, coupling, _ = band.ritz()

@@ -10,6 +10,7 @@ import numpy as np
 from spectra import _mesh, _quadrature
 from spectra._status import Status
 from spectra.results._base import Array, PyTree, notebook_view, result, text_table
+from spectra.results._digits import rounded
 
 _dense = jax.jit(functools.partial(_quadrature.dense, xp=jnp))
 
@@ -73,7 +74,7 @@ class Eigenpairs:
     """Eigenvalues with eigenvectors: H v_i ≈ values[i] v_i, in ascending order of the values.
 
     Vectors are orthonormal, in the form of the parameters. An eigenvalue of H lies within
-    `residuals[i]` of `values[i]`.
+    `residuals[i] + noise_floor` of `values[i]`.
     """
 
     values: Array  # (k,) ascending
@@ -85,7 +86,7 @@ class Eigenpairs:
     num_matvecs: int
     num_restarts: int
     missed: float  # bound on the probability that a repeated wanted eigenvalue was left out
-    noise_floor: float  # |λ| below which products do not resolve an eigenvalue from zero
+    noise_floor: float  # rounding of an eigenvalue; |λ| below it is not resolved from zero
     status: Status
 
     @property
@@ -100,10 +101,10 @@ class Eigenpairs:
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed result."""
-        pairs = zip(self.values, self.residuals, self.converged, strict=True)
+        pairs = zip(self.values, self.residuals + self.noise_floor, self.converged, strict=True)
         lines = [
-            (f"{i}", f"{value:.8g} ± {residual:.1g}" + ("" if done else "  not converged"))
-            for i, (value, residual, done) in enumerate(pairs)
+            (f"{i}", f"{rounded(value, error)} ± {error:.1g}" + ("" if done else "  not converged"))
+            for i, (value, error, done) in enumerate(pairs)
         ]
         missed = f"{self.missed:.2g}" if self.missed < 1 else "not bounded"
         return [
