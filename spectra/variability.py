@@ -11,12 +11,16 @@ from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra.data import batch_size
 from spectra.density.slq import slq
+from spectra.estimators.differences import spread_of_traces
 from spectra.operators.base import LinearOperator
 from spectra.operators.data_operator import DataOperator
 from spectra.report import trace_estimate
-from spectra.results import Array, Quadrature, text_table
+from spectra.results import Array, Interval, Quadrature, text_table
+from spectra.results._digits import directed
 
 PyTree = Any
+OPEN = 0.01
+"""Residual, relative to the eigenvalue, from which a Ritz value is stated as a bound alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,10 @@ class DataVariability:
     By convexity the largest eigenvalue of a mean of matrices is at most the mean of their largest
     eigenvalues, and the smallest at least the mean of their smallest: how far the whole lies inside
     the subsets is the curvature that cancels in the average.
+
+    Eigenvalues are Ritz values: the largest are never above the eigenvalue of their rank and the smallest
+    never below, and they are within their residual of *some* eigenvalue. Where the residual is more than a
+    hundredth, the printed result says "at least" and "at most".
     """
 
     largest: Array  # (s, k) of each subset, descending
@@ -36,14 +44,19 @@ class DataVariability:
     whole_smallest: Array  # (k,)
     whole_trace: float
     num_matvecs: int
+    trace_spread: Interval | None = None  # of the trace between these subsets, 95 % over the probes
+    largest_residuals: Array | None = None  # (s, k)
+    smallest_residuals: Array | None = None  # (s, k)
 
     @property
     def trace_data_std(self) -> float:
-        """Standard deviation of the trace between subsets.
+        """Standard deviation of the trace between these subsets: the estimate of `trace_spread`.
 
-        All subsets see the same probes: the error that the probes cause is common to them, as far as
-        the subsets are alike, and cancels between them.
+        All subsets see the same probes, so that their error is that of the differences between subsets; its
+        variance is taken off. In files of versions that had no interval it is not.
         """
+        if self.trace_spread is not None:
+            return float(self.trace_spread.estimate)
         return float(np.std(self.trace, ddof=1))
 
     @property
@@ -53,13 +66,19 @@ class DataVariability:
 
     def __repr__(self) -> str:
         spread = [("subsets", f"{len(self.trace)}")]
-        for name in ("largest", "smallest"):
+        for name, side in (("largest", "at least"), ("smallest", "at most")):
             values, whole = getattr(self, name), getattr(self, f"whole_{name}")
+            residuals = getattr(self, f"{name}_residuals")
             for i in range(values.shape[1]):
                 text = f"{values[:, i].mean():.5g} ± {values[:, i].std(ddof=1):.2g}; all data {whole[i]:.5g}"
+                if residuals is not None and (residuals[:, i] > OPEN * np.abs(values[:, i])).any():
+                    text = f"{side} {text}; not converged"
                 spread.append((f"{name} eigenvalue" if i == 0 else f"  no. {i + 1}", text))
-        text = f"{np.mean(self.trace):.5g}; between subsets ± {self.trace_data_std:.2g}, "
-        spread.append(("trace", f"{text}from probes ± {self.trace_probe_std:.2g}"))
+        text = f"{np.mean(self.trace):.5g}; between subsets ± {self.trace_data_std:.2g}"
+        if self.trace_spread is not None:
+            low, _, high = self.trace_spread
+            text += f" [{directed(low, up=False)}, {directed(high, up=True)}] (95 %)"
+        spread.append(("trace", f"{text}, from probes ± {self.trace_probe_std:.2g}"))
         return text_table("Data variability", spread)
 
 
@@ -90,11 +109,15 @@ def data_variability(
     Returns:
         `DataVariability`; print it.
 
+    The standard deviation of the trace between the subsets has an interval of 95 %, `trace_spread`, over the
+    probes: the subsets are those given, and how far others would lie apart is another question. It takes
+    num_steps products more with each subset; up to n = num_steps it is exact.
+
     Raises:
         SpectraError: fewer than two subsets, or more eigenvalues than steps.
         DataError: fewer examples or batches than subsets.
 
-    Cost: (s + 1) num_steps num_probes products, each subset's over its share of the data.
+    Cost: (s + 1) num_steps num_probes + s num_steps products, each subset's over its share of the data.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra
@@ -114,15 +137,19 @@ def data_variability(
     traces = [trace_estimate(q) for q in results]
     ends = [_ends(q, num_eigenvalues) for q in results]
     s = len(subsets)
+    spread = spread_of_traces(list(subsets), jax.random.fold_in(key, 2**31 - 1), num_steps, num_probes)
     return DataVariability(
-        largest=np.array([high for _, high in ends[:s]]),
-        smallest=np.array([low for low, _ in ends[:s]]),
+        largest=np.array([high for _, high, *_ in ends[:s]]),
+        smallest=np.array([low for low, *_ in ends[:s]]),
         trace=np.array([t.value for t in traces[:s]]),
         trace_probe_stderr=np.array([t.stderr for t in traces[:s]]),
         whole_largest=ends[-1][1],
         whole_smallest=ends[-1][0],
         whole_trace=traces[-1].value,
-        num_matvecs=sum(q.num_matvecs for q in results),
+        num_matvecs=sum(q.num_matvecs for q in results) + s * min(num_steps, whole.size),
+        trace_spread=spread,
+        largest_residuals=np.array([residuals for *_, residuals in ends[:s]]),
+        smallest_residuals=np.array([residuals for _, _, residuals, _ in ends[:s]]),
     )
 
 
@@ -150,16 +177,14 @@ def _subsets(operator, batches, count: int) -> tuple[Sequence[LinearOperator], L
     return subsets, first
 
 
-def _ends(quadrature: Quadrature, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _ends(quadrature: Quadrature, count: int) -> tuple[np.ndarray, ...]:
     """The `count` smallest (ascending) and largest (descending) eigenvalues: the best Ritz values of all
-    probes, which lie inside the spectrum."""
-    rows = [
-        nodes[:length]
-        for nodes, length in zip(np.asarray(quadrature.nodes), np.asarray(quadrature.lengths), strict=True)
-        if length >= count
-    ]
+    probes, which lie inside the spectrum. And the residuals of both."""
+    columns = zip(*map(np.asarray, (quadrature.nodes, quadrature.residuals, quadrature.lengths)), strict=True)
+    rows = [np.stack([nodes[:m], residuals[:m]]) for nodes, residuals, m in columns if m >= count]
     if not rows:
         raise SpectraError(f"the operator has fewer than {count} distinct eigenvalues; ask for fewer.")
-    low = np.min([row[:count] for row in rows], axis=0)
-    high = np.max([row[::-1][:count] for row in rows], axis=0)
-    return low, high
+    low, low_residuals = np.stack([row[:, :count] for row in rows], axis=1)
+    high, high_residuals = np.stack([row[:, ::-1][:, :count] for row in rows], axis=1)
+    first, last, rank = low.argmin(axis=0), high.argmax(axis=0), np.arange(count)
+    return low[first, rank], high[last, rank], low_residuals[first, rank], high_residuals[last, rank]
