@@ -12,6 +12,7 @@ from cases import Ridge, relative_error, ridge_count, ridge_loss
 
 import spectra
 from spectra import DataError
+from spectra.estimators import differences
 
 CUTS = {"equal": (4, 8), "unequal": (1, 9), "a batch each": tuple(range(1, 12))}
 
@@ -231,6 +232,67 @@ def test_variance_of_the_data_is_told_apart_from_that_of_the_probes():
     scaled = spectra.data_variability(make, [x, 10 * x], num_probes=64, **options)
     exact = [float(jnp.sum(x**2)) / 15, 100 * float(jnp.sum(x**2)) / 15]
     assert scaled.trace_data_std == pytest.approx(np.std(exact, ddof=1), rel=0.3)
+
+
+def subsets_of_a_few_outliers():
+    """Second moments of four samples of 100 examples, of which two directions count most."""
+    rng = np.random.default_rng(0)
+    parts = rng.standard_normal((4, 100, 24)) * np.r_[6, 4, np.ones(22)]
+    return [part.T @ part / 100 for part in parts]
+
+
+DIFFERENCES = {
+    "outliers": subsets_of_a_few_outliers,
+    "one entry": lambda: [np.diag(np.r_[c, np.ones(23)]) for c in (1.0, 2.0, 4.0, 3.0)],
+    "two subsets": lambda: [np.diag(np.r_[c, 1.0, np.ones(22)]) for c in (5.0, 1.0)],
+    "equal traces": lambda: [np.diag(np.roll(np.linspace(0, 1, 24), 6 * i)) for i in range(4)],
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_the_spread_of_traces_lies_in_its_interval(name, x64):
+    matrices = DIFFERENCES[name]()
+    exact = np.std([np.trace(a) for a in matrices], ddof=1)
+    ops = [spectra.MatrixOperator(jnp.asarray(a)) for a in matrices]
+    # 400 keys of 20 probes each: probes are independent, so one call draws them all.
+    samples = differences._samples(ops, jax.random.key(0), 8000, 8000, exact=False)
+    parts = zip(*(np.split(x, 400) for x in samples), strict=True)
+    found = [
+        differences.summary(differences.Samples(*part), 24, 2.2e-16, exact=False, level=0.95)
+        for part in parts
+    ]
+    low, middle, high = np.array(found).T
+    # 93 % at least; two standard deviations of 400 keys are 2.2 % at 95 %.
+    assert np.mean((low <= exact) & (exact <= high)) >= 0.93
+    # The other side: twice 1.96 standard errors is the least there is, but for a truth at the end, zero.
+    error = np.sqrt(np.mean((middle - exact) ** 2))
+    assert np.mean(high - low) <= (1.5 if exact > 0 else 2.5) * 3.92 * error
+
+
+def test_the_spread_of_traces_is_exact_where_probes_span_the_space():
+    matrices = subsets_of_a_few_outliers()
+    exact = np.std([np.trace(a) for a in matrices], ddof=1)
+    ops = [spectra.MatrixOperator(jnp.asarray(a, jnp.float32)) for a in matrices]
+    low, middle, high = differences.spread_of_traces(ops, jax.random.key(0), 24, 5)
+    # Each of 24 entries of a trace is rounded once, as are the images that are subtracted.
+    rounding = float(jnp.finfo(jnp.float32).eps) * 24 * max(np.trace(a) for a in matrices)
+    assert middle == pytest.approx(exact, abs=rounding)
+    assert low <= exact <= high
+    assert high - low <= rounding
+
+
+def test_ritz_values_that_have_not_converged_are_called_bounds(x64):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((400, 60)))
+    op = spectra.HessianOperator(linear_loss, jnp.ones(60), x)
+    options = {"key": jax.random.key(0), "num_subsets": 2, "num_probes": 1}
+    few = spectra.data_variability(op, num_steps=5, **options)
+    exact = [np.linalg.eigvalsh(part.T @ part / 200)[[0, -1]] for part in np.split(np.asarray(x), 2)]
+    assert (few.largest[:, 0] <= np.array(exact)[:, 1]).all()
+    assert (few.smallest[:, 0] >= np.array(exact)[:, 0]).all()
+    assert "at least" in repr(few)
+    assert "not converged" in repr(few)
+    assert few.num_matvecs == 3 * 5 + 2 * 5
+    assert "not converged" not in repr(spectra.data_variability(op, num_steps=60, **options))
 
 
 def test_subsets_that_cannot_be_made():

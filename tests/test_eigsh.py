@@ -52,7 +52,8 @@ def check_pairs(op, pairs, a, k):
 def test_every_end_of_every_spectrum(name, which, x64):
     a, k = planted(SPECTRA[name]), 5
     op = spectra.MatrixOperator(a)
-    pairs = spectra.eigsh(op, k, which=which, key=KEY, tol=1e-9)
+    # The default of num_basis: one that is given leaves nothing to a dense matrix.
+    pairs = spectra.eigsh(op, k, which=which, key=KEY, tol=1e-9, num_basis=40)
     exact = np.linalg.eigvalsh(a)
     size = np.abs(exact).max()
     # |λ - θ| <= residual; ties in |λ| may pick either sign, so moduli are compared where they count.
@@ -378,3 +379,63 @@ def test_no_more_products_than_allowed(budget):
 def test_a_budget_of_fewer_products_than_pairs():
     with pytest.raises(spectra.SpectraError, match="max_matvecs=4"):
         spectra.eigsh(diagonal(np.linspace(0.0, 1.0, 300), jnp.float32), 5, key=KEY, max_matvecs=4)
+
+
+CROWDED = np.sort(1 - (np.arange(ORDER) / ORDER) ** 4)
+"""The top eigenvalues are 1e-10 to 1e-7 apart: too near for any number of restarts."""
+
+
+@pytest.mark.parametrize("budget", [None, ORDER, ORDER + 50, 2 * ORDER, 1000])
+def test_where_lanczos_does_not_converge_the_dense_matrix_does(budget):
+    op = diagonal(CROWDED, jnp.float32)
+    pairs = spectra.eigsh(op, 6, which="LA", key=KEY, tol=1e-7, max_matvecs=budget)
+    assert pairs.status in (spectra.Status.DENSE, spectra.Status.CONVERGED)
+    assert (pairs.status is spectra.Status.CONVERGED) == (budget == ORDER)  # the matrix at once
+    assert pairs.num_matvecs <= min(budget or 2 * ORDER, 2 * ORDER)
+    # Entries of float32, eigenvalues by LAPACK in float64.
+    np.testing.assert_allclose(pairs.values, CROWDED[-6:], rtol=0, atol=1e-7)
+    assert pairs.missed == 0
+
+
+def test_what_the_dense_matrix_must_not_cost():
+    op = diagonal(CROWDED, jnp.float32)
+    for options in ({"max_matvecs": ORDER - 1}, {"num_basis": 30, "max_matvecs": ORDER}):
+        pairs = spectra.eigsh(op, 6, which="LA", key=KEY, tol=1e-7, **options)
+        assert pairs.status is spectra.Status.NOT_CONVERGED
+        assert pairs.num_matvecs <= options["max_matvecs"]
+    for budget in (10, 60, ORDER - 1):
+        pairs = spectra.eigsh(op, 2, which="SM", key=KEY, max_matvecs=budget)
+        assert pairs.num_matvecs <= budget
+    small = spectra.eigsh(diagonal(CROWDED[:15], jnp.float32), 2, which="LA", key=KEY, max_matvecs=10)
+    assert small.num_matvecs <= 10
+    with pytest.raises(spectra.SpectraError, match="max_matvecs=7: the smallest take a block of 7 vectors"):
+        spectra.eigsh(op, 2, which="SM", key=KEY, max_matvecs=7)
+
+
+def steep(params, batch):
+    """A network of sines of gain three, whose third derivatives are large."""
+    inputs, targets = batch
+    hidden = jnp.sin(3 * inputs @ params["a"])
+    for _ in range(4):
+        hidden = jnp.sin(3 * hidden @ params["b"])
+    return 100 * jnp.mean((hidden @ params["c"] - targets) ** 2)
+
+
+@pytest.mark.parametrize("seed", slow_but(range(5), 0))
+def test_residual_and_floor_hold_the_rounding_of_a_steep_loss(seed, x64):
+    rng = np.random.default_rng(seed)
+    shapes = {"a": (8, 6), "b": (6, 6), "c": (6,)}
+    params = {name: rng.standard_normal(shape) / shape[0] ** 0.5 for name, shape in shapes.items()}
+    batch = rng.standard_normal((32, 8)), rng.standard_normal(32)
+    single = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (params, batch))
+    double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), single)
+    exact = np.linalg.eigvalsh(spectra.HessianOperator(steep, *double).as_matrix())
+    op = spectra.HessianOperator(steep, *single)
+    for which, k in (("LA", 3), ("BE", 2)):
+        pairs = spectra.eigsh(op, k, which=which, key=KEY, tol=1e-7)
+        error = np.abs(pairs.values - pick(exact, k, which))
+        assert (error <= pairs.residuals + pairs.noise_floor).all()
+        # The other side: the floor is what rounding may do at 95 %, not a thousand times that.
+        assert pairs.noise_floor <= 1000 * error.max()
+    found = spectra.condition_number(op, key=KEY)
+    assert found.largest_interval.lower <= np.abs(exact).max() <= found.largest_interval.upper

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SPECTRA, N, Ridge, diagonal, planted
+from cases import SPECTRA, N, Ridge, diagonal, planted, slow_but
 from scipy.stats import norm
 
 import spectra
@@ -137,3 +137,32 @@ def test_bad_input_is_refused():
     broken = spectra.FunctionOperator(lambda v: v / 0.0, jnp.zeros(9))
     with pytest.raises(spectra.NonFiniteError):
         spectra.kpm(broken, key=KEY)
+
+
+SKEW = jnp.triu(jnp.ones((N, N)), 1) / N
+NO_OPERATORS = {
+    "not symmetric": lambda v: jnp.linspace(-1.0, 3.0, N) * v + SKEW @ v,
+    "slightly not symmetric": lambda v: jnp.linspace(-1.0, 3.0, N) * v + 0.2 * SKEW @ v,
+    "a rotation": lambda v: jnp.roll(v, 1),
+    "affine": lambda v: v + 1,
+    "not linear": lambda v: v * jnp.abs(v),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"bounds": (-4.0, 4.0)}])
+@pytest.mark.parametrize("name", slow_but(NO_OPERATORS, "slightly not symmetric", "affine", "not linear"))
+def test_maps_that_are_not_symmetric_or_not_linear(name, options):
+    op = spectra.FunctionOperator(NO_OPERATORS[name], jnp.zeros(N))
+    for num_moments in (2, 20):
+        with pytest.raises(spectra.NotSymmetricError, match="not symmetric"):
+            spectra.kpm(op, key=KEY, num_moments=num_moments, num_probes=2, **options)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_operators_that_are_symmetric_are_taken_for_it(name):
+    """In float32, also where the interval is narrow and a step rounds more in its units."""
+    values = SPECTRA[name]
+    op, size = diagonal(values, jnp.float32), np.abs(values).max() or 1.0
+    narrow = (values.min() - 1e-3 * size, values.max() + 1e-3 * size)
+    for bounds in (None, narrow):
+        assert spectra.kpm(op, key=KEY, num_moments=65, num_probes=4, bounds=bounds).status.ok

@@ -1,0 +1,121 @@
+"""H and c H have the same answer up to c, where squares of float32 under- and overflow.
+
+Scales are powers of two, so that c H is H with other exponents: each number of a run is the same times c, bit
+for bit, but for those that fall below the least float32, tiny. Of those at most N add up to one result.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import SPECTRA, N, diagonal, slow_but
+
+import spectra
+
+KEY = jax.random.key(0)
+SCALES = [2.0**-99, 2.0**-66, 2.0**66, 2.0**99]  # 1.6e-30, 1.4e-20, 7e19, 6e29
+FEW = {"key": KEY, "num_matvecs": 24}
+LANCZOS = jax.jit(lambda op: spectra.lanczos(op, jnp.ones(N), 20))
+SLQ = jax.jit(lambda op: spectra.slq(op, key=KEY, num_steps=20, num_probes=2))
+TRACE = jax.jit(lambda op: spectra.trace(op, method="hutchinson", **FEW))
+NORM = jax.jit(lambda op: spectra.frobenius_norm(op, **FEW))
+
+
+LARGE = np.r_[0.01, 0.02, 0.03, np.linspace(0.5, 1.0, 2097)].astype(np.float32)
+
+
+def pair(estimate):
+    return jax.tree.leaves((estimate.value, estimate.stderr))
+
+
+def coefficients(run):
+    return run.alpha, run.beta, run.asymmetry * run.alpha[0]
+
+
+def ends(report):
+    return *report.largest, *report.smallest, report.trace.value, report.trace.stderr, report.noise_floor
+
+
+ALGORITHMS = {
+    "lanczos": lambda op: coefficients(spectra.lanczos(op, jnp.ones(N), 20)),
+    "lanczos without a basis": lambda op: coefficients(
+        spectra.lanczos(op, jnp.ones(N), 20, reorthogonalize="none")
+    ),
+    "lanczos in jit": lambda op: coefficients(LANCZOS(op)),
+    "slq": lambda op: [spectra.slq(op, key=KEY, num_steps=20, num_probes=2).nodes],
+    "slq in jit": lambda op: [SLQ(op).nodes, SLQ(op).residuals],
+    "spectrum": lambda op: ends(spectra.spectrum(op, key=KEY, num_steps=20, num_probes=2)),
+    "eigsh": lambda op: [spectra.eigsh(op, 3, which="BE", key=KEY).values],
+    "eigsh, smallest": lambda op: [spectra.eigsh(op, 3, which="SM", key=KEY).values],
+    "eigsh, filtered": lambda op: [
+        spectra.eigsh(diagonal(op.entries[-1] * LARGE), 2, which="SM", key=KEY).values
+    ],
+    "kpm": lambda op: [spectra.kpm(op, key=KEY, num_moments=20, num_probes=2).bounds],
+    "condition_number": lambda op: [spectra.condition_number(op, key=KEY).largest_interval],
+    "trace": lambda op: pair(spectra.trace(op, **FEW)),
+    "trace, hutchinson": lambda op: pair(spectra.trace(op, method="hutchinson", **FEW)),
+    "trace in jit": lambda op: pair(TRACE(op)),
+    "trace, hutch++": lambda op: pair(spectra.trace(op, method="hutch++", **FEW)),
+    "trace, xnystrace": lambda op: pair(
+        spectra.trace(op.shift(3 * op.entries[-1]), method="xnystrace", **FEW)
+    ),
+    "trace, exact": lambda op: pair(spectra.trace(op, method="exact", key=None)),
+    "frobenius_norm": lambda op: pair(spectra.frobenius_norm(op, **FEW)),
+    "frobenius_norm in jit": lambda op: pair(NORM(op)),
+    "frobenius_norm, exact": lambda op: pair(spectra.frobenius_norm(op, key=None)),
+    "diagonal": lambda op: pair(spectra.diagonal(op, **FEW)),
+    "diagonal, hutchinson": lambda op: pair(spectra.diagonal(op, method="hutchinson", **FEW)),
+    "diagonal, exact": lambda op: pair(spectra.diagonal(op, method="exact", key=None)),
+}
+
+
+@pytest.mark.parametrize(
+    "name", slow_but(ALGORITHMS, *[n for n in ALGORITHMS if "trace, " not in n and "filtered" not in n])
+)
+def test_the_answer_follows_the_scale(name):
+    def numbers(scale):
+        found = ALGORITHMS[name](diagonal(scale * SPECTRA["indefinite"], jnp.float32))
+        return np.concatenate([np.ravel(np.asarray(x, float)) for x in found])
+
+    expected = numbers(1.0)
+    size, tiny = np.abs(expected).max(), float(jnp.finfo(jnp.float32).tiny)
+    assert np.isfinite(expected).all()
+    for scale in SCALES:
+        limit = 1e-12 * size + N * tiny / scale
+        np.testing.assert_allclose(numbers(scale) / scale, expected, rtol=0, atol=limit)
+
+
+def saturated(params, batch):
+    inputs, labels = batch
+    return jnp.mean(jax.nn.softplus(-labels * (inputs @ params)))
+
+
+def test_a_saturated_classifier(x64):
+    """Every example is classified with a margin of 45 at least: what curvature is left is 1e-21."""
+    inputs = np.random.default_rng(0).standard_normal((200, 10))
+    params = np.linspace(-1.0, 1.0, 10)
+    inputs = inputs[np.abs(inputs @ params) > 1]
+    margins = 45 * np.abs(inputs @ params)
+    share = np.exp(-margins) / (1 + np.exp(-margins)) ** 2
+    exact = np.linalg.eigvalsh((inputs.T * share) @ inputs / len(inputs))
+    single = (jnp.asarray(x, jnp.float32) for x in (45 * params, inputs, np.sign(inputs @ params)))
+    params, *data = single
+    op = spectra.HessianOperator(saturated, params, tuple(data))
+    report = spectra.spectrum(op, key=KEY, num_probes=2)
+    assert exact[-1] < 1e-20
+    # exp(-m) is off by what the margin m is, a sum of ten terms. The least, 45, counts most.
+    limit = 10 * 45 * float(jnp.finfo(jnp.float32).eps)
+    assert report.largest.estimate == pytest.approx(exact[-1], rel=limit)
+    assert spectra.frobenius_norm(op, key=KEY).value == pytest.approx(np.linalg.norm(exact), rel=limit)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_a_start_vector_of_any_size(size):
+    op = diagonal(SPECTRA["indefinite"], jnp.float32)
+    start = jnp.linspace(1.0, 2.0, N)
+    expected = spectra.lanczos(op, start, 20)
+    # Rows are normalised: the start is rounded once.
+    got = spectra.lanczos(op, size * start, 20)
+    np.testing.assert_allclose(got.alpha[0], expected.alpha[0], rtol=10 * N * 1.2e-7)
+    pairs = spectra.eigsh(op, 1, which="LA", key=KEY, v0=size * start)
+    assert pairs.values[0] == pytest.approx(3.0, rel=1e-5)  # `tol`
