@@ -80,7 +80,8 @@ def slq(
     For each probe v_i, m Lanczos steps give the Gauss quadrature of its spectral measure
     μ_i(f) = v_iᵀ f(H) v_i ≈ Σ_j w_ij f(θ_ij), exact for polynomials of degree below 2m; the mean over
     probes estimates tr f(H) / n without bias. Works inside `jit`, where the small eigenproblem is solved
-    on the device in the working dtype and `tol` and the checks of values are not available.
+    on the device in the working dtype and `tol` and the checks of values are not available; a run through an
+    invariant space may go on there, see docs/guarantees.md.
 
     Args:
         op: symmetric operator of order n; or several by name, such as `op.blocks(by="layer")`, which then
