@@ -11,13 +11,13 @@ DIGITS = 7
 def rounded(value: float, error: float) -> str:
     """The number up to the first digit of its error.
 
-    >>> rounded(-0.080013, 3e-4), rounded(1234.5, 200.0), rounded(2.0, 0.0)
-    ('-0.0800', '1.2e+03', '2')
+    >>> rounded(-0.080013, 3e-4), rounded(1234.5, 200.0), rounded(2.0, 0.0), rounded(1.3e-26, 9e-26)
+    ('-0.0800', '1.2e+03', '2', '1e-26')
     """
     if not (math.isfinite(value) and math.isfinite(error)) or value == 0 or error <= 0:
         return f"{value:.{DIGITS}g}"
     digits = math.floor(math.log10(abs(value))) - math.floor(math.log10(error)) + 1
-    return f"{value:#.{min(max(digits, 1), DIGITS)}g}".rstrip(".")
+    return f"{value:#.{min(max(digits, 1), DIGITS)}g}".rstrip(".").replace(".e", "e")
 
 
 def directed(value: float, up: bool, digits: int = 2) -> str:
