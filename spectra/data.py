@@ -1,25 +1,51 @@
-"""Where batches come from: one pytree in memory, or a source that is read anew for every product.
+"""One batch: a pytree of arrays, of which those that are cut share a leading axis, the examples.
 
-A batch is a pytree of arrays that share a leading axis, the examples. A tuple, dict, array or other
-pytree is one batch. A list, a DataLoader or any re-iterable is a stream of batches, and so is a function
-without arguments that returns an iterator (a generator function).
+Other leaves belong to all examples alike: scalars always, and those that `shared=` names (class weights, one
+random key, the edges of a graph). The axis is needed only where a batch is cut or weighted by its size, so
+a batch that is used whole may hold leaves of any shape.
 """
 
-import dataclasses
-import itertools
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from spectra._digest import array_digest
-from spectra._errors import DataError
+from spectra import _paths
+from spectra._errors import DataError, StructureError
 from spectra._mesh import on_automatic_axes
 from spectra._tree import path_str
 
 PyTree = Any
+
+
+@jax.tree_util.register_static
+class Text(str):
+    """Text in a batch: a constant of the compiled program, since JAX takes no text as an argument."""
+
+
+@jax.tree_util.register_static
+class Labels:
+    """A list or array of text, say file names: no compiled program reads it, and one serves all of them."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Labels)
+
+    def __hash__(self) -> int:
+        return hash(Labels)
+
+    def __len__(self) -> int:
+        raise DataError(
+            "the loss reads a list of text in the batch, which a compiled program cannot: encode it as an "
+            "array of numbers, or leave it out."
+        )
+
+    def __iter__(self):
+        return iter(range(len(self)))
+
+    def __getitem__(self, index: Any) -> Any:
+        return len(self)
 
 
 def to_numpy(value: Any) -> np.ndarray:
@@ -34,12 +60,14 @@ def to_numpy(value: Any) -> np.ndarray:
 
 
 def as_batch(batch: PyTree, where: str = "data") -> PyTree:
-    """The batch with array leaves that JAX accepts; raises if leaves share no leading axis."""
+    """The batch with array leaves that JAX accepts, numbers and text included."""
 
     def one(path, leaf):
         name = f"{where}: leaf '{path_str(path)}'"
         if isinstance(leaf, (jax.Array, np.ndarray)):
             array = leaf
+        elif isinstance(leaf, (bool, int, float)):
+            array = jnp.asarray(leaf)  # weakly typed, as in the user's own call
         elif hasattr(leaf, "__array__"):
             array = to_numpy(leaf)
         elif isinstance(leaf, jax.ShapeDtypeStruct):  # enough to plan with
@@ -48,173 +76,98 @@ def as_batch(batch: PyTree, where: str = "data") -> PyTree:
             raise DataError(f"{name} is a {type(leaf).__name__}; a batch holds arrays.")
         if array.dtype == object:
             raise DataError(f"{name} holds Python objects; pad or stack examples to one array.")
-        if array.ndim == 0:
-            raise DataError(f"{name} has no axes; a batch's leaves share a leading axis of examples.")
         return array
 
-    batch = on_automatic_axes(jax.tree_util.tree_map_with_path(one, jax.tree.map(_plain_mapping, batch)))
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
-    sizes = {path_str(path): leaf.shape[0] for path, leaf in leaves}
-    if len(set(sizes.values())) > 1:
-        raise DataError(f"{where}: leaves differ in their number of examples: {sizes}.")
-    if leaves and leaves[0][1].shape[0] == 0:
+    plain = jax.tree.map(_plain, batch, is_leaf=_is_text)
+    if isinstance(plain, (Text, Labels)):
+        raise DataError(f"{where} is text, {batch!r}; a batch holds arrays.")
+    batch = on_automatic_axes(jax.tree_util.tree_map_with_path(one, plain))
+    lengths = [leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim]
+    if lengths and not any(lengths):
         raise DataError(f"{where}: the batch has no examples.")
     return batch
 
 
-def _plain_mapping(leaf: Any) -> Any:
-    """Tokenisers give mappings that are not dicts, which JAX takes for leaves."""
+def _plain(leaf: Any) -> Any:
+    """Text as nodes without leaves; tokenisers' mappings, which JAX takes for leaves, as dicts."""
+    if _is_text(leaf):
+        return Text(leaf) if isinstance(leaf, str) else Labels()
     if isinstance(leaf, Mapping):
-        return {key: _plain_mapping(value) for key, value in leaf.items()}
+        return {key: jax.tree.map(_plain, value, is_leaf=_is_text) for key, value in leaf.items()}
     return leaf
 
 
-def batch_size(batch: PyTree) -> int:
-    """Number of examples; 1 for a loss without data."""
-    leaves = jax.tree.leaves(batch)
-    return leaves[0].shape[0] if leaves else 1
+def _is_text(node: Any) -> bool:
+    if isinstance(node, (list, tuple)):
+        return len(node) > 0 and all(isinstance(item, (str, bytes)) for item in node)
+    return isinstance(node, (str, bytes)) or (isinstance(node, np.ndarray) and node.dtype.kind in "US")
 
 
-def is_stream(data: Any) -> bool:
-    """Whether `data` is a source of batches rather than one batch."""
-    if data is None or isinstance(data, (tuple, Mapping, np.ndarray, jax.Array)):
-        return False
-    if isinstance(data, (list, Iterator)) or callable(data):  # JAX refuses to see iterators as leaves
-        return True
-    leaves = jax.tree.leaves(data)  # a registered pytree node is a batch, an opaque object is not
-    opaque = len(leaves) == 1 and leaves[0] is data
-    return opaque and hasattr(data, "__iter__") and not hasattr(data, "__array__")
+def shared_leaves(batch: PyTree, shared: _paths.Select | None) -> list[bool]:
+    """For each leaf, whether it belongs to all examples alike.
 
-
-def _iterator(source: Any) -> Iterator[PyTree]:
-    """A fresh pass over a source."""
-    batches: Any = source() if callable(source) else source
-    return iter(batches)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Stream:
-    """A re-iterable source of batches whose passes were found to be equal.
-
-    Iterating yields (weight, batch) with weights that sum to one; every pass is compared with the first
-    in number and weights of batches, so a source that ends early is noticed.
+    Raises:
+        DataError: `shared` matches no leaf.
     """
+    leaves = jax.tree.leaves(batch)
+    chosen: tuple[int, ...] = ()
+    if shared is not None:
+        try:
+            chosen = _paths.select_leaves(batch, shared)
+        except StructureError as error:
+            paths = ", ".join(_paths.leaf_paths(batch))
+            raise DataError(f"shared={shared!r} names no leaf of the batch; they are: {paths}.") from error
+    return [index in chosen or leaf.ndim == 0 for index, leaf in enumerate(leaves)]
 
-    source: Iterable | Callable[[], Iterator]
-    weights: tuple[float, ...]
-    indices: tuple[int, ...] | None  # batches that are used, ascending; None for all
-    digests: tuple[int, ...]  # checksums of these batches
 
-    @classmethod
-    def open(
-        cls,
-        source: Any,
-        weight_fn: Callable[[PyTree], Any] | None = None,
-        num_batches: int | None = None,
-        subsample_key: jax.Array | None = None,
-        *,
-        check: bool = True,
-    ) -> "Stream":
-        """Read the source once for its weights, and a second time to see that nothing changes.
+def batch_size(batch: PyTree, shared: _paths.Select | None = None, where: str = "data") -> int:
+    """Number of examples; 1 for a loss without data.
 
-        With `num_batches` only the first ones are read, so the source may be endless; with a key as
-        many are drawn without replacement, for which the source is counted.
+    Raises:
+        DataError: leaves that are not shared differ in their leading axis.
+    """
+    belongs = zip(jax.tree.leaves(batch), shared_leaves(batch, shared), strict=True)
+    sizes = [None if whole else leaf.shape[0] for leaf, whole in belongs]
+    known = {size for size in sizes if size is not None}
+    if len(known) > 1:
+        named = zip(_paths.leaf_paths(batch), sizes, strict=True)
+        raise DataError(
+            f"{where}: leaves differ in their number of examples: "
+            f"{ {name: size for name, size in named if size is not None} }. A batch that is cut, or weighted "
+            "by its size, needs a common leading axis: name the leaves that belong to all examples alike in "
+            "shared= (a glob, a regex or a predicate on their paths), or leave the batch whole; for "
+            "a list of such batches, weight_fn= says what each counts."
+        )
+    return known.pop() if known else 1
 
-        Raises:
-            DataError: the source is empty, can be read only once, or gives other batches on the second
-                pass (a shuffling loader, random augmentation).
-        """
-        if isinstance(source, Iterator):
-            raise DataError(
-                f"the data source is a {type(source).__name__}, which can be read only once, but every "
-                "product reads all data. Pass a list, a loader, or the generator function itself."
-            )
-        if num_batches is not None and num_batches < 1:
-            raise DataError(f"num_batches={num_batches}: at least one batch is needed.")
-        if num_batches is None and subsample_key is not None:
-            raise DataError("subsample_key draws num_batches batches: say how many.")
-        stop = num_batches if subsample_key is None else None
-        first = list(cls._survey(source, weight_fn, stop))
-        if not first:
-            raise DataError("the data source is empty: it gives no batches.")
-        if num_batches is not None and len(first) < num_batches:
-            raise DataError(f"num_batches={num_batches}, but the data source has only {len(first)} batches.")
-        if check:
-            second = list(cls._survey(source, weight_fn, stop))
-            if not second:
-                raise DataError(
-                    "the data source gives no batches on the second pass: it can be read only once. "
-                    "Pass a list, or a function that returns a fresh iterator."
-                )
-            if first != second:
-                index = next(
-                    (i for i, pair in enumerate(zip(first, second, strict=False)) if len(set(pair)) > 1),
-                    min(len(first), len(second)),
-                )
-                raise DataError(
-                    f"the data source is not deterministic: batch {index} differs between two passes. "
-                    "Switch shuffling and random augmentation off (shuffle=False), or pass a list of "
-                    "batches drawn once."
-                )
-        indices = None if num_batches is None else tuple(range(num_batches))
-        if num_batches is not None and subsample_key is not None:
-            drawn = jax.random.choice(subsample_key, len(first), (num_batches,), replace=False)
-            indices = tuple(sorted(map(int, drawn)))
-        used = first if indices is None else [first[i] for i in indices]
-        weights = np.array([weight for weight, _ in used], np.float64)
-        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
-            raise DataError(f"weight_fn gave weights {weights[:8]}...; they must be >= 0 and not all 0.")
-        return cls(source, tuple(weights / weights.sum()), indices, tuple(digest for _, digest in used))
 
-    @staticmethod
-    def _read(source: Any, stop: int | None = None) -> Iterator[PyTree]:
-        for index, batch in enumerate(itertools.islice(_iterator(source), stop)):
-            yield as_batch(batch, f"data batch {index}")
+def owned_leaves(batch: PyTree, shared: _paths.Select | None) -> list[Any]:
+    """The leaves that examples own, whose leading axis is theirs."""
+    belongs = zip(jax.tree.leaves(batch), shared_leaves(batch, shared), strict=True)
+    return [leaf for leaf, whole in belongs if not whole]
 
-    @classmethod
-    def _survey(cls, source, weight_fn, stop: int | None) -> Iterator[tuple[float, int]]:
-        for batch in cls._read(source, stop):
-            digest = 0
-            for leaf in jax.tree.leaves(batch):
-                if isinstance(leaf, jax.Array):  # where it lies: no host may hold all of it
-                    leaf = np.uint32(array_digest(leaf))
-                digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
-            weight = batch_size(batch) if weight_fn is None else float(weight_fn(batch))
-            yield weight, digest
 
-    def split(self, count: int) -> "list[Stream]":
-        """Every `count`-th batch, from each of the first `count` on: disjoint parts of the source."""
-        total = len(self.weights)
-        if total < count:
-            raise DataError(f"{total} batches cannot be split into {count} parts.")
-        indices = tuple(range(total)) if self.indices is None else self.indices
-        parts = []
-        for first in range(count):
-            weights = np.array(self.weights[first::count])
-            if not weights.sum() > 0:
-                raise DataError(f"part {first} of {count} has no weight: its batches are padding only.")
-            share = tuple(weights / weights.sum())
-            parts.append(Stream(self.source, share, indices[first::count], self.digests[first::count]))
-        return parts
+def replace_owned(batch: PyTree, shared: _paths.Select | None, owned: list[Any]) -> PyTree:
+    """The batch with other leaves in the place of those that examples own."""
+    leaves, treedef = jax.tree.flatten(batch)
+    new = iter(owned)
+    belongs = zip(leaves, shared_leaves(batch, shared), strict=True)
+    return treedef.unflatten([leaf if whole else next(new) for leaf, whole in belongs])
 
-    def first(self) -> PyTree:
-        """The first batch that is used."""
-        return next(self._used())
 
-    def __iter__(self) -> Iterator[tuple[float, PyTree]]:
-        count = 0
-        for batch in self._used():
-            if count >= len(self.weights):
-                raise DataError(f"the data source gave more than its {len(self.weights)} batches.")
-            if self.weights[count] > 0:  # a batch of padding may have no mean at all
-                yield self.weights[count], batch
-            count += 1
-        if count != len(self.weights):
-            raise DataError(f"the data source ended after {count} of {len(self.weights)} batches.")
+def rows(batch: PyTree, start: int, stop: int, shared: _paths.Select | None = None) -> PyTree:
+    """The examples from `start` to `stop`, with what belongs to all of them."""
+    return replace_owned(batch, shared, [x[start:stop] for x in owned_leaves(batch, shared)])
 
-    def _used(self) -> Iterator[PyTree]:
-        if self.indices is None:
-            return self._read(self.source)
-        kept = set(self.indices)
-        batches = enumerate(self._read(self.source, self.indices[-1] + 1))
-        return (batch for index, batch in batches if index in kept)
+
+def describe(batch: PyTree) -> str:
+    """The structure of a batch with dtypes and shapes in the place of its arrays."""
+    shapes = jax.tree.map(lambda x: _Shape(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"), batch)
+    return repr(shapes)
+
+
+class _Shape(str):
+    """Text whose repr has no quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)

@@ -16,8 +16,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spectra import _tree
-from spectra._errors import SpectraError, StructureError
-from spectra.data import as_batch, batch_size, is_stream
+from spectra._errors import DataError, SpectraError, StructureError
+from spectra._paths import Select
+from spectra.data import as_batch, batch_size, shared_leaves
+from spectra.stream import are_arrays, is_stream
 
 PyTree = Any
 Partition = Callable[[str, Any], PartitionSpec]
@@ -126,18 +128,19 @@ def shard_params(params: PyTree, mesh: Mesh, partition: Partition | PyTree | Non
     return jax.tree.map_with_path(place, params, partition)
 
 
-def shard_data(data: Any, mesh: Mesh, *, local: bool = False) -> Any:
+def shard_data(data: Any, mesh: Mesh, *, local: bool = False, shared: Select | None = None) -> Any:
     """One batch or a stream of batches, split over the mesh along the axis of examples.
 
     Every process reads the whole batch and sends its devices their part; with `local` a process has its
     own part only, as large as every other's. Where the examples do not divide over the devices, those left
     over are a batch of their own, which is replicated: results are exact, and products are driven
-    from the host.
+    from the host. Leaves that examples share, and batches whose leaves have no common axis, are replicated.
 
     Args:
         data: what operators take as data.
         mesh: from `make_mesh`; the batch is split over its axes `data` and `fsdp`, or the first axis.
         local: whether `data` is this process's part.
+        shared: leaves of a batch that belong to all examples alike, as for the operators.
 
     Returns:
         A placed batch, or a function that gives an iterator over placed batches.
@@ -147,31 +150,44 @@ def shard_data(data: Any, mesh: Mesh, *, local: bool = False) -> Any:
         def batches() -> Iterator[PyTree]:
             source: Any = data() if callable(data) else data
             for batch in source:
-                yield from _pieces(as_batch(batch), mesh, local)
+                yield from _pieces(as_batch(batch), mesh, local, shared)
 
+        if isinstance(data, list) and are_arrays(data):  # one batch, perhaps: the operator sees which
+            return list(batches())
         return batches
     if data is None:
         return None
-    pieces = _pieces(as_batch(data), mesh, local)
+    pieces = _pieces(as_batch(data), mesh, local, shared)
     return pieces[0] if len(pieces) == 1 else pieces
 
 
-def _pieces(batch: PyTree, mesh: Mesh, local: bool) -> list[PyTree]:
+def _pieces(batch: PyTree, mesh: Mesh, local: bool, shared: Select | None) -> list[PyTree]:
     """The part of a batch that divides over the devices, split, and the rest, replicated."""
     leaves = jax.tree.leaves(batch)
     if not leaves or all(_on_mesh(leaf) for leaf in leaves):
         return [batch]
     axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names) or mesh.axis_names[:1]
     split, whole = NamedSharding(mesh, PartitionSpec(axes)), NamedSharding(mesh, PartitionSpec())
-    if local:
-        return [jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, np.asarray(x)), batch)]
+    try:
+        size, replicated = batch_size(batch, shared), shared_leaves(batch, shared)
+    except DataError:
+        if shared is not None:
+            raise
+        size, replicated = 1, [True] * len(leaves)
+
+    def place(rows: slice, sharding: NamedSharding) -> PyTree:
+        pairs = zip(leaves, replicated, strict=True)
+        placed = [_put(x, whole) if alike else put(x[rows], sharding) for x, alike in pairs]
+        return jax.tree.unflatten(jax.tree.structure(batch), placed)
+
+    def put(x, sharding):
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x)) if local else _put(x, sharding)
+
     count = math.prod(mesh.shape[name] for name in axes)
-    even = batch_size(batch) // count * count
-    pieces = []
-    if even:
-        pieces.append(jax.tree.map(lambda x: _put(x[:even], split), batch))
-    if even < batch_size(batch):
-        pieces.append(jax.tree.map(lambda x: _put(x[even:], whole), batch))
+    even = size if local or all(replicated) else size // count * count
+    pieces = [place(slice(even), split)] if even else []
+    if even < size:
+        pieces.append(place(slice(even, None), whole))
     return pieces
 
 

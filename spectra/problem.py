@@ -52,7 +52,8 @@ class Problem:
     def on(self, mesh: Mesh) -> "Problem":
         """The problem with its parameters and data on a mesh; what lies there already stays."""
         params = shard_params(self.params, mesh, self.partition)
-        data = shard_data(self.data, mesh, local=self.local_data)
+        shared = self.options.get("shared")
+        data = shard_data(self.data, mesh, local=self.local_data, shared=shared)
         return dataclasses.replace(self, params=params, data=data)
 
     def operator(self, kind: str = "hessian", *, key: jax.Array | None = None) -> LinearOperator:

@@ -22,6 +22,7 @@ LAYERS = [
     {"_paths"},
     {"results"},
     {"data"},
+    {"stream"},
     {"operators"},
     {"distributed"},
     {"problem", "models", "_attention"},

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from spectra import _tree
-from spectra.data import batch_size
+from spectra._paths import Select
+from spectra.data import batch_size, owned_leaves, replace_owned, rows
 
 PyTree = Any
 WeightFn = Callable[[PyTree], Any]
@@ -22,17 +24,17 @@ def mean_over_microbatches(
     batch: PyTree,
     microbatch: int | None,
     weight_fn: WeightFn | None,
+    shared: Select | None = None,
 ) -> PyTree:
     """Σ w_b fn(b) / Σ w_b over pieces of at most `microbatch` examples; w_b counts examples by default.
 
     Full pieces run under `lax.scan`, so the program and the peak memory are those of one piece; what is
-    left over runs as one smaller piece with its own weight.
+    left over runs as one smaller piece with its own weight. Every piece has all of the `shared` leaves.
     """
-    n = batch_size(batch)
-    if microbatch is None or microbatch >= n:
+    if microbatch is None or microbatch >= batch_size(batch, shared):
         return fn(batch)
-    weight = weight_fn or batch_size
-    pieces, last = _cut(batch, microbatch)
+    weight = weight_fn or partial(batch_size, shared=shared)
+    cut = Cut(batch, microbatch, shared)
 
     def weighted(piece):
         w = jnp.asarray(weight(piece))
@@ -49,34 +51,57 @@ def mean_over_microbatches(
         return w, lax.cond(w > 0, value, lambda _: nothing, piece)
 
     def body(total, piece):
-        return jax.tree.map(jnp.add, total, weighted(piece)), None
+        return jax.tree.map(jnp.add, total, weighted(cut.piece(piece))), None
 
-    first = jax.tree.map(lambda x: x[0], pieces)
+    first = cut.piece([x[0] for x in cut.columns])
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(weighted, first))
-    total, _ = lax.scan(body, zero, pieces)
-    if last is not None:
-        total = jax.tree.map(jnp.add, total, weighted(last))
+    total, _ = lax.scan(body, zero, cut.columns)
+    if cut.last is not None:
+        total = jax.tree.map(jnp.add, total, weighted(cut.last))
     weights, value = total
     return jax.tree.map(lambda x: x / weights.astype(x.dtype), value)
 
 
-def map_microbatches(fn: Callable[[PyTree], PyTree], batch: PyTree, microbatch: int | None) -> PyTree:
-    """fn of the batch, for a function that treats examples one by one, a piece at a time."""
-    n = batch_size(batch)
-    if microbatch is None or microbatch >= n:
-        return fn(batch)
-    pieces, last = _cut(batch, microbatch)
-    parts = [jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), lax.map(fn, pieces))]
-    if last is not None:
-        parts.append(fn(last))
+def map_microbatches(
+    fn: Callable[[PyTree, jax.Array], PyTree],
+    batch: PyTree,
+    keys: jax.Array,
+    microbatch: int | None,
+    shared: Select | None = None,
+) -> PyTree:
+    """fn of the batch and a key for each example, for a function that treats examples one by one."""
+    if microbatch is None or microbatch >= batch_size(batch, shared):
+        return fn(batch, keys)
+    cut = Cut(batch, microbatch, shared)
+    even = len(keys) // microbatch * microbatch
+    columns = cut.columns, keys[:even].reshape(-1, microbatch)
+    mapped = lax.map(lambda piece: fn(cut.piece(piece[0]), piece[1]), columns)
+    parts = [jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), mapped)]
+    if cut.last is not None:
+        parts.append(fn(cut.last, keys[even:]))
     return jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
 
 
-def _cut(batch: PyTree, size: int) -> tuple[PyTree, PyTree | None]:
-    """Full pieces stacked along a new leading axis, and what is left over, or None."""
-    steps, rest = divmod(batch_size(batch), size)
-    pieces = jax.tree.map(lambda x: x[: steps * size].reshape(steps, size, *x.shape[1:]), batch)
-    return pieces, jax.tree.map(lambda x: x[steps * size :], batch) if rest else None
+class Cut:
+    """A batch in pieces of `size` examples: what a loop runs over, and how a piece is put together.
+
+    `columns` are the leaves that examples own, full pieces along a new leading axis; `last` is the batch
+    that is left over, or None.
+    """
+
+    def __init__(self, batch: PyTree, size: int, shared: Select | None):
+        n = batch_size(batch, shared)
+        steps, rest = divmod(n, size)
+        even = steps * size
+        self._batch, self._shared = batch, shared
+        self.columns = [
+            x[:even].reshape(steps, size, *x.shape[1:]) for x in owned_leaves(batch, shared)
+        ]
+        self.last = rows(batch, even, n, shared) if rest else None
+
+    def piece(self, columns: list[jax.Array]) -> PyTree:
+        """The batch with these in the place of the leaves that examples own."""
+        return replace_owned(self._batch, self._shared, columns)
 
 
 class Passes:

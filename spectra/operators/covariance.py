@@ -1,12 +1,13 @@
 """The second moment and the covariance of the gradients of single examples."""
 
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from spectra import _tree
+from spectra.data import batch_size, owned_leaves, replace_owned
 from spectra.operators import products
 from spectra.operators.base import operator
 from spectra.operators.checks import DataOptions, check_scalar
@@ -52,6 +53,7 @@ class GradientCovarianceOperator(DataOperator):
 
     loss_fn: Callable[[PyTree, PyTree], jax.Array]
     mean: PyTree  # ḡ if centered, else None
+    takes_single_examples: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -103,29 +105,29 @@ class GradientCovarianceOperator(DataOperator):
     def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
         weights = self._weights(piece)
         # An example of weight zero (padding) may have no finite loss: another one stands in for it.
-        stand_in = jax.tree.map(lambda x: x[jnp.argmax(weights > 0)], piece)
+        owned = owned_leaves(piece, self.shared)
+        stand_in = [x[jnp.argmax(weights > 0)] for x in owned]
 
         def losses(x):
             params = self._merge(x)
 
             def one(weight, example):
-                example = jax.tree.map(lambda e, s: jnp.where(weight > 0, e, s), example, stand_in)
-                return self._value(params, _alone(example))
+                kept = [jnp.where(weight > 0, e, s) for e, s in zip(example, stand_in, strict=True)]
+                return self._value(params, self._alone(piece, kept))
 
-            return jax.vmap(one)(weights, piece)
+            return jax.vmap(one)(weights, owned)
 
         _, push, pull = products.jacobian(self.mode, losses, variables)
         along = push(v)
         return pull((weights / jnp.sum(weights)).astype(along.dtype) * along)
 
     def _weights(self, piece: PyTree) -> jax.Array:
-        count = jax.tree.leaves(piece)[0].shape[0]
+        count = batch_size(piece, self.shared)
         if self.weight_fn is None:
             return jnp.ones(count)
-        weight_fn = self.weight_fn
-        return jax.vmap(lambda example: jnp.asarray(weight_fn(_alone(example)), float))(piece)
+        weight_fn, owned = self.weight_fn, owned_leaves(piece, self.shared)
+        return jax.vmap(lambda example: jnp.asarray(weight_fn(self._alone(piece, example)), float))(owned)
 
-
-def _alone(example: PyTree) -> PyTree:
-    """The batch of one example."""
-    return jax.tree.map(lambda x: x[None], example)
+    def _alone(self, piece: PyTree, example: list[jax.Array]) -> PyTree:
+        """The batch of one example."""
+        return replace_owned(piece, self.shared, [x[None] for x in example])

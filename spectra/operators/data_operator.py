@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,15 @@ import numpy as np
 from spectra import _memory, _paths, _tree
 from spectra._errors import DataError, NonFiniteError, SpectraError
 from spectra._mesh import automatic, on_automatic_axes
-from spectra.data import Stream, as_batch, batch_size, is_stream
+from spectra.data import as_batch, batch_size, rows
 from spectra.operators import compiled
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
 from spectra.operators.base import LinearOperator, product, product_batch
-from spectra.operators.checks import check_functions, check_options, explain_non_finite
+from spectra.operators.calls import check_signatures, is_one_batch, loss_weight, require_call
+from spectra.operators.checks import check_alive, check_functions, check_options, explain_non_finite
+from spectra.operators.means import require_mean
 from spectra.operators.modes import resolve_mode
+from spectra.stream import Stream, is_stream
 
 PyTree = Any
 
@@ -46,10 +49,14 @@ class DataOperator(LinearOperator):
       `jax.default_matmul_precision`. JAX's own default runs them in bfloat16 on a TPU and in TF32 on a
       GPU, which puts the noise floor of the spectrum near 1e-3 |H|.
     * weight_fn: weight of a batch or microbatch in the mean, for example its number of tokens; default:
-      its number of examples.
+      `loss_fn.weight` where the loss brings one, else its number of examples.
+    * shared: the leaves of a batch that belong to all examples alike (class weights, one random key), as a
+      glob, regex or predicate on their paths; scalars do anyway. The other leaves of a batch that is cut,
+      or weighted by its size, share a leading axis.
     * num_batches, subsample_key: use the first `num_batches` of a stream, or, with a key, as many drawn
       without replacement.
-    * check_data: read a stream twice and refuse it if the passes differ.
+    * check_data: read a stream twice and refuse it if the passes differ; where data are cut, see once that
+      the loss is a mean over examples.
     """
 
     params: PyTree
@@ -60,6 +67,7 @@ class DataOperator(LinearOperator):
     linearize: bool | str
     matmul_precision: str
     weight_fn: Callable[[PyTree], Any] | None
+    shared: _paths.Select | None
     stream: Stream | None
 
     @automatic
@@ -74,6 +82,7 @@ class DataOperator(LinearOperator):
         linearize: bool | str = "auto",
         matmul_precision: str = "float32",
         weight_fn: Callable[[PyTree], Any] | None = None,
+        shared: _paths.Select | None = None,
         num_batches: int | None = None,
         subsample_key: jax.Array | None = None,
         check_data: bool = True,
@@ -82,29 +91,46 @@ class DataOperator(LinearOperator):
         """Check the arguments and set all fields; `functions` are the subclass's own."""
         check_options(mode, microbatch, linearize, matmul_precision)
         check_functions(functions)
-        stream = None
-        if is_stream(data):
-            chosen = (num_batches, subsample_key)
-            stream, data = Stream.open(data, weight_fn, *chosen, check=check_data), None
-        elif num_batches is not None or subsample_key is not None:
-            raise SpectraError("num_batches and subsample_key choose batches of a stream; data is one batch.")
-        elif data is not None:
-            data = as_batch(data)
         _tree.check_arrays(params)
+        check_alive(params, "parameter leaf")
         self._set(
             params=on_automatic_axes(params),
-            data=data,
+            data=None,
             selected=None if wrt is None else _paths.select_leaves(params, wrt),
             mode=mode,
             microbatch=microbatch,
             linearize=linearize,
             matmul_precision=matmul_precision,
-            weight_fn=weight_fn,
-            stream=stream,
+            weight_fn=weight_fn or loss_weight(functions["loss_fn"]),
+            shared=shared,
+            stream=None,
             **functions,
         )
         _tree.vector_structure(self.like)
+        self._open_data(data, num_batches, subsample_key, check=check_data)
+        piece = self.first_piece()
+        check_signatures(functions, piece.data)
+        require_call(piece)
         self._set(mode=resolve_mode(self))
+        if check_data:
+            require_mean(self)
+
+    def _open_data(self, data: Any, num_batches: int | None, subsample_key, *, check: bool) -> None:
+        """Set `data` to one batch, or `stream` to the source of several."""
+        few = num_batches is not None or subsample_key is not None
+        streamed = is_stream(data)
+        if streamed and isinstance(data, list) and not few:
+            streamed = not is_one_batch(self, data)
+        if streamed:
+            chosen = (num_batches, subsample_key)
+            stream = Stream.open(data, self.weight_fn, *chosen, check=check, shared=self.shared)
+            self._set(stream=stream)
+        elif few:
+            raise SpectraError("num_batches and subsample_key choose batches of a stream; data is one batch.")
+        elif data is not None:
+            data = as_batch(data)
+            check_alive(data, "data: leaf")
+            self._set(data=data)
 
     def _set(self, **fields) -> None:
         for name, value in fields.items():
@@ -122,6 +148,9 @@ class DataOperator(LinearOperator):
     @abc.abstractmethod
     def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
         """The product of one piece's matrix with a vector, at the variables."""
+
+    takes_single_examples: ClassVar[bool] = False
+    """Whether the loss is evaluated on single examples."""
 
     @property
     def like(self) -> PyTree:
@@ -232,12 +261,12 @@ class DataOperator(LinearOperator):
 
     def _mean(self, fn: Callable[[PyTree], PyTree]) -> PyTree:
         with jax.default_matmul_precision(self.matmul_precision):
-            return mean_over_microbatches(fn, self.data, self.microbatch, self.weight_fn)
+            return mean_over_microbatches(fn, self.data, self.microbatch, self.weight_fn, self.shared)
 
     def _pieces(self) -> Iterator[tuple[float, Self]]:
         assert self.stream is not None
         for weight, batch in self.stream:
-            whole = self.microbatch is None or batch_size(batch) <= self.microbatch
+            whole = self.microbatch is None or batch_size(batch, self.shared) <= self.microbatch
             yield weight, self._with(data=batch, stream=None, microbatch=None if whole else self.microbatch)
 
     def split_data(self, count: int) -> list[Self]:
@@ -248,14 +277,11 @@ class DataOperator(LinearOperator):
         """
         if self.stream is not None:
             return [self._on(stream=part) for part in self.stream.split(count)]
-        n = batch_size(self.data)
+        n = batch_size(self.data, self.shared)
         if n < count:
             raise DataError(f"{n} examples cannot be split into {count} parts.")
         edges = [n * i // count for i in range(count + 1)]
-        return [
-            self._on(data=jax.tree.map(lambda x, a=a, b=b: x[a:b], self.data))
-            for a, b in itertools.pairwise(edges)
-        ]
+        return [self._on(data=rows(self.data, a, b, self.shared)) for a, b in itertools.pairwise(edges)]
 
     def _on(self, **data) -> Self:
         """The same matrix of other data."""

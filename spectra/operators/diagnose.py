@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from spectra.operators.base import LinearOperator, product
 
@@ -19,6 +20,7 @@ _SUSPECTS = (
     "custom_call",
     "while",
 )
+_RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform", "random_gamma")
 
 
 def refusing_operations(fn: Callable, *args: PyTree) -> str:
@@ -35,6 +37,19 @@ def refusing_operations(fn: Callable, *args: PyTree) -> str:
 def may_refuse_at_lowering(jaxpr) -> bool:
     """Whether forward mode met a `custom_vjp`: JAX stages that, and refuses only what it compiles."""
     return any(eqn.primitive.name == "custom_lin" for eqn in _equations(jaxpr))
+
+
+def coarsest_rounding(jaxpr) -> float:
+    """The largest machine epsilon among the floating numbers that a program computes with."""
+    dtypes = {getattr(var.aval, "dtype", None) for eqn in _equations(jaxpr.jaxpr) for var in eqn.outvars}
+    floating = [dtype for dtype in dtypes if dtype is not None and jnp.issubdtype(dtype, jnp.floating)]
+    return max((float(jnp.finfo(dtype).eps) for dtype in floating), default=0.0)
+
+
+def drawn_shapes(jaxpr) -> list[tuple[int, ...]]:
+    """Shapes of the random numbers that a program draws."""
+    eqns = (eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name in _RANDOM)
+    return [var.aval.shape for eqn in eqns for var in eqn.outvars]
 
 
 def slow_in_loops(op: LinearOperator) -> bool:

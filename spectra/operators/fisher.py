@@ -10,7 +10,7 @@ import numpy as np
 from spectra._errors import SpectraError, StructureError
 from spectra._mesh import automatic
 from spectra._tree import is_traced
-from spectra.data import batch_size
+from spectra.data import batch_size, rows
 from spectra.operators import likelihood
 from spectra.operators.accumulate import map_microbatches
 from spectra.operators.base import operator
@@ -169,9 +169,9 @@ def _inner(a: PyTree, b: PyTree, terms: int) -> jax.Array:
 def _with_samples(op: FisherOperator) -> tuple[PyTree, PyTree]:
     """The batch with its targets drawn anew, each example with a key of its own."""
     assert op.key is not None
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(op.key, jnp.arange(batch_size(op.data)))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(op.key, jnp.arange(batch_size(op.data, op.shared)))
     with jax.default_matmul_precision(op.matmul_precision):
-        drawn = map_microbatches(lambda piece: op._draw(*piece), (op.data, keys), op.microbatch)
+        drawn = map_microbatches(op._draw, op.data, keys, op.microbatch, op.shared)
     return split(op.data)[0], drawn
 
 
@@ -185,7 +185,7 @@ def _check_likelihood(op: FisherOperator) -> None:
     arrays = (op.params, op.data)
     if not all(isinstance(x, (jax.Array, np.ndarray)) for x in jax.tree.leaves(arrays)) or is_traced(arrays):
         return
-    few = op._with(data=jax.tree.map(lambda x: x[:CHECKED_EXAMPLES], op.data))
+    few = op._with(data=rows(op.data, 0, CHECKED_EXAMPLES, op.shared))
     if op.kind == "empirical":
         _check_layout(few)
         return
@@ -216,7 +216,7 @@ def _likelihood_error(op: FisherOperator) -> jax.Array:
     outputs = op.model_fn(op._merge(op._variables()), inputs)
     if not likelihood.is_known(outputs, targets):
         return jnp.zeros(())
-    keys = jax.random.split(jax.random.key(0), batch_size(op.data))
+    keys = jax.random.split(jax.random.key(0), batch_size(op.data, op.shared))
     weight = op._num_terms(outputs, targets, op.data)
     drawn = likelihood.sample(op._output_loss, keys, outputs, targets, weight)
     if op.kind == "type2":

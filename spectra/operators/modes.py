@@ -24,8 +24,6 @@ def resolve_mode(op: "DataOperator") -> str:
         DifferentiationError: there is none, or not the one asked for; carries JAX's reason.
     """
     piece = op.first_piece()
-
-    compiled.loss.eval_shape(piece)
     try:
         compiled.gradient.eval_shape(piece)
     except Exception as error:
