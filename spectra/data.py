@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from spectra import _paths
 from spectra._errors import DataError, StructureError
@@ -59,6 +60,23 @@ def to_numpy(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
+def check_alive(tree: PyTree, what: str) -> None:
+    """Raise a `StructureError` for an array whose memory JAX has given to another."""
+    if not any(_is_deleted(leaf) for leaf in jax.tree.leaves(tree)):
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    path = next(path for path, leaf in leaves if _is_deleted(leaf))
+    raise StructureError(
+        f"{what} '{path_str(path)}' was deleted: it was donated to a compiled function (donate_argnums=), which "
+        "wrote its result in its place. Make the operator from the arrays that the function returned, or give "
+        "the function a copy: jax.tree.map(jnp.copy, params)."
+    )
+
+
+def _is_deleted(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
+
+
 def as_batch(batch: PyTree, where: str = "data") -> PyTree:
     """The batch with array leaves that JAX accepts, numbers and text included."""
 
@@ -78,6 +96,7 @@ def as_batch(batch: PyTree, where: str = "data") -> PyTree:
             raise DataError(f"{name} holds Python objects; pad or stack examples to one array.")
         return array
 
+    check_alive(batch, f"{where}: leaf")
     plain = jax.tree.map(_plain, batch, is_leaf=_is_text)
     if isinstance(plain, (Text, Labels)):
         raise DataError(f"{where} is text, {batch!r}; a batch holds arrays.")

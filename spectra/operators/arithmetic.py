@@ -66,6 +66,11 @@ class SumOperator(LinearOperator):
         """What the terms know."""
         return " ".join(term.explain_non_finite() for term in self.terms)
 
+    def require_finite(self) -> None:
+        """As all terms."""
+        for term in self.terms:
+            term.require_finite()
+
     def moved(self, key: jax.Array) -> "SumOperator | None":
         """The sum of the terms at moved parameters, and of those that have none as they are."""
         moved = [term.moved(key) for term in self.terms]
@@ -100,6 +105,10 @@ class Derived(LinearOperator):
     def explain_non_finite(self) -> str:
         """As the other operator."""
         return self.base.explain_non_finite()
+
+    def require_finite(self) -> None:
+        """As the other operator."""
+        self.base.require_finite()
 
 
 class Wrapped(Derived):

@@ -12,12 +12,15 @@ from jax.core import Tracer
 
 from spectra import _memory, _mesh, _paths, _tree
 from spectra._errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
+from spectra.data import check_alive
 from spectra.results import format_bytes
 
 if TYPE_CHECKING:
     from spectra.operators.arithmetic import ScaledOperator, ShiftedOperator, SumOperator
 
 PyTree = Any
+COLUMNS = 64
+"""Columns of a matrix that are multiplied in one go: bounds the batched activations."""
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
@@ -145,12 +148,43 @@ class LinearOperator(abc.ABC):
 
     @_mesh.automatic
     def __matmul__(self, v: PyTree) -> PyTree:
-        """H v for a pytree, or for a flat array of shape (n,); the result has the form of `v`."""
+        """H v for a pytree, or for a flat array of shape (n,); the result has the form of `v`.
+
+        H V for a matrix of shape (n, k), whose columns are flat vectors.
+        """
+        require_alive(self)
+        if not _tree.is_traced((self, v)):
+            self.require_finite()
+        if self._is_matrix(v):
+            return self._checked(self._times_matrix(jnp.asarray(v)))
         vector = self.as_vector(v)
-        result = self.mv(vector) if self.on_host else product(self, vector)
+        result = self._checked(self.mv(vector) if self.on_host else product(self, vector))
+        return _ravel(result) if self._is_flat(v) else result
+
+    def require_finite(self) -> None:
+        """Raise a `NonFiniteError` if what the products are derivatives of is known not to be finite."""
+
+    def _checked(self, result: PyTree) -> PyTree:
         if not isinstance(jax.tree.leaves(result)[0], Tracer) and not _tree.all_finite(result):
             raise NonFiniteError(f"the product is NaN or infinite. {self.explain_non_finite()}")
-        return _ravel(result) if self._is_flat(v) else result
+        return result
+
+    def _is_matrix(self, v: PyTree) -> bool:
+        """Whether `v` is a matrix of flat vectors, not a vector that is a matrix itself."""
+        shape, own = getattr(v, "shape", ()), getattr(self.like, "shape", None)
+        return len(shape) == 2 and shape[0] == self.size and shape[1] > 0 and shape != own
+
+    def _times_matrix(self, matrix: jax.Array) -> jax.Array:
+        """H V, `COLUMNS` columns at a time."""
+        if not jnp.issubdtype(matrix.dtype, jnp.floating):
+            raise StructureError(f"the matrix has dtype {matrix.dtype}, expected {self.dtype}.")
+        leaves, treedef = jax.tree.flatten(self.structure)
+        kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        parts = []
+        for start in range(0, matrix.shape[1], COLUMNS):
+            vectors = treedef.unflatten(_columns(matrix[:, start : start + COLUMNS], kinds))
+            parts.append(_stacked(self.mv_batch(vectors)))
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
     def _is_flat(self, v: PyTree) -> bool:
         """Whether `v` is a flat array that stands for a vector of another form."""
@@ -220,10 +254,14 @@ class LinearOperator(abc.ABC):
         """The diagonal blocks: one for every leaf (`by="leaf"`), or for every layer (`by="layer"`).
 
         A layer is all leaves that share their path up to its last part: `Dense_0/kernel` and
-        `Dense_0/bias`, `fc1.weight` and `fc1.bias`.
+        `Dense_0/bias`, `fc1.weight` and `fc1.bias`. Groups without numbers (leaves of shape (0, 3)) are
+        left out.
         """
         groups = _paths.group_leaves(self.like, by)
-        return {name: self._principal(indices) for name, indices in groups.items()}
+        sizes = [leaf.size for leaf in jax.tree.leaves(self.structure)]
+        return {
+            name: self._principal(indices) for name, indices in groups.items() if sum(sizes[i] for i in indices)
+        }
 
     def _principal(self, indices: tuple[int, ...]) -> "LinearOperator":
         from spectra.operators.blocks import BlockOperator
@@ -283,6 +321,16 @@ def require_operator(op) -> None:
             f"op is a {type(op).__name__}, not a LinearOperator; wrap a matrix in MatrixOperator, a "
             "function of a vector in FunctionOperator, a loss in HessianOperator."
         )
+    require_alive(op)
+
+
+def require_alive(op: LinearOperator) -> None:
+    """Raise a helpful error where an array of the operator has been deleted.
+
+    Raises:
+        StructureError: it was donated to a compiled function, or deleted; the message names it.
+    """
+    check_alive(op, "the operator's leaf")
 
 
 def _is_real_scalar(x) -> bool:
@@ -311,3 +359,16 @@ _ravel = jax.jit(_tree.ravel)
 @partial(jax.jit, static_argnames="kinds")
 def _unravel(flat: jax.Array, kinds: tuple) -> list[jax.Array]:
     return _tree.unravel(flat, [jax.ShapeDtypeStruct(*kind) for kind in kinds])
+
+
+@partial(jax.jit, static_argnames="kinds")
+def _columns(matrix: jax.Array, kinds: tuple) -> list[jax.Array]:
+    """The columns of a matrix as a stack of vectors."""
+    like = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
+    return jax.vmap(lambda column: _tree.unravel(column, like), in_axes=1)(matrix)
+
+
+@jax.jit
+def _stacked(vectors: PyTree) -> jax.Array:
+    """A stack of vectors as the columns of a matrix."""
+    return jax.vmap(_tree.ravel, out_axes=1)(vectors)

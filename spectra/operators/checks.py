@@ -6,7 +6,6 @@ from typing import Any, Literal, TypedDict
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from spectra import _paths, _tree
 from spectra._errors import SpectraError, StructureError
@@ -49,18 +48,6 @@ def check_functions(functions: Mapping[str, Any]) -> None:
     for name, function in functions.items():
         if name.endswith("_fn") and function is not None and not callable(function):
             raise StructureError(f"{name} is a {type(function).__name__}; pass a function.")
-
-
-def check_alive(tree: PyTree, what: str) -> None:
-    """Raise a `StructureError` for an array whose memory JAX has given to another."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted():
-            raise StructureError(
-                f"{what} '{_tree.path_str(path)}' was deleted: it was donated to a compiled function "
-                "(donate_argnums=), which computed its result in its place, or .delete() was called. Make the "
-                "operator anew from the arrays that the function returned, or copy them before: "
-                "jax.tree.map(jnp.copy, params)."
-            )
 
 
 def check_scalar(value, name: str) -> jax.Array:

@@ -75,6 +75,7 @@ class GradientCovarianceOperator(DataOperator):
 
     def mv(self, v: PyTree) -> PyTree:
         """C v, or C v - ḡ (ḡᵀ v)."""
+        v = self._cast(v)
         product = super().mv(v)
         return product if self.mean is None else self._center(product, v)
 
@@ -82,7 +83,7 @@ class GradientCovarianceOperator(DataOperator):
         """The same for a stack of vectors."""
         results = super().mv_batch(vectors)
         done = self.mean is None or self.stream is None  # without a stream `mv` itself has centred them
-        return results if done else jax.vmap(self._center)(results, vectors)
+        return results if done else jax.vmap(self._center)(results, self._cast(vectors))
 
     def _center(self, product: PyTree, v: PyTree) -> PyTree:
         return _tree.axpy(-_tree.vdot(self.mean, v), self.mean, product)

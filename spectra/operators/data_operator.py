@@ -13,12 +13,12 @@ import numpy as np
 from spectra import _memory, _paths, _tree
 from spectra._errors import DataError, NonFiniteError, SpectraError
 from spectra._mesh import automatic, on_automatic_axes
-from spectra.data import as_batch, batch_size, rows
+from spectra.data import as_batch, batch_size, check_alive, rows
 from spectra.operators import compiled
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
-from spectra.operators.base import LinearOperator, product, product_batch
+from spectra.operators.base import LinearOperator, product, product_batch, require_alive
 from spectra.operators.calls import check_signatures, is_one_batch, loss_weight, require_call
-from spectra.operators.checks import check_alive, check_functions, check_options, explain_non_finite
+from spectra.operators.checks import check_functions, check_options, explain_non_finite
 from spectra.operators.means import require_mean
 from spectra.operators.modes import resolve_mode
 from spectra.stream import Stream, is_stream
@@ -111,7 +111,7 @@ class DataOperator(LinearOperator):
         piece = self.first_piece()
         check_signatures(functions, piece.data)
         require_call(piece)
-        self._set(mode=resolve_mode(self))
+        self._set(mode=resolve_mode(piece))
         if check_data:
             require_mean(self)
 
@@ -128,9 +128,7 @@ class DataOperator(LinearOperator):
         elif few:
             raise SpectraError("num_batches and subsample_key choose batches of a stream; data is one batch.")
         elif data is not None:
-            data = as_batch(data)
-            check_alive(data, "data: leaf")
-            self._set(data=data)
+            self._set(data=as_batch(data))
 
     def _set(self, **fields) -> None:
         for name, value in fields.items():
@@ -138,7 +136,7 @@ class DataOperator(LinearOperator):
 
     def _with(self, **fields) -> Self:
         op = object.__new__(type(self))
-        op._set(**(vars(self) | fields))
+        op._set(**(vars(self) | {"_finite": False} | fields))
         return op
 
     @abc.abstractmethod
@@ -178,6 +176,7 @@ class DataOperator(LinearOperator):
     @automatic
     def loss(self) -> jax.Array:
         """The mean loss over all data at the parameters."""
+        require_alive(self)
         if self.stream is None:
             return compiled.loss(self)
         return weighted_sum(compiled.loss, self._pieces())
@@ -185,12 +184,17 @@ class DataOperator(LinearOperator):
     @automatic
     def gradient(self) -> PyTree:
         """The gradient of the mean loss, in the working dtypes."""
+        require_alive(self)
         if self.stream is None:
             return compiled.gradient(self)
         return weighted_sum(compiled.gradient, self._pieces())
 
     def mv(self, v: PyTree) -> PyTree:
-        """One product; under tracing a stream raises, since its data live outside the program."""
+        """One product; under tracing a stream raises, since its data live outside the program.
+
+        `v` may be of another floating dtype than the operator's vectors, that of half-precision parameters.
+        """
+        v = self._cast(v)
         if self.stream is not None:
             if _tree.is_traced(v):
                 raise SpectraError(
@@ -216,6 +220,12 @@ class DataOperator(LinearOperator):
         loss, linear = compiled.linearize(self) if self.linearized else (self.loss(), None)
         self._require_finite(loss)
         return self if linear is None else compiled.LinearizedOperator(linear, self)
+
+    def require_finite(self) -> None:
+        """Raise a `NonFiniteError` if the loss is NaN or infinite; evaluated once."""
+        if not vars(self).get("_finite"):
+            self._require_finite(self.loss())
+            self._set(_finite=True)
 
     def _require_finite(self, loss: jax.Array) -> None:
         if not _tree.is_traced((self.params, self.data)) and not np.isfinite(float(loss)):
@@ -245,6 +255,10 @@ class DataOperator(LinearOperator):
     def explain_non_finite(self) -> str:
         """Name the parameter leaf, the loss or the gradient leaf that is not finite."""
         return explain_non_finite(self)
+
+    def _cast(self, v: PyTree) -> PyTree:
+        """A vector, or a stack of them, in the working dtypes."""
+        return _tree.cast_like(v, self.structure)
 
     def _variables(self) -> PyTree:
         """The parameters that vary, in the working dtypes."""

@@ -5,16 +5,18 @@ A and B. One such pair shows a sum, a contrastive loss or batch statistics. Valu
 parameters, a last layer of zeros say, so a second pair is looked at with all parameters moved far.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from spectra import _tree
 from spectra._errors import DataError
-from spectra.data import batch_size, owned_leaves, replace_owned, rows
+from spectra.data import batch_size, owned_leaves, replace_owned
 from spectra.operators import compiled
 from spectra.operators.diagnose import coarsest_rounding, drawn_shapes
 
@@ -28,8 +30,10 @@ FAR = 0.3
 MARGIN = 8
 """Multiple of the rounding that was measured. Both sides of the comparison round about as much as what is
 measured, the largest of three differences: fewer than one in 10^4 sets of roundings exceed it by so much."""
+PLACES = 3
+"""Places in the data that are looked at: the first batch may be the one without padding."""
 MAX_TRIED = 8
-"""Pairs of pieces that are tried for one whose halves both weigh something."""
+"""Pairs of pieces that are tried for those of which both weigh something."""
 _means: set[Any] = set()  # operators by structure and shapes: the next checkpoint is not looked at
 
 
@@ -54,58 +58,94 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
     Raises:
         DataError: the loss is not a mean over examples.
 
-    Cost: about seven evaluations of the loss on two pieces, once for operators of the same structure.
+    Cost: about eleven evaluations of the loss on two pieces, once for operators of the same structure.
     """
     if not _tree.has_values((op.params, op.data)) or _tree.is_traced((op.params, op.data)):
         return
-    for cut in _cuts(op, size):
-        if not all(_weight(op, piece) > 0 for piece in cut.there):
-            continue  # padding only: says nothing, and may have no mean at all
-        kind = _kind(op, cut)
-        if kind in _means:
-            return
-        try:
-            known = _compare(op, cut)
-        except _OtherSizesRefused:
-            continue
-        if known:
-            if len(_means) >= MAX_KINDS:
-                _means.clear()
-            _means.add(kind)
-        return
+    limit, kinds = None, []
+    for places in (_places(op, size), _neighbours(op)):
+        for whole, first, second in itertools.islice(places, MAX_TRIED):
+            if not (_weight(op, first) > 0 and _weight(op, second) > 0):
+                continue  # padding says nothing, and may have no mean at all
+            kind = _kind(op, whole, first)
+            if kind in _means:
+                return
+            for cut in _comparisons(op, whole, first, second):
+                try:
+                    limit = _compare(op, cut, limit)
+                except _OtherSizesRefused:
+                    continue
+                kinds.append(kind)
+                break
+            if len(kinds) == PLACES:
+                break
+        if kinds:
+            break
+    if limit is not None:
+        _remember(kinds[0])
+
+
+def _remember(kind: Any) -> None:
+    if len(_means) >= MAX_KINDS:
+        _means.clear()
+    _means.add(kind)
 
 
 class _OtherSizesRefused(Exception):
     """The loss takes no batches of the size that the comparison needs."""
 
 
-def _cuts(op: "DataOperator", size: int | None) -> Iterator[Cut]:
-    """Pieces of the operator's own data: whole ones and their halves, then pairs that exchange examples."""
+def _places(op: "DataOperator", size: int | None) -> Iterator[tuple[PyTree, PyTree, PyTree]]:
+    """Some examples of the operator's data, and the two pieces of them into which they are cut.
+
+    Those are the pieces that the operator cuts one batch into, else the halves of a batch of a stream.
+    """
     size = 1 if op.takes_single_examples else size or op.microbatch
-    batches = [op.data] if op.stream is None else (batch for _, batch in op.stream)
-    several = op.stream is not None and len(op.stream.weights) > 1
-    tried, before = 0, None
-    for batch in batches:
+    for batch in _batches(op):
+        n = batch_size(batch, op.shared)
+        if size is not None and size < n:
+            pairs = n // (2 * size) or 1
+            for place in sorted({pairs * i // PLACES for i in range(PLACES)}):
+                start = 2 * size * place
+                yield _pair(op, batch, start, start + size, min(start + 2 * size, n))
+        elif _is_mean_of_batches(op) and n > 1:
+            yield _pair(op, batch, 0, n // 2, n // 2 * 2)
+
+
+def _neighbours(op: "DataOperator") -> Iterator[tuple[PyTree, PyTree, PyTree]]:
+    """Two batches of a stream of one shape, where halves of one say nothing: it is one example, say."""
+    if _is_mean_of_batches(op):
+        for first, second in itertools.pairwise(_batches(op)):
+            if _alike(first, second):
+                yield _joined(op, first, second), first, second
+
+
+def _is_mean_of_batches(op: "DataOperator") -> bool:
+    return op.stream is not None and len(op.stream.weights) > 1
+
+
+def _batches(op: "DataOperator") -> Iterator[PyTree]:
+    """The batches whose leaves have a common axis: others are weighted by weight_fn, and never cut."""
+    for batch in [op.data] if op.stream is None else (batch for _, batch in op.stream):
         try:
-            n = batch_size(batch, op.shared)
-        except DataError:  # never cut itself, and weighted by weight_fn
+            batch_size(batch, op.shared)
+        except DataError:
             return
-        cut_at = size if size is not None and size < n else n // 2 if several else n
-        starts = range(0, n - cut_at, 2 * cut_at) if 0 < cut_at < n else ()
-        for start in starts:
-            stop = n if n - start < 2 * cut_at else start + 2 * cut_at
-            if several and cut_at == n // 2:
-                stop = 2 * cut_at
-            halves = rows(batch, start, start + cut_at, op.shared), rows(batch, start + cut_at, stop, op.shared)
-            yield from _comparisons(op, rows(batch, start, stop, op.shared), *halves)
-            tried += 1
-            if tried == MAX_TRIED:
-                return
-        if several and before is not None and _alike(before, batch):
-            whole = _joined(op, before, batch)
-            yield from _comparisons(op, whole, before, batch)
-            return
-        before = batch
+        yield batch
+
+
+def _pair(op: "DataOperator", batch: PyTree, start: int, middle: int, stop: int) -> tuple:
+    edges = (start, stop), (start, middle), (middle, stop)
+    return tuple(_rows(op, batch, *pair) for pair in edges)
+
+
+def _rows(op: "DataOperator", batch: PyTree, start: int, stop: int) -> PyTree:
+    """Examples of a batch, by one program for all places of an array on a device."""
+
+    def one(x):
+        return lax.dynamic_slice_in_dim(x, start, stop - start) if isinstance(x, jax.Array) else x[start:stop]
+
+    return replace_owned(batch, op.shared, [one(x) for x in owned_leaves(batch, op.shared)])
 
 
 def _comparisons(op: "DataOperator", whole: PyTree, first: PyTree, second: PyTree) -> Iterator[Cut]:
@@ -113,7 +153,7 @@ def _comparisons(op: "DataOperator", whole: PyTree, first: PyTree, second: PyTre
     if _alike(first, second) and (n := batch_size(first, op.shared)) > 1:
         # For losses with the size of a batch written into them: the same sizes, other neighbours.
         h = n // 2
-        heads, tails = ([rows(x, a, b, op.shared) for x in (first, second)] for a, b in ((0, h), (h, n)))
+        heads, tails = ([_rows(op, x, a, b) for x in (first, second)] for a, b in ((0, h), (h, n)))
         mixed = [_joined(op, heads[0], tails[1]), _joined(op, heads[1], tails[0])]
         yield Cut([first, second], mixed, [_joined(op, t, x) for t, x in zip(tails, heads, strict=True)])
 
@@ -140,41 +180,52 @@ def _on(op: "DataOperator", batch: PyTree, params: PyTree) -> "DataOperator":
     return op._with(data=batch, params=params, stream=None, microbatch=None)
 
 
-def _kind(op: "DataOperator", cut: Cut) -> Any:
-    leaves, treedef = jax.tree.flatten((_on(op, None, op.params), cut.here, cut.there))
-    return treedef, *map(jax.typeof, leaves)
+def _kind(op: "DataOperator", whole: PyTree, first: PyTree) -> Any:
+    leaves, treedef = jax.tree.flatten((_on(op, whole, op.params), first))
+    return treedef, op.microbatch, *map(jax.typeof, leaves)
 
 
-def _compare(op: "DataOperator", cut: Cut) -> bool:
-    """Raise if the two ways differ; otherwise whether they could be compared."""
+def _compare(op: "DataOperator", cut: Cut, limit: float | None) -> float | None:
+    """Raise if the two ways differ by more than `limit`, which is measured where it is None and returned.
+
+    None where there is nothing to compare.
+    """
     try:
         traces = [compiled.loss.trace(_on(op, x, op.params)).jaxpr for x in (cut.here[0], cut.there[0])]
     except Exception as error:
         raise _OtherSizesRefused from error
     if len(cut.here) == 1 and drawn_shapes(traces[0]) != drawn_shapes(traces[1]):
-        return True
+        return None
+    if limit is not None:
+        _require_equal(op, cut, op.params, limit)
+        return limit
     unit = max(coarsest_rounding(traces[0]), op.precision)
-    moved = {amount: _moved(op, amount) for amount in (FAR, unit)}
-
-    def mean(params, batches):
-        weights = np.array([_weight(op, batch) for batch in batches])
-        values = [compiled.loss(_on(op, batch, params)) for batch in batches]
-        return float(np.asarray(jax.device_get(values), float) @ weights / weights.sum())
-
-    pairs, rounding = [], []
-    for params in (op.params, moved[FAR]):
-        here, there = mean(params, cut.here), mean(params, cut.there)
-        size = max(abs(here), abs(there))
-        if not (np.isfinite([here, there]).all() and size > 0):
-            continue
-        others = [(params, cut.turned)] + [(moved[unit], cut.here)] * (params is op.params)
-        rounding += [abs(mean(*other) - here) / size for other in others]
-        pairs.append((here, there, size))
+    far, rounded = _moved(op, FAR), _moved(op, unit)
+    rounding = []
+    for params, batches in ((op.params, cut.turned), (rounded, cut.here), (far, cut.turned)):
+        there = op.params if params is rounded else params
+        one, other = _mean(op, there, cut.here), _mean(op, params, batches)
+        rounding.append(abs(one - other) / max(abs(one), abs(other)) if one or other else 0.0)
     limit = MARGIN * (unit / 2 + max([x for x in rounding if np.isfinite(x)], default=0.0))
-    for here, there, size in pairs:
-        if abs(here - there) > limit * size:
-            raise DataError(_message(op, cut, here, there))
-    return bool(pairs)
+    found = [_require_equal(op, cut, params, limit) for params in (op.params, far)]
+    return limit if any(found) else None
+
+
+def _require_equal(op: "DataOperator", cut: Cut, params: PyTree, limit: float) -> bool:
+    """Raise if the two ways differ at these parameters; whether they have values that say so."""
+    here, there = _mean(op, params, cut.here), _mean(op, params, cut.there)
+    size = max(abs(here), abs(there))
+    if not np.isfinite(size) or size == 0:
+        return False
+    if abs(here - there) > limit * size:
+        raise DataError(_message(op, cut, here, there))
+    return True
+
+
+def _mean(op: "DataOperator", params: PyTree, batches: list[PyTree]) -> float:
+    weights = np.array([_weight(op, batch) for batch in batches])
+    values = jax.device_get([compiled.loss(_on(op, batch, params)) for batch in batches])
+    return float(np.asarray(values, float) @ weights / weights.sum())
 
 
 def _message(op: "DataOperator", cut: Cut, here: float, there: float) -> str:
@@ -186,11 +237,11 @@ def _message(op: "DataOperator", cut: Cut, here: float, there: float) -> str:
         )
     else:
         found = f"its mean on two pieces of {counts[0]} is {here:.6g}, and {there:.6g} as they exchange examples"
-    several = 0 if op.stream is None else len(op.stream.weights)
+    batches = 0 if op.stream is None else len(op.stream.weights)
     if op.takes_single_examples:
         where, whole = "this operator takes the gradients of single examples", "there is no such matrix"
-    elif several > 1:
-        where, whole = f"the operator takes the mean over {several} batches", "pass all data as one batch"
+    elif batches > 1:
+        where, whole = f"the operator takes the mean over {batches} batches", "pass all data as one batch"
     else:
         where, whole = "microbatch= cuts the batch", "leave microbatch= out"
     return (

@@ -15,15 +15,14 @@ if TYPE_CHECKING:
     from spectra.operators.data_operator import DataOperator
 
 
-def resolve_mode(op: "DataOperator") -> str:
-    """The first mode that the operator's functions admit; says what refused the ones before it.
+def resolve_mode(piece: "DataOperator") -> str:
+    """The first mode that the functions of an operator on one batch admit; says what refused the ones before it.
 
     Traces of the compiled functions are kept: the next checkpoint of a model traces nothing again.
 
     Raises:
         DifferentiationError: there is none, or not the one asked for; carries JAX's reason.
     """
-    piece = op.first_piece()
     try:
         compiled.gradient.eval_shape(piece)
     except Exception as error:
@@ -32,7 +31,7 @@ def resolve_mode(op: "DataOperator") -> str:
             "look for integer arithmetic, while loops or callbacks between parameters and loss."
         ) from error
     refusals: list[tuple[str, Exception]] = []
-    for mode in MODES if op.mode == "auto" else (op.mode,):
+    for mode in MODES if piece.mode == "auto" else (piece.mode,):
         try:
             _require_product(piece._with(mode=mode))
         except SpectraError:  # says more than that a mode is refused
@@ -42,7 +41,7 @@ def resolve_mode(op: "DataOperator") -> str:
             continue
         if refusals:
             blame = refusing_operations(lambda op: op._value(op._merge(op._variables()), op.data), piece)
-            _warn(op, mode, refusals, blame)
+            _warn(piece, mode, refusals, blame)
         return mode
     mode, error = refusals[-1]
     raise DifferentiationError(
