@@ -124,7 +124,9 @@ def subtract(a: PyTree, b: PyTree) -> PyTree:
 
 @partial(jax.jit, static_argnames="batch")
 def _products(op: LinearOperator, stack: PyTree, batch: int) -> PyTree:
-    return lax.map(op.mv, stack, batch_size=batch)
+    # `lax.map` puts the results of batches together by a reshape, which leaves without numbers refuse.
+    plain = batch == 1 or any(x.size == 0 for x in jax.tree.leaves(stack))
+    return lax.map(op.mv, stack, batch_size=None if plain else batch)
 
 
 def products(op: LinearOperator, stack: PyTree, batch: int) -> PyTree:

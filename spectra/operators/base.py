@@ -236,7 +236,7 @@ class LinearOperator(abc.ABC):
                 regular expression to search for, or a function of the path.
 
         Raises:
-            StructureError: nothing matches; the message lists the paths.
+            StructureError: nothing matches, and the message lists the paths; or what does holds no numbers.
 
         Examples:
             >>> import jax.numpy as jnp, spectra
@@ -248,7 +248,11 @@ class LinearOperator(abc.ABC):
             Array([[2., 0.],
                    [0., 2.]], dtype=float32)
         """
-        return self._principal(_paths.select_leaves(self.like, select))
+        indices = _paths.select_leaves(self.like, select)
+        sizes = [leaf.size for leaf in jax.tree.leaves(self.structure)]
+        if not sum(sizes[i] for i in indices):
+            raise StructureError(f"the block {select!r} holds no numbers: its leaves are empty.")
+        return self._principal(indices)
 
     def blocks(self, by: str = "leaf") -> dict[str, "LinearOperator"]:
         """The diagonal blocks: one for every leaf (`by="leaf"`), or for every layer (`by="layer"`).
@@ -257,11 +261,13 @@ class LinearOperator(abc.ABC):
         `Dense_0/bias`, `fc1.weight` and `fc1.bias`. Groups without numbers (leaves of shape (0, 3)) are
         left out.
         """
-        groups = _paths.group_leaves(self.like, by)
+        return {name: self._principal(indices) for name, indices in self.groups(by).items()}
+
+    def groups(self, by: str) -> dict[str, tuple[int, ...]]:
+        """Indices of the leaves of each group, of `by="leaf"` or `by="layer"`, that holds numbers."""
         sizes = [leaf.size for leaf in jax.tree.leaves(self.structure)]
-        return {
-            name: self._principal(indices) for name, indices in groups.items() if sum(sizes[i] for i in indices)
-        }
+        groups = _paths.group_leaves(self.like, by)
+        return {name: indices for name, indices in groups.items() if sum(sizes[i] for i in indices)}
 
     def _principal(self, indices: tuple[int, ...]) -> "LinearOperator":
         from spectra.operators.blocks import BlockOperator
