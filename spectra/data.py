@@ -67,9 +67,9 @@ def check_alive(tree: PyTree, what: str) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     path = next(path for path, leaf in leaves if _is_deleted(leaf))
     raise StructureError(
-        f"{what} '{path_str(path)}' was deleted: it was donated to a compiled function (donate_argnums=), which "
-        "wrote its result in its place. Make the operator from the arrays that the function returned, or give "
-        "the function a copy: jax.tree.map(jnp.copy, params)."
+        f"{what} '{path_str(path)}' was deleted: it was donated to a compiled function (donate_argnums=), "
+        "which wrote its result in its place. Make the operator from the arrays that the function returned, "
+        "or give the function a copy: jax.tree.map(jnp.copy, params)."
     )
 
 

@@ -94,9 +94,7 @@ class Cut:
         steps, rest = divmod(n, size)
         even = steps * size
         self._batch, self._shared = batch, shared
-        self.columns = [
-            x[:even].reshape(steps, size, *x.shape[1:]) for x in owned_leaves(batch, shared)
-        ]
+        self.columns = [x[:even].reshape(steps, size, *x.shape[1:]) for x in owned_leaves(batch, shared)]
         self.last = rows(batch, even, n, shared) if rest else None
 
     def piece(self, columns: list[jax.Array]) -> PyTree:

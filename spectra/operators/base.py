@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from spectra.operators.arithmetic import ScaledOperator, ShiftedOperator, SumOperator
 
 PyTree = Any
-COLUMNS = 64
-"""Columns of a matrix that are multiplied in one go: bounds the batched activations."""
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
@@ -156,13 +154,15 @@ class LinearOperator(abc.ABC):
         if not _tree.is_traced((self, v)):
             self.require_finite()
         if self._is_matrix(v):
-            return self._checked(self._times_matrix(jnp.asarray(v)))
+            from spectra.operators.columns import times_matrix
+
+            return self._checked(times_matrix(self, jnp.asarray(v)))
         vector = self.as_vector(v)
         result = self._checked(self.mv(vector) if self.on_host else product(self, vector))
         return _ravel(result) if self._is_flat(v) else result
 
-    def require_finite(self) -> None:
-        """Raise a `NonFiniteError` if what the products are derivatives of is known not to be finite."""
+    def require_finite(self) -> None:  # noqa: B027 - most have no such function
+        """Raise a `NonFiniteError` if the function whose derivatives the products are is not finite."""
 
     def _checked(self, result: PyTree) -> PyTree:
         if not isinstance(jax.tree.leaves(result)[0], Tracer) and not _tree.all_finite(result):
@@ -173,18 +173,6 @@ class LinearOperator(abc.ABC):
         """Whether `v` is a matrix of flat vectors, not a vector that is a matrix itself."""
         shape, own = getattr(v, "shape", ()), getattr(self.like, "shape", None)
         return len(shape) == 2 and shape[0] == self.size and shape[1] > 0 and shape != own
-
-    def _times_matrix(self, matrix: jax.Array) -> jax.Array:
-        """H V, `COLUMNS` columns at a time."""
-        if not jnp.issubdtype(matrix.dtype, jnp.floating):
-            raise StructureError(f"the matrix has dtype {matrix.dtype}, expected {self.dtype}.")
-        leaves, treedef = jax.tree.flatten(self.structure)
-        kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        parts = []
-        for start in range(0, matrix.shape[1], COLUMNS):
-            vectors = treedef.unflatten(_columns(matrix[:, start : start + COLUMNS], kinds))
-            parts.append(_stacked(self.mv_batch(vectors)))
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
     def _is_flat(self, v: PyTree) -> bool:
         """Whether `v` is a flat array that stands for a vector of another form."""
@@ -365,16 +353,3 @@ _ravel = jax.jit(_tree.ravel)
 @partial(jax.jit, static_argnames="kinds")
 def _unravel(flat: jax.Array, kinds: tuple) -> list[jax.Array]:
     return _tree.unravel(flat, [jax.ShapeDtypeStruct(*kind) for kind in kinds])
-
-
-@partial(jax.jit, static_argnames="kinds")
-def _columns(matrix: jax.Array, kinds: tuple) -> list[jax.Array]:
-    """The columns of a matrix as a stack of vectors."""
-    like = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
-    return jax.vmap(lambda column: _tree.unravel(column, like), in_axes=1)(matrix)
-
-
-@jax.jit
-def _stacked(vectors: PyTree) -> jax.Array:
-    """A stack of vectors as the columns of a matrix."""
-    return jax.vmap(_tree.ravel, out_axes=1)(vectors)

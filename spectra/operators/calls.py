@@ -1,4 +1,4 @@
-"""How the user's functions are called: their signatures, what they were given, and which batch a list is."""
+"""How the user's functions are called: their signatures, what they are given, and whether a list is a batch."""
 
 import inspect
 import traceback
@@ -11,7 +11,7 @@ import jax
 from spectra._errors import DataError, SpectraError, StructureError
 from spectra.data import as_batch, describe
 from spectra.operators import compiled
-from spectra.stream import are_arrays
+from spectra.stream import Stream, are_arrays, is_stream
 
 if TYPE_CHECKING:
     from spectra.operators.data_operator import DataOperator
@@ -129,6 +129,26 @@ def _hint(batch: PyTree) -> str:
     return ""
 
 
+def open_data(
+    op: "DataOperator", data: Any, num_batches: int | None, subsample_key: Any, *, check: bool
+) -> dict[str, Any]:
+    """The fields of an operator that has everything but its data: `data`, one batch, or `stream`.
+
+    Raises:
+        DataError: the data are empty, inconsistent, change between passes, or could be either.
+    """
+    chosen = num_batches is not None or subsample_key is not None
+    streamed = is_stream(data)
+    if streamed and isinstance(data, list) and not chosen:
+        streamed = not is_one_batch(op, data)
+    if streamed:
+        few = num_batches, subsample_key
+        return {"stream": Stream.open(data, op.weight_fn, *few, check=check, shared=op.shared)}
+    if chosen:
+        raise SpectraError("num_batches and subsample_key choose batches of a stream; data is one batch.")
+    return {"data": None if data is None else as_batch(data)}
+
+
 def is_one_batch(op: "DataOperator", items: list) -> bool:
     """Whether a list is one batch, as PyTorch's default collate makes of a tuple, and not a stream.
 
@@ -143,10 +163,10 @@ def is_one_batch(op: "DataOperator", items: list) -> bool:
     whole, each = _accepts(op, items), all(_accepts(op, item) for item in _distinct(items))
     if whole and each:
         raise DataError(
-            f"data is a list of {len(items)} arrays, {describe(items)}, which could be one batch or a stream of "
-            f"{len(items)}: the loss can be called with the list and with each array. For one batch pass a "
-            "tuple, data=tuple(data), which PyTorch's default collate makes a list; for a stream of "
-            "arrays pass a function that iterates over it, data=lambda: iter(batches)."
+            f"data is a list, {describe(items)}, one batch or a stream of {len(items)}: the loss "
+            "can be called with the list and with each of its items. For one batch pass a tuple, "
+            "data=tuple(data) (PyTorch's default collate makes a list of it); for a stream pass a function "
+            "that iterates over it, data=lambda: iter(batches)."
         )
     return whole
 

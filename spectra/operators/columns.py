@@ -1,4 +1,8 @@
-"""The dense matrix of any operator, column by column, refused where the map has no symmetric matrix."""
+"""The dense matrix of any operator, column by column, refused where the map has no symmetric matrix; products
+with a matrix."""
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +10,10 @@ import numpy as np
 from jax.core import Tracer
 
 from spectra import _tree
-from spectra._errors import NotSymmetricError
+from spectra._errors import NotSymmetricError, StructureError
 from spectra.operators.base import LinearOperator, product
 
+PyTree = Any
 IN_FLIGHT = 64
 """Columns in one vmapped product: bounds the batched activations."""
 
@@ -24,6 +29,32 @@ def symmetric_matrix(op: LinearOperator) -> jax.Array:
     if not isinstance(matrix, Tracer):
         _require_symmetric(op, matrix)
     return _symmetrise(matrix)
+
+
+def times_matrix(op: LinearOperator, matrix: jax.Array) -> jax.Array:
+    """A V for a matrix (n, k) whose columns are flat vectors."""
+    if not jnp.issubdtype(matrix.dtype, jnp.floating):
+        raise StructureError(f"the matrix has dtype {matrix.dtype}, expected {op.dtype}.")
+    leaves, treedef = jax.tree.flatten(op.structure)
+    kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    parts = []
+    for start in range(0, matrix.shape[1], IN_FLIGHT):
+        vectors = treedef.unflatten(_as_vectors(matrix[:, start : start + IN_FLIGHT], kinds))
+        parts.append(_as_columns(op.mv_batch(vectors)))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+@partial(jax.jit, static_argnames="kinds")
+def _as_vectors(matrix: jax.Array, kinds: tuple) -> list[jax.Array]:
+    """The columns of a matrix as a stack of vectors."""
+    like = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
+    return jax.vmap(lambda column: _tree.unravel(column, like), in_axes=1)(matrix)
+
+
+@jax.jit
+def _as_columns(vectors: PyTree) -> jax.Array:
+    """A stack of vectors as the columns of a matrix."""
+    return jax.vmap(_tree.ravel, out_axes=1)(vectors)
 
 
 def _require_symmetric(op: LinearOperator, matrix: jax.Array) -> None:

@@ -13,15 +13,15 @@ import numpy as np
 from spectra import _memory, _paths, _tree
 from spectra._errors import DataError, NonFiniteError, SpectraError
 from spectra._mesh import automatic, on_automatic_axes
-from spectra.data import as_batch, batch_size, check_alive, rows
+from spectra.data import batch_size, check_alive, rows
 from spectra.operators import compiled
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
 from spectra.operators.base import LinearOperator, product, product_batch, require_alive
-from spectra.operators.calls import check_signatures, is_one_batch, loss_weight, require_call
+from spectra.operators.calls import check_signatures, loss_weight, open_data, require_call
 from spectra.operators.checks import check_functions, check_options, explain_non_finite
 from spectra.operators.means import require_mean
 from spectra.operators.modes import resolve_mode
-from spectra.stream import Stream, is_stream
+from spectra.stream import Stream
 
 PyTree = Any
 
@@ -107,28 +107,13 @@ class DataOperator(LinearOperator):
             **functions,
         )
         _tree.vector_structure(self.like)
-        self._open_data(data, num_batches, subsample_key, check=check_data)
+        self._set(**open_data(self, data, num_batches, subsample_key, check=check_data))
         piece = self.first_piece()
         check_signatures(functions, piece.data)
         require_call(piece)
         self._set(mode=resolve_mode(piece))
         if check_data:
             require_mean(self)
-
-    def _open_data(self, data: Any, num_batches: int | None, subsample_key, *, check: bool) -> None:
-        """Set `data` to one batch, or `stream` to the source of several."""
-        few = num_batches is not None or subsample_key is not None
-        streamed = is_stream(data)
-        if streamed and isinstance(data, list) and not few:
-            streamed = not is_one_batch(self, data)
-        if streamed:
-            chosen = (num_batches, subsample_key)
-            stream = Stream.open(data, self.weight_fn, *chosen, check=check, shared=self.shared)
-            self._set(stream=stream)
-        elif few:
-            raise SpectraError("num_batches and subsample_key choose batches of a stream; data is one batch.")
-        elif data is not None:
-            self._set(data=as_batch(data))
 
     def _set(self, **fields) -> None:
         for name, value in fields.items():
@@ -294,6 +279,7 @@ class DataOperator(LinearOperator):
         n = batch_size(self.data, self.shared)
         if n < count:
             raise DataError(f"{n} examples cannot be split into {count} parts.")
+        require_mean(self, n // count)
         edges = [n * i // count for i in range(count + 1)]
         return [self._on(data=rows(self.data, a, b, self.shared)) for a, b in itertools.pairwise(edges)]
 

@@ -16,6 +16,7 @@ from spectra.operators.accumulate import map_microbatches
 from spectra.operators.base import operator
 from spectra.operators.checks import DataOptions
 from spectra.operators.ggn import ModelFn, ModelOperator, OutputLossFn, split
+from spectra.operators.terms import require_mean_of_outputs
 
 PyTree = Any
 KINDS = ("type2", "mc", "empirical")
@@ -45,7 +46,8 @@ class FisherOperator(ModelOperator):
         data: one batch, a pair (inputs, targets), or a re-iterable of such pairs. Targets may carry masks
             or weights beside the labels; `weight_fn` then gives the number of terms of a batch. It also
             sets the scale of the empirical matrix, which is quadratic in the terms, where the loss is a
-            mean over more than the examples (the numbers of a regression target, say).
+            mean over more than the examples (the numbers of a regression target, say). What a loss brings as
+            its `weight` is used where targets are classes.
         kind: "type2", "mc" or "empirical".
         key: JAX random key of the samples, for "mc". The sample of an example depends on the key, the
             batch's place in the stream and the example's place in the batch alone.
@@ -82,6 +84,7 @@ class FisherOperator(ModelOperator):
     loss_fn: OutputLossFn
     kind: str
     sample_fn: Callable[[jax.Array, PyTree, PyTree], PyTree] | None
+    count_fn: Callable[[PyTree], Any] | None  # weight_fn as given: not what the loss brings
     key: jax.Array | None
 
     @automatic
@@ -102,8 +105,12 @@ class FisherOperator(ModelOperator):
         if (kind == "mc") != (key is not None):
             raise SpectraError("kind='mc' draws targets and needs key=; the other kinds draw nothing.")
         functions = {"model_fn": model_fn, "loss_fn": loss_fn, "sample_fn": sample_fn}
+        functions["count_fn"] = options.get("weight_fn")
         self._open(params, data, kind=kind, key=None, **functions, **options)
-        _check_likelihood(self.first_piece())
+        piece = self.first_piece()
+        _check_likelihood(piece)
+        if kind != "type2" and options.get("check_data", True):
+            require_mean_of_outputs(piece)
         if kind == "mc":
             self._set(key=key)
             if self.stream is None:
@@ -144,10 +151,11 @@ class FisherOperator(ModelOperator):
         return jax.tree.map(lambda g: jnp.sqrt(weight).astype(g.dtype) * g, gradient)
 
     def _num_terms(self, outputs: PyTree, targets: PyTree, piece: PyTree) -> jax.Array:
-        if self.weight_fn is not None:
-            return jnp.asarray(self.weight_fn(piece), float)
-        first = jax.tree.leaves(outputs)[0]
         axis = likelihood.class_axis(outputs, targets)
+        count = self.count_fn if axis is None else self.weight_fn  # a mean over numbers is one over examples
+        if count is not None:
+            return jnp.asarray(count(piece), float)
+        first = jax.tree.leaves(outputs)[0]
         return jnp.asarray(len(first) if axis is None else first.size // first.shape[axis], float)
 
     def _draw(self, piece: PyTree, keys: jax.Array) -> PyTree:
@@ -217,7 +225,8 @@ def _likelihood_error(op: FisherOperator) -> jax.Array:
     if not likelihood.is_known(outputs, targets):
         return jnp.zeros(())
     keys = jax.random.split(jax.random.key(0), batch_size(op.data, op.shared))
-    weight = op._num_terms(outputs, targets, op.data)
+    # "type2" compares curvatures at targets of any spread, also of a sum, which has no number of terms
+    weight = jnp.ones(()) if op.kind == "type2" else op._num_terms(outputs, targets, op.data)
     drawn = likelihood.sample(op._output_loss, keys, outputs, targets, weight)
     if op.kind == "type2":
         u = jax.random.normal(keys[0], outputs.shape, outputs.dtype)

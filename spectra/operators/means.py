@@ -6,18 +6,17 @@ parameters, a last layer of zeros say, so a second pair is looked at with all pa
 """
 
 import itertools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from spectra import _tree
 from spectra._errors import DataError
-from spectra.data import batch_size, owned_leaves, replace_owned
+from spectra.data import batch_size, shared_leaves
 from spectra.operators import compiled
+from spectra.operators.cuts import PLACES, Cut, comparisons, neighbours, places
 from spectra.operators.diagnose import coarsest_rounding, drawn_shapes
 
 if TYPE_CHECKING:
@@ -26,30 +25,26 @@ if TYPE_CHECKING:
 PyTree = Any
 MAX_KINDS = 64
 FAR = 0.3
-"""How far the second look goes, relative to each parameter: losses are themselves there, yet of their scale."""
+"""How far the second look goes, relative to each parameter."""
 MARGIN = 8
-"""Multiple of the rounding that was measured. Both sides of the comparison round about as much as what is
-measured, the largest of three differences: fewer than one in 10^4 sets of roundings exceed it by so much."""
-PLACES = 3
-"""Places in the data that are looked at: the first batch may be the one without padding."""
+"""Multiple of the rounding that was measured, as the largest of three differences between values that round
+as those compared do: fewer than one set of roundings in a thousand exceeds it by so much."""
+KEYS = 8
+"""Random keys that a loss with noise is evaluated with."""
+STUDENT = 8
+"""Standard errors of the mean of so many that it may be off by: Student's t with 7 degrees of freedom
+exceeds them once in 10^4 times."""
 MAX_TRIED = 8
 """Pairs of pieces that are tried for those of which both weigh something."""
-_means: set[Any] = set()  # operators by structure and shapes: the next checkpoint is not looked at
-
-
-class Cut(NamedTuple):
-    """Two ways of dividing the same examples, and the first way with its examples in another order."""
-
-    here: list[PyTree]
-    there: list[PyTree]
-    turned: list[PyTree]
+known_means: set[Any] = set()  # operators by structure and shapes: the next checkpoint is not looked at
 
 
 def require_mean(op: "DataOperator", size: int | None = None) -> None:
     """Raise if the operator cuts its data, and its loss on a piece is not the mean of that on two halves.
 
-    Where nothing is cut, nothing is looked at; nor where values are out of reach (tracing, shapes alone), or
-    the loss draws random numbers for a batch as a whole, which are others for its halves.
+    Where nothing is cut, nothing is looked at; nor where values are out of reach (tracing, shapes alone). A
+    loss that draws random numbers for a batch as a whole draws others for its halves: keys in the batch tell
+    how much that changes, and without them nothing is looked at.
 
     Args:
         op: the operator.
@@ -58,19 +53,19 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
     Raises:
         DataError: the loss is not a mean over examples.
 
-    Cost: about eleven evaluations of the loss on two pieces, once for operators of the same structure.
+    Cost: about fourteen evaluations of the loss on two pieces, once for operators of the same structure.
     """
     if not _tree.has_values((op.params, op.data)) or _tree.is_traced((op.params, op.data)):
         return
     limit, kinds = None, []
-    for places in (_places(op, size), _neighbours(op)):
-        for whole, first, second in itertools.islice(places, MAX_TRIED):
+    for source in (places(op, size), neighbours(op)):
+        for whole, first, second in itertools.islice(source, MAX_TRIED):
             if not (_weight(op, first) > 0 and _weight(op, second) > 0):
                 continue  # padding says nothing, and may have no mean at all
             kind = _kind(op, whole, first)
-            if kind in _means:
+            if kind in known_means:
                 return
-            for cut in _comparisons(op, whole, first, second):
+            for cut in comparisons(op, whole, first, second):
                 try:
                     limit = _compare(op, cut, limit)
                 except _OtherSizesRefused:
@@ -82,94 +77,18 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
         if kinds:
             break
     if limit is not None:
-        _remember(kinds[0])
+        remember(kinds[0])
 
 
-def _remember(kind: Any) -> None:
-    if len(_means) >= MAX_KINDS:
-        _means.clear()
-    _means.add(kind)
+def remember(kind: Any) -> None:
+    """Note operators of a kind as those of a mean."""
+    if len(known_means) >= MAX_KINDS:
+        known_means.clear()
+    known_means.add(kind)
 
 
 class _OtherSizesRefused(Exception):
     """The loss takes no batches of the size that the comparison needs."""
-
-
-def _places(op: "DataOperator", size: int | None) -> Iterator[tuple[PyTree, PyTree, PyTree]]:
-    """Some examples of the operator's data, and the two pieces of them into which they are cut.
-
-    Those are the pieces that the operator cuts one batch into, else the halves of a batch of a stream.
-    """
-    size = 1 if op.takes_single_examples else size or op.microbatch
-    for batch in _batches(op):
-        n = batch_size(batch, op.shared)
-        if size is not None and size < n:
-            pairs = n // (2 * size) or 1
-            for place in sorted({pairs * i // PLACES for i in range(PLACES)}):
-                start = 2 * size * place
-                yield _pair(op, batch, start, start + size, min(start + 2 * size, n))
-        elif _is_mean_of_batches(op) and n > 1:
-            yield _pair(op, batch, 0, n // 2, n // 2 * 2)
-
-
-def _neighbours(op: "DataOperator") -> Iterator[tuple[PyTree, PyTree, PyTree]]:
-    """Two batches of a stream of one shape, where halves of one say nothing: it is one example, say."""
-    if _is_mean_of_batches(op):
-        for first, second in itertools.pairwise(_batches(op)):
-            if _alike(first, second):
-                yield _joined(op, first, second), first, second
-
-
-def _is_mean_of_batches(op: "DataOperator") -> bool:
-    return op.stream is not None and len(op.stream.weights) > 1
-
-
-def _batches(op: "DataOperator") -> Iterator[PyTree]:
-    """The batches whose leaves have a common axis: others are weighted by weight_fn, and never cut."""
-    for batch in [op.data] if op.stream is None else (batch for _, batch in op.stream):
-        try:
-            batch_size(batch, op.shared)
-        except DataError:
-            return
-        yield batch
-
-
-def _pair(op: "DataOperator", batch: PyTree, start: int, middle: int, stop: int) -> tuple:
-    edges = (start, stop), (start, middle), (middle, stop)
-    return tuple(_rows(op, batch, *pair) for pair in edges)
-
-
-def _rows(op: "DataOperator", batch: PyTree, start: int, stop: int) -> PyTree:
-    """Examples of a batch, by one program for all places of an array on a device."""
-
-    def one(x):
-        return lax.dynamic_slice_in_dim(x, start, stop - start) if isinstance(x, jax.Array) else x[start:stop]
-
-    return replace_owned(batch, op.shared, [one(x) for x in owned_leaves(batch, op.shared)])
-
-
-def _comparisons(op: "DataOperator", whole: PyTree, first: PyTree, second: PyTree) -> Iterator[Cut]:
-    yield Cut([whole], [first, second], [_joined(op, second, first)])
-    if _alike(first, second) and (n := batch_size(first, op.shared)) > 1:
-        # For losses with the size of a batch written into them: the same sizes, other neighbours.
-        h = n // 2
-        heads, tails = ([_rows(op, x, a, b) for x in (first, second)] for a, b in ((0, h), (h, n)))
-        mixed = [_joined(op, heads[0], tails[1]), _joined(op, heads[1], tails[0])]
-        yield Cut([first, second], mixed, [_joined(op, t, x) for t, x in zip(tails, heads, strict=True)])
-
-
-def _alike(a: PyTree, b: PyTree) -> bool:
-    """Whether two batches have the same structure, shapes and dtypes."""
-    if jax.tree.structure(a) != jax.tree.structure(b):
-        return False
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(x.shape == y.shape and x.dtype == y.dtype for x, y in pairs)
-
-
-def _joined(op: "DataOperator", a: PyTree, b: PyTree) -> PyTree:
-    """The examples of two batches, with what the first one's examples share."""
-    pairs = zip(owned_leaves(a, op.shared), owned_leaves(b, op.shared), strict=True)
-    return replace_owned(a, op.shared, [jnp.concatenate(pair) for pair in pairs])
 
 
 def _weight(op: "DataOperator", piece: PyTree) -> float:
@@ -194,31 +113,71 @@ def _compare(op: "DataOperator", cut: Cut, limit: float | None) -> float | None:
         traces = [compiled.loss.trace(_on(op, x, op.params)).jaxpr for x in (cut.here[0], cut.there[0])]
     except Exception as error:
         raise _OtherSizesRefused from error
-    if len(cut.here) == 1 and drawn_shapes(traces[0]) != drawn_shapes(traces[1]):
-        return None
+    cuts = [cut]
+    if drawn_shapes(traces[0]) != drawn_shapes(traces[1]):
+        if not _has_keys(op, cut.here[0]):
+            return None
+        cuts = [_with_other_keys(op, cut, salt) for salt in range(KEYS)]
     if limit is not None:
-        _require_equal(op, cut, op.params, limit)
+        _require_equal(op, cuts, op.params, limit)
         return limit
     unit = max(coarsest_rounding(traces[0]), op.precision)
     far, rounded = _moved(op, FAR), _moved(op, unit)
-    rounding = []
-    for params, batches in ((op.params, cut.turned), (rounded, cut.here), (far, cut.turned)):
-        there = op.params if params is rounded else params
-        one, other = _mean(op, there, cut.here), _mean(op, params, batches)
-        rounding.append(abs(one - other) / max(abs(one), abs(other)) if one or other else 0.0)
-    limit = MARGIN * (unit / 2 + max([x for x in rounding if np.isfinite(x)], default=0.0))
-    found = [_require_equal(op, cut, params, limit) for params in (op.params, far)]
+    pairs = [(op.params, op.params, cut.turned), (op.params, rounded, cut.here), (far, far, cut.turned)]
+    limit = MARGIN * (unit / 2 + (_largest_change(op, cut.here, pairs) if len(cuts) == 1 else 0.0))
+    found = [_require_equal(op, cuts, params, limit) for params in (op.params, far)]
     return limit if any(found) else None
 
 
-def _require_equal(op: "DataOperator", cut: Cut, params: PyTree, limit: float) -> bool:
-    """Raise if the two ways differ at these parameters; whether they have values that say so."""
-    here, there = _mean(op, params, cut.here), _mean(op, params, cut.there)
-    size = max(abs(here), abs(there))
+def _largest_change(op: "DataOperator", batches: list[PyTree], pairs: list[tuple]) -> float:
+    """The largest relative change of the loss from the first parameters to the second with other batches."""
+    changes = [0.0]
+    for params, others, there in pairs:
+        one, other = _mean(op, params, batches), _mean(op, others, there)
+        change = abs(one - other) / max(abs(one), abs(other)) if one or other else 0.0
+        changes.append(change if np.isfinite(change) else 0.0)
+    return max(changes)
+
+
+def _has_keys(op: "DataOperator", batch: PyTree) -> bool:
+    """Whether the examples of a batch share a random key."""
+    leaves = zip(jax.tree.leaves(batch), shared_leaves(batch, op.shared), strict=True)
+    return any(alike and _salted(leaf, 1) is not leaf for leaf, alike in leaves)
+
+
+def _with_other_keys(op: "DataOperator", cut: Cut, salt: int) -> Cut:
+    """The same with another random key in the place of each that examples share."""
+
+    def one(batch):
+        leaves, treedef = jax.tree.flatten(batch)
+        pairs = zip(leaves, shared_leaves(batch, op.shared), strict=True)
+        return treedef.unflatten([_salted(leaf, salt) if alike else leaf for leaf, alike in pairs])
+
+    return Cut(*[[one(batch) for batch in batches] for batches in cut])
+
+
+def _salted(leaf: Any, salt: int) -> Any:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = jax.random.key_data(leaf) + np.uint32(salt)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    old = leaf.dtype == np.uint32 and leaf.shape[-1:] in ((2,), (4,))  # jax.random.PRNGKey
+    return leaf + np.uint32(salt) if old else leaf
+
+
+def _require_equal(op: "DataOperator", cuts: list[Cut], params: PyTree, limit: float) -> bool:
+    """Raise if the two ways differ at these parameters; whether they have values that say so.
+
+    Of several cuts, with other random keys each, the mean difference may be what Student's t allows.
+    """
+    values = np.array([[_mean(op, params, cut.here), _mean(op, params, cut.there)] for cut in cuts])
+    here, there = values.mean(axis=0)
+    size = np.abs(values).max()
     if not np.isfinite(size) or size == 0:
         return False
-    if abs(here - there) > limit * size:
-        raise DataError(_message(op, cut, here, there))
+    differences = values[:, 0] - values[:, 1]
+    spread = np.std(differences, ddof=1) / len(cuts) ** 0.5 if len(cuts) > 1 else 0.0
+    if abs(here - there) > limit * size + STUDENT * spread:
+        raise DataError(_message(op, cuts[0], here, there))
     return True
 
 
@@ -232,11 +191,13 @@ def _message(op: "DataOperator", cut: Cut, here: float, there: float) -> str:
     counts = [batch_size(piece, op.shared) for piece in cut.there]
     if len(cut.here) == 1:
         found = (
-            f"on {sum(counts)} examples it is {here:.6g}, and the mean of its values on the first {counts[0]} and "
-            f"the other {counts[1]} is {there:.6g}"
+            f"on {sum(counts)} examples it is {here:.6g}, and the mean of its values on the first "
+            f"{counts[0]} and the other {counts[1]} is {there:.6g}"
         )
     else:
-        found = f"its mean on two pieces of {counts[0]} is {here:.6g}, and {there:.6g} as they exchange examples"
+        found = (
+            f"its mean on two pieces of {counts[0]} is {here:.6g}, and {there:.6g} as they exchange examples"
+        )
     batches = 0 if op.stream is None else len(op.stream.weights)
     if op.takes_single_examples:
         where, whole = "this operator takes the gradients of single examples", "there is no such matrix"
@@ -245,10 +206,10 @@ def _message(op: "DataOperator", cut: Cut, here: float, there: float) -> str:
     else:
         where, whole = "microbatch= cuts the batch", "leave microbatch= out"
     return (
-        f"the loss is not a mean over examples: {found}. But {where}. If it is a sum, divide it by the number of "
-        "examples; if its terms count otherwise (tokens, masks, class weights), give each piece's weight by "
-        f"weight_fn=; if it sets examples against each other (contrastive losses, batch statistics), {whole}. If "
-        "the mean of the pieces' own losses is what you want, pass check_data=False."
+        f"the loss is not a mean over examples: {found}. But {where}. If it is a sum, divide it by the "
+        "number of examples; if its terms count otherwise (tokens, masks, class weights), give each piece's "
+        "weight by weight_fn=; if it sets examples against each other (contrastive losses, batch "
+        f"statistics), {whole}. If the mean of the pieces' own losses is what you want, pass check_data=False."
     )
 
 
@@ -256,14 +217,14 @@ def _moved(op: "DataOperator", amount: float) -> PyTree:
     """All parameters that vary moved by up to `amount` of themselves, zeros by that of their neighbours."""
     leaves, treedef = jax.tree.flatten(op.params)
     chosen = tuple(range(len(leaves))) if op.selected is None else op.selected
-    new = _waves([leaves[i] for i in chosen], amount)
+    new = waves([leaves[i] for i in chosen], amount)
     for index, leaf in zip(chosen, new, strict=True):
         leaves[index] = leaf
     return treedef.unflatten(leaves)
 
 
 @jax.jit
-def _waves(leaves: list[jax.Array], amount) -> list[jax.Array]:
+def waves(leaves: list[jax.Array], amount) -> list[jax.Array]:
     """x_i + amount cos(2 i + leaf) |x_i|: needs no random numbers, whose programs are large."""
     sizes = [_tree.norm(_tree.lift(x)) / max(x.size, 1) ** 0.5 for x in leaves]
     largest = jnp.max(jnp.stack(sizes))

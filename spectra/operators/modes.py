@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def resolve_mode(piece: "DataOperator") -> str:
-    """The first mode that the functions of an operator on one batch admit; says what refused the ones before it.
+    """The first mode that an operator on one batch admits; says what refused the ones before it.
 
     Traces of the compiled functions are kept: the next checkpoint of a model traces nothing again.
 
