@@ -23,7 +23,7 @@ PyTree = Any
 
 def is_stream(data: Any) -> bool:
     """Whether `data` is a source of batches rather than one batch."""
-    if data is None or isinstance(data, (tuple, Mapping, np.ndarray, jax.Array)):
+    if data is None or isinstance(data, (tuple, Mapping, np.ndarray, jax.Array, str, bytes)):
         return False
     if isinstance(data, (list, Iterator)) or callable(data):  # JAX refuses to see iterators as leaves
         return True

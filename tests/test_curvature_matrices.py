@@ -255,7 +255,7 @@ def test_tokens_are_the_terms_of_a_masked_language_model_loss(cut, x64):
     hessian = HessianOperator(loss_fn, net.params(), data, **options)
     assert relative_error(hessian.as_matrix(), exact + residual) <= limit
     FisherOperator(*args, kind="mc", key=jax.random.key(0), **options)
-    with pytest.raises(spectra.StructureError, match="weight_fn"):
+    with pytest.raises(spectra.SpectraError, match="weight_fn"):
         FisherOperator(*args, kind="mc", key=jax.random.key(0))  # the number of tokens is not known
 
 

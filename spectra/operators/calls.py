@@ -1,4 +1,4 @@
-"""How the user's functions are called: their signatures, what they are given, and whether a list is a batch."""
+"""How the user's functions are called: their signatures, what they are given, what a list stands for."""
 
 import inspect
 import traceback

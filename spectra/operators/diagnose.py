@@ -1,5 +1,6 @@
 """Which operations in a loss stand in the way: of its second derivative, or of speed."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,9 +42,22 @@ def may_refuse_at_lowering(jaxpr) -> bool:
 
 def coarsest_rounding(jaxpr) -> float:
     """The largest machine epsilon among the floating numbers that a program computes with."""
-    dtypes = {getattr(var.aval, "dtype", None) for eqn in _equations(jaxpr.jaxpr) for var in eqn.outvars}
+    dtypes = {getattr(aval, "dtype", None) for aval in _results(jaxpr)}
     floating = [dtype for dtype in dtypes if dtype is not None and jnp.issubdtype(dtype, jnp.floating)]
     return max((float(jnp.finfo(dtype).eps) for dtype in floating), default=0.0)
+
+
+def rounding_of_sums(jaxpr) -> float:
+    """Relative rounding of a mean over the largest array of a program, sqrt(N) u for N terms in any order.
+
+    Numbers in half precision are added in float32.
+    """
+    unit = min(coarsest_rounding(jaxpr), float(jnp.finfo(jnp.float32).eps)) / 2
+    return unit * max((math.prod(getattr(aval, "shape", ())) for aval in _results(jaxpr)), default=1) ** 0.5
+
+
+def _results(jaxpr) -> Iterator[Any]:
+    return (var.aval for eqn in _equations(jaxpr.jaxpr) for var in eqn.outvars)
 
 
 def drawn_shapes(jaxpr) -> list[tuple[int, ...]]:

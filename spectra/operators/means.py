@@ -6,18 +6,20 @@ parameters, a last layer of zeros say, so a second pair is looked at with all pa
 """
 
 import itertools
-from typing import TYPE_CHECKING, Any
+import zlib
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from spectra import _tree
+from spectra._digest import array_digest
 from spectra._errors import DataError
 from spectra.data import batch_size, shared_leaves
 from spectra.operators import compiled
 from spectra.operators.cuts import PLACES, Cut, comparisons, neighbours, places
-from spectra.operators.diagnose import coarsest_rounding, drawn_shapes
+from spectra.operators.diagnose import coarsest_rounding, drawn_shapes, rounding_of_sums
 
 if TYPE_CHECKING:
     from spectra.operators.data_operator import DataOperator
@@ -27,8 +29,8 @@ MAX_KINDS = 64
 FAR = 0.3
 """How far the second look goes, relative to each parameter."""
 MARGIN = 8
-"""Multiple of the rounding that was measured, as the largest of three differences between values that round
-as those compared do: fewer than one set of roundings in a thousand exceeds it by so much."""
+"""Multiple of the rounding that is expected of a value and of its sums, and of what is measured: the largest
+of three differences between values that round as those compared do."""
 KEYS = 8
 """Random keys that a loss with noise is evaluated with."""
 STUDENT = 8
@@ -36,7 +38,7 @@ STUDENT = 8
 exceeds them once in 10^4 times."""
 MAX_TRIED = 8
 """Pairs of pieces that are tried for those of which both weigh something."""
-known_means: set[Any] = set()  # operators by structure and shapes: the next checkpoint is not looked at
+known_means: set[Any] = set()  # by structure and examples: the next checkpoint is not looked at
 
 
 def require_mean(op: "DataOperator", size: int | None = None) -> None:
@@ -53,7 +55,7 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
     Raises:
         DataError: the loss is not a mean over examples.
 
-    Cost: about fourteen evaluations of the loss on two pieces, once for operators of the same structure.
+    Cost: about fourteen evaluations of the loss on two pieces, once for operators of the same structure and data.
     """
     if not _tree.has_values((op.params, op.data)) or _tree.is_traced((op.params, op.data)):
         return
@@ -62,7 +64,7 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
         for whole, first, second in itertools.islice(source, MAX_TRIED):
             if not (_weight(op, first) > 0 and _weight(op, second) > 0):
                 continue  # padding says nothing, and may have no mean at all
-            kind = _kind(op, whole, first)
+            kind = op.microbatch, kind_of(op, whole)
             if kind in known_means:
                 return
             for cut in comparisons(op, whole, first, second):
@@ -99,12 +101,27 @@ def _on(op: "DataOperator", batch: PyTree, params: PyTree) -> "DataOperator":
     return op._with(data=batch, params=params, stream=None, microbatch=None)
 
 
-def _kind(op: "DataOperator", whole: PyTree, first: PyTree) -> Any:
-    leaves, treedef = jax.tree.flatten((_on(op, whole, op.params), first))
-    return treedef, op.microbatch, *map(jax.typeof, leaves)
+def kind_of(op: "DataOperator", examples: PyTree) -> Any:
+    """What a second look would see again: structure and shapes, and the examples, which may have no padding."""
+    leaves, treedef = jax.tree.flatten(_on(op, examples, op.params))
+    return treedef, *map(jax.typeof, leaves), *map(_digest, jax.tree.leaves(examples))
 
 
-def _compare(op: "DataOperator", cut: Cut, limit: float | None) -> float | None:
+def _digest(leaf: Any) -> int:
+    """A checksum that compiles nothing where the host can read the array."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or not getattr(leaf, "is_fully_addressable", True):
+        return array_digest(leaf)
+    return zlib.crc32(np.ascontiguousarray(leaf).tobytes())
+
+
+class Limit(NamedTuple):
+    """What two ways of dividing may differ by: a share of their size, and what was measured."""
+
+    relative: float
+    absolute: float
+
+
+def _compare(op: "DataOperator", cut: Cut, limit: Limit | None) -> Limit | None:
     """Raise if the two ways differ by more than `limit`, which is measured where it is None and returned.
 
     None where there is nothing to compare.
@@ -122,21 +139,22 @@ def _compare(op: "DataOperator", cut: Cut, limit: float | None) -> float | None:
         _require_equal(op, cuts, op.params, limit)
         return limit
     unit = max(coarsest_rounding(traces[0]), op.precision)
+    relative = MARGIN * (unit / 2 + rounding_of_sums(traces[0]))
     far, rounded = _moved(op, FAR), _moved(op, unit)
-    pairs = [(op.params, op.params, cut.turned), (op.params, rounded, cut.here), (far, far, cut.turned)]
-    limit = MARGIN * (unit / 2 + (_largest_change(op, cut.here, pairs) if len(cuts) == 1 else 0.0))
-    found = [_require_equal(op, cuts, params, limit) for params in (op.params, far)]
-    return limit if any(found) else None
+    others = [[(op.params, cut.turned), (rounded, cut.here)], [(far, cut.turned)]]
+    found = []
+    for params, changed in zip((op.params, far), others, strict=True):
+        absolute = 0.0 if len(cuts) > 1 else MARGIN * _largest_change(op, params, cut.here, changed)
+        found.append(Limit(relative, absolute))
+    known = [_require_equal(op, cuts, x, limit) for x, limit in zip((op.params, far), found, strict=True)]
+    return found[0] if any(known) else None
 
 
-def _largest_change(op: "DataOperator", batches: list[PyTree], pairs: list[tuple]) -> float:
-    """The largest relative change of the loss from the first parameters to the second with other batches."""
-    changes = [0.0]
-    for params, others, there in pairs:
-        one, other = _mean(op, params, batches), _mean(op, others, there)
-        change = abs(one - other) / max(abs(one), abs(other)) if one or other else 0.0
-        changes.append(change if np.isfinite(change) else 0.0)
-    return max(changes)
+def _largest_change(op: "DataOperator", params: PyTree, batches: list[PyTree], others: list[tuple]) -> float:
+    """The largest change of the loss to other parameters and batches."""
+    here = _mean(op, params, batches)
+    changes = [abs(_mean(op, *other) - here) for other in others]
+    return max(change if np.isfinite(change) else 0.0 for change in changes)
 
 
 def _has_keys(op: "DataOperator", batch: PyTree) -> bool:
@@ -164,7 +182,7 @@ def _salted(leaf: Any, salt: int) -> Any:
     return leaf + np.uint32(salt) if old else leaf
 
 
-def _require_equal(op: "DataOperator", cuts: list[Cut], params: PyTree, limit: float) -> bool:
+def _require_equal(op: "DataOperator", cuts: list[Cut], params: PyTree, limit: Limit) -> bool:
     """Raise if the two ways differ at these parameters; whether they have values that say so.
 
     Of several cuts, with other random keys each, the mean difference may be what Student's t allows.
@@ -176,7 +194,7 @@ def _require_equal(op: "DataOperator", cuts: list[Cut], params: PyTree, limit: f
         return False
     differences = values[:, 0] - values[:, 1]
     spread = np.std(differences, ddof=1) / len(cuts) ** 0.5 if len(cuts) > 1 else 0.0
-    if abs(here - there) > limit * size + STUDENT * spread:
+    if abs(here - there) > limit.relative * size + limit.absolute + STUDENT * spread:
         raise DataError(_message(op, cuts[0], here, there))
     return True
 
@@ -209,7 +227,8 @@ def _message(op: "DataOperator", cut: Cut, here: float, there: float) -> str:
         f"the loss is not a mean over examples: {found}. But {where}. If it is a sum, divide it by the "
         "number of examples; if its terms count otherwise (tokens, masks, class weights), give each piece's "
         "weight by weight_fn=; if it sets examples against each other (contrastive losses, batch "
-        f"statistics), {whole}. If the mean of the pieces' own losses is what you want, pass check_data=False."
+        f"statistics), {whole}. If the mean of the pieces' own losses is what you want, pass "
+        "check_data=False."
     )
 
 

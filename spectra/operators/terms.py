@@ -10,9 +10,9 @@ from spectra import _tree
 from spectra._errors import DataError
 from spectra.data import batch_size
 from spectra.operators.cuts import joined, rows
-from spectra.operators.diagnose import coarsest_rounding, drawn_shapes
+from spectra.operators.diagnose import coarsest_rounding, drawn_shapes, rounding_of_sums
 from spectra.operators.ggn import split
-from spectra.operators.means import FAR, MARGIN, known_means, remember, waves
+from spectra.operators.means import FAR, MARGIN, kind_of, known_means, remember, waves
 
 PyTree = Any
 OUTPUTS = 64
@@ -39,7 +39,7 @@ def require_mean_of_outputs(op: Any) -> None:
     floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(outputs))
     if not floating or any(x.shape[:1] != (2 * half,) for x in jax.tree.leaves(outputs)):
         return
-    kind = jax.tree.structure((few, outputs)), *map(jax.typeof, jax.tree.leaves((few, outputs)))
+    kind = kind_of(few, few.data)
     if kind in known_means:
         return
     try:
@@ -58,13 +58,14 @@ def require_mean_of_outputs(op: Any) -> None:
         size = max(abs(whole), abs(mean))
         if not np.isfinite(size):
             return
-        if abs(whole - mean) > MARGIN * (unit * size / 2 + abs(whole - turned)):
+        rounding = size * (unit / 2 + rounding_of_sums(jaxpr))
+        if abs(whole - mean) > MARGIN * (rounding + abs(whole - turned)):
             raise DataError(
                 f"kind={op.kind!r} needs a loss that is the mean over its terms: on the outputs of "
-                f"{2 * half} examples it is {whole:.6g}, the mean of its values on two halves {mean:.6g}. If it "
-                "is a sum, divide it by the number of examples; if its terms count otherwise (tokens, masks), "
-                "give their number by weight_fn=; a loss that sets examples against each other has no such "
-                "matrix: use GGNOperator on one batch."
+                f"{2 * half} examples it is {whole:.6g}, the mean of its values on two halves {mean:.6g}. "
+                "If it is a sum, divide it by the number of examples; if its terms count otherwise (tokens, "
+                "masks), give their number by weight_fn=; a loss that sets examples against each other has "
+                "no such matrix: use GGNOperator on one batch."
             )
     remember(kind)
 
