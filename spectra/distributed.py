@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -143,7 +144,11 @@ def shard_data(data: Any, mesh: Mesh, *, local: bool = False, shared: Select | N
         shared: leaves of a batch that belong to all examples alike, as for the operators.
 
     Returns:
-        A placed batch, or a function that gives an iterator over placed batches.
+        A placed batch, or a function that gives an iterator over placed batches; a list of arrays of equal
+        length, which could be either, stays one.
+
+    Raises:
+        DataError: the examples of such a list do not divide over the mesh.
     """
     if is_stream(data):
 
@@ -152,13 +157,29 @@ def shard_data(data: Any, mesh: Mesh, *, local: bool = False, shared: Select | N
             for batch in source:
                 yield from _pieces(as_batch(batch), mesh, local, shared)
 
-        if isinstance(data, list) and are_arrays(data):  # one batch, perhaps: the operator sees which
-            return list(batches())
-        return batches
+        return _list_or_batch(data, mesh, local, shared) if _could_be_one_batch(data) else batches
     if data is None:
         return None
     pieces = _pieces(as_batch(data), mesh, local, shared)
-    return pieces[0] if len(pieces) == 1 else pieces
+    if len(pieces) == 1:
+        return pieces[0]
+    # A list of arrays could be one batch.
+    return partial(iter, pieces) if hasattr(data, "shape") else pieces
+
+
+def _could_be_one_batch(data: Any) -> bool:
+    return isinstance(data, list) and are_arrays(data) and len({np.shape(x)[:1] for x in data}) == 1
+
+
+def _list_or_batch(items: list, mesh: Mesh, local: bool, shared: Select | None) -> list:
+    """The placed items of a list that is one batch or a stream: which, the operator sees."""
+    placed = [_pieces(as_batch(item), mesh, local, shared) for item in items]
+    if any(len(pieces) > 1 for pieces in placed):
+        raise DataError(
+            f"data is a list of {len(items)} arrays of equal length, one batch or a stream, whose examples "
+            "do not divide over the mesh. Pass tuple(data) for one batch, lambda: iter(data) for a stream."
+        )
+    return [pieces[0] for pieces in placed]
 
 
 def _pieces(batch: PyTree, mesh: Mesh, local: bool, shared: Select | None) -> list[PyTree]:

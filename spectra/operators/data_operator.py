@@ -210,11 +210,13 @@ class DataOperator(LinearOperator):
         """Raise a `NonFiniteError` if the loss is NaN or infinite; evaluated once."""
         if not vars(self).get("_finite"):
             self._require_finite(self.loss())
-            self._set(_finite=True)
 
     def _require_finite(self, loss: jax.Array) -> None:
-        if not _tree.is_traced((self.params, self.data)) and not np.isfinite(float(loss)):
+        if _tree.is_traced((self.params, self.data)):
+            return
+        if not np.isfinite(float(loss)):
             raise NonFiniteError(self.explain_non_finite())
+        self._set(_finite=True)
 
     def prepared_bytes(self) -> int:
         """Bytes of the saved values, from shapes alone; parameters and data are not counted twice."""

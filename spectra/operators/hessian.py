@@ -23,15 +23,17 @@ class HessianOperator(DataOperator):
         loss_fn: pure function (params, batch) -> scalar, the mean over the examples of the batch. It is
             static: keep one function object.
         params: pytree of real floating arrays (dicts, Flax linen or nnx state, Equinox, ...).
-        data: one batch (a tuple, dict or other pytree of arrays with a common leading axis), or a
-            re-iterable of batches (list, DataLoader, generator function), which is then read anew for
-            every product; None for a loss that ignores its second argument.
+        data: one batch (a tuple, dict or other pytree of arrays; those of a batch that is cut share a
+            leading axis), or a re-iterable of batches (list, DataLoader, generator function), which is
+            then read anew for every product; None for a loss that ignores its second argument.
         **options: see `DataOperator`: wrt, mode, microbatch, linearize, matmul_precision, weight_fn,
-            num_batches, subsample_key, check_data.
+            shared, num_batches, subsample_key, check_data.
 
     Raises:
-        StructureError: a parameter leaf is not a real floating array, or the loss is not a scalar.
-        DataError: the data are empty, inconsistent, or change between passes.
+        StructureError: a parameter leaf is not a real floating array, the loss is not a scalar, or cannot
+            be called with the parameters and a batch.
+        DataError: the data are empty, inconsistent, or change between passes; they are cut, and the loss
+            is no mean over examples.
         DifferentiationError: the loss has no gradient; carries JAX's reason.
 
     Cost: see `spectra.operators.products`; streams cost one pass over the data a product.

@@ -55,7 +55,7 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
     Raises:
         DataError: the loss is not a mean over examples.
 
-    Cost: about fourteen evaluations of the loss on two pieces, once for operators of the same structure and data.
+    Cost: about fourteen evaluations of the loss on two pieces, once for the same structure and data.
     """
     if not _tree.has_values((op.params, op.data)) or _tree.is_traced((op.params, op.data)):
         return
@@ -102,7 +102,7 @@ def _on(op: "DataOperator", batch: PyTree, params: PyTree) -> "DataOperator":
 
 
 def kind_of(op: "DataOperator", examples: PyTree) -> Any:
-    """What a second look would see again: structure and shapes, and the examples, which may have no padding."""
+    """What a second look would see again: structure, shapes and examples, of which some have no padding."""
     leaves, treedef = jax.tree.flatten(_on(op, examples, op.params))
     return treedef, *map(jax.typeof, leaves), *map(_digest, jax.tree.leaves(examples))
 

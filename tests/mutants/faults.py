@@ -398,8 +398,8 @@ OPERATORS = [
     fault(
         "the fallback passes over reverse mode",
         "operators/modes.py",
-        'for mode in MODES if op.mode == "auto" else (op.mode,):',
-        'for mode in MODES[::2] if op.mode == "auto" else (op.mode,):',
+        'for mode in MODES if piece.mode == "auto" else (piece.mode,):',
+        'for mode in MODES[::2] if piece.mode == "auto" else (piece.mode,):',
         "test_hessian_modes.py::test_a_custom_vjp_falls_back_to_reverse_over_reverse",
     ),
     fault(
@@ -412,16 +412,37 @@ OPERATORS = [
     fault(
         "the rest of the examples is dropped",
         "operators/accumulate.py",
-        "total = jax.tree.map(jnp.add, total, weighted(last))",
+        "total = jax.tree.map(jnp.add, total, weighted(cut.last))",
         "pass",
         "test_data.py::test_any_cut_of_the_data_gives_the_same_hessian",
     ),
     fault(
         "batches of a stream weigh the same",
-        "data.py",
+        "stream.py",
         "return cls(source, tuple(weights / weights.sum()), indices)",
         "return cls(source, tuple(np.full(len(weights), 1 / len(weights))), indices)",
         "test_data.py::test_any_cut_of_the_data_gives_the_same_hessian",
+    ),
+    fault(
+        "losses that are no mean are cut all the same",
+        "operators/means.py",
+        "raise DataError(_message(op, cuts[0], here, there))",
+        "return True",
+        "test_means.py::test_losses_that_are_no_mean_are_refused_where_they_are_cut",
+    ),
+    fault(
+        "losses are compared at the given parameters alone",
+        "operators/means.py",
+        "zip((op.params, far), found, strict=True)]\n    return",
+        "zip((op.params,), found)]\n    return",
+        "test_means.py::test_values_that_coincide_do_not_hide_a_loss_that_is_no_mean",
+    ),
+    fault(
+        "leaves that examples share are cut with them",
+        "data.py",
+        "index in chosen or leaf.ndim == 0",
+        "leaf.ndim == 0",
+        "test_batches.py::test_leaves_that_examples_share_are_not_cut",
     ),
     fault(
         "chosen leaves go to each other's places",
