@@ -13,7 +13,7 @@ import numpy as np
 from spectra import _memory, _paths, _tree
 from spectra._errors import DataError, NonFiniteError, SpectraError
 from spectra._mesh import automatic, on_automatic_axes
-from spectra.data import batch_size, check_alive, rows
+from spectra.data import batch_size, check_alive, rows, shared_leaves
 from spectra.operators import compiled
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
 from spectra.operators.base import LinearOperator, product, product_batch, require_alive
@@ -109,6 +109,7 @@ class DataOperator(LinearOperator):
         _tree.vector_structure(self.like)
         self._set(**open_data(self, data, num_batches, subsample_key, check=check_data))
         piece = self.first_piece()
+        shared_leaves(piece.data, shared)  # a name that matches nothing is a mistake
         check_signatures(functions, piece.data)
         require_call(piece)
         self._set(mode=resolve_mode(piece))
