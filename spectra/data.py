@@ -19,6 +19,7 @@ from spectra._mesh import on_automatic_axes
 from spectra._tree import path_str
 
 PyTree = Any
+Shared = _paths.Select | tuple[_paths.Select, ...] | None
 
 
 @jax.tree_util.register_static
@@ -122,24 +123,24 @@ def _is_text(node: Any) -> bool:
     return isinstance(node, (str, bytes)) or (isinstance(node, np.ndarray) and node.dtype.kind in "US")
 
 
-def shared_leaves(batch: PyTree, shared: _paths.Select | None) -> list[bool]:
+def shared_leaves(batch: PyTree, shared: Shared) -> list[bool]:
     """For each leaf, whether it belongs to all examples alike.
 
     Raises:
         DataError: `shared` matches no leaf.
     """
     leaves = jax.tree.leaves(batch)
-    chosen: tuple[int, ...] = ()
-    if shared is not None:
+    chosen: set[int] = set()
+    for select in () if shared is None else shared if isinstance(shared, tuple) else (shared,):
         try:
-            chosen = _paths.select_leaves(batch, shared)
+            chosen.update(_paths.select_leaves(batch, select))
         except StructureError as error:
             paths = ", ".join(_paths.leaf_paths(batch))
-            raise DataError(f"shared={shared!r} names no leaf of the batch; they are: {paths}.") from error
-    return [index in chosen or leaf.ndim == 0 for index, leaf in enumerate(leaves)]
+            raise DataError(f"shared={select!r} names no leaf of the batch; they are: {paths}.") from error
+    return [index in chosen or np.ndim(leaf) == 0 for index, leaf in enumerate(leaves)]
 
 
-def batch_size(batch: PyTree, shared: _paths.Select | None = None, where: str = "data") -> int:
+def batch_size(batch: PyTree, shared: Shared = None, where: str = "data") -> int:
     """Number of examples; 1 for a loss without data.
 
     Raises:
@@ -160,13 +161,13 @@ def batch_size(batch: PyTree, shared: _paths.Select | None = None, where: str = 
     return known.pop() if known else 1
 
 
-def owned_leaves(batch: PyTree, shared: _paths.Select | None) -> list[Any]:
+def owned_leaves(batch: PyTree, shared: Shared) -> list[Any]:
     """The leaves that examples own, whose leading axis is theirs."""
     belongs = zip(jax.tree.leaves(batch), shared_leaves(batch, shared), strict=True)
     return [leaf for leaf, whole in belongs if not whole]
 
 
-def replace_owned(batch: PyTree, shared: _paths.Select | None, owned: list[Any]) -> PyTree:
+def replace_owned(batch: PyTree, shared: Shared, owned: list[Any]) -> PyTree:
     """The batch with other leaves in the place of those that examples own."""
     leaves, treedef = jax.tree.flatten(batch)
     new = iter(owned)
@@ -174,7 +175,7 @@ def replace_owned(batch: PyTree, shared: _paths.Select | None, owned: list[Any])
     return treedef.unflatten([leaf if whole else next(new) for leaf, whole in belongs])
 
 
-def rows(batch: PyTree, start: int, stop: int, shared: _paths.Select | None = None) -> PyTree:
+def rows(batch: PyTree, start: int, stop: int, shared: Shared = None) -> PyTree:
     """The examples from `start` to `stop`, with what belongs to all of them."""
     return replace_owned(batch, shared, [x[start:stop] for x in owned_leaves(batch, shared)])
 

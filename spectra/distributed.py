@@ -18,8 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spectra import _tree
 from spectra._errors import DataError, SpectraError, StructureError
-from spectra._paths import Select
-from spectra.data import as_batch, batch_size, shared_leaves
+from spectra.data import Shared, as_batch, batch_size, shared_leaves
 from spectra.stream import are_arrays, is_stream
 
 PyTree = Any
@@ -129,7 +128,7 @@ def shard_params(params: PyTree, mesh: Mesh, partition: Partition | PyTree | Non
     return jax.tree.map_with_path(place, params, partition)
 
 
-def shard_data(data: Any, mesh: Mesh, *, local: bool = False, shared: Select | None = None) -> Any:
+def shard_data(data: Any, mesh: Mesh, *, local: bool = False, shared: Shared = None) -> Any:
     """One batch or a stream of batches, split over the mesh along the axis of examples.
 
     Every process reads the whole batch and sends its devices their part; with `local` a process has its
@@ -171,7 +170,7 @@ def _could_be_one_batch(data: Any) -> bool:
     return isinstance(data, list) and are_arrays(data) and len({np.shape(x)[:1] for x in data}) == 1
 
 
-def _list_or_batch(items: list, mesh: Mesh, local: bool, shared: Select | None) -> list:
+def _list_or_batch(items: list, mesh: Mesh, local: bool, shared: Shared) -> list:
     """The placed items of a list that is one batch or a stream: which, the operator sees."""
     placed = [_pieces(as_batch(item), mesh, local, shared) for item in items]
     if any(len(pieces) > 1 for pieces in placed):
@@ -182,7 +181,7 @@ def _list_or_batch(items: list, mesh: Mesh, local: bool, shared: Select | None) 
     return [pieces[0] for pieces in placed]
 
 
-def _pieces(batch: PyTree, mesh: Mesh, local: bool, shared: Select | None) -> list[PyTree]:
+def _pieces(batch: PyTree, mesh: Mesh, local: bool, shared: Shared) -> list[PyTree]:
     """The part of a batch that divides over the devices, split, and the rest, replicated."""
     leaves = jax.tree.leaves(batch)
     if not leaves or all(_on_mesh(leaf) for leaf in leaves):

@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra import _paths
 from spectra._digest import array_digest
 from spectra._errors import DataError
-from spectra.data import as_batch, batch_size
+from spectra.data import Shared, as_batch, batch_size
 
 PyTree = Any
 
@@ -65,7 +64,7 @@ class Stream:
         subsample_key: jax.Array | None = None,
         *,
         check: bool = True,
-        shared: _paths.Select | None = None,
+        shared: Shared = None,
     ) -> "Stream":
         """Read the source once for its weights, and a second time to see that nothing changes.
 

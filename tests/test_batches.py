@@ -72,7 +72,7 @@ def test_leaves_that_examples_share_are_not_cut(x64):
     for data, options in ((batch, {"microbatch": 4}), (parts, {}), (parts, {"microbatch": 3})):
         op = HessianOperator(weighted, PARAMS, data, shared="weights", **options)
         assert relative_error(op.as_matrix(), exact(weighted, batch)) <= 1e-10
-    covariance = spectra.GradientCovarianceOperator(weighted, PARAMS, batch, shared="weights")
+    covariance = spectra.GradientCovarianceOperator(weighted, PARAMS, batch, shared=["weights", "t"])
     scaled = X * batch["weights"]
     t = np.tanh(scaled @ PARAMS["a"])
     gradients = (batch["t"] * 2 * t * (1 - t**2))[:, None] * scaled
@@ -121,6 +121,7 @@ def test_a_list_is_one_batch_or_a_stream(x64):
     ("loss_fn", "data", "found"),
     [
         (lambda p, x, y: 0.0, (X, X), r"called as loss_fn\(params, batch\).*\(float64\[12, 3\], .*\*batch\)"),
+        (lambda p, x, key: 0.0, X, r"Close over all else: lambda params, batch: loss_fn\(params, batch, "),
         (
             lambda p: 0.0,
             None,
@@ -134,7 +135,7 @@ def test_a_list_is_one_batch_or_a_stream(x64):
         ),
         (strict_pair_loss, ((X, X[:, 0]), (X, X[:, 0])), "A tuple is one batch"),
     ],
-    ids=["x, y", "no batch", "keywords", "another batch", "a tuple of batches"],
+    ids=["x, y", "a key", "no batch", "keywords", "another batch", "a tuple of batches"],
 )
 def test_a_loss_of_another_signature(loss_fn, data, found):
     with pytest.raises(StructureError, match=found):

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from spectra import _tree
-from spectra._paths import Select
-from spectra.data import batch_size, owned_leaves, replace_owned, rows
+from spectra.data import Shared, batch_size, owned_leaves, replace_owned, rows
 
 PyTree = Any
 WeightFn = Callable[[PyTree], Any]
@@ -24,7 +23,7 @@ def mean_over_microbatches(
     batch: PyTree,
     microbatch: int | None,
     weight_fn: WeightFn | None,
-    shared: Select | None = None,
+    shared: Shared = None,
 ) -> PyTree:
     """Σ w_b fn(b) / Σ w_b over pieces of at most `microbatch` examples; w_b counts examples by default.
 
@@ -67,7 +66,7 @@ def map_microbatches(
     batch: PyTree,
     keys: jax.Array,
     microbatch: int | None,
-    shared: Select | None = None,
+    shared: Shared = None,
 ) -> PyTree:
     """fn of the batch and a key for each example, for a function that treats examples one by one."""
     if microbatch is None or microbatch >= batch_size(batch, shared):
@@ -89,7 +88,7 @@ class Cut:
     that is left over, or None.
     """
 
-    def __init__(self, batch: PyTree, size: int, shared: Select | None):
+    def __init__(self, batch: PyTree, size: int, shared: Shared):
         n = batch_size(batch, shared)
         steps, rest = divmod(n, size)
         even = steps * size

@@ -70,6 +70,7 @@ def _check_signature(name: str, function: Any, arguments: tuple[str, str], batch
             advice = f" Write lambda {first}, {second}: {name}({first}, **{second})."
         except TypeError:
             pass
+    advice = advice or f" Close over all else: lambda {first}, {second}: {name}({first}, {second}, ...)."
     raise StructureError(
         f"{name}{signature} is called as {name}({first}, {second}), where {second} is one argument"
         f"{'' if given is None else ', here ' + describe(given)}.{advice}"

@@ -9,6 +9,7 @@ import numpy as np
 
 from spectra import _paths, _tree
 from spectra._errors import SpectraError, StructureError
+from spectra.data import Shared
 from spectra.operators import products
 
 PyTree = Any
@@ -25,7 +26,7 @@ class DataOptions(TypedDict, total=False):
     linearize: bool | Literal["auto"]
     matmul_precision: str
     weight_fn: Callable[[PyTree], Any] | None
-    shared: _paths.Select | None
+    shared: Shared
     num_batches: int | None
     subsample_key: jax.Array | None
     check_data: bool

@@ -13,7 +13,7 @@ import numpy as np
 from spectra import _memory, _paths, _tree
 from spectra._errors import DataError, NonFiniteError, SpectraError
 from spectra._mesh import automatic, on_automatic_axes
-from spectra.data import batch_size, check_alive, rows, shared_leaves
+from spectra.data import Shared, batch_size, check_alive, rows, shared_leaves
 from spectra.operators import compiled
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
 from spectra.operators.base import LinearOperator, product, product_batch, require_alive
@@ -51,8 +51,8 @@ class DataOperator(LinearOperator):
     * weight_fn: weight of a batch or microbatch in the mean, for example its number of tokens; default:
       `loss_fn.weight` where the loss brings one, else its number of examples.
     * shared: the leaves of a batch that belong to all examples alike (class weights, one random key), as a
-      glob, regex or predicate on their paths; scalars do anyway. The other leaves of a batch that is cut,
-      or weighted by its size, share a leading axis.
+      glob, regex or predicate on their paths, or several; scalars do anyway. The other leaves of a batch
+      that is cut, or weighted by its size, share a leading axis.
     * num_batches, subsample_key: use the first `num_batches` of a stream, or, with a key, as many drawn
       without replacement.
     * check_data: read a stream twice and refuse it if the passes differ; where data are cut, see once that
@@ -67,7 +67,7 @@ class DataOperator(LinearOperator):
     linearize: bool | str
     matmul_precision: str
     weight_fn: Callable[[PyTree], Any] | None
-    shared: _paths.Select | None
+    shared: Shared
     stream: Stream | None
 
     @automatic
@@ -82,7 +82,7 @@ class DataOperator(LinearOperator):
         linearize: bool | str = "auto",
         matmul_precision: str = "float32",
         weight_fn: Callable[[PyTree], Any] | None = None,
-        shared: _paths.Select | None = None,
+        shared: Shared = None,
         num_batches: int | None = None,
         subsample_key: jax.Array | None = None,
         check_data: bool = True,
@@ -102,14 +102,14 @@ class DataOperator(LinearOperator):
             linearize=linearize,
             matmul_precision=matmul_precision,
             weight_fn=weight_fn or loss_weight(functions["loss_fn"]),
-            shared=shared,
+            shared=tuple(shared) if isinstance(shared, list) else shared,
             stream=None,
             **functions,
         )
         _tree.vector_structure(self.like)
         self._set(**open_data(self, data, num_batches, subsample_key, check=check_data))
         piece = self.first_piece()
-        shared_leaves(piece.data, shared)  # a name that matches nothing is a mistake
+        shared_leaves(piece.data, self.shared)  # a name that matches nothing is a mistake
         check_signatures(functions, piece.data)
         require_call(piece)
         self._set(mode=resolve_mode(piece))

@@ -10,7 +10,7 @@ import numpy as np
 from spectra._errors import SpectraError, StructureError
 from spectra._mesh import automatic
 from spectra._tree import is_traced
-from spectra.data import batch_size, rows
+from spectra.data import batch_size, rows, shared_leaves
 from spectra.operators import likelihood
 from spectra.operators.accumulate import map_microbatches
 from spectra.operators.base import operator
@@ -180,7 +180,11 @@ def _with_samples(op: FisherOperator) -> tuple[PyTree, PyTree]:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(op.key, jnp.arange(batch_size(op.data, op.shared)))
     with jax.default_matmul_precision(op.matmul_precision):
         drawn = map_microbatches(op._draw, op.data, keys, op.microbatch, op.shared)
-    return split(op.data)[0], drawn
+    inputs, targets = split(op.data)
+    leaves, treedef = jax.tree.flatten(targets)
+    alike = shared_leaves(op.data, op.shared)[-len(leaves) :]  # every piece has these, class weights say
+    new = zip(leaves, jax.tree.leaves(drawn), alike, strict=True)
+    return inputs, treedef.unflatten([old if whole else label for old, label, whole in new])
 
 
 def _check_likelihood(op: FisherOperator) -> None:
