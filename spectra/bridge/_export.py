@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from spectra.bridge import _files, _schema
 from spectra.bridge._errors import BridgeError
@@ -13,6 +12,8 @@ from spectra.bridge._model import TorchModel
 
 if TYPE_CHECKING:
     import torch
+
+    from spectra.bridge._trace import Traced
 
 WHERE = "the exported graph"
 
@@ -61,10 +62,10 @@ def export(
         >>> sorted(p.name for p in Path(folder).iterdir())
         ['graph.json', 'weights.safetensors']
     """
-    document, arrays = _document(module, example_inputs, batch_axis, train)
+    traced = _traced(module, example_inputs, batch_axis, train)
     with jax.enable_x64(True):  # the file keeps every dtype; whoever loads it decides
-        _files.assemble(_schema.build(document, WHERE), arrays, WHERE)
-    _files.save(Path(path), document, arrays)
+        traced.check(_files.assemble(_schema.build(traced.document, WHERE), traced.arrays, WHERE))
+    _files.save(Path(path), traced.document, traced.arrays)
 
 
 def from_torch(
@@ -89,13 +90,13 @@ def from_torch(
         >>> sorted(model.params)
         ['bias', 'weight']
     """
-    document, arrays = _document(module, example_inputs, batch_axis, train)
-    return _files.assemble(_schema.build(document, WHERE), arrays, WHERE)
+    traced = _traced(module, example_inputs, batch_axis, train)
+    model = _files.assemble(_schema.build(traced.document, WHERE), traced.arrays, WHERE)
+    traced.check(model)
+    return model
 
 
-def _document(
-    module: Any, example_inputs: Any, batch_axis: Any, train: bool
-) -> tuple[dict, dict[str, np.ndarray]]:
+def _traced(module: Any, example_inputs: Any, batch_axis: Any, train: bool) -> "Traced":
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -103,6 +104,6 @@ def _document(
             "converting a module needs PyTorch: pip install 'spectra-jax[torch]'. What it exported, "
             "`spectra.bridge.load` reads without it."
         ) from None
-    from spectra.bridge._trace import document_of
+    from spectra.bridge._trace import trace
 
-    return document_of(module, example_inputs, batch_axis, train)
+    return trace(module, example_inputs, batch_axis, train)

@@ -70,7 +70,7 @@ class TorchModel:
             (7, 2)
         """
         self._check_params(params)
-        leaves = self._bind(inputs, named)
+        leaves = self.bind(inputs, named)
         tensors = {**self.buffers, **self.constants, **params}
         outputs = evaluate(self.graph, tensors, leaves)
         return _structure.unflatten(self.graph.output_tree, outputs)
@@ -116,7 +116,7 @@ class TorchModel:
                     f"{self.params[name].shape}"
                 )
 
-    def _bind(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[jax.Array]:
+    def bind(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[jax.Array]:
         """Flatten the arguments and check each against the exported dtype and shape."""
         positional, keywords = self.graph.input_tree["items"]
         lone = not positional["items"] and len(inputs) == 1 and not named

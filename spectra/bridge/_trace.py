@@ -1,8 +1,8 @@
 """From a PyTorch module to a graph document, by `torch.export`. Needs PyTorch, as `_lower` does."""
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,13 @@ import torch
 from torch import _decomp
 from torch.utils import _pytree as torch_pytree
 
+from spectra.bridge import _agreement
 from spectra.bridge._errors import BridgeError, StaticBatchWarning
 from spectra.bridge._lower import lower
+from spectra.bridge._model import TorchModel
 from spectra.bridge._operators import OPERATORS
 from spectra.bridge._stand_ins import StandIns, write_out_sparse
+from spectra.bridge._preserve import preserved
 from spectra.data import to_numpy
 
 _ATEN = torch.ops.aten
@@ -49,15 +52,22 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-def document_of(
-    module: torch.nn.Module, example_inputs: Any, batch_axis: Any, train: bool
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The document (without digests) and the arrays of a module, for `export` and `from_torch`."""
+@dataclass(frozen=True)
+class Traced:
+    """A module as a document (without digests) and arrays, and the comparison of a model with the module."""
+
+    document: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    check: Callable[[TorchModel], None]
+
+
+def trace(module: torch.nn.Module, example_inputs: Any, batch_axis: Any, train: bool) -> Traced:
+    """Record a module for `export` and `from_torch`."""
     if not isinstance(module, torch.nn.Module):
         raise BridgeError(f"expected a torch.nn.Module, got {type(module).__name__}")
     args, kwargs = _arguments(example_inputs)
     args, kwargs, axes = _batched(args, kwargs, batch_axis)
-    with _mode(module, train), warnings.catch_warnings():
+    with preserved(module, train), warnings.catch_warnings():
         # Deprecations inside torch.export and notices about its own tracing: not the caller's.
         warnings.simplefilter("ignore")
         with StandIns():
@@ -76,7 +86,13 @@ def document_of(
             StaticBatchWarning,
             stacklevel=4,
         )
-    return document, {key: to_numpy(tensor) for key, tensor in tensors.items()}
+
+    def check(model: TorchModel) -> None:
+        with preserved(module, train), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _agreement.check(module, module, args, kwargs, model)
+
+    return Traced(document, {key: to_numpy(tensor) for key, tensor in tensors.items()}, check)
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -126,18 +142,6 @@ def _size(tensor: torch.Tensor, axis: int | None) -> int | None:
     if axis is None or not -tensor.ndim <= axis < tensor.ndim:
         return None
     return tensor.shape[axis]
-
-
-@contextmanager
-def _mode(module: torch.nn.Module, train: bool) -> Iterator[None]:
-    """Set evaluation or training mode, and put every submodule's own flag back afterwards."""
-    flags = [(m, m.training) for m in module.modules()]
-    module.train(train)
-    try:
-        yield
-    finally:
-        for submodule, flag in flags:
-            submodule.training = flag
 
 
 def _trace(

@@ -1,0 +1,42 @@
+"""Running a module without a trace of it: its state, its mode and the random states stay as they were."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def preserved(module: torch.nn.Module, train: bool) -> Iterator[None]:
+    """Set training or evaluation mode, and put back whatever running the module may move.
+
+    That is buffers (BatchNorm's statistics), parameters that a layer changes in place (`max_norm=`),
+    attributes that the forward pass sets, every submodule's own mode, and the random states of torch, NumPy
+    and Python. Gradients are never accumulated here, so `.grad` needs no care.
+    """
+    attributes = [
+        (holder, dict(holder))
+        for m in module.modules()
+        for holder in (m.__dict__, m._parameters, m._buffers)
+    ]
+    tensors = [t for t in chain(module.parameters(), module.buffers()) if not t.is_inference()]
+    values = [(t, t._version, t.detach().clone()) for t in tensors]
+    numbers, python = np.random.get_state(), random.getstate()
+    devices = {t.device.index for t in tensors if t.device.type == "cuda"}
+    module.train(train)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        np.random.set_state(numbers)
+        random.setstate(python)
+        for holder, items in attributes:
+            holder.clear()
+            holder.update(items)
+        with torch.no_grad():
+            for tensor, version, value in values:
+                if tensor._version != version:
+                    tensor.copy_(value)

@@ -1,0 +1,125 @@
+"""Why an exported graph may differ from the module: what its forward pass does that a graph does not hold."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as torch_pytree
+
+from spectra.bridge._frames import current_place
+
+_STRAIGHT = (
+    "In plain operations, `y + (f(y) - y).detach()` has the value of f(y) and the derivative of y, and "
+    "`c * y + ((1 - c) * y).detach()` the value of y and c times its derivative."
+)
+
+
+def likely_cause(module: torch.nn.Module, inner: torch.nn.Module, args: Any, kwargs: Any) -> str:
+    """Say in a sentence or two what probably makes the difference, and what to write instead."""
+    found = list(_of_layers(inner))
+    watch = _Watch()
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), watch:
+            outputs = torch_pytree.tree_leaves(module(*args, **kwargs))
+        found += watch.found + [f"{text}. {_STRAIGHT}" for text in _functions(outputs)]
+    except Exception:  # the comparison has failed already: a name for it is all that is wanted here
+        found += watch.found
+    found = list(dict.fromkeys(found))
+    if not found:
+        return (
+            "No cause was found. Look for hooks, a custom autograd.Function, in-place changes under "
+            "torch.no_grad(), numbers drawn by NumPy, and branches on torch.compiler.is_exporting(); if there "
+            "is none, an operator is converted wrongly, which is a defect to report."
+        )
+    return "Likely cause: " + "; ".join(found[:3])
+
+
+def _of_layers(module: torch.nn.Module) -> Iterator[str]:
+    for name, layer in module.named_modules():
+        label = f"{type(layer).__name__} {name!r}" if name else type(layer).__name__
+        if getattr(layer, "max_norm", None) is not None:
+            yield max_norm_advice(label)
+        if layer._backward_hooks or layer._backward_pre_hooks:
+            yield (
+                f"a backward hook on {label}, which changes gradients only. Remove it, or state in the "
+                f"forward pass what it does. {_STRAIGHT}"
+            )
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks:
+            yield (
+                f"a hook on the parameter {name!r}, which changes its gradient only. Remove it; a mask on a "
+                "gradient is the choice of a block of parameters (wrt=), or a product in the forward pass"
+            )
+
+
+def max_norm_advice(label: str) -> str:
+    """What to do about a layer that renormalises its rows."""
+    return (
+        f"{label} has max_norm=, by which it changes its own rows when it reads them. Bring them to that "
+        "norm before the export (`layer.weight.data.renorm_(layer.norm_type, 0, layer.max_norm)`), and set "
+        "`layer.max_norm = None`"
+    )
+
+
+class _Watch(TorchFunctionMode):
+    """Notes what autograd does not record, with the user's line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        text = ""
+        if name == "register_hook":
+            text = f"a hook on a tensor{{place}}, which changes gradients only. {_STRAIGHT}"
+        elif torch.is_inference_mode_enabled():
+            text = (
+                "torch.inference_mode(){place}: autograd sees a constant there, the graph a function. Use "
+                "torch.no_grad() or .detach(), which are recorded"
+            )
+        elif not torch.is_grad_enabled() and _in_place(name, kwargs) and _tracked(args):
+            text = (
+                "an in-place change under torch.no_grad(){place}, which moves the value and not its "
+                "derivative. For the same without it: `h = h + (new - h).detach()`"
+            )
+        if text:
+            self.found.append(text.format(place=current_place(sys._getframe(1))))
+        return func(*args, **(kwargs or {}))
+
+
+def _in_place(name: str, kwargs: Any) -> bool:
+    plain = name.endswith("_") and not name.endswith("__")
+    return plain or name in ("__setitem__", "__iadd__", "__imul__", "__isub__", "__itruediv__") or (
+        bool(kwargs) and kwargs.get("out") is not None
+    )
+
+
+def _tracked(args: Any) -> bool:
+    return bool(args) and isinstance(args[0], torch.Tensor) and args[0].requires_grad
+
+
+def _functions(outputs: list[Any]) -> Iterator[str]:
+    """The custom autograd.Functions behind the outputs."""
+    pending = [t.grad_fn for t in outputs if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        owner: Any = getattr(node, "_forward_cls", None)
+        if owner is not None and owner.__module__.partition(".")[0] != "torch":
+            yield f"the autograd.Function {owner.__name__}{_source(owner)}, whose backward is another function"
+        following = {parent for parent, _ in node.next_functions if parent is not None} - seen
+        seen |= following
+        pending += following
+
+
+def _source(owner: Any) -> str:
+    try:
+        return f" ({inspect.getsourcefile(owner)}, line {inspect.getsourcelines(owner)[1]})"
+    except (OSError, TypeError):
+        return ""
