@@ -6,7 +6,12 @@ joins a model with one of PyTorch's losses. PyTorch is imported by `export`, by 
 `.pt` files, when they are called.
 """
 
-from spectra.bridge._errors import BridgeError, StaticBatchWarning, UnsupportedOperatorError
+from spectra.bridge._errors import (
+    BridgeError,
+    FrozenParametersWarning,
+    StaticBatchWarning,
+    UnsupportedOperatorError,
+)
 from spectra.bridge._export import export, from_torch
 from spectra.bridge._files import load
 from spectra.bridge._flax import to_flax
@@ -16,6 +21,7 @@ from spectra.bridge._weights import load_weights
 
 __all__ = [
     "BridgeError",
+    "FrozenParametersWarning",
     "Loss",
     "StaticBatchWarning",
     "TorchModel",

@@ -6,7 +6,8 @@ what autograd does not see (in-place changes under `no_grad`, `inference_mode`) 
 module itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch.utils import _pytree as torch_pytree
 
 from spectra.bridge import _pullback
+from spectra.bridge._adapter import Adapter
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._model import TorchModel
 from spectra.bridge._promotion import canonical
@@ -41,21 +43,34 @@ class _Point:
     gradients: dict[str, np.ndarray] | None  # None where PyTorch cannot differentiate the module
 
 
-def check(module: torch.nn.Module, inner: torch.nn.Module, args: Any, kwargs: Any, model: TorchModel) -> None:
+def check(module: Adapter, args: Any, kwargs: Any, model: TorchModel) -> None:
     """Raise BridgeError unless model and module agree.
 
     Args:
         module: what was exported, in the mode that it was exported in.
-        inner: the user's module, whose names the parameters have.
         args: positional arguments.
         kwargs: keyword arguments.
         model: what became of the module.
     """
-    parameters = {k: p for k, p in inner.named_parameters() if k in model.params}
-    trainable = {k: p for k, p in parameters.items() if p.requires_grad}
-    point = _reference(module, args, kwargs, trainable)
+    inner = module.module
+    trainable = {k: p for k, p in inner.named_parameters() if k in model.params and p.is_floating_point()}
+    with _differentiable(trainable):
+        point = _reference(module, args, kwargs, trainable)
     with _on_host(), jax.default_matmul_precision("highest"):
         _compare(model, point, list(trainable), lambda: likely_cause(module, inner, args, kwargs))
+
+
+@contextmanager
+def _differentiable(parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
+    """Let autograd see the parameters also where the whole module is frozen."""
+    frozen = [p for p in parameters.values() if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def _on_host() -> Any:
@@ -150,7 +165,7 @@ def _cotangent(output: torch.Tensor, index: int) -> torch.Tensor:
 
 def _compare(model: TorchModel, point: _Point, trainable: list[str], cause: Any) -> None:
     args, kwargs = point.inputs
-    params = {**model.params, **{k: jnp.asarray(v) for k, v in point.params.items()}}
+    params = {**model.params, **model.frozen, **{k: jnp.asarray(v) for k, v in point.params.items()}}
     inputs = model.bind(args, kwargs)
     eps = _resolution(model)
     outputs, pullback = _evaluate(model, params, inputs, trainable)

@@ -36,3 +36,7 @@ class UnsupportedOperatorError(BridgeError):
 
 class StaticBatchWarning(UserWarning):
     """Say that a module could only be exported for the example's batch size."""
+
+
+class FrozenParametersWarning(UserWarning):
+    """Say which parameters had `requires_grad=False` and are constants of the model, not in its `params`."""

@@ -93,6 +93,7 @@ def from_torch(
     traced = _traced(module, example_inputs, batch_axis, train)
     model = _files.assemble(_schema.build(traced.document, WHERE), traced.arrays, WHERE)
     traced.check(model)
+    _files.note_frozen(model)
     return model
 
 

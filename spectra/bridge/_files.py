@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from spectra._files import replacing
 from spectra.bridge import _safetensors, _schema
-from spectra.bridge._errors import BridgeError
+from spectra.bridge._errors import BridgeError, FrozenParametersWarning
 from spectra.bridge._graph import Graph
 from spectra.bridge._interpreter import verify
 from spectra.bridge._model import TorchModel
@@ -37,6 +38,9 @@ def load(path: str | os.PathLike[str]) -> TorchModel:
     Raises:
         BridgeError: a file is missing, damaged or of another version, or x64 is needed.
         UnsupportedOperatorError: an operator that this version does not have, with its modules.
+
+    Warns:
+        FrozenParametersWarning: some parameters had `requires_grad=False`: they are in `model.frozen`.
 
     Cost:
         One abstract trace (about a millisecond an operator); no forward pass.
@@ -68,12 +72,16 @@ def load(path: str | os.PathLike[str]) -> TorchModel:
             f"{folder / WEIGHTS} is not the file that {GRAPH} was written with: it was changed or "
             "damaged. Other weights go in as the `params` of `apply` (see `load_weights`)."
         )
-    return assemble(graph, arrays, str(folder))
+    model = assemble(graph, arrays, str(folder))
+    note_frozen(model)
+    return model
 
 
 def assemble(graph: Graph, arrays: Mapping[str, np.ndarray], where: str) -> TorchModel:
     """Join a checked graph with its arrays and verify the pair."""
-    groups: dict[str, dict[str, jax.Array]] = {"parameter": {}, "buffer": {}, "constant": {}}
+    groups: dict[str, dict[str, jax.Array]] = {"parameter": {}, "frozen": {}, "buffer": {}, "constant": {}}
+    # Where all are frozen, the curvature in all of them is what somebody asks for.
+    some_train = any(t.trainable for t in graph.tensors if t.kind == "parameter")
     extra = set(arrays) - {t.key for t in graph.tensors}
     if extra:
         raise BridgeError(f"{where}: the weights hold unknown tensors {sorted(extra)[:8]}")
@@ -86,10 +94,23 @@ def assemble(graph: Graph, arrays: Mapping[str, np.ndarray], where: str) -> Torc
                 f"{where}: {tensor.key!r} is {array.dtype}{list(array.shape)} in the weights and "
                 f"{tensor.dtype}{list(tensor.shape)} in the graph"
             )
-        groups[tensor.kind][tensor.key] = _to_jax(tensor.key, array, where)
-    parameters, buffers, constants = groups.values()
-    verify(graph, parameters, {**buffers, **constants}, where)
-    return TorchModel(graph, parameters, buffers, constants)
+        frozen = tensor.kind == "parameter" and some_train and not tensor.trainable
+        groups["frozen" if frozen else tensor.kind][tensor.key] = _to_jax(tensor.key, array, where)
+    parameters, frozen, buffers, constants = groups.values()
+    verify(graph, {**parameters, **frozen}, {**buffers, **constants}, where)
+    return TorchModel(graph, parameters, buffers, constants, frozen)
+
+
+def note_frozen(model: TorchModel) -> None:
+    """Warn of parameters that are left out, in the name of the caller's caller."""
+    if names := list(model.frozen):
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        warnings.warn(
+            f"frozen parameters (requires_grad=False) are constants, in model.frozen: {shown}. For curvature in "
+            "them too, pass {**model.params, **model.frozen} as the parameters.",
+            FrozenParametersWarning,
+            stacklevel=3,
+        )
 
 
 def _to_jax(key: str, array: np.ndarray, where: str) -> jax.Array:

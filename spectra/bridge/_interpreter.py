@@ -20,6 +20,8 @@ from spectra.bridge._operators import OPERATORS
 from spectra.bridge._promotion import canonical
 
 Check = Callable[[Node, Any], None]
+# What JAX raises where a shape or a branch needs the values of traced arrays.
+VALUES_WANTED = (jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError)
 
 
 def evaluate(
@@ -71,6 +73,11 @@ def _call(node: Node, values: Mapping[str, Any], check: Check | None) -> Any:
         return OPERATORS[node.op](*args, **kwargs)
     except RecursionError:
         raise
+    except VALUES_WANTED as error:
+        raise BridgeError(
+            f"{node.op} at node {node.name} of module {node.module or '(top)'} gives an array whose size depends "
+            "on values (an index by a mask?): keep the size, and choose with torch.where or weights of 0 and 1"
+        ) from error
     except Exception as error:
         raise BridgeError(
             f"{node.op} failed at node {node.name} of module {node.module or '(top)'}: {error}"

@@ -9,6 +9,7 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
 from spectra.bridge import _structure
+from spectra.bridge._adapter import PREFIX
 from spectra.bridge._errors import BridgeError, UnsupportedOperatorError
 from spectra.bridge._graph import CONSTANTS
 from spectra.bridge._operators import ABSENT, OPERATORS
@@ -54,6 +55,8 @@ def lower(
     program: torch.export.ExportedProgram, module: torch.nn.Module
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return the document (without digests) and the tensors it needs by key.
+
+    The program is that of an `Adapter`, the names are those of the `module` in it.
 
     Raises:
         UnsupportedOperatorError: operators outside the table, each with its module paths.
@@ -121,7 +124,7 @@ class _Names:
         self.symbols: dict[str, int] = {}
 
     def add_tensor(self, spec: Any) -> None:
-        target, name = spec.target, getattr(spec.arg, "name", "")
+        target, name = spec.target.removeprefix(PREFIX), getattr(spec.arg, "name", "")
         trainable = False
         if spec.kind is InputKind.PARAMETER:
             value: Any = self.parameters[target]
@@ -130,7 +133,7 @@ class _Names:
         elif spec.kind is InputKind.BUFFER:
             value, kind = self.buffers[target], "buffer"
         elif spec.kind is InputKind.CONSTANT_TENSOR:
-            value, kind = self.program.constants[target], "constant"
+            value, kind = self.program.constants[spec.target], "constant"
         else:
             raise BridgeError(f"the program needs a {spec.kind.name} ({target}), which has no file form")
         key = f"{CONSTANTS}{target}" if kind == "constant" else self.first[id(value)]
@@ -218,8 +221,8 @@ def _references(node: torch.fx.Node) -> list[Any]:
 def _module_path(node: torch.fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values() if isinstance(path, str)]
-    path = paths[-1] if paths else ""
-    return "" if path.startswith("_empty_nn_module_stack") else path.split("@")[0]
+    path = paths[-1].split("@")[0] if paths else ""
+    return "" if path.startswith("_empty_nn_module_stack") else f"{path}.".removeprefix(PREFIX).removesuffix(".")
 
 
 def _argument(value: Any, names: _Names) -> Any:

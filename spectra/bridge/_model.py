@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -24,19 +24,22 @@ class TorchModel:
     """Hold a PyTorch module as a pure JAX function and flat dictionaries of arrays.
 
     Compared by identity, so `model.apply` can be a static argument of `jax.jit`. Everything in
-    `params` is differentiated; buffers (BatchNorm statistics, masks) are constants of the function.
+    `params` is differentiated; buffers (BatchNorm statistics, masks) and frozen parameters are constants of
+    the function.
 
     Attributes:
         graph: the checked graph.
         params: `{dotted PyTorch name: array}`; a tied weight appears once, under its first name.
         buffers: `{dotted PyTorch name: array}`.
         constants: tensors that the forward function creates or holds outside of buffers.
+        frozen: the parameters that had `requires_grad=False`, under their names, where others had not.
     """
 
     graph: Graph
     params: dict[str, jax.Array]
     buffers: dict[str, jax.Array]
     constants: dict[str, jax.Array]
+    frozen: dict[str, jax.Array] = field(default_factory=dict)
 
     def apply(self, params: Mapping[str, jax.Array], *inputs: Any, **named: Any) -> Any:
         """Evaluate the module's forward pass at `params`.
@@ -45,7 +48,8 @@ class TorchModel:
         `jvp`, `linearize` and `vmap`. Matrix products follow `jax.default_matmul_precision`.
 
         Args:
-            params: arrays under the names and with the shapes of `self.params`; any floating dtype.
+            params: arrays under the names and with the shapes of `self.params`; any floating dtype. Frozen
+                parameters may be among them, and then take the place of `self.frozen`.
             *inputs: the positional arguments of the example, nested as in the example. If the
                 example was a mapping, one mapping is accepted too.
             **named: the keyword arguments of the example.
@@ -71,7 +75,7 @@ class TorchModel:
         """
         self._check_params(params)
         leaves = self.bind(inputs, named)
-        tensors = {**self.buffers, **self.constants, **params}
+        tensors = {**self.buffers, **self.constants, **self.frozen, **params}
         outputs = evaluate(self.graph, tensors, leaves)
         return _structure.unflatten(self.graph.output_tree, outputs)
 
@@ -87,10 +91,7 @@ class TorchModel:
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """The names of the parameters that had `requires_grad=True`.
-
-        For an operator on these alone: `wrt=lambda name: name in model.trainable`.
-        """
+        """The names of the parameters that had `requires_grad=True`; the others are in `frozen`."""
         return tuple(t.key for t in self.graph.tensors if t.kind == "parameter" and t.trainable)
 
     def state_dict(self, params: Mapping[str, jax.Array] | None = None) -> dict[str, np.ndarray]:
@@ -99,21 +100,21 @@ class TorchModel:
         Tied parameters appear under each of their names, so that
         `module.load_state_dict({k: torch.tensor(v) for k, v in ...})` takes the result.
         """
-        values = {**self.buffers, **(self.params if params is None else params)}
+        values = {**self.buffers, **self.frozen, **(self.params if params is None else params)}
         for name, key in self.graph.aliases.items():
             values[name] = values[key]
         return {name: np.asarray(value) for name, value in values.items()}
 
     def _check_params(self, params: Mapping[str, jax.Array]) -> None:
-        if set(params) != set(self.params):
+        known = {**self.params, **self.frozen}
+        if not set(self.params) <= set(params) <= set(known):
             missing = sorted(set(self.params) - set(params))
-            unexpected = sorted(set(params) - set(self.params))
+            unexpected = sorted(set(params) - set(known))
             raise BridgeError(f"params: missing {missing[:8]}, unexpected {unexpected[:8]}")
         for name, value in params.items():
-            if jnp.shape(value) != self.params[name].shape:
+            if jnp.shape(value) != known[name].shape:
                 raise BridgeError(
-                    f"params[{name!r}] has shape {jnp.shape(value)}, the module's has "
-                    f"{self.params[name].shape}"
+                    f"params[{name!r}] has shape {jnp.shape(value)}, the module's has {known[name].shape}"
                 )
 
     def bind(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[jax.Array]:

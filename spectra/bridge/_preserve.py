@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 
 import numpy as np
@@ -26,7 +26,8 @@ def preserved(module: torch.nn.Module, train: bool) -> Iterator[None]:
     values = [(t, t._version, t.detach().clone()) for t in tensors]
     numbers, python = np.random.get_state(), random.getstate()
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
-    module.train(train)
+    with suppress(NotImplementedError):  # an exported program keeps the mode that it was exported in
+        module.train(train)
     try:
         with torch.random.fork_rng(devices=devices):
             yield

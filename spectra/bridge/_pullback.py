@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from spectra.bridge._exporter import Exporter, exported_by
 from spectra.bridge._graph import Graph, Node
-from spectra.bridge._interpreter import resolve
+from spectra.bridge._interpreter import VALUES_WANTED, resolve
 from spectra.bridge._operators import OPERATORS
 
 # Each program runs a few times: to optimise it costs more than it saves.
@@ -73,7 +73,7 @@ def _step(node: Node, values: Any, exporter: Exporter, moving: set[int], tape: l
     forward, backward = _programs(node.op, tree, statics, exporter, places)
     try:
         result = forward(arrays)
-    except (jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError):
+    except VALUES_WANTED:
         # Its shape depends on the values, say of a mask: not compiled.
         call = partial(_call, node.op, tree, statics)
         forward, backward = call, partial(_backward, call, places)

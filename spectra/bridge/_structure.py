@@ -5,10 +5,14 @@ A tree is one of
     {"type": "leaf", "index": 3}
     {"type": "constant", "value": null | bool | int | float | str}
     {"type": "tuple" | "list", "items": [tree, ...]}
-    {"type": "dict", "keys": [str, ...], "items": [tree, ...]}
+    {"type": "dict", "keys": [str | int, ...], "items": [tree, ...]}
+    {"type": "namedtuple", "name": str, "keys": [str, ...], "items": [tree, ...]}
 """
 
+from collections import namedtuple
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from keyword import iskeyword
 from typing import Any
 
 from spectra.bridge._errors import BridgeError
@@ -40,6 +44,7 @@ def _collect(tree: Any, seen: list[int], where: str) -> None:
         "tuple": {"items"},
         "list": {"items"},
         "dict": {"keys", "items"},
+        "namedtuple": {"name", "keys", "items"},
     }
     if not isinstance(kind, str) or kind not in fields or set(tree) != fields[kind] | {"type"}:
         raise BridgeError(f"{where}: {str(tree)[:80]!r} is not a tree of inputs or outputs")
@@ -54,17 +59,29 @@ def _collect(tree: Any, seen: list[int], where: str) -> None:
         items = tree["items"]
         if not isinstance(items, list):
             raise BridgeError(f"{where}: items must be a list")
-        if kind == "dict":
+        if kind in ("dict", "namedtuple"):
             _check_keys(tree["keys"], len(items), where)
+        if kind == "namedtuple" and not all(map(_is_field, [tree["name"], *tree["keys"]])):
+            raise BridgeError(f"{where}: a named tuple's name and fields must be identifiers")
         for item in items:
             _collect(item, seen, where)
 
 
 def _check_keys(keys: Any, count: int, where: str) -> None:
-    if not isinstance(keys, list) or not all(isinstance(k, str) for k in keys):
-        raise BridgeError(f"{where}: dictionary keys must be strings")
+    if not isinstance(keys, list) or not all(map(_is_key, keys)):
+        raise BridgeError(f"{where}: dictionary keys must be strings or integers")
     if len(keys) != count or len(set(keys)) != count:
         raise BridgeError(f"{where}: {len(keys)} keys for {count} items, or a key twice")
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, str) or type(key) is int
+
+
+def _is_field(name: Any) -> bool:
+    """What `collections.namedtuple` accepts, which makes a class of it."""
+    plain = isinstance(name, str) and name.isascii() and name.isidentifier()
+    return plain and not iskeyword(name) and not name.startswith("_")
 
 
 def flatten(tree: Mapping[str, Any], value: Any, where: str, out: dict[int, Any]) -> None:
@@ -83,8 +100,9 @@ def flatten(tree: Mapping[str, Any], value: Any, where: str, out: dict[int, Any]
         # What was fixed at export need not be given again.
         needed = {key for key, item in items.items() if item["type"] != "constant"}
         if not isinstance(value, Mapping) or not needed <= set(value) <= set(items):
-            got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
-            raise BridgeError(f"{where} must be a mapping with keys {sorted(needed)}, got {got}")
+            got = sorted(value, key=str) if isinstance(value, Mapping) else type(value).__name__
+            wanted = sorted(needed, key=str)
+            raise BridgeError(f"{where} must be a mapping with keys {wanted}, got {got}")
         for key in value:
             flatten(items[key], value[key], f"{where}[{key!r}]", out)
     else:
@@ -106,7 +124,15 @@ def unflatten(tree: Mapping[str, Any], leaves: Sequence[Any]) -> Any:
     items = [unflatten(item, leaves) for item in tree["items"]]
     if kind == "dict":
         return dict(zip(tree["keys"], items, strict=True))
+    if kind == "namedtuple":
+        return _record(tree["name"], tuple(tree["keys"]))(*items)
     return tuple(items) if kind == "tuple" else items
+
+
+@lru_cache
+def _record(name: str, fields: tuple[str, ...]) -> Any:
+    """One class for each name and fields: JAX tells trees apart by their classes."""
+    return namedtuple(name, fields)
 
 
 def of_spec(spec: Any, leaves: Any) -> dict[str, Any]:
@@ -117,13 +143,18 @@ def of_spec(spec: Any, leaves: Any) -> dict[str, Any]:
     items = [of_spec(child, leaves) for child in spec.children()]
     if kind in (tuple, list):
         return {"type": kind.__name__, "items": items}
+    if kind is namedtuple:
+        name = context.__name__.lstrip("_")
+        if all(map(_is_field, [name, *context._fields])):
+            return {"type": "namedtuple", "name": name, "keys": list(context._fields), "items": items}
+        return {"type": "tuple", "items": items}
     if isinstance(kind, type) and issubclass(kind, tuple):
         return {"type": "tuple", "items": items}
     keys = _keys(kind, context)
-    if keys is None or len(keys) != len(items) or not all(isinstance(k, str) for k in keys):
+    if keys is None or len(keys) != len(items) or not all(map(_is_key, keys)):
         raise BridgeError(
             f"the container {getattr(kind, '__name__', kind)} in the module's inputs or outputs is "
-            "not a tuple, a list or a dictionary with string keys"
+            "not a tuple, a list or a dictionary with strings or integers for keys"
         )
     return {"type": "dict", "keys": list(keys), "items": items}
 

@@ -20,7 +20,7 @@ _STRAIGHT = (
 def likely_cause(module: torch.nn.Module, inner: torch.nn.Module, args: Any, kwargs: Any) -> str:
     """Say in a sentence or two what probably makes the difference, and what to write instead."""
     found = list(_of_layers(inner))
-    watch = _Watch()
+    watch = Watch()
     try:
         with torch.inference_mode(False), torch.enable_grad(), watch:
             outputs = torch_pytree.tree_leaves(module(*args, **kwargs))
@@ -64,33 +64,58 @@ def max_norm_advice(label: str) -> str:
     )
 
 
-class _Watch(TorchFunctionMode):
-    """Notes what autograd does not record, with the user's line."""
+class Watch(TorchFunctionMode):
+    """Notes what a graph does not hold, with the user's line.
+
+    Attributes:
+        found: what autograd does not record, in words.
+        derivatives: where the forward pass takes derivatives itself.
+        data: where it takes a tensor's `.data`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.derivatives: list[str] = []
+        self.data: list[str] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        text = ""
-        if name == "register_hook":
-            text = f"a hook on a tensor{{place}}, which changes gradients only. {_STRAIGHT}"
-        elif torch.is_inference_mode_enabled():
-            text = (
-                "torch.inference_mode(){place}: autograd sees a constant there, the graph a function. Use "
-                "torch.no_grad() or .detach(), which are recorded"
-            )
-        elif not torch.is_grad_enabled() and _in_place(name, kwargs) and _tracked(args):
-            text = (
-                "an in-place change under torch.no_grad(){place}, which moves the value and not its "
-                "derivative. For the same without it: `h = h + (new - h).detach()`"
-            )
-        if text:
-            self.found.append(text.format(place=current_place(sys._getframe(1))))
+        place = sys._getframe(1)
+        if func == _DATA:
+            self.data.append(current_place(place))
+        elif func is torch.autograd.grad or _differentiating():
+            self.derivatives.append(current_place(place))
+        elif text := _unrecorded(getattr(func, "__name__", ""), args, kwargs):
+            self.found.append(text.format(place=current_place(place)))
         return func(*args, **(kwargs or {}))
+
+
+_DATA: Any = torch.Tensor.data.__get__  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _differentiating() -> bool:
+    """Whether a derivative of torch.func's is being taken (vmap alone is none)."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    kinds = torch._C._functorch.TransformType
+    return interpreter is not None and interpreter.key() in (kinds.Grad, kinds.Jvp)
+
+
+def _unrecorded(name: str, args: Any, kwargs: Any) -> str:
+    if name == "register_hook":
+        return f"a hook on a tensor{{place}}, which changes gradients only. {_STRAIGHT}"
+    if torch.is_inference_mode_enabled():
+        return (
+            "torch.inference_mode(){place}: autograd sees a constant there, the graph a function. Use "
+            "torch.no_grad() or .detach(), which are recorded"
+        )
+    if not torch.is_grad_enabled() and _in_place(name, kwargs) and _tracked(args):
+        return (
+            "an in-place change under torch.no_grad(){place}, which moves the value and not its "
+            "derivative. For the same without it: `h = h + (new - h).detach()`"
+        )
+    return ""
 
 
 def _in_place(name: str, kwargs: Any) -> bool:

@@ -11,12 +11,14 @@ from torch import _decomp
 from torch.utils import _pytree as torch_pytree
 
 from spectra.bridge import _agreement
+from spectra.bridge._adapter import Adapter, batched_experts, has_experts, traceable
 from spectra.bridge._errors import BridgeError, StaticBatchWarning
 from spectra.bridge._lower import lower
 from spectra.bridge._model import TorchModel
 from spectra.bridge._operators import OPERATORS
 from spectra.bridge._stand_ins import StandIns, write_out_sparse
 from spectra.bridge._preserve import preserved
+from spectra.bridge._refusals import explain, first_line, prepare, quiet
 from spectra.data import to_numpy
 
 _ATEN = torch.ops.aten
@@ -63,22 +65,14 @@ class Traced:
 
 def trace(module: torch.nn.Module, example_inputs: Any, batch_axis: Any, train: bool) -> Traced:
     """Record a module for `export` and `from_torch`."""
-    if not isinstance(module, torch.nn.Module):
-        raise BridgeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    module = prepare(module)
+    adapter = Adapter(module)
     args, kwargs = _arguments(example_inputs)
     args, kwargs, axes = _batched(args, kwargs, batch_axis)
-    with preserved(module, train), warnings.catch_warnings():
+    with preserved(adapter, train), warnings.catch_warnings(), quiet():
         # Deprecations inside torch.export and notices about its own tracing: not the caller's.
         warnings.simplefilter("ignore")
-        with StandIns():
-            program, problem = _trace(module, args, kwargs, axes)
-        write_out_sparse(program)
-        _mark_stopped_gradients(program.graph_module)
-        try:
-            program = program.run_decompositions(_decompositions())
-        except Exception as error:
-            raise BridgeError(f"PyTorch cannot decompose the module's graph: {_first_line(error)}") from error
-    document, tensors = lower(program, module)
+        document, tensors, problem = _record(adapter, args, kwargs, axes)
     if axes and not document["symbols"]:
         warnings.warn(
             "the module could only be exported for the example's batch size"
@@ -88,11 +82,35 @@ def trace(module: torch.nn.Module, example_inputs: Any, batch_axis: Any, train: 
         )
 
     def check(model: TorchModel) -> None:
-        with preserved(module, train), warnings.catch_warnings():
+        with preserved(adapter, train), warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            _agreement.check(module, module, args, kwargs, model)
+            _agreement.check(adapter, args, kwargs, model)
 
     return Traced(document, {key: to_numpy(tensor) for key, tensor in tensors.items()}, check)
+
+
+def _record(adapter: Adapter, args: Any, kwargs: Any, axes: Any) -> Any:
+    """The document, the tensors, and why the batch size is fixed; with experts in a form that has a graph."""
+    try:
+        return _recorded(adapter, args, kwargs, axes)
+    except BridgeError:
+        if not has_experts(adapter):
+            raise
+    with batched_experts(adapter):
+        return _recorded(adapter, args, kwargs, axes)
+
+
+def _recorded(adapter: Adapter, args: Any, kwargs: Any, axes: Any) -> Any:
+    with traceable():
+        with StandIns():
+            program, problem = _trace(adapter, args, kwargs, axes)
+        write_out_sparse(program)
+        _mark_stopped_gradients(program.graph_module)
+        try:
+            program = program.run_decompositions(_decompositions())
+        except Exception as error:
+            raise BridgeError(f"PyTorch cannot decompose the module's graph: {first_line(error)}") from error
+    return *lower(program, adapter.module), problem
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -157,18 +175,13 @@ def _trace(
             dynamic = shapes.dynamic_shapes(module, args, kwargs)
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic), ""
         except Exception as error:  # torch.export has no common base class for its refusals
-            problem = _first_line(error)
+            problem = first_line(error)
     try:
         return torch.export.export(module, args, kwargs), problem
+    except BridgeError:
+        raise
     except Exception as error:
-        raise BridgeError(
-            f"torch.export cannot trace the module: {_first_line(error)}. Usually a Python branch "
-            "or a shape depends on a tensor's values."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        raise explain(error, module, args, kwargs) from error
 
 
 def _mark_stopped_gradients(graph_module: torch.fx.GraphModule) -> None:
