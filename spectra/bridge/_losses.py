@@ -105,9 +105,38 @@ def _class_weights(weight: Any, log_probs: jax.Array) -> jax.Array:
 def mse_loss(outputs: jax.Array, targets: jax.Array, *, reduction: str = "mean") -> jax.Array:
     """Compute the squared error, averaged over all elements. Shapes must be equal: broadcasting
     (batch,) against (batch, 1), which PyTorch only warns about, is refused."""
+    return _reduce(_difference("mse_loss", outputs, targets) ** 2, max(outputs.size, 1), reduction)
+
+
+def l1_loss(outputs: jax.Array, targets: jax.Array, *, reduction: str = "mean") -> jax.Array:
+    """Compute the absolute error, averaged over all elements; its derivative at zero is zero."""
+    return _reduce(jnp.abs(_difference("l1_loss", outputs, targets)), max(outputs.size, 1), reduction)
+
+
+def smooth_l1_loss(
+    outputs: jax.Array, targets: jax.Array, *, beta: float = 1.0, reduction: str = "mean"
+) -> jax.Array:
+    """Compute d²/2β where |d| < β and |d| - β/2 elsewhere, d = outputs - targets."""
+    d = _difference("smooth_l1_loss", outputs, targets)
+    size = jnp.abs(d)
+    total = size if beta == 0 else jnp.where(size < beta, d * d / (2 * beta), size - beta / 2)
+    return _reduce(total, max(outputs.size, 1), reduction)
+
+
+def huber_loss(
+    outputs: jax.Array, targets: jax.Array, *, delta: float = 1.0, reduction: str = "mean"
+) -> jax.Array:
+    """Compute d²/2 where |d| < δ and δ·(|d| - δ/2) elsewhere, d = outputs - targets."""
+    d = _difference("huber_loss", outputs, targets)
+    size = jnp.abs(d)
+    total = jnp.where(size < delta, d * d / 2, delta * (size - delta / 2))
+    return _reduce(total, max(outputs.size, 1), reduction)
+
+
+def _difference(name: str, outputs: jax.Array, targets: jax.Array) -> jax.Array:
     if outputs.shape != targets.shape:
-        raise BridgeError(f"mse_loss of outputs {outputs.shape} and targets {targets.shape}")
-    return _reduce((outputs - targets) ** 2, max(outputs.size, 1), reduction)
+        raise BridgeError(f"{name} of outputs {outputs.shape} and targets {targets.shape}")
+    return outputs - targets
 
 
 def bce_with_logits(
