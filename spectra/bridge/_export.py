@@ -23,7 +23,7 @@ def export(
     example_inputs: Any,
     path: str | os.PathLike[str],
     *,
-    batch_axis: int | list[int | None] | None = 0,
+    batch_axis: int | list[int | tuple[int, ...] | None] | None = 0,
     train: bool = False,
 ) -> None:
     """Write a PyTorch module as `weights.safetensors` and `graph.json`, to be read by `load`.
@@ -32,21 +32,27 @@ def export(
         module: any module that `torch.export` accepts. It is exported in evaluation mode (dropout
             off, BatchNorm with its running statistics) and left as it was.
         example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword
-            arguments. Only shapes, dtypes and structure matter; arguments that are not tensors
-            become part of the graph.
+            arguments, as the module accepts them. The graph keeps their shapes, dtypes and structure;
+            arguments that are not tensors become part of it.
         path: the folder to write; created if absent.
         batch_axis: the axis that may change its size: one for all tensors, or a list with one entry
-            for each tensor of `example_inputs` in order (None: fixed). With a single number, only
-            tensors whose size there equals the first tensor's are taken to be batched.
+            for each tensor of `example_inputs` in order (None: fixed; (0, 1): both). With a single number,
+            only tensors whose size there equals the first tensor's are taken to be batched. In a module
+            with recurrent layers their time axis may change too.
         train: export in training mode instead: BatchNorm then uses the batch's statistics and its
             running statistics stay as they are. Dropout with a positive rate is refused.
 
     Where releases of PyTorch differ in a derivative (of a clamp at its bounds, between 2.13 and 2.14), the
     model keeps the choice of the one that exported it.
 
+    The result is compared once with the module itself, at the example (at noise where an input is constant, at
+    random values for weights that are zero): outputs, and the gradient of a random combination of them.
+
     Raises:
         UnsupportedOperatorError: operators without a counterpart, each with its module paths.
-        BridgeError: `torch.export` refuses the module, or the folder cannot be written.
+        BridgeError: the module or `torch.export` refuses the example; the exported model is not the module (a
+            hook, an `autograd.Function` whose backward is another function, changes that autograd does not
+            see); or the folder cannot be written. The message names the line and what to write instead.
 
     Warns:
         StaticBatchWarning: the module's Python code fixes the batch size; the model then accepts
@@ -72,7 +78,7 @@ def from_torch(
     module: "torch.nn.Module",
     example_inputs: Any,
     *,
-    batch_axis: int | list[int | None] | None = 0,
+    batch_axis: int | list[int | tuple[int, ...] | None] | None = 0,
     train: bool = False,
 ) -> TorchModel:
     """Turn a PyTorch module into a pure JAX function with PyTorch's parameter names, in memory.
@@ -81,7 +87,7 @@ def from_torch(
     of `export`. The arrays are copies: training the module further does not change the model.
 
     Returns:
-        The model: `.apply(params, *inputs)`, `.params`, `.buffers`.
+        The model: `.apply(params, *inputs)`, `.params`, `.frozen`, `.buffers`.
 
     Examples:
         >>> import spectra

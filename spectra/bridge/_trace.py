@@ -54,6 +54,9 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+Axes = tuple[torch.Tensor, tuple[int, ...]]  # a tensor of the example and the axes that may change
+
+
 @dataclass(frozen=True)
 class Traced:
     """A module as a document (without digests) and arrays, and the comparison of a model with the module."""
@@ -125,8 +128,8 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _batched(args: Any, kwargs: Any, batch_axis: Any) -> tuple[Any, Any, list[tuple[Any, int]]]:
-    """Return the arguments with every batch of one doubled, and (tensor, batch axis) pairs.
+def _batched(args: Any, kwargs: Any, batch_axis: Any) -> tuple[Any, Any, list[Axes]]:
+    """Return the arguments with every batch of one doubled, and the free axes of each tensor that has any.
 
     torch.export takes a size of 1 for a constant, so a batch of one could not become dynamic.
     """
@@ -143,17 +146,33 @@ def _batched(args: Any, kwargs: Any, batch_axis: Any) -> tuple[Any, Any, list[tu
         sizes = [_size(t, batch_axis) for t in tensors]
         batch = next((s for s in sizes if s is not None), None)
         chosen = [batch_axis if s is not None and s == batch else None for s in sizes]
-    pairs = []
-    for i, axis in zip(places, chosen, strict=True):
-        if axis is None:
-            continue
-        if _size(leaves[i], axis) is None:
-            raise BridgeError(f"batch_axis {axis} does not exist in shape {tuple(leaves[i].shape)}")
-        if leaves[i].shape[axis] == 1:
-            leaves[i] = torch.cat([leaves[i], leaves[i]], axis)
-        pairs.append((leaves[i], axis % leaves[i].ndim))
+    found = []
+    for i, entry in zip(places, chosen, strict=True):
+        axes = entry if isinstance(entry, (list, tuple)) else [] if entry is None else [entry]
+        for axis in axes:
+            if _size(leaves[i], axis) is None:
+                raise BridgeError(f"batch_axis {axis} does not exist in shape {tuple(leaves[i].shape)}")
+            if leaves[i].shape[axis] == 1:
+                leaves[i] = torch.cat([leaves[i], leaves[i]], axis)
+        if axes:
+            found.append((leaves[i], tuple(axis % leaves[i].ndim for axis in axes)))
     args, kwargs = torch_pytree.tree_unflatten(leaves, spec)
-    return args, kwargs, pairs
+    return args, kwargs, found
+
+
+def _with_time(module: torch.nn.Module, axes: list[Axes]) -> list[Axes]:
+    """Free the time axis too where the module has recurrent layers, which run over any number of steps.
+
+    It is the other one of the first two axes of a batch of sequences.
+    """
+    if not any(isinstance(m, torch.nn.RNNBase) for m in module.modules()):
+        return axes
+    return [(t, (0, 1) if _is_sequence(t) and set(free) in ({0}, {1}) else free) for t, free in axes]
+
+
+def _is_sequence(tensor: torch.Tensor) -> bool:
+    """Features over time, or tokens, of more than one step."""
+    return min(tensor.shape[:2]) > 1 and tensor.ndim >= (3 if tensor.is_floating_point() else 2)
 
 
 def _size(tensor: torch.Tensor, axis: int | None) -> int | None:
@@ -163,14 +182,15 @@ def _size(tensor: torch.Tensor, axis: int | None) -> int | None:
 
 
 def _trace(
-    module: torch.nn.Module, args: Any, kwargs: Any, axes: list[tuple[Any, int]]
+    module: torch.nn.Module, args: Any, kwargs: Any, axes: list[Axes]
 ) -> tuple[torch.export.ExportedProgram, str]:
-    """Export with a free batch size; where that fails, with the example's, and say why."""
+    """Export with free sizes; where that fails, with the example's, and say why."""
     problem = ""
-    if axes:
+    with_time = _with_time(module, axes)
+    for free in [with_time, axes] if with_time != axes else [axes] if axes else []:
         shapes = torch.export.ShapesCollection()
-        for tensor, axis in axes:
-            shapes[tensor] = {axis: torch.export.Dim.AUTO}
+        for tensor, dims in free:
+            shapes[tensor] = dict.fromkeys(dims, torch.export.Dim.AUTO)
         try:
             dynamic = shapes.dynamic_shapes(module, args, kwargs)
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic), ""
