@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from spectra.bridge._recurrent import whole_layers
+
 PREFIX = "module."  # of the names of what the adapter holds
 
 
@@ -74,12 +76,13 @@ def _parameters(value: torch.distributions.Distribution) -> dict[str, Any]:
 
 @contextmanager
 def traceable() -> Iterator[None]:
-    """Leave out what only looks at values and cannot be traced: the checks of distributions."""
+    """Trace recurrent layers whole, and leave out the checks of distributions, which look at values."""
     kind = torch.distributions.Distribution
     before = kind._validate_args
     kind.set_default_validate_args(False)
     try:
-        yield
+        with whole_layers():
+            yield
     finally:
         kind.set_default_validate_args(before)
 

@@ -22,6 +22,7 @@ from spectra.bridge._adapter import Adapter
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._model import TorchModel
 from spectra.bridge._promotion import canonical
+from spectra.bridge._refusals import rejection
 from spectra.bridge._suspects import likely_cause
 from spectra.data import to_numpy
 
@@ -113,7 +114,10 @@ def _reference(module: Any, args: Any, kwargs: Any, trainable: dict[str, torch.n
         with torch.no_grad():
             for p in zeros.values():
                 p.zero_()
-    return _run(module, args, kwargs, trainable, {})
+    try:
+        return _run(module, args, kwargs, trainable, {})
+    except Exception as error:
+        raise rejection(error, args, kwargs) from error
 
 
 def _varied(tensor: torch.Tensor) -> torch.Tensor:
@@ -128,18 +132,21 @@ def _is_float(value: Any) -> bool:
 
 
 def _run(module: Any, args: Any, kwargs: Any, trainable: Any, moved: Mapping[str, torch.Tensor]) -> _Point:
-    with torch.inference_mode(False), torch.enable_grad():
+    usable = not any(p.is_inference() for p in trainable.values())  # else autograd refuses them
+    with torch.inference_mode(False), torch.set_grad_enabled(usable):
         outputs = torch_pytree.tree_leaves(module(*args, **kwargs))
         cotangents = [_cotangent(t, i) if _is_float(t) else None for i, t in enumerate(outputs)]
         params = {k: to_numpy(p).copy() for k, p in moved.items()}
         pairs = [
             (t, c) for t, c in zip(outputs, cotangents, strict=True) if c is not None and t.requires_grad
         ]
-        gradients: Sequence[Any] | None = [None] * len(trainable)
+        gradients: Sequence[Any] | None = [None] * len(trainable) if usable else None
         if pairs and trainable:
             try:
                 heads, directions = zip(*pairs, strict=True)
-                gradients = torch.autograd.grad(heads, list(trainable.values()), directions, allow_unused=True)
+                gradients = torch.autograd.grad(
+                    heads, list(trainable.values()), directions, allow_unused=True
+                )
             except (RuntimeError, NotImplementedError):
                 gradients = None  # an operation without a derivative in PyTorch: nothing to compare with
     named = None
@@ -187,9 +194,7 @@ def _compare(model: TorchModel, point: _Point, trainable: list[str], cause: Any)
     cotangents = [None if c is None else _as_jax(c) for c in point.cotangents]
     gradients, noisy = pullback(cotangents), other_pullback(cotangents)
     total = eps * _norm(list(point.gradients.values()))
-    found = {
-        k: _excess(gradients[k], value, noisy[k], eps, total) for k, value in point.gradients.items()
-    }
+    found = {k: _excess(gradients[k], value, noisy[k], eps, total) for k, value in point.gradients.items()}
     worst = max(found, key=lambda k: found[k][1] if found[k][0] > 1 else -1.0, default=None)
     if worst is not None and found[worst][0] > 1:
         raise BridgeError(

@@ -45,8 +45,9 @@ def export(
     Where releases of PyTorch differ in a derivative (of a clamp at its bounds, between 2.13 and 2.14), the
     model keeps the choice of the one that exported it.
 
-    The result is compared once with the module itself, at the example (at noise where an input is constant, at
-    random values for weights that are zero): outputs, and the gradient of a random combination of them.
+    The result is compared once with the module itself, at the example (at noise where an input is
+    constant, at random values for weights that are zero): outputs, and the gradient of a random
+    combination of them.
 
     Raises:
         UnsupportedOperatorError: operators without a counterpart, each with its module paths.

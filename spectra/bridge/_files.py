@@ -106,8 +106,8 @@ def note_frozen(model: TorchModel) -> None:
     if names := list(model.frozen):
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         warnings.warn(
-            f"frozen parameters (requires_grad=False) are constants, in model.frozen: {shown}. For curvature in "
-            "them too, pass {**model.params, **model.frozen} as the parameters.",
+            f"frozen parameters (requires_grad=False) are constants, in model.frozen: {shown}. For curvature "
+            "in them too, pass {**model.params, **model.frozen} as the parameters.",
             FrozenParametersWarning,
             stacklevel=3,
         )

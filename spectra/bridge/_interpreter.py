@@ -75,8 +75,9 @@ def _call(node: Node, values: Mapping[str, Any], check: Check | None) -> Any:
         raise
     except VALUES_WANTED as error:
         raise BridgeError(
-            f"{node.op} at node {node.name} of module {node.module or '(top)'} gives an array whose size depends "
-            "on values (an index by a mask?): keep the size, and choose with torch.where or weights of 0 and 1"
+            f"{node.op} at node {node.name} of module {node.module or '(top)'} gives an array whose size "
+            "depends on values (an index by a mask?): keep the size, and choose with torch.where or weights "
+            "of 0 and 1"
         ) from error
     except Exception as error:
         raise BridgeError(

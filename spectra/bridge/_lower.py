@@ -191,6 +191,8 @@ def _input(node: torch.fx.Node, symbols: dict[str, int]) -> dict[str, Any]:
 
 def _node(node: torch.fx.Node, names: _Names) -> dict[str, Any]:
     target: Any = node.target
+    if target is torch.ops.spectra_bridge.recurrent.default:
+        return _recurrent(node, names)
     op = _SIZE_FUNCTIONS.get(target) or str(target)
     value = node.meta.get("val")
     single = isinstance(value, torch.Tensor)
@@ -209,6 +211,24 @@ def _node(node: torch.fx.Node, names: _Names) -> dict[str, Any]:
     }
 
 
+def _recurrent(node: torch.fx.Node, names: _Names) -> dict[str, Any]:
+    """A recurrent layer: ATen's own operator, or that of packed sequences where there are lengths."""
+    kind, input, lengths, hx, *rest = node.args
+    if lengths is None:
+        op, args = f"aten.{kind}.input", [input, hx if kind == "lstm" else hx[0], *rest]  # type: ignore[index]
+    else:
+        op, args = "spectra.packed", list(node.args)
+    return {
+        "name": node.name,
+        "op": op,
+        "args": [_argument(x, names) for x in args],
+        "kwargs": {},
+        "module": _module_path(node),
+        "dtype": None,
+        "shape": None,
+    }
+
+
 def _fixed(size: Any) -> int | None:
     """The size as a number, or None where it depends on a symbol."""
     return int(size) if isinstance(size, int) or size.node.expr.is_number else None
@@ -222,7 +242,9 @@ def _module_path(node: torch.fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values() if isinstance(path, str)]
     path = paths[-1].split("@")[0] if paths else ""
-    return "" if path.startswith("_empty_nn_module_stack") else f"{path}.".removeprefix(PREFIX).removesuffix(".")
+    return (
+        "" if path.startswith("_empty_nn_module_stack") else f"{path}.".removeprefix(PREFIX).removesuffix(".")
+    )
 
 
 def _argument(value: Any, names: _Names) -> Any:

@@ -67,8 +67,8 @@ class Loss:
         if self.name is None:
             if outputs.size != 1:
                 raise BridgeError(
-                    f"the model's output has shape {outputs.shape}, and a loss is one number: choose the loss "
-                    "among several outputs with output=, or name one of PyTorch's losses"
+                    f"the model's output has shape {outputs.shape}, and a loss is one number: choose the "
+                    "loss among several outputs with output=, or name one of PyTorch's losses"
                 )
             return outputs.reshape(())
         return LOSSES[self.name](outputs, as_jax(targets), **self.options)
@@ -107,8 +107,8 @@ class Loss:
         if isinstance(batch, Mapping):
             if self.targets not in batch:
                 raise BridgeError(
-                    f"the batch has no {self.targets!r}, only {sorted(batch, key=str)}: name the targets with "
-                    "targets="
+                    f"the batch has no {self.targets!r}, only {sorted(batch, key=str)}: name the targets "
+                    "with targets="
                 )
             return {k: v for k, v in batch.items() if k != self.targets}, batch[self.targets]
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
@@ -119,7 +119,7 @@ class Loss:
         return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
 
     def _arguments(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs as positional and keyword arguments; fields that the model does not know are left out."""
+        """The inputs as positional and keyword arguments, without fields that the model does not know."""
         positional, keywords = self.model.graph.input_tree["items"]
         if not isinstance(inputs, Mapping):
             return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
@@ -133,8 +133,8 @@ class Loss:
             return tuple(inputs.values()), {}
         if not set(names) <= set(inputs):
             raise BridgeError(
-                f"the module takes {names}, the batch has {sorted(inputs, key=str)}: export it with an example "
-                "that is a mapping with the batch's names, or pass (inputs, targets)"
+                f"the module takes {names}, the batch has {sorted(inputs, key=str)}: export it with an "
+                "example that is a mapping with the batch's names, or pass (inputs, targets)"
             )
         return tuple(inputs[name] for name in names), {}
 
@@ -170,8 +170,8 @@ def make_loss(
 ) -> Loss:
     """Join a model with a loss of PyTorch's, as `loss(params, batch)` for the operators.
 
-    A loss may also stand inside the module: whatever its forward pass computes is exported with it. Then leave
-    the name out, and the batch holds all that the module takes, targets included.
+    A loss may also stand inside the module: whatever its forward pass computes is exported with it. Then
+    leave the name out, and the batch holds all that the module takes, targets included.
 
     Args:
         model: from `from_torch` or `load`.
@@ -206,7 +206,9 @@ def make_loss(
     """
     if name is None:
         if options:
-            raise BridgeError(f"{sorted(options)} are options of a named loss; this one is the model's output")
+            raise BridgeError(
+                f"{sorted(options)} are options of a named loss; this one is the model's output"
+            )
         return Loss(model, None, output, targets)
     name, own = _named(name)
     known = list(inspect.signature(LOSSES[name]).parameters)[2:]
@@ -238,7 +240,7 @@ def _named(loss: Any) -> tuple[str, dict[str, Any]]:
     if from_torch and name in LOSSES:
         return name, {}
     raise BridgeError(
-        f"{name or kind.__name__} is none of PyTorch's losses that are known ({', '.join(MODULES)}). Compute it "
-        "in the module, which then returns the loss (`make_loss(model)`), or write it in JAX: "
+        f"{name or kind.__name__} is none of PyTorch's losses that are known ({', '.join(MODULES)}). Compute "
+        "it in the module, which then returns the loss (`make_loss(model)`), or write it in JAX: "
         "`lambda params, batch: my_loss(model.apply(params, batch[0]), batch[1])`"
     )

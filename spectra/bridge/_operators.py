@@ -25,6 +25,7 @@ from spectra.bridge import (  # noqa: F401
     _ops_solve,
     _ops_special,
     _ops_sym,
+    _packed,
 )
 from spectra.bridge._registry import ABSENT, OPERATORS, SIGNATURES
 

@@ -18,13 +18,11 @@ def preserved(module: torch.nn.Module, train: bool) -> Iterator[None]:
     and Python. Gradients are never accumulated here, so `.grad` needs no care.
     """
     attributes = [
-        (holder, dict(holder))
-        for m in module.modules()
-        for holder in (m.__dict__, m._parameters, m._buffers)
+        (holder, dict(holder)) for m in module.modules() for holder in (m.__dict__, m._parameters, m._buffers)
     ]
     tensors = [t for t in chain(module.parameters(), module.buffers()) if not t.is_inference()]
     values = [(t, t._version, t.detach().clone()) for t in tensors]
-    numbers, python = np.random.get_state(), random.getstate()
+    numbers, python = np.random.get_state(), random.getstate()  # noqa: NPY002
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
     with suppress(NotImplementedError):  # an exported program keeps the mode that it was exported in
         module.train(train)
@@ -32,7 +30,7 @@ def preserved(module: torch.nn.Module, train: bool) -> Iterator[None]:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        np.random.set_state(numbers)
+        np.random.set_state(numbers)  # noqa: NPY002
         random.setstate(python)
         for holder, items in attributes:
             holder.clear()

@@ -56,7 +56,9 @@ def prepare(module: Any) -> torch.nn.Module:
         raise BridgeError(f"{type(module).__name__} spreads a module over devices: pass its .module.")
     lazy = [k for k, p in module.named_parameters() if torch.nn.parameter.is_lazy(p)]
     if lazy:
-        raise BridgeError(f"{lazy[:4]} have no shape yet: run the module once on the example, then export it.")
+        raise BridgeError(
+            f"{lazy[:4]} have no shape yet: run the module once on the example, then export it."
+        )
     return module
 
 
@@ -67,16 +69,24 @@ def explain(error: Exception, module: torch.nn.Module, args: Any, kwargs: Any) -
         with torch.enable_grad(), watch:
             module(*args, **kwargs)
     except Exception as own:
-        return BridgeError(
-            f"the module itself rejects the example{place_of(own)}: {first_line(own)}.{_numpy(args, kwargs)}"
-        )
+        return rejection(own, args, kwargs)
     if watch.derivatives:
         return BridgeError(_JAX_WAY.format(place=watch.derivatives[0]))
     text = f"{type(error).__name__} {error}".lower()
     hint = next((advice for part, advice in _HINTS.items() if part in text), "")
     if "{data}" in hint:
         hint = hint.format(data=next(iter(watch.data), ""))
-    return BridgeError(f"torch.export cannot trace the module{place_of(error)}: {first_line(error)}. {hint}".rstrip())
+    return BridgeError(
+        f"torch.export cannot trace the module{place_of(error)}: {first_line(error)}. {hint}".rstrip()
+    )
+
+
+def rejection(error: Exception, args: Any, kwargs: Any) -> BridgeError:
+    """Return what to raise where the module raised `error` by itself, without any export."""
+    return BridgeError(
+        f"torch.export cannot trace the module: the module itself rejects the example{place_of(error)}: "
+        f"{first_line(error)}.{_numpy(args, kwargs)}"
+    )
 
 
 def _numpy(args: Any, kwargs: Any) -> str:
@@ -113,7 +123,7 @@ def quiet() -> Iterator[None]:
 
 
 class _WithoutGraphs(io.TextIOBase):
-    """A stream that passes on everything but graphs: `torch.export` prints there what it has before an error."""
+    """A stream that passes on all but graphs: `torch.export` prints there what it has before an error."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

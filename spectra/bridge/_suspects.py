@@ -31,8 +31,8 @@ def likely_cause(module: torch.nn.Module, inner: torch.nn.Module, args: Any, kwa
     if not found:
         return (
             "No cause was found. Look for hooks, a custom autograd.Function, in-place changes under "
-            "torch.no_grad(), numbers drawn by NumPy, and branches on torch.compiler.is_exporting(); if there "
-            "is none, an operator is converted wrongly, which is a defect to report."
+            "torch.no_grad(), numbers drawn by NumPy, and branches on torch.compiler.is_exporting(); if "
+            "there is none, an operator is converted wrongly, which is a defect to report."
         )
     return "Likely cause: " + "; ".join(found[:3])
 
@@ -120,8 +120,10 @@ def _unrecorded(name: str, args: Any, kwargs: Any) -> str:
 
 def _in_place(name: str, kwargs: Any) -> bool:
     plain = name.endswith("_") and not name.endswith("__")
-    return plain or name in ("__setitem__", "__iadd__", "__imul__", "__isub__", "__itruediv__") or (
-        bool(kwargs) and kwargs.get("out") is not None
+    return (
+        plain
+        or name in ("__setitem__", "__iadd__", "__imul__", "__isub__", "__itruediv__")
+        or (bool(kwargs) and kwargs.get("out") is not None)
     )
 
 
@@ -137,7 +139,8 @@ def _functions(outputs: list[Any]) -> Iterator[str]:
         node = pending.pop()
         owner: Any = getattr(node, "_forward_cls", None)
         if owner is not None and owner.__module__.partition(".")[0] != "torch":
-            yield f"the autograd.Function {owner.__name__}{_source(owner)}, whose backward is another function"
+            where = _source(owner)
+            yield f"the autograd.Function {owner.__name__}{where}, whose backward is another function"
         following = {parent for parent, _ in node.next_functions if parent is not None} - seen
         seen |= following
         pending += following

@@ -78,7 +78,7 @@ def test_export_then_spectrum(file, tmp_path):
         ("{file}:nothing", r"no function nothing\(\) that returns \(module"),
         ("{file}:VALUE", r"no function VALUE\(\)"),
         ("{file}:only_module", "returned a Linear"),
-        ("{file}:randomly", "cannot trace the module"),
+        ("{file}:randomly", "the module itself rejects the example"),
         ("{folder}/absent.py:small", "no file"),
         ("{folder}/text.txt:small", "not a Python file"),
     ],

@@ -9,7 +9,12 @@ from torch import nn
 
 import spectra
 from spectra import bridge
-from spectra.bridge import BridgeError, StaticBatchWarning, UnsupportedOperatorError
+from spectra.bridge import (
+    BridgeError,
+    FrozenParametersWarning,
+    StaticBatchWarning,
+    UnsupportedOperatorError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -116,16 +121,19 @@ class _Tied(nn.Module):
         return self.head(self.embed(ids) * self.frozen)
 
 
-def test_tied_and_frozen_parameters():
+def test_tied_and_frozen_parameters(tmp_path):
     module = _Tied()
-    model = bridge.from_torch(module, (torch.zeros(2, 4, dtype=torch.long),))
-    assert list(model.params) == ["frozen", "embed.weight"]
-    assert model.trainable == ("embed.weight",)
+    example = (torch.zeros(2, 4, dtype=torch.long),)
+    bridge.export(module, example, tmp_path)
+    for make in (lambda: bridge.from_torch(module, example), lambda: bridge.load(tmp_path)):
+        with pytest.warns(FrozenParametersWarning, match=r"model\.frozen: frozen\.") as caught:
+            model = make()
+        assert [w.filename for w in caught] == [__file__]
+        assert list(model.params) == ["embed.weight"]
+        assert list(model.frozen) == ["frozen"]
+        assert model.trainable == ("embed.weight",)
     op = spectra.HessianOperator(
-        lambda p, ids: model.apply(p, ids).mean(),
-        model.params,
-        jnp.zeros((2, 4), int),
-        wrt=lambda name: name in model.trainable,
+        lambda p, ids: model.apply(p, ids).mean(), model.params, jnp.zeros((2, 4), int)
     )
     assert op.size == 15
     state = {k: torch.tensor(v) for k, v in model.state_dict().items()}
@@ -133,6 +141,15 @@ def test_tied_and_frozen_parameters():
     module.load_state_dict(state)
     changed = model.state_dict({**model.params, "embed.weight": jnp.zeros((5, 3))})
     assert not changed["head.weight"].any()
+    # Frozen parameters among the others take the place of the model's own.
+    everything = {**model.params, **model.frozen, "frozen": jnp.zeros(3)}
+    assert not model.apply(everything, jnp.zeros((2, 4), int)).any()
+
+
+def test_a_module_that_is_frozen_as_a_whole_keeps_its_parameters():
+    model = bridge.from_torch(_Tied().requires_grad_(False), (torch.zeros(2, 4, dtype=torch.long),))
+    assert list(model.params) == ["frozen", "embed.weight"]
+    assert not model.frozen
 
 
 def test_the_module_is_left_as_it_was():

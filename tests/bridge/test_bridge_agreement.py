@@ -1,0 +1,227 @@
+"""What an export is compared with: the module's own outputs and gradient.
+
+Each module here has the loss of its graph and another gradient, or is legitimate and looks like one that has.
+"""
+
+import random
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from spectra import bridge
+from spectra.bridge import BridgeError
+
+
+class _Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class _Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+class _Cube(torch.autograd.Function):
+    """Consistent: the backward is the derivative of the forward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+class _Net(nn.Module):
+    def __init__(self, middle: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.first, self.last, self.middle = nn.Linear(4, 6), nn.Linear(6, 3), middle
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.middle(self.first(x))))
+
+
+def _halving_hook(h):
+    if h.requires_grad:
+        h.register_hook(lambda grad: grad / 2)
+    return h
+
+
+def _doubled_unseen(h):
+    with torch.no_grad():
+        h.mul_(2.0)
+    return h
+
+
+def _inference(h):
+    with torch.inference_mode():
+        gate = torch.sigmoid(h)
+    return h * gate.clone()
+
+
+def _backward_hook():
+    net = _Net(lambda h: h)
+    net.last.register_full_backward_hook(lambda layer, inputs, outputs: tuple(g / 2 for g in inputs))
+    return net
+
+
+def _parameter_hook():
+    net = _Net(lambda h: h)
+    net.first.weight.register_hook(lambda grad: grad * (torch.arange(4) > 1))
+    return net
+
+
+OTHERS = {
+    "straight-through": (lambda: _Net(_Sign.apply), "autograd.Function _Sign"),
+    "reversal": (lambda: _Net(_Reversal.apply), "autograd.Function _Reversal"),
+    "tensor hook": (lambda: _Net(_halving_hook), r"hook on a tensor .*test_bridge_agreement.py, line"),
+    "module hook": (_backward_hook, "backward hook on Linear 'last'"),
+    "parameter hook": (_parameter_hook, "hook on the parameter 'first.weight'"),
+    "no_grad": (lambda: _Net(_doubled_unseen), r"in-place change under torch.no_grad.*h.mul_"),
+    "inference_mode": (lambda: _Net(_inference), r"inference_mode.*torch.sigmoid"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_gradient_is_refused_with_its_cause(name):
+    """Also at an example of zeros, which is what people pass, and where the first gradient vanishes."""
+    build, cause = OTHERS[name]
+    with pytest.raises(BridgeError, match=f"not the module.*gradient.*(?s:.*){cause}"):
+        bridge.from_torch(build(), torch.zeros(3, 4))
+
+
+def test_a_changed_output_is_refused_with_its_cause(tmp_path):
+    module = nn.Embedding(7, 4, max_norm=1.0)
+    before = module.weight.detach().clone()
+    with pytest.raises(BridgeError, match=r"output differs.*max_norm"):
+        bridge.export(module, torch.arange(7), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    assert torch.equal(module.weight, before)
+    # The advice in the message, followed: rows of norm one, which stay.
+    module.weight.data.renorm_(2, 0, 1.0)
+    module.max_norm = None
+    bridge.from_torch(module, torch.arange(7))
+
+
+def test_a_function_behind_layers_of_zeros_is_found():
+    """Where a layer starts from zeros, no gradient passes it at the example."""
+    net = _Net(_Reversal.apply)
+    nn.init.zeros_(net.last.weight)
+    with pytest.raises(BridgeError, match="_Reversal"):
+        bridge.from_torch(net, torch.randn(3, 4))
+    assert not net.last.weight.any()
+
+
+class _Kinks(nn.Module):
+    """Decisions at ties and derivatives that jump, at values where both sides are as good."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        zero = x * 0 * self.scale
+        equal = x.new_ones(x.shape) * self.scale
+        return [
+            torch.relu(zero), zero.abs(), torch.maximum(zero, -zero), zero.clamp(0, 1), equal.max(-1).values,
+            equal.topk(2, -1).values, equal.sort(-1).values, torch.nn.functional.max_pool1d(equal, 2),
+            torch.linalg.vector_norm(zero, dim=-1), torch.where(zero > 0, zero, -2 * zero), equal.round(),
+        ]  # fmt: skip
+
+
+def _observed():
+    net = _Net(lambda h: h)
+    net.last.register_full_backward_hook(lambda layer, inputs, outputs: None)
+    net.first.register_forward_hook(lambda layer, inputs, output: 2 * output)
+    return net
+
+
+LEGITIMATE = {
+    "a consistent Function": lambda: _Net(_Cube.apply),
+    "straight-through by detach": lambda: _Net(lambda h: h + (h.sign() - h).detach()),
+    "hooks that look, or change the forward pass": _observed,
+    "kinks": _Kinks,
+    # Its gradient is exactly zero, and rounding errors in both.
+    "a bias before a norm": lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)),
+    "bfloat16 inside": lambda: _Net(lambda h: torch.tanh(h.bfloat16() @ torch.ones(6, 6).bfloat16()).float()),
+    "no parameter, no gradient": lambda: _Net(lambda h: h.detach()).requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("name", LEGITIMATE)
+def test_what_agrees_is_accepted(name):
+    module = LEGITIMATE[name]()
+    bridge.from_torch(module, torch.randn(3, 4), train=name.endswith("norm"))
+
+
+def test_a_derivative_rounded_by_pytorch_is_accepted(x64):
+    """PyTorch rounds 1/α of CELU to float32 in its backward: 3e-8 off in float64."""
+    bridge.from_torch(nn.Sequential(nn.Linear(4, 5), nn.CELU(0.7)).double(), torch.randn(3, 4).double())
+
+
+class _Moving(nn.Module):
+    """A forward pass that leaves traces wherever it can."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.calls = nn.BatchNorm1d(4), 0
+        self.register_buffer("total", torch.zeros(4))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        random.random()
+        np.random.random()  # noqa: NPY002
+        torch.rand(1)
+        with torch.no_grad():
+            self.total += x.sum(0)
+        return self.norm(x)
+
+
+def _random_states():
+    legacy = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), legacy[1].tolist(), torch.get_rng_state().tolist()
+
+
+def test_nothing_moves():
+    module = _Moving()
+    module.norm.eval()
+    module.norm.weight.grad = torch.ones(4)
+    before, x = {k: v.clone() for k, v in module.state_dict().items()}, torch.randn(3, 4)
+    states = _random_states()
+    bridge.from_torch(module, x, train=True)
+    assert _random_states() == states
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert (module.training, module.norm.training, module.calls) == (True, False, 0)
+    assert torch.equal(module.norm.weight.grad, torch.ones(4))
+
+
+def test_a_wrong_operator_is_noticed(monkeypatch):
+    """The comparison is with what JAX computes, not with the exported program alone."""
+    from spectra.bridge import _pullback
+    from spectra.bridge._operators import OPERATORS
+
+    _pullback._programs.cache_clear()
+    stopped = jax.lax.stop_gradient
+    monkeypatch.setitem(OPERATORS, "aten.tanh.default", lambda x: jax.numpy.tanh(stopped(x)))
+    with pytest.raises(BridgeError, match=r"gradient.*'first\.weight' differs by 100 %.*No cause was found"):
+        bridge.from_torch(_Net(lambda h: h), torch.randn(3, 4))
+    _pullback._programs.cache_clear()

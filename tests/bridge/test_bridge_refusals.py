@@ -1,0 +1,90 @@
+"""What is said about a module that cannot be exported: the cause, the user's line, the remedy."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from spectra import bridge
+from spectra.bridge import BridgeError
+
+
+class _Of(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = nn.Linear(4, 2), function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def _branch(self, x):
+    return x if x.sum() > 0 else -x
+
+
+def _numpy(self, x):
+    return x * float(np.linalg.norm(x.numpy()))
+
+
+def _data(self, x):
+    return x * x.data
+
+
+def _gradient(self, x):
+    return torch.func.grad(lambda z: torch.tanh(self.layer(z)).sum())(x)
+
+
+def _autograd(self, x):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(torch.tanh(self.layer(x)).sum(), x, create_graph=True)[0]
+
+
+def _mask(self, x):
+    return self.layer(x)[x[:, 0] > 0]
+
+
+X = torch.ones(3, 4)
+CASES = {
+    "the width": (nn.Linear(4, 2), torch.ones(3, 5), "itself rejects the example: RuntimeError: mat1"),
+    "its own line": (
+        _Of(lambda self, x: x + torch.ones(7)), X, r"itself rejects the example.*torch.ones.7.*RuntimeError",
+    ),
+    "NumPy": (nn.Linear(4, 2), np.ones((3, 4), np.float32), "NumPy arrays: pass tensors"),
+    "ids": (nn.Embedding(5, 3), X, "itself rejects the example"),
+    "ids beyond": (nn.Embedding(5, 3), torch.full((2, 3), 9), r"itself rejects the example.*index"),
+    "a branch": (_Of(_branch), X, r"test_bridge_refusals.py, line \d+: return x if .*tensor's values"),
+    "NumPy inside": (_Of(_numpy), X, r"test_bridge_refusals.py, line \d+: return x \* float.*with torch"),
+    ".data": (_Of(_data), X, r"test_bridge_refusals.py, line \d+: return x \* x.data.*use .detach"),
+    "torch.func": (_Of(_gradient), X, r"differentiates .*line \d+: return torch.func.grad.*jax.vmap"),
+    "autograd": (_Of(_autograd), X, r"differentiates .*line \d+: return torch.autograd.grad.*jax.grad"),
+    "a mask": (_Of(_mask), X, r"aten.index.Tensor .* depends on values .*torch.where"),
+    "an object": (_Of(lambda self, x: object()), X, "Return tensors in tuples"),
+    "a lazy layer": (nn.LazyLinear(3), X, r"'weight', 'bias'.* no shape yet"),
+    "parallel": (nn.DataParallel(nn.Linear(4, 2)), X, "pass its .module"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("name", CASES)
+def test_the_message(name, capfd):
+    module, example, message = CASES[name]
+    example = (example,) if isinstance(example, np.ndarray) else example
+    with pytest.raises(BridgeError, match=message) as caught:
+        bridge.from_torch(module, example)
+    if name not in ("a branch", "a mask"):
+        assert "tensor's values" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings(r"ignore:.*is deprecated")
+def test_wrappers_of_modules():
+    """What stands for a module is unwrapped where the module is behind it, and named where it is not."""
+    module = nn.Linear(4, 2)
+    with pytest.raises(BridgeError, match="TorchScript"):
+        bridge.from_torch(torch.jit.script(module), X)
+    program = torch.export.export(module, (X,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    for wrapped in (torch.compile(module), program):
+        model = bridge.from_torch(wrapped, X)
+        assert list(model.params) == ["weight", "bias"]
+        # A product of four terms of order one, in float32.
+        np.testing.assert_allclose(model.apply(model.params, X), module(X).detach(), atol=1e-6)
