@@ -99,13 +99,13 @@ def _reference(module: Any, args: Any, kwargs: Any, trainable: dict[str, torch.n
         for k, p in trainable.items()
         if not k.endswith("bias") and p.numel() and not p.is_inference() and not bool(p.detach().any())
     }
-    varied = torch_pytree.tree_map_only(torch.Tensor, _varied, (args, kwargs))
+    others, named = torch_pytree.tree_map_only(torch.Tensor, _varied, (args, kwargs))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in zeros.values():
             p.copy_(0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p))
     try:
-        point = _run(module, *varied, trainable, zeros)
+        point = _run(module, others, named, trainable, zeros)
         if all(bool(torch.isfinite(t).all()) for t in point.outputs if _is_float(t)):
             return point
     except Exception:  # as with any code of the user's: the plain run says what is wrong, if anything is

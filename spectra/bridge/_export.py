@@ -19,7 +19,7 @@ WHERE = "the exported graph"
 
 
 def export(
-    module: "torch.nn.Module",
+    module: "torch.nn.Module | torch.export.ExportedProgram",
     example_inputs: Any,
     path: str | os.PathLike[str],
     *,
@@ -76,7 +76,7 @@ def export(
 
 
 def from_torch(
-    module: "torch.nn.Module",
+    module: "torch.nn.Module | torch.export.ExportedProgram",
     example_inputs: Any,
     *,
     batch_axis: int | list[int | tuple[int, ...] | None] | None = 0,

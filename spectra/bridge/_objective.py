@@ -140,13 +140,14 @@ class Loss:
 
 
 def _pick(outputs: Any, key: str | int | None, default: str) -> jax.Array:
-    fields = outputs._asdict() if hasattr(outputs, "_asdict") else outputs
+    fields: Any = outputs._asdict() if hasattr(outputs, "_asdict") else outputs
     if key is None and isinstance(fields, Mapping) and default in fields:
         key = default
     if key is not None:
-        by_place = isinstance(fields, Mapping) and isinstance(key, int) and key not in fields
+        by_place = isinstance(fields, Mapping) and type(key) is int and key not in fields
         try:
-            outputs = list(fields.values())[key] if by_place else fields[key]
+            entries: Any = list(fields.values()) if by_place else fields
+            outputs = entries[key]
         except (KeyError, IndexError, TypeError):
             raise BridgeError(f"the model's output has no entry {key!r}, but {_kind(fields)}") from None
     if not isinstance(outputs, jax.Array):

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +18,11 @@ def preserved(module: torch.nn.Module, train: bool) -> Iterator[None]:
     attributes that the forward pass sets, every submodule's own mode, and the random states of torch, NumPy
     and Python. Gradients are never accumulated here, so `.grad` needs no care.
     """
-    attributes = [
+    attributes: list[tuple[Any, dict[str, Any]]] = [
         (holder, dict(holder)) for m in module.modules() for holder in (m.__dict__, m._parameters, m._buffers)
     ]
     tensors = [t for t in chain(module.parameters(), module.buffers()) if not t.is_inference()]
-    values = [(t, t._version, t.detach().clone()) for t in tensors]
+    values = [(t, t.detach().clone()) for t in tensors]
     numbers, python = np.random.get_state(), random.getstate()  # noqa: NPY002
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
     with suppress(NotImplementedError):  # an exported program keeps the mode that it was exported in
@@ -36,6 +37,6 @@ def preserved(module: torch.nn.Module, train: bool) -> Iterator[None]:
             holder.clear()
             holder.update(items)
         with torch.no_grad():
-            for tensor, version, value in values:
-                if tensor._version != version:
+            for tensor, value in values:
+                if not torch.equal(tensor, value):  # kernels of norms move buffers without a new version
                     tensor.copy_(value)

@@ -48,7 +48,7 @@ def whole_layers() -> Iterator[None]:
     """Trace recurrent layers as one operator each, and packed sequences as padded ones."""
     calls: dict[str, Callable[..., Any]] = {kind: _call_of(kind) for kind in KINDS}
     calls |= {"_pack_padded_sequence": _pack, "_pad_packed_sequence": _pad}
-    functions = vars(torch._VF)
+    functions: Any = vars(torch._VF)
     with ExitStack() as stack:
         for name, call in calls.items():
             # PyTorch's module asks its C library for names that it does not have itself.

@@ -92,13 +92,16 @@ class Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_DATA: Any = torch.Tensor.data.__get__  # pyright: ignore[reportFunctionMemberAccess]
+_DATA: Any = vars(torch._C.TensorBase)["data"].__get__
+
+
+_FUNCTORCH: Any = sys.modules["torch._C._functorch"]
 
 
 def _differentiating() -> bool:
     """Whether a derivative of torch.func's is being taken (vmap alone is none)."""
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    kinds = torch._C._functorch.TransformType
+    interpreter = _FUNCTORCH.peek_interpreter_stack()
+    kinds = _FUNCTORCH.TransformType
     return interpreter is not None and interpreter.key() in (kinds.Grad, kinds.Jvp)
 
 

@@ -5,6 +5,7 @@ Each module here has the loss of its graph and another gradient, or is legitimat
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -151,7 +152,7 @@ class _Kinks(nn.Module):
 def _observed():
     net = _Net(lambda h: h)
     net.last.register_full_backward_hook(lambda layer, inputs, outputs: None)
-    net.first.register_forward_hook(lambda layer, inputs, output: 2 * output)
+    net.first.register_forward_hook(lambda layer, inputs, output: torch.add(output, output))
     return net
 
 
@@ -197,7 +198,7 @@ class _Moving(nn.Module):
 
 
 def _random_states():
-    legacy = np.random.get_state()  # noqa: NPY002
+    legacy: Any = np.random.get_state()  # noqa: NPY002
     return random.getstate(), legacy[1].tolist(), torch.get_rng_state().tolist()
 
 

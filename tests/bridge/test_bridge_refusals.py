@@ -1,5 +1,7 @@
 """What is said about a module that cannot be exported: the cause, the user's line, the remedy."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -83,7 +85,8 @@ def test_wrappers_of_modules():
     with pytest.raises(BridgeError, match="TorchScript"):
         bridge.from_torch(torch.jit.script(module), X)
     program = torch.export.export(module, (X,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
-    for wrapped in (torch.compile(module), program):
+    wrappers: list[Any] = [torch.compile(module), program]
+    for wrapped in wrappers:
         model = bridge.from_torch(wrapped, X)
         assert list(model.params) == ["weight", "bias"]
         # A product of four terms of order one, in float32.
