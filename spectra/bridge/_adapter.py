@@ -93,12 +93,16 @@ def has_experts(module: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def batched_experts(module: torch.nn.Module) -> Iterator[None]:
-    """Compute experts by one batched product: the other implementations loop over those that were chosen."""
+def experts_by(implementation: str, module: torch.nn.Module) -> Iterator[None]:
+    """Compute mixtures of experts by another of their implementations.
+
+    "batched_mm" has a graph: the default one loops over the experts that were chosen. "eager" runs in every
+    precision.
+    """
     with ExitStack() as stack:
         for model in _choosers(module):
             stack.callback(model.set_experts_implementation, model.get_experts_implementation())
-            model.set_experts_implementation("batched_mm")
+            model.set_experts_implementation(implementation)
         yield
 
 

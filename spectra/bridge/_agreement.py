@@ -18,7 +18,7 @@ import torch
 from torch.utils import _pytree as torch_pytree
 
 from spectra.bridge import _pullback
-from spectra.bridge._adapter import Adapter
+from spectra.bridge._adapter import Adapter, experts_by, has_experts
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._model import TorchModel
 from spectra.bridge._promotion import canonical
@@ -117,7 +117,10 @@ def _reference(module: Any, args: Any, kwargs: Any, trainable: dict[str, torch.n
     try:
         return _run(module, args, kwargs, trainable, {})
     except Exception as error:
-        raise rejection(error, args, kwargs) from error
+        if not has_experts(module):
+            raise rejection(error, args, kwargs) from error
+    with experts_by("eager", module):  # the default one, of transformers, has no float64
+        return _run(module, args, kwargs, trainable, {})
 
 
 def _varied(tensor: torch.Tensor) -> torch.Tensor:

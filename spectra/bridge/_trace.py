@@ -11,7 +11,7 @@ from torch import _decomp
 from torch.utils import _pytree as torch_pytree
 
 from spectra.bridge import _agreement
-from spectra.bridge._adapter import Adapter, batched_experts, has_experts, traceable
+from spectra.bridge._adapter import Adapter, experts_by, has_experts, traceable
 from spectra.bridge._errors import BridgeError, StaticBatchWarning
 from spectra.bridge._lower import lower
 from spectra.bridge._model import TorchModel
@@ -99,7 +99,7 @@ def _record(adapter: Adapter, args: Any, kwargs: Any, axes: Any) -> Any:
     except BridgeError:
         if not has_experts(adapter):
             raise
-    with batched_experts(adapter):
+    with experts_by("batched_mm", adapter):
         return _recorded(adapter, args, kwargs, axes)
 
 
