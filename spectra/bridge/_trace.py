@@ -16,9 +16,9 @@ from spectra.bridge._errors import BridgeError, StaticBatchWarning
 from spectra.bridge._lower import lower
 from spectra.bridge._model import TorchModel
 from spectra.bridge._operators import OPERATORS
-from spectra.bridge._stand_ins import StandIns, write_out_sparse
 from spectra.bridge._preserve import preserved
 from spectra.bridge._refusals import explain, first_line, prepare, quiet
+from spectra.bridge._stand_ins import StandIns, write_out_sparse
 from spectra.data import to_numpy
 
 _ATEN = torch.ops.aten
