@@ -58,15 +58,23 @@ def gauss_radau(nodes, weights, residuals, fixed: float) -> tuple[np.ndarray, np
     return theta, (np.sqrt(weights) @ vectors[:m]) ** 2
 
 
-def gauss_rule_traced(alpha, beta):
-    """`gauss_rule` inside jit, in the working dtype. A dead tail of T decouples: its weight is zero."""
+def gauss_rule_traced(alpha, beta, length):
+    """`gauss_rule` inside jit, in the working dtype.
+
+    What lies behind `length` steps decouples. It is put above all eigenvalues, so that the nodes come first.
+    """
+    import jax
     import jax.numpy as jnp
 
     from spectra._tree import power_of_two
 
-    unit = power_of_two(jnp.max(jnp.abs(jnp.concatenate([alpha, beta], axis=-1)), axis=-1, keepdims=True))
-    theta, vectors = _eigh_traced(dense(alpha / unit, beta[..., :-1] / unit, jnp))
-    return unit * theta, vectors[..., 0, :] ** 2, jnp.abs(beta[..., -1:] * vectors[..., -1, :])
+    unit = power_of_two(jnp.max(jnp.abs(jnp.append(alpha, beta))))
+    alpha, beta = alpha / unit, beta / unit
+    live = jnp.arange(alpha.shape[-1]) < length
+    reach = jax.lax.stop_gradient(jnp.max(jnp.abs(alpha)) + 2 * jnp.max(jnp.abs(beta)))  # Gershgorin
+    theta, vectors = _eigh_traced(dense(jnp.where(live, alpha, 2 * reach), beta[:-1], jnp))
+    theta, weights, residuals = unit * theta, vectors[0] ** 2, unit * jnp.abs(beta[-1] * vectors[-1])
+    return jnp.where(live, theta, theta[length - 1]), *(jnp.where(live, x, 0) for x in (weights, residuals))
 
 
 def _eigh_traced(matrix):
@@ -106,18 +114,25 @@ def split(quadrature, x: np.ndarray):
     return quadrature.bulk, share, np.searchsorted(atoms, points, side="right") / quadrature.size
 
 
-def bracket(quadrature, x: np.ndarray, shift: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def dropped(quadrature) -> float:
+    """How far from its nodes a rule that ended in an invariant space reaches.
+
+    What a breakdown takes for zero may be a recurrence coefficient β of rounding's size: a bulk with such
+    coefficients is one node and reaches 2 β to each side of it.
+    """
+    return 2 * breakdown_factor(quadrature.size) * quadrature.precision * max(map(abs, quadrature.range))
+
+
+def bracket(quadrature, x: np.ndarray, shift) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Chebyshev-Markov-Stieltjes bounds on the probes' weighted CDFs, averaged over probes.
 
     With S_i the sum of the first i weights and θ_i the sorted nodes, the measure μ of a probe obeys
     S_{i-1} <= μ(-inf, θ_i) <= μ(-inf, θ_i] <= S_i; monotonicity carries that to every x. Points are
     moved by the noise floor first, so that rounding of a node cannot break a bound. A rule that ended
-    in an invariant space is the measure itself, but for a coupling of rounding's size that it dropped: a
-    bulk with such recurrence coefficients β is one node and reaches 2 β to each side of it.
+    in an invariant space is the measure itself, but for a coupling of rounding's size that it dropped.
     Points move by `shift`: the noise floor, at least.
     """
-    x = np.asarray(x, np.float64)
-    dropped = 2 * breakdown_factor(quadrature.size) * quadrature.precision * max(map(abs, quadrature.range))
+    x, behind = np.asarray(x, np.float64), dropped(quadrature)
     total = np.zeros((3, *x.shape))
     for nodes, weights, residuals, length in zip(
         *map(np.asarray, (quadrature.nodes, quadrature.weights)),
@@ -129,8 +144,8 @@ def bracket(quadrature, x: np.ndarray, shift: float) -> tuple[np.ndarray, np.nda
         sums = np.concatenate([[0.0], np.cumsum(weights[:length])])
         sums /= sums[-1]
         if not residuals.any():
-            low = np.searchsorted(theta, x - shift - dropped, side="right")
-            high = np.searchsorted(theta, x + shift + dropped, side="right")
+            low = np.searchsorted(theta, x - shift - behind, side="right")
+            high = np.searchsorted(theta, x + shift + behind, side="right")
         else:
             low = np.searchsorted(theta, x - shift, side="right")
             high = np.searchsorted(theta, x + shift, side="left")

@@ -47,6 +47,7 @@ def test_breakdown_gives_exact_nodes_and_nothing_else(name, dtype):
             # five times as much. A node that is no eigenvalue must have no weight.
             spurious = distance.min(axis=1) > n * eps * size
             assert weights[i][spurious].sum() <= n * eps
+            assert weights[i][: int(q.lengths[i])].sum() >= 1 - n * eps  # nothing dead is among the nodes
             mass = [weights[i][distance.argmin(axis=1) == j].sum() for j in range(len(values))]
             np.testing.assert_allclose(mass, exact_weights(entries, i), rtol=0, atol=5 * n * eps)
 

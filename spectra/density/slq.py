@@ -245,7 +245,7 @@ def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int
     def probe(i):
         v0 = _tree.sphere_sample(jax.random.fold_in(key, i), layout.structure)
         state = recurrence.run(op, layout, recurrence.init(layout, v0, num_steps), 0, num_steps)
-        rule = _quadrature.gauss_rule_traced(state.alpha, state.beta)
+        rule = _quadrature.gauss_rule_traced(state.alpha, state.beta, state.length)
         scale = jnp.where(state.scale > 0, state.scale, 1)
         return (*rule, state.length, state.asymmetry / scale)
 
