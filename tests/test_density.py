@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from cases import diagonal, slow_but
+from cases import diagonal, runs_of, slow_but
 from scipy.stats import norm
 
 import spectra
-from spectra.density.smoothing import _hat_means, _smooth, spectral_density
+from spectra.density.smoothing import _curves, _hat_means, _relative_width, _smooth, spectral_density
 
 BULK_AND_OUTLIERS = np.concatenate([np.random.default_rng(0).normal(size=990), 1e4 * (1 + np.arange(10))])
 SPECTRA = {
@@ -129,6 +129,83 @@ def test_density_band_contains_the_smoothed_truth_at_the_promised_rate(name):
         inside = (density.lower <= truth * (1 + 1e-6)) & (truth * (1 - 1e-6) <= density.upper)
         misses += not inside[seen].all()
     assert misses <= 11
+
+
+WIDE_RANGE = {
+    "mostly zeros": np.append(np.zeros(360), np.exp(2 * np.random.default_rng(0).standard_normal(40))),
+    "sixteen decades": np.logspace(-12, 4, 400),
+    "log-normal": np.exp(3 * np.random.default_rng(1).standard_normal(400)),
+}
+
+
+@pytest.fixture(scope="module")
+def few_steps():
+    with jax.enable_x64(True):
+        run = {"key": jax.random.key(0), "num_steps": 30, "num_probes": 80}
+        return {name: spectra.slq(diagonal(values), **run) for name, values in WIDE_RANGE.items()}
+
+
+def smoothed(density, values, masses=None):
+    """The spectrum under the kernel that a density states, with equal masses or those of a probe."""
+    widths = 0.05 * np.hypot(values, density.linear_scale)
+    masses = np.full((1, len(values)), 1 / len(values)) if masses is None else masses[None]
+    return _smooth(density.grid, values, masses, widths)[0][0]
+
+
+@pytest.mark.parametrize("name", WIDE_RANGE)
+def test_the_density_band_holds_where_the_quadrature_has_not_converged(name, few_steps):
+    """Of 40 runs more than 8 miss with probability 1e-4 if the rate is 5 %: Binomial(40, 0.05)."""
+    misses = 0
+    for q in runs_of(2, few_steps[name]):
+        density = spectral_density(q)
+        truth = smoothed(density, WIDE_RANGE[name])
+        slack = 1e-9 * truth.max()  # kernels are cut off there
+        misses += not ((density.lower <= truth + slack) & (truth <= density.upper + slack)).all()
+        # No density is above the peak of its kernel; h changes by 5 % in a width, and a little within a cell.
+        assert (density.upper * density.bandwidth * np.sqrt(2 * np.pi) <= 1.05).all()
+    assert misses <= 8
+
+
+@pytest.mark.parametrize("name", WIDE_RANGE)
+def test_the_density_of_the_probes_is_within_what_their_quadratures_leave_open(name, few_steps, x64):
+    values, opened = WIDE_RANGE[name], []
+    for i, q in enumerate(runs_of(1, few_steps[name])):
+        if i == 8:
+            break
+        draw = jax.random.normal(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), i), 0), (400,))
+        density = spectral_density(q)
+        exact = smoothed(density, values, np.asarray(draw) ** 2 / np.sum(np.asarray(draw) ** 2))
+        widths = _relative_width(density.linear_scale)
+        lower, middle, upper = _curves(q, density.grid, widths, q.noise_floor, None)
+        slack = 1e-9 * exact.max()
+        assert (lower <= exact + slack).all()
+        assert (exact <= upper + slack).all()
+        opened.append(np.abs(exact - middle).max() / exact.max())
+    assert max(opened) > 1e-5, "there is an error to hold"
+
+
+def test_steps_close_what_the_quadrature_leaves_open():
+    """The kernel is two Ritz spacings wide or more: on a contour y widths high, exp(-4 π y + y² / 2) is left
+    of the error, below 1e-8 at y = 2. Of rounding, δ / y h times exp(y² / 2) for |K|."""
+    q = run(SPECTRA["semicircle"], 0)
+    density = spectral_density(q)
+    lower, middle, upper = _curves(
+        q, density.grid, _relative_width(density.linear_scale), q.noise_floor, None
+    )
+    bound = 1.1 * np.exp(2) / 2 * q.noise_floor / density.bandwidth * middle.max()
+    assert (np.maximum(upper - middle, middle - lower) <= bound + 1e-8 * middle.max()).all()
+
+
+@pytest.mark.parametrize("bandwidth", [1e-5, 1e-3, 0.3])
+def test_a_grid_much_coarser_than_the_kernel_has_a_finite_band_that_holds(bandwidth):
+    values, grid = SPECTRA["semicircle"], np.linspace(-3.0, 3.0, 13)
+    misses = 0
+    for q in runs_of(4, run(values, 0, num_probes=40)):
+        density = spectral_density(q, bandwidth=bandwidth, grid=grid)
+        truth = _smooth(grid, values, np.full((1, 1000), 1e-3), np.full(1000, bandwidth))[0][0]
+        misses += not ((density.lower <= truth + 1e-9) & (truth <= density.upper + 1e-9)).all()
+        assert density.upper.max() <= 1 / 0.5  # all mass under one hat
+    assert misses <= 3  # of ten: four or more with probability 1e-3
 
 
 def test_the_density_band_is_no_wider_than_its_level_asks_for():

@@ -68,6 +68,25 @@ def test_the_densitys_band_fails_at_as_many_widths_as_it_states():
     assert within_five_errors(shares, np.clip(np.mean(shares), 0.9 * expected, 1.1 * expected))
 
 
+@pytest.mark.parametrize("num_probes", [1, 3])
+def test_the_densitys_band_holds_for_few_eigenvalues_under_a_narrow_kernel(num_probes):
+    """Twelve of them, apart by a few widths or many: each is a share of its own.
+
+    Of 200 bands at 95 % more than 21 miss with probability 5e-4.
+    """
+    rng, n, width = np.random.default_rng(0), 12, 0.02
+    eigenvalues, misses = np.sort(rng.standard_normal(n)), 0
+    for _ in range(200):
+        masses = rng.standard_normal((num_probes, n)) ** 2
+        density = spectra.spectral_density(quadrature(eigenvalues, masses, n), bandwidth=width)
+        truth = spectra.spectral_density(
+            quadrature(eigenvalues, np.ones((1, n)), n), bandwidth=width, grid=density.grid
+        ).density
+        slack = 1e-9 * truth.max()
+        misses += np.any((truth < density.lower - slack) | (truth > density.upper + slack))
+    assert misses <= 21
+
+
 def test_an_interval_lies_between_both_tails_of_students_t():
     estimate = spectra.Estimate(10.0, 2.0, 64, "hutchinson", dof=7.0)
     for level in (0.5, 0.95):

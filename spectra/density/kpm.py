@@ -14,7 +14,8 @@ from spectra._errors import NonFiniteError, NotSymmetricError, SpectraError
 from spectra._mesh import automatic
 from spectra._quadrature import dense
 from spectra._status import Status
-from spectra.density.smoothing import RELATIVE_WIDTH, band
+from spectra.density.bands import ShareLimit, bonferroni, sampling_band
+from spectra.density.smoothing import RELATIVE_WIDTH
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import VECTORS, choose_batch
 from spectra.operators.base import LinearOperator, require_operator
@@ -249,18 +250,20 @@ def moments_density(moments: Moments, grid=None, level: float = 0.95) -> Density
     above = np.concatenate([theta[:, None], 2 * np.sin(theta[:, None] * order) / order], axis=1) / np.pi
     cells = -np.diff(above, axis=0) / np.diff(edges)[:, None] * jackson(count)  # (g, num_moments)
     mu = np.asarray(moments.moments, np.float64)
-    probes = np.maximum(mu @ cells.T, 0)
+    mean = np.maximum(mu.mean(axis=0) @ cells.T, 0)
     t = np.clip((grid - (a + b) / 2) / half, -1, 1)
     width = half * np.pi / count * np.sqrt(np.maximum(1 - t**2 + (4 * t**2 - 3) / count, 1 / count**2))
     square, peak = _squared_kernel(cells, mu.mean(axis=0), t)
     num_tests = float(np.sum(np.diff(grid) / width[1:]))
-    lower, upper = band(probes, square, moments.size, num_tests, level)
-    mean = probes.mean(axis=0)
+    limit = ShareLimit(moments.size, moments.num_probes, bonferroni(level, num_tests))
+    # The damped kernel is a polynomial of degree num_moments - 1, which the moments integrate exactly.
+    kappa = np.minimum(square / np.where(mean > 0, mean, 1.0), peak)
+    lower, upper = sampling_band(mean, mean, (kappa, kappa), limit)
     return Density(
         grid=grid,
         density=mean,
         lower=lower,
-        upper=np.maximum(np.minimum(upper, peak), mean),
+        upper=upper,
         bandwidth=width,
         linear_scale=float(half * np.pi / count / RELATIVE_WIDTH),
         outliers=np.zeros(0),

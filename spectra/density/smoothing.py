@@ -1,8 +1,12 @@
 """From a quadrature to a smooth density with a band, at no further product."""
 
+import dataclasses
+
 import numpy as np
 
 from spectra._errors import SpectraError
+from spectra.density import bands
+from spectra.density.bands import Width
 from spectra.results import Density, Moments, Quadrature
 
 RELATIVE_WIDTH = 0.05
@@ -28,9 +32,10 @@ def spectral_density(
     the mass of p to rounding on any grid.
 
     The band holds, at its level and for all grid points at once, the density of the exact spectrum
-    smoothed by the same kernel. It rests on the known law of a probe that is uniform on the sphere and
-    on the spread between probes. For bounds that hold whatever the quadratures missed, ask
-    `Quadrature.cdf`.
+    smoothed by the same kernel. Like that of `Quadrature.cdf` it has two parts: what m steps leave open for
+    the probes drawn, which is certain and vanishes once the kernel is wider than the spacing of Ritz values
+    (see `spectra.density.bands`), and the known law of a probe that is uniform on the sphere. It says nothing
+    on a density with a narrower kernel.
 
     Args:
         quadrature: result of `slq`, or the `Moments` of `kpm`: these are damped by Jackson's kernel,
@@ -65,7 +70,7 @@ def spectral_density(
     if bandwidth is None:
         widths = _relative_width(scale)
     elif bandwidth > 0 and np.isfinite(bandwidth):
-        widths = _constant_width(float(bandwidth))
+        widths = Width(float(bandwidth))
     else:
         raise SpectraError(f"bandwidth={bandwidth}: use a positive number, or None for the default.")
     centers = np.asarray(quadrature.nodes).ravel()
@@ -75,19 +80,19 @@ def spectral_density(
         grid = np.asarray(grid, np.float64)
         if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) > 0).all():
             raise SpectraError("grid must be a 1-D array of at least two increasing numbers.")
-    rest, share, known = quadrature.bulk or quadrature, 1.0, np.zeros(len(grid))
+    moved = quadrature.noise_floor + quadrature.coupling
+    rest, share = quadrature.bulk or quadrature, 1.0
+    lower, density, upper = _curves(rest, grid, widths, moved, level)
     if quadrature.bulk is not None:  # atoms have no sampling error: they shift the curve and its band
-        share, atoms = rest.size / quadrature.size, np.asarray(quadrature.atoms)
-        known = _smooth(grid, atoms, np.full((1, len(atoms)), 1 / quadrature.size), widths(atoms))[0][0]
-    nodes = np.asarray(rest.nodes).ravel()
-    probes, square = _smooth(grid, nodes, _masses(rest), widths(nodes))
-    num_tests = float(np.sum(np.diff(grid) / widths(grid[1:])))  # kernel widths on the grid
-    lower, upper = band(probes, square, rest.size, num_tests, level)
+        share = rest.size / quadrature.size
+        known = _curves(_of_atoms(quadrature), grid, widths, moved, None)
+        sums = zip((lower, density, upper), known, strict=True)
+        lower, density, upper = (share * part + (1 - share) * atoms for part, atoms in sums)
     return Density(
         grid=grid,
-        density=known + share * probes.mean(axis=0),
-        lower=known + share * lower,
-        upper=known + share * upper,
+        density=density,
+        lower=lower,
+        upper=upper,
         bandwidth=widths(grid),
         linear_scale=float(scale),
         outliers=resolved_outliers(quadrature),
@@ -97,12 +102,49 @@ def spectral_density(
 
 
 def _masses(quadrature: Quadrature) -> np.ndarray:
-    """Weights as a (k, k m) array: row i has those of probe i in the places of its nodes."""
-    k = quadrature.num_probes
-    masses = np.zeros((k, k * quadrature.num_steps))
-    places = np.arange(masses.shape[1]).reshape(k, -1)
-    np.put_along_axis(masses, places, np.asarray(quadrature.weights), axis=1)
-    return masses
+    """Weights of all nodes, as those of the mean over probes."""
+    weights = np.asarray(quadrature.weights, np.float64)
+    return (weights / weights.sum(axis=1, keepdims=True) / len(weights)).ravel()
+
+
+def _of_atoms(quadrature: Quadrature) -> Quadrature:
+    """Deflated eigenvalues as a quadrature of their own."""
+    atoms = np.sort(np.asarray(quadrature.atoms, np.float64))[None]
+    return dataclasses.replace(
+        quadrature,
+        nodes=atoms,
+        weights=np.ones_like(atoms),
+        residuals=np.zeros_like(atoms),
+        lengths=np.array([atoms.size]),
+        size=atoms.size,
+        bulk=None,
+        atoms=None,
+    )
+
+
+def _curves(quadrature: Quadrature, grid, widths: Width, moved: float, level: float | None):
+    """(lower, density, upper) for what the quadratures leave open, and with a level for what probes do."""
+    nodes = np.asarray(quadrature.nodes, np.float64).ravel()
+    h, masses = widths(nodes), _masses(quadrature)
+    density = _smooth(grid, nodes, masses[None], h)[0][0]
+
+    def smooth(centers, masses, h):
+        return _smooth(grid, centers, masses[None], h)[0][0]
+
+    lower, upper = bands.limits(quadrature, grid, widths, density, moved, smooth)
+    if level is not None:
+        num_tests = float(np.sum(np.diff(grid) / widths(grid[1:])))  # kernel widths on the grid
+        tail = bands.bonferroni(level, num_tests)
+        limit = bands.ShareLimit(quadrature.size, quadrature.num_probes, tail)
+        highest = bands.peak(grid, widths)
+        unseen, found = (upper - density) / highest, np.zeros((3, len(grid)))
+        for target, near, kernel in _kernels(grid, nodes, h):
+            seen = kernel, masses[near], unseen[target], highest[target]
+            found[:, target] = bands.typical_kernels(*seen, limit)
+        below, above = upper, found[2]
+        lower, upper = bands.sampling_band(lower, upper, found[:2], limit)
+        upper = np.maximum(np.minimum(upper, above), below)
+    return lower, density, upper
 
 
 def linear_scale(quadrature: Quadrature) -> float:
@@ -135,12 +177,8 @@ def linear_scale(quadrature: Quadrature) -> float:
     return max(1e-3 * sizes.min(), noise) if sizes.size else 1.0  # {0} has no scale of its own
 
 
-def _relative_width(scale: float):
-    return lambda t: RELATIVE_WIDTH * np.hypot(t, scale)
-
-
-def _constant_width(width: float):
-    return lambda t: np.full(np.shape(t), width)
+def _relative_width(scale: float) -> Width:
+    return Width(RELATIVE_WIDTH * scale, RELATIVE_WIDTH)
 
 
 def _default_grid(centers: np.ndarray, widths) -> np.ndarray:
@@ -195,41 +233,21 @@ def _chunks(grid: np.ndarray, size: int = 256):
         yield slice(start, stop), grid[low:high], slice(start - low, stop - low)
 
 
-def _smooth(grid, centers, masses, h) -> tuple[np.ndarray, np.ndarray]:
-    """Smoothed density of each probe (k, g) from masses (k, c), and the mean of the squared kernel (g,)."""
-    density = np.zeros((len(masses), len(grid)))
-    square = np.zeros(len(grid))
+def _kernels(grid, centers, h):
+    """(slice of the grid, centers that it sees, kernel between these) until the grid is through."""
     for target, points, inner in _chunks(grid):
         near = (centers + 8 * h >= points[0]) & (centers - 8 * h <= points[-1])
-        kernel = _hat_means(points, centers[near], h[near])[inner]
+        yield target, near, _hat_means(points, centers[near], h[near])[inner]
+
+
+def _smooth(grid, centers, masses, h) -> tuple[np.ndarray, np.ndarray]:
+    """Smoothed density of each row (k, g) from masses (k, c), and the mean of the squared kernel (g,)."""
+    density = np.zeros((len(masses), len(grid)))
+    square = np.zeros(len(grid))
+    for target, near, kernel in _kernels(grid, centers, h):
         density[:, target] = masses[:, near] @ kernel.T
         square[target] = kernel**2 @ masses[:, near].mean(axis=0)
     return density, square
-
-
-def band(probes: np.ndarray, square: np.ndarray, size: int, num_tests: float, level: float):
-    """Chi-square limits for the smoothed density, for the whole curve.
-
-    The value that one probe gives at x is the quadratic form vᵀ K(x, H) v. For v uniform on the sphere
-    its mean is the smoothed density p and its variance 2 (mean K² - p²) / (n + 2); the spread between
-    probes estimates the same and takes in what the quadratures themselves leave open, so the larger of
-    the two counts. A positive sum of squares with this mean and variance is, to its first two moments,
-    p χ²_ν / ν with ν = 2 p² / variance, which is inverted for p.
-    """
-    from scipy.special import chdtri
-
-    k = len(probes)
-    mean = probes.mean(axis=0)
-    variance = 2 * np.clip(square - mean**2, 0, None) / (size + 2) / k
-    if k > 1:
-        variance = np.maximum(variance, probes.var(axis=0, ddof=1) / k)
-    tail = (1 - level) / (2 * max(num_tests, 1))
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        dof = np.clip(2 * mean**2 / variance, 1e-2, 1e12)
-        lower = mean * dof / chdtri(dof, tail)
-        upper = mean * dof / chdtri(dof, 1 - tail)
-    exact = ~(variance > 0)
-    return np.where(exact, mean, lower), np.where(exact, mean, upper)
 
 
 def resolved_outliers(quadrature: Quadrature, *, share: float = 0.01) -> np.ndarray:

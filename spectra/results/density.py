@@ -10,8 +10,8 @@ class Density:
     """A spectral density smoothed by a kernel of location-dependent width.
 
     ∫ density = 1 by the trapezoidal rule on `grid`, without renormalising, as far as the grid covers
-    the spectrum. `lower` and `upper` bound the exact spectrum smoothed by the same kernel, on the whole
-    grid at once, at the confidence `level`.
+    the spectrum. `lower` and `upper` hold the exact spectrum smoothed by the same kernel, on the whole grid
+    at once, at the confidence `level`: the quadrature's error and that of the probes are both in it.
     """
 
     grid: Array  # (g,) eigenvalues
