@@ -38,7 +38,7 @@ def test_the_bracket_holds_for_the_probes_drawn(name, num_steps, quadratures, x6
     for i in range(3):
         v = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(KEY, i), 0), (N,)))
         truth += N / 3 * np.sum(f(EIGENVALUES) * v**2) / np.sum(v**2)
-    got = spectra.trace_of(quadratures[num_steps], f, bounds=(LOW, HIGH))
+    got = spectra.trace_of(quadratures[num_steps], f, bounds=(LOW, HIGH), one_signed=True)
     rounding = 100 * N * np.finfo(float).eps * np.abs(f(EIGENVALUES)).max()
     assert got.lower - rounding <= truth <= got.upper + rounding
     assert got.lower <= got.value <= got.upper
@@ -46,6 +46,52 @@ def test_the_bracket_holds_for_the_probes_drawn(name, num_steps, quadratures, x6
     if num_steps == 30:
         # Gauss converges like ((sqrt(κ) - 1) / (sqrt(κ) + 1))^2m = 0.82^60 = 6e-6 for κ = 100.
         assert got.upper - got.lower <= 1e-3 * abs(truth)
+
+
+OTHERS = {
+    "absolute value": lambda x: np.abs(x - 0.7),
+    "Huber": lambda x: np.where(np.abs(x - 0.7) < 0.1, (x - 0.7) ** 2 / 2, 0.1 * np.abs(x - 0.7) - 0.005),
+    "ramp": lambda x: np.maximum(x - 1.0, 0),
+    "steep softplus": lambda x: np.logaddexp(0, 100 * (x - 0.7)),
+    "step": lambda x: np.where(x > 1.3, 1.0, 0.0),
+    "peak": lambda x: 1 / ((x - 0.7) ** 2 + 1e-4),
+    "oscillation": lambda x: np.sin(9 * x),
+}
+
+
+@pytest.mark.parametrize("num_steps", [2, 5, 12, 30])
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_bracket_of_any_function_holds_for_the_probes_drawn(name, num_steps, quadratures, x64):
+    f = OTHERS[name]
+    for i, q in enumerate(runs_of(1, quadratures[num_steps])):
+        v = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(KEY, i), 0), (N,)))
+        truth = N * np.sum(f(EIGENVALUES) * v**2) / np.sum(v**2)
+        got = spectra.trace_of(q, f, bounds=(LOW, HIGH))
+        rounding = 100 * N * np.finfo(float).eps * np.abs(f(EIGENVALUES)).max()
+        assert got.lower - rounding <= truth <= got.upper + rounding
+        assert "from the variation" in got.reason
+        values = N * f(np.linspace(LOW, HIGH, 257))
+        lower, _, upper = got.interval()
+        assert values.min() <= lower <= upper <= values.max(), "no further than the range of f"
+        if (name, num_steps) == ("absolute value", 30):
+            # The Chebyshev series up to degree d of f with a jump of V in its derivative, on an interval of
+            # half length 0.99, is 2 · 0.99 V / (π (d - 1)) off at most (Trefethen, ATAP, theorem 7.2).
+            assert upper - lower > got.upper - got.lower > 0
+            assert got.upper - got.lower <= 2 * N * 2 * 0.99 * 2 / (np.pi * 58)
+
+
+def test_no_interval_leaves_what_is_possible(quadratures, x64):
+    spiked = np.append(1 + 0.01 * np.random.default_rng(0).standard_normal(N - 1), 100.0)
+    op = diagonal(spiked)
+    for q in runs_of(1, spectra.slq(op, key=KEY, num_steps=12, num_probes=3)):
+        lower, _, upper = spectra.trace_of(q, np.square).interval()
+        # One probe, three numbers: the error is as large as the value, and squares are not below zero.
+        assert 0 <= lower <= np.sum(spiked**2) <= upper <= N * 101.0**2
+        for threshold in (0.5, 1.0, 50.0, 99.99):
+            found = spectra.count_above(q, threshold)
+            lower, _, upper = found.interval()
+            assert 0 <= lower <= found.lower <= found.value <= found.upper <= upper <= N
+            assert lower <= np.sum(spiked > threshold) <= upper
 
 
 RATES = ["log", "inverse", "effective dimension", "rank one", "rank deficient log"]
@@ -115,14 +161,15 @@ def test_bounds_are_checked_and_poles_are_noticed(quadratures, x64):
     with pytest.raises(spectra.SpectraError, match="do not hold the spectrum"):
         spectra.trace_of(q, np.log, bounds=(0.5, None))
     estimated = spectra.trace_of(q, np.exp)
-    assert "likely but not certain" in estimated.reason
-    for f in (np.sin, lambda x: np.where(x > 9, 1.0, 0.0)):
-        got = spectra.trace_of(q, lambda x, f=f: f(9 * x))
-        assert (got.lower, got.upper) == (None, None)
-        assert got.reason.startswith("no bracket")
-    beyond = spectra.trace_of(q, lambda x: 1 / x)  # the residual reaches across the pole at zero
-    assert np.isfinite([beyond.lower, beyond.upper]).all()
-    assert "not certain" in beyond.reason
+    assert "hold with 99 %" in estimated.reason
+    assert "Gauss and Radau" in estimated.reason
+    nowhere = spectra.trace_of(q, lambda x: np.where(x > q.range[1], np.nan, x))
+    assert (nowhere.lower, nowhere.upper) == (None, None)
+    assert nowhere.reason.startswith("no bracket")
+    for beyond in (np.reciprocal, lambda x: 1 / x):  # what five steps leave reaches across the pole at zero
+        got = spectra.trace_of(q, beyond)
+        assert np.isfinite([got.lower, got.upper]).all()
+        assert "not certain" in got.reason
     with pytest.raises(spectra.SpectraError, match="key=None"):
         spectra.trace_of(diagonal(EIGENVALUES), np.log)
     with pytest.raises(spectra.SpectraError, match="tol="):

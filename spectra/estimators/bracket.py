@@ -1,12 +1,30 @@
-"""Bounds of tr f(H) from a quadrature: an interval that holds the spectrum, and the rules on both sides."""
+"""Bounds of tr f(H) from a quadrature: for functions with derivatives of one sign, and for any other.
+
+With μ the measure of a probe, and θ_j, w_j its Gauss rule of m nodes, three theorems bound ∫ f dμ on an
+interval [a, b] that holds the spectrum:
+
+* Where the derivatives of f of orders 2m and 2m + 1 each keep one sign there, ∫ f dμ lies between the Gauss
+  rule and the Gauss-Radau rules with a node at a and at b (`of_one_sign`).
+* The distribution of μ lies between partial sums of the weights (Chebyshev, Markov, Stieltjes), and ∫ f dμ
+  changes by no more than that times the variation of f (`_by_variation`).
+* For a polynomial p of degree 2m - 1, ∫ p dμ = Σ w_j p(θ_j), and ∫ (f - p) dμ lies between the least and the
+  largest of f - p (`_by_polynomial`).
+
+The first is by far the sharpest, and it is no bound at all where a derivative changes its sign. The other
+two hold for any f, as far as samples show its variation and its least and largest values.
+"""
 
 import numpy as np
 
 from spectra import _quadrature
 from spectra._errors import SpectraError
+from spectra.density.bands import rules
+from spectra.density.extremes import LEVEL, extreme
 from spectra.results import Quadrature
 
 Bounds = tuple[float | None, float | None]
+_SAMPLES = 16
+"""Of f between neighbouring nodes, and for each degree of the polynomial."""
 
 
 def evaluate(f, x: np.ndarray) -> np.ndarray:
@@ -16,7 +34,10 @@ def evaluate(f, x: np.ndarray) -> np.ndarray:
 
 
 def interval_of(q: Quadrature, bounds: Bounds | None) -> tuple[float, float]:
-    """[a, b] as given, or the Ritz values of the ends widened by residual and noise floor."""
+    """[a, b] as given, or what the probes leave to the extreme eigenvalues with the probability `LEVEL`.
+
+    Where there are too few probes and steps to exclude anything, the Ritz value widened by its residual.
+    """
     floor, (low, high) = q.noise_floor, q.range
     a, b = bounds or (None, None)
     if (a is not None and low < a - floor) or (b is not None and high > b + floor):
@@ -27,47 +48,116 @@ def interval_of(q: Quadrature, bounds: Bounds | None) -> tuple[float, float]:
     residuals = np.asarray(q.residuals, np.float64)
     last = (np.arange(q.num_probes), np.asarray(q.lengths) - 1)
     if a is None:
-        a = float(np.min(q.nodes[:, 0] - residuals[:, 0])) - floor
+        a = extreme(q, 0).lower
+        a = a if np.isfinite(a) else float(np.min(q.nodes[:, 0] - residuals[:, 0])) - floor
     if b is None:
-        b = float(np.max(np.asarray(q.nodes)[last] + residuals[last])) + floor
+        b = extreme(q, -1).upper
+        b = b if np.isfinite(b) else float(np.max(np.asarray(q.nodes)[last] + residuals[last])) + floor
     return float(a), float(b)
 
 
-def bracket(q: Quadrature, f, nodes, weights, values, interval, bounds):
-    """(lower, upper, what they rest on): n times the means of the smallest and largest rule a probe."""
-    floor, smallest = q.noise_floor, float(nodes.min())
-    a, b = min(interval[0], smallest - floor), max(interval[1], float(nodes.max()) + floor)
+def bracket(q: Quadrature, f, interval, bounds, one_signed: bool):
+    """(lower, upper, range of f, what they rest on): n times means over probes; None where f has a pole."""
+    floor, smallest, largest = q.noise_floor, float(np.min(q.nodes)), float(np.max(q.nodes))
+    a, b = min(interval[0], smallest - floor), max(interval[1], largest + floor)
     rests = "the given bounds"
     if bounds is None or None in bounds:
-        rests = "Ritz values and residuals as bounds, likely but not certain"
-    low, high = 0.0, 0.0
-    if np.any(q.residuals):
-        # A pole or the end of the domain of f above a: the nearest to a where f still is what it must be.
-        nearer = [a, *(smallest - (smallest - a) / 2**i for i in range(1, 40))]
-        good = [x for x in nearer if _of_one_curvature(f, x, b, smallest)]
-        if not good:
-            return None, None, "no bracket: f is neither convex nor concave between the Ritz values"
-        if good[0] > a:
-            a = good[0]
-            rests = f"{a:.3g} as lower bound, below which f is not defined: likely, not certain"
-    for theta, w, fv, r, length in zip(nodes, weights, values, q.residuals, q.lengths, strict=True):
-        rules = [float(np.sum(w * fv))]
-        if np.any(r):
-            for end in (a, b):
-                points, masses = _quadrature.gauss_radau(theta[:length], w[:length], r[:length], end)
-                rules.append(float(np.sum(masses * evaluate(f, np.clip(points, a, b)))))
-        low, high = low + min(rules), high + max(rules)
-    scale = q.size / q.num_probes
-    return scale * low, scale * high, f"the bracket rests on {rests}"
+        rests = f"bounds of the spectrum that hold with {100 * LEVEL:g} %"
+    # The end of the domain of f, or a pole, above a: the nearest to a from where on f is defined.
+    nearer = [a, *(smallest - (smallest - a) / 2**i for i in range(1, 40))]
+    good = [x for x in nearer if _is_finite(f, x, b, smallest) and (not one_signed or _bends_once(f, x, b))]
+    if not good:
+        return None, None, (None, None), "no bracket: f is not finite between the Ritz values"
+    if good[0] > a:
+        a = good[0]
+        rests = f"{a:.3g} as lower bound, below which f is not defined: likely, not certain"
+    if one_signed:
+        found = [of_one_sign(f, rule, a, b) for rule in rules(q)]
+        kind = "the bracket is that of Gauss and Radau and rests on"
+    else:
+        found = [_of_any(f, rule, a, b) for rule in rules(q)]
+        kind = "the bracket is from the variation of f and rests on"
+    low, high = np.mean(found, axis=0) * q.size
+    seen = evaluate(f, np.concatenate([np.linspace(a, b, 257), np.clip(np.ravel(q.nodes), a, b)]))
+    seen = seen[np.isfinite(seen)] * q.size
+    return float(low), float(high), (float(seen.min()), float(seen.max())), f"{kind} {rests}"
 
 
-def _of_one_curvature(f, a: float, b: float, smallest: float) -> bool:
-    """Whether f is finite and convex, or concave, as far as samples show: finds poles and steps."""
-    signs = set()
-    for left, right in ((a, b), (a, smallest)):
-        x = evaluate(f, np.linspace(left, max(left, right), 65))
-        if not np.isfinite(x).all():
+def _is_finite(f, a: float, b: float, smallest: float) -> bool:
+    """Whether f is finite on [a, b], as far as samples show, more of them below the smallest node."""
+    for end in (b, smallest):
+        x = np.linspace(a, max(a, end), 65)
+        values = evaluate(f, x)
+        if not np.isfinite(values).all() or _has_pole(f, x, values):
             return False
-        bend = x[2:] + x[:-2] - 2 * x[1:-1]
-        signs |= set(np.sign(bend[np.abs(bend) > 16 * np.finfo(float).eps * np.abs(x).max()]))
-    return len(signs) < 2
+    return True
+
+
+def _has_pole(f, x: np.ndarray, values: np.ndarray) -> bool:
+    """Whether f still grows where it bends most after that place has been magnified a billion times."""
+    largest = np.abs(values).max()
+    for _ in range(6):
+        i = int(np.argmax(np.abs(values[2:] + values[:-2] - 2 * values[1:-1]))) + 1
+        x = np.linspace(x[i - 1], x[i + 1], 65)
+        values, before = evaluate(f, x), largest
+        largest = np.abs(values).max()
+        if not np.isfinite(largest):
+            return True
+    return bool(largest > 2 * before)
+
+
+def _bends_once(f, a: float, b: float) -> bool:
+    """Whether f is convex, or concave, as far as samples show: finds poles."""
+    x = evaluate(f, np.linspace(a, b, 65))
+    bend = x[2:] + x[:-2] - 2 * x[1:-1]
+    return len(set(np.sign(bend[np.abs(bend) > 16 * np.finfo(float).eps * np.abs(x).max()]))) < 2
+
+
+def of_one_sign(f, rule, a: float, b: float) -> tuple[float, float]:
+    """Least and largest of the Gauss rule and both Gauss-Radau rules."""
+    theta, w, r = rule
+    found = [float(w @ evaluate(f, np.clip(theta, a, b)))]
+    if r.any():
+        for end in (a, b):
+            points, masses = _quadrature.gauss_radau(theta, w, r, end)
+            found.append(float(masses @ evaluate(f, np.clip(points, a, b))))
+    return min(found), max(found)
+
+
+def _of_any(f, rule, a: float, b: float) -> tuple[float, float]:
+    """What both theorems for any f leave, with the Gauss rule inside."""
+    theta, w, r = rule
+    gauss = float(w @ evaluate(f, np.clip(theta, a, b)))
+    if not r.any():
+        return gauss, gauss
+    one, other = _by_variation(f, rule, a, b, gauss), _by_polynomial(f, rule, a, b)
+    return min(max(one[0], other[0]), gauss), max(min(one[1], other[1]), gauss)
+
+
+def _by_variation(f, rule, a: float, b: float, gauss: float) -> tuple[float, float]:
+    """Between θ_i and θ_{i+1} the distribution is at most w_i below that of the rule, and w_{i+1} above."""
+    theta, w, _ = rule
+    ends = np.concatenate([[a], np.clip(theta, a, b), [b]])
+    steps = np.linspace(0, 1, _SAMPLES + 1)
+    change = np.diff(evaluate(f, ends[:-1, None] + np.diff(ends)[:, None] * steps), axis=1)
+    rise, fall = np.maximum(change, 0).sum(axis=1), np.maximum(-change, 0).sum(axis=1)
+    left, right = np.append(0.0, w), np.append(w, 0.0)
+    return gauss - float(right @ rise + left @ fall), gauss + float(left @ rise + right @ fall)
+
+
+def _by_polynomial(f, rule, a: float, b: float) -> tuple[float, float]:
+    """p is the Chebyshev series of f up to degree 2m - 1; samples of f - p are half their steps off."""
+    from numpy.polynomial import chebyshev
+
+    theta, w, _ = rule
+    degree = 2 * len(theta) - 1
+    count = _SAMPLES * (degree + 1)
+    x = np.cos(np.pi * (np.arange(count) + 0.5) / count)
+    middle, half = (a + b) / 2, (b - a) / 2
+    values = evaluate(f, middle + half * x)
+    series = 2 / count * np.cos(np.outer(np.arange(degree + 1), np.arccos(x))) @ values
+    series[0] /= 2
+    rest = values - chebyshev.chebval(x, series)
+    exact = float(w @ chebyshev.chebval(np.clip((theta - middle) / half, -1, 1), series))
+    between = np.max(np.abs(np.diff(rest))) / 2
+    return exact + float(rest.min() - between), exact + float(rest.max() + between)

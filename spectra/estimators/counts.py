@@ -20,8 +20,9 @@ def count_above(
     """Estimate the number of eigenvalues above a threshold.
 
     n (1 - F(threshold)) with the CDF of `Quadrature.cdf`. `lower` and `upper` are the
-    Chebyshev-Markov-Stieltjes bracket, certain for the probes drawn; `stderr` follows from the law
-    Beta(nF/2, n(1-F)/2) of the share that a probe sees, at the point of the bracket where it is widest.
+    Chebyshev-Markov-Stieltjes bracket, certain for the probes drawn. The share that a probe sees has the
+    law Beta(nF/2, n(1-F)/2): the interval inverts it at both ends of the bracket, so that it stays within
+    [0, n], and `stderr` is that of the law at the point of the bracket where it is widest.
 
     Args:
         source: symmetric operator, or a `Quadrature` of it.
@@ -94,8 +95,9 @@ def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:
     widest = float(min(max(0.5, sampled[0]), sampled[2]))
     variance = widest * (1 - widest)
     low, middle, high = (float(share * part + atoms) for part, atoms in zip(sampled, known, strict=True))
+    least, most = float(known[0]), float(known[2]) + share  # none of the sampled ones, or all
     if above:
-        low, middle, high = 1 - high, 1 - middle, 1 - low
+        low, middle, high, least, most = 1 - high, 1 - middle, 1 - low, 1 - most, 1 - least
     return Estimate(
         value=unit * middle,
         stderr=float(unit * share * np.sqrt(2 * variance / (rest.size + 2) / q.num_probes)),
@@ -103,7 +105,9 @@ def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:
         method="slq",
         status=q.status,
         reason="the bracket is that of Chebyshev, Markov and Stieltjes",
-        dof=q.num_probes * rest.size * variance / (1 - 3 * variance) if variance > 0 else None,
-        lower=unit * low,
-        upper=unit * high,
+        lower=unit * max(low, least),
+        upper=unit * min(high, most),
+        least=unit * max(least, 0.0),
+        most=unit * min(most, 1.0),
+        normals=float(q.num_probes * rest.size),
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spectra import _tree
@@ -18,6 +19,20 @@ from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Estimate, Quadrature
 
 Source = LinearOperator | Quadrature
+ONE_SIGNED = (
+    "log",
+    "log2",
+    "log10",
+    "log1p",
+    "exp",
+    "exp2",
+    "expm1",
+    "sqrt",
+    "reciprocal",
+    "square",
+    "positive",
+)
+"""Of NumPy and of jax.numpy: every derivative of order two and more keeps one sign where f is defined."""
 
 
 @automatic
@@ -30,18 +45,22 @@ def trace_of(
     num_probes: int = 8,
     tol: float | None = None,
     bounds: Bounds | None = None,
+    one_signed: bool | None = None,
     probe_batch: int | None = None,
 ) -> Estimate:
     """Estimate tr f(H) = Σ_i f(λ_i) by stochastic Lanczos quadrature, with bracket and standard error.
 
-    The value is n times the mean of Σ_j w_j f(θ_j) over probes. If the derivatives of f of orders 2m and
-    2m+1 each keep one sign on [a, b], an interval that holds the spectrum, then for every probe the exact
-    vᵀf(H)v lies between the Gauss rule and the Gauss-Radau rules with a node at a and at b. So it is for
-    log, 1/x, x/(x + δ), exp and real powers on a > 0, and not for steps or oscillations. `lower` and
-    `upper` are the means of these brackets; more steps narrow them. They are certain where `bounds` are
-    given; else a and b are the outermost Ritz values widened by their residuals, a no further than f is
-    defined: likely but not certain. Where samples show that f is neither convex nor concave there is no
-    bracket, and the interval does not hold the error of the quadrature.
+    The value is n times the mean of Σ_j w_j f(θ_j) over probes. `lower` and `upper` bound what the same
+    probes would give with the exact f(H); more steps narrow them. What they rest on depends on f. Where every
+    derivative keeps one sign on [a, b], an interval that holds the spectrum, the exact vᵀf(H)v lies between
+    the Gauss rule and the Gauss-Radau rules with a node at a and at b: so it is for log, 1/x, x/(x + δ), exp
+    and real powers on a > 0. These are known by name (`np.log`, not `lambda x: np.log(x)`), or say
+    `one_signed=True`. For any other f the bracket is wider: the distribution that a probe sees lies between
+    partial sums of the weights, and its polynomials of degree 2m - 1 are exact; how f varies between the
+    nodes is sampled. Brackets are certain where `bounds` are given and f is as it is said to be; else a and
+    b are what the probes leave to the extreme eigenvalues with 99 %, a no further than f is defined. There
+    is no bracket where f is not finite on [a, b], and the interval does not hold the error of the quadrature
+    then.
 
     `stderr` is the spread over probes: for v uniform on the sphere Var vᵀf(H)v = 2 (mean f² - (mean f)²)
     / (n + 2), which the quadrature estimates; the interval uses Student's t with the degrees of freedom
@@ -57,6 +76,7 @@ def trace_of(
         tol: stop adding probes as soon as stderr and half of the bracket are below tol |value|.
         bounds: (a, b) known to hold the spectrum; None for an end that is not known. (0, None) says that
             H is positive semi-definite: nodes below zero by rounding count as zero.
+        one_signed: whether every derivative of f keeps one sign on the interval; None: if f is known for it.
         probe_batch: see `slq`.
 
     Returns:
@@ -84,8 +104,10 @@ def trace_of(
     if tol is not None and not 0 < tol < 1:
         raise SpectraError(f"tol={tol} is relative to the value: use a number in (0, 1).")
 
+    signed = _is_known(f) if one_signed is None else one_signed
+
     def estimate(quadrature):
-        return _from_quadrature(quadrature, f, bounds)
+        return _from_quadrature(quadrature, f, bounds, signed)
 
     def wanting(found: Estimate) -> float:
         """Error that more probes would have to reach."""
@@ -104,6 +126,11 @@ def trace_of(
     return dataclasses.replace(found, status=status)
 
 
+def _is_known(f) -> bool:
+    """Whether f is one of the functions whose derivatives of order two and more each keep one sign."""
+    return any(f is getattr(module, name) for module in (np, jnp) for name in ONE_SIGNED)
+
+
 def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, enough=None) -> Quadrature:
     """The quadrature given, or one of the operator."""
     if isinstance(source, Quadrature):
@@ -120,7 +147,7 @@ def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, e
     return slq_until(source, enough, **options) if enough else slq(source, **options)
 
 
-def _from_quadrature(q: Quadrature, f, bounds: Bounds | None) -> Estimate:
+def _from_quadrature(q: Quadrature, f, bounds: Bounds | None, one_signed: bool) -> Estimate:
     a, b = interval_of(q, bounds)
     floor = q.noise_floor
     nodes = np.clip(np.asarray(q.nodes, np.float64), a, b)
@@ -141,9 +168,12 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None) -> Estimate:
     shifted = np.stack([evaluate(f, np.clip(nodes + s * floor, a, b)) for s in (-1, 1)])
     moved = np.where(np.isfinite(shifted) & (weights > 0), np.abs(shifted - values), 0.0)
     rounding = n * float(np.sum(weights * moved.max(axis=0)) / k)
-    lower, upper, reason = bracket(q, f, nodes, weights, values, (a, b), bounds)
+    lower, upper, reach, reason = bracket(q, f, (a, b), bounds, one_signed)
     if lower is not None and upper is not None:  # sums in another order
         lower, upper = min(lower, n * mean), max(upper, n * mean)
+    least, most = (
+        None if end is None else pick(end, n * mean) for end, pick in zip(reach, (min, max), strict=True)
+    )
     return Estimate(
         value=n * mean,
         stderr=float(np.hypot(stderr, rounding)),
@@ -154,6 +184,8 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None) -> Estimate:
         dof=dof,
         lower=lower,
         upper=upper,
+        least=least,
+        most=most,
     )
 
 
@@ -178,7 +210,7 @@ def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, 
         >>> round(spectra.logdet(op, key=jax.random.key(0)).value, 4)
         -69.3147
     """
-    return trace_of(source, lambda x: np.log(x + shift), key=key, **options)
+    return trace_of(source, lambda x: np.log(x + shift), key=key, one_signed=True, **options)
 
 
 def effective_dimension(
@@ -209,4 +241,8 @@ def effective_dimension(
         >>> bool(lower < 61.1 < upper)
         True
     """
-    return trace_of(source, lambda x: np.where(x + shift > 0, x / (x + shift), np.nan), key=key, **options)
+
+    def share(x):
+        return np.where(x + shift > 0, x / (x + shift), np.nan)
+
+    return trace_of(source, share, key=key, one_signed=True, **options)

@@ -3,14 +3,16 @@
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 from spectra._errors import SpectraError
+from spectra._quadrature import share_upper_bound
 from spectra._status import Status
 from spectra.results._base import Interval, result, text_table
 
 
-@result("num_matvecs", "method", "status", "reason", "dof")
+@result("num_matvecs", "method", "status", "reason", "dof", "normals")
 class Estimate:
     """A number, or a pytree of them, with its standard error, what the error rests on, and what it cost.
 
@@ -29,9 +31,15 @@ class Estimate:
     lower: Any = None  # bracket of `value` for the probes drawn, deterministic; None where there is none
     upper: Any = None
     total: "Estimate | None" = None  # the sum over groups, from the same products
+    least: Any = None  # what the truth cannot be below: no interval reaches further
+    most: Any = None
+    normals: float | None = None  # of a share of eigenvalues, k n: interval from the law Beta, not Student's
 
     def interval(self, level: float = 0.95) -> Interval:
         """The interval that holds the truth with probability `level`: bracket plus t times stderr.
+
+        That of a share of eigenvalues is from the law of the share that a probe sees, and no interval leaves
+        what is possible.
 
         Examples:
             >>> from spectra import Estimate
@@ -43,15 +51,29 @@ class Estimate:
 
         if not 0 < level < 1:
             raise SpectraError(f"level={level} is not between 0 and 1.")
-        tail = (1 + level) / 2
-        t = float(ndtri(tail) if self.dof is None else stdtrit(self.dof, tail))
         low = self.value if self.lower is None else self.lower
         high = self.value if self.upper is None else self.upper
-        return Interval(
-            jax.tree.map(lambda x, s: x - t * s, low, self.stderr),
-            self.value,
-            jax.tree.map(lambda x, s: x + t * s, high, self.stderr),
-        )
+        if self.normals is not None:
+            return self._of_a_share(low, high, (1 - level) / 2, self.normals)
+        tail = (1 + level) / 2
+        t = float(ndtri(tail) if self.dof is None else stdtrit(self.dof, tail))
+        low = jax.tree.map(lambda x, s: x - t * s, low, self.stderr)
+        high = jax.tree.map(lambda x, s: x + t * s, high, self.stderr)
+        if self.least is not None:
+            low = max(low, self.least)
+        if self.most is not None:
+            high = min(high, self.most)
+        return Interval(low, self.value, high)
+
+    def _of_a_share(self, low: float, high: float, tail: float, normals: float) -> Interval:
+        """Shares of [least, most] that a seen share leaves possible: see `share_upper_bound`."""
+        unit = self.most - self.least
+        if unit <= 0:
+            return Interval(self.value, self.value, self.value)
+        seen = np.clip([(self.most - low) / unit, (high - self.least) / unit], 0.0, 1.0)
+        beyond, within = share_upper_bound(seen, normals, tail)
+        low, high = self.most - unit * beyond, self.least + unit * within
+        return Interval(float(min(low, self.value)), self.value, float(max(high, self.value)))
 
     def __repr__(self) -> str:
         tail = f"({self.method}, {self.num_matvecs} products" + (
