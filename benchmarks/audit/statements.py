@@ -43,13 +43,27 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True)
+class Curves:
+    """Bands for whole curves: whether each key's holds everywhere, and its mean width over an ideal one."""
+
+    holds: np.ndarray
+    widths: np.ndarray
+
+    def held(self, slack: float) -> np.ndarray:
+        return self.holds
+
+    def width_to_ideal(self, slack: float) -> float:
+        return float(np.mean(self.widths))
+
+
+@dataclasses.dataclass(frozen=True)
 class Statement:
     """Something that the package states with an error or as a bound."""
 
     part: str  # what `--only` selects
     name: str
     settings: tuple[Any, ...]
-    measure: Callable[[Case, Any, jax.Array], Outcome]
+    measure: Callable[[Case, Any, jax.Array], "Outcome | Curves"]
     applies: Callable[[Case, Any], bool] = lambda case, setting: True
     bound: bool = False  # holds always: what counts is violations, not coverage
     keys: int | None = None  # at most so many
@@ -107,7 +121,7 @@ def adaptive(tol: float, **options: Any):
     return measure
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def quadratures(case: Case, setting: tuple[int, int], seed: int, count: int) -> list[spectra.Quadrature]:
     """Quadratures of (steps, probes) for each key, from one program; kept for the next statement."""
     keys = jax.random.split(jax.random.key(seed), count)
@@ -129,12 +143,16 @@ def _slq(op, keys, steps: int, probes: int):
     return jax.lax.map(one, keys, batch_size=8)
 
 
+def from_keys(case: Case, setting: tuple[int, int], keys: jax.Array) -> list[spectra.Quadrature]:
+    """The same, of the keys that `audit` hands out."""
+    return quadratures(case, setting, int(jax.random.key_data(keys)[0, -1]) % 2**31, len(keys))
+
+
 def of_quadratures(estimate: Callable[[spectra.Quadrature], Any], truth: Callable[[Case], Any]):
     """`measure` of what follows from a quadrature and has an `interval`; its setting is (steps, probes)."""
 
     def measure(case: Case, setting: tuple[int, int], keys: jax.Array) -> Outcome:
-        seed = int(jax.random.key_data(keys)[0, -1]) % 2**31
-        found = [estimate(q).interval() for q in quadratures(case, setting, seed, len(keys))]
+        found = [estimate(q).interval() for q in from_keys(case, setting, keys)]
         return _intervals(found, truth(case))
 
     return measure

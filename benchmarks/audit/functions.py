@@ -1,0 +1,136 @@
+"""Counts, traces of functions, and condition numbers: their intervals, brackets and bounds."""
+
+import jax
+import numpy as np
+
+import spectra
+from benchmarks.audit.matrices import Case
+from benchmarks.audit.statements import QUADRATURES, Outcome, Statement, from_keys, of_quadratures
+
+SHIFT = 1e-3
+"""Of logarithm and inverse, in units of the largest |eigenvalue|, added to twice the most negative one."""
+
+
+def _scale(case: Case) -> float:
+    return float(np.abs(case.eigenvalues).max())
+
+
+def _shift(case: Case) -> float:
+    return SHIFT * _scale(case) + max(0.0, -2 * float(case.eigenvalues[0]))
+
+
+FUNCTIONS = {
+    "|x|": lambda case: np.abs,
+    "max(x - c, 0)": lambda case: lambda x: np.maximum(x - 0.1 * _scale(case), 0),
+    "Huber": lambda case: lambda x: _huber(x / _scale(case), 0.1),
+    "exp(x / |H|)": lambda case: lambda x: np.exp(x / _scale(case)),
+}
+
+
+def _huber(x, c):
+    return np.where(np.abs(x) < c, x * x / 2, c * np.abs(x) - c * c / 2)
+
+
+def intervals(estimate, truth):
+    """`measure` of an estimate that depends on the case; its setting is (steps, probes)."""
+
+    def measure(case: Case, setting: tuple[int, int], keys: jax.Array) -> Outcome:
+        return of_quadratures(lambda q: estimate(case, q), truth)(case, setting, keys)
+
+    return measure
+
+
+def function(build):
+    """`measure` of the interval of tr f(H)."""
+    return intervals(
+        lambda case, q: spectra.trace_of(q, build(case)),
+        lambda case: float(build(case)(case.eigenvalues).sum()),
+    )
+
+
+def brackets(build):
+    """`measure` of the bracket of tr f(H) against the exact value of the same probes, from n steps."""
+
+    def measure(case: Case, setting: tuple[int, int], keys: jax.Array) -> Outcome:
+        f, found, truth = build(case), [], []
+        exact = from_keys(case, (case.size, setting[1]), keys)
+        for few, all_ in zip(from_keys(case, setting, keys), exact, strict=True):
+            estimate = spectra.trace_of(few, f)
+            found.append((estimate.lower, estimate.value, estimate.upper))
+            truth.append(case.size * all_.mean(f))
+        lower, value, upper = np.array(found).T
+        rounding = 1e-10 * case.size * np.abs(f(case.eigenvalues)).max()
+        return Outcome(lower - rounding, value, upper + rounding, np.array(truth))
+
+    return measure
+
+
+def _count(share: float):
+    return (
+        lambda case, q: spectra.count_above(q, share * case.eigenvalues[-1]),
+        lambda case: float(np.sum(case.eigenvalues > share * case.eigenvalues[-1])),
+    )
+
+
+def condition(case: Case, _, keys: jax.Array) -> Outcome:
+    """max |λ| over the smallest |λ| that does not count as zero, in the interval of `condition_number`."""
+    sizes, found, truth = np.abs(case.eigenvalues), [], []
+    for key in keys:
+        result = spectra.condition_number(case.operator, key=key, method="krylov")
+        assert isinstance(result, spectra.ConditionNumber)
+        found.append(result.effective_interval)
+        truth.append(sizes.max() / sizes[sizes > result.rank_tol * result.largest].min())
+    lower, value, upper = np.array(found).T
+    return Outcome(lower, value, upper, np.array(truth))
+
+
+def _small(case: Case, setting) -> bool:
+    return case.size < 1000
+
+
+STATEMENTS = (
+    *(
+        Statement(
+            "counts", f"eigenvalues above {share} of the largest", QUADRATURES, intervals(*_count(share))
+        )
+        for share in (0.15, 0.5, 0.999999)
+    ),
+    Statement(
+        "counts",
+        "share of negative eigenvalues",
+        QUADRATURES,
+        intervals(
+            lambda case, q: spectra.negative_share(q),
+            lambda case: float(np.mean(case.eigenvalues < -1e-12 * _scale(case))),
+        ),
+    ),
+    *(
+        Statement("functions", f"trace of {name}", QUADRATURES, function(build), keys=100)
+        for name, build in FUNCTIONS.items()
+    ),
+    Statement(
+        "functions",
+        "log-determinant, shifted",
+        QUADRATURES,
+        intervals(
+            lambda case, q: spectra.logdet(q, _shift(case)),
+            lambda case: float(np.log(case.eigenvalues + _shift(case)).sum()),
+        ),
+        keys=100,
+    ),
+    Statement(
+        "functions",
+        "effective dimension",
+        QUADRATURES,
+        intervals(
+            lambda case, q: spectra.effective_dimension(q, _shift(case)),
+            lambda case: float((case.eigenvalues / (case.eigenvalues + _shift(case))).sum()),
+        ),
+        keys=100,
+    ),
+    *(
+        Statement("brackets", f"bracket of the trace of {name}", ((12, 2),), brackets(build), _small, True, 8)
+        for name, build in FUNCTIONS.items()
+    ),
+    Statement("condition", "condition number", ("default",), condition, _small, True, 10),
+)
