@@ -20,6 +20,7 @@ References:
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -31,6 +32,7 @@ REACH = 8.0  # kernel widths beyond which its mass, 1e-15, is not seen
 _PER_WIDTH = (
     4.0  # points of a contour in a width of the kernel: features there are half a width wide, or more
 )
+_BLOCK = 2_000_000  # numbers of a contour and the nodes side by side
 COARSE = 8.0
 """Cells of a grid wider than this many kernels are bracketed by the CDF in the place of the kernel ..."""
 MANY = 8192
@@ -130,14 +132,15 @@ def _error_masses(quadrature, widths: Width, places: np.ndarray, height: float, 
     growth = np.exp(a * y**2 * (1 + (b / a) ** 2) / 2) / np.sqrt(a * np.abs(square))
     length = h / _PER_WIDTH * np.hypot(1, height * widths.share**2 * t / h)
     total, behind = np.zeros(len(t)), _quadrature.dropped(quadrature)
-    for theta, w, r in rules(quadrature):
-        inverse = 1 / (theta[:, None] - z)
-        seen, left = np.abs(inverse) ** 2, np.zeros(len(t))
-        far = moved / y if r.any() else (moved + behind) / y
+    blocks = np.array_split(np.arange(len(t)), 1 + len(t) * quadrature.num_steps // _BLOCK)
+    for (theta, w, r), part in itertools.product(rules(quadrature), blocks):
+        inverse = 1 / (theta[:, None] - z[part])
+        seen, left, above = np.abs(inverse) ** 2, np.zeros(len(part)), y[part]
+        far = (moved if r.any() else moved + behind) / above
         if r.any():
             signs = np.sqrt(w) * r * (-1.0) ** np.arange(len(r))
-            left = np.abs(signs @ inverse) ** 2 / (y * (1 + r**2 @ seen))
-        total += left + far * (1 + far) * (y * (w @ seen) + left)
+            left = np.abs(signs @ inverse) ** 2 / (above * (1 + r**2 @ seen))
+        total[part] += left + far * (1 + far) * (above * (w @ seen) + left)
     return t - y * b / a, growth * length * total / (np.pi * quadrature.num_probes), 1 / np.sqrt(a)
 
 
