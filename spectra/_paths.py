@@ -1,15 +1,16 @@
 """Names of the leaves of a parameter tree, and the ways to select and group them by name."""
 
 import fnmatch
+import math
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.tree_util import GetAttrKey
 
 from spectra._errors import StructureError
-from spectra._tree import path_str
+from spectra._tree import Static, is_array, not_an_array, path_str
 
 PyTree = Any
 Select = str | re.Pattern | Callable[[str], bool]
@@ -17,35 +18,32 @@ GROUPINGS = ("leaf", "layer")
 
 
 def leaf_paths(tree: PyTree) -> list[str]:
-    """Name of each leaf in tree order: `Dense_0/kernel`, or PyTorch's own `fc1.weight`.
+    """Name of each leaf in tree order: `Dense_0/kernel`, or PyTorch's own `fc1.weight`; no two are equal.
 
-    The last step into an nnx `Variable` says nothing, so it is left out where every leaf has it. Of leaves
-    that would share a name, all but the first are numbered.
+    The box that Flax puts around an array (`nn.Partitioned`, an nnx `Variable`) is no step of a path.
     """
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    if all(len(path) > 1 and path[-1] == GetAttrKey("value") for path in paths):
-        paths = [path[:-1] for path in paths]
-    return _told_apart([path_str(path) for path in paths])
+    return ["/".join(parts) for parts in _leaf_parts(tree)]
 
 
-def _told_apart(names: list[str]) -> list[str]:
-    """Names of which no two are the same: `{"a": {"b": x}, "a/b": y}` has `a/b` and `a/b~2`."""
-    taken = set(names)
-    if len(taken) == len(names):
-        return names
-    seen: set[str] = set()
-    for i, name in enumerate(names):
-        number, free = 1, name
-        while free in seen or (number > 1 and free in taken):
-            number += 1
-            free = f"{name}~{number}"
-        seen.add(free)
-        names[i] = free
-    return names
+def group_leaves(tree: PyTree, by: str) -> dict[str, tuple[int, ...]]:
+    """Indices of the leaves of every group, in tree order: one leaf each, or all leaves of a layer.
+
+    A group of empty leaves only is left out: there is no matrix of order 0.
+    """
+    if by not in GROUPINGS:
+        raise StructureError(f"by={by!r}: use one of {GROUPINGS}.")
+    groups: dict[str, list[int]] = {}
+    for index, parts in enumerate(_leaf_parts(tree)):
+        groups.setdefault("/".join(parts) if by == "leaf" else layer_name(parts), []).append(index)
+    sizes = [math.prod(getattr(leaf, "shape", ())) for leaf in jax.tree.leaves(tree)]
+    return {name: tuple(group) for name, group in groups.items() if any(sizes[i] for i in group)}
 
 
-def layer_name(path: str) -> str:
+def layer_name(parts: tuple[str, ...]) -> str:
     """The path without its last part: the module that owns the parameter."""
+    if parts[-1].startswith("'"):  # a key with separators of its own
+        return "/".join(parts[:-1]) or parts[-1]
+    path = "/".join(parts)
     for separator in ("/", "."):
         owner, found, _ = path.rpartition(separator)
         if found:
@@ -53,14 +51,36 @@ def layer_name(path: str) -> str:
     return path
 
 
-def group_leaves(tree: PyTree, by: str) -> dict[str, tuple[int, ...]]:
-    """Indices of the leaves of every group, in tree order: one leaf each, or all leaves of a layer."""
-    if by not in GROUPINGS:
-        raise StructureError(f"by={by!r}: use one of {GROUPINGS}.")
-    groups: dict[str, list[int]] = {}
-    for index, path in enumerate(leaf_paths(tree)):
-        groups.setdefault(path if by == "leaf" else layer_name(path), []).append(index)
-    return {name: tuple(indices) for name, indices in groups.items()}
+def _leaf_parts(tree: PyTree) -> list[tuple[str, ...]]:
+    boxes = _boxes()
+    paths = []
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, boxes)):
+        inner = jax.tree_util.tree_leaves_with_path(node)
+        paths += [path if len(inner) == 1 else path + rest for rest, _ in inner]
+    return _told_apart([tuple(path_str((step,)) for step in path) or (path_str(()),) for path in paths])
+
+
+def _boxes() -> tuple[type, ...]:
+    """The classes that Flax wraps an array in; none of a part of Flax that nobody has imported."""
+    linen, nnx = sys.modules.get("flax.core.meta"), sys.modules.get("flax.nnx")
+    return (*([linen.AxisMetadata] if linen else []), *([nnx.Variable] if nnx else []))
+
+
+def _told_apart(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The paths with quotes around a key 'a/b' where it reads like the path of something else."""
+    if not any("/" in part for path in paths for part in path):
+        return paths
+    read: dict[str, set[tuple[str, ...]]] = {}
+    for path in paths:
+        for end in range(1, len(path) + 1):
+            read.setdefault("/".join(path[:end]), set()).add(path[:end])
+    alike = {prefix for prefixes in read.values() if len(prefixes) > 1 for prefix in prefixes}
+    return [
+        tuple(
+            f"'{part}'" if "/" in part and path[: end + 1] in alike else part for end, part in enumerate(path)
+        )
+        for path in paths
+    ]
 
 
 def select_leaves(tree: PyTree, select: Select) -> tuple[int, ...]:
@@ -76,6 +96,31 @@ def select_leaves(tree: PyTree, select: Select) -> tuple[int, ...]:
         shown = ", ".join(paths[:20]) + (f", and {len(paths) - 20} more" if len(paths) > 20 else "")
         raise StructureError(f"no parameter matches {select!r}; the paths are {shown}.")
     return indices
+
+
+def select_parameters(params: PyTree, select: Select | None) -> tuple[PyTree, tuple[int, ...] | None]:
+    """The parameters with all that is no array made static, and the indices of those arrays that vary.
+
+    The indices are None where all leaves do. A function or an integer that is chosen stays as it is; a Python
+    number with a fraction may be meant to vary, and nobody can tell.
+
+    Raises:
+        StructureError: nothing matches, or a Python float or complex number is among what is to vary.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    arrays = [is_array(leaf) for leaf in leaves]
+    chosen = None if select is None else select_leaves(params, select)
+    if all(arrays):
+        return params, chosen
+    chosen = range(len(leaves)) if chosen is None else chosen
+    for i in chosen:
+        if isinstance(leaves[i], (float, complex)):
+            raise not_an_array(leaf_paths(params)[i], leaves[i])
+    kept = tuple(sum(arrays[:i]) for i in chosen if arrays[i])
+    if not kept:
+        raise not_an_array(leaf_paths(params)[chosen[0]], leaves[chosen[0]])
+    pairs = zip(leaves, arrays, strict=True)
+    return treedef.unflatten([leaf if array else Static(leaf) for leaf, array in pairs]), kept
 
 
 def _predicate(select: Select) -> Callable[[str], Any]:

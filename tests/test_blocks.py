@@ -113,11 +113,55 @@ def test_names_of_leaves_and_layers():
     assert _paths.select_leaves(tree, "fc1") == (4, 5)
 
 
-def test_nnx_variables_are_named_without_their_box():
-    from flax import nnx
+def test_boxes_of_flax_are_no_part_of_a_name():
+    from flax import linen, nnx
 
     _, params = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     assert _paths.leaf_paths(params) == ["bias", "kernel"]
+    assert _paths.leaf_paths({"params": params, "scale": 1.0}) == ["params/bias", "params/kernel", "scale"]
+    assert _paths.leaf_paths({"value": 1.0, "other": {"value": 2.0}}) == ["other/value", "value"]
+    boxed = {"kernel": linen.Partitioned(jnp.ones((2, 3)), (None, "model")), "bias": jnp.ones(3)}
+    tree = {"Dense_0": boxed, "Dense_1": {"kernel": linen.LogicallyPartitioned(jnp.ones(2), ("model",))}}
+    for same in (tree, linen.meta.unbox(tree)):
+        assert _paths.leaf_paths(same) == ["Dense_0/bias", "Dense_0/kernel", "Dense_1/kernel"]
+        assert _paths.group_leaves(same, "layer") == {"Dense_0": (0, 1), "Dense_1": (2,)}
+    kept = _tree.keep_leaves(tree, (0, 2))
+    assert _paths.leaf_paths(kept) == ["Dense_0/bias", "Dense_1/kernel"]
+
+
+# (tree, names of its leaves, names of its layers); the leaves of each count upwards in tree order.
+ALIKE = [
+    ({"a": {"b": 0.0}, "a/b": 1.0}, ["a/b", "'a/b'"], ["a", "'a/b'"]),
+    ({"a": {"b": {"w": 0.0}}, "a/b": {"v": 1.0}}, ["a/b/w", "'a/b'/v"], ["a/b", "'a/b'"]),
+    ({"a": {"b/c": 0.0}, "a/b": {"c": 1.0}}, ["a/'b/c'", "a/b/c"], ["a", "a/b"]),
+    ({"net/~/linear": {"w": 0.0, "b": 1.0}, "net": {"w": 2.0}}, None, ["net", "net/~/linear"]),
+]
+
+
+@pytest.mark.parametrize(("tree", "names", "layers"), ALIKE)
+def test_paths_that_read_alike_are_told_apart(tree, names, layers):
+    found = _paths.leaf_paths(tree)
+    assert found == (names or ["net/w", "net/~/linear/b", "net/~/linear/w"])
+    assert list(_paths.group_leaves(tree, "layer")) == layers
+    assert sum(map(len, _paths.group_leaves(tree, "layer").values())) == len(found)
+    for index, name in enumerate(found):
+        assert _paths.select_leaves(tree, name) == (index,)
+
+
+def test_an_empty_leaf_is_no_block(x64):
+    """H = diag(12 a²) for the quartic Σ a⁴: traces, and what divides by a size, where a leaf has none."""
+    params = {"empty": jnp.zeros((0, 3)), "layer": {"a": jnp.arange(1.0, 4.0), "none": jnp.zeros(0)}}
+    op = spectra.HessianOperator(quartic, params, None)
+    assert list(op.blocks()) == ["layer/a"]
+    assert {name: block.size for name, block in op.blocks(by="layer").items()} == {"layer": 3}
+    key, values = jax.random.key(0), 12 * np.arange(1.0, 4.0) ** 2
+    assert spectra.trace(op, key=key, by="leaf").value == {"layer/a": pytest.approx(values.sum(), rel=1e-14)}
+    report = spectra.spectrum(op, key=key, num_steps=3, num_probes=1)
+    assert report.quadrature.range[1] == pytest.approx(108.0)
+
+
+def quartic(params, _):
+    return sum(jnp.sum(x**4) for x in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
