@@ -5,6 +5,7 @@ parameters it belongs to. Every contraction states `Precision.HIGHEST`: JAX's de
 float32 product in bfloat16 on a TPU and in TF32 on a GPU.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -36,15 +37,59 @@ def scalar_dtype(tree: PyTree) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *[leaf.dtype for leaf in jax.tree.leaves(tree)])
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Static:
+    """What is no array among the parameters: part of the tree's structure, not one of its leaves."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Static) or type(self.value) is not type(other.value):
+            return False
+        return self.value is other.value or (_hashable(self.value) and self.value == other.value)
+
+    def __hash__(self) -> int:
+        return hash(self.value) if _hashable(self.value) else id(self.value)
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def replace_static(tree: PyTree, with_value: bool) -> PyTree:
+    """`tree` with what `Static` holds in its place, or with None there."""
+
+    def one(node):
+        return (node.value if with_value else None) if isinstance(node, Static) else node
+
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Static))
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one."""
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+
+
+def not_an_array(path: str, leaf: Any) -> StructureError:
+    """What to do about a leaf that should be an array."""
+    return StructureError(
+        f"parameter leaf '{path}' is a {type(leaf).__name__}, not an array. Make it one, jnp.asarray(...), "
+        "if it is a parameter; leave it out with wrt= if not, or pass arrays only: those of an Equinox "
+        "module are `params, static = eqx.partition(model, eqx.is_inexact_array)`, which the loss combines."
+    )
+
+
 def check_arrays(params: PyTree) -> None:
     """Raise unless every leaf is an array, or the shape of one."""
-    wrong = [not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")) for leaf in jax.tree.leaves(params)]
+    wrong = [not is_array(leaf) for leaf in jax.tree.leaves(params)]
     if any(wrong):  # only then the paths, which take longer to make than everything else here
         path, leaf = jax.tree_util.tree_leaves_with_path(params)[wrong.index(True)]
-        raise StructureError(
-            f"parameter leaf '{path_str(path)}' is a {type(leaf).__name__}, not an array; "
-            "pass arrays, and close over everything else in the loss."
-        )
+        raise not_an_array(path_str(path), leaf)
 
 
 def lift(leaf: jax.Array) -> jax.Array:

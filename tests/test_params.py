@@ -10,6 +10,7 @@ from cases import relative_error
 from flax import linen, nnx
 
 import spectra
+from spectra import _tree
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
@@ -197,6 +198,71 @@ def test_shapes_and_containers_of_leaves(name):
     np.testing.assert_allclose(traced, eager.alpha, rtol=0, atol=scale)
     q = spectra.slq(op, key=KEY, num_steps=steps, num_probes=2)
     assert q.range[1] <= exact.max() + scale
+
+
+@dataclasses.dataclass
+class Whole:
+    """A model as Equinox has them: its function, its sizes and its flags are leaves beside its arrays."""
+
+    weight: jax.Array
+    activation: object
+    scale: object
+    heads: int
+    name: str
+
+
+jax.tree_util.register_dataclass(Whole, ["weight", "activation", "scale", "heads", "name"], [])
+
+
+def whole_loss(model, x):
+    hidden = model.activation(x @ model.weight * model.scale)
+    return jnp.mean(hidden.reshape(len(x), model.heads, -1) ** 2)
+
+
+@pytest.mark.parametrize("scale", [jnp.array(0.7), 0.7], ids=["array", "number left out"])
+def test_what_is_no_array_is_a_constant(scale, x64):
+    """The Hessian of the same loss with those constants written in, by `jax.hessian`."""
+    x = jnp.asarray(X, float)
+    weight = jnp.asarray(np.random.default_rng(3).standard_normal((4, 2)))
+    model = Whole(weight, jnp.tanh, scale, 2, "whole")
+    op = spectra.HessianOperator(whole_loss, model, x, wrt="weight")
+
+    def written_in(w):
+        return whole_loss(dataclasses.replace(model, weight=w.reshape(4, 2)), x)
+
+    exact = jax.hessian(written_in)(weight.ravel())
+    assert relative_error(op.as_matrix(), exact) <= 64 * np.finfo(float).eps
+    v = jax.tree.map(jnp.ones_like, op.like)
+    assert v.activation is None
+    assert jax.tree.structure(op @ v) == jax.tree.structure(v)
+    assert list(op.blocks()) == ["weight"]
+
+
+def test_all_arrays_of_a_model_with_functions_vary_by_default(x64):
+    model = Whole(jnp.ones((4, 2)), jnp.tanh, jnp.array(0.7), 2, "whole")
+    op = spectra.HessianOperator(whole_loss, model, jnp.asarray(X, float))
+    assert list(op.blocks()) == ["weight", "scale"]
+    assert op.size == 9
+
+    def of_arrays(flat):
+        return whole_loss(dataclasses.replace(model, weight=flat[:8].reshape(4, 2), scale=flat[8]), X)
+
+    exact = jax.hessian(of_arrays)(jnp.append(jnp.ones(8), 0.7))
+    limit = 64 * np.finfo(float).eps * float(jnp.linalg.norm(exact))
+    np.testing.assert_allclose(op @ jnp.ones(9), exact @ jnp.ones(9), atol=limit)
+
+
+def test_a_python_number_that_may_be_meant_to_vary_is_refused():
+    model = Whole(jnp.ones((4, 2)), jnp.tanh, 0.7, 2, "whole")
+    for wrt in (None, "scale"):
+        with pytest.raises(spectra.StructureError, match=r"'scale' is a float, not an array.*eqx\.partition"):
+            spectra.HessianOperator(whole_loss, model, X, wrt=wrt)
+
+
+def test_static_parts_tell_compiled_code_apart():
+    assert len({_tree.Static(1), _tree.Static(1), _tree.Static(1.0)}) == 2
+    unhashable = _tree.Static([1])
+    assert len({unhashable, unhashable, _tree.Static([1])}) == 2
 
 
 def test_many_leaves_are_one_operator():

@@ -38,7 +38,8 @@ class DataOperator(LinearOperator):
     at the cast values. All operators on data take these keyword arguments:
 
     * wrt: the parameters to differentiate, as a glob ("params/*"), regex or predicate on their paths;
-      all by default. The others are constants: frozen weights, batch statistics, integer leaves.
+      all by default. The others are constants: frozen weights, batch statistics, integer leaves. Leaves
+      that are no arrays (functions, strings, Python numbers) are always constants, and compiled in.
     * mode: "forward-over-reverse", "reverse-over-reverse", "finite-difference", or "auto": the first of
       these that the model admits, with a warning that names the operation that refuses.
     * microbatch: examples a piece; pieces of one batch are accumulated under `lax.scan`.
@@ -91,12 +92,12 @@ class DataOperator(LinearOperator):
         """Check the arguments and set all fields; `functions` are the subclass's own."""
         check_options(mode, microbatch, linearize, matmul_precision)
         check_functions(functions)
-        _tree.check_arrays(params)
         check_alive(params, "parameter leaf")
+        params, selected = _paths.select_parameters(params, wrt)
         self._set(
             params=on_automatic_axes(params),
             data=None,
-            selected=None if wrt is None else _paths.select_leaves(params, wrt),
+            selected=selected,
             mode=mode,
             microbatch=microbatch,
             linearize=linearize,
@@ -139,7 +140,9 @@ class DataOperator(LinearOperator):
     @property
     def like(self) -> PyTree:
         """The parameters that vary; None in the place of all others."""
-        return self.params if self.selected is None else _tree.keep_leaves(self.params, self.selected)
+        if self.selected is None:
+            return self.params
+        return _tree.replace_static(_tree.keep_leaves(self.params, self.selected), with_value=False)
 
     @property
     def on_host(self) -> bool:
@@ -256,7 +259,8 @@ class DataOperator(LinearOperator):
         """All parameters, with `variables` in their places and the rest as constants."""
         if self.selected is None:
             return variables
-        return _tree.replace_leaves(jax.tree.map(_tree.lift, self.params), self.selected, variables)
+        merged = _tree.replace_leaves(jax.tree.map(_tree.lift, self.params), self.selected, variables)
+        return _tree.replace_static(merged, with_value=True)
 
     def _grad(self, variables: PyTree, piece: PyTree) -> PyTree:
         return jax.grad(lambda x: self._value(self._merge(x), piece))(variables)
