@@ -25,6 +25,10 @@ WANDERING = 1e-3
 """Weight of nodes between those of an exhausted space. By perturbation theory it is (β_d / gap)²."""
 
 
+COARSE = 2.0**-12
+"""Precision of products that do not compute in float32, tensorfloat32 included."""
+
+
 def breakdown_factor(size: int) -> float:
     """The residual that rounding leaves of a vanishing one, in units of eps |H|.
 
@@ -33,6 +37,15 @@ def breakdown_factor(size: int) -> float:
     blocks: 64 at most, so that a bulk of 1e-5 |H| stays visible in float32.
     """
     return min(10 + np.sqrt(size) / 2, MOST)
+
+
+def breakdown_noise(size: int, precision: float) -> float:
+    """The same in units of |H|, for products of a given precision.
+
+    Products in bfloat16 or less state what they are off by as a whole, and are summed in float32: the sums
+    add nothing to that.
+    """
+    return (breakdown_factor(size) if precision < COARSE else 4) * precision
 
 
 def invariant_length(alpha, beta, length: int, size: int, precision: float) -> int | None:
@@ -49,7 +62,7 @@ def invariant_length(alpha, beta, length: int, size: int, precision: float) -> i
     if scale == 0:
         return 1
     alpha, beta = alpha / scale, beta / scale
-    noise = breakdown_factor(size) * precision
+    noise = breakdown_noise(size, precision)
     resolved = noise * np.sqrt(length)  # by Weyl: errors of the products, `length` columns of them
     nodes = None
     for d in (np.flatnonzero(beta[:-1] <= precision ** (1 / 3)) + 1).tolist():

@@ -20,7 +20,7 @@ References:
 
 import numpy as np
 
-from spectra._breakdown import breakdown_factor
+from spectra._breakdown import breakdown_noise
 
 MARGIN = 4.0
 """The noise floor is what is seen of rounding, and not all is: converged Ritz values of float32 Hessians of
@@ -134,7 +134,7 @@ def _log_chance(x, theta, residuals, log_betas, factor, least, moved) -> np.ndar
 
 def dropped(quadrature) -> float:
     """The largest β that a breakdown takes for zero by its size alone."""
-    return breakdown_factor(quadrature.size) * quadrature.precision * max(map(abs, quadrature.range))
+    return breakdown_noise(quadrature.size, quadrature.precision) * max(map(abs, quadrature.range))
 
 
 def shift(quadrature) -> float:

@@ -7,7 +7,7 @@ fast. Only `gauss_rule_traced` runs in JAX, for use inside a caller's jit.
 import numpy as np
 
 from spectra._blas import one_thread
-from spectra._breakdown import breakdown_factor
+from spectra._breakdown import breakdown_noise
 from spectra._errors import SpectraError
 
 
@@ -120,7 +120,7 @@ def dropped(quadrature) -> float:
     What a breakdown takes for zero may be a recurrence coefficient β of rounding's size: a bulk with such
     coefficients is one node and reaches 2 β to each side of it.
     """
-    return 2 * breakdown_factor(quadrature.size) * quadrature.precision * max(map(abs, quadrature.range))
+    return 2 * breakdown_noise(quadrature.size, quadrature.precision) * max(map(abs, quadrature.range))
 
 
 def bracket(quadrature, x: np.ndarray, shift) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -89,7 +89,7 @@ class SpectrumReport:
         ]
 
     def _precision(self) -> str:
-        return str(self.provenance.get("dtype", "these"))
+        return str(self.provenance.get("computes_in") or self.provenance.get("dtype", "these"))
 
     def __repr__(self) -> str:
         return text_table(f"Spectrum of {self.name}", self.rows())
@@ -249,6 +249,7 @@ def _provenance(op: LinearOperator, key: jax.Array, seconds: float) -> dict[str,
         "seconds": seconds,
         "operator": type(op).__name__,
         "dtype": str(op.dtype),
+        "computes_in": op.computes_in,
         "mode": getattr(op, "mode", ""),
         "linearized": bool(getattr(op, "linearized", False)),
         "matmul_precision": getattr(op, "matmul_precision", "highest"),

@@ -124,15 +124,9 @@ def subtract(a: PyTree, b: PyTree) -> PyTree:
 
 @partial(jax.jit, static_argnames="batch")
 def _products(op: LinearOperator, stack: PyTree, batch: int) -> PyTree:
-    full = tuple(i for i, leaf in enumerate(jax.tree.leaves(stack)) if leaf.size)
-    row = jax.tree.map(lambda x: x[0], stack)
-
-    def one(kept):
-        return _tree.keep_leaves(op.mv(_tree.replace_leaves(row, full, kept)), full)
-
-    # JAX divides by the size of a row where it cuts into batches, so empty leaves stay outside.
-    found = lax.map(one, _tree.keep_leaves(stack, full), batch_size=batch)
-    return _tree.replace_leaves(stack, full, found)
+    # `lax.map` puts the results of batches together by a reshape, which leaves without numbers refuse.
+    plain = batch == 1 or any(x.size == 0 for x in jax.tree.leaves(stack))
+    return lax.map(op.mv, stack, batch_size=None if plain else batch)
 
 
 def products(op: LinearOperator, stack: PyTree, batch: int) -> PyTree:

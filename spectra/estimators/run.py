@@ -87,7 +87,8 @@ class Run:
         if worst > np.sqrt(self.op.precision) * size:
             raise NotSymmetricError(
                 f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {worst / size:.1e} |H|, above "
-                f"{np.sqrt(self.op.precision):.1e}, the square root of the precision of its products."
+                f"{np.sqrt(self.op.precision):.1e}, the square root of the precision of its products. "
+                f"{self.op.explain_asymmetry()}"
             )
 
     def estimate(

@@ -107,8 +107,7 @@ class Band:
             raise NotSymmetricError(
                 f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {self.asymmetry:.1e} |H| "
                 f"(|H| at least {scale:.1e}), above {limit:.1e}, the square root of the precision of its "
-                "products. eigsh needs a symmetric real operator; a loss that is random or depends on "
-                "call order (dropout, batch statistics that are updated) is a common reason."
+                f"products. eigsh needs a symmetric real operator. {self.op.explain_asymmetry()}"
             )
 
     @property

@@ -228,8 +228,7 @@ def check(op: LinearOperator, state: LanczosState, stop: int, row_precision: flo
         raise NotSymmetricError(
             f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {worst:.1e} |H| within {stop} steps, "
             f"above {limit:.1e}, the square root of the precision of its products. Lanczos needs a "
-            "symmetric real operator; a loss that is random or depends on call order (dropout, batch "
-            "statistics that are updated) is a common reason."
+            f"symmetric real operator. {op.explain_asymmetry()}"
         )
 
 

@@ -47,6 +47,11 @@ class SumOperator(LinearOperator):
         """The worst of the terms."""
         return max(term.precision for term in self.terms)
 
+    @property
+    def computes_in(self) -> str:
+        """That of the coarsest term."""
+        return max(self.terms, key=lambda term: term.precision).computes_in
+
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """The sum of the terms' batched products."""
         first, *rest = [term.mv_batch(vectors) for term in self.terms]
@@ -70,6 +75,10 @@ class SumOperator(LinearOperator):
         """As all terms."""
         for term in self.terms:
             term.require_finite()
+
+    def explain_asymmetry(self) -> str:
+        """What the coarsest term knows."""
+        return max(self.terms, key=lambda term: term.precision).explain_asymmetry()
 
     def moved(self, key: jax.Array) -> "SumOperator | None":
         """The sum of the terms at moved parameters, and of those that have none as they are."""
@@ -102,6 +111,11 @@ class Derived(LinearOperator):
         """As the other operator."""
         return self.base.precision
 
+    @property
+    def computes_in(self) -> str:
+        """As the other operator."""
+        return self.base.computes_in
+
     def explain_non_finite(self) -> str:
         """As the other operator."""
         return self.base.explain_non_finite()
@@ -109,6 +123,10 @@ class Derived(LinearOperator):
     def require_finite(self) -> None:
         """As the other operator."""
         self.base.require_finite()
+
+    def explain_asymmetry(self) -> str:
+        """As the other operator."""
+        return self.base.explain_asymmetry()
 
 
 class Wrapped(Derived):

@@ -94,6 +94,11 @@ class LinearOperator(abc.ABC):
         return float(jnp.finfo(self.dtype).eps)
 
     @property
+    def computes_in(self) -> str:
+        """The type or setting that limits the precision of a product, for messages."""
+        return str(self.dtype)
+
+    @property
     def cancels(self) -> bool:
         """Whether a product subtracts numbers larger than itself: it is right relative to |H| alone then."""
         return True
@@ -127,6 +132,13 @@ class LinearOperator(abc.ABC):
     def explain_non_finite(self) -> str:
         """What is known about why a product is not finite, for error messages."""
         return "Check the matrix or the function for NaN and overflow."
+
+    def explain_asymmetry(self) -> str:
+        """Why products may contradict symmetry or linearity, for error messages."""
+        return (
+            "A loss that is random or depends on call order (dropout, batch statistics that are updated) is "
+            "a common reason."
+        )
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """Products with a stack of vectors: leaves (k, *leaf.shape) in and out."""

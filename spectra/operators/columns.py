@@ -68,13 +68,14 @@ def _require_symmetric(op: LinearOperator, matrix: jax.Array) -> None:
     if asymmetry > limit * largest:
         raise NotSymmetricError(
             f"the operator is not symmetric: |A - Aᵀ| of its columns A reaches {asymmetry / largest:.1e} "
-            f"max |A|, {above} If half the sum with its transpose is meant, pass that."
+            f"max |A|, {above} {op.explain_asymmetry()} If half the sum with its transpose is "
+            "meant, pass that."
         )
     if defect > limit * size:
         error = defect / size if size else np.inf
         raise NotSymmetricError(
             f"the operator is not linear: H v is {error:.1e} |H v| away from the sum of v_i H e_i, {above} "
-            "A constant that is added, or a loss that is random or depends on call order, is a common reason."
+            f"A constant that is added is not linear. {op.explain_asymmetry()}"
         )
 
 

@@ -21,6 +21,7 @@ from spectra.operators.calls import check_signatures, loss_weight, open_data, re
 from spectra.operators.checks import check_functions, check_options, explain_non_finite
 from spectra.operators.means import require_mean
 from spectra.operators.modes import resolve_mode
+from spectra.operators.roundings import Rounding, coarsest_rounding
 from spectra.stream import Stream
 
 PyTree = Any
@@ -70,6 +71,7 @@ class DataOperator(LinearOperator):
     weight_fn: Callable[[PyTree], Any] | None
     shared: Shared
     stream: Stream | None
+    rounding: Rounding | None  # of the loss itself, where it computes in less than the vectors have
 
     @automatic
     def _open(
@@ -105,6 +107,7 @@ class DataOperator(LinearOperator):
             weight_fn=weight_fn or loss_weight(functions["loss_fn"]),
             shared=tuple(shared) if isinstance(shared, list) else shared,
             stream=None,
+            rounding=None,
             **functions,
         )
         _tree.vector_structure(self.like)
@@ -114,6 +117,7 @@ class DataOperator(LinearOperator):
         check_signatures(functions, piece.data)
         require_call(piece)
         self._set(mode=resolve_mode(piece))
+        self._set(rounding=self._coarsest_rounding())
         if check_data:
             require_mean(self)
 
@@ -151,16 +155,44 @@ class DataOperator(LinearOperator):
 
     @property
     def precision(self) -> float:
-        """Unit roundoff, or worse where finite differences or coarse matrix products set the limit."""
+        """Unit roundoff, or worse: of finite differences, coarse products, or the loss's own casts."""
         eps = super().precision
         if self.mode == "finite-difference":
             return eps ** (2 / 3)
-        return max(eps, _LOW_PRECISION.get(self.matmul_precision, 0.0))
+        own = self.rounding.eps if self.rounding else 0.0
+        return max(eps, own, _LOW_PRECISION.get(self.matmul_precision, 0.0))
+
+    @property
+    def computes_in(self) -> str:
+        """The coarser of what the loss and its matrix products compute in."""
+        coarse = _LOW_PRECISION.get(self.matmul_precision, 0.0)
+        if self.rounding and self.rounding.eps > coarse:
+            return self.rounding.dtype
+        return self.matmul_precision if coarse else super().computes_in
+
+    def explain_asymmetry(self) -> str:
+        """Blame the loss's own precision where that is low."""
+        if self.rounding is None:
+            return super().explain_asymmetry()
+        return (
+            f"Here {self.rounding}. Its derivatives carry that rounding through every layer: have the model "
+            "compute in float32 for the analysis, such as by dtype=jnp.float32 of its layers or its policy."
+        )
+
+    def _coarsest_rounding(self) -> Rounding | None:
+        """What the loss rounds by itself between the parameters that vary and its value."""
+        piece, leaves = self.first_piece(), len(jax.tree.leaves(self.params))
+        jaxpr = compiled.loss.trace(piece._with(rounding=None)).jaxpr
+        varying = range(leaves) if self.selected is None else self.selected
+        moves = [i in varying for i in range(len(jaxpr.jaxpr.invars))]  # parameters are the first leaves
+        return coarsest_rounding(jaxpr, moves, super().precision)
 
     def _principal(self, indices: tuple[int, ...]) -> Self:
-        return self._with(
-            selected=tuple(self.selected[i] for i in indices) if self.selected is not None else indices
-        )
+        chosen = tuple(self.selected[i] for i in indices) if self.selected is not None else indices
+        block = self._with(selected=chosen)
+        if self.rounding is not None:  # what is cast may not depend on the block
+            block._set(rounding=block._coarsest_rounding())
+        return block
 
     @automatic
     def loss(self) -> jax.Array:

@@ -110,6 +110,7 @@ class Eigenpairs:
         return [
             *lines,
             ("products", f"{self.num_matvecs:,} ({self.num_restarts} restarts)"),
+            ("noise floor", f"{self.noise_floor:.1e}"),
             ("probability of a missed copy", f"at most {missed}" if self.missed < 1 else missed),
             ("status", str(self.status)),
         ]
