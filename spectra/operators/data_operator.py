@@ -259,8 +259,8 @@ class DataOperator(LinearOperator):
         return self._bytes_to_save() or 0
 
     def moved(self, key: jax.Array) -> Self:
-        """The operator at parameters multiplied by 1 ± eps of the working dtype, with random signs."""
-        return self._with(params=_moved(self.params, key))
+        """The operator at parameters multiplied by 1 ± eps of what the loss computes in, with random signs."""
+        return self._with(params=_moved(self.params, key, self.rounding.eps if self.rounding else 0.0))
 
     @property
     def linearized(self) -> bool:
@@ -332,7 +332,7 @@ class DataOperator(LinearOperator):
 
 
 @jax.jit
-def _moved(params: PyTree, key: jax.Array) -> PyTree:
+def _moved(params: PyTree, key: jax.Array, coarse: float) -> PyTree:
     leaves, treedef = jax.tree.flatten(params)
 
     def one(i, leaf):
@@ -340,6 +340,6 @@ def _moved(params: PyTree, key: jax.Array) -> PyTree:
             return leaf
         x = _tree.lift(leaf)
         signs = jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype)
-        return x + jnp.finfo(x.dtype).eps * signs * x
+        return (x + jnp.maximum(jnp.finfo(x.dtype).eps, coarse) * signs * x).astype(x.dtype)
 
     return treedef.unflatten([one(i, jnp.asarray(leaf)) for i, leaf in enumerate(leaves)])
