@@ -60,7 +60,10 @@ def arrays(loss, model, w, x, m):
         "Fisher": spectra.FisherOperator(*on_model) @ w,
         "sampled Fisher": spectra.FisherOperator(*on_model, kind="mc", key=key) @ w,
         "covariance": spectra.GradientCovarianceOperator(naive_loss, w, x) @ w,  # of single examples
-        "preconditioned": spectra.PreconditionedOperator(op, adam.update(w, adam.init(w))[1]) @ w,
+        "preconditioned": spectra.PreconditionedOperator(
+            op, adam.update(w, adam.init(w))[1], update_fn=adam.update
+        )
+        @ w,
         "function": spectra.FunctionOperator(lambda v: 3 * v, w) @ w,
         "of a matrix": spectra.MatrixOperator(m) @ jnp.sum(m, axis=0),
     }

@@ -259,7 +259,7 @@ class DataOperator(LinearOperator):
         return self._bytes_to_save() or 0
 
     def moved(self, key: jax.Array) -> Self:
-        """The operator at parameters multiplied by 1 ± eps of what the loss computes in, with random signs."""
+        """The operator at parameters times 1 ± eps of what the loss computes in, with random signs."""
         return self._with(params=_moved(self.params, key, self.rounding.eps if self.rounding else 0.0))
 
     @property

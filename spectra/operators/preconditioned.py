@@ -1,74 +1,32 @@
 """An operator in the metric of an adaptive optimizer, from the optimizer's own state."""
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spectra import _tree
-from spectra._errors import SpectraError, StructureError
+from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._paths import leaf_paths
 from spectra.operators.arithmetic import Wrapped
 from spectra.operators.base import LinearOperator, operator, require_operator
+from spectra.operators.optimizers import (
+    RULES,
+    SAME_STATE,
+    Found,
+    Rule,
+    by_name,
+    matching,
+    second_moment,
+    template_of,
+)
+from spectra.operators.response import AGREE, preconditioner
 
 PyTree = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How one of optax's transformations divides its update: by P, made of fields of its state."""
-
-    scale: Callable[..., jax.Array]  # (moment, state's fields and hyperparameters) -> P of one leaf
-    moment: str  # the field that holds the second moment
-    b2: float = 0.999
-    eps: float = 1e-8
-    has_momentum: bool = True  # of Adam's kind, whose bias correction (1 - b1^t) belongs to P
-
-
-def _adam(nu, count, b2, eps, eps_root, **_):
-    return jnp.sqrt(nu / (1 - b2**count) + eps_root) + eps
-
-
-def _amsgrad(nu_max, eps, eps_root, **_):  # its maximum is taken over corrected moments
-    return jnp.sqrt(nu_max + eps_root) + eps
-
-
-def _belief(nu, count, b2, eps, **_):  # eps_root is in its moment already
-    return jnp.sqrt(nu / (1 - b2**count)) + eps
-
-
-def _adamax(nu, **_):
-    return nu
-
-
-def _rms(nu, eps, eps_in_sqrt, **_):
-    return jnp.sqrt(nu + eps) if eps_in_sqrt else jnp.sqrt(nu) + eps
-
-
-def _rms_corrected(nu, count, b2, **rest):
-    return _rms(nu / (1 - b2**count), **rest)
-
-
-def _rss(total, eps, **_):  # optax does not move parameters that have seen no gradient
-    return jnp.where(total > 0, jnp.sqrt(total + eps), jnp.inf)
-
-
-RULES = {  # optax 0.2.8, transforms of the same names
-    "ScaleByAdamState": Rule(_adam, "nu"),
-    "ScaleByAmsgradState": Rule(_amsgrad, "nu_max"),
-    "ScaleByBeliefState": Rule(_belief, "nu", eps=1e-16),
-    "ScaleByRmsState": Rule(_rms, "nu", b2=0.9, has_momentum=False),
-    "ScaleByRmsWithCountState": Rule(_rms_corrected, "nu", b2=0.9, has_momentum=False),
-    "ScaleByRssState": Rule(_rss, "sum_of_squares", eps=1e-7, has_momentum=False),
-}
-SAME_STATE = {  # optimizers whose state is Adam's in name and form
-    "yogi": Rule(_adam, "nu", eps=1e-3),
-    "adamax": Rule(_adamax, "nu"),
-}
 
 
 @operator(leaves=("base", "scale"))
@@ -93,19 +51,28 @@ class PreconditionedOperator(Wrapped):
     Args:
         op: operator on the parameters, such as a `HessianOperator`, or a block of one.
         optimizer_state: optax's state, of which the one second moment is found inside chains, masks,
-            partitions, schedules and `MultiSteps`, or the `opt_state` of an nnx `Optimizer`.
+            partitions, schedules, `flatten` and `MultiSteps`, or the `opt_state` of an nnx `Optimizer`; on
+            all parameters of `op`, or on those under one name such as "params". In its place the diagonal
+            of any P: a pytree like the parameters, or flat.
+        update_fn: `optimizer.update`, or the optimizer itself. P is then measured from its updates (see
+            `spectra.operators.response`), and nothing below is needed: what is given is checked. An
+            optimizer without a diagonal P is refused.
         b1: decay of the momentum; default: that in the state (`inject_hyperparams`), or 0.9.
-        b2: decay of the second moment (`decay` of RMSProp); default: that in the state, or optax's.
+        b2: decay of the second moment (`decay` of RMSProp); default: that in the state. Without `rule` it
+            says that a state like Adam's is that of Adam or AdamW.
         eps: default: that in the state, or optax's for this transformation.
         eps_root: default: that in the state, or 0.
         eps_in_sqrt: as of RMSProp.
-        rule: "yogi" or "adamax" for optimizers whose state cannot be told from Adam's.
+        rule: "adam", "yogi" or "adamax", whose states cannot be told from one another.
 
     Raises:
-        SpectraError: no second moment in the state, or several; no step has been taken; unknown rule.
+        SpectraError: no second moment in the state, or several; no step has been taken; unknown rule;
+            neither `update_fn` nor `b2` for a state that does not hold it; an update that is no diagonal
+            multiple of the momentum.
         StructureError: a parameter of `op` has no second moment, or one of another shape.
 
-    Cost: a product of `op` and two multiplications by a diagonal; one vector of memory.
+    Cost: a product of `op` and two multiplications by a diagonal; one vector of memory. With `update_fn` some
+    30 updates of the optimizer, once.
 
     References:
         Cohen et al., Adaptive gradient methods at the edge of stability, arXiv:2207.14484.
@@ -116,7 +83,7 @@ class PreconditionedOperator(Wrapped):
         >>> w = jnp.ones(2)
         >>> optimizer = optax.rmsprop(0.01)
         >>> _, state = optimizer.update(op @ w, optimizer.init(w), w)
-        >>> matrix = spectra.PreconditionedOperator(op, state).as_matrix()
+        >>> matrix = spectra.PreconditionedOperator(op, state, update_fn=optimizer.update).as_matrix()
         >>> [round(float(x), 3) for x in matrix.diagonal()]
         [3.162, 3.162]
     """
@@ -130,6 +97,7 @@ class PreconditionedOperator(Wrapped):
         op: LinearOperator,
         optimizer_state: PyTree,
         *,
+        update_fn: Any = None,
         b1: float | None = None,
         b2: float | None = None,
         eps: float | None = None,
@@ -138,26 +106,9 @@ class PreconditionedOperator(Wrapped):
         rule: str | None = None,
     ):
         require_operator(op)
-        state, injected, found = _second_moment(optimizer_state)
-        if rule is not None:
-            if rule not in SAME_STATE or type(state).__name__ != "ScaleByAdamState":
-                raise SpectraError(
-                    f"rule={rule!r} with a {type(state).__name__}: use one of {', '.join(SAME_STATE)} with "
-                    "a state like Adam's, or leave it out."
-                )
-            found = SAME_STATE[rule]
-        given = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
-        default = {"b1": 0.9, "b2": found.b2, "eps": found.eps, "eps_root": 0.0}
-        stored = {name: injected[name] for name in default if name in injected}
-        stored |= {"b2": injected["decay"]} if "decay" in injected else {}
-        chosen = default | stored | {name: x for name, x in given.items() if x is not None}
-        count = _count(state)
-        if count is not None:
-            chosen["count"] = count
-        moments = _matching(getattr(state, found.moment), op)
-        leaves, treedef = jax.tree.flatten(op.structure)
-        static = {"rule": found, "dtypes": tuple(leaf.dtype for leaf in leaves), "eps_in_sqrt": eps_in_sqrt}
-        scale = treedef.unflatten(_scales(jax.tree.leaves(moments), chosen, **static))
+        numbers = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+        given = {name: x for name, x in numbers.items() if x is not None}
+        scale = _roots(_preconditioner(op, optimizer_state, update_fn, rule, given, eps_in_sqrt), op)
         if not _tree.is_traced((scale, op)):
             _check(scale)
         object.__setattr__(self, "base", op)
@@ -176,17 +127,102 @@ class PreconditionedOperator(Wrapped):
         return _make(self.base._principal(indices), _tree.keep_leaves(self.scale, indices))
 
 
+def _preconditioner(op, optimizer_state, update_fn, rule, given, eps_in_sqrt) -> list[jax.Array]:
+    """P of each leaf: as given, as measured, or by the rule of its optimizer."""
+    diagonal = _diagonal(optimizer_state, op)
+    if diagonal is not None:
+        return diagonal
+    found = second_moment(optimizer_state)
+    if rule is not None and (rule not in SAME_STATE or found.kind != "ScaleByAdamState"):
+        raise SpectraError(
+            f"rule={rule!r} with a {found.kind}: use one of {', '.join(SAME_STATE)} with a state like "
+            "Adam's, or leave it out."
+        )
+    chosen = RULES[found.kind] if rule is None else SAME_STATE[rule]
+    if update_fn is None:
+        _require_known(found, chosen, rule, given)
+        return _by_rule(op, found, chosen, given, eps_in_sqrt)
+
+    def by_rule(measured: dict[str, Any], in_sqrt: bool) -> list[jax.Array]:
+        return _by_rule(op, found, chosen, given | measured, in_sqrt)
+
+    measured = preconditioner(update_fn, optimizer_state, op, by_rule)
+    if (given or rule) and not _tree.is_traced(measured):
+        stated = by_rule({}, eps_in_sqrt)
+        if not all(np.allclose(a, b, rtol=AGREE, atol=0) for a, b in zip(stated, measured, strict=True)):
+            raise SpectraError(
+                "one update of the optimizer contradicts the P of the numbers that are given "
+                f"({', '.join([*given, *(['rule'] if rule else [])])}): leave them out, update_fn says them."
+            )
+    return measured
+
+
+def _diagonal(state: PyTree, op: LinearOperator) -> list[jax.Array] | None:
+    """The leaves of P, where that is what was passed in the place of a state."""
+    if op._is_flat(state):
+        state = op.as_vector(state, "P")
+    leaves = jax.tree.leaves(state)
+    if leaf_paths(state) != leaf_paths(op.like) or not all(map(_tree.is_array, leaves)):
+        return None
+    for path, leaf in zip(leaf_paths(state), leaves, strict=True):
+        if not _tree.is_traced(leaf) and not np.all(np.asarray(leaf) > 0):
+            raise SpectraError(f"P of '{path}' is not positive everywhere, and has no root.")
+    return matching(by_name(state), op, "diagonal")
+
+
+def _require_known(found: Found, chosen: Rule, rule: str | None, given: dict[str, Any]) -> None:
+    """Raise where the state alone does not say what divides the update."""
+    stored = set(given) | set(found.injected) | ({"b2"} if "decay" in found.injected else set())
+    if chosen.needs_b2 and "b2" not in stored:
+        missing = "b2, the decay of its second moment,"
+    elif found.kind == "ScaleByAdamState" and rule is None and "b2" not in given:
+        missing = "which optimizer it belongs to"
+    else:
+        return
+    same = " RAdam, ADOPT, Yogi, AdaMax and LAMB keep a state of the same form as Adam's."
+    raise SpectraError(
+        f"a {found.kind} does not say {missing} and optax does not store it.{same * chosen.has_momentum} "
+        "Pass update_fn=optimizer.update, from which P is measured; or the numbers, such as b2=0.999 (and rule= "
+        f"one of {', '.join(SAME_STATE)} if it is not Adam or AdamW)."
+    )
+
+
+def _by_rule(op, found: Found, chosen: Rule, given: dict[str, Any], eps_in_sqrt: bool) -> list[jax.Array]:
+    fields = found.fields
+    default = {"b1": 0.9, "b2": chosen.b2, "eps": chosen.eps, "eps_root": 0.0}
+    stored = {name: found.injected[name] for name in default if name in found.injected}
+    stored |= {"b2": found.injected["decay"]} if "decay" in found.injected else {}
+    numbers = default | stored | given
+    count = found.count()
+    if count is not None:
+        numbers["count"] = count
+    moments = fields[chosen.moment]
+    moments = matching(by_name(moments, template_of(moments, op)), op)
+    dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(op.structure))
+    return _scales(moments, numbers, rule=chosen, dtypes=dtypes, eps_in_sqrt=eps_in_sqrt)
+
+
 @partial(jax.jit, static_argnames=("rule", "dtypes", "eps_in_sqrt"))
 def _scales(moments: list, numbers: dict[str, Any], *, rule: Rule, dtypes: tuple, eps_in_sqrt: bool) -> list:
-    """P^(-1/2) of each leaf."""
+    """P of each leaf."""
     corrected = rule.has_momentum and "count" in numbers
     momentum = 1 - numbers["b1"] ** numbers["count"] if corrected else 1.0
 
     def one(moment, dtype):
-        scale = momentum * rule.scale(moment.astype(dtype), eps_in_sqrt=eps_in_sqrt, **numbers)
-        return (1 / jnp.sqrt(scale)).astype(dtype)
+        return momentum * rule.scale(moment.astype(dtype), eps_in_sqrt=eps_in_sqrt, **numbers)
 
     return [one(*pair) for pair in zip(moments, dtypes, strict=True)]
+
+
+def _roots(p: list[jax.Array], op: LinearOperator) -> PyTree:
+    """P^(-1/2), a vector in the operator's dtypes."""
+    leaves, treedef = jax.tree.flatten(op.structure)
+    return treedef.unflatten(_inverse_roots(p, tuple(leaf.dtype for leaf in leaves)))
+
+
+@partial(jax.jit, static_argnames="dtypes")
+def _inverse_roots(p: list, dtypes: tuple) -> list:
+    return [(1 / jnp.sqrt(x)).astype(dtype) for x, dtype in zip(p, dtypes, strict=True)]
 
 
 def _make(base: LinearOperator, scale: PyTree) -> PreconditionedOperator:
@@ -194,69 +230,6 @@ def _make(base: LinearOperator, scale: PyTree) -> PreconditionedOperator:
     object.__setattr__(op, "base", base)
     object.__setattr__(op, "scale", scale)
     return op
-
-
-def _states(node: Any, injected: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """All parts of a state that have a rule, with the hyperparameters that were injected above them."""
-    if type(node).__name__ in RULES:
-        yield node, injected
-        return
-    own = getattr(node, "hyperparams", None)
-    if isinstance(own, dict):
-        injected = injected | {name: _value(x) for name, x in own.items()}
-    children = node.values() if isinstance(node, dict) else node if isinstance(node, (tuple, list)) else ()
-    for child in children:
-        yield from _states(child, injected)
-
-
-def _second_moment(optimizer_state: PyTree) -> tuple[Any, dict[str, Any], Rule]:
-    found = list(_states(optimizer_state, {}))
-    names = [type(state).__name__ for state, _ in found]
-    if not found:
-        raise SpectraError(
-            f"the optimizer state ({type(optimizer_state).__name__}) holds no second moment that is known: "
-            f"looked for {', '.join(RULES)}. Plain gradient descent has no preconditioner: its curvature is "
-            "that of `op` itself."
-        )
-    if len(found) > 1:
-        raise SpectraError(
-            f"the optimizer state holds {len(found)} second moments ({', '.join(names)}): pass the part that "
-            "belongs to these parameters, such as state.inner_states['group'], and op.block(...) of them."
-        )
-    return *found[0], RULES[names[0]]
-
-
-def _count(state: Any) -> Any:
-    if "count" not in state._fields:  # every tuple has a method of this name
-        return None
-    count = _value(state.count)
-    if not _tree.is_traced(count) and int(count) == 0:
-        raise SpectraError("the optimizer has taken no step yet: its second moment is empty.")
-    return count
-
-
-def _value(leaf: Any) -> Any:
-    """The array in a leaf, which nnx wraps."""
-    return jax.tree.leaves(leaf)[0] if jax.tree.leaves(leaf) else leaf
-
-
-def _matching(moments: PyTree, op: LinearOperator) -> PyTree:
-    """The second moments of the operator's parameters, found by their paths, as a vector."""
-    known = dict(zip(leaf_paths(moments), jax.tree.leaves(moments), strict=True))
-    leaves, treedef = jax.tree.flatten(op.like)
-    chosen = []
-    for path, leaf in zip(leaf_paths(op.like), leaves, strict=True):
-        if path not in known:
-            raise StructureError(
-                f"the optimizer state has no second moment of the parameter '{path}'; it has those of "
-                f"{', '.join(known) or 'none'}. Take op.block(...) of parameters that this optimizer moves."
-            )
-        if known[path].shape != leaf.shape:
-            raise StructureError(
-                f"the second moment of '{path}' has shape {known[path].shape}, the parameter {leaf.shape}."
-            )
-        chosen.append(known[path])
-    return treedef.unflatten(chosen)
 
 
 def _check(scale: PyTree) -> None:

@@ -1,0 +1,279 @@
+"""The diagonal P that an optimizer divides by, measured from its own update.
+
+Where the state holds the momentum m, an update is u = -η P⁻¹ m' + rest. P depends on the second moment and
+on the step count, which are set so that the update leaves behind those of the state; what a change of the
+momentum adds to u is then -η P⁻¹ b1 times the change, whatever else moves the parameters (weight decay, a
+gradient, another momentum). η b1 is the response at a second moment N so large that P is a power of N, after
+infinitely many steps. The rectification of RAdam, Nesterov's momentum, and numbers that no state holds (b1,
+b2, eps) are in it without being asked for. Where u is not linear in the momentum, entry by entry, no diagonal
+P exists, and the optimizer is refused.
+
+RMSProp and Adagrad have no momentum to change. There the gradient is, and what is measured is compared with
+the rule.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra import _tree
+from spectra._errors import SpectraError
+from spectra._paths import leaf_paths
+from spectra.operators import optimizers
+from spectra.operators.base import LinearOperator
+from spectra.operators.optimizers import Found
+
+PyTree = Any
+Arrays = list[jax.Array]
+AGREE = 1e-3
+"""Relative difference of what should be equal but for rounding, of float32 at a second moment of bfloat16."""
+SECOND = ("nu", "nu_max", "sum_of_squares")
+FOREVER = 2**30
+"""Steps after which no bias is left to correct."""
+
+
+class Response:
+    """An optimizer's update, as a function of its momentum (or gradient) at a fixed second moment."""
+
+    def __init__(self, update_fn: Any, state: PyTree, op: LinearOperator):
+        self.update, self.op = _update_of(update_fn), op
+        first = optimizers.second_moment(optimizers.pure(state))
+        self.template = optimizers.template_of(first.fields[optimizers.RULES[first.kind].moment], op)
+        self.state = _with_classes(update_fn, optimizers.pure(state), self.template)
+        self.found = optimizers.second_moment(self.state)
+        self.fields = self.found.fields
+        self.momentum = optimizers.RULES[self.found.kind].has_momentum
+        self.count = self.found.count()
+        self.held = {name: self.fields[name] for name in SECOND if name in self.fields}
+        self.moment = self.held[optimizers.RULES[self.found.kind].moment]
+
+    def to(self, held: dict[str, PyTree], count: Any, drive: PyTree) -> Arrays:
+        """-(u(+d) - u(-d)) / 2d for each of the operator's parameters, with `held` left behind."""
+        plus, minus = (self._leaving(held, count, jax.tree.map(lambda x, s=s: s * x, drive)) for s in (1, -1))
+        d = self._of_op(drive)
+        return [-(a - b) / (2 * x) for a, b, x in zip(plus, minus, d, strict=True)]
+
+    def _leaving(self, held: dict[str, PyTree], count: Any, drive: PyTree) -> Arrays:
+        """The update that leaves `held` behind: what a step makes of it is affine, with one slope a leaf."""
+        once, twice = (
+            self._evaluate(jax.tree.map(lambda x, s=s: s * x, held), count, drive)[1] for s in (1, 2)
+        )
+        start = jax.tree.map(_preimage, held, once, twice)
+        updates, left = self._evaluate(start, count, drive)
+        if not _tree.is_traced(left):
+            for want, got in zip(jax.tree.leaves(held), jax.tree.leaves(left), strict=True):
+                if not np.allclose(got, want, rtol=AGREE, atol=0):
+                    raise _refused("its second moment is no running mean that a step continues")
+        return self._of_op(updates)
+
+    def _evaluate(self, held: dict[str, PyTree], count: Any, drive: PyTree) -> tuple[PyTree, dict]:
+        fields = held | ({} if self.count is None else {"count": jnp.asarray(count - 1, jnp.int32)})
+        gradient = jax.tree.map(jnp.zeros_like, self.template)
+        if self.momentum:
+            fields = fields | {"mu": drive}
+        else:
+            gradient = self._like_template(drive)
+        try:
+            return _evaluate(self.update, self.state, fields, gradient, self.template)
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise SpectraError(
+                f"update_fn(gradients, state, params) failed: {line} It is called as optax does, with "
+                "gradients and parameters like those the optimizer was made for. Pass the transformation "
+                "itself, update_fn=optimizer, for a state that was restored without its classes."
+            ) from error
+
+    def _like_template(self, drive: PyTree) -> PyTree:
+        known = optimizers.by_name(drive, self.template)
+        leaves = zip(leaf_paths(self.template), jax.tree.leaves(self.template), strict=True)
+        values = [known.get(path, jnp.zeros_like(leaf)) for path, leaf in leaves]
+        return jax.tree.unflatten(jax.tree.structure(self.template), values)
+
+    def _of_op(self, tree: PyTree) -> Arrays:
+        return optimizers.matching(optimizers.by_name(tree, self.template), self.op)
+
+    def drive(self, size: float | None = None, seed: int | None = None) -> PyTree:
+        """A change as large as the root of the second moment, or as `size`; with a seed of random signs."""
+        share, floor = (1.0, 1.0) if self.momentum else (0.25, 1e-2)
+        leaves, treedef = jax.tree.flatten(self.moment)
+        driven = jax.tree.leaves(self.fields["mu"]) if self.momentum else leaves
+        rng, values = np.random.default_rng(seed), []
+        for x, like in zip(leaves, driven, strict=True):
+            root = share * jnp.sqrt(jnp.maximum(x, 0))
+            change = jnp.where(root > 0, root, floor) if size is None else jnp.full(x.shape, size)
+            if seed is not None:
+                change = change * jnp.asarray(rng.choice([-1, 1], x.shape) * rng.uniform(0.5, 1, x.shape))
+            values.append(change.astype(_tree.working_dtype(like.dtype)))
+        return treedef.unflatten(values)
+
+
+@partial(jax.jit, static_argnames="update")
+def _evaluate(update: Callable, state: PyTree, fields: dict[str, PyTree], gradient: PyTree, params: PyTree):
+    part = next(optimizers.states(state)).part
+    kept = {name: _cast(new, getattr(part, name)) for name, new in fields.items()}
+    new = part._replace(**kept)
+    state = jax.tree.map(lambda x: new if x is part else x, state, is_leaf=lambda x: x is part)
+    updates, after = update(gradient, state, params)
+    left = next(optimizers.states(after)).part
+    return updates, {name: getattr(left, name) for name in fields if name in SECOND}
+
+
+def _cast(new: PyTree, old: PyTree) -> PyTree:
+    """In the state's types, but no floats below float32: a step computes with them before it rounds."""
+
+    def dtype(leaf):
+        return _tree.working_dtype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+
+    return jax.tree.map(lambda x, y: x.astype(dtype(y)), new, old)
+
+
+def _preimage(want: jax.Array, once: jax.Array, twice: jax.Array) -> jax.Array:
+    size = jnp.max(jnp.abs(want), initial=0)
+    slope = jnp.max(jnp.abs(twice - once), initial=0) / jnp.where(size > 0, size, 1)
+    return jnp.where(slope > 0, (want - once) / jnp.where(slope > 0, slope, 1) + want, want)
+
+
+def preconditioner(update_fn: Any, state: PyTree, op: LinearOperator, rule: Callable[..., list]) -> Arrays:
+    """P of each of the operator's parameters, from updates; `rule` gives it where there is no momentum.
+
+    Raises:
+        SpectraError: the update is zero, is no diagonal multiple of the momentum, or contradicts the rule.
+    """
+    response = Response(update_fn, state, op)
+    found = response.to(response.held, response.count, response.drive())
+    if not _tree.is_traced(found) and not any(np.any(x) for x in found):
+        response.state = _earlier(response.state, response.found)
+        found = response.to(response.held, response.count, response.drive())
+    if not _tree.is_traced(found):
+        _require_diagonal(found, response.to(response.held, response.count, response.drive(seed=0)))
+    return _normalised(response, found) if response.momentum else _compared(response, found, rule)
+
+
+def _normalised(response: Response, found: Arrays) -> Arrays:
+    """P from the responses, in the unit of the response at a second moment that leaves nothing else of P."""
+    roots = 1e14, 1e12
+    count = None if response.count is None else FOREVER
+    limits = []
+    for root in roots:
+        held = jax.tree.map(lambda x, n=root: jnp.full_like(x, n**2), response.held)
+        limits.append(response.to(held, count, response.drive(root)))
+    ends = [jnp.stack([jnp.max(x) for x in limit if x.size]).max() for limit in limits]
+    if _tree.is_traced(found):  # what cannot be looked at is taken for a square root
+        return [ends[0] * roots[0] / x for x in found]
+    for limit, end in zip(limits, ends, strict=True):
+        if not all(np.allclose(x, end, rtol=AGREE, atol=0) for x in limit):
+            raise _refused("its parameters have different learning rates; take op.block(...) of one group")
+    power = float(np.log(float(ends[1] / ends[0])) / np.log(roots[0] / roots[1]))
+    if not min(abs(power - 1), abs(power - 2)) < AGREE:
+        raise _refused("the momentum is not divided by its second moment, or by the root of it")
+    return [ends[0] * roots[0] ** round(power) / x for x in found]
+
+
+def _compared(response: Response, found: Arrays, rule: Callable[..., list]) -> Arrays:
+    """The first of the rule's P that the responses are inverse to, up to the learning rate."""
+    slope = {} if response.count is None else {"b2": _slope(response)}
+    if _tree.is_traced(found):
+        return rule(slope, True)
+    for in_sqrt in (True, False):
+        if _is_inverse(found, p := rule(slope, in_sqrt)):
+            return p
+    held = jax.tree.map(lambda x: 4 * x, response.held)
+    twice = response.to(held, response.count, response.drive())  # where the root is twice as large
+    bare = [np.asarray(x, np.float64).ravel() for x in rule(slope | {"eps": 0.0}, True)]
+    for in_sqrt in (True, False):
+        eps = _fitted_eps(np.concatenate(bare), _ravel(found), _ravel(twice), in_sqrt)
+        if eps is not None and _is_inverse(found, p := rule(slope | {"eps": eps}, in_sqrt)):
+            return p
+    raise SpectraError(
+        f"one update of the optimizer contradicts the P of a {response.found.kind}, whatever its eps. Pass "
+        "the diagonal of the P that is meant in place of the state, a pytree like the parameters."
+    )
+
+
+def _is_inverse(found: Arrays, p: Arrays) -> bool:
+    """Whether the responses times P are one number, the learning rate; P is infinite where nothing moves."""
+    moves = np.isfinite(_ravel(p))
+    rates = _ravel(found)[moves] * _ravel(p)[moves]
+    return bool(np.allclose(rates, np.median(rates), rtol=AGREE, atol=0) and not _ravel(found)[~moves].any())
+
+
+def _fitted_eps(root: np.ndarray, once: np.ndarray, twice: np.ndarray, in_sqrt: bool) -> float | None:
+    """eps of c / sqrt(root² + eps), or of c / (root + eps), from responses at root and 2 root."""
+    seen = np.isfinite(root) & (root > 0) & (twice != 0)
+    if not seen.any():
+        return None
+    root, ratio = root[seen], (once / np.where(twice != 0, twice, 1))[seen]
+    at = int(np.argmin(root))  # where eps matters most
+    power = 2 if in_sqrt else 1
+    eps = root[at] ** power * (2**power - ratio[at] ** power) / (ratio[at] ** power - 1)
+    return float(eps) if np.isfinite(eps) and eps > 0 else None
+
+
+def _ravel(arrays: Arrays) -> np.ndarray:
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in arrays])
+
+
+def _slope(response: Response) -> Any:
+    """b2: what a step without a gradient leaves of the second moment."""
+    nothing = jax.tree.map(jnp.zeros_like, response.drive())
+    left = response._evaluate(response.held, response.count, nothing)[1]
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(response.held), strict=True)
+    return jnp.max(jnp.stack([jnp.max(a) / jnp.max(b) for a, b in pairs if b.size]))
+
+
+def _require_diagonal(found: Arrays, again: Arrays) -> None:
+    largest = max(float(np.max(np.abs(x), initial=0)) for x in found)
+    if not largest > 0:
+        raise SpectraError(
+            "update_fn returned an update that does not depend on the momentum: a learning rate of zero, or "
+            "a step that only accumulates (optax.MultiSteps). Pass update_fn and state of the inner optimizer."
+        )
+    for a, b in zip(found, again, strict=True):
+        if not np.allclose(a, b, rtol=AGREE, atol=0):
+            raise _refused("an update is no multiple of the momentum, entry by entry")
+
+
+def _refused(reason: str) -> SpectraError:
+    return SpectraError(
+        f"this optimizer has no diagonal P in its state: {reason}. Pass the diagonal of the P that is meant "
+        "in place of the state, a pytree like the parameters."
+    )
+
+
+def _update_of(update_fn: Any) -> Callable:
+    """The update of optax's transformation, of an nnx `Optimizer`, or the function itself."""
+    update_fn = getattr(update_fn, "tx", update_fn)
+    update = getattr(update_fn, "update", update_fn)
+    if not callable(update):
+        raise SpectraError(f"update_fn is a {type(update_fn).__name__}; pass optimizer.update.")
+    return update
+
+
+def _with_classes(update_fn: Any, state: PyTree, template: PyTree) -> PyTree:
+    """A state that was restored as dicts and lists, in the form that the transformation makes."""
+    init = getattr(getattr(update_fn, "tx", update_fn), "init", None)
+    if init is None or next(optimizers.states(state)).has_class:
+        return state
+    fresh, known = init(template), optimizers.by_name(state)
+    paths = leaf_paths(fresh)
+    missing = [path for path in paths if path not in known]
+    if missing:
+        raise SpectraError(
+            f"the restored state has no '{missing[0]}', which a fresh state of this optimizer has; it has "
+            f"{', '.join(list(known)[:8])}."
+        )
+    return jax.tree.unflatten(jax.tree.structure(fresh), [known[path] for path in paths])
+
+
+def _earlier(state: PyTree, found: Found) -> PyTree:
+    """The state with half of the steps in the counts of others, such as a schedule at its end."""
+
+    def one(node):
+        counts = hasattr(node, "dtype") and node.ndim == 0 and jnp.issubdtype(node.dtype, jnp.integer)
+        return node // 2 if counts else node
+
+    return jax.tree.map(one, state, is_leaf=lambda x: x is found.part)
