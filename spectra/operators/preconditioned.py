@@ -182,8 +182,8 @@ def _require_known(found: Found, chosen: Rule, rule: str | None, given: dict[str
     same = " RAdam, ADOPT, Yogi, AdaMax and LAMB keep a state of the same form as Adam's."
     raise SpectraError(
         f"a {found.kind} does not say {missing} and optax does not store it.{same * chosen.has_momentum} "
-        "Pass update_fn=optimizer.update, from which P is measured; or the numbers, such as b2=0.999 (and rule= "
-        f"one of {', '.join(SAME_STATE)} if it is not Adam or AdamW)."
+        "Pass update_fn=optimizer.update, from which P is measured; or the numbers, such as b2=0.999 (and "
+        f"rule= one of {', '.join(SAME_STATE)} if it is not Adam or AdamW)."
     )
 
 
