@@ -229,8 +229,8 @@ def _require_diagonal(found: Arrays, again: Arrays) -> None:
     largest = max(float(np.max(np.abs(x), initial=0)) for x in found)
     if not largest > 0:
         raise SpectraError(
-            "update_fn returned an update that does not depend on the momentum: a learning rate of zero, or a "
-            "step that only accumulates (optax.MultiSteps). Pass update_fn and state of the inner optimizer."
+            "update_fn returned an update that does not depend on the momentum: a learning rate of zero, or "
+            "a step that only accumulates (optax.MultiSteps). Pass update_fn, state of the inner optimizer."
         )
     for a, b in zip(found, again, strict=True):
         if not np.allclose(a, b, rtol=AGREE, atol=0):
