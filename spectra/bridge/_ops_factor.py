@@ -64,11 +64,6 @@ def eig(self):
     return _eig(self)
 
 
-@aten("_linalg_eigvals.default")
-def eigvals(self):
-    return _eig(self)[0]
-
-
 @aten("linalg_qr.default")
 def qr(A, mode="reduced"):
     if mode not in ("reduced", "complete", "r"):

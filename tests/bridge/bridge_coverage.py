@@ -1,9 +1,25 @@
 """Which operators the models of the registry reach, found by exporting them."""
 
+import jax
 import torch
 from bridge_cases import CASES
+from function_sweep import Swept
+from torch_functions import FUNCTIONS
+from torch_layers import LAYERS
 
 from spectra import bridge
+
+
+def covered_by_functions() -> set[str]:
+    """The operators of functions whose results have a sign or a phase to choose, or that have branches."""
+    found: set[str] = set()
+    functions = {**FUNCTIONS["torch.linalg"], **LAYERS["control flow"]}
+    with jax.enable_x64(True):
+        for name in ("linalg.svd", "eigh", "eig", "torch.cond"):
+            module = Swept(functions[name])
+            model = bridge.from_torch(module, torch.ones((), dtype=torch.float64), batch_axis=None)
+            found |= set(model.operators)
+    return found
 
 
 def covered_by_models() -> set[str]:

@@ -1,16 +1,18 @@
 """Single operators against `torch.ops.aten`, family by family; refusals; sizes."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
-from operator_calls import CALLS, KEYWORDS, SIZES, Call
-from operator_check import differences
+from operator_calls import CALLS, KEYWORDS, SIZES, Call, T
+from operator_check import differences, to_jax
 
 from spectra.bridge import BridgeError
 from spectra.bridge._operators import ABSENT, OPERATORS, SIGNATURES
 
 FAMILIES: dict[str, list[Call]] = {family: [(n, a, {}) for n, a in calls] for family, calls in CALLS.items()}
 FAMILIES["keywords"] = KEYWORDS
+GROUPED = "transformers.grouped_mm_fallback.default"  # an operator of that package
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -35,13 +37,23 @@ def test_a_wrong_operator_is_noticed_and_named(monkeypatch):
 @pytest.mark.slow
 def test_every_operator_is_tested():
     """Each function of the table is called here or by a model of the registry."""
-    from bridge_coverage import covered_by_models
+    from bridge_coverage import covered_by_functions, covered_by_models
+    from test_bridge_ties import TIES
 
     calls = [call for family in FAMILIES.values() for call in family]
     called = {name for name, _, _ in calls + SIZES} | covered_by_models()
+    called |= covered_by_functions() | {f"aten.{row[0]}" for row in TIES.values()} | {GROUPED}
     functions = {OPERATORS[n] for n in called if n in OPERATORS}
     untested = sorted(n for n, f in OPERATORS.items() if f not in functions)
     assert not untested
+
+
+def test_grouped_rows():
+    """Rows 0 and 1 by the first matrix, row 2 by the third, none by the second, the last by none."""
+    rows, matrices = T(4, 3), T(3, 3, 2)
+    ours = OPERATORS[GROUPED](to_jax(rows), to_jax(matrices), jnp.array([2, 2, 3]))
+    theirs = torch.cat([rows[:2] @ matrices[0], rows[2:3] @ matrices[2], torch.zeros(1, 2)])
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-6 * float(theirs.abs().max()))
 
 
 def test_table_is_consistent():
