@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from spectra.bridge._errors import BridgeError
 from spectra.bridge._ops_shape import at
 from spectra.bridge._promotion import cast
 from spectra.bridge._registry import aten
@@ -29,6 +30,8 @@ def _crop(self, axis, low, high):
 def _pad(self, padding, mode):
     for i in range(len(padding) // 2):
         axis, (low, high) = self.ndim - 1 - i, padding[2 * i : 2 * i + 2]
+        if mode == "reflect" and max(low, high) >= self.shape[axis]:  # as in PyTorch; NumPy would repeat it
+            raise BridgeError(f"reflection by ({low}, {high}) of an axis of {self.shape[axis]} entries")
         self = _crop(self, axis, low, high)
         widths = [(0, 0)] * self.ndim
         widths[axis] = (max(low, 0), max(high, 0))

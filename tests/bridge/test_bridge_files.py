@@ -321,6 +321,8 @@ def _chain(op, first, last=40, arguments=lambda ref: [ref, ref]):
                 [{"ref": "z0"}, [60, 60], [1, 1], [0, 0], [1, 1]]), "more work"),
         (_chain("aten.cat.default", ("aten.full.default", [[2], 1.0]), arguments=lambda ref: [[ref] * 3]),
          "elements"),
+        (_chain("aten.reflection_pad1d.default", ("aten.full.default", [[1, 3], 1.0]), 2,
+                lambda ref: [ref, [2**24, 0]]), "reflection by"),
     ],
 )  # fmt: skip
 def test_a_small_graph_cannot_ask_for_endless_work(files, tmp_path, nodes, message):
