@@ -105,6 +105,9 @@ def max_pool3d(self, kernel_size, stride=(), padding=0, dilation=1, ceil_mode=Fa
 
 def _avg_pool(self, n, kernel, stride, padding, ceil_mode, count_include_pad, divisor):
     kernel, stride, padding, _, counts, pads = _windows(self, n, kernel, stride, padding, 1, ceil_mode)
+    if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
+        raise BridgeError(f"average pooling padding {padding} exceeds half of the kernel {kernel}")
+    spend(sum(counts) // 2**9)  # the positions of windows are made on the host
     window = (1,) * (self.ndim - n) + tuple(kernel)
     strides = (1,) * (self.ndim - n) + tuple(stride)
     padded = _pad_last(self, pads, 0)

@@ -323,6 +323,10 @@ def _chain(op, first, last=40, arguments=lambda ref: [ref, ref]):
          "elements"),
         (_chain("aten.reflection_pad1d.default", ("aten.full.default", [[1, 3], 1.0]), 2,
                 lambda ref: [ref, [2**24, 0]]), "reflection by"),
+        (_chain("aten.avg_pool1d.default", ("aten.full.default", [[1, 1, 5], 1.0]), 2,
+                lambda ref: [ref, [3], [1], [2**24]]), "half of the kernel"),
+        (_chain("aten.avg_pool1d.default", ("aten.full.default", [[1, 1, 2**26], 1.0]), 2,
+                lambda ref: [ref, [3], [1], [1]]), "more work"),
     ],
 )  # fmt: skip
 def test_a_small_graph_cannot_ask_for_endless_work(files, tmp_path, nodes, message):
