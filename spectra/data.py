@@ -19,7 +19,7 @@ from spectra._mesh import on_automatic_axes
 from spectra._tree import path_str
 
 PyTree = Any
-Shared = _paths.Select | tuple[_paths.Select, ...] | None
+Shared = _paths.Select | tuple[_paths.Select, ...] | list[str] | None
 
 
 @jax.tree_util.register_static
@@ -131,7 +131,7 @@ def shared_leaves(batch: PyTree, shared: Shared) -> list[bool]:
     """
     leaves = jax.tree.leaves(batch)
     chosen: set[int] = set()
-    for select in () if shared is None else shared if isinstance(shared, tuple) else (shared,):
+    for select in () if shared is None else shared if isinstance(shared, (tuple, list)) else (shared,):
         try:
             chosen.update(_paths.select_leaves(batch, select))
         except StructureError as error:

@@ -180,8 +180,8 @@ def test_a_loss_that_brings_its_weight(x64):
     batch = {"x": jnp.asarray(X), "y": jnp.asarray(y)}
     parts = [jax.tree.map(lambda x, i=i: x[i : i + 4], batch) for i in (0, 4, 8)]
     exact = jax.hessian(lambda w: loss_fn(w, batch))(jnp.asarray(W)).reshape(6, 6)
-    for data, options in ((parts, {}), (batch, {"microbatch": 4})):
-        op = HessianOperator(loss_fn, jnp.asarray(W), data, **options)
+    for data, microbatch in ((parts, None), (batch, 4)):
+        op = HessianOperator(loss_fn, jnp.asarray(W), data, microbatch=microbatch)
         assert relative_error(op.as_matrix(), exact) <= 1e-10
     with pytest.raises(DataError, match="not a mean"):
         HessianOperator(loss_fn, jnp.asarray(W), parts, weight_fn=lambda batch: len(batch["x"]))
