@@ -440,8 +440,8 @@ OPERATORS = [
     fault(
         "batches of a stream weigh the same",
         "stream.py",
-        "return cls(source, tuple(weights / weights.sum()), indices)",
-        "return cls(source, tuple(np.full(len(weights), 1 / len(weights))), indices)",
+        "return cls(source, tuple(weights / weights.sum()), indices, ",
+        "return cls(source, tuple(np.full(len(weights), 1 / len(weights))), indices, ",
         "test_data.py::test_any_cut_of_the_data_gives_the_same_hessian",
     ),
     fault(
@@ -461,8 +461,8 @@ OPERATORS = [
     fault(
         "leaves that examples share are cut with them",
         "data.py",
-        "index in chosen or leaf.ndim == 0",
-        "leaf.ndim == 0",
+        "index in chosen or np.ndim(leaf) == 0",
+        "np.ndim(leaf) == 0",
         "test_batches.py::test_leaves_that_examples_share_are_not_cut",
     ),
     fault(
