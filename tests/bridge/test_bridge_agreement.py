@@ -98,6 +98,7 @@ OTHERS = {
     "module hook": (_backward_hook, "backward hook on Linear 'last'"),
     "parameter hook": (_parameter_hook, "hook on the parameter 'first.weight'"),
     "no_grad": (lambda: _Net(_doubled_unseen), r"in-place change under torch.no_grad.*h.mul_"),
+    "half precision": (lambda: _Net(_Sign.apply).bfloat16(), "autograd.Function _Sign"),
     "inference_mode": (lambda: _Net(_inference), r"inference_mode.*torch.sigmoid"),
 }
 
@@ -106,8 +107,9 @@ OTHERS = {
 def test_another_gradient_is_refused_with_its_cause(name):
     """Also at an example of zeros, which is what people pass, and where the first gradient vanishes."""
     build, cause = OTHERS[name]
+    module = build()
     with pytest.raises(BridgeError, match=f"not the module.*gradient.*(?s:.*){cause}"):
-        bridge.from_torch(build(), torch.zeros(3, 4))
+        bridge.from_torch(module, torch.zeros(3, 4, dtype=module.last.weight.dtype))
 
 
 def test_a_changed_output_is_refused_with_its_cause(tmp_path):
@@ -121,6 +123,20 @@ def test_a_changed_output_is_refused_with_its_cause(tmp_path):
     module.weight.data.renorm_(2, 0, 1.0)
     module.max_norm = None
     bridge.from_torch(module, torch.arange(7))
+
+
+class _Drawn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.weight * x * random.random()
+
+
+def test_a_number_drawn_by_python_is_noticed():
+    with pytest.raises(BridgeError, match="output differs"):
+        bridge.from_torch(_Drawn(), torch.randn(3, 4))
 
 
 def test_a_function_behind_layers_of_zeros_is_found():
