@@ -39,6 +39,49 @@ def group_leaves(tree: PyTree, by: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(group) for name, group in groups.items() if any(sizes[i] for i in group)}
 
 
+def stacked_groups(
+    tree: PyTree, by: str, stacks: dict[int, str]
+) -> list[tuple[str, tuple[int, ...], str | None]]:
+    """(name, indices, path of its stack) of each of `group_leaves`, cut where it has leaves of stacks.
+
+    `stacks` says under which path lie the leaves that are stacked along their leading axis.
+    """
+    parts = []
+    for name, indices in group_leaves(tree, by).items():
+        for stack in dict.fromkeys(stacks.get(i) for i in indices):
+            parts.append((name, tuple(i for i in indices if stacks.get(i) == stack), stack))
+    return parts
+
+
+def numbered(name: str, stack: str, number: int) -> str:
+    """`layers/0/attention` for `layers/attention` in the stack `layers`."""
+    if not stack or not f"{name}/".startswith(f"{stack}/"):  # the layers of a root, or of leaves themselves
+        return f"{name}/{number}"
+    return f"{stack}/{number}{name.removeprefix(stack)}"
+
+
+def stacks_of(tree: PyTree, select: Select) -> dict[int, str]:
+    """The leaves that are chosen, with the shortest part of each path that is."""
+    chosen, names = _predicate(select), leaf_paths(tree)
+    found = {}
+    for index in select_leaves(tree, select):
+        parts = names[index].split("/")
+        heads = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        found[index] = next((head for head in heads if chosen(head)), layer_name(tuple(parts)))
+    return found
+
+
+def common_path(names: list[str]) -> str:
+    """The path that all names lie under."""
+    parts = [name.split("/")[:-1] for name in names]
+    shared = []
+    for step in zip(*parts, strict=False):
+        if len(set(step)) > 1:
+            break
+        shared.append(step[0])
+    return "/".join(shared)
+
+
 def layer_name(parts: tuple[str, ...]) -> str:
     """The path without its last part: the module that owns the parameter."""
     if parts[-1].startswith("'"):  # a key with separators of its own

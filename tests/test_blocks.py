@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from cases import OPERATORS, relative_error, slow_but
+from jax import lax
 from networks import LOSSES, Network, cross_entropy, model_fn
 
 import spectra
@@ -146,6 +147,64 @@ def test_paths_that_read_alike_are_told_apart(tree, names, layers):
     assert sum(map(len, _paths.group_leaves(tree, "layer").values())) == len(found)
     for index, name in enumerate(found):
         assert _paths.select_leaves(tree, name) == (index,)
+
+
+def scanned_loss(params, x):
+    """The microbatches' scan, recomputation and a cast lie between the parameters and their own scan."""
+
+    def layer(hidden, weights):
+        return hidden + jnp.tanh(hidden @ weights["dense"]["kernel"] + weights["bias"]), None
+
+    def network(layers, x):
+        return lax.scan(jax.checkpoint(layer), x, layers)[0]
+
+    return jnp.mean((jax.checkpoint(network)(params["layers"], x) @ params["out"]["w"]) ** 2)
+
+
+def test_scanned_layers_are_blocks_of_their_own(x64):
+    rng = np.random.default_rng(0)
+    layers = {"bias": rng.standard_normal((3, 2)), "dense": {"kernel": rng.standard_normal((3, 2, 2))}}
+    params = jax.tree.map(jnp.asarray, {"layers": layers, "out": {"w": rng.standard_normal(2)}})
+    x = jnp.asarray(rng.standard_normal((5, 2)))
+    op = spectra.HessianOperator(scanned_loss, params, x, microbatch=2)
+    blocks = op.blocks(by="layer")
+    assert {name: block.size for name, block in blocks.items()} == {
+        **{f"layers/{i}": 2 for i in range(3)},
+        **{f"layers/{i}/dense": 4 for i in range(3)},
+        "out": 2,
+    }
+    dense = np.asarray(op.as_matrix())  # 6 of the biases, 12 of the kernels, 2 of the output
+    limit = 64 * np.finfo(float).eps * np.linalg.norm(dense, 2)
+    for i in range(3):
+        rows = slice(6 + 4 * i, 10 + 4 * i)
+        block = blocks[f"layers/{i}/dense"]
+        assert np.abs(np.asarray(block.as_matrix()) - dense[rows, rows]).max() <= limit
+    assert list((2 * op).blocks()) == list(op.blocks())
+    assert list(blocks["layers/1"].blocks()) == ["layers/bias"]
+
+
+def test_stacks_that_no_scan_shows_are_chosen():
+    """An ensemble under `jax.vmap`."""
+    members = {"net": {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}, "scale": jnp.ones(2)}
+
+    def ensemble_loss(params, x):
+        one = jax.vmap(lambda net: jnp.sum(net["w"] * x) + net["b"])
+        return jnp.sum(one(params["net"]) ** 2) * jnp.sum(params["scale"])
+
+    op = spectra.HessianOperator(ensemble_loss, members, jnp.ones(2))
+    assert list(op.blocks(by="layer")) == ["net", "scale"]
+    blocks = op.blocks(by="layer", scanned="net")
+    assert {name: block.size for name, block in blocks.items()} == {
+        "net/0": 3,
+        "net/1": 3,
+        "net/2": 3,
+        "scale": 2,
+    }
+    # ∂²/∂(b, w)² of 2 (w·x + b)², the factor of the scales included, is 4 (1, x)(1, x)ᵀ.
+    np.testing.assert_allclose(blocks["net/1"].as_matrix(), 4 * np.ones((3, 3)), rtol=1e-6)
+    scalar = spectra.HessianOperator(ensemble_loss, {**members, "scale": jnp.array(1.0)}, jnp.ones(2))
+    with pytest.raises(spectra.StructureError, match="'scale' share no leading axis"):
+        scalar.blocks(scanned="scale")
 
 
 def test_an_empty_leaf_is_no_block(x64):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _memory, _tree
+from spectra import _memory, _paths, _tree
 from spectra._errors import MemoryLimitError, NonFiniteError, NotSymmetricError, SpectraError
 from spectra._status import Status
 from spectra.estimators.blocks import PROBES
@@ -135,7 +135,7 @@ def begin(
         raise SpectraError(f"num_matvecs={num_matvecs}: use a positive number of products.")
     if probe_batch is not None and not (isinstance(probe_batch, int) and probe_batch >= 1):
         raise SpectraError(f"probe_batch={probe_batch}: use a positive number of probes.")
-    groups = {} if by is None else op.groups(by)
+    groups = {} if by is None else _paths.group_leaves(op.like, by)
     vector = _tree.tree_bytes(op.structure)
     available = _memory.available_bytes()
     needed = op.prepared_bytes() + (stacks + VECTORS) * vector

@@ -67,6 +67,9 @@ class SumOperator(LinearOperator):
         """Bytes of all terms."""
         return sum(term.prepared_bytes() for term in self.terms)
 
+    def _stacks(self) -> dict[int, str]:
+        return self.terms[0]._stacks()
+
     def explain_non_finite(self) -> str:
         """What the terms know."""
         return " ".join(term.explain_non_finite() for term in self.terms)
@@ -115,6 +118,13 @@ class Derived(LinearOperator):
     def computes_in(self) -> str:
         """As the other operator."""
         return self.base.computes_in
+
+    def _stacks(self) -> dict[int, str]:
+        return (
+            self.base._stacks()
+            if len(jax.tree.leaves(self.like)) == len(jax.tree.leaves(self.base.like))
+            else {}
+        )
 
     def explain_non_finite(self) -> str:
         """As the other operator."""

@@ -254,20 +254,41 @@ class LinearOperator(abc.ABC):
             raise StructureError(f"the block {select!r} holds no numbers: its leaves are empty.")
         return self._principal(indices)
 
-    def blocks(self, by: str = "leaf") -> dict[str, "LinearOperator"]:
+    def blocks(
+        self, by: str = "leaf", *, scanned: _paths.Select | None = None
+    ) -> dict[str, "LinearOperator"]:
         """The diagonal blocks: one for every leaf (`by="leaf"`), or for every layer (`by="layer"`).
 
         A layer is all leaves that share their path up to its last part: `Dense_0/kernel` and
         `Dense_0/bias`, `fc1.weight` and `fc1.bias`. Groups without numbers (leaves of shape (0, 3)) are
         left out.
-        """
-        return {name: self._principal(indices) for name, indices in self.groups(by).items()}
 
-    def groups(self, by: str) -> dict[str, tuple[int, ...]]:
-        """Indices of the leaves of each group, of `by="leaf"` or `by="layer"`, that holds numbers."""
-        sizes = [leaf.size for leaf in jax.tree.leaves(self.structure)]
-        groups = _paths.group_leaves(self.like, by)
-        return {name: indices for name, indices in groups.items() if sum(sizes[i] for i in indices)}
+        Layers whose parameters are stacked along the leading axis are told apart, as `layers/0`, `layers/1`:
+        those that a loss runs `lax.scan` over (Flax's `nn.scan`), which are found, and those that `scanned`
+        chooses as `block` does, such as the members of an ensemble under `jax.vmap`.
+        """
+        from spectra.operators.blocks import LayerOperator
+
+        stacks = self._stacks() if scanned is None else _paths.stacks_of(self.like, scanned)
+        leaves, blocks = jax.tree.leaves(self.structure), {}
+        for name, indices, stack in _paths.stacked_groups(self.like, by, stacks):
+            block = self._principal(indices)
+            if stack is None:
+                blocks[name] = block
+                continue
+            shapes = [leaves[i].shape for i in indices]
+            if len({shape[:1] for shape in shapes}) > 1 or () in shapes:
+                raise StructureError(
+                    f"scanned={scanned!r}: the leaves of '{name}' share no leading axis; "
+                    f"their shapes are {shapes}."
+                )
+            for i in range(shapes[0][0]):
+                blocks[_paths.numbered(name, stack, i)] = LayerOperator(block, jnp.asarray(i))
+        return blocks
+
+    def _stacks(self) -> dict[int, str]:
+        """The leaves that are known to be stacks of layers, with the path that all of a stack lie under."""
+        return {}
 
     def _principal(self, indices: tuple[int, ...]) -> "LinearOperator":
         from spectra.operators.blocks import BlockOperator

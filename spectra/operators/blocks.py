@@ -42,3 +42,35 @@ class BlockOperator(Wrapped):
 
     def _principal(self, indices: tuple[int, ...]) -> "BlockOperator":
         return BlockOperator(self.base, tuple(self.selected[i] for i in indices))
+
+
+@operator(leaves=("base", "index"))
+class LayerOperator(Wrapped):
+    """The block of one of several layers whose parameters are stacked along the leading axis of their leaves.
+
+    Which one is a leaf, so that all layers share the compiled code. A product costs one with all of them.
+    """
+
+    base: LinearOperator
+    index: Any
+
+    @property
+    def like(self) -> PyTree:
+        """The shapes of one layer's parameters."""
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), self.base.structure)
+
+    def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+        def place(x, s):
+            stack = x.shape[: x.ndim - len(s.shape) + 1]
+            rows = jnp.zeros((*stack, *s.shape), s.dtype)
+            return rows.at[(*[slice(None)] * len(stack), self.index)].set(x.astype(s.dtype))
+
+        product = multiply(jax.tree.map(place, v, self.base.structure))
+        axes = jax.tree.map(lambda x, s: x.ndim - len(s.shape), product, self.base.structure)
+        return jax.tree.map(lambda x, axis: jnp.take(x, self.index, axis=axis), product, axes)
+
+    def _stacks(self) -> dict[int, str]:
+        return {}
+
+    def _with_base(self, base: LinearOperator) -> "LayerOperator":
+        return LayerOperator(base, self.index)

@@ -22,6 +22,7 @@ from spectra.operators.checks import check_functions, check_options, explain_non
 from spectra.operators.means import require_mean
 from spectra.operators.modes import resolve_mode
 from spectra.operators.roundings import Rounding, coarsest_rounding
+from spectra.operators.scans import scanned_inputs
 from spectra.stream import Stream
 
 PyTree = Any
@@ -178,6 +179,17 @@ class DataOperator(LinearOperator):
             f"Here {self.rounding}. Its derivatives carry that rounding through every layer: have the model "
             "compute in float32 for the analysis, such as by dtype=jnp.float32 of its layers or its policy."
         )
+
+    def _stacks(self) -> dict[int, str]:
+        jaxpr = compiled.loss.trace(self.first_piece()).jaxpr
+        chosen = tuple(range(len(jax.tree.leaves(self.params)))) if self.selected is None else self.selected
+        found, names = scanned_inputs(jaxpr, chosen), _paths.leaf_paths(self.like)
+        of_scan: dict[tuple, list[int]] = {}
+        for place, i in enumerate(chosen):
+            if i in found:
+                of_scan.setdefault(found[i], []).append(place)
+        paths = {scan: _paths.common_path([names[i] for i in places]) for scan, places in of_scan.items()}
+        return {i: paths[scan] for scan, places in of_scan.items() for i in places}
 
     def _coarsest_rounding(self) -> Rounding | None:
         """What the loss rounds by itself between the parameters that vary and its value."""

@@ -230,7 +230,7 @@ def _require_diagonal(found: Arrays, again: Arrays) -> None:
     if not largest > 0:
         raise SpectraError(
             "update_fn returned an update that does not depend on the momentum: a learning rate of zero, or "
-            "a step that only accumulates (optax.MultiSteps). Pass update_fn, state of the inner optimizer."
+            "a step that only accumulates (optax.MultiSteps). Pass those of the inner optimizer."
         )
     for a, b in zip(found, again, strict=True):
         if not np.allclose(a, b, rtol=AGREE, atol=0):
