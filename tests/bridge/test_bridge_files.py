@@ -324,8 +324,8 @@ def _chain(op, first, last=40, arguments=lambda ref: [ref, ref]):
         (_chain("aten.reflection_pad1d.default", ("aten.full.default", [[1, 3], 1.0]), 2,
                 lambda ref: [ref, [2**24, 0]]), "reflection by"),
         (_chain("aten.avg_pool1d.default", ("aten.full.default", [[1, 1, 5], 1.0]), 2,
-                lambda ref: [ref, [3], [1], [2**24]]), "half of the kernel"),
-        (_chain("aten.avg_pool1d.default", ("aten.full.default", [[1, 1, 2**26], 1.0]), 2,
+                lambda ref: [ref, [3], [1], [2**20]]), "half of the kernel"),
+        (_chain("aten.avg_pool1d.default", ("aten.full.default", [[1, 1, 2**24], 1.0]), 2,
                 lambda ref: [ref, [3], [1], [1]]), "more work"),
     ],
 )  # fmt: skip
