@@ -34,7 +34,8 @@ def working_dtype(dtype) -> jnp.dtype:
 
 def scalar_dtype(tree: PyTree) -> jnp.dtype:
     """Dtype of inner products over `tree`: float64 as soon as one leaf is."""
-    return jnp.result_type(jnp.float32, *[leaf.dtype for leaf in jax.tree.leaves(tree)])
+    dtypes = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    return jnp.result_type(jnp.float32, *dtypes)
 
 
 @jax.tree_util.register_static

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 import spectra
 from spectra import _blas
 from spectra._blas import one_thread
-from spectra.krylov import smallest
+from spectra.krylov import dense
 
 
 def threads():
@@ -85,7 +85,7 @@ def test_methods_use_it_between_their_products(name, monkeypatch):
             return pools.limit(**limits)
 
     pools = _blas._pools()
-    monkeypatch.setattr(smallest, "DENSE", 50)
+    monkeypatch.setattr(dense, "LARGEST", 50)
     monkeypatch.setattr(_blas, "_pools", Pools)
 
     def product(v):

@@ -7,7 +7,7 @@ import pytest
 from cases import slow_but
 
 import spectra
-from spectra.krylov import smallest
+from spectra.krylov import dense, smallest
 from spectra.operators import stepwise
 
 KEY = jax.random.key(5)
@@ -51,7 +51,7 @@ def test_products_are_called_one_by_one_and_give_the_same(name, monkeypatch, x64
         calls.append(isinstance(v["bias"], jax.core.Tracer))
         return original(op, v)
 
-    monkeypatch.setattr(smallest, "DENSE", 0)
+    monkeypatch.setattr(dense, "LARGEST", 0)
     monkeypatch.setattr(stepwise, "product", counted)
     apart = np.asarray(ESTIMATES[name](operator()))
     assert calls

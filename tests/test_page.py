@@ -114,7 +114,7 @@ def test_the_page_says_what_the_bands_mean_and_how_to_compute_again(tmp_path):
         "num_steps=40, num_probes=2",
         "quadrature/nodes",
         "2 × 40 float64",
-        f"{report.largest.estimate:.7g}",
+        f"{report.largest.estimate:.6g}",
     ):
         assert part in page, part
     assert text.count("<svg") == 2

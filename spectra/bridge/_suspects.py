@@ -32,8 +32,8 @@ def likely_cause(module: torch.nn.Module, inner: torch.nn.Module, args: Any, kwa
         return (
             "No cause was found. Look for hooks, a custom autograd.Function, in-place changes under "
             "torch.no_grad() or of a detached tensor, numbers drawn by NumPy or Python, and branches on "
-            "torch.compiler.is_exporting(); if there is none, an operator is converted wrongly, which is a defect "
-            "to report."
+            "torch.compiler.is_exporting(); if there is none, an operator is converted wrongly, which is a "
+            "defect to report."
         )
     return "Likely cause: " + "; ".join(found[:3])
 

@@ -218,7 +218,8 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     Estimate: {
         "value": _numbers, "stderr": _numbers, "num_matvecs": _COUNT, "method": _TEXT, "status": _STATUS,
         "reason": _TEXT, "dof": _or_none(_POSITIVE), "lower": _numbers, "upper": _numbers,
-        "total": _or_none(_a(Estimate)),
+        "total": _or_none(_a(Estimate)), "least": _or_none(_REAL), "most": _or_none(_REAL),
+        "normals": _or_none(_POSITIVE),
     },
     Interval: dict.fromkeys(Interval._fields, _curve_or_number),
     ConditionNumber: {
@@ -256,7 +257,8 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     DataVariability: {
         "largest": _array("subsets k"), "smallest": _array("subsets k"), "trace": _array("subsets"),
         "trace_probe_stderr": _array("subsets"), "whole_largest": _array("k"), "whole_smallest": _array("k"),
-        "whole_trace": _REAL, "num_matvecs": _COUNT,
+        "whole_trace": _REAL, "num_matvecs": _COUNT, "trace_spread": _or_none(_interval),
+        **dict.fromkeys(("largest_residuals", "smallest_residuals"), _or_none(_array("subsets k", low=0))),
     },
     Snapshot: {
         "step": _count(-(2**63)), "eigenvalues": _array("k"), "residuals": _array("k", low=0),
