@@ -6,8 +6,7 @@ fast. Only `gauss_rule_traced` runs in JAX, for use inside a caller's jit.
 
 import numpy as np
 
-from spectra._blas import one_thread
-from spectra._breakdown import breakdown_noise
+from spectra._brackets import bracket
 from spectra._errors import SpectraError
 
 
@@ -38,24 +37,6 @@ def gauss_rule(alpha: np.ndarray, beta: np.ndarray, length: int):
         np.pad(vectors[0] ** 2, pad),
         np.pad(np.abs(beta[length - 1] * vectors[-1]), pad),
     )
-
-
-@one_thread()
-def gauss_radau(nodes, weights, residuals, fixed: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of the rule with one more node, at `fixed`, outside the range of the nodes.
-
-    T grows by a row with β_m beside and fixed + Σ_j r_j² / (θ_j - fixed) on the diagonal, which gives it
-    the eigenvalue `fixed`. In the eigenbasis of T that is an arrowhead matrix with |β_m s_mj| = r_j on
-    the border; s_1j s_mj alternates in sign.
-
-    References:
-        Golub and Meurant, Matrices, Moments and Quadrature, 2010, section 6.2.
-    """
-    m = len(nodes)
-    arrow = np.diag(np.append(nodes, fixed + np.sum(residuals**2 / (nodes - fixed))))
-    arrow[m, :m] = arrow[:m, m] = residuals * (-1.0) ** np.arange(m)
-    theta, vectors = np.linalg.eigh(arrow)
-    return theta, (np.sqrt(weights) @ vectors[:m]) ** 2
 
 
 def gauss_rule_traced(alpha, beta, length):
@@ -112,47 +93,6 @@ def split(quadrature, x: np.ndarray):
     points = np.stack([x - shift, x, x + shift])
     share = quadrature.bulk.size / quadrature.size
     return quadrature.bulk, share, np.searchsorted(atoms, points, side="right") / quadrature.size
-
-
-def dropped(quadrature) -> float:
-    """How far from its nodes a rule that ended in an invariant space reaches.
-
-    What a breakdown takes for zero may be a recurrence coefficient β of rounding's size: a bulk with such
-    coefficients is one node and reaches 2 β to each side of it.
-    """
-    return 2 * breakdown_noise(quadrature.size, quadrature.precision) * max(map(abs, quadrature.range))
-
-
-def bracket(quadrature, x: np.ndarray, shift) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Chebyshev-Markov-Stieltjes bounds on the probes' weighted CDFs, averaged over probes.
-
-    With S_i the sum of the first i weights and θ_i the sorted nodes, the measure μ of a probe obeys
-    S_{i-1} <= μ(-inf, θ_i) <= μ(-inf, θ_i] <= S_i; monotonicity carries that to every x. Points are
-    moved by the noise floor first, so that rounding of a node cannot break a bound. A rule that ended
-    in an invariant space is the measure itself, but for a coupling of rounding's size that it dropped.
-    Points move by `shift`: the noise floor, at least.
-    """
-    x, behind = np.asarray(x, np.float64), dropped(quadrature)
-    total = np.zeros((3, *x.shape))
-    for nodes, weights, residuals, length in zip(
-        *map(np.asarray, (quadrature.nodes, quadrature.weights)),
-        np.asarray(quadrature.residuals),
-        np.asarray(quadrature.lengths),
-        strict=True,
-    ):
-        theta = nodes[:length]
-        sums = np.concatenate([[0.0], np.cumsum(weights[:length])])
-        sums /= sums[-1]
-        if not residuals.any():
-            low = np.searchsorted(theta, x - shift - behind, side="right")
-            high = np.searchsorted(theta, x + shift + behind, side="right")
-        else:
-            low = np.searchsorted(theta, x - shift, side="right")
-            high = np.searchsorted(theta, x + shift, side="left")
-            low, high = np.maximum(low - 1, 0), np.minimum(high + 1, length)
-        middle = np.searchsorted(theta, x, side="right")
-        total += sums[np.stack([low, middle, high])]
-    return tuple(total / len(quadrature.nodes))  # pyright: ignore[reportReturnType]
 
 
 def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.ndarray:

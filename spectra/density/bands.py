@@ -25,6 +25,7 @@ import itertools
 import numpy as np
 
 from spectra import _quadrature
+from spectra._brackets import bracket, dropped, rules
 
 HEIGHTS = (0.5, 1.0, 2.0, 3.0)
 """Of the contours, in kernel widths: |K| grows as exp(y² / 2), and d falls as exp(-2 π y / spacing)."""
@@ -131,7 +132,7 @@ def _error_masses(quadrature, widths: Width, places: np.ndarray, height: float, 
     a, b = (1 / square).real, (1 / square).imag
     growth = np.exp(a * y**2 * (1 + (b / a) ** 2) / 2) / np.sqrt(a * np.abs(square))
     length = h / _PER_WIDTH * np.hypot(1, height * widths.share**2 * t / h)
-    total, behind = np.zeros(len(t)), _quadrature.dropped(quadrature)
+    total, behind = np.zeros(len(t)), dropped(quadrature)
     blocks = np.array_split(np.arange(len(t)), 1 + len(t) * quadrature.num_steps // _BLOCK)
     for (theta, w, r), part in itertools.product(rules(quadrature), blocks):
         inverse = 1 / (theta[:, None] - z[part])
@@ -144,14 +145,6 @@ def _error_masses(quadrature, widths: Width, places: np.ndarray, height: float, 
     return t - y * b / a, growth * length * total / (np.pi * quadrature.num_probes), 1 / np.sqrt(a)
 
 
-def rules(quadrature):
-    """Nodes, weights that sum to one, and residuals of each probe, in float64 and at their true length."""
-    columns = zip(quadrature.nodes, quadrature.weights, quadrature.residuals, quadrature.lengths, strict=True)
-    for nodes, weights, residuals, length in columns:
-        theta, w, r = (np.asarray(x, np.float64)[:length] for x in (nodes, weights, residuals))
-        yield theta, w / w.sum(), r
-
-
 def _cells(quadrature, grid, widths: Width, moved: float, parts: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """Limits from the CDF for hats that are wider than the kernel: the mass under a hat is a difference
     of the CDF's means over two cells, and the kernel carries mass no further than its reach."""
@@ -159,11 +152,11 @@ def _cells(quadrature, grid, widths: Width, moved: float, parts: int = 8) -> tup
     points[:, -1] = grid[1:]
     # Mass at t is carried to x = t + REACH h(t), and h changes by the share at most: solved for x - t.
     reach = REACH * widths(points) / (1 - REACH * widths.share)
-    below, _, above = _quadrature.bracket(quadrature, points, reach + moved)
+    below, _, above = bracket(quadrature, points, reach + moved)
     below, above = below[:, :-1].mean(axis=1), above[:, 1:].mean(axis=1)  # a CDF does not fall
     ends = grid[[0, -1]]
     reach = REACH * widths(ends) / (1 - REACH * widths.share)
-    end_below, _, end_above = _quadrature.bracket(quadrature, ends, reach + moved)
+    end_below, _, end_above = bracket(quadrature, ends, reach + moved)
     left = np.append(end_below[0], below), np.append(end_above[0], above)
     right = np.append(below, end_below[1]), np.append(above, end_above[1])
     cells = np.diff(grid)

@@ -16,9 +16,8 @@ two hold for any f, as far as samples show its variation and its least and large
 
 import numpy as np
 
-from spectra import _quadrature
+from spectra._brackets import gauss_radau, rules
 from spectra._errors import SpectraError
-from spectra.density.bands import rules
 from spectra.density.extremes import LEVEL, extreme
 from spectra.results import Quadrature
 
@@ -119,7 +118,7 @@ def of_one_sign(f, rule, a: float, b: float) -> tuple[float, float]:
     found = [float(w @ evaluate(f, np.clip(theta, a, b)))]
     if r.any():
         for end in (a, b):
-            points, masses = _quadrature.gauss_radau(theta, w, r, end)
+            points, masses = gauss_radau(theta, w, r, end)
             found.append(float(masses @ evaluate(f, np.clip(points, a, b))))
     return min(found), max(found)
 

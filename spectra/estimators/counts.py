@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from spectra import _quadrature
+from spectra._brackets import bracket
 from spectra.estimators.functions import Source, quadrature_of
 from spectra.results import Estimate, Quadrature
 
@@ -91,7 +92,7 @@ def negative_share(
 def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:
     point = np.asarray(x, np.float64)
     rest, share, known = _quadrature.split(q, point)  # atoms of deflated pairs are not sampled
-    sampled = _quadrature.bracket(rest, point, q.noise_floor + q.coupling)
+    sampled = bracket(rest, point, q.noise_floor + q.coupling)
     widest = float(min(max(0.5, sampled[0]), sampled[2]))
     variance = widest * (1 - widest)
     low, middle, high = (float(share * part + atoms) for part, atoms in zip(sampled, known, strict=True))

@@ -60,10 +60,12 @@ class Quadrature:
         """Share of eigenvalues at or below `x`, with a band that holds for the whole curve.
 
         The band has two parts. For each probe, the Chebyshev-Markov-Stieltjes inequalities bracket the
-        true weighted CDF between partial sums of the weights: that part is deterministic and shrinks
-        with more steps. The share F(x) seen by a probe that is uniform on the sphere has the law
-        Beta(nF/2, n(1-F)/2): that part is statistical, and shrinks with more probes. With probability
-        at least `level` the true CDF lies in the band at all x at once (Bonferroni over the nodes).
+        true weighted CDF: at x between the sums, without and with its mass at x, of the Gauss-Radau rule
+        with a node there. That part is deterministic, no narrower one exists for the coefficients of the
+        run, and it shrinks with more steps. The share F(x) seen by a probe that is uniform on the sphere
+        has the law Beta(nF/2, n(1-F)/2): that part is statistical, and shrinks with more probes. With
+        probability at least `level` the true CDF lies in the band at all x at once (Bonferroni over the
+        nodes).
 
         Args:
             x: points, any shape, in units of the eigenvalues.
