@@ -111,7 +111,7 @@ def test_a_full_run_on_every_operator_finds_its_spectrum(name):
     assert q.status in (spectra.Status.COMPLETE, spectra.Status.INVARIANT)
 
 
-# Powers of two: others round `scale * a`, and the narrowest bracket of a CDF takes each coefficient at its word.
+# Powers of two: others round `scale * a`, and the bracket of a CDF takes every coefficient at its word.
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
 @pytest.mark.parametrize("name", list(SPECTRA))
 def test_every_function_is_equivariant_under_scaling(name, scale, x64):

@@ -1,0 +1,112 @@
+"""The bracket of a probe's distribution holds on measures that are known, and none is narrower."""
+
+import numpy as np
+import pytest
+
+from spectra import _brackets
+from spectra._quadrature import gauss_rule
+from spectra._status import Status
+from spectra.results import Quadrature
+
+
+def lanczos(values, start, steps):
+    """Coefficients (steps,) of a diagonal matrix, with two full reorthogonalisations a step, in float64."""
+    rows, alpha, beta = [start / np.linalg.norm(start)], [], []
+    for _ in range(steps):
+        w = values * rows[-1]
+        alpha.append(rows[-1] @ w)
+        for _ in range(2):
+            w = w - np.array(rows).T @ (np.array(rows) @ w)
+        beta.append(np.linalg.norm(w))
+        rows.append(w / beta[-1])
+    return np.array(alpha), np.array(beta)
+
+
+MEASURES = {
+    "uniform": lambda rng: np.linspace(-1.0, 1.0, 300),
+    "decaying": lambda rng: np.arange(1, 301.0) ** -1.5,
+    "bulk and spikes": lambda rng: np.append(rng.standard_normal(297), [20.0, 30.0, -25.0]),
+    "log-normal": lambda rng: np.exp(2 * rng.standard_normal(300)),
+    "two clusters": lambda rng: np.repeat([1.0, 5.0], 150) + 1e-3 * rng.standard_normal(300),
+}
+
+
+def measure(name, steps, seed=0):
+    """Eigenvalues, their exact masses, and the quadrature of a probe."""
+    rng = np.random.default_rng(seed)
+    values = np.sort(MEASURES[name](rng))
+    start = rng.standard_normal(300)
+    alpha, beta = lanczos(values, start, steps)
+    nodes, weights, residuals = gauss_rule(alpha, beta, steps)
+    quadrature = Quadrature(
+        nodes=nodes[None],
+        weights=weights[None],
+        residuals=residuals[None],
+        lengths=np.array([steps]),
+        asymmetry=np.zeros(1),
+        size=300,
+        num_matvecs=steps,
+        precision=float(np.finfo(float).eps),
+        status=Status.COMPLETE,
+    )
+    return values, start**2 / (start @ start), quadrature
+
+
+def distribution(values, masses, x):
+    return np.append(0.0, np.cumsum(masses))[np.searchsorted(values, x, side="right")]
+
+
+@pytest.mark.parametrize("steps", [3, 12, 40])
+@pytest.mark.parametrize("name", MEASURES)
+def test_the_bracket_holds_at_every_point_and_is_narrower_than_whole_weights(name, steps):
+    for seed in range(5):
+        values, masses, q = measure(name, steps, seed)
+        floor = 64 * q.noise_floor  # the exact values of the diagonal matrix are the truth; nodes round
+        inside = np.linspace(values[0] - 0.1, values[-1] + 0.1, 200)
+        x = np.sort(np.concatenate([values - floor, values + floor, inside, q.nodes[0] + floor]))
+        lower, middle, upper = _brackets.bracket(q, x, q.noise_floor)
+        truth = distribution(values, masses, x)
+        assert (lower <= truth + 1e-14).all()
+        assert (truth <= upper + 1e-14).all()
+        assert (lower <= middle + 1e-12).all()
+        assert (middle <= upper + 1e-12).all()
+        sums = np.append(0.0, np.cumsum(q.weights[0]))
+        left = np.searchsorted(q.nodes[0], inside, side="right")
+        whole = sums[np.minimum(left + 1, steps)] - sums[np.maximum(left - 1, 0)]
+        lower, _, upper = _brackets.bracket(q, inside, q.noise_floor)
+        assert np.mean(upper - lower) <= 0.7 * np.mean(whole)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_single_points_have_the_narrowest_bracket_and_curves_come_near(name):
+    """The narrowest: the mass at x, and all left of it, belong to a measure with the same coefficients."""
+    _, _, q = measure(name, 12)
+    nodes, weights, residuals = q.nodes[0], q.weights[0], q.residuals[0]
+    x = np.linspace(*q.range, 44)[1:-1]
+    curve = _brackets.bracket(q, x, q.noise_floor)
+    narrowest = []
+    for i, point in enumerate(x):
+        theta, masses = _brackets.gauss_radau(nodes, weights, residuals, point)
+        for power in range(2 * 12 - 1):  # the measure has the moments of the rule
+            scale = np.abs(theta).max() ** power
+            assert abs(masses @ theta**power - weights @ nodes**power) <= 1e-10 * scale
+        at = np.abs(theta - point).argmin()
+        assert theta[at] == pytest.approx(point, abs=1e-10 * np.abs(theta).max())
+        low, _, high = _brackets.bracket(q, point, q.noise_floor)
+        assert low == pytest.approx(masses[:at].sum(), abs=1e-6)
+        assert high == pytest.approx(masses[: at + 1].sum(), abs=1e-6)
+        assert curve[0][i] <= low + 1e-6
+        assert high <= curve[2][i] + 1e-6
+        narrowest.append(high - low)
+    assert np.mean(curve[2] - curve[0]) <= 1.3 * np.mean(narrowest) + 1e-6
+
+
+def test_beyond_all_nodes_and_for_a_single_node_nothing_is_in_doubt_that_need_not_be():
+    values, _, q = measure("uniform", 12)
+    lower, _, upper = _brackets.bracket(q, np.array([values[0] - 9, values[-1] + 9]), q.noise_floor)
+    assert lower[0] == 0.0
+    assert upper[1] == 1.0
+    _, _, one = measure("uniform", 1)
+    lower, middle, upper = _brackets.bracket(one, np.linspace(-2, 2, 9), one.noise_floor)
+    assert (lower <= middle).all()
+    assert (middle <= upper).all()
