@@ -189,7 +189,7 @@ def _limits(
     times as much, for the mass F on that side. And a converged node is an eigenvalue to within `moved` only.
     """
     sums = _sums(w)
-    left, right = (np.searchsorted(theta, x, side=side) for x, side in ((low, "right"), (high, "left")))
+    left, right = np.searchsorted(theta, low, side="right"), np.searchsorted(theta, high, side="left")
     whole = sums[np.maximum(left - 1, 0)], sums[np.minimum(right + 1, len(theta))]
     low, high = low - moved, high + moved
     left, right = np.searchsorted(theta, low, side="right"), np.searchsorted(theta, high, side="left")
