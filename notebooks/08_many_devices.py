@@ -104,7 +104,7 @@ for name, quadrature in results.items():
 # of both probes, so counting the readings counts the steps.
 
 # %%
-readings, stop_at = 0, 12
+readings, stop_at = 0, 24
 
 
 def source():

@@ -32,7 +32,7 @@ def describe(op: LinearOperator, key: jax.Array, row_dtype: Any) -> dict[str, An
         "parameters": tree_digest(op.like) if _tree.has_values(op.like) else 0,
         "data": [_data(part) for part in _parts(op)],
         "program": _program(op, u),
-        "place": [jax.__version__, len(op.device.client.devices())],
+        "place": [jax.__version__, _num_devices(op)],
         "key": np.asarray(data).ravel().tolist(),
         "basis_dtype": str(row_dtype or op.dtype),
         "product": [float(x) for x in _numbers(u, found)],
@@ -86,6 +86,12 @@ def _program(op: LinearOperator, u: Any) -> int:
         op = op.base
     op = jax.tree.map(plain, op, is_leaf=_is_part)
     return 0 if op.on_host else program_digest(product.trace(op, u).jaxpr)
+
+
+def _num_devices(op: LinearOperator) -> int:
+    """Over how many devices parameters and data in memory are spread."""
+    arrays = [leaf for leaf in jax.tree.leaves(op) if isinstance(leaf, jax.Array)]
+    return max((len(leaf.sharding.device_set) for leaf in arrays), default=1)
 
 
 @jax.jit
