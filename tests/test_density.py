@@ -113,7 +113,8 @@ def test_cdf_band_contains_the_true_cdf_at_the_promised_rate(name):
     assert misses <= 11
 
 
-@pytest.mark.parametrize("name", slow_but(SPECTRA, "bulk and outliers"))
+@pytest.mark.slow  # 100 runs; `test_laws` and two spectra below are the short form
+@pytest.mark.parametrize("name", SPECTRA)
 def test_density_band_contains_the_smoothed_truth_at_the_promised_rate(name):
     """As above, for the exact spectrum smoothed by the kernel that each result states."""
     values = np.sort(SPECTRA[name])
@@ -152,7 +153,7 @@ def smoothed(density, values, masses=None):
     return _smooth(density.grid, values, masses, widths)[0][0]
 
 
-@pytest.mark.parametrize("name", WIDE_RANGE)
+@pytest.mark.parametrize("name", slow_but(WIDE_RANGE, "log-normal", "mostly zeros"))
 def test_the_density_band_holds_where_the_quadrature_has_not_converged(name, few_steps):
     """Of 40 runs more than 8 miss with probability 1e-4 if the rate is 5 %: Binomial(40, 0.05)."""
     misses = 0
