@@ -60,8 +60,8 @@ def attention(
     Raises:
         StructureError: shapes that do not fit together, or a mask that is not boolean.
 
-    Cost: the operations of plain attention, half of them under a causal mask; 9 matrix products a block in a
-    gradient, where plain attention has 6. Memory O(B N (T + S) H), apart from `bias` and `mask`.
+    Cost: the operations of plain attention and those of computing its blocks anew, about half of them under a
+    causal mask. Memory O(B N (T + S) H), apart from `bias` and `mask`.
 
     References:
         Milakov and Gimelshein, arXiv:1805.02867; Rabe and Staats, arXiv:2112.05682.
