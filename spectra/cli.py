@@ -208,6 +208,10 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
+    except SystemExit as done:
+        if not done.code:  # all is written: a signal that comes now finds nothing to end
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
     except PreemptedError as error:
         _fail(str(error))
         _leave(INTERRUPTED if error.signal == signal.SIGINT else RESUME)

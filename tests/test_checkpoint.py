@@ -207,7 +207,7 @@ def changed(rng):
     elif kind == "exponent":
         exponent = 4
     elif kind == "weights":
-        options["weight_fn"] = lambda batch: 1.0 + abs(float(batch[0][0, 0]))
+        options |= {"weight_fn": lambda batch: 1.0 + abs(float(batch[0][0, 0])), "check_data": False}
     elif kind == "fewer":
         data = data[:1]
     else:
