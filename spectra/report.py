@@ -12,19 +12,20 @@ import numpy as np
 
 from spectra import density
 from spectra._mesh import automatic
+from spectra._status import Status
 from spectra.checkpoint import Checkpoint
 from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
 from spectra.density.sampling import sampling_error
 from spectra.estimators.rounding import relative_change
 from spectra.operators.base import LinearOperator
-from spectra.results import Density, Estimate, Interval, Quadrature, notebook_view, text_table
+from spectra.results import Density, Estimate, Interval, Quadrature, Result, notebook_view, result, text_table
 from spectra.results._digits import directed, extreme_text
 
 __all__ = ["SpectrumReport", "spectrum"]
 
 
-@dataclasses.dataclass(frozen=True)
-class SpectrumReport:
+@result("name", "zero_tol", "provenance", "level")
+class SpectrumReport(Result):
     """What `spectrum` found out about an operator.
 
     Print it, `.plot()` it, `.save(path)` it; `spectra.load(path)` brings it back. The intervals of the two
@@ -46,17 +47,10 @@ class SpectrumReport:
     provenance: dict[str, Any]  # versions, device, key, time, settings
     level: float | None = None  # None in older files: `largest` and `smallest` hold an eigenvalue, then
 
-    def plot(self, ax=None, **options):
-        """Draw the density; returns the Axes. See `spectra.plot_density`."""
-        from spectra.plotting import plot_density
-
-        return plot_density(self.density, ax, **options)
-
-    def save(self, path):
-        """Write an `.npz` file, atomically; returns its path. See `spectra.save`."""
-        from spectra.io import save
-
-        return save(self, path)
+    @property
+    def status(self) -> Status:
+        """That of the quadrature."""
+        return self.quadrature.status
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed report."""

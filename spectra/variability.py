@@ -1,6 +1,5 @@
 """How much a spectrum depends on which data were used, apart from how much it depends on the probes."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,13 +8,14 @@ import numpy as np
 
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
+from spectra._status import Status
 from spectra.data import batch_size
 from spectra.density.slq import slq
 from spectra.estimators.differences import spread_of_traces
 from spectra.operators.base import LinearOperator
 from spectra.operators.data_operator import DataOperator
 from spectra.report import trace_estimate
-from spectra.results import Array, Interval, Quadrature, text_table
+from spectra.results import Array, Interval, Quadrature, Result, result, text_table, worst
 from spectra.results._digits import directed
 
 PyTree = Any
@@ -23,8 +23,8 @@ OPEN = 0.01
 """Residual, relative to the eigenvalue, from which a Ritz value is stated as a bound alone."""
 
 
-@dataclasses.dataclass(frozen=True)
-class DataVariability:
+@result("num_matvecs", "status")
+class DataVariability(Result):
     """Leading eigenvalues and trace on disjoint subsets of the data.
 
     By convexity the largest eigenvalue of a mean of matrices is at most the mean of their largest
@@ -47,6 +47,7 @@ class DataVariability:
     trace_spread: Interval | None = None  # of the trace between these subsets, 95 % over the probes
     largest_residuals: Array | None = None  # (s, k)
     smallest_residuals: Array | None = None  # (s, k)
+    status: Status = Status.COMPLETE  # the first of the quadratures' that is something to be wary of
 
     @property
     def trace_data_std(self) -> float:
@@ -150,6 +151,7 @@ def data_variability(
         trace_spread=spread,
         largest_residuals=np.array([residuals for *_, residuals in ends[:s]]),
         smallest_residuals=np.array([residuals for _, _, residuals, _ in ends[:s]]),
+        status=worst(q.status for q in results),
     )
 
 

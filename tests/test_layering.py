@@ -37,15 +37,8 @@ LAYERS = [
     {"demos", "_scripts", "_place"},
     {"cli"},
 ]
-# Methods of results reach forward to functions of later layers, when called: `.plot()`, `.save()`,
-# `.basis`. They import inside the method, so that importing a layer never needs a later one.
-DEFERRED = {
-    ("results", "krylov"),
-    ("report", "plotting"),
-    ("report", "io"),
-    ("results", "plotting"),
-    ("results", "io"),
-}
+# Methods of results that need a later layer (`.plot()`, `.save()`, `.basis`) call what it provides: see
+# `spectra.results._base.provides`.
 
 
 def modules():
@@ -62,26 +55,16 @@ def level(name: str) -> int:
 
 
 def imports(tree):
-    """(name of the imported unit, whether at module level) for every import of the package."""
-    deferred = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
-        for inner in ast.walk(node)
-    }
+    """Name of the imported unit for every import of the package, at the top or in a function."""
     for node in ast.walk(tree):
-        names = []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             if node.module == "spectra":
-                names = [alias.name for alias in node.names]
+                yield from (alias.name for alias in node.names)
             elif (node.module or "").startswith("spectra."):
-                names = [node.module.split(".")[1]]
+                yield node.module.split(".")[1]
         elif isinstance(node, ast.Import):
-            names = [a.name.split(".")[1] for a in node.names if a.name.startswith("spectra.")]
-        for name in names:
-            yield name, id(node) not in deferred
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("spectra."))
 
 
 def test_every_layer_names_modules_that_exist():
@@ -91,11 +74,8 @@ def test_every_layer_names_modules_that_exist():
 
 @pytest.mark.parametrize(("path", "unit"), list(modules()), ids=lambda x: getattr(x, "stem", x))
 def test_imports_flow_one_way(path, unit):
-    for name, at_import in imports(ast.parse(path.read_text())):
-        if at_import:
-            assert level(name) <= level(unit), f"{path.name} imports the later layer {name}"
-        elif level(name) > level(unit):
-            assert (unit, name) in DEFERRED, f"{path.name} reaches forward to {name} when called"
+    for name in imports(ast.parse(path.read_text())):
+        assert level(name) <= level(unit), f"{path.name} imports the later layer {name}"
 
 
 def test_no_module_needs_a_private_part_of_jax():

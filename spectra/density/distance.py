@@ -1,12 +1,13 @@
 """How far apart spectra are, as distributions of eigenvalues."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from spectra._errors import SpectraError
 from spectra.density.smoothing import linear_scale
-from spectra.results import Quadrature
+from spectra.results import Quadrature, as_quadrature, by_name
 
 METRICS = ("jensen-shannon", "wasserstein")
 WIDTH = 0.1
@@ -16,7 +17,7 @@ _PER_WIDTH = 4.0
 
 
 def spectral_distances(
-    quadratures: Mapping[str, Quadrature], *, metric: str = "jensen-shannon", normalize: bool = False
+    quadratures: Mapping[str, Any] | Sequence[Any], *, metric: str = "jensen-shannon", normalize: bool = False
 ) -> np.ndarray:
     """Distances between the eigenvalue distributions of several operators, on a signed-log axis.
 
@@ -31,7 +32,7 @@ def spectral_distances(
     is an e-fold: 1 for two spectra of which one is e times the other.
 
     Args:
-        quadratures: results of `slq` by name, such as one per block.
+        quadratures: results of `slq` by name, such as one per block, or a list; reports stand for theirs.
         metric: "jensen-shannon" or "wasserstein".
         normalize: compare shapes only: divide every spectrum by its largest |eigenvalue| first.
 
@@ -52,11 +53,11 @@ def spectral_distances(
         >>> bool(distances[0, 1] < 0.1), bool(distances[0, 2] > 0.99)
         (True, True)
     """
-    if len(quadratures) < 2:
-        raise SpectraError("distances need at least two spectra.")
+    spectra = [as_quadrature(held) for held in by_name(quadratures).values()]
+    if len(spectra) < 2:
+        raise SpectraError("distances need at least two spectra: pass a mapping or a list of them.")
     if metric not in METRICS:
         raise SpectraError(f"metric={metric!r}: use one of {METRICS}.")
-    spectra = list(quadratures.values())
     units = [max(map(abs, q.range)) or 1.0 if normalize else 1.0 for q in spectra]
     typical = linear_scale if metric == "jensen-shannon" else _root_mean_square
     scale = float(np.median([typical(q) / unit for q, unit in zip(spectra, units, strict=True)])) or 1.0

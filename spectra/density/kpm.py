@@ -269,6 +269,7 @@ def moments_density(moments: Moments, grid=None, level: float = 0.95) -> Density
         outliers=np.zeros(0),
         size=moments.size,
         level=level,
+        status=moments.status,
     )
 
 

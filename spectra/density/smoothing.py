@@ -7,7 +7,7 @@ import numpy as np
 from spectra._errors import SpectraError
 from spectra.density import bands
 from spectra.density.bands import Width
-from spectra.results import Density, Moments, Quadrature
+from spectra.results import Density, Moments, Quadrature, as_quadrature
 
 RELATIVE_WIDTH = 0.05
 """Default kernel width as a share of the distance from zero: an outlier is drawn 5 % wide."""
@@ -38,8 +38,8 @@ def spectral_density(
     on a density with a narrower kernel.
 
     Args:
-        quadrature: result of `slq`, or the `Moments` of `kpm`: these are damped by Jackson's kernel,
-            whose width their number sets.
+        quadrature: result of `slq` or a report that contains it, or the `Moments` of `kpm`: these are damped
+            by Jackson's kernel, whose width their number sets.
         bandwidth: constant kernel width in units of the eigenvalues, instead of the default.
         grid: increasing points, shape (g,); default: four points a width, 6 widths beyond the ends.
         level: confidence of the band.
@@ -66,6 +66,7 @@ def spectral_density(
         if bandwidth is not None:
             raise SpectraError("the number of moments sets the width of a KPM density: leave out bandwidth.")
         return moments_density(quadrature, grid, level)
+    quadrature = as_quadrature(quadrature)
     scale = linear_scale(quadrature)
     if bandwidth is None:
         widths = _relative_width(scale)
@@ -98,6 +99,7 @@ def spectral_density(
         outliers=resolved_outliers(quadrature),
         size=quadrature.size,
         level=level,
+        status=quadrature.status,
     )
 
 

@@ -133,6 +133,7 @@ def _is_known(f) -> bool:
 
 def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, enough=None) -> Quadrature:
     """The quadrature given, or one of the operator."""
+    source = getattr(source, "quadrature", source)  # a report stands for its quadrature
     if isinstance(source, Quadrature):
         if _tree.is_traced(source):
             raise SpectraError("functions of an operator need values: call outside of jit and vmap.")

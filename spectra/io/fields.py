@@ -214,6 +214,7 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     Density: {
         **dict.fromkeys(("grid", "density", "lower", "upper", "bandwidth"), _array("points")),
         "linear_scale": _POSITIVE, "outliers": _array("outliers"), "size": _SIZE, "level": _SHARE,
+        "status": _STATUS,
     },
     Estimate: {
         "value": _numbers, "stderr": _numbers, "num_matvecs": _COUNT, "method": _TEXT, "status": _STATUS,
@@ -244,11 +245,12 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         **dict.fromkeys(("size", "num_steps", "num_probes", "probe_batch", "num_devices"), _SIZE),
         **dict.fromkeys(("vector", "basis", "vectors", "linearization", "workspace", "host"), _COUNT),
         "num_matvecs": _COUNT,
-        "available": _or_none(_COUNT), "seconds": _or_none(_POSITIVE),
+        "available": _or_none(_COUNT), "seconds": _or_none(_POSITIVE), "status": _STATUS,
     },
     LossSlice: {
         "x": _array("x"), "y": _array("y"), "loss": _array("y x"), "quadratic": _array("y x"),
         "slope": _array("2"), "eigenvalues": _array("2"), "center": _REAL, "num_evaluations": _COUNT,
+        "status": _STATUS,
     },
     Sharpness: {
         **dict.fromkeys(("value", "lower", "upper", "loss"), _REAL), "descends": _FLAG,
@@ -259,6 +261,7 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "trace_probe_stderr": _array("subsets"), "whole_largest": _array("k"), "whole_smallest": _array("k"),
         "whole_trace": _REAL, "num_matvecs": _COUNT, "trace_spread": _or_none(_interval),
         **dict.fromkeys(("largest_residuals", "smallest_residuals"), _or_none(_array("subsets k", low=0))),
+        "status": _STATUS,
     },
     Snapshot: {
         "step": _count(-(2**63)), "eigenvalues": _array("k"), "residuals": _array("k", low=0),

@@ -7,8 +7,10 @@ from typing import Any
 from spectra._errors import ResultFileError, SpectraError
 from spectra.io import lines, npz
 from spectra.io.encode import CLASSES
+from spectra.results import provides
 
 
+@provides("save")
 def save(result: Any, path: str | os.PathLike, *, overwrite: bool = True) -> Path:
     """Write a result to an `.npz` file, atomically: the file appears whole or not at all.
 

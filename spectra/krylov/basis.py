@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 
 from spectra import _tree
 from spectra.krylov.layout import LANES, Layout, Panels, PyTree
+from spectra.results import provides
 
 Basis = tuple[Panels, ...]
 
@@ -274,6 +275,7 @@ def gram(basis: Basis) -> jax.Array:
     return jnp.block([[block(a, b) for b in basis] for a in basis])
 
 
+@provides("orthogonality")
 @jax.jit
 def orthogonality(basis: Basis, length: jax.Array) -> jax.Array:
     """max |Q Qᵀ - I| over the first `length` rows."""
@@ -282,6 +284,7 @@ def orthogonality(basis: Basis, length: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(row[:, None] & row, jnp.abs(products - jnp.eye(len(products))), 0))
 
 
+@provides("stack")
 @functools.partial(jax.jit, static_argnames=("layout", "first", "last"))
 def stack(basis: Basis, layout: Layout, first: int, last: int) -> PyTree:
     """The vectors in rows `first` to `last` - 1 as one pytree with leaves (rows, *leaf.shape). A copy."""

@@ -1,7 +1,7 @@
 """Pictures of spectral densities: one with its band, several on common axes."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,18 +18,20 @@ from spectra.plotting.style import (
     styled,
     symlog,
 )
-from spectra.results import Density, Moments, Quadrature
+from spectra.report import SpectrumReport
+from spectra.results import Density, Moments, Quadrature, Snapshot, as_spectrum, by_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _HIDDEN = 1e-9  # of the lowest density shown: stands for zero on a logarithmic axis
+Held = SpectrumReport | Snapshot | Quadrature | Moments | Density
 XSCALES = ("auto", "symlog", "linear", "loglog")
 
 
 @styled
 def plot_density(
-    density: Density,
+    density: Held | Mapping[str, Held],
     ax: "Axes | None" = None,
     *,
     xscale: str = "auto",
@@ -46,7 +48,8 @@ def plot_density(
     `density.linear_scale`) if the spectrum spans more than a factor of 50 of that, else linear.
 
     Args:
-        density: result of `spectral_density`.
+        density: result of `spectral_density`, or what it is made from: a report, a quadrature, moments.
+            Several by name are drawn as `plot_comparison` does.
         ax: where to draw; default: a new figure of 8 cm width.
         xscale: "auto", "symlog", "linear", or "loglog": the logarithm of |λ|, with the density of negative
             eigenvalues as a second, dotted line, which shows power laws as straight lines.
@@ -71,7 +74,10 @@ def plot_density(
         >>> ax.get_xlabel()
         'eigenvalue'
     """
+    if isinstance(density, Mapping):
+        return plot_comparison(density, ax, xscale=xscale, yscale=yscale, learning_rate=learning_rate)
     _check(xscale, yscale)
+    density = as_density(density)
     own, ax = ax is None, new_axes(ax)
     low, high = visible_range(density)
     xscale = _fitting(xscale, density.linear_scale, low, high)
@@ -88,7 +94,7 @@ def plot_density(
 
 @styled
 def plot_comparison(
-    results: Mapping[str, Quadrature | Density],
+    results: Mapping[str, Held] | Sequence[Held],
     ax: "Axes | None" = None,
     *,
     xscale: str = "auto",
@@ -98,7 +104,7 @@ def plot_comparison(
     """Draw several spectra into one picture, each with its band, told apart by colour and by dashes.
 
     Args:
-        results: quadratures or densities by name, at most six.
+        results: reports, quadratures or densities by name, or a list of them, at most six.
         ax: where to draw; default: a new figure of 8 cm width.
         xscale: see `plot_density`; "auto" fits all spectra.
         yscale: see `plot_density`.
@@ -119,6 +125,7 @@ def plot_comparison(
         >>> [line.get_label() for line in spectra.plot_comparison(results).get_lines()]
         ['flat', 'steep']
     """
+    results = by_name(results)
     if not 1 <= len(results) <= len(COLORS):
         raise SpectraError(
             f"{len(results)} spectra: one picture can tell 1 to {len(COLORS)} apart; plot_blocks draws any "
@@ -192,11 +199,12 @@ def _curve(ax, density: Density, xscale: str, color: str, linestyle, label, alph
         ax.plot(x[part], line[part], color=color, linewidth=1.0, linestyle=dash, label=text)
 
 
-def as_density(result: Quadrature | Moments | Density) -> Density:
-    """The density of a quadrature or of moments; a density as it is."""
+def as_density(held: Any) -> Density:
+    """The density of a report, a quadrature or of moments; a density as it is."""
     from spectra.density.smoothing import spectral_density
 
-    return result if isinstance(result, Density) else spectral_density(result)
+    found = as_spectrum(held)
+    return found if isinstance(found, Density) else spectral_density(found)
 
 
 def floor(density: Density) -> float:

@@ -6,7 +6,8 @@ import numpy as np
 
 from spectra import _quadrature
 from spectra.plotting.style import ACCENT, COLOR, asks_for_logarithm, new_axes, styled, symlog
-from spectra.results import Eigenpairs, Quadrature
+from spectra.report import SpectrumReport
+from spectra.results import Eigenpairs, Quadrature, as_quadrature
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
 
 @styled
 def plot_cdf(
-    quadrature: Quadrature, ax: "Axes | None" = None, *, level: float = 0.95, color: str = COLOR
+    quadrature: Quadrature | SpectrumReport,
+    ax: "Axes | None" = None,
+    *,
+    level: float = 0.95,
+    color: str = COLOR,
 ) -> "Axes":
     """Draw the cumulative distribution of the eigenvalues with its bracket and its band.
 
@@ -23,7 +28,7 @@ def plot_cdf(
     curve lies in it with probability `level`.
 
     Args:
-        quadrature: result of `slq`.
+        quadrature: result of `slq`, or a report, which contains it.
         ax: where to draw; default: a new figure of 8 cm width.
         level: of the band.
         color: of line, bracket and band.
@@ -41,6 +46,7 @@ def plot_cdf(
     """
     from spectra.density.smoothing import spectral_density
 
+    quadrature = as_quadrature(quadrature)
     density = spectral_density(quadrature)
     ax = new_axes(ax)
     x = np.unique(np.concatenate([density.grid, np.asarray(quadrature.nodes).ravel()]))
@@ -63,12 +69,12 @@ def plot_cdf(
 
 @styled
 def plot_eigenvalues(
-    result: Eigenpairs | Quadrature, ax: "Axes | None" = None, *, color: str = COLOR
+    result: Eigenpairs | Quadrature | SpectrumReport, ax: "Axes | None" = None, *, color: str = COLOR
 ) -> "Axes":
     """Draw eigenvalues: those of eigenpairs by rank with their residuals, a quadrature as `plot_cdf` does.
 
     Args:
-        result: result of `eigsh` or of `slq`.
+        result: result of `eigsh` or of `slq`, or a report.
         ax: where to draw; default: a new figure of 8 cm width.
         color: of the eigenvalues. Pairs that have not converged are open circles.
 
@@ -83,7 +89,7 @@ def plot_eigenvalues(
         >>> spectra.plot_eigenvalues(pairs).get_ylabel()
         'eigenvalue'
     """
-    if isinstance(result, Quadrature):
+    if not isinstance(result, Eigenpairs):
         return plot_cdf(result, ax, color=color)
     from matplotlib.ticker import MaxNLocator
 

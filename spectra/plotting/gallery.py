@@ -10,36 +10,64 @@ from typing import Any
 
 import numpy as np
 
-from spectra.plotting.density import as_density, plot_density
+from spectra._errors import SpectraError
+from spectra.plotting.density import plot_density
 from spectra.plotting.distribution import plot_eigenvalues
 from spectra.plotting.history import plot_density_over_time
 from spectra.plotting.landscape import plot_landscape
 from spectra.plotting.panels import plot_blocks
 from spectra.plotting.style import COLORS, plot_style
-from spectra.results import Density, Eigenpairs, LossSlice, Moments, Quadrature, SpectrumHistory
+from spectra.report import SpectrumReport
+from spectra.results import (
+    Density,
+    Eigenpairs,
+    LossSlice,
+    Moments,
+    Quadrature,
+    Snapshot,
+    SpectrumHistory,
+    provides,
+)
 
 INK = "#0b0c0d"  # stands for the colour of text, which a page knows
 PIXELS = 200  # an inch in notebooks: two for one of a usual screen
 
 
+@provides("plot")
+def plot(result: Any, ax: Any = None, **options: Any) -> Any:
+    """The Axes with the picture that suits a result.
+
+    Raises:
+        SpectraError: there is none for results of its kind.
+    """
+    if isinstance(result, SpectrumHistory):
+        return plot_density_over_time(result, ax, **options)
+    if isinstance(result, Eigenpairs):
+        return plot_eigenvalues(result, ax, **options)
+    if isinstance(result, LossSlice):
+        return plot_landscape(result, ax, **options)
+    if isinstance(result, (SpectrumReport, Quadrature, Moments, Density, Snapshot)):
+        return plot_density(result, ax, **options)
+    raise SpectraError(f"a {type(result).__name__} has no picture: print it, or take its `to_dict()`.")
+
+
 def draw(result: Any, *, learning_rate: float | None = None) -> Any:
     """The Axes of the picture that shows a result; None for those that are best read as a table."""
     if isinstance(result, Mapping):
-        spectra = all(isinstance(part, (Quadrature, Density)) for part in result.values())
+        spectra = all(isinstance(part, (SpectrumReport, Quadrature, Density)) for part in result.values())
         return plot_blocks(result)[0] if result and spectra else None
     if isinstance(result, SpectrumHistory):
         return plot_density_over_time(result, learning_rate=learning_rate) if len(result) > 1 else None
-    if isinstance(result, Eigenpairs):
-        return plot_eigenvalues(result) if len(result.values) else None
-    if isinstance(result, LossSlice):
-        return plot_landscape(result)
-    if isinstance(getattr(result, "density", None), Density):  # a report
-        result = result.density
-    if isinstance(result, (Quadrature, Moments, Density)):
-        return plot_density(as_density(result), learning_rate=learning_rate)
+    if isinstance(result, Eigenpairs) and not len(result.values):
+        return None
+    if isinstance(result, (Eigenpairs, LossSlice)):
+        return plot(result)
+    if isinstance(result, (SpectrumReport, Quadrature, Moments, Density, Snapshot)):
+        return plot(result, learning_rate=learning_rate)
     return None
 
 
+@provides("image")
 def png_tag(result: Any) -> str:
     """The picture of a result as an HTML image that holds its data; empty for results without one."""
     import matplotlib.pyplot as plt

@@ -67,6 +67,11 @@ def plot_density_over_time(
     """
     if yscale not in ("auto", "symlog", "linear"):
         raise SpectraError(f"yscale={yscale!r}: use 'auto', 'symlog' or 'linear'.")
+    if not isinstance(history, SpectrumHistory):
+        raise SpectraError(
+            f"a SpectrumHistory is needed, not a {type(history).__name__}: `SpectrumTracker(...).history` is "
+            "one, and `spectra.load` of the tracker's file. plot_density draws a single spectrum."
+        )
     if len(history) < 2:
         raise SpectraError(f"{len(history)} snapshots are no history yet: at least two are needed.")
     from spectra.density.smoothing import spectral_density

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spectra._errors import SpectraError
 from spectra.plotting.style import ACCENT, MAP, add_colorbar, new_axes, styled
 from spectra.results import LossSlice
 
@@ -38,6 +39,10 @@ def plot_landscape(
     """
     from matplotlib.ticker import MaxNLocator
 
+    if not isinstance(plane, LossSlice):
+        raise SpectraError(
+            f"a LossSlice is needed, which `loss_slice` returns, not a {type(plane).__name__}."
+        )
     ax = new_axes(ax, height=2.75)
     loss = np.ma.masked_invalid(plane.loss)
     edges = MaxNLocator(levels).tick_values(float(loss.min()), float(loss.max()))

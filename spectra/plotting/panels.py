@@ -1,23 +1,23 @@
 """Small multiples: the densities of all blocks on common axes."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from spectra._errors import SpectraError
-from spectra.plotting.density import as_density, floor, plot_density
+from spectra.plotting.density import Held, as_density, floor, plot_density
 from spectra.plotting.style import COLOR, asks_for_logarithm, plot_style, symlog
-from spectra.results import Density, Quadrature
+from spectra.results import by_name
 
 
 def plot_blocks(
-    results: Mapping[str, Quadrature | Density], *, columns: int | None = None, color: str = COLOR
+    results: Mapping[str, Held] | Sequence[Held], *, columns: int | None = None, color: str = COLOR
 ) -> "np.ndarray":
     """Draw the densities of several operators as small multiples on common axes.
 
     Args:
-        results: quadratures or densities by name, such as `slq(op.blocks(by="layer"), key=key)`.
+        results: reports, quadratures or densities by name, such as `slq(op.blocks(by="layer"), key=key)`.
         columns: panels in a row; default: as square as possible, at most six.
         color: of lines and bands.
 
@@ -38,6 +38,7 @@ def plot_blocks(
     """
     import matplotlib.pyplot as plt
 
+    results = by_name(results)
     if not results:
         raise SpectraError("there are no blocks to draw.")
     densities = [as_density(result) for result in results.values()]

@@ -4,7 +4,22 @@ Arrays are JAX arrays inside `jit` and NumPy float64 arrays outside, where the s
 solved on the host.
 """
 
-from spectra.results._base import Array, Interval, format_bytes, html_table, notebook_view, text_table
+from spectra.results._base import (
+    Array,
+    Interval,
+    Result,
+    format_bytes,
+    html_grid,
+    html_table,
+    notebook_view,
+    provides,
+    result,
+    text_grid,
+    text_table,
+    worst,
+)
+from spectra.results._held import as_quadrature, as_spectrum, by_name
+from spectra.results._plain import plain
 from spectra.results.conditions import ConditionNumber, LayerConditions
 from spectra.results.density import Density
 from spectra.results.estimates import Estimate
@@ -27,12 +42,22 @@ __all__ = [
     "Moments",
     "Plan",
     "Quadrature",
+    "Result",
     "Sharpness",
     "Snapshot",
     "SpectrumHistory",
     "Tridiagonal",
+    "as_quadrature",
+    "as_spectrum",
+    "by_name",
     "format_bytes",
+    "html_grid",
     "html_table",
     "notebook_view",
+    "plain",
+    "provides",
+    "result",
+    "text_grid",
     "text_table",
+    "worst",
 ]

@@ -1,14 +1,26 @@
 """Condition numbers, of one operator and of every layer."""
 
+from typing import Any
+
 import numpy as np
 
 from spectra._status import Status
-from spectra.results._base import Interval, html_table, result, text_table
+from spectra.results._base import (
+    Interval,
+    Result,
+    html_grid,
+    html_table,
+    result,
+    text_grid,
+    text_table,
+    worst,
+)
+from spectra.results._plain import flat
 from spectra.results._digits import directed, rounded
 
 
 @result("is_lower_bound", "shift", "rank_tol", "size", "num_matvecs", "method", "status")
-class ConditionNumber:
+class ConditionNumber(Result):
     """What is known of the condition number of A = H + shift I.
 
     Eigenvalues with |λ| <= rank_tol * largest count as zero, which is never below the noise floor: the
@@ -36,6 +48,12 @@ class ConditionNumber:
     largest_interval: Interval | None = None  # None in files of versions that did not state these
     smallest_interval: Interval | None = None  # of the smallest |λ| of the numerical range
     effective_interval: Interval | None = None  # its upper end is infinite where nothing is known of it
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec) if spec else str(self)
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed result."""
@@ -97,7 +115,7 @@ class ConditionNumber:
 
 
 @result()
-class LayerConditions:
+class LayerConditions(Result):
     """Condition numbers of the diagonal blocks, one for each layer; prints as a table."""
 
     layers: dict[str, ConditionNumber]
@@ -110,6 +128,15 @@ class LayerConditions:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def status(self) -> Status:
+        """The first of the layers' that is something to be wary of."""
+        return worst(condition.status for condition in self.layers.values())
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each layer, with the fields of its `ConditionNumber`."""
+        return [{"layer": name, **flat(part.to_dict())} for name, part in self.layers.items()]
 
     def table(self) -> list[list[str]]:
         """Cells of the table, the head first."""
@@ -129,15 +156,7 @@ class LayerConditions:
         return [head, *body]
 
     def __repr__(self) -> str:
-        table = self.table()
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
-            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in table
-        )
+        return text_grid(self.table())
 
     def _repr_html_(self) -> str:
-        import html
-
-        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.table()]
-        return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+        return html_grid(self.table())

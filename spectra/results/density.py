@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from spectra.results._base import Array, notebook_view, result
+from spectra._status import Status
+from spectra.results._base import Array, Result, notebook_view, result
 
 
-@result("linear_scale", "size", "level")
-class Density:
+@result("linear_scale", "size", "level", "status")
+class Density(Result):
     """A spectral density smoothed by a kernel of location-dependent width.
 
     ∫ density = 1 by the trapezoidal rule on `grid`, without renormalising, as far as the grid covers
@@ -23,6 +24,7 @@ class Density:
     outliers: Array  # (r,) mean positions of eigenvalues resolved one by one
     size: int  # n
     level: float
+    status: Status = Status.COMPLETE  # of the quadrature or the moments that it shows
 
     def integral(self) -> float:
         """Mass on the grid by the trapezoidal rule; below one where the grid cuts the spectrum off."""

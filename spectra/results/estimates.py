@@ -9,11 +9,11 @@ from jax.core import Tracer
 from spectra._errors import SpectraError
 from spectra._quadrature import share_upper_bound
 from spectra._status import Status
-from spectra.results._base import Interval, result, text_table
+from spectra.results._base import Interval, Result, result, text_table
 
 
 @result("num_matvecs", "method", "status", "reason", "dof", "normals")
-class Estimate:
+class Estimate(Result):
     """A number, or a pytree of them, with its standard error, what the error rests on, and what it cost.
 
     `stderr` takes in the spread over probes and the rounding of products, not the bracket. Fields are
@@ -74,6 +74,14 @@ class Estimate:
         beyond, within = share_upper_bound(seen, normals, tail)
         low, high = self.most - unit * beyond, self.least + unit * within
         return Interval(float(min(low, self.value)), self.value, float(max(high, self.value)))
+
+    def __float__(self) -> float:
+        if jax.tree.structure(self.value) != jax.tree.structure(0.0) or np.ndim(self.value):
+            raise TypeError("an estimate of several numbers is not one: see its `value`.")
+        return float(self.value)
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec) if spec else str(self)
 
     def __repr__(self) -> str:
         tail = f"({self.method}, {self.num_matvecs} products" + (

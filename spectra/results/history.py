@@ -1,18 +1,28 @@
 """Spectra along training."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 
-from spectra.results._base import Array, Interval, html_table, notebook_view, text_table
+from spectra._status import Status
+from spectra.results._base import (
+    Array,
+    Interval,
+    Result,
+    html_table,
+    notebook_view,
+    result,
+    text_table,
+    worst,
+)
+from spectra.results._plain import plain
 from spectra.results._digits import directed, extreme_cell, extreme_text, is_converged, rounded
 from spectra.results.estimates import Estimate
 from spectra.results.quadrature import Quadrature
 
 
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
+@result("step", "num_matvecs", "level")
+class Snapshot(Result):
     """The spectrum at one step of training."""
 
     step: int
@@ -27,6 +37,11 @@ class Snapshot:
     seconds: float  # what the snapshot cost
     trained: float  # seconds of training before it, without snapshots
     level: float | None = None  # None in older files: `largest` and `smallest` hold an eigenvalue, then
+
+    @property
+    def status(self) -> Status:
+        """That of the quadrature."""
+        return self.quadrature.status
 
     @property
     def sharpness(self) -> float:
@@ -66,8 +81,20 @@ class Snapshot:
         return html_table(f"Snapshot of step {self.step}", self.rows())
 
 
-@dataclasses.dataclass(frozen=True)
-class SpectrumHistory:
+def _record(s: Snapshot) -> dict[str, Any]:
+    """What a row of a table says of a snapshot."""
+    ends = {
+        f"{name}{suffix}": value
+        for name, interval in (("largest", s.largest), ("smallest", s.smallest))
+        for suffix, value in zip(("", "_lower", "_upper"), (interval[1], *interval[::2]), strict=True)
+    }
+    trace = {"trace": s.trace.value, "trace_stderr": s.trace.stderr}
+    cost = {"num_matvecs": s.num_matvecs, "seconds": s.seconds}
+    return {"step": s.step, **ends, **trace, **s.scalars, **cost, "status": s.status}
+
+
+@result("provenance", "skipped")
+class SpectrumHistory(Result):
     """Snapshots in the order of training, as a `SpectrumTracker` records and `spectra.load` reads them."""
 
     snapshots: tuple[Snapshot, ...]
@@ -82,6 +109,11 @@ class SpectrumHistory:
 
     def __getitem__(self, index: int) -> Snapshot:
         return self.snapshots[index]
+
+    @property
+    def status(self) -> Status:
+        """The first of the snapshots' that is something to be wary of."""
+        return worst(snapshot.status for snapshot in self.snapshots)
 
     @property
     def steps(self) -> np.ndarray:
@@ -123,6 +155,10 @@ class SpectrumHistory:
         """(s,) standard error of the trace."""
         return np.array([s.trace.stderr for s in self.snapshots], float)
 
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each snapshot: step, extremes and trace with their errors, recorded numbers, cost."""
+        return [plain(_record(snapshot)) for snapshot in self.snapshots]
+
     def scalar(self, name: str) -> np.ndarray:
         """(s,) a number that the training loop passed along; NaN where it did not."""
         return np.array([s.scalars.get(name, np.nan) for s in self.snapshots], float)
@@ -133,18 +169,6 @@ class SpectrumHistory:
         rest = self.snapshots[1:]
         trained = rest[-1].trained - self.snapshots[0].trained if rest else 0.0
         return sum(s.seconds for s in rest) / trained if trained > 0 else float("nan")
-
-    def plot(self, ax=None, **options):
-        """Draw the density over the steps; returns the Axes. See `spectra.plot_density_over_time`."""
-        from spectra.plotting import plot_density_over_time
-
-        return plot_density_over_time(self, ax, **options)
-
-    def save(self, path):
-        """Write an `.npz` file, atomically; returns its path. See `spectra.save`."""
-        from spectra.io import save
-
-        return save(self, path)
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed history."""

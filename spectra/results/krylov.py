@@ -1,7 +1,7 @@
 """Results of Krylov methods: decompositions and eigenpairs."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,9 @@ import numpy as np
 
 from spectra import _mesh, _quadrature
 from spectra._status import Status
-from spectra.results._base import Array, PyTree, notebook_view, result, text_table
+from spectra.results._base import Array, PyTree, Result, call, notebook_view, result, text_table
 from spectra.results._digits import rounded
+from spectra.results._plain import plain
 
 _dense = jax.jit(functools.partial(_quadrature.dense, xp=jnp))
 
@@ -20,12 +21,14 @@ def _is_jax(x) -> bool:
 
 
 @result("layout", "status")
-class Tridiagonal:
+class Tridiagonal(Result):
     """The Lanczos decomposition H Qᵀ = Qᵀ T + r e_mᵀ of m steps; rows of Q are orthonormal.
 
     `T` has `alpha` on its diagonal and `beta` beside it. Entries beyond `length` are zero: the Krylov
     space became invariant there and T[:length, :length] holds exact eigenvalues of H.
     """
+
+    _BULKY: ClassVar = ("segments", "layout")
 
     alpha: Array  # (m,)
     beta: Array  # (m - 1,)
@@ -41,18 +44,14 @@ class Tridiagonal:
     @_mesh.automatic
     def basis(self) -> PyTree:
         """The rows of Q as one pytree with leaves (m, *leaf.shape). A copy, made on each access."""
-        from spectra.krylov import basis
-
-        return basis.stack(self._kept().segments, self.layout, 0, self.alpha.shape[-1])
+        return call("stack", self._kept().segments, self.layout, 0, self.alpha.shape[-1])
 
     @property
     @_mesh.automatic
     def orthogonality(self) -> Array:
         """max |Q Qᵀ - I| over the first `length` rows. Costs m² n operations, at each access."""
-        from spectra.krylov import basis
-
         kept = self._kept()
-        return basis.orthogonality(kept.segments, kept.length)
+        return call("orthogonality", kept.segments, kept.length)
 
     def matrix(self) -> Array:
         """T as a dense (m, m) array."""
@@ -70,12 +69,14 @@ class Tridiagonal:
 
 
 @result("which", "size", "num_matvecs", "num_restarts", "missed", "noise_floor", "status")
-class Eigenpairs:
+class Eigenpairs(Result):
     """Eigenvalues with eigenvectors: H v_i ≈ values[i] v_i, in ascending order of the values.
 
     Vectors are orthonormal, in the form of the parameters. An eigenvalue of H lies within
     `residuals[i] + noise_floor` of `values[i]`.
     """
+
+    _BULKY: ClassVar = ("vectors",)
 
     values: Array  # (k,) ascending
     vectors: PyTree  # leaves (k, *leaf.shape)
@@ -98,6 +99,14 @@ class Eigenpairs:
         """The vectors as the columns of an (n, k) array, parameters ravelled in tree order."""
         leaves = [np.asarray(x).reshape(len(self.values), -1) for x in jax.tree.leaves(self.vectors)]
         return np.concatenate(leaves, axis=1).T
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each pair: value, residual and error (residual and rounding), and whether it converged."""
+        columns = zip(self.values, self.residuals, self.converged, strict=True)
+        return [
+            plain({"value": x, "residual": r, "error": r + self.noise_floor, "converged": done})
+            for x, r, done in columns
+        ]
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed result."""

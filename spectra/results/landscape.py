@@ -1,12 +1,11 @@
 """The loss in a plane of parameter space."""
 
-import dataclasses
+from spectra._status import Status
+from spectra.results._base import Array, Result, notebook_view, result, text_table
 
-from spectra.results._base import Array, notebook_view, text_table
 
-
-@dataclasses.dataclass(frozen=True)
-class LossSlice:
+@result("num_evaluations", "status")
+class LossSlice(Result):
     """loss[i, j] = L(θ + x[j] v₁ + y[i] v₂) in the plane of two unit eigenvectors, of eigenvalues λ₁ and λ₂.
 
     `quadratic` is what slopes and eigenvalues predict, L + g·(x, y) + (λ₁ x² + λ₂ y²) / 2: where it
@@ -21,6 +20,7 @@ class LossSlice:
     eigenvalues: Array  # (2,) |λ₁| >= |λ₂|
     center: float  # the loss at the parameters
     num_evaluations: int
+    status: Status = Status.COMPLETE
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed result."""

@@ -1,12 +1,11 @@
 """Bytes and products of a run."""
 
-import dataclasses
+from spectra._status import Status
+from spectra.results._base import Result, format_bytes, result, text_table
 
-from spectra.results._base import format_bytes, text_table
 
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
+@result("status")
+class Plan(Result):
     """Bytes and products of a run, before anything is allocated. Sizes in bytes, on one device."""
 
     size: int  # n
@@ -23,6 +22,7 @@ class Plan:
     num_devices: int = 1
     host: int = 0  # basis in the host's memory
     seconds: float | None = None  # of the whole run, if a product was measured
+    status: Status = Status.COMPLETE
 
     @property
     def total(self) -> int:

@@ -5,11 +5,11 @@ from jax.core import Tracer
 
 from spectra import _quadrature
 from spectra._status import Status
-from spectra.results._base import Array, Interval, notebook_view, result
+from spectra.results._base import Array, Interval, Result, notebook_view, result
 
 
 @result("size", "num_matvecs", "precision", "status", "coupling", "rounding")
-class Quadrature:
+class Quadrature(Result):
     """Gauss quadratures of the spectral measures of k random probes.
 
     Row i integrates f against the measure of probe v_i: v_iᵀ f(H) v_i ≈ Σ_j weights[i, j] f(nodes[i, j]),
@@ -120,7 +120,7 @@ class Quadrature:
 
 
 @result("size", "num_matvecs", "precision", "status")
-class Moments:
+class Moments(Result):
     """Chebyshev moments of the spectral measures of k random probes.
 
     moments[i, j] = v_iᵀ T_j(A) v_i with |v_i| = 1 and A = (2 H - a - b) / (b - a), so that [a, b], which

@@ -1,14 +1,13 @@
 """Sharpness along one direction."""
 
-import dataclasses
 import math
 
 from spectra._status import Status
-from spectra.results._base import text_table
+from spectra.results._base import Result, result, text_table
 
 
-@dataclasses.dataclass(frozen=True)
-class Sharpness:
+@result("descends", "num_evaluations", "status")
+class Sharpness(Result):
     """2 / s for the first step s along a direction at which the loss is back at its value.
 
     `lower` and `upper` bracket it: at the step 2 / upper the loss was not above its value, at 2 / lower it
@@ -27,7 +26,7 @@ class Sharpness:
         return self.value
 
     def __format__(self, spec: str) -> str:
-        return format(self.value, spec)
+        return format(self.value, spec) if spec else str(self)
 
     @property
     def step(self) -> float:
