@@ -20,6 +20,7 @@ from spectra._errors import (
     StructureError,
 )
 from spectra._status import Status
+from spectra._summary import Summary, summary
 from spectra.bridge import TorchModel, from_torch
 from spectra.checkpoint import Checkpoint
 from spectra.density import kpm, slq, spectral_density, spectral_distances
@@ -122,6 +123,7 @@ __all__ = [
     "SpectrumTracker",
     "Status",
     "StructureError",
+    "Summary",
     "TorchModel",
     "Tridiagonal",
     "attention",
@@ -161,6 +163,7 @@ __all__ = [
     "spectral_density",
     "spectral_distances",
     "spectrum",
+    "summary",
     "trace",
     "trace_of",
     "write_report",

@@ -299,19 +299,13 @@ def _keep(result: Any, text: str, place: Place) -> None:
 
 
 def _table(results: dict) -> str:
-    """Extremes of every block, a line each; results of other kinds one after the other."""
-    from spectra.density.extremes import LEVEL, extreme
+    """A line for each block; results of other kinds one after the other."""
+    from spectra._summary import Summary
     from spectra.results import Quadrature
-    from spectra.results._digits import extreme_cell
 
     if not all(isinstance(part, Quadrature) for part in results.values()):
         return "\n\n".join(f"{name}\n{part!r}" for name, part in results.items())
-    width = max(map(len, ["block", *results]))
-    lines = [f"{'block':<{width}}  {'parameters':>10}  {'smallest':>12}  {'largest':>12}"]
-    for name, quadrature in results.items():
-        low, high = (extreme_cell(extreme(quadrature, end), end, LEVEL) for end in (0, -1))
-        lines.append(f"{name:<{width}}  {quadrature.size:>10,}  {low:>12}  {high:>12}")
-    return "\n".join(lines)
+    return repr(Summary(results))
 
 
 def _draw(result: Any, path: Path, learning_rate: float | None) -> None:

@@ -30,7 +30,7 @@ LAYERS = [
     {"checkpoint"},
     {"density"},
     {"estimators"},
-    {"report", "plotting"},
+    {"report", "_summary", "plotting"},
     {"variability", "bridge"},
     {"io"},
     {"training", "page"},

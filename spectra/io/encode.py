@@ -14,6 +14,7 @@ from spectra._errors import SpectraError
 from spectra._json import MAX_BYTES, MAX_DEPTH, memory_of
 from spectra._paths import leaf_paths
 from spectra._status import Status
+from spectra._summary import Summary
 from spectra.io.fields import checked
 from spectra.report import SpectrumReport
 from spectra.results import (
@@ -50,6 +51,7 @@ CLASSES = {
         Plan,
         LossSlice,
         DataVariability,
+        Summary,
         Sharpness,
         Snapshot,
         SpectrumHistory,

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from spectra._status import Status
+from spectra._summary import Summary
 from spectra.report import SpectrumReport
 from spectra.results import (
     ConditionNumber,
@@ -181,10 +182,15 @@ def _of_class(cls: type) -> Rule:
     return rule
 
 
-def _layers(value: Any, sizes: Sizes) -> str | None:
-    if not isinstance(value, dict):
-        return f"is a {type(value).__name__}, not a dict"
-    return next((wrong for x in value.values() if (wrong := _a(ConditionNumber)(x, sizes))), None)
+def _by_name(cls: type) -> Rule:
+    """Results of one class by name."""
+
+    def rule(value: Any, sizes: Sizes) -> str | None:
+        if not isinstance(value, dict):
+            return f"is a {type(value).__name__}, not a dict"
+        return next((wrong for x in value.values() if (wrong := _a(cls)(x, sizes))), None)
+
+    return rule
 
 
 def _steps(value: Any, sizes: Sizes) -> str | None:
@@ -230,7 +236,7 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "method": _TEXT, "status": _STATUS,
         **dict.fromkeys(("largest_interval", "smallest_interval", "effective_interval"), _or_none(_interval)),
     },
-    LayerConditions: {"layers": _layers},
+    LayerConditions: {"layers": _by_name(ConditionNumber)},
     Eigenpairs: {
         "values": _array("k"), "vectors": _vectors, "residuals": _array("k"), "converged": _array("k", "b"),
         "which": _TEXT, "size": _SIZE, "num_matvecs": _COUNT, "num_restarts": _COUNT, "missed": _POSITIVE,
@@ -247,6 +253,7 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "num_matvecs": _COUNT,
         "available": _or_none(_COUNT), "seconds": _or_none(_POSITIVE), "status": _STATUS,
     },
+    Summary: {"quadratures": _by_name(Quadrature)},
     LossSlice: {
         "x": _array("x"), "y": _array("y"), "loss": _array("y x"), "quadratic": _array("y x"),
         "slope": _array("2"), "eigenvalues": _array("2"), "center": _REAL, "num_evaluations": _COUNT,

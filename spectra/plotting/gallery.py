@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from spectra._errors import SpectraError
+from spectra._summary import Summary
 from spectra.plotting.density import plot_density
 from spectra.plotting.distribution import plot_eigenvalues
 from spectra.plotting.history import plot_density_over_time
@@ -48,11 +49,15 @@ def plot(result: Any, ax: Any = None, **options: Any) -> Any:
         return plot_landscape(result, ax, **options)
     if isinstance(result, (SpectrumReport, Quadrature, Moments, Density, Snapshot)):
         return plot_density(result, ax, **options)
+    if isinstance(result, Summary):
+        return plot_blocks(result.quadratures, **options)
     raise SpectraError(f"a {type(result).__name__} has no picture: print it, or take its `to_dict()`.")
 
 
 def draw(result: Any, *, learning_rate: float | None = None) -> Any:
     """The Axes of the picture that shows a result; None for those that are best read as a table."""
+    if isinstance(result, Summary):
+        result = result.quadratures
     if isinstance(result, Mapping):
         spectra = all(isinstance(part, (SpectrumReport, Quadrature, Density)) for part in result.values())
         return plot_blocks(result)[0] if result and spectra else None

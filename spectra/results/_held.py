@@ -40,6 +40,7 @@ def as_spectrum(held: Any) -> Quadrature | Moments | Density:
 
 def by_name(held: Any) -> dict[str, Any]:
     """Results by name: a mapping as it is, a list by the names of its reports or by number, one by itself."""
+    held = getattr(held, "quadratures", held)  # of a summary
     if isinstance(held, Mapping):
         return {str(name): part for name, part in held.items()}
     if isinstance(held, (list, tuple)):

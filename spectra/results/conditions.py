@@ -15,8 +15,8 @@ from spectra.results._base import (
     text_table,
     worst,
 )
-from spectra.results._plain import flat
 from spectra.results._digits import directed, rounded
+from spectra.results._plain import flat
 
 
 @result("is_lower_bound", "shift", "rank_tol", "size", "num_matvecs", "method", "status")

@@ -15,8 +15,8 @@ from spectra.results._base import (
     text_table,
     worst,
 )
-from spectra.results._plain import plain
 from spectra.results._digits import directed, extreme_cell, extreme_text, is_converged, rounded
+from spectra.results._plain import plain
 from spectra.results.estimates import Estimate
 from spectra.results.quadrature import Quadrature
 

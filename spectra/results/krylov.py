@@ -101,7 +101,7 @@ class Eigenpairs(Result):
         return np.concatenate(leaves, axis=1).T
 
     def records(self) -> list[dict[str, Any]]:
-        """A row for each pair: value, residual and error (residual and rounding), and whether it converged."""
+        """A row for each pair: value, residual, error (with rounding), and whether it converged."""
         columns = zip(self.values, self.residuals, self.converged, strict=True)
         return [
             plain({"value": x, "residual": r, "error": r + self.noise_floor, "converged": done})

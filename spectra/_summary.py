@@ -35,9 +35,9 @@ class Summary(Result):
     """The spectra of several operators, such as the blocks of one; prints as a table.
 
     `records()`, `to_dataframe()` and the printed table are made from the quadratures, at no further product.
-    Of each operator: its order n, the extreme eigenvalues (see `spectra.density.extremes`: a bound on the inner
-    side, a limit that holds with probability 0.99 on the outer side), the trace with an interval of 95 %, a
-    lower bound on the condition number over the eigenvalues that are not zero, the stable rank
+    Of each operator: its order n, the extreme eigenvalues (see `spectra.density.extremes`: a bound on the
+    inner side, a limit that holds with probability 0.99 on the outer side), the trace with an interval of
+    95 %, a lower bound on the condition number over the eigenvalues that are not zero, the stable rank
     tr H² / |H|² (an interval of 94 %), and the share of negative eigenvalues (95 %).
     """
 
@@ -156,8 +156,8 @@ def stable_rank(q: Quadrature) -> Interval:
     least = max(float(ends[0].lower), -float(ends[1].upper))
     most = max(float(ends[0].upper), -float(ends[1].lower))
     low, value, high = trace_of(q, lambda x: (x / size) ** 2, one_signed=True).interval()
-    low = max(low, (least / size) ** 2)  # one eigenvalue alone
-    return Interval(max(low * (size / most) ** 2, 1.0), max(value, 1.0), min(high * (size / least) ** 2, q.size))
+    low, high = low * (size / most) ** 2, high * (size / least) ** 2
+    return Interval(max(low, 1.0), max(value, 1.0), min(high, float(q.size)))
 
 
 def _cells(name: str, q: Quadrature) -> list[str]:

@@ -1,0 +1,216 @@
+"""Results are one family: plain values, tables, files, pictures and statuses, from every one of them."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectra
+from spectra.io.encode import CLASSES
+from spectra.results import Result
+
+KEY = jax.random.key(0)
+EIGENVALUES = np.linspace(-1.0, 3.0, 60)
+
+
+def loss_fn(params, x):
+    return jnp.mean((jnp.tanh(x @ params["hidden"]) @ params["out"]) ** 2)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """One result of each class by name."""
+    op = spectra.MatrixOperator(jnp.diag(jnp.asarray(EIGENVALUES)))
+    x = jax.random.normal(KEY, (32, 4))
+    params = {"hidden": jax.random.normal(KEY, (4, 3)), "out": jnp.ones(3)}
+    loss = spectra.HessianOperator(loss_fn, params, x)
+    report = spectra.spectrum(op, key=KEY, num_steps=20, num_probes=2)
+    pairs = spectra.eigsh(loss, 2, key=KEY)
+    tracker = spectra.SpectrumTracker(lambda params: spectra.HessianOperator(loss_fn, params, x), 1, key=KEY)
+    for step in range(2):
+        tracker(step, params, loss=0.5)
+    results = [
+        report,
+        report.quadrature,
+        report.density,
+        report.trace,
+        pairs,
+        tracker.history,
+        tracker.history[0],
+        spectra.kpm(op, key=KEY, num_moments=20, num_probes=2),
+        spectra.lanczos(op, jnp.ones(60), 5),
+        spectra.condition_number(loss, key=KEY),
+        spectra.condition_number(loss, key=KEY, per_layer=True),
+        spectra.plan(loss, num_steps=5, num_probes=2),
+        spectra.loss_slice(loss, pairs, num_points=3),
+        spectra.data_variability(loss, key=KEY, num_steps=5),
+        spectra.critical_sharpness(loss_fn, params, x, jax.grad(loss_fn)(params, x)),
+        spectra.summary(loss, key=KEY),
+    ]
+    return {type(result).__name__: result for result in results}
+
+
+def test_there_is_one_of_every_class_that_files_hold(made):
+    assert set(made) == set(CLASSES) - {"Interval"}
+
+
+def test_every_result_is_a_frozen_pytree_with_a_status(made):
+    for name, result in made.items():
+        assert isinstance(result, Result), name
+        assert isinstance(result.status, spectra.Status), name
+        first = dataclasses.fields(result)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(result, first, None)
+        leaves, treedef = jax.tree.flatten(result)
+        assert repr(jax.tree.unflatten(treedef, leaves)) == repr(result), name
+
+
+def test_every_result_is_json_that_any_reader_takes(made):
+    for name, result in made.items():
+        plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+        assert plain == result.to_dict(), name
+        bulky = set(result._BULKY)
+        assert set(plain) == {field.name for field in dataclasses.fields(result)} - bulky, name
+
+
+def test_every_result_is_saved_and_comes_back(made, tmp_path):
+    for name, result in made.items():
+        loaded = spectra.load(result.save(tmp_path / name))
+        assert repr(loaded) == repr(result), name
+        assert loaded.status is result.status
+
+
+def test_pictures_are_drawn_where_there_is_one(made):
+    without = {
+        *("Estimate", "Tridiagonal", "ConditionNumber", "LayerConditions", "Plan", "DataVariability"),
+        "Sharpness",
+    }
+    import matplotlib.pyplot as plt
+
+    for name, result in made.items():
+        if name in without:
+            with pytest.raises(spectra.SpectraError, match="has no picture"):
+                result.plot()
+        else:
+            axes = np.ravel(result.plot())
+            assert axes[0].has_data(), name
+            plt.close(axes[0].figure)
+
+
+def test_plain_values_are_those_of_the_fields(made):
+    quadrature = made["Quadrature"]
+    plain = quadrature.to_dict()
+    np.testing.assert_array_equal(plain["nodes"], quadrature.nodes)
+    assert plain["status"] == "complete"
+    assert plain["size"] == 60
+    report = made["SpectrumReport"].to_dict()
+    assert report["largest"]["estimate"] == float(made["SpectrumReport"].largest.estimate)
+    assert report["provenance"]["operator"] == "MatrixOperator"
+
+
+def test_infinity_and_nan_have_a_plain_form():
+    estimate = spectra.Estimate(np.inf, np.nan, 3, "slq", lower={"a": np.array([-np.inf, 1.0])})
+    plain = estimate.to_dict()
+    assert (plain["value"], plain["stderr"], plain["lower"]) == ("inf", "nan", {"a": ["-inf", 1.0]})
+    assert float(plain["value"]) == np.inf
+
+
+def test_a_result_inside_jit_has_no_plain_form_yet():
+    op = spectra.MatrixOperator(jnp.diag(jnp.arange(4.0)))
+
+    def traced(v):
+        with pytest.raises(spectra.SpectraError, match="inside jit"):
+            spectra.lanczos(op, v, 2).to_dict()
+        return v
+
+    jax.jit(traced)(jnp.ones(4))
+
+
+def test_scalars_with_an_error_are_numbers(made):
+    trace, condition = made["Estimate"], made["ConditionNumber"]
+    assert float(trace) == trace.value
+    assert f"{trace:.3g}" == f"{trace.value:.3g}"
+    assert f"{trace}" == repr(trace)
+    assert float(condition) == condition.value
+    assert f"{made['Sharpness']:.2e}" == f"{made['Sharpness'].value:.2e}"
+    diagonal = spectra.diagonal(spectra.MatrixOperator(jnp.eye(3)), key=KEY)
+    with pytest.raises(TypeError, match="several numbers"):
+        float(diagonal)
+
+
+def test_records_have_a_row_for_each_part(made):
+    pandas = pytest.importorskip("pandas")
+    rows = {"Eigenpairs": 2, "SpectrumHistory": 2, "LayerConditions": 2, "Summary": 2, "SpectrumReport": 1}
+    for name, count in rows.items():
+        records = made[name].records()
+        assert len(records) == count, name
+        json.dumps(records, allow_nan=False)
+        frame = made[name].to_dataframe()
+        assert isinstance(frame, pandas.DataFrame)
+        assert list(frame.columns) == list(records[0])
+    history = made["SpectrumHistory"].to_dataframe()
+    assert history["loss"].tolist() == [0.5, 0.5]
+    np.testing.assert_array_equal(history["largest"], made["SpectrumHistory"].sharpness)
+    conditions = made["LayerConditions"].to_dataframe()
+    assert conditions["value"].dtype == np.float64  # with its infinities
+
+
+def test_a_summary_holds_the_truth_of_every_block():
+    x = jax.random.normal(KEY, (32, 4))
+    params = {"hidden": jax.random.normal(KEY, (4, 3)), "out": jnp.ones(3)}
+    op = spectra.HessianOperator(loss_fn, params, x)
+    for row in spectra.summary(op, key=KEY, num_probes=4).records():
+        values = np.linalg.eigvalsh(np.asarray(op.block(row["layer"]).as_matrix(), np.float64))
+        truths = {
+            "largest": values[-1],
+            "smallest": values[0],
+            "trace": values.sum(),
+            "stable_rank": np.sum(values**2) / np.max(np.abs(values)) ** 2,
+            "negative": np.mean(values < -row["noise_floor"]),
+        }
+        assert row["n"] == len(values)
+        rounding = 12 * np.finfo(np.float32).eps * np.abs(values).max() * len(values)
+        for name, truth in truths.items():
+            low, high = row[f"{name}_lower"] - rounding, row[f"{name}_upper"] + rounding
+            assert low <= truth <= high, (row["layer"], name)
+        sizes = np.abs(values)
+        assert row["condition_at_least"] <= (1 + 1e-5) * sizes.max() / sizes[sizes > row["noise_floor"]].min()
+
+
+def test_a_summary_of_results_costs_nothing_and_needs_names(made):
+    table = spectra.summary({"a": made["Quadrature"], "b": made["SpectrumReport"]})
+    assert list(table) == ["a", "b"]
+    assert table["b"] is made["SpectrumReport"].quadrature
+    with pytest.raises(spectra.SpectraError, match="key=None"):
+        spectra.summary(spectra.MatrixOperator(jnp.eye(3)))
+
+
+def test_functions_take_what_people_hold(made):
+    report, quadrature = made["SpectrumReport"], made["Quadrature"]
+    assert spectra.count_above(report, 0.5).value == spectra.count_above(quadrature, 0.5).value
+    np.testing.assert_array_equal(
+        spectra.spectral_density(report).density, spectra.spectral_density(quadrature).density
+    )
+    assert spectra.spectral_distances([report, quadrature])[0, 1] == 0
+    with pytest.raises(spectra.SpectraError, match="pass the quadrature"):
+        spectra.plot_cdf(made["Density"])
+    with pytest.raises(spectra.SpectraError, match="a SpectrumHistory is needed"):
+        spectra.plot_density_over_time(report)
+    with pytest.raises(spectra.SpectraError, match="a LossSlice is needed"):
+        spectra.plot_landscape(report)
+
+
+def test_plots_draw_the_same_of_all_that_contains_it(made):
+    import matplotlib.pyplot as plt
+
+    report = made["SpectrumReport"]
+    for held in (report, report.quadrature, report.density):
+        line = spectra.plot_density(held).get_lines()[0]
+        np.testing.assert_array_equal(line.get_xdata(), report.density.grid)
+    assert len(spectra.plot_blocks(report)) == 1
+    lines = spectra.plot_density({"a": report, "b": report.quadrature}).get_lines()
+    assert [line.get_label() for line in lines] == ["a", "b"]
+    plt.close("all")
