@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -81,6 +82,19 @@ def call(file: Path, function: Callable[..., Any], *arguments: Any) -> Any:
         if line is None:
             raise
         raise SpectraError(f"'{file}', line {line}: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        own = _from_the_files_lines(error, file)
+        if own is None:
+            raise
+        raise SpectraError(f"'{file}' raised an error.\n{own}") from error
+
+
+def _from_the_files_lines(error: Exception, file: Path) -> str | None:
+    """The traceback from the first line of the user's file on; None where there is no such line."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename != str(_location(file)):
+        trace = trace.tb_next
+    return None if trace is None else "".join(traceback.format_exception(type(error), error, trace)).rstrip()
 
 
 def _show_neighbours(folder: str) -> None:

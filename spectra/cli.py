@@ -3,10 +3,9 @@
 import contextlib
 import io
 import os
-import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -14,29 +13,73 @@ import typer
 
 from spectra import _signals
 from spectra._errors import PreemptedError, SpectraError
-from spectra._place import Place, ResultElsewhereError, keep_elsewhere
+from spectra._output import Voice, draw, fail, keep
+from spectra._paths import GROUPINGS
+from spectra._place import Place, ResultElsewhereError
 from spectra._processes import is_first
+from spectra.krylov.plan import PLACES
+from spectra.problem import OPERATORS
 
 app = typer.Typer(
     help="See the curvature of neural networks: Hessian spectra with error bars.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+def _one_of(*names: str) -> Callable[[str | None], str | None]:
+    """A check of an argument that is one of a few words, before anything is computed."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in names:
+            raise typer.BadParameter(f"'{value}' is not one of {', '.join(names)}.")
+        return value
+
+    return check
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import spectra
+
+        typer.echo(f"spectra {spectra.__version__}")
+        raise typer.Exit
+
+
+def _share(value: float | None) -> float | None:
+    if value is not None and not 0 < value < 1:
+        raise typer.BadParameter(f"{value} is not between 0 and 1.")
+    return value
+
+
 OutDir = Annotated[
     Path,
-    typer.Option("--out", help="Folder for spectrum.npz and .png; numbered (spectrum-2) if they are there."),
+    typer.Option(
+        "-o", "--out", help="Folder for spectrum.npz and .png; numbered (spectrum-2) if they are there."
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace a result that is there already.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Lanczos steps a probe; default 100.")]
-Probes = Annotated[int, typer.Option("--probes", help="Random probes.")]
-Tol = Annotated[float | None, typer.Option("--tol", help="Stop at this mean width of the CDF's band.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Lanczos steps per probe; default 100.")]
+Probes = Annotated[int, typer.Option("--probes", min=1, help="Random probes.")]
+Tol = Annotated[
+    float | None,
+    typer.Option("--tol", callback=_share, help="Stop at this mean width of the CDF's band."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the probes.")]
 Kind = Annotated[
-    str, typer.Option("--operator", help="hessian, ggn, fisher, mc-fisher, empirical-fisher or covariance.")
+    str,
+    typer.Option("--operator", callback=_one_of(*OPERATORS), help=f"One of {', '.join(OPERATORS)}."),
 ]
 Block = Annotated[str | None, typer.Option("--block", help="Parameters by path, such as 'Dense_0/*'.")]
-By = Annotated[str | None, typer.Option("--blocks", help="All diagonal blocks: by 'layer' or 'leaf'.")]
+By = Annotated[
+    str | None,
+    typer.Option("--blocks", callback=_one_of(*GROUPINGS), help="All diagonal blocks: by 'layer' or 'leaf'."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; messages go to stderr.")]
+Csv = Annotated[bool, typer.Option("--csv", help="Print the rows of the result as CSV.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no progress: the result alone.")]
+Picture = Annotated[Path, typer.Option("-o", "--out", "--output", help="Picture: .png, .pdf or .svg.")]
 
 MeshAxes = Annotated[
     str | None, typer.Option("--mesh", help="Axes of the mesh of all devices, such as data=4,model=2.")
@@ -47,7 +90,8 @@ Saved = Annotated[
 ]
 Minutes = Annotated[float, typer.Option("--checkpoint-minutes", help="Longest time between checkpoints.")]
 BasisPlace = Annotated[
-    str, typer.Option("--basis", help="Where basis vectors lie: inherit, sharded or host.")
+    str,
+    typer.Option("--basis", callback=_one_of(*PLACES), help=f"Where basis vectors lie: {', '.join(PLACES)}."),
 ]
 BasisDtype = Annotated[
     str | None, typer.Option("--basis-dtype", help="Of stored basis vectors, such as bfloat16.")
@@ -60,23 +104,39 @@ ELSEWHERE = 74
 """Exit code of a run that has a result, but could not write it where it was asked for (EX_IOERR)."""
 
 
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", "-V", is_eager=True, callback=_print_version, help="Print the version."),
+    ] = False,
+):
+    """See the curvature of neural networks: Hessian spectra with error bars."""
+
+
 @app.command()
-def demo(out: OutDir = Path("spectra-demo"), seed: Seed = 0, force: Force = False):
+def demo(
+    out: OutDir = Path("spectra-demo"),
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+):
     """Train a real network on real data, compute its spectrum, save it and draw it."""
-    place = Place(out, force)
+    place, voice = Place(out, force), _voice(quiet, as_json)
     place.check()
-    typer.echo("Training a 64-256-256-10 network on 1,797 handwritten digits ...")
+    voice.say("Training a 64-256-256-10 network on 1,797 handwritten digits ...")
     try:
         from spectra.demos import digits
 
         problem = digits.problem(seed)
     except ImportError as error:
         raise typer.Exit(
-            _fail(f"{error}. Install the demo's packages: pip install 'spectra-jax[demo]'")
+            fail(f"{error}. Install the demo's packages: pip install 'spectra-jax[demo]'")
         ) from error
     import jax
 
-    _analyse(problem.operator(), problem.name, place, jax.random.key(seed))
+    _analyse(problem.operator(), problem.name, place, voice, jax.random.key(seed))
 
 
 @app.command()
@@ -97,6 +157,8 @@ def run(
     basis: BasisPlace = "inherit",
     basis_dtype: BasisDtype = None,
     force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ):
     """Compute the spectrum of a curvature matrix of a problem of your own, or of its diagonal blocks.
 
@@ -110,7 +172,7 @@ def run(
 
     if distributed:
         initialize()
-    place = Place(out, force)
+    place, voice = Place(out, force), _voice(quiet, as_json)
     if is_first():
         place.check()
     devices = None if mesh is None and not distributed else make_mesh(mesh or "data=-1")
@@ -124,38 +186,60 @@ def run(
         op, name = op.block(block), f"{name}, {block}"
     with _signals.watching() if checkpoint else contextlib.nullcontext():
         if blocks is None:
-            _analyse(op, name, place, jax.random.key(seed), num_steps=steps, **options)
+            _analyse(op, name, place, voice, jax.random.key(seed), num_steps=steps, **options)
         else:
-            _analyse_blocks(
-                op.blocks(by=blocks), name, place, jax.random.key(seed), num_steps=steps or 100, **options
-            )
+            parts, options["num_steps"] = op.blocks(by=blocks), steps or 100
+            _analyse_blocks(parts, name, place, voice, jax.random.key(seed), **options)
 
 
 @app.command()
-def show(result: Annotated[Path, typer.Argument(help="A saved .npz result.")]):
-    """Print a saved result."""
-    loaded = _load(result)
+def show(
+    result: Annotated[Path, typer.Argument(help="A saved .npz result, or the .jsonl of a tracker.")],
+    as_json: Json = False,
+    as_csv: Csv = False,
+):
+    """Print a saved result: as a table, as JSON with all of its fields, or as rows of CSV."""
+    voice, loaded = _voice(False, as_json, as_csv), _load(result)
     with _about(result):
-        text = _table(loaded) if isinstance(loaded, dict) else repr(loaded)
-    typer.echo(_printable(text))
+        voice.show(loaded)
+
+
+@app.command()
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="Two saved results or more.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Picture of all in one: .png, .pdf or .svg.")
+    ] = None,
+    as_json: Json = False,
+    as_csv: Csv = False,
+):
+    """Compare spectra: a table with a row for each, or for each block, and a picture."""
+    from spectra._summary import Summary
+
+    if len(results) < 2:
+        raise typer.BadParameter("a comparison needs two results or more.")
+    table = Summary({name: q for path in results for name, q in _spectra_of(path, results).items()})
+    _voice(False, as_json, as_csv).show(table)
+    if out is not None:
+        draw(table.quadratures, out, Voice())
 
 
 @app.command()
 def plot(
     result: Annotated[Path, typer.Argument(help="A saved .npz result.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Picture: .png, .pdf or .svg.")],
+    output: Picture,
     learning_rate: Annotated[float | None, typer.Option(help="Draw the line 2 / learning rate.")] = None,
 ):
     """Draw the density of a saved result."""
     loaded = _load(result)
     with _about(result):
-        _draw(loaded, output, learning_rate)
+        draw(loaded, output, Voice(), learning_rate)
 
 
 @app.command()
 def report(
     result: Annotated[Path, typer.Argument(help="A saved .npz result, or the .jsonl of a tracker.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The page, .html.")],
+    output: Annotated[Path, typer.Option("-o", "--out", "--output", help="The page, .html.")],
     title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
 ):
     """Write a saved result as one self-contained page: pictures, tables, what the bands mean, provenance."""
@@ -213,18 +297,18 @@ def main() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
     except PreemptedError as error:
-        _fail(str(error))
+        fail(str(error))
         _leave(INTERRUPTED if error.signal == signal.SIGINT else RESUME)
     except ResultElsewhereError as error:
-        _fail(str(error))
+        fail(str(error))
         _leave(ELSEWHERE)
     except (SpectraError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
         _leave(1)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        _fail(
+        fail(
             f"another process of this run was lost: {str(error).splitlines()[0]}\nWhat was saved with "
             "--checkpoint stays: start the same command again on all hosts."
         )
@@ -242,90 +326,36 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _fail(message: str) -> int:
-    typer.echo(f"error: {_printable(message)}", err=True)
-    return 1
+def _voice(quiet: bool, as_json: bool = False, as_csv: bool = False) -> Voice:
+    if as_json and as_csv:
+        raise typer.BadParameter("--json and --csv are two forms of one result: choose one.")
+    return Voice(quiet, "json" if as_json else "csv" if as_csv else "text")
 
 
-def _printable(text: str) -> str:
-    """Text without what would steer a terminal: names in files may hold anything."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _say(message: str) -> None:
-    """Print, in the first process only."""
-    if is_first():
-        typer.echo(message)
-
-
-def _analyse(op, name: str, place: Place, key, **options) -> None:
+def _analyse(op, name: str, place: Place, voice: Voice, key, **options) -> None:
     from spectra.report import spectrum
 
-    _say(f"Computing the spectrum of {name}, {op.size:,} parameters ...")
-    report = spectrum(op, key=key, progress=True, name=name, **options)
-    _keep(report, repr(report), place)
+    voice.say(f"Computing the spectrum of {name}, {op.size:,} parameters ...")
+    keep(spectrum(op, key=key, progress=not voice.quiet, name=name, **options), place, voice)
 
 
-def _analyse_blocks(blocks, name: str, place: Place, key, **options) -> None:
+def _analyse_blocks(blocks, name: str, place: Place, voice: Voice, key, **options) -> None:
     from spectra.density import slq
 
     sizes = sum(block.size for block in blocks.values())
-    _say(f"Computing the spectra of {len(blocks)} blocks of {name}, {sizes:,} parameters ...")
-    results = slq(blocks, key=key, progress=True, **options)
-    _keep(results, _table(results), place)
+    voice.say(f"Computing the spectra of {len(blocks)} blocks of {name}, {sizes:,} parameters ...")
+    keep(slq(blocks, key=key, progress=not voice.quiet, **options), place, voice)
 
 
-def _keep(result: Any, text: str, place: Place) -> None:
-    """Save, then print, then draw; of several processes the first does it for all."""
-    if not is_first():
-        return
-    failure, path = None, None
-    try:
-        path = place.keep(result)
-    except OSError as error:
-        failure = keep_elsewhere(result, error, place)
-    finally:  # whatever went wrong, the numbers have been paid for
-        typer.echo(f"\n{text}\n")
-    if path is None:
-        raise failure or AssertionError
-    typer.echo(f"result   {path}")
-    try:
-        _draw(result, path.with_suffix(".png"), None)
-    except OSError as error:
-        raise ResultElsewhereError(
-            f"the picture could not be written ({error.strerror or error}); the result is in '{path}'."
-        ) from error
+def _spectra_of(path: Path, among: list[Path]) -> dict[str, Any]:
+    """The quadratures of a file, named after it, with its folder where another file has the same name."""
+    from spectra.results import as_quadrature
 
-
-def _table(results: dict) -> str:
-    """A line for each block; results of other kinds one after the other."""
-    from spectra._summary import Summary
-    from spectra.results import Quadrature
-
-    if not all(isinstance(part, Quadrature) for part in results.values()):
-        return "\n\n".join(f"{name}\n{part!r}" for name, part in results.items())
-    return repr(Summary(results))
-
-
-def _draw(result: Any, path: Path, learning_rate: float | None) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from spectra._files import replacing
-    from spectra.plotting.gallery import draw
-
-    ax = draw(result, learning_rate=learning_rate)
-    if ax is None:
-        raise SpectraError(f"a {type(result).__name__} has no picture: spectra show prints it.")
-    path = path if path.suffix else path.with_name(f"{path.name}.png")
-    kinds = ax.figure.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
-        raise SpectraError(f"'{path}': a picture ends in {', '.join(f'.{kind}' for kind in kinds)}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        ax.figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=300)
-    typer.echo(f"picture  {path}")
+    loaded = _load(path)
+    name = path.stem if sum(other.stem == path.stem for other in among) == 1 else str(path.with_suffix(""))
+    if isinstance(loaded, dict):
+        return {f"{name}: {block}": as_quadrature(part) for block, part in loaded.items()}
+    return {name: as_quadrature(loaded)}
 
 
 def _load(path: Path) -> Any:

@@ -1,5 +1,8 @@
 """The command line and the places it reads and writes: nothing is lost, replaced or taken for another."""
 
+import csv
+import io
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +18,7 @@ from typer.testing import CliRunner
 
 import spectra
 from spectra import _place, _scripts, cli
+from spectra._progress import Lines, Progress
 
 ROOT = Path(spectra.__file__).parents[1]
 PROBLEM = """
@@ -283,3 +287,112 @@ def test_numbers_that_contradict_each_other_are_the_files_fault(tmp_path, monkey
     done = invoke("show", path)
     assert isinstance(done.exception, spectra.SpectraError)
     assert "its numbers contradict each other (IndexError" in str(done.exception)
+
+
+def test_every_command_says_what_it_does_and_the_version():
+    for command in ("", "run", "show", "compare", "plot", "report", "export-torch", "demo"):
+        for flag in ("-h", "--help"):
+            done = invoke(*command.split(), flag)
+            assert done.exit_code == 0
+            assert "Usage" in done.output
+    assert invoke("--version").output == f"spectra {spectra.__version__}\n"
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "spectra", "--version"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == f"spectra {spectra.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--operator", "hesian"),
+        ("--blocks", "module"),
+        ("--basis", "disk"),
+        ("--steps", 0),
+        ("--probes", 0),
+        ("--tol", 1.5),
+        ("--tol", 0),
+    ],
+)
+def test_arguments_are_checked_before_the_problem_is_loaded(option, value, problem, tmp_path):
+    problem.write_text("raise AssertionError('loaded')")
+    done = invoke("run", problem, option, value, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert option in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_stdout_is_json_alone_and_messages_go_to_stderr(problem, tmp_path):
+    done = invoke("run", problem, "-o", tmp_path / "out", "--json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == report().to_dict()
+    assert "result   " in done.stderr
+    shown = invoke("show", tmp_path / "out" / "spectrum.npz", "--json")
+    assert json.loads(shown.stdout) == report().to_dict()
+
+
+def test_quiet_prints_the_result_alone(problem, tmp_path):
+    done = invoke("run", problem, "-o", tmp_path / "out", "-q")
+    assert done.exit_code == 0
+    assert done.stdout == f"{report()!r}\n"
+    assert done.stderr == ""
+
+
+def test_rows_are_shown_as_csv(tmp_path):
+    made = results()
+    for name in ("pairs", "history", "blocks", "summary", "layers", "report"):
+        path = spectra.save(made[name], tmp_path / name)
+        done = invoke("show", path, "--csv")
+        assert done.exit_code == 0, done.output
+        rows = list(csv.DictReader(io.StringIO(done.stdout)))
+        part = made[name] if name != "blocks" else spectra.summary(made[name])
+        records = part.records()
+        assert len(rows) == len(records), name
+        for row, record in zip(rows, records, strict=True):
+            expected = {key: str(value) for key, value in record.items() if value not in (None, "")}
+            assert expected == {key: value for key, value in row.items() if value}
+    done = invoke("show", tmp_path / "pairs.npz", "--csv", "--json")
+    assert done.exit_code == 2
+
+
+def test_spectra_are_compared_in_a_table_and_in_a_picture(tmp_path):
+    made = results()
+    (tmp_path / "b").mkdir()
+    first = spectra.save(made["report"], tmp_path / "run")
+    second = spectra.save(made["quadrature"], tmp_path / "b" / "run")
+    blocks = spectra.save(made["blocks"], tmp_path / "blocks")
+    done = invoke("compare", first, second, blocks, "--csv", "-o", tmp_path / "all.svg")
+    assert done.exit_code == 0, done.output
+    table, picture = done.stdout.split("picture")
+    rows = list(csv.DictReader(io.StringIO(table)))
+    alike = [str(tmp_path / "run"), str(tmp_path / "b" / "run")]
+    assert [row["layer"] for row in rows] == [*alike, "blocks: a/layer_0", "blocks: a/layer_1"]
+    assert (tmp_path / "all.svg").exists()
+    assert "all.svg" in picture
+    assert invoke("compare", first).exit_code == 2
+    pairs = spectra.save(made["pairs"], tmp_path / "pairs")
+    refused = invoke("compare", first, pairs)
+    assert "a Quadrature or a report is needed" in str(refused.exception)
+
+
+def test_an_error_in_a_problem_is_shown_from_the_users_first_line_on(problem):
+    problem.write_text("def helper(x):\n    return x['missing']\n\n\ndef problem():\n    return helper({})\n")
+    done = invoke("run", problem, "--out", problem.parent / "out")
+    message = str(done.exception)
+    assert isinstance(done.exception, spectra.SpectraError)
+    assert "KeyError: 'missing'" in message
+    assert "line 2, in helper" in message
+    assert str(Path(spectra.__file__).parent) not in message
+
+
+def test_progress_in_a_log_is_lines(capsys, monkeypatch):
+    monkeypatch.setattr(Lines, "PACE", 0.0)
+    with Progress(True, 30) as bar:
+        for _ in range(3):
+            bar.update(10)
+    lines = capsys.readouterr().err.splitlines()
+    counts = (10, 20, 30, 30)
+    assert [line.split(",")[0] for line in lines] == [f"Lanczos: {n} of 30 products" for n in counts]

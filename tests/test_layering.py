@@ -16,7 +16,7 @@ ROOT = Path(spectra.__file__).parent
 LAYERS = [
     {
         *("_errors", "_status", "_blas", "_memory", "_processes", "_digest", "_files", "_json", "_breakdown"),
-        "_signals",
+        *("_signals", "_progress"),
     },
     {"_mesh", "_tree", "_quadrature", "_brackets", "_christoffel"},
     {"_paths"},
@@ -34,7 +34,7 @@ LAYERS = [
     {"variability", "bridge"},
     {"io"},
     {"training", "page"},
-    {"demos", "_scripts", "_place"},
+    {"demos", "_scripts", "_place", "_output"},
     {"cli"},
 ]
 # Methods of results that need a later layer (`.plot()`, `.save()`, `.basis`) call what it provides: see

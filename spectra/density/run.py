@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra import _processes, _quadrature, _tree
+from spectra import _quadrature, _tree
 from spectra._breakdown import invariant_length
+from spectra._progress import Progress
 from spectra._status import Status
 from spectra.density import deflation
 from spectra.density.recorder import Recorder
@@ -17,30 +18,6 @@ from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
 from spectra.operators.accumulate import Passes
 from spectra.results import Quadrature
-
-
-class Progress:
-    """A tqdm bar, or nothing."""
-
-    def __init__(self, show: bool, total: int):
-        self.bar = None
-        if show and _processes.is_first():
-            from tqdm.auto import tqdm
-
-            self.bar = tqdm(total=total, unit="product", desc="Lanczos")
-
-    def update(self, count: int) -> None:
-        """Count products."""
-        if self.bar is not None:
-            self.bar.update(count)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
 
 PACE = 5.0
 """Seconds between two looks at the clock and at signals, where a run can be interrupted."""
@@ -54,7 +31,7 @@ class ProbeRun:
         op,
         layout: Layout,
         key,
-        bar: "Progress",
+        bar: Progress,
         *,
         size: int,
         apart: bool = False,

@@ -13,11 +13,12 @@ from jax import lax
 from spectra import _quadrature, _signals, _tree
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
+from spectra._progress import Progress
 from spectra._status import Status
 from spectra.checkpoint import Checkpoint
 from spectra.density import deflation
 from spectra.density.recorder import Recorder
-from spectra.density.run import ProbeRun, Progress
+from spectra.density.run import ProbeRun
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit

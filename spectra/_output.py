@@ -1,0 +1,135 @@
+"""What the command line prints, keeps and draws: results to stdout, all else to stderr."""
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import typer
+
+from spectra._errors import SpectraError
+from spectra._place import Place, ResultElsewhereError, keep_elsewhere
+from spectra._processes import is_first
+
+
+class Voice(NamedTuple):
+    """How much is said, and in which form results are printed: "text", "json" or "csv"."""
+
+    quiet: bool = False
+    form: str = "text"
+
+    def say(self, message: str) -> None:
+        """Print a message, in the first process only; to stderr where stdout is for a program to read."""
+        if is_first() and not self.quiet:
+            typer.echo(message, err=self.form != "text")
+
+    def show(self, result: Any) -> None:
+        """Print a result."""
+        typer.echo(printable({"text": text_of, "json": json_of, "csv": csv_of}[self.form](result)))
+
+
+def text_of(result: Any) -> str:
+    """A result as a table; of several by name a line each, or one after the other."""
+    from spectra._summary import Summary
+    from spectra.results import Quadrature
+
+    if not isinstance(result, Mapping):
+        return repr(result)
+    if result and all(isinstance(part, Quadrature) for part in result.values()):
+        return repr(Summary(dict(result)))
+    return "\n\n".join(f"{name}\n{part!r}" for name, part in result.items())
+
+
+def json_of(result: Any) -> str:
+    """A result as JSON, with the fields that its class has."""
+    from spectra.results import plain
+
+    return json.dumps(plain(result), allow_nan=False)
+
+
+def csv_of(result: Any) -> str:
+    """The rows of a result as comma-separated values, the names of the columns first."""
+    from spectra._summary import Summary
+    from spectra.results import Quadrature
+
+    if isinstance(result, Mapping):
+        if result and all(isinstance(part, Quadrature) for part in result.values()):
+            records = Summary(dict(result)).records()
+        else:
+            records = [{"name": name, **row} for name, part in result.items() for row in _records(part)]
+    else:
+        records = _records(result)
+    columns = dict.fromkeys(name for record in records for name in record)
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return stream.getvalue().rstrip("\n")
+
+
+def _records(result: Any) -> list[dict[str, Any]]:
+    if not hasattr(result, "records"):
+        raise SpectraError(f"a {type(result).__name__} has no rows: take --json.")
+    return result.records()
+
+
+def printable(text: str) -> str:
+    """Text without what would steer a terminal: names in files may hold anything."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def keep(result: Any, place: Place, voice: Voice) -> None:
+    """Save, then print, then draw; of several processes the first does it for all."""
+    if not is_first():
+        return
+    failure, path = None, None
+    try:
+        path = place.keep(result)
+    except OSError as error:
+        failure = keep_elsewhere(result, error, place)
+    finally:  # whatever went wrong, the numbers have been paid for
+        voice.say("")
+        voice.show(result)
+        voice.say("")
+    if path is None:
+        raise failure or AssertionError
+    voice.say(f"result   {path}")
+    try:
+        draw(result, path.with_suffix(".png"), voice)
+    except OSError as error:
+        raise ResultElsewhereError(
+            f"the picture could not be written ({error.strerror or error}); the result is in '{path}'."
+        ) from error
+
+
+def draw(result: Any, path: Path, voice: Voice, learning_rate: float | None = None) -> None:
+    """Write the picture of a result, in the form that the name of the file asks for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from spectra._files import replacing
+    from spectra.plotting.gallery import draw as axes_of
+
+    ax = axes_of(result, learning_rate=learning_rate)
+    if ax is None:
+        raise SpectraError(f"a {type(result).__name__} has no picture: spectra show prints it.")
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    kinds = ax.figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise SpectraError(f"'{path}': a picture ends in {', '.join(f'.{kind}' for kind in kinds)}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        ax.figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=300)
+    voice.say(f"picture  {path}")
+
+
+def fail(message: str) -> int:
+    """Print an error, and return the exit code that it has unless there is a better one."""
+    sys.stdout.flush()
+    typer.echo(f"error: {printable(message)}", err=True)
+    return 1
