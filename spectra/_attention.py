@@ -178,7 +178,8 @@ def _add(rule: _Rule, carry, q, rows, piece, scale):
     logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=total.dtype)
     logits = logits * jnp.asarray(scale, logits.dtype)
     if bias is not None:
-        logits = (logits + bias).astype(logits.dtype)
+        # No lower than what is hidden: a row of nothing else then has a softmax, as it has written out.
+        logits = logits + jnp.maximum(bias, HIDDEN).astype(logits.dtype)
     for seen in (mask, rule.sees(rows, columns)):
         if seen is not None:
             logits = jnp.where(seen, logits, HIDDEN)

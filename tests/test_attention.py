@@ -50,6 +50,10 @@ CASES = {
     "mask, causal": ({}, {"mask": some_mask(37, 37), "is_causal": True}),
     "mask of keys": ({}, {"mask": jnp.arange(37) < 30}),
     "bias": ({}, {"bias": jax.random.normal(KEY, (1, 4, 37, 37))}),
+    "bias, a row at the lowest number": (
+        {},
+        {"bias": jnp.zeros((1, 1, 37, 37)).at[:, :, 4].set(float(np.finfo("f").min))},
+    ),
     "bias of heads": ({"groups": 2}, {"bias": jax.random.normal(KEY, (4, 1, 1))}),
 }
 

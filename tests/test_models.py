@@ -173,3 +173,44 @@ def test_frozen_and_integer_leaves(x64):
 def test_unknown_batch_statistics_are_refused():
     with pytest.raises(spectra.SpectraError, match="batch_stats="):
         spectra.linen_model(Linen(), batch_stats="frozen")
+
+
+def attended(kind, attention, causal_mask):
+    """A model with an attention layer, and its variables: Flax linen's or nnx's."""
+    if kind == "linen":
+        module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)
+        variables = module.init(jax.random.key(0), SEQUENCE)
+        model = spectra.linen_model(module, attention=attention, mask=causal_mask)
+        return model, variables
+    module = nnx.MultiHeadAttention(2, 6, qkv_features=8, decode=False, rngs=nnx.Rngs(0))
+    return spectra.nnx_model(module, attention=attention)
+
+
+SEQUENCE = np.random.default_rng(0).standard_normal((2, 3, 20, 6)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_attention_layers_take_another_function(kind):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args[0].shape)
+        return spectra.attention(*args, **kwargs)
+
+    mask = nn.make_causal_mask(jnp.ones(SEQUENCE.shape[:-1])) if kind == "linen" else None
+    plain, variables = attended(kind, None, mask)
+    blocks, _ = attended(kind, counted, mask)
+    expected = plain(variables, SEQUENCE)
+    assert calls == []
+    got = blocks(variables, SEQUENCE)
+    assert calls == [(6, 20, 2, 4)]  # both leading axes in one
+    # float32, 20 keys: a few roundings of each weight
+    np.testing.assert_allclose(got, expected, atol=40 * np.finfo("f").eps * np.abs(expected).max())
+
+
+def test_dropout_of_attention_is_refused():
+    module = nn.MultiHeadDotProductAttention(num_heads=2, dropout_rate=0.5, deterministic=False)
+    model = spectra.linen_model(module, attention=spectra.attention, rngs={"dropout": jax.random.key(1)})
+    variables = module.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, SEQUENCE[0])
+    with pytest.raises(spectra.SpectraError, match="deterministic=True"):
+        model(variables, SEQUENCE[0])

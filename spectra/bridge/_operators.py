@@ -2,6 +2,7 @@
 
 from spectra.bridge import (  # noqa: F401
     _ops_activation,
+    _ops_attention,
     _ops_cast,
     _ops_compare,
     _ops_complex,

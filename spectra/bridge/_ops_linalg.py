@@ -1,4 +1,4 @@
-"""Matrix products, einsum, attention and embedding bags.
+"""Matrix products, einsum and embedding bags.
 
 No precision is set here: an outer `jax.default_matmul_precision` decides.
 """
@@ -75,33 +75,6 @@ def einsum(equation, tensors, path=None):
     if not _EQUATION.fullmatch(equation):
         raise BridgeError(f"not an einsum equation: {equation[:80]!r}")
     return jnp.einsum(equation, *tensors)
-
-
-@aten("scaled_dot_product_attention.default")
-def attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
-    """softmax(Q·Kᵀ·scale + mask)·V, a row without any allowed key giving zeros.
-
-    A boolean mask is True where attention is allowed, a floating one is added. It is made of
-    plain operations, so it has derivatives of every order.
-    """
-    if dropout_p:
-        raise BridgeError("attention dropout draws random numbers; export in evaluation mode")
-    if enable_gqa:
-        key, value = (jnp.repeat(x, query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = jnp.matmul(_scaled(query, scale), jnp.swapaxes(key, -1, -2))
-    if is_causal:
-        logits = jnp.where(jnp.tril(jnp.ones(logits.shape[-2:], bool)), logits, -jnp.inf)
-    if attn_mask is None:
-        return jnp.matmul(jax.nn.softmax(logits, -1), value)
-    masked = attn_mask.dtype == jnp.bool_
-    logits = jnp.where(attn_mask, logits, -jnp.inf) if masked else logits + attn_mask
-    dead = jnp.all(logits == -jnp.inf, -1, keepdims=True)
-    # Both selections: the first keeps the softmax of a dead row, and its derivatives, finite.
-    weights = jax.nn.softmax(jnp.where(dead, 0, logits), -1)
-    return jnp.matmul(jnp.where(dead, 0, weights), value)
 
 
 @aten("_embedding_bag.default", "_embedding_bag_forward_only.default")

@@ -617,7 +617,7 @@ BRIDGE = [
     ),
     fault(
         "attention scales by the width, not by its root",
-        "bridge/_ops_linalg.py",
+        "bridge/_ops_attention.py",
         "query.shape[-1] ** -0.5",
         "query.shape[-1] ** -1.0",
         "bridge/test_bridge_lopsided.py",
