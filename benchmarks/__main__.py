@@ -29,6 +29,7 @@ SECTIONS = {
     "streaming": 400,
     "vocabulary": 400,
     "attention": 600,
+    "differences": 300,
     "eigenpairs": 900,
     "smallest": 400,
     "traces": 1200,
