@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jaxlib
+import programs
 import pytest
 
 LARGEST = 4 * 2**30
@@ -38,7 +39,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def pytest_configure(config):
-    """Before the workers start: no more programs than the limit."""
+    """Before the workers start: how programs are compiled, and no more of them than the limit."""
+    programs.set_flags(programs.choose(config.option.markexpr))
     if hasattr(config, "workerinput") or _folder != _kept_programs() or not _folder.exists():
         return
     if sum(path.stat().st_size for path in _folder.iterdir()) > LARGEST:

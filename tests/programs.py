@@ -1,0 +1,46 @@
+"""How the tests compile: quickly by default, as for users with `-m ''`.
+
+Most of a cold run is XLA's optimisation of small programs that run once. Without it, and without the
+emitters of fusions, they compile in less than half the time and compute the same up to rounding, on which
+no test may depend. What users run is the optimised form: `pytest -m ''` and `pytest -m slow` test that, and
+SPECTRA_TEST_PROGRAMS says otherwise, "quick" or "optimised".
+"""
+
+import os
+
+import jax
+
+SWITCH = "SPECTRA_TEST_PROGRAMS"
+CHOICES = ("quick", "optimised")
+DEFAULT_MARKERS = "not slow"
+QUICK: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
+OPTIMISED: dict[str, bool | int] = {"xla_backend_optimization_level": 3}
+"""XLA's defaults, as `compiler_options` of a test that reads from a program what users get."""
+if jax.__version_info__ < (0, 11):  # XLA has had no choice since, and ends at a flag that it does not know
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+    OPTIMISED["xla_cpu_use_fusion_emitters"] = True
+
+
+def choose(markers: str) -> str:
+    """The form for a run of pytest with this argument of `-m`, or what the environment says."""
+    chosen = os.environ.get(SWITCH) or ("quick" if markers == DEFAULT_MARKERS else "optimised")
+    if chosen not in CHOICES:
+        raise ValueError(f"{SWITCH}={chosen}: use one of {CHOICES}.")
+    return chosen
+
+
+def as_flags(options: dict[str, bool | int]) -> list[str]:
+    """The options as XLA_FLAGS has them."""
+    return [f"--{name}={str(value).lower()}" for name, value in options.items()]
+
+
+def set_flags(chosen: str) -> None:
+    """Choose for this process and those that it starts; XLA reads its flags at the first program.
+
+    Of two values of a flag XLA takes the later one: what the user has set stays as it is.
+    """
+    os.environ[SWITCH] = chosen
+    own = os.environ.get("XLA_FLAGS", "").split()
+    quick = as_flags(QUICK)
+    rest = [flag for flag in own if flag not in quick]
+    os.environ["XLA_FLAGS"] = " ".join([*quick, *rest] if chosen == "quick" else own)
