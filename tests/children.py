@@ -3,15 +3,19 @@
 import os
 
 import jax
+import programs
 
 
-def environment(devices=1, *, cache=True):
+def environment(devices=1, *, cache=True, optimised=False):
     """The variables of such a process, which reads and writes the compiled programs of this one.
 
     Without `cache` for one that is killed: JAX leaves what it was writing as it is, and reads it later.
+    `optimised` for one that reads from its programs what users get.
     """
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    found = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+    quick = programs.as_flags(programs.QUICK) if optimised else ()
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in quick]
+    flags.append(f"--xla_force_host_platform_device_count={devices}")
+    found = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
     names = (
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Ridge, relative_error, ridge_count, ridge_loss
+from programs import OPTIMISED
 
 import spectra
 from spectra.operators import dense
@@ -107,7 +108,7 @@ def test_only_blocks_on_and_below_the_diagonal_are_differentiated(x64):
     op = spectra.HessianOperator(deep, params, inputs)
 
     def flops(function, *args):
-        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+        return jax.jit(function).lower(*args).compile(OPTIMISED).cost_analysis()["flops"]
 
     first, last = (flops(lambda op, i, a=a: dense._column(op, a, a + 1, i), op, jnp.int32(0)) for a in (0, 3))
     # Columns of the last layer enter and leave the network there: of its 4 layers they pass one.

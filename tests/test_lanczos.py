@@ -93,8 +93,12 @@ def test_breakdown_ends_with_exact_values_weights_and_length(name, scale, dtype)
         assert gram_error(result) <= n * eps
 
 
-@pytest.mark.parametrize("start", ["ones", "random"])
-@pytest.mark.parametrize("name", ["uniform", "outliers", "decaying"])
+CASES = [(name, start) for name in ("uniform", "outliers", "decaying") for start in ("ones", "random")]
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), slow_but(CASES, ("uniform", "ones"), ("outliers", "random"), ("decaying", "ones"))
+)
 def test_basis_is_orthonormal_after_a_hundred_steps(name, start, dtype):
     n = 100_000
     entries = {
@@ -157,9 +161,13 @@ class RotatedDiagonal(spectra.LinearOperator):
         return hadamard(self.entries * hadamard(v))
 
 
-@pytest.mark.parametrize("dtype", slow_but(["float32", "float64"], "float32"), indirect=True)
-def test_planted_spectrum_of_a_million_parameters(dtype):
-    n, steps = 2**20, 100 if dtype == "float32" else 40
+@pytest.mark.parametrize(
+    ("dtype", "steps"),
+    slow_but([("float32", 40), ("float32", 100), ("float64", 40)], ("float32", 40)),
+    indirect=["dtype"],
+)
+def test_planted_spectrum_of_a_million_parameters(dtype, steps):
+    n = 2**20
     outliers = 1e4 * np.arange(1.0, 7.0)
     entries = np.concatenate([[-5e3], np.linspace(-1.0, 1.0, n - 7), outliers])
     op = RotatedDiagonal(jnp.asarray(entries, dtype))

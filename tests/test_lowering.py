@@ -85,7 +85,7 @@ CASES = ("replicated", "spread", "fsdp", "tensor", "mixed")
 def lowered():
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env=environment(devices=8),
+        env=environment(devices=8, optimised=True),
         capture_output=True,
         text=True,
         check=False,

@@ -13,6 +13,7 @@ import numpy as np
 from spectra import _memory, _paths, _tree
 from spectra._errors import DataError, NonFiniteError, SpectraError
 from spectra._mesh import automatic, on_automatic_axes
+from spectra._signs import cheap_signs
 from spectra.data import Shared, batch_size, check_alive, rows, shared_leaves
 from spectra.operators import compiled
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
@@ -346,12 +347,8 @@ class DataOperator(LinearOperator):
 @jax.jit
 def _moved(params: PyTree, key: jax.Array, coarse: float) -> PyTree:
     leaves, treedef = jax.tree.flatten(params)
-
-    def one(i, leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
-        x = _tree.lift(leaf)
-        signs = jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype)
-        return (x + jnp.maximum(jnp.finfo(x.dtype).eps, coarse) * signs * x).astype(x.dtype)
-
-    return treedef.unflatten([one(i, jnp.asarray(leaf)) for i, leaf in enumerate(leaves)])
+    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    lifted = [_tree.lift(leaves[i]) for i in places]
+    for i, x, signs in zip(places, lifted, cheap_signs(key, lifted), strict=True):
+        leaves[i] = (x + jnp.maximum(jnp.finfo(x.dtype).eps, coarse) * signs * x).astype(leaves[i].dtype)
+    return treedef.unflatten(leaves)
