@@ -146,7 +146,7 @@ def test_celu_has_the_derivatives_of_its_formula(alpha, x64):
 
 
 def test_std_of_constants_has_derivative_zero():
-    """PyTorch masks the infinite slope of the root at zero. Four ones have the mean one in any order of work."""
+    """PyTorch masks the infinite slope of the root at zero; four ones have the mean one, not about one."""
     x = torch.ones(2, 4, requires_grad=True)
     x.std(1).sum().backward()
     ours = jax.jit(jax.grad(lambda t: OPERATORS["aten.std.correction"](t, [1]).sum()))(jnp.ones((2, 4)))
