@@ -7,6 +7,7 @@ import pytest
 from cases import SHARP, diagonal, planted, runs_of, slow_but
 
 import spectra
+from spectra.estimators import bracket
 
 KEY = jax.random.key(0)
 N, STEPS = 120, 30  # the same wherever neither matters: the compiled code is shared
@@ -78,6 +79,24 @@ def test_the_bracket_of_any_function_holds_for_the_probes_drawn(name, num_steps,
             # half length 0.99, is 2 · 0.99 V / (π (d - 1)) off at most (Trefethen, ATAP, theorem 7.2).
             assert upper - lower > got.upper - got.lower > 0
             assert got.upper - got.lower <= 2 * N * 2 * 0.99 * 2 / (np.pi * 58)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_variation_counts_where_mass_can_lie(side, sign):
+    """The rule with one node, at 0, stands for all measures on [-1, 1] with mean 0: half at each end is one.
+
+    Each has between nothing and all of its mass beyond the step, where the node has nothing.
+    """
+
+    def step(x):
+        return sign * np.where(side * x > 0.5, 1.0, 0.0)
+
+    rule = np.array([0.0]), np.array([1.0]), np.array([1.0])
+    low, high = bracket._by_variation(step, rule, -1.0, 1.0, 0.0)
+    assert (low, high) == ((0, 1) if sign > 0 else (-1, 0))
+    low, high = bracket._of_any(step, rule, -1.0, 1.0)
+    assert low <= sign / 2 <= high
 
 
 def test_no_interval_leaves_what_is_possible(quadratures, x64):

@@ -247,7 +247,7 @@ DENSITY = [
         "estimators/bracket.py",
         "gauss + float(left @ rise + right @ fall)",
         "gauss + float(right @ rise + left @ fall)",
-        "test_trace_of.py::test_the_bracket_of_any_function_holds_for_the_probes_drawn",
+        "test_trace_of.py::test_variation_counts_where_mass_can_lie",
     ),
     fault(
         "what lies behind a breakdown inside jit is among the nodes",
