@@ -12,8 +12,8 @@ from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._paths import leaf_paths
 from spectra._status import Status
-from spectra.estimators import blocks, exact, leave_one_out, rounding
-from spectra.estimators.run import Run, adaptive, begin
+from spectra.estimators import blocks, exact, leave_one_out, rounding, symmetry
+from spectra.estimators.run import Ended, Run, adaptive, begin
 from spectra.estimators.sketch import MIN_SKETCH, Held, SketchRun
 from spectra.estimators.trace import choose
 from spectra.operators.base import LinearOperator
@@ -127,7 +127,8 @@ def _grouped(run: Run, tree: PyTree) -> dict[str, Any]:
 
 def _exact(run: Run, num_matvecs: int):
     del num_matvecs
-    value, norms = (_tree.unravel(column, run.op.structure) for column in exact.columns(run))
+    *columns, sound = exact.columns(run)
+    value, norms = (_tree.unravel(sound * column, run.op.structure) for column in columns)
     stderr, dof = jax.tree.map(lambda x: run.op.precision * x, norms), None
     if moved := rounding.moved_products(run):
         changes = _root_mean_square([x for *_, x in moved])
@@ -149,13 +150,15 @@ def _relative(run: Run, value: PyTree, stderr: PyTree) -> tuple[float, float]:
 
 def _hutchinson(run: Run, num_matvecs: int):
     """Mean and spread of v ⊙ Hv, updated batch by batch without cancellation."""
-    state, unit, done = None, run.no_unit, 0
+    state, done = None, 0
+    aside = symmetry.aside(run.op, "rademacher", num_matvecs)
+    unit, pairs = symmetry.begin_pairs(run.op, run.key, aside)
 
     def step(count):
-        nonlocal state, unit, done
+        nonlocal state, unit, pairs, done
         for start in range(done, count, run.batch):
             indices = np.arange(start, min(start + run.batch, count))
-            state, unit = _accumulate(run, indices, state, unit)
+            state, unit, pairs = _accumulate(run, indices, state, unit, pairs)
         done = count
         return _relative(run, *result())
 
@@ -163,35 +166,42 @@ def _hutchinson(run: Run, num_matvecs: int):
         assert state is not None
         return _hutchinson_result(*state, unit, float(done), run.op.precision)
 
-    status = adaptive(run, step, num_matvecs)
-    value, stderr = result()
-    return value, stderr, {"num_matvecs": done, "status": status, "dof": float(max(done - 1, 1))}
+    ended = adaptive(run, step, num_matvecs - aside)
+    value, stderr = _scaled(result(), run.check_pairs(pairs), ended)
+    return value, stderr, {"num_matvecs": done + aside, "status": ended.status, "dof": float(max(done - 1, 1))}
 
 
-def _accumulate(run: Run, indices: np.ndarray, state, unit):
+def _scaled(found, sound, ended: Ended) -> tuple[PyTree, PyTree]:
+    """Value and error, not numbers if the products are not sound; the error of a run that stopped early."""
+    value, stderr = found
+    return _tree.scale(sound, value), _tree.scale(sound * ended.widen, stderr)
+
+
+def _accumulate(run: Run, indices: np.ndarray, state, unit, pairs):
     if run.op.on_host:
         stack = blocks.draw(run.op, run.key, indices, "rademacher")
-        return _merge(stack, run.op.mv_batch(stack), indices[0], state, unit)
-    return _step(run.op, run.key, indices, state, unit)
+        return _merge(stack, run.op.mv_batch(stack), indices[0], state, unit, pairs)
+    return _step(run.op, run.key, indices, state, unit, pairs)
 
 
 @jax.jit
-def _step(op: LinearOperator, key, indices, state, unit):
+def _step(op: LinearOperator, key, indices, state, unit, pairs):
     stack = blocks.draw(op, key, indices, "rademacher")
-    return _merge(stack, op.mv_batch(stack), indices[0], state, unit)
+    return _merge(stack, op.mv_batch(stack), indices[0], state, unit, pairs)
 
 
 @jax.jit
-def _merge(stack: PyTree, products: PyTree, done, state, unit):
-    """Mean, sum of squared deviations and mean of (Hv)², with a batch taken in (Chan, Golub, LeVeque), and
-    their unit."""
+def _merge(stack: PyTree, products: PyTree, done, state, unit, pairs):
+    """Mean, sum of squared deviations and mean of (Hv)², with a batch taken in (Chan, Golub, LeVeque), their
+    unit, and the pairs of neighbours."""
     k, (products, unit) = blocks.length(stack), blocks.in_unit(products, unit)
+    pairs = symmetry.with_products(pairs, stack, products)
     samples = jax.tree.map(jnp.multiply, stack, products)
     mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), samples)
     spread = jax.tree.map(lambda x, m: jnp.sum((x - m) ** 2, axis=0), samples, mean)
     square = jax.tree.map(lambda x: jnp.mean(x**2, axis=0), products)
     if state is None:
-        return (mean, spread, square), unit
+        return (mean, spread, square), unit, pairs
     share = (k / (done + k)).astype(_tree.scalar_dtype(mean))
     old_mean, old_spread, old_square = state
     shift = jax.tree.map(jnp.subtract, mean, old_mean)
@@ -201,7 +211,7 @@ def _merge(stack: PyTree, products: PyTree, done, state, unit):
         _tree.axpy(done * share, between, jax.tree.map(jnp.add, old_spread, spread)),
         _tree.axpy(share, jax.tree.map(jnp.subtract, square, old_square), old_square),
     )
-    return merged, unit
+    return merged, unit, pairs
 
 
 @jax.jit
@@ -234,9 +244,10 @@ def _xdiag(run: Run, num_matvecs: int):
         )
         return _relative(run, *found)
 
-    status = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
+    ended = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
     m = sketch.num_probes
-    return *found, {"num_matvecs": 2 * m, "status": status, "dof": float(m - 1)}
+    value, stderr = _scaled(found, sketch.sound, ended)
+    return value, stderr, {"num_matvecs": 2 * m, "status": ended.status, "dof": float(m - 1)}
 
 
 @jax.jit

@@ -11,7 +11,6 @@ import numpy as np
 from spectra import _memory, _tree
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
-from spectra._status import Status
 from spectra.estimators import blocks, exact, rounding
 from spectra.estimators.hutchinson import hutchinson
 from spectra.estimators.low_rank import hutchpp, xnystrace, xtrace
@@ -143,7 +142,7 @@ def choose(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]
 
 def _exact(run: Run, reason: str) -> Estimate:
     # Summed on the host in float64: n roundings of a float32 sum are none of the operator's.
-    entries, norms = exact.columns(run)
+    entries, norms, sound = exact.columns(run)
     norms, unit = blocks.in_unit(norms, run.no_unit)
     values, squares = (
         run.by_group(run.xp.stack([run.xp.sum(run.host(leaf)) for leaf in jax.tree.leaves(tree)]))
@@ -158,7 +157,7 @@ def _exact(run: Run, reason: str) -> Estimate:
         stderr,
         num_matvecs=run.op.size,
         method="exact",
-        status=Status.COMPLETE,
+        sound=sound,
         reason=reason,
         dof=dof,
     )
