@@ -69,8 +69,7 @@ QUICK = ("trace, signs", "diagonal, exact", "slq of one step")
 def test_maps_without_a_spectrum_are_refused(name):
     for kind, op in BAD.items():
         with pytest.raises(spectra.NotSymmetricError, match="not symmetric"):
-            CALLS[name](op)
-            pytest.fail(f"a number for {kind}")
+            print(kind, CALLS[name](op))
     for op in GOOD.values():
         assert np.isfinite(CALLS[name](op)).all()
 
@@ -139,7 +138,7 @@ def test_a_run_that_was_lucky_states_its_tolerance():
         looks = iter(errors)
         ended = adaptive(Fixed(), lambda count, looks=looks: (1.0, next(looks)), 1000)
         assert ended.status is spectra.Status.CONVERGED
-        np.testing.assert_allclose(ended.widen, factor)
+        np.testing.assert_allclose(ended.widen, factor, rtol=2e-6)  # `WITHIN` of it
 
 
 @pytest.mark.slow
@@ -154,7 +153,7 @@ def test_intervals_of_runs_that_stop_early_hold(x64):
         found = spectra.trace(
             op, key=jax.random.key(seed), method="hutchinson", num_matvecs=300, tol=0.1, probes="normal"
         )
-        low, value, high = found.interval()
+        low, _, high = found.interval()
         held.append(low <= values.sum() <= high)
         widths.append((high - low) / 2)
     assert np.mean(held) >= 0.92
@@ -162,8 +161,8 @@ def test_intervals_of_runs_that_stop_early_hold(x64):
 
 
 def test_few_probes_of_signs_do_not_tell_entries_apart():
-    """Two entries share their signs in all of four probes with probability 1/8: XDiag missed 12 % of a diagonal
-    matrix's entries by any margin. So few products go to Hutchinson's method, which is exact there."""
+    """Two entries share their signs in all of four probes with probability 1/8: XDiag missed 12 % of a
+    diagonal matrix's entries by any margin. So few products go to Hutchinson's method, exact there."""
     entries = np.exp(3 * np.random.default_rng(11).standard_normal(200)).astype(np.float32)
     op = spectra.MatrixOperator(jnp.diag(jnp.asarray(entries)))
     found = spectra.diagonal(op, key=KEY, method="xdiag", num_matvecs=8)

@@ -120,7 +120,8 @@ def slq(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: k m products, and two that show symmetry where m = 1; memory as `plan` states, (m + 6) n numbers for each probe in flight.
+    Cost: k m products, and two that show symmetry where m = 1; memory as `plan` states, (m + 6) n numbers
+    for each probe in flight.
 
     References:
         Golub and Welsch, doi:10.1090/S0025-5718-69-99647-1; Ubaru, Chen and Saad,

@@ -23,8 +23,8 @@ PyTree = Any
 METHODS = ("auto", "exact", "hutchinson", "xdiag")
 LEAST = 8
 """Probes of XDiag. Two entries have the same signs in all m of them, but for one factor, with 2^(1-m): what
-the large one leaves in the small one is the same in all samples then, and no spread shows it. With four probes
-that are 12 % of the entries, with eight 1 %."""
+the large one leaves in the small one is the same in all samples then, and no spread shows it. With four
+probes that are 12 % of the entries, with eight 1 %."""
 PAIRS = 16
 """Probes among which pairs are formed for the covariance; each pair costs vectors here."""
 
@@ -72,8 +72,8 @@ def diagonal(
         NotSymmetricError: the operator is not symmetric, or not linear, see `trace`; NaN inside `jit`.
         MemoryLimitError: the sketch does not fit.
 
-    Cost: at most num_matvecs products (n + 1 if exact, and 8 that measure rounding). Memory: 6 vectors and the batch for "hutchinson",
-    about 4 num_matvecs vectors for "xdiag".
+    Cost: at most num_matvecs products (n + 1 if exact, and 8 that measure rounding). Memory: 6 vectors and
+    the batch for "hutchinson", about 4 num_matvecs vectors for "xdiag".
 
     References:
         Bekas, Kokiopoulou and Saad, doi:10.1016/j.apnum.2007.01.003; Epperly, Tropp and Webber,

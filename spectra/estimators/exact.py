@@ -18,8 +18,8 @@ PyTree = Any
 
 
 def columns(run: Run) -> tuple[jax.Array, jax.Array, Any]:
-    """e_iᵀ H e_i and |H e_i| for all i, in the order of `ravel`, two arrays (n,), and what `Run.check_columns`
-    says of them: the same z is multiplied by H, and by the n columns from the left."""
+    """e_iᵀ H e_i and |H e_i| for all i, in the order of `ravel`, two arrays (n,), and what
+    `Run.check_columns` says of them: the same z is multiplied by H, and by the n columns from the left."""
     op, n = run.op, run.op.size
     vector = symmetry.normal_vector(op, jax.random.key(0))
     z, image = (jax.tree.map(lambda x: x[0], stack) for stack in (vector, blocks.products(op, vector, 1)))

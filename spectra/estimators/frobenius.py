@@ -119,8 +119,8 @@ def frobenius_norm(
 
 
 def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Ended, int, Any]:
-    """Mean of |Hv|² over normal probes and its standard error, the unit of |Hv|, how the run ended, the number
-    of probes, and whether the products are sound.
+    """Mean of |Hv|² over normal probes and its standard error, the unit of |Hv|, how the run ended, the
+    number of probes, and whether the products are sound.
 
     |Hv|² has the law Σ λ_i² χ²_1, so that k of them are close to χ² with ν = k |H|_F⁴ / tr H⁴ >= k degrees of
     freedom (Satterthwaite), and the root has the standard error |H|_F / sqrt(2 ν). Both the spread of |Hv|²
@@ -153,7 +153,8 @@ def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Ended, int, Any
 
 
 def _norms(run: Run, start: int, stop: int, pairs: symmetry.Pairs, unit):
-    """|w_i|², w_i · w_{i-1} (first of all with zero), and the pairs so far, for w = Hv of probes start..stop-1.
+    """|w_i|², w_i · w_{i-1} (first of all with zero), and the pairs so far, for w = Hv of probes
+    start..stop-1.
 
     All in the unit that is returned as well, see `blocks.in_unit`.
     """

@@ -91,7 +91,7 @@ class Run:
         return self.op.precision * self.xp.sqrt(self.sizes * self.xp.mean(squares, axis=-1))
 
     def check_symmetric(self, form: Array, other: Array) -> Array:
-        """What estimates are multiplied by: 1, and NaN inside `jit` where uᵀHv contradicts vᵀHu for rows u, v.
+        """What estimates are multiplied by: 1, and NaN inside `jit` where uᵀHv contradicts vᵀHu.
 
         Outside `jit` that raises. Both are matrices (m, m) of these numbers for two orthonormal sets of rows.
         """
@@ -105,7 +105,7 @@ class Run:
         return self._sound(worst, 1.0, symmetry.limit(self.op), "of probes has the root mean square")
 
     def check_columns(self, across: Array, image: Array) -> Array:
-        """The same for (zᵀH e_i) and H z, which agree if the columns H e_i are those of a symmetric matrix."""
+        """The same for (zᵀH e_i) and H z, which agree if the columns H e_i make a symmetric matrix."""
         largest = jnp.maximum(jnp.max(jnp.abs(image)), jnp.max(jnp.abs(across)))
         unit = jnp.where(largest > 0, largest, 1)
         worst, size = (jnp.linalg.norm(x / unit) for x in (across - image, image))
@@ -204,6 +204,9 @@ def check_probes(probes: str | None, default: str) -> str:
 GROWTH = 1.5
 """Of the number of probes between two looks; the same numbers each time, so that compiled code is shared."""
 
+WITHIN = 1 - 1e-6
+"""Keeps an error that is stated as the tolerance within it, once it has been rounded to float32."""
+
 
 def adaptive(run: Run, step: Callable[[int], Any], most: int, least: int = MIN_PROBES) -> Ended:
     """Call `step` with growing numbers of probes until stderr <= tol |value|; all at once without tol.
@@ -222,7 +225,8 @@ def adaptive(run: Run, step: Callable[[int], Any], most: int, least: int = MIN_P
         goal = run.tol * abs(value)
         if stderr <= goal:
             lucky = count > first and stderr > 0
-            return Ended(Status.CONVERGED, float(min(goal / stderr, GROWTH**0.5)) if lucky else 1.0)
+            widen = max(1.0, min(WITHIN * goal / stderr, GROWTH**0.5)) if lucky else 1.0
+            return Ended(Status.CONVERGED, float(widen))
         if count == most:
             return Ended(Status.BUDGET_EXHAUSTED, 1.0)
         count = min(most, int(GROWTH * count))

@@ -2,8 +2,8 @@
 
 Quadratic forms see the symmetric part of a map alone, and random signs take any odd function of an entry for
 a multiple of it. Both show where a product meets another probe, at no product more. Where a function of one's
-own is asked for its trace by signs, one of the products goes to a normal vector that the first probe is compared
-with. In the same way n columns are compared with the product of a vector that is none of them.
+own is asked for its trace by signs, one of the products goes to a normal vector that the first probe is
+compared with. In the same way n columns are compared with the product of a vector that is none of them.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _tree
 from spectra.estimators import blocks
 from spectra.operators.base import LinearOperator
 
@@ -22,8 +21,8 @@ ASIDE = 2**31 - 2
 LEAST = 3
 """Products from which one may go to a vector aside: of two an interval would lose too much."""
 COARSE = 16.0
-"""What |uᵀHv - vᵀHu| may be at least, in roundings of a product: 0.6 to 4 were measured, in float32, float16 and
-bfloat16, on networks of one to eight layers and gains up to 3."""
+"""What |uᵀHv - vᵀHu| may be at least, in roundings of a product: 0.6 to 4 were measured, in float32, float16
+and bfloat16, on networks of one to eight layers and gains up to 3."""
 
 
 class Pairs(NamedTuple):
@@ -89,8 +88,8 @@ def _square(vector: PyTree) -> jax.Array:
 def limit(op: LinearOperator) -> float:
     """What |uᵀHv - vᵀHu| may be in units of |u| |Hv| / √n, to be rounding.
 
-    The error of a product is a vector of `precision` |Hv| that u meets like a random one, and the sum over its
-    entries adds eps √n at the worst. The square root of the precision is what Lanczos runs allow as well.
+    The error of a product is a vector of `precision` |Hv| that u meets like a random one, and the sum over
+    its entries adds eps √n at the worst. The square root of the precision is what Lanczos runs allow as well.
     """
     rounding = max(float(np.sqrt(op.precision)), COARSE * op.precision)
     return rounding + float(jnp.finfo(op.dtype).eps) * float(np.sqrt(op.size))
