@@ -88,8 +88,8 @@ def trace(
         MemoryLimitError: the sketch does not fit.
 
     Cost: at most num_matvecs products (n if exact, one that tests symmetry, and 8 that measure rounding).
-    Memory: probe_batch products and one or two, with signs two or four vectors for "exact" and "hutchinson"; 2 num_matvecs
-    vectors for "xtrace" and "hutch++", 4 for "xnystrace".
+    Memory: probe_batch products and one or two, with signs two or four vectors for "exact" and
+    "hutchinson"; 2 num_matvecs vectors for "xtrace" and "hutch++", 4 for "xnystrace".
 
     References:
         Hutchinson, doi:10.1080/03610918908812806; Meyer, Musco, Musco and Woodruff, arXiv:2010.09649;
