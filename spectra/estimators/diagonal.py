@@ -48,7 +48,7 @@ def diagonal(
     outside of `jit` are measured (see `spectra.estimators.rounding`). Works inside `jit` and `vmap`.
 
     The errors rest on the spread of the samples, which for "xdiag" are leave-one-out estimates whose
-    covariance is bounded and added (see `spectra.estimators.leave_one_out`), and on rounding. They
+    covariance and its own error are added (see `spectra.estimators.leave_one_out`), and on rounding. They
     hold entry by entry, not for all entries at once.
 
     Args:
@@ -283,13 +283,16 @@ def _leave_one_out(held: Held, u, among, sketch, unit, precision):
         mean = jnp.mean(samples, axis=0)
         variance = jnp.sum((samples - mean) ** 2, axis=0) / (m * (m - 1))
 
-        def pairs(i, total):
+        def pairs(i, sums):
             # Effect of i on estimate j, and of j on estimate i; they vanish for i = j.
+            total, size, bound = sums
             on_j = terms(among[i], jnp.sum(among[i] * sketch[:d], axis=1), q, z, w[:d])
             on_i = terms(among[:, i], jnp.sum(among[:, i] * sketch[i], axis=1), q, z, w[i])
-            return total + jnp.sum(jnp.abs(on_j * on_i), axis=0)
+            row = jnp.sum(on_j * on_i, axis=0)
+            return total + row, jnp.hypot(size, row), bound + jnp.sum(jnp.abs(on_j * on_i), axis=0)
 
-        covariance = lax.fori_loop(0, d, pairs, jnp.zeros_like(mean)) / (d * (d - 1))
+        sums = lax.fori_loop(0, d, pairs, (jnp.zeros_like(mean),) * 3)
+        covariance = _covariance(*sums, d)
         rounding = precision**2 * jnp.mean(y**2, axis=0)
         stderr = jnp.sqrt(variance + covariance + rounding)
         return _tree.scale(unit, (mean + jnp.sum(q * z, axis=0), stderr))
@@ -300,6 +303,15 @@ def _leave_one_out(held: Held, u, among, sketch, unit, precision):
     means, errors = zip(*(one(*leaves) for leaves in stacks), strict=True)
     treedef = jax.tree.structure(held.basis)
     return treedef.unflatten(means), treedef.unflatten(errors)
+
+
+def _covariance(total, size, bound, d: int):
+    """`leave_one_out._covariance` entry by entry, from sums over pairs, the norm of the d sums over j, and a
+    bound."""
+    mean, size = jnp.abs(total) / d, size / d**0.5
+    spread = jnp.sqrt(jnp.maximum(size - mean, 0)) * jnp.sqrt(size + mean)
+    error = 2 * (d - 1) ** 0.5 * spread / ((d - 1) * (d - 2))
+    return jnp.minimum(jnp.maximum(total, 0) / (d * (d - 1)) + error, bound / (d * (d - 1)))
 
 
 _RUNNERS = {"exact": _exact, "hutchinson": _hutchinson, "xdiag": _xdiag}
