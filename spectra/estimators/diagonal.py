@@ -291,8 +291,8 @@ def _leave_one_out(held: Held, u, among, sketch, unit, precision):
             row = jnp.sum(on_j * on_i, axis=0)
             return total + row, jnp.hypot(size, row), bound + jnp.sum(jnp.abs(on_j * on_i), axis=0)
 
-        sums = lax.fori_loop(0, d, pairs, (jnp.zeros_like(mean),) * 3)
-        covariance = _covariance(*sums, d)
+        total, size, bound = lax.fori_loop(0, d, pairs, (jnp.zeros_like(mean),) * 3)
+        covariance = _covariance(total, size, bound, d)
         rounding = precision**2 * jnp.mean(y**2, axis=0)
         stderr = jnp.sqrt(variance + covariance + rounding)
         return _tree.scale(unit, (mean + jnp.sum(q * z, axis=0), stderr))
