@@ -41,12 +41,20 @@ def test_xdiag_equals_a_naive_leave_one_out(name, x64):
     probes = np.stack([signs(i) for i in range(m)], axis=1)
     one = partial(naive_xdiag, a, probes)
     single = np.array([one([i for i in range(m) if i != j], j) for j in range(m)])
-    pairs = np.zeros(N)
+    pairs = np.zeros((m, m, N))
     for i in range(m):
         for j in range(i):
             rest = [k for k in range(m) if k not in (i, j)]
-            pairs += 2 * np.abs((single[i] - one(rest, i)) * (single[j] - one(rest, j)))
-    stderr = np.sqrt(single.var(axis=0, ddof=1) / m + pairs / (m * (m - 1)))
+            pairs[i, j] = pairs[j, i] = (single[i] - one(rest, i)) * (single[j] - one(rest, j))
+
+    def mean_of_pairs(keep):
+        return pairs[np.ix_(keep, keep)].sum(axis=(0, 1)) / (len(keep) * (len(keep) - 1))
+
+    without = np.array([mean_of_pairs([i for i in range(m) if i != k]) for k in range(m)])
+    jackknife = np.sqrt((m - 1) * without.var(axis=0))
+    bound = np.abs(pairs).sum(axis=(0, 1)) / (m * (m - 1))
+    covariance = np.minimum(np.maximum(mean_of_pairs(range(m)), 0) + jackknife, bound)
+    stderr = np.sqrt(single.var(axis=0, ddof=1) / m + covariance)
     got = spectra.diagonal(spectra.MatrixOperator(a), key=KEY, method="xdiag", num_matvecs=2 * m)
     # Entries of m products of norm |H| sqrt(n), each with n roundings; the sketch amplifies by
     # |H| / λ_m = 5.

@@ -76,6 +76,8 @@ class ProbeRun:
         if self.recorder is not None:
             self.recorder.between()
         batched = len(probes) > 1
+        if num_steps == 1 < self.size and not self.rows:
+            self._require_symmetric()
         state, done = self._begin(probes, num_steps, batched)
         while done < num_steps:
             # Chunks of any length end where the longest do: there alone is it asked whether to stop.
@@ -141,13 +143,23 @@ class ProbeRun:
             sums = [(count, jax.device_put(total, self.op.device)) for count, total in sums]
         return Passes(sums, look, PACE)
 
-    def _begin(self, probes: range, num_steps: int, batched: bool):
-        """A fresh state, or the one that was saved, and the steps done."""
+    def _require_symmetric(self) -> None:
+        """Two steps of the first probe: a single one has no coefficient that symmetry makes zero."""
+        state, places = self._fresh(range(1), 2, False), {"apart": self.apart, "home": self.home}
+        recurrence.advance(self.op, self.layout, state, 0, 2, batched=False, **places)
+
+    def _fresh(self, probes: range, num_steps: int, batched: bool):
+        """The state before the first step."""
         indices = np.asarray(probes if batched else probes[0], np.int32)
         with jax.default_device(self.home) if self.home else contextlib.nullcontext():
             state = _start(self.layout.anonymous(), self.key, indices, num_steps, batched)
-        if self.known is not None:
-            state = deflation.project_start(self.layout, self.known, state, batched)
+        if self.known is None:
+            return state
+        return deflation.project_start(self.layout, self.known, state, batched)
+
+    def _begin(self, probes: range, num_steps: int, batched: bool):
+        """A fresh state, or the one that was saved, and the steps done."""
+        state = self._fresh(probes, num_steps, batched)
         if self.recorder is None:
             return state, 0
         state, done = self.recorder.restore(probes, state)

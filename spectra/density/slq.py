@@ -81,8 +81,9 @@ def slq(
     For each probe v_i, m Lanczos steps give the Gauss quadrature of its spectral measure
     μ_i(f) = v_iᵀ f(H) v_i ≈ Σ_j w_ij f(θ_ij), exact for polynomials of degree below 2m; the mean over
     probes estimates tr f(H) / n without bias. Works inside `jit`, where the small eigenproblem is solved
-    on the device in the working dtype and `tol` and the checks of values are not available; a run through an
-    invariant space may go on there, see docs/guarantees.md.
+    on the device in the working dtype and `tol` and the checks of values are not available; nodes are NaN
+    there if the operator is not symmetric, and a run through an invariant space may go on, see
+    docs/guarantees.md.
 
     Args:
         op: symmetric operator of order n; or several by name, such as `op.blocks(by="layer")`, which then
@@ -119,7 +120,8 @@ def slq(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: k m products; memory as `plan` states, (m + 6) n numbers for each probe in flight.
+    Cost: k m products, and two that show symmetry where m = 1; memory as `plan` states, (m + 6) n numbers
+    for each probe in flight.
 
     References:
         Golub and Welsch, doi:10.1090/S0025-5718-69-99647-1; Ubaru, Chen and Saad,
@@ -243,15 +245,23 @@ def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int
     layout = Layout.leafwise(op.structure)
     op = op.prepare()
 
-    def probe(i):
+    def run(i, steps):
         v0 = _tree.sphere_sample(jax.random.fold_in(key, i), layout.structure)
-        state = recurrence.run(op, layout, recurrence.init(layout, v0, num_steps), 0, num_steps)
+        return recurrence.run(op, layout, recurrence.init(layout, v0, steps), 0, steps)
+
+    def probe(i):
+        state = run(i, num_steps)
         rule = _quadrature.gauss_rule_traced(state.alpha, state.beta, state.length)
         scale = jnp.where(state.scale > 0, state.scale, 1)
         return (*rule, state.length, state.asymmetry / scale)
 
-    columns = lax.map(probe, jnp.arange(num_probes), batch_size=batch if batch > 1 else None)
+    nodes, *columns = lax.map(probe, jnp.arange(num_probes), batch_size=batch if batch > 1 else None)
+    asymmetry = jnp.max(columns[-1])
+    if num_steps == 1 < size:  # a single step has no coefficient that symmetry makes zero
+        state = run(0, 2)
+        asymmetry = state.asymmetry / jnp.where(state.scale > 0, state.scale, 1)
     return Quadrature(
+        jnp.where(asymmetry > precision**0.5, jnp.nan, nodes),
         *columns,
         size=size,
         num_matvecs=num_steps * num_probes,

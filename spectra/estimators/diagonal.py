@@ -12,8 +12,8 @@ from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._paths import leaf_paths
 from spectra._status import Status
-from spectra.estimators import blocks, exact, leave_one_out, rounding
-from spectra.estimators.run import Run, adaptive, begin
+from spectra.estimators import blocks, exact, leave_one_out, rounding, symmetry
+from spectra.estimators.run import Ended, Run, adaptive, begin
 from spectra.estimators.sketch import MIN_SKETCH, Held, SketchRun
 from spectra.estimators.trace import choose
 from spectra.operators.base import LinearOperator
@@ -21,6 +21,10 @@ from spectra.results import Estimate
 
 PyTree = Any
 METHODS = ("auto", "exact", "hutchinson", "xdiag")
+LEAST = 8
+"""Probes of XDiag. Two entries have the same signs in all m of them, but for one factor, with 2^(1-m): what
+the large one leaves in the small one is the same in all samples then, and no spread shows it. With four
+probes that are 12 % of the entries, with eight 1 %."""
 PAIRS = 16
 """Probes among which pairs are formed for the covariance; each pair costs vectors here."""
 
@@ -44,7 +48,7 @@ def diagonal(
     outside of `jit` are measured (see `spectra.estimators.rounding`). Works inside `jit` and `vmap`.
 
     The errors rest on the spread of the samples, which for "xdiag" are leave-one-out estimates whose
-    covariance is bounded and added (see `spectra.estimators.leave_one_out`), and on rounding. They
+    covariance and its own error are added (see `spectra.estimators.leave_one_out`), and on rounding. They
     hold entry by entry, not for all entries at once.
 
     Args:
@@ -52,7 +56,8 @@ def diagonal(
         key: JAX random key; probe i depends on the key and i alone. None for "exact".
         method: one of the above, or "auto": "exact" if the budget covers n products, else "xdiag", or
             "hutchinson" if 2 num_matvecs vectors do not fit into half of the free memory.
-        num_matvecs: budget of products. Where it covers n, "xdiag" gives way to "exact".
+        num_matvecs: budget of products. Where it covers n, "xdiag" gives way to "exact", and below 16 to
+            "hutchinson": fewer than 8 probes of signs can't tell entries apart.
         tol: stop as soon as |stderr| <= tol |value| in the Euclidean norm over all entries.
         by: "leaf" or "layer": value and stderr become dicts {path: array}, or {layer: {path: array}};
             `total` has the pytree.
@@ -64,11 +69,11 @@ def diagonal(
     Raises:
         SpectraError: an argument is out of range.
         NonFiniteError: a product is NaN or infinite.
-        NotSymmetricError: a sketch finds that the operator is not symmetric.
+        NotSymmetricError: the operator is not symmetric, or not linear, see `trace`; NaN inside `jit`.
         MemoryLimitError: the sketch does not fit.
 
-    Cost: at most num_matvecs products (n if exact). Memory: 4 vectors and the batch for "hutchinson",
-    about 4 num_matvecs vectors for "xdiag".
+    Cost: at most num_matvecs products (n + 1 if exact, and 8 that measure rounding). Memory: 6 vectors and
+    the batch for "hutchinson", about 4 num_matvecs vectors for "xdiag".
 
     References:
         Bekas, Kokiopoulou and Saad, doi:10.1016/j.apnum.2007.01.003; Epperly, Tropp and Webber,
@@ -88,6 +93,11 @@ def diagonal(
     reason = reason.replace("xtrace", "xdiag")
     if method == "xdiag" and num_matvecs < 4:
         raise SpectraError(f"num_matvecs={num_matvecs}: xdiag needs at least 4 products.")
+    if method == "xdiag" and num_matvecs < 2 * LEAST:
+        method, reason = (
+            "hutchinson",
+            f"num_matvecs={num_matvecs} leaves xdiag fewer than {LEAST} probes of signs",
+        )
     run = begin(
         op,
         key=key,
@@ -127,7 +137,8 @@ def _grouped(run: Run, tree: PyTree) -> dict[str, Any]:
 
 def _exact(run: Run, num_matvecs: int):
     del num_matvecs
-    value, norms = (_tree.unravel(column, run.op.structure) for column in exact.columns(run))
+    *columns, sound = exact.columns(run)
+    value, norms = (_tree.unravel(sound * column, run.op.structure) for column in columns)
     stderr, dof = jax.tree.map(lambda x: run.op.precision * x, norms), None
     if moved := rounding.moved_products(run):
         changes = _root_mean_square([x for *_, x in moved])
@@ -149,13 +160,15 @@ def _relative(run: Run, value: PyTree, stderr: PyTree) -> tuple[float, float]:
 
 def _hutchinson(run: Run, num_matvecs: int):
     """Mean and spread of v ⊙ Hv, updated batch by batch without cancellation."""
-    state, unit, done = None, run.no_unit, 0
+    state, done = None, 0
+    aside = symmetry.aside(run.op, "rademacher", num_matvecs)
+    unit, pairs = symmetry.begin_pairs(run.op, run.key, aside)
 
     def step(count):
-        nonlocal state, unit, done
+        nonlocal state, unit, pairs, done
         for start in range(done, count, run.batch):
             indices = np.arange(start, min(start + run.batch, count))
-            state, unit = _accumulate(run, indices, state, unit)
+            state, unit, pairs = _accumulate(run, indices, state, unit, pairs)
         done = count
         return _relative(run, *result())
 
@@ -163,35 +176,46 @@ def _hutchinson(run: Run, num_matvecs: int):
         assert state is not None
         return _hutchinson_result(*state, unit, float(done), run.op.precision)
 
-    status = adaptive(run, step, num_matvecs)
-    value, stderr = result()
-    return value, stderr, {"num_matvecs": done, "status": status, "dof": float(max(done - 1, 1))}
+    ended = adaptive(run, step, num_matvecs - aside)
+    value, stderr = _scaled(result(), run.check_pairs(pairs), ended)
+    return (
+        value,
+        stderr,
+        {"num_matvecs": done + aside, "status": ended.status, "dof": float(max(done - 1, 1))},
+    )
 
 
-def _accumulate(run: Run, indices: np.ndarray, state, unit):
+def _scaled(found, sound, ended: Ended) -> tuple[PyTree, PyTree]:
+    """Value and error, not numbers if the products are not sound; the error of a run that stopped early."""
+    value, stderr = found
+    return _tree.scale(sound, value), _tree.scale(sound * ended.widen, stderr)
+
+
+def _accumulate(run: Run, indices: np.ndarray, state, unit, pairs):
     if run.op.on_host:
         stack = blocks.draw(run.op, run.key, indices, "rademacher")
-        return _merge(stack, run.op.mv_batch(stack), indices[0], state, unit)
-    return _step(run.op, run.key, indices, state, unit)
+        return _merge(stack, run.op.mv_batch(stack), indices[0], state, unit, pairs)
+    return _step(run.op, run.key, indices, state, unit, pairs)
 
 
 @jax.jit
-def _step(op: LinearOperator, key, indices, state, unit):
+def _step(op: LinearOperator, key, indices, state, unit, pairs):
     stack = blocks.draw(op, key, indices, "rademacher")
-    return _merge(stack, op.mv_batch(stack), indices[0], state, unit)
+    return _merge(stack, op.mv_batch(stack), indices[0], state, unit, pairs)
 
 
 @jax.jit
-def _merge(stack: PyTree, products: PyTree, done, state, unit):
-    """Mean, sum of squared deviations and mean of (Hv)², with a batch taken in (Chan, Golub, LeVeque), and
-    their unit."""
+def _merge(stack: PyTree, products: PyTree, done, state, unit, pairs):
+    """Mean, sum of squared deviations and mean of (Hv)², with a batch taken in (Chan, Golub, LeVeque), their
+    unit, and the pairs of neighbours."""
     k, (products, unit) = blocks.length(stack), blocks.in_unit(products, unit)
+    pairs = symmetry.with_products(pairs, stack, products)
     samples = jax.tree.map(jnp.multiply, stack, products)
     mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), samples)
     spread = jax.tree.map(lambda x, m: jnp.sum((x - m) ** 2, axis=0), samples, mean)
     square = jax.tree.map(lambda x: jnp.mean(x**2, axis=0), products)
     if state is None:
-        return (mean, spread, square), unit
+        return (mean, spread, square), unit, pairs
     share = (k / (done + k)).astype(_tree.scalar_dtype(mean))
     old_mean, old_spread, old_square = state
     shift = jax.tree.map(jnp.subtract, mean, old_mean)
@@ -201,7 +225,7 @@ def _merge(stack: PyTree, products: PyTree, done, state, unit):
         _tree.axpy(done * share, between, jax.tree.map(jnp.add, old_spread, spread)),
         _tree.axpy(share, jax.tree.map(jnp.subtract, square, old_square), old_square),
     )
-    return merged, unit
+    return merged, unit, pairs
 
 
 @jax.jit
@@ -234,9 +258,10 @@ def _xdiag(run: Run, num_matvecs: int):
         )
         return _relative(run, *found)
 
-    status = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
+    ended = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
     m = sketch.num_probes
-    return *found, {"num_matvecs": 2 * m, "status": status, "dof": float(m - 1)}
+    value, stderr = _scaled(found, sketch.sound, ended)
+    return value, stderr, {"num_matvecs": 2 * m, "status": ended.status, "dof": float(m - 1)}
 
 
 @jax.jit
@@ -258,13 +283,16 @@ def _leave_one_out(held: Held, u, among, sketch, unit, precision):
         mean = jnp.mean(samples, axis=0)
         variance = jnp.sum((samples - mean) ** 2, axis=0) / (m * (m - 1))
 
-        def pairs(i, total):
+        def pairs(i, sums):
             # Effect of i on estimate j, and of j on estimate i; they vanish for i = j.
+            total, size, bound = sums
             on_j = terms(among[i], jnp.sum(among[i] * sketch[:d], axis=1), q, z, w[:d])
             on_i = terms(among[:, i], jnp.sum(among[:, i] * sketch[i], axis=1), q, z, w[i])
-            return total + jnp.sum(jnp.abs(on_j * on_i), axis=0)
+            row = jnp.sum(on_j * on_i, axis=0)
+            return total + row, jnp.hypot(size, row), bound + jnp.sum(jnp.abs(on_j * on_i), axis=0)
 
-        covariance = lax.fori_loop(0, d, pairs, jnp.zeros_like(mean)) / (d * (d - 1))
+        total, size, bound = lax.fori_loop(0, d, pairs, (jnp.zeros_like(mean),) * 3)
+        covariance = _covariance(total, size, bound, d)
         rounding = precision**2 * jnp.mean(y**2, axis=0)
         stderr = jnp.sqrt(variance + covariance + rounding)
         return _tree.scale(unit, (mean + jnp.sum(q * z, axis=0), stderr))
@@ -275,6 +303,15 @@ def _leave_one_out(held: Held, u, among, sketch, unit, precision):
     means, errors = zip(*(one(*leaves) for leaves in stacks), strict=True)
     treedef = jax.tree.structure(held.basis)
     return treedef.unflatten(means), treedef.unflatten(errors)
+
+
+def _covariance(total, size, bound, d: int):
+    """`leave_one_out._covariance` entry by entry, from sums over pairs, the norm of the d sums over j, and a
+    bound."""
+    mean, size = jnp.abs(total) / d, size / d**0.5
+    spread = jnp.sqrt(jnp.maximum(size - mean, 0)) * jnp.sqrt(size + mean)
+    error = 2 * (d - 1) ** 0.5 * spread / ((d - 1) * (d - 2))
+    return jnp.minimum(jnp.maximum(total, 0) / (d * (d - 1)) + error, bound / (d * (d - 1)))
 
 
 _RUNNERS = {"exact": _exact, "hutchinson": _hutchinson, "xdiag": _xdiag}

@@ -1,4 +1,5 @@
-"""Diagonal entries one by one: n products with unit vectors, in chunks of bounded memory."""
+"""Diagonal entries one by one: n products with unit vectors, in chunks of bounded memory, and one that tells
+whether they are the columns of a symmetric matrix."""
 
 from functools import partial
 from typing import Any
@@ -9,22 +10,28 @@ import numpy as np
 from jax import lax
 
 from spectra import _tree
+from spectra.estimators import blocks, symmetry
 from spectra.estimators.run import Run
 from spectra.operators.base import LinearOperator
 
 PyTree = Any
 
 
-def columns(run: Run) -> tuple[jax.Array, jax.Array]:
-    """e_iᵀ H e_i and |H e_i| for all i, in the order of `ravel`; two arrays (n,)."""
+def columns(run: Run) -> tuple[jax.Array, jax.Array, Any]:
+    """e_iᵀ H e_i and |H e_i| for all i, in the order of `ravel`, two arrays (n,), and what
+    `Run.check_columns` says of them: the same z is multiplied by H, and by the n columns from the left."""
     op, n = run.op, run.op.size
+    vector = symmetry.normal_vector(op, jax.random.key(0))
+    z, image = (jax.tree.map(lambda x: x[0], stack) for stack in (vector, blocks.products(op, vector, 1)))
     if not op.on_host:
-        return _columns(op, run.batch)
-    parts = []
-    for start in range(0, n, run.batch):
-        indices = np.arange(start, min(start + run.batch, n))
-        parts.append(_entries(op.mv_batch(_units(op, indices)), indices))
-    return tuple(jnp.concatenate(x) for x in zip(*parts, strict=True))  # pyright: ignore[reportReturnType]
+        entries, norms, across = _columns(op, z, run.batch)
+    else:
+        parts = []
+        for start in range(0, n, run.batch):
+            indices = np.arange(start, min(start + run.batch, n))
+            parts.append(_entries(op.mv_batch(_units(op, indices)), indices, z))
+        entries, norms, across = (jnp.concatenate(x) for x in zip(*parts, strict=True))
+    return entries, norms, run.check_columns(across, _tree.ravel(image))
 
 
 def _unit(op: LinearOperator, i) -> PyTree:
@@ -35,17 +42,17 @@ _units = jax.jit(lambda op, indices: jax.vmap(lambda i: _unit(op, i))(indices))
 
 
 @jax.jit
-def _entries(products: PyTree, indices):
+def _entries(products: PyTree, indices, z: PyTree):
     def one(product, i):
-        return _tree.ravel(product)[i], _tree.norm(product)
+        return _tree.ravel(product)[i], _tree.norm(product), _tree.vdot(z, product)
 
     return jax.vmap(one)(products, indices)
 
 
 @partial(jax.jit, static_argnames="batch")
-def _columns(op: LinearOperator, batch: int):
+def _columns(op: LinearOperator, z: PyTree, batch: int):
     def one(i):
         product = op.mv(_unit(op, i))
-        return _tree.ravel(product)[i], _tree.norm(product)
+        return _tree.ravel(product)[i], _tree.norm(product), _tree.vdot(z, product)
 
     return lax.map(one, jnp.arange(op.size), batch_size=batch)

@@ -10,10 +10,9 @@ import numpy as np
 from jax import lax
 
 from spectra._mesh import automatic
-from spectra._status import Status
-from spectra.estimators import blocks, exact, leave_one_out, rounding
+from spectra.estimators import blocks, exact, leave_one_out, rounding, symmetry
 from spectra.estimators.low_rank import with_rounding
-from spectra.estimators.run import Run, adaptive, begin
+from spectra.estimators.run import ALL_DONE, Ended, Run, adaptive, begin
 from spectra.estimators.sketch import MIN_SKETCH, SketchRun
 from spectra.estimators.trace import STACKS, choose
 from spectra.operators.base import LinearOperator
@@ -74,14 +73,15 @@ def frobenius_norm(
         needs_key=method != "exact",
     )
     if method == "exact":
-        norms, unit = blocks.in_unit(exact.columns(run)[1], run.no_unit)
+        _, norms, sound = exact.columns(run)
+        norms, unit = blocks.in_unit(norms, run.no_unit)
         square = run.xp.sum(run.host(norms) ** 2)
-        error, status, dof, count = 2 * op.precision * square, Status.COMPLETE, None, op.size
+        error, ended, dof, count = 2 * op.precision * square, ALL_DONE, None, op.size
         if moved := rounding.moved_products(run):
             forms = [2 * rounding.form(product, change, unit) for _, product, change in moved]
             error, dof = np.hypot(error, rounding.root_mean_square(forms)), float(len(moved))
     elif method == "hutchinson":
-        square, error, unit, status, count = _sampled(run, num_matvecs)
+        square, error, unit, ended, count, sound = _sampled(run, num_matvecs)
         dof = count / 2
     else:
         sketch, found = SketchRun(run, "normal"), []
@@ -100,8 +100,8 @@ def frobenius_norm(
             found[:] = [mean[-1], run.xp.hypot(error[-1], 2 * run.op.precision * mean[-1])]
             return found
 
-        status = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
-        (square, error), unit, count = found, sketch.unit, 2 * sketch.num_probes
+        ended = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
+        (square, error), unit, count, sound = found, sketch.unit, 2 * sketch.num_probes, sketch.sound
         dof = float(sketch.num_probes - 1)
     value = run.xp.sqrt(run.xp.maximum(square, 0))
     stderr = error / run.xp.where(value > 0, 2 * value, 1)
@@ -111,21 +111,24 @@ def frobenius_norm(
         unit=unit,
         num_matvecs=count,
         method=method,
-        status=status,
+        ended=ended,
+        sound=sound,
         reason=reason,
         dof=dof,
     )
 
 
-def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Status, int]:
-    """Mean of |Hv|² over normal probes and its standard error, the unit of |Hv|, status, number of probes.
+def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Ended, int, Any]:
+    """Mean of |Hv|² over normal probes and its standard error, the unit of |Hv|, how the run ended, the
+    number of probes, and whether the products are sound.
 
     |Hv|² has the law Σ λ_i² χ²_1, so that k of them are close to χ² with ν = k |H|_F⁴ / tr H⁴ >= k degrees of
     freedom (Satterthwaite), and the root has the standard error |H|_F / sqrt(2 ν). Both the spread of |Hv|²
     and (w_i · w_{i-1})² for products w = Hv estimate tr H⁴ without bias; the larger one is taken, at most
     |H|_F⁴. The root of χ² is skewed: Student's t with k / 2 degrees of freedom has its quantiles to 3 %.
     """
-    xp, parts, last, unit = run.xp, [], None, run.no_unit
+    xp, parts = run.xp, []
+    unit, pairs = symmetry.begin_pairs(run.op, run.key, 0)
 
     def result():
         squares, crosses = (xp.concatenate(x) for x in zip(*parts, strict=True))
@@ -140,46 +143,47 @@ def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Status, int]:
         return sum(len(squares) for squares, _ in parts)
 
     def step(count):
-        nonlocal last, unit
-        squares, crosses, last, unit = _norms(run, num_probes(), count, last, unit)
+        nonlocal pairs, unit
+        squares, crosses, pairs, unit = _norms(run, num_probes(), count, pairs, unit)
         parts.append((squares, crosses))
         return result()
 
-    status = adaptive(run, step, num_matvecs)
-    return *result(), unit, status, num_probes()
+    ended = adaptive(run, step, num_matvecs)
+    return *result(), unit, ended, num_probes(), run.check_pairs(pairs)
 
 
-def _norms(run: Run, start: int, stop: int, last: PyTree | None, unit):
-    """|w_i|², w_i · w_{i-1} (first of all with zero), and the last w, for w = Hv of probes start..stop-1.
+def _norms(run: Run, start: int, stop: int, pairs: symmetry.Pairs, unit):
+    """|w_i|², w_i · w_{i-1} (first of all with zero), and the pairs so far, for w = Hv of probes
+    start..stop-1.
 
     All in the unit that is returned as well, see `blocks.in_unit`.
     """
     op, indices = run.op, jnp.arange(start, stop)
     batch = min(run.batch, stop - start)
-    if last is None:
-        last = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), op.structure)
     if not op.on_host:
-        *found, last, unit = _norms_compiled(op, run.key, indices, last, unit, batch)
+        *found, pairs, unit = _norms_compiled(op, run.key, indices, pairs, unit, batch)
     else:
         parts = []
         for part in np.split(indices, range(batch, stop - start, batch)):
-            images, unit = blocks.in_unit(op.mv_batch(blocks.draw(op, run.key, part, "normal")), unit)
-            *dots, last = _stack_norms(images, last)
+            probes = blocks.draw(op, run.key, part, "normal")
+            images, unit = blocks.in_unit(op.mv_batch(probes), unit)
+            *dots, pairs = _stack_norms(probes, images, pairs)
             parts.append(dots)
         found = [jnp.concatenate(x) for x in zip(*parts, strict=True)]
-    return run.host(found[0]), run.host(found[1]), last, unit
+    return run.host(found[0]), run.host(found[1]), pairs, unit
 
 
 @partial(jax.jit, static_argnames="batch")
-def _norms_compiled(op: LinearOperator, key, indices, last, unit, batch: int):
+def _norms_compiled(op: LinearOperator, key, indices, pairs, unit, batch: int):
     def step(carried, part):
-        last, unit = carried
-        images, unit = blocks.in_unit(jax.vmap(op.mv)(blocks.draw(op, key, part, "normal")), unit)
-        *dots, last = _stack_norms(images, last)
-        return (last, unit), dots
+        pairs, unit = carried
+        probes = blocks.draw(op, key, part, "normal")
+        images, unit = blocks.in_unit(jax.vmap(op.mv)(probes), unit)
+        *dots, pairs = _stack_norms(probes, images, pairs)
+        return (pairs, unit), dots
 
     whole = len(indices) - len(indices) % batch
-    carried, found = lax.scan(step, (last, unit), indices[:whole].reshape(-1, batch))
+    carried, found = lax.scan(step, (pairs, unit), indices[:whole].reshape(-1, batch))
     found = [x.ravel() for x in found]
     if whole < len(indices):
         carried, rest = step(carried, indices[whole:])
@@ -188,7 +192,7 @@ def _norms_compiled(op: LinearOperator, key, indices, last, unit, batch: int):
 
 
 @jax.jit
-def _stack_norms(images: PyTree, last: PyTree):
-    before = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y[:-1]]), last, images)
+def _stack_norms(probes: PyTree, images: PyTree, pairs: symmetry.Pairs):
+    before = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y[:-1]]), pairs.image, images)
     squares, crosses = (jnp.sum(blocks.row_dots(images, x), axis=0) for x in (images, before))
-    return squares, crosses, jax.tree.map(lambda x: x[-1], images)
+    return squares, crosses, symmetry.with_products(pairs, probes, images)

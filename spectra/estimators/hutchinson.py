@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.estimators import blocks
+from spectra.estimators import blocks, symmetry
 from spectra.estimators.run import Run, adaptive
 from spectra.operators.base import LinearOperator
 from spectra.results import Estimate
@@ -31,16 +31,19 @@ class Carried(NamedTuple):
     """What one batch of probes leaves to the next: the unit of all products, see `blocks.in_unit`."""
 
     unit: Any
+    pairs: symmetry.Pairs
     spread: Spread | None  # of Rademacher probes; None for others
 
 
-def nothing(run: Run, kind: str) -> Carried:
-    """What is there before the first probe."""
+def beginning(run: Run, kind: str, num_matvecs: int) -> tuple[Carried, int]:
+    """What is there before the first probe, and the products that were taken from the budget for it."""
+    aside = symmetry.aside(run.op, kind, num_matvecs)
+    unit, pairs = symmetry.begin_pairs(run.op, run.key, aside)
     if kind != "rademacher":
-        return Carried(run.no_unit, None)
+        return Carried(unit, pairs, None), aside
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.op.structure)
     leaves = len(jax.tree.leaves(zeros))
-    return Carried(run.no_unit, Spread(zeros, zeros, jnp.zeros(leaves, run.op.dtype)))
+    return Carried(unit, pairs, Spread(zeros, zeros, jnp.zeros(leaves, run.op.dtype))), aside
 
 
 def forms(run: Run, kind: str, start: int, stop: int, carried: Carried):
@@ -87,7 +90,7 @@ def _stack_forms(vectors: PyTree, products: PyTree, first, carried: Carried):
         total = jax.tree.map(lambda t, x: t + jnp.sum(x, axis=0), spread.total, moved)
         square = spread.squares + jnp.sum(blocks.row_dots(moved, moved), axis=1)
         spread = Spread(origin, total, square)
-    return dots, squares, Carried(unit, spread)
+    return dots, squares, Carried(unit, symmetry.with_products(carried.pairs, vectors, products), spread)
 
 
 @partial(jax.jit, static_argnames="count")
@@ -119,8 +122,8 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     about the truth, two standard errors off (the score interval), which leaves k - 4 degrees of k - 1.
     The smaller one counts.
     """
-    xp, parts, carried = run.xp, [], nothing(run, kind)
     signs = kind == "rademacher"
+    xp, parts, (carried, aside) = run.xp, [], beginning(run, kind, num_matvecs)
 
     def result():
         samples, squares = (xp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
@@ -145,13 +148,14 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     def num_probes():
         return sum(samples.shape[-1] for samples, _ in parts)
 
-    status = adaptive(run, step, num_matvecs)
+    ended = adaptive(run, step, num_matvecs - aside)
     return run.estimate(
         *result(),
         unit=carried.unit,
-        num_matvecs=num_probes(),
+        sound=run.check_pairs(carried.pairs),
+        num_matvecs=num_probes() + aside,
         method="hutchinson",
-        status=status,
+        ended=ended,
         reason=reason,
         dof=float(num_probes()),
     )

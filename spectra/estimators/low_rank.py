@@ -38,13 +38,14 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         found[:] = with_rounding(run, values, pairs, run.rounding(inner.yy))
         return found[0][-1], found[1][-1]
 
-    status = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
+    ended = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
     return run.estimate(
         *found,
         unit=sketch.unit,
+        sound=sketch.sound,
         num_matvecs=2 * sketch.num_probes,
         method="xtrace",
-        status=status,
+        ended=ended,
         reason=reason,
         dof=float(sketch.num_probes - 1),
     )
@@ -73,6 +74,7 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         shift = run.op.precision * xp.sqrt(xp.sum(squares[-1]) / (m * run.op.size))
         images = _shift(shift, probes, images)
         core = run.host(jnp.sum(blocks.gram(probes, images), axis=0))
+        sketch.check(core, core.T)
         gram = run.host(jnp.sum(blocks.gram(probes, probes), axis=0))
         with leave_one_out.careful():
             values, vectors = xp.linalg.eigh((core + core.T) / 2)
@@ -100,13 +102,14 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         found[:] = with_rounding(run, estimates, pairs, floor, own)
         return found[0][-1], found[1][-1]
 
-    status = adaptive(run, step, num_matvecs, least=MIN_SKETCH)
+    ended = adaptive(run, step, num_matvecs, least=MIN_SKETCH)
     return run.estimate(
         *found,
         unit=sketch.unit,
+        sound=sketch.sound,
         num_matvecs=sketch.num_probes,
         method="xnystrace",
-        status=status,
+        ended=ended,
         reason=reason,
         dof=float(sketch.num_probes),
     )
@@ -168,13 +171,14 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     def num_samples():
         return sum(samples.shape[-1] for samples, _ in parts)
 
-    status = adaptive(run, step, num_matvecs - 2 * rank, least=MIN_SKETCH)
+    ended = adaptive(run, step, num_matvecs - 2 * rank, least=MIN_SKETCH)
     return run.estimate(
         *result(),
         unit=sketch.unit,
+        sound=sketch.sound,
         num_matvecs=2 * rank + num_samples(),
         method="hutch++",
-        status=status,
+        ended=ended,
         reason=reason,
         dof=float(num_samples()),
     )

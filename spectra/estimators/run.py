@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from spectra import _memory, _paths, _tree
 from spectra._errors import MemoryLimitError, NonFiniteError, NotSymmetricError, SpectraError
 from spectra._status import Status
+from spectra.estimators import symmetry
 from spectra.estimators.blocks import PROBES
 from spectra.krylov.plan import VECTORS, choose_batch
 from spectra.operators.base import LinearOperator, require_operator
@@ -21,6 +22,16 @@ from spectra.results import Estimate, format_bytes
 Array = Any
 MIN_PROBES = 16
 """Probes before an adaptive run may stop: an error estimated from fewer is too often far too small."""
+
+
+class Ended(NamedTuple):
+    """How a run of growing numbers of probes came to its end."""
+
+    status: Status
+    widen: float  # what its error is multiplied by
+
+
+ALL_DONE = Ended(Status.COMPLETE, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,24 +90,55 @@ class Run:
         """Error of vᵀHv by rounding, eps |v| |Hv|, for each group; `squares` (G, k) holds |(Hv)_g|²."""
         return self.op.precision * self.xp.sqrt(self.sizes * self.xp.mean(squares, axis=-1))
 
-    def check_symmetric(self, core: Array) -> None:
-        """Raise where Q H Qᵀ contradicts symmetry by far more than its rounding."""
+    def check_symmetric(self, form: Array, other: Array) -> Array:
+        """What estimates are multiplied by: 1, and NaN inside `jit` where uᵀHv contradicts vᵀHu.
+
+        Outside `jit` that raises. Both are matrices (m, m) of these numbers for two orthonormal sets of rows.
+        """
+        worst, size = self.xp.max(self.xp.abs(form - other)), self.xp.sqrt(self.xp.sum(form**2))
+        return self._sound(worst, size, float(np.sqrt(self.op.precision)), "reaches")
+
+    def check_pairs(self, pairs: symmetry.Pairs) -> Array:
+        """The same for neighbouring probes."""
+        count, square = self.host(pairs.count), self.host(pairs.square)
+        worst = self.xp.sqrt(square / self.xp.maximum(count, 1))
+        return self._sound(worst, 1.0, symmetry.limit(self.op), "of probes has the root mean square")
+
+    def check_columns(self, across: Array, image: Array) -> Array:
+        """The same for (zᵀH e_i) and H z, which agree if the columns H e_i make a symmetric matrix."""
+        largest = jnp.maximum(jnp.max(jnp.abs(image)), jnp.max(jnp.abs(across)))
+        unit = jnp.where(largest > 0, largest, 1)
+        worst, size = (jnp.linalg.norm(x / unit) for x in (across - image, image))
+        worst, size = self.host(worst), self.host(size)
+        return self._sound(worst, size, symmetry.limit(self.op), "of a vector and all columns amounts to")
+
+    def _sound(self, worst: Array, size: Array, limit: float, what: str) -> Array:
         if self.traced:
-            return
-        worst, size = np.abs(core - core.T).max(), np.linalg.norm(core)
-        if worst > np.sqrt(self.op.precision) * size:
+            return jnp.where(worst > limit * size, jnp.nan, 1.0).astype(self.op.dtype)
+        if worst > limit * size:
             raise NotSymmetricError(
-                f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {worst / size:.1e} |H|, above "
-                f"{np.sqrt(self.op.precision):.1e}, the square root of the precision of its products. "
-                f"{self.op.explain_asymmetry()}"
+                f"the operator is not symmetric, or not linear: |uᵀHv - vᵀHu| {what} {worst / size:.1e} |H|, "
+                f"and the precision of its products explains {limit:.1e}. {self.op.explain_asymmetry()}"
             )
+        return 1.0
 
     def estimate(
-        self, values: Array, stderr: Array, *, status: Status, unit: Array = 1.0, **fields: Any
+        self,
+        values: Array,
+        stderr: Array,
+        *,
+        ended: Ended = ALL_DONE,
+        unit: Array = 1.0,
+        sound: Array = 1.0,
+        **fields: Any,
     ) -> Estimate:
-        """The result for values and errors of each group and, last, of the whole, in the given unit."""
-        values, stderr = self.host(unit) * values, self.host(unit) * stderr
-        fields["status"] = Status.TRACED if self.traced else status
+        """The result for values and errors of each group and, last, of the whole, in the given unit.
+
+        `sound` is what `check_symmetric` and `check_pairs` return.
+        """
+        unit = sound * self.host(unit)
+        values, stderr = unit * values, ended.widen * unit * stderr
+        fields["status"] = Status.TRACED if self.traced else ended.status
         if not self.traced:
             values, stderr = values.tolist(), stderr.tolist()
         total = Estimate(values[-1], stderr[-1], **fields)
@@ -159,20 +201,32 @@ def check_probes(probes: str | None, default: str) -> str:
     return probes or default
 
 
-def adaptive(run: Run, step: Callable[[int], Any], most: int, least: int = MIN_PROBES) -> Status:
+GROWTH = 1.5
+"""Of the number of probes between two looks; the same numbers each time, so that compiled code is shared."""
+
+WITHIN = 1 - 1e-6
+"""Keeps an error that is stated as the tolerance within it, once it has been rounded to float32."""
+
+
+def adaptive(run: Run, step: Callable[[int], Any], most: int, least: int = MIN_PROBES) -> Ended:
     """Call `step` with growing numbers of probes until stderr <= tol |value|; all at once without tol.
 
-    Every look is a chance to stop on an error that is too small by luck, so the number of probes grows
-    by half between looks; the same numbers each time, so that compiled code is shared.
+    Every look is a chance to stop on an error that is too small by luck. What a rule of this kind controls is
+    the tolerance, not the error it happens to stop at (Chow and Robbins, doi:10.1214/aoms/1177700156): where
+    there was a look before, the error stated is the tolerance, or sqrt(`GROWTH`) times its own where that is
+    less, which is what one look more takes off without luck.
     """
     if run.tol is None:
         step(most)
-        return Status.COMPLETE
-    count = min(least, most)
+        return ALL_DONE
+    count = first = min(least, most)
     while True:
         value, stderr = step(count)
-        if stderr <= run.tol * abs(value):
-            return Status.CONVERGED
+        goal = run.tol * abs(value)
+        if stderr <= goal:
+            lucky = count > first and stderr > 0
+            widen = max(1.0, min(WITHIN * goal / stderr, GROWTH**0.5)) if lucky else 1.0
+            return Ended(Status.CONVERGED, float(widen))
         if count == most:
-            return Status.BUDGET_EXHAUSTED
-        count = min(most, count + count // 2)
+            return Ended(Status.BUDGET_EXHAUSTED, 1.0)
+        count = min(most, int(GROWTH * count))

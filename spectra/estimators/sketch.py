@@ -35,6 +35,7 @@ class SketchRun:
     def __init__(self, run: Run, kind: str):
         self.run, self.kind = run, kind
         self.num_probes, self.unit = 0, run.no_unit
+        self.sound: Any = 1.0  # what estimates are multiplied by, see `Run.check_symmetric`
         self.held: Any = None
         self._parts: Any = None
 
@@ -63,10 +64,15 @@ class SketchRun:
     def inner_products(self) -> Sketch:
         """All that XTrace needs, for each group and for the whole."""
         run = self.run
-        qz, qy, qo, oy, yy, oo, *rest = [run.by_group(part) for part in run.fetch(self._parts)]
-        run.check_symmetric(qz[-1])
-        qq, zo = rest or (run.xp.eye(self.num_probes)[None], qy)
+        qz, qy, qo, oy, yy, oo, zo, *rest = [run.by_group(part) for part in run.fetch(self._parts)]
+        self.check(qz[-1], qz[-1].T)
+        self.check(qy[-1], zo[-1])
+        qq = rest[0] if rest else run.xp.eye(self.num_probes)[None]
         return Sketch(qq, qz, qy, qo, zo, oy, yy, oo[-1])
+
+    def check(self, form: Any, other: Any) -> None:
+        """Compare uᵀHv with vᵀHu for all rows u of one set and v of another."""
+        self.sound = self.sound * self.run.check_symmetric(form, other)
 
     def squared(self, inner: Sketch) -> Sketch:
         """The same for H² in the place of H, from the same products; for the whole only."""
@@ -101,8 +107,9 @@ _grow_compiled = jax.jit(_grow, static_argnames=("start", "stop", "kind", "batch
 
 @partial(jax.jit, static_argnames="grouped")
 def _inner_products(held: Held, grouped: bool):
-    """QZᵀ, QYᵀ, QΩᵀ, and the diagonals of ΩYᵀ, YYᵀ and ΩΩᵀ, leaf by leaf; for groups QQᵀ and ZΩᵀ, too."""
+    """QZᵀ, QYᵀ, QΩᵀ, the diagonals of ΩYᵀ, YYᵀ and ΩΩᵀ, and ZΩᵀ, leaf by leaf; for groups QQᵀ, too."""
     o, y, q, z = held
     parts = [blocks.gram(q, z), blocks.gram(q, y), blocks.gram(q, o)]
     parts += [blocks.row_dots(o, y), blocks.row_dots(y, y), blocks.row_dots(o, o)]
-    return [*parts, blocks.gram(q, q), blocks.gram(z, o)] if grouped else parts
+    parts += [blocks.gram(z, o)]
+    return [*parts, blocks.gram(q, q)] if grouped else parts

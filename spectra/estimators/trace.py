@@ -11,7 +11,6 @@ import numpy as np
 from spectra import _memory, _tree
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
-from spectra._status import Status
 from spectra.estimators import blocks, exact, rounding
 from spectra.estimators.hutchinson import hutchinson
 from spectra.estimators.low_rank import hutchpp, xnystrace, xtrace
@@ -59,6 +58,10 @@ def trace(
     precision. Fewer than four Rademacher probes miss some matrices altogether: (1, -1)ᵀ(1, -1) is seen by
     every second of them. Use "normal" for so few.
 
+    Symmetry is tested by uᵀHv = vᵀHu for the vectors at hand, and signs with a function of one's own have one
+    of the products (of three or more) spent on a normal vector, since any odd function of each entry is
+    linear on signs. A single product shows nothing.
+
     Args:
         op: symmetric operator of order n.
         key: JAX random key; probe i depends on the key and i alone. None for "exact".
@@ -67,7 +70,8 @@ def trace(
             of the result says which and why.
         num_matvecs: budget of products. Where it covers n, sketches give way to "exact".
         tol: stop as soon as stderr <= tol |value|, looking at 12 probes (16 for "hutchinson") and then
-            at half again as many each time; the status says whether it was reached.
+            at half again as many each time; the status says whether it was reached. Behind the first look
+            the error stated is the tolerance itself, up to 1.22 times the one that was found.
         probes: "rademacher" (default for "hutchinson": exact for a diagonal H) or "normal" (default
             for the others, which scale the projected probe to the length it has on average).
         by: "leaf" or "layer": value and stderr become dicts with the trace of each diagonal block, from
@@ -80,12 +84,12 @@ def trace(
     Raises:
         SpectraError: an argument is out of range, or "xnystrace" meets an indefinite operator.
         NonFiniteError: a product is NaN or infinite.
-        NotSymmetricError: a sketch finds that the operator is not symmetric.
+        NotSymmetricError: the operator is not symmetric, or not linear; inside `jit` the value is NaN.
         MemoryLimitError: the sketch does not fit.
 
-    Cost: at most num_matvecs products (n if exact, and 8 that measure rounding). Memory: probe_batch products
-    and none or two vectors for "exact" and "hutchinson"; 2 num_matvecs vectors for "xtrace" and "hutch++", 4
-    for "xnystrace".
+    Cost: at most num_matvecs products (n if exact, one that tests symmetry, and 8 that measure rounding).
+    Memory: probe_batch products and one or two, with signs two or four vectors for "exact" and
+    "hutchinson"; 2 num_matvecs vectors for "xtrace" and "hutch++", 4 for "xnystrace".
 
     References:
         Hutchinson, doi:10.1080/03610918908812806; Meyer, Musco, Musco and Woodruff, arXiv:2010.09649;
@@ -143,7 +147,7 @@ def choose(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]
 
 def _exact(run: Run, reason: str) -> Estimate:
     # Summed on the host in float64: n roundings of a float32 sum are none of the operator's.
-    entries, norms = exact.columns(run)
+    entries, norms, sound = exact.columns(run)
     norms, unit = blocks.in_unit(norms, run.no_unit)
     values, squares = (
         run.by_group(run.xp.stack([run.xp.sum(run.host(leaf)) for leaf in jax.tree.leaves(tree)]))
@@ -158,7 +162,7 @@ def _exact(run: Run, reason: str) -> Estimate:
         stderr,
         num_matvecs=run.op.size,
         method="exact",
-        status=Status.COMPLETE,
+        sound=sound,
         reason=reason,
         dof=dof,
     )

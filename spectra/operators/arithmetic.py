@@ -38,6 +38,11 @@ class SumOperator(LinearOperator):
         return first
 
     @property
+    def known_linear(self) -> bool:
+        """If all terms are."""
+        return all(term.known_linear for term in self.terms)
+
+    @property
     def on_host(self) -> bool:
         """True as soon as one term is driven from the host."""
         return any(term.on_host for term in self.terms)
@@ -103,6 +108,11 @@ class Derived(LinearOperator):
     def like(self) -> PyTree:
         """The vectors of the other operator."""
         return self.base.like
+
+    @property
+    def known_linear(self) -> bool:
+        """As the other operator."""
+        return self.base.known_linear
 
     @property
     def on_host(self) -> bool:

@@ -104,6 +104,11 @@ class LinearOperator(abc.ABC):
         return True
 
     @property
+    def known_linear(self) -> bool:
+        """Whether products are linear by construction, as derivatives are; a function may be anything."""
+        return False
+
+    @property
     def on_host(self) -> bool:
         """Whether products are driven from the host (streamed data) and cannot be compiled whole."""
         return False

@@ -165,6 +165,11 @@ class DataOperator(LinearOperator):
         return max(eps, own, _LOW_PRECISION.get(self.matmul_precision, 0.0))
 
     @property
+    def known_linear(self) -> bool:
+        """True: derivatives and their products are."""
+        return True
+
+    @property
     def computes_in(self) -> str:
         """The coarser of what the loss and its matrix products compute in."""
         coarse = _LOW_PRECISION.get(self.matmul_precision, 0.0)

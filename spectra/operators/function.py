@@ -54,6 +54,11 @@ class MatrixOperator(LinearOperator):
         object.__setattr__(self, "matrix", matrix)
 
     @property
+    def known_linear(self) -> bool:
+        """True: it is a matrix."""
+        return True
+
+    @property
     def cancels(self) -> bool:
         """Columns are right to the unit roundoff, each relative to itself."""
         return False
