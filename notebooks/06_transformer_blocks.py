@@ -189,7 +189,10 @@ assert spread["transformer"] < spread["CNN"], "the blocks of this transformer ar
 # %%
 _, params, state, _ = best["transformer", "Adam"]
 plain = spectra.HessianOperator(LOSSES["transformer"], params, BATCH["transformer"])
-operators = {"H": plain, "P^-1/2 H P^-1/2": spectra.PreconditionedOperator(plain, state, b2=0.999)}
+operators = {
+    "H": plain,
+    "P^-1/2 H P^-1/2": spectra.PreconditionedOperator(plain, state, rule="adam", b2=0.999),
+}
 measured = {}
 for name, op in operators.items():
     q = spectra.slq(op, key=jax.random.key(3), num_steps=60, num_probes=4)
@@ -211,5 +214,5 @@ print("easier by c:", bool(better[0]), "- easier by the ratio:", bool(better[1])
 #
 # * Depth 2 and 4, a larger vocabulary: when do the blocks of the transformer become more different than those of the CNN?
 # * `spectral_distances(found, metric="jensen-shannon")`: does the order depend on the measure?
-# * The blocks of the preconditioned operator, `PreconditionedOperator(op, state, b2=0.999).blocks()`, side by side.
+# * The blocks of the preconditioned operator, `PreconditionedOperator(op, state, rule="adam", b2=0.999).blocks()`, side by side.
 # * The same for your network: `op.blocks(by="layer")`, `spectra.plot_blocks`, three lines.

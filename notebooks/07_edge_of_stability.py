@@ -146,7 +146,7 @@ ADAM_RATE = 3e-3
 
 
 def preconditioned(params, state):
-    return spectra.PreconditionedOperator(hessian(params, state), state, b2=0.999)
+    return spectra.PreconditionedOperator(hessian(params, state), state, rule="adam", b2=0.999)
 
 
 adam, adam_losses, adam_params = train(optax.adam(ADAM_RATE), preconditioned, steps=2000)

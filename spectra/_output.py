@@ -107,6 +107,11 @@ def keep(result: Any, place: Place, voice: Voice) -> None:
         ) from error
 
 
+def picture_path(path: Path) -> Path:
+    """Where a picture of this name is written."""
+    return path if path.suffix else path.with_name(f"{path.name}.png")
+
+
 def draw(result: Any, path: Path, voice: Voice, learning_rate: float | None = None) -> None:
     """Write the picture of a result, in the form that the name of the file asks for."""
     import matplotlib
@@ -118,7 +123,7 @@ def draw(result: Any, path: Path, voice: Voice, learning_rate: float | None = No
     ax = axes_of(result, learning_rate=learning_rate)
     if ax is None:
         raise SpectraError(f"a {type(result).__name__} has no picture: spectra show prints it.")
-    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    path = picture_path(path)
     kinds = ax.figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise SpectraError(f"'{path}': a picture ends in {', '.join(f'.{kind}' for kind in kinds)}.")

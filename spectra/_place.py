@@ -61,6 +61,20 @@ class Place(NamedTuple):
                 yield path
 
 
+def require_free(force: bool, *paths: Path) -> None:
+    """Raise before anything is done if a file that a command is about to write is there already.
+
+    Raises:
+        SpectraError: it is, and `force` is false; a folder is left to the writing, which can't replace it.
+    """
+    there = [] if force else [path for path in paths if path.is_file()]
+    if there:
+        raise SpectraError(
+            f"'{there[0]}' is there already, and nothing has been written: --force replaces it, -o names "
+            "another place."
+        )
+
+
 def keep_elsewhere(result: Any, error: OSError, place: Place) -> ResultElsewhereError:
     """Save the result in a folder for temporary files, and say so in the error that is returned."""
     reason = error.strerror or error

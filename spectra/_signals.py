@@ -12,6 +12,18 @@ from spectra._errors import PreemptedError
 WATCHED = (signal.SIGTERM, signal.SIGINT)
 _pending: int | None = None
 _watching = False
+_begun = True
+
+
+class EndedEarlyError(BaseException):
+    """A signal came before there was anything to save; no `except Exception` of a problem stops it."""
+
+    def __init__(self, number: int):
+        super().__init__(
+            f"the run was asked to end ({signal.Signals(number).name}) and did, before its first product: "
+            "nothing has been computed that could be saved. Start the same command again."
+        )
+        self.signal = number
 
 
 def pending() -> int:
@@ -20,28 +32,41 @@ def pending() -> int:
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[None]:
+def watching(*, begun: bool = True) -> Iterator[None]:
     """While the block lasts, SIGTERM and SIGINT are noted; a second SIGINT interrupts as ever.
 
     Blocks may be nested: what came in an inner one is still known in the outer one. Outside the main
     thread, which alone receives signals, nothing changes.
+
+    Args:
+        begun: whether there is, or soon will be, something to save. If not, a signal ends the run at once
+            with an `EndedEarlyError`, until `begin()` is called.
     """
-    global _pending, _watching
+    global _pending, _watching, _begun
     if _watching or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _pending, _watching = None, True
+    _pending, _watching, _begun = None, True, begun
     before = {number: signal.signal(number, _note) for number in WATCHED}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _pending, _watching = None, False
+        _pending, _watching, _begun = None, False, True
+
+
+def begin() -> None:
+    """From here on there are products to save."""
+    global _begun
+    _begun = True
 
 
 def _note(number: int, _frame) -> None:
     global _pending
+    if not _begun:
+        _pending = number  # heeded at the first product if a bare `except:` swallows the error
+        raise EndedEarlyError(number)
     if number == signal.SIGINT:
         if _pending == signal.SIGINT:
             raise KeyboardInterrupt

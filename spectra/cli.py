@@ -13,9 +13,9 @@ import typer
 
 from spectra import _signals
 from spectra._errors import PreemptedError, SpectraError
-from spectra._output import Voice, draw, fail, keep
+from spectra._output import Voice, draw, fail, keep, picture_path
 from spectra._paths import GROUPINGS
-from spectra._place import Place, ResultElsewhereError
+from spectra._place import Place, ResultElsewhereError, require_free
 from spectra._processes import is_first
 from spectra.krylov.plan import PLACES
 from spectra.problem import OPERATORS
@@ -60,6 +60,7 @@ OutDir = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace a result that is there already.")]
+ForceFile = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Lanczos steps per probe; default 100.")]
 Probes = Annotated[int, typer.Option("--probes", min=1, help="Random probes.")]
 Tol = Annotated[
@@ -172,23 +173,30 @@ def run(
 
     if distributed:
         initialize()
-    place, voice = Place(out, force), _voice(quiet, as_json)
-    if is_first():
-        place.check()
-    devices = None if mesh is None and not distributed else make_mesh(mesh or "data=-1")
-    problem = load_problem(file, devices)
-    options: dict[str, Any] = {"num_probes": probes, "tol": tol, "basis": basis, "basis_dtype": basis_dtype}
-    if checkpoint is not None:
-        options["checkpoint"] = Checkpoint(checkpoint, minutes=checkpoint_minutes)
-    op = problem.operator(operator, key=jax.random.key(seed))
-    name = problem.name if operator == "hessian" else f"{problem.name}, {operator}"
-    if block is not None:
-        op, name = op.block(block), f"{name}, {block}"
-    with _signals.watching() if checkpoint else contextlib.nullcontext():
-        if blocks is None:
+    with _signals.watching(begun=False) if checkpoint else contextlib.nullcontext():
+        place, voice = Place(out, force), _voice(quiet, as_json)
+        if is_first():
+            place.check()
+        devices = None if mesh is None and not distributed else make_mesh(mesh or "data=-1")
+        problem = load_problem(file, devices)
+        options: dict[str, Any] = {
+            "num_probes": probes,
+            "tol": tol,
+            "basis": basis,
+            "basis_dtype": basis_dtype,
+        }
+        if checkpoint is not None:
+            options["checkpoint"] = Checkpoint(checkpoint, minutes=checkpoint_minutes)
+        op = problem.operator(operator, key=jax.random.key(seed))
+        name = problem.name if operator == "hessian" else f"{problem.name}, {operator}"
+        if block is not None:
+            op, name = op.block(block), f"{name}, {block}"
+        parts = None if blocks is None else op.blocks(by=blocks)
+        _signals.begin()
+        if parts is None:
             _analyse(op, name, place, voice, jax.random.key(seed), num_steps=steps, **options)
         else:
-            parts, options["num_steps"] = op.blocks(by=blocks), steps or 100
+            options["num_steps"] = steps or 100
             _analyse_blocks(parts, name, place, voice, jax.random.key(seed), **options)
 
 
@@ -212,10 +220,13 @@ def compare(
     ] = None,
     as_json: Json = False,
     as_csv: Csv = False,
+    force: ForceFile = False,
 ):
     """Compare spectra: a table with a row for each, or for each block, and a picture."""
     from spectra._summary import Summary
 
+    if out is not None:
+        require_free(force, picture_path(out))
     if len(results) < 2:
         raise typer.BadParameter("a comparison needs two results or more.")
     table = Summary({name: q for path in results for name, q in _spectra_of(path, results).items()})
@@ -229,8 +240,10 @@ def plot(
     result: Annotated[Path, typer.Argument(help="A saved .npz result.")],
     output: Picture,
     learning_rate: Annotated[float | None, typer.Option(help="Draw the line 2 / learning rate.")] = None,
+    force: ForceFile = False,
 ):
     """Draw the density of a saved result."""
+    require_free(force, picture_path(output))
     loaded = _load(result)
     with _about(result):
         draw(loaded, output, Voice(), learning_rate)
@@ -241,10 +254,12 @@ def report(
     result: Annotated[Path, typer.Argument(help="A saved .npz result, or the .jsonl of a tracker.")],
     output: Annotated[Path, typer.Option("-o", "--out", "--output", help="The page, .html.")],
     title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+    force: ForceFile = False,
 ):
     """Write a saved result as one self-contained page: pictures, tables, what the bands mean, provenance."""
-    from spectra.page import write_report
+    from spectra.page import page_path, write_report
 
+    require_free(force, page_path(output))
     loaded = _load(result)
     with _about(result):
         page = write_report(loaded, output, title=title, source=result.name)
@@ -255,6 +270,7 @@ def report(
 def export_torch(
     target: Annotated[str, typer.Argument(help="FILE.py:FUNCTION; it returns (module, example_inputs).")],
     output: Annotated[Path, typer.Option("-o", "--out", help="Folder for graph.json and the weights.")],
+    force: ForceFile = False,
 ):
     """Write a PyTorch module as two plain files, which spectra.bridge.load reads without PyTorch."""
     import jax
@@ -262,6 +278,7 @@ def export_torch(
     from spectra import bridge
     from spectra._scripts import function_of
 
+    require_free(force, *(output / name for name in ("graph.json", "weights.safetensors")))
     name, _, function = target.rpartition(":")
     if not name or not function:
         raise bridge.BridgeError(f"'{target}': write FILE.py:FUNCTION, the function that builds the module.")
@@ -296,7 +313,7 @@ def main() -> None:
         if not done.code:  # all is written: a signal that comes now finds nothing to end
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
-    except PreemptedError as error:
+    except (PreemptedError, _signals.EndedEarlyError) as error:
         fail(str(error))
         _leave(INTERRUPTED if error.signal == signal.SIGINT else RESUME)
     except ResultElsewhereError as error:

@@ -372,6 +372,8 @@ def test_spectra_are_compared_in_a_table_and_in_a_picture(tmp_path):
     assert [row["layer"] for row in rows] == [*alike, "blocks: a/layer_0", "blocks: a/layer_1"]
     assert (tmp_path / "all.svg").exists()
     assert "all.svg" in picture
+    again = invoke("compare", first, second, "-o", tmp_path / "all.svg")
+    assert "all.svg' is there already" in str(again.exception)
     assert invoke("compare", first).exit_code == 2
     pairs = spectra.save(made["pairs"], tmp_path / "pairs")
     refused = invoke("compare", first, pairs)

@@ -14,6 +14,7 @@ from test_checkpoint import KEY, OPTIONS, SCRIPT, STREAM, operator
 from test_distributed import finish, processes
 
 import spectra
+from spectra import cli
 from spectra.density import run as density_run
 from spectra.krylov import recurrence
 
@@ -72,6 +73,24 @@ def test_a_signal_between_blocks_is_heeded(monkeypatch, tmp_path):
     again = spectra.slq(blocks, **options, checkpoint=tmp_path)
     for name, quadrature in whole.items():
         np.testing.assert_array_equal(again[name].nodes, quadrature.nodes)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_product_is_answered_in_words(number, code, monkeypatch, tmp_path, capsys):
+    """While the problem is loaded there is nothing to save, and its own `except Exception` stops nothing."""
+    (tmp_path / "problem.py").write_text(
+        f"import signal\ntry:\n    signal.raise_signal({int(number)})\nexcept Exception:\n    pass\n"
+    )
+    command = ["spectra", "run", str(tmp_path / "problem.py"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*command, "--checkpoint", str(tmp_path / "saved")])
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    said = capsys.readouterr().err
+    assert f"({number.name}) and did, before its first product" in said
+    assert "Start the same command again." in said
+    assert signal.getsignal(number) is before
 
 
 KINDS = {  # what the command is given besides, and what the problem is

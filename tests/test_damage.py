@@ -128,15 +128,16 @@ def test_damaged_results(kind, count, sound):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "count"), [("graph", 1000), ("weights", 1000)])
-def test_damaged_models(kind, count, exported):
+@pytest.mark.parametrize("kind", ["graph", "weights"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_damaged_models(kind, seed, exported):
     """In this process: `test_bridge_files`."""
-    check_alone(kind, count, exported)
+    check_alone(kind, 1000, exported, seed)
 
 
-def check_alone(kind, count, folder):
+def check_alone(kind, count, folder, seed=1):
     """The same in a process of its own, whose peak of memory is known."""
-    command = [sys.executable, str(ROOT / "tests" / "damage.py"), kind, "1", str(count), str(folder)]
+    command = [sys.executable, str(ROOT / "tests" / "damage.py"), kind, str(seed), str(count), str(folder)]
     path = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment() | path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from cases import relative_error
+from jax import lax
 
 import spectra
 from spectra import DataError, FisherOperator, GradientCovarianceOperator, HessianOperator
@@ -52,8 +53,44 @@ def in_bfloat16(w, batch):
     return jnp.mean(h.astype(jnp.bfloat16) ** 2).astype(w.dtype)
 
 
+KEY = jax.random.key(3)
+
+
+def dropped(w, batch):
+    return batch["x"] @ w * jax.random.bernoulli(KEY, 0.8, (len(batch["x"]), 2))
+
+
 def with_dropout(w, batch):
-    kept = jax.random.bernoulli(jax.random.key(3), 0.5, (len(batch["x"]), 2))
+    return jnp.mean(dropped(w, batch) ** 2)
+
+
+def sum_with_dropout(w, batch):
+    return jnp.sum(dropped(w, batch) ** 2)
+
+
+def sum_in_control_flow(w, batch):
+    """Draws in a loop, below a condition, under recomputation, with an old key made from a number."""
+
+    @jax.checkpoint
+    def step(i, h):
+        key = jax.random.fold_in(jax.random.PRNGKey(3), i)
+        return lax.cond(i % 2, lambda x: x, lambda x: x * jax.random.bernoulli(key, 0.8, x.shape), h)
+
+    return jnp.sum(lax.fori_loop(0, 3, step, batch["x"] @ w) ** 2)
+
+
+def contrastive_with_dropout(w, batch):
+    h = unit(dropped(w, batch) + 1e-3)
+    return -jnp.mean(jnp.diag(jax.nn.log_softmax(h @ h.T / 0.3)))
+
+
+def with_one_mask(w, batch):
+    return jnp.mean((batch["x"] @ w * jax.random.bernoulli(KEY, 0.8, (2,))) ** 2)
+
+
+def with_keys(w, batch):
+    """Each example brings the key of its mask."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, (2,)))(batch["key"])
     return jnp.mean((batch["x"] @ w * kept) ** 2)
 
 
@@ -95,6 +132,10 @@ NOT_MEANS = [
     (normalised, "microbatch"),
     (normalised, "ragged"),
     (normalised, "gradient covariance"),
+    (sum_with_dropout, "microbatch"),
+    (sum_with_dropout, "stream"),
+    (sum_in_control_flow, "microbatch"),
+    (contrastive_with_dropout, "stream"),
 ]
 
 
@@ -112,7 +153,7 @@ def test_nothing_is_refused_where_nothing_is_cut(loss_fn, x64):
         assert relative_error(op.as_matrix(), exact) <= 1e-10
 
 
-@pytest.mark.parametrize("loss_fn", [mean_of_squares, in_bfloat16, with_dropout])
+@pytest.mark.parametrize("loss_fn", [mean_of_squares, in_bfloat16, with_one_mask])
 @pytest.mark.parametrize("cut", ["microbatch", "ragged", "gradient covariance"])
 def test_means_are_not_refused(loss_fn, cut):
     CUTS[cut](loss_fn)
@@ -132,9 +173,30 @@ def test_values_that_coincide_do_not_hide_a_loss_that_is_no_mean():
 def test_one_random_key_for_a_batch():
     """Halves of a batch draw other noise: what other keys change is no sign of a sum, and hides none."""
     batch = rows(0, 12) | {"key": jax.random.key(0)}
-    HessianOperator(with_noise, jnp.asarray(W), batch, microbatch=4)
+    with pytest.warns(UserWarning, match=r"pieces of microbatch=4 all draw the same.*random\.split"):
+        HessianOperator(with_noise, jnp.asarray(W), batch, microbatch=4)
     with pytest.raises(DataError, match="not a mean"):
         HessianOperator(sum_with_noise, jnp.asarray(W), batch, microbatch=4)
+
+
+@pytest.mark.parametrize("cut", ["microbatch", "gradient covariance"])
+def test_a_key_in_the_closure(cut):
+    with pytest.warns(
+        UserWarning, match="all draw the same: the matrix is that of this noise, repeated"
+    ) as said:
+        CUTS[cut](with_dropout)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+
+
+def test_noise_that_is_nobody_elses_business(x64):
+    """A stream is as its user cuts it; with a key for each example a cut matrix is the whole one."""
+    parts = [rows(i, i + 4) for i in (0, 4, 8)]
+    HessianOperator(with_dropout, jnp.asarray(W), parts)
+    HessianOperator(with_dropout, jnp.asarray(W), rows(0, 12), microbatch=4, check_data=False)
+    batch = rows(0, 12) | {"key": jax.random.split(KEY, 12)}
+    whole, cut = (HessianOperator(with_keys, jnp.asarray(W), batch, microbatch=m) for m in (None, 4))
+    assert relative_error(cut.as_matrix(), np.asarray(whole.as_matrix())) <= 1e-14
 
 
 def test_subsets_of_a_sum_are_refused():

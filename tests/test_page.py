@@ -167,6 +167,14 @@ def test_the_command_line_writes_the_page_and_pictures_of_every_kind(tmp_path):
         picture = tmp_path / f"{name}.svg"
         assert runner.invoke(cli.app, ["plot", str(path), "-o", str(picture)]).exit_code == 0
         assert "<svg" in picture.read_text()
+    kept = page.read_bytes(), picture.read_bytes()
+    for command, output in (("report", tmp_path / "blocks"), ("plot", picture)):  # a page's suffix is added
+        done = runner.invoke(cli.app, [command, str(path), "-o", str(output)])
+        assert re.search(r"blocks\.\w+' is there already.*--force replaces it", str(done.exception))
+    assert (page.read_bytes(), picture.read_bytes()) == kept
+    arguments = ["report", str(path), "-o", str(page), "--title", "New", "--force"]
+    assert runner.invoke(cli.app, arguments).exit_code == 0
+    assert "<h1>New</h1>" in page.read_text()
     path = spectra.save(RESULTS["estimate"](), tmp_path / "estimate")
     done = runner.invoke(cli.app, ["plot", str(path), "-o", str(tmp_path / "no.png")])
     assert "has no picture" in str(done.exception)

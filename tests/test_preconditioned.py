@@ -13,22 +13,23 @@ import spectra
 RATE = 0.1
 # An eps of the size of the gradients' root, so that where it stands can be told from its effect.
 B2 = {"b2": 0.999}
+ADAM_RULE = {"rule": "adam", **B2}
 OPTIMIZERS = {
-    "adam": (optax.adam(RATE), B2),
+    "adam": (optax.adam(RATE), ADAM_RULE),
     "adam, other numbers": (
         optax.adam(RATE, b1=0.8, b2=0.9, eps=0.03, eps_root=0.02),
-        {"b1": 0.8, "b2": 0.9, "eps": 0.03, "eps_root": 0.02},
+        {"rule": "adam", "b1": 0.8, "b2": 0.9, "eps": 0.03, "eps_root": 0.02},
     ),
     "adam, injected": (
         optax.inject_hyperparams(optax.adam)(RATE, b1=0.8, b2=0.9, eps=0.03, eps_root=0.02),
         {"rule": "adam"},
     ),
-    "adamw": (optax.adamw(RATE, weight_decay=0.0), B2),
-    "adam in a chain": (optax.chain(optax.clip_by_global_norm(1e3), optax.adam(RATE)), B2),
-    "adam behind a mask": (optax.masked(optax.adam(RATE), {"b": True, "w": True}), B2),
-    "adam every second step": (optax.MultiSteps(optax.adam(RATE), 1), B2),
-    "adam for all groups": (optax.multi_transform({"x": optax.adam(RATE)}, {"b": "x", "w": "x"}), B2),
-    "adam on a schedule": (optax.adam(optax.constant_schedule(RATE)), B2),
+    "adamw": (optax.adamw(RATE, weight_decay=0.0), ADAM_RULE),
+    "adam in a chain": (optax.chain(optax.clip_by_global_norm(1e3), optax.adam(RATE)), ADAM_RULE),
+    "adam behind a mask": (optax.masked(optax.adam(RATE), {"b": True, "w": True}), ADAM_RULE),
+    "adam every second step": (optax.MultiSteps(optax.adam(RATE), 1), ADAM_RULE),
+    "adam for all groups": (optax.multi_transform({"x": optax.adam(RATE)}, {"b": "x", "w": "x"}), ADAM_RULE),
+    "adam on a schedule": (optax.adam(optax.constant_schedule(RATE)), ADAM_RULE),
     "amsgrad": (optax.amsgrad(RATE, eps=0.03, eps_root=0.02), {"eps": 0.03, "eps_root": 0.02}),
     "adabelief": (optax.adabelief(RATE, eps=0.03, eps_root=0.02), {"eps": 0.03, **B2}),
     "yogi": (optax.yogi(RATE), {"rule": "yogi", **B2}),
@@ -80,7 +81,7 @@ def test_the_matrix_is_that_of_numpy_with_adam_written_out(x64):
         second = 0.999 * second + 0.001 * np.concatenate([[b], w]) ** 2
     p = (1 - 0.9**3) * (np.sqrt(second / (1 - 0.999**3)) + 1e-8)
     state, _, _ = after_steps(optax.adam(RATE), ridge.params())
-    op = spectra.PreconditionedOperator(ridge.operator(), state, **B2)
+    op = spectra.PreconditionedOperator(ridge.operator(), state, **ADAM_RULE)
     # optax computes 1 - b^t in float32 at t = 3: relative errors of eps32 / (1 - b2^3).
     expected = ridge.hessian() / np.sqrt(np.outer(p, p))
     assert relative_error(op.as_matrix(), expected) <= 1e-12
@@ -91,12 +92,12 @@ def test_the_matrix_is_that_of_numpy_with_adam_written_out(x64):
 def test_blocks_take_the_scales_of_their_parameters(x64):
     ridge = Ridge()
     state, _, _ = after_steps(optax.adam(RATE), ridge.params())
-    whole = spectra.PreconditionedOperator(ridge.operator(), state, **B2)
+    whole = spectra.PreconditionedOperator(ridge.operator(), state, **ADAM_RULE)
     matrix = np.asarray(whole.as_matrix())
     for block in (
         whole.block("w"),
-        spectra.PreconditionedOperator(ridge.operator().block("w"), state, **B2),
-        spectra.PreconditionedOperator(ridge.operator(wrt="w"), state, **B2),
+        spectra.PreconditionedOperator(ridge.operator().block("w"), state, **ADAM_RULE),
+        spectra.PreconditionedOperator(ridge.operator(wrt="w"), state, **ADAM_RULE),
     ):
         np.testing.assert_allclose(block.as_matrix(), matrix[1:, 1:], rtol=1e-12, atol=1e-12)
 
@@ -107,11 +108,11 @@ def test_one_of_several_groups_can_be_chosen():
     groups = {"x": optax.adam(RATE), "y": optax.rmsprop(RATE)}
     state, _, _ = after_steps(optax.multi_transform(groups, {"b": "x", "w": "y"}), params)
     with pytest.raises(spectra.SpectraError, match="holds 2 second moments"):
-        spectra.PreconditionedOperator(ridge.operator(), state, **B2)
+        spectra.PreconditionedOperator(ridge.operator(), state, **ADAM_RULE)
     part = state.inner_states["x"]
-    assert spectra.PreconditionedOperator(ridge.operator().block("b"), part, **B2).size == 1
+    assert spectra.PreconditionedOperator(ridge.operator().block("b"), part, **ADAM_RULE).size == 1
     with pytest.raises(spectra.StructureError, match="of the parameter 'w'; it has those of b"):
-        spectra.PreconditionedOperator(ridge.operator(), part, **B2)
+        spectra.PreconditionedOperator(ridge.operator(), part, **ADAM_RULE)
 
 
 def test_what_is_no_adaptive_optimizer_is_refused():
@@ -120,10 +121,10 @@ def test_what_is_no_adaptive_optimizer_is_refused():
     with pytest.raises(spectra.SpectraError, match="holds no second moment"):
         spectra.PreconditionedOperator(ridge.operator(), optax.sgd(0.1, momentum=0.9).init(params))
     with pytest.raises(spectra.SpectraError, match="has taken no step yet"):
-        spectra.PreconditionedOperator(ridge.operator(), optax.adam(0.1).init(params), **B2)
+        spectra.PreconditionedOperator(ridge.operator(), optax.adam(0.1).init(params), **ADAM_RULE)
     state, _, _ = after_steps(optax.adam(RATE), {"b": jnp.ones(()), "w": jnp.ones(4)})
     with pytest.raises(spectra.StructureError, match=r"shape \(4,\), the parameter \(5,\)"):
-        spectra.PreconditionedOperator(ridge.operator(), state, **B2)
+        spectra.PreconditionedOperator(ridge.operator(), state, **ADAM_RULE)
     state, _, _ = after_steps(optax.rmsprop(RATE), params)
     with pytest.raises(spectra.SpectraError, match="rule='yogi' with a ScaleByRmsState"):
         spectra.PreconditionedOperator(ridge.operator(), state, rule="yogi")
@@ -131,7 +132,7 @@ def test_what_is_no_adaptive_optimizer_is_refused():
     optimizer = optax.adam(RATE)
     _, state = optimizer.update(zeros, optimizer.init(params), params)
     with pytest.raises(spectra.SpectraError, match="preconditioner of 'b' is zero"):
-        spectra.PreconditionedOperator(ridge.operator(), state, eps=0.0, **B2)
+        spectra.PreconditionedOperator(ridge.operator(), state, eps=0.0, **ADAM_RULE)
 
 
 def test_adagrad_leaves_parameters_without_gradient_where_they_are():
@@ -158,10 +159,10 @@ def test_the_state_of_an_nnx_optimizer_and_a_trace():
     optimizer.update(model, jax.grad(loss_fn)(params, x))
     params = nnx.state(model, nnx.Param)
     op = spectra.PreconditionedOperator(
-        spectra.HessianOperator(loss_fn, params, x), optimizer.opt_state, **B2
+        spectra.HessianOperator(loss_fn, params, x), optimizer.opt_state, **ADAM_RULE
     )
     assert op.size == 8
-    traced = jax.jit(lambda base, state: spectra.PreconditionedOperator(base, state, **B2).as_matrix())
+    traced = jax.jit(lambda base, state: spectra.PreconditionedOperator(base, state, **ADAM_RULE).as_matrix())
     np.testing.assert_allclose(
         traced(op.base, nnx.as_pure(optimizer.opt_state)), op.as_matrix(), rtol=1e-5, atol=1e-4
     )
@@ -218,17 +219,21 @@ def test_what_has_no_diagonal_p_is_refused(name):
 
 
 def test_what_a_state_does_not_say_is_asked_for():
-    ridge = Ridge()
+    ridge, adam = Ridge(), optax.adam(RATE)
     op, params = ridge.operator(), ridge.params()
-    for optimizer in (optax.adam(RATE), optax.radam(RATE), optax.contrib.adopt(RATE), optax.adabelief(RATE)):
+    for optimizer in (adam, optax.radam(RATE), optax.contrib.adopt(RATE), optax.adabelief(RATE)):
         with pytest.raises(spectra.SpectraError, match=r"does not say b2.*update_fn=optimizer\.update"):
             spectra.PreconditionedOperator(op, after_steps(optimizer, params)[0])
     injected = optax.inject_hyperparams(optax.yogi)(RATE)
     with pytest.raises(spectra.SpectraError, match="does not say which optimizer it belongs to"):
         spectra.PreconditionedOperator(op, after_steps(injected, params)[0])
+    for optimizer in (adam, optax.radam(RATE), optax.lamb(RATE)):  # whose states are one
+        with pytest.raises(
+            spectra.SpectraError, match=r"does not say which .* or rule=\"adam\", b2=0.999 if"
+        ):
+            spectra.PreconditionedOperator(op, after_steps(optimizer, params)[0], **B2)
     with pytest.raises(spectra.SpectraError, match="Of other optimizers pass the diagonal of P"):
         spectra.PreconditionedOperator(op, after_steps(optax.adafactor(RATE), params)[0])
-    adam = optax.adam(RATE)
     state, _, _ = after_steps(adam, params)
     with pytest.raises(spectra.SpectraError, match=r"contradicts the P of the numbers.*\(b2\)"):
         spectra.PreconditionedOperator(op, state, update_fn=adam.update, b2=0.9)
@@ -280,8 +285,8 @@ def test_states_on_the_parameters_alone_and_in_other_forms(form, x64):
     state, _, _ = after_steps(ADAM, params)
     variables = {"params": params, "stats": {"scale": jnp.array(1.0)}}
     op = spectra.HessianOperator(nested_loss, variables, jnp.ones((3, 5)), wrt="params")
-    expected = spectra.PreconditionedOperator(Ridge().operator(), state, **B2).scale
-    for options in (B2, {"update_fn": optimizer}):
+    expected = spectra.PreconditionedOperator(Ridge().operator(), state, **ADAM_RULE).scale
+    for options in (ADAM_RULE, {"update_fn": optimizer}):
         found = spectra.PreconditionedOperator(op, change(state), **options).scale["params"]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), found, expected)
     block = spectra.PreconditionedOperator(op.block("params/w"), change(state), update_fn=optimizer)

@@ -138,11 +138,15 @@ def test_a_preconditioned_operator_takes_the_optimizer_state_along():
     params = start()
     _, state = optimizer.update(jax.grad(loss_fn)(params, BATCH), optimizer.init(params))
     tracker = spectra.SpectrumTracker(
-        lambda params, state: spectra.PreconditionedOperator(factory(params), state, b2=0.999), 1, tol=1e-3
+        lambda params, state: spectra.PreconditionedOperator(factory(params), state, rule="adam", b2=0.999),
+        1,
+        tol=1e-3,
     )
     snapshot = tracker(0, params, state)
     exact = np.linalg.eigvalsh(
-        np.asarray(spectra.PreconditionedOperator(factory(params), state, b2=0.999).as_matrix(), float)
+        np.asarray(
+            spectra.PreconditionedOperator(factory(params), state, rule="adam", b2=0.999).as_matrix(), float
+        )
     )
     np.testing.assert_allclose(snapshot.sharpness, exact[-1], rtol=1e-3)
 

@@ -166,9 +166,21 @@ def frexp(self):
     return jnp.where(jnp.isfinite(self), mantissa, self), cast(exponent, jnp.int32)
 
 
+@jax.custom_jvp
+def _nextafter(x, y):
+    return jnp.nextafter(x, y)
+
+
+@_nextafter.defjvp
+def _(primals, tangents):
+    """JAX has no rule for it. PyTorch's is that of x alone: 1 where it moves, 0 where x = y."""
+    x, y = primals
+    return _nextafter(x, y), jnp.where(x == y, 0, tangents[0])
+
+
 @aten("nextafter.default")
 def nextafter(self, other):
-    return jnp.nextafter(*promote(self, other))
+    return _nextafter(*broadcast(*promote(self, other)))
 
 
 @aten("signbit.default")

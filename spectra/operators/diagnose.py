@@ -62,8 +62,13 @@ def _results(jaxpr) -> Iterator[Any]:
 
 def drawn_shapes(jaxpr) -> list[tuple[int, ...]]:
     """Shapes of the random numbers that a program draws."""
-    eqns = (eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name in _RANDOM)
+    eqns = (eqn for eqn in _equations(getattr(jaxpr, "jaxpr", jaxpr)) if draws(eqn))
     return [var.aval.shape for eqn in eqns for var in eqn.outvars]
+
+
+def draws(eqn) -> bool:
+    """Whether a primitive draws random numbers."""
+    return eqn.primitive.name in _RANDOM
 
 
 def slow_in_loops(op: LinearOperator) -> bool:
@@ -87,10 +92,15 @@ def slow_in_loops(op: LinearOperator) -> bool:
 def _equations(jaxpr) -> Iterator[Any]:
     for eqn in jaxpr.eqns:
         yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_has_equations):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
+        for inner in inner_jaxprs(eqn):
+            yield from _equations(inner)
+
+
+def inner_jaxprs(eqn) -> list[Any]:
+    """The jaxprs that an equation calls, without their constants."""
+    values = jax.tree.leaves(list(eqn.params.values()), is_leaf=_has_equations)
+    found = (getattr(value, "jaxpr", value) for value in values)
+    return [inner for inner in found if hasattr(inner, "eqns")]
 
 
 def _has_equations(value) -> bool:

@@ -6,20 +6,23 @@ parameters, a last layer of zeros say, so a second pair is looked at with all pa
 """
 
 import itertools
+import warnings
 import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from spectra import _tree
 from spectra._digest import array_digest
 from spectra._errors import DataError
-from spectra.data import batch_size, shared_leaves
+from spectra.data import batch_size
 from spectra.operators import compiled
 from spectra.operators.cuts import PLACES, Cut, comparisons, neighbours, places
 from spectra.operators.diagnose import coarsest_rounding, drawn_shapes, rounding_of_sums
+from spectra.operators.noise import can_redraw, redrawn, salts
 
 if TYPE_CHECKING:
     from spectra.operators.data_operator import DataOperator
@@ -31,11 +34,11 @@ FAR = 0.3
 MARGIN = 8
 """Multiple of the rounding that is expected of a value and of its sums, and of what is measured: the largest
 of three differences between values that round as those compared do."""
-KEYS = 8
+KEYS = 16
 """Random keys that a loss with noise is evaluated with."""
-STUDENT = 8
-"""Standard errors of the mean of so many that it may be off by: Student's t with 7 degrees of freedom
-exceeds them once in 10^4 times."""
+STUDENT = 6
+"""Standard errors of the mean of so many that it may be off by: Student's t with 15 degrees of freedom
+exceeds them once in 4·10^4 times; skewed noise does it more often."""
 MAX_TRIED = 8
 """Pairs of pieces that are tried for those of which both weigh something."""
 known_means: set[Any] = set()  # by structure and examples: the next checkpoint is not looked at
@@ -45,8 +48,9 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
     """Raise if the operator cuts its data, and its loss on a piece is not the mean of that on two halves.
 
     Where nothing is cut, nothing is looked at; nor where values are out of reach (tracing, shapes alone). A
-    loss that draws random numbers for a batch as a whole draws others for its halves: keys in the batch tell
-    how much that changes, and without them nothing is looked at.
+    loss that draws random numbers for a batch as a whole draws others for its halves: other numbers, from
+    wherever the keys come, tell how much that changes. If pieces into which a batch is cut all draw the same,
+    a warning says so.
 
     Args:
         op: the operator.
@@ -55,7 +59,8 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
     Raises:
         DataError: the loss is not a mean over examples.
 
-    Cost: about fourteen evaluations of the loss on two pieces, once for the same structure and data.
+    Cost: about fourteen evaluations of the loss on two pieces, 70 if it draws random numbers, once for the
+    same structure and data.
     """
     if not _tree.has_values((op.params, op.data)) or _tree.is_traced((op.params, op.data)):
         return
@@ -80,6 +85,8 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
             break
     if limit is not None:
         remember(kinds[0])
+        if limit.draws and (op.microbatch is not None or op.takes_single_examples):
+            _warn_of_repeats(op)
 
 
 def remember(kind: Any) -> None:
@@ -119,6 +126,7 @@ class Limit(NamedTuple):
 
     relative: float
     absolute: float
+    draws: bool = False  # pieces do not draw the numbers that the whole draws for their examples
 
 
 def _compare(op: "DataOperator", cut: Cut, limit: Limit | None) -> Limit | None:
@@ -130,13 +138,12 @@ def _compare(op: "DataOperator", cut: Cut, limit: Limit | None) -> Limit | None:
         traces = [compiled.loss.trace(_on(op, x, op.params)).jaxpr for x in (cut.here[0], cut.there[0])]
     except Exception as error:
         raise _OtherSizesRefused from error
-    cuts = [cut]
-    if drawn_shapes(traces[0]) != drawn_shapes(traces[1]):
-        if not _has_keys(op, cut.here[0]):
-            return None
-        cuts = [_with_other_keys(op, cut, salt) for salt in range(KEYS)]
+    drawn = [drawn_shapes(trace) for trace in traces]
+    noisy = bool(drawn[0]) and (drawn[0] != drawn[1] or len(cut.here) > 1)
+    if noisy and not all(map(can_redraw, traces)):
+        return None
     if limit is not None:
-        _require_equal(op, cuts, op.params, limit)
+        _require_equal(op, cut, op.params, limit, noisy)
         return limit
     unit = max(coarsest_rounding(traces[0]), op.precision)
     relative = MARGIN * (unit / 2 + rounding_of_sums(traces[0]))
@@ -144,65 +151,61 @@ def _compare(op: "DataOperator", cut: Cut, limit: Limit | None) -> Limit | None:
     others = [[(op.params, cut.turned), (rounded, cut.here)], [(far, cut.turned)]]
     found = []
     for params, changed in zip((op.params, far), others, strict=True):
-        absolute = 0.0 if len(cuts) > 1 else MARGIN * _largest_change(op, params, cut.here, changed)
+        absolute = 0.0 if noisy else MARGIN * _largest_change(op, params, cut.here, changed)
         found.append(Limit(relative, absolute))
-    known = [_require_equal(op, cuts, x, limit) for x, limit in zip((op.params, far), found, strict=True)]
-    return found[0] if any(known) else None
+    pairs = zip((op.params, far), found, strict=True)
+    shares = [_require_equal(op, cut, params, limit, noisy) for params, limit in pairs]
+    return found[0]._replace(draws=max(shares) > 1) if any(x >= 0 for x in shares) else None
 
 
 def _largest_change(op: "DataOperator", params: PyTree, batches: list[PyTree], others: list[tuple]) -> float:
     """The largest change of the loss to other parameters and batches."""
-    here = _mean(op, params, batches)
-    changes = [abs(_mean(op, *other) - here) for other in others]
+    here = _means(op, params, batches)[0]
+    changes = [abs(_means(op, *other)[0] - here) for other in others]
     return max(change if np.isfinite(change) else 0.0 for change in changes)
 
 
-def _has_keys(op: "DataOperator", batch: PyTree) -> bool:
-    """Whether the examples of a batch share a random key."""
-    leaves = zip(jax.tree.leaves(batch), shared_leaves(batch, op.shared), strict=True)
-    return any(alike and _salted(leaf, 1) is not leaf for leaf, alike in leaves)
+def _require_equal(op: "DataOperator", cut: Cut, params: PyTree, limit: Limit, noisy: bool) -> float:
+    """Raise if the two ways differ at these parameters; their largest difference, in units of the limit.
 
-
-def _with_other_keys(op: "DataOperator", cut: Cut, salt: int) -> Cut:
-    """The same with another random key in the place of each that examples share."""
-
-    def one(batch):
-        leaves, treedef = jax.tree.flatten(batch)
-        pairs = zip(leaves, shared_leaves(batch, op.shared), strict=True)
-        return treedef.unflatten([_salted(leaf, salt) if alike else leaf for leaf, alike in pairs])
-
-    return Cut(*[[one(batch) for batch in batches] for batches in cut])
-
-
-def _salted(leaf: Any, salt: int) -> Any:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = jax.random.key_data(leaf) + np.uint32(salt)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    old = leaf.dtype == np.uint32 and leaf.shape[-1:] in ((2,), (4,))  # jax.random.PRNGKey
-    return leaf + np.uint32(salt) if old else leaf
-
-
-def _require_equal(op: "DataOperator", cuts: list[Cut], params: PyTree, limit: Limit) -> bool:
-    """Raise if the two ways differ at these parameters; whether they have values that say so.
-
-    Of several cuts, with other random keys each, the mean difference may be what Student's t allows.
+    Of several values, with other random numbers each, the mean difference may be what Student's t allows.
+    Values that say nothing, zeros and NaN, give -1.
     """
-    values = np.array([[_mean(op, params, cut.here), _mean(op, params, cut.there)] for cut in cuts])
-    here, there = values.mean(axis=0)
-    size = np.abs(values).max()
+    here, there = _means(op, params, cut.here, noisy), _means(op, params, cut.there, noisy)
+    size = max(np.abs(here).max(), np.abs(there).max())
     if not np.isfinite(size) or size == 0:
-        return False
-    differences = values[:, 0] - values[:, 1]
-    spread = np.std(differences, ddof=1) / len(cuts) ** 0.5 if len(cuts) > 1 else 0.0
-    if abs(here - there) > limit.relative * size + limit.absolute + STUDENT * spread:
-        raise DataError(_message(op, cuts[0], here, there))
-    return True
+        return -1.0
+    differences, allowed = here - there, limit.relative * size + limit.absolute
+    spread = np.std(differences, ddof=1) / len(differences) ** 0.5 if noisy else 0.0
+    if abs(differences.mean()) > allowed + STUDENT * spread:
+        raise DataError(_message(op, cut, here.mean(), there.mean()))
+    return float(np.abs(differences).max() / allowed)
 
 
-def _mean(op: "DataOperator", params: PyTree, batches: list[PyTree]) -> float:
+def _warn_of_repeats(op: "DataOperator") -> None:
+    pieces = "single examples" if op.takes_single_examples else f"the pieces of microbatch={op.microbatch}"
+    warnings.warn(
+        f"the loss draws random numbers for the examples of a batch (dropout, noise), and {pieces} all draw "
+        "the same: the matrix is that of this noise, repeated, not that of the whole batch. Give each "
+        "example a key in the batch, jax.random.split(key, n), from which a jax.vmap over examples draws; or "
+        + ("take a mask that all examples share." if op.takes_single_examples else "leave microbatch= out.")
+        + " check_data=False takes the loss as it is.",
+        stacklevel=6,
+    )
+
+
+def _means(op: "DataOperator", params: PyTree, batches: list[PyTree], noisy: bool = False) -> np.ndarray:
+    """The loss over some batches, once or for each of several sets of random numbers."""
     weights = np.array([_weight(op, batch) for batch in batches])
-    values = jax.device_get([compiled.loss(_on(op, batch, params)) for batch in batches])
-    return float(np.asarray(values, float) @ weights / weights.sum())
+    operators = [_on(op, batch, params) for batch in batches]
+    values = jax.device_get([_redrawn_losses(x) if noisy else compiled.loss(x) for x in operators])
+    return np.atleast_1d(np.tensordot(weights / weights.sum(), np.asarray(values, float), 1))
+
+
+@jax.jit
+def _redrawn_losses(op: "DataOperator") -> jax.Array:
+    jaxpr, leaves = jax.make_jaxpr(compiled.loss)(op), jax.tree.leaves(op)
+    return lax.map(lambda salt: redrawn(jaxpr, salt, *leaves)[0], salts(KEYS))
 
 
 def _message(op: "DataOperator", cut: Cut, here: float, there: float) -> str:

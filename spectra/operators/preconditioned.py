@@ -58,16 +58,16 @@ class PreconditionedOperator(Wrapped):
             `spectra.operators.response`), and nothing below is needed: what is given is checked. An
             optimizer without a diagonal P is refused.
         b1: decay of the momentum; default: that in the state (`inject_hyperparams`), or 0.9.
-        b2: decay of the second moment (`decay` of RMSProp); default: that in the state. Without `rule` it
-            says that a state like Adam's is that of Adam or AdamW.
+        b2: decay of the second moment (`decay` of RMSProp); default: that in the state.
         eps: default: that in the state, or optax's for this transformation.
         eps_root: default: that in the state, or 0.
         eps_in_sqrt: as of RMSProp.
-        rule: "adam", "yogi" or "adamax", whose states cannot be told from one another.
+        rule: "adam" (and AdamW), "yogi" or "adamax", whose states cannot be told from one another, nor from
+            those of RAdam, ADOPT and LAMB. Without `update_fn`, a state of this form needs it.
 
     Raises:
         SpectraError: no second moment in the state, or several; no step has been taken; unknown rule;
-            neither `update_fn` nor `b2` for a state that does not hold it; an update that is no diagonal
+            neither `update_fn` nor `rule` and `b2` for a state like Adam's; an update that is no diagonal
             multiple of the momentum.
         StructureError: a parameter of `op` has no second moment, or one of another shape.
 
@@ -175,15 +175,16 @@ def _require_known(found: Found, chosen: Rule, rule: str | None, given: dict[str
     stored = set(given) | set(found.injected) | ({"b2"} if "decay" in found.injected else set())
     if chosen.needs_b2 and "b2" not in stored:
         missing = "b2, the decay of its second moment,"
-    elif found.kind == "ScaleByAdamState" and rule is None and "b2" not in given:
-        missing = "which optimizer it belongs to"
+    elif found.kind == "ScaleByAdamState" and rule is None:
+        missing = "which optimizer it belongs to,"
     else:
         return
+    like_adam = found.kind == "ScaleByAdamState"
     same = " RAdam, ADOPT, Yogi, AdaMax and LAMB keep a state of the same form as Adam's."
+    numbers = 'rule="adam", b2=0.999 if it is that of Adam or AdamW' if like_adam else "the number, b2=0.999"
     raise SpectraError(
-        f"a {found.kind} does not say {missing} and optax does not store it.{same * chosen.has_momentum} "
-        "Pass update_fn=optimizer.update, from which P is measured; or the numbers, such as b2=0.999 (and "
-        f"rule= one of {', '.join(SAME_STATE)} if it is not Adam or AdamW)."
+        f"a {found.kind} does not say {missing} and optax does not store it.{same * like_adam} Pass "
+        f"update_fn=optimizer.update, from which P is measured; or {numbers}."
     )
 
 

@@ -1,5 +1,5 @@
 """A result as one self-contained page."""
 
-from spectra.page.document import write_report
+from spectra.page.document import page_path, write_report
 
-__all__ = ["write_report"]
+__all__ = ["page_path", "write_report"]

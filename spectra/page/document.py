@@ -60,14 +60,18 @@ def write_report(
         result = load(result)
     if type(result).__name__ not in CLASSES and not isinstance(result, dict):
         raise SpectraError(f"a {type(result).__name__} is not a result of spectra; nothing to report.")
-    path = Path(path)
-    if path.suffix not in (".html", ".htm"):
-        path = path.with_name(path.name + ".html")
+    path = page_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = page(result, title or _title(result), source or "RESULT.npz")
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
+
+
+def page_path(path: str | os.PathLike) -> Path:
+    """Where a page of this name is written."""
+    path = Path(path)
+    return path if path.suffix in (".html", ".htm") else path.with_name(path.name + ".html")
 
 
 def page(result: Any, title: str, source: str) -> str:

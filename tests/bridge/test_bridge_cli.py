@@ -61,6 +61,9 @@ def test_export_then_spectrum(file, tmp_path):
     assert done.exit_code == 0, done.output
     assert "26 parameters in 4 arrays" in done.output
     assert "batch size: any" in done.output
+    again = invoke("export-torch", f"{file}:small", "-o", out)
+    assert "graph.json' is there already" in str(again.exception)
+    assert "--force replaces it" in str(again.exception)
     model = spectra.bridge.load(out)
     assert model.apply(model.params, jnp.ones((7, 3))).shape == (7, 2)
     problem = tmp_path / "problem_of_small.py"

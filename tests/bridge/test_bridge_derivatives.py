@@ -57,6 +57,7 @@ KINKS: dict[str, tuple[Callable[..., Any], str, tuple, tuple]] = {
     "elu": (F.elu, "elu.default", (POINTS,), ()),
     "square": (torch.pow, "pow.Tensor_Scalar", (POINTS,), (2,)),
     "abs": (torch.abs, "abs.default", (POINTS,), ()),
+    "nextafter": (torch.nextafter, "nextafter.default", (VALUES, LOW), ()),
 }
 
 
