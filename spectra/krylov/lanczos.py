@@ -80,18 +80,11 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
     for start in range(0, num_steps, CHUNK):
         stop = min(start + CHUNK, num_steps)
         state = advance(op, layout, state, start, stop, batched=False)
-        length = _invariant_length(op, state, keep)
+        numbers = jax.device_get((state.alpha, state.beta, state.length))
+        length = invariant_length(*numbers, op.size, op.precision, orthogonal=keep)
         if length is not None:
             return _finish(_cut(state, length), layout, Status.INVARIANT)
     return _finish(state, layout, Status.COMPLETE)
-
-
-def _invariant_length(op: LinearOperator, state: LanczosState, orthogonal: bool) -> int | None:
-    """Dimension of the invariant space that the run went through; copies tell of one in no other basis."""
-    alpha, beta, length, alive = jax.device_get((state.alpha, state.beta, state.length, state.alive))
-    if not orthogonal:
-        return None if alive else int(length)
-    return invariant_length(alpha, beta, int(length), op.size, op.precision)
 
 
 def _cut(state: LanczosState, length: int) -> LanczosState:

@@ -94,8 +94,7 @@ def absorb(i: jax.Array, w: Panels, state: LanczosState) -> LanczosState:
     q = state.current
     unit = _basis.unit_of_step(i == 0, w, state.scale)
     beta_previous = jnp.where(i > 0, state.beta[i - 1], 0) / unit
-    alpha = _basis.vdot(q, w) / unit
-    w = _basis.axpy(-alpha, q, _basis.axpy(-beta_previous, state.previous, _basis.scale(1 / unit, w)))
+    w, alpha = _basis.three_terms(w, q, state.previous, beta_previous, unit)
     rows, asymmetry, second = state.basis, state.asymmetry, state.second_passes
     if rows:
         rows = _basis.put(rows, i, q)
