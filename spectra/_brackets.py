@@ -44,8 +44,8 @@ def _parameter(nodes, residuals, x):
 def _members(nodes, weights, residuals, parameters) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights (p, m + 1) of the members of the family.
 
-    T grows by a row with β_m beside and the parameter on the diagonal. In the eigenbasis of T, of vectors whose
-    first components are positive, that is an arrowhead matrix with β_m s_mj = r_j on the border.
+    T grows by a row with β_m beside and the parameter on the diagonal. In the eigenbasis of T, of vectors
+    with positive first components, that is an arrowhead matrix with β_m s_mj = r_j on the border.
     """
     m = len(nodes)
     arrows = np.zeros((len(parameters), m + 1, m + 1))
@@ -144,9 +144,9 @@ def dropped(quadrature) -> float:
 def rules(quadrature):
     """Nodes, weights that sum to one, and residuals of each probe, in float64 and at their true length.
 
-    Residuals have the signs of s_1j s_mj, which alternate for neighbouring Ritz values. Where copies were
-    merged the rule is that of T itself, copies and all: it is exact for a measure that is known to be near, see
-    `spectra._copies`, and the merged one is exact for none.
+    Residuals have the signs of s_1j s_mj, which alternate between neighbouring Ritz values. Where copies were
+    merged the rule is that of T itself, copies and all: it is exact for a measure near that of the probe (see
+    `spectra._copies`), and the merged one is exact for none.
     """
     if quadrature.coefficients is not None:
         yield from map(rule_of, np.asarray(quadrature.coefficients, np.float64))

@@ -20,9 +20,9 @@ References:
 
 import numpy as np
 
+from spectra._brackets import rules
 from spectra._breakdown import breakdown_noise
 from spectra._copies import log_betas
-from spectra._brackets import rules
 
 MARGIN = 4.0
 """The noise floor is what is seen of rounding, and not all is: converged Ritz values of float32 Hessians of

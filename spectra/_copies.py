@@ -6,16 +6,15 @@ measure that is near that of the probe: each eigenvalue λ is replaced by severa
 whose masses sum to that of λ but for rounding. All theorems on Gauss rules hold for that measure, copies
 included, and a statement about it is one about the probe's once points have moved by δ.
 
-δ grows with the steps, as each brings a rounding that nothing takes back. On all spectra of the audit, from 20
-to 500 steps in float32 and float64, no Ritz value was further outside the spectrum, nor further from an
-eigenvalue than its residual and δ = √m noise floors allow (`spread`; 0.9 of it at 20 steps, 0.4 at 500; the
-largest 1.0 of 1,440 runs).
+δ grows with the steps, as each brings a rounding that nothing takes back. In 24 runs on each of 15 spectra of
+the audit, from 20 to 500 steps in float32 and float64, no Ritz value was further outside the spectrum, or
+further from an eigenvalue than its residual plus δ = √m noise floors (at most 0.9 of that at 20 steps, 0.8 at
+60, 0.6 at 150 and 500).
 
 For pictures and sums the copies are merged into one node of their summed weight. Only nodes within 2 δ are,
 which no product tells apart.
 """
 
-import dataclasses
 import dataclasses
 import functools
 
@@ -68,7 +67,7 @@ def merge(theta, weights, residuals, width: float):
 
 
 def merge_traced(theta, weights, residuals, length, width):
-    """The same inside jit: arrays keep the shape (m,), and what is behind the new length repeats its last node."""
+    """The same inside jit, with the new length: arrays keep the shape (m,), the last node repeats behind."""
     import jax.numpy as jnp
     from jax import lax
 
@@ -89,20 +88,6 @@ def merge_traced(theta, weights, residuals, length, width):
         *(jnp.where(live, x, 0) for x in (weights, residuals)),
         length,
     )
-
-
-def merged(quadrature, coefficients: np.ndarray):
-    """The quadrature of a run without reorthogonalisation, from the same with all its copies and from T."""
-    found = dataclasses.replace(quadrature, coefficients=coefficients)
-    width = 2 * found.noise_floor
-    rules = [merge(theta, w, np.abs(r), width) for theta, w, r in map(rule_of, coefficients)]
-    steps = coefficients.shape[-1]
-    nodes, weights, residuals = (
-        np.stack([np.pad(rule[i], (0, steps - len(rule[i])), mode=mode) for rule in rules])
-        for i, mode in enumerate(("edge", "constant", "constant"))
-    )
-    lengths = np.array([len(rule[0]) for rule in rules])
-    return dataclasses.replace(found, nodes=nodes, weights=weights, residuals=residuals, lengths=lengths)
 
 
 def merged(quadrature, coefficients: np.ndarray):

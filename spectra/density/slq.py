@@ -124,8 +124,8 @@ def slq(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: k m products; memory as `plan` states, (m + 6) n numbers for each probe in flight, 6 n without a basis,
-    and r n for r deflated pairs.
+    Cost: k m products; memory as `plan` states, (m + 6) n numbers for each probe in flight, 6 n without a
+    basis, and r n for r deflated pairs.
 
     References:
         Golub and Welsch, doi:10.1090/S0025-5718-69-99647-1; Ubaru, Chen and Saad,
@@ -256,13 +256,13 @@ def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int
         v0 = _tree.sphere_sample(jax.random.fold_in(key, i), layout.structure)
         state = recurrence.init(layout, v0, num_steps, keep_basis=keep)
         state = recurrence.run(op, layout, state, 0, num_steps)
-        rule = _quadrature.gauss_rule_traced(state.alpha, state.beta, state.length)
+        theta, weights, residuals = _quadrature.gauss_rule_traced(state.alpha, state.beta, state.length)
         asymmetry = state.asymmetry / jnp.where(state.scale > 0, state.scale, 1)
         if keep:
-            return (*rule, state.length, asymmetry), None
-        floor = jnp.maximum(asymmetry, 4 * precision) * jnp.max(jnp.abs(rule[0]))
-        rule = merge_traced(*rule, state.length, 2 * spread(num_steps) * floor)
-        return (*rule, asymmetry), jnp.stack([state.alpha, state.beta])
+            return (theta, weights, residuals, state.length, asymmetry), None
+        floor = jnp.maximum(asymmetry, 4 * precision) * jnp.max(jnp.abs(theta))
+        merged = merge_traced(theta, weights, residuals, state.length, 2 * spread(num_steps) * floor)
+        return (*merged, asymmetry), jnp.stack([state.alpha, state.beta])
 
     batch_size = batch if batch > 1 else None
     columns, coefficients = lax.map(probe, jnp.arange(num_probes), batch_size=batch_size)

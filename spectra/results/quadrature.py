@@ -16,8 +16,8 @@ class Quadrature(Result):
     exactly for polynomials of degree below 2 lengths[i]. The mean over rows estimates tr f(H) / n. Rows
     are sorted by node and sum to one; entries beyond a row's length have weight zero.
 
-    Of a run without reorthogonalisation (`basis="none"`) rows are those of T with copies of an eigenvalue merged;
-    T itself, from which all brackets and limits come, is in `coefficients`.
+    Of a run without reorthogonalisation (`basis="none"`) they are those of T with copies of an eigenvalue
+    merged; T itself, from which all brackets and limits come, is in `coefficients`.
     """
 
     nodes: Array  # (k, m) Ritz values
