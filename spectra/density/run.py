@@ -93,6 +93,7 @@ class ProbeRun:
                 batched=batched,
                 apart=self.apart,
                 home=self.home,
+                known=self.known,
                 passes=self._passes(probes, state, done) if stop == done + 1 else None,
             )
             self.bar.update((stop - done) * len(probes))
