@@ -20,7 +20,7 @@ from spectra.report import trace_estimate
 
 BUDGETS = (8, 32, 128)
 QUADRATURES = ((12, 2), (30, 8), (100, 8))
-BARE = tuple((steps, 8, "none", dtype) for dtype in ("float64", "float32") for steps in (30, 100, 300))
+BARE = tuple((steps, 8, "none", dtype) for dtype in ("float64", "float32") for steps in (30, 100))
 """Steps and probes without a basis, and what the products compute in."""
 ROUNDING = 1e-13
 """Of Σ|λ|: what the truth itself is known to, and what an exact result may miss by."""
