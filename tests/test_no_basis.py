@@ -1,6 +1,7 @@
 """Lanczos without reorthogonalisation: copies merged, and all that is stated of a spectrum still true."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +205,7 @@ def test_a_basis_that_does_not_fit_is_answered_with_none(bare):
 def test_a_killed_run_goes_on_and_its_checkpoint_is_two_vectors(tmp_path, bare):
     folder = tmp_path / "run"
     op = operator()
-    options: dict = {"key": KEY, "num_steps": 100, "num_probes": 4, "basis": "none"}
+    options: dict[str, Any] = {"key": KEY, "num_steps": 100, "num_probes": 4, "basis": "none"}
     saved = spectra.Checkpoint(folder, steps=1, minutes=0)
     with pytest.MonkeyPatch.context() as patch:
         calls = iter([0] * 12 + [15] * 1000)
