@@ -20,6 +20,7 @@ import numpy as np
 
 from spectra._blas import one_thread
 from spectra._breakdown import breakdown_noise
+from spectra._copies import rule_of
 
 MEMBERS = 12
 """Members of the family for a curve: between their nodes the bracket takes that of the nearest."""
@@ -43,14 +44,14 @@ def _parameter(nodes, residuals, x):
 def _members(nodes, weights, residuals, parameters) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights (p, m + 1) of the members of the family.
 
-    T grows by a row with β_m beside and the parameter on the diagonal. In the eigenbasis of T that is an
-    arrowhead matrix with |β_m s_mj| = r_j on the border; s_1j s_mj alternates in sign.
+    T grows by a row with β_m beside and the parameter on the diagonal. In the eigenbasis of T, of vectors
+    with positive first components, that is an arrowhead matrix with β_m s_mj = r_j on the border.
     """
     m = len(nodes)
     arrows = np.zeros((len(parameters), m + 1, m + 1))
     arrows[:, np.arange(m), np.arange(m)] = nodes
     arrows[:, m, m] = parameters
-    arrows[:, m, :m] = arrows[:, :m, m] = residuals * (-1.0) ** np.arange(m)
+    arrows[:, m, :m] = arrows[:, :m, m] = residuals
     theta, vectors = np.linalg.eigh(arrows)
     return theta, (np.sqrt(weights) @ vectors[:, :m]) ** 2
 
@@ -122,14 +123,13 @@ def _at_points(nodes, weights, residuals, low, high) -> tuple[np.ndarray, np.nda
 def _mass(nodes, weights, residuals, x) -> np.ndarray:
     """The largest mass that a measure can have at each x: of the member with a node there.
 
-    (Σ_j (-1)^j sqrt(w_j) r_j / (θ_j - x))² / (1 + Σ_j r_j² / (θ_j - x)²), and w_j at θ_j itself.
+    (Σ_j sqrt(w_j) r_j / (θ_j - x))² / (1 + Σ_j r_j² / (θ_j - x)²), and w_j at θ_j itself.
     """
     away = nodes - np.asarray(x)[..., None]
     tiny = np.finfo(float).tiny ** 0.5
     away = np.where(np.abs(away) < tiny, tiny, away)
-    signs = np.sqrt(weights) * residuals * (-1.0) ** np.arange(len(nodes))
     inverse = 1 / away
-    return (inverse @ signs) ** 2 / (1 + inverse**2 @ residuals**2)
+    return (inverse @ (np.sqrt(weights) * residuals)) ** 2 / (1 + inverse**2 @ residuals**2)
 
 
 def dropped(quadrature) -> float:
@@ -142,11 +142,19 @@ def dropped(quadrature) -> float:
 
 
 def rules(quadrature):
-    """Nodes, weights that sum to one, and residuals of each probe, in float64 and at their true length."""
+    """Nodes, weights that sum to one, and residuals of each probe, in float64 and at their true length.
+
+    Residuals have the signs of s_1j s_mj, which alternate between neighbouring Ritz values. Where copies were
+    merged the rule is that of T itself, copies and all: it is exact for a measure near that of the probe (see
+    `spectra._copies`), and the merged one is exact for none.
+    """
+    if quadrature.coefficients is not None:
+        yield from map(rule_of, np.asarray(quadrature.coefficients, np.float64))
+        return
     columns = zip(quadrature.nodes, quadrature.weights, quadrature.residuals, quadrature.lengths, strict=True)
     for nodes, weights, residuals, length in columns:
         theta, w, r = (np.asarray(x, np.float64)[:length] for x in (nodes, weights, residuals))
-        yield theta, w / w.sum(), r
+        yield theta, w / w.sum(), r * (-1.0) ** np.arange(len(r))
 
 
 def _sums(weights) -> np.ndarray:

@@ -48,7 +48,9 @@ def breakdown_noise(size: int, precision: float) -> float:
     return (breakdown_factor(size) if precision < COARSE else 4) * precision
 
 
-def invariant_length(alpha, beta, length: int, size: int, precision: float) -> int | None:
+def invariant_length(
+    alpha, beta, length: int, size: int, precision: float, *, orthogonal: bool = True
+) -> int | None:
     """Dimension of the invariant space that a run went through; None if it went through none.
 
     Args:
@@ -56,6 +58,9 @@ def invariant_length(alpha, beta, length: int, size: int, precision: float) -> i
         length: steps done.
         size: n, the order of the operator.
         precision: relative error of one product.
+        orthogonal: whether the vectors were kept orthogonal. If not, copies appear of any eigenvalue that has
+            converged, and n steps need not have seen the whole space; what is asked for here is that there
+            is nothing but copies.
     """
     alpha, beta = np.asarray(alpha[:length], np.float64), np.asarray(beta[:length], np.float64)
     scale = np.max(np.abs(alpha) + np.append(0, beta[:-1]) + beta, initial=0.0)
@@ -76,7 +81,7 @@ def invariant_length(alpha, beta, length: int, size: int, precision: float) -> i
         copies = not beside.any() or _wanders(alpha, beta, d, theta, beside, resolved)
         if copies and _is_rounding(alpha, beta, theta, noise):
             return d
-    return length if beta[-1] <= noise or length == size else None
+    return length if beta[-1] <= noise or (orthogonal and length == size) else None
 
 
 def _goes_on(alpha: np.ndarray, beta: np.ndarray, d: int, resolved: float) -> bool:

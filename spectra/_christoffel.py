@@ -20,7 +20,9 @@ References:
 
 import numpy as np
 
+from spectra._brackets import rules
 from spectra._breakdown import breakdown_noise
+from spectra._copies import log_betas
 
 MARGIN = 4.0
 """The noise floor is what is seen of rounding, and not all is: converged Ritz values of float32 Hessians of
@@ -95,10 +97,12 @@ def _rules(quadrature):
     # F(w) <= 2 sqrt(w) / B(1/2, (n-1)/2), with equality as w falls; for n = 2 F(w) = 2 asin(sqrt w) / π.
     factor = float(np.log(2) - betaln(0.5, (n - 1) / 2)) if n > 2 else 0.0
     least = 2 * float(np.log(rest.precision))
-    columns = zip(rest.nodes, rest.weights, rest.residuals, rest.lengths, strict=True)
-    for nodes, weights, residuals, length in (map(np.asarray, row) for row in columns):
-        theta, r = np.asarray(nodes[:length], float), np.asarray(residuals[:length], float)
-        yield theta, r, _log_betas(theta, weights[:length], r, dropped(rest)), factor, least, moved
+    for i, (theta, weights, r) in enumerate(rules(rest)):
+        if rest.coefficients is None:
+            product = _log_betas(theta, weights, np.abs(r), dropped(rest))
+        else:
+            product = log_betas(rest.coefficients[i], dropped(rest))
+        yield theta, r, product, factor, least, moved
 
 
 def _log_betas(theta, weights, residuals, last: float) -> float:
@@ -140,11 +144,12 @@ def dropped(quadrature) -> float:
 def shift(quadrature) -> float:
     """How far rounding can have moved an eigenvalue.
 
-    The run is exact for a matrix this near to H, in the spectral norm: MARGIN noise floors, and what a
-    breakdown dropped or the residuals of deflated pairs couple.
+    The run is exact for a matrix this near to H, in the spectral norm: MARGIN noise floors of a product, what
+    copies differ by, and what a breakdown dropped or the residuals of deflated pairs couple.
     """
-    moved = MARGIN * quadrature.noise_floor + quadrature.coupling
+    floor = quadrature.noise_floor
+    moved = floor + (MARGIN - 1) * floor / quadrature.spread + quadrature.coupling
     rest = quadrature.bulk or quadrature
-    if any(not np.any(row) for row in np.asarray(rest.residuals)):
+    if any(not r.any() for _, _, r in rules(rest)):
         moved += 2 * dropped(quadrature)
     return float(moved)

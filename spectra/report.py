@@ -194,7 +194,7 @@ def trace_estimate(quadrature: Quadrature) -> Estimate:
     lengths = np.asarray(rest.lengths)
     rounding = 4 * n * quadrature.precision * _root_mean_square(nodes, weights)
     fields = {"num_matvecs": quadrature.num_matvecs, "method": "slq"}
-    if rest is quadrature and (whole := lengths == n).any():
+    if rest is quadrature and rest.coefficients is None and (whole := lengths == n).any():
         value = float(np.mean(np.sum(nodes[whole], axis=1)))
         return Estimate(value, rounding, **fields, reason="n steps leave nothing to sampling")
     weights = weights / weights.sum(axis=1, keepdims=True)

@@ -81,7 +81,7 @@ def test_the_bracket_holds_at_every_point_and_is_narrower_than_whole_weights(nam
 def test_single_points_have_the_narrowest_bracket_and_curves_come_near(name):
     """The narrowest: the mass at x, and all left of it, belong to a measure with the same coefficients."""
     _, _, q = measure(name, 12)
-    nodes, weights, residuals = q.nodes[0], q.weights[0], q.residuals[0]
+    ((nodes, weights, residuals),) = _brackets.rules(q)
     x = np.linspace(*q.range, 44)[1:-1]
     curve = _brackets.bracket(q, x, q.noise_floor)
     narrowest = []

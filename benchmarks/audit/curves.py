@@ -8,7 +8,7 @@ from scipy.stats import norm
 
 import spectra
 from benchmarks.audit.matrices import Case
-from benchmarks.audit.statements import QUADRATURES, Curves, Statement, from_keys
+from benchmarks.audit.statements import BARE, QUADRATURES, Curves, Statement, from_keys
 from spectra.density import smoothing
 
 NEGLIGIBLE = 1e-9
@@ -67,7 +67,13 @@ def _few_steps(case: Case, setting: tuple[int, int]) -> bool:
     return case.size < 1000 or setting[0] <= 30
 
 
+def _dense(case: Case, setting: tuple) -> bool:
+    return case.size < 1000
+
+
 STATEMENTS = (
     Statement("cdf", "band of the CDF", QUADRATURES, measure(cdf), _few_steps),
     Statement("density", "band of the density", QUADRATURES, measure(density), _few_steps, keys=100),
+    Statement("bare", "band of the CDF without a basis", BARE, measure(cdf), _dense, keys=100),
+    Statement("bare", "band of the density without a basis", BARE, measure(density), _dense, keys=100),
 )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.stats import t as student
 
@@ -19,6 +20,8 @@ from spectra.report import trace_estimate
 
 BUDGETS = (8, 32, 128)
 QUADRATURES = ((12, 2), (30, 8), (100, 8))
+BARE = tuple((steps, 8, "none", dtype) for dtype in ("float64", "float32") for steps in (30, 100))
+"""Steps and probes without a basis, and what the products compute in."""
 ROUNDING = 1e-13
 """Of Σ|λ|: what the truth itself is known to, and what an exact result may miss by."""
 
@@ -122,23 +125,22 @@ def adaptive(tol: float, **options: Any):
 
 
 @functools.lru_cache(maxsize=64)
-def quadratures(case: Case, setting: tuple[int, int], seed: int, count: int) -> list[spectra.Quadrature]:
-    """Quadratures of (steps, probes) for each key, from one program; kept for the next statement."""
+def quadratures(case: Case, setting: tuple, seed: int, count: int) -> list[spectra.Quadrature]:
+    """Quadratures of a setting for each key, from one program; kept for the next statement."""
     keys = jax.random.split(jax.random.key(seed), count)
-    many = _slq(case.operator, keys, min(setting[0], case.size), setting[1])
-    rows = [np.asarray(x) for x in (many.nodes, many.weights, many.residuals, many.lengths, many.asymmetry)]
-    return [
-        dataclasses.replace(
-            many, nodes=a, weights=b, residuals=c, lengths=d, asymmetry=e, status=spectra.Status.COMPLETE
-        )
-        for a, b, c, d, e in zip(*rows, strict=True)
-    ]
+    steps, probes, basis, dtype = setting if len(setting) == 4 else (*setting, "inherit", "float64")
+    op = case.operator
+    if dtype != "float64":
+        op = spectra.MatrixOperator(jnp.asarray(op.matrix, dtype))
+    many = _slq(op, keys, min(steps, case.size), probes, basis)
+    rows = [jax.tree.map(lambda x, i=i: np.asarray(x)[i], many) for i in range(count)]
+    return [dataclasses.replace(row, status=spectra.Status.COMPLETE) for row in rows]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _slq(op, keys, steps: int, probes: int):
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _slq(op, keys, steps: int, probes: int, basis: str):
     def one(key):
-        return spectra.slq(op, key=key, num_steps=steps, num_probes=probes)
+        return spectra.slq(op, key=key, num_steps=steps, num_probes=probes, basis=basis)
 
     return jax.lax.map(one, keys, batch_size=8)
 

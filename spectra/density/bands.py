@@ -139,8 +139,7 @@ def _error_masses(quadrature, widths: Width, places: np.ndarray, height: float, 
         seen, left, above = np.abs(inverse) ** 2, np.zeros(len(part)), y[part]
         far = (moved if r.any() else moved + behind) / above
         if r.any():
-            signs = np.sqrt(w) * r * (-1.0) ** np.arange(len(r))
-            left = np.abs(signs @ inverse) ** 2 / (above * (1 + r**2 @ seen))
+            left = np.abs((np.sqrt(w) * r) @ inverse) ** 2 / (above * (1 + r**2 @ seen))
         total[part] += left + far * (1 + far) * (above * (w @ seen) + left)
     return t - y * b / a, growth * length * total / (np.pi * quadrature.num_probes), 1 / np.sqrt(a)
 

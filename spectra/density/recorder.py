@@ -35,7 +35,9 @@ PyTree = Any
 class Recorder:
     """Saves and restores the runs of one `slq` call; all processes of a run call it alike."""
 
-    def __init__(self, checkpoint: Checkpoint, op: LinearOperator, layout: Layout, key: jax.Array):
+    def __init__(
+        self, checkpoint: Checkpoint, op: LinearOperator, layout: Layout, key: jax.Array, *, keep_basis: bool
+    ):
         self.folder = Path(checkpoint.directory).absolute()
         self.seconds, self.steps = 60 * checkpoint.minutes, checkpoint.steps
         self.layout, self.treedef = layout.anonymous(), layout.treedef
@@ -44,7 +46,10 @@ class Recorder:
         self.flights: list[dict[str, Any]] = []  # of probes under way, the newest first
         self.flight: dict[str, Any] | None = None  # the one that was restored, or saved last
         self.saved_at, self.saved_step = time.monotonic(), 0
-        self.description, self.precision = describe(op, key, layout.row_dtype), op.precision
+        self.description, self.precision = (
+            describe(op, key, layout.row_dtype if keep_basis else "none"),
+            op.precision,
+        )
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -171,12 +176,13 @@ class Recorder:
     ) -> None:
         """Write what is new since the last checkpoint. What it names is never written again in place."""
         batched = state.alpha.ndim > 1
-        steps, size = state.alpha.shape[-1], state.basis[0][0].shape[2 if batched else 1]
+        steps = state.alpha.shape[-1]
+        size = state.basis[0][0].shape[2 if batched else 1] if state.basis else steps
         span, stem = [probes.start, probes.stop], f"probe-{probes.start:05d}-of-{steps:05d}"
         sums = sums if all(self._is_vector(total, state) for _, total in sums) else []
         counts = [count for count, _ in sums]
         trees: dict[str, Callable[[], PyTree]] = {}
-        for i in range(-(-done // size)):
+        for i in range(-(-done // size) if state.basis else 0):
             trees[f"{stem}-rows-{i:03d}-{min(size, done - i * size):03d}"] = partial(
                 storage.rows_tree, self.layout, state.basis[i], batched=batched
             )

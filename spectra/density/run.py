@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra import _quadrature, _tree
+from spectra import _copies, _quadrature, _tree
 from spectra._breakdown import invariant_length
 from spectra._progress import Progress
 from spectra._status import Status
@@ -38,7 +38,9 @@ class ProbeRun:
         known: Any = None,
         home: Any = None,
         recorder: Recorder | None = None,
+        keep_basis: bool = True,
     ):
+        self.keep_basis = keep_basis
         self.known = known  # vectors that the probes are made orthogonal to
         self.home = home  # where the basis lives, if not with the operator
         self.op, self.layout, self.key, self.bar = op, layout, key, bar
@@ -93,6 +95,7 @@ class ProbeRun:
                 batched=batched,
                 apart=self.apart,
                 home=self.home,
+                known=self.known,
                 passes=self._passes(probes, state, done) if stop == done + 1 else None,
             )
             self.bar.update((stop - done) * len(probes))
@@ -152,7 +155,8 @@ class ProbeRun:
         """The state before the first step."""
         indices = np.asarray(probes if batched else probes[0], np.int32)
         with jax.default_device(self.home) if self.home else contextlib.nullcontext():
-            state = _start(self.layout.anonymous(), self.key, indices, num_steps, batched)
+            layout, keep = self.layout.anonymous(), self.keep_basis
+            state = _start(layout, self.key, indices, num_steps, batched, keep_basis=keep)
         if self.known is None:
             return state
         return deflation.project_start(self.layout, self.known, state, batched)
@@ -171,8 +175,9 @@ class ProbeRun:
         return self._quadrature(self.rows, status)
 
     def _quadrature(self, rows, status: Status | None = None) -> Quadrature:
-        steps = max(len(row["alpha"]) for row in rows)
-        lengths, rules = zip(*map(self._rule, rows), strict=True)
+        steps, num_matvecs = max(len(row["alpha"]) for row in rows), sum(row["length"] for row in rows)
+        rows = [self._invariant_part(row) for row in rows]
+        rules = [_quadrature.gauss_rule(row["alpha"], row["beta"], row["length"]) for row in rows]
         nodes, weights, residuals = (
             np.stack([np.pad(r[i], (0, steps - r[0].size), mode=mode) for r in rules])
             for i, mode in enumerate(("edge", "constant", "constant"))
@@ -186,35 +191,41 @@ class ProbeRun:
         rounding = max(100 * self.precision, self.layout.row_precision)
         if asymmetry.max() > rounding * np.sqrt(steps):
             status = Status.NOISY
-        return Quadrature(
+        found = Quadrature(
             nodes=nodes,
             weights=weights,
             residuals=residuals,
-            lengths=np.array(lengths),
+            lengths=np.array([row["length"] for row in rows]),
             asymmetry=asymmetry,
             size=self.size,
-            num_matvecs=sum(row["length"] for row in rows),
+            num_matvecs=num_matvecs,
             precision=self.precision,
             status=status,
         )
+        if self.keep_basis:
+            return found
+        resized = (_resized(row, steps) for row in rows)
+        return _copies.merged(found, np.stack([np.stack([row["alpha"], row["beta"]]) for row in resized]))
 
     def _invariant_length(self, row: dict[str, Any]) -> int | None:
-        return invariant_length(row["alpha"], row["beta"], row["length"], self.size, self.precision)
+        numbers = row["alpha"], row["beta"], row["length"]
+        return invariant_length(*numbers, self.size, self.precision, orthogonal=self.keep_basis)
 
-    def _rule(self, row: dict[str, Any]):
-        """Length; nodes, weights and residuals: of the invariant space, if the run went through one."""
-        length, beta = self._invariant_length(row), row["beta"]
+    def _invariant_part(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What a run did within the invariant space, if it went through one; all of it if not."""
+        length = self._invariant_length(row)
         if length is None:
-            return row["length"], _quadrature.gauss_rule(row["alpha"], beta, row["length"])
-        beta = np.where(np.arange(len(beta)) < length - 1, beta, 0)
-        return length, _quadrature.gauss_rule(row["alpha"], beta, length)
+            return row
+        steps = np.arange(len(row["alpha"]))
+        alpha, beta = np.where(steps < length, row["alpha"], 0), np.where(steps < length - 1, row["beta"], 0)
+        return row | {"alpha": alpha, "beta": beta, "length": length}
 
 
-@partial(jax.jit, static_argnames=("layout", "num_steps", "batched"))
-def _start(layout: Layout, key: jax.Array, indices: jax.Array, num_steps: int, batched: bool):
+@partial(jax.jit, static_argnames=("layout", "num_steps", "batched", "keep_basis"))
+def _start(layout: Layout, key, indices: jax.Array, num_steps: int, batched: bool, keep_basis: bool = True):
     def one(index):
         v0 = _tree.sphere_sample(jax.random.fold_in(key, index), layout.structure)
-        return recurrence.init(layout, v0, num_steps)
+        return recurrence.init(layout, v0, num_steps, keep_basis=keep_basis)
 
     return (jax.vmap(one) if batched else one)(indices)
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from spectra import _quadrature, _signals, _tree
+from spectra._copies import merge_traced, spread
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._progress import Progress
@@ -104,7 +105,11 @@ def slq(
             devices and results equal to rounding on others.
         basis: where basis vectors lie. "inherit": as the parameters. "sharded": parameters that are
             replicated over devices of a mesh have their basis spread over these. "host": in the memory
-            of the host, which also does the reorthogonalisation; the device keeps three vectors.
+            of the host, which also does the reorthogonalisation; the device keeps three vectors. "none":
+            nowhere. The three-term recurrence alone needs six vectors for any number of steps; copies of
+            eigenvalues that it finds again are merged, and brackets and bands hold, a little wider. A
+            step that finds one again is lost for the rest: with large outliers deflated it takes the same
+            steps as with a basis, without about three times as many.
         basis_dtype: dtype of stored basis vectors, for example "bfloat16": half the memory, at an
             orthogonality near 1e-4 instead of 1e-6. By default that of the vectors.
 
@@ -121,11 +126,13 @@ def slq(
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: k m products, and two that show symmetry where m = 1; memory as `plan` states, (m + 6) n numbers
-    for each probe in flight.
+    for each probe in flight, 6 n without a basis, and r n for r deflated pairs.
 
     References:
         Golub and Welsch, doi:10.1090/S0025-5718-69-99647-1; Ubaru, Chen and Saad,
-        doi:10.1137/16M1104974; Ghorbani, Krishnan and Xiao, arXiv:1901.10159.
+        doi:10.1137/16M1104974; Ghorbani, Krishnan and Xiao, arXiv:1901.10159. Without a basis: Greenbaum,
+        doi:10.1016/0024-3795(89)90285-1; Knizhnerman, USSR Comput. Math. Math. Phys. 36 (1996) 1027; Chen and
+        Trogdon, arXiv:2302.14842.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra
@@ -184,9 +191,10 @@ def _one(
             raise SpectraError(
                 "tol=, deflate= and checkpoint= need values, which do not exist inside jit or vmap."
             )
-        return _traced(op, key, num_steps, num_probes, plan.probe_batch)
+        return _traced(op, key, num_steps, num_probes, plan.probe_batch, basis != "none")
     require_fit(plan)
     layout, home = place_basis(op, basis, basis_dtype)
+    keep = basis != "none"
     size, vectors = op.size, None
     if deflate is not None:
         deflation.check(op, deflate)
@@ -195,9 +203,9 @@ def _one(
         op = DeflatedOperator(op, vectors)
     recorder = None
     if checkpoint is not None:
-        recorder = Recorder(checkpoint, op, layout, key)
+        recorder = Recorder(checkpoint, op, layout, key, keep_basis=keep)
     with recorder.running() if recorder else contextlib.nullcontext():
-        places = {"apart": apart, "known": vectors, "home": home, "recorder": recorder}
+        places = {"apart": apart, "known": vectors, "home": home, "recorder": recorder, "keep_basis": keep}
         run = ProbeRun(outside_loops(op.prepare()), layout, key, bar, size=size, **places)
         if tol is None:
             for start in range(0, num_probes, plan.probe_batch):
@@ -239,7 +247,7 @@ def _adaptive(run: ProbeRun, num_steps: int, num_probes: int, tol: float, batch:
     return run.result(Status.CONVERGED if width <= tol else Status.BUDGET_EXHAUSTED)
 
 
-def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int) -> Quadrature:
+def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int, keep: bool) -> Quadrature:
     """The whole run as one traced program: probes one after another, or `batch` at a time."""
     size, precision = op.size, op.precision
     layout = Layout.leafwise(op.structure)
@@ -247,15 +255,21 @@ def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int
 
     def run(i, steps):
         v0 = _tree.sphere_sample(jax.random.fold_in(key, i), layout.structure)
-        return recurrence.run(op, layout, recurrence.init(layout, v0, steps), 0, steps)
+        state = recurrence.init(layout, v0, steps, keep_basis=keep)
+        return recurrence.run(op, layout, state, 0, steps)
 
     def probe(i):
         state = run(i, num_steps)
-        rule = _quadrature.gauss_rule_traced(state.alpha, state.beta, state.length)
-        scale = jnp.where(state.scale > 0, state.scale, 1)
-        return (*rule, state.length, state.asymmetry / scale)
+        theta, weights, residuals = _quadrature.gauss_rule_traced(state.alpha, state.beta, state.length)
+        asymmetry = state.asymmetry / jnp.where(state.scale > 0, state.scale, 1)
+        if keep:
+            return (theta, weights, residuals, state.length, asymmetry), None
+        floor = jnp.maximum(asymmetry, 4 * precision) * jnp.max(jnp.abs(theta))
+        merged = merge_traced(theta, weights, residuals, state.length, 2 * spread(num_steps) * floor)
+        return (*merged, asymmetry), jnp.stack([state.alpha, state.beta])
 
-    nodes, *columns = lax.map(probe, jnp.arange(num_probes), batch_size=batch if batch > 1 else None)
+    batch_size = batch if batch > 1 else None
+    (nodes, *columns), coefficients = lax.map(probe, jnp.arange(num_probes), batch_size=batch_size)
     asymmetry = jnp.max(columns[-1])
     if num_steps == 1 < size:  # a single step has no coefficient that symmetry makes zero
         state = run(0, 2)
@@ -263,6 +277,7 @@ def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int
     return Quadrature(
         jnp.where(asymmetry > precision**0.5, jnp.nan, nodes),
         *columns,
+        coefficients=coefficients,
         size=size,
         num_matvecs=num_steps * num_probes,
         precision=precision,

@@ -211,7 +211,7 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "lengths": _array("probes", "iu", low=0), "asymmetry": _array("probes", low=0),
         "size": _SIZE, "num_matvecs": _COUNT, "precision": _POSITIVE, "status": _STATUS,
         "bulk": _or_none(_a(Quadrature)), "atoms": _or_none(_array("deflated")),
-        "coupling": _POSITIVE, "rounding": _POSITIVE,
+        "coupling": _POSITIVE, "rounding": _POSITIVE, "coefficients": _or_none(_array("probes 2 length")),
     },
     Moments: {
         "moments": _array("probes moments"), "bounds": _array("2"), "size": _SIZE, "num_matvecs": _COUNT,

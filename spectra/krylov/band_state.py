@@ -71,9 +71,8 @@ def absorb(layout: Layout, size: int, state: BandState, row, previous, product: 
     w = layout.pack(product)
     # Subtract the two large coefficients first: what is left needs one pass, as in `recurrence.absorb`.
     unit = _basis.unit_of_step(state.scale == 0, w, state.scale)
-    alpha = _basis.vdot(q, w) / unit
     beta = jnp.where(previous >= 0, state.coefficients[row, previous], 0) / unit
-    w = _basis.axpy(-alpha, q, _basis.axpy(-beta, p, _basis.scale(1 / unit, w)))
+    w, alpha = _basis.three_terms(w, q, p, beta, unit)
     w, rest, _, column, _ = orthogonalize(state.basis, w, state.filled)
     column = column.at[row].add(alpha).at[previous].add(beta)
     scale = jnp.maximum(state.scale / unit, jnp.sqrt(jnp.vdot(column, column) + rest**2))

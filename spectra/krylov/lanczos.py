@@ -37,7 +37,7 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
         num_steps: m, from 1 to n.
         reorthogonalize: "full" keeps the basis and makes every new vector orthogonal to it; "none" is
             the bare three-term recurrence, which needs no basis but returns copies ("ghosts") of
-            converged eigenvalues.
+            converged eigenvalues: `slq(basis="none")` merges them.
 
     Returns:
         `Tridiagonal` with alpha (m,), beta (m-1,), length, basis and orthogonality.
@@ -80,18 +80,11 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
     for start in range(0, num_steps, CHUNK):
         stop = min(start + CHUNK, num_steps)
         state = advance(op, layout, state, start, stop, batched=False)
-        length = _invariant_length(op, state, keep)
+        alpha, beta, done = jax.device_get((state.alpha, state.beta, state.length))
+        length = invariant_length(alpha, beta, int(done), op.size, op.precision, orthogonal=keep)
         if length is not None:
             return _finish(_cut(state, length), layout, Status.INVARIANT)
     return _finish(state, layout, Status.COMPLETE)
-
-
-def _invariant_length(op: LinearOperator, state: LanczosState, orthogonal: bool) -> int | None:
-    """Dimension of the invariant space that the run went through; copies tell of one in no other basis."""
-    alpha, beta, length, alive = jax.device_get((state.alpha, state.beta, state.length, state.alive))
-    if not orthogonal:
-        return None if alive else int(length)
-    return invariant_length(alpha, beta, int(length), op.size, op.precision)
 
 
 def _cut(state: LanczosState, length: int) -> LanczosState:

@@ -20,7 +20,7 @@ from spectra.results import Plan, format_bytes
 VECTORS = 6
 """Working vectors beside the basis: q_i, q_{i-1}, the product as a pytree and packed, w before and after
 a Gram-Schmidt pass."""
-PLACES = ("inherit", "sharded", "host")
+PLACES = ("inherit", "sharded", "host", "none")
 _BATCH_NUMBERS, _CPU_BATCH_NUMBERS = 2**22, 2**14
 """Vectors side by side hold up to this many numbers: enough to fill an accelerator, or the cores of a CPU."""
 
@@ -93,7 +93,7 @@ def estimate(
     layout, home = place_basis(op, basis, basis_dtype)
     vector = layout.device_bytes()
     count, rows = _basis.segments(num_steps)
-    stored = count * rows * layout.device_bytes(layout.row_dtype)
+    stored = 0 if basis == "none" else count * rows * layout.device_bytes(layout.row_dtype)
     num_devices = 1 if layout.mesh is None else layout.mesh.size
     linearization = op.prepared_bytes() // _num_pieces(op)
     available = _memory.available_bytes(op.device)
@@ -126,6 +126,10 @@ def place_basis(op: LinearOperator, basis: str, dtype: Any = None) -> tuple[Layo
         dtype = jnp.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise SpectraError(f"basis_dtype={dtype}: basis vectors need a floating dtype.")
+        if basis == "none":
+            raise SpectraError(
+                f'basis_dtype={dtype} is that of stored vectors, and basis="none" stores none.'
+            )
     layout = Layout.of(op.like, spread=basis == "sharded", row_dtype=dtype)
     if basis != "host":
         return layout, None
@@ -145,14 +149,18 @@ def require_fit(plan: Plan) -> None:
     fixed = plan.linearization + plan.vectors + plan.workspace
     steps = max(0, (plan.available - fixed) * plan.num_steps // max(plan.basis, 1))
     advice = []
+    if plan.basis:
+        small = format_bytes(plan.without_basis)
+        advice.append(f'basis="none", which needs {small} (with deflate= for outliers)')
     if plan.probe_batch > 1:
         advice.append("probe_batch=1")
     if plan.linearization:
         advice.append("linearize=False in the operator")
     if plan.num_devices > 1:
         advice.append('basis="sharded" if parameters are replicated')
-    advice.append('basis_dtype="bfloat16"')
-    if plan.num_devices == 1 and jax.default_backend() != "cpu":
+    if plan.basis:
+        advice.append('basis_dtype="bfloat16"')
+    if plan.basis and plan.num_devices == 1 and jax.default_backend() != "cpu":
         advice.append('basis="host"')
     if plan.basis and steps >= 2:
         advice.append(f"num_steps={steps}")

@@ -28,6 +28,7 @@ from spectra.krylov.layout import Layout, Panels
 from spectra.krylov.orthogonalize import orthogonalize
 from spectra.operators.accumulate import Passes
 from spectra.operators.base import LinearOperator
+from spectra.operators.deflated import project
 
 PyTree = Any
 CHUNK = 16
@@ -94,8 +95,7 @@ def absorb(i: jax.Array, w: Panels, state: LanczosState) -> LanczosState:
     q = state.current
     unit = _basis.unit_of_step(i == 0, w, state.scale)
     beta_previous = jnp.where(i > 0, state.beta[i - 1], 0) / unit
-    alpha = _basis.vdot(q, w) / unit
-    w = _basis.axpy(-alpha, q, _basis.axpy(-beta_previous, state.previous, _basis.scale(1 / unit, w)))
+    w, alpha = _basis.three_terms(w, q, state.previous, beta_previous, unit)
     rows, asymmetry, second = state.basis, state.asymmetry, state.second_passes
     if rows:
         rows = _basis.put(rows, i, q)
@@ -131,11 +131,23 @@ def absorb(i: jax.Array, w: Panels, state: LanczosState) -> LanczosState:
 
 
 def run(
-    op: LinearOperator, layout: Layout, state: LanczosState, start, stop, *, batched: bool = False
+    op: LinearOperator,
+    layout: Layout,
+    state: LanczosState,
+    start,
+    stop,
+    known: PyTree = None,
+    *,
+    batched: bool = False,
 ) -> LanczosState:
-    """Steps start..stop-1 under `lax` control flow; `batched` states carry a leading probe axis."""
+    """Steps start..stop-1 under `lax` control flow; `batched` states carry a leading probe axis.
+
+    q_i is kept orthogonal to `known` vectors.
+    """
 
     def step(i, state):
+        if known is not None:
+            state = dataclasses.replace(state, current=_clear(layout, known, state.current))
         w = layout.pack(op.mv(layout.unpack(state.current)))
         return _place(layout, absorb(i, w, state))
 
@@ -145,6 +157,20 @@ def run(
 
 
 _run_chunk = jax.jit(run, static_argnames=("layout", "batched"), donate_argnames=("state",))
+
+
+def _clear(layout: Layout, known: PyTree, current: Panels) -> Panels:
+    """q_i without what rounding has left along deflated vectors.
+
+    Their eigenvalue is zero where they are deflated. The product does not see that part, but the three terms
+    carry it on, and outside the rest of the spectrum it grows until zero is a Ritz value.
+    """
+    return layout.pack(project(known, layout.unpack(current)))
+
+
+@partial(jax.jit, static_argnames=("layout", "batched"))
+def _clear_one(layout: Layout, known: PyTree, current: Panels, batched: bool) -> Panels:
+    return (jax.vmap(partial(_clear, layout, known)) if batched else partial(_clear, layout, known))(current)
 
 
 @partial(jax.jit, static_argnames=("layout", "batched"), donate_argnames=("state",))
@@ -195,20 +221,26 @@ def advance(
     apart: bool = False,
     home: Any = None,
     passes: Passes | None = None,
+    known: PyTree = None,
 ) -> LanczosState:
     """Steps start..stop-1 from the host, checked for NaN and for symmetry. Consumes `state`.
 
     Product and recurrence are one compiled loop, or, `apart`, two programs: the one of the recurrence
     then serves all operators of the same size, and can run on a device of its own, `home`. A product that
-    streams its data is seen by `passes` between batches.
+    streams its data is seen by `passes` between batches. `known` as in `run`.
     """
     if op.on_host or apart or home is not None:
         for i in range(start, stop):
+            if known is not None:
+                current = state.current if home is None else jax.device_put(state.current, op.device)
+                current = _clear_one(layout, known, current, batched=batched)
+                current = current if home is None else jax.device_put(current, home)
+                state = dataclasses.replace(state, current=current)
             with passes.observed() if passes else contextlib.nullcontext():
                 w = _product(op, layout, state.current, batched, home)
             state = _absorb_one(layout.anonymous(), i, w, state, batched=batched)
     else:
-        state = _run_chunk(op, layout, state, start, stop, batched=batched)
+        state = _run_chunk(op, layout, state, start, stop, known, batched=batched)
     check(op, state, stop, layout.row_precision)
     return state
 

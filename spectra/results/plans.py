@@ -30,6 +30,11 @@ class Plan(Result):
         return self.linearization + self.probe_batch * (self.basis + self.vectors + self.workspace)
 
     @property
+    def without_basis(self) -> int:
+        """The same with `basis="none"` and one probe in flight."""
+        return self.linearization + self.vectors + self.workspace
+
+    @property
     def fits(self) -> bool:
         """Whether the peak is within the memory that is free now."""
         return self.available is None or self.total <= self.available
@@ -50,6 +55,12 @@ class Plan(Result):
             ("peak", format_bytes(self.total)),
             ("available", "unknown" if self.available is None else format_bytes(self.available)),
             ("fits", "yes" if self.fits else "no"),
+            ('with basis="none"', self._offer()) if self.basis and not self.fits else None,
             None if self.seconds is None else ("time", f"about {self.seconds:.3g} s after compilation"),
         ]
         return text_table("Plan", [row for row in rows if row is not None])
+
+    def _offer(self) -> str:
+        fits = self.available is None or self.without_basis <= self.available
+        size = format_bytes(self.without_basis)
+        return f"{size}, one probe in flight: {'fits' if fits else 'does not fit either'}"

@@ -3,7 +3,7 @@
 import numpy as np
 from jax.core import Tracer
 
-from spectra import _quadrature
+from spectra import _copies, _quadrature
 from spectra._status import Status
 from spectra.results._base import Array, Interval, Result, notebook_view, result
 
@@ -15,6 +15,9 @@ class Quadrature(Result):
     Row i integrates f against the measure of probe v_i: v_iᵀ f(H) v_i ≈ Σ_j weights[i, j] f(nodes[i, j]),
     exactly for polynomials of degree below 2 lengths[i]. The mean over rows estimates tr f(H) / n. Rows
     are sorted by node and sum to one; entries beyond a row's length have weight zero.
+
+    Of a run without reorthogonalisation (`basis="none"`) they are those of T with copies of an eigenvalue
+    merged; T itself, from which all brackets and limits come, is in `coefficients`.
     """
 
     nodes: Array  # (k, m) Ritz values
@@ -30,6 +33,7 @@ class Quadrature(Result):
     atoms: Array | None = None  # (r,) deflated eigenvalues: columns of weight 1/n in every row
     coupling: float = 0.0  # how far an eigenvalue can be moved by the residuals of the deflated ones
     rounding: float = 0.0  # change of H at parameters moved by one rounding, over |H|; 0 if not measured
+    coefficients: Array | None = None  # (k, 2, m): α and β of each step, where copies were merged
 
     @property
     def num_probes(self) -> int:
@@ -47,13 +51,19 @@ class Quadrature(Result):
         return float(np.min(self.nodes)), float(np.max(self.nodes))
 
     @property
+    def spread(self) -> float:
+        """How far copies of an eigenvalue are from it, over the rounding of a product: √m; 1 with a basis."""
+        rest = self.bulk or self
+        return 1.0 if rest.coefficients is None else _copies.spread(rest.coefficients.shape[-1])
+
+    @property
     def noise_floor(self) -> float:
         """Magnitude below which an eigenvalue is not resolved: measured asymmetry or rounding times |H|.
 
         Never below 4 precision * |H|: the product, both terms that a step subtracts and the
-        normalisation round a coefficient once each.
+        normalisation round a coefficient once each. Without reorthogonalisation `spread` times as much.
         """
-        scale = max(map(abs, self.range))
+        scale = self.spread * max(map(abs, self.range))
         return scale * max(float(np.max(self.asymmetry)), 4 * self.precision, self.rounding)
 
     def cdf(self, x, *, level: float = 0.95) -> Interval:
