@@ -179,23 +179,29 @@ def spectrum(
 
 
 def trace_estimate(quadrature: Quadrature) -> Estimate:
-    """tr H = n times the mean of vᵀHv; exact in the quadrature for any number of steps.
+    """tr H: the sum of the eigenvalues that are known, and n - r times the mean of vᵀHv for the others.
 
-    The error is that of the probes, see `sampling_error`, and of rounding: a step rounds v · Hv four times
-    (see `Quadrature.noise_floor`), by eps |Hv| each. A run of n steps has no other: its T is H itself in
-    another basis, and the sum of its nodes is the trace. After a single step the residual takes the
-    place of the spread of the nodes.
+    That mean is exact in the quadrature for any number of steps. The error is that of the probes, see
+    `sampling_error`, of weights that have not converged, see `Parts.spill`, and of rounding: a step rounds
+    v · Hv four times (see `Quadrature.noise_floor`), by eps |Hv| each, and an eigenvalue by the noise floor.
+    A run of n steps has no other: its T is H itself in another basis, and the sum of its nodes is the trace.
+    After a single step the residual takes the place of the spread of the nodes.
     """
-    n = quadrature.size
-    rest = quadrature.bulk or quadrature  # deflated eigenvalues have no sampling error
+    parts = quadrature.parts
+    known, rest = parts.total(np.asarray), parts.rest
+    atomic = len(parts.atoms) * quadrature.noise_floor + parts.coupling
+    reason = f"{len(parts.atoms)} eigenvalues are resolved" if len(parts.atoms) else ""
+    if rest is None:
+        fields = {"num_matvecs": quadrature.num_matvecs, "method": "slq"}
+        return Estimate(known, atomic, **fields, reason="all eigenvalues are known")
     nodes, weights, residuals = (
         np.asarray(x, np.float64) for x in (rest.nodes, rest.weights, rest.residuals)
     )
     lengths = np.asarray(rest.lengths)
-    rounding = 4 * n * quadrature.precision * _root_mean_square(nodes, weights)
+    rounding = 4 * rest.size * quadrature.precision * _root_mean_square(nodes, weights) + atomic
     fields = {"num_matvecs": quadrature.num_matvecs, "method": "slq"}
-    if rest is quadrature and (whole := lengths == n).any():
-        value = float(np.mean(np.sum(nodes[whole], axis=1)))
+    if (whole := lengths == rest.size).any():
+        value = known + float(np.mean(np.sum(nodes[whole], axis=1)))
         return Estimate(value, rounding, **fields, reason="n steps leave nothing to sampling")
     weights = weights / weights.sum(axis=1, keepdims=True)
     if (single := lengths == 1).any():  # θ ± r with half the weight each has the moments 1 and 2 of the probe
@@ -203,8 +209,9 @@ def trace_estimate(quadrature: Quadrature) -> Estimate:
         nodes = np.hstack([np.where(single[:, None], pairs, nodes[:, :1]), nodes])
         weights = np.hstack([np.where(single[:, None], 0.5, 0.0) * np.ones(2), weights * ~single[:, None]])
     stderr, dof = sampling_error(weights, nodes, rest.size)
-    value = n * quadrature.mean(lambda x: x)
-    return Estimate(value, float(np.hypot(stderr, rounding)), **fields, dof=dof)
+    mean = float(np.sum(weights * nodes) / len(weights))
+    error = float(np.hypot(stderr, rounding + parts.spill(np.asarray, mean)))
+    return Estimate(known + rest.size * mean, error, **fields, dof=dof, reason=reason)
 
 
 def _root_mean_square(nodes: np.ndarray, weights: np.ndarray) -> float:

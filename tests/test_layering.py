@@ -18,7 +18,7 @@ LAYERS = [
         *("_errors", "_status", "_blas", "_memory", "_processes", "_digest", "_files", "_json", "_breakdown"),
         *("_signals", "_progress"),
     },
-    {"_mesh", "_tree", "_quadrature", "_brackets", "_christoffel"},
+    {"_mesh", "_tree", "_quadrature", "_brackets", "_resolved", "_christoffel"},
     {"_paths"},
     {"results"},
     {"data"},

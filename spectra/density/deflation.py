@@ -89,6 +89,7 @@ def with_atoms(bulk: Quadrature, pairs: Eigenpairs) -> Quadrature:
         bulk=bulk,
         atoms=atoms,
         coupling=_coupling(bulk, pairs),
+        sketches=None,  # those of the complement are in `bulk`
     )
 
 

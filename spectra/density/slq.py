@@ -22,6 +22,7 @@ from spectra.density.run import ProbeRun
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit
+from spectra.krylov.sketch import sketch
 from spectra.operators.base import LinearOperator
 from spectra.operators.deflated import DeflatedOperator
 from spectra.operators.stepwise import outside_loops
@@ -246,15 +247,17 @@ def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int
     def probe(i):
         v0 = _tree.sphere_sample(jax.random.fold_in(key, i), layout.structure)
         state = recurrence.run(op, layout, recurrence.init(layout, v0, num_steps), 0, num_steps)
-        rule = _quadrature.gauss_rule_traced(state.alpha, state.beta, state.length)
+        rows = sketch(layout, state.basis, key)[:num_steps]
+        *rule, sketched = _quadrature.gauss_rule_traced(state.alpha, state.beta, state.length, rows)
         scale = jnp.where(state.scale > 0, state.scale, 1)
-        return (*rule, state.length, state.asymmetry / scale)
+        return (*rule, state.length, state.asymmetry / scale), sketched
 
-    columns = lax.map(probe, jnp.arange(num_probes), batch_size=batch if batch > 1 else None)
+    columns, sketches = lax.map(probe, jnp.arange(num_probes), batch_size=batch if batch > 1 else None)
     return Quadrature(
         *columns,
         size=size,
         num_matvecs=num_steps * num_probes,
         precision=precision,
         status=Status.TRACED,
+        sketches=sketches.astype(jnp.float32),
     )

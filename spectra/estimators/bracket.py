@@ -56,7 +56,11 @@ def interval_of(q: Quadrature, bounds: Bounds | None) -> tuple[float, float]:
 
 
 def bracket(q: Quadrature, f, interval, bounds, one_signed: bool):
-    """(lower, upper, range of f, what they rest on): n times means over probes; None where f has a pole."""
+    """(lower, upper, range of f, what they rest on) of what is sampled: its order times means over probes.
+
+    The bounds are None where f has a pole.
+    """
+    rest = q.parts.rest
     floor, smallest, largest = q.noise_floor, float(np.min(q.nodes)), float(np.max(q.nodes))
     a, b = min(interval[0], smallest - floor), max(interval[1], largest + floor)
     rests = "the given bounds"
@@ -71,14 +75,14 @@ def bracket(q: Quadrature, f, interval, bounds, one_signed: bool):
         a = good[0]
         rests = f"{a:.3g} as lower bound, below which f is not defined: likely, not certain"
     if one_signed:
-        found = [of_one_sign(f, rule, a, b) for rule in rules(q)]
+        found = [of_one_sign(f, rule, a, b) for rule in rules(rest)]
         kind = "the bracket is that of Gauss and Radau and rests on"
     else:
-        found = [_of_any(f, rule, a, b) for rule in rules(q)]
+        found = [_of_any(f, rule, a, b) for rule in rules(rest)]
         kind = "the bracket is from the variation of f and rests on"
-    low, high = np.mean(found, axis=0) * q.size
+    low, high = np.mean(found, axis=0) * rest.size
     seen = evaluate(f, np.concatenate([np.linspace(a, b, 257), np.clip(np.ravel(q.nodes), a, b)]))
-    seen = seen[np.isfinite(seen)] * q.size
+    seen = seen[np.isfinite(seen)] * rest.size
     return float(low), float(high), (float(seen.min()), float(seen.max())), f"{kind} {rests}"
 
 

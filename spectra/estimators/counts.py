@@ -4,7 +4,6 @@ import jax
 import numpy as np
 
 from spectra import _quadrature
-from spectra._brackets import bracket
 from spectra.estimators.functions import Source, quadrature_of
 from spectra.results import Estimate, Quadrature
 
@@ -91,24 +90,27 @@ def negative_share(
 
 def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:
     point = np.asarray(x, np.float64)
-    rest, share, known = _quadrature.split(q, point)  # atoms of deflated pairs are not sampled
-    sampled = bracket(rest, point, q.noise_floor + q.coupling)
+    rest, share, known = _quadrature.split(q, point)  # atoms are not sampled
+    size = rest.size if rest is not None else 0
+    sampled = _quadrature.rest_bracket(q, point)
     widest = float(min(max(0.5, sampled[0]), sampled[2]))
     variance = widest * (1 - widest)
     low, middle, high = (float(share * part + atoms) for part, atoms in zip(sampled, known, strict=True))
     least, most = float(known[0]), float(known[2]) + share  # none of the sampled ones, or all
+    least, most = max(least, 0.0), min(most, 1.0)
     if above:
         low, middle, high, least, most = 1 - high, 1 - middle, 1 - low, 1 - most, 1 - least
     return Estimate(
         value=unit * middle,
-        stderr=float(unit * share * np.sqrt(2 * variance / (rest.size + 2) / q.num_probes)),
+        stderr=float(unit * share * np.sqrt(2 * variance / (size + 2) / q.num_probes)),
         num_matvecs=q.num_matvecs,
         method="slq",
         status=q.status,
         reason="the bracket is that of Chebyshev, Markov and Stieltjes",
         lower=unit * max(low, least),
         upper=unit * min(high, most),
-        least=unit * max(least, 0.0),
-        most=unit * min(most, 1.0),
-        normals=float(q.num_probes * rest.size),
+        least=unit * least,
+        most=unit * most,
+        normals=float(q.num_probes * size),
+        num_sampled=max(round((most - least) * q.size), 1),  # with atoms too close to tell the side
     )
