@@ -13,8 +13,9 @@ resolved nodes, with the same residuals: the other Ritz vectors span the Krylov 
 Two things could go wrong. An eigenvalue may be repeated: then a probe sees one node for all its copies, with
 a weight that is their sum. The Ritz vectors of different probes are random directions of the eigenspace
 then, and parallel for a simple eigenvalue alone; a few numbers of each, its products with fixed random
-vectors, tell that. And a weight may be off, since the pair has converged to within r only: the mass that a measure with the
-coefficients of the run can have in the middle of the gaps beside a node (see `_brackets`) bounds that error.
+vectors, tell that. And a weight may be off, since the pair has converged to within r only: the mass that a
+measure with the coefficients of the run can have in the middle of the gaps beside a node (see `_brackets`)
+bounds that error.
 
 References:
     Bhattacharjee, Jayaram, Musco, Musco and Ray, arXiv:2410.21690 (quadrature with deflated atoms).
@@ -82,8 +83,8 @@ def parts(quadrature) -> Parts:
 
 def _resolved(q, floor: float) -> Parts | None:
     """The same of a quadrature without deflated pairs; None where nothing is resolved."""
-    if q.sketches is None or q.num_probes < 2:
-        return None
+    if q.num_probes < 2 or np.shape(q.sketches)[:-1] != np.shape(q.nodes):
+        return None  # one probe, no sketches, or not those of these rows
     found = list(rules(q))
     gaps = [_gaps(theta) for theta, *_ in found]
     good = [r + floor <= ISOLATED * gap for (_, _, r), gap in zip(found, gaps, strict=True)]

@@ -126,12 +126,11 @@ def quadratures(case: Case, setting: tuple[int, int], seed: int, count: int) -> 
     """Quadratures of (steps, probes) for each key, from one program; kept for the next statement."""
     keys = jax.random.split(jax.random.key(seed), count)
     many = _slq(case.operator, keys, min(setting[0], case.size), setting[1])
-    rows = [np.asarray(x) for x in (many.nodes, many.weights, many.residuals, many.lengths, many.asymmetry)]
+    names = ("nodes", "weights", "residuals", "lengths", "asymmetry", "sketches")
+    rows = [np.asarray(getattr(many, name)) for name in names]
     return [
-        dataclasses.replace(
-            many, nodes=a, weights=b, residuals=c, lengths=d, asymmetry=e, status=spectra.Status.COMPLETE
-        )
-        for a, b, c, d, e in zip(*rows, strict=True)
+        dataclasses.replace(many, **dict(zip(names, row, strict=True)), status=spectra.Status.COMPLETE)
+        for row in zip(*rows, strict=True)
     ]
 
 
