@@ -129,6 +129,18 @@ def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.
     return bound[index].reshape(np.shape(share))
 
 
+def share_interval(low: float, high: float, reach: tuple[float, float], normals: float, tail: float, count):
+    """Ends of a share within `reach` of which probes saw `low` to `high`; whole numbers of `count`, if given."""
+    least, most = reach
+    span = most - least
+    if span <= 0:
+        return least, most
+    seen = np.clip([(most - low) / span, (high - least) / span], 0.0, 1.0)
+    beyond, within = share_upper_bound(seen, normals, tail)
+    first, last = (1 - beyond, within) if count is None else whole(1 - beyond, within, count)
+    return float(least + span * first), float(least + span * last)
+
+
 def sampling_band(quadrature, lower, upper, level: float) -> tuple[np.ndarray, np.ndarray]:
     """Widen averaged brackets by what a finite number of probes leaves open, for the whole curve.
 

@@ -236,8 +236,8 @@ def test_cdf_of_an_exact_rule_is_the_step_function():
     # 200 probes of 200 dimensions: sd sqrt(2 F (1 - F) / 40000) = 0.35 %.
     assert np.abs(estimate - [0, 0.5, 0.75, 1]).max() < 4 * 0.0036
     # A width from sampling alone: Bonferroni over 3 nodes is 2.394 sd a side, twice. The sd itself is that of
-    # the share seen, off by (1 - 2 F) δF / 2 F (1 - F) = 2 % for δF of four sd at F = 3/4. Each end moves inwards to
-    # a whole number of the 200 eigenvalues.
+    # the share seen, off by (1 - 2 F) δF / 2 F (1 - F) = 2 % for δF of four sd at F = 3/4. Each end moves
+    # inwards to a whole number of the 200 eigenvalues.
     share = np.array([0.5, 0.75])
     width = 2 * norm.isf(0.05 / 6) * np.sqrt(2 * share * (1 - share) / 40_000)
     found = (upper - lower)[1:3]

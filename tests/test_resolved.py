@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 
 import spectra
 from spectra.report import trace_estimate
@@ -28,14 +29,14 @@ SPECTRA = {
     "six spikes": spiked(80.0, 60, 45, 30, -50, -20),
     "three equal spikes": spiked(100.0, 100, 100),
     "pairs and singles": spiked(80.0, 60, 60, 40, 30, 30, 20, -50, -50),
-    "a pair within 1e-12": spiked(80.0, 60, 60 * (1 + 1e-12), 40),
+    "a pair within rounding": spiked(80.0, 60, np.nextafter(60.0, 61.0), 40),
     "power law": np.arange(1, N + 1) ** -2.0,
     "zeros and twenty": np.append(np.zeros(N - 20), np.exp(2 * RNG.standard_normal(20))),
 }
 REPEATED = {
     "three equal spikes": [100.0],
     "pairs and singles": [60.0, 30, -50],
-    "a pair within 1e-12": [60.0],
+    "a pair within rounding": [60.0],
 }
 
 
@@ -103,8 +104,7 @@ def test_copies_of_an_eigenvalue_are_no_atoms(name, probes):
     # By chance two vectors of a plane are parallel within MISTAKEN: 1e-4 a pair and key.
     for q in quadratures(name, KEYS if probes == 2 else 40, probes):
         near = np.abs(q.resolved[:, None] - REPEATED[name])
-        # In float64 a run may tell 60 from 60 (1 + 1e-12): then both are there.
-        assert not np.any(near < 1e-3) or ("1e-12" in name and np.sum(near < 1e-3) == 2)
+        assert not np.any(near < 1e-3)
 
 
 def test_simple_eigenvalues_are_atoms():
@@ -116,7 +116,7 @@ def test_simple_eigenvalues_are_atoms():
         assert not len(without(q).resolved)
 
 
-@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("name", slow_but(SPECTRA, "six spikes", "three equal spikes", "pairs and singles"))
 def test_intervals_of_traces_hold_at_their_rate(name):
     values = SPECTRA[name]
 
@@ -127,7 +127,7 @@ def test_intervals_of_traces_hold_at_their_rate(name):
     _, before = held([trace_estimate(without(q)).interval() for q in quadratures(name)], values.sum())
     # Of 200 keys at 95 % fewer than 182 hold once in 200 times (binomial); the keys are fixed.
     assert share >= 0.92
-    few = quadratures(name, 40)
+    few = quadratures(name, 30)
     assert held([spectra.trace_of(q, f).interval() for q in few], f(values).sum())[0] >= 0.85
     if name in ("six spikes", "power law"):
         assert width < before / 5
@@ -135,26 +135,29 @@ def test_intervals_of_traces_hold_at_their_rate(name):
         assert 0.97 < width / before < 1.03
 
 
-@pytest.mark.parametrize("name", ["six spikes", "pairs and singles", "zeros and twenty"])
+@pytest.mark.parametrize(
+    "name", slow_but(["six spikes", "pairs and singles", "zeros and twenty"], "six spikes")
+)
 def test_bands_and_counts_hold(name):
     values = SPECTRA[name]
     x = np.sort(np.concatenate([values - 1e-9, values + 1e-9, np.linspace(*values[[0, -1]], 50)]))
     truth = np.searchsorted(np.sort(values), x, side="right") / N
     held_bands, widths, before = [], [], []
-    for q in quadratures(name, 40):
+    for q in quadratures(name, 30):
         lower, _, upper = q.cdf(x)
         held_bands.append(np.all((lower <= truth + 1e-12) & (truth <= upper + 1e-12)))
         widths.append(q.band_width())
         before.append(without(q).band_width())
     assert np.mean(held_bands) >= 0.9
     assert np.mean(widths) < 1.01 * np.mean(before)
-    counts = [spectra.count_above(q, 15.0).interval() for q in quadratures(name, 40)]
-    share, width = held(counts, np.sum(values > 15))
-    assert share >= 0.9
+    counts = [spectra.count_above(q, 15.0).interval() for q in quadratures(name, 30)]
+    assert held(counts, np.sum(values > 15))[0] >= 0.9
     if name == "six spikes":
         assert np.mean(widths) < 0.7 * np.mean(before)
-        # Four above. A probe that hardly sees one of them leaves it unresolved, n w < 1e-3 in 2.5 % of all cases.
-        assert np.mean([upper - lower < 1e-6 for lower, _, upper in counts]) >= 0.75
+        # Known where all four are resolved. A probe that hardly sees one leaves it unresolved, n w < 1e-3 in
+        # 2.5 % of 4 · 8 cases.
+        found = [spectra.count_above(q, 15.0) for q in quadratures(name, 30)]
+        assert np.sum([count.value == count.lower == count.upper == 4 for count in found]) >= 8
 
 
 def test_density_shifts_atoms_without_a_band():

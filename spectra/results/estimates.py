@@ -7,7 +7,7 @@ import numpy as np
 from jax.core import Tracer
 
 from spectra._errors import SpectraError
-from spectra._quadrature import share_upper_bound, whole
+from spectra._quadrature import share_interval
 from spectra._status import Status
 from spectra.results._base import Interval, Result, result, text_table
 
@@ -68,15 +68,9 @@ class Estimate(Result):
 
     def _of_a_share(self, low: float, high: float, tail: float, normals: float) -> Interval:
         """Shares of [least, most] that a seen share leaves possible: see `share_upper_bound`."""
-        unit = self.most - self.least
-        if unit <= 0:
+        if self.most <= self.least:
             return Interval(self.value, self.value, self.value)
-        seen = np.clip([(self.most - low) / unit, (high - self.least) / unit], 0.0, 1.0)
-        beyond, within = share_upper_bound(seen, normals, tail)
-        ends = 1 - beyond, within
-        if self.num_sampled is not None:
-            ends = whole(*ends, self.num_sampled)
-        first, last = (float(self.least + unit * end) for end in ends)
+        first, last = share_interval(low, high, (self.least, self.most), normals, tail, self.num_sampled)
         return Interval(min(first, low, self.value), self.value, max(last, high, self.value))
 
     def __float__(self) -> float:
