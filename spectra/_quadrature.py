@@ -104,7 +104,7 @@ def rest_bracket(quadrature, x: np.ndarray) -> np.ndarray:
     parts = quadrature.parts
     if parts.rest is None:
         return np.zeros((3, *np.shape(x)))
-    lower, estimate, upper = bracket(parts.rest, x, quadrature.noise_floor + parts.coupling)
+    lower, estimate, upper = bracket(parts.rest, x, quadrature.noise_floor + parts.coupling, parts.origin)
     return np.stack([np.maximum(lower - parts.leak, 0), estimate, np.minimum(upper + parts.leak, 1)])
 
 
@@ -130,7 +130,7 @@ def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.
 
 
 def share_interval(low: float, high: float, reach: tuple[float, float], normals: float, tail: float, count):
-    """Ends of a share within `reach` of which probes saw `low` to `high`; whole numbers of `count`, if given."""
+    """Ends of a share in `reach` of which probes saw `low` to `high`; whole numbers of `count`, if given."""
     least, most = reach
     span = most - least
     if span <= 0:

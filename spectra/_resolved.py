@@ -7,8 +7,8 @@ the sphere of the complement, so that with r resolved eigenvalues
 
     tr f(H) = Σ_i f(λ_i) + (n - r) ν(f),    ν = (μ - Σ_i w_i δ(λ_i)) / (1 - Σ_i w_i),
 
-and for ν all holds that holds for an operator of order n - r. Its Gauss rule is that of μ without the
-resolved nodes, with the same residuals: the other Ritz vectors span the Krylov space of the rest of v.
+and for ν all holds that holds for an operator of order n - r. What is known of the measure μ of a probe is
+known of ν: its rule is that of μ without the resolved nodes, and brackets are those of μ less their weights.
 
 Two things could go wrong. An eigenvalue may be repeated: then a probe sees one node for all its copies, with
 a weight that is their sum. The Ritz vectors of different probes are random directions of the eigenspace
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from spectra._brackets import _mass, dropped, rules
+from spectra._brackets import Origin, dropped, largest_mass, rules
 
 ISOLATED = 1e-2
 """Residual and noise of a resolved pair, in gaps to its neighbours."""
@@ -48,6 +48,7 @@ class Parts:
     rest: Any  # Quadrature of order n - r; None where no eigenvalue is left
     coupling: float  # how far the residuals of atoms can move an eigenvalue
     leaks: np.ndarray  # (r,) how much of the rest's measure may belong to an atom, or the reverse
+    origin: Origin | None = None  # what the rest was made from by taking resolved nodes out
 
     @property
     def leak(self) -> float:
@@ -78,7 +79,7 @@ def parts(quadrature) -> Parts:
     atoms = np.concatenate([known, found.atoms])
     order = np.argsort(atoms)
     leaks = np.concatenate([leaks, found.leaks])
-    return Parts(atoms[order], found.rest, quadrature.coupling + found.coupling, leaks[order])
+    return Parts(atoms[order], found.rest, quadrature.coupling + found.coupling, leaks[order], found.origin)
 
 
 def _resolved(q, floor: float) -> Parts | None:
@@ -96,7 +97,7 @@ def _resolved(q, floor: float) -> Parts | None:
     for p, ((theta, w, r), gap) in enumerate(zip(found, gaps, strict=True)):
         at, half = nodes[:, p], gap[nodes[:, p]] / 2
         if r.any() and len(theta) > 1:
-            leaks[:, p] = sum(_mass(theta, w, r, theta[at] + sign * half) for sign in (-1, 1))
+            leaks[:, p] = sum(largest_mass(theta, w, r, theta[at] + sign * half) for sign in (-1, 1))
             moved[:, p] = r[at] ** 2 / gap[at]
     keep = leaks.max(axis=1, initial=0) <= LEAK / q.size
     keep &= moved.max(axis=1, initial=0) <= max(floor, MOVED * _spacing(found, nodes))
@@ -113,7 +114,7 @@ def _resolved(q, floor: float) -> Parts | None:
     coupling = float(moved.sum(axis=0).max())
     if any(not r.any() for _, _, r in found):
         coupling += dropped(q)
-    return Parts(atoms, rest, coupling, np.mean(leaks / left, axis=1))
+    return Parts(atoms, rest, coupling, np.mean(leaks / left, axis=1), Origin(q, nodes))
 
 
 def _gaps(theta: np.ndarray) -> np.ndarray:

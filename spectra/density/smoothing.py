@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from spectra._errors import SpectraError
+from spectra._resolved import Parts
 from spectra.density import bands
 from spectra.density.bands import Width
 from spectra.results import Density, Moments, Quadrature, as_quadrature
@@ -85,7 +86,7 @@ def spectral_density(
     moved = quadrature.noise_floor + parts.coupling
     curves = []  # atoms have no sampling error: they shift the curve and its band
     if parts.rest is not None:
-        found = _curves(parts.rest, grid, widths, moved, level, parts.leak)
+        found = _curves(parts.rest, grid, widths, moved, level, parts)
         curves.append((parts.rest.size / quadrature.size, found))
     if len(parts.atoms):
         found = _curves(_of_atoms(quadrature, parts.atoms), grid, widths, moved, None)
@@ -129,11 +130,11 @@ def _of_atoms(quadrature: Quadrature, atoms: np.ndarray) -> Quadrature:
 
 
 def _curves(
-    quadrature: Quadrature, grid, widths: Width, moved: float, level: float | None, leak: float = 0.0
+    quadrature: Quadrature, grid, widths: Width, moved: float, level: float | None, parts: Parts | None = None
 ):
     """(lower, density, upper) for what the quadratures leave open, and with a level for what probes do.
 
-    `leak` is mass of the rest that may have been taken for an atom's, or the reverse.
+    `parts` says what the quadrature is the rest of, if it is.
     """
     nodes = np.asarray(quadrature.nodes, np.float64).ravel()
     h, masses = widths(nodes), _masses(quadrature)
@@ -142,7 +143,8 @@ def _curves(
     def smooth(centers, masses, h):
         return _smooth(grid, centers, masses[None], h)[0][0]
 
-    lower, upper = bands.limits(quadrature, grid, widths, density, moved, smooth)
+    leak, origin = (parts.leak, parts.origin) if parts else (0.0, None)
+    lower, upper = bands.limits(quadrature, grid, widths, density, moved, smooth, origin)
     highest = bands.peak(grid, widths)
     lower, upper = np.maximum(lower - leak * highest, 0), np.minimum(upper + leak * highest, highest)
     upper = np.maximum(upper, density)

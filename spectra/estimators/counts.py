@@ -8,7 +8,7 @@ from spectra._quadrature import share_interval
 from spectra.estimators.functions import Source, quadrature_of
 from spectra.results import Estimate, Quadrature
 
-MISTAKEN = 1e-6
+MISTAKEN = 5e-5
 """Probability on each side of a count that is called known."""
 
 
@@ -27,7 +27,7 @@ def count_above(
     Chebyshev-Markov-Stieltjes bracket, certain for the probes drawn. The share that a probe sees has the
     law Beta(nF/2, n(1-F)/2): the interval inverts it at both ends of the bracket, so that it stays within
     [0, n], and `stderr` is that of the law at the point of the bracket where it is widest. A count is a whole
-    number: where one alone is left, but for a probability of 2e-6, it is the value and both ends.
+    number: where one alone is left, but for a probability of 1e-4, it is the value and both ends.
 
     Args:
         source: symmetric operator, or a `Quadrature` of it.
