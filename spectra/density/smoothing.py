@@ -91,7 +91,7 @@ def spectral_density(
     if len(parts.atoms):
         found = _curves(_of_atoms(quadrature, parts.atoms), grid, widths, moved, None)
         curves.append((len(parts.atoms) / quadrature.size, found))
-    lower, density, upper = sum(share * np.stack(found) for share, found in curves)
+    lower, density, upper = np.sum([share * np.stack(found) for share, found in curves], axis=0)
     return Density(
         grid=grid,
         density=density,
