@@ -14,7 +14,9 @@ References:
     Matrices, Moments and Quadrature, 2010, ch. 6.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,21 @@ MEMBERS = 12
 """Members of the family for a curve: between their nodes the bracket takes that of the nearest."""
 EXACT = 4
 """So many points have members of their own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a quadrature of the rest was made from: that of all, and the nodes of each probe taken out.
+
+    All that is known of the rest's measure ν = (μ - Σ w_i δ(λ_i)) / (1 - Σ w_i) is known of μ.
+    """
+
+    whole: Any
+    nodes: np.ndarray  # (r, k)
+
+    def rules(self):
+        """(nodes, weights, residuals) of each probe with all nodes, and the numbers of those taken out."""
+        return zip(rules(self.whole), self.nodes.T, strict=True)
 
 
 def gauss_radau(nodes, weights, residuals, fixed: float) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +137,7 @@ def _at_points(nodes, weights, residuals, low, high) -> tuple[np.ndarray, np.nda
     return least.reshape(low.shape), most.reshape(high.shape)
 
 
-def _mass(nodes, weights, residuals, x) -> np.ndarray:
+def largest_mass(nodes, weights, residuals, x) -> np.ndarray:
     """The largest mass that a measure can have at each x: of the member with a node there.
 
     (Σ_j sqrt(w_j) r_j / (θ_j - x))² / (1 + Σ_j r_j² / (θ_j - x)²), and w_j at θ_j itself.
@@ -162,39 +179,102 @@ def _sums(weights) -> np.ndarray:
     return np.append(0.0, np.append(np.cumsum(weights[:-1]), 1.0))
 
 
-def bracket(quadrature, x: np.ndarray, shift) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def bracket(
+    quadrature, x: np.ndarray, shift, origin: Origin | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(lower, estimate, upper) of the probes' weighted distributions at x, averaged over probes.
 
     Points move by `shift` first, the noise floor at least, so that rounding of a node cannot break a bound.
     A rule that ended in an invariant space is the measure itself, but for a coupling of rounding's size that
-    it dropped.
+    it dropped. With an `origin`, from which the quadrature was made, the measure there is bracketed.
     """
-    x, behind = np.asarray(x, np.float64), dropped(quadrature)
-    rounding = 4 * quadrature.precision  # of the weights, whose sum is one
+    x = np.asarray(x, np.float64)
     total = np.zeros((3, *x.shape))
-    for theta, w, r in rules(quadrature):
-        sums = _sums(w)
-        low, high = x - shift, x + shift
-        if not r.any():
-            left = np.searchsorted(theta, low - behind, side="right")
-            right = np.searchsorted(theta, high + behind, side="right")
-            slack = np.append(0.0, np.append(np.full(len(theta) - 1, rounding), 0.0))
-            below, above = np.clip(sums[left] - slack[left], 0, 1), np.clip(sums[right] + slack[right], 0, 1)
-        else:
-            below, above = _limits(theta, w, r, low, high, quadrature.noise_floor, behind / 2, rounding)
-        total += np.stack([below, sums[np.searchsorted(theta, x, side="right")], above])
-    return tuple(total / len(quadrature.nodes))  # pyright: ignore[reportReturnType]
+    if origin is None:
+        for rule in rules(quadrature):
+            below, above = _of_rule(quadrature, rule, x - shift, x + shift)
+            middle = _sums(rule[1])[np.searchsorted(rule[0], x, side="right")]
+            total += np.stack([below, middle, above])
+        return tuple(total / quadrature.num_probes)  # pyright: ignore[reportReturnType]
+    for rule, taken in origin.rules():
+        total += np.stack(_of_rest(origin.whole, rule, taken, x, shift))
+    return tuple(total / quadrature.num_probes)  # pyright: ignore[reportReturnType]
 
 
-def _limits(
-    theta, w, r, low, high, noise: float, moved: float, rounding: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _of_rest(quadrature, rule, taken, x, shift):
+    """The same of one probe without the nodes taken out, which have half of the gaps beside them alone.
+
+    In there the distribution of the rest does not grow, so that the ends of it bracket it.
+    """
+    theta, w, _ = rule
+    apart = np.append(np.append(np.inf, np.diff(theta)), np.inf)
+    half = np.minimum(apart[:-1], apart[1:])[taken] / 2
+    low, high = x - shift, x + shift
+    if len(theta) > 1:
+        low = _outside(low, theta[taken] - half, theta[taken] + half, 0)
+        high = _outside(high, theta[taken] - half, theta[taken] + half, 1)
+    known, rest = _sums_of(w[taken]), np.delete(np.arange(len(theta)), taken)
+    left = w[rest].sum()
+    below, above = _of_rule(quadrature, rule, low, high, rest)
+    below = below - known[np.searchsorted(theta[taken], low, side="right")]
+    above = above - known[np.searchsorted(theta[taken], high, side="right")]
+    middle = _sums(w[rest] / left)[np.searchsorted(theta[rest], x, side="right")]
+    below, above = np.clip(below / left, 0, 1), np.clip(above / left, 0, 1)
+    return np.minimum(below, middle), middle, np.maximum(above, middle)
+
+
+def _outside(x, starts, stops, end: int):
+    """Points inside of sorted, disjoint intervals moved to an end of theirs."""
+    found = np.searchsorted(starts, x, side="right") - 1
+    inside = (found >= 0) & (x < stops[found])
+    return np.where(inside, (starts, stops)[end][found], x)
+
+
+def _sums_of(weights) -> np.ndarray:
+    return np.append(0.0, np.cumsum(weights))
+
+
+def _of_rule(quadrature, rule, low, high, rest=None) -> tuple[np.ndarray, np.ndarray]:
+    """The least mass up to `low` and the most up to `high` of one probe; of `rest`, where it is asked for.
+
+    A change E of H turns the invariant space on one side of a gap by |E| / gap (Davis and Kahan), which
+    carries 2 sqrt(F (1 - F)) times as much from one side to the other, for the mass F on that side. What is
+    carried from or to the rest crosses the distance between one of its nodes and any other.
+    """
+    (theta, w, r), behind = rule, dropped(quadrature)
+    rounding = 4 * quadrature.precision  # of the weights, whose sum is one
+    sums = _sums(w)
+    if r.any():
+        inner = sums[1:-1]
+        spread, gaps = 2 * np.sqrt(inner * np.clip(1 - inner, 0, 1)), np.diff(theta)
+        slack = np.full(len(inner), rounding)
+        if rest is not None:
+            gaps, slack = _crossings(theta, rest), rounding * spread
+        carried = np.zeros(len(theta) + 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            carried[1:-1] = quadrature.noise_floor * spread / gaps
+        carried[1:-1] = np.nan_to_num(carried[1:-1], nan=1.0) + slack  # nodes that agree: nothing is known
+        return _limits(theta, w, r, low, high, carried, behind / 2)
+    left = np.searchsorted(theta, low - behind, side="right")
+    right = np.searchsorted(theta, high + behind, side="right")
+    slack = np.append(0.0, np.append(np.full(len(theta) - 1, rounding), 0.0))
+    return np.clip(sums[left] - slack[left], 0, 1), np.clip(sums[right] + slack[right], 0, 1)
+
+
+def _crossings(theta, rest) -> np.ndarray:
+    """For each gap between nodes the least distance, across it, between a node of the rest and any other."""
+    own = np.isin(np.arange(len(theta)), rest)
+    below = np.maximum.accumulate(np.where(own, theta, -np.inf))[:-1]
+    above = np.minimum.accumulate(np.where(own, theta, np.inf)[::-1])[::-1][1:]
+    return np.minimum(theta[1:] - below, above - theta[:-1])
+
+
+def _limits(theta, w, r, low, high, carried: np.ndarray, moved: float) -> tuple[np.ndarray, np.ndarray]:
     """The least mass up to `low` and the most up to `high`.
 
     Sums of whole Gauss weights bound both whatever rounding did to a weight. The bracket proper is narrower:
-    it gives way by what rounding can have carried from one side of a gap to the other. A change E of H
-    turns the invariant space on one side by |E| / gap (Davis and Kahan), which carries 2 sqrt(F (1 - F))
-    times as much, for the mass F on that side. And a converged node is an eigenvalue to within `moved` only.
+    it gives way by what rounding can have `carried` from one side of a gap to the other. And a converged
+    node is an eigenvalue to within `moved` only.
     """
     sums = _sums(w)
     left, right = np.searchsorted(theta, low, side="right"), np.searchsorted(theta, high, side="left")
@@ -206,12 +286,8 @@ def _limits(
     else:
         curve = _curve(theta.tobytes(), w.tobytes(), r.tobytes()).at(low, high)
         # The Gauss rule is one of the measures: least <= its sum <= most = least + the largest mass at x.
-        least = np.maximum(curve[0], sums[left] - _mass(theta, w, r, low))
-        most = np.minimum(curve[1], sums[right] + _mass(theta, w, r, high))
-    carried = np.zeros(len(theta) + 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        carried[1:-1] = 2 * noise * np.sqrt(sums[1:-1] * np.clip(1 - sums[1:-1], 0, 1)) / np.diff(theta)
-    carried[1:-1] = np.nan_to_num(carried[1:-1], nan=1.0) + rounding  # two nodes that agree: nothing is known
+        least = np.maximum(curve[0], sums[left] - largest_mass(theta, w, r, low))
+        most = np.minimum(curve[1], sums[right] + largest_mass(theta, w, r, high))
     # Beyond all nodes x is itself the first or the last: nothing lies to its left, or everything up to it.
     least = np.where(left == 0, 0.0, np.clip(least - carried[left], 0, 1))
     most = np.where(right == len(theta), 1.0, np.clip(most + carried[right], 0, 1))

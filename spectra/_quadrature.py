@@ -20,8 +20,10 @@ def dense(alpha, beta, xp):
     return alpha[..., :, None] * eye + off + xp.swapaxes(off, -1, -2)
 
 
-def gauss_rule(alpha: np.ndarray, beta: np.ndarray, length: int):
+def gauss_rule(alpha: np.ndarray, beta: np.ndarray, length: int, sketch: np.ndarray | None = None):
     """Nodes, weights and residuals of one probe from the first `length` steps; alpha, beta (m,).
+
+    With a `sketch` (m, d) of the basis vectors that of the Ritz vectors, too.
 
     Nodes are eigenvalues of T, weights the squared first components of its eigenvectors, residuals
     |beta_m| times the modulus of their last components: zero where the space is invariant, beta_m = 0.
@@ -32,14 +34,15 @@ def gauss_rule(alpha: np.ndarray, beta: np.ndarray, length: int):
     alpha, beta = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)
     theta, vectors = eigh_tridiagonal(alpha[:length], beta[: length - 1])
     pad = (0, len(alpha) - length)
-    return (
+    rule = (
         np.pad(theta, pad, mode="edge"),
         np.pad(vectors[0] ** 2, pad),
         np.pad(np.abs(beta[length - 1] * vectors[-1]), pad),
     )
+    return rule if sketch is None else (*rule, np.pad(vectors.T @ sketch[:length], (pad, (0, 0))))
 
 
-def gauss_rule_traced(alpha, beta, length):
+def gauss_rule_traced(alpha, beta, length, sketch):
     """`gauss_rule` inside jit, in the working dtype.
 
     What lies behind `length` steps decouples. It is put above all eigenvalues, so that the nodes come first.
@@ -55,7 +58,8 @@ def gauss_rule_traced(alpha, beta, length):
     reach = jax.lax.stop_gradient(jnp.max(jnp.abs(alpha)) + 2 * jnp.max(jnp.abs(beta)))  # Gershgorin
     theta, vectors = _eigh_traced(dense(jnp.where(live, alpha, 2 * reach), beta[:-1], jnp))
     theta, weights, residuals = unit * theta, vectors[0] ** 2, unit * jnp.abs(beta[-1] * vectors[-1])
-    return jnp.where(live, theta, theta[length - 1]), *(jnp.where(live, x, 0) for x in (weights, residuals))
+    rule = jnp.where(live, theta, theta[length - 1]), *(jnp.where(live, x, 0) for x in (weights, residuals))
+    return *rule, jnp.where(live[:, None], jax.lax.stop_gradient(vectors.T @ sketch), 0)
 
 
 def _eigh_traced(matrix):
@@ -85,14 +89,23 @@ def _eigh_traced(matrix):
 def split(quadrature, x: np.ndarray):
     """What sampling leaves open, and what is known: (quadrature of the rest, its share, atoms' CDF (3, ...)).
 
-    Without deflation the rest is all. Atoms are known to the noise floor and the coupling.
+    Without deflated or resolved eigenvalues the rest is all. Atoms are known to the noise floor and the
+    coupling.
     """
-    if quadrature.bulk is None:
-        return quadrature, 1.0, np.zeros((3, *np.shape(x)))
-    atoms, shift = np.sort(quadrature.atoms), quadrature.noise_floor + quadrature.coupling
+    parts = quadrature.parts
+    shift = quadrature.noise_floor + parts.coupling
     points = np.stack([x - shift, x, x + shift])
-    share = quadrature.bulk.size / quadrature.size
-    return quadrature.bulk, share, np.searchsorted(atoms, points, side="right") / quadrature.size
+    share = parts.rest.size / quadrature.size if parts.rest is not None else 0.0
+    return parts.rest, share, np.searchsorted(parts.atoms, points, side="right") / quadrature.size
+
+
+def rest_bracket(quadrature, x: np.ndarray) -> np.ndarray:
+    """(lower, estimate, upper) of the distribution of the rest, for the probes drawn."""
+    parts = quadrature.parts
+    if parts.rest is None:
+        return np.zeros((3, *np.shape(x)))
+    lower, estimate, upper = bracket(parts.rest, x, quadrature.noise_floor + parts.coupling, parts.origin)
+    return np.stack([np.maximum(lower - parts.leak, 0), estimate, np.minimum(upper + parts.leak, 1)])
 
 
 def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.ndarray:
@@ -116,15 +129,35 @@ def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.
     return bound[index].reshape(np.shape(share))
 
 
+def share_interval(low: float, high: float, reach: tuple[float, float], normals: float, tail: float, count):
+    """Ends of a share in `reach` of which probes saw `low` to `high`; whole numbers of `count`, if given."""
+    least, most = reach
+    span = most - least
+    if span <= 0:
+        return least, most
+    seen = np.clip([(most - low) / span, (high - least) / span], 0.0, 1.0)
+    beyond, within = share_upper_bound(seen, normals, tail)
+    first, last = (1 - beyond, within) if count is None else whole(1 - beyond, within, count)
+    return float(least + span * first), float(least + span * last)
+
+
 def sampling_band(quadrature, lower, upper, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Widen averaged brackets by what a finite number of probes leaves open, for the whole curve."""
+    """Widen averaged brackets by what a finite number of probes leaves open, for the whole curve.
+
+    A share is a whole number of eigenvalues: both ends move inwards to the next one, or to the bracket.
+    """
     num_nodes = int(np.max(quadrature.lengths))
     tail = (1 - level) / (2 * num_nodes)
     normals = quadrature.num_probes * quadrature.size
-    return (
-        1 - share_upper_bound(1 - lower, normals, tail),
-        share_upper_bound(upper, normals, tail),
-    )
+    low, high = 1 - share_upper_bound(1 - lower, normals, tail), share_upper_bound(upper, normals, tail)
+    low, high = whole(low, high, quadrature.size)
+    return np.minimum(low, lower), np.maximum(high, upper)
+
+
+def whole(lower, upper, count: float) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last multiple of 1 / count between shares, which are known to rounding."""
+    slack = 1e-12 * count + 1e-9
+    return np.ceil(lower * count - slack) / count, np.floor(upper * count + slack) / count
 
 
 def cdf_band(quadrature, x: np.ndarray, level: float):
@@ -139,8 +172,8 @@ def cdf_band(quadrature, x: np.ndarray, level: float):
 def curves(quadrature, x: np.ndarray, level: float):
     """CDF at x: bracket below, estimate, bracket above, and the band that sampling widens them to."""
     rest, share, known = split(quadrature, x)
-    lower, estimate, upper = bracket(rest, x, quadrature.noise_floor + quadrature.coupling)
-    band = sampling_band(rest, lower, upper, level)
+    lower, estimate, upper = rest_bracket(quadrature, x)
+    band = sampling_band(rest, lower, upper, level) if rest is not None else (lower, upper)
     pairs = zip((lower, estimate, upper, *band), (*known, known[0], known[2]), strict=True)
     return [share * curve + atoms for curve, atoms in pairs]
 

@@ -1,6 +1,7 @@
 """The whole answer in one object: density, extremes, trace and shares, each with its uncertainty."""
 
 import dataclasses
+import functools
 import os
 import platform
 import time
@@ -16,12 +17,18 @@ from spectra._status import Status
 from spectra.checkpoint import Checkpoint
 from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
 from spectra.density.sampling import sampling_error
+from spectra.estimators.counts import count_above
+from spectra.estimators.functions import trace_of
 from spectra.estimators.rounding import relative_change
 from spectra.operators.base import LinearOperator
 from spectra.results import Density, Estimate, Interval, Quadrature, Result, notebook_view, result, text_table
 from spectra.results._digits import directed, extreme_text
 
 __all__ = ["SpectrumReport", "spectrum"]
+COUNTED = (0.5, 0.1, 0.01)
+"""Of |H|: the report counts the eigenvalues above."""
+FAR = 1e-3
+"""Of |H|: the share of eigenvalues further from zero is known better than that of negative ones."""
 
 
 @result("name", "zero_tol", "provenance", "level")
@@ -52,6 +59,37 @@ class SpectrumReport(Result):
         """That of the quadrature."""
         return self.quadrature.status
 
+    @functools.cached_property
+    def effective_rank(self) -> Interval:
+        """Σ|λ| / |λ|max: how many eigenvalues of the largest magnitude would have the same sum."""
+        return self._of_units(np.abs)
+
+    @functools.cached_property
+    def stable_rank(self) -> Interval:
+        """|H|_F² / |H|²: the same for squares."""
+        return self._of_units(np.square)
+
+    def beyond(self, share: float) -> tuple[Interval, Interval]:
+        """Shares of eigenvalues below -share |H| and above share |H|."""
+        below = self.quadrature.cdf(np.nextafter(-share * self._scale, -np.inf))
+        lower, estimate, upper = self.quadrature.cdf(share * self._scale)
+        return below, Interval(1 - upper, 1 - estimate, 1 - lower)
+
+    def count_above(self, threshold: float) -> Interval:
+        """The number of eigenvalues above a threshold."""
+        return count_above(self.quadrature, threshold).interval()
+
+    @property
+    def _scale(self) -> float:
+        return max(map(abs, self.quadrature.range))
+
+    def _of_units(self, f) -> Interval:
+        """Σ f(λ / |λ|max)."""
+        if not self._scale:
+            return Interval(0.0, 0.0, 0.0)
+        units = trace_of(self.quadrature, lambda x: f(x / self._scale), one_signed=f is np.square)
+        return Interval(*(float(end) for end in units.interval()))
+
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed report."""
         q = self.quadrature
@@ -65,6 +103,7 @@ class SpectrumReport(Result):
             ("largest eigenvalue", extreme_text(self.largest, -1, self.level)),
             ("smallest eigenvalue", extreme_text(self.smallest, 0, self.level)),
             ("trace", f"{self.trace.value:.5g} ± {self.trace.stderr:.2g}"),
+            *self._sharp_rows(),
             (
                 "negative eigenvalues",
                 _share(self.negative) + f" of all (λ < -{self.noise_floor:.1e})",
@@ -82,6 +121,25 @@ class SpectrumReport(Result):
             ("status", str(q.status)),
         ]
 
+    def _sharp_rows(self) -> list[tuple[str, str]]:
+        """What is known best: single eigenvalues and their numbers, shares well away from zero, ranks."""
+        resolved = self.quadrature.resolved
+        text = f"{len(resolved)} eigenvalues, one by one"
+        if len(resolved):
+            text += f": {resolved[0]:.4g} to {resolved[-1]:.4g}"
+        counts = ", ".join(
+            f"{_number(self.count_above(share * self._scale))} above {share * self._scale:.2g}"
+            for share in COUNTED
+        )
+        below, above = self.beyond(FAR)
+        ranks = (("effective", self.effective_rank), ("stable", self.stable_rank))
+        return [
+            ("resolved", text),
+            ("counts", counts),
+            (f"beyond {FAR:g} |H|", f"{_share(above)} above, {_share(below)} below"),
+            ("rank", ", ".join(f"{kind} {_number(rank)}" for kind, rank in ranks)),
+        ]
+
     def _precision(self) -> str:
         return str(self.provenance.get("computes_in") or self.provenance.get("dtype", "these"))
 
@@ -90,6 +148,12 @@ class SpectrumReport(Result):
 
     def _repr_html_(self) -> str:
         return notebook_view(self, f"Spectrum of {self.name}", self.rows())
+
+
+def _number(found: Interval) -> str:
+    """`14` where both ends agree, or `14.5 [11, 18]`."""
+    ends = [f"{end:.3g}" for end in found]
+    return ends[1] if len(set(ends)) == 1 else f"{ends[1]} [{ends[0]}, {ends[2]}]"
 
 
 def _share(share: Interval) -> str:
@@ -179,23 +243,29 @@ def spectrum(
 
 
 def trace_estimate(quadrature: Quadrature) -> Estimate:
-    """tr H = n times the mean of vᵀHv; exact in the quadrature for any number of steps.
+    """tr H: the sum of the eigenvalues that are known, and n - r times the mean of vᵀHv for the others.
 
-    The error is that of the probes, see `sampling_error`, and of rounding: a step rounds v · Hv four times
-    (see `Quadrature.noise_floor`), by eps |Hv| each. A run of n steps has no other: its T is H itself in
-    another basis, and the sum of its nodes is the trace. After a single step the residual takes the
-    place of the spread of the nodes.
+    That mean is exact in the quadrature for any number of steps. The error is that of the probes, see
+    `sampling_error`, of weights that have not converged, see `Parts.spill`, and of rounding: a step rounds
+    v · Hv four times (see `Quadrature.noise_floor`), by eps |Hv| each, and an eigenvalue by the noise floor.
+    A run of n steps has no other: its T is H itself in another basis, and the sum of its nodes is the trace.
+    After a single step the residual takes the place of the spread of the nodes.
     """
-    n = quadrature.size
-    rest = quadrature.bulk or quadrature  # deflated eigenvalues have no sampling error
+    parts = quadrature.parts
+    known, rest = parts.total(np.asarray), parts.rest
+    atomic = len(parts.atoms) * quadrature.noise_floor + parts.coupling
+    reason = f"{len(parts.atoms)} eigenvalues are resolved" if len(parts.atoms) else ""
+    if rest is None:
+        fields = {"num_matvecs": quadrature.num_matvecs, "method": "slq"}
+        return Estimate(known, atomic, **fields, reason="all eigenvalues are known")
     nodes, weights, residuals = (
         np.asarray(x, np.float64) for x in (rest.nodes, rest.weights, rest.residuals)
     )
     lengths = np.asarray(rest.lengths)
-    rounding = 4 * n * quadrature.precision * _root_mean_square(nodes, weights)
+    rounding = 4 * rest.size * quadrature.precision * _root_mean_square(nodes, weights) + atomic
     fields = {"num_matvecs": quadrature.num_matvecs, "method": "slq"}
-    if rest is quadrature and rest.coefficients is None and (whole := lengths == n).any():
-        value = float(np.mean(np.sum(nodes[whole], axis=1)))
+    if rest.coefficients is None and (whole := lengths == rest.size).any():
+        value = known + float(np.mean(np.sum(nodes[whole], axis=1)))
         return Estimate(value, rounding, **fields, reason="n steps leave nothing to sampling")
     weights = weights / weights.sum(axis=1, keepdims=True)
     if (single := lengths == 1).any():  # θ ± r with half the weight each has the moments 1 and 2 of the probe
@@ -203,8 +273,9 @@ def trace_estimate(quadrature: Quadrature) -> Estimate:
         nodes = np.hstack([np.where(single[:, None], pairs, nodes[:, :1]), nodes])
         weights = np.hstack([np.where(single[:, None], 0.5, 0.0) * np.ones(2), weights * ~single[:, None]])
     stderr, dof = sampling_error(weights, nodes, rest.size)
-    value = n * quadrature.mean(lambda x: x)
-    return Estimate(value, float(np.hypot(stderr, rounding)), **fields, dof=dof)
+    mean = float(np.sum(weights * nodes) / len(weights))
+    error = float(np.hypot(stderr, rounding + parts.spill(np.asarray, mean)))
+    return Estimate(known + rest.size * mean, error, **fields, dof=dof, reason=reason)
 
 
 def _root_mean_square(nodes: np.ndarray, weights: np.ndarray) -> float:

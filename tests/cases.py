@@ -87,7 +87,8 @@ def diagonal(eigenvalues, dtype=None) -> Diagonal:
 def runs_of(num_probes: int, quadrature):
     """A quadrature of many probes as runs of `num_probes` each: what as many keys would give, in one call.
 
-    Probe i depends on the key and i alone, so the runs are independent of each other.
+    Probe i depends on the key and i alone, so the runs are independent of each other. All is sampled in them:
+    what resolves eigenvalues is left out.
     """
     for start in range(0, quadrature.num_probes, num_probes):
         yield _rows(quadrature, slice(start, start + num_probes))
@@ -98,7 +99,7 @@ def _rows(quadrature, rows: slice):
     arrays = {name: getattr(quadrature, name)[rows] for name in fields}
     bulk = quadrature.bulk and _rows(quadrature.bulk, rows)
     products = int(np.sum(arrays["lengths"]))
-    return dataclasses.replace(quadrature, **arrays, bulk=bulk, num_matvecs=products)
+    return dataclasses.replace(quadrature, **arrays, bulk=bulk, num_matvecs=products, sketches=None)
 
 
 def ridge_loss(params, batch):

@@ -236,10 +236,13 @@ def test_cdf_of_an_exact_rule_is_the_step_function():
     # 200 probes of 200 dimensions: sd sqrt(2 F (1 - F) / 40000) = 0.35 %.
     assert np.abs(estimate - [0, 0.5, 0.75, 1]).max() < 4 * 0.0036
     # A width from sampling alone: Bonferroni over 3 nodes is 2.394 sd a side, twice. The sd itself is that of
-    # the share seen, off by (1 - 2 F) δF / 2 F (1 - F) = 2 % for δF of four sd at F = 3/4.
+    # the share seen, off by (1 - 2 F) δF / 2 F (1 - F) = 2 % for δF of four sd at F = 3/4. Each end moves
+    # inwards to a whole number of the 200 eigenvalues.
     share = np.array([0.5, 0.75])
     width = 2 * norm.isf(0.05 / 6) * np.sqrt(2 * share * (1 - share) / 40_000)
-    np.testing.assert_allclose((upper - lower)[1:3], width, rtol=0.03)
+    found = (upper - lower)[1:3]
+    assert np.all((0.97 * width - 2 / 200 <= found) & (found <= 1.03 * width))
+    np.testing.assert_allclose(200 * found, np.round(200 * found), atol=1e-9)
 
 
 def test_the_sampling_band_holds_at_its_rate_and_no_more():

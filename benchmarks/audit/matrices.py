@@ -78,6 +78,12 @@ def _matrices() -> dict[str, Callable[[np.random.Generator], np.ndarray]]:
         "bulk and spikes": lambda rng: planted(spiked(rng)),
         "flat and a spike": lambda rng: planted(np.append(1 + 0.01 * rng.standard_normal(N - 1), 100.0)),
         "spikes of both signs": lambda rng: planted(np.append(rng.standard_normal(N - 3), [-80.0, 50, 20])),
+        "three equal spikes": lambda rng: planted(
+            np.append(1 + 0.3 * rng.standard_normal(N - 3), np.full(3, 100.0))
+        ),
+        "pairs of spikes": lambda rng: planted(
+            np.append(rng.standard_normal(N - 8), [80.0, 60, 60, 40, 30, 30 * (1 + 1e-9), 20, -50])
+        ),
         "two clusters": lambda rng: planted(
             np.repeat([1.0, 5.0], [252, 253]) + 1e-3 * rng.standard_normal(N)
         ),

@@ -25,7 +25,7 @@ import itertools
 import numpy as np
 
 from spectra import _quadrature
-from spectra._brackets import bracket, dropped, rules
+from spectra._brackets import Origin, bracket, dropped, rules
 
 HEIGHTS = (0.5, 1.0, 2.0, 3.0)
 """Of the contours, in kernel widths: |K| grows as exp(y² / 2), and d falls as exp(-2 π y / spacing)."""
@@ -81,7 +81,9 @@ def peak(grid: np.ndarray, widths: Width) -> np.ndarray:
     return np.minimum((1 + widths.share**2) / (np.sqrt(2 * np.pi) * widths(smallest)), 1 / area)
 
 
-def limits(quadrature, grid, widths: Width, density, moved: float, smooth) -> tuple[np.ndarray, np.ndarray]:
+def limits(
+    quadrature, grid, widths: Width, density, moved: float, smooth, origin: Origin | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(lower, upper) of the smoothed density that the probes have, for what their quadratures left open.
 
     Args:
@@ -91,17 +93,18 @@ def limits(quadrature, grid, widths: Width, density, moved: float, smooth) -> tu
         density: mean over probes of the smoothed quadratures, at the grid.
         moved: how far rounding can have moved an eigenvalue.
         smooth: (centers, masses, widths) to the density at the grid.
+        origin: what the quadrature was made from, if resolved nodes were taken out.
     """
     counts = widths.count(grid)
     wide = (np.diff(counts) > COARSE) & (counts[-1] - counts[0] > MANY)
     coarse = np.append(False, wide) | np.append(wide, False)
     lower, upper = np.zeros(len(grid)), np.full(len(grid), np.inf)
     if coarse.any():
-        lower, upper = _cells(quadrature, grid, widths, moved)
+        lower, upper = _cells(quadrature, grid, widths, moved, origin)
         lower, upper = np.where(coarse, lower, 0.0), np.where(coarse, upper, np.inf)
     if not coarse.all():
         places = _places(counts, ~coarse)
-        errors = [smooth(*_error_masses(quadrature, widths, places, y, moved)) for y in HEIGHTS]
+        errors = [smooth(*_error_masses(quadrature, widths, places, y, moved, origin)) for y in HEIGHTS]
         error = np.where(coarse, np.inf, np.min(errors, axis=0))
         lower, upper = np.maximum(lower, density - error), np.minimum(upper, density + error)
     return np.minimum(lower, density), np.maximum(np.minimum(upper, peak(grid, widths)), density)
@@ -116,7 +119,7 @@ def _places(counts: np.ndarray, fine: np.ndarray) -> np.ndarray:
     return np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]) / _PER_WIDTH
 
 
-def _error_masses(quadrature, widths: Width, places: np.ndarray, height: float, moved: float):
+def _error_masses(quadrature, widths: Width, places: np.ndarray, height: float, moved: float, origin=None):
     """Centers, masses and widths of Gaussians whose sum bounds the error, as a mean over probes.
 
     With 1 / h(z)² = a + i b and z = t + i y, |K_x(z)| = N(x; t - y b / a, 1 / a) times
@@ -132,30 +135,35 @@ def _error_masses(quadrature, widths: Width, places: np.ndarray, height: float, 
     a, b = (1 / square).real, (1 / square).imag
     growth = np.exp(a * y**2 * (1 + (b / a) ** 2) / 2) / np.sqrt(a * np.abs(square))
     length = h / _PER_WIDTH * np.hypot(1, height * widths.share**2 * t / h)
-    total, behind = np.zeros(len(t)), dropped(quadrature)
+    total, behind = np.zeros(len(t)), dropped(origin.whole if origin else quadrature)
     blocks = np.array_split(np.arange(len(t)), 1 + len(t) * quadrature.num_steps // _BLOCK)
-    for (theta, w, r), part in itertools.product(rules(quadrature), blocks):
+    # Of the rest of a measure as much is open as of the measure, in units of the mass that is left.
+    shares = origin.rules() if origin else ((rule, []) for rule in rules(quadrature))
+    for ((theta, w, r), taken), part in itertools.product(shares, blocks):
+        mass = 1 - w[taken].sum()
         inverse = 1 / (theta[:, None] - z[part])
         seen, left, above = np.abs(inverse) ** 2, np.zeros(len(part)), y[part]
         far = (moved if r.any() else moved + behind) / above
         if r.any():
             left = np.abs((np.sqrt(w) * r) @ inverse) ** 2 / (above * (1 + r**2 @ seen))
-        total[part] += left + far * (1 + far) * (above * (w @ seen) + left)
+        total[part] += (left + far * (1 + far) * (above * (w @ seen) + left)) / mass
     return t - y * b / a, growth * length * total / (np.pi * quadrature.num_probes), 1 / np.sqrt(a)
 
 
-def _cells(quadrature, grid, widths: Width, moved: float, parts: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def _cells(
+    quadrature, grid, widths: Width, moved: float, origin=None, parts: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
     """Limits from the CDF for hats that are wider than the kernel: the mass under a hat is a difference
     of the CDF's means over two cells, and the kernel carries mass no further than its reach."""
     points = grid[:-1, None] + np.diff(grid)[:, None] * np.linspace(0, 1, parts + 1)
     points[:, -1] = grid[1:]
     # Mass at t is carried to x = t + REACH h(t), and h changes by the share at most: solved for x - t.
     reach = REACH * widths(points) / (1 - REACH * widths.share)
-    below, _, above = bracket(quadrature, points, reach + moved)
+    below, _, above = bracket(quadrature, points, reach + moved, origin)
     below, above = below[:, :-1].mean(axis=1), above[:, 1:].mean(axis=1)  # a CDF does not fall
     ends = grid[[0, -1]]
     reach = REACH * widths(ends) / (1 - REACH * widths.share)
-    end_below, _, end_above = bracket(quadrature, ends, reach + moved)
+    end_below, _, end_above = bracket(quadrature, ends, reach + moved, origin)
     left = np.append(end_below[0], below), np.append(end_above[0], above)
     right = np.append(below, end_below[1]), np.append(above, end_above[1])
     cells = np.diff(grid)

@@ -90,6 +90,7 @@ def with_atoms(bulk: Quadrature, pairs: Eigenpairs) -> Quadrature:
         atoms=atoms,
         coupling=_coupling(bulk, pairs),
         coefficients=None,
+        sketches=None,  # those of the complement are in `bulk`
     )
 
 

@@ -30,6 +30,8 @@ from spectra.krylov.recurrence import LanczosState
 from spectra.operators.base import LinearOperator
 
 PyTree = Any
+ARRAYS = {"alpha", "beta", "sketch"}
+"""Of a finished probe; the sketch is none that an older version wrote."""
 
 
 class Recorder:
@@ -73,7 +75,7 @@ class Recorder:
                 )
         for record in records[:1]:
             self.rows = {
-                row["probe"]: row | {name: np.asarray(row[name], np.float64) for name in ("alpha", "beta")}
+                row["probe"]: row | {name: np.asarray(row[name], np.float64) for name in ARRAYS & row.keys()}
                 for row in record["rows"]
             }
         self.flights = [record["flight"] for record in records if record["flight"]]

@@ -147,9 +147,17 @@ def _checked(text: Any) -> dict[str, Any]:
         if not isinstance(record[name], kind):
             raise TypeError(f"'{name}' is a {type(record[name]).__name__}")
     for row in record["rows"]:
-        if any(not isinstance(row[name], kind) for name, kind in ROW.items()):
+        if any(not isinstance(row[name], kind) for name, kind in ROW.items()) or not _is_sketch(row):
             raise TypeError("a row has another form")
     return record
+
+
+def _is_sketch(row: dict[str, Any]) -> bool:
+    """Whether a row has none, or numbers for at least each step."""
+    if "sketch" not in row:
+        return True
+    shape = np.shape(row["sketch"])
+    return len(shape) == 2 and shape[0] == len(row["alpha"])
 
 
 def _reason(error: BaseException) -> str:

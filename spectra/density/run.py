@@ -16,6 +16,7 @@ from spectra.density import deflation
 from spectra.density.recorder import Recorder
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
+from spectra.krylov.sketch import SIZE, sketches
 from spectra.operators.accumulate import Passes
 from spectra.results import Quadrature
 
@@ -114,9 +115,16 @@ class ProbeRun:
         if stop_when is None:
             done = num_steps  # steps that a breakdown left out are zeros
         rows = _rows(state, done, batched)
+        if state.basis:
+            for row, found in zip(rows, self._sketches(state, batched), strict=True):
+                row["sketch"] = found[:done]
         self.rows += rows
         if self.recorder is not None:
             self.recorder.finished(probes, rows)
+
+    def _sketches(self, state, batched: bool) -> list[np.ndarray]:
+        with jax.default_device(self.home) if self.home else contextlib.nullcontext():
+            return sketches(self.layout, state.basis, self.key, batched=batched)
 
     def _recorded(self, probe: int, num_steps: int, stop_when) -> dict[str, Any] | None:
         """What `add` would make of a probe, if the checkpoint holds enough of it."""
@@ -177,11 +185,13 @@ class ProbeRun:
     def _quadrature(self, rows, status: Status | None = None) -> Quadrature:
         steps, num_matvecs = max(len(row["alpha"]) for row in rows), sum(row["length"] for row in rows)
         rows = [self._invariant_part(row) for row in rows]
-        rules = [_quadrature.gauss_rule(row["alpha"], row["beta"], row["length"]) for row in rows]
+        parts = ((row["alpha"], row["beta"], row["length"], row.get("sketch")) for row in rows)
+        rules = [_quadrature.gauss_rule(*part) for part in parts]
         nodes, weights, residuals = (
             np.stack([np.pad(r[i], (0, steps - r[0].size), mode=mode) for r in rules])
             for i, mode in enumerate(("edge", "constant", "constant"))
         )
+        sketched = [np.pad(r[3], ((0, steps - len(r[3])), (0, 0))) for r in rules if len(r) > 3]
         asymmetry = np.array([row["asymmetry"] for row in rows])
         if status is None:
             exact = (residuals == 0).all()
@@ -201,6 +211,7 @@ class ProbeRun:
             num_matvecs=num_matvecs,
             precision=self.precision,
             status=status,
+            sketches=np.stack(sketched).astype(np.float32) if len(sketched) == len(rules) else None,
         )
         if self.keep_basis:
             return found
@@ -233,6 +244,8 @@ def _start(layout: Layout, key, indices: jax.Array, num_steps: int, batched: boo
 def _resized(row: dict[str, Any], steps: int) -> dict[str, Any]:
     """The first steps of a probe; zeros follow those of a run that ended by itself."""
     kept = {name: np.append(row[name], np.zeros(steps))[:steps] for name in ("alpha", "beta")}
+    if "sketch" in row:
+        kept["sketch"] = np.concatenate([row["sketch"], np.zeros((steps, SIZE))])[:steps]
     return row | kept | {"length": min(row["length"], steps)}
 
 

@@ -23,6 +23,7 @@ from spectra.density.run import ProbeRun
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit
+from spectra.krylov.sketch import sketch
 from spectra.operators.base import LinearOperator
 from spectra.operators.deflated import DeflatedOperator
 from spectra.operators.stepwise import outside_loops
@@ -260,16 +261,18 @@ def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int
 
     def probe(i):
         state = run(i, num_steps)
-        theta, weights, residuals = _quadrature.gauss_rule_traced(state.alpha, state.beta, state.length)
+        rows = sketch(layout, state.basis, key)[:num_steps] if keep else jnp.zeros((num_steps, 0))
+        *rule, sketched = _quadrature.gauss_rule_traced(state.alpha, state.beta, state.length, rows)
         asymmetry = state.asymmetry / jnp.where(state.scale > 0, state.scale, 1)
         if keep:
-            return (theta, weights, residuals, state.length, asymmetry), None
-        floor = jnp.maximum(asymmetry, 4 * precision) * jnp.max(jnp.abs(theta))
-        merged = merge_traced(theta, weights, residuals, state.length, 2 * spread(num_steps) * floor)
-        return (*merged, asymmetry), jnp.stack([state.alpha, state.beta])
+            return (*rule, state.length, asymmetry), (None, sketched)
+        floor = jnp.maximum(asymmetry, 4 * precision) * jnp.max(jnp.abs(rule[0]))
+        merged = merge_traced(*rule, state.length, 2 * spread(num_steps) * floor)
+        return (*merged, asymmetry), (jnp.stack([state.alpha, state.beta]), None)
 
     batch_size = batch if batch > 1 else None
-    (nodes, *columns), coefficients = lax.map(probe, jnp.arange(num_probes), batch_size=batch_size)
+    columns, (coefficients, sketched) = lax.map(probe, jnp.arange(num_probes), batch_size=batch_size)
+    nodes, *columns = columns
     asymmetry = jnp.max(columns[-1])
     if num_steps == 1 < size:  # a single step has no coefficient that symmetry makes zero
         state = run(0, 2)
@@ -282,4 +285,5 @@ def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int
         num_matvecs=num_steps * num_probes,
         precision=precision,
         status=Status.TRACED,
+        sketches=sketched.astype(jnp.float32) if keep else None,
     )

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from spectra._errors import SpectraError
+from spectra._resolved import Parts
 from spectra.density import bands
 from spectra.density.bands import Width
 from spectra.results import Density, Moments, Quadrature, as_quadrature
@@ -81,14 +82,16 @@ def spectral_density(
         grid = np.asarray(grid, np.float64)
         if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) > 0).all():
             raise SpectraError("grid must be a 1-D array of at least two increasing numbers.")
-    moved = quadrature.noise_floor + quadrature.coupling
-    rest, share = quadrature.bulk or quadrature, 1.0
-    lower, density, upper = _curves(rest, grid, widths, moved, level)
-    if quadrature.bulk is not None:  # atoms have no sampling error: they shift the curve and its band
-        share = rest.size / quadrature.size
-        known = _curves(_of_atoms(quadrature), grid, widths, moved, None)
-        sums = zip((lower, density, upper), known, strict=True)
-        lower, density, upper = (share * part + (1 - share) * atoms for part, atoms in sums)
+    parts = quadrature.parts
+    moved = quadrature.noise_floor + parts.coupling
+    curves = []  # atoms have no sampling error: they shift the curve and its band
+    if parts.rest is not None:
+        found = _curves(parts.rest, grid, widths, moved, level, parts)
+        curves.append((parts.rest.size / quadrature.size, found))
+    if len(parts.atoms):
+        found = _curves(_of_atoms(quadrature, parts.atoms), grid, widths, moved, None)
+        curves.append((len(parts.atoms) / quadrature.size, found))
+    lower, density, upper = np.sum([share * np.stack(found) for share, found in curves], axis=0)
     return Density(
         grid=grid,
         density=density,
@@ -109,9 +112,9 @@ def _masses(quadrature: Quadrature) -> np.ndarray:
     return (weights / weights.sum(axis=1, keepdims=True) / len(weights)).ravel()
 
 
-def _of_atoms(quadrature: Quadrature) -> Quadrature:
-    """Deflated eigenvalues as a quadrature of their own."""
-    atoms = np.sort(np.asarray(quadrature.atoms, np.float64))[None]
+def _of_atoms(quadrature: Quadrature, atoms: np.ndarray) -> Quadrature:
+    """Known eigenvalues as a quadrature of their own."""
+    atoms = atoms[None]
     return dataclasses.replace(
         quadrature,
         nodes=atoms,
@@ -119,13 +122,20 @@ def _of_atoms(quadrature: Quadrature) -> Quadrature:
         residuals=np.zeros_like(atoms),
         lengths=np.array([atoms.size]),
         size=atoms.size,
+        asymmetry=np.zeros(1),
         bulk=None,
         atoms=None,
+        sketches=None,
     )
 
 
-def _curves(quadrature: Quadrature, grid, widths: Width, moved: float, level: float | None):
-    """(lower, density, upper) for what the quadratures leave open, and with a level for what probes do."""
+def _curves(
+    quadrature: Quadrature, grid, widths: Width, moved: float, level: float | None, parts: Parts | None = None
+):
+    """(lower, density, upper) for what the quadratures leave open, and with a level for what probes do.
+
+    `parts` says what the quadrature is the rest of, if it is.
+    """
     nodes = np.asarray(quadrature.nodes, np.float64).ravel()
     h, masses = widths(nodes), _masses(quadrature)
     density = _smooth(grid, nodes, masses[None], h)[0][0]
@@ -133,12 +143,15 @@ def _curves(quadrature: Quadrature, grid, widths: Width, moved: float, level: fl
     def smooth(centers, masses, h):
         return _smooth(grid, centers, masses[None], h)[0][0]
 
-    lower, upper = bands.limits(quadrature, grid, widths, density, moved, smooth)
+    leak, origin = (parts.leak, parts.origin) if parts else (0.0, None)
+    lower, upper = bands.limits(quadrature, grid, widths, density, moved, smooth, origin)
+    highest = bands.peak(grid, widths)
+    lower, upper = np.maximum(lower - leak * highest, 0), np.minimum(upper + leak * highest, highest)
+    upper = np.maximum(upper, density)
     if level is not None:
         num_tests = float(np.sum(np.diff(grid) / widths(grid[1:])))  # kernel widths on the grid
         tail = bands.bonferroni(level, num_tests)
         limit = bands.ShareLimit(quadrature.size, quadrature.num_probes, tail)
-        highest = bands.peak(grid, widths)
         unseen, found = (upper - density) / highest, np.zeros((3, len(grid)))
         for target, near, kernel in _kernels(grid, nodes, h):
             seen = kernel, masses[near], unseen[target], highest[target]

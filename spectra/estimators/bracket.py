@@ -56,7 +56,11 @@ def interval_of(q: Quadrature, bounds: Bounds | None) -> tuple[float, float]:
 
 
 def bracket(q: Quadrature, f, interval, bounds, one_signed: bool):
-    """(lower, upper, range of f, what they rest on): n times means over probes; None where f has a pole."""
+    """(lower, upper, range of f, what they rest on) of what is sampled: its order times means over probes.
+
+    The bounds are None where f has a pole.
+    """
+    rest = q.parts.rest
     floor, smallest, largest = q.noise_floor, float(np.min(q.nodes)), float(np.max(q.nodes))
     a, b = min(interval[0], smallest - floor), max(interval[1], largest + floor)
     rests = "the given bounds"
@@ -70,15 +74,20 @@ def bracket(q: Quadrature, f, interval, bounds, one_signed: bool):
     if good[0] > a:
         a = good[0]
         rests = f"{a:.3g} as lower bound, below which f is not defined: likely, not certain"
-    if one_signed:
-        found = [of_one_sign(f, rule, a, b) for rule in rules(q)]
-        kind = "the bracket is that of Gauss and Radau and rests on"
-    else:
-        found = [_of_any(f, rule, a, b) for rule in rules(q)]
-        kind = "the bracket is from the variation of f and rests on"
-    low, high = np.mean(found, axis=0) * q.size
+    of_rule = of_one_sign if one_signed else _of_any
+    kind = "that of Gauss and Radau" if one_signed else "from the variation of f"
+    kind = f"the bracket is {kind} and rests on"
+    if q.parts.origin is None:
+        found = [of_rule(f, rule, a, b) for rule in rules(rest)]
+    else:  # what is known of the whole measure, less the nodes that were taken out
+        found = []
+        for rule, taken in q.parts.origin.rules():
+            nodes, w, _ = rule
+            known = float(w[taken] @ evaluate(f, np.clip(nodes[taken], a, b)))
+            found.append((np.array(of_rule(f, rule, a, b)) - known) / (1 - w[taken].sum()))
+    low, high = np.mean(found, axis=0) * rest.size
     seen = evaluate(f, np.concatenate([np.linspace(a, b, 257), np.clip(np.ravel(q.nodes), a, b)]))
-    seen = seen[np.isfinite(seen)] * q.size
+    seen = seen[np.isfinite(seen)] * rest.size
     return float(low), float(high), (float(seen.min()), float(seen.max())), f"{kind} {rests}"
 
 

@@ -4,9 +4,12 @@ import jax
 import numpy as np
 
 from spectra import _quadrature
-from spectra._brackets import bracket
+from spectra._quadrature import share_interval
 from spectra.estimators.functions import Source, quadrature_of
 from spectra.results import Estimate, Quadrature
+
+MISTAKEN = 5e-5
+"""Probability on each side of a count that is called known."""
 
 
 def count_above(
@@ -23,7 +26,8 @@ def count_above(
     n (1 - F(threshold)) with the CDF of `Quadrature.cdf`. `lower` and `upper` are the
     Chebyshev-Markov-Stieltjes bracket, certain for the probes drawn. The share that a probe sees has the
     law Beta(nF/2, n(1-F)/2): the interval inverts it at both ends of the bracket, so that it stays within
-    [0, n], and `stderr` is that of the law at the point of the bracket where it is widest.
+    [0, n], and `stderr` is that of the law at the point of the bracket where it is widest. A count is a whole
+    number: where one alone is left, but for a probability of 1e-4, it is the value and both ends.
 
     Args:
         source: symmetric operator, or a `Quadrature` of it.
@@ -91,24 +95,40 @@ def negative_share(
 
 def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:
     point = np.asarray(x, np.float64)
-    rest, share, known = _quadrature.split(q, point)  # atoms of deflated pairs are not sampled
-    sampled = bracket(rest, point, q.noise_floor + q.coupling)
+    rest, share, known = _quadrature.split(q, point)  # atoms are not sampled
+    size = rest.size if rest is not None else 0
+    sampled = _quadrature.rest_bracket(q, point)
     widest = float(min(max(0.5, sampled[0]), sampled[2]))
     variance = widest * (1 - widest)
     low, middle, high = (float(share * part + atoms) for part, atoms in zip(sampled, known, strict=True))
     least, most = float(known[0]), float(known[2]) + share  # none of the sampled ones, or all
+    least, most = max(least, 0.0), min(most, 1.0)
     if above:
         low, middle, high, least, most = 1 - high, 1 - middle, 1 - low, 1 - most, 1 - least
+    low, high, normals = max(low, least), min(high, most), float(q.num_probes * size)
+    in_doubt = max(round((most - least) * q.size), 1)  # with atoms too close to tell the side
+    stderr = float(unit * share * np.sqrt(2 * variance / (size + 2) / q.num_probes))
+    reason = "the bracket is that of Chebyshev, Markov and Stieltjes"
+    ends = share_interval(low, high, (least, most), normals, MISTAKEN, in_doubt)
+    if round(q.size * (ends[1] - ends[0])) == 0:
+        low = middle = high = least = most = round(q.size * ends[0]) / q.size
+        stderr, reason = 0.0, f"known but for a probability of {2 * MISTAKEN:g}"
     return Estimate(
-        value=unit * middle,
-        stderr=float(unit * share * np.sqrt(2 * variance / (rest.size + 2) / q.num_probes)),
+        value=_whole(unit * middle),
+        stderr=stderr,
         num_matvecs=q.num_matvecs,
         method="slq",
         status=q.status,
-        reason="the bracket is that of Chebyshev, Markov and Stieltjes",
-        lower=unit * max(low, least),
-        upper=unit * min(high, most),
-        least=unit * max(least, 0.0),
-        most=unit * min(most, 1.0),
-        normals=float(q.num_probes * rest.size),
+        reason=reason,
+        lower=_whole(unit * low),
+        upper=_whole(unit * high),
+        least=_whole(unit * least),
+        most=_whole(unit * most),
+        normals=normals,
+        num_sampled=in_doubt,
     )
+
+
+def _whole(count: float) -> float:
+    """A count without the rounding of n times a share."""
+    return float(round(count)) if abs(count - round(count)) <= 1e-9 * max(abs(count), 1.0) else count

@@ -150,37 +150,38 @@ def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, e
 
 def _from_quadrature(q: Quadrature, f, bounds: Bounds | None, one_signed: bool) -> Estimate:
     a, b = interval_of(q, bounds)
-    floor = q.noise_floor
-    nodes = np.clip(np.asarray(q.nodes, np.float64), a, b)
-    weights = np.asarray(q.weights, np.float64)
-    values = evaluate(f, nodes)
-    bad = ~np.isfinite(values) & (weights > 0)
-    if bad.any():
-        raise SpectraError(
-            f"f is not finite at the Ritz value {nodes[bad][0]:.6g} (the noise floor is {floor:.1e}): for "
-            "log, inverse and powers shift the operator, op.shift(delta), by more than its most negative "
-            "eigenvalue and the noise floor, or pass bounds=(0, None) if it is positive semi-definite."
-        )
-    values = np.where(weights > 0, values, 0.0)
-    n, k = q.size, q.num_probes
+
+    def at(x):
+        return evaluate(f, np.clip(x, a, b))
+
+    _check_finite(q, at)
+    parts, floor = q.parts, q.noise_floor
+    known, fields = parts.total(at), {"num_matvecs": q.num_matvecs, "method": "slq", "status": q.status}
+    rounding = float(np.sum(_moved(at, parts.atoms, floor + parts.coupling)))
+    rest = parts.rest
+    if rest is None:
+        return Estimate(known, rounding, **fields, reason="all eigenvalues are known")
+    n, k = rest.size, rest.num_probes
+    nodes, weights = np.asarray(rest.nodes, np.float64), np.asarray(rest.weights, np.float64)
     weights = weights / weights.sum(axis=1, keepdims=True)
+    values = np.where(weights > 0, at(nodes), 0.0)
     mean = float(np.sum(weights * values) / k)
     stderr, dof = sampling_error(weights, values, n)
-    shifted = np.stack([evaluate(f, np.clip(nodes + s * floor, a, b)) for s in (-1, 1)])
-    moved = np.where(np.isfinite(shifted) & (weights > 0), np.abs(shifted - values), 0.0)
-    rounding = n * float(np.sum(weights * moved.max(axis=0)) / k)
+    rounding += n * float(np.sum(np.where(weights > 0, weights * _moved(at, nodes, floor), 0.0)) / k)
+    rounding += parts.spill(at, mean)
     lower, upper, reach, reason = bracket(q, f, (a, b), bounds, one_signed)
     if lower is not None and upper is not None:  # sums in another order
-        lower, upper = min(lower, n * mean), max(upper, n * mean)
+        lower, upper = known + min(lower, n * mean), known + max(upper, n * mean)
     least, most = (
-        None if end is None else pick(end, n * mean) for end, pick in zip(reach, (min, max), strict=True)
+        None if end is None else known + pick(end, n * mean)
+        for end, pick in zip(reach, (min, max), strict=True)
     )
+    if len(parts.atoms):
+        reason = f"{len(parts.atoms)} eigenvalues are resolved; {reason}"
     return Estimate(
-        value=n * mean,
+        value=known + n * mean,
         stderr=float(np.hypot(stderr, rounding)),
-        num_matvecs=q.num_matvecs,
-        method="slq",
-        status=q.status,
+        **fields,
         reason=reason,
         dof=dof,
         lower=lower,
@@ -188,6 +189,25 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None, one_signed: bool) 
         least=least,
         most=most,
     )
+
+
+def _moved(f, x: np.ndarray, shift: float) -> np.ndarray:
+    """How far f changes where x moves by `shift`, as far as it is defined there."""
+    shifted, values = np.stack([f(x - shift), f(x + shift)]), f(x)
+    return np.where(np.isfinite(shifted), np.abs(shifted - values), 0.0).max(axis=0)
+
+
+def _check_finite(q: Quadrature, f) -> None:
+    """Raise unless f is finite at the Ritz values."""
+    nodes, weights = np.asarray(q.nodes, np.float64), np.asarray(q.weights)
+    bad = ~np.isfinite(f(nodes)) & (weights > 0)
+    if bad.any():
+        raise SpectraError(
+            f"f is not finite at the Ritz value {nodes[bad][0]:.6g} (the noise floor is "
+            f"{q.noise_floor:.1e}): for log, inverse and powers shift the operator, op.shift(delta), by "
+            "more than its most negative eigenvalue and the noise floor, or pass bounds=(0, None) if it is "
+            "positive semi-definite."
+        )
 
 
 def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, **options: Any) -> Estimate:

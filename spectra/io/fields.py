@@ -212,6 +212,7 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "size": _SIZE, "num_matvecs": _COUNT, "precision": _POSITIVE, "status": _STATUS,
         "bulk": _or_none(_a(Quadrature)), "atoms": _or_none(_array("deflated")),
         "coupling": _POSITIVE, "rounding": _POSITIVE, "coefficients": _or_none(_array("probes 2 length")),
+        "sketches": _or_none(_array("probes steps sketch")),
     },
     Moments: {
         "moments": _array("probes moments"), "bounds": _array("2"), "size": _SIZE, "num_matvecs": _COUNT,
@@ -226,7 +227,7 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "value": _numbers, "stderr": _numbers, "num_matvecs": _COUNT, "method": _TEXT, "status": _STATUS,
         "reason": _TEXT, "dof": _or_none(_POSITIVE), "lower": _numbers, "upper": _numbers,
         "total": _or_none(_a(Estimate)), "least": _or_none(_REAL), "most": _or_none(_REAL),
-        "normals": _or_none(_POSITIVE),
+        "normals": _or_none(_POSITIVE), "num_sampled": _or_none(_SIZE),
     },
     Interval: dict.fromkeys(Interval._fields, _curve_or_number),
     ConditionNumber: {

@@ -177,7 +177,7 @@ def combine(basis: Basis, weights: jax.Array, layout: Layout) -> Basis:
     return tuple(list(segment) for segment in zip(*columns, strict=True))
 
 
-def dots(basis: Basis, vector: Panels, filled: jax.Array) -> tuple[jax.Array, jax.Array]:
+def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """Coefficients Q v on the first `filled` rows, zero beyond, shape (rows,); and |v|². Reads rows once.
 
     Both are summed over blocks in one reduction, which on a mesh is all that devices exchange.
@@ -223,7 +223,7 @@ def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.
     return _by_platform(program, basis, coefficients.reshape(len(basis), -1), vector, filled)
 
 
-def _groups(basis: Basis, filled: jax.Array, at_once: int):
+def _groups(basis: Basis, filled: jax.Array | int, at_once: int):
     """Slices of `at_once` segments; and for each `switch(fn, ...)`, which is fn(count, ...) where the first
     `count` of them hold one of the first `filled` rows."""
     segments_filled = -(-filled // basis[0][0].shape[1])

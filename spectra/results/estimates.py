@@ -7,12 +7,12 @@ import numpy as np
 from jax.core import Tracer
 
 from spectra._errors import SpectraError
-from spectra._quadrature import share_upper_bound
+from spectra._quadrature import share_interval
 from spectra._status import Status
 from spectra.results._base import Interval, Result, result, text_table
 
 
-@result("num_matvecs", "method", "status", "reason", "dof", "normals")
+@result("num_matvecs", "method", "status", "reason", "dof", "normals", "num_sampled")
 class Estimate(Result):
     """A number, or a pytree of them, with its standard error, what the error rests on, and what it cost.
 
@@ -34,6 +34,7 @@ class Estimate(Result):
     least: Any = None  # what the truth cannot be below: no interval reaches further
     most: Any = None
     normals: float | None = None  # of a share of eigenvalues, k n: interval from the law Beta, not Student's
+    num_sampled: int | None = None  # eigenvalues that the share is of: a whole number of them
 
     def interval(self, level: float = 0.95) -> Interval:
         """The interval that holds the truth with probability `level`: bracket plus t times stderr.
@@ -67,13 +68,10 @@ class Estimate(Result):
 
     def _of_a_share(self, low: float, high: float, tail: float, normals: float) -> Interval:
         """Shares of [least, most] that a seen share leaves possible: see `share_upper_bound`."""
-        unit = self.most - self.least
-        if unit <= 0:
+        if self.most <= self.least:
             return Interval(self.value, self.value, self.value)
-        seen = np.clip([(self.most - low) / unit, (high - self.least) / unit], 0.0, 1.0)
-        beyond, within = share_upper_bound(seen, normals, tail)
-        low, high = self.most - unit * beyond, self.least + unit * within
-        return Interval(float(min(low, self.value)), self.value, float(max(high, self.value)))
+        first, last = share_interval(low, high, (self.least, self.most), normals, tail, self.num_sampled)
+        return Interval(min(first, low, self.value), self.value, max(last, high, self.value))
 
     def __float__(self) -> float:
         if jax.tree.structure(self.value) != jax.tree.structure(0.0) or np.ndim(self.value):

@@ -1,9 +1,12 @@
 """Spectral measures: Gauss quadratures of probes, and Chebyshev moments."""
 
+import functools
+
 import numpy as np
 from jax.core import Tracer
 
 from spectra import _copies, _quadrature
+from spectra._resolved import Parts, parts
 from spectra._status import Status
 from spectra.results._base import Array, Interval, Result, notebook_view, result
 
@@ -34,6 +37,17 @@ class Quadrature(Result):
     coupling: float = 0.0  # how far an eigenvalue can be moved by the residuals of the deflated ones
     rounding: float = 0.0  # change of H at parameters moved by one rounding, over |H|; 0 if not measured
     coefficients: Array | None = None  # (k, 2, m): α and β of each step, where copies were merged
+    sketches: Array | None = None  # (k, m, 8) products of Ritz vectors with random ones: tell copies apart
+
+    @functools.cached_property
+    def parts(self) -> Parts:
+        """Eigenvalues that are known, deflated or resolved by every probe, and the quadrature of the rest."""
+        return parts(self)
+
+    @property
+    def resolved(self) -> np.ndarray:
+        """(r,) eigenvalues without sampling error: deflated, or simple and resolved by every probe."""
+        return self.parts.atoms
 
     @property
     def num_probes(self) -> int:

@@ -196,7 +196,7 @@ DENSITY = [
     fault(
         "the bracket of a curve forgets the mass at the point",
         "_brackets.py",
-        "sums[left] - _mass(theta, w, r, low)",
+        "sums[left] - largest_mass(theta, w, r, low)",
         "sums[left]",
         "test_brackets.py",
     ),
@@ -213,6 +213,27 @@ DENSITY = [
         "low, high = low - moved, high + moved",
         "pass",
         "test_brackets.py",
+    ),
+    fault(
+        "vectors of copies count as parallel",
+        "_resolved.py",
+        "ANGLE = 0.05",
+        "ANGLE = 2.0",
+        "test_resolved.py",
+    ),
+    fault(
+        "the rest keeps the weights of what was taken out",
+        "_brackets.py",
+        'below = below - known[np.searchsorted(theta[taken], low, side="right")]',
+        "pass",
+        "test_resolved.py::test_bands_and_counts_hold",
+    ),
+    fault(
+        "the rest is of order n",
+        "_resolved.py",
+        "size=q.size - count",
+        "size=q.size",
+        "test_resolved.py",
     ),
     fault(
         "residuals from the wrong component of the eigenvectors",
