@@ -49,6 +49,7 @@ from spectra.operators.fisher import FisherOperator
 from spectra.operators.function import FunctionOperator, MatrixOperator
 from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator
+from spectra.operators.kfac import EKFACOperator, KFACOperator
 from spectra.operators.preconditioned import PreconditionedOperator
 from spectra.page import write_report
 from spectra.plotting import (
@@ -93,6 +94,7 @@ __all__ = [
     "DataVariability",
     "Density",
     "DifferentiationError",
+    "EKFACOperator",
     "Eigenpairs",
     "Estimate",
     "FisherOperator",
@@ -101,6 +103,7 @@ __all__ = [
     "GradientCovarianceOperator",
     "HessianOperator",
     "Interval",
+    "KFACOperator",
     "LayerConditions",
     "LinearOperator",
     "LossSlice",
