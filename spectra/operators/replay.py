@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from spectra.operators.layers import CALLS, Path, Site
 from spectra.operators.layouts import apply_steps
@@ -40,9 +40,9 @@ def _replay(jaxpr, consts, sites, args, moves: Arrays, rows: Arrays, path: Path)
         if here in sites:
             site = sites[here]
             rows[here] = _rows(site, operands)
-            results = [_bind(eqn, operands)[0] + moves[here]]
+            results = [_bind(jaxpr, eqn, operands)[0] + moves[here]]
         elif here not in inside:
-            results = _bind(eqn, operands)
+            results = _bind(jaxpr, eqn, operands)
         elif eqn.primitive.name in CALLS:
             inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
             body, extra = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
@@ -53,12 +53,14 @@ def _replay(jaxpr, consts, sites, args, moves: Arrays, rows: Arrays, path: Path)
     return [read(var) for var in jaxpr.outvars]
 
 
-def _bind(eqn: Any, operands: list) -> list:
+def _bind(jaxpr: Any, eqn: Any, operands: list) -> list:
     """One equation as a program of its own: how a primitive with functions among its parameters is bound
     differs between releases of JAX."""
     known = {id(var): (var, value) for var, value in zip(eqn.invars, operands, strict=True)}
     inputs = [(var, value) for var, value in known.values() if not isinstance(var, Literal)]
-    program = Jaxpr((), [var for var, _ in inputs], eqn.outvars, [eqn], eqn.effects)
+    program = jaxpr.replace(
+        constvars=(), invars=[var for var, _ in inputs], outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
+    )
     return jaxpr_as_fun(ClosedJaxpr(program, ()))(*[value for _, value in inputs])
 
 
