@@ -32,7 +32,8 @@ def networks():
 
         def forward(self, x):
             q, k, v = (
-                layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+                layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+                for layer in (self.query, self.key, self.value)
             )
             mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
             return self.head((x + self.out(mixed)).mean(1))
@@ -40,7 +41,11 @@ def networks():
     class Words(nn.Module):
         def __init__(self):
             super().__init__()
-            self.table, self.hidden, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+            self.table, self.hidden, self.head = (
+                nn.Embedding(11, WIDTH),
+                nn.Linear(WIDTH, WIDTH),
+                nn.Linear(WIDTH, CLASSES),
+            )
 
         def forward(self, ids):
             return self.head(torch.tanh(self.hidden(self.table(ids))).mean(1))
@@ -49,7 +54,11 @@ def networks():
     image, tokens = torch.randn(EXAMPLES, 2, 6, 6), torch.randn(EXAMPLES, TOKENS, WIDTH)
     dense = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, CLASSES))
     convolution = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1, stride=2), nn.Tanh(), nn.Conv2d(4, 3, 2, dilation=2), nn.Flatten(), nn.Linear(3, CLASSES)
+        nn.Conv2d(2, 4, 3, padding=1, stride=2),
+        nn.Tanh(),
+        nn.Conv2d(4, 3, 2, dilation=2),
+        nn.Flatten(),
+        nn.Linear(3, CLASSES),
     )
     return {
         "dense": (dense.double(), torch.randn(EXAMPLES, 4).double()),
@@ -127,16 +136,23 @@ def compare(network: str, loss: str, *, kind="type2", sequence="expand", correct
 
 def main():
     jax.config.update("jax_enable_x64", True)
-    print("| network | loss | kind | sequence | operator | bias | largest relative error |\n|---|---|---|---|---|---|---|")
+    print(
+        "| network | loss | kind | sequence | operator | bias | largest relative error |\n|---|---|---|---|---|---|---|"
+    )
     for network in networks():
         for loss in losses():
             for kind in ("type2", "empirical"):
                 for corrected in (False, True):
                     for bias in ("separate", "joint"):
                         for sequence in ("expand", "reduce"):
-                            error = compare(network, loss, kind=kind, sequence=sequence, corrected=corrected, bias=bias)
+                            error = compare(
+                                network, loss, kind=kind, sequence=sequence, corrected=corrected, bias=bias
+                            )
                             name = "EKFAC" if corrected else "KFAC"
-                            print(f"| {network} | {loss} | {kind} | {sequence} | {name} | {bias} | {error:.1e} |", flush=True)
+                            print(
+                                f"| {network} | {loss} | {kind} | {sequence} | {name} | {bias} | {error:.1e} |",
+                                flush=True,
+                            )
 
 
 if __name__ == "__main__":

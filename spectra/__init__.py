@@ -23,6 +23,7 @@ from spectra._status import Status
 from spectra._summary import Summary, summary
 from spectra.bridge import TorchModel, from_torch
 from spectra.checkpoint import Checkpoint
+from spectra.comparison import compare_operators
 from spectra.density import kpm, slq, spectral_density, spectral_distances
 from spectra.estimators import (
     condition_number,
@@ -74,6 +75,7 @@ from spectra.results import (
     LayerConditions,
     LossSlice,
     Moments,
+    OperatorComparison,
     Plan,
     Quadrature,
     Sharpness,
@@ -112,6 +114,7 @@ __all__ = [
     "Moments",
     "NonFiniteError",
     "NotSymmetricError",
+    "OperatorComparison",
     "Plan",
     "PreconditionedOperator",
     "PreemptedError",
@@ -131,6 +134,7 @@ __all__ = [
     "Tridiagonal",
     "attention",
     "bridge",
+    "compare_operators",
     "condition_number",
     "count_above",
     "critical_sharpness",

@@ -36,7 +36,9 @@ _LAST = 2**32 - 1
 class _Build:
     """The factors of a model, from its Fisher operator: what both operators start with."""
 
-    def __init__(self, fisher: FisherOperator, data: Any, key: jax.Array | None, num_samples: int, setup: Setup):
+    def __init__(
+        self, fisher: FisherOperator, data: Any, key: jax.Array | None, num_samples: int, setup: Setup
+    ):
         self.key, self.num_samples = key, num_samples
         if fisher.kind == "mc":  # of the data as they are: the samples are drawn anew, several an example
             stream = fisher.stream is not None

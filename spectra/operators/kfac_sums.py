@@ -85,7 +85,9 @@ class Pass:
         }
         rest = [jnp.broadcast_to(leaves[i], (count, *leaves[i].shape)) for i in self.plan.rest_leaves]
         flat, self._pull, rows = jax.vjp(lambda m, r: jax.vmap(one)(m, r, owned), zeros, rest, has_aux=True)
-        treedef = jax.tree.structure(jax.eval_shape(lambda: op.model_fn(op._merge(op._variables()), split(piece)[0])))
+        treedef = jax.tree.structure(
+            jax.eval_shape(lambda: op.model_fn(op._merge(op._variables()), split(piece)[0]))
+        )
         self.outputs = treedef.unflatten(flat)
         self._roots = roots(op, setup.form, self.outputs, piece, keys)
         per = {path: 1 if site.kind == "embedding" else 3 for path, site in self.sites.items()}
@@ -273,7 +275,7 @@ def _squares(run: Pass, gradients, group: Group, u, v, dtype: Any) -> jax.Array:
         left, right = (v, u) if turned else (u, v)
         parts.append((turned, _rotated_rows(rows, left, group.input_size(turned), dtype), _turn(g, right)))
     if len(parts) == 1 and parts[0][1].ndim == 4 and parts[0][1].shape[2] == 1:
-        (_, rows, g), = parts
+        ((_, rows, g),) = parts
         squares = _einsum("ngsi,kngso->gio", rows**2, g**2)
         return jnp.swapaxes(squares, 1, 2) if parts[0][0] else squares
     return _by_examples(parts, group)

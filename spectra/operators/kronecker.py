@@ -276,7 +276,9 @@ class FactoredOperator(LinearOperator):
         for part in self.parts:
             if isinstance(part, Kronecker) and part.place.kind == "kronecker":
                 single = part.place.layout.groups == 1
-                found[part.place.name] = tuple(side[0] if single else side for side in (part.input, part.output))
+                found[part.place.name] = tuple(
+                    side[0] if single else side for side in (part.input, part.output)
+                )
         return found
 
     def factor_eigenvalues(self) -> dict[str, tuple[jax.Array, jax.Array]]:

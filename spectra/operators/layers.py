@@ -251,12 +251,12 @@ def _is_bias(view: View, output: _Output) -> bool:
         return False
     added = apply_steps(view.steps, np.arange(groups * outputs, dtype=np.int32).reshape(view.shape))
     places = apply_steps(output.steps, np.arange(size, dtype=np.int32).reshape(site.out_shape))
-    if added.ndim != places.ndim or any(a not in (1, n) for a, n in zip(added.shape, places.shape, strict=True)):
+    if added.ndim != places.ndim or any(
+        a not in (1, n) for a, n in zip(added.shape, places.shape, strict=True)
+    ):
         return False
     entries = np.empty(size, np.int32)
     entries[places.ravel()] = np.broadcast_to(added, places.shape).ravel()
     entries = apply_steps(site.out_steps, entries.reshape(site.out_shape))
     expected = np.arange(groups * outputs, dtype=np.int32).reshape(groups, 1, outputs)
     return bool((entries == expected).all())
-
-

@@ -123,9 +123,7 @@ def _diagonal(op: FisherOperator, outputs: PyTree, targets: PyTree) -> Roots:
     """√h_k e_k for each output k."""
     second = op._curvature(outputs, targets, jax.tree.map(jnp.ones_like, outputs))
     root = jax.tree.map(lambda h: jnp.sqrt(jnp.maximum(h, 0)), second)
-    return Roots(
-        _numbers(outputs), lambda k: jax.tree.map(jnp.multiply, root, _unit(outputs, k))
-    )
+    return Roots(_numbers(outputs), lambda k: jax.tree.map(jnp.multiply, root, _unit(outputs, k)))
 
 
 def _dense(op: FisherOperator, outputs: PyTree, targets: PyTree) -> Roots:
@@ -145,9 +143,7 @@ def _dense(op: FisherOperator, outputs: PyTree, targets: PyTree) -> Roots:
     values, basis = jnp.linalg.eigh((hessian + jnp.swapaxes(hessian, 1, 2)) / 2)
     root = basis * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), outputs)
-    return Roots(
-        count, lambda k: jax.vmap(lambda flat: _tree.unravel(flat, one))(jnp.take(root, k, axis=2))
-    )
+    return Roots(count, lambda k: jax.vmap(lambda flat: _tree.unravel(flat, one))(jnp.take(root, k, axis=2)))
 
 
 def _sampled(op: FisherOperator, outputs: PyTree, piece: PyTree, keys: jax.Array) -> Roots:
