@@ -6,7 +6,6 @@ needs `pip install curvlinops-for-pytorch` (and kfac-jax for its rows). The netw
 bridge; curvlinops wants its layers to be modules, so attention is written with `nn.Linear`.
 """
 
-import time
 import warnings
 
 import jax

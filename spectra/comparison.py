@@ -138,10 +138,10 @@ def _norms(a, b, key, num_probes: int, level: float) -> tuple[Interval, Interval
     count = b.size if exact else num_probes
     probes = _probes(key, b, count, exact)
     images = a.prepare().mv_batch(probes), b.prepare().mv_batch(probes)
-    unit = max(float(_size(image)) for image in images) or 1.0
+    unit = max(float(_size(image)) for image in images)
     if not np.isfinite(unit):
         raise NonFiniteError(f"a product is NaN or infinite. {a.explain_non_finite()}")
-    sums = np.asarray(_inner(probes, *images, unit), np.float64)
+    sums = np.asarray(_inner(probes, *images), np.float64)
     wrong = _ratio(sums[0], sums[1], exact, level, positive=True)
     root = Interval(*(math.sqrt(x) for x in wrong))
     return root, _ratio(sums[2], sums[3], exact, level, positive=False), 2 * count
@@ -162,8 +162,9 @@ def _size(stack: PyTree) -> jax.Array:
 
 
 @jax.jit
-def _inner(probes: PyTree, first: PyTree, second: PyTree, unit) -> jax.Array:
+def _inner(probes: PyTree, first: PyTree, second: PyTree) -> jax.Array:
     """|(A - B)z|², |Bz|², zᵀAz and zᵀBz of each probe, in units that do not overflow."""
+    unit = _tree.power_of_two(jnp.maximum(_tree.largest(first), _tree.largest(second)))
     first, second = (_tree.scale(1 / unit, x) for x in (first, second))
     difference = jax.tree.map(jnp.subtract, first, second)
     dot = jax.vmap(_tree.vdot)

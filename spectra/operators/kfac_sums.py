@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra import _tree
 from spectra._errors import StructureError
 from spectra.data import batch_size, owned_leaves, replace_owned, shared_leaves
 from spectra.operators.accumulate import mean_over_microbatches

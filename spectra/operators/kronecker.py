@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from spectra import _tree
@@ -235,15 +236,22 @@ class FactoredOperator(LinearOperator):
             raise SpectraError(
                 "an eigenvalue-corrected operator is no Kronecker product: use method='exact'."
             )
-        if not _tree.is_traced((self.parts, damping)):
-            least = float(damping) + float(jnp.min(self.eigenvalues())) if not damping > 0 else float(damping)
-            if not (damping >= 0 and least > 0):
-                raise SpectraError(
-                    f"damping={damping}: the operator has eigenvalue {least - float(damping):.3g}, so that it "
-                    "has no positive definite inverse; pass a positive damping."
-                )
+        if not _tree.is_traced((self.parts, damping)) and not damping > 0:
+            self._require_definite(float(damping))
         parts = _inverses(self.parts, jnp.asarray(damping), method)
         return FactoredOperator(params=self.params, parts=parts, stacks=self.stacks)
+
+    def _require_definite(self, damping: float) -> None:
+        """Raise unless every block is positive definite by more than its rounding, d eps of its largest."""
+        for part in self.parts:
+            values = np.asarray(_all_eigenvalues((part,)))
+            rounding = max(part.eigenvalues().shape) * float(jnp.finfo(self.dtype).eps)
+            if damping < 0 or (values.size and not values[0] > rounding * values[-1]):
+                raise SpectraError(
+                    f"damping={damping}: the block of '{part.place.name}' has eigenvalues from "
+                    f"{values[0]:.3g} to {values[-1]:.3g} and no positive definite inverse; pass a positive "
+                    "damping."
+                )
 
     def _stacks(self) -> dict[int, str]:
         return dict(self.stacks)

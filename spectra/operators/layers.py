@@ -10,7 +10,6 @@ import dataclasses
 import math
 from typing import Any
 
-
 import numpy as np
 
 from spectra.operators.layouts import Layout, Step, View, apply_steps, step_of
