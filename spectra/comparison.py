@@ -39,10 +39,10 @@ def compare_operators(
 ) -> OperatorComparison:
     """Measure how wrong an operator A is in the place of B: KFAC for the Gauss-Newton matrix, say.
 
-    Relative Frobenius error |A - B|_F / |B|_F from E|(A - B)z|² = |A - B|²_F over probes z of random signs, of
-    the whole and of the diagonal block of each layer; tr A / tr B; the overlap |U_Aᵀ U_B|²_F / k of the k leading
-    eigenvectors; and W₁ = ∫|F_A - F_B|, the distance between the distributions of eigenvalues, over the mean
-    modulus of those of B. Up to order 64 all of them are exact.
+    Relative Frobenius error |A - B|_F / |B|_F from E|(A - B)z|² = |A - B|²_F over probes z of random signs,
+    of the whole and of the diagonal block of each layer; tr A / tr B; the overlap |U_Aᵀ U_B|²_F / k of the k
+    leading eigenvectors; and W₁ = ∫|F_A - F_B|, the distance between the distributions of eigenvalues, over
+    the mean modulus of those of B. Up to order 64 all of them are exact.
 
     Args:
         a: the approximation.
@@ -56,8 +56,8 @@ def compare_operators(
         level: probability with which each interval holds its number.
 
     Returns:
-        `OperatorComparison`. The intervals of Frobenius norms and traces are Student's over the probes, by the
-        linearised ratio; that of the overlap is the bound of Davis and Kahan for both eigenspaces from
+        `OperatorComparison`. The intervals of Frobenius norms and traces are Student's over the probes, by
+        the linearised ratio; that of the overlap is the bound of Davis and Kahan for both eigenspaces from
         residuals and gaps, and reaches from 0 to 1 where a gap is not resolved; that of W₁ is the integral
         over the distance between the bands of the two CDFs, and reaches far where probes or steps are few.
         The eigenvalues of a Kronecker-factored operator are known, and have no band.

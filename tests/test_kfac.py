@@ -48,7 +48,7 @@ def blocks_of(op, matrix, params):
 
 
 def words_fn(params, ids):
-    """An embedding, a norm's scale, two projections of several axes, scanned layers, a sine, a weight norm."""
+    """An embedding, a norm's scale, projections of several axes, scanned layers, a weight norm."""
     h = params["table"][ids]
     h = h / jnp.sqrt(1 + jnp.mean(h**2, -1, keepdims=True)) * params["scale"] + params["shift"]
     heads = jnp.einsum("ntd,hde->nhte", h, params["split"]) + params["offset"][:, None]
@@ -111,7 +111,7 @@ def test_layers_of_all_kinds_are_found_and_one_example_of_one_token_is_exact(x64
 
 @pytest.mark.slow
 def test_ekfac_is_the_projection_of_the_matrix_on_its_eigenvectors(x64):
-    """The nearest operator with given eigenvectors q_i has <E, F> = |E|² and the same trace, in each block."""
+    """The nearest operator with given eigenvectors has <E, F> = |E|² and the trace of F, in each block."""
     params, data = words_params(), words(TOKENS)
     op = spectra.EKFACOperator(words_fn, half_square, params, data)
     exact, own = gauss_newton(words_fn, params, data[0]), np.asarray(op.as_matrix())
@@ -241,7 +241,7 @@ def test_the_kinds_are_those_of_the_fisher_matrix_with_the_same_samples(kind, lo
 
 @pytest.mark.slow
 def test_many_samples_tend_to_the_exact_root(x64):
-    """The last layer's B is a mean of `samples` N matrices of norm at most 2 / N: Hoeffding with 6 deviations."""
+    """The last layer's B is a mean of `samples` N matrices of norm at most 2: Hoeffding, 6 deviations."""
     samples = 4000
     exact, sampled = small(), small("mc", key=jax.random.key(1), num_samples=samples)
     for mine, other in zip(sampled.factors["A"], exact.factors["A"], strict=True):

@@ -16,7 +16,6 @@ from spectra.data import as_batch, batch_size, rows
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.base import operator
 from spectra.operators.checks import DataOptions
-from spectra.operators.data_operator import DataOperator
 from spectra.operators.fisher import CHECKED_EXAMPLES, FisherOperator
 from spectra.operators.ggn import ModelFn, OutputLossFn, split
 from spectra.operators.kfac_plan import Group, Plan, plan_of
@@ -49,7 +48,11 @@ class _Build:
         self.plan: Plan = plan_of(fisher.like, found, setup)
 
     def _pieces(self) -> Iterator[tuple[float, tuple[FisherOperator, jax.Array | None]]]:
-        pieces = [(1.0, self.fisher)] if self.fisher.stream is None else DataOperator._pieces(self.fisher)
+        pieces = (
+            [(1.0, self.fisher)]
+            if self.fisher.stream is None
+            else super(FisherOperator, self.fisher)._pieces()
+        )
         for index, (weight, piece) in enumerate(pieces):
             key = self.key
             if key is not None and self.fisher.stream is not None:
@@ -66,7 +69,7 @@ class _Build:
             return fn(piece)
         return weighted_sum(fn, self._pieces())
 
-    def factors(self) -> tuple[Block, ...]:
+    def factors(self) -> tuple[Kronecker, ...]:
         """A Kronecker product for each layer, and the exact or diagonal blocks of the others."""
         inputs, outputs, moments = self._sum(lambda piece: factor_sums(*piece, setup=self.setup))
         groups = zip(self.plan.groups, inputs, outputs, strict=True)
@@ -77,17 +80,17 @@ class _Build:
         ]
         return (*layers, *rest)
 
-    def corrected(self, factors: tuple[Block, ...]) -> tuple[Block, ...]:
+    def corrected(self, factors: tuple[Kronecker, ...]) -> tuple[Block, ...]:
         """The blocks in the eigenbases of their factors, with the second moments as eigenvalues."""
-        blocks = [part if part.place.kind == "diagonal" else _eigh(part) for part in factors]
-        layers = blocks[: len(self.plan.groups)]
+        count = len(self.plan.groups)
+        layers = [_eigh(part) for part in factors[:count]]
         bases = [(part.input_basis, part.output_basis) for part in layers]
         values = self._sum(lambda piece: second_moments(*piece, bases=bases, setup=self.setup))
         moved = [
             Corrected(part.input_basis, part.output_basis, own, part.place)
             for part, own in zip(layers, values, strict=True)
         ]
-        return (*moved, *blocks[len(layers) :])
+        return (*moved, *factors[count:])
 
 
 @partial(jax.jit, static_argnames=("examples", "samples"))
@@ -127,10 +130,11 @@ def _with_partial_traces(pairs: list, place: Any, limit: int) -> Kronecker:
 
     first, second = (alike([pair[i] for pair in pairs]) for i in (0, 1))
     traces = [(trace(r), trace(c)) for r, c in zip(first, second, strict=True)]
-    total = sum(r * c for r, c in traces)
+    total = sum((r * c for r, c in traces), jnp.zeros(()))
 
-    def weighted(sides, weights):
-        return sum(w.reshape(-1, *[1] * (s.ndim - 1)) * s for s, w in zip(sides, weights, strict=True))
+    def weighted(sides: list, weights: list) -> jax.Array:
+        pairs = zip(sides, weights, strict=True)
+        return sum((w.reshape(-1, *[1] * (s.ndim - 1)) * s for s, w in pairs), jnp.zeros(()))
 
     scale = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
     rows = weighted(first, [c * scale for _, c in traces])
@@ -139,6 +143,10 @@ def _with_partial_traces(pairs: list, place: Any, limit: int) -> Kronecker:
 
 class _FromData(FactoredOperator):
     """What the operators that are made from a model and data have in common."""
+
+    kind: str
+    sequence: str
+    treatment: tuple[tuple[str, str], ...]
 
     def _make(
         self,
@@ -198,20 +206,21 @@ class _FromData(FactoredOperator):
 
 @operator(leaves=("params", "parts"))
 class KFACOperator(_FromData):
-    """KFAC: each layer's block of the Gauss-Newton or Fisher matrix as a Kronecker product, of any JAX function.
+    """KFAC: each layer's block of the Gauss-Newton or Fisher matrix as one Kronecker product.
 
     A layer y = W a + b, seen N times with inputs a_n (a one appended for the bias) and vectors g_nk whose
     outer products sum to the loss's curvature in y, has the block Σ_nk (a_n a_nᵀ) ⊗ (g_nk g_nkᵀ). KFAC puts
     the product of means in the place of the mean of products: A ⊗ B with A = Σ_n w_n a_n a_nᵀ and
     B = Σ_nk g_nk g_nkᵀ. It is exact for one example, and for deep linear networks with squared error.
 
-    Nothing is registered: layers are found in the jaxpr of `model_fn`, through transposes, reshapes, casts, `jit`,
-    `remat` and `scan`. They are products with a parameter (dense layers, the projections of attention, einsums
-    with several output axes), convolutions (rows are patches; groups are layers of their own) and lookups of
-    rows (embeddings, whose A is diagonal). Layers under `lax.scan` have factors each. A parameter that is used
-    several times has its uses as further positions; one that is used transposed as well (an embedding tied to
-    the last layer) has the product with the partial traces of the sum over its uses. What is no layer, such as
-    scales and biases of norms, has its exact block, or its diagonal if it is large; `coverage` says what.
+    Nothing is registered: layers are found in the jaxpr of `model_fn`, through transposes, reshapes, casts,
+    `jit`, `remat` and `scan`. They are products with a parameter (dense layers, the projections of
+    attention, einsums with several output axes), convolutions (rows are patches; groups are layers of their
+    own) and lookups of rows (embeddings, whose A is diagonal). Layers under `lax.scan` have factors each. A
+    parameter that is used several times has its uses as further positions; one that is used transposed as
+    well (an embedding tied to the last layer) has the product with the partial traces of the sum over its
+    uses. What is no layer, such as scales and biases of norms, has its exact block, or its diagonal if it is
+    large; `coverage` says what.
 
     Args:
         model_fn: pure function (params, inputs) -> outputs, which treats examples one by one. Static.
@@ -224,8 +233,8 @@ class KFACOperator(_FromData):
             `FisherOperator` with the same key.
         num_samples: samples an example, for "mc".
         sequence: how positions of one example (tokens, pixels) are summed: "expand" takes them for examples,
-            A = Σ_n w_n mean_s a a^T and B = Σ_nks g gᵀ; "reduce" takes the mean of a and the sum of g over positions
-            first, right for networks that pool before their loss.
+            A = Σ_n w_n mean_s a a^T and B = Σ_nks g gᵀ; "reduce" takes the mean of a and the sum of g over
+            positions first, right for networks that pool before their loss.
         bias: "joint" with the weight, as a last input of one, or a block of its own ("separate").
         sample_fn: as for `FisherOperator`.
         exact_limit: size up to which what is no layer has its exact block; beyond it, its diagonal.
@@ -243,8 +252,8 @@ class KFACOperator(_FromData):
     are held, the data are not.
 
     References:
-        Martens and Grosse, arXiv:1503.05671; Grosse and Martens, arXiv:1602.01407 (convolutions); Eschenhagen et
-        al., arXiv:2311.00636 (expand and reduce).
+        Martens and Grosse, arXiv:1503.05671; Grosse and Martens, arXiv:1602.01407 (convolutions);
+        Eschenhagen et al., arXiv:2311.00636 (expand and reduce).
 
     Examples:
         >>> import jax.numpy as jnp, spectra
@@ -314,8 +323,8 @@ class EKFACOperator(_FromData):
     Raises:
         SpectraError: as `KFACOperator`.
 
-    Cost: two passes over the data, each as `KFACOperator`'s one; an eigendecomposition of each factor; for layers
-    with several positions the gradients of single examples, a few at a time.
+    Cost: two passes over the data, each as `KFACOperator`'s one; an eigendecomposition of each factor; for
+    layers with several positions the gradients of single examples, a few at a time.
 
     References:
         George et al., arXiv:1806.03884; Grosse et al., arXiv:2308.03296.
@@ -401,8 +410,8 @@ def _require_examples(fisher: FisherOperator) -> None:
     shapes = [list(x.shape) for x in whole]
     if any(x.shape[:1] != (size,) for x in whole):
         raise StructureError(
-            f"the model's outputs for {size} examples have shapes {shapes}: KFAC needs the examples along the "
-            "first axis of each, and the inputs' leading axis to be theirs (shared= names what is not)."
+            f"the model's outputs for {size} examples have shapes {shapes}: KFAC needs the examples along "
+            "the first axis of each, and the inputs' leading axis to be theirs (shared= names what is not)."
         )
     alone = _outputs_one_by_one(few)
     limit = fisher.precision**0.5
@@ -411,6 +420,6 @@ def _require_examples(fisher: FisherOperator) -> None:
         if float(jnp.max(jnp.abs(together - own))) > limit * scale:
             raise StructureError(
                 "the model's outputs for an example change with the others of its batch (batch statistics, "
-                "a loss or norm across examples?), so that no layer has gradients of single examples. Evaluate "
-                "with fixed statistics, or use GGNOperator."
+                "a loss or norm across examples?), so that no layer has gradients of single examples. "
+                "Evaluate with fixed statistics, or use GGNOperator."
             )

@@ -75,8 +75,8 @@ class Pass:
         for aval in jaxpr.out_avals:
             if aval.shape[:1] != (1,):
                 raise StructureError(
-                    f"the model's outputs on one example have shape {list(aval.shape)}: they need the axis of "
-                    "the examples as their first."
+                    f"the model's outputs on one example have shape {list(aval.shape)}: they need the "
+                    "axis of the examples as their first."
                 )
         zeros = {
             path: jnp.zeros((count, *site.loops, *site.out_shape), site.out_dtype)
@@ -96,7 +96,7 @@ class Pass:
         }
 
     def sum_over_gradients(self, fn: Any) -> PyTree:
-        """Σ_k fn(gradients of the k-th root): {path: (N, groups, positions, outputs)} and those of the rest."""
+        """Σ_k fn(gradients of the k-th root, {path: (N, groups, positions, outputs)}, and of the rest)."""
         count = self._roots.count
         chunk = min(COLUMNS, count)
         steps = -(-count // chunk)
@@ -172,7 +172,7 @@ def second_moments(op: FisherOperator, keys: jax.Array | None, bases: list, setu
         def sums(gradients, rest):
             del rest
             groups = zip(run.plan.groups, bases, strict=True)
-            return [_squares(run, gradients, group, *basis, op.dtype) for group, basis in groups]
+            return [_squares(run, gradients, group, u, v, op.dtype) for group, (u, v) in groups]
 
         return run.sum_over_gradients(sums)
 
@@ -234,12 +234,7 @@ def _input_side(run: Pass, group: Group, turned: bool, weights: jax.Array, setup
     if setup.sequence == "reduce":
         rows = jnp.mean(rows, axis=2, keepdims=True)
     scaled = rows * (weights / rows.shape[2])[:, None, None, None]
-    return _einsum("ngsi,ngsi->gi" if diagonal else "ngsi,ngsj->gij", *_pair(scaled, rows, diagonal))
-
-
-def _pair(scaled: jax.Array, rows: jax.Array, diagonal: bool) -> tuple[jax.Array, jax.Array]:
-    del diagonal
-    return scaled, rows
+    return _einsum("ngsi,ngsi->gi" if diagonal else "ngsi,ngsj->gij", scaled, rows)
 
 
 def _frequencies(indices: jax.Array, weights: jax.Array, size: int) -> jax.Array:

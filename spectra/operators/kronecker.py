@@ -63,13 +63,8 @@ class Place:
         return dataclasses.replace(self, leaf=places[self.leaf], bias=bias)
 
 
-def _block(cls):
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-    data = [field.name for field in dataclasses.fields(cls) if field.name != "place"]
-    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=["place"])
-
-
-@_block
+@partial(jax.tree_util.register_dataclass, data_fields=["input", "output"], meta_fields=["place"])
+@dataclasses.dataclass(frozen=True, eq=False)
 class Kronecker:
     """X -> A X B."""
 
@@ -104,7 +99,12 @@ class Kronecker:
         return Kronecker(_inverse(self.input, root * ratio), _inverse(self.output, root / ratio), self.place)
 
 
-@_block
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["input_basis", "output_basis", "values"],
+    meta_fields=["place"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Corrected:
     """X -> U (Λ ∘ (Uᵀ X V)) Vᵀ; a basis of None is the identity."""
 
@@ -284,9 +284,8 @@ class FactoredOperator(LinearOperator):
         for part in self.parts:
             if isinstance(part, Kronecker) and part.place.kind == "kronecker":
                 single = part.place.layout.groups == 1
-                found[part.place.name] = tuple(
-                    side[0] if single else side for side in (part.input, part.output)
-                )
+                a, b = part.input, part.output
+                found[part.place.name] = (a[0], b[0]) if single else (a, b)
         return found
 
     def factor_eigenvalues(self) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -296,7 +295,7 @@ class FactoredOperator(LinearOperator):
             return jnp.sort(side, -1) if side.ndim == group + 1 else jnp.linalg.eigvalsh(side)
 
         groups = {part.place.name: int(part.place.layout.groups > 1) for part in self.parts}
-        return {name: tuple(one(x, groups[name]) for x in pair) for name, pair in self.factors.items()}
+        return {name: (one(a, groups[name]), one(b, groups[name])) for name, (a, b) in self.factors.items()}
 
 
 @jax.jit

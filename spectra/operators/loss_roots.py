@@ -1,7 +1,7 @@
 """Square roots of the loss's curvature in output space: the vectors whose outer products are summed.
 
-With outputs f_n of each example, Σ_k r_nk r_nkᵀ is the Hessian of the mean loss in f_n ("type2"), or has it as
-its mean ("mc"), or is Σ_t w_t ∇ℓ_t ∇ℓ_tᵀ at the data's own targets ("empirical").
+With outputs f_n of each example, Σ_k r_nk r_nkᵀ is the Hessian of the mean loss in f_n ("type2"), or has it
+as its mean ("mc"), or is Σ_t w_t ∇ℓ_t ∇ℓ_tᵀ at the data's own targets ("empirical").
 """
 
 import dataclasses
