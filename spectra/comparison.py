@@ -70,7 +70,8 @@ def compare_operators(
     num_steps for each density, and `eigsh` for each.
 
     References:
-        Hong, Guo and Grosse, Better Hessians matter: influence functions by approximations, arXiv:2509.23437.
+        Better Hessians matter: studying the impact of curvature approximations in influence functions,
+        arXiv:2509.23437.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra

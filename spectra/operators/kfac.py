@@ -47,21 +47,15 @@ class _Build:
         _, found, _ = traced(piece)
         self.plan: Plan = plan_of(fisher.like, found, setup)
 
-    def _pieces(self) -> Iterator[tuple[float, tuple[FisherOperator, jax.Array | None]]]:
-        pieces = (
-            [(1.0, self.fisher)]
-            if self.fisher.stream is None
-            else super(FisherOperator, self.fisher)._pieces()
-        )
+    def _pieces(self) -> Iterator[tuple[float, tuple[Any, jax.Array | None]]]:
+        fisher = self.fisher
+        pieces = iter([(1.0, fisher)]) if fisher.stream is None else super(FisherOperator, fisher)._pieces()
         for index, (weight, piece) in enumerate(pieces):
             key = self.key
             if key is not None and self.fisher.stream is not None:
                 key = jax.random.fold_in(key, index)
-            yield weight, (piece, None if key is None else self._keys(key, piece))
-
-    def _keys(self, key: jax.Array, piece: FisherOperator) -> jax.Array:
-        """(N, samples): the first sample of an example is that of `FisherOperator` with this key."""
-        return _keys(key, batch_size(piece.data, piece.shared), self.num_samples)
+            size = batch_size(piece.data, piece.shared)
+            yield weight, (piece, None if key is None else _keys(key, size, self.num_samples))
 
     def _sum(self, fn: Callable) -> PyTree:
         if self.fisher.stream is None:
@@ -95,6 +89,7 @@ class _Build:
 
 @partial(jax.jit, static_argnames=("examples", "samples"))
 def _keys(key: jax.Array, examples: int, samples: int) -> jax.Array:
+    """(N, samples): the first sample of an example is that of `FisherOperator` with this key."""
     along = jax.vmap(jax.random.fold_in, (None, 0))
     more = along(key, jnp.uint32(_LAST) - jnp.arange(samples - 1, dtype=jnp.uint32))
     return jax.vmap(along, (0, None), 1)(jnp.concatenate([key[None], more]), jnp.arange(examples))
