@@ -137,7 +137,7 @@ def compare(network: str, loss: str, *, kind="type2", sequence="expand", correct
 def unique(network: str, sequence: str, corrected: bool) -> bool:
     """Whether EKFAC is one matrix: not where a factor has a null space that gradients reach.
 
-    Sums over positions, "reduce", of the gradients of keys are zero and of values span less than each of them.
+    The sums over positions ("reduce") of keys' gradients are zero, those of values span less than the terms.
     """
     return not (corrected and network == "attention" and sequence == "reduce")
 
