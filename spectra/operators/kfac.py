@@ -258,8 +258,8 @@ class KFACOperator(_FromData):
         ...     return 0.5 * jnp.mean(jnp.sum((outputs - targets) ** 2, -1))
         >>> params = {"w1": jnp.eye(2), "w2": jnp.ones((2, 1))}
         >>> op = spectra.KFACOperator(model_fn, loss_fn, params, (jnp.eye(2), jnp.zeros((2, 1))))
-        >>> op.factors["w2"][1]
-        Array([[1.]], dtype=float32)
+        >>> [side.shape for side in op.factors["w2"]]
+        [(2, 2), (1, 1)]
         >>> bool(jnp.allclose(op.inverse(0.1) @ (op.shift(0.1) @ jnp.ones(6)), jnp.ones(6), atol=1e-5))
         True
     """
