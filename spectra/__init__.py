@@ -23,6 +23,7 @@ from spectra._status import Status
 from spectra._summary import Summary, summary
 from spectra.bridge import TorchModel, from_torch
 from spectra.checkpoint import Checkpoint
+from spectra.comparison import compare_operators
 from spectra.density import kpm, slq, spectral_density, spectral_distances
 from spectra.estimators import (
     condition_number,
@@ -49,6 +50,7 @@ from spectra.operators.fisher import FisherOperator
 from spectra.operators.function import FunctionOperator, MatrixOperator
 from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator
+from spectra.operators.kfac import EKFACOperator, KFACOperator
 from spectra.operators.preconditioned import PreconditionedOperator
 from spectra.page import write_report
 from spectra.plotting import (
@@ -73,6 +75,7 @@ from spectra.results import (
     LayerConditions,
     LossSlice,
     Moments,
+    OperatorComparison,
     Plan,
     Quadrature,
     Sharpness,
@@ -93,6 +96,7 @@ __all__ = [
     "DataVariability",
     "Density",
     "DifferentiationError",
+    "EKFACOperator",
     "Eigenpairs",
     "Estimate",
     "FisherOperator",
@@ -101,6 +105,7 @@ __all__ = [
     "GradientCovarianceOperator",
     "HessianOperator",
     "Interval",
+    "KFACOperator",
     "LayerConditions",
     "LinearOperator",
     "LossSlice",
@@ -109,6 +114,7 @@ __all__ = [
     "Moments",
     "NonFiniteError",
     "NotSymmetricError",
+    "OperatorComparison",
     "Plan",
     "PreconditionedOperator",
     "PreemptedError",
@@ -128,6 +134,7 @@ __all__ = [
     "Tridiagonal",
     "attention",
     "bridge",
+    "compare_operators",
     "condition_number",
     "count_above",
     "critical_sharpness",

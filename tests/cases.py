@@ -9,6 +9,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import optax
 import pytest
@@ -199,6 +200,34 @@ def _preconditioned(data=None):
     return op, ridge.hessian() * np.outer(root, root)
 
 
+def _kfac():
+    """The factors of networks.Network in closed form: rows are hidden units, and inputs with a one."""
+    net = networks.Network()
+    hessians = networks.curvature("half_square", net)[0]
+    hidden = np.tanh(net.x @ net.B.T + net.c)
+    inner = net.A * (1 - hidden**2)[:, None, :]
+    inputs = np.column_stack([net.x, np.ones(len(net.x))])
+    lower = networks.sandwich(inner, hessians)
+    dense = np.zeros((18, 18))
+    dense[:9, :9] = np.kron(hessians.sum(0), hidden.T @ hidden / len(hidden))  # A is (outputs, inputs)
+    block = np.kron(lower, inputs.T @ inputs / len(inputs)).reshape(3, 3, 3, 3)
+    dense[9:15, 9:15] = block[:, :2, :, :2].reshape(6, 6)  # B
+    dense[9:15, 15:] = block[:, :2, :, 2].reshape(6, 3)  # with its bias c
+    dense[15:, 9:15] = dense[9:15, 15:].T
+    dense[15:, 15:] = block[:, 2, :, 2]
+    x, y = jnp.asarray(net.x), jnp.asarray(net.real)
+    batches = [(x[:5], y[:5]), (x[5:], y[5:])]
+    op = spectra.KFACOperator(
+        networks.model_fn, networks.half_square, net.params(), batches, microbatch=4, check_data=False
+    )
+    return op, dense
+
+
+def _damped_inverse():
+    op, dense = _kfac()
+    return op.inverse(0.5), np.linalg.inv(dense + 0.5 * np.eye(len(dense)))
+
+
 OPERATORS = {
     "matrix": _matrix,
     "function": lambda: (
@@ -224,6 +253,8 @@ OPERATORS = {
     "sum, multiple and shift": _arithmetic,
     "preconditioned": _preconditioned,
     "preconditioned stream": lambda: _preconditioned(data=(4,)),
+    "kfac stream of microbatches": _kfac,
+    "kfac inverse": _damped_inverse,
     "sum with a stream": lambda: (
         Ridge().operator() + Ridge().operator(Ridge().parts(4)),
         2 * Ridge().hessian(),

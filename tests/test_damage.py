@@ -71,6 +71,10 @@ def results():
             line.reshape(3, 2), line.reshape(3, 2), line[:3], line[:3], line[:2], line[:2], 1.0, 9
         ),
         "sharpness": spectra.Sharpness(2.0, 1.9, 2.1, True, 0.7, 12, Status.CONVERGED),
+        "comparison": spectra.OperatorComparison(
+            *[Interval(0.1, 0.2, 0.3)] * 4, line.reshape(2, 3), line.reshape(2, 3),
+            {"a/b": Interval(0.1, 0.2, 0.3)}, 9, 40, 0.95, Status.COMPLETE,
+        ),
         "summary": spectra.Summary({"a": quadrature(), "b/c": quadrature(seed=1)}),
         "interval": {"curve": Interval(line, line, line)},
     }  # fmt: skip

@@ -31,7 +31,7 @@ LAYERS = [
     {"density"},
     {"estimators"},
     {"report", "_summary", "plotting"},
-    {"variability", "bridge"},
+    {"variability", "comparison", "bridge"},
     {"io"},
     {"training", "page"},
     {"demos", "_scripts", "_place", "_output"},

@@ -49,6 +49,7 @@ def made():
         spectra.data_variability(loss, key=KEY, num_steps=5),
         spectra.critical_sharpness(loss_fn, params, x, jax.grad(loss_fn)(params, x)),
         spectra.summary(loss, key=KEY),
+        spectra.compare_operators(loss, loss.shift(0.1), key=KEY),
     ]
     return {type(result).__name__: result for result in results}
 
@@ -87,6 +88,7 @@ def test_pictures_are_drawn_where_there_is_one(made):
     without = {
         *("Estimate", "Tridiagonal", "ConditionNumber", "LayerConditions", "Plan", "DataVariability"),
         "Sharpness",
+        "OperatorComparison",
     }
     import matplotlib.pyplot as plt
 

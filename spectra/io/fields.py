@@ -24,6 +24,7 @@ from spectra.results import (
     LayerConditions,
     LossSlice,
     Moments,
+    OperatorComparison,
     Plan,
     Quadrature,
     Sharpness,
@@ -144,6 +145,12 @@ def _interval(value: Any, sizes: Sizes) -> str | None:
     return None if all(type(end) in (int, float) for end in value) else "is not made of numbers"
 
 
+def _intervals(value: Any, sizes: Sizes) -> str | None:
+    if not isinstance(value, dict):
+        return f"is a {type(value).__name__}, not a dict"
+    return next((wrong for x in value.values() if (wrong := _interval(x, sizes))), None)
+
+
 def _scalars(value: Any, sizes: Sizes) -> str | None:
     if not isinstance(value, dict):
         return f"is a {type(value).__name__}, not a dict"
@@ -259,6 +266,11 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "x": _array("x"), "y": _array("y"), "loss": _array("y x"), "quadratic": _array("y x"),
         "slope": _array("2"), "eigenvalues": _array("2"), "center": _REAL, "num_evaluations": _COUNT,
         "status": _STATUS,
+    },
+    OperatorComparison: {
+        **dict.fromkeys(("frobenius", "trace", "overlap", "wasserstein"), _interval),
+        "eigenvalues": _array("2 k"), "residuals": _array("2 k", low=0), "layers": _intervals,
+        "size": _SIZE, "num_matvecs": _COUNT, "level": _SHARE, "status": _STATUS,
     },
     Sharpness: {
         **dict.fromkeys(("value", "lower", "upper", "loss"), _REAL), "descends": _FLAG,

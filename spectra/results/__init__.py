@@ -20,6 +20,7 @@ from spectra.results._base import (
 )
 from spectra.results._held import as_quadrature, as_spectrum, by_name
 from spectra.results._plain import plain
+from spectra.results.comparison import OperatorComparison
 from spectra.results.conditions import ConditionNumber, LayerConditions
 from spectra.results.density import Density
 from spectra.results.estimates import Estimate
@@ -40,6 +41,7 @@ __all__ = [
     "LayerConditions",
     "LossSlice",
     "Moments",
+    "OperatorComparison",
     "Plan",
     "Quadrature",
     "Result",

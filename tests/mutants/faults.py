@@ -771,4 +771,42 @@ BRIDGE = [
     ),
 ]
 
-FAULTS = [*KRYLOV, *DENSITY, *ESTIMATORS, *OPERATORS, *BRIDGE]
+KFAC = [
+    fault(
+        "a sum over positions in the place of their mean",
+        "operators/kfac_sums.py",
+        "scaled = rows * (weights / rows.shape[2])[:, None, None, None]",
+        "scaled = rows * weights[:, None, None, None]",
+        "test_kfac.py::test_factors_of_a_convolution_are_those_of_patches",
+    ),
+    fault(
+        "the bias has an input of zero",
+        "operators/kfac_sums.py",
+        "jnp.ones((*rows.shape[:-1], 1), rows.dtype)",
+        "jnp.zeros((*rows.shape[:-1], 1), rows.dtype)",
+        "test_operators.py",
+    ),
+    fault(
+        "the columns of a patch are in the reverse order",
+        "operators/replay.py",
+        "folded = patches.reshape(patches.shape[0], groups, inputs, -1)",
+        "folded = patches.reshape(patches.shape[0], groups, inputs, -1)[:, :, ::-1]",
+        "test_kfac.py::test_factors_of_a_convolution_are_those_of_patches",
+    ),
+    fault(
+        "both factors are damped alike",
+        "operators/kronecker.py",
+        "_inverse(self.output, root / ratio)",
+        "_inverse(self.output, root)",
+        "test_kfac.py::test_inverses_eigenvalues_and_determinants_are_those_of_the_dense_matrix",
+    ),
+    fault(
+        "the error is relative to the approximation",
+        "comparison.py",
+        "pairs = ((difference, difference), (second, second),",
+        "pairs = ((difference, difference), (first, first),",
+        "test_comparison.py::test_small_operators_are_compared_exactly",
+    ),
+]
+
+FAULTS = [*KRYLOV, *DENSITY, *ESTIMATORS, *OPERATORS, *KFAC, *BRIDGE]

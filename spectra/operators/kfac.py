@@ -1,0 +1,420 @@
+"""Kronecker-factored approximations of the Gauss-Newton and Fisher matrices of any JAX function."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal, Unpack
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+
+from spectra import _tree
+from spectra._errors import SpectraError, StructureError
+from spectra._mesh import automatic
+from spectra.data import as_batch, batch_size, rows
+from spectra.operators.accumulate import weighted_sum
+from spectra.operators.base import operator
+from spectra.operators.checks import DataOptions
+from spectra.operators.fisher import CHECKED_EXAMPLES, FisherOperator
+from spectra.operators.ggn import ModelFn, OutputLossFn, split
+from spectra.operators.kfac_plan import Group, Plan, plan_of
+from spectra.operators.kfac_sums import Setup, factor_sums, second_moments, traced
+from spectra.operators.kronecker import Block, Corrected, FactoredOperator, Kronecker
+from spectra.operators.loss_roots import form_of
+
+PyTree = Any
+SEQUENCES = ("expand", "reduce")
+BIASES = ("joint", "separate")
+EXACT_LIMIT = 256
+FACTOR_LIMIT = 8192
+_LAST = 2**32 - 1
+"""Examples fold their number into the key from below, further samples from above."""
+
+
+class _Build:
+    """The factors of a model, from its Fisher operator: what both operators start with."""
+
+    def __init__(
+        self, fisher: FisherOperator, data: Any, key: jax.Array | None, num_samples: int, setup: Setup
+    ):
+        self.key, self.num_samples = key, num_samples
+        if fisher.kind == "mc":  # of the data as they are: the samples are drawn anew, several an example
+            stream = fisher.stream is not None
+            fisher = fisher._with(key=None) if stream else fisher._with(data=as_batch(data), key=None)
+        self.fisher, self.setup = fisher, setup
+        piece = fisher.first_piece()
+        _, found, _ = traced(piece)
+        self.plan: Plan = plan_of(fisher.like, found, setup)
+
+    def _pieces(self) -> Iterator[tuple[float, tuple[Any, jax.Array | None]]]:
+        fisher = self.fisher
+        pieces = iter([(1.0, fisher)]) if fisher.stream is None else super(FisherOperator, fisher)._pieces()
+        for index, (weight, piece) in enumerate(pieces):
+            key = self.key
+            if key is not None and self.fisher.stream is not None:
+                key = jax.random.fold_in(key, index)
+            size = batch_size(piece.data, piece.shared)
+            yield weight, (piece, None if key is None else _keys(key, size, self.num_samples))
+
+    def _sum(self, fn: Callable) -> PyTree:
+        if self.fisher.stream is None:
+            ((_, piece),) = self._pieces()
+            return fn(piece)
+        return weighted_sum(fn, self._pieces())
+
+    def factors(self) -> tuple[Kronecker, ...]:
+        """A Kronecker product for each layer, and the exact or diagonal blocks of the others."""
+        inputs, outputs, moments = self._sum(lambda piece: factor_sums(*piece, setup=self.setup))
+        groups = zip(self.plan.groups, inputs, outputs, strict=True)
+        layers = [_merged(group, a, b) for group, a, b in groups]
+        rest = [
+            Kronecker(moment, jnp.ones((moment.shape[0], 1), moment.dtype), place)
+            for place, moment in zip(self.plan.rest, moments, strict=True)
+        ]
+        return (*layers, *rest)
+
+    def corrected(self, factors: tuple[Kronecker, ...]) -> tuple[Block, ...]:
+        """The blocks in the eigenbases of their factors, with the second moments as eigenvalues."""
+        count = len(self.plan.groups)
+        layers = [_eigh(part) for part in factors[:count]]
+        bases = [(part.input_basis, part.output_basis) for part in layers]
+        values = self._sum(lambda piece: second_moments(*piece, bases=bases, setup=self.setup))
+        moved = [
+            Corrected(part.input_basis, part.output_basis, own, part.place)
+            for part, own in zip(layers, values, strict=True)
+        ]
+        return (*moved, *factors[count:])
+
+
+@partial(jax.jit, static_argnames=("examples", "samples"))
+def _keys(key: jax.Array, examples: int, samples: int) -> jax.Array:
+    """(N, samples): the first sample of an example is that of `FisherOperator` with this key."""
+    along = jax.vmap(jax.random.fold_in, (None, 0))
+    more = along(key, jnp.uint32(_LAST) - jnp.arange(samples - 1, dtype=jnp.uint32))
+    return jax.vmap(along, (0, None), 1)(jnp.concatenate([key[None], more]), jnp.arange(examples))
+
+
+@jax.jit
+def _eigh(part: Kronecker) -> Corrected:
+    return part.eigh()
+
+
+def _merged(group: Group, inputs: list[jax.Array], outputs: list[jax.Array]) -> Kronecker:
+    """One product; of a parameter that is read both ways, that with the partial traces of the sum."""
+    if group.turns == (False,):
+        return Kronecker(inputs[0], outputs[0], group.place)
+    pairs = [(b, a) if turned else (a, b) for turned, a, b in zip(group.turns, inputs, outputs, strict=True)]
+    if len(pairs) == 1:
+        return Kronecker(*pairs[0], group.place)
+    return _with_partial_traces(pairs, group.place, group.factor_limit)
+
+
+def _with_partial_traces(pairs: list, place: Any, limit: int) -> Kronecker:
+    """R ⊗ C / τ with R = Σ R_u tr C_u, C = Σ C_u tr R_u, τ = Σ tr R_u tr C_u."""
+
+    def alike(sides: list[jax.Array]) -> list[jax.Array]:
+        if len({side.ndim for side in sides}) == 1:
+            return sides
+        if sides[0].shape[1] > limit:
+            return [side if side.ndim == 2 else jnp.diagonal(side, axis1=1, axis2=2) for side in sides]
+        return [side if side.ndim == 3 else jax.vmap(jnp.diag)(side) for side in sides]
+
+    def trace(side: jax.Array) -> jax.Array:
+        return jnp.sum(side, -1) if side.ndim == 2 else jnp.trace(side, axis1=1, axis2=2)
+
+    first, second = (alike([pair[i] for pair in pairs]) for i in (0, 1))
+    traces = [(trace(r), trace(c)) for r, c in zip(first, second, strict=True)]
+    total = sum((r * c for r, c in traces), jnp.zeros(()))
+
+    def weighted(sides: list, weights: list) -> jax.Array:
+        pairs = zip(sides, weights, strict=True)
+        return sum((w.reshape(-1, *[1] * (s.ndim - 1)) * s for s, w in pairs), jnp.zeros(()))
+
+    scale = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+    rows = weighted(first, [c * scale for _, c in traces])
+    return Kronecker(rows, weighted(second, [r for r, _ in traces]), place)
+
+
+class _FromData(FactoredOperator):
+    """What the operators that are made from a model and data have in common."""
+
+    kind: str
+    sequence: str
+    treatment: tuple[tuple[str, str], ...]
+
+    def _make(
+        self,
+        model_fn: ModelFn,
+        loss_fn: OutputLossFn,
+        params: PyTree,
+        data: Any,
+        kind: Any,
+        key: jax.Array | None,
+        num_samples: int,
+        sequence: str,
+        bias: str,
+        exact_limit: int,
+        factor_limit: int,
+        options: Any,
+    ) -> tuple[_Build, dict[str, Any]]:
+        if sequence not in SEQUENCES:
+            raise SpectraError(f"sequence={sequence!r}: use one of {SEQUENCES}.")
+        if bias not in BIASES:
+            raise SpectraError(f"bias={bias!r}: use one of {BIASES}.")
+        if num_samples < 1 or (num_samples > 1 and kind != "mc"):
+            raise SpectraError(
+                f"num_samples={num_samples}: kind='mc' draws one or more targets an example; the other kinds "
+                "draw none."
+            )
+        fisher = FisherOperator(model_fn, loss_fn, params, data, kind=kind, key=key, **options)
+        _require_examples(fisher)
+        form = "dense" if kind != "type2" else _form(fisher.first_piece())
+        setup = Setup(sequence, bias, form, exact_limit, factor_limit)
+        build = _Build(fisher, data, key, num_samples, setup)
+        fields = {
+            "params": fisher.like,
+            "stacks": tuple(fisher._stacks().items()),
+            "kind": kind,
+            "sequence": sequence,
+            "treatment": build.plan.coverage,
+        }
+        return build, fields
+
+    def _fill(self, fields: dict[str, Any]) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def coverage(self) -> dict[str, str]:
+        """{path of each leaf: how it is treated}: as which layer, with which sizes, or why it is none."""
+        return dict(self.treatment)
+
+    def __repr__(self) -> str:
+        kinds = [text.split(",")[0] for _, text in self.treatment]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        return (
+            f"{type(self).__name__}(size={self.size:,}, dtype={self.dtype}, kind={self.kind!r}, "
+            f"sequence={self.sequence!r}; leaves: {counts})"
+        )
+
+
+@operator(leaves=("params", "parts"))
+class KFACOperator(_FromData):
+    """KFAC: each layer's block of the Gauss-Newton or Fisher matrix as one Kronecker product.
+
+    A layer y = W a + b, seen N times with inputs a_n (a one appended for the bias) and vectors g_nk whose
+    outer products sum to the loss's curvature in y, has the block Σ_nk (a_n a_nᵀ) ⊗ (g_nk g_nkᵀ). KFAC puts
+    the product of means in the place of the mean of products: A ⊗ B with A = Σ_n w_n a_n a_nᵀ and
+    B = Σ_nk g_nk g_nkᵀ. It is exact for one example, and for deep linear networks with squared error.
+
+    Nothing is registered: layers are found in the jaxpr of `model_fn`, through transposes, reshapes, casts,
+    `jit`, `remat` and `scan`. They are products with a parameter (dense layers, the projections of
+    attention, einsums with several output axes), convolutions (rows are patches; groups are layers of their
+    own) and lookups of rows (embeddings, whose A is diagonal). Layers under `lax.scan` have factors each. A
+    parameter that is used several times has its uses as further positions; one that is used transposed as
+    well (an embedding tied to the last layer) has the product with the partial traces of the sum over its
+    uses. What is no layer, such as scales and biases of norms, has its exact block, or its diagonal if it is
+    large; `coverage` says what.
+
+    Args:
+        model_fn: pure function (params, inputs) -> outputs, which treats examples one by one. Static.
+        loss_fn: pure function (outputs, targets) -> scalar, the mean over the batch. Static.
+        params: pytree of parameters.
+        data: one batch, a pair (inputs, targets), or a re-iterable of such pairs.
+        kind: what is approximated, as for `FisherOperator`: "type2", by an exact square root of the loss's
+            Hessian in the outputs; "mc", by targets drawn from the model; "empirical", by the data's own.
+        key: JAX random key of the samples, for "mc". The first sample of each example is that of
+            `FisherOperator` with the same key.
+        num_samples: samples an example, for "mc".
+        sequence: how positions of one example (tokens, pixels) are summed: "expand" takes them for examples,
+            A = Σ_n w_n mean_s a a^T and B = Σ_nks g gᵀ; "reduce" takes the mean of a and the sum of g over
+            positions first, right for networks that pool before their loss.
+        bias: "joint" with the weight, as a last input of one, or a block of its own ("separate").
+        sample_fn: as for `FisherOperator`.
+        exact_limit: size up to which what is no layer has its exact block; beyond it, its diagonal.
+        factor_limit: size beyond which a side is kept as its diagonal: the vocabulary of a last layer.
+        **options: see `DataOperator`. `weight_fn` of one example gives w_n, by default equal.
+
+    Raises:
+        StructureError: the model's outputs for an example depend on the others (batch statistics), or have no
+            axis of examples; as `FisherOperator` otherwise.
+        MemoryLimitError: "type2" with many outputs and a loss that is neither a softmax nor diagonal.
+
+    Cost: the model once and, for "type2", as many backward passes as an example has outputs (tokens times
+    classes); for "mc" `num_samples`; for "empirical" as many as an example has terms. No gradient of a
+    single example is formed but of what is no layer. A product multiplies by each factor once. The factors
+    are held, the data are not.
+
+    References:
+        Martens and Grosse, arXiv:1503.05671; Grosse and Martens, arXiv:1602.01407 (convolutions);
+        Eschenhagen et al., arXiv:2311.00636 (expand and reduce).
+
+    Examples:
+        >>> import jax.numpy as jnp, spectra
+        >>> def model_fn(params, x):
+        ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
+        >>> def loss_fn(outputs, targets):
+        ...     return 0.5 * jnp.mean(jnp.sum((outputs - targets) ** 2, -1))
+        >>> params = {"w1": jnp.eye(2), "w2": jnp.ones((2, 1))}
+        >>> op = spectra.KFACOperator(model_fn, loss_fn, params, (jnp.eye(2), jnp.zeros((2, 1))))
+        >>> [side.shape for side in op.factors["w2"]]
+        [(2, 2), (1, 1)]
+        >>> bool(jnp.allclose(op.inverse(0.1) @ (op.shift(0.1) @ jnp.ones(6)), jnp.ones(6), atol=1e-5))
+        True
+    """
+
+    kind: str
+    sequence: str
+    treatment: tuple[tuple[str, str], ...]
+
+    @automatic
+    def __init__(
+        self,
+        model_fn: ModelFn,
+        loss_fn: OutputLossFn,
+        params: PyTree,
+        data: Any,
+        *,
+        kind: Literal["type2", "mc", "empirical"] = "type2",
+        key: jax.Array | None = None,
+        num_samples: int = 1,
+        sequence: Literal["expand", "reduce"] = "expand",
+        bias: Literal["joint", "separate"] = "joint",
+        sample_fn: Callable[[jax.Array, PyTree, PyTree], PyTree] | None = None,
+        exact_limit: int = EXACT_LIMIT,
+        factor_limit: int = FACTOR_LIMIT,
+        **options: Unpack[DataOptions],
+    ):
+        settings = (sequence, bias, exact_limit, factor_limit, {**options, "sample_fn": sample_fn})
+        build, fields = self._make(model_fn, loss_fn, params, data, kind, key, num_samples, *settings)
+        self._fill(fields | {"parts": build.factors()})
+
+
+@operator(leaves=("params", "parts"))
+class EKFACOperator(_FromData):
+    """EKFAC: KFAC with its eigenvalues corrected, the best ones for the eigenvectors of its factors.
+
+    With A = U diag(a) Uᵀ and B = V diag(b) Vᵀ of `KFACOperator`, each layer's block is
+    (U ⊗ V) diag(Λ) (U ⊗ V)ᵀ with Λ = Σ_nk (Uᵀ G_nk V)², where G_nk = Σ_s a_ns g_nksᵀ is the gradient of
+    example n and root k over all positions and uses. Among all operators with these eigenvectors it is the
+    nearest to the block in the Frobenius norm, and its trace is the block's own.
+
+    Args:
+        model_fn: as for `KFACOperator`.
+        loss_fn: as for `KFACOperator`.
+        params: pytree of parameters.
+        data: one batch, a pair (inputs, targets), or a re-iterable of such pairs.
+        kind: "type2", "mc" or "empirical".
+        key: JAX random key of the samples, for "mc".
+        num_samples: samples an example, for "mc".
+        sequence: "expand" or "reduce", for the factors; Λ sums over positions exactly.
+        bias: "joint" or "separate".
+        sample_fn: as for `FisherOperator`.
+        exact_limit: as for `KFACOperator`.
+        factor_limit: as for `KFACOperator`.
+        **options: see `DataOperator`.
+
+    Raises:
+        SpectraError: as `KFACOperator`.
+
+    Cost: two passes over the data, each as `KFACOperator`'s one; an eigendecomposition of each factor; for
+    layers with several positions the gradients of single examples, a few at a time.
+
+    References:
+        George et al., arXiv:1806.03884; Grosse et al., arXiv:2308.03296.
+
+    Examples:
+        >>> import jax.numpy as jnp, spectra
+        >>> def model_fn(params, x):
+        ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
+        >>> def loss_fn(outputs, targets):
+        ...     return 0.5 * jnp.mean(jnp.sum((outputs - targets) ** 2, -1))
+        >>> params = {"w1": jnp.eye(2), "w2": jnp.ones((2, 1))}
+        >>> data = jnp.array([[1.0, 0.5], [0.0, 2.0]]), jnp.zeros((2, 1))
+        >>> op = spectra.EKFACOperator(model_fn, loss_fn, params, data)
+        >>> exact = spectra.GGNOperator(model_fn, loss_fn, params, data)
+        >>> bool(jnp.allclose(op.trace(), jnp.trace(exact.as_matrix())))
+        True
+    """
+
+    kind: str
+    sequence: str
+    treatment: tuple[tuple[str, str], ...]
+
+    @automatic
+    def __init__(
+        self,
+        model_fn: ModelFn,
+        loss_fn: OutputLossFn,
+        params: PyTree,
+        data: Any,
+        *,
+        kind: Literal["type2", "mc", "empirical"] = "type2",
+        key: jax.Array | None = None,
+        num_samples: int = 1,
+        sequence: Literal["expand", "reduce"] = "expand",
+        bias: Literal["joint", "separate"] = "joint",
+        sample_fn: Callable[[jax.Array, PyTree, PyTree], PyTree] | None = None,
+        exact_limit: int = EXACT_LIMIT,
+        factor_limit: int = FACTOR_LIMIT,
+        **options: Unpack[DataOptions],
+    ):
+        settings = (sequence, bias, exact_limit, factor_limit, {**options, "sample_fn": sample_fn})
+        build, fields = self._make(model_fn, loss_fn, params, data, kind, key, num_samples, *settings)
+        self._fill(fields | {"parts": build.corrected(build.factors())})
+
+
+def _few(fisher: FisherOperator) -> FisherOperator | None:
+    """The operator of a few examples, where its numbers can be looked at."""
+    arrays = jax.tree.leaves((fisher.params, fisher.data))
+    if _tree.is_traced(arrays) or not all(isinstance(x, (jax.Array, np.ndarray)) for x in arrays):
+        return None
+    return fisher._with(data=rows(fisher.data, 0, CHECKED_EXAMPLES, fisher.shared), microbatch=None)
+
+
+@jax.jit
+def _outputs(fisher: FisherOperator) -> PyTree:
+    with jax.default_matmul_precision(fisher.matmul_precision):
+        return fisher.model_fn(fisher._merge(fisher._variables()), split(fisher.data)[0])
+
+
+@jax.jit
+def _outputs_one_by_one(fisher: FisherOperator) -> list[jax.Array]:
+    jaxpr, _, owned = traced(fisher)
+    leaves = jax.tree.leaves(fisher._variables())
+    run = jax.extend.core.jaxpr_as_fun(jaxpr)
+    return jax.vmap(lambda example: [x[0] for x in run(*leaves, *example)])(owned)
+
+
+def _form(fisher: FisherOperator) -> str:
+    """The root of the loss's Hessian; the general one where there are no numbers to look at."""
+    few = _few(fisher)
+    if few is None:
+        return "dense"
+    return form_of(few, _outputs(few), few.data, fisher.precision**0.5)
+
+
+def _require_examples(fisher: FisherOperator) -> None:
+    """Raise unless the model's outputs are those of each example by itself."""
+    few = _few(fisher.first_piece())
+    if few is None:
+        return
+    whole = jax.tree.leaves(_outputs(few))
+    size = batch_size(few.data, few.shared)
+    shapes = [list(x.shape) for x in whole]
+    if any(x.shape[:1] != (size,) for x in whole):
+        raise StructureError(
+            f"the model's outputs for {size} examples have shapes {shapes}: KFAC needs the examples along "
+            "the first axis of each, and the inputs' leading axis to be theirs (shared= names what is not)."
+        )
+    alone = _outputs_one_by_one(few)
+    limit = fisher.precision**0.5
+    for together, own in zip(whole, alone, strict=True):
+        scale = float(jnp.max(jnp.abs(together)))
+        if float(jnp.max(jnp.abs(together - own))) > limit * scale:
+            raise StructureError(
+                "the model's outputs for an example change with the others of its batch (batch statistics, "
+                "a loss or norm across examples?), so that no layer has gradients of single examples. "
+                "Evaluate with fixed statistics, or use GGNOperator."
+            )

@@ -1,0 +1,313 @@
+"""Block diagonal operators whose blocks are Kronecker products, and what has a closed form for them.
+
+The vector of a block is a stack of matrices X, one for each group, of shape (inputs, outputs): a layer's
+weight in the layout of `Layout`, with the bias as its last row. A block is X -> A X B, or
+X -> U (Λ ∘ (Uᵀ X V)) Vᵀ. A side is a stack of symmetric matrices (groups, d, d), or of their
+diagonals (groups, d).
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spectra import _tree
+from spectra._errors import SpectraError
+from spectra.operators.base import LinearOperator, operator
+from spectra.operators.layouts import Layout
+
+PyTree = Any
+DAMPINGS = ("exact", "heuristic")
+_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a block lies: its leaves, in the order of the vector's, and how they are made a matrix."""
+
+    name: str
+    leaf: int
+    bias: int | None  # the leaf that is the last row
+    layout: Layout
+    kind: str  # "kronecker", "exact" or "diagonal"
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """All leaves of the block."""
+        return (self.leaf,) if self.bias is None else (self.leaf, self.bias)
+
+    def gather(self, leaves: list[jax.Array]) -> jax.Array:
+        """X of a vector's leaves."""
+        matrix = self.layout.matrix(leaves[self.leaf])
+        if self.bias is None:
+            return matrix
+        row = leaves[self.bias].reshape(self.layout.groups, 1, self.layout.outputs)
+        return jnp.concatenate([matrix, row.astype(matrix.dtype)], axis=1)
+
+    def scatter(self, matrix: jax.Array, shapes: list[tuple[int, ...]]) -> dict[int, jax.Array]:
+        """The leaves of X, the inverse of `gather`."""
+        if self.bias is None:
+            return {self.leaf: self.layout.leaf(matrix)}
+        return {
+            self.leaf: self.layout.leaf(matrix[:, :-1]),
+            self.bias: matrix[:, -1].reshape(shapes[self.bias]),
+        }
+
+    def moved(self, places: dict[int, int]) -> "Place":
+        """The place among fewer leaves."""
+        bias = None if self.bias is None else places[self.bias]
+        return dataclasses.replace(self, leaf=places[self.leaf], bias=bias)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["input", "output"], meta_fields=["place"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kronecker:
+    """X -> A X B."""
+
+    input: jax.Array
+    output: jax.Array
+    place: Place
+
+    def apply(self, x: jax.Array) -> jax.Array:
+        """A X B."""
+        return _right(_left(self.input, x), self.output)
+
+    def trace(self) -> jax.Array:
+        """Σ tr A tr B over the groups."""
+        return jnp.sum(_traces(self.input) * _traces(self.output))
+
+    def eigenvalues(self) -> jax.Array:
+        """All products of eigenvalues, (groups, inputs, outputs); those of rounding below zero are zero."""
+        return _values(self.input)[:, :, None] * _values(self.output)[:, None, :]
+
+    def eigh(self) -> "Corrected":
+        """The same block by the eigenvectors of its factors."""
+        (a, u), (b, v) = _eigh(self.input), _eigh(self.output)
+        return Corrected(u, v, a[:, :, None] * b[:, None, :], self.place)
+
+    def inverse(self, damping: Any, method: str) -> "Kronecker | Corrected":
+        """(A ⊗ B + δ)⁻¹, or (A + π√δ)⁻¹ ⊗ (B + √δ/π)⁻¹ with π² the ratio of their mean eigenvalues."""
+        if method == "exact" or self.place.kind != "kronecker" or self.input.shape[1] == 1:
+            return self.eigh().inverse(damping, method)
+        a, b = (_traces(side) / side.shape[1] for side in (self.input, self.output))
+        ratio = jnp.where((a > 0) & (b > 0), jnp.sqrt(a / jnp.where(b > 0, b, 1)), 1)
+        root = jnp.sqrt(jnp.asarray(damping, ratio.dtype))
+        return Kronecker(_inverse(self.input, root * ratio), _inverse(self.output, root / ratio), self.place)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["input_basis", "output_basis", "values"],
+    meta_fields=["place"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corrected:
+    """X -> U (Λ ∘ (Uᵀ X V)) Vᵀ; a basis of None is the identity."""
+
+    input_basis: jax.Array | None
+    output_basis: jax.Array | None
+    values: jax.Array  # (groups, inputs, outputs)
+    place: Place
+
+    def apply(self, x: jax.Array) -> jax.Array:
+        """The product."""
+        inner = self.values * self.rotate(x)
+        if self.input_basis is not None:
+            inner = _left(self.input_basis, inner)
+        return inner if self.output_basis is None else _right(inner, jnp.swapaxes(self.output_basis, 1, 2))
+
+    def rotate(self, x: jax.Array) -> jax.Array:
+        """Uᵀ X V."""
+        if self.input_basis is not None:
+            x = _left(jnp.swapaxes(self.input_basis, 1, 2), x)
+        return x if self.output_basis is None else _right(x, self.output_basis)
+
+    def trace(self) -> jax.Array:
+        """Σ Λ."""
+        return jnp.sum(self.values)
+
+    def eigenvalues(self) -> jax.Array:
+        """Λ."""
+        return self.values
+
+    def inverse(self, damping: Any, method: str) -> "Corrected":
+        """The same bases with 1 / (Λ + δ)."""
+        return dataclasses.replace(self, values=1 / (self.values + damping))
+
+
+Block = Kronecker | Corrected
+
+
+def _left(side: jax.Array, x: jax.Array) -> jax.Array:
+    return side[:, :, None] * x if side.ndim == 2 else _einsum("gij,gjo->gio", side, x)
+
+
+def _right(x: jax.Array, side: jax.Array) -> jax.Array:
+    return x * side[:, None, :] if side.ndim == 2 else _einsum("gio,gop->gip", x, side)
+
+
+def _traces(side: jax.Array) -> jax.Array:
+    return jnp.sum(side, -1) if side.ndim == 2 else jnp.trace(side, axis1=1, axis2=2)
+
+
+def _values(side: jax.Array) -> jax.Array:
+    return jnp.maximum(side if side.ndim == 2 else jnp.linalg.eigvalsh(side), 0)
+
+
+def _eigh(side: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    if side.ndim == 2:
+        return jnp.maximum(side, 0), None
+    values, basis = jnp.linalg.eigh(side)
+    return jnp.maximum(values, 0), basis
+
+
+def _inverse(side: jax.Array, shift: jax.Array) -> jax.Array:
+    if side.ndim == 2:
+        return 1 / (side + shift[:, None])
+    eye = jnp.eye(side.shape[-1], dtype=side.dtype)
+    root = jnp.linalg.cholesky(side + shift[:, None, None] * eye)
+    half = jax.vmap(lambda r: lax.linalg.triangular_solve(r, eye, left_side=True, lower=True))(root)
+    return _einsum("gki,gkj->gij", half, half)
+
+
+@operator(leaves=("params", "parts"))
+class FactoredOperator(LinearOperator):
+    """A block diagonal operator whose blocks are Kronecker products, such as the inverse of a `KFACOperator`.
+
+    A product costs one multiplication by each factor; trace, eigenvalues, determinant and damped inverse
+    are closed forms of those of the factors.
+    """
+
+    params: PyTree
+    parts: tuple[Block, ...]
+    stacks: tuple[tuple[int, str], ...]  # leaves that are stacks of layers, with their common path
+
+    @property
+    def like(self) -> PyTree:
+        """The parameters."""
+        return self.params
+
+    def mv(self, v: PyTree) -> PyTree:
+        """The blocks' products, leaf by leaf."""
+        leaves, treedef = jax.tree.flatten(_tree.cast_like(v, self.structure))
+        shapes, results = [leaf.shape for leaf in leaves], {}
+        for part in self.parts:
+            place = part.place
+            results |= place.scatter(part.apply(place.gather(leaves)), shapes)
+        return treedef.unflatten([results[i].astype(leaf.dtype) for i, leaf in enumerate(leaves)])
+
+    def trace(self) -> jax.Array:
+        """The trace: Σ tr A tr B, exactly."""
+        return _trace(self.parts)
+
+    def eigenvalues(self) -> jax.Array:
+        """All n eigenvalues in ascending order: the products of those of the factors.
+
+        Cost: an eigendecomposition of each factor, O(d³) for a side of d; n numbers.
+        """
+        return _all_eigenvalues(self.parts)
+
+    def logdet(self, damping: float = 0.0) -> jax.Array:
+        """log det(K + damping I), from the eigenvalues of the factors; -inf where it is singular."""
+        return jnp.sum(jnp.log(self.eigenvalues() + damping))
+
+    def inverse(self, damping: float, *, method: str = "exact") -> "FactoredOperator":
+        """(K + damping I)⁻¹ as an operator of the same kind, which costs as much to multiply by.
+
+        Args:
+            damping: δ, in the units of eigenvalues.
+            method: "exact" inverts A ⊗ B + δ I by the eigenvectors of A and B; "heuristic" is
+                (A + π√δ I)⁻¹ ⊗ (B + √δ/π I)⁻¹ with π² = (tr A / d_A) / (tr B / d_B), of Martens and Grosse,
+                arXiv:1503.05671, section 6.3. An eigenvalue-corrected block has the exact one only.
+                Blocks of a single side are inverted exactly by both.
+
+        Raises:
+            SpectraError: another method; a damping below zero, or of zero where K is singular.
+
+        Cost: O(d³) for a side of d, once.
+        """
+        if method not in DAMPINGS:
+            raise SpectraError(f"method={method!r}: use one of {DAMPINGS}.")
+        if method == "heuristic" and any(isinstance(part, Corrected) for part in self.parts):
+            raise SpectraError(
+                "an eigenvalue-corrected operator is no Kronecker product: use method='exact'."
+            )
+        if not _tree.is_traced((self.parts, damping)) and not damping > 0:
+            self._require_definite(float(damping))
+        parts = _inverses(self.parts, jnp.asarray(damping), method)
+        return FactoredOperator(params=self.params, parts=parts, stacks=self.stacks)
+
+    def _require_definite(self, damping: float) -> None:
+        """Raise unless every block is positive definite by more than its rounding, d eps of its largest."""
+        for part in self.parts:
+            values = np.asarray(_all_eigenvalues((part,)))
+            rounding = max(part.eigenvalues().shape) * float(jnp.finfo(self.dtype).eps)
+            if damping < 0 or (values.size and not values[0] > rounding * values[-1]):
+                raise SpectraError(
+                    f"damping={damping}: the block of '{part.place.name}' has eigenvalues from "
+                    f"{values[0]:.3g} to {values[-1]:.3g} and no positive definite inverse; pass a positive "
+                    "damping."
+                )
+
+    def _stacks(self) -> dict[int, str]:
+        return dict(self.stacks)
+
+    def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
+        places = {leaf: i for i, leaf in enumerate(indices)}
+        parts = []
+        for part in self.parts:
+            inside = [leaf in places for leaf in part.place.leaves]
+            if any(inside) and not all(inside):  # a weight without its bias
+                return super()._principal(indices)
+            if all(inside):
+                parts.append(dataclasses.replace(part, place=part.place.moved(places)))
+        return self._restricted(indices, tuple(parts))
+
+    def _restricted(self, indices: tuple[int, ...], parts: tuple[Block, ...]) -> "FactoredOperator":
+        stacks = tuple((i, path) for i, leaf in enumerate(indices) for j, path in self.stacks if j == leaf)
+        params = _tree.keep_leaves(self.params, indices)
+        return FactoredOperator(params=params, parts=parts, stacks=stacks)
+
+    @property
+    def factors(self) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """{path of the weight: (A, B)} of the Kronecker blocks.
+
+        A is (inputs, inputs), with a last row and column for the bias where it is treated together, and
+        B (outputs, outputs); both with a leading axis where a parameter holds several layers. A side that is
+        kept as a diagonal has one axis less.
+        """
+        found = {}
+        for part in self.parts:
+            if isinstance(part, Kronecker) and part.place.kind == "kronecker":
+                single = part.place.layout.groups == 1
+                a, b = part.input, part.output
+                found[part.place.name] = (a[0], b[0]) if single else (a, b)
+        return found
+
+    def factor_eigenvalues(self) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """{path of the weight: eigenvalues of A and of B}, ascending, of the Kronecker blocks."""
+
+        def one(side: jax.Array, group: int) -> jax.Array:
+            return jnp.sort(side, -1) if side.ndim == group + 1 else jnp.linalg.eigvalsh(side)
+
+        groups = {part.place.name: int(part.place.layout.groups > 1) for part in self.parts}
+        return {name: (one(a, groups[name]), one(b, groups[name])) for name, (a, b) in self.factors.items()}
+
+
+@jax.jit
+def _trace(parts: tuple[Block, ...]) -> jax.Array:
+    return sum((part.trace() for part in parts), jnp.zeros(()))
+
+
+@jax.jit
+def _all_eigenvalues(parts: tuple[Block, ...]) -> jax.Array:
+    return jnp.sort(jnp.concatenate([part.eigenvalues().ravel() for part in parts]))
+
+
+@partial(jax.jit, static_argnames="method")
+def _inverses(parts: tuple[Block, ...], damping: jax.Array, method: str) -> tuple[Block, ...]:
+    return tuple(part.inverse(damping, method) for part in parts)

@@ -1,0 +1,179 @@
+"""Square roots of the loss's curvature in output space: the vectors whose outer products are summed.
+
+With outputs f_n of each example, Σ_k r_nk r_nkᵀ is the Hessian of the mean loss in f_n ("type2"), or has it
+as its mean ("mc"), or is Σ_t w_t ∇ℓ_t ∇ℓ_tᵀ at the data's own targets ("empirical").
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra import _memory, _tree
+from spectra._errors import MemoryLimitError
+from spectra.operators import likelihood
+from spectra.operators.fisher import FisherOperator
+from spectra.operators.ggn import split
+from spectra.results import format_bytes
+
+PyTree = Any
+FORMS = ("softmax", "diagonal", "dense")
+
+
+@dataclasses.dataclass(frozen=True)
+class Roots:
+    """`count` vectors for each example; `column(k)` are the k-th of all examples, in the outputs' form."""
+
+    count: int
+    column: Callable[[jax.Array], PyTree]
+
+
+def roots(op: FisherOperator, form: str, outputs: PyTree, piece: PyTree, keys: jax.Array | None) -> Roots:
+    """The vectors of one piece of data, at its outputs."""
+    targets = split(piece)[1]
+    if op.kind == "mc":
+        assert keys is not None
+        return _sampled(op, outputs, piece, keys)
+    if op.kind == "empirical":
+        return _of_terms(op, outputs, piece)
+    if form == "softmax":
+        return _softmax(op, outputs, targets)
+    if form == "diagonal":
+        return _diagonal(op, outputs, targets)
+    return _dense(op, outputs, targets)
+
+
+def form_of(op: FisherOperator, outputs: PyTree, piece: PyTree, limit: float) -> str:
+    """Which root the loss's Hessian has, seen on a few examples."""
+    errors = jax.device_get(_form_errors(op, outputs, piece))
+    return next((form for form, error in zip(FORMS, errors, strict=False) if error <= limit), "dense")
+
+
+@jax.jit
+def _form_errors(op: FisherOperator, outputs: PyTree, piece: PyTree) -> tuple[jax.Array, jax.Array]:
+    targets = split(piece)[1]
+    u = _tree.sample(jax.random.key(0), outputs, jax.random.normal)
+    own = op._curvature(outputs, targets, u)
+    size = _tree.largest(own)
+
+    def error(other):
+        difference = _tree.largest(jax.tree.map(jnp.subtract, own, other))
+        return jnp.where(size > 0, difference / size, difference)
+
+    softmax = jnp.asarray(jnp.inf)
+    if likelihood.class_axis(outputs, targets) is not None:
+        p, weight, axis = _probabilities(op, outputs, targets)
+        softmax = error(weight * p * (u - jnp.sum(p * u, axis, keepdims=True)))
+    ones = jax.tree.map(jnp.ones_like, outputs)
+    return softmax, error(jax.tree.map(jnp.multiply, op._curvature(outputs, targets, ones), u))
+
+
+def _probabilities(op: FisherOperator, outputs: jax.Array, targets: PyTree):
+    """p, the weight of each term, and the axis of the classes.
+
+    The weight is read at equal probabilities, where w (diag p - p pᵀ) is far from singular.
+    """
+    axis = likelihood.class_axis(outputs, targets)
+    assert axis is not None
+    classes = outputs.shape[axis]
+    first = jax.nn.one_hot(0, classes, axis=0, dtype=outputs.dtype)
+    first = first.reshape([classes if i == axis else 1 for i in range(outputs.ndim)])
+    u = jnp.broadcast_to(first, outputs.shape)
+    found = jnp.sum(u * op._curvature(jnp.zeros_like(outputs), targets, u), axis, keepdims=True)
+    return jax.nn.softmax(outputs, axis), found * (classes**2 / max(classes - 1, 1)), axis
+
+
+def _softmax(op: FisherOperator, outputs: jax.Array, targets: PyTree) -> Roots:
+    """√w (√p_c e_c - √p_c p) for each term and class c."""
+    p, weight, axis = _probabilities(op, outputs, targets)
+    last = jnp.moveaxis(p, axis, -1).reshape(len(p), -1, p.shape[axis])
+    size = jnp.sqrt(jnp.maximum(weight, 0))
+    terms, classes = last.shape[1:]
+
+    def column(k):
+        term, c = k // classes, k % classes
+        row = jnp.take(last, term, axis=1)
+        own = jnp.take(row, c, axis=1)[:, None]
+        unit = jax.nn.one_hot(c, classes, dtype=p.dtype)
+        values = jnp.sqrt(own) * (unit - row)
+        only = jax.nn.one_hot(term, terms, dtype=p.dtype)
+        moved = (only[:, None] * values[:, None, :]).reshape(jnp.moveaxis(p, axis, -1).shape)
+        return size * jnp.moveaxis(moved, -1, axis)
+
+    return Roots(terms * classes, column)
+
+
+def _numbers(outputs: PyTree) -> int:
+    """Outputs of one example."""
+    return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(outputs))
+
+
+def _unit(outputs: PyTree, k: jax.Array) -> PyTree:
+    """The k-th unit vector for every example."""
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), outputs)
+    flat = jax.nn.one_hot(k, _numbers(outputs), dtype=_tree.scalar_dtype(outputs))
+    return jax.tree.map(lambda u, x: jnp.broadcast_to(u, x.shape), _tree.unravel(flat, one), outputs)
+
+
+def _diagonal(op: FisherOperator, outputs: PyTree, targets: PyTree) -> Roots:
+    """√h_k e_k for each output k."""
+    second = op._curvature(outputs, targets, jax.tree.map(jnp.ones_like, outputs))
+    root = jax.tree.map(lambda h: jnp.sqrt(jnp.maximum(h, 0)), second)
+    return Roots(_numbers(outputs), lambda k: jax.tree.map(jnp.multiply, root, _unit(outputs, k)))
+
+
+def _dense(op: FisherOperator, outputs: PyTree, targets: PyTree) -> Roots:
+    """V √Λ of each example's Hessian V Λ Vᵀ, without negative curvature."""
+    count, examples = _numbers(outputs), len(jax.tree.leaves(outputs)[0])
+    dtype = _tree.scalar_dtype(outputs)
+    needed, free = 3 * examples * count**2 * jnp.dtype(dtype).itemsize, _memory.available_bytes()
+    if free is not None and needed > free / 2:
+        raise MemoryLimitError(
+            f"the Hessian of this loss in its {count:,} outputs an example is neither that of a softmax "
+            f"nor diagonal, and {format_bytes(needed)} for {examples} examples do not fit: use kind='mc', "
+            "or a smaller microbatch."
+        )
+    ravel = jax.vmap(_tree.ravel)
+    rows = jax.lax.map(lambda k: ravel(op._curvature(outputs, targets, _unit(outputs, k))), jnp.arange(count))
+    hessian = jnp.moveaxis(rows, 0, 1)
+    values, basis = jnp.linalg.eigh((hessian + jnp.swapaxes(hessian, 1, 2)) / 2)
+    root = basis * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), outputs)
+    return Roots(count, lambda k: jax.vmap(lambda flat: _tree.unravel(flat, one))(jnp.take(root, k, axis=2)))
+
+
+def _sampled(op: FisherOperator, outputs: PyTree, piece: PyTree, keys: jax.Array) -> Roots:
+    """√w_t ∇ℓ_t at targets drawn from the model, all terms of an example at once; `keys` is (N, samples)."""
+    targets, samples = split(piece)[1], keys.shape[1]
+
+    def one(keys):
+        if op.sample_fn is not None:
+            drawn = jax.vmap(op.sample_fn)(keys, outputs, targets)
+        else:
+            weight = op._num_terms(outputs, targets, piece)
+            drawn = likelihood.sample(op._output_loss, keys, outputs, targets, weight)
+        scores = op._scores(outputs, drawn, piece)
+        return jax.tree.map(lambda g: g / np.sqrt(samples).astype(g.dtype), scores)
+
+    stack = jax.lax.map(one, keys.T)
+    return Roots(samples, lambda k: jax.tree.map(lambda x: jnp.take(x, k, axis=0), stack))
+
+
+def _of_terms(op: FisherOperator, outputs: PyTree, piece: PyTree) -> Roots:
+    """√w_t ∇ℓ_t for one term of every example at a time."""
+    targets = split(piece)[1]
+    scores = op._scores(outputs, targets, piece)
+    axis = likelihood.class_axis(outputs, targets)
+    if axis is None:
+        return Roots(1, lambda k: scores)
+    shape = [1 if i in (0, axis) else n for i, n in enumerate(outputs.shape)]
+    terms = math.prod(shape)
+
+    def column(k):
+        return scores * jax.nn.one_hot(k, terms, dtype=scores.dtype).reshape(shape)
+
+    return Roots(terms, column)

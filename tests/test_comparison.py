@@ -1,0 +1,96 @@
+"""compare_operators: exact for small operators, and its intervals hold what they say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Diagonal, diagonal, rotation
+
+import spectra
+
+KEY = jax.random.key(0)
+B = np.concatenate([np.linspace(0.1, 1.0, 95), [3.0, 5.0, 9.0, 14.0, 20.0]])
+A = B * np.linspace(0.8, 1.3, 100)
+
+
+def truth(a, b):
+    return (
+        np.linalg.norm(a - b) / np.linalg.norm(b),
+        a.sum() / b.sum(),
+        np.abs(np.sort(a) - b).mean() / b.mean(),
+    )
+
+
+def test_small_operators_are_compared_exactly(x64):
+    q = rotation(30)
+    a, b = (q * A[-30:]) @ q.T, np.diag(B[-30:])
+    result = spectra.compare_operators(
+        spectra.MatrixOperator(a), spectra.MatrixOperator(b), key=KEY, num_pairs=3, num_probes=30, by=None
+    )
+    rounding = 1e3 * np.finfo(float).eps
+    np.testing.assert_allclose(result.frobenius, np.linalg.norm(a - b) / np.linalg.norm(b), rtol=rounding)
+    np.testing.assert_allclose(result.trace, np.trace(a) / np.trace(b), rtol=rounding)
+    np.testing.assert_allclose(
+        result.wasserstein, np.abs(np.sort(A[-30:]) - B[-30:]).mean() / B[-30:].mean(), rtol=rounding
+    )
+    np.testing.assert_allclose(
+        result.overlap, np.sum(q[-3:, np.argsort(A[-30:])[-3:]] ** 2) / 3, rtol=rounding
+    )
+    np.testing.assert_allclose(result.eigenvalues[1], B[-1:-4:-1], rtol=rounding)
+    assert result.status is spectra.Status.DENSE
+
+
+@pytest.mark.slow
+def test_intervals_of_large_operators_hold_the_truth(x64):
+    frobenius, trace, distance = truth(A, B)
+    result = spectra.compare_operators(diagonal(A), diagonal(B), key=KEY, num_pairs=4)
+    for interval, value in (
+        (result.frobenius, frobenius),
+        (result.trace, trace),
+        (result.wasserstein, distance),
+    ):
+        assert interval.lower <= value * (1 + 1e-12)
+        assert value * (1 - 1e-12) <= interval.upper
+    # one eigenspace in both: eigsh finds it to its tolerance
+    assert result.overlap.lower > 1 - 1e-3
+    np.testing.assert_allclose(result.eigenvalues, [np.sort(A)[-1:-5:-1], B[-1:-5:-1]], rtol=1e-4)
+    assert "A in the place of B, of order 100" in repr(result)
+    assert result.records()[0]["layer"] == "whole"
+
+
+class TestIntervals:
+    """Coverage over keys, from both sides."""
+
+    KEYS = 200
+
+    @pytest.mark.slow
+    def test_of_the_frobenius_error(self, x64):
+        q = rotation(100)
+        # eigenvectors that are not the probes' axes: for diagonal matrices each probe of signs is exact
+        a, b = (jnp.asarray((q * x) @ q.T) for x in (A, B))
+        one, other = spectra.MatrixOperator(a), spectra.MatrixOperator(b)
+        value = truth(A, B)[0]
+        found = [
+            spectra.comparison._norms(one, other, jax.random.key(i), 16, 0.95)[0] for i in range(self.KEYS)
+        ]
+        held = np.mean([low <= value <= high for low, _, high in found])
+        # a linearised ratio of 16 probes: within 0.05 of the rate, and 4 deviations of 200 keys beside
+        deviation = 4 * np.sqrt(0.95 * 0.05 / self.KEYS)
+        assert 0.90 - deviation <= held
+        widths = [high - low for low, _, high in found]
+        assert np.mean(widths) <= 6 * np.std([value for _, value, _ in found])  # 2 t, not many times that
+
+
+def test_operators_on_other_vectors_are_refused():
+    with pytest.raises(spectra.StructureError, match="the first operator"):
+        spectra.compare_operators(diagonal(A[:5]), diagonal(B), key=KEY)
+    with pytest.raises(spectra.SpectraError, match="num_probes=2"):
+        spectra.compare_operators(diagonal(A), diagonal(B), key=KEY, num_probes=2)
+
+
+@pytest.mark.slow
+def test_one_operator_is_equal_to_itself(x64):
+    result = spectra.compare_operators(Diagonal(jnp.asarray(B)), diagonal(B), key=KEY, num_pairs=2)
+    assert result.frobenius == (0.0, 0.0, 0.0)
+    assert result.trace == (1.0, 1.0, 1.0)
+    assert result.wasserstein.lower == result.wasserstein.estimate == 0.0
