@@ -73,6 +73,7 @@ from spectra.results import (
     LayerConditions,
     LossSlice,
     Moments,
+    NoiseScale,
     Plan,
     Quadrature,
     Sharpness,
@@ -80,7 +81,7 @@ from spectra.results import (
     SpectrumHistory,
     Tridiagonal,
 )
-from spectra.training import SpectrumTracker, critical_sharpness
+from spectra.training import SpectrumTracker, critical_sharpness, gradient_noise_scale
 from spectra.variability import DataVariability, data_variability
 
 __version__ = "0.1.0"
@@ -107,6 +108,7 @@ __all__ = [
     "MatrixOperator",
     "MemoryLimitError",
     "Moments",
+    "NoiseScale",
     "NonFiniteError",
     "NotSymmetricError",
     "Plan",
@@ -139,6 +141,7 @@ __all__ = [
     "eigsh",
     "frobenius_norm",
     "from_torch",
+    "gradient_noise_scale",
     "kpm",
     "lanczos",
     "linen_model",

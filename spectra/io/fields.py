@@ -24,6 +24,7 @@ from spectra.results import (
     LayerConditions,
     LossSlice,
     Moments,
+    NoiseScale,
     Plan,
     Quadrature,
     Sharpness,
@@ -204,6 +205,12 @@ def _curve_or_number(value: Any, sizes: Sizes) -> str | None:
     return _REAL(value, sizes)
 
 
+_ESTIMATE: dict[str, Rule] = {
+    "value": _numbers, "stderr": _numbers, "num_matvecs": _COUNT, "method": _TEXT, "status": _STATUS,
+    "reason": _TEXT, "dof": _or_none(_POSITIVE), "lower": _numbers, "upper": _numbers,
+    "total": _or_none(_a(Estimate)), "least": _or_none(_REAL), "most": _or_none(_REAL),
+    "normals": _or_none(_POSITIVE),
+}  # fmt: skip
 _RULES: dict[type, Mapping[str, Rule]] = {
     Quadrature: {
         "nodes": _array("probes steps"),
@@ -222,11 +229,10 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "linear_scale": _POSITIVE, "outliers": _array("outliers"), "size": _SIZE, "level": _SHARE,
         "status": _STATUS,
     },
-    Estimate: {
-        "value": _numbers, "stderr": _numbers, "num_matvecs": _COUNT, "method": _TEXT, "status": _STATUS,
-        "reason": _TEXT, "dof": _or_none(_POSITIVE), "lower": _numbers, "upper": _numbers,
-        "total": _or_none(_a(Estimate)), "least": _or_none(_REAL), "most": _or_none(_REAL),
-        "normals": _or_none(_POSITIVE),
+    Estimate: _ESTIMATE,
+    NoiseScale: _ESTIMATE | {
+        **dict.fromkeys(("noise", "signal", "skewness"), _REAL), "covariance": _array("2 2"),
+        "num_examples": _COUNT,
     },
     Interval: dict.fromkeys(Interval._fields, _curve_or_number),
     ConditionNumber: {
@@ -310,6 +316,7 @@ _CLAIMS: dict[type, dict[str, Callable[[Any], bool]]] = {
     Moments: {"moments are missing": lambda m: m.moments.size > 0},
     Density: {"a density has points": lambda d: len(d.grid) > 0},
     Estimate: {"errors and bounds are of another form than the value": _same_form},
+    NoiseScale: {"errors and bounds are of another form than the value": _same_form},
     Interval: {"its ends are of other shapes": lambda i: len({np.shape(end) for end in i}) == 1},
     Eigenpairs: {"the vectors are not those of the operator": _whole},
     Tridiagonal: {"beta has another length than alpha": lambda t: t.beta.shape[-1] == t.alpha.shape[-1] - 1},

@@ -26,6 +26,7 @@ from spectra.results.estimates import Estimate
 from spectra.results.history import Snapshot, SpectrumHistory
 from spectra.results.krylov import Eigenpairs, Tridiagonal
 from spectra.results.landscape import LossSlice
+from spectra.results.noise import NoiseScale
 from spectra.results.plans import Plan
 from spectra.results.quadrature import Moments, Quadrature
 from spectra.results.sharpness import Sharpness
@@ -40,6 +41,7 @@ __all__ = [
     "LayerConditions",
     "LossSlice",
     "Moments",
+    "NoiseScale",
     "Plan",
     "Quadrature",
     "Result",
