@@ -17,6 +17,7 @@ LAYERS = [
     {
         *("_errors", "_status", "_blas", "_memory", "_processes", "_digest", "_files", "_json", "_breakdown"),
         *("_signals", "_progress"),
+        *("_signals", "_ratios"),
     },
     {"_mesh", "_tree", "_quadrature", "_brackets", "_christoffel"},
     {"_paths"},

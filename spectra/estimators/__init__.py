@@ -6,6 +6,7 @@ from spectra.estimators.diagonal import diagonal
 from spectra.estimators.frobenius import frobenius_norm
 from spectra.estimators.functions import effective_dimension, logdet, trace_of
 from spectra.estimators.landscape import loss_slice
+from spectra.estimators.population import population
 from spectra.estimators.trace import model_trace, trace
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "loss_slice",
     "model_trace",
     "negative_share",
+    "population",
     "trace",
     "trace_of",
 ]

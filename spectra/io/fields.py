@@ -26,6 +26,7 @@ from spectra.results import (
     Moments,
     NoiseScale,
     Plan,
+    Population,
     Quadrature,
     Sharpness,
     Snapshot,
@@ -268,6 +269,13 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     Sharpness: {
         **dict.fromkeys(("value", "lower", "upper", "loss"), _REAL), "descends": _FLAG,
         "num_evaluations": _COUNT, "status": _STATUS,
+    },
+    Population: {
+        **dict.fromkeys(("eigenvalues", "lower", "upper", "held_out", "in_sample"), _array("k")),
+        "stderr": _array("k", low=0), "trace": _interval, "trace_stderr": _POSITIVE,
+        "trace_probe_stderr": _POSITIVE, "shares": _a(Interval), "level": _SHARE, "status": _STATUS,
+        **dict.fromkeys(("size", "num_examples", "num_batches"), _SIZE),
+        **dict.fromkeys(("num_to_halve", "num_matvecs"), _COUNT), "num_passes": _POSITIVE,
     },
     DataVariability: {
         "largest": _array("subsets k"), "smallest": _array("subsets k"), "trace": _array("subsets"),

@@ -28,6 +28,7 @@ from spectra.results.krylov import Eigenpairs, Tridiagonal
 from spectra.results.landscape import LossSlice
 from spectra.results.noise import NoiseScale
 from spectra.results.plans import Plan
+from spectra.results.population import Population
 from spectra.results.quadrature import Moments, Quadrature
 from spectra.results.sharpness import Sharpness
 
@@ -43,6 +44,7 @@ __all__ = [
     "Moments",
     "NoiseScale",
     "Plan",
+    "Population",
     "Quadrature",
     "Result",
     "Sharpness",

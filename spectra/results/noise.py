@@ -2,9 +2,8 @@
 
 import math
 
-import numpy as np
-
 from spectra._errors import SpectraError
+from spectra._ratios import fieller, skewed_t
 from spectra.results._base import Array, Interval, result
 from spectra.results.estimates import Estimate
 
@@ -34,23 +33,18 @@ class NoiseScale(Estimate):
 
         if not 0 < level < 1:
             raise SpectraError(f"level={level} is not between 0 and 1.")
-        t, count = float(stdtrit(self.dof, (1 + level) / 2)), self.num_examples
-        # The mean of skewed numbers lies on the short side of its law more often (Johnson 1978).
-        skewed = abs(self.skewness) * (1 + 2 * t**2) / (6 * math.sqrt(count))
-        ends = [self._root(t + (skewed if (self.skewness > 0) == up else 0.0), up) for up in (False, True)]
-        return Interval(min(ends[0], self.value), self.value, max(ends[1], self.value))
-
-    def _root(self, t: float, up: bool) -> float:
-        """Where (noise - r signal)² = t² Var(noise - r signal): the smaller or the larger such r > 0."""
-        (nn, ns), (_, ss) = np.asarray(self.covariance, float) * t**2
-        a, b, c = self.signal**2 - ss, self.noise * self.signal - ns, self.noise**2 - nn
-        if up:
-            root = math.sqrt(max(b * b - a * c, 0.0))
-            return (b + root) / a if a > 0 else math.inf
-        if c <= 0 or b * b < a * c:  # noise itself is within its error
-            return 0.0
-        divisor = b + math.sqrt(b * b - a * c)
-        return c / divisor if divisor > 0 else 0.0
+        t = float(stdtrit(self.dof, (1 + level) / 2))
+        low, high = (
+            fieller(
+                self.noise,
+                self.signal,
+                self.covariance,
+                skewed_t(t, self.skewness, self.num_examples, up),
+                up=up,
+            )
+            for up in (False, True)
+        )
+        return Interval(min(low, self.value), self.value, max(high, self.value))
 
     def __repr__(self) -> str:
         low, _, high = self.interval()

@@ -12,6 +12,7 @@ from jax import lax
 from spectra import _tree
 from spectra._errors import DataError, NonFiniteError, StructureError
 from spectra._mesh import automatic
+from spectra._ratios import skewness
 from spectra.operators.covariance import GradientCovarianceOperator
 from spectra.results import NoiseScale
 
@@ -203,7 +204,7 @@ def _estimate(x: _Statistics) -> NoiseScale:
         noise=float(scale * noise),
         signal=float(scale * signal),
         covariance=scale**2 * covariance,
-        skewness=float(np.mean((along / spread) ** 3)) if spread > 0 else 0.0,
+        skewness=skewness(along),
         num_examples=count,
     )
 
