@@ -1,7 +1,7 @@
 """Disjoint batches of an operator's own data, drawn at random, and the operators of unions of them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -39,7 +39,9 @@ def draw_batches(
         raise SpectraError("batches are drawn on the host: call outside jit and vmap.")
     if op.stream is not None:
         if num_examples is not None:
-            raise SpectraError("num_examples is for one batch: of a stream give num_batches= to the operator.")
+            raise SpectraError(
+                "num_examples is for one batch: of a stream give num_batches= to the operator."
+            )
         return _of_stream(op)
     return _of_one_batch(op, key, num_batches, num_examples, folds)
 
@@ -49,7 +51,7 @@ def _of_one_batch(op, key, num_batches, num_examples, folds) -> Batches:
     wanted = total if num_examples is None else num_examples
     if not LEAST <= wanted <= total:
         raise DataError(f"{wanted} of {total} examples: the spread between them takes {LEAST} or more.")
-    count = min(num_batches, wanted) // folds * folds
+    count = _count(min(num_batches, wanted), wanted, folds)
     size = wanted // count
     require_mean(op, size)
     order = np.asarray(jax.random.permutation(key, total))[: count * size].reshape(count, size)
@@ -66,6 +68,12 @@ def _of_one_batch(op, key, num_batches, num_examples, folds) -> Batches:
     if op.weight_fn is not None:
         weights = np.array([float(op.weight_fn(part.data)) for part in each()])
     return Batches(_shares(weights), np.full(count, size), each, union)
+
+
+def _count(most: int, examples: int, folds: int) -> int:
+    """Batches of equal size, a multiple of the folds; up to a quarter fewer, to leave fewer examples over."""
+    allowed = range(most // folds * folds, max(most * 3 // 4, LEAST, folds) - 1, -folds)
+    return max(allowed, key=lambda count: examples // count * count)
 
 
 def _of_stream(op: DataOperator) -> Batches:

@@ -5,15 +5,15 @@ Let H be the mean over the distribution, H_S that over the examples drawn, v the
 Above: λ₁(H_S) >= vᵀ H_S v, and the right side is a mean over independent examples with the expectation
 vᵀHv = λ₁(H). So λ₁(H) <= λ₁(H_S) + t se but for the probability of Student's t, with the standard error se
 of vᵀ h v over examples. This is Jensen's inequality, E λ₁(H_S) >= λ₁(H), with the error it leaves. The j-th
-eigenvalue, in the same way, is at least the smallest of the j x j matrix VᵀH_S V on the leading eigenvectors of
-H; that one is no further below λ_j than the Frobenius norm of its error, for which the same t stands: of all
-normal laws of one total variance, the one on a line has the heaviest tail.
+eigenvalue of H_S is at least the smallest of the j x j matrix VᵀH_S V on the leading eigenvectors of H; that
+one is no further below λ_j than the Frobenius norm of its error, for which the same t stands: of all normal
+laws of one total variance, the one on a line has the heaviest tail.
 
 Below: for an orthonormal V of j vectors fitted to other examples, λ_j(H) >= λ_min(VᵀHV), and VᵀHV is a mean
 over the examples held out. Each part of the examples is held out once (cross-fitting).
 
-Between: to second order the bias of λ(H_S) is c / m for m examples, and that of the held-out value -c / m' for
-the m' that V was fitted to. What weights them so that both cancel is the estimate.
+Between: to second order the bias of λ(H_S) is c / m for m examples, and that of the held-out value -c / m'
+for the m' that V was fitted to. The mean in which they cancel is the estimate.
 """
 
 import math
@@ -28,11 +28,12 @@ from spectra import _tree
 from spectra._errors import SpectraError, StructureError
 from spectra._mesh import automatic
 from spectra._status import Status
+from spectra.data import batch_size
 from spectra.estimators import blocks
 from spectra.estimators.batches import Batches, draw_batches
+from spectra.estimators.sampling import Law, Seen
 from spectra.krylov.eigsh import eigsh
 from spectra.operators.data_operator import DataOperator
-from spectra.estimators.sampling import Law, Seen
 from spectra.results import Eigenpairs, Population
 
 PyTree = Any
@@ -48,6 +49,7 @@ def population(
     num_eigenvalues: int = 1,
     num_batches: int = 32,
     num_examples: int | None = None,
+    of: str = "distribution",
     num_folds: int = 2,
     num_probes: int = 2,
     tol: float = 1e-2,
@@ -55,9 +57,9 @@ def population(
 ) -> Population:
     """Estimate the leading eigenvalues and the trace of the whole distribution from a sample.
 
-    The largest eigenvalue of a batch is too large, by a factor of two for a small one, and the curvature along
-    its eigenvector on other examples too small. Both with their errors over examples are the ends of an
-    interval (see `spectra.estimators.population` for why they hold). The trace is unbiased on any batch.
+    The largest eigenvalue of a batch is too large, by a factor of two for a small one, and the curvature
+    along its eigenvector on other examples too small. Both with their errors over examples are the ends of an
+    interval (docs/guarantees.md says why they hold). The trace is unbiased on any batch.
 
     Args:
         op: operator on data; its examples are the sample, taken for independent draws. One batch is cut in
@@ -66,7 +68,9 @@ def population(
         num_eigenvalues: k, from the top.
         num_batches: b, the parts of one batch between which errors are measured; at least 8.
         num_examples: as many are drawn from one batch without replacement, to spend less than all; default
-            all. The statement is about the distribution: about the rest of the data it is stronger than needed.
+            all.
+        of: what is spoken about: the "distribution" that the examples were drawn from, or the "data" of `op`
+            themselves, of which `num_examples` are drawn and the rest is less uncertain.
         num_folds: parts that are held out in turn: with more, vectors are fitted to more examples.
         num_probes: probes for the trace on each batch, at least 2.
         tol: residual of the eigenvectors in units of |H|.
@@ -81,8 +85,8 @@ def population(
         DataError: fewer than eight examples or batches; a loss that is no mean over examples.
         SpectraError: an argument is out of range.
 
-    Cost: products over the sample: those of `eigsh` at `tol` num_folds - 1 times, a few from those vectors for
-    the whole, and 2 k + num_probes. `num_passes` is what it took.
+    Cost: products over the sample: those of `eigsh` at `tol` num_folds - 1 times, a few from those vectors
+    for the whole, and 2 k + num_probes. `num_passes` is what it took.
 
     Fails where few examples carry the curvature: what was not drawn at all no interval knows of. A loss that
     couples examples has no distribution to speak of.
@@ -106,7 +110,7 @@ def population(
         raise StructureError(f"op is a {type(op).__name__}: batches are drawn from an operator on data.")
     if getattr(op, "centered", False):
         raise StructureError(
-            "a centred covariance is no mean over examples: its own mean gradient is taken out of each batch. "
+            "a centred covariance is no mean over examples: the mean gradient of a batch is taken out of it. "
             "Pass centered=False."
         )
     k = num_eigenvalues
@@ -114,15 +118,20 @@ def population(
         raise SpectraError(f"num_eigenvalues={k} is not between 1 and the order of the operator, {op.size}.")
     if num_folds < 2 or num_probes < 2 or num_batches < max(8, 2 * num_folds) or not 0 < level < 1:
         raise SpectraError(
-            f"num_folds={num_folds}, num_probes={num_probes}, num_batches={num_batches}, level={level}: use at "
-            "least 2 folds, 2 probes and 8 batches (two for each fold), and a level between 0 and 1."
+            f"num_folds={num_folds}, num_probes={num_probes}, num_batches={num_batches}, level={level}: use "
+            "at least 2 folds, 2 probes and 8 batches (two for each fold), and a level between 0 and 1."
         )
+    if of not in ("distribution", "data") or (of == "data" and op.stream is not None):
+        raise SpectraError(f"of={of!r}: use 'distribution', or 'data' for an operator on one batch.")
     order, starts, probes = jax.random.split(key, 3)
     batches = draw_batches(op, order, num_batches, num_examples, num_folds)
     folds = np.arange(len(batches.weights)) % num_folds
     fitted = _fit(batches, folds, k, starts, tol)
     seen = _look(batches, folds, fitted, probes, num_probes)
-    return _summary(op, batches, folds, fitted, seen, level)
+    left = 1 - batches.sizes.sum() / batch_size(op.data, op.shared) if of == "data" else 1.0
+    return _summary(
+        op, batches, Law(batches.weights, folds, (1 + level) / 2, float(left)), fitted, seen, level
+    )
 
 
 class _Fits(NamedTuple):
@@ -186,8 +195,8 @@ def _of_batch(op: DataOperator, sets: tuple, key: jax.Array, num_probes: int):
     return (first + first.T) / 2, (second + second.T) / 2, jnp.diagonal(last)
 
 
-def _summary(op, batches: Batches, folds: np.ndarray, fitted: _Fits, seen: Seen, level: float) -> Population:
-    law, num_folds = Law(batches.weights, folds, (1 + level) / 2), folds.max() + 1
+def _summary(op, batches: Batches, law: Law, fitted: _Fits, seen: Seen, level: float) -> Population:
+    num_folds, count = law.folds.max() + 1, len(law.folds)
     whole = np.asarray(fitted.whole.values, float)[::-1]
     most = whole + np.asarray(fitted.whole.residuals, float)[::-1]
     held, stderr, below = law.held_out(seen)
@@ -207,14 +216,14 @@ def _summary(op, batches: Batches, folds: np.ndarray, fitted: _Fits, seen: Seen,
         in_sample=whole,
         stderr=stderr,
         trace=trace,
-        trace_stderr=float(np.sqrt(max(trace_error**2 - probe_error**2, 0.0))),
+        trace_stderr=trace_error,
         trace_probe_stderr=probe_error,
         shares=law.shares(seen, most, value),
         size=op.size,
         num_examples=m,
-        num_batches=len(folds),
+        num_batches=count,
         num_to_halve=_for_half(m, below[0] + above[0], upper[0] - lower[0]),
-        num_matvecs=fitted.num_matvecs + (2 * k + num_probes) * len(folds),
+        num_matvecs=fitted.num_matvecs + (2 * k + num_probes) * count,
         num_passes=float((fitted.examples + extra) / m),
         level=level,
         status=Status.COMPLETE if np.all(fitted.whole.converged) else Status.NOT_CONVERGED,

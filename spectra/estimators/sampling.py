@@ -1,5 +1,6 @@
 """What the spread between batches says about means over a distribution."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -18,16 +19,24 @@ class Seen(NamedTuple):
 
 
 class Law:
-    """Means over batches with weights, and their errors; `tail` is the probability below an upper limit."""
+    """Means over batches with weights, and their errors.
 
-    def __init__(self, weights: np.ndarray, folds: np.ndarray, tail: float):
-        self.weights, self.folds, self.tail = weights, folds, tail
+    Args:
+        weights: (b,), sum one.
+        folds: (b,) the part that each batch belongs to.
+        tail: probability below an upper limit.
+        left: share of what is spoken about that was not drawn: 1 of a distribution. The variance of a mean
+            without replacement is smaller by it.
+    """
+
+    def __init__(self, weights: np.ndarray, folds: np.ndarray, tail: float, left: float = 1.0):
+        self.weights, self.folds, self.tail, self.left = weights, folds, tail, left
 
     def stderr(self, errors: np.ndarray, known: int = 1) -> float:
         """Of the weighted mean of (b, ...), of which the errors are given; `known` means were taken off."""
         count = len(self.weights)
         squares = np.sum(errors.reshape(count, -1) ** 2, axis=1)
-        return float(np.sqrt(self.weights**2 @ squares * count / (count - known)))
+        return float(np.sqrt(self.left * (self.weights**2 @ squares) * count / (count - known)))
 
     def t(self, known: int = 1, tail: float | None = None) -> float:
         """Student's quantile."""
@@ -40,7 +49,7 @@ class Law:
         return skewed_t(self.t(known), shape, len(errors), up) * self.stderr(errors, known)
 
     def held_out(self, seen: Seen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(k,) each: λ_min of the leading j x j means, their errors, and how far above the truth they may be."""
+        """(k,) each: λ_min of the leading j x j means, its error, and how far above the truth it may be."""
         count, k = seen.held_out.shape[:2]
         parts = range(self.folds.max() + 1)
         value, stderr, reach = np.zeros(k), np.zeros(k), np.zeros(k)
@@ -78,16 +87,20 @@ class Law:
         return reach
 
     def trace(self, traces: np.ndarray) -> tuple[Interval, float, float]:
-        """The mean over batches and probes, its error over both, and that over the probes alone."""
+        """The mean over batches and probes, its error over examples, and that over the probes."""
         each = traces.mean(axis=1)
         mean = float(self.weights @ each)
         errors = each - mean
         within = np.var(traces, axis=1, ddof=1) / traces.shape[1]
-        interval = Interval(mean - self.limit(errors, False), mean, mean + self.limit(errors, True))
-        return interval, self.stderr(errors), float(np.sqrt(self.weights**2 @ within))
+        of_probes = float(np.sqrt(self.weights**2 @ within))
+        both = self.stderr(errors) / math.sqrt(self.left) if self.left else of_probes
+        of_examples = math.sqrt(self.left * max(both**2 - of_probes**2, 0.0))
+        stderr, shape = math.hypot(of_examples, min(of_probes, both)), skewness(self.weights * errors)
+        below, above = (skewed_t(self.t(), shape, len(errors), up) * stderr for up in (False, True))
+        return Interval(mean - below, mean, mean + above), of_examples, of_probes
 
     def shares(self, seen: Seen, whole: np.ndarray, values: np.ndarray) -> Interval:
-        """(k,) of the trace in the j largest eigenvalues: Fieller's limits, held out below, the sample above."""
+        """(k,) of the trace in the j largest eigenvalues: Fieller's limits, of held-out and sample values."""
         traces = seen.traces.mean(axis=1)
         mean = float(self.weights @ traces)
         if mean <= 0:

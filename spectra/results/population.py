@@ -11,9 +11,9 @@ from spectra.results._digits import directed
 class Population:
     """Leading eigenvalues and trace of the mean over all examples that could be drawn, from those drawn.
 
-    `lower` and `upper` hold each eigenvalue with probability `level`. The interval has two parts: bias, which
-    is what lies between `held_out` (the curvature of a vector on examples that it was not fitted to, never too
-    large on average) and `in_sample` (never too small on average), and `stderr`, the spread between batches.
+    `lower` and `upper` hold each eigenvalue with probability `level`. The interval has two parts: bias, what
+    lies between `held_out` (the curvature of a vector on examples that it was not fitted to, never too large
+    on average) and `in_sample` (never too small on average), and `stderr`, the spread between batches.
     The bias falls like one over the number of examples, the error like one over its root.
     """
 
@@ -53,7 +53,9 @@ class Population:
             rows.append(("largest eigenvalue" if i == 0 else f"  no. {i + 1}", text))
         low, value, high = self.trace
         rows.append(("trace", f"{value:.4g} [{directed(low, up=False)}, {directed(high, up=True)}]"))
-        rows.append(("  its errors", f"examples ± {self.trace_stderr:.2g}, probes ± {self.trace_probe_stderr:.2g}"))
+        rows.append(
+            ("  its errors", f"examples ± {self.trace_stderr:.2g}, probes ± {self.trace_probe_stderr:.2g}")
+        )
         low, value, high = (float(x[-1]) for x in self.shares)
         if math.isfinite(value):
             text = f"{100 * value:.3g} % [{100 * low:.3g}, {100 * high:.3g}]"
