@@ -25,6 +25,7 @@ from spectra.results import (
     LossSlice,
     Moments,
     NoiseScale,
+    Perturbation,
     Plan,
     Population,
     Quadrature,
@@ -200,6 +201,12 @@ def _steps(value: Any, sizes: Sizes) -> str | None:
     return None if plain else "is not a tuple of steps"
 
 
+def _names(value: Any, sizes: Sizes) -> str | None:
+    if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
+        return "is not a tuple of names"
+    return None if sizes.setdefault("p", len(value)) == len(value) else "has another length than its numbers"
+
+
 def _curve_or_number(value: Any, sizes: Sizes) -> str | None:
     if isinstance(value, np.ndarray):
         return None if _is_of(value.dtype, "fiu") else f"has dtype {value.dtype}"
@@ -276,6 +283,11 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "trace_probe_stderr": _POSITIVE, "shares": _a(Interval), "level": _SHARE, "status": _STATUS,
         **dict.fromkeys(("size", "num_examples", "num_batches"), _SIZE),
         **dict.fromkeys(("num_to_halve", "num_matvecs"), _COUNT), "num_passes": _POSITIVE,
+    },
+    Perturbation: {
+        "names": _names, "slopes": _array("p"), "curvature": _array("p p"), "lengths": _array("p", low=0),
+        "loss": _REAL, "num_matvecs": _COUNT, "status": _STATUS, "measured": _or_none(_array("p")),
+        "measured_all": _or_none(_REAL),
     },
     DataVariability: {
         "largest": _array("subsets k"), "smallest": _array("subsets k"), "trace": _array("subsets"),

@@ -27,6 +27,7 @@ from spectra.results.history import Snapshot, SpectrumHistory
 from spectra.results.krylov import Eigenpairs, Tridiagonal
 from spectra.results.landscape import LossSlice
 from spectra.results.noise import NoiseScale
+from spectra.results.perturbation import Perturbation
 from spectra.results.plans import Plan
 from spectra.results.population import Population
 from spectra.results.quadrature import Moments, Quadrature
@@ -43,6 +44,7 @@ __all__ = [
     "LossSlice",
     "Moments",
     "NoiseScale",
+    "Perturbation",
     "Plan",
     "Population",
     "Quadrature",
