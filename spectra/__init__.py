@@ -25,6 +25,7 @@ from spectra.bridge import TorchModel, from_torch
 from spectra.checkpoint import Checkpoint
 from spectra.density import kpm, slq, spectral_density, spectral_distances
 from spectra.estimators import (
+    class_split,
     condition_number,
     count_above,
     diagonal,
@@ -47,6 +48,7 @@ from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
 from spectra.models import linen_model, nnx_model
 from spectra.operators.base import LinearOperator
+from spectra.operators.classes import class_operators
 from spectra.operators.covariance import GradientCovarianceOperator
 from spectra.operators.dense import dense_hessian
 from spectra.operators.fisher import FisherOperator
@@ -69,6 +71,7 @@ from spectra.plotting import (
 from spectra.problem import Problem
 from spectra.report import SpectrumReport, spectrum
 from spectra.results import (
+    ClassSplit,
     ConditionNumber,
     Density,
     Eigenpairs,
@@ -95,6 +98,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "ClassSplit",
     "ConditionNumber",
     "DataError",
     "DataVariability",
@@ -138,6 +142,8 @@ __all__ = [
     "Tridiagonal",
     "attention",
     "bridge",
+    "class_operators",
+    "class_split",
     "condition_number",
     "count_above",
     "critical_sharpness",

@@ -66,10 +66,8 @@ def test_rounded_layers_change_the_loss_as_predicted(stream):
         # The third order of a change of 1/254 of a weight: below a hundredth of the second's bound.
         assert abs(found.changes[i] - true) <= 1e-5
         assert abs(found.measured[i] - true) <= 1e-6  # a difference of two float32 losses of size one
-    moved = {
-        name: x + np.asarray(deltas[name][name], float) if name in deltas else x
-        for name, x in weights.items()
-    }
+    changed = {name: weights[name] + np.asarray(deltas[name][name], float) for name in deltas}
+    moved = weights | changed
     assert abs(found.change() - (value(moved) - value(weights))) <= 1e-5
     assert "measured" in repr(found)
 

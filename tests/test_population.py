@@ -96,7 +96,7 @@ def test_a_few_samples_hold_the_truth(law):
 @pytest.mark.parametrize("law", ["normal", "skewed"])
 @pytest.mark.parametrize("count", [64, 256])
 def test_coverage_of_eigenvalues_trace_and_shares(law, count):
-    """400 draws, batches of 4 or 8: of 95 %, fewer than 370 hold with probability 2e-2 of a normal law's."""
+    """400 draws: of 95 %, fewer than 370 hold with probability 1e-2."""
     shares = np.cumsum(EIGENVALUES)[:2] / EIGENVALUES.sum()
     held = np.zeros(5)
     for seed in range(400):
@@ -107,9 +107,7 @@ def test_coverage_of_eigenvalues_trace_and_shares(law, count):
         held[2] += found.trace.lower <= EIGENVALUES.sum() <= found.trace.upper
         held[3:] += (found.shares.lower <= shares) & (shares <= found.shares.upper)
     print(law, count, held / 400)
-    assert (held[:2] >= 380).all()
-    assert held[2] >= 370
-    assert (held[3:] >= 380).all()
+    assert (held >= 370).all()
 
 
 def test_of_all_the_data_nothing_is_left_to_chance_but_the_probes():

@@ -1,5 +1,6 @@
 """Numbers that summarise a spectrum: traces, diagonals, functions, condition numbers, each with its error."""
 
+from spectra.estimators.classes import class_split
 from spectra.estimators.compression import pruning_deltas, rounding_deltas
 from spectra.estimators.condition import condition_number
 from spectra.estimators.counts import count_above, negative_share
@@ -12,6 +13,7 @@ from spectra.estimators.population import population
 from spectra.estimators.trace import model_trace, trace
 
 __all__ = [
+    "class_split",
     "condition_number",
     "count_above",
     "diagonal",

@@ -18,6 +18,7 @@ from spectra._summary import Summary
 from spectra.io.fields import checked
 from spectra.report import SpectrumReport
 from spectra.results import (
+    ClassSplit,
     ConditionNumber,
     Density,
     Eigenpairs,
@@ -58,6 +59,7 @@ CLASSES = {
         NoiseScale,
         Population,
         Perturbation,
+        ClassSplit,
         Sharpness,
         Snapshot,
         SpectrumHistory,

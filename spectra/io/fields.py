@@ -16,6 +16,7 @@ from spectra._status import Status
 from spectra._summary import Summary
 from spectra.report import SpectrumReport
 from spectra.results import (
+    ClassSplit,
     ConditionNumber,
     Density,
     Eigenpairs,
@@ -283,6 +284,12 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "trace_probe_stderr": _POSITIVE, "shares": _a(Interval), "level": _SHARE, "status": _STATUS,
         **dict.fromkeys(("size", "num_examples", "num_batches"), _SIZE),
         **dict.fromkeys(("num_to_halve", "num_matvecs"), _COUNT), "num_passes": _POSITIVE,
+    },
+    ClassSplit: {
+        **dict.fromkeys(("whole", "within", "same"), _array("k")), "class_means": _array("C", low=0),
+        "cross": _array("pairs", low=0), **dict.fromkeys(("class_trace", "cross_trace"), _POSITIVE),
+        **dict.fromkeys(("within_trace", "same_trace"), _a(Estimate)), "weights": _array("C C", low=0),
+        "num_classes": _SIZE, "num_matvecs": _COUNT, "status": _STATUS,
     },
     Perturbation: {
         "names": _names, "slopes": _array("p"), "curvature": _array("p p"), "lengths": _array("p", low=0),
