@@ -76,6 +76,7 @@ from spectra.results import (
     Density,
     Eigenpairs,
     Estimate,
+    GradientOverlap,
     Interval,
     LayerConditions,
     LossSlice,
@@ -88,9 +89,18 @@ from spectra.results import (
     Sharpness,
     Snapshot,
     SpectrumHistory,
+    StableStep,
+    StepQuality,
     Tridiagonal,
 )
-from spectra.training import SpectrumTracker, critical_sharpness, gradient_noise_scale
+from spectra.training import (
+    SpectrumTracker,
+    critical_sharpness,
+    gradient_noise_scale,
+    gradient_overlap,
+    stable_step,
+    step_quality,
+)
 from spectra.variability import DataVariability, data_variability
 
 __version__ = "0.1.0"
@@ -110,6 +120,7 @@ __all__ = [
     "FunctionOperator",
     "GGNOperator",
     "GradientCovarianceOperator",
+    "GradientOverlap",
     "HessianOperator",
     "Interval",
     "LayerConditions",
@@ -135,7 +146,9 @@ __all__ = [
     "SpectrumHistory",
     "SpectrumReport",
     "SpectrumTracker",
+    "StableStep",
     "Status",
+    "StepQuality",
     "StructureError",
     "Summary",
     "TorchModel",
@@ -156,6 +169,7 @@ __all__ = [
     "frobenius_norm",
     "from_torch",
     "gradient_noise_scale",
+    "gradient_overlap",
     "kpm",
     "lanczos",
     "linen_model",
@@ -185,6 +199,8 @@ __all__ = [
     "spectral_distances",
     "spectrum",
     "summary",
+    "stable_step",
+    "step_quality",
     "trace",
     "trace_of",
     "write_report",

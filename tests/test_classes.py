@@ -53,7 +53,9 @@ def _stream(size):
     return [jax.tree.map(lambda x, a=a: x[a : a + size], batch) for a in range(0, N, size)]
 
 
-@pytest.mark.parametrize("form", ["batch", "one-hot", "microbatch", "stream"])
+@pytest.mark.parametrize(
+    "form", ["batch", *(pytest.param(x, marks=pytest.mark.slow) for x in ("one-hot", "microbatch", "stream"))]
+)
 def test_parts_are_those_of_the_definition_and_sum_to_the_whole(form):
     if form == "one-hot":
 
@@ -84,9 +86,7 @@ def test_the_split_has_the_eigenvalues_of_the_parts(tmp_path):
         exact = np.linalg.eigvalsh(part)[::-1]
         values = getattr(split, name)
         np.testing.assert_allclose(values, exact[: len(values)], atol=1e-5 * exact[0])
-        trace = getattr(
-            split, {"class_means": "class_trace", "cross": "cross_trace"}.get(name, f"{name}_trace")
-        )
+        trace = getattr(split, f"{name.removesuffix('_means')}_trace")
         np.testing.assert_allclose(getattr(trace, "value", trace), np.trace(part), rtol=1e-4)  # n = 18: exact
     np.testing.assert_allclose(split.weights.sum(), 1, rtol=1e-6)
     again = spectra.load(spectra.save(split, tmp_path / "split"))

@@ -23,6 +23,7 @@ from spectra.results import (
     Density,
     Eigenpairs,
     Estimate,
+    GradientOverlap,
     Interval,
     LayerConditions,
     LossSlice,
@@ -35,6 +36,8 @@ from spectra.results import (
     Sharpness,
     Snapshot,
     SpectrumHistory,
+    StableStep,
+    StepQuality,
     Tridiagonal,
 )
 from spectra.variability import DataVariability
@@ -60,6 +63,9 @@ CLASSES = {
         Population,
         Perturbation,
         ClassSplit,
+        StepQuality,
+        GradientOverlap,
+        StableStep,
         Sharpness,
         Snapshot,
         SpectrumHistory,

@@ -21,6 +21,7 @@ from spectra.results import (
     Density,
     Eigenpairs,
     Estimate,
+    GradientOverlap,
     Interval,
     LayerConditions,
     LossSlice,
@@ -33,6 +34,8 @@ from spectra.results import (
     Sharpness,
     Snapshot,
     SpectrumHistory,
+    StableStep,
+    StepQuality,
     Tridiagonal,
 )
 from spectra.variability import DataVariability
@@ -284,6 +287,15 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "trace_probe_stderr": _POSITIVE, "shares": _a(Interval), "level": _SHARE, "status": _STATUS,
         **dict.fromkeys(("size", "num_examples", "num_batches"), _SIZE),
         **dict.fromkeys(("num_to_halve", "num_matvecs"), _COUNT), "num_passes": _POSITIVE,
+    },
+    StepQuality: {
+        **dict.fromkeys(("slope", "curvature", "loss", "measured"), _REAL), "length": _POSITIVE,
+        "num_matvecs": _COUNT, "status": _STATUS,
+    },
+    GradientOverlap: {"shares": _array("k", low=0), "length": _POSITIVE, "status": _STATUS},
+    StableStep: {
+        **dict.fromkeys(("multiple", "lower", "upper", "learning_rate"), _REAL), "num_matvecs": _COUNT,
+        "status": _STATUS,
     },
     ClassSplit: {
         **dict.fromkeys(("whole", "within", "same"), _array("k")), "class_means": _array("C", low=0),

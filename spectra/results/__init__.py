@@ -34,6 +34,7 @@ from spectra.results.plans import Plan
 from spectra.results.population import Population
 from spectra.results.quadrature import Moments, Quadrature
 from spectra.results.sharpness import Sharpness
+from spectra.results.steps import GradientOverlap, StableStep, StepQuality
 
 __all__ = [
     "Array",
@@ -42,6 +43,7 @@ __all__ = [
     "Density",
     "Eigenpairs",
     "Estimate",
+    "GradientOverlap",
     "Interval",
     "LayerConditions",
     "LossSlice",
@@ -55,6 +57,8 @@ __all__ = [
     "Sharpness",
     "Snapshot",
     "SpectrumHistory",
+    "StableStep",
+    "StepQuality",
     "Tridiagonal",
     "as_quadrature",
     "as_spectrum",
