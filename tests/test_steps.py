@@ -53,8 +53,8 @@ def test_overlap_of_the_gradient_with_eigenvectors():
     np.testing.assert_allclose(found.length, np.linalg.norm(g), rtol=1e-6)
 
 
-def edge(optimizer, state, low=1e-3, high=1e3):
-    """The multiple of the updates where an eigenvalue of the whole map, state included, passes -1; bisected."""
+def edge(optimizer, state, low=1e-3, high=1e6):
+    """The multiple at which an eigenvalue of the whole map, state included, passes -1; bisected."""
     leaves, treedef = jax.tree.flatten(state)
     moves = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
     sizes = np.cumsum([W.size, *(leaves[i].size for i in moves)])
@@ -124,7 +124,7 @@ def test_the_edge_of_any_optimizer_is_that_of_its_whole_update_map(optimizer):
     found = spectra.stable_step(OP, optimizer, state, key=KEY)
     wanted = edge(optimizer, state)
     if np.isinf(float(found)):  # signs: the update does not feel the gradient's size
-        assert wanted > 900
+        assert wanted > 9e5
     else:
         np.testing.assert_allclose(float(found), wanted, rtol=1e-3)
 
@@ -137,8 +137,9 @@ def test_adam_is_at_the_edge_of_the_preconditioned_sharpness():
     felt = spectra.PreconditionedOperator(OP, state, b2=0.999)
     sharpness = np.linalg.eigvalsh(np.asarray(felt.as_matrix(), float))[-1]
     found = spectra.stable_step(OP, optimizer, state, key=KEY, learning_rate=0.1)
-    # The second moment moves with the gradient as well: by 1 - b2 of it.
-    np.testing.assert_allclose(found.learning_rate, 38 / sharpness, rtol=5e-3)
+    # The second moment answers as well, by (1 - b2) / (1 + b2) where the first does by (1 - b1) / (1 + b1).
+    wanted = 38 / sharpness / (1 - 19 * 0.001 / 1.999)
+    np.testing.assert_allclose(found.learning_rate, wanted, rtol=1e-4)
 
 
 def test_results_are_saved_and_bad_input_is_refused(tmp_path):

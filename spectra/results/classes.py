@@ -1,7 +1,5 @@
 """A Gauss-Newton matrix divided by classes."""
 
-import numpy as np
-
 from spectra._status import Status
 from spectra.results._base import Array, html_table, result, text_table
 from spectra.results.estimates import Estimate
@@ -28,12 +26,6 @@ class ClassSplit:
     num_classes: int
     num_matvecs: int
     status: Status
-
-    @property
-    def num_outliers(self) -> int:
-        """Eigenvalues of the whole, among the k, that are larger than all of the part within and the same."""
-        rest = max(float(self.within[0]), float(self.same[0]))
-        return int(np.sum(np.asarray(self.whole) > rest))
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed result."""

@@ -36,7 +36,7 @@ class StepQuality:
 
     @property
     def sharpness(self) -> float:
-        """dᵀHd / |g·d|, relative sharpness where the update is that of another task; infinite without slope."""
+        """dᵀHd / |g·d|: relative sharpness, where the update is that of another task."""
         return self.curvature / abs(self.slope) if self.slope else math.copysign(math.inf, self.curvature)
 
     @property
@@ -49,10 +49,7 @@ class StepQuality:
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed result."""
         rows = [
-            (
-                "predicted",
-                f"{self.predicted:+.4g} = slope {self.slope:+.3g}, curvature {self.curvature / 2:+.3g}",
-            ),
+            ("predicted", f"{self.predicted:+.4g} = {self.slope:+.3g} {self.curvature / 2:+.3g}"),
             ("sharpness along it", f"{self.sharpness:.4g}; largest step {self.largest_step:.4g} updates"),
             ("length", f"{self.length:.4g}"),
         ]

@@ -48,9 +48,9 @@ def stable_step(
 ) -> StableStep:
     """Find the multiple of an optimizer's updates at which training turns unstable.
 
-    It is one over the largest eigenvalue of -R H / 2, R being the answer of the optimizer's own update map to a
-    gradient that alternates: 2 / (η λ) for gradient descent, (2 + 2 β) / (η λ) with momentum, and what follows
-    for any other transformation of optax (Adam, Adafactor, Muon, chains of them).
+    It is one over the largest eigenvalue of -R H / 2, R being the answer of the optimizer's own update map to
+    a gradient that alternates: 2 / (η λ) for gradient descent, (2 + 2 β) / (η λ) with momentum, and what
+    follows for any other transformation of optax (Adam, Adafactor, Muon, chains of them).
 
     Args:
         op: `HessianOperator` at the parameters, over data whose gradient the optimizer sees.
@@ -72,7 +72,7 @@ def stable_step(
 
     Cost: about 20 products, each with 40 updates of the optimizer, linearised; as many vectors.
 
-    Fails for noise: the edge is that of the loss of `op`, and updates from small batches are unstable earlier.
+    Fails for noise: the edge is that of the loss of `op`; updates from small batches are unstable earlier.
     Clipping, and schedules within a state, are taken as they act in this step.
 
     References:
