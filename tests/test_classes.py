@@ -95,7 +95,7 @@ def test_the_split_has_the_eigenvalues_of_the_parts(tmp_path):
 
 @pytest.mark.slow
 def test_a_trained_classifier_has_outliers_of_the_class_means():
-    """Papyan's finding: the class means have k - 1 eigenvalues apart from the rest (digits, 64-256-256-10)."""
+    """Papyan's finding on digits: the class means have k - 1 eigenvalues apart from the rest."""
     from spectra.demos import digits
 
     task = digits.problem()
