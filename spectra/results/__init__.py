@@ -20,7 +20,6 @@ from spectra.results._base import (
 )
 from spectra.results._held import as_quadrature, as_spectrum, by_name
 from spectra.results._plain import plain
-from spectra.results._base import Array, Interval, format_bytes, html_table, notebook_view, text_table
 from spectra.results.classes import ClassSplit
 from spectra.results.conditions import ConditionNumber, LayerConditions
 from spectra.results.density import Density

@@ -1,12 +1,12 @@
 """A Gauss-Newton matrix divided by classes."""
 
 from spectra._status import Status
-from spectra.results._base import Array, html_table, result, text_table
+from spectra.results._base import Array, Result, html_table, result, text_table
 from spectra.results.estimates import Estimate
 
 
 @result("num_classes", "num_matvecs", "status")
-class ClassSplit:
+class ClassSplit(Result):
     """Leading eigenvalues and traces of the parts that sum to a Gauss-Newton matrix, see `class_operators`.
 
     Eigenvalues are descending. Those of the class means and of the cross part are all that are not zero by

@@ -6,11 +6,11 @@ import numpy as np
 
 from spectra._errors import SpectraError
 from spectra._status import Status
-from spectra.results._base import Array, html_table, result, text_table
+from spectra.results._base import Array, Result, html_table, result, text_table
 
 
 @result("names", "num_matvecs", "status")
-class Perturbation:
+class Perturbation(Result):
     """Change of the loss under each perturbation and any sum of them, to second order.
 
     gᵀδ + ½ δᵀHδ for δ = Σ of the perturbations in a set: linear parts add, and every pair adds δ_iᵀHδ_j.

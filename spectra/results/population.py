@@ -3,12 +3,12 @@
 import math
 
 from spectra._status import Status
-from spectra.results._base import Array, Interval, html_table, result, text_table
+from spectra.results._base import Array, Interval, Result, html_table, result, text_table
 from spectra.results._digits import directed
 
 
 @result("size", "num_examples", "num_batches", "num_to_halve", "num_matvecs", "level", "status")
-class Population:
+class Population(Result):
     """Leading eigenvalues and trace of the mean over all examples that could be drawn, from those drawn.
 
     `lower` and `upper` hold each eigenvalue with probability `level`. The interval has two parts: bias, what

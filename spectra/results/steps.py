@@ -5,11 +5,11 @@ import math
 import numpy as np
 
 from spectra._status import Status
-from spectra.results._base import Array, html_table, result, text_table
+from spectra.results._base import Array, Result, html_table, result, text_table
 
 
 @result("num_matvecs", "status")
-class StepQuality:
+class StepQuality(Result):
     """The change of a loss along one update: predicted by slope and curvature, and measured.
 
     `sharpness` is the curvature along the update relative to the slope: a quadratic loss is back at its value
@@ -65,7 +65,7 @@ class StepQuality:
 
 
 @result("status")
-class GradientOverlap:
+class GradientOverlap(Result):
     """The part of the gradient that lies in the span of eigenvectors."""
 
     shares: Array  # (k,) (v_j·g)² / |g|², in the order of the pairs
@@ -90,7 +90,7 @@ class GradientOverlap:
 
 
 @result("num_matvecs", "status")
-class StableStep:
+class StableStep(Result):
     """The multiple of an optimizer's updates up to which they do not oscillate with growing size.
 
     Above one training is stable in the linearisation at these parameters; `learning_rate` is the multiple of
