@@ -78,7 +78,9 @@ def results():
             *[line[:2]] * 6, Interval(1.0, 2.0, 3.0), 0.1, 0.1, Interval(line[:2], line[:2], line[:2]),
             9, 80, 8, 300, 40, 9.5, 0.95, Status.COMPLETE,
         ),
-        "perturbation": spectra.Perturbation(("a", "b"), line[:2], np.eye(2), line[:2], 0.7, 2, measured=line[:2]),
+        "perturbation": spectra.Perturbation(
+            ("a", "b"), line[:2], np.eye(2), line[:2], 0.7, 2, measured=line[:2]
+        ),
         "classes": spectra.ClassSplit(
             line[:3], line[:2], line[:2], line[:3], line[:3], 1.0, 2.0, number, number, np.eye(2), 2, 40,
             Status.CONVERGED,
