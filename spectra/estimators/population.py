@@ -37,6 +37,9 @@ from spectra.operators.data_operator import DataOperator
 from spectra.results import Eigenpairs, Population
 
 PyTree = Any
+LOOSER = 5.0
+"""Tolerance of the vectors to hold out, in units of `tol`: any vector bounds from below, and an error of the
+residual's size costs its square."""
 FRESH = 0.1
 """Random vector in the start from known vectors, whose invariant space may leave the leading one out."""
 
@@ -73,7 +76,7 @@ def population(
             themselves, of which `num_examples` are drawn and the rest is less uncertain.
         num_folds: parts that are held out in turn: with more, vectors are fitted to more examples.
         num_probes: probes for the trace on each batch, at least 2.
-        tol: residual of the eigenvectors in units of |H|.
+        tol: residual of the eigenvectors of the sample in units of |H|; five times that of the parts.
         level: probability with which each interval holds.
 
     Returns:
@@ -147,7 +150,13 @@ def _fit(batches: Batches, folds: np.ndarray, k: int, key: jax.Array, tol: float
     parts, products, cost = [], 0, 0.0
     for fold in range(folds.max() + 1):
         chosen = np.flatnonzero(folds != fold)
-        pairs = eigsh(batches.union(chosen), k, which="LA", key=jax.random.fold_in(key, fold), tol=tol)
+        pairs = eigsh(
+            batches.union(chosen),
+            k,
+            which="LA",
+            key=jax.random.fold_in(key, fold),
+            tol=min(LOOSER * tol, 0.1),
+        )
         parts.append(pairs.vectors)
         products += pairs.num_matvecs
         cost += pairs.num_matvecs * batches.sizes[chosen].sum()
