@@ -13,6 +13,7 @@ from spectra.operators.data_operator import DataOperator
 from spectra.operators.means import require_mean
 from spectra.stream import Stream
 
+Indices = Sequence[int] | np.ndarray
 LEAST = 8
 """Batches below which the spread between them says little."""
 
@@ -23,7 +24,7 @@ class Batches(NamedTuple):
     weights: np.ndarray  # (b,), sum one
     sizes: np.ndarray  # (b,) examples
     each: Callable[[], Iterator[DataOperator]]
-    union: Callable[[Sequence[int]], DataOperator]
+    union: Callable[[Indices], DataOperator]
 
 
 def draw_batches(
@@ -56,7 +57,7 @@ def _of_one_batch(op, key, num_batches, num_examples, folds) -> Batches:
     require_mean(op, size)
     order = np.asarray(jax.random.permutation(key, total))[: count * size].reshape(count, size)
 
-    def union(batches: Sequence[int]) -> DataOperator:
+    def union(batches: Indices) -> DataOperator:
         chosen = order[np.asarray(batches)].ravel()
         rows = [x[chosen] for x in owned_leaves(op.data, op.shared)]
         return op._on(data=replace_owned(op.data, op.shared, rows))
@@ -85,7 +86,7 @@ def _of_stream(op: DataOperator) -> Batches:
     places = tuple(range(len(stream.weights))) if stream.indices is None else stream.indices
     weights = np.array([stream.weights[i] for i in used])
 
-    def union(batches: Sequence[int]) -> DataOperator:
+    def union(batches: Indices) -> DataOperator:
         chosen = sorted(used[i] for i in batches)
         share = tuple(_shares(np.array([stream.weights[i] for i in chosen])))
         digests = tuple(stream.digests[i] for i in chosen)

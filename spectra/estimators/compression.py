@@ -112,11 +112,14 @@ def _by_layer(op: LinearOperator, by: str, change: Callable[..., jax.Array]) -> 
         if not chosen:
             continue
         parts = {i: change(_tree.lift(jnp.asarray(leaves[i])), stacked) for i in chosen}
-        layers = range(leaves[chosen[0]].shape[0]) if stacked else [None]
-        for layer in layers:
-            kept = {i: part if layer is None else _only(part, layer) for i, part in parts.items()}
-            vector = treedef.unflatten([kept.get(i) for i in range(len(leaves))])
-            found[name if stack is None else _paths.numbered(name, stack, layer)] = vector
+        named = {name: parts}
+        if stack is not None:
+            named = {
+                _paths.numbered(name, stack, layer): {i: _only(part, layer) for i, part in parts.items()}
+                for layer in range(leaves[chosen[0]].shape[0])
+            }
+        for each, kept in named.items():
+            found[each] = treedef.unflatten([kept.get(i) for i in range(len(leaves))])
     if not found:
         raise SpectraError("no parameter has two axes or more: there are no weights to compress.")
     return found

@@ -156,8 +156,8 @@ def _largest(image, start: PyTree, most: int, tol: float) -> tuple[float, float,
             if j + 1 < count:
                 h[j + 1, j] = below
         values, vectors = np.linalg.eig(h)
-        top = int(np.argmax(values.real))
-        value = float(values[top].real)
+        top = int(np.argmax(np.real(values)))
+        value = float(np.real(values[top]))
         residual = float(length) * abs(vectors[-1, top]) / float(np.linalg.norm(vectors[:, top]))
         scale = float(np.abs(values).max())
         small = float(length) <= 10 * float(jnp.finfo(_tree.scalar_dtype(start)).eps) * scale

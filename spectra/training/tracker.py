@@ -186,6 +186,7 @@ class SpectrumTracker:
 
     def _measure(self, step: int, state: tuple) -> None:
         """The measures that are due, as far as the budget goes."""
+        assert self._start is not None
         for name in self.console.due(step):
             jax.block_until_ready(state)
             began, cost = time.perf_counter(), self.console.cost(name)
