@@ -79,6 +79,7 @@ def test_parts_are_those_of_the_definition_and_sum_to_the_whole(form):
     np.testing.assert_allclose(sum(np.asarray(x.as_matrix(), float) for x in found.values()), whole, atol=tol)
 
 
+@pytest.mark.slow
 def test_the_split_has_the_eigenvalues_of_the_parts(tmp_path):
     op, wanted = network(), parts()
     split = spectra.class_split(op, key=jax.random.key(0), num_eigenvalues=4)

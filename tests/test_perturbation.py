@@ -50,7 +50,7 @@ def test_changes_pairs_and_sets_are_those_of_the_matrix():
     np.testing.assert_allclose(found.lengths, [np.linalg.norm(d) for d in deltas.values()], rtol=1e-5)
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rounded_layers_change_the_loss_as_predicted(stream):
     op = network()
     if stream:
@@ -97,6 +97,7 @@ def test_pruning_takes_the_smallest_of_each_leaf():
         np.testing.assert_array_equal(np.asarray(deltas[name][name])[gone], -w[gone])
 
 
+@pytest.mark.slow
 def test_layers_of_a_stack_are_rounded_one_by_one():
     def scanned(params, x):
         step = lambda h, w: (jnp.tanh(h @ w), None)  # noqa: E731

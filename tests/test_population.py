@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import spectra
+from spectra.estimators.batches import _count
 from spectra.estimators.population import _for_half
 
 SCALES = np.array([3.0, 2.5, 1.0, 0.7, 0.5, 0.3])
@@ -30,6 +31,7 @@ def operator(x, **options):
     return spectra.HessianOperator(loss_fn, jnp.ones(len(SCALES)), x, **options)
 
 
+@pytest.mark.slow
 def test_the_sample_end_is_that_of_all_examples_and_the_other_of_vectors_held_out():
     x = draw(0, 160)
     found = spectra.population(
@@ -63,12 +65,14 @@ def test_held_out_curvature_against_numpy():
         each = np.einsum("i,bij,j->b", u, moments[folds == fold], u)
         errors[folds == fold] = each - each.mean()
     np.testing.assert_allclose(found.held_out, held, rtol=1e-5)
+    np.testing.assert_allclose(found.in_sample, np.linalg.eigvalsh(moments.mean(0))[:-3:-1], rtol=1e-5)
     # 12 batches of equal weight; a mean of each of the two folds is known.
     np.testing.assert_allclose(found.stderr[0], np.sqrt(np.sum(errors**2) / 12 / 10), rtol=1e-4)
     # n <= 20: eigsh forms the matrix, n products for each fit; then 2 k + 2 with each batch.
     assert found.num_passes == pytest.approx(2 * 0.5 * 6 + 6 + 2 * 2 + 2)
 
 
+@pytest.mark.slow
 def test_batches_of_unequal_weight_count_as_such():
     x = draw(2, 120)
     edges = [*range(0, 84, 12), *range(84, 121, 6)]  # twelve and six examples
@@ -79,7 +83,8 @@ def test_batches_of_unequal_weight_count_as_such():
     assert found.num_examples == 120
 
 
-@pytest.mark.parametrize("law", [pytest.param("normal", marks=pytest.mark.slow), "skewed"])
+@pytest.mark.parametrize("law", ["normal", "skewed"])
+@pytest.mark.slow
 def test_a_few_samples_hold_the_truth(law):
     """20 draws: an interval of 95 % misses more than 4 with probability 3e-3."""
     held = np.zeros(3)
@@ -110,6 +115,7 @@ def test_coverage_of_eigenvalues_trace_and_shares(law, count):
     assert (held >= 370).all(), held
 
 
+@pytest.mark.slow
 def test_of_all_the_data_nothing_is_left_to_chance_but_the_probes():
     x = draw(3, 64)
     found = spectra.population(operator(x), key=jax.random.key(0), of="data", num_batches=16)
@@ -119,6 +125,13 @@ def test_of_all_the_data_nothing_is_left_to_chance_but_the_probes():
     part = spectra.population(operator(x), key=jax.random.key(0), of="data", num_examples=32, num_batches=16)
     whole = spectra.population(operator(x), key=jax.random.key(0), num_examples=32, num_batches=16)
     assert part.stderr[0] == pytest.approx(whole.stderr[0] / 2**0.5)
+
+
+def test_batches_are_equal_and_leave_few_examples_over():
+    assert _count(32, 440, 2) == 24  # 432 of the examples, where 32 batches have 416
+    assert _count(32, 2000, 2) == 32
+    assert _count(8, 8, 3) == 6
+    assert _count(9, 30, 3) == 9
 
 
 def test_examples_for_half_the_width():

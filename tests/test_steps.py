@@ -89,10 +89,14 @@ def after(optimizer, steps):
 @pytest.mark.parametrize(
     ("optimizer", "multiple"),
     [
-        (optax.sgd(0.1), 2 / 5 / 0.1),
+        pytest.param(optax.sgd(0.1), 2 / 5 / 0.1, marks=pytest.mark.slow),
         (optax.sgd(0.1, momentum=0.9), 3.8 / 5 / 0.1),
         (optax.sgd(0.1, momentum=0.9, nesterov=True), 3.8 / 2.8 / 5 / 0.1),
-        (optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1, momentum=0.8)), 3.6 / 5.5 / 0.1),
+        pytest.param(
+            optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1, momentum=0.8)),
+            3.6 / 5.5 / 0.1,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["sgd", "momentum", "nesterov", "decay"],
 )
@@ -103,20 +107,16 @@ def test_the_edge_of_gradient_descent_is_that_of_its_closed_form(optimizer, mult
     assert found.status.ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [
         optax.adam(0.1),
-        *(
-            pytest.param(x, marks=pytest.mark.slow)
-            for x in (
-                optax.adamw(0.1, weight_decay=0.1),
-                optax.rmsprop(0.05, momentum=0.5),
-                optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
-                optax.lion(0.1),
-                optax.adabelief(0.1),
-            )
-        ),
+        optax.adamw(0.1, weight_decay=0.1),
+        optax.rmsprop(0.05, momentum=0.5),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
+        optax.lion(0.1),
+        optax.adabelief(0.1),
     ],
 )
 def test_the_edge_of_any_optimizer_is_that_of_its_whole_update_map(optimizer):

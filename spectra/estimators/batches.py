@@ -16,6 +16,8 @@ from spectra.stream import Stream
 Indices = Sequence[int] | np.ndarray
 LEAST = 8
 """Batches below which the spread between them says little."""
+LEFT_OVER = 0.02
+"""Share of the examples that may go unused, since batches are of one size."""
 
 
 class Batches(NamedTuple):
@@ -72,9 +74,12 @@ def _of_one_batch(op, key, num_batches, num_examples, folds) -> Batches:
 
 
 def _count(most: int, examples: int, folds: int) -> int:
-    """Batches of equal size, a multiple of the folds; up to a quarter fewer, to leave fewer examples over."""
-    allowed = range(most // folds * folds, max(most * 3 // 4, LEAST, folds) - 1, -folds)
-    return max(allowed, key=lambda count: examples // count * count)
+    """Batches of equal size, a multiple of the folds: as many as leave 2 % of the examples over, or a quarter
+    fewer."""
+    largest = most // folds * folds
+    allowed = range(largest, min(largest, max(most * 3 // 4, LEAST)) - 1, -folds)
+    few = (count for count in allowed if examples % count <= LEFT_OVER * examples)
+    return next(few, max(allowed, key=lambda count: -(examples % count)))
 
 
 def _of_stream(op: DataOperator) -> Batches:
