@@ -58,6 +58,7 @@ def test_value_and_error_are_those_of_the_definition(weights):
     np.testing.assert_allclose(found.stderr, np.sqrt(step @ jackknife @ step), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_stream_and_one_batch_agree_at_every_scale():
     whole = estimate(X, WEIGHTS)
     batch = jnp.asarray(X, jnp.float32), jnp.asarray(WEIGHTS, jnp.float32)
