@@ -26,6 +26,7 @@ from spectra.checkpoint import Checkpoint
 from spectra.comparison import compare_operators
 from spectra.density import kpm, slq, spectral_density, spectral_distances
 from spectra.estimators import (
+    class_split,
     condition_number,
     count_above,
     diagonal,
@@ -35,6 +36,10 @@ from spectra.estimators import (
     loss_slice,
     model_trace,
     negative_share,
+    perturbation,
+    population,
+    pruning_deltas,
+    rounding_deltas,
     trace,
     trace_of,
 )
@@ -44,6 +49,7 @@ from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
 from spectra.models import linen_model, nnx_model
 from spectra.operators.base import LinearOperator
+from spectra.operators.classes import class_operators
 from spectra.operators.covariance import GradientCovarianceOperator
 from spectra.operators.dense import dense_hessian
 from spectra.operators.fisher import FisherOperator
@@ -67,23 +73,37 @@ from spectra.plotting import (
 from spectra.problem import Problem
 from spectra.report import SpectrumReport, spectrum
 from spectra.results import (
+    ClassSplit,
     ConditionNumber,
     Density,
     Eigenpairs,
     Estimate,
+    GradientOverlap,
     Interval,
     LayerConditions,
     LossSlice,
     Moments,
+    NoiseScale,
     OperatorComparison,
+    Perturbation,
     Plan,
+    Population,
     Quadrature,
     Sharpness,
     Snapshot,
     SpectrumHistory,
+    StableStep,
+    StepQuality,
     Tridiagonal,
 )
-from spectra.training import SpectrumTracker, critical_sharpness
+from spectra.training import (
+    SpectrumTracker,
+    critical_sharpness,
+    gradient_noise_scale,
+    gradient_overlap,
+    stable_step,
+    step_quality,
+)
 from spectra.variability import DataVariability, data_variability
 
 __version__ = "0.1.0"
@@ -91,6 +111,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "ClassSplit",
     "ConditionNumber",
     "DataError",
     "DataVariability",
@@ -103,6 +124,7 @@ __all__ = [
     "FunctionOperator",
     "GGNOperator",
     "GradientCovarianceOperator",
+    "GradientOverlap",
     "HessianOperator",
     "Interval",
     "KFACOperator",
@@ -112,10 +134,13 @@ __all__ = [
     "MatrixOperator",
     "MemoryLimitError",
     "Moments",
+    "NoiseScale",
     "NonFiniteError",
     "NotSymmetricError",
     "OperatorComparison",
+    "Perturbation",
     "Plan",
+    "Population",
     "PreconditionedOperator",
     "PreemptedError",
     "Problem",
@@ -127,13 +152,17 @@ __all__ = [
     "SpectrumHistory",
     "SpectrumReport",
     "SpectrumTracker",
+    "StableStep",
     "Status",
+    "StepQuality",
     "StructureError",
     "Summary",
     "TorchModel",
     "Tridiagonal",
     "attention",
     "bridge",
+    "class_operators",
+    "class_split",
     "compare_operators",
     "condition_number",
     "count_above",
@@ -146,6 +175,8 @@ __all__ = [
     "eigsh",
     "frobenius_norm",
     "from_torch",
+    "gradient_noise_scale",
+    "gradient_overlap",
     "kpm",
     "lanczos",
     "linen_model",
@@ -155,6 +186,7 @@ __all__ = [
     "model_trace",
     "negative_share",
     "nnx_model",
+    "perturbation",
     "plan",
     "plot_blocks",
     "plot_cdf",
@@ -165,11 +197,16 @@ __all__ = [
     "plot_eigenvector_mass",
     "plot_landscape",
     "plot_style",
+    "population",
+    "pruning_deltas",
+    "rounding_deltas",
     "save",
     "slq",
     "spectral_density",
     "spectral_distances",
     "spectrum",
+    "stable_step",
+    "step_quality",
     "summary",
     "trace",
     "trace_of",

@@ -75,6 +75,23 @@ def results():
             *[Interval(0.1, 0.2, 0.3)] * 4, line.reshape(2, 3), line.reshape(2, 3),
             {"a/b": Interval(0.1, 0.2, 0.3)}, 9, 40, 0.95, Status.COMPLETE,
         ),
+        "noise": spectra.NoiseScale(
+            2.0, 0.1, 0, "jackknife", dof=9.0, noise=2.0, signal=1.0, covariance=np.eye(2), num_examples=10
+        ),
+        "population": spectra.Population(
+            *[line[:2]] * 6, Interval(1.0, 2.0, 3.0), 0.1, 0.1, Interval(line[:2], line[:2], line[:2]),
+            9, 80, 8, 300, 40, 9.5, 0.95, Status.COMPLETE,
+        ),
+        "perturbation": spectra.Perturbation(
+            ("a", "b"), line[:2], np.eye(2), line[:2], 0.7, 2, measured=line[:2]
+        ),
+        "classes": spectra.ClassSplit(
+            line[:3], line[:2], line[:2], line[:3], line[:3], 1.0, 2.0, number, number, np.eye(2), 2, 40,
+            Status.CONVERGED,
+        ),
+        "step": spectra.StepQuality(-1.0, 0.5, 0.3, 0.7, np.nan),
+        "overlap": spectra.GradientOverlap(line[:2] / 2, 1.5),
+        "stable": spectra.StableStep(1.4, 1.3, 1.5, 0.14, 12, Status.CONVERGED),
         "summary": spectra.Summary({"a": quadrature(), "b/c": quadrature(seed=1)}),
         "interval": {"curve": Interval(line, line, line)},
     }  # fmt: skip

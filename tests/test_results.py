@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import spectra
@@ -18,6 +19,28 @@ EIGENVALUES = np.linspace(-1.0, 3.0, 60)
 
 def loss_fn(params, x):
     return jnp.mean((jnp.tanh(x @ params["hidden"]) @ params["out"]) ** 2)
+
+
+def of_data(params, x):
+    """Results about samples, updates, classes and compression."""
+    loss = spectra.HessianOperator(loss_fn, params, x)
+    moments = spectra.GradientCovarianceOperator(loss_fn, params, x)
+    logits = spectra.GGNOperator(
+        lambda w, x: x @ w,
+        lambda logits, labels: -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels]),
+        jnp.ones((4, 2)),
+        (x, jnp.arange(len(x)) % 2),
+    )
+    sgd = optax.sgd(0.1)
+    return [
+        spectra.gradient_noise_scale(moments),
+        spectra.population(loss, key=KEY, num_batches=8),
+        spectra.perturbation(loss, spectra.pruning_deltas(loss)),
+        spectra.class_split(logits, key=KEY, num_eigenvalues=1, num_matvecs=8),
+        spectra.step_quality(loss, loss.gradient()),
+        spectra.gradient_overlap(loss, spectra.eigsh(loss, 2, key=KEY)),
+        spectra.stable_step(loss, sgd, sgd.init(params), key=KEY),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +73,7 @@ def made():
         spectra.critical_sharpness(loss_fn, params, x, jax.grad(loss_fn)(params, x)),
         spectra.summary(loss, key=KEY),
         spectra.compare_operators(loss, loss.shift(0.1), key=KEY),
+        *of_data(params, x),
     ]
     return {type(result).__name__: result for result in results}
 
@@ -89,6 +113,8 @@ def test_pictures_are_drawn_where_there_is_one(made):
         *("Estimate", "Tridiagonal", "ConditionNumber", "LayerConditions", "Plan", "DataVariability"),
         "Sharpness",
         "OperatorComparison",
+        *("Sharpness", "NoiseScale", "Population", "Perturbation", "ClassSplit"),
+        *("StepQuality", "GradientOverlap", "StableStep"),
     }
     import matplotlib.pyplot as plt
 

@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import signal
+import warnings
 
 import jax
 import jax.monitoring
@@ -407,3 +408,71 @@ def test_an_empty_history_says_so():
     history = spectra.SpectrumTracker(factory).history
     assert "none yet" in repr(history)
     assert len(history.steps) == 0
+
+
+def test_measures_have_intervals_of_their_own_and_their_last_readings_are_saved(tmp_path):
+    def length(params):
+        return jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(params)))
+
+    path = tmp_path / "run.jsonl"
+    tracker = spectra.SpectrumTracker(factory, 6, path=path, measures={"length": (2, length)}, num_steps=4)
+    seen = []
+    params = start()
+    for step in range(9):
+        tracker(step, params)
+        seen.append(float(length(params)))
+        params = descend(params)
+    steps, values = tracker.console.curve("length")
+    np.testing.assert_array_equal(steps, [0, 2, 4, 6, 8])
+    np.testing.assert_allclose(values, seen[::2], rtol=1e-6)
+    np.testing.assert_allclose(spectra.load(path).scalar("length"), [seen[0], seen[6]], rtol=1e-6)
+    tracker(8, params)  # a step that was measured is not measured again
+    assert len(tracker.console.readings["length"]) == 5
+
+
+def test_measures_share_the_budget(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(tracker_module, "time", clock)
+
+    def slow(params):
+        clock.now += 0.5
+        return 1.0
+
+    tracker = spectra.SpectrumTracker(factory, 10**6, budget=0.2, measures={"slow": (1, slow)}, num_steps=4)
+    params = start()
+    for step in range(1, 101):  # no snapshot
+        tracker(step, params)
+        clock.now += 1.0
+    taken, left_out = len(tracker.console.readings["slow"]), tracker.console.left_out["slow"]
+    assert taken + left_out == 100
+    # The first is not counted, of the second the cost is not known.
+    assert 0.5 * (taken - 1) <= 0.2 * 100 + 0.5
+    assert 0.5 * (taken - 1) >= 0.2 * 100 - 1.0
+
+
+def test_a_reading_below_its_limit_warns_once():
+    values = iter([2.0, 0.9, 0.8, 1.5, 0.7])
+    tracker = spectra.SpectrumTracker(
+        factory, 10**6, measures={"m": (1, lambda params: next(values))}, warn_below={"m": 1.0}
+    )
+    params, warned = start(), []
+    for step in range(1, 6):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tracker(step, params)
+        warned += [(step, str(w.message)) for w in caught]
+    assert [step for step, _ in warned] == [2, 5]
+    assert "m = 0.9 has fallen below 1" in warned[0][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"measures": {"m": 3}}, "no pair"),
+        ({"measures": {"m": (0, float)}}, "every=0"),
+        ({"warn_below": {"m": 1.0}}, "not among the measures"),
+    ],
+)
+def test_measures_that_are_none_are_refused(options, match):
+    with pytest.raises(spectra.SpectraError, match=match):
+        spectra.SpectrumTracker(factory, **options)

@@ -16,20 +16,27 @@ from spectra._status import Status
 from spectra._summary import Summary
 from spectra.report import SpectrumReport
 from spectra.results import (
+    ClassSplit,
     ConditionNumber,
     Density,
     Eigenpairs,
     Estimate,
+    GradientOverlap,
     Interval,
     LayerConditions,
     LossSlice,
     Moments,
+    NoiseScale,
     OperatorComparison,
+    Perturbation,
     Plan,
+    Population,
     Quadrature,
     Sharpness,
     Snapshot,
     SpectrumHistory,
+    StableStep,
+    StepQuality,
     Tridiagonal,
 )
 from spectra.variability import DataVariability
@@ -205,12 +212,24 @@ def _steps(value: Any, sizes: Sizes) -> str | None:
     return None if plain else "is not a tuple of steps"
 
 
+def _names(value: Any, sizes: Sizes) -> str | None:
+    if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
+        return "is not a tuple of names"
+    return None if sizes.setdefault("p", len(value)) == len(value) else "has another length than its numbers"
+
+
 def _curve_or_number(value: Any, sizes: Sizes) -> str | None:
     if isinstance(value, np.ndarray):
         return None if _is_of(value.dtype, "fiu") else f"has dtype {value.dtype}"
     return _REAL(value, sizes)
 
 
+_ESTIMATE: dict[str, Rule] = {
+    "value": _numbers, "stderr": _numbers, "num_matvecs": _COUNT, "method": _TEXT, "status": _STATUS,
+    "reason": _TEXT, "dof": _or_none(_POSITIVE), "lower": _numbers, "upper": _numbers,
+    "total": _or_none(_a(Estimate)), "least": _or_none(_REAL), "most": _or_none(_REAL),
+    "normals": _or_none(_POSITIVE), "num_sampled": _or_none(_SIZE),
+}  # fmt: skip
 _RULES: dict[type, Mapping[str, Rule]] = {
     Quadrature: {
         "nodes": _array("probes steps"),
@@ -230,11 +249,10 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "linear_scale": _POSITIVE, "outliers": _array("outliers"), "size": _SIZE, "level": _SHARE,
         "status": _STATUS,
     },
-    Estimate: {
-        "value": _numbers, "stderr": _numbers, "num_matvecs": _COUNT, "method": _TEXT, "status": _STATUS,
-        "reason": _TEXT, "dof": _or_none(_POSITIVE), "lower": _numbers, "upper": _numbers,
-        "total": _or_none(_a(Estimate)), "least": _or_none(_REAL), "most": _or_none(_REAL),
-        "normals": _or_none(_POSITIVE), "num_sampled": _or_none(_SIZE),
+    Estimate: _ESTIMATE,
+    NoiseScale: _ESTIMATE | {
+        **dict.fromkeys(("noise", "signal", "skewness"), _REAL), "covariance": _array("2 2"),
+        "num_examples": _COUNT,
     },
     Interval: dict.fromkeys(Interval._fields, _curve_or_number),
     ConditionNumber: {
@@ -275,6 +293,33 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     Sharpness: {
         **dict.fromkeys(("value", "lower", "upper", "loss"), _REAL), "descends": _FLAG,
         "num_evaluations": _COUNT, "status": _STATUS,
+    },
+    Population: {
+        **dict.fromkeys(("eigenvalues", "lower", "upper", "held_out", "in_sample"), _array("k")),
+        "stderr": _array("k", low=0), "trace": _interval, "trace_stderr": _POSITIVE,
+        "trace_probe_stderr": _POSITIVE, "shares": _a(Interval), "level": _SHARE, "status": _STATUS,
+        **dict.fromkeys(("size", "num_examples", "num_batches"), _SIZE),
+        **dict.fromkeys(("num_to_halve", "num_matvecs"), _COUNT), "num_passes": _POSITIVE,
+    },
+    StepQuality: {
+        **dict.fromkeys(("slope", "curvature", "loss", "measured"), _REAL), "length": _POSITIVE,
+        "num_matvecs": _COUNT, "status": _STATUS,
+    },
+    GradientOverlap: {"shares": _array("k", low=0), "length": _POSITIVE, "status": _STATUS},
+    StableStep: {
+        **dict.fromkeys(("multiple", "lower", "upper", "learning_rate"), _REAL), "num_matvecs": _COUNT,
+        "status": _STATUS,
+    },
+    ClassSplit: {
+        **dict.fromkeys(("whole", "within", "same"), _array("k")), "class_means": _array("C", low=0),
+        "cross": _array("pairs", low=0), **dict.fromkeys(("class_trace", "cross_trace"), _POSITIVE),
+        **dict.fromkeys(("within_trace", "same_trace"), _a(Estimate)), "weights": _array("C C", low=0),
+        "num_classes": _SIZE, "num_matvecs": _COUNT, "status": _STATUS,
+    },
+    Perturbation: {
+        "names": _names, "slopes": _array("p"), "curvature": _array("p p"), "lengths": _array("p", low=0),
+        "loss": _REAL, "num_matvecs": _COUNT, "status": _STATUS, "measured": _or_none(_array("p")),
+        "measured_all": _or_none(_REAL),
     },
     DataVariability: {
         "largest": _array("subsets k"), "smallest": _array("subsets k"), "trace": _array("subsets"),
@@ -323,6 +368,7 @@ _CLAIMS: dict[type, dict[str, Callable[[Any], bool]]] = {
     Moments: {"moments are missing": lambda m: m.moments.size > 0},
     Density: {"a density has points": lambda d: len(d.grid) > 0},
     Estimate: {"errors and bounds are of another form than the value": _same_form},
+    NoiseScale: {"errors and bounds are of another form than the value": _same_form},
     Interval: {"its ends are of other shapes": lambda i: len({np.shape(end) for end in i}) == 1},
     Eigenpairs: {"the vectors are not those of the operator": _whole},
     Tridiagonal: {"beta has another length than alpha": lambda t: t.beta.shape[-1] == t.alpha.shape[-1] - 1},

@@ -104,23 +104,27 @@ class GradientCovarianceOperator(DataOperator):
         return check_scalar(self.loss_fn(params, piece), "loss_fn")
 
     def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
+        weights, owned, one = self._examples(piece)
+
+        def losses(x):
+            return jax.vmap(lambda weight, example: one(x, weight, example))(weights, owned)
+
+        _, push, pull = products.jacobian(self.mode, losses, variables)
+        along = push(v)
+        return pull((weights / jnp.sum(weights)).astype(along.dtype) * along)
+
+    def _examples(self, piece: PyTree) -> tuple[jax.Array, list[jax.Array], Callable[..., jax.Array]]:
+        """Weights and leaves of the examples, and the loss of one: (variables, weight, example) -> scalar."""
         weights = self._weights(piece)
         # An example of weight zero (padding) may have no finite loss: another one stands in for it.
         owned = owned_leaves(piece, self.shared)
         stand_in = [x[jnp.argmax(weights > 0)] for x in owned]
 
-        def losses(x):
-            params = self._merge(x)
+        def one(variables, weight, example):
+            kept = [jnp.where(weight > 0, e, s) for e, s in zip(example, stand_in, strict=True)]
+            return self._value(self._merge(variables), self._alone(piece, kept))
 
-            def one(weight, example):
-                kept = [jnp.where(weight > 0, e, s) for e, s in zip(example, stand_in, strict=True)]
-                return self._value(params, self._alone(piece, kept))
-
-            return jax.vmap(one)(weights, owned)
-
-        _, push, pull = products.jacobian(self.mode, losses, variables)
-        along = push(v)
-        return pull((weights / jnp.sum(weights)).astype(along.dtype) * along)
+        return weights, owned, one
 
     def _weights(self, piece: PyTree) -> jax.Array:
         count = batch_size(piece, self.shared)

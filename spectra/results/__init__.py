@@ -20,6 +20,7 @@ from spectra.results._base import (
 )
 from spectra.results._held import as_quadrature, as_spectrum, by_name
 from spectra.results._plain import plain
+from spectra.results.classes import ClassSplit
 from spectra.results.comparison import OperatorComparison
 from spectra.results.conditions import ConditionNumber, LayerConditions
 from spectra.results.density import Density
@@ -27,27 +28,38 @@ from spectra.results.estimates import Estimate
 from spectra.results.history import Snapshot, SpectrumHistory
 from spectra.results.krylov import Eigenpairs, Tridiagonal
 from spectra.results.landscape import LossSlice
+from spectra.results.noise import NoiseScale
+from spectra.results.perturbation import Perturbation
 from spectra.results.plans import Plan
+from spectra.results.population import Population
 from spectra.results.quadrature import Moments, Quadrature
 from spectra.results.sharpness import Sharpness
+from spectra.results.steps import GradientOverlap, StableStep, StepQuality
 
 __all__ = [
     "Array",
+    "ClassSplit",
     "ConditionNumber",
     "Density",
     "Eigenpairs",
     "Estimate",
+    "GradientOverlap",
     "Interval",
     "LayerConditions",
     "LossSlice",
     "Moments",
+    "NoiseScale",
     "OperatorComparison",
+    "Perturbation",
     "Plan",
+    "Population",
     "Quadrature",
     "Result",
     "Sharpness",
     "Snapshot",
     "SpectrumHistory",
+    "StableStep",
+    "StepQuality",
     "Tridiagonal",
     "as_quadrature",
     "as_spectrum",

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from spectra.krylov.eigsh import eigsh
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.report import environment, trace_estimate
 from spectra.results import Eigenpairs, Interval, Quadrature, Snapshot, SpectrumHistory
+from spectra.training.console import Console, Measure
 
 PyTree = Any
 FRESH = 0.5
@@ -68,9 +69,14 @@ class SpectrumTracker:
             first, which compiles, is not counted. None: take every snapshot.
         callbacks: functions that are called with each `Snapshot`.
         name: what the history calls the operator.
+        measures: further quantities at intervals of their own, {name: (every, function)}: the function takes
+            what the tracker is called with and returns what `float()` takes, such as `critical_sharpness`,
+            `gradient_noise_scale` or `stable_step`. They share the budget; `tracker.console` holds the
+            readings, and a snapshot the last of each among its scalars.
+        warn_below: {name: limit}: a warning when a reading falls below it, such as 1 for `stable_step`.
 
     Raises:
-        SpectraError: every, budget, k or tol out of range, or no file can be written at `path`.
+        SpectraError: every, budget, k, tol or a measure out of range, or no file can be written at `path`.
         NonFiniteError: the loss or a product is NaN or infinite: training has diverged.
 
     Cost: num_steps num_probes + about 2 k products a snapshot, each 1 to 2 gradients of the loss over
@@ -119,6 +125,8 @@ class SpectrumTracker:
         budget: float | None = None,
         callbacks: Iterable[Callable[[Snapshot], Any]] = (),
         name: str = "H",
+        measures: Mapping[str, tuple[int, Measure]] | None = None,
+        warn_below: Mapping[str, float] | None = None,
     ):
         if not callable(op_factory):
             raise SpectraError(f"op_factory is a {type(op_factory).__name__}; pass a function of the params.")
@@ -131,6 +139,7 @@ class SpectrumTracker:
         self.num_eigenvalues, self.tol = num_eigenvalues, tol
         self.num_steps, self.num_probes = num_steps, num_probes
         self.callbacks = tuple(callbacks)
+        self.console = Console(measures, warn_below)
         self._history, self._file = _continued(path, name)
         self._vectors: PyTree = None  # the leading eigenvectors of the last snapshot
         self._start: float | None = None  # when training began, moved on by the time of each snapshot
@@ -157,22 +166,35 @@ class SpectrumTracker:
         if self._start is None:
             self._start = time.perf_counter()
         step = int(step)
+        self._measure(step, state)
         if step % self.every or step in {s.step for s in self._history.snapshots}:
             return None
         jax.block_until_ready(state)  # what is still being trained is not the snapshot's time
         now = time.perf_counter()
         trained = now - self._start
-        if self._exceeds_budget(trained):
+        if self._vectors is not None and self._exceeds_budget(trained, self._cost):
             self._skip(step)
             return None
         first = self._vectors is None
-        snapshot = self._take(step, state, scalars, trained + self._before, now)
+        snapshot = self._take(step, state, self.console.latest() | scalars, trained + self._before, now)
         self._record(snapshot)
         cost = time.perf_counter() - now
         self._start += cost
         if not first:
             self._seconds, self._cost = self._seconds + cost, cost
         return snapshot
+
+    def _measure(self, step: int, state: tuple) -> None:
+        """The measures that are due, as far as the budget goes."""
+        assert self._start is not None
+        for name in self.console.due(step):
+            jax.block_until_ready(state)
+            began, cost = time.perf_counter(), self.console.cost(name)
+            if cost is not None and self._exceeds_budget(began - self._start, cost):
+                self.console.left_out[name] += 1
+                continue
+            self.console.take(name, step, state, time.perf_counter)
+            self._start += time.perf_counter() - began
 
     def _take(self, step: int, state: tuple, scalars: dict, trained: float, began: float) -> Snapshot:
         op = self.op_factory(*state)
@@ -219,10 +241,12 @@ class SpectrumTracker:
         self._vectors = pairs.vectors
         return pairs, products
 
-    def _exceeds_budget(self, trained: float) -> bool:
-        if self.budget is None or self._vectors is None:  # the first is always taken
+    def _exceeds_budget(self, trained: float, cost: float) -> bool:
+        """Whether what costs so many seconds would exceed the share of training time."""
+        if self.budget is None:
             return False
-        spent, cost, trained = _processes.largest(self._seconds, self._cost, trained)  # one clock for all
+        spent = self._seconds + self.console.seconds
+        spent, cost, trained = _processes.largest(spent, cost, trained)  # one clock for all
         return spent + cost > self.budget * trained
 
     def _skip(self, step: int) -> None:

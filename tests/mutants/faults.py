@@ -809,4 +809,50 @@ KFAC = [
     ),
 ]
 
-FAULTS = [*KRYLOV, *DENSITY, *ESTIMATORS, *OPERATORS, *KFAC, *BRIDGE]
+
+SAMPLES = [
+    fault(
+        "the gradient's length keeps the noise in it",
+        "training/noise.py",
+        "return noise, size - of_mean",
+        "return noise, size",
+        "test_noise_scale.py",
+    ),
+    fault(
+        "vectors are tested on the batches that they were fitted to",
+        "estimators/population.py",
+        "chosen = np.flatnonzero(folds != fold)",
+        "chosen = np.flatnonzero(folds == fold)",
+        "test_population.py",
+    ),
+    fault(
+        "the means of the folds cost no degrees of freedom",
+        "estimators/sampling.py",
+        "* count / (count - known)))",
+        "))",
+        "test_population.py",
+    ),
+    fault(
+        "a pair of layers interacts twice",
+        "results/perturbation.py",
+        "return float(np.sum(np.asarray(self.slopes)[index]) + np.sum(part) / 2)",
+        "return float(np.sum(np.asarray(self.slopes)[index]) + np.sum(part))",
+        "test_perturbation.py",
+    ),
+    fault(
+        "momentum answers as to a constant gradient",
+        "training/stability.py",
+        "return [(a - b) / 2 for a, b in zip(s, new, strict=True)]",
+        "return [(a + b) / 2 for a, b in zip(s, new, strict=True)]",
+        "test_steps.py",
+    ),
+    fault(
+        "the own class counts among the others",
+        "operators/classes.py",
+        "weights = np.where(away, means.weights, 0)",
+        "weights = np.where(away, means.weights, means.weights)",
+        "test_classes.py",
+    ),
+]
+
+FAULTS = [*KRYLOV, *DENSITY, *ESTIMATORS, *OPERATORS, *KFAC, *BRIDGE, *SAMPLES]

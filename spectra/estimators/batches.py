@@ -1,0 +1,122 @@
+"""Disjoint batches of an operator's own data, drawn at random, and the operators of unions of them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from spectra import _tree
+from spectra._errors import DataError, SpectraError
+from spectra.data import batch_size, owned_leaves, replace_owned
+from spectra.operators.data_operator import DataOperator
+from spectra.operators.means import require_mean
+from spectra.stream import Stream
+
+Indices = Sequence[int] | np.ndarray
+LEAST = 8
+"""Batches below which the spread between them says little."""
+LEFT_OVER = 0.02
+"""Share of the examples that may go unused, since batches are of one size."""
+
+
+class Batches(NamedTuple):
+    """Disjoint batches: their weights, the operator of each, and the operator of a union of some."""
+
+    weights: np.ndarray  # (b,), sum one
+    sizes: np.ndarray  # (b,) examples
+    each: Callable[[], Iterator[DataOperator]]
+    union: Callable[[Indices], DataOperator]
+
+
+def draw_batches(
+    op: DataOperator, key: jax.Array, num_batches: int, num_examples: int | None, folds: int
+) -> Batches:
+    """Batches of equal size of one batch in random order; those of a stream as they come.
+
+    Raises:
+        DataError: too few examples or batches.
+        SpectraError: `num_examples` with a stream, whose batches are chosen when it is opened.
+    """
+    if _tree.is_traced((op.params, op.data)):
+        raise SpectraError("batches are drawn on the host: call outside jit and vmap.")
+    if op.stream is not None:
+        if num_examples is not None:
+            raise SpectraError(
+                "num_examples is for one batch: of a stream give num_batches= to the operator."
+            )
+        return _of_stream(op)
+    return _of_one_batch(op, key, num_batches, num_examples, folds)
+
+
+def _of_one_batch(op, key, num_batches, num_examples, folds) -> Batches:
+    total = batch_size(op.data, op.shared)
+    wanted = total if num_examples is None else num_examples
+    if not LEAST <= wanted <= total:
+        raise DataError(f"{wanted} of {total} examples: the spread between them takes {LEAST} or more.")
+    count = _count(min(num_batches, wanted), wanted, folds)
+    size = wanted // count
+    require_mean(op, size)
+    order = np.asarray(jax.random.permutation(key, total))[: count * size].reshape(count, size)
+
+    def union(batches: Indices) -> DataOperator:
+        chosen = order[np.asarray(batches)].ravel()
+        rows = [x[chosen] for x in owned_leaves(op.data, op.shared)]
+        return op._on(data=replace_owned(op.data, op.shared, rows))
+
+    def each():
+        return (union([i]) for i in range(count))
+
+    weights = np.ones(count)
+    if op.weight_fn is not None:
+        weights = np.array([float(op.weight_fn(part.data)) for part in each()])
+    return Batches(_shares(weights), np.full(count, size), each, union)
+
+
+def _count(most: int, examples: int, folds: int) -> int:
+    """Batches of equal size, a multiple of the folds: as many as leave 2 % of the examples over, or a quarter
+    fewer."""
+    largest = most // folds * folds
+    allowed = range(largest, min(largest, max(most * 3 // 4, LEAST)) - 1, -folds)
+    few = (count for count in allowed if examples % count <= LEFT_OVER * examples)
+    return next(few, max(allowed, key=lambda count: -(examples % count)))
+
+
+def _of_stream(op: DataOperator) -> Batches:
+    assert op.stream is not None
+    stream = op.stream
+    used = [i for i, weight in enumerate(stream.weights) if weight > 0]
+    if len(used) < LEAST:
+        raise DataError(f"{len(used)} batches: the spread between them takes {LEAST} or more.")
+    places = tuple(range(len(stream.weights))) if stream.indices is None else stream.indices
+    weights = np.array([stream.weights[i] for i in used])
+
+    def union(batches: Indices) -> DataOperator:
+        chosen = sorted(used[i] for i in batches)
+        share = tuple(_shares(np.array([stream.weights[i] for i in chosen])))
+        digests = tuple(stream.digests[i] for i in chosen)
+        return op._on(stream=Stream(stream.source, share, tuple(places[i] for i in chosen), digests))
+
+    def each():
+        for _, batch in stream:
+            yield op._on(data=batch, stream=None)
+
+    return Batches(_shares(weights), _sizes(op, stream), each, union)
+
+
+def _sizes(op: DataOperator, stream: Stream) -> np.ndarray:
+    """Examples of each batch; one where its leaves have no common axis."""
+
+    def size(batch):
+        try:
+            return batch_size(batch, op.shared)
+        except DataError:
+            return 1
+
+    return np.array([size(batch) for _, batch in stream])
+
+
+def _shares(weights: np.ndarray) -> np.ndarray:
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+        raise DataError(f"weight_fn gave weights {weights[:8]}...; they must be >= 0 and not all 0.")
+    return weights / weights.sum()

@@ -1,0 +1,248 @@
+"""Leading eigenvalues and trace of the curvature of all examples that could be drawn, from those drawn.
+
+Let H be the mean over the distribution, H_S that over the examples drawn, v the leading eigenvector of H.
+
+Above: λ₁(H_S) >= vᵀ H_S v, and the right side is a mean over independent examples with the expectation
+vᵀHv = λ₁(H). So λ₁(H) <= λ₁(H_S) + t se but for the probability of Student's t, with the standard error se
+of vᵀ h v over examples. This is Jensen's inequality, E λ₁(H_S) >= λ₁(H), with the error it leaves. The j-th
+eigenvalue of H_S is at least the smallest of the j x j matrix VᵀH_S V on the leading eigenvectors of H; that
+one is no further below λ_j than the Frobenius norm of its error, for which the same t stands: of all normal
+laws of one total variance, the one on a line has the heaviest tail.
+
+Below: for an orthonormal V of j vectors fitted to other examples, λ_j(H) >= λ_min(VᵀHV), and VᵀHV is a mean
+over the examples held out. Each part of the examples is held out once (cross-fitting).
+
+Between: to second order the bias of λ(H_S) is c / m for m examples, and that of the held-out value -c / m'
+for the m' that V was fitted to. The mean in which they cancel is the estimate.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra import _tree
+from spectra._errors import SpectraError, StructureError
+from spectra._mesh import automatic
+from spectra._status import Status
+from spectra.data import batch_size
+from spectra.estimators import blocks
+from spectra.estimators.batches import Batches, draw_batches
+from spectra.estimators.sampling import Law, Seen
+from spectra.krylov.eigsh import eigsh
+from spectra.operators.data_operator import DataOperator
+from spectra.results import Eigenpairs, Population
+
+PyTree = Any
+LOOSER = 5.0
+"""Tolerance of the vectors to hold out, in units of `tol`: any vector bounds from below, and an error of the
+residual's size costs its square."""
+FRESH = 0.1
+"""Random vector in the start from known vectors, whose invariant space may leave the leading one out."""
+
+
+@automatic
+def population(
+    op: DataOperator,
+    *,
+    key: jax.Array,
+    num_eigenvalues: int = 1,
+    num_batches: int = 32,
+    num_examples: int | None = None,
+    of: str = "distribution",
+    num_folds: int = 2,
+    num_probes: int = 2,
+    tol: float = 1e-2,
+    level: float = 0.95,
+) -> Population:
+    """Estimate the leading eigenvalues and the trace of the whole distribution from a sample.
+
+    The largest eigenvalue of a batch is too large, by a factor of two for a small one, and the curvature
+    along its eigenvector on other examples too small. Both with their errors over examples are the ends of an
+    interval (docs/guarantees.md says why they hold). The trace is unbiased on any batch.
+
+    Args:
+        op: operator on data; its examples are the sample, taken for independent draws. One batch is cut in
+            random order; the batches of a stream are used as they come, so let them be shuffled once.
+        key: JAX random key of the order, the start vectors and the probes.
+        num_eigenvalues: k, from the top.
+        num_batches: b, the parts of one batch between which errors are measured; at least 8.
+        num_examples: as many are drawn from one batch without replacement, to spend less than all; default
+            all.
+        of: what is spoken about: the "distribution" that the examples were drawn from, or the "data" of `op`
+            themselves, of which `num_examples` are drawn and the rest is less uncertain.
+        num_folds: parts that are held out in turn: with more, vectors are fitted to more examples.
+        num_probes: probes for the trace on each batch, at least 2.
+        tol: residual of the eigenvectors of the sample in units of |H|; five times that of the parts.
+        level: probability with which each interval holds.
+
+    Returns:
+        `Population`. Status NOT_CONVERGED: an eigenpair of the sample did not reach `tol`; its residual is in
+        `upper`.
+
+    Raises:
+        StructureError: `op` has no data.
+        DataError: fewer than eight examples or batches; a loss that is no mean over examples.
+        SpectraError: an argument is out of range.
+
+    Cost: products over the sample: those of `eigsh` at `tol` num_folds - 1 times, a few from those vectors
+    for the whole, and 2 k + num_probes. `num_passes` is what it took.
+
+    Fails where few examples carry the curvature: what was not drawn at all no interval knows of. A loss that
+    couples examples has no distribution to speak of.
+
+    References:
+        Tatzel, Ekman, Hennig, arXiv:2410.14325 (curvature along vectors of another batch); Student's t with
+        skewness after Johnson, doi:10.1080/01621459.1978.10480051.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> def loss_fn(w, x):
+        ...     return 0.5 * jnp.mean((x @ w) ** 2)  # of all x: the identity
+        >>> x = jax.random.normal(jax.random.key(0), (2000, 5))
+        >>> op = spectra.HessianOperator(loss_fn, jnp.ones(5), x)
+        >>> found = spectra.population(op, key=jax.random.key(1))
+        >>> low, value, high = found.interval()
+        >>> low < 1.0 < high, found.trace.lower < 5.0 < found.trace.upper
+        (True, True)
+    """
+    if not isinstance(op, DataOperator):
+        raise StructureError(f"op is a {type(op).__name__}: batches are drawn from an operator on data.")
+    if getattr(op, "centered", False):
+        raise StructureError(
+            "a centred covariance is no mean over examples: the mean gradient of a batch is taken out of it. "
+            "Pass centered=False."
+        )
+    k = num_eigenvalues
+    if not 1 <= k <= op.size:
+        raise SpectraError(f"num_eigenvalues={k} is not between 1 and the order of the operator, {op.size}.")
+    if num_folds < 2 or num_probes < 2 or num_batches < max(8, 2 * num_folds) or not 0 < level < 1:
+        raise SpectraError(
+            f"num_folds={num_folds}, num_probes={num_probes}, num_batches={num_batches}, level={level}: use "
+            "at least 2 folds, 2 probes and 8 batches (two for each fold), and a level between 0 and 1."
+        )
+    if of not in ("distribution", "data") or (of == "data" and op.stream is not None):
+        raise SpectraError(f"of={of!r}: use 'distribution', or 'data' for an operator on one batch.")
+    order, starts, probes = jax.random.split(key, 3)
+    batches = draw_batches(op, order, num_batches, num_examples, num_folds)
+    folds = np.arange(len(batches.weights)) % num_folds
+    fitted = _fit(batches, folds, k, starts, tol)
+    seen = _look(batches, folds, fitted, probes, num_probes)
+    left = 1 - batches.sizes.sum() / batch_size(op.data, op.shared) if of == "data" else 1.0
+    return _summary(
+        op, batches, Law(batches.weights, folds, (1 + level) / 2, float(left)), fitted, seen, level
+    )
+
+
+class _Fits(NamedTuple):
+    """Leading pairs of the complement of each fold, and of all batches; values descending."""
+
+    parts: list[PyTree]
+    whole: Eigenpairs
+    num_matvecs: int
+    examples: float  # products times examples
+
+
+def _fit(batches: Batches, folds: np.ndarray, k: int, key: jax.Array, tol: float) -> _Fits:
+    parts, products, cost = [], 0, 0.0
+    for fold in range(folds.max() + 1):
+        chosen = np.flatnonzero(folds != fold)
+        pairs = eigsh(
+            batches.union(chosen),
+            k,
+            which="LA",
+            key=jax.random.fold_in(key, fold),
+            tol=min(LOOSER * tol, 0.1),
+        )
+        parts.append(pairs.vectors)
+        products += pairs.num_matvecs
+        cost += pairs.num_matvecs * batches.sizes[chosen].sum()
+    everything = np.arange(len(folds))
+    union = batches.union(everything)
+    last = jax.random.fold_in(key, len(parts))
+    whole = eigsh(union, k, which="LA", key=last, tol=tol, v0=_start(parts, last, union))
+    cost += whole.num_matvecs * batches.sizes.sum()
+    return _Fits(parts, whole, products + whole.num_matvecs, cost)
+
+
+@jax.jit
+def _start(parts: list[PyTree], key: jax.Array, op: DataOperator) -> PyTree:
+    """The sum of the leading vectors, turned alike, and a little of a random one."""
+    fresh = _tree.scale(FRESH, _tree.sphere_sample(key, op.structure))
+    total = fresh
+    for vectors in parts:
+        for i in range(blocks.length(vectors)):
+            vector = jax.tree.map(lambda x, i=i: x[i], vectors)
+            total = _tree.axpy(jnp.where(_tree.vdot(total, vector) < 0, -1, 1), vector, total)
+    return total
+
+
+def _look(batches: Batches, folds: np.ndarray, fitted: _Fits, key: jax.Array, num_probes: int) -> Seen:
+    rows = []
+    for b, op in enumerate(batches.each()):
+        sets = (fitted.parts[folds[b]], fitted.whole.vectors)
+        rows.append(jax.device_get(_of_batch(op, sets, jax.random.fold_in(key, b), num_probes)))
+    held, inside, traces = (np.stack(x).astype(np.float64) for x in zip(*rows, strict=True))
+    return Seen(held[:, ::-1, ::-1], inside[:, ::-1, ::-1], traces)
+
+
+@partial(jax.jit, static_argnames="num_probes")
+def _of_batch(op: DataOperator, sets: tuple, key: jax.Array, num_probes: int):
+    """VᵀHV of both sets of vectors, and vᵀHv of random signs."""
+    probes = blocks.draw(op, key, jnp.arange(num_probes), "rademacher")
+    stacks = [*sets, probes]
+    images = jax.vmap(op.mv)(blocks.concatenate(stacks))
+    found, start = [], 0
+    for stack in stacks:
+        stop = start + blocks.length(stack)
+        found.append(jnp.sum(blocks.gram(stack, blocks.rows(images, start, stop)), axis=0))
+        start = stop
+    first, second, last = found
+    return (first + first.T) / 2, (second + second.T) / 2, jnp.diagonal(last)
+
+
+def _summary(op, batches: Batches, law: Law, fitted: _Fits, seen: Seen, level: float) -> Population:
+    num_folds, count = law.folds.max() + 1, len(law.folds)
+    whole = np.asarray(fitted.whole.values, float)[::-1]
+    most = whole + np.asarray(fitted.whole.residuals, float)[::-1]
+    held, stderr, below = law.held_out(seen)
+    above = law.in_sample(seen, stderr)
+    lower, upper = held - below, most + above
+    # To second order biases are +c/m in the sample and -c/m' of vectors fitted to m' = (1 - 1/f) m.
+    value = np.clip((num_folds * whole + (num_folds - 1) * held) / (2 * num_folds - 1), lower, upper)
+    trace, trace_error, probe_error = law.trace(seen.traces)
+    m = int(batches.sizes.sum())
+    k, num_probes = len(whole), seen.traces.shape[1]
+    extra = (2 * k + num_probes) * m
+    return Population(
+        eigenvalues=value,
+        lower=lower,
+        upper=upper,
+        held_out=held,
+        in_sample=whole,
+        stderr=stderr,
+        trace=trace,
+        trace_stderr=trace_error,
+        trace_probe_stderr=probe_error,
+        shares=law.shares(seen, most, value),
+        size=op.size,
+        num_examples=m,
+        num_batches=count,
+        num_to_halve=_for_half(m, below[0] + above[0], upper[0] - lower[0]),
+        num_matvecs=fitted.num_matvecs + (2 * k + num_probes) * count,
+        num_passes=float((fitted.examples + extra) / m),
+        level=level,
+        status=Status.COMPLETE if np.all(fitted.whole.converged) else Status.NOT_CONVERGED,
+    )
+
+
+def _for_half(count: int, error: float, width: float) -> int:
+    """Examples with which error / sqrt(c) + bias / c is half of width = error + bias, c times as many."""
+    bias = max(width - error, 0.0)
+    if not width > 0:
+        return count
+    root = (math.sqrt(error**2 + 2 * bias * width) - error) / (2 * bias) if bias > 0 else width / (2 * error)
+    return math.ceil(count / root**2)

@@ -1,0 +1,234 @@
+"""The gradient noise scale: how many examples a batch needs before its gradient is mostly signal."""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spectra import _tree
+from spectra._errors import DataError, NonFiniteError, StructureError
+from spectra._mesh import automatic
+from spectra._ratios import skewness
+from spectra.operators.covariance import GradientCovarianceOperator
+from spectra.results import NoiseScale
+
+PyTree = Any
+CHUNK_BYTES = 2**26
+"""Gradients of single examples that are held at once, where `microbatch` does not say how many."""
+
+
+@automatic
+def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScale:
+    """Estimate tr Σ / |g|², the batch size at which the noise of a gradient is as long as the gradient.
+
+    With the gradients g_i of N examples and their mean ḡ,
+
+        tr Σ = Σ |g_i - ḡ|² / (N - 1),    |g|² = |ḡ|² - tr Σ / N,
+
+    both unbiased. The error is that of leaving each example out in turn, for which |g_i|² and ḡ·g_i are
+    enough. With weights w_i (`weight_fn`), p_i = w_i / Σ w takes the place of 1 / N: tr Σ is Σ p_i |g_i -
+    ḡ|² / (1 - Σ p²), and what is taken off is Σ p_i² |g_i - ḡ|² / (1 - Σ p²). Examples of weight zero do not
+    count.
+
+    Args:
+        covariance_op: `GradientCovarianceOperator`, centred or not, on one batch or a stream. Its examples
+            are taken for independent draws.
+
+    Returns:
+        `NoiseScale`, an `Estimate`: value, stderr, `.interval()` by Fieller's theorem with skewness allowed
+        for, `.noise` and `.signal`. The value is infinite where |g|² is not positive.
+
+    Raises:
+        StructureError: another operator.
+        DataError: fewer than three examples of positive weight.
+        NonFiniteError: a gradient is NaN or infinite.
+
+    Cost: three gradients of every example. Memory: the gradients of `microbatch` single examples, by default
+    as many as fill 64 MiB.
+
+    Fails where few examples carry most of the gradient: with fewer than about 100 the interval may then hold
+    less often than it says.
+
+    References:
+        McCandlish, Kaplan, Amodei et al., arXiv:1812.06162; Fieller, doi:10.1111/j.2517-6161.1954.tb00159.x;
+        Johnson, doi:10.1080/01621459.1978.10480051.
+
+    Examples:
+        >>> import jax.numpy as jnp, spectra
+        >>> def loss_fn(w, x):
+        ...     return jnp.mean(x @ w)  # g_i = x_i
+        >>> x = jnp.array([[1.0, 0.0], [3.0, 2.0], [2.0, 1.0], [2.0, 1.0]])
+        >>> found = spectra.gradient_noise_scale(spectra.GradientCovarianceOperator(loss_fn, jnp.ones(2), x))
+        >>> round(found.noise, 4), round(found.signal, 4), round(float(found.value), 4)
+        (1.3333, 4.6667, 0.2857)
+    """
+    op = covariance_op
+    if not isinstance(op, GradientCovarianceOperator):
+        raise StructureError(
+            f"covariance_op is a {type(op).__name__}: pass a GradientCovarianceOperator of the loss."
+        )
+    chunk = op.microbatch or max(1, CHUNK_BYTES // _tree.tree_bytes(op.structure))
+    return _estimate(_statistics(op, chunk))
+
+
+class _Statistics(NamedTuple):
+    """Of each example (N,), in float64: p sums to one, m = Σ p² g."""
+
+    share: np.ndarray  # p_i
+    square: np.ndarray  # |g_i|²
+    mean: np.ndarray  # ḡ·g_i
+    second: np.ndarray  # m·g_i
+
+
+def _statistics(op: GradientCovarianceOperator, chunk: int) -> _Statistics:
+    """Two passes over the data: the mean gradients, then each example's products with them."""
+    total, squared, mean, second = 0.0, 0.0, None, None
+    for piece in _pieces(op):
+        weight, square, *vectors = _sums(piece, chunk)
+        total, squared = total + float(weight), squared + float(square)
+        # Running means, so that no sum is larger than what is summed.
+        mean = _blend(mean, vectors[0], float(weight) / total)
+        second = _blend(second, vectors[1], float(square) / squared if squared else 0.0)
+    if not _tree.all_finite((mean, second)):
+        raise NonFiniteError(f"a gradient is NaN or infinite. {op.explain_non_finite()}")
+    lengths = [_tree.length(mean), _tree.length(second)]
+    units = [
+        _tree.scale(1 / size if size else 0.0, v) for size, v in zip(lengths, (mean, second), strict=True)
+    ]
+    parts = [jax.device_get(_of_examples(piece, units, chunk)) for piece in _pieces(op)]
+    weights, norms, *along = (np.concatenate(x).astype(np.float64) for x in zip(*parts, strict=True))
+    used = weights > 0
+    share = weights[used] / weights.sum()
+    along = [size * x[used] for size, x in zip(lengths, along, strict=True)]
+    return _Statistics(share, norms[used] ** 2, along[0], along[1] * float(np.sum(share**2)))
+
+
+def _pieces(op: GradientCovarianceOperator):
+    return [op] if op.stream is None else (piece for _, piece in op._pieces())
+
+
+def _blend(old: PyTree, new: PyTree, share: float) -> PyTree:
+    return new if old is None else _mix(old, new, share)
+
+
+@jax.jit
+def _mix(old: PyTree, new: PyTree, share) -> PyTree:
+    return jax.tree.map(lambda a, b: (a + share * (b - a)).astype(a.dtype), old, new)
+
+
+@partial(jax.jit, static_argnames="chunk")
+def _sums(op: GradientCovarianceOperator, chunk: int):
+    """Σ w, Σ w², and the means of the gradients with weights w and w²."""
+    with jax.default_matmul_precision(op.matmul_precision):
+        weights, owned, one = op._examples(op.data)
+        unit = jnp.max(weights)  # squares of weights of any size
+        relative = weights / jnp.where(unit > 0, unit, 1)
+        totals = [jnp.sum(relative), jnp.sum(relative**2)]
+        shares = [x / jnp.where(t > 0, t, 1) for x, t in zip((relative, relative**2), totals, strict=True)]
+        variables = op._variables()
+
+        def add(sums, item):
+            weight, example, first, second = item
+            gradient = jax.vmap(jax.grad(one), (None, 0, 0))(variables, weight, example)
+
+            def plus(total, g, share):
+                return total + jnp.tensordot(share.astype(g.dtype), g, 1, precision="highest")
+
+            return [
+                jax.tree.map(partial(plus, share=s), t, gradient)
+                for t, s in zip(sums, (first, second), strict=True)
+            ], None
+
+        zero = [jax.tree.map(jnp.zeros_like, variables)] * 2
+        means, _ = _scan(add, zero, (weights, owned, *shares), chunk)
+        return unit * totals[0], unit**2 * totals[1], *means
+
+
+def _scan(body, carry, items, chunk: int):
+    """`lax.scan` over chunks of the leading axis; what is left over is a smaller one."""
+    count = len(jax.tree.leaves(items)[0])
+    whole = count // chunk * chunk
+    outputs = []
+    if whole:
+        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), items)
+        carry, found = lax.scan(body, carry, chunks)
+        outputs.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), found))
+    if whole < count:
+        carry, found = body(carry, jax.tree.map(lambda x: x[whole:], items))
+        outputs.append(found)
+    return carry, jax.tree.map(lambda *xs: jnp.concatenate(xs), *outputs)
+
+
+@partial(jax.jit, static_argnames="chunk")
+def _of_examples(op: GradientCovarianceOperator, units: list[PyTree], chunk: int):
+    """Weight, |g_i|, and u·g_i for both unit vectors u, of each example; no squares, which may overflow."""
+    with jax.default_matmul_precision(op.matmul_precision):
+        weights, owned, one = op._examples(op.data)
+        variables = op._variables()
+
+        def each(weight, example):
+            gradient = jax.grad(one)(variables, weight, example)
+            return _tree.norm(gradient), *(_tree.vdot(unit, gradient) for unit in units)
+
+        _, found = _scan(lambda _, item: (None, jax.vmap(each)(*item)), None, (weights, owned), chunk)
+        return weights, *found
+
+
+def _estimate(x: _Statistics) -> NoiseScale:
+    """The ratio and its error, from the estimates with one example left out in turn."""
+    count = len(x.share)
+    if count < 3:
+        raise DataError(f"{count} examples of positive weight: an error takes at least three.")
+    scale = float(np.max(x.square)) or 1.0  # squares of squares are within reach in this unit
+    x = x._replace(square=x.square / scale, mean=x.mean / scale, second=x.second / scale)
+    noise, signal = _noise_and_signal(x)
+    left_out = np.stack(_without_each(x))
+    influence = -(count - 1) * (left_out - left_out.mean(axis=1, keepdims=True))
+    covariance = influence @ influence.T / (count * (count - 1))
+    value = noise / signal if signal > 0 else math.inf
+    along = influence[0] - (value * influence[1] if math.isfinite(value) else 0.0)
+    spread = float(np.sqrt(np.mean(along**2)))
+    return NoiseScale(
+        value=float(value),
+        stderr=float(spread / math.sqrt(count - 1) / signal) if signal > 0 else math.inf,
+        num_matvecs=0,
+        method="jackknife",
+        reason=""
+        if signal > 0
+        else "the mean gradient is no longer than its noise: there is a lower end only",
+        dof=float(1 / np.sum(x.share**2) - 1),
+        noise=float(scale * noise),
+        signal=float(scale * signal),
+        covariance=scale**2 * covariance,
+        skewness=skewness(along),
+        num_examples=count,
+    )
+
+
+def _noise_and_signal(x: _Statistics) -> tuple[float, float]:
+    p, squares = x.share, x.share**2
+    size, second, trace, own = p @ x.mean, squares @ x.mean, p @ x.square, squares @ x.square
+    return _unbiased(size, second, trace, own, squares.sum())
+
+
+def _without_each(x: _Statistics) -> tuple[np.ndarray, np.ndarray]:
+    """The same without example i, for every i: sums over the others in closed form."""
+    p, squares = x.share, x.share**2
+    rest = 1 - p
+    size = (p @ x.mean - 2 * p * x.mean + squares * x.square) / rest**2
+    # (m - p² g)·(ḡ - p g)
+    second = (squares @ x.mean - p * x.second - squares * x.mean + p**3 * x.square) / rest**3
+    trace = (p @ x.square - p * x.square) / rest
+    own = (squares @ x.square - squares * x.square) / rest**2
+    return _unbiased(size, second, trace, own, (squares.sum() - squares) / rest**2)
+
+
+def _unbiased(size, second, trace, own, share):
+    """(tr Σ, |g|²) from |ḡ|², m·ḡ, Σ p |g_i|², Σ p² |g_i|² and Σ p²."""
+    noise = (trace - size) / (1 - share)
+    of_mean = (own - 2 * second + share * size) / (1 - share)
+    return noise, size - of_mean

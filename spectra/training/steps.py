@@ -1,0 +1,122 @@
+"""One update under the eyes of the curvature: what it should do to a loss, and what it does."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra import _tree
+from spectra._errors import NonFiniteError, SpectraError, StructureError
+from spectra._mesh import automatic
+from spectra.estimators.landscape import losses_at
+from spectra.operators.data_operator import DataOperator
+from spectra.results import Eigenpairs, GradientOverlap, StepQuality
+
+PyTree = Any
+
+
+@automatic
+def step_quality(op: DataOperator, update: PyTree, *, measure: bool = True) -> StepQuality:
+    """Compare the change of a loss that slope and curvature predict for an update with the true one.
+
+    With the update d the prediction is g·d + ½ dᵀHd. With the operator of one task and the update of another,
+    `sharpness` = dᵀHd / |g·d| is the relative sharpness, and a slope above zero a conflict of the two.
+
+    Args:
+        op: operator on data that has a loss.
+        update: pytree like the parameters, or flat: what is added to them.
+        measure: evaluate the loss at θ + d.
+
+    Returns:
+        `StepQuality`: `.predicted`, `.measured`, `.ratio`, `.sharpness`, `.largest_step`.
+
+    Raises:
+        StructureError: `op` has no loss, or the update is not like its parameters.
+        SpectraError: the update is zero.
+        NonFiniteError: the loss is NaN or infinite at the parameters.
+
+    Cost: one gradient, one product, and two evaluations of the loss.
+
+    References:
+        Kalra et al., arXiv:2601.16979.
+
+    Examples:
+        >>> import jax.numpy as jnp, spectra
+        >>> op = spectra.HessianOperator(lambda w, _: jnp.sum(w**2), jnp.ones(2), None)
+        >>> found = spectra.step_quality(op, -0.5 * op.gradient())
+        >>> found.predicted, found.measured, found.largest_step
+        (-2.0, -2.0, 2.0)
+    """
+    _require_loss(op)
+    along = op.as_vector(update, "update")
+    length = _tree.length(along)
+    if not 0 < length < math.inf:
+        raise SpectraError(f"the update has length {length}: pass one that is finite and not zero.")
+    loss = float(op.loss())
+    if not math.isfinite(loss):
+        raise NonFiniteError(op.explain_non_finite())
+    slope, curvature = jax.device_get(_two(along, op.gradient(), op @ along))
+    moved = math.nan
+    if measure:
+        stack = jax.tree.map(lambda x: x[None], along)
+        moved = float(losses_at(op, stack, np.ones((1, 1)))[0]) - loss
+    return StepQuality(float(slope), float(curvature), length, loss, moved)
+
+
+@automatic
+def gradient_overlap(op: DataOperator, pairs: Eigenpairs) -> GradientOverlap:
+    """Compute the share of |g|² that lies in the span of eigenvectors.
+
+    (v_j·g)² / |g|² for each of the orthonormal vectors v_j. Training with large steps moves most of the
+    gradient into the span of the leading ones.
+
+    Args:
+        op: operator on data that has a loss; its gradient is that of all of its data.
+        pairs: eigenpairs of it, from `eigsh`.
+
+    Returns:
+        `GradientOverlap`; `float()` is the share in the span of all.
+
+    Raises:
+        StructureError: `op` has no loss, or the vectors are not like its parameters.
+        SpectraError: the gradient is zero.
+
+    Cost: one gradient.
+
+    References:
+        Gur-Ari, Roberts and Dyer, arXiv:1812.04754.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.HessianOperator(lambda w, _: w[0] ** 2 + w[1] ** 2 / 4, jnp.array([1.0, 2.0]), None)
+        >>> pairs = spectra.eigsh(op, 1, which="LA", key=jax.random.key(0))
+        >>> round(float(spectra.gradient_overlap(op, pairs)), 4)  # g = (2, 1)
+        0.8
+    """
+    _require_loss(op)
+    _tree.check_structure(jax.tree.map(lambda x: x[0], pairs.vectors), op.structure, "an eigenvector")
+    gradient = op.gradient()
+    length = _tree.length(gradient)
+    if not 0 < length < math.inf:
+        raise SpectraError(f"the gradient has length {length}: it has no direction.")
+    along = jax.device_get(_shares(pairs.vectors, gradient))
+    return GradientOverlap(np.asarray(along, float) ** 2, length)
+
+
+def _require_loss(op: Any) -> None:
+    if not isinstance(op, DataOperator):
+        raise StructureError(f"a {type(op).__name__} has no loss: pass an operator on data.")
+
+
+@jax.jit
+def _two(along: PyTree, gradient: PyTree, image: PyTree) -> tuple[jax.Array, jax.Array]:
+    return _tree.vdot(gradient, along), _tree.vdot(image, along)
+
+
+@jax.jit
+def _shares(vectors: PyTree, gradient: PyTree) -> jax.Array:
+    """v·g / |g| of a stack of vectors."""
+    unit = _tree.scale(1 / _tree.norm(gradient), gradient)
+    return jax.vmap(lambda v: _tree.vdot(jax.tree.map(jnp.asarray, v), unit))(vectors)

@@ -1,0 +1,130 @@
+"""The gradient noise scale against NumPy, and its interval on gradients whose law is known."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectra
+from spectra.training import noise
+
+N, D = 60, 5
+X = np.random.default_rng(0).standard_normal((N, D)) + np.array([1.0, 0.5, 0, 0, 0])
+WEIGHTS = np.random.default_rng(1).integers(0, 4, N).astype(float)
+
+
+def linear(w, batch):
+    """g_i = w_i x_i / mean w: a weighted mean over the examples."""
+    x, weights = batch
+    return jnp.sum(weights * (x @ w)) / jnp.sum(weights)
+
+
+def total_weight(batch):
+    return jnp.sum(batch[1])
+
+
+def ratio(x, weights):
+    """By the definition, every sum written out."""
+    p = weights / weights.sum()
+    mean = p @ x
+    far = np.sum((x - mean) ** 2, axis=1)
+    rest = 1 - np.sum(p**2)
+    return (p @ far) / rest, mean @ mean - (p**2 @ far) / rest
+
+
+def estimate(x, weights=None, **options):
+    weights = np.ones(len(x)) if weights is None else weights
+    batch = jnp.asarray(x, jnp.float32), jnp.asarray(weights, jnp.float32)
+    op = spectra.GradientCovarianceOperator(
+        linear, jnp.ones(x.shape[1]), batch, weight_fn=total_weight, **options
+    )
+    return spectra.gradient_noise_scale(op)
+
+
+@pytest.mark.parametrize("weights", [np.ones(N), WEIGHTS], ids=["equal", "weighted"])
+def test_value_and_error_are_those_of_the_definition(weights):
+    found = estimate(X, weights, microbatch=7)
+    noise_, signal = ratio(X, weights)
+    # Sums of N numbers in float32, of which signal is the difference: N eps (|ḡ|² + tr Σ).
+    tol = N * np.finfo(np.float32).eps * (noise_ + abs(signal))
+    np.testing.assert_allclose([found.noise, found.signal], [noise_, signal], atol=tol)
+    np.testing.assert_allclose(found.value, noise_ / signal, rtol=4 * tol / signal)
+    used = np.flatnonzero(weights)
+    assert found.num_examples == len(used)
+    without = np.array([ratio(np.delete(X, i, 0), np.delete(weights, i)) for i in used]).T
+    centred = without - without.mean(axis=1, keepdims=True)
+    jackknife = (len(used) - 1) / len(used) * centred @ centred.T
+    np.testing.assert_allclose(found.covariance, jackknife, rtol=1e-4)
+    step = np.array([1, -found.value]) / found.signal
+    np.testing.assert_allclose(found.stderr, np.sqrt(step @ jackknife @ step), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_stream_and_one_batch_agree_at_every_scale():
+    whole = estimate(X, WEIGHTS)
+    batch = jnp.asarray(X, jnp.float32), jnp.asarray(WEIGHTS, jnp.float32)
+    parts = [tuple(x[a:b] for x in batch) for a, b in [(0, 25), (25, 50), (50, 60)]]
+    for size in (1e-15, 1.0, 1e15):  # squares of these are no numbers of float32
+
+        def scaled(w, batch, size=size):
+            return size * linear(w, batch)
+
+        op = spectra.GradientCovarianceOperator(scaled, jnp.ones(D), parts, weight_fn=total_weight)
+        found = spectra.gradient_noise_scale(op)
+        np.testing.assert_allclose(found.value, whole.value, rtol=1e-4)
+        np.testing.assert_allclose(found.interval(), whole.interval(), rtol=1e-3)
+        np.testing.assert_allclose(found.noise, size**2 * whole.noise, rtol=1e-4)
+
+
+def test_the_interval_is_where_the_difference_is_within_its_error():
+    found = estimate(X)
+    low, value, high = found.interval(0.9)
+    assert low < value < high < np.inf
+    from scipy.stats import t
+
+    skewed = abs(found.skewness) * (1 + 2 * t.ppf(0.95, N - 1) ** 2) / (6 * N**0.5)
+    for end, side in ((low, found.skewness < 0), (high, found.skewness > 0)):
+        step = np.array([1, -end])
+        error = np.sqrt(step @ found.covariance @ step)
+        wanted = t.ppf(0.95, N - 1) + skewed * side
+        np.testing.assert_allclose(abs(found.noise - end * found.signal) / error, wanted, rtol=1e-6)
+
+
+def test_without_a_gradient_there_is_a_lower_end_only():
+    found = estimate(np.random.default_rng(5).standard_normal((N, D)))
+    assert found.is_one_sided
+    assert 0 < found.interval().lower < np.inf
+    assert "no upper end" in repr(found)
+
+
+@pytest.mark.parametrize("law", ["normal", "scales", "exponential"])
+@pytest.mark.parametrize("length", [0.2, 1.0, 4.0])
+def test_coverage(law, length):
+    """300 draws of 150 gradients: of 95 %, fewer than 91 % hold with probability 1e-3."""
+    rng = np.random.default_rng(7)
+    scales, held = 1 / np.sqrt(np.arange(1, 21)), 0
+    truth = np.sum(scales**2) / length**2
+    for _ in range(300):
+        z = rng.standard_normal((150, 20))
+        if law == "scales":
+            z *= np.exp(rng.standard_normal((150, 1)) / 2 - 0.25)  # mean square one
+        elif law == "exponential":
+            z = rng.exponential(size=(150, 20)) - 1
+        g, p = length / 20**0.5 + z * scales, np.full(150, 1 / 150)
+        found = noise._estimate(noise._Statistics(p, np.sum(g**2, axis=1), g @ (p @ g), g @ (p**2 @ g)))
+        low, _, high = found.interval()
+        held += low <= truth <= high
+    assert 0.91 * 300 <= held < 300
+
+
+def test_what_has_no_noise_scale_is_refused():
+    with pytest.raises(spectra.StructureError, match="GradientCovarianceOperator"):
+        spectra.gradient_noise_scale(spectra.MatrixOperator(jnp.eye(2)))  # pyright: ignore
+    with pytest.raises(spectra.DataError, match="2 examples of positive weight"):
+        estimate(X[:3], np.array([1.0, 0.0, 2.0]))
+
+
+def test_it_is_saved_and_loaded(tmp_path):
+    found = estimate(X)
+    again = spectra.load(spectra.save(found, tmp_path / "noise"))
+    assert again.interval() == found.interval()
+    assert repr(again) == repr(found)

@@ -1,0 +1,164 @@
+"""Updates under the curvature: closed forms on quadratics, and the edge of stability of whole update maps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import spectra
+
+SCALES = jnp.array([5.0, 2.0, 1.0, -0.5])
+W = jnp.array([1.0, -2.0, 0.5, 3.0])
+KEY = jax.random.key(0)
+
+
+def quadratic(w, _):
+    return 0.5 * jnp.sum(SCALES * w**2)
+
+
+def quartic(w, _):
+    return jnp.sum(w**4)
+
+
+OP = spectra.HessianOperator(quadratic, W, None)
+
+
+def test_a_quadratic_changes_as_predicted_and_a_quartic_does_not():
+    d = np.array([-0.5, 0.2, 0.1, 0.4])
+    found = spectra.step_quality(OP, jnp.asarray(d, jnp.float32))
+    h, w = np.asarray(SCALES, float), np.asarray(W, float)
+    slope, curvature = h * w @ d, d @ (h * d)
+    np.testing.assert_allclose([found.slope, found.curvature], [slope, curvature], rtol=1e-5)
+    np.testing.assert_allclose(found.predicted, slope + curvature / 2, rtol=1e-5)
+    np.testing.assert_allclose(found.ratio, 1, rtol=1e-5)
+    np.testing.assert_allclose(found.sharpness, curvature / abs(slope), rtol=1e-5)
+    np.testing.assert_allclose(found.largest_step, -2 * slope / curvature, rtol=1e-5)
+    rising = spectra.step_quality(OP, jnp.asarray(-d, jnp.float32), measure=False)
+    assert rising.largest_step == 0
+    assert np.isnan(rising.measured)
+    power = spectra.step_quality(spectra.HessianOperator(quartic, W, None), -W)
+    # (1 - s)⁴ at s = 1: predicted -4 + 6 of the loss, true -1.
+    np.testing.assert_allclose(
+        [power.predicted / power.loss, power.measured / power.loss], [2, -1], rtol=1e-6
+    )
+
+
+def test_overlap_of_the_gradient_with_eigenvectors():
+    g = np.asarray(SCALES * W, float)
+    pairs = spectra.eigsh(OP, 2, which="LA", key=KEY)
+    found = spectra.gradient_overlap(OP, pairs)
+    np.testing.assert_allclose(found.shares[::-1], g[:2] ** 2 / (g @ g), rtol=1e-5)
+    np.testing.assert_allclose(float(found), np.sum(g[:2] ** 2) / (g @ g), rtol=1e-5)
+    np.testing.assert_allclose(found.length, np.linalg.norm(g), rtol=1e-6)
+
+
+def edge(optimizer, state, low=1e-3, high=1e6):
+    """The multiple at which an eigenvalue of the whole map, state included, passes -1; bisected."""
+    leaves, treedef = jax.tree.flatten(state)
+    moves = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
+    sizes = np.cumsum([W.size, *(leaves[i].size for i in moves)])
+
+    def once(flat, multiple):
+        parts = jnp.split(flat, sizes[:-1])
+        own = list(leaves)
+        for i, part in zip(moves, parts[1:], strict=True):
+            own[i] = part.reshape(leaves[i].shape)
+        updates, new = optimizer.update(SCALES * parts[0], treedef.unflatten(own), parts[0])
+        new = jax.tree.leaves(new)
+        return jnp.concatenate([parts[0] + multiple * updates, *(new[i].ravel() for i in moves)])
+
+    flat = jnp.concatenate([W, *(leaves[i].ravel() for i in moves)])
+    jacobian = jax.jit(jax.jacfwd(once))
+    for _ in range(40):
+        middle = np.sqrt(low * high)
+        values = np.linalg.eigvals(np.asarray(jacobian(flat, middle), float))
+        past = (np.abs(values) > 1 + 1e-6) & (values.real < 0)
+        low, high = (low, middle) if past.any() else (middle, high)
+    return low
+
+
+def after(optimizer, steps):
+    """A state with moments in it."""
+    state = optimizer.init(W)
+    for i in range(steps):
+        _, state = optimizer.update(SCALES * W * (1 + 0.1 * i), state, W)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "multiple"),
+    [
+        pytest.param(optax.sgd(0.1), 2 / 5 / 0.1, marks=pytest.mark.slow),
+        (optax.sgd(0.1, momentum=0.9), 3.8 / 5 / 0.1),
+        (optax.sgd(0.1, momentum=0.9, nesterov=True), 3.8 / 2.8 / 5 / 0.1),
+        pytest.param(
+            optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1, momentum=0.8)),
+            3.6 / 5.5 / 0.1,
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["sgd", "momentum", "nesterov", "decay"],
+)
+def test_the_edge_of_gradient_descent_is_that_of_its_closed_form(optimizer, multiple):
+    found = spectra.stable_step(OP, optimizer, optimizer.init(W), key=KEY, learning_rate=0.1)
+    np.testing.assert_allclose(float(found), multiple, rtol=1e-4)
+    np.testing.assert_allclose(found.learning_rate, 0.1 * multiple, rtol=1e-4)
+    assert found.status.ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam(0.1),
+        optax.adamw(0.1, weight_decay=0.1),
+        optax.rmsprop(0.05, momentum=0.5),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
+        optax.lion(0.1),
+        optax.adabelief(0.1),
+    ],
+)
+def test_the_edge_of_any_optimizer_is_that_of_its_whole_update_map(optimizer):
+    state = after(optimizer, 5)
+    found = spectra.stable_step(OP, optimizer, state, key=KEY)
+    wanted = edge(optimizer, state)
+    if np.isinf(float(found)):  # signs: the update does not feel the gradient's size
+        assert wanted > 9e5
+    else:
+        np.testing.assert_allclose(float(found), wanted, rtol=1e-3)
+
+
+def test_adam_is_at_the_edge_of_the_preconditioned_sharpness():
+    optimizer = optax.adam(0.1)
+    state = optimizer.init(W)
+    moments = state[0]._replace(count=jnp.array(100_000), mu=SCALES * W, nu=(SCALES * W) ** 2)
+    state = (moments, *state[1:])
+    felt = spectra.PreconditionedOperator(OP, state, b2=0.999)
+    sharpness = np.linalg.eigvalsh(np.asarray(felt.as_matrix(), float))[-1]
+    found = spectra.stable_step(OP, optimizer, state, key=KEY, learning_rate=0.1)
+    # The second moment answers as well, by (1 - b2) / (1 + b2) where the first does by (1 - b1) / (1 + b1).
+    wanted = 38 / sharpness / (1 - 19 * 0.001 / 1.999)
+    np.testing.assert_allclose(found.learning_rate, wanted, rtol=1e-4)
+
+
+def test_results_are_saved_and_bad_input_is_refused(tmp_path):
+    pairs = spectra.eigsh(OP, 1, which="LA", key=KEY)
+    sgd = optax.sgd(0.1)
+    for found in (
+        spectra.step_quality(OP, W),
+        spectra.gradient_overlap(OP, pairs),
+        spectra.stable_step(OP, sgd, sgd.init(W), key=KEY),
+    ):
+        again = spectra.load(spectra.save(found, tmp_path / type(found).__name__))
+        assert repr(again) == repr(found)
+    with pytest.raises(spectra.SpectraError, match="length 0"):
+        spectra.step_quality(OP, 0 * W)
+    with pytest.raises(spectra.SpectraError, match="no direction"):
+        spectra.gradient_overlap(spectra.HessianOperator(quadratic, 0 * W, None), pairs)
+    with pytest.raises(spectra.StructureError, match="has no loss"):
+        spectra.step_quality(spectra.MatrixOperator(jnp.eye(2)), W)  # pyright: ignore
+    with pytest.raises(spectra.StructureError, match="without an update"):
+        spectra.stable_step(OP, 3, None, key=KEY)
+    concave = spectra.HessianOperator(lambda w, _: -jnp.sum(w**2), W, None)
+    assert spectra.stable_step(concave, sgd, sgd.init(W), key=KEY).multiple == np.inf
