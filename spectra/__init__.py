@@ -41,6 +41,7 @@ from spectra.io import load, save
 from spectra.krylov.eigsh import eigsh
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
+from spectra.krylov.solve import solve
 from spectra.models import linen_model, nnx_model
 from spectra.operators.base import LinearOperator
 from spectra.operators.covariance import GradientCovarianceOperator
@@ -69,6 +70,7 @@ from spectra.results import (
     Density,
     Eigenpairs,
     Estimate,
+    FunctionProduct,
     Interval,
     LayerConditions,
     LossSlice,
@@ -77,6 +79,7 @@ from spectra.results import (
     Quadrature,
     Sharpness,
     Snapshot,
+    Solution,
     SpectrumHistory,
     Tridiagonal,
 )
@@ -97,6 +100,7 @@ __all__ = [
     "Estimate",
     "FisherOperator",
     "FunctionOperator",
+    "FunctionProduct",
     "GGNOperator",
     "GradientCovarianceOperator",
     "HessianOperator",
@@ -117,6 +121,7 @@ __all__ = [
     "ResultFileError",
     "Sharpness",
     "Snapshot",
+    "Solution",
     "SpectraError",
     "SpectrumHistory",
     "SpectrumReport",
@@ -160,6 +165,7 @@ __all__ = [
     "plot_style",
     "save",
     "slq",
+    "solve",
     "spectral_density",
     "spectral_distances",
     "spectrum",

@@ -29,6 +29,7 @@ from spectra.results.landscape import LossSlice
 from spectra.results.plans import Plan
 from spectra.results.quadrature import Moments, Quadrature
 from spectra.results.sharpness import Sharpness
+from spectra.results.solutions import FunctionProduct, Solution
 
 __all__ = [
     "Array",
@@ -36,6 +37,7 @@ __all__ = [
     "Density",
     "Eigenpairs",
     "Estimate",
+    "FunctionProduct",
     "Interval",
     "LayerConditions",
     "LossSlice",
@@ -45,6 +47,7 @@ __all__ = [
     "Result",
     "Sharpness",
     "Snapshot",
+    "Solution",
     "SpectrumHistory",
     "Tridiagonal",
     "as_quadrature",
