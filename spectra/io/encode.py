@@ -22,6 +22,7 @@ from spectra.results import (
     Density,
     Eigenpairs,
     Estimate,
+    FunctionProduct,
     Interval,
     LayerConditions,
     LossSlice,
@@ -30,6 +31,7 @@ from spectra.results import (
     Quadrature,
     Sharpness,
     Snapshot,
+    Solution,
     SpectrumHistory,
     Tridiagonal,
 )
@@ -55,6 +57,8 @@ CLASSES = {
         Sharpness,
         Snapshot,
         SpectrumHistory,
+        Solution,
+        FunctionProduct,
     )
 }
 _NOT_SAVED = {("Tridiagonal", "segments"): (), ("Tridiagonal", "layout"): None}  # the basis: m n numbers

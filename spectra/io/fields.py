@@ -20,6 +20,7 @@ from spectra.results import (
     Density,
     Eigenpairs,
     Estimate,
+    FunctionProduct,
     Interval,
     LayerConditions,
     LossSlice,
@@ -28,6 +29,7 @@ from spectra.results import (
     Quadrature,
     Sharpness,
     Snapshot,
+    Solution,
     SpectrumHistory,
     Tridiagonal,
 )
@@ -142,6 +144,12 @@ def _interval(value: Any, sizes: Sizes) -> str | None:
     if not isinstance(value, Interval):
         return f"is a {type(value).__name__}, not an Interval"
     return None if all(type(end) in (int, float) for end in value) else "is not made of numbers"
+
+
+def _flags(value: Any, sizes: Sizes) -> str | None:
+    """True or false, or an array of them."""
+    is_array = isinstance(value, np.ndarray) and _is_of(value.dtype, "b")
+    return None if is_array or isinstance(value, bool) else f"is a {type(value).__name__}, not a bool"
 
 
 def _scalars(value: Any, sizes: Sizes) -> str | None:
@@ -262,6 +270,15 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     Sharpness: {
         **dict.fromkeys(("value", "lower", "upper", "loss"), _REAL), "descends": _FLAG,
         "num_evaluations": _COUNT, "status": _STATUS,
+    },
+    Solution: {
+        "x": _numbers, **dict.fromkeys(("residual_norm", "rounding", "error_bound"), _numbers),
+        "quadratic_form": _a(Interval), "converged": _flags, **dict.fromkeys(("num_matvecs", "preconditioner_matvecs"), _COUNT),
+        "method": _TEXT, "bound": _TEXT, "status": _STATUS,
+    },
+    FunctionProduct: {
+        "value": _numbers, "error_bound": _numbers, "num_matvecs": _COUNT, "num_steps": _COUNT,
+        "function": _TEXT, "bound": _TEXT, "status": _STATUS,
     },
     DataVariability: {
         "largest": _array("subsets k"), "smallest": _array("subsets k"), "trace": _array("subsets"),

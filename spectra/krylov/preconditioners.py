@@ -9,7 +9,6 @@ from jax import lax
 
 from spectra import _tree
 from spectra._errors import SpectraError, StructureError
-from spectra.operators.arithmetic import Derived
 from spectra.operators.base import LinearOperator, operator
 from spectra.operators.function import FunctionOperator
 from spectra.results import Eigenpairs
@@ -23,18 +22,17 @@ left is about as large (Frangella, Tropp and Udell, arXiv:2110.02820, theorem 4.
 BATCH = 16
 
 
-@operator(leaves=("base", "vectors", "gains"))
-class SpectralPreconditioner(Derived):
+@operator(leaves=("vectors", "gains"))
+class SpectralPreconditioner(LinearOperator):
     """P = I + U diag(g) Uᵀ with orthonormal U: moves known eigenvalues to one size, leaves the rest alone."""
 
-    base: LinearOperator
     vectors: PyTree  # (r, *leaf.shape)
     gains: jax.Array  # (r,), above -1
 
     @property
-    def on_host(self) -> bool:
-        """False: nothing is multiplied with the base, which only says what a vector is."""
-        return False
+    def like(self) -> PyTree:
+        """The first of the vectors."""
+        return jax.tree.map(lambda u: u[0], self.vectors)
 
     def mv(self, v: PyTree) -> PyTree:
         """P v."""
@@ -77,7 +75,7 @@ def deflation(op: LinearOperator, pairs: Eigenpairs, shift: Any) -> SpectralPrec
     )
     sizes = jnp.abs(jnp.asarray(pairs.values, op.dtype) + shift)
     edge = jnp.max(sizes) if pairs.which == "SM" else jnp.min(sizes)
-    return SpectralPreconditioner(_shape_only(op), pairs.vectors, _gains(sizes, edge))
+    return SpectralPreconditioner(pairs.vectors, _gains(sizes, edge))
 
 
 def nystrom(
@@ -119,27 +117,7 @@ def nystrom(
     kept = values != 0
     edge = jnp.min(jnp.where(kept, sizes, jnp.inf))
     gains = jnp.where(kept, _gains(jnp.where(kept, sizes, 1), edge), 0)
-    return SpectralPreconditioner(_shape_only(op), vectors, gains), products
-
-
-@operator(leaves=("example",))
-class _Shape(LinearOperator):
-    """What a vector looks like; the base of preconditioners, which hold no data."""
-
-    example: PyTree
-
-    @property
-    def like(self) -> PyTree:
-        """Zeros in the form of a vector."""
-        return self.example
-
-    def mv(self, v: PyTree) -> PyTree:
-        """The identity."""
-        return v
-
-
-def _shape_only(op: LinearOperator) -> _Shape:
-    return _Shape(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), op.structure))
+    return SpectralPreconditioner(vectors, gains), products
 
 
 def _gains(sizes: jax.Array, edge: jax.Array) -> jax.Array:
