@@ -39,6 +39,7 @@ from spectra.estimators import (
 )
 from spectra.io import load, save
 from spectra.krylov.eigsh import eigsh
+from spectra.krylov.funm import funm
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
 from spectra.krylov.solve import solve
@@ -144,6 +145,7 @@ __all__ = [
     "eigsh",
     "frobenius_norm",
     "from_torch",
+    "funm",
     "kpm",
     "lanczos",
     "linen_model",
