@@ -49,6 +49,8 @@ def made():
         spectra.data_variability(loss, key=KEY, num_steps=5),
         spectra.critical_sharpness(loss_fn, params, x, jax.grad(loss_fn)(params, x)),
         spectra.summary(loss, key=KEY),
+        spectra.solve(op, jnp.ones(60), shift=2.0),
+        spectra.funm(op, "exp", jnp.ones(60), num_steps=16),
     ]
     return {type(result).__name__: result for result in results}
 
@@ -86,7 +88,9 @@ def test_every_result_is_saved_and_comes_back(made, tmp_path):
 def test_pictures_are_drawn_where_there_is_one(made):
     without = {
         *("Estimate", "Tridiagonal", "ConditionNumber", "LayerConditions", "Plan", "DataVariability"),
+        "FunctionProduct",
         "Sharpness",
+        "Solution",
     }
     import matplotlib.pyplot as plt
 

@@ -196,9 +196,7 @@ def _pairs(bounds: Any) -> list[tuple[float, float]]:
     if bounds is None:
         return [(-np.inf, np.inf)]
     pairs = [bounds] if bounds[0] is None or np.ndim(bounds[0]) == 0 else list(bounds)
-    made = [
-        (-np.inf if a is None else float(a), np.inf if b is None else float(b)) for a, b in pairs
-    ]
+    made = [(-np.inf if a is None else float(a), np.inf if b is None else float(b)) for a, b in pairs]
     ends = [end for pair in made for end in pair]
     if ends != sorted(ends):
         raise SpectraError(f"bounds={bounds!r}: use (a, b) with a <= b, or several such pairs, ascending.")
@@ -233,7 +231,9 @@ def _one(op, named: Named, name: str, v: PyTree, steps: int, tol: float, known: 
         if not np.isfinite(values).all():
             raise _undefined(name, float(theta[~np.isfinite(values)][0]), noise * known.norm)
         if size * np.abs(values).max() > float(jnp.finfo(op.dtype).max):
-            raise SpectraError(f"{name} reaches {np.abs(values).max():.1e} on the spectrum, beyond {op.dtype}.")
+            raise SpectraError(
+                f"{name} reaches {np.abs(values).max():.1e} on the spectrum, beyond {op.dtype}."
+            )
         coefficients = vectors @ (values * vectors[0])
         norm = float(np.linalg.norm(coefficients))
         last = 0.0 if ended is not None else float(beta[length - 1])
@@ -324,4 +324,6 @@ def _traced(op: LinearOperator, f: Callable[[Any], Any], v: PyTree, steps: int) 
     # Steps behind an exhausted space have zero rows: f there counts for nothing.
     values = jnp.where(vectors[0] != 0, f(theta), 0)
     coefficients = _tree.norm(v) * (vectors @ (values * vectors[0]))
-    return jax.tree.map(lambda q: jnp.tensordot(coefficients.astype(q.dtype), q, 1, precision="highest"), found.basis)
+    return jax.tree.map(
+        lambda q: jnp.tensordot(coefficients.astype(q.dtype), q, 1, precision="highest"), found.basis
+    )

@@ -181,7 +181,13 @@ def absorb(problem: Problem, state: State, product: PyTree) -> State:
         norm_a=jnp.maximum(state.norm_a, jnp.where(jnp.isfinite(ratio), ratio, 0)),
         products=state.products + (state.mode != Mode.DONE),
     )
-    branches = [_cg, _ended if problem.only_cg else _minres, _check, _ended if problem.only_cg else _null, _ended]
+    branches = [
+        _cg,
+        _ended if problem.only_cg else _minres,
+        _check,
+        _ended if problem.only_cg else _null,
+        _ended,
+    ]
     after = lax.switch(state.mode, [partial(branch, problem) for branch in branches], state, w)
     going = state.mode != Mode.DONE
     after = _merge(
@@ -269,9 +275,7 @@ def _cg(problem: Problem, state: State, w: PyTree) -> State:
 # MINRES.
 
 
-def _begin_minres(
-    problem: Problem, state: State, x: PyTree, r: PyTree, image: PyTree | None = None
-) -> State:
+def _begin_minres(problem: Problem, state: State, x: PyTree, r: PyTree, image: PyTree | None = None) -> State:
     """MINRES from the residual r of x; from A r, given as `image`, where r is all but in the null space.
 
     On the Krylov space of A r x has no part in the null space that could grow (Hanke's MR-II, Conjugate
@@ -398,9 +402,7 @@ def _check(problem: Problem, state: State, w: PyTree) -> State:
     idle = ~resume & (norm > HALF * state.norm_r)
     stale = jnp.where(resume, state.stale, jnp.where(idle, state.stale + 1, 0))
     stuck = (norm <= floor) | (stale > STALE)
-    state = dataclasses.replace(
-        state, x=x, r=r, norm_r=norm, stale=stale, resume=jnp.zeros_like(resume)
-    )
+    state = dataclasses.replace(state, x=x, r=r, norm_r=norm, stale=stale, resume=jnp.zeros_like(resume))
     said = jnp.where(converged, Verdict.CONVERGED, jnp.where(ended, state.verdict, Verdict.STAGNATED))
     done = _merge(state, jnp.ones((), bool), mode=jnp.int32(Mode.DONE), verdict=said.astype(jnp.int32))
     end = converged | ended | stuck

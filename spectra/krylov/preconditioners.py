@@ -48,7 +48,9 @@ def as_preconditioner(
         return None, 0
     if isinstance(preconditioner, str):
         if preconditioner != "nystrom":
-            raise SpectraError(f"preconditioner={preconditioner!r}: use 'nystrom', Eigenpairs or an operator.")
+            raise SpectraError(
+                f"preconditioner={preconditioner!r}: use 'nystrom', Eigenpairs or an operator."
+            )
         if key is None:
             raise SpectraError("preconditioner='nystrom' draws a sketch: pass key, say jax.random.key(0).")
         return nystrom(op, shift, key, traced)
@@ -61,7 +63,7 @@ def as_preconditioner(
                 f"preconditioner is a {type(preconditioner).__name__}: pass 'nystrom', Eigenpairs, or an "
                 "operator or a function that multiplies with an approximate inverse."
             )
-        preconditioner = FunctionOperator(function, op.structure)
+        preconditioner = FunctionOperator(function, op.like)
     _tree.check_structure(preconditioner.structure, op.structure, "the preconditioner's vector")
     if preconditioner.on_host:
         raise SpectraError("a preconditioner is applied in every step: it cannot stream its data.")

@@ -122,7 +122,9 @@ def solve(
     _check_arguments(method, tol, max_matvecs, lower_bound, shift)
     traced = _tree.is_traced((op, b, shift, x0, preconditioner, key))
     if traced and op.on_host:
-        raise SpectraError("an operator that streams its data cannot be solved with inside jit, vmap or grad.")
+        raise SpectraError(
+            "an operator that streams its data cannot be solved with inside jit, vmap or grad."
+        )
     b, several, back = stacked(op, b, "b")
     if not traced and not _tree.all_finite(b):
         raise NonFiniteError("b is NaN or infinite somewhere.")
@@ -278,7 +280,9 @@ def _concrete(op, b, x0, inverse, method, tol, max_matvecs, bound) -> Solution:
     verdicts = np.asarray(found["verdict"])
     spent = int(np.sum(found["products"])) + extra * len(verdicts)
     if (verdicts == Verdict.NONFINITE).any():
-        raise NonFiniteError(f"one of the first {spent} products is NaN or infinite. {op.explain_non_finite()}")
+        raise NonFiniteError(
+            f"one of the first {spent} products is NaN or infinite. {op.explain_non_finite()}"
+        )
     if (verdicts == Verdict.PRECONDITIONER).any():
         raise SpectraError("the preconditioner is not positive definite: rᵀPr < 0 for a residual r.")
     if may_be_dense and (verdicts == Verdict.BUDGET).any():
@@ -295,7 +299,8 @@ def _judged(op, b, found, spent: int, bound, verdicts) -> Solution:
     x, noise = found["x"], noise_of(op)
     sizes = np.asarray(_sizes(x), np.float64)
     residual = np.asarray(found["residual"], np.float64)
-    moved = noise * np.asarray(found["norm_a"], np.float64) * sizes
+    # Of the product, and of the difference and its norm.
+    moved = noise * (np.asarray(found["norm_a"], np.float64) * sizes + residual)
     if op.moved(jax.random.key(rounding.KEY)) is not None:
         here = op.prepare()
         for i in np.flatnonzero(np.isfinite(sizes) & (sizes > 0)):
@@ -375,10 +380,10 @@ def _traced(op, b, x0, inverse, method, tol, max_matvecs, bound) -> Solution:
     found = lax.stop_gradient(found)
     count = jax.tree.leaves(b)[0].shape[0]
     still = lax.stop_gradient((x, b))
-    moved = noise_of(op) * found["norm_a"] * _sizes(still[0])
     residual = found["residual"]
     if x0 is not None:
         residual = _distances(still[1], jax.vmap(fixed.mv)(still[0]))
+    moved = noise_of(op) * (found["norm_a"] * _sizes(still[0]) + residual)
     error = jnp.full(count, jnp.inf) if bound is None else (residual + moved) / bound
     return Solution(
         x=x,

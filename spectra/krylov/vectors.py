@@ -23,7 +23,14 @@ def stacked(op: LinearOperator, b: PyTree, what: str) -> tuple[PyTree, bool, Cal
     if op._is_matrix(b):
         rows = jax.vmap(lambda row: _tree.unravel(row, structure))(jnp.asarray(b, op.dtype).T)
         return rows, True, lambda x: jax.vmap(_tree.ravel)(x).T
-    if shape is not None and len(shape) == 2 and shape[0] and shape[1] == op.size and own != shape and own is None:
+    if (
+        shape is not None
+        and len(shape) == 2
+        and shape[0]
+        and shape[1] == op.size
+        and own != shape
+        and own is None
+    ):
         rows = jax.vmap(lambda row: _tree.unravel(row, structure))(jnp.asarray(b, op.dtype))
         return rows, True, jax.vmap(_tree.ravel)
     if (count := _common_axis(b, structure)) is not None:
@@ -46,7 +53,9 @@ def _common_axis(b: PyTree, structure: PyTree) -> int | None:
         return None
     shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(b)]
     wanted = [leaf.shape for leaf in jax.tree.leaves(structure)]
-    if any(shape[1:] != want or len(shape) != len(want) + 1 for shape, want in zip(shapes, wanted, strict=True)):
+    if any(
+        shape[1:] != want or len(shape) != len(want) + 1 for shape, want in zip(shapes, wanted, strict=True)
+    ):
         return None
     counts = {shape[0] for shape in shapes}
     return counts.pop() if len(counts) == 1 and 0 not in counts else None
