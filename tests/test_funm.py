@@ -46,7 +46,7 @@ def vector():
 @SHARP
 @pytest.mark.parametrize("spectrum", slow_but(SPECTRA, "decaying", "both signs"))
 def test_the_bound_holds(spectrum, dtype):
-    """At every length, with ends that are given and ends that are found; finite where the function allows it."""
+    """At every length, with ends that are given and ends that are found; finite where given."""
     op, v = planted(SPECTRA[spectrum], dtype), jnp.asarray(vector(), dtype)
     least = float(np.linalg.eigvalsh(np.asarray(op.matrix, np.float64))[0])
     bounds = SIDES.get(spectrum, (0.99 * least, None))

@@ -273,7 +273,8 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     },
     Solution: {
         "x": _numbers, **dict.fromkeys(("residual_norm", "rounding", "error_bound"), _numbers),
-        "quadratic_form": _a(Interval), "converged": _flags, **dict.fromkeys(("num_matvecs", "preconditioner_matvecs"), _COUNT),
+        "quadratic_form": _a(Interval), "converged": _flags,
+        **dict.fromkeys(("num_matvecs", "preconditioner_matvecs"), _COUNT),
         "method": _TEXT, "bound": _TEXT, "status": _STATUS,
     },
     FunctionProduct: {

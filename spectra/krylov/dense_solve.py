@@ -33,8 +33,8 @@ def matrix_error(op: LinearOperator, values: np.ndarray) -> float:
 def solution(op: LinearOperator, b: PyTree, tol: float, spent: int) -> Solution:
     """Solutions from the eigenpairs of the dense matrix in float64, for n products; x is rounded once.
 
-    Eigenvalues within the error of the matrix count as zero. By Weyl's theorem no |λ| of the operator is below
-    the smallest of the matrix less that error, on which the error bound rests.
+    Eigenvalues within the error of the matrix count as zero. By Weyl's theorem no |λ| of the operator is
+    below the smallest of the matrix less that error, on which the error bound rests.
     """
     matrix = np.asarray(op.as_matrix(), np.float64)
     n = len(matrix)

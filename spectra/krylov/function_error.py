@@ -1,12 +1,12 @@
 """How far a Lanczos approximation of f(H) v can be from the exact one.
 
-With H Q = Q T + β q eᵀ after m steps, q the next vector of the basis, T = S diag(θ) Sᵀ and f any function that
-is defined on the spectrum,
+With H Q = Q T + β q eᵀ after m steps, q the next vector of the basis, T = S diag(θ) Sᵀ and f any function
+that is defined on the spectrum,
 
     f(H) v - |v| Q f(T) e_1 = |v| β g(H) q,    g(λ) = Σ_j s_1j s_mj (f(λ) - f(θ_j)) / (λ - θ_j):
 
-for f(x) = 1/(x - z) that is the residual of the shifted system, and both sides are linear in f (Ilić, Turner and
-Simpson, doi:10.1093/imanum/drp003; Chen, Greenbaum, Musco and Musco, arXiv:2106.09806, bound the same by
+for f(x) = 1/(x - z) that is the residual of the shifted system, and both sides are linear in f (Ilić, Turner
+and Simpson, doi:10.1093/imanum/drp003; Chen, Greenbaum, Musco and Musco, arXiv:2106.09806, bound the same by
 contour integrals). So max |g| over a set that holds the spectrum bounds the error, without a gap, a contour
 or a derivative of f.
 """
@@ -73,7 +73,7 @@ def _largest(f, theta: np.ndarray, weights: np.ndarray, low: float, high: float)
 
 
 def _samples(low: float, high: float, theta: np.ndarray) -> np.ndarray:
-    """Points of an interval, none within a millionth of it of a Ritz value: f(λ) - f(θ) would cancel there."""
+    """Points of an interval, none within a millionth of it of a Ritz value, where f(λ) - f(θ) cancels."""
     middle, half = (low + high) / 2, (high - low) / 2
     inside = theta[(theta > low) & (theta < high)]
     edges = np.concatenate([[low], inside, [high]])
@@ -101,8 +101,8 @@ def rounding(f, intervals: Intervals, moved: float) -> float:
 def margin(size: int, steps: int) -> float:
     """What a random run of some steps leaves beyond each extreme Ritz value, in units of their distance.
 
-    (λ_1 - θ_1) / (λ_1 - λ_n) > ε has probability 1.648 √n exp(-√ε (2 m - 1)) at most, for a start drawn uniformly
-    (Kuczynski and Wozniakowski, doi:10.1137/0613066, theorem 4.2).
+    (λ_1 - θ_1) / (λ_1 - λ_n) > ε has probability 1.648 √n exp(-√ε (2 m - 1)) at most, for a start drawn
+    uniformly (Kuczynski and Wozniakowski, doi:10.1137/0613066, theorem 4.2).
     """
     share = (np.log(1.648 * np.sqrt(size) / FAILS) / (2 * steps - 1)) ** 2
     return float(share / (1 - 2 * share)) if share < 0.45 else np.inf

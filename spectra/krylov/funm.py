@@ -71,20 +71,20 @@ def funm(
     |v| β g(H) q with a function g that is known (`spectra.krylov.function_error`), so that it is at most
     |v| β max |g| over the spectrum; steps are taken until that is below tol |value|.
 
-    **What the bound rests on.** It needs a set that holds the spectrum. With both ends in `bounds` it is certain, up
-    to how g varies between 1,500 samples. Ends that are not given are found by 40 Lanczos steps from a random
-    vector, and hold with probability 1 - 1e-6 each (Kuczynski and Wozniakowski); an operator that
-    is positive semi-definite by construction needs none below zero. The lower end matters where f has a pole or
-    a branch point there: 1/x, log and 1/sqrt are bounded only if the spectrum is known to stay away from zero, so
-    pass `bounds=(shift, None)` for a damped operator. For "sign" and "abs" pass two intervals, on both sides of
-    zero: between them f needs no approximation. What rounding of products moves is added.
+    **What the bound rests on.** It needs a set that holds the spectrum. With both ends in `bounds` it is
+    certain, up to how g varies between 1,500 samples. Ends that are not given are found by 40 Lanczos steps
+    from a random vector, and hold with probability 1 - 1e-6 each (Kuczynski and Wozniakowski); an operator
+    that is positive semi-definite by construction needs none below zero. The lower end matters where f has a
+    pole or a branch point there: 1/x, log and 1/sqrt are bounded only if the spectrum is known to stay away
+    from zero, so pass `bounds=(shift, None)` for a damped operator. For "sign" and "abs" pass two intervals,
+    on both sides of zero: between them f needs no approximation. What rounding of products moves is added.
 
     Args:
         op: symmetric operator of order n.
-        f: "exp", "log", "sqrt", "inv_sqrt", "inv", "sign", "abs", or a vectorised NumPy function of real numbers;
-            inside jit, of JAX.
-        v: a vector, a pytree like the parameters or a flat array (n,); or several, as the columns of an (n, k) array
-            or with a leading axis.
+        f: "exp", "log", "sqrt", "inv_sqrt", "inv", "sign", "abs", or a vectorised NumPy function of real
+            numbers; inside jit, of JAX.
+        v: a vector, a pytree like the parameters or a flat array (n,); or several, as the columns of an (n,
+            k) array or with a leading axis.
         num_steps: Lanczos steps at most; default 128, or n.
         tol: accepted error relative to |f(H) v|; 0 takes all steps.
         bounds: (a, b) that hold the spectrum, None for an end that is not known; or several such intervals.
@@ -96,11 +96,12 @@ def funm(
         is infinite.
 
     Raises:
-        SpectraError: f is not finite at a Ritz value, as for the root of an operator with a negative eigenvalue,
-            which the message names; a Ritz value lies outside of `bounds`.
+        SpectraError: f is not finite at a Ritz value, as for the root of an operator with a negative
+            eigenvalue, which the message names; a Ritz value lies outside of `bounds`.
         NonFiniteError: a product is NaN or infinite.
 
-    Cost: one product a step for each vector, and 40 for the ends of the spectrum; num_steps vectors of memory.
+    Cost: one product a step for each vector, and 40 for the ends of the spectrum; num_steps vectors of
+        memory.
 
     References:
         Saad, doi:10.1137/0729014; Chen, Greenbaum, Musco and Musco, arXiv:2106.09806.
@@ -270,8 +271,8 @@ def _inside(theta, named: Named, name: str, known: _Range, noise: float, op) -> 
     beyond = theta[(theta < known.low - noise) | (theta > known.high + noise)]
     if len(beyond):
         raise SpectraError(
-            f"the Ritz value {beyond[0]:.6g} lies outside of the bounds given, [{known.low:g}, {known.high:g}]: "
-            "H has an eigenvalue there or beyond."
+            f"the Ritz value {beyond[0]:.6g} lies outside of the bounds given, [{known.low:g}, "
+            f"{known.high:g}]: H has an eigenvalue there or beyond."
         )
     if theta[0] < named.least - noise:
         raise _undefined(name, float(theta[0]), noise)
@@ -281,8 +282,8 @@ def _inside(theta, named: Named, name: str, known: _Range, noise: float, op) -> 
 def _undefined(name: str, at: float, noise: float) -> SpectraError:
     what = f"an eigenvalue at or below {at:.6g}" if at < -noise else f"an eigenvalue near {at:.6g}"
     return SpectraError(
-        f"{name} is not finite at the Ritz value {at:.6g}: H has {what} (the noise floor is {noise:.1e}). Shift the "
-        "operator, op.shift(delta), by more than its most negative eigenvalue and the noise floor."
+        f"{name} is not finite at the Ritz value {at:.6g}: H has {what} (the noise floor is {noise:.1e}). "
+        "Shift the operator, op.shift(delta), by more than its most negative eigenvalue and the noise floor."
     )
 
 

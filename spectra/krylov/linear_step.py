@@ -10,9 +10,9 @@ for is the state's `mode`:
   method goes on from there where that is not so, which makes good what short recurrences lose to rounding:
   MINRES alone is off by κ² roundings (Sleijpen, van der Vorst and Modersitzki,
   doi:10.1137/S0895479897323087).
-* NULL, on the residual: where A r vanishes and r does not, b is outside of the range. MINRES is not driven far
-  into that, since what x has along the null space grows like |r| / |A r|: a run from the true residual clears
-  what b - A x has lost to rounding, and tells the two apart.
+* NULL, on the residual: where A r vanishes and r does not, b is outside of the range. MINRES is not driven
+  far into that, since what x has along the null space grows like |r| / |A r|: a run from the true residual
+  clears what b - A x has lost to rounding, and tells the two apart.
 
 Everything is in units, powers of two: b / unit_b, A / unit_a from the first product, P / unit_p. Squares
 neither under- nor overflow then, and c A with c b go through the same numbers.
@@ -63,7 +63,7 @@ PROGRESS = 0.99
 HALF = 0.5
 """A cycle that takes less than this off the true residual is stale."""
 STALE = 1
-"""Stale cycles in a row after which the precision's floor is met; the first may have looked for a null space."""
+"""Stale cycles in a row that are allowed; beyond, the precision's floor is met."""
 
 
 @jax.tree_util.register_dataclass
@@ -376,7 +376,7 @@ def _minres(problem: Problem, state: State, w: PyTree) -> State:
 
 
 def _to_null(state: State, when: jax.Array, *, resume: bool) -> State:
-    """Is the residual in the null space? If not, go on with the recurrence, or anew from the true residual."""
+    """Is the residual in the null space? If not, go on with the recurrence, or anew from the residual."""
     when = when & (state.mode != Mode.DONE)
     state = _merge(state, when, idle=jnp.zeros_like(state.idle), resume=jnp.full_like(state.resume, resume))
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Preconditioners of a linear system: from a randomised sketch of the operator, or from pairs known already."""
+"""Preconditioners of a linear system: from a randomised sketch, or from pairs known already."""
 
 from typing import Any
 
@@ -191,7 +191,7 @@ def _symmetric(a: jax.Array) -> jax.Array:
 
 @jax.jit
 def _orthonormal(stack: PyTree) -> PyTree:
-    """An orthonormal basis of the rows, zero rows for what is lost to rounding; two passes by Gram matrices."""
+    """An orthonormal basis of the rows, zero where lost to rounding; two passes by Gram matrices."""
     unit = _tree.power_of_two(_tree.largest(stack))
     stack = _tree.scale(1 / unit, stack)
     for _ in range(2):

@@ -53,28 +53,28 @@ def solve(
     """Solve (H + shift I) x = b, with the residual of what is returned and a bound on its error.
 
     Conjugate gradients run until they meet a direction of curvature that is not positive, to rounding; MINRES
-    goes on from there, which needs no sign. Where the recurrence says that the residual is small it is computed
-    from x, and where it is not, the iteration goes on from the true one. So `residual_norm` is that of
-    the x returned, and an x that misses the tolerance is never called converged.
+    goes on from there, which needs no sign. Where the recurrence says that the residual is small it is
+    computed from x, and where it is not, the iteration goes on from the true one. So `residual_norm` is that
+    of the x returned, and an x that misses the tolerance is never called converged.
 
     **How wrong x is.** With A = H + shift I, |x - A⁻¹b| <= (|b - Ax| + rounding) / min |λ(A)|. The smallest
     |λ| is known where `lower_bound` says it, where the operator is positive semi-definite by construction
     (`GradientCovarianceOperator`, sampled and empirical `FisherOperator`) and shift > 0, and where
     the matrix was formed. Else `error_bound` is infinite: Krylov steps see what b has components on, and an
     eigenvalue near zero that it lacks shows in no residual. `condition_number(op, key=, shift=)` bounds it:
-    pass its `smallest_interval.lower`. `rounding` is that of the product, from its stated precision; of a loss
-    it is measured, by products at parameters that are moved by one rounding each. Where A is definite with
-    a known bound, `quadratic_form` brackets bᵀA⁻¹b: 2 bᵀx - xᵀAx plus 0 to |r|² / min λ.
+    pass its `smallest_interval.lower`. `rounding` is that of the product, from its stated precision; of a
+    loss it is measured, by products at parameters that are moved by one rounding each. Where A is definite
+    with a known bound, `quadratic_form` brackets bᵀA⁻¹b: 2 bᵀx - xᵀAx plus 0 to |r|² / min λ.
 
-    **Several right-hand sides**, as columns of an (n, k) array or with a leading axis, are solved side by side,
-    each by its own iteration; their products are one batch.
+    **Several right-hand sides**, as columns of an (n, k) array or with a leading axis, are solved side by
+    side, each by its own iteration; their products are one batch.
 
     **Derivatives.** Inside jit, vmap and grad the same iteration runs, and jax.grad goes through x by the
     implicit function theorem, dx = A⁻¹ (db - dA x): one more solve, with respect to b, the shift, and the
     operator's parameters and data.
 
-    **Small operators.** Where n products have not been enough, up to n = 2000, n more give the dense matrix, as
-    for `eigsh`: `method` is "dense" then. They are within `max_matvecs`.
+    **Small operators.** Where n products have not been enough, up to n = 2000, n more give the dense matrix,
+    as for `eigsh`: `method` is "dense" then. They are within `max_matvecs`.
 
     Args:
         op: symmetric operator of order n.
@@ -82,9 +82,9 @@ def solve(
         shift: added to every eigenvalue of H: the damping.
         method: "cg", which ends with status INDEFINITE where curvature is not positive; "minres"; "dense"; or
             "auto", CG and then MINRES.
-        preconditioner: "nystrom", a randomised sketch that doubles until its last eigenvalue is below 10 shifts;
-            `Eigenpairs` of H, to be deflated; or an approximate inverse of A, positive definite: an operator,
-            anything with `mv`, or a function of a vector.
+        preconditioner: "nystrom", a randomised sketch that doubles until its last eigenvalue is below 10
+            shifts; `Eigenpairs` of H, to be deflated; or an approximate inverse of A, positive definite: an
+            operator, anything with `mv`, or a function of a vector.
         tol: largest accepted |b - Ax| / |b|.
         max_matvecs: products allowed for each right-hand side; default 10,000 or, where a dense matrix may
             follow, 2 n.
