@@ -30,6 +30,34 @@ def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
 
 KRYLOV = [
     fault(
+        "what a recurrence says of its residual is believed",
+        "krylov/linear_step.py",
+        "    converged = norm <= problem.target\n    ended",
+        "    converged = claimed <= problem.target\n    ended",
+        "test_solve.py::test_the_bound_holds_and_no_x_is_silently_wrong",
+    ),
+    fault(
+        "an error bound is the residual, not divided by the smallest eigenvalue",
+        "krylov/solve.py",
+        "(residual + moved) / bound[0], np.inf)",
+        "(residual + moved), np.inf)",
+        "test_solve.py::test_the_bound_is_not_wide",
+    ),
+    fault(
+        "CG takes any curvature for positive",
+        "krylov/linear_step.py",
+        "definite = curvature > problem.noise * scale * state.size",
+        "definite = curvature > -jnp.inf",
+        "test_solve.py::test_cg_says_that_an_operator_is_indefinite",
+    ),
+    fault(
+        "the error of a function leaves out the last row of the Ritz vectors",
+        "krylov/function_error.py",
+        "weights = vectors[0] * vectors[-1]",
+        "weights = vectors[0] * vectors[0] * 1e-3",
+        "test_funm.py::test_the_bound_holds",
+    ),
+    fault(
         "the second Gram-Schmidt pass is off",
         "krylov/orthogonalize.py",
         "REPEAT = 0.1",
