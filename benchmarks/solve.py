@@ -1,8 +1,8 @@
-"""Linear systems with the damped Hessian of trained networks: products of plain CG and of preconditioned runs.
+"""Linear systems with the damped Hessian of trained networks: products of plain CG and with preconditioners.
 
-Damping is 1e-3 λ₁ and b a gradient of half of the examples, as for an influence function. Products are counted,
-not seconds: those of the iteration, its residual checks included, and apart from them those that built the
-preconditioner, which serves every further right-hand side.
+Damping is 1e-3 λ₁ and b the gradient of half of the examples, as for an influence function. Products are
+counted, not seconds: those of the iteration, its residual checks included, and apart from them those that
+built the preconditioner, which serves every further right-hand side.
 """
 
 import jax
@@ -36,8 +36,8 @@ def trained(loss_fn, params, batch, steps: int):
 
 
 def digits_mlp(settings: Settings):
-    """The demo's network, 85,002 parameters, on 512 digits."""
-    count = settings.choose(512, 8)
+    """The demo's network, 85,002 parameters, on 128 digits."""
+    count = settings.choose(128, 8)
     batch = tuple(jnp.asarray(x[:count]) for x in digits.load_digits())
     params = digits.MODEL.init(jax.random.key(0), batch[0][:1])["params"]
     half = tuple(x[: count // 2] for x in batch)
@@ -46,7 +46,7 @@ def digits_mlp(settings: Settings):
 
 def decoder(settings: Settings):
     """A decoder of two layers and width 32 on sequences in which each token follows from the last."""
-    rows, length = settings.choose((16, 24), (2, 4))
+    rows, length = settings.choose((8, 16), (2, 4))
     start = jax.random.randint(jax.random.key(1), (rows, 1), 0, DECODER.vocabulary)
     jumps = jax.random.bernoulli(jax.random.key(2), 0.2, (rows, length))
     tokens = (start + 5 * jnp.arange(length + 1)).at[:, 1:].add(7 * jumps) % DECODER.vocabulary
@@ -67,7 +67,7 @@ def main(settings: Settings) -> Report:
         params = trained(loss_fn, params, batch, settings.choose(200, 5))
         op = spectra.HessianOperator(loss_fn, params, batch)
         b = jax.grad(loss_fn)(params, half)
-        count = settings.choose(64, 4)
+        count = settings.choose(32, 4)
         pairs = spectra.eigsh(op, count, which="LM", key=jax.random.key(3), tol=1e-3)
         shift = DAMPING * float(jnp.max(jnp.abs(jnp.asarray(pairs.values))))
         ways = {"none": None, "Nyström": "nystrom", f"{count} eigenpairs": pairs}
