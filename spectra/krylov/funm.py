@@ -259,7 +259,7 @@ def _on_reals(f: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], np.ndarr
         if found.shape != np.shape(x):
             found = np.broadcast_to(found, np.shape(x))
         if np.iscomplexobj(found):
-            found = np.where(found.imag == 0, found.real, np.nan)
+            found = np.where(np.imag(found) == 0, np.real(found), np.nan)
         return np.asarray(found, np.float64)
 
     return values
@@ -298,7 +298,8 @@ def _with(intervals, theta: np.ndarray) -> list[tuple[float, float]]:
 @one_thread()
 def _eigh(alpha, beta, length: int) -> tuple[np.ndarray, np.ndarray]:
     alpha, beta = np.asarray(alpha, np.float64)[:length], np.asarray(beta, np.float64)[: length - 1]
-    return eigh_tridiagonal(alpha, beta)
+    values, vectors = eigh_tridiagonal(alpha, beta)
+    return values, vectors
 
 
 def _rows(basis) -> int:

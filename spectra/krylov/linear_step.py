@@ -137,7 +137,7 @@ def start(problem: Problem, dtype, method: Mode) -> State:
     """The state before the first product, from x = 0."""
     zero, zeros = jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, problem.b)
     count = jnp.zeros((), jnp.int32)
-    short = None if problem.only_cg else Short(*[zeros] * 5, *[zero] * 7, zero > 0)
+    short = None if problem.only_cg else _no_short(zeros, zero)
     state = State(
         mode=jnp.int32(method),
         verdict=jnp.int32(Verdict.OPEN),
@@ -166,6 +166,13 @@ def start(problem: Problem, dtype, method: Mode) -> State:
     # Nothing to do for b = 0.
     none = state.norm_r <= problem.target
     return _merge(state, none, mode=jnp.int32(Mode.DONE), verdict=jnp.int32(Verdict.CONVERGED))
+
+
+def _no_short(zeros: PyTree, zero: jax.Array) -> Short:
+    """What MINRES holds before it begins."""
+    vectors = ("v", "before", "d1", "d2", "u")
+    numbers = ("beta", "phi", "cs", "sn", "dbar", "eps", "trigger")
+    return Short(**dict.fromkeys(vectors, zeros), **dict.fromkeys(numbers, zero), ranged=zero > 0)
 
 
 def absorb(problem: Problem, state: State, product: PyTree) -> State:

@@ -136,8 +136,8 @@ def solve(
     shifted = op if isinstance(shift, (int, float)) and shift == 0 else op.shift(shift)
     inverse, built = as_preconditioner(preconditioner, op, shift, key, traced)
     if not traced:
-        lower_bound = _known_bound(op, shift, lower_bound)
-        found = _concrete(shifted, b, x0, inverse, method, tol, max_matvecs, lower_bound)
+        bound = _known_bound(op, shift, lower_bound)
+        found = _concrete(shifted, b, x0, inverse, method, tol, max_matvecs, bound)
     else:
         found = _traced(shifted, b, x0, inverse, method, tol, max_matvecs, lower_bound)
     return _in_form(found, several, back, built)
@@ -188,8 +188,10 @@ def _prepared(op, b, inverse, method, tol, limit, reference) -> tuple[Problem, S
 
 
 def _axes(inverse, method: str) -> Any:
+    """Which parts of a problem are there for every right-hand side: zeros and None in the place of arrays."""
     shared = None if inverse is None else jax.tree.map(lambda _: None, inverse)
-    return Problem(0, shared, 0, 0, 0, 0, 0, only_cg=method == "cg")
+    each: Any = 0
+    return Problem(each, shared, each, each, each, each, each, only_cg=method == "cg")
 
 
 _start = jax.jit(_prepared, static_argnames=("method",))

@@ -51,7 +51,7 @@ def _common_axis(b: PyTree, structure: PyTree) -> int | None:
     """k, if every leaf of b has the shape of its vector's behind an axis of k."""
     if jax.tree.structure(b) != jax.tree.structure(structure):
         return None
-    shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(b)]
+    shapes: list[tuple[int, ...]] = [tuple(getattr(leaf, "shape", ())) for leaf in jax.tree.leaves(b)]
     wanted = [leaf.shape for leaf in jax.tree.leaves(structure)]
     if any(
         shape[1:] != want or len(shape) != len(want) + 1 for shape, want in zip(shapes, wanted, strict=True)
