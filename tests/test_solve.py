@@ -101,6 +101,16 @@ def test_conjugate_gradients_take_as_many_products_as_scipys(x64):
     assert found.num_matvecs <= len(counted) + 1  # the residual of what is returned
 
 
+def test_a_residual_that_float32_does_not_allow_is_not_claimed():
+    """κ = 1e4: rounding of Ax leaves eps κ |b| = 1e-3 |b|, whatever the recurrence says."""
+    op, entries, b = system("definite", 1e4, 0, jnp.float32)
+    found = spectra.solve(op, b, method="cg")
+    residual = np.linalg.norm(np.asarray(b, np.float64) - entries @ np.asarray(found.x, np.float64))
+    assert found.status is Status.STAGNATED
+    assert not found.converged
+    assert abs(residual - found.residual_norm) <= found.rounding
+
+
 def test_cg_says_that_an_operator_is_indefinite():
     op, _, b = system("indefinite", 3.0, 0, jnp.float32)
     found = spectra.solve(op, b, method="cg")
