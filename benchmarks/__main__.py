@@ -32,6 +32,7 @@ SECTIONS = {
     "differences": 300,
     "eigenpairs": 900,
     "smallest": 400,
+    "solve": 400,
     "traces": 1200,
     "dense": 600,
     "layers": 600,

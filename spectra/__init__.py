@@ -45,8 +45,10 @@ from spectra.estimators import (
 )
 from spectra.io import load, save
 from spectra.krylov.eigsh import eigsh
+from spectra.krylov.funm import funm
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
+from spectra.krylov.solve import solve
 from spectra.models import linen_model, nnx_model
 from spectra.operators.base import LinearOperator
 from spectra.operators.classes import class_operators
@@ -78,6 +80,7 @@ from spectra.results import (
     Density,
     Eigenpairs,
     Estimate,
+    FunctionProduct,
     GradientOverlap,
     Interval,
     LayerConditions,
@@ -91,6 +94,7 @@ from spectra.results import (
     Quadrature,
     Sharpness,
     Snapshot,
+    Solution,
     SpectrumHistory,
     StableStep,
     StepQuality,
@@ -122,6 +126,7 @@ __all__ = [
     "Estimate",
     "FisherOperator",
     "FunctionOperator",
+    "FunctionProduct",
     "GGNOperator",
     "GradientCovarianceOperator",
     "GradientOverlap",
@@ -148,6 +153,7 @@ __all__ = [
     "ResultFileError",
     "Sharpness",
     "Snapshot",
+    "Solution",
     "SpectraError",
     "SpectrumHistory",
     "SpectrumReport",
@@ -175,6 +181,7 @@ __all__ = [
     "eigsh",
     "frobenius_norm",
     "from_torch",
+    "funm",
     "gradient_noise_scale",
     "gradient_overlap",
     "kpm",
@@ -202,6 +209,7 @@ __all__ = [
     "rounding_deltas",
     "save",
     "slq",
+    "solve",
     "spectral_density",
     "spectral_distances",
     "spectrum",

@@ -33,7 +33,7 @@ the reported width.
     )
     BUDGET_EXHAUSTED = (
         "budget_exhausted",
-        "the budget of steps and probes ended before the tolerance was reached",
+        "the budget of steps, probes or products ended before the tolerance was reached",
         "Raise num_steps (narrows the bracket) or num_probes (narrows the sampling part), or accept "
         "the reported width.",
     )
@@ -44,8 +44,19 @@ the reported width.
     )
     SINGULAR = (
         "singular",
-        "some of the eigenvalues asked for are zero to the noise floor: their vectors are null directions",
+        "the operator is singular to the noise floor: some of the eigenvalues asked for are zero, or a "
+        "right-hand side lies outside of its range, so that there is no solution",
         "Ask for more pairs to pass the null space, or damp the operator with `op.shift(delta)`.",
+    )
+    INDEFINITE = (
+        "indefinite",
+        "conjugate gradients met a direction of negative or vanishing curvature: x is where they stood",
+        "Use method='auto', which goes on with MINRES, or a larger shift.",
+    )
+    STAGNATED = (
+        "stagnated",
+        "the residual has met the precision of the products before the tolerance",
+        "Loosen tol, or compute in float64; a larger shift makes the system better conditioned.",
     )
     NOISY = (
         "noisy",

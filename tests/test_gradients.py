@@ -75,3 +75,22 @@ def test_the_gradient_of_lanczos_with_n_steps(x64):
 
     compare(f, 0.1)  # the trace: 15 t
     assert jax.grad(f)(0.1) == pytest.approx(15.0, rel=1e-8)
+
+
+def test_the_gradient_of_a_logdet_and_of_a_trace_of(x64):
+    """Of n steps: d log det A = tr A⁻¹ dA for the mean over all directions; here, of the value itself."""
+    positive = SMALL @ SMALL + np.eye(6)
+
+    def logdet(t):
+        op = spectra.MatrixOperator(positive + t * np.diag(np.arange(6.0)))
+        return spectra.logdet(op, 0.5, key=KEY, num_steps=6, num_probes=4).value
+
+    compare(logdet, 0.1)
+
+    def exponential(t):
+        op = spectra.MatrixOperator(positive + t * np.eye(6))
+        return spectra.trace_of(op, np.exp, key=KEY, num_steps=6, num_probes=2).value
+
+    assert jax.grad(exponential)(0.0) == pytest.approx(
+        exponential(0.0), rel=1e-8
+    )  # d tr exp(A + t I) = tr exp(A)

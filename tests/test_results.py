@@ -74,6 +74,8 @@ def made():
         spectra.summary(loss, key=KEY),
         spectra.compare_operators(loss, loss.shift(0.1), key=KEY),
         *of_data(params, x),
+        spectra.solve(op, jnp.ones(60), shift=2.0),
+        spectra.funm(op, "exp", jnp.ones(60), num_steps=16),
     ]
     return {type(result).__name__: result for result in results}
 
@@ -111,10 +113,12 @@ def test_every_result_is_saved_and_comes_back(made, tmp_path):
 def test_pictures_are_drawn_where_there_is_one(made):
     without = {
         *("Estimate", "Tridiagonal", "ConditionNumber", "LayerConditions", "Plan", "DataVariability"),
+        "FunctionProduct",
         "Sharpness",
         "OperatorComparison",
         *("Sharpness", "NoiseScale", "Population", "Perturbation", "ClassSplit"),
         *("StepQuality", "GradientOverlap", "StableStep"),
+        "Solution",
     }
     import matplotlib.pyplot as plt
 

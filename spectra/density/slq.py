@@ -262,12 +262,13 @@ def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int
     def probe(i):
         state = run(i, num_steps)
         rows = sketch(layout, state.basis, key)[:num_steps] if keep else jnp.zeros((num_steps, 0))
-        *rule, sketched = _quadrature.gauss_rule_traced(state.alpha, state.beta, state.length, rows)
+        rule = _quadrature.gauss_rule_traced(state.alpha, state.beta, state.length, rows)
+        theta, weights, residuals, sketched = rule
         asymmetry = state.asymmetry / jnp.where(state.scale > 0, state.scale, 1)
         if keep:
-            return (*rule, state.length, asymmetry), (None, sketched)
-        floor = jnp.maximum(asymmetry, 4 * precision) * jnp.max(jnp.abs(rule[0]))
-        merged = merge_traced(*rule, state.length, 2 * spread(num_steps) * floor)
+            return (theta, weights, residuals, state.length, asymmetry), (None, sketched)
+        floor = jnp.maximum(asymmetry, 4 * precision) * jnp.max(jnp.abs(theta))
+        merged = merge_traced(theta, weights, residuals, state.length, 2 * spread(num_steps) * floor)
         return (*merged, asymmetry), (jnp.stack([state.alpha, state.beta]), None)
 
     batch_size = batch if batch > 1 else None

@@ -14,6 +14,7 @@ from spectra._status import Status
 from spectra.density import extremes
 from spectra.density.slq import slq
 from spectra.estimators.rounding import relative_change
+from spectra.krylov.dense_solve import matrix_error
 from spectra.krylov.plan import estimate
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import ConditionNumber, Interval, LayerConditions, Quadrature
@@ -150,7 +151,7 @@ def _dense(op: LinearOperator, shift: float, rank_tol: float | None) -> Conditio
     values = np.linalg.eigvalsh(np.asarray(op.as_matrix(), np.float64))
     n = len(values)
     # Products resolve eigenvalues relative to |H|, whatever is added to them later.
-    floor = _matrix_error(op, values) + relative_change(op) * float(np.abs(values).max())
+    floor = matrix_error(op, values) + relative_change(op) * float(np.abs(values).max())
     sizes = np.sort(np.abs(values + shift))
     largest = float(sizes[-1])
     cut = max((rank_tol or 0.0) * largest, floor)
@@ -178,21 +179,6 @@ def _dense(op: LinearOperator, shift: float, rank_tol: float | None) -> Conditio
         method="dense",
         status=Status.COMPLETE,
     )
-
-
-def _matrix_error(op: LinearOperator, values: np.ndarray) -> float:
-    """A bound on the spectral norm of what rounding did to the matrix and to its eigenvalues.
-
-    The Frobenius norm bounds it. Columns are right to `precision` of themselves, or of |H|: measured on
-    float32 Hessians of networks, the spectral norm was up to 1.8 precision sqrt(n) |H|. The float64
-    eigensolver is backward stable, with n eps |H| as in `numpy.linalg.matrix_rank`.
-    """
-    n, norm = len(values), float(np.abs(values).max())
-    if op.cancels:
-        columns = 4 * op.precision * np.sqrt(n) * norm
-    else:
-        columns = op.precision * norm * float(np.linalg.norm(values / norm)) if norm else 0.0
-    return columns + n * float(np.finfo(float).eps) * norm
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,6 +82,9 @@ def trace_of(
     Returns:
         `Estimate` with lower and upper, None where there is no bracket; `reason` says what they rest on.
 
+    Inside jit, vmap and grad there is the value with its spread over probes and no bracket, and f must be a
+    function of JAX, or one of those known by name; derivatives are those of the value.
+
     Raises:
         SpectraError: f is not finite at a Ritz value, or a Ritz value lies outside of `bounds`.
         SpectraError: as `slq`.
@@ -104,6 +107,8 @@ def trace_of(
     if tol is not None and not 0 < tol < 1:
         raise SpectraError(f"tol={tol} is relative to the value: use a number in (0, 1).")
 
+    if isinstance(source, LinearOperator) and _tree.is_traced((source, key)):
+        return _traced(source, f, key, num_steps, num_probes, tol)
     signed = _is_known(f) if one_signed is None else one_signed
 
     def estimate(quadrature):
@@ -126,6 +131,38 @@ def trace_of(
     return dataclasses.replace(found, status=status)
 
 
+def _traced(op: LinearOperator, f, key, num_steps, num_probes: int, tol) -> Estimate:
+    """The value and its spread over probes inside jit, vmap and grad; derivatives are those of the value."""
+    if tol is not None:
+        raise SpectraError(
+            "tol looks at values: call trace_of outside of jit, vmap and grad, or leave it out."
+        )
+    require_key(key)
+    f = next((getattr(jnp, name) for name in ONE_SIGNED if f is getattr(np, name)), f)
+    steps = min(100, op.size) if num_steps is None else num_steps
+    q = slq(op, key=key, num_steps=steps, num_probes=num_probes)
+    counted = q.weights > 0
+    # f may be infinite at the zeros behind an exhausted space, and its derivative, too.
+    values = jnp.where(counted, f(jnp.where(counted, q.nodes, jnp.max(q.nodes, axis=1, keepdims=True))), 0)
+    samples = op.size * jnp.sum(q.weights * values, axis=1) / jnp.sum(q.weights, axis=1)
+    spread = jax.lax.stop_gradient(samples)
+    return Estimate(
+        value=jnp.mean(samples),
+        stderr=jnp.std(spread, ddof=1) / num_probes**0.5 if num_probes > 1 else jnp.inf,
+        num_matvecs=q.num_matvecs,
+        method="slq",
+        status=Status.TRACED,
+        reason="no bracket inside jit: it needs values",
+        dof=max(num_probes - 1.0, 1.0),
+    )
+
+
+def require_key(key) -> None:
+    """Raise where random probes have no key."""
+    if key is None:
+        raise SpectraError("key=None: random probes need a key, for example jax.random.key(0).")
+
+
 def _is_known(f) -> bool:
     """Whether f is one of the functions whose derivatives of order two and more each keep one sign."""
     return any(f is getattr(module, name) for module in (np, jnp) for name in ONE_SIGNED)
@@ -141,8 +178,7 @@ def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, e
     require_operator(source)
     if _tree.is_traced((source, key)):
         raise SpectraError("functions of an operator need values: call outside of jit and vmap.")
-    if key is None:
-        raise SpectraError("key=None: random probes need a key, for example jax.random.key(0).")
+    require_key(key)
     steps = min(100, source.size) if num_steps is None else num_steps
     options = {"key": key, "num_steps": steps, "num_probes": num_probes, "probe_batch": probe_batch}
     return slq_until(source, enough, **options) if enough else slq(source, **options)
@@ -210,6 +246,11 @@ def _check_finite(q: Quadrature, f) -> None:
         )
 
 
+def _module(x: Any) -> Any:
+    """NumPy or JAX, as x is of one or the other."""
+    return jnp if isinstance(x, jax.Array) else np
+
+
 def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, **options: Any) -> Estimate:
     """Estimate log det(H + δI) = Σ_i log(λ_i + δ), with the bracket of Gauss and Gauss-Radau rules.
 
@@ -231,7 +272,7 @@ def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, 
         >>> round(spectra.logdet(op, key=jax.random.key(0)).value, 4)
         -69.3147
     """
-    return trace_of(source, lambda x: np.log(x + shift), key=key, one_signed=True, **options)
+    return trace_of(source, lambda x: _module(x).log(x + shift), key=key, one_signed=True, **options)
 
 
 def effective_dimension(
@@ -264,6 +305,6 @@ def effective_dimension(
     """
 
     def share(x):
-        return np.where(x + shift > 0, x / (x + shift), np.nan)
+        return _module(x).where(x + shift > 0, x / (x + shift), np.nan)
 
     return trace_of(source, share, key=key, one_signed=True, **options)

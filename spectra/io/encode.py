@@ -23,6 +23,7 @@ from spectra.results import (
     Density,
     Eigenpairs,
     Estimate,
+    FunctionProduct,
     GradientOverlap,
     Interval,
     LayerConditions,
@@ -36,6 +37,7 @@ from spectra.results import (
     Quadrature,
     Sharpness,
     Snapshot,
+    Solution,
     SpectrumHistory,
     StableStep,
     StepQuality,
@@ -71,6 +73,8 @@ CLASSES = {
         Sharpness,
         Snapshot,
         SpectrumHistory,
+        Solution,
+        FunctionProduct,
     )
 }
 _NOT_SAVED = {("Tridiagonal", "segments"): (), ("Tridiagonal", "layout"): None}  # the basis: m n numbers

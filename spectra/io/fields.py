@@ -21,6 +21,7 @@ from spectra.results import (
     Density,
     Eigenpairs,
     Estimate,
+    FunctionProduct,
     GradientOverlap,
     Interval,
     LayerConditions,
@@ -34,6 +35,7 @@ from spectra.results import (
     Quadrature,
     Sharpness,
     Snapshot,
+    Solution,
     SpectrumHistory,
     StableStep,
     StepQuality,
@@ -156,6 +158,12 @@ def _intervals(value: Any, sizes: Sizes) -> str | None:
     if not isinstance(value, dict):
         return f"is a {type(value).__name__}, not a dict"
     return next((wrong for x in value.values() if (wrong := _interval(x, sizes))), None)
+
+
+def _flags(value: Any, sizes: Sizes) -> str | None:
+    """True or false, or an array of them."""
+    is_array = isinstance(value, np.ndarray) and _is_of(value.dtype, "b")
+    return None if is_array or isinstance(value, bool) else f"is a {type(value).__name__}, not a bool"
 
 
 def _scalars(value: Any, sizes: Sizes) -> str | None:
@@ -320,6 +328,16 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "names": _names, "slopes": _array("p"), "curvature": _array("p p"), "lengths": _array("p", low=0),
         "loss": _REAL, "num_matvecs": _COUNT, "status": _STATUS, "measured": _or_none(_array("p")),
         "measured_all": _or_none(_REAL),
+    },
+    Solution: {
+        "x": _numbers, **dict.fromkeys(("residual_norm", "rounding", "error_bound"), _numbers),
+        "quadratic_form": _a(Interval), "converged": _flags,
+        **dict.fromkeys(("num_matvecs", "preconditioner_matvecs"), _COUNT),
+        "method": _TEXT, "bound": _TEXT, "status": _STATUS,
+    },
+    FunctionProduct: {
+        "value": _numbers, "error_bound": _numbers, "num_matvecs": _COUNT, "num_steps": _COUNT,
+        "function": _TEXT, "bound": _TEXT, "status": _STATUS,
     },
     DataVariability: {
         "largest": _array("subsets k"), "smallest": _array("subsets k"), "trace": _array("subsets"),

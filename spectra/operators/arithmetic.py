@@ -43,6 +43,11 @@ class SumOperator(LinearOperator):
         return all(term.known_linear for term in self.terms)
 
     @property
+    def semidefinite(self) -> bool:
+        """As all terms."""
+        return all(term.semidefinite for term in self.terms)
+
+    @property
     def on_host(self) -> bool:
         """True as soon as one term is driven from the host."""
         return any(term.on_host for term in self.terms)

@@ -109,6 +109,11 @@ class LinearOperator(abc.ABC):
         return False
 
     @property
+    def semidefinite(self) -> bool:
+        """Whether no eigenvalue can be negative, by construction: False says nothing."""
+        return False
+
+    @property
     def on_host(self) -> bool:
         """Whether products are driven from the host (streamed data) and cannot be compiled whole."""
         return False

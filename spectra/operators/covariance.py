@@ -73,6 +73,11 @@ class GradientCovarianceOperator(DataOperator):
         """Whether the mean gradient is taken out."""
         return self.mean is not None
 
+    @property
+    def semidefinite(self) -> bool:
+        """True: a mean of outer products, less that of their mean."""
+        return True
+
     def mv(self, v: PyTree) -> PyTree:
         """C v, or C v - ḡ (ḡᵀ v)."""
         v = self._cast(v)

@@ -116,6 +116,11 @@ class FisherOperator(ModelOperator):
             if self.stream is None:
                 self._set(data=_with_samples(self), key=None)
 
+    @property
+    def semidefinite(self) -> bool:
+        """True of outer products; "type2" has what the loss has for a curvature."""
+        return self.kind != "type2"
+
     def _pieces(self) -> Iterator[tuple[float, Self]]:
         key = self.key
         for index, (weight, piece) in enumerate(super()._pieces()):

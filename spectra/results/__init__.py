@@ -34,6 +34,7 @@ from spectra.results.plans import Plan
 from spectra.results.population import Population
 from spectra.results.quadrature import Moments, Quadrature
 from spectra.results.sharpness import Sharpness
+from spectra.results.solutions import FunctionProduct, Solution
 from spectra.results.steps import GradientOverlap, StableStep, StepQuality
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Density",
     "Eigenpairs",
     "Estimate",
+    "FunctionProduct",
     "GradientOverlap",
     "Interval",
     "LayerConditions",
@@ -57,6 +59,7 @@ __all__ = [
     "Result",
     "Sharpness",
     "Snapshot",
+    "Solution",
     "SpectrumHistory",
     "StableStep",
     "StepQuality",

@@ -1,0 +1,133 @@
+"""Functions of an operator applied to vectors, against dense float64 eigendecompositions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import SHARP, rotation, slow_but
+
+import spectra
+from spectra import Status
+
+M = 120
+FUNCTIONS = {
+    "exp": np.exp,
+    "log": np.log,
+    "sqrt": np.sqrt,
+    "inv_sqrt": lambda x: 1 / np.sqrt(x),
+    "inv": lambda x: 1 / x,
+    "sign": np.sign,
+    "abs": np.abs,
+}
+SPECTRA = {
+    "bulk": np.linspace(0.5, 3.0, M),
+    "decaying": np.geomspace(1e-2, 1.0, M),
+    "outliers": np.concatenate([np.linspace(0.1, 1.0, M - 3), [3.0, 8.0, 20.0]]),
+    "both signs": np.concatenate([np.linspace(-2.0, -0.5, 40), np.linspace(0.3, 3.0, M - 40)]),
+}
+SIDES = {"both signs": [(-2.1, -0.4), (0.2, 3.1)]}
+
+
+def planted(values, dtype):
+    q = rotation(len(values))
+    a = jnp.asarray((q * values) @ q.T, dtype)
+    return spectra.MatrixOperator((a + a.T) / 2)
+
+
+def dense(op, f, v):
+    values, vectors = np.linalg.eigh(np.asarray(op.matrix, np.float64))
+    return vectors @ (f(values) * (vectors.T @ np.asarray(v, np.float64)).T).T
+
+
+def vector():
+    return np.random.default_rng(0).standard_normal(M)
+
+
+@SHARP
+@pytest.mark.parametrize("spectrum", slow_but(SPECTRA, "decaying", "both signs"))
+def test_the_bound_holds(spectrum, dtype):
+    """At every length, with ends that are given and ends that are found; finite where given."""
+    op, v = planted(SPECTRA[spectrum], dtype), jnp.asarray(vector(), dtype)
+    least = float(np.linalg.eigvalsh(np.asarray(op.matrix, np.float64))[0])
+    bounds = SIDES.get(spectrum, (0.99 * least, None))
+    for name, f in FUNCTIONS.items():
+        if spectrum == "both signs" and name in ("log", "sqrt", "inv_sqrt"):
+            continue
+        truth = dense(op, f, v)
+        for steps in (16, 48):
+            for given in (None, bounds):
+                found = spectra.funm(
+                    op, name, v, num_steps=48, tol=10.0**-steps if steps < 48 else 0, bounds=given
+                )
+                error = np.linalg.norm(np.asarray(found.value, np.float64) - truth)
+                assert error <= found.error_bound, (name, steps, given)
+                assert given is None or np.isfinite(found.error_bound), name
+
+
+def test_the_bound_is_not_wide(x64):
+    """The worst eigenvalue has all of q: the bound exceeds the truth by how q is spread, √n or so."""
+    op, v = planted(SPECTRA["bulk"], jnp.float64), vector()
+    for name in ("sqrt", "exp", "inv"):
+        found = spectra.funm(op, name, v, num_steps=8, tol=0, bounds=(0.5, 3.0))
+        error = np.linalg.norm(np.asarray(found.value) - dense(op, FUNCTIONS[name], v))
+        assert found.error_bound <= 3 * np.sqrt(M) * error, name
+
+
+def test_the_square_root_squares_to_the_operator(x64):
+    op, v = planted(SPECTRA["decaying"], jnp.float64), vector()
+    options = {"bounds": (0.0099, None), "tol": 1e-10}
+    half = spectra.funm(op, "sqrt", v, **options)
+    whole = spectra.funm(op, "sqrt", half.value, **options)
+    assert half.status is whole.status is Status.CONVERGED
+    assert half.num_steps <= M
+    error = np.linalg.norm(np.asarray(whole.value) - np.asarray(op.matrix) @ v)
+    assert error <= whole.error_bound + half.error_bound  # |√H| <= 1
+
+
+@pytest.mark.slow
+def test_a_users_function_and_several_vectors():
+    op = planted(SPECTRA["both signs"], jnp.float32)
+    columns = np.random.default_rng(1).standard_normal((M, 2)).astype(np.float32)
+    found = spectra.funm(op, lambda x: x / (1 + x**2), columns)
+    assert found.value.shape == (M, 2)
+    errors = np.linalg.norm(np.asarray(found.value) - dense(op, lambda x: x / (1 + x**2), columns), axis=0)
+    assert (errors <= found.error_bound).all()
+    assert found.status is Status.CONVERGED
+
+
+def test_a_tree_and_an_exhausted_space():
+    """x -> 2 x on every leaf: one step is exact, and says so."""
+    op = spectra.FunctionOperator(
+        lambda v: jax.tree.map(lambda x: 4.0 * x, v), {"a": jnp.ones(3), "b": jnp.ones(())}
+    )
+    v = {"a": jnp.arange(3.0), "b": jnp.asarray(2.0)}
+    found = spectra.funm(op, "sqrt", v)
+    assert found.status is Status.INVARIANT
+    np.testing.assert_allclose(found.value["a"], 2.0 * v["a"], rtol=1e-5)
+
+
+def test_what_is_not_defined_is_refused():
+    op = planted(SPECTRA["both signs"], jnp.float32)
+    with pytest.raises(spectra.SpectraError, match=r"sqrt is not finite at the Ritz value -1\.9"):
+        spectra.funm(op, "sqrt", vector())
+    with pytest.raises(spectra.SpectraError, match="outside of the bounds"):
+        spectra.funm(op, "exp", vector(), bounds=(0.0, 1.0))
+    with pytest.raises(spectra.SpectraError, match="f='cosh'"):
+        spectra.funm(op, "cosh", vector())
+    with pytest.raises(spectra.SpectraError, match="beyond float32"):
+        spectra.funm(100.0 * op, "exp", vector())
+
+
+def test_a_pole_between_the_eigenvalues_is_no_bound():
+    """1/x is not bounded on an interval across zero, whatever its samples are."""
+    op = planted(SPECTRA["both signs"], jnp.float32)
+    assert spectra.funm(op, "inv", vector(), num_steps=16).error_bound == np.inf
+    assert spectra.funm(op, lambda x: 1 / (x + 0.1), vector(), num_steps=16).error_bound == np.inf
+
+
+@pytest.mark.slow
+def test_the_same_inside_jit():
+    op, v = planted(SPECTRA["bulk"], jnp.float32), jnp.asarray(vector(), jnp.float32)
+    inside = jax.jit(lambda v: spectra.funm(op, "sqrt", v, num_steps=16).value)(v)
+    outside = spectra.funm(op, "sqrt", v, num_steps=16, tol=0).value
+    np.testing.assert_allclose(inside, outside, rtol=0, atol=1e-5 * float(np.abs(outside).max()))

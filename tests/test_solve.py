@@ -1,0 +1,291 @@
+"""Linear systems: x, its residual and the bound on its error, against solutions in extended precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from cases import SHARP, N, Ridge, relative_error, ridge_loss, rotation, slow_but
+
+import spectra
+from spectra import Status
+
+KEY = jax.random.key(0)
+KAPPAS = (3.0, 1e2, 1e4, 1e7, 1e10)
+SIGNS = np.random.default_rng(5).choice([-1.0, 1.0], N)
+
+
+def exact(matrix, b):
+    """The solution in extended precision: refinement with a float64 factorisation, where κ eps << 1."""
+    factors, rows = scipy.linalg.lu_factor(matrix), matrix.astype(np.longdouble)
+    x = scipy.linalg.lu_solve(factors, b).astype(np.longdouble)
+    for _ in range(20):
+        residual = b.astype(np.longdouble) - rows @ x
+        x = x + scipy.linalg.lu_solve(factors, np.asarray(residual, np.float64))
+    return x
+
+
+def system(kind: str, kappa: float, seed: int, dtype):
+    """An operator, its entries as they were rounded, and a right-hand side."""
+    values = np.geomspace(1.0, 1 / kappa, N) * (SIGNS if "indefinite" in kind else 1.0)
+    if "singular" in kind:
+        values = np.geomspace(1.0, 1 / min(kappa, 1e4), N) * (np.arange(N) >= 7)
+        values = values * (SIGNS if "indefinite" in kind else 1.0)
+    q = rotation(N, seed)
+    matrix = (q * values) @ q.T
+    a = jnp.asarray((matrix + matrix.T) / 2, dtype)
+    entries, b = np.asarray(a, np.float64), np.random.default_rng(seed).standard_normal(N)
+    b = jnp.asarray(entries @ b if "in the range" in kind else b, dtype)
+    return spectra.MatrixOperator(a), entries, b
+
+
+KINDS = (
+    "definite",
+    "indefinite",
+    "singular, b in the range",
+    "singular, b outside",
+    "indefinite and singular, b in the range",
+)
+
+
+@SHARP
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", slow_but(["auto", "minres"], "auto"))
+def test_the_bound_holds_and_no_x_is_silently_wrong(kind, method, dtype):
+    """200 cases: 5 kinds, 5 condition numbers, 2 matrices, 2 precisions, 2 methods."""
+    for seed, kappa in enumerate([*KAPPAS, *KAPPAS]):
+        op, entries, b = system(kind, kappa, seed, dtype)
+        smallest = float(np.abs(np.linalg.eigvalsh(entries)).min())
+        # Known from outside, less the rounding of the float64 eigenvalues.
+        known = 0.9 * smallest if "singular" not in kind and smallest > 1e-14 else None
+        found = spectra.solve(op, b, method=method, lower_bound=known, max_matvecs=3 * N)
+        x = np.asarray(found.x, np.float64)
+        residual = np.linalg.norm(np.asarray(b, np.float64) - entries @ x)
+        if found.status is Status.SINGULAR:
+            assert np.isnan(x).all(), kappa
+            # No false alarm: what is not singular to the rounding of a product is solved.
+            assert "outside" in kind or smallest < 100 * np.sqrt(N) * jnp.finfo(dtype).eps, kappa
+            continue
+        assert "outside" not in kind or not found.converged, kappa
+        assert residual <= found.residual_norm + found.rounding, kappa
+        if found.converged:
+            assert found.residual_norm <= 1e-5 * np.linalg.norm(b)
+        if "singular" in kind:
+            assert found.error_bound == np.inf  # one solution of many
+        else:
+            error = float(np.sqrt(np.sum((x - exact(entries, np.asarray(b, np.float64))) ** 2)))
+            assert error <= found.error_bound, kappa
+            assert known is None or np.isfinite(found.error_bound), kappa
+
+
+def test_the_bound_is_not_wide(x64):
+    """|x - x*| <= |r| / min |λ| with equality for r along the smallest: within κ = 10 of the truth."""
+    op, entries, b = system("definite", 10.0, 0, jnp.float64)
+    found = spectra.solve(op, b, tol=1e-6, method="cg", lower_bound=0.0999)
+    error = np.linalg.norm(np.asarray(found.x) - np.linalg.solve(entries, b))
+    assert error <= found.error_bound <= 11 * error
+    low, value, high = found.quadratic_form
+    truth = float(np.asarray(b) @ np.linalg.solve(entries, b))
+    assert low <= truth <= high
+    assert high - low <= 1e-5 * abs(value)
+
+
+def test_conjugate_gradients_take_as_many_products_as_scipys(x64):
+    op, entries, b = system("definite", 1e2, 1, jnp.float64)
+    counted = []
+    scipy.sparse.linalg.cg(
+        scipy.sparse.linalg.LinearOperator((N, N), lambda x: counted.append(0) or entries @ x), b, rtol=1e-5
+    )
+    found = spectra.solve(op, b, max_matvecs=3 * N)
+    assert found.method == "cg"
+    assert found.num_matvecs <= len(counted) + 1  # the residual of what is returned
+
+
+def test_a_residual_that_float32_does_not_allow_is_not_claimed():
+    """κ = 1e4: rounding of Ax leaves eps κ |b| = 1e-3 |b|, whatever the recurrence says."""
+    op, entries, b = system("definite", 1e4, 0, jnp.float32)
+    found = spectra.solve(op, b, method="cg")
+    residual = np.linalg.norm(np.asarray(b, np.float64) - entries @ np.asarray(found.x, np.float64))
+    assert found.status is Status.STAGNATED
+    assert not found.converged
+    assert abs(residual - found.residual_norm) <= found.rounding
+
+
+def test_cg_says_that_an_operator_is_indefinite():
+    op, _, b = system("indefinite", 3.0, 0, jnp.float32)
+    found = spectra.solve(op, b, method="cg")
+    assert found.status is Status.INDEFINITE
+    assert not found.converged
+    assert found.residual_norm <= np.linalg.norm(b) * (1 + 1e-6)
+
+
+def test_a_dense_matrix_ends_what_the_iteration_does_not(x64):
+    op, entries, b = system("indefinite", 1e7, 0, jnp.float64)
+    found = spectra.solve(op, b)
+    assert (found.method, found.status) == ("dense", Status.CONVERGED)
+    assert found.num_matvecs <= 2 * N + 1
+    error = np.linalg.norm(np.asarray(found.x) - exact(entries, np.asarray(b)).astype(float))
+    assert error <= found.error_bound < 1e-2 * np.linalg.norm(found.x)
+
+
+@pytest.mark.parametrize("scale", slow_but([1e-30, 1e30], 1e-30))
+def test_the_answer_follows_the_scale(scale):
+    op, _, b = system("indefinite", 3.0, 0, jnp.float32)
+    plain = spectra.solve(op, b, method="minres")
+    scaled = spectra.solve(spectra.MatrixOperator(op.matrix * scale), b * scale, method="minres")
+    # Rounding of the entries alone, amplified by κ = 3 and by up to 3 tol / tol products that differ.
+    assert relative_error(scaled.x, plain.x) < 3e-5
+    assert scaled.status is plain.status is Status.CONVERGED
+
+
+def test_several_right_hand_sides_in_every_form():
+    op, entries, _ = system("indefinite", 3.0, 0, jnp.float32)
+    columns = np.random.default_rng(0).standard_normal((N, 3)).astype(np.float32)
+    found = spectra.solve(op, columns, method="minres")
+    assert found.converged.shape == (3,)
+    assert found.converged.all()
+    # Residuals of tol |b|, amplified by at most κ = 3.
+    assert relative_error(found.x, np.linalg.solve(entries, columns)) < 4e-5
+    rows = spectra.solve(op, columns.T, method="minres")
+    np.testing.assert_allclose(rows.x.T, found.x, rtol=0, atol=1e-6 * np.abs(found.x).max())
+
+
+class TestOnALoss:
+    """The Hessian of `Ridge`, known in closed form: trees, streams, blocks of right-hand sides."""
+
+    ridge = Ridge()
+    b = {"b": jnp.asarray(1.0), "w": jnp.linspace(-1.0, 1.0, 5)}  # noqa: RUF012
+
+    def expected(self, shift):
+        flat = np.concatenate([[1.0], np.linspace(-1.0, 1.0, 5)])
+        return np.linalg.solve(self.ridge.hessian() + shift * np.eye(6), flat)
+
+    @pytest.mark.parametrize(
+        ("stops", "method"), [(None, "auto"), *slow_but([((4,), "auto"), ((4,), "minres")])]
+    )
+    def test_a_tree(self, stops, method):
+        op = self.ridge.operator(self.ridge.parts(*stops) if stops else None)
+        found = spectra.solve(op, self.b, shift=0.5, method=method, tol=1e-4)
+        truth = self.expected(0.5)
+        smallest = np.abs(np.linalg.eigvalsh(self.ridge.hessian() + 0.5 * np.eye(6))).min()
+        x = np.concatenate([np.ravel(found.x["b"]), found.x["w"]])
+        assert found.status is Status.CONVERGED
+        assert np.linalg.norm(x - truth) <= (found.residual_norm + found.rounding) / smallest
+
+    @pytest.mark.slow
+    def test_the_derivative_in_the_parameters(self, x64):
+        """dx = -A⁻¹ dA x by the implicit function theorem, against central differences of dense solutions."""
+        batch = tuple(jnp.asarray(x, jnp.float64) for x in self.ridge.batch())
+
+        def of(t, dense):
+            params = {"b": jnp.asarray(self.ridge.b), "w": t * jnp.asarray(self.ridge.w)}
+            op = spectra.HessianOperator(ridge_loss, params, batch)
+            if dense:
+                matrix = np.asarray(op.as_matrix()) + 0.5 * np.eye(6)
+                return float(np.sum(np.linalg.solve(matrix, np.arange(1.0, 7.0)) ** 2))
+            return jnp.sum(spectra.solve(op, jnp.arange(1.0, 7.0), shift=0.5, tol=1e-10).x ** 2)
+
+        h = 1e-4
+        difference = (of(1 + h, True) - of(1 - h, True)) / (2 * h)
+        # h² = 1e-8 of a third derivative of order one, and 1e-10 of the solve.
+        assert jax.grad(of)(1.0, False) == pytest.approx(difference, rel=1e-6)
+
+
+def test_derivatives_in_b_and_in_the_shift_inside_jit(x64):
+    op, entries, b = system("indefinite", 3.0, 0, jnp.float64)
+
+    @jax.jit
+    @jax.grad
+    def gradient(arguments):
+        b, shift = arguments
+        return jnp.sum(spectra.solve(op, b, shift=shift, method="minres", tol=1e-12).x ** 3)
+
+    at_b, at_shift = gradient((b, 0.01))
+    inverse = np.linalg.inv(entries + 0.01 * np.eye(N))
+    x = inverse @ np.asarray(b)
+    # Two solves of 1e-12, amplified by κ = 3.
+    np.testing.assert_allclose(at_b, inverse @ (3 * x**2), rtol=0, atol=1e-10 * np.abs(3 * x**2).max())
+    assert at_shift == pytest.approx(-(3 * x**2) @ inverse @ x, rel=1e-10)
+
+
+@pytest.mark.slow
+def test_inside_vmap():
+    op, entries, _ = system("indefinite", 3.0, 0, jnp.float32)
+    rows = jnp.asarray(np.random.default_rng(1).standard_normal((2, N)), jnp.float32)
+    x = jax.vmap(lambda b: spectra.solve(op, b, method="minres").x)(rows)
+    assert relative_error(x, np.linalg.solve(entries, rows.T).T) < 4e-5
+
+
+class TestPreconditioners:
+    """60 eigenvalues down to the shift and a flat rest: what is left has a condition number near ten."""
+
+    n, shift = 300, 1e-3
+    values = np.concatenate([np.geomspace(1.0, 1e-3, 40), np.geomspace(1e-3, 1e-6, 260)])
+    signs = np.concatenate([np.ones(40), np.random.default_rng(0).choice([-0.2, 1.0], 260)])
+
+    def operator(self, signs=1.0):
+        q = rotation(self.n)
+        return spectra.MatrixOperator(jnp.asarray((q * (self.values * signs)) @ q.T, jnp.float32))
+
+    @pytest.mark.parametrize(
+        "kind", slow_but(["nystrom", "nystrom, indefinite", "pairs", "inverse", "function"], "nystrom")
+    )
+    def test_fewer_products_and_the_same_solution(self, kind):
+        op = self.operator(self.signs if "indefinite" in kind else 1.0)
+        b = jnp.asarray(np.random.default_rng(3).standard_normal(self.n), jnp.float32)
+        diagonal = jnp.asarray(
+            np.linalg.inv(np.asarray(op.matrix, float) + 1e-3 * np.eye(self.n)), jnp.float32
+        )
+        preconditioner = {
+            "pairs": lambda: spectra.eigsh(op, 20, which="LM", key=KEY),
+            "inverse": lambda: spectra.MatrixOperator((diagonal + diagonal.T) / 2),
+            "function": lambda: lambda v: diagonal @ v,
+        }.get(kind, lambda: "nystrom")()
+        # κ = 1e3 and 300 eps: residuals below 1e-4 are within float32.
+        options = {"shift": self.shift, "tol": 2e-4, "max_matvecs": 300}
+        plain = spectra.solve(op, b, **options)
+        found = spectra.solve(op, b, preconditioner=preconditioner, key=KEY, **options)
+        assert plain.converged
+        assert found.converged
+        assert found.num_matvecs <= plain.num_matvecs / 2
+        assert (found.preconditioner_matvecs > 0) == ("nystrom" in kind)
+
+    @pytest.mark.slow
+    def test_what_is_not_positive_definite_is_refused(self):
+        with pytest.raises(spectra.SpectraError, match="not positive definite"):
+            spectra.solve(self.operator(), jnp.ones(self.n), preconditioner=lambda v: -v, max_matvecs=200)
+
+
+@pytest.mark.slow
+def test_a_start_near_the_solution():
+    op, entries, b = system("definite", 10.0, 0, jnp.float32)
+    x0 = jnp.asarray(np.linalg.solve(entries, b) + 1e-4, jnp.float32)
+    found = spectra.solve(op, b, x0=x0, max_matvecs=200)
+    assert found.converged
+    assert found.num_matvecs < spectra.solve(op, b, max_matvecs=200).num_matvecs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "lu"}, "method='lu'"),
+        ({"tol": 2.0}, "tol=2.0"),
+        ({"max_matvecs": 1}, "max_matvecs=1"),
+        ({"lower_bound": -1.0}, "lower_bound=-1.0"),
+        ({"shift": np.inf}, "shift=inf"),
+        ({"preconditioner": "jacobi"}, "preconditioner='jacobi'"),
+        ({"preconditioner": "nystrom"}, "pass key"),
+        ({"preconditioner": 3}, "preconditioner is a int"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    op, _, b = system("definite", 3.0, 0, jnp.float32)
+    with pytest.raises(spectra.SpectraError, match=message):
+        spectra.solve(op, b, **options)
+
+
+def test_a_right_hand_side_that_is_no_number():
+    op, _, b = system("definite", 3.0, 0, jnp.float32)
+    with pytest.raises(spectra.NonFiniteError):
+        spectra.solve(op, b.at[0].set(jnp.nan))
+    assert (spectra.solve(op, 0 * b).x == 0).all()
