@@ -211,8 +211,10 @@ def _of_rest(quadrature, rule, taken, x, shift):
     half = np.minimum(apart[:-1], apart[1:])[taken] / 2
     low, high = x - shift, x + shift
     if len(theta) > 1:
-        low = _outside(low, theta[taken] - half, theta[taken] + half, 0)
-        high = _outside(high, theta[taken] - half, theta[taken] + half, 1)
+        # Beyond the first and the last node nothing but what rounding moved is in doubt.
+        starts = theta[taken] - np.where(taken == 0, np.minimum(half, shift), half)
+        stops = theta[taken] + np.where(taken == len(theta) - 1, np.minimum(half, shift), half)
+        low, high = _outside(low, starts, stops, 0), _outside(high, starts, stops, 1)
     known, rest = _sums_of(w[taken]), np.delete(np.arange(len(theta)), taken)
     left = w[rest].sum()
     below, above = _of_rule(quadrature, rule, low, high, rest)

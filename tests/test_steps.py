@@ -134,7 +134,7 @@ def test_adam_is_at_the_edge_of_the_preconditioned_sharpness():
     state = optimizer.init(W)
     moments = state[0]._replace(count=jnp.array(100_000), mu=SCALES * W, nu=(SCALES * W) ** 2)
     state = (moments, *state[1:])
-    felt = spectra.PreconditionedOperator(OP, state, b2=0.999)
+    felt = spectra.PreconditionedOperator(OP, state, rule="adam", b2=0.999)
     sharpness = np.linalg.eigvalsh(np.asarray(felt.as_matrix(), float))[-1]
     found = spectra.stable_step(OP, optimizer, state, key=KEY, learning_rate=0.1)
     # The second moment answers as well, by (1 - b2) / (1 + b2) where the first does by (1 - b1) / (1 + b1).

@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
 from spectra._ratios import fieller, skewed_t, skewness
 from spectra.results import Interval
@@ -41,6 +40,8 @@ class Law:
     def t(self, known: int = 1, tail: float | None = None) -> float:
         """Student's quantile."""
         dof = max(1 / float(np.sum(self.weights**2)) - known, 1.0)
+        from scipy.special import stdtrit
+
         return float(stdtrit(dof, self.tail if tail is None else tail))
 
     def limit(self, errors: np.ndarray, up: bool, known: int = 1) -> float:

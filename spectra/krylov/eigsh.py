@@ -1,6 +1,8 @@
 """Eigenpairs at the ends of the spectrum by thick-restart Lanczos, with a check for repeated ones."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from spectra.krylov import missing, rounding, wanted
 from spectra.krylov.band import Band
 from spectra.krylov.dense import allowed, dense_eigenpairs
 from spectra.krylov.layout import Layout
+from spectra.krylov.metric import generalized_eigenpairs
 from spectra.krylov.smallest import smallest_eigenpairs, split
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.stepwise import outside_loops
@@ -34,6 +37,7 @@ def eigsh(
     verify: bool | str = "auto",
     v0=None,
     deflate: Eigenpairs | None = None,
+    metric: Any = None,
 ) -> Eigenpairs:
     """Compute k eigenpairs of a symmetric operator by thick-restart Lanczos.
 
@@ -76,6 +80,9 @@ def eigsh(
         verify: look for missed copies: "auto", True (until the probability is below 1e-6), or False.
         v0: first start vector, a pytree or a flat array; default random.
         deflate: pairs known already: the operator is restricted to the orthogonal complement.
+        metric: M of H v = λ M v, positive definite: an operator, up to order 2000, or its diagonal, a pytree
+            like the parameters. Vectors are orthonormal in it, v_iᵀ M v_j = δ_ij, and residuals are
+            |H v - λ M v| in the norm of M⁻¹. n products with either for an operator.
 
     Returns:
         `Eigenpairs`: values ascending, vectors as one pytree with leaves (k, *leaf.shape), residuals
@@ -111,6 +118,8 @@ def eigsh(
         (3, 100)
     """
     require_operator(op)
+    if metric is not None and (v0 is not None or deflate is not None):
+        raise SpectraError("v0 and deflate are of runs without a metric: leave them out.")
     known = 0 if deflate is None else len(deflate.values)
     _check_arguments(op, k, which, tol, block_size, verify, known)
     if max_matvecs is not None and max_matvecs < k:
@@ -120,6 +129,10 @@ def eigsh(
             "eigsh restarts from the host and cannot run inside jit or vmap: call it outside, or use "
             "lanczos, which can."
         )
+    if metric is not None:
+        limits = {"num_basis": num_basis, "block_size": block_size, "max_matvecs": max_matvecs}
+        solve = functools.partial(eigsh, k=k, which=which, key=key, tol=tol, verify=verify, **limits)
+        return generalized_eigenpairs(op, metric, k, which, tol, solve)
     return rounding.with_measured_floor(
         op, _pairs(op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate)
     )

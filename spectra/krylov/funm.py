@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.linalg import eigh_tridiagonal
 
 from spectra import _tree
 from spectra._blas import one_thread
@@ -298,6 +297,8 @@ def _with(intervals, theta: np.ndarray) -> list[tuple[float, float]]:
 @one_thread()
 def _eigh(alpha, beta, length: int) -> tuple[np.ndarray, np.ndarray]:
     alpha, beta = np.asarray(alpha, np.float64)[:length], np.asarray(beta, np.float64)[: length - 1]
+    from scipy.linalg import eigh_tridiagonal
+
     values, vectors = eigh_tridiagonal(alpha, beta)
     return values, vectors
 

@@ -308,8 +308,8 @@ DENSITY = [
     fault(
         "the density's band without the quadrature's error",
         "density/bands.py",
-        "total[part] += left + far * (1 + far)",
-        "total[part] += far * (1 + far)",
+        "total[part] += (left + far * (1 + far)",
+        "total[part] += (far * (1 + far)",
         "test_density.py::test_the_density_of_the_probes_is_within_what_their_quadratures_leave_open",
     ),
     fault(
