@@ -45,7 +45,8 @@ def plot_density(
 
     A logarithmic vertical axis ends where one eigenvalue in n would be a tenth of the way up from
     nothing: below lies no information. The horizontal axis is signed-logarithmic (linear within
-    `density.linear_scale`) if the spectrum spans more than a factor of 50 of that, else linear.
+    `density.linear_scale`, where the ground is grey) if the spectrum spans more than a factor of 50 of that,
+    else linear.
 
     Args:
         density: result of `spectral_density`, or what it is made from: a report, a quadrature, moments.
@@ -172,7 +173,10 @@ def _set_axes(ax, densities, xscale, yscale, scale, ends, top, learning_rate) ->
         ax.axvline(limit, color=ACCENT, linewidth=0.9, linestyle="--", label="2 / learning rate")
         high = max(high, limit * 1.5)
     if xscale == "symlog":
-        symlog(ax.xaxis, scale, low, high)
+        linear = symlog(ax.xaxis, scale, low, high)
+        ax.axvspan(-linear, linear, color="0.5", alpha=0.1, linewidth=0, zorder=0)
+        place = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top"}
+        ax.text((max(low, -linear) + min(high, linear)) / 2, 0.99, "linear", color="0.5", **place)
     elif xscale == "linear":
         ax.set_xlim(low, high)
     else:
@@ -214,6 +218,7 @@ def floor(density: Density) -> float:
 
 
 def visible_range(density: Density) -> tuple[float, float]:
-    """Where the density is above the floor."""
-    visible = np.asarray(density.grid)[np.asarray(density.density) > floor(density)]
-    return float(visible[0]), float(visible[-1])
+    """Where the density is above the floor, and two kernel widths on: curves end inside of the axes."""
+    visible = np.flatnonzero(np.asarray(density.density) > floor(density))
+    (first, last), grid, widths = visible[[0, -1]], density.grid, density.bandwidth
+    return float(grid[first] - 2 * widths[first]), float(grid[last] + 2 * widths[last])

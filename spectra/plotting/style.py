@@ -112,9 +112,9 @@ def asks_for_logarithm(scale: float, low: float, high: float) -> bool:
     return scale > 0 and max(abs(low), abs(high)) > DYNAMIC * scale
 
 
-def symlog(axis, scale: float, low: float, high: float, labels: int = 7) -> None:
-    """Make `ax.xaxis` or `ax.yaxis` signed-logarithmic: linear below `scale`, at most `labels` labels."""
-    from matplotlib.ticker import FixedLocator, NullLocator
+def symlog(axis, scale: float, low: float, high: float, labels: int = 7) -> float:
+    """Make an axis signed-logarithmic, with at most `labels` labels; returns up to where it is linear."""
+    from matplotlib.ticker import FixedLocator
 
     first = np.floor(np.log10(scale))
     linthresh = 10.0**first
@@ -135,4 +135,11 @@ def symlog(axis, scale: float, low: float, high: float, labels: int = 7) -> None
     for sign, last in spans:
         ticks += [sign * 10.0**e for e in np.arange(last, inner - 0.5, -stride)]
     axis.set_major_locator(FixedLocator(sorted(ticks)))
-    axis.set_minor_locator(NullLocator())
+    minor = [
+        sign * digit * 10.0**e
+        for sign, last in spans
+        for e in np.arange(first, last + 1)
+        for digit in range(2, 10)
+    ]
+    axis.set_minor_locator(FixedLocator(sorted(minor)))
+    return float(linthresh)

@@ -84,7 +84,7 @@ def stable_step(
         >>> op = spectra.HessianOperator(lambda w, _: 0.5 * jnp.sum(scales * w**2), w, None)
         >>> optimizer = optax.sgd(0.1, momentum=0.9)
         >>> found = spectra.stable_step(op, optimizer, optimizer.init(w), key=jax.random.key(0))
-        >>> round(float(found), 3), (2 + 2 * 0.9) / 4 / 0.1
+        >>> round(float(found), 3), round((2 + 2 * 0.9) / 4 / 0.1, 3)
         (9.5, 9.5)
     """
     if not isinstance(op, DataOperator):
