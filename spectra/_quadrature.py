@@ -174,8 +174,10 @@ def curves(quadrature, x: np.ndarray, level: float):
     rest, share, known = split(quadrature, x)
     lower, estimate, upper = rest_bracket(quadrature, x)
     band = sampling_band(rest, lower, upper, level) if rest is not None else (lower, upper)
+    # In counts, not in shares: where all is known the curve is j / n to the bit, and no sum of rounded parts.
+    n, size = quadrature.size, round(share * quadrature.size)
     pairs = zip((lower, estimate, upper, *band), (*known, known[0], known[2]), strict=True)
-    return [share * curve + atoms for curve, atoms in pairs]
+    return [(size * curve + np.rint(n * atoms)) / n for curve, atoms in pairs]
 
 
 def band_width_parts(quadrature, level: float) -> tuple[float, float]:

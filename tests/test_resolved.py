@@ -203,3 +203,15 @@ def test_all_eigenvalues_resolved_leave_nothing_to_sampling():
     np.testing.assert_array_equal(q.cdf(1.5).upper - q.cdf(1.5).lower, 0)
     assert spectra.trace_of(q, np.sqrt).stderr < 1e-5
     assert spectra.count_above(q, 1.5).interval() == (3.0, 3.0, 3.0)
+
+
+def test_a_curve_that_is_known_is_the_exact_one_to_the_bit():
+    """Shares j / n where all that is sampled lies on one side: no sum of rounded parts beside them."""
+    eigenvalues = np.concatenate([np.linspace(0.0, 0.1, 180), np.linspace(1.0, 30.0, 23)])
+    op = spectra.MatrixOperator(jnp.diag(eigenvalues))
+    pairs = spectra.eigsh(op, 23, which="LA", key=jax.random.key(0))
+    q = spectra.slq(op, key=jax.random.key(1), num_steps=20, num_probes=2, deflate=pairs)
+    x = (eigenvalues[180:-1] + eigenvalues[181:]) / 2
+    exact = np.searchsorted(eigenvalues, x, side="right") / len(eigenvalues)
+    for curve in q.cdf(x):
+        np.testing.assert_array_equal(curve, exact)

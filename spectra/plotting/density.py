@@ -14,6 +14,7 @@ from spectra.plotting.style import (
     add_legend,
     asks_for_logarithm,
     label_text,
+    mark_linear,
     new_axes,
     styled,
     symlog,
@@ -174,7 +175,7 @@ def _set_axes(ax, densities, xscale, yscale, scale, ends, top, learning_rate) ->
         high = max(high, limit * 1.5)
     if xscale == "symlog":
         linear = symlog(ax.xaxis, scale, low, high)
-        ax.axvspan(-linear, linear, color="0.5", alpha=0.1, linewidth=0, zorder=0)
+        mark_linear(ax, linear)
         place = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top"}
         ax.text((max(low, -linear) + min(high, linear)) / 2, 0.99, "linear", color="0.5", **place)
     elif xscale == "linear":

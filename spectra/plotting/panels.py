@@ -7,7 +7,7 @@ import numpy as np
 
 from spectra._errors import SpectraError
 from spectra.plotting.density import Held, as_density, floor, plot_density
-from spectra.plotting.style import COLOR, asks_for_logarithm, plot_style, symlog
+from spectra.plotting.style import COLOR, asks_for_logarithm, mark_linear, plot_style, symlog
 from spectra.results import by_name
 
 
@@ -53,7 +53,7 @@ def plot_blocks(
     for ax in grid.ravel()[len(densities) :]:
         ax.set_visible(False)
     for ax, name, density in zip(axes, results, densities, strict=True):
-        plot_density(density, ax, color=color)
+        plot_density(density, ax, color=color, xscale="linear")  # until the axis that all share is known
         lines = textwrap.wrap(name.replace("/", "/ "), 34, break_long_words=False)
         ax.set_title("\n".join(lines).replace("/ ", "/"), fontsize=5.5, parse_math=False)
         ax.set_xlabel("")
@@ -64,7 +64,9 @@ def plot_blocks(
     low = min(float(d.grid[0]) for d in densities)
     high = max(float(d.grid[-1]) for d in densities)
     if asks_for_logarithm(scale, low, high):
-        symlog(axes[0].xaxis, scale, low, high, labels=4)
+        linear = symlog(axes[0].xaxis, scale, low, high, labels=4)
+        for ax in axes:
+            mark_linear(ax, linear)
     else:
         axes[0].set_xscale("linear")
         axes[0].set_xlim(low, high)

@@ -141,5 +141,10 @@ def symlog(axis, scale: float, low: float, high: float, labels: int = 7) -> floa
         for e in np.arange(first, last + 1)
         for digit in range(2, 10)
     ]
-    axis.set_minor_locator(FixedLocator(sorted(minor)))
+    axis.set_minor_locator(FixedLocator(sorted(minor) if labels > 4 else []))
     return float(linthresh)
+
+
+def mark_linear(ax: "Axes", linear: float) -> None:
+    """Grey ground where a signed-logarithmic axis is linear."""
+    ax.axvspan(-linear, linear, color="0.5", alpha=0.1, linewidth=0, zorder=0)
