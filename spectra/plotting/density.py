@@ -176,8 +176,10 @@ def _set_axes(ax, densities, xscale, yscale, scale, ends, top, learning_rate) ->
     if xscale == "symlog":
         linear = symlog(ax.xaxis, scale, low, high)
         mark_linear(ax, linear)
-        place = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top"}
-        ax.text((max(low, -linear) + min(high, linear)) / 2, 0.99, "linear", color="0.5", **place)
+        left, right = max(low, -linear), min(high, linear)
+        if left < right:
+            place = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top"}
+            ax.text((left + right) / 2, 0.99, "linear", color="0.5", in_layout=False, **place)
     elif xscale == "linear":
         ax.set_xlim(low, high)
     else:
