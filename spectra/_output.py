@@ -34,13 +34,9 @@ class Voice(NamedTuple):
 
 def text_of(result: Any) -> str:
     """A result as a table; of several by name a line each, or one after the other."""
-    from spectra._summary import Summary
-    from spectra.results import Quadrature
-
+    result = _in_one(result)
     if not isinstance(result, Mapping):
         return repr(result)
-    if result and all(isinstance(part, Quadrature) for part in result.values()):
-        return repr(Summary(dict(result)))
     return "\n\n".join(f"{name}\n{part!r}" for name, part in result.items())
 
 
@@ -53,14 +49,9 @@ def json_of(result: Any) -> str:
 
 def csv_of(result: Any) -> str:
     """The rows of a result as comma-separated values, the names of the columns first."""
-    from spectra._summary import Summary
-    from spectra.results import Quadrature
-
+    result = _in_one(result)
     if isinstance(result, Mapping):
-        if result and all(isinstance(part, Quadrature) for part in result.values()):
-            records = Summary(dict(result)).records()
-        else:
-            records = [{"name": name, **row} for name, part in result.items() for row in _records(part)]
+        records = [{"name": name, **row} for name, part in result.items() for row in _records(part)]
     else:
         records = _records(result)
     columns = dict.fromkeys(name for record in records for name in record)
@@ -69,6 +60,16 @@ def csv_of(result: Any) -> str:
     writer.writeheader()
     writer.writerows(records)
     return stream.getvalue().rstrip("\n")
+
+
+def _in_one(result: Any) -> Any:
+    """Quadratures by name, such as those of blocks, as their summary; another result as it is."""
+    from spectra._summary import Summary
+    from spectra.results import Quadrature
+
+    if isinstance(result, Mapping) and result and all(isinstance(x, Quadrature) for x in result.values()):
+        return Summary(dict(result))
+    return result
 
 
 def _records(result: Any) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ import numpy as np
 
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
-from spectra._status import Status
 from spectra.density import slq
 from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
 from spectra.estimators.functions import trace_of
@@ -17,21 +16,18 @@ from spectra.problem import Problem
 from spectra.report import trace_estimate
 from spectra.results import (
     Interval,
+    Named,
     Quadrature,
-    Result,
     as_quadrature,
     by_name,
-    html_grid,
     plain,
     result,
-    text_grid,
-    worst,
 )
 from spectra.results._digits import directed, extreme_cell, rounded
 
 
 @result()
-class Summary(Result):
+class Summary(Named):
     """The spectra of several operators, such as the blocks of one; prints as a table.
 
     `records()`, `to_dataframe()` and the printed table are made from the quadratures, at no further product.
@@ -43,20 +39,6 @@ class Summary(Result):
 
     quadratures: dict[str, Quadrature]
 
-    def __getitem__(self, name: str) -> Quadrature:
-        return self.quadratures[name]
-
-    def __iter__(self):
-        return iter(self.quadratures)
-
-    def __len__(self) -> int:
-        return len(self.quadratures)
-
-    @property
-    def status(self) -> Status:
-        """The first of the quadratures' that is something to be wary of."""
-        return worst(q.status for q in self.quadratures.values())
-
     def records(self) -> list[dict[str, Any]]:
         """A row for each operator, with the limits of each number beside it."""
         return [plain(_record(name, q)) for name, q in self.quadratures.items()]
@@ -65,12 +47,6 @@ class Summary(Result):
         """Cells of the printed table, the head first."""
         head = ["layer", "n", "largest λ", "smallest λ", "trace", "condition", "stable rank", "negative"]
         return [head, *(_cells(name, q) for name, q in self.quadratures.items())]
-
-    def __repr__(self) -> str:
-        return text_grid(self.table())
-
-    def _repr_html_(self) -> str:
-        return html_grid(self.table())
 
 
 @automatic

@@ -44,6 +44,8 @@ def test_a_metric_that_is_none_is_refused():
         spectra.eigsh(op, 2, key=KEY, metric=op)
     with pytest.raises(spectra.StructureError, match="order 3"):
         spectra.eigsh(op, 2, key=KEY, metric=spectra.MatrixOperator(jnp.eye(3)))
+    with pytest.raises(spectra.SpectraError, match="takes 40 products"):
+        spectra.eigsh(op, 2, key=KEY, metric=spectra.MatrixOperator(jnp.asarray(WEIGHT)), max_matvecs=39)
     with pytest.raises(spectra.SpectraError, match="without a metric"):
         spectra.eigsh(op, 2, key=KEY, metric=jnp.ones(N), v0=jnp.ones(N))
 

@@ -35,21 +35,30 @@ def dense_eigenpairs(
         rest = np.linalg.qr(deflate.matrix(), mode="complete")[0][:, len(deflate.values) :]
         values, small = np.linalg.eigh(rest.T @ matrix @ rest)
         vectors = rest @ small
+    # The matrix carries the rounding of n products of relative error `precision`.
+    floor = max(op.precision, np.sqrt(n) * np.finfo(float).eps) * np.sqrt(n) * float(np.abs(values).max())
+
+    def residuals(values, vectors):
+        return np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
+
+    return chosen_pairs(op, k, which, tol, values, vectors, residuals, floor)
+
+
+def chosen_pairs(op: LinearOperator, k, which, tol, values, vectors, residuals, floor: float) -> Eigenpairs:
+    """The k that are wanted of all pairs; `residuals(values, vectors)` are theirs."""
     scale = float(np.max(np.abs(values)))
     chosen = np.sort(wanted.order(values, which)[:k])
     values, vectors = values[chosen], vectors[:, chosen]
-    residuals = np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
-    # The matrix carries the rounding of n products of relative error `precision`.
-    floor = max(op.precision, np.sqrt(n) * np.finfo(float).eps) * np.sqrt(n) * scale
+    errors = residuals(values, vectors)
     null = bool(np.any(np.abs(values) <= floor))
     return Eigenpairs(
         values=values,
         vectors=as_tree(op, vectors),
-        residuals=residuals,
-        converged=residuals <= max(tol * scale, floor),
+        residuals=errors,
+        converged=errors <= max(tol * scale, floor),
         which=which,
-        size=n,
-        num_matvecs=n,
+        size=op.size,
+        num_matvecs=op.size,
         num_restarts=0,
         missed=0.0,
         noise_floor=floor,

@@ -132,7 +132,7 @@ def eigsh(
     if metric is not None:
         limits = {"num_basis": num_basis, "block_size": block_size, "max_matvecs": max_matvecs}
         solve = functools.partial(eigsh, k=k, which=which, key=key, tol=tol, verify=verify, **limits)
-        return generalized_eigenpairs(op, metric, k, which, tol, solve)
+        return generalized_eigenpairs(op, metric, k, which, tol, max_matvecs, solve)
     return rounding.with_measured_floor(
         op, _pairs(op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate)
     )

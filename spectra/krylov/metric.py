@@ -9,16 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra._errors import SpectraError, StructureError
-from spectra._status import Status
-from spectra.krylov import wanted
-from spectra.krylov.dense import LARGEST, as_tree
+from spectra.krylov.dense import LARGEST, chosen_pairs
 from spectra.operators.base import LinearOperator
 from spectra.operators.preconditioned import PreconditionedOperator
 from spectra.results import Eigenpairs
 
 
 def generalized_eigenpairs(
-    op: LinearOperator, metric: Any, k: int, which: str, tol: float, solve: Callable[..., Eigenpairs]
+    op: LinearOperator,
+    metric: Any,
+    k: int,
+    which: str,
+    tol: float,
+    max_matvecs: int | None,
+    solve: Callable[[LinearOperator], Eigenpairs],
 ) -> Eigenpairs:
     """k pairs of H v = λ M v, with M given as an operator or by its diagonal.
 
@@ -26,6 +30,10 @@ def generalized_eigenpairs(
     factorised as a dense matrix.
     """
     if isinstance(metric, LinearOperator):
+        if max_matvecs is not None and max_matvecs < op.size:
+            raise SpectraError(
+                f"max_matvecs={max_matvecs}: a metric that is an operator takes {op.size} products."
+            )
         return _dense(op, metric, k, which, tol)
     scaled = PreconditionedOperator(op, metric)
     pairs = solve(scaled)
@@ -58,25 +66,12 @@ def _dense(op: LinearOperator, metric: LinearOperator, k: int, which: str, tol: 
             f"with errors up to {noise:.1e}. Shift it: metric.shift(delta)."
         )
     values, vectors = scipy.linalg.eigh(matrix, weight)
-    chosen = np.sort(wanted.order(values, which)[:k])
-    values, vectors = values[chosen], vectors[:, chosen]
-    factor = np.linalg.cholesky(weight)
-    rest = matrix @ vectors - (weight @ vectors) * values
-    residuals = np.linalg.norm(scipy.linalg.solve_triangular(factor, rest, lower=True), axis=0)
-    scale = float(np.max(np.abs(values)))
+    factor, scale = np.linalg.cholesky(weight), float(np.max(np.abs(values)))
     error = np.sqrt(n) * max(op.precision, np.finfo(float).eps * np.sqrt(n)) * np.linalg.norm(matrix, 2)
+
+    def residuals(values, vectors):
+        rest = matrix @ vectors - (weight @ vectors) * values
+        return np.linalg.norm(scipy.linalg.solve_triangular(factor, rest, lower=True), axis=0)
+
     floor = float(error + scale * noise) / smallest
-    null = which == "SM" and bool(np.any(np.abs(values) <= floor))
-    return Eigenpairs(
-        values=values,
-        vectors=as_tree(op, vectors),
-        residuals=residuals,
-        converged=residuals <= max(tol * scale, floor),
-        which=which,
-        size=n,
-        num_matvecs=n,
-        num_restarts=0,
-        missed=0.0,
-        noise_floor=floor,
-        status=Status.SINGULAR if null else Status.CONVERGED,
-    )
+    return chosen_pairs(op, k, which, tol, values, vectors, residuals, floor)

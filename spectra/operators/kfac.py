@@ -1,5 +1,6 @@
 """Kronecker-factored approximations of the Gauss-Newton and Fisher matrices of any JAX function."""
 
+import abc
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, Unpack
@@ -143,21 +144,28 @@ class _FromData(FactoredOperator):
     sequence: str
     treatment: tuple[tuple[str, str], ...]
 
-    def _make(
+    @abc.abstractmethod
+    def _blocks(self, build: _Build) -> tuple[Block, ...]:
+        """The blocks of the layers, from the data."""
+
+    @automatic
+    def __init__(
         self,
         model_fn: ModelFn,
         loss_fn: OutputLossFn,
         params: PyTree,
         data: Any,
-        kind: Any,
-        key: jax.Array | None,
-        num_samples: int,
-        sequence: str,
-        bias: str,
-        exact_limit: int,
-        factor_limit: int,
-        options: Any,
-    ) -> tuple[_Build, dict[str, Any]]:
+        *,
+        kind: Literal["type2", "mc", "empirical"] = "type2",
+        key: jax.Array | None = None,
+        num_samples: int = 1,
+        sequence: Literal["expand", "reduce"] = "expand",
+        bias: Literal["joint", "separate"] = "joint",
+        sample_fn: Callable[[jax.Array, PyTree, PyTree], PyTree] | None = None,
+        exact_limit: int = EXACT_LIMIT,
+        factor_limit: int = FACTOR_LIMIT,
+        **options: Unpack[DataOptions],
+    ):
         if sequence not in SEQUENCES:
             raise SpectraError(f"sequence={sequence!r}: use one of {SEQUENCES}.")
         if bias not in BIASES:
@@ -167,7 +175,9 @@ class _FromData(FactoredOperator):
                 f"num_samples={num_samples}: kind='mc' draws one or more targets an example; the other kinds "
                 "draw none."
             )
-        fisher = FisherOperator(model_fn, loss_fn, params, data, kind=kind, key=key, **options)
+        fisher = FisherOperator(
+            model_fn, loss_fn, params, data, kind=kind, key=key, sample_fn=sample_fn, **options
+        )
         _require_examples(fisher)
         form = "dense" if kind != "type2" else _form(fisher.first_piece())
         setup = Setup(sequence, bias, form, exact_limit, factor_limit)
@@ -178,10 +188,8 @@ class _FromData(FactoredOperator):
             "kind": kind,
             "sequence": sequence,
             "treatment": build.plan.coverage,
+            "parts": self._blocks(build),
         }
-        return build, fields
-
-    def _fill(self, fields: dict[str, Any]) -> None:
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
@@ -268,27 +276,10 @@ class KFACOperator(_FromData):
     sequence: str
     treatment: tuple[tuple[str, str], ...]
 
-    @automatic
-    def __init__(
-        self,
-        model_fn: ModelFn,
-        loss_fn: OutputLossFn,
-        params: PyTree,
-        data: Any,
-        *,
-        kind: Literal["type2", "mc", "empirical"] = "type2",
-        key: jax.Array | None = None,
-        num_samples: int = 1,
-        sequence: Literal["expand", "reduce"] = "expand",
-        bias: Literal["joint", "separate"] = "joint",
-        sample_fn: Callable[[jax.Array, PyTree, PyTree], PyTree] | None = None,
-        exact_limit: int = EXACT_LIMIT,
-        factor_limit: int = FACTOR_LIMIT,
-        **options: Unpack[DataOptions],
-    ):
-        settings = (sequence, bias, exact_limit, factor_limit, {**options, "sample_fn": sample_fn})
-        build, fields = self._make(model_fn, loss_fn, params, data, kind, key, num_samples, *settings)
-        self._fill(fields | {"parts": build.factors()})
+    __init__ = _FromData.__init__
+
+    def _blocks(self, build: _Build) -> tuple[Block, ...]:
+        return build.factors()
 
 
 @operator(leaves=("params", "parts"))
@@ -342,27 +333,10 @@ class EKFACOperator(_FromData):
     sequence: str
     treatment: tuple[tuple[str, str], ...]
 
-    @automatic
-    def __init__(
-        self,
-        model_fn: ModelFn,
-        loss_fn: OutputLossFn,
-        params: PyTree,
-        data: Any,
-        *,
-        kind: Literal["type2", "mc", "empirical"] = "type2",
-        key: jax.Array | None = None,
-        num_samples: int = 1,
-        sequence: Literal["expand", "reduce"] = "expand",
-        bias: Literal["joint", "separate"] = "joint",
-        sample_fn: Callable[[jax.Array, PyTree, PyTree], PyTree] | None = None,
-        exact_limit: int = EXACT_LIMIT,
-        factor_limit: int = FACTOR_LIMIT,
-        **options: Unpack[DataOptions],
-    ):
-        settings = (sequence, bias, exact_limit, factor_limit, {**options, "sample_fn": sample_fn})
-        build, fields = self._make(model_fn, loss_fn, params, data, kind, key, num_samples, *settings)
-        self._fill(fields | {"parts": build.corrected(build.factors())})
+    __init__ = _FromData.__init__
+
+    def _blocks(self, build: _Build) -> tuple[Block, ...]:
+        return build.corrected(build.factors())
 
 
 def _few(fisher: FisherOperator) -> FisherOperator | None:

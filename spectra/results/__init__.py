@@ -7,6 +7,7 @@ solved on the host.
 from spectra.results._base import (
     Array,
     Interval,
+    Named,
     Result,
     format_bytes,
     html_grid,
@@ -50,6 +51,7 @@ __all__ = [
     "LayerConditions",
     "LossSlice",
     "Moments",
+    "Named",
     "NoiseScale",
     "OperatorComparison",
     "Perturbation",

@@ -88,6 +88,38 @@ def _number(value: Any) -> Any:
     return float(value) if value in ("inf", "-inf", "nan") else value
 
 
+class Named(Result):
+    """Results by name, in the first field; prints as a table."""
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return getattr(self, dataclasses.fields(self)[0].name)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, name: str) -> Any:
+        return self._parts[name]
+
+    def __iter__(self):
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @property
+    def status(self) -> Status:
+        """The first of the parts' that is something to be wary of."""
+        return worst(part.status for part in self._parts.values())
+
+    def table(self) -> list[list[str]]:
+        """Cells of the printed table, the head first."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return text_grid(self.table())
+
+    def _repr_html_(self) -> str:
+        return html_grid(self.table())
+
+
 @dataclass_transform(frozen_default=True)
 def result(*meta: str):
     """Class decorator: a frozen dataclass that is a pytree, with the fields named in `meta` static."""

@@ -7,13 +7,11 @@ import numpy as np
 from spectra._status import Status
 from spectra.results._base import (
     Interval,
+    Named,
     Result,
-    html_grid,
     html_table,
     result,
-    text_grid,
     text_table,
-    worst,
 )
 from spectra.results._digits import directed, rounded
 from spectra.results._plain import flat
@@ -115,24 +113,10 @@ class ConditionNumber(Result):
 
 
 @result()
-class LayerConditions(Result):
-    """Condition numbers of the diagonal blocks, one for each layer; prints as a table."""
+class LayerConditions(Named):
+    """Condition numbers of the diagonal blocks, one for each layer; a mapping that prints as a table."""
 
     layers: dict[str, ConditionNumber]
-
-    def __getitem__(self, name: str) -> ConditionNumber:
-        return self.layers[name]
-
-    def __iter__(self):
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    @property
-    def status(self) -> Status:
-        """The first of the layers' that is something to be wary of."""
-        return worst(condition.status for condition in self.layers.values())
 
     def records(self) -> list[dict[str, Any]]:
         """A row for each layer, with the fields of its `ConditionNumber`."""
@@ -154,9 +138,3 @@ class LayerConditions(Result):
             for name, c in self.layers.items()
         ]
         return [head, *body]
-
-    def __repr__(self) -> str:
-        return text_grid(self.table())
-
-    def _repr_html_(self) -> str:
-        return html_grid(self.table())
