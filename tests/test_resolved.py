@@ -100,9 +100,12 @@ def without(quadrature):
 
 @pytest.mark.parametrize("name", REPEATED)
 @pytest.mark.parametrize("probes", [2, 8])
-def test_copies_of_an_eigenvalue_are_no_atoms(name, probes):
+@pytest.mark.parametrize("steps", [10, STEPS])
+def test_copies_of_an_eigenvalue_are_no_atoms(name, probes, steps):
+    """After 10 steps a repeated eigenvalue is one sharp node, which only the vectors tell from a simple one;
+    later on rounding has found a second copy beside it."""
     # By chance two vectors of a plane are parallel within MISTAKEN: 1e-4 a pair and key.
-    for q in quadratures(name, KEYS if probes == 2 else 40, probes):
+    for q in quadratures(name, KEYS if probes == 2 else 40, probes, steps):
         near = np.abs(q.resolved[:, None] - REPEATED[name])
         assert not np.any(near < 1e-3)
 

@@ -245,9 +245,9 @@ DENSITY = [
     fault(
         "vectors of copies count as parallel",
         "_resolved.py",
-        "ANGLE = 0.05",
-        "ANGLE = 2.0",
-        "test_resolved.py",
+        "(away <= limit * sizes)",
+        "(away <= 2 * sizes)",
+        "test_resolved.py::test_copies_of_an_eigenvalue_are_no_atoms",
     ),
     fault(
         "the rest keeps the weights of what was taken out",
