@@ -238,6 +238,12 @@ def test_variance_of_the_data_is_told_apart_from_that_of_the_probes():
     assert scaled.trace_data_std == pytest.approx(np.std(exact, ddof=1), rel=0.3)
 
 
+def test_the_spread_in_a_file_without_an_interval_is_that_of_the_sample():
+    numbers = np.ones((3, 1)), np.ones((3, 1)), np.array([1.0, 2.0, 6.0]), np.ones(3), np.ones(1), np.ones(1)
+    spread = spectra.DataVariability(*numbers, 3.0, 9)
+    assert spread.trace_data_std == pytest.approx(7**0.5)  # (4 + 1 + 9) / (3 - 1)
+
+
 def subsets_of_a_few_outliers():
     """Second moments of four samples of 100 examples, of which two directions count most."""
     rng = np.random.default_rng(0)

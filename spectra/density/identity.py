@@ -29,7 +29,7 @@ def describe(op: LinearOperator, key: jax.Array, row_dtype: Any) -> dict[str, An
     data = jax.random.key_data(key) if jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     return {
         "operator": f"{type(op).__name__} of order {op.size}",
-        "parameters": tree_digest(op.like) if _tree.has_values(op.like) else 0,
+        "parameters": [tree_digest(params) for params in _parameters(op)],
         "data": [_data(part) for part in _parts(op)],
         "program": _program(op, u),
         "place": [jax.__version__, _num_devices(op)],
@@ -63,17 +63,24 @@ def _parts(op: LinearOperator) -> list[Any]:
     return jax.tree.leaves(op, is_leaf=_is_part)
 
 
+_PARAMS = jax.tree_util.GetAttrKey("params")
+
+
+def _parameters(op: LinearOperator) -> list[Any]:
+    """Those of operators on data, frozen ones included; of another operator, its vector if it has values."""
+    found = [part.params for part in _parts(op) if isinstance(part, DataOperator)]
+    return found or ([op.like] if _tree.has_values(op.like) else [])
+
+
 def _data(part: Any) -> int:
     if isinstance(part, LinearOperator) and not isinstance(part, DataOperator):  # opaque to JAX
         return tree_digest([x for x in jax.tree.leaves(vars(part)) if isinstance(x, (jax.Array, np.ndarray))])
     if not isinstance(part, DataOperator):
         return tree_digest(part)
-    stream = part.stream
-    return (
-        tree_digest(part)
-        if stream is None
-        else tree_digest((part.params, np.array(stream.digests), np.array(stream.weights)))
-    )
+    if (stream := part.stream) is not None:
+        return tree_digest((np.array(stream.digests), np.array(stream.weights)))
+    leaves = jax.tree_util.tree_flatten_with_path(part)[0]
+    return tree_digest([leaf for path, leaf in leaves if path[0] != _PARAMS])
 
 
 def _program(op: LinearOperator, u: Any) -> int:
