@@ -20,9 +20,9 @@ from children import environment
 
 import spectra
 from spectra.density import recorder as module
-from spectra.density import run as density_run
-from spectra.krylov import storage
 from spectra.operators import accumulate
+from spectra.runs import saver
+from spectra.runs.records import Records
 
 KEY = jax.random.key(3)
 OPTIONS = {"key": KEY, "num_steps": 30, "num_probes": 3}
@@ -57,7 +57,7 @@ def interrupt(monkeypatch):
 
 
 def interrupted(interrupt, monkeypatch, folder, count, **options):
-    monkeypatch.setattr(density_run, "PACE", 0.0)  # one step at a time
+    monkeypatch.setattr(saver, "PACE", 0.0)  # one step at a time
     interrupt(count)
     with pytest.raises(Killed):
         spectra.slq(operator(), **OPTIONS | options, checkpoint=spectra.Checkpoint(folder, steps=4))
@@ -283,7 +283,7 @@ def test_probes_that_end_by_themselves_serve_any_number_of_steps(tmp_path):
 def test_a_folder_in_use_is_refused_and_the_error_says_by_whom(tmp_path):
     pytest.importorskip("fcntl")
     refused = pytest.raises(spectra.CheckpointError, match=r"in use by process \d+ on")
-    with module.Records(tmp_path).held(), refused:
+    with Records(tmp_path).held(), refused:
         spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
     spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
 
@@ -355,7 +355,7 @@ def test_no_damage_is_an_error_or_another_answer(stream, interrupt, monkeypatch,
     op = regression(stream=stream)
     options = {"key": KEY, "num_steps": 12, "num_probes": 2}
     whole = spectra.slq(op, **options)
-    monkeypatch.setattr(density_run, "PACE", 0.0)
+    monkeypatch.setattr(saver, "PACE", 0.0)
     interrupt(17)
     with pytest.raises(Killed):
         spectra.slq(op, **options, checkpoint=spectra.Checkpoint(tmp_path / "saved", minutes=0))
@@ -386,7 +386,7 @@ def test_no_damage_is_an_error_or_another_answer(stream, interrupt, monkeypatch,
 def test_a_full_disk_costs_a_warning_and_nothing_that_was_finished(interrupt, monkeypatch, tmp_path):
     whole = spectra.slq(operator(), **OPTIONS)
     interrupted(interrupt, monkeypatch, tmp_path, 40)
-    original = storage.write
+    original = saver.write
     writes = []
 
     def full(path, tree):
@@ -396,7 +396,7 @@ def test_a_full_disk_costs_a_warning_and_nothing_that_was_finished(interrupt, mo
             raise OSError(errno.ENOSPC, "No space left on device")
         original(path, tree)
 
-    monkeypatch.setattr(storage, "write", full)
+    monkeypatch.setattr(saver, "write", full)
     with pytest.warns(RuntimeWarning, match="No space left"):
         result = spectra.slq(operator(), **OPTIONS, checkpoint=spectra.Checkpoint(tmp_path, steps=4))
     np.testing.assert_array_equal(result.nodes, whole.nodes)
@@ -407,14 +407,14 @@ def test_a_full_disk_costs_a_warning_and_nothing_that_was_finished(interrupt, mo
 
 def test_only_what_is_new_is_written(monkeypatch, tmp_path):
     written = []
-    original = storage.write
+    original = saver.write
 
     def write(path, tree):
         written.append(path.name)
         original(path, tree)
 
-    monkeypatch.setattr(storage, "write", write)
-    monkeypatch.setattr(density_run, "PACE", 0.0)
+    monkeypatch.setattr(saver, "write", write)
+    monkeypatch.setattr(saver, "PACE", 0.0)
     options = OPTIONS | {"num_probes": 1}
     spectra.slq(operator(), **options, checkpoint=spectra.Checkpoint(tmp_path, steps=8))
     rows = [name for name in written if "rows" in name]
@@ -474,7 +474,7 @@ def test_a_run_goes_on_within_a_pass_over_a_stream(kind, reads, saved, probe_bat
         original(self, count, total)
 
     monkeypatch.setattr(accumulate.Passes, "after", after)
-    monkeypatch.setattr(density_run, "PACE", 0.0)  # a look at the clock after each batch
+    monkeypatch.setattr(saver, "PACE", 0.0)  # a look at the clock after each batch
     for done in saved:  # batches of the second step, or with 5 of the third
         folder, limit = tmp_path / str(done), reads + done + 1
         with pytest.raises(Killed):
@@ -490,10 +490,10 @@ def test_a_run_goes_on_within_a_pass_over_a_stream(kind, reads, saved, probe_bat
 
 HOST = """
 import sys, jax, numpy as np, spectra
-from spectra.density import run
 from spectra.operators import accumulate
+from spectra.runs import saver
 
-run.PACE = 0.0
+saver.PACE = 0.0
 rng = np.random.default_rng(0)
 draw = lambda *shape: jax.device_put(rng.standard_normal(shape).astype("f"), jax.devices()[1])
 data = [draw(9, 6) for _ in range(4)]
@@ -537,7 +537,7 @@ def test_sums_that_are_no_vectors_of_the_operator_are_not_saved(monkeypatch, tmp
         def mv(self, v):
             return (inner @ jnp.pad(v, (0, inner.size - 4)))[:4]
 
-    monkeypatch.setattr(density_run, "PACE", 0.0)
+    monkeypatch.setattr(saver, "PACE", 0.0)
     options = {"key": KEY, "num_steps": 3, "num_probes": 1}
     whole = spectra.slq(Restricted(), **options)
     original = module.Recorder.save
@@ -616,9 +616,9 @@ def assert_same_on_four_devices(tmp_path, steps, saved):
 
 STREAM = """
 import time
-from spectra.density import run
+from spectra.runs import saver
 
-run.PACE = 0.05
+saver.PACE = 0.05
 
 class Batches:
     slow = False

@@ -17,6 +17,7 @@ import spectra
 from spectra import cli
 from spectra.density import run as density_run
 from spectra.krylov import recurrence
+from spectra.runs import saver
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -32,7 +33,7 @@ def test_a_signal_at_any_step_saves_and_says_how_to_resume(number, at, monkeypat
         return original(*args, **options)
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(density_run, "PACE", 0.0)
+    monkeypatch.setattr(saver, "PACE", 0.0)
     monkeypatch.setattr(recurrence, "advance", advance)
     name = signal.Signals(number).name
     with pytest.raises(spectra.PreemptedError, match=rf"\({name}\).*goes on from there") as caught:

@@ -6,79 +6,46 @@ written, so a checkpoint writes only what is new since the last one. Vectors are
 leaves, without the mesh they lay on: a run may go on with another number of devices.
 """
 
-import contextlib
-import shutil
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from spectra import _processes, _signals
-from spectra._digest import folder_digest
-from spectra._errors import CheckpointError
 from spectra.checkpoint import Checkpoint
-from spectra.density.identity import describe, differences
-from spectra.density.records import Records
 from spectra.krylov import storage
 from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import LanczosState
 from spectra.operators.base import LinearOperator
+from spectra.runs.identity import describe
+from spectra.runs.saver import Saver
 
 PyTree = Any
 ARRAYS = {"alpha", "beta", "sketch"}
 """Of a finished probe; the sketch is none that an older version wrote."""
 
 
-class Recorder:
+class Recorder(Saver):
     """Saves and restores the runs of one `slq` call; all processes of a run call it alike."""
 
     def __init__(
         self, checkpoint: Checkpoint, op: LinearOperator, layout: Layout, key: jax.Array, *, keep_basis: bool
     ):
-        self.folder = Path(checkpoint.directory).absolute()
-        self.seconds, self.steps = 60 * checkpoint.minutes, checkpoint.steps
+        description = describe(op, key, layout.row_dtype if keep_basis else "none")
+        super().__init__(checkpoint, description, op.precision)
         self.layout, self.treedef = layout.anonymous(), layout.treedef
-        self.records = Records(self.folder)
-        self.rows: dict[int, dict[str, Any]] = {}  # of finished probes, by their number
         self.flights: list[dict[str, Any]] = []  # of probes under way, the newest first
-        self.flight: dict[str, Any] | None = None  # the one that was restored, or saved last
-        self.saved_at, self.saved_step = time.monotonic(), 0
-        self.description, self.precision = (
-            describe(op, key, layout.row_dtype if keep_basis else "none"),
-            op.precision,
-        )
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Around all that the run computes: reads what was saved; nobody else writes into the folder."""
-        with self.records.held():
-            self._load()
-            yield
 
     def _load(self) -> None:
-        """What the records hold that can be read; refuses those of another problem."""
-        records, wrong = self.records.read()
-        for text in wrong:
-            rest = "the one before is used." if records else "the run starts anew."
-            self._warn(f"a record of the checkpoint in '{self.folder}' cannot be used ({text}); {rest}")
-        for record in records:
-            found = differences(self.description, record["description"], self.precision)
-            if found:
-                raise CheckpointError(
-                    f"the checkpoint in '{self.folder}' belongs to another run; these differ: "
-                    f"{', '.join(found)}. Use another folder, or remove this one to start anew."
-                )
-        for record in records[:1]:
+        super()._load()
+        for record in self.saved[:1]:
             self.rows = {
                 row["probe"]: row | {name: np.asarray(row[name], np.float64) for name in ARRAYS & row.keys()}
                 for row in record["rows"]
             }
-        self.flights = [record["flight"] for record in records if record["flight"]]
+        self.flights = [record["flight"] for record in self.saved if record["flight"]]
 
     def restore(self, probes: range, state: LanczosState) -> tuple[LanczosState, int]:
         """The state of the probes in flight and the steps done; a fresh `state` and 0 if there are none."""
@@ -99,8 +66,8 @@ class Recorder:
         basis = []
         for name, segment in zip(rows, state.basis, strict=False):
             like = storage.rows_like(self.layout, segment, batched=batched)
-            basis.append(self._item(name, like, flight["items"][name]))
-        vectors = self._item(
+            basis.append(self.item(name, like, flight["items"][name]))
+        vectors = self.item(
             last, storage.vectors_like(self.layout, state, batched=batched), flight["items"][last]
         )
         if vectors is None or any(rows is None for rows in basis):
@@ -108,20 +75,6 @@ class Recorder:
         segments = [storage.segment_of(self.layout, rows, batched) for rows in basis]
         fields = storage.state_fields(self.layout, vectors, batched)
         return LanczosState(basis=(*segments, *state.basis[len(segments) :]), **fields)
-
-    def _item(self, name: str, like: PyTree, digest: int) -> PyTree | None:
-        """The arrays of an item; None, with a warning, if they are not those that were written."""
-        path, reason = self.folder / name, "its checksum is another one"
-        if folder_digest(path) == digest:
-            try:
-                return storage.read(path, like)
-            except Exception as error:  # Orbax passes on whatever it meets
-                reason = (str(error) or repr(error)).splitlines()[0]
-        self._warn(
-            f"'{name}' of the checkpoint in '{self.folder}' is damaged ({reason}); the checkpoint before is "
-            "used where it does not need it, or else these probes start anew."
-        )
-        return None
 
     def sums(self, probes: range, state: LanczosState, done: int) -> list[tuple[int, PyTree]]:
         """The passes over a stream that the product of this step has behind it; see `Passes`."""
@@ -132,7 +85,7 @@ class Recorder:
         if not counts:
             return []
         name, digest = list(flight["items"].items())[-1]
-        read = self._item(name, storage.sums_like(self.layout, len(counts), state), digest)
+        read = self.item(name, storage.sums_like(self.layout, len(counts), state), digest)
         if read is None:
             return []
         return [(count, self.treedef.unflatten(sum)) for count, sum in zip(counts, read, strict=True)]
@@ -141,14 +94,12 @@ class Recorder:
         """Record probes that are done, whose basis is no longer needed."""
         self.saved_step = 0
         self.rows |= {probe: {"probe": probe} | row for probe, row in zip(probes, rows, strict=True)}
-        self._commit(None)
+        self.commit(None)
 
     def between(self) -> None:
         """Called between probes: raises where the run is to end."""
         (stop,) = _processes.largest(float(_signals.pending()))
-        if stop:
-            done = f"after {len(self.rows)} probes" if self.rows else "before its first step"
-            _signals.end(int(stop), done, self.folder)
+        self.end(int(stop), f"after {len(self.rows)} probes" if self.rows else "before its first step")
 
     def after(
         self,
@@ -163,14 +114,11 @@ class Recorder:
 
         Returns the longest time that a process took since the last call, so that all choose the same next.
         """
-        due = time.monotonic() - self.saved_at > self.seconds
-        due = due or (self.steps is not None and done - self.saved_step >= self.steps)
-        stop, due, seconds = _processes.largest(_signals.pending(), due, seconds)
-        if stop or due:
+        stop, due, seconds = self.due(done, seconds)
+        if due:
             self.save(probes, state, done, sums)
-        if stop:
-            batches = f" and {sum(n for n, _ in sums)} batches of the next step" if sums else ""
-            _signals.end(int(stop), f"after step {done} of probe {probes.start + 1}{batches}", self.folder)
+        batches = f" and {sum(n for n, _ in sums)} batches of the next step" if sums else ""
+        self.end(stop, f"after step {done} of probe {probes.start + 1}{batches}")
         return seconds
 
     def save(
@@ -193,47 +141,12 @@ class Recorder:
             trees[f"{stem}-step-{done:06d}-batch-{sum(counts):06d}"] = lambda: [
                 jax.tree.leaves(total) for _, total in sums
             ]
-        known = self.flight["items"] if self.flight and self.flight["probes"] == span else {}
-        items = {name: known.get(name) for name in trees}
-        new = [name for name in items if name not in known]
-        try:
-            for name in new:
-                storage.write(self.folder / name, trees[name]())
-                items[name] = folder_digest(self.folder / name)
-        except (OSError, ValueError, RuntimeError) as error:  # Orbax passes on what the file system said
-            for name in new:
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            self._not_written(error)
-        else:
-            self._commit({"probes": span, "steps": steps, "done": done, "items": items, "sums": counts})
-            self.saved_step = done
-        self.saved_at = time.monotonic()
+        if self.flight and self.flight["probes"] != span:
+            self.flight = None
+        self.write(trees, {"probes": span, "steps": steps, "done": done, "sums": counts}, done)
 
     def _is_vector(self, total: PyTree, state: LanczosState) -> bool:
         """Whether a sum is what the operator's own products are; parts of another operator's need not be."""
         return [x.shape for x in jax.tree.leaves(total)] == [
             state.alpha.shape[:-1] + shape for shape in self.layout.shapes
         ]
-
-    def _commit(self, flight: dict[str, Any] | None) -> None:
-        """A new record of what is done and what is under way."""
-        self.flight = flight
-        if _processes.is_first():
-            rows = list(self.rows.values())
-            try:
-                self.records.write({"description": self.description, "rows": rows, "flight": flight})
-            except OSError as error:
-                self._not_written(error)
-        _processes.largest(0.0)  # nobody goes on to overwrite what this record may still need
-
-    def _not_written(self, error: Exception) -> None:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        self._warn(
-            f"no checkpoint could be written to '{self.folder}': {reason} The run goes on, and the "
-            "checkpoint before stays."
-        )
-
-    @staticmethod
-    def _warn(text: str) -> None:
-        if _processes.is_first():
-            warnings.warn(text, RuntimeWarning, stacklevel=2)

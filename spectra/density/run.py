@@ -19,9 +19,7 @@ from spectra.krylov.layout import Layout
 from spectra.krylov.sketch import SIZE, sketches
 from spectra.operators.accumulate import Passes
 from spectra.results import Quadrature
-
-PACE = 5.0
-"""Seconds between two looks at the clock and at signals, where a run can be interrupted."""
+from spectra.runs import saver
 
 
 class ProbeRun:
@@ -111,7 +109,7 @@ class ProbeRun:
                 break
             if self.recorder is not None and done < num_steps:
                 seconds = self.recorder.after(probes, state, done, time.monotonic() - started)
-                self.chunk = int(np.clip(PACE * steps / max(seconds, 1e-9), 1, recurrence.CHUNK))
+                self.chunk = int(np.clip(saver.PACE * steps / max(seconds, 1e-9), 1, recurrence.CHUNK))
         if stop_when is None:
             done = num_steps  # steps that a breakdown left out are zeros
         rows = _rows(state, done, batched)
@@ -152,7 +150,7 @@ class ProbeRun:
         sums = recorder.sums(probes, state, done)
         if self.home is not None:  # they were read to where the basis lives
             sums = [(count, jax.device_put(total, self.op.device)) for count, total in sums]
-        return Passes(sums, look, PACE)
+        return Passes(sums, look, saver.PACE)
 
     def _require_symmetric(self) -> None:
         """Two steps of the first probe: a single one has no coefficient that symmetry makes zero."""

@@ -28,17 +28,24 @@ from spectra._errors import NonFiniteError, NotSymmetricError
 from spectra.krylov import band_state
 from spectra.krylov import basis as _basis
 from spectra.krylov.layout import Layout
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, product
 
 PyTree = Any
 
 
 class Band:
-    """A basis with its coefficients in float64, driven from the host; `op` is prepared by the caller."""
+    """A basis with its coefficients in float64, driven from the host; `op` is prepared by the caller.
 
-    def __init__(self, op: LinearOperator, layout: Layout, num_rows: int):
-        self.op, self.layout = op, layout
-        self.state = band_state.empty(layout, num_rows)
+    Args:
+        op: where products come from.
+        layout: of the rows.
+        num_rows: room for so many.
+        home: the device that the rows live on, if it is not the operator's.
+    """
+
+    def __init__(self, op: LinearOperator, layout: Layout, num_rows: int, home: Any = None):
+        self.op, self.layout, self.home = op, layout, home
+        self.state = self._at_home(band_state.empty(layout, num_rows))
         self.coefficients = np.zeros(self.state.coefficients.shape)
         self.locked: list[int] = []
         self.processed: list[int] = []
@@ -46,6 +53,7 @@ class Band:
         self.parent: dict[int, int] = {}  # the row whose product led to a pending row
         self.aside: list[tuple[PyTree, np.ndarray]] = []  # waiting vectors, coefficients of products on each
         self.num_matvecs = 0
+        self.generation = 0  # of rows: those of a generation never change once they are there
 
     @property
     def filled(self) -> int:
@@ -60,15 +68,21 @@ class Band:
     def append(self, vector: PyTree, *, locked: bool = False) -> int:
         """A new pending (or locked) row from a vector that need not be orthogonal to the others."""
         row = self.filled
-        self.state, _ = band_state.append(self.layout, self.state, vector)
+        self.state, _ = band_state.append(self.layout, self.state, self._at_home(vector))
         (self.locked if locked else self.pending).append(row)
         return row
 
-    def extend(self, row: int, steps: int) -> None:
-        """Take up to `steps` products, beginning with the pending `row`; fewer at a breakdown."""
+    def _at_home(self, tree: PyTree) -> PyTree:
+        return tree if self.home is None else jax.device_put(tree, self.home)
+
+    def extend(self, row: int, steps: int) -> int | None:
+        """Take up to `steps` products, beginning with the pending `row`; fewer at a breakdown.
+
+        Returns the row that the last product has led to, if there is one.
+        """
         before = self.filled
         previous = self.parent.pop(row, -1)
-        if self.op.on_host:
+        if self.op.on_host or self.home is not None:
             self._extend_on_host(row, previous, steps)
         else:
             self.state = band_state.chain(
@@ -85,16 +99,23 @@ class Band:
             self.pending.append(new[-1])
             self.parent[new[-1]] = done[-1]
         self._check()
+        return new[-1] if len(new) == steps else None
 
     def _extend_on_host(self, row, previous, steps):
         filled = self.filled
         for _ in range(steps):
-            product = self.op.mv(band_state.row_of(self.layout, self.state, row))
+            product = self._product(band_state.row_of(self.layout, self.state, row))
             self.state = band_state.absorb_one(self.layout, self.op.size, self.state, row, previous, product)
             row, previous = filled, row
             if int(self.state.filled) == filled:
                 return
             filled += 1
+
+    def _product(self, vector: PyTree) -> PyTree:
+        if self.home is None:
+            return self.op.mv(vector)
+        vector = jax.device_put(vector, self.op.device)
+        return self._at_home(self.op.mv(vector) if self.op.on_host else product(self.op, vector))
 
     def _check(self) -> None:
         if not np.isfinite(self.coefficients).all():
@@ -168,6 +189,7 @@ class Band:
         self.coefficients[:, first:middle] = columns
         self.processed, self.pending = list(range(first, middle)), list(range(middle, last))
         self.parent = {}
+        self.generation += 1
         dtype = self.state.coefficients.dtype
         arrays = jnp.asarray(weights, dtype), jnp.asarray(self.coefficients, dtype), jnp.int32(last)
         self.state = band_state.replace(self.layout.anonymous(), self.state, *arrays)
@@ -197,4 +219,5 @@ class Band:
     def vectors(self, count: int) -> PyTree:
         """The first `count` rows after the locked ones as one pytree with leaves (count, *leaf.shape)."""
         first = len(self.locked)
-        return _basis.stack(self.state.basis, self.layout, first, first + count)
+        vectors = _basis.stack(self.state.basis, self.layout, first, first + count)
+        return vectors if self.home is None else jax.device_put(vectors, self.op.device)

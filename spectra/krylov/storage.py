@@ -1,10 +1,9 @@
-"""A Lanczos state on disk: rows and vectors as the parameters' leaves, written and read by Orbax.
+"""A Lanczos state as it is saved: rows and vectors as the parameters' leaves.
 
 Panels depend on the mesh, leaves do not: what one number of devices has written another can read.
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,22 +16,6 @@ from spectra.krylov.recurrence import LanczosState
 PyTree = Any
 NUMBERS = ("alpha", "beta", "scale", "asymmetry", "length", "alive", "second_passes")
 VECTORS = ("current", "previous")
-
-
-def write(path: Path, tree: PyTree) -> None:
-    """Write arrays to a folder that appears whole or not at all; every process writes what it holds."""
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as saver:
-        saver.save(path, tree, force=True)
-
-
-def read(path: Path, like: PyTree) -> PyTree:
-    """Read arrays, each placed as `like` says."""
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as loader:
-        return loader.restore(path, like)
 
 
 def rows_like(layout: Layout, segment: Panels, *, batched: bool) -> PyTree:
@@ -70,9 +53,13 @@ def state_fields(layout: Layout, tree: PyTree, batched: bool) -> dict[str, Any]:
 
 def sums_like(layout: Layout, count: int, state: LanczosState) -> PyTree:
     """`count` vectors, or stacks of them, as lists of leaves like the parameters."""
-    probes = state.alpha.shape[:-1]
-    shapes = [jax.ShapeDtypeStruct(probes + s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
-    return [_where(layout, shapes, state.alpha)] * count
+    return vectors_of(layout, count, state.alpha, state.alpha.shape[:-1])
+
+
+def vectors_of(layout: Layout, count: int, beside: jax.Array, stack: tuple[int, ...] = ()) -> PyTree:
+    """What `count` lists of leaves look like, of vectors or of stacks of them, and where they belong."""
+    shapes = [jax.ShapeDtypeStruct(stack + s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
+    return [_where(layout, shapes, beside)] * count
 
 
 def _where(layout: Layout, shapes: list[Any], beside: jax.Array) -> list[Any]:

@@ -370,14 +370,14 @@ DENSITY = [
     ),
     fault(
         "a checkpoint does not look at the key",
-        "density/identity.py",
+        "runs/identity.py",
         '"key": np.asarray(data).ravel().tolist(),',
         '"key": 0 * np.asarray(data).size,',
         "test_checkpoint.py::test_a_checkpoint_of_another_run_is_refused",
     ),
     fault(
         "a checkpoint does not look at the parameters",
-        "density/identity.py",
+        "runs/identity.py",
         "[tree_digest(params) for params in _parameters(op)]",
         "[]",
         "test_checkpoint.py::test_other_parameters_are_refused_though_the_product_is_the_same",

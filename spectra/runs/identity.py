@@ -42,7 +42,7 @@ def describe(op: LinearOperator, key: jax.Array, row_dtype: Any) -> dict[str, An
 def differences(mine: dict[str, Any], saved: dict[str, Any], precision: float) -> list[str]:
     """Names of what differs; products may differ by rounding."""
     loose = {"product", "place"} | (set(PLACE) if mine["place"] != saved["place"] else set())
-    names = [name for name in mine if name not in loose and mine[name] != saved[name]]
+    names = [name for name in mine | saved if name not in loose and mine.get(name) != saved.get(name)]
     (value, size), (other, _) = mine["product"], saved["product"]
     if not abs(value - other) <= 1000 * precision * size:
         names.append("product (loss function or data)")

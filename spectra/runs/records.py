@@ -31,6 +31,8 @@ except ImportError:  # Windows
 SCHEMA = 2
 FIELDS = {"description": dict, "rows": list, "flight": (dict, type(None))}
 ROW = {"probe": int, "alpha": list, "beta": list, "length": int, "asymmetry": (int, float)}
+ITEMS = ("probe-*", "item-*")
+"""Names of the folders beside the records, which go when no record needs them."""
 _NAME = re.compile(r"record-(\d+)\.json")
 
 
@@ -79,7 +81,7 @@ class Records:
         needed = {name for record in self.read()[0] for name in (record["flight"] or {"items": ()})["items"]}
         for path in self.folder.glob("record-*.part"):  # of a process that was killed
             path.unlink(missing_ok=True)
-        for path in self.folder.glob("probe-*"):
+        for path in (path for kind in ITEMS for path in self.folder.glob(kind)):
             if path.name not in needed:
                 shutil.rmtree(path, ignore_errors=True)
 

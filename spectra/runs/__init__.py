@@ -1,0 +1,1 @@
+"""What a run leaves on disk so that the same call goes on with it."""
