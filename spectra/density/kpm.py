@@ -16,6 +16,7 @@ from spectra._quadrature import dense
 from spectra._status import Status
 from spectra.density.bands import ShareLimit, bonferroni, sampling_band
 from spectra.density.smoothing import RELATIVE_WIDTH
+from spectra.krylov.chebyshev import following
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import VECTORS, choose_batch
 from spectra.operators.base import LinearOperator, require_operator
@@ -200,16 +201,13 @@ def _start(op: LinearOperator, key, indices):
 def _advance(products: PyTree, state, map_, first):
     """t_j+1 = 2 A t_j - t_j-1, or A t_0; and inner products: t_j·t_j, t_j·t_j+1 and t_j-1·t_j+1."""
     previous, current = state
-    twice = jnp.where(first, 1, 2)
-
-    def one(hv, v, before):
-        scaled = map_[0].astype(v.dtype) * hv + map_[1].astype(v.dtype) * v
-        return twice.astype(v.dtype) * scaled - jnp.where(first, 0, before)
-
-    following = jax.tree.map(one, products, current, previous)
-    pairs = (current, current), (current, following), (previous, following)
+    image = jax.tree.map(
+        lambda hv, v: map_[0].astype(v.dtype) * hv + map_[1].astype(v.dtype) * v, products, current
+    )
+    new = following(image, previous, first)
+    pairs = (current, current), (current, new), (previous, new)
     dots = jnp.stack([jax.vmap(_tree.vdot)(*pair) for pair in pairs])
-    return (current, following), dots
+    return (current, new), dots
 
 
 _absorb = jax.jit(_advance, donate_argnums=(0,))

@@ -18,7 +18,11 @@ NAMES = ("locked", "processed", "pending", "num_matvecs", "generation")
 
 def save(saver: Saver, band: Band, run: dict[str, Any]) -> None:
     """Write the rows that are new, the coefficients, and `run`, what the iteration knows."""
-    layout, size, filled = band.layout.anonymous(), len(band.coefficients) // len(band.state.basis), band.filled
+    layout, size, filled = (
+        band.layout.anonymous(),
+        len(band.coefficients) // len(band.state.basis),
+        band.filled,
+    )
     trees = {}
     for i in range(-(-filled // size)):
         # Rows stay as they are until a restart, which begins the next generation.
@@ -39,7 +43,7 @@ def save(saver: Saver, band: Band, run: dict[str, Any]) -> None:
 
 
 def restore(saver: Saver, band: Band) -> dict[str, Any] | None:
-    """Fill a band without rows with what was saved, and return what the iteration knew; None if nothing was."""
+    """Fill an empty band with what was saved, and return what the iteration knew; None if nothing was."""
     for record in saver.saved:
         if (flight := record["flight"]) and _read(saver, band, flight):
             saver.flight, saver.saved_step = flight, band.num_matvecs
@@ -64,7 +68,7 @@ def _read(saver: Saver, band: Band, flight: dict[str, Any]) -> bool:
         segments[i] = storage.segment_of(layout, rows, False)
     for name in NAMES:
         setattr(band, name, known[name])
-    band.parent = {row: parent for row, parent in known["parent"]}
+    band.parent = dict(known["parent"])
     couplings = [np.array(coupling) for coupling in known["couplings"]]
     band.aside = list(zip(map(band.layout.treedef.unflatten, aside), couplings, strict=True))
     filled, columns = band.filled, np.zeros(band.coefficients.shape)

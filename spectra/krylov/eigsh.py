@@ -2,25 +2,28 @@
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spectra import _tree
+from spectra._digest import tree_digest
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._status import Status
+from spectra.checkpoint import Checkpoint
 from spectra.krylov import missing, rounding, wanted
-from spectra.krylov.band import Band
 from spectra.krylov.dense import allowed, dense_eigenpairs
-from spectra.krylov.layout import Layout
+from spectra.krylov.eigen_run import EigenRun
 from spectra.krylov.metric import generalized_eigenpairs
-from spectra.krylov.smallest import smallest_eigenpairs, split
+from spectra.krylov.plan import place_basis
+from spectra.krylov.smallest import smallest_eigenpairs
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.stepwise import outside_loops
 from spectra.results import Eigenpairs
+from spectra.runs.watch import Watch, watched
 
 
 @automatic
@@ -38,6 +41,9 @@ def eigsh(
     v0=None,
     deflate: Eigenpairs | None = None,
     metric: Any = None,
+    progress: bool = False,
+    checkpoint: Checkpoint | str | os.PathLike | None = None,
+    basis: str = "inherit",
 ) -> Eigenpairs:
     """Compute k eigenpairs of a symmetric operator by thick-restart Lanczos.
 
@@ -83,6 +89,12 @@ def eigsh(
         metric: M of H v = λ M v, positive definite: an operator, up to order 2000, or its diagonal, a pytree
             like the parameters. Vectors are orthonormal in it, v_iᵀ M v_j = δ_ij, and residuals are
             |H v - λ M v| in the norm of M⁻¹. n products with either for an operator.
+        progress: show the products, the pairs that have converged and the largest residual.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call goes on from there, with
+            bit-identical results on the same devices; one whose products ran out goes on with a larger
+            `max_matvecs`. Nothing is saved where a dense matrix is made.
+        basis: where basis vectors lie: "inherit", "sharded" or "host", as in `slq`. There is no basis_dtype:
+            Ritz vectors are sums of the rows, and rows in bfloat16 leave residuals of 4e-3 |H|.
 
     Returns:
         `Eigenpairs`: values ascending, vectors as one pytree with leaves (k, *leaf.shape), residuals
@@ -96,6 +108,8 @@ def eigsh(
         SpectraError: k, which or another argument out of range; called inside jit or vmap.
         NonFiniteError: a product is NaN or infinite.
         NotSymmetricError: the operator is not symmetric.
+        CheckpointError: the folder holds the checkpoint of another run.
+        PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Fails to find copies where the search cannot reach them: `missed` near one says so; use verify=True or
     block_size.
@@ -129,22 +143,43 @@ def eigsh(
             "eigsh restarts from the host and cannot run inside jit or vmap: call it outside, or use "
             "lanczos, which can."
         )
+    if basis == "none":
+        raise SpectraError(
+            'basis="none": eigenvectors are sums of basis vectors. Use slq, which can do without.'
+        )
+    places = place_basis(op, basis)
     if metric is not None:
         limits = {"num_basis": num_basis, "block_size": block_size, "max_matvecs": max_matvecs}
-        solve = functools.partial(eigsh, k=k, which=which, key=key, tol=tol, verify=verify, **limits)
+        outside = {"progress": progress, "checkpoint": checkpoint, "basis": basis}
+        solve = functools.partial(
+            eigsh, k=k, which=which, key=key, tol=tol, verify=verify, **limits, **outside
+        )
         return generalized_eigenpairs(op, metric, k, which, tol, max_matvecs, solve)
-    return rounding.with_measured_floor(
-        op, _pairs(op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate)
-    )
+
+    def arguments():
+        given = {"v0": v0, "deflate": None if deflate is None else (deflate.values, deflate.vectors)}
+        digests = {name: None if x is None else tree_digest(x) for name, x in given.items()}
+        plain = {"k": int(k), "which": which, "tol": float(tol), "verify": verify}
+        return plain | {"num_basis": num_basis, "block_size": int(block_size)} | digests
+
+    with watched("eigsh", progress, checkpoint, max_matvecs, arguments) as watch:
+        pairs = _pairs(
+            op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, places, watch
+        )
+    return rounding.with_measured_floor(op, pairs)
 
 
-def _pairs(op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate) -> Eigenpairs:
+def _pairs(
+    op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, places, watch: Watch
+) -> Eigenpairs:
     """The pairs by what suits the order of the operator and the products allowed."""
     ncv, rest = max(2 * k + 1, 20), op.size - (0 if deflate is None else len(deflate.values))
     if (rest <= ncv + 1 or k >= rest) and (max_matvecs is None or max_matvecs >= op.size):
         return dense_eigenpairs(op, k, which, tol, deflate)
     if which == "SM":
-        return smallest_eigenpairs(op, k, key=key, tol=tol, max_matvecs=max_matvecs, deflate=deflate)
+        return smallest_eigenpairs(
+            op, k, key=key, tol=tol, max_matvecs=max_matvecs, deflate=deflate, places=places, watch=watch
+        )
     limit = min(2 * ncv if num_basis is None else num_basis, rest)
     if limit < k + block_size + 2:
         if limit == rest:
@@ -153,11 +188,21 @@ def _pairs(op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v
     budget, small = _budget(op, 50 * limit + 1000, max_matvecs, num_basis)
     if small and budget <= ncv:
         return dense_eigenpairs(op, k, which, tol, deflate)
-    run = _Run(outside_loops(op.prepare()), k, which, key, tol, limit, block_size, v0, deflate)
-    run.budget = budget
-    run.until_converged()
-    while verify is not False and run.converged and not missing.search(run, verify, ncv):
-        run.until_converged()
+    with watch.saver(op, key) as saver:
+        run = EigenRun(
+            *(outside_loops(op.prepare()), k, which, key, tol, limit, block_size, v0, deflate),
+            places=places,
+            bar=watch.bar,
+            saver=saver,
+        )
+        run.budget = budget
+        while not run.done:
+            if run.search is None:
+                run.until_converged()
+            if not run.converged:
+                break
+            run.done = verify is False or missing.search(run, verify, ncv)
+        run.save()
     spent = run.band.num_matvecs
     certain = run.converged and (verify is not True or run.missed <= missing.CERTAIN)
     if small and not certain and spent >= budget:
@@ -186,124 +231,3 @@ def _check_arguments(op, k, which, tol, block_size, verify, known) -> None:
         raise SpectraError(f"block_size={block_size}: at least one start vector is needed.")
     if verify not in (True, False, "auto"):
         raise SpectraError(f"verify={verify!r}: use 'auto', True or False.")
-
-
-class _Run:
-    """The state of one call: a band of rows, and what has been learnt of the k wanted pairs."""
-
-    def __init__(self, op, k, which, key, tol, limit, block_size, v0, deflate):
-        self.op, self.k, self.which, self.key, self.tol = op, k, which, key, tol
-        self.starts, self.restarts, self.missed = 0, 0, 1.0
-        self.converged, self.budget = False, 0
-        self.copies = self.extended = 0  # missed copies found so far
-        self.allowed = 0  # products that a search may go up to
-        given = [] if deflate is None else split(deflate.vectors, len(deflate.values))
-        known = len(given)
-        layout = Layout.of(op.like)
-        self.band = Band(op, layout, limit + block_size + known)
-        self.capacity = limit + block_size + known
-        for vector in given:
-            self.band.append(vector, locked=True)
-        if v0 is not None:
-            v0 = op.as_vector(v0, "v0")
-            size = _tree.length(v0)
-            if not np.isfinite(size) or size == 0:
-                raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
-            self.band.append(v0)
-        while len(self.band.pending) < block_size:
-            self.append_random()
-        self.history: list[tuple[int, float]] = []
-
-    @property
-    def accepted(self) -> float:
-        """Largest residual of a converged pair."""
-        return max(self.tol, 10 * self.op.precision) * self.band.scale
-
-    @property
-    def aim(self) -> float:
-        """Where the iteration stops: turning copies of an eigenpair mixes their residuals."""
-        share = 0.5 if self.copies else 0.95
-        return max(share * self.tol, float(jnp.finfo(self.op.dtype).eps)) * self.band.scale
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether no direction of the whole space is left."""
-        return self.band.filled >= self.op.size
-
-    def append_random(self) -> int:
-        self.starts += 1
-        key = jax.random.fold_in(self.key, self.starts)
-        return self.band.append(_tree.sphere_sample(key, self.op.structure))
-
-    def until_converged(self) -> None:
-        """Steps and restarts until the k best Ritz pairs have converged, or the budget is spent."""
-        band = self.band
-        while True:
-            best = np.arange(0)
-            if len(band.processed):
-                theta, vectors, coupling, _ = band.ritz()
-                best = wanted.order(theta, self.which)
-                error = np.linalg.norm(coupling[:, best[: self.k]], axis=0)
-                open_ = error > self.aim
-                self.converged = len(best) >= self.k and not open_.any()
-                if self.converged:
-                    return
-                self.history.append((band.num_matvecs, float(error.max())))
-            if band.num_matvecs >= self.budget or (not band.pending and self.exhausted):
-                return
-            room = self.capacity - band.filled
-            if room < 1:
-                self.restart(vectors, best)
-                continue
-            if not band.pending:  # the space is invariant, and too small
-                self.append_random()
-                continue
-            row = band.pending[-1]
-            if len(best):
-                weight = np.linalg.norm(coupling[:, best[: self.k]][:, open_], axis=1)
-                row = band.pending[int(np.argmax(weight))] if open_.any() else row
-            band.extend(row, min(room, self._chunk(len(best)), self.budget - band.num_matvecs))
-
-    def _chunk(self, done: int) -> int:
-        """Products until the next test: few where convergence is near, by the rate of the last two."""
-        if done < self.k:
-            return max(self.k - done, 1)
-        if len(self.history) < 2:
-            return 2
-        (a, before), (b, now) = self.history[-2:]
-        rate = np.log(before / now) / (b - a) if 0 < now < before and b > a else 0.0
-        left = np.log(now / self.aim) / rate if rate > 0 else np.inf
-        return int(np.clip(left / 2, 1, max(1, min(self.band.num_matvecs // 12, 8))))
-
-    def restart(self, vectors: np.ndarray, best: np.ndarray) -> None:
-        """Keep the best Ritz vectors: all that are wanted, and enough to fill half of what is free."""
-        free = self.capacity - len(self.band.locked) - len(self.band.pending)
-        keep = self.k + (free - self.k) // 2
-        chosen = np.sort(best[: int(np.clip(keep, self.k, free - 1))])
-        self.band.restart(vectors[:, chosen])
-        self.restarts += 1
-
-    def result(self) -> Eigenpairs:
-        """The best pairs, in ascending order."""
-        band, op = self.band, self.op
-        theta, vectors, _, _ = band.ritz()
-        chosen = np.sort(wanted.order(theta, self.which)[: self.k])
-        values = theta[chosen]
-        band.restart(vectors[:, chosen])
-        residuals = band.residuals(values)
-        converged = residuals <= self.accepted
-        done = converged.all() and len(values) == self.k
-        noisy = band.asymmetry > 100 * op.precision
-        return Eigenpairs(
-            values=values,
-            vectors=band.vectors(len(values)),
-            residuals=residuals,
-            converged=converged,
-            which=self.which,
-            size=op.size,
-            num_matvecs=band.num_matvecs,
-            num_restarts=self.restarts,
-            missed=self.missed,
-            noise_floor=band.scale * max(band.asymmetry, 4 * op.precision),  # as `Quadrature.noise_floor`
-            status=Status.NOT_CONVERGED if not done else Status.NOISY if noisy else Status.CONVERGED,
-        )

@@ -7,6 +7,7 @@ Chelikowsky, doi:10.1016/j.jcp.2006.03.017). No system is solved, so there is no
 directions pass the filter like all others, however many there are.
 """
 
+import time
 from typing import Any
 
 import jax
@@ -17,13 +18,18 @@ from jax import lax
 from spectra import _tree
 from spectra._blas import one_thread
 from spectra._errors import SpectraError
+from spectra._progress import Progress
 from spectra._status import Status
-from spectra.krylov import dense
+from spectra.krylov import dense, storage
 from spectra.krylov.band import Band
+from spectra.krylov.chebyshev import following
 from spectra.krylov.layout import Layout
 from spectra.operators.base import LinearOperator
 from spectra.operators.stepwise import outside_loops
 from spectra.results import Eigenpairs
+from spectra.runs import saver as saving
+from spectra.runs.saver import Saver
+from spectra.runs.watch import Watch
 
 PyTree = Any
 GROWTH = 1e4
@@ -41,6 +47,8 @@ def smallest_eigenpairs(
     tol: float,
     max_matvecs: int | None = None,
     deflate: Eigenpairs | None = None,
+    places: tuple[Layout, Any],
+    watch: Watch,
 ) -> Eigenpairs:
     """k eigenpairs of smallest |λ|; see `spectra.eigsh`. Dense up to order 2000, where n products are cheaper
     than a filter at a condition number of 100.
@@ -53,36 +61,47 @@ def smallest_eigenpairs(
     """
     if dense.allowed(op, max_matvecs):
         return dense.dense_eigenpairs(op, k, "SM", tol, deflate)
-    op = outside_loops(op.prepare())
     known = [] if deflate is None else split(deflate.vectors, len(deflate.values))
     width = min(k + max(5, k // 2), op.size - len(known))
-    layout = Layout.of(op.like)
     budget = 4000 * width if max_matvecs is None else max_matvecs
     if budget <= width:
         raise SpectraError(
             f"max_matvecs={budget}: the smallest take a block of {width} vectors, {width + 1} products."
         )
-    norm, products = _norm_bound(op, layout, key, min(NORM_STEPS, op.size, budget - width))
-    floor = op.precision * np.sqrt(op.size) * norm
-    block = [_tree.sphere_sample(jax.random.fold_in(key, i + 1), op.structure) for i in range(width)]
-    cut, rounds = 0.9 * norm, 0
+    with watch.saver(op, key) as saver:
+        op = outside_loops(op.prepare())
+        return _filtered(op, k, key, tol, budget, known, width, places, Rounds(watch.bar, saver, places[0]))
+
+
+def _filtered(op, k, key, tol, budget, known, width, places, run: "Rounds") -> Eigenpairs:
+    """Rounds of Rayleigh-Ritz and filter until the pairs have converged or the products are spent."""
+    if not run.restored(op, width):
+        run.norm, run.products = _norm_bound(op, places, key, min(NORM_STEPS, op.size, budget - width))
+        run.cut = 0.9 * run.norm
+        keys = [jax.random.fold_in(key, i + 1) for i in range(width)]
+        run.block = _stacked([_tree.sphere_sample(each, op.structure) for each in keys])
+        run.bar.update(run.products)
+    norm, floor = run.norm, op.precision * np.sqrt(op.size) * run.norm
     while True:
-        band = Band(op, layout, len(known) + width)
-        for i, vector in enumerate([*known, *block]):
+        if run.degree:
+            run.filter(op)
+        band = Band(op, places[0], len(known) + width, places[1])
+        for i, vector in enumerate([*known, *split(run.block, width)]):
             band.append(vector, locked=i < len(known))
         values, sizes, residuals, vectors = _rayleigh_ritz(op, band.vectors(width))
-        products += width
+        products = run.products + width
         # A block that lies far below the cut has come loose from all others: the filter fits.
-        cut = cut if sizes.max() < cut / 30 else float(np.clip(sizes.max(), floor, cut))
+        cut = run.cut if sizes.max() < run.cut / 30 else float(np.clip(sizes.max(), floor, run.cut))
         best = np.argsort(sizes, kind="stable")[:k]
         converged = residuals <= np.maximum(tol * np.abs(values), floor)
+        run.bar.update(width)
+        run.bar.note(f"{int(converged[best].sum())} of {k} pairs, |λ| up to {cut / norm:.1e} |H|")
         degree = np.ceil(np.arccosh(GROWTH) * norm / (2 * max(cut, 1e-300)))
         degree = int(min(degree, MAX_DEGREE, (budget - products - width) // (2 * width)))
         if converged[best].all() or degree < 1:
+            run.save()
             break
-        block = split(_filter(op, vectors, cut, norm, degree), width)
-        products += 2 * degree * width
-        rounds += 1
+        run.begin(vectors, cut, degree, products)
     chosen = best[np.argsort(values[best])]
     null = np.abs(values[chosen]) <= floor
     done = Status.SINGULAR if null.any() else Status.CONVERGED
@@ -94,7 +113,7 @@ def smallest_eigenpairs(
         which="SM",
         size=op.size,
         num_matvecs=products,
-        num_restarts=rounds,
+        num_restarts=run.rounds,
         missed=1.0,
         noise_floor=floor,
         status=done if converged[best].all() else Status.NOT_CONVERGED,
@@ -106,9 +125,13 @@ def split(vectors: PyTree, count: int) -> list[PyTree]:
     return [jax.tree.map(lambda x, i=i: x[i], vectors) for i in range(count)]
 
 
-def _norm_bound(op: LinearOperator, layout: Layout, key: jax.Array, steps: int) -> tuple[float, int]:
+def _stacked(vectors: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *vectors)
+
+
+def _norm_bound(op: LinearOperator, places: tuple[Layout, Any], key, steps: int) -> tuple[float, int]:
     """An upper bound on |H|: the largest |Ritz value| of a short run plus the norm of its residual."""
-    band = Band(op, layout, steps + 1)
+    band = Band(op, places[0], steps + 1, places[1])
     band.extend(band.append(_tree.sphere_sample(key, op.structure)), steps)
     theta, _, coupling, _ = band.ritz()
     tail = float(np.abs(band.coefficients[band.pending][:, band.processed]).sum()) if coupling.size else 0.0
@@ -156,24 +179,16 @@ def _sizes(vectors: PyTree, images: PyTree, theta: jax.Array):
     return jax.vmap(one)(vectors, images, theta)
 
 
-def _filter(op: LinearOperator, block: PyTree, cut: float, norm: float, degree: int) -> PyTree:
-    """T_degree of the map that sends [cut², norm²] to [-1, 1], on a stack of vectors."""
-    bounds = jnp.asarray([cut / norm, 1 / norm], op.dtype)
-    if not op.on_host:
-        return _filter_jit(op, block, bounds, degree)
-    before, now = block, _map_interval(op, block, bounds)
-    for _ in range(degree - 1):
-        before, now = now, _three_terms(_map_interval(op, now, bounds), before)
-    return now
+_following = jax.jit(following)
 
 
 @jax.jit
-def _filter_jit(op, block, bounds, degree):
-    def step(_, pair):
+def _filter_jit(op, before, now, bounds, start, stop):
+    def step(j, pair):
         before, now = pair
-        return now, _three_terms(_map_interval(op, now, bounds), before)
+        return now, following(_map_interval(op, now, bounds), before, j == 0)
 
-    return lax.fori_loop(1, degree, step, (block, _map_interval(op, block, bounds)))[1]
+    return lax.fori_loop(start, stop, step, (before, now))
 
 
 def _map_interval(op, block: PyTree, bounds: jax.Array) -> PyTree:
@@ -184,5 +199,77 @@ def _map_interval(op, block: PyTree, bounds: jax.Array) -> PyTree:
     return _tree.scale((1 + low) / (1 - low), shifted)
 
 
-def _three_terms(now: PyTree, before: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: 2 * x - y, now, before)
+class Rounds:
+    """Where the rounds stand: the block, or its filter with the terms behind it; saved between them."""
+
+    NUMBERS = ("norm", "cut", "products", "rounds", "degree", "done")
+
+    def __init__(self, bar: Progress, saver: Saver | None, layout: Layout):
+        self.bar, self.saver, self.layout = bar, saver, layout.anonymous()
+        self.treedef = layout.treedef
+        self.norm = self.cut = 0.0
+        self.products = self.rounds = self.degree = self.done = 0
+        self.block: PyTree = None  # T_done of what the round began with
+        self.before: PyTree = None  # T_{done - 1}
+
+    def begin(self, vectors: PyTree, cut: float, degree: int, products: int) -> None:
+        """The filter of the next round, on these vectors, `products` behind it."""
+        self.block = self.before = vectors
+        self.cut, self.degree, self.done, self.products = cut, degree, 0, products
+
+    def filter(self, op: LinearOperator) -> None:
+        """T_degree of the map that sends [cut², norm²] to [-1, 1], on the block."""
+        bounds = jnp.asarray([self.cut / self.norm, 1 / self.norm], op.dtype)
+        width = jax.tree.leaves(self.block)[0].shape[0]
+        part, started = 1 if self.saver else self.degree, time.monotonic()
+        while self.done < self.degree:
+            stop = min(self.done + part, self.degree)
+            self.before, self.block = self._steps(op, bounds, stop)
+            products = 2 * (stop - self.done) * width
+            self.done, self.products = stop, self.products + products
+            self.bar.update(products)
+            if self.saver is not None:
+                jax.block_until_ready(self.block)
+                signal, due, seconds = self.saver.due(self.products, time.monotonic() - started)
+                part = int(np.clip(saving.PACE * part / max(seconds, 1e-9), 1, self.degree))
+                if due:
+                    self.save()
+                self.saver.end(signal, f"after {self.products} products")
+                started = time.monotonic()
+        self.degree, self.rounds = 0, self.rounds + 1
+
+    def _steps(self, op: LinearOperator, bounds: jax.Array, stop: int) -> tuple[PyTree, PyTree]:
+        before, now = self.before, self.block
+        if not op.on_host:
+            return _filter_jit(op, before, now, bounds, self.done, stop)
+        for j in range(self.done, stop):
+            before, now = now, _following(_map_interval(op, now, bounds), before, j == 0)
+        return before, now
+
+    def save(self) -> None:
+        """Write where the rounds stand; nothing without a place for it."""
+        if self.saver is not None:
+            name = f"item-{self.rounds:05d}-degree-{self.done:05d}"
+            stacks = self.before, self.block
+            trees = {name: lambda: [jax.tree.leaves(stack) for stack in stacks]}
+            known = {name: getattr(self, name) for name in self.NUMBERS}
+            self.saver.write(trees, {"rounds": known}, self.products)
+
+    def restored(self, op: LinearOperator, width: int) -> bool:
+        """Whether the run goes on with what was saved."""
+        for record in self.saver.saved if self.saver else ():
+            flight = record["flight"]
+            if not flight:
+                continue
+            assert self.saver is not None
+            ((name, digest),) = flight["items"].items()
+            like = storage.vectors_of(self.layout, 2, jax.tree.leaves(op.like)[0], (width,))
+            stacks = self.saver.item(name, like, digest)
+            if stacks is not None:
+                self.before, self.block = map(self.treedef.unflatten, stacks)
+                for name in self.NUMBERS:
+                    setattr(self, name, flight["rounds"][name])
+                self.saver.flight, self.saver.saved_step = flight, self.products
+                self.bar.update(self.products)
+                return True
+        return False

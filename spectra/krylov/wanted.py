@@ -48,7 +48,7 @@ def ends(values: np.ndarray, which: str, margin: float) -> list[End]:
         sign = 1.0 if which == "LA" else -1.0
         parts = [(sign, np.sort(sign * values)[::-1])]
     better = [(sign, part[-1], part[part > part[-1] + margin]) for sign, part in parts if len(part)]
-    return [End(sign, worst, rest[-1]) for sign, worst, rest in better if len(rest)]
+    return [End(sign, float(worst), float(rest[-1])) for sign, worst, rest in better if len(rest)]
 
 
 def missed_probability(

@@ -90,8 +90,8 @@ class Saver:
         return None
 
     def due(self, done: int, seconds: float) -> tuple[int, bool, float]:
-        """The signal that asks the run to end, or 0; whether to save now, `done` steps behind it; and the longest time
-        that a process took since the last call, so that all choose the same next."""
+        """The signal that asks the run to end, or 0; whether to save now, with `done` steps behind it; and
+        the longest time that a process took since the last call, so that all choose the same next."""
         late = time.monotonic() - self.saved_at > self.seconds
         late = late or (self.steps is not None and done - self.saved_step >= self.steps)
         stop, late, seconds = _processes.largest(_signals.pending(), late, seconds)

@@ -1,0 +1,249 @@
+"""One call of `eigsh`: a band of rows, what has been learnt of the wanted pairs, and how it goes on.
+
+All that steers the run is in fields that can be saved, and it stops to be saved between products only: a run
+that goes on takes the same decisions from the same numbers.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra import _tree
+from spectra._errors import SpectraError
+from spectra._progress import Progress
+from spectra._status import Status
+from spectra.krylov import band_saver, missing, wanted
+from spectra.krylov.band import Band
+from spectra.krylov.layout import Layout
+from spectra.krylov.smallest import split
+from spectra.operators.base import LinearOperator
+from spectra.results import Eigenpairs
+from spectra.runs import saver as _saver
+from spectra.runs.saver import Saver
+
+PyTree = Any
+FIELDS = (
+    *("starts", "restarts", "missed", "converged", "copies", "extended", "allowed", "history"),
+    *("goal", "row", "done"),
+)
+"""Of a run, what a checkpoint holds besides its rows and the search under way."""
+CHUNK = 16
+"""Products between two looks at the clock, at most."""
+
+
+class EigenRun:
+    """The state of one call, and its driver from the host.
+
+    Args:
+        op: the operator, prepared.
+        k: pairs that are wanted.
+        which: which of them.
+        key: of the random vectors.
+        tol: as in `eigsh`.
+        limit: rows of the basis.
+        block_size: start vectors.
+        v0: the first of them, or None.
+        deflate: pairs that the basis stays orthogonal to, or None.
+        places: the layout of the rows, and the device that they live on if it is not the operator's.
+        bar: shows the products.
+        saver: where the run is saved, if it is.
+    """
+
+    def __init__(
+        self,
+        op: LinearOperator,
+        k: int,
+        which: str,
+        key: jax.Array,
+        tol: float,
+        limit: int,
+        block_size: int,
+        v0: PyTree | None,
+        deflate: Eigenpairs | None,
+        *,
+        places: tuple[Layout, Any],
+        bar: Progress,
+        saver: Saver | None,
+    ):
+        self.op, self.k, self.which, self.key, self.tol = op, k, which, key, tol
+        self.bar, self.saver = bar, saver
+        self.starts, self.restarts, self.missed = 0, 0, 1.0
+        self.converged, self.budget, self.done = False, 0, False
+        self.copies = self.extended = 0  # missed copies found so far
+        self.allowed = 0  # products that a search may go up to
+        self.search: missing.Search | None = None  # the one under way
+        self.goal, self.row = (
+            0,
+            None,
+        )  # products at which to look at the residuals, and the row on the way there
+        self.part, self.seconds = (
+            1,
+            time.monotonic(),
+        )  # products between two looks at the clock, and the last one
+        given = [] if deflate is None else split(deflate.vectors, len(deflate.values))
+        known = len(given)
+        self.capacity = limit + block_size + known
+        self.band = Band(op, places[0], self.capacity, places[1])
+        self.history: list[tuple[int, float]] = []
+        if saver is not None and self._restored():
+            return
+        for vector in given:
+            self.band.append(vector, locked=True)
+        if v0 is not None:
+            v0 = op.as_vector(v0, "v0")
+            size = _tree.length(v0)
+            if not np.isfinite(size) or size == 0:
+                raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
+            self.band.append(v0)
+        while len(self.band.pending) < block_size:
+            self.append_random()
+
+    @property
+    def accepted(self) -> float:
+        """Largest residual of a converged pair."""
+        return max(self.tol, 10 * self.op.precision) * self.band.scale
+
+    @property
+    def aim(self) -> float:
+        """Where the iteration stops: turning copies of an eigenpair mixes their residuals."""
+        share = 0.5 if self.copies else 0.95
+        return max(share * self.tol, float(jnp.finfo(self.op.dtype).eps)) * self.band.scale
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no direction of the whole space is left."""
+        return self.band.filled >= self.op.size
+
+    def append_random(self) -> int:
+        """A new row from the next random vector of this run."""
+        self.starts += 1
+        key = jax.random.fold_in(self.key, self.starts)
+        return self.band.append(_tree.sphere_sample(key, self.op.structure))
+
+    def extend(self, row: int, steps: int) -> int | None:
+        """As the band does, and count the products."""
+        before = self.band.num_matvecs
+        following = self.band.extend(row, steps)
+        self.bar.update(self.band.num_matvecs - before)
+        return following
+
+    def until_converged(self) -> None:
+        """Steps and restarts until the k best Ritz pairs have converged, or the budget is spent."""
+        band = self.band
+        while True:
+            self.pause()
+            if self.row is not None and band.num_matvecs < self.goal:
+                steps = self.goal - band.num_matvecs
+                self.row = self.extend(self.row, steps if self.saver is None else min(steps, self.part))
+                continue
+            best = np.arange(0)
+            if len(band.processed):
+                theta, vectors, coupling, _ = band.ritz()
+                best = wanted.order(theta, self.which)
+                error = np.linalg.norm(coupling[:, best[: self.k]], axis=0)
+                open_ = error > self.aim
+                self.converged = bool(len(best) >= self.k and not open_.any())
+                self._note(error)
+                if self.converged:
+                    return
+                self.history.append((band.num_matvecs, float(error.max())))
+            if band.num_matvecs >= self.budget or (not band.pending and self.exhausted):
+                return
+            room = self.capacity - band.filled
+            if room < 1:
+                self.restart(vectors, best)
+                continue
+            if not band.pending:  # the space is invariant, and too small
+                self.append_random()
+                continue
+            self.row = band.pending[-1]
+            if len(best):
+                weight = np.linalg.norm(coupling[:, best[: self.k]][:, open_], axis=1)
+                self.row = band.pending[int(np.argmax(weight))] if open_.any() else self.row
+            chunk = min(room, self._chunk(len(best)), self.budget - band.num_matvecs)
+            self.goal = band.num_matvecs + chunk
+
+    def _note(self, error: np.ndarray) -> None:
+        """Say how many pairs have converged, and the largest residual."""
+        worst = float(error.max()) / (self.band.scale or 1.0)
+        self.bar.note(f"{int((error <= self.aim).sum())} of {self.k} pairs, residual {worst:.1e} |H|")
+
+    def pause(self) -> None:
+        """Between products: save the run where it is time to, and end it where it was asked to."""
+        if self.saver is None:
+            return
+        done, now = self.band.num_matvecs, time.monotonic()
+        stop, due, seconds = self.saver.due(done, now - self.seconds)
+        self.part = int(np.clip(_saver.PACE * self.part / max(seconds, 1e-9), 1, CHUNK))
+        if due:
+            self.save()
+        self.saver.end(stop, f"after {done} products")
+        self.seconds = time.monotonic()
+
+    def save(self) -> None:
+        """Write what is new since the last time; nothing without a place for it."""
+        if self.saver is not None:
+            search = self.search and dataclasses.asdict(self.search)
+            known = {name: getattr(self, name) for name in FIELDS}
+            band_saver.save(self.saver, self.band, known | {"search": search})
+
+    def _restored(self) -> bool:
+        """Whether the run goes on with what was saved."""
+        assert self.saver is not None
+        known = band_saver.restore(self.saver, self.band)
+        if known is None:
+            return False
+        for name in FIELDS:
+            setattr(self, name, known[name])
+        self.search = known["search"] and missing.Search.of(known["search"])
+        self.history = [(count, error) for count, error in self.history]
+        self.bar.update(self.band.num_matvecs)
+        return True
+
+    def _chunk(self, done: int) -> int:
+        """Products until the next test: few where convergence is near, by the rate of the last two."""
+        if done < self.k:
+            return max(self.k - done, 1)
+        if len(self.history) < 2:
+            return 2
+        (a, before), (b, now) = self.history[-2:]
+        rate = np.log(before / now) / (b - a) if 0 < now < before and b > a else 0.0
+        left = np.log(now / self.aim) / rate if rate > 0 else np.inf
+        return int(np.clip(left / 2, 1, max(1, min(self.band.num_matvecs // 12, 8))))
+
+    def restart(self, vectors: np.ndarray, best: np.ndarray) -> None:
+        """Keep the best Ritz vectors: all that are wanted, and enough to fill half of what is free."""
+        free = self.capacity - len(self.band.locked) - len(self.band.pending)
+        keep = self.k + (free - self.k) // 2
+        chosen = np.sort(best[: int(np.clip(keep, self.k, free - 1))])
+        self.band.restart(vectors[:, chosen])
+        self.restarts += 1
+
+    def result(self) -> Eigenpairs:
+        """The best pairs, in ascending order."""
+        band, op = self.band, self.op
+        theta, vectors, _, _ = band.ritz()
+        chosen = np.sort(wanted.order(theta, self.which)[: self.k])
+        values = theta[chosen]
+        band.restart(vectors[:, chosen])
+        residuals = band.residuals(values)
+        converged = residuals <= self.accepted
+        done = converged.all() and len(values) == self.k
+        noisy = band.asymmetry > 100 * op.precision
+        return Eigenpairs(
+            values=values,
+            vectors=band.vectors(len(values)),
+            residuals=residuals,
+            converged=converged,
+            which=self.which,
+            size=op.size,
+            num_matvecs=band.num_matvecs,
+            num_restarts=self.restarts,
+            missed=self.missed,
+            noise_floor=band.scale * max(band.asymmetry, 4 * op.precision),  # as `Quadrature.noise_floor`
+            status=Status.NOT_CONVERGED if not done else Status.NOISY if noisy else Status.CONVERGED,
+        )
