@@ -1,5 +1,6 @@
 """The kernel polynomial method: a spectral density from Chebyshev moments, with three vectors a probe."""
 
+import os
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from spectra._errors import NonFiniteError, NotSymmetricError, SpectraError
 from spectra._mesh import automatic
 from spectra._quadrature import dense
 from spectra._status import Status
+from spectra.checkpoint import Checkpoint
 from spectra.density.bands import ShareLimit, bonferroni, sampling_band
 from spectra.density.smoothing import RELATIVE_WIDTH
 from spectra.krylov.chebyshev import following
@@ -22,6 +24,7 @@ from spectra.krylov.plan import VECTORS, choose_batch
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.stepwise import outside_loops
 from spectra.results import Density, Moments
+from spectra.runs.watch import watched
 
 PyTree = Any
 
@@ -43,6 +46,8 @@ def kpm(
     num_probes: int = 8,
     bounds: tuple[float, float] | None = None,
     probe_batch: int | None = None,
+    progress: bool = False,
+    checkpoint: Checkpoint | str | os.PathLike | None = None,
 ) -> Moments:
     """Compute Chebyshev moments of the spectral measure by three-term recurrence, without a basis.
 
@@ -64,6 +69,9 @@ def kpm(
         bounds: (a, b) that hold the spectrum; default: the ends of 24 Lanczos steps without a basis,
             widened by their residuals and 1 % of the range, and further if a moment exceeds one.
         probe_batch: probes in flight together.
+        progress: show the products.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call goes on from there, with
+            the bits of one that was not ended; with other arguments it is refused.
 
     Returns:
         `Moments` of shape (k, num_moments).
@@ -72,6 +80,8 @@ def kpm(
         SpectraError: an argument is out of range, or eigenvalues lie outside of the given bounds.
         NonFiniteError: a product is NaN or infinite.
         NotSymmetricError: the operator is not symmetric, or not linear.
+        CheckpointError: the folder holds the checkpoint of another run.
+        PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: num_probes x num_moments / 2 products, but at least two a probe; 24 for the bounds; three
     vectors a probe in flight.
@@ -95,16 +105,28 @@ def kpm(
         raise SpectraError(f"probe_batch={probe_batch} is not between 1 and num_probes={num_probes}.")
     if bounds is not None and not (np.isfinite(bounds).all() and bounds[0] < bounds[1]):
         raise SpectraError(f"bounds={bounds}: use two finite numbers, the smaller one first.")
-    given, count, widened = bounds is not None, 0, 0
     batch = probe_batch or choose_batch(op, VECTORS * _tree.tree_bytes(op.structure), 0, None, num_probes)
-    op = outside_loops(op.prepare())
+    options = {
+        "num_moments": num_moments,
+        "num_probes": num_probes,
+        "bounds": bounds and [*map(float, bounds)],
+    }
+    total = num_probes * _num_products(num_moments)
+    with watched("kpm", progress, checkpoint, total, options) as watch, watch.journal(op, key) as journal:
+        batch = journal.batch(batch) if journal else batch
+        return _run_probes(outside_loops(op.prepare()), key, num_moments, num_probes, bounds, batch, journal)
+
+
+def _run_probes(op, key, num_moments: int, num_probes: int, bounds, batch: int, journal) -> Moments:
+    """The moments of all probes, within bounds that are widened until they hold the spectrum."""
+    given, count, widened = bounds is not None, 0, 0
     if bounds is None:
         bounds, count = _find_bounds(op, key)
     moments = np.empty((num_probes, num_moments))
     done = 0
     while done < num_probes:
         stop = min(done + batch, num_probes)
-        moments[done:stop] = _moments(op, key, range(done, stop), num_moments, bounds)
+        moments[done:stop] = _moments(op, key, range(done, stop), num_moments, bounds, journal)
         count += (stop - done) * _num_products(num_moments)
         # Outside of [a, b] Chebyshev polynomials grow like cosh: beyond rounding, |μ| <= 1 inside.
         if (np.abs(moments[done:stop]) <= 1 + np.sqrt(op.precision)).all():
@@ -142,23 +164,35 @@ def _num_products(num_moments: int) -> int:
     return max(num_moments // 2, 2)
 
 
-def _moments(op: LinearOperator, key, probes: range, num_moments: int, bounds) -> np.ndarray:
+def _moments(op: LinearOperator, key, probes: range, num_moments: int, bounds, journal) -> np.ndarray:
     """Moments of some probes side by side, float64 (k, num_moments)."""
     a, b = bounds
     map_ = jnp.asarray([2 / (b - a), -(a + b) / (b - a)], op.dtype)
     steps, columns = _num_products(num_moments), []
     state = _start(op, key, np.arange(probes.start, probes.stop, dtype=np.int32))
-    for done in range(0, steps, CHUNK):
-        stop = min(done + CHUNK, steps)
-        if op.on_host:
-            for i in range(done, stop):
-                state, dots = _absorb(op.mv_batch(state[1]), state, map_, i == 0)
-                columns.append(np.asarray(dots, np.float64)[None])
-        else:
-            state, dots = _run(op, state, map_, done, stop - done)
-            columns.append(np.asarray(dots, np.float64))
+
+    def advance(state, start, stop):
+        if not op.on_host:
+            return _run(op, state, map_, start, stop - start)
+        found = []
+        for i in range(start, stop):
+            state, dots = _absorb(op.mv_batch(state[1]), state, map_, i == 0)
+            found.append(dots[None])
+        return state, jnp.concatenate(found)
+
+    def check():
+        _require_symmetric(op, np.concatenate(columns)[:CHUNK], max(abs(a), abs(b)) * 2 / (b - a))
+
+    if journal is not None:
+        singly, looks = [(i, i + 1) for i in range(steps)], (op.like, op.like)
+        state, found = journal.fold(advance, state, singly, carried=looks, out=0, products=len(probes))
+        columns = [np.asarray(dots, np.float64) for dots in found]
+        check()
+    for done in range(0, steps, CHUNK) if journal is None else ():
+        state, dots = advance(state, done, min(done + CHUNK, steps))
+        columns.append(np.asarray(dots, np.float64))
         if done == 0:
-            _require_symmetric(op, np.concatenate(columns), max(abs(a), abs(b)) * 2 / (b - a))
+            check()
     dots = np.concatenate(columns)  # (steps, 3, k): t_j·t_j, t_j·t_j+1 and t_j-1·t_j+1
     if not np.isfinite(dots[:1]).all():
         raise NonFiniteError(f"a Chebyshev moment is NaN or infinite. {op.explain_non_finite()}")

@@ -1,5 +1,6 @@
 """The diagonal of an operator, entry by entry with its error."""
 
+import os
 from typing import Any
 
 import jax
@@ -12,12 +13,14 @@ from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._paths import leaf_paths
 from spectra._status import Status
+from spectra.checkpoint import Checkpoint
 from spectra.estimators import blocks, exact, leave_one_out, rounding, symmetry
 from spectra.estimators.run import Ended, Run, adaptive, begin
 from spectra.estimators.sketch import MIN_SKETCH, Held, SketchRun
 from spectra.estimators.trace import choose
 from spectra.operators.base import LinearOperator
 from spectra.results import Estimate
+from spectra.runs.watch import watched
 
 PyTree = Any
 METHODS = ("auto", "exact", "hutchinson", "xdiag")
@@ -39,6 +42,8 @@ def diagonal(
     tol: float | None = None,
     by: str | None = None,
     probe_batch: int | None = None,
+    progress: bool = False,
+    checkpoint: Checkpoint | str | os.PathLike | None = None,
 ) -> Estimate:
     """Estimate the diagonal H_ii, each entry with a standard error.
 
@@ -62,6 +67,9 @@ def diagonal(
         by: "leaf" or "layer": value and stderr become dicts {path: array}, or {layer: {path: array}};
             `total` has the pytree.
         probe_batch: products side by side; changes the result by rounding only.
+        progress: show the products.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call goes on from there, with
+            the bits of one that was not ended; with other arguments it is refused.
 
     Returns:
         `Estimate` whose value and stderr are pytrees like the parameters, placed as they are.
@@ -71,6 +79,8 @@ def diagonal(
         NonFiniteError: a product is NaN or infinite.
         NotSymmetricError: the operator is not symmetric, or not linear, see `trace`; NaN inside `jit`.
         MemoryLimitError: the sketch does not fit.
+        CheckpointError: the folder holds the checkpoint of another run.
+        PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: at most num_matvecs products (n + 1 if exact, and 8 that measure rounding). Memory: 6 vectors and
     the batch for "hutchinson", about 4 num_matvecs vectors for "xdiag".
@@ -98,18 +108,25 @@ def diagonal(
             "hutchinson",
             f"num_matvecs={num_matvecs} leaves xdiag fewer than {LEAST} probes of signs",
         )
-    run = begin(
-        op,
-        key=key,
-        by=by,
-        tol=tol,
-        num_matvecs=num_matvecs,
-        probe_batch=probe_batch,
-        count=op.size if method == "exact" else num_matvecs,
-        stacks={"xdiag": 4 * num_matvecs, "hutchinson": 4}.get(method, 0),
-        needs_key=method != "exact",
-    )
-    value, stderr, fields = _RUNNERS[method](run, num_matvecs)
+    count = op.size if method == "exact" else num_matvecs
+    options = {"method": method, "num_matvecs": num_matvecs, "tol": tol}
+    with (
+        watched("diagonal", progress, checkpoint, count, options) as watch,
+        watch.journal(op, key) as journal,
+    ):
+        run = begin(
+            op,
+            key=key,
+            by=by,
+            tol=tol,
+            num_matvecs=num_matvecs,
+            probe_batch=probe_batch,
+            count=count,
+            stacks={"xdiag": 4 * num_matvecs, "hutchinson": 4}.get(method, 0),
+            needs_key=method != "exact",
+            journal=journal,
+        )
+        value, stderr, fields = _RUNNERS[method](run, num_matvecs)
     if not run.traced:
         run.host(_sums((value, stderr)))
     fields |= {"method": method, "reason": reason}
@@ -163,14 +180,18 @@ def _hutchinson(run: Run, num_matvecs: int):
     state, done = None, 0
     aside = symmetry.aside(run.op, "rademacher", num_matvecs)
     unit, pairs = symmetry.begin_pairs(run.op, run.key, aside)
+    vector = run.op.like
+    looks = (vector, vector, vector), 0, symmetry.Pairs(vector, vector, 0, 0)
 
     def step(count):
         nonlocal state, unit, pairs, done
-        for start in range(done, count, run.batch):
-            indices = np.arange(start, min(start + run.batch, count))
-            state, unit, pairs = _accumulate(run, indices, state, unit, pairs)
+        carried = run.fold(accumulate, (state, unit, pairs), done, count, carried=looks)[0]
+        state, unit, pairs = carried
         done = count
         return _relative(run, *result())
+
+    def accumulate(carried, start, stop):
+        return _accumulate(run, np.arange(start, stop), *carried), None
 
     def result():
         assert state is not None

@@ -23,13 +23,15 @@ def columns(run: Run) -> tuple[jax.Array, jax.Array, Any]:
     op, n = run.op, run.op.size
     vector = symmetry.normal_vector(op, jax.random.key(0))
     z, image = (jax.tree.map(lambda x: x[0], stack) for stack in (vector, blocks.products(op, vector, 1)))
-    if not op.on_host:
+    if not op.on_host and run.journal is None:
         entries, norms, across = _columns(op, z, run.batch)
     else:
-        parts = []
-        for start in range(0, n, run.batch):
-            indices = np.arange(start, min(start + run.batch, n))
-            parts.append(_entries(op.mv_batch(_units(op, indices)), indices, z))
+
+        def step(state, start, stop):
+            indices = np.arange(start, stop)
+            return state, _entries(op.mv_batch(_units(op, indices)), indices, z)
+
+        parts = run.fold(step, None, 0, n, out=(0, 0, 0))[1]
         entries, norms, across = (jnp.concatenate(x) for x in zip(*parts, strict=True))
     return entries, norms, run.check_columns(across, _tree.ravel(image))
 

@@ -48,16 +48,24 @@ def beginning(run: Run, kind: str, num_matvecs: int) -> tuple[Carried, int]:
 
 def forms(run: Run, kind: str, start: int, stop: int, carried: Carried):
     """v_gᵀ(Hv)_g and |(Hv)_g|² of probes start..stop-1 for each group; two arrays (G, stop - start)."""
-    indices = jnp.arange(start, stop)
-    batch = min(run.batch, stop - start)
-    if not run.op.on_host:
+    if not run.op.on_host and run.journal is None:
+        indices, batch = jnp.arange(start, stop), min(run.batch, stop - start)
         dots, squares, carried = _forms(run.op, run.key, indices, carried, kind, batch)
         return run.by_group(dots), run.by_group(squares), carried
-    parts = []
-    for part in np.split(indices, range(batch, stop - start, batch)):
-        stack = blocks.draw(run.op, run.key, part, kind)
-        *found, carried = _stack_forms(stack, run.op.mv_batch(stack), part[0], carried)
-        parts.append(found)
+
+    def step(carried, start, stop):
+        indices = jnp.arange(start, stop)
+        if not run.op.on_host:
+            *found, carried = _forms(run.op, run.key, indices, carried, kind, stop - start)
+            return carried, tuple(found)
+        stack = blocks.draw(run.op, run.key, indices, kind)
+        *found, carried = _stack_forms(stack, run.op.mv_batch(stack), indices[0], carried)
+        return carried, tuple(found)
+
+    vector = run.op.like
+    spread = None if carried.spread is None else Spread(vector, vector, 0)
+    looks = Carried(0, symmetry.Pairs(vector, vector, 0, 0), spread)
+    carried, parts = run.fold(step, carried, start, stop, carried=looks, out=(0, 0))
     dots, squares = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
     return run.by_group(dots), run.by_group(squares), carried
 

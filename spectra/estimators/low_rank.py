@@ -153,7 +153,7 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         done = num_samples()
         probes = blocks.draw(run.op, run.key, jnp.arange(rank + done, rank + count), kind)
         complement, square = _project(q, probes)
-        images, sketch.unit = blocks.in_unit(blocks.products(run.op, complement, run.batch), sketch.unit)
+        images, sketch.unit = blocks.in_unit(run.products(complement), sketch.unit)
         samples, squares, residuals = map(run.by_group, _complement_forms(q, complement, images))
         if kind == "normal":
             scale = rest / run.host(square)

@@ -1,6 +1,7 @@
 """What every estimator shares: arguments and their checks, groups of leaves, adaptive runs, results."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,14 +13,16 @@ import numpy as np
 from spectra import _memory, _paths, _tree
 from spectra._errors import MemoryLimitError, NonFiniteError, NotSymmetricError, SpectraError
 from spectra._status import Status
-from spectra.estimators import symmetry
+from spectra.estimators import blocks, symmetry
 from spectra.estimators.blocks import PROBES
 from spectra.krylov.plan import VECTORS, choose_batch
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.stepwise import outside_loops
 from spectra.results import Estimate, format_bytes
+from spectra.runs.journal import Journal
 
 Array = Any
+PyTree = Any
 MIN_PROBES = 16
 """Probes before an adaptive run may stop: an error estimated from fewer is too often far too small."""
 
@@ -46,6 +49,7 @@ class Run:
     tol: float | None
     batch: int
     traced: bool
+    journal: Journal | None = None  # where somebody watches the run, or it is saved
 
     @property
     def xp(self):
@@ -80,6 +84,29 @@ class Run:
     def no_unit(self) -> Any:
         """Where no product was seen yet, see `blocks.in_unit`."""
         return jnp.zeros((), self.op.dtype)
+
+    def fold(
+        self, step, state: PyTree, start: int, stop: int, **looks: PyTree
+    ) -> tuple[PyTree, list[PyTree]]:
+        """state, out = step(state, a, b) for each batch a..b-1 of start..stop-1; see `Journal.fold`."""
+        parts = list(itertools.pairwise([*range(start, stop, self.batch), stop]))
+        if self.journal is not None:
+            return self.journal.fold(step, state, parts, **looks)
+        outs = []
+        for part in parts:
+            state, out = step(state, *part)
+            outs.append(out)
+        return state, outs
+
+    def products(self, stack: PyTree) -> PyTree:
+        """H v for each vector of a stack, `batch` at a time."""
+        if self.journal is None:
+            return blocks.products(self.op, stack, self.batch)
+
+        def step(state, start, stop):
+            return state, blocks.products(self.op, blocks.rows(stack, start, stop), self.batch)
+
+        return blocks.concatenate(self.fold(step, None, 0, blocks.length(stack), out=self.op.like)[1])
 
     def by_group(self, leafwise: Array) -> Array:
         """An array with a leading axis of leaves, summed over each group, and over all in the last row."""
@@ -159,10 +186,12 @@ def begin(
     count: int,
     stacks: int = 0,
     needs_key: bool = True,
+    journal: Journal | None = None,
 ) -> Run:
     """Check the arguments, choose the batch, and prepare the operator.
 
-    `count` products run side by side at most; `stacks` vectors are held besides.
+    `count` products run side by side at most; `stacks` vectors are held besides. With a `journal` products
+    come batch by batch.
     """
     require_operator(op)
     if needs_key and key is None:
@@ -191,7 +220,8 @@ def begin(
     # A caller's own vmap multiplies the batch.
     batch = probe_batch or choose_batch(op, VECTORS * vector, shared, available, count, bare=not traced)
     source, op = op, op.prepare() if traced else outside_loops(op.prepare())
-    return Run(op, source, key, groups, by, tol, min(batch, count), traced)
+    batch = min(batch, count)
+    return Run(op, source, key, groups, by, tol, journal.batch(batch) if journal else batch, traced, journal)
 
 
 def check_probes(probes: str | None, default: str) -> str:

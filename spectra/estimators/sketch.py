@@ -42,7 +42,9 @@ class SketchRun:
     def extend(self, count: int, *, project: bool = True) -> None:
         """Raise the number of probes to `count`: one product each, and another one with `project`."""
         run = self.run
-        grow = _grow if run.op.on_host else _grow_compiled
+        grow = _grow_compiled
+        if run.op.on_host or run.journal is not None:  # products come from the host
+            grow = partial(_grow, multiply=run.products)
         self.held, self._parts, self.unit = grow(
             run.op,
             run.key,
@@ -82,7 +84,7 @@ class SketchRun:
         return inner._replace(qz=zz, qy=zy, zo=zy, oy=inner.yy)
 
 
-def _grow(op, key, held: Held | None, unit, *, start, stop, kind, batch, project, grouped):
+def _grow(op, key, held: Held | None, unit, *, start, stop, kind, batch, project, grouped, multiply=None):
     """More probes and their images; with `project` also a basis of all images and its, and inner products."""
     indices, basis, basis_images, noise = np.arange(start, stop), None, None, None
     if project:
@@ -90,10 +92,11 @@ def _grow(op, key, held: Held | None, unit, *, start, stop, kind, batch, project
         probes, noise = blocks.draw_with_noise(op, key, indices, kind, other)
     else:
         probes = blocks.draw(op, key, indices, kind)
-    images, unit = blocks.in_unit(blocks.products(op, probes, batch), unit)
+    multiply = multiply or partial(blocks.products, op, batch=batch)
+    images, unit = blocks.in_unit(multiply(probes), unit)
     if project:
         basis = blocks.orthonormalize(images, held and held.basis, noise)
-        basis_images, unit = blocks.in_unit(blocks.products(op, basis, batch), unit)
+        basis_images, unit = blocks.in_unit(multiply(basis), unit)
     new = Held(probes, images, basis, basis_images)
     if held is not None:
         new = Held(

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from spectra import _memory, _tree
 from spectra._errors import SpectraError
 from spectra._mesh import automatic
+from spectra.checkpoint import Checkpoint
 from spectra.estimators import blocks, exact, rounding
 from spectra.estimators.hutchinson import hutchinson
 from spectra.estimators.low_rank import hutchpp, xnystrace, xtrace
@@ -19,6 +21,7 @@ from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.ggn import ComposedLoss
 from spectra.operators.hessian import HessianOperator
 from spectra.results import Estimate, format_bytes
+from spectra.runs.watch import watched
 
 PyTree = Any
 
@@ -41,6 +44,8 @@ def trace(
     probes: str | None = None,
     by: str | None = None,
     probe_batch: int | None = None,
+    progress: bool = False,
+    checkpoint: Checkpoint | str | os.PathLike | None = None,
 ) -> Estimate:
     """Estimate the trace tr H = Σ_i H_ii, with a standard error and an interval that holds.
 
@@ -77,6 +82,9 @@ def trace(
         by: "leaf" or "layer": value and stderr become dicts with the trace of each diagonal block, from
             the same products; `total` is the trace.
         probe_batch: products side by side; changes the result by rounding only.
+        progress: show the products.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call goes on from there, with
+            the bits of one that was not ended; with other arguments it is refused.
 
     Returns:
         `Estimate` with value and stderr.
@@ -86,6 +94,8 @@ def trace(
         NonFiniteError: a product is NaN or infinite.
         NotSymmetricError: the operator is not symmetric, or not linear; inside `jit` the value is NaN.
         MemoryLimitError: the sketch does not fit.
+        CheckpointError: the folder holds the checkpoint of another run.
+        PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: at most num_matvecs products (n if exact, one that tests symmetry, and 8 that measure rounding).
     Memory: probe_batch products and one or two, with signs two or four vectors for "exact" and
@@ -112,18 +122,21 @@ def trace(
     count = op.size if method == "exact" else num_matvecs
     if method != "exact" and num_matvecs < _LEAST[method]:
         raise SpectraError(f"num_matvecs={num_matvecs}: {method} needs at least {_LEAST[method]} products.")
-    run = begin(
-        op,
-        key=key,
-        by=by,
-        tol=tol,
-        num_matvecs=num_matvecs,
-        probe_batch=probe_batch,
-        count=count,
-        stacks=math.ceil(STACKS.get(method, 0) * num_matvecs),
-        needs_key=method != "exact",
-    )
-    return _exact(run, reason) if method == "exact" else _RUNNERS[method](run, kind, num_matvecs, reason)
+    options = {"method": method, "num_matvecs": num_matvecs, "tol": tol, "probes": kind, "by": by}
+    with watched("trace", progress, checkpoint, count, options) as watch, watch.journal(op, key) as journal:
+        run = begin(
+            op,
+            key=key,
+            by=by,
+            tol=tol,
+            num_matvecs=num_matvecs,
+            probe_batch=probe_batch,
+            count=count,
+            stacks=math.ceil(STACKS.get(method, 0) * num_matvecs),
+            needs_key=method != "exact",
+            journal=journal,
+        )
+        return _exact(run, reason) if method == "exact" else _RUNNERS[method](run, kind, num_matvecs, reason)
 
 
 def choose(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]:

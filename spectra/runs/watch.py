@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 
-from spectra import _signals
+from spectra import _signals, _tree
+from spectra._errors import SpectraError
 from spectra._progress import Progress
 from spectra.checkpoint import Checkpoint
 from spectra.operators.base import LinearOperator
 from spectra.runs.identity import describe
+from spectra.runs.journal import Journal
 from spectra.runs.saver import Saver
 
 
@@ -23,7 +25,7 @@ class Watch:
     bar: Progress
     checkpoint: Checkpoint | None
     name: str
-    arguments: Callable[[], dict[str, Any]]
+    arguments: dict[str, Any] | Callable[[], dict[str, Any]]
 
     @contextlib.contextmanager
     def saver(self, op: LinearOperator, key: Any) -> Iterator[Saver | None]:
@@ -31,11 +33,27 @@ class Watch:
         if self.checkpoint is None:
             yield None
             return
-        own = {"function": self.name} | self.arguments()
+        arguments = self.arguments() if callable(self.arguments) else self.arguments
+        own = {"function": self.name} | arguments
         key = jax.random.key(0) if key is None else key
         saver = Saver(self.checkpoint, describe(op, key, None) | own, op.precision)
         with saver.running():
             yield saver
+
+    @contextlib.contextmanager
+    def journal(self, op: LinearOperator, key: Any) -> Iterator[Journal | None]:
+        """The journal of a run, while the block lasts; None where nobody watches it.
+
+        Raises:
+            SpectraError: it is to be saved, inside `jit` or `vmap`.
+        """
+        if _tree.is_traced((op, key)):
+            if self.checkpoint is not None:
+                raise SpectraError("checkpoint= needs values, which do not exist inside jit or vmap.")
+            yield None
+            return
+        with self.saver(op, key) as saver:
+            yield Journal(self.bar, saver, op) if saver or self.bar.bar is not None else None
 
 
 @contextlib.contextmanager
@@ -44,7 +62,7 @@ def watched(
     progress: bool,
     checkpoint: Checkpoint | str | os.PathLike | None,
     total: int | None,
-    arguments: Callable[[], dict[str, Any]],
+    arguments: dict[str, Any] | Callable[[], dict[str, Any]],
 ) -> Iterator[Watch]:
     """Around a run: shows its products, and notes signals where there is a checkpoint to save it in.
 
@@ -53,7 +71,8 @@ def watched(
         progress: whether to show the products.
         checkpoint: as users give it.
         total: products of the run, None where they are not known before.
-        arguments: makes what changes the answer, as JSON has it: a checkpoint belongs to one set of them.
+        arguments: what changes the answer, as JSON has it, or a function that returns that: a checkpoint
+            belongs to one set of them.
     """
     checkpoint = Checkpoint.of(checkpoint)
     signals = _signals.watching() if checkpoint else contextlib.nullcontext()
