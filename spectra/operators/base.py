@@ -1,9 +1,8 @@
 """The symmetric linear operator: what algorithms may ask of it, and its arithmetic."""
 
 import abc
-import dataclasses
 from functools import partial
-from typing import TYPE_CHECKING, Any, dataclass_transform
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,41 +12,14 @@ from jax.core import Tracer
 from spectra import _memory, _mesh, _paths, _tree
 from spectra._errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
 from spectra.data import check_alive
+from spectra.operators.pytree import Field, register
+from spectra.operators.pytree import operator as operator
 from spectra.results import format_bytes
 
 if TYPE_CHECKING:
     from spectra.operators.arithmetic import ScaledOperator, ShiftedOperator, SumOperator
 
 PyTree = Any
-
-
-@dataclass_transform(frozen_default=True, eq_default=False)
-def operator(leaves: tuple[str, ...]):
-    """Class decorator: a frozen dataclass that is a pytree with the named fields as children.
-
-    Unflattening bypasses `__init__`, so a constructor may check and convert its arguments although JAX
-    rebuilds operators from tracers and placeholders.
-    """
-
-    def register(cls):
-        cls = dataclasses.dataclass(frozen=True, eq=False, repr=False, init="__init__" not in vars(cls))(cls)
-        names = [field.name for field in dataclasses.fields(cls)]
-        static = tuple(name for name in names if name not in leaves)
-
-        def flatten(op):
-            keys = [(jax.tree_util.GetAttrKey(name), getattr(op, name)) for name in leaves]
-            return keys, tuple(getattr(op, name) for name in static)
-
-        def unflatten(aux, children):
-            op = object.__new__(cls)
-            for name, value in zip((*leaves, *static), (*children, *aux), strict=True):
-                object.__setattr__(op, name, value)
-            return op
-
-        jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
-        return cls
-
-    return register
 
 
 class LinearOperator(abc.ABC):
@@ -57,17 +29,51 @@ class LinearOperator(abc.ABC):
     and data are leaves, functions are static: a jitted routine takes an operator as an argument, and
     the next one of the same structure re-uses the compiled code.
 
+    An operator of your own is a dataclass that inherits from this class and defines `like`, as a field or a
+    property, and `mv`; nothing has to be registered. Arrays in its fields, also within containers and other
+    operators, are leaves; all else, and fields with `metadata={"static": True}`, are static: a Python number
+    that changes compiles anew, an array does not. A class that is registered with JAX stays as it is.
+
     Examples:
         >>> import jax.numpy as jnp, spectra
         >>> op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0]))).shift(1.0)
         >>> (2.0 * op) @ jnp.ones(2)
         Array([4., 6.], dtype=float32)
+
+        >>> import dataclasses, jax
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Diagonal(spectra.LinearOperator):
+        ...     like: jax.Array
+        ...     def mv(self, v):
+        ...         return self.like * v
+        >>> spectra.eigsh(Diagonal(jnp.arange(1.0, 51.0)), 1, key=jax.random.key(0)).values.round(3)
+        array([50.])
     """
 
-    @property
-    @abc.abstractmethod
-    def like(self) -> PyTree:
-        """Arrays (or their shapes) with the structure of a vector, placed where vectors should be."""
+    if TYPE_CHECKING:
+
+        @property
+        @abc.abstractmethod
+        def like(self) -> PyTree:
+            """Arrays (or their shapes) with the structure of a vector, placed where vectors should be."""
+
+    else:
+        like = Field()
+
+    def __new__(cls, *_, **__):
+        """A new instance of a class that JAX knows from here on.
+
+        Raises:
+            TypeError: the class defines no `like`.
+        """
+        owner = next(base for base in cls.__mro__ if "like" in vars(base))
+        if owner is LinearOperator and "like" not in getattr(cls, "__dataclass_fields__", ("like",)):
+            raise TypeError(
+                f"{cls.__name__} defines no `like`: give it a property or a field with arrays, or shapes, "
+                "like those of a vector."
+            )
+        register(cls)
+        return super().__new__(cls)
 
     @abc.abstractmethod
     def mv(self, v: PyTree) -> PyTree:

@@ -1,0 +1,110 @@
+"""How operators become pytrees: arrays are leaves, and all else is part of the structure.
+
+A class registers itself when its first instance is made, when its decorators have run. One that JAX knows by
+then, because its author registered it, stays as it is.
+"""
+
+import contextlib
+import dataclasses
+from typing import Any, dataclass_transform
+
+import jax
+
+from spectra import _tree
+
+PyTree = Any
+REBUILT = "_rebuilt"
+"""Attribute of an instance that JAX made of its parts: these parts, which need not be arrays."""
+_known: set[type] = set()
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+def operator(leaves: tuple[str, ...]):
+    """Class decorator: a frozen dataclass that is a pytree with the named fields as children.
+
+    Unflattening bypasses `__init__`, so a constructor may check and convert its arguments although JAX
+    rebuilds operators from tracers and placeholders.
+    """
+
+    def declare(cls):
+        cls = dataclasses.dataclass(frozen=True, eq=False, repr=False, init="__init__" not in vars(cls))(cls)
+        names = [field.name for field in dataclasses.fields(cls)]
+        cls._children = leaves, tuple(name for name in names if name not in leaves)
+        return cls
+
+    return declare
+
+
+class Field:
+    """An attribute that subclasses define, be it as a property or as a field, which an abstract one hides."""
+
+    def __set_name__(self, owner: type, name: str):
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type):
+        raise AttributeError(f"{owner.__name__} defines no `{self.name}`")
+
+
+def register(cls: type) -> None:
+    """Make a class of operators known to JAX, once."""
+    if cls in _known:
+        return
+    _known.add(cls)
+    declared = vars(cls).get("_children")
+    functions = _of_fields(cls, *declared) if declared else (_flatten, _unflatten(cls))
+    with contextlib.suppress(ValueError):  # its author has registered it
+        jax.tree_util.register_pytree_with_keys(cls, *functions)
+
+
+def _of_fields(cls: type, leaves: tuple[str, ...], static: tuple[str, ...]):
+    """Flattening and unflattening for a class that declares which fields are its children."""
+
+    def flatten(op):
+        keys = [(jax.tree_util.GetAttrKey(name), getattr(op, name)) for name in leaves]
+        return keys, tuple(getattr(op, name) for name in static)
+
+    def unflatten(aux, children):
+        op = object.__new__(cls)
+        for name, value in zip((*leaves, *static), (*children, *aux), strict=True):
+            object.__setattr__(op, name, value)
+        return op
+
+    return flatten, unflatten
+
+
+def _flatten(op):
+    """The fields of an operator of any class: what is no array within them becomes static."""
+    names, static = _names(op)
+    parts = op.__dict__.get(REBUILT)
+    if parts is None:
+        parts = [jax.tree.map(_wrapped, getattr(op, name)) for name in names]
+    keys = [(jax.tree_util.GetAttrKey(name), part) for name, part in zip(names, parts, strict=True)]
+    return keys, (names, static, tuple(_tree.Static(getattr(op, name)) for name in static))
+
+
+def _unflatten(cls: type):
+    def unflatten(aux, children):
+        names, static, values = aux
+        op, children = object.__new__(cls), tuple(children)
+        for name, part in zip(names, children, strict=True):
+            object.__setattr__(op, name, _tree.replace_static(part, with_value=True))
+        for name, value in zip(static, values, strict=True):
+            object.__setattr__(op, name, value.value)
+        object.__setattr__(op, REBUILT, children)
+        return op
+
+    return unflatten
+
+
+def _names(op) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The fields that may hold arrays, and those marked as static; of no dataclass all attributes."""
+    if not dataclasses.is_dataclass(op):
+        return tuple(name for name in vars(op) if name != REBUILT), ()
+    fields = dataclasses.fields(op)
+    static = tuple(field.name for field in fields if field.metadata.get("static"))
+    return tuple(field.name for field in fields if field.name not in static), static
+
+
+def _wrapped(leaf: Any) -> Any:
+    is_static = isinstance(leaf, jax.ShapeDtypeStruct) or not _tree.is_array(leaf)
+    return _tree.Static(leaf) if is_static else leaf

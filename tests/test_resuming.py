@@ -1,0 +1,242 @@
+"""eigsh, trace, diagonal and kpm go on to the same bits, whatever moment they were ended at."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import slow_but
+from children import environment
+
+import spectra
+from spectra.runs import saver
+
+KEY = jax.random.key(3)
+N = 200
+VALUES = np.concatenate([np.linspace(-1.0, 3.0, N - 2, dtype=np.float32), [9.0, 9.0]])
+EIGSH = {"k": 3, "which": "LA", "num_basis": 12, "tol": 1e-4}
+PROBES = {"num_matvecs": 20, "probe_batch": 4}
+CALLS = {
+    "eigsh": lambda op, **more: spectra.eigsh(op, **EIGSH, key=KEY, **more),
+    "eigsh, blocks": lambda op, **more: spectra.eigsh(
+        op, **EIGSH | {"num_basis": 16, "block_size": 2}, key=KEY, **more
+    ),
+    "eigsh, all copies": lambda op, **more: spectra.eigsh(op, **EIGSH, verify=True, key=KEY, **more),
+    "trace": lambda op, **more: spectra.trace(op, method="hutchinson", key=KEY, **PROBES, **more),
+    "trace, tol": lambda op, **more: spectra.trace(
+        op, key=KEY, method="hutchinson", probes="normal", tol=0.2, **PROBES | {"num_matvecs": 90}, **more
+    ),
+    "xtrace": lambda op, **more: spectra.trace(op, key=KEY, **PROBES, **more),
+    "hutch++": lambda op, **more: spectra.trace(op, method="hutch++", key=KEY, **PROBES, **more),
+    "trace, exact": lambda op, **more: spectra.trace(op, method="exact", key=None, probe_batch=50, **more),
+    "diagonal": lambda op, **more: spectra.diagonal(op, method="hutchinson", key=KEY, **PROBES, **more),
+    "xdiag": lambda op, **more: spectra.diagonal(op, key=KEY, **PROBES, **more),
+    "kpm": lambda op, **more: spectra.kpm(op, key=KEY, num_moments=21, num_probes=3, probe_batch=2, **more),
+}
+DEFAULT = ("eigsh", "trace", "kpm")
+
+
+def operator():
+    return spectra.MatrixOperator(jnp.diag(jnp.asarray(VALUES)))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Save at every look at the clock, and do something at one of them."""
+    original, seen = saver.Saver.due, []
+
+    def install(at, what):
+        def due(self, done, seconds):
+            seen.append(done)
+            if len(seen) == at:
+                what()
+            return original(self, done, seconds)
+
+        seen.clear()
+        monkeypatch.setattr(saver.Saver, "due", due)
+        return seen
+
+    monkeypatch.setattr(saver, "PACE", 0.0)
+    yield install
+    monkeypatch.undo()
+
+
+def kill():
+    raise Killed
+
+
+def nothing():
+    pass
+
+
+def assert_same(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert one.status == other.status
+    assert one.num_matvecs == other.num_matvecs
+
+
+@pytest.mark.parametrize("name", slow_but(CALLS, *DEFAULT))
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(name, looks, tmp_path):
+    """At every third look at the clock; each start computes what the last checkpoint does not hold."""
+    call, op = CALLS[name], operator()
+    whole = call(op, checkpoint=tmp_path / "whole")
+    saved, starts = spectra.Checkpoint(tmp_path / "killed", steps=1), 0
+    while True:
+        starts += 1
+        looks(4, kill)
+        try:
+            again = call(op, checkpoint=saved)
+            break
+        except Killed:
+            continue
+    assert starts > 1
+    assert_same(whole, again)
+
+
+def test_eigenpairs_are_those_of_a_run_without_a_checkpoint(tmp_path):
+    assert_same(CALLS["eigsh"](operator()), CALLS["eigsh"](operator(), checkpoint=tmp_path))
+
+
+@pytest.mark.parametrize("name", slow_but(["eigsh", "xtrace", "kpm"], "eigsh"))
+def test_a_signal_saves_and_the_same_call_computes_the_rest_only(name, looks, tmp_path):
+    call, op = CALLS[name], operator()
+    whole = call(op, checkpoint=tmp_path / "whole")
+    every = len(looks(0, nothing))
+    looks(3, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(spectra.PreemptedError, match=r"\(SIGTERM\).*after \d+ products.*goes on from there"):
+        call(op, checkpoint=tmp_path / "ended")
+    seen = looks(0, nothing)
+    again = call(op, checkpoint=tmp_path / "ended")
+    assert_same(whole, again)
+    assert min(seen) > 0, "nothing twice"
+    assert every == 0
+
+
+def test_a_run_whose_products_ran_out_goes_on_with_more(tmp_path):
+    op, few = operator(), {"max_matvecs": 14}
+    short = CALLS["eigsh"](op, checkpoint=tmp_path, **few)
+    assert short.status == spectra.Status.NOT_CONVERGED
+    pairs = CALLS["eigsh"](op, checkpoint=tmp_path)
+    assert pairs.status == spectra.Status.CONVERGED
+    # Residual ball: an eigenvalue of H lies within the residual of each value, and float32 rounding of H.
+    margin = pairs.residuals.max() + 9 * np.finfo("f").eps
+    np.testing.assert_allclose(pairs.values, np.sort(VALUES)[-3:], atol=margin)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "differs"),
+    [
+        ("eigsh", {"verify": False}, "verify"),
+        ("trace", {"by": "leaf"}, "by"),
+        ("kpm", {"bounds": (-2, 10)}, "bounds"),
+    ],
+)
+def test_a_checkpoint_of_other_arguments_or_another_function_is_refused(name, more, differs, tmp_path):
+    op = operator()
+    CALLS[name](op, checkpoint=spectra.Checkpoint(tmp_path, steps=1))
+    with pytest.raises(spectra.CheckpointError, match=rf"these differ: {differs}\. "):
+        CALLS[name](op, checkpoint=tmp_path, **more)
+    with pytest.raises(spectra.CheckpointError, match="belongs to another run; these differ: .*function"):
+        spectra.slq(op, key=KEY, num_steps=5, num_probes=1, checkpoint=tmp_path)
+
+
+def test_what_is_damaged_is_computed_anew_with_a_warning(looks, tmp_path):
+    call, op = CALLS["xtrace"], operator()
+    whole = call(op, checkpoint=tmp_path / "whole")
+    looks(4, kill)
+    with pytest.raises(Killed):
+        call(op, checkpoint=spectra.Checkpoint(tmp_path / "ended", steps=1))
+    newest = max((tmp_path / "ended").glob("item-*"))
+    victim = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    victim.write_bytes(bytes(len(victim.read_bytes())))
+    looks(0, nothing)
+    with pytest.warns(RuntimeWarning, match=f"'{newest.name}'.* is damaged"):
+        assert_same(whole, call(op, checkpoint=tmp_path / "ended"))
+
+
+@pytest.mark.parametrize("name", ["eigsh", "trace"])
+def test_progress_says_how_far_it_is(name, capsys):
+    result = CALLS[name](operator(), progress=True)
+    said = capsys.readouterr().err
+    assert f"{name}: {result.num_matvecs}" in said
+    assert name == "trace" or "3 of 3 pairs" in said
+
+
+def test_a_basis_on_the_host_gives_the_same_pairs(tmp_path):
+    with pytest.raises(spectra.SpectraError, match="eigenvectors are sums"):
+        CALLS["eigsh"](operator(), basis="none")
+    ours, other = CALLS["eigsh"](operator(), basis="host"), CALLS["eigsh"](operator())
+    # Products outside of the loop round differently: each pair is right to its own residual.
+    margin = ours.residuals.max() + other.residuals.max() + 9 * np.finfo("f").eps
+    np.testing.assert_allclose(ours.values, other.values, atol=margin)
+
+
+SCRIPT = """
+import os, signal, sys, jax, jax.numpy as jnp, numpy as np, spectra
+from spectra.runs import saver
+
+original, seen, at = saver.Saver.due, [], int(sys.argv[2])
+
+def due(self, done, seconds):
+    seen.append(done)
+    if len(seen) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, done, seconds)
+
+saver.PACE, saver.Saver.due = 0.0, due
+values = np.concatenate([np.linspace(-1.0, 3.0, 198, dtype=np.float32), [9.0, 9.0]])
+op = spectra.MatrixOperator(jnp.diag(jnp.asarray(values)))
+saved = spectra.Checkpoint(sys.argv[1], steps=1)
+pairs = spectra.eigsh(op, 3, which="LA", num_basis=12, tol=1e-4, key=jax.random.key(3), checkpoint=saved)
+np.savez(sys.argv[1] + ".npz", values=pairs.values, vectors=pairs.vectors, residuals=pairs.residuals)
+"""
+
+
+def child(folder, at):
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(at)]
+    return subprocess.Popen(command, env=environment(cache=False), stderr=subprocess.PIPE, text=True)
+
+
+def test_eigsh_of_a_process_that_was_killed_goes_on_in_another(tmp_path):
+    running = child(tmp_path / "saved", 9)
+    _, said = running.communicate()
+    assert running.returncode == -signal.SIGKILL, said
+    assert sorted((tmp_path / "saved").glob("record-*.json"))
+    assert_same(CALLS["eigsh"](operator()), CALLS["eigsh"](operator(), checkpoint=tmp_path / "saved"))
+
+
+@pytest.mark.slow  # thirty kills at random moments
+def test_eigsh_killed_at_random_moments_goes_on_to_the_same_bits(tmp_path):
+    draw, kills, longest = random.Random(0), 0, 8.0
+    whole = CALLS["eigsh"](operator())
+    while kills < 30:
+        folder = tmp_path / f"run-{kills}"
+        while True:
+            running, began = child(folder, 0), time.monotonic()
+            while not (folder / "lock").exists() and running.poll() is None:
+                time.sleep(0.005)
+            end = time.monotonic() + draw.uniform(0, longest)
+            while running.poll() is None and time.monotonic() < end:
+                time.sleep(0.002)
+            if running.poll() is None and kills < 30:
+                running.kill()
+                running.communicate()
+                kills += 1
+                continue
+            _, said = running.communicate()
+            assert running.returncode == 0, said
+            longest = min(longest, time.monotonic() - began)
+            break
+        with np.load(f"{folder}.npz") as found:
+            for name in found.files:
+                np.testing.assert_array_equal(found[name], getattr(whole, name))
