@@ -46,6 +46,7 @@ from spectra.estimators import (
 from spectra.io import load, save
 from spectra.krylov.eigsh import eigsh
 from spectra.krylov.funm import funm
+from spectra.krylov.iteration import LanczosIteration
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
 from spectra.krylov.solve import solve
@@ -133,6 +134,7 @@ __all__ = [
     "HessianOperator",
     "Interval",
     "KFACOperator",
+    "LanczosIteration",
     "LayerConditions",
     "LinearOperator",
     "LossSlice",

@@ -9,12 +9,14 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Where and how often `slq` and `spectrum` save a run, so that the same call goes on with it.
+    """Where and how often a run is saved, so that the same call goes on with it.
+
+    `slq`, `spectrum`, `eigsh`, `trace`, `diagonal` and `kpm` take one.
 
     Args:
         directory: a folder of its own, on a file system that all processes of the run share.
         minutes: at most so long between two checkpoints.
-        steps: also after so many Lanczos steps; never by count if None.
+        steps: also after so many Lanczos steps, or products; never by count if None.
 
     A probe that is finished is always recorded. On SIGTERM or SIGINT (Ctrl-C) a run writes a last
     checkpoint after the steps under way (about 5 seconds of them, or one step; of streamed data about 5
@@ -23,8 +25,8 @@ class Checkpoint:
     second Ctrl-C ends it at once.
 
     A checkpoint belongs to one operator (its functions, parameters and data) and one key; of another one it
-    is refused. Steps, probes and `tol` may change: the call gives what a fresh one would, and computes
-    only what is missing. Probes recorded with fewer steps than asked for are computed anew.
+    is refused. In `slq` steps, probes and `tol` may change: the call gives what a fresh one would, and computes
+    only what is missing. In `eigsh` `max_matvecs` may; the others go on with the same arguments only. Probes recorded with fewer steps than asked for are computed anew.
 
     What is damaged is noticed by its checksum and computed anew, with a warning.
 

@@ -52,16 +52,17 @@ class Killed(BaseException):
 @pytest.fixture
 def looks(monkeypatch):
     """Save at every look at the clock, and do something at one of them."""
-    original, seen = saver.Saver.due, []
+    original = saver.Saver.due
 
     def install(at, what):
+        seen = []
+
         def due(self, done, seconds):
             seen.append(done)
             if len(seen) == at:
                 what()
             return original(self, done, seconds)
 
-        seen.clear()
         monkeypatch.setattr(saver.Saver, "due", due)
         return seen
 
@@ -110,16 +111,15 @@ def test_eigenpairs_are_those_of_a_run_without_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("name", slow_but(["eigsh", "xtrace", "kpm"], "eigsh"))
 def test_a_signal_saves_and_the_same_call_computes_the_rest_only(name, looks, tmp_path):
     call, op = CALLS[name], operator()
+    every = looks(0, nothing)
     whole = call(op, checkpoint=tmp_path / "whole")
-    every = len(looks(0, nothing))
     looks(3, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(spectra.PreemptedError, match=r"\(SIGTERM\).*after \d+ products.*goes on from there"):
         call(op, checkpoint=tmp_path / "ended")
-    seen = looks(0, nothing)
+    rest = looks(0, nothing)
     again = call(op, checkpoint=tmp_path / "ended")
     assert_same(whole, again)
-    assert min(seen) > 0, "nothing twice"
-    assert every == 0
+    assert len(rest) <= len(every) - 2, "the products before the third look are not taken again"
 
 
 def test_a_run_whose_products_ran_out_goes_on_with_more(tmp_path):
@@ -146,7 +146,7 @@ def test_a_checkpoint_of_other_arguments_or_another_function_is_refused(name, mo
     CALLS[name](op, checkpoint=spectra.Checkpoint(tmp_path, steps=1))
     with pytest.raises(spectra.CheckpointError, match=rf"these differ: {differs}\. "):
         CALLS[name](op, checkpoint=tmp_path, **more)
-    with pytest.raises(spectra.CheckpointError, match="belongs to another run; these differ: .*function"):
+    with pytest.raises(spectra.CheckpointError, match=r"belongs to another run; these differ: .*function"):
         spectra.slq(op, key=KEY, num_steps=5, num_probes=1, checkpoint=tmp_path)
 
 

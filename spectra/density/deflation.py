@@ -54,7 +54,7 @@ def _project_panels(layout: Layout, vectors, current: Panels, batched: bool) -> 
         for _ in range(2):
             v = project(vectors, v)
         panels = layout.pack(v)
-        return _basis.scale(1 / _basis.norm(panels), panels)
+        return _tree.scale(1 / _basis.norm(panels), panels)
 
     return (jax.vmap(one) if batched else one)(current)
 

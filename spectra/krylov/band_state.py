@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra._breakdown import breakdown_factor
+from spectra import _tree
 from spectra.krylov import basis as _basis
+from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout
 from spectra.krylov.orthogonalize import orthogonalize
@@ -48,11 +49,11 @@ def empty(layout: Layout, num_rows: int) -> BandState:
 def append(layout: Layout, state: BandState, vector: PyTree) -> tuple[BandState, jax.Array]:
     """One more row, `vector` made orthogonal to all others, and the coefficients of `vector` on all rows."""
     w = layout.pack(vector)
-    w = _basis.scale(1 / _basis.norm(w), w)
+    w = _tree.scale(1 / _basis.norm(w), w)
     column, rest = jnp.zeros(len(state.coefficients), state.scale.dtype), 1.0
     for _ in range(2):  # a random vector may lie almost in the span of the rows
         w, size, _, part, _ = orthogonalize(state.basis, w, state.filled)
-        w = _basis.scale(1 / size, w)
+        w = _tree.scale(1 / size, w)
         column, rest = column + rest * part, rest * size
     basis = _basis.put(state.basis, state.filled, w)
     column = column.at[state.filled].set(rest)
@@ -69,22 +70,18 @@ def absorb(layout: Layout, size: int, state: BandState, row, previous, product: 
     """Column `row` of G and a new row, given the product; `previous` is the row that led to this one."""
     q, p = _basis.take(state.basis, row), _basis.take(state.basis, previous)
     w = layout.pack(product)
-    # Subtract the two large coefficients first: what is left needs one pass, as in `recurrence.absorb`.
     unit = _basis.unit_of_step(state.scale == 0, w, state.scale)
     beta = jnp.where(previous >= 0, state.coefficients[row, previous], 0) / unit
-    w, alpha = _basis.three_terms(w, q, p, beta, unit)
-    w, rest, _, column, _ = orthogonalize(state.basis, w, state.filled)
-    column = column.at[row].add(alpha).at[previous].add(beta)
+    left = step.remainder(w, q, p, beta, unit, state.basis, state.filled)
+    rest = left.norm
+    column = left.total.at[row].add(left.alpha).at[previous].add(beta)
     scale = jnp.maximum(state.scale / unit, jnp.sqrt(jnp.vdot(column, column) + rest**2))
-    eps = jnp.finfo(scale.dtype).eps
-    alive = (rest > breakdown_factor(size) * eps * scale) & (state.filled < size)
-    inverse = jnp.where(alive, 1 / jnp.where(alive, rest, 1), 0)
+    new, alive = step.following(left, scale, size, state.filled < size)
     # Where nothing is left no row is appended, and the coefficient below rounding is dropped.
     kept = jnp.where(alive, rest, 0)
     column = jnp.where(
         jnp.arange(len(column)) == state.filled, jnp.where(jnp.isnan(rest), rest, kept), column
     )
-    new = [jnp.where(alive, x, 0) for x in _basis.scale(inverse, w)]
     return BandState(
         basis=_basis.put(state.basis, state.filled, new),
         coefficients=state.coefficients.at[:, row].set(unit * column),
@@ -101,14 +98,14 @@ def chain(op, layout, size, state, row, previous, steps):
         done, row, _, state = carry
         return (done < steps) & (row < state.filled)
 
-    def step(carry):
+    def one(carry):
         done, row, previous, state = carry
         new = state.filled
         product = op.mv(layout.unpack(_basis.take(state.basis, row)))
         return done + 1, new, row, absorb(layout, size, state, row, previous, product)
 
     first = (jnp.int32(0), jnp.asarray(row, jnp.int32), jnp.asarray(previous, jnp.int32), state)
-    return lax.while_loop(going, step, first)[-1]
+    return lax.while_loop(going, one, first)[-1]
 
 
 absorb_one = jax.jit(absorb, static_argnames=("layout", "size"), donate_argnames=("state",))

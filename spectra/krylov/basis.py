@@ -52,7 +52,7 @@ def vdot(a: Panels, b: Panels) -> jax.Array:
 def norm(a: Panels) -> jax.Array:
     """Euclidean norm over all panels, of numbers of any size."""
     unit = _tree.power_of_two(_tree.largest(a))
-    a = scale(1 / unit, a)
+    a = _tree.scale(1 / unit, a)
     return unit * jnp.sqrt(vdot(a, a))
 
 
@@ -69,16 +69,6 @@ def unit_of_step(first: jax.Array, product: Panels, size: jax.Array) -> jax.Arra
     )
 
 
-def scale(factor: jax.Array, a: Panels) -> Panels:
-    """factor * a."""
-    return [(factor * x).astype(x.dtype) for x in a]
-
-
-def axpy(factor: jax.Array, a: Panels, b: Panels) -> Panels:
-    """factor * a + b."""
-    return [(factor * x + y).astype(y.dtype) for x, y in zip(a, b, strict=True)]
-
-
 def three_terms(w: Panels, q: Panels, previous: Panels, beta, unit) -> tuple[Panels, jax.Array]:
     """(w / unit - β q_{i-1} - α q_i, α), β in that unit: what Lanczos leaves of a product w = H q_i.
 
@@ -86,9 +76,9 @@ def three_terms(w: Panels, q: Panels, previous: Panels, beta, unit) -> tuple[Pan
     enter α times β, and pass from step to step: without reorthogonalisation Ritz values were up to ten times
     as far from eigenvalues (Paige, doi:10.1093/imamat/10.3.373).
     """
-    w = axpy(-beta, previous, scale(1 / unit, w))
+    w = _tree.axpy(-beta, previous, _tree.scale(1 / unit, w))
     alpha = vdot(q, w)
-    return axpy(-alpha, q, w), alpha
+    return _tree.axpy(-alpha, q, w), alpha
 
 
 def segments(num_rows: int) -> tuple[int, int]:

@@ -72,7 +72,7 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
     if traced:
         op = op.prepare()
         state = run(op, layout, init(layout, v0, num_steps, keep_basis=keep), 0, num_steps)
-        return _finish(state, layout, Status.TRACED)
+        return finished(state, layout, Status.TRACED)
     size = _tree.length(v0)
     if not np.isfinite(size) or size == 0:
         raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
@@ -83,8 +83,8 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
         alpha, beta, done = jax.device_get((state.alpha, state.beta, state.length))
         length = invariant_length(alpha, beta, int(done), op.size, op.precision, orthogonal=keep)
         if length is not None:
-            return _finish(_cut(state, length), layout, Status.INVARIANT)
-    return _finish(state, layout, Status.COMPLETE)
+            return finished(_cut(state, length), layout, Status.INVARIANT)
+    return finished(state, layout, Status.COMPLETE)
 
 
 def _cut(state: LanczosState, length: int) -> LanczosState:
@@ -101,7 +101,8 @@ def _cut(state: LanczosState, length: int) -> LanczosState:
 _init = jax.jit(init, static_argnames=("layout", "num_steps", "keep_basis"))
 
 
-def _finish(state: LanczosState, layout: Layout, status: Status) -> Tridiagonal:
+def finished(state: LanczosState, layout: Layout, status: Status) -> Tridiagonal:
+    """The reduction that a state holds."""
     beta, last, asymmetry = _numbers(state.beta, state.length, state.asymmetry, state.scale)
     return Tridiagonal(
         alpha=state.alpha,

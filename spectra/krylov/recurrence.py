@@ -2,12 +2,9 @@
 
 Step i, with q_i in row i of the basis:
 
-    w = H q_i;  α_i = q_iᵀ w;  w -= α_i q_i + β_{i-1} q_{i-1};  w ⟂ q_0..q_i;  β_i = |w|;  q_{i+1} = w / β_i
+    H q_i = β_{i-1} q_{i-1} + α_i q_i + β_i q_{i+1}
 
-Subtracting the three terms first leaves coefficients of rounding size, so one Gram-Schmidt pass over the
-basis is as good as two over the raw product. α_i takes in the correction of the passes, without which T
-would not be the projection Q H Qᵀ to rounding. A step computes in a unit near |H|, a power of two, which
-the subtraction brings in without a pass of its own: squares neither under- nor overflow.
+What a step computes is in `spectra.krylov.step`; here are the books of T, and the two drivers.
 """
 
 import contextlib
@@ -20,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra._breakdown import breakdown_factor
+from spectra import _tree
 from spectra._errors import NonFiniteError, NotSymmetricError, SpectraError
 from spectra.krylov import basis as _basis
+from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
-from spectra.krylov.orthogonalize import orthogonalize
 from spectra.operators.accumulate import Passes
 from spectra.operators.base import LinearOperator
 from spectra.operators.deflated import project
@@ -59,7 +56,7 @@ def init(layout: Layout, v0: PyTree, num_steps: int, *, keep_basis: bool = True)
     size = _basis.norm(start)
     state = LanczosState(
         basis=_basis.zeros(layout, num_steps) if keep_basis else (),
-        current=_basis.scale(1 / size, start),
+        current=_tree.scale(1 / size, start),
         previous=[jnp.zeros_like(x) for x in start],
         alpha=jnp.zeros(num_steps, dtype),
         beta=jnp.zeros(num_steps, dtype),
@@ -95,30 +92,27 @@ def absorb(i: jax.Array, w: Panels, state: LanczosState) -> LanczosState:
     q = state.current
     unit = _basis.unit_of_step(i == 0, w, state.scale)
     beta_previous = jnp.where(i > 0, state.beta[i - 1], 0) / unit
-    w, alpha = _basis.three_terms(w, q, state.previous, beta_previous, unit)
-    rows, asymmetry, second = state.basis, state.asymmetry, state.second_passes
-    if rows:
-        rows = _basis.put(rows, i, q)
-        w, beta, first, total, repeated = orthogonalize(rows, w, i + 1)
-        alpha = alpha + total[i]
+    rows = _basis.put(state.basis, i, q) if state.basis else ()
+    rest = step.remainder(w, q, state.previous, beta_previous, unit, rows, i + 1)
+    alpha, beta, asymmetry, second = rest.alpha, rest.norm, state.asymmetry, state.second_passes
+    if rest.total is not None:
+        # Without the correction of the passes T would not be the projection Q H Qᵀ to rounding.
+        alpha = alpha + rest.total[i]
         # H q_i is orthogonal to all rows but i - 1, i, i + 1 if H is symmetric, and has the coefficient
         # β_{i-1} on row i - 1: what the first pass finds on rows before i is asymmetry or rounding.
-        others = jnp.where(jnp.arange(len(first)) == i, 0, first)
+        others = jnp.where(jnp.arange(len(rest.first)) == i, 0, rest.first)
         asymmetry = jnp.maximum(asymmetry, unit * jnp.max(jnp.abs(others)))
-        second = second + repeated
-    else:
-        beta = jnp.sqrt(_basis.vdot(w, w))
+        second = second + rest.repeated
     scale = jnp.maximum(state.scale / unit, jnp.abs(alpha) + beta + beta_previous)
     if not rows:
         # The same of the one row at hand. q_i is orthogonal to it to |H| eps / β_{i-1}: as much is rounding.
-        before = jnp.abs(_basis.vdot(state.previous, w)) * beta_previous
+        before = jnp.abs(_basis.vdot(state.previous, rest.vector)) * beta_previous
         asymmetry = jnp.maximum(asymmetry, unit * before / jnp.where(scale > 0, scale, 1))
-    rounding = breakdown_factor(sum(x.size for x in w)) * jnp.finfo(alpha.dtype).eps
-    alive = state.alive & (beta > rounding * scale)
-    inverse = jnp.where(alive, 1 / jnp.where(alive, beta, 1), 0)
+    size = sum(x.size for x in w)
+    current, alive = step.following(rest, scale, size, state.alive)
     return LanczosState(
         basis=rows,
-        current=[jnp.where(alive, x, 0) for x in _basis.scale(inverse, w)],
+        current=current,
         previous=q,
         alpha=state.alpha.at[i].set(unit * alpha),
         beta=state.beta.at[i].set(jnp.where(alive | jnp.isnan(beta), unit * beta, 0)),
@@ -145,14 +139,14 @@ def run(
     q_i is kept orthogonal to `known` vectors.
     """
 
-    def step(i, state):
+    def one(i, state):
         if known is not None:
             state = dataclasses.replace(state, current=_clear(layout, known, state.current))
         w = layout.pack(op.mv(layout.unpack(state.current)))
         return _place(layout, absorb(i, w, state))
 
     # The counter is not batched, so `lax.cond` on it stays a branch under vmap.
-    body = jax.vmap(step, in_axes=(None, 0)) if batched else step
+    body = jax.vmap(one, in_axes=(None, 0)) if batched else one
     return lax.fori_loop(start, stop, body, state)
 
 
@@ -175,10 +169,10 @@ def _clear_one(layout: Layout, known: PyTree, current: Panels, batched: bool) ->
 
 @partial(jax.jit, static_argnames=("layout", "batched"), donate_argnames=("state",))
 def _absorb_one(layout, i, w, state, batched=False):
-    def step(i, w, state):
+    def one(i, w, state):
         return _place(layout, absorb(i, w, state))
 
-    return (jax.vmap(step, in_axes=(None, 0, 0)) if batched else step)(i, w, state)
+    return (jax.vmap(one, in_axes=(None, 0, 0)) if batched else one)(i, w, state)
 
 
 @partial(jax.jit, static_argnames=("layout", "batched"))

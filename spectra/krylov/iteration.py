@@ -1,0 +1,169 @@
+"""Lanczos step by step, for iterations of one's own: three pure functions around one product each."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra import _tree
+from spectra._errors import SpectraError
+from spectra._status import Status
+from spectra.krylov.lanczos import finished
+from spectra.krylov.layout import Layout
+from spectra.krylov.recurrence import LanczosState, absorb, check, check_steps, init
+from spectra.operators.base import LinearOperator, require_operator
+from spectra.results import Tridiagonal
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """A run of `LanczosIteration` so far; a pytree of arrays."""
+
+    lanczos: LanczosState
+    done: jax.Array  # (), steps
+
+    @property
+    def alpha(self) -> jax.Array:
+        """The diagonal of T, (num_steps,); zeros behind the steps done."""
+        return self.lanczos.alpha
+
+    @property
+    def beta(self) -> jax.Array:
+        """|r_i| behind step i, (num_steps,): all but the last one done are off the diagonal of T."""
+        return self.lanczos.beta
+
+    @property
+    def alive(self) -> jax.Array:
+        """Whether there is a next vector: False where the space is invariant."""
+        return self.lanczos.alive
+
+
+class LanczosIteration:
+    """Lanczos as pure functions `init`, `step` and `finish`, to compose an iteration of your own.
+
+    `lanczos`, `slq` and `funm` run the same step. Each state is a pytree: `step` works under `jit`, in
+    `lax.while_loop` and `lax.scan`, under `vmap` over start vectors, and from a loop in Python that looks at
+    `alpha` and `beta` between the products, takes them elsewhere (`vector` and `absorb`), or saves the state.
+
+    Args:
+        op: a symmetric operator, which says how vectors look; products may be those of another one like it.
+        num_steps: room for so many steps, from 1 to n.
+        reorthogonalize: "full" keeps a basis of num_steps vectors; "none" is the bare recurrence.
+
+    Raises:
+        SpectraError: an argument is out of range.
+
+    Cost: a product and two reads of the basis a step. Outside of `jit` a step also copies the basis, which a
+    compiled loop updates in place.
+
+    References:
+        Parlett, The Symmetric Eigenvalue Problem, doi:10.1137/1.9781611971163, ch. 13.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0, 4.0, 8.0])))
+        >>> iteration = spectra.LanczosIteration(op, num_steps=3)
+        >>> state = iteration.init(jnp.ones(4))
+        >>> state = iteration.step(op, state)
+        >>> float(state.alpha[0])  # the mean of the eigenvalues that a vector of ones sees
+        3.75
+        >>> state = jax.lax.fori_loop(1, 3, lambda _, state: iteration.step(op, state), state)
+        >>> int(iteration.finish(op, state).length)
+        3
+    """
+
+    def __init__(self, op: LinearOperator, num_steps: int, *, reorthogonalize: str = "full"):
+        require_operator(op)
+        check_steps(num_steps, op.size)
+        if reorthogonalize not in ("full", "none"):
+            raise SpectraError(f"reorthogonalize={reorthogonalize!r}: use 'full' or 'none'.")
+        self.num_steps, self.keeps_basis = num_steps, reorthogonalize == "full"
+        self._layout = Layout.leafwise(op.structure) if _tree.is_traced(op) else Layout.of(op.like)
+
+    def init(self, v0: PyTree) -> Steps:
+        """The state before the first step.
+
+        Args:
+            v0: start vector, a pytree like the operator's vectors; need not be normalised.
+
+        Raises:
+            StructureError: v0 is no such vector.
+            SpectraError: v0 is zero or not finite.
+        """
+        structure = self._layout.structure
+        _tree.check_structure(v0, structure, "v0")
+        v0 = _tree.cast_like(v0, structure)
+        if not _tree.is_traced(v0):
+            size = _tree.length(v0)
+            if not np.isfinite(size) or size == 0:
+                raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
+        return Steps(_init(self._layout, v0, self.num_steps, self.keeps_basis), jnp.zeros((), jnp.int32))
+
+    def vector(self, state: Steps) -> PyTree:
+        """q_i, of length one: what the next product is taken of. Zero behind a breakdown."""
+        return _vector(self._layout, state)
+
+    def absorb(self, state: Steps, product: PyTree) -> Steps:
+        """The state behind the next step, given H q_i. Steps beyond `num_steps` are no part of the result."""
+        _tree.check_structure(product, self._layout.structure, "the product")
+        return _absorb(self._layout, state, product)
+
+    def step(self, op: LinearOperator, state: Steps) -> Steps:
+        """The state behind the next step: one product with the operator."""
+        if op.on_host:
+            return self.absorb(state, op.mv(self.vector(state)))
+        return _step(self._layout, op, state)
+
+    def finish(self, op: LinearOperator, state: Steps) -> Tridiagonal:
+        """The reduction that the steps so far amount to; `Tridiagonal` as that of `lanczos`.
+
+        Raises:
+            NonFiniteError: a product was NaN or infinite; not inside `jit`.
+            NotSymmetricError: the operator is not symmetric; not inside `jit`.
+            SpectraError: there was no step; not inside `jit`.
+        """
+        found, traced = state.lanczos, _tree.is_traced(state)
+        if not traced:
+            done = min(int(state.done), self.num_steps)
+            if not done:
+                raise SpectraError("no step was taken: call step, or absorb, before finish.")
+            check(op, found, done, self._layout.row_precision)
+        result = finished(found, self._layout, _status(state, traced))
+        # Behind the last step there is a residual, and no row of T.
+        within = jnp.arange(self.num_steps - 1) < result.length - 1
+        return dataclasses.replace(result, beta=jnp.where(within, result.beta, 0))
+
+
+def _status(state: Steps, traced: bool) -> Status:
+    if traced:
+        return Status.TRACED
+    return Status.COMPLETE if state.alive else Status.INVARIANT
+
+
+@partial(jax.jit, static_argnames=("layout", "num_steps", "keep"))
+def _init(layout: Layout, v0: PyTree, num_steps: int, keep: bool) -> LanczosState:
+    return init(layout, v0, num_steps, keep_basis=keep)
+
+
+@partial(jax.jit, static_argnames="layout")
+def _vector(layout: Layout, state: Steps) -> PyTree:
+    return layout.unpack(state.lanczos.current)
+
+
+@partial(jax.jit, static_argnames="layout")
+def _absorb(layout: Layout, state: Steps, product: PyTree) -> Steps:
+    found = state.lanczos
+    room = state.done < found.alpha.shape[0]
+    found = dataclasses.replace(found, alive=found.alive & room)
+    return Steps(absorb(state.done, layout.pack(product), found), state.done + 1)
+
+
+@partial(jax.jit, static_argnames="layout")
+def _step(layout: Layout, op: LinearOperator, state: Steps) -> Steps:
+    return _absorb(layout, state, op.mv(layout.unpack(state.lanczos.current)))

@@ -1,0 +1,204 @@
+"""Operators and iterations of one's own: a plain dataclass is an operator, and three functions make Lanczos."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectra
+
+N = 40
+ENTRIES = jnp.linspace(0.5, 2.0, N, dtype=jnp.float32)
+KEY = jax.random.key(0)
+traces: list[str] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class WithField(spectra.LinearOperator):
+    like: Any
+    scale: float = 1.0
+
+    def mv(self, v):
+        traces.append("mv")
+        return self.scale * self.like * v
+
+
+@dataclasses.dataclass(frozen=True)
+class WithProperty(spectra.LinearOperator):
+    parts: dict[str, Any]  # arrays beside a number and a string
+    inner: spectra.LinearOperator
+    function: Callable[[jax.Array], jax.Array]
+    power: Any = dataclasses.field(default=1, metadata={"static": True})
+
+    @property
+    def like(self):
+        return self.inner.like
+
+    def mv(self, v):
+        factor = self.parts["times"] * self.function(self.parts["entries"]) ** self.power
+        return self.inner.mv(v) * factor / factor.mean() * factor.mean() / factor
+
+
+@dataclasses.dataclass
+class Thawed(spectra.LinearOperator):
+    entries: jax.Array
+
+    @property
+    def like(self):
+        return self.entries
+
+    def mv(self, v):
+        return self.entries * v
+
+
+class Plain(spectra.LinearOperator):
+    def __init__(self, entries):
+        self.like = entries
+
+    def mv(self, v):
+        return self.like * v
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Registered(spectra.LinearOperator):
+    entries: jax.Array
+
+    @property
+    def like(self):
+        return self.entries
+
+    def mv(self, v):
+        return self.entries * v
+
+
+class Derived(spectra.MatrixOperator):
+    """Of a class that is an operator already."""
+
+
+KINDS = {
+    "field": lambda d: WithField(d),
+    "property": lambda d: WithProperty({"times": 2, "name": "x", "entries": d}, WithField(d), jnp.exp),
+    "not frozen": lambda d: Thawed(d),
+    "no dataclass": lambda d: Plain(d),
+    "registered by its author": lambda d: Registered(d),
+    "derived": lambda d: Derived(jnp.diag(d)),
+}
+
+
+@jax.jit
+def multiply(op, v):
+    return op.mv(v)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_operator_of_any_kind_works_under_jit_and_in_algorithms(kind):
+    """Diagonal matrices: the products of ones are the entries, to a few roundings of factors."""
+    op = KINDS[kind](ENTRIES)
+    ones, margin = jnp.ones(N), 8 * np.finfo("f").eps * 2
+    for found in (op @ ones, multiply(op, ones), multiply(copy.deepcopy(op), ones)):
+        np.testing.assert_allclose(found, ENTRIES, atol=margin)
+    leaves, treedef = jax.tree.flatten(op)
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    for parts in (leaves, [object() for _ in leaves], [None] * len(leaves)):
+        rebuilt = treedef.unflatten(parts)
+        assert jax.tree.structure(rebuilt, is_leaf=lambda x: x is None) == treedef
+    np.testing.assert_allclose(spectra.lanczos(op, ones, N).alpha[0], ENTRIES.mean(), atol=margin)
+    assert float(jax.grad(lambda d: multiply(KINDS[kind](d), ones).sum())(ENTRIES)[3]) == pytest.approx(
+        1, abs=margin
+    )
+
+
+def test_arrays_are_traced_and_numbers_are_static():
+    multiply(WithField(ENTRIES), ENTRIES)
+    traces.clear()
+    multiply(WithField(2 * ENTRIES), ENTRIES)
+    assert not traces, "compiled anew for other arrays"
+    np.testing.assert_array_equal(multiply(WithField(ENTRIES, 3.0), ENTRIES), 3 * ENTRIES**2)
+    assert traces, "another number was not seen"
+
+
+def test_what_lacks_a_part_is_no_operator():
+    @dataclasses.dataclass(frozen=True)
+    class NoLike(spectra.LinearOperator):
+        entries: jax.Array
+
+        def mv(self, v):
+            return v
+
+    class NoProduct(spectra.LinearOperator):
+        like = ENTRIES
+
+    with pytest.raises(TypeError, match="NoLike defines no `like`"):
+        NoLike(ENTRIES)
+    with pytest.raises(TypeError, match="abstract method '?mv"):
+        NoProduct()
+
+
+OP = spectra.MatrixOperator(jnp.diag(ENTRIES))
+START = jnp.ones(N)
+
+
+@pytest.mark.parametrize("reorthogonalize", ["full", "none"])
+def test_steps_of_ones_own_are_those_of_lanczos(reorthogonalize):
+    """From a loop in Python, a compiled one, and products taken elsewhere: T to the rounding of a product."""
+    iteration = spectra.LanczosIteration(OP, 12, reorthogonalize=reorthogonalize)
+    whole = spectra.lanczos(OP, START, 12, reorthogonalize=reorthogonalize)
+    first = iteration.init(START)
+    state = other = first
+    for _ in range(12):
+        state = iteration.step(OP, state)
+        vector = np.asarray(iteration.vector(other))
+        other = iteration.absorb(other, jnp.asarray(np.asarray(ENTRIES) * vector))
+    loop = jax.jit(lambda op: jax.lax.fori_loop(0, 12, lambda _, s: iteration.step(op, s), first))(OP)
+    # T of a start vector depends on rounding by eps |H| times what neighbouring Ritz vectors share: 12 steps.
+    margin = 12 * 8 * np.finfo("f").eps * 2
+    for found in (state, other, loop):
+        result = iteration.finish(OP, found)
+        np.testing.assert_allclose(result.alpha, whole.alpha, atol=margin)
+        np.testing.assert_allclose(result.beta, whole.beta, atol=margin)
+        assert int(result.length) == 12
+        assert result.status == whole.status
+
+
+def test_an_iteration_that_stops_holds_what_it_has_done():
+    iteration = spectra.LanczosIteration(OP, 12)
+    state = iteration.init(START)
+    with pytest.raises(spectra.SpectraError, match="no step was taken"):
+        iteration.finish(OP, state)
+    for _ in range(5):
+        state = iteration.step(OP, state)
+    result, whole = iteration.finish(OP, state), spectra.lanczos(OP, START, 5)
+    margin = 5 * 8 * np.finfo("f").eps * 2
+    np.testing.assert_allclose(result.alpha[:5], whole.alpha, atol=margin)
+    np.testing.assert_allclose(result.beta[:4], whole.beta, atol=margin)
+    assert not np.any(result.beta[4:])
+    np.testing.assert_allclose(result.residual_norm, whole.residual_norm, atol=margin)
+    assert int(result.length) == 5
+    vectors = np.asarray(result.basis)[:5]
+    np.testing.assert_allclose(vectors @ vectors.T, np.eye(5), atol=margin)
+
+
+def test_steps_beyond_the_room_change_nothing_and_an_invariant_space_ends_a_run():
+    iteration = spectra.LanczosIteration(OP, 3)
+    state = iteration.init(jnp.zeros(N).at[:2].set(1))
+    for _ in range(5):
+        state = iteration.step(OP, state)
+    result = iteration.finish(OP, state)
+    assert int(result.length) == 2  # a vector in the plane of two eigenvectors
+    assert result.status == spectra.Status.INVARIANT
+    long = iteration.init(START)
+    for _ in range(5):
+        long = iteration.step(OP, long)
+    assert int(iteration.finish(OP, long).length) == 3
+
+
+@pytest.mark.parametrize("v0", [np.zeros(N, np.float32), np.full(N, np.nan, np.float32), np.ones(N + 1)])
+def test_a_start_vector_that_is_none_is_refused(v0):
+    with pytest.raises(spectra.SpectraError, match="v0"):
+        spectra.LanczosIteration(OP, 3).init(v0)
