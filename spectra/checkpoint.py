@@ -25,8 +25,9 @@ class Checkpoint:
     second Ctrl-C ends it at once.
 
     A checkpoint belongs to one operator (its functions, parameters and data) and one key; of another one it
-    is refused. In `slq` steps, probes and `tol` may change: the call gives what a fresh one would, and computes
-    only what is missing. In `eigsh` `max_matvecs` may; the others go on with the same arguments only. Probes recorded with fewer steps than asked for are computed anew.
+    is refused. In `slq` steps, probes and `tol` may change, in `eigsh` `max_matvecs`: the call computes only
+    what is missing. The other functions go on with the same arguments only. Probes recorded with fewer steps
+    than asked for are computed anew.
 
     What is damaged is noticed by its checksum and computed anew, with a warning.
 

@@ -1,4 +1,4 @@
-"""Operators and iterations of one's own: a plain dataclass is an operator, and three functions make Lanczos."""
+"""Operators and iterations of one's own: a dataclass is an operator, and three functions make Lanczos."""
 
 import copy
 import dataclasses
@@ -41,7 +41,7 @@ class WithProperty(spectra.LinearOperator):
 
     def mv(self, v):
         factor = self.parts["times"] * self.function(self.parts["entries"]) ** self.power
-        return self.inner.mv(v) * factor / factor.mean() * factor.mean() / factor
+        return self.inner.mv(v) * (factor / factor)
 
 
 @dataclasses.dataclass
@@ -109,9 +109,8 @@ def test_an_operator_of_any_kind_works_under_jit_and_in_algorithms(kind):
         rebuilt = treedef.unflatten(parts)
         assert jax.tree.structure(rebuilt, is_leaf=lambda x: x is None) == treedef
     np.testing.assert_allclose(spectra.lanczos(op, ones, N).alpha[0], ENTRIES.mean(), atol=margin)
-    assert float(jax.grad(lambda d: multiply(KINDS[kind](d), ones).sum())(ENTRIES)[3]) == pytest.approx(
-        1, abs=margin
-    )
+    slope = jax.grad(lambda d: multiply(KINDS[kind](d), ones).sum())(ENTRIES)
+    np.testing.assert_allclose(slope, ones, atol=margin)
 
 
 def test_arrays_are_traced_and_numbers_are_static():
@@ -136,7 +135,7 @@ def test_what_lacks_a_part_is_no_operator():
 
     with pytest.raises(TypeError, match="NoLike defines no `like`"):
         NoLike(ENTRIES)
-    with pytest.raises(TypeError, match="abstract method '?mv"):
+    with pytest.raises(TypeError, match=r"abstract method '?mv"):
         NoProduct()
 
 
