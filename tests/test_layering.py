@@ -18,7 +18,7 @@ LAYERS = [
         *("_errors", "_status", "_blas", "_memory", "_processes", "_digest", "_files", "_json", "_breakdown"),
         *("_signals", "_signs", "_progress", "_ratios"),
     },
-    {"_mesh", "_tree", "_quadrature", "_brackets", "_resolved", "_christoffel", "_copies"},
+    {"_mesh", "_tree", "_stacks", "_quadrature", "_brackets", "_resolved", "_christoffel", "_copies"},
     {"_paths"},
     {"results"},
     {"data"},

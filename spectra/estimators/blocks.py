@@ -1,10 +1,8 @@
-"""Stacks of vectors: random probes, products in batches, Gram matrices, an orthonormal basis.
+"""Blocks of random probes, their products in batches, and an orthonormal basis of them.
 
-A stack of k vectors is a pytree with leaves (k, *leaf.shape). Contractions run leaf by leaf in full
-precision, so a stack keeps the sharding of the parameters and nothing is ever gathered: only (k, k)
-matrices are summed over devices. Squares of float32 underflow below 1e-19 and overflow beyond 1e19, so that
-products are kept in a unit, see `in_unit`, and estimates multiplied by it at the end. Probe i depends on
-the key and i alone, whatever the batch it is in.
+A block is a stack of vectors, whose algebra is that of `spectra._stacks`. Squares of float32 underflow below
+1e-19 and overflow beyond 1e19, so that products are kept in a unit, see `in_unit`, and estimates multiplied
+by it at the end. Probe i depends on the key and i alone, whatever the batch it is in.
 """
 
 from functools import partial
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from spectra import _tree
+from spectra._stacks import combine, concatenate, gram, inner, length, row_dots, rows, subtract
 from spectra.operators.base import LinearOperator
 
 PyTree = Any
@@ -64,62 +63,6 @@ def in_unit(stack: PyTree, unit: jax.Array) -> tuple[PyTree, jax.Array]:
 
     unit = lax.cond(unit > 0, lambda _: unit, first, stack)
     return _tree.scale(1 / jnp.where(unit > 0, unit, 1), stack), unit
-
-
-def length(stack: PyTree) -> int:
-    """k, the number of vectors."""
-    return jax.tree.leaves(stack)[0].shape[0]
-
-
-def rows(stack: PyTree, start: int, stop: int) -> PyTree:
-    """Vectors start..stop-1."""
-    return jax.tree.map(lambda x: x[start:stop], stack)
-
-
-def concatenate(stacks: list[PyTree]) -> PyTree:
-    """One stack after the other."""
-    return stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)
-
-
-@jax.jit
-def gram(a: PyTree, b: PyTree) -> jax.Array:
-    """Inner products a_i · b_j restricted to each leaf; shape (leaves, k, l). Their sum is A Bᵀ."""
-
-    def one(x, y):
-        axes = tuple(range(1, x.ndim))
-        dims = ((axes, axes), ((), ()))
-        return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
-
-    parts = [one(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
-    return jnp.stack([part.astype(_tree.scalar_dtype(a)) for part in parts])
-
-
-@jax.jit
-def row_dots(a: PyTree, b: PyTree) -> jax.Array:
-    """Inner products a_i · b_i restricted to each leaf; shape (leaves, k)."""
-
-    def one(x, y):
-        axes = tuple(range(1, x.ndim))
-        dims = ((axes, axes), ((0,), (0,)))
-        return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
-
-    parts = [one(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
-    return jnp.stack([part.astype(_tree.scalar_dtype(a)) for part in parts])
-
-
-@jax.jit
-def combine(coefficients: jax.Array, stack: PyTree) -> PyTree:
-    """Row i of the result is Σ_j c_ij v_j."""
-
-    def one(x):
-        return jnp.tensordot(coefficients.astype(x.dtype), x, axes=1, precision=lax.Precision.HIGHEST)
-
-    return jax.tree.map(one, stack)
-
-
-def subtract(a: PyTree, b: PyTree) -> PyTree:
-    """a - b."""
-    return jax.tree.map(jnp.subtract, a, b)
 
 
 @partial(jax.jit, static_argnames="batch")
@@ -181,18 +124,14 @@ def _span_derivative(primals, tangents):
     (stack, against, noise), (moved, against_moved, _) = primals, tangents
     basis = orthonormalize(stack, against, noise)
     if against is not None:
-        moved = subtract(moved, combine(_dots(stack, against), against_moved))
-        moved = subtract(moved, combine(_dots(moved, against), against))
-    moved = subtract(moved, combine(_dots(moved, basis), basis))
+        moved = subtract(moved, combine(inner(stack, against), against_moved))
+        moved = subtract(moved, combine(inner(moved, against), against))
+    moved = subtract(moved, combine(inner(moved, basis), basis))
     # What the basis was filled with where the stack is dependent does not move with it.
     factor = jnp.linalg.pinv(
-        _dots(stack, basis), rtol=length(stack) * jnp.finfo(_tree.scalar_dtype(stack)).eps
+        inner(stack, basis), rtol=length(stack) * jnp.finfo(_tree.scalar_dtype(stack)).eps
     )
     moved = combine(factor, moved)
     if against is not None:
-        moved = subtract(moved, combine(_dots(basis, against_moved), against))
+        moved = subtract(moved, combine(inner(basis, against_moved), against))
     return basis, moved
-
-
-def _dots(a: PyTree, b: PyTree) -> jax.Array:
-    return jnp.sum(gram(a, b), axis=0)

@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _tree
+from spectra import _stacks, _tree
 from spectra._errors import SpectraError
 from spectra._progress import Progress
 from spectra._status import Status
 from spectra.krylov import band_saver, missing, wanted
 from spectra.krylov.band import Band
 from spectra.krylov.layout import Layout
-from spectra.krylov.smallest import split
 from spectra.operators.base import LinearOperator
 from spectra.results import Eigenpairs
 from spectra.runs import saver as _saver
@@ -84,7 +83,7 @@ class EigenRun:
             1,
             time.monotonic(),
         )  # products between two looks at the clock, and the last one
-        given = [] if deflate is None else split(deflate.vectors, len(deflate.values))
+        given = [] if deflate is None else _stacks.split(deflate.vectors)
         known = len(given)
         self.capacity = limit + block_size + known
         self.band = Band(op, places[0], self.capacity, places[1])

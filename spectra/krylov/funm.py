@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _tree
+from spectra import _stacks, _tree
 from spectra._blas import one_thread
 from spectra._breakdown import breakdown_noise, invariant_length
 from spectra._errors import NonFiniteError, SpectraError
@@ -128,14 +128,11 @@ def funm(
         raise NonFiniteError("v is NaN or infinite somewhere.")
     run = outside_loops(op.prepare())
     known = _Range.of(run, bounds, key)
-    found = [
-        _one(run, named, name, jax.tree.map(lambda x, i=i: x[i], rows), steps, tol, known)
-        for i in range(jax.tree.leaves(rows)[0].shape[0])
-    ]
+    found = [_one(run, named, name, vector, steps, tol, known) for vector in _stacks.split(rows)]
     errors = np.array([one.error for one in found])
     worst = [Status.BUDGET_EXHAUSTED, Status.CONVERGED, Status.INVARIANT]
     return FunctionProduct(
-        value=back(jax.tree.map(lambda *x: jnp.stack(x), *[one.value for one in found])),
+        value=back(_stacks.stacked([one.value for one in found])),
         error_bound=errors if several else float(errors[0]),
         num_matvecs=known.products + sum(one.steps for one in found),
         num_steps=max(one.steps for one in found),
@@ -327,6 +324,4 @@ def _traced(op: LinearOperator, f: Callable[[Any], Any], v: PyTree, steps: int) 
     # Steps behind an exhausted space have zero rows: f there counts for nothing.
     values = jnp.where(vectors[0] != 0, f(theta), 0)
     coefficients = _tree.norm(v) * (vectors @ (values * vectors[0]))
-    return jax.tree.map(
-        lambda q: jnp.tensordot(coefficients.astype(q.dtype), q, 1, precision="highest"), found.basis
-    )
+    return _stacks.combine(coefficients, found.basis)

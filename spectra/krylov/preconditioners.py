@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _tree
+from spectra import _stacks, _tree
 from spectra._errors import SpectraError, StructureError
 from spectra.operators.base import LinearOperator, operator
 from spectra.operators.function import FunctionOperator
@@ -37,7 +37,7 @@ class SpectralPreconditioner(LinearOperator):
     def mv(self, v: PyTree) -> PyTree:
         """P v."""
         coefficients = jax.vmap(lambda u: _tree.vdot(u, v))(self.vectors)
-        return jax.tree.map(jnp.add, v, _combine(self.gains * coefficients, self.vectors))
+        return jax.tree.map(jnp.add, v, _stacks.combine(self.gains * coefficients, self.vectors))
 
 
 def as_preconditioner(
@@ -96,7 +96,7 @@ def nystrom(
     if traced:
         count = min(4 * LEAST, limit)
     while True:
-        have = 0 if omega is None else jax.tree.leaves(omega)[0].shape[0]
+        have = 0 if omega is None else _stacks.length(omega)
         fresh = _draw(key, op, have, count)
         omega, fresh = _extended(omega, fresh)
         images = _append(images, _products(op, fresh))
@@ -130,11 +130,11 @@ def _gains(sizes: jax.Array, edge: jax.Array) -> jax.Array:
 def _draw(key: jax.Array, op: LinearOperator, start: int, stop: int) -> PyTree:
     keys = [jax.random.fold_in(key, i) for i in range(start, stop)]
     rows = [_tree.sphere_sample(one, op.structure) for one in keys]
-    return jax.tree.map(lambda *x: jnp.stack(x), *rows)
+    return _stacks.stacked(rows)
 
 
 def _append(a: PyTree | None, b: PyTree) -> PyTree:
-    return b if a is None else jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)
+    return b if a is None else _stacks.concatenate([a, b])
 
 
 @jax.jit
@@ -142,47 +142,24 @@ def _extended(old: PyTree | None, new: PyTree) -> tuple[PyTree, PyTree]:
     """All columns, and the new ones, made orthonormal to each other and to the old ones."""
     for _ in range(2):
         if old is not None:
-            new = jax.tree.map(jnp.subtract, new, _combine(_gram(new, old), old))
+            new = _stacks.subtract(new, _stacks.combine(_stacks.inner(new, old), old))
         new = _orthonormal(new)
     return _append(old, new), new
 
 
 def _products(op: LinearOperator, stack: PyTree) -> PyTree:
-    count = jax.tree.leaves(stack)[0].shape[0]
-    parts = [
-        op.mv_batch(jax.tree.map(lambda x, i=i: x[i : i + BATCH], stack)) for i in range(0, count, BATCH)
-    ]
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    starts = range(0, _stacks.length(stack), BATCH)
+    return _stacks.concatenate([op.mv_batch(_stacks.rows(stack, i, i + BATCH)) for i in starts])
 
 
 def _core(op: LinearOperator, omega: PyTree, images: PyTree) -> tuple[float, bool]:
     """The smallest eigenvalue of the Nyström approximation, and whether ΩᵀHΩ is positive to the rounding."""
-    values = np.linalg.eigvalsh(np.asarray(_symmetric(_gram_jit(omega, images)), np.float64))
+    values = np.linalg.eigvalsh(np.asarray(_symmetric(_stacks.inner(omega, images)), np.float64))
     noise = 10 * op.precision * np.sqrt(len(values)) * float(np.abs(values).max())
     if values[0] < -noise:
         return 0.0, False
     found = np.asarray(_nystrom_pairs(omega, images)[1])
     return float(found.min()), True
-
-
-def _gram(a: PyTree, b: PyTree) -> jax.Array:
-    """a bᵀ for stacks of vectors, (rows of a, rows of b)."""
-
-    def one(x, y):
-        axes = tuple(range(1, x.ndim))
-        return lax.dot_general(x, y, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST)
-
-    dtype = _tree.scalar_dtype(a)
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return sum((one(x, y).astype(dtype) for x, y in pairs), jnp.zeros((), dtype))
-
-
-_gram_jit = jax.jit(_gram)
-
-
-def _combine(weights: jax.Array, stack: PyTree) -> PyTree:
-    """Σ w_i x_i of the rows of a stack, or new rows W X."""
-    return jax.tree.map(lambda x: jnp.tensordot(weights.astype(x.dtype), x, 1, precision="highest"), stack)
 
 
 def _symmetric(a: jax.Array) -> jax.Array:
@@ -195,11 +172,11 @@ def _orthonormal(stack: PyTree) -> PyTree:
     unit = _tree.power_of_two(_tree.largest(stack))
     stack = _tree.scale(1 / unit, stack)
     for _ in range(2):
-        values, vectors = jnp.linalg.eigh(_symmetric(_gram(stack, stack)))
+        values, vectors = jnp.linalg.eigh(_symmetric(_stacks.inner(stack, stack)))
         eps = jnp.finfo(values.dtype).eps
         kept = values > 10 * eps * len(values) * values[-1]
         inverse = jnp.where(kept, lax.rsqrt(jnp.where(kept, values, 1)), 0)
-        stack = _combine(inverse[:, None] * vectors.T, stack)
+        stack = _stacks.combine(inverse[:, None] * vectors.T, stack)
     return stack
 
 
@@ -208,32 +185,32 @@ def _nystrom_pairs(omega: PyTree, images: PyTree) -> tuple[PyTree, jax.Array]:
     """Eigenvectors and eigenvalues of Y (ΩᵀY)⁻¹ Yᵀ, by algorithm 2.1 of arXiv:2110.02820; zero where lost."""
     unit = _tree.power_of_two(_tree.largest(images))
     images = _tree.scale(1 / unit, images)
-    count = jax.tree.leaves(omega)[0].shape[0]
-    core = _symmetric(_gram(omega, images))
+    count = _stacks.length(omega)
+    core = _symmetric(_stacks.inner(omega, images))
     eps = jnp.finfo(core.dtype).eps
-    lift = 10 * eps * count**0.5 * jnp.sqrt(jnp.trace(_gram(images, images)))
+    lift = 10 * eps * count**0.5 * jnp.sqrt(jnp.trace(_stacks.inner(images, images)))
     lift = jnp.where(lift > 0, lift, 1)
     images = jax.tree.map(lambda y, o: y + (lift * o).astype(y.dtype), images, omega)
     values, vectors = jnp.linalg.eigh(core + lift * jnp.eye(count, dtype=core.dtype))
     roots = lax.rsqrt(jnp.maximum(values, lift / 2))[:, None] * vectors.T
-    half = _combine(roots, images)  # B = (ΩᵀY)^(-1/2) Y: B Bᵀ has the eigenvalues of the approximation
-    values, vectors = jnp.linalg.eigh(_symmetric(_gram(half, half)))
+    half = _stacks.combine(roots, images)  # B = (ΩᵀY)^(-1/2) Y: B Bᵀ has the eigenvalues of the approximation
+    values, vectors = jnp.linalg.eigh(_symmetric(_stacks.inner(half, half)))
     kept = values > 2 * lift
     inverse = jnp.where(kept, lax.rsqrt(jnp.where(kept, values, 1)), 0)
-    basis = _tidy(_combine(inverse[:, None] * vectors.T, half))
+    basis = _tidy(_stacks.combine(inverse[:, None] * vectors.T, half))
     return basis, jnp.where(kept, unit * (values - lift), 0)
 
 
 def _tidy(basis: PyTree) -> PyTree:
     """The nearest orthonormal rows: gains near -1 amplify what is not orthonormal."""
-    gram = _gram(basis, basis)
+    gram = _stacks.inner(basis, basis)
     eye = jnp.eye(len(gram), dtype=gram.dtype)
-    return _combine(1.5 * eye - 0.5 * _symmetric(gram), basis)
+    return _stacks.combine(1.5 * eye - 0.5 * _symmetric(gram), basis)
 
 
 @jax.jit
 def _ritz_pairs(basis: PyTree, images: PyTree) -> tuple[PyTree, jax.Array]:
-    values, vectors = jnp.linalg.eigh(_symmetric(_gram(basis, images)))
-    rotated = _combine(vectors.T, basis)
-    norms = jnp.diagonal(_gram(rotated, rotated))
+    values, vectors = jnp.linalg.eigh(_symmetric(_stacks.inner(basis, images)))
+    rotated = _stacks.combine(vectors.T, basis)
+    norms = jnp.diagonal(_stacks.inner(rotated, rotated))
     return rotated, jnp.where(norms > 0.5, values, 0)

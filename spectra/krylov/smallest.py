@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _tree
+from spectra import _stacks, _tree
 from spectra._blas import one_thread
 from spectra._errors import SpectraError
 from spectra._progress import Progress
@@ -61,7 +61,7 @@ def smallest_eigenpairs(
     """
     if dense.allowed(op, max_matvecs):
         return dense.dense_eigenpairs(op, k, "SM", tol, deflate)
-    known = [] if deflate is None else split(deflate.vectors, len(deflate.values))
+    known = [] if deflate is None else _stacks.split(deflate.vectors)
     width = min(k + max(5, k // 2), op.size - len(known))
     budget = 4000 * width if max_matvecs is None else max_matvecs
     if budget <= width:
@@ -79,14 +79,14 @@ def _filtered(op, k, key, tol, budget, known, width, places, run: "Rounds") -> E
         run.norm, run.products = _norm_bound(op, places, key, min(NORM_STEPS, op.size, budget - width))
         run.cut = 0.9 * run.norm
         keys = [jax.random.fold_in(key, i + 1) for i in range(width)]
-        run.block = _stacked([_tree.sphere_sample(each, op.structure) for each in keys])
+        run.block = _stacks.stacked([_tree.sphere_sample(each, op.structure) for each in keys])
         run.bar.update(run.products)
     norm, floor = run.norm, op.precision * np.sqrt(op.size) * run.norm
     while True:
         if run.degree:
             run.filter(op)
         band = Band(op, places[0], len(known) + width, places[1])
-        for i, vector in enumerate([*known, *split(run.block, width)]):
+        for i, vector in enumerate([*known, *_stacks.split(run.block)]):
             band.append(vector, locked=i < len(known))
         values, sizes, residuals, vectors = _rayleigh_ritz(op, band.vectors(width))
         products = run.products + width
@@ -120,15 +120,6 @@ def _filtered(op, k, key, tol, budget, known, width, places, run: "Rounds") -> E
     )
 
 
-def split(vectors: PyTree, count: int) -> list[PyTree]:
-    """A stack of vectors as a list."""
-    return [jax.tree.map(lambda x, i=i: x[i], vectors) for i in range(count)]
-
-
-def _stacked(vectors: list[PyTree]) -> PyTree:
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *vectors)
-
-
 def _norm_bound(op: LinearOperator, places: tuple[Layout, Any], key, steps: int) -> tuple[float, int]:
     """An upper bound on |H|: the largest |Ritz value| of a short run plus the norm of its residual."""
     band = Band(op, places[0], steps + 1, places[1])
@@ -141,10 +132,10 @@ def _norm_bound(op: LinearOperator, places: tuple[Layout, Any], key, steps: int)
 def _rayleigh_ritz(op: LinearOperator, basis: PyTree):
     """Ritz values in an orthonormal block, |H v|, |H v - θ v|, and the Ritz vectors, still stacked."""
     images = _products(op, basis)
-    square = np.asarray(_gram(basis, images), np.float64)
+    square = np.asarray(_stacks.inner(basis, images), np.float64)
     with one_thread():
         theta, turn = np.linalg.eigh((square + square.T) / 2)
-    vectors, images = _turn(basis, turn), _turn(images, turn)
+    vectors, images = (_stacks.combine(jnp.asarray(turn.T, op.dtype), x) for x in (basis, images))
     sizes, residuals = _sizes(vectors, images, jnp.asarray(theta, op.dtype))
     return theta, np.asarray(sizes, np.float64), np.asarray(residuals, np.float64), vectors
 
@@ -156,19 +147,6 @@ def _products(op: LinearOperator, block: PyTree) -> PyTree:
 @jax.jit
 def _products_jit(op, block):
     return op.mv_batch(block)
-
-
-@jax.jit
-def _gram(a: PyTree, b: PyTree) -> jax.Array:
-    return jax.vmap(lambda x: jax.vmap(lambda y: _tree.vdot(x, y))(b))(a)
-
-
-@jax.jit
-def _turn(block: PyTree, turn) -> PyTree:
-    def one(x):
-        return jnp.tensordot(jnp.asarray(turn, x.dtype).T, x, 1, precision=lax.Precision.HIGHEST)
-
-    return jax.tree.map(one, block)
 
 
 @jax.jit
@@ -220,7 +198,7 @@ class Rounds:
     def filter(self, op: LinearOperator) -> None:
         """T_degree of the map that sends [cut², norm²] to [-1, 1], on the block."""
         bounds = jnp.asarray([self.cut / self.norm, 1 / self.norm], op.dtype)
-        width = jax.tree.leaves(self.block)[0].shape[0]
+        width = _stacks.length(self.block)
         part, started = 1 if self.saver else self.degree, time.monotonic()
         while self.done < self.degree:
             stop = min(self.done + part, self.degree)

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from spectra import _tree
+from spectra import _stacks, _tree
 from spectra.operators.arithmetic import Wrapped
 from spectra.operators.base import LinearOperator, operator
 
@@ -16,11 +15,7 @@ PyTree = Any
 def project(vectors: PyTree, v: PyTree) -> PyTree:
     """(I - X Xᵀ) v for orthonormal rows X, stacked as leaves (r, *leaf.shape)."""
     coefficients = jax.vmap(lambda x: _tree.vdot(x, v))(vectors)
-
-    def one(x, leaf):
-        return leaf - jnp.tensordot(coefficients.astype(x.dtype), x, 1, precision="highest")
-
-    return jax.tree.map(one, vectors, v)
+    return _stacks.subtract(v, _stacks.combine(coefficients, vectors))
 
 
 @operator(leaves=("base", "vectors"))

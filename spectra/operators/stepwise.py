@@ -2,9 +2,7 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
+from spectra import _stacks
 from spectra.operators.arithmetic import Derived
 from spectra.operators.base import LinearOperator, operator, product
 from spectra.operators.diagnose import slow_in_loops
@@ -29,9 +27,7 @@ class StepwiseOperator(Derived):
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """Compiled products, one after the other."""
-        count = jax.tree.leaves(vectors)[0].shape[0]
-        found = [self.mv(jax.tree.map(lambda x, i=i: x[i], vectors)) for i in range(count)]
-        return jax.tree.map(lambda *rows: jnp.stack(rows), *found)
+        return _stacks.stacked([self.mv(v) for v in _stacks.split(vectors)])
 
 
 def outside_loops(op: LinearOperator) -> LinearOperator:

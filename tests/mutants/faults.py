@@ -129,7 +129,7 @@ KRYLOV = [
     ),
     fault(
         "Gram matrices in the default precision",
-        "estimators/blocks.py",
+        "_stacks.py",
         "((), ()))\n        return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)",
         "((), ()))\n        return lax.dot_general(x, y, dims)",
         "test_trace.py::test_matrix_products_inside_jit_are_in_full_precision",
@@ -367,6 +367,34 @@ DENSITY = [
         ".sum()) / 2 / np.log(2)",
         ".sum()) / 2",
         "test_blocks.py::test_distances_between_spectra",
+    ),
+    fault(
+        "a search for copies that goes on has forgotten its products",
+        "krylov/missing.py",
+        'saved | {"limits":',
+        'saved | {"rows": [], "limits":',
+        "test_resuming.py::test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits",
+    ),
+    fault(
+        "eigsh goes on with coefficients in the vectors' precision",
+        "krylov/band_saver.py",
+        'band.coefficients[:filled, :filled] = known["coefficients"]',
+        'band.coefficients[:filled, :filled] = known["columns"]',
+        "test_resuming.py::test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits",
+    ),
+    fault(
+        "a part of a computation is done twice",
+        "runs/journal.py",
+        "for start, stop in parts[fold.done :]:",
+        "for start, stop in parts[max(fold.done - 1, 0) :]:",
+        "test_resuming.py::test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits",
+    ),
+    fault(
+        "numbers of an operator's own are arrays",
+        "operators/pytree.py",
+        "return _tree.Static(leaf) if is_static else leaf",
+        "return leaf",
+        "test_own.py::test_an_operator_of_any_kind_works_under_jit_and_in_algorithms",
     ),
     fault(
         "a checkpoint does not look at the key",
