@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from spectra import _tree
 from spectra._errors import SpectraError
@@ -110,7 +111,7 @@ class LanczosIteration:
         return _vector(self._layout, state)
 
     def absorb(self, state: Steps, product: PyTree) -> Steps:
-        """The state behind the next step, given H q_i. Steps beyond `num_steps` are no part of the result."""
+        """The state behind the next step, given H q_i. Nothing changes beyond `num_steps`."""
         _tree.check_structure(product, self._layout.structure, "the product")
         return _absorb(self._layout, state, product)
 
@@ -130,10 +131,9 @@ class LanczosIteration:
         """
         found, traced = state.lanczos, _tree.is_traced(state)
         if not traced:
-            done = min(int(state.done), self.num_steps)
-            if not done:
+            if not int(state.done):
                 raise SpectraError("no step was taken: call step, or absorb, before finish.")
-            check(op, found, done, self._layout.row_precision)
+            check(op, found, int(state.done), self._layout.row_precision)
         result = finished(found, self._layout, _status(state, traced))
         # Behind the last step there is a residual, and no row of T.
         within = jnp.arange(self.num_steps - 1) < result.length - 1
@@ -158,10 +158,11 @@ def _vector(layout: Layout, state: Steps) -> PyTree:
 
 @partial(jax.jit, static_argnames="layout")
 def _absorb(layout: Layout, state: Steps, product: PyTree) -> Steps:
-    found = state.lanczos
-    room = state.done < found.alpha.shape[0]
-    found = dataclasses.replace(found, alive=found.alive & room)
-    return Steps(absorb(state.done, layout.pack(product), found), state.done + 1)
+    def one(state, w):
+        return Steps(absorb(state.done, w, state.lanczos), state.done + 1)
+
+    room = state.done < state.alpha.shape[0]
+    return lax.cond(room, one, lambda state, _: state, state, layout.pack(product))
 
 
 @partial(jax.jit, static_argnames="layout")
