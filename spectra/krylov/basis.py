@@ -31,10 +31,10 @@ SEGMENT = 8
 a TPU tile."""
 MAX_SEGMENTS = 16
 """Every segment is code to compile; beyond 128 vectors segments grow instead (3 % of the rows in vain)."""
-AT_ONCE = {"tpu": 4}
+AT_ONCE = {"tpu": 4, "cuda": 4, "rocm": 4}
 """Segments in one sweep, by platform; one elsewhere. The vector is read and written once a sweep: four move
-fewer bytes on a TPU (benchmarks/results/tpu.md); on a CPU more rows at once are slower (15.9, 17.6 and
-18.6 ms a step for one, two and four segments at n = 1e6)."""
+fewer bytes and take fewer conditionals on a TPU and a GPU (benchmarks/results/tpu.md, gpu.md); on a CPU more
+rows at once are slower (15.9, 17.6 and 18.6 ms a step for one, two and four segments at n = 1e6)."""
 
 
 def vdot(a: Panels, b: Panels) -> jax.Array:
@@ -111,10 +111,18 @@ def zeros(layout: Layout, num_rows: int) -> Basis:
 
 
 def put(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
-    """The basis with `vector` in `row`; touches the segment concerned, in place where donated.
+    """The basis with `vector` in `row`, in place where donated: that row alone is written, nothing is copied.
 
-    One conditional a segment: a `lax.switch` over all copies the basis on a CPU.
+    By platform, since no one form is right on all. `put_by_branch` copies segments in a program for a GPU,
+    which `put_by_scatter` does not; for a CPU and a TPU XLA makes a scatter a loop over the blocks, and what it
+    makes of a row that is read, chosen and written back doubles the memory of a TPU.
     """
+    gpus = dict.fromkeys(("cuda", "rocm"), put_by_scatter)
+    return lax.platform_dependent(basis, row, vector, default=put_by_branch, **gpus)
+
+
+def put_by_branch(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
+    """`put` with one conditional a segment: a `lax.switch` over all copies the basis on a CPU."""
     size = basis[0][0].shape[1]
 
     def write(segment):
@@ -128,18 +136,38 @@ def put(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
     )
 
 
+def put_by_scatter(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
+    """`put` with one kernel a segment, which ends at once where the row is not the segment's.
+
+    Each block has an index of its own, all of them equal: a scatter with one index is made a row that is
+    read, chosen and written back, for every segment.
+    """
+    size = basis[0][0].shape[1]
+
+    def write(rows, x, index):
+        return rows.at[index].set(x, mode="drop", unique_indices=True, wrap_negative_indices=False)
+
+    def one(i, rows, x):
+        index = jnp.where(row // size == i, row % size, size)  # behind the last row: dropped
+        return jax.vmap(write)(rows, x.astype(rows.dtype), jnp.full(len(rows), index))
+
+    return tuple(
+        [one(i, rows, x) for rows, x in zip(segment, vector, strict=True)] for i, segment in enumerate(basis)
+    )
+
+
 def take(basis: Basis, row: jax.Array) -> Panels:
     """A copy of the vector in `row`; zero where there is no such row. Reads that row only."""
     size = basis[0][0].shape[1]
 
-    def read(segment):
-        return [lax.dynamic_index_in_dim(rows, row % size, 1, keepdims=False) for rows in segment]
+    def read(i, basis):
+        return [lax.dynamic_index_in_dim(rows, row % size, 1, keepdims=False) for rows in basis[i]]
 
-    def skip(segment):
-        return [jnp.zeros_like(rows[:, 0]) for rows in segment]
+    def nothing(basis):
+        return [jnp.zeros_like(rows[:, 0]) for rows in basis[0]]
 
-    parts = [lax.cond(row // size == i, read, skip, segment) for i, segment in enumerate(basis)]
-    return [functools.reduce(jnp.add, panels) for panels in zip(*parts, strict=True)]
+    branches = [*(functools.partial(read, i) for i in range(len(basis))), nothing]
+    return lax.switch(jnp.where(row < 0, len(basis), row // size), branches, basis)
 
 
 def combine(basis: Basis, weights: jax.Array, layout: Layout) -> Basis:
