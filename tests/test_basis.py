@@ -96,3 +96,16 @@ def test_a_row_is_written_and_read_and_no_other(form, packed):
     for i, whole in enumerate(expected):
         got = np.concatenate([np.moveaxis(np.asarray(segment[i]), 1, 0) for segment in rows])
         np.testing.assert_array_equal(got, whole)
+
+
+@pytest.mark.parametrize("portion", [1, 2, 5])
+def test_rows_are_combined_in_portions_of_any_size(portion):
+    """Five blocks in portions that divide their number or do not."""
+    rng = np.random.default_rng(1)
+    q, weights = rng.normal(size=(5, 16, 2, 128)), rng.normal(size=(16, 16))
+    parts = [jnp.asarray(q[:, i : i + 8], jnp.float32) for i in (0, 8)]
+    new = jax.jit(functools.partial(basis._combine, portion))(parts, jnp.asarray(weights, jnp.float32))
+    got, expected = np.concatenate(new, axis=1), np.einsum("rs,brxy->bsxy", weights, q)
+    # Sums of 16 products, each factor and each term rounded.
+    bound = (16 + 2) * np.finfo(np.float32).eps * np.einsum("rs,brxy->bsxy", np.abs(weights), np.abs(q))
+    assert np.all(np.abs(got - expected) <= bound)

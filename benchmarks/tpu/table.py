@@ -1,7 +1,7 @@
 """The table of what was compiled, from the figures in `results/tpu.json`."""
 
 from benchmarks.tpu.chips import CHIPS
-from benchmarks.tpu.programs import REPEATS
+from benchmarks.aot.programs import REPEATS
 
 REPEATED = {"products": "product in a loop", "linearized": "linearised product in a loop"}
 
@@ -57,7 +57,7 @@ model nor the recurrence.
 """
 FORMS = """\
 The same transformer with 8 layers of width 512, JAX's default precision in the model: what is compared is
-who says where weights are gathered (see `benchmarks/tpu/model.py`), and `jvp` of the gradient with its
+who says where weights are gathered (see `benchmarks/aot/model.py`), and `jvp` of the gradient with its
 linearisation. "In a loop" is one of ten products, so that what the compiler takes out of the loop counts a
 tenth; "linearised" saves what the products share before the loop.
 

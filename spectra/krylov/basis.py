@@ -31,6 +31,8 @@ SEGMENT = 8
 a TPU tile."""
 MAX_SEGMENTS = 16
 """Every segment is code to compile; beyond 128 vectors segments grow instead (3 % of the rows in vain)."""
+PORTIONS = 64
+"""In which rows are combined: enough that two of them are little memory beside the basis, and few kernels."""
 AT_ONCE = {"tpu": 4, "cuda": 4, "rocm": 4}
 """Segments in one sweep, by platform; one elsewhere. The vector is read and written once a sweep: four move
 fewer bytes and take fewer conditionals on a TPU and a GPU (benchmarks/results/tpu.md, gpu.md); on a CPU more
@@ -173,29 +175,17 @@ def take(basis: Basis, row: jax.Array) -> Panels:
 def combine(basis: Basis, weights: jax.Array, layout: Layout) -> Basis:
     """New rows Wᵀ Q for square `weights` (rows, rows), in place where the basis is donated.
 
-    Packed panels go block by block, so that the extra memory is one block of all rows; nothing moves
-    between devices.
+    Packed panels go a few blocks at a time: one on a CPU, whose cache holds them, and elsewhere about
+    `PORTIONS` portions, each a matrix product. The extra memory is two portions; nothing moves between devices.
     """
-    size = basis[0][0].shape[1]
-
-    def mix(rows, weights):
-        spec = "rs,br...->bs..."
-        return jnp.einsum(spec, weights.astype(rows.dtype), rows, precision=lax.Precision.HIGHEST)
-
-    def split(rows):
-        return [rows[:, i : i + size] for i in range(0, rows.shape[1], size)]
 
     def one(arguments):
         parts, weights = arguments
-        if len(parts[0]) == 1 or not layout.packed:
-            return split(mix(jnp.concatenate(parts, axis=1), weights))
-
-        def block(b, parts):
-            rows = jnp.concatenate([lax.dynamic_slice_in_dim(part, b, 1) for part in parts], axis=1)
-            pairs = zip(parts, split(mix(rows, weights)), strict=True)
-            return [lax.dynamic_update_slice_in_dim(part, new, b, 0) for part, new in pairs]
-
-        return lax.fori_loop(0, len(parts[0]), block, list(parts))
+        blocks = len(parts[0])
+        if blocks == 1 or not layout.packed:
+            return _combine(blocks, parts, weights)
+        portions = functools.partial(_combine, max(1, blocks // PORTIONS))
+        return lax.platform_dependent(parts, weights, cpu=functools.partial(_combine, 1), default=portions)
 
     panels = [list(parts) for parts in zip(*basis, strict=True)]
     columns = [
@@ -203,6 +193,28 @@ def combine(basis: Basis, weights: jax.Array, layout: Layout) -> Basis:
         for parts, spec in zip(panels, layout.panel_specs, strict=True)
     ]
     return tuple(list(segment) for segment in zip(*columns, strict=True))
+
+
+def _combine(portion: int, parts: Panels, weights: jax.Array) -> Panels:
+    """`combine` for the segments of one panel, so many blocks at a time."""
+    size, blocks = parts[0].shape[1], len(parts[0])
+
+    def mixed(parts):
+        rows = jnp.concatenate(parts, axis=1)
+        spec = "rs,br...->bs..."
+        new = jnp.einsum(spec, weights.astype(rows.dtype), rows, precision=lax.Precision.HIGHEST)
+        return [new[:, i : i + size] for i in range(0, new.shape[1], size)]
+
+    def replaced(count, start, parts):
+        new = mixed([lax.dynamic_slice_in_dim(part, start, count) for part in parts])
+        pairs = zip(parts, new, strict=True)
+        return [lax.dynamic_update_slice_in_dim(part, rows, start, 0) for part, rows in pairs]
+
+    if portion == blocks:
+        return mixed(parts)
+    trips, rest = divmod(blocks, portion)
+    parts = lax.fori_loop(0, trips, lambda i, parts: replaced(portion, i * portion, parts), list(parts))
+    return replaced(rest, trips * portion, parts) if rest else parts
 
 
 def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Array, jax.Array]:
