@@ -76,7 +76,7 @@ def test_sweeps_over_several_segments(at_once, filled, packed, x64, monkeypatch)
 @pytest.mark.parametrize("form", [basis.put_by_branch, basis.put_by_scatter])
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_row_is_written_and_read_and_no_other(form, packed):
-    """Either form of `put`, on any platform, leaves what NumPy's assignment does; so does a row that there is not."""
+    """Either form of `put` leaves what NumPy's assignment does, also for a row that there is not."""
     like = {"a": jnp.zeros((70, 150)), "b": jnp.zeros(40)}  # two blocks where packed
     layout = Layout.of(like) if packed else Layout.leafwise(like)
     write, read = jax.jit(form), jax.jit(basis.take)

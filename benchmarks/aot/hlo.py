@@ -132,7 +132,7 @@ class Program:
         return self._total(_body(self._loop()), chosen).hbm
 
     def copies(self, shapes: set[tuple[int, ...]]) -> int:
-        """Instructions that copy an array of one of these shapes as a whole: of segments, copies of a basis."""
+        """Instructions that copy an array of one of these shapes; of segments: copies of a basis."""
         return sum(
             i.op in ("copy", "copy-start") and any(dims in shapes for dims in _dims(i.shape))
             for i in self.instructions()
@@ -266,7 +266,7 @@ class Program:
 
 
 def _uses(name: str, inner: list[Instruction]) -> tuple[set[str], list[Instruction]]:
-    """The names under which a parameter of a fusion goes, in other shapes, and the instructions that use it."""
+    """The names of a parameter of a fusion, in whatever shape, and the instructions that use it."""
     names = {name}
     for x in inner:
         if x.op == "bitcast" and x.operands[0] in names:

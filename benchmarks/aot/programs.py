@@ -56,7 +56,7 @@ class Setting:
 
     @property
     def like(self):
-        """Shapes of a vector: of a network, a transformer, or replicated parameters of so many numbers a device."""
+        """Shapes of a vector: of a network, or replicated parameters of so many numbers a device."""
         case = self.case
         if case.program == "attention":
             return self.whole([jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)] * 3)
@@ -214,27 +214,33 @@ def figures(
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}  # none of a GPU
     layout = setting.layout
     count, rows = _basis.segments(case.steps)
-    return dataclasses.asdict(case) | {
-        "chips": mesh.size,
-        "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(setting.like)),
-        "numbers_a_chip": layout.device_bytes() // 4,
-        "rows": count * rows,
-        "trace_s": round(traced, 1),
-        "compile_s": round(seconds, 1),
-        "compile_cpu_s": round(cpu, 1),
-        "memory": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
-        "temporary": memory.temp_size_in_bytes,
-        "hbm": traffic.hbm,
-        "hbm_recurrence": program.recurrence() if case.program == "step" else None,
-        "bytes_accessed": cost.get("bytes accessed"),
-        "flops": cost.get("flops"),
-        "copies": program.copies(segment_shapes(setting)),
-        "collectives": {k: [traffic.count[k], traffic.bytes[k], traffic.largest[k]] for k in traffic.count},
-        "precisions": dict(program.precisions()),
-    } | found
+    return (
+        dataclasses.asdict(case)
+        | {
+            "chips": mesh.size,
+            "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(setting.like)),
+            "numbers_a_chip": layout.device_bytes() // 4,
+            "rows": count * rows,
+            "trace_s": round(traced, 1),
+            "compile_s": round(seconds, 1),
+            "compile_cpu_s": round(cpu, 1),
+            "memory": memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes,
+            "temporary": memory.temp_size_in_bytes,
+            "hbm": traffic.hbm,
+            "hbm_recurrence": program.recurrence() if case.program == "step" else None,
+            "bytes_accessed": cost.get("bytes accessed"),
+            "flops": cost.get("flops"),
+            "copies": program.copies(segment_shapes(setting)),
+            "collectives": {
+                k: [traffic.count[k], traffic.bytes[k], traffic.largest[k]] for k in traffic.count
+            },
+            "precisions": dict(program.precisions()),
+        }
+        | found
+    )
 
 
 def segment_shapes(setting: Setting) -> set[tuple[int, ...]]:

@@ -30,7 +30,7 @@ def on_host(text: str) -> dict[str, int]:
 def instructions(ptx: str) -> dict[str, int]:
     """Instructions of tensor cores by the types that they multiply, and float64 arithmetic."""
     found = collections.Counter(types(name) for name in _TENSOR_CORE.findall(ptx))
-    found["f64"] = len(_DOUBLE.findall(ptx))
+    found["f64"] += len(_DOUBLE.findall(ptx))
     return {kind: count for kind, count in found.items() if count}
 
 

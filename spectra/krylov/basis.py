@@ -14,6 +14,7 @@ On a mesh the first axis is split, so all of this is local: one sum over blocks,
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -116,8 +117,8 @@ def put(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
     """The basis with `vector` in `row`, in place where donated: that row alone is written, nothing is copied.
 
     By platform, since no one form is right on all. `put_by_branch` copies segments in a program for a GPU,
-    which `put_by_scatter` does not; for a CPU and a TPU XLA makes a scatter a loop over the blocks, and what it
-    makes of a row that is read, chosen and written back doubles the memory of a TPU.
+    which `put_by_scatter` does not; a scatter is a loop over the blocks on a CPU and a TPU, and a row that is
+    read, chosen and written back, which is in place on a GPU and a CPU, doubles the memory of a TPU.
     """
     gpus = dict.fromkeys(("cuda", "rocm"), put_by_scatter)
     return lax.platform_dependent(basis, row, vector, default=put_by_branch, **gpus)
@@ -176,7 +177,8 @@ def combine(basis: Basis, weights: jax.Array, layout: Layout) -> Basis:
     """New rows Wᵀ Q for square `weights` (rows, rows), in place where the basis is donated.
 
     Packed panels go a few blocks at a time: one on a CPU, whose cache holds them, and elsewhere about
-    `PORTIONS` portions, each a matrix product. The extra memory is two portions; nothing moves between devices.
+    `PORTIONS` portions, each a matrix product. The extra memory is two portions; nothing moves between
+    devices.
     """
 
     def one(arguments):
@@ -264,12 +266,14 @@ def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.
 
 
 def _groups(basis: Basis, filled: jax.Array | int, at_once: int):
-    """Slices of `at_once` segments; and for each `switch(fn, ...)`, which is fn(count, ...) where the first
-    `count` of them hold one of the first `filled` rows."""
+    """Slices of about `at_once` segments; and for each `switch(fn, ...)`, which is fn(count, ...) where the
+    first `count` of them hold one of the first `filled` rows. The slices differ by one at most: no sweep is
+    for one segment that is left over."""
     segments_filled = -(-filled // basis[0][0].shape[1])
-    for start in range(0, len(basis), at_once):
-        group = slice(start, start + at_once)
-        size = len(basis[group])
+    groups = max(1, round(len(basis) / at_once))
+    starts = [-(-i * len(basis) // groups) for i in range(groups + 1)]
+    for start, end in itertools.pairwise(starts):
+        group, size = slice(start, end), end - start
 
         def switch(fn, *arguments, start=start, size=size):
             branches = [functools.partial(fn, count) for count in range(size + 1)]
