@@ -1,6 +1,6 @@
 """Compile for NVIDIA GPUs that need not be there, and write the page: `python -m benchmarks.gpu`.
 
-Needs `pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt`, in the version of jax, and JAX_PLATFORMS=cpu.
+Needs `pip install '.[gpu-aot]'`, which is not CUDA, and JAX_PLATFORMS=cpu.
 """
 
 from pathlib import Path

@@ -9,10 +9,9 @@ INTRODUCTION = """\
 # Lanczos on NVIDIA GPUs, as the compiler sees it
 
 Programs of the package, compiled ahead of time by the CUDA compiler of jax 0.10.2 for cards that were not
-there (`pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt`, then `JAX_PLATFORMS=cpu python -m
-benchmarks.gpu`). Nothing was run: everything is read from the compiled program, and XLA, which on a card
-tries several kernels for a matrix product and keeps the fastest, took its first choice. {cards}. "h100:8" are eight
-in one machine.
+there (`pip install 'spectra-jax[gpu-aot]'`, `JAX_PLATFORMS=cpu python -m benchmarks.gpu`). Nothing was run:
+everything is read from the compiled program, and XLA, which on a card tries several kernels for a matrix
+product and keeps the fastest, took its first choice. {cards}. "h100:8" are eight in one machine.
 
 * **Memory**: arguments, results and temporaries of one card.
 * **Kernels**: operations that the card starts, copies and collectives among them; of a conditional, its most
@@ -36,8 +35,8 @@ bytes.
 """
 REST = """\
 `chain` is one step of `eigsh` with 88 rows of a basis, `restart` what combines them all into new ones,
-`solve` one product of conjugate gradients, `attention` a Hessian product through causal `spectra.attention` of
-8192 positions, four heads of 16. The floor of a restart is one read and one write of the basis.
+`solve` one product of conjugate gradients, `attention` a Hessian product through causal `spectra.attention`
+of 8192 positions, four heads of 16. The floor of a restart is one read and one write of the basis.
 """
 
 

@@ -14,7 +14,6 @@ On a mesh the first axis is split, so all of this is local: one sum over blocks,
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +33,11 @@ MAX_SEGMENTS = 16
 """Every segment is code to compile; beyond 128 vectors segments grow instead (3 % of the rows in vain)."""
 PORTIONS = 64
 """In which rows are combined: enough that two of them are little memory beside the basis, and few kernels."""
-AT_ONCE = {"tpu": 4, "cuda": 4, "rocm": 4}
+AT_ONCE = {"tpu": 4, "cuda": 5, "rocm": 5}
 """Segments in one sweep, by platform; one elsewhere. The vector is read and written once a sweep: four move
-fewer bytes and take fewer conditionals on a TPU and a GPU (benchmarks/results/tpu.md, gpu.md); on a CPU more
-rows at once are slower (15.9, 17.6 and 18.6 ms a step for one, two and four segments at n = 1e6)."""
+fewer bytes on a TPU, which copies segments where five are read at once; on a GPU five, three sweeps for 104
+rows, also take fewer conditionals (benchmarks/results/tpu.md, gpu.md). On a CPU more rows at once are slower
+(15.9, 17.6 and 18.6 ms a step for one, two and four segments at n = 1e6)."""
 
 
 def vdot(a: Panels, b: Panels) -> jax.Array:
@@ -266,14 +266,12 @@ def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.
 
 
 def _groups(basis: Basis, filled: jax.Array | int, at_once: int):
-    """Slices of about `at_once` segments; and for each `switch(fn, ...)`, which is fn(count, ...) where the
-    first `count` of them hold one of the first `filled` rows. The slices differ by one at most: no sweep is
-    for one segment that is left over."""
+    """Slices of `at_once` segments; and for each `switch(fn, ...)`, which is fn(count, ...) where the first
+    `count` of them hold one of the first `filled` rows."""
     segments_filled = -(-filled // basis[0][0].shape[1])
-    groups = max(1, round(len(basis) / at_once))
-    starts = [-(-i * len(basis) // groups) for i in range(groups + 1)]
-    for start, end in itertools.pairwise(starts):
-        group, size = slice(start, end), end - start
+    for start in range(0, len(basis), at_once):
+        group = slice(start, start + at_once)
+        size = len(basis[group])
 
         def switch(fn, *arguments, start=start, size=size):
             branches = [functools.partial(fn, count) for count in range(size + 1)]
