@@ -158,7 +158,7 @@ def layer(x, weights):  # the body of lax.scan; the transpose of a gather is a r
 
 `spectra.HessianOperator(loss_fn, params, tokens)` then compiles to one gather of each layer's weights and one
 of the vector's in either sweep, twice the gradient's own, and to the gradient's own reductions.
-`benchmarks/tpu/model.py` is a complete example. Sharding constraints on the same model compile to the same
+`benchmarks/aot/model.py` is a complete example. Sharding constraints on the same model compile to the same
 collectives, with somewhat more time and memory; left to the partitioner alone, its gradient already gathers
 five times the bytes, with all-to-alls beside. Most of the time of compiling goes into float32 matrix
 products: one of 1024 x 2048 x 8192 takes the compiler 7.7 s of CPU time, 1.7 s with

@@ -71,3 +71,41 @@ def test_sweeps_over_several_segments(at_once, filled, packed, x64, monkeypatch)
     np.testing.assert_allclose(total[:filled], q[:filled] @ v, rtol=0, atol=tol)
     assert not np.any(first[filled:])
     assert bool(repeated) == (np.linalg.norm(q[:filled] @ v) > REPEAT * np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("form", [basis.put_by_branch, basis.put_by_scatter])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_row_is_written_and_read_and_no_other(form, packed):
+    """Either form of `put` leaves what NumPy's assignment does, also for a row that there is not."""
+    like = {"a": jnp.zeros((70, 150)), "b": jnp.zeros(40)}  # two blocks where packed
+    layout = Layout.of(like) if packed else Layout.leafwise(like)
+    write, read = jax.jit(form), jax.jit(basis.take)
+    rows = basis.zeros(layout, 20)
+    expected = [np.zeros((24, *p.shape), np.float32) for p in layout.panels]
+    rng = np.random.default_rng(0)
+    for row in (0, 7, 8, 23, 24, 7, 16):  # the first and last of a segment, one of no segment, one again
+        vector = [rng.normal(size=p.shape).astype(np.float32) for p in layout.panels]
+        rows = write(rows, row, vector)
+        if row < 24:
+            for whole, x in zip(expected, vector, strict=True):
+                whole[row] = x
+        for row in (-1, *range(0, 25, 4), 7, 23):
+            there = 0 <= row < 24
+            for got, whole in zip(read(rows, row), expected, strict=True):
+                np.testing.assert_array_equal(got, whole[row] if there else 0 * whole[0])
+    for i, whole in enumerate(expected):
+        got = np.concatenate([np.moveaxis(np.asarray(segment[i]), 1, 0) for segment in rows])
+        np.testing.assert_array_equal(got, whole)
+
+
+@pytest.mark.parametrize("portion", [1, 2, 5])
+def test_rows_are_combined_in_portions_of_any_size(portion):
+    """Five blocks in portions that divide their number or do not."""
+    rng = np.random.default_rng(1)
+    q, weights = rng.normal(size=(5, 16, 2, 128)), rng.normal(size=(16, 16))
+    parts = [jnp.asarray(q[:, i : i + 8], jnp.float32) for i in (0, 8)]
+    new = jax.jit(functools.partial(basis._combine, portion))(parts, jnp.asarray(weights, jnp.float32))
+    got, expected = np.concatenate(new, axis=1), np.einsum("rs,brxy->bsxy", weights, q)
+    # Sums of 16 products, each factor and each term rounded.
+    bound = (16 + 2) * np.finfo(np.float32).eps * np.einsum("rs,brxy->bsxy", np.abs(weights), np.abs(q))
+    assert np.all(np.abs(got - expected) <= bound)

@@ -1,7 +1,7 @@
 """What is compiled for a mesh: which collectives a Lanczos step has, and in what precision it multiplies.
 
-The programs are lowered for 8 simulated devices and for CUDA, and, with libtpu, compiled for a TPU
-topology; nothing of them is run.
+The programs are lowered for 8 simulated devices and for CUDA; with libtpu they are compiled for a TPU
+topology, with the packages of CUDA for GPUs. Nothing of them is run.
 """
 
 import importlib.util
@@ -139,16 +139,10 @@ def test_a_step_lowers_for_cuda_in_full_precision(lowered, case):
     assert not cuda["lower"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp", "spread"])
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu-aot]'"
-)
-def test_the_tpu_compiler_keeps_to_the_floor_of_bytes(layout):
-    case = {"program": "orthogonalize", "topology": "v5e:8x8", "layout": layout}
-    case["size"] = "1e9" if layout == "fsdp" else "5e6"
+def compiled_for(hardware, **case):
+    """The figures of a case of `benchmarks.tpu` or `benchmarks.gpu`, compiled in a process of its own."""
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.tpu", "--one", json.dumps(case)],
+        [sys.executable, "-m", f"benchmarks.{hardware}", "--one", json.dumps(case)],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -156,10 +150,76 @@ def test_the_tpu_compiler_keeps_to_the_floor_of_bytes(layout):
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    figures = json.loads(run.stdout.splitlines()[-1])
-    floor = 2 * 2 * 4 * figures["rows"] * figures["numbers_a_chip"]  # two passes, two reads, 4 bytes
-    assert figures["hbm"] <= 1.3 * floor
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def has(package):
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # its parent
+        return False
+
+
+needs_cuda = pytest.mark.skipif(
+    not has("jax_plugins.xla_cuda13"), reason="needs the compiler of GPUs: pip install '.[gpu-aot]'"
+)
+needs_libtpu = pytest.mark.skipif(not has("libtpu"), reason="needs libtpu: pip install '.[tpu-aot]'")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "spread"])
+@needs_libtpu
+def test_the_tpu_compiler_keeps_to_the_floor_of_bytes(layout):
+    size = "1e9" if layout == "fsdp" else "5e6"
+    figures = compiled_for("tpu", program="orthogonalize", topology="v5e:8x8", layout=layout, size=size)
+    assert figures["hbm"] <= 1.1 * floor(figures)
     assert figures["memory"] <= 16 * 2**30
     # Coefficients and square of two passes, and the last norm: 2 (104 + 1) + 1 numbers.
     assert figures["collectives"] == {"all-reduce": [3, 4 * (2 * (figures["rows"] + 1) + 1), 420]}
     assert set(figures["precisions"]) <= {"highest"}
+
+
+@needs_cuda
+def test_a_step_on_a_gpu_copies_no_basis_and_asks_no_host():
+    """Three segments; their conditionals all lie in a command buffer, and so do the model's."""
+    figures = compiled_for("gpu", program="step", topology="h100:1", size="mlp", steps=20)
+    assert figures["copies"] == 0
+    assert "kConditional" not in figures["on_host"]
+    assert figures["on_host"]["kWhile"] == 1  # the loop over steps, of which the host knows no number
+    # The unit, one sweep of `dots` and of `subtract`; the second pass, and both of its own.
+    assert figures["conditionals"] == 6
+    assert figures["precisions"].keys() == {"highest"}
+    assert figures["instructions"] == {}  # neither tensor cores, whose float32 is tf32, nor float64
+
+
+@pytest.mark.slow
+@needs_cuda
+@pytest.mark.parametrize("topology", ["h100:8", "rtx4090:8"])
+def test_orthogonalisation_on_gpus_keeps_to_the_floor_of_bytes(topology):
+    figures = compiled_for("gpu", program="orthogonalize", topology=topology, layout="spread", size="5e6")
+    assert figures["hbm"] <= 1.1 * floor(figures)
+    assert figures["copies"] == 0
+    assert figures["collectives"] == {"all-reduce": [3, 4 * (2 * (figures["rows"] + 1) + 1), 420]}
+
+
+@pytest.mark.slow
+@needs_cuda
+def test_a_step_on_eight_gpus_gathers_twice_what_the_gradient_does():
+    case = {"topology": "h100:8", "size": "small"}
+    step, gradient = (compiled_for("gpu", program=p, **case) for p in ("step", "gradient"))
+    assert step["hbm_recurrence"] <= 1.1 * floor(step)
+    assert step["copies"] == 0
+    assert step["collectives"]["all-gather"][1] <= 2 * gradient["collectives"]["all-gather"][1]
+    assert step["collectives"]["all-gather"][2] <= gradient["collectives"]["all-gather"][2]
+
+
+@needs_cuda
+def test_what_is_asked_of_tensor_cores_is_seen():
+    """The same reader finds tf32 where JAX's own precision is asked for."""
+    figures = compiled_for("gpu", program="product", topology="h100:1", size="mlp", precision="default")
+    assert figures["instructions"].keys() == {"tf32"}
+
+
+def floor(figures):
+    """Bytes of two passes: two reads each of all rows, 4 bytes a number."""
+    return 2 * 2 * 4 * figures["rows"] * figures["numbers_a_chip"]

@@ -1,7 +1,8 @@
 """The table of what was compiled, from the figures in `results/tpu.json`."""
 
+from benchmarks.aot import text
+from benchmarks.aot.programs import REPEATS
 from benchmarks.tpu.chips import CHIPS
-from benchmarks.tpu.programs import REPEATS
 
 REPEATED = {"products": "product in a loop", "linearized": "linearised product in a loop"}
 
@@ -57,7 +58,7 @@ model nor the recurrence.
 """
 FORMS = """\
 The same transformer with 8 layers of width 512, JAX's default precision in the model: what is compared is
-who says where weights are gathered (see `benchmarks/tpu/model.py`), and `jvp` of the gradient with its
+who says where weights are gathered (see `benchmarks/aot/model.py`), and `jvp` of the gradient with its
 linearisation. "In a loop" is one of ten products, so that what the compiler takes out of the loop counts a
 tenth; "linearised" saves what the products share before the loop.
 
@@ -78,12 +79,12 @@ def orthogonalisation(rows: list[dict]) -> list[str]:
     for r in rows:
         start = f"| {r['topology']} | {r.get('parameters', 998_396_928):,} | {r['layout']} |"
         if "failed" in r:
-            lines.append(f"{start} | | | | | {short(r['failed'])} |")
+            lines.append(f"{start} | | | | | {text.short(r['failed'])} |")
             continue
-        floor = 16 * r["rows"] * r["numbers_a_chip"]
+        floor = text.floor(r)
         lines.append(
-            f"{start} {r['numbers_a_chip']:,} | {seconds(r)} | {memory(r)} | {r['hbm'] / floor:.2f} "
-            f"| {r['bytes_accessed'] / floor:.2f} | {collectives(r)} |"
+            f"{start} {r['numbers_a_chip']:,} | {text.seconds(r)} | {text.memory(r, CHIPS)} "
+            f"| {r['hbm'] / floor:.2f} | {r['bytes_accessed'] / floor:.2f} | {text.collectives(r)} |"
         )
     return lines
 
@@ -98,13 +99,13 @@ def programs(rows: list[dict]) -> list[str]:
         program = REPEATED.get(r["program"], r["program"])
         start = f"| {r['topology']} | {program}, {r['precision']} | {r['form']} |"
         if "failed" in r:
-            lines.append(f"{start} | | | {short(r['failed'])} | |")
+            lines.append(f"{start} | | | {text.short(r['failed'])} | |")
             continue
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(r["precisions"].items()))
         share = 1 / REPEATS if r["program"] in REPEATED else 1
         lines.append(
-            f"{start} {seconds(r)} | {memory(r)} | {share * r['hbm'] / 1e9:.2f} GB | {collectives(r, share)} "
-            f"| {kinds} |"
+            f"{start} {text.seconds(r)} | {text.memory(r, CHIPS)} | {share * r['hbm'] / 1e9:.2f} GB "
+            f"| {text.collectives(r, share)} | {kinds} |"
         )
     return lines
 
@@ -118,11 +119,11 @@ def extrapolated(known: dict, chips: int = 256) -> list[str]:
     for r in (r for r in steps if r["topology"] == "v5e:8x8"):
         share = r["chips"] / chips
         memory = r["temporary"] + (r["memory"] - r["temporary"]) * share
-        passes = 16 * r["rows"] * r["numbers_a_chip"]
+        passes = text.floor(r)
         moved = r["hbm"] - (1 - share) * passes
         lines.append(
             f"| v5e:16x16, extrapolated from 8x8 | step | {r['form']} | | {memory / 2**30:.2f} of 16 GiB "
-            f"| {moved / 1e9:.2f} GB | {collectives(r)} | |"
+            f"| {moved / 1e9:.2f} GB | {text.collectives(r)} | |"
         )
     return lines
 
@@ -134,66 +135,19 @@ def checks(known: dict) -> list[str]:
         if step["program"] != "step" or "failed" in step:
             continue
         name = f"{step['topology']}, {step['size']}"
-        product, gradient = (partner(known, step, program) for program in ("product", "gradient"))
+        product, gradient = (text.partner(known, step, program) for program in ("product", "gradient"))
         if product:
-            floor = 16 * step["rows"] * step["numbers_a_chip"]
+            floor = text.floor(step)
             recurrence = step["hbm_recurrence"]
             grown = (step["hbm"] - recurrence) / product["hbm"]
             rest = (step["hbm"] - product["hbm"]) / floor
             added = {k: v[0] - product["collectives"].get(k, [0])[0] for k, v in step["collectives"].items()}
-            text = ", ".join(f"{count:.0f} {kind}" for kind, count in added.items() if count) or "none"
+            kinds = ", ".join(f"{count:.0f} {kind}" for kind, count in added.items() if count) or "none"
             lines.append(
                 f"* {name}: the recurrence moves {recurrence / floor:.2f} times the floor of two "
                 f"Gram-Schmidt passes, the product {grown:.2f} times what it moves alone; the step less the "
-                f"product alone is {rest:.2f} times the floor. Collectives that the step adds: {text}."
+                f"product alone is {rest:.2f} times the floor. Collectives that the step adds: {kinds}."
             )
         if gradient:
-            own = gradient["collectives"]
-            pairs = {k: (v, own[k]) for k, v in step["collectives"].items() if k in own}
-            text = ", ".join(
-                f"{mine[1] / its[1]:.2f} times the {k} bytes" for k, (mine, its) in pairs.items()
-            )
-            gathers = [k for k in step["collectives"] if k != "all-reduce"]
-            larger = [k for k in gathers if k not in own or step["collectives"][k][2] > own[k][2]]
-            verdict = (
-                f"larger or other ones: {larger}" if larger else "none is larger, and none of another kind"
-            )
-            lines.append(
-                f"* {name}: the step has {text} of the gradient's own program (it gathers the "
-                f"vector as well as the parameters, layer by layer); of its gathers {verdict}."
-            )
+            lines.append(f"* {name}: {text.gathers(step, gradient)}")
     return lines
-
-
-def partner(known: dict, step: dict, program: str) -> dict | None:
-    """The figures of another program of the same case."""
-    same = ("topology", "size", "form", "precision", "layout")
-    found = (r for r in known.values() if r["program"] == program and all(r[k] == step[k] for k in same))
-    return next((r for r in found if "failed" not in r), None)
-
-
-def seconds(r: dict) -> str:
-    return f"{r['compile_s']:.0f} ({r['compile_cpu_s']:.0f})"
-
-
-def memory(r: dict) -> str:
-    chip = CHIPS[r["topology"].split(":")[0]]
-    fits = "" if r["memory"] <= chip.memory else ", does not fit"
-    return f"{r['memory'] / 2**30:.2f} of {chip.memory / 2**30:.0f} GiB{fits}"
-
-
-def collectives(r: dict, share: float = 1.0) -> str:
-    def one(kind, count, size):
-        unit, scale = next(
-            (u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if size >= s or s == 1
-        )
-        return f"{count:.0f} {kind} ({size / scale:.3g} {unit})"
-
-    found = {
-        kind: [share * number for number in r["collectives"][kind][:2]] for kind in sorted(r["collectives"])
-    }
-    return ", ".join(one(kind, *numbers) for kind, numbers in found.items()) or "none"
-
-
-def short(reason: str) -> str:
-    return reason.split("HLO module")[0].split("CompileTimeHbmOom: ")[-1].strip().rstrip(".")

@@ -31,10 +31,13 @@ SEGMENT = 8
 a TPU tile."""
 MAX_SEGMENTS = 16
 """Every segment is code to compile; beyond 128 vectors segments grow instead (3 % of the rows in vain)."""
-AT_ONCE = {"tpu": 4}
+PORTIONS = 64
+"""In which rows are combined: enough that two of them are little memory beside the basis, and few kernels."""
+AT_ONCE = {"tpu": 4, "cuda": 5, "rocm": 5}
 """Segments in one sweep, by platform; one elsewhere. The vector is read and written once a sweep: four move
-fewer bytes on a TPU (benchmarks/results/tpu.md); on a CPU more rows at once are slower (15.9, 17.6 and
-18.6 ms a step for one, two and four segments at n = 1e6)."""
+fewer bytes on a TPU, which copies segments where five are read at once; on a GPU five, three sweeps for 104
+rows, also take fewer conditionals (benchmarks/results/tpu.md, gpu.md). On a CPU more rows at once are slower
+(15.9, 17.6 and 18.6 ms a step for one, two and four segments at n = 1e6)."""
 
 
 def vdot(a: Panels, b: Panels) -> jax.Array:
@@ -101,10 +104,18 @@ def zeros(layout: Layout, num_rows: int) -> Basis:
 
 
 def put(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
-    """The basis with `vector` in `row`; touches the segment concerned, in place where donated.
+    """The basis with `vector` in `row`, in place where donated: that row alone is written, nothing is copied.
 
-    One conditional a segment: a `lax.switch` over all copies the basis on a CPU.
+    By platform, since no one form is right on all. `put_by_branch` copies segments in a program for a GPU,
+    which `put_by_scatter` does not; a scatter is a loop over the blocks on a CPU and a TPU, and a row that is
+    read, chosen and written back, which is in place on a GPU and a CPU, doubles the memory of a TPU.
     """
+    gpus = dict.fromkeys(("cuda", "rocm"), put_by_scatter)
+    return lax.platform_dependent(basis, row, vector, default=put_by_branch, **gpus)
+
+
+def put_by_branch(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
+    """`put` with one conditional a segment: a `lax.switch` over all copies the basis on a CPU."""
     size = basis[0][0].shape[1]
 
     def write(segment):
@@ -118,46 +129,55 @@ def put(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
     )
 
 
+def put_by_scatter(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
+    """`put` with one kernel a segment, which ends at once where the row is not the segment's.
+
+    Each block has an index of its own, all of them equal: a scatter with one index is made a row that is
+    read, chosen and written back, for every segment.
+    """
+    size = basis[0][0].shape[1]
+
+    def write(rows, x, index):
+        return rows.at[index].set(x, mode="drop", unique_indices=True, wrap_negative_indices=False)
+
+    def one(i, rows, x):
+        index = jnp.where(row // size == i, row % size, size)  # behind the last row: dropped
+        return jax.vmap(write)(rows, x.astype(rows.dtype), jnp.full(len(rows), index))
+
+    return tuple(
+        [one(i, rows, x) for rows, x in zip(segment, vector, strict=True)] for i, segment in enumerate(basis)
+    )
+
+
 def take(basis: Basis, row: jax.Array) -> Panels:
     """A copy of the vector in `row`; zero where there is no such row. Reads that row only."""
     size = basis[0][0].shape[1]
 
-    def read(segment):
-        return [lax.dynamic_index_in_dim(rows, row % size, 1, keepdims=False) for rows in segment]
+    def read(i, basis):
+        return [lax.dynamic_index_in_dim(rows, row % size, 1, keepdims=False) for rows in basis[i]]
 
-    def skip(segment):
-        return [jnp.zeros_like(rows[:, 0]) for rows in segment]
+    def nothing(basis):
+        return [jnp.zeros_like(rows[:, 0]) for rows in basis[0]]
 
-    parts = [lax.cond(row // size == i, read, skip, segment) for i, segment in enumerate(basis)]
-    return [functools.reduce(jnp.add, panels) for panels in zip(*parts, strict=True)]
+    branches = [*(functools.partial(read, i) for i in range(len(basis))), nothing]
+    return lax.switch(jnp.where(row < 0, len(basis), row // size), branches, basis)
 
 
 def combine(basis: Basis, weights: jax.Array, layout: Layout) -> Basis:
     """New rows Wᵀ Q for square `weights` (rows, rows), in place where the basis is donated.
 
-    Packed panels go block by block, so that the extra memory is one block of all rows; nothing moves
-    between devices.
+    Packed panels go a few blocks at a time: one on a CPU, whose cache holds them, and elsewhere about
+    `PORTIONS` portions, each a matrix product. The extra memory is two portions; nothing moves between
+    devices.
     """
-    size = basis[0][0].shape[1]
-
-    def mix(rows, weights):
-        spec = "rs,br...->bs..."
-        return jnp.einsum(spec, weights.astype(rows.dtype), rows, precision=lax.Precision.HIGHEST)
-
-    def split(rows):
-        return [rows[:, i : i + size] for i in range(0, rows.shape[1], size)]
 
     def one(arguments):
         parts, weights = arguments
-        if len(parts[0]) == 1 or not layout.packed:
-            return split(mix(jnp.concatenate(parts, axis=1), weights))
-
-        def block(b, parts):
-            rows = jnp.concatenate([lax.dynamic_slice_in_dim(part, b, 1) for part in parts], axis=1)
-            pairs = zip(parts, split(mix(rows, weights)), strict=True)
-            return [lax.dynamic_update_slice_in_dim(part, new, b, 0) for part, new in pairs]
-
-        return lax.fori_loop(0, len(parts[0]), block, list(parts))
+        blocks = len(parts[0])
+        if blocks == 1 or not layout.packed:
+            return _combine(blocks, parts, weights)
+        portions = functools.partial(_combine, max(1, blocks // PORTIONS))
+        return lax.platform_dependent(parts, weights, cpu=functools.partial(_combine, 1), default=portions)
 
     panels = [list(parts) for parts in zip(*basis, strict=True)]
     columns = [
@@ -165,6 +185,28 @@ def combine(basis: Basis, weights: jax.Array, layout: Layout) -> Basis:
         for parts, spec in zip(panels, layout.panel_specs, strict=True)
     ]
     return tuple(list(segment) for segment in zip(*columns, strict=True))
+
+
+def _combine(portion: int, parts: Panels, weights: jax.Array) -> Panels:
+    """`combine` for the segments of one panel, so many blocks at a time."""
+    size, blocks = parts[0].shape[1], len(parts[0])
+
+    def mixed(parts):
+        rows = jnp.concatenate(parts, axis=1)
+        spec = "rs,br...->bs..."
+        new = jnp.einsum(spec, weights.astype(rows.dtype), rows, precision=lax.Precision.HIGHEST)
+        return [new[:, i : i + size] for i in range(0, new.shape[1], size)]
+
+    def replaced(count, start, parts):
+        new = mixed([lax.dynamic_slice_in_dim(part, start, count) for part in parts])
+        pairs = zip(parts, new, strict=True)
+        return [lax.dynamic_update_slice_in_dim(part, rows, start, 0) for part, rows in pairs]
+
+    if portion == blocks:
+        return mixed(parts)
+    trips, rest = divmod(blocks, portion)
+    parts = lax.fori_loop(0, trips, lambda i, parts: replaced(portion, i * portion, parts), list(parts))
+    return replaced(rest, trips * portion, parts) if rest else parts
 
 
 def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Array, jax.Array]:

@@ -1,10 +1,11 @@
-"""What a compiled program moves: collectives by kind, and bytes between a chip and its HBM.
+"""What a compiled program moves: collectives by kind, bytes between a device and its HBM, kernels, copies.
 
 XLA's own "bytes accessed" counts every operand of every instruction: what lies in VMEM (memory space 1)
 like what lies in HBM, both sides of a prefetch, and the buffers that a conditional only passes on. Here an
 instruction counts the operands and results that lie in HBM; a fusion that slices an operand counts the
 slice; a conditional counts its most expensive branch, a loop its body times its trips. A row is put into a
-basis by one conditional for each segment, of which one writes: together they count as one.
+basis by one conditional for each segment, on a GPU by one scatter for each, of which one writes: together
+they count as one.
 """
 
 import collections
@@ -16,7 +17,9 @@ from collections.abc import Callable
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
 FREE |= {"async-update"}
+IN_PLACE = ("dynamic-update-slice", "scatter")
 PUT = "jit(dynamic_update_index_in_dim)/"  # in a conditional
+SCATTERED = "vmap()/scatter"  # on a GPU
 _SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\](\{[^}]*\})?")
 _BITS = {"pred": 8}
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
@@ -37,12 +40,14 @@ class Traffic:
     """Totals of one execution on one device."""
 
     hbm: float = 0.0
+    kernels: int = 0
     count: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     bytes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     largest: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, other: "Traffic", times: int = 1) -> None:
         self.hbm += times * other.hbm
+        self.kernels += times * other.kernels
         for kind in other.count:
             self.count[kind] += times * other.count[kind]
             self.bytes[kind] += times * other.bytes[kind]
@@ -112,11 +117,42 @@ class Program:
         for computation in self.computations.values():
             yield from computation.values()
 
+    def step(self) -> Traffic:
+        """Totals of one trip of the first loop."""
+        return self._of(_body(self._loop()))
+
     def recurrence(self) -> float:
         """HBM bytes of a Lanczos step outside the product: of what lies neither in a loop inside the loop
-        over steps, as the model's layers do, nor bears the name of a derivative."""
-        loop = next(i for i in self.computations[self.entry].values() if i.op == "while")
-        return self._total(_body(loop), lambda i: i.op != "while" and "jvp(" not in i.rest).hbm
+        over steps, as the model's layers do, nor bears the name of a derivative, nor is a collective: those
+        of the recurrence carry coefficients, those without a name weights."""
+
+        def chosen(i: Instruction) -> bool:
+            return i.op != "while" and i.op.removesuffix("-start") not in KINDS and "jvp(" not in i.rest
+
+        return self._total(_body(self._loop()), chosen).hbm
+
+    def copies(self, shapes: set[tuple[int, ...]]) -> int:
+        """Instructions that copy an array of one of these shapes; of segments: copies of a basis."""
+        return sum(
+            i.op in ("copy", "copy-start") and any(dims in shapes for dims in _dims(i.shape))
+            for i in self.instructions()
+        )
+
+    def conditionals(self) -> int:
+        """Conditionals that one trip of the first loop meets, those in branches included."""
+        return self._conditionals(_body(self._loop()))
+
+    def _conditionals(self, name: str) -> int:
+        found = 0
+        for i in self.computations[name].values():
+            if i.op == "conditional":
+                found += 1 + max(map(self._conditionals, _branches(i)))
+            elif i.op in ("while", "call"):
+                found += self._conditionals(_body(i) if i.op == "while" else _CALLED.findall(i.rest)[0])
+        return found
+
+    def _loop(self) -> Instruction:
+        return next(i for i in self.computations[self.entry].values() if i.op == "while")
 
     def _of(self, name: str) -> Traffic:
         if name not in self._known:
@@ -125,9 +161,11 @@ class Program:
 
     def _total(self, name: str, chosen: Callable[[Instruction], bool]) -> Traffic:
         total, scope, seen = Traffic(), self.computations[name], set()
-        rows = [i for i in scope.values() if i.op == "conditional" and self._puts_row(i)]
+        rows = [i for i in scope.values() if i.op in ("conditional", "fusion") and self._puts_row(i)]
         for instruction in scope.values():
-            if chosen(instruction) and instruction not in rows[1:]:
+            if instruction in rows[1:]:
+                total.kernels += instruction.op == "fusion"  # it runs, and writes nothing
+            elif chosen(instruction):
                 self._count(instruction, scope, total, seen)
         return total
 
@@ -147,10 +185,12 @@ class Program:
         elif i.op == "fusion":
             called = _CALLED.findall(i.rest)[0]
             written = size_of(i.shape, hbm_only=True) - self._left_in_place(called)
+            total.kernels += 1
             total.hbm += max(0, written) + self._operands(i, called, scope)
             for inner in self.computations[called].values():
                 self._inner_collective(inner, called, total, seen)
         elif i.op not in FREE and not i.op.endswith("-done"):
+            total.kernels += 1
             total.hbm += _plain_bytes(i, scope)
 
     def _inner_collective(self, inner: Instruction, called: str, total: Traffic, seen: set) -> None:
@@ -171,7 +211,10 @@ class Program:
             _collective(kind, inner, self.computations[called], total)
 
     def _puts_row(self, i: Instruction) -> bool:
-        """Whether a conditional is that of `spectra.krylov.basis.put`."""
+        """Whether a conditional or a scatter is that of `spectra.krylov.basis.put`."""
+        if i.op == "fusion":
+            inner = self.computations[_CALLED.findall(i.rest)[0]].values()
+            return any(x.op == "scatter" and SCATTERED in x.rest for x in inner)
         inner = (x for branch in _branches(i) for x in self.computations[branch].values())
         return any(x.op == "fusion" and PUT in x.rest for x in inner)
 
@@ -194,13 +237,14 @@ class Program:
         """HBM bytes of a fusion's results that it does not touch: all but the slice of what it updates."""
         inner, left = self.computations[called], 0
         for x in inner.values():
-            if x.op == "dynamic-update-slice":
+            if x.op in IN_PLACE:
                 source = inner[x.operands[0]]
                 while source.op == "bitcast":
                     source = inner[source.operands[0]]
                 if source.op == "parameter":
                     whole = size_of(x.shape, hbm_only=True)
-                    left += whole and whole - size_of(inner[x.operands[1]].shape)
+                    part = inner[x.operands[1 if x.op == "dynamic-update-slice" else 2]]
+                    left += whole and whole - size_of(part.shape)
         return left
 
     def _operands(self, i: Instruction, called: str, scope) -> float:
@@ -211,14 +255,28 @@ class Program:
         for name, index in parameters.items():
             operand = scope.get(i.operands[index]) if index < len(i.operands) else None
             full = size_of(operand.shape, hbm_only=True) if operand else 0
-            users = [x for x in inner if name in x.operands]
-            slices = [x for x in users if x.op in ("slice", "dynamic-slice") and x.operands[0] == name]
+            names, users = _uses(name, inner)
+            slices = [x for x in users if x.op in ("slice", "dynamic-slice") and x.operands[0] in names]
             if users and len(slices) == len(users):
                 full = min(full, sum(size_of(x.shape) for x in slices))
-            elif users and all(x.op == "dynamic-update-slice" and x.operands[0] == name for x in users):
+            elif users and all(x.op in IN_PLACE and x.operands[0] in names for x in users):
                 full = 0  # written in place; the slice is counted as result
             read += full
         return read
+
+
+def _uses(name: str, inner: list[Instruction]) -> tuple[set[str], list[Instruction]]:
+    """The names of a parameter of a fusion, in whatever shape, and the instructions that use it."""
+    names = {name}
+    for x in inner:
+        if x.op == "bitcast" and x.operands[0] in names:
+            names.add(x.name)
+    return names, [x for x in inner if x.op != "bitcast" and names & set(x.operands)]
+
+
+def _dims(shape: str) -> list[tuple[int, ...]]:
+    """The arrays in a shape, as lists of lengths."""
+    return [tuple(map(int, filter(None, dims.split(",")))) for _, dims, _ in _SHAPE.findall(shape)]
 
 
 def _body(i: Instruction) -> str:
@@ -244,7 +302,8 @@ def _plain_bytes(i: Instruction, scope) -> float:
         copies = i.op in ("copy-start", "slice-start", "dynamic-slice-start")
         return copies * small * sum(size_of(end, hbm_only=True) > 0 for end in ends)
     operands = sum(size_of(scope[o].shape, hbm_only=True) for o in i.operands if o in scope)
-    return size_of(i.shape, hbm_only=True) + operands
+    results = re.sub(r"s8\[\d+\]", "", i.shape) if i.op == "custom-call" else i.shape  # without a workspace
+    return size_of(results, hbm_only=True) + operands
 
 
 def _collective(kind: str, i: Instruction, scope, total: Traffic) -> None:

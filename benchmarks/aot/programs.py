@@ -1,0 +1,248 @@
+"""The programs that are compiled: the package's own, on shapes placed over devices that need not exist."""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import spectra
+from benchmarks import problems
+from benchmarks.aot import model
+from benchmarks.aot.hlo import Program
+from spectra.krylov import band_state, recurrence, solve
+from spectra.krylov import basis as _basis
+from spectra.krylov.layout import Layout
+from spectra.krylov.orthogonalize import orthogonalize
+from spectra.operators import base, compiled
+
+REPEATS = 10
+NETWORKS = {"mlp": problems.mlp, "transformer": problems.transformer}  # as they are, on one device
+WIDTH, HEADS = 64, 4  # of attention alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compilation; `size` names a network, or a transformer of `model.SIZES`, or numbers a device for
+    "spread", or the length of a sequence for attention."""
+
+    program: str  # a name of PROGRAMS
+    topology: str
+    size: str
+    layout: str = "fsdp"  # or "spread": replicated parameters, basis packed and split over the devices
+    form: str = "shard_map"
+    steps: int = 100
+    precision: str = "float32"
+
+    @property
+    def name(self) -> str:
+        return "/".join(str(value) for value in dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A case on its mesh: shapes of one vector, and how they lie."""
+
+    case: Case
+    mesh: Mesh
+
+    @property
+    def like(self):
+        """Shapes of a vector: of a network, or replicated parameters of so many numbers a device."""
+        case = self.case
+        if case.program == "attention":
+            return self.whole([jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)] * 3)
+        if case.size in NETWORKS:
+            return self.whole(network(case.size)[1])
+        if case.layout == "fsdp":
+            return model.shape_structs(model.SIZES[case.size], self.mesh)
+        return self.whole(jax.ShapeDtypeStruct((int(float(case.size)) * self.mesh.size,), jnp.float32))
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.like, spread=self.case.layout == "spread" and self.mesh.size > 1)
+
+    def whole(self, tree):
+        """Shapes on every device."""
+        sharding = NamedSharding(self.mesh, P())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    def placed(self, panels):
+        """Shapes of panels, or of segments of them, where the layout has them."""
+        pairs = zip(panels, self.layout.panel_specs, strict=True)
+        return [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, s)) for x, s in pairs
+        ]
+
+    @property
+    def basis(self):
+        shapes = jax.eval_shape(partial(_basis.zeros, self.layout, self.case.steps))
+        return tuple(map(self.placed, shapes))
+
+    @property
+    def counter(self):
+        return self.whole(jax.ShapeDtypeStruct((), jnp.int32))
+
+    @property
+    def op(self) -> spectra.HessianOperator:
+        case = self.case
+        if case.program == "attention":
+            loss, data = attention_loss, jax.ShapeDtypeStruct((1, int(case.size), WIDTH), jnp.float32)
+            data = self.whole(data)
+        elif case.size in NETWORKS:
+            loss, _, data = network(case.size)
+            data = self.whole(data)
+        else:
+            size = model.SIZES[case.size]
+            loss = model.make_loss(size, case.form, self.mesh)
+            data = model.batch_struct(size, self.mesh)
+        return spectra.HessianOperator(
+            loss,
+            self.like,
+            data,
+            mode="forward-over-reverse",
+            linearize=case.program == "linearized",
+            matmul_precision=case.precision,
+        )
+
+
+def network(name: str):
+    """Loss, shapes of the parameters and of the batch; nothing is trained or allocated."""
+    found = {}
+
+    def shapes():
+        found["loss"], *arrays = NETWORKS[name]()
+        return arrays
+
+    params, batch = jax.eval_shape(shapes)
+    return found["loss"], params, batch
+
+
+def attention_loss(params, x):
+    query, key, value = ((x @ w).reshape(1, -1, HEADS, WIDTH // HEADS) for w in params)
+    return jnp.mean(spectra.attention(query, key, value, is_causal=True) ** 2)
+
+
+@jax.jit
+def repeated(op, v):
+    """`REPEATS` products in a loop, after what they share where the operator linearises."""
+    prepared = op.prepare()
+    return lax.fori_loop(0, REPEATS, lambda _, v: prepared.mv(v), v)
+
+
+def _orthogonalize(s: Setting):
+    return jax.jit(orthogonalize).lower(s.basis, s.placed(s.layout.panels), s.counter)
+
+
+def _step(s: Setting):
+    shapes = jax.eval_shape(partial(recurrence.init, s.layout, num_steps=s.case.steps), s.like)
+    state = dataclasses.replace(
+        s.whole(shapes), basis=s.basis, current=s.placed(shapes.current), previous=s.placed(shapes.previous)
+    )
+    return recurrence._run_chunk.lower(s.op, s.layout, state, s.counter, s.counter)
+
+
+def _band(s: Setting) -> band_state.BandState:
+    shapes = jax.eval_shape(partial(band_state.empty, s.layout, s.case.steps))
+    return dataclasses.replace(s.whole(shapes), basis=s.basis)
+
+
+def _chain(s: Setting):
+    size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(s.like))
+    args = (s.layout, size, _band(s), s.counter, s.counter, s.counter)
+    return band_state.chain.lower(s.op, *args)
+
+
+def _restart(s: Setting):
+    state = _band(s)
+    return band_state.replace.lower(s.layout, state, state.coefficients, state.coefficients, s.counter)
+
+
+def _solve(s: Setting):
+    def one(x):
+        sharding = NamedSharding(s.mesh, P(None, *x.sharding.spec))
+        return jax.ShapeDtypeStruct((1, *x.shape), x.dtype, sharding=sharding)
+
+    b = jax.tree.map(one, s.like)
+    shapes = jax.eval_shape(lambda b: solve._prepared(s.op, b, None, "auto", 1e-5, 100, b), b)
+    problem, state = map(s.whole, shapes)
+    return solve._chunk.lower(s.op, problem, state, s.counter)
+
+
+PROGRAMS: dict[str, Callable[[Setting], jax.stages.Lowered]] = {
+    "orthogonalize": _orthogonalize,
+    "gradient": lambda s: compiled.gradient.lower(s.op),
+    "product": lambda s: base.product.lower(s.op, s.like),
+    "attention": lambda s: base.product.lower(s.op, s.like),
+    "products": lambda s: repeated.lower(s.op, s.like),
+    "linearized": lambda s: repeated.lower(s.op, s.like),
+    "step": _step,
+    "chain": _chain,
+    "restart": _restart,
+    "solve": _solve,
+}
+STEPWISE = ("step", "chain", "solve")  # what counts is one trip of their loop
+
+
+def figures(
+    case: Case, mesh: Mesh, keep: str | None = None, more: Callable[[Path, Program], dict] | None = None
+) -> dict:
+    """Compile a case; its figures for one device, and what `more` reads from the folder of the compiler's."""
+    setting = Setting(case, mesh)
+    clock, cpu = time.perf_counter(), time.process_time()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # `explicit_axes` looks for it
+        lowered = PROGRAMS[case.program](setting)
+    traced = time.perf_counter() - clock
+    with tempfile.TemporaryDirectory() as folder:
+        # As the compiler writes it: jaxlib cannot read all instructions of a TPU back from the executable.
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        seconds, cpu = time.perf_counter() - clock, time.process_time() - cpu
+        text = next(Path(folder).glob("*jit_*after_optimizations.txt")).read_text()
+        program = Program(text)
+        found = more(Path(folder), program) if more else {}
+    if keep:
+        Path(keep).write_text(text)
+    traffic = program.step() if case.program in STEPWISE else program.traffic()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}  # none of a GPU
+    layout = setting.layout
+    count, rows = _basis.segments(case.steps)
+    return (
+        dataclasses.asdict(case)
+        | {
+            "chips": mesh.size,
+            "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(setting.like)),
+            "numbers_a_chip": layout.device_bytes() // 4,
+            "rows": count * rows,
+            "trace_s": round(traced, 1),
+            "compile_s": round(seconds, 1),
+            "compile_cpu_s": round(cpu, 1),
+            "memory": memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes,
+            "temporary": memory.temp_size_in_bytes,
+            "hbm": traffic.hbm,
+            "hbm_recurrence": program.recurrence() if case.program == "step" else None,
+            "bytes_accessed": cost.get("bytes accessed"),
+            "flops": cost.get("flops"),
+            "copies": program.copies(segment_shapes(setting)),
+            "collectives": {
+                k: [traffic.count[k], traffic.bytes[k], traffic.largest[k]] for k in traffic.count
+            },
+            "precisions": dict(program.precisions()),
+        }
+        | found
+    )
+
+
+def segment_shapes(setting: Setting) -> set[tuple[int, ...]]:
+    """What one device holds of a segment of the basis."""
+    return {x.sharding.shard_shape(x.shape) for segment in setting.basis for x in segment}

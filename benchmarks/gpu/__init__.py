@@ -1,0 +1,1 @@
+"""Lanczos on NVIDIA GPUs, by the real compiler and without a card; see `python -m benchmarks.gpu --help`."""

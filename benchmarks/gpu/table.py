@@ -1,0 +1,173 @@
+"""The page of what was compiled, from the figures in `results/gpu.json`."""
+
+from collections.abc import Callable
+
+from benchmarks.aot import text
+from benchmarks.gpu.cards import CARDS
+
+INTRODUCTION = """\
+# Lanczos on NVIDIA GPUs, as the compiler sees it
+
+Programs of the package, compiled ahead of time by the CUDA compiler of jax 0.10.2 for cards that were not
+there (`pip install 'spectra-jax[gpu-aot]'`, `JAX_PLATFORMS=cpu python -m benchmarks.gpu`). Nothing was run:
+everything is read from the compiled program, and XLA, which on a card tries several kernels for a matrix
+product and keeps the fastest, took its first choice. {cards}. "h100:8" are eight in one machine.
+
+* **Memory**: arguments, results and temporaries of one card.
+* **Kernels**: operations that the card starts, copies and collectives among them; of a conditional, its most
+  expensive branch. For a step, one trip of the compiled loop.
+* **Bytes**: what kernels read and write as a whole, as though no cache held anything; the most expensive
+  branch, so all rows are read and the second Gram-Schmidt pass is taken. The floor is four reads of all rows,
+  in float32.
+* **Copies**: instructions anywhere in the program that copy a segment of the basis. The goal is none.
+* **Conditionals**: those that a step meets, and those that the host decides anywhere in the program. The
+  others lie in a command buffer, which is launched as one. The goal is none on the host.
+* **Tensor cores**: their instructions in the machine code, by type; a true float32 product has none. float64
+  would be listed beside them.
+* **Collectives**: number of times, bytes on one card in all (the larger of what goes in and what comes out).
+"""
+STEP = """\
+The body of `slq` and `lanczos`: product and recurrence in one loop, m = 100. `mlp` (85,002 parameters, 1,797
+digits) and `transformer` (0.82M, 16 x 64 tokens) are those of `benchmarks/problems.py`; `small` and `1e9` the
+transformers of `benchmarks/aot/model.py`, 8 layers of width 512 and 74 of width 1024, parameters and batch
+split over the cards (FSDP). The vectors of the first two fit in a card's cache: there kernels count, and not
+bytes.
+"""
+REST = """\
+`chain` is one step of `eigsh` with 88 rows of a basis, `restart` what combines them all into new ones,
+`solve` one product of conjugate gradients, `attention` a Hessian product through causal `spectra.attention`
+of 8192 positions, four heads of 16. The floor of a restart is one read and one write of the basis.
+"""
+
+
+def page(known: dict) -> str:
+    """All sections as Markdown."""
+    rows = list(known.values())
+
+    def of(*programs: str) -> list[dict]:
+        return [r for p in programs for r in rows if r["program"] == p]
+
+    cards = "; ".join(f"{name} is the {card.name} (<{card.source}>)" for name, card in CARDS.items())
+    parts = [INTRODUCTION.format(cards=cards), "## One Lanczos step", "", STEP]
+    parts += table(of("step"), STEP_COLUMNS)
+    parts += ["", *checks(known), "", "## Orthogonalisation alone", ""]
+    parts += table(of("orthogonalize"), ORTHOGONALIZE_COLUMNS)
+    parts += ["", "## Gradients and products", ""]
+    parts += table(of("gradient", "product"), PRODUCT_COLUMNS)
+    parts += ["", "## Eigenpairs, attention, linear systems", "", REST]
+    parts += table(of("chain", "restart", "attention", "solve"), REST_COLUMNS)
+    return "\n".join(parts) + "\n"
+
+
+Columns = dict[str, Callable[[dict], str]]
+
+
+def table(rows: list[dict], columns: Columns) -> list[str]:
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for r in rows:
+        if "failed" in r:
+            cells = [r["topology"], text.short(r["failed"])] + [""] * (len(columns) - 2)
+        else:
+            cells = [cell(r) for cell in columns.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def size(r: dict) -> str:
+    if r["layout"] == "spread":
+        return f"{r['parameters']:,} numbers"
+    return "" if r["program"] == "attention" else f"{r['size']}, {r['parameters']:,}"
+
+
+def conditionals(r: dict) -> str:
+    """Of those of a step, how many reach the host; of another program, those that do."""
+    host = r["on_host"].get("kConditional", 0)
+    return str(host) if r["conditionals"] is None else f"{r['conditionals']}, {host}"
+
+
+def products(r: dict) -> str:
+    found = ", ".join(f"{count} {kind}" for kind, count in sorted(r["precisions"].items()))
+    return found or "none"
+
+
+def cores(r: dict) -> str:
+    found = ", ".join(f"{count} {kind}" for kind, count in sorted(r["instructions"].items()))
+    return found or "none"
+
+
+def moved(r: dict) -> str:
+    return f"{r['hbm'] / 1e9:.3g} GB"
+
+
+def over_floor(r: dict) -> str:
+    """Bytes over the floor, of what there is one for."""
+    if r["program"] == "restart":
+        return f"{2 * r['hbm'] / text.floor(r):.2f}"
+    return f"{r['hbm'] / text.floor(r):.2f}" if r["program"] == "orthogonalize" else ""
+
+
+def memory(r: dict) -> str:
+    return text.memory(r, CARDS)
+
+
+STEP_COLUMNS: Columns = {
+    "cards": lambda r: r["topology"],
+    "network, parameters": size,
+    "memory": memory,
+    "kernels": lambda r: f"{r['kernels']:,}",
+    "bytes": moved,
+    "recurrence / floor": lambda r: f"{r['hbm_recurrence'] / text.floor(r):.2f}",
+    "copies": lambda r: str(r["copies"]),
+    "conditionals, on the host": conditionals,
+    "matrix products": products,
+    "tensor cores": cores,
+    "collectives": text.collectives,
+}
+ORTHOGONALIZE_COLUMNS: Columns = {
+    "cards": lambda r: r["topology"],
+    "parameters": size,
+    "memory": memory,
+    "kernels": lambda r: f"{r['kernels']:,}",
+    "bytes / floor": over_floor,
+    "copies": lambda r: str(r["copies"]),
+    "conditionals on the host": conditionals,
+    "matrix products": products,
+    "tensor cores": cores,
+    "collectives": text.collectives,
+}
+PRODUCT_COLUMNS: Columns = {
+    "cards": lambda r: r["topology"],
+    "network, parameters": size,
+    "program": lambda r: f"{r['program']}, {r['precision']}",
+    "memory": memory,
+    "kernels": lambda r: f"{r['kernels']:,}",
+    "bytes": moved,
+    "matrix products": products,
+    "tensor cores": cores,
+    "collectives": text.collectives,
+}
+REST_COLUMNS: Columns = {
+    "cards": lambda r: r["topology"],
+    "program": lambda r: r["program"],
+    "network, parameters": size,
+    "memory": memory,
+    "kernels": lambda r: f"{r['kernels']:,}",
+    "bytes": moved,
+    "bytes / floor": over_floor,
+    "copies": lambda r: str(r["copies"]),
+    "conditionals, on the host": conditionals,
+    "tensor cores": cores,
+    "collectives": text.collectives,
+}
+
+
+def checks(known: dict) -> list[str]:
+    """How a step compares with the gradient, where both were compiled and anything is exchanged."""
+    lines = []
+    for step in known.values():
+        if step["program"] != "step" or "failed" in step or not step["collectives"]:
+            continue
+        gradient = text.partner(known, step, "gradient")
+        if gradient:
+            lines.append(f"* {step['topology']}, {step['size']}: {text.gathers(step, gradient)}")
+    return lines
