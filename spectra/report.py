@@ -209,8 +209,8 @@ def spectrum(
     Raises:
         SpectraError: as `slq`.
 
-    Cost: as `slq`, or n products, and of a loss seven products more, four of them at other parameters, that measure its
-    rounding (see `spectra.estimators.rounding`); all else is arithmetic on num_steps x num_probes numbers.
+    Cost: as `slq`, or n products, and of a loss seven products more, four of them at other parameters, that
+    measure its rounding (see `spectra.estimators.rounding`); all else is arithmetic on the nodes.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra

@@ -1,15 +1,15 @@
 """Products where they help: steps, probes or deflated eigenpairs, by what each is predicted to gain.
 
-The run of one probe, in growing length, tells what any other run would leave open. Its nodes and weights are
-a small operator: m steps on it are m steps of the run, and without its converged nodes it is the rest of a run
-with these eigenpairs deflated. Rows made of it, k alike, stand for k probes. The error asked for, of such a
-quadrature, has a part that steps decide and one that falls like 1 / √k; so the products that reach a
-goal are known for each number of steps, with and without deflation. The first run ends when its next steps are not
-expected to save as much as they cost, and the cheaper plan is carried out.
+The run of one probe, in growing length, tells what any other run would leave open. Its nodes and weights
+are a small operator: m steps on it are m steps of the run, and without its converged nodes it is the rest of
+a run with these eigenpairs deflated. Rows made of it, k alike, stand for k probes. The error asked for, of
+such a quadrature, has a part that steps decide and one that falls like 1 / √k; so the products that reach a
+goal are known for each number of steps, with and without deflation. The first run ends when its next steps
+are not expected to save as much as they cost, and the cheaper plan is carried out.
 
 Converged eigenpairs cost nothing but the steps that found them. They belong to the first probe alone: all
-that is sampled then comes from other probes, which are independent of it, in the complement of the eigenvectors
-(see `spectra.density.deflation`). Without deflation the first probe is one of the sample.
+that is sampled then comes from other probes, which are independent of it, in the complement of the
+eigenvectors (see `spectra.density.deflation`). Without deflation the first probe is one of the sample.
 """
 
 import dataclasses
@@ -127,8 +127,10 @@ class _Look:
 
 def best_plan(found: Quadrature, error: Error, budget: int) -> Plan | None:
     """The cheapest way on from the run of one probe; None where none is predicted to reach the goal."""
-    n, m = found.size, int(found.lengths[0])
-    nodes, weights, residuals = (np.asarray(x[0][:m], np.float64) for x in (found.nodes, found.weights, found.residuals))
+    m = int(found.lengths[0])
+    nodes, weights, residuals = (
+        np.asarray(x[0][:m], np.float64) for x in (found.nodes, found.weights, found.residuals)
+    )
     at = converged(found)
     best: Plan | None = None
     for deflate in (False, True)[: 1 + bool(at.any())]:
@@ -231,6 +233,7 @@ def _pairs(run: ProbeRun, layout: Layout, found: Quadrature) -> Eigenpairs:
     row, m = run.rows[0], int(found.lengths[0])
     vectors = np.linalg.eigh(_quadrature.dense(row["alpha"][:m], row["beta"][: m - 1], np))[1]
     at = np.flatnonzero(converged(found))
+    assert run.last is not None
     rows = _basis.stack(run.last.basis, layout, 0, m)
     run.forget()
     return Eigenpairs(

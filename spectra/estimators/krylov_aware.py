@@ -4,9 +4,9 @@ With an orthonormal basis Q of which all products are known (`spectra.krylov.exp
 
     tr H = Σ_i q_iᵀ H q_i + E vᵀ H v,    v uniform on the sphere |v|² = n - r in the complement of Q,
 
-and the variance of a sample is 2 |P (H - c) P|_F², P = 1 - QQᵀ and c the mean of P H P on its range. A Hutch++
-sketch of r vectors costs 2 r products, XTrace tests what is outside of r vectors with 2 r as well; here r
-products give r vectors, and vectors of a Krylov space, which hold what is large far better.
+and the variance of a sample is 2 |P (H - c) P|_F², P = 1 - QQᵀ and c the mean of P H P on its range. A
+Hutch++ sketch of r vectors costs 2 r products, XTrace tests what is outside of r vectors with 2 r as well; here
+r products give r vectors, and vectors of a Krylov space, which hold what is large far better.
 
 How many of the products go to the basis is decided as it grows. A direction with H q = α q + β q' + ... takes
 (α - c)² + 2 β² off the square F of the norm, exactly; F itself is known from each random vector that is taken
@@ -46,7 +46,7 @@ SAMPLES = 4
 GROWTH = 1.5
 """Of the basis between two random vectors, without which F may be too small by chance to end."""
 ROWS = 16
-"""The basis is handed to the samples in multiples of this, filled up by zeros, so that compiled code is shared."""
+"""The basis is handed to the samples in multiples of this, filled up by zeros: compiled code is shared."""
 CHUNKS = (16, 4, 1)
 """Samples in one compiled call."""
 
@@ -187,8 +187,8 @@ def _check_symmetric(run: Run, asymmetry: float, scale: float) -> None:
     limit = math.sqrt(run.op.precision)
     if asymmetry > limit * scale:
         raise NotSymmetricError(
-            f"the operator is not symmetric, or not linear: |uᵀHv - vᵀHu| reaches {asymmetry / scale:.1e} |H|, "
-            f"and the precision of its products explains {limit:.1e}. {run.op.explain_asymmetry()}"
+            f"the operator is not symmetric, or not linear: |uᵀHv - vᵀHu| reaches {asymmetry / scale:.1e} "
+            f"|H|, and the precision of its products explains {limit:.1e}. {run.op.explain_asymmetry()}"
         )
 
 
@@ -197,6 +197,8 @@ def _samples(run: Run, basis, unit, first: int, count: int, rest: int):
     probes = blocks.draw(run.op, run.key, jnp.arange(first, first + count), "normal")
     outside, lengths = project(basis, probes)
     images = blocks.in_unit(blocks.products(run.op, outside, run.batch), unit)[0]
-    dots, squares, residuals = (run.host(jnp.sum(x, axis=0)) for x in complement_forms(basis, outside, images))
+    dots, squares, residuals = (
+        run.host(jnp.sum(x, axis=0)) for x in complement_forms(basis, outside, images)
+    )
     lengths = run.host(lengths)
     return rest * dots / lengths, rest * residuals / lengths, squares / lengths
