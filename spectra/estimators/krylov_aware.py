@@ -5,8 +5,8 @@ With an orthonormal basis Q of which all products are known (`spectra.krylov.exp
     tr H = Σ_i q_iᵀ H q_i + E vᵀ H v,    v uniform on the sphere |v|² = n - r in the complement of Q,
 
 and the variance of a sample is 2 |P (H - c) P|_F², P = 1 - QQᵀ and c the mean of P H P on its range. A
-Hutch++ sketch of r vectors costs 2 r products, XTrace tests what is outside of r vectors with 2 r as well; here
-r products give r vectors, and vectors of a Krylov space, which hold what is large far better.
+Hutch++ sketch of r vectors costs 2 r products, XTrace tests what is outside of r vectors with 2 r as well;
+here r products give r vectors, and vectors of a Krylov space, which hold what is large far better.
 
 How many of the products go to the basis is decided as it grows. A direction with H q = α q + β q' + ... takes
 (α - c)² + 2 β² off the square F of the norm, exactly; F itself is known from each random vector that is taken
@@ -161,7 +161,7 @@ def krylov(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
 def _explore(run: Run, layout: Layout, num_matvecs: int):
     """The basis: how the budget was split, α and |Hq|² of each direction, and the state."""
     split = Split(run.op.size, num_matvecs, run.tol)
-    state = explored.empty(layout, num_matvecs - split.least)
+    state = explored.empty(layout, -(-(num_matvecs - split.least) // ROWS) * ROWS)
     waiting, forms, squares = np.zeros(explored.WAITING), [], []
     floor = run.op.size**0.5 * float(jnp.finfo(run.op.dtype).eps)
     while not split.done:
