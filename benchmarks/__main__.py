@@ -34,6 +34,7 @@ SECTIONS = {
     "smallest": 400,
     "solve": 400,
     "traces": 1200,
+    "certainty": 1800,
     "dense": 600,
     "layers": 600,
 }

@@ -55,6 +55,17 @@ class Parts:
         """What a share of the rest may be off by."""
         return float(np.sum(self.leaks))
 
+    def measure(self) -> tuple[np.ndarray, np.ndarray]:
+        """Places and masses of the distribution: 1/n for an eigenvalue that is known, the rest as sampled."""
+        count = len(self.atoms)
+        n = count + (self.rest.size if self.rest is not None else 0)
+        places, masses = self.atoms, np.full(count, 1 / n)
+        if self.rest is None:
+            return places, masses
+        weights = np.asarray(self.rest.weights, np.float64)
+        sampled = weights.ravel() * (self.rest.size / n / weights.sum())
+        return np.append(places, np.asarray(self.rest.nodes).ravel()), np.append(masses, sampled)
+
     def total(self, f) -> float:
         """Σ f(λ) over the atoms."""
         return float(np.sum(f(self.atoms))) if len(self.atoms) else 0.0

@@ -31,6 +31,12 @@ the reported width.
         "matrix, for n more",
         "",
     )
+    EXACT = (
+        "exact",
+        "all eigenvalues were computed from the dense matrix: its n products are no more than the steps and "
+        "probes would have taken",
+        "",
+    )
     BUDGET_EXHAUSTED = (
         "budget_exhausted",
         "the budget of steps, probes or products ended before the tolerance was reached",
@@ -78,7 +84,7 @@ the reported width.
     @property
     def ok(self) -> bool:
         """Whether the computation did all that was asked, with nothing to be wary of."""
-        return self in (Status.COMPLETE, Status.CONVERGED, Status.INVARIANT, Status.DENSE)
+        return self in (Status.COMPLETE, Status.CONVERGED, Status.INVARIANT, Status.DENSE, Status.EXACT)
 
     @classmethod
     def from_code(cls, code: str) -> "Status":

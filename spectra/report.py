@@ -15,12 +15,13 @@ from spectra import density
 from spectra._mesh import automatic
 from spectra._status import Status
 from spectra.checkpoint import Checkpoint
+from spectra.density import exact as dense
 from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
 from spectra.density.sampling import sampling_error
 from spectra.estimators.counts import count_above
 from spectra.estimators.functions import trace_of
 from spectra.estimators.rounding import relative_change
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Density, Estimate, Interval, Quadrature, Result, notebook_view, result, text_table
 from spectra.results._digits import directed, extreme_text
 
@@ -94,6 +95,8 @@ class SpectrumReport(Result):
         """Label and value of each line of the printed report."""
         q = self.quadrature
         settings = f"{q.num_steps} steps x {q.num_probes} probes, {q.num_matvecs:,} products"
+        if q.status is Status.EXACT:
+            settings = f"none: all eigenvalues from {q.num_matvecs:,} products"
         seconds = self.provenance.get("seconds")
         if seconds is not None:
             settings += f", {seconds:.1f} s"
@@ -124,7 +127,7 @@ class SpectrumReport(Result):
     def _sharp_rows(self) -> list[tuple[str, str]]:
         """What is known best: single eigenvalues and their numbers, shares well away from zero, ranks."""
         resolved = self.quadrature.resolved
-        text = f"{len(resolved)} eigenvalues, one by one"
+        text = f"{len(resolved):,} eigenvalues, one by one"
         if len(resolved):
             text += f": {resolved[0]:.4g} to {resolved[-1]:.4g}"
         counts = ", ".join(
@@ -174,9 +177,14 @@ def spectrum(
     checkpoint: Checkpoint | str | os.PathLike | None = None,
     basis: str = "inherit",
     basis_dtype: Any = None,
+    exact: bool | None = None,
     name: str = "H",
 ) -> SpectrumReport:
     """Compute the spectral density of an operator and all that follows from the same products.
+
+    Where num_steps x num_probes products reach the order n, the n products of the dense matrix cost no more
+    and leave nothing open: up to n = 2000, and if it fits into memory, all eigenvalues are computed then.
+    The status says so, and `quadrature.resolved` has them.
 
     Args:
         op: symmetric operator.
@@ -190,6 +198,9 @@ def spectrum(
         checkpoint: see `slq`.
         basis: see `slq`.
         basis_dtype: see `slq`.
+        exact: True for all eigenvalues from the dense matrix, whatever it costs; False for Lanczos always;
+            None for the cheaper one, which is Lanczos with a `checkpoint`, a `basis` or a `basis_dtype` of
+            one's own.
         name: what the report calls the operator.
 
     Returns:
@@ -198,8 +209,8 @@ def spectrum(
     Raises:
         SpectraError: as `slq`.
 
-    Cost: as `slq`, and of a loss seven products more, four of them at other parameters, that measure its
-    rounding (see `spectra.estimators.rounding`); all else is arithmetic on num_steps x num_probes numbers.
+    Cost: as `slq`, or n products, and of a loss seven products more, four of them at other parameters, that
+    measure its rounding (see `spectra.estimators.rounding`); all else is arithmetic on the nodes.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra
@@ -209,18 +220,24 @@ def spectrum(
         3.0
     """
     start = time.perf_counter()
-    quadrature = density.slq(
-        op,
-        key=key,
-        num_steps=min(100, op.size) if num_steps is None else num_steps,
-        num_probes=num_probes,
-        tol=tol,
-        probe_batch=probe_batch,
-        progress=progress,
-        checkpoint=checkpoint,
-        basis=basis,
-        basis_dtype=basis_dtype,
-    )
+    require_operator(op)
+    steps = min(100, op.size) if num_steps is None else num_steps
+    plain = checkpoint is None and basis == "inherit" and basis_dtype is None
+    if dense.choose(op, exact, steps, num_probes, tol, plain):
+        quadrature = dense.eigenvalues(op)
+    else:
+        quadrature = density.slq(
+            op,
+            key=key,
+            num_steps=steps,
+            num_probes=num_probes,
+            tol=tol,
+            probe_batch=probe_batch,
+            progress=progress,
+            checkpoint=checkpoint,
+            basis=basis,
+            basis_dtype=basis_dtype,
+        )
     quadrature = dataclasses.replace(quadrature, rounding=relative_change(op))
     seconds = time.perf_counter() - start
     floor = quadrature.noise_floor
@@ -257,6 +274,9 @@ def trace_estimate(quadrature: Quadrature) -> Estimate:
     reason = f"{len(parts.atoms)} eigenvalues are resolved" if len(parts.atoms) else ""
     if rest is None:
         fields = {"num_matvecs": quadrature.num_matvecs, "method": "slq"}
+        if quadrature.status is Status.EXACT:  # the diagonal of the matrix has the same sum
+            size = _root_mean_square(parts.atoms[None], np.full((1, len(parts.atoms)), 1 / len(parts.atoms)))
+            atomic, fields["method"] = quadrature.size * 4 * quadrature.precision * size, "exact"
         return Estimate(known, atomic, **fields, reason="all eigenvalues are known")
     nodes, weights, residuals = (
         np.asarray(x, np.float64) for x in (rest.nodes, rest.weights, rest.residuals)

@@ -61,14 +61,19 @@ def _project_panels(layout: Layout, vectors, current: Panels, batched: bool) -> 
 
 def with_atoms(bulk: Quadrature, pairs: Eigenpairs) -> Quadrature:
     """The quadrature of the whole operator from that of the complement, of order n - r."""
-    atoms, n = np.asarray(pairs.values, np.float64), pairs.size
+    atoms = np.asarray(pairs.values, np.float64)
+    return joined(bulk, atoms, pairs.residuals, pairs.size, _coupling(bulk, pairs))
+
+
+def joined(bulk: Quadrature, atoms: np.ndarray, own, n: int, coupling: float) -> Quadrature:
+    """Columns for eigenvalues that are known, with the residuals `own`, beside those of the complement."""
     known = np.broadcast_to(atoms, (bulk.num_probes, len(atoms)))
     # Behind a row's length its last node repeats with weight zero: it goes to the end again.
     live = np.arange(bulk.num_steps) < np.asarray(bulk.lengths)[:, None]
     columns = [
         np.concatenate([np.where(live, bulk.nodes, np.inf), known], axis=1),
         np.concatenate([bulk.weights * (bulk.size / n), np.full(known.shape, 1 / n)], axis=1),
-        np.concatenate([bulk.residuals, np.broadcast_to(pairs.residuals, known.shape)], axis=1),
+        np.concatenate([bulk.residuals, np.broadcast_to(own, known.shape)], axis=1),
     ]
     order = np.argsort(columns[0], axis=1, kind="stable")
     nodes, weights, residuals = (np.take_along_axis(column, order, axis=1) for column in columns)
@@ -88,7 +93,7 @@ def with_atoms(bulk: Quadrature, pairs: Eigenpairs) -> Quadrature:
         size=n,
         bulk=bulk,
         atoms=atoms,
-        coupling=_coupling(bulk, pairs),
+        coupling=coupling,
         coefficients=None,
         sketches=None,  # those of the complement are in `bulk`
     )

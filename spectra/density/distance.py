@@ -61,11 +61,9 @@ def spectral_distances(
     units = [max(map(abs, q.range)) or 1.0 if normalize else 1.0 for q in spectra]
     typical = linear_scale if metric == "jensen-shannon" else _root_mean_square
     scale = float(np.median([typical(q) / unit for q, unit in zip(spectra, units, strict=True)])) or 1.0
-    places = [
-        np.arcsinh(np.asarray(q.nodes).ravel() / u / scale) for q, u in zip(spectra, units, strict=True)
-    ]
-    weights = [np.asarray(q.weights).ravel() for q in spectra]
-    pairs = list(zip(places, weights, strict=True))
+    found = [q.parts.measure() for q in spectra]  # eigenvalues that are known have their share for certain
+    places = [np.arcsinh(x / u / scale) for (x, _), u in zip(found, units, strict=True)]
+    pairs = list(zip(places, (w for _, w in found), strict=True))
     if metric == "wasserstein":
         return np.array([[_wasserstein(*p, *q) for q in pairs] for p in pairs])
     low = min(x.min() for x in places) - _REACH * WIDTH

@@ -3,6 +3,7 @@
 import numpy as np
 
 from spectra._christoffel import Openness, shift
+from spectra._status import Status
 from spectra.results import Interval, Quadrature
 
 LEVEL = 0.99
@@ -29,6 +30,9 @@ def extreme(quadrature: Quadrature, end: int, *, level: float = LEVEL) -> Interv
     rest = quadrature.bulk or quadrature
     start = float(np.max(rest.nodes) if end == -1 else np.min(rest.nodes))
     far = Openness([quadrature], 1 - level).end(start, sign)
+    if quadrature.status is Status.EXACT:  # known to the rounding of the matrix (Weyl)
+        moved = quadrature.noise_floor
+        return Interval(value - moved, value, value + moved)
     moved = shift(quadrature)
     inner, outer = value - sign * moved, sign * max(sign * far, sign * value + moved)
     return Interval(min(inner, outer), value, max(inner, outer))

@@ -38,7 +38,9 @@ class ProbeRun:
         home: Any = None,
         recorder: Recorder | None = None,
         keep_basis: bool = True,
+        keep_last: bool = False,
     ):
+        self.keep_last, self.last = keep_last, None  # the state of the last probe, for its vectors
         self.keep_basis = keep_basis
         self.known = known  # vectors that the probes are made orthogonal to
         self.home = home  # where the basis lives, if not with the operator
@@ -62,6 +64,10 @@ class ProbeRun:
     def num_probes(self) -> int:
         """Probes done so far."""
         return len(self.rows)
+
+    def forget(self) -> None:
+        """Drop the vectors of the last probe."""
+        self.keep_last, self.last = False, None
 
     def add(self, probes: range, num_steps: int, stop_when=None) -> None:
         """Run probes together, at most `CHUNK` steps a call; `stop_when` sees the quadrature so far.
@@ -113,6 +119,8 @@ class ProbeRun:
         if stop_when is None:
             done = num_steps  # steps that a breakdown left out are zeros
         rows = _rows(state, done, batched)
+        if self.keep_last:
+            self.last = state
         if state.basis:
             for row, found in zip(rows, self._sketches(state, batched), strict=True):
                 row["sketch"] = found[:done]

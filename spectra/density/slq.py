@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, overload
 
 import jax
@@ -215,24 +215,6 @@ def _one(
         else:
             result = _adaptive(run, num_steps, num_probes, tol, plan.probe_batch)
     return result if deflate is None else deflation.with_atoms(result, deflate)
-
-
-def slq_until(
-    op: LinearOperator, enough: Callable[[Quadrature], bool], *, key, num_steps, num_probes, probe_batch=None
-) -> Quadrature:
-    """`slq` that looks at the quadrature after 4, 8, 16, ... probes and ends where it is enough."""
-    plan = estimate(op, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
-    require_fit(plan)
-    layout = Layout.of(op.like)
-    with Progress(False, plan.num_matvecs) as bar:
-        run = ProbeRun(outside_loops(op.prepare()), layout, key, bar, size=op.size)
-        while run.num_probes < num_probes:
-            goal = min(max(4, 2 * run.num_probes), num_probes)
-            for start in range(run.num_probes, goal, plan.probe_batch):
-                run.add(range(start, min(start + plan.probe_batch, goal)), num_steps)
-            if enough(run.result()):
-                break
-        return run.result()
 
 
 def _adaptive(run: ProbeRun, num_steps: int, num_probes: int, tol: float, batch: int) -> Quadrature:

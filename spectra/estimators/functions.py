@@ -13,7 +13,8 @@ from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra._status import Status
 from spectra.density.sampling import sampling_error
-from spectra.density.slq import slq, slq_until
+from spectra.density.slq import slq
+from spectra.density.spending import spend
 from spectra.estimators.bracket import Bounds, bracket, evaluate, interval_of
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Estimate, Quadrature
@@ -72,8 +73,10 @@ def trace_of(
         f: vectorised NumPy function of eigenvalues.
         key: JAX random key; needed for an operator.
         num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
-        num_probes: probes; with `tol`, the most that may be spent.
-        tol: stop adding probes as soon as stderr and half of the bracket are below tol |value|.
+        num_probes: probes; with `tol`, num_steps x num_probes are the products that may be spent.
+        tol: spend products until stderr and half of the bracket together are below tol |value|: on steps, on
+            probes, or on eigenpairs that are known then and not sampled, by what each is predicted to
+            gain (see `spectra.density.spending`).
         bounds: (a, b) known to hold the spectrum; None for an end that is not known. (0, None) says that
             H is positive semi-definite: nodes below zero by rounding count as zero.
         one_signed: whether every derivative of f keeps one sign on the interval; None: if f is known for it.
@@ -114,20 +117,23 @@ def trace_of(
     def estimate(quadrature):
         return _from_quadrature(quadrature, f, bounds, signed)
 
-    def wanting(found: Estimate) -> float:
-        """Error that more probes would have to reach."""
+    def open_share(found: Estimate) -> float:
+        """The error and half of the bracket, in units of what is asked for."""
         assert tol is not None
         half = 0.0 if found.lower is None else (found.upper - found.lower) / 2
-        return tol * abs(found.value) - half
+        goal = tol * abs(found.value)
+        return (found.stderr + half) / goal if goal > 0 else np.inf if found.stderr + half > 0 else 0.0
 
-    def enough(quadrature):
-        found = estimate(quadrature)
-        return found.stderr <= wanting(found) or wanting(found) < 0
+    def error(quadrature) -> float:
+        try:
+            return open_share(estimate(quadrature))
+        except SpectraError:  # f is not finite at a node that other probes may not have
+            return np.inf
 
-    found = estimate(quadrature_of(source, key, num_steps, num_probes, probe_batch, tol and enough))
+    found = estimate(quadrature_of(source, key, num_steps, num_probes, probe_batch, tol and error))
     if tol is None:
         return found
-    status = Status.CONVERGED if found.stderr <= wanting(found) else Status.BUDGET_EXHAUSTED
+    status = Status.CONVERGED if open_share(found) <= 1 else Status.BUDGET_EXHAUSTED
     return dataclasses.replace(found, status=status)
 
 
@@ -171,7 +177,7 @@ def _is_known(f) -> bool:
     return any(f is getattr(module, name) for module in (np, jnp) for name in ONE_SIGNED)
 
 
-def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, enough=None) -> Quadrature:
+def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, error=None) -> Quadrature:
     """The quadrature given, or one of the operator."""
     source = getattr(source, "quadrature", source)  # a report stands for its quadrature
     if isinstance(source, Quadrature):
@@ -184,7 +190,7 @@ def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, e
     require_key(key)
     steps = min(100, source.size) if num_steps is None else num_steps
     options = {"key": key, "num_steps": steps, "num_probes": num_probes, "probe_batch": probe_batch}
-    return slq_until(source, enough, **options) if enough else slq(source, **options)
+    return spend(source, error, **options) if error else slq(source, **options)
 
 
 def _from_quadrature(q: Quadrature, f, bounds: Bounds | None, one_signed: bool) -> Estimate:

@@ -152,9 +152,9 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     def step(count):
         done = num_samples()
         probes = blocks.draw(run.op, run.key, jnp.arange(rank + done, rank + count), kind)
-        complement, square = _project(q, probes)
+        complement, square = project(q, probes)
         images, sketch.unit = blocks.in_unit(run.products(complement), sketch.unit)
-        samples, squares, residuals = map(run.by_group, _complement_forms(q, complement, images))
+        samples, squares, residuals = map(run.by_group, complement_forms(q, complement, images))
         if kind == "normal":
             scale = rest / run.host(square)
             squares = scale * xp.concatenate([squares[:-1], residuals[-1:]])
@@ -185,16 +185,16 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
 
 
 @jax.jit
-def _project(basis: PyTree, vectors: PyTree):
+def project(basis: PyTree, vectors: PyTree):
     """The part of vectors orthogonal to the basis, and its squared lengths."""
     rest = blocks.subtract(vectors, blocks.combine(jnp.sum(blocks.gram(vectors, basis), axis=0), basis))
     return rest, jnp.sum(blocks.row_dots(rest, rest), axis=0)
 
 
 @jax.jit
-def _complement_forms(basis: PyTree, vectors: PyTree, images: PyTree):
+def complement_forms(basis: PyTree, vectors: PyTree, images: PyTree):
     """v · w, |w|² and |w - v (vᵀw) / |v|²|² with w = (1 - QQᵀ) H v, for each leaf."""
-    rest = _project(basis, images)[0]
+    rest = project(basis, images)[0]
     dots, lengths = blocks.row_dots(vectors, rest), jnp.sum(blocks.row_dots(vectors, vectors), axis=0)
     share = jnp.sum(dots, axis=0) / jnp.where(lengths > 0, lengths, 1)
     along = jax.tree.map(lambda v: v * share.reshape(-1, *[1] * (v.ndim - 1)).astype(v.dtype), vectors)

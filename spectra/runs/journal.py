@@ -81,13 +81,13 @@ class Journal:
         """
         fold = self._restored(Fold(state=state), carried, out)
         self.folds.append(fold)
-        self._count(sum(products * (stop - start) for start, stop in parts[: fold.done]))
+        self.count(sum(products * (stop - start) for start, stop in parts[: fold.done]))
         for start, stop in parts[fold.done :]:
             began = time.monotonic()
             fold.state, found = step(fold.state, start, stop)
             fold.outs.append(found)
             fold.done += 1
-            self._count(products * (stop - start))
+            self.count(products * (stop - start))
             if self.saver is not None:
                 jax.block_until_ready((fold.state, found))
                 self._look(time.monotonic() - began)
@@ -96,7 +96,8 @@ class Journal:
             self.folds[-1] = Fold()
         return state, outs
 
-    def _count(self, products: int) -> None:
+    def count(self, products: int) -> None:
+        """Note products that were taken."""
         self.products += products
         self.bar.update(products)
 

@@ -428,6 +428,41 @@ DENSITY = [
 
 ESTIMATORS = [
     fault(
+        "samples of a Krylov-aware trace are not scaled to the dimension that is left",
+        "estimators/krylov_aware.py",
+        "run.op.size - split.spent, float(np.sum(forms))",
+        "run.op.size, float(np.sum(forms))",
+        "test_krylov_trace.py::test_intervals_hold_and_are_not_wide",
+    ),
+    fault(
+        "a basis ends at the first doubt, without a random vector that shows copies",
+        "estimators/krylov_aware.py",
+        "        elif self.doubtful:",
+        "        elif True:",
+        "test_krylov_trace.py::test_copies_of_an_eigenvalue_are_found",
+    ),
+    fault(
+        "directions that wait keep what later ones have taken",
+        "krylov/explored.py",
+        "    waiting = _without(state.waiting, q, along)",
+        "    waiting = state.waiting",
+        "test_krylov_trace.py::test_every_number_of_a_step_is_that_of_the_matrix",
+    ),
+    fault(
+        "the first probe is sampled beside the eigenpairs that it found",
+        "density/spending.py",
+        "run = ProbeRun(inner, layout, key, bar, size=size, known=known)",
+        "run = ProbeRun(prepared, layout, key, bar, size=size)",
+        "test_spending.py::test_deflated_runs_say_what_is_known_and_what_it_cost",
+    ),
+    fault(
+        "a dense matrix is taken whatever a run would cost",
+        "density/exact.py",
+        "return op.size <= products and",
+        "return",
+        "test_exact.py::test_it_can_be_refused_and_forced",
+    ),
+    fault(
         "intervals of one side",
         "results/estimates.py",
         "tail = (1 + level) / 2",

@@ -1,0 +1,83 @@
+"""Products where they help: plans from one probe, and what comes of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.stats import binom
+
+import spectra
+from spectra import _quadrature
+from spectra.density import spending
+
+N = 200
+KEY = jax.random.key(0)
+DECAYING = np.arange(1.0, N + 1) ** -2
+OP = spectra.MatrixOperator(jnp.diag(jnp.asarray(DECAYING, jnp.float32)))
+SHIFT = 0.01
+TRUTH = float(np.sum(np.log(DECAYING + SHIFT)))
+
+
+def test_steps_on_the_nodes_are_steps_of_the_run(x64):
+    q = spectra.slq(spectra.MatrixOperator(np.diag(DECAYING)), key=KEY, num_steps=24, num_probes=1)
+    short = spectra.slq(spectra.MatrixOperator(np.diag(DECAYING)), key=KEY, num_steps=9, num_probes=1)
+    found = spending._shortened(q.nodes[0], q.weights[0], q.residuals[0], 9)
+    for ours, theirs in zip(found, (short.nodes, short.weights, short.residuals), strict=True):
+        np.testing.assert_allclose(ours, theirs[0], rtol=0, atol=1e-12)
+
+
+def open_share(goal):
+    """Half of the trace's interval over a goal, and of steps the width of the CDF's bracket."""
+
+    def error(q):
+        from spectra.report import trace_estimate
+
+        return trace_estimate(q).stderr / goal + _quadrature.band_width_parts(q, 0.95)[0]
+
+    return error
+
+
+def test_deflation_is_planned_where_outliers_are_all_there_is_to_sample(x64):
+    values = np.append(np.linspace(-0.01, 0.01, N - 8), np.linspace(5.0, 12.0, 8))
+    q = spectra.slq(spectra.MatrixOperator(np.diag(values)), key=KEY, num_steps=20, num_probes=1)
+    plan = spending.best_plan(q, open_share(0.3), 2000)
+    assert plan is not None
+    assert spending.converged(q).sum() >= 8
+    # All eight are known from the first probe or resolved by all: what is left has a variance of nothing.
+    assert plan.steps * plan.probes <= 100
+
+
+def test_a_goal_out_of_reach_has_no_plan(x64):
+    q = spectra.slq(
+        spectra.MatrixOperator(np.diag(np.linspace(-1, 1, N))), key=KEY, num_steps=8, num_probes=1
+    )
+    assert spending.best_plan(q, open_share(1e-9), 100) is None
+
+
+def test_intervals_hold_and_few_products_are_spent():
+    keys = jax.random.split(KEY, 24)
+    found = [spectra.logdet(OP, SHIFT, key=key, tol=0.005, bounds=(0.0, None)) for key in keys]
+    ends = np.array([estimate.interval() for estimate in found])
+    misses = int(np.sum((ends[:, 0] > TRUTH) | (ends[:, 2] < TRUTH)))
+    assert binom.sf(misses - 1, len(keys), 0.05) > 1e-3
+    assert all(x.status is spectra.Status.CONVERGED for x in found)
+    assert all(x.stderr + (x.upper - x.lower) / 2 <= 0.005 * abs(x.value) for x in found)
+    # 4 probes of 100 steps is what the rule before this one took at least.
+    assert np.mean([x.num_matvecs for x in found]) < 120
+
+
+def test_deflated_runs_say_what_is_known_and_what_it_cost(x64, monkeypatch):
+    values = np.append(np.linspace(0.5, 1.5, N - 8), np.linspace(50.0, 120.0, 8))
+    op = spectra.MatrixOperator(np.diag(values))
+    plan = spending.Plan(40, 10, 4, True)
+    monkeypatch.setattr(spending, "best_plan", lambda found, *_: plan if found.num_steps >= 32 else None)
+    q = spending.spend(op, lambda q: 0.5, key=KEY, num_steps=40, num_probes=8)
+    assert q.atoms is not None
+    np.testing.assert_allclose(np.sort(q.atoms)[-8:], values[-8:], rtol=1e-9)
+    assert q.bulk.nodes.max() <= 1.51  # no outlier is left
+    assert (q.size, q.bulk.size) == (N, N - len(q.atoms))
+    assert (q.num_matvecs, q.bulk.num_matvecs) == (80, 40)
+    estimate = spectra.trace_of(q, np.sqrt)
+    low, _, high = estimate.interval()
+    assert low <= np.sqrt(values).sum() <= high
+    # The spread of sqrt over the rest, n σ √(2 / n / 4) with σ = 0.15, twice over for the bracket.
+    assert high - low <= 2 * 4 * 0.15 * np.sqrt(2 * N / 4)
