@@ -261,7 +261,7 @@ def _of_rule(quadrature, rule, low, high, rest=None) -> tuple[np.ndarray, np.nda
         below = _turned(theta, sums, low + moved, error) - rounding
         above = 1 - _turned(-theta[::-1], 1 - sums[::-1], moved - high, error) + rounding
         left, right = np.searchsorted(theta, low, side="right"), np.searchsorted(theta, high, side="left")
-        # Beyond all nodes x is itself the first or the last: nothing lies to its left, or everything up to it.
+        # Beyond all nodes x is itself the first or the last: nothing is to its left, or everything up to it.
         least = np.where(left == 0, 0.0, np.maximum(below, least))
         most = np.where(right == len(theta), 1.0, np.minimum(above, most))
         return np.clip(least, 0, 1), np.clip(most, 0, 1)
