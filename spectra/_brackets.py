@@ -256,11 +256,24 @@ def _of_rule(quadrature, rule, low, high, rest=None) -> tuple[np.ndarray, np.nda
         with np.errstate(divide="ignore", invalid="ignore"):
             carried[1:-1] = quadrature.noise_floor * spread / gaps
         carried[1:-1] = np.nan_to_num(carried[1:-1], nan=1.0) + slack  # nodes that agree: nothing is known
-        return _limits(theta, w, r, low, high, carried, behind / 2)
+        least, most = _limits(theta, w, r, low, high, carried, behind / 2)
+        error, moved = quadrature.noise_floor / quadrature.spread, quadrature.noise_floor
+        below = _turned(theta, sums, low + moved, error) - rounding
+        above = 1 - _turned(-theta[::-1], 1 - sums[::-1], moved - high, error) + rounding
+        left, right = np.searchsorted(theta, low, side="right"), np.searchsorted(theta, high, side="left")
+        # Beyond all nodes x is itself the first or the last: nothing is to its left, or everything up to it.
+        least = np.where(left == 0, 0.0, np.maximum(below, least))
+        most = np.where(right == len(theta), 1.0, np.minimum(above, most))
+        return np.clip(least, 0, 1), np.clip(most, 0, 1)
     left = np.searchsorted(theta, low - behind, side="right")
     right = np.searchsorted(theta, high + behind, side="right")
-    slack = np.append(0.0, np.append(np.full(len(theta) - 1, rounding), 0.0))
-    return np.clip(sums[left] - slack[left], 0, 1), np.clip(sums[right] + slack[right], 0, 1)
+    turn = np.arcsin(np.minimum(quadrature.noise_floor / np.maximum(np.diff(theta), np.finfo(float).tiny), 1))
+    angle = np.arcsin(np.sqrt(np.clip(sums[1:-1], 0, 1)))
+    less = np.sin(np.maximum(angle - turn, 0)) ** 2 - rounding
+    more = np.sin(np.minimum(angle + turn, np.pi / 2)) ** 2 + rounding
+    least = np.maximum.accumulate(np.concatenate([[0.0], less, [1.0]]))
+    most = np.minimum.accumulate(np.concatenate([[0.0], more, [1.0]])[::-1])[::-1]
+    return np.clip(least[left], 0, 1), np.clip(most[right], 0, 1)
 
 
 def _crossings(theta, rest) -> np.ndarray:
@@ -271,16 +284,32 @@ def _crossings(theta, rest) -> np.ndarray:
     return np.minimum(theta[1:] - below, above - theta[:-1])
 
 
-def _limits(theta, w, r, low, high, carried: np.ndarray, moved: float) -> tuple[np.ndarray, np.ndarray]:
-    """The least mass up to `low` and the most up to `high`.
+def _turned(theta, sums, x, error: float) -> np.ndarray:
+    """The least mass up to x, from sums of whole Gauss weights.
 
-    Sums of whole Gauss weights bound both whatever rounding did to a weight. The bracket proper is narrower:
-    it gives way by what rounding can have `carried` from one side of a gap to the other. And a converged
+    The rule is exact for H + E, |E| = `error`, whose mass up to a node θ is no less than the sum S of the
+    weights before it. By Davis and Kahan the space of H + E up to θ is within arcsin(|E| / (x - θ)) of that
+    of H up to x, and so far can the probe, which is at arccos(sqrt(S)) from the one, be from the other in
+    addition. The best of some nodes below x: the farther, the less is carried, and the less is the sum.
+    """
+    before = np.searchsorted(theta, x, side="left")  # nodes below x
+    found = np.zeros(np.shape(x))
+    for back in dict.fromkeys([*range(1, 5), *(2**k for k in range(3, len(theta).bit_length()))]):
+        node = before - back
+        distance = np.where(node >= 0, x - theta[np.maximum(node, 0)], np.inf)
+        turn = np.arcsin(np.minimum(error / distance, 1))
+        angle = np.arcsin(np.sqrt(np.clip(sums[np.maximum(node, 0)], 0, 1))) - turn
+        found = np.maximum(found, np.sin(np.maximum(angle, 0)) ** 2)
+    return found
+
+
+def _limits(theta, w, r, low, high, carried: np.ndarray, moved: float) -> tuple[np.ndarray, np.ndarray]:
+    """The least mass up to `low` and the most up to `high`, by the bracket proper.
+
+    It gives way by what rounding can have `carried` from one side of a gap to the other. And a converged
     node is an eigenvalue to within `moved` only.
     """
     sums = _sums(w)
-    left, right = np.searchsorted(theta, low, side="right"), np.searchsorted(theta, high, side="left")
-    whole = sums[np.maximum(left - 1, 0)], sums[np.minimum(right + 1, len(theta))]
     low, high = low - moved, high + moved
     left, right = np.searchsorted(theta, low, side="right"), np.searchsorted(theta, high, side="left")
     if low.size <= EXACT:
@@ -290,7 +319,4 @@ def _limits(theta, w, r, low, high, carried: np.ndarray, moved: float) -> tuple[
         # The Gauss rule is one of the measures: least <= its sum <= most = least + the largest mass at x.
         least = np.maximum(curve[0], sums[left] - largest_mass(theta, w, r, low))
         most = np.minimum(curve[1], sums[right] + largest_mass(theta, w, r, high))
-    # Beyond all nodes x is itself the first or the last: nothing lies to its left, or everything up to it.
-    least = np.where(left == 0, 0.0, np.clip(least - carried[left], 0, 1))
-    most = np.where(right == len(theta), 1.0, np.clip(most + carried[right], 0, 1))
-    return np.maximum(whole[0], least), np.minimum(whole[1], most)
+    return least - carried[left], most + carried[right]

@@ -77,6 +77,11 @@ class SumOperator(LinearOperator):
         """Bytes of all terms."""
         return sum(term.prepared_bytes() for term in self.terms)
 
+    def recomputed_bytes(self) -> int | None:
+        """The most that a term holds: one follows the other."""
+        held = [term.recomputed_bytes() for term in self.terms]
+        return max((size for size in held if size is not None), default=None)
+
     def _stacks(self) -> dict[int, str]:
         return self.terms[0]._stacks()
 
@@ -180,6 +185,10 @@ class Wrapped(Derived):
     def prepared_bytes(self) -> int:
         """As the wrapped operator."""
         return self.base.prepared_bytes()
+
+    def recomputed_bytes(self) -> int | None:
+        """As the wrapped operator."""
+        return self.base.recomputed_bytes()
 
     def moved(self, key: jax.Array) -> "LinearOperator | None":
         """The same made from the base at moved parameters."""

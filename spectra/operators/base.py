@@ -140,6 +140,11 @@ class LinearOperator(abc.ABC):
         """Bytes that `prepare` would allocate."""
         return 0
 
+    def recomputed_bytes(self) -> int | None:
+        """What each further vector of a product holds where all share one evaluation that is not saved; None
+        where there is nothing to share."""
+        return None
+
     def moved(self, key: jax.Array) -> "LinearOperator | None":
         """The operator at parameters moved by one rounding each; None where there are none to move."""
         del key

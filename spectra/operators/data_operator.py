@@ -20,6 +20,7 @@ from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
 from spectra.operators.base import LinearOperator, product, product_batch, require_alive
 from spectra.operators.calls import check_signatures, loss_weight, open_data, require_call
 from spectra.operators.checks import check_functions, check_options, explain_non_finite
+from spectra.operators.diagnose import rematerialises
 from spectra.operators.means import require_mean
 from spectra.operators.modes import resolve_mode
 from spectra.operators.roundings import Rounding, coarsest_rounding
@@ -275,6 +276,16 @@ class DataOperator(LinearOperator):
     def prepared_bytes(self) -> int:
         """Bytes of the saved values, from shapes alone; parameters and data are not counted twice."""
         return self._bytes_to_save() or 0
+
+    def recomputed_bytes(self) -> int | None:
+        """Bytes of the tangents of saved values, of one microbatch: what `jax.vmap` holds for each vector."""
+        if self.stream is not None or self.mode == "finite-difference":
+            return None  # streams share each pass; differences evaluate at points of their own
+        if self.linearized and not rematerialises(compiled.loss.trace(self).jaxpr):
+            return None
+        whole = self.microbatch is None
+        pieces = 1 if whole else -(-batch_size(self.data, self.shared) // self.microbatch)
+        return compiled.saved_bytes(self) // pieces
 
     def moved(self, key: jax.Array) -> Self:
         """The operator at parameters times 1 ± eps of what the loss computes in, with random signs."""

@@ -21,6 +21,7 @@ _SUSPECTS = (
     "custom_call",
     "while",
 )
+_REMAT = ("checkpoint", "remat", "remat2")
 _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform", "random_gamma")
 
 
@@ -69,6 +70,11 @@ def drawn_shapes(jaxpr) -> list[tuple[int, ...]]:
 def draws(eqn) -> bool:
     """Whether a primitive draws random numbers."""
     return eqn.primitive.name in _RANDOM
+
+
+def rematerialises(jaxpr) -> bool:
+    """Whether a program has parts under `jax.checkpoint`, which derivatives evaluate again."""
+    return any(eqn.primitive.name in _REMAT for eqn in _equations(getattr(jaxpr, "jaxpr", jaxpr)))
 
 
 def slow_in_loops(op: LinearOperator) -> bool:
