@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 
 from spectra import _tree
 from spectra._digest import tree_digest
@@ -18,8 +19,9 @@ from spectra.krylov import missing, rounding, wanted
 from spectra.krylov.dense import allowed, dense_eigenpairs
 from spectra.krylov.eigen_run import EigenRun
 from spectra.krylov.metric import generalized_eigenpairs
+from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
-from spectra.krylov.smallest import smallest_eigenpairs
+from spectra.krylov.smallest import smallest_eigenpairs, split
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.stepwise import outside_loops
 from spectra.results import Eigenpairs
@@ -69,6 +71,11 @@ def eigsh(
 
     Products that end too early leave `missed` above 5 %, up to 1, which is no bound: `status` and
     `converged` speak of the residuals of the pairs returned alone.
+
+    **Derivatives.** jax.grad goes through the values, dλ = vᵀ dH v, and through the vectors, which takes a
+    linear system for each that is used; not through the iteration. Of equal eigenvalues the sum has a
+    derivative, if all of them are among the k; a vector that is not separated from the others has none,
+    which is an error where it is asked for. Reverse mode, once, outside of jit; k products more.
 
     Args:
         op: symmetric operator of order n.
@@ -138,19 +145,25 @@ def eigsh(
     _check_arguments(op, k, which, tol, block_size, verify, known)
     if max_matvecs is not None and max_matvecs < k:
         raise SpectraError(f"max_matvecs={max_matvecs}: {k} pairs take at least as many products.")
-    if _tree.is_traced((op, key)):
-        raise SpectraError(
-            "eigsh restarts from the host and cannot run inside jit or vmap: call it outside, or use "
-            "lanczos, which can."
-        )
     if basis == "none":
         raise SpectraError(
             'basis="none": eigenvectors are sums of basis vectors. Use slq, which can do without.'
         )
+    limits = {"num_basis": num_basis, "block_size": block_size, "max_matvecs": max_matvecs}
+    outside = {"progress": progress, "checkpoint": checkpoint, "basis": basis}
+    if _tree.is_traced((op, metric, key)):
+        still = lax.stop_gradient((op, metric, v0, deflate))
+        if _tree.is_traced((still, key)):
+            raise SpectraError(
+                "eigsh restarts from the host and cannot run inside jit or vmap: call it outside, or use "
+                "lanczos, which can. jax.grad goes through it."
+            )
+        fixed, weight, start, known_pairs = still
+        rest = {"v0": start, "deflate": known_pairs, "metric": weight, **limits, **outside}
+        pairs = eigsh(fixed, k, which=which, key=key, tol=tol, verify=verify, **rest)
+        return differentiable(op, metric, pairs)
     places = place_basis(op, basis)
     if metric is not None:
-        limits = {"num_basis": num_basis, "block_size": block_size, "max_matvecs": max_matvecs}
-        outside = {"progress": progress, "checkpoint": checkpoint, "basis": basis}
         solve = functools.partial(
             eigsh, k=k, which=which, key=key, tol=tol, verify=verify, **limits, **outside
         )

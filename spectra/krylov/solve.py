@@ -82,9 +82,10 @@ def solve(
         shift: added to every eigenvalue of H: the damping.
         method: "cg", which ends with status INDEFINITE where curvature is not positive; "minres"; "dense"; or
             "auto", CG and then MINRES.
-        preconditioner: "nystrom", a randomised sketch that doubles until its last eigenvalue is below 10
-            shifts; `Eigenpairs` of H, to be deflated; or an approximate inverse of A, positive definite: an
-            operator, anything with `mv`, or a function of a vector.
+        preconditioner: "nystrom", a randomised sketch that doubles until what it leaves of H is near 10
+            shifts, shared by all right-hand sides; `Eigenpairs` of H, to be deflated; a `KFACOperator` or
+            `EKFACOperator` near H, which is inverted with the shift as its damping; or an approximate inverse
+            of A, positive definite: an operator, anything with `mv`, or a function of a vector.
         tol: largest accepted |b - Ax| / |b|.
         max_matvecs: products allowed for each right-hand side; default 10,000 or, where a dense matrix may
             follow, 2 n.
