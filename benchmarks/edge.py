@@ -106,7 +106,7 @@ class Run:
         self.params, self.state, _ = jax.jit(self._steps)(self.params, self.state, multiples, order)
         self.params, self.state, _ = self.go(1e-6, WATCHED)  # the optimizer sees the gradient of all examples
         self.params, self.state, _ = self.go(min(0.5 * float(self.stable_step()), 1.0), WATCHED)
-        self.params, self.state, _ = self.go(0.5 * float(self.stable_step()), WATCHED)
+        self.params, self.state, _ = self.go(0.8 * float(self.stable_step()), WATCHED)
 
     def go(self, multiple: float, steps: int):
         """Parameters, state and losses of further steps on all examples."""
