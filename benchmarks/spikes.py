@@ -1,18 +1,18 @@
-"""Warnings before spikes of the loss, and none in runs without: a tracker that measures headroom and looks ahead.
+"""Warnings before spikes of the loss, and none in runs without: a tracker that looks ahead.
 
-A spike is a loss, over all examples, of more than 1.5 times its lowest of the last 50 steps. Five courses are
-led into one, slowly enough that it can be seen to come: the learning rate grows by 1.5 or 2 % a step (gradient
-descent, momentum, Adam, RMSProp), or the images of a convolutional network become brighter by 1 % a step,
-which raises the curvature. Five are not: constant rates, warm-ups that end, a rate that falls. Minibatches
-of half of the data in all of them. What nobody can see from the curvature before it happens is not among
-them: a rate that jumps, or one batch that is broken.
+A spike is a loss, over all examples, of more than 1.5 times its lowest of the last 50 steps. Five courses
+are led into one, slowly enough that it can be seen to come: the learning rate grows by 1.5 or 2 % a step
+(gradient descent, momentum, Adam, RMSProp), or the images of a convolutional network become brighter by 1 %
+a step, which raises the curvature. Five are not: constant rates, warm-ups that end, a rate that falls.
+Minibatches of half of the data in all of them. What nobody can see from the curvature before it happens is
+not among them: a rate that jumps, or one batch that is broken.
 
 The tracker measures `stable_step` every five steps on one batch of the size that training uses (its edge is
 nearer than that of all examples, as that of the updates is), and warns where its course leads below 1 within
-`AHEAD` steps. Twenty steps of warning are wanted; an oscillation at the edge grows like exp(r t²) for a ramp of
-rate r and shows after 10 to 20 steps, so that these are steps before the edge in the worst case; five pass
-between two readings, and a line through eight of them lags a course that bends by half of its length, 18
-steps. With the doubt of the forecast on top that makes 50.
+50 steps. Twenty steps of warning are wanted; an oscillation at the edge grows like exp(r t²) for a ramp of
+rate r, and shows 10 to 20 steps behind it, which may be as few as none with noise; five pass between two
+readings, and a line through eight of them lags a course that bends by half of its length, 18 steps. With the
+doubt of the forecast on top that makes 50.
 """
 
 import warnings

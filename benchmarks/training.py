@@ -28,6 +28,7 @@ def stable_steps() -> list[str]:
             run = edge.Run(network, optimizer, rate)
             run.prepare()
             found = run.stable_step()
+            run.move()
             low, high = run.threshold(float(found))
             middle = (low * high) ** 0.5
             rows.append(
@@ -93,9 +94,9 @@ def main() -> list[str]:
         "",
         "## What readings without gradients cost",
         "",
-        f"`critical_sharpness` along the update every {EVERY} steps to a factor of 1.5 (tol=0.5), from the step",
-        "found last, on the batch of training. A step of training counts as three forward passes; the first",
-        "reading, which looks for the scale, is left out of the share. The goal is at most 1 %.",
+        f"`critical_sharpness` along the update every {EVERY} steps to a factor of 1.5 (tol=0.5), from the",
+        "step found last, on the batch of training. A step of training counts as three forward passes; the",
+        "first reading, which looks for the scale, is left out of the share. The goal is at most 1 %.",
         "",
         *overhead(),
         "",

@@ -285,22 +285,26 @@ def watch(
 
     Served on this machine alone, or written to a file that a browser reloads by itself.
     """
+    import matplotlib
+
     from spectra.page import LivePage, page_path, serve
 
+    matplotlib.use("Agg")  # pages are drawn in threads, which have no windows
     if once and output is None:
         raise typer.BadParameter("--once writes a page: say where with --out.")
     page = LivePage(runs, seconds)
-    if output is not None:
-        path = page_path(output)
-        page.write(path)
-        typer.echo(f"page     {path}")
-        while not once:
-            time.sleep(seconds)
+    with contextlib.suppress(KeyboardInterrupt):
+        if output is None:
+            with serve(page, port) as server:
+                typer.echo(f"page     http://127.0.0.1:{server.server_port}/   (Ctrl-C ends)")
+                server.serve_forever()
+        else:
+            path = page_path(output)
             page.write(path)
-        return
-    with serve(page, port) as server:
-        typer.echo(f"page     http://127.0.0.1:{server.server_port}/   (Ctrl-C ends)")
-        server.serve_forever()
+            typer.echo(f"page     {path}")
+            while not once:
+                time.sleep(seconds)
+                page.write(path)
 
 
 @app.command("export-torch")

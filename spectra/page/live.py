@@ -1,4 +1,4 @@
-"""A page about runs that are still going: read again as their files grow, served here or written beside them."""
+"""A page about runs that are still going, read again as their files grow: served here, or written."""
 
 import time
 import warnings

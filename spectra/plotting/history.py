@@ -119,7 +119,7 @@ def plot_course(histories: Mapping[str, SpectrumHistory], name: str, ax: "Axes |
         known = np.isfinite(values)
         if known.any():
             style = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
-            ax.plot(history.steps[known], values[known], ".-", label=label_text(run), **style)
+            ax.plot(history.steps[known], values[known], marker=".", label=label_text(run), **style)
             drawn.append(values[known])
     if drawn:
         low, high = (end(list(map(end, drawn))) for end in (min, max))
