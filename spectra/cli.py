@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -264,6 +265,46 @@ def report(
     with _about(result):
         page = write_report(loaded, output, title=title, source=result.name)
     typer.echo(f"page     {page}")
+
+
+@app.command()
+def watch(
+    runs: Annotated[
+        list[Path], typer.Argument(help="The .jsonl files of trackers; they may not be there yet.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write the page to this .html instead of serving it.")
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes a free one.")
+    ] = 8765,
+    seconds: Annotated[int, typer.Option(min=1, help="Time between two looks at the files.")] = 5,
+    once: Annotated[bool, typer.Option("--once", help="With --out: write the page once and end.")] = False,
+):
+    """Follow runs while they train: a live page with their pictures, until Ctrl-C.
+
+    Served on this machine alone, or written to a file that a browser reloads by itself.
+    """
+    import matplotlib
+
+    from spectra.page import LivePage, page_path, serve
+
+    matplotlib.use("Agg")  # pages are drawn in threads, which have no windows
+    if once and output is None:
+        raise typer.BadParameter("--once writes a page: say where with --out.")
+    page = LivePage(runs, seconds)
+    with contextlib.suppress(KeyboardInterrupt):
+        if output is None:
+            with serve(page, port) as server:
+                typer.echo(f"page     http://127.0.0.1:{server.server_port}/   (Ctrl-C ends)")
+                server.serve_forever()
+        else:
+            path = page_path(output)
+            page.write(path)
+            typer.echo(f"page     {path}")
+            while not once:
+                time.sleep(seconds)
+                page.write(path)
 
 
 @app.command("export-torch")

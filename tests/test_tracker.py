@@ -465,9 +465,48 @@ def test_a_reading_below_its_limit_warns_once():
     assert "m = 0.9 has fallen below 1" in warned[0][1]
 
 
+def warned(values, every=10, **options):
+    """Steps and texts of the warnings about a measure that gives these values."""
+    readings, found = iter(values), []
+    tracker = spectra.SpectrumTracker(
+        factory,
+        10**6,
+        measures={"m": (every, lambda params: next(readings))},
+        warn_below={"m": 1.0},
+        **options,
+    )
+    for step in range(every, every * (len(values) + 1), every):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tracker(step, None)
+        found += [(step, str(w.message)) for w in caught]
+    return found
+
+
+def test_a_course_that_leads_below_the_limit_warns_ahead():
+    falling = 4.0 * 0.8 ** np.arange(12)  # below 1 from the seventh reading on: log 4 / log 1.25 = 6.2
+    [(step, text)] = warned(falling, warn_ahead=30)
+    # In steps of ten the crossing is at 72.1: within 30 steps from the fifth reading on, at 50.
+    assert step == 50
+    assert "will fall below 1 in about 22 steps" in text
+    assert [step for step, _ in warned(falling)] == [80]
+    assert [step for step, _ in warned(-falling[::-1] + 2, warn_ahead=30)] != []  # numbers of any sign
+
+
+def test_no_course_no_warning():
+    rng = np.random.default_rng(0)
+    assert warned(1.5 + 2.5 * 0.8 ** np.arange(30), warn_ahead=30) == []  # levels out at 1.5
+    assert warned(2.0 * np.exp(0.05 * rng.standard_normal(200)), warn_ahead=30) == []
+    assert warned([3.0, 2.0, 1.1], warn_ahead=50) == []  # too few for a course
+    # What hovers about the limit is one alarm; after as long as one looks ahead without, another is news.
+    assert [step for step, _ in warned([0.9, 1.1] * 10 + [3.0] * 8 + [0.5], warn_ahead=30)] == [10, 290]
+    assert warned([np.inf, np.inf, np.inf, np.inf, 5.0], warn_ahead=50) == []
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"warn_ahead": -1}, "warn_ahead=-1"),
         ({"measures": {"m": 3}}, "no pair"),
         ({"measures": {"m": (0, float)}}, "every=0"),
         ({"warn_below": {"m": 1.0}}, "not among the measures"),

@@ -78,16 +78,21 @@ def page(result: Any, title: str, source: str) -> str:
     """The page as text."""
     facts = _provenance(result)
     parts = [*sections(result), _reproduce(result, facts, source), _contents(result, facts)]
-    body = "\n".join(f"<section><h2>{html.escape(part.title)}</h2>{part.body}</section>" for part in parts)
     date = f", {str(facts['date'])[:16].replace('T', ' ')} UTC" if "date" in facts else ""
-    subtitle = html.escape(_kind(result) + date)
+    return assemble(title, _kind(result) + date, parts)
+
+
+def assemble(title: str, subtitle: str, parts: list[Section], refresh: int | None = None) -> str:
+    """A page of sections; `refresh`: seconds after which a browser asks for it again."""
+    body = "\n".join(f"<section><h2>{html.escape(part.title)}</h2>{part.body}</section>" for part in parts)
+    again = "" if refresh is None else f'<meta http-equiv="refresh" content="{refresh}">\n'
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n{again}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{html.escape(title)}</title>\n<style>\n{CSS.read_text()}</style>\n</head>\n<body>\n"
-        f'<header><h1>{html.escape(title)}</h1><p class="quiet">{subtitle}</p></header>\n'
+        f'<header><h1>{html.escape(title)}</h1><p class="quiet">{html.escape(subtitle)}</p></header>\n'
         f"{body}\n</body>\n</html>\n"
     )
 

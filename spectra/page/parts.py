@@ -17,6 +17,7 @@ from spectra.plotting import (
 )
 from spectra.plotting.density import as_density
 from spectra.plotting.gallery import svg
+from spectra.plotting.history import plot_course
 from spectra.report import SpectrumReport
 from spectra.results import (
     Density,
@@ -31,6 +32,7 @@ from spectra.results import (
 from spectra.results._digits import extreme_cell
 
 _ROWS = 24  # of a table of snapshots
+_COURSES = 24  # pictures of recorded numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +148,36 @@ def _eigenpairs(pairs: Eigenpairs) -> list[Section]:
     ]
 
 
+def runs(histories: Mapping[str, SpectrumHistory]) -> list[Section]:
+    """The sections on several runs: what they recorded on common axes, then the density of each."""
+    rows = [["run", "snapshots", "last step", "largest eigenvalue", "trace"]]
+    for name, history in histories.items():
+        last = history[-1] if len(history) else None
+        cells = (
+            [f"{last.step:,}", f"{last.sharpness:.5g}", f"{last.trace.value:.4g}"] if last else ["", "", ""]
+        )
+        rows.append([name, f"{len(history):,}", *cells])
+    found = [Section("Runs", table(rows)), *courses(histories, "sharpness")]
+    for name, history in histories.items():
+        if len(history) > 1:
+            words = "The density of the eigenvalues at each snapshot, and the largest of them as a line."
+            picture = _figure(lambda history=history: plot_density_over_time(history), words)
+            found.append(Section(name, picture))
+    return found
+
+
+def courses(histories: Mapping[str, SpectrumHistory], *more: str) -> list[Section]:
+    """A picture of each number that was recorded in more than one snapshot, and of others by name."""
+    longer = {name: history for name, history in histories.items() if len(history) > 1}
+    names = dict.fromkeys([*more, *(k for h in longer.values() for s in h for k in s.scalars)])
+    pictures = [
+        _figure(lambda name=name: plot_course(longer, name), f"{name}, as recorded with each snapshot.")
+        for name in list(names)[:_COURSES]
+        if longer
+    ]
+    return [Section("Recorded", "".join(pictures))] if pictures else []
+
+
 def _history(history: SpectrumHistory) -> list[Section]:
     found = [Section("In numbers", pairs_table(history.rows()))]
     if len(history) > 1:
@@ -155,6 +187,7 @@ def _history(history: SpectrumHistory) -> list[Section]:
             words += " Dashed: 2 / learning rate, above which gradient descent is unstable."
         picture = _figure(lambda: plot_density_over_time(history, learning_rate=known or None), words)
         found.append(Section("Along training", picture))
+        found += courses({"": history})
     stride = max(1, -(-len(history) // _ROWS))
     rows = [["step", "largest", "smallest", "trace"]]
     rows += [

@@ -1,5 +1,6 @@
-"""The density along training as a heat map."""
+"""The density along training as a heat map, and numbers along training as lines."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,10 +9,14 @@ from spectra._errors import SpectraError
 from spectra.plotting.density import floor
 from spectra.plotting.style import (
     ACCENT,
+    COLORS,
+    DASHES,
+    DYNAMIC,
     MAP,
     add_colorbar,
     add_legend,
     asks_for_logarithm,
+    label_text,
     new_axes,
     styled,
     symlog,
@@ -98,6 +103,32 @@ def plot_density_over_time(
     add_legend(ax, own_figure)
     if colorbar:
         add_colorbar(mesh, ax, "density")
+    return ax
+
+
+@styled
+def plot_course(histories: Mapping[str, SpectrumHistory], name: str, ax: "Axes | None" = None) -> "Axes":
+    """Draw a number that training recorded, or "sharpness", against the step: a line for each run.
+
+    The axis is logarithmic where all numbers are positive and their range is wide.
+    """
+    own_figure, ax = ax is None, new_axes(ax, height=1.8)
+    drawn = []
+    for i, (run, history) in enumerate(histories.items()):
+        values = history.sharpness if name == "sharpness" else history.scalar(name)
+        known = np.isfinite(values)
+        if known.any():
+            style = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
+            ax.plot(history.steps[known], values[known], marker=".", label=label_text(run), **style)
+            drawn.append(values[known])
+    if drawn:
+        low, high = (end(list(map(end, drawn))) for end in (min, max))
+        if low > 0 and high > DYNAMIC * low:
+            ax.set_yscale("log")
+    ax.set_xlabel("training step")
+    ax.set_ylabel(label_text(name))
+    if len(drawn) > 1:
+        add_legend(ax, own_figure)
     return ax
 
 

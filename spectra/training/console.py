@@ -1,7 +1,8 @@
 """Quantities of a training run that are measured at intervals of their own, and warnings about them."""
 
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,10 @@ import numpy as np
 from spectra._errors import SpectraError
 
 Measure = Callable[..., Any]  # (*state) -> what float() makes a number of
+COURSE = 8
+"""Readings that a forecast is made from, half as many at least."""
+DOUBT = 0.9
+"""Probability with which a forecast is below its limit where it warns, by Student's t over those readings."""
 
 
 class Reading(NamedTuple):
@@ -25,12 +30,14 @@ class Console:
     Args:
         measures: {name: (every, function of the state)}.
         warn_below: {name: number}: a warning where a reading falls below it, once until it is above again.
+        warn_ahead: steps; a warning also where the course of the readings falls below within so many.
     """
 
     def __init__(
         self,
         measures: Mapping[str, tuple[int, Measure]] | None,
         warn_below: Mapping[str, float] | None,
+        warn_ahead: int = 0,
     ):
         self.measures = dict(measures or {})
         self.warn_below = dict(warn_below or {})
@@ -42,10 +49,13 @@ class Console:
                 raise SpectraError(f"measures[{name!r}]: every={every!r} is no positive number of steps.")
         if unknown := set(self.warn_below) - set(self.measures):
             raise SpectraError(f"warn_below names {sorted(unknown)}, which are not among the measures.")
+        if isinstance(warn_ahead, bool) or not isinstance(warn_ahead, int) or warn_ahead < 0:
+            raise SpectraError(f"warn_ahead={warn_ahead!r} is no number of steps.")
+        self.warn_ahead = warn_ahead
         self.readings: dict[str, list[Reading]] = {name: [] for name in self.measures}
         self.left_out = dict.fromkeys(self.measures, 0)  # for the budget
         self.seconds = 0.0  # of all readings but the first of each, which compile
-        self._below: set[str] = set()
+        self._alarms: dict[str, int] = {}  # the last step at which each was below its limit, or about to be
 
     def due(self, step: int) -> list[str]:
         """The measures to take at a step that has none yet."""
@@ -83,10 +93,49 @@ class Console:
         limit = self.warn_below.get(name)
         if limit is None:
             return
-        if not reading.value < limit:
-            self._below.discard(name)
-        elif name not in self._below:
-            self._below.add(name)
-            warnings.warn(
-                f"step {reading.step}: {name} = {reading.value:.4g} has fallen below {limit:g}.", stacklevel=5
-            )
+        below = not reading.value >= limit
+        ahead = None if below else steps_until(self.readings[name][-COURSE:], limit, self.warn_ahead)
+        if not below and ahead is None:
+            # What hovers about its limit is one alarm: it ends when all has been well for as long as one
+            # looks ahead.
+            if reading.step - self._alarms.get(name, reading.step) >= self.warn_ahead:
+                self._alarms.pop(name, None)
+            return
+        known = name in self._alarms
+        self._alarms[name] = reading.step
+        if known:
+            return
+        what = f"step {reading.step}: {name} = {reading.value:.4g} "
+        if below:
+            what += f"has fallen below {limit:g}."
+        else:
+            what += f"will fall below {limit:g} in about {ahead:.0f} steps, as its last readings go."
+        warnings.warn(what, stacklevel=5)
+
+
+def steps_until(readings: Sequence[Reading], limit: float, most: int) -> float | None:
+    """Steps until readings will be below a limit; None where that is not clear, or more than `most`.
+
+    A line through them, through their logarithms where all and the limit are positive (learning rates and
+    curvature change by factors); it counts where the upper end of its forecast is below the limit. A course
+    that levels out lies badly on a line, and has a wide forecast.
+    """
+    steps = np.array([r.step for r in readings], float)
+    values = np.array([r.value for r in readings], float)
+    if most <= 0 or len(values) < COURSE // 2 or not np.isfinite(values).all():
+        return None
+    if limit > 0 and (values > 0).all():
+        values, limit = np.log(values), math.log(limit)
+    from scipy.special import stdtrit
+
+    at = steps - steps[-1]
+    middle, mean = at.mean(), values.mean()
+    spread = np.sum((at - middle) ** 2)
+    slope = (at - middle) @ (values - mean) / spread
+    if not slope < 0:
+        return None
+    left = values - mean - slope * (at - middle)
+    doubt = math.sqrt(left @ left / (len(at) - 2) * (1 + 1 / len(at) + (most - middle) ** 2 / spread))
+    if not mean + slope * (most - middle) + stdtrit(len(at) - 2, DOUBT) * doubt < limit:
+        return None
+    return max(float(middle + (limit - mean) / slope), 0.0)

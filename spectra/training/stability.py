@@ -33,6 +33,8 @@ from spectra.results import StableStep
 PyTree = Any
 HALVINGS = 40
 """Of the error in the answer to an alternating gradient: 1e-12, below the rounding of float32."""
+NORMAL = 2.0**10
+"""In units of the smallest normal number: what stands for zero in an optimizer's state."""
 
 
 @automatic
@@ -126,7 +128,7 @@ def _answer(update, state: PyTree, point: tuple[PyTree, PyTree], change: tuple[P
         new = jax.tree.leaves(new)
         return updates, [jnp.asarray(new[i], floats[j].dtype) for j, i in enumerate(moves)]
 
-    floats = [jnp.asarray(leaves[i]) for i in moves]
+    floats = [_off_zero(jnp.asarray(leaves[i])) for i in moves]
     tangents = jax.linearize(step, point, floats)[1]
 
     def settle(_, s):
@@ -137,6 +139,14 @@ def _answer(update, state: PyTree, point: tuple[PyTree, PyTree], change: tuple[P
     # The state before the step is the negative of the one after it.
     answer = tangents(change, settled)[0]
     return jax.tree.map(lambda x, v: (-x / 2).astype(v.dtype), answer, change[1])
+
+
+def _off_zero(x: jax.Array) -> jax.Array:
+    """A state without zeros: the root of a second moment that is zero, as under pixels that are always black
+    or embeddings not met yet, has no slope, and 0 · inf is NaN. What takes its place is the smallest number
+    whose products with decay rates are still normal; no eps of an optimizer is that small.
+    """
+    return jnp.where(x == 0, NORMAL * jnp.finfo(x.dtype).tiny, x)
 
 
 def _largest(image, start: PyTree, most: int, tol: float) -> tuple[float, float, int]:

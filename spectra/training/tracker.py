@@ -74,6 +74,8 @@ class SpectrumTracker:
             `gradient_noise_scale` or `stable_step`. They share the budget; `tracker.console` holds the
             readings, and a snapshot the last of each among its scalars.
         warn_below: {name: limit}: a warning when a reading falls below it, such as 1 for `stable_step`.
+        warn_ahead: steps: a warning already where the course of the last readings leads below the limit
+            within so many. What comes at once (a jump of the learning rate, one bad batch) has no course.
 
     Raises:
         SpectraError: every, budget, k, tol or a measure out of range, or no file can be written at `path`.
@@ -127,6 +129,7 @@ class SpectrumTracker:
         name: str = "H",
         measures: Mapping[str, tuple[int, Measure]] | None = None,
         warn_below: Mapping[str, float] | None = None,
+        warn_ahead: int = 0,
     ):
         if not callable(op_factory):
             raise SpectraError(f"op_factory is a {type(op_factory).__name__}; pass a function of the params.")
@@ -139,7 +142,7 @@ class SpectrumTracker:
         self.num_eigenvalues, self.tol = num_eigenvalues, tol
         self.num_steps, self.num_probes = num_steps, num_probes
         self.callbacks = tuple(callbacks)
-        self.console = Console(measures, warn_below)
+        self.console = Console(measures, warn_below, warn_ahead)
         self._history, self._file = _continued(path, name)
         self._vectors: PyTree = None  # the leading eigenvectors of the last snapshot
         self._start: float | None = None  # when training began, moved on by the time of each snapshot

@@ -1,0 +1,134 @@
+"""The live page: it follows files as they grow, in whatever state, and is served to this machine alone."""
+
+import os
+import threading
+import urllib.error
+import urllib.request
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_page import Reader
+from typer.testing import CliRunner
+
+import spectra
+from spectra import cli
+from spectra.page import LivePage, serve
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """The lines of a run of four snapshots: the header, then one each."""
+    path = tmp_path_factory.mktemp("run") / "run.jsonl"
+    matrix = jnp.diag(jnp.linspace(0.0, 1.0, 30))
+    tracker = spectra.SpectrumTracker(
+        lambda t: spectra.MatrixOperator((1 + t) * matrix), 10, path=path, name="<tiny>", num_steps=4
+    )
+    for step in range(0, 40, 10):
+        tracker(
+            step, step / 10, loss=np.inf if step == 30 else 2.0 - step / 100, **{"<head>room": 3 - step / 20}
+        )
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def words(page):
+    return " ".join(Reader(page.text()).words)
+
+
+def test_the_page_follows_a_file_that_grows_line_by_line(recorded, tmp_path):
+    path = tmp_path / "run.jsonl"
+    page = LivePage([path], seconds=7)
+    assert "not there yet" in words(page)
+    path.write_bytes(b"")
+    assert "empty so far" in words(page)
+    path.write_bytes(recorded[0][:20])
+    assert "<h2>Files</h2>" in page.text()  # a header that is still being written
+    path.write_bytes(recorded[0])
+    assert "none yet" in words(page)
+    path.write_bytes(b"".join(recorded[:3]))
+    assert "2, steps 0 to 10" in words(page)
+    assert page.text().count("<figure>") == 3  # the density, the loss, the headroom
+    path.write_bytes(b"".join(recorded[:3]) + recorded[3][:50])  # torn, or being written
+    assert "2, steps 0 to 10" in words(page)
+    assert "Files" not in words(page)
+    path.write_bytes(b"".join(recorded))
+    text = page.text()
+    assert "4, steps 0 to 30" in words(page)
+    assert 'http-equiv="refresh" content="7"' in text
+    assert "<head>room" in words(page)  # as text
+    assert "script" not in Reader(text).tags
+    ids = [value for key, value in Reader(text).attributes if key == "id"]
+    assert len(ids) == len(set(ids))
+    assert page.text() is text  # nothing has changed: nothing is drawn again
+
+
+def test_what_is_wrong_with_a_file_is_on_the_page_and_the_rest_is_shown(recorded, tmp_path):
+    damaged, other, gone = (tmp_path / name / "run.jsonl" for name in "abc")
+    for path in (damaged, other):
+        path.parent.mkdir()
+    lines = list(recorded)
+    lines[2] = lines[2].replace(b"snapshot", b"snapshut")
+    damaged.write_bytes(b"".join(lines))
+    other.write_bytes(b"".join(recorded[:3]))
+    array = spectra.save(
+        spectra.trace(spectra.MatrixOperator(jnp.eye(3)), key=jax.random.key(0)), tmp_path / "t"
+    )
+    page = LivePage([damaged, other, gone, array])
+    shown = words(page)
+    assert "is damaged in line 3" in shown
+    assert "not there yet" in shown
+    assert "holds a Estimate, not the history of a run" in shown
+    for folder in "ab":  # one stem, three folders
+        assert str(tmp_path / folder / "run") in shown
+    # Sharpness, loss and headroom of both on common axes, and two densities.
+    assert page.text().count("<figure>") == 5
+    other.unlink()
+    assert page.text().count("<figure>") == 4
+
+
+def test_it_is_served_to_this_machine_and_to_nobody_else(recorded, tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b"".join(recorded[:2]))
+    with serve(LivePage([path]), 0) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert server.server_address[0] == "127.0.0.1"
+
+        def get(where="/", **headers):
+            with urllib.request.urlopen(urllib.request.Request(address + where, headers=headers)) as answer:
+                return answer.read().decode(), answer.headers
+
+        text, headers = get()
+        assert "1, steps 0 to 0" in " ".join(Reader(text).words)
+        assert headers["Cache-Control"] == "no-store"
+        path.write_bytes(b"".join(recorded))
+        assert "4, steps 0 to 30" in " ".join(Reader(get("/?again")[0]).words)
+        for where, host, code in (("/../run.jsonl", None, 404), ("/", "elsewhere.example", 403)):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                get(where, **({} if host is None else {"Host": host}))
+            assert refused.value.code == code
+            refused.value.close()
+        with pytest.raises(spectra.SpectraError, match=f"port {server.server_port} cannot be served"):
+            serve(LivePage([path]), server.server_port)
+        server.shutdown()
+        thread.join()
+
+
+def test_the_page_is_written_beside_a_finished_run(recorded, tmp_path):
+    path, out = tmp_path / "run.jsonl", tmp_path / "page.html"
+    path.write_bytes(b"".join(recorded))
+    done = CliRunner().invoke(cli.app, ["watch", str(path), "-o", str(tmp_path / "page"), "--once"])
+    assert done.exit_code == 0, done.output
+    assert "4, steps 0 to 30" in " ".join(Reader(out.read_text()).words)
+    page = LivePage([path])
+    assert page.write(out)
+    assert not page.write(out)
+    os.utime(path, ns=(0, 0))
+    assert page.write(out)
+    refused = CliRunner().invoke(cli.app, ["watch", str(path), "--once"])
+    assert refused.exit_code == 2
+    assert "--out" in refused.output
+    with pytest.raises(spectra.SpectraError, match="no file to watch"):
+        LivePage([])
