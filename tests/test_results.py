@@ -11,7 +11,7 @@ import pytest
 
 import spectra
 from spectra.io.encode import CLASSES
-from spectra.results import Result
+from spectra.results import Named, Result
 
 KEY = jax.random.key(0)
 EIGENVALUES = np.linspace(-1.0, 3.0, 60)
@@ -78,6 +78,15 @@ def made():
         spectra.funm(op, "exp", jnp.ones(60), num_steps=16),
     ]
     return {type(result).__name__: result for result in results}
+
+
+def test_what_holds_several_results_prints_as_a_table(made):
+    several = [result for result in made.values() if isinstance(result, Named)]
+    assert several
+    for result in several:
+        head, *lines = repr(result).splitlines()
+        assert head.split() == " ".join(result.table()[0]).split()
+        assert [line.split()[0] for line in lines] == list(result)
 
 
 def test_there_is_one_of_every_class_that_files_hold(made):

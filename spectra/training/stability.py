@@ -126,7 +126,10 @@ def _answer(update, state: PyTree, point: tuple[PyTree, PyTree], change: tuple[P
         new = jax.tree.leaves(new)
         return updates, [jnp.asarray(new[i], floats[j].dtype) for j, i in enumerate(moves)]
 
+    # Where every gradient so far was zero, as behind an input that always is, the root of Adam's second
+    # moment has an infinite slope, and times zero that is NaN. At the least number it is finite.
     floats = [jnp.asarray(leaves[i]) for i in moves]
+    floats = [jnp.where(x == 0, 4 * jnp.finfo(x.dtype).tiny, x) for x in floats]
     tangents = jax.linearize(step, point, floats)[1]
 
     def settle(_, s):
