@@ -7,12 +7,17 @@ import nbformat
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
+LANDMARKS = (
+    "Results that everybody in the field knows, each in at most 25 lines of code and a minute or less on two "
+    "cores, its claim asserted."
+)
 
 
 def on_config(config):
     """Put the notebooks on disk and the changelog into the menu."""
     notebooks = next(entry["Notebooks"] for entry in config.nav if "Notebooks" in entry)
-    notebooks += [f"notebooks/{path.stem}.md" for path in _notebooks()]
+    notebooks += [f"notebooks/{_name(path)}.md" for path in _notebooks()]
+    notebooks.append({"Landmark results": [f"notebooks/{_name(path)}.md" for path in _landmarks()]})
     config.nav.append({"Changes": "changelog.md"})
     return config
 
@@ -22,18 +27,28 @@ def on_files(files, config):
     add = lambda name, content: files.append(File.generated(config, name, content=content))  # noqa: E731
     add("changelog.md", (ROOT / "CHANGELOG.md").read_text())
     rows = ["# Notebooks", "", "Executed in continuous integration; the sources are in `notebooks/`.", ""]
-    for path in _notebooks():
+    for path in [*_notebooks(), *_landmarks()]:
         text, pictures = _page(path)
-        add(f"notebooks/{path.stem}.md", text)
+        add(f"notebooks/{_name(path)}.md", text)
         for name, data in pictures.items():
             add(f"notebooks/{name}", data)
-        rows.append(f"* [{text.splitlines()[0].lstrip('# ')}]({path.stem}.md)")
+        if path == _landmarks()[0]:
+            rows += ["", "## Landmark results", "", LANDMARKS, ""]
+        rows.append(f"* [{text.splitlines()[0].lstrip('# ')}]({_name(path)}.md)")
     add("notebooks/index.md", "\n".join(rows) + "\n")
     return files
 
 
 def _notebooks() -> list[Path]:
     return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def _landmarks() -> list[Path]:
+    return sorted((ROOT / "notebooks" / "landmarks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT / "notebooks").with_suffix("").as_posix()
 
 
 def _page(path: Path) -> tuple[str, dict[str, bytes]]:
@@ -48,8 +63,10 @@ def _page(path: Path) -> tuple[str, dict[str, bytes]]:
             data = output.get("data", {})
             if "image/png" in data:
                 name = f"{path.stem}-{i}-{j}.png"
-                pictures[name] = base64.b64decode(data["image/png"])
-                parts.append(f"![]({name}){{ width=560 }}")
+                pictures[path.relative_to(ROOT / "notebooks").with_name(name).as_posix()] = base64.b64decode(
+                    data["image/png"]
+                )
+                parts.append(f"![The picture that the lines above draw]({name}){{ width=560 }}")
             elif text := output.get("text", data.get("text/plain", "")).rstrip():
                 parts.append(f"```text\n{text}\n```")
     return "\n\n".join(parts) + "\n", pictures

@@ -2,6 +2,7 @@
 
     python -m notebooks.execute                 all of them; nothing is written
     python -m notebooks.execute --write 03      the third, and keep its outputs in the .ipynb
+    python -m notebooks.execute landmarks       the landmark results; landmarks/03 is the third of them
 
 Without --write the committed .ipynb must have the cells of its source. No output may go to stderr (a
 warning is an error here too), show a path of the machine or an object's address.
@@ -20,6 +21,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 HERE = Path(__file__).parent
+SOURCES = "[0-9][0-9]_*.py"
 SECONDS = 600  # of one cell
 PRIVATE = re.compile(r"/(?:home|root|tmp|usr|opt|work)/|[A-Z]:\\| at 0x[0-9a-f]")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -32,11 +34,18 @@ class NotebookError(Exception):
 
 def sources(names: list[str]) -> list[Path]:
     """The sources whose names start with one of `names`; all without names."""
-    found = sorted(HERE.glob("[0-9][0-9]_*.py"))
-    chosen = [p for p in found if not names or p.name.startswith(tuple(names))]
+    found = {
+        label(path): path for folder in (HERE, HERE / "landmarks") for path in sorted(folder.glob(SOURCES))
+    }
+    chosen = [path for name, path in found.items() if not names or name.startswith(tuple(names))]
     if not chosen:
-        raise SystemExit(f"no notebook starts with {names}; there are {[p.stem for p in found]}")
+        raise SystemExit(f"no notebook starts with {names}; there are {list(found)}")
     return chosen
+
+
+def label(source: Path) -> str:
+    """`03_condition_numbers`, or `landmarks/03_gradient_overlap`."""
+    return source.relative_to(HERE).with_suffix("").as_posix()
 
 
 def read(source: Path):
@@ -102,10 +111,10 @@ def main() -> None:
         runs = {s: pool.submit(execute, s, options.write) for s in sources(options.names)}
         for source, run in runs.items():
             try:
-                print(f"{source.stem}: {run.result():.0f} s", flush=True)
+                print(f"{label(source)}: {run.result():.0f} s", flush=True)
             except (NotebookError, CellExecutionError) as error:
-                failed.append(source.stem)
-                print(f"{source.stem}: FAILED\n{ANSI.sub('', str(error))}", flush=True)
+                failed.append(label(source))
+                print(f"{label(source)}: FAILED\n{ANSI.sub('', str(error))}", flush=True)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(runs)} notebooks failed: {', '.join(failed)}")
 

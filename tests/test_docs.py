@@ -29,7 +29,18 @@ def test_the_citation_is_of_this_version():
     assert cited == [spectra.__version__]
 
 
-@pytest.mark.parametrize("source", sorted((ROOT / "notebooks").glob("[0-9]*.py")), ids=lambda p: p.stem)
+LANDMARKS = sorted((ROOT / "notebooks" / "landmarks").glob("[0-9]*.py"))
+NOTEBOOKS = [*sorted((ROOT / "notebooks").glob("[0-9]*.py")), *LANDMARKS]
+
+
+@pytest.mark.parametrize("source", LANDMARKS, ids=lambda p: p.stem)
+def test_a_landmark_has_25_lines_of_code_and_asserts_its_claim(source):
+    lines = [line for line in source.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    assert len(lines) <= 25
+    assert any(line.strip().startswith("assert ") for line in lines)
+
+
+@pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_notebook_is_committed_with_its_outputs(source):
     import json
 

@@ -1,10 +1,13 @@
 """The report page: in a real browser, on a phone, in the dark, without a network; and notebook views."""
 
 import ast
+import base64
 import dataclasses
 import functools
+import hashlib
 import html
 import html.parser
+import json
 import re
 import shutil
 import subprocess
@@ -19,6 +22,7 @@ from typer.testing import CliRunner
 
 import spectra
 from spectra import cli
+from spectra.page.reading import SCRIPT
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" http://example.com/a.js"
 
@@ -46,10 +50,23 @@ RESULTS = {
 }
 
 
+OWN = SCRIPT.read_text()
+
+
+def scripts(text):
+    """The scripts of a page; the browser is told to run no other than these."""
+    found = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    allowed = re.findall(r"'sha256-([^']*)'", text[: text.index("<title>")])
+    digests = [base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in found]
+    assert allowed == digests
+    assert text.count("<script") == len(found)
+    return found
+
+
 class Reader(html.parser.HTMLParser):
     """Collects tags, attributes and text, and checks that every tag is closed."""
 
-    VOID = ("meta", "img", "br", "link", "use", "path", "image", "rect")
+    VOID = ("meta", "img", "br", "link", "use", "path", "image", "rect", "input")
 
     def __init__(self, text):
         super().__init__()
@@ -79,7 +96,8 @@ class Reader(html.parser.HTMLParser):
 def test_a_page_is_well_formed_and_loads_nothing(name, tmp_path):
     text = spectra.write_report(RESULTS[name](), tmp_path / "page").read_text()
     page = Reader(text)
-    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    assert not {"link", "iframe", "object", "base"} & set(page.tags)
+    assert scripts(text) == ([OWN] if name in ("spectrum", "quadrature", "density") else [])
     for key, value in page.attributes:
         if key in ("src", "href", "xlink:href", "srcset", "data"):
             assert value.startswith(("#", "data:image/png")), (key, value)
@@ -95,7 +113,7 @@ def test_text_is_escaped(tmp_path):
     report = spectrum_report(HOSTILE)
     text = spectra.write_report(report, tmp_path / "page.html", title=None).read_text()
     page = Reader(text)
-    assert "script" not in page.tags
+    assert scripts(text) == [OWN]
     assert f"Spectrum of {HOSTILE}" in page.words
     text = spectra.write_report({HOSTILE: quadrature()}, tmp_path / "blocks.html").read_text()
     assert "script" not in Reader(text).tags
@@ -217,7 +235,9 @@ def test_a_phone_shows_the_page_without_scrolling_sideways_in_light_and_dark(tmp
         page = spectra.write_report(RESULTS[name](), tmp_path / name)
         framed = tmp_path / "framed.html"
         # Headless windows have a least width; a frame is as narrow as a phone. Scripts need another policy.
-        content = page.read_text().replace("default-src 'none'", "script-src 'unsafe-inline'")
+        content = re.sub(
+            'content="default-src[^"]*', "content=\"script-src 'unsafe-inline'", page.read_text()
+        )
         (tmp_path / "inner.html").write_text(content.replace("</body>", MEASURE + "</body>"))
         framed.write_text(
             "<iframe id=f src=inner.html width=360 height=700></iframe><script>onload = () => {"
@@ -233,6 +253,64 @@ def test_a_phone_shows_the_page_without_scrolling_sideways_in_light_and_dark(tmp
         assert background == ground
         lightness = [sum(map(int, re.findall(r"\d+", color)[:3])) / 765 for color in (background, ink)]
         assert abs(lightness[0] - lightness[1]) > 0.6
+
+
+def curve(text):
+    return json.loads(html.unescape(re.search(r'data-curve="([^"]*)"', text)[1]))
+
+
+def test_every_point_of_the_curve_can_be_read_and_counts_are_those_of_the_quadrature(tmp_path):
+    report = spectrum_report()
+    found = curve(spectra.write_report(report, tmp_path / "page").read_text())
+    assert len(found["x"]) == len(found["y"]) == len(found["text"])
+    assert found["x"] == sorted(found["x"])
+    counted = [
+        re.match(r"λ = (\S+): ([\d,]+)(?: \[.*?\])? of 200 eigenvalues (\w+)", t) for t in found["text"]
+    ]
+    for value, count, side in (match.groups() for match in counted if match):
+        lower, middle, upper = report.quadrature.cdf(float(value))
+        share = middle if side == "below" else 1 - middle
+        assert (float(value) < 0) == (side == "below")
+        # The printed λ has four digits, so that it may lie on the other side of a node next to it.
+        assert abs(float(count) - 200 * share) <= 0.5 + 200 * (upper - lower) + 1
+    singles = [t for t in found["text"] if "a single eigenvalue" in t]
+    assert len(singles) == len(report.density.outliers) >= 1
+    assert f"λ = {report.density.outliers[-1]:.6g}: a single eigenvalue, the largest" in singles[-1]
+
+
+DRIVE = """<iframe id=f src=page.html width=600 height=900></iframe><script>onload = () => {
+const page = document.getElementById("f").contentDocument, view = page.defaultView;
+const box = page.querySelector("[data-curve]"), svg = box.querySelector("svg");
+const slider = box.querySelector("input"), seen = [], look = () => {
+  const line = svg.querySelector("line.mark").getBoundingClientRect();
+  const text = box.querySelector("output").textContent, spoken = slider.getAttribute("aria-valuetext");
+  seen.push([slider.value, text, spoken, line.left]);
+};
+look();
+slider.value = slider.max;
+slider.dispatchEvent(new view.Event("input"));
+look();
+const area = svg.getBoundingClientRect(), at = area.left + area.width / 2;
+const place = { clientX: at, clientY: area.top + 9, bubbles: true };
+svg.dispatchEvent(new view.PointerEvent("pointermove", place));
+look();
+const shown = getComputedStyle(box.querySelector(".read")).display;
+document.body.append("SEEN" + JSON.stringify([seen, at, shown]) + "END");
+}</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_pointer_and_slider_read_the_curve_in_a_browser(tmp_path):
+    found = curve(spectra.write_report(spectrum_report(), tmp_path / "page").read_text())
+    (tmp_path / "drive.html").write_text(DRIVE)
+    dom = browse(tmp_path / "drive.html", "--allow-file-access-from-files", "--dump-dom")
+    seen, at, display = json.loads(html.unescape(re.search(r"SEEN(\[.*?\])END", dom)[1]))
+    assert display == "block"  # the page's own policy lets its script run
+    for index, text, spoken, _ in seen:
+        assert text == spoken == found["text"][int(index)]
+    assert int(seen[0][0]) == found["y"].index(min(found["y"]))  # at first, the peak
+    assert int(seen[1][0]) == len(found["x"]) - 1
+    assert abs(seen[2][3] - at) < 3  # pixels: half the distance of two points, and the line's width
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")

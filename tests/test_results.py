@@ -11,7 +11,7 @@ import pytest
 
 import spectra
 from spectra.io.encode import CLASSES
-from spectra.results import Result
+from spectra.results import Named, Result
 
 KEY = jax.random.key(0)
 EIGENVALUES = np.linspace(-1.0, 3.0, 60)
@@ -78,6 +78,57 @@ def made():
         spectra.funm(op, "exp", jnp.ones(60), num_steps=16),
     ]
     return {type(result).__name__: result for result in results}
+
+
+def test_what_holds_several_results_prints_as_a_table(made):
+    several = [result for result in made.values() if isinstance(result, Named)]
+    assert several
+    for result in several:
+        head, *lines = repr(result).splitlines()
+        assert head.split() == " ".join(result.table()[0]).split()
+        assert [line.split()[0] for line in lines] == list(result)
+
+
+def test_metrics_are_the_numbers_of_the_records(made):
+    report, table, history = (made[name] for name in ("SpectrumReport", "Summary", "SpectrumHistory"))
+    assert report.metrics()["trace/value"] == report.trace.value
+    rows = {row["layer"]: row for row in table.records()}
+    assert table.metrics()["hidden/largest"] == rows["hidden"]["largest"]
+    assert history[1].metrics()["largest"] == history[1].sharpness
+    assert history.metrics()["1/loss"] == 0.5
+    for result in made.values():
+        found = result.metrics()
+        assert all(type(value) is float for value in found.values())
+        assert not any(name.endswith("status") for name in found)
+    bare = dataclasses.replace(report.trace, stderr=np.inf)
+    assert bare.metrics()["stderr"] == np.inf  # "inf" in the records
+
+
+def test_a_history_is_a_dataset(made):
+    pytest.importorskip("xarray")
+    history = made["SpectrumHistory"]
+    first, second = history
+    short = spectra.Quadrature(
+        **{
+            field.name: getattr(second.quadrature, field.name)[:, :-1]
+            if field.name in ("nodes", "weights", "residuals")
+            else None
+            if field.name == "coefficients"
+            else getattr(second.quadrature, field.name)
+            for field in dataclasses.fields(second.quadrature)
+        }
+    )
+    second = dataclasses.replace(second, quadrature=short, scalars={"trace": 3.0})
+    data = dataclasses.replace(history, snapshots=(first, second)).to_xarray()
+    assert data.sel(step=1)["largest"].sel(end="estimate") == second.sharpness
+    assert data["scalar_trace"].values.tolist()[1] == 3.0
+    np.testing.assert_array_equal(data["trace"], history.trace)
+    np.testing.assert_array_equal(data["loss"], [0.5, np.nan])
+    np.testing.assert_array_equal(data["nodes"][0], first.quadrature.nodes)
+    np.testing.assert_array_equal(data["nodes"][1, :, :-1], short.nodes)
+    assert np.isnan(data["nodes"][1, :, -1]).all()
+    assert not data["weights"][1, :, -1].any()
+    assert dataclasses.replace(history, snapshots=()).to_xarray().sizes["step"] == 0
 
 
 def test_there_is_one_of_every_class_that_files_hold(made):

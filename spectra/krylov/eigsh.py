@@ -21,7 +21,7 @@ from spectra.krylov.eigen_run import EigenRun
 from spectra.krylov.metric import generalized_eigenpairs
 from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
-from spectra.krylov.smallest import smallest_eigenpairs, split
+from spectra.krylov.smallest import smallest_eigenpairs
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.stepwise import outside_loops
 from spectra.results import Eigenpairs

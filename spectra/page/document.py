@@ -1,5 +1,7 @@
-"""One HTML file with everything in it: no network, no scripts, light and dark, paper and phone."""
+"""One HTML file with everything in it: no network, one script of its own, light and dark, paper and phone."""
 
+import base64
+import hashlib
 import html
 import json
 import os
@@ -14,11 +16,12 @@ from spectra._files import replacing
 from spectra.io import load
 from spectra.io.encode import CLASSES, encode
 from spectra.page.parts import Section, pairs_table, paragraph, sections, table
+from spectra.page.reading import SCRIPT
 from spectra.report import SpectrumReport
 from spectra.results import SpectrumHistory, format_bytes
 
 CSS = Path(__file__).with_name("page.css")
-# The page may load nothing, and browsers hold it to that.
+# The page may load nothing and run nothing but its own script, and browsers hold it to that.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _VERSION = re.compile(r"\d{1,4}(\.\d{1,6}){0,3}([.+]?[a-z]{1,8}\d{0,12}){0,3}", re.ASCII)
 _KEY = re.compile(r"\[\d{1,10}(, \d{1,10}){0,7}\]", re.ASCII)
@@ -31,7 +34,8 @@ def write_report(
     """Write a result as one self-contained HTML page, to look at and to send on.
 
     Pictures are inline SVG in the colours of the page, which follows the light or dark setting of the
-    reader; tables fit a phone; nothing is loaded from anywhere.
+    reader; tables fit a phone; nothing is loaded from anywhere. Pointer, finger and arrow keys
+    read the eigenvalue, the density and the number of eigenvalues beyond from the curve of a density.
 
     Args:
         result: any result, a dict of results by name, or the path of a file that `save` or a tracker wrote.
@@ -86,14 +90,19 @@ def assemble(title: str, subtitle: str, parts: list[Section], refresh: int | Non
     """A page of sections; `refresh`: seconds after which a browser asks for it again."""
     body = "\n".join(f"<section><h2>{html.escape(part.title)}</h2>{part.body}</section>" for part in parts)
     again = "" if refresh is None else f'<meta http-equiv="refresh" content="{refresh}">\n'
+    policy, script = POLICY, ""
+    if "data-curve=" in body:
+        code = SCRIPT.read_text()
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        policy, script = f"{POLICY}; script-src 'sha256-{digest}'", f"<script>{code}</script>\n"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n{again}'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n{again}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{html.escape(title)}</title>\n<style>\n{CSS.read_text()}</style>\n</head>\n<body>\n"
         f'<header><h1>{html.escape(title)}</h1><p class="quiet">{html.escape(subtitle)}</p></header>\n'
-        f"{body}\n</body>\n</html>\n"
+        f"{body}\n{script}</body>\n</html>\n"
     )
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from spectra.density.extremes import LEVEL, extreme
+from spectra.page.reading import readable
 from spectra.plotting import (
     plot_blocks,
     plot_cdf,
-    plot_density,
     plot_density_over_time,
     plot_eigenvalues,
     plot_eigenvector_mass,
@@ -114,13 +114,13 @@ def _spectrum(quadrature: Quadrature, density: Density) -> list[Section]:
         "products, are not told apart from zero."
     )
     return [
-        _density_section(density),
+        _density_section(density, quadrature),
         Section("Cumulative distribution", _figure(lambda: plot_cdf(quadrature), cdf)),
         Section("How far to trust it", paragraph(f"The run ended as {trust}") + paragraph(floor)),
     ]
 
 
-def _density_section(density: Density) -> Section:
+def _density_section(density: Density, quadrature: Quadrature | None = None) -> Section:
     words = (
         "The density of the eigenvalues, smoothed by a kernel whose width grows with the distance from zero. "
         "The shaded band holds the true spectrum, smoothed by the same kernel, with probability "
@@ -129,7 +129,7 @@ def _density_section(density: Density) -> Section:
     )
     if len(density.outliers):
         words += f" Orange ticks mark {len(density.outliers)} eigenvalues that are resolved one by one."
-    return Section("Density", _figure(lambda: plot_density(density), words))
+    return Section("Density", readable(density, quadrature, words))
 
 
 def _eigenpairs(pairs: Eigenpairs) -> list[Section]:

@@ -71,6 +71,20 @@ class Result:
         """
         return [flat(self.to_dict())]
 
+    def metrics(self) -> dict[str, float]:
+        """The numbers of `records` by name, as loggers of experiments take them.
+
+        Of several rows each name begins with that of its row, or with its place: `hidden/largest`, `0/value`.
+        """
+        rows = self.records()
+        if len(rows) == 1:
+            return _numbers_of(rows[0], "")
+        return {
+            name: value
+            for i, row in enumerate(rows)
+            for name, value in _numbers_of(row, f"{_title(row, i)}/").items()
+        }
+
     def to_dataframe(self) -> Any:
         """`records` as a `pandas.DataFrame`, which needs pandas.
 
@@ -82,6 +96,21 @@ class Result:
         return pandas.DataFrame(
             [{name: _number(value) for name, value in record.items()} for record in self.records()]
         )
+
+
+def _title(row: dict[str, Any], place: int) -> str:
+    """What a row is called: its first column where that is a text or the step of training."""
+    name, first = next(iter(row.items()))
+    return str(first) if isinstance(first, str) or name == "step" else str(place)
+
+
+def _numbers_of(row: dict[str, Any], prefix: str) -> dict[str, float]:
+    numbers = {name: _number(value) for name, value in row.items()}
+    return {
+        f"{prefix}{name}": float(value)
+        for name, value in numbers.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
 
 
 def _number(value: Any) -> Any:
@@ -125,7 +154,8 @@ def result(*meta: str):
     """Class decorator: a frozen dataclass that is a pytree, with the fields named in `meta` static."""
 
     def register(cls):
-        cls = dataclasses.dataclass(frozen=True)(cls)
+        inherited = cls.__repr__ is not object.__repr__  # such as a table: better than a list of fields
+        cls = dataclasses.dataclass(frozen=True, repr=not inherited)(cls)
         data = [f.name for f in dataclasses.fields(cls) if f.name not in meta]
         return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(meta))
 

@@ -65,6 +65,10 @@ class Snapshot(Result):
             ("cost", f"{self.num_matvecs} products, {self.seconds:.3g} s"),
         ]
 
+    def records(self) -> list[dict[str, Any]]:
+        """One row, as those of a history."""
+        return [plain(_record(self))]
+
     def _largest(self) -> str:
         """The leading pair with its residual, where the probes say less than it."""
         value, residual = float(self.eigenvalues[0]), float(self.residuals[0])
@@ -91,6 +95,16 @@ def _record(s: Snapshot) -> dict[str, Any]:
     trace = {"trace": s.trace.value, "trace_stderr": s.trace.stderr}
     cost = {"num_matvecs": s.num_matvecs, "seconds": s.seconds}
     return {"step": s.step, **ends, **trace, **s.scalars, **cost, "status": s.status}
+
+
+def _padded(arrays: list[Array], value: float) -> np.ndarray:
+    """(s, k, m) of arrays (k, m), filled up to the longest."""
+    arrays = [np.asarray(x, float) for x in arrays]
+    shape = [max((x.shape[axis] for x in arrays), default=0) for axis in (0, 1)]
+    full = np.full((len(arrays), *shape), value)
+    for row, x in zip(full, arrays, strict=True):
+        row[: x.shape[0], : x.shape[1]] = x
+    return full
 
 
 @result("provenance", "skipped")
@@ -157,11 +171,44 @@ class SpectrumHistory(Result):
 
     def records(self) -> list[dict[str, Any]]:
         """A row for each snapshot: step, extremes and trace with their errors, recorded numbers, cost."""
-        return [plain(_record(snapshot)) for snapshot in self.snapshots]
+        return [row for snapshot in self.snapshots for row in snapshot.records()]
 
     def scalar(self, name: str) -> np.ndarray:
         """(s,) a number that the training loop passed along; NaN where it did not."""
         return np.array([s.scalars.get(name, np.nan) for s in self.snapshots], float)
+
+    def to_xarray(self) -> Any:
+        """The history as an `xarray.Dataset`, which needs xarray.
+
+        Dimensions: `step`; `rank` of the largest eigenvalues, from 1; `end` of an interval ("lower",
+        "estimate", "upper"); `probe` and `node` of the quadratures, where NaN, of weight zero, fill up the
+        shorter ones. What the training loop passed along is a variable of its own name, or `scalar_NAME`
+        where that is taken.
+
+        Raises:
+            ImportError: xarray is not installed.
+        """
+        import xarray
+
+        taken = [s.quadrature for s in self.snapshots]
+        leading = self.eigenvalues.reshape(len(self), -1) if len(self) else np.zeros((0, 0))
+        data: dict[str, Any] = {
+            "eigenvalues": (("step", "rank"), leading),
+            "trace": ("step", self.trace),
+            "trace_stderr": ("step", self.trace_stderr),
+            "nodes": (("step", "probe", "node"), _padded([q.nodes for q in taken], np.nan)),
+            "weights": (("step", "probe", "node"), _padded([q.weights for q in taken], 0.0)),
+            "seconds": ("step", np.array([s.seconds for s in self.snapshots], float)),
+            "num_matvecs": ("step", np.array([s.num_matvecs for s in self.snapshots], int)),
+        }
+        for name in ("largest", "smallest"):
+            ends = np.array([getattr(s, name) for s in self.snapshots], float).reshape(-1, 3)
+            data[name] = (("step", "end"), ends)
+        coords = {"step": self.steps, "end": list(Interval._fields)}
+        coords["rank"] = 1 + np.arange(leading.shape[1])
+        for name in dict.fromkeys(name for s in self.snapshots for name in s.scalars):
+            data[f"scalar_{name}" if name in data or name in coords else name] = ("step", self.scalar(name))
+        return xarray.Dataset(data, coords, {name: str(fact) for name, fact in self.provenance.items()})
 
     @property
     def cost(self) -> float:
