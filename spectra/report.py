@@ -39,6 +39,8 @@ class SpectrumReport(Result):
     Print it, `.plot()` it, `.save(path)` it; `spectra.load(path)` brings it back. The intervals of the two
     extreme eigenvalues have a bound on the inner side (a Rayleigh quotient) and a limit that holds with
     probability `level` on the outer side, see `spectra.density.extremes`. The other intervals are of 95 %.
+
+    The [glossary](glossary.md) says what is meant by density, outlier, bulk, band and noise floor.
     """
 
     name: str

@@ -23,19 +23,23 @@ class Checker:
         self.known_symbols: set[str] = set()
 
     def fail(self, place: str, problem: str, value: Any) -> NoReturn:
+        """Refuse the file: what is wrong at which place, and what stands there."""
         raise BridgeError(f"{self.where}: {place}: {problem}, got {str(value)[:80]}")
 
     def items(self, value: Any, place: str) -> list[Any]:
+        """A list, as it is."""
         if not isinstance(value, list):
             self.fail(place, "must be a list", value)
         return value
 
     def record(self, value: Any, fields: set[str], place: str) -> dict[str, Any]:
+        """An object with exactly these fields."""
         if not isinstance(value, dict) or set(value) != fields:
             self.fail(place, f"must be an object with the fields {sorted(fields)}", value)
         return value
 
     def define(self, name: Any, place: str) -> str:
+        """A new name, known from here on."""
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             self.fail(place, "a name must be an identifier", name)
         if name in self.names:
@@ -44,16 +48,19 @@ class Checker:
         return name
 
     def dtype(self, value: Any, place: str) -> str:
+        """The name of a dtype that is known."""
         if value not in DTYPES:
             self.fail(place, "unknown dtype", value)
         return value
 
     def integer(self, value: Any, place: str, low: int, high: int) -> int:
+        """An integer between two bounds."""
         if type(value) is not int or not low <= value <= high:
             self.fail(place, f"must be an integer from {low} to {high}", value)
         return value
 
     def exporter(self, producer: Any, default: Any) -> Exporter:
+        """The release and the default dtype of the program that exported the graph."""
         release = self.record(producer, {"torch"}, "producer")["torch"]
         numbers = _RELEASE.fullmatch(release) if isinstance(release, str) else None
         if numbers is None:
@@ -63,6 +70,7 @@ class Checker:
         return Exporter((int(numbers[1]), int(numbers[2])), default)
 
     def symbols(self, value: Any) -> dict[str, int]:
+        """The symbolic sizes, each with its value in the example."""
         result = {}
         for item in self.items(value, "symbols"):
             item = self.record(item, {"name", "example"}, "symbols")
@@ -73,6 +81,7 @@ class Checker:
         return result
 
     def shape(self, value: Any, place: str, extra: tuple[type, ...] = ()) -> tuple[Any, ...]:
+        """A shape whose product is bounded; `extra` are types that may stand in the place of a number."""
         dims = self.items(value, place)
         if len(dims) > 32:
             self.fail(place, "an array has at most 32 dimensions", len(dims))
@@ -87,6 +96,7 @@ class Checker:
         return tuple(dims)
 
     def tensor(self, value: Any) -> Tensor:
+        """A parameter, a buffer or a constant."""
         fields = {"name", "key", "kind", "dtype", "shape", "trainable"}
         value = self.record(value, fields, "tensors")
         name = self.define(value["name"], "tensors")
@@ -98,6 +108,7 @@ class Checker:
         return Tensor(name, value["key"], value["kind"], dtype, shape, value["trainable"])
 
     def input(self, value: Any) -> Input:
+        """An input, whose sizes may be symbols."""
         value = self.record(value, {"name", "dtype", "shape"}, "inputs")
         name = self.define(value["name"], "inputs")
         return Input(name, self.dtype(value["dtype"], name), self.shape(value["shape"], name, (str,)))
@@ -115,6 +126,7 @@ class Checker:
             raise UnsupportedOperatorError(unknown, ABSENT)
 
     def node(self, value: Any) -> Node:
+        """A call of an operator, with arguments that fit its signature."""
         fields = {"name", "op", "args", "kwargs", "module", "dtype", "shape"}
         value = self.record(value, fields, "nodes")
         op, place = value["op"], f"node {str(value['name'])[:80]}"
@@ -135,9 +147,11 @@ class Checker:
         return Node(name, op, args, kwargs, value["module"], dtype, shape)
 
     def arguments(self, value: Any, place: str) -> list[Any]:
+        """The arguments in a list."""
         return [self.argument(item, place) for item in self.items(value, place)]
 
     def argument(self, value: Any, place: str) -> Any:
+        """A number, a text, a reference, a dtype, a branch, or a list of these."""
         if value is None or isinstance(value, (bool, float, str)):
             return value
         if isinstance(value, int):

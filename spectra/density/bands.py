@@ -27,6 +27,8 @@ import numpy as np
 from spectra import _quadrature
 from spectra._brackets import Origin, bracket, dropped, rules
 
+RELATIVE_WIDTH = 0.05
+"""Default kernel width as a share of the distance from zero: an outlier is drawn 5 % wide."""
 HEIGHTS = (0.5, 1.0, 2.0, 3.0)
 """Of the contours, in kernel widths: |K| grows as exp(y² / 2), and d falls as exp(-2 π y / spacing)."""
 REACH = 8.0  # kernel widths beyond which its mass, 1e-15, is not seen

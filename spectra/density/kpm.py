@@ -16,14 +16,12 @@ from spectra._mesh import automatic
 from spectra._quadrature import dense
 from spectra._status import Status
 from spectra.checkpoint import Checkpoint
-from spectra.density.bands import ShareLimit, bonferroni, sampling_band
-from spectra.density.smoothing import RELATIVE_WIDTH
 from spectra.krylov.chebyshev import following
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import VECTORS, choose_batch
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.stepwise import outside_loops
-from spectra.results import Density, Moments
+from spectra.results import Moments
 from spectra.runs.watch import watched
 
 PyTree = Any
@@ -254,69 +252,3 @@ def _run(op: LinearOperator, state, map_, done, count: int):
         return _advance(op.mv_batch(state[1]), state, map_, i == 0)
 
     return lax.scan(step, state, done + jnp.arange(count))
-
-
-def jackson(count: int) -> np.ndarray:
-    """Damping factors that make the truncated Chebyshev series positive; shape (count,)."""
-    n, q = np.arange(count), np.pi / (count + 1)
-    return ((count - n + 1) * np.cos(q * n) + np.sin(q * n) / np.tan(q)) / (count + 1)
-
-
-def moments_density(moments: Moments, grid=None, level: float = 0.95) -> Density:
-    """The Jackson-damped density, as its mean over the cell of each grid point; see `spectral_density`.
-
-    With x = cos θ the density integrates to (g_0 μ_0 θ + 2 Σ g_j μ_j sin(jθ) / j) / π, so cells are
-    integrated exactly, and the trapezoidal rule on the grid gives the mass on it to rounding.
-    """
-    a, b = map(float, moments.bounds)
-    count, half = moments.num_moments, (b - a) / 2
-    if grid is None:
-        angles = np.pi * (np.arange(4 * count + 1) / (4 * count))
-        grid = (a + b) / 2 - half * np.cos(angles)
-    grid = np.asarray(grid, np.float64)
-    if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) > 0).all():
-        raise SpectraError("grid must be a 1-D array of at least two increasing numbers.")
-    edges = np.concatenate([grid[:1], (grid[1:] + grid[:-1]) / 2, grid[-1:]])
-    theta = np.arccos(np.clip((edges - (a + b) / 2) / half, -1, 1))
-    order = np.arange(1, count)
-    above = np.concatenate([theta[:, None], 2 * np.sin(theta[:, None] * order) / order], axis=1) / np.pi
-    cells = -np.diff(above, axis=0) / np.diff(edges)[:, None] * jackson(count)  # (g, num_moments)
-    mu = np.asarray(moments.moments, np.float64)
-    mean = np.maximum(mu.mean(axis=0) @ cells.T, 0)
-    t = np.clip((grid - (a + b) / 2) / half, -1, 1)
-    width = half * np.pi / count * np.sqrt(np.maximum(1 - t**2 + (4 * t**2 - 3) / count, 1 / count**2))
-    square, peak = _squared_kernel(cells, mu.mean(axis=0), t)
-    num_tests = float(np.sum(np.diff(grid) / width[1:]))
-    limit = ShareLimit(moments.size, moments.num_probes, bonferroni(level, num_tests))
-    # The damped kernel is a polynomial of degree num_moments - 1, which the moments integrate exactly.
-    kappa = np.minimum(square / np.where(mean > 0, mean, 1.0), peak)
-    lower, upper = sampling_band(mean, mean, (kappa, kappa), limit)
-    return Density(
-        grid=grid,
-        density=mean,
-        lower=lower,
-        upper=upper,
-        bandwidth=width,
-        linear_scale=float(half * np.pi / count / RELATIVE_WIDTH),
-        outliers=np.zeros(0),
-        size=moments.size,
-        level=level,
-        status=moments.status,
-    )
-
-
-def _squared_kernel(cells: np.ndarray, mu: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the squared kernel at each grid point, from above, and the kernel's largest value there.
-
-    The exact mean needs twice as many moments. Under the damped density in the place of the spectrum it
-    is, for a kernel of Gaussian shape, at least 1 / sqrt(3) of it, the value at an isolated eigenvalue.
-    """
-    count = len(mu)
-    order, angles = np.arange(count), np.pi * (np.arange(2 * count) + 0.5) / (2 * count)
-    cosines = np.cos(order[:, None] * angles)
-    mass = np.maximum((np.where(order > 0, 2, 1) * jackson(count) * mu) @ cosines, 0) / (2 * count)
-    square = np.concatenate(
-        [(part @ cosines) ** 2 @ mass for part in np.array_split(cells, len(t) // 256 + 1)]
-    )
-    peak = np.sum(cells * np.cos(np.arccos(t)[:, None] * order), axis=1)
-    return np.minimum(3**0.5 * square, peak * np.maximum(cells @ mu, 0)), peak

@@ -7,11 +7,10 @@ import numpy as np
 from spectra._errors import SpectraError
 from spectra._resolved import Parts
 from spectra.density import bands
-from spectra.density.bands import Width
+from spectra.density.bands import RELATIVE_WIDTH, Width
+from spectra.density.moments import moments_density
 from spectra.results import Density, Moments, Quadrature, as_quadrature
 
-RELATIVE_WIDTH = 0.05
-"""Default kernel width as a share of the distance from zero: an outlier is drawn 5 % wide."""
 NODES_A_WIDTH = 2.0
 """Default kernel width near zero in units of the typical spacing of Ritz values there."""
 NOISE_FLOORS_A_WIDTH = 5.0
@@ -62,8 +61,6 @@ def spectral_density(
         1.0
     """
     if isinstance(quadrature, Moments):
-        from spectra.density.kpm import moments_density
-
         if bandwidth is not None:
             raise SpectraError("the number of moments sets the width of a KPM density: leave out bandwidth.")
         return moments_density(quadrature, grid, level)

@@ -26,6 +26,8 @@ class ConditionNumber(Result):
     between a Rayleigh quotient or residual and what the probes exclude up to a probability of 1e-6 (Krylov),
     see `condition_number`. Where `is_lower_bound` is true, `effective` is the lower end of its interval
     and `smallest_nonzero` the upper end of its own, and `value`, if finite, is a lower bound, too.
+
+    The [glossary](glossary.md#noise-floor) says what is meant by noise floor, bound and limit.
     """
 
     value: float  # |λ|max / |λ|min; infinite if some eigenvalue is zero to the noise floor

@@ -13,6 +13,8 @@ class Density(Result):
     ∫ density = 1 by the trapezoidal rule on `grid`, without renormalising, as far as the grid covers
     the spectrum. `lower` and `upper` hold the exact spectrum smoothed by the same kernel, on the whole grid
     at once, at the confidence `level`: the quadrature's error and that of the probes are both in it.
+
+    The [glossary](glossary.md#density) says what is meant by density, band, outlier and bulk.
     """
 
     grid: Array  # (g,) eigenvalues

@@ -19,6 +19,9 @@ class Estimate(Result):
     `stderr` takes in the spread over probes and the rounding of products, not the bracket. Fields are
     floats for one number, pytrees like the parameters for a diagonal, and dicts {group: number} where
     groups were asked for.
+
+    The [glossary](glossary.md#standard-error) says what is meant by value, interval, bound, limit
+    and standard error.
     """
 
     value: Any

@@ -23,7 +23,10 @@ from spectra.results.quadrature import Quadrature
 
 @result("step", "num_matvecs", "level")
 class Snapshot(Result):
-    """The spectrum at one step of training."""
+    """The spectrum at one step of training.
+
+    The [glossary](glossary.md#snapshot) says what is meant by snapshot.
+    """
 
     step: int
     eigenvalues: Array  # (k,) the largest, descending

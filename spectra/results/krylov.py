@@ -26,6 +26,8 @@ class Tridiagonal(Result):
 
     `T` has `alpha` on its diagonal and `beta` beside it. Entries beyond `length` are zero: the Krylov
     space became invariant there and T[:length, :length] holds exact eigenvalues of H.
+
+    The [glossary](glossary.md#ritz-value) says what is meant by step, basis and breakdown.
     """
 
     _BULKY: ClassVar = ("segments", "layout")
@@ -74,6 +76,8 @@ class Eigenpairs(Result):
 
     Vectors are orthonormal, in the form of the parameters. An eigenvalue of H lies within
     `residuals[i] + noise_floor` of `values[i]`.
+
+    The [glossary](glossary.md#copy) says what is meant by residual, copy, restart and noise floor.
     """
 
     _BULKY: ClassVar = ("vectors",)

@@ -14,6 +14,8 @@ class NoiseScale(Estimate):
 
     `interval()` is Fieller's: all ratios r at which tr Σ - r |g|² is within its error of zero. Where |g|² is
     within its own error, no ratio is too large: there is a lower end only, and `is_one_sided` is true.
+
+    The [glossary](glossary.md#noise-scale) says what is meant by noise scale.
     """
 
     noise: float = math.nan  # tr Σ of single examples, unbiased

@@ -15,6 +15,8 @@ class Population(Result):
     lies between `held_out` (the curvature of a vector on examples that it was not fitted to, never too large
     on average) and `in_sample` (never too small on average), and `stderr`, the spread between batches.
     The bias falls like one over the number of examples, the error like one over its root.
+
+    The [glossary](glossary.md#population) says what is meant by population and interval.
     """
 
     eigenvalues: Array  # (k,) debiased estimates, descending

@@ -21,6 +21,9 @@ class Quadrature(Result):
 
     Of a run without reorthogonalisation (`basis="none"`) they are those of T with copies of an eigenvalue
     merged; T itself, from which all brackets and limits come, is in `coefficients`.
+
+    The [glossary](glossary.md#quadrature) says what is meant by Ritz value, bracket, band, atom,
+    copy and noise floor.
     """
 
     nodes: Array  # (k, m) Ritz values
@@ -149,6 +152,8 @@ class Moments(Result):
 
     moments[i, j] = v_iᵀ T_j(A) v_i with |v_i| = 1 and A = (2 H - a - b) / (b - a), so that [a, b], which
     holds the spectrum, becomes [-1, 1].
+
+    The [glossary](glossary.md#moments) says what is meant by probe and moments.
     """
 
     moments: Array  # (k, num_moments), within [-1, 1]

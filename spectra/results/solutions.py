@@ -14,6 +14,8 @@ class Solution(Result):
 
     For several right-hand sides x is stacked as they were, and the arrays have shape (k,). `x` is NaN where
     there is no solution: `status` is SINGULAR then.
+
+    The [glossary](glossary.md#residual) says what is meant by residual, bound and product.
     """
 
     _BULKY: ClassVar = ("x",)

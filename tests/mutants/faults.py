@@ -342,7 +342,7 @@ DENSITY = [
     ),
     fault(
         "the Chebyshev series is not damped",
-        "density/kpm.py",
+        "density/moments.py",
         "return ((count - n + 1) * np.cos(q * n) + np.sin(q * n) / np.tan(q)) / (count + 1)",
         "return np.ones(count) + 0 * q * n",
         "test_kpm.py::test_the_density_integrates_to_one_and_lies_in_its_band",
