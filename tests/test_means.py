@@ -140,6 +140,7 @@ NOT_MEANS = [
     (normalised, "gradient covariance"),
     (differences, "microbatch"),
     (differences, "stream"),
+    (differences, "gradient covariance"),
     (sum_with_dropout, "microbatch"),
     (sum_with_dropout, "stream"),
     (sum_in_control_flow, "microbatch"),

@@ -185,6 +185,8 @@ def _require_equal(op: "DataOperator", cut: Cut, params: PyTree, limit: Limit, n
     """
     here, there = _means(op, params, cut.here, noisy), _means(op, params, cut.there, noisy)
     size = max(np.abs(here).max(), np.abs(there).max())
+    if op.takes_single_examples and np.isfinite(here).all() and np.isnan(there).any():
+        raise DataError(_message(op, _difference(op, cut, here.mean(), there.mean())))  # it needs several
     if not np.isfinite(size) or size == 0:
         return -1.0
     differences, allowed = here - there, limit.relative * size + limit.absolute
