@@ -125,7 +125,8 @@ def result(*meta: str):
     """Class decorator: a frozen dataclass that is a pytree, with the fields named in `meta` static."""
 
     def register(cls):
-        cls = dataclasses.dataclass(frozen=True)(cls)
+        shown = cls.__repr__ is not object.__repr__  # by the class or one above it
+        cls = dataclasses.dataclass(frozen=True, repr=not shown)(cls)
         data = [f.name for f in dataclasses.fields(cls) if f.name not in meta]
         return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(meta))
 
