@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import spectra
+from spectra.operators.checks import DataOptions
 
 ROOT = Path(spectra.__file__).parent
 # A module may import from earlier layers, and from its own.
@@ -101,6 +102,7 @@ def test_public_names_are_declared_once_and_sorted():
 
 PUBLIC = [(name, getattr(spectra, name)) for name in spectra.__all__]
 FUNCTIONS = [(name, x) for name, x in PUBLIC if inspect.isfunction(x)]
+TAKE_OPTIONS = [x for _, x in PUBLIC if "**options: see `" in (inspect.getdoc(x) or "")]
 
 
 @pytest.mark.parametrize(("name", "value"), PUBLIC)
@@ -124,8 +126,17 @@ def test_public_functions_have_an_example(name, value):
 def test_every_argument_of_a_public_function_is_documented(name, value):
     text = inspect.getdoc(value)
     if "Args:" in text:
-        for argument in inspect.signature(value).parameters:
+        elsewhere = DataOptions.__annotations__ if "**options:" in text else ()
+        for argument in set(inspect.signature(value).parameters) - set(elsewhere):
             assert f"{argument}:" in text, f"{name}({argument})"
+
+
+@pytest.mark.parametrize("value", TAKE_OPTIONS)
+def test_help_shows_the_options_that_all_operators_share(value):
+    parameters = inspect.signature(value).parameters
+    assert set(DataOptions.__annotations__) < set(parameters)
+    assert not any(each.kind == each.VAR_KEYWORD for each in parameters.values())
+    assert parameters["matmul_precision"].default == "float32"
 
 
 def test_importing_needs_no_optional_dependency():

@@ -224,6 +224,17 @@ def test_scalars_with_an_error_are_numbers(made):
         float(diagonal)
 
 
+def test_every_result_prints_as_people_read_it(made):
+    for name, result in made.items():
+        text = str(result)
+        assert "rray(" not in text, (name, text)
+        assert max(map(len, text.splitlines())) <= 200, (name, text)
+    for name in ("LayerConditions", "Summary"):
+        head, *rows = str(made[name]).splitlines()
+        assert head.split()[:2] == ["layer", "n"]
+        assert [row.split()[0] for row in rows] == list(made[name])
+
+
 def test_records_have_a_row_for_each_part(made):
     pandas = pytest.importorskip("pandas")
     rows = {"Eigenpairs": 2, "SpectrumHistory": 2, "LayerConditions": 2, "Summary": 2, "SpectrumReport": 1}

@@ -11,7 +11,7 @@ from spectra.data import batch_size, owned_leaves, replace_owned
 from spectra.operators import products
 from spectra.operators.base import operator
 from spectra.operators.checks import DataOptions, check_scalar
-from spectra.operators.data_operator import DataOperator
+from spectra.operators.data_operator import DataOperator, shows_options
 
 PyTree = Any
 
@@ -55,6 +55,7 @@ class GradientCovarianceOperator(DataOperator):
     mean: PyTree  # ḡ if centered, else None
     takes_single_examples: ClassVar[bool] = True
 
+    @shows_options
     def __init__(
         self,
         loss_fn: Callable[[PyTree, PyTree], jax.Array],

@@ -2,9 +2,10 @@
 
 import abc
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from spectra.operators import compiled
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
 from spectra.operators.base import LinearOperator, product, product_batch, require_alive
 from spectra.operators.calls import check_signatures, loss_weight, open_data, require_call
-from spectra.operators.checks import check_functions, check_options, explain_non_finite
+from spectra.operators.checks import DataOptions, check_functions, check_options, explain_non_finite
 from spectra.operators.diagnose import rematerialises
 from spectra.operators.means import require_mean
 from spectra.operators.modes import resolve_mode
@@ -28,6 +29,7 @@ from spectra.operators.scans import scanned_inputs
 from spectra.stream import Stream
 
 PyTree = Any
+F = TypeVar("F", bound=Callable[..., Any])
 
 LINEARIZE_SHARE = 0.25
 """Share of the free memory that linearize="auto" spends on saved values; the basis needs the rest."""
@@ -368,3 +370,15 @@ def _moved(params: PyTree, key: jax.Array, coarse: float) -> PyTree:
     for i, x, signs in zip(places, lifted, cheap_signs(key, lifted), strict=True):
         leaves[i] = (x + jnp.maximum(jnp.finfo(x.dtype).eps, coarse) * signs * x).astype(leaves[i].dtype)
     return treedef.unflatten(leaves)
+
+
+def shows_options(function: F) -> F:
+    """`function` whose signature spells out its `**options`, for `help` and completion."""
+    signature = inspect.signature(function)
+    own = [
+        parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD
+    ]
+    defaults = inspect.signature(DataOperator._open).parameters
+    options = [defaults[name] for name in DataOptions.__annotations__ if name not in signature.parameters]
+    function.__signature__ = signature.replace(parameters=[*own, *options])
+    return function

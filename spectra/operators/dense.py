@@ -7,7 +7,7 @@ the network at layer j and the backward pass ends there. What lies above the dia
 
 import itertools
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from spectra._errors import SpectraError
 from spectra._mesh import automatic
 from spectra.operators import products
 from spectra.operators.accumulate import weighted_sum
+from spectra.operators.checks import DataOptions
+from spectra.operators.data_operator import shows_options
 from spectra.operators.hessian import HessianOperator
 
 PyTree = Any
@@ -32,6 +34,7 @@ SMALL = 32
 STRUCTURES = ("matrix", "blocks")
 
 
+@shows_options
 @automatic
 def dense_hessian(
     loss_fn,
@@ -40,7 +43,7 @@ def dense_hessian(
     *,
     structure: str = "matrix",
     memory_limit: int | None = None,
-    **options,
+    **options: Unpack[DataOptions],
 ):
     """Compute the whole Hessian of a loss, using its symmetry.
 

@@ -15,6 +15,7 @@ from spectra.operators import likelihood
 from spectra.operators.accumulate import map_microbatches
 from spectra.operators.base import operator
 from spectra.operators.checks import DataOptions
+from spectra.operators.data_operator import shows_options
 from spectra.operators.ggn import ModelFn, ModelOperator, OutputLossFn, split
 from spectra.operators.terms import require_mean_of_outputs
 
@@ -87,6 +88,7 @@ class FisherOperator(ModelOperator):
     count_fn: Callable[[PyTree], Any] | None  # weight_fn as given: not what the loss brings
     key: jax.Array | None
 
+    @shows_options
     @automatic
     def __init__(
         self,

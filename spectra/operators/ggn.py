@@ -10,7 +10,7 @@ from spectra._errors import DataError
 from spectra.operators import products
 from spectra.operators.base import operator
 from spectra.operators.checks import DataOptions, check_scalar
-from spectra.operators.data_operator import DataOperator
+from spectra.operators.data_operator import DataOperator, shows_options
 
 PyTree = Any
 ModelFn = Callable[[PyTree, PyTree], PyTree]
@@ -111,6 +111,7 @@ class GGNOperator(ModelOperator):
     model_fn: ModelFn
     loss_fn: OutputLossFn
 
+    @shows_options
     def __init__(
         self,
         model_fn: ModelFn,

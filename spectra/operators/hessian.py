@@ -8,7 +8,7 @@ import jax
 from spectra.operators import products
 from spectra.operators.base import operator
 from spectra.operators.checks import DataOptions, check_scalar
-from spectra.operators.data_operator import DataOperator
+from spectra.operators.data_operator import DataOperator, shows_options
 
 PyTree = Any
 
@@ -54,6 +54,7 @@ class HessianOperator(DataOperator):
 
     loss_fn: Callable[[PyTree, PyTree], jax.Array]
 
+    @shows_options
     def __init__(
         self,
         loss_fn: Callable[[PyTree, PyTree], jax.Array],

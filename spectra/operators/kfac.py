@@ -17,6 +17,7 @@ from spectra.data import as_batch, batch_size, rows
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.base import operator
 from spectra.operators.checks import DataOptions
+from spectra.operators.data_operator import shows_options
 from spectra.operators.fisher import CHECKED_EXAMPLES, FisherOperator
 from spectra.operators.ggn import ModelFn, OutputLossFn, split
 from spectra.operators.kfac_plan import Group, Plan, plan_of
@@ -148,6 +149,7 @@ class _FromData(FactoredOperator):
     def _blocks(self, build: _Build) -> tuple[Block, ...]:
         """The blocks of the layers, from the data."""
 
+    @shows_options
     @automatic
     def __init__(
         self,

@@ -59,7 +59,7 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
     Raises:
         DataError: the loss is not a mean over examples.
 
-    Cost: about fourteen evaluations of the loss on two pieces, 70 if it draws random numbers, once for the
+    Cost: about twenty evaluations of the loss on two pieces, 70 if it draws random numbers, once for the
     same structure and data.
     """
     if not _tree.has_values((op.params, op.data)) or _tree.is_traced((op.params, op.data)):
@@ -147,22 +147,34 @@ def _compare(op: "DataOperator", cut: Cut, limit: Limit | None) -> Limit | None:
         return limit
     unit = max(coarsest_rounding(traces[0]), op.precision)
     relative = MARGIN * (unit / 2 + rounding_of_sums(traces[0]))
-    far, rounded = _moved(op, FAR), _moved(op, unit)
-    others = [[(op.params, cut.turned), (rounded, cut.here)], [(far, cut.turned)]]
+    far = _moved(op, FAR)
     found = []
-    for params, changed in zip((op.params, far), others, strict=True):
-        absolute = 0.0 if noisy else MARGIN * _largest_change(op, params, cut.here, changed)
+    for params in (op.params, far):
+        absolute = 0.0 if noisy else _rounding_of_value(op._with(params=params), cut, relative, unit)
         found.append(Limit(relative, absolute))
     pairs = zip((op.params, far), found, strict=True)
     shares = [_require_equal(op, cut, params, limit, noisy) for params, limit in pairs]
     return found[0]._replace(draws=max(shares) > 1) if any(x >= 0 for x in shares) else None
 
 
-def _largest_change(op: "DataOperator", params: PyTree, batches: list[PyTree], others: list[tuple]) -> float:
-    """The largest change of the loss to other parameters and batches."""
-    here = _means(op, params, batches)[0]
-    changes = [abs(_means(op, *other)[0] - here) for other in others]
-    return max(change if np.isfinite(change) else 0.0 for change in changes)
+def _rounding_of_value(op: "DataOperator", cut: Cut, relative: float, unit: float) -> float:
+    """What the loss may differ by between values that round otherwise, as measured.
+
+    Parameters that are off by their precision, and examples in another order, round otherwise; a loss that
+    the order changes by far more than that is no mean over them, and raises.
+    """
+    batches = ((op.params, cut.here), (op.params, cut.turned), (_moved(op, unit), cut.here))
+    here, turned, rounded = (_means(op, *each)[0] for each in batches)
+    size = max(abs(_means(op, op.params, [piece])[0]) for piece in (*cut.here, *cut.there))
+    by_order, by_rounding = (x if np.isfinite(x) else 0.0 for x in (abs(turned - here), abs(rounded - here)))
+    if by_order > MARGIN * (relative * size + MARGIN * by_rounding):
+        count = sum(batch_size(piece, op.shared) for piece in cut.here)
+        raise DataError(
+            _message(
+                op, f"on {count} examples it is {here:.6g}, and {turned:.6g} on the same in another order"
+            )
+        )
+    return MARGIN * max(by_order, by_rounding)
 
 
 def _require_equal(op: "DataOperator", cut: Cut, params: PyTree, limit: Limit, noisy: bool) -> float:
@@ -173,12 +185,14 @@ def _require_equal(op: "DataOperator", cut: Cut, params: PyTree, limit: Limit, n
     """
     here, there = _means(op, params, cut.here, noisy), _means(op, params, cut.there, noisy)
     size = max(np.abs(here).max(), np.abs(there).max())
+    if op.takes_single_examples and np.isfinite(here).all() and np.isnan(there).any():
+        raise DataError(_message(op, _difference(op, cut, here.mean(), there.mean())))  # it needs several
     if not np.isfinite(size) or size == 0:
         return -1.0
     differences, allowed = here - there, limit.relative * size + limit.absolute
     spread = np.std(differences, ddof=1) / len(differences) ** 0.5 if noisy else 0.0
     if abs(differences.mean()) > allowed + STUDENT * spread:
-        raise DataError(_message(op, cut, here.mean(), there.mean()))
+        raise DataError(_message(op, _difference(op, cut, here.mean(), there.mean())))
     return float(np.abs(differences).max() / allowed)
 
 
@@ -208,17 +222,17 @@ def _redrawn_losses(op: "DataOperator") -> jax.Array:
     return lax.map(lambda salt: redrawn(jaxpr, salt, *leaves)[0], salts(KEYS))
 
 
-def _message(op: "DataOperator", cut: Cut, here: float, there: float) -> str:
+def _difference(op: "DataOperator", cut: Cut, here: float, there: float) -> str:
     counts = [batch_size(piece, op.shared) for piece in cut.there]
     if len(cut.here) == 1:
-        found = (
+        return (
             f"on {sum(counts)} examples it is {here:.6g}, and the mean of its values on the first "
             f"{counts[0]} and the other {counts[1]} is {there:.6g}"
         )
-    else:
-        found = (
-            f"its mean on two pieces of {counts[0]} is {here:.6g}, and {there:.6g} as they exchange examples"
-        )
+    return f"its mean on two pieces of {counts[0]} is {here:.6g}, and {there:.6g} as they exchange examples"
+
+
+def _message(op: "DataOperator", found: str) -> str:
     batches = 0 if op.stream is None else len(op.stream.weights)
     if op.takes_single_examples:
         where, whole = "this operator takes the gradients of single examples", "there is no such matrix"
@@ -230,8 +244,8 @@ def _message(op: "DataOperator", cut: Cut, here: float, there: float) -> str:
         f"the loss is not a mean over examples: {found}. But {where}. If it is a sum, divide it by the "
         "number of examples; if its terms count otherwise (tokens, masks, class weights), give each piece's "
         "weight by weight_fn=; if it sets examples against each other (contrastive losses, batch "
-        f"statistics), {whole}. If the mean of the pieces' own losses is what you want, pass "
-        "check_data=False."
+        f"statistics, neighbours in a sequence), {whole}. If the mean of the pieces' own losses is what you "
+        "want, pass check_data=False."
     )
 
 

@@ -55,11 +55,12 @@ def require_mean_of_outputs(op: Any) -> None:
         whole, turned, first, second = np.asarray(values[0], float)
         weights = np.asarray(values[1], float)
         mean = float(np.array([first, second]) @ weights / weights.sum()) if weights.all() else whole
-        size = max(abs(whole), abs(mean))
+        size = max(map(abs, (whole, first, second)))
         if not np.isfinite(size):
             return
         rounding = size * (unit / 2 + rounding_of_sums(jaxpr))
-        if abs(whole - mean) > MARGIN * (rounding + abs(whole - turned)):
+        by_order = abs(whole - turned)  # a mean changes by its rounding alone
+        if by_order > MARGIN**2 * rounding or abs(whole - mean) > MARGIN * (rounding + by_order):
             raise DataError(
                 f"kind={op.kind!r} needs a loss that is the mean over its terms: on the outputs of "
                 f"{2 * half} examples it is {whole:.6g}, the mean of its values on two halves {mean:.6g}. "

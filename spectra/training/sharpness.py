@@ -13,12 +13,14 @@ from spectra._mesh import automatic
 from spectra._status import Status
 from spectra.estimators.landscape import losses_at
 from spectra.operators.checks import DataOptions
+from spectra.operators.data_operator import shows_options
 from spectra.operators.hessian import HessianOperator
 from spectra.results import Sharpness
 
 PyTree = Any
 
 
+@shows_options
 @automatic
 def critical_sharpness(
     loss_fn: Callable[[PyTree, PyTree], jax.Array],
