@@ -133,7 +133,8 @@ def trace(
     if method not in METHODS:
         raise SpectraError(f"method={method!r}: use one of {METHODS}.")
     chosen, reason = choose(op, method, num_matvecs)
-    if method == "auto" and chosen == "xtrace" and checkpoint is None and _for_krylov(op, key, by, probes, num_matvecs):
+    free = method == "auto" and checkpoint is None
+    if free and chosen == "xtrace" and _for_krylov(op, key, by, probes, num_matvecs):
         chosen = "krylov"
         reason = f"n={op.size:,} exceeds num_matvecs={num_matvecs} and the basis fits into memory"
     method = chosen

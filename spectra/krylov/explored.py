@@ -97,9 +97,9 @@ def _direction(layout: Layout, state: Explored, slot, key) -> Panels:
     else:
         q = layout.place(layout.pack(_tree.sphere_sample(key, layout.structure)))
     for _ in range(2):  # little may be left of a direction that has waited for long
-        q = _basis.scale(1 / _positive(_basis.norm(q)), q)
+        q = _tree.scale(1 / _positive(_basis.norm(q)), q)
         q = orthogonalize(state.basis, q, state.filled)[0]
-    return _basis.scale(1 / _positive(_basis.norm(q)), q)
+    return _tree.scale(1 / _positive(_basis.norm(q)), q)
 
 
 @partial(jax.jit, static_argnames=("layout", "random"), donate_argnames=("state",))
@@ -108,11 +108,11 @@ def _absorb(
 ) -> tuple[Explored, Step]:
     w = layout.place(layout.pack(product))
     unit = jnp.where(state.unit > 0, state.unit, _tree.power_of_two(_tree.largest(w)))
-    w = _basis.scale(1 / unit, w)
+    w = _tree.scale(1 / unit, w)
     row, filled = state.filled, state.filled + 1
     basis = _basis.put(state.basis, row, q)
     form = _basis.vdot(q, w)
-    w = _basis.axpy(-form, q, w)
+    w = _tree.axpy(-form, q, w)
     w, outside, _, column, _ = orthogonalize(basis, w, filled)
     form = form + column[row]
     along = _basis.dots(state.waiting, q, WAITING)[0]
