@@ -1,7 +1,7 @@
 """How operators become pytrees: arrays are leaves, and all else is part of the structure.
 
-A class registers itself when its first instance is made, when its decorators have run. One that JAX knows by
-then, because its author registered it, stays as it is.
+A class of a user's registers itself when its first instance is made, when its decorators have run. One that JAX
+knows by then, because its author registered it, stays as it is. Those of the package declare their leaves.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ def operator(leaves: tuple[str, ...]):
         cls = dataclasses.dataclass(frozen=True, eq=False, repr=False, init="__init__" not in vars(cls))(cls)
         names = [field.name for field in dataclasses.fields(cls)]
         cls._children = leaves, tuple(name for name in names if name not in leaves)
+        register(cls)
         return cls
 
     return declare
