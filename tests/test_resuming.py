@@ -38,7 +38,7 @@ CALLS = {
     "xdiag": lambda op, **more: spectra.diagonal(op, key=KEY, **PROBES, **more),
     "kpm": lambda op, **more: spectra.kpm(op, key=KEY, num_moments=21, num_probes=3, probe_batch=2, **more),
 }
-DEFAULT = ("eigsh", "trace", "kpm")
+DEFAULT = ("eigsh", "trace")
 
 
 def operator():
@@ -88,14 +88,18 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("name", slow_but(CALLS, *DEFAULT))
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(name, looks, tmp_path):
-    """At some look at the clock; each start computes what the last checkpoint does not hold."""
+    """At some look at the clock; each start computes what the last checkpoint does not hold.
+
+    Estimates come batch by batch where they are saved: the bits are those of a run with a checkpoint. Those
+    of eigsh do not depend on it.
+    """
     call, op = CALLS[name], operator()
-    whole = call(op, checkpoint=tmp_path / "whole")
+    whole = call(op) if name.startswith("eigsh") else call(op, checkpoint=tmp_path / "whole")
     saved, starts = spectra.Checkpoint(tmp_path / "killed", steps=1), 0
     while True:
         starts += 1
         # Around a restart eigsh looks at the clock without a product in between.
-        looks(9 if name.startswith("eigsh") else 3, kill)
+        looks(13 if name.startswith("eigsh") else 3, kill)
         try:
             again = call(op, checkpoint=saved)
             break
@@ -103,10 +107,6 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(name, look
             continue
     assert starts > 1
     assert_same(whole, again)
-
-
-def test_eigenpairs_are_those_of_a_run_without_a_checkpoint(tmp_path):
-    assert_same(CALLS["eigsh"](operator()), CALLS["eigsh"](operator(), checkpoint=tmp_path))
 
 
 @pytest.mark.parametrize("name", slow_but(["eigsh", "xtrace", "kpm"], "eigsh"))
@@ -137,9 +137,9 @@ def test_a_run_whose_products_ran_out_goes_on_with_more(tmp_path):
 @pytest.mark.parametrize(
     ("name", "more", "differs"),
     [
-        ("eigsh", {"verify": False}, "verify"),
         ("trace", {"by": "leaf"}, "by"),
-        ("kpm", {"bounds": (-2, 10)}, "bounds"),
+        pytest.param("eigsh", {"verify": False}, "verify", marks=pytest.mark.slow),
+        pytest.param("kpm", {"bounds": (-2, 10)}, "bounds", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_of_other_arguments_or_another_function_is_refused(name, more, differs, tmp_path):
