@@ -241,3 +241,70 @@ def test_eigsh_killed_at_random_moments_goes_on_to_the_same_bits(tmp_path):
         with np.load(f"{folder}.npz") as found:
             for name in found.files:
                 np.testing.assert_array_equal(found[name], getattr(whole, name))
+
+
+DEVICES = """
+import sys, jax, jax.numpy as jnp, numpy as np, spectra
+from jax.sharding import NamedSharding, PartitionSpec
+from spectra.runs import saver
+
+saver.PACE, original = 0.0, saver.Saver.due
+mesh = jax.make_mesh((4,), ("d",))
+keys = jax.random.split(jax.random.key(0), 2)
+params = {"w": jax.random.normal(keys[0], (24, 8)), "b": jnp.ones(4)}
+data = jax.random.normal(keys[1], (16, 24))
+
+
+def loss(p, x):
+    return jnp.mean(jnp.tanh(x @ p["w"]) ** 2) + jnp.sum(p["b"] ** 4)
+
+
+def put(x, *names):
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*names)))
+
+
+one = spectra.HessianOperator(loss, params, data)
+many = spectra.HessianOperator(loss, {"w": put(params["w"], "d"), "b": put(params["b"])}, put(data))
+options = {"key": jax.random.key(2)}
+calls = [
+    (14, lambda op, s: spectra.eigsh(op, 3, which="LA", num_basis=12, checkpoint=s, **options).values),
+    (8, lambda op, s: spectra.trace(op, num_matvecs=20, probe_batch=2, checkpoint=s, **options).value),
+    (7, lambda op, s: spectra.trace(op, num_matvecs=20, method="hutch++", probe_batch=2, checkpoint=s, **options).value),
+    (9, lambda op, s: spectra.kpm(op, num_moments=21, num_probes=2, checkpoint=s, **options).moments),
+]
+
+
+def ended(call, at, folder):
+    seen = []
+
+    def due(self, done, seconds):
+        seen.append(done)
+        if len(seen) == at:
+            raise KeyboardInterrupt
+        return original(self, done, seconds)
+
+    saver.Saver.due = due
+    try:
+        call(many, spectra.Checkpoint(folder, steps=1))
+        raise SystemExit("it was not ended")
+    except KeyboardInterrupt:
+        saver.Saver.due = original
+
+
+for i, (at, call) in enumerate(calls):
+    whole = np.asarray(call(many, f"{sys.argv[1]}/whole-{i}"))
+    for op, name in ((many, "four"), (one, "one")):
+        ended(call, at, f"{sys.argv[1]}/{name}-{i}")
+        again = np.asarray(call(op, f"{sys.argv[1]}/{name}-{i}"))
+        # Sums of 196 terms in another order, in moments of degree 20, which amplify them by its square.
+        margin = 0 if op is many else 400 * 14 * np.finfo("f").eps * np.abs(whole).max()
+        assert np.abs(again - whole).max() <= margin, (i, name, again - whole)
+print("resumed")
+"""
+
+
+@pytest.mark.slow
+def test_runs_go_on_with_the_devices_they_had_and_with_fewer(tmp_path):
+    command = [sys.executable, "-c", DEVICES, str(tmp_path)]
+    process = subprocess.run(command, env=environment(4), capture_output=True, text=True, check=False)
+    assert process.stdout.strip() == "resumed", process.stderr
