@@ -245,11 +245,11 @@ def test_eigsh_killed_at_random_moments_goes_on_to_the_same_bits(tmp_path):
 
 DEVICES = """
 import sys, jax, jax.numpy as jnp, numpy as np, spectra
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spectra.runs import saver
 
 saver.PACE, original = 0.0, saver.Saver.due
-mesh = jax.make_mesh((4,), ("d",))
+mesh = Mesh(np.array(jax.devices()), ("d",))
 keys = jax.random.split(jax.random.key(0), 2)
 params = {"w": jax.random.normal(keys[0], (24, 8)), "b": jnp.ones(4)}
 data = jax.random.normal(keys[1], (16, 24))
@@ -265,12 +265,12 @@ def put(x, *names):
 
 one = spectra.HessianOperator(loss, params, data)
 many = spectra.HessianOperator(loss, {"w": put(params["w"], "d"), "b": put(params["b"])}, put(data))
-options = {"key": jax.random.key(2)}
-calls = [
-    (14, lambda op, s: spectra.eigsh(op, 3, which="LA", num_basis=12, checkpoint=s, **options).values),
-    (8, lambda op, s: spectra.trace(op, num_matvecs=20, probe_batch=2, checkpoint=s, **options).value),
-    (7, lambda op, s: spectra.trace(op, num_matvecs=20, method="hutch++", probe_batch=2, checkpoint=s, **options).value),
-    (9, lambda op, s: spectra.kpm(op, num_moments=21, num_probes=2, checkpoint=s, **options).moments),
+key, batches = jax.random.key(2), {"num_matvecs": 20, "probe_batch": 2}
+calls = [  # and the look at the clock at which they end
+    (14, lambda op, s: spectra.eigsh(op, 3, which="LA", num_basis=12, key=key, checkpoint=s).values),
+    (8, lambda op, s: spectra.trace(op, key=key, checkpoint=s, **batches).value),
+    (7, lambda op, s: spectra.trace(op, method="hutch++", key=key, checkpoint=s, **batches).value),
+    (9, lambda op, s: spectra.kpm(op, num_moments=21, num_probes=2, key=key, checkpoint=s).moments),
 ]
 
 
