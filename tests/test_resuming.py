@@ -38,7 +38,7 @@ CALLS = {
     "xdiag": lambda op, **more: spectra.diagonal(op, key=KEY, **PROBES, **more),
     "kpm": lambda op, **more: spectra.kpm(op, key=KEY, num_moments=21, num_probes=3, probe_batch=2, **more),
 }
-DEFAULT = ("eigsh", "trace", "kpm")
+DEFAULT = ("eigsh", "trace")
 
 
 def operator():
@@ -88,13 +88,18 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("name", slow_but(CALLS, *DEFAULT))
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(name, looks, tmp_path):
-    """At every third look at the clock; each start computes what the last checkpoint does not hold."""
+    """At some look at the clock; each start computes what the last checkpoint does not hold.
+
+    Estimates come batch by batch where they are saved: the bits are those of a run with a checkpoint. Those
+    of eigsh do not depend on it.
+    """
     call, op = CALLS[name], operator()
-    whole = call(op, checkpoint=tmp_path / "whole")
+    whole = call(op) if name.startswith("eigsh") else call(op, checkpoint=tmp_path / "whole")
     saved, starts = spectra.Checkpoint(tmp_path / "killed", steps=1), 0
     while True:
         starts += 1
-        looks(4, kill)
+        # Around a restart eigsh looks at the clock without a product in between.
+        looks(13 if name.startswith("eigsh") else 3, kill)
         try:
             again = call(op, checkpoint=saved)
             break
@@ -102,10 +107,6 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(name, look
             continue
     assert starts > 1
     assert_same(whole, again)
-
-
-def test_eigenpairs_are_those_of_a_run_without_a_checkpoint(tmp_path):
-    assert_same(CALLS["eigsh"](operator()), CALLS["eigsh"](operator(), checkpoint=tmp_path))
 
 
 @pytest.mark.parametrize("name", slow_but(["eigsh", "xtrace", "kpm"], "eigsh"))
@@ -136,9 +137,9 @@ def test_a_run_whose_products_ran_out_goes_on_with_more(tmp_path):
 @pytest.mark.parametrize(
     ("name", "more", "differs"),
     [
-        ("eigsh", {"verify": False}, "verify"),
         ("trace", {"by": "leaf"}, "by"),
-        ("kpm", {"bounds": (-2, 10)}, "bounds"),
+        pytest.param("eigsh", {"verify": False}, "verify", marks=pytest.mark.slow),
+        pytest.param("kpm", {"bounds": (-2, 10)}, "bounds", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_of_other_arguments_or_another_function_is_refused(name, more, differs, tmp_path):
@@ -240,3 +241,70 @@ def test_eigsh_killed_at_random_moments_goes_on_to_the_same_bits(tmp_path):
         with np.load(f"{folder}.npz") as found:
             for name in found.files:
                 np.testing.assert_array_equal(found[name], getattr(whole, name))
+
+
+DEVICES = """
+import sys, jax, jax.numpy as jnp, numpy as np, spectra
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from spectra.runs import saver
+
+saver.PACE, original = 0.0, saver.Saver.due
+mesh = Mesh(np.array(jax.devices()), ("d",))
+keys = jax.random.split(jax.random.key(0), 2)
+params = {"w": jax.random.normal(keys[0], (24, 8)), "b": jnp.ones(4)}
+data = jax.random.normal(keys[1], (16, 24))
+
+
+def loss(p, x):
+    return jnp.mean(jnp.tanh(x @ p["w"]) ** 2) + jnp.sum(p["b"] ** 4)
+
+
+def put(x, *names):
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*names)))
+
+
+one = spectra.HessianOperator(loss, params, data)
+many = spectra.HessianOperator(loss, {"w": put(params["w"], "d"), "b": put(params["b"])}, put(data))
+key, batches = jax.random.key(2), {"num_matvecs": 20, "probe_batch": 2}
+calls = [  # and the look at the clock at which they end
+    (14, lambda op, s: spectra.eigsh(op, 3, which="LA", num_basis=12, key=key, checkpoint=s).values),
+    (8, lambda op, s: spectra.trace(op, key=key, checkpoint=s, **batches).value),
+    (7, lambda op, s: spectra.trace(op, method="hutch++", key=key, checkpoint=s, **batches).value),
+    (9, lambda op, s: spectra.kpm(op, num_moments=21, num_probes=2, key=key, checkpoint=s).moments),
+]
+
+
+def ended(call, at, folder):
+    seen = []
+
+    def due(self, done, seconds):
+        seen.append(done)
+        if len(seen) == at:
+            raise KeyboardInterrupt
+        return original(self, done, seconds)
+
+    saver.Saver.due = due
+    try:
+        call(many, spectra.Checkpoint(folder, steps=1))
+        raise SystemExit("it was not ended")
+    except KeyboardInterrupt:
+        saver.Saver.due = original
+
+
+for i, (at, call) in enumerate(calls):
+    whole = np.asarray(call(many, f"{sys.argv[1]}/whole-{i}"))
+    for op, name in ((many, "four"), (one, "one")):
+        ended(call, at, f"{sys.argv[1]}/{name}-{i}")
+        again = np.asarray(call(op, f"{sys.argv[1]}/{name}-{i}"))
+        # Sums of 196 terms in another order, in moments of degree 20, which amplify them by its square.
+        margin = 0 if op is many else 400 * 14 * np.finfo("f").eps * np.abs(whole).max()
+        assert np.abs(again - whole).max() <= margin, (i, name, again - whole)
+print("resumed")
+"""
+
+
+@pytest.mark.slow
+def test_runs_go_on_with_the_devices_they_had_and_with_fewer(tmp_path):
+    command = [sys.executable, "-c", DEVICES, str(tmp_path)]
+    process = subprocess.run(command, env=environment(4), capture_output=True, text=True, check=False)
+    assert process.stdout.strip() == "resumed", process.stderr

@@ -107,7 +107,7 @@ def kpm(
     options = {
         "num_moments": num_moments,
         "num_probes": num_probes,
-        "bounds": bounds and [*map(float, bounds)],
+        "bounds": None if bounds is None else [*map(float, bounds)],
     }
     total = num_probes * _num_products(num_moments)
     with watched("kpm", progress, checkpoint, total, options) as watch, watch.journal(op, key) as journal:
@@ -119,7 +119,7 @@ def _run_probes(op, key, num_moments: int, num_probes: int, bounds, batch: int, 
     """The moments of all probes, within bounds that are widened until they hold the spectrum."""
     given, count, widened = bounds is not None, 0, 0
     if bounds is None:
-        bounds, count = _find_bounds(op, key)
+        *bounds, count = _found_bounds(op, key, journal)
     moments = np.empty((num_probes, num_moments))
     done = 0
     while done < num_probes:
@@ -138,6 +138,18 @@ def _run_probes(op, key, num_moments: int, num_probes: int, bounds, batch: int, 
             wide = 0.1 * (bounds[1] - bounds[0])
             bounds, done = (bounds[0] - wide, bounds[1] + wide), 0
     return Moments(moments, np.array(bounds), op.size, count, op.precision, Status.COMPLETE)
+
+
+def _found_bounds(op: LinearOperator, key, journal) -> tuple[float, float, int]:
+    """Ends of the spectrum and the products that they took; those of before where a run goes on."""
+
+    def find():
+        (low, high), count = _find_bounds(op, key)
+        return np.array([low, high, count]).view(np.uint32)  # bits that no dtype of JAX's rounds
+
+    found = find() if journal is None else journal.keep(find, 0)
+    low, high, count = np.asarray(found).view(np.float64)
+    return float(low), float(high), int(count)
 
 
 def _find_bounds(op: LinearOperator, key) -> tuple[tuple[float, float], int]:

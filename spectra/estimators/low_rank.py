@@ -153,6 +153,7 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         done = num_samples()
         probes = blocks.draw(run.op, run.key, jnp.arange(rank + done, rank + count), kind)
         complement, square = project(q, probes)
+        complement = run.keep(complement)
         images, sketch.unit = blocks.in_unit(run.products(complement), sketch.unit)
         samples, squares, residuals = map(run.by_group, complement_forms(q, complement, images))
         if kind == "normal":

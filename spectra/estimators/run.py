@@ -98,6 +98,10 @@ class Run:
             outs.append(out)
         return state, outs
 
+    def keep(self, stack: PyTree) -> PyTree:
+        """A stack that was computed and is to be multiplied, or the one that was; see `Journal.keep`."""
+        return stack if self.journal is None else self.journal.keep(lambda: stack, self.op.like)
+
     def products(self, stack: PyTree) -> PyTree:
         """H v for each vector of a stack, `batch` at a time."""
         if self.journal is None:

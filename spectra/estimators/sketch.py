@@ -44,7 +44,7 @@ class SketchRun:
         run = self.run
         grow = _grow_compiled
         if run.op.on_host or run.journal is not None:  # products come from the host
-            grow = partial(_grow, multiply=run.products)
+            grow = partial(_grow, keep=run.keep, multiply=run.products)
         self.held, self._parts, self.unit = grow(
             run.op,
             run.key,
@@ -84,7 +84,9 @@ class SketchRun:
         return inner._replace(qz=zz, qy=zy, zo=zy, oy=inner.yy)
 
 
-def _grow(op, key, held: Held | None, unit, *, start, stop, kind, batch, project, grouped, multiply=None):
+def _grow(
+    op, key, held: Held | None, unit, *, start, stop, kind, batch, project, grouped, keep=None, multiply=None
+):
     """More probes and their images; with `project` also a basis of all images and its, and inner products."""
     indices, basis, basis_images, noise = np.arange(start, stop), None, None, None
     if project:
@@ -96,6 +98,7 @@ def _grow(op, key, held: Held | None, unit, *, start, stop, kind, batch, project
     images, unit = blocks.in_unit(multiply(probes), unit)
     if project:
         basis = blocks.orthonormalize(images, held and held.basis, noise)
+        basis = keep(basis) if keep else basis
         basis_images, unit = blocks.in_unit(multiply(basis), unit)
     new = Held(probes, images, basis, basis_images)
     if held is not None:

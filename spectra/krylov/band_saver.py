@@ -57,9 +57,10 @@ def _read(saver: Saver, band: Band, flight: dict[str, Any]) -> bool:
     aside: list[Any] = []
     for name in [name for name in items if name.endswith("-aside")]:
         like = storage.vectors_of(layout, len(known["couplings"]), band.state.scale)
-        aside = saver.item(name, like, items.pop(name))
-        if aside is None:
+        read = saver.item(name, like, items.pop(name))
+        if read is None:
             return False
+        aside = read
     segments = list(band.state.basis)
     for i, (name, digest) in enumerate(items.items()):
         rows = saver.item(name, storage.rows_like(layout, segments[i], batched=False), digest)

@@ -14,7 +14,7 @@ least μ - Σ ρ² / (μ - θ) / (1 - o). The bound is taken for that.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,9 +47,10 @@ class Search:
     rows: list[int] = dataclasses.field(default_factory=list)  # have had theirs
 
     @classmethod
-    def of(cls, saved: dict) -> "Search":
+    def of(cls, saved: dict[str, Any]) -> "Search":
         """From its fields as JSON has them."""
-        return cls(**saved | {"limits": [wanted.End(**end) for end in saved["limits"]]})
+        fields: dict[str, Any] = saved | {"limits": [wanted.End(**end) for end in saved["limits"]]}
+        return cls(**fields)
 
 
 def search(run: "EigenRun", verify: bool | str, ncv: int) -> bool:

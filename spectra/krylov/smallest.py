@@ -75,18 +75,19 @@ def smallest_eigenpairs(
 
 def _filtered(op, k, key, tol, budget, known, width, places, run: "Rounds") -> Eigenpairs:
     """Rounds of Rayleigh-Ritz and filter until the pairs have converged or the products are spent."""
+    fresh = []
     if not run.restored(op, width):
         run.norm, run.products = _norm_bound(op, places, key, min(NORM_STEPS, op.size, budget - width))
         run.cut = 0.9 * run.norm
         keys = [jax.random.fold_in(key, i + 1) for i in range(width)]
-        run.block = _stacks.stacked([_tree.sphere_sample(each, op.structure) for each in keys])
+        fresh = [_tree.sphere_sample(each, op.structure) for each in keys]
         run.bar.update(run.products)
     norm, floor = run.norm, op.precision * np.sqrt(op.size) * run.norm
     while True:
         if run.degree:
             run.filter(op)
         band = Band(op, places[0], len(known) + width, places[1])
-        for i, vector in enumerate([*known, *_stacks.split(run.block)]):
+        for i, vector in enumerate([*known, *(fresh or _stacks.split(run.block))]):
             band.append(vector, locked=i < len(known))
         values, sizes, residuals, vectors = _rayleigh_ritz(op, band.vectors(width))
         products = run.products + width
@@ -102,6 +103,7 @@ def _filtered(op, k, key, tol, budget, known, width, places, run: "Rounds") -> E
             run.save()
             break
         run.begin(vectors, cut, degree, products)
+        fresh = []
     chosen = best[np.argsort(values[best])]
     null = np.abs(values[chosen]) <= floor
     done = Status.SINGULAR if null.any() else Status.CONVERGED
@@ -225,8 +227,8 @@ class Rounds:
         return before, now
 
     def save(self) -> None:
-        """Write where the rounds stand; nothing without a place for it."""
-        if self.saver is not None:
+        """Write where the rounds stand; nothing without a place for it, or before the first of them."""
+        if self.saver is not None and self.block is not None:
             name = f"item-{self.rounds:05d}-degree-{self.done:05d}"
             stacks = self.before, self.block
             trees = {name: lambda: [jax.tree.leaves(stack) for stack in stacks]}

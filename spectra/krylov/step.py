@@ -13,7 +13,7 @@ stored in less precision or not at all one vector at hand in full; it runs under
 coefficients of a product on all rows, from any of them, which restarts and several start vectors need.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,9 @@ class Remainder(NamedTuple):
     vector: Panels
     norm: jax.Array
     alpha: jax.Array  # qᵀHq before the passes over the rows
-    first: jax.Array | None  # coefficients on the rows that the first pass found; None without rows
-    total: jax.Array | None  # of all passes
-    repeated: jax.Array | None  # whether there was a second pass
+    first: Any  # coefficients on the rows that the first pass found, (rows,); None without rows
+    total: Any  # of all passes
+    repeated: Any  # whether there was a second pass
 
 
 def remainder(

@@ -1,7 +1,8 @@
 """Computations in parts, each of which is done once: what a run had computed when it ended is read again.
 
 A run that draws the same probes and takes the same decisions calls `fold` in the same order with the same
-parts. What lies between folds is computed anew, products within them are not.
+parts. What lies between folds is computed anew, products within them are not; vectors to be multiplied that
+are no probes are kept, see `Journal.keep`.
 """
 
 import dataclasses
@@ -95,6 +96,18 @@ class Journal:
         if self.saver is None:
             self.folds[-1] = Fold()
         return state, outs
+
+    def keep(self, make: Callable[[], PyTree], like: PyTree) -> PyTree:
+        """make(), or what it gave when the products that depend on it were taken.
+
+        Computed anew it might differ by rounding, where arrays lie elsewhere than before, and products of the
+        one would be taken for those of the other.
+        """
+
+        def step(state, start, stop):
+            return state, make()
+
+        return self.fold(step, None, [(0, 1)], out=like, products=0)[1][0]
 
     def count(self, products: int) -> None:
         """Note products that were taken."""

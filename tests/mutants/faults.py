@@ -371,8 +371,8 @@ DENSITY = [
     fault(
         "a search for copies that goes on has forgotten its products",
         "krylov/missing.py",
-        'saved | {"limits":',
-        'saved | {"rows": [], "limits":',
+        'fields: dict[str, Any] = saved | {"limits":',
+        'fields: dict[str, Any] = saved | {"rows": [], "limits":',
         "test_resuming.py::test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits",
     ),
     fault(
