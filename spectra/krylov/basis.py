@@ -226,7 +226,9 @@ def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Arr
     """
 
     def first(count, segments, vector):
-        read = [[_dot(rows, x) for rows, x in zip(part, vector, strict=True)] for part in segments[:count]]
+        panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
+        columns = [_dots(rows, x) for rows, x in zip(panels, vector, strict=True)]
+        read = [list(parts) for parts in zip(*columns, strict=True)]
         skipped = [
             [jnp.zeros(rows.shape[:2], x.dtype) for rows, x in zip(part, vector, strict=True)]
             for part in segments[count:]
@@ -291,6 +293,32 @@ def _dot(rows: jax.Array, x: jax.Array) -> jax.Array:
     """Block by block the inner products of the rows of a segment with a vector, for one panel."""
     dims = ((tuple(range(2, rows.ndim)), tuple(range(1, x.ndim))), ((0,), (0,)))
     return lax.dot_general(rows.astype(x.dtype), x, dims, precision=lax.Precision.HIGHEST)
+
+
+@jax.custom_jvp
+def _dots(segments: list[jax.Array], x: jax.Array) -> list[jax.Array]:
+    """`_dot` for some segments of one panel.
+
+    One reduction of several arrays, for which XLA reads the vector once; of several products a TPU makes several
+    sweeps.
+    """
+    if len(segments) < 2:
+        return [_dot(rows, x) for rows in segments]
+    products = [rows.astype(x.dtype) * x[:, None] for rows in segments]
+    zeros = [jnp.zeros((), x.dtype)] * len(products)
+    return list(lax.reduce(products, zeros, _sums, tuple(range(2, products[0].ndim))))
+
+
+def _sums(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+@_dots.defjvp
+def _dots_jvp(primals, tangents):
+    """Of the bilinear form; a reduction of several arrays has no transpose of its own."""
+    (segments, x), (d_segments, d_x) = primals, tangents
+    pairs = zip(segments, d_segments, strict=True)
+    return _dots(segments, x), [_dot(d_rows, x) + _dot(rows, d_x) for rows, d_rows in pairs]
 
 
 @jax.jit
