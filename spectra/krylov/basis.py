@@ -299,8 +299,8 @@ def _dot(rows: jax.Array, x: jax.Array) -> jax.Array:
 def _dots(segments: list[jax.Array], x: jax.Array) -> list[jax.Array]:
     """`_dot` for some segments of one panel.
 
-    One reduction of several arrays, for which XLA reads the vector once; of several products a TPU makes several
-    sweeps.
+    One reduction of several arrays, for which XLA reads the vector once; several products are several sweeps
+    on a TPU.
     """
     if len(segments) < 2:
         return [_dot(rows, x) for rows in segments]
