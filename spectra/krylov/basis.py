@@ -33,11 +33,12 @@ MAX_SEGMENTS = 16
 """Every segment is code to compile; beyond 128 vectors segments grow instead (3 % of the rows in vain)."""
 PORTIONS = 64
 """In which rows are combined: enough that two of them are little memory beside the basis, and few kernels."""
-AT_ONCE = {"tpu": 4, "cuda": 5, "rocm": 5}
-"""Segments in one sweep, by platform; one elsewhere. The vector is read and written once a sweep: four move
-fewer bytes on a TPU, which copies segments where five are read at once; on a GPU five, three sweeps for 104
-rows, also take fewer conditionals (benchmarks/results/tpu.md, gpu.md). On a CPU more rows at once are slower
-(15.9, 17.6 and 18.6 ms a step for one, two and four segments at n = 1e6)."""
+AT_ONCE = {"tpu": (7, 4), "cuda": (5, 5), "rocm": (5, 5)}
+"""Segments in one sweep of `dots` and of `subtract`, by platform; one elsewhere. The vector is read, and by
+`subtract` written, once a sweep, so more move fewer bytes. A TPU copies segments where five are subtracted at
+once; on a GPU three sweeps of five for 104 rows also take fewer conditionals (benchmarks/results/tpu.md,
+gpu.md). On a CPU more rows at once are slower (15.9, 17.6 and 18.6 ms a step for one, two and four segments at
+n = 1e6)."""
 
 
 def vdot(a: Panels, b: Panels) -> jax.Array:
@@ -240,7 +241,7 @@ def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Arr
         return [part for group, switch in groups for part in switch(first, basis[group], vector)]
 
     dtype = jnp.result_type(*vector)
-    parts = _by_platform(program, basis, vector, filled)
+    parts = _by_platform(0, program, basis, vector, filled)
     parts.append([_dot(x[:, None], x) for x in vector])
     sums = sum(
         (
@@ -264,7 +265,7 @@ def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.
             vector = switch(first, basis[group], coefficients[group], vector)
         return vector
 
-    return _by_platform(program, basis, coefficients.reshape(len(basis), -1), vector, filled)
+    return _by_platform(1, program, basis, coefficients.reshape(len(basis), -1), vector, filled)
 
 
 def _groups(basis: Basis, filled: jax.Array | int, at_once: int):
@@ -282,9 +283,9 @@ def _groups(basis: Basis, filled: jax.Array | int, at_once: int):
         yield group, switch
 
 
-def _by_platform(program, *arguments):
-    """`program` with as many segments at once as suit the platform that it is compiled for."""
-    programs = {name: functools.partial(program, count) for name, count in AT_ONCE.items()}
+def _by_platform(sweep: int, program, *arguments):
+    """`program` with as many segments at once as suit the platform that it is compiled for and this `sweep`."""
+    programs = {name: functools.partial(program, counts[sweep]) for name, counts in AT_ONCE.items()}
     return lax.platform_dependent(*arguments, default=functools.partial(program, 1), **programs)
 
 
