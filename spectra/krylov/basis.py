@@ -37,8 +37,8 @@ AT_ONCE = {"tpu": (7, 4), "cuda": (5, 5), "rocm": (5, 5)}
 """Segments in one sweep of `dots` and of `subtract`, by platform; one elsewhere. The vector is read, and by
 `subtract` written, once a sweep, so more move fewer bytes. A TPU copies segments where five are subtracted at
 once; on a GPU three sweeps of five for 104 rows also take fewer conditionals (benchmarks/results/tpu.md,
-gpu.md). On a CPU more rows at once are slower (15.9, 17.6 and 18.6 ms a step for one, two and four segments at
-n = 1e6)."""
+gpu.md). On a CPU more rows at once are slower (15.9, 17.6 and 18.6 ms a step for one, two and four segments
+at n = 1e6)."""
 
 
 def vdot(a: Panels, b: Panels) -> jax.Array:
@@ -284,7 +284,7 @@ def _groups(basis: Basis, filled: jax.Array | int, at_once: int):
 
 
 def _by_platform(sweep: int, program, *arguments):
-    """`program` with as many segments at once as suit the platform that it is compiled for and this `sweep`."""
+    """`program` with as many segments at once as suit the sweep and the platform that it is compiled for."""
     programs = {name: functools.partial(program, counts[sweep]) for name, counts in AT_ONCE.items()}
     return lax.platform_dependent(*arguments, default=functools.partial(program, 1), **programs)
 
