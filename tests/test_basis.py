@@ -43,7 +43,7 @@ put = jax.jit(basis.put, donate_argnums=0)
 @pytest.mark.parametrize("at_once", slow_but([1, 2, 4], 1, 4))
 def test_sweeps_over_several_segments(at_once, filled, packed, x64, monkeypatch):
     """As many segments at once as on a TPU, here; the sums are those of NumPy."""
-    monkeypatch.setattr(basis, "AT_ONCE", {"cpu": at_once})
+    monkeypatch.setattr(basis, "AT_ONCE", {"cpu": (at_once, at_once)})
     rng = np.random.default_rng(filled)
     like = {"a": jnp.zeros((7, 5)), "b": jnp.zeros(40)}
     layout = Layout.of(like) if packed else Layout.leafwise(like)

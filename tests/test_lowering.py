@@ -181,13 +181,13 @@ def test_the_tpu_compiler_keeps_to_the_floor_of_bytes(layout):
 
 @needs_cuda
 def test_a_step_on_a_gpu_copies_no_basis_and_asks_no_host():
-    """Three segments; their conditionals all lie in a command buffer, and so do the model's."""
+    """Three segments, whose conditionals all lie in a command buffer."""
     figures = compiled_for("gpu", program="step", topology="h100:1", size="mlp", steps=20)
     assert figures["copies"] == 0
     assert "kConditional" not in figures["on_host"]
     assert figures["on_host"]["kWhile"] == 1  # the loop over steps, of which the host knows no number
-    # The unit, one sweep of `dots` and of `subtract`; the second pass, and both of its own.
-    assert figures["conditionals"] == 6
+    # One sweep of `dots` and of `subtract`; the second pass, and both of its own. That of the unit is none.
+    assert figures["conditionals"] == 5
     assert figures["precisions"].keys() == {"highest"}
     assert figures["instructions"] == {}  # neither tensor cores, whose float32 is tf32, nor float64
 

@@ -139,7 +139,14 @@ def repeated(op, v):
 
 
 def _orthogonalize(s: Setting):
-    return jax.jit(orthogonalize).lower(s.basis, s.placed(s.layout.panels), s.counter)
+    layout = s.layout
+
+    @jax.jit
+    def placed(basis, vector, filled):  # as in a step: where the result lies is not the partitioner's choice
+        vector, *rest = orthogonalize(basis, vector, filled)
+        return layout.place(vector), rest
+
+    return placed.lower(s.basis, s.placed(layout.panels), s.counter)
 
 
 def _step(s: Setting):

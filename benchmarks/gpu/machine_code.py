@@ -42,6 +42,6 @@ def types(instruction: str) -> str:
 
 def read(folder: Path) -> dict:
     """Both, from the folder into which XLA has written a program."""
-    thunks = next(folder.glob("*thunk_sequence_after_thunk_passes.txt")).read_text()
+    thunks = max(folder.glob("*thunk_sequence*.txt")).read_text()  # after all passes, where there were any
     ptx = "\n".join(path.read_text() for path in folder.glob("*.ptx"))
     return {"on_host": on_host(thunks), "instructions": instructions(ptx)}

@@ -33,11 +33,12 @@ MAX_SEGMENTS = 16
 """Every segment is code to compile; beyond 128 vectors segments grow instead (3 % of the rows in vain)."""
 PORTIONS = 64
 """In which rows are combined: enough that two of them are little memory beside the basis, and few kernels."""
-AT_ONCE = {"tpu": 4, "cuda": 5, "rocm": 5}
-"""Segments in one sweep, by platform; one elsewhere. The vector is read and written once a sweep: four move
-fewer bytes on a TPU, which copies segments where five are read at once; on a GPU five, three sweeps for 104
-rows, also take fewer conditionals (benchmarks/results/tpu.md, gpu.md). On a CPU more rows at once are slower
-(15.9, 17.6 and 18.6 ms a step for one, two and four segments at n = 1e6)."""
+AT_ONCE = {"tpu": (7, 4), "cuda": (5, 5), "rocm": (5, 5)}
+"""Segments in one sweep of `dots` and of `subtract`, by platform; one elsewhere. The vector is read, and by
+`subtract` written, once a sweep, so more move fewer bytes. A TPU copies segments where five are subtracted at
+once; on a GPU three sweeps of five for 104 rows also take fewer conditionals (benchmarks/results/tpu.md,
+gpu.md). On a CPU more rows at once are slower (15.9, 17.6 and 18.6 ms a step for one, two and four segments
+at n = 1e6)."""
 
 
 def vdot(a: Panels, b: Panels) -> jax.Array:
@@ -216,7 +217,9 @@ def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Arr
     """
 
     def first(count, segments, vector):
-        read = [[_dot(rows, x) for rows, x in zip(part, vector, strict=True)] for part in segments[:count]]
+        panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
+        columns = [_dots(rows, x) for rows, x in zip(panels, vector, strict=True)]
+        read = [list(parts) for parts in zip(*columns, strict=True)]
         skipped = [
             [jnp.zeros(rows.shape[:2], x.dtype) for rows, x in zip(part, vector, strict=True)]
             for part in segments[count:]
@@ -228,7 +231,7 @@ def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Arr
         return [part for group, switch in groups for part in switch(first, basis[group], vector)]
 
     dtype = jnp.result_type(*vector)
-    parts = _by_platform(program, basis, vector, filled)
+    parts = _by_platform(0, program, basis, vector, filled)
     parts.append([_dot(x[:, None], x) for x in vector])
     sums = sum(
         (
@@ -252,7 +255,7 @@ def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.
             vector = switch(first, basis[group], coefficients[group], vector)
         return vector
 
-    return _by_platform(program, basis, coefficients.reshape(len(basis), -1), vector, filled)
+    return _by_platform(1, program, basis, coefficients.reshape(len(basis), -1), vector, filled)
 
 
 def _groups(basis: Basis, filled: jax.Array | int, at_once: int):
@@ -270,9 +273,9 @@ def _groups(basis: Basis, filled: jax.Array | int, at_once: int):
         yield group, switch
 
 
-def _by_platform(program, *arguments):
-    """`program` with as many segments at once as suit the platform that it is compiled for."""
-    programs = {name: functools.partial(program, count) for name, count in AT_ONCE.items()}
+def _by_platform(sweep: int, program, *arguments):
+    """`program` with as many segments at once as suit the sweep and the platform that it is compiled for."""
+    programs = {name: functools.partial(program, counts[sweep]) for name, counts in AT_ONCE.items()}
     return lax.platform_dependent(*arguments, default=functools.partial(program, 1), **programs)
 
 
@@ -281,6 +284,32 @@ def _dot(rows: jax.Array, x: jax.Array) -> jax.Array:
     """Block by block the inner products of the rows of a segment with a vector, for one panel."""
     dims = ((tuple(range(2, rows.ndim)), tuple(range(1, x.ndim))), ((0,), (0,)))
     return lax.dot_general(rows.astype(x.dtype), x, dims, precision=lax.Precision.HIGHEST)
+
+
+@jax.custom_jvp
+def _dots(segments: list[jax.Array], x: jax.Array) -> list[jax.Array]:
+    """`_dot` for some segments of one panel.
+
+    One reduction of several arrays, for which XLA reads the vector once; several products are several sweeps
+    on a TPU.
+    """
+    if len(segments) < 2:
+        return [_dot(rows, x) for rows in segments]
+    products = [rows.astype(x.dtype) * x[:, None] for rows in segments]
+    zeros = [jnp.zeros((), x.dtype)] * len(products)
+    return list(lax.reduce(products, zeros, _sums, tuple(range(2, products[0].ndim))))
+
+
+def _sums(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+@_dots.defjvp
+def _dots_jvp(primals, tangents):
+    """Of the bilinear form; a reduction of several arrays has no transpose of its own."""
+    (segments, x), (d_segments, d_x) = primals, tangents
+    pairs = zip(segments, d_segments, strict=True)
+    return _dots(segments, x), [_dot(d_rows, x) + _dot(rows, d_x) for rows, d_rows in pairs]
 
 
 @jax.jit

@@ -128,6 +128,27 @@ KRYLOV = [
         "test_orthogonalize.py",
     ),
     fault(
+        "on a GPU the first row of a segment goes to the one before",
+        "krylov/basis.py",
+        "jnp.where(row // size == i, row % size, size)",
+        "jnp.where((row - 1) // size == i, row % size, size)",
+        "test_basis.py::test_a_row_is_written_and_read_and_no_other",
+    ),
+    fault(
+        "a row that there is not is the first",
+        "krylov/basis.py",
+        "jnp.where(row < 0, len(basis), row // size)",
+        "row // size",
+        "test_basis.py::test_a_row_is_written_and_read_and_no_other",
+    ),
+    fault(
+        "blocks that no portion holds are left as they are",
+        "krylov/basis.py",
+        "return replaced(rest, trips * portion, parts) if rest else parts",
+        "return parts",
+        "test_basis.py::test_rows_are_combined_in_portions_of_any_size",
+    ),
+    fault(
         "Gram matrices in the default precision",
         "_stacks.py",
         "((), ()))\n        return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)",
