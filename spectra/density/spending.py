@@ -70,7 +70,9 @@ def spend(
         found = first.result()
         plan = look.plan
         if plan is None or found.status is Status.INVARIANT:
-            plan = Plan(budget, first.steps_done, num_probes, False)
+            reachable = _at_full_length(found, error) is not None
+            plan = Plan(budget, first.steps_done, num_probes if reachable else LEAST, False)
+            budget = budget if reachable else plan.steps * plan.probes  # no probe narrows a bracket
         if plan.deflate:
             pairs = _pairs(first, layout, found)
             known, size = pairs.vectors, op.size - len(pairs.values)
@@ -151,6 +153,13 @@ def best_plan(found: Quadrature, error: Error, budget: int) -> Plan | None:
             if best is None or products < best.products:
                 best = Plan(products, steps, probes, deflate)
     return best
+
+
+def _at_full_length(found: Quadrature, error: Error) -> int | None:
+    """Probes that are wanted with as many steps as the first had; None where no number of them is enough."""
+    m = int(found.lengths[0])
+    rule = tuple(np.asarray(x[0][:m], np.float64) for x in (found.nodes, found.weights, found.residuals))
+    return _probes_wanted(found, rule, rule[0][_resolved(found, m)], error, False)
 
 
 def converged(found: Quadrature) -> np.ndarray:

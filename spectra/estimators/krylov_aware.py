@@ -168,8 +168,8 @@ def _explore(run: Run, layout: Layout, num_matvecs: int):
         random = split.random_next(waiting)
         # A new direction takes the place of the shortest one that waits, which is none at first.
         slot = int(np.argmin(waiting) if random else np.argmax(waiting))
-        key = jax.random.fold_in(run.key, split.spent) if random else None
-        state, found = explored.grow(run.op, layout, state, slot, key)
+        key = jax.random.fold_in(run.key, split.spent)
+        state, found = explored.grow(run.op, layout, state, slot, key, random)
         found, asymmetry = jax.device_get((found, state.asymmetry))
         form, outside, square = (float(x) for x in (found.form, found.outside, found.square))
         if not np.isfinite([form, outside]).all():
