@@ -1,8 +1,8 @@
 """The same 800 products of the demo's network, before and after: `python -m benchmarks.certainty_picture`.
 
-Before: plain stochastic Lanczos quadrature, 8 probes of 100 steps, and Student's interval of the values of the
-probes, which is what its users compute. After: the intervals of the report on the same quadrature, and of `trace`
-with as many products of its own.
+Before: plain stochastic Lanczos quadrature, 8 probes of 100 steps, and Student's interval of the values of
+the probes, which is what its users compute. After: the intervals of the report on the same quadrature, and of
+`trace` with as many products of its own.
 """
 
 from pathlib import Path
