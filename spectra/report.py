@@ -307,12 +307,10 @@ def _root_mean_square(nodes: np.ndarray, weights: np.ndarray) -> float:
 
 def _share_between(quadrature: Quadrature, low: float, high: float) -> Interval:
     below = quadrature.cdf(np.nextafter(low, -np.inf))
-    above = quadrature.cdf(high)
-    return Interval(
-        float(max(above.lower - below.upper, 0.0)),
-        float(above.estimate - below.estimate),
-        float(above.upper - below.lower),
-    )
+    above, n = quadrature.cdf(high), quadrature.size
+    ends = max(above.lower - below.upper, 0.0), above.estimate - below.estimate, above.upper - below.lower
+    counts = [n * float(end) for end in ends]  # whole ones where all is known, but for rounding
+    return Interval(*(round(c) / n if abs(c - round(c)) <= 1e-9 * n else c / n for c in counts))
 
 
 def environment() -> dict[str, Any]:

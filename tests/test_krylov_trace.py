@@ -40,7 +40,7 @@ def walked(a, steps=20):
     for i in range(steps):
         fresh = i % 6 == 0
         slot = int(np.argmin(waiting) if fresh else np.argmax(waiting))
-        state, step = explored.grow(op, layout, state, slot, jax.random.fold_in(KEY, i) if fresh else None)
+        state, step = explored.grow(op, layout, state, slot, jax.random.fold_in(KEY, i), fresh)
         waiting = np.asarray(step.lengths)
         found.append(step)
     rows = np.asarray(explored._basis.stack(state.basis, layout, 0, steps))

@@ -201,10 +201,16 @@ def test_a_tolerance_adds_probes_or_says_that_the_budget_ended(x64):
     assert loose.status is spectra.Status.CONVERGED
     assert loose.num_matvecs < 200 * STEPS
     assert abs(loose.value - np.sqrt(EIGENVALUES).sum()) <= 5 * loose.stderr
-    tight = spectra.trace_of(op, np.sqrt, key=KEY, num_steps=STEPS, num_probes=8, tol=1e-5)
+    tight = spectra.trace_of(op, np.sqrt, key=KEY, num_steps=STEPS, num_probes=3, tol=1e-5)
     assert tight.status is spectra.Status.BUDGET_EXHAUSTED
+    assert tight.num_matvecs == 3 * STEPS
+    # With n products left all eigenvalues are known.
+    exact = spectra.trace_of(op, np.sqrt, key=KEY, num_steps=STEPS, num_probes=8, tol=1e-5)
+    assert exact.status is spectra.Status.CONVERGED
+    assert exact.value == pytest.approx(np.sqrt(EIGENVALUES).sum(), rel=1e-12)
+    assert exact.num_matvecs == STEPS + N
     # Two steps leave a bracket that no number of probes can narrow: it ends at the first look.
-    coarse = spectra.trace_of(op, np.log, key=KEY, num_steps=2, num_probes=64, tol=0.01, bounds=(LOW, HIGH))
+    coarse = spectra.trace_of(op, np.log, key=KEY, num_steps=2, num_probes=50, tol=0.01, bounds=(LOW, HIGH))
     assert coarse.status is spectra.Status.BUDGET_EXHAUSTED
     assert coarse.num_matvecs == 8
 

@@ -17,7 +17,7 @@ def pays(op: LinearOperator, num_steps: int, num_probes: int, tol: float | None)
     eigenvalues be a matter of seconds.
     """
     products = num_steps * (num_probes if tol is None else 1)
-    return op.size <= products and dense.allowed(op, products)
+    return dense.allowed(op, products)
 
 
 def eigenvalues(op: LinearOperator) -> Quadrature:

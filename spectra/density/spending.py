@@ -5,7 +5,8 @@ are a small operator: m steps on it are m steps of the run, and without its conv
 a run with these eigenpairs deflated. Rows made of it, k alike, stand for k probes. The error asked for, of
 such a quadrature, has a part that steps decide and one that falls like 1 / √k; so the products that reach a
 goal are known for each number of steps, with and without deflation. The first run ends when its next steps
-are not expected to save as much as they cost, and the cheaper plan is carried out.
+are not expected to save as much as they cost, and the cheaper plan is carried out; or all eigenvalues are
+computed, where that costs no more.
 
 Converged eigenpairs cost nothing but the steps that found them. They belong to the first probe alone: all
 that is sampled then comes from other probes, which are independent of it, in the complement of the
@@ -23,9 +24,10 @@ import numpy as np
 from spectra import _quadrature
 from spectra._progress import Progress
 from spectra._status import Status
-from spectra.density import deflation
+from spectra.density import deflation, exact
 from spectra.density.run import ProbeRun
 from spectra.krylov import basis as _basis
+from spectra.krylov import dense
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, require_fit
 from spectra.operators.base import LinearOperator
@@ -69,8 +71,14 @@ def spend(
         first.add(range(1), num_steps, stop_when=look)
         found = first.result()
         plan = look.plan
+        if (plan is None or plan.products >= op.size) and dense.allowed(op, budget - found.num_matvecs):
+            first.forget()
+            whole = exact.eigenvalues(op)  # all columns of the matrix cost less, and leave nothing open
+            return dataclasses.replace(whole, num_matvecs=op.size + found.num_matvecs)
         if plan is None or found.status is Status.INVARIANT:
-            plan = Plan(budget, first.steps_done, num_probes, False)
+            reachable = _at_full_length(found, error) is not None
+            plan = Plan(budget, first.steps_done, num_probes if reachable else LEAST, False)
+            budget = budget if reachable else plan.steps * plan.probes  # no probe narrows a bracket
         if plan.deflate:
             pairs = _pairs(first, layout, found)
             known, size = pairs.vectors, op.size - len(pairs.values)
@@ -151,6 +159,13 @@ def best_plan(found: Quadrature, error: Error, budget: int) -> Plan | None:
             if best is None or products < best.products:
                 best = Plan(products, steps, probes, deflate)
     return best
+
+
+def _at_full_length(found: Quadrature, error: Error) -> int | None:
+    """Probes that are wanted with as many steps as the first had; None where no number of them is enough."""
+    m = int(found.lengths[0])
+    rule = tuple(np.asarray(x[0][:m], np.float64) for x in (found.nodes, found.weights, found.residuals))
+    return _probes_wanted(found, rule, rule[0][_resolved(found, m)], error, False)
 
 
 def converged(found: Quadrature) -> np.ndarray:

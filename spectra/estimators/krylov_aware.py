@@ -43,6 +43,8 @@ WINDOW = 4
 """Directions whose mean gain is asked for."""
 SAMPLES = 4
 """Samples that are left, at least, or a tenth of the budget."""
+MARGIN = 1.2
+"""Samples before the first look, in those that F wants: a second look takes half as many again."""
 GROWTH = 1.5
 """Of the basis between two random vectors, without which F may be too small by chance to end."""
 ROWS = 16
@@ -144,7 +146,7 @@ def krylov(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         value, stderr = fixed + np.mean(samples), np.hypot(np.sqrt(spread), rounding)
         return np.array([value]), np.array([stderr])
 
-    wanted = math.ceil(split.wanted) if math.isfinite(split.wanted) else num_matvecs
+    wanted = math.ceil(MARGIN * split.wanted) if math.isfinite(split.wanted) else num_matvecs
     ended = adaptive(run, step, num_matvecs - split.spent, least=max(SAMPLES, wanted))
     text = f"a Krylov space of {split.spent} vectors is known, {num_samples()} samples are outside of it"
     return run.estimate(
@@ -168,8 +170,8 @@ def _explore(run: Run, layout: Layout, num_matvecs: int):
         random = split.random_next(waiting)
         # A new direction takes the place of the shortest one that waits, which is none at first.
         slot = int(np.argmin(waiting) if random else np.argmax(waiting))
-        key = jax.random.fold_in(run.key, split.spent) if random else None
-        state, found = explored.grow(run.op, layout, state, slot, key)
+        key = jax.random.fold_in(run.key, split.spent)
+        state, found = explored.grow(run.op, layout, state, slot, key, random)
         if run.journal is not None:
             run.journal.count(1)
         found, asymmetry = jax.device_get((found, state.asymmetry))

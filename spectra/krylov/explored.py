@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from spectra import _tree
 from spectra.krylov import basis as _basis
@@ -69,42 +70,44 @@ def empty(layout: Layout, num_rows: int) -> Explored:
     )
 
 
-def grow(op: LinearOperator, layout: Layout, state: Explored, slot: int, key=None) -> tuple[Explored, Step]:
-    """One product: of a random direction where there is a key, else of the one that waits in `slot`.
+def grow(
+    op: LinearOperator, layout: Layout, state: Explored, slot: int, key, random: bool
+) -> tuple[Explored, Step]:
+    """One product: of a direction drawn with the key if it is to be `random`, else of the one in `slot`.
 
     What the product opens waits in `slot` then, in the place of what was there.
     """
     if op.on_host:
-        q = _direction(layout, state, slot, key)
-        return _absorb(layout, state, slot, q, op.mv(_unpack(layout, q)), key is not None)
-    return _grow(op, layout, state, slot, key)
+        q = _direction(layout, state, slot, key, random)
+        return _absorb(layout, state, slot, q, op.mv(_unpack(layout, q)), random)
+    return _grow(op, layout, state, slot, key, random)
 
 
 @partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
-def _grow(op: LinearOperator, layout: Layout, state: Explored, slot, key):
-    q = _direction(layout, state, slot, key)
-    return _absorb(layout, state, slot, q, op.mv(layout.unpack(q)), key is not None)
+def _grow(op: LinearOperator, layout: Layout, state: Explored, slot, key, random):
+    q = _direction(layout, state, slot, key, random)
+    return _absorb(layout, state, slot, q, op.mv(layout.unpack(q)), random)
 
 
 _unpack = jax.jit(Layout.unpack, static_argnums=0)
 
 
 @partial(jax.jit, static_argnames=("layout",))
-def _direction(layout: Layout, state: Explored, slot, key) -> Panels:
+def _direction(layout: Layout, state: Explored, slot, key, random) -> Panels:
     """A unit vector orthogonal to the basis."""
-    if key is None:
-        q = _basis.take(state.waiting, slot)
-    else:
-        q = layout.place(layout.pack(_tree.sphere_sample(key, layout.structure)))
-    for _ in range(2):  # little may be left of a direction that has waited for long
-        q = _tree.scale(1 / _positive(_basis.norm(q)), q)
-        q = orthogonalize(state.basis, q, state.filled)[0]
+
+    def drawn():
+        return layout.place(layout.pack(_tree.sphere_sample(key, layout.structure)))
+
+    q = lax.cond(random, drawn, lambda: _basis.take(state.waiting, slot))
+    q = _tree.scale(1 / _positive(_basis.norm(q)), q)
+    q = orthogonalize(state.basis, q, state.filled)[0]
     return _tree.scale(1 / _positive(_basis.norm(q)), q)
 
 
-@partial(jax.jit, static_argnames=("layout", "random"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
 def _absorb(
-    layout: Layout, state: Explored, slot, q: Panels, product: PyTree, random: bool
+    layout: Layout, state: Explored, slot, q: Panels, product: PyTree, random
 ) -> tuple[Explored, Step]:
     w = layout.place(layout.pack(product))
     unit = jnp.where(state.unit > 0, state.unit, _tree.power_of_two(_tree.largest(w)))

@@ -479,8 +479,8 @@ ESTIMATORS = [
     fault(
         "a dense matrix is taken whatever a run would cost",
         "density/exact.py",
-        "return op.size <= products and",
-        "return",
+        "products = num_steps * (num_probes if tol is None else 1)",
+        "products = op.size",
         "test_exact.py::test_it_can_be_refused_and_forced",
     ),
     fault(
