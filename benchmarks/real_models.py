@@ -25,13 +25,13 @@ import numpy as np
 import spectra
 
 KEY = jax.random.key(0)
-PARTS = ("density", "pairs", "layers", "stream")
+PARTS = ("export", "density", "pairs", "layers", "stream")
 LAYERS = {"gpt2": ("*.h.0.mlp.*", "*.h.11.attn.*"), "minilm": ("*.layer.0.attention.*", "head.*")}
 """Globs of a few layers; one whose name is missing is an error, which says what there is."""
 
 
-def gpt2(sequence: int, examples: int) -> tuple[Any, Any, Any]:
-    """(loss, parameters, batch): GPT-2 small with random weights, next tokens of random text."""
+def gpt2(sequence: int, examples: int):
+    """The module, an example and a batch: GPT-2 small with random weights, next tokens of random text."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -45,21 +45,18 @@ def gpt2(sequence: int, examples: int) -> tuple[Any, Any, Any]:
 
     torch.manual_seed(0)
     tokens = torch.randint(0, 50257, (examples, sequence + 1))
-    model = spectra.from_torch(Logits().eval(), {"input_ids": tokens[:, :-1]})
-    loss = spectra.bridge.make_loss(model, "cross_entropy")
-    return loss, model.params, {"input_ids": tokens[:, :-1].numpy(), "labels": tokens[:, 1:].numpy()}
+    example = {"input_ids": tokens[:, :-1]}
+    return Logits().eval(), example, {"input_ids": tokens[:, :-1].numpy(), "labels": tokens[:, 1:].numpy()}
 
 
-def minilm(sequence: int, examples: int) -> tuple[Any, Any, Any]:
-    """(loss, parameters, batch): the published encoder with a fitted head, lines of SciPy's docstrings."""
+def minilm(sequence: int, examples: int):
+    """The same of the published encoder with a fitted head, and lines of SciPy's docstrings."""
     from benchmarks import minilm as task
 
     task.MAX_TOKENS = sequence
     module, inputs = task.classifier()
-    model = spectra.from_torch(module, inputs)
-    loss = spectra.bridge.make_loss(model, "cross_entropy")
     rows = np.linspace(0, 127, examples).astype(int)
-    return loss, model.params, {name: value[rows] for name, value in task.batch().items()}
+    return module, inputs, {name: value[rows] for name, value in task.batch().items()}
 
 
 MODELS = {"gpt2": gpt2, "minilm": minilm}
@@ -114,12 +111,25 @@ def quadrature(found: spectra.Quadrature) -> dict[str, Any]:
     }
 
 
+def export(args) -> dict[str, Any]:
+    """The module as files; what follows needs no PyTorch."""
+    module, example, batch = MODELS[args.model](args.sequence, args.examples)
+    spectra.bridge.export(module, example, args.exported)
+    np.savez(Path(args.exported) / "batch.npz", **batch)
+    return {}
+
+
 def work(args) -> None:
     """One part: a line of JSON on stdout."""
     started = time.process_time()
-    loss, params, batch = MODELS[args.model](args.sequence, args.examples)
-    result = globals()[args.part](loss, params, batch, args)
-    result["size"] = sum(int(np.size(x)) for x in jax.tree.leaves(params))
+    if args.part == "export":
+        result = export(args)
+    else:
+        model = spectra.bridge.load(args.exported)
+        loss = spectra.bridge.make_loss(model, "cross_entropy")
+        batch = dict(np.load(Path(args.exported) / "batch.npz"))
+        result = globals()[args.part](loss, model.params, batch, args)
+        result["size"] = sum(int(np.size(x)) for x in jax.tree.leaves(model.params))
     result["seconds"] = time.process_time() - started
     result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps(result))
@@ -127,7 +137,7 @@ def work(args) -> None:
 
 def command(args, part: str, folder: str = "") -> list[str]:
     """A process for one part."""
-    options = {name: getattr(args, name) for name in ("sequence", "examples", "steps", "probes")}
+    options = {name: getattr(args, name) for name in ("sequence", "examples", "steps", "probes", "exported")}
     flags = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, "-m", "benchmarks.real_models", args.model, "--part", part, *flags,
             f"--folder={folder}"]  # fmt: skip
@@ -168,7 +178,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--probes", type=int, default=1)
-    parser.add_argument("--folder", default="")
+    parser.add_argument("--folder", default="", help="of a checkpoint")
+    parser.add_argument("--exported", default="exported-model", help="folder of the exported module")
     args = parser.parse_args()
     if args.part in PARTS:
         work(args)
@@ -176,9 +187,10 @@ def main() -> None:
     if args.part == "killed":
         print(json.dumps(killed(args)))
         return
-    whole = run(command(args, "density"))
+    whole = {}
     for part in PARTS:
-        result = whole if part == "density" else run(command(args, part))
+        result = run(command(args, part))
+        whole = result if part == "density" else whole
         print(part, summary(result), flush=True)
     again = killed(args)
     same = again["coefficients"] == whole["coefficients"]

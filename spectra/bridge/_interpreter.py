@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spectra.bridge import _written_attention
 from spectra.bridge._budget import limited
 from spectra.bridge._errors import BridgeError
 from spectra.bridge._exporter import exported_by
@@ -47,7 +48,7 @@ def evaluate(
     values: dict[str, Any] = {t.name: tensors[t.key] for t in graph.tensors}
     values.update(zip((i.name for i in graph.inputs), inputs, strict=True))
     with exported_by(graph.exporter):
-        return _run(graph, values, check)
+        return _run(graph if check else _written_attention.with_attention(graph), values, check)
 
 
 def _run(graph: Graph | Branch, values: dict[str, Any], check: Check | None) -> list[Any]:
@@ -70,6 +71,8 @@ def _call(node: Node, values: Mapping[str, Any], check: Check | None) -> Any:
     try:
         args = resolve(node.args, values, check)
         kwargs = {k: resolve(v, values, check) for k, v in node.kwargs.items()}
+        if node.op == _written_attention.FUSED:
+            return _written_attention.evaluate(*args)
         return OPERATORS[node.op](*args, **kwargs)
     except RecursionError:
         raise

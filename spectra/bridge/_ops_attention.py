@@ -3,6 +3,8 @@
 No precision is set here: an outer `jax.default_matmul_precision` decides.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +31,9 @@ def attention(
         raise BridgeError("attention dropout draws random numbers; export in evaluation mode")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.shape[-2] * key.shape[-2] > LONG and query.shape[-1] == value.shape[-1] and query.ndim >= 3:
-        return _in_blocks(query, key, value, attn_mask, is_causal, scale)
+        masked = attn_mask is not None and attn_mask.dtype == jnp.bool_
+        bias, mask = (None, attn_mask) if masked else (attn_mask, None)
+        return in_blocks(query, key, value, bias, mask, is_causal=is_causal, scale=scale, empty=0.0)
     if enable_gqa:
         key, value = (jnp.repeat(x, query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     return _written_out(query, key, value, attn_mask, is_causal, scale)
@@ -50,22 +54,20 @@ def _written_out(query, key, value, attn_mask, is_causal, scale):
     return jnp.matmul(jnp.where(dead, 0, weights), value)
 
 
-def _in_blocks(query, key, value, attn_mask, is_causal, scale):
+def in_blocks(query, key, value, bias, mask, *, scale, empty, is_causal=False):
+    """The same block by block; rows without any allowed key hold `empty`, or the mean of all values."""
     lead = jnp.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
     shape = (*lead, *query.shape[-3:])
     query, key, value = (jnp.swapaxes(_flat(x, lead), 1, 2) for x in (query, key, value))
-    bias = mask = dead = None
-    if attn_mask is not None:
-        masked = attn_mask.dtype == jnp.bool_
-        given = _flat(attn_mask, lead)
-        mask, bias = (given, None) if masked else (None, given)
-        allowed = given if masked else given > -jnp.inf
-        if is_causal:
-            allowed = allowed & jnp.tril(jnp.ones((query.shape[1], key.shape[1]), bool))
-        dead = ~jnp.any(allowed, -1, keepdims=True)
+    bias, mask = (None if x is None else _flat(x, lead) for x in (bias, mask))
+    allowed = [x for x in (mask, None if bias is None else bias > -jnp.inf) if x is not None]
+    if allowed and is_causal:
+        allowed.append(jnp.tril(jnp.ones((query.shape[1], key.shape[1]), bool)))
     out = blockwise(query, key, value, bias, mask, scale=scale, is_causal=is_causal)
     out = jnp.swapaxes(out, 1, 2)
-    return (out if dead is None else jnp.where(dead, 0, out)).reshape(shape)
+    if allowed and empty is not None:
+        out = jnp.where(jnp.any(functools.reduce(jnp.logical_and, allowed), -1, keepdims=True), out, empty)
+    return out.reshape(shape)
 
 
 def _flat(x, lead):

@@ -445,6 +445,20 @@ DENSITY = [
         "(np.append(np.diff(theta), np.inf)[starts[-1]:] > width).argmax() + starts[-1] + 1",
         "test_no_basis.py::test_merging_keeps_neighbours_apart_and_first_moments",
     ),
+    fault(
+        "rounding carries no mass from node to node",
+        "_brackets.py",
+        "turn = np.arcsin(np.minimum(error / distance, 1))",
+        "turn = np.zeros(np.shape(distance))",
+        "test_no_basis.py::test_the_bracket_holds_for_the_measures_of_the_probes",
+    ),
+    fault(
+        "probes that share an evaluation are thought to hold nothing more",
+        "krylov/plan.py",
+        "wanted, one = max(wanted, SHARING), one + recomputed",
+        "wanted = max(wanted, SHARING)",
+        "test_sharing.py::test_memory_limits_how_many_share",
+    ),
 ]
 
 ESTIMATORS = [
@@ -831,6 +845,20 @@ BRIDGE = [
         "query.shape[-1] ** -0.5",
         "query.shape[-1] ** -1.0",
         "bridge/test_bridge_lopsided.py",
+    ),
+    fault(
+        "a mask that hides is one that shows",
+        "bridge/_written_attention.py",
+        "shown = ~given if hides else given",
+        "shown = given",
+        "bridge/test_bridge_written_attention.py",
+    ),
+    fault(
+        "weights of attention that something else reads are forgotten",
+        "bridge/_written_attention.py",
+        "self.uses[x.name] == 1",
+        "self.uses[x.name] >= 1",
+        "bridge/test_bridge_written_attention.py",
     ),
     fault(
         "gates of an LSTM in another order",
