@@ -47,8 +47,8 @@ def digits_model(params, images):
 
 
 def digits_mlp(settings: Settings):
-    """The demo's network, 85,002 parameters, on 512 digits."""
-    count = settings.choose(512, 8)
+    """The demo's network, 85,002 parameters, on 256 digits."""
+    count = settings.choose(256, 8)
     x, y = (jnp.asarray(a) for a in digits.load_digits())
     params = digits.MODEL.init(jax.random.key(0), x[:1])["params"]
     return digits_model, params, (x[:count], y[:count]), (x[count:], y[count:])
@@ -63,7 +63,7 @@ def decoder_model(params, tokens):
 
 def decoder(settings: Settings):
     """A decoder of two layers and width 32 on sequences in which each token follows from the last."""
-    rows, length = settings.choose((16, 16), (2, 4))
+    rows, length = settings.choose((8, 16), (2, 4))
     start = jax.random.randint(jax.random.key(1), (2 * rows, 1), 0, DECODER.vocabulary)
     jumps = jax.random.bernoulli(jax.random.key(2), 0.2, (2 * rows, length))
     tokens = (start + 5 * jnp.arange(length + 1)).at[:, 1:].add(7 * jumps) % DECODER.vocabulary
@@ -74,7 +74,7 @@ def decoder(settings: Settings):
 
 def main(settings: Settings) -> Report:
     rows, goals = [], []
-    many = settings.choose(8, 2)
+    many = settings.choose(4, 2)
     for name, make in {"MLP on digits": digits_mlp, "decoder": decoder}.items():
         model_fn, params, data, held_out = make(settings)
 
@@ -86,7 +86,7 @@ def main(settings: Settings) -> Report:
         singles = [tuple(x[i : i + 1] for x in held_out) for i in range(many)]
         gradients = [jax.grad(loss_fn)(params, single) for single in singles]
         b = jax.tree.map(lambda *x: jnp.stack(x), *gradients)
-        count = settings.choose(96, 4)
+        count = settings.choose(64, 4)
         pairs = spectra.eigsh(op, count, which="LA", key=jax.random.key(3), tol=1e-2, verify=False)
         shift = DAMPING * float(np.max(pairs.values))
         plain = None

@@ -61,6 +61,8 @@ from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator
 from spectra.operators.kfac import EKFACOperator, KFACOperator
 from spectra.operators.preconditioned import PreconditionedOperator
+from spectra.operators.structured import DiagonalOperator, LowRankOperator
+from spectra.operators.tangent_kernel import TangentKernelOperator
 from spectra.page import write_report
 from spectra.plotting import (
     plot_blocks,
@@ -121,6 +123,7 @@ __all__ = [
     "DataError",
     "DataVariability",
     "Density",
+    "DiagonalOperator",
     "DifferentiationError",
     "EKFACOperator",
     "Eigenpairs",
@@ -138,6 +141,7 @@ __all__ = [
     "LayerConditions",
     "LinearOperator",
     "LossSlice",
+    "LowRankOperator",
     "MatrixOperator",
     "MemoryLimitError",
     "Moments",
@@ -165,6 +169,7 @@ __all__ = [
     "StepQuality",
     "StructureError",
     "Summary",
+    "TangentKernelOperator",
     "TorchModel",
     "Tridiagonal",
     "attention",

@@ -228,6 +228,40 @@ def _damped_inverse():
     return op.inverse(0.5), np.linalg.inv(dense + 0.5 * np.eye(len(dense)))
 
 
+def _low_rank():
+    """On a tree: rows of a matrix that are not orthonormal, with values of both signs."""
+    rows = np.random.default_rng(6).standard_normal((3, 6))
+    vectors = {"b": jnp.asarray(rows[:, 0]), "w": jnp.asarray(rows[:, 1:])}
+    values = np.array([2.0, -1.0, 0.5])
+    return spectra.LowRankOperator(vectors, values), (rows.T * values) @ rows
+
+
+def _diagonal_tree():
+    entries = {"b": jnp.asarray(-0.5), "w": jnp.linspace(1.0, 2.0, 5)}
+    return spectra.DiagonalOperator(entries), np.diag(np.concatenate([[-0.5], np.linspace(1.0, 2.0, 5)]))
+
+
+def _product():
+    """D H D + H, with a diagonal D: a product in a sum stays one."""
+    (outer, dense), ridge = _diagonal_tree(), Ridge()
+    op, hessian = ridge.operator(), ridge.hessian()
+    return outer @ op @ outer + op, dense @ hessian @ dense + hessian
+
+
+def _submatrix():
+    op, dense = _ridge(microbatch=4)
+    rows = [4, 0, 2]
+    return op.submatrix(rows), dense[np.ix_(rows, rows)]
+
+
+def _tangent_kernel():
+    """J Jᵀ / N of networks.Network, whose Jacobian is known in closed form."""
+    net = networks.Network()
+    rows = net.jacobians().reshape(-1, 18)
+    op = spectra.TangentKernelOperator(networks.model_fn, net.params(), jnp.asarray(net.x))
+    return op, rows @ rows.T / len(net.x)
+
+
 OPERATORS = {
     "matrix": _matrix,
     "function": lambda: (
@@ -255,6 +289,11 @@ OPERATORS = {
     "preconditioned stream": lambda: _preconditioned(data=(4,)),
     "kfac stream of microbatches": _kfac,
     "kfac inverse": _damped_inverse,
+    "diagonal": _diagonal_tree,
+    "low rank": _low_rank,
+    "product": _product,
+    "submatrix": _submatrix,
+    "tangent kernel": _tangent_kernel,
     "sum with a stream": lambda: (
         Ridge().operator() + Ridge().operator(Ridge().parts(4)),
         2 * Ridge().hessian(),

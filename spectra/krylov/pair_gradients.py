@@ -3,8 +3,8 @@
 With H v_i = λ_i M v_i and v_iᵀ M v_j = δ_ij, dλ_i = v_iᵀ (dH - λ_i dM) v_i. That needs no other pair, and of
 eigenvalues that coincide the sum over all of them is right, whatever basis the vectors are of their space.
 Without a metric, dv_i = (λ_i I - H)⁺ dH v_i: along the vectors known by their eigenvalues, across them by a
-linear system. It grows like one over the distance to the nearest other eigenvalue and does not exist for
-equal ones (Magnus, doi:10.1017/S0266466600011671).
+linear system. It grows like one over the distance to the nearest other eigenvalue; for equal ones there is
+none (Magnus, doi:10.1017/S0266466600011671).
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ class SumOperator(LinearOperator):
     terms: tuple[LinearOperator, ...]
 
     def __init__(self, terms: tuple[LinearOperator, ...]):
-        flat = [t for term in terms for t in (term.terms if isinstance(term, SumOperator) else (term,))]
+        flat = [t for term in terms for t in (term.terms if type(term) is SumOperator else (term,))]
         for term in flat[1:]:
             _tree.check_structure(term.structure, flat[0].structure, "the second operator of a sum")
         object.__setattr__(self, "terms", tuple(flat))

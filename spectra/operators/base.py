@@ -181,9 +181,14 @@ class LinearOperator(abc.ABC):
     def __matmul__(self, v: PyTree) -> PyTree:
         """H v for a pytree, or for a flat array of shape (n,); the result has the form of `v`.
 
-        H V for a matrix of shape (n, k), whose columns are flat vectors.
+        H V for a matrix of shape (n, k), whose columns are flat vectors. The product with another operator is
+        an operator, for matrices that are symmetric: A B A, or A B where they commute.
         """
         require_alive(self)
+        if isinstance(v, LinearOperator):
+            from spectra.operators.composed import ProductOperator
+
+            return ProductOperator((self, v))
         if not _tree.is_traced((self, v)):
             self.require_finite()
         if self._is_matrix(v):
@@ -274,6 +279,25 @@ class LinearOperator(abc.ABC):
         if not sum(sizes[i] for i in indices):
             raise StructureError(f"the block {select!r} holds no numbers: its leaves are empty.")
         return self._principal(indices)
+
+    def submatrix(self, indices: Any) -> "LinearOperator":
+        """The principal submatrix of some rows and columns, on flat vectors.
+
+        Args:
+            indices: numbers of rows in the order of the flat vector, all different, or a mask (n,).
+
+        Raises:
+            StructureError: not such numbers.
+
+        Examples:
+            >>> import jax.numpy as jnp, spectra
+            >>> op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0, 3.0])))
+            >>> op.submatrix([2, 0]) @ jnp.ones(2)
+            Array([3., 1.], dtype=float32)
+        """
+        from spectra.operators.composed import SubmatrixOperator
+
+        return SubmatrixOperator.of(self, indices)
 
     def blocks(
         self, by: str = "leaf", *, scanned: _paths.Select | None = None

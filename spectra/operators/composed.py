@@ -1,0 +1,126 @@
+"""Products of operators, and principal submatrices by the numbers of their rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra import _tree
+from spectra._errors import StructureError
+from spectra.operators.arithmetic import SumOperator, Wrapped
+from spectra.operators.base import LinearOperator, operator
+
+PyTree = Any
+
+
+@operator(leaves=("terms",))
+class ProductOperator(SumOperator):
+    """A B …, written `a @ b`: a matrix of this package where it is symmetric.
+
+    A B A is; A B is where the two commute. What is not symmetric is refused where a result rests on it, as a
+    function that is not symmetric is.
+    """
+
+    terms: tuple[LinearOperator, ...]
+
+    def __init__(self, terms: tuple[LinearOperator, ...]):
+        flat = [t for term in terms for t in (term.terms if isinstance(term, ProductOperator) else (term,))]
+        for term in flat[1:]:
+            _tree.check_structure(term.structure, flat[0].structure, "the second operator of a product")
+        object.__setattr__(self, "terms", tuple(flat))
+
+    def mv(self, v: PyTree) -> PyTree:
+        """The factors' products one after the other, from the right."""
+        for term in reversed(self.terms):
+            v = term.mv(v)
+        return v
+
+    def mv_batch(self, vectors: PyTree) -> PyTree:
+        """The same with a stack of vectors."""
+        for term in reversed(self.terms):
+            vectors = term.mv_batch(vectors)
+        return vectors
+
+    @property
+    def semidefinite(self) -> bool:
+        """Not known: where A and B are, A B need not be."""
+        return False
+
+    @property
+    def precision(self) -> float:
+        """The errors of the factors add up."""
+        return sum(term.precision for term in self.terms)
+
+    def prepare(self) -> "ProductOperator":
+        """The product of the prepared factors."""
+        return ProductOperator(tuple(term.prepare() for term in self.terms))
+
+    def moved(self, key: jax.Array) -> "ProductOperator | None":
+        """The product of the factors at moved parameters, and of those that have none as they are."""
+        moved = [term.moved(key) for term in self.terms]
+        if all(term is None for term in moved):
+            return None
+        return ProductOperator(tuple(new or old for new, old in zip(moved, self.terms, strict=True)))
+
+    def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
+        from spectra.operators.blocks import BlockOperator
+
+        return BlockOperator(self, indices)
+
+
+@operator(leaves=("base", "rows"))
+class SubmatrixOperator(Wrapped):
+    """The principal submatrix of some entries, on flat vectors; written `op.submatrix(indices)`.
+
+    A product costs one with the whole. `op.block(...)` of whole leaves costs less.
+    """
+
+    base: LinearOperator
+    rows: jax.Array
+
+    @classmethod
+    def of(cls, base: LinearOperator, indices: Any) -> "SubmatrixOperator":
+        """The submatrix of the rows and columns `indices`, checked."""
+        rows = np.asarray(indices)
+        rows = np.flatnonzero(rows) if rows.dtype == bool and rows.shape == (base.size,) else rows
+        if rows.ndim != 1 or not rows.size or not np.issubdtype(rows.dtype, np.integer):
+            raise StructureError(
+                f"submatrix takes numbers of rows, or a mask of shape ({base.size},), got an array of shape "
+                f"{rows.shape} and dtype {rows.dtype}."
+            )
+        if rows.min() < 0 or rows.max() >= base.size or len(np.unique(rows)) < len(rows):
+            raise StructureError(
+                f"the rows of a submatrix are different numbers from 0 to {base.size - 1}, in the order of "
+                f"the flat vector; got {len(rows)} from {rows.min()} to {rows.max()}, "
+                f"{len(rows) - len(np.unique(rows))} of them repeated."
+            )
+        return cls(base, jnp.asarray(rows))
+
+    @property
+    def like(self) -> jax.ShapeDtypeStruct:
+        """A flat vector of the chosen entries."""
+        return jax.ShapeDtypeStruct(self.rows.shape, self.base.dtype)
+
+    def _apply(self, multiply: Callable[[PyTree], PyTree], v: jax.Array) -> jax.Array:
+        def place(row):
+            flat = jnp.zeros(self.base.size, row.dtype).at[self.rows].set(row)
+            return _tree.unravel(flat, self.base.structure)
+
+        def take(tree):
+            return _tree.ravel(tree)[self.rows].astype(v.dtype)
+
+        if v.ndim == 1:
+            return take(multiply(place(v)))
+        return jax.vmap(take)(multiply(jax.vmap(place)(v)))
+
+    def _stacks(self) -> dict[int, str]:
+        return {}
+
+    def _with_base(self, base: LinearOperator) -> "SubmatrixOperator":
+        return SubmatrixOperator(base, self.rows)
+
+    def _principal(self, indices: tuple[int, ...]) -> "SubmatrixOperator":
+        del indices  # one leaf: the whole of it
+        return self
