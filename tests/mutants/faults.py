@@ -868,6 +868,13 @@ SAMPLES = [
         "test_perturbation.py",
     ),
     fault(
+        "a layer that is left out takes half of its pairs with it",
+        "results/perturbation.py",
+        "less = self.slopes + curvature @ inside - np.diagonal(curvature) / 2",
+        "less = self.slopes + np.diagonal(curvature) / 2",
+        "test_perturbation.py::test_what_is_left_out_keeps_the_rest_below_what_is_allowed",
+    ),
+    fault(
         "momentum answers as to a constant gradient",
         "training/stability.py",
         "return [(a - b) / 2 for a, b in zip(s, new, strict=True)]",
