@@ -4,7 +4,8 @@ A network is trained on minibatches of digits with a learning rate that falls, t
 them with half of what `stable_step` allows. From there, its parameters moved at random by 0.3 % of their
 length, the same training goes on, with its updates multiplied by what grows to m in 30 steps and stays there
 for 120. It has turned unstable where the loss rises above its value at the start. The smallest such m is found
-by bisection; `stable_step` knows only the first point.
+by bisection. `stable_step` is asked twice: at the first point, before anything of this, and at the end of the
+longest run that stays stable, by which time the curvature may be another one.
 
 Labels are smoothed (cross-entropy) or the loss is a square, so that there is a minimum to be near: at
 interpolation the curvature of the plain cross-entropy falls to zero within the steps that are watched.
@@ -140,10 +141,16 @@ class Run:
         return low, high
 
     def unstable(self, multiple: float) -> bool:
-        growing = jnp.geomspace(self.multiple, multiple, GROWING)
-        multiples = jnp.concatenate([growing, jnp.full(WATCHED, multiple)])
-        losses = np.asarray(self._all(multiples)[2], float)
+        losses = np.asarray(self._watched(multiple)[2], float)
         return not np.max(losses) <= losses[0]
+
+    def stay(self, multiple: float) -> None:
+        """Go to the end of the steps that are watched."""
+        self.params, self.state, _ = self._watched(multiple)
+
+    def _watched(self, multiple: float):
+        growing = jnp.geomspace(self.multiple, multiple, GROWING)
+        return self._all(jnp.concatenate([growing, jnp.full(WATCHED, multiple)]))
 
     def _steps(self, params, state, multiples, order):
         images, labels = self.batch
