@@ -22,7 +22,10 @@ EVERY, STEPS = 200, 2000
 
 def stable_steps() -> list[str]:
     """`stable_step` against the bisected threshold, for networks x optimizers."""
-    rows = ["| network | optimizer | `stable_step` | products | unstable from | ratio |", "|" + "---|" * 6]
+    rows = [
+        "| network | optimizer | `stable_step` before | products | unstable from | ratio | at the end | ratio |",
+        "|" + "---|" * 8,
+    ]
     for name, (optimizer, rate) in (edge.OPTIMIZERS | edge.OTHERS).items():
         for network in edge.NETWORKS:
             run = edge.Run(network, optimizer, rate)
@@ -31,9 +34,11 @@ def stable_steps() -> list[str]:
             run.move()
             low, high = run.threshold(float(found))
             middle = (low * high) ** 0.5
+            run.stay(low)
+            late = float(run.stable_step())
             rows.append(
                 f"| {network} | {name} | {float(found):.4g} | {found.num_matvecs} | {middle:.4g} | "
-                f"{float(found) / middle:.2f} |"
+                f"{float(found) / middle:.2f} | {late:.4g} | {late / middle:.2f} |"
             )
             print(rows[-1], flush=True)
     return rows

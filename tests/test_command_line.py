@@ -290,7 +290,7 @@ def test_numbers_that_contradict_each_other_are_the_files_fault(tmp_path, monkey
 
 
 def test_every_command_says_what_it_does_and_the_version():
-    for command in ("", "run", "show", "compare", "plot", "report", "export-torch", "demo"):
+    for command in ("", "run", "show", "compare", "plot", "report", "watch", "export-torch", "demo"):
         for flag in ("-h", "--help"):
             done = invoke(*command.split(), flag)
             assert done.exit_code == 0

@@ -114,6 +114,43 @@ def test_layers_of_a_stack_are_rounded_one_by_one():
         np.testing.assert_allclose((w + d)[i] / step, np.round((w + d)[i] / step), atol=1e-5)
 
 
+def made(slopes, curvature):
+    """A result with names that tell which is which."""
+    names = tuple(f"layer.{i}.weight" for i in range(len(slopes)))
+    return spectra.Perturbation(
+        names, np.array(slopes, float), np.array(curvature, float), np.ones(len(slopes)), 1.0, len(slopes)
+    )
+
+
+def test_what_is_left_out_keeps_the_rest_below_what_is_allowed():
+    rng = np.random.default_rng(1)
+    root = rng.standard_normal((5, 5))
+    found = made(rng.standard_normal(5) / 4, root @ root.T)
+    for most in (0.0, 0.3, 1.0, 3.0, 1e3):
+        out = found.to_leave_out(most)
+        rest = [name for name in found.names if name not in out]
+        assert (found.change(rest) if rest else 0.0) <= most
+        if out:  # and the last was needed
+            assert found.change([*rest, out[-1]]) > most
+    # The pair costs what neither does alone; to leave either out is enough.
+    pair = made([0.1, 0.1, 0.05], [[0.0, 2.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert pair.to_leave_out(0.2) == ("layer.0.weight",)
+    with pytest.raises(spectra.SpectraError, match="most=-1"):
+        pair.to_leave_out(-1.0)
+
+
+def test_the_recipe_names_modules_and_ranks_layers():
+    yaml = pytest.importorskip("yaml")
+    text = made([0.1, 0.3, 0.05], np.zeros((3, 3))).recipe(bits=4, most=0.2)
+    read = yaml.safe_load(text)["quant_stage"]["quant_modifiers"]["QuantizationModifier"]
+    assert read["ignore"] == ["layer.1"]
+    weights = read["config_groups"]["group_0"]["weights"]
+    assert weights == {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
+    assert text.index("layer.1.weight: +0.3") < text.index("layer.0.weight: +0.1") < text.index("layer.2")
+    assert "together: +0.15 on a loss of 1" in text
+    assert '"layer' not in made([0.1], [[0.0]]).recipe(bits=8)
+
+
 def test_what_is_no_perturbation_is_refused():
     op = network()
     with pytest.raises(spectra.StructureError, match=r"deltas\['x'\].*shape"):

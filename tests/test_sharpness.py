@@ -49,6 +49,30 @@ def test_from_a_step_of_the_right_size_eight_evaluations_do_and_streams_agree():
     assert streamed.upper <= 1.051 * streamed.lower
 
 
+def test_relative_sharpness_is_that_of_one_task_along_the_update_of_another():
+    """2 / s where the first loss is back at its value: dᵀH₁d / |g₁ · d| with d = -g₂, in float64."""
+    x, y = (jnp.asarray(np.random.default_rng(i).standard_normal((6, 4)), jnp.float32) for i in (0, 1))
+    update = -jax.grad(quadratic)(W, y)
+    found = spectra.critical_sharpness(quadratic, W, x, update, tol=1e-3)
+    h, d, w = np.float64(x).T @ np.float64(x), np.asarray(update, float), np.asarray(W, float)
+    wanted = d @ h @ d / abs((h @ w) @ d)
+    assert found.lower * (1 - 1e-4) <= wanted <= found.upper * (1 + 1e-4)
+    assert found.descends == bool((h @ w) @ d < 0)
+    quality = spectra.step_quality(spectra.HessianOperator(quadratic, W, x), update)
+    np.testing.assert_allclose(quality.sharpness, wanted, rtol=1e-5)
+
+
+def test_readings_every_200_steps_take_one_hundredth_of_the_forward_passes():
+    """Of a run whose curvature changes by a third between readings; a step of training is three passes."""
+    counts, step = [], 1.0
+    for scale in 1.3 ** np.array([0, 1, 2, 1, 0, -1, -2, -1, 0]):
+        x = X * float(scale) ** 0.5
+        found = spectra.critical_sharpness(quadratic, W, x, -jax.grad(quadratic)(W, x), step=step, tol=0.5)
+        step = found.step
+        counts.append(found.num_evaluations)
+    assert np.mean(counts[1:]) <= 0.01 * 3 * 200
+
+
 def test_a_quartic_ends_where_it_is_back_at_its_value():
     # (1 - s)⁴ is back at 1 at s = 2: the curvature at the start, 12, would say 2 / s = 3.
     found = spectra.critical_sharpness(lambda w, _: jnp.sum(w**4), jnp.ones(1), None, -jnp.ones(1), tol=1e-4)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import spectra
+from benchmarks import edge as edge_of
 
 SCALES = jnp.array([5.0, 2.0, 1.0, -0.5])
 W = jnp.array([1.0, -2.0, 0.5, 3.0])
@@ -154,6 +155,41 @@ def test_adam_is_at_the_edge_of_the_preconditioned_sharpness():
     # The second moment answers as well, by (1 - b2) / (1 + b2) where the first does by (1 - b1) / (1 + b1).
     wanted = 38 / sharpness / (1 - 19 * 0.001 / 1.999)
     np.testing.assert_allclose(found.learning_rate, wanted, rtol=1e-4)
+
+
+def test_parameters_without_a_gradient_change_no_edge():
+    """As the weights of pixels that are always black: Adam's second moment of them is zero, which has no root
+    with a slope."""
+    optimizer, found = optax.adam(0.1), []
+    for scales in (SCALES[:3], jnp.array([5.0, 2.0, 1.0, 0.0])):
+        point = W[: len(scales)]
+        state = optimizer.init(point)
+        for i in range(5):
+            _, state = optimizer.update(scales * point * (1 + 0.1 * i), state, point)
+        op = spectra.HessianOperator(lambda w, s: 0.5 * jnp.sum(s * w**2), point, scales)
+        found.append(float(spectra.stable_step(op, optimizer, state, key=KEY)))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("network", "optimizer"),
+    [
+        ("mlp", "adam"),
+        *(
+            pytest.param(network, optimizer, marks=pytest.mark.slow)
+            for network in edge_of.NETWORKS
+            for optimizer in edge_of.OPTIMIZERS
+            if (network, optimizer) != ("mlp", "adam")
+        ),
+    ],
+)
+def test_networks_turn_unstable_within_a_tenth_of_it(network, optimizer):
+    run = edge_of.Run(network, *edge_of.OPTIMIZERS[optimizer])
+    run.prepare()
+    found = float(run.stable_step())
+    run.move()
+    assert run.unstable(1.1 * found)
+    assert not run.unstable(found / 1.1)
 
 
 def test_results_are_saved_and_bad_input_is_refused(tmp_path):

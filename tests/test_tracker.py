@@ -16,6 +16,7 @@ from cases import Ridge
 from flax import nnx
 
 import spectra
+from benchmarks import spikes
 from spectra.training import tracker as tracker_module
 
 X = np.random.default_rng(3).standard_normal((40, 6))
@@ -501,6 +502,22 @@ def test_no_course_no_warning():
     # What hovers about the limit is one alarm; after as long as one looks ahead without, another is news.
     assert [step for step, _ in warned([0.9, 1.1] * 10 + [3.0] * 8 + [0.5], warn_ahead=30)] == [10, 290]
     assert warned([np.inf, np.inf, np.inf, np.inf, 5.0], warn_ahead=50) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["sgd, rate grows", *(pytest.param(n, marks=pytest.mark.slow) for n in [*spikes.PROVOKED][1:])]
+)
+def test_a_spike_is_seen_20_steps_ahead(name):
+    found = spikes.follow(spikes.PROVOKED[name], seed=2)
+    assert found.spike is not None
+    assert found.warned[-1] <= found.spike - 20
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in spikes.QUIET])
+def test_a_quiet_run_has_no_warning(name):
+    found = spikes.follow(spikes.QUIET[name], seed=2)
+    assert found.spike is None
+    assert found.warned == []
 
 
 @pytest.mark.parametrize(

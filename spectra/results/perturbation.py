@@ -1,5 +1,7 @@
 """Predicted changes of the loss under perturbations of the parameters."""
 
+import json
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,6 +62,57 @@ class Perturbation(Result):
         index = [self.names.index(name) for name in chosen]
         part = np.asarray(self.curvature)[np.ix_(index, index)]
         return float(np.sum(np.asarray(self.slopes)[index]) + np.sum(part) / 2)
+
+    def to_leave_out(self, most: float) -> tuple[str, ...]:
+        """The names to leave out so that all others together raise the loss by `most`, as predicted.
+
+        One after the other that takes the most off what is left, interactions included.
+
+        Raises:
+            SpectraError: `most` is NaN or below zero: leaving everything out changes nothing.
+        """
+        if not most >= 0:
+            raise SpectraError(f"most={most}: a change of the loss that is allowed, zero or more.")
+        inside = np.ones(len(self.names), bool)
+        curvature, out = np.asarray(self.curvature, float), []
+        while inside.any() and self._change(inside) > most:
+            # Without i: its slope and half of its own curvature, and its part in every pair.
+            less = self.slopes + curvature @ inside - np.diagonal(curvature) / 2
+            worst = int(np.argmax(np.where(inside, less, -np.inf)))
+            inside[worst] = False
+            out.append(self.names[worst])
+        return tuple(out)
+
+    def _change(self, inside: np.ndarray) -> float:
+        return float(inside @ self.slopes + inside @ np.asarray(self.curvature, float) @ inside / 2)
+
+    def recipe(self, *, bits: int, most: float = math.inf) -> str:
+        """A recipe for llm-compressor (YAML): which layers are rounded to so many bits, and which are left.
+
+        Names of leaves that end in `.weight` are those of PyTorch's modules.
+
+        Args:
+            bits: of the weights; those that the perturbations were made with.
+            most: predicted change of the loss that is allowed; see `to_leave_out`.
+        """
+        out = self.to_leave_out(most)
+        left = self._change(np.array([name not in out for name in self.names]))
+        ranks = [f"#   {name}: {self.changes[self.names.index(name)]:+.3g}" for name in self.ranking]
+        modules = json.dumps([name.removesuffix(".weight") for name in out])
+        lines = [
+            "# Change of the loss by rounding each layer, predicted by spectra, the largest first:",
+            *ranks,
+            f"# All but those ignored, together: {left:+.3g} on a loss of {self.loss:.5g}.",
+            "quant_stage:",
+            "  quant_modifiers:",
+            "    QuantizationModifier:",
+            f"      ignore: {modules}",
+            "      config_groups:",
+            "        group_0:",
+            f"          weights: {{num_bits: {bits}, type: int, symmetric: true, strategy: channel}}",
+            "          targets: [Linear]",
+        ]
+        return "\n".join(lines) + "\n"
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed result, the largest change first."""
