@@ -24,7 +24,7 @@ start = [jax.random.normal(jax.random.key(i), widths[i : i + 2]) / 32**0.5 for i
 def loss_fn(params, batch, normalised):
     x = batch[0]
     for i, weight in enumerate(params):
-        x = jax.nn.softplus(x) @ weight
+        x = (jax.nn.softplus(x) if i else x) @ weight
         x = (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5) if normalised and i < 3 else x
     return optax.softmax_cross_entropy_with_integer_labels(x, batch[1]).mean()
 
