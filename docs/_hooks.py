@@ -1,9 +1,16 @@
-"""Pages made while the site is built: each notebook, from its committed outputs, and the changelog."""
+"""What is made while the site is built: pages of the notebooks and of the changelog, the gallery, formulas.
+
+Formulas become MathML, which browsers draw by themselves, and pictures of the gallery SVG in the colours of
+the page: nothing is loaded from elsewhere, in light and in dark.
+"""
 
 import base64
+import html
+import re
 from pathlib import Path
 
 import nbformat
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +44,47 @@ def on_files(files, config):
         rows.append(f"* [{text.splitlines()[0].lstrip('# ')}]({_name(path)}.md)")
     add("notebooks/index.md", "\n".join(rows) + "\n")
     return files
+
+
+def on_page_markdown(markdown, page, **_):
+    """Draw the pictures of the gallery under the lines that make them."""
+    if page.file.src_uri != "gallery.md":
+        return markdown
+    import matplotlib
+
+    matplotlib.use("Agg")
+    names: dict = {}
+    return re.sub(
+        r"```python\n# (.*?)\n(.*?)```", lambda found: _drawn(found, names), markdown, flags=re.DOTALL
+    )
+
+
+def on_page_content(content, **_):
+    """Formulas, which arithmatex marks, as MathML."""
+    formula = r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
+
+    def draw(found):
+        display = "block" if found[1] == "div" else "inline"
+        return convert(html.unescape(found[2]), display=display)
+
+    return re.sub(formula, draw, content, flags=re.DOTALL)
+
+
+def _drawn(found: re.Match, names: dict) -> str:
+    """A block of the gallery, and under it the picture, whose first line describes it."""
+    from spectra.plotting.gallery import svg
+
+    label, code = found[1], found[2]
+    if "ax = " not in code:
+        exec(code, names)
+        return found[0]
+
+    def make():
+        exec(code, names)
+        return names["ax"]
+
+    picture = re.sub(r"\n\s*\n", "\n", svg(make, label))
+    return f'{found[0]}\n\n<div class="picture">{picture}</div>\n'
 
 
 def _notebooks() -> list[Path]:

@@ -82,7 +82,7 @@ assert report.smallest.upper < 0
 #
 # ## The steep directions
 #
-# The orange ticks are eigenvalues that every probe resolves one by one. `eigsh` computes them as pairs, each with
+# The orange stems are eigenvalues that every probe resolves one by one. `eigsh` computes them as pairs, each with
 # its residual: an eigenvalue lies within that distance.
 
 # %%

@@ -119,6 +119,7 @@ def draw(result: Any, path: Path, voice: Voice, learning_rate: float | None = No
 
     matplotlib.use("Agg")
     from spectra._files import replacing
+    from spectra.plotting import plot_style
     from spectra.plotting.gallery import draw as axes_of
 
     ax = axes_of(result, learning_rate=learning_rate)
@@ -129,7 +130,7 @@ def draw(result: Any, path: Path, voice: Voice, learning_rate: float | None = No
     if path.suffix[1:].lower() not in kinds:
         raise SpectraError(f"'{path}': a picture ends in {', '.join(f'.{kind}' for kind in kinds)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, plot_style():  # which has fonts that editors can change
         ax.figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=300)
     voice.say(f"picture  {path}")
 

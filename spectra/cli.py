@@ -174,7 +174,8 @@ def run(
 
     if distributed:
         initialize()
-    with _signals.watching(begun=False) if checkpoint else contextlib.nullcontext():
+    watched = _signals.watching(begun=False) if checkpoint else contextlib.nullcontext()
+    with _interruptible(checkpoint), watched:
         place, voice = Place(out, force), _voice(quiet, as_json)
         if is_first():
             place.check()
@@ -382,6 +383,20 @@ def _leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _interruptible(checkpoint: Path | None) -> Iterator[None]:
+    """Ctrl-C ends a run with words on how to resume the next one, or this one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint is None:
+            how = "nothing was kept. With --checkpoint FOLDER a run saves itself, and the same command resumes it"
+        else:
+            how = f"the same command resumes from the last checkpoint in '{checkpoint}', if there is one"
+        fail(f"interrupted: {how}.")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _voice(quiet: bool, as_json: bool = False, as_csv: bool = False) -> Voice:

@@ -398,3 +398,22 @@ def test_progress_in_a_log_is_lines(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     counts = (10, 20, 30, 30)
     assert [line.split(",")[0] for line in lines] == [f"Lanczos: {n} of 30 products" for n in counts]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_interrupted_run_says_how_to_resume(problem, tmp_path, monkeypatch, saved):
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_analyse", interrupt)
+    options = ("--checkpoint", tmp_path / "saved") if saved else ()
+    done = invoke("run", problem, "-o", tmp_path / "out", *options)
+    assert done.exit_code == 130
+    assert (f"checkpoint in '{tmp_path / 'saved'}'" if saved else "With --checkpoint FOLDER") in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_completion_can_be_installed():
+    shown = invoke("--help").output
+    assert "--install-completion" in shown
+    assert "--show-completion" in shown

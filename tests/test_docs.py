@@ -48,3 +48,14 @@ def test_every_notebook_is_committed_with_its_outputs(source):
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["execution_count"] for cell in code if "".join(cell["source"]).strip())
     assert not any(output["output_type"] == "error" for cell in code for output in cell["outputs"])
+
+
+def test_messages_that_the_page_explains_are_those_of_the_code():
+    sources = [path.read_text() for path in (ROOT / "spectra").rglob("*.py")]
+    text = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # a message over several lines
+    rows = re.findall(r"^\| `(.*?)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.M)
+    elsewhere = "ModuleNotFoundError"  # Python's own
+    assert len(rows) > 10
+    for message in rows:
+        parts = [part.strip(" '") for part in re.split(r"\.\.\.", message)]
+        assert message.startswith(elsewhere) or all(part in text for part in parts), message

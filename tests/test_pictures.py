@@ -184,11 +184,23 @@ def test_landscape():
     return spectra.plot_landscape(plane())
 
 
+@compared
+def test_cdf_complement():
+    return spectra.plot_cdf(quadrature(), yscale="complement")
+
+
+@compared
+def test_many_blocks():
+    return spectra.plot_blocks({f"layer_{i}": density(scale=10 ** (-i / 7), seed=i) for i in range(21)})[0]
+
+
 PICTURES = {
     "density": lambda ax: spectra.plot_density(density(), ax, learning_rate=0.1),
     "loglog": lambda ax: spectra.plot_density(density(), ax, xscale="loglog"),
     "comparison": lambda ax: spectra.plot_comparison({"a": quadrature(), "b": quadrature(0.1)}, ax),
+    "counts": lambda ax: spectra.plot_density(density(), ax, counts=True, title="layer $x"),
     "cdf": lambda ax: spectra.plot_cdf(quadrature(), ax),
+    "cdf from above": lambda ax: spectra.plot_cdf(quadrature(), ax, yscale="complement"),
     "eigenvalues": lambda ax: spectra.plot_eigenvalues(pairs(), ax),
     "time": lambda ax: spectra.plot_density_over_time(history(), ax, learning_rate=0.25),
     "mass": lambda ax: spectra.plot_eigenvector_mass(pairs(k=20, layers=9), ax),
@@ -257,6 +269,61 @@ def test_a_log_log_picture_leaves_no_part_of_the_spectrum_out():
     assert [line.get_label() for line in ax.get_lines()[:2]] == ["H", "H, negative"]
     assert ax.get_xscale() == ax.get_yscale() == "log"
     assert ax.get_xlabel() == "|eigenvalue|"
+
+
+def test_what_a_density_shows_is_a_choice():
+    held = density()
+    full = spectra.plot_density(held)
+    _, stems = full.collections
+    tops = np.array([segment[-1] for segment in stems.get_segments()])
+    widths = 0.05 * np.hypot(held.outliers, held.linear_scale)  # the kernel of `spectral_density`
+    np.testing.assert_allclose(tops[:, 0], held.outliers)
+    np.testing.assert_allclose(tops[:, 1], 1 / (500 * widths * np.sqrt(2 * np.pi)), rtol=1e-3)
+    bare = spectra.plot_density(held, band=False, outliers=False, title="$x")
+    assert bare.collections[0].get_alpha() == 0
+    assert len(bare.collections) == 1
+    assert bare.get_title() == "$x"
+    wide = spectra.plot_density(quadrature(), bandwidth=0.1, band=False)
+    assert np.ptp(wide.lines[0].get_ydata()[wide.lines[0].get_ydata() > 1e-3]) < np.ptp(
+        full.lines[0].get_ydata()
+    )
+    with pytest.raises(spectra.SpectraError, match="a density has one already"):
+        spectra.plot_density(held, bandwidth=0.1)
+
+
+def test_the_second_axis_counts_the_eigenvalues_beyond():
+    q = quadrature()
+    ax = spectra.plot_density(q, counts=True)
+    (other,) = [twin for twin in ax.figure.axes if twin is not ax]
+    x, count = other.lines[0].get_data()
+    # At 2 and -1, twenty kernel widths from any eigenvalue, smoothing moves nothing across.
+    np.testing.assert_allclose(np.interp(2.0, x, count), q.size * (1 - q.cdf(2.0).estimate), rtol=1e-6)
+    assert np.interp(-1.0, x, count) < 1e-6
+
+
+def test_the_distribution_from_above_counts_what_is_above():
+    q = quadrature()
+    ax = spectra.plot_cdf(q, yscale="complement")
+    x, count = ax.lines[0].get_data()
+    at = np.searchsorted(x, 2.0, side="right") - 1  # steps
+    lower, middle, upper = q.cdf(2.0)
+    assert q.size * (1 - upper) - 1e-9 <= count[at] <= q.size * (1 - lower) + 1e-9
+    np.testing.assert_allclose(count[at], q.size * (1 - middle), rtol=1e-6)
+    assert ax.get_yscale() == "log"
+    with pytest.raises(spectra.SpectraError, match="yscale='cubic'"):
+        spectra.plot_cdf(q, yscale="cubic")
+
+
+def test_more_than_twenty_blocks_are_rows_of_colours():
+    results = {f"layer_{i}": density(seed=0) for i in range(21)}
+    (ax,) = spectra.plot_blocks(results)
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(results)
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first above
+    panels = spectra.plot_blocks(dict(list(results.items())[:3]), own_x=True)
+    assert len(panels) == 3
+    assert panels[0].get_title() == "layer_0, n = 500"
+    assert not panels[0].get_shared_x_axes().joined(panels[0], panels[1])
+    assert len(spectra.plot_blocks(dict(list(results.items())[:3]), heat_map=True)) == 1
 
 
 def test_the_cdf_shows_the_bracket_inside_the_band():
@@ -375,6 +442,7 @@ def test_names_of_parameters_are_no_formulas(tmp_path):
     for ax in (mass, blocks, legend):
         ax.figure.savefig(tmp_path / "x.svg")
         plt.close(ax.figure)
-    assert [text.get_text() for text in blocks.figure.findobj(plt.Text) if text.get_text() in NAMES]
+    titles = [text.get_text() for text in blocks.figure.findobj(plt.Text) if ", n = 500" in text.get_text()]
+    assert {title.removesuffix(", n = 500") for title in titles} >= set(NAMES[:5])
     shown = [text.get_text() for text in legend.figure.legends[0].get_texts()]
     assert shown == [r"a\$_\$b", r"\$x", r"\$_\$", r"a\\$b\$^", " _orig_mod.fc", r"$\lambda$"]

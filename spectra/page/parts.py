@@ -128,7 +128,7 @@ def _density_section(density: Density, quadrature: Quadrature | None = None) -> 
         f"one single eigenvalue of the {density.size:,} would make."
     )
     if len(density.outliers):
-        words += f" Orange ticks mark {len(density.outliers)} eigenvalues that are resolved one by one."
+        words += f" Orange stems are the {len(density.outliers)} eigenvalues that are resolved one by one."
     return Section("Density", readable(density, quadrature, words))
 
 

@@ -20,7 +20,7 @@ from spectra.plotting.style import (
     symlog,
 )
 from spectra.report import SpectrumReport
-from spectra.results import Density, Moments, Quadrature, Snapshot, as_spectrum, by_name
+from spectra.results import Density, Moments, Quadrature, Snapshot, as_quadrature, as_spectrum, by_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,8 +41,13 @@ def plot_density(
     color: str = COLOR,
     linestyle="-",
     label: str | None = None,
+    band: bool = True,
+    outliers: bool = True,
+    counts: bool = False,
+    bandwidth: float | None = None,
+    title: str | None = None,
 ) -> "Axes":
-    """Draw a spectral density with its band, its outliers as ticks, on axes that fit the spectrum.
+    """Draw a spectral density with its band, its outliers as stems, on axes that fit the spectrum.
 
     A logarithmic vertical axis ends where one eigenvalue in n would be a tenth of the way up from
     nothing: below lies no information. The horizontal axis is signed-logarithmic (linear within
@@ -60,12 +65,18 @@ def plot_density(
         color: of line and band.
         linestyle: of the line.
         label: for a legend.
+        band: draw the band.
+        outliers: draw a stem for each eigenvalue that is resolved, as high as the curve of a single one.
+        counts: draw the number of eigenvalues beyond each point, as seen from zero, as a grey line with an
+            axis of its own on the right.
+        bandwidth: of the kernel, see `spectral_density`; not for a density, which has one.
+        title: above the picture.
 
     Returns:
         The Axes.
 
     Raises:
-        SpectraError: unknown xscale or yscale.
+        SpectraError: unknown xscale or yscale; a bandwidth for what is a density already.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -79,16 +90,19 @@ def plot_density(
     if isinstance(density, Mapping):
         return plot_comparison(density, ax, xscale=xscale, yscale=yscale, learning_rate=learning_rate)
     _check(xscale, yscale)
-    density = as_density(density)
+    density = as_density(density, bandwidth)
     own, ax = ax is None, new_axes(ax)
     low, high = visible_range(density)
     xscale = _fitting(xscale, density.linear_scale, low, high)
-    _curve(ax, density, xscale, color, linestyle, label)
-    for value in density.outliers:  # short ticks below the curve's area
-        position = abs(value) if xscale == "loglog" else value
-        ax.axvline(position, ymin=0.0, ymax=0.035, color=ACCENT, linewidth=0.8)
+    _curve(ax, density, xscale, color, linestyle, label, alpha=0.22 if band else 0.0)
+    if outliers:
+        _stems(ax, density, xscale)
     top = density.density if yscale == "log" else density.upper
     _set_axes(ax, [density], xscale, yscale, density.linear_scale, (low, high), top, learning_rate)
+    if counts:
+        _count_axis(ax, density, xscale)
+    if title is not None:
+        ax.set_title(title, parse_math=False)
     if learning_rate is not None:
         add_legend(ax, own)
     return ax
@@ -206,10 +220,46 @@ def _curve(ax, density: Density, xscale: str, color: str, linestyle, label, alph
         ax.plot(x[part], line[part], color=color, linewidth=1.0, linestyle=dash, label=text)
 
 
-def as_density(held: Any) -> Density:
+def _stems(ax, density: Density, xscale: str) -> None:
+    """A stem for each eigenvalue resolved one by one, to the peak that a single one makes there."""
+    values = np.asarray(density.outliers, float)
+    widths = np.interp(values, density.grid, density.bandwidth)
+    tops = 1 / (density.size * widths * np.sqrt(2 * np.pi))
+    places = np.abs(values) if xscale == "loglog" else values
+    ax.vlines(places, floor(density) * _HIDDEN, tops, color=ACCENT, linewidth=0.8)
+
+
+def _count_axis(ax, density: Density, xscale: str) -> None:
+    """The number of eigenvalues beyond each point, from the integral of the density."""
+    grid = np.asarray(density.grid)
+    steps = np.diff(grid) * (density.density[1:] + density.density[:-1]) / 2
+    below = density.size * np.concatenate([[0.0], np.cumsum(steps)])
+    beyond = np.where(grid < 0, below, below[-1] - below)
+    other = ax.twinx()
+    sides = [(grid, np.full(len(grid), True), "-")]
+    if xscale == "loglog":
+        sides = [(grid, grid > 0, "-"), (-grid, grid < 0, ":")]
+    for x, part, dash in sides:
+        other.plot(x[part], np.maximum(beyond[part], _HIDDEN), color="0.5", linewidth=0.8, linestyle=dash)
+    other.set_yscale("log")
+    other.set_ylim(0.5, 2 * density.size)
+    other.set_ylabel("number of eigenvalues beyond", color="0.4")
+    other.tick_params(axis="y", which="both", colors="0.4")
+    other.spines["right"].set(visible=True, color="0.5")
+    ax.set_zorder(other.get_zorder() + 1)  # the density in front
+    ax.patch.set_visible(False)
+
+
+def as_density(held: Any, bandwidth: float | None = None) -> Density:
     """The density of a report, a quadrature or of moments; a density as it is."""
     from spectra.density.smoothing import spectral_density
 
+    if bandwidth is not None:
+        if isinstance(held, Density):
+            raise SpectraError(
+                f"bandwidth={bandwidth}: a density has one already. Pass the quadrature or the report."
+            )
+        return spectral_density(as_quadrature(held), bandwidth=bandwidth)
     found = as_spectrum(held)
     return found if isinstance(found, Density) else spectral_density(found)
 

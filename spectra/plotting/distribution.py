@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spectra import _quadrature
+from spectra._errors import SpectraError
 from spectra.plotting.style import ACCENT, COLOR, asks_for_logarithm, new_axes, styled, symlog
 from spectra.report import SpectrumReport
 from spectra.results import Eigenpairs, Quadrature, as_quadrature
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+YSCALES = ("linear", "log", "complement")
+_NOTHING = 1e-30  # stands for zero on a logarithmic axis
 
 
 @styled
@@ -19,6 +23,7 @@ def plot_cdf(
     ax: "Axes | None" = None,
     *,
     level: float = 0.95,
+    yscale: str = "linear",
     color: str = COLOR,
 ) -> "Axes":
     """Draw the cumulative distribution of the eigenvalues with its bracket and its band.
@@ -31,10 +36,16 @@ def plot_cdf(
         quadrature: result of `slq`, or a report, which contains it.
         ax: where to draw; default: a new figure of 8 cm width.
         level: of the band.
+        yscale: "linear"; "log", which shows the few eigenvalues at the lower end; or "complement", the
+            number of eigenvalues above each point on a logarithmic axis: the distribution of a network is
+            a single step on a linear one.
         color: of line, bracket and band.
 
     Returns:
         The Axes.
+
+    Raises:
+        SpectraError: unknown yscale.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -46,24 +57,37 @@ def plot_cdf(
     """
     from spectra.density.smoothing import spectral_density
 
+    if yscale not in YSCALES:
+        raise SpectraError(f"yscale={yscale!r}: use one of {YSCALES}.")
     quadrature = as_quadrature(quadrature)
     density = spectral_density(quadrature)
     ax = new_axes(ax)
     x = np.unique(np.concatenate([density.grid, np.asarray(quadrature.nodes).ravel()]))
     inner_lower, estimate, inner_upper, lower, upper = _quadrature.curves(quadrature, x, level)
+    curves = [lower, upper, inner_lower, inner_upper, np.clip(estimate, lower, upper)]
+    if yscale == "complement":
+        curves = [quadrature.size * (1 - curve) for curve in curves]
+    if yscale != "linear":  # zero is below the picture, not nowhere
+        curves = [np.maximum(curve, _NOTHING) for curve in curves]
+    lower, upper, inner_lower, inner_upper, estimate = curves
     step = {"step": "post", "color": color, "linewidth": 0}
     ax.fill_between(x, lower, upper, alpha=0.2, label=f"{100 * level:g} % band", **step)
     ax.fill_between(x, inner_lower, inner_upper, alpha=0.4, label="bracket", **step)
-    ax.step(x, np.clip(estimate, lower, upper), where="post", color=color, linewidth=1.0)
+    ax.step(x, estimate, where="post", color=color, linewidth=1.0)
     low, high = float(density.grid[0]), float(density.grid[-1])
     if asks_for_logarithm(density.linear_scale, low, high):
         symlog(ax.xaxis, density.linear_scale, low, high)
     else:
         ax.set_xlim(low, high)
-    ax.set_ylim(-0.02, 1.02)
+    if yscale == "linear":
+        ax.set_ylim(-0.02, 1.02)
+    else:
+        ax.set_yscale("log")
+        unit = 1.0 if yscale == "complement" else 1 / quadrature.size
+        ax.set_ylim(unit / 2, 1.5 * unit * quadrature.size)
     ax.set_xlabel("eigenvalue")
-    ax.set_ylabel("share of eigenvalues below")
-    ax.legend(loc="lower right")
+    ax.set_ylabel("number of eigenvalues above" if yscale == "complement" else "share of eigenvalues below")
+    ax.legend(loc="lower left" if yscale == "complement" else "lower right")
     return ax
 
 

@@ -157,19 +157,20 @@ def _grid(scale: float, low: float, high: float) -> np.ndarray:
 
 
 def _heat(ax, steps: np.ndarray, densities: list[Density], lowest: float):
-    """Columns of colour, each from halfway to the snapshot before to halfway to the next."""
+    """Columns of colour; between snapshots the logarithm of the density is interpolated."""
+    logs = np.log(np.maximum([d.density for d in densities], lowest / 10))
+    times = np.linspace(steps[0], steps[-1], max(_POINTS, len(steps)))
+    grid = np.asarray(densities[0].grid)
+    after = np.clip(np.searchsorted(steps, times, side="right"), 1, len(steps) - 1)
+    share = ((times - steps[after - 1]) / (steps[after] - steps[after - 1]))[:, None]
+    values = np.exp((1 - share) * logs[after - 1] + share * logs[after]).T
+    return heat(ax, times, grid, values, lowest)
+
+
+def heat(ax, x: np.ndarray, y: np.ndarray, values: np.ndarray, lowest: float):
+    """Densities (y, x) as colours, from white, for none, over light, for little, to dark."""
     from matplotlib.colors import LogNorm
 
-    values = np.array([d.density for d in densities]).T
-    middle = (steps[1:] + steps[:-1]) / 2
-    edges = np.concatenate([[steps[0]], middle, [steps[-1]]])
-    grid = densities[0].grid
-    rows = np.concatenate([[grid[0]], (grid[1:] + grid[:-1]) / 2, [grid[-1]]])
-    return ax.pcolormesh(
-        edges,
-        rows,
-        np.ma.masked_less(values, lowest),
-        norm=LogNorm(lowest, values.max()),
-        cmap=MAP,
-        rasterized=True,
-    )
+    shown = np.ma.masked_less(values, lowest)
+    norm = LogNorm(lowest, max(float(np.max(values)), 2 * lowest))
+    return ax.pcolormesh(x, y, shown, norm=norm, cmap=f"{MAP}_r", shading="nearest", rasterized=True)

@@ -2,27 +2,40 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from spectra._errors import SpectraError
 from spectra.plotting.density import Held, as_density, floor, plot_density
-from spectra.plotting.style import COLOR, asks_for_logarithm, mark_linear, plot_style, symlog
-from spectra.results import by_name
+from spectra.plotting.history import heat
+from spectra.plotting.style import COLOR, add_colorbar, asks_for_logarithm, mark_linear, plot_style, symlog
+from spectra.results import Density, by_name
+
+_PANELS = 20  # beyond which they are too many to be looked at one by one
+_POINTS = 400  # of the eigenvalue axis of a heat map
 
 
 def plot_blocks(
-    results: Mapping[str, Held] | Sequence[Held], *, columns: int | None = None, color: str = COLOR
+    results: Mapping[str, Held] | Sequence[Held],
+    *,
+    columns: int | None = None,
+    color: str = COLOR,
+    own_x: bool = False,
+    heat_map: bool | None = None,
 ) -> "np.ndarray":
-    """Draw the densities of several operators as small multiples on common axes.
+    """Draw the densities of several operators as small multiples, or many of them as a heat map.
 
     Args:
         results: reports, quadratures or densities by name, such as `slq(op.blocks(by="layer"), key=key)`.
         columns: panels in a row; default: as square as possible, at most six.
         color: of lines and bands.
+        own_x: give each panel a horizontal axis of its own, instead of one for all.
+        heat_map: draw a row of colours for each result instead of a panel; default: for more than twenty.
 
     Returns:
-        Array of the Axes, one for each result, in order; `axes[0].figure` is the picture.
+        Array of the Axes, one for each result, in order, or the single one of a heat map; `axes[0].figure` is
+        the picture.
 
     Raises:
         SpectraError: there is nothing to draw.
@@ -42,27 +55,40 @@ def plot_blocks(
     if not results:
         raise SpectraError("there are no blocks to draw.")
     densities = [as_density(result) for result in results.values()]
+    if heat_map or (heat_map is None and len(results) > _PANELS):
+        return np.array([_rows(list(results), densities)], object)
     columns = columns or min(6, int(np.ceil(np.sqrt(len(densities)))))
     rows = -(-len(densities) // columns)
     size = (1.55 * columns + 0.4, 1.25 * rows + 0.4)
     with plot_style(xtick_labelsize=6, ytick_labelsize=6):
         figure, grid = plt.subplots(
-            rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+            rows, columns, figsize=size, sharex=not own_x, sharey=True, squeeze=False, layout="constrained"
         )
     axes = grid.ravel()[: len(densities)]
     for ax in grid.ravel()[len(densities) :]:
         ax.set_visible(False)
     for ax, name, density in zip(axes, results, densities, strict=True):
-        plot_density(density, ax, color=color, xscale="linear")  # until the axis that all share is known
-        lines = textwrap.wrap(name.replace("/", "/ "), 34, break_long_words=False)
+        plot_density(density, ax, color=color, xscale="linear")  # until the axis is known
+        lines = textwrap.wrap(f"{name.replace('/', '/ ')}, n = {density.size:,}", 34, break_long_words=False)
         ax.set_title("\n".join(lines).replace("/ ", "/"), fontsize=5.5, parse_math=False)
         ax.set_xlabel("")
         ax.set_ylabel("")
     for ax in axes[-columns:]:  # the lowest panel of each column
         ax.tick_params(labelbottom=True)
-    scale = float(np.median([d.linear_scale for d in densities]))
-    low = min(float(d.grid[0]) for d in densities)
-    high = max(float(d.grid[-1]) for d in densities)
+    if own_x:
+        for ax, density in zip(axes, densities, strict=True):
+            _set_x([ax], [density])
+    else:
+        _set_x(list(axes), densities)
+    axes[0].set_ylim(min(map(floor, densities)), 4 * max(float(np.max(d.density)) for d in densities))
+    figure.supxlabel("eigenvalue", fontsize=8)
+    figure.supylabel("density", fontsize=8)
+    return axes
+
+
+def _set_x(axes: list, densities: list[Density]) -> None:
+    """One horizontal axis, which these panels share, for these densities."""
+    scale, low, high = _extent(densities)
     if asks_for_logarithm(scale, low, high):
         linear = symlog(axes[0].xaxis, scale, low, high, labels=4)
         for ax in axes:
@@ -70,7 +96,33 @@ def plot_blocks(
     else:
         axes[0].set_xscale("linear")
         axes[0].set_xlim(low, high)
-    axes[0].set_ylim(min(map(floor, densities)), 4 * max(float(np.max(d.density)) for d in densities))
-    figure.supxlabel("eigenvalue", fontsize=8)
-    figure.supylabel("density", fontsize=8)
-    return axes
+
+
+def _extent(densities: list[Density]) -> tuple[float, float, float]:
+    """Scale below which detail ends, and both ends of the axis."""
+    scale = float(np.median([d.linear_scale for d in densities]))
+    return scale, min(float(d.grid[0]) for d in densities), max(float(d.grid[-1]) for d in densities)
+
+
+def _rows(names: list[str], densities: list[Density]) -> Any:
+    """A heat map with a row for each density, the first above."""
+    import matplotlib.pyplot as plt
+
+    scale, low, high = _extent(densities)
+    wide = asks_for_logarithm(scale, low, high)
+    points = np.linspace(np.arcsinh(low / scale), np.arcsinh(high / scale), _POINTS) if wide else None
+    grid = np.linspace(low, high, _POINTS) if points is None else scale * np.sinh(points)
+    values = np.array([np.interp(grid, d.grid, d.density, left=0, right=0) for d in densities])
+    with plot_style(ytick_labelsize=5):
+        height = min(1.0 + 0.09 * len(names), 8.0)
+        _, ax = plt.subplots(figsize=(3.15, height), layout="constrained")
+        mesh = heat(ax, grid, np.arange(len(names)), values, min(map(floor, densities)))
+        if wide:
+            symlog(ax.xaxis, scale, low, high)
+        ax.invert_yaxis()
+        stride = -(-len(names) // 80)
+        labels = [name if len(name) <= 26 else f"…{name[-25:]}" for name in names[::stride]]
+        ax.set_yticks(np.arange(0, len(names), stride), labels, parse_math=False)
+        ax.set_xlabel("eigenvalue")
+        add_colorbar(mesh, ax, "density")
+    return ax

@@ -134,7 +134,8 @@ def symlog(axis, scale: float, low: float, high: float, labels: int = 7) -> floa
     stride = max(1, int(np.ceil(decades / (labels - 1))))
     for sign, last in spans:
         ticks += [sign * 10.0**e for e in np.arange(last, inner - 0.5, -stride)]
-    axis.set_major_locator(FixedLocator(sorted(ticks)))
+    least = (0.1 if labels > 4 else 0.2) if axis.axis_name == "x" else 0.05
+    axis.set_major_locator(FixedLocator(_apart(axis, ticks, low, high, least)))
     minor = [
         sign * digit * 10.0**e
         for sign, last in spans
@@ -143,6 +144,14 @@ def symlog(axis, scale: float, low: float, high: float, labels: int = 7) -> floa
     ]
     axis.set_minor_locator(FixedLocator(sorted(minor) if labels > 4 else []))
     return float(linthresh)
+
+
+def _apart(axis, ticks: list[float], low: float, high: float, least: float) -> list[float]:
+    """Zero and those of the ticks that are that share of the axis away from it, where labels would touch."""
+    place = axis.get_transform().transform
+    length = float(np.diff(place(np.array([low, high])))[0])
+    away = np.abs(place(np.array(ticks)) - place(np.zeros(1))) / length
+    return sorted(tick for tick, share in zip(ticks, away, strict=True) if tick == 0 or share >= least)
 
 
 def mark_linear(ax: "Axes", linear: float) -> None:
