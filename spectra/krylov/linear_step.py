@@ -19,7 +19,6 @@ neither under- nor overflow then, and c A with c b go through the same numbers.
 """
 
 import dataclasses
-import enum
 from functools import partial
 from typing import Any
 
@@ -28,34 +27,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from spectra import _tree
-from spectra._breakdown import breakdown_noise
-from spectra.operators.base import LinearOperator
+from spectra.krylov.linear_state import (
+    Mode,
+    Problem,
+    Short,
+    State,
+    Verdict,
+    choose,
+    merge,
+    norm_of,
+    refuse_inverse,
+    to_check,
+    to_null,
+)
 
 PyTree = Any
-
-
-class Mode(enum.IntEnum):
-    """What the next product is for."""
-
-    CG = 0
-    MINRES = 1
-    CHECK = 2
-    NULL = 3
-    DONE = 4
-
-
-class Verdict(enum.IntEnum):
-    """How a run ended; OPEN while it goes on."""
-
-    OPEN = 0
-    CONVERGED = 1
-    INDEFINITE = 2
-    SINGULAR = 3
-    STAGNATED = 4
-    BUDGET = 5
-    NONFINITE = 6
-    PRECONDITIONER = 7
-
 
 PATIENCE = 30
 """Steps of MINRES without progress before the residual is looked at, and a quarter of the steps so far."""
@@ -64,73 +50,6 @@ HALF = 0.5
 """A cycle that takes less than this off the true residual is stale."""
 STALE = 1
 """Stale cycles in a row that are allowed; beyond, the precision's floor is met."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What stays the same: the right-hand side in its unit, the preconditioner, and limits."""
-
-    b: PyTree  # in units of unit_b
-    inverse: LinearOperator | None  # the preconditioner P, near A⁻¹
-    unit_b: jax.Array
-    unit_p: jax.Array
-    target: jax.Array  # of |r|, in unit_b
-    limit: jax.Array  # products
-    noise: jax.Array  # rounding of one product, in units of |A|
-    only_cg: bool = dataclasses.field(metadata={"static": True})
-
-    def precondition(self, r: PyTree) -> PyTree:
-        """P r in its unit."""
-        return r if self.inverse is None else _tree.scale(1 / self.unit_p, self.inverse.mv(r))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Short:
-    """The vectors and numbers of MINRES beyond those of CG."""
-
-    v: PyTree  # the Lanczos vector whose P-multiple is multiplied
-    before: PyTree
-    d1: PyTree  # directions of the last two updates
-    d2: PyTree
-    u: PyTree  # what A times the next direction has of the last vectors
-    beta: jax.Array
-    phi: jax.Array  # uᵀ P r: all of |r| where the run began from r
-    cs: jax.Array
-    sn: jax.Array
-    dbar: jax.Array
-    eps: jax.Array
-    trigger: jax.Array  # |A r| / |r| below which r may be in the null space
-    ranged: jax.Array  # the run began from A r
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """All that a run carries from product to product."""
-
-    mode: jax.Array
-    verdict: jax.Array
-    method: jax.Array  # CG or MINRES, whichever a check goes on with
-    x: PyTree
-    r: PyTree  # the recurrence's residual, or the true one after a check
-    go: PyTree  # what is multiplied next
-    short: Short | None  # None where only CG is asked for
-    unit_a: jax.Array
-    norm_a: jax.Array  # largest |A v| / |v| so far
-    scale: jax.Array  # of the preconditioned operator: largest row sum of T
-    rz: jax.Array  # rᵀ P r
-    size: jax.Array  # pᵀ P⁻¹ p
-    step: jax.Array  # 1 / (step length) of CG before, with its factor: the last row of T
-    couple: jax.Array
-    norm_r: jax.Array  # of the true residual, at the last check
-    best: jax.Array  # smallest |r| of MINRES that counted as progress
-    idle: jax.Array  # steps since
-    steps: jax.Array  # of this cycle
-    resume: jax.Array  # after the check, go on with the same recurrence
-    stale: jax.Array  # cycles in a row that took little off the true residual
-    products: jax.Array
 
 
 def start(problem: Problem, dtype, method: Mode) -> State:
@@ -153,7 +72,7 @@ def start(problem: Problem, dtype, method: Mode) -> State:
         size=zero,
         step=zero,
         couple=zero,
-        norm_r=_size(problem.b),
+        norm_r=norm_of(problem.b),
         best=zero,
         idle=count,
         steps=count,
@@ -165,7 +84,7 @@ def start(problem: Problem, dtype, method: Mode) -> State:
     state = begin(problem, state, zeros, problem.b)
     # Nothing to do for b = 0.
     none = state.norm_r <= problem.target
-    return _merge(state, none, mode=jnp.int32(Mode.DONE), verdict=jnp.int32(Verdict.CONVERGED))
+    return merge(state, none, mode=jnp.int32(Mode.DONE), verdict=jnp.int32(Verdict.CONVERGED))
 
 
 def _no_short(zeros: PyTree, zero: jax.Array) -> Short:
@@ -180,7 +99,7 @@ def absorb(problem: Problem, state: State, product: PyTree) -> State:
     first = state.products == 0
     unit = jnp.where(first, _tree.power_of_two(_tree.largest(product)), state.unit_a)
     w = _tree.scale(1 / unit, product)
-    size, image = _size(state.go), _size(w)
+    size, image = norm_of(state.go), norm_of(w)
     ratio = image / jnp.where(size > 0, size, 1)
     state = dataclasses.replace(
         state,
@@ -197,12 +116,12 @@ def absorb(problem: Problem, state: State, product: PyTree) -> State:
     ]
     after = lax.switch(state.mode, [partial(branch, problem) for branch in branches], state, w)
     going = state.mode != Mode.DONE
-    after = _merge(
+    after = merge(
         after, going & ~jnp.isfinite(image), mode=jnp.int32(Mode.DONE), verdict=jnp.int32(Verdict.NONFINITE)
     )
     iterating = (after.mode == Mode.CG) | (after.mode == Mode.MINRES)
     spent = going & iterating & (after.products >= problem.limit - 1)
-    return _to_check(after, spent, verdict=Verdict.BUDGET)
+    return to_check(after, spent, verdict=Verdict.BUDGET)
 
 
 def _ended(problem: Problem, state: State, w: PyTree) -> State:
@@ -231,7 +150,7 @@ def _begin_cg(problem: Problem, state: State, x: PyTree, r: PyTree) -> State:
         couple=zero,
         steps=jnp.zeros_like(state.steps),
     )
-    return _refuse_inverse(state, rz, r)
+    return refuse_inverse(state, rz, r)
 
 
 def _cg(problem: Problem, state: State, w: PyTree) -> State:
@@ -263,19 +182,19 @@ def _cg(problem: Problem, state: State, w: PyTree) -> State:
         couple=couple,
         steps=state.steps + 1,
     )
-    after = _refuse_inverse(after, new, r)
+    after = refuse_inverse(after, new, r)
     after = dataclasses.replace(after, resume=jnp.zeros((), bool))
-    after = _to_check(after, (_size(r) <= problem.target) | (new == 0))
+    after = to_check(after, (norm_of(r) <= problem.target) | (new == 0))
     failed = dataclasses.replace(state, scale=scale, norm_a=norm_a)
     if problem.only_cg:
-        failed = _to_check(failed, jnp.ones((), bool), verdict=Verdict.INDEFINITE)
-        return _where(definite, after, failed)
+        failed = to_check(failed, jnp.ones((), bool), verdict=Verdict.INDEFINITE)
+        return choose(definite, after, failed)
     # What CG has found is worth keeping unless it is all rounding.
-    norm_x, norm_r = _size(state.x), _size(state.r)
-    keep = (norm_r <= problem.target * 1e3) | (norm_r <= 0.1 * _size(problem.b))
+    norm_x, norm_r = norm_of(state.x), norm_of(state.r)
+    keep = (norm_r <= problem.target * 1e3) | (norm_r <= 0.1 * norm_of(problem.b))
     keep &= problem.noise * state.norm_a * norm_x <= problem.target
-    x = _where(keep, state.x, jax.tree.map(jnp.zeros_like, state.x))
-    r = _where(keep, state.r, problem.b)
+    x = choose(keep, state.x, jax.tree.map(jnp.zeros_like, state.x))
+    r = choose(keep, state.r, problem.b)
     return lax.cond(definite, lambda: after, lambda: _begin_minres(problem, failed, x, r))
 
 
@@ -319,11 +238,11 @@ def _begin_minres(problem: Problem, state: State, x: PyTree, r: PyTree, image: P
         r=r,
         go=q,
         short=short,
-        best=_size(r),
+        best=norm_of(r),
         idle=jnp.zeros_like(state.idle),
         steps=jnp.zeros_like(state.steps),
     )
-    return _refuse_inverse(state, square, first)
+    return refuse_inverse(state, square, first)
 
 
 def _minres(problem: Problem, state: State, w: PyTree) -> State:
@@ -358,7 +277,7 @@ def _minres(problem: Problem, state: State, w: PyTree) -> State:
     # A d = cs u + sn v, and what is left of u goes with the rest.
     r = _tree.axpy(-step * cs, s.u, _tree.axpy(-step * sn, v, state.r))
     u = jax.tree.map(lambda u, v: (sn * u - cs * v).astype(u.dtype), s.u, v)
-    norm = _size(r)
+    norm = norm_of(r)
     cleared = s.ranged & (jnp.abs(step) <= problem.noise / 2 * norm)
     better = norm < PROGRESS * state.best
     after = dataclasses.replace(
@@ -376,19 +295,10 @@ def _minres(problem: Problem, state: State, w: PyTree) -> State:
     kept = dataclasses.replace(state, scale=scale, norm_a=norm_a)
     idle = after.idle > jnp.maximum(PATIENCE, after.steps // 4)
     reached = (norm <= problem.target) | (ends & ~s.ranged)
-    after = _refuse_inverse(after, square, w)
-    after = _to_null(after, (cleared | (s.ranged & ends)) & ~reached, resume=False)
-    after = _to_null(after, idle & ~reached & (after.mode == Mode.MINRES), resume=True)
-    return _where(null, _to_null(kept, jnp.ones((), bool), resume=False), _to_check(after, reached))
-
-
-def _to_null(state: State, when: jax.Array, *, resume: bool) -> State:
-    """Is the residual in the null space? If not, go on with the recurrence, or anew from the residual."""
-    when = when & (state.mode != Mode.DONE)
-    state = _merge(state, when, idle=jnp.zeros_like(state.idle), resume=jnp.full_like(state.resume, resume))
-    return dataclasses.replace(
-        _merge(state, when, mode=jnp.int32(Mode.NULL)), go=_where(when, state.r, state.go)
-    )
+    after = refuse_inverse(after, square, w)
+    after = to_null(after, (cleared | (s.ranged & ends)) & ~reached, resume=False)
+    after = to_null(after, idle & ~reached & (after.mode == Mode.MINRES), resume=True)
+    return choose(null, to_null(kept, jnp.ones((), bool), resume=False), to_check(after, reached))
 
 
 # What judges them.
@@ -397,74 +307,38 @@ def _to_null(state: State, when: jax.Array, *, resume: bool) -> State:
 def _check(problem: Problem, state: State, w: PyTree) -> State:
     """The true residual of x, and where to go on from it."""
     r = jax.tree.map(jnp.subtract, problem.b, w)
-    norm, claimed = _size(r), _size(state.r)
-    all_of_b = _size(problem.b)
+    norm, claimed = norm_of(r), norm_of(state.r)
+    all_of_b = norm_of(problem.b)
     worse = norm > all_of_b
-    x = _where(worse, jax.tree.map(jnp.zeros_like, state.x), state.x)
-    r, norm = _where(worse, problem.b, r), jnp.minimum(norm, all_of_b)
+    x = choose(worse, jax.tree.map(jnp.zeros_like, state.x), state.x)
+    r, norm = choose(worse, problem.b, r), jnp.minimum(norm, all_of_b)
     converged = norm <= problem.target
     ended = state.verdict != Verdict.OPEN
     resume = state.resume & (norm <= 2 * claimed) & ~worse
-    floor = problem.noise / 8 * state.norm_a * _size(x)
+    floor = problem.noise / 8 * state.norm_a * norm_of(x)
     idle = ~resume & (norm > HALF * state.norm_r)
     stale = jnp.where(resume, state.stale, jnp.where(idle, state.stale + 1, 0))
     stuck = (norm <= floor) | (stale > STALE)
     state = dataclasses.replace(state, x=x, r=r, norm_r=norm, stale=stale, resume=jnp.zeros_like(resume))
     said = jnp.where(converged, Verdict.CONVERGED, jnp.where(ended, state.verdict, Verdict.STAGNATED))
-    done = _merge(state, jnp.ones((), bool), mode=jnp.int32(Mode.DONE), verdict=said.astype(jnp.int32))
+    done = merge(state, jnp.ones((), bool), mode=jnp.int32(Mode.DONE), verdict=said.astype(jnp.int32))
     end = converged | ended | stuck
     if state.short is None:
-        return _where(end, done, _begin_cg(problem, state, x, r))
+        return choose(end, done, _begin_cg(problem, state, x, r))
     on = dataclasses.replace(state, mode=jnp.int32(Mode.MINRES), go=problem.precondition(state.short.v))
     again = lax.cond(
         state.method == Mode.CG,
         lambda: _begin_cg(problem, state, x, r),
-        lambda: _where(resume, on, _begin_minres(problem, state, x, r)),
+        lambda: choose(resume, on, _begin_minres(problem, state, x, r)),
     )
-    return _where(end, done, again)
+    return choose(end, done, again)
 
 
 def _null(problem: Problem, state: State, w: PyTree) -> State:
     """Whether the recurrence's residual r is in the null space, given A r, or what to do to find out."""
     assert state.short is not None
-    singular = _size(w) <= 2 * problem.noise * state.norm_a * _size(state.r)
+    singular = norm_of(w) <= 2 * problem.noise * state.norm_a * norm_of(state.r)
     verdict = jnp.where(singular, Verdict.SINGULAR, Verdict.OPEN).astype(jnp.int32)
-    judged = _to_check(dataclasses.replace(state, verdict=verdict), jnp.ones((), bool))
+    judged = to_check(dataclasses.replace(state, verdict=verdict), jnp.ones((), bool))
     clear = ~singular & ~state.resume & ~state.short.ranged
     return lax.cond(clear, lambda: _begin_minres(problem, state, state.x, state.r, w), lambda: judged)
-
-
-def _to_check(state: State, when: jax.Array, verdict: Verdict = Verdict.OPEN) -> State:
-    """The true residual next, where `when` and where the run has not ended; then the end with `verdict`."""
-    when = when & (state.mode != Mode.DONE)
-    said = state.verdict if verdict is Verdict.OPEN else jnp.int32(verdict)
-    return dataclasses.replace(
-        state,
-        mode=jnp.where(when, jnp.int32(Mode.CHECK), state.mode),
-        verdict=jnp.where(when, said, state.verdict),
-        go=_where(when, state.x, state.go),
-    )
-
-
-def _refuse_inverse(state: State, square: jax.Array, r: PyTree) -> State:
-    """The end where rᵀ P r is negative: P is not positive definite."""
-    bad = square < 0
-    return _merge(state, bad, mode=jnp.int32(Mode.DONE), verdict=jnp.int32(Verdict.PRECONDITIONER))
-
-
-def noise_of(op: LinearOperator) -> float:
-    """What one product is off by, in units of |A|."""
-    return breakdown_noise(op.size, op.precision)
-
-
-def _size(v: PyTree) -> jax.Array:
-    return jnp.sqrt(_tree.vdot(v, v))
-
-
-def _merge(state: State, when: jax.Array, **fields) -> State:
-    new = {name: jnp.where(when, value, getattr(state, name)) for name, value in fields.items()}
-    return dataclasses.replace(state, **new)
-
-
-def _where(when: jax.Array, a: Any, b: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(when, x, y), a, b)

@@ -14,7 +14,8 @@ from spectra._errors import NonFiniteError, SpectraError
 from spectra._mesh import automatic
 from spectra._status import Status
 from spectra.krylov import dense, dense_solve, rounding
-from spectra.krylov.linear_step import Mode, Problem, State, Verdict, absorb, noise_of, start
+from spectra.krylov.linear_state import Mode, Problem, State, Verdict, noise_of
+from spectra.krylov.linear_step import absorb, start
 from spectra.krylov.preconditioners import as_preconditioner
 from spectra.krylov.vectors import stacked
 from spectra.operators.base import LinearOperator, require_operator

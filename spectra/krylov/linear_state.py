@@ -1,0 +1,155 @@
+"""The state that the solver of A x = b carries from product to product, and what all of its steps share.
+
+The modes, and what a product is for in each of them, are explained in `linear_step`.
+"""
+
+import dataclasses
+import enum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spectra import _tree
+from spectra._breakdown import breakdown_noise
+from spectra.operators.base import LinearOperator
+
+PyTree = Any
+
+
+class Mode(enum.IntEnum):
+    """What the next product is for."""
+
+    CG = 0
+    MINRES = 1
+    CHECK = 2
+    NULL = 3
+    DONE = 4
+
+
+class Verdict(enum.IntEnum):
+    """How a run ended; OPEN while it goes on."""
+
+    OPEN = 0
+    CONVERGED = 1
+    INDEFINITE = 2
+    SINGULAR = 3
+    STAGNATED = 4
+    BUDGET = 5
+    NONFINITE = 6
+    PRECONDITIONER = 7
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What stays the same: the right-hand side in its unit, the preconditioner, and limits."""
+
+    b: PyTree  # in units of unit_b
+    inverse: LinearOperator | None  # the preconditioner P, near A⁻¹
+    unit_b: jax.Array
+    unit_p: jax.Array
+    target: jax.Array  # of |r|, in unit_b
+    limit: jax.Array  # products
+    noise: jax.Array  # rounding of one product, in units of |A|
+    only_cg: bool = dataclasses.field(metadata={"static": True})
+
+    def precondition(self, r: PyTree) -> PyTree:
+        """P r in its unit."""
+        return r if self.inverse is None else _tree.scale(1 / self.unit_p, self.inverse.mv(r))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Short:
+    """The vectors and numbers of MINRES beyond those of CG."""
+
+    v: PyTree  # the Lanczos vector whose P-multiple is multiplied
+    before: PyTree
+    d1: PyTree  # directions of the last two updates
+    d2: PyTree
+    u: PyTree  # what A times the next direction has of the last vectors
+    beta: jax.Array
+    phi: jax.Array  # uᵀ P r: all of |r| where the run began from r
+    cs: jax.Array
+    sn: jax.Array
+    dbar: jax.Array
+    eps: jax.Array
+    trigger: jax.Array  # |A r| / |r| below which r may be in the null space
+    ranged: jax.Array  # the run began from A r
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All that a run carries from product to product."""
+
+    mode: jax.Array
+    verdict: jax.Array
+    method: jax.Array  # CG or MINRES, whichever a check goes on with
+    x: PyTree
+    r: PyTree  # the recurrence's residual, or the true one after a check
+    go: PyTree  # what is multiplied next
+    short: Short | None  # None where only CG is asked for
+    unit_a: jax.Array
+    norm_a: jax.Array  # largest |A v| / |v| so far
+    scale: jax.Array  # of the preconditioned operator: largest row sum of T
+    rz: jax.Array  # rᵀ P r
+    size: jax.Array  # pᵀ P⁻¹ p
+    step: jax.Array  # 1 / (step length) of CG before, with its factor: the last row of T
+    couple: jax.Array
+    norm_r: jax.Array  # of the true residual, at the last check
+    best: jax.Array  # smallest |r| of MINRES that counted as progress
+    idle: jax.Array  # steps since
+    steps: jax.Array  # of this cycle
+    resume: jax.Array  # after the check, go on with the same recurrence
+    stale: jax.Array  # cycles in a row that took little off the true residual
+    products: jax.Array
+
+
+def to_check(state: State, when: jax.Array, verdict: Verdict = Verdict.OPEN) -> State:
+    """The true residual next, where `when` and where the run has not ended; then the end with `verdict`."""
+    when = when & (state.mode != Mode.DONE)
+    said = state.verdict if verdict is Verdict.OPEN else jnp.int32(verdict)
+    return dataclasses.replace(
+        state,
+        mode=jnp.where(when, jnp.int32(Mode.CHECK), state.mode),
+        verdict=jnp.where(when, said, state.verdict),
+        go=choose(when, state.x, state.go),
+    )
+
+
+def to_null(state: State, when: jax.Array, *, resume: bool) -> State:
+    """Is the residual in the null space? If not, go on with the recurrence, or anew from the residual."""
+    when = when & (state.mode != Mode.DONE)
+    state = merge(state, when, idle=jnp.zeros_like(state.idle), resume=jnp.full_like(state.resume, resume))
+    return dataclasses.replace(
+        merge(state, when, mode=jnp.int32(Mode.NULL)), go=choose(when, state.r, state.go)
+    )
+
+
+def refuse_inverse(state: State, square: jax.Array, r: PyTree) -> State:
+    """The end where rᵀ P r is negative: P is not positive definite."""
+    bad = square < 0
+    return merge(state, bad, mode=jnp.int32(Mode.DONE), verdict=jnp.int32(Verdict.PRECONDITIONER))
+
+
+def noise_of(op: LinearOperator) -> float:
+    """What one product is off by, in units of |A|."""
+    return breakdown_noise(op.size, op.precision)
+
+
+def norm_of(v: PyTree) -> jax.Array:
+    """|v|."""
+    return jnp.sqrt(_tree.vdot(v, v))
+
+
+def merge(state: State, when: jax.Array, **fields) -> State:
+    """The state with other fields where `when`."""
+    new = {name: jnp.where(when, value, getattr(state, name)) for name, value in fields.items()}
+    return dataclasses.replace(state, **new)
+
+
+def choose(when: jax.Array, a: Any, b: Any) -> Any:
+    """All leaves of `a` where `when`, else of `b`."""
+    return jax.tree.map(lambda x, y: jnp.where(when, x, y), a, b)
