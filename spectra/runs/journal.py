@@ -44,9 +44,11 @@ class Journal:
 
     def __init__(self, bar: Progress, saver: Saver | None, op: LinearOperator):
         self.bar, self.saver, self.like = bar, saver, op.like
-        mesh = _mesh.mesh_of(op.like)
+        self.mesh = _mesh.mesh_of(op.like)
         self.everywhere = (
-            SingleDeviceSharding(op.device) if mesh is None else NamedSharding(mesh, PartitionSpec())
+            SingleDeviceSharding(op.device)
+            if self.mesh is None
+            else NamedSharding(self.mesh, PartitionSpec())
         )
         self.folds: list[Fold] = []
         self.items: dict[str, int] = {}  # that were read
@@ -85,7 +87,8 @@ class Journal:
         self.count(sum(products * (stop - start) for start, stop in parts[: fold.done]))
         for start, stop in parts[fold.done :]:
             began = time.monotonic()
-            fold.state, found = step(fold.state, start, stop)
+            state, found = step(fold.state, start, stop)
+            fold.state, found = self._placed(state, carried), self._placed(found, out)
             fold.outs.append(found)
             fold.done += 1
             self.count(products * (stop - start))
@@ -175,6 +178,13 @@ class Journal:
         ]
         found = self.saver.item(part["name"], shapes, flight["items"][part["name"]])
         return None if found is None else [treedef.unflatten(tree) for tree in found]
+
+    def _placed(self, tree: PyTree, like: PyTree) -> PyTree:
+        """Arrays where reading would put them: the compiler may have split them over a mesh in another way,
+        and what is computed of them then rounds in another way."""
+        if self.saver is None or self.mesh is None:
+            return tree
+        return jax.tree.map(lambda leaf, x: jax.device_put(x, self._place(leaf, x.ndim)), like, tree)
 
     def _place(self, leaf: Any, rank: int) -> Any:
         sharding = getattr(leaf, "sharding", None)
