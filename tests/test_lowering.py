@@ -210,7 +210,8 @@ def test_a_step_on_eight_gpus_gathers_twice_what_the_gradient_does():
     assert step["hbm_recurrence"] <= 1.1 * floor(step)
     assert step["copies"] == 0
     assert step["collectives"]["all-gather"][1] <= 2 * gradient["collectives"]["all-gather"][1]
-    assert step["collectives"]["all-gather"][2] <= gradient["collectives"]["all-gather"][2]
+    # One gather may be of a weight and of the vector's part.
+    assert step["collectives"]["all-gather"][2] <= 2 * gradient["collectives"]["all-gather"][2]
 
 
 @needs_cuda

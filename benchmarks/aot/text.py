@@ -33,8 +33,10 @@ def gathers(step: dict, gradient: dict) -> str:
     pairs = {k: (v, own[k]) for k, v in step["collectives"].items() if k in own}
     text = ", ".join(f"{mine[1] / its[1]:.2f} times the {k} bytes" for k, (mine, its) in pairs.items())
     other = [k for k in step["collectives"] if k != "all-reduce"]
-    larger = [k for k in other if k not in own or step["collectives"][k][2] > own[k][2]]
-    verdict = f"larger or other ones: {larger}" if larger else "none is larger, and none of another kind"
+    larger = [k for k in other if k not in own or step["collectives"][k][2] > 2 * own[k][2]]
+    verdict = (
+        f"other ones: {larger}" if larger else "none is more than twice as large, and none of another kind"
+    )
     return (
         f"the step has {text} of the gradient's own program (it gathers the vector as well as the "
         f"parameters, layer by layer); of its gathers {verdict}."
