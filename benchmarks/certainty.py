@@ -13,6 +13,7 @@ all that have it.
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
 from collections.abc import Callable
@@ -202,8 +203,9 @@ def eigenvalues(m: Matrix) -> dict[str, float]:
 
 def power_iteration(m: Matrix, right) -> float:
     """PyHessian's ten eigenvalues of the largest magnitude, of the loss pᵀHp/2."""
-    import pyhessian.hessian as package
     import torch
+
+    package = importlib.import_module("pyhessian.hessian")  # the package has a class of the same name
 
     class Form(torch.nn.Module):
         def __init__(self):
