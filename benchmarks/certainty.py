@@ -191,14 +191,23 @@ def eigenvalues(m: Matrix) -> dict[str, float]:
         return OUT_OF_REACH
 
     keys = jax.random.split(jax.random.key(4), 4)
-    own = [spectra.eigsh(m.op, 10, which="LA", key=key, tol=WITHIN) for key in keys]
-    assert all(right(x.values) for x in own)
+    own = [_known_pairs(m, key) for key in keys]
+    sure = all(right(x.values) for x in own)
     return {
-        "spectra": float(np.mean([x.num_matvecs for x in own])),
+        "spectra": float(np.mean([x.num_matvecs for x in own])) if sure else OUT_OF_REACH,
         "eigsh of SciPy": by_scipy(),
         "Lanczos of hessian-eigenthings, steps in hindsight": by_eigenthings(),
         "power iteration of PyHessian": power_iteration(m, right),
     }
+
+
+def _known_pairs(m: Matrix, key) -> spectra.Eigenpairs:
+    """The loosest of a few tolerances at which the stated residuals are within 1 % of each eigenvalue."""
+    for tol in (1e-2, 3e-3, 1e-3, 1e-4):
+        found = spectra.eigsh(m.op, 10, which="LA", key=key, tol=tol)
+        if np.all(found.residuals + found.noise_floor <= WITHIN * np.abs(found.values)):
+            break
+    return found
 
 
 def power_iteration(m: Matrix, right) -> float:
