@@ -31,6 +31,7 @@ KEYS, OWN, WITHIN = 24, 6, 0.01
 """Random keys of other packages, of `spectra`, whose own interval decides, and the tolerance."""
 STEPS, MOST_PROBES = (6, 10, 16, 25, 40, 64), 48
 PROBES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+TOLERANCES = 1e-2, 3e-3, 1e-3, 1e-4
 FIGURES = ("trace", "log det", "top ten", "share", "density")
 OUT_OF_REACH = math.inf
 
@@ -174,10 +175,10 @@ def eigenvalues(m: Matrix) -> dict[str, float]:
             counted.append(1)
             return m.array @ v
 
-    def by_scipy():
+    def by_scipy(tol):
         counted.clear()
         op = Counted(np.dtype(float), m.array.shape)
-        found = eigsh(op, 10, which="LA", tol=WITHIN, return_eigenvectors=False, v0=np.ones(m.size))
+        found = eigsh(op, 10, which="LA", tol=tol, return_eigenvectors=False, v0=np.ones(m.size))
         return len(counted) if right(found) else OUT_OF_REACH
 
     def by_eigenthings():
@@ -191,23 +192,18 @@ def eigenvalues(m: Matrix) -> dict[str, float]:
         return OUT_OF_REACH
 
     keys = jax.random.split(jax.random.key(4), 4)
-    own = [_known_pairs(m, key) for key in keys]
-    sure = all(right(x.values) for x in own)
+
+    def by_spectra(tol):
+        own = [spectra.eigsh(m.op, 10, which="LA", key=key, tol=tol) for key in keys]
+        sure = all(right(x.values) for x in own)
+        return float(np.mean([x.num_matvecs for x in own])) if sure else OUT_OF_REACH
+
     return {
-        "spectra": float(np.mean([x.num_matvecs for x in own])) if sure else OUT_OF_REACH,
-        "eigsh of SciPy": by_scipy(),
+        "spectra, loosest tolerance that is right": min(map(by_spectra, TOLERANCES)),
+        "eigsh of SciPy, the same": min(map(by_scipy, TOLERANCES)),
         "Lanczos of hessian-eigenthings, steps in hindsight": by_eigenthings(),
         "power iteration of PyHessian": power_iteration(m, right),
     }
-
-
-def _known_pairs(m: Matrix, key) -> spectra.Eigenpairs:
-    """The loosest of a few tolerances at which the stated residuals are within 1 % of each eigenvalue."""
-    for tol in (1e-2, 3e-3, 1e-3, 1e-4):
-        found = spectra.eigsh(m.op, 10, which="LA", key=key, tol=tol)
-        if np.all(found.residuals + found.noise_floor <= WITHIN * np.abs(found.values)):
-            break
-    return found
 
 
 def power_iteration(m: Matrix, right) -> float:
@@ -331,7 +327,7 @@ def page(results: dict[str, dict]) -> Report:
         ]
         lines += [f"## {figure.capitalize()}", "", *table(["products", *results], rows), ""]
         for problem, found in results.items():
-            own = found[figure]["spectra"]
+            own = next(x for name, x in found[figure].items() if name.startswith("spectra"))
             best = min(x for name, x in found[figure].items() if not name.startswith("spectra"))
             best = min(best, found["size"])  # what all columns of the matrix cost
             bound = 0.2 if "network" in problem else 1.1
