@@ -318,7 +318,7 @@ def _text(products: float, size: int) -> str:
 
 
 def page(results: dict[str, dict]) -> Report:
-    lines, goals = ["# Products for a certainty", "", *(__doc__ or "").split("\n")[2:], ""], []
+    lines, goals = [], []
     for figure in FIGURES:
         methods = list(dict.fromkeys(name for found in results.values() for name in found[figure]))
         rows = [
