@@ -13,6 +13,7 @@ all that have it.
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
 from collections.abc import Callable
@@ -30,6 +31,7 @@ KEYS, OWN, WITHIN = 24, 6, 0.01
 """Random keys of other packages, of `spectra`, whose own interval decides, and the tolerance."""
 STEPS, MOST_PROBES = (6, 10, 16, 25, 40, 64), 48
 PROBES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+TOLERANCES = 1e-2, 3e-3, 1e-3, 1e-4
 FIGURES = ("trace", "log det", "top ten", "share", "density")
 OUT_OF_REACH = math.inf
 
@@ -173,10 +175,10 @@ def eigenvalues(m: Matrix) -> dict[str, float]:
             counted.append(1)
             return m.array @ v
 
-    def by_scipy():
+    def by_scipy(tol):
         counted.clear()
         op = Counted(np.dtype(float), m.array.shape)
-        found = eigsh(op, 10, which="LA", tol=WITHIN, return_eigenvectors=False, v0=np.ones(m.size))
+        found = eigsh(op, 10, which="LA", tol=tol, return_eigenvectors=False, v0=np.ones(m.size))
         return len(counted) if right(found) else OUT_OF_REACH
 
     def by_eigenthings():
@@ -190,11 +192,15 @@ def eigenvalues(m: Matrix) -> dict[str, float]:
         return OUT_OF_REACH
 
     keys = jax.random.split(jax.random.key(4), 4)
-    own = [spectra.eigsh(m.op, 10, which="LA", key=key, tol=WITHIN) for key in keys]
-    assert all(right(x.values) for x in own)
+
+    def by_spectra(tol):
+        own = [spectra.eigsh(m.op, 10, which="LA", key=key, tol=tol) for key in keys]
+        sure = all(right(x.values) for x in own)
+        return float(np.mean([x.num_matvecs for x in own])) if sure else OUT_OF_REACH
+
     return {
-        "spectra": float(np.mean([x.num_matvecs for x in own])),
-        "eigsh of SciPy": by_scipy(),
+        "spectra, loosest tolerance that is right": min(map(by_spectra, TOLERANCES)),
+        "eigsh of SciPy, the same": min(map(by_scipy, TOLERANCES)),
         "Lanczos of hessian-eigenthings, steps in hindsight": by_eigenthings(),
         "power iteration of PyHessian": power_iteration(m, right),
     }
@@ -202,8 +208,9 @@ def eigenvalues(m: Matrix) -> dict[str, float]:
 
 def power_iteration(m: Matrix, right) -> float:
     """PyHessian's ten eigenvalues of the largest magnitude, of the loss pᵀHp/2."""
-    import pyhessian.hessian as package
     import torch
+
+    package = importlib.import_module("pyhessian.hessian")  # the package has a class of the same name
 
     class Form(torch.nn.Module):
         def __init__(self):
@@ -311,7 +318,7 @@ def _text(products: float, size: int) -> str:
 
 
 def page(results: dict[str, dict]) -> Report:
-    lines, goals = ["# Products for a certainty", "", *(__doc__ or "").split("\n")[2:], ""], []
+    lines, goals = [], []
     for figure in FIGURES:
         methods = list(dict.fromkeys(name for found in results.values() for name in found[figure]))
         rows = [
@@ -320,7 +327,7 @@ def page(results: dict[str, dict]) -> Report:
         ]
         lines += [f"## {figure.capitalize()}", "", *table(["products", *results], rows), ""]
         for problem, found in results.items():
-            own = found[figure]["spectra"]
+            own = next(x for name, x in found[figure].items() if name.startswith("spectra"))
             best = min(x for name, x in found[figure].items() if not name.startswith("spectra"))
             best = min(best, found["size"])  # what all columns of the matrix cost
             bound = 0.2 if "network" in problem else 1.1

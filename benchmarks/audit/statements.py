@@ -111,6 +111,16 @@ def sampled(truth: Callable[[Case], Any], estimator: Callable, **options: Any):
     return measure
 
 
+def one_by_one(truth: Callable[[Case], Any], estimator: Callable, **options: Any):
+    """`measure` of an estimator that decides by values, key by key."""
+
+    def measure(case: Case, num_matvecs: int, keys: jax.Array) -> Outcome:
+        found = [estimator(case.operator, key=key, num_matvecs=num_matvecs, **options) for key in keys]
+        return _intervals([estimate.interval() for estimate in found], truth(case))
+
+    return measure
+
+
 def adaptive(tol: float, **options: Any):
     """The trace stopped at a tolerance: key by key, as values decide on the number of products."""
 
@@ -191,6 +201,14 @@ STATEMENTS = (
     Statement(
         "trace", "trace, Hutch++", BUDGETS, sampled(_trace, spectra.trace, method="hutch++"), _sketched
     ),
+    Statement(
+        "trace",
+        "trace, Krylov",
+        BUDGETS,
+        one_by_one(_trace, spectra.trace, method="krylov"),
+        _sketched,
+        keys=100,
+    ),
     Statement("trace", "trace, XTrace", BUDGETS, sampled(_trace, spectra.trace, method="xtrace"), _sketched),
     Statement(
         "trace",
@@ -211,7 +229,7 @@ STATEMENTS = (
             lambda case, _: case.name in _some,
             keys=100,
         )
-        for method in ("hutchinson", "xtrace")
+        for method in ("hutchinson", "xtrace", "krylov")
     ),
     Statement(
         "norm", "Frobenius norm", BUDGETS, sampled(lambda c: c.norm, spectra.frobenius_norm), _sketched

@@ -13,7 +13,8 @@ How many of the products go to the basis is decided as it grows. A direction wit
 in: (n - r) β² is an unbiased estimate of it. The error is √(2 F / s) with s samples: one direction more is
 worth its product while what it takes off F is more than F / s. That is asked of the mean of the last `WINDOW`
 directions; where the answer is no a random vector is taken in, so that copies of an eigenvalue, of which a
-Krylov space holds one, are found, and F is known anew; a second no ends it.
+Krylov space holds one, are found, and F is known anew; a second no ends it. An F that by chance was so small
+that nothing is left of it says nothing: it is taken anew as well.
 
 All decisions rest on the basis. The samples are other random vectors, independent of them: given the basis
 they are as those of Hutch++, the estimate has no bias, and the interval rests on Student's t with the
@@ -96,6 +97,7 @@ class Split:
             self.next_random = max(self.spent + 2 * WINDOW, int(GROWTH * self.spent))
             self.square, self.centre = (self.size - self.spent) * outside**2, form
             self.gains = []
+            self.done = self.tol is not None and self.spent > WINDOW and self.wanted <= SAMPLES
         else:
             gain = (form - self.centre) ** 2 + 2 * outside**2
             self.square = max(self.square - gain, 0.0)
@@ -106,7 +108,11 @@ class Split:
             self._ask()
 
     def _ask(self) -> None:
-        worth = float(np.mean(self.gains[-WINDOW:])) * self.wanted > self.square
+        gain = float(np.mean(self.gains[-WINDOW:]))
+        if self.square < WINDOW * gain:  # F was too small, or all but gone: a random vector tells which
+            self.next_random = self.spent
+            return
+        worth = gain * self.wanted > self.square
         if worth:
             self.doubtful = False
         elif self.doubtful:
