@@ -60,6 +60,7 @@ from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator
 from spectra.operators.kfac import EKFACOperator, KFACOperator
 from spectra.operators.preconditioned import PreconditionedOperator
+from spectra.operators.vocabulary import VocabularyLoss
 from spectra.page import write_report
 from spectra.plotting import (
     plot_blocks,
@@ -165,6 +166,7 @@ __all__ = [
     "Summary",
     "TorchModel",
     "Tridiagonal",
+    "VocabularyLoss",
     "attention",
     "bridge",
     "class_operators",
