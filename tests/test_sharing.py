@@ -1,5 +1,7 @@
 """What is evaluated again is shared or cut: probes that go through one evaluation, logits in chunks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,12 +50,13 @@ def batch_of(op, num_probes=8):
 
 def test_probes_share_what_is_not_saved():
     params, x = arrays()
-    for loss, options in (
+    choices: list[tuple[Any, dict[str, Any]]] = [
         (rematerialised, {}),
         (rematerialised, {"linearize": False}),
         (plain, {"linearize": False}),
         (plain, {"linearize": False, "microbatch": 16}),
-    ):
+    ]
+    for loss, options in choices:
         op = spectra.HessianOperator(loss, params, x, **options)
         assert batch_of(op) == batch_of(2.0 * op.shift(1.0)) == 4
         assert batch_of(op, 3) == 3
@@ -176,7 +179,7 @@ def test_a_product_does_not_hold_all_logits(kind):
         "bias": s((vocabulary,), "f4"),
     }
     batch = s((1, tokens, width), "f4"), s((1, tokens), "i4")
-    options = {"linearize": False, "check_data": False}
+    options: dict[str, Any] = {"linearize": False, "check_data": False}
     loss = spectra.VocabularyLoss(chunk=16)
     if kind == "ggn":
         op = spectra.GGNOperator(hidden_states, loss, params, batch, **options)
