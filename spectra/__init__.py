@@ -63,6 +63,7 @@ from spectra.operators.kfac import EKFACOperator, KFACOperator
 from spectra.operators.preconditioned import PreconditionedOperator
 from spectra.operators.structured import DiagonalOperator, LowRankOperator
 from spectra.operators.tangent_kernel import TangentKernelOperator
+from spectra.operators.vocabulary import VocabularyLoss
 from spectra.page import write_report
 from spectra.plotting import (
     plot_blocks,
@@ -172,6 +173,7 @@ __all__ = [
     "TangentKernelOperator",
     "TorchModel",
     "Tridiagonal",
+    "VocabularyLoss",
     "attention",
     "bridge",
     "class_operators",

@@ -1,11 +1,15 @@
-"""Probes that share an evaluation of the loss: where nothing is saved, several go through one by default."""
+"""What is evaluated again is shared or cut: probes that go through one evaluation, logits in chunks."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from programs import OPTIMISED
 
 import spectra
+from spectra.krylov.plan import estimate
 from spectra.operators.base import product, product_batch
 
 WIDTH, DEPTH, ROWS = 32, 4, 64
@@ -41,17 +45,18 @@ def arrays():
 
 
 def batch_of(op, num_probes=8):
-    return spectra.plan(op, num_steps=4, num_probes=num_probes).probe_batch
+    return estimate(op, num_steps=4, num_probes=num_probes).probe_batch
 
 
 def test_probes_share_what_is_not_saved():
     params, x = arrays()
-    for loss, options in (
+    choices: list[tuple[Any, dict[str, Any]]] = [
         (rematerialised, {}),
         (rematerialised, {"linearize": False}),
         (plain, {"linearize": False}),
         (plain, {"linearize": False, "microbatch": 16}),
-    ):
+    ]
+    for loss, options in choices:
         op = spectra.HessianOperator(loss, params, x, **options)
         assert batch_of(op) == batch_of(2.0 * op.shift(1.0)) == 4
         assert batch_of(op, 3) == 3
@@ -68,7 +73,7 @@ def test_memory_limits_how_many_share(monkeypatch):
     held = op.recomputed_bytes()
     assert held is not None
     assert held >= DEPTH * ROWS * WIDTH * 4  # tangents of the inputs of the layers, at least
-    one = held + spectra.plan(op, num_steps=4, num_probes=1).vectors
+    one = held + estimate(op, num_steps=4, num_probes=1).vectors
     monkeypatch.setattr("spectra._memory.available_bytes", lambda *_: 6 * one)
     assert batch_of(op) < 4
 
@@ -93,3 +98,95 @@ def test_four_products_under_checkpoint_cost_what_they_share_less():
     four = jax.tree.map(lambda s: jax.ShapeDtypeStruct((4, *s.shape), s.dtype), op.structure)
     assert _flops(product_batch, op.prepare(), four) <= 0.8 * 4 * one
     assert _flops(product_batch, op, four) <= 0.85 * 4 * one
+
+
+TOKENS, WORDS, HIDDEN = 11, 37, 5
+VOCABULARY = spectra.VocabularyLoss(chunk=4)
+
+
+def hidden_states(params, x):
+    return jnp.tanh(x @ params["in"]), params["words"], params["bias"]
+
+
+def logits_of(params, x):
+    hidden, words, bias = hidden_states(params, x)
+    return hidden @ words + bias
+
+
+def whole(logits, labels):
+    counts = labels != -100
+    own = jnp.take_along_axis(logits, jnp.where(counts, labels, 0)[..., None], -1)[..., 0]
+    return jnp.sum(jnp.where(counts, jax.nn.logsumexp(logits, -1) - own, 0)) / jnp.sum(counts)
+
+
+def in_chunks(params, batch):
+    return VOCABULARY(hidden_states(params, batch[0]), batch[1])
+
+
+def all_at_once(params, batch):
+    return whole(logits_of(params, batch[0]), batch[1])
+
+
+def words(tokens=TOKENS):
+    rng = np.random.default_rng(0)
+    shapes = {"in": (HIDDEN, HIDDEN), "words": (HIDDEN, WORDS), "bias": (WORDS,)}
+    params = {name: jnp.asarray(rng.standard_normal(shape)) for name, shape in shapes.items()}
+    labels = rng.integers(0, WORDS, (2, tokens))
+    labels[0, 3] = -100
+    return params, (jnp.asarray(rng.standard_normal((2, tokens, HIDDEN))), jnp.asarray(labels))
+
+
+def test_logits_in_chunks_change_no_matrix(x64):
+    params, batch = words()
+    v = jax.tree.map(jnp.cos, params)
+    pairs = (
+        (
+            spectra.HessianOperator(in_chunks, params, batch),
+            spectra.HessianOperator(all_at_once, params, batch),
+        ),
+        (
+            spectra.GGNOperator(hidden_states, VOCABULARY, params, batch),
+            spectra.GGNOperator(logits_of, whole, params, batch),
+        ),
+    )
+    for ours, plain in pairs:
+        assert float(ours.loss()) == pytest.approx(float(plain.loss()), rel=1e-14)
+        for one, other in zip(jax.tree.leaves(ours @ v), jax.tree.leaves(plain @ v), strict=True):
+            # Sums of WORDS and of tokens, in another order: n eps of their terms.
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-14 * 100 * float(jnp.abs(other).max()))
+    assert int(VOCABULARY.weight(batch)) == 2 * TOKENS - 1
+
+
+def test_what_is_no_pair_is_refused():
+    params, batch = words()
+    with pytest.raises(spectra.StructureError, match="in the place of logits"):
+        VOCABULARY(logits_of(params, batch[0]), batch[1])
+    with pytest.raises(spectra.StructureError, match="hidden states"):
+        VOCABULARY(hidden_states(params, batch[0]), batch[1][:1])
+    with pytest.raises(spectra.SpectraError, match="chunk=0"):
+        spectra.VocabularyLoss(chunk=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_a_product_does_not_hold_all_logits(kind):
+    """1,024 tokens and 4,096 words: 16 MiB of logits, several times in a product; a chunk has 0.25 MiB."""
+    tokens, vocabulary, width = 1024, 4096, 16
+    s = jax.ShapeDtypeStruct
+    params = {
+        "in": s((width, width), "f4"),
+        "words": s((width, vocabulary), "f4"),
+        "bias": s((vocabulary,), "f4"),
+    }
+    batch = s((1, tokens, width), "f4"), s((1, tokens), "i4")
+    options: dict[str, Any] = {"linearize": False, "check_data": False}
+    loss = spectra.VocabularyLoss(chunk=16)
+    if kind == "ggn":
+        op = spectra.GGNOperator(hidden_states, loss, params, batch, **options)
+    else:
+        op = spectra.HessianOperator(
+            lambda p, b: loss(hidden_states(p, b[0]), b[1]), params, batch, **options
+        )
+    memory = product.lower(op, op.structure).compile(OPTIMISED).memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 4 * tokens * vocabulary / 4

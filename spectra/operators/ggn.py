@@ -66,7 +66,8 @@ class ModelOperator(DataOperator):
         """Jᵀ (∇²ℓ) J v."""
         inputs, targets = split(piece)
         outputs, push, pull = self._jacobian(variables, inputs)
-        return pull(self._curvature(outputs, targets, push(v)))
+        curvature = getattr(self.loss_fn, "gauss_newton", self._curvature)  # that of logits within the loss
+        return pull(curvature(outputs, targets, push(v)))
 
 
 @operator(leaves=("params", "data"))

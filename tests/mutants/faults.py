@@ -671,7 +671,7 @@ OPERATORS = [
     fault(
         "the Gauss-Newton matrix without the loss's curvature",
         "operators/ggn.py",
-        "return pull(self._curvature(outputs, targets, push(v)))",
+        "return pull(curvature(outputs, targets, push(v)))",
         "return pull(push(v))",
         "test_curvature_matrices.py::test_gauss_newton_matrix",
     ),
