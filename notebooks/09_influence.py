@@ -94,46 +94,30 @@ assert size < 1e-10
 # %% [markdown]
 # ## The truth: every example left out once
 #
-# From the minimum, steps with the inverse of the Hessian and the gradient *without* the example lead to the minimum
-# without it; each step has the best of four lengths. All 200 networks are trained side by side; those that are not there
-# after 30 steps go on with Newton's method, until the gradient of every one is zero.
+# From the minimum, L-BFGS in the metric of the Hessian leads to the minimum without the example, in a few dozen steps.
 
 # %%
-without = everything - jnp.eye(count)
-inverse = jnp.asarray(scipy.linalg.cho_solve(factor, np.eye(theta.size)))
-lengths = 0.5 ** jnp.arange(4)
+root = jnp.asarray(scipy.linalg.solve_triangular(np.triu(factor[0]), np.eye(theta.size)))  # H⁻¹ = root rootᵀ
 
 
 @jax.jit
-def retrain(theta, weights):
-    """The minimum with these weights, and the size of its gradient."""
-
-    def step(state):
-        theta, g, steps = state
-        tried = theta - lengths[:, None] * (inverse @ g)
-        gradients = jax.vmap(gradient, (0, None))(tried, weights)
-        best = jnp.argmin(jnp.linalg.norm(gradients, axis=1))
-        return tried[best], gradients[best], steps + 1
-
-    def going(state):
-        return (jnp.linalg.norm(state[1]) > 1e-8) & (state[2] < 30)
-
-    theta, g, steps = jax.lax.while_loop(going, step, (theta, gradient(theta, weights), 0))
-    return theta, jnp.linalg.norm(g), steps
+def without(z, i):
+    """The objective without example i, and its gradient, at theta + root z."""
+    return jax.value_and_grad(lambda z: objective(theta + root @ z, everything.at[i].set(0.0)))(z)
 
 
-retrained, sizes, steps = jax.vmap(retrain, (None, 0))(theta, without)
-print(f"{int(jnp.median(steps))} steps, {int(jnp.sum(sizes > 1e-8))} networks need more")
-matrix = jax.jit(jax.hessian(objective))
-for i in np.flatnonzero(sizes > 1e-8):
-    for _ in range(20):
-        g = gradient(retrained[i], without[i])
-        if float(jnp.linalg.norm(g)) <= 1e-8:
-            break
-        retrained = retrained.at[i].add(-jnp.linalg.solve(matrix(retrained[i], without[i]), g))
-sizes = jax.jit(jax.vmap(lambda t, w: jnp.linalg.norm(gradient(t, w))))(retrained, without)
-print(f"largest gradient {float(sizes.max()):.0e}")
-assert float(sizes.max()) <= 1e-8
+retrained, slopes = [], []
+for i in range(count):
+    found = scipy.optimize.minimize(
+        lambda z, i=i: [np.asarray(x) for x in without(z, i)], np.zeros(theta.size), jac=True,
+        method="L-BFGS-B", options={"maxiter": 500, "ftol": 0, "gtol": 1e-7},
+    )  # fmt: skip
+    retrained.append(theta + root @ found.x)
+    slopes.append(np.linalg.norm(found.jac))
+retrained = jnp.stack(retrained)
+first = float(jnp.linalg.norm(without(jnp.zeros(theta.size), 0)[1]))
+print(f"largest gradient at the end {max(slopes):.0e}, of the first at the start {first:.0e}")
+assert max(slopes) < 1e-5
 
 # The 20 unseen digits with the largest loss: what made the network get these wrong?
 own = jax.vmap(lambda x, y: loss_fn(unravel(theta), (x[None], y[None])))(*unseen)
@@ -176,13 +160,18 @@ for name, values in correlation.items():
     print(f"{name:13s} rank correlation {values.mean():.3f} (lowest of 20 {values.min():.2f})")
 
 # %% [markdown]
-# The exact Hessian predicts the order in which examples matter almost perfectly. What is lost comes with the
-# approximations, in the order in which they are made.
+# The exact Hessian predicts the order in which examples matter, and each approximation loses some of it: leaving the
+# second derivatives of the network out, and then all that lies between layers. Between EKFAC and KFAC there is no
+# difference to speak of here: it is far smaller than what either loses, and it changes its sign with the damping. Run
+# with other dampings, the cells above gave, in the order of the table, 0.97, 0.77, 0.571 and 0.572 for δ = 10⁻², and
+# 0.86, 0.56, 0.355 and 0.354 for δ = 10⁻³: with less damping a single example moves the network further than a linear
+# system can follow.
 
 # %%
 mean = {name: values.mean() for name, values in correlation.items()}
 assert mean["Hessian"] >= 0.9
-assert mean["Hessian"] >= mean["EKFAC"] >= mean["KFAC"]
+assert mean["Hessian"] > mean["Gauss-Newton"] > max(mean["EKFAC"], mean["KFAC"])
+assert abs(mean["EKFAC"] - mean["KFAC"]) < 0.02 < 0.1 < mean["Gauss-Newton"] - mean["EKFAC"]
 
 fig, axes = plt.subplots(1, 4, figsize=(7.2, 1.9), sharex=True, sharey=True, layout="constrained")
 for ax, (name, p) in zip(axes, predicted.items(), strict=True):
@@ -192,16 +181,3 @@ for ax, (name, p) in zip(axes, predicted.items(), strict=True):
     ax.set(title=f"{name}: {correlation[name][0]:.2f}", xlim=(-limit, limit), xlabel="retrained")
 axes[0].set_ylabel("predicted change of the loss")
 plt.show()
-
-# %% [markdown]
-# ## Which approximation is to blame?
-#
-# `compare_operators` says the same without training anything again: how far each matrix is from the one that it stands
-# for. EKFAC has the eigenvalues right that KFAC has not.
-
-# %%
-ggn = spectra.GGNOperator(*network)
-for cls in (spectra.EKFACOperator, spectra.KFACOperator):
-    wrong = spectra.compare_operators(cls(*network), ggn, key=jax.random.key(1), num_steps=30)
-    print(cls.__name__)
-    print(wrong)

@@ -228,7 +228,7 @@ class TestPreconditioners:
     values = np.concatenate([np.geomspace(1.0, 1e-3, 40), np.geomspace(1e-3, 1e-6, 260)])
     signs = np.concatenate([np.ones(40), np.random.default_rng(0).choice([-0.2, 1.0], 260)])
 
-    def operator(self, signs=1.0):
+    def operator(self, signs: float | np.ndarray = 1.0):
         q = rotation(self.n)
         return spectra.MatrixOperator(jnp.asarray((q * (self.values * signs)) @ q.T, jnp.float32))
 
