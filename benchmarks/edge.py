@@ -2,9 +2,10 @@
 
 A network is trained on minibatches of digits with a learning rate that falls, then for 200 steps on all of
 them with half of what `stable_step` allows. From there, its parameters moved at random by 0.3 % of their
-length, the same training goes on with its updates multiplied by m. It has turned unstable where the loss,
-after 30 steps in which what the optimizer remembers may carry it, rises above its value at the start within
-60 steps. The smallest such m is found by bisection; `stable_step` knows only the first point.
+length, the same training goes on, with its updates multiplied by what grows to m in 30 steps and stays there
+for 120. It has turned unstable where the loss rises above its value at the start. The smallest such m is
+found by bisection. `stable_step` is asked twice: at the first point, before anything of this, and at the end
+of the longest run that stays stable, by which time the curvature may be another one.
 
 Labels are smoothed (cross-entropy) or the loss is a square, so that there is a minimum to be near: at
 interpolation the curvature of the plain cross-entropy falls to zero within the steps that are watched.
@@ -19,7 +20,7 @@ import optax.contrib
 import spectra
 from spectra.demos import digits
 
-EXAMPLES, BATCH, STEPS, SETTLE, WATCHED, CARRIED = 128, 32, 800, 200, 60, 30
+EXAMPLES, BATCH, STEPS, SETTLE, GROWING, WATCHED = 128, 32, 800, 200, 30, 120
 SMOOTHING, MOVED = 0.1, 3e-3
 
 
@@ -95,7 +96,7 @@ class Run:
             name: jax.random.normal(key, shape) / np.prod(shape[:-1]) ** 0.5
             for key, (name, shape) in zip(keys, sorted(shapes.items()), strict=True)
         }
-        self.state = self.optimizer.init(self.params)
+        self.state, self.multiple = self.optimizer.init(self.params), 1.0
         self._go = jax.jit(self._steps)
 
     def prepare(self) -> None:
@@ -105,7 +106,8 @@ class Run:
         order = jax.vmap(lambda k: jax.random.permutation(k, EXAMPLES)[:BATCH])(jax.random.split(key, STEPS))
         self.params, self.state, _ = jax.jit(self._steps)(self.params, self.state, multiples, order)
         self.params, self.state, _ = self.go(1e-6, SETTLE)  # the optimizer sees the gradient of all examples
-        self.params, self.state, _ = self.go(0.5 * float(self.stable_step()), SETTLE)
+        self.multiple = 0.5 * float(self.stable_step())
+        self.params, self.state, _ = self.go(self.multiple, SETTLE)
 
     def move(self) -> None:
         """A small step at random, which oscillations grow from."""
@@ -119,8 +121,11 @@ class Run:
 
     def go(self, multiple: float, steps: int):
         """Parameters, state and losses of further steps on all examples."""
-        every = jnp.broadcast_to(jnp.arange(EXAMPLES), (steps, EXAMPLES))
-        return self._go(self.params, self.state, jnp.full(steps, multiple), every)
+        return self._all(jnp.full(steps, multiple))
+
+    def _all(self, multiples):
+        every = jnp.broadcast_to(jnp.arange(EXAMPLES), (len(multiples), EXAMPLES))
+        return self._go(self.params, self.state, multiples, every)
 
     def stable_step(self):
         op = spectra.HessianOperator(self.loss_fn, self.params, self.batch)
@@ -136,8 +141,16 @@ class Run:
         return low, high
 
     def unstable(self, multiple: float) -> bool:
-        losses = np.asarray(self.go(multiple, WATCHED)[2], float)
-        return not np.max(losses[CARRIED:]) <= losses[0]
+        losses = np.asarray(self._watched(multiple)[2], float)
+        return not np.max(losses) <= losses[0]
+
+    def stay(self, multiple: float) -> None:
+        """Go to the end of the steps that are watched."""
+        self.params, self.state, _ = self._watched(multiple)
+
+    def _watched(self, multiple: float):
+        growing = jnp.geomspace(self.multiple, multiple, GROWING)
+        return self._all(jnp.concatenate([growing, jnp.full(WATCHED, multiple)]))
 
     def _steps(self, params, state, multiples, order):
         images, labels = self.batch
