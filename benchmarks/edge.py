@@ -3,9 +3,9 @@
 A network is trained on minibatches of digits with a learning rate that falls, then for 200 steps on all of
 them with half of what `stable_step` allows. From there, its parameters moved at random by 0.3 % of their
 length, the same training goes on, with its updates multiplied by what grows to m in 30 steps and stays there
-for 120. It has turned unstable where the loss rises above its value at the start. The smallest such m is found
-by bisection. `stable_step` is asked twice: at the first point, before anything of this, and at the end of the
-longest run that stays stable, by which time the curvature may be another one.
+for 120. It has turned unstable where the loss rises above its value at the start. The smallest such m is
+found by bisection. `stable_step` is asked twice: at the first point, before anything of this, and at the end
+of the longest run that stays stable, by which time the curvature may be another one.
 
 Labels are smoothed (cross-entropy) or the loss is a square, so that there is a minimum to be near: at
 interpolation the curvature of the plain cross-entropy falls to zero within the steps that are watched.

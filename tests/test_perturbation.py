@@ -132,9 +132,9 @@ def test_what_is_left_out_keeps_the_rest_below_what_is_allowed():
         assert (found.change(rest) if rest else 0.0) <= most
         if out:  # and the last was needed
             assert found.change([*rest, out[-1]]) > most
-    # The pair costs what neither does alone; to leave either out is enough.
-    pair = made([0.1, 0.1, 0.05], [[0.0, 2.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    assert pair.to_leave_out(0.2) == ("layer.0.weight",)
+    # The pair costs what neither does alone, and more than the worst of all does.
+    pair = made([0.1, 0.1, 0.3], [[0.0, 2.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert pair.to_leave_out(0.45) == ("layer.0.weight",)
     with pytest.raises(spectra.SpectraError, match="most=-1"):
         pair.to_leave_out(-1.0)
 

@@ -171,15 +171,20 @@ def test_parameters_without_a_gradient_change_no_edge():
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
 
 
+# Of the others in benchmarks/results/training.md the curvature moves by more within the steps watched.
 @pytest.mark.parametrize(
     ("network", "optimizer"),
     [
         ("mlp", "adam"),
         *(
-            pytest.param(network, optimizer, marks=pytest.mark.slow)
-            for network in edge_of.NETWORKS
-            for optimizer in edge_of.OPTIMIZERS
-            if (network, optimizer) != ("mlp", "adam")
+            pytest.param(*names, marks=pytest.mark.slow)
+            for names in (
+                ("convolutional", "sgd"),
+                ("mlp", "momentum"),
+                ("convolutional", "momentum"),
+                ("convolutional", "adam"),
+                ("attention", "adam"),
+            )
         ),
     ],
 )
