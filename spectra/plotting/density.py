@@ -243,8 +243,8 @@ def _count_axis(ax, density: Density, xscale: str) -> None:
         other.plot(x[part], np.maximum(beyond[part], _HIDDEN), color="0.5", linewidth=0.8, linestyle=dash)
     other.set_yscale("log")
     other.set_ylim(0.5, 2 * density.size)
-    other.set_ylabel("number of eigenvalues beyond", color="0.4")
-    other.tick_params(axis="y", which="both", colors="0.4")
+    other.set_ylabel("number of eigenvalues beyond", color="0.5")
+    other.tick_params(axis="y", which="both", colors="0.5")
     other.spines["right"].set(visible=True, color="0.5")
     ax.set_zorder(other.get_zorder() + 1)  # the density in front
     ax.patch.set_visible(False)

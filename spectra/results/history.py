@@ -191,7 +191,7 @@ class SpectrumHistory(Result):
         Raises:
             ImportError: xarray is not installed.
         """
-        import xarray
+        import xarray  # pyright: ignore[reportMissingImports]
 
         taken = [s.quadrature for s in self.snapshots]
         leading = self.eigenvalues.reshape(len(self), -1) if len(self) else np.zeros((0, 0))

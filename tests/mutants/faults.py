@@ -1051,4 +1051,28 @@ SAMPLES = [
     ),
 ]
 
-FAULTS = [*KRYLOV, *DENSITY, *ESTIMATORS, *OPERATORS, *KFAC, *BRIDGE, *SAMPLES]
+PICTURES = [
+    fault(
+        "a point of the curve counts the eigenvalues between it and the other end",
+        "page/reading.py",
+        "np.where(x < 0, b, a)",
+        "np.where(x < 0, a, b)",
+        "test_page.py::test_every_point_of_the_curve_can_be_read_and_counts_are_those_of_the_quadrature",
+    ),
+    fault(
+        "the axis of counts counts what lies below on both sides",
+        "plotting/density.py",
+        "np.where(grid < 0, below, below[-1] - below)",
+        "np.where(grid < 0, below, below)",
+        "test_pictures.py::test_the_second_axis_counts_the_eigenvalues_beyond",
+    ),
+    fault(
+        "a stem is as high as the peak of a kernel, whatever the number of eigenvalues",
+        "plotting/density.py",
+        "tops = 1 / (density.size * widths",
+        "tops = 1 / (widths",
+        "test_pictures.py::test_what_a_density_shows_is_a_choice",
+    ),
+]
+
+FAULTS = [*KRYLOV, *DENSITY, *ESTIMATORS, *OPERATORS, *KFAC, *BRIDGE, *SAMPLES, *PICTURES]
