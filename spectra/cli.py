@@ -392,7 +392,7 @@ def _interruptible(checkpoint: Path | None) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if checkpoint is None:
-            how = "nothing was kept. With --checkpoint FOLDER a run saves itself, and the same command resumes it"
+            how = "nothing was kept. With --checkpoint FOLDER a run saves itself, and can be resumed"
         else:
             how = f"the same command resumes from the last checkpoint in '{checkpoint}', if there is one"
         fail(f"interrupted: {how}.")
