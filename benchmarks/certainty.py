@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -210,7 +211,7 @@ def power_iteration(m: Matrix, right) -> float:
     """PyHessian's ten eigenvalues of the largest magnitude, of the loss pᵀHp/2."""
     import torch
 
-    package = importlib.import_module("pyhessian.hessian")  # the package has a class of the same name
+    package: Any = importlib.import_module("pyhessian.hessian")  # the package has a class of the same name
 
     class Form(torch.nn.Module):
         def __init__(self):
