@@ -187,6 +187,7 @@ def test_a_product_does_not_hold_all_logits(kind):
         op = spectra.HessianOperator(
             lambda p, b: loss(hidden_states(p, b[0]), b[1]), params, batch, **options
         )
-    memory = product.lower(op, op.structure).compile(OPTIMISED).memory_analysis()
+    lowered: Any = product.lower(op, op.structure)
+    memory = lowered.compile(OPTIMISED).memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 4 * tokens * vocabulary / 4

@@ -174,7 +174,8 @@ class _Search:
 
     def _steps(self, node: Node):
         """What a node may be as a step, with the logits that it takes."""
-        args, op = node.args, node.op
+        args: list[Any] = list(node.args)
+        op = node.op
         if node.kwargs or not args:
             return
         if op in ("aten.mul.Tensor", "aten.div.Tensor") and _number(args[1]):
@@ -209,12 +210,12 @@ class _Search:
 
 def _operands(node: Node, which: str) -> tuple[Ref, Ref] | None:
     """The two factors of a product of matrices; of an einsum, if it is that of the first or second one."""
-    args = node.args
+    args: list[Any] = list(node.args)
     if node.op in ("aten.matmul.default", "aten.bmm.default") and not node.kwargs:
         pair = args[:2]
     elif node.op == "aten.einsum.default" and not node.kwargs and len(args) == 2:
         letters = re.fullmatch(r"(\w+),(\w+)->(\w+)", args[0].replace(" ", ""))
-        if letters is None or not _is_attention(*letters.groups(), which):
+        if letters is None or not _is_attention(letters[1], letters[2], letters[3], which):
             return None
         pair = tuple(args[1])
     else:

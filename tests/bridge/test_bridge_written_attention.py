@@ -116,7 +116,8 @@ def test_values_and_products_are_pytorchs_in_blocks_or_not(attend, monkeypatch, 
     params = dict(module.named_parameters())
     out = module(x)
     gradient = torch.autograd.grad((3 * out).sin().sum(), list(params.values()), create_graph=True)
-    dots = sum((g * p.detach().cos()).sum() for g, p in zip(gradient, params.values(), strict=True))
+    pairs = zip(gradient, params.values(), strict=True)
+    dots = torch.stack([(g * p.detach().cos()).sum() for g, p in pairs]).sum()
     second = torch.autograd.grad(dots, list(params.values()))
     wanted = [out, dict(zip(params, gradient, strict=True)), dict(zip(params, second, strict=True))]
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
