@@ -285,8 +285,8 @@ class DataOperator(LinearOperator):
             return None  # streams share each pass; differences evaluate at points of their own
         if self.linearized and not rematerialises(compiled.loss.trace(self).jaxpr):
             return None
-        whole = self.microbatch is None
-        pieces = 1 if whole else -(-batch_size(self.data, self.shared) // self.microbatch)
+        step = self.microbatch
+        pieces = 1 if step is None else -(-batch_size(self.data, self.shared) // step)
         return compiled.saved_bytes(self) // pieces
 
     def moved(self, key: jax.Array) -> Self:

@@ -1,7 +1,7 @@
 """How operators become pytrees: arrays are leaves, and all else is part of the structure.
 
 A class of a user's registers itself when its first instance is made, when its decorators have run. One that
-JAX knows by then, because its author registered it, stays as it is. Those of the package declare their leaves.
+JAX knows by then, because its author registered it, stays as it is. The package's own declare their leaves.
 """
 
 import contextlib
