@@ -45,6 +45,12 @@ def concatenate(stacks: list[PyTree]) -> PyTree:
     return stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)
 
 
+def padded(stack: PyTree, count: int) -> PyTree:
+    """`count` vectors: those of the stack, and zeros."""
+    missing = count - length(stack)
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), stack)
+
+
 @jax.jit
 def gram(a: PyTree, b: PyTree) -> jax.Array:
     """Inner products a_i · b_j restricted to each leaf; shape (leaves, k, l). Their sum is A Bᵀ."""

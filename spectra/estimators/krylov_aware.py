@@ -50,8 +50,8 @@ GROWTH = 1.5
 """Of the basis between two random vectors, without which F may be too small by chance to end."""
 ROWS = 16
 """The basis is handed to the samples in multiples of this, filled up by zeros: compiled code is shared."""
-CHUNKS = (16, 4, 1)
-"""Samples in one compiled call."""
+CHUNK = 8
+"""Samples in one compiled call; fewer are filled up by zeros, but for their products."""
 
 
 @dataclasses.dataclass
@@ -135,10 +135,9 @@ def krylov(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def step(count):
-        for chunk in CHUNKS:
-            while count >= chunk:
-                parts.append(_samples(run, basis, unit, split.spent + num_samples(), chunk, rest))
-                count -= chunk
+        for start in range(0, count, CHUNK):
+            some = min(CHUNK, count - start)
+            parts.append(_samples(run, basis, unit, split.spent + num_samples(), some, rest))
         values, stderr = result()
         return values[-1], stderr[-1]
 
@@ -204,11 +203,12 @@ def _check_symmetric(run: Run, asymmetry: float, scale: float) -> None:
 
 def _samples(run: Run, basis, unit, first: int, count: int, rest: int):
     """vᵀHv, what it shows of its own variance, and |Hv|² for |v| = 1, of `count` samples, in the unit."""
-    probes = blocks.draw(run.op, run.key, jnp.arange(first, first + count), "normal")
+    probes = blocks.draw(run.op, run.key, jnp.arange(first, first + CHUNK), "normal")
     outside, lengths = project(basis, probes)
-    images = blocks.in_unit(run.products(outside), unit)[0]
+    images = run.products(blocks.rows(outside, 0, count))
+    images = blocks.in_unit(blocks.padded(images, CHUNK), unit)[0]
     dots, squares, residuals = (
-        run.host(jnp.sum(x, axis=0)) for x in complement_forms(basis, outside, images)
+        run.host(jnp.sum(x, axis=0))[:count] for x in complement_forms(basis, outside, images)
     )
-    lengths = run.host(lengths)
+    lengths = run.host(lengths)[:count]
     return rest * dots / lengths, rest * residuals / lengths, squares / lengths
