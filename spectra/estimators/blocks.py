@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from spectra import _tree
-from spectra._stacks import combine, concatenate, gram, inner, length, padded, row_dots, rows, subtract
+from spectra._stacks import combine, concatenate, gram, inner, length, row_dots, rows, subtract
 from spectra.operators.base import LinearOperator
 
 PyTree = Any
