@@ -15,7 +15,7 @@ import numpy as np
 import spectra
 from benchmarks.settings import Goal, Report, Settings, table
 from benchmarks.timing import alternate
-from spectra.operators.diagnose import inner_jaxprs
+from spectra.operators.jaxprs import inner_jaxprs
 
 WIDTH, HEADS = 64, 4
 FORMS = {"plain": jax.nn.dot_product_attention, "spectra.attention": spectra.attention}

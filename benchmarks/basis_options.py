@@ -28,7 +28,7 @@ import numpy as np
 
 import spectra
 from benchmarks import timing
-from spectra import _tree
+from spectra.base import trees
 from spectra.demos import digits
 from spectra.krylov import basis as rows_of
 from spectra.krylov import recurrence
@@ -42,7 +42,7 @@ def orthogonality(op, steps: int, place: str, dtype) -> float:
     """max |Q Q^T - I| of the rows as they are stored, for the first probe."""
     layout, home = place_basis(op, place, dtype)
     with jax.default_device(home):
-        start = _tree.sphere_sample(jax.random.fold_in(KEY, 0), layout.anonymous().structure)
+        start = trees.sphere_sample(jax.random.fold_in(KEY, 0), layout.anonymous().structure)
         state = recurrence.init(layout.anonymous(), start, steps)
     state = recurrence.advance(op.prepare(), layout, state, 0, steps, batched=False, home=home)
     gram = np.asarray(rows_of.gram(state.basis))[:steps, :steps]

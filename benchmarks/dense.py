@@ -57,7 +57,7 @@ def one(method: str, width: str) -> None:
     entries = 1.0
     if method == "spectra":
         import spectra
-        from spectra.operators.dense import _groups
+        from spectra.operators.hessian import _groups
 
         op = spectra.HessianOperator(loss, params, inputs)
         ends = [end - begin for _, _, begin, end in _groups(op)]

@@ -129,7 +129,7 @@ def measure(name: str, params, settings: Settings, report: Report) -> list[str]:
         from jax.experimental.sparse.linalg import lobpcg_standard
 
         start = jax.random.normal(key, (op.size, K))
-        block = jax.jit(lambda op, x: jax.vmap(lambda v: spectra._tree.ravel(op @ v), 1, 1)(x))
+        block = jax.jit(lambda op, x: jax.vmap(lambda v: spectra.base.trees.ravel(op @ v), 1, 1)(x))
         prepared = op.prepare()
         values, vectors, steps = lobpcg_standard(lambda x: block(prepared, x), start, m=30)
         rows["lobpcg_standard, JAX"] = (int(steps) * K, jax_op, values, vectors)

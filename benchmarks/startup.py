@@ -52,7 +52,14 @@ def demo() -> float:
     """Seconds of the command, training, report and picture included."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        command = [sys.executable, "-c", "from spectra.cli import main; main()", "demo", "--out", folder]
+        command = [
+            sys.executable,
+            "-c",
+            "from spectra.cli.commands import main; main()",
+            "demo",
+            "--out",
+            folder,
+        ]
         subprocess.run(command, capture_output=True, check=True, timeout=240)
         return time.perf_counter() - start
 

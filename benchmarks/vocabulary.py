@@ -15,7 +15,7 @@ import optax
 import spectra
 from benchmarks.problems import Decoder
 from benchmarks.settings import Settings
-from spectra._memory import available_bytes
+from spectra.base.host import available_bytes
 
 VOCABULARY, TOKENS = 50257, 512
 LARGE = Decoder(vocabulary=VOCABULARY, width=768, depth=12, heads=12)

@@ -72,7 +72,7 @@ def on_page_content(content, **_):
 
 def _drawn(found: re.Match, names: dict) -> str:
     """A block of the gallery, and under it the picture, whose first line describes it."""
-    from spectra.plotting.gallery import svg
+    from spectra.report.plots.gallery import svg
 
     label, code = found[1], found[2]
     if "ax = " not in code:

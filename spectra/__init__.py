@@ -6,8 +6,7 @@ H = ∇²L(θ), a vector is a pytree like θ, and eigenvalues are in units of th
 """
 
 from spectra import bridge, distributed
-from spectra._attention import attention
-from spectra._errors import (
+from spectra.base.errors import (
     CheckpointError,
     DataError,
     DifferentiationError,
@@ -17,67 +16,55 @@ from spectra._errors import (
     PreemptedError,
     ResultFileError,
     SpectraError,
+    Status,
     StructureError,
 )
-from spectra._status import Status
-from spectra._summary import Summary, summary
 from spectra.bridge import TorchModel, from_torch
-from spectra.checkpoint import Checkpoint
-from spectra.comparison import compare_operators
-from spectra.density import kpm, slq, spectral_density, spectral_distances
-from spectra.estimators import (
-    class_split,
-    condition_number,
-    count_above,
-    diagonal,
-    effective_dimension,
-    frobenius_norm,
-    logdet,
-    loss_slice,
-    model_trace,
-    negative_share,
-    perturbation,
-    population,
-    pruning_deltas,
-    rounding_deltas,
-    trace,
-    trace_of,
-)
-from spectra.io import load, save
+from spectra.density.distance import spectral_distances
+from spectra.density.kpm import kpm
+from spectra.density.slq import slq
+from spectra.density.smoothing import spectral_density
+from spectra.estimators.classes import class_split
+from spectra.estimators.comparison import compare_operators
+from spectra.estimators.condition import condition_number
+from spectra.estimators.counts import count_above, negative_share
+from spectra.estimators.diagonal import diagonal
+from spectra.estimators.frobenius import frobenius_norm
+from spectra.estimators.functions import effective_dimension, logdet, trace_of
+from spectra.estimators.landscape import loss_slice
+from spectra.estimators.perturbation import perturbation, pruning_deltas, rounding_deltas
+from spectra.estimators.population import population
+from spectra.estimators.trace import model_trace, trace
 from spectra.krylov.eigsh import eigsh
 from spectra.krylov.funm import funm
 from spectra.krylov.iteration import LanczosIteration
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
 from spectra.krylov.solve import solve
-from spectra.models import linen_model, nnx_model
+from spectra.models.attention import attention
+from spectra.models.flax import linen_model, nnx_model
+from spectra.models.problem import Problem
 from spectra.operators.base import LinearOperator
 from spectra.operators.classes import class_operators
 from spectra.operators.covariance import GradientCovarianceOperator
-from spectra.operators.dense import dense_hessian
+from spectra.operators.dense import FunctionOperator, MatrixOperator
 from spectra.operators.fisher import FisherOperator
-from spectra.operators.function import FunctionOperator, MatrixOperator
 from spectra.operators.ggn import GGNOperator
-from spectra.operators.hessian import HessianOperator
+from spectra.operators.hessian import HessianOperator, dense_hessian
 from spectra.operators.kfac import EKFACOperator, KFACOperator
 from spectra.operators.preconditioned import PreconditionedOperator
 from spectra.operators.structured import DiagonalOperator, LowRankOperator
 from spectra.operators.tangent_kernel import TangentKernelOperator
 from spectra.operators.vocabulary import VocabularyLoss
-from spectra.page import write_report
-from spectra.plotting import (
-    plot_blocks,
-    plot_cdf,
-    plot_comparison,
-    plot_density,
-    plot_density_over_time,
-    plot_eigenvalues,
-    plot_eigenvector_mass,
-    plot_landscape,
-    plot_style,
-)
-from spectra.problem import Problem
-from spectra.report import SpectrumReport, spectrum
+from spectra.report.files import load, save
+from spectra.report.page import write_report
+from spectra.report.plots.density import plot_comparison, plot_density
+from spectra.report.plots.eigenvalues import plot_cdf, plot_eigenvalues, plot_eigenvector_mass
+from spectra.report.plots.maps import plot_blocks, plot_density_over_time, plot_landscape
+from spectra.report.plots.style import plot_style
+from spectra.report.spectrum import SpectrumReport, spectrum
+from spectra.report.summary import Summary, summary
+from spectra.report.variability import DataVariability, data_variability
 from spectra.results import (
     ClassSplit,
     ConditionNumber,
@@ -104,15 +91,11 @@ from spectra.results import (
     StepQuality,
     Tridiagonal,
 )
-from spectra.training import (
-    SpectrumTracker,
-    critical_sharpness,
-    gradient_noise_scale,
-    gradient_overlap,
-    stable_step,
-    step_quality,
-)
-from spectra.variability import DataVariability, data_variability
+from spectra.runs.checkpoint import Checkpoint
+from spectra.training.noise import gradient_noise_scale
+from spectra.training.sharpness import critical_sharpness
+from spectra.training.steps import gradient_overlap, stable_step, step_quality
+from spectra.training.tracker import SpectrumTracker
 
 __version__ = "0.1.0"
 

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spectra import _tree
-from spectra._errors import DataError, SpectraError, StructureError
-from spectra.data import Shared, as_batch, batch_size, shared_leaves
-from spectra.stream import are_arrays, is_stream
+from spectra.base import trees
+from spectra.base.errors import DataError, SpectraError, StructureError
+from spectra.base.trees import PyTree
+from spectra.operators.batches import Shared, as_batch, batch_size, shared_leaves
+from spectra.operators.streams import are_arrays, is_stream
 
-PyTree = Any
 Partition = Callable[[str, Any], PartitionSpec]
 HEARTBEAT = 30
 """Seconds after which the others end when a process has gone silent; a broken connection shows at once."""
@@ -105,7 +105,7 @@ def shard_params(params: PyTree, mesh: Mesh, partition: Partition | PyTree | Non
     """
 
     def place(path, leaf, spec: Any = None):
-        name = _tree.path_str(path)
+        name = trees.path_str(path)
         if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
             return leaf
         if spec is None:
@@ -123,7 +123,7 @@ def shard_params(params: PyTree, mesh: Mesh, partition: Partition | PyTree | Non
     if jax.tree.structure(partition, is_leaf=_is_spec) != jax.tree.structure(params):
         raise StructureError(
             "partition is a pytree that does not match the parameters: give one PartitionSpec for each of "
-            f"{', '.join(_tree.path_str(path) for path, _ in jax.tree.leaves_with_path(params))}."
+            f"{', '.join(trees.path_str(path) for path, _ in jax.tree.leaves_with_path(params))}."
         )
     return jax.tree.map_with_path(place, params, partition)
 

@@ -15,7 +15,8 @@ import optax
 import pytest
 
 import spectra
-from spectra.operators.base import LinearOperator, operator
+from spectra.operators.base import LinearOperator
+from spectra.operators.pytree import operator
 
 SHARP = pytest.mark.parametrize(
     "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)], indirect=True

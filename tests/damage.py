@@ -28,7 +28,7 @@ import numpy as np
 
 import spectra
 from spectra import bridge
-from spectra.bridge import _schema
+from spectra.bridge import schema
 
 SECONDS = 10.0  # of the processor; ten times that on the clock, which also runs for other processes
 EVENTS = (
@@ -190,7 +190,7 @@ def forge_npz(data: bytes, rng: np.random.Generator) -> bytes:
 
 def forge_lines(data: bytes, rng: np.random.Generator) -> bytes:
     """Lines that are well-formed, with a checksum or without one, and hold something else."""
-    from spectra.io.lines import _line
+    from spectra.report.files import _line
 
     lines = data.splitlines(keepends=True)
     at = int(rng.integers(len(lines)))
@@ -219,7 +219,7 @@ def forge_graph(data: bytes, rng: np.random.Generator) -> bytes:
     else:
         endless(document, rng)
     with contextlib.suppress(TypeError, AttributeError):
-        document["digest"] = _schema.digest(document)
+        document["digest"] = schema.digest(document)
     return json.dumps(document).encode()
 
 

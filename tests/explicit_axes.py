@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import auto_axes, explicit_axes, get_abstract_mesh, reshard
 
 import spectra
-from spectra._mesh import on_automatic_axes
+from spectra.base.meshes import on_automatic_axes
 
 ROWS = P("d", None)
 LAYOUTS = {"often": ["fsdp"], "rarely": ["replicated", "written"]}

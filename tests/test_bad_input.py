@@ -251,7 +251,7 @@ def test_what_is_not_an_operator(call):
 
 
 def test_too_little_memory(monkeypatch):
-    monkeypatch.setattr("spectra._memory.available_bytes", lambda device=None: 10_000)
+    monkeypatch.setattr("spectra.base.host.available_bytes", lambda device=None: 10_000)
     with pytest.raises(spectra.MemoryLimitError, match=r"num_steps=\d+") as info:
         spectra.slq(OP, key=KEY, num_steps=48, num_probes=4)
     assert "KiB" in str(info.value)

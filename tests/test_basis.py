@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from cases import SHARP, slow_but
 
-from spectra import _tree
+from spectra.base import trees
 from spectra.krylov import basis
 from spectra.krylov.layout import Layout
 from spectra.krylov.orthogonalize import REPEAT, orthogonalize
-from spectra.operators.diagnose import _equations
+from spectra.operators.jaxprs import _equations
 
 SHAPES = {"scalar": (), "row": (5,), "matrix": (4, 6), "kernel": (3, 3, 2, 4), "same size": (6, 4)}
 
@@ -22,7 +22,7 @@ SHAPES = {"scalar": (), "row": (5,), "matrix": (4, 6), "kernel": (3, 3, 2, 4), "
 def test_every_leaf_is_drawn_with_a_key_of_its_own(distribution, dtype):
     structure = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in SHAPES.items()}
     key = jax.random.key(3)
-    drawn = _tree.sample(key, structure, distribution)
+    drawn = trees.sample(key, structure, distribution)
     for i, name in enumerate(sorted(SHAPES)):
         expected = distribution(jax.random.fold_in(key, i), SHAPES[name], dtype)
         assert drawn[name].dtype == dtype

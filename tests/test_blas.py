@@ -10,8 +10,8 @@ from cases import slow_but
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import spectra
-from spectra import _blas
-from spectra._blas import one_thread
+from spectra.base import host
+from spectra.base.host import one_thread
 from spectra.krylov import dense
 
 
@@ -84,9 +84,9 @@ def test_methods_use_it_between_their_products(name, monkeypatch):
             limited.append(limits)
             return pools.limit(**limits)
 
-    pools = _blas._pools()
+    pools = host._pools()
     monkeypatch.setattr(dense, "LARGEST", 50)
-    monkeypatch.setattr(_blas, "_pools", Pools)
+    monkeypatch.setattr(host, "_pools", Pools)
 
     def product(v):
         seen.append(threads())

@@ -14,7 +14,7 @@ from networks import LOSSES, Network, cross_entropy, model_fn
 from programs import OPTIMISED
 
 import spectra
-from spectra import _paths, _tree
+from spectra.base import paths, trees
 
 SPLIT = {"A": slice(0, 9), "B": slice(9, 15), "c": slice(15, 18)}
 
@@ -46,7 +46,7 @@ KINDS = {
         loss_fn, params, data, centered=True
     ),
     "sum": lambda params, data: 2.0 * hessian(params, data) - ggn(params, data).shift(0.5),
-    "function": lambda params, data: spectra.FunctionOperator(lambda v: _tree.scale(3.0, v), params),
+    "function": lambda params, data: spectra.FunctionOperator(lambda v: trees.scale(3.0, v), params),
 }
 
 
@@ -108,27 +108,27 @@ def test_selection_by_glob_regex_and_predicate():
 
 def test_names_of_leaves_and_layers():
     tree = {"a": {"kernel": 1.0, "bias": 2.0}, "b": [3.0, {"w": 4.0}], "fc1.weight": 5.0, "fc1.bias": 6.0}
-    assert _paths.leaf_paths(tree) == ["a/bias", "a/kernel", "b/0", "b/1/w", "fc1.bias", "fc1.weight"]
-    assert list(_paths.group_leaves(tree, "layer")) == ["a", "b", "b/1", "fc1"]
-    assert list(_paths.group_leaves(jnp.ones(3), "leaf")) == ["<root>"]
-    assert _paths.select_leaves(tree, "b") == (2, 3)
-    assert _paths.select_leaves(tree, "fc1") == (4, 5)
+    assert paths.leaf_paths(tree) == ["a/bias", "a/kernel", "b/0", "b/1/w", "fc1.bias", "fc1.weight"]
+    assert list(paths.group_leaves(tree, "layer")) == ["a", "b", "b/1", "fc1"]
+    assert list(paths.group_leaves(jnp.ones(3), "leaf")) == ["<root>"]
+    assert paths.select_leaves(tree, "b") == (2, 3)
+    assert paths.select_leaves(tree, "fc1") == (4, 5)
 
 
 def test_boxes_of_flax_are_no_part_of_a_name():
     from flax import linen, nnx
 
     _, params = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-    assert _paths.leaf_paths(params) == ["bias", "kernel"]
-    assert _paths.leaf_paths({"params": params, "scale": 1.0}) == ["params/bias", "params/kernel", "scale"]
-    assert _paths.leaf_paths({"value": 1.0, "other": {"value": 2.0}}) == ["other/value", "value"]
+    assert paths.leaf_paths(params) == ["bias", "kernel"]
+    assert paths.leaf_paths({"params": params, "scale": 1.0}) == ["params/bias", "params/kernel", "scale"]
+    assert paths.leaf_paths({"value": 1.0, "other": {"value": 2.0}}) == ["other/value", "value"]
     boxed = {"kernel": linen.Partitioned(jnp.ones((2, 3)), (None, "model")), "bias": jnp.ones(3)}
     tree = {"Dense_0": boxed, "Dense_1": {"kernel": linen.LogicallyPartitioned(jnp.ones(2), ("model",))}}
     for same in (tree, linen.meta.unbox(tree)):
-        assert _paths.leaf_paths(same) == ["Dense_0/bias", "Dense_0/kernel", "Dense_1/kernel"]
-        assert _paths.group_leaves(same, "layer") == {"Dense_0": (0, 1), "Dense_1": (2,)}
-    kept = _tree.keep_leaves(tree, (0, 2))
-    assert _paths.leaf_paths(kept) == ["Dense_0/bias", "Dense_1/kernel"]
+        assert paths.leaf_paths(same) == ["Dense_0/bias", "Dense_0/kernel", "Dense_1/kernel"]
+        assert paths.group_leaves(same, "layer") == {"Dense_0": (0, 1), "Dense_1": (2,)}
+    kept = trees.keep_leaves(tree, (0, 2))
+    assert paths.leaf_paths(kept) == ["Dense_0/bias", "Dense_1/kernel"]
 
 
 # (tree, names of its leaves, names of its layers); the leaves of each count upwards in tree order.
@@ -142,12 +142,12 @@ ALIKE = [
 
 @pytest.mark.parametrize(("tree", "names", "layers"), ALIKE)
 def test_paths_that_read_alike_are_told_apart(tree, names, layers):
-    found = _paths.leaf_paths(tree)
+    found = paths.leaf_paths(tree)
     assert found == (names or ["net/w", "net/~/linear/b", "net/~/linear/w"])
-    assert list(_paths.group_leaves(tree, "layer")) == layers
-    assert sum(map(len, _paths.group_leaves(tree, "layer").values())) == len(found)
+    assert list(paths.group_leaves(tree, "layer")) == layers
+    assert sum(map(len, paths.group_leaves(tree, "layer").values())) == len(found)
     for index, name in enumerate(found):
-        assert _paths.select_leaves(tree, name) == (index,)
+        assert paths.select_leaves(tree, name) == (index,)
 
 
 def scanned_loss(params, x):

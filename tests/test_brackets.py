@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from spectra import _brackets
-from spectra._quadrature import gauss_rule
-from spectra._status import Status
+from spectra.base.errors import Status
+from spectra.quadrature import brackets
+from spectra.quadrature.rules import gauss_rule
 from spectra.results import Quadrature
 
 
@@ -64,7 +64,7 @@ def test_the_bracket_holds_at_every_point_and_is_narrower_than_whole_weights(nam
         floor = 64 * q.noise_floor  # the exact values of the diagonal matrix are the truth; nodes round
         inside = np.linspace(values[0] - 0.1, values[-1] + 0.1, 200)
         x = np.sort(np.concatenate([values - floor, values + floor, inside, q.nodes[0] + floor]))
-        lower, middle, upper = _brackets.bracket(q, x, q.noise_floor)
+        lower, middle, upper = brackets.bracket(q, x, q.noise_floor)
         truth = distribution(values, masses, x)
         assert (lower <= truth + 1e-14).all()
         assert (truth <= upper + 1e-14).all()
@@ -73,7 +73,7 @@ def test_the_bracket_holds_at_every_point_and_is_narrower_than_whole_weights(nam
         sums = np.append(0.0, np.cumsum(q.weights[0]))
         left = np.searchsorted(q.nodes[0], inside, side="right")
         whole = sums[np.minimum(left + 1, steps)] - sums[np.maximum(left - 1, 0)]
-        lower, _, upper = _brackets.bracket(q, inside, q.noise_floor)
+        lower, _, upper = brackets.bracket(q, inside, q.noise_floor)
         assert np.mean(upper - lower) <= 0.7 * np.mean(whole)
 
 
@@ -81,18 +81,18 @@ def test_the_bracket_holds_at_every_point_and_is_narrower_than_whole_weights(nam
 def test_single_points_have_the_narrowest_bracket_and_curves_come_near(name):
     """The narrowest: the mass at x, and all left of it, belong to a measure with the same coefficients."""
     _, _, q = measure(name, 12)
-    ((nodes, weights, residuals),) = _brackets.rules(q)
+    ((nodes, weights, residuals),) = brackets.rules(q)
     x = np.linspace(*q.range, 44)[1:-1]
-    curve = _brackets.bracket(q, x, q.noise_floor)
+    curve = brackets.bracket(q, x, q.noise_floor)
     narrowest = []
     for i, point in enumerate(x):
-        theta, masses = _brackets.gauss_radau(nodes, weights, residuals, point)
+        theta, masses = brackets.gauss_radau(nodes, weights, residuals, point)
         for power in range(2 * 12 - 1):  # the measure has the moments of the rule
             scale = np.abs(theta).max() ** power
             assert abs(masses @ theta**power - weights @ nodes**power) <= 1e-10 * scale
         at = np.abs(theta - point).argmin()
         assert theta[at] == pytest.approx(point, abs=1e-10 * np.abs(theta).max())
-        low, _, high = _brackets.bracket(q, point, q.noise_floor)
+        low, _, high = brackets.bracket(q, point, q.noise_floor)
         assert low == pytest.approx(masses[:at].sum(), abs=1e-6)
         assert high == pytest.approx(masses[: at + 1].sum(), abs=1e-6)
         assert curve[0][i] <= low + 1e-6
@@ -103,10 +103,10 @@ def test_single_points_have_the_narrowest_bracket_and_curves_come_near(name):
 
 def test_beyond_all_nodes_and_for_a_single_node_nothing_is_in_doubt_that_need_not_be():
     values, _, q = measure("uniform", 12)
-    lower, _, upper = _brackets.bracket(q, np.array([values[0] - 9, values[-1] + 9]), q.noise_floor)
+    lower, _, upper = brackets.bracket(q, np.array([values[0] - 9, values[-1] + 9]), q.noise_floor)
     assert lower[0] == 0.0
     assert upper[1] == 1.0
     _, _, one = measure("uniform", 1)
-    lower, middle, upper = _brackets.bracket(one, np.linspace(-2, 2, 9), one.noise_floor)
+    lower, middle, upper = brackets.bracket(one, np.linspace(-2, 2, 9), one.noise_floor)
     assert (lower <= middle).all()
     assert (middle <= upper).all()

@@ -572,7 +572,15 @@ def problem():
     params = {"w": draw(16, 32), "b": draw(32), "v": draw(32, 8)}
     return spectra.Problem(loss_fn, params, (draw(67, 16), draw(67, 8)), name="small")
 """
-COMMAND = [sys.executable, "-c", "from spectra.cli import main; main()", "run", "problem.py", "--probes", "2"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "from spectra.cli.commands import main; main()",
+    "run",
+    "problem.py",
+    "--probes",
+    "2",
+]
 
 
 def shell(folder, *options, devices=1):

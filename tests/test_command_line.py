@@ -17,8 +17,8 @@ from test_damage import report, results
 from typer.testing import CliRunner
 
 import spectra
-from spectra import _place, _scripts, cli
-from spectra._progress import Lines, Progress
+from spectra.base.progress import Lines, Progress
+from spectra.cli import commands, output, scripts
 
 ROOT = Path(spectra.__file__).parents[1]
 PROBLEM = """
@@ -50,7 +50,7 @@ def problem(tmp_path, monkeypatch):
         file.computed.append(1)
         return report()
 
-    monkeypatch.setattr("spectra.report.spectrum", spectrum)
+    monkeypatch.setattr("spectra.report.spectrum.spectrum", spectrum)
     return file
 
 
@@ -67,7 +67,7 @@ def _imports(monkeypatch):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
 
 
 def names(folder):
@@ -89,14 +89,14 @@ def test_a_second_run_keeps_the_first_ones_result(problem, tmp_path):
 
 def test_a_result_that_appears_meanwhile_is_kept_too(problem, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    save = _place.save
+    save = output.save
 
     def late(result, path, **options):
         if not out.joinpath("spectrum.npz").exists():
             (out / "spectrum.npz").write_text("of another process")
         return save(result, path, **options)
 
-    monkeypatch.setattr(_place, "save", late)
+    monkeypatch.setattr(output, "save", late)
     assert invoke("run", problem, "--out", out).exit_code == 0
     assert names(out) == ["spectrum-2.npz", "spectrum-2.png", "spectrum.npz"]
     assert (out / "spectrum.npz").read_text() == "of another process"
@@ -129,22 +129,22 @@ def test_a_place_that_cannot_be_written_is_known_before_anything_is_computed(
 def test_a_result_that_cannot_be_written_is_printed_and_kept_elsewhere(problem, tmp_path, monkeypatch):
     out, second = tmp_path / "out", tmp_path / "second"
     second.mkdir()
-    save = _place.save
+    save = output.save
 
     def full(result, path, **options):
         if path.parent == out:
             raise OSError(28, "No space left on device")
         return save(result, path, **options)
 
-    monkeypatch.setattr(_place, "save", full)
+    monkeypatch.setattr(output, "save", full)
     monkeypatch.setattr(tempfile, "tempdir", str(second))
     done = invoke("run", problem, "--out", out)
     assert "largest eigenvalue" in done.output
-    assert isinstance(done.exception, _place.ResultElsewhereError)
+    assert isinstance(done.exception, output.ResultElsewhereError)
     (kept,) = second.rglob("*.npz")
     assert f"kept in '{kept}'" in str(done.exception)
     assert repr(spectra.load(kept)) == repr(report())
-    monkeypatch.setattr(_place, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(output, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
     done = invoke("run", problem, "--out", out)
     assert "largest eigenvalue" in done.output
     assert "and nowhere else" in str(done.exception)
@@ -155,14 +155,14 @@ def test_a_picture_that_cannot_be_written_costs_no_result(problem, tmp_path, mon
         "matplotlib.figure.Figure.savefig", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
     )
     done = invoke("run", problem, "--out", tmp_path / "out")
-    assert isinstance(done.exception, _place.ResultElsewhereError)
+    assert isinstance(done.exception, output.ResultElsewhereError)
     assert "largest eigenvalue" in done.output
     assert names(tmp_path / "out") == ["spectrum.npz"]
 
 
 def shell(folder, *arguments):
     """The command in a process of its own, which sees no file of the folder by itself."""
-    code = "from spectra.cli import main; main()"
+    code = "from spectra.cli.commands import main; main()"
     return subprocess.run(
         [sys.executable, "-P", "-c", code, *map(str, arguments)],
         cwd=folder,
@@ -197,13 +197,13 @@ def test_files_beside_a_problem_hide_no_module_and_are_found_by_it(tmp_path, mon
         "def problem():\n"
         "    return copy.deepcopy(random.random), package_of_another.X, mine.X\n"
     )
-    function = _scripts.function_of(file, "problem", "a problem")
+    function = scripts.function_of(file, "problem", "a problem")
     assert callable(function()[0])
     assert function()[1:] == ("installed", ("installed", 3))
     for name in ("datasets", "mine", "package_of_another"):
         sys.modules.pop(name)
     file.write_text("import mine, package_of_another\ndef problem():\n    return mine.X\n")
-    assert _scripts.function_of(file, "problem", "a problem")() == ("mine", 3)
+    assert scripts.function_of(file, "problem", "a problem")() == ("mine", 3)
     import random
 
     assert random.__file__ != str(file)
@@ -405,7 +405,7 @@ def test_an_interrupted_run_says_how_to_resume(problem, tmp_path, monkeypatch, s
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_analyse", interrupt)
+    monkeypatch.setattr(commands, "_analyse", interrupt)
     options = ("--checkpoint", tmp_path / "saved") if saved else ()
     done = invoke("run", problem, "-o", tmp_path / "out", *options)
     assert done.exit_code == 130

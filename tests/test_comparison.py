@@ -71,7 +71,8 @@ class TestIntervals:
         one, other = spectra.MatrixOperator(a), spectra.MatrixOperator(b)
         value = truth(A, B)[0]
         found = [
-            spectra.comparison._norms(one, other, jax.random.key(i), 16, 0.95)[0] for i in range(self.KEYS)
+            spectra.estimators.comparison._norms(one, other, jax.random.key(i), 16, 0.95)[0]
+            for i in range(self.KEYS)
         ]
         held = np.mean([low <= value <= high for low, _, high in found])
         # a linearised ratio of 16 probes: within 0.05 of the rate, and 4 deviations of 200 keys beside

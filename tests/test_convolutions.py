@@ -7,8 +7,8 @@ import pytest
 from cases import slow_but
 
 import spectra
-from spectra.krylov import dense, smallest
-from spectra.operators import stepwise
+from spectra.krylov import chebyshev, dense
+from spectra.operators import arithmetic
 
 KEY = jax.random.key(5)
 
@@ -45,28 +45,28 @@ ESTIMATES = {
 
 @pytest.mark.parametrize("name", slow_but(ESTIMATES, "exact", "hutchinson", "lanczos", "slq"))
 def test_products_are_called_one_by_one_and_give_the_same(name, monkeypatch, x64):
-    calls, original = [], stepwise.product
+    calls, original = [], arithmetic.product
 
     def counted(op, v):
         calls.append(isinstance(v["bias"], jax.core.Tracer))
         return original(op, v)
 
     monkeypatch.setattr(dense, "LARGEST", 0)
-    monkeypatch.setattr(stepwise, "product", counted)
+    monkeypatch.setattr(arithmetic, "product", counted)
     apart = np.asarray(ESTIMATES[name](operator()))
     assert calls
     assert not any(calls)  # none inside of a program
-    monkeypatch.setattr(stepwise, "slow_in_loops", lambda op: False)
+    monkeypatch.setattr(arithmetic, "slow_in_loops", lambda op: False)
     together = np.asarray(ESTIMATES[name](operator()))
     # The same products up to the order of sums: n roundings of |H|; the filter of "smallest" raises them.
     size = np.abs(np.linalg.eigvalsh(operator().as_matrix())).max()
-    tol = 36 * np.finfo(float).eps * (smallest.GROWTH if name == "smallest" else 1)
+    tol = 36 * np.finfo(float).eps * (chebyshev.GROWTH if name == "smallest" else 1)
     np.testing.assert_allclose(apart, together, rtol=0, atol=tol * max(size, np.abs(together).max()))
 
 
 def test_other_operators_stay_in_loops():
     op = spectra.MatrixOperator(jnp.eye(4))
-    assert stepwise.outside_loops(op) is op
+    assert arithmetic.outside_loops(op) is op
 
 
 def test_bad_values_are_named_through_it():

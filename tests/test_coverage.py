@@ -15,7 +15,7 @@ from cases import planted
 from scipy.stats import t as student
 
 import spectra
-from spectra.report import trace_estimate
+from spectra.report.spectrum import trace_estimate
 
 N, KEYS = 60, 400
 RNG = np.random.default_rng(0)

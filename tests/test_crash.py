@@ -14,7 +14,7 @@ from test_checkpoint import KEY, OPTIONS, SCRIPT, STREAM, operator
 from test_distributed import finish, processes
 
 import spectra
-from spectra import cli
+from spectra.cli import commands
 from spectra.density import run as density_run
 from spectra.krylov import recurrence
 from spectra.runs import saver
@@ -86,7 +86,7 @@ def test_a_signal_before_the_first_product_is_answered_in_words(number, code, mo
     monkeypatch.setattr(sys, "argv", [*command, "--checkpoint", str(tmp_path / "saved")])
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        commands.main()
     assert ended.value.code == code
     said = capsys.readouterr().err
     assert f"({number.name}) and did, before its first product" in said
@@ -102,7 +102,7 @@ KINDS = {  # what the command is given besides, and what the problem is
 }
 SIGNALS = {signal.SIGKILL: 10, signal.SIGTERM: 5, signal.SIGINT: 5}
 CODES = {signal.SIGKILL: {-9}, signal.SIGTERM: {75, 0}, signal.SIGINT: {130, 0}}
-COMMAND = [sys.executable, "-c", "from spectra.cli import main; main()", "run", "problem.py"]
+COMMAND = [sys.executable, "-c", "from spectra.cli.commands import main; main()", "run", "problem.py"]
 
 
 @pytest.mark.slow  # 40 kills, 20 terminations, 20 interrupts

@@ -133,7 +133,7 @@ def test_sampled_fisher_is_unbiased(name):
     def dense(key):
         op = FisherOperator(model_fn, LOSSES[name], net.params(), data, kind="mc", key=key)
         return jax.vmap(op.mv)(
-            jax.vmap(lambda row: spectra._tree.unravel(row, op.structure))(jnp.eye(op.size))
+            jax.vmap(lambda row: spectra.base.trees.unravel(row, op.structure))(jnp.eye(op.size))
         )
 
     samples = [dense(key) for key in jax.random.split(jax.random.key(0), 400)]

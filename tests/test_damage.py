@@ -14,8 +14,8 @@ from test_pictures import density, history, pairs, plane, quadrature
 
 import spectra
 from spectra import Interval, Status, bridge
-from spectra.io.encode import CLASSES
-from spectra.io.fields import _RULES
+from spectra.report.encode import CLASSES
+from spectra.report.fields import _RULES
 
 ROOT = Path(spectra.__file__).parents[1]
 
@@ -105,7 +105,7 @@ def sound(tmp_path_factory):
         (folder / kind).mkdir()
     for name, result in results().items():
         spectra.save(result, folder / "npz" / name)
-    file = spectra.io.lines.HistoryFile(folder / "jsonl" / "run.jsonl", {"name": "H", "seconds": 1.0})
+    file = spectra.report.files.HistoryFile(folder / "jsonl" / "run.jsonl", {"name": "H", "seconds": 1.0})
     for snapshot in history(4):
         file.add(snapshot)
     file.skip(9)

@@ -12,7 +12,7 @@ from cases import Ridge, relative_error, ridge_count, ridge_loss
 
 import spectra
 from spectra import DataError
-from spectra.estimators import differences
+from spectra.report import variability
 
 CUTS = {"equal": (4, 8), "unequal": (1, 9), "a batch each": tuple(range(1, 12))}
 
@@ -265,10 +265,10 @@ def test_the_spread_of_traces_lies_in_its_interval(name, x64):
     exact = np.std([np.trace(a) for a in matrices], ddof=1)
     ops = [spectra.MatrixOperator(jnp.asarray(a)) for a in matrices]
     # 400 keys of 20 probes each: probes are independent, so one call draws them all.
-    samples = differences._samples(ops, jax.random.key(0), 8000, 8000, exact=False)
+    samples = variability._samples(ops, jax.random.key(0), 8000, 8000, exact=False)
     parts = zip(*(np.split(x, 400) for x in samples), strict=True)
     found = [
-        differences.summary(differences.Samples(*part), 24, 2.2e-16, exact=False, level=0.95)
+        variability.summary(variability.Samples(*part), 24, 2.2e-16, exact=False, level=0.95)
         for part in parts
     ]
     low, middle, high = np.array(found).T
@@ -283,7 +283,7 @@ def test_the_spread_of_traces_is_exact_where_probes_span_the_space():
     matrices = subsets_of_a_few_outliers()
     exact = np.std([np.trace(a) for a in matrices], ddof=1)
     ops = [spectra.MatrixOperator(jnp.asarray(a, jnp.float32)) for a in matrices]
-    low, middle, high = differences.spread_of_traces(ops, jax.random.key(0), 24, 5)
+    low, middle, high = variability.spread_of_traces(ops, jax.random.key(0), 24, 5)
     # Each of 24 entries of a trace is rounded once, as are the images that are subtracted.
     rounding = float(jnp.finfo(jnp.float32).eps) * 24 * max(np.trace(a) for a in matrices)
     assert middle == pytest.approx(exact, abs=rounding)

@@ -63,7 +63,7 @@ def test_the_band_covers_the_true_cdf_as_often_as_it_says(pairs, num_probes):
 def test_moments_have_no_part_of_the_outliers_variance(pairs):
     trace = ENTRIES.astype(np.float64).sum()
     q = spectra.slq(OP, key=jax.random.key(3), num_steps=STEPS, num_probes=2, deflate=pairs)
-    estimate = spectra.report.trace_estimate(q)
+    estimate = spectra.report.spectrum.trace_estimate(q)
     # Without deflation the standard error is 0.4 of the trace; the bulk alone has 5, and the values of
     # five float32 eigenvalues near 1e4 are good to 1e-2 each.
     assert estimate.stderr < 10

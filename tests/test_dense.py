@@ -10,7 +10,7 @@ from cases import Ridge, relative_error, ridge_count, ridge_loss
 from programs import OPTIMISED
 
 import spectra
-from spectra.operators import dense
+from spectra.operators import hessian
 
 EPS = np.finfo(float).eps
 WIDTHS = (4, 5, 3, 2)
@@ -88,8 +88,8 @@ def test_closed_form(name, streamed, x64):
 def test_chunks_and_groups_change_nothing(monkeypatch, x64):
     params, inputs = problem()
     whole = spectra.dense_hessian(network, params, inputs)
-    monkeypatch.setattr(dense, "CHUNK", 4)  # does not divide the leaves of 20, 15 and 6
-    monkeypatch.setattr(dense, "MAX_GROUPS", 4)  # two leaves to a group
+    monkeypatch.setattr(hessian, "CHUNK", 4)  # does not divide the leaves of 20, 15 and 6
+    monkeypatch.setattr(hessian, "MAX_GROUPS", 4)  # two leaves to a group
     jax.clear_caches()
     split = spectra.dense_hessian(network, params, inputs)
     np.testing.assert_allclose(split, whole, rtol=0, atol=100 * EPS * float(jnp.abs(whole).max()))
@@ -110,7 +110,9 @@ def test_only_blocks_on_and_below_the_diagonal_are_differentiated(x64):
     def flops(function, *args):
         return jax.jit(function).lower(*args).compile(OPTIMISED).cost_analysis()["flops"]
 
-    first, last = (flops(lambda op, i, a=a: dense._column(op, a, a + 1, i), op, jnp.int32(0)) for a in (0, 3))
+    first, last = (
+        flops(lambda op, i, a=a: hessian._column(op, a, a + 1, i), op, jnp.int32(0)) for a in (0, 3)
+    )
     # Columns of the last layer enter and leave the network there: of its 4 layers they pass one.
     assert last < 0.6 * first
 

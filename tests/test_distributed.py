@@ -16,7 +16,7 @@ from test_checkpoint import COMMAND, SCRIPT
 from typer.testing import CliRunner
 
 import spectra
-from spectra import cli
+from spectra.cli import commands
 from spectra.distributed import make_mesh, shard_data, shard_params
 
 
@@ -106,7 +106,7 @@ def alone(tmp_path_factory):
     (folder / "problem.py").write_text(SCRIPT)
     mpl.use("Agg")
     options = ["--probes", "2", "--steps", "12", "--out", str(folder / "alone")]
-    done = CliRunner().invoke(cli.app, ["run", str(folder / "problem.py"), *options])
+    done = CliRunner().invoke(commands.app, ["run", str(folder / "problem.py"), *options])
     assert done.exit_code == 0, done.output
     return quadrature(folder / "alone")
 

@@ -68,7 +68,7 @@ def test_it_can_be_refused_and_forced():
 
 def test_what_does_not_fit_stays_with_lanczos(monkeypatch):
     monkeypatch.setattr(
-        "spectra._memory.available_bytes", lambda device=None: 40_000
+        "spectra.base.host.available_bytes", lambda device=None: 40_000
     )  # 3 n² numbers are 27 kB
     found = spectra.spectrum(OP, key=KEY, num_steps=12, num_probes=4)
     assert found.status is not spectra.Status.EXACT

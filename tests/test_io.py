@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import spectra
-from spectra import _files, _json
-from spectra.io import npz
+from spectra.base import files
+from spectra.report import npz
 from spectra.results import Interval
 
 KEY = jax.random.key(0)
@@ -364,18 +364,18 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     other.write_text("of the user")
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
-    (tmp_path / f"x.npz.{_files._host()}-{ended.pid}-abcd_123.part").write_text("half")
+    (tmp_path / f"x.npz.{files._host()}-{ended.pid}-abcd_123.part").write_text("half")
     old = tmp_path / "x.npzabcd1234.part"  # as earlier versions called theirs
     old.write_text("old")
     assert len(list(tmp_path.iterdir())) == 3
-    with _files.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         assert temporary.exists()
-        _files.sweep(path)  # another save of the same file in this process
+        files.sweep(path)  # another save of the same file in this process
         assert temporary.exists()
         assert sorted(tmp_path.iterdir()) == sorted([other, old, temporary])
         temporary.write_text("whole")
     os.utime(old, (0, 0))
-    _files.sweep(path)
+    files.sweep(path)
     assert sorted(tmp_path.iterdir()) == sorted([other, path])
 
 
@@ -398,12 +398,12 @@ def test_the_memory_of_json_is_bounded_before_it_is_read():
             + b"]"
         )
         tracemalloc.start()
-        kept = _json.parse(value)
+        kept = files.parse(value)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert kept
-        assert peak <= _json.memory_of(value) + 1000
-    with pytest.raises(_json.JsonError, match="would take"):
-        _json.parse(b"[" + b"[]," * 1000 + b"1]", max_bytes=10_000)
-    with pytest.raises(_json.JsonError, match="nested"):
-        _json.parse(b"[" * 100_000)
+        assert peak <= files.memory_of(value) + 1000
+    with pytest.raises(files.JsonError, match="would take"):
+        files.parse(b"[" + b"[]," * 1000 + b"1]", max_bytes=10_000)
+    with pytest.raises(files.JsonError, match="nested"):
+        files.parse(b"[" * 100_000)

@@ -33,7 +33,7 @@ def gauss_newton(model_fn, params, inputs):
 
 def leaf_rows(params):
     """{path: the rows of each leaf in the flat vector}."""
-    names = spectra._paths.leaf_paths(params)
+    names = spectra.base.paths.leaf_paths(params)
     edges = np.cumsum([0] + [leaf.size for leaf in jax.tree.leaves(params)])
     return {name: np.arange(a, b) for name, a, b in zip(names, edges, edges[1:], strict=False)}
 

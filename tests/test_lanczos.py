@@ -8,7 +8,7 @@ from cases import SPECTRA, N, diagonal, laplacian_eigenvalues, negative_laplacia
 from scipy.linalg import eigh_tridiagonal
 
 import spectra
-from spectra.operators.base import operator
+from spectra.operators.pytree import operator
 
 
 def gram_error(result) -> float:

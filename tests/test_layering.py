@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import graphlib
 import inspect
 import subprocess
 import sys
@@ -10,37 +11,29 @@ from pathlib import Path
 import pytest
 
 import spectra
-from spectra.operators.checks import DataOptions
+from spectra.operators.arguments import DataOptions
 
 ROOT = Path(spectra.__file__).parent
 # A module may import from earlier layers, and from its own.
 LAYERS = [
-    {
-        *("_errors", "_status", "_blas", "_memory", "_processes", "_digest", "_files", "_json", "_breakdown"),
-        *("_signals", "_signs", "_progress", "_ratios"),
-    },
-    {"_mesh", "_tree", "_stacks", "_quadrature", "_brackets", "_resolved", "_christoffel", "_copies"},
-    {"_paths"},
+    {"base"},
+    {"quadrature"},
     {"results"},
-    {"data"},
-    {"stream"},
     {"operators"},
     {"distributed"},
-    {"problem", "models", "_attention"},
-    {"checkpoint"},
     {"runs"},
     {"krylov"},
     {"density"},
     {"estimators"},
-    {"report", "_summary", "plotting"},
-    {"variability", "comparison", "bridge"},
-    {"io"},
-    {"training", "page"},
-    {"demos", "_scripts", "_place", "_output"},
+    {"models"},
+    {"bridge"},
+    {"report"},
+    {"training"},
+    {"demos"},
     {"cli"},
 ]
 # Methods of results that need a later layer (`.plot()`, `.save()`, `.basis`) call what it provides: see
-# `spectra.results._base.provides`.
+# `spectra.results.base.provides`.
 
 
 def modules():
@@ -78,6 +71,30 @@ def test_every_layer_names_modules_that_exist():
 def test_imports_flow_one_way(path, unit):
     for name in imports(ast.parse(path.read_text())):
         assert level(name) <= level(unit), f"{path.name} imports the later layer {name}"
+
+
+def needed(node, names):
+    """The modules that one imports, at the top and in functions, without those for types alone."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.ImportFrom) and (child.module or "").partition(".")[0] == "spectra":
+            inner = {f"{child.module}.{alias.name}" for alias in child.names}
+            yield from inner & names
+            if inner - names and child.module in names:
+                yield child.module
+        elif isinstance(child, ast.Import):
+            yield from {alias.name for alias in child.names} & names
+        yield from needed(child, names)
+
+
+def test_no_module_imports_itself_through_others():
+    parts = {path: path.relative_to(ROOT.parent).with_suffix("").parts for path, _ in modules()}
+    names = {path: ".".join(p for p in of if p != "__init__") for path, of in parts.items()}
+    graph = {
+        name: set(needed(ast.parse(path.read_text()), set(names.values()))) for path, name in names.items()
+    }
+    assert len(tuple(graphlib.TopologicalSorter(graph).static_order())) == len(names)  # a circle is an error
 
 
 def test_no_module_needs_a_private_part_of_jax():

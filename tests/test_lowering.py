@@ -22,7 +22,7 @@ import jax, jax.numpy as jnp, spectra
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
-from spectra.operators import compiled
+from spectra.operators import differentiate
 
 mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 every = ("data", "model")

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 import spectra
-from spectra import _brackets, _copies, _signals, _tree
-from spectra._breakdown import breakdown_factor
+from spectra.base import progress, trees
 from spectra.density.extremes import extreme
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import require_fit
-from spectra.operators.deflated import DeflatedOperator
+from spectra.operators.composed import DeflatedOperator
+from spectra.quadrature import brackets
+from spectra.quadrature import copies as _copies
+from spectra.quadrature.copies import breakdown_factor
 
 N, KEY = 200, jax.random.key(0)
 BULK = np.linspace(0.0, 1.0, N - 6)
@@ -42,7 +44,7 @@ def full():
 
 def test_copies_of_an_eigenvalue_are_one_node(bare, full):
     """The first eigenvalues are found several times; each is left once, with its part of the probe."""
-    copies = [theta for theta, _, _ in _brackets.rules(bare)]
+    copies = [theta for theta, _, _ in brackets.rules(bare)]
     for i, theta in enumerate(copies):
         assert np.sum(theta > 99) > 2, "there is something to merge"
         nodes, length = bare.nodes[i], bare.lengths[i]
@@ -76,13 +78,13 @@ def test_the_bracket_holds_for_the_measures_of_the_probes(dtype, values):
     with jax.enable_x64(dtype == "float64"):
         op = spectra.MatrixOperator(jnp.asarray(np.diag(values), dtype))
         q = spectra.slq(op, key=KEY, num_steps=150, num_probes=3, basis="none")
-        starts = [_tree.sphere_sample(jax.random.fold_in(KEY, i), op.structure) for i in range(3)]
+        starts = [trees.sphere_sample(jax.random.fold_in(KEY, i), op.structure) for i in range(3)]
         masses = np.asarray(np.stack(starts), np.float64) ** 2
     sums = np.cumsum(masses / masses.sum(axis=1, keepdims=True), axis=1)
     x = np.concatenate([values, (values[1:] + values[:-1]) / 2, q.nodes.ravel()])
     slack = 4 * np.finfo(dtype).eps  # of a mass: the vector is rounded, and so is its norm
     for i, measure in enumerate(np.pad(sums, ((0, 0), (1, 0)))):
-        lower, _, upper = _brackets.bracket(_probe(q, i), x, q.noise_floor)
+        lower, _, upper = brackets.bracket(_probe(q, i), x, q.noise_floor)
         below = measure[np.searchsorted(values, x, side="left")]
         upto = measure[np.searchsorted(values, x, side="right")]
         assert np.all(lower <= upto + slack)
@@ -221,7 +223,7 @@ def test_a_killed_run_goes_on_and_its_checkpoint_is_two_vectors(tmp_path, bare):
     saved = spectra.Checkpoint(folder, steps=1, minutes=0)
     with pytest.MonkeyPatch.context() as patch:
         calls = iter([0] * 12 + [15] * 1000)
-        patch.setattr(_signals, "pending", lambda: next(calls))
+        patch.setattr(progress, "pending", lambda: next(calls))
         with pytest.raises(spectra.PreemptedError):
             spectra.slq(op, checkpoint=saved, **options)
     names = [path.name for path in folder.glob("probe-*")]

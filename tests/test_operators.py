@@ -7,7 +7,7 @@ import pytest
 from cases import OPERATORS, SHARP, SPECTRA, Ridge, planted, relative_error
 
 import spectra
-from spectra import _tree
+from spectra.base import trees
 
 
 def tolerance(op) -> float:
@@ -48,7 +48,7 @@ def test_prepared_and_batched_products_equal_the_plain_product(name, x64):
     op, dense = OPERATORS[name]()
     structure = op.structure
     rows = np.asarray(jax.random.normal(jax.random.key(3), (3, op.size), op.dtype))
-    vectors = [_tree.unravel(row, structure) for row in rows]
+    vectors = [trees.unravel(row, structure) for row in rows]
     batched = op.prepare().mv_batch(jax.tree.map(lambda *leaves: np.stack(leaves), *vectors))
     for i, vector in enumerate(vectors):
         product = op @ vector

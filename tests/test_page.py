@@ -21,8 +21,8 @@ from test_pictures import density, history, pairs, plane, quadrature
 from typer.testing import CliRunner
 
 import spectra
-from spectra import cli
-from spectra.page.reading import SCRIPT
+from spectra.cli import commands as cli
+from spectra.report.reading import SCRIPT
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" http://example.com/a.js"
 

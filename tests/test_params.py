@@ -10,7 +10,7 @@ from cases import relative_error
 from flax import linen, nnx
 
 import spectra
-from spectra import _tree
+from spectra.base import trees
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
@@ -260,9 +260,9 @@ def test_a_python_number_that_may_be_meant_to_vary_is_refused():
 
 
 def test_static_parts_tell_compiled_code_apart():
-    assert len({_tree.Static(1), _tree.Static(1), _tree.Static(1.0)}) == 2
-    unhashable = _tree.Static([1])
-    assert len({unhashable, unhashable, _tree.Static([1])}) == 2
+    assert len({trees.Static(1), trees.Static(1), trees.Static(1.0)}) == 2
+    unhashable = trees.Static([1])
+    assert len({unhashable, unhashable, trees.Static([1])}) == 2
 
 
 def test_many_leaves_are_one_operator():

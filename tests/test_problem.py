@@ -10,7 +10,7 @@ from networks import Network, cross_entropy, model_fn
 from typer.testing import CliRunner
 
 import spectra
-from spectra import cli
+from spectra.cli import commands
 
 PROBLEM = """
 import jax, jax.numpy as jnp
@@ -41,7 +41,9 @@ def run(tmp_path):
     out = tmp_path / "out"
 
     def run(*options):
-        done = CliRunner().invoke(cli.app, ["run", str(file), "--probes", "2", "--out", str(out), *options])
+        done = CliRunner().invoke(
+            commands.app, ["run", str(file), "--probes", "2", "--out", str(out), *options]
+        )
         return done, out
 
     return run
@@ -91,10 +93,10 @@ def test_all_blocks_from_the_shell(run):
     assert (out / "spectrum.png").stat().st_size > 0
     results = spectra.load(out / "spectrum.npz")
     assert {name: q.size for name, q in results.items()} == {"hidden": 16, "out": 8}
-    shown = CliRunner().invoke(cli.app, ["show", str(out / "spectrum.npz")])
+    shown = CliRunner().invoke(commands.app, ["show", str(out / "spectrum.npz")])
     assert shown.exit_code == 0
     assert "hidden" in shown.output
-    plotted = CliRunner().invoke(cli.app, ["plot", str(out / "spectrum.npz"), "-o", str(out / "b.pdf")])
+    plotted = CliRunner().invoke(commands.app, ["plot", str(out / "spectrum.npz"), "-o", str(out / "b.pdf")])
     assert plotted.exit_code == 0
     assert (out / "b.pdf").exists()
 

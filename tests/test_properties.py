@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from networks import cross_entropy
 
 import spectra
-from spectra import _tree
+from spectra.base import trees
 
 SHAPES = st.lists(st.integers(1, 3), max_size=3).map(tuple)
 DTYPES = st.sampled_from([jnp.float16, jnp.bfloat16, jnp.float32])
@@ -28,7 +28,7 @@ CLASSES, EXAMPLES = 3, 5
 
 def model_fn(params, x):
     """tanh(x θ) with all parameters in one vector: every leaf matters, none is special."""
-    return jnp.tanh(x @ _tree.ravel(params))
+    return jnp.tanh(x @ trees.ravel(params))
 
 
 def loss_fn(params, batch):
@@ -75,7 +75,7 @@ def symmetric_and_positive_semi_definite(shape, kind, microbatch, seed):
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.standard_normal(leaf[0]), leaf[1]), shape, is_leaf=is_leaf
     )
-    n = _tree.tree_size(params)
+    n = trees.tree_size(params)
     data = (
         jnp.asarray(rng.standard_normal((EXAMPLES, CLASSES, n)), jnp.float32),
         jnp.asarray(rng.integers(0, CLASSES, EXAMPLES)),
@@ -87,7 +87,7 @@ def symmetric_and_positive_semi_definite(shape, kind, microbatch, seed):
     # gradient's square bounds what cancels in a centred covariance.
     scale = max(
         size,
-        np.linalg.norm(np.asarray(_tree.ravel(spectra.HessianOperator(loss_fn, params, data).gradient())))
+        np.linalg.norm(np.asarray(trees.ravel(spectra.HessianOperator(loss_fn, params, data).gradient())))
         ** 2,
     )
     limit = 32 * np.sqrt(n) * np.finfo(np.float32).eps * scale
@@ -106,12 +106,12 @@ def of_a_linear_model(shape, seed):
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.standard_normal(leaf[0]), leaf[1]), shape, is_leaf=is_leaf
     )
-    n = _tree.tree_size(params)
+    n = trees.tree_size(params)
     x = rng.standard_normal((EXAMPLES, CLASSES, n)).astype(np.float32)
     data = (jnp.asarray(x), jnp.asarray(rng.integers(0, CLASSES, EXAMPLES)))
 
     def linear(params, x):
-        return x @ _tree.ravel(params)
+        return x @ trees.ravel(params)
 
     hessian = spectra.HessianOperator(lambda p, b: cross_entropy(linear(p, b[0]), b[1]), params, data)
     ggn = spectra.GGNOperator(linear, cross_entropy, params, data)

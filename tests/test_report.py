@@ -15,7 +15,7 @@ from cases import diagonal, runs_of
 from typer.testing import CliRunner
 
 import spectra
-from spectra import cli
+from spectra.cli import commands
 
 VALUES = np.concatenate([np.linspace(-0.5, 1, 395), [5.0, 10, 20, 40, 80]])
 
@@ -76,7 +76,7 @@ def test_condition_number_is_a_lower_bound(report):
 
 def test_trace_error_is_covered_at_its_rate():
     """|error| < 2 stderr in 95 % of 100 runs; fewer than 88 hits has probability 0.3 %."""
-    estimates = [spectra.report.trace_estimate(q) for q in runs_of(8, short_run(VALUES, 8 * 100))]
+    estimates = [spectra.report.spectrum.trace_estimate(q) for q in runs_of(8, short_run(VALUES, 8 * 100))]
     errors = np.array([estimate.value - VALUES.sum() for estimate in estimates])
     stderr = np.array([estimate.stderr for estimate in estimates])
     assert np.sum(np.abs(errors) < 2 * stderr) >= 88
@@ -153,16 +153,16 @@ def test_command_line_runs_a_problem_shows_and_plots_it(tmp_path):
     file = tmp_path / "quadratic.py"
     file.write_text(PROBLEM)
     runner = CliRunner()
-    done = runner.invoke(cli.app, ["run", str(file), "--steps", "20", "--out", str(tmp_path / "o")])
+    done = runner.invoke(commands.app, ["run", str(file), "--steps", "20", "--out", str(tmp_path / "o")])
     assert done.exit_code == 0, done.output
     report = spectra.load(tmp_path / "o" / "spectrum.npz")
     # H = X² / 30, largest 30; 20 of 30 steps, and the residual interval says how far it converged.
     assert report.largest.lower <= 30.0 <= report.largest.upper + 1
     assert (tmp_path / "o" / "spectrum.png").stat().st_size > 10_000
-    shown = runner.invoke(cli.app, ["show", str(tmp_path / "o" / "spectrum.npz")])
+    shown = runner.invoke(commands.app, ["show", str(tmp_path / "o" / "spectrum.npz")])
     assert "a quadratic" in shown.output
     picture = tmp_path / "density.pdf"
-    plot = runner.invoke(cli.app, ["plot", str(tmp_path / "o" / "spectrum.npz"), "-o", str(picture)])
+    plot = runner.invoke(commands.app, ["plot", str(tmp_path / "o" / "spectrum.npz"), "-o", str(picture)])
     assert plot.exit_code == 0
     assert picture.read_bytes()[:4] == b"%PDF"
 
@@ -182,7 +182,7 @@ def test_command_line_errors_are_one_message(tmp_path, arguments, word):
     (tmp_path / "lacking.py").write_text("x = 1\n")
     (tmp_path / "wrong.py").write_text("def problem():\n    return 1\n")
     done = subprocess.run(
-        [sys.executable, "-c", "from spectra.cli import main; main()", *arguments],
+        [sys.executable, "-c", "from spectra.cli.commands import main; main()", *arguments],
         cwd=tmp_path,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,

@@ -14,7 +14,7 @@ import pytest
 from cases import slow_but
 
 import spectra
-from spectra.report import trace_estimate
+from spectra.report.spectrum import trace_estimate
 
 N, STEPS, PROBES, KEYS = 150, 30, 8, 200
 RNG = np.random.default_rng(99)
@@ -67,7 +67,7 @@ def quadratures(name, keys=KEYS, probes=PROBES, steps=STEPS):
     for a, b, q in zip(alpha, beta, basis, strict=True):
         length = int(np.argmin(np.append(b[:-1] > 1e-13 * np.abs(values).max(), False))) + 1
         b = np.where(np.arange(steps) < length - (length < steps), b, 0)
-        rules.append((*spectra._quadrature.gauss_rule(a, b, length, q @ fixed), length))
+        rules.append((*spectra.quadrature.rules.gauss_rule(a, b, length, q @ fixed), length))
     columns = [np.stack(part).reshape(keys, probes, *np.shape(part[0])) for part in zip(*rules, strict=True)]
     return [
         spectra.Quadrature(

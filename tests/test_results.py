@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import spectra
-from spectra.io.encode import CLASSES
+from spectra.report.encode import CLASSES
 from spectra.results import Named, Result
 
 KEY = jax.random.key(0)

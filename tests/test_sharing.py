@@ -75,7 +75,7 @@ def test_memory_limits_how_many_share(monkeypatch):
     assert held >= DEPTH * ROWS * WIDTH * 4  # tangents of the inputs of the layers, at least
     alone = estimate(op, num_steps=4, num_probes=1, probe_batch=1)
     available = 8 * (alone.basis + alone.vectors)  # half of it is four probes, but for what they hold
-    monkeypatch.setattr("spectra._memory.available_bytes", lambda *_: available)
+    monkeypatch.setattr("spectra.base.host.available_bytes", lambda *_: available)
     assert batch_of(op) == 3
 
 

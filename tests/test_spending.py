@@ -6,8 +6,8 @@ import numpy as np
 from scipy.stats import binom
 
 import spectra
-from spectra import _quadrature
 from spectra.density import spending
+from spectra.quadrature import rules
 
 N = 200
 KEY = jax.random.key(0)
@@ -29,9 +29,9 @@ def open_share(goal):
     """Half of the trace's interval over a goal, and of steps the width of the CDF's bracket."""
 
     def error(q):
-        from spectra.report import trace_estimate
+        from spectra.report.spectrum import trace_estimate
 
-        return trace_estimate(q).stderr / goal + _quadrature.band_width_parts(q, 0.95)[0]
+        return trace_estimate(q).stderr / goal + rules.band_width_parts(q, 0.95)[0]
 
     return error
 

@@ -10,9 +10,9 @@ import pytest
 from scipy.stats import t as student
 
 import spectra
-from spectra.estimators import symmetry
+from spectra.estimators import blocks
 from spectra.estimators.run import GROWTH, adaptive
-from spectra.operators.base import operator
+from spectra.operators.pytree import operator
 
 N = 40
 KEY = jax.random.key(1)
@@ -120,7 +120,7 @@ def test_a_function_spends_one_product_on_a_vector_that_is_no_sign():
         calls.clear()
         got = method(op, key=KEY, method="hutchinson", num_matvecs=8)
         assert got.num_matvecs == 8 == len(calls)
-    assert symmetry.aside(spectra.MatrixOperator(np.eye(N)), "rademacher", 8) == 0
+    assert blocks.aside(spectra.MatrixOperator(np.eye(N)), "rademacher", 8) == 0
 
 
 FIXED: Any = types.SimpleNamespace(tol=0.1)

@@ -11,7 +11,8 @@ from cases import OPERATORS, SHARP, SPECTRA, N, Ridge, planted, slow_but
 from scipy.stats import t as student
 
 import spectra
-from spectra.operators.base import LinearOperator, operator
+from spectra.operators.base import LinearOperator
+from spectra.operators.pytree import operator
 
 KEY = jax.random.key(0)
 METHODS = ("hutchinson", "hutch++", "xtrace", "xnystrace")
@@ -399,7 +400,7 @@ def test_auto_states_its_reason(monkeypatch, x64):
     assert f"n={N} exceeds num_matvecs={BUDGET}" in reason
     assert spectra.trace(large, key=KEY, num_matvecs=3).method == "hutchinson"
     # A sketch would hold 48 vectors of 48 numbers, 18 kB, and half of what is free is 15 kB.
-    monkeypatch.setattr("spectra._memory.available_bytes", lambda device=None: 30_000)
+    monkeypatch.setattr("spectra.base.host.available_bytes", lambda device=None: 30_000)
     scarce = spectra.trace(large, key=KEY, num_matvecs=BUDGET)
     assert scarce.method == "hutchinson"
     assert "KiB" in scarce.reason

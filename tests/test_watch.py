@@ -13,8 +13,8 @@ from test_page import Reader
 from typer.testing import CliRunner
 
 import spectra
-from spectra import cli
-from spectra.page import LivePage, serve
+from spectra.cli import commands
+from spectra.report.live import LivePage, serve
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_it_is_served_to_this_machine_and_to_nobody_else(recorded, tmp_path):
 def test_the_page_is_written_beside_a_finished_run(recorded, tmp_path):
     path, out = tmp_path / "run.jsonl", tmp_path / "page.html"
     path.write_bytes(b"".join(recorded))
-    done = CliRunner().invoke(cli.app, ["watch", str(path), "-o", str(tmp_path / "page"), "--once"])
+    done = CliRunner().invoke(commands.app, ["watch", str(path), "-o", str(tmp_path / "page"), "--once"])
     assert done.exit_code == 0, done.output
     assert "4, steps 0 to 30" in " ".join(Reader(out.read_text()).words)
     page = LivePage([path])
@@ -127,7 +127,7 @@ def test_the_page_is_written_beside_a_finished_run(recorded, tmp_path):
     assert not page.write(out)
     os.utime(path, ns=(0, 0))
     assert page.write(out)
-    refused = CliRunner().invoke(cli.app, ["watch", str(path), "--once"])
+    refused = CliRunner().invoke(commands.app, ["watch", str(path), "--once"])
     assert refused.exit_code == 2
     assert "--out" in refused.output
     with pytest.raises(spectra.SpectraError, match="no file to watch"):

@@ -18,11 +18,11 @@ import spectra
 from benchmarks import problems
 from benchmarks.aot import model
 from benchmarks.aot.hlo import Program
-from spectra.krylov import band_state, recurrence, solve
+from spectra.krylov import band, recurrence, solve
 from spectra.krylov import basis as _basis
 from spectra.krylov.layout import Layout
 from spectra.krylov.orthogonalize import orthogonalize
-from spectra.operators import base, compiled
+from spectra.operators import base, differentiate
 
 REPEATS = 10
 NETWORKS = {"mlp": problems.mlp, "transformer": problems.transformer}  # as they are, on one device
@@ -157,20 +157,20 @@ def _step(s: Setting):
     return recurrence._run_chunk.lower(s.op, s.layout, state, s.counter, s.counter)
 
 
-def _band(s: Setting) -> band_state.BandState:
-    shapes = jax.eval_shape(partial(band_state.empty, s.layout, s.case.steps))
+def _band(s: Setting) -> band.BandState:
+    shapes = jax.eval_shape(partial(band.empty, s.layout, s.case.steps))
     return dataclasses.replace(s.whole(shapes), basis=s.basis)
 
 
 def _chain(s: Setting):
     size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(s.like))
     args = (s.layout, size, _band(s), s.counter, s.counter, s.counter)
-    return band_state.chain.lower(s.op, *args)
+    return band.chain.lower(s.op, *args)
 
 
 def _restart(s: Setting):
     state = _band(s)
-    return band_state.replace.lower(s.layout, state, state.coefficients, state.coefficients, s.counter)
+    return band.replace.lower(s.layout, state, state.coefficients, state.coefficients, s.counter)
 
 
 def _solve(s: Setting):
@@ -186,7 +186,7 @@ def _solve(s: Setting):
 
 PROGRAMS: dict[str, Callable[[Setting], jax.stages.Lowered]] = {
     "orthogonalize": _orthogonalize,
-    "gradient": lambda s: compiled.gradient.lower(s.op),
+    "gradient": lambda s: differentiate.gradient.lower(s.op),
     "product": lambda s: base.product.lower(s.op, s.like),
     "attention": lambda s: base.product.lower(s.op, s.like),
     "products": lambda s: repeated.lower(s.op, s.like),

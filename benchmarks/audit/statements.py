@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 import spectra
 from benchmarks.audit.matrices import Case
-from spectra.report import trace_estimate
+from spectra.report.spectrum import trace_estimate
 
 BUDGETS = (8, 32, 128)
 QUADRATURES = ((12, 2), (30, 8), (100, 8))

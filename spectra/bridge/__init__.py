@@ -6,18 +6,17 @@ joins a model with one of PyTorch's losses. PyTorch is imported by `export`, by 
 `.pt` files, when they are called.
 """
 
-from spectra.bridge._errors import (
+from spectra.bridge.errors import (
     BridgeError,
     FrozenParametersWarning,
     StaticBatchWarning,
     UnsupportedOperatorError,
 )
-from spectra.bridge._export import export, from_torch
-from spectra.bridge._files import load
-from spectra.bridge._flax import to_flax
-from spectra.bridge._model import TorchModel
-from spectra.bridge._objective import Loss, make_loss
-from spectra.bridge._weights import load_weights
+from spectra.bridge.files import export, from_torch, load
+from spectra.bridge.flax import to_flax
+from spectra.bridge.model import TorchModel
+from spectra.bridge.objective import Loss, make_loss
+from spectra.bridge.weights import load_weights
 
 __all__ = [
     "BridgeError",

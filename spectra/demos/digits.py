@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from spectra.problem import Problem
+from spectra.models.problem import Problem
 
 
 class MLP(nn.Module):

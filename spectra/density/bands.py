@@ -24,8 +24,8 @@ import itertools
 
 import numpy as np
 
-from spectra import _quadrature
-from spectra._brackets import Origin, bracket, dropped, rules
+from spectra.quadrature import rules as _quadrature
+from spectra.quadrature.brackets import Origin, bracket, dropped, rules
 
 RELATIVE_WIDTH = 0.05
 """Default kernel width as a share of the distance from zero: an outlier is drawn 5 % wide."""

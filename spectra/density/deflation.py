@@ -1,14 +1,4 @@
-"""Quadratures of an operator of which some eigenpairs are known: atoms, and Lanczos for the rest.
-
-With r eigenpairs (λ_i, x_i) the spectral measure is (1/n) Σ δ(λ_i) + ((n - r)/n) ν, where ν belongs to H on
-the complement of the x_i. A probe that is uniform on the sphere of R^n is uniform on the sphere of the
-complement once it is projected and normalised: for ν all holds that holds for an operator of order n - r,
-the law of a probe's shares among it. The atoms have no sampling variance.
-
-Eigenpairs with residual matrix R couple the two parts: H differs from the deflated operator plus the atoms
-by a matrix of norm |R|, so that no eigenvalue moves by more than |R|, nor by more than |R|² / gap where a
-gap separates the atoms from the rest (Mathias, doi:10.1137/S0895479896298518).
-"""
+"""Quadratures of operators with eigenvalues that are known: some, as atoms beside Lanczos, or all."""
 
 import dataclasses
 from functools import partial
@@ -16,13 +6,15 @@ from functools import partial
 import jax
 import numpy as np
 
-from spectra import _tree
-from spectra._errors import SpectraError
+from spectra.base import trees
+from spectra.base.errors import SpectraError, Status
 from spectra.krylov import basis as _basis
+from spectra.krylov import dense
+from spectra.krylov.dense import matrix_error
 from spectra.krylov.layout import Layout, Panels
 from spectra.krylov.recurrence import LanczosState
-from spectra.operators.base import LinearOperator
-from spectra.operators.deflated import project
+from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.composed import project
 from spectra.results import Eigenpairs, Quadrature
 
 
@@ -32,7 +24,7 @@ def check(op: LinearOperator, pairs: Eigenpairs) -> None:
         raise SpectraError(f"deflate is a {type(pairs).__name__}; pass the result of eigsh.")
     if pairs.size != op.size:
         raise SpectraError(f"deflate has vectors of order {pairs.size}, the operator has {op.size}.")
-    _tree.check_structure(jax.tree.map(lambda x: x[0], pairs.vectors), op.structure, "a vector of deflate")
+    trees.check_structure(jax.tree.map(lambda x: x[0], pairs.vectors), op.structure, "a vector of deflate")
     if not np.all(pairs.converged):
         raise SpectraError(
             f"{int(np.sum(~pairs.converged))} of the eigenpairs to deflate have not converged: their values "
@@ -54,7 +46,7 @@ def _project_panels(layout: Layout, vectors, current: Panels, batched: bool) -> 
         for _ in range(2):
             v = project(vectors, v)
         panels = layout.pack(v)
-        return _tree.scale(1 / _basis.norm(panels), panels)
+        return trees.scale(1 / _basis.norm(panels), panels)
 
     return (jax.vmap(one) if batched else one)(current)
 
@@ -105,3 +97,46 @@ def _coupling(bulk: Quadrature, pairs: Eigenpairs) -> float:
     live = np.arange(bulk.num_steps) < np.asarray(bulk.lengths)[:, None]
     gap = np.abs(np.asarray(bulk.nodes)[live][:, None] - np.asarray(pairs.values)).min() - size
     return min(size, size**2 / gap) if gap > 0 else size
+
+
+def pays(op: LinearOperator, num_steps: int, num_probes: int, tol: float | None) -> bool:
+    """Whether n products, which give the matrix, are no more than a run of Lanczos would take.
+
+    A tolerance can end a run early: then one probe has to reach n. The matrix must fit into memory, and its
+    eigenvalues be a matter of seconds.
+    """
+    products = num_steps * (num_probes if tol is None else 1)
+    return dense.allowed(op, products)
+
+
+def eigenvalues(op: LinearOperator) -> Quadrature:
+    """All eigenvalues from the dense matrix, by LAPACK in float64 on the host: atoms of weight 1/n.
+
+    The noise floor is a bound on what rounding did to the matrix, see `matrix_error`.
+    """
+    require_operator(op)
+    matrix = np.asarray(op.as_matrix(), np.float64)
+    values, n = np.linalg.eigvalsh(matrix), len(matrix)
+    scale = float(np.abs(values).max())
+    return Quadrature(
+        nodes=values[None],
+        weights=np.full((1, n), 1 / n),
+        residuals=np.zeros((1, n)),
+        lengths=np.array([n]),
+        asymmetry=np.array([matrix_error(op, values) / scale if scale else 0.0]),
+        size=n,
+        num_matvecs=n,
+        precision=op.precision,
+        status=Status.EXACT,
+        atoms=values,
+    )
+
+
+def choose(op, exact: bool | None, num_steps: int, num_probes: int, tol: float | None, plain: bool) -> bool:
+    """Whether `spectrum` takes the dense matrix; `plain` runs have asked for nothing of Lanczos' own."""
+    if exact not in (None, True, False):
+        raise SpectraError(f"exact={exact!r}: use True, False, or None for what costs less.")
+    if exact is not None:
+        return exact
+    checked = num_steps >= 1 and num_probes >= 1 and num_steps <= op.size
+    return plain and checked and pays(op, num_steps, num_probes, tol)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from spectra._errors import SpectraError
+from spectra.base.errors import SpectraError
 from spectra.density.smoothing import linear_scale
 from spectra.results import Quadrature, as_quadrature, by_name
 

@@ -1,9 +1,9 @@
-"""What a quadrature says for certain about the ends of a spectrum and about its smallest magnitudes."""
+"""What quadratures say of a spectrum: its ends and smallest magnitudes, and means with sampling error."""
 
 import numpy as np
 
-from spectra._christoffel import Openness, shift
-from spectra._status import Status
+from spectra.base.errors import Status
+from spectra.quadrature.christoffel import Openness, shift
 from spectra.results import Interval, Quadrature
 
 LEVEL = 0.99
@@ -19,8 +19,8 @@ def extreme(quadrature: Quadrature, end: int, *, level: float = LEVEL) -> Interv
     The outermost Ritz value is a Rayleigh quotient: the smallest eigenvalue is not above it and the largest
     not below, but for rounding, which is added. That side is a **bound**. The other side is a **limit that
     holds with probability `level`**: an eigenvalue further out would have shown in the probes, see
-    `spectra._christoffel`. It is infinite where there are too few probes and steps to exclude anything.
-    The estimate is the Ritz value.
+    `spectra.quadrature.christoffel`. It is infinite where there are too few probes and steps to exclude
+    anything. The estimate is the Ritz value.
     """
     sign = 1.0 if end == -1 else -1.0
     nodes = np.asarray(quadrature.nodes, np.float64)
@@ -72,3 +72,29 @@ def condition_lower_bound(quadrature: Quadrature) -> float:
     moved, top = shift(quadrature), max(map(abs, quadrature.range))
     smallest, _ = nonzero_bound(*ritz_pairs([quadrature]), moved, ZERO * moved)
     return max((top - moved) / smallest, 1.0) if top else 1.0
+
+
+def sampling_error(weights: np.ndarray, values: np.ndarray, size: int) -> tuple[float, float | None]:
+    """Standard error of n times the mean of Σ_j w_j f(θ_j) over rows, and its degrees of freedom.
+
+    For v uniform on the sphere Var vᵀf(H)v = 2 (mean g²) / (n + 2) with g = f - mean f, the means over all
+    eigenvalues, which the quadrature estimates. The estimate of mean g² is Σ g_i² χ²_1 / (n k) nearly, whose
+    degrees of freedom are k (Σ g²)² / Σ g⁴ (Satterthwaite): at least k, whatever the spectrum, which an
+    estimate of them from few probes need not be. None where f is constant.
+
+    Args:
+        weights: (k, m), rows sum to one.
+        values: (k, m), f at the nodes.
+        size: n.
+    """
+    k = len(weights)
+    mean = np.sum(weights * values) / k
+    largest = np.max(np.abs(values - mean), initial=0.0, where=weights > 0)
+    if largest == 0:
+        return 0.0, None
+    g = (
+        values - mean
+    ) / largest  # squares of the smallest and of the largest numbers do not under- or overflow
+    square, fourth = (float(np.sum(weights * g**p) / k) for p in (2, 4))
+    stderr = size * largest * np.sqrt(2 * square / (size + 2) / k)
+    return float(stderr), float(max(k, k * size * square**2 / fourth)) if fourth > 0 else float(k)

@@ -2,29 +2,26 @@
 
 import os
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _tree
-from spectra._blas import one_thread
-from spectra._errors import NonFiniteError, NotSymmetricError, SpectraError
-from spectra._mesh import automatic
-from spectra._quadrature import dense
-from spectra._status import Status
-from spectra.checkpoint import Checkpoint
+from spectra.base import trees
+from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError, Status
+from spectra.base.host import one_thread
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
 from spectra.krylov.chebyshev import following
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import VECTORS, choose_batch
+from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.operators.stepwise import outside_loops
+from spectra.quadrature.rules import dense
 from spectra.results import Moments
+from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.watch import watched
-
-PyTree = Any
 
 BOUND_STEPS = 24
 """Lanczos steps that find the ends of the spectrum."""
@@ -95,7 +92,7 @@ def kpm(
         1.0
     """
     require_operator(op)
-    if _tree.is_traced((op, key)):
+    if trees.is_traced((op, key)):
         raise SpectraError("kpm chooses its bounds from values: call outside of jit and vmap, or use slq.")
     if num_moments < 2 or num_probes < 1:
         raise SpectraError(f"num_moments={num_moments} and num_probes={num_probes}: use at least 2 and 1.")
@@ -103,7 +100,7 @@ def kpm(
         raise SpectraError(f"probe_batch={probe_batch} is not between 1 and num_probes={num_probes}.")
     if bounds is not None and not (np.isfinite(bounds).all() and bounds[0] < bounds[1]):
         raise SpectraError(f"bounds={bounds}: use two finite numbers, the smaller one first.")
-    batch = probe_batch or choose_batch(op, VECTORS * _tree.tree_bytes(op.structure), 0, None, num_probes)
+    batch = probe_batch or choose_batch(op, VECTORS * trees.tree_bytes(op.structure), 0, None, num_probes)
     options = {
         "num_moments": num_moments,
         "num_probes": num_probes,
@@ -155,7 +152,7 @@ def _found_bounds(op: LinearOperator, key, journal) -> tuple[float, float, int]:
 def _find_bounds(op: LinearOperator, key) -> tuple[tuple[float, float], int]:
     """Ends of the spectrum from Lanczos without a basis, and its products."""
     steps = min(BOUND_STEPS, op.size)
-    start = _tree.sphere_sample(jax.random.fold_in(key, 2**31 - 2), op.structure)
+    start = trees.sphere_sample(jax.random.fold_in(key, 2**31 - 2), op.structure)
     run = lanczos(op, start, steps, reorthogonalize="none")
     length = int(run.length)
     alpha, beta = (np.asarray(x, np.float64) for x in jax.device_get((run.alpha, run.beta)))
@@ -238,7 +235,7 @@ def _require_symmetric(op: LinearOperator, dots: np.ndarray, size: float) -> Non
 @jax.jit
 def _start(op: LinearOperator, key, indices):
     """(t_-1, t_0) = (anything, v) for each probe."""
-    probes = jax.vmap(lambda i: _tree.sphere_sample(jax.random.fold_in(key, i), op.structure))(indices)
+    probes = jax.vmap(lambda i: trees.sphere_sample(jax.random.fold_in(key, i), op.structure))(indices)
     return jax.tree.map(jnp.zeros_like, probes), probes
 
 
@@ -250,12 +247,12 @@ def _advance(products: PyTree, state, map_, first):
     )
     new = following(image, previous, first)
     pairs = (current, current), (current, new), (previous, new)
-    dots = jnp.stack([jax.vmap(_tree.vdot)(*pair) for pair in pairs])
+    dots = jnp.stack([jax.vmap(trees.vdot)(*pair) for pair in pairs])
     return (current, new), dots
 
 
 _absorb = jax.jit(_advance, donate_argnums=(0,))
-_squares = jax.jit(lambda stack: jax.vmap(_tree.vdot)(stack, stack))
+_squares = jax.jit(lambda stack: jax.vmap(trees.vdot)(stack, stack))
 
 
 @partial(jax.jit, static_argnames="count", donate_argnames="state")

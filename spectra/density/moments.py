@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from spectra._errors import SpectraError
+from spectra.base.errors import SpectraError
 from spectra.density.bands import RELATIVE_WIDTH, ShareLimit, bonferroni, sampling_band
 from spectra.results import Density, Moments
 

@@ -13,16 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra import _processes, _signals
-from spectra.checkpoint import Checkpoint
+from spectra.base import host, progress
+from spectra.base.trees import PyTree
 from spectra.krylov import storage
 from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import LanczosState
 from spectra.operators.base import LinearOperator
-from spectra.runs.identity import describe
+from spectra.runs.checkpoint import Checkpoint, describe
 from spectra.runs.saver import Saver
 
-PyTree = Any
 ARRAYS = {"alpha", "beta", "sketch"}
 """Of a finished probe; the sketch is none that an older version wrote."""
 
@@ -98,7 +97,7 @@ class Recorder(Saver):
 
     def between(self) -> None:
         """Called between probes: raises where the run is to end."""
-        (stop,) = _processes.largest(float(_signals.pending()))
+        (stop,) = host.largest(float(progress.pending()))
         self.end(int(stop), f"after {len(self.rows)} probes" if self.rows else "before its first step")
 
     def after(

@@ -8,16 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra import _copies, _quadrature, _tree
-from spectra._breakdown import invariant_length
-from spectra._progress import Progress
-from spectra._status import Status
+from spectra.base import trees
+from spectra.base.errors import Status
+from spectra.base.progress import Progress
 from spectra.density import deflation
 from spectra.density.recorder import Recorder
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
-from spectra.krylov.sketch import SIZE, sketches
+from spectra.krylov.orthogonalize import SIZE, sketches
 from spectra.operators.accumulate import Passes
+from spectra.quadrature import copies
+from spectra.quadrature import rules as _quadrature
+from spectra.quadrature.copies import invariant_length
 from spectra.results import Quadrature
 from spectra.runs import saver
 
@@ -222,7 +224,7 @@ class ProbeRun:
         if self.keep_basis:
             return found
         resized = (_resized(row, steps) for row in rows)
-        return _copies.merged(found, np.stack([np.stack([row["alpha"], row["beta"]]) for row in resized]))
+        return copies.merged(found, np.stack([np.stack([row["alpha"], row["beta"]]) for row in resized]))
 
     def _invariant_length(self, row: dict[str, Any]) -> int | None:
         numbers = row["alpha"], row["beta"], row["length"]
@@ -241,7 +243,7 @@ class ProbeRun:
 @partial(jax.jit, static_argnames=("layout", "num_steps", "batched", "keep_basis"))
 def _start(layout: Layout, key, indices: jax.Array, num_steps: int, batched: bool, keep_basis: bool = True):
     def one(index):
-        v0 = _tree.sphere_sample(jax.random.fold_in(key, index), layout.structure)
+        v0 = trees.sphere_sample(jax.random.fold_in(key, index), layout.structure)
         return recurrence.init(layout, v0, num_steps, keep_basis=keep_basis)
 
     return (jax.vmap(one) if batched else one)(indices)

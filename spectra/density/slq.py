@@ -10,24 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _quadrature, _signals, _tree
-from spectra._copies import merge_traced, spread
-from spectra._errors import SpectraError
-from spectra._mesh import automatic
-from spectra._progress import Progress
-from spectra._status import Status
-from spectra.checkpoint import Checkpoint
+from spectra.base import progress as _signals
+from spectra.base import trees
+from spectra.base.errors import SpectraError, Status
+from spectra.base.meshes import automatic
+from spectra.base.progress import Progress
 from spectra.density import deflation
 from spectra.density.recorder import Recorder
 from spectra.density.run import ProbeRun
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
+from spectra.krylov.orthogonalize import sketch
 from spectra.krylov.plan import estimate, place_basis, require_fit
-from spectra.krylov.sketch import sketch
+from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
-from spectra.operators.deflated import DeflatedOperator
-from spectra.operators.stepwise import outside_loops
+from spectra.operators.composed import DeflatedOperator
+from spectra.quadrature import rules
+from spectra.quadrature.copies import merge_traced, spread
 from spectra.results import Eigenpairs, Quadrature
+from spectra.runs.checkpoint import Checkpoint
 
 
 @overload
@@ -187,7 +188,7 @@ def _one(
 ) -> Quadrature:
     options = {"probe_batch": probe_batch, "basis": basis, "basis_dtype": basis_dtype}
     plan = estimate(op, num_steps=num_steps, num_probes=num_probes, **options)
-    if _tree.is_traced((op, key)):
+    if trees.is_traced((op, key)):
         if tol is not None or deflate is not None or checkpoint is not None:
             raise SpectraError(
                 "tol=, deflate= and checkpoint= need values, which do not exist inside jit or vmap."
@@ -219,11 +220,11 @@ def _one(
 
 def _adaptive(run: ProbeRun, num_steps: int, num_probes: int, tol: float, batch: int) -> Quadrature:
     """Find the steps with the first probe, then add probes as the sampling part asks for them."""
-    run.add(range(1), num_steps, stop_when=lambda q: _quadrature.band_width_parts(q, 0.95)[0] <= tol / 2)
+    run.add(range(1), num_steps, stop_when=lambda q: rules.band_width_parts(q, 0.95)[0] <= tol / 2)
     steps = run.steps_done
     while (width := run.result().band_width()) > tol and run.num_probes < num_probes:
         # The sampling part falls at least like 1 / sqrt(k): never more probes than that predicts.
-        inner, sampling = _quadrature.band_width_parts(run.result(), 0.95)
+        inner, sampling = rules.band_width_parts(run.result(), 0.95)
         ratio = (sampling / max(tol - inner, tol / 4)) ** 2
         more = int(np.clip(np.ceil(run.num_probes * (ratio - 1)), 1, batch))
         run.add(range(run.num_probes, min(run.num_probes + more, num_probes)), steps)
@@ -237,14 +238,14 @@ def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int
     op = op.prepare()
 
     def run(i, steps):
-        v0 = _tree.sphere_sample(jax.random.fold_in(key, i), layout.structure)
+        v0 = trees.sphere_sample(jax.random.fold_in(key, i), layout.structure)
         state = recurrence.init(layout, v0, steps, keep_basis=keep)
         return recurrence.run(op, layout, state, 0, steps)
 
     def probe(i):
         state = run(i, num_steps)
         rows = sketch(layout, state.basis, key)[:num_steps] if keep else jnp.zeros((num_steps, 0))
-        rule = _quadrature.gauss_rule_traced(state.alpha, state.beta, state.length, rows)
+        rule = rules.gauss_rule_traced(state.alpha, state.beta, state.length, rows)
         theta, weights, residuals, sketched = rule
         asymmetry = state.asymmetry / jnp.where(state.scale > 0, state.scale, 1)
         if keep:

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from spectra._errors import SpectraError
-from spectra._resolved import Parts
+from spectra.base.errors import SpectraError
 from spectra.density import bands
 from spectra.density.bands import RELATIVE_WIDTH, Width
 from spectra.density.moments import moments_density
+from spectra.quadrature.resolved import Parts
 from spectra.results import Density, Moments, Quadrature, as_quadrature
 
 NODES_A_WIDTH = 2.0

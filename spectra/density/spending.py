@@ -21,18 +21,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _quadrature
-from spectra._progress import Progress
-from spectra._status import Status
-from spectra.density import deflation, exact
+from spectra.base.errors import Status
+from spectra.base.progress import Progress
+from spectra.density import deflation
+from spectra.density import deflation as exact
 from spectra.density.run import ProbeRun
 from spectra.krylov import basis as _basis
 from spectra.krylov import dense
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, require_fit
+from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
-from spectra.operators.deflated import DeflatedOperator
-from spectra.operators.stepwise import outside_loops
+from spectra.operators.composed import DeflatedOperator
+from spectra.quadrature import rules
 from spectra.results import Eigenpairs, Quadrature
 
 Error = Callable[[Quadrature], float]
@@ -205,9 +206,9 @@ def _shortened(nodes, weights, residuals, steps: int):
             w = w - rows[: i + 1].T @ (rows[: i + 1] @ w)
         beta[i] = np.linalg.norm(w)
         if beta[i] <= 1e-14 * np.abs(nodes).max():
-            return _quadrature.gauss_rule(alpha[: i + 1], np.append(beta[:i], 0.0), i + 1)
+            return rules.gauss_rule(alpha[: i + 1], np.append(beta[:i], 0.0), i + 1)
         rows[i + 1] = w / beta[i]
-    return _quadrature.gauss_rule(alpha, beta, steps)
+    return rules.gauss_rule(alpha, beta, steps)
 
 
 def _probes_wanted(found: Quadrature, rule, atoms: np.ndarray, error: Error, deflate: bool) -> int | None:
@@ -246,7 +247,7 @@ def _stand_in(found: Quadrature, rule, atoms: np.ndarray, probes: int, deflate: 
 def _pairs(run: ProbeRun, layout: Layout, found: Quadrature) -> Eigenpairs:
     """The converged Ritz pairs of the first probe, with their vectors."""
     row, m = run.rows[0], int(found.lengths[0])
-    vectors = np.linalg.eigh(_quadrature.dense(row["alpha"][:m], row["beta"][: m - 1], np))[1]
+    vectors = np.linalg.eigh(rules.dense(row["alpha"][:m], row["beta"][: m - 1], np))[1]
     at = np.flatnonzero(converged(found))
     assert run.last is not None
     rows = _basis.stack(run.last.basis, layout, 0, m)

@@ -16,9 +16,9 @@ two hold for any f, as far as samples show its variation and its least and large
 
 import numpy as np
 
-from spectra._brackets import gauss_radau, rules
-from spectra._errors import SpectraError
+from spectra.base.errors import SpectraError
 from spectra.density.extremes import LEVEL, extreme
+from spectra.quadrature.brackets import gauss_radau, rules
 from spectra.results import Quadrature
 
 Bounds = tuple[float | None, float | None]

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra._errors import SpectraError
-from spectra._mesh import automatic
-from spectra._status import Status
+from spectra.base.errors import SpectraError, Status
+from spectra.base.meshes import automatic
 from spectra.estimators import blocks
 from spectra.estimators.trace import trace
 from spectra.krylov.eigsh import eigsh

@@ -5,18 +5,17 @@ import dataclasses
 import jax
 import numpy as np
 
-from spectra import _tree
-from spectra._christoffel import Openness
-from spectra._christoffel import shift as shift_of
-from spectra._errors import SpectraError
-from spectra._mesh import automatic
-from spectra._status import Status
+from spectra.base import trees
+from spectra.base.errors import SpectraError, Status
+from spectra.base.meshes import automatic
 from spectra.density import extremes
 from spectra.density.slq import slq
-from spectra.estimators.rounding import relative_change
-from spectra.krylov.dense_solve import matrix_error
+from spectra.estimators.exact import relative_change
+from spectra.krylov.dense import matrix_error
 from spectra.krylov.plan import estimate
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.quadrature.christoffel import Openness
+from spectra.quadrature.christoffel import shift as shift_of
 from spectra.results import ConditionNumber, Interval, LayerConditions, Quadrature
 
 METHODS = ("auto", "dense", "krylov")
@@ -81,8 +80,8 @@ def condition_number(
     * |λ|max is at least the largest |Ritz value|, a Rayleigh quotient.
     * The smallest |λ| that is not zero is at most |θ| + r of any Ritz pair whose [θ - r, θ + r] excludes
       zero: that interval holds an eigenvalue. So `effective` is at least the ratio of the two, always.
-    * No eigenvalue lies where its mass would have shown in the probes (`spectra._christoffel`), but with
-      probability 1e-6: this bounds |λ|max above and the smallest |λ| below, and shows that there are no
+    * No eigenvalue lies where its mass would have shown in the probes (`spectra.quadrature.christoffel`), but
+      with probability 1e-6: this bounds |λ|max above and the smallest |λ| below, and shows that there are no
       zeros where there are none.
 
     Where both sides agree to 1 %, `effective` is a value: `is_lower_bound` is false. If not, a second run of
@@ -130,7 +129,7 @@ def condition_number(
         raise SpectraError(f"shift={shift}: use a finite number.")
     if rank_tol is not None and not 0 <= rank_tol < 1:
         raise SpectraError(f"rank_tol={rank_tol} is relative to |λ|max: use a number in [0, 1), or None.")
-    if _tree.is_traced((op, key)):
+    if trees.is_traced((op, key)):
         raise SpectraError("condition_number counts on the host: call it outside jit and vmap.")
     options = {"num_steps": num_steps, "num_probes": num_probes}
     if per_layer:

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 
-from spectra import _quadrature
-from spectra._quadrature import share_interval
 from spectra.estimators.functions import Source, quadrature_of
+from spectra.quadrature import rules
+from spectra.quadrature.rules import share_interval
 from spectra.results import Estimate, Quadrature
 
 MISTAKEN = 5e-5
@@ -95,9 +95,9 @@ def negative_share(
 
 def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:
     point = np.asarray(x, np.float64)
-    rest, share, known = _quadrature.split(q, point)  # atoms are not sampled
+    rest, share, known = rules.split(q, point)  # atoms are not sampled
     size = rest.size if rest is not None else 0
-    sampled = _quadrature.rest_bracket(q, point)
+    sampled = rules.rest_bracket(q, point)
     widest = float(min(max(0.5, sampled[0]), sampled[2]))
     variance = widest * (1 - widest)
     low, middle, high = (float(share * part + atoms) for part, atoms in zip(sampled, known, strict=True))

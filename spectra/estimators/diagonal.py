@@ -8,21 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _tree
-from spectra._errors import SpectraError
-from spectra._mesh import automatic
-from spectra._paths import leaf_paths
-from spectra._status import Status
-from spectra.checkpoint import Checkpoint
-from spectra.estimators import blocks, exact, leave_one_out, rounding, symmetry
+from spectra.base import trees as _tree
+from spectra.base.errors import SpectraError, Status
+from spectra.base.meshes import automatic
+from spectra.base.paths import leaf_paths
+from spectra.base.trees import PyTree
+from spectra.estimators import blocks, exact, leave_one_out
+from spectra.estimators import blocks as symmetry
+from spectra.estimators import exact as rounding
+from spectra.estimators.low_rank import MIN_SKETCH, Held, SketchRun
 from spectra.estimators.run import Ended, Run, adaptive, begin
-from spectra.estimators.sketch import MIN_SKETCH, Held, SketchRun
 from spectra.estimators.trace import choose
 from spectra.operators.base import LinearOperator
 from spectra.results import Estimate
+from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.watch import watched
 
-PyTree = Any
 METHODS = ("auto", "exact", "hutchinson", "xdiag")
 LEAST = 8
 """Probes of XDiag. Two entries have the same signs in all m of them, but for one factor, with 2^(1-m): what
@@ -50,7 +51,7 @@ def diagonal(
     "hutchinson" is the mean of v ⊙ Hv over random signs, exact for a diagonal H. "xdiag" takes out what
     a sketch of the range explains, every probe being left out of its own sketch: the choice where few
     eigenvalues dominate. "exact" uses n products with unit vectors; its errors are those of rounding, which
-    outside of `jit` are measured (see `spectra.estimators.rounding`). Works inside `jit` and `vmap`.
+    outside of `jit` are measured (see `spectra.estimators.exact`). Works inside `jit` and `vmap`.
 
     The errors rest on the spread of the samples, which for "xdiag" are leave-one-out estimates whose
     covariance and its own error are added (see `spectra.estimators.leave_one_out`), and on rounding. They

@@ -1,5 +1,4 @@
-"""Diagonal entries one by one: n products with unit vectors, in chunks of bounded memory, and one that tells
-whether they are the columns of a symmetric matrix."""
+"""Diagonal entries one by one, and what rounding does to the products that they are made of."""
 
 from functools import partial
 from typing import Any
@@ -9,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _tree
-from spectra.estimators import blocks, symmetry
+from spectra.base import trees
+from spectra.base.trees import PyTree
+from spectra.estimators import blocks
+from spectra.estimators import blocks as symmetry
 from spectra.estimators.run import Run
+from spectra.krylov.wanted import KEY, SAMPLES, change_of_product, multiply
+from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
-
-PyTree = Any
 
 
 def columns(run: Run) -> tuple[jax.Array, jax.Array, Any]:
@@ -33,11 +34,11 @@ def columns(run: Run) -> tuple[jax.Array, jax.Array, Any]:
 
         parts = run.fold(step, None, 0, n, out=(0, 0, 0))[1]
         entries, norms, across = (jnp.concatenate(x) for x in zip(*parts, strict=True))
-    return entries, norms, run.check_columns(across, _tree.ravel(image))
+    return entries, norms, run.check_columns(across, trees.ravel(image))
 
 
 def _unit(op: LinearOperator, i) -> PyTree:
-    return _tree.unravel(jnp.zeros(op.size, op.dtype).at[i].set(1), op.structure)
+    return trees.unravel(jnp.zeros(op.size, op.dtype).at[i].set(1), op.structure)
 
 
 _units = jax.jit(lambda op, indices: jax.vmap(lambda i: _unit(op, i))(indices))
@@ -46,7 +47,7 @@ _units = jax.jit(lambda op, indices: jax.vmap(lambda i: _unit(op, i))(indices))
 @jax.jit
 def _entries(products: PyTree, indices, z: PyTree):
     def one(product, i):
-        return _tree.ravel(product)[i], _tree.norm(product), _tree.vdot(z, product)
+        return trees.ravel(product)[i], trees.norm(product), trees.vdot(z, product)
 
     return jax.vmap(one)(products, indices)
 
@@ -55,6 +56,70 @@ def _entries(products: PyTree, indices, z: PyTree):
 def _columns(op: LinearOperator, z: PyTree, batch: int):
     def one(i):
         product = op.mv(_unit(op, i))
-        return _tree.ravel(product)[i], _tree.norm(product), _tree.vdot(z, product)
+        return trees.ravel(product)[i], trees.norm(product), trees.vdot(z, product)
 
     return lax.map(one, jnp.arange(op.size), batch_size=batch)
+
+
+def moved_products(run: Run) -> list[tuple[PyTree, PyTree, PyTree]]:
+    """(v, H v, (H' - H) v) for `SAMPLES` moved operators H' and vectors of random signs v.
+
+    Empty where an operator does not say what it depends on, as a matrix does not: its entries are what is
+    asked for, and the rounding of its products is their stated precision. Empty as well inside a caller's
+    jit, where it would double the program.
+    """
+    key = jax.random.key(KEY)
+    if run.traced or run.source.moved(key) is None:
+        return []
+    found = []
+    for i in range(SAMPLES):
+        one = jax.random.fold_in(key, i)
+        vectors = blocks.draw(run.op, one, np.arange(1), "rademacher")
+        other = run.source.moved(one)
+        assert other is not None
+        here, there = (blocks.products(op, vectors, 1) for op in (run.op, outside_loops(other.prepare())))
+        vectors, here, there = (jax.tree.map(lambda x: x[0], tree) for tree in (vectors, here, there))
+        found.append((vectors, here, jax.tree.map(lambda x, y: x - y, there, here)))
+    return found
+
+
+def relative_change(op: LinearOperator) -> float:
+    """What |(H' - H) u| / |H u| of one more moved operator stays below at 95 %, u near dominant eigenvectors.
+
+    That is Student's t with the root mean square of `SAMPLES` of them; u = H H v for random signs v. An
+    eigenvalue moves by |H' - H| at most (Weyl), of which this is what the extreme ones feel. 0 where the
+    operator does not say what it depends on.
+    """
+    key = jax.random.key(KEY)
+    if op.moved(key) is None:
+        return 0.0
+    here = op.prepare()
+    vector = jax.tree.map(lambda x: x[0], blocks.draw(op, key, np.arange(1), "rademacher"))
+    for _ in range(2):
+        vector = multiply(here, _in_unit(vector))
+    image = multiply(here, _in_unit(vector))
+    del here
+    size = trees.length(image)
+    return change_of_product(op, _in_unit(vector), image) / size if size > 0 else 0.0
+
+
+@jax.jit
+def _in_unit(vector: PyTree) -> PyTree:
+    return trees.scale(1 / trees.power_of_two(trees.largest(vector)), vector)
+
+
+def root_mean_square(samples: list[Any]) -> Any:
+    """Of numbers or arrays, one for each moved operator."""
+    return np.sqrt(np.mean(np.square(samples), axis=0))
+
+
+def leaf_dots(a: PyTree, b: PyTree) -> jax.Array:
+    """a · b restricted to each leaf."""
+    a, b = (jax.tree.map(lambda x: x[None], tree) for tree in (a, b))
+    return blocks.row_dots(a, b)[:, 0]
+
+
+def form(product: PyTree, change: PyTree, unit: jax.Array) -> float:
+    """a · b on the host, in the square of a unit for products."""
+    images, _ = blocks.in_unit((product, change), unit)
+    return float(trees.vdot(*images))

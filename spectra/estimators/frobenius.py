@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra._mesh import automatic
-from spectra.estimators import blocks, exact, leave_one_out, rounding, symmetry
-from spectra.estimators.low_rank import with_rounding
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
+from spectra.estimators import blocks, exact, leave_one_out
+from spectra.estimators import blocks as symmetry
+from spectra.estimators import exact as rounding
+from spectra.estimators.low_rank import MIN_SKETCH, SketchRun, with_rounding
 from spectra.estimators.run import ALL_DONE, Ended, Run, adaptive, begin
-from spectra.estimators.sketch import MIN_SKETCH, SketchRun
 from spectra.estimators.trace import STACKS, choose
 from spectra.operators.base import LinearOperator
 from spectra.results import Estimate
-
-PyTree = Any
 
 
 @automatic

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _tree
-from spectra._errors import SpectraError
-from spectra._mesh import automatic
-from spectra._status import Status
-from spectra.density.sampling import sampling_error
+from spectra.base import trees
+from spectra.base.errors import SpectraError, Status
+from spectra.base.meshes import automatic
+from spectra.density.extremes import sampling_error
 from spectra.density.slq import slq
 from spectra.density.spending import spend
 from spectra.estimators.bracket import Bounds, bracket, evaluate, interval_of
@@ -110,7 +109,7 @@ def trace_of(
     if tol is not None and not 0 < tol < 1:
         raise SpectraError(f"tol={tol} is relative to the value: use a number in (0, 1).")
 
-    if isinstance(source, LinearOperator) and _tree.is_traced((source, key)):
+    if isinstance(source, LinearOperator) and trees.is_traced((source, key)):
         return _traced(source, f, key, num_steps, num_probes, tol)
     signed = _is_known(f) if one_signed is None else one_signed
 
@@ -181,11 +180,11 @@ def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, e
     """The quadrature given, or one of the operator."""
     source = getattr(source, "quadrature", source)  # a report stands for its quadrature
     if isinstance(source, Quadrature):
-        if _tree.is_traced(source):
+        if trees.is_traced(source):
             raise SpectraError("functions of an operator need values: call outside of jit and vmap.")
         return source
     require_operator(source)
-    if _tree.is_traced((source, key)):
+    if trees.is_traced((source, key)):
         raise SpectraError("functions of an operator need values: call outside of jit and vmap.")
     require_key(key)
     steps = min(100, source.size) if num_steps is None else num_steps

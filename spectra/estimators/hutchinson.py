@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.estimators import blocks, symmetry
+from spectra.base.trees import PyTree
+from spectra.estimators import blocks
+from spectra.estimators import blocks as symmetry
 from spectra.estimators.run import Run, adaptive
 from spectra.operators.base import LinearOperator
 from spectra.results import Estimate
-
-PyTree = Any
 
 
 class Spread(NamedTuple):

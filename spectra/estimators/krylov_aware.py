@@ -31,8 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _stacks
-from spectra._errors import NonFiniteError, NotSymmetricError, SpectraError
+from spectra.base import stacks
+from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError
 from spectra.estimators import blocks
 from spectra.estimators.low_rank import complement_forms, project
 from spectra.estimators.run import Run, adaptive
@@ -207,7 +207,7 @@ def _samples(run: Run, basis, unit, first: int, count: int, rest: int):
     probes = blocks.draw(run.op, run.key, jnp.arange(first, first + CHUNK), "normal")
     outside, lengths = project(basis, probes)
     images = run.products(blocks.rows(outside, 0, count))
-    images = blocks.in_unit(_stacks.padded(images, CHUNK), unit)[0]
+    images = blocks.in_unit(stacks.padded(images, CHUNK), unit)[0]
     dots, squares, residuals = (
         run.host(jnp.sum(x, axis=0))[:count] for x in complement_forms(basis, outside, images)
     )

@@ -1,19 +1,16 @@
 """The loss itself along eigenvectors: what curvature at a point says about the landscape around it."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _tree
-from spectra._errors import NonFiniteError, SpectraError, StructureError
-from spectra._mesh import automatic
+from spectra.base import trees
+from spectra.base.errors import NonFiniteError, SpectraError, StructureError
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
 from spectra.operators.accumulate import weighted_sum
-from spectra.operators.data_operator import DataOperator
+from spectra.operators.data import DataOperator
 from spectra.results import Eigenpairs, LossSlice
-
-PyTree = Any
 
 
 @automatic
@@ -68,7 +65,7 @@ def loss_slice(
     order = np.argsort(-np.abs(np.asarray(pairs.values)), kind="stable")[:2]
     values = np.asarray(pairs.values, float)[order]
     plane = jax.tree.map(lambda x: jnp.asarray(x)[order], pairs.vectors)
-    _tree.check_structure(jax.tree.map(lambda x: x[0], plane), op.structure, "an eigenvector")
+    trees.check_structure(jax.tree.map(lambda x: x[0], plane), op.structure, "an eigenvector")
     center = float(op.loss())
     if not np.isfinite(center):
         raise NonFiniteError(op.explain_non_finite())
@@ -76,7 +73,7 @@ def loss_slice(
     line = side * np.linspace(-1.0, 1.0, num_points)
     points = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
     gradient = op.gradient()
-    slope = np.array([float(_tree.vdot(gradient, jax.tree.map(lambda x, i=i: x[i], plane))) for i in (0, 1)])
+    slope = np.array([float(trees.vdot(gradient, jax.tree.map(lambda x, i=i: x[i], plane))) for i in (0, 1)])
     quadratic = center + points @ slope + points**2 @ values / 2
     shape = (num_points, num_points)
     return LossSlice(
@@ -94,7 +91,7 @@ def loss_slice(
 def _extent(op: DataOperator, center: float, values: np.ndarray) -> float:
     if center and values[0]:
         return float(np.sqrt(2 * abs(center / values[0])))
-    size = _tree.length(_tree.cast_like(op.like, op.structure))
+    size = trees.length(trees.cast_like(op.like, op.structure))
     return 0.1 * size if size else 1.0
 
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra._blas import one_thread
+from spectra.base.host import one_thread
 
 Array = Any
 PAIRS = 64

@@ -18,25 +18,23 @@ for the m' that V was fitted to. The mean in which they cancel is the estimate.
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _tree
-from spectra._errors import SpectraError, StructureError
-from spectra._mesh import automatic
-from spectra._status import Status
-from spectra.data import batch_size
+from spectra.base import trees
+from spectra.base.errors import SpectraError, Status, StructureError
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
 from spectra.estimators import blocks
-from spectra.estimators.batches import Batches, draw_batches
-from spectra.estimators.sampling import Law, Seen
+from spectra.estimators.batches import Batches, Law, Seen, draw_batches
 from spectra.krylov.eigsh import eigsh
-from spectra.operators.data_operator import DataOperator
+from spectra.operators.batches import batch_size
+from spectra.operators.data import DataOperator
 from spectra.results import Eigenpairs, Population
 
-PyTree = Any
 LOOSER = 5.0
 """Tolerance of the vectors to hold out, in units of `tol`: any vector bounds from below, and an error of the
 residual's size costs its square."""
@@ -171,12 +169,12 @@ def _fit(batches: Batches, folds: np.ndarray, k: int, key: jax.Array, tol: float
 @jax.jit
 def _start(parts: list[PyTree], key: jax.Array, op: DataOperator) -> PyTree:
     """The sum of the leading vectors, turned alike, and a little of a random one."""
-    fresh = _tree.scale(FRESH, _tree.sphere_sample(key, op.structure))
+    fresh = trees.scale(FRESH, trees.sphere_sample(key, op.structure))
     total = fresh
     for vectors in parts:
         for i in range(blocks.length(vectors)):
             vector = jax.tree.map(lambda x, i=i: x[i], vectors)
-            total = _tree.axpy(jnp.where(_tree.vdot(total, vector) < 0, -1, 1), vector, total)
+            total = trees.axpy(jnp.where(trees.vdot(total, vector) < 0, -1, 1), vector, total)
     return total
 
 

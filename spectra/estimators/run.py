@@ -10,19 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _memory, _paths, _tree
-from spectra._errors import MemoryLimitError, NonFiniteError, NotSymmetricError, SpectraError
-from spectra._status import Status
-from spectra.estimators import blocks, symmetry
+from spectra.base import host as _memory
+from spectra.base import paths, trees
+from spectra.base.errors import MemoryLimitError, NonFiniteError, NotSymmetricError, SpectraError, Status
+from spectra.base.trees import PyTree
+from spectra.estimators import blocks
+from spectra.estimators import blocks as symmetry
 from spectra.estimators.blocks import PROBES
 from spectra.krylov.plan import VECTORS, choose_batch
+from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.operators.stepwise import outside_loops
 from spectra.results import Estimate, format_bytes
 from spectra.runs.journal import Journal
 
 Array = Any
-PyTree = Any
 MIN_PROBES = 16
 """Probes before an adaptive run may stop: an error estimated from fewer is too often far too small."""
 
@@ -200,7 +201,7 @@ def begin(
     require_operator(op)
     if needs_key and key is None:
         raise SpectraError("key=None: random probes need a key, for example jax.random.key(0).")
-    traced = _tree.is_traced((op, key))
+    traced = trees.is_traced((op, key))
     if tol is not None:
         if traced:
             raise SpectraError("tol= needs values, which do not exist inside jit or vmap.")
@@ -210,8 +211,8 @@ def begin(
         raise SpectraError(f"num_matvecs={num_matvecs}: use a positive number of products.")
     if probe_batch is not None and not (isinstance(probe_batch, int) and probe_batch >= 1):
         raise SpectraError(f"probe_batch={probe_batch}: use a positive number of probes.")
-    groups = {} if by is None else _paths.group_leaves(op.like, by)
-    vector = _tree.tree_bytes(op.structure)
+    groups = {} if by is None else paths.group_leaves(op.like, by)
+    vector = trees.tree_bytes(op.structure)
     available = _memory.available_bytes()
     needed = op.prepared_bytes() + (stacks + VECTORS) * vector
     if available is not None and needed > available:

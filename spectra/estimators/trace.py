@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra import _memory, _tree
-from spectra._errors import SpectraError
-from spectra._mesh import automatic
-from spectra.checkpoint import Checkpoint
-from spectra.estimators import blocks, exact, rounding
+from spectra.base import host, trees
+from spectra.base.errors import SpectraError
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
+from spectra.estimators import blocks, exact
+from spectra.estimators import exact as rounding
 from spectra.estimators.hutchinson import hutchinson
 from spectra.estimators.krylov_aware import krylov
 from spectra.estimators.low_rank import hutchpp, xnystrace, xtrace
@@ -22,9 +23,8 @@ from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.ggn import ComposedLoss
 from spectra.operators.hessian import HessianOperator
 from spectra.results import Estimate, format_bytes
+from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.watch import watched
-
-PyTree = Any
 
 _RUNNERS = {
     "hutchinson": hutchinson,
@@ -71,7 +71,7 @@ def trace(
     of vᵀHv is 2 |H|_F², which |Hv|² estimates with at least one degree of freedom a probe. "xtrace" has
     leave-one-out estimates of m probes instead, with their spread and their covariance, as "xnystrace" (see
     `spectra.estimators.leave_one_out`). The rounding of a product is part of the error; of a loss it is
-    measured for "exact" (see `spectra.estimators.rounding`), but inside `jit`, where it is the stated
+    measured for "exact" (see `spectra.estimators.exact`), but inside `jit`, where it is the stated
     precision. Fewer than four Rademacher probes miss some matrices altogether: (1, -1)ᵀ(1, -1) is seen by
     every second of them. Use "normal" for so few.
 
@@ -172,8 +172,8 @@ def choose(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]
         return "exact", f"num_matvecs={num_matvecs} covers the n={op.size} products that give it exactly"
     if method != "auto":
         return method, ""
-    needed = STACKS["xtrace"] * num_matvecs * _tree.tree_bytes(op.structure)
-    available = _memory.available_bytes()
+    needed = STACKS["xtrace"] * num_matvecs * trees.tree_bytes(op.structure)
+    available = host.available_bytes()
     if num_matvecs < _LEAST["xtrace"]:
         return "hutchinson", f"num_matvecs={num_matvecs} is too few for a sketch"
     if available is not None and needed > available // 2:
@@ -188,7 +188,7 @@ def _for_krylov(op, key, by, probes, num_matvecs: int) -> bool:
         num_matvecs >= KRYLOV
         and by is None
         and probes in (None, "normal")
-        and not _tree.is_traced((op, key))
+        and not trees.is_traced((op, key))
         and key is not None
         and not op.on_host
     )
@@ -200,7 +200,7 @@ def _exact(run: Run, reason: str) -> Estimate:
     norms, unit = blocks.in_unit(norms, run.no_unit)
     values, squares = (
         run.by_group(run.xp.stack([run.xp.sum(run.host(leaf)) for leaf in jax.tree.leaves(tree)]))
-        for tree in (_tree.unravel(column, run.op.structure) for column in (entries, run.host(norms) ** 2))
+        for tree in (trees.unravel(column, run.op.structure) for column in (entries, run.host(norms) ** 2))
     )
     stderr, dof = run.op.precision * run.host(unit) * run.xp.sqrt(squares), None
     if moved := rounding.moved_products(run):

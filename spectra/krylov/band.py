@@ -1,36 +1,124 @@
 """Lanczos with any number of starting vectors: rows, the products of some of them, and all coefficients.
 
-The basis V has rows of three kinds. *Processed* rows have had their product with H taken; *pending* rows
-have not; *locked* rows are given vectors that all others are kept orthogonal to. One step takes the
-product of a pending row v_j, records its coefficients on all rows as column j of G, and appends what is
-left as a new pending row:
-
-    H v_j = Σ_i G_ij v_i,    exactly, to the rounding of the product
-
-One start gives Lanczos, b starts the band Lanczos method of Ruhe (doi:10.2307/2006344). Nothing in G rests
-on a recurrence, so the residual of a Ritz pair is computed from the operator's own products,
-
-    |H y - θ y| = |(G - θ) s|,  y = Vᵀ s,
-
-without multiplying again, and whatever is not symmetric or was restarted shows up in it. A thick restart
-(Wu and Simon, doi:10.1137/S0895479898334605; Stewart, doi:10.1137/S0895479800371529) replaces processed
-rows by some of their Ritz vectors and keeps pending rows as they are: G stays exact.
+The device's part comes first: rows, their coefficients, and a compiled program for each change.
 """
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from spectra._blas import one_thread
-from spectra._errors import NonFiniteError, NotSymmetricError
-from spectra.krylov import band_state
+from spectra.base import trees
+from spectra.base.errors import NonFiniteError, NotSymmetricError
+from spectra.base.host import one_thread
+from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
+from spectra.krylov import step
+from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout
+from spectra.krylov.orthogonalize import orthogonalize
 from spectra.operators.base import LinearOperator, product
 
-PyTree = Any
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BandState:
+    """Rows, coefficients and scale; what each row is, `Band` knows."""
+
+    basis: Basis
+    coefficients: jax.Array  # (rows, rows), G
+    filled: jax.Array  # (), rows in use
+    scale: jax.Array  # (), largest |H v| so far
+
+
+@partial(jax.jit, static_argnames=("layout", "num_rows"))
+def empty(layout: Layout, num_rows: int) -> BandState:
+    """No rows, and room for `num_rows`."""
+    dtype = jnp.result_type(*[panel.dtype for panel in layout.panels])
+    count, rows = _basis.segments(num_rows)
+    return BandState(
+        basis=_basis.zeros(layout, num_rows),
+        coefficients=jnp.zeros((count * rows, count * rows), dtype),
+        filled=jnp.zeros((), jnp.int32),
+        scale=jnp.zeros((), dtype),
+    )
+
+
+@partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
+def append(layout: Layout, state: BandState, vector: PyTree) -> tuple[BandState, jax.Array]:
+    """One more row, `vector` made orthogonal to all others, and the coefficients of `vector` on all rows."""
+    w = layout.pack(vector)
+    w = trees.scale(1 / _basis.norm(w), w)
+    column, rest = jnp.zeros(len(state.coefficients), state.scale.dtype), 1.0
+    for _ in range(2):  # a random vector may lie almost in the span of the rows
+        w, size, _, part, _ = orthogonalize(state.basis, w, state.filled)
+        w = trees.scale(1 / size, w)
+        column, rest = column + rest * part, rest * size
+    basis = _basis.put(state.basis, state.filled, w)
+    column = column.at[state.filled].set(rest)
+    return dataclasses.replace(state, basis=basis, filled=state.filled + 1), column
+
+
+@partial(jax.jit, static_argnames=("layout",))
+def row_of(layout: Layout, state: BandState, row) -> PyTree:
+    """One row as the pytree that it stands for."""
+    return layout.unpack(_basis.take(state.basis, row))
+
+
+def absorb(layout: Layout, size: int, state: BandState, row, previous, product: PyTree) -> BandState:
+    """Column `row` of G and a new row, given the product; `previous` is the row that led to this one."""
+    q, p = _basis.take(state.basis, row), _basis.take(state.basis, previous)
+    w = layout.pack(product)
+    unit = _basis.unit_of_step(state.scale == 0, w, state.scale)
+    beta = jnp.where(previous >= 0, state.coefficients[row, previous], 0) / unit
+    left = step.remainder(w, q, p, beta, unit, state.basis, state.filled)
+    rest = left.norm
+    column = left.total.at[row].add(left.alpha).at[previous].add(beta)
+    scale = jnp.maximum(state.scale / unit, jnp.sqrt(jnp.vdot(column, column) + rest**2))
+    new, alive = step.following(left, scale, size, state.filled < size)
+    # Where nothing is left no row is appended, and the coefficient below rounding is dropped.
+    kept = jnp.where(alive, rest, 0)
+    column = jnp.where(
+        jnp.arange(len(column)) == state.filled, jnp.where(jnp.isnan(rest), rest, kept), column
+    )
+    return BandState(
+        basis=_basis.put(state.basis, state.filled, new),
+        coefficients=state.coefficients.at[:, row].set(unit * column),
+        filled=state.filled + alive,
+        scale=unit * scale,
+    )
+
+
+@partial(jax.jit, static_argnames=("layout", "size"), donate_argnames=("state",))
+def chain(op, layout, size, state, row, previous, steps):
+    """Process `row`, then each row that a product has led to, `steps` products in all."""
+
+    def going(carry):
+        done, row, _, state = carry
+        return (done < steps) & (row < state.filled)
+
+    def one(carry):
+        done, row, previous, state = carry
+        new = state.filled
+        product = op.mv(layout.unpack(_basis.take(state.basis, row)))
+        return done + 1, new, row, absorb(layout, size, state, row, previous, product)
+
+    first = (jnp.int32(0), jnp.asarray(row, jnp.int32), jnp.asarray(previous, jnp.int32), state)
+    return lax.while_loop(going, one, first)[-1]
+
+
+absorb_one = jax.jit(absorb, static_argnames=("layout", "size"), donate_argnames=("state",))
+
+
+@partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
+def replace(layout: Layout, state: BandState, weights, coefficients, filled) -> BandState:
+    """Combinations of the rows in their place, Σ_i weights_ij v_i as row j, with the coefficients given."""
+    basis = _basis.combine(state.basis, weights, layout)
+    return BandState(basis, coefficients, filled, state.scale)
 
 
 class Band:
@@ -45,7 +133,7 @@ class Band:
 
     def __init__(self, op: LinearOperator, layout: Layout, num_rows: int, home: Any = None):
         self.op, self.layout, self.home = op, layout, home
-        self.state = self._at_home(band_state.empty(layout, num_rows))
+        self.state = self._at_home(empty(layout, num_rows))
         self.coefficients = np.zeros(self.state.coefficients.shape)
         self.locked: list[int] = []
         self.processed: list[int] = []
@@ -68,7 +156,7 @@ class Band:
     def append(self, vector: PyTree, *, locked: bool = False) -> int:
         """A new pending (or locked) row from a vector that need not be orthogonal to the others."""
         row = self.filled
-        self.state, _ = band_state.append(self.layout, self.state, self._at_home(vector))
+        self.state, _ = append(self.layout, self.state, self._at_home(vector))
         (self.locked if locked else self.pending).append(row)
         return row
 
@@ -85,9 +173,7 @@ class Band:
         if self.op.on_host or self.home is not None:
             self._extend_on_host(row, previous, steps)
         else:
-            self.state = band_state.chain(
-                self.op, self.layout, self.op.size, self.state, row, previous, steps
-            )
+            self.state = chain(self.op, self.layout, self.op.size, self.state, row, previous, steps)
         columns, after = jax.device_get((self.state.coefficients, self.state.filled))
         new = list(range(before, int(after)))
         done = [row, *new][:steps]
@@ -104,8 +190,8 @@ class Band:
     def _extend_on_host(self, row, previous, steps):
         filled = self.filled
         for _ in range(steps):
-            product = self._product(band_state.row_of(self.layout, self.state, row))
-            self.state = band_state.absorb_one(self.layout, self.op.size, self.state, row, previous, product)
+            product = self._product(row_of(self.layout, self.state, row))
+            self.state = absorb_one(self.layout, self.op.size, self.state, row, previous, product)
             row, previous = filled, row
             if int(self.state.filled) == filled:
                 return
@@ -192,12 +278,12 @@ class Band:
         self.generation += 1
         dtype = self.state.coefficients.dtype
         arrays = jnp.asarray(weights, dtype), jnp.asarray(self.coefficients, dtype), jnp.int32(last)
-        self.state = band_state.replace(self.layout.anonymous(), self.state, *arrays)
+        self.state = replace(self.layout.anonymous(), self.state, *arrays)
 
     def set_aside(self, vectors: np.ndarray) -> None:
         """Restart without the pending rows: new rows need not be orthogonal to these until `bring_back`."""
         columns = self.coefficients[:, self.processed] @ vectors
-        self.aside = [(band_state.row_of(self.layout, self.state, row), columns[row]) for row in self.pending]
+        self.aside = [(row_of(self.layout, self.state, row), columns[row]) for row in self.pending]
         self.pending = []
         self.restart(vectors)
 
@@ -210,7 +296,7 @@ class Band:
             if self.filled >= self.op.size:  # the rows span everything, this vector too
                 break
             row = self.filled
-            self.state, column = band_state.append(self.layout, self.state, vector)
+            self.state, column = append(self.layout, self.state, vector)
             kept = self.processed[: len(coupling)]
             self.coefficients[:, kept] += np.outer(jax.device_get(column), coupling)
             self.pending.append(row)

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from spectra import _tree
-from spectra.krylov.layout import LANES, Layout, Panels, PyTree
+from spectra.base import trees
+from spectra.base.trees import PyTree
+from spectra.krylov.layout import LANES, Layout, Panels
 from spectra.results import provides
 
 Basis = tuple[Panels, ...]
@@ -55,8 +56,8 @@ def vdot(a: Panels, b: Panels) -> jax.Array:
 
 def norm(a: Panels) -> jax.Array:
     """Euclidean norm over all panels, of numbers of any size."""
-    unit = _tree.power_of_two(_tree.largest(a))
-    a = _tree.scale(1 / unit, a)
+    unit = trees.power_of_two(trees.largest(a))
+    a = trees.scale(1 / unit, a)
     return unit * jnp.sqrt(vdot(a, a))
 
 
@@ -67,8 +68,8 @@ def unit_of_step(first: jax.Array, product: Panels, size: jax.Array) -> jax.Arra
     """
     return lax.cond(
         first,
-        lambda product: _tree.power_of_two(_tree.largest(product)),
-        lambda _: _tree.power_of_two(size),
+        lambda product: trees.power_of_two(trees.largest(product)),
+        lambda _: trees.power_of_two(size),
         product,
     )
 
@@ -80,9 +81,9 @@ def three_terms(w: Panels, q: Panels, previous: Panels, beta, unit) -> tuple[Pan
     enter α times β, and pass from step to step: without reorthogonalisation Ritz values were up to ten times
     as far from eigenvalues (Paige, doi:10.1093/imamat/10.3.373).
     """
-    w = _tree.axpy(-beta, previous, _tree.scale(1 / unit, w))
+    w = trees.axpy(-beta, previous, trees.scale(1 / unit, w))
     alpha = vdot(q, w)
-    return _tree.axpy(-alpha, q, w), alpha
+    return trees.axpy(-alpha, q, w), alpha
 
 
 def segments(num_rows: int) -> tuple[int, int]:

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _stacks, _tree
-from spectra._errors import SpectraError
-from spectra._progress import Progress
-from spectra._status import Status
-from spectra.krylov import band_saver, missing, wanted
+from spectra.base import stacks, trees
+from spectra.base.errors import SpectraError, Status
+from spectra.base.progress import Progress
+from spectra.base.trees import PyTree
+from spectra.krylov import storage, wanted
+from spectra.krylov import wanted as missing
 from spectra.krylov.band import Band
 from spectra.krylov.layout import Layout
 from spectra.operators.base import LinearOperator
@@ -24,7 +25,6 @@ from spectra.results import Eigenpairs
 from spectra.runs import saver as _saver
 from spectra.runs.saver import Saver
 
-PyTree = Any
 FIELDS = (
     *("starts", "restarts", "missed", "converged", "copies", "extended", "allowed", "history"),
     *("goal", "row", "done"),
@@ -83,7 +83,7 @@ class EigenRun:
             1,
             time.monotonic(),
         )  # products between two looks at the clock, and the last one
-        given = [] if deflate is None else _stacks.split(deflate.vectors)
+        given = [] if deflate is None else stacks.split(deflate.vectors)
         known = len(given)
         self.capacity = limit + block_size + known
         self.band = Band(op, places[0], self.capacity, places[1])
@@ -94,7 +94,7 @@ class EigenRun:
             self.band.append(vector, locked=True)
         if v0 is not None:
             v0 = op.as_vector(v0, "v0")
-            size = _tree.length(v0)
+            size = trees.length(v0)
             if not np.isfinite(size) or size == 0:
                 raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
             self.band.append(v0)
@@ -121,7 +121,7 @@ class EigenRun:
         """A new row from the next random vector of this run."""
         self.starts += 1
         key = jax.random.fold_in(self.key, self.starts)
-        return self.band.append(_tree.sphere_sample(key, self.op.structure))
+        return self.band.append(trees.sphere_sample(key, self.op.structure))
 
     def extend(self, row: int, steps: int) -> int | None:
         """As the band does, and count the products."""
@@ -188,12 +188,12 @@ class EigenRun:
         if self.saver is not None:
             search = self.search and dataclasses.asdict(self.search)
             known = {name: getattr(self, name) for name in FIELDS}
-            band_saver.save(self.saver, self.band, known | {"search": search})
+            storage.save(self.saver, self.band, known | {"search": search})
 
     def _restored(self) -> bool:
         """Whether the run goes on with what was saved."""
         assert self.saver is not None
-        known = band_saver.restore(self.saver, self.band)
+        known = storage.restore(self.saver, self.band)
         if known is None:
             return False
         for name in FIELDS:

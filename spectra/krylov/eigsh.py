@@ -9,22 +9,22 @@ import jax
 import numpy as np
 from jax import lax
 
-from spectra import _tree
-from spectra._digest import tree_digest
-from spectra._errors import SpectraError
-from spectra._mesh import automatic
-from spectra._status import Status
-from spectra.checkpoint import Checkpoint
-from spectra.krylov import missing, rounding, wanted
-from spectra.krylov.dense import allowed, dense_eigenpairs
+from spectra.base import trees
+from spectra.base.errors import SpectraError, Status
+from spectra.base.files import tree_digest
+from spectra.base.meshes import automatic
+from spectra.krylov import wanted
+from spectra.krylov import wanted as missing
+from spectra.krylov import wanted as rounding
+from spectra.krylov.chebyshev import smallest_eigenpairs
+from spectra.krylov.dense import allowed, dense_eigenpairs, generalized_eigenpairs
 from spectra.krylov.eigen_run import EigenRun
-from spectra.krylov.metric import generalized_eigenpairs
 from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
-from spectra.krylov.smallest import smallest_eigenpairs
+from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.operators.stepwise import outside_loops
 from spectra.results import Eigenpairs
+from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.watch import Watch, watched
 
 
@@ -52,7 +52,7 @@ def eigsh(
     H v = λ v on vectors in the form of the parameters. The basis has full reorthogonalisation;
     converged vectors are locked in it at every restart. Convergence is tested every few steps, not only
     at restarts, and the basis is twice ARPACK's: both save products. `which="SM"` uses a Chebyshev
-    filter in H² instead, see `spectra.krylov.smallest`.
+    filter in H² instead, see `spectra.krylov.chebyshev`.
 
     **Repeated eigenvalues.** From one start vector a Krylov space holds one vector of each eigenspace.
     So when all k pairs have converged, a fresh random vector is made orthogonal to them and Lanczos
@@ -109,7 +109,7 @@ def eigsh(
         the products of the run (H v = Σ s_i H q_i) and not from the recurrence: exact to the rounding
         of one product. `status` is NOT_CONVERGED if the products allowed ran out, SINGULAR if "SM"
         met null directions, whose number is `num_null`. An eigenvalue of H lies within the residual and
-        `noise_floor`, which is measured where there are parameters (see `spectra.krylov.rounding`).
+        `noise_floor`, which is measured where there are parameters (see `spectra.krylov.wanted`).
 
     Raises:
         SpectraError: k, which or another argument out of range; called inside jit or vmap.
@@ -151,9 +151,9 @@ def eigsh(
         )
     limits = {"num_basis": num_basis, "block_size": block_size, "max_matvecs": max_matvecs}
     outside = {"progress": progress, "checkpoint": checkpoint, "basis": basis}
-    if _tree.is_traced((op, metric, key)):
+    if trees.is_traced((op, metric, key)):
         still = lax.stop_gradient((op, metric, v0, deflate))
-        if _tree.is_traced((still, key)):
+        if trees.is_traced((still, key)):
             raise SpectraError(
                 "eigsh restarts from the host and cannot run inside jit or vmap: call it outside, or use "
                 "lanczos, which can. jax.grad goes through it."

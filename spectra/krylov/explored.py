@@ -11,20 +11,19 @@ has along q. What deviates from that is asymmetry, or rounding.
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra import _tree
+from spectra.base import trees
+from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
 from spectra.krylov.orthogonalize import orthogonalize
 from spectra.operators.base import LinearOperator
 
-PyTree = Any
 WAITING = _basis.SEGMENT
 """Directions that wait to be gone on with, at most."""
 
@@ -97,12 +96,12 @@ def _direction(layout: Layout, state: Explored, slot, key, random) -> Panels:
     """A unit vector orthogonal to the basis."""
 
     def drawn():
-        return layout.place(layout.pack(_tree.sphere_sample(key, layout.structure)))
+        return layout.place(layout.pack(trees.sphere_sample(key, layout.structure)))
 
     q = lax.cond(random, drawn, lambda: _basis.take(state.waiting, slot))
-    q = _tree.scale(1 / _positive(_basis.norm(q)), q)
+    q = trees.scale(1 / _positive(_basis.norm(q)), q)
     q = orthogonalize(state.basis, q, state.filled)[0]
-    return _tree.scale(1 / _positive(_basis.norm(q)), q)
+    return trees.scale(1 / _positive(_basis.norm(q)), q)
 
 
 @partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
@@ -110,12 +109,12 @@ def _absorb(
     layout: Layout, state: Explored, slot, q: Panels, product: PyTree, random
 ) -> tuple[Explored, Step]:
     w = layout.place(layout.pack(product))
-    unit = jnp.where(state.unit > 0, state.unit, _tree.power_of_two(_tree.largest(w)))
-    w = _tree.scale(1 / unit, w)
+    unit = jnp.where(state.unit > 0, state.unit, trees.power_of_two(trees.largest(w)))
+    w = trees.scale(1 / unit, w)
     row, filled = state.filled, state.filled + 1
     basis = _basis.put(state.basis, row, q)
     form = _basis.vdot(q, w)
-    w = _tree.axpy(-form, q, w)
+    w = trees.axpy(-form, q, w)
     w, outside, _, column, _ = orthogonalize(basis, w, filled)
     form = form + column[row]
     along = _basis.dots(state.waiting, q, WAITING)[0]

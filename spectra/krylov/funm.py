@@ -8,23 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _stacks, _tree
-from spectra._blas import one_thread
-from spectra._breakdown import breakdown_noise, invariant_length
-from spectra._errors import NonFiniteError, SpectraError
-from spectra._mesh import automatic
-from spectra._status import Status
+from spectra.base import stacks, trees
+from spectra.base.errors import NonFiniteError, SpectraError, Status
+from spectra.base.host import one_thread
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
 from spectra.krylov import function_error
 from spectra.krylov.lanczos import lanczos
-from spectra.krylov.layout import Layout
+from spectra.krylov.layout import Layout, stacked
 from spectra.krylov.recurrence import CHUNK, advance, check_steps, init
-from spectra.krylov.vectors import stacked
+from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.operators.stepwise import outside_loops
+from spectra.quadrature.copies import breakdown_noise, invariant_length
 from spectra.results import FunctionProduct
 
-PyTree = Any
 STEPS = 128
 """Lanczos steps at most where num_steps is not given."""
 TRACED_STEPS = 64
@@ -116,7 +114,7 @@ def funm(
     named, name = _function(f)
     if not 0 <= tol < 1:
         raise SpectraError(f"tol={tol} is relative to |f(H) v|: use a number in [0, 1).")
-    traced = _tree.is_traced((op, v))
+    traced = trees.is_traced((op, v))
     most = TRACED_STEPS if traced else STEPS
     steps = min(most, op.size) if num_steps is None else num_steps
     check_steps(steps, op.size)
@@ -124,15 +122,15 @@ def funm(
     if traced:
         value = jax.vmap(lambda row: _traced(op, named.jax, row, steps))(rows)
         return FunctionProduct(back(value), jnp.inf, 0, steps, name, "nothing inside jit", Status.TRACED)
-    if not _tree.all_finite(rows):
+    if not trees.all_finite(rows):
         raise NonFiniteError("v is NaN or infinite somewhere.")
     run = outside_loops(op.prepare())
     known = _Range.of(run, bounds, key)
-    found = [_one(run, named, name, vector, steps, tol, known) for vector in _stacks.split(rows)]
+    found = [_one(run, named, name, vector, steps, tol, known) for vector in stacks.split(rows)]
     errors = np.array([one.error for one in found])
     worst = [Status.BUDGET_EXHAUSTED, Status.CONVERGED, Status.INVARIANT]
     return FunctionProduct(
-        value=back(_stacks.stacked([one.value for one in found])),
+        value=back(stacks.stacked([one.value for one in found])),
         error_bound=errors if several else float(errors[0]),
         num_matvecs=known.products + sum(one.steps for one in found),
         num_steps=max(one.steps for one in found),
@@ -175,7 +173,7 @@ class _Range:
             return cls(intervals, low, high, norm, "the given bounds of the spectrum", 0)
         key = jax.random.key(0) if key is None else key
         count = min(RANGE_STEPS, op.size)
-        found = lanczos(op, _tree.sphere_sample(key, op.structure), count)
+        found = lanczos(op, trees.sphere_sample(key, op.structure), count)
         theta = _eigh(found.alpha, found.beta, int(found.length))[0]
         exact = found.status is Status.INVARIANT or count == op.size
         beyond = 0.0 if exact else function_error.margin(op.size, count) * (theta[-1] - theta[0])
@@ -210,7 +208,7 @@ class _Found:
 
 def _one(op, named: Named, name: str, v: PyTree, steps: int, tol: float, known: _Range) -> _Found:
     """f(H) v of one vector."""
-    size, layout = _tree.length(v), Layout.of(op.like)
+    size, layout = trees.length(v), Layout.of(op.like)
     if size == 0:
         return _Found(v, 0.0, 0, Status.INVARIANT)
     state = _start(layout, v, steps)
@@ -323,5 +321,5 @@ def _traced(op: LinearOperator, f: Callable[[Any], Any], v: PyTree, steps: int) 
     theta, vectors = jnp.linalg.eigh(found.matrix())
     # Steps behind an exhausted space have zero rows: f there counts for nothing.
     values = jnp.where(vectors[0] != 0, f(theta), 0)
-    coefficients = _tree.norm(v) * (vectors @ (values * vectors[0]))
-    return _stacks.combine(coefficients, found.basis)
+    coefficients = trees.norm(v) * (vectors @ (values * vectors[0]))
+    return stacks.combine(coefficients, found.basis)

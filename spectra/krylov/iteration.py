@@ -2,23 +2,20 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _tree
-from spectra._errors import SpectraError
-from spectra._status import Status
+from spectra.base import trees
+from spectra.base.errors import SpectraError, Status
+from spectra.base.trees import PyTree
 from spectra.krylov.lanczos import finished
 from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import LanczosState, absorb, check, check_steps, init
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Tridiagonal
-
-PyTree = Any
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +82,7 @@ class LanczosIteration:
         if reorthogonalize not in ("full", "none"):
             raise SpectraError(f"reorthogonalize={reorthogonalize!r}: use 'full' or 'none'.")
         self.num_steps, self.keeps_basis = num_steps, reorthogonalize == "full"
-        self._layout = Layout.leafwise(op.structure) if _tree.is_traced(op) else Layout.of(op.like)
+        self._layout = Layout.leafwise(op.structure) if trees.is_traced(op) else Layout.of(op.like)
 
     def init(self, v0: PyTree) -> Steps:
         """The state before the first step.
@@ -98,10 +95,10 @@ class LanczosIteration:
             SpectraError: v0 is zero or not finite.
         """
         structure = self._layout.structure
-        _tree.check_structure(v0, structure, "v0")
-        v0 = _tree.cast_like(v0, structure)
-        if not _tree.is_traced(v0):
-            size = _tree.length(v0)
+        trees.check_structure(v0, structure, "v0")
+        v0 = trees.cast_like(v0, structure)
+        if not trees.is_traced(v0):
+            size = trees.length(v0)
             if not np.isfinite(size) or size == 0:
                 raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
         return Steps(_init(self._layout, v0, self.num_steps, self.keeps_basis), jnp.zeros((), jnp.int32))
@@ -112,7 +109,7 @@ class LanczosIteration:
 
     def absorb(self, state: Steps, product: PyTree) -> Steps:
         """The state behind the next step, given H q_i. Nothing changes beyond `num_steps`."""
-        _tree.check_structure(product, self._layout.structure, "the product")
+        trees.check_structure(product, self._layout.structure, "the product")
         return _absorb(self._layout, state, product)
 
     def step(self, op: LinearOperator, state: Steps) -> Steps:
@@ -129,7 +126,7 @@ class LanczosIteration:
             NotSymmetricError: the operator is not symmetric; not inside `jit`.
             SpectraError: there was no step; not inside `jit`.
         """
-        found, traced = state.lanczos, _tree.is_traced(state)
+        found, traced = state.lanczos, trees.is_traced(state)
         if not traced:
             if not int(state.done):
                 raise SpectraError("no step was taken: call step, or absorb, before finish.")

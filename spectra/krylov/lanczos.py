@@ -1,24 +1,21 @@
 """Tridiagonal reduction for callers: one start vector, traced or driven in chunks from the host."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _tree
-from spectra._breakdown import invariant_length
-from spectra._errors import SpectraError
-from spectra._mesh import automatic
-from spectra._status import Status
+from spectra.base import trees
+from spectra.base.errors import SpectraError, Status
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
 from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import CHUNK, LanczosState, advance, check_steps, init, run
+from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.operators.stepwise import outside_loops
+from spectra.quadrature.copies import invariant_length
 from spectra.results import Tridiagonal
-
-PyTree = Any
 
 
 @automatic
@@ -67,13 +64,13 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
     check_steps(num_steps, op.size)
     v0 = op.as_vector(v0, "v0")
     keep = reorthogonalize == "full"
-    traced = _tree.is_traced((op, v0))
+    traced = trees.is_traced((op, v0))
     layout = Layout.leafwise(op.structure) if traced else Layout.of(op.like)
     if traced:
         op = op.prepare()
         state = run(op, layout, init(layout, v0, num_steps, keep_basis=keep), 0, num_steps)
         return finished(state, layout, Status.TRACED)
-    size = _tree.length(v0)
+    size = trees.length(v0)
     if not np.isfinite(size) or size == 0:
         raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
     op, state = outside_loops(op.prepare()), _init(layout, v0, num_steps, keep_basis=keep)

@@ -1,20 +1,11 @@
 """How a vector lies in memory: as panels, arrays whose first axis counts blocks.
 
-On one device a vector is one panel: all leaves in a row, cut into blocks. A network of 150 leaves then
-costs as few operations as one of 2.
-
-On a mesh every device packs what it holds of the leaves, and no number moves: a panel is the blocks of
-all devices, one after another, split over the mesh along its first axis. Leaves that are split over the
-same mesh axes share a panel, and a panel is replicated over the axes over which its leaves are. With
-`spread` each device keeps its share of replicated leaves only, as in ZeRO (arXiv:1910.02054): memory and
-time of a basis are divided by the number of devices, and the shares of the current vector are gathered
-before each product, which is what the second half of an all-reduce of the gradient would have moved.
-
-Under a caller's `jit` the sharding cannot be seen: a leaf is a panel there, with the leaf's own axes.
+Callers' vectors, one or several in any of the forms that users have them in, become stacks here.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,10 +15,11 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spectra import _mesh, _tree
-from spectra._errors import SpectraError
+from spectra.base import meshes, trees
+from spectra.base.errors import SpectraError
+from spectra.base.trees import PyTree
+from spectra.operators.base import LinearOperator
 
-PyTree = Any
 Panels = list[jax.Array]
 Axes = tuple[str, ...]
 
@@ -74,8 +66,8 @@ class Layout:
         Raises:
             SpectraError: `spread` where there is no mesh of several devices.
         """
-        leaves, mesh = jax.tree.leaves(like), _mesh.mesh_of(like)
-        bare = cls.leafwise(_tree.vector_structure(like))
+        leaves, mesh = jax.tree.leaves(like), meshes.mesh_of(like)
+        bare = cls.leafwise(trees.vector_structure(like))
         everything = tuple(range(len(leaves)))
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return bare
@@ -238,7 +230,7 @@ class Layout:
             if axes:
                 part = lax.all_gather(part, axes, tiled=True)
             held = [jax.ShapeDtypeStruct(self._held(i), self.dtypes[i]) for i in indices]
-            leaves += _tree.unravel(part, held)
+            leaves += trees.unravel(part, held)
         return leaves
 
 
@@ -269,3 +261,52 @@ def _is_whole(leaf: Any) -> bool:
     """Whether every device that has the leaf has all of it."""
     sharding = getattr(leaf, "sharding", None)
     return sharding is None or sharding.is_fully_replicated
+
+
+def stacked(op: LinearOperator, b: PyTree, what: str) -> tuple[PyTree, bool, Callable[[PyTree], PyTree]]:
+    """`b` as leaves (k, *leaf.shape), whether it is more than one vector, and the way back to its form.
+
+    One vector is a pytree or a flat array (n,). Several are the columns of an (n, k) array, as for `op @ V`,
+    or have a leading axis: a pytree with leaves (k, *leaf.shape), or an array (k, n).
+    """
+    structure = op.structure
+    shape, own = getattr(b, "shape", None), getattr(op.like, "shape", None)
+    if op._is_matrix(b):
+        rows = jax.vmap(lambda row: trees.unravel(row, structure))(jnp.asarray(b, op.dtype).T)
+        return rows, True, lambda x: jax.vmap(trees.ravel)(x).T
+    if (
+        shape is not None
+        and len(shape) == 2
+        and shape[0]
+        and shape[1] == op.size
+        and own != shape
+        and own is None
+    ):
+        rows = jax.vmap(lambda row: trees.unravel(row, structure))(jnp.asarray(b, op.dtype))
+        return rows, True, jax.vmap(trees.ravel)
+    if (count := _common_axis(b, structure)) is not None:
+        like = jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), structure)
+        trees.check_structure(b, like, what)
+        return trees.cast_like(b, like), True, lambda x: x
+    vector = jax.tree.map(lambda x: x[None], op.as_vector(b, what))
+    flat = op._is_flat(b)
+
+    def back(x):
+        one = jax.tree.map(lambda leaf: leaf[0], x)
+        return trees.ravel(one) if flat else one
+
+    return vector, False, back
+
+
+def _common_axis(b: PyTree, structure: PyTree) -> int | None:
+    """k, if every leaf of b has the shape of its vector's behind an axis of k."""
+    if jax.tree.structure(b) != jax.tree.structure(structure):
+        return None
+    shapes: list[tuple[int, ...]] = [tuple(getattr(leaf, "shape", ())) for leaf in jax.tree.leaves(b)]
+    wanted = [leaf.shape for leaf in jax.tree.leaves(structure)]
+    if any(
+        shape[1:] != want or len(shape) != len(want) + 1 for shape, want in zip(shapes, wanted, strict=True)
+    ):
+        return None
+    counts = {shape[0] for shape in shapes}
+    return counts.pop() if len(counts) == 1 and 0 not in counts else None

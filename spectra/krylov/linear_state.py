@@ -10,11 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spectra import _tree
-from spectra._breakdown import breakdown_noise
+from spectra.base import trees
+from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
-
-PyTree = Any
+from spectra.quadrature.copies import breakdown_noise
 
 
 class Mode(enum.IntEnum):
@@ -56,7 +55,7 @@ class Problem:
 
     def precondition(self, r: PyTree) -> PyTree:
         """P r in its unit."""
-        return r if self.inverse is None else _tree.scale(1 / self.unit_p, self.inverse.mv(r))
+        return r if self.inverse is None else trees.scale(1 / self.unit_p, self.inverse.mv(r))
 
 
 @jax.tree_util.register_dataclass
@@ -141,7 +140,7 @@ def noise_of(op: LinearOperator) -> float:
 
 def norm_of(v: PyTree) -> jax.Array:
     """|v|."""
-    return jnp.sqrt(_tree.vdot(v, v))
+    return jnp.sqrt(trees.vdot(v, v))
 
 
 def merge(state: State, when: jax.Array, **fields) -> State:

@@ -20,13 +20,13 @@ neither under- nor overflow then, and c A with c b go through the same numbers.
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra import _tree
+from spectra.base import trees
+from spectra.base.trees import PyTree
 from spectra.krylov.linear_state import (
     Mode,
     Problem,
@@ -40,8 +40,6 @@ from spectra.krylov.linear_state import (
     to_check,
     to_null,
 )
-
-PyTree = Any
 
 PATIENCE = 30
 """Steps of MINRES without progress before the residual is looked at, and a quarter of the steps so far."""
@@ -97,8 +95,8 @@ def _no_short(zeros: PyTree, zero: jax.Array) -> Short:
 def absorb(problem: Problem, state: State, product: PyTree) -> State:
     """The state after the product of A with `state.go`."""
     first = state.products == 0
-    unit = jnp.where(first, _tree.power_of_two(_tree.largest(product)), state.unit_a)
-    w = _tree.scale(1 / unit, product)
+    unit = jnp.where(first, trees.power_of_two(trees.largest(product)), state.unit_a)
+    w = trees.scale(1 / unit, product)
     size, image = norm_of(state.go), norm_of(w)
     ratio = image / jnp.where(size > 0, size, 1)
     state = dataclasses.replace(
@@ -135,7 +133,7 @@ def _ended(problem: Problem, state: State, w: PyTree) -> State:
 
 def _begin_cg(problem: Problem, state: State, x: PyTree, r: PyTree) -> State:
     z = problem.precondition(r)
-    rz = _tree.vdot(r, z)
+    rz = trees.vdot(r, z)
     zero = jnp.zeros_like(rz)
     state = dataclasses.replace(
         state,
@@ -155,15 +153,15 @@ def _begin_cg(problem: Problem, state: State, x: PyTree, r: PyTree) -> State:
 
 def _cg(problem: Problem, state: State, w: PyTree) -> State:
     p, rz = state.go, state.rz
-    curvature = _tree.vdot(p, w)
+    curvature = trees.vdot(p, w)
     scale = jnp.maximum(state.scale, curvature / state.size)
     definite = curvature > problem.noise * scale * state.size
     inverse = curvature / rz  # 1 / step length
     length = jnp.where(definite, rz / jnp.where(definite, curvature, 1), 0)
-    x = _tree.axpy(length, p, state.x)
-    r = _tree.axpy(-length, w, state.r)
+    x = trees.axpy(length, p, state.x)
+    r = trees.axpy(-length, w, state.r)
     z = problem.precondition(r)
-    new = _tree.vdot(r, z)
+    new = trees.vdot(r, z)
     beta = new / rz
     # The row of T that belongs to this step: its sum bounds nothing, but is near |A| from the first steps on.
     couple = jnp.sqrt(jnp.maximum(beta, 0)) * inverse
@@ -173,7 +171,7 @@ def _cg(problem: Problem, state: State, w: PyTree) -> State:
         state,
         x=x,
         r=r,
-        go=_tree.axpy(beta, p, z),
+        go=trees.axpy(beta, p, z),
         rz=new,
         size=new + beta**2 * state.size,
         scale=scale,
@@ -210,10 +208,10 @@ def _begin_minres(problem: Problem, state: State, x: PyTree, r: PyTree, image: P
     assert state.short is not None
     first = r if image is None else image
     z = problem.precondition(first)
-    square = _tree.vdot(first, z)
+    square = trees.vdot(first, z)
     size = jnp.sqrt(jnp.maximum(square, 0))
     inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
-    v, q = _tree.scale(inverse, first), _tree.scale(inverse, z)
+    v, q = trees.scale(inverse, first), trees.scale(inverse, z)
     zeros, zero = jax.tree.map(jnp.zeros_like, r), jnp.zeros_like(square)
     short = Short(
         v=v,
@@ -222,7 +220,7 @@ def _begin_minres(problem: Problem, state: State, x: PyTree, r: PyTree, image: P
         d2=zeros,
         u=v,
         beta=zero,
-        phi=size if image is None else _tree.vdot(q, r),
+        phi=size if image is None else trees.vdot(q, r),
         cs=zero - 1,
         sn=zero,
         dbar=zero,
@@ -249,10 +247,10 @@ def _minres(problem: Problem, state: State, w: PyTree) -> State:
     s = state.short
     assert s is not None
     q = state.go
-    alpha = _tree.vdot(q, w)
-    w = _tree.axpy(-alpha, s.v, _tree.axpy(-s.beta, s.before, w))
+    alpha = trees.vdot(q, w)
+    w = trees.axpy(-alpha, s.v, trees.axpy(-s.beta, s.before, w))
     z = problem.precondition(w)
-    square = _tree.vdot(w, z)
+    square = trees.vdot(w, z)
     beta = jnp.sqrt(jnp.maximum(square, 0))
     scale = jnp.maximum(state.scale, jnp.abs(alpha) + s.beta + beta)
     norm_a = jnp.maximum(state.norm_a, scale) if problem.inverse is None else state.norm_a
@@ -267,15 +265,15 @@ def _minres(problem: Problem, state: State, w: PyTree) -> State:
     cs, sn = gbar / jnp.where(null, 1, gamma), beta / jnp.where(null, 1, gamma)
     ends = beta <= least
     inverse = jnp.where(ends, 0, 1 / jnp.where(ends, 1, beta))
-    v, q_next = _tree.scale(inverse, w), _tree.scale(inverse, z)
+    v, q_next = trees.scale(inverse, w), trees.scale(inverse, z)
     # vᵀr is zero where the run began from r, and is left at that: rounding makes it no better.
-    along = jnp.where(s.ranged, _tree.vdot(q_next, state.r), 0)
+    along = jnp.where(s.ranged, trees.vdot(q_next, state.r), 0)
     step, phi = cs * s.phi + sn * along, sn * s.phi - cs * along
-    d = _tree.axpy(-delta, s.d2, _tree.axpy(-s.eps, s.d1, q))
-    d = _tree.scale(1 / jnp.where(null, 1, gamma), d)
-    x = _tree.axpy(step, d, state.x)
+    d = trees.axpy(-delta, s.d2, trees.axpy(-s.eps, s.d1, q))
+    d = trees.scale(1 / jnp.where(null, 1, gamma), d)
+    x = trees.axpy(step, d, state.x)
     # A d = cs u + sn v, and what is left of u goes with the rest.
-    r = _tree.axpy(-step * cs, s.u, _tree.axpy(-step * sn, v, state.r))
+    r = trees.axpy(-step * cs, s.u, trees.axpy(-step * sn, v, state.r))
     u = jax.tree.map(lambda u, v: (sn * u - cs * v).astype(u.dtype), s.u, v)
     norm = norm_of(r)
     cleared = s.ranged & (jnp.abs(step) <= problem.noise / 2 * norm)

@@ -1,19 +1,19 @@
-"""Classical Gram-Schmidt against a segmented basis, with a second pass only where it is needed.
+"""Classical Gram-Schmidt against a segmented basis, and sketches that tell vectors apart.
 
-One pass computes c = Q w and w' = w - Q^T c; it leaves a component along the basis of relative size
-(loss of orthogonality of Q) * |c| / |w'|. When |c| is small beside |w'| that is below rounding, and a
-second pass would read the whole basis for nothing. Daniel, Gragg, Kaufman and Stewart
-(doi:10.2307/2005398) repeat the pass when |w'| < |w| / sqrt(2), which is |c| > |w'|. Here the test is
-|c| > `REPEAT` |w'| with a smaller constant: the orthogonality of the basis must not decay by a factor
-in every step of a long run.
+A second pass is made only where it is needed.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from spectra.base import trees
 from spectra.krylov import basis as _basis
-from spectra.krylov.basis import Basis, Panels
+from spectra.krylov.basis import Basis
+from spectra.krylov.layout import Layout, Panels
 
 REPEAT = 0.1
 
@@ -62,3 +62,41 @@ def _square(coefficients: jax.Array) -> jax.Array:
 def _root(x: jax.Array) -> jax.Array:
     """sqrt, with the derivative 0 at 0: where a space ends, the norm of what is left says nothing."""
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
+
+
+SIZE = 8
+"""Random vectors: a right angle between two unit vectors looks like one below 0.05 once in 10^7 times."""
+_NUMBER = 2**31 - 1  # of their key; no probe reaches it
+
+
+def sketch(layout: Layout, basis: Basis, key: jax.Array, *, batched: bool = False) -> jax.Array:
+    """Products of all rows with the same SIZE random vectors for every probe, shape (rows, SIZE).
+
+    One vector after another, so that no memory beside one of them is needed. Entries are uniform on
+    (-1, 1): signs would see two coordinates as two lines only.
+    """
+    key = jax.random.fold_in(key, _NUMBER)
+    count = len(basis) * basis[0][0].shape[2 if batched else 1]
+
+    def products(vector, basis):
+        return _basis.dots(basis, vector, count)[0]
+
+    def one(number):
+        v = trees.sample(jax.random.fold_in(key, number), layout.structure, _uniform)
+        vector = layout.place(layout.pack(v))
+        return (jax.vmap(products, in_axes=(None, 0)) if batched else products)(vector, basis)
+
+    return jnp.moveaxis(lax.map(one, jnp.arange(SIZE)), 0, -1)
+
+
+def _uniform(key, shape, dtype):
+    return jax.random.uniform(key, shape, dtype, -1, 1)
+
+
+_compiled = partial(jax.jit, static_argnames=("layout", "batched"))(sketch)
+
+
+def sketches(layout: Layout, basis: Basis, key: jax.Array, *, batched: bool) -> list[np.ndarray]:
+    """The sketch of each probe in flight, in float64 on the host."""
+    found = np.asarray(jax.device_get(_compiled(layout.anonymous(), basis, key, batched=batched)), np.float64)
+    return list(found) if batched else [found]

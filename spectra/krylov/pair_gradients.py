@@ -15,15 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _tree
-from spectra._errors import SpectraError
-from spectra._status import Status
+from spectra.base import trees
+from spectra.base.errors import SpectraError, Status
+from spectra.base.trees import PyTree
 from spectra.krylov.solve import solve
 from spectra.operators.base import LinearOperator
-from spectra.operators.deflated import DeflatedOperator, project
+from spectra.operators.composed import DeflatedOperator, project
 from spectra.results import Eigenpairs
 
-PyTree = Any
 SEPARATED = 10.0
 """A vector counts as separated where its eigenvalue is this many errors away from every other one."""
 
@@ -40,7 +39,7 @@ def differentiable(op: LinearOperator, metric: Any, pairs: Eigenpairs) -> Eigenp
         own = jax.tree.map(
             lambda x, y: x - weights.reshape(-1, *[1] * (y.ndim - 1)).astype(y.dtype) * y, images, moved
         )
-    forms = jax.vmap(_tree.vdot)(pairs.vectors, own)
+    forms = jax.vmap(trees.vdot)(pairs.vectors, own)
     values = jnp.asarray(pairs.values, op.dtype) + (forms - lax.stop_gradient(forms))
     fixed = lax.stop_gradient(op)
 
@@ -62,12 +61,12 @@ def _weighted(metric: Any, v: PyTree) -> PyTree:
 
 def _vectors_pullback(op: LinearOperator, weighted: bool, pairs: Eigenpairs, cotangent: PyTree) -> PyTree:
     """(λ_i I - H)⁺ c_i for the cotangent c_i of each vector; those that nothing depends on cost nothing."""
-    if _tree.is_traced(cotangent):
+    if trees.is_traced(cotangent):
         raise SpectraError(
             "the derivative of eigenvectors is computed on the host: call jax.grad outside of jit and vmap, "
             "and once, not twice."
         )
-    size = np.asarray(jax.vmap(_tree.norm)(cotangent))
+    size = np.asarray(jax.vmap(trees.norm)(cotangent))
     used = np.flatnonzero(size)
     if weighted and len(used):
         raise SpectraError(
@@ -93,7 +92,7 @@ def _resolvent(op: LinearOperator, pairs: Eigenpairs, i: int, c: PyTree) -> PyTr
             f"next, with errors up to {error:.1e}, and any vector of their common space is as good. Use the "
             "values, or what depends on the space alone, such as the sum of their projectors."
         )
-    known = jax.vmap(lambda v: _tree.vdot(v, c))(pairs.vectors)
+    known = jax.vmap(lambda v: trees.vdot(v, c))(pairs.vectors)
     inverse = np.zeros(len(values))
     inverse[gaps < np.inf] = 1 / (values[i] - values)[gaps < np.inf]
     along = known * jnp.asarray(inverse, known.dtype)
@@ -101,7 +100,7 @@ def _resolvent(op: LinearOperator, pairs: Eigenpairs, i: int, c: PyTree) -> PyTr
         lambda v: jnp.tensordot(along.astype(v.dtype), v, 1, precision="highest"), pairs.vectors
     )
     rest = project(pairs.vectors, project(pairs.vectors, c))
-    size, whole = float(_tree.norm(rest)), float(_tree.norm(c))
+    size, whole = float(trees.norm(rest)), float(trees.norm(c))
     eps = float(jnp.finfo(op.dtype).eps)
     if len(values) == op.size or size <= eps * op.size**0.5 * whole:
         return inside

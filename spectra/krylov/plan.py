@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spectra import _memory, _tree
-from spectra._errors import MemoryLimitError, SpectraError
-from spectra._mesh import automatic
+from spectra.base import host, trees
+from spectra.base.errors import MemoryLimitError, SpectraError
+from spectra.base.meshes import automatic
 from spectra.krylov import basis as _basis
 from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import check_steps
 from spectra.operators.base import LinearOperator, product, require_operator
-from spectra.operators.diagnose import slow_in_loops
+from spectra.operators.jaxprs import slow_in_loops
 from spectra.results import Plan, format_bytes
 
 VECTORS = 6
@@ -99,7 +99,7 @@ def estimate(
     stored = 0 if basis == "none" else count * rows * layout.device_bytes(layout.row_dtype)
     num_devices = 1 if layout.mesh is None else layout.mesh.size
     linearization = op.prepared_bytes() // _num_pieces(op)
-    available = _memory.available_bytes(op.device)
+    available = host.available_bytes(op.device)
     kept, vectors = (stored, VECTORS) if home is None else (0, 3)
     one = kept + vectors * vector + workspace
     if probe_batch is None:
@@ -205,7 +205,7 @@ def choose_batch(
 
 def _num_pieces(op: LinearOperator) -> int:
     """Into how many pieces the operator's most divided array is split: so are the values it saves."""
-    if _tree.is_traced(op):
+    if trees.is_traced(op):
         return 1
     arrays = [leaf for leaf in jax.tree.leaves(op) if isinstance(leaf, jax.Array) and leaf.size]
     return max((leaf.size // math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in arrays), default=1)

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _memory, _stacks, _tree
-from spectra._errors import SpectraError, StructureError
-from spectra.operators.base import LinearOperator, operator
-from spectra.operators.function import FunctionOperator
+from spectra.base import host, stacks, trees
+from spectra.base.errors import SpectraError, StructureError
+from spectra.base.trees import PyTree
+from spectra.operators.base import LinearOperator
+from spectra.operators.dense import FunctionOperator
 from spectra.operators.kfac import EKFACOperator, KFACOperator
+from spectra.operators.pytree import operator
 from spectra.results import Eigenpairs
 
-PyTree = Any
 LEAST, MOST = 16, 256
 """Columns of the first sketch, and of the largest: it doubles until what it leaves is near the shift."""
 NEAR = 10.0
@@ -41,8 +42,8 @@ class SpectralPreconditioner(LinearOperator):
 
     def mv(self, v: PyTree) -> PyTree:
         """P v."""
-        coefficients = jax.vmap(lambda u: _tree.vdot(u, v))(self.vectors)
-        return jax.tree.map(jnp.add, v, _stacks.combine(self.gains * coefficients, self.vectors))
+        coefficients = jax.vmap(lambda u: trees.vdot(u, v))(self.vectors)
+        return jax.tree.map(jnp.add, v, stacks.combine(self.gains * coefficients, self.vectors))
 
 
 def as_preconditioner(
@@ -69,9 +70,9 @@ def as_preconditioner(
                 "operator or a function that multiplies with an approximate inverse."
             )
         preconditioner = FunctionOperator(function, op.like)
-    _tree.check_structure(preconditioner.structure, op.structure, "the preconditioner's vector")
+    trees.check_structure(preconditioner.structure, op.structure, "the preconditioner's vector")
     if isinstance(preconditioner, KFACOperator | EKFACOperator):  # of H, not of its inverse
-        if not _tree.is_traced(shift) and not float(shift) > 0:
+        if not trees.is_traced(shift) and not float(shift) > 0:
             raise SpectraError(
                 f"shift={shift}: {type(preconditioner).__name__} as a preconditioner is damped by the shift, "
                 "which has to be positive; pass kfac.inverse(damping) with a damping of your own."
@@ -84,7 +85,7 @@ def as_preconditioner(
 
 def deflation(op: LinearOperator, pairs: Eigenpairs, shift: Any) -> SpectralPreconditioner:
     """The preconditioner that moves known eigenvalues of H + shift I to the edge of what is not known."""
-    _tree.check_structure(
+    trees.check_structure(
         jax.tree.map(lambda x: x[0], pairs.vectors), op.structure, "a vector of the known pairs"
     )
     sizes = jnp.abs(jnp.asarray(pairs.values, op.dtype) + shift)
@@ -120,7 +121,7 @@ def nystrom(
 
 def _widest(op: LinearOperator) -> int:
     """Columns at most: the sketch, its images and what is computed from them take a quarter of the memory."""
-    free = _memory.available_bytes(op.device)
+    free = host.available_bytes(op.device)
     room = MOST if free is None else free // (16 * op.size * jnp.dtype(op.dtype).itemsize)
     return int(np.clip(room, 1, min(MOST, max(op.size // 2, 1))))
 
@@ -152,7 +153,7 @@ class _Sketch:
     def with_basis(self) -> "_Sketch":
         """With Q for all columns of H Ω."""
         have = _rows(self.basis)
-        basis, fresh = _extended(self.basis, _stacks.rows(self.images, have, self.count))
+        basis, fresh = _extended(self.basis, stacks.rows(self.images, have, self.count))
         images = _append(self.basis_images, _products(self.op, fresh))
         spent = self.products + self.count - have
         return dataclasses.replace(self, basis=basis, basis_images=images, products=spent)
@@ -165,7 +166,7 @@ class _Sketch:
 
 
 def _rows(stack: PyTree) -> int:
-    return 0 if stack is None else _stacks.length(stack)
+    return 0 if stack is None else stacks.length(stack)
 
 
 def _from_pairs(vectors: PyTree, values: jax.Array, shift: Any) -> SpectralPreconditioner:
@@ -182,12 +183,12 @@ def _gains(sizes: jax.Array, edge: jax.Array) -> jax.Array:
 
 def _draw(key: jax.Array, op: LinearOperator, start: int, stop: int) -> PyTree:
     keys = [jax.random.fold_in(key, i) for i in range(start, stop)]
-    rows = [_tree.sphere_sample(one, op.structure) for one in keys]
-    return _stacks.stacked(rows)
+    rows = [trees.sphere_sample(one, op.structure) for one in keys]
+    return stacks.stacked(rows)
 
 
 def _append(a: PyTree | None, b: PyTree) -> PyTree:
-    return b if a is None else _stacks.concatenate([a, b])
+    return b if a is None else stacks.concatenate([a, b])
 
 
 @jax.jit
@@ -195,19 +196,19 @@ def _extended(old: PyTree | None, new: PyTree) -> tuple[PyTree, PyTree]:
     """All columns, and the new ones, made orthonormal to each other and to the old ones."""
     for _ in range(2):
         if old is not None:
-            new = _stacks.subtract(new, _stacks.combine(_stacks.inner(new, old), old))
+            new = stacks.subtract(new, stacks.combine(stacks.inner(new, old), old))
         new = _orthonormal(new)
     return _append(old, new), new
 
 
 def _products(op: LinearOperator, stack: PyTree) -> PyTree:
-    starts = range(0, _stacks.length(stack), BATCH)
-    return _stacks.concatenate([op.mv_batch(_stacks.rows(stack, i, i + BATCH)) for i in starts])
+    starts = range(0, stacks.length(stack), BATCH)
+    return stacks.concatenate([op.mv_batch(stacks.rows(stack, i, i + BATCH)) for i in starts])
 
 
 def _is_positive(op: LinearOperator, omega: PyTree, images: PyTree) -> bool:
     """Whether ΩᵀHΩ has no negative eigenvalue beyond rounding."""
-    values = np.linalg.eigvalsh(np.asarray(_symmetric(_stacks.inner(omega, images)), np.float64))
+    values = np.linalg.eigvalsh(np.asarray(_symmetric(stacks.inner(omega, images)), np.float64))
     return bool(values[0] >= -10 * op.precision * np.sqrt(len(values)) * np.abs(values).max())
 
 
@@ -218,48 +219,48 @@ def _symmetric(a: jax.Array) -> jax.Array:
 @jax.jit
 def _orthonormal(stack: PyTree) -> PyTree:
     """An orthonormal basis of the rows, zero where lost to rounding; two passes by Gram matrices."""
-    unit = _tree.power_of_two(_tree.largest(stack))
-    stack = _tree.scale(1 / unit, stack)
+    unit = trees.power_of_two(trees.largest(stack))
+    stack = trees.scale(1 / unit, stack)
     for _ in range(2):
-        values, vectors = jnp.linalg.eigh(_symmetric(_stacks.inner(stack, stack)))
+        values, vectors = jnp.linalg.eigh(_symmetric(stacks.inner(stack, stack)))
         eps = jnp.finfo(values.dtype).eps
         kept = values > 10 * eps * len(values) * values[-1]
         inverse = jnp.where(kept, lax.rsqrt(jnp.where(kept, values, 1)), 0)
-        stack = _stacks.combine(inverse[:, None] * vectors.T, stack)
+        stack = stacks.combine(inverse[:, None] * vectors.T, stack)
     return stack
 
 
 @jax.jit
 def _nystrom_pairs(omega: PyTree, images: PyTree) -> tuple[PyTree, jax.Array]:
     """Eigenvectors and eigenvalues of Y (ΩᵀY)⁻¹ Yᵀ, by algorithm 2.1 of arXiv:2110.02820; zero where lost."""
-    unit = _tree.power_of_two(_tree.largest(images))
-    images = _tree.scale(1 / unit, images)
-    count = _stacks.length(omega)
-    core = _symmetric(_stacks.inner(omega, images))
+    unit = trees.power_of_two(trees.largest(images))
+    images = trees.scale(1 / unit, images)
+    count = stacks.length(omega)
+    core = _symmetric(stacks.inner(omega, images))
     eps = jnp.finfo(core.dtype).eps
-    lift = 10 * eps * count**0.5 * jnp.sqrt(jnp.trace(_stacks.inner(images, images)))
+    lift = 10 * eps * count**0.5 * jnp.sqrt(jnp.trace(stacks.inner(images, images)))
     lift = jnp.where(lift > 0, lift, 1)
     images = jax.tree.map(lambda y, o: y + (lift * o).astype(y.dtype), images, omega)
     values, vectors = jnp.linalg.eigh(core + lift * jnp.eye(count, dtype=core.dtype))
     roots = lax.rsqrt(jnp.maximum(values, lift / 2))[:, None] * vectors.T
-    half = _stacks.combine(roots, images)  # B = (ΩᵀY)^(-1/2) Y: B Bᵀ has the eigenvalues of the approximation
-    values, vectors = jnp.linalg.eigh(_symmetric(_stacks.inner(half, half)))
+    half = stacks.combine(roots, images)  # B = (ΩᵀY)^(-1/2) Y: B Bᵀ has the eigenvalues of the approximation
+    values, vectors = jnp.linalg.eigh(_symmetric(stacks.inner(half, half)))
     kept = values > 2 * lift
     inverse = jnp.where(kept, lax.rsqrt(jnp.where(kept, values, 1)), 0)
-    basis = _tidy(_stacks.combine(inverse[:, None] * vectors.T, half))
+    basis = _tidy(stacks.combine(inverse[:, None] * vectors.T, half))
     return basis, jnp.where(kept, unit * (values - lift), 0)
 
 
 def _tidy(basis: PyTree) -> PyTree:
     """The nearest orthonormal rows: gains near -1 amplify what is not orthonormal."""
-    gram = _stacks.inner(basis, basis)
+    gram = stacks.inner(basis, basis)
     eye = jnp.eye(len(gram), dtype=gram.dtype)
-    return _stacks.combine(1.5 * eye - 0.5 * _symmetric(gram), basis)
+    return stacks.combine(1.5 * eye - 0.5 * _symmetric(gram), basis)
 
 
 @jax.jit
 def _ritz_pairs(basis: PyTree, images: PyTree) -> tuple[PyTree, jax.Array]:
-    values, vectors = jnp.linalg.eigh(_symmetric(_stacks.inner(basis, images)))
-    rotated = _stacks.combine(vectors.T, basis)
-    norms = jnp.diagonal(_stacks.inner(rotated, rotated))
+    values, vectors = jnp.linalg.eigh(_symmetric(stacks.inner(basis, images)))
+    rotated = stacks.combine(vectors.T, basis)
+    norms = jnp.diagonal(stacks.inner(rotated, rotated))
     return rotated, jnp.where(norms > 0.5, values, 0)

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _tree
-from spectra._errors import NonFiniteError, NotSymmetricError, SpectraError
+from spectra.base import trees
+from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError
+from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
 from spectra.operators.accumulate import Passes
 from spectra.operators.base import LinearOperator
-from spectra.operators.deflated import project
+from spectra.operators.composed import project
 
-PyTree = Any
 CHUNK = 16
 """Steps in one compiled call: how often a run can report, stop, or notice a NaN."""
 
@@ -56,7 +56,7 @@ def init(layout: Layout, v0: PyTree, num_steps: int, *, keep_basis: bool = True)
     size = _basis.norm(start)
     state = LanczosState(
         basis=_basis.zeros(layout, num_steps) if keep_basis else (),
-        current=_tree.scale(1 / size, start),
+        current=trees.scale(1 / size, start),
         previous=[jnp.zeros_like(x) for x in start],
         alpha=jnp.zeros(num_steps, dtype),
         beta=jnp.zeros(num_steps, dtype),

@@ -9,20 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _tree
-from spectra._errors import NonFiniteError, SpectraError
-from spectra._mesh import automatic
-from spectra._status import Status
-from spectra.krylov import dense, dense_solve, rounding
+from spectra.base import trees
+from spectra.base.errors import NonFiniteError, SpectraError, Status
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
+from spectra.krylov import dense, wanted
+from spectra.krylov import dense as dense_solve
+from spectra.krylov.layout import stacked
 from spectra.krylov.linear_state import Mode, Problem, State, Verdict, noise_of
 from spectra.krylov.linear_step import absorb, start
 from spectra.krylov.preconditioners import as_preconditioner
-from spectra.krylov.vectors import stacked
+from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.operators.stepwise import outside_loops
 from spectra.results import Interval, Solution
 
-PyTree = Any
 METHODS = ("auto", "cg", "minres", "dense")
 CHUNK = 256
 """Products of one compiled call: how often Ctrl-C is heard."""
@@ -122,13 +122,13 @@ def solve(
     """
     require_operator(op)
     _check_arguments(method, tol, max_matvecs, lower_bound, shift)
-    traced = _tree.is_traced((op, b, shift, x0, preconditioner, key))
+    traced = trees.is_traced((op, b, shift, x0, preconditioner, key))
     if traced and op.on_host:
         raise SpectraError(
             "an operator that streams its data cannot be solved with inside jit, vmap or grad."
         )
     b, several, back = stacked(op, b, "b")
-    if not traced and not _tree.all_finite(b):
+    if not traced and not trees.all_finite(b):
         raise NonFiniteError("b is NaN or infinite somewhere.")
     if x0 is not None:
         x0, many, _ = stacked(op, x0, "x0")
@@ -154,7 +154,7 @@ def _check_arguments(method, tol, max_matvecs, lower_bound, shift) -> None:
         raise SpectraError(f"max_matvecs={max_matvecs}: a step and the residual take two products.")
     if lower_bound is not None and not (lower_bound > 0 and math.isfinite(lower_bound)):
         raise SpectraError(f"lower_bound={lower_bound}: no |eigenvalue| is below it, a positive number.")
-    if not _tree.is_traced(shift) and not np.isfinite(shift):
+    if not trees.is_traced(shift) and not np.isfinite(shift):
         raise SpectraError(f"shift={shift}: use a finite number.")
 
 
@@ -175,12 +175,12 @@ def _prepared(op, b, inverse, method, tol, limit, reference) -> tuple[Problem, S
     dtype = op.dtype
 
     def one(b, reference):
-        unit = _tree.power_of_two(_tree.largest(b)).astype(dtype)
-        b = _tree.scale(1 / unit, b)
-        target = tol * _tree.norm(reference) / unit
+        unit = trees.power_of_two(trees.largest(b)).astype(dtype)
+        b = trees.scale(1 / unit, b)
+        target = tol * trees.norm(reference) / unit
         unit_p = jnp.ones((), dtype)
         if inverse is not None:
-            unit_p = _tree.power_of_two(_tree.largest(inverse.mv(b))).astype(dtype)
+            unit_p = trees.power_of_two(trees.largest(inverse.mv(b))).astype(dtype)
         numbers = (target.astype(dtype), jnp.int32(limit), jnp.asarray(noise_of(op), dtype))
         problem = Problem(b, inverse, unit, unit_p, *numbers, only_cg=method == "cg")
         return problem, start(problem, dtype, Mode.MINRES if method == "minres" else Mode.CG)
@@ -244,7 +244,7 @@ def _outcome(problem: Problem, state: State, x0: PyTree | None) -> dict[str, Any
     """x and the numbers that judge it, in the user's units."""
 
     def one(b, unit, state, x0):
-        x = _tree.scale(unit / state.unit_a, state.x)
+        x = trees.scale(unit / state.unit_a, state.x)
         x = x if x0 is None else jax.tree.map(jnp.add, x0, x)
         known = (state.verdict != Verdict.SINGULAR) & (state.verdict != Verdict.NONFINITE)
         x = jax.tree.map(lambda leaf: jnp.where(known, leaf, jnp.nan), x)
@@ -305,11 +305,11 @@ def _judged(op, b, found, spent: int, bound, verdicts) -> Solution:
     residual = np.asarray(found["residual"], np.float64)
     # Of the product, and of the difference and its norm.
     moved = noise * (np.asarray(found["norm_a"], np.float64) * sizes + residual)
-    if op.moved(jax.random.key(rounding.KEY)) is not None:
+    if op.moved(jax.random.key(wanted.KEY)) is not None:
         here = op.prepare()
         for i in np.flatnonzero(np.isfinite(sizes) & (sizes > 0)):
             vector = jax.tree.map(lambda leaf, i=i: leaf[i], x)
-            moved[i] = max(moved[i], rounding.change_of_product(op, vector, rounding.multiply(here, vector)))
+            moved[i] = max(moved[i], wanted.change_of_product(op, vector, wanted.multiply(here, vector)))
     error = np.full(len(sizes), np.inf)
     form = Interval(*[np.full(len(sizes), np.nan)] * 3)
     known = np.isfinite(sizes)
@@ -347,17 +347,17 @@ def _quadratic_form(b, x, residual, computed, bound: float, op) -> Interval:
 
 @jax.jit
 def _sizes(x: PyTree) -> jax.Array:
-    return jax.vmap(_tree.norm)(x)
+    return jax.vmap(trees.norm)(x)
 
 
 @jax.jit
 def _dots(a: PyTree, b: PyTree) -> jax.Array:
-    return jax.vmap(_tree.vdot)(a, b)
+    return jax.vmap(trees.vdot)(a, b)
 
 
 @jax.jit
 def _distances(a: PyTree, b: PyTree) -> jax.Array:
-    return jax.vmap(_tree.norm)(jax.tree.map(jnp.subtract, a, b))
+    return jax.vmap(trees.norm)(jax.tree.map(jnp.subtract, a, b))
 
 
 def _multiply(op: LinearOperator, stack: PyTree) -> PyTree:

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spectra import _tree
-from spectra._breakdown import breakdown_factor
+from spectra.base import trees
 from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Panels
 from spectra.krylov.orthogonalize import orthogonalize
+from spectra.quadrature.copies import breakdown_factor
 
 
 class Remainder(NamedTuple):
@@ -60,4 +60,4 @@ def following(rest: Remainder, scale: jax.Array, size: int, going) -> tuple[Pane
     eps = jnp.finfo(scale.dtype).eps
     alive = going & (rest.norm > breakdown_factor(size) * eps * scale)
     inverse = jnp.where(alive, 1 / jnp.where(alive, rest.norm, 1), 0)
-    return [jnp.where(alive, x, 0) for x in _tree.scale(inverse, rest.vector)], alive
+    return [jnp.where(alive, x, 0) for x in trees.scale(inverse, rest.vector)], alive

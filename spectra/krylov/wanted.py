@@ -1,9 +1,20 @@
-"""Which end of the spectrum is asked for: an order among Ritz values, and what may still be missing."""
+"""What is asked of eigenpairs, and what may be wrong with them: rounding, repeated ones that were missed."""
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from spectra.base import trees
+from spectra.base.trees import PyTree
+from spectra.operators.base import LinearOperator, product
+from spectra.results import Eigenpairs
+
+if TYPE_CHECKING:
+    from spectra.krylov.eigen_run import EigenRun
 
 WHICH = ("LA", "SA", "LM", "BE", "SM")
 
@@ -73,3 +84,163 @@ def missed_probability(
 def beats(limits: list[End], theta: np.ndarray, margin: float) -> bool:
     """Whether one of `theta` is better than the worst eigenvalue found at its end."""
     return any(bool(np.any(end.sign * theta > end.worst + margin)) for end in limits)
+
+
+SAMPLES = 4
+"""Moved operators: as many degrees of freedom has what they say."""
+KEY = 7
+
+
+def multiply(op: LinearOperator, v: PyTree) -> PyTree:
+    """One product outside of any loop."""
+    return op.mv(v) if op.on_host else product(op, v)
+
+
+def change_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> float:
+    """What |(H' - H) v| of one more moved operator H' stays below at 95 %, given the image H v.
+
+    That is Student's t with the root mean square of `SAMPLES` of them. `op` is not prepared, and has `moved`.
+    """
+    from scipy.special import stdtrit
+
+    changes = []
+    for i in range(SAMPLES):
+        other = op.moved(jax.random.fold_in(jax.random.key(KEY), i))
+        assert other is not None
+        changes.append(float(_distance(multiply(other.prepare(), v), image)))
+    return float(stdtrit(SAMPLES, 0.975) * np.sqrt(np.mean(np.square(changes))))
+
+
+@jax.jit
+def _distance(a: PyTree, b: PyTree) -> jax.Array:
+    return trees.norm(jax.tree.map(jnp.subtract, a, b))
+
+
+def with_measured_floor(op: LinearOperator, pairs: Eigenpairs) -> Eigenpairs:
+    """The pairs with a noise floor that holds what rounding does to their eigenvalues.
+
+    One vector stands for all: with u = Σ v_i / sqrt(k) the square of sqrt(k) |(H' - H) u| is
+    Σ |(H' - H) v_i|², on average over the signs of the v_i. Five products, four of them at other parameters;
+    none where an operator does not say what it depends on, as a matrix does not.
+    """
+    if op.moved(jax.random.key(KEY)) is None:
+        return pairs
+    k = len(pairs.values)
+    vector = _mean(pairs.vectors)
+    image = multiply(op.prepare(), vector)
+    change = float(np.sqrt(k)) * change_of_product(op, vector, image)
+    return dataclasses.replace(pairs, noise_floor=max(pairs.noise_floor, change))
+
+
+@jax.jit
+def _mean(vectors: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: (x.sum(axis=0) / x.shape[0] ** 0.5).astype(x.dtype), vectors)
+
+
+MISSED = 0.05
+"""verify="auto" ends when a missed copy is less probable than this, or its products are spent."""
+CERTAIN = 1e-6
+"""The same for verify=True, without a limit of its own on the products."""
+LOOSE = 1e-4
+"""Above this tolerance verify="auto" spends no more products than ARPACK's first sweep."""
+KNOWN = 0.03
+"""Residual in units of the gap, with which a further Ritz vector stays out of the search."""
+
+
+@dataclasses.dataclass
+class Search:
+    """Where a search stands: nothing here is a vector, so that it is saved as it is."""
+
+    limits: list[End]
+    goal: float  # probability of a miss at which it ends
+    left: int  # products allowed
+    low: float  # Ritz values seen so far lie between
+    high: float
+    first: list[int]  # rows that it is orthogonal to
+    row: int  # waits for its product
+    rows: list[int] = dataclasses.field(default_factory=list)  # have had theirs
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> "Search":
+        """From its fields as JSON has them."""
+        fields: dict[str, Any] = saved | {"limits": [End(**end) for end in saved["limits"]]}
+        return cls(**fields)
+
+
+def search(run: "EigenRun", verify: bool | str, ncv: int) -> bool:
+    """Look for a missed eigenvalue; True if there is none, as far as the products allowed can tell."""
+    run.search = run.search or _begin(run, verify, ncv)
+    if run.search is None:
+        return True
+    band = run.band
+    found = _from_random(run, run.search)
+    if found:
+        run.history, run.copies, run.missed = [], run.copies + 1, 1.0
+    else:  # what the search has seen belongs to no wanted pair
+        band.pending = []
+        band.restart(np.eye(len(run.search.first)), run.search.first)
+    run.search = None
+    band.bring_back()
+    return not found
+
+
+def _begin(run: "EigenRun", verify: bool | str, ncv: int) -> Search | None:
+    """A random vector beside the pairs; None where nothing can be missing, or no product is left."""
+    band = run.band
+    theta, vectors, _, errors = band.ritz()
+    best = order(theta, run.which)
+    limits = ends(theta[best[: run.k]], run.which, run.accepted)
+    run.missed = 0.0 if not limits or run.exhausted else 1.0
+    if not run.missed:
+        return None
+    if not run.allowed:
+        run.allowed = run.budget if verify is True else band.num_matvecs + _share(run, band.num_matvecs, ncv)
+    if run.copies > run.extended:  # eigenvalues do repeat here: look as long as it took to come this far
+        run.extended, run.allowed = run.copies, max(run.allowed, 2 * band.num_matvecs)
+    room = run.capacity - len(band.locked) - len(band.pending) - 1
+    steps = min(run.allowed - band.num_matvecs, run.budget - band.num_matvecs, room - run.k)
+    steps = min(steps, run.op.size - band.filled - 1)
+    if steps < 1:
+        return None
+    gaps = np.min([end.second - end.sign * theta for end in limits], axis=0)
+    known = [i for i in best[run.k :] if errors[i] <= KNOWN * gaps[i]][: room - run.k - steps]
+    shift = np.sum(errors[known] ** 2 / gaps[known]) / (1 - np.sum((errors[known] / gaps[known]) ** 2))
+    limits = [dataclasses.replace(end, second=float(end.second - shift)) for end in limits]
+    band.set_aside(vectors[:, np.sort([*best[: run.k], *known])])
+    first, goal = list(band.processed), CERTAIN if verify is True else MISSED
+    bottom, top = float(theta.min()), float(theta.max())
+    return Search(limits, goal, steps, bottom, top, first, run.append_random())
+
+
+def _share(run: "EigenRun", spent: int, ncv: int) -> int:
+    """Products that verify="auto" may spend, after `spent`, while no copy has been found."""
+    if run.tol > LOOSE:
+        return ncv + 1 - spent
+    few, share = int(1.1 * (ncv + 1)), int(spent / min(run.k - 1, 10))
+    # Beyond ncv products ARPACK would begin a second sweep, of more than this share.
+    return max(share, few - spent) if spent > ncv or run.k < 5 else few - spent
+
+
+def _from_random(run: "EigenRun", search: Search) -> bool:
+    """Lanczos from a random vector, orthogonal to all rows, until something shows or its products end."""
+    band = run.band
+    while search.left > 0:
+        run.pause()
+        before = len(band.processed)
+        run.extend(search.row, min(search.left, 2))
+        search.rows += band.processed[before:]
+        search.left -= len(band.processed) - before
+        inner = band.ritz(search.rows)[0]
+        if beats(search.limits, inner, run.accepted):
+            return True
+        if not band.pending:  # a random vector spans, with its products, every eigenspace that is left
+            run.missed = 0.0
+            return False
+        search.low, search.high = min(search.low, float(inner.min())), max(search.high, float(inner.max()))
+        run.missed = missed_probability(
+            search.limits, inner, len(search.rows), search.low, search.high, run.op.size
+        )
+        if run.missed <= search.goal:
+            return False
+        search.row = band.pending[-1]
+    return False

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra import _tree
-from spectra.data import Shared, batch_size, owned_leaves, replace_owned, rows
+from spectra.base import trees
+from spectra.base.trees import PyTree
+from spectra.operators.batches import Shared, batch_size, owned_leaves, replace_owned, rows
 
-PyTree = Any
 WeightFn = Callable[[PyTree], Any]
 
 
@@ -175,15 +175,15 @@ def weighted_sum(fn: Callable[[Any], PyTree], pieces: Iterable[tuple[float, Any]
 def _shares_threads(tree: PyTree) -> bool:
     """Whether several devices of one CPU hold an array: their collectives need a thread each, and two
     programs at once can leave them waiting for one another."""
-    if _tree.is_traced(tree):
+    if trees.is_traced(tree):
         return False
     devices = jax.tree.leaves(tree)[0].sharding.addressable_devices
     return len(devices) > 1 and next(iter(devices)).platform == "cpu"
 
 
-_multiple = jax.jit(_tree.scale)
+_multiple = jax.jit(trees.scale)
 
 
 @jax.jit
 def _add(weight, part, total):
-    return _tree.axpy(weight, part, total)
+    return trees.axpy(weight, part, total)

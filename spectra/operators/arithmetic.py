@@ -1,4 +1,7 @@
-"""Sums, multiples and shifts of operators; they prepare and explain themselves through their parts."""
+"""Sums, multiples and shifts of operators, and products called one by one from the host.
+
+They prepare and explain themselves through their parts.
+"""
 
 import abc
 from collections.abc import Callable
@@ -7,10 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spectra import _tree
-from spectra.operators.base import LinearOperator, operator
-
-PyTree = Any
+from spectra.base import stacks, trees
+from spectra.base.trees import PyTree
+from spectra.operators.base import LinearOperator, product
+from spectra.operators.jaxprs import slow_in_loops
+from spectra.operators.pytree import operator
+from spectra.results.base import provides
 
 
 @operator(leaves=("terms",))
@@ -22,7 +27,7 @@ class SumOperator(LinearOperator):
     def __init__(self, terms: tuple[LinearOperator, ...]):
         flat = [t for term in terms for t in (term.terms if type(term) is SumOperator else (term,))]
         for term in flat[1:]:
-            _tree.check_structure(term.structure, flat[0].structure, "the second operator of a sum")
+            trees.check_structure(term.structure, flat[0].structure, "the second operator of a sum")
         object.__setattr__(self, "terms", tuple(flat))
 
     @property
@@ -33,8 +38,8 @@ class SumOperator(LinearOperator):
     def mv(self, v: PyTree) -> PyTree:
         """The sum of the terms' products."""
         first, *rest = [term.mv(v) for term in self.terms]
-        for product in rest:
-            first = jax.tree.map(jnp.add, first, product)
+        for image in rest:
+            first = jax.tree.map(jnp.add, first, image)
         return first
 
     @property
@@ -65,8 +70,8 @@ class SumOperator(LinearOperator):
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """The sum of the terms' batched products."""
         first, *rest = [term.mv_batch(vectors) for term in self.terms]
-        for product in rest:
-            first = jax.tree.map(jnp.add, first, product)
+        for image in rest:
+            first = jax.tree.map(jnp.add, first, image)
         return first
 
     def prepare(self) -> "SumOperator":
@@ -207,7 +212,7 @@ class ScaledOperator(Wrapped):
     factor: Any
 
     def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
-        return _tree.scale(self.factor, multiply(v))
+        return trees.scale(self.factor, multiply(v))
 
     def _with_base(self, base: LinearOperator) -> "ScaledOperator":
         return ScaledOperator(base, self.factor)
@@ -221,7 +226,38 @@ class ShiftedOperator(Wrapped):
     delta: Any
 
     def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
-        return _tree.axpy(self.delta, v, multiply(v))
+        return trees.axpy(self.delta, v, multiply(v))
 
     def _with_base(self, base: LinearOperator) -> "ShiftedOperator":
         return ShiftedOperator(base, self.delta)
+
+
+@operator(leaves=("base",))
+class StepwiseOperator(Derived):
+    """An operator each of whose products is a program of its own; made by `outside_loops`, for one run."""
+
+    base: LinearOperator
+
+    @property
+    def on_host(self) -> bool:
+        """True: that is what it is for."""
+        return True
+
+    def mv(self, v: PyTree) -> PyTree:
+        """The compiled product."""
+        return product(self.base, v)
+
+    def mv_batch(self, vectors: PyTree) -> PyTree:
+        """Compiled products, one after the other."""
+        return stacks.stacked([self.mv(v) for v in stacks.split(vectors)])
+
+
+def outside_loops(op: LinearOperator) -> LinearOperator:
+    """The operator itself, or driven from the host if its products are slow in compiled loops."""
+    return StepwiseOperator(op) if slow_in_loops(op) else op
+
+
+# `LinearOperator` stands below these classes, and makes them by name.
+provides("sum")(SumOperator)
+provides("multiple")(ScaledOperator)
+provides("shift")(ShiftedOperator)

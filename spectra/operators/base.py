@@ -9,17 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from spectra import _memory, _mesh, _paths, _tree
-from spectra._errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
-from spectra.data import check_alive
+from spectra.base import host, meshes, paths, trees
+from spectra.base.errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
+from spectra.base.trees import PyTree
+from spectra.operators.batches import check_alive
 from spectra.operators.pytree import Field, register
 from spectra.operators.pytree import operator as operator
 from spectra.results import format_bytes
-
-if TYPE_CHECKING:
-    from spectra.operators.arithmetic import ScaledOperator, ShiftedOperator, SumOperator
-
-PyTree = Any
+from spectra.results.base import call
 
 
 class LinearOperator(abc.ABC):
@@ -82,17 +79,17 @@ class LinearOperator(abc.ABC):
     @property
     def structure(self) -> PyTree:
         """Pytree of `ShapeDtypeStruct` of one vector; float32 at least."""
-        return _tree.vector_structure(self.like)
+        return trees.vector_structure(self.like)
 
     @property
     def size(self) -> int:
         """n, the order of the matrix: the number of parameters."""
-        return _tree.tree_size(self.like)
+        return trees.tree_size(self.like)
 
     @property
     def dtype(self) -> jnp.dtype:
         """Dtype of inner products of vectors."""
-        return _tree.scalar_dtype(self.structure)
+        return trees.scalar_dtype(self.structure)
 
     @property
     def precision(self) -> float:
@@ -163,21 +160,21 @@ class LinearOperator(abc.ABC):
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """Products with a stack of vectors: leaves (k, *leaf.shape) in and out."""
-        if self.on_host or _tree.is_traced((self, vectors)):
+        if self.on_host or trees.is_traced((self, vectors)):
             return jax.vmap(self.mv)(vectors)
         return product_batch(self, vectors)
 
     def as_vector(self, v: PyTree, what: str = "the vector") -> PyTree:
         """`v`, a pytree or a flat array of shape (n,), as a pytree in the working dtypes."""
-        structure, v = self.structure, _mesh.on_automatic_axes(v)
+        structure, v = self.structure, meshes.on_automatic_axes(v)
         if self._is_flat(v):
             leaves, treedef = jax.tree.flatten(structure)
             kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
             v = treedef.unflatten(_unravel(v, kinds))
-        _tree.check_structure(v, structure, what)
-        return _tree.cast_like(v, structure)
+        trees.check_structure(v, structure, what)
+        return trees.cast_like(v, structure)
 
-    @_mesh.automatic
+    @meshes.automatic
     def __matmul__(self, v: PyTree) -> PyTree:
         """H v for a pytree, or for a flat array of shape (n,); the result has the form of `v`.
 
@@ -186,15 +183,11 @@ class LinearOperator(abc.ABC):
         """
         require_alive(self)
         if isinstance(v, LinearOperator):
-            from spectra.operators.composed import ProductOperator
-
-            return ProductOperator((self, v))
-        if not _tree.is_traced((self, v)):
+            return call("product", (self, v))
+        if not trees.is_traced((self, v)):
             self.require_finite()
         if self._is_matrix(v):
-            from spectra.operators.columns import times_matrix
-
-            return self._checked(times_matrix(self, jnp.asarray(v)))
+            return self._checked(call("matrix_product", self, jnp.asarray(v)))
         vector = self.as_vector(v)
         result = self._checked(self.mv(vector) if self.on_host else product(self, vector))
         return _ravel(result) if self._is_flat(v) else result
@@ -203,7 +196,7 @@ class LinearOperator(abc.ABC):
         """Raise a `NonFiniteError` if the function whose derivatives the products are is not finite."""
 
     def _checked(self, result: PyTree) -> PyTree:
-        if not isinstance(jax.tree.leaves(result)[0], Tracer) and not _tree.all_finite(result):
+        if not isinstance(jax.tree.leaves(result)[0], Tracer) and not trees.all_finite(result):
             raise NonFiniteError(f"the product is NaN or infinite. {self.explain_non_finite()}")
         return result
 
@@ -217,7 +210,7 @@ class LinearOperator(abc.ABC):
         own = getattr(self.like, "shape", None)  # an operator on a single array
         return getattr(v, "shape", None) == (self.size,) and own != (self.size,)
 
-    @_mesh.automatic
+    @meshes.automatic
     def as_matrix(self, *, memory_limit: int | None = None) -> jax.Array:
         """The dense (n, n) matrix, symmetric to the bit: (A + Aᵀ) / 2 of the n columns.
 
@@ -233,7 +226,7 @@ class LinearOperator(abc.ABC):
         """
         n = self.size
         needed = 3 * n * n * jnp.dtype(self.dtype).itemsize
-        limit = memory_limit or (_memory.available_bytes() or 2**63) // 2
+        limit = memory_limit or (host.available_bytes() or 2**63) // 2
         if needed > limit:
             raise MemoryLimitError(
                 f"the dense matrix of order {n:,} needs {format_bytes(needed)} at its peak, above the "
@@ -241,17 +234,15 @@ class LinearOperator(abc.ABC):
                 "op.block(...) for one layer, or raise memory_limit."
             )
         matrix = self._matrix()
-        if not isinstance(matrix, Tracer) and not _tree.all_finite(matrix):
+        if not isinstance(matrix, Tracer) and not trees.all_finite(matrix):
             raise NonFiniteError(f"the matrix has NaN or infinite entries. {self.explain_non_finite()}")
         return matrix
 
     def _matrix(self) -> jax.Array:
         """The dense matrix; subclasses that know more than products override it."""
-        from spectra.operators.columns import symmetric_matrix
+        return call("matrix", self)
 
-        return symmetric_matrix(self)
-
-    def block(self, select: _paths.Select) -> "LinearOperator":
+    def block(self, select: paths.Select) -> "LinearOperator":
         """The principal submatrix of the parameters whose path matches.
 
         Vectors keep the parameters' tree, with None in the place of leaves that are not chosen. A block
@@ -274,7 +265,7 @@ class LinearOperator(abc.ABC):
             Array([[2., 0.],
                    [0., 2.]], dtype=float32)
         """
-        indices = _paths.select_leaves(self.like, select)
+        indices = paths.select_leaves(self.like, select)
         sizes = [leaf.size for leaf in jax.tree.leaves(self.structure)]
         if not sum(sizes[i] for i in indices):
             raise StructureError(f"the block {select!r} holds no numbers: its leaves are empty.")
@@ -295,13 +286,9 @@ class LinearOperator(abc.ABC):
             >>> op.submatrix([2, 0]) @ jnp.ones(2)
             Array([3., 1.], dtype=float32)
         """
-        from spectra.operators.composed import SubmatrixOperator
+        return call("submatrix", self, indices)
 
-        return SubmatrixOperator.of(self, indices)
-
-    def blocks(
-        self, by: str = "leaf", *, scanned: _paths.Select | None = None
-    ) -> dict[str, "LinearOperator"]:
+    def blocks(self, by: str = "leaf", *, scanned: paths.Select | None = None) -> dict[str, "LinearOperator"]:
         """The diagonal blocks: one for every leaf (`by="leaf"`), or for every layer (`by="layer"`).
 
         A layer is all leaves that share their path up to its last part: `Dense_0/kernel` and
@@ -312,11 +299,9 @@ class LinearOperator(abc.ABC):
         those that a loss runs `lax.scan` over (Flax's `nn.scan`), which are found, and those that `scanned`
         chooses as `block` does, such as the members of an ensemble under `jax.vmap`.
         """
-        from spectra.operators.blocks import LayerOperator
-
-        stacks = self._stacks() if scanned is None else _paths.stacks_of(self.like, scanned)
+        stacks = self._stacks() if scanned is None else paths.stacks_of(self.like, scanned)
         leaves, blocks = jax.tree.leaves(self.structure), {}
-        for name, indices, stack in _paths.stacked_groups(self.like, by, stacks):
+        for name, indices, stack in paths.stacked_groups(self.like, by, stacks):
             block = self._principal(indices)
             if stack is None:
                 blocks[name] = block
@@ -328,7 +313,7 @@ class LinearOperator(abc.ABC):
                     f"their shapes are {shapes}."
                 )
             for i in range(shapes[0][0]):
-                blocks[_paths.numbered(name, stack, i)] = LayerOperator(block, jnp.asarray(i))
+                blocks[paths.numbered(name, stack, i)] = call("layer", block, jnp.asarray(i))
         return blocks
 
     def _stacks(self) -> dict[int, str]:
@@ -336,11 +321,9 @@ class LinearOperator(abc.ABC):
         return {}
 
     def _principal(self, indices: tuple[int, ...]) -> "LinearOperator":
-        from spectra.operators.blocks import BlockOperator
+        return call("block", self, indices)
 
-        return BlockOperator(self, indices)
-
-    @_mesh.automatic
+    @meshes.automatic
     def to_scipy(self):
         """A `scipy.sparse.linalg.LinearOperator` on flat vectors, with the linearisation re-used."""
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
@@ -353,34 +336,28 @@ class LinearOperator(abc.ABC):
 
         return ScipyOperator((self.size, self.size), matvec=matvec, rmatvec=matvec, dtype=dtype)  # pyright: ignore[reportCallIssue]
 
-    def __add__(self, other: "LinearOperator") -> "SumOperator":
-        from spectra.operators.arithmetic import SumOperator
+    def __add__(self, other: "LinearOperator") -> "LinearOperator":
+        return call("sum", (self, other)) if isinstance(other, LinearOperator) else NotImplemented
 
-        return SumOperator((self, other)) if isinstance(other, LinearOperator) else NotImplemented
-
-    def __sub__(self, other: "LinearOperator") -> "SumOperator":
+    def __sub__(self, other: "LinearOperator") -> "LinearOperator":
         return self + (-1.0) * other if isinstance(other, LinearOperator) else NotImplemented
 
-    def __rmul__(self, factor) -> "ScaledOperator":
-        from spectra.operators.arithmetic import ScaledOperator
-
-        return ScaledOperator(self, factor) if _is_real_scalar(factor) else NotImplemented
+    def __rmul__(self, factor) -> "LinearOperator":
+        return call("multiple", self, factor) if _is_real_scalar(factor) else NotImplemented
 
     __mul__ = __rmul__
 
-    def __neg__(self) -> "ScaledOperator":
+    def __neg__(self) -> "LinearOperator":
         return (-1.0) * self
 
-    def __truediv__(self, divisor) -> "ScaledOperator":
+    def __truediv__(self, divisor) -> "LinearOperator":
         return (1.0 / divisor) * self
 
-    def shift(self, delta) -> "ShiftedOperator":
+    def shift(self, delta) -> "LinearOperator":
         """H + delta I, a damped operator: every eigenvalue moves by `delta`."""
-        from spectra.operators.arithmetic import ShiftedOperator
-
         if not _is_real_scalar(delta):
             raise SpectraError(f"shift needs a real scalar, got {delta!r}.")
-        return ShiftedOperator(self, delta)
+        return call("shift", self, delta)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(size={self.size:,}, dtype={self.dtype})"
@@ -425,9 +402,9 @@ def product_batch(op: LinearOperator, vectors: PyTree) -> PyTree:
 
 
 # What a product with a flat vector adds, as one program each way.
-_ravel = jax.jit(_tree.ravel)
+_ravel = jax.jit(trees.ravel)
 
 
 @partial(jax.jit, static_argnames="kinds")
 def _unravel(flat: jax.Array, kinds: tuple) -> list[jax.Array]:
-    return _tree.unravel(flat, [jax.ShapeDtypeStruct(*kind) for kind in kinds])
+    return trees.unravel(flat, [jax.ShapeDtypeStruct(*kind) for kind in kinds])

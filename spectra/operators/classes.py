@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _memory, _tree
-from spectra._errors import DataError, MemoryLimitError, StructureError
-from spectra._mesh import automatic
+from spectra.base import host, trees
+from spectra.base.errors import DataError, MemoryLimitError, StructureError
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
 from spectra.operators.accumulate import weighted_sum
-from spectra.operators.base import LinearOperator, operator
+from spectra.operators.base import LinearOperator
 from spectra.operators.ggn import GGNOperator, ModelFn, ModelOperator, OutputLossFn, split
+from spectra.operators.pytree import operator
 from spectra.results import format_bytes
 
-PyTree = Any
 AGREE = 1e-3
 """Relative difference allowed between the curvature of the loss and that of softmax cross-entropy."""
 
@@ -61,7 +62,7 @@ class OuterOperator(LinearOperator):
 
     def mv(self, v: PyTree) -> PyTree:
         """One inner product with each row, and their combination."""
-        along = jax.vmap(lambda row: _tree.vdot(row, v))(self.rows)
+        along = jax.vmap(lambda row: trees.vdot(row, v))(self.rows)
         return jax.tree.map(
             lambda x: jnp.tensordot(along.astype(x.dtype), x, 1, precision=lax.Precision.HIGHEST), self.rows
         )
@@ -163,7 +164,7 @@ def class_means(op: GGNOperator) -> ClassMeans:
     if not isinstance(op, GGNOperator):
         raise StructureError(f"op is a {type(op).__name__}: pass the GGNOperator of a softmax cross-entropy.")
     classes = _check(op)
-    needed, free = 3 * classes**2 * _tree.tree_bytes(op.structure), _memory.available_bytes()
+    needed, free = 3 * classes**2 * trees.tree_bytes(op.structure), host.available_bytes()
     if free is not None and needed > free // 2:
         raise MemoryLimitError(
             f"the mean gradients of {classes}² pairs of classes need {format_bytes(needed)}, more than half "

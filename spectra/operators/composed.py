@@ -1,4 +1,4 @@
-"""Products of operators, and principal submatrices by the numbers of their rows."""
+"""Operators made of others: blocks, complements of known vectors, products, submatrices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +7,102 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _tree
-from spectra._errors import StructureError
+from spectra.base import stacks, trees
+from spectra.base.errors import StructureError
+from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import SumOperator, Wrapped
-from spectra.operators.base import LinearOperator, operator
+from spectra.operators.base import LinearOperator
+from spectra.operators.pytree import operator
+from spectra.results.base import provides
 
-PyTree = Any
+
+@operator(leaves=("base",))
+class BlockOperator(Wrapped):
+    """P H Pᵀ for the projection P on some leaves: products of the whole with zeros elsewhere.
+
+    Operators on data have blocks of their own, which differentiate the chosen leaves only.
+    """
+
+    base: LinearOperator
+    selected: tuple[int, ...]
+
+    @property
+    def like(self) -> PyTree:
+        """The chosen leaves of a vector; None in the place of all others."""
+        return trees.keep_leaves(self.base.like, self.selected)
+
+    def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+        """The chosen leaves of the product with the vector that is zero elsewhere."""
+        structure = self.base.structure
+        leaf = jax.tree.leaves(v)[0]
+        stack = leaf.shape[: leaf.ndim - jax.tree.leaves(structure)[self.selected[0]].ndim]
+        zero = jax.tree.map(lambda s: jnp.zeros((*stack, *s.shape), s.dtype), structure)
+        product = multiply(trees.replace_leaves(zero, self.selected, v))
+        return trees.keep_leaves(product, self.selected)
+
+    def _with_base(self, base: LinearOperator) -> "BlockOperator":
+        return BlockOperator(base, self.selected)
+
+    def _principal(self, indices: tuple[int, ...]) -> "BlockOperator":
+        return BlockOperator(self.base, tuple(self.selected[i] for i in indices))
+
+
+@operator(leaves=("base", "index"))
+class LayerOperator(Wrapped):
+    """The block of one of several layers whose parameters are stacked along the leading axis of their leaves.
+
+    Which one is a leaf, so that all layers share the compiled code. A product costs one with all of them.
+    """
+
+    base: LinearOperator
+    index: Any
+
+    @property
+    def like(self) -> PyTree:
+        """The shapes of one layer's parameters."""
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), self.base.structure)
+
+    def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+        def place(x, s):
+            stack = x.shape[: x.ndim - len(s.shape) + 1]
+            rows = jnp.zeros((*stack, *s.shape), s.dtype)
+            return rows.at[(*[slice(None)] * len(stack), self.index)].set(x.astype(s.dtype))
+
+        product = multiply(jax.tree.map(place, v, self.base.structure))
+        axes = jax.tree.map(lambda x, s: x.ndim - len(s.shape), product, self.base.structure)
+        return jax.tree.map(lambda x, axis: jnp.take(x, self.index, axis=axis), product, axes)
+
+    def _stacks(self) -> dict[int, str]:
+        return {}
+
+    def _with_base(self, base: LinearOperator) -> "LayerOperator":
+        return LayerOperator(base, self.index)
+
+
+def project(vectors: PyTree, v: PyTree) -> PyTree:
+    """(I - X Xᵀ) v for orthonormal rows X, stacked as leaves (r, *leaf.shape)."""
+    coefficients = jax.vmap(lambda x: trees.vdot(x, v))(vectors)
+    return stacks.subtract(v, stacks.combine(coefficients, vectors))
+
+
+@operator(leaves=("base", "vectors"))
+class DeflatedOperator(Wrapped):
+    """(I - X Xᵀ) H (I - X Xᵀ): H where it is not known, zero on the span of the vectors X."""
+
+    base: LinearOperator
+    vectors: PyTree
+
+    def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+        known = jax.tree.leaves(self.vectors)[0].ndim
+        stacked = jax.tree.leaves(v)[0].ndim == known
+        clear = jax.vmap(project, in_axes=(None, 0)) if stacked else project
+        return clear(self.vectors, multiply(clear(self.vectors, v)))
+
+    def _with_base(self, base: LinearOperator) -> "DeflatedOperator":
+        return DeflatedOperator(base, self.vectors)
+
+    def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
+        return BlockOperator(self, indices)
 
 
 @operator(leaves=("terms",))
@@ -28,7 +118,7 @@ class ProductOperator(SumOperator):
     def __init__(self, terms: tuple[LinearOperator, ...]):
         flat = [t for term in terms for t in (term.terms if isinstance(term, ProductOperator) else (term,))]
         for term in flat[1:]:
-            _tree.check_structure(term.structure, flat[0].structure, "the second operator of a product")
+            trees.check_structure(term.structure, flat[0].structure, "the second operator of a product")
         object.__setattr__(self, "terms", tuple(flat))
 
     def mv(self, v: PyTree) -> PyTree:
@@ -65,8 +155,6 @@ class ProductOperator(SumOperator):
         return ProductOperator(tuple(new or old for new, old in zip(moved, self.terms, strict=True)))
 
     def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
-        from spectra.operators.blocks import BlockOperator
-
         return BlockOperator(self, indices)
 
 
@@ -106,10 +194,10 @@ class SubmatrixOperator(Wrapped):
     def _apply(self, multiply: Callable[[PyTree], PyTree], v: jax.Array) -> jax.Array:
         def place(row):
             flat = jnp.zeros(self.base.size, row.dtype).at[self.rows].set(row)
-            return _tree.unravel(flat, self.base.structure)
+            return trees.unravel(flat, self.base.structure)
 
         def take(tree):
-            return _tree.ravel(tree)[self.rows].astype(v.dtype)
+            return trees.ravel(tree)[self.rows].astype(v.dtype)
 
         if v.ndim == 1:
             return take(multiply(place(v)))
@@ -124,3 +212,10 @@ class SubmatrixOperator(Wrapped):
     def _principal(self, indices: tuple[int, ...]) -> "SubmatrixOperator":
         del indices  # one leaf: the whole of it
         return self
+
+
+# `LinearOperator` stands below these classes, and makes them by name.
+provides("block")(BlockOperator)
+provides("layer")(LayerOperator)
+provides("product")(ProductOperator)
+provides("submatrix")(SubmatrixOperator.of)

@@ -6,14 +6,13 @@ from typing import Any, ClassVar, Unpack
 import jax
 import jax.numpy as jnp
 
-from spectra import _tree
-from spectra.data import batch_size, owned_leaves, replace_owned
-from spectra.operators import products
-from spectra.operators.base import operator
-from spectra.operators.checks import DataOptions, check_scalar
-from spectra.operators.data_operator import DataOperator, shows_options
-
-PyTree = Any
+from spectra.base import trees
+from spectra.base.trees import PyTree
+from spectra.operators import differentiate
+from spectra.operators.arguments import DataOptions, check_scalar
+from spectra.operators.batches import batch_size, owned_leaves, replace_owned
+from spectra.operators.data import DataOperator, shows_options
+from spectra.operators.pytree import operator
 
 
 @operator(leaves=("params", "data", "mean"))
@@ -92,11 +91,11 @@ class GradientCovarianceOperator(DataOperator):
         return results if done else jax.vmap(self._center)(results, self._cast(vectors))
 
     def _center(self, product: PyTree, v: PyTree) -> PyTree:
-        return _tree.axpy(-_tree.vdot(self.mean, v), self.mean, product)
+        return trees.axpy(-trees.vdot(self.mean, v), self.mean, product)
 
     def _principal(self, indices: tuple[int, ...]) -> "GradientCovarianceOperator":
         block = super()._principal(indices)
-        return block if self.mean is None else block._with(mean=_tree.keep_leaves(self.mean, indices))
+        return block if self.mean is None else block._with(mean=trees.keep_leaves(self.mean, indices))
 
     def _on(self, **data) -> "GradientCovarianceOperator":
         other = self._with(**data, mean=None)
@@ -115,7 +114,7 @@ class GradientCovarianceOperator(DataOperator):
         def losses(x):
             return jax.vmap(lambda weight, example: one(x, weight, example))(weights, owned)
 
-        _, push, pull = products.jacobian(self.mode, losses, variables)
+        _, push, pull = differentiate.jacobian(self.mode, losses, variables)
         along = push(v)
         return pull((weights / jnp.sum(weights)).astype(along.dtype) * along)
 

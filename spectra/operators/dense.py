@@ -1,187 +1,223 @@
-"""The exact Hessian as a matrix: only the blocks on and below the diagonal are differentiated.
+"""Dense matrices as operators, functions as operators, and operators as dense matrices.
 
-With leaves θ_1, ..., θ_L in tree order, block column j holds ∂²L/∂θ_i∂θ_j for i >= j. Its columns are
-products with unit vectors in θ_j alone of the gradient with respect to θ_j, ..., θ_L alone: tangents enter
-the network at layer j and the backward pass ends there. What lies above the diagonal is its mirror image.
+A matrix is made column by column, and refused where the map has no symmetric one.
 """
 
-import itertools
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.core import Tracer
 
-from spectra import _tree
-from spectra._errors import SpectraError
-from spectra._mesh import automatic
-from spectra.operators import products
-from spectra.operators.accumulate import weighted_sum
-from spectra.operators.checks import DataOptions
-from spectra.operators.data_operator import shows_options
-from spectra.operators.hessian import HessianOperator
+from spectra.base import trees
+from spectra.base.errors import NotSymmetricError, StructureError
+from spectra.base.meshes import automatic, on_automatic_axes
+from spectra.base.trees import PyTree
+from spectra.operators.base import LinearOperator, product
+from spectra.operators.pytree import operator
+from spectra.results.base import provides
 
-PyTree = Any
-COLUMNS = 64
-"""Columns in flight in one vmapped product: bounds the batched activations."""
-CHUNK = 1024
-"""Columns of one compiled call: bounds what is copied into the matrix at a time."""
-MAX_GROUPS = 8
-"""A block column is code to compile; more leaves than this share columns, a few at a time."""
-SMALL = 32
-"""Up to this order all leaves share their columns: symmetry would save less than another program costs."""
-STRUCTURES = ("matrix", "blocks")
+IN_FLIGHT = 64
+"""Columns in one vmapped product: bounds the batched activations."""
 
 
-@shows_options
-@automatic
-def dense_hessian(
-    loss_fn,
-    params: PyTree,
-    batch: Any,
-    *,
-    structure: str = "matrix",
-    memory_limit: int | None = None,
-    **options: Unpack[DataOptions],
-):
-    """Compute the whole Hessian of a loss, using its symmetry.
+@provides("matrix")
+def symmetric_matrix(op: LinearOperator) -> jax.Array:
+    """(A + Aᵀ) / 2 of the n columns A, which have to be symmetric and to be those of a linear map.
 
-    H_ij = ∂²L/∂θ_i∂θ_j, symmetric to the bit: the diagonal blocks are averaged with their transposes,
-    the others are mirrored.
-
-    Args:
-        loss_fn: function (params, batch) -> scalar, as for `HessianOperator`.
-        params: pytree of real floating arrays, n numbers in all.
-        batch: one batch, or a re-iterable of batches.
-        structure: "matrix" for an (n, n) array, parameters ravelled in tree order; "blocks" for nested
-            pytrees as `jax.hessian` returns them, so that `blocks["fc1"]["fc2"]` has the shape of
-            `params["fc1"]` followed by that of `params["fc2"]`.
-        memory_limit: bytes; default half of what the device has free.
-        **options: see `HessianOperator`.
-
-    Returns:
-        A `jax.Array` (n, n), or a pytree of pytrees; float32 at least.
-
-    Raises:
-        SpectraError: another structure.
-        MemoryLimitError: 3 n² numbers exceed the limit; the message says what works without a matrix.
-        NonFiniteError: an entry is NaN or infinite.
-
-    Cost: n products, of which those of leaf j differentiate leaves j and later only, 64 at a time; 3 n²
-    numbers at the peak.
-
-    Examples:
-        >>> import jax.numpy as jnp, spectra
-        >>> def loss_fn(params, batch):
-        ...     return jnp.sum(params["a"] ** 2) * params["b"] + 0 * batch.sum()
-        >>> params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
-        >>> spectra.dense_hessian(loss_fn, params, jnp.zeros(1))
-        Array([[6., 0., 2.],
-               [0., 6., 4.],
-               [2., 4., 0.]], dtype=float32)
-        >>> spectra.dense_hessian(loss_fn, params, jnp.zeros(1), structure="blocks")["b"]["a"]
-        Array([2., 4.], dtype=float32)
+    What may differ is the square root of the precision of products, as in a Lanczos run. One product more
+    than there are columns tells an affine map, whose columns may be symmetric, from a linear one.
     """
-    if structure not in STRUCTURES:
-        raise SpectraError(f"structure={structure!r}: use one of {STRUCTURES}.")
-    op = HessianOperator(loss_fn, params, batch, **options)
-    matrix = op.as_matrix(memory_limit=memory_limit)
-    return matrix if structure == "matrix" else _blocks(matrix, op.structure)
+    op = op.prepare()
+    matrix = jnp.stack([_column(op, i) for i in range(op.size)]).T if op.on_host else _columns(op)
+    if not isinstance(matrix, Tracer):
+        _require_symmetric(op, matrix)
+    return _symmetrise(matrix)
 
 
-def _blocks(matrix: jax.Array, structure: PyTree) -> PyTree:
-    leaves, treedef = jax.tree.flatten(structure)
-    rows = _cut(matrix, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-    return treedef.unflatten([treedef.unflatten(row) for row in rows])
+@provides("matrix_product")
+def times_matrix(op: LinearOperator, matrix: jax.Array) -> jax.Array:
+    """A V for a matrix (n, k) whose columns are flat vectors."""
+    if not jnp.issubdtype(matrix.dtype, jnp.floating):
+        raise StructureError(f"the matrix has dtype {matrix.dtype}, expected {op.dtype}.")
+    leaves, treedef = jax.tree.flatten(op.structure)
+    kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    parts = []
+    for start in range(0, matrix.shape[1], IN_FLIGHT):
+        vectors = treedef.unflatten(_as_vectors(matrix[:, start : start + IN_FLIGHT], kinds))
+        parts.append(_as_columns(op.mv_batch(vectors)))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 @partial(jax.jit, static_argnames="kinds")
-def _cut(matrix: jax.Array, kinds: tuple) -> list[list[jax.Array]]:
-    leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
-    offsets = _offsets(leaves)
-
-    def block(i, j):
-        rows, columns = slice(*offsets[i : i + 2]), slice(*offsets[j : j + 2])
-        part = matrix[rows, columns].reshape(leaves[i].shape + leaves[j].shape)
-        return part.astype(jnp.promote_types(leaves[i].dtype, leaves[j].dtype))
-
-    count = range(len(leaves))
-    return [[block(i, j) for j in count] for i in count]
-
-
-def hessian_matrix(op: HessianOperator) -> jax.Array:
-    """The (n, n) Hessian, not yet checked for NaN."""
-    if op.stream is not None:
-        return _mirror(weighted_sum(_upper, op._pieces()), _owners(op))
-    return _mirror(_upper(op), _owners(op))
-
-
-def _offsets(leaves) -> list[int]:
-    total = [0]
-    for leaf in leaves:
-        total.append(total[-1] + leaf.size)
-    return total
-
-
-def _groups(op: HessianOperator) -> list[tuple[int, int, int, int]]:
-    """Runs of leaves that share a block column: (first leaf, last + 1, first parameter, last + 1)."""
-    leaves = jax.tree.leaves(op.structure)
-    groups = MAX_GROUPS if op.size > SMALL else 1
-    offsets, run = _offsets(leaves), -(-len(leaves) // groups)
-    edges = [*range(0, len(leaves), run), len(leaves)]
-    return [(a, b, offsets[a], offsets[b]) for a, b in itertools.pairwise(edges)]
-
-
-def _owners(op: HessianOperator) -> np.ndarray:
-    """The number of the group that each parameter belongs to."""
-    sizes = [stop - start for _, _, start, stop in _groups(op)]
-    return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-
-
-def _upper(op: HessianOperator) -> jax.Array:
-    """Block rows from the diagonal to the right, zero below: rows j are columns j, by symmetry."""
-    matrix = jnp.zeros((op.size, op.size), op.dtype)
-    for first, last, begin, end in _groups(op):
-        count = min(CHUNK, end - begin)
-        for start in range(begin, end, max(count, 1)):
-            start = min(start, end - count)  # the last chunk repeats some columns
-            matrix = _fill(op, matrix, start, leaves=(first, last), count=count, begin=begin)
-    return matrix
-
-
-@partial(jax.jit, static_argnames=("leaves", "count", "begin"), donate_argnames=("matrix",))
-def _fill(op: HessianOperator, matrix, start, *, leaves: tuple[int, int], count: int, begin: int):
-    columns = start - begin + jnp.arange(count)
-    rows = jax.lax.map(partial(_column, op, *leaves), columns, batch_size=min(COLUMNS, count))
-    return jax.lax.dynamic_update_slice(matrix, rows.astype(matrix.dtype), (start, begin))
-
-
-def _column(op: HessianOperator, first: int, last: int, index) -> jax.Array:
-    """The derivative along one parameter of the gradient with respect to the leaves from `first` on."""
-    tail = op._principal(tuple(range(first, len(jax.tree.leaves(op.structure)))))
-    variables = tail._variables()
-    leaves, treedef = jax.tree.flatten(variables)
-    group, rest = leaves[: last - first], leaves[last - first :]
-    unit = jnp.zeros(_tree.tree_size(group), op.dtype).at[index].set(1)
-    unit = _tree.unravel(unit, group)
-
-    def gradient(group, piece):
-        return tail._grad(treedef.unflatten([*group, *rest]), piece)
-
-    def product(piece):
-        if op.mode == "forward-over-reverse":
-            return jax.jvp(lambda x: gradient(x, piece), (group,), (unit,))[1]
-        if op.mode == "reverse-over-reverse":  # the same block, as a row
-            return jax.vjp(lambda x: jax.tree.leaves(tail._grad(x, piece))[: len(group)], variables)[1](unit)[
-                0
-            ]
-        return products.central_difference(lambda x: gradient(x, piece), group, unit)
-
-    return _tree.ravel(tail._mean(product))
+def _as_vectors(matrix: jax.Array, kinds: tuple) -> list[jax.Array]:
+    """The columns of a matrix as a stack of vectors."""
+    like = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
+    return jax.vmap(lambda column: trees.unravel(column, like), in_axes=1)(matrix)
 
 
 @jax.jit
-def _mirror(upper: jax.Array, owner: jax.Array) -> jax.Array:
-    same = owner[:, None] == owner
-    return jnp.where(same, 0.5, 1.0).astype(upper.dtype) * (upper + upper.T)
+def _as_columns(vectors: PyTree) -> jax.Array:
+    """A stack of vectors as the columns of a matrix."""
+    return jax.vmap(trees.ravel, out_axes=1)(vectors)
+
+
+def _require_symmetric(op: LinearOperator, matrix: jax.Array) -> None:
+    start = trees.sphere_sample(jax.random.key(0), op.structure)
+    image = op.mv(start) if op.on_host else product(op, start)
+    largest, asymmetry, size, defect = map(float, jax.device_get(_defects(matrix, start, image)))
+    if not np.isfinite([largest, size, defect]).all():
+        return  # the caller says so
+    limit = float(np.sqrt(op.precision))
+    above = f"above {limit:.1e}, the square root of the precision of its products."
+    if asymmetry > limit * largest:
+        raise NotSymmetricError(
+            f"the operator is not symmetric: |A - Aᵀ| of its columns A reaches {asymmetry / largest:.1e} "
+            f"max |A|, {above} {op.explain_asymmetry()} If half the sum with its transpose is "
+            "meant, pass that."
+        )
+    if defect > limit * size:
+        error = defect / size if size else np.inf
+        raise NotSymmetricError(
+            f"the operator is not linear: H v is {error:.1e} |H v| away from the sum of v_i H e_i, {above} "
+            f"A constant that is added is not linear. {op.explain_asymmetry()}"
+        )
+
+
+@jax.jit
+def _defects(matrix, start, image):
+    """max |A|, max |A - Aᵀ|, a size for products and the error of one, over the numbers of a vector."""
+    start, image = trees.ravel(start), trees.ravel(image)
+    with jax.default_matmul_precision("highest"):
+        expected = matrix @ start
+    scale = jnp.max(jnp.abs(matrix))
+    unit = jnp.where(scale > 0, scale, jnp.maximum(jnp.max(jnp.abs(image)), jnp.finfo(image.dtype).tiny))
+    size = jnp.linalg.norm(matrix / unit) * jnp.linalg.norm(start) / len(start) ** 0.5 * unit
+    return scale, jnp.max(jnp.abs(matrix - matrix.T)), size, jnp.linalg.norm((image - expected) / unit) * unit
+
+
+def _column(op: LinearOperator, i) -> jax.Array:
+    unit = jnp.zeros(op.size, op.dtype).at[i].set(1)
+    return trees.ravel(op.mv(trees.unravel(unit, op.structure)))
+
+
+@jax.jit
+def _columns(op):
+    rows = jax.lax.map(lambda i: _column(op, i), jnp.arange(op.size), batch_size=min(IN_FLIGHT, op.size))
+    return rows.T
+
+
+@jax.jit
+def _symmetrise(matrix):
+    return (matrix + matrix.T) / 2
+
+
+@operator(leaves=("matrix",))
+class MatrixOperator(LinearOperator):
+    """A dense symmetric matrix as an operator on flat vectors.
+
+    Args:
+        matrix: (n, n), real; integers and half precision become float32.
+
+    Raises:
+        StructureError: not a square real matrix.
+        NotSymmetricError: max |A - Aᵀ| exceeds sqrt(eps) max |A|.
+
+    Cost: n² operations a product, in full precision.
+
+    Examples:
+        >>> import jax.numpy as jnp, spectra
+        >>> spectra.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]])) @ jnp.array([1.0, 0.0])
+        Array([2., 1.], dtype=float32)
+    """
+
+    matrix: jax.Array
+
+    @automatic
+    def __init__(self, matrix):
+        matrix = jnp.asarray(matrix)
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
+            raise StructureError(f"a MatrixOperator needs a square matrix, got shape {matrix.shape}.")
+        if jnp.iscomplexobj(matrix):
+            raise StructureError(f"a MatrixOperator needs a real matrix, got dtype {matrix.dtype}.")
+        matrix = on_automatic_axes(matrix).astype(trees.working_dtype(matrix.dtype))
+        if not trees.is_traced(matrix):
+            difference, largest = map(float, _asymmetry(matrix))
+            if difference > float(jnp.finfo(matrix.dtype).eps) ** 0.5 * largest:
+                raise NotSymmetricError(
+                    f"the matrix is not symmetric: |A - Aᵀ| reaches {difference:.2e}. Pass "
+                    "(A + A.T) / 2 if the difference is rounding, or AᵀA for singular values."
+                )
+        object.__setattr__(self, "matrix", matrix)
+
+    @property
+    def known_linear(self) -> bool:
+        """True: it is a matrix."""
+        return True
+
+    @property
+    def cancels(self) -> bool:
+        """Columns are right to the unit roundoff, each relative to itself."""
+        return False
+
+    @property
+    def like(self) -> jax.Array:
+        """One row of the matrix."""
+        return self.matrix[0]
+
+    def mv(self, v: jax.Array) -> jax.Array:
+        """A v."""
+        return jnp.matmul(self.matrix, v, precision=lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _asymmetry(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """max |A - Aᵀ| and max |A|."""
+    return jnp.max(jnp.abs(matrix - matrix.T)), jnp.max(jnp.abs(matrix))
+
+
+@operator(leaves=("example",))
+class FunctionOperator(LinearOperator):
+    """A symmetric operator given by its product with a vector.
+
+    Args:
+        mv: function from a vector to a vector of the same structure; traceable by JAX and linear. It is
+            static: keep one function object, a new lambda each time compiles anew. Arrays that it
+            closes over become constants of the compiled program.
+        like: pytree of arrays or `jax.ShapeDtypeStruct`, the structure of a vector.
+
+    Raises:
+        StructureError: `mv` returns another structure or other shapes than `like`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> def negative_laplacian(v):
+        ...     padded = jnp.pad(v, 1)
+        ...     return 2 * v - padded[:-2] - padded[2:]
+        >>> op = spectra.FunctionOperator(negative_laplacian, jnp.zeros(50))
+        >>> report = spectra.lanczos(op, jnp.ones(50), 10)
+    """
+
+    function: Callable[[PyTree], PyTree]
+    example: PyTree
+
+    @automatic
+    def __init__(self, mv: Callable[[PyTree], PyTree], like: PyTree):
+        if not callable(mv):
+            raise StructureError(f"mv is a {type(mv).__name__}; pass a function of a vector.")
+        object.__setattr__(self, "function", mv)
+        object.__setattr__(self, "example", on_automatic_axes(like))
+        structure = self.structure
+        trees.check_structure(jax.eval_shape(mv, structure), structure, "the result of mv")
+
+    @property
+    def like(self) -> PyTree:
+        """The example of a vector."""
+        return self.example
+
+    def mv(self, v: PyTree) -> PyTree:
+        """The user's product, in the working dtypes."""
+        return trees.cast_like(self.function(v), v)

@@ -6,13 +6,13 @@ from typing import Any, Unpack
 
 import jax
 
-from spectra._errors import DataError
-from spectra.operators import products
-from spectra.operators.base import operator
-from spectra.operators.checks import DataOptions, check_scalar
-from spectra.operators.data_operator import DataOperator, shows_options
+from spectra.base.errors import DataError
+from spectra.base.trees import PyTree
+from spectra.operators import differentiate
+from spectra.operators.arguments import DataOptions, check_scalar
+from spectra.operators.data import DataOperator, shows_options
+from spectra.operators.pytree import operator
 
-PyTree = Any
 ModelFn = Callable[[PyTree, PyTree], PyTree]
 OutputLossFn = Callable[[PyTree, PyTree], jax.Array]
 
@@ -55,12 +55,12 @@ class ModelOperator(DataOperator):
 
     def _jacobian(self, variables: PyTree, inputs: PyTree):
         """Outputs, v -> J v and u -> Jᵀ u of the model at the variables."""
-        return products.jacobian(self.mode, lambda x: self.model_fn(self._merge(x), inputs), variables)
+        return differentiate.jacobian(self.mode, lambda x: self.model_fn(self._merge(x), inputs), variables)
 
     def _curvature(self, outputs: PyTree, targets: PyTree, u: PyTree) -> PyTree:
         """(∇²ℓ) u in output space."""
         gradient = jax.grad(self._output_loss)
-        return products.derivative(self.mode, lambda f: gradient(f, targets), outputs, u)
+        return differentiate.derivative(self.mode, lambda f: gradient(f, targets), outputs, u)
 
     def _gauss_newton_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
         """Jᵀ (∇²ℓ) J v."""

@@ -1,16 +1,26 @@
-"""The Hessian of a loss as an operator."""
+"""The Hessian of a loss as an operator, and exactly as a matrix.
 
+Of the matrix only the blocks on and below the diagonal are differentiated.
+"""
+
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Unpack
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from spectra.operators import products
-from spectra.operators.base import operator
-from spectra.operators.checks import DataOptions, check_scalar
-from spectra.operators.data_operator import DataOperator, shows_options
-
-PyTree = Any
+from spectra.base import trees
+from spectra.base.errors import SpectraError
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
+from spectra.operators import differentiate
+from spectra.operators.accumulate import weighted_sum
+from spectra.operators.arguments import DataOptions, check_scalar
+from spectra.operators.data import DataOperator, shows_options
+from spectra.operators.pytree import operator
 
 
 @operator(leaves=("params", "data"))
@@ -36,7 +46,7 @@ class HessianOperator(DataOperator):
             is no mean over examples.
         DifferentiationError: the loss has no gradient; carries JAX's reason.
 
-    Cost: see `spectra.operators.products`; streams cost one pass over the data a product.
+    Cost: see `spectra.operators.differentiate`; streams cost one pass over the data a product.
 
     References:
         Pearlmutter, Fast exact multiplication by the Hessian, doi:10.1162/neco.1994.6.1.147.
@@ -68,10 +78,172 @@ class HessianOperator(DataOperator):
         return check_scalar(self.loss_fn(params, piece), "loss_fn")
 
     def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
-        return products.derivative(self.mode, lambda x: self._grad(x, piece), variables, v)
+        return differentiate.derivative(self.mode, lambda x: self._grad(x, piece), variables, v)
 
     def _matrix(self) -> jax.Array:
-        from spectra.operators.dense import hessian_matrix
-
         self._require_finite(self.loss())
         return hessian_matrix(self)
+
+
+COLUMNS = 64
+"""Columns in flight in one vmapped product: bounds the batched activations."""
+CHUNK = 1024
+"""Columns of one compiled call: bounds what is copied into the matrix at a time."""
+MAX_GROUPS = 8
+"""A block column is code to compile; more leaves than this share columns, a few at a time."""
+SMALL = 32
+"""Up to this order all leaves share their columns: symmetry would save less than another program costs."""
+STRUCTURES = ("matrix", "blocks")
+
+
+@shows_options
+@automatic
+def dense_hessian(
+    loss_fn,
+    params: PyTree,
+    batch: Any,
+    *,
+    structure: str = "matrix",
+    memory_limit: int | None = None,
+    **options: Unpack[DataOptions],
+):
+    """Compute the whole Hessian of a loss, using its symmetry.
+
+    H_ij = ∂²L/∂θ_i∂θ_j, symmetric to the bit: the diagonal blocks are averaged with their transposes,
+    the others are mirrored.
+
+    Args:
+        loss_fn: function (params, batch) -> scalar, as for `HessianOperator`.
+        params: pytree of real floating arrays, n numbers in all.
+        batch: one batch, or a re-iterable of batches.
+        structure: "matrix" for an (n, n) array, parameters ravelled in tree order; "blocks" for nested
+            pytrees as `jax.hessian` returns them, so that `blocks["fc1"]["fc2"]` has the shape of
+            `params["fc1"]` followed by that of `params["fc2"]`.
+        memory_limit: bytes; default half of what the device has free.
+        **options: see `HessianOperator`.
+
+    Returns:
+        A `jax.Array` (n, n), or a pytree of pytrees; float32 at least.
+
+    Raises:
+        SpectraError: another structure.
+        MemoryLimitError: 3 n² numbers exceed the limit; the message says what works without a matrix.
+        NonFiniteError: an entry is NaN or infinite.
+
+    Cost: n products, of which those of leaf j differentiate leaves j and later only, 64 at a time; 3 n²
+    numbers at the peak.
+
+    Examples:
+        >>> import jax.numpy as jnp, spectra
+        >>> def loss_fn(params, batch):
+        ...     return jnp.sum(params["a"] ** 2) * params["b"] + 0 * batch.sum()
+        >>> params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
+        >>> spectra.dense_hessian(loss_fn, params, jnp.zeros(1))
+        Array([[6., 0., 2.],
+               [0., 6., 4.],
+               [2., 4., 0.]], dtype=float32)
+        >>> spectra.dense_hessian(loss_fn, params, jnp.zeros(1), structure="blocks")["b"]["a"]
+        Array([2., 4.], dtype=float32)
+    """
+    if structure not in STRUCTURES:
+        raise SpectraError(f"structure={structure!r}: use one of {STRUCTURES}.")
+    op = HessianOperator(loss_fn, params, batch, **options)
+    matrix = op.as_matrix(memory_limit=memory_limit)
+    return matrix if structure == "matrix" else _blocks(matrix, op.structure)
+
+
+def _blocks(matrix: jax.Array, structure: PyTree) -> PyTree:
+    leaves, treedef = jax.tree.flatten(structure)
+    rows = _cut(matrix, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    return treedef.unflatten([treedef.unflatten(row) for row in rows])
+
+
+@partial(jax.jit, static_argnames="kinds")
+def _cut(matrix: jax.Array, kinds: tuple) -> list[list[jax.Array]]:
+    leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
+    offsets = _offsets(leaves)
+
+    def block(i, j):
+        rows, columns = slice(*offsets[i : i + 2]), slice(*offsets[j : j + 2])
+        part = matrix[rows, columns].reshape(leaves[i].shape + leaves[j].shape)
+        return part.astype(jnp.promote_types(leaves[i].dtype, leaves[j].dtype))
+
+    count = range(len(leaves))
+    return [[block(i, j) for j in count] for i in count]
+
+
+def hessian_matrix(op: HessianOperator) -> jax.Array:
+    """The (n, n) Hessian, not yet checked for NaN."""
+    if op.stream is not None:
+        return _mirror(weighted_sum(_upper, op._pieces()), _owners(op))
+    return _mirror(_upper(op), _owners(op))
+
+
+def _offsets(leaves) -> list[int]:
+    total = [0]
+    for leaf in leaves:
+        total.append(total[-1] + leaf.size)
+    return total
+
+
+def _groups(op: HessianOperator) -> list[tuple[int, int, int, int]]:
+    """Runs of leaves that share a block column: (first leaf, last + 1, first parameter, last + 1)."""
+    leaves = jax.tree.leaves(op.structure)
+    groups = MAX_GROUPS if op.size > SMALL else 1
+    offsets, run = _offsets(leaves), -(-len(leaves) // groups)
+    edges = [*range(0, len(leaves), run), len(leaves)]
+    return [(a, b, offsets[a], offsets[b]) for a, b in itertools.pairwise(edges)]
+
+
+def _owners(op: HessianOperator) -> np.ndarray:
+    """The number of the group that each parameter belongs to."""
+    sizes = [stop - start for _, _, start, stop in _groups(op)]
+    return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+
+
+def _upper(op: HessianOperator) -> jax.Array:
+    """Block rows from the diagonal to the right, zero below: rows j are columns j, by symmetry."""
+    matrix = jnp.zeros((op.size, op.size), op.dtype)
+    for first, last, begin, end in _groups(op):
+        count = min(CHUNK, end - begin)
+        for start in range(begin, end, max(count, 1)):
+            start = min(start, end - count)  # the last chunk repeats some columns
+            matrix = _fill(op, matrix, start, leaves=(first, last), count=count, begin=begin)
+    return matrix
+
+
+@partial(jax.jit, static_argnames=("leaves", "count", "begin"), donate_argnames=("matrix",))
+def _fill(op: HessianOperator, matrix, start, *, leaves: tuple[int, int], count: int, begin: int):
+    columns = start - begin + jnp.arange(count)
+    rows = jax.lax.map(partial(_column, op, *leaves), columns, batch_size=min(COLUMNS, count))
+    return jax.lax.dynamic_update_slice(matrix, rows.astype(matrix.dtype), (start, begin))
+
+
+def _column(op: HessianOperator, first: int, last: int, index) -> jax.Array:
+    """The derivative along one parameter of the gradient with respect to the leaves from `first` on."""
+    tail = op._principal(tuple(range(first, len(jax.tree.leaves(op.structure)))))
+    variables = tail._variables()
+    leaves, treedef = jax.tree.flatten(variables)
+    group, rest = leaves[: last - first], leaves[last - first :]
+    unit = jnp.zeros(trees.tree_size(group), op.dtype).at[index].set(1)
+    unit = trees.unravel(unit, group)
+
+    def gradient(group, piece):
+        return tail._grad(treedef.unflatten([*group, *rest]), piece)
+
+    def product(piece):
+        if op.mode == "forward-over-reverse":
+            return jax.jvp(lambda x: gradient(x, piece), (group,), (unit,))[1]
+        if op.mode == "reverse-over-reverse":  # the same block, as a row
+            return jax.vjp(lambda x: jax.tree.leaves(tail._grad(x, piece))[: len(group)], variables)[1](unit)[
+                0
+            ]
+        return differentiate.central_difference(lambda x: gradient(x, piece), group, unit)
+
+    return trees.ravel(tail._mean(product))
+
+
+@jax.jit
+def _mirror(upper: jax.Array, owner: jax.Array) -> jax.Array:
+    same = owner[:, None] == owner
+    return jnp.where(same, 0.5, 1.0).astype(upper.dtype) * (upper + upper.T)

@@ -10,22 +10,22 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _tree
-from spectra._errors import SpectraError, StructureError
-from spectra._mesh import automatic
-from spectra.data import as_batch, batch_size, rows
+from spectra.base import trees
+from spectra.base.errors import SpectraError, StructureError
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
 from spectra.operators.accumulate import weighted_sum
-from spectra.operators.base import operator
-from spectra.operators.checks import DataOptions
-from spectra.operators.data_operator import shows_options
+from spectra.operators.arguments import DataOptions
+from spectra.operators.batches import as_batch, batch_size, rows
+from spectra.operators.data import shows_options
 from spectra.operators.fisher import CHECKED_EXAMPLES, FisherOperator
 from spectra.operators.ggn import ModelFn, OutputLossFn, split
 from spectra.operators.kfac_plan import Group, Plan, plan_of
 from spectra.operators.kfac_sums import Setup, factor_sums, second_moments, traced
 from spectra.operators.kronecker import Block, Corrected, FactoredOperator, Kronecker
 from spectra.operators.loss_roots import form_of
+from spectra.operators.pytree import operator
 
-PyTree = Any
 SEQUENCES = ("expand", "reduce")
 BIASES = ("joint", "separate")
 EXACT_LIMIT = 256
@@ -344,7 +344,7 @@ class EKFACOperator(_FromData):
 def _few(fisher: FisherOperator) -> FisherOperator | None:
     """The operator of a few examples, where its numbers can be looked at."""
     arrays = jax.tree.leaves((fisher.params, fisher.data))
-    if _tree.is_traced(arrays) or not all(isinstance(x, (jax.Array, np.ndarray)) for x in arrays):
+    if trees.is_traced(arrays) or not all(isinstance(x, (jax.Array, np.ndarray)) for x in arrays):
         return None
     return fisher._with(data=rows(fisher.data, 0, CHECKED_EXAMPLES, fisher.shared), microbatch=None)
 

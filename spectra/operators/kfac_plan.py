@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra import _paths
+from spectra.base import paths as _paths
+from spectra.base.trees import PyTree
 from spectra.operators.kronecker import Place
 from spectra.operators.layers import Found, Path, Site
 from spectra.operators.layouts import Layout, flat_layout
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)

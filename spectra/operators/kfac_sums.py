@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra._errors import StructureError
-from spectra.data import batch_size, owned_leaves, replace_owned, shared_leaves
+from spectra.base.errors import StructureError
+from spectra.base.trees import PyTree
 from spectra.operators.accumulate import mean_over_microbatches
+from spectra.operators.batches import batch_size, owned_leaves, replace_owned, shared_leaves
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import split
 from spectra.operators.kfac_plan import Group, Plan, plan_of
@@ -18,7 +19,6 @@ from spectra.operators.layers import Found, Path, find_sites
 from spectra.operators.loss_roots import roots
 from spectra.operators.replay import arranged, output_rows, replay
 
-PyTree = Any
 COLUMNS = 16
 """Gradients of each example in flight at a time."""
 ENTRIES = 2**25

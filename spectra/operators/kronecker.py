@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _tree
-from spectra._errors import SpectraError
-from spectra.operators.base import LinearOperator, operator
+from spectra.base import trees
+from spectra.base.errors import SpectraError
+from spectra.base.trees import PyTree
+from spectra.operators.base import LinearOperator
 from spectra.operators.layouts import Layout
+from spectra.operators.pytree import operator
 
-PyTree = Any
 DAMPINGS = ("exact", "heuristic")
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -193,7 +194,7 @@ class FactoredOperator(LinearOperator):
 
     def mv(self, v: PyTree) -> PyTree:
         """The blocks' products, leaf by leaf."""
-        leaves, treedef = jax.tree.flatten(_tree.cast_like(v, self.structure))
+        leaves, treedef = jax.tree.flatten(trees.cast_like(v, self.structure))
         shapes, results = [leaf.shape for leaf in leaves], {}
         for part in self.parts:
             place = part.place
@@ -236,7 +237,7 @@ class FactoredOperator(LinearOperator):
             raise SpectraError(
                 "an eigenvalue-corrected operator is no Kronecker product: use method='exact'."
             )
-        if not _tree.is_traced((self.parts, damping)) and not damping > 0:
+        if not trees.is_traced((self.parts, damping)) and not damping > 0:
             self._require_definite(float(damping))
         parts = _inverses(self.parts, jnp.asarray(damping), method)
         return FactoredOperator(params=self.params, parts=parts, stacks=self.stacks)
@@ -269,7 +270,7 @@ class FactoredOperator(LinearOperator):
 
     def _restricted(self, indices: tuple[int, ...], parts: tuple[Block, ...]) -> "FactoredOperator":
         stacks = tuple((i, path) for i, leaf in enumerate(indices) for j, path in self.stacks if j == leaf)
-        params = _tree.keep_leaves(self.params, indices)
+        params = trees.keep_leaves(self.params, indices)
         return FactoredOperator(params=params, parts=parts, stacks=stacks)
 
     @property

@@ -10,14 +10,12 @@ A loss L = Σ_t w_t ℓ_t is a weighted mean over terms t, with ℓ_t = -log p(y
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from spectra._errors import StructureError
-
-PyTree = Any
+from spectra.base.errors import StructureError
+from spectra.base.trees import PyTree
 
 
 def label_index(outputs: PyTree, targets: PyTree) -> tuple[int, bool]:

@@ -7,20 +7,19 @@ as its mean ("mc"), or is Σ_t w_t ∇ℓ_t ∇ℓ_tᵀ at the data's own target
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _memory, _tree
-from spectra._errors import MemoryLimitError
+from spectra.base import host, trees
+from spectra.base.errors import MemoryLimitError
+from spectra.base.trees import PyTree
 from spectra.operators import likelihood
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import split
 from spectra.results import format_bytes
 
-PyTree = Any
 FORMS = ("softmax", "diagonal", "dense")
 
 
@@ -56,12 +55,12 @@ def form_of(op: FisherOperator, outputs: PyTree, piece: PyTree, limit: float) ->
 @jax.jit
 def _form_errors(op: FisherOperator, outputs: PyTree, piece: PyTree) -> tuple[jax.Array, jax.Array]:
     targets = split(piece)[1]
-    u = _tree.sample(jax.random.key(0), outputs, jax.random.normal)
+    u = trees.sample(jax.random.key(0), outputs, jax.random.normal)
     own = op._curvature(outputs, targets, u)
-    size = _tree.largest(own)
+    size = trees.largest(own)
 
     def error(other):
-        difference = _tree.largest(jax.tree.map(jnp.subtract, own, other))
+        difference = trees.largest(jax.tree.map(jnp.subtract, own, other))
         return jnp.where(size > 0, difference / size, difference)
 
     softmax = jnp.asarray(jnp.inf)
@@ -115,8 +114,8 @@ def _numbers(outputs: PyTree) -> int:
 def _unit(outputs: PyTree, k: jax.Array) -> PyTree:
     """The k-th unit vector for every example."""
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), outputs)
-    flat = jax.nn.one_hot(k, _numbers(outputs), dtype=_tree.scalar_dtype(outputs))
-    return jax.tree.map(lambda u, x: jnp.broadcast_to(u, x.shape), _tree.unravel(flat, one), outputs)
+    flat = jax.nn.one_hot(k, _numbers(outputs), dtype=trees.scalar_dtype(outputs))
+    return jax.tree.map(lambda u, x: jnp.broadcast_to(u, x.shape), trees.unravel(flat, one), outputs)
 
 
 def _diagonal(op: FisherOperator, outputs: PyTree, targets: PyTree) -> Roots:
@@ -129,21 +128,21 @@ def _diagonal(op: FisherOperator, outputs: PyTree, targets: PyTree) -> Roots:
 def _dense(op: FisherOperator, outputs: PyTree, targets: PyTree) -> Roots:
     """V √Λ of each example's Hessian V Λ Vᵀ, without negative curvature."""
     count, examples = _numbers(outputs), len(jax.tree.leaves(outputs)[0])
-    dtype = _tree.scalar_dtype(outputs)
-    needed, free = 3 * examples * count**2 * jnp.dtype(dtype).itemsize, _memory.available_bytes()
+    dtype = trees.scalar_dtype(outputs)
+    needed, free = 3 * examples * count**2 * jnp.dtype(dtype).itemsize, host.available_bytes()
     if free is not None and needed > free / 2:
         raise MemoryLimitError(
             f"the Hessian of this loss in its {count:,} outputs an example is neither that of a softmax "
             f"nor diagonal, and {format_bytes(needed)} for {examples} examples do not fit: use kind='mc', "
             "or a smaller microbatch."
         )
-    ravel = jax.vmap(_tree.ravel)
+    ravel = jax.vmap(trees.ravel)
     rows = jax.lax.map(lambda k: ravel(op._curvature(outputs, targets, _unit(outputs, k))), jnp.arange(count))
     hessian = jnp.moveaxis(rows, 0, 1)
     values, basis = jnp.linalg.eigh((hessian + jnp.swapaxes(hessian, 1, 2)) / 2)
     root = basis * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), outputs)
-    return Roots(count, lambda k: jax.vmap(lambda flat: _tree.unravel(flat, one))(jnp.take(root, k, axis=2)))
+    return Roots(count, lambda k: jax.vmap(lambda flat: trees.unravel(flat, one))(jnp.take(root, k, axis=2)))
 
 
 def _sampled(op: FisherOperator, outputs: PyTree, piece: PyTree, keys: jax.Array) -> Roots:

@@ -15,19 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _tree
-from spectra._digest import array_digest
-from spectra._errors import DataError
-from spectra.data import batch_size
-from spectra.operators import compiled
-from spectra.operators.cuts import PLACES, Cut, comparisons, neighbours, places
-from spectra.operators.diagnose import coarsest_rounding, drawn_shapes, rounding_of_sums
-from spectra.operators.noise import can_redraw, redrawn, salts
+from spectra.base import trees
+from spectra.base.errors import DataError
+from spectra.base.files import array_digest
+from spectra.base.trees import PyTree
+from spectra.operators import differentiate
+from spectra.operators.batches import batch_size
+from spectra.operators.jaxprs import drawn_shapes, largest_epsilon, rounding_of_sums
+from spectra.operators.redraws import PLACES, Cut, can_redraw, comparisons, neighbours, places, redrawn, salts
 
 if TYPE_CHECKING:
-    from spectra.operators.data_operator import DataOperator
+    from spectra.operators.data import DataOperator
 
-PyTree = Any
 MAX_KINDS = 64
 FAR = 0.3
 """How far the second look goes, relative to each parameter."""
@@ -62,7 +61,7 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
     Cost: about twenty evaluations of the loss on two pieces, 70 if it draws random numbers, once for the
     same structure and data.
     """
-    if not _tree.has_values((op.params, op.data)) or _tree.is_traced((op.params, op.data)):
+    if not trees.has_values((op.params, op.data)) or trees.is_traced((op.params, op.data)):
         return
     limit, kinds = None, []
     for source in (places(op, size), neighbours(op)):
@@ -135,7 +134,7 @@ def _compare(op: "DataOperator", cut: Cut, limit: Limit | None) -> Limit | None:
     None where there is nothing to compare.
     """
     try:
-        traces = [compiled.loss.trace(_on(op, x, op.params)).jaxpr for x in (cut.here[0], cut.there[0])]
+        traces = [differentiate.loss.trace(_on(op, x, op.params)).jaxpr for x in (cut.here[0], cut.there[0])]
     except Exception as error:
         raise _OtherSizesRefused from error
     drawn = [drawn_shapes(trace) for trace in traces]
@@ -145,7 +144,7 @@ def _compare(op: "DataOperator", cut: Cut, limit: Limit | None) -> Limit | None:
     if limit is not None:
         _require_equal(op, cut, op.params, limit, noisy)
         return limit
-    unit = max(coarsest_rounding(traces[0]), op.precision)
+    unit = max(largest_epsilon(traces[0]), op.precision)
     relative = MARGIN * (unit / 2 + rounding_of_sums(traces[0]))
     far = _moved(op, FAR)
     found = []
@@ -212,13 +211,13 @@ def _means(op: "DataOperator", params: PyTree, batches: list[PyTree], noisy: boo
     """The loss over some batches, once or for each of several sets of random numbers."""
     weights = np.array([_weight(op, batch) for batch in batches])
     operators = [_on(op, batch, params) for batch in batches]
-    values = jax.device_get([_redrawn_losses(x) if noisy else compiled.loss(x) for x in operators])
+    values = jax.device_get([_redrawn_losses(x) if noisy else differentiate.loss(x) for x in operators])
     return np.atleast_1d(np.tensordot(weights / weights.sum(), np.asarray(values, float), 1))
 
 
 @jax.jit
 def _redrawn_losses(op: "DataOperator") -> jax.Array:
-    jaxpr, leaves = jax.make_jaxpr(compiled.loss)(op), jax.tree.leaves(op)
+    jaxpr, leaves = jax.make_jaxpr(differentiate.loss)(op), jax.tree.leaves(op)
     return lax.map(lambda salt: redrawn(jaxpr, salt, *leaves)[0], salts(KEYS))
 
 
@@ -262,11 +261,11 @@ def _moved(op: "DataOperator", amount: float) -> PyTree:
 @jax.jit
 def waves(leaves: list[jax.Array], amount) -> list[jax.Array]:
     """x_i + amount cos(2 i + leaf) |x_i|: needs no random numbers, whose programs are large."""
-    sizes = [_tree.norm(_tree.lift(x)) / max(x.size, 1) ** 0.5 for x in leaves]
+    sizes = [trees.norm(trees.lift(x)) / max(x.size, 1) ** 0.5 for x in leaves]
     largest = jnp.max(jnp.stack(sizes))
 
     def one(i, leaf):
-        x = _tree.lift(leaf)
+        x = trees.lift(leaf)
         wave = jnp.cos(2 * jnp.arange(x.size, dtype=x.dtype) + i).reshape(x.shape)
         neighbours = jnp.where(sizes[i] > 0, sizes[i], jnp.where(largest > 0, largest, 1))
         return (x + amount * wave * jnp.where(x == 0, neighbours, jnp.abs(x))).astype(leaf.dtype)

@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spectra import _tree
-from spectra._errors import SpectraError, StructureError
-from spectra._paths import leaf_paths
+from spectra.base import trees
+from spectra.base.errors import SpectraError, StructureError
+from spectra.base.paths import leaf_paths
+from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Found:
         if "count" not in self.fields:
             return None
         count = value(self.fields["count"])
-        if not _tree.is_traced(count) and int(count) == 0:
+        if not trees.is_traced(count) and int(count) == 0:
             raise SpectraError("the optimizer has taken no step yet: its second moment is empty.")
         return count
 
@@ -168,7 +167,7 @@ def by_name(tree: PyTree, template: PyTree = None) -> dict[str, Any]:
     """Leaves by path; those of a flat vector (`optax.flatten`) by the paths of its `template`."""
     leaves, paths = jax.tree.leaves(tree), leaf_paths(tree)
     if template is not None and is_flat(tree):
-        parts = _tree.unravel(leaves[0], jax.tree.map(_like(leaves[0].dtype), template))
+        parts = trees.unravel(leaves[0], jax.tree.map(_like(leaves[0].dtype), template))
         leaves, paths = jax.tree.leaves(parts), leaf_paths(template)
     if paths and all(path.endswith("/value") for path in paths):  # of nnx, restored without its classes
         paths = [path.removesuffix("/value") for path in paths]
@@ -191,7 +190,7 @@ def template_of(moments: PyTree, op: LinearOperator) -> PyTree:
     candidates = [whole, op.like, *children]
     if is_flat(moments):
         size = value(moments).size
-        fitting = [tree for tree in candidates if jax.tree.leaves(tree) and _tree.tree_size(tree) == size]
+        fitting = [tree for tree in candidates if jax.tree.leaves(tree) and trees.tree_size(tree) == size]
         return fitting[0] if fitting else moments
     names = set(leaf_paths(moments))
     if any(type(x).__name__ == "MaskedNode" for x in jax.tree.leaves(moments, is_leaf=_is_masked)):

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _tree
-from spectra._errors import SpectraError
-from spectra._mesh import automatic
-from spectra._paths import leaf_paths
+from spectra.base import trees
+from spectra.base.errors import SpectraError
+from spectra.base.meshes import automatic
+from spectra.base.paths import leaf_paths
+from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import Wrapped
-from spectra.operators.base import LinearOperator, operator, require_operator
+from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.optimizers import (
     RULES,
     SAME_STATE,
@@ -24,9 +25,8 @@ from spectra.operators.optimizers import (
     second_moment,
     template_of,
 )
+from spectra.operators.pytree import operator
 from spectra.operators.response import AGREE, preconditioner
-
-PyTree = Any
 
 
 @operator(leaves=("base", "scale"))
@@ -109,7 +109,7 @@ class PreconditionedOperator(Wrapped):
         numbers = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
         given = {name: x for name, x in numbers.items() if x is not None}
         scale = _roots(_preconditioner(op, optimizer_state, update_fn, rule, given, eps_in_sqrt), op)
-        if not _tree.is_traced((scale, op)):
+        if not trees.is_traced((scale, op)):
             _check(scale)
         object.__setattr__(self, "base", op)
         object.__setattr__(self, "scale", scale)
@@ -124,7 +124,7 @@ class PreconditionedOperator(Wrapped):
         return _make(base, self.scale)
 
     def _principal(self, indices: tuple[int, ...]) -> "PreconditionedOperator":
-        return _make(self.base._principal(indices), _tree.keep_leaves(self.scale, indices))
+        return _make(self.base._principal(indices), trees.keep_leaves(self.scale, indices))
 
 
 def _preconditioner(op, optimizer_state, update_fn, rule, given, eps_in_sqrt) -> list[jax.Array]:
@@ -147,7 +147,7 @@ def _preconditioner(op, optimizer_state, update_fn, rule, given, eps_in_sqrt) ->
         return _by_rule(op, found, chosen, given | measured, in_sqrt)
 
     measured = preconditioner(update_fn, optimizer_state, op, by_rule)
-    if (given or rule) and not _tree.is_traced(measured):
+    if (given or rule) and not trees.is_traced(measured):
         stated = by_rule({}, eps_in_sqrt)
         if not all(np.allclose(a, b, rtol=AGREE, atol=0) for a, b in zip(stated, measured, strict=True)):
             raise SpectraError(
@@ -162,10 +162,10 @@ def _diagonal(state: PyTree, op: LinearOperator) -> list[jax.Array] | None:
     if op._is_flat(state):
         state = op.as_vector(state, "P")
     leaves = jax.tree.leaves(state)
-    if leaf_paths(state) != leaf_paths(op.like) or not all(map(_tree.is_array, leaves)):
+    if leaf_paths(state) != leaf_paths(op.like) or not all(map(trees.is_array, leaves)):
         return None
     for path, leaf in zip(leaf_paths(state), leaves, strict=True):
-        if not _tree.is_traced(leaf) and not np.all(np.asarray(leaf) > 0):
+        if not trees.is_traced(leaf) and not np.all(np.asarray(leaf) > 0):
             raise SpectraError(f"P of '{path}' is not positive everywhere, and has no root.")
     return matching(by_name(state), op, "diagonal")
 
@@ -234,10 +234,10 @@ def _make(base: LinearOperator, scale: PyTree) -> PreconditionedOperator:
 
 
 def _check(scale: PyTree) -> None:
-    if _tree.all_finite(scale):
+    if trees.all_finite(scale):
         return
     for path, leaf in zip(leaf_paths(scale), jax.tree.leaves(scale), strict=True):
-        if not _tree.all_finite(leaf):
+        if not trees.all_finite(leaf):
             raise SpectraError(
                 f"the preconditioner of '{path}' is zero or not a number somewhere: with eps=0 a parameter "
                 "that has seen no gradient has no scale. Pass the eps of the optimizer."

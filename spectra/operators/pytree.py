@@ -10,9 +10,8 @@ from typing import Any, dataclass_transform
 
 import jax
 
-from spectra import _tree
+from spectra.base import trees
 
-PyTree = Any
 REBUILT = "_rebuilt"
 """Attribute of an instance that JAX made of its parts: these parts, which need not be arrays."""
 _known: set[type] = set()
@@ -80,7 +79,7 @@ def _flatten(op):
     if parts is None:
         parts = [jax.tree.map(_wrapped, getattr(op, name)) for name in names]
     keys = [(jax.tree_util.GetAttrKey(name), part) for name, part in zip(names, parts, strict=True)]
-    return keys, (names, static, tuple(_tree.Static(getattr(op, name)) for name in static))
+    return keys, (names, static, tuple(trees.Static(getattr(op, name)) for name in static))
 
 
 def _unflatten(cls: type):
@@ -88,7 +87,7 @@ def _unflatten(cls: type):
         names, static, values = aux
         op, children = object.__new__(cls), tuple(children)
         for name, part in zip(names, children, strict=True):
-            object.__setattr__(op, name, _tree.replace_static(part, with_value=True))
+            object.__setattr__(op, name, trees.replace_static(part, with_value=True))
         for name, value in zip(static, values, strict=True):
             object.__setattr__(op, name, value.value)
         object.__setattr__(op, REBUILT, children)
@@ -107,5 +106,5 @@ def _names(op) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _wrapped(leaf: Any) -> Any:
-    is_static = isinstance(leaf, jax.ShapeDtypeStruct) or not _tree.is_array(leaf)
-    return _tree.Static(leaf) if is_static else leaf
+    is_static = isinstance(leaf, jax.ShapeDtypeStruct) or not trees.is_array(leaf)
+    return trees.Static(leaf) if is_static else leaf

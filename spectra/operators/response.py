@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _tree
-from spectra._errors import SpectraError
-from spectra._paths import leaf_paths
+from spectra.base import trees
+from spectra.base.errors import SpectraError
+from spectra.base.paths import leaf_paths
+from spectra.base.trees import PyTree
 from spectra.operators import optimizers
 from spectra.operators.base import LinearOperator
 from spectra.operators.optimizers import Found
 
-PyTree = Any
 Arrays = list[jax.Array]
 AGREE = 1e-3
 """Relative difference of what should be equal but for rounding, of float32 at a second moment of bfloat16."""
@@ -64,7 +64,7 @@ class Response:
         )
         start = jax.tree.map(_preimage, held, once, twice)
         updates, left = self._evaluate(start, count, drive)
-        if not _tree.is_traced(left):
+        if not trees.is_traced(left):
             for want, got in zip(jax.tree.leaves(held), jax.tree.leaves(left), strict=True):
                 if not np.allclose(got, want, rtol=AGREE, atol=0):
                     raise _refused("its second moment is no running mean that a step continues")
@@ -107,7 +107,7 @@ class Response:
             change = jnp.where(root > 0, root, floor) if size is None else jnp.full(x.shape, size)
             if seed is not None:
                 change = change * jnp.asarray(rng.choice([-1, 1], x.shape) * rng.uniform(0.5, 1, x.shape))
-            values.append(change.astype(_tree.working_dtype(like.dtype)))
+            values.append(change.astype(trees.working_dtype(like.dtype)))
         return treedef.unflatten(values)
 
 
@@ -126,7 +126,7 @@ def _cast(new: PyTree, old: PyTree) -> PyTree:
     """In the state's types, but no floats below float32: a step computes with them before it rounds."""
 
     def dtype(leaf):
-        return _tree.working_dtype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+        return trees.working_dtype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
 
     return jax.tree.map(lambda x, y: x.astype(dtype(y)), new, old)
 
@@ -145,10 +145,10 @@ def preconditioner(update_fn: Any, state: PyTree, op: LinearOperator, rule: Call
     """
     response = Response(update_fn, state, op)
     found = response.to(response.held, response.count, response.drive())
-    if not _tree.is_traced(found) and not any(np.any(x) for x in found):
+    if not trees.is_traced(found) and not any(np.any(x) for x in found):
         response.state = _earlier(response.state, response.found)
         found = response.to(response.held, response.count, response.drive())
-    if not _tree.is_traced(found):
+    if not trees.is_traced(found):
         _require_diagonal(found, response.to(response.held, response.count, response.drive(seed=0)))
     return _normalised(response, found) if response.momentum else _compared(response, found, rule)
 
@@ -162,7 +162,7 @@ def _normalised(response: Response, found: Arrays) -> Arrays:
         held = jax.tree.map(lambda x, n=root: jnp.full_like(x, n**2), response.held)
         limits.append(response.to(held, count, response.drive(root)))
     ends = [jnp.stack([jnp.max(x) for x in limit if x.size]).max() for limit in limits]
-    if _tree.is_traced(found):  # what cannot be looked at is taken for a square root
+    if trees.is_traced(found):  # what cannot be looked at is taken for a square root
         return [ends[0] * roots[0] / x for x in found]
     for limit, end in zip(limits, ends, strict=True):
         if not all(np.allclose(x, end, rtol=AGREE, atol=0) for x in limit):
@@ -176,7 +176,7 @@ def _normalised(response: Response, found: Arrays) -> Arrays:
 def _compared(response: Response, found: Arrays, rule: Callable[..., list]) -> Arrays:
     """The first of the rule's P that the responses are inverse to, up to the learning rate."""
     slope = {} if response.count is None else {"b2": _slope(response)}
-    if _tree.is_traced(found):
+    if trees.is_traced(found):
         return rule(slope, True)
     for in_sqrt in (True, False):
         if _is_inverse(found, p := rule(slope, in_sqrt)):

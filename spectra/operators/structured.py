@@ -5,12 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spectra import _tree
-from spectra._errors import StructureError
-from spectra._mesh import automatic, on_automatic_axes
-from spectra.operators.base import LinearOperator, operator
-
-PyTree = Any
+from spectra.base import trees
+from spectra.base.errors import StructureError
+from spectra.base.meshes import automatic, on_automatic_axes
+from spectra.base.trees import PyTree
+from spectra.operators.base import LinearOperator
+from spectra.operators.pytree import operator
 
 
 @operator(leaves=("entries",))
@@ -34,7 +34,7 @@ class DiagonalOperator(LinearOperator):
     @automatic
     def __init__(self, entries: PyTree):
         entries = jax.tree.map(jnp.asarray, on_automatic_axes(entries))
-        object.__setattr__(self, "entries", _tree.cast_like(entries, _tree.vector_structure(entries)))
+        object.__setattr__(self, "entries", trees.cast_like(entries, trees.vector_structure(entries)))
 
     @property
     def like(self) -> PyTree:
@@ -56,7 +56,7 @@ class DiagonalOperator(LinearOperator):
         return jax.tree.map(jnp.multiply, self.entries, v)
 
     def _principal(self, indices: tuple[int, ...]) -> "DiagonalOperator":
-        return DiagonalOperator(_tree.keep_leaves(self.entries, indices))
+        return DiagonalOperator(trees.keep_leaves(self.entries, indices))
 
 
 @operator(leaves=("vectors", "values"))
@@ -93,13 +93,13 @@ class LowRankOperator(LinearOperator):
                 f"the vectors of a low-rank operator share one leading axis, got {sorted(leading)}: stack "
                 "them, leaves (r, *leaf.shape)."
             )
-        vectors = _tree.cast_like(vectors, _tree.vector_structure(vectors))
+        vectors = trees.cast_like(vectors, trees.vector_structure(vectors))
         ((count,),) = leading
         values = jnp.ones(count) if values is None else jnp.asarray(values)
         if values.shape != (count,):
             raise StructureError(f"{count} vectors have values of shape {values.shape}: use ({count},).")
         object.__setattr__(self, "vectors", vectors)
-        object.__setattr__(self, "values", values.astype(_tree.scalar_dtype(vectors)))
+        object.__setattr__(self, "values", values.astype(trees.scalar_dtype(vectors)))
 
     @property
     def like(self) -> PyTree:
@@ -113,7 +113,7 @@ class LowRankOperator(LinearOperator):
 
     def mv(self, v: PyTree) -> PyTree:
         """V diag(λ) Vᵀ v."""
-        weights = self.values * jax.vmap(lambda x: _tree.vdot(x, v))(self.vectors)
+        weights = self.values * jax.vmap(lambda x: trees.vdot(x, v))(self.vectors)
 
         def one(x):
             return jnp.tensordot(weights.astype(x.dtype), x, 1, precision="highest")
@@ -121,4 +121,4 @@ class LowRankOperator(LinearOperator):
         return jax.tree.map(one, self.vectors)
 
     def _principal(self, indices: tuple[int, ...]) -> "LowRankOperator":
-        return LowRankOperator(_tree.keep_leaves(self.vectors, indices), self.values)
+        return LowRankOperator(trees.keep_leaves(self.vectors, indices), self.values)

@@ -1,16 +1,15 @@
 """The neural tangent kernel: the Gauss-Newton matrix seen from the outputs."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from spectra import _tree
-from spectra._mesh import automatic, on_automatic_axes
-from spectra.operators.base import LinearOperator, operator
-
-PyTree = Any
+from spectra.base import trees
+from spectra.base.meshes import automatic, on_automatic_axes
+from spectra.base.trees import PyTree
+from spectra.operators.base import LinearOperator
+from spectra.operators.pytree import operator
 
 
 @operator(leaves=("params", "inputs"))
@@ -69,7 +68,7 @@ class TangentKernelOperator(LinearOperator):
         """J (Jᵀ v) / N."""
         with jax.default_matmul_precision("float32"):
             outputs, pull = jax.vjp(lambda p: self.model_fn(p, self.inputs), self.params)
-            (direction,) = pull(_tree.cast_like(v, outputs))
+            (direction,) = pull(trees.cast_like(v, outputs))
             _, image = jax.jvp(lambda p: self.model_fn(p, self.inputs), (self.params,), (direction,))
         count = jax.tree.leaves(outputs)[0].shape[0]
-        return _tree.cast_like(jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), image), v)
+        return trees.cast_like(jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), image), v)

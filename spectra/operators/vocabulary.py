@@ -1,15 +1,13 @@
 """The cross entropy of a large vocabulary, whose logits are made in chunks of tokens and forgotten."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra._errors import SpectraError, StructureError
-
-PyTree = Any
+from spectra.base.errors import SpectraError, StructureError
+from spectra.base.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True)

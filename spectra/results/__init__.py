@@ -4,7 +4,7 @@ Arrays are JAX arrays inside `jit` and NumPy float64 arrays outside, where the s
 solved on the host.
 """
 
-from spectra.results._base import (
+from spectra.results.base import (
     Array,
     Interval,
     Named,
@@ -13,30 +13,26 @@ from spectra.results._base import (
     html_grid,
     html_table,
     notebook_view,
+    plain,
     provides,
     result,
     text_grid,
     text_table,
     worst,
 )
-from spectra.results._held import as_quadrature, as_spectrum, by_name
-from spectra.results._plain import plain
-from spectra.results.classes import ClassSplit
-from spectra.results.comparison import OperatorComparison
-from spectra.results.conditions import ConditionNumber, LayerConditions
-from spectra.results.density import Density
-from spectra.results.estimates import Estimate
+from spectra.results.conditions import ClassSplit, ConditionNumber, LayerConditions, OperatorComparison
+from spectra.results.estimates import Estimate, NoiseScale, Population
 from spectra.results.history import Snapshot, SpectrumHistory
-from spectra.results.krylov import Eigenpairs, Tridiagonal
-from spectra.results.landscape import LossSlice
-from spectra.results.noise import NoiseScale
-from spectra.results.perturbation import Perturbation
-from spectra.results.plans import Plan
-from spectra.results.population import Population
-from spectra.results.quadrature import Moments, Quadrature
-from spectra.results.sharpness import Sharpness
-from spectra.results.solutions import FunctionProduct, Solution
-from spectra.results.steps import GradientOverlap, StableStep, StepQuality
+from spectra.results.krylov import Eigenpairs, FunctionProduct, Plan, Solution, Tridiagonal
+from spectra.results.landscape import (
+    GradientOverlap,
+    LossSlice,
+    Perturbation,
+    Sharpness,
+    StableStep,
+    StepQuality,
+)
+from spectra.results.quadrature import Density, Moments, Quadrature, as_quadrature, as_spectrum, by_name
 
 __all__ = [
     "Array",

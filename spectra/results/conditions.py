@@ -1,20 +1,23 @@
-"""Condition numbers, of one operator and of every layer."""
+"""What is said of whole matrices: condition numbers, distances between operators, parts by class."""
 
 from typing import Any
 
 import numpy as np
 
-from spectra._status import Status
-from spectra.results._base import (
+from spectra.base.errors import Status
+from spectra.results.base import (
+    Array,
     Interval,
     Named,
     Result,
+    directed,
+    flat,
     html_table,
     result,
+    rounded,
     text_table,
 )
-from spectra.results._digits import directed, rounded
-from spectra.results._plain import flat
+from spectra.results.estimates import Estimate
 
 
 @result("is_lower_bound", "shift", "rank_tol", "size", "num_matvecs", "method", "status")
@@ -140,3 +143,100 @@ class LayerConditions(Named):
             for name, c in self.layers.items()
         ]
         return [head, *body]
+
+
+def _shown(interval: Interval) -> str:
+    low, value, high = interval
+    return f"{value:.3g}" if low == high else f"{value:.3g} [{low:.3g}, {high:.3g}]"
+
+
+@result("size", "num_matvecs", "level", "status")
+class OperatorComparison(Result):
+    """How wrong an operator A is in the place of B, each number with its interval.
+
+    All are relative: no unit of the loss or of the parameters is in them.
+    """
+
+    frobenius: Interval  # |A - B|_F / |B|_F
+    trace: Interval  # tr A / tr B
+    overlap: Interval  # |U_Aᵀ U_B|²_F / k of the k leading eigenvectors: 1 for one eigenspace, k/n by chance
+    wasserstein: Interval  # W₁ of the eigenvalues of A and of B, in units of the mean |λ| of B
+    eigenvalues: Array  # (2, k) leading in modulus, of A and of B, descending in modulus
+    residuals: Array  # (2, k) within which, plus rounding, there is an eigenvalue
+    layers: dict[str, Interval]  # |A - B|_F / |B|_F of the diagonal block of each layer
+    size: int  # n
+    num_matvecs: int  # products with A and with B, those with blocks among them
+    level: float  # of the intervals
+    status: Status
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
+        k = self.eigenvalues.shape[1]
+        values = ", ".join(f"{a:.3g} for {b:.3g}" for a, b in self.eigenvalues.T)
+        return [
+            ("|A - B| / |B| (Frobenius)", _shown(self.frobenius)),
+            ("tr A / tr B", _shown(self.trace)),
+            (f"eigenvalues, the leading {k}", values),
+            (f"overlap of their {k} eigenvectors", _shown(self.overlap)),
+            ("W₁ of the densities / mean |λ|", _shown(self.wasserstein)),
+            *[(f"  |A - B| / |B|, {name}", _shown(interval)) for name, interval in self.layers.items()],
+            ("intervals", f"{self.level:.0%}"),
+            ("products", f"{self.num_matvecs:,}"),
+            ("status", str(self.status)),
+        ]
+
+    def records(self) -> list[dict[str, Any]]:
+        """One row for the whole and one for each layer: its name, the error and the ends of its interval."""
+        named = {"whole": self.frobenius, **self.layers}
+        return [
+            {"layer": name, "frobenius": float(x), "lower": float(low), "upper": float(high)}
+            for name, (low, x, high) in named.items()
+        ]
+
+    def __repr__(self) -> str:
+        return text_table(f"A in the place of B, of order {self.size:,}", self.rows())
+
+
+@result("num_classes", "num_matvecs", "status")
+class ClassSplit(Result):
+    """Leading eigenvalues and traces of the parts that sum to a Gauss-Newton matrix, see `class_operators`.
+
+    Eigenvalues are descending. Those of the class means and of the cross part are all that are not zero by
+    construction; of the whole, within and same they are the k largest.
+    """
+
+    whole: Array  # (k,)
+    class_means: Array  # (C,)
+    cross: Array  # (C (C - 1),)
+    within: Array  # (k,)
+    same: Array  # (k,)
+    class_trace: float
+    cross_trace: float
+    within_trace: Estimate
+    same_trace: Estimate
+    weights: Array  # (C, C) probability of class j summed over the examples of class i, over N
+    num_classes: int
+    num_matvecs: int
+    status: Status
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
+
+        def some(values):
+            return ", ".join(f"{x:.3g}" for x in values[: self.num_classes])
+
+        parts = [("whole", self.whole, None), ("class means", self.class_means, f"{self.class_trace:.4g}")]
+        parts.append(("cross", self.cross, f"{self.cross_trace:.4g}"))
+        for name, values, trace in (
+            ("within", self.within, self.within_trace),
+            ("same class", self.same, self.same_trace),
+        ):
+            parts.append((name, values, f"{trace.value:.4g} ± {trace.stderr:.2g}"))
+        rows = [(name, some(values) + (f"; trace {trace}" if trace else "")) for name, values, trace in parts]
+        return [*rows, ("classes", f"{self.num_classes}"), ("products", f"{self.num_matvecs}")]
+
+    def __repr__(self) -> str:
+        return text_table("Gauss-Newton matrix by classes, largest eigenvalues", self.rows())
+
+    def _repr_html_(self) -> str:
+        return html_table("Gauss-Newton matrix by classes, largest eigenvalues", self.rows())

@@ -1,15 +1,47 @@
-"""Numbers with their errors."""
+"""Numbers with their errors, and the limits of ratios of means."""
 
+import math
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
-from spectra._errors import SpectraError
-from spectra._quadrature import share_interval
-from spectra._status import Status
-from spectra.results._base import Interval, Result, result, text_table
+from spectra.base.errors import SpectraError, Status
+from spectra.quadrature.rules import share_interval
+from spectra.results.base import Array, Interval, Result, directed, html_table, result, text_table
+
+
+def skewed_t(t: float, skewness: float, count: float, up: bool) -> float:
+    """Student's t with what skewness adds to one side (Johnson, doi:10.1080/01621459.1978.10480051).
+
+    The mean of numbers skewed upwards lies too low more often than Student's law says, and its error is then
+    estimated too small: the upper limit needs more. What the other one needs less is not taken off.
+    """
+    longer = max(skewness if up else -skewness, 0.0)
+    return t + longer * (1 + 2 * t**2) / (6 * math.sqrt(count))
+
+
+def skewness(values: np.ndarray) -> float:
+    """Of values with mean zero; 0 where there is no spread."""
+    spread = float(np.sqrt(np.mean(values**2)))
+    return float(np.mean((values / spread) ** 3)) if spread > 0 else 0.0
+
+
+def fieller(top: float, bottom: float, covariance: np.ndarray, t: float, *, up: bool) -> float:
+    """The smaller or the larger r >= 0 with (top - r bottom)² = t² Var(top - r bottom).
+
+    Infinite above where `bottom` is within its error, 0 below where `top` is (Fieller,
+    doi:10.1111/j.2517-6161.1954.tb00159.x).
+    """
+    (tt, tb), (_, bb) = np.asarray(covariance, float) * t**2
+    a, b, c = bottom**2 - bb, top * bottom - tb, top**2 - tt
+    root = math.sqrt(max(b * b - a * c, 0.0))
+    if up:
+        return (b + root) / a if a > 0 and bottom > 0 else math.inf
+    if c <= 0 or b * b < a * c or top <= 0:
+        return 0.0
+    return c / (b + root) if b + root > 0 else 0.0
 
 
 @result("num_matvecs", "method", "status", "reason", "dof", "normals", "num_sampled")
@@ -96,3 +128,125 @@ class Estimate(Result):
             rows = [(name, f"{v:.6g} ± {self.stderr[name]:.2g}") for name, v in self.value.items()]
             return text_table(f"Estimate {tail}", rows)
         return f"Estimate of {len(jax.tree.leaves(self.value))} arrays {tail}"
+
+
+@result("num_matvecs", "method", "status", "reason", "dof", "normals")
+class NoiseScale(Estimate):
+    """tr Σ / |g|² as an `Estimate`, with numerator and denominator.
+
+    `interval()` is Fieller's: all ratios r at which tr Σ - r |g|² is within its error of zero. Where |g|² is
+    within its own error, no ratio is too large: there is a lower end only, and `is_one_sided` is true.
+
+    The [glossary](glossary.md#noise-scale) says what is meant by noise scale.
+    """
+
+    noise: float = math.nan  # tr Σ of single examples, unbiased
+    signal: float = math.nan  # |g|² without the part of the noise, unbiased; may be negative
+    covariance: Array = None  # (2, 2) of (noise, signal), by the jackknife over examples
+    skewness: float = 0.0  # of what single examples add to noise - value · signal
+    num_examples: int = 0
+
+    @property
+    def is_one_sided(self) -> bool:
+        """Whether the 95 % interval has no upper end."""
+        return math.isinf(self.interval().upper)
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """The ratios that the data do not contradict; the upper end may be infinite."""
+        from scipy.special import stdtrit
+
+        if not 0 < level < 1:
+            raise SpectraError(f"level={level} is not between 0 and 1.")
+        t = float(stdtrit(self.dof, (1 + level) / 2))
+        low, high = (
+            fieller(
+                self.noise,
+                self.signal,
+                self.covariance,
+                skewed_t(t, self.skewness, self.num_examples, up),
+                up=up,
+            )
+            for up in (False, True)
+        )
+        return Interval(min(low, self.value), self.value, max(high, self.value))
+
+    def __repr__(self) -> str:
+        low, _, high = self.interval()
+        upper = "no upper end: |g|² is within its error" if math.isinf(high) else f"{high:.4g}"
+        return (
+            f"Gradient noise scale {self.value:.4g} [{low:.4g}, {upper}] (95 %): tr Σ = {self.noise:.4g}, "
+            f"|g|² = {self.signal:.4g}, {self.num_examples:,} examples"
+        )
+
+
+@result("size", "num_examples", "num_batches", "num_to_halve", "num_matvecs", "level", "status")
+class Population(Result):
+    """Leading eigenvalues and trace of the mean over all examples that could be drawn, from those drawn.
+
+    `lower` and `upper` hold each eigenvalue with probability `level`. The interval has two parts: bias, what
+    lies between `held_out` (the curvature of a vector on examples that it was not fitted to, never too large
+    on average) and `in_sample` (never too small on average), and `stderr`, the spread between batches.
+    The bias falls like one over the number of examples, the error like one over its root.
+
+    The [glossary](glossary.md#population) says what is meant by population and interval.
+    """
+
+    eigenvalues: Array  # (k,) debiased estimates, descending
+    lower: Array  # (k,)
+    upper: Array  # (k,)
+    held_out: Array  # (k,)
+    in_sample: Array  # (k,) of the mean over all examples drawn
+    stderr: Array  # (k,) of the curvature along the eigenvector, over examples
+    trace: Interval
+    trace_stderr: float  # over examples
+    trace_probe_stderr: float  # over probes, beside it
+    shares: Interval  # (k,) each: part of the trace that the j largest eigenvalues make up; NaN if trace <= 0
+    size: int
+    num_examples: int
+    num_batches: int
+    num_to_halve: int  # examples with which the interval of the largest eigenvalue is half as wide
+    num_matvecs: int
+    num_passes: float  # the same in products with all examples drawn
+    level: float
+    status: Status
+
+    def __len__(self) -> int:
+        return len(self.eigenvalues)
+
+    def interval(self, index: int = 0) -> Interval:
+        """Of one eigenvalue, the largest by default."""
+        values = (float(x[index]) for x in (self.lower, self.eigenvalues, self.upper))
+        return Interval(*values)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
+        rows = []
+        for i in range(len(self)):
+            low, value, high = self.interval(i)
+            text = f"{value:.4g} [{directed(low, up=False)}, {directed(high, up=True)}]"
+            rows.append(("largest eigenvalue" if i == 0 else f"  no. {i + 1}", text))
+        low, value, high = self.trace
+        rows.append(("trace", f"{value:.4g} [{directed(low, up=False)}, {directed(high, up=True)}]"))
+        rows.append(
+            ("  its errors", f"examples ± {self.trace_stderr:.2g}, probes ± {self.trace_probe_stderr:.2g}")
+        )
+        low, value, high = (float(x[-1]) for x in self.shares)
+        if math.isfinite(value):
+            text = f"{100 * value:.3g} % [{100 * low:.3g}, {100 * high:.3g}]"
+            rows.append((f"share of the largest {len(self)}" if len(self) > 1 else "its share of it", text))
+        rows += [
+            ("drawn", f"{self.num_examples:,} examples in {self.num_batches} batches"),
+            ("for half the width", f"{self.num_to_halve:,} examples"),
+            ("cost", f"{self.num_passes:.1f} products with all of them"),
+        ]
+        return rows
+
+    @property
+    def _title(self) -> str:
+        return f"Population, intervals of {100 * self.level:g} %"
+
+    def __repr__(self) -> str:
+        return text_table(self._title, self.rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title, self.rows())

@@ -4,19 +4,23 @@ from typing import Any
 
 import numpy as np
 
-from spectra._status import Status
-from spectra.results._base import (
+from spectra.base.errors import Status
+from spectra.results.base import (
     Array,
     Interval,
     Result,
+    directed,
+    extreme_cell,
+    extreme_text,
     html_table,
+    is_converged,
     notebook_view,
+    plain,
     result,
+    rounded,
     text_table,
     worst,
 )
-from spectra.results._digits import directed, extreme_cell, extreme_text, is_converged, rounded
-from spectra.results._plain import plain
 from spectra.results.estimates import Estimate
 from spectra.results.quadrature import Quadrature
 

@@ -1,4 +1,4 @@
-"""Results of Krylov methods: decompositions and eigenpairs."""
+"""Results of Krylov methods: decompositions, eigenpairs, solutions, and what a run will cost."""
 
 import functools
 from typing import Any, ClassVar
@@ -7,13 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _mesh, _quadrature
-from spectra._status import Status
-from spectra.results._base import Array, PyTree, Result, call, notebook_view, result, text_table
-from spectra.results._digits import rounded
-from spectra.results._plain import plain
+from spectra.base import meshes
+from spectra.base.errors import Status
+from spectra.base.trees import PyTree
+from spectra.quadrature import rules
+from spectra.results.base import (
+    Array,
+    Interval,
+    Result,
+    call,
+    format_bytes,
+    html_table,
+    notebook_view,
+    plain,
+    result,
+    rounded,
+    text_table,
+)
 
-_dense = jax.jit(functools.partial(_quadrature.dense, xp=jnp))
+_dense = jax.jit(functools.partial(rules.dense, xp=jnp))
 
 
 def _is_jax(x) -> bool:
@@ -43,13 +55,13 @@ class Tridiagonal(Result):
     status: Status
 
     @property
-    @_mesh.automatic
+    @meshes.automatic
     def basis(self) -> PyTree:
         """The rows of Q as one pytree with leaves (m, *leaf.shape). A copy, made on each access."""
         return call("stack", self._kept().segments, self.layout, 0, self.alpha.shape[-1])
 
     @property
-    @_mesh.automatic
+    @meshes.automatic
     def orthogonality(self) -> Array:
         """max |Q Qᵀ - I| over the first `length` rows. Costs m² n operations, at each access."""
         kept = self._kept()
@@ -59,12 +71,12 @@ class Tridiagonal(Result):
         """T as a dense (m, m) array."""
         if _is_jax(self.alpha):
             return _dense(self.alpha, self.beta)
-        return _quadrature.dense(self.alpha, self.beta, np)
+        return rules.dense(self.alpha, self.beta, np)
 
     def _kept(self) -> "Tridiagonal":
         if not self.segments:
             raise ValueError("the basis was not kept: run lanczos with reorthogonalize='full' to have it.")
-        return _mesh.on_automatic_axes(self)
+        return meshes.on_automatic_axes(self)
 
     def __repr__(self) -> str:
         return f"Tridiagonal(num_steps={self.alpha.shape[-1]}, length={self.length}, {self.status.code})"
@@ -134,3 +146,154 @@ class Eigenpairs(Result):
     def _repr_html_(self) -> str:
         title = f"Eigenpairs ({self.which}, {len(self.values)} of {self.size:,})"
         return notebook_view(self, title, self.rows())
+
+
+@result("num_matvecs", "preconditioner_matvecs", "method", "bound", "status")
+class Solution(Result):
+    """x with (H + shift I) x = b, and how far it can be from the exact one.
+
+    For several right-hand sides x is stacked as they were, and the arrays have shape (k,). `x` is NaN where
+    there is no solution: `status` is SINGULAR then.
+
+    The [glossary](glossary.md#residual) says what is meant by residual, bound and product.
+    """
+
+    _BULKY: ClassVar = ("x",)
+
+    x: PyTree  # in the form of b
+    residual_norm: Array  # (), |b - (H + shift I) x|, computed from x at the end
+    rounding: Array  # (), how far rounding can have moved that norm
+    error_bound: (
+        Array  # (), |x - x*| is not above this; infinite where nothing bounds the spectrum away from 0
+    )
+    quadratic_form: Interval  # bᵀ(H + shift I)⁻¹b: lower, estimate, upper; where definite with a known bound
+    converged: Array  # (), bool
+    num_matvecs: int  # of all right-hand sides, checks included
+    preconditioner_matvecs: int  # products that built the preconditioner
+    method: str  # "cg", "minres", or "dense"
+    bound: str  # what error_bound rests on
+    status: Status
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
+        error = _largest(self.error_bound)
+        built = f" and {self.preconditioner_matvecs:,} of the preconditioner" * bool(
+            self.preconditioner_matvecs
+        )
+        return [
+            ("|b - A x|", f"{_largest(self.residual_norm):.2g} ± {_largest(self.rounding):.1g}"),
+            ("|x - x*|", f"at most {error:.2g} ({self.bound})" if np.isfinite(error) else "not bounded"),
+            ("method", f"{self.method}, {self.num_matvecs:,} products{built}"),
+            ("status", str(self.status)),
+        ]
+
+    def __repr__(self) -> str:
+        if not isinstance(self.residual_norm, (float, np.ndarray)):
+            return f"Solution({self.method}, {self.status.code})"
+        return text_table(self._title(), self.rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), self.rows())
+
+    def _title(self) -> str:
+        count = np.size(self.residual_norm)
+        return "Solution" + f" of {count} right-hand sides, the worst of them" * (count > 1)
+
+
+@result("num_matvecs", "num_steps", "function", "bound", "status")
+class FunctionProduct(Result):
+    """f(H) v, and how far it can be from the exact one."""
+
+    _BULKY: ClassVar = ("value",)
+
+    value: PyTree  # in the form of v
+    error_bound: Array  # (), |value - f(H) v| is not above this; see `bound` for what it rests on
+    num_matvecs: int
+    num_steps: int  # Lanczos steps of the longest run
+    function: str
+    bound: str
+    status: Status
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
+        error = _largest(self.error_bound)
+        return [
+            ("|value - f(H) v|", f"at most {error:.2g}" if np.isfinite(error) else "not bounded"),
+            ("rests on", self.bound),
+            ("products", f"{self.num_matvecs:,} ({self.num_steps} steps)"),
+            ("status", str(self.status)),
+        ]
+
+    def __repr__(self) -> str:
+        if not isinstance(self.error_bound, (float, np.ndarray)):
+            return f"FunctionProduct({self.function}, {self.status.code})"
+        return text_table(f"FunctionProduct ({self.function})", self.rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(f"FunctionProduct ({self.function})", self.rows())
+
+
+def _largest(x: Any) -> float:
+    return float(np.max(x))
+
+
+@result("status")
+class Plan(Result):
+    """Bytes and products of a run, before anything is allocated. Sizes in bytes, on one device."""
+
+    size: int  # n
+    num_steps: int
+    num_probes: int
+    probe_batch: int  # probes in flight together
+    vector: int  # one vector
+    basis: int  # Krylov basis of one probe
+    vectors: int  # working vectors of one probe besides the basis
+    linearization: int  # saved values of the linearised gradient, shared by all probes
+    workspace: int  # temporaries of one product, from the compiled program; 0 if not compiled
+    available: int | None  # free memory of the device, None if it cannot be known
+    num_matvecs: int
+    num_devices: int = 1
+    host: int = 0  # basis in the host's memory
+    seconds: float | None = None  # of the whole run, if a product was measured
+    status: Status = Status.COMPLETE
+
+    @property
+    def total(self) -> int:
+        """Peak of what the run adds to parameters and data."""
+        return self.linearization + self.probe_batch * (self.basis + self.vectors + self.workspace)
+
+    @property
+    def without_basis(self) -> int:
+        """The same with `basis="none"` and one probe in flight."""
+        return self.linearization + self.vectors + self.workspace
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the memory that is free now."""
+        return self.available is None or self.total <= self.available
+
+    def __repr__(self) -> str:
+        rows = [
+            ("parameters", f"{self.size:,}"),
+            (
+                "products",
+                f"{self.num_matvecs:,} ({self.num_steps} steps x {self.num_probes} probes)",
+            ),
+            ("devices", f"{self.num_devices}, each with:") if self.num_devices > 1 else None,
+            ("basis", f"{format_bytes(self.basis)} a probe, {self.probe_batch} in flight"),
+            ("basis on the host", f"{format_bytes(self.host)} a probe") if self.host else None,
+            ("working vectors", f"{format_bytes(self.vectors)} a probe"),
+            ("saved linearisation", format_bytes(self.linearization)),
+            ("workspace of a product", format_bytes(self.workspace)),
+            ("peak", format_bytes(self.total)),
+            ("available", "unknown" if self.available is None else format_bytes(self.available)),
+            ("fits", "yes" if self.fits else "no"),
+            ('with basis="none"', self._offer()) if self.basis and not self.fits else None,
+            None if self.seconds is None else ("time", f"about {self.seconds:.3g} s after compilation"),
+        ]
+        return text_table("Plan", [row for row in rows if row is not None])
+
+    def _offer(self) -> str:
+        fits = self.available is None or self.without_basis <= self.available
+        size = format_bytes(self.without_basis)
+        return f"{size}, one probe in flight: {'fits' if fits else 'does not fit either'}"

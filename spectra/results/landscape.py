@@ -1,7 +1,13 @@
-"""The loss in a plane of parameter space."""
+"""What curvature says about the loss around the parameters, and about steps in it."""
 
-from spectra._status import Status
-from spectra.results._base import Array, Result, notebook_view, result, text_table
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from spectra.base.errors import SpectraError, Status
+from spectra.results.base import Array, Result, html_table, notebook_view, result, text_table
 
 
 @result("num_evaluations", "status")
@@ -37,3 +43,286 @@ class LossSlice(Result):
 
     def _repr_html_(self) -> str:
         return notebook_view(self, "Loss in the plane of two eigenvectors", self.rows())
+
+
+@result("names", "num_matvecs", "status")
+class Perturbation(Result):
+    """Change of the loss under each perturbation and any sum of them, to second order.
+
+    gᵀδ + ½ δᵀHδ for δ = Σ of the perturbations in a set: linear parts add, and every pair adds δ_iᵀHδ_j.
+    `measured` are the true changes, where they were asked for.
+    """
+
+    names: tuple[str, ...]  # p perturbations
+    slopes: Array  # (p,) gᵀδ
+    curvature: Array  # (p, p) δ_iᵀHδ_j
+    lengths: Array  # (p,) |δ|
+    loss: float  # at the parameters themselves
+    num_matvecs: int
+    status: Status = Status.COMPLETE
+    measured: Array | None = None  # (p,) true change of each
+    measured_all: float | None = None  # of all together
+
+    @property
+    def changes(self) -> np.ndarray:
+        """(p,) predicted change of each perturbation alone."""
+        return np.asarray(self.slopes + np.diagonal(self.curvature) / 2, float)
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """(p, p) predicted change of two perturbations together; of one alone on the diagonal."""
+        single = self.changes
+        both = single[:, None] + single + self.curvature
+        return np.where(np.eye(len(single), dtype=bool), single, both)
+
+    @property
+    def ranking(self) -> tuple[str, ...]:
+        """The names from the largest predicted change to the smallest."""
+        return tuple(self.names[i] for i in np.argsort(-self.changes, kind="stable"))
+
+    def change(self, names: Sequence[str] | None = None) -> float:
+        """Predicted change of the perturbations of these names together; of all by default.
+
+        Raises:
+            SpectraError: a name is unknown, or twice there.
+        """
+        chosen = self.names if names is None else tuple(names)
+        unknown = [name for name in chosen if name not in self.names]
+        if unknown or len(set(chosen)) < len(chosen):
+            wrong = f"unknown: {', '.join(map(repr, unknown))}" if unknown else "each may be there once"
+            raise SpectraError(
+                f"names={list(chosen)}: {wrong}; the perturbations are {', '.join(self.names)}."
+            )
+        index = [self.names.index(name) for name in chosen]
+        part = np.asarray(self.curvature)[np.ix_(index, index)]
+        return float(np.sum(np.asarray(self.slopes)[index]) + np.sum(part) / 2)
+
+    def to_leave_out(self, most: float) -> tuple[str, ...]:
+        """The names to leave out so that all others together raise the loss by `most`, as predicted.
+
+        One after the other that takes the most off what is left, interactions included.
+
+        Raises:
+            SpectraError: `most` is NaN or below zero: leaving everything out changes nothing.
+        """
+        if not most >= 0:
+            raise SpectraError(f"most={most}: a change of the loss that is allowed, zero or more.")
+        inside = np.ones(len(self.names), bool)
+        curvature, out = np.asarray(self.curvature, float), []
+        while inside.any() and self._change(inside) > most:
+            # Without i: its slope and half of its own curvature, and its part in every pair.
+            less = self.slopes + curvature @ inside - np.diagonal(curvature) / 2
+            worst = int(np.argmax(np.where(inside, less, -np.inf)))
+            inside[worst] = False
+            out.append(self.names[worst])
+        return tuple(out)
+
+    def _change(self, inside: np.ndarray) -> float:
+        return float(inside @ self.slopes + inside @ np.asarray(self.curvature, float) @ inside / 2)
+
+    def recipe(self, *, bits: int, most: float = math.inf) -> str:
+        """A recipe for llm-compressor (YAML): which layers are rounded to so many bits, and which are left.
+
+        Names of leaves that end in `.weight` are those of PyTorch's modules.
+
+        Args:
+            bits: of the weights; those that the perturbations were made with.
+            most: predicted change of the loss that is allowed; see `to_leave_out`.
+        """
+        out = self.to_leave_out(most)
+        left = self._change(np.array([name not in out for name in self.names]))
+        ranks = [f"#   {name}: {self.changes[self.names.index(name)]:+.3g}" for name in self.ranking]
+        modules = json.dumps([name.removesuffix(".weight") for name in out])
+        lines = [
+            "# Change of the loss by rounding each layer, predicted by spectra, the largest first:",
+            *ranks,
+            f"# All but those ignored, together: {left:+.3g} on a loss of {self.loss:.5g}.",
+            "quant_stage:",
+            "  quant_modifiers:",
+            "    QuantizationModifier:",
+            f"      ignore: {modules}",
+            "      config_groups:",
+            "        group_0:",
+            f"          weights: {{num_bits: {bits}, type: int, symmetric: true, strategy: channel}}",
+            "          targets: [Linear]",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result, the largest change first."""
+        rows = []
+        for i in np.argsort(-self.changes, kind="stable"):
+            text = f"{self.changes[i]:+.3g} = {self.slopes[i]:+.2g} {self.curvature[i, i] / 2:+.2g}"
+            if self.measured is not None:
+                text += f"; measured {self.measured[i]:+.3g}"
+            rows.append((self.names[i], text))
+        total = f"{self.change():+.3g} on a loss of {self.loss:.5g}"
+        if self.measured_all is not None:
+            total += f"; measured {self.measured_all:+.3g}"
+        return [*rows, ("all together", total), ("products", f"{self.num_matvecs}")]
+
+    def __repr__(self) -> str:
+        return text_table("Change of the loss = slope + curvature", self.rows())
+
+    def _repr_html_(self) -> str:
+        return html_table("Change of the loss = slope + curvature", self.rows())
+
+
+@result("descends", "num_evaluations", "status")
+class Sharpness(Result):
+    """2 / s for the first step s along a direction at which the loss is back at its value.
+
+    `lower` and `upper` bracket it: at the step 2 / upper the loss was not above its value, at 2 / lower it
+    was. That it is the *first* such step holds where the loss falls and then rises, as a quadratic does.
+
+    The [glossary](glossary.md#sharpness) says what is meant by sharpness.
+    """
+
+    value: float
+    lower: float
+    upper: float
+    descends: bool  # whether the loss falls along the direction; otherwise against it
+    loss: float  # at the parameters
+    num_evaluations: int
+    status: Status
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if spec else str(self)
+
+    @property
+    def step(self) -> float:
+        """s: in units of the direction, the largest step that does not raise the loss."""
+        return 2 / self.value if self.value else math.inf
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
+        return [
+            ("critical sharpness", f"{self.value:.4g} [{self.lower:.4g}, {self.upper:.4g}]"),
+            ("largest step", f"{self.step:.4g} {'along' if self.descends else 'against'} the direction"),
+            ("evaluations", f"{self.num_evaluations}"),
+            ("status", str(self.status)),
+        ]
+
+    def __repr__(self) -> str:
+        return text_table("Sharpness along a direction", self.rows())
+
+
+@result("num_matvecs", "status")
+class StepQuality(Result):
+    """The change of a loss along one update: predicted by slope and curvature, and measured.
+
+    `sharpness` is the curvature along the update relative to the slope: a quadratic loss is back at its value
+    after `largest_step` = 2 / sharpness updates.
+    """
+
+    slope: float  # g·d
+    curvature: float  # dᵀHd
+    length: float  # |d|
+    loss: float  # at the parameters
+    measured: float  # L(θ + d) - L(θ); NaN if it was not measured
+    num_matvecs: int = 1
+    status: Status = Status.COMPLETE
+
+    @property
+    def predicted(self) -> float:
+        """g·d + ½ dᵀHd."""
+        return self.slope + self.curvature / 2
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted change: 1 where the loss is quadratic over the step."""
+        return self.measured / self.predicted if self.predicted else math.nan
+
+    @property
+    def sharpness(self) -> float:
+        """dᵀHd / |g·d|: relative sharpness, where the update is that of another task."""
+        return self.curvature / abs(self.slope) if self.slope else math.copysign(math.inf, self.curvature)
+
+    @property
+    def largest_step(self) -> float:
+        """Multiple of the update at which a quadratic is back at its value; 0 if it rises at once."""
+        if self.slope >= 0:
+            return 0.0
+        return -2 * self.slope / self.curvature if self.curvature > 0 else math.inf
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
+        rows = [
+            ("predicted", f"{self.predicted:+.4g} = {self.slope:+.3g} {self.curvature / 2:+.3g}"),
+            ("sharpness along it", f"{self.sharpness:.4g}; largest step {self.largest_step:.4g} updates"),
+            ("length", f"{self.length:.4g}"),
+        ]
+        if math.isfinite(self.measured):
+            rows.insert(1, ("measured", f"{self.measured:+.4g}; ratio {self.ratio:.3g}"))
+        return rows
+
+    def __repr__(self) -> str:
+        return text_table("Change of the loss along an update", self.rows())
+
+    def _repr_html_(self) -> str:
+        return html_table("Change of the loss along an update", self.rows())
+
+
+@result("status")
+class GradientOverlap(Result):
+    """The part of the gradient that lies in the span of eigenvectors."""
+
+    shares: Array  # (k,) (v_j·g)² / |g|², in the order of the pairs
+    length: float  # |g|
+    status: Status = Status.COMPLETE
+
+    @property
+    def total(self) -> float:
+        """Share of |g|² in the span of all k: 1 if the gradient lies in it."""
+        return float(np.sum(self.shares))
+
+    def __float__(self) -> float:
+        return self.total
+
+    def __format__(self, spec: str) -> str:
+        return format(self.total, spec)
+
+    def __repr__(self) -> str:
+        rows = [("in the span", f"{100 * self.total:.4g} % of |g|²"), ("|g|", f"{self.length:.4g}")]
+        rows.append(("each", ", ".join(f"{100 * x:.3g} %" for x in self.shares)))
+        return text_table(f"Gradient and {len(self.shares)} eigenvectors", rows)
+
+
+@result("num_matvecs", "status")
+class StableStep(Result):
+    """The multiple of an optimizer's updates up to which they do not oscillate with growing size.
+
+    Above one training is stable in the linearisation at these parameters; `learning_rate` is the multiple of
+    the one given.
+    """
+
+    multiple: float
+    lower: float  # the multiple is between these as far as the iteration has converged
+    upper: float
+    learning_rate: float
+    num_matvecs: int
+    status: Status
+
+    def __float__(self) -> float:
+        return self.multiple
+
+    def __format__(self, spec: str) -> str:
+        return format(self.multiple, spec)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
+        return [
+            ("stable up to", f"{self.multiple:.4g} times the update [{self.lower:.4g}, {self.upper:.4g}]"),
+            ("learning rate", f"{self.learning_rate:.4g}"),
+            ("products", f"{self.num_matvecs}"),
+            ("status", str(self.status)),
+        ]
+
+    def __repr__(self) -> str:
+        return text_table("Largest stable step", self.rows())
+
+    def _repr_html_(self) -> str:
+        return html_table("Largest stable step", self.rows())

@@ -1,14 +1,19 @@
-"""Spectral measures: Gauss quadratures of probes, and Chebyshev moments."""
+"""Spectral measures: Gauss quadratures of probes, Chebyshev moments, smoothed densities.
+
+Functions of a measure take what people hold: a report stands for its quadrature, a list for a mapping.
+"""
 
 import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from jax.core import Tracer
 
-from spectra import _copies, _quadrature
-from spectra._resolved import Parts, parts
-from spectra._status import Status
-from spectra.results._base import Array, Interval, Result, notebook_view, result
+from spectra.base.errors import SpectraError, Status
+from spectra.quadrature import copies, rules
+from spectra.quadrature.resolved import Parts, parts
+from spectra.results.base import Array, Interval, Result, notebook_view, result
 
 
 @result("size", "num_matvecs", "precision", "status", "coupling", "rounding")
@@ -71,7 +76,7 @@ class Quadrature(Result):
     def spread(self) -> float:
         """How far copies of an eigenvalue are from it, over the rounding of a product: √m; 1 with a basis."""
         rest = self.bulk or self
-        return 1.0 if rest.coefficients is None else _copies.spread(rest.coefficients.shape[-1])
+        return 1.0 if rest.coefficients is None else copies.spread(rest.coefficients.shape[-1])
 
     @property
     def noise_floor(self) -> float:
@@ -113,7 +118,7 @@ class Quadrature(Result):
             >>> bool(lower < 0.25 < upper)
             True
         """
-        return Interval(*_quadrature.cdf_band(self, np.asarray(x, np.float64), level))
+        return Interval(*rules.cdf_band(self, np.asarray(x, np.float64), level))
 
     def mean(self, f) -> float:
         """Estimate of tr f(H) / n for a function of an array of eigenvalues."""
@@ -124,7 +129,7 @@ class Quadrature(Result):
 
         Times the range it bounds the Wasserstein-1 distance between estimate and truth.
         """
-        return sum(_quadrature.band_width_parts(self, level))
+        return sum(rules.band_width_parts(self, level))
 
     def __repr__(self) -> str:
         text = f"Quadrature(num_probes={self.num_probes}, num_steps={self.num_steps}, size={self.size}"
@@ -189,3 +194,100 @@ class Moments(Result):
             ("status", str(self.status)),
         ]
         return notebook_view(self, "Chebyshev moments of the spectral measure", rows)
+
+
+@result("linear_scale", "size", "level", "status")
+class Density(Result):
+    """A spectral density smoothed by a kernel of location-dependent width.
+
+    ∫ density = 1 by the trapezoidal rule on `grid`, without renormalising, as far as the grid covers
+    the spectrum. `lower` and `upper` hold the exact spectrum smoothed by the same kernel, on the whole grid
+    at once, at the confidence `level`: the quadrature's error and that of the probes are both in it.
+
+    The [glossary](glossary.md#density) says what is meant by density, band, outlier and bulk.
+    """
+
+    grid: Array  # (g,) eigenvalues
+    density: Array  # (g,) per unit of eigenvalue
+    lower: Array  # (g,)
+    upper: Array  # (g,)
+    bandwidth: Array  # (g,) width of the kernel for mass at each grid point
+    linear_scale: float  # |eigenvalue| below which a signed-log axis should be linear
+    outliers: Array  # (r,) mean positions of eigenvalues resolved one by one
+    size: int  # n
+    level: float
+    status: Status = Status.COMPLETE  # of the quadrature or the moments that it shows
+
+    def integral(self) -> float:
+        """Mass on the grid by the trapezoidal rule; below one where the grid cuts the spectrum off."""
+        return float(np.trapezoid(self.density, self.grid))
+
+    def __repr__(self) -> str:
+        return (
+            f"Density(points={len(self.grid)}, range=({self.grid[0]:.4g}, {self.grid[-1]:.4g}), "
+            f"integral={self.integral():.6f}, outliers={len(self.outliers)})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("parameters", f"{self.size:,}"),
+            ("range", f"{self.grid[0]:.4g} to {self.grid[-1]:.4g}"),
+            ("integral", f"{self.integral():.6f}"),
+            ("eigenvalues resolved one by one", f"{len(self.outliers)}"),
+            ("band", f"{100 * self.level:g} % on the whole grid"),
+        ]
+        return notebook_view(self, "Spectral density", rows)
+
+
+def as_quadrature(held: Any) -> Quadrature:
+    """A quadrature as it is; that of a report or of a snapshot.
+
+    Raises:
+        SpectraError: it is something else, and says what to pass.
+    """
+    found = getattr(held, "quadrature", held)
+    if isinstance(found, Quadrature):
+        return found
+    if isinstance(found, Density):
+        hint = "A Density is its smoothed picture: pass the quadrature that it was made from."
+    elif isinstance(found, Mapping):
+        hint = "Pass one of its values."
+    else:
+        hint = "`slq` and `spectrum` make one of an operator."
+    raise SpectraError(f"a Quadrature or a report is needed, not {_called(held)}. {hint}")
+
+
+def as_spectrum(held: Any) -> Quadrature | Moments | Density:
+    """What a density is drawn of: the density of a report, a quadrature, moments, or a density itself.
+
+    Raises:
+        SpectraError: it is something else.
+    """
+    density = getattr(held, "density", None)  # of a report; a Density has an array there
+    if isinstance(density, Density):
+        return density
+    return held if isinstance(held, (Moments, Density)) else as_quadrature(held)
+
+
+def by_name(held: Any) -> dict[str, Any]:
+    """Results by name: a mapping as it is, a list by the names of its reports or by number, one by itself."""
+    held = getattr(held, "quadratures", held)  # of a summary
+    if isinstance(held, Mapping):
+        return {str(name): part for name, part in held.items()}
+    if isinstance(held, (list, tuple)):
+        return _named(held)
+    return _named([held])
+
+
+def _named(parts: Iterable[Any]) -> dict[str, Any]:
+    """Equal names are numbered, so that nothing is lost."""
+    named: dict[str, Any] = {}
+    for number, part in enumerate(parts, 1):
+        name = str(getattr(part, "name", number))
+        named[name if name not in named else f"{name} ({number})"] = part
+    return named
+
+
+def _called(held: Any) -> str:
+    name = type(held).__name__
+    return f"an {name}" if name[:1] in "AEIOU" else f"a {name}"

@@ -1,1 +1,1 @@
-"""What a run leaves on disk so that the same call goes on with it."""
+"""Runs that survive: what identifies them, and what is kept of them on disk."""

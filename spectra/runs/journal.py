@@ -14,12 +14,12 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from spectra import _mesh
-from spectra._progress import Progress
+from spectra.base import meshes
+from spectra.base.progress import Progress
+from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
 from spectra.runs.saver import Saver
 
-PyTree = Any
 Part = tuple[int, int]
 
 
@@ -44,7 +44,7 @@ class Journal:
 
     def __init__(self, bar: Progress, saver: Saver | None, op: LinearOperator):
         self.bar, self.saver, self.like = bar, saver, op.like
-        self.mesh = _mesh.mesh_of(op.like)
+        self.mesh = meshes.mesh_of(op.like)
         self.everywhere = (
             SingleDeviceSharding(op.device)
             if self.mesh is None

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from spectra import _processes
-from spectra._errors import CheckpointError
-from spectra._files import replacing
+from spectra.base import host
+from spectra.base.errors import CheckpointError
+from spectra.base.files import replacing
 
 try:
     import fcntl
@@ -93,11 +93,11 @@ class Records:
             CheckpointError: another process works in it.
         """
         file = None
-        if fcntl is not None and _processes.is_first():
+        if fcntl is not None and host.is_first():
             with contextlib.suppress(OSError):  # a file system without locks
                 file = (self.folder / "lock").open("a+")
         owner = _take(file)
-        (taken,) = _processes.largest(float(owner is not None))
+        (taken,) = host.largest(float(owner is not None))
         if taken:
             if file is not None:
                 file.close()

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spectra import _processes, _signals
-from spectra._digest import folder_digest
-from spectra._errors import CheckpointError
-from spectra.checkpoint import Checkpoint
-from spectra.runs.identity import differences
+from spectra.base import host, progress
+from spectra.base.errors import CheckpointError
+from spectra.base.files import folder_digest
+from spectra.base.trees import PyTree
+from spectra.runs.checkpoint import Checkpoint, differences
 from spectra.runs.records import Records
 
-PyTree = Any
 PACE = 5.0
 """Seconds between two looks at the clock and at signals, where a run can be interrupted."""
 
@@ -94,13 +93,13 @@ class Saver:
         the longest time that a process took since the last call, so that all choose the same next."""
         late = time.monotonic() - self.saved_at > self.seconds
         late = late or (self.steps is not None and done - self.saved_step >= self.steps)
-        stop, late, seconds = _processes.largest(_signals.pending(), late, seconds)
+        stop, late, seconds = host.largest(progress.pending(), late, seconds)
         return int(stop), bool(stop or late), seconds
 
     def end(self, stop: int, done: str) -> None:
         """Raise for a run that is saved, if a signal asked it to end."""
         if stop:
-            _signals.end(stop, done, self.folder)
+            progress.end(stop, done, self.folder)
 
     def write(self, trees: dict[str, Callable[[], PyTree]], flight: dict[str, Any], done: int) -> None:
         """Write the items that are new and the record that names them all, or warn if the disk refuses."""
@@ -123,13 +122,13 @@ class Saver:
     def commit(self, flight: dict[str, Any] | None) -> None:
         """A new record of what is done and what is under way."""
         self.flight = flight
-        if _processes.is_first():
+        if host.is_first():
             rows = list(self.rows.values())
             try:
                 self.records.write({"description": self.description, "rows": rows, "flight": flight})
             except OSError as error:
                 self._not_written(error)
-        _processes.largest(0.0)  # nobody goes on to overwrite what this record may still need
+        host.largest(0.0)  # nobody goes on to overwrite what this record may still need
 
     def _not_written(self, error: Exception) -> None:
         reason = (str(error) or repr(error)).splitlines()[0]
@@ -140,5 +139,5 @@ class Saver:
 
     @staticmethod
     def _warn(text: str) -> None:
-        if _processes.is_first():
+        if host.is_first():
             warnings.warn(text, RuntimeWarning, stacklevel=2)

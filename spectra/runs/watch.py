@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 
-from spectra import _signals, _tree
-from spectra._errors import SpectraError
-from spectra._progress import Progress
-from spectra.checkpoint import Checkpoint
+from spectra.base import progress as _signals
+from spectra.base import trees
+from spectra.base.errors import SpectraError
+from spectra.base.progress import Progress
 from spectra.operators.base import LinearOperator
-from spectra.runs.identity import describe
+from spectra.runs.checkpoint import Checkpoint, describe
 from spectra.runs.journal import Journal
 from spectra.runs.saver import Saver
 
@@ -47,7 +47,7 @@ class Watch:
         Raises:
             SpectraError: it is to be saved, inside `jit` or `vmap`.
         """
-        if _tree.is_traced((op, key)):
+        if trees.is_traced((op, key)):
             if self.checkpoint is not None:
                 raise SpectraError("checkpoint= needs values, which do not exist inside jit or vmap.")
             yield None

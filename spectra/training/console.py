@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spectra._errors import SpectraError
+from spectra.base.errors import SpectraError
 
 Measure = Callable[..., Any]  # (*state) -> what float() makes a number of
 COURSE = 8

@@ -2,21 +2,21 @@
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra import _tree
-from spectra._errors import DataError, NonFiniteError, StructureError
-from spectra._mesh import automatic
-from spectra._ratios import skewness
+from spectra.base import trees
+from spectra.base.errors import DataError, NonFiniteError, StructureError
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
 from spectra.operators.covariance import GradientCovarianceOperator
 from spectra.results import NoiseScale
+from spectra.results.estimates import skewness
 
-PyTree = Any
 CHUNK_BYTES = 2**26
 """Gradients of single examples that are held at once, where `microbatch` does not say how many."""
 
@@ -71,7 +71,7 @@ def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScal
         raise StructureError(
             f"covariance_op is a {type(op).__name__}: pass a GradientCovarianceOperator of the loss."
         )
-    chunk = op.microbatch or max(1, CHUNK_BYTES // _tree.tree_bytes(op.structure))
+    chunk = op.microbatch or max(1, CHUNK_BYTES // trees.tree_bytes(op.structure))
     return _estimate(_statistics(op, chunk))
 
 
@@ -93,11 +93,11 @@ def _statistics(op: GradientCovarianceOperator, chunk: int) -> _Statistics:
         # Running means, so that no sum is larger than what is summed.
         mean = _blend(mean, vectors[0], float(weight) / total)
         second = _blend(second, vectors[1], float(square) / squared if squared else 0.0)
-    if not _tree.all_finite((mean, second)):
+    if not trees.all_finite((mean, second)):
         raise NonFiniteError(f"a gradient is NaN or infinite. {op.explain_non_finite()}")
-    lengths = [_tree.length(mean), _tree.length(second)]
+    lengths = [trees.length(mean), trees.length(second)]
     units = [
-        _tree.scale(1 / size if size else 0.0, v) for size, v in zip(lengths, (mean, second), strict=True)
+        trees.scale(1 / size if size else 0.0, v) for size, v in zip(lengths, (mean, second), strict=True)
     ]
     parts = [jax.device_get(_of_examples(piece, units, chunk)) for piece in _pieces(op)]
     weights, norms, *along = (np.concatenate(x).astype(np.float64) for x in zip(*parts, strict=True))
@@ -172,7 +172,7 @@ def _of_examples(op: GradientCovarianceOperator, units: list[PyTree], chunk: int
 
         def each(weight, example):
             gradient = jax.grad(one)(variables, weight, example)
-            return _tree.norm(gradient), *(_tree.vdot(unit, gradient) for unit in units)
+            return trees.norm(gradient), *(trees.vdot(unit, gradient) for unit in units)
 
         _, found = _scan(lambda _, item: (None, jax.vmap(each)(*item)), None, (weights, owned), chunk)
         return weights, *found

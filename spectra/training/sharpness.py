@@ -7,17 +7,15 @@ from typing import Any, Unpack
 import jax
 import numpy as np
 
-from spectra import _tree
-from spectra._errors import NonFiniteError, SpectraError
-from spectra._mesh import automatic
-from spectra._status import Status
+from spectra.base import trees
+from spectra.base.errors import NonFiniteError, SpectraError, Status
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
 from spectra.estimators.landscape import losses_at
-from spectra.operators.checks import DataOptions
-from spectra.operators.data_operator import shows_options
+from spectra.operators.arguments import DataOptions
+from spectra.operators.data import shows_options
 from spectra.operators.hessian import HessianOperator
 from spectra.results import Sharpness
-
-PyTree = Any
 
 
 @shows_options
@@ -83,7 +81,7 @@ def critical_sharpness(
         )
     op = HessianOperator(loss_fn, params, data, **options)
     along = op.as_vector(direction, "direction")
-    if not _tree.length(along) > 0:
+    if not trees.length(along) > 0:
         raise SpectraError("direction is zero: there is nothing to step along.")
     line = _Line(op, along, max_evaluations)
     if not math.isfinite(line.origin):

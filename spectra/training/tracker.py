@@ -12,20 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra import _processes, _tree
-from spectra._christoffel import shift
-from spectra._errors import SpectraError
-from spectra._mesh import automatic, on_automatic_axes
-from spectra.density import slq
+from spectra.base import host, trees
+from spectra.base.errors import SpectraError
+from spectra.base.meshes import automatic, on_automatic_axes
+from spectra.base.trees import PyTree
 from spectra.density.extremes import LEVEL, extreme
-from spectra.io.lines import HistoryFile, read
+from spectra.density.slq import slq
 from spectra.krylov.eigsh import eigsh
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.report import environment, trace_estimate
+from spectra.quadrature.christoffel import shift
+from spectra.report.files import HistoryFile, read
+from spectra.report.spectrum import environment, trace_estimate
 from spectra.results import Eigenpairs, Interval, Quadrature, Snapshot, SpectrumHistory
 from spectra.training.console import Console, Measure
 
-PyTree = Any
 FRESH = 0.5
 """Random vector in the start of the next search, in units of `tol`: too little to cost a product, and what
 lets the search leave an invariant space. An eigenvalue that has overtaken is found by the probes."""
@@ -249,7 +249,7 @@ class SpectrumTracker:
         if self.budget is None:
             return False
         spent = self._seconds + self.console.seconds
-        spent, cost, trained = _processes.largest(spent, cost, trained)  # one clock for all
+        spent, cost, trained = host.largest(spent, cost, trained)  # one clock for all
         return spent + cost > self.budget * trained
 
     def _skip(self, step: int) -> None:
@@ -278,7 +278,7 @@ def _continued(path: str | os.PathLike | None, name: str) -> tuple[SpectrumHisto
     empty = SpectrumHistory((), {"name": name, **environment()})
     if path is None:
         return empty, None
-    if _processes.is_first():
+    if host.is_first():
         file = HistoryFile(path, empty.provenance)
         return file.history, file
     return (read(Path(path)) if os.path.exists(path) else empty), None
@@ -288,7 +288,7 @@ def _continued(path: str | os.PathLike | None, name: str) -> tuple[SpectrumHisto
 def _start(vectors: PyTree, key: jax.Array, share) -> PyTree:
     """The sum of the last vectors plus `share` times a random one; the random one alone for infinity."""
     structure = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), vectors)
-    fresh = _tree.sphere_sample(key, structure)
+    fresh = trees.sphere_sample(key, structure)
     last = jnp.where(jnp.isinf(share), 0.0, 1 / len(jax.tree.leaves(vectors)[0]) ** 0.5)
     share = jnp.where(jnp.isinf(share), 1.0, share)
     return jax.tree.map(lambda x, f: (last * x.sum(axis=0) + share * f).astype(x.dtype), vectors, fresh)

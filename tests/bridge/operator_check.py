@@ -17,7 +17,7 @@ import torch
 from bridge_reference import FAST
 from operator_calls import Call
 
-from spectra.bridge._operators import OPERATORS
+from spectra.bridge.operators.registry import OPERATORS
 
 
 def to_jax(value: Any) -> Any:

@@ -237,12 +237,12 @@ def test_nothing_moves():
 
 def test_a_wrong_operator_is_noticed(monkeypatch):
     """The comparison is with what JAX computes, not with the exported program alone."""
-    from spectra.bridge import _pullback
-    from spectra.bridge._operators import OPERATORS
+    from spectra.bridge import interpreter
+    from spectra.bridge.operators.registry import OPERATORS
 
-    _pullback._programs.cache_clear()
+    interpreter._programs.cache_clear()
     stopped = jax.lax.stop_gradient
     monkeypatch.setitem(OPERATORS, "aten.tanh.default", lambda x: jax.numpy.tanh(stopped(x)))
     with pytest.raises(BridgeError, match=r"gradient.*'first\.weight' differs by 100 %.*No cause was found"):
         bridge.from_torch(_Net(lambda h: h), torch.randn(3, 4))
-    _pullback._programs.cache_clear()
+    interpreter._programs.cache_clear()

@@ -10,7 +10,7 @@ from cases import slow_but
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import spectra
-from spectra.bridge import _ops_attention
+from spectra.bridge.operators import products
 
 L, S = 270, 250
 rng = np.random.default_rng(0)
@@ -49,7 +49,7 @@ CASES = {
     "name", slow_but(CASES, "heads that share, causal", "added, a row at the lowest number")
 )
 def test_values_and_second_derivatives_are_pytorchs(name, monkeypatch, x64):
-    monkeypatch.setattr(_ops_attention, "_written_out", None)  # not the short way
+    monkeypatch.setattr(products, "_written_out", None)  # not the short way
     arrays, options = CASES[name]
 
     def of(kind, arrays):
@@ -66,7 +66,7 @@ def test_values_and_second_derivatives_are_pytorchs(name, monkeypatch, x64):
     @jax.jit
     def ours(arrays, directions):
         def loss(*arrays):
-            out = _ops_attention.attention(*arrays, **of(jnp.asarray, arrays))
+            out = products.attention(*arrays, **of(jnp.asarray, arrays))
             return jnp.sum(jnp.sin(out)), out
 
         gradient, out = jax.grad(loss, (0, 1, 2), has_aux=True)(*arrays)
@@ -109,9 +109,9 @@ def test_a_product_of_a_long_model_takes_a_tenth_of_the_memory(monkeypatch):
         return jax.jvp(jax.grad(loss), (p,), (v,))[1]
 
     def bytes_of(long):
-        monkeypatch.setattr(_ops_attention, "LONG", long)
+        monkeypatch.setattr(products, "LONG", long)
         fresh = jax.jit(lambda *args: product(*args))  # JAX keeps what it traced of a function
         compiled = fresh.lower(model.params, model.params, x.numpy()).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert bytes_of(_ops_attention.LONG) < bytes_of(10**12) / 10
+    assert bytes_of(products.LONG) < bytes_of(10**12) / 10

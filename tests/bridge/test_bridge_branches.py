@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from spectra import bridge
-from spectra.bridge import BridgeError, UnsupportedOperatorError, _schema
+from spectra.bridge import BridgeError, UnsupportedOperatorError, schema
 
 
 class Choice(nn.Module):
@@ -108,7 +108,7 @@ def _assembled(document, damage):
     folder, content = document
     changed = copy.deepcopy(content)
     damage(changed)
-    changed["digest"] = _schema.digest(changed)
+    changed["digest"] = schema.digest(changed)
     other = folder.parent / f"{folder.name}-{damage.__name__}"
     other.mkdir(exist_ok=True)
     (other / "graph.json").write_text(json.dumps(changed))

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import spectra
-from spectra import cli
+from spectra.cli import commands
 
 MODULE = """
 import torch
@@ -45,7 +45,7 @@ def problem():
 
 
 def invoke(*arguments: object):
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    return CliRunner().invoke(commands.app, [str(a) for a in arguments])
 
 
 @pytest.fixture

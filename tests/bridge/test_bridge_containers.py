@@ -68,7 +68,7 @@ def test_results_in_containers(tmp_path):
 
 @pytest.mark.parametrize("fields", [["logits", "class"], ["_x", "y"], ["a b", "y"], ["x", "x"], [1, 2]])
 def test_fields_in_a_file_are_identifiers(fields):
-    from spectra.bridge import _structure
+    from spectra.bridge import graph
 
     tree = {
         "type": "namedtuple",
@@ -77,7 +77,7 @@ def test_fields_in_a_file_are_identifiers(fields):
         "items": [{"type": "leaf", "index": i} for i in (0, 1)],
     }
     with pytest.raises(BridgeError, match=r"identifiers|twice"):
-        _structure.check(tree, 2, "file")
+        graph.check(tree, 2, "file")
 
 
 def test_distributions_and_complex_numbers_inside(x64):

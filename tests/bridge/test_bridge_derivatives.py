@@ -18,9 +18,9 @@ from operator_check import to_jax
 from torch import nn
 
 from spectra import bridge
-from spectra.bridge import _schema
-from spectra.bridge._exporter import Exporter, exported_by
-from spectra.bridge._operators import OPERATORS
+from spectra.bridge import schema
+from spectra.bridge.dtypes import Exporter, exported_by
+from spectra.bridge.operators.registry import OPERATORS
 
 RELEASE = tuple(int(n) for n in torch.__version__.split(".")[:2])
 POINTS = torch.tensor([0.0, 1.0, -1.0, 3.0, -3.0])
@@ -125,7 +125,7 @@ def test_a_graph_keeps_the_choice_of_the_release_that_exported_it(release, slope
     bridge.export(_Clamp(), POINTS, tmp_path)
     document = json.loads((tmp_path / "graph.json").read_text())
     document["producer"]["torch"] = release
-    document["digest"] = _schema.digest(document)
+    document["digest"] = schema.digest(document)
     (tmp_path / "graph.json").write_text(json.dumps(document))
     model = bridge.load(tmp_path)
     ours = jax.jit(jax.grad(lambda x: model.apply({}, x).sum()))(to_jax(POINTS))

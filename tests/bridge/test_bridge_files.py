@@ -19,8 +19,9 @@ from model_families import TOLERANCES, inputs_of, prepare
 from torch.utils import _pytree
 
 from spectra import bridge
-from spectra.bridge import BridgeError, _safetensors, _schema
-from spectra.bridge._operators import OPERATORS
+from spectra.bridge import BridgeError, schema
+from spectra.bridge import weights as _safetensors
+from spectra.bridge.operators.registry import OPERATORS
 
 # PyTorch's own note on a kernel that it does not use.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
@@ -208,18 +209,18 @@ def test_every_changed_field_is_refused(files):
                 continue
             owner[key] = other
             with pytest.raises(BridgeError):
-                _schema.parse(json.dumps(document).encode(), "graph.json")
+                schema.parse(json.dumps(document).encode(), "graph.json")
             changed += 1
         owner[key] = value
         if isinstance(owner, dict):
             order = list(owner.items())
             del owner[key]
             with pytest.raises(BridgeError):
-                _schema.parse(json.dumps(document).encode(), "graph.json")
+                schema.parse(json.dumps(document).encode(), "graph.json")
             owner.clear()
             owner.update(order)
     assert changed > 10 * len(places)
-    assert _schema.parse(json.dumps(document).encode(), "graph.json") == _schema.parse(files[0], "graph.json")
+    assert schema.parse(json.dumps(document).encode(), "graph.json") == schema.parse(files[0], "graph.json")
 
 
 def _mutate(graph: bytes, rng: np.random.Generator) -> bytes:
@@ -237,7 +238,7 @@ def _mutate(graph: bytes, rng: np.random.Generator) -> bytes:
     else:
         other, place = places[int(rng.integers(len(places)))]
         owner[key], other[place] = json.loads(json.dumps([other[place], owner[key]]))
-    document["digest"] = _schema.digest(document)
+    document["digest"] = schema.digest(document)
     return json.dumps(document).encode()
 
 
@@ -258,7 +259,7 @@ def test_forged_graphs(files, tmp_path):
 def _forged(files, change) -> bytes:
     document = json.loads(files[0])
     change(document)
-    document["digest"] = _schema.digest(document)
+    document["digest"] = schema.digest(document)
     return json.dumps(document).encode()
 
 

@@ -12,7 +12,8 @@ from flax import linen, nnx
 from torch import nn
 
 from spectra import bridge
-from spectra.bridge import BridgeError, _safetensors
+from spectra.bridge import BridgeError
+from spectra.bridge import weights as _safetensors
 
 
 class Small(linen.Module):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectra.bridge._operators import OPERATORS
+from spectra.bridge.operators.registry import OPERATORS
 
 RNG = np.random.default_rng(0)
 

@@ -15,7 +15,8 @@ from torch import nn
 
 import spectra
 from spectra import bridge
-from spectra.bridge import BridgeError, _losses
+from spectra.bridge import BridgeError
+from spectra.bridge import losses as _losses
 
 rng = np.random.default_rng(0)
 LOGITS = {n: rng.standard_normal(s).astype(np.float32) for n, s in

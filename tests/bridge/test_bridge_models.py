@@ -19,7 +19,7 @@ from bridge_cases import CASES, Case, minilm
 from model_families import TOLERANCES, inputs_of, prepare, problems
 
 from spectra import bridge
-from spectra.bridge._operators import OPERATORS
+from spectra.bridge.operators.registry import OPERATORS
 
 # PyTorch's own note on a kernel that it does not use.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")

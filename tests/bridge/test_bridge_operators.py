@@ -8,7 +8,7 @@ from operator_calls import CALLS, KEYWORDS, SIZES, Call, T
 from operator_check import differences, to_jax
 
 from spectra.bridge import BridgeError
-from spectra.bridge._operators import ABSENT, OPERATORS, SIGNATURES
+from spectra.bridge.operators.registry import ABSENT, OPERATORS, SIGNATURES
 
 FAMILIES: dict[str, list[Call]] = {family: [(n, a, {}) for n, a in calls] for family, calls in CALLS.items()}
 FAMILIES["keywords"] = KEYWORDS

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spectra import bridge
-from spectra.bridge._promotion import category, result_type
+from spectra.bridge.dtypes import category, result_type
 
 LEFT = [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
         torch.complex64]  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 import torch
 from operator_check import to_jax
 
-from spectra.bridge._operators import OPERATORS
+from spectra.bridge.operators.registry import OPERATORS
 
 NAN = float("nan")
 EQUAL = torch.tensor([[1.0, 2.0, 2.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, 1.0, 0.0, 1.0]])

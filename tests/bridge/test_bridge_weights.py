@@ -11,7 +11,7 @@ import safetensors.torch as safetensors_torch
 import torch
 
 from spectra import bridge
-from spectra.bridge import BridgeError, _safetensors, load_weights
+from spectra.bridge import BridgeError, load_weights, weights
 
 DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
           torch.bfloat16, torch.float32, torch.float64, torch.complex64]  # fmt: skip
@@ -41,11 +41,11 @@ def test_reads_what_the_library_writes(tmp_path):
 def test_the_library_reads_what_is_written(tmp_path):
     state = _state()
     arrays = load_weights(state)
-    _safetensors.write(tmp_path / "x.safetensors", arrays)
+    weights.write(tmp_path / "x.safetensors", arrays)
     for name, tensor in safetensors_torch.load_file(tmp_path / "x.safetensors").items():
         assert torch.equal(tensor, state[name])
     with pytest.raises(BridgeError, match="cannot store"):
-        _safetensors.write(tmp_path / "x.safetensors", {"a": np.zeros(2, ml_dtypes.float8_e5m2)})
+        weights.write(tmp_path / "x.safetensors", {"a": np.zeros(2, ml_dtypes.float8_e5m2)})
 
 
 def _shards(folder, weight_map):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import spectra
-from spectra.bridge import _ops_attention
+from spectra.bridge.operators import products
 
 LENGTH, WIDTH, HEADS = 140, 8, 2  # two blocks of queries and keys
 CAUSAL = torch.ones(LENGTH, LENGTH).tril() > 0
@@ -93,9 +93,9 @@ class Layer(torch.nn.Module):
                          ids=lambda k: k.__name__)  # fmt: skip
 def test_values_and_products_are_pytorchs_in_blocks_or_not(attend, monkeypatch, x64):
     calls = []
-    blocks = _ops_attention.in_blocks
-    monkeypatch.setattr(_ops_attention, "LONG", LENGTH)
-    monkeypatch.setattr(_ops_attention, "in_blocks", lambda *a, **k: calls.append(1) or blocks(*a, **k))
+    blocks = products.in_blocks
+    monkeypatch.setattr(products, "LONG", LENGTH)
+    monkeypatch.setattr(products, "in_blocks", lambda *a, **k: calls.append(1) or blocks(*a, **k))
     x = torch.tensor(np.random.default_rng(0).standard_normal((2, LENGTH, WIDTH)))
     module = Layer(attend)
     model = spectra.from_torch(module, (x,))
@@ -130,7 +130,7 @@ def test_values_and_products_are_pytorchs_in_blocks_or_not(attend, monkeypatch, 
 def test_a_row_without_keys_is_what_it_is_written_out(monkeypatch, x64):
     """0 / 0 after minus infinity, as PyTorch has it; the average of all values after a large number."""
     rows = torch.arange(LENGTH)[:, None] != 3
-    monkeypatch.setattr(_ops_attention, "LONG", LENGTH)
+    monkeypatch.setattr(products, "LONG", LENGTH)
     x = torch.tensor(np.random.default_rng(0).standard_normal((1, LENGTH, WIDTH)))
 
     def lowest(q, k, v):

@@ -24,7 +24,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from spectra import bridge  # noqa: E402
-from spectra.bridge import _structure  # noqa: E402
+from spectra.bridge import graph  # noqa: E402
 
 
 def flatten(value):
@@ -39,7 +39,7 @@ def flatten(value):
 
 
 def evaluate(model, params, leaves):
-    args, kwargs = _structure.unflatten(model.graph.input_tree, leaves)
+    args, kwargs = graph.unflatten(model.graph.input_tree, leaves)
     return list(flatten(model.apply(params, *args, **kwargs)))
 
 

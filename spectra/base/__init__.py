@@ -1,0 +1,1 @@
+"""What everything stands on: errors, vectors as pytrees, meshes, the host, files."""

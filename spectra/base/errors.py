@@ -1,0 +1,142 @@
+"""How things end: the errors that `spectra` raises, and the status of an iterative computation.
+
+Both say what is wrong, where, and what to do.
+"""
+
+import enum
+
+
+class SpectraError(ValueError):
+    """Base of all errors raised on purpose by `spectra`; a `ValueError`."""
+
+
+class StructureError(SpectraError, TypeError):
+    """A pytree has the wrong structure, shape or dtype; the message names the path of the leaf."""
+
+
+class DataError(SpectraError):
+    """A data source is empty, inconsistent, unreadable a second time, or changes between passes."""
+
+
+class NonFiniteError(SpectraError, FloatingPointError):
+    """A loss, a gradient or a product with the operator is NaN or infinite."""
+
+
+class NotSymmetricError(SpectraError):
+    """Products with the operator contradict symmetry by far more than their rounding error."""
+
+
+class DifferentiationError(SpectraError, TypeError):
+    """The loss cannot be differentiated, not even once; the message carries JAX's own reason."""
+
+
+class MemoryLimitError(SpectraError, MemoryError):
+    """The computation would not fit; the message states the bytes and the arguments that would."""
+
+
+class ResultFileError(SpectraError):
+    """A file is not a `spectra` result, is truncated, or was written by a newer schema."""
+
+
+class CheckpointError(SpectraError):
+    """A checkpoint belongs to another run, or cannot be used."""
+
+
+class PreemptedError(SpectraError):
+    """The run was asked to end, saved itself, and goes on when it is started again."""
+
+    def __init__(self, message: str, *, signal: int = 15):
+        super().__init__(message)
+        self.signal = signal  # the number of the signal that asked: 15 for SIGTERM, 2 for SIGINT
+
+
+class Status(enum.Enum):
+    """How a result came to its end. Each member carries a `message` and a `remedy`.
+
+    The value is a short code that is stored in result files; it compares by identity. A status never
+    stands in for an error: failures raise, a status only qualifies a number that is sound.
+
+    Examples:
+        >>> from spectra import Status
+        >>> Status.COMPLETE.ok, Status.BUDGET_EXHAUSTED.ok
+        (True, False)
+        >>> print(Status.BUDGET_EXHAUSTED.remedy)
+        Raise num_steps (narrows the bracket) or num_probes (narrows the sampling part), or accept \
+the reported width.
+    """
+
+    COMPLETE = ("complete", "all requested steps and probes ran", "")
+    CONVERGED = ("converged", "the requested tolerance was reached", "")
+    INVARIANT = (
+        "invariant",
+        "the Krylov space became invariant: the quadrature is exact and shorter than requested",
+        "",
+    )
+    DENSE = (
+        "dense",
+        "the iteration had not converged within n products: all eigenpairs were computed from the dense "
+        "matrix, for n more",
+        "",
+    )
+    EXACT = (
+        "exact",
+        "all eigenvalues were computed from the dense matrix: its n products are no more than the steps and "
+        "probes would have taken",
+        "",
+    )
+    BUDGET_EXHAUSTED = (
+        "budget_exhausted",
+        "the budget of steps, probes or products ended before the tolerance was reached",
+        "Raise num_steps (narrows the bracket) or num_probes (narrows the sampling part), or accept "
+        "the reported width.",
+    )
+    NOT_CONVERGED = (
+        "not_converged",
+        "the products allowed ended before every eigenpair met the tolerance",
+        "Raise max_matvecs or num_basis, loosen tol, or use the pairs whose `converged` is true.",
+    )
+    SINGULAR = (
+        "singular",
+        "the operator is singular to the noise floor: some of the eigenvalues asked for are zero, or a "
+        "right-hand side lies outside of its range, so that there is no solution",
+        "Ask for more pairs to pass the null space, or damp the operator with `op.shift(delta)`.",
+    )
+    INDEFINITE = (
+        "indefinite",
+        "conjugate gradients met a direction of negative or vanishing curvature: x is where they stood",
+        "Use method='auto', which goes on with MINRES, or a larger shift.",
+    )
+    STAGNATED = (
+        "stagnated",
+        "the residual has met the precision of the products before the tolerance",
+        "Loosen tol, or compute in float64; a larger shift makes the system better conditioned.",
+    )
+    NOISY = (
+        "noisy",
+        "products with the operator are less symmetric than their precision explains",
+        "Eigenvalues below the reported noise floor are not resolved: use "
+        "matmul_precision='float32', float64, or a smoother loss.",
+    )
+    TRACED = (
+        "traced",
+        "computed inside jit or vmap, where values cannot be checked",
+        "Call outside jit to have products checked for NaN and for symmetry.",
+    )
+
+    def __init__(self, code: str, message: str, remedy: str):
+        self.code = code
+        self.message = message
+        self.remedy = remedy
+
+    @property
+    def ok(self) -> bool:
+        """Whether the computation did all that was asked, with nothing to be wary of."""
+        return self in (Status.COMPLETE, Status.CONVERGED, Status.INVARIANT, Status.DENSE, Status.EXACT)
+
+    @classmethod
+    def from_code(cls, code: str) -> "Status":
+        """The member whose code is `code`, as it is stored in result files."""
+        return next(member for member in cls if member.code == code)
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}" + (f" ({self.remedy})" if self.remedy else "")

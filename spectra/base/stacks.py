@@ -1,0 +1,101 @@
+"""Stacks of vectors: pytrees with leaves (k, *leaf.shape), and their algebra leaf by leaf.
+
+Contractions run in full precision on the leaves as they are, so that a stack keeps the sharding of the
+parameters and nothing is gathered: only (k, k) matrices are summed over devices.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spectra.base import trees
+
+PyTree = Any
+
+
+def length(stack: PyTree) -> int:
+    """k, the number of vectors."""
+    return jax.tree.leaves(stack)[0].shape[0]
+
+
+def row(stack: PyTree, i: int) -> PyTree:
+    """Vector i."""
+    return jax.tree.map(lambda x: x[i], stack)
+
+
+def rows(stack: PyTree, start: int, stop: int) -> PyTree:
+    """Vectors start..stop-1."""
+    return jax.tree.map(lambda x: x[start:stop], stack)
+
+
+def split(stack: PyTree) -> list[PyTree]:
+    """The vectors one by one."""
+    return [row(stack, i) for i in range(length(stack))]
+
+
+def stacked(vectors: list[PyTree]) -> PyTree:
+    """The stack of some vectors."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *vectors)
+
+
+def concatenate(stacks: list[PyTree]) -> PyTree:
+    """One stack after the other."""
+    return stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)
+
+
+def padded(stack: PyTree, count: int) -> PyTree:
+    """`count` vectors: those of the stack, and zeros."""
+    missing = count - length(stack)
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), stack)
+
+
+@jax.jit
+def gram(a: PyTree, b: PyTree) -> jax.Array:
+    """Inner products a_i · b_j restricted to each leaf; shape (leaves, k, l). Their sum is A Bᵀ."""
+    return jnp.stack([part.astype(trees.scalar_dtype(a)) for part in _leaf_grams(a, b)])
+
+
+@jax.jit
+def inner(a: PyTree, b: PyTree) -> jax.Array:
+    """A Bᵀ, the inner products a_i · b_j; shape (k, l)."""
+    dtype = trees.scalar_dtype(a)
+    return sum((part.astype(dtype) for part in _leaf_grams(a, b)), jnp.zeros((), dtype))
+
+
+def _leaf_grams(a: PyTree, b: PyTree) -> list[jax.Array]:
+    def one(x, y):
+        axes = tuple(range(1, x.ndim))
+        dims = ((axes, axes), ((), ()))
+        return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
+
+    return [one(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+
+
+@jax.jit
+def row_dots(a: PyTree, b: PyTree) -> jax.Array:
+    """Inner products a_i · b_i restricted to each leaf; shape (leaves, k)."""
+
+    def one(x, y):
+        axes = tuple(range(1, x.ndim))
+        dims = ((axes, axes), ((0,), (0,)))
+        return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
+
+    parts = [one(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+    return jnp.stack([part.astype(trees.scalar_dtype(a)) for part in parts])
+
+
+@jax.jit
+def combine(coefficients: jax.Array, stack: PyTree) -> PyTree:
+    """Σ_j c_j v_j of a vector of coefficients; of a matrix a stack whose row i is Σ_j c_ij v_j."""
+
+    def one(x):
+        return jnp.tensordot(coefficients.astype(x.dtype), x, axes=1, precision=lax.Precision.HIGHEST)
+
+    return jax.tree.map(one, stack)
+
+
+def subtract(a: PyTree, b: PyTree) -> PyTree:
+    """a - b."""
+    return jax.tree.map(jnp.subtract, a, b)

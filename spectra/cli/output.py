@@ -1,0 +1,226 @@
+"""What the command line prints, keeps and draws: results to stdout, all else to stderr.
+
+The place of a result is tested before anything is computed, and never overwrites another one.
+"""
+
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import typer
+
+from spectra.base.errors import SpectraError
+from spectra.base.files import sweep
+from spectra.base.host import is_first
+from spectra.report.files import save
+
+_NAME = "spectrum"
+_ROOM = 2**18  # bytes that must fit before a run begins: its result and its picture, of usual sizes
+
+
+class ResultElsewhereError(SpectraError):
+    """The result was computed, but could not be written where it should be; the message says where it is."""
+
+
+class Place(NamedTuple):
+    """A folder for `spectrum.npz` and `spectrum.png`, and whether those that are there may be replaced."""
+
+    folder: Path
+    force: bool
+
+    def check(self) -> None:
+        """Make the folder if it is missing, and raise unless files can be made and filled in it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder / f"{_NAME}.npz")
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                file.write(bytes(_ROOM))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise SpectraError(
+                f"the result could not be written in '{self.folder}' ({error.strerror or error}); nothing "
+                "has been computed yet: choose another folder with --out."
+            ) from error
+
+    def keep(self, result: Any) -> Path:
+        """Save the result under a name that no other has."""
+        for path in self._names():
+            try:
+                return save(result, path, overwrite=self.force)
+            except FileExistsError:
+                if not path.exists():  # it is the folder that is something else
+                    raise
+        raise AssertionError
+
+    def _names(self) -> Iterator[Path]:
+        if self.force:
+            yield self.folder / f"{_NAME}.npz"
+            return
+        for number in itertools.count(1):
+            path = self.folder / (f"{_NAME}.npz" if number == 1 else f"{_NAME}-{number}.npz")
+            if not path.exists() and not path.with_suffix(".png").exists():
+                yield path
+
+
+def require_free(force: bool, *paths: Path) -> None:
+    """Raise before anything is done if a file that a command is about to write is there already.
+
+    Raises:
+        SpectraError: it is, and `force` is false; a folder is left to the writing, which can't replace it.
+    """
+    there = [] if force else [path for path in paths if path.is_file()]
+    if there:
+        raise SpectraError(
+            f"'{there[0]}' is there already, and nothing has been written: --force replaces it, -o names "
+            "another place."
+        )
+
+
+def keep_elsewhere(result: Any, error: OSError, place: Place) -> ResultElsewhereError:
+    """Save the result in a folder for temporary files, and say so in the error that is returned."""
+    reason = error.strerror or error
+    cause = f"the result could not be written in '{place.folder}' ({reason}). It is printed above"
+    try:
+        path = Place(Path(tempfile.mkdtemp(prefix="spectra-")), False).keep(result)
+    except OSError as second:
+        return ResultElsewhereError(f"{cause}, and nowhere else ({second.strerror or second}).")
+    return ResultElsewhereError(
+        f"{cause}, and is kept in '{path}'. Copy it before that folder is emptied; "
+        f"`spectra plot {shlex.quote(str(path))} -o FILE` draws it."
+    )
+
+
+class Voice(NamedTuple):
+    """How much is said, and in which form results are printed: "text", "json" or "csv"."""
+
+    quiet: bool = False
+    form: str = "text"
+
+    def say(self, message: str) -> None:
+        """Print a message, in the first process only; to stderr where stdout is for a program to read."""
+        if is_first() and not self.quiet:
+            typer.echo(message, err=self.form != "text")
+
+    def show(self, result: Any) -> None:
+        """Print a result."""
+        typer.echo(printable({"text": text_of, "json": json_of, "csv": csv_of}[self.form](result)))
+
+
+def text_of(result: Any) -> str:
+    """A result as a table; of several by name a line each, or one after the other."""
+    result = _in_one(result)
+    if not isinstance(result, Mapping):
+        return repr(result)
+    return "\n\n".join(f"{name}\n{part!r}" for name, part in result.items())
+
+
+def json_of(result: Any) -> str:
+    """A result as JSON, with the fields that its class has."""
+    from spectra.results import plain
+
+    return json.dumps(plain(result), allow_nan=False)
+
+
+def csv_of(result: Any) -> str:
+    """The rows of a result as comma-separated values, the names of the columns first."""
+    result = _in_one(result)
+    if isinstance(result, Mapping):
+        records = [{"name": name, **row} for name, part in result.items() for row in _records(part)]
+    else:
+        records = _records(result)
+    columns = dict.fromkeys(name for record in records for name in record)
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return stream.getvalue().rstrip("\n")
+
+
+def _in_one(result: Any) -> Any:
+    """Quadratures by name, such as those of blocks, as their summary; another result as it is."""
+    from spectra.report.summary import Summary
+    from spectra.results import Quadrature
+
+    if isinstance(result, Mapping) and result and all(isinstance(x, Quadrature) for x in result.values()):
+        return Summary(dict(result))
+    return result
+
+
+def _records(result: Any) -> list[dict[str, Any]]:
+    if not hasattr(result, "records"):
+        raise SpectraError(f"a {type(result).__name__} has no rows: take --json.")
+    return result.records()
+
+
+def printable(text: str) -> str:
+    """Text without what would steer a terminal: names in files may hold anything."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def keep(result: Any, place: Place, voice: Voice) -> None:
+    """Save, then print, then draw; of several processes the first does it for all."""
+    if not is_first():
+        return
+    failure, path = None, None
+    try:
+        path = place.keep(result)
+    except OSError as error:
+        failure = keep_elsewhere(result, error, place)
+    finally:  # whatever went wrong, the numbers have been paid for
+        voice.say("")
+        voice.show(result)
+        voice.say("")
+    if path is None:
+        raise failure or AssertionError
+    voice.say(f"result   {path}")
+    try:
+        draw(result, path.with_suffix(".png"), voice)
+    except OSError as error:
+        raise ResultElsewhereError(
+            f"the picture could not be written ({error.strerror or error}); the result is in '{path}'."
+        ) from error
+
+
+def picture_path(path: Path) -> Path:
+    """Where a picture of this name is written."""
+    return path if path.suffix else path.with_name(f"{path.name}.png")
+
+
+def draw(result: Any, path: Path, voice: Voice, learning_rate: float | None = None) -> None:
+    """Write the picture of a result, in the form that the name of the file asks for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from spectra.base.files import replacing
+    from spectra.report.plots.gallery import draw as axes_of
+    from spectra.report.plots.style import plot_style
+
+    ax = axes_of(result, learning_rate=learning_rate)
+    if ax is None:
+        raise SpectraError(f"a {type(result).__name__} has no picture: spectra show prints it.")
+    path = picture_path(path)
+    kinds = ax.figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise SpectraError(f"'{path}': a picture ends in {', '.join(f'.{kind}' for kind in kinds)}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, plot_style():  # which has fonts that editors can change
+        ax.figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=300)
+    voice.say(f"picture  {path}")
+
+
+def fail(message: str) -> int:
+    """Print an error, and return the exit code that it has unless there is a better one."""
+    sys.stdout.flush()
+    typer.echo(f"error: {printable(message)}", err=True)
+    return 1

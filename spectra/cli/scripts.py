@@ -1,0 +1,148 @@
+"""Python files of the user: a function in them that makes what the command line works on."""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from spectra.base.errors import SpectraError
+from spectra.models.problem import Problem
+
+# What spectra itself stands on, and may still import: a file of such a name beside the problem is not it.
+_OURS = frozenset(
+    (
+        *(
+            "spectra",
+            "jax",
+            "jaxlib",
+            "flax",
+            "optax",
+            "orbax",
+            "numpy",
+            "scipy",
+            "matplotlib",
+            "mpl_toolkits",
+        ),
+        *("safetensors", "threadpoolctl", "tqdm", "typer", "sklearn", "torch", "ml_dtypes", "PIL"),
+    )
+)
+_loaded: set[str] = set()  # names in `sys.modules` of files that were imported here
+
+
+def load_problem(file: Path, mesh: Any = None) -> Problem:
+    """The problem of a file, on the mesh if there is one; its function may take the mesh as an argument."""
+    make: Callable[..., Any] = function_of(file, "problem", "a spectra.Problem")
+    problem = call(file, make, *([mesh] if inspect.signature(make).parameters else []))
+    if not isinstance(problem, Problem):
+        raise SpectraError(
+            f"problem() in '{file}' returned a {type(problem).__name__}, not a spectra.Problem."
+        )
+    return problem if mesh is None else problem.on(mesh)
+
+
+def function_of(file: Path, name: str, result: str) -> Callable[..., Any]:
+    """The function of this name in a Python file, which is imported and finds the files beside it."""
+    if not file.exists():
+        raise FileNotFoundError(f"no file '{file}'.")
+    module_name, location = _name(file.stem), _location(file)
+    spec = importlib.util.spec_from_file_location(module_name, location)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise SpectraError(f"'{file}' is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    _show_neighbours(str(location.parent))
+    sys.modules[module_name] = module
+    _loaded.add(module_name)
+    call(file, spec.loader.exec_module, module)
+    if not callable(getattr(module, name, None)):
+        raise SpectraError(f"'{file}' defines no function {name}() that returns {result}.")
+    return getattr(module, name)
+
+
+def call(file: Path, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what the user wrote; what it cannot import or open is one message, with the line of the file."""
+    try:
+        return function(*arguments)
+    except SpectraError:
+        raise
+    except SyntaxError as error:
+        raise SpectraError(f"'{error.filename}', line {error.lineno}: {error.msg}") from error
+    except (OSError, ImportError) as error:
+        line, trace = None, error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename == str(_location(file)):
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        if line is None:
+            raise
+        raise SpectraError(f"'{file}', line {line}: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        own = _from_the_files_lines(error, file)
+        if own is None:
+            raise
+        raise SpectraError(f"'{file}' raised an error.\n{own}") from error
+
+
+def _from_the_files_lines(error: Exception, file: Path) -> str | None:
+    """The traceback from the first line of the user's file on; None where there is no such line."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename != str(_location(file)):
+        trace = trace.tb_next
+    return None if trace is None else "".join(traceback.format_exception(type(error), error, trace)).rstrip()
+
+
+def _show_neighbours(folder: str) -> None:
+    """Let the files of a folder be imported, without their hiding what others mean by the same name."""
+    if folder not in sys.path:
+        sys.path.append(folder)  # last: `copy.py` beside the problem is not the standard library's
+    if not any(isinstance(finder, _Beside) and finder.folder == folder for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Beside(folder))
+
+
+class _Beside(importlib.abc.MetaPathFinder):
+    """Finds the files beside a problem for itself and for each other, before packages of their names.
+
+    Other importers are not shown them: a package that imports `datasets` means the package.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if path is not None or _is_taken(fullname) or not _importer().startswith(self.folder + os.sep):
+            return None
+        found = importlib.machinery.PathFinder.find_spec(fullname, [self.folder])
+        return found if found is not None and found.loader is not None else None
+
+
+def _importer() -> str:
+    """File of the code whose `import` is being executed."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name != __name__ and name.partition(".")[0] not in ("importlib", "_frozen_importlib"):
+            return str(frame.f_globals.get("__file__", ""))
+        frame = frame.f_back
+    return ""
+
+
+def _is_taken(name: str) -> bool:
+    return name in sys.stdlib_module_names or name in _OURS
+
+
+def _name(stem: str) -> str:
+    """What a problem's module is called: as its file, unless that is another module's name."""
+    taken = _is_taken(stem) or (stem in sys.modules and stem not in _loaded)
+    return f"problem_{stem}" if taken else stem
+
+
+def _location(file: Path) -> Path:
+    return file.parent.resolve() / file.name

@@ -1,0 +1,236 @@
+"""Attention whose memory grows with the sequence, and not with its square, in every order of derivative."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spectra.base.errors import StructureError
+
+BLOCK = 128
+"""Rows and columns of a block of logits: large enough for matrix products, small enough for a CPU's cache."""
+HIDDEN = -0.7 * float(np.finfo(np.float32).max)
+"""Logit of a key that does not count, as in JAX: finite, so that a row of them has a softmax."""
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any | None = None,
+    mask: Any | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Any | None = None,
+    key_value_seq_lengths: Any | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    block_sizes: tuple[int, int] = (BLOCK, BLOCK),
+) -> jax.Array:
+    """softmax(Q Kᵀ scale + bias) V in linear memory: takes what `jax.nn.dot_product_attention` takes.
+
+    Blocks of logits are made, used and forgotten: the softmax is summed up online, block by block, and every
+    derivative computes the blocks anew. A gradient and a Hessian product (forward over reverse, or reverse
+    over reverse) so need memory for the inputs, their derivatives and a few blocks. A causal or local mask
+    leaves out the blocks that it hides.
+
+    Args:
+        query: (B, T, N, H) or (T, N, H), floating.
+        key: (B, S, K, H) or (S, K, H); N is a multiple of K, and N / K heads of the query share one.
+        value: as `key`.
+        bias: added to the logits; broadcastable to (B, N, T, S).
+        mask: boolean, True where a key counts; broadcastable to (B, N, T, S).
+        scale: of the logits; default 1 / sqrt(H).
+        is_causal: a query sees keys up to its own position only.
+        query_seq_lengths: (B,), rows behind them are zero.
+        key_value_seq_lengths: (B,), keys behind them do not count.
+        local_window_size: keys that a query sees to its left and right, one number or two.
+        block_sizes: rows (queries) and columns (keys) of a block of logits.
+
+    Returns:
+        As `query`, in its dtype. The softmax is computed in float32 at least, of float64 in float64 (there
+        `jax.nn.dot_product_attention` falls back to float32). A row without any key that counts averages
+        all values, as there.
+
+    Raises:
+        StructureError: shapes that do not fit together, or a mask that is not boolean.
+
+    Cost: the operations of plain attention and those of computing its blocks anew, about half of them under a
+    causal mask. Memory O(B N (T + S) H), apart from `bias` and `mask`.
+
+    References:
+        Milakov and Gimelshein, arXiv:1805.02867; Rabe and Staats, arXiv:2112.05682.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 300, 4, 8))
+        >>> ours = spectra.attention(q, k, v, is_causal=True)
+        >>> plain = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        >>> bool(jnp.allclose(ours, plain, atol=1e-5))
+        True
+    """
+    shape = jnp.shape(query)
+    query, key, value = (_four(x) for x in (query, key, value))
+    bias, mask = (None if x is None else _four(x) for x in (bias, mask))
+    _check(query, key, value, bias, mask)
+    window = local_window_size
+    window = (window, window) if isinstance(window, int) else window
+    unhidden = mask is None and query_seq_lengths is None and key_value_seq_lengths is None
+    rule = _Rule(query.shape[1], key.shape[1], is_causal, window, unhidden)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if query_seq_lengths is not None:
+        seen = jnp.arange(rule.queries) < jnp.asarray(query_seq_lengths)[:, None]
+        mask = _both(mask, seen[:, None, :, None])
+    if key_value_seq_lengths is not None:
+        seen = jnp.arange(rule.keys) < jnp.asarray(key_value_seq_lengths)[:, None]
+        mask = _both(mask, seen[:, None, None, :])
+    out = _blockwise(rule, query, key, value, bias, mask, scale, block_sizes)
+    if query_seq_lengths is not None:
+        seen = jnp.arange(rule.queries) < jnp.asarray(query_seq_lengths)[:, None]
+        out = jnp.where(seen[:, :, None, None], out, 0)
+    return out.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """Which keys a query sees by their positions."""
+
+    queries: int
+    keys: int
+    is_causal: bool
+    window: tuple[int, int] | None
+    open: bool  # whether nothing else hides keys
+
+    @property
+    def skips(self) -> bool:
+        """Whether hidden blocks may be left out: a row that sees nothing averages over all keys instead."""
+        banded = self.is_causal or self.window is not None
+        return banded and self.open and (self.window is None or self.queries <= self.keys)
+
+    def sees(self, rows: jax.Array, columns: jax.Array) -> jax.Array | None:
+        """(t, s) mask of a block; None where all is seen."""
+        seen = None
+        if self.is_causal:
+            seen = columns <= rows[:, None]
+        if self.window is not None:
+            left, right = self.window
+            near = (columns >= rows[:, None] - left) & (columns <= rows[:, None] + right)
+            seen = near if seen is None else seen & near
+        return seen
+
+    def sees_some(self, rows: jax.Array, columns: jax.Array) -> jax.Array:
+        """Whether anything of a block may be seen, from its corners."""
+        some = jnp.array(True)
+        if self.is_causal:
+            some &= columns[0] <= rows[-1]
+        if self.window is not None:
+            left, right = self.window
+            some &= (columns[-1] >= rows[0] - left) & (columns[0] <= rows[-1] + right)
+        return some
+
+
+def _blockwise(rule: _Rule, query, key, value, bias, mask, scale, block_sizes) -> jax.Array:
+    batch, _, heads, width = query.shape
+    groups = key.shape[2]
+    t, s = (min(size, n) for size, n in zip(block_sizes, (rule.queries, rule.keys), strict=True))
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    query = query.reshape(batch, -1, groups, heads // groups, width)
+    bias, mask = (None if x is None else _grouped(x, groups) for x in (bias, mask))
+    columns = jnp.arange(-(-rule.keys // s) * s).reshape(-1, s)
+    keys, values = (_cut(x, 1, rule.keys, s) for x in (key, value))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def one(piece):
+        q, rows, bias, mask = piece
+        start = (
+            jnp.full((batch, groups, heads // groups, t), HIDDEN, dtype),
+            jnp.zeros((batch, groups, heads // groups, t), dtype),
+            jnp.zeros((batch, groups, heads // groups, t, width), dtype),
+        )
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def body(carry, piece):
+            if not rule.skips:
+                return _add(rule, carry, q, rows, piece, scale), None
+            some = rule.sees_some(rows, piece[2])
+            return lax.cond(some, lambda: _add(rule, carry, q, rows, piece, scale), lambda: carry), None
+
+        pieces = (keys, values, columns, _cut(bias, 4, rule.keys, s), _cut(mask, 4, rule.keys, s))
+        (_, total, out), _ = lax.scan(body, start, pieces)
+        return out / total[..., None]
+
+    rows = jnp.arange(-(-rule.queries // t) * t).reshape(-1, t)
+    query, bias, mask = (_cut(x, axis, rule.queries, t) for x, axis in ((query, 1), (bias, 3), (mask, 3)))
+    out = lax.map(one, (query, rows, bias, mask))
+    out = jnp.moveaxis(out, (0, 4), (1, 2))  # blocks, b, k, g, t, h -> b, blocks, t, k, g, h
+    return out.reshape(batch, -1, heads, width)[:, : rule.queries].astype(value.dtype)
+
+
+def _add(rule: _Rule, carry, q, rows, piece, scale):
+    """The running maximum, sum and weighted values of a block of rows, with one more block of keys."""
+    highest, total, out = carry
+    k, v, columns, bias, mask = piece
+    logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=total.dtype)
+    logits = logits * jnp.asarray(scale, logits.dtype)
+    if bias is not None:
+        # No lower than what is hidden: a row of nothing else then has a softmax, as it has written out.
+        logits = logits + jnp.maximum(bias, HIDDEN).astype(logits.dtype)
+    for seen in (mask, rule.sees(rows, columns)):
+        if seen is not None:
+            logits = jnp.where(seen, logits, HIDDEN)
+    padding = rule.keys % columns.size != 0
+    if padding:
+        logits = jnp.where(columns < rule.keys, logits, HIDDEN)
+    # The maximum cancels from the quotient: it is no part of any derivative.
+    highest, before = lax.stop_gradient(jnp.maximum(highest, logits.max(axis=-1))), highest
+    weights, kept = jnp.exp(logits - highest[..., None]), jnp.exp(before - highest)
+    if padding:
+        weights = jnp.where(columns < rule.keys, weights, 0)
+    added = jnp.einsum("bkgts,bskh->bkgth", weights.astype(v.dtype), v, preferred_element_type=out.dtype)
+    return highest, total * kept + weights.sum(axis=-1), out * kept[..., None] + added
+
+
+def _cut(x: jax.Array | None, axis: int, n: int, size: int) -> jax.Array | None:
+    """Blocks along an axis as a new leading one, the last one padded."""
+    if x is None:
+        return None
+    count = -(-n // size)
+    if x.shape[axis] == 1:  # the same for all of them
+        return jnp.broadcast_to(x, (count, *x.shape))
+    x = jnp.pad(x, [(0, count * size - n if i == axis else 0) for i in range(x.ndim)])
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _grouped(x: jax.Array, groups: int) -> jax.Array:
+    b, n, t, s = x.shape
+    return x.reshape(b, 1, 1, t, s) if n == 1 else x.reshape(b, groups, n // groups, t, s)
+
+
+def _both(mask: jax.Array | None, seen: jax.Array) -> jax.Array:
+    return seen if mask is None else mask & seen
+
+
+def _four(x: Any) -> jax.Array:
+    x = jnp.asarray(x)
+    return x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def _check(query, key, value, bias, mask) -> None:
+    batch, _, heads, width = query.shape
+    groups = key.shape[2]
+    if query.ndim != 4 or key.shape != value.shape or key.shape[::3] != (batch, width) or heads % groups:
+        raise StructureError(
+            f"attention of query {query.shape}, key {key.shape}, value {value.shape}: give (B, T, N, H) and "
+            "twice (B, S, K, H), with N a multiple of K."
+        )
+    whole = (batch, heads, query.shape[1], key.shape[1])
+    for name, x in (("bias", bias), ("mask", mask)):
+        if x is not None and any(a not in (1, b) for a, b in zip(x.shape, whole, strict=True)):
+            raise StructureError(f"{name} of shape {x.shape} does not broadcast to (B, N, T, S) = {whole}.")
+    if mask is not None and mask.dtype != bool:
+        raise StructureError(f"mask is {mask.dtype}: give booleans, or add the numbers as bias.")

@@ -1,0 +1,390 @@
+"""What all curvature matrices of a data set share: a mean over examples at one point of parameter space."""
+
+import abc
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra.base import host, trees
+from spectra.base import paths as _paths
+from spectra.base.errors import DataError, NonFiniteError, SpectraError
+from spectra.base.meshes import automatic, on_automatic_axes
+from spectra.base.trees import PyTree, cheap_signs
+from spectra.operators import differentiate
+from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
+from spectra.operators.arguments import (
+    DataOptions,
+    check_functions,
+    check_options,
+    check_signatures,
+    explain_non_finite,
+    loss_weight,
+    open_data,
+    require_call,
+)
+from spectra.operators.base import LinearOperator, product, product_batch, require_alive
+from spectra.operators.batches import Shared, batch_size, check_alive, rows, shared_leaves
+from spectra.operators.differentiate import resolve_mode
+from spectra.operators.jaxprs import Rounding, coarsest_rounding, rematerialises, scanned_inputs
+from spectra.operators.means import require_mean
+from spectra.operators.streams import Stream
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+LINEARIZE_SHARE = 0.25
+"""Share of the free memory that linearize="auto" spends on saved values; the basis needs the rest."""
+_LOW_PRECISION = {"bfloat16": 2.0**-8, "tensorfloat32": 2.0**-11, "default": 2.0**-8}
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
+class DataOperator(LinearOperator):
+    """A curvature matrix that is a mean over the examples of a data set, at fixed parameters.
+
+    Vectors are float32 at least: parameters in half precision are cast up, and the model is evaluated
+    at the cast values. All operators on data take these keyword arguments:
+
+    * wrt: the parameters to differentiate, as a glob ("params/*"), regex or predicate on their paths;
+      all by default. The others are constants: frozen weights, batch statistics, integer leaves. Leaves
+      that are no arrays (functions, strings, Python numbers) are always constants, and compiled in.
+    * mode: "forward-over-reverse", "reverse-over-reverse", "finite-difference", or "auto": the first of
+      these that the model admits, with a warning that names the operation that refuses.
+    * microbatch: examples a piece; pieces of one batch are accumulated under `lax.scan`.
+    * linearize: whether `prepare` saves the values that all products at these parameters share. A
+      Hessian product then costs 1.7 to 1.8 gradients instead of 2.1 to 2.5 (two CPU cores, three
+      networks: benchmarks/results/product.md). "auto": if they take at most a quarter of the free memory.
+    * matmul_precision: precision of the matrix products inside the model, as of
+      `jax.default_matmul_precision`. JAX's own default runs them in bfloat16 on a TPU and in TF32 on a
+      GPU, which puts the noise floor of the spectrum near 1e-3 |H|.
+    * weight_fn: weight of a batch or microbatch in the mean, for example its number of tokens; default:
+      `loss_fn.weight` where the loss brings one, else its number of examples.
+    * shared: the leaves of a batch that belong to all examples alike (class weights, one random key), as a
+      glob, regex or predicate on their paths, or several; scalars do anyway. The other leaves of a batch
+      that is cut, or weighted by its size, share a leading axis.
+    * num_batches, subsample_key: use the first `num_batches` of a stream, or, with a key, as many drawn
+      without replacement.
+    * check_data: read a stream twice and refuse it if the passes differ; where data are cut, see once that
+      the loss is a mean over examples.
+    """
+
+    params: PyTree
+    data: Any
+    selected: tuple[int, ...] | None  # leaves of params that vary; None for all
+    mode: str
+    microbatch: int | None
+    linearize: bool | str
+    matmul_precision: str
+    weight_fn: Callable[[PyTree], Any] | None
+    shared: Shared
+    stream: Stream | None
+    rounding: Rounding | None  # of the loss itself, where it computes in less than the vectors have
+
+    @automatic
+    def _open(
+        self,
+        params: PyTree,
+        data: Any,
+        *,
+        wrt: _paths.Select | None = None,
+        mode: str = "auto",
+        microbatch: int | None = None,
+        linearize: bool | str = "auto",
+        matmul_precision: str = "float32",
+        weight_fn: Callable[[PyTree], Any] | None = None,
+        shared: Shared = None,
+        num_batches: int | None = None,
+        subsample_key: jax.Array | None = None,
+        check_data: bool = True,
+        **functions: Any,
+    ) -> None:
+        """Check the arguments and set all fields; `functions` are the subclass's own."""
+        check_options(mode, microbatch, linearize, matmul_precision)
+        check_functions(functions)
+        check_alive(params, "parameter leaf")
+        params, selected = _paths.select_parameters(params, wrt)
+        self._set(
+            params=on_automatic_axes(params),
+            data=None,
+            selected=selected,
+            mode=mode,
+            microbatch=microbatch,
+            linearize=linearize,
+            matmul_precision=matmul_precision,
+            weight_fn=weight_fn or loss_weight(functions["loss_fn"]),
+            shared=tuple(shared) if isinstance(shared, list) else shared,
+            stream=None,
+            rounding=None,
+            **functions,
+        )
+        trees.vector_structure(self.like)
+        self._set(**open_data(self, data, num_batches, subsample_key, check=check_data))
+        piece = self.first_piece()
+        shared_leaves(piece.data, self.shared)  # a name that matches nothing is a mistake
+        check_signatures(functions, piece.data)
+        require_call(piece)
+        self._set(mode=resolve_mode(piece))
+        self._set(rounding=self._coarsest_rounding())
+        if check_data:
+            require_mean(self)
+
+    def _set(self, **fields) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def _with(self, **fields) -> Self:
+        op = object.__new__(type(self))
+        op._set(**(vars(self) | {"_finite": False} | fields))
+        return op
+
+    @abc.abstractmethod
+    def _value(self, params: PyTree, piece: PyTree) -> jax.Array:
+        """The mean loss of one piece of data, at all parameters."""
+
+    @abc.abstractmethod
+    def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
+        """The product of one piece's matrix with a vector, at the variables."""
+
+    takes_single_examples: ClassVar[bool] = False
+    """Whether the loss is evaluated on single examples."""
+
+    @property
+    def like(self) -> PyTree:
+        """The parameters that vary; None in the place of all others."""
+        if self.selected is None:
+            return self.params
+        return trees.replace_static(trees.keep_leaves(self.params, self.selected), with_value=False)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the data are streamed."""
+        return self.stream is not None
+
+    @property
+    def precision(self) -> float:
+        """Unit roundoff, or worse: of finite differences, coarse products, or the loss's own casts."""
+        eps = super().precision
+        if self.mode == "finite-difference":
+            return eps ** (2 / 3)
+        own = self.rounding.eps if self.rounding else 0.0
+        return max(eps, own, _LOW_PRECISION.get(self.matmul_precision, 0.0))
+
+    @property
+    def known_linear(self) -> bool:
+        """True: derivatives and their products are."""
+        return True
+
+    @property
+    def computes_in(self) -> str:
+        """The coarser of what the loss and its matrix products compute in."""
+        coarse = _LOW_PRECISION.get(self.matmul_precision, 0.0)
+        if self.rounding and self.rounding.eps > coarse:
+            return self.rounding.dtype
+        return self.matmul_precision if coarse else super().computes_in
+
+    def explain_asymmetry(self) -> str:
+        """Blame the loss's own precision where that is low."""
+        if self.rounding is None:
+            return super().explain_asymmetry()
+        return (
+            f"Here {self.rounding}. Its derivatives carry that rounding through every layer: have the model "
+            "compute in float32 for the analysis, such as by dtype=jnp.float32 of its layers or its policy."
+        )
+
+    def _stacks(self) -> dict[int, str]:
+        jaxpr = differentiate.loss.trace(self.first_piece()).jaxpr
+        chosen = tuple(range(len(jax.tree.leaves(self.params)))) if self.selected is None else self.selected
+        found, names = scanned_inputs(jaxpr, chosen), _paths.leaf_paths(self.like)
+        of_scan: dict[tuple, list[int]] = {}
+        for place, i in enumerate(chosen):
+            if i in found:
+                of_scan.setdefault(found[i], []).append(place)
+        paths = {scan: _paths.common_path([names[i] for i in places]) for scan, places in of_scan.items()}
+        return {i: paths[scan] for scan, places in of_scan.items() for i in places}
+
+    def _coarsest_rounding(self) -> Rounding | None:
+        """What the loss rounds by itself between the parameters that vary and its value."""
+        piece, leaves = self.first_piece(), len(jax.tree.leaves(self.params))
+        jaxpr = differentiate.loss.trace(piece._with(rounding=None)).jaxpr
+        varying = range(leaves) if self.selected is None else self.selected
+        moves = [i in varying for i in range(len(jaxpr.jaxpr.invars))]  # parameters are the first leaves
+        return coarsest_rounding(jaxpr, moves, super().precision)
+
+    def _principal(self, indices: tuple[int, ...]) -> Self:
+        chosen = tuple(self.selected[i] for i in indices) if self.selected is not None else indices
+        block = self._with(selected=chosen)
+        if self.rounding is not None:  # what is cast may not depend on the block
+            block._set(rounding=block._coarsest_rounding())
+        return block
+
+    @automatic
+    def loss(self) -> jax.Array:
+        """The mean loss over all data at the parameters."""
+        require_alive(self)
+        if self.stream is None:
+            return differentiate.loss(self)
+        return weighted_sum(differentiate.loss, self._pieces())
+
+    @automatic
+    def gradient(self) -> PyTree:
+        """The gradient of the mean loss, in the working dtypes."""
+        require_alive(self)
+        if self.stream is None:
+            return differentiate.gradient(self)
+        return weighted_sum(differentiate.gradient, self._pieces())
+
+    def mv(self, v: PyTree) -> PyTree:
+        """One product; under tracing a stream raises, since its data live outside the program.
+
+        `v` may be of another floating dtype than the operator's vectors, that of half-precision parameters.
+        """
+        v = self._cast(v)
+        if self.stream is not None:
+            if trees.is_traced(v):
+                raise SpectraError(
+                    "streamed data cannot be read inside jit or vmap: pass one batch instead, with "
+                    "microbatch= if it is large, or call outside."
+                )
+            return weighted_sum(lambda piece: product(piece, v), self._pieces())
+        variables = self._variables()
+        return self._mean(lambda piece: self._piece_product(variables, piece, v))
+
+    def mv_batch(self, vectors: PyTree) -> PyTree:
+        """Products with a stack of vectors, sharing each pass over streamed data."""
+        if self.stream is None:
+            return super().mv_batch(vectors)
+        return weighted_sum(lambda piece: product_batch(piece, vectors), self._pieces())
+
+    def prepare(self) -> LinearOperator:
+        """Save what all products share, if asked to or if it fits; check the loss.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite at these parameters.
+        """
+        loss, linear = differentiate.linearize(self) if self.linearized else (self.loss(), None)
+        self._require_finite(loss)
+        return self if linear is None else differentiate.LinearizedOperator(linear, self)
+
+    def require_finite(self) -> None:
+        """Raise a `NonFiniteError` if the loss is NaN or infinite; evaluated once."""
+        if not vars(self).get("_finite"):
+            self._require_finite(self.loss())
+
+    def _require_finite(self, loss: jax.Array) -> None:
+        if trees.is_traced((self.params, self.data)):
+            return
+        if not np.isfinite(float(loss)):
+            raise NonFiniteError(self.explain_non_finite())
+        self._set(_finite=True)
+
+    def prepared_bytes(self) -> int:
+        """Bytes of the saved values, from shapes alone; parameters and data are not counted twice."""
+        return self._bytes_to_save() or 0
+
+    def recomputed_bytes(self) -> int | None:
+        """Bytes of the tangents of saved values, of one microbatch: what `jax.vmap` holds for each vector."""
+        if self.stream is not None or self.mode == "finite-difference":
+            return None  # streams share each pass; differences evaluate at points of their own
+        if self.linearized and not rematerialises(differentiate.loss.trace(self).jaxpr):
+            return None
+        step = self.microbatch
+        pieces = 1 if step is None else -(-batch_size(self.data, self.shared) // step)
+        return differentiate.saved_bytes(self) // pieces
+
+    def moved(self, key: jax.Array) -> Self:
+        """The operator at parameters times 1 ± eps of what the loss computes in, with random signs."""
+        return self._with(params=_moved(self.params, key, self.rounding.eps if self.rounding else 0.0))
+
+    @property
+    def linearized(self) -> bool:
+        """What `prepare` will choose: whether the values that products share are saved and re-used."""
+        return self._bytes_to_save() is not None
+
+    def _bytes_to_save(self) -> int | None:
+        """Bytes of the values that products share, None where they are not saved."""
+        if self.stream is not None or self.mode == "finite-difference" or self.linearize is False:
+            return None
+        saved, available = differentiate.saved_bytes(self), host.available_bytes()
+        fits = available is None or saved <= LINEARIZE_SHARE * available
+        return saved if fits or self.linearize is True else None
+
+    def explain_non_finite(self) -> str:
+        """Name the parameter leaf, the loss or the gradient leaf that is not finite."""
+        return explain_non_finite(self)
+
+    def _cast(self, v: PyTree) -> PyTree:
+        """A vector, or a stack of them, in the working dtypes."""
+        return trees.cast_like(v, self.structure)
+
+    def _variables(self) -> PyTree:
+        """The parameters that vary, in the working dtypes."""
+        return trees.cast_like(self.like, self.structure)
+
+    def _merge(self, variables: PyTree) -> PyTree:
+        """All parameters, with `variables` in their places and the rest as constants."""
+        if self.selected is None:
+            return variables
+        merged = trees.replace_leaves(jax.tree.map(trees.lift, self.params), self.selected, variables)
+        return trees.replace_static(merged, with_value=True)
+
+    def _grad(self, variables: PyTree, piece: PyTree) -> PyTree:
+        return jax.grad(lambda x: self._value(self._merge(x), piece))(variables)
+
+    def _mean(self, fn: Callable[[PyTree], PyTree]) -> PyTree:
+        with jax.default_matmul_precision(self.matmul_precision):
+            return mean_over_microbatches(fn, self.data, self.microbatch, self.weight_fn, self.shared)
+
+    def _pieces(self) -> Iterator[tuple[float, Self]]:
+        assert self.stream is not None
+        for weight, batch in self.stream:
+            whole = self.microbatch is None or batch_size(batch, self.shared) <= self.microbatch
+            yield weight, self._with(data=batch, stream=None, microbatch=None if whole else self.microbatch)
+
+    def split_data(self, count: int) -> list[Self]:
+        """The operators of `count` disjoint parts of the data: runs of examples, or every count-th batch.
+
+        Raises:
+            DataError: there are fewer examples or batches than parts.
+        """
+        if self.stream is not None:
+            return [self._on(stream=part) for part in self.stream.split(count)]
+        n = batch_size(self.data, self.shared)
+        if n < count:
+            raise DataError(f"{n} examples cannot be split into {count} parts.")
+        require_mean(self, n // count)
+        edges = [n * i // count for i in range(count + 1)]
+        return [self._on(data=rows(self.data, a, b, self.shared)) for a, b in itertools.pairwise(edges)]
+
+    def _on(self, **data) -> Self:
+        """The same matrix of other data."""
+        return self._with(**data)
+
+    def first_piece(self) -> Self:
+        """The operator of the first batch of a stream; the operator itself for one batch."""
+        return self if self.stream is None else self._with(data=self.stream.first(), stream=None)
+
+
+@jax.jit
+def _moved(params: PyTree, key: jax.Array, coarse: float) -> PyTree:
+    leaves, treedef = jax.tree.flatten(params)
+    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    lifted = [trees.lift(leaves[i]) for i in places]
+    for i, x, signs in zip(places, lifted, cheap_signs(key, lifted), strict=True):
+        leaves[i] = (x + jnp.maximum(jnp.finfo(x.dtype).eps, coarse) * signs * x).astype(leaves[i].dtype)
+    return treedef.unflatten(leaves)
+
+
+def shows_options(function: F) -> F:
+    """`function` whose signature spells out its `**options`, for `help` and completion."""
+    signature = inspect.signature(function)
+    own = [
+        parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD
+    ]
+    defaults = inspect.signature(DataOperator._open).parameters
+    options = [defaults[name] for name in DataOptions.__annotations__ if name not in signature.parameters]
+    function.__signature__ = signature.replace(parameters=[*own, *options])
+    return function

@@ -1,0 +1,164 @@
+"""How a loss is differentiated once more: three ways, which of them a model admits, compiled programs."""
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from spectra.base import trees
+from spectra.base.errors import DifferentiationError, SpectraError
+from spectra.base.trees import PyTree
+from spectra.operators.arithmetic import Derived
+from spectra.operators.base import LinearOperator, product
+from spectra.operators.jaxprs import may_refuse_at_lowering, refusing_operations
+from spectra.operators.pytree import operator
+
+if TYPE_CHECKING:
+    from spectra.operators.data import DataOperator
+
+Function = Callable[[PyTree], PyTree]
+MODES = ("forward-over-reverse", "reverse-over-reverse", "finite-difference")
+
+
+def derivative(mode: str, gradient: Function, params: PyTree, v: PyTree) -> PyTree:
+    """(∂g/∂θ) v for a function whose derivative is symmetric: the gradient of something."""
+    if mode == "forward-over-reverse":
+        return jax.jvp(gradient, (params,), (v,))[1]
+    if mode == "reverse-over-reverse":
+        return jax.vjp(gradient, params)[1](v)[0]
+    return central_difference(gradient, params, v)
+
+
+def jacobian(mode: str, fn: Function, params: PyTree) -> tuple[PyTree, Function, Function]:
+    """(f(θ), v -> J v, u -> Jᵀ u), sharing one evaluation of the function where the mode admits it."""
+    if mode == "forward-over-reverse":
+        outputs, push = jax.linearize(fn, params)
+        transposed = jax.linear_transpose(push, params)
+        return outputs, push, lambda u: transposed(u)[0]
+    outputs, pullback = jax.vjp(fn, params)
+
+    def pull(u):
+        return pullback(u)[0]
+
+    if mode == "reverse-over-reverse":  # u -> Jᵀ u is linear, so its own vjp multiplies by J
+        return outputs, lambda v: jax.vjp(pull, outputs)[1](v)[0], pull
+    return outputs, lambda v: central_difference(fn, params, v), pull
+
+
+def central_difference(fn: Function, params: PyTree, v: PyTree) -> PyTree:
+    """(∂f/∂θ) v from two evaluations along the normalised direction."""
+    eps = jnp.finfo(trees.scalar_dtype(params)).eps
+    theta, size = trees.norm(params), trees.norm(v)
+    step = eps ** (1 / 3) * jnp.where(theta > 0, theta, 1)
+    per_unit = step / jnp.where(size > 0, size, 1)
+    plus = fn(trees.axpy(per_unit, v, params))
+    minus = fn(trees.axpy(-per_unit, v, params))
+    return trees.scale(1 / (2 * per_unit), jax.tree.map(jnp.subtract, plus, minus))
+
+
+def _mean_loss(op: "DataOperator") -> jax.Array:
+    params = op._merge(op._variables())
+    return op._mean(lambda piece: op._value(params, piece))
+
+
+loss = jax.jit(_mean_loss)
+
+
+@jax.jit
+def gradient(op: "DataOperator") -> PyTree:
+    """The gradient of the mean loss, in the working dtypes."""
+    variables = op._variables()
+    return op._mean(lambda piece: op._grad(variables, piece))
+
+
+@jax.jit
+def linearize(op: "DataOperator") -> tuple[jax.Array, Callable[[PyTree], PyTree]]:
+    """The loss, and v -> A v with all values that do not depend on v saved: pytrees that jit returns."""
+    zero = jax.tree.map(jnp.zeros_like, op._variables())
+    if op.mode == "reverse-over-reverse":  # the product itself may refuse forward mode
+        pullback = jax.vjp(op.mv, zero)[1]  # A is symmetric: Aᵀ u is A u
+        return _mean_loss(op), jax.tree_util.Partial(_first, pullback)
+    return _mean_loss(op), jax.linearize(op.mv, zero)[1]
+
+
+def _first(pullback, u: PyTree) -> PyTree:
+    return pullback(u)[0]
+
+
+def saved_bytes(op: "DataOperator") -> int:
+    """Bytes of the values that the linear map saves and that are not the operator's own leaves."""
+    jaxpr = linearize.trace(op).jaxpr.jaxpr
+    own = {id(var) for var in jaxpr.invars}
+    saved = {id(var): var.aval for var in jaxpr.outvars[1:] if id(var) not in own}
+    return sum(aval.size * aval.dtype.itemsize for aval in saved.values())  # pyright: ignore
+
+
+@operator(leaves=("linear", "base"))
+class LinearizedOperator(Derived):
+    """An operator with the values saved that its products share; made by `prepare`, for one run."""
+
+    linear: Any
+    base: LinearOperator
+
+    def mv(self, v: PyTree) -> PyTree:
+        """One application of the saved linear map."""
+        return self.linear(v)
+
+
+def resolve_mode(piece: "DataOperator") -> str:
+    """The first mode that an operator on one batch admits; says what refused the ones before it.
+
+    Traces of the compiled functions are kept: the next checkpoint of a model traces nothing again.
+
+    Raises:
+        DifferentiationError: there is none, or not the one asked for; carries JAX's reason.
+    """
+    try:
+        gradient.eval_shape(piece)
+    except Exception as error:
+        raise DifferentiationError(
+            f"the loss cannot be differentiated: {_first_line(error)} Every mode needs a gradient; "
+            "look for integer arithmetic, while loops or callbacks between parameters and loss."
+        ) from error
+    refusals: list[tuple[str, Exception]] = []
+    for mode in MODES if piece.mode == "auto" else (piece.mode,):
+        try:
+            _require_product(piece._with(mode=mode))
+        except SpectraError:  # says more than that a mode is refused
+            raise
+        except Exception as error:
+            refusals.append((mode, error))
+            continue
+        if refusals:
+            blame = refusing_operations(lambda op: op._value(op._merge(op._variables()), op.data), piece)
+            _warn(piece, mode, refusals, blame)
+        return mode
+    mode, error = refusals[-1]
+    raise DifferentiationError(
+        f"mode='{mode}' does not work for this loss: {_first_line(error)} Use mode='auto'."
+    ) from error
+
+
+def _require_product(op: "DataOperator") -> None:
+    traced = product.trace(op, op.structure)
+    if may_refuse_at_lowering(traced.jaxpr.jaxpr):
+        traced.lower()
+
+
+def _warn(op: "DataOperator", mode: str, refusals: list[tuple[str, Exception]], blame: str) -> None:
+    reasons = " ".join(f"{m} failed: {_first_line(e)}" for m, e in refusals)
+    accuracy = ""
+    if mode == "finite-difference":
+        error = float(jnp.finfo(op.dtype).eps) ** (2 / 3)
+        accuracy = f" Expect relative errors near {error:.0e} in each product."
+    warnings.warn(
+        f"the loss refuses second derivatives in {refusals[-1][0]} mode because of {blame}; "
+        f"products use {mode}.{accuracy} ({reasons})",
+        stacklevel=6,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,300 @@
+"""What is read in a loss's jaxpr: operations in the way, the coarsest rounding, stacks of layers."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spectra.base.trees import PyTree
+from spectra.operators.base import LinearOperator, product
+
+MAX_KINDS = 64
+_convolves: dict[Any, bool] = {}  # of operators by structure and shapes: the next checkpoint is not looked at
+_SUSPECTS = (
+    "custom_vjp",
+    "custom_jvp",
+    "callback",
+    "pallas_call",
+    "ffi_call",
+    "custom_call",
+    "while",
+)
+_REMAT = ("checkpoint", "remat", "remat2")
+_RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform", "random_gamma")
+
+
+def refusing_operations(fn: Callable, *args: PyTree) -> str:
+    """Name the primitives in `fn` that may lack a derivative, with the functions they come from."""
+    try:
+        jaxpr = jax.make_jaxpr(fn)(*args)
+    except Exception:  # the loss itself was traced before; only its description is at stake here
+        return "an operation that JAX could not name"
+    names = dict.fromkeys(name for eqn in _equations(jaxpr.jaxpr) if (name := _suspect(eqn)))
+    strongest = [name for name in names if "custom_jvp" not in name] or list(names)
+    return ", ".join(strongest) or "an operation that JAX could not name"
+
+
+def may_refuse_at_lowering(jaxpr) -> bool:
+    """Whether forward mode met a `custom_vjp`: JAX stages that, and refuses only what it compiles."""
+    return any(eqn.primitive.name == "custom_lin" for eqn in _equations(jaxpr))
+
+
+def largest_epsilon(jaxpr) -> float:
+    """The largest machine epsilon among the floating numbers that a program computes with."""
+    dtypes = {getattr(aval, "dtype", None) for aval in _avals(jaxpr)}
+    floating = [dtype for dtype in dtypes if dtype is not None and jnp.issubdtype(dtype, jnp.floating)]
+    return max((float(jnp.finfo(dtype).eps) for dtype in floating), default=0.0)
+
+
+def rounding_of_sums(jaxpr) -> float:
+    """Relative rounding of a mean over the largest array of a program, sqrt(N) u for N terms in any order.
+
+    Numbers in half precision are added in float32.
+    """
+    unit = min(largest_epsilon(jaxpr), float(jnp.finfo(jnp.float32).eps)) / 2
+    return unit * max((math.prod(getattr(aval, "shape", ())) for aval in _avals(jaxpr)), default=1) ** 0.5
+
+
+def _avals(jaxpr) -> Iterator[Any]:
+    return (var.aval for eqn in _equations(jaxpr.jaxpr) for var in eqn.outvars)
+
+
+def drawn_shapes(jaxpr) -> list[tuple[int, ...]]:
+    """Shapes of the random numbers that a program draws."""
+    eqns = (eqn for eqn in _equations(getattr(jaxpr, "jaxpr", jaxpr)) if draws(eqn))
+    return [var.aval.shape for eqn in eqns for var in eqn.outvars]
+
+
+def draws(eqn) -> bool:
+    """Whether a primitive draws random numbers."""
+    return eqn.primitive.name in _RANDOM
+
+
+def rematerialises(jaxpr) -> bool:
+    """Whether a program has parts under `jax.checkpoint`, which derivatives evaluate again."""
+    return any(eqn.primitive.name in _REMAT for eqn in _equations(getattr(jaxpr, "jaxpr", jaxpr)))
+
+
+def slow_in_loops(op: LinearOperator) -> bool:
+    """Whether products should be called one by one, not from a compiled loop: convolutions on a CPU.
+
+    There XLA runs a convolution with the threads of its library at the top of a program, and as a plain
+    loop inside a `while` (jax-ml/jax issue 12868): the products of a small CNN took 8 times as long.
+    """
+    if op.on_host or op.device.platform != "cpu":
+        return False
+    leaves, treedef = jax.tree.flatten(op)
+    kind = treedef, *map(jax.typeof, leaves)
+    if kind not in _convolves:
+        if len(_convolves) == MAX_KINDS:
+            _convolves.clear()
+        jaxpr = product.trace(op, op.structure).jaxpr.jaxpr
+        _convolves[kind] = any(eqn.primitive.name == "conv_general_dilated" for eqn in _equations(jaxpr))
+    return _convolves[kind]
+
+
+def _equations(jaxpr) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in inner_jaxprs(eqn):
+            yield from _equations(inner)
+
+
+def inner_jaxprs(eqn) -> list[Any]:
+    """The jaxprs that an equation calls, without their constants."""
+    values = jax.tree.leaves(list(eqn.params.values()), is_leaf=_has_equations)
+    found = (getattr(value, "jaxpr", value) for value in values)
+    return [inner for inner in found if hasattr(inner, "eqns")]
+
+
+def _has_equations(value) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def _suspect(eqn) -> str | None:
+    primitive = eqn.primitive.name
+    if not any(word in primitive for word in _SUSPECTS):
+        return None
+    inner = eqn.params.get("call_jaxpr") or eqn.params.get("fun_jaxpr")
+    info = getattr(getattr(inner, "jaxpr", inner), "debug_info", None)
+    where = getattr(info, "func_src_info", None) or eqn.params.get("name") or ""
+    return f"{primitive} '{where}'" if where else primitive
+
+
+_HERE = str(Path(__file__).parent.parent)
+_OTHERS = ("site-packages", "dist-packages", "<frozen", "/lib/python")
+# What a product computes in where it says so itself; whoever leaves it open gets matmul_precision.
+_ALGORITHMS = {"BF16": "bfloat16", "F16": "float16", "TF32": "tensorfloat32"}
+_EPS = {"tensorfloat32": 2.0**-10}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """One operation and what it rounds to."""
+
+    dtype: str
+    eps: float
+    where: str  # its name, its layer and the line of the user's file, as far as they are known
+
+    def __str__(self) -> str:
+        return f"the loss computes in {self.dtype}: {self.where}"
+
+
+def coarsest_rounding(jaxpr: Any, varying: list[bool], eps: float) -> Rounding | None:
+    """The first of the coarsest operations on what varies that reach the loss; None if none exceeds `eps`.
+
+    Args:
+        jaxpr: closed, of a function with one real value.
+        varying: for each of its arguments, whether derivatives are taken with respect to it.
+        eps: of the type that the parameters have.
+    """
+    found: list[tuple[float, str, Any]] = []
+    _follow(jaxpr.jaxpr, varying, [True] * len(jaxpr.jaxpr.outvars), eps, found)
+    if not found:
+        return None
+    coarse, dtype, eqn = max(found, key=lambda row: row[0])
+    return Rounding(dtype, coarse, _describe(eqn, dtype))
+
+
+def _follow(jaxpr: Any, varying: list[bool], used: list[bool], eps: float, found: list) -> list[bool]:
+    """Which results vary; adds to `found` what is rounded on the way."""
+    equations = _used_equations(jaxpr, used)
+    moving = {id(var) for var, moves in zip(jaxpr.invars, varying, strict=True) if moves}
+    for eqn in equations:
+        inputs = [id(var) in moving for var in eqn.invars]
+        if not any(inputs):
+            continue
+        outputs = _inside(eqn, inputs, eps, found)
+        if outputs is None:
+            outputs = [_is_floating(var) for var in eqn.outvars]
+            found += [(coarse, dtype, eqn) for dtype, coarse in _results(eqn) if coarse > eps]
+        moving |= {id(var) for var, moves in zip(eqn.outvars, outputs, strict=True) if moves}
+    return [id(var) in moving for var in jaxpr.outvars]
+
+
+def _used_equations(jaxpr: Any, used: list[bool]) -> list[Any]:
+    """The equations that the derivatives of results in use depend on, in order."""
+    live = {id(var) for var, is_used in zip(jaxpr.outvars, used, strict=True) if is_used}
+    equations = []
+    for eqn in reversed(jaxpr.eqns):
+        has_derivative = any(id(var) in live and _is_floating(var) for var in eqn.outvars)
+        if has_derivative and eqn.primitive.name != "stop_gradient":
+            live.update(id(var) for var in eqn.invars)
+            equations.append(eqn)
+    return equations[::-1]
+
+
+def _is_floating(var: Any) -> bool:
+    dtype = getattr(var.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
+def _inside(eqn: Any, inputs: list[bool], eps: float, found: list) -> list[bool] | None:
+    """Which results of a loop, a branch or a call vary; None for a plain operation."""
+    params, name = eqn.params, eqn.primitive.name
+    if name == "cond":
+        branches = [_call(branch, inputs[1:], eps, found) for branch in params["branches"]]
+        return [any(flags) for flags in zip(*branches, strict=True)]
+    if name == "scan":
+        consts, carry = params["num_consts"], params["num_carry"]
+        return _loop(params["jaxpr"], inputs, consts, carry, eps, found)
+    if name == "while":
+        rest = inputs[params["cond_nconsts"] :]
+        consts = params["body_nconsts"]
+        return _loop(params["body_jaxpr"], rest, consts, len(rest) - consts, eps, found)
+    if name == "pallas_call":  # its body works on references
+        return None
+    for value in params.values():
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns") and len(inner.invars) == len(inputs):
+            return _call(value, inputs, eps, found)
+    return None
+
+
+def _call(jaxpr: Any, inputs: list[bool], eps: float, found: list) -> list[bool]:
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return _follow(inner, inputs, [True] * len(inner.outvars), eps, found)
+
+
+def _loop(jaxpr: Any, inputs: list[bool], consts: int, carry: int, eps: float, found: list) -> list[bool]:
+    """As `_call`, until what is carried from one pass to the next varies no more of it."""
+    while True:
+        outputs = _call(jaxpr, inputs, eps, found)
+        carried = [a or b for a, b in zip(inputs[consts : consts + carry], outputs[:carry], strict=True)]
+        if carried == inputs[consts : consts + carry]:
+            return outputs
+        inputs = [*inputs[:consts], *carried, *inputs[consts + carry :]]
+
+
+def _results(eqn: Any) -> Iterator[tuple[str, float]]:
+    """What an operation computes in: (name, eps) of each floating result, or of what it says itself."""
+    if eqn.primitive.name == "reduce_precision":
+        bits = eqn.params["mantissa_bits"]
+        yield f"{bits} bits of mantissa", 2.0**-bits
+        return
+    precision = str(eqn.params.get("precision"))
+    for prefix, name in _ALGORITHMS.items():
+        if precision.startswith(prefix):
+            yield name, _EPS.get(name) or float(jnp.finfo(name).eps)
+    for var in eqn.outvars:
+        if _is_floating(var):
+            yield str(var.aval.dtype), float(jnp.finfo(var.aval.dtype).eps)
+
+
+def _describe(eqn: Any, dtype: str) -> str:
+    source = eqn.invars[0].aval
+    what = f"'{eqn.primitive.name}'"
+    if eqn.primitive.name == "convert_element_type":
+        what = f"a cast of {source.dtype}{list(source.shape)} to {dtype}"
+    info = eqn.source_info
+    layer = str(info.name_stack)
+    frames = getattr(info.traceback, "frames", ())
+    own = (f for f in frames if not any(other in f.file_name for other in (_HERE, *_OTHERS)))
+    line = next((f"{Path(f.file_name).name}:{f.line_num}" for f in own), "")
+    return what + (f" in {layer}" if layer else "") + (f" ({line})" if line else "")
+
+
+def scanned_inputs(jaxpr: Any, chosen: tuple[int, ...]) -> dict[int, tuple]:
+    """The scans, of one length, that run over each chosen input; without those that anything else uses."""
+    scans: dict[int, set[tuple[int, int]]] = {i: set() for i in chosen}
+    elsewhere: set[int] = set()
+    _follow_names(jaxpr.jaxpr, {id(jaxpr.jaxpr.invars[i]): i for i in chosen}, scans, elsewhere)
+    alone = {i: sorted(found) for i, found in scans.items() if found and i not in elsewhere}
+    return {i: tuple(found) for i, found in alone.items() if len({length for _, length in found}) == 1}
+
+
+def _follow_names(jaxpr: Any, names: dict[int, int], scans: dict[int, set], elsewhere: set[int]) -> None:
+    for eqn in jaxpr.eqns:
+        places = {place: names[id(var)] for place, var in enumerate(eqn.invars) if id(var) in names}
+        if not places:
+            continue
+        inner = _inner(eqn)
+        if eqn.primitive.name == "convert_element_type":
+            names[id(eqn.outvars[0])] = places[0]
+        elif eqn.primitive.name == "scan":
+            consts, rows = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+            for place, name in places.items():
+                if place >= rows:
+                    scans[name].add((id(eqn), eqn.params["length"]))
+                elif place >= consts:
+                    elsewhere.add(name)
+            constant = {id(inner.invars[place]): name for place, name in places.items() if place < consts}
+            _follow_names(inner, constant, scans, elsewhere)
+        elif inner is not None:
+            _follow_names(inner, {id(inner.invars[p]): name for p, name in places.items()}, scans, elsewhere)
+        else:
+            elsewhere.update(places.values())
+    elsewhere.update(names[id(var)] for var in jaxpr.outvars if id(var) in names)
+
+
+def _inner(eqn: Any) -> Any:
+    """The body of a call, whose arguments are those of the equation."""
+    for value in eqn.params.values():
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns") and len(inner.invars) == len(eqn.invars):
+            return inner
+    return None

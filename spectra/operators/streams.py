@@ -1,0 +1,191 @@
+"""Where batches come from: one pytree in memory, or a source that is read anew for every product.
+
+A tuple, dict, array or other pytree is one batch. A list, a DataLoader or any re-iterable is a stream of
+batches, and so is a function without arguments that returns an iterator (a generator function).
+"""
+
+import dataclasses
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from spectra.base.errors import DataError
+from spectra.base.files import array_digest
+from spectra.base.trees import PyTree
+from spectra.operators.batches import Shared, as_batch, batch_size
+
+
+def is_stream(data: Any) -> bool:
+    """Whether `data` is a source of batches rather than one batch."""
+    if data is None or isinstance(data, (tuple, Mapping, np.ndarray, jax.Array, str, bytes)):
+        return False
+    if isinstance(data, (list, Iterator)) or callable(data):  # JAX refuses to see iterators as leaves
+        return True
+    leaves = jax.tree.leaves(data)  # a registered pytree node is a batch, an opaque object is not
+    opaque = len(leaves) == 1 and leaves[0] is data
+    return opaque and hasattr(data, "__iter__") and not hasattr(data, "__array__")
+
+
+def are_arrays(items: list) -> bool:
+    """Whether a list may be one batch: its items are arrays, or differ in structure."""
+    return bool(items) and (len({jax.tree.structure(x) for x in items}) > 1 or hasattr(items[0], "shape"))
+
+
+def _iterator(source: Any) -> Iterator[PyTree]:
+    """A fresh pass over a source."""
+    batches: Any = source() if callable(source) else source
+    return iter(batches)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stream:
+    """A re-iterable source of batches whose passes were found to be equal.
+
+    Iterating yields (weight, batch) with weights that sum to one; every pass is compared with the first
+    in number and weights of batches, so a source that ends early is noticed.
+    """
+
+    source: Iterable | Callable[[], Iterator]
+    weights: tuple[float, ...]
+    indices: tuple[int, ...] | None  # batches that are used, ascending; None for all
+    digests: tuple[int, ...]  # checksums of these batches
+
+    @classmethod
+    def open(
+        cls,
+        source: Any,
+        weight_fn: Callable[[PyTree], Any] | None = None,
+        num_batches: int | None = None,
+        subsample_key: jax.Array | None = None,
+        *,
+        check: bool = True,
+        shared: Shared = None,
+    ) -> "Stream":
+        """Read the source once for its weights, and a second time to see that nothing changes.
+
+        With `num_batches` only the first ones are read, so the source may be endless; with a key as
+        many are drawn without replacement, for which the source is counted. `shared` names leaves
+        without an axis of examples, by which batches are weighted where there is no `weight_fn`.
+
+        Raises:
+            DataError: the source is empty, can be read only once, or gives other batches on the second
+                pass (a shuffling loader, random augmentation).
+        """
+        if isinstance(source, Iterator):
+            raise DataError(
+                f"the data source is a {type(source).__name__}, which can be read only once, but every "
+                "product reads all data. Pass a list, a loader, or the generator function itself."
+            )
+        if num_batches is not None and num_batches < 1:
+            raise DataError(f"num_batches={num_batches}: at least one batch is needed.")
+        if num_batches is None and subsample_key is not None:
+            raise DataError("subsample_key draws num_batches batches: say how many.")
+        stop = num_batches if subsample_key is None else None
+        first, digests = cls._survey(source, weight_fn, shared, stop)
+        if not first:
+            raise DataError("the data source is empty: it gives no batches.")
+        if num_batches is not None and len(first) < num_batches:
+            raise DataError(f"num_batches={num_batches}, but the data source has only {len(first)} batches.")
+        if check:
+            again = [_digest(batch) for batch in cls._read(source, stop)]
+            if not again:
+                raise DataError(
+                    "the data source gives no batches on the second pass: it can be read only once. "
+                    "Pass a list, or a function that returns a fresh iterator."
+                )
+            if digests != again:
+                index = next(
+                    (i for i, pair in enumerate(zip(digests, again, strict=False)) if len(set(pair)) > 1),
+                    min(len(digests), len(again)),
+                )
+                raise DataError(
+                    f"the data source is not deterministic: batch {index} differs between two passes. "
+                    "Switch shuffling and random augmentation off (shuffle=False), or pass a list of "
+                    "batches drawn once."
+                )
+        indices = None if num_batches is None else tuple(range(num_batches))
+        if num_batches is not None and subsample_key is not None:
+            drawn = jax.random.choice(subsample_key, len(first), (num_batches,), replace=False)
+            indices = tuple(sorted(map(int, drawn)))
+        chosen = range(len(first)) if indices is None else indices
+        used = [first[i] for i in chosen]
+        weights = np.array(used, np.float64)
+        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+            raise DataError(f"weight_fn gave weights {weights[:8]}...; they must be >= 0 and not all 0.")
+        return cls(source, tuple(weights / weights.sum()), indices, tuple(digests[i] for i in chosen))
+
+    @staticmethod
+    def _read(source: Any, stop: int | None = None) -> Iterator[PyTree]:
+        for index, batch in enumerate(itertools.islice(_iterator(source), stop)):
+            yield as_batch(batch, f"data batch {index}")
+
+    @classmethod
+    def _survey(cls, source, weight_fn, shared, stop: int | None) -> tuple[list[float], list[int]]:
+        """Weight and digest of each batch; that of a single one is 1, whatever it holds."""
+        weights, digests, alone = [], [], None
+        for index, batch in enumerate(cls._read(source, stop)):
+            digests.append(_digest(batch))
+            if index == 0:
+                alone = batch
+                continue
+            if alone is not None:
+                weights.append(_weight(alone, weight_fn, shared, 0))
+                alone = None
+            weights.append(_weight(batch, weight_fn, shared, index))
+        return weights if alone is None else [1.0], digests
+
+    def split(self, count: int) -> "list[Stream]":
+        """Every `count`-th batch, from each of the first `count` on: disjoint parts of the source."""
+        total = len(self.weights)
+        if total < count:
+            raise DataError(f"{total} batches cannot be split into {count} parts.")
+        indices = tuple(range(total)) if self.indices is None else self.indices
+        parts = []
+        for first in range(count):
+            weights = np.array(self.weights[first::count])
+            if not weights.sum() > 0:
+                raise DataError(f"part {first} of {count} has no weight: its batches are padding only.")
+            share = tuple(weights / weights.sum())
+            parts.append(Stream(self.source, share, indices[first::count], self.digests[first::count]))
+        return parts
+
+    def first(self) -> PyTree:
+        """The first batch that is used."""
+        return next(self._used())
+
+    def __iter__(self) -> Iterator[tuple[float, PyTree]]:
+        count = 0
+        for batch in self._used():
+            if count >= len(self.weights):
+                raise DataError(f"the data source gave more than its {len(self.weights)} batches.")
+            if self.weights[count] > 0:  # a batch of padding may have no mean at all
+                yield self.weights[count], batch
+            count += 1
+        if count != len(self.weights):
+            raise DataError(f"the data source ended after {count} of {len(self.weights)} batches.")
+
+    def _used(self) -> Iterator[PyTree]:
+        if self.indices is None:
+            return self._read(self.source)
+        kept = set(self.indices)
+        batches = enumerate(self._read(self.source, self.indices[-1] + 1))
+        return (batch for index, batch in batches if index in kept)
+
+
+def _weight(batch: PyTree, weight_fn: Callable[[PyTree], Any] | None, shared, index: int) -> float:
+    if weight_fn is None:
+        return float(batch_size(batch, shared, f"data batch {index}"))
+    return float(weight_fn(batch))
+
+
+def _digest(batch: PyTree) -> int:
+    digest = 0
+    for leaf in jax.tree.leaves(batch):
+        if isinstance(leaf, jax.Array):  # where it lies: no host may hold all of it
+            leaf = np.uint32(array_digest(leaf))
+        digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
+    return digest

@@ -1,0 +1,215 @@
+"""What Lanczos coefficients alone tell: where an invariant space is exhausted, and which nodes are copies.
+
+A run breaks down where its coefficients are rounding. Without reorthogonalisation, nodes come several times;
+merged, they are a rule that is exact up to a known degree.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+MOST = 64.0
+"""Largest `breakdown_factor`."""
+COPIES = 50.0
+"""How far, in units of β_d, the rest of a run strays from every single Ritz value of an exhausted space. The
+rest of a bulk stays within a few β_d of its node."""
+WANDERING = 1e-3
+"""Weight of nodes between those of an exhausted space. By perturbation theory it is (β_d / gap)²."""
+
+
+COARSE = 2.0**-12
+"""Precision of products that do not compute in float32, tensorfloat32 included."""
+
+
+def breakdown_factor(size: int) -> float:
+    """The residual that rounding leaves of a vanishing one, in units of eps |H|.
+
+    A dense product of order n sums n terms of random sign one after another, which costs √n / 2 roundings;
+    ten more are those of the recurrence. Beyond n = 1e4 products are no longer dense, and sums are taken in
+    blocks: 64 at most, so that a bulk of 1e-5 |H| stays visible in float32.
+    """
+    return min(10 + np.sqrt(size) / 2, MOST)
+
+
+def breakdown_noise(size: int, precision: float) -> float:
+    """The same in units of |H|, for products of a given precision.
+
+    Products in bfloat16 or less state what they are off by as a whole, and are summed in float32: the sums
+    add nothing to that.
+    """
+    return (breakdown_factor(size) if precision < COARSE else 4) * precision
+
+
+def invariant_length(
+    alpha, beta, length: int, size: int, precision: float, *, orthogonal: bool = True
+) -> int | None:
+    """Dimension of the invariant space that a run went through; None if it went through none.
+
+    Args:
+        alpha, beta: coefficients (m,), in float64; beta[i] is the residual behind step i.
+        length: steps done.
+        size: n, the order of the operator.
+        precision: relative error of one product.
+        orthogonal: whether the vectors were kept orthogonal. If not, copies appear of any eigenvalue that has
+            converged, and n steps need not have seen the whole space; what is asked for here is that there
+            is nothing but copies.
+    """
+    alpha, beta = np.asarray(alpha[:length], np.float64), np.asarray(beta[:length], np.float64)
+    scale = np.max(np.abs(alpha) + np.append(0, beta[:-1]) + beta, initial=0.0)
+    if scale == 0:
+        return 1
+    alpha, beta = alpha / scale, beta / scale
+    noise = breakdown_noise(size, precision)
+    resolved = noise * np.sqrt(length)  # by Weyl: errors of the products, `length` columns of them
+    nodes = None
+    for d in (np.flatnonzero(beta[:-1] <= precision ** (1 / 3)) + 1).tolist():
+        if _goes_on(alpha, beta, d, resolved):
+            continue
+        theta = _eigenvalues(alpha[:d], beta[: d - 1])
+        if np.min(np.diff(theta), initial=1.0) < 4 * resolved:
+            break  # too near each other to tell a copy from a neighbour, and no farther apart later
+        nodes = _eigenvalues(alpha, beta[:-1]) if nodes is None else nodes
+        beside = np.abs(nodes[:, None] - theta).min(axis=1) > resolved
+        copies = not beside.any() or _wanders(alpha, beta, d, theta, beside, resolved)
+        if copies and _is_rounding(alpha, beta, theta, noise):
+            return d
+    return length if beta[-1] <= noise or (orthogonal and length == size) else None
+
+
+def _goes_on(alpha: np.ndarray, beta: np.ndarray, d: int, resolved: float) -> bool:
+    """Whether what came behind step d looks like a bulk: the usual case, told without an eigenproblem."""
+    spread = max(np.ptp(alpha[d:]), 2 * np.max(beta[d:-1], initial=0.0))
+    return bool(len(alpha) > d + 1 and resolved < spread < COPIES * beta[d - 1] / 2)
+
+
+def _wanders(alpha, beta, d: int, theta: np.ndarray, beside: np.ndarray, resolved: float) -> bool:
+    """Whether what came behind step d strays among the Ritz values `theta` of the first d, on no weight."""
+    tail = _eigenvalues(alpha[d:], beta[d:-1])
+    strays = np.abs(tail[:, None] - theta).max(axis=0).min() > COPIES * beta[d - 1]
+    within = theta[0] - 4 * resolved <= tail[0] and tail[-1] <= theta[-1] + 4 * resolved
+    return bool(strays and within and _weights(alpha, beta[:-1])[beside].sum() <= WANDERING)
+
+
+def _is_rounding(alpha: np.ndarray, beta: np.ndarray, theta: np.ndarray, noise: float) -> bool:
+    """Whether errors of the products alone can have left a residual behind the step of these Ritz values."""
+    d = len(theta)
+    if beta[d - 1] <= noise:
+        return True
+    behind = vector = before = np.zeros((d, d))  # row i: the error that product i brought in
+    for step in range(d):
+        behind = (theta - alpha[step]) * vector - (beta[step - 1] if step else 0) * before
+        behind[step] = 1
+        before, vector = vector, np.clip(behind / beta[step], -1e150, 1e150)
+    return bool(beta[d - 1] <= noise * np.linalg.norm(behind, axis=0).max())
+
+
+def _eigenvalues(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    from scipy.linalg import eigvalsh_tridiagonal
+
+    return np.asarray(eigvalsh_tridiagonal(alpha, beta))
+
+
+def _weights(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    from scipy.linalg import eigh_tridiagonal
+
+    return eigh_tridiagonal(alpha, beta)[1][0] ** 2
+
+
+def spread(num_steps: int) -> float:
+    """δ in units of the noise floor of a single product."""
+    return float(np.sqrt(num_steps))
+
+
+def rule_of(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes, weights and signed residuals of T as it is, from its diagonals (2, m) with β_m at the end."""
+    return _rule(np.ascontiguousarray(coefficients).tobytes())
+
+
+@functools.lru_cache(maxsize=256)
+def _rule(stored: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    from scipy.linalg import eigh_tridiagonal
+
+    alpha, beta = _live(np.frombuffer(stored).reshape(2, -1))
+    theta, vectors = eigh_tridiagonal(alpha, beta[:-1])
+    weights = vectors[0] ** 2
+    # Vectors of copies are any of their common space: the products s_1j s_mj sum to the same.
+    return theta, weights / weights.sum(), beta[-1] * vectors[-1] * np.where(vectors[0] < 0, -1.0, 1.0)
+
+
+def _live(coefficients: np.ndarray) -> np.ndarray:
+    """Up to where the run ended: β is zero there, and positive before."""
+    ends = np.flatnonzero(coefficients[1] == 0)
+    return coefficients[:, : ends[0] + 1] if len(ends) else coefficients
+
+
+def log_betas(coefficients: np.ndarray, last: float) -> float:
+    """log of β_1 ... β_m; `last` is what a breakdown took for zero."""
+    beta = _live(np.asarray(coefficients, np.float64))[1]
+    return float(np.sum(np.log(np.append(beta[:-1], max(beta[-1], last)))))
+
+
+def merge(theta, weights, residuals, width: float):
+    """One node for all within `width`: shorter arrays. Ascending `theta` of one probe, in NumPy."""
+    starts = [0]
+    while (following := int(np.searchsorted(theta, theta[starts[-1]] + width, side="right"))) < len(theta):
+        starts.append(following)
+    group = np.repeat(np.arange(len(starts)), np.diff([*starts, len(theta)]))
+    nodes, weights, residuals = _merged(
+        group[None] == np.arange(len(starts))[:, None], theta, weights, residuals, np
+    )
+    return nodes, weights, residuals
+
+
+def merge_traced(theta, weights, residuals, length, width):
+    """The same inside jit, with the new length: arrays keep the shape (m,), the last node repeats behind."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    def step(carry, point):
+        start, group = carry
+        new = point - start > width
+        carry = jnp.where(new, point, start), group + new
+        return carry, carry[1]
+
+    steps = jnp.arange(len(theta))
+    _, group = lax.scan(step, (theta[0], jnp.zeros((), jnp.int32)), theta)
+    members = (group[None] == steps[:, None]) & (steps < length)
+    nodes, weights, residuals = _merged(members, theta, weights, residuals, jnp)
+    length = group[length - 1] + 1
+    live = steps < length
+    return (
+        jnp.where(live, nodes, nodes[length - 1]),
+        *(jnp.where(live, x, 0) for x in (weights, residuals)),
+        length,
+    )
+
+
+def merged(quadrature, coefficients: np.ndarray):
+    """The quadrature of a run without reorthogonalisation, from the same with all its copies and from T."""
+    found = dataclasses.replace(quadrature, coefficients=coefficients)
+    width = 2 * found.noise_floor
+    rules = [merge(theta, w, np.abs(r), width) for theta, w, r in map(rule_of, coefficients)]
+    steps = coefficients.shape[-1]
+    nodes, weights, residuals = (
+        np.stack([np.pad(rule[i], (0, steps - len(rule[i])), mode=mode) for rule in rules])
+        for i, mode in enumerate(("edge", "constant", "constant"))
+    )
+    lengths = np.array([len(rule[0]) for rule in rules])
+    return dataclasses.replace(found, nodes=nodes, weights=weights, residuals=residuals, lengths=lengths)
+
+
+def _merged(members, theta, weights, residuals, xp):
+    """Nodes, weights and residuals of groups, `members` (g, m).
+
+    Of the combinations of two copies one has no component on the next vector of the basis, so that an
+    eigenvalue is as near as the copies are to each other, whatever their residuals.
+    """
+    total = members @ weights
+    shares = xp.where(members, weights, 0) / xp.where(total > 0, total, 1)[:, None]
+    even = members / xp.maximum(members.sum(axis=1), 1)[:, None]
+    nodes = xp.where(total[:, None] > 0, shares, even) @ theta
+    away = xp.abs(theta - nodes[:, None])
+    alone = xp.min(xp.where(members, residuals + away, xp.inf), axis=1)
+    together = xp.max(xp.where(members, away, 0), axis=1)
+    return nodes, total, xp.where(members.sum(axis=1) > 1, xp.minimum(alone, together), alone)

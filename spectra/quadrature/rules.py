@@ -1,0 +1,194 @@
+"""Small dense mathematics of Gauss quadrature: from Lanczos coefficients to nodes, brackets and bands.
+
+Everything is NumPy float64 on the host; SciPy is imported on first use, which keeps `import spectra`
+fast. Only `gauss_rule_traced` runs in JAX, for use inside a caller's jit.
+"""
+
+import numpy as np
+
+from spectra.base.errors import SpectraError
+from spectra.quadrature.brackets import bracket
+
+
+def dense(alpha, beta, xp):
+    """The tridiagonal matrix (..., m, m) with diagonal `alpha` and off-diagonal `beta`."""
+    m = alpha.shape[-1]
+    eye = xp.eye(m, dtype=alpha.dtype)
+    up = xp.eye(m, k=1, dtype=alpha.dtype)
+    padded = xp.concatenate([beta, xp.zeros_like(alpha[..., :1])], axis=-1)
+    off = padded[..., :, None] * up
+    return alpha[..., :, None] * eye + off + xp.swapaxes(off, -1, -2)
+
+
+def gauss_rule(alpha: np.ndarray, beta: np.ndarray, length: int, sketch: np.ndarray | None = None):
+    """Nodes, weights and residuals of one probe from the first `length` steps; alpha, beta (m,).
+
+    With a `sketch` (m, d) of the basis vectors that of the Ritz vectors, too.
+
+    Nodes are eigenvalues of T, weights the squared first components of its eigenvectors, residuals
+    |beta_m| times the modulus of their last components: zero where the space is invariant, beta_m = 0.
+    Arrays keep the shape (m,); beyond the number of nodes the last one repeats with weight zero.
+    """
+    from scipy.linalg import eigh_tridiagonal
+
+    alpha, beta = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)
+    theta, vectors = eigh_tridiagonal(alpha[:length], beta[: length - 1])
+    pad = (0, len(alpha) - length)
+    rule = (
+        np.pad(theta, pad, mode="edge"),
+        np.pad(vectors[0] ** 2, pad),
+        np.pad(np.abs(beta[length - 1] * vectors[-1]), pad),
+    )
+    return rule if sketch is None else (*rule, np.pad(vectors.T @ sketch[:length], (pad, (0, 0))))
+
+
+def gauss_rule_traced(alpha, beta, length, sketch):
+    """`gauss_rule` inside jit, in the working dtype.
+
+    What lies behind `length` steps decouples. It is put above all eigenvalues, so that the nodes come first.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from spectra.base.trees import power_of_two
+
+    unit = power_of_two(jnp.max(jnp.abs(jnp.append(alpha, beta))))
+    alpha, beta = alpha / unit, beta / unit
+    live = jnp.arange(alpha.shape[-1]) < length
+    reach = jax.lax.stop_gradient(jnp.max(jnp.abs(alpha)) + 2 * jnp.max(jnp.abs(beta)))  # Gershgorin
+    theta, vectors = _eigh_traced(dense(jnp.where(live, alpha, 2 * reach), beta[:-1], jnp))
+    theta, weights, residuals = unit * theta, vectors[0] ** 2, unit * jnp.abs(beta[-1] * vectors[-1])
+    rule = jnp.where(live, theta, theta[length - 1]), *(jnp.where(live, x, 0) for x in (weights, residuals))
+    return *rule, jnp.where(live[:, None], jax.lax.stop_gradient(vectors.T @ sketch), 0)
+
+
+def _eigh_traced(matrix):
+    """`eigh` whose derivative exists where eigenvalues agree, as those of a dead tail of T do.
+
+    Vectors of the same eigenvalue are left where they are: the tail shares nothing with the rest of T.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    @jax.custom_jvp
+    def eigh(matrix):
+        return tuple(jnp.linalg.eigh(matrix))
+
+    @eigh.defjvp
+    def derivative(primals, tangents):
+        values, vectors = eigh(*primals)
+        inner = jnp.swapaxes(vectors, -1, -2) @ tangents[0] @ vectors
+        gaps = values[..., None, :] - values[..., :, None]
+        turn = jnp.where(gaps == 0, 0, inner / jnp.where(gaps == 0, 1, gaps))
+        return (values, vectors), (jnp.diagonal(inner, axis1=-2, axis2=-1), vectors @ turn)
+
+    with jax.default_matmul_precision("highest"):
+        return eigh(matrix)
+
+
+def split(quadrature, x: np.ndarray):
+    """What sampling leaves open, and what is known: (quadrature of the rest, its share, atoms' CDF (3, ...)).
+
+    Without deflated or resolved eigenvalues the rest is all. Atoms are known to the noise floor and the
+    coupling.
+    """
+    parts = quadrature.parts
+    shift = quadrature.noise_floor + parts.coupling
+    points = np.stack([x - shift, x, x + shift])
+    share = parts.rest.size / quadrature.size if parts.rest is not None else 0.0
+    return parts.rest, share, np.searchsorted(parts.atoms, points, side="right") / quadrature.size
+
+
+def rest_bracket(quadrature, x: np.ndarray) -> np.ndarray:
+    """(lower, estimate, upper) of the distribution of the rest, for the probes drawn."""
+    parts = quadrature.parts
+    if parts.rest is None:
+        return np.zeros((3, *np.shape(x)))
+    lower, estimate, upper = bracket(parts.rest, x, quadrature.noise_floor + parts.coupling, parts.origin)
+    return np.stack([np.maximum(lower - parts.leak, 0), estimate, np.minimum(upper + parts.leak, 1)])
+
+
+def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.ndarray:
+    """Largest F for which an observed share this small has probability at least `tail`.
+
+    A probe uniform on the sphere in n dimensions sees a subspace of dimension nF with the law
+    Beta(nF/2, n(1-F)/2); the mean of k probes has, to its first two moments, the law with k n in the
+    place of n. The bound inverts the CDF of that law in F by bisection.
+    """
+    from scipy.special import betainc
+
+    values, index = np.unique(np.asarray(share, np.float64).ravel(), return_inverse=True)
+    values = np.clip(values, 0.0, 1.0)
+    low, high = values.copy(), np.ones_like(values)
+    for _ in range(60):  # 2^-60: to the last bit
+        middle = (low + high) / 2
+        a, b = num_normals * middle / 2, num_normals * (1 - middle) / 2
+        inside = betainc(np.maximum(a, 1e-300), np.maximum(b, 1e-300), values) >= tail
+        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+    bound = np.where(values >= 1, 1.0, np.where(values <= 0, 0.0, low))
+    return bound[index].reshape(np.shape(share))
+
+
+def share_interval(low: float, high: float, reach: tuple[float, float], normals: float, tail: float, count):
+    """Ends of a share in `reach` of which probes saw `low` to `high`; whole numbers of `count`, if given."""
+    least, most = reach
+    span = most - least
+    if span <= 0:
+        return least, most
+    seen = np.clip([(most - low) / span, (high - least) / span], 0.0, 1.0)
+    beyond, within = share_upper_bound(seen, normals, tail)
+    first, last = (1 - beyond, within) if count is None else whole(1 - beyond, within, count)
+    return float(least + span * first), float(least + span * last)
+
+
+def sampling_band(quadrature, lower, upper, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Widen averaged brackets by what a finite number of probes leaves open, for the whole curve.
+
+    A share is a whole number of eigenvalues: both ends move inwards to the next one, or to the bracket.
+    """
+    num_nodes = int(np.max(quadrature.lengths))
+    tail = (1 - level) / (2 * num_nodes)
+    normals = quadrature.num_probes * quadrature.size
+    low, high = 1 - share_upper_bound(1 - lower, normals, tail), share_upper_bound(upper, normals, tail)
+    low, high = whole(low, high, quadrature.size)
+    return np.minimum(low, lower), np.maximum(high, upper)
+
+
+def whole(lower, upper, count: float) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last multiple of 1 / count between shares, which are known to rounding."""
+    slack = 1e-12 * count + 1e-9
+    return np.ceil(lower * count - slack) / count, np.floor(upper * count + slack) / count
+
+
+def cdf_band(quadrature, x: np.ndarray, level: float):
+    """(lower, estimate, upper) of the CDF at `x`; see `Quadrature.cdf`."""
+    if not 0 < level < 1:
+        raise SpectraError(f"level={level} is not between 0 and 1.")
+    _, estimate, _, lower, upper = curves(quadrature, x, level)
+    curve = lower, np.clip(estimate, lower, upper), upper
+    return tuple(np.where(np.isnan(x), np.nan, part)[()] for part in curve)
+
+
+def curves(quadrature, x: np.ndarray, level: float):
+    """CDF at x: bracket below, estimate, bracket above, and the band that sampling widens them to."""
+    rest, share, known = split(quadrature, x)
+    lower, estimate, upper = rest_bracket(quadrature, x)
+    band = sampling_band(rest, lower, upper, level) if rest is not None else (lower, upper)
+    # In counts, not in shares: where all is known the curve is j / n to the bit, and no sum of rounded parts.
+    n, size = quadrature.size, round(share * quadrature.size)
+    pairs = zip((lower, estimate, upper, *band), (*known, known[0], known[2]), strict=True)
+    return [(size * curve + np.rint(n * atoms)) / n for curve, atoms in pairs]
+
+
+def band_width_parts(quadrature, level: float) -> tuple[float, float]:
+    """Mean width of the band over the spectral range: (bracket part, sampling part)."""
+    low, high = quadrature.range
+    edges = np.unique(np.asarray(quadrature.nodes))
+    gaps = np.diff(edges)
+    if high <= low or not len(gaps):
+        return 0.0, 0.0
+    middle = (edges[1:] + edges[:-1]) / 2
+    lower, _, upper, wide_lower, wide_upper = curves(quadrature, middle, level)
+    inner = float(np.sum(gaps * (upper - lower)) / (high - low))
+    outer = float(np.sum(gaps * (wide_upper - wide_lower)) / (high - low))
+    return inner, outer - inner

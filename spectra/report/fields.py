@@ -1,0 +1,406 @@
+"""What the fields of results are: their kinds, ranges and shapes, checked before a loaded result is made.
+
+A file is material from outside: an array of another shape or a text in the place of a number would
+fail later, in a picture or in a table, or silently be another result. Each class has a table with a rule
+for each of its fields; axes with one name have one length throughout an object. NaN and infinity are
+numbers here: results of diverged or of traced computations hold them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from spectra.base.errors import Status
+from spectra.report.spectrum import SpectrumReport
+from spectra.report.summary import Summary
+from spectra.report.variability import DataVariability
+from spectra.results import (
+    ClassSplit,
+    ConditionNumber,
+    Density,
+    Eigenpairs,
+    Estimate,
+    FunctionProduct,
+    GradientOverlap,
+    Interval,
+    LayerConditions,
+    LossSlice,
+    Moments,
+    NoiseScale,
+    OperatorComparison,
+    Perturbation,
+    Plan,
+    Population,
+    Quadrature,
+    Sharpness,
+    Snapshot,
+    Solution,
+    SpectrumHistory,
+    StableStep,
+    StepQuality,
+    Tridiagonal,
+)
+
+Sizes = dict[str, int]  # of the axes of one object, by name, as far as they are known
+Rule = Callable[[Any, Sizes], str | None]  # what is wrong with a value, if anything
+
+
+def checked(cls: type, fields: dict[str, Any]) -> Any:
+    """The result with these fields.
+
+    Raises:
+        TypeError: a field is missing or unknown.
+        ValueError: a field is not what the class holds.
+    """
+    sizes: Sizes = {"*": 1} if fields.get("status") is Status.TRACED else {}
+    for name, value in fields.items():
+        rule = _RULES[cls].get(name)
+        if rule is None:
+            raise TypeError(f"{cls.__name__} has no field '{name[:40]}'")
+        if (wrong := rule(value, sizes)) is not None:
+            raise ValueError(f"{cls.__name__}.{name} {wrong}")
+    result = cls(**fields)
+    for claim, holds in _CLAIMS.get(cls, {}).items():
+        if not holds(result):
+            raise ValueError(f"{cls.__name__}: {claim}")
+    return result
+
+
+def _array(axes: str, kinds: str = "f", low: float = -np.inf) -> Rule:
+    """An array with these axes; one that was made under `vmap` may have more in front of them."""
+    names = axes.split()
+
+    def rule(value: Any, sizes: Sizes) -> str | None:
+        if not isinstance(value, np.ndarray):
+            return f"is a {type(value).__name__}, not an array"
+        if not _is_of(value.dtype, kinds):
+            return f"has dtype {value.dtype}"
+        shape = value.shape[-len(names) :] if "*" in sizes else value.shape
+        if len(shape) != len(names):
+            return f"has shape {value.shape}, not ({axes})"
+        for name, size in zip(names, shape, strict=True):
+            if size != (int(name) if name.isdigit() else sizes.setdefault(name, size)):
+                return f"has shape {value.shape}: {size} for {name} = {sizes.get(name, name)}"
+        return f"has entries below {low:g}" if low > -np.inf and (value < low).any() else None
+
+    return rule
+
+
+def _is_of(dtype: np.dtype, kinds: str) -> bool:
+    return dtype.kind in kinds or ("f" in kinds and dtype.name == "bfloat16")
+
+
+def _number(low: float = -np.inf, high: float = np.inf) -> Rule:
+    def rule(value: Any, sizes: Sizes) -> str | None:
+        if isinstance(value, np.ndarray) and "*" in sizes and value.dtype.kind in "fiu":
+            return None  # one number for each of several runs under `vmap`
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return f"is a {type(value).__name__}, not a number"
+        return f"is {value:g}, outside [{low:g}, {high:g}]" if value < low or value > high else None
+
+    return rule
+
+
+def _count(low: int = 0) -> Rule:
+    def rule(value: Any, sizes: Sizes) -> str | None:
+        if isinstance(value, np.ndarray) and "*" in sizes and value.dtype.kind in "iu":
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            return f"is a {type(value).__name__}, not an integer"
+        return f"is {value}, less than {low}" if value < low else None
+
+    return rule
+
+
+def _a(*classes: type) -> Rule:
+    def rule(value: Any, sizes: Sizes) -> str | None:
+        return (
+            None
+            if isinstance(value, classes)
+            else f"is a {type(value).__name__}, not a {classes[0].__name__}"
+        )
+
+    return rule
+
+
+def _or_none(rule: Rule) -> Rule:
+    return lambda value, sizes: None if value is None else rule(value, sizes)
+
+
+def _numbers(value: Any, sizes: Sizes) -> str | None:
+    """A number, an array or a tree of them."""
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, (bool, str)) or not isinstance(leaf, (int, float, np.ndarray)):
+            return f"holds a {type(leaf).__name__}, not numbers"
+    return None
+
+
+def _vectors(value: Any, sizes: Sizes) -> str | None:
+    """A tree of arrays with one row for each vector."""
+    for leaf in jax.tree.leaves(value):
+        if not isinstance(leaf, np.ndarray) or not _is_of(leaf.dtype, "f") or leaf.ndim < 1:
+            return "holds something else than arrays of vectors"
+        if leaf.shape[0] != sizes.setdefault("k", leaf.shape[0]):
+            return f"holds an array of shape {leaf.shape} for {sizes['k']} vectors"
+    return None
+
+
+def _interval(value: Any, sizes: Sizes) -> str | None:
+    """Three numbers."""
+    if not isinstance(value, Interval):
+        return f"is a {type(value).__name__}, not an Interval"
+    return None if all(type(end) in (int, float) for end in value) else "is not made of numbers"
+
+
+def _intervals(value: Any, sizes: Sizes) -> str | None:
+    if not isinstance(value, dict):
+        return f"is a {type(value).__name__}, not a dict"
+    return next((wrong for x in value.values() if (wrong := _interval(x, sizes))), None)
+
+
+def _flags(value: Any, sizes: Sizes) -> str | None:
+    """True or false, or an array of them."""
+    is_array = isinstance(value, np.ndarray) and _is_of(value.dtype, "b")
+    return None if is_array or isinstance(value, bool) else f"is a {type(value).__name__}, not a bool"
+
+
+def _scalars(value: Any, sizes: Sizes) -> str | None:
+    if not isinstance(value, dict):
+        return f"is a {type(value).__name__}, not a dict"
+    return next((f"'{k[:40]}' {wrong}" for k, x in value.items() if (wrong := _number()(x, sizes))), None)
+
+
+def facts(value: Any, sizes: Sizes | None = None) -> str | None:
+    """What is wrong with a provenance: texts and numbers by name."""
+    if not isinstance(value, dict):
+        return f"is a {type(value).__name__}, not a dict"
+    for name, fact in value.items():
+        wanted = _FACTS.get(name)
+        plain = fact is None or isinstance(fact, (bool, int, float, str, list, tuple, dict))
+        if not plain or (wanted is not None and (not isinstance(fact, wanted) or isinstance(fact, bool))):
+            return f"holds a {type(fact).__name__} for '{name[:40]}'"
+    return None
+
+
+_FACTS = {
+    "seconds": (int, float), "num_devices": int,
+    **dict.fromkeys(("name", "spectra", "jax", "python", "device", "date", "operator", "dtype", "key"), str),
+}  # fmt: skip
+_SIZE, _COUNT, _REAL, _SHARE, _POSITIVE = _count(1), _count(), _number(), _number(0, 1), _number(0)
+_TEXT, _STATUS, _FLAG = _a(str), _a(Status), _a(bool)
+_LEVEL = _or_none(_SHARE)
+
+
+def _of_class(cls: type) -> Rule:
+    """A sequence of results of one class."""
+
+    def rule(value: Any, sizes: Sizes) -> str | None:
+        if not isinstance(value, tuple):
+            return f"is a {type(value).__name__}, not a tuple"
+        return next((wrong for x in value if (wrong := _a(cls)(x, sizes))), None)
+
+    return rule
+
+
+def _by_name(cls: type) -> Rule:
+    """Results of one class by name."""
+
+    def rule(value: Any, sizes: Sizes) -> str | None:
+        if not isinstance(value, dict):
+            return f"is a {type(value).__name__}, not a dict"
+        return next((wrong for x in value.values() if (wrong := _a(cls)(x, sizes))), None)
+
+    return rule
+
+
+def _steps(value: Any, sizes: Sizes) -> str | None:
+    plain = isinstance(value, tuple) and all(type(step) is int for step in value)
+    return None if plain else "is not a tuple of steps"
+
+
+def _names(value: Any, sizes: Sizes) -> str | None:
+    if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
+        return "is not a tuple of names"
+    return None if sizes.setdefault("p", len(value)) == len(value) else "has another length than its numbers"
+
+
+def _curve_or_number(value: Any, sizes: Sizes) -> str | None:
+    if isinstance(value, np.ndarray):
+        return None if _is_of(value.dtype, "fiu") else f"has dtype {value.dtype}"
+    return _REAL(value, sizes)
+
+
+_ESTIMATE: dict[str, Rule] = {
+    "value": _numbers, "stderr": _numbers, "num_matvecs": _COUNT, "method": _TEXT, "status": _STATUS,
+    "reason": _TEXT, "dof": _or_none(_POSITIVE), "lower": _numbers, "upper": _numbers,
+    "total": _or_none(_a(Estimate)), "least": _or_none(_REAL), "most": _or_none(_REAL),
+    "normals": _or_none(_POSITIVE), "num_sampled": _or_none(_SIZE),
+}  # fmt: skip
+_RULES: dict[type, Mapping[str, Rule]] = {
+    Quadrature: {
+        "nodes": _array("probes steps"),
+        **dict.fromkeys(("weights", "residuals"), _array("probes steps", low=0)),
+        "lengths": _array("probes", "iu", low=0), "asymmetry": _array("probes", low=0),
+        "size": _SIZE, "num_matvecs": _COUNT, "precision": _POSITIVE, "status": _STATUS,
+        "bulk": _or_none(_a(Quadrature)), "atoms": _or_none(_array("deflated")),
+        "coupling": _POSITIVE, "rounding": _POSITIVE, "coefficients": _or_none(_array("probes 2 length")),
+        "sketches": _or_none(_array("probes steps sketch")),
+    },
+    Moments: {
+        "moments": _array("probes moments"), "bounds": _array("2"), "size": _SIZE, "num_matvecs": _COUNT,
+        "precision": _POSITIVE, "status": _STATUS,
+    },
+    Density: {
+        **dict.fromkeys(("grid", "density", "lower", "upper", "bandwidth"), _array("points")),
+        "linear_scale": _POSITIVE, "outliers": _array("outliers"), "size": _SIZE, "level": _SHARE,
+        "status": _STATUS,
+    },
+    Estimate: _ESTIMATE,
+    NoiseScale: _ESTIMATE | {
+        **dict.fromkeys(("noise", "signal", "skewness"), _REAL), "covariance": _array("2 2"),
+        "num_examples": _COUNT,
+    },
+    Interval: dict.fromkeys(Interval._fields, _curve_or_number),
+    ConditionNumber: {
+        **dict.fromkeys(("value", "effective", "largest", "smallest_nonzero", "noise_floor"), _REAL),
+        **dict.fromkeys(("rank", "nullity", "num_matvecs"), _COUNT), "size": _SIZE,
+        "nullity_interval": _interval, "is_lower_bound": _FLAG, "shift": _REAL, "rank_tol": _POSITIVE,
+        "method": _TEXT, "status": _STATUS,
+        **dict.fromkeys(("largest_interval", "smallest_interval", "effective_interval"), _or_none(_interval)),
+    },
+    LayerConditions: {"layers": _by_name(ConditionNumber)},
+    Eigenpairs: {
+        "values": _array("k"), "vectors": _vectors, "residuals": _array("k"), "converged": _array("k", "b"),
+        "which": _TEXT, "size": _SIZE, "num_matvecs": _COUNT, "num_restarts": _COUNT, "missed": _POSITIVE,
+        "noise_floor": _POSITIVE, "status": _STATUS,
+    },
+    Tridiagonal: {
+        "alpha": _array("steps"), "beta": _array("steps-1"),
+        **dict.fromkeys(("residual_norm", "asymmetry"), _number()), "length": _COUNT, "second_passes": _COUNT,
+        "segments": _a(tuple), "layout": _a(type(None)), "status": _STATUS,
+    },
+    Plan: {
+        **dict.fromkeys(("size", "num_steps", "num_probes", "probe_batch", "num_devices"), _SIZE),
+        **dict.fromkeys(("vector", "basis", "vectors", "linearization", "workspace", "host"), _COUNT),
+        "num_matvecs": _COUNT,
+        "available": _or_none(_COUNT), "seconds": _or_none(_POSITIVE), "status": _STATUS,
+    },
+    Summary: {"quadratures": _by_name(Quadrature)},
+    LossSlice: {
+        "x": _array("x"), "y": _array("y"), "loss": _array("y x"), "quadratic": _array("y x"),
+        "slope": _array("2"), "eigenvalues": _array("2"), "center": _REAL, "num_evaluations": _COUNT,
+        "status": _STATUS,
+    },
+    OperatorComparison: {
+        **dict.fromkeys(("frobenius", "trace", "overlap", "wasserstein"), _interval),
+        "eigenvalues": _array("2 k"), "residuals": _array("2 k", low=0), "layers": _intervals,
+        "size": _SIZE, "num_matvecs": _COUNT, "level": _SHARE, "status": _STATUS,
+    },
+    Sharpness: {
+        **dict.fromkeys(("value", "lower", "upper", "loss"), _REAL), "descends": _FLAG,
+        "num_evaluations": _COUNT, "status": _STATUS,
+    },
+    Population: {
+        **dict.fromkeys(("eigenvalues", "lower", "upper", "held_out", "in_sample"), _array("k")),
+        "stderr": _array("k", low=0), "trace": _interval, "trace_stderr": _POSITIVE,
+        "trace_probe_stderr": _POSITIVE, "shares": _a(Interval), "level": _SHARE, "status": _STATUS,
+        **dict.fromkeys(("size", "num_examples", "num_batches"), _SIZE),
+        **dict.fromkeys(("num_to_halve", "num_matvecs"), _COUNT), "num_passes": _POSITIVE,
+    },
+    StepQuality: {
+        **dict.fromkeys(("slope", "curvature", "loss", "measured"), _REAL), "length": _POSITIVE,
+        "num_matvecs": _COUNT, "status": _STATUS,
+    },
+    GradientOverlap: {"shares": _array("k", low=0), "length": _POSITIVE, "status": _STATUS},
+    StableStep: {
+        **dict.fromkeys(("multiple", "lower", "upper", "learning_rate"), _REAL), "num_matvecs": _COUNT,
+        "status": _STATUS,
+    },
+    ClassSplit: {
+        **dict.fromkeys(("whole", "within", "same"), _array("k")), "class_means": _array("C", low=0),
+        "cross": _array("pairs", low=0), **dict.fromkeys(("class_trace", "cross_trace"), _POSITIVE),
+        **dict.fromkeys(("within_trace", "same_trace"), _a(Estimate)), "weights": _array("C C", low=0),
+        "num_classes": _SIZE, "num_matvecs": _COUNT, "status": _STATUS,
+    },
+    Perturbation: {
+        "names": _names, "slopes": _array("p"), "curvature": _array("p p"), "lengths": _array("p", low=0),
+        "loss": _REAL, "num_matvecs": _COUNT, "status": _STATUS, "measured": _or_none(_array("p")),
+        "measured_all": _or_none(_REAL),
+    },
+    Solution: {
+        "x": _numbers, **dict.fromkeys(("residual_norm", "rounding", "error_bound"), _numbers),
+        "quadratic_form": _a(Interval), "converged": _flags,
+        **dict.fromkeys(("num_matvecs", "preconditioner_matvecs"), _COUNT),
+        "method": _TEXT, "bound": _TEXT, "status": _STATUS,
+    },
+    FunctionProduct: {
+        "value": _numbers, "error_bound": _numbers, "num_matvecs": _COUNT, "num_steps": _COUNT,
+        "function": _TEXT, "bound": _TEXT, "status": _STATUS,
+    },
+    DataVariability: {
+        "largest": _array("subsets k"), "smallest": _array("subsets k"), "trace": _array("subsets"),
+        "trace_probe_stderr": _array("subsets"), "whole_largest": _array("k"), "whole_smallest": _array("k"),
+        "whole_trace": _REAL, "num_matvecs": _COUNT, "trace_spread": _or_none(_interval),
+        **dict.fromkeys(("largest_residuals", "smallest_residuals"), _or_none(_array("subsets k", low=0))),
+        "status": _STATUS,
+    },
+    Snapshot: {
+        "step": _count(-(2**63)), "eigenvalues": _array("k"), "residuals": _array("k", low=0),
+        "largest": _interval, "smallest": _interval, "trace": _a(Estimate), "quadrature": _a(Quadrature),
+        "scalars": _scalars, "num_matvecs": _COUNT, "seconds": _REAL, "trained": _REAL, "level": _LEVEL,
+    },
+    SpectrumHistory: {"snapshots": _of_class(Snapshot), "provenance": facts, "skipped": _steps},
+    SpectrumReport: {
+        "name": _TEXT, "quadrature": _a(Quadrature), "density": _a(Density),
+        **dict.fromkeys(("largest", "smallest", "negative", "near_zero"), _interval), "trace": _a(Estimate),
+        **dict.fromkeys(("zero_tol", "condition_lower_bound", "noise_floor"), _POSITIVE),
+        "provenance": facts, "level": _LEVEL,
+    },
+}  # fmt: skip
+
+
+def _same_form(estimate: Estimate) -> bool:
+    forms = [
+        jax.tree.map(np.shape, part)
+        for part in (estimate.value, estimate.stderr, estimate.lower, estimate.upper)
+        if part is not None
+    ]
+    return all(form == forms[0] for form in forms)
+
+
+def _whole(pairs: Eigenpairs) -> bool:
+    count = len(pairs.values)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(pairs.vectors))
+    return entries == count * pairs.size and all(
+        len(leaf) == count for leaf in jax.tree.leaves(pairs.vectors)
+    )
+
+
+_CLAIMS: dict[type, dict[str, Callable[[Any], bool]]] = {
+    Quadrature: {
+        "a quadrature has nodes": lambda q: q.nodes.size > 0,
+        "a length is more than the steps": lambda q: not (q.lengths > q.nodes.shape[-1]).any(),
+    },
+    Moments: {"moments are missing": lambda m: m.moments.size > 0},
+    Density: {"a density has points": lambda d: len(d.grid) > 0},
+    Estimate: {"errors and bounds are of another form than the value": _same_form},
+    NoiseScale: {"errors and bounds are of another form than the value": _same_form},
+    Interval: {"its ends are of other shapes": lambda i: len({np.shape(end) for end in i}) == 1},
+    Eigenpairs: {"the vectors are not those of the operator": _whole},
+    Tridiagonal: {"beta has another length than alpha": lambda t: t.beta.shape[-1] == t.alpha.shape[-1] - 1},
+    LossSlice: {"the plane is empty": lambda plane: plane.loss.size > 0},
+    DataVariability: {"there are no subsets": lambda v: v.largest.size > 0},
+    Snapshot: {
+        "there are no eigenvalues": lambda s: len(s.eigenvalues) > 0,
+        "its trace is not a number": lambda s: all(
+            type(x) in (int, float) for x in (s.trace.value, s.trace.stderr)
+        ),
+    },
+    SpectrumReport: {
+        "its trace is not a number": lambda r: all(
+            type(x) in (int, float) for x in (r.trace.value, r.trace.stderr)
+        ),
+    },
+}

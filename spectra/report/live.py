@@ -1,0 +1,150 @@
+"""A page about runs that are still going, read again as their files grow: served here, or written."""
+
+import time
+import warnings
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+from spectra.base.errors import ResultFileError, SpectraError
+from spectra.base.files import replacing
+from spectra.report.files import load
+from spectra.report.page import assemble
+from spectra.report.sections import Section, paragraph, runs, sections
+from spectra.results import SpectrumHistory
+
+HOSTS = ("127.0.0.1", "localhost")
+"""Names under which a browser may ask: another one would be a foreign page that has been led here."""
+
+
+class _Read(NamedTuple):
+    """What a file held when it was last read."""
+
+    stamp: tuple[int, int] | None  # (bytes, time of change), None where there is no file
+    history: SpectrumHistory | None
+    note: str  # why there is none, or which lines are damaged
+
+
+class LivePage:
+    """The page of one run or several, by the `.jsonl` files that their trackers write.
+
+    A file that does not exist yet is waited for, a last line that is still being written is left out, and
+    files that have not changed are not read again.
+
+    Args:
+        paths: the files.
+        seconds: between two looks of a browser at the page.
+    """
+
+    def __init__(self, paths: Sequence[Path], seconds: int = 5):
+        if not paths:
+            raise SpectraError("no file to watch: name the .jsonl of a tracker.")
+        self.paths, self.seconds = list(paths), seconds
+        self._seen: dict[Path, _Read] = {}
+        self._text, self._lock = "", Lock()
+
+    def text(self) -> str:
+        """The page as it is now."""
+        with self._lock:  # two browsers at once; matplotlib draws for one
+            if self._look() or not self._text:
+                self._text = self._made()
+            return self._text
+
+    def write(self, path: Path) -> bool:
+        """Write the page to a file if a run has gone on; whether it did."""
+        before, text = self._text, self.text()
+        if text is before and path.exists():
+            return False
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return True
+
+    def _look(self) -> bool:
+        """Read what has changed; whether anything has."""
+        changed = False
+        for path in self.paths:
+            stamp = _stamp(path)
+            if path not in self._seen or stamp != self._seen[path].stamp:
+                self._seen[path] = _read(path, stamp)
+                changed = True
+        return changed
+
+    def _made(self) -> str:
+        names = _names(self.paths)
+        histories = {
+            names[path]: read.history for path, read in self._seen.items() if read.history is not None
+        }
+        notes = [f"{names[path]}: {read.note}" for path, read in self._seen.items() if read.note]
+        parts: list[Section] = []
+        if len(self.paths) > 1:
+            parts += runs(histories)
+        else:
+            parts += [section for history in histories.values() for section in sections(history)]
+        if notes:
+            parts.insert(0, Section("Files", "".join(map(paragraph, notes))))
+        title = ", ".join(names.values())
+        looked = f"read at {time.strftime('%H:%M:%S')}, looked at again every {self.seconds} seconds"
+        return assemble(title, looked, parts, refresh=self.seconds)
+
+
+def serve(page: LivePage, port: int) -> ThreadingHTTPServer:
+    """A server of the page on this machine alone; port 0 takes any that is free. `serve_forever` runs it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            host = self.headers.get("Host", "").rsplit(":", 1)[0]
+            if host not in HOSTS:
+                self.send_error(403, "served to this machine only")
+            elif self.path.split("?")[0] != "/":
+                self.send_error(404)
+            else:
+                content = page.text().encode("utf-8", "backslashreplace")
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+                self.send_header("Content-Length", str(len(content)))
+                self.send_header("Cache-Control", "no-store")
+                self.end_headers()
+                self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """A request every few seconds is no news."""
+
+    try:
+        return ThreadingHTTPServer((HOSTS[0], port), Handler)
+    except OSError as error:
+        raise SpectraError(
+            f"port {port} cannot be served ({error.strerror or error}): choose another with --port, or write "
+            "the page to a file with --out."
+        ) from error
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _read(path: Path, stamp: tuple[int, int] | None) -> _Read:
+    if stamp is None:
+        return _Read(stamp, None, "not there yet")
+    if not stamp[0]:
+        return _Read(stamp, None, "empty so far")
+    with warnings.catch_warnings(record=True) as caught:  # damaged lines
+        warnings.simplefilter("always")
+        try:
+            history = load(path)
+        except (ResultFileError, FileNotFoundError) as error:
+            return _Read(stamp, None, str(error))
+    if not isinstance(history, SpectrumHistory):
+        return _Read(stamp, None, f"holds a {type(history).__name__}, not the history of a run")
+    return _Read(stamp, history, " ".join(str(w.message) for w in caught))
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """Short names of files, with the folder where others have the same."""
+    stems = [path.stem for path in paths]
+    return {path: path.stem if stems.count(path.stem) == 1 else str(path.with_suffix("")) for path in paths}

@@ -1,0 +1,1 @@
+"""Pictures of results. Functions take a result and optionally an Axes, and return the Axes."""

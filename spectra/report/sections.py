@@ -1,0 +1,233 @@
+"""What a page says about each kind of result: tables, pictures, and in words what the bands mean."""
+
+import dataclasses
+import html
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from spectra.density.extremes import LEVEL, extreme
+from spectra.report.plots.density import as_density
+from spectra.report.plots.eigenvalues import plot_cdf, plot_eigenvalues, plot_eigenvector_mass
+from spectra.report.plots.gallery import svg
+from spectra.report.plots.maps import plot_blocks, plot_course, plot_density_over_time, plot_landscape
+from spectra.report.reading import readable
+from spectra.report.spectrum import SpectrumReport
+from spectra.results import (
+    Density,
+    Eigenpairs,
+    Estimate,
+    LayerConditions,
+    LossSlice,
+    Moments,
+    Quadrature,
+    SpectrumHistory,
+)
+from spectra.results.base import extreme_cell
+
+_ROWS = 24  # of a table of snapshots
+_COURSES = 24  # pictures of recorded numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it, as HTML."""
+
+    title: str
+    body: str
+
+
+def sections(result: Any) -> list[Section]:
+    """The sections on the result itself."""
+    if isinstance(result, SpectrumReport):
+        return [
+            Section("In numbers", pairs_table(result.rows())),
+            *_spectrum(result.quadrature, result.density),
+        ]
+    if isinstance(result, Quadrature):
+        return _spectrum(result, as_density(result))
+    if isinstance(result, (Moments, Density)):
+        density = as_density(result)
+        return [_density_section(density)]
+    if isinstance(result, Eigenpairs):
+        return _eigenpairs(result)
+    if isinstance(result, SpectrumHistory):
+        return _history(result)
+    if isinstance(result, LossSlice):
+        picture = _figure(lambda: plot_landscape(result), _words_landscape(result))
+        return [Section("The loss around the parameters", picture)]
+    if isinstance(result, LayerConditions):
+        return [Section("Condition numbers of the layers", table(result.table()))]
+    if isinstance(result, Mapping):
+        return _blocks(dict(result))
+    if isinstance(result, Estimate) or not hasattr(result, "rows"):
+        return [Section("In numbers", f"<pre>{html.escape(repr(result))}</pre>")]
+    return [Section("In numbers", pairs_table(result.rows()))]
+
+
+def table(rows: list[list[str]]) -> str:
+    """An HTML table, the head first."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:]
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def pairs_table(rows: list[tuple[str, str]]) -> str:
+    """Labels and values in two columns."""
+    cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(str(b))}</td></tr>" for a, b in rows)
+    return f'<table class="pairs">{cells}</table>'
+
+
+def paragraph(text: str) -> str:
+    """Text as a paragraph."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def _figure(make: Callable, caption: str) -> str:
+    caption = html.escape(caption)
+    return f"<figure>{svg(make, caption[:200])}<figcaption>{caption}</figcaption></figure>"
+
+
+def _spectrum(quadrature: Quadrature, density: Density) -> list[Section]:
+    low, high = quadrature.range
+    steps, probes = quadrature.num_steps, quadrature.num_probes
+    doubt = 100 * quadrature.band_width()
+    cdf = (
+        f"The share of the {quadrature.size:,} eigenvalues at or below each point. Strong colour: what the "
+        f"{steps} Lanczos steps leave open for the {probes} probes that were drawn; there is no chance in "
+        "it. Faint colour: what is added because there are no more probes. With probability 95 % the whole "
+        "true curve lies in the coloured area. On average over the range from "
+        f"{low:.4g} to {high:.4g} it leaves {doubt:.2g} % of the eigenvalues in doubt: more steps narrow the "
+        "strong part, more probes the faint."
+    )
+    trust = str(quadrature.status) + "."
+    floor = (
+        f"Eigenvalues smaller than {quadrature.noise_floor:.2g} in magnitude, the noise floor of the "
+        "products, are not told apart from zero."
+    )
+    return [
+        _density_section(density, quadrature),
+        Section("Cumulative distribution", _figure(lambda: plot_cdf(quadrature), cdf)),
+        Section("How far to trust it", paragraph(f"The run ended as {trust}") + paragraph(floor)),
+    ]
+
+
+def _density_section(density: Density, quadrature: Quadrature | None = None) -> Section:
+    words = (
+        "The density of the eigenvalues, smoothed by a kernel whose width grows with the distance from zero. "
+        "The shaded band holds the true spectrum, smoothed by the same kernel, with probability "
+        f"{100 * density.level:g} % on the whole axis at once. The picture ends at a tenth of the peak that "
+        f"one single eigenvalue of the {density.size:,} would make."
+    )
+    if len(density.outliers):
+        words += f" Orange stems are the {len(density.outliers)} eigenvalues that are resolved one by one."
+    return Section("Density", readable(density, quadrature, words))
+
+
+def _eigenpairs(pairs: Eigenpairs) -> list[Section]:
+    words = (
+        "Bars are residuals: an eigenvalue lies within each of them, whatever the random start. Open circles "
+        "have not converged to the tolerance."
+    )
+    mass = (
+        "Where the eigenvectors live: the sum of squares of their entries in each layer. The first column "
+        "is the share of the parameters in the layer, which a vector without preference would show."
+    )
+    return [
+        Section("In numbers", pairs_table(pairs.rows())),
+        Section("Eigenvalues", _figure(lambda: plot_eigenvalues(pairs), words)),
+        Section("Mass by layer", _figure(lambda: plot_eigenvector_mass(pairs), mass)),
+    ]
+
+
+def runs(histories: Mapping[str, SpectrumHistory]) -> list[Section]:
+    """The sections on several runs: what they recorded on common axes, then the density of each."""
+    rows = [["run", "snapshots", "last step", "largest eigenvalue", "trace"]]
+    for name, history in histories.items():
+        last = history[-1] if len(history) else None
+        cells = (
+            [f"{last.step:,}", f"{last.sharpness:.5g}", f"{last.trace.value:.4g}"] if last else ["", "", ""]
+        )
+        rows.append([name, f"{len(history):,}", *cells])
+    found = [Section("Runs", table(rows)), *courses(histories, "sharpness")]
+    for name, history in histories.items():
+        if len(history) > 1:
+            words = "The density of the eigenvalues at each snapshot, and the largest of them as a line."
+            picture = _figure(lambda history=history: plot_density_over_time(history), words)
+            found.append(Section(name, picture))
+    return found
+
+
+def courses(histories: Mapping[str, SpectrumHistory], *more: str) -> list[Section]:
+    """A picture of each number that was recorded in more than one snapshot, and of others by name."""
+    longer = {name: history for name, history in histories.items() if len(history) > 1}
+    names = dict.fromkeys([*more, *(k for h in longer.values() for s in h for k in s.scalars)])
+    pictures = [
+        _figure(lambda name=name: plot_course(longer, name), f"{name}, as recorded with each snapshot.")
+        for name in list(names)[:_COURSES]
+        if longer
+    ]
+    return [Section("Recorded", "".join(pictures))] if pictures else []
+
+
+def _history(history: SpectrumHistory) -> list[Section]:
+    found = [Section("In numbers", pairs_table(history.rows()))]
+    if len(history) > 1:
+        known = any("learning_rate" in s.scalars for s in history)
+        words = "The density of the eigenvalues at each snapshot, and the largest of them as a line."
+        if known:
+            words += " Dashed: 2 / learning rate, above which gradient descent is unstable."
+        picture = _figure(lambda: plot_density_over_time(history, learning_rate=known or None), words)
+        found.append(Section("Along training", picture))
+        found += courses({"": history})
+    stride = max(1, -(-len(history) // _ROWS))
+    rows = [["step", "largest", "smallest", "trace"]]
+    rows += [
+        [
+            f"{s.step:,}",
+            f"{s.sharpness:.5g}",
+            extreme_cell(s.smallest, 0, s.level),
+            f"{s.trace.value:.4g} ± {s.trace.stderr:.1g}",
+        ]
+        for s in history.snapshots[::stride]
+    ]
+    note = "" if stride == 1 else paragraph(f"Every {stride}th of {len(history)} snapshots.")
+    found.append(Section("Snapshots", table(rows) + note))
+    return found
+
+
+def _blocks(results: dict[str, Any]) -> list[Section]:
+    found = []
+    rows = [["block", "size", "smallest", "largest", "in doubt"]]
+    rows += [
+        [
+            name,
+            f"{q.size:,}",
+            *(extreme_cell(extreme(q, end), end, LEVEL) for end in (0, -1)),
+            f"{100 * q.band_width():.2g} %",
+        ]
+        for name, q in results.items()
+        if isinstance(q, Quadrature)
+    ]
+    if len(rows) > 1:
+        found.append(Section("In numbers", table(rows)))
+    if results and all(isinstance(r, (Quadrature, Density)) for r in results.values()):
+        words = (
+            "The densities of all blocks on common axes, each with its 95 % band. “In doubt” is the mean "
+            "width of the band of a block's cumulative distribution, over the block's own range."
+        )
+        found.append(Section("Densities", _figure(lambda: plot_blocks(results), words)))
+    for name, part in results.items():
+        if not isinstance(part, (Quadrature, Density)):
+            found += [dataclasses.replace(s, title=f"{name}: {s.title}") for s in sections(part)]
+    return found
+
+
+def _words_landscape(plane: LossSlice) -> str:
+    first, second = plane.eigenvalues
+    return (
+        f"The loss at {plane.num_evaluations} points of the plane that two unit eigenvectors span, of the "
+        f"eigenvalues {first:.4g} and {second:.4g}. Dashed: every second line of the quadratic model, which "
+        f"is all that curvature at the centre knows. The loss at the centre is {plane.center:.4g}."
+    )

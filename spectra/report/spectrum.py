@@ -1,0 +1,346 @@
+"""The whole answer in one object: density, extremes, trace and shares, each with its uncertainty."""
+
+import dataclasses
+import functools
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import jax
+import numpy as np
+
+from spectra.base.errors import Status
+from spectra.base.meshes import automatic
+from spectra.density import deflation as dense
+from spectra.density.extremes import LEVEL, condition_lower_bound, extreme, sampling_error
+from spectra.density.slq import slq
+from spectra.density.smoothing import spectral_density
+from spectra.estimators.counts import count_above
+from spectra.estimators.exact import relative_change
+from spectra.estimators.functions import trace_of
+from spectra.operators.base import LinearOperator, require_operator
+from spectra.results import Density, Estimate, Interval, Quadrature, Result, notebook_view, result, text_table
+from spectra.results.base import directed, extreme_text
+from spectra.runs.checkpoint import Checkpoint
+
+__all__ = ["SpectrumReport", "spectrum"]
+COUNTED = (0.5, 0.1, 0.01)
+"""Of |H|: the report counts the eigenvalues above."""
+FAR = 1e-3
+"""Of |H|: the share of eigenvalues further from zero is known better than that of negative ones."""
+
+
+@result("name", "zero_tol", "provenance", "level")
+class SpectrumReport(Result):
+    """What `spectrum` found out about an operator.
+
+    Print it, `.plot()` it, `.save(path)` it; `spectra.load(path)` brings it back. The intervals of the two
+    extreme eigenvalues have a bound on the inner side (a Rayleigh quotient) and a limit that holds with
+    probability `level` on the outer side, see `spectra.density.extremes`. The other intervals are of 95 %.
+
+    The [glossary](glossary.md) says what is meant by density, outlier, bulk, band and noise floor.
+    """
+
+    name: str
+    quadrature: Quadrature
+    density: Density
+    largest: Interval  # scalars: λmax >= lower always, and <= upper with probability `level`
+    smallest: Interval  # λmin <= upper always, and >= lower with probability `level`
+    trace: Estimate
+    negative: Interval  # share of eigenvalues below minus the noise floor
+    near_zero: Interval  # share within zero_tol * |H| of zero
+    zero_tol: float
+    condition_lower_bound: float  # of |λ|max over the smallest |λ| that is not zero
+    noise_floor: float  # |eigenvalue| below which products do not resolve
+    provenance: dict[str, Any]  # versions, device, key, time, settings
+    level: float | None = None  # None in older files: `largest` and `smallest` hold an eigenvalue, then
+
+    @property
+    def status(self) -> Status:
+        """That of the quadrature."""
+        return self.quadrature.status
+
+    @functools.cached_property
+    def effective_rank(self) -> Interval:
+        """Σ|λ| / |λ|max: how many eigenvalues of the largest magnitude would have the same sum."""
+        return self._of_units(np.abs)
+
+    @functools.cached_property
+    def stable_rank(self) -> Interval:
+        """|H|_F² / |H|²: the same for squares."""
+        return self._of_units(np.square)
+
+    def beyond(self, share: float) -> tuple[Interval, Interval]:
+        """Shares of eigenvalues below -share |H| and above share |H|."""
+        below = self.quadrature.cdf(np.nextafter(-share * self._scale, -np.inf))
+        lower, estimate, upper = self.quadrature.cdf(share * self._scale)
+        return below, Interval(1 - upper, 1 - estimate, 1 - lower)
+
+    def count_above(self, threshold: float) -> Interval:
+        """The number of eigenvalues above a threshold."""
+        return count_above(self.quadrature, threshold).interval()
+
+    @property
+    def _scale(self) -> float:
+        return max(map(abs, self.quadrature.range))
+
+    def _of_units(self, f) -> Interval:
+        """Σ f(λ / |λ|max)."""
+        if not self._scale:
+            return Interval(0.0, 0.0, 0.0)
+        units = trace_of(self.quadrature, lambda x: f(x / self._scale), one_signed=f is np.square)
+        return Interval(*(float(end) for end in units.interval()))
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed report."""
+        q = self.quadrature
+        settings = f"{q.num_steps} steps x {q.num_probes} probes, {q.num_matvecs:,} products"
+        if q.status is Status.EXACT:
+            settings = f"none: all eigenvalues from {q.num_matvecs:,} products"
+        seconds = self.provenance.get("seconds")
+        if seconds is not None:
+            settings += f", {seconds:.1f} s"
+        return [
+            ("parameters", f"{q.size:,}"),
+            ("Lanczos", settings),
+            ("largest eigenvalue", extreme_text(self.largest, -1, self.level)),
+            ("smallest eigenvalue", extreme_text(self.smallest, 0, self.level)),
+            ("trace", f"{self.trace.value:.5g} ± {self.trace.stderr:.2g}"),
+            *self._sharp_rows(),
+            (
+                "negative eigenvalues",
+                _share(self.negative) + f" of all (λ < -{self.noise_floor:.1e})",
+            ),
+            ("near zero", _share(self.near_zero) + f" of all (|λ| <= {self.zero_tol:g} |H|)"),
+            (
+                "effective condition number",
+                f"at least {directed(self.condition_lower_bound, up=False, digits=3)}",
+            ),
+            (
+                "noise floor",
+                f"{self.noise_floor:.1e}: smaller |λ| are not resolved by {self._precision()} products",
+            ),
+            ("CDF in doubt", f"{100 * q.band_width():.2g} % on average over the range (95 % band)"),
+            ("status", str(q.status)),
+        ]
+
+    def _sharp_rows(self) -> list[tuple[str, str]]:
+        """What is known best: single eigenvalues and their numbers, shares well away from zero, ranks."""
+        resolved = self.quadrature.resolved
+        text = f"{len(resolved):,} eigenvalues, one by one"
+        if len(resolved):
+            text += f": {resolved[0]:.4g} to {resolved[-1]:.4g}"
+        counts = ", ".join(
+            f"{_number(self.count_above(share * self._scale))} above {share * self._scale:.2g}"
+            for share in COUNTED
+        )
+        below, above = self.beyond(FAR)
+        ranks = (("effective", self.effective_rank), ("stable", self.stable_rank))
+        return [
+            ("resolved", text),
+            ("counts", counts),
+            (f"beyond {FAR:g} |H|", f"{_share(above)} above, {_share(below)} below"),
+            ("rank", ", ".join(f"{kind} {_number(rank)}" for kind, rank in ranks)),
+        ]
+
+    def _precision(self) -> str:
+        return str(self.provenance.get("computes_in") or self.provenance.get("dtype", "these"))
+
+    def __repr__(self) -> str:
+        return text_table(f"Spectrum of {self.name}", self.rows())
+
+    def _repr_html_(self) -> str:
+        return notebook_view(self, f"Spectrum of {self.name}", self.rows())
+
+
+def _number(found: Interval) -> str:
+    """`14` where both ends agree, or `14.5 [11, 18]`."""
+    ends = [f"{end:.3g}" for end in found]
+    return ends[1] if len(set(ends)) == 1 else f"{ends[1]} [{ends[0]}, {ends[2]}]"
+
+
+def _share(share: Interval) -> str:
+    return f"{100 * share.estimate:.3g} % [{100 * share.lower:.3g}, {100 * share.upper:.3g}]"
+
+
+@automatic
+def spectrum(
+    op: LinearOperator,
+    *,
+    key: jax.Array,
+    num_steps: int | None = None,
+    num_probes: int = 8,
+    tol: float | None = None,
+    zero_tol: float = 1e-3,
+    probe_batch: int | None = None,
+    progress: bool = False,
+    checkpoint: Checkpoint | str | os.PathLike | None = None,
+    basis: str = "inherit",
+    basis_dtype: Any = None,
+    exact: bool | None = None,
+    name: str = "H",
+) -> SpectrumReport:
+    """Compute the spectral density of an operator and all that follows from the same products.
+
+    Where num_steps x num_probes products reach the order n, the n products of the dense matrix cost no more
+    and leave nothing open: up to n = 2000, and if it fits into memory, all eigenvalues are computed then.
+    The status says so, and `quadrature.resolved` has them.
+
+    Args:
+        op: symmetric operator.
+        key: JAX random key.
+        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
+        num_probes: random probes.
+        tol: see `slq`.
+        zero_tol: eigenvalues with |λ| <= zero_tol |H| count as near zero.
+        probe_batch: see `slq`.
+        progress: show a progress bar.
+        checkpoint: see `slq`.
+        basis: see `slq`.
+        basis_dtype: see `slq`.
+        exact: True for all eigenvalues from the dense matrix, whatever it costs; False for Lanczos always;
+            None for the cheaper one, which is Lanczos with a `checkpoint`, a `basis` or a `basis_dtype` of
+            one's own.
+        name: what the report calls the operator.
+
+    Returns:
+        `SpectrumReport`.
+
+    Raises:
+        SpectraError: as `slq`.
+
+    Cost: as `slq`, or n products, and of a loss seven products more, four of them at other parameters, that
+    measure its rounding (see `spectra.estimators.exact`); all else is arithmetic on the nodes.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(-1.0, 3.0, 400)))
+        >>> report = spectra.spectrum(op, key=jax.random.key(0), num_steps=60)
+        >>> round(float(report.largest.estimate), 4)
+        3.0
+    """
+    start = time.perf_counter()
+    require_operator(op)
+    steps = min(100, op.size) if num_steps is None else num_steps
+    plain = checkpoint is None and basis == "inherit" and basis_dtype is None
+    if dense.choose(op, exact, steps, num_probes, tol, plain):
+        quadrature = dense.eigenvalues(op)
+    else:
+        quadrature = slq(
+            op,
+            key=key,
+            num_steps=steps,
+            num_probes=num_probes,
+            tol=tol,
+            probe_batch=probe_batch,
+            progress=progress,
+            checkpoint=checkpoint,
+            basis=basis,
+            basis_dtype=basis_dtype,
+        )
+    quadrature = dataclasses.replace(quadrature, rounding=relative_change(op))
+    seconds = time.perf_counter() - start
+    floor = quadrature.noise_floor
+    scale = max(map(abs, quadrature.range))
+    return SpectrumReport(
+        name=name,
+        quadrature=quadrature,
+        density=spectral_density(quadrature),
+        largest=extreme(quadrature, -1),
+        smallest=extreme(quadrature, 0),
+        trace=trace_estimate(quadrature),
+        negative=quadrature.cdf(np.nextafter(-floor, -np.inf)),  # H = 0 has no floor, and none is negative
+        near_zero=_share_between(quadrature, -zero_tol * scale, zero_tol * scale),
+        zero_tol=zero_tol,
+        condition_lower_bound=condition_lower_bound(quadrature),
+        noise_floor=floor,
+        provenance=_provenance(op, key, seconds),
+        level=LEVEL,
+    )
+
+
+def trace_estimate(quadrature: Quadrature) -> Estimate:
+    """tr H: the sum of the eigenvalues that are known, and n - r times the mean of vᵀHv for the others.
+
+    That mean is exact in the quadrature for any number of steps. The error is that of the probes, see
+    `sampling_error`, of weights that have not converged, see `Parts.spill`, and of rounding: a step rounds
+    v · Hv four times (see `Quadrature.noise_floor`), by eps |Hv| each, and an eigenvalue by the noise floor.
+    A run of n steps has no other: its T is H itself in another basis, and the sum of its nodes is the trace.
+    After a single step the residual takes the place of the spread of the nodes.
+    """
+    parts = quadrature.parts
+    known, rest = parts.total(np.asarray), parts.rest
+    atomic = len(parts.atoms) * quadrature.noise_floor + parts.coupling
+    reason = f"{len(parts.atoms)} eigenvalues are resolved" if len(parts.atoms) else ""
+    if rest is None:
+        fields = {"num_matvecs": quadrature.num_matvecs, "method": "slq"}
+        if quadrature.status is Status.EXACT:  # the diagonal of the matrix has the same sum
+            size = _root_mean_square(parts.atoms[None], np.full((1, len(parts.atoms)), 1 / len(parts.atoms)))
+            atomic, fields["method"] = quadrature.size * 4 * quadrature.precision * size, "exact"
+        return Estimate(known, atomic, **fields, reason="all eigenvalues are known")
+    nodes, weights, residuals = (
+        np.asarray(x, np.float64) for x in (rest.nodes, rest.weights, rest.residuals)
+    )
+    lengths = np.asarray(rest.lengths)
+    rounding = 4 * rest.size * quadrature.precision * _root_mean_square(nodes, weights) + atomic
+    fields = {"num_matvecs": quadrature.num_matvecs, "method": "slq"}
+    if rest.coefficients is None and (whole := lengths == rest.size).any():
+        value = known + float(np.mean(np.sum(nodes[whole], axis=1)))
+        return Estimate(value, rounding, **fields, reason="n steps leave nothing to sampling")
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    if (single := lengths == 1).any():  # θ ± r with half the weight each has the moments 1 and 2 of the probe
+        pairs = nodes[:, :1] + residuals[:, :1] * np.array([-1.0, 1.0])
+        nodes = np.hstack([np.where(single[:, None], pairs, nodes[:, :1]), nodes])
+        weights = np.hstack([np.where(single[:, None], 0.5, 0.0) * np.ones(2), weights * ~single[:, None]])
+    stderr, dof = sampling_error(weights, nodes, rest.size)
+    mean = float(np.sum(weights * nodes) / len(weights))
+    error = float(np.hypot(stderr, rounding + parts.spill(np.asarray, mean)))
+    return Estimate(known + rest.size * mean, error, **fields, dof=dof, reason=reason)
+
+
+def _root_mean_square(nodes: np.ndarray, weights: np.ndarray) -> float:
+    scale = float(np.max(np.abs(nodes), initial=0.0))
+    return scale * float(np.sqrt(np.mean(np.sum(weights * (nodes / (scale or 1.0)) ** 2, axis=1))))
+
+
+def _share_between(quadrature: Quadrature, low: float, high: float) -> Interval:
+    below = quadrature.cdf(np.nextafter(low, -np.inf))
+    above, n = quadrature.cdf(high), quadrature.size
+    ends = max(above.lower - below.upper, 0.0), above.estimate - below.estimate, above.upper - below.lower
+    counts = [n * float(end) for end in ends]  # whole ones where all is known, but for rounding
+    return Interval(*(round(c) / n if abs(c - round(c)) <= 1e-9 * n else c / n for c in counts))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and date, for the provenance of a result."""
+    import spectra  # the package's own version, which is complete only when everything has been imported
+
+    device = jax.local_devices()[0]
+    return {
+        "spectra": spectra.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "num_devices": jax.device_count(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _provenance(op: LinearOperator, key: jax.Array, seconds: float) -> dict[str, Any]:
+    return {
+        **environment(),
+        "seconds": seconds,
+        "operator": type(op).__name__,
+        "dtype": str(op.dtype),
+        "computes_in": op.computes_in,
+        "mode": getattr(op, "mode", ""),
+        "linearized": bool(getattr(op, "linearized", False)),
+        "matmul_precision": getattr(op, "matmul_precision", "highest"),
+        "key": np.asarray(jax.random.key_data(key) if _is_typed(key) else key).ravel().tolist().__str__(),
+    }
+
+
+def _is_typed(key) -> bool:
+    return jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)

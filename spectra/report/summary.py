@@ -1,0 +1,152 @@
+"""A table of the blocks of an operator: extremes, trace, condition and signs of each, with their errors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from spectra.base.errors import SpectraError
+from spectra.base.meshes import automatic
+from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
+from spectra.density.slq import slq
+from spectra.estimators.functions import trace_of
+from spectra.models.problem import Problem
+from spectra.operators.base import LinearOperator
+from spectra.report.spectrum import trace_estimate
+from spectra.results import (
+    Interval,
+    Named,
+    Quadrature,
+    as_quadrature,
+    by_name,
+    plain,
+    result,
+)
+from spectra.results.base import directed, extreme_cell, rounded
+
+
+@result()
+class Summary(Named):
+    """The spectra of several operators, such as the blocks of one; prints as a table.
+
+    `records()`, `to_dataframe()` and the printed table are made from the quadratures, at no further product.
+    Of each operator: its order n, the extreme eigenvalues (see `spectra.density.extremes`: a bound on the
+    inner side, a limit that holds with probability 0.99 on the outer side), the trace with an interval of
+    95 %, a lower bound on the condition number over the eigenvalues that are not zero, the stable rank
+    tr H² / |H|² (an interval of 94 %), and the share of negative eigenvalues (95 %).
+    """
+
+    quadratures: dict[str, Quadrature]
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each operator, with the limits of each number beside it."""
+        return [plain(_record(name, q)) for name, q in self.quadratures.items()]
+
+    def table(self) -> list[list[str]]:
+        """Cells of the printed table, the head first."""
+        head = ["layer", "n", "largest λ", "smallest λ", "trace", "condition", "stable rank", "negative"]
+        return [head, *(_cells(name, q) for name, q in self.quadratures.items())]
+
+
+@automatic
+def summary(
+    source: LinearOperator | Problem | Mapping[str, Any],
+    *,
+    key: jax.Array | None = None,
+    by: str = "layer",
+    num_steps: int = 100,
+    num_probes: int = 8,
+    progress: bool = False,
+) -> Summary:
+    """Compare the blocks of an operator in a table: a row for each, every number with its error.
+
+    Args:
+        source: an operator with blocks, a `Problem`, or results by name (quadratures or reports), which
+            cost no product.
+        key: JAX random key; needed unless results are given.
+        by: "layer" or "leaf": see `LinearOperator.blocks`.
+        num_steps: Lanczos steps a probe, at most n for a block of order n.
+        num_probes: probes of each block.
+        progress: show a progress bar.
+
+    Returns:
+        `Summary`; print it, or take its `to_dataframe()`, `records()` or `.plot()`.
+
+    Raises:
+        SpectraError: as `slq`; no key for an operator.
+
+    Cost: num_steps x num_probes products with each block, as `slq`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> def loss_fn(params, x):
+        ...     return jnp.mean((jnp.tanh(x @ params["hidden"]["w"]) @ params["out"]["w"]) ** 2)
+        >>> params = {"hidden": {"w": jnp.eye(3)}, "out": {"w": jnp.ones(3)}}
+        >>> op = spectra.HessianOperator(loss_fn, params, jnp.eye(3))
+        >>> table = spectra.summary(op, key=jax.random.key(0))
+        >>> [(row["layer"], row["n"]) for row in table.records()]
+        [('hidden', 9), ('out', 3)]
+    """
+    if isinstance(source, Mapping):
+        return Summary({name: as_quadrature(held) for name, held in by_name(source).items()})
+    op = source.operator() if isinstance(source, Problem) else source
+    if key is None:
+        raise SpectraError("key=None: random probes need a key, for example jax.random.key(0).")
+    blocks = op.blocks(by=by)
+    return Summary(slq(blocks, key=key, num_steps=num_steps, num_probes=num_probes, progress=progress))
+
+
+def _record(name: str, q: Quadrature) -> dict[str, Any]:
+    trace = trace_estimate(q).interval()
+    negative = q.cdf(np.nextafter(-q.noise_floor, -np.inf))
+    numbers = {
+        "largest": extreme(q, -1),
+        "smallest": extreme(q, 0),
+        "trace": trace,
+        "stable_rank": stable_rank(q),
+        "negative": negative,
+    }
+    columns = {
+        f"{name}{suffix}": value
+        for name, interval in numbers.items()
+        for suffix, value in zip(("", "_lower", "_upper"), (interval[1], *interval[::2]), strict=True)
+    }
+    return {
+        "layer": name,
+        "n": q.size,
+        **columns,
+        "condition_at_least": condition_lower_bound(q),
+        "noise_floor": q.noise_floor,
+        "num_matvecs": q.num_matvecs,
+        "status": q.status,
+    }
+
+
+def stable_rank(q: Quadrature) -> Interval:
+    """tr H² / |H|² with the interval of 95 % of the numerator and that of 99 % of the denominator."""
+    ends = [extreme(q, end) for end in (-1, 0)]
+    size = max(abs(float(end.estimate)) for end in ends)
+    if not size:
+        return Interval(0.0, 0.0, 0.0)
+    least = max(float(ends[0].lower), -float(ends[1].upper))
+    most = max(float(ends[0].upper), -float(ends[1].lower))
+    low, value, high = trace_of(q, lambda x: (x / size) ** 2, one_signed=True).interval()
+    low, high = low * (size / most) ** 2, high * (size / least) ** 2
+    return Interval(max(low, 1.0), max(value, 1.0), min(high, float(q.size)))
+
+
+def _cells(name: str, q: Quadrature) -> list[str]:
+    low, trace, high = trace_estimate(q).interval()
+    rank = stable_rank(q)
+    shares = q.cdf(np.nextafter(-q.noise_floor, -np.inf))
+    return [
+        name,
+        f"{q.size:,}",
+        extreme_cell(extreme(q, -1), -1, LEVEL),
+        extreme_cell(extreme(q, 0), 0, LEVEL),
+        f"{rounded(trace, (high - low) / 2)} ± {(high - low) / 2:.1g}",
+        f"≥ {directed(condition_lower_bound(q), up=False, digits=3)}",
+        f"{rounded(rank.estimate, rank.upper - rank.lower)} [{rank.lower:.3g}, {rank.upper:.3g}]",
+        f"{100 * shares.estimate:.3g} % [{100 * shares.lower:.3g}, {100 * shares.upper:.3g}]",
+    ]

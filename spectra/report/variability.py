@@ -1,0 +1,301 @@
+"""How much a spectrum depends on which data were used, apart from how much it depends on the probes."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra.base import trees
+from spectra.base.errors import SpectraError, Status
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
+from spectra.density.slq import slq
+from spectra.estimators import blocks
+from spectra.operators.arithmetic import outside_loops
+from spectra.operators.base import LinearOperator
+from spectra.operators.batches import batch_size
+from spectra.operators.data import DataOperator
+from spectra.report.spectrum import trace_estimate
+from spectra.results import Array, Interval, Quadrature, Result, result, text_table, worst
+from spectra.results.base import directed
+
+FAR = 50.0
+"""|d| in units of sqrt(c) from which |d| is normal, to one part in 2 FAR² of it."""
+
+
+def spread_of_traces(
+    ops: list[LinearOperator], key: jax.Array, num_probes: int, together: int, level: float = 0.95
+) -> Interval:
+    """The standard deviation (with s - 1) of tr H_j over s operators of one structure, and its interval.
+
+    The interval is about the probes alone: the operators are those given. Up to n = `num_probes` unit vectors
+    take the place of probes, and all that is left is rounding.
+
+    Cost: min(num_probes, n) products with each operator, `together` at a time.
+    """
+    exact = ops[0].size <= num_probes
+    samples = _samples(ops, key, min(num_probes, ops[0].size), together, exact)
+    return summary(samples, ops[0].size, max(op.precision for op in ops), exact=exact, level=level)
+
+
+class Samples(NamedTuple):
+    """What each probe has given; k probes, s operators."""
+
+    forms: Any  # (k, s), vᵀΔ_j v
+    rests: Any  # (k, s, s), r_i·r_j
+    squares: Any  # (k, s), |H_j v|²
+
+
+def _samples(ops: list[LinearOperator], key: jax.Array, count: int, together: int, exact: bool) -> Samples:
+    """Of `count` probes, or unit vectors if `exact`."""
+    prepared, found = [outside_loops(op.prepare()) for op in ops], []
+    for start in range(0, count, together):
+        indices = np.arange(start, min(start + together, count))
+        vectors = _vectors(ops[0], key, indices, exact)
+        images = [blocks.products(op, vectors, len(indices)) for op in prepared]
+        *parts, unit = (np.asarray(x, np.float64) for x in jax.device_get(_inner_products(vectors, images)))
+        unit = unit or 1.0
+        found.append([part * unit**power for part, power in zip(parts, (1, 2, 2), strict=True)])
+    return Samples(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def summary(samples: Samples, size: int, precision: float, *, exact: bool, level: float) -> Interval:
+    """The standard deviation of the traces and its interval."""
+    forms, rests, squares = samples
+    k, s = forms.shape
+    d = np.sum(forms, axis=0) if exact else np.mean(forms, axis=0)
+    covariance = np.zeros((s, s)) if exact else 2 / k * np.mean(rests, axis=0)
+    # A form is off by precision |v| |Hv|; of unit vectors the errors add up.
+    largest = np.max(np.sqrt(np.sum(squares, axis=0) if exact else size * np.mean(squares, axis=0)))
+    rounding = precision * float(largest) * np.sqrt(s / (s - 1))
+    low, middle, high = map(float, _interval(d - d.mean(), covariance, k, level) / np.sqrt(s - 1))
+    return Interval(max(low - rounding, 0.0), middle, high + rounding)
+
+
+@partial(jax.jit, static_argnames="exact")
+def _vectors(op: LinearOperator, key: jax.Array, indices: jax.Array, exact: bool) -> PyTree:
+    """Probes of length sqrt(n), or unit vectors."""
+
+    def one(i):
+        if exact:
+            return trees.unravel(jnp.zeros(op.size, op.dtype).at[i].set(1), op.structure)
+        return trees.scale(op.size**0.5, trees.sphere_sample(jax.random.fold_in(key, i), op.structure))
+
+    return jax.vmap(one)(indices)
+
+
+@jax.jit
+def _inner_products(vectors: PyTree, images: list[PyTree]):
+    """vᵀΔ_j v (k, s), r_i·r_j (k, s, s) and |H_j v|² (k, s), in a unit that is returned as well."""
+    images, unit = blocks.in_unit(images, jnp.zeros((), trees.scalar_dtype(vectors)))
+    stacks = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *images)  # (k, s, ...)
+
+    def one(v, stack):
+        squares = jnp.sum(blocks.row_dots(stack, stack), axis=0)
+        centred = jax.tree.map(lambda x: x - jnp.mean(x, axis=0), stack)
+        v = jax.tree.map(lambda x: x[None], v)
+        forms = jnp.sum(blocks.gram(centred, v), axis=0)
+        along = forms / jnp.sum(blocks.row_dots(v, v), axis=0)
+        rest = blocks.subtract(centred, blocks.combine(along, v))
+        return forms[:, 0], jnp.sum(blocks.gram(rest, rest), axis=0), squares
+
+    return *jax.vmap(one)(vectors, stacks), unit
+
+
+def _interval(d: np.ndarray, covariance: np.ndarray, num_probes: int, level: float) -> np.ndarray:
+    """Lower end, estimate and upper end of |τ|."""
+    from scipy.special import chndtr, chndtrinc, ndtri, stdtrit
+
+    size, tail = float(np.linalg.norm(d)), (1 - level) / 2
+    largest, total = float(np.linalg.eigvalsh(covariance)[-1]), float(np.trace(covariance))
+    if not largest > 0:
+        return np.full(3, size)
+    normal = -float(ndtri(tail))
+    unit = largest * (-float(stdtrit(num_probes, tail)) / normal) ** 2
+    x, freedom = size / np.sqrt(unit), total / largest
+    if x > FAR:
+        ends = np.array([x - normal, x + normal])
+    else:
+        # As the noncentrality grows the law moves up: the quantile at x falls.
+        ends = [
+            np.sqrt(chndtrinc(x**2, freedom, p)) if chndtr(x**2, freedom, 0.0) > p else 0.0
+            for p in (1 - tail, tail)
+        ]
+    low, high = np.sqrt(unit) * np.asarray(ends)
+    return np.array([low, np.clip(np.sqrt(max(size**2 - total, 0.0)), low, high), high])
+
+
+OPEN = 0.01
+"""Residual, relative to the eigenvalue, from which a Ritz value is stated as a bound alone."""
+
+
+@result("num_matvecs", "status")
+class DataVariability(Result):
+    """Leading eigenvalues and trace on disjoint subsets of the data.
+
+    By convexity the largest eigenvalue of a mean of matrices is at most the mean of their largest
+    eigenvalues, and the smallest at least the mean of their smallest: how far the whole lies inside
+    the subsets is the curvature that cancels in the average.
+
+    Eigenvalues are Ritz values: the largest are never above the eigenvalue of their rank and the smallest
+    never below, and they are within their residual of *some* eigenvalue. Where the residual is more than a
+    hundredth, the printed result says "at least" and "at most".
+    """
+
+    largest: Array  # (s, k) of each subset, descending
+    smallest: Array  # (s, k) of each subset, ascending
+    trace: Array  # (s,)
+    trace_probe_stderr: Array  # (s,) from the probes alone
+    whole_largest: Array  # (k,) of all data
+    whole_smallest: Array  # (k,)
+    whole_trace: float
+    num_matvecs: int
+    trace_spread: Interval | None = None  # of the trace between these subsets, 95 % over the probes
+    largest_residuals: Array | None = None  # (s, k)
+    smallest_residuals: Array | None = None  # (s, k)
+    status: Status = Status.COMPLETE  # the first of the quadratures' that is something to be wary of
+
+    @property
+    def trace_data_std(self) -> float:
+        """Standard deviation of the trace between these subsets: the estimate of `trace_spread`.
+
+        All subsets see the same probes, so that their error is that of the differences between subsets; its
+        variance is taken off. In files of versions that had no interval it is not.
+        """
+        if self.trace_spread is not None:
+            return float(self.trace_spread.estimate)
+        return float(np.std(self.trace, ddof=1))
+
+    @property
+    def trace_probe_std(self) -> float:
+        """Standard error of a subset's trace that the probes cause."""
+        return float(np.sqrt(np.mean(np.square(self.trace_probe_stderr))))
+
+    def __repr__(self) -> str:
+        spread = [("subsets", f"{len(self.trace)}")]
+        for name, side in (("largest", "at least"), ("smallest", "at most")):
+            values, whole = getattr(self, name), getattr(self, f"whole_{name}")
+            residuals = getattr(self, f"{name}_residuals")
+            for i in range(values.shape[1]):
+                text = f"{values[:, i].mean():.5g} ± {values[:, i].std(ddof=1):.2g}; all data {whole[i]:.5g}"
+                if residuals is not None and (residuals[:, i] > OPEN * np.abs(values[:, i])).any():
+                    text = f"{side} {text}; not converged"
+                spread.append((f"{name} eigenvalue" if i == 0 else f"  no. {i + 1}", text))
+        text = f"{np.mean(self.trace):.5g}; between subsets ± {self.trace_data_std:.2g}"
+        if self.trace_spread is not None:
+            low, _, high = self.trace_spread
+            text += f" [{directed(low, up=False)}, {directed(high, up=True)}] (95 %)"
+        spread.append(("trace", f"{text}, from probes ± {self.trace_probe_std:.2g}"))
+        return text_table("Data variability", spread)
+
+
+@automatic
+def data_variability(
+    operator: DataOperator | Callable[[PyTree], LinearOperator],
+    batches: Sequence[PyTree] | None = None,
+    *,
+    key: jax.Array,
+    num_subsets: int = 4,
+    num_eigenvalues: int = 1,
+    num_steps: int = 60,
+    num_probes: int = 4,
+) -> DataVariability:
+    """Measure the spread of the leading eigenvalues and of the trace over disjoint subsets of the data.
+
+    Args:
+        operator: an operator on data, whose data are cut into `num_subsets` parts in their order
+            (a stream: every `num_subsets`-th batch); or a function from a batch to an operator, together
+            with `batches`, one for each subset.
+        batches: the subsets for a function.
+        key: JAX random key of the probes, the same for every subset.
+        num_subsets: s, at least 2.
+        num_eigenvalues: k, eigenvalues reported at each end.
+        num_steps: Lanczos steps a probe.
+        num_probes: probes a subset.
+
+    Returns:
+        `DataVariability`; print it.
+
+    The standard deviation of the trace between the subsets has an interval of 95 %, `trace_spread`, over the
+    probes: the subsets are those given, and how far others would lie apart is another question. It takes
+    num_steps products more with each subset; up to n = num_steps it is exact.
+
+    Raises:
+        SpectraError: fewer than two subsets, or more eigenvalues than steps.
+        DataError: fewer examples or batches than subsets.
+
+    Cost: (s + 1) num_steps num_probes + s num_steps products, each subset's over its share of the data.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> def loss_fn(w, x):
+        ...     return 0.5 * jnp.mean((x @ w) ** 2)
+        >>> x = jax.random.normal(jax.random.key(0), (80, 5))
+        >>> op = spectra.HessianOperator(loss_fn, jnp.ones(5), x)
+        >>> spread = spectra.data_variability(op, key=jax.random.key(1), num_steps=5)
+        >>> bool(spread.whole_largest[0] <= spread.largest.mean())
+        True
+    """
+    subsets, whole = _subsets(operator, batches, num_subsets)
+    steps = min(num_steps, whole.size)
+    if not 1 <= num_eigenvalues <= steps:
+        raise SpectraError(f"num_eigenvalues={num_eigenvalues} is not between 1 and the {steps} steps.")
+    results = [slq(op, key=key, num_steps=steps, num_probes=num_probes) for op in [*subsets, whole]]
+    traces = [trace_estimate(q) for q in results]
+    ends = [_ends(q, num_eigenvalues) for q in results]
+    s = len(subsets)
+    spread = spread_of_traces(list(subsets), jax.random.fold_in(key, 2**31 - 1), num_steps, num_probes)
+    return DataVariability(
+        largest=np.array([high for _, high, *_ in ends[:s]]),
+        smallest=np.array([low for low, *_ in ends[:s]]),
+        trace=np.array([t.value for t in traces[:s]]),
+        trace_probe_stderr=np.array([t.stderr for t in traces[:s]]),
+        whole_largest=ends[-1][1],
+        whole_smallest=ends[-1][0],
+        whole_trace=traces[-1].value,
+        num_matvecs=sum(q.num_matvecs for q in results) + s * min(num_steps, whole.size),
+        trace_spread=spread,
+        largest_residuals=np.array([residuals for *_, residuals in ends[:s]]),
+        smallest_residuals=np.array([residuals for _, _, residuals, _ in ends[:s]]),
+        status=worst(q.status for q in results),
+    )
+
+
+def _subsets(operator, batches, count: int) -> tuple[Sequence[LinearOperator], LinearOperator]:
+    """The operators of the subsets, and the one of all data."""
+    if isinstance(operator, DataOperator):
+        if batches is not None:
+            raise SpectraError(
+                "this operator has its data; batches belong to a function that makes operators."
+            )
+        if count < 2:
+            raise SpectraError(f"num_subsets={count}: a spread needs at least two subsets.")
+        return operator.split_data(count), operator
+    if not callable(operator) or batches is None:
+        raise SpectraError(
+            "pass an operator on data, or a function from a batch to an operator, and batches."
+        )
+    if len(batches) < 2:
+        raise SpectraError(f"{len(batches)} batches: a spread needs at least two subsets.")
+    subsets: list[Any] = [operator(batch) for batch in batches]
+    sizes = np.array([batch_size(batch) for batch in batches], float)
+    first, *rest = [float(w) * op for w, op in zip(sizes / sizes.sum(), subsets, strict=True)]
+    for part in rest:
+        first = first + part
+    return subsets, first
+
+
+def _ends(quadrature: Quadrature, count: int) -> tuple[np.ndarray, ...]:
+    """The `count` smallest (ascending) and largest (descending) eigenvalues: the best Ritz values of all
+    probes, which lie inside the spectrum. And the residuals of both."""
+    columns = zip(*map(np.asarray, (quadrature.nodes, quadrature.residuals, quadrature.lengths)), strict=True)
+    rows = [np.stack([nodes[:m], residuals[:m]]) for nodes, residuals, m in columns if m >= count]
+    if not rows:
+        raise SpectraError(f"the operator has fewer than {count} distinct eigenvalues; ask for fewer.")
+    low, low_residuals = np.stack([row[:, :count] for row in rows], axis=1)
+    high, high_residuals = np.stack([row[:, ::-1][:, :count] for row in rows], axis=1)
+    first, last, rank = low.argmin(axis=0), high.argmax(axis=0), np.arange(count)
+    return low[first, rank], high[last, rank], low_residuals[first, rank], high_residuals[last, rank]

@@ -1,0 +1,171 @@
+"""Where and how often a run is saved, and what makes it the one it is.
+
+A checkpoint of another run is refused.
+"""
+
+import dataclasses
+import os
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from spectra.base import trees
+from spectra.base.files import program_digest, tree_digest
+from spectra.operators.base import LinearOperator, product
+from spectra.operators.composed import DeflatedOperator
+from spectra.operators.data import DataOperator
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often a run is saved, so that the same call goes on with it.
+
+    `slq`, `spectrum`, `eigsh`, `trace`, `diagonal` and `kpm` take one.
+
+    Args:
+        directory: a folder of its own, on a file system that all processes of the run share.
+        minutes: at most so long between two checkpoints.
+        steps: also after so many Lanczos steps, or products; never by count if None.
+
+    A probe that is finished is always recorded. On SIGTERM or SIGINT (Ctrl-C) a run writes a last
+    checkpoint after the steps under way (about 5 seconds of them, or one step; of streamed data about 5
+    seconds of batches, or one batch) and raises `PreemptedError`; the command line then ends with code
+    75, "try again", or 130 after Ctrl-C. If these were the last steps, the run is finished instead. A
+    second Ctrl-C ends it at once.
+
+    A checkpoint belongs to one operator (its functions, parameters and data) and one key; of another one it
+    is refused. In `slq` steps, probes and `tol` may change, in `eigsh` `max_matvecs`: the call computes only
+    what is missing. The other functions go on with the same arguments only. Probes recorded with fewer steps
+    than asked for are computed anew.
+
+    What is damaged is noticed by its checksum and computed anew, with a warning.
+
+    Cost: one product more, by which a run knows its own operator; disk space of the basis of the probes
+    in flight, in the dtype of the vectors. A run that goes on within a pass over a stream reads the batches
+    behind it again, since streams cannot skip, and multiplies by the others only.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra, tempfile
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.linspace(0.0, 1.0, 200)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = spectra.Checkpoint(folder, minutes=5)
+        ...     first = spectra.slq(op, key=jax.random.key(0), num_steps=20, checkpoint=saved)
+        ...     again = spectra.slq(op, key=jax.random.key(0), num_steps=20, checkpoint=saved)  # one product
+        >>> bool((first.nodes == again.nodes).all())
+        True
+    """
+
+    directory: str | os.PathLike
+    minutes: float = 10.0
+    steps: int | None = None
+
+    @classmethod
+    def of(cls, value: "Checkpoint | str | os.PathLike | None") -> "Checkpoint | None":
+        """A checkpoint from a folder's name."""
+        return value if isinstance(value, Checkpoint) or value is None else cls(value)
+
+    def child(self, name: str) -> "Checkpoint":
+        """The checkpoint of one of several runs."""
+        readable = re.sub(r"[^\w-]", "_", name)[:60]  # no two names share a folder, none leads elsewhere
+        return dataclasses.replace(
+            self, directory=Path(self.directory) / f"{readable}-{zlib.crc32(name.encode()):08x}"
+        )
+
+
+PLACE = ("data", "program")
+"""What may be padded, cut or written otherwise on other devices or by another version of JAX."""
+
+
+def describe(op: LinearOperator, key: jax.Array, row_dtype: Any) -> dict[str, Any]:
+    """What makes a run the one it is, in words and checksums.
+
+    Parameters and data are known by their bits (of a stream: of every batch), functions by the operations
+    that they trace to and the numbers that they close over. One product with a fixed vector stands for
+    what cannot be seen so: host functions, and programs that another version of JAX writes otherwise.
+
+    Steps, probes and tolerance are not part of it: they say how much of the run is wanted.
+    """
+    u = trees.sphere_sample(jax.random.key(0), op.structure)
+    found = op @ u
+    data = jax.random.key_data(key) if jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    return {
+        "operator": f"{type(op).__name__} of order {op.size}",
+        "parameters": [tree_digest(params) for params in _parameters(op)],
+        "data": [_data(part) for part in _parts(op)],
+        "program": _program(op, u),
+        "place": [jax.__version__, _num_devices(op)],
+        "key": np.asarray(data).ravel().tolist(),
+        "basis_dtype": str(row_dtype or op.dtype),
+        "product": [float(x) for x in _numbers(u, found)],
+    }
+
+
+def differences(mine: dict[str, Any], saved: dict[str, Any], precision: float) -> list[str]:
+    """Names of what differs; products may differ by rounding."""
+    loose = {"product", "place"} | (set(PLACE) if mine["place"] != saved["place"] else set())
+    names = [name for name in mine | saved if name not in loose and mine.get(name) != saved.get(name)]
+    (value, size), (other, _) = mine["product"], saved["product"]
+    if not abs(value - other) <= 1000 * precision * size:
+        names.append("product (loss function or data)")
+    return names
+
+
+def _is_part(node: Any) -> bool:
+    return isinstance(node, DataOperator)
+
+
+def _parts(op: LinearOperator) -> list[Any]:
+    """The operators on data inside an operator, and its other leaves.
+
+    The vectors of a deflation are left out: computed anew they differ by rounding.
+    """
+    if isinstance(op, DeflatedOperator):
+        return _parts(op.base)
+    return jax.tree.leaves(op, is_leaf=_is_part)
+
+
+_PARAMS = jax.tree_util.GetAttrKey("params")
+
+
+def _parameters(op: LinearOperator) -> list[Any]:
+    """Those of operators on data, frozen ones included; of another operator, its vector if it has values."""
+    found = [part.params for part in _parts(op) if isinstance(part, DataOperator)]
+    return found or ([op.like] if trees.has_values(op.like) else [])
+
+
+def _data(part: Any) -> int:
+    if isinstance(part, LinearOperator) and not isinstance(part, DataOperator):  # opaque to JAX
+        return tree_digest([x for x in jax.tree.leaves(vars(part)) if isinstance(x, (jax.Array, np.ndarray))])
+    if not isinstance(part, DataOperator):
+        return tree_digest(part)
+    if (stream := part.stream) is not None:
+        return tree_digest((np.array(stream.digests), np.array(stream.weights)))
+    leaves = jax.tree_util.tree_flatten_with_path(part)[0]
+    return tree_digest([leaf for path, leaf in leaves if path[0] != _PARAMS])
+
+
+def _program(op: LinearOperator, u: Any) -> int:
+    """Of a product on the whole data or the first batch; how it is cut into pieces changes no answer."""
+
+    def plain(part):
+        return part.first_piece()._with(microbatch=None) if isinstance(part, DataOperator) else part
+
+    if isinstance(op, DeflatedOperator):
+        op = op.base
+    op = jax.tree.map(plain, op, is_leaf=_is_part)
+    return 0 if op.on_host else program_digest(product.trace(op, u).jaxpr)
+
+
+def _num_devices(op: LinearOperator) -> int:
+    """Over how many devices parameters and data in memory are spread."""
+    arrays = [leaf for leaf in jax.tree.leaves(op) if isinstance(leaf, jax.Array)]
+    return max((len(leaf.sharding.device_set) for leaf in arrays), default=1)
+
+
+@jax.jit
+def _numbers(u, product):
+    return trees.vdot(u, product), trees.norm(product)
