@@ -262,7 +262,7 @@ def test_pictures_and_files_of_blocks(tmp_path):
     blocks = {name: spectra.MatrixOperator(jnp.diag(v)) for name, v in values.items()}
     results = spectra.slq(blocks, key=jax.random.key(0), num_steps=20, num_probes=2)
     axes = spectra.plot_blocks(results)
-    assert [ax.get_title() for ax in axes] == ["a/kernel", "a/bias"]
+    assert [ax.get_title() for ax in axes] == ["a/kernel, n = 40", "a/bias, n = 60"]
     assert axes[0].get_xlim() == axes[1].get_xlim()
     assert axes[0].get_xlim()[1] >= 100
     axes[0].figure.savefig(tmp_path / "blocks.png")

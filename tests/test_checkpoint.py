@@ -569,7 +569,7 @@ def loss_fn(params, batch):
 def problem():
     rng = np.random.default_rng(0)
     draw = lambda *shape: (rng.standard_normal(shape) / 4).astype("float32")
-    params = {"w": draw(16, 32), "b": draw(32), "v": draw(32, 8)}
+    params = {"w": draw(16, 64), "b": draw(64), "v": draw(64, 8)}
     return spectra.Problem(loss_fn, params, (draw(67, 16), draw(67, 8)), name="small")
 """
 COMMAND = [
@@ -639,7 +639,7 @@ class Batches:
 def problem():
     rng = np.random.default_rng(1)
     draw = lambda *shape: (rng.standard_normal(shape) / 4).astype("float32")
-    params = {"w": draw(16, 32), "b": draw(32), "v": draw(32, 8)}
+    params = {"w": draw(16, 64), "b": draw(64), "v": draw(64, 8)}
     return spectra.Problem(loss_fn, params, Batches(), name="stream")
 """
 

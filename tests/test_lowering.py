@@ -63,7 +63,7 @@ for name, (specs, batch, spread) in cases.items():
     args = (op, layout, state, 0, 1)
     out[name] = {
         "step": collectives(recurrence._run_chunk.lower(*args).compile().as_text()),
-        "gradient": collectives(compiled.gradient.lower(op).compile().as_text()),
+        "gradient": collectives(differentiate.gradient.lower(op).compile().as_text()),
         "split": [p.sharding.shard_shape(p.shape) for p in state.basis[0]],
         "whole": [p.shape for p in state.basis[0]],
     }
