@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
+
 
 def run(path: Path) -> int:
     text, namespace, count = path.read_text(), {}, 0
@@ -17,7 +19,10 @@ def run(path: Path) -> int:
         print(block[1])
         above = "\n" * text.count("\n", 0, block.start(1))  # so that errors name the line of the page
         exec(compile(above + block[1], str(path), "exec"), namespace)
-    print(f"{count} blocks of {path.name} ran")
+    print(f"{count} blocks of {path.name} ran", flush=True)
+    # A process may map only so many pieces of memory (65,530 on Linux), and every compiled program takes some.
+    namespace.clear()
+    jax.clear_caches()
     return count
 
 
