@@ -20,7 +20,7 @@ def run(path: Path) -> int:
         above = "\n" * text.count("\n", 0, block.start(1))  # so that errors name the line of the page
         exec(compile(above + block[1], str(path), "exec"), namespace)
     print(f"{count} blocks of {path.name} ran", flush=True)
-    # A process may map only so many pieces of memory (65,530 on Linux), and every compiled program takes some.
+    # A process may map only so many pieces of memory (65,530 on Linux); compiled programs take some each.
     namespace.clear()
     jax.clear_caches()
     return count
