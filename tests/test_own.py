@@ -200,6 +200,14 @@ def test_steps_beyond_the_room_change_nothing_and_an_invariant_space_ends_a_run(
     assert int(iteration.finish(OP, long).length) == 3
 
 
+@pytest.mark.parametrize("copied", [lambda op: op, copy.copy, copy.deepcopy])
+def test_what_is_assigned_to_an_operator_that_jax_rebuilt_is_multiplied_with(copied):
+    """JAX keeps the parts that it rebuilt an operator from; they end with the next assignment."""
+    op = copied(jax.tree.map(lambda x: x, Thawed(ENTRIES)))
+    op.entries = 2 * ENTRIES
+    np.testing.assert_array_equal(jax.jit(lambda op, v: op.mv(v))(op, jnp.ones(N)), 2 * ENTRIES)
+
+
 @pytest.mark.parametrize("v0", [np.zeros(N, np.float32), np.full(N, np.nan, np.float32), np.ones(N + 1)])
 def test_a_start_vector_that_is_none_is_refused(v0):
     with pytest.raises(spectra.SpectraError, match="v0"):

@@ -14,6 +14,7 @@ from cases import slow_but
 from children import environment
 
 import spectra
+from spectra.krylov.eigen_run import EigenRun
 from spectra.runs import saver
 
 KEY = jax.random.key(3)
@@ -107,6 +108,31 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(name, look
             continue
     assert starts > 1
     assert_same(whole, again)
+
+
+def test_a_search_for_copies_that_is_killed_goes_on_with_the_rows_that_it_has(monkeypatch, tmp_path):
+    """No copy is there: the search ends by its count of rows, and the bound that it leaves rests on them."""
+    values = np.concatenate([np.linspace(-1.0, 3.0, N - 3, dtype=np.float32), [7.0, 8.0, 9.0]])
+    op = spectra.MatrixOperator(jnp.diag(jnp.asarray(values)))
+    # The memory of a whole search, so that it is the goal that ends it.
+    arguments = {**EIGSH, "num_basis": 60, "verify": True, "key": KEY}
+    whole = spectra.eigsh(op, **arguments)
+    pause, done = EigenRun.pause, []
+
+    def dies(run):
+        pause(run)
+        if run.search is not None and len(run.search.rows) >= 4 and not done:
+            done.append(run.search.rows)
+            raise Killed
+
+    monkeypatch.setattr(EigenRun, "pause", dies)
+    saved = spectra.Checkpoint(tmp_path, steps=1)
+    with pytest.raises(Killed):
+        spectra.eigsh(op, **arguments, checkpoint=saved)
+    again = spectra.eigsh(op, **arguments, checkpoint=saved)
+    assert done
+    assert_same(whole, again)
+    assert 0 < again.missed == whole.missed < 1e-6
 
 
 @pytest.mark.parametrize("name", slow_but(["eigsh", "xtrace", "kpm"], "eigsh"))

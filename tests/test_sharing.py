@@ -1,6 +1,6 @@
 """What is evaluated again is shared or cut: probes that go through one evaluation, logits in chunks."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -192,3 +192,21 @@ def test_a_product_does_not_hold_all_logits(kind):
     memory = lowered.compile(OPTIMISED).memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 4 * tokens * vocabulary / 4
+
+
+class Head(NamedTuple):
+    hidden: jax.Array
+    kernel: jax.Array
+
+
+def test_vocabulary_loss_takes_its_outputs_as_a_named_tuple():
+    def model_fn(params, x):
+        return jnp.tanh(x @ params["in"]), params["words"]
+
+    params = {"in": jnp.eye(4), "words": jax.random.normal(jax.random.key(0), (4, 7))}
+    batch = jax.random.normal(jax.random.key(1), (5, 4)), jnp.arange(5)
+    plain, named = [
+        spectra.GGNOperator(model, spectra.VocabularyLoss(chunk=2), params, batch) @ params
+        for model in (model_fn, lambda p, x: Head(*model_fn(p, x)))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, plain, named)

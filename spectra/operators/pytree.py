@@ -13,7 +13,9 @@ import jax
 from spectra.base import trees
 
 REBUILT = "_rebuilt"
-"""Attribute of an instance that JAX made of its parts: these parts, which need not be arrays."""
+"""Attribute of an instance that JAX made of its parts: by name these parts, which need not be arrays, and the
+values that they became."""
+_MISSING = object()
 _known: set[type] = set()
 
 
@@ -75,22 +77,28 @@ def _of_fields(cls: type, leaves: tuple[str, ...], static: tuple[str, ...]):
 def _flatten(op):
     """The fields of an operator of any class: what is no array within them becomes static."""
     names, static = _names(op)
-    parts = op.__dict__.get(REBUILT)
-    if parts is None:
-        parts = [jax.tree.map(_wrapped, getattr(op, name)) for name in names]
-    keys = [(jax.tree_util.GetAttrKey(name), part) for name, part in zip(names, parts, strict=True)]
+    rebuilt = op.__dict__.get(REBUILT, {})
+    keys = []
+    for name in names:
+        value = getattr(op, name)
+        part, made = rebuilt.get(name, (None, _MISSING))
+        # An attribute that was assigned since then is not the one that JAX made.
+        part = part if made is value else jax.tree.map(_wrapped, value)
+        keys.append((jax.tree_util.GetAttrKey(name), part))
     return keys, (names, static, tuple(trees.Static(getattr(op, name)) for name in static))
 
 
 def _unflatten(cls: type):
     def unflatten(aux, children):
         names, static, values = aux
-        op, children = object.__new__(cls), tuple(children)
+        op, rebuilt = object.__new__(cls), {}
         for name, part in zip(names, children, strict=True):
-            object.__setattr__(op, name, trees.replace_static(part, with_value=True))
+            value = trees.replace_static(part, with_value=True)
+            rebuilt[name] = part, value
+            object.__setattr__(op, name, value)
         for name, value in zip(static, values, strict=True):
             object.__setattr__(op, name, value.value)
-        object.__setattr__(op, REBUILT, children)
+        object.__setattr__(op, REBUILT, rebuilt)
         return op
 
     return unflatten

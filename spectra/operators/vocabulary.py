@@ -89,7 +89,7 @@ class VocabularyLoss:
         pieces = self._pieces(hidden, targets), self._pieces(moved, targets)
         (kernel_back, bias_back), back = lax.scan(body, zero, pieces)
         back = back.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
-        return type(outputs)((back, kernel_back, bias_back)[: len(outputs)])
+        return jax.tree.structure(outputs).unflatten((back, kernel_back, bias_back)[: len(outputs)])
 
     def weight(self, batch: PyTree) -> jax.Array:
         """The number of tokens that count, the weight of a batch (inputs, targets) in a mean."""
