@@ -30,9 +30,10 @@ def frobenius_norm(
 ) -> Estimate:
     """Estimate the Frobenius norm ‖H‖_F = sqrt(Σ_ij H_ij²), the root of the sum of squared eigenvalues.
 
-    ‖H‖_F² = tr H² is estimated as `trace` does with method="auto", from products with H alone: XTrace of
-    H² has the same sketch, and |Hv|² takes the place of vᵀHv. The error is carried through the root to
-    first order.
+    ‖H‖_F² = tr H² takes products with H alone, for XTrace of H² has the sketch of H, and |Hv|² the place of
+    vᵀHv. Where 2 num_matvecs vectors do not fit into half of the free memory, or for fewer than four
+    products, it is the mean of |Hv|² over normal probes. The error is carried through the root to first
+    order.
 
     Args:
         op: symmetric operator of order n.

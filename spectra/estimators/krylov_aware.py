@@ -14,7 +14,8 @@ in: (n - r) β² is an unbiased estimate of it. The error is √(2 F / s) with s
 worth its product while what it takes off F is more than F / s. That is asked of the mean of the last `WINDOW`
 directions; where the answer is no a random vector is taken in, so that copies of an eigenvalue, of which a
 Krylov space holds one, are found, and F is known anew; a second no ends it. An F that by chance was so small
-that nothing is left of it says nothing: it is taken anew as well.
+that nothing is left of it says nothing: it is taken anew as well. Where no direction waits, random
+vectors are gone on with, and their gains count as those of the others.
 
 All decisions rest on the basis. The samples are other random vectors, independent of them: given the basis
 they are as those of Hutch++, the estimate has no bias, and the interval rests on Student's t with the
