@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binom
 
 import spectra
+from spectra.estimators import krylov_aware
 from spectra.estimators.krylov_aware import Split
 from spectra.krylov import explored
 from spectra.krylov.layout import Layout
@@ -170,3 +171,18 @@ def test_where_xtrace_stays():
     )
     with pytest.raises(spectra.SpectraError, match="inside jit"):
         jax.jit(lambda key: spectra.trace(op, key=key, method="krylov").value)(KEY)
+
+
+def test_more_looks_at_a_tolerance_stay_within_the_budget(x64, monkeypatch):
+    monkeypatch.setattr(krylov_aware, "MARGIN", 0.2)  # a first look so early that others follow
+    estimate = spectra.trace(operator("flat"), key=KEY, num_matvecs=BUDGET, method="krylov", tol=1e-3)
+    assert estimate.status is spectra.Status.BUDGET_EXHAUSTED
+    assert estimate.num_matvecs == BUDGET
+
+
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (1.0, 2.0, 3.0), (0.0, 1.0, 5.0)])
+def test_few_distinct_eigenvalues_leave_their_products_to_the_samples(values, x64):
+    """Chains of two or three directions: nothing waits behind them, and the basis has to end all the same."""
+    op = spectra.MatrixOperator(jnp.asarray(rotated(np.resize(values, N))))
+    estimate = spectra.trace(op, key=KEY, num_matvecs=BUDGET, method="krylov")
+    assert estimate.dof >= BUDGET / 2  # a direction takes 1/n off, a sample 1/s

@@ -38,6 +38,12 @@ def report():
     return spectra.spectrum(op, key=jax.random.key(0), num_steps=80, exact=False, name="a test")
 
 
+@pytest.mark.parametrize("zero_tol", [-1e-3, float("nan")])
+def test_a_share_of_the_norm_is_no_negative_number(zero_tol):
+    with pytest.raises(spectra.SpectraError, match="zero_tol"):
+        spectra.spectrum(diagonal(VALUES, "float32"), key=jax.random.key(0), zero_tol=zero_tol)
+
+
 def short_run(values, num_probes):
     """12 steps, of operators of one order: the compiled code is shared."""
     return spectra.slq(

@@ -24,7 +24,6 @@ import numpy as np
 from spectra.base.errors import Status
 from spectra.base.progress import Progress
 from spectra.density import deflation
-from spectra.density import deflation as exact
 from spectra.density.run import ProbeRun
 from spectra.krylov import basis as _basis
 from spectra.krylov import dense
@@ -74,7 +73,7 @@ def spend(
         plan = look.plan
         if (plan is None or plan.products >= op.size) and dense.allowed(op, budget - found.num_matvecs):
             first.forget()
-            whole = exact.eigenvalues(op)  # all columns of the matrix cost less, and leave nothing open
+            whole = deflation.eigenvalues(op)  # all columns of the matrix cost less, and leave nothing open
             return dataclasses.replace(whole, num_matvecs=op.size + found.num_matvecs)
         if plan is None or found.status is Status.INVARIANT:
             reachable = _at_full_length(found, error) is not None

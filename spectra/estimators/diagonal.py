@@ -14,8 +14,6 @@ from spectra.base.meshes import automatic
 from spectra.base.paths import leaf_paths
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, exact, leave_one_out
-from spectra.estimators import blocks as symmetry
-from spectra.estimators import exact as rounding
 from spectra.estimators.low_rank import MIN_SKETCH, Held, SketchRun
 from spectra.estimators.run import Ended, Run, adaptive, begin
 from spectra.estimators.trace import choose
@@ -158,7 +156,7 @@ def _exact(run: Run, num_matvecs: int):
     *columns, sound = exact.columns(run)
     value, norms = (_tree.unravel(sound * column, run.op.structure) for column in columns)
     stderr, dof = jax.tree.map(lambda x: run.op.precision * x, norms), None
-    if moved := rounding.moved_products(run):
+    if moved := exact.moved_products(run):
         changes = _root_mean_square([x for *_, x in moved])
         stderr, dof = jax.tree.map(jnp.hypot, stderr, changes), float(len(moved))
     return value, stderr, {"num_matvecs": run.op.size, "status": Status.COMPLETE, "dof": dof}
@@ -179,10 +177,10 @@ def _relative(run: Run, value: PyTree, stderr: PyTree) -> tuple[float, float]:
 def _hutchinson(run: Run, num_matvecs: int):
     """Mean and spread of v ⊙ Hv, updated batch by batch without cancellation."""
     state, done = None, 0
-    aside = symmetry.aside(run.op, "rademacher", num_matvecs)
-    unit, pairs = symmetry.begin_pairs(run.op, run.key, aside)
+    aside = blocks.aside(run.op, "rademacher", num_matvecs)
+    unit, pairs = blocks.begin_pairs(run.op, run.key, aside)
     vector = run.op.like
-    looks = (vector, vector, vector), 0, symmetry.Pairs(vector, vector, 0, 0)
+    looks = (vector, vector, vector), 0, blocks.Pairs(vector, vector, 0, 0)
 
     def step(count):
         nonlocal state, unit, pairs, done
@@ -231,7 +229,7 @@ def _merge(stack: PyTree, products: PyTree, done, state, unit, pairs):
     """Mean, sum of squared deviations and mean of (Hv)², with a batch taken in (Chan, Golub, LeVeque), their
     unit, and the pairs of neighbours."""
     k, (products, unit) = blocks.length(stack), blocks.in_unit(products, unit)
-    pairs = symmetry.with_products(pairs, stack, products)
+    pairs = blocks.with_products(pairs, stack, products)
     samples = jax.tree.map(jnp.multiply, stack, products)
     mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), samples)
     spread = jax.tree.map(lambda x, m: jnp.sum((x - m) ** 2, axis=0), samples, mean)

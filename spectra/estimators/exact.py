@@ -11,7 +11,6 @@ from jax import lax
 from spectra.base import trees
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
-from spectra.estimators import blocks as symmetry
 from spectra.estimators.run import Run
 from spectra.krylov.wanted import KEY, SAMPLES, change_of_product, multiply
 from spectra.operators.arithmetic import outside_loops
@@ -22,7 +21,7 @@ def columns(run: Run) -> tuple[jax.Array, jax.Array, Any]:
     """e_iᵀ H e_i and |H e_i| for all i, in the order of `ravel`, two arrays (n,), and what
     `Run.check_columns` says of them: the same z is multiplied by H, and by the n columns from the left."""
     op, n = run.op, run.op.size
-    vector = symmetry.normal_vector(op, jax.random.key(0))
+    vector = blocks.normal_vector(op, jax.random.key(0))
     z, image = (jax.tree.map(lambda x: x[0], stack) for stack in (vector, blocks.products(op, vector, 1)))
     if not op.on_host and run.journal is None:
         entries, norms, across = _columns(op, z, run.batch)

@@ -12,8 +12,6 @@ from jax import lax
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, exact, leave_one_out
-from spectra.estimators import blocks as symmetry
-from spectra.estimators import exact as rounding
 from spectra.estimators.low_rank import MIN_SKETCH, SketchRun, with_rounding
 from spectra.estimators.run import ALL_DONE, Ended, Run, adaptive, begin
 from spectra.estimators.trace import STACKS, choose
@@ -32,9 +30,10 @@ def frobenius_norm(
 ) -> Estimate:
     """Estimate the Frobenius norm ‖H‖_F = sqrt(Σ_ij H_ij²), the root of the sum of squared eigenvalues.
 
-    ‖H‖_F² = tr H² is estimated as `trace` does with method="auto", from products with H alone: XTrace of
-    H² has the same sketch, and |Hv|² takes the place of vᵀHv. The error is carried through the root to
-    first order.
+    ‖H‖_F² = tr H² takes products with H alone, for XTrace of H² has the sketch of H, and |Hv|² the place of
+    vᵀHv. Where 2 num_matvecs vectors do not fit into half of the free memory, or for fewer than four
+    products, it is the mean of |Hv|² over normal probes. The error is carried through the root to first
+    order.
 
     Args:
         op: symmetric operator of order n.
@@ -77,9 +76,9 @@ def frobenius_norm(
         norms, unit = blocks.in_unit(norms, run.no_unit)
         square = run.xp.sum(run.host(norms) ** 2)
         error, ended, dof, count = 2 * op.precision * square, ALL_DONE, None, op.size
-        if moved := rounding.moved_products(run):
-            forms = [2 * rounding.form(product, change, unit) for _, product, change in moved]
-            error, dof = np.hypot(error, rounding.root_mean_square(forms)), float(len(moved))
+        if moved := exact.moved_products(run):
+            forms = [2 * exact.form(product, change, unit) for _, product, change in moved]
+            error, dof = np.hypot(error, exact.root_mean_square(forms)), float(len(moved))
     elif method == "hutchinson":
         square, error, unit, ended, count, sound = _sampled(run, num_matvecs)
         dof = count / 2
@@ -128,7 +127,7 @@ def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Ended, int, Any
     |H|_F⁴. The root of χ² is skewed: Student's t with k / 2 degrees of freedom has its quantiles to 3 %.
     """
     xp, parts = run.xp, []
-    unit, pairs = symmetry.begin_pairs(run.op, run.key, 0)
+    unit, pairs = blocks.begin_pairs(run.op, run.key, 0)
 
     def result():
         squares, crosses = (xp.concatenate(x) for x in zip(*parts, strict=True))
@@ -152,7 +151,7 @@ def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Ended, int, Any
     return *result(), unit, ended, num_probes(), run.check_pairs(pairs)
 
 
-def _norms(run: Run, start: int, stop: int, pairs: symmetry.Pairs, unit):
+def _norms(run: Run, start: int, stop: int, pairs: blocks.Pairs, unit):
     """|w_i|², w_i · w_{i-1} (first of all with zero), and the pairs so far, for w = Hv of probes
     start..stop-1.
 
@@ -192,7 +191,7 @@ def _norms_compiled(op: LinearOperator, key, indices, pairs, unit, batch: int):
 
 
 @jax.jit
-def _stack_norms(probes: PyTree, images: PyTree, pairs: symmetry.Pairs):
+def _stack_norms(probes: PyTree, images: PyTree, pairs: blocks.Pairs):
     before = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y[:-1]]), pairs.image, images)
     squares, crosses = (jnp.sum(blocks.row_dots(images, x), axis=0) for x in (images, before))
-    return squares, crosses, symmetry.with_products(pairs, probes, images)
+    return squares, crosses, blocks.with_products(pairs, probes, images)

@@ -10,7 +10,6 @@ from jax import lax
 
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
-from spectra.estimators import blocks as symmetry
 from spectra.estimators.run import Run, adaptive
 from spectra.operators.base import LinearOperator
 from spectra.results import Estimate
@@ -31,14 +30,14 @@ class Carried(NamedTuple):
     """What one batch of probes leaves to the next: the unit of all products, see `blocks.in_unit`."""
 
     unit: Any
-    pairs: symmetry.Pairs
+    pairs: blocks.Pairs
     spread: Spread | None  # of Rademacher probes; None for others
 
 
 def beginning(run: Run, kind: str, num_matvecs: int) -> tuple[Carried, int]:
     """What is there before the first probe, and the products that were taken from the budget for it."""
-    aside = symmetry.aside(run.op, kind, num_matvecs)
-    unit, pairs = symmetry.begin_pairs(run.op, run.key, aside)
+    aside = blocks.aside(run.op, kind, num_matvecs)
+    unit, pairs = blocks.begin_pairs(run.op, run.key, aside)
     if kind != "rademacher":
         return Carried(unit, pairs, None), aside
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.op.structure)
@@ -64,7 +63,7 @@ def forms(run: Run, kind: str, start: int, stop: int, carried: Carried):
 
     vector = run.op.like
     spread = None if carried.spread is None else Spread(vector, vector, 0)
-    looks = Carried(0, symmetry.Pairs(vector, vector, 0, 0), spread)
+    looks = Carried(0, blocks.Pairs(vector, vector, 0, 0), spread)
     carried, parts = run.fold(step, carried, start, stop, carried=looks, out=(0, 0))
     dots, squares = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
     return run.by_group(dots), run.by_group(squares), carried
@@ -98,7 +97,7 @@ def _stack_forms(vectors: PyTree, products: PyTree, first, carried: Carried):
         total = jax.tree.map(lambda t, x: t + jnp.sum(x, axis=0), spread.total, moved)
         square = spread.squares + jnp.sum(blocks.row_dots(moved, moved), axis=1)
         spread = Spread(origin, total, square)
-    return dots, squares, Carried(unit, symmetry.with_products(carried.pairs, vectors, products), spread)
+    return dots, squares, Carried(unit, blocks.with_products(carried.pairs, vectors, products), spread)
 
 
 @partial(jax.jit, static_argnames="count")

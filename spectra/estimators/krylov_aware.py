@@ -14,7 +14,8 @@ in: (n - r) β² is an unbiased estimate of it. The error is √(2 F / s) with s
 worth its product while what it takes off F is more than F / s. That is asked of the mean of the last `WINDOW`
 directions; where the answer is no a random vector is taken in, so that copies of an eigenvalue, of which a
 Krylov space holds one, are found, and F is known anew; a second no ends it. An F that by chance was so small
-that nothing is left of it says nothing: it is taken anew as well.
+that nothing is left of it says nothing: it is taken anew as well. Where no direction waits, random
+vectors are gone on with, and their gains count as those of the others.
 
 All decisions rest on the basis. The samples are other random vectors, independent of them: given the basis
 they are as those of Hutch++, the estimate has no bias, and the interval rests on Student's t with the
@@ -69,7 +70,7 @@ class Split:
     square: float = math.inf  # F, as of the last random direction, less what was gained since
     centre: float = 0.0  # c
     total: float = 0.0  # Σ α
-    gains: list[float] = dataclasses.field(default_factory=list)  # since the last random direction
+    gains: list[float] = dataclasses.field(default_factory=list)  # since a random direction that was wanted
 
     @property
     def least(self) -> int:
@@ -92,15 +93,18 @@ class Split:
 
     def take(self, form: float, outside: float, *, random: bool) -> None:
         """The step that was made."""
+        # Where nothing waits a random vector is one more direction of the window: else an operator with a
+        # few distinct eigenvalues, each chain of which is short, would never fill it, and never be asked.
+        forced = random and self.spent < self.next_random
+        gain = (form - self.centre) ** 2 + 2 * outside**2
         self.spent += 1
         self.total += form
         if random:
             self.next_random = max(self.spent + 2 * WINDOW, int(GROWTH * self.spent))
             self.square, self.centre = (self.size - self.spent) * outside**2, form
-            self.gains = []
+            self.gains = [*self.gains, gain] if forced else []
             self.done = self.tol is not None and self.spent > WINDOW and self.wanted <= SAMPLES
         else:
-            gain = (form - self.centre) ** 2 + 2 * outside**2
             self.square = max(self.square - gain, 0.0)
             self.gains.append(gain)
         if self.budget - self.spent <= self.least:
@@ -127,7 +131,10 @@ def krylov(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     if run.traced:
         raise SpectraError("method='krylov' decides by values, which do not exist inside jit or vmap.")
     if run.by is not None or kind != "normal":
-        raise SpectraError("method='krylov' has one number and normal probes; use 'xtrace' or 'hutchinson'.")
+        raise SpectraError(
+            "method='krylov' gives one number, from normal probes: with by= or probes='rademacher' use "
+            "method='xtrace' or 'hutchinson'."
+        )
     layout, precision = Layout.of(run.op.like), run.op.precision
     split, forms, squares, state = _explore(run, layout, num_matvecs)
     basis = _basis.stack(state.basis, layout, 0, -(-split.spent // ROWS) * ROWS)
@@ -136,9 +143,9 @@ def krylov(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def step(count):
-        for start in range(0, count, CHUNK):
+        for start in range(num_samples(), count, CHUNK):  # `adaptive` counts all samples, not the new ones
             some = min(CHUNK, count - start)
-            parts.append(_samples(run, basis, unit, split.spent + num_samples(), some, rest))
+            parts.append(_samples(run, basis, unit, split.spent + start, some, rest))
         values, stderr = result()
         return values[-1], stderr[-1]
 
@@ -152,8 +159,8 @@ def krylov(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         value, stderr = fixed + np.mean(samples), np.hypot(np.sqrt(spread), rounding)
         return np.array([value]), np.array([stderr])
 
-    wanted = math.ceil(MARGIN * split.wanted) if math.isfinite(split.wanted) else num_matvecs
-    ended = adaptive(run, step, num_matvecs - split.spent, least=max(SAMPLES, wanted))
+    least = max(SAMPLES, math.ceil(MARGIN * split.wanted))
+    ended = adaptive(run, step, num_matvecs - split.spent, least=least)
     text = f"a Krylov space of {split.spent} vectors is known, {num_samples()} samples are outside of it"
     return run.estimate(
         *result(),
@@ -203,7 +210,7 @@ def _check_symmetric(run: Run, asymmetry: float, scale: float) -> None:
 
 
 def _samples(run: Run, basis, unit, first: int, count: int, rest: int):
-    """vᵀHv, what it shows of its own variance, and |Hv|² for |v| = 1, of `count` samples, in the unit."""
+    """vᵀHv, what it shows of its own variance, and |(1 - QQᵀ)Hv|² / |v|², of `count` samples in the unit."""
     probes = blocks.draw(run.op, run.key, jnp.arange(first, first + CHUNK), "normal")
     outside, lengths = project(basis, probes)
     images = run.products(blocks.rows(outside, 0, count))

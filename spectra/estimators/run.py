@@ -15,7 +15,6 @@ from spectra.base import paths, trees
 from spectra.base.errors import MemoryLimitError, NonFiniteError, NotSymmetricError, SpectraError, Status
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
-from spectra.estimators import blocks as symmetry
 from spectra.estimators.blocks import PROBES
 from spectra.krylov.plan import VECTORS, choose_batch
 from spectra.operators.arithmetic import outside_loops
@@ -130,11 +129,11 @@ class Run:
         worst, size = self.xp.max(self.xp.abs(form - other)), self.xp.sqrt(self.xp.sum(form**2))
         return self._sound(worst, size, float(np.sqrt(self.op.precision)), "reaches")
 
-    def check_pairs(self, pairs: symmetry.Pairs) -> Array:
+    def check_pairs(self, pairs: blocks.Pairs) -> Array:
         """The same for neighbouring probes."""
         count, square = self.host(pairs.count), self.host(pairs.square)
         worst = self.xp.sqrt(square / self.xp.maximum(count, 1))
-        return self._sound(worst, 1.0, symmetry.limit(self.op), "of probes has the root mean square")
+        return self._sound(worst, 1.0, blocks.limit(self.op), "of probes has the root mean square")
 
     def check_columns(self, across: Array, image: Array) -> Array:
         """The same for (zᵀH e_i) and H z, which agree if the columns H e_i make a symmetric matrix."""
@@ -142,7 +141,7 @@ class Run:
         unit = jnp.where(largest > 0, largest, 1)
         worst, size = (jnp.linalg.norm(x / unit) for x in (across - image, image))
         worst, size = self.host(worst), self.host(size)
-        return self._sound(worst, size, symmetry.limit(self.op), "of a vector and all columns amounts to")
+        return self._sound(worst, size, blocks.limit(self.op), "of a vector and all columns amounts to")
 
     def _sound(self, worst: Array, size: Array, limit: float, what: str) -> Array:
         if self.traced:

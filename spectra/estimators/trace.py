@@ -14,7 +14,6 @@ from spectra.base.errors import SpectraError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, exact
-from spectra.estimators import exact as rounding
 from spectra.estimators.hutchinson import hutchinson
 from spectra.estimators.krylov_aware import krylov
 from spectra.estimators.low_rank import hutchpp, xnystrace, xtrace
@@ -85,8 +84,7 @@ def trace(
         method: one of the above, or "auto": "exact" if the budget covers n products; "hutchinson" if
             2 num_matvecs vectors do not fit into half of the free memory; else "krylov", or "xtrace" inside
             `jit`, with `by`, signs or a checkpoint, on streams (whose products share passes) and with fewer
-            than 16 products. The `reason` of the result says
-            which and why.
+            than 16 products. The `reason` of the result says which and why.
         num_matvecs: budget of products. Where it covers n, sketches give way to "exact".
         tol: stop as soon as stderr <= tol |value|, looking at 12 probes (16 for "hutchinson") and then
             at half again as many each time; the status says whether it was reached. Behind the first look
@@ -203,9 +201,9 @@ def _exact(run: Run, reason: str) -> Estimate:
         for tree in (trees.unravel(column, run.op.structure) for column in (entries, run.host(norms) ** 2))
     )
     stderr, dof = run.op.precision * run.host(unit) * run.xp.sqrt(squares), None
-    if moved := rounding.moved_products(run):
-        forms = [run.by_group(rounding.leaf_dots(v, change)) for v, _, change in moved]
-        stderr, dof = np.hypot(stderr, rounding.root_mean_square(forms)), float(len(moved))
+    if moved := exact.moved_products(run):
+        forms = [run.by_group(exact.leaf_dots(v, change)) for v, _, change in moved]
+        stderr, dof = np.hypot(stderr, exact.root_mean_square(forms)), float(len(moved))
     return run.estimate(
         values,
         stderr,

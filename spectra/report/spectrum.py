@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra.base.errors import Status
+from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.density import deflation as dense
 from spectra.density.extremes import LEVEL, condition_lower_bound, extreme, sampling_error
@@ -194,7 +194,7 @@ def spectrum(
         num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
         num_probes: random probes.
         tol: see `slq`.
-        zero_tol: eigenvalues with |λ| <= zero_tol |H| count as near zero.
+        zero_tol: eigenvalues with |λ| <= zero_tol |H| count as near zero; 0 or more.
         probe_batch: see `slq`.
         progress: show a progress bar.
         checkpoint: see `slq`.
@@ -202,14 +202,14 @@ def spectrum(
         basis_dtype: see `slq`.
         exact: True for all eigenvalues from the dense matrix, whatever it costs; False for Lanczos always;
             None for the cheaper one, which is Lanczos with a `checkpoint`, a `basis` or a `basis_dtype` of
-            one's own.
+            one's own. The dense matrix has no use for `checkpoint`, `tol` and `progress`.
         name: what the report calls the operator.
 
     Returns:
         `SpectrumReport`.
 
     Raises:
-        SpectraError: as `slq`.
+        SpectraError: zero_tol is negative or NaN, and as `slq`.
 
     Cost: as `slq`, or n products, and of a loss seven products more, four of them at other parameters, that
     measure its rounding (see `spectra.estimators.exact`); all else is arithmetic on the nodes.
@@ -223,6 +223,8 @@ def spectrum(
     """
     start = time.perf_counter()
     require_operator(op)
+    if not zero_tol >= 0:
+        raise SpectraError(f"zero_tol={zero_tol} is a share of |H|: use 0 or a positive number.")
     steps = min(100, op.size) if num_steps is None else num_steps
     plain = checkpoint is None and basis == "inherit" and basis_dtype is None
     if dense.choose(op, exact, steps, num_probes, tol, plain):
