@@ -259,7 +259,7 @@ class SpectrumTracker:
                 f"costs {self._cost:.3g} s, and budget={self.budget} allows that share of training time. The "
                 "next ones are taken as soon as it allows them; history.skipped lists those left out. A "
                 "smaller part of the data, fewer num_steps or a larger `every` make room.",
-                stacklevel=3,
+                stacklevel=4,  # the line of the training loop
             )
         self._history = dataclasses.replace(self._history, skipped=(*self._history.skipped, step))
         if self._file is not None:
