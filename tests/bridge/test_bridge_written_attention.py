@@ -62,6 +62,10 @@ def shared_heads(q, k, v):
     return torch.softmax(q @ k[:, :1].transpose(-2, -1), -1) @ v[:, :1]
 
 
+def not_a_number(q, k, v):
+    return torch.softmax(causal(q @ k.transpose(-2, -1), math.nan), -1) @ v
+
+
 KINDS = {
     minus_infinity: True,
     added: True,
@@ -69,6 +73,7 @@ KINDS = {
     three_axes: True,
     read_twice: False,
     not_hidden_for_sure: False,
+    not_a_number: False,
     over_queries: False,
     transposed: False,
     shared_heads: False,
