@@ -128,6 +128,22 @@ class Perturbation(Result):
         Args:
             bits: of the weights; those that the perturbations were made with.
             most: predicted change of the loss that is allowed; see `to_leave_out`.
+
+        Returns:
+            The text of the recipe, with the predictions as comments.
+
+        Raises:
+            SpectraError: `most` is NaN or below zero.
+
+        Examples:
+            >>> import jax.numpy as jnp, spectra
+            >>> params = {"up.weight": jnp.array([[1.0, 0.6]]), "down.weight": jnp.ones((2, 1))}
+            >>> op = spectra.HessianOperator(
+            ...     lambda w, _: sum(jnp.sum(x**4) for x in w.values()), params, None)
+            >>> deltas = spectra.rounding_deltas(op, 2, channel_axis=0)  # as PyTorch has its weights
+            >>> found = spectra.perturbation(op, deltas)
+            >>> "ignore: [\"up\"]" in found.recipe(bits=2, most=0.1)
+            True
         """
         out = self.to_leave_out(most)
         left = self._change(np.array([name not in out for name in self.names]))
