@@ -147,7 +147,11 @@ class Perturbation(Result):
         """
         out = self.to_leave_out(most)
         left = self._change(np.array([name not in out for name in self.names]))
-        ranks = [f"#   {name}: {self.changes[self.names.index(name)]:+.3g}" for name in self.ranking]
+        # On one line each, whatever names a file holds: a comment ends with its line.
+        ranks = [
+            f"#   {' '.join(name.split())}: {self.changes[self.names.index(name)]:+.3g}"
+            for name in self.ranking
+        ]
         modules = json.dumps([name.removesuffix(".weight") for name in out])
         lines = [
             "# Change of the loss by rounding each layer, predicted by spectra, the largest first:",
