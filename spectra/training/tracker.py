@@ -75,7 +75,8 @@ class SpectrumTracker:
             readings, and a snapshot the last of each among its scalars.
         warn_below: {name: limit}: a warning when a reading falls below it, such as 1 for `stable_step`.
         warn_ahead: steps: a warning already where the course of the last readings leads below the limit
-            within so many. What comes at once (a jump of the learning rate, one bad batch) has no course.
+            within so many; the fall itself is then the same alarm, and no second warning. What comes at once
+            (a jump of the learning rate, one bad batch) has no course.
 
     Raises:
         SpectraError: every, budget, k, tol or a measure out of range, or no file can be written at `path`.
