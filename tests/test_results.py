@@ -129,10 +129,13 @@ def test_a_history_is_a_dataset(made):
         }
     )
     values = np.append(second.eigenvalues, -9.0)  # of a run continued with another k
-    second = dataclasses.replace(second, quadrature=short, scalars={"trace": 3.0}, eigenvalues=values)
+    second = dataclasses.replace(
+        second, quadrature=short, scalars={"trace": 3.0, "node": 4.0}, eigenvalues=values
+    )
     data = dataclasses.replace(history, snapshots=(first, second)).to_xarray()
     assert data.sel(step=1)["largest"].sel(end="estimate") == second.sharpness
     assert data["scalar_trace"].values.tolist()[1] == 3.0
+    assert data["scalar_node"].values.tolist()[1] == 4.0
     np.testing.assert_array_equal(data["trace"], history.trace)
     np.testing.assert_array_equal(data["loss"], [0.5, np.nan])
     np.testing.assert_array_equal(data["nodes"][0], first.quadrature.nodes)

@@ -224,7 +224,7 @@ class SpectrumHistory(Result):
         coords = {"step": self.steps, "end": list(Interval._fields)}
         coords["rank"] = 1 + np.arange(self.eigenvalues.shape[1])
         for name in dict.fromkeys(name for s in self.snapshots for name in s.scalars):
-            data[_free(name, data | coords)] = ("step", self.scalar(name))
+            data[_free(name, {*data, *coords, "probe", "node"})] = ("step", self.scalar(name))
         return xarray.Dataset(data, coords, {name: str(fact) for name, fact in self.provenance.items()})
 
     @property
