@@ -134,7 +134,7 @@ def test_a_run_that_cannot_be_shown_hides_no_other(recorded, tmp_path):
     bad.write_text("".join(json.dumps(line) + "\n" for line in (header, *lines)))
     both = LivePage([good, bad])
     assert "bad: cannot be shown: its numbers contradict each other" in words(both)
-    assert "3 snapshots" not in words(both)
+    assert "is damaged" not in words(both)
     alone = LivePage([good, tmp_path / "gone.jsonl"])
     assert both.text().count("<figure>") == alone.text().count("<figure>")
     assert "bad: cannot be shown" in words(LivePage([bad]))
