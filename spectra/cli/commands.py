@@ -281,7 +281,10 @@ def watch(
         list[Path], typer.Argument(help="The .jsonl files of trackers; they may not be there yet.")
     ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Write the page to this .html instead of serving it.")
+        Path | None,
+        typer.Option(
+            "-o", "--out", help="Write the page to this .html, again and again, instead of serving it."
+        ),
     ] = None,
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes a free one.")
