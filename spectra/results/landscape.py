@@ -142,7 +142,7 @@ class Perturbation(Result):
             ...     lambda w, _: sum(jnp.sum(x**4) for x in w.values()), params, None)
             >>> deltas = spectra.rounding_deltas(op, 2, channel_axis=0)  # as PyTorch has its weights
             >>> found = spectra.perturbation(op, deltas)
-            >>> "ignore: [\"up\"]" in found.recipe(bits=2, most=0.1)
+            >>> 'ignore: ["up"]' in found.recipe(bits=2, most=0.1)
             True
         """
         out = self.to_leave_out(most)

@@ -218,7 +218,7 @@ def plot_blocks(
         ...           for i in (1, 2, 3)}
         >>> axes = spectra.plot_blocks(spectra.slq(blocks, key=jax.random.key(0), num_probes=2))
         >>> [ax.get_title() for ax in axes]
-        ['layer 1', 'layer 2', 'layer 3']
+        ['layer 1, n = 50', 'layer 2, n = 50', 'layer 3, n = 50']
     """
     import matplotlib.pyplot as plt
 
