@@ -18,7 +18,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 HERE = Path(__file__).parent
 SOURCES = "[0-9][0-9]_*.py"
@@ -112,7 +112,7 @@ def main() -> None:
         for source, run in runs.items():
             try:
                 print(f"{label(source)}: {run.result():.0f} s", flush=True)
-            except (NotebookError, CellExecutionError) as error:
+            except (NotebookError, CellExecutionError, CellTimeoutError, DeadKernelError) as error:
                 failed.append(label(source))
                 print(f"{label(source)}: FAILED\n{ANSI.sub('', str(error))}", flush=True)
     if failed:

@@ -114,6 +114,14 @@ def test_lengths_scale_and_dtypes_are_those_of_jax(dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_row_hidden_by_a_bias_of_any_dtype_averages_all_values(dtype):
+    q, k, v = inputs(dtype=jnp.float32)
+    out = spectra.attention(q, k, v, bias=jnp.zeros((1, 1, 37, 37), dtype).at[:, :, 4].set(-jnp.inf))
+    # A sum of 37 values of size one, in another order.
+    np.testing.assert_allclose(out[:, 4], v.mean(axis=1), rtol=0, atol=37 * 4 * np.finfo("f").eps)
+
+
 def temporary_bytes(attend, length):
     shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
 
@@ -136,7 +144,11 @@ def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(spectra.StructureError, match="multiple of K"):
         spectra.attention(q, k, v)
     q, k, v = inputs(dtype=jnp.float32)
-    with pytest.raises(spectra.StructureError, match=r"mask of shape .* does not broadcast"):
-        spectra.attention(q, k, v, mask=jnp.ones((3, 1, 37, 37), bool))
+    for wrong in ((q[None], k, v), (q[None], k[None], v[None]), (q, k[:, :, :0], v[:, :, :0])):
+        with pytest.raises(spectra.StructureError, match="multiple of K"):
+            spectra.attention(*wrong)
+    for shape in ((3, 1, 37, 37), (1, 1, 1, 37, 37)):
+        with pytest.raises(spectra.StructureError, match=r"mask of shape .* does not broadcast"):
+            spectra.attention(q, k, v, mask=jnp.ones(shape, bool))
     with pytest.raises(spectra.StructureError, match="give booleans"):
         spectra.attention(q, k, v, mask=jnp.ones((37, 37)))

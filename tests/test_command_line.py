@@ -413,6 +413,17 @@ def test_an_interrupted_run_says_how_to_resume(problem, tmp_path, monkeypatch, s
     assert "Traceback" not in done.output
 
 
+def test_an_interrupt_after_the_run_says_where_the_result_is(problem, tmp_path, monkeypatch):
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "draw", interrupt)
+    done = invoke("run", problem, "-o", tmp_path / "out")
+    assert done.exit_code == 130
+    assert f"the result is in '{tmp_path / 'out' / 'spectrum.npz'}'" in done.stderr
+    assert "nothing was kept" not in done.stderr
+
+
 def test_completion_can_be_installed():
     shown = invoke("--help").output
     assert "--install-completion" in shown

@@ -98,6 +98,8 @@ def test_a_page_is_well_formed_and_loads_nothing(name, tmp_path):
     page = Reader(text)
     assert not {"link", "iframe", "object", "base"} & set(page.tags)
     assert scripts(text) == ([OWN] if name in ("spectrum", "quadrature", "density") else [])
+    for label in (value for key, value in page.attributes if key == "aria-label"):
+        assert "&" not in label  # no caption has one: it was escaped twice
     for key, value in page.attributes:
         if key in ("src", "href", "xlink:href", "srcset", "data"):
             assert value.startswith(("#", "data:image/png")), (key, value)

@@ -1,5 +1,7 @@
 """Predicted changes of the loss: exact on a quadratic, right to second order on a network."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,6 +151,8 @@ def test_the_recipe_names_modules_and_ranks_layers():
     assert text.index("layer.1.weight: +0.3") < text.index("layer.0.weight: +0.1") < text.index("layer.2")
     assert "together: +0.15 on a loss of 1" in text
     assert '"layer' not in made([0.1], [[0.0]]).recipe(bits=8)
+    hostile = dataclasses.replace(made([0.1], [[0.0]]), names=("a\nquant_stage: other\u2028b: c",))
+    assert yaml.safe_load(hostile.recipe(bits=8, most=0.0)).keys() == {"quant_stage"}
 
 
 def test_what_is_no_perturbation_is_refused():

@@ -18,6 +18,7 @@ from matplotlib.legend import Legend
 
 import spectra
 from spectra import Status
+from spectra.report.plots import gallery
 
 # Root mean square of the differences of all pixels, from 0 to 255. On these pictures outlier ticks in another
 # colour give 2.5 to 3, solid in the place of dashed lines 5 to 17, a band that is gone 4 to 13. What the
@@ -400,7 +401,31 @@ def test_the_slice_of_a_block_moves_that_block_only():
     assert "441" not in repr(plane)
 
 
+def test_a_learning_rate_that_warms_up_from_zero_has_no_limit_at_first():
+    recorded = history()
+    recorded[0].scalars["learning_rate"] = 0.0
+    ax = spectra.plot_density_over_time(recorded, learning_rate=True)
+    line = next(line for line in ax.get_lines() if line.get_label() == "2 / learning rate")
+    np.testing.assert_array_equal(line.get_ydata(), [np.nan, *[2 / 0.25] * 7])
+    assert np.isfinite(ax.get_ylim()).all()
+
+
+def test_several_densities_take_a_title_and_a_bandwidth():
+    held = {"a": quadrature(), "b": quadrature(seed=1)}
+    ax = spectra.plot_density(held, bandwidth=0.5, title="two")
+    assert ax.get_title() == "two"
+    drawn = spectra.spectral_density(held["b"], bandwidth=0.5)
+    np.testing.assert_allclose(ax.get_lines()[1].get_ydata().max(), drawn.density.max())
+
+
 def test_what_cannot_be_drawn_is_refused():
+    for rate in (0.0, -0.1, np.nan):
+        with pytest.raises(spectra.SpectraError, match=f"learning_rate={rate}: use a positive number"):
+            spectra.plot_density(density(), learning_rate=rate)
+        with pytest.raises(spectra.SpectraError, match=f"learning_rate={rate}: use a positive number"):
+            spectra.plot_density_over_time(history(), learning_rate=rate)
+    with pytest.raises(spectra.SpectraError, match="of one density or of a history only"):
+        gallery.draw(pairs(), learning_rate=0.1)
     with pytest.raises(spectra.SpectraError, match="plot_blocks draws any number"):
         spectra.plot_comparison({str(i): quadrature() for i in range(7)})
     with pytest.raises(spectra.SpectraError, match="yscale='cubic'"):

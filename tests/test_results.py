@@ -104,6 +104,16 @@ def test_metrics_are_the_numbers_of_the_records(made):
     assert bare.metrics()["stderr"] == np.inf  # "inf" in the records
 
 
+def test_what_training_recorded_replaces_no_other_number(made):
+    snapshot = made["Snapshot"]
+    recorded = {"trace": 7.0, "largest": 8.0, "seconds": 9.0, "loss": 0.5}
+    row = dataclasses.replace(snapshot, scalars=recorded).records()[0]
+    assert (row["trace"], row["largest"]) == (snapshot.trace.value, snapshot.sharpness)
+    assert row["seconds"] == snapshot.seconds
+    assert [row[f"scalar_{name}"] for name in ("trace", "largest", "seconds")] == [7.0, 8.0, 9.0]
+    assert row["loss"] == 0.5
+
+
 def test_a_history_is_a_dataset(made):
     pytest.importorskip("xarray")
     history = made["SpectrumHistory"]
@@ -118,16 +128,21 @@ def test_a_history_is_a_dataset(made):
             for field in dataclasses.fields(second.quadrature)
         }
     )
-    second = dataclasses.replace(second, quadrature=short, scalars={"trace": 3.0})
+    values = np.append(second.eigenvalues, -9.0)  # of a run continued with another k
+    second = dataclasses.replace(
+        second, quadrature=short, scalars={"trace": 3.0, "node": 4.0}, eigenvalues=values
+    )
     data = dataclasses.replace(history, snapshots=(first, second)).to_xarray()
     assert data.sel(step=1)["largest"].sel(end="estimate") == second.sharpness
     assert data["scalar_trace"].values.tolist()[1] == 3.0
+    assert data["scalar_node"].values.tolist()[1] == 4.0
     np.testing.assert_array_equal(data["trace"], history.trace)
     np.testing.assert_array_equal(data["loss"], [0.5, np.nan])
     np.testing.assert_array_equal(data["nodes"][0], first.quadrature.nodes)
     np.testing.assert_array_equal(data["nodes"][1, :, :-1], short.nodes)
     assert np.isnan(data["nodes"][1, :, -1]).all()
     assert not data["weights"][1, :, -1].any()
+    np.testing.assert_array_equal(data["eigenvalues"], [[*first.eigenvalues, np.nan], values])
     assert dataclasses.replace(history, snapshots=()).to_xarray().sizes["step"] == 0
 
 

@@ -205,6 +205,7 @@ def test_a_budget_bounds_the_share_of_training_time(budget, monkeypatch):
     with pytest.warns(UserWarning, match="is left out: snapshots have taken") as caught:
         run()
     assert len(caught) == 1
+    assert caught[0].filename == __file__  # the line of the training loop
     assert taken[0] == 0
     # Of the first, which compiles, nothing is counted; the second is taken before its cost is known.
     assert 2.0 * (len(taken) - 1) <= budget * 100 + 2.0
@@ -357,8 +358,9 @@ def test_a_full_disk_costs_no_snapshot_and_ends_no_training(tmp_path):
         tracker(0, params)
         whole = path.read_bytes()
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 500, limits[1]))
-        with pytest.warns(UserWarning, match=r"full\.jsonl' cannot be written .*Training goes on"):
+        with pytest.warns(UserWarning, match=r"full\.jsonl' cannot be written .*Training goes on") as caught:
             tracker(1, params)
+        assert caught[0].filename == __file__
         tracker(2, params)  # without another warning, which would be an error
         assert path.read_bytes() == whole
         assert list(spectra.load(path).steps) == [0]
@@ -462,6 +464,7 @@ def test_a_reading_below_its_limit_warns_once():
             warnings.simplefilter("always")
             tracker(step, params)
         warned += [(step, str(w.message)) for w in caught]
+        assert {w.filename for w in caught} <= {__file__}  # the line of the training loop
     assert [step for step, _ in warned] == [2, 5]
     assert "m = 0.9 has fallen below 1" in warned[0][1]
 

@@ -1,12 +1,17 @@
 """The live page: it follows files as they grow, in whatever state, and is served to this machine alone."""
 
+import dataclasses
+import json
 import os
+import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from test_page import Reader
@@ -15,6 +20,7 @@ from typer.testing import CliRunner
 import spectra
 from spectra.cli import commands
 from spectra.report.live import LivePage, serve
+from spectra.report.plots import maps
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +122,75 @@ def test_it_is_served_to_this_machine_and_to_nobody_else(recorded, tmp_path):
         thread.join()
 
 
+def test_a_run_that_cannot_be_shown_hides_no_other(recorded, tmp_path):
+    good, bad = (tmp_path / f"{name}.jsonl" for name in ("good", "bad"))
+    good.write_bytes(b"".join(recorded))
+    header, *lines = (json.loads(line) for line in recorded)
+    for line in (header, *lines):
+        del line["crc32"]
+    for line in lines:  # each field is what it may be, and there is no spectrum like this
+        nodes = line["snapshot"]["fields"]["quadrature"]["fields"]["nodes"]["array"]
+        nodes["values"] = [{"float": "nan"} for _ in nodes["values"]]
+    bad.write_text("".join(json.dumps(line) + "\n" for line in (header, *lines)))
+    both = LivePage([good, bad])
+    assert "bad: cannot be shown: its numbers contradict each other" in words(both)
+    assert "is damaged" not in words(both)
+    alone = LivePage([good, tmp_path / "gone.jsonl"])
+    assert both.text().count("<figure>") == alone.text().count("<figure>")
+    assert "bad: cannot be shown" in words(LivePage([bad]))
+
+
+def test_a_page_that_failed_is_made_again(recorded, tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b"".join(recorded[:2]))
+    page = LivePage([path])
+    before = page.text()
+    path.write_bytes(b"".join(recorded[:3]))
+    with monkeypatch.context() as broken:
+        broken.setattr("spectra.report.live.assemble", None)
+        with pytest.raises(TypeError):
+            page.text()
+    assert page.text() != before
+
+
+def test_a_number_of_the_name_sharpness_is_shown_as_it_was_recorded(recorded, tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b"".join(recorded))
+    snapshots = [
+        dataclasses.replace(s, scalars={"sharpness": 100.0 + i}) for i, s in enumerate(spectra.load(path))
+    ]
+    history = spectra.SpectrumHistory(tuple(snapshots), {})
+    shown = {name: maps.plot_course({"": history}, name) for name in ("sharpness", maps.LARGEST)}
+    drawn = {name: ax.get_lines()[0].get_ydata() for name, ax in shown.items()}
+    np.testing.assert_array_equal(drawn["sharpness"], [100, 101, 102, 103])
+    np.testing.assert_array_equal(drawn[maps.LARGEST], history.sharpness)
+    plt.close("all")
+
+
+def test_a_browser_that_is_closed_before_its_answer_is_no_error(capsys):
+    asked, closed = threading.Event(), threading.Event()
+
+    class Slow:
+        def text(self):
+            asked.set()
+            closed.wait(30)
+            return "x" * 10**6
+
+    with serve(Slow(), 0) as server:
+        server.daemon_threads = False  # wait for the answer at the end
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        browser = socket.create_connection(server.server_address)
+        browser.sendall(b"GET / HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
+        assert asked.wait(30)
+        browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        browser.close()
+        closed.set()
+        server.shutdown()
+        thread.join()
+    assert capsys.readouterr().err == ""
+
+
 def test_the_page_is_written_beside_a_finished_run(recorded, tmp_path):
     path, out = tmp_path / "run.jsonl", tmp_path / "page.html"
     path.write_bytes(b"".join(recorded))
@@ -127,6 +202,7 @@ def test_the_page_is_written_beside_a_finished_run(recorded, tmp_path):
     assert not page.write(out)
     os.utime(path, ns=(0, 0))
     assert page.write(out)
+    assert page.write(tmp_path / "new" / "folder" / "page.html")
     refused = CliRunner().invoke(commands.app, ["watch", str(path), "--once"])
     assert refused.exit_code == 2
     assert "--out" in refused.output

@@ -31,10 +31,9 @@ class Recipe:
     query: Ref
     key: Ref
     value: Ref
-    transposed: bool  # whether the first product has keys along its last axis already
-    steps: tuple[
-        tuple[str, Any, Any], ...
-    ]  # ("scale", c, None), ("bias", x, ±1), ("mask", x, (number, whether x hides))
+    transposed: bool  # whether `key` is (..., keys, width) already: `matmul` takes (..., width, keys)
+    # ("scale", c, None), ("bias", x, ±1), ("mask", x, (number, whether x hides))
+    steps: tuple[tuple[str, Any, Any], ...]
 
     @property
     def operands(self) -> tuple[Ref, ...]:
@@ -109,7 +108,7 @@ def _parts(recipe: Recipe, values: dict[Ref, Any]) -> tuple[float, Any, Any, flo
                 return None
             shown = ~given if hides else given
             mask, number = shown if mask is None else mask & shown, low
-    if number is not None and number > SURELY_HIDDEN:
+    if number is not None and not number <= SURELY_HIDDEN:  # NaN hides nothing: it is the output
         return None
     # Written out, a row of minus infinity alone is 0 / 0; one of a finite number averages.
     empty = float("nan") if number == -jnp.inf or (mask is None and bias is not None) else None

@@ -17,6 +17,7 @@ from spectra.base.errors import PreemptedError, SpectraError
 from spectra.base.host import is_first
 from spectra.base.paths import GROUPINGS
 from spectra.cli.output import (
+    INTERRUPTED,
     Place,
     ResultElsewhereError,
     Voice,
@@ -108,8 +109,6 @@ BasisDtype = Annotated[
 ]
 RESUME = 75
 """Exit code of a run that was ended from outside and goes on when started again (EX_TEMPFAIL)."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as of every command; with a checkpoint the same command goes on, too."""
 ELSEWHERE = 74
 """Exit code of a run that has a result, but could not write it where it was asked for (EX_IOERR)."""
 
@@ -247,12 +246,12 @@ def compare(
 
 @app.command()
 def plot(
-    result: Annotated[Path, typer.Argument(help="A saved .npz result.")],
+    result: Annotated[Path, typer.Argument(help="A saved .npz result, or the .jsonl of a tracker.")],
     output: Picture,
     learning_rate: Annotated[float | None, typer.Option(help="Draw the line 2 / learning rate.")] = None,
     force: ForceFile = False,
 ):
-    """Draw the density of a saved result."""
+    """Draw a saved result: a density, eigenvalues, a history or the loss in a plane."""
     require_free(force, picture_path(output))
     loaded = _load(result)
     with _about(result):
@@ -282,7 +281,10 @@ def watch(
         list[Path], typer.Argument(help="The .jsonl files of trackers; they may not be there yet.")
     ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Write the page to this .html instead of serving it.")
+        Path | None,
+        typer.Option(
+            "-o", "--out", help="Write the page to this .html, again and again, instead of serving it."
+        ),
     ] = None,
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes a free one.")
@@ -405,7 +407,7 @@ def _interruptible(checkpoint: Path | None) -> Iterator[None]:
         else:
             how = f"the same command resumes from the last checkpoint in '{checkpoint}', if there is one"
         fail(f"interrupted: {how}.")
-        raise typer.Exit(INTERRUPTED) from None
+        _leave(INTERRUPTED)
 
 
 def _voice(quiet: bool, as_json: bool = False, as_csv: bool = False) -> Voice:

@@ -23,6 +23,8 @@ from spectra.base.files import sweep
 from spectra.base.host import is_first
 from spectra.report.files import save
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of every command; with a checkpoint the same command goes on, too."""
 _NAME = "spectrum"
 _ROOM = 2**18  # bytes that must fit before a run begins: its result and its picture, of usual sizes
 
@@ -186,6 +188,9 @@ def keep(result: Any, place: Place, voice: Voice) -> None:
     voice.say(f"result   {path}")
     try:
         draw(result, path.with_suffix(".png"), voice)
+    except KeyboardInterrupt:  # not one that has lost a result
+        fail(f"interrupted: the result is in '{path}', and its picture is missing: `spectra plot` draws it.")
+        raise typer.Exit(INTERRUPTED) from None
     except OSError as error:
         raise ResultElsewhereError(
             f"the picture could not be written ({error.strerror or error}); the result is in '{path}'."

@@ -16,23 +16,10 @@ from spectra.base.errors import SpectraError
 from spectra.models.problem import Problem
 
 # What spectra itself stands on, and may still import: a file of such a name beside the problem is not it.
-_OURS = frozenset(
-    (
-        *(
-            "spectra",
-            "jax",
-            "jaxlib",
-            "flax",
-            "optax",
-            "orbax",
-            "numpy",
-            "scipy",
-            "matplotlib",
-            "mpl_toolkits",
-        ),
-        *("safetensors", "threadpoolctl", "tqdm", "typer", "sklearn", "torch", "ml_dtypes", "PIL"),
-    )
-)
+_OURS = frozenset((
+    "spectra", "jax", "jaxlib", "flax", "optax", "orbax", "numpy", "scipy", "matplotlib", "mpl_toolkits",
+    "safetensors", "threadpoolctl", "tqdm", "typer", "sklearn", "torch", "ml_dtypes", "PIL",
+))  # fmt: skip
 _loaded: set[str] = set()  # names in `sys.modules` of files that were imported here
 
 

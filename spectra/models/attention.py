@@ -179,7 +179,7 @@ def _add(rule: _Rule, carry, q, rows, piece, scale):
     logits = logits * jnp.asarray(scale, logits.dtype)
     if bias is not None:
         # No lower than what is hidden: a row of nothing else then has a softmax, as it has written out.
-        logits = logits + jnp.maximum(bias, HIDDEN).astype(logits.dtype)
+        logits = logits + jnp.maximum(bias.astype(logits.dtype), HIDDEN)
     for seen in (mask, rule.sees(rows, columns)):
         if seen is not None:
             logits = jnp.where(seen, logits, HIDDEN)
@@ -221,16 +221,21 @@ def _four(x: Any) -> jax.Array:
 
 
 def _check(query, key, value, bias, mask) -> None:
-    batch, _, heads, width = query.shape
-    groups = key.shape[2]
-    if query.ndim != 4 or key.shape != value.shape or key.shape[::3] != (batch, width) or heads % groups:
+    if not query.ndim == key.ndim == 4 or key.shape != value.shape or not _fit(query.shape, key.shape):
         raise StructureError(
             f"attention of query {query.shape}, key {key.shape}, value {value.shape}: give (B, T, N, H) and "
             "twice (B, S, K, H), with N a multiple of K."
         )
-    whole = (batch, heads, query.shape[1], key.shape[1])
+    whole = (*query.shape[::2], query.shape[1], key.shape[1])
     for name, x in (("bias", bias), ("mask", mask)):
-        if x is not None and any(a not in (1, b) for a, b in zip(x.shape, whole, strict=True)):
+        if x is not None and (
+            x.ndim != 4 or any(a not in (1, b) for a, b in zip(x.shape, whole, strict=True))
+        ):
             raise StructureError(f"{name} of shape {x.shape} does not broadcast to (B, N, T, S) = {whole}.")
     if mask is not None and mask.dtype != bool:
         raise StructureError(f"mask is {mask.dtype}: give booleans, or add the numbers as bias.")
+
+
+def _fit(query: tuple[int, ...], key: tuple[int, ...]) -> bool:
+    """Whether batches and widths are the same, and heads of the query a multiple of the key's."""
+    return query[::3] == key[::3] and key[2] > 0 and query[2] % key[2] == 0

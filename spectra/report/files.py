@@ -92,7 +92,7 @@ class HistoryFile:
                 warnings.warn(
                     f"'{self.path}' cannot be written ({error.strerror or error}). Training goes on, and "
                     "snapshots are kept in memory (`tracker.history`); they follow as soon as there is room.",
-                    stacklevel=4,
+                    stacklevel=6,  # the line of the training loop
                 )
         else:
             self._waiting, self._warned = [], False

@@ -1,8 +1,9 @@
 """A page about runs that are still going, read again as their files grow: served here, or written."""
 
+import contextlib
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
@@ -49,6 +50,7 @@ class LivePage:
         """The page as it is now."""
         with self._lock:  # two browsers at once; matplotlib draws for one
             if self._look() or not self._text:
+                self._text = ""  # what fails here is no reason to show the last page again
                 self._text = self._made()
             return self._text
 
@@ -57,6 +59,7 @@ class LivePage:
         before, text = self._text, self.text()
         if text is before and path.exists():
             return False
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         return True
@@ -77,11 +80,13 @@ class LivePage:
             names[path]: read.history for path, read in self._seen.items() if read.history is not None
         }
         notes = [f"{names[path]}: {read.note}" for path, read in self._seen.items() if read.note]
-        parts: list[Section] = []
-        if len(self.paths) > 1:
-            parts += runs(histories)
-        else:
-            parts += [section for history in histories.values() for section in sections(history)]
+        make = runs if len(self.paths) > 1 else _of_one
+        try:
+            parts = make(histories)
+        except Exception:
+            wrong = {name: why for name, history in histories.items() if (why := _fault(make, name, history))}
+            notes += [f"{name}: {why}" for name, why in wrong.items()]
+            parts = make({name: history for name, history in histories.items() if name not in wrong})
         if notes:
             parts.insert(0, Section("Files", "".join(map(paragraph, notes))))
         title = ", ".join(names.values())
@@ -89,11 +94,31 @@ class LivePage:
         return assemble(title, looked, parts, refresh=self.seconds)
 
 
+def _of_one(histories: Mapping[str, SpectrumHistory]) -> list[Section]:
+    return [section for history in histories.values() for section in sections(history)]
+
+
+def _fault(make: Callable[..., Any], name: str, history: SpectrumHistory) -> str:
+    """Why a run cannot be shown; empty if it can. The others are shown without it."""
+    import matplotlib.pyplot as plt
+
+    try:
+        make({name: history})
+    except Exception as error:
+        plt.close("all")  # the picture begun, which pyplot would keep
+        return f"cannot be shown: its numbers contradict each other ({type(error).__name__}: {error})."
+    return ""
+
+
 def serve(page: LivePage, port: int) -> ThreadingHTTPServer:
     """A server of the page on this machine alone; port 0 takes any that is free. `serve_forever` runs it."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            with contextlib.suppress(ConnectionError):  # a browser that was closed, or has asked again
+                self._answer()
+
+        def _answer(self) -> None:
             host = self.headers.get("Host", "").rsplit(":", 1)[0]
             if host not in HOSTS:
                 self.send_error(403, "served to this machine only")

@@ -35,9 +35,7 @@ def readable(density: Density, quadrature: Quadrature | None, caption: str) -> s
 def _curve(ax, density: Density, quadrature: Quadrature | None) -> dict[str, list]:
     """Positions in the picture, and what there is to say at each: points of the curve, and outliers."""
     box = ax.bbox
-    across = np.linspace(
-        box.x0, box.x1, _POINTS
-    )  # of equal distance in the picture, which the grid's are not
+    across = np.linspace(box.x0, box.x1, _POINTS)  # equal steps in the picture: those of the grid are not
     grid = ax.transData.inverted().transform(np.column_stack([across, np.full(_POINTS, box.y0)]))[:, 0]
     curves = [np.interp(grid, density.grid, y) for y in (density.density, density.lower, density.upper)]
     beyond = _beyond(density, quadrature, grid)

@@ -9,7 +9,13 @@ from spectra.density.extremes import LEVEL, extreme
 from spectra.report.plots.density import as_density
 from spectra.report.plots.eigenvalues import plot_cdf, plot_eigenvalues, plot_eigenvector_mass
 from spectra.report.plots.gallery import svg
-from spectra.report.plots.maps import plot_blocks, plot_course, plot_density_over_time, plot_landscape
+from spectra.report.plots.maps import (
+    LARGEST,
+    plot_blocks,
+    plot_course,
+    plot_density_over_time,
+    plot_landscape,
+)
 from spectra.report.reading import readable
 from spectra.report.spectrum import SpectrumReport
 from spectra.results import (
@@ -85,8 +91,7 @@ def paragraph(text: str) -> str:
 
 
 def _figure(make: Callable, caption: str) -> str:
-    caption = html.escape(caption)
-    return f"<figure>{svg(make, caption[:200])}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure>{svg(make, caption[:200])}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _spectrum(quadrature: Quadrature, density: Density) -> list[Section]:
@@ -150,7 +155,7 @@ def runs(histories: Mapping[str, SpectrumHistory]) -> list[Section]:
             [f"{last.step:,}", f"{last.sharpness:.5g}", f"{last.trace.value:.4g}"] if last else ["", "", ""]
         )
         rows.append([name, f"{len(history):,}", *cells])
-    found = [Section("Runs", table(rows)), *courses(histories, "sharpness")]
+    found = [Section("Runs", table(rows)), *courses(histories, LARGEST)]
     for name, history in histories.items():
         if len(history) > 1:
             words = "The density of the eigenvalues at each snapshot, and the largest of them as a line."
@@ -174,7 +179,7 @@ def courses(histories: Mapping[str, SpectrumHistory], *more: str) -> list[Sectio
 def _history(history: SpectrumHistory) -> list[Section]:
     found = [Section("In numbers", pairs_table(history.rows()))]
     if len(history) > 1:
-        known = any("learning_rate" in s.scalars for s in history)
+        known = any(s.scalars.get("learning_rate", 0.0) > 0 for s in history)
         words = "The density of the eigenvalues at each snapshot, and the largest of them as a line."
         if known:
             words += " Dashed: 2 / learning rate, above which gradient descent is unstable."

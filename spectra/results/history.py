@@ -1,5 +1,6 @@
 """Spectra along training."""
 
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -99,9 +100,15 @@ def _record(s: Snapshot) -> dict[str, Any]:
         for name, interval in (("largest", s.largest), ("smallest", s.smallest))
         for suffix, value in zip(("", "_lower", "_upper"), (interval[1], *interval[::2]), strict=True)
     }
-    trace = {"trace": s.trace.value, "trace_stderr": s.trace.stderr}
-    cost = {"num_matvecs": s.num_matvecs, "seconds": s.seconds}
-    return {"step": s.step, **ends, **trace, **s.scalars, **cost, "status": s.status}
+    first = {"step": s.step, **ends, "trace": s.trace.value, "trace_stderr": s.trace.stderr}
+    last = {"num_matvecs": s.num_matvecs, "seconds": s.seconds, "status": s.status}
+    scalars = {_free(name, first | last): value for name, value in s.scalars.items()}
+    return {**first, **scalars, **last}
+
+
+def _free(name: str, taken: Container[str]) -> str:
+    """The name of a number that the training loop passed along, which replaces no other."""
+    return f"scalar_{name}" if name in taken else name
 
 
 def _padded(arrays: list[Array], value: float) -> np.ndarray:
@@ -163,8 +170,9 @@ class SpectrumHistory(Result):
 
     @property
     def eigenvalues(self) -> np.ndarray:
-        """(s, k) largest eigenvalues, descending."""
-        return np.array([s.eigenvalues for s in self.snapshots], float)
+        """(s, k) largest eigenvalues, descending; NaN where a snapshot has fewer than others."""
+        found = _padded([np.atleast_2d(s.eigenvalues) for s in self.snapshots], np.nan)
+        return found.reshape(len(self), found.shape[-1])
 
     @property
     def trace(self) -> np.ndarray:
@@ -177,7 +185,10 @@ class SpectrumHistory(Result):
         return np.array([s.trace.stderr for s in self.snapshots], float)
 
     def records(self) -> list[dict[str, Any]]:
-        """A row for each snapshot: step, extremes and trace with their errors, recorded numbers, cost."""
+        """A row for each snapshot: step, extremes and trace with their errors, recorded numbers, cost.
+
+        A recorded number is a column of its own name, or `scalar_NAME` where that is taken.
+        """
         return [row for snapshot in self.snapshots for row in snapshot.records()]
 
     def scalar(self, name: str) -> np.ndarray:
@@ -198,9 +209,8 @@ class SpectrumHistory(Result):
         import xarray  # pyright: ignore[reportMissingImports]
 
         taken = [s.quadrature for s in self.snapshots]
-        leading = self.eigenvalues.reshape(len(self), -1) if len(self) else np.zeros((0, 0))
         data: dict[str, Any] = {
-            "eigenvalues": (("step", "rank"), leading),
+            "eigenvalues": (("step", "rank"), self.eigenvalues),
             "trace": ("step", self.trace),
             "trace_stderr": ("step", self.trace_stderr),
             "nodes": (("step", "probe", "node"), _padded([q.nodes for q in taken], np.nan)),
@@ -212,9 +222,9 @@ class SpectrumHistory(Result):
             ends = np.array([getattr(s, name) for s in self.snapshots], float).reshape(-1, 3)
             data[name] = (("step", "end"), ends)
         coords = {"step": self.steps, "end": list(Interval._fields)}
-        coords["rank"] = 1 + np.arange(leading.shape[1])
+        coords["rank"] = 1 + np.arange(self.eigenvalues.shape[1])
         for name in dict.fromkeys(name for s in self.snapshots for name in s.scalars):
-            data[f"scalar_{name}" if name in data or name in coords else name] = ("step", self.scalar(name))
+            data[_free(name, {*data, *coords, "probe", "node"})] = ("step", self.scalar(name))
         return xarray.Dataset(data, coords, {name: str(fact) for name, fact in self.provenance.items()})
 
     @property

@@ -128,10 +128,30 @@ class Perturbation(Result):
         Args:
             bits: of the weights; those that the perturbations were made with.
             most: predicted change of the loss that is allowed; see `to_leave_out`.
+
+        Returns:
+            The text of the recipe, with the predictions as comments.
+
+        Raises:
+            SpectraError: `most` is NaN or below zero.
+
+        Examples:
+            >>> import jax.numpy as jnp, spectra
+            >>> params = {"up.weight": jnp.array([[1.0, 0.6]]), "down.weight": jnp.ones((2, 1))}
+            >>> op = spectra.HessianOperator(
+            ...     lambda w, _: sum(jnp.sum(x**4) for x in w.values()), params, None)
+            >>> deltas = spectra.rounding_deltas(op, 2, channel_axis=0)  # as PyTorch has its weights
+            >>> found = spectra.perturbation(op, deltas)
+            >>> 'ignore: ["up"]' in found.recipe(bits=2, most=0.1)
+            True
         """
         out = self.to_leave_out(most)
         left = self._change(np.array([name not in out for name in self.names]))
-        ranks = [f"#   {name}: {self.changes[self.names.index(name)]:+.3g}" for name in self.ranking]
+        # On one line each, whatever names a file holds: a comment ends with its line.
+        ranks = [
+            f"#   {' '.join(name.split())}: {self.changes[self.names.index(name)]:+.3g}"
+            for name in self.ranking
+        ]
         modules = json.dumps([name.removesuffix(".weight") for name in out])
         lines = [
             "# Change of the loss by rounding each layer, predicted by spectra, the largest first:",

@@ -110,7 +110,7 @@ class Console:
             what += f"has fallen below {limit:g}."
         else:
             what += f"will fall below {limit:g} in about {ahead:.0f} steps, as its last readings go."
-        warnings.warn(what, stacklevel=5)
+        warnings.warn(what, stacklevel=6)  # the line of the training loop
 
 
 def steps_until(readings: Sequence[Reading], limit: float, most: int) -> float | None:

@@ -75,7 +75,8 @@ class SpectrumTracker:
             readings, and a snapshot the last of each among its scalars.
         warn_below: {name: limit}: a warning when a reading falls below it, such as 1 for `stable_step`.
         warn_ahead: steps: a warning already where the course of the last readings leads below the limit
-            within so many. What comes at once (a jump of the learning rate, one bad batch) has no course.
+            within so many; the fall itself is then the same alarm, and no second warning. What comes at once
+            (a jump of the learning rate, one bad batch) has no course.
 
     Raises:
         SpectraError: every, budget, k, tol or a measure out of range, or no file can be written at `path`.
@@ -259,7 +260,7 @@ class SpectrumTracker:
                 f"costs {self._cost:.3g} s, and budget={self.budget} allows that share of training time. The "
                 "next ones are taken as soon as it allows them; history.skipped lists those left out. A "
                 "smaller part of the data, fewer num_steps or a larger `every` make room.",
-                stacklevel=3,
+                stacklevel=4,  # the line of the training loop
             )
         self._history = dataclasses.replace(self._history, skipped=(*self._history.skipped, step))
         if self._file is not None:

@@ -140,3 +140,14 @@ def test_a_row_without_keys_is_what_it_is_written_out(monkeypatch, x64):
     model = spectra.from_torch(module, (x,))
     got = np.asarray(jax.jit(model.apply)(model.params, x.numpy()))
     np.testing.assert_allclose(got, module(x).detach().numpy(), rtol=1e-12, atol=1e-13)
+
+
+def test_not_a_number_hides_nothing(monkeypatch, x64):
+    monkeypatch.setattr(products, "LONG", LENGTH)
+    x = torch.tensor(np.random.default_rng(0).standard_normal((1, LENGTH, WIDTH)))
+    module = Layer(lambda q, k, v: torch.softmax(causal(q @ k.transpose(-2, -1), math.nan), -1) @ v)
+    model = spectra.from_torch(module, (x,))
+    got = np.isnan(np.asarray(jax.jit(model.apply)(model.params, x.numpy())))
+    np.testing.assert_array_equal(got, np.isnan(module(x).detach().numpy()))
+    assert got[:, :-1].all()
+    assert not got[:, -1].any()

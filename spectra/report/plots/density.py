@@ -56,7 +56,8 @@ def plot_density(
 
     Args:
         density: result of `spectral_density`, or what it is made from: a report, a quadrature, moments.
-            Several by name are drawn as `plot_comparison` does.
+            Several by name are drawn as `plot_comparison` does, to which arguments from `color` to `counts`
+            mean nothing.
         ax: where to draw; default: a new figure of 8 cm width.
         xscale: "auto", "symlog", "linear", or "loglog": the logarithm of |λ|, with the density of negative
             eigenvalues as a second, dotted line, which shows power laws as straight lines.
@@ -76,7 +77,8 @@ def plot_density(
         The Axes.
 
     Raises:
-        SpectraError: unknown xscale or yscale; a bandwidth for what is a density already.
+        SpectraError: unknown xscale or yscale; a bandwidth for what is a density already; a learning rate
+            that is not positive.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -88,7 +90,11 @@ def plot_density(
         'eigenvalue'
     """
     if isinstance(density, Mapping):
-        return plot_comparison(density, ax, xscale=xscale, yscale=yscale, learning_rate=learning_rate)
+        densities = {name: as_density(part, bandwidth) for name, part in density.items()}
+        ax = plot_comparison(densities, ax, xscale=xscale, yscale=yscale, learning_rate=learning_rate)
+        if title is not None:
+            ax.set_title(title, parse_math=False)
+        return ax
     _check(xscale, yscale)
     density = as_density(density, bandwidth)
     own, ax = ax is None, new_axes(ax)
@@ -162,6 +168,17 @@ def plot_comparison(
     return ax
 
 
+def edge_of_stability(learning_rate: float) -> float:
+    """2 / learning rate: gradient descent is unstable along eigenvectors of a larger eigenvalue.
+
+    Raises:
+        SpectraError: the rate is not a positive number.
+    """
+    if not 0 < learning_rate < np.inf:
+        raise SpectraError(f"learning_rate={learning_rate}: use a positive number.")
+    return 2 / float(learning_rate)
+
+
 def _check(xscale: str, yscale: str) -> None:
     if xscale not in XSCALES:
         raise SpectraError(f"xscale={xscale!r}: use one of {XSCALES}.")
@@ -184,7 +201,7 @@ def _set_axes(ax, densities, xscale, yscale, scale, ends, top, learning_rate) ->
     else:
         ax.set_ylim(0, 1.08 * float(np.max(top)))
     if learning_rate is not None:
-        limit = 2 / learning_rate
+        limit = edge_of_stability(learning_rate)
         ax.axvline(limit, color=ACCENT, linewidth=0.9, linestyle="--", label="2 / learning rate")
         high = max(high, limit * 1.5)
     if xscale == "symlog":

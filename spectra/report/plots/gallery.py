@@ -53,9 +53,15 @@ def plot(result: Any, ax: Any = None, **options: Any) -> Any:
 
 
 def draw(result: Any, *, learning_rate: float | None = None) -> Any:
-    """The Axes of the picture that shows a result; None for those that are best read as a table."""
+    """The Axes of the picture that shows a result; None for those that are best read as a table.
+
+    Raises:
+        SpectraError: a learning rate for a picture that has no place for it, or one that is not positive.
+    """
     if isinstance(result, Summary):
         result = result.quadratures
+    if learning_rate is not None and isinstance(result, (Mapping, Eigenpairs, LossSlice)):
+        raise SpectraError("a learning rate is a line in the picture of one density or of a history only.")
     if isinstance(result, Mapping):
         spectra = all(isinstance(part, (SpectrumReport, Quadrature, Density)) for part in result.values())
         return plot_blocks(result)[0] if result and spectra else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectra.base.errors import SpectraError
-from spectra.report.plots.density import Held, as_density, floor, plot_density
+from spectra.report.plots.density import Held, as_density, edge_of_stability, floor, plot_density
 from spectra.report.plots.style import (
     ACCENT,
     COLOR,
@@ -30,6 +30,8 @@ from spectra.results import Density, LossSlice, SpectrumHistory, by_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LARGEST = "largest eigenvalue"
+"""What `plot_course` takes from the snapshots: "sharpness" may be a number that training recorded."""
 _POINTS = 300  # of the eigenvalue axis: two a pixel row at 8 cm in print
 
 
@@ -112,14 +114,14 @@ def plot_density_over_time(
 
 @styled
 def plot_course(histories: Mapping[str, SpectrumHistory], name: str, ax: "Axes | None" = None) -> "Axes":
-    """Draw a number that training recorded, or "sharpness", against the step: a line for each run.
+    """Draw a number that training recorded, or `LARGEST`, against the step: a line for each run.
 
     The axis is logarithmic where all numbers are positive and their range is wide.
     """
     own_figure, ax = ax is None, new_axes(ax, height=1.8)
     drawn = []
     for i, (run, history) in enumerate(histories.items()):
-        values = history.sharpness if name == "sharpness" else history.scalar(name)
+        values = history.sharpness if name == LARGEST else history.scalar(name)
         known = np.isfinite(values)
         if known.any():
             style = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
@@ -140,16 +142,17 @@ def _limits(history: SpectrumHistory, learning_rate, limit) -> list[tuple[str, n
     """Name, values and dashes of the lines that are asked for."""
     lines = []
     if learning_rate is not None and learning_rate is not False:
-        rates = (
-            history.scalar("learning_rate")
-            if learning_rate is True
-            else np.full(len(history), float(learning_rate))
-        )
-        if np.isnan(rates).all():
-            raise SpectraError(
-                "no learning rate was recorded: call the tracker with learning_rate=, or pass the number."
-            )
-        lines.append(("2 / learning rate", 2 / rates, "--"))
+        if learning_rate is True:
+            rates = history.scalar("learning_rate")
+            edge = 2 / np.where(rates > 0, rates, np.nan)  # a warm-up begins at zero, where all is stable
+            if np.isnan(edge).all():
+                raise SpectraError(
+                    "no learning rate was recorded, or none above zero: call the tracker with "
+                    "learning_rate=, or pass the number."
+                )
+        else:
+            edge = np.full(len(history), edge_of_stability(learning_rate))
+        lines.append(("2 / learning rate", edge, "--"))
     if limit is not None:
         lines.append(("limit of stability", np.broadcast_to(np.asarray(limit, float), len(history)), ":"))
     return lines
