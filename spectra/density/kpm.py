@@ -1,4 +1,4 @@
-"""The kernel polynomial method: a spectral density from Chebyshev moments, with three vectors a probe."""
+"""The kernel polynomial method: a spectral density from Chebyshev moments, with three vectors per probe."""
 
 import os
 from functools import partial
@@ -59,14 +59,13 @@ def kpm(
     Args:
         op: symmetric operator of order n.
         key: JAX random key; probe i depends on the key and i alone.
-        num_moments: moments a probe, at least 2.
+        num_moments: moments per probe, at least 2.
         num_probes: k.
         bounds: (a, b) that hold the spectrum; default: the ends of 24 Lanczos steps without a basis,
             widened by their residuals and 1 % of the range, and further if a moment exceeds one.
-        probe_batch: probes in flight together.
-        progress: show the products.
-        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call goes on from there, with
-            the bits of one that was not ended; with other arguments it is refused.
+        probe_batch: probes in flight together. progress: show the number of products. checkpoint: a folder,
+        or a `Checkpoint`, to save the run in. The same call resumes from there, bit for bit
+            as if uninterrupted; a call with other arguments is refused.
 
     Returns:
         `Moments` of shape (k, num_moments).
@@ -79,7 +78,7 @@ def kpm(
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: num_probes x num_moments / 2 products, but at least two a probe; 24 for the bounds; three
-    vectors a probe in flight.
+    vectors per probe in flight.
 
     References:
         Weiße, Wellein, Alvermann and Fehske, doi:10.1103/RevModPhys.78.275.

@@ -41,7 +41,7 @@ def spectral_density(
         quadrature: result of `slq` or a report that contains it, or the `Moments` of `kpm`: these are damped
             by Jackson's kernel, whose width their number sets.
         bandwidth: constant kernel width in units of the eigenvalues, instead of the default.
-        grid: increasing points, shape (g,); default: four points a width, 6 widths beyond the ends.
+        grid: increasing points, shape (g,); default: four points per width, 6 widths beyond the ends.
         level: confidence of the band.
 
     Returns:

@@ -36,7 +36,7 @@ def compare_operators(
     by: Literal["layer", "leaf"] | None = "layer",
     level: float = 0.95,
 ) -> OperatorComparison:
-    """Measure how wrong an operator A is in the place of B: KFAC for the Gauss-Newton matrix, say.
+    """Measure how wrong an operator A is in place of B: KFAC for the Gauss-Newton matrix, say.
 
     Relative Frobenius error |A - B|_F / |B|_F from E|(A - B)z|² = |A - B|²_F over probes z of random signs,
     of the whole and of the diagonal block of each layer; tr A / tr B; the overlap |U_Aᵀ U_B|²_F / k of the k
@@ -50,7 +50,7 @@ def compare_operators(
         num_pairs: k, eigenvalues of largest modulus that are compared.
         num_probes: probes for the errors in the Frobenius norm, of the whole and of each layer; those of the
             densities are half of them.
-        num_steps: Lanczos steps a probe for the densities.
+        num_steps: Lanczos steps per probe for the densities.
         by: blocks that are compared, "layer" or "leaf"; None for none.
         level: probability with which each interval holds its number.
 

@@ -33,7 +33,7 @@ def count_above(
         source: symmetric operator, or a `Quadrature` of it.
         threshold: in units of the eigenvalues.
         key: JAX random key; needed for an operator.
-        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
+        num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
         num_probes: probes.
         probe_batch: see `slq`.
 
@@ -69,7 +69,7 @@ def negative_share(
     Args:
         source: symmetric operator, or a `Quadrature` of it.
         key: JAX random key; needed for an operator.
-        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
+        num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
         num_probes: probes.
         probe_batch: see `slq`.
 

@@ -51,7 +51,7 @@ def diagonal(
     "hutchinson" is the mean of v ⊙ Hv over random signs, exact for a diagonal H. "xdiag" takes out what
     a sketch of the range explains, every probe being left out of its own sketch: the choice where few
     eigenvalues dominate. "exact" uses n products with unit vectors; its errors are those of rounding, which
-    outside of `jit` are measured (see `spectra.estimators.exact`). Works inside `jit` and `vmap`.
+    outside `jit` are measured (see `spectra.estimators.exact`). Works inside `jit` and `vmap`.
 
     The errors rest on the spread of the samples, which for "xdiag" are leave-one-out estimates whose
     covariance and its own error are added (see `spectra.estimators.leave_one_out`), and on rounding. They
@@ -67,10 +67,10 @@ def diagonal(
         tol: stop as soon as |stderr| <= tol |value| in the Euclidean norm over all entries.
         by: "leaf" or "layer": value and stderr become dicts {path: array}, or {layer: {path: array}};
             `total` has the pytree.
-        probe_batch: products side by side; changes the result by rounding only.
-        progress: show the products.
-        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call goes on from there, with
-            the bits of one that was not ended; with other arguments it is refused.
+        probe_batch: products computed side by side; changes the result by rounding only. progress: show the
+        number of products. checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes
+        from there, bit for bit
+            as if uninterrupted; a call with other arguments is refused.
 
     Returns:
         `Estimate` whose value and stderr are pytrees like the parameters, placed as they are.

@@ -41,7 +41,7 @@ def frobenius_norm(
         key: JAX random key.
         num_matvecs: budget of products; exact if it covers n.
         tol: stop as soon as stderr <= tol value.
-        probe_batch: products side by side; changes the result by rounding only.
+        probe_batch: products computed side by side; changes the result by rounding only.
 
     Returns:
         `Estimate` with value and stderr.

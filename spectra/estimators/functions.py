@@ -71,7 +71,7 @@ def trace_of(
         source: symmetric operator of order n, or a `Quadrature` of it, which costs no product.
         f: vectorised NumPy function of eigenvalues.
         key: JAX random key; needed for an operator.
-        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
+        num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
         num_probes: probes; with `tol`, num_steps x num_probes are the products that may be spent.
         tol: spend products until stderr and half of the bracket together are below tol |value|: on steps, on
             probes, or on eigenpairs that are known then and not sampled, by what each is predicted to

@@ -34,7 +34,7 @@ def rounding_deltas(
         by: "layer" or "leaf".
 
     Returns:
-        {name: vector with None in the place of leaves that do not change}, for `perturbation`.
+        {name: vector with None in place of leaves that do not change}, for `perturbation`.
 
     Raises:
         SpectraError: bits out of range, or no leaf has two axes.
@@ -77,7 +77,7 @@ def pruning_deltas(op: LinearOperator, share: float = 0.5, *, by: str = "layer")
         by: "layer" or "leaf".
 
     Returns:
-        {name: vector with None in the place of leaves that do not change}, for `perturbation`.
+        {name: vector with None in place of leaves that do not change}, for `perturbation`.
 
     Raises:
         SpectraError: share out of range, or no leaf has two axes.

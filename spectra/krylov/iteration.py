@@ -57,7 +57,7 @@ class LanczosIteration:
     Raises:
         SpectraError: an argument is out of range.
 
-    Cost: a product and two reads of the basis a step. Outside of `jit` a step also copies the basis, which a
+    Cost: a product and two reads of the basis a step. Outside `jit` a step also copies the basis, which a
     compiled loop updates in place.
 
     References:

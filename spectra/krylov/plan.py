@@ -46,7 +46,7 @@ def plan(
 
     Args:
         op: the operator.
-        num_steps: Lanczos steps a probe, m.
+        num_steps: Lanczos steps per probe, m.
         num_probes: probes, k.
         basis: see `slq`.
         basis_dtype: see `slq`.
@@ -182,7 +182,7 @@ def choose_batch(
     """Probes in flight. Streams share each pass over the data between as many probes as fit.
 
     Where products evaluate the loss again, under `jax.checkpoint`, in microbatches or because nothing is
-    saved, four share one evaluation: 2.1 gradients a product in the place of 2.6, as XLA counts.
+    saved, four share one evaluation: 2.1 gradients per product in place of 2.6, as XLA counts.
 
     An accelerator needs wide operations to be busy. On a CPU one probe at a time is fastest: the
     reorthogonalisation is bound by memory bandwidth and batched products gain nothing, but for `bare`

@@ -190,7 +190,7 @@ def _prepared(op, b, inverse, method, tol, limit, reference) -> tuple[Problem, S
 
 
 def _axes(inverse, method: str) -> Any:
-    """Which parts of a problem are there for every right-hand side: zeros and None in the place of arrays."""
+    """Which parts of a problem are there for every right-hand side: zeros and None in place of arrays."""
     shared = None if inverse is None else jax.tree.map(lambda _: None, inverse)
     each: Any = 0
     return Problem(each, shared, each, each, each, each, each, only_cg=method == "cg")

@@ -1,7 +1,7 @@
 """Flax models as pure functions (variables, inputs) -> outputs, the form that operators take.
 
 What does not vary (batch statistics, integer and random state) stays a leaf of the variables, so the
-next checkpoint re-uses the compiled code; `wrt="params"` says what varies. Other libraries need no
+next checkpoint reuses the compiled code; `wrt="params"` says what varies. Other libraries need no
 adapter: any pure function of a pytree will do, such as Equinox's `eqx.combine(params, static)(x)` with
 `params, static = eqx.partition(model, eqx.is_inexact_array)`.
 """
@@ -105,7 +105,7 @@ def linen_model(
             "batch": by the statistics of the batch, through which the loss is differentiated and whose
             updates are dropped. A mean over batches is then not the loss of the whole data set. Which
             one the module computes is up to its own arguments: pass them in `options`.
-        attention: what Flax's attention layers call in the place of `dot_product_attention`, such as
+        attention: what Flax's attention layers call in place of `dot_product_attention`, such as
             `spectra.attention`, with which products take memory linear in the sequence.
         **options: keyword arguments of the module's call, such as `train=False` or `deterministic=True`.
 

@@ -142,7 +142,7 @@ class FisherOperator(ModelOperator):
         SpectraError: as `GGNOperator` otherwise.
 
     Cost: a product is one J v and one Jᵀ u; gradients of single terms exist in output space only. "mc"
-    evaluates the model once when the operator is made, or once more a product for streams.
+    evaluates the model once when the operator is made, or once more per product for streams.
 
     References:
         Amari, doi:10.1162/089976698300017746; Martens, arXiv:1412.1193, sections 5, 9, 11.

@@ -215,7 +215,7 @@ class KFACOperator(_FromData):
 
     A layer y = W a + b, seen N times with inputs a_n (a one appended for the bias) and vectors g_nk whose
     outer products sum to the loss's curvature in y, has the block Σ_nk (a_n a_nᵀ) ⊗ (g_nk g_nkᵀ). KFAC puts
-    the product of means in the place of the mean of products: A ⊗ B with A = Σ_n w_n a_n a_nᵀ and
+    the product of means in place of the mean of products: A ⊗ B with A = Σ_n w_n a_n a_nᵀ and
     B = Σ_nk g_nk g_nkᵀ. It is exact for one example, and for deep linear networks with squared error.
 
     Nothing is registered: layers are found in the jaxpr of `model_fn`, through transposes, reshapes, casts,
@@ -236,7 +236,7 @@ class KFACOperator(_FromData):
             Hessian in the outputs; "mc", by targets drawn from the model; "empirical", by the data's own.
         key: JAX random key of the samples, for "mc". The first sample of each example is that of
             `FisherOperator` with the same key.
-        num_samples: samples an example, for "mc".
+        num_samples: samples per example, for "mc".
         sequence: how positions of one example (tokens, pixels) are summed: "expand" takes them for examples,
             A = Σ_n w_n mean_s a a^T and B = Σ_nks g gᵀ; "reduce" takes the mean of a and the sum of g over
             positions first, right for networks that pool before their loss.
@@ -300,7 +300,7 @@ class EKFACOperator(_FromData):
         data: one batch, a pair (inputs, targets), or a re-iterable of such pairs.
         kind: "type2", "mc" or "empirical".
         key: JAX random key of the samples, for "mc".
-        num_samples: samples an example, for "mc".
+        num_samples: samples per example, for "mc".
         sequence: "expand" or "reduce", for the factors; Λ sums over positions exactly.
         bias: "joint" or "separate".
         sample_fn: as for `FisherOperator`.

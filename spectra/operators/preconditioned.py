@@ -52,7 +52,7 @@ class PreconditionedOperator(Wrapped):
         op: operator on the parameters, such as a `HessianOperator`, or a block of one.
         optimizer_state: optax's state, of which the one second moment is found inside chains, masks,
             partitions, schedules, `flatten` and `MultiSteps`, or the `opt_state` of an nnx `Optimizer`; on
-            all parameters of `op`, or on those under one name such as "params". In its place the diagonal
+            all parameters of `op`, or on those under one name such as "params". Instead, the diagonal
             of any P: a pytree like the parameters, or flat.
         update_fn: `optimizer.update`, or the optimizer itself. P is then measured from its updates (see
             `spectra.operators.response`), and nothing below is needed: what is given is checked. An
@@ -158,7 +158,7 @@ def _preconditioner(op, optimizer_state, update_fn, rule, given, eps_in_sqrt) ->
 
 
 def _diagonal(state: PyTree, op: LinearOperator) -> list[jax.Array] | None:
-    """The leaves of P, where that is what was passed in the place of a state."""
+    """The leaves of P, where that is what was passed in place of a state."""
     if op._is_flat(state):
         state = op.as_vector(state, "P")
     leaves = jax.tree.leaves(state)

@@ -20,7 +20,7 @@ class DiagonalOperator(LinearOperator):
     Args:
         entries: d, a pytree like the parameters.
 
-    Cost: n operations a product.
+    Cost: n operations per product.
 
     Examples:
         >>> import jax.numpy as jnp, spectra
@@ -70,7 +70,7 @@ class LowRankOperator(LinearOperator):
     Raises:
         StructureError: leaves of several leading axes, or another number of values.
 
-    Cost: 4 r n operations a product; r n numbers.
+    Cost: 4 r n operations per product; r n numbers.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra

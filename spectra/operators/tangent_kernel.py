@@ -25,7 +25,7 @@ class TangentKernelOperator(LinearOperator):
         params: pytree of parameters.
         inputs: of N examples; the outputs' leaves have them along their first axis.
 
-    Cost: a forward and a backward pass a product.
+    Cost: a forward and a backward pass per product.
 
     References:
         Jacot, Gabriel and Hongler, arXiv:1806.07572.

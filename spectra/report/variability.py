@@ -213,8 +213,8 @@ def data_variability(
         key: JAX random key of the probes, the same for every subset.
         num_subsets: s, at least 2.
         num_eigenvalues: k, eigenvalues reported at each end.
-        num_steps: Lanczos steps a probe.
-        num_probes: probes a subset.
+        num_steps: Lanczos steps per probe.
+        num_probes: probes per subset.
 
     Returns:
         `DataVariability`; print it.

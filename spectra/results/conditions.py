@@ -30,7 +30,7 @@ class ConditionNumber(Result):
     see `condition_number`. Where `is_lower_bound` is true, `effective` is the lower end of its interval
     and `smallest_nonzero` the upper end of its own, and `value`, if finite, is a lower bound, too.
 
-    The [glossary](glossary.md#noise-floor) says what is meant by noise floor, bound and limit.
+    The [glossary](glossary.md#noise-floor) defines noise floor, bound and limit.
     """
 
     value: float  # |λ|max / |λ|min; infinite if some eigenvalue is zero to the noise floor
@@ -152,7 +152,7 @@ def _shown(interval: Interval) -> str:
 
 @result("size", "num_matvecs", "level", "status")
 class OperatorComparison(Result):
-    """How wrong an operator A is in the place of B, each number with its interval.
+    """How wrong an operator A is in place of B, each number with its interval.
 
     All are relative: no unit of the loss or of the parameters is in them.
     """

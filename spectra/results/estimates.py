@@ -52,7 +52,7 @@ class Estimate(Result):
     floats for one number, pytrees like the parameters for a diagonal, and dicts {group: number} where
     groups were asked for.
 
-    The [glossary](glossary.md#standard-error) says what is meant by value, interval, bound, limit
+    The [glossary](glossary.md#standard-error) defines value, interval, bound, limit
     and standard error.
     """
 
@@ -137,7 +137,7 @@ class NoiseScale(Estimate):
     `interval()` is Fieller's: all ratios r at which tr Σ - r |g|² is within its error of zero. Where |g|² is
     within its own error, no ratio is too large: there is a lower end only, and `is_one_sided` is true.
 
-    The [glossary](glossary.md#noise-scale) says what is meant by noise scale.
+    The [glossary](glossary.md#noise-scale) defines noise scale.
     """
 
     noise: float = math.nan  # tr Σ of single examples, unbiased
@@ -188,7 +188,7 @@ class Population(Result):
     on average) and `in_sample` (never too small on average), and `stderr`, the spread between batches.
     The bias falls like one over the number of examples, the error like one over its root.
 
-    The [glossary](glossary.md#population) says what is meant by population and interval.
+    The [glossary](glossary.md#population) defines population and interval.
     """
 
     eigenvalues: Array  # (k,) debiased estimates, descending

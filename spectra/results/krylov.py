@@ -39,7 +39,7 @@ class Tridiagonal(Result):
     `T` has `alpha` on its diagonal and `beta` beside it. Entries beyond `length` are zero: the Krylov
     space became invariant there and T[:length, :length] holds exact eigenvalues of H.
 
-    The [glossary](glossary.md#ritz-value) says what is meant by step, basis and breakdown.
+    The [glossary](glossary.md#ritz-value) defines step, basis and breakdown.
     """
 
     _BULKY: ClassVar = ("segments", "layout")
@@ -89,7 +89,7 @@ class Eigenpairs(Result):
     Vectors are orthonormal, in the form of the parameters. An eigenvalue of H lies within
     `residuals[i] + noise_floor` of `values[i]`.
 
-    The [glossary](glossary.md#copy) says what is meant by residual, copy, restart and noise floor.
+    The [glossary](glossary.md#copy) defines residual, copy, restart and noise floor.
     """
 
     _BULKY: ClassVar = ("vectors",)
@@ -155,7 +155,7 @@ class Solution(Result):
     For several right-hand sides x is stacked as they were, and the arrays have shape (k,). `x` is NaN where
     there is no solution: `status` is SINGULAR then.
 
-    The [glossary](glossary.md#residual) says what is meant by residual, bound and product.
+    The [glossary](glossary.md#residual) defines residual, bound and product.
     """
 
     _BULKY: ClassVar = ("x",)

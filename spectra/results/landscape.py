@@ -175,7 +175,7 @@ class Sharpness(Result):
     `lower` and `upper` bracket it: at the step 2 / upper the loss was not above its value, at 2 / lower it
     was. That it is the *first* such step holds where the loss falls and then rises, as a quadratic does.
 
-    The [glossary](glossary.md#sharpness) says what is meant by sharpness.
+    The [glossary](glossary.md#sharpness) defines sharpness.
     """
 
     value: float

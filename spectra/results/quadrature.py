@@ -27,7 +27,7 @@ class Quadrature(Result):
     Of a run without reorthogonalisation (`basis="none"`) they are those of T with copies of an eigenvalue
     merged; T itself, from which all brackets and limits come, is in `coefficients`.
 
-    The [glossary](glossary.md#quadrature) says what is meant by Ritz value, bracket, band, atom,
+    The [glossary](glossary.md#quadrature) defines Ritz value, bracket, band, atom,
     copy and noise floor.
     """
 
@@ -158,7 +158,7 @@ class Moments(Result):
     moments[i, j] = v_iᵀ T_j(A) v_i with |v_i| = 1 and A = (2 H - a - b) / (b - a), so that [a, b], which
     holds the spectrum, becomes [-1, 1].
 
-    The [glossary](glossary.md#moments) says what is meant by probe and moments.
+    The [glossary](glossary.md#moments) defines probe and moments.
     """
 
     moments: Array  # (k, num_moments), within [-1, 1]
@@ -204,7 +204,7 @@ class Density(Result):
     the spectrum. `lower` and `upper` hold the exact spectrum smoothed by the same kernel, on the whole grid
     at once, at the confidence `level`: the quadrature's error and that of the probes are both in it.
 
-    The [glossary](glossary.md#density) says what is meant by density, band, outlier and bulk.
+    The [glossary](glossary.md#density) defines density, band, outlier and bulk.
     """
 
     grid: Array  # (g,) eigenvalues

@@ -40,9 +40,9 @@ class Checkpoint:
     A checkpoint belongs to one operator (its functions, parameters and data) and one key; of another one it
     is refused. In `slq` steps, probes and `tol` may change, in `eigsh` `max_matvecs`: the call computes only
     what is missing. The other functions go on with the same arguments only. Probes recorded with fewer steps
-    than asked for are computed anew.
+    than asked for are recomputed.
 
-    What is damaged is noticed by its checksum and computed anew, with a warning.
+    What is damaged is noticed by its checksum and recomputed, with a warning.
 
     Cost: one product more, by which a run knows its own operator; disk space of the basis of the probes
     in flight, in the dtype of the vectors. A run that goes on within a pass over a stream reads the batches
@@ -121,7 +121,7 @@ def _is_part(node: Any) -> bool:
 def _parts(op: LinearOperator) -> list[Any]:
     """The operators on data inside an operator, and its other leaves.
 
-    The vectors of a deflation are left out: computed anew they differ by rounding.
+    The vectors of a deflation are left out: recomputed they differ by rounding.
     """
     if isinstance(op, DeflatedOperator):
         return _parts(op.base)

@@ -36,7 +36,7 @@ def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScal
 
     Args:
         covariance_op: `GradientCovarianceOperator`, centred or not, on one batch or a stream. Its examples
-            are taken for independent draws.
+            are assumed to be independent draws.
 
     Returns:
         `NoiseScale`, an `Estimate`: value, stderr, `.interval()` by Fieller's theorem with skewness allowed

@@ -81,7 +81,7 @@ class SpectrumTracker:
         SpectraError: every, budget, k, tol or a measure out of range, or no file can be written at `path`.
         NonFiniteError: the loss or a product is NaN or infinite: training has diverged.
 
-    Cost: num_steps num_probes + about 2 k products a snapshot, each 1 to 2 gradients of the loss over
+    Cost: num_steps num_probes + about 2 k products per snapshot, each 1 to 2 gradients of the loss over
     the data of the operator, on which the cost thus depends: give it a fixed part of a large data set.
     `tracker.history.cost` is the measured share of training time.
 
