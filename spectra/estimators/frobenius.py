@@ -32,9 +32,9 @@ def frobenius_norm(
 ) -> Estimate:
     """Estimate the Frobenius norm ‖H‖_F = sqrt(Σ_ij H_ij²), the root of the sum of squared eigenvalues.
 
-    ‖H‖_F² = tr H² is estimated as `trace` does with method="auto", from products with H alone: XTrace of
-    H² has the same sketch, and |Hv|² takes the place of vᵀHv. The error is carried through the root to
-    first order.
+    ‖H‖_F² = tr H² is estimated by the exact sum, XTrace or Hutchinson's method, from products with H only:
+    XTrace of H² uses the same sketch, with |Hv|² in place of vᵀHv. The error is propagated through the square
+    root to first order.
 
     Args:
         op: symmetric operator of order n.

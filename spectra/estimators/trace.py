@@ -233,7 +233,7 @@ def model_trace(
         loss_fn: pure function (outputs, targets) -> scalar, the mean over the examples.
         params: pytree of real floating arrays.
         inputs: array or pytree with a leading axis of examples.
-        targets: the same for what the outputs are compared with.
+        targets: the same, for the targets that the outputs are compared with.
         key: JAX random key; None stands for jax.random.key(0).
         options: keyword arguments of `trace` and of `HessianOperator`.
 

@@ -41,13 +41,13 @@ def plan(
     """State the bytes and products that `slq` would need, without running or allocating anything.
 
     The peak is linearization + probe_batch * (basis + 6 vectors + workspace), on top of parameters and
-    data; on a mesh all of it is for one device. The workspace of a product comes from compiling it for
-    the device, which takes as long as the first product of a run.
+    data; on a mesh, all figures are per device. The workspace of a product is found by compiling it for the
+    device, which takes as long as the first product of a run.
 
     Args:
         op: the operator.
         num_steps: Lanczos steps per probe, m.
-        num_probes: probes, k.
+        num_probes: number of probes, k.
         basis: see `slq`.
         basis_dtype: see `slq`.
         measure: time a product and a pass over a vector, and state the `seconds` of the run. A basis on the

@@ -19,14 +19,14 @@ from spectra.results import Eigenpairs, GradientOverlap, StableStep, StepQuality
 
 @automatic
 def step_quality(op: DataOperator, update: PyTree, *, measure: bool = True) -> StepQuality:
-    """Compare the change of a loss that slope and curvature predict for an update with the true one.
+    """Compare the change in loss that slope and curvature predict for an update with the actual change.
 
     With the update d the prediction is g·d + ½ dᵀHd. With the operator of one task and the update of another,
-    `sharpness` = dᵀHd / |g·d| is the relative sharpness, and a slope above zero a conflict of the two.
+    `sharpness` = dᵀHd / |g·d| is the relative sharpness, and a positive slope means that the tasks conflict.
 
     Args:
         op: operator on data that has a loss.
-        update: pytree like the parameters, or flat: what is added to them.
+        update: what is added to the parameters: a pytree like them, or flat.
         measure: evaluate the loss at θ + d.
 
     Returns:
@@ -73,7 +73,7 @@ def gradient_overlap(op: DataOperator, pairs: Eigenpairs) -> GradientOverlap:
     gradient into the span of the leading ones.
 
     Args:
-        op: operator on data that has a loss; its gradient is that of all of its data.
+        op: operator on data that has a loss; the gradient is over all of its data.
         pairs: eigenpairs of it, from `eigsh`.
 
     Returns:
