@@ -62,9 +62,10 @@ def kpm(
         num_probes: k.
         bounds: (a, b) that contain the spectrum; default: the ends of 24 Lanczos steps without a basis,
             widened by their residuals and 1 % of the range, and further if a moment exceeds one.
-        probe_batch: probes in flight together. progress: show the number of products. checkpoint: a folder,
-        or a `Checkpoint`, to save the run in. The same call resumes from there, bit for bit
-            as if uninterrupted; a call with other arguments is refused.
+        probe_batch: probes in flight together.
+        progress: show the number of products.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, bit for
+            bit as if uninterrupted; a call with other arguments is refused.
 
     Returns:
         `Moments` of shape (k, num_moments).

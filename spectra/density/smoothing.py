@@ -40,9 +40,10 @@ def spectral_density(
     Args:
         quadrature: result of `slq` or a report that contains it, or the `Moments` of `kpm`: these are damped
             by Jackson's kernel, whose width their number sets.
-        bandwidth: constant kernel width in units of the eigenvalues, instead of the default. grid: increasing
-        points, shape (g,); default: four points per width, reaching 6 widths beyond the ends. level:
-        confidence of the band.
+        bandwidth: constant kernel width in units of the eigenvalues, instead of the default.
+        grid: increasing points, shape (g,); default: four points per width, reaching 6 widths beyond the
+            ends.
+        level: confidence of the band.
 
     Returns:
         `Density` with grid, density, lower, upper.

@@ -44,12 +44,15 @@ def compare_operators(
     the mean modulus of those of B. Up to order 64 all of these are exact.
 
     Args:
-        a: the approximation. b: the operator that it approximates, on vectors of the same structure. key: JAX
-        random key of the probes, the same for A and B. num_pairs: k, the number of eigenvalues of largest
-        modulus to compare. num_probes: probes for the Frobenius errors of the whole and of each layer;
-        densities use half as many. num_steps: Lanczos steps per probe for the densities. by: blocks to
-        compare, "layer" or "leaf"; None for none. level: probability with which each interval contains its
-        number.
+        a: the approximation.
+        b: the operator that it approximates, on vectors of the same structure.
+        key: JAX random key of the probes, the same for A and B.
+        num_pairs: k, the number of eigenvalues of largest modulus to compare.
+        num_probes: probes for the Frobenius errors of the whole and of each layer; densities use half as
+            many.
+        num_steps: Lanczos steps per probe for the densities.
+        by: blocks to compare, "layer" or "leaf"; None for none.
+        level: probability with which each interval contains its number.
 
     Returns:
         `OperatorComparison`. The intervals of Frobenius norms and traces are Student's over the probes, by

@@ -65,12 +65,12 @@ def diagonal(
         num_matvecs: budget of products. "exact" replaces "xdiag" if it covers n, and "hutchinson" if it is
             below 16: fewer than 8 Rademacher probes cannot tell entries apart.
         tol: stop as soon as |stderr| <= tol |value| in the Euclidean norm over all entries.
-        by: "leaf" or "layer": value and stderr become dicts {path: array}, or {layer: {path: array}};
-            `total` has the pytree.
-        probe_batch: products computed side by side; changes the result by rounding only. progress: show the
-        number of products. checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes
-        from there, bit for bit
-            as if uninterrupted; a call with other arguments is refused.
+        by: "leaf" or "layer": value and stderr become dicts {path: array}, or {layer: {path: array}}; `total`
+            has the pytree.
+        probe_batch: products computed side by side; changes the result by rounding only.
+        progress: show the number of products.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, bit for
+            bit as if uninterrupted; a call with other arguments is refused.
 
     Returns:
         `Estimate` whose value and stderr are pytrees like the parameters, with the same placement.

@@ -28,8 +28,11 @@ def rounding_deltas(
     Leaves of fewer than two axes (biases, norms) stay as they are.
 
     Args:
-        op: operator whose `like` are the parameters. bits: 2 to 16. channel_axis: axis of the output
-        channels: -1 as in Flax, 0 as in PyTorch; None for one scale per leaf. by: "layer" or "leaf".
+        op: operator whose `like` are the parameters.
+        bits: 2 to 16.
+        channel_axis: axis of the output channels: -1 as in Flax, 0 as in PyTorch; None for one scale per
+            leaf.
+        by: "layer" or "leaf".
 
     Returns:
         {name: vector with None in place of leaves that do not change}, for `perturbation`.

@@ -88,7 +88,7 @@ def population(
         DataError: fewer than eight examples or batches; a loss that is not a mean over examples.
         SpectraError: an argument is out of range.
 
-    Cost, in products over the sample: num_folds - 1 times those of `eigsh` at `tol`, a few more for the whole
+    Cost: in products over the sample, num_folds - 1 times those of `eigsh` at `tol`, a few more for the whole
     sample, starting from those vectors, and 2 k + num_probes. `num_passes` is the actual number.
 
     Fails where few examples carry the curvature: no interval can account for examples that were never drawn.

@@ -241,10 +241,11 @@ class KFACOperator(_FromData):
             A = Σ_n w_n mean_s a a^T and B = Σ_nks g gᵀ; "reduce" takes the mean of a and the sum of g over
             positions first, right for networks that pool before their loss.
         bias: "joint" with the weight, as a last input equal to one, or a separate block ("separate").
-        sample_fn: as for `FisherOperator`. exact_limit: size up to which a leaf that is not a layer has its
-        exact block; beyond it, its diagonal. factor_limit: size beyond which a factor is kept as its
-        diagonal, as for the vocabulary of a last layer. **options: see `DataOperator`. `weight_fn` of one
-        example gives w_n, by default equal.
+        sample_fn: as for `FisherOperator`.
+        exact_limit: size up to which a leaf that is not a layer has its exact block; beyond it, its diagonal.
+        factor_limit: size beyond which a factor is kept as its diagonal, as for the vocabulary of a last
+            layer.
+        **options: see `DataOperator`. `weight_fn` of one example gives w_n, by default equal.
 
     Raises:
         StructureError: the model's outputs for an example depend on the others (batch statistics), or have no

@@ -57,14 +57,15 @@ class SpectrumTracker:
             `spectra.load` can read during the run. An existing file is continued: steps that it contains are
             not recorded again. If the disk is full, there is a warning, training continues, and the snapshots
             follow when there is space. None: keep the history in memory only.
-        key: JAX random key of the probes; default key(0). num_eigenvalues: k. tol: residual of the
-        eigenvalues in units of |H|. They are accurate to tol² |H|² / gap. num_steps: Lanczos steps of the
-        quadrature. 8 give the trace, the shape of the density and a bound on the
-            smallest eigenvalue, marked as a bound until it has converged; use 40 or more for details of the
-            density and for the smallest eigenvalue.
+        key: JAX random key of the probes; default key(0).
+        num_eigenvalues: k.
+        tol: residual of the eigenvalues in units of |H|. They are accurate to tol² |H|² / gap.
+        num_steps: Lanczos steps of the quadrature. 8 give the trace, the shape of the density and a bound on
+            the smallest eigenvalue, marked as a bound until it has converged; use 40 or more for details of
+            the density and for the smallest eigenvalue.
         num_probes: probes of the quadrature.
-        budget: largest share of training time that snapshots may take, for example 0.1. A snapshot that
-            would exceed it, judged by the cost of the last one, is skipped; the first, which compiles, is not
+        budget: largest share of training time that snapshots may take, for example 0.1. A snapshot that would
+            exceed it, judged by the cost of the last one, is skipped; the first, which compiles, is not
             counted. None: take every snapshot.
         callbacks: functions called with each `Snapshot`.
         name: name of the operator in the history.
@@ -74,8 +75,7 @@ class SpectrumTracker:
             `tracker.console` holds all readings, and each snapshot the latest of each among its scalars.
         warn_below: {name: limit}: warn when a reading falls below its limit, such as 1 for `stable_step`.
         warn_ahead: also warn if the trend of the latest readings falls below the limit within this many
-        steps.
-            Sudden events (a jump in the learning rate, one bad batch) have no trend.
+            steps. Sudden events (a jump in the learning rate, one bad batch) have no trend.
 
     Raises:
         SpectraError: every, budget, k, tol or a measure out of range, or no file can be written at `path`.

@@ -196,9 +196,11 @@ def plot_blocks(
 
     Args:
         results: reports, quadratures or densities by name, such as `slq(op.blocks(by="layer"), key=key)`.
-        columns: panels in a row; default: as square as possible, at most six. color: of lines and bands.
-        own_x: give each panel its own horizontal axis instead of a shared one. heat_map: draw a row of
-        colours for each result instead of a panel; default: if there are more than twenty.
+        columns: panels in a row; default: as square as possible, at most six.
+        color: of lines and bands.
+        own_x: give each panel its own horizontal axis instead of a shared one.
+        heat_map: draw a row of colours for each result instead of a panel; default: if there are more than
+            twenty.
 
     Returns:
         Array of the Axes, one for each result, in order, or the single one of a heat map; `axes[0].figure` is
