@@ -46,7 +46,7 @@ def load(path: str | os.PathLike[str]) -> TorchModel:
     Raises:
         BridgeError: a file is missing, damaged or of another version, or x64 is needed.
         UnsupportedOperatorError: an operator that this version does not support; the message names its
-        modules.
+            modules.
 
     Warns:
         FrozenParametersWarning: some parameters had `requires_grad=False`: they are in `model.frozen`.
