@@ -32,9 +32,9 @@ def frobenius_norm(
 ) -> Estimate:
     """Estimate the Frobenius norm ‖H‖_F = sqrt(Σ_ij H_ij²), the root of the sum of squared eigenvalues.
 
-    ‖H‖_F² = tr H² is estimated by the exact sum, XTrace or Hutchinson's method, from products with H only:
-    XTrace of H² uses the same sketch, with |Hv|² in place of vᵀHv. The error is propagated through the square
-    root to first order.
+    ‖H‖_F² = tr H² needs only products with H: XTrace of H² uses the sketch of H, with |Hv|² in place of vᵀHv.
+    If 2 num_matvecs vectors do not fit into half of the free memory, or for fewer than four products, it is
+    the mean of |Hv|² over normal probes. The error is propagated through the square root to first order.
 
     Args:
         op: symmetric operator of order n.

@@ -201,7 +201,8 @@ def spectrum(
         basis: see `slq`.
         basis_dtype: see `slq`.
         exact: True: all eigenvalues from the dense matrix, whatever it costs. False: always Lanczos. None:
-            the cheaper of the two, but Lanczos if `checkpoint`, `basis` or `basis_dtype` is given.
+            the cheaper of the two, but Lanczos if `checkpoint`, `basis` or `basis_dtype` is given. The dense
+            matrix ignores `checkpoint`, `tol` and `progress`.
         name: name of the operator in the report.
 
     Returns:
