@@ -27,7 +27,7 @@ class NotSymmetricError(SpectraError):
 
 
 class DifferentiationError(SpectraError, TypeError):
-    """The loss cannot be differentiated, not even once; the message carries JAX's own reason."""
+    """The loss cannot be differentiated, not even once; the message includes JAX's own reason."""
 
 
 class MemoryLimitError(SpectraError, MemoryError):
@@ -43,7 +43,7 @@ class CheckpointError(SpectraError):
 
 
 class PreemptedError(SpectraError):
-    """The run was asked to end, saved itself, and goes on when it is started again."""
+    """The run was asked to end and has been saved; the same call resumes it."""
 
     def __init__(self, message: str, *, signal: int = 15):
         super().__init__(message)
@@ -51,7 +51,7 @@ class PreemptedError(SpectraError):
 
 
 class Status(enum.Enum):
-    """How a result came to its end. Each member carries a `message` and a `remedy`.
+    """How a computation ended. Each member has a `message` and a `remedy`.
 
     The value is a short code that is stored in result files; it compares by identity. A status never
     stands in for an error: failures raise, a status only qualifies a number that is sound.

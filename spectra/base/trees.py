@@ -136,7 +136,7 @@ def check_structure(tree: PyTree, structure: PyTree, what: str) -> None:
 
 
 def keep_leaves(tree: PyTree, indices: tuple[int, ...]) -> PyTree:
-    """`tree` with None in the place of all leaves but the chosen ones."""
+    """`tree` with None in place of all leaves but the chosen ones."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef.unflatten([leaf if i in indices else None for i, leaf in enumerate(leaves)])
 

@@ -45,13 +45,14 @@ def load(path: str | os.PathLike[str]) -> TorchModel:
 
     Raises:
         BridgeError: a file is missing, damaged or of another version, or x64 is needed.
-        UnsupportedOperatorError: an operator that this version does not have, with its modules.
+        UnsupportedOperatorError: an operator that this version does not support; the message names its
+            modules.
 
     Warns:
         FrozenParametersWarning: some parameters had `requires_grad=False`: they are in `model.frozen`.
 
     Cost:
-        One abstract trace (about a millisecond an operator); no forward pass.
+        One abstract trace (about a millisecond per operator); no forward pass.
 
     Examples:
         >>> import tempfile

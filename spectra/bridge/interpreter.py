@@ -86,7 +86,7 @@ def _call(node: Node, values: Mapping[str, Any], check: Check | None) -> Any:
 
 
 def resolve(argument: Any, values: Mapping[str, Any], check: Check | None = None) -> Any:
-    """Put values in the place of names, dtypes of their names and functions of branches."""
+    """Put values in place of names, dtypes of their names and functions of branches."""
     if isinstance(argument, Ref):
         return values[argument.name]
     if isinstance(argument, Branch):

@@ -21,7 +21,7 @@ GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class TorchModel:
-    """Hold a PyTorch module as a pure JAX function and flat dictionaries of arrays.
+    """A PyTorch module as a pure JAX function and flat dictionaries of arrays.
 
     Compared by identity, so `model.apply` can be a static argument of `jax.jit`. Everything in
     `params` is differentiated; buffers (BatchNorm statistics, masks) and frozen parameters are constants of
@@ -32,7 +32,7 @@ class TorchModel:
         params: `{dotted PyTorch name: array}`; a tied weight appears once, under its first name.
         buffers: `{dotted PyTorch name: array}`.
         constants: tensors that the forward function creates or holds outside of buffers.
-        frozen: the parameters that had `requires_grad=False`, under their names, where others had not.
+        frozen: the parameters with `requires_grad=False`, by name, if others require gradients.
     """
 
     graph: Graph

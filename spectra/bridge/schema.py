@@ -85,7 +85,7 @@ class Checker:
         return result
 
     def shape(self, value: Any, place: str, extra: tuple[type, ...] = ()) -> tuple[Any, ...]:
-        """A shape whose product is bounded; `extra` are types that may stand in the place of a number."""
+        """A shape whose product is bounded; `extra` are types that may take the place of a number."""
         dims = self.items(value, place)
         if len(dims) > 32:
             self.fail(place, "an array has at most 32 dimensions", len(dims))

@@ -24,15 +24,15 @@ def spectral_distances(
     "jensen-shannon": d(p, q) = sqrt(KL(p | m)/2 + KL(q | m)/2) with m = (p + q)/2 and logarithms to base
     2: 0 for equal distributions, 1 for distributions that do not overlap. The distributions are those of
     asinh(λ / s), smoothed by a Gaussian of width 0.1; s is the median over operators of the scale below
-    which their spectra are not resolved, so differences between bulks narrower than that are not seen:
-    take more Lanczos steps, or deflate the outliers.
+    which their spectra are not resolved, so differences between narrower bulks are not visible: use more
+    Lanczos steps, or deflate the outliers.
 
     "wasserstein": the mean distance on that axis by which one distribution must be moved to become the
     other; it needs no smoothing, and s is the median root mean square eigenvalue. Far from zero its unit
     is an e-fold: 1 for two spectra of which one is e times the other.
 
     Args:
-        quadratures: results of `slq` by name, such as one per block, or a list; reports stand for theirs.
+        quadratures: results of `slq` by name, such as one per block, or a list; or reports that contain them.
         metric: "jensen-shannon" or "wasserstein".
         normalize: compare shapes only: divide every spectrum by its largest |eigenvalue| first.
 
@@ -40,7 +40,7 @@ def spectral_distances(
         (b, b) symmetric array with zero diagonal, in the order of the mapping.
 
     Raises:
-        SpectraError: fewer than two spectra, or another metric.
+        SpectraError: fewer than two spectra, or an unknown metric.
 
     References:
         Zhang et al., Why Transformers Need Adam: A Hessian Perspective, arXiv:2402.16788, section 3.

@@ -1,4 +1,4 @@
-"""The kernel polynomial method: a spectral density from Chebyshev moments, with three vectors a probe."""
+"""The kernel polynomial method: a spectral density from Chebyshev moments, with three vectors per probe."""
 
 import os
 from functools import partial
@@ -46,40 +46,39 @@ def kpm(
 ) -> Moments:
     """Compute Chebyshev moments of the spectral measure by three-term recurrence, without a basis.
 
-    With t_j = T_j(A) v for A = (2 H - a - b) / (b - a), one product gives two moments:
-    μ_2j = 2 t_j·t_j - μ_0 and μ_2j+1 = 2 t_j+1·t_j - μ_1. `spectral_density` makes the density of them.
-    The resolution is the same everywhere, π (b - a) / 2 num_moments: where a few outliers dwarf the bulk
-    `slq` resolves it far better for the same products; `kpm` is for operators so large that a Krylov
-    basis does not fit.
+    With t_j = T_j(A) v for A = (2 H - a - b) / (b - a), one product gives two moments: μ_2j = 2 t_j·t_j - μ_0
+    and μ_2j+1 = 2 t_j+1·t_j - μ_1. `spectral_density` turns them into a density. The resolution is the same
+    everywhere, π (b - a) / 2 num_moments. If a few outliers dwarf the bulk, `slq` resolves it far better from
+    the same products; `kpm` is for operators so large that a Krylov basis does not fit.
 
-    That half the products will do rests on symmetry, T_i T_j = (T_i+j + T_|i-j|) / 2. So does the identity
-    t_j-1·t_j+1 - t_j·t_j = t_1·t_1 - t_0·t_0, which is tested: maps that are not symmetric or not linear
-    break it.
+    Half the products are enough because of symmetry, T_i T_j = (T_i+j + T_|i-j|) / 2. So the identity
+    t_j-1·t_j+1 - t_j·t_j = t_1·t_1 - t_0·t_0 also holds, and is tested: maps that are not symmetric or not
+    linear violate it.
 
     Args:
         op: symmetric operator of order n.
         key: JAX random key; probe i depends on the key and i alone.
-        num_moments: moments a probe, at least 2.
+        num_moments: moments per probe, at least 2.
         num_probes: k.
-        bounds: (a, b) that hold the spectrum; default: the ends of 24 Lanczos steps without a basis,
+        bounds: (a, b) that contain the spectrum; default: the ends of 24 Lanczos steps without a basis,
             widened by their residuals and 1 % of the range, and further if a moment exceeds one.
         probe_batch: probes in flight together.
-        progress: show the products.
-        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call goes on from there, with
-            the bits of one that was not ended; with other arguments it is refused.
+        progress: show the number of products.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, bit for
+            bit as if uninterrupted; a call with other arguments is refused.
 
     Returns:
         `Moments` of shape (k, num_moments).
 
     Raises:
-        SpectraError: an argument is out of range, or eigenvalues lie outside of the given bounds.
+        SpectraError: an argument is out of range, or eigenvalues lie outside the given bounds.
         NonFiniteError: a product is NaN or infinite.
         NotSymmetricError: the operator is not symmetric, or not linear.
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: num_probes x num_moments / 2 products, but at least two a probe; 24 for the bounds; three
-    vectors a probe in flight.
+    vectors per probe in flight.
 
     References:
         Weiße, Wellein, Alvermann and Fehske, doi:10.1103/RevModPhys.78.275.

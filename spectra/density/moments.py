@@ -59,7 +59,7 @@ def moments_density(moments: Moments, grid=None, level: float = 0.95) -> Density
 def _squared_kernel(cells: np.ndarray, mu: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean of the squared kernel at each grid point, from above, and the kernel's largest value there.
 
-    The exact mean needs twice as many moments. Under the damped density in the place of the spectrum it
+    The exact mean needs twice as many moments. Under the damped density in place of the spectrum it
     is, for a kernel of Gaussian shape, at least 1 / sqrt(3) of it, the value at an isolated eigenvalue.
     """
     count = len(mu)

@@ -81,43 +81,41 @@ def slq(
 ) -> Quadrature | dict[str, Quadrature]:
     """Estimate the spectral measure of an operator by Lanczos from random vectors on the unit sphere.
 
-    For each probe v_i, m Lanczos steps give the Gauss quadrature of its spectral measure
-    μ_i(f) = v_iᵀ f(H) v_i ≈ Σ_j w_ij f(θ_ij), exact for polynomials of degree below 2m; the mean over
-    probes estimates tr f(H) / n without bias. Works inside `jit`, where the small eigenproblem is solved
-    on the device in the working dtype and `tol` and the checks of values are not available; nodes are NaN
-    there if the operator is not symmetric, and a run through an invariant space may go on, see
-    docs/guarantees.md.
+    For each probe v_i, m Lanczos steps give the Gauss quadrature of its spectral measure μ_i(f) = v_iᵀ f(H)
+    v_i ≈ Σ_j w_ij f(θ_ij), exact for polynomials of degree below 2m; the mean over probes estimates tr f(H) /
+    n without bias. `slq` works inside `jit`, where the small eigenproblem is solved on the device in the
+    working dtype, and `tol` and checks of values are not available; there, nodes are NaN if the operator is
+    not symmetric, and a run may continue past an invariant space, see docs/guarantees.md.
 
     Args:
-        op: symmetric operator of order n; or several by name, such as `op.blocks(by="layer")`, which then
-            share the compiled code of the recurrence where they are of equal shape.
+        op: symmetric operator of order n; or a mapping of several, such as `op.blocks(by="layer")`. Those of
+            equal shape share the compiled recurrence.
         key: JAX random key; probe i depends on the key and i alone, so more probes extend a run.
-        num_steps: m, at most n (small ones of several operators take n); with `tol`, the most that may
-            be spent.
-        num_probes: k; with `tol`, the most that may be spent.
+        num_steps: m, at most n (in a mapping, reduced to n for smaller operators); with `tol`, the maximum.
+        num_probes: k; with `tol`, the maximum.
         tol: stop as soon as the mean width of the CDF's 95 % band over the spectral range is below
             `tol`: steps are added until the bracket takes half of it, then probes.
-        probe_batch: probes in flight together, each with a basis of its own; default from `plan`.
+        probe_batch: number of probes run side by side, each with its own basis; default from `plan`.
         progress: show a progress bar.
         deflate: eigenpairs from `eigsh`: they become atoms of weight 1/n without sampling error in every
-            row, and all steps are spent on the rest, in their orthogonal complement. Where outliers
-            are 1e4 times the bulk that resolves the bulk; the band holds as without.
+            row, and all steps go to the rest of the spectrum, in their orthogonal complement. This resolves
+            the bulk even where outliers are 1e4 times larger; the band holds as it does without.
         checkpoint: a folder, or a `Checkpoint`, to save the run in: finished probes, and the basis of the
-            running one. The same call goes on from there, with bit-identical results on the same
-            devices and results equal to rounding on others.
-        basis: where basis vectors lie. "inherit": as the parameters. "sharded": parameters that are
-            replicated over devices of a mesh have their basis spread over these. "host": in the memory
-            of the host, which also does the reorthogonalisation; the device keeps three vectors. "none":
-            nowhere. The three-term recurrence alone needs six vectors for any number of steps; copies of
-            eigenvalues that it finds again are merged, and brackets and bands hold, a little wider. A
-            step that finds one again is lost for the rest: with large outliers deflated it takes the same
-            steps as with a basis, without about three times as many.
-        basis_dtype: dtype of stored basis vectors, for example "bfloat16": half the memory, at an
-            orthogonality near 1e-4 instead of 1e-6. By default that of the vectors.
+            current one. The same call resumes from there, with bit-identical results on the same devices
+            and results equal to rounding on others.
+        basis: where basis vectors are stored. "inherit": like the parameters. "sharded": if the parameters
+            are replicated over the devices of a mesh, spread over these. "host": in host memory; the host
+            then also reorthogonalises, and the device keeps three vectors. "none": nowhere. The three-term
+            recurrence alone needs six vectors for any number of steps; copies of eigenvalues that it finds
+            again are merged, and brackets and bands still hold, slightly wider. A step that finds an
+            eigenvalue again is wasted: with large outliers deflated, as many steps are needed as with a
+            basis; otherwise about three times as many.
+        basis_dtype: dtype of stored basis vectors, for example "bfloat16": half the memory, with an
+            orthogonality near 1e-4 instead of 1e-6. Default: that of the vectors.
 
     Returns:
-        `Quadrature` with nodes and weights (k, m); `.cdf(x)` gives the distribution with its band. For
-        several operators a dict of them.
+        `Quadrature` with nodes and weights (k, m); `.cdf(x)` is the distribution with its band. For a
+        mapping of operators, a dict of these.
 
     Raises:
         SpectraError: num_steps, num_probes, probe_batch or tol out of range.
@@ -127,8 +125,8 @@ def slq(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: k m products, and two that show symmetry where m = 1; memory as `plan` states, (m + 6) n numbers
-    for each probe in flight, 6 n without a basis, and r n for r deflated pairs.
+    Cost: k m products, and two more to test symmetry if m = 1. Memory as `plan` states: (m + 6) n numbers per
+    probe in progress, 6 n without a basis, and r n for r deflated pairs.
 
     References:
         Golub and Welsch, doi:10.1090/S0025-5718-69-99647-1; Ubaru, Chen and Saad,

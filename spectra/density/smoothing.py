@@ -22,7 +22,7 @@ _PER_WIDTH = 4.0  # grid points a kernel width
 def spectral_density(
     quadrature: Quadrature | Moments, *, bandwidth: float | None = None, grid=None, level: float = 0.95
 ) -> Density:
-    """Smooth a quadrature to a density that integrates to one, with a band that holds as a whole.
+    """Smooth a quadrature to a density that integrates to one, with a simultaneous band.
 
     p(x) = Σ_ij (w_ij / k) N(x; θ_ij, h(θ_ij)²). By default the width h(t) = η sqrt(t² + s²), with
     η = 0.05, is proportional to the distance from zero and constant below s, which is set by the
@@ -31,17 +31,18 @@ def spectral_density(
     grid point is the mean of p under the hat function of that point, so that the trapezoidal rule gives
     the mass of p to rounding on any grid.
 
-    The band holds, at its level and for all grid points at once, the density of the exact spectrum
+    The band encloses, at its level and for all grid points simultaneously, the density of the exact spectrum
     smoothed by the same kernel. Like that of `Quadrature.cdf` it has two parts: what m steps leave open for
     the probes drawn, which is certain and vanishes once the kernel is wider than the spacing of Ritz values
-    (see `spectra.density.bands`), and the known law of a probe that is uniform on the sphere. It says nothing
-    on a density with a narrower kernel.
+    (see `spectra.density.bands`), and the known distribution of a probe that is uniform on the sphere. It
+    says nothing about a density with a narrower kernel.
 
     Args:
         quadrature: result of `slq` or a report that contains it, or the `Moments` of `kpm`: these are damped
             by Jackson's kernel, whose width their number sets.
         bandwidth: constant kernel width in units of the eigenvalues, instead of the default.
-        grid: increasing points, shape (g,); default: four points a width, 6 widths beyond the ends.
+        grid: increasing points, shape (g,); default: four points per width, reaching 6 widths beyond the
+            ends.
         level: confidence of the band.
 
     Returns:

@@ -18,15 +18,15 @@ from spectra.results import ClassSplit
 def class_split(
     op: GGNOperator, *, key: jax.Array, num_eigenvalues: int | None = None, num_matvecs: int = 64
 ) -> ClassSplit:
-    """Split the Gauss-Newton matrix of a classifier by classes, and give the spectrum of each part.
+    """Split the Gauss-Newton matrix of a classifier by class, and compute the spectrum of each part.
 
-    The outliers of the spectrum of a trained classifier are those of the class means; what lies within the
-    classes makes the bulk. `class_operators` has the formulas, and the parts as operators.
+    In a trained classifier the outliers of the spectrum are those of the class means, and variation within
+    the classes forms the bulk. `class_operators` has the formulas, and the parts as operators.
 
     Args:
         op: `GGNOperator` of the mean softmax cross-entropy.
         key: JAX random key.
-        num_eigenvalues: k, of the whole, within and same; default: the number of classes + 2.
+        num_eigenvalues: k, for the whole, within and same; default: the number of classes + 2.
         num_matvecs: products for each of the two traces.
 
     Returns:

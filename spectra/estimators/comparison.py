@@ -36,37 +36,37 @@ def compare_operators(
     by: Literal["layer", "leaf"] | None = "layer",
     level: float = 0.95,
 ) -> OperatorComparison:
-    """Measure how wrong an operator A is in the place of B: KFAC for the Gauss-Newton matrix, say.
+    """Measure how wrong an operator A is in place of B, for example KFAC for the Gauss-Newton matrix.
 
-    Relative Frobenius error |A - B|_F / |B|_F from E|(A - B)z|² = |A - B|²_F over probes z of random signs,
-    of the whole and of the diagonal block of each layer; tr A / tr B; the overlap |U_Aᵀ U_B|²_F / k of the k
+    Relative Frobenius error |A - B|_F / |B|_F from E|(A - B)z|² = |A - B|²_F over Rademacher probes z, for
+    the whole and for the diagonal block of each layer; tr A / tr B; the overlap |U_Aᵀ U_B|²_F / k of the k
     leading eigenvectors; and W₁ = ∫|F_A - F_B|, the distance between the distributions of eigenvalues, over
-    the mean modulus of those of B. Up to order 64 all of them are exact.
+    the mean modulus of those of B. Up to order 64 all of these are exact.
 
     Args:
         a: the approximation.
-        b: what it approximates, on vectors of the same structure.
+        b: the operator that it approximates, on vectors of the same structure.
         key: JAX random key of the probes, the same for A and B.
-        num_pairs: k, eigenvalues of largest modulus that are compared.
-        num_probes: probes for the errors in the Frobenius norm, of the whole and of each layer; those of the
-            densities are half of them.
-        num_steps: Lanczos steps a probe for the densities.
-        by: blocks that are compared, "layer" or "leaf"; None for none.
-        level: probability with which each interval holds its number.
+        num_pairs: k, the number of eigenvalues of largest modulus to compare.
+        num_probes: probes for the Frobenius errors of the whole and of each layer; densities use half as
+            many.
+        num_steps: Lanczos steps per probe for the densities.
+        by: blocks to compare, "layer" or "leaf"; None for none.
+        level: probability with which each interval contains its number.
 
     Returns:
         `OperatorComparison`. The intervals of Frobenius norms and traces are Student's over the probes, by
         the linearised ratio; that of the overlap is the bound of Davis and Kahan for both eigenspaces from
-        residuals and gaps, and reaches from 0 to 1 where a gap is not resolved; that of W₁ is the integral
-        over the distance between the bands of the two CDFs, and reaches far where probes or steps are few.
-        The eigenvalues of a Kronecker-factored operator are known, and have no band.
+        residuals and gaps, and is [0, 1] if a gap is not resolved; that of W₁ is the integral over the
+        distance between the bands of the two CDFs, and is wide if there are few probes or steps. The
+        eigenvalues of a Kronecker-factored operator are known, and have no band.
 
     Raises:
-        StructureError: the operators act on other vectors.
-        SpectraError: a number of pairs or probes that is too small, or another level.
+        StructureError: the operators act on different vectors.
+        SpectraError: too few pairs or probes, or an invalid level.
 
     Cost: 2 num_probes products with A and B, as many for each layer with its block, num_probes / 2 runs of
-    num_steps for each density, and `eigsh` for each.
+    num_steps for each density, and one `eigsh` for each operator.
 
     References:
         Better Hessians matter: studying the impact of curvature approximations in influence functions,

@@ -59,56 +59,56 @@ def condition_number(
     num_steps: int = 100,
     num_probes: int = 4,
 ) -> ConditionNumber | LayerConditions:
-    """Compute the condition number of H + shift I, and say what of it is known.
+    """Compute the condition number of H + shift I, and state whether it is a value or only a bound.
 
-    κ = |λ|max / |λ|min is infinite for a singular matrix, which the Hessian of a network is more often
-    than not; `effective` is |λ|max over the smallest |λ| that is not zero. Zero means |λ| <= max(rank_tol
-    |λ|max, noise): below the noise no algorithm that uses these products sees anything. The noise is the
-    `noise_floor` of a dense matrix and twice that of a Krylov run, whose Ritz values rounding moves as well;
-    or up to 100 times as much beside a zero that hides it, where a gap of another factor 100 follows.
+    κ = |λ|max / |λ|min is infinite for a singular matrix, as the Hessian of a network usually is; `effective`
+    is |λ|max over the smallest non-zero |λ|. An eigenvalue counts as zero if |λ| <= max(rank_tol |λ|max,
+    noise): no algorithm that uses these products can see below the noise. The noise is the `noise_floor` of a
+    dense matrix, or twice that of a Krylov run, whose Ritz values rounding moves as well; next to a zero that
+    hides it, up to 100 times as much counts, if a gap of another factor 100 follows.
 
-    **Dense.** Up to n = 5000 (500 for streamed data) all eigenvalues are counted, in float64. By Weyl's
-    theorem none is further from the truth than the spectral norm of the error of the matrix, the noise
-    floor: precision times the Frobenius norm where a product is right relative to itself (`MatrixOperator`),
-    4 precision sqrt(n) |H| where it may subtract larger numbers (losses, sums, functions), and n eps |H| of
-    float64 for the eigenproblem. `effective` is a value within `effective_interval`, or a lower bound where
-    that is wider than a factor 1.5 or where eigenvalues come so near the cut that those beneath may not be
-    zero.
+    **Dense.** Up to n = 5000 (500 for streamed data) all eigenvalues are computed, in float64. By Weyl's
+    theorem each is within the spectral norm of the matrix error of the truth. That is the noise floor:
+    precision times the Frobenius norm if the relative error of each product is small (`MatrixOperator`), 4
+    precision sqrt(n) |H| if a product may subtract larger numbers (losses, sums, functions), plus n eps |H|
+    in float64 for the eigenproblem. `effective` is a value within `effective_interval`; it is a lower bound
+    if that is wider than a factor of 1.5, or if eigenvalues come so close to the cut that those below it may
+    not be zero.
 
-    **Krylov.** Beyond that, from random probes, each statement with its theorem:
+    **Krylov.** For larger n, random probes are used, and each statement rests on a theorem:
 
     * |λ|max is at least the largest |Ritz value|, a Rayleigh quotient.
-    * The smallest |λ| that is not zero is at most |θ| + r of any Ritz pair whose [θ - r, θ + r] excludes
-      zero: that interval holds an eigenvalue. So `effective` is at least the ratio of the two, always.
-    * No eigenvalue lies where its mass would have shown in the probes (`spectra.quadrature.christoffel`), but
-      with probability 1e-6: this bounds |λ|max above and the smallest |λ| below, and shows that there are no
-      zeros where there are none.
+    * The smallest non-zero |λ| is at most |θ| + r for any Ritz pair whose [θ - r, θ + r] excludes zero, since
+      that interval contains an eigenvalue. So `effective` is always at least the ratio of the two.
+    * Except with probability 1e-6, no eigenvalue lies where its mass would have shown in the probes
+      (`spectra.quadrature.christoffel`): this limits |λ|max from above and the smallest |λ| from below, and
+      shows that there are no zeros where that is so.
 
-    Where both sides agree to 1 %, `effective` is a value: `is_lower_bound` is false. If not, a second run of
-    up to 8 num_steps of two probes is made, if that can help. What stays open is stated as a lower bound,
-    with the upper end in `effective_interval`, infinite if there is none. `nullity` is an estimate from the
-    mass that the probes have at zero, with its 95 % interval; it is certain where there are no zeros.
+    If both sides agree to 1 %, `effective` is a value and `is_lower_bound` is False. If not, a second run of
+    up to 8 num_steps with two probes follows, if it can help. Otherwise `effective` is a lower bound, and
+    `effective_interval` has the upper end, infinite if there is none. `nullity` is estimated from the mass of
+    the probes at zero, with its 95 % interval; it is certain where there are no zeros.
 
     Args:
         op: symmetric operator of order n.
         key: JAX random key.
-        shift: added to every eigenvalue: the damping of a preconditioner or trust region.
-        rank_tol: relative to |λ|max: what counts as zero, where that is more than the noise. Default: the
-            noise alone.
+        shift: added to every eigenvalue, like the damping of a preconditioner or trust region.
+        rank_tol: threshold for zero relative to |λ|max, used where it exceeds the noise. Default: the noise
+            alone.
         method: "dense", "krylov", or "auto".
-        per_layer: one condition number for each diagonal block `op.blocks(by="layer")`.
-        num_steps: Lanczos steps a probe of the matrix-free method.
-        num_probes: its probes.
+        per_layer: compute one condition number for each diagonal block of `op.blocks(by="layer")`.
+        num_steps: Lanczos steps per probe of the Krylov method.
+        num_probes: its number of probes.
 
     Returns:
-        `ConditionNumber`; with per_layer=True `LayerConditions`, which maps names to those and prints as
-        a table.
+        `ConditionNumber`; with per_layer=True a `LayerConditions`, which maps layer names to these and prints
+        as a table.
 
     Raises:
         SpectraError: an argument out of range; called inside jit or vmap.
         MemoryLimitError: method="dense" for a matrix that does not fit.
 
-    Cost: n products, or num_steps * num_probes and, up to n = 10⁵ or so, at most 16 num_steps more.
+    Cost: n products, or num_steps * num_probes and, up to about n = 10⁵, at most 16 num_steps more.
 
     References:
         Parlett, The Symmetric Eigenvalue Problem, 1998, sections 4.5 and 10.3 (residuals, Weyl).

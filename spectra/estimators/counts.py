@@ -24,16 +24,17 @@ def count_above(
     """Estimate the number of eigenvalues above a threshold.
 
     n (1 - F(threshold)) with the CDF of `Quadrature.cdf`. `lower` and `upper` are the
-    Chebyshev-Markov-Stieltjes bracket, certain for the probes drawn. The share that a probe sees has the
-    law Beta(nF/2, n(1-F)/2): the interval inverts it at both ends of the bracket, so that it stays within
-    [0, n], and `stderr` is that of the law at the point of the bracket where it is widest. A count is a whole
-    number: where one alone is left, but for a probability of 1e-4, it is the value and both ends.
+    Chebyshev-Markov-Stieltjes bracket, certain for the probes drawn. The share that a probe sees is
+    distributed as Beta(nF/2, n(1-F)/2): the interval inverts it at both ends of the bracket, so it stays
+    within [0, n], and `stderr` is that of this distribution at the point of the bracket where it is widest. A
+    count is a whole number: if all but one are excluded, up to a probability of 1e-4, that one is the value
+    and both ends.
 
     Args:
         source: symmetric operator, or a `Quadrature` of it.
-        threshold: in units of the eigenvalues.
+        threshold: the threshold, in units of the eigenvalues.
         key: JAX random key; needed for an operator.
-        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
+        num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
         num_probes: probes.
         probe_batch: see `slq`.
 
@@ -64,17 +65,17 @@ def negative_share(
     num_probes: int = 8,
     probe_batch: int | None = None,
 ) -> Estimate:
-    """Estimate the share of eigenvalues that are negative: below minus the noise floor.
+    """Estimate the share of negative eigenvalues, those below minus the noise floor.
 
     Args:
         source: symmetric operator, or a `Quadrature` of it.
         key: JAX random key; needed for an operator.
-        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
+        num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
         num_probes: probes.
         probe_batch: see `slq`.
 
     Returns:
-        `Estimate` of a number in [0, 1], as `count_above` has it.
+        `Estimate` of a number in [0, 1], as in `count_above`.
 
     Raises:
         SpectraError: as `slq`.

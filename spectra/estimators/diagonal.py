@@ -46,32 +46,32 @@ def diagonal(
 ) -> Estimate:
     """Estimate the diagonal H_ii, each entry with a standard error.
 
-    "hutchinson" is the mean of v ⊙ Hv over random signs, exact for a diagonal H. "xdiag" takes out what
-    a sketch of the range explains, every probe being left out of its own sketch: the choice where few
-    eigenvalues dominate. "exact" uses n products with unit vectors; its errors are those of rounding, which
-    outside of `jit` are measured (see `spectra.estimators.exact`). Works inside `jit` and `vmap`.
+    "hutchinson" is the mean of v ⊙ Hv over Rademacher probes, exact for a diagonal H. "xdiag" first computes
+    the part within a sketched range, leaving each probe out of its own sketch: best if few eigenvalues
+    dominate. "exact" uses n products with unit vectors; its only error is rounding, which is measured outside
+    `jit` (see `spectra.estimators.exact`). `diagonal` works inside `jit` and `vmap`.
 
     The errors rest on the spread of the samples, which for "xdiag" are leave-one-out estimates whose
     covariance and its own error are added (see `spectra.estimators.leave_one_out`), and on rounding. They
-    hold entry by entry, not for all entries at once.
+    hold for each entry, not simultaneously for all.
 
     Args:
         op: symmetric operator of order n.
         key: JAX random key; probe i depends on the key and i alone. None for "exact".
         method: one of the above, or "auto": "exact" if the budget covers n products, else "xdiag", or
             "hutchinson" if 2 num_matvecs vectors do not fit into half of the free memory.
-        num_matvecs: budget of products. Where it covers n, "xdiag" gives way to "exact", and below 16 to
-            "hutchinson": fewer than 8 probes of signs can't tell entries apart.
+        num_matvecs: budget of products. "exact" replaces "xdiag" if it covers n, and "hutchinson" if it is
+            below 16: fewer than 8 Rademacher probes cannot tell entries apart.
         tol: stop as soon as |stderr| <= tol |value| in the Euclidean norm over all entries.
-        by: "leaf" or "layer": value and stderr become dicts {path: array}, or {layer: {path: array}};
-            `total` has the pytree.
-        probe_batch: products side by side; changes the result by rounding only.
-        progress: show the products.
-        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call goes on from there, with
-            the bits of one that was not ended; with other arguments it is refused.
+        by: "leaf" or "layer": value and stderr become dicts {path: array}, or {layer: {path: array}}; `total`
+            has the pytree.
+        probe_batch: products computed side by side; changes the result by rounding only.
+        progress: show the number of products.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, bit for
+            bit as if uninterrupted; a call with other arguments is refused.
 
     Returns:
-        `Estimate` whose value and stderr are pytrees like the parameters, placed as they are.
+        `Estimate` whose value and stderr are pytrees like the parameters, with the same placement.
 
     Raises:
         SpectraError: an argument is out of range.
@@ -81,8 +81,8 @@ def diagonal(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: at most num_matvecs products (n + 1 if exact, and 8 that measure rounding). Memory: 6 vectors and
-    the batch for "hutchinson", about 4 num_matvecs vectors for "xdiag".
+    Cost: at most num_matvecs products ("exact": n + 1, and 8 to measure rounding). Memory: 6 vectors and the
+    batch for "hutchinson", about 4 num_matvecs vectors for "xdiag".
 
     References:
         Bekas, Kokiopoulou and Saad, doi:10.1016/j.apnum.2007.01.003; Epperly, Tropp and Webber,

@@ -30,17 +30,16 @@ def frobenius_norm(
 ) -> Estimate:
     """Estimate the Frobenius norm ‖H‖_F = sqrt(Σ_ij H_ij²), the root of the sum of squared eigenvalues.
 
-    ‖H‖_F² = tr H² takes products with H alone, for XTrace of H² has the sketch of H, and |Hv|² the place of
-    vᵀHv. Where 2 num_matvecs vectors do not fit into half of the free memory, or for fewer than four
-    products, it is the mean of |Hv|² over normal probes. The error is carried through the root to first
-    order.
+    ‖H‖_F² = tr H² needs only products with H: XTrace of H² uses the sketch of H, with |Hv|² in place of vᵀHv.
+    If 2 num_matvecs vectors do not fit into half of the free memory, or for fewer than four products, it is
+    the mean of |Hv|² over normal probes. The error is propagated through the square root to first order.
 
     Args:
         op: symmetric operator of order n.
         key: JAX random key.
         num_matvecs: budget of products; exact if it covers n.
         tol: stop as soon as stderr <= tol value.
-        probe_batch: products side by side; changes the result by rounding only.
+        probe_batch: products computed side by side; changes the result by rounding only.
 
     Returns:
         `Estimate` with value and stderr.

@@ -50,45 +50,46 @@ def trace_of(
 ) -> Estimate:
     """Estimate tr f(H) = Σ_i f(λ_i) by stochastic Lanczos quadrature, with bracket and standard error.
 
-    The value is n times the mean of Σ_j w_j f(θ_j) over probes. `lower` and `upper` bound what the same
-    probes would give with the exact f(H); more steps narrow them. What they rest on depends on f. Where every
-    derivative keeps one sign on [a, b], an interval that holds the spectrum, the exact vᵀf(H)v lies between
-    the Gauss rule and the Gauss-Radau rules with a node at a and at b: so it is for log, 1/x, x/(x + δ), exp
-    and real powers on a > 0. These are known by name (`np.log`, not `lambda x: np.log(x)`), or say
+    The value is n times the mean of Σ_j w_j f(θ_j) over probes. `lower` and `upper` bracket what the same
+    probes would give with the exact f(H); more steps narrow them. If every derivative of f keeps one sign on
+    an interval [a, b] that contains the spectrum, the exact vᵀf(H)v lies between the Gauss rule and the
+    Gauss-Radau rules with a node at a and at b. This is so for log, 1/x, x/(x + δ), exp and real powers on a
+    > 0; such functions are recognised by name (`np.log`, not `lambda x: np.log(x)`), or pass
     `one_signed=True`. For any other f the bracket is wider: the distribution that a probe sees lies between
-    partial sums of the weights, and its polynomials of degree 2m - 1 are exact; how f varies between the
-    nodes is sampled. Brackets are certain where `bounds` are given and f is as it is said to be; else a and
-    b are what the probes leave to the extreme eigenvalues with 99 %, a no further than f is defined. There
-    is no bracket where f is not finite on [a, b], and the interval does not hold the error of the quadrature
-    then.
+    partial sums of the weights, and polynomials of degree 2m - 1 are integrated exactly; the variation of f
+    between the nodes is sampled. Brackets are certain if `bounds` are given and f has the stated property;
+    otherwise a and b are the 99 % limits that the probes imply for the extreme eigenvalues, with a clipped to
+    the domain of f. If f is not finite on [a, b] there is no bracket, and the interval does not include the
+    error of the quadrature.
 
-    `stderr` is the spread over probes: for v uniform on the sphere Var vᵀf(H)v = 2 (mean f² - (mean f)²)
-    / (n + 2), which the quadrature estimates; the interval uses Student's t with the degrees of freedom
-    of that estimate, k (tr g²)² / tr g⁴ >= k with g = f - mean f. What a shift of the nodes by the noise
-    floor changes is added.
+    `stderr` is the spread over probes: for v uniform on the sphere Var vᵀf(H)v = 2 (mean f² - (mean f)²) / (n
+    + 2), which the quadrature estimates; the interval uses Student's t with the degrees of freedom of that
+    estimate, k (tr g²)² / tr g⁴ >= k with g = f - mean f. The effect of shifting the nodes by the noise floor
+    is added.
 
     Args:
         source: symmetric operator of order n, or a `Quadrature` of it, which costs no product.
         f: vectorised NumPy function of eigenvalues.
         key: JAX random key; needed for an operator.
-        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
-        num_probes: probes; with `tol`, num_steps x num_probes are the products that may be spent.
+        num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
+        num_probes: number of probes; with `tol`, num_steps x num_probes is the maximum number of products.
         tol: spend products until stderr and half of the bracket together are below tol |value|: on steps, on
-            probes, or on eigenpairs that are known then and not sampled, by what each is predicted to
-            gain (see `spectra.density.spending`).
-        bounds: (a, b) known to hold the spectrum; None for an end that is not known. (0, None) says that
-            H is positive semi-definite: nodes below zero by rounding count as zero.
-        one_signed: whether every derivative of f keeps one sign on the interval; None: if f is known for it.
+            probes, or on deflated eigenpairs, whichever is predicted to gain most (see
+            `spectra.density.spending`).
+        bounds: (a, b) known to contain the spectrum; None for an unknown end. (0, None) says that H is
+            positive semi-definite: nodes that rounding puts below zero count as zero.
+        one_signed: whether every derivative of f keeps one sign on the interval; None: decided by the name of
+            f.
         probe_batch: see `slq`.
 
     Returns:
-        `Estimate` with lower and upper, None where there is no bracket; `reason` says what they rest on.
+        `Estimate` with lower and upper, None if there is no bracket; `reason` says what they rest on.
 
-    Inside jit, vmap and grad there is the value with its spread over probes and no bracket, and f must be a
-    function of JAX, or one of those known by name; derivatives are those of the value.
+    Inside jit, vmap and grad the result has the value with its spread over probes but no bracket, and f must
+    be a JAX function or one recognised by name; derivatives are those of the value.
 
     Raises:
-        SpectraError: f is not finite at a Ritz value, or a Ritz value lies outside of `bounds`.
+        SpectraError: f is not finite at a Ritz value, or a Ritz value lies outside `bounds`.
         SpectraError: as `slq`.
 
     Cost: num_probes x num_steps products, memory as `slq`.
@@ -260,7 +261,7 @@ def _module(x: Any) -> Any:
 
 
 def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, **options: Any) -> Estimate:
-    """Estimate log det(H + δI) = Σ_i log(λ_i + δ), with the bracket of Gauss and Gauss-Radau rules.
+    """Estimate log det(H + δI) = Σ_i log(λ_i + δ), with a bracket from Gauss and Gauss-Radau rules.
 
     Args:
         source: symmetric operator, or a `Quadrature` of it.

@@ -124,7 +124,7 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     has far fewer, and its intervals held for 85 instead of 95 % of 8 probes.
 
     Signs see nothing of the diagonal, Var vᵀHv = 2 Σ_{a≠b} H_ab², which has two estimates: `off_diagonal`,
-    and the bound 2 (|Hv|² - (vᵀHv)² / n), which is the spread of v ⊙ Hv over entries in the place of probes.
+    and the bound 2 (|Hv|² - (vᵀHv)² / n), which is the spread of v ⊙ Hv over entries in place of probes.
     The first fails where a few entries count and all k signs agree; it is taken as if the spread were
     about the truth, two standard errors off (the score interval), which leaves k - 4 degrees of k - 1.
     The smaller one counts.

@@ -27,7 +27,7 @@ def loss_slice(
         pairs: at least two eigenpairs of it, from `eigsh`.
         extent: half the side of the square, in the norm of the parameters; default sqrt(2 |L| / |λ₁|), at
             which λ₁ alone would double the loss, or a tenth of the parameters' norm where the loss is zero.
-        num_points: points on a side, odd so that the parameters themselves are one.
+        num_points: points per side, odd so that the parameters themselves are one of them.
 
     Returns:
         `LossSlice`; `plot_landscape` draws it.

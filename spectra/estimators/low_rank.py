@@ -83,7 +83,7 @@ class SketchRun:
         self.sound = self.sound * self.run.check_symmetric(form, other)
 
     def squared(self, inner: Sketch) -> Sketch:
-        """The same for H² in the place of H, from the same products; for the whole only."""
+        """The same for H² in place of H, from the same products; for the whole only."""
         run, held = self.run, self.held
         zz = run.host(jnp.sum(blocks.gram(held.basis_images, held.basis_images), axis=0))[None]
         zy = run.host(jnp.sum(blocks.gram(held.basis_images, held.images), axis=0))[None]

@@ -30,11 +30,12 @@ def rounding_deltas(
     Args:
         op: operator whose `like` are the parameters.
         bits: 2 to 16.
-        channel_axis: axis of the output channels: -1 as in Flax, 0 as in PyTorch; None for one scale a leaf.
+        channel_axis: axis of the output channels: -1 as in Flax, 0 as in PyTorch; None for one scale per
+            leaf.
         by: "layer" or "leaf".
 
     Returns:
-        {name: vector with None in the place of leaves that do not change}, for `perturbation`.
+        {name: vector with None in place of leaves that do not change}, for `perturbation`.
 
     Raises:
         SpectraError: bits out of range, or no leaf has two axes.
@@ -77,7 +78,7 @@ def pruning_deltas(op: LinearOperator, share: float = 0.5, *, by: str = "layer")
         by: "layer" or "leaf".
 
     Returns:
-        {name: vector with None in the place of leaves that do not change}, for `perturbation`.
+        {name: vector with None in place of leaves that do not change}, for `perturbation`.
 
     Raises:
         SpectraError: share out of range, or no leaf has two axes.
@@ -134,18 +135,18 @@ def _only(stack: jax.Array, layer: int) -> jax.Array:
 
 @automatic
 def perturbation(op: DataOperator, deltas: Mapping[str, PyTree], *, measure: bool = False) -> Perturbation:
-    """Predict the change of the loss under perturbations, alone and together.
+    """Predict the change of the loss under perturbations, singly and combined.
 
     L(θ + δ) - L(θ) = gᵀδ + ½ δᵀHδ + O(|δ|³), with δ any sum of the perturbations: p products give the
-    changes of all 2^p sets of them. For layers that are rounded or pruned see `rounding_deltas` and
+    changes of all 2^p sets of them. For rounded or pruned layers see `rounding_deltas` and
     `pruning_deltas`.
 
     Args:
         op: operator on data; a `HessianOperator` for the change of the loss itself. With a Gauss-Newton or
-            Fisher matrix in its place the curvature is that of the matrix.
+            Fisher operator, the curvature is that of its matrix.
         deltas: perturbations by name: vectors like the parameters, flat or as a tree in which leaves that do
             not change may be None.
-        measure: evaluate the loss at θ + δ as well, for each perturbation and for all together.
+        measure: also evaluate the loss at θ + δ, for each perturbation and for all combined.
 
     Returns:
         `Perturbation`: `.changes`, `.pairs`, `.change(names)`, `.ranking`; print it for the table.
@@ -155,10 +156,11 @@ def perturbation(op: DataOperator, deltas: Mapping[str, PyTree], *, measure: boo
         SpectraError: there are no perturbations.
         NonFiniteError: the loss, or a perturbation, is NaN or infinite.
 
-    Cost: one gradient and p products; with `measure` p + 2 evaluations of the loss. One image in memory at a
-    time, beside the perturbations.
+    Cost: one gradient and p products; with `measure` p + 2 evaluations of the loss. One product in memory at
+    a time, besides the perturbations.
 
-    Fails where the loss is not quadratic over the length of δ, as with four bits or less: `measure` says so.
+    Fails where the loss is not quadratic over the length of δ, as with four bits or fewer: `measure` shows
+    it.
 
     References:
         LeCun, Denker and Solla, Optimal brain damage, NeurIPS 1989; Dong et al., arXiv:1905.03696.

@@ -56,25 +56,27 @@ def population(
     tol: float = 1e-2,
     level: float = 0.95,
 ) -> Population:
-    """Estimate the leading eigenvalues and the trace of the whole distribution from a sample.
+    """Estimate the leading eigenvalues and the trace for the whole distribution from a sample.
 
-    The largest eigenvalue of a batch is too large, by a factor of two for a small one, and the curvature
-    along its eigenvector on other examples too small. Both with their errors over examples are the ends of an
-    interval (docs/guarantees.md says why they hold). The trace is unbiased on any batch.
+    On average, the largest eigenvalue of a batch is too large, by a factor of two for a small batch, and the
+    curvature along its eigenvector on other examples is too small. Both, with their errors over examples,
+    form the ends of an interval (docs/guarantees.md explains why it holds). The trace of any batch is
+    unbiased.
 
     Args:
-        op: operator on data; its examples are the sample, taken for independent draws. One batch is cut in
-            random order; the batches of a stream are used as they come, so let them be shuffled once.
+        op: operator on data; its examples are the sample, assumed to be independent draws. A single batch is
+            split in random order; the batches of a stream are used as they arrive, so shuffle them once.
         key: JAX random key of the order, the start vectors and the probes.
         num_eigenvalues: k, from the top.
-        num_batches: b, the parts of one batch between which errors are measured; at least 8.
-        num_examples: as many are drawn from one batch without replacement, to spend less than all; default
-            all.
-        of: what is spoken about: the "distribution" that the examples were drawn from, or the "data" of `op`
-            themselves, of which `num_examples` are drawn and the rest is less uncertain.
-        num_folds: parts that are held out in turn: with more, vectors are fitted to more examples.
+        num_batches: b, the parts that a single batch is split into, between which errors are measured; at
+            least 8.
+        num_examples: number of examples to draw from a single batch, without replacement; default all.
+        of: what the intervals are about: the "distribution" that the examples were drawn from, or the "data"
+            of `op` itself, of which `num_examples` are drawn; the uncertainty is smaller then.
+        num_folds: parts held out in turn: with more of them, vectors are fitted to more examples.
         num_probes: probes for the trace on each batch, at least 2.
-        tol: residual of the eigenvectors of the sample in units of |H|; five times that of the parts.
+        tol: residual of the eigenvectors of the sample in units of |H|; for those of the parts, five times
+            as much.
         level: probability with which each interval holds.
 
     Returns:
@@ -83,14 +85,14 @@ def population(
 
     Raises:
         StructureError: `op` has no data.
-        DataError: fewer than eight examples or batches; a loss that is no mean over examples.
+        DataError: fewer than eight examples or batches; a loss that is not a mean over examples.
         SpectraError: an argument is out of range.
 
-    Cost: products over the sample: those of `eigsh` at `tol` num_folds - 1 times, a few from those vectors
-    for the whole, and 2 k + num_probes. `num_passes` is what it took.
+    Cost: in products over the sample, num_folds - 1 times those of `eigsh` at `tol`, a few more for the whole
+    sample, starting from those vectors, and 2 k + num_probes. `num_passes` is the actual number.
 
-    Fails where few examples carry the curvature: what was not drawn at all no interval knows of. A loss that
-    couples examples has no distribution to speak of.
+    Fails where few examples carry the curvature: no interval can account for examples that were never drawn.
+    For a loss that couples examples, the distribution is not defined.
 
     References:
         Tatzel, Ekman, Hennig, arXiv:2410.14325 (curvature along vectors of another batch); Student's t with

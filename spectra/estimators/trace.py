@@ -55,49 +55,49 @@ def trace(
     progress: bool = False,
     checkpoint: Checkpoint | str | os.PathLike | None = None,
 ) -> Estimate:
-    """Estimate the trace tr H = Σ_i H_ii, with a standard error and an interval that holds.
+    """Estimate the trace tr H = Σ_i H_ii, with a standard error and a 95 % interval.
 
-    "hutchinson" is the mean of vᵀHv over random probes. "hutch++" takes the trace on a sketched range
-    exactly and samples the rest. "xtrace" does the same with every probe in both roles, leaving it out
-    of its own sketch; "xnystrace" needs half the products, of a positive semi-definite operator. "krylov"
-    takes the trace exactly on a Krylov space, whose products are known, and samples the rest; it decides
-    as it goes how many of the products go to which (see `spectra.estimators.krylov_aware`). On thirteen
-    spectra its error was 0.4 to 0.95 of that of XTrace from the same 64 products, or far less. "exact"
-    sums n products with unit vectors; its error is that of rounding. Works inside `jit` and `vmap`, where
-    `tol`, "krylov" and the checks of values are not available.
+    "krylov", the default, computes the trace on a Krylov space exactly, from the products that built it,
+    and samples the complement; it decides as it runs how to split the products between the two (see
+    `spectra.estimators.krylov_aware`). On thirteen spectra its error was 0.4 to 0.95 times that of XTrace
+    from the same 64 products, or far less. "hutchinson" is the mean of vᵀHv over random probes. "hutch++"
+    computes the trace on a sketched range exactly and samples the rest. "xtrace" does the same with every
+    probe in both roles, leaving each out of its own sketch; "xnystrace" needs half the products, but a
+    positive semi-definite operator. "exact" sums n products with unit vectors; its only error is rounding.
+    `trace` works inside `jit` and `vmap`, where `tol`, "krylov" and checks of values are not available.
 
-    The interval (`Estimate.interval`) rests on Student's t with the variance that the products show: that
-    of vᵀHv is 2 |H|_F², which |Hv|² estimates with at least one degree of freedom a probe. "xtrace" has
-    leave-one-out estimates of m probes instead, with their spread and their covariance, as "xnystrace" (see
-    `spectra.estimators.leave_one_out`). The rounding of a product is part of the error; of a loss it is
-    measured for "exact" (see `spectra.estimators.exact`), but inside `jit`, where it is the stated
-    precision. Fewer than four Rademacher probes miss some matrices altogether: (1, -1)ᵀ(1, -1) is seen by
-    every second of them. Use "normal" for so few.
+    The interval (`Estimate.interval`) uses Student's t with a variance computed from the products: that of
+    vᵀHv is 2 |H|_F², which |Hv|² estimates with at least one degree of freedom per probe. "xtrace" and
+    "xnystrace" instead have leave-one-out estimates of m probes, with their spread and covariance (see
+    `spectra.estimators.leave_one_out`). The error includes the rounding of products; with "exact", the
+    rounding of a loss is measured (see `spectra.estimators.exact`), except inside `jit`, where the stated
+    precision is used. Fewer than four Rademacher probes miss some matrices altogether: only every second
+    probe sees (1, -1)ᵀ(1, -1). Use "normal" for so few.
 
-    Symmetry is tested by uᵀHv = vᵀHu for the vectors at hand, and signs with a function of one's own have one
-    of the products (of three or more) spent on a normal vector, since any odd function of each entry is
-    linear on signs. A single product shows nothing.
+    Symmetry is tested by uᵀHv = vᵀHu for the vectors at hand. With Rademacher probes and a function supplied
+    by the user, one product (of three or more) is spent on a normal vector, since any odd function of each
+    entry is linear on signs. A single product shows nothing.
 
     Args:
         op: symmetric operator of order n.
         key: JAX random key; probe i depends on the key and i alone. None for "exact".
         method: one of the above, or "auto": "exact" if the budget covers n products; "hutchinson" if
             2 num_matvecs vectors do not fit into half of the free memory; else "krylov", or "xtrace" inside
-            `jit`, with `by`, signs or a checkpoint, on streams (whose products share passes) and with fewer
-            than 16 products. The `reason` of the result says which and why.
-        num_matvecs: budget of products. Where it covers n, sketches give way to "exact".
-        tol: stop as soon as stderr <= tol |value|, looking at 12 probes (16 for "hutchinson") and then
-            at half again as many each time; the status says whether it was reached. Behind the first look
-            the error stated is the tolerance itself, up to 1.22 times the one that was found.
+            `jit`, with `by`, Rademacher probes or a checkpoint, on streams (whose products share passes) and
+            with fewer than 16 products. `Estimate.reason` says why.
+        num_matvecs: budget of products. If it covers n, "exact" replaces the sketching methods.
+        tol: stop as soon as stderr <= tol |value|, checking after 12 probes (16 for "hutchinson") and then
+            whenever their number has grown by half; the status says whether it was reached. After the first
+            check the stated error is the tolerance itself, up to 1.22 times the error found.
         probes: "rademacher" (default for "hutchinson": exact for a diagonal H) or "normal" (default
             for the others, which scale the projected probe to the length it has on average).
         by: "leaf" or "layer": value and stderr become dicts with the trace of each diagonal block, from
-            the same products; `total` is the trace.
-        probe_batch: products side by side; changes the result by rounding only. Those of a Krylov space
-            follow from each other.
-        progress: show the products.
-        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call goes on from there, with
-            the bits of one that was not ended; with other arguments it is refused.
+            the same products; `total` is the trace of the whole.
+        probe_batch: products computed side by side; changes the result by rounding only. Those of a Krylov
+            space are sequential.
+        progress: show the number of products.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, bit for
+            bit as if uninterrupted; a call with other arguments is refused.
 
     Returns:
         `Estimate` with value and stderr.
@@ -110,8 +110,8 @@ def trace(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: at most num_matvecs products (n if exact, one that tests symmetry, and 8 that measure rounding).
-    Memory: probe_batch products and one or two, with signs two or four vectors for "exact" and
+    Cost: at most num_matvecs products ("exact": n, one to test symmetry, and 8 to measure rounding).
+    Memory: probe_batch products plus one or two vectors, with Rademacher probes two or four, for "exact" and
     "hutchinson"; 2 num_matvecs vectors for "krylov", "xtrace" and "hutch++", 4 for "xnystrace".
 
     References:
@@ -232,7 +232,7 @@ def model_trace(
         loss_fn: pure function (outputs, targets) -> scalar, the mean over the examples.
         params: pytree of real floating arrays.
         inputs: array or pytree with a leading axis of examples.
-        targets: the same for what the outputs are compared with.
+        targets: the same, for the targets that the outputs are compared with.
         key: JAX random key; None stands for jax.random.key(0).
         options: keyword arguments of `trace` and of `HessianOperator`.
 

@@ -49,33 +49,32 @@ def eigsh(
 ) -> Eigenpairs:
     """Compute k eigenpairs of a symmetric operator by thick-restart Lanczos.
 
-    H v = λ v on vectors in the form of the parameters. The basis has full reorthogonalisation;
-    converged vectors are locked in it at every restart. Convergence is tested every few steps, not only
-    at restarts, and the basis is twice ARPACK's: both save products. `which="SM"` uses a Chebyshev
-    filter in H² instead, see `spectra.krylov.chebyshev`.
+    H v = λ v, with v a pytree like the parameters. The basis is fully reorthogonalised, and converged vectors
+    are locked at every restart. Convergence is tested every few steps, not only at restarts, and the basis is
+    twice ARPACK's: both save products. `which="SM"` uses a Chebyshev filter in H² instead, see
+    `spectra.krylov.chebyshev`.
 
-    **Repeated eigenvalues.** From one start vector a Krylov space holds one vector of each eigenspace.
-    So when all k pairs have converged, a fresh random vector is made orthogonal to them and Lanczos
-    steps from it look for an eigenvalue that belongs among the k. If one shows, both sequences go on
-    as a block, until a further random vector finds nothing; if none shows, `missed` bounds the
-    probability that one is there all the same (Kuczynski and Wozniakowski), one that would change
-    a value by more than the tolerance: it is 0 where the k values are equal. "auto" stops at 5 %, or
-    when the search has cost 1/(k - 1) of the run before it, or a tenth; a run that ends within ARPACK's
-    first sweep, of ncv = max(2k + 1, 20), is searched until 1.1 (ncv + 1), and at tol > 1e-4 until
-    ncv + 1. Measured: 2 to 15 products find copies that are well inside the wanted set, 36 the copy of
-    the top of 100 equally spaced ones. Once one was found the search may double the run.
+    **Repeated eigenvalues.** A Krylov space from one start vector holds a single vector of each eigenspace.
+    So when all k pairs have converged, a fresh random vector is made orthogonal to them, and Lanczos steps
+    from it search for another eigenvalue that belongs among the k. If one appears, both sequences continue as
+    a block, until a further random vector finds nothing. If none appears, `missed` bounds the probability
+    (Kuczynski and Wozniakowski) that one exists nevertheless and would change a value by more than the
+    tolerance; it is 0 where the k values are equal. "auto" stops at 5 %, or when the search has cost a share
+    of 1/(k - 1) of the run before it, or a tenth; a run that ends within ARPACK's first sweep, of ncv =
+    max(2k + 1, 20), is searched until 1.1 (ncv + 1), and at tol > 1e-4 until ncv + 1. Measured: 2 to 15
+    products find copies well inside the wanted set; the copy of the top one of 100 equally spaced eigenvalues
+    took 36. Once a copy has been found, the search may double the cost of the run. If the products run out
+    too early, `missed` stays above 5 %, up to 1, which bounds nothing: `status` and `converged` are
+    statements about the residuals of the pairs returned only.
 
-    **Small operators.** Where n products have not been enough, up to n = 2000, n more give the dense matrix
-    and all of its eigenpairs: `status` is DENSE then. They are within `max_matvecs`, n before which Lanczos
-    ends. With `num_basis`, which limits the memory, there is no matrix.
+    **Small operators.** If n products were not enough, and n is at most 2000, n more give the dense matrix
+    and all of its eigenpairs; `status` is DENSE then. These count towards `max_matvecs`: Lanczos stops n
+    before it. With `num_basis`, which limits memory, no matrix is formed.
 
-    Products that end too early leave `missed` above 5 %, up to 1, which is no bound: `status` and
-    `converged` speak of the residuals of the pairs returned alone.
-
-    **Derivatives.** jax.grad goes through the values, dλ = vᵀ dH v, and through the vectors, which takes a
-    linear system for each that is used; not through the iteration. Of equal eigenvalues the sum has a
-    derivative, if all of them are among the k; a vector that is not separated from the others has none,
-    which is an error where it is asked for. Reverse mode, once, outside of jit; k products more.
+    **Derivatives.** jax.grad differentiates the values, dλ = vᵀ dH v, and the vectors, by one linear system
+    for each vector used; it does not go through the iteration. For equal eigenvalues only the sum has a
+    derivative, if all of them are among the k. A vector that is not separated from the others has none;
+    asking for it is an error. Reverse mode only, once, outside jit, at the cost of k more products.
 
     Args:
         op: symmetric operator of order n.
@@ -85,31 +84,33 @@ def eigsh(
         key: JAX random key of all random vectors.
         tol: largest accepted residual |Hv - λv| in units of |H|; an eigenvalue is then accurate to
             tol² |H|² / gap, a vector to tol |H| / gap. Below the rounding of products, 10 times
-            `op.precision`, a pair counts as converged. For "SM" in units of |λ| itself.
-        num_basis: vectors kept at most, the memory of the run; default 2 max(2k + 1, 20), or n.
-        block_size: start vectors. 1 needs the fewest products unless eigenvalues repeat.
-        max_matvecs: products allowed; default 50 num_basis + 1000, for "SM" 4000 a vector of its block, and
-            2 n for small operators. Those that measure rounding are not counted.
+            `op.precision`, a pair counts as converged. For "SM", in units of |λ| itself.
+        num_basis: maximum number of vectors kept, which determines the memory; default 2 max(2k + 1, 20),
+            or n.
+        block_size: number of start vectors. 1 needs the fewest products unless eigenvalues repeat.
+        max_matvecs: maximum number of products; default 50 num_basis + 1000, for "SM" 4000 per vector of its
+            block, and 2 n for small operators. Those that measure rounding are not counted.
         verify: look for missed copies: "auto", True (until the probability is below 1e-6), or False.
         v0: first start vector, a pytree or a flat array; default random.
-        deflate: pairs known already: the operator is restricted to the orthogonal complement.
+        deflate: known pairs: the operator is restricted to their orthogonal complement.
         metric: M of H v = λ M v, positive definite: an operator, up to order 2000, or its diagonal, a pytree
             like the parameters. Vectors are orthonormal in it, v_iᵀ M v_j = δ_ij, and residuals are
-            |H v - λ M v| in the norm of M⁻¹. n products with either for an operator.
-        progress: show the products, the pairs that have converged and the largest residual.
-        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call goes on from there, with
-            bit-identical results on the same devices; one whose products ran out goes on with a larger
-            `max_matvecs`. Nothing is saved where a dense matrix is made.
-        basis: where basis vectors lie: "inherit", "sharded" or "host", as in `slq`. There is no basis_dtype:
-            Ritz vectors are sums of the rows, and rows in bfloat16 leave residuals of 4e-3 |H|.
+            |H v - λ M v| in the norm of M⁻¹. If M is an operator, this takes n products with each.
+        progress: show the number of products, the converged pairs and the largest residual.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, with
+            bit-identical results on the same devices; a run that ran out of products resumes with a larger
+            `max_matvecs`. Nothing is saved where a dense matrix is formed.
+        basis: where basis vectors are stored: "inherit", "sharded" or "host", as in `slq`. There is no
+            basis_dtype: Ritz vectors are sums of the rows, and rows in bfloat16 leave residuals of 4e-3 |H|.
 
     Returns:
         `Eigenpairs`: values ascending, vectors as one pytree with leaves (k, *leaf.shape), residuals
-        and `converged` for each. Residuals are those of the vectors returned, formed at the end from
+        and `converged` for each. Residuals are those of the vectors returned, computed at the end from
         the products of the run (H v = Σ s_i H q_i) and not from the recurrence: exact to the rounding
-        of one product. `status` is NOT_CONVERGED if the products allowed ran out, SINGULAR if "SM"
-        met null directions, whose number is `num_null`. An eigenvalue of H lies within the residual and
-        `noise_floor`, which is measured where there are parameters (see `spectra.krylov.wanted`).
+        of one product. `status` is NOT_CONVERGED if the products ran out, SINGULAR if "SM" met null
+        directions, whose number is `num_null`. Some eigenvalue of H lies within the residual plus
+        `noise_floor` of each value; the floor is measured where there are parameters (see
+        `spectra.krylov.wanted`).
 
     Raises:
         SpectraError: k, which or another argument out of range; called inside jit or vmap.
@@ -118,12 +119,12 @@ def eigsh(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Fails to find copies where the search cannot reach them: `missed` near one says so; use verify=True or
+    Fails to find copies that the search cannot reach: `missed` is near one then; use verify=True or
     block_size.
 
-    Cost: num_basis n numbers of memory, whatever the number of products; for n <= ncv + 1 and for "SM"
-    up to n = 2000, n products and a dense eigenproblem in float64. Of a loss five products more, that measure
-    its rounding.
+    Cost: num_basis n numbers of memory, whatever the number of products; for n <= ncv + 1, and for "SM" up to
+    n = 2000, n products and a dense eigenproblem in float64. For a loss, five more products measure its
+    rounding.
 
     References:
         Wu and Simon, doi:10.1137/S0895479898334605; Stewart, doi:10.1137/S0895479800371529;

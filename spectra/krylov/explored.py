@@ -74,7 +74,7 @@ def grow(
 ) -> tuple[Explored, Step]:
     """One product: of a direction drawn with the key if it is to be `random`, else of the one in `slot`.
 
-    What the product opens waits in `slot` then, in the place of what was there.
+    What the product opens waits in `slot` then, in place of what was there.
     """
     if op.on_host:
         q = _direction(layout, state, slot, key, random)

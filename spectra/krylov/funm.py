@@ -64,17 +64,18 @@ def funm(
 ) -> FunctionProduct:
     """Compute f(H) v by Lanczos, with a bound on the error.
 
-    The value is |v| Q f(T) e_1 after m steps from v, exact for polynomials of degree m - 1. The error is
-    |v| β g(H) q with a function g that is known (`spectra.krylov.function_error`), so that it is at most
-    |v| β max |g| over the spectrum; steps are taken until that is below tol |value|.
+    The value is |v| Q f(T) e_1 after m steps from v, exact for polynomials of degree m - 1. The error is |v|
+    β g(H) q with a known function g (`spectra.krylov.function_error`), so it is at most |v| β max |g| over
+    the spectrum; steps are taken until that is below tol |value|.
 
-    **What the bound rests on.** It needs a set that holds the spectrum. With both ends in `bounds` it is
-    certain, up to how g varies between 1,500 samples. Ends that are not given are found by 40 Lanczos steps
-    from a random vector, and hold with probability 1 - 1e-6 each (Kuczynski and Wozniakowski); an operator
-    that is positive semi-definite by construction needs none below zero. The lower end matters where f has a
-    pole or a branch point there: 1/x, log and 1/sqrt are bounded only if the spectrum is known to stay away
-    from zero, so pass `bounds=(shift, None)` for a damped operator. For "sign" and "abs" pass two intervals,
-    on both sides of zero: between them f needs no approximation. What rounding of products moves is added.
+    **What the bound rests on.** It needs a set that contains the spectrum. With both ends in `bounds` it is
+    certain, up to the variation of g between 1,500 samples. Ends that are not given are found by 40 Lanczos
+    steps from a random vector, and hold with probability 1 - 1e-6 each (Kuczynski and Wozniakowski); an
+    operator that is positive semi-definite by construction needs none below zero. The lower end matters where
+    f has a pole or a branch point there: 1/x, log and 1/sqrt are bounded only if the spectrum is known to
+    stay away from zero, so pass `bounds=(shift, None)` for a damped operator. For "sign" and "abs" pass two
+    intervals, on both sides of zero: between them f needs no approximation. The effect of rounding in the
+    products is added.
 
     Args:
         op: symmetric operator of order n.
@@ -82,9 +83,9 @@ def funm(
             numbers; inside jit, of JAX.
         v: a vector, a pytree like the parameters or a flat array (n,); or several, as the columns of an (n,
             k) array or with a leading axis.
-        num_steps: Lanczos steps at most; default 128, or n.
+        num_steps: maximum number of Lanczos steps; default 128, or n.
         tol: accepted error relative to |f(H) v|; 0 takes all steps.
-        bounds: (a, b) that hold the spectrum, None for an end that is not known; or several such intervals.
+        bounds: (a, b) that contain the spectrum, None for an unknown end; or several such intervals.
         key: JAX random key for the ends of the spectrum; default jax.random.key(0).
 
     Returns:
@@ -94,10 +95,10 @@ def funm(
 
     Raises:
         SpectraError: f is not finite at a Ritz value, as for the root of an operator with a negative
-            eigenvalue, which the message names; a Ritz value lies outside of `bounds`.
+            eigenvalue, which the message names; a Ritz value lies outside `bounds`.
         NonFiniteError: a product is NaN or infinite.
 
-    Cost: one product a step for each vector, and 40 for the ends of the spectrum; num_steps vectors of
+    Cost: one product per step for each vector, and 40 for the ends of the spectrum; num_steps vectors of
         memory.
 
     References:

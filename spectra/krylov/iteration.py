@@ -43,21 +43,23 @@ class Steps:
 
 
 class LanczosIteration:
-    """Lanczos as pure functions `init`, `step` and `finish`, to compose an iteration of your own.
+    """Lanczos as pure functions `init`, `step` and `finish`, from which to build your own iteration.
 
     `lanczos`, `slq` and `funm` run the same step. Each state is a pytree: `step` works under `jit`, in
-    `lax.while_loop` and `lax.scan`, under `vmap` over start vectors, and from a loop in Python that looks at
-    `alpha` and `beta` between the products, takes them elsewhere (`vector` and `absorb`), or saves the state.
+    `lax.while_loop` and `lax.scan`, under `vmap` over start vectors, and in a Python loop that inspects
+    `alpha` and `beta` between products, computes products elsewhere (`vector` and `absorb`), or saves the
+    state.
 
     Args:
-        op: a symmetric operator, which says how vectors look; products may be those of another one like it.
-        num_steps: room for so many steps, from 1 to n.
+        op: a symmetric operator that defines the structure of vectors; `step` may be called with another
+            operator of the same structure.
+        num_steps: maximum number of steps, from 1 to n.
         reorthogonalize: "full" keeps a basis of num_steps vectors; "none" is the bare recurrence.
 
     Raises:
         SpectraError: an argument is out of range.
 
-    Cost: a product and two reads of the basis a step. Outside of `jit` a step also copies the basis, which a
+    Cost: a product and two reads of the basis per step. Outside `jit` a step also copies the basis, which a
     compiled loop updates in place.
 
     References:

@@ -22,11 +22,11 @@ from spectra.results import Tridiagonal
 def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: str = "full") -> Tridiagonal:
     """Reduce a symmetric operator to tridiagonal form on the Krylov space of a start vector.
 
-    Computes H Qᵀ = Qᵀ T + r e_mᵀ with orthonormal rows q_0 = v0/|v0|, ..., q_{m-1}. The run ends early,
-    with the true `length`, where the space is invariant: the eigenvalues of T are eigenvalues of H then. A
-    residual that rounding alone can have left ends it, β_j <= (10 + √n / 2) eps |T|; outside `jit`, also one
-    that rounding was amplified to and behind which the run repeats itself. Works inside `jit` and `vmap`;
-    outside, products are checked for NaN and for symmetry as the run goes.
+    Computes H Qᵀ = Qᵀ T + r e_mᵀ with orthonormal rows q_0 = v0/|v0|, ..., q_{m-1}. The run ends early, with
+    the true `length`, if the space is invariant; the eigenvalues of T are then eigenvalues of H. It ends at a
+    residual that rounding alone can explain, β_j <= (10 + √n / 2) eps |T|; outside `jit`, also at a larger
+    one from amplified rounding, after which the run repeats itself. `lanczos` works inside `jit` and `vmap`;
+    outside, products are checked for NaN and for symmetry during the run.
 
     Args:
         op: a symmetric `LinearOperator` of order n.
@@ -45,8 +45,8 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
         NonFiniteError: a product is NaN or infinite.
         NotSymmetricError: the operator is not symmetric.
 
-    Cost: m products, m n numbers of memory for the basis, and one read and write sweep of it a step
-    (m² n numbers in all; twice that in steps where a second Gram-Schmidt pass is needed).
+    Cost: m products, m n numbers of memory for the basis, and one read and write sweep of it per step
+    (m² n numbers in all; twice that in steps that need a second Gram-Schmidt pass).
 
     References:
         Parlett, The Symmetric Eigenvalue Problem, doi:10.1137/1.9781611971163, ch. 13.

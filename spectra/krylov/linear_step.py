@@ -123,7 +123,7 @@ def absorb(problem: Problem, state: State, product: PyTree) -> State:
 
 
 def _ended(problem: Problem, state: State, w: PyTree) -> State:
-    """The state as it is; also in the place of modes that a run never has."""
+    """The state as it is; also in place of modes that a run never has."""
     del problem, w
     return state
 

@@ -41,13 +41,13 @@ def plan(
     """State the bytes and products that `slq` would need, without running or allocating anything.
 
     The peak is linearization + probe_batch * (basis + 6 vectors + workspace), on top of parameters and
-    data; on a mesh all of it is for one device. The workspace of a product comes from compiling it for
-    the device, which takes as long as the first product of a run.
+    data; on a mesh, all figures are per device. The workspace of a product is found by compiling it for the
+    device, which takes as long as the first product of a run.
 
     Args:
         op: the operator.
-        num_steps: Lanczos steps a probe, m.
-        num_probes: probes, k.
+        num_steps: Lanczos steps per probe, m.
+        num_probes: number of probes, k.
         basis: see `slq`.
         basis_dtype: see `slq`.
         measure: time a product and a pass over a vector, and state the `seconds` of the run. A basis on the
@@ -182,7 +182,7 @@ def choose_batch(
     """Probes in flight. Streams share each pass over the data between as many probes as fit.
 
     Where products evaluate the loss again, under `jax.checkpoint`, in microbatches or because nothing is
-    saved, four share one evaluation: 2.1 gradients a product in the place of 2.6, as XLA counts.
+    saved, four share one evaluation: 2.1 gradients per product in place of 2.6, as XLA counts.
 
     An accelerator needs wide operations to be busy. On a CPU one probe at a time is fastest: the
     reorthogonalisation is bound by memory bandwidth and batched products gain nothing, but for `bare`

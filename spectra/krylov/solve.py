@@ -51,63 +51,63 @@ def solve(
     x0: PyTree | None = None,
     key: jax.Array | None = None,
 ) -> Solution:
-    """Solve (H + shift I) x = b, with the residual of what is returned and a bound on its error.
+    """Solve (H + shift I) x = b, with the true residual of x and a bound on its error.
 
-    Conjugate gradients run until they meet a direction of curvature that is not positive, to rounding; MINRES
-    goes on from there, which needs no sign. Where the recurrence says that the residual is small it is
-    computed from x, and where it is not, the iteration goes on from the true one. So `residual_norm` is that
-    of the x returned, and an x that misses the tolerance is never called converged.
+    Conjugate gradients run until they meet a direction whose curvature is not positive, to rounding; MINRES,
+    which does not need definiteness, continues from there. When the recurrence reports a small residual, the
+    true one is computed from x; if that is not small, the iteration restarts from it. So `residual_norm`
+    belongs to the x returned, and an x that misses the tolerance is never called converged.
 
     **How wrong x is.** With A = H + shift I, |x - A⁻¹b| <= (|b - Ax| + rounding) / min |λ(A)|. The smallest
-    |λ| is known where `lower_bound` says it, where the operator is positive semi-definite by construction
-    (`GradientCovarianceOperator`, sampled and empirical `FisherOperator`) and shift > 0, and where
-    the matrix was formed. Else `error_bound` is infinite: Krylov steps see what b has components on, and an
-    eigenvalue near zero that it lacks shows in no residual. `condition_number(op, key=, shift=)` bounds it:
-    pass its `smallest_interval.lower`. `rounding` is that of the product, from its stated precision; of a
-    loss it is measured, by products at parameters that are moved by one rounding each. Where A is definite
-    with a known bound, `quadratic_form` brackets bᵀA⁻¹b: 2 bᵀx - xᵀAx plus 0 to |r|² / min λ.
+    |λ| is known if `lower_bound` states it, if the operator is positive semi-definite by construction
+    (`GradientCovarianceOperator`, sampled and empirical `FisherOperator`) and shift > 0, or if the matrix was
+    formed. Otherwise `error_bound` is infinite: Krylov steps see only the eigenvectors that b has components
+    on, and an eigenvalue near zero without such a component shows in no residual. `condition_number(op, key=,
+    shift=)` bounds it: pass its `smallest_interval.lower`. `rounding` is that of the product, from its stated
+    precision; for a loss it is measured, by products at parameters that are moved by one rounding each. If A
+    is definite with a known bound, `quadratic_form` brackets bᵀA⁻¹b: 2 bᵀx - xᵀAx plus 0 to |r|² / min λ.
 
     **Several right-hand sides**, as columns of an (n, k) array or with a leading axis, are solved side by
-    side, each by its own iteration; their products are one batch.
+    side, each by its own iteration; their products form one batch.
 
-    **Derivatives.** Inside jit, vmap and grad the same iteration runs, and jax.grad goes through x by the
-    implicit function theorem, dx = A⁻¹ (db - dA x): one more solve, with respect to b, the shift, and the
-    operator's parameters and data.
+    **Derivatives.** Inside jit, vmap and grad the same iteration runs. jax.grad differentiates x by the
+    implicit function theorem, dx = A⁻¹ (db - dA x), at the cost of one more solve: with respect to b, the
+    shift, and the operator's parameters and data.
 
-    **Small operators.** Where n products have not been enough, up to n = 2000, n more give the dense matrix,
-    as for `eigsh`: `method` is "dense" then. They are within `max_matvecs`.
+    **Small operators.** If n products were not enough, and n is at most 2000, n more give the dense matrix,
+    as for `eigsh`; `method` is "dense" then. These count towards `max_matvecs`.
 
     Args:
         op: symmetric operator of order n.
         b: right-hand side, a pytree like the parameters or a flat array (n,), or several of them.
         shift: added to every eigenvalue of H: the damping.
         method: "cg", which ends with status INDEFINITE where curvature is not positive; "minres"; "dense"; or
-            "auto", CG and then MINRES.
-        preconditioner: "nystrom", a randomised sketch that doubles until what it leaves of H is near 10
-            shifts, shared by all right-hand sides; `Eigenpairs` of H, to be deflated; a `KFACOperator` or
-            `EKFACOperator` near H, which is inverted with the shift as its damping; or an approximate inverse
-            of A, positive definite: an operator, anything with `mv`, or a function of a vector.
+            "auto", CG followed by MINRES if needed.
+        preconditioner: "nystrom", a randomised sketch that doubles until the remainder of H is near 10
+            shifts, shared by all right-hand sides; `Eigenpairs` of H, which are deflated; a `KFACOperator` or
+            `EKFACOperator` that approximates H, inverted with the shift as its damping; or a positive
+            definite approximate inverse of A: an operator, anything with `mv`, or a function of a vector.
         tol: largest accepted |b - Ax| / |b|.
-        max_matvecs: products allowed for each right-hand side; default 10,000 or, where a dense matrix may
-            follow, 2 n.
-        lower_bound: a number that no |eigenvalue| of H + shift I is below, if one is known.
-        x0: where to start, in the form of b; default zero.
+        max_matvecs: maximum number of products per right-hand side; default 10,000 or, where a dense matrix
+            may follow, 2 n.
+        lower_bound: lower bound on the |eigenvalues| of H + shift I, if known.
+        x0: starting point, in the same form as b; default zero.
         key: JAX random key, for "nystrom".
 
     Returns:
-        `Solution`. `status` is CONVERGED; STAGNATED, where the precision of products ends it before the
-        tolerance; SINGULAR, where b lies outside of the range to rounding: then x is NaN and `residual_norm`
-        its distance; BUDGET_EXHAUSTED; or INDEFINITE. Of several it is the worst, and `converged` tells them
-        apart. Inside jit it is TRACED: look at `converged` there.
+        `Solution`. `status` is CONVERGED; STAGNATED, if the precision of products prevents reaching the
+        tolerance; SINGULAR, if b lies outside the range, to rounding: x is NaN then, and `residual_norm` is
+        the distance of b from the range; BUDGET_EXHAUSTED; or INDEFINITE. For several right-hand sides it is
+        the worst, and `converged` distinguishes them. Inside jit it is TRACED: use `converged` there.
 
     Raises:
         SpectraError: an argument out of range; a preconditioner that is not positive definite.
         StructureError: b does not match the operator.
         NonFiniteError: b or a product is NaN or infinite.
 
-    Cost: one product a step. Ten vectors of memory, four with method="cg"; a preconditioner's on top.
+    Cost: one product per step. Memory: ten vectors, four with method="cg", plus those of a preconditioner.
 
-    Fails where A is singular but b in its range: x is one solution of many, and `error_bound` infinite.
+    Fails if A is singular but b lies in its range: x is one of many solutions, and `error_bound` is infinite.
 
     References:
         Hestenes and Stiefel, doi:10.6028/jres.049.044; Paige and Saunders, doi:10.1137/0712047;
@@ -190,7 +190,7 @@ def _prepared(op, b, inverse, method, tol, limit, reference) -> tuple[Problem, S
 
 
 def _axes(inverse, method: str) -> Any:
-    """Which parts of a problem are there for every right-hand side: zeros and None in the place of arrays."""
+    """Which parts of a problem are there for every right-hand side: zeros and None in place of arrays."""
     shared = None if inverse is None else jax.tree.map(lambda _: None, inverse)
     each: Any = 0
     return Problem(each, shared, each, each, each, each, each, only_cg=method == "cg")

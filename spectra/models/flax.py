@@ -1,7 +1,7 @@
 """Flax models as pure functions (variables, inputs) -> outputs, the form that operators take.
 
 What does not vary (batch statistics, integer and random state) stays a leaf of the variables, so the
-next checkpoint re-uses the compiled code; `wrt="params"` says what varies. Other libraries need no
+next checkpoint reuses the compiled code; `wrt="params"` says what varies. Other libraries need no
 adapter: any pure function of a pytree will do, such as Equinox's `eqx.combine(params, static)(x)` with
 `params, static = eqx.partition(model, eqx.is_inexact_array)`.
 """
@@ -104,9 +104,9 @@ def linen_model(
         batch_stats: "running": BatchNorm normalises by its running statistics, constants of the loss;
             "batch": by the statistics of the batch, through which the loss is differentiated and whose
             updates are dropped. A mean over batches is then not the loss of the whole data set. Which
-            one the module computes is up to its own arguments: pass them in `options`.
-        attention: what Flax's attention layers call in the place of `dot_product_attention`, such as
-            `spectra.attention`, with which products take memory linear in the sequence.
+            of the two the module computes depends on its own arguments: pass them in `options`.
+        attention: function that Flax's attention layers call instead of `dot_product_attention`, such as
+            `spectra.attention`, whose memory is linear in the sequence length.
         **options: keyword arguments of the module's call, such as `train=False` or `deterministic=True`.
 
     Returns:
@@ -156,7 +156,7 @@ def nnx_model(
 ) -> tuple[NnxModel, PyTree]:
     """Split a Flax nnx module into a pure function of (variables, inputs) and its variables.
 
-    The module itself is left as it is. Dropout is switched off.
+    The module itself is not changed. Dropout is switched off.
 
     Args:
         module: `flax.nnx.Module`.

@@ -20,7 +20,7 @@ OPERATORS = ("hessian", "ggn", "fisher", "mc-fisher", "empirical-fisher", "covar
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What `problem()` in a file for `spectra run` returns.
+    """The return value of `problem()` in a file for `spectra run`.
 
     Args:
         loss_fn: pure function (params, batch) -> scalar; or, with `model_fn`, (outputs, targets) -> scalar.
@@ -31,7 +31,7 @@ class Problem:
         model_fn: pure function (params, inputs) -> outputs, which Gauss-Newton and Fisher matrices need.
         partition: how parameters are split over a mesh: a function (path, leaf) -> PartitionSpec or a pytree
             of specs; see `spectra.distributed.shard_params`.
-        local_data: whether each process has its own part of every batch only.
+        local_data: whether each process holds only its own part of every batch.
 
     Examples:
         >>> import jax.numpy as jnp, spectra

@@ -97,7 +97,7 @@ class Cut:
         self.last = rows(batch, even, n, shared) if rest else None
 
     def piece(self, columns: list[jax.Array]) -> PyTree:
-        """The batch with these in the place of the leaves that examples own."""
+        """The batch with these in place of the leaves that examples own."""
         return replace_owned(self._batch, self._shared, columns)
 
 

@@ -22,14 +22,15 @@ from spectra.results.base import call
 class LinearOperator(abc.ABC):
     """A real symmetric operator on vectors that are pytrees; itself a pytree.
 
-    Subclasses say how one product is computed (`mv`) and what a vector looks like (`like`). Parameters
-    and data are leaves, functions are static: a jitted routine takes an operator as an argument, and
-    the next one of the same structure re-uses the compiled code.
+    Subclasses define how one product is computed (`mv`) and what a vector looks like (`like`). Parameters and
+    data are leaves and functions are static: a jitted routine takes an operator as an argument, and the next
+    one of the same structure reuses the compiled code.
 
-    An operator of your own is a dataclass that inherits from this class and defines `like`, as a field or a
-    property, and `mv`; nothing has to be registered. Arrays in its fields, also within containers and other
-    operators, are leaves; all else, and fields with `metadata={"static": True}`, are static: a Python number
-    that changes compiles anew, an array does not. A class that is registered with JAX stays as it is.
+    Your own operator is a dataclass that inherits from this class and defines `like`, as a field or a
+    property, and `mv`; nothing has to be registered. Arrays in its fields, including those in containers and
+    other operators, are leaves; everything else, and fields with `metadata={"static": True}`, is static:
+    changing a Python number recompiles, changing an array does not. A class already registered with JAX keeps
+    its registration.
 
     Examples:
         >>> import jax.numpy as jnp, spectra
@@ -245,7 +246,7 @@ class LinearOperator(abc.ABC):
     def block(self, select: paths.Select) -> "LinearOperator":
         """The principal submatrix of the parameters whose path matches.
 
-        Vectors keep the parameters' tree, with None in the place of leaves that are not chosen. A block
+        Vectors keep the parameters' tree, with None in place of leaves that are not chosen. A block
         of an operator on data differentiates only the chosen leaves, which is cheaper than the whole.
 
         Args:
@@ -325,7 +326,7 @@ class LinearOperator(abc.ABC):
 
     @meshes.automatic
     def to_scipy(self):
-        """A `scipy.sparse.linalg.LinearOperator` on flat vectors, with the linearisation re-used."""
+        """A `scipy.sparse.linalg.LinearOperator` on flat vectors, with the linearisation reused."""
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
         op = self.prepare()

@@ -167,7 +167,7 @@ def owned_leaves(batch: PyTree, shared: Shared) -> list[Any]:
 
 
 def replace_owned(batch: PyTree, shared: Shared, owned: list[Any]) -> PyTree:
-    """The batch with other leaves in the place of those that examples own."""
+    """The batch with other leaves in place of those that examples own."""
     leaves, treedef = jax.tree.flatten(batch)
     new = iter(owned)
     belongs = zip(leaves, shared_leaves(batch, shared), strict=True)
@@ -180,7 +180,7 @@ def rows(batch: PyTree, start: int, stop: int, shared: Shared = None) -> PyTree:
 
 
 def describe(batch: PyTree) -> str:
-    """The structure of a batch with dtypes and shapes in the place of its arrays."""
+    """The structure of a batch with dtypes and shapes in place of its arrays."""
     shapes = jax.tree.map(lambda x: _Shape(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"), batch)
     return repr(shapes)
 

@@ -105,10 +105,11 @@ def class_operators(op: GGNOperator) -> dict[str, LinearOperator]:
             one-hot rows, of shape `logits.shape[:-1]` or `logits.shape`.
 
     Returns:
-        {"class_means", "cross", "within", "same"}: operators of one structure.
+        {"class_means", "cross", "within", "same"}: operators of the same structure.
 
     Raises:
-        StructureError: `op` is no `GGNOperator`, its outputs are not one array, or its targets no labels.
+        StructureError: `op` is not a `GGNOperator`, its outputs are not one array, or its targets are not
+            labels.
         DataError: the curvature of the loss is not that of a mean softmax cross-entropy.
         MemoryLimitError: the C² mean gradients do not fit in half of the free memory.
 

@@ -28,7 +28,7 @@ class BlockOperator(Wrapped):
 
     @property
     def like(self) -> PyTree:
-        """The chosen leaves of a vector; None in the place of all others."""
+        """The chosen leaves of a vector; None in place of all others."""
         return trees.keep_leaves(self.base.like, self.selected)
 
     def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:

@@ -19,23 +19,23 @@ from spectra.operators.pytree import operator
 class GradientCovarianceOperator(DataOperator):
     """The second moment Σ w_i g_i g_iᵀ / Σ w_i of the gradients g_i of single examples.
 
-    With `centered` the gradient of the mean loss is taken out: C - ḡ ḡᵀ, the covariance of the noise of
-    stochastic gradients with batches of one. Positive semi-definite. For a loss that is a negative
+    With `centered` the gradient of the mean loss is subtracted: C - ḡ ḡᵀ, the noise covariance of stochastic
+    gradients with batch size one. Positive semi-definite. For a loss that is a negative
     log-likelihood the second moment is the empirical Fisher matrix.
 
     Args:
         loss_fn: pure function (params, batch) -> scalar, the mean over the batch. It is evaluated on
-            batches of one example, so a model that mixes examples (batch statistics) has no such matrix.
+            batches of one example, so it is not defined for a model that mixes examples (batch statistics).
         params: pytree of parameters.
         data: one batch or a re-iterable of batches.
-        centered: subtract ḡ ḡᵀ; costs one gradient when the operator is made.
-        **options: see `DataOperator`; `weight_fn` of one example gives w_i, by default 1.
+        centered: subtract ḡ ḡᵀ; costs one gradient when the operator is created.
+        **options: see `DataOperator`; `weight_fn` of a batch of one example gives w_i, by default 1.
 
     Raises:
         SpectraError: as `HessianOperator`.
 
-    Cost: a product is one J v and one Jᵀ u of the vector of losses, about as a Hessian product; no
-    gradient of a single example is ever held.
+    Cost: a product is one J v and one Jᵀ u of the vector of losses, about as much as a Hessian product;
+    gradients of single examples are never stored.
 
     References:
         Kunstner, Balles and Hennig, arXiv:1905.12558; Jastrzębski et al., arXiv:2002.09572.

@@ -154,7 +154,7 @@ class DataOperator(LinearOperator):
 
     @property
     def like(self) -> PyTree:
-        """The parameters that vary; None in the place of all others."""
+        """The parameters that vary; None in place of all others."""
         if self.selected is None:
             return self.params
         return trees.replace_static(trees.keep_leaves(self.params, self.selected), with_value=False)
@@ -301,7 +301,7 @@ class DataOperator(LinearOperator):
 
     @property
     def linearized(self) -> bool:
-        """What `prepare` will choose: whether the values that products share are saved and re-used."""
+        """What `prepare` will choose: whether the values that products share are saved and reused."""
         return self._bytes_to_save() is not None
 
     def _bytes_to_save(self) -> int | None:

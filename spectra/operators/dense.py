@@ -126,7 +126,7 @@ class MatrixOperator(LinearOperator):
         StructureError: not a square real matrix.
         NotSymmetricError: max |A - Aᵀ| exceeds sqrt(eps) max |A|.
 
-    Cost: n² operations a product, in full precision.
+    Cost: n² operations per product, in full precision.
 
     Examples:
         >>> import jax.numpy as jnp, spectra
@@ -185,12 +185,12 @@ class FunctionOperator(LinearOperator):
 
     Args:
         mv: function from a vector to a vector of the same structure; traceable by JAX and linear. It is
-            static: keep one function object, a new lambda each time compiles anew. Arrays that it
+            static: pass the same function object each time, since a new lambda recompiles. Arrays that it
             closes over become constants of the compiled program.
         like: pytree of arrays or `jax.ShapeDtypeStruct`, the structure of a vector.
 
     Raises:
-        StructureError: `mv` returns another structure or other shapes than `like`.
+        StructureError: `mv` returns a different structure or shapes than `like`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra

@@ -116,7 +116,7 @@ class FisherOperator(ModelOperator):
       depend on y (softmax cross-entropy, squared error, binary cross-entropy with logits, every natural
       exponential family) it is the Gauss-Newton matrix, and is multiplied as such.
     * "mc": one y_t drawn from p(·|f_t) for each term, unbiased for "type2". The operator
-      of one batch holds them in its `data`.
+      on one batch holds them in its `data`.
     * "empirical": the y_t of the data. Not a Fisher matrix in the strict sense, and far from one when the
       model fits (Kunstner, Balles and Hennig, arXiv:1905.12558).
 
@@ -125,13 +125,13 @@ class FisherOperator(ModelOperator):
         loss_fn: pure function (outputs, targets) -> scalar, the mean over the batch. Static.
         params: pytree of parameters.
         data: one batch, a pair (inputs, targets), or a re-iterable of such pairs. Targets may carry masks
-            or weights beside the labels; `weight_fn` then gives the number of terms of a batch. It also
+            or weights next to the labels; `weight_fn` then gives the number of terms of a batch. It also
             sets the scale of the empirical matrix, which is quadratic in the terms, where the loss is a
-            mean over more than the examples (the numbers of a regression target, say). What a loss brings as
-            its `weight` is used where targets are classes.
+            mean over more than the examples (the numbers of a regression target, say). If the loss has an
+            attribute `weight`, it is used where targets are classes.
         kind: "type2", "mc" or "empirical".
-        key: JAX random key of the samples, for "mc". The sample of an example depends on the key, the
-            batch's place in the stream and the example's place in the batch alone.
+        key: JAX random key of the samples, for "mc". The sample of an example depends only on the key, the
+            position of the batch in the stream and that of the example in the batch.
         sample_fn: function (key, outputs, targets) -> targets of one example, for "mc" with a likelihood
             other than softmax, Gaussian and Bernoulli, which are recognised from the targets.
         **options: see `DataOperator`.
@@ -142,7 +142,7 @@ class FisherOperator(ModelOperator):
         SpectraError: as `GGNOperator` otherwise.
 
     Cost: a product is one J v and one Jᵀ u; gradients of single terms exist in output space only. "mc"
-    evaluates the model once when the operator is made, or once more a product for streams.
+    evaluates the model once when the operator is created, or once more per product for streams.
 
     References:
         Amari, doi:10.1162/089976698300017746; Martens, arXiv:1412.1193, sections 5, 9, 11.

@@ -75,8 +75,8 @@ class GGNOperator(ModelOperator):
     """The generalised Gauss-Newton matrix Jᵀ (∇²ℓ) J of a loss ℓ on the outputs of a model.
 
     With outputs f = model_fn(θ, x), J = ∂f/∂θ, and ∇²ℓ the Hessian of `loss_fn` with respect to the
-    outputs, by automatic differentiation: any loss will do, and the matrix is positive semi-definite
-    where it is convex in the outputs. H - GGN, the residual term Σ (∂ℓ/∂f_k) ∇²f_k, is
+    outputs, by automatic differentiation. Any loss works, and the matrix is positive semi-definite if it
+    is convex in the outputs. H - GGN, the residual term Σ (∂ℓ/∂f_k) ∇²f_k, is
     `HessianOperator(...) - GGNOperator(...)`.
 
     Args:
@@ -90,9 +90,9 @@ class GGNOperator(ModelOperator):
         SpectraError: as `HessianOperator`.
         DataError: a batch is not a pair.
 
-    Cost: a product is one J v and one Jᵀ u, about 3 evaluations of the model beyond the shared one, and
-    works in the memory of a gradient plus a few arrays of the size of the outputs: no Jacobian and no
-    matrix in output space is formed. `microbatch` bounds the outputs in memory.
+    Cost: a product is one J v and one Jᵀ u, about 3 evaluations of the model beyond the shared one, in the
+    memory of a gradient plus a few arrays of the size of the outputs: neither a Jacobian nor a matrix in
+    output space is formed. `microbatch` bounds the outputs in memory.
 
     References:
         Schraudolph, doi:10.1162/08997660260028683; Martens, arXiv:1412.1193.

@@ -25,28 +25,29 @@ from spectra.operators.pytree import operator
 
 @operator(leaves=("params", "data"))
 class HessianOperator(DataOperator):
-    """The Hessian ∇²L(θ) of a loss, multiplied without being formed.
+    """The Hessian ∇²L(θ) of a loss, as products with vectors; the matrix is never formed.
 
     (H v)_i = Σ_j ∂²L/∂θ_i∂θ_j v_j, with L the mean of `loss_fn` over the data.
 
     Args:
         loss_fn: pure function (params, batch) -> scalar, the mean over the examples of the batch. It is
-            static: keep one function object.
+            static: pass the same function object each time, since a new one recompiles.
         params: pytree of real floating arrays (dicts, Flax linen or nnx state, Equinox, ...).
-        data: one batch (a tuple, dict or other pytree of arrays; those of a batch that is cut share a
-            leading axis), or a re-iterable of batches (list, DataLoader, generator function), which is
-            then read anew for every product; None for a loss that ignores its second argument.
+        data: one batch (a tuple, dict or other pytree of arrays, which share a leading axis if the batch is
+            split), or a re-iterable of batches (list, DataLoader, generator function), re-read for every
+            product; None for a loss that ignores its second argument.
         **options: see `DataOperator`: wrt, mode, microbatch, linearize, matmul_precision, weight_fn,
             shared, num_batches, subsample_key, check_data.
 
     Raises:
         StructureError: a parameter leaf is not a real floating array, the loss is not a scalar, or cannot
             be called with the parameters and a batch.
-        DataError: the data are empty, inconsistent, or change between passes; they are cut, and the loss
-            is no mean over examples.
-        DifferentiationError: the loss has no gradient; carries JAX's reason.
+        DataError: the data are empty, inconsistent, or change between passes; or they are split, and the loss
+            is not a mean over examples.
+        DifferentiationError: the loss has no gradient; the message includes JAX's reason.
 
-    Cost: see `spectra.operators.differentiate`; streams cost one pass over the data a product.
+    Cost: about two gradients per product, see `spectra.operators.differentiate`; streams take one pass over
+    the data per product.
 
     References:
         Pearlmutter, Fast exact multiplication by the Hessian, doi:10.1162/neco.1994.6.1.147.
@@ -107,10 +108,10 @@ def dense_hessian(
     memory_limit: int | None = None,
     **options: Unpack[DataOptions],
 ):
-    """Compute the whole Hessian of a loss, using its symmetry.
+    """Compute the full Hessian matrix of a loss, using its symmetry.
 
-    H_ij = ∂²L/∂θ_i∂θ_j, symmetric to the bit: the diagonal blocks are averaged with their transposes,
-    the others are mirrored.
+    H_ij = ∂²L/∂θ_i∂θ_j, exactly symmetric: the diagonal blocks are averaged with their transposes, the others
+    are mirrored.
 
     Args:
         loss_fn: function (params, batch) -> scalar, as for `HessianOperator`.
@@ -119,18 +120,18 @@ def dense_hessian(
         structure: "matrix" for an (n, n) array, parameters ravelled in tree order; "blocks" for nested
             pytrees as `jax.hessian` returns them, so that `blocks["fc1"]["fc2"]` has the shape of
             `params["fc1"]` followed by that of `params["fc2"]`.
-        memory_limit: bytes; default half of what the device has free.
+        memory_limit: bytes; default half of the free memory of the device.
         **options: see `HessianOperator`.
 
     Returns:
         A `jax.Array` (n, n), or a pytree of pytrees; float32 at least.
 
     Raises:
-        SpectraError: another structure.
-        MemoryLimitError: 3 n² numbers exceed the limit; the message says what works without a matrix.
+        SpectraError: unknown structure.
+        MemoryLimitError: 3 n² numbers exceed the limit; the message names matrix-free alternatives.
         NonFiniteError: an entry is NaN or infinite.
 
-    Cost: n products, of which those of leaf j differentiate leaves j and later only, 64 at a time; 3 n²
+    Cost: n products, 64 at a time, where those of leaf j differentiate only leaf j and later ones; 3 n²
     numbers at the peak.
 
     Examples:

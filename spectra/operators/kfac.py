@@ -214,21 +214,21 @@ class KFACOperator(_FromData):
     """KFAC: each layer's block of the Gauss-Newton or Fisher matrix as one Kronecker product.
 
     A layer y = W a + b, seen N times with inputs a_n (a one appended for the bias) and vectors g_nk whose
-    outer products sum to the loss's curvature in y, has the block Σ_nk (a_n a_nᵀ) ⊗ (g_nk g_nkᵀ). KFAC puts
-    the product of means in the place of the mean of products: A ⊗ B with A = Σ_n w_n a_n a_nᵀ and
-    B = Σ_nk g_nk g_nkᵀ. It is exact for one example, and for deep linear networks with squared error.
+    outer products sum to the loss's curvature in y, has the block Σ_nk (a_n a_nᵀ) ⊗ (g_nk g_nkᵀ). KFAC
+    replaces the mean of products by the product of means: A ⊗ B with A = Σ_n w_n a_n a_nᵀ and B = Σ_nk g_nk
+    g_nkᵀ. It is exact for one example, and for deep linear networks with squared error.
 
-    Nothing is registered: layers are found in the jaxpr of `model_fn`, through transposes, reshapes, casts,
-    `jit`, `remat` and `scan`. They are products with a parameter (dense layers, the projections of
-    attention, einsums with several output axes), convolutions (rows are patches; groups are layers of their
-    own) and lookups of rows (embeddings, whose A is diagonal). Layers under `lax.scan` have factors each. A
-    parameter that is used several times has its uses as further positions; one that is used transposed as
-    well (an embedding tied to the last layer) has the product with the partial traces of the sum over its
-    uses. What is no layer, such as scales and biases of norms, has its exact block, or its diagonal if it is
-    large; `coverage` says what.
+    Layers need no registration: they are found in the jaxpr of `model_fn`, through transposes, reshapes,
+    casts, `jit`, `remat` and `scan`. They are products with a parameter (dense layers, the projections of
+    attention, einsums with several output axes), convolutions (rows are patches; groups are separate layers)
+    and lookups of rows (embeddings, whose A is diagonal). Layers under `lax.scan` each have their own
+    factors. If a parameter is used several times, the uses count as further positions; one that is also used
+    transposed (an embedding tied to the last layer) has the product with the partial traces of the sum over
+    its uses. Everything else, such as scales and biases of norms, has its exact block, or its diagonal if it
+    is large; `coverage` says which.
 
     Args:
-        model_fn: pure function (params, inputs) -> outputs, which treats examples one by one. Static.
+        model_fn: pure function (params, inputs) -> outputs, which processes examples independently. Static.
         loss_fn: pure function (outputs, targets) -> scalar, the mean over the batch. Static.
         params: pytree of parameters.
         data: one batch, a pair (inputs, targets), or a re-iterable of such pairs.
@@ -236,14 +236,15 @@ class KFACOperator(_FromData):
             Hessian in the outputs; "mc", by targets drawn from the model; "empirical", by the data's own.
         key: JAX random key of the samples, for "mc". The first sample of each example is that of
             `FisherOperator` with the same key.
-        num_samples: samples an example, for "mc".
-        sequence: how positions of one example (tokens, pixels) are summed: "expand" takes them for examples,
+        num_samples: samples per example, for "mc".
+        sequence: how positions of one example (tokens, pixels) are summed: "expand" treats them as examples,
             A = Σ_n w_n mean_s a a^T and B = Σ_nks g gᵀ; "reduce" takes the mean of a and the sum of g over
             positions first, right for networks that pool before their loss.
-        bias: "joint" with the weight, as a last input of one, or a block of its own ("separate").
+        bias: "joint" with the weight, as a last input equal to one, or a separate block ("separate").
         sample_fn: as for `FisherOperator`.
-        exact_limit: size up to which what is no layer has its exact block; beyond it, its diagonal.
-        factor_limit: size beyond which a side is kept as its diagonal: the vocabulary of a last layer.
+        exact_limit: size up to which a leaf that is not a layer has its exact block; beyond it, its diagonal.
+        factor_limit: size beyond which a factor is kept as its diagonal, as for the vocabulary of a last
+            layer.
         **options: see `DataOperator`. `weight_fn` of one example gives w_n, by default equal.
 
     Raises:
@@ -252,9 +253,9 @@ class KFACOperator(_FromData):
         MemoryLimitError: "type2" with many outputs and a loss that is neither a softmax nor diagonal.
 
     Cost: the model once and, for "type2", as many backward passes as an example has outputs (tokens times
-    classes); for "mc" `num_samples`; for "empirical" as many as an example has terms. No gradient of a
-    single example is formed but of what is no layer. A product multiplies by each factor once. The factors
-    are held, the data are not.
+    classes); for "mc" `num_samples`; for "empirical" as many as an example has terms. Gradients of single
+    examples are formed only for leaves that are not layers. A product multiplies by each factor once. The
+    operator keeps the factors, not the data.
 
     References:
         Martens and Grosse, arXiv:1503.05671; Grosse and Martens, arXiv:1602.01407 (convolutions);
@@ -286,7 +287,7 @@ class KFACOperator(_FromData):
 
 @operator(leaves=("params", "parts"))
 class EKFACOperator(_FromData):
-    """EKFAC: KFAC with its eigenvalues corrected, the best ones for the eigenvectors of its factors.
+    """EKFAC: KFAC with corrected eigenvalues, the best ones for the eigenvectors of its factors.
 
     With A = U diag(a) Uᵀ and B = V diag(b) Vᵀ of `KFACOperator`, each layer's block is
     (U ⊗ V) diag(Λ) (U ⊗ V)ᵀ with Λ = Σ_nk (Uᵀ G_nk V)², where G_nk = Σ_s a_ns g_nksᵀ is the gradient of
@@ -300,7 +301,7 @@ class EKFACOperator(_FromData):
         data: one batch, a pair (inputs, targets), or a re-iterable of such pairs.
         kind: "type2", "mc" or "empirical".
         key: JAX random key of the samples, for "mc".
-        num_samples: samples an example, for "mc".
+        num_samples: samples per example, for "mc".
         sequence: "expand" or "reduce", for the factors; Λ sums over positions exactly.
         bias: "joint" or "separate".
         sample_fn: as for `FisherOperator`.
@@ -311,8 +312,8 @@ class EKFACOperator(_FromData):
     Raises:
         SpectraError: as `KFACOperator`.
 
-    Cost: two passes over the data, each as `KFACOperator`'s one; an eigendecomposition of each factor; for
-    layers with several positions the gradients of single examples, a few at a time.
+    Cost: two passes over the data, each like that of `KFACOperator`; an eigendecomposition of each factor;
+    for layers with several positions the gradients of single examples, a few at a time.
 
     References:
         George et al., arXiv:1806.03884; Grosse et al., arXiv:2308.03296.

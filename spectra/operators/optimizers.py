@@ -151,7 +151,7 @@ def value(leaf: Any) -> Any:
 
 
 def pure(tree: PyTree) -> PyTree:
-    """The tree with plain arrays in the place of nnx's variables."""
+    """The tree with plain arrays in place of nnx's variables."""
     nnx = sys.modules.get("flax.nnx")
     return nnx.as_pure(tree) if nnx else tree
 

@@ -31,11 +31,11 @@ from spectra.operators.response import AGREE, preconditioner
 
 @operator(leaves=("base", "scale"))
 class PreconditionedOperator(Wrapped):
-    """P^(-1/2) H P^(-1/2), the curvature that an adaptive optimizer feels; P is the optimizer's own.
+    """P^(-1/2) H P^(-1/2), the curvature in the metric of an adaptive optimizer; P is the optimizer's own.
 
     An adaptive optimizer moves the parameters by -η P⁻¹ m with a diagonal P, which it keeps in its state.
-    In the coordinates P^(1/2) θ that is a step of η along m, so the spectrum of P^(-1/2) H P^(-1/2) takes
-    the part that the spectrum of H plays for gradient descent with momentum. Its largest eigenvalue is the
+    In the coordinates P^(1/2) θ that is a step of η along m, so the spectrum of P^(-1/2) H P^(-1/2) plays
+    the role that the spectrum of H has for gradient descent with momentum. Its largest eigenvalue is the
     preconditioned sharpness: with Adam's b1 it is stable up to (2 + 2 b1) / ((1 - b1) η), 38 / η for 0.9,
     and full-batch training settles at this edge.
 
@@ -52,27 +52,27 @@ class PreconditionedOperator(Wrapped):
         op: operator on the parameters, such as a `HessianOperator`, or a block of one.
         optimizer_state: optax's state, of which the one second moment is found inside chains, masks,
             partitions, schedules, `flatten` and `MultiSteps`, or the `opt_state` of an nnx `Optimizer`; on
-            all parameters of `op`, or on those under one name such as "params". In its place the diagonal
+            all parameters of `op`, or on those under one name such as "params". Instead, the diagonal
             of any P: a pytree like the parameters, or flat.
         update_fn: `optimizer.update`, or the optimizer itself. P is then measured from its updates (see
-            `spectra.operators.response`), and nothing below is needed: what is given is checked. An
-            optimizer without a diagonal P is refused.
+            `spectra.operators.response`), and nothing below is needed; arguments that are given are checked
+            against it. An optimizer without a diagonal P is refused.
         b1: decay of the momentum; default: that in the state (`inject_hyperparams`), or 0.9.
         b2: decay of the second moment (`decay` of RMSProp); default: that in the state.
         eps: default: that in the state, or optax's for this transformation.
         eps_root: default: that in the state, or 0.
-        eps_in_sqrt: as of RMSProp.
+        eps_in_sqrt: as for optax's RMSProp.
         rule: "adam" (and AdamW), "yogi" or "adamax", whose states cannot be told from one another, nor from
             those of RAdam, ADOPT and LAMB. Without `update_fn`, a state of this form needs it.
 
     Raises:
         SpectraError: no second moment in the state, or several; no step has been taken; unknown rule;
-            neither `update_fn` nor `rule` and `b2` for a state like Adam's; an update that is no diagonal
+            neither `update_fn` nor `rule` and `b2` for a state like Adam's; an update that is not a diagonal
             multiple of the momentum.
         StructureError: a parameter of `op` has no second moment, or one of another shape.
 
-    Cost: a product of `op` and two multiplications by a diagonal; one vector of memory. With `update_fn` some
-    30 updates of the optimizer, once.
+    Cost: a product of `op` and two multiplications by a diagonal; one vector of memory. With `update_fn`,
+    about 30 updates of the optimizer, once.
 
     References:
         Cohen et al., Adaptive gradient methods at the edge of stability, arXiv:2207.14484.
@@ -158,7 +158,7 @@ def _preconditioner(op, optimizer_state, update_fn, rule, given, eps_in_sqrt) ->
 
 
 def _diagonal(state: PyTree, op: LinearOperator) -> list[jax.Array] | None:
-    """The leaves of P, where that is what was passed in the place of a state."""
+    """The leaves of P, where that is what was passed in place of a state."""
     if op._is_flat(state):
         state = op.as_vector(state, "P")
     leaves = jax.tree.leaves(state)

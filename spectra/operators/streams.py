@@ -1,4 +1,4 @@
-"""Where batches come from: one pytree in memory, or a source that is read anew for every product.
+"""Where batches come from: one pytree in memory, or a source that is re-read for every product.
 
 A tuple, dict, array or other pytree is one batch. A list, a DataLoader or any re-iterable is a stream of
 batches, and so is a function without arguments that returns an iterator (a generator function).

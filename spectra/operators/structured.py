@@ -20,7 +20,7 @@ class DiagonalOperator(LinearOperator):
     Args:
         entries: d, a pytree like the parameters.
 
-    Cost: n operations a product.
+    Cost: n operations per product.
 
     Examples:
         >>> import jax.numpy as jnp, spectra
@@ -61,16 +61,16 @@ class DiagonalOperator(LinearOperator):
 
 @operator(leaves=("vectors", "values"))
 class LowRankOperator(LinearOperator):
-    """Σ_i λ_i v_i v_iᵀ: what a few eigenpairs, gradients or rows of a Jacobian say of a matrix.
+    """Σ_i λ_i v_i v_iᵀ: a matrix from a few eigenpairs, gradients or rows of a Jacobian.
 
     Args:
         vectors: r vectors stacked, leaves (r, *leaf.shape), or a matrix (r, n); they need not be orthonormal.
         values: (r,) λ_i; default all one.
 
     Raises:
-        StructureError: leaves of several leading axes, or another number of values.
+        StructureError: leaves with different leading axes, or a different number of values.
 
-    Cost: 4 r n operations a product; r n numbers.
+    Cost: 4 r n operations per product; r n numbers.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra

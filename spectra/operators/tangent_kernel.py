@@ -17,15 +17,15 @@ class TangentKernelOperator(LinearOperator):
     """J Jᵀ / N, the empirical neural tangent kernel, on vectors like the model's outputs for N examples.
 
     J = ∂ model_fn(params, inputs) / ∂ params. Its non-zero eigenvalues are those of Jᵀ J / N, the
-    Gauss-Newton matrix of half the squared error, and their roots the singular values of J over √N. The side
-    with fewer rows is the cheaper one, and here that is the number of outputs, not of parameters.
+    Gauss-Newton matrix of half the squared error, and their roots the singular values of J over √N. Use it
+    where there are fewer outputs than parameters: the smaller matrix is the cheaper one.
 
     Args:
-        model_fn: pure function (params, inputs) -> outputs. Static: keep one function object.
+        model_fn: pure function (params, inputs) -> outputs. Static: pass the same function object each time.
         params: pytree of parameters.
-        inputs: of N examples; the outputs' leaves have them along their first axis.
+        inputs: inputs of N examples; the first axis of the outputs' leaves is that of the examples.
 
-    Cost: a forward and a backward pass a product.
+    Cost: a forward and a backward pass per product.
 
     References:
         Jacot, Gabriel and Hongler, arXiv:1806.07572.

@@ -15,21 +15,21 @@ class VocabularyLoss:
     """Mean cross entropy of tokens under softmax(h W + b), in the memory of `chunk` rows of logits.
 
     With T tokens and V words, logits, their softmax and the tangents of both take T V numbers each. Here a
-    loop over chunks of tokens makes them, uses them, and makes them anew for every derivative. What takes the
-    place of the model's outputs is (h, W) or (h, W, b): hidden states (..., d), the last layer's kernel
-    (d, V), and its bias (V,). Any transformation of JAX goes through, in both orders of derivative.
+    loop over chunks of tokens computes them, uses them, and recomputes them for every derivative. Instead of
+    logits, the model returns (h, W) or (h, W, b): hidden states (..., d), the last layer's kernel
+    (d, V), and its bias (V,). All JAX transformations work, for both orders of derivative.
 
     As `loss_fn` of a `GGNOperator` the matrix is that of the *logits*, Jᵀ ∇²ℓ J with W and b among the
     parameters, as if the model had returned logits. For a Hessian call it in the loss:
     `loss_fn(params, batch) = vocabulary(model_fn(params, batch[0]), batch[1])`.
 
     Args:
-        chunk: tokens whose logits are held at once.
-        ignore_index: a target that does not count; the mean is over all others.
+        chunk: number of tokens whose logits are held at once.
+        ignore_index: target value to ignore; the mean is over all others.
 
     Raises:
         SpectraError: chunk < 1.
-        StructureError: outputs or targets that do not fit together.
+        StructureError: outputs and targets do not match.
 
     Cost: the operations of the logits once more for every derivative; memory chunk V numbers.
 

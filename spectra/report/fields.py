@@ -1,6 +1,6 @@
 """What the fields of results are: their kinds, ranges and shapes, checked before a loaded result is made.
 
-A file is material from outside: an array of another shape or a text in the place of a number would
+A file is material from outside: an array of another shape or a text in place of a number would
 fail later, in a picture or in a table, or silently be another result. Each class has a table with a rule
 for each of its fields; axes with one name have one length throughout an object. NaN and infinity are
 numbers here: results of diverged or of traced computations hold them.

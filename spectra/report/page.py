@@ -31,17 +31,17 @@ _ARRAYS = 40  # rows of the table of contents
 def write_report(
     result: Any, path: str | os.PathLike, *, title: str | None = None, source: str | None = None
 ) -> Path:
-    """Write a result as one self-contained HTML page, to look at and to send on.
+    """Write a result as one self-contained HTML page.
 
-    Pictures are inline SVG in the colours of the page, which follows the light or dark setting of the
-    reader; tables fit a phone; nothing is loaded from anywhere. Pointer, finger and arrow keys
-    read the eigenvalue, the density and the number of eigenvalues beyond from the curve of a density.
+    Plots are inline SVG in the colours of the page, which follows the reader's light or dark setting; tables
+    fit a phone; nothing is loaded from the network. A pointer, a finger or the arrow keys read the
+    eigenvalue, the density and the number of eigenvalues beyond it from a density curve.
 
     Args:
         result: any result, a dict of results by name, or the path of a file that `save` or a tracker wrote.
-        path: the page; `.html` is added if it is missing. An existing file is replaced.
-        title: of the page; default: the name in the result.
-        source: name of the result file, for the instructions how to reproduce; default: from `result`.
+        path: file to write; `.html` is added if missing. An existing file is overwritten.
+        title: title of the page; default: the name in the result.
+        source: name of the result file, for the instructions on how to reproduce it; default: from `result`.
 
     Returns:
         The path that was written.

@@ -34,13 +34,13 @@ FAR = 1e-3
 
 @result("name", "zero_tol", "provenance", "level")
 class SpectrumReport(Result):
-    """What `spectrum` found out about an operator.
+    """The result of `spectrum`: everything that one run says about an operator.
 
-    Print it, `.plot()` it, `.save(path)` it; `spectra.load(path)` brings it back. The intervals of the two
+    Print it, `.plot()` it, `.save(path)` it; `spectra.load(path)` restores it. The intervals of the two
     extreme eigenvalues have a bound on the inner side (a Rayleigh quotient) and a limit that holds with
-    probability `level` on the outer side, see `spectra.density.extremes`. The other intervals are of 95 %.
+    probability `level` on the outer side, see `spectra.density.extremes`. All other intervals are at 95 %.
 
-    The [glossary](glossary.md) says what is meant by density, outlier, bulk, band and noise floor.
+    The [glossary](glossary.md) defines density, outlier, bulk, band and noise floor.
     """
 
     name: str
@@ -59,7 +59,7 @@ class SpectrumReport(Result):
 
     @property
     def status(self) -> Status:
-        """That of the quadrature."""
+        """The status of the quadrature."""
         return self.quadrature.status
 
     @functools.cached_property
@@ -182,17 +182,17 @@ def spectrum(
     exact: bool | None = None,
     name: str = "H",
 ) -> SpectrumReport:
-    """Compute the spectral density of an operator and all that follows from the same products.
+    """Compute the spectral density of an operator and everything else that the same products determine.
 
-    Where num_steps x num_probes products reach the order n, the n products of the dense matrix cost no more
-    and leave nothing open: up to n = 2000, and if it fits into memory, all eigenvalues are computed then.
-    The status says so, and `quadrature.resolved` has them.
+    Where num_steps x num_probes reaches the order n, the n products of the dense matrix cost no more and
+    leave no sampling error. So up to n = 2000, and if the matrix fits into memory, all eigenvalues are
+    computed; the status is EXACT then, and `quadrature.resolved` holds them.
 
     Args:
         op: symmetric operator.
         key: JAX random key.
-        num_steps: Lanczos steps a probe; default 100, or n for smaller operators.
-        num_probes: random probes.
+        num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
+        num_probes: number of random probes.
         tol: see `slq`.
         zero_tol: eigenvalues with |λ| <= zero_tol |H| count as near zero; 0 or more.
         probe_batch: see `slq`.
@@ -200,10 +200,10 @@ def spectrum(
         checkpoint: see `slq`.
         basis: see `slq`.
         basis_dtype: see `slq`.
-        exact: True for all eigenvalues from the dense matrix, whatever it costs; False for Lanczos always;
-            None for the cheaper one, which is Lanczos with a `checkpoint`, a `basis` or a `basis_dtype` of
-            one's own. The dense matrix has no use for `checkpoint`, `tol` and `progress`.
-        name: what the report calls the operator.
+        exact: True: all eigenvalues from the dense matrix, whatever it costs. False: always Lanczos. None:
+            the cheaper of the two, but Lanczos if `checkpoint`, `basis` or `basis_dtype` is given. The dense
+            matrix ignores `checkpoint`, `tol` and `progress`.
+        name: name of the operator in the report.
 
     Returns:
         `SpectrumReport`.
@@ -211,8 +211,8 @@ def spectrum(
     Raises:
         SpectraError: zero_tol is negative or NaN, and as `slq`.
 
-    Cost: as `slq`, or n products, and of a loss seven products more, four of them at other parameters, that
-    measure its rounding (see `spectra.estimators.exact`); all else is arithmetic on the nodes.
+    Cost: as `slq`, or n products. For a loss, seven more products measure its rounding, four of them at other
+    parameters (see `spectra.estimators.exact`). Everything else is arithmetic on the nodes.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra

@@ -30,21 +30,21 @@ from spectra.results.base import directed, extreme_cell, rounded
 class Summary(Named):
     """The spectra of several operators, such as the blocks of one; prints as a table.
 
-    `records()`, `to_dataframe()` and the printed table are made from the quadratures, at no further product.
-    Of each operator: its order n, the extreme eigenvalues (see `spectra.density.extremes`: a bound on the
-    inner side, a limit that holds with probability 0.99 on the outer side), the trace with an interval of
-    95 %, a lower bound on the condition number over the eigenvalues that are not zero, the stable rank
-    tr H² / |H|² (an interval of 94 %), and the share of negative eigenvalues (95 %).
+    `records()`, `to_dataframe()` and the printed table are computed from the quadratures, without further
+    products. For each operator: its order n, the extreme eigenvalues (see `spectra.density.extremes`: a bound
+    on the inner side, a limit that holds with probability 0.99 on the outer side), the trace with its 95 %
+    interval, a lower bound on the condition number over the non-zero eigenvalues, the stable rank tr H² /
+    |H|² (94 % interval), and the share of negative eigenvalues (95 %).
     """
 
     quadratures: dict[str, Quadrature]
 
     def records(self) -> list[dict[str, Any]]:
-        """A row for each operator, with the limits of each number beside it."""
+        """One row per operator, with lower and upper limits next to each number."""
         return [plain(_record(name, q)) for name, q in self.quadratures.items()]
 
     def table(self) -> list[list[str]]:
-        """Cells of the printed table, the head first."""
+        """Cells of the printed table, header row first."""
         head = ["layer", "n", "largest λ", "smallest λ", "trace", "condition", "stable rank", "negative"]
         return [head, *(_cells(name, q) for name, q in self.quadratures.items())]
 
@@ -59,24 +59,24 @@ def summary(
     num_probes: int = 8,
     progress: bool = False,
 ) -> Summary:
-    """Compare the blocks of an operator in a table: a row for each, every number with its error.
+    """Compare the blocks of an operator in a table: one row per block, every number with its error.
 
     Args:
-        source: an operator with blocks, a `Problem`, or results by name (quadratures or reports), which
-            cost no product.
+        source: an operator with blocks, a `Problem`, or a mapping of results (quadratures or reports), which
+            costs no products.
         key: JAX random key; needed unless results are given.
         by: "layer" or "leaf": see `LinearOperator.blocks`.
-        num_steps: Lanczos steps a probe, at most n for a block of order n.
-        num_probes: probes of each block.
+        num_steps: Lanczos steps per probe, at most n for a block of order n.
+        num_probes: probes per block.
         progress: show a progress bar.
 
     Returns:
         `Summary`; print it, or take its `to_dataframe()`, `records()` or `.plot()`.
 
     Raises:
-        SpectraError: as `slq`; no key for an operator.
+        SpectraError: as `slq`; or no key for an operator.
 
-    Cost: num_steps x num_probes products with each block, as `slq`.
+    Cost: num_steps x num_probes products per block, as `slq`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra

@@ -136,13 +136,13 @@ OPEN = 0.01
 class DataVariability(Result):
     """Leading eigenvalues and trace on disjoint subsets of the data.
 
-    By convexity the largest eigenvalue of a mean of matrices is at most the mean of their largest
-    eigenvalues, and the smallest at least the mean of their smallest: how far the whole lies inside
-    the subsets is the curvature that cancels in the average.
+    By convexity, the largest eigenvalue of a mean of matrices is at most the mean of their largest
+    eigenvalues, and the smallest is at least the mean of their smallest. The gap between the whole and the
+    subsets is the curvature that cancels in the average.
 
-    Eigenvalues are Ritz values: the largest are never above the eigenvalue of their rank and the smallest
-    never below, and they are within their residual of *some* eigenvalue. Where the residual is more than a
-    hundredth, the printed result says "at least" and "at most".
+    Eigenvalues are Ritz values: the largest are never above the true eigenvalue of the same rank and the
+    smallest never below it, and each is within its residual of *some* eigenvalue. If the residual is more
+    than 1 %, the printed result says "at least" and "at most".
     """
 
     largest: Array  # (s, k) of each subset, descending
@@ -206,28 +206,28 @@ def data_variability(
     """Measure the spread of the leading eigenvalues and of the trace over disjoint subsets of the data.
 
     Args:
-        operator: an operator on data, whose data are cut into `num_subsets` parts in their order
+        operator: an operator on data, whose data are split into `num_subsets` parts in order
             (a stream: every `num_subsets`-th batch); or a function from a batch to an operator, together
             with `batches`, one for each subset.
         batches: the subsets for a function.
         key: JAX random key of the probes, the same for every subset.
         num_subsets: s, at least 2.
         num_eigenvalues: k, eigenvalues reported at each end.
-        num_steps: Lanczos steps a probe.
-        num_probes: probes a subset.
+        num_steps: Lanczos steps per probe.
+        num_probes: probes per subset.
 
     Returns:
         `DataVariability`; print it.
 
-    The standard deviation of the trace between the subsets has an interval of 95 %, `trace_spread`, over the
-    probes: the subsets are those given, and how far others would lie apart is another question. It takes
-    num_steps products more with each subset; up to n = num_steps it is exact.
+    `trace_spread` is a 95 % interval over the probes for the standard deviation of the trace between the
+    given subsets; it says nothing about other subsets. It takes num_steps more products with each subset; up
+    to n = num_steps it is exact.
 
     Raises:
         SpectraError: fewer than two subsets, or more eigenvalues than steps.
         DataError: fewer examples or batches than subsets.
 
-    Cost: (s + 1) num_steps num_probes + s num_steps products, each subset's over its share of the data.
+    Cost: (s + 1) num_steps num_probes + s num_steps products, those of a subset over its share of the data.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra

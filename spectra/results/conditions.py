@@ -22,15 +22,15 @@ from spectra.results.estimates import Estimate
 
 @result("is_lower_bound", "shift", "rank_tol", "size", "num_matvecs", "method", "status")
 class ConditionNumber(Result):
-    """What is known of the condition number of A = H + shift I.
+    """What is known about the condition number of A = H + shift I.
 
-    Eigenvalues with |λ| <= rank_tol * largest count as zero, which is never below the noise floor: the
-    *numerical range* is what is left. Intervals say where the numbers lie: by Weyl's theorem (dense), or
-    between a Rayleigh quotient or residual and what the probes exclude up to a probability of 1e-6 (Krylov),
-    see `condition_number`. Where `is_lower_bound` is true, `effective` is the lower end of its interval
-    and `smallest_nonzero` the upper end of its own, and `value`, if finite, is a lower bound, too.
+    Eigenvalues with |λ| <= rank_tol * largest count as zero, and that threshold is never below the noise
+    floor; the other eigenvalues are the *numerical range*. Intervals follow from Weyl's theorem (dense), or
+    lie between a Rayleigh quotient or residual and what the probes exclude up to a probability of 1e-6
+    (Krylov), see `condition_number`. Where `is_lower_bound` is true, `effective` is the lower end of its
+    interval and `smallest_nonzero` the upper end of its own, and `value`, if finite, is also a lower bound.
 
-    The [glossary](glossary.md#noise-floor) says what is meant by noise floor, bound and limit.
+    The [glossary](glossary.md#noise-floor) defines noise floor, bound and limit.
     """
 
     value: float  # |λ|max / |λ|min; infinite if some eigenvalue is zero to the noise floor
@@ -152,9 +152,9 @@ def _shown(interval: Interval) -> str:
 
 @result("size", "num_matvecs", "level", "status")
 class OperatorComparison(Result):
-    """How wrong an operator A is in the place of B, each number with its interval.
+    """How wrong an operator A is in place of B, each number with its interval.
 
-    All are relative: no unit of the loss or of the parameters is in them.
+    All numbers are relative, independent of the units of the loss and of the parameters.
     """
 
     frobenius: Interval  # |A - B|_F / |B|_F
@@ -201,7 +201,7 @@ class OperatorComparison(Result):
 class ClassSplit(Result):
     """Leading eigenvalues and traces of the parts that sum to a Gauss-Newton matrix, see `class_operators`.
 
-    Eigenvalues are descending. Those of the class means and of the cross part are all that are not zero by
+    Eigenvalues are descending. For the class means and the cross part, these are all that are not zero by
     construction; of the whole, within and same they are the k largest.
     """
 

@@ -48,11 +48,11 @@ def fieller(top: float, bottom: float, covariance: np.ndarray, t: float, *, up: 
 class Estimate(Result):
     """A number, or a pytree of them, with its standard error, what the error rests on, and what it cost.
 
-    `stderr` takes in the spread over probes and the rounding of products, not the bracket. Fields are
-    floats for one number, pytrees like the parameters for a diagonal, and dicts {group: number} where
-    groups were asked for.
+    `stderr` includes the spread over probes and the rounding of products, but not the bracket. Fields are
+    floats for one number, pytrees like the parameters for a diagonal, and dicts {group: number} if
+    groups were requested.
 
-    The [glossary](glossary.md#standard-error) says what is meant by value, interval, bound, limit
+    The [glossary](glossary.md#standard-error) defines value, interval, bound, limit
     and standard error.
     """
 
@@ -134,10 +134,11 @@ class Estimate(Result):
 class NoiseScale(Estimate):
     """tr Σ / |g|² as an `Estimate`, with numerator and denominator.
 
-    `interval()` is Fieller's: all ratios r at which tr Σ - r |g|² is within its error of zero. Where |g|² is
-    within its own error, no ratio is too large: there is a lower end only, and `is_one_sided` is true.
+    `interval()` is Fieller's: all ratios r at which tr Σ - r |g|² is within its error of zero. If |g|² is
+    within its own error of zero, no ratio is too large: there is only a lower end, and `is_one_sided` is
+    True.
 
-    The [glossary](glossary.md#noise-scale) says what is meant by noise scale.
+    The [glossary](glossary.md#noise-scale) defines noise scale.
     """
 
     noise: float = math.nan  # tr Σ of single examples, unbiased
@@ -183,12 +184,12 @@ class NoiseScale(Estimate):
 class Population(Result):
     """Leading eigenvalues and trace of the mean over all examples that could be drawn, from those drawn.
 
-    `lower` and `upper` hold each eigenvalue with probability `level`. The interval has two parts: bias, what
-    lies between `held_out` (the curvature of a vector on examples that it was not fitted to, never too large
-    on average) and `in_sample` (never too small on average), and `stderr`, the spread between batches.
-    The bias falls like one over the number of examples, the error like one over its root.
+    `lower` and `upper` enclose each eigenvalue with probability `level`. The interval has two parts: the
+    bias, between `held_out` (the curvature of a vector on examples that it was not fitted to, never too large
+    on average) and `in_sample` (never too small on average), and `stderr`, the spread between batches. The
+    bias falls like the inverse of the number of examples, the error like the inverse of its square root.
 
-    The [glossary](glossary.md#population) says what is meant by population and interval.
+    The [glossary](glossary.md#population) defines population and interval.
     """
 
     eigenvalues: Array  # (k,) debiased estimates, descending

@@ -30,7 +30,7 @@ from spectra.results.quadrature import Quadrature
 class Snapshot(Result):
     """The spectrum at one step of training.
 
-    The [glossary](glossary.md#snapshot) says what is meant by snapshot.
+    The [glossary](glossary.md#snapshot) defines snapshot.
     """
 
     step: int

@@ -36,10 +36,10 @@ def _is_jax(x) -> bool:
 class Tridiagonal(Result):
     """The Lanczos decomposition H Qᵀ = Qᵀ T + r e_mᵀ of m steps; rows of Q are orthonormal.
 
-    `T` has `alpha` on its diagonal and `beta` beside it. Entries beyond `length` are zero: the Krylov
-    space became invariant there and T[:length, :length] holds exact eigenvalues of H.
+    `T` has `alpha` on its diagonal and `beta` next to it. Entries beyond `length` are zero: the Krylov
+    space became invariant there, and the eigenvalues of T[:length, :length] are eigenvalues of H.
 
-    The [glossary](glossary.md#ritz-value) says what is meant by step, basis and breakdown.
+    The [glossary](glossary.md#ritz-value) defines step, basis and breakdown.
     """
 
     _BULKY: ClassVar = ("segments", "layout")
@@ -86,10 +86,10 @@ class Tridiagonal(Result):
 class Eigenpairs(Result):
     """Eigenvalues with eigenvectors: H v_i ≈ values[i] v_i, in ascending order of the values.
 
-    Vectors are orthonormal, in the form of the parameters. An eigenvalue of H lies within
+    Vectors are orthonormal pytrees like the parameters. Some eigenvalue of H lies within
     `residuals[i] + noise_floor` of `values[i]`.
 
-    The [glossary](glossary.md#copy) says what is meant by residual, copy, restart and noise floor.
+    The [glossary](glossary.md#copy) defines residual, copy, restart and noise floor.
     """
 
     _BULKY: ClassVar = ("vectors",)
@@ -150,12 +150,12 @@ class Eigenpairs(Result):
 
 @result("num_matvecs", "preconditioner_matvecs", "method", "bound", "status")
 class Solution(Result):
-    """x with (H + shift I) x = b, and how far it can be from the exact one.
+    """x with (H + shift I) x = b, and a bound on its distance from the exact solution.
 
-    For several right-hand sides x is stacked as they were, and the arrays have shape (k,). `x` is NaN where
+    For several right-hand sides, x is stacked as they were, and the arrays have shape (k,). `x` is NaN where
     there is no solution: `status` is SINGULAR then.
 
-    The [glossary](glossary.md#residual) says what is meant by residual, bound and product.
+    The [glossary](glossary.md#residual) defines residual, bound and product.
     """
 
     _BULKY: ClassVar = ("x",)
@@ -200,7 +200,7 @@ class Solution(Result):
 
 @result("num_matvecs", "num_steps", "function", "bound", "status")
 class FunctionProduct(Result):
-    """f(H) v, and how far it can be from the exact one."""
+    """f(H) v, and a bound on its distance from the exact value."""
 
     _BULKY: ClassVar = ("value",)
 

@@ -14,7 +14,7 @@ from spectra.results.base import Array, Result, html_table, notebook_view, resul
 class LossSlice(Result):
     """loss[i, j] = L(θ + x[j] v₁ + y[i] v₂) in the plane of two unit eigenvectors, of eigenvalues λ₁ and λ₂.
 
-    `quadratic` is what slopes and eigenvalues predict, L + g·(x, y) + (λ₁ x² + λ₂ y²) / 2: where it
+    `quadratic` is the prediction from slopes and eigenvalues, L + g·(x, y) + (λ₁ x² + λ₂ y²) / 2. Where it
     departs from the loss, curvature at a point no longer describes the landscape.
     """
 
@@ -50,7 +50,7 @@ class Perturbation(Result):
     """Change of the loss under each perturbation and any sum of them, to second order.
 
     gᵀδ + ½ δᵀHδ for δ = Σ of the perturbations in a set: linear parts add, and every pair adds δ_iᵀHδ_j.
-    `measured` are the true changes, where they were asked for.
+    `measured` holds the true changes, if requested.
     """
 
     names: tuple[str, ...]  # p perturbations
@@ -190,12 +190,12 @@ class Perturbation(Result):
 
 @result("descends", "num_evaluations", "status")
 class Sharpness(Result):
-    """2 / s for the first step s along a direction at which the loss is back at its value.
+    """2 / s for the first step s along a direction at which the loss is back at its initial value.
 
-    `lower` and `upper` bracket it: at the step 2 / upper the loss was not above its value, at 2 / lower it
-    was. That it is the *first* such step holds where the loss falls and then rises, as a quadratic does.
+    `lower` and `upper` bracket it: at the step 2 / upper the loss was not above its initial value, at 2 /
+    lower it was. It is the *first* such step if the loss falls and then rises, as a quadratic does.
 
-    The [glossary](glossary.md#sharpness) says what is meant by sharpness.
+    The [glossary](glossary.md#sharpness) defines sharpness.
     """
 
     value: float
@@ -313,7 +313,7 @@ class GradientOverlap(Result):
 
 @result("num_matvecs", "status")
 class StableStep(Result):
-    """The multiple of an optimizer's updates up to which they do not oscillate with growing size.
+    """The multiple of an optimizer's updates up to which they do not oscillate with growing amplitude.
 
     Above one training is stable in the linearisation at these parameters; `learning_rate` is the multiple of
     the one given.

@@ -24,10 +24,10 @@ class Quadrature(Result):
     exactly for polynomials of degree below 2 lengths[i]. The mean over rows estimates tr f(H) / n. Rows
     are sorted by node and sum to one; entries beyond a row's length have weight zero.
 
-    Of a run without reorthogonalisation (`basis="none"`) they are those of T with copies of an eigenvalue
+    After a run without reorthogonalisation (`basis="none"`) they are those of T with copies of eigenvalues
     merged; T itself, from which all brackets and limits come, is in `coefficients`.
 
-    The [glossary](glossary.md#quadrature) says what is meant by Ritz value, bracket, band, atom,
+    The [glossary](glossary.md#quadrature) defines Ritz value, bracket, band, atom,
     copy and noise floor.
     """
 
@@ -156,9 +156,9 @@ class Moments(Result):
     """Chebyshev moments of the spectral measures of k random probes.
 
     moments[i, j] = v_iᵀ T_j(A) v_i with |v_i| = 1 and A = (2 H - a - b) / (b - a), so that [a, b], which
-    holds the spectrum, becomes [-1, 1].
+    contains the spectrum, becomes [-1, 1].
 
-    The [glossary](glossary.md#moments) says what is meant by probe and moments.
+    The [glossary](glossary.md#moments) defines probe and moments.
     """
 
     moments: Array  # (k, num_moments), within [-1, 1]
@@ -200,11 +200,11 @@ class Moments(Result):
 class Density(Result):
     """A spectral density smoothed by a kernel of location-dependent width.
 
-    ∫ density = 1 by the trapezoidal rule on `grid`, without renormalising, as far as the grid covers
-    the spectrum. `lower` and `upper` hold the exact spectrum smoothed by the same kernel, on the whole grid
-    at once, at the confidence `level`: the quadrature's error and that of the probes are both in it.
+    ∫ density = 1 by the trapezoidal rule on `grid`, without renormalising, as far as the grid covers the
+    spectrum. `lower` and `upper` enclose the exact spectrum smoothed by the same kernel, on the whole grid
+    simultaneously, with confidence `level`; they include the errors of the quadrature and of the probes.
 
-    The [glossary](glossary.md#density) says what is meant by density, band, outlier and bulk.
+    The [glossary](glossary.md#density) defines density, band, outlier and bulk.
     """
 
     grid: Array  # (g,) eigenvalues

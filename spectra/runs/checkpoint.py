@@ -22,31 +22,30 @@ from spectra.operators.data import DataOperator
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Where and how often a run is saved, so that the same call goes on with it.
+    """Where and how often a run is saved, so that the same call resumes it.
 
     `slq`, `spectrum`, `eigsh`, `trace`, `diagonal` and `kpm` take one.
 
     Args:
-        directory: a folder of its own, on a file system that all processes of the run share.
-        minutes: at most so long between two checkpoints.
-        steps: also after so many Lanczos steps, or products; never by count if None.
+        directory: a folder for this run alone, on a file system that all its processes share.
+        minutes: maximum time between two checkpoints.
+        steps: also save after this many Lanczos steps, or products; None: never by count.
 
-    A probe that is finished is always recorded. On SIGTERM or SIGINT (Ctrl-C) a run writes a last
-    checkpoint after the steps under way (about 5 seconds of them, or one step; of streamed data about 5
-    seconds of batches, or one batch) and raises `PreemptedError`; the command line then ends with code
-    75, "try again", or 130 after Ctrl-C. If these were the last steps, the run is finished instead. A
-    second Ctrl-C ends it at once.
+    A finished probe is always recorded. On SIGTERM or SIGINT (Ctrl-C) a run writes a last checkpoint after
+    the current chunk of steps (about 5 seconds, or one step; with streamed data about 5 seconds of batches,
+    or one batch) and raises `PreemptedError`; the command line then exits with code 75, "try again", or 130
+    after Ctrl-C. If these were the last steps, the run finishes instead. A second Ctrl-C stops it at once.
 
-    A checkpoint belongs to one operator (its functions, parameters and data) and one key; of another one it
-    is refused. In `slq` steps, probes and `tol` may change, in `eigsh` `max_matvecs`: the call computes only
-    what is missing. The other functions go on with the same arguments only. Probes recorded with fewer steps
-    than asked for are computed anew.
+    A checkpoint belongs to one operator (its functions, parameters and data) and one key; for any other it is
+    refused. In `slq`, steps, probes and `tol` may change, in `eigsh` `max_matvecs`: the call computes only
+    what is missing. The other functions resume only with the same arguments. Probes recorded with fewer steps
+    than asked for are recomputed.
 
-    What is damaged is noticed by its checksum and computed anew, with a warning.
+    Damage is detected by checksums; damaged parts are recomputed, with a warning.
 
-    Cost: one product more, by which a run knows its own operator; disk space of the basis of the probes
-    in flight, in the dtype of the vectors. A run that goes on within a pass over a stream reads the batches
-    behind it again, since streams cannot skip, and multiplies by the others only.
+    Cost: one more product, by which a run recognises its operator; disk space for the basis of the probes in
+    progress, in the dtype of the vectors. A run that resumes within a pass over a stream re-reads the batches
+    already processed, since streams cannot skip, but multiplies only by the others.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra, tempfile
@@ -121,7 +120,7 @@ def _is_part(node: Any) -> bool:
 def _parts(op: LinearOperator) -> list[Any]:
     """The operators on data inside an operator, and its other leaves.
 
-    The vectors of a deflation are left out: computed anew they differ by rounding.
+    The vectors of a deflation are left out: recomputed they differ by rounding.
     """
     if isinstance(op, DeflatedOperator):
         return _parts(op.base)

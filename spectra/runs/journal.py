@@ -1,7 +1,7 @@
 """Computations in parts, each of which is done once: what a run had computed when it ended is read again.
 
 A run that draws the same probes and takes the same decisions calls `fold` in the same order with the same
-parts. What lies between folds is computed anew, products within them are not; vectors to be multiplied that
+parts. What lies between folds is recomputed, products within them are not; vectors to be multiplied that
 are no probes are kept, see `Journal.keep`.
 """
 
@@ -77,8 +77,8 @@ class Journal:
             step: computes one part.
             state: before the first part.
             parts: (start, stop) of each.
-            carried: what a state looks like, with arrays like the operator's vectors in the place of vectors
-                and of stacks of them, and zeros in the place of small arrays.
+            carried: what a state looks like, with arrays like the operator's vectors in place of vectors
+                and of stacks of them, and zeros in place of small arrays.
             out: the same of an out.
             products: of a part from `start` to `stop`, for each number between them.
         """

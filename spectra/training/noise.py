@@ -23,24 +23,24 @@ CHUNK_BYTES = 2**26
 
 @automatic
 def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScale:
-    """Estimate tr Σ / |g|², the batch size at which the noise of a gradient is as long as the gradient.
+    """Estimate tr Σ / |g|², the batch size at which a gradient's noise has the same norm as the gradient.
 
     With the gradients g_i of N examples and their mean ḡ,
 
         tr Σ = Σ |g_i - ḡ|² / (N - 1),    |g|² = |ḡ|² - tr Σ / N,
 
-    both unbiased. The error is that of leaving each example out in turn, for which |g_i|² and ḡ·g_i are
-    enough. With weights w_i (`weight_fn`), p_i = w_i / Σ w takes the place of 1 / N: tr Σ is Σ p_i |g_i -
-    ḡ|² / (1 - Σ p²), and what is taken off is Σ p_i² |g_i - ḡ|² / (1 - Σ p²). Examples of weight zero do not
-    count.
+    both unbiased. The error comes from leaving out each example in turn, for which |g_i|² and ḡ·g_i are
+    enough. With weights w_i (`weight_fn`), p_i = w_i / Σ w takes the place of 1 / N: tr Σ is Σ p_i |g_i - ḡ|²
+    / (1 - Σ p²), and the correction of |ḡ|² is Σ p_i² |g_i - ḡ|² / (1 - Σ p²). Examples with weight zero do
+    not count.
 
     Args:
         covariance_op: `GradientCovarianceOperator`, centred or not, on one batch or a stream. Its examples
-            are taken for independent draws.
+            are assumed to be independent draws.
 
     Returns:
         `NoiseScale`, an `Estimate`: value, stderr, `.interval()` by Fieller's theorem with skewness allowed
-        for, `.noise` and `.signal`. The value is infinite where |g|² is not positive.
+        for, `.noise` and `.signal`. The value is infinite if |g|² is not positive.
 
     Raises:
         StructureError: another operator.
@@ -50,8 +50,8 @@ def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScal
     Cost: three gradients of every example. Memory: the gradients of `microbatch` single examples, by default
     as many as fill 64 MiB.
 
-    Fails where few examples carry most of the gradient: with fewer than about 100 the interval may then hold
-    less often than it says.
+    Fails where few examples carry most of the gradient: with fewer than about 100, the interval may then
+    cover less often than stated.
 
     References:
         McCandlish, Kaplan, Amodei et al., arXiv:1812.06162; Fieller, doi:10.1111/j.2517-6161.1954.tb00159.x;

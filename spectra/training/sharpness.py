@@ -31,26 +31,26 @@ def critical_sharpness(
     max_evaluations: int = 40,
     **options: Unpack[DataOptions],
 ) -> Sharpness:
-    """2 / s, where s is the first step at which the loss is back at its value: L(θ + s d) = L(θ).
+    """2 / s, where s is the first step at which the loss is back at its initial value: L(θ + s d) = L(θ).
 
     On a quadratic it is dᵀHd / |g · d|; along the gradient, gᵀHg / gᵀg. A learning rate above s, in units of
-    the direction, makes the next step raise the loss. The step is found from `step` by trying longer or
-    shorter ones and bisecting then; no gradient is taken.
+    the direction, makes the next step raise the loss. Starting from `step`, it is found by trying longer or
+    shorter steps and then bisecting, without any gradient.
 
     Args:
         loss_fn: pure function (params, batch) -> scalar, the mean over the batch.
         params: pytree of parameters.
         data: one batch or a re-iterable of batches.
         direction: pytree like the parameters that vary: an optimizer's update, or a gradient. The loss may
-            fall along it or against it, which `descends` tells: for the loss of one task along the update
+            fall along it or against it, as `descends` says: for the loss of one task along the update
             of another, a loss that rises from the first step on is a conflict, not a sharpness.
         step: first step tried, in units of the direction; the last result's `step` saves evaluations.
         tol: relative width of the bracket.
-        max_evaluations: evaluations of the mean loss allowed.
+        max_evaluations: maximum number of evaluations of the mean loss.
         **options: see `DataOperator`: wrt, microbatch, weight_fn, ...
 
     Returns:
-        `Sharpness` with its bracket. Its status is `BUDGET_EXHAUSTED` where the evaluations ended before
+        `Sharpness` with its bracket. Its status is `BUDGET_EXHAUSTED` if the evaluations ran out before
         the bracket was narrow: `lower` is 0 if the loss never rose, `upper` infinite if it never fell.
 
     Raises:

@@ -19,14 +19,14 @@ from spectra.results import Eigenpairs, GradientOverlap, StableStep, StepQuality
 
 @automatic
 def step_quality(op: DataOperator, update: PyTree, *, measure: bool = True) -> StepQuality:
-    """Compare the change of a loss that slope and curvature predict for an update with the true one.
+    """Compare the change in loss that slope and curvature predict for an update with the actual change.
 
     With the update d the prediction is g·d + ½ dᵀHd. With the operator of one task and the update of another,
-    `sharpness` = dᵀHd / |g·d| is the relative sharpness, and a slope above zero a conflict of the two.
+    `sharpness` = dᵀHd / |g·d| is the relative sharpness, and a positive slope means that the tasks conflict.
 
     Args:
         op: operator on data that has a loss.
-        update: pytree like the parameters, or flat: what is added to them.
+        update: what is added to the parameters: a pytree like them, or flat.
         measure: evaluate the loss at θ + d.
 
     Returns:
@@ -73,7 +73,7 @@ def gradient_overlap(op: DataOperator, pairs: Eigenpairs) -> GradientOverlap:
     gradient into the span of the leading ones.
 
     Args:
-        op: operator on data that has a loss; its gradient is that of all of its data.
+        op: operator on data that has a loss; the gradient is over all of its data.
         pairs: eigenpairs of it, from `eigsh`.
 
     Returns:
@@ -139,34 +139,34 @@ def stable_step(
     tol: float = 1e-2,
     max_matvecs: int = 60,
 ) -> StableStep:
-    """Find the multiple of an optimizer's updates at which training turns unstable.
+    """Find the multiple of an optimizer's updates at which training becomes unstable.
 
-    It is one over the largest eigenvalue of -R H / 2, R being the answer of the optimizer's own update map to
-    a gradient that alternates: 2 / (η λ) for gradient descent, (2 + 2 β) / (η λ) with momentum, and what
-    follows for any other transformation of optax (Adam, Adafactor, Muon, chains of them).
+    It is one over the largest eigenvalue of -R H / 2, where R is the response of the optimizer's own update
+    map to an alternating gradient: 2 / (η λ) for gradient descent, (2 + 2 β) / (η λ) with momentum, and the
+    corresponding limit for any other optax transformation (Adam, Adafactor, Muon, chains of them).
 
     Args:
         op: `HessianOperator` at the parameters, over data whose gradient the optimizer sees.
-        optimizer: optax's `GradientTransformation`, its learning rate included; its update is linearised.
-        optimizer_state: its state, for the parameters of `op` that vary.
+        optimizer: an optax `GradientTransformation`, including its learning rate; its update is linearised.
+        optimizer_state: its state, for the parameters that `op` differentiates.
         key: JAX random key of the start vector.
-        learning_rate: what `learning_rate` of the result is a multiple of.
+        learning_rate: the current rate; `learning_rate` of the result is the stable multiple of it.
         tol: relative residual at which the iteration ends.
-        max_matvecs: products allowed, and vectors kept.
+        max_matvecs: maximum number of products, and of vectors kept.
 
     Returns:
-        `StableStep`. Status NOT_CONVERGED: the products ended first; the interval is that of the residual.
-        The multiple is infinite where no curvature is positive along the updates.
+        `StableStep`. Status NOT_CONVERGED: the products ran out; the interval is then that of the residual.
+        The multiple is infinite if there is no positive curvature along the updates.
 
     Raises:
         StructureError: `op` has no loss, or the optimizer no `update`.
         SpectraError: max_matvecs or tol out of range.
         NonFiniteError: an update is NaN or infinite.
 
-    Cost: about 20 products, each with 40 updates of the optimizer, linearised; as many vectors.
+    Cost: about 20 products, each with 40 linearised updates of the optimizer; as many vectors.
 
-    Fails for noise: the edge is that of the loss of `op`; updates from small batches are unstable earlier.
-    Clipping, and schedules within a state, are taken as they act in this step.
+    Fails to account for noise: the limit is for the loss of `op`, and updates from small batches become
+    unstable earlier. Clipping, and schedules within a state, are taken as they act in this step.
 
     References:
         Cohen et al., arXiv:2103.00065 and arXiv:2207.14484.

@@ -32,7 +32,7 @@ lets the search leave an invariant space. An eigenvalue that has overtaken is fo
 
 
 class SpectrumTracker:
-    """A hook for a training loop that records the sharpness, the density and the trace as they move.
+    """A hook for a training loop that records sharpness, density and trace during training.
 
     Three lines in a loop of Flax, optax or anything else:
 
@@ -42,48 +42,47 @@ class SpectrumTracker:
             params, state, loss = train_step(params, state, data)
             tracker(step, params, loss=loss)
 
-    The operator is built anew from the parameters, but its functions are the same, so nothing is compiled
-    after the first snapshot. A snapshot takes the k largest eigenvalues by Lanczos from the last
-    eigenvectors (one to three products where they move slowly) and one short quadrature with the same
-    probes each time, so that what moves is the spectrum and not the sample. Calls between snapshots
+    The operator is rebuilt from the parameters each time, but its functions stay the same, so nothing is
+    compiled after the first snapshot. A snapshot computes the k largest eigenvalues by Lanczos from the last
+    eigenvectors (one to three products if they change slowly) and one short quadrature with the same probes
+    each time, so that changes come from the spectrum and not from the sample. Calls between snapshots only
     compare two integers.
 
     Args:
-        op_factory: function from what the tracker is called with (parameters, an nnx state, parameters
-            and optimizer state, ...) to an operator. Let its `loss_fn` and data be the same objects
-            each time.
-        every: steps between snapshots; one is taken where `step % every == 0`.
-        path: a `.jsonl` file to which every snapshot is appended, on disk before the call returns, and
-            which `spectra.load` reads while the run goes on. A file that exists is continued: steps that
-            it holds are not recorded again. Where the disk is full, a warning says so, training goes on,
-            and the snapshots follow when there is room. None: keep the history in memory only.
+        op_factory: function that returns an operator, given the arguments of the tracker's call (parameters,
+            an nnx state, parameters and optimizer state, ...). Its `loss_fn` and data should be the same
+            objects each time.
+        every: steps between snapshots; one is taken if `step % every == 0`.
+        path: a `.jsonl` file to which every snapshot is appended, on disk before the call returns, and which
+            `spectra.load` can read during the run. An existing file is continued: steps that it contains are
+            not recorded again. If the disk is full, there is a warning, training continues, and the snapshots
+            follow when there is space. None: keep the history in memory only.
         key: JAX random key of the probes; default key(0).
         num_eigenvalues: k.
         tol: residual of the eigenvalues in units of |H|. They are accurate to tol² |H|² / gap.
         num_steps: Lanczos steps of the quadrature. 8 give the trace, the shape of the density and a bound on
-            the smallest eigenvalue, which is stated as such until it has converged; take 40 or more for
-            details of the density and for the smallest eigenvalue.
+            the smallest eigenvalue, marked as a bound until it has converged; use 40 or more for details of
+            the density and for the smallest eigenvalue.
         num_probes: probes of the quadrature.
-        budget: largest share of training time that snapshots may take, for example 0.1. A snapshot that
-            would exceed it is left out, at the cost of the last, which lengthens the interval; the
-            first, which compiles, is not counted. None: take every snapshot.
-        callbacks: functions that are called with each `Snapshot`.
-        name: what the history calls the operator.
-        measures: further quantities at intervals of their own, {name: (every, function)}: the function takes
-            what the tracker is called with and returns what `float()` takes, such as `critical_sharpness`,
-            `gradient_noise_scale` or `stable_step`. They share the budget; `tracker.console` holds the
-            readings, and a snapshot the last of each among its scalars.
-        warn_below: {name: limit}: a warning when a reading falls below it, such as 1 for `stable_step`.
-        warn_ahead: steps: a warning already where the course of the last readings leads below the limit
-            within so many; the fall itself is then the same alarm, and no second warning. What comes at once
-            (a jump of the learning rate, one bad batch) has no course.
+        budget: largest share of training time that snapshots may take, for example 0.1. A snapshot that would
+            exceed it, judged by the cost of the last one, is skipped; the first, which compiles, is not
+            counted. None: take every snapshot.
+        callbacks: functions called with each `Snapshot`.
+        name: name of the operator in the history.
+        measures: further quantities at their own intervals, {name: (every, function)}: the function takes the
+            arguments of the tracker's call and returns something that `float()` accepts, such as
+            `critical_sharpness`, `gradient_noise_scale` or `stable_step`. They share the budget;
+            `tracker.console` holds all readings, and each snapshot the latest of each among its scalars.
+        warn_below: {name: limit}: warn when a reading falls below its limit, such as 1 for `stable_step`.
+        warn_ahead: also warn if the trend of the latest readings falls below the limit within this many
+            steps. Sudden events (a jump in the learning rate, one bad batch) have no trend.
 
     Raises:
         SpectraError: every, budget, k, tol or a measure out of range, or no file can be written at `path`.
         NonFiniteError: the loss or a product is NaN or infinite: training has diverged.
 
-    Cost: num_steps num_probes + about 2 k products a snapshot, each 1 to 2 gradients of the loss over
-    the data of the operator, on which the cost thus depends: give it a fixed part of a large data set.
+    Cost: num_steps num_probes + about 2 k products per snapshot, each 1 to 2 gradients of the loss over
+    the data of the operator, so use a fixed subset of a large data set.
     `tracker.history.cost` is the measured share of training time.
 
     References:

@@ -208,7 +208,7 @@ def in_blocks(query, key, value, bias, mask, *, scale, empty, is_causal=False):
 
 
 def _flat(x, lead):
-    """With one axis in the place of those before the last three."""
+    """With one axis in place of those before the last three."""
     x = x.reshape((1,) * (len(lead) + 3 - x.ndim) + x.shape)
     if any(n != 1 for n in x.shape[:-3]):
         x = jnp.broadcast_to(x, (*lead, *x.shape[-3:]))

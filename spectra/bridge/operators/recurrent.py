@@ -1,6 +1,6 @@
 """Recurrent layers as scans over time: LSTM (projected too), GRU, tanh and ReLU cells.
 
-Packed sequences run with a mask in the place of lengths.
+Packed sequences run with a mask in place of lengths.
 """
 
 from typing import Any

@@ -49,36 +49,35 @@ def plot_density(
 ) -> "Axes":
     """Draw a spectral density with its band, its outliers as stems, on axes that fit the spectrum.
 
-    A logarithmic vertical axis ends where one eigenvalue in n would be a tenth of the way up from
-    nothing: below lies no information. The horizontal axis is signed-logarithmic (linear within
-    `density.linear_scale`, where the ground is grey) if the spectrum spans more than a factor of 50 of that,
-    else linear.
+    A logarithmic vertical axis ends at a tenth of the height that one eigenvalue in n reaches: below that
+    there is no information. The horizontal axis is signed-logarithmic (linear within `density.linear_scale`,
+    with a grey background) if the spectrum spans more than a factor of 50 of that, else linear.
 
     Args:
-        density: result of `spectral_density`, or what it is made from: a report, a quadrature, moments.
-            Several by name are drawn as `plot_comparison` does, to which arguments from `color` to `counts`
-            mean nothing.
+        density: result of `spectral_density`, or a report, a quadrature or moments to compute it from. A
+            mapping of several is drawn as by `plot_comparison`, which ignores the arguments from `color` to
+            `counts`.
         ax: where to draw; default: a new figure of 8 cm width.
         xscale: "auto", "symlog", "linear", or "loglog": the logarithm of |λ|, with the density of negative
             eigenvalues as a second, dotted line, which shows power laws as straight lines.
         yscale: "log" or "linear".
         learning_rate: draw the line 2 / learning rate, the stability limit of gradient descent.
-        color: of line and band.
-        linestyle: of the line.
-        label: for a legend.
+        color: color of line and band.
+        linestyle: style of the line.
+        label: label for a legend.
         band: draw the band.
-        outliers: draw a stem for each eigenvalue that is resolved, as high as the curve of a single one.
-        counts: draw the number of eigenvalues beyond each point, as seen from zero, as a grey line with an
-            axis of its own on the right.
-        bandwidth: of the kernel, see `spectral_density`; not for a density, which has one.
-        title: above the picture.
+        outliers: draw a stem for each resolved eigenvalue, up to the peak that a single eigenvalue has there.
+        counts: draw the number of eigenvalues beyond each point, as seen from zero, as a grey line with its
+            own axis on the right.
+        bandwidth: kernel width, see `spectral_density`; not for a density, which already has one.
+        title: title above the plot.
 
     Returns:
         The Axes.
 
     Raises:
-        SpectraError: unknown xscale or yscale; a bandwidth for what is a density already; a learning rate
-            that is not positive.
+        SpectraError: unknown xscale or yscale; a bandwidth for a density that is already smoothed; a
+            learning rate that is not positive.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -123,7 +122,7 @@ def plot_comparison(
     yscale: str = "log",
     learning_rate: float | None = None,
 ) -> "Axes":
-    """Draw several spectra into one picture, each with its band, told apart by colour and by dashes.
+    """Draw several spectra into one plot, each with its band, distinguished by colour and dashes.
 
     Args:
         results: reports, quadratures or densities by name, or a list of them, at most six.
@@ -136,7 +135,7 @@ def plot_comparison(
         The Axes.
 
     Raises:
-        SpectraError: nothing to draw, or more than six spectra: take `plot_blocks` for those.
+        SpectraError: nothing to draw, or more than six spectra: use `plot_blocks` for those.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")

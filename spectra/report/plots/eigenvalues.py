@@ -39,18 +39,18 @@ def plot_cdf(
 ) -> "Axes":
     """Draw the cumulative distribution of the eigenvalues with its bracket and its band.
 
-    The dark area is the bracket: what the steps leave open for the probes that were drawn, without any
-    chance in it. The light area around it adds what a finite number of probes leaves open: the whole
-    curve lies in it with probability `level`.
+    The dark area is the bracket: what the steps leave open for the probes drawn, which is certain. The light
+    area around it adds what a finite number of probes leaves open: the whole curve lies within it with
+    probability `level`.
 
     Args:
         quadrature: result of `slq`, or a report, which contains it.
         ax: where to draw; default: a new figure of 8 cm width.
-        level: of the band.
+        level: confidence of the band.
         yscale: "linear"; "log", which shows the few eigenvalues at the lower end; or "complement", the
             number of eigenvalues above each point on a logarithmic axis: the distribution of a network is
             a single step on a linear one.
-        color: of line, bracket and band.
+        color: color of line, bracket and band.
 
     Returns:
         The Axes.
@@ -111,7 +111,7 @@ def plot_eigenvalues(
     Args:
         result: result of `eigsh` or of `slq`, or a report.
         ax: where to draw; default: a new figure of 8 cm width.
-        color: of the eigenvalues. Pairs that have not converged are open circles.
+        color: color of the eigenvalues. Pairs that have not converged are open circles.
 
     Returns:
         The Axes.
@@ -153,8 +153,8 @@ _NAME = 26  # characters of a layer's name that are shown
 def plot_eigenvector_mass(pairs: Eigenpairs, ax: "Axes | None" = None, *, by: str = "layer") -> "Axes":
     """Draw the mass of each eigenvector in each layer: the sum of the squares of its entries there.
 
-    The masses of a vector, a column, add up to one. The first column is the share of the parameters
-    that each layer holds: the mass of a vector that has nothing to do with layers.
+    The masses of a vector, a column, add up to one. The first column is the share of the parameters in each
+    layer, which is the expected mass of a random vector.
 
     Args:
         pairs: result of `eigsh`; columns are in the order of |λ|, the largest first.

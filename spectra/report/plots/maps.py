@@ -47,15 +47,15 @@ def plot_density_over_time(
 ) -> "Axes":
     """Draw the spectrum along training: the density as a heat map, the largest eigenvalue as a line.
 
-    Colours are logarithmic and end, as in `plot_density`, a tenth below what one eigenvalue makes. No
-    product is taken: everything comes from the history.
+    Colours are logarithmic and end, as in `plot_density`, at a tenth of the height of one eigenvalue. No
+    product is computed: everything comes from the history.
 
     Args:
         history: of a `SpectrumTracker`, or as `spectra.load` reads it.
         ax: where to draw; default: a new figure of 8 cm width.
         learning_rate: draw the line 2 / learning rate, where gradient descent becomes unstable; True
             takes the `learning_rate=` that the tracker was called with.
-        limit: draw another limit of stability: a number or one a snapshot, such as
+        limit: draw another stability limit: a number, or one per snapshot, such as
             (2 + 2 b1) / ((1 - b1) learning_rate) for gradient descent with momentum and Adam.
         yscale: "symlog", "linear", or "auto".
         colorbar: add one.
@@ -201,12 +201,13 @@ def plot_blocks(
         results: reports, quadratures or densities by name, such as `slq(op.blocks(by="layer"), key=key)`.
         columns: panels in a row; default: as square as possible, at most six.
         color: of lines and bands.
-        own_x: give each panel a horizontal axis of its own, instead of one for all.
-        heat_map: draw a row of colours for each result instead of a panel; default: for more than twenty.
+        own_x: give each panel its own horizontal axis instead of a shared one.
+        heat_map: draw a row of colours for each result instead of a panel; default: if there are more than
+            twenty.
 
     Returns:
         Array of the Axes, one for each result, in order, or the single one of a heat map; `axes[0].figure` is
-        the picture.
+        the figure.
 
     Raises:
         SpectraError: there is nothing to draw.
@@ -305,13 +306,13 @@ def plot_landscape(
 ) -> "Axes":
     """Draw the loss in the plane of two eigenvectors, and what the eigenvalues predict for it.
 
-    No loss is evaluated: `loss_slice` has done that.
+    No loss is evaluated here; `loss_slice` has done that.
 
     Args:
         plane: result of `loss_slice`.
         ax: where to draw; default: a new figure of 8 cm width.
-        levels: lines of equal loss, about.
-        quadratic: draw every second of them for the quadratic model, dashed.
+        levels: approximate number of contour lines.
+        quadratic: draw every second contour of the quadratic model, dashed.
 
     Returns:
         The Axes.

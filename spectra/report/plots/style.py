@@ -25,10 +25,10 @@ FILE = Path(__file__).with_name("spectra.mplstyle")
 
 @contextlib.contextmanager
 def plot_style(**changes) -> Iterator[None]:
-    """Use the style of these pictures for figures that are made inside a `with` block.
+    """Use the style of `spectra`'s plots for figures created inside a `with` block.
 
     Text of 6 to 8 points on figures that are 8 cm wide, colours that colour-blind readers can tell
-    apart, no frame above and to the right. Functions that make a figure of their own use it already.
+    apart, no frame at the top and right. Functions that create their own figure already use it.
 
     Args:
         **changes: matplotlib's rcParams to change, with "_" for ".": `font_size=9`.
