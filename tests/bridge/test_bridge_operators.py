@@ -42,7 +42,8 @@ def test_every_operator_is_tested():
 
     calls = [call for family in FAMILIES.values() for call in family]
     called = {name for name, _, _ in calls + SIZES} | covered_by_models()
-    called |= covered_by_functions() | {f"aten.{row[0]}" for row in TIES.values()} | {GROUPED}
+    called |= covered_by_functions() | {f"aten.{row[0]}" for row in TIES.values()}
+    called |= {GROUPED, "spectra.packed"}  # below; packed sequences in test_bridge_containers.py
     functions = {OPERATORS[n] for n in called if n in OPERATORS}
     untested = sorted(n for n, f in OPERATORS.items() if f not in functions)
     assert not untested
