@@ -173,6 +173,16 @@ def test_where_xtrace_stays():
         jax.jit(lambda key: spectra.trace(op, key=key, method="krylov").value)(KEY)
 
 
+def test_products_that_share_a_pass_or_are_saved_stay_with_xtrace(tmp_path):
+    batches = list(jax.random.normal(KEY, (2, 4, N)))
+    stream = spectra.HessianOperator(lambda w, x: jnp.mean(jnp.cos(x @ w)), jnp.zeros(N), batches)
+    assert spectra.trace(stream, key=KEY, num_matvecs=16).method == "xtrace"
+    op = operator("decaying")
+    assert spectra.trace(op, key=KEY, num_matvecs=20, checkpoint=tmp_path / "run").method == "xtrace"
+    with pytest.raises(spectra.SpectraError, match="Krylov space is not saved.*Use 'xtrace'"):
+        spectra.trace(op, key=KEY, method="krylov", checkpoint=tmp_path / "other")
+
+
 def test_more_looks_at_a_tolerance_stay_within_the_budget(x64, monkeypatch):
     monkeypatch.setattr(krylov_aware, "MARGIN", 0.2)  # a first look so early that others follow
     estimate = spectra.trace(operator("flat"), key=KEY, num_matvecs=BUDGET, method="krylov", tol=1e-3)

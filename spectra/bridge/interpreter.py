@@ -199,6 +199,8 @@ class _Statics:
 
 
 _ARRAY = object()
+STOPS = "spectra.stop_gradient"
+"""What follows it alone is not differentiated: some functions of detached tensors have no derivative."""
 
 
 def run(
@@ -239,7 +241,7 @@ def _step(node: Node, values: Any, exporter: Exporter, moving: set[int], tape: l
         forward, backward = call, partial(_backward, call, places)
         result = forward(arrays)
     found = [x for x in jax.tree.leaves(result) if isinstance(x, jax.Array) and _inexact(x)]
-    if places and found:
+    if places and found and node.op != STOPS:
         moving.update(map(id, found))
         tape.append((backward, arrays, list(places), found))
     return result
