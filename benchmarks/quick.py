@@ -22,7 +22,7 @@ from spectra.krylov.orthogonalize import orthogonalize
 
 STORED = RESULTS / "ratios.json"
 WORSE = 1.2
-alternate = functools.partial(timing.alternate, quiet=True, tries=2)  # a report has three minutes
+alternate = functools.partial(timing.alternate, quiet=True, tries=1)  # a report has one minute
 
 
 def main(*, store: bool = False) -> int:
@@ -80,7 +80,7 @@ def products() -> dict[str, tuple[float, float]]:
                 spectra.lanczos(op, v, steps).alpha
             ),
         }
-        found |= shares(alternate(functions, rounds=9), reference)
+        found |= shares(alternate(functions, rounds=5), reference)
     return found
 
 
@@ -107,7 +107,7 @@ def orthogonalization() -> dict[str, tuple[float, float]]:
         "matrix-vector product": lambda: gemv(matrix, v0),
         "48 orthogonalisations": lambda: passes(result.segments, packed),
     }
-    return shares(alternate(functions, rounds=9), "matrix-vector product")
+    return shares(alternate(functions, rounds=5), "matrix-vector product")
 
 
 def estimates() -> dict[str, tuple[float, float]]:
@@ -131,7 +131,7 @@ def estimates() -> dict[str, tuple[float, float]]:
         "32 products": lambda: multiply(prepared, vectors),
         "XTrace of 32 products": lambda: spectra.trace(op, key=key, method="xtrace", num_matvecs=32).value,
     }
-    return found | shares(alternate(functions, rounds=9), "32 products")
+    return found | shares(alternate(functions, rounds=5), "32 products")
 
 
 if __name__ == "__main__":
