@@ -138,6 +138,13 @@ def test_sums_of_operators_on_other_vectors():
         OP + spectra.MatrixOperator(np.eye(3))
 
 
+@pytest.mark.parametrize("call", [spectra.spectrum, spectra.condition_number, spectra.trace])
+def test_the_blocks_of_an_operator_in_place_of_one(call):
+    blocks = hessian(lambda p, _: jnp.sum(p["a"] * p["b"]), {"a": jnp.ones(2), "b": jnp.ones(2)}).blocks()
+    with pytest.raises(StructureError, match=r"a dict of 2 operators.* op\['a'\]"):
+        call(blocks, key=KEY)
+
+
 def test_functions_that_return_another_structure():
     with pytest.raises(StructureError, match=r"result of mv.*shape \(2,\), expected \(3,\)"):
         spectra.FunctionOperator(lambda v: v[:2], jnp.zeros(3))

@@ -1,6 +1,7 @@
 """The symmetric linear operator: what algorithms may ask of it, and its arithmetic."""
 
 import abc
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -366,6 +367,11 @@ class LinearOperator(abc.ABC):
 
 def require_operator(op) -> None:
     """Raise a helpful error for what is not an operator."""
+    if isinstance(op, Mapping) and any(isinstance(part, LinearOperator) for part in op.values()):
+        raise StructureError(
+            f"op is a {type(op).__name__} of {len(op)} operators, as `blocks` gives: pass one, such as "
+            f"op[{next(iter(op))!r}], or the whole operator to summary(), which has a row for each block."
+        )
     if not isinstance(op, LinearOperator):
         raise StructureError(
             f"op is a {type(op).__name__}, not a LinearOperator; wrap a matrix in MatrixOperator, a "

@@ -267,7 +267,18 @@ def format_bytes(count: int) -> str:
 
 
 class Interval(NamedTuple):
-    """A number or a curve with its band: `lower <= estimate <= upper`, each of the shape of the input."""
+    """A number or a curve with its band: `lower <= estimate <= upper`, each of the shape of the input.
+
+    Iterates as three numbers, so that `low, value, high = interval` unpacks it. What it rests on, a law of
+    chance at a level or a theorem, is said by the function that returns it, and for all of them in
+    [guarantees](guarantees.md).
+
+    Examples:
+        >>> from spectra import Interval
+        >>> low, value, high = Interval(0.9, 1.0, 1.2)
+        >>> round((high - low) / 2, 2)
+        0.15
+    """
 
     lower: Array
     estimate: Array

@@ -30,7 +30,18 @@ class ConditionNumber(Result):
     (Krylov), see `condition_number`. Where `is_lower_bound` is true, `effective` is the lower end of its
     interval and `smallest_nonzero` the upper end of its own, and `value`, if finite, is also a lower bound.
 
+    Returned by `condition_number`, whose page states the cost and the sources.
+
     The [glossary](glossary.md#noise-floor) defines noise floor, bound and limit.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.array([4.0, -2.0, 0.5, 0.0])))
+        >>> found = spectra.condition_number(op, key=jax.random.key(0))
+        >>> float(found), found.rank, found.nullity  # singular; 4 / 0.5 over the rest
+        (inf, 3, 1)
+        >>> round(found.effective, 3), found.method
+        (8.0, 'dense')
     """
 
     value: float  # |λ|max / |λ|min; infinite if some eigenvalue is zero to the noise floor
@@ -119,7 +130,22 @@ class ConditionNumber(Result):
 
 @result()
 class LayerConditions(Named):
-    """Condition numbers of the diagonal blocks, one for each layer; a mapping that prints as a table."""
+    """Condition numbers of the diagonal blocks, one for each layer; a mapping that prints as a table.
+
+    Returned by `condition_number(op, per_layer=True, key=key)`; `found["hidden"]` is the `ConditionNumber` of
+    one layer, and `found.to_dataframe()` the table.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> params = {"first": jnp.ones(2), "second": jnp.ones(2)}
+        >>> scales = {"first": jnp.array([1.0, 3.0]), "second": jnp.array([2.0, 2.0])}
+        >>> def loss_fn(params, _):
+        ...     return sum(jnp.sum(scales[name] * params[name] ** 2) for name in params)
+        >>> op = spectra.HessianOperator(loss_fn, params, None)
+        >>> found = spectra.condition_number(op, per_layer=True, key=jax.random.key(0))
+        >>> {name: round(float(part), 3) for name, part in found.layers.items()}
+        {'first': 3.0, 'second': 1.0}
+    """
 
     layers: dict[str, ConditionNumber]
 
@@ -155,6 +181,9 @@ class OperatorComparison(Result):
     """How wrong an operator A is in place of B, each number with its interval.
 
     All numbers are relative, independent of the units of the loss and of the parameters.
+
+    Returned by `compare_operators`, whose page has an example, the cost and the sources; `found.layers`
+    says which layer's approximation is worst.
     """
 
     frobenius: Interval  # |A - B|_F / |B|_F
@@ -203,6 +232,8 @@ class ClassSplit(Result):
 
     Eigenvalues are descending. For the class means and the cross part, these are all that are not zero by
     construction; of the whole, within and same they are the k largest.
+
+    Returned by `class_split`, whose page has an example, the cost and the source.
     """
 
     whole: Array  # (k,)

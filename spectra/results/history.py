@@ -30,6 +30,9 @@ from spectra.results.quadrature import Quadrature
 class Snapshot(Result):
     """The spectrum at one step of training.
 
+    Made by `SpectrumTracker`, and an element of its history. `largest` is bounded from inside by a Rayleigh
+    quotient and from outside with probability `level`, as in `spectrum`; see `SpectrumTracker` for the cost.
+
     The [glossary](glossary.md#snapshot) defines snapshot.
     """
 
@@ -123,7 +126,21 @@ def _padded(arrays: list[Array], value: float) -> np.ndarray:
 
 @result("provenance", "skipped")
 class SpectrumHistory(Result):
-    """Snapshots in the order of training, as a `SpectrumTracker` records and `spectra.load` reads them."""
+    """Snapshots in the order of training, as a `SpectrumTracker` records and `spectra.load` reads them.
+
+    A sequence of `Snapshot`; `history.plot()` draws the density over time, `history.to_dataframe()` and
+    `history.to_xarray()` are its tables.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> w, scales = jnp.ones(4), jnp.arange(1.0, 5.0)
+        >>> tracker = spectra.SpectrumTracker(
+        ...     lambda w: spectra.HessianOperator(lambda w, _: jnp.sum(scales * w**2), w, None), every=1)
+        >>> for step in range(2):
+        ...     snapshot = tracker(step, w)
+        >>> len(tracker.history), round(tracker.history[-1].sharpness, 3)
+        (2, 8.0)
+    """
 
     snapshots: tuple[Snapshot, ...]
     provenance: dict[str, Any]

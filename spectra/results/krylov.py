@@ -39,7 +39,18 @@ class Tridiagonal(Result):
     `T` has `alpha` on its diagonal and `beta` next to it. Entries beyond `length` are zero: the Krylov
     space became invariant there, and the eigenvalues of T[:length, :length] are eigenvalues of H.
 
+    Returned by `lanczos`, whose page states the cost and the sources.
+
     The [glossary](glossary.md#ritz-value) defines step, basis and breakdown.
+
+    Examples:
+        >>> import jax.numpy as jnp, spectra
+        >>> op = spectra.DiagonalOperator(jnp.array([1.0, 2.0, 3.0]))
+        >>> found = spectra.lanczos(op, jnp.ones(3), 3)
+        >>> [round(float(x), 5) for x in jnp.linalg.eigvalsh(found.matrix())]
+        [1.0, 2.0, 3.0]
+        >>> found.basis.shape, float(found.orthogonality) < 1e-5
+        ((3, 3), True)
     """
 
     _BULKY: ClassVar = ("segments", "layout")
@@ -89,7 +100,18 @@ class Eigenpairs(Result):
     Vectors are orthonormal pytrees like the parameters. Some eigenvalue of H lies within
     `residuals[i] + noise_floor` of `values[i]`.
 
+    Returned by `eigsh`, whose page states the cost and the sources.
+
     The [glossary](glossary.md#copy) defines residual, copy, restart and noise floor.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.DiagonalOperator({"w": jnp.array([5.0, -1.0]), "b": jnp.array(2.0)})
+        >>> pairs = spectra.eigsh(op, 2, which="LA", key=jax.random.key(0))
+        >>> [round(float(x), 4) for x in pairs.values]
+        [2.0, 5.0]
+        >>> {name: leaf.shape for name, leaf in pairs.vectors.items()}
+        {'b': (2,), 'w': (2, 2)}
     """
 
     _BULKY: ClassVar = ("vectors",)
@@ -155,6 +177,8 @@ class Solution(Result):
     For several right-hand sides, x is stacked as they were, and the arrays have shape (k,). `x` is NaN where
     there is no solution: `status` is SINGULAR then.
 
+    Returned by `solve`, whose page has an example, the cost and the sources.
+
     The [glossary](glossary.md#residual) defines residual, bound and product.
     """
 
@@ -200,7 +224,11 @@ class Solution(Result):
 
 @result("num_matvecs", "num_steps", "function", "bound", "status")
 class FunctionProduct(Result):
-    """f(H) v, and a bound on its distance from the exact value."""
+    """f(H) v, and a bound on its distance from the exact value.
+
+    Returned by `funm`, whose page has an example, the cost and the sources. A bound of `inf` says that the
+    function has no bound on the part of the axis where eigenvalues may lie; `bound` names what it rests on.
+    """
 
     _BULKY: ClassVar = ("value",)
 
@@ -237,7 +265,17 @@ def _largest(x: Any) -> float:
 
 @result("status")
 class Plan(Result):
-    """Bytes and products of a run, before anything is allocated. Sizes in bytes, on one device."""
+    """Bytes and products of a run, before anything is allocated. Sizes in bytes, on one device.
+
+    Returned by `plan`, which computes nothing but may compile a product to read its workspace.
+
+    Examples:
+        >>> import jax.numpy as jnp, spectra
+        >>> op = spectra.DiagonalOperator(jnp.ones(1000))
+        >>> found = spectra.plan(op, num_steps=100, num_probes=4)
+        >>> found.num_matvecs, found.vector, found.basis >= 100 * found.vector
+        (400, 4000, True)
+    """
 
     size: int  # n
     num_steps: int

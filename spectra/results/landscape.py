@@ -16,6 +16,8 @@ class LossSlice(Result):
 
     `quadratic` is the prediction from slopes and eigenvalues, L + g·(x, y) + (λ₁ x² + λ₂ y²) / 2. Where it
     departs from the loss, curvature at a point no longer describes the landscape.
+
+    Returned by `loss_slice`, whose page has an example and the cost; `plot_landscape` draws it.
     """
 
     x: Array  # (p,) distances along the first vector
@@ -51,6 +53,18 @@ class Perturbation(Result):
 
     gᵀδ + ½ δᵀHδ for δ = Σ of the perturbations in a set: linear parts add, and every pair adds δ_iᵀHδ_j.
     `measured` holds the true changes, if requested.
+
+    Returned by `perturbation`, one product per perturbation.
+
+    Examples:
+        >>> import numpy as np
+        >>> from spectra import Perturbation
+        >>> slopes, curvature = np.array([0.1, 0.2]), np.array([[0.2, 0.3], [0.3, 0.0]])
+        >>> found = Perturbation(("first", "second"), slopes, curvature, np.ones(2), loss=2.0, num_matvecs=2)
+        >>> [round(float(x), 3) for x in found.changes], round(found.change(), 3)  # 0.3 of the pair
+        ([0.2, 0.2], 0.7)
+        >>> found.to_leave_out(0.3)
+        ('first',)
     """
 
     names: tuple[str, ...]  # p perturbations
@@ -195,6 +209,8 @@ class Sharpness(Result):
     `lower` and `upper` bracket it: at the step 2 / upper the loss was not above its initial value, at 2 /
     lower it was. It is the *first* such step if the loss falls and then rises, as a quadratic does.
 
+    Returned by `critical_sharpness`, whose page has an example, the cost and the source.
+
     The [glossary](glossary.md#sharpness) defines sharpness.
     """
 
@@ -236,6 +252,14 @@ class StepQuality(Result):
 
     `sharpness` is the curvature along the update relative to the slope: a quadratic loss is back at its value
     after `largest_step` = 2 / sharpness updates.
+
+    Returned by `step_quality`, at the cost of one product and one gradient.
+
+    Examples:
+        >>> from spectra import StepQuality
+        >>> found = StepQuality(slope=-0.4, curvature=0.2, length=1.0, loss=2.0, measured=-0.27)
+        >>> round(found.predicted, 3), round(found.ratio, 3), round(found.largest_step, 3)
+        (-0.3, 0.9, 4.0)
     """
 
     slope: float  # g·d
@@ -288,7 +312,17 @@ class StepQuality(Result):
 
 @result("status")
 class GradientOverlap(Result):
-    """The part of the gradient that lies in the span of eigenvectors."""
+    """The part of the gradient that lies in the span of eigenvectors.
+
+    Returned by `gradient_overlap`, at the cost of one gradient (Gur-Ari, Roberts and Dyer, arXiv:1812.04754).
+
+    Examples:
+        >>> import numpy as np
+        >>> from spectra import GradientOverlap
+        >>> found = GradientOverlap(np.array([0.5, 0.3]), length=2.0)
+        >>> round(float(found), 2)
+        0.8
+    """
 
     shares: Array  # (k,) (v_j·g)² / |g|², in the order of the pairs
     length: float  # |g|
@@ -317,6 +351,8 @@ class StableStep(Result):
 
     Above one training is stable in the linearisation at these parameters; `learning_rate` is the multiple of
     the one given.
+
+    Returned by `stable_step`, whose page has an example, the cost and the sources.
     """
 
     multiple: float

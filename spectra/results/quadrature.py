@@ -27,8 +27,21 @@ class Quadrature(Result):
     After a run without reorthogonalisation (`basis="none"`) they are those of T with copies of eigenvalues
     merged; T itself, from which all brackets and limits come, is in `coefficients`.
 
+    Returned by `slq`, whose page states the cost and the sources; everything else is read from it without
+    further products.
+
     The [glossary](glossary.md#quadrature) defines Ritz value, bracket, band, atom,
     copy and noise floor.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.DiagonalOperator(jnp.linspace(0.0, 1.0, 200))
+        >>> found = spectra.slq(op, num_steps=20, num_probes=4, key=jax.random.key(0))
+        >>> found.nodes.shape, found.num_matvecs
+        ((4, 20), 80)
+        >>> low, share, high = found.cdf(0.5)
+        >>> bool(low <= 0.5 <= high)
+        True
     """
 
     nodes: Array  # (k, m) Ritz values
@@ -158,6 +171,8 @@ class Moments(Result):
     moments[i, j] = v_iᵀ T_j(A) v_i with |v_i| = 1 and A = (2 H - a - b) / (b - a), so that [a, b], which
     contains the spectrum, becomes [-1, 1].
 
+    Returned by `kpm`, whose page has an example, the cost and the source.
+
     The [glossary](glossary.md#moments) defines probe and moments.
     """
 
@@ -203,6 +218,8 @@ class Density(Result):
     ∫ density = 1 by the trapezoidal rule on `grid`, without renormalising, as far as the grid covers the
     spectrum. `lower` and `upper` enclose the exact spectrum smoothed by the same kernel, on the whole grid
     simultaneously, with confidence `level`; they include the errors of the quadrature and of the probes.
+
+    Returned by `spectral_density`, whose page has an example and the sources. It costs no products.
 
     The [glossary](glossary.md#density) defines density, band, outlier and bulk.
     """
