@@ -44,14 +44,24 @@ at n = 1e6)."""
 
 def vdot(a: Panels, b: Panels) -> jax.Array:
     """Inner product over all panels, block by block."""
+    return total(block_vdot(a, b))
+
+
+def block_vdot(a: Panels, b: Panels) -> list[jax.Array]:
+    """`vdot` block by block, shape (blocks,) for each panel: what a device computes alone."""
 
     def one(x, y):
         axes = tuple(range(1, x.ndim))
         dims = ((axes, axes), ((0,), (0,)))
-        return jnp.sum(lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST))
+        return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
 
-    dtype = jnp.result_type(*a)
-    return sum((one(x, y).astype(dtype) for x, y in zip(a, b, strict=True)), jnp.zeros((), dtype))
+    return [one(x, y) for x, y in zip(a, b, strict=True)]
+
+
+def total(blocks: list[jax.Array]) -> jax.Array:
+    """The result of `vdot` from that of `block_vdot`."""
+    dtype = jnp.result_type(*blocks)
+    return sum((jnp.sum(x).astype(dtype) for x in blocks), jnp.zeros((), dtype))
 
 
 def norm(a: Panels) -> jax.Array:
@@ -216,6 +226,11 @@ def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Arr
 
     Both are summed over blocks in one reduction, which on a mesh is all that devices exchange.
     """
+    return summed(block_dots(basis, vector, filled))
+
+
+def block_dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> list[jax.Array]:
+    """`dots` block by block, shape (blocks, rows + 1) for each panel: what a device computes alone."""
 
     def first(count, segments, vector):
         panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
@@ -231,16 +246,15 @@ def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Arr
         groups = _groups(basis, filled, at_once)
         return [part for group, switch in groups for part in switch(first, basis[group], vector)]
 
-    dtype = jnp.result_type(*vector)
     parts = _by_platform(0, program, basis, vector, filled)
     parts.append([_dot(x[:, None], x) for x in vector])
-    sums = sum(
-        (
-            jnp.sum(jnp.concatenate(blocks, axis=1), axis=0).astype(dtype)
-            for blocks in zip(*parts, strict=True)
-        ),
-        jnp.zeros((), dtype),
-    )
+    return [jnp.concatenate(blocks, axis=1) for blocks in zip(*parts, strict=True)]
+
+
+def summed(blocks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The results of `dots` from those of `block_dots`."""
+    dtype = jnp.result_type(*blocks)
+    sums = sum((jnp.sum(x, axis=0).astype(dtype) for x in blocks), jnp.zeros((), dtype))
     return sums[:-1], sums[-1]
 
 
