@@ -12,6 +12,7 @@ from jax import lax
 
 from spectra.base import trees
 from spectra.krylov import basis as _basis
+from spectra.krylov import panels as _panels
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
 
@@ -23,7 +24,7 @@ def orthogonalize(
 ) -> tuple[Panels, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Make `vector` orthogonal to the first `filled` rows of `basis` to working precision.
 
-    `vector` is in a unit in which its square is a number, see `basis.unit_of_step`.
+    `vector` is in a unit in which its square is a number, see `panels.unit_of_step`.
 
     Returns the new vector, its norm, the coefficients of the first pass, the sum of the coefficients
     of all passes, and whether a second one ran. Costs one pass, or two where the first removed a
@@ -58,7 +59,7 @@ def _second_pass(
     def subtracted(vector):
         vector = _basis.subtract(basis, second, vector, filled)
         # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
-        return vector, _basis.block_vdot(vector, vector)
+        return vector, _panels.block_vdot(vector, vector)
 
     def nothing(like):
         return [jnp.zeros_like(x) for x in like]
@@ -70,7 +71,7 @@ def _second_pass(
     second = jnp.where(wanted, _basis.summed(split(found, blocks))[0], 0)
     squares = [x[:, -1] for x in blocks]
     vector, found = lax.cond(wanted, subtracted, lambda x: (x, nothing(squares)), vector)
-    return vector, second, _basis.total(split(found, squares))
+    return vector, second, _panels.total(split(found, squares))
 
 
 def _square(coefficients: jax.Array) -> jax.Array:
