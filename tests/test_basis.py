@@ -12,6 +12,7 @@ from spectra.base import trees
 from spectra.krylov import basis
 from spectra.krylov.layout import Layout
 from spectra.krylov.orthogonalize import REPEAT, orthogonalize
+from spectra.krylov.rows import _combine
 from spectra.operators.jaxprs import _equations
 
 SHAPES = {"scalar": (), "row": (5,), "matrix": (4, 6), "kernel": (3, 3, 2, 4), "same size": (6, 4)}
@@ -104,7 +105,7 @@ def test_rows_are_combined_in_portions_of_any_size(portion):
     rng = np.random.default_rng(1)
     q, weights = rng.normal(size=(5, 16, 2, 128)), rng.normal(size=(16, 16))
     parts = [jnp.asarray(q[:, i : i + 8], jnp.float32) for i in (0, 8)]
-    new = jax.jit(functools.partial(basis._combine, portion))(parts, jnp.asarray(weights, jnp.float32))
+    new = jax.jit(functools.partial(_combine, portion))(parts, jnp.asarray(weights, jnp.float32))
     got, expected = np.concatenate(new, axis=1), np.einsum("rs,brxy->bsxy", weights, q)
     # Sums of 16 products, each factor and each term rounded.
     bound = (16 + 2) * np.finfo(np.float32).eps * np.einsum("rs,brxy->bsxy", np.abs(weights), np.abs(q))

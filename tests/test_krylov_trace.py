@@ -11,6 +11,7 @@ from spectra.estimators import krylov_aware
 from spectra.estimators.krylov_aware import Split
 from spectra.krylov import explored
 from spectra.krylov.layout import Layout
+from spectra.krylov.rows import stack
 
 N, BUDGET = 96, 40
 KEY = jax.random.key(0)
@@ -44,7 +45,7 @@ def walked(a, steps=20):
         state, step = explored.grow(op, layout, state, slot, jax.random.fold_in(KEY, i), fresh)
         waiting = np.asarray(step.lengths)
         found.append(step)
-    rows = np.asarray(explored._basis.stack(state.basis, layout, 0, steps))
+    rows = np.asarray(stack(state.basis, layout, 0, steps))
     return state, rows, found
 
 

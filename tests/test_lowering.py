@@ -117,8 +117,8 @@ def test_a_step_adds_two_reductions_and_two_for_a_second_pass(lowered, case):
     own = [s for s in moved(lowered[case]["step"], reductions=True) if len(s) == 0 or s == [ROWS + 1]]
     gradient = [s for s in moved(lowered[case]["gradient"], reductions=True) if len(s) == 0]
     # The largest entry, in the first step alone; alpha, and coefficients with the norm; in the second pass
-    # coefficients, and the norm. "mixed" has leaves over two sets of devices, each with its own sums; what is
-    # replicated needs none.
+    # coefficients, and the norm, of zeros where there is none. "mixed" has leaves over two sets of devices,
+    # each with its own sums; what is replicated needs none.
     sets = {"replicated": 0, "mixed": 2}.get(case, 1)
     assert len(own) - len(gradient) <= 5 * sets
     assert sum(s == [ROWS + 1] for s in own) == 2 * sets
@@ -186,8 +186,9 @@ def test_a_step_on_a_gpu_copies_no_basis_and_asks_no_host():
     assert figures["copies"] == 0
     assert "kConditional" not in figures["on_host"]
     assert figures["on_host"]["kWhile"] == 1  # the loop over steps, of which the host knows no number
-    # One sweep of `dots` and of `subtract`; the second pass, and both of its own. That of the unit is none.
-    assert figures["conditionals"] == 5
+    # One sweep of `dots` and of `subtract`; each again in the second pass, within one of its own. That of the
+    # unit is none.
+    assert figures["conditionals"] == 6
     assert figures["precisions"].keys() == {"highest"}
     assert figures["instructions"] == {}  # neither tensor cores, whose float32 is tf32, nor float64
 
@@ -209,6 +210,7 @@ def test_a_step_on_eight_gpus_gathers_twice_what_the_gradient_does():
     step, gradient = (compiled_for("gpu", program=p, **case) for p in ("step", "gradient"))
     assert step["hbm_recurrence"] <= 1.1 * floor(step)
     assert step["copies"] == 0
+    assert "kConditional" not in step["on_host"]  # none has a reduction between cards inside
     assert step["collectives"]["all-gather"][1] <= 2 * gradient["collectives"]["all-gather"][1]
     # One gather may be of a weight and of the vector's part.
     assert step["collectives"]["all-gather"][2] <= 2 * gradient["collectives"]["all-gather"][2]

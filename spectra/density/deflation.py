@@ -8,8 +8,8 @@ import numpy as np
 
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
-from spectra.krylov import basis as _basis
 from spectra.krylov import dense
+from spectra.krylov import panels as _panels
 from spectra.krylov.dense import matrix_error
 from spectra.krylov.layout import Layout, Panels
 from spectra.krylov.recurrence import LanczosState
@@ -46,7 +46,7 @@ def _project_panels(layout: Layout, vectors, current: Panels, batched: bool) -> 
         for _ in range(2):
             v = project(vectors, v)
         panels = layout.pack(v)
-        return trees.scale(1 / _basis.norm(panels), panels)
+        return trees.scale(1 / _panels.norm(panels), panels)
 
     return (jax.vmap(one) if batched else one)(current)
 

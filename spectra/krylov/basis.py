@@ -1,7 +1,8 @@
-"""A Krylov basis as segments of rows, and arithmetic on vectors in panels (see `layout`).
+"""A Krylov basis as segments of rows, and the sweeps over them that Gram-Schmidt needs.
 
 A basis is a tuple of *segments*; a segment holds `SEGMENT` vectors and puts the row axis behind the block
-axis, so a panel (B, k) has segments (B, SEGMENT, k). Measured (n = 2^20, float32, 2 CPU cores):
+axis, so a panel (B, k) of a vector (see `layout`) has segments (B, SEGMENT, k). Measured (n = 2^20, float32,
+2 CPU cores):
 
 * Inner products are batched over blocks and then summed. A matrix-vector product over the full length
   sums in sequence in XLA's CPU backend: 2e-5 off for a self-product, 1e-7 in blocks of 8192, at the same
@@ -9,8 +10,8 @@ axis, so a panel (B, k) has segments (B, SEGMENT, k). Measured (n = 2^20, float3
 * Segments are separate buffers, so a compiled loop reads the filled ones only: `lax.cond` on a whole
   buffer copies nothing, a slice of one large buffer is a copy.
 
-On a mesh the first axis is split, so all of this is local: one sum over blocks, at the end of `dots` or
-`vdot`, is one reduction between devices.
+On a mesh the first axis is split, so all of this is local: the sum over blocks at the end of `dots` is one
+reduction between devices.
 """
 
 import functools
@@ -18,12 +19,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from spectra.base import trees
-from spectra.base.trees import PyTree
-from spectra.krylov.layout import LANES, Layout, Panels
-from spectra.results import provides
+from spectra.krylov.layout import Layout, Panels
 
 Basis = tuple[Panels, ...]
 
@@ -32,58 +29,12 @@ SEGMENT = 8
 a TPU tile."""
 MAX_SEGMENTS = 16
 """Every segment is code to compile; beyond 128 vectors segments grow instead (3 % of the rows in vain)."""
-PORTIONS = 64
-"""In which rows are combined: enough that two of them are little memory beside the basis, and few kernels."""
 AT_ONCE = {"tpu": (7, 4), "cuda": (5, 5), "rocm": (5, 5)}
 """Segments in one sweep of `dots` and of `subtract`, by platform; one elsewhere. The vector is read, and by
 `subtract` written, once a sweep, so more move fewer bytes. A TPU copies segments where five are subtracted at
 once; on a GPU three sweeps of five for 104 rows also take fewer conditionals (benchmarks/results/tpu.md,
 gpu.md). On a CPU more rows at once are slower (15.9, 17.6 and 18.6 ms a step for one, two and four segments
 at n = 1e6)."""
-
-
-def vdot(a: Panels, b: Panels) -> jax.Array:
-    """Inner product over all panels, block by block."""
-
-    def one(x, y):
-        axes = tuple(range(1, x.ndim))
-        dims = ((axes, axes), ((0,), (0,)))
-        return jnp.sum(lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST))
-
-    dtype = jnp.result_type(*a)
-    return sum((one(x, y).astype(dtype) for x, y in zip(a, b, strict=True)), jnp.zeros((), dtype))
-
-
-def norm(a: Panels) -> jax.Array:
-    """Euclidean norm over all panels, of numbers of any size."""
-    unit = trees.power_of_two(trees.largest(a))
-    a = trees.scale(1 / unit, a)
-    return unit * jnp.sqrt(vdot(a, a))
-
-
-def unit_of_step(first: jax.Array, product: Panels, size: jax.Array) -> jax.Array:
-    """A power of two near |H|, in which a step computes: the largest entry of the first product, then `size`.
-
-    |H| is known once there was a product, so that no later one is read for this.
-    """
-    return lax.cond(
-        first,
-        lambda product: trees.power_of_two(trees.largest(product)),
-        lambda _: trees.power_of_two(size),
-        product,
-    )
-
-
-def three_terms(w: Panels, q: Panels, previous: Panels, beta, unit) -> tuple[Panels, jax.Array]:
-    """(w / unit - β q_{i-1} - α q_i, α), β in that unit: what Lanczos leaves of a product w = H q_i.
-
-    α is taken behind the subtraction of β q_{i-1}. Before it, what q_i has along q_{i-1} by rounding would
-    enter α times β, and pass from step to step: without reorthogonalisation Ritz values were up to ten times
-    as far from eigenvalues (Paige, doi:10.1093/imamat/10.3.373).
-    """
-    w = trees.axpy(-beta, previous, trees.scale(1 / unit, w))
-    alpha = vdot(q, w)
-    return trees.axpy(-alpha, q, w), alpha
 
 
 def segments(num_rows: int) -> tuple[int, int]:
@@ -165,57 +116,16 @@ def take(basis: Basis, row: jax.Array) -> Panels:
     return lax.switch(jnp.where(row < 0, len(basis), row // size), branches, basis)
 
 
-def combine(basis: Basis, weights: jax.Array, layout: Layout) -> Basis:
-    """New rows Wᵀ Q for square `weights` (rows, rows), in place where the basis is donated.
-
-    Packed panels go a few blocks at a time: one on a CPU, whose cache holds them, and elsewhere about
-    `PORTIONS` portions, each a matrix product. The extra memory is two portions; nothing moves between
-    devices.
-    """
-
-    def one(arguments):
-        parts, weights = arguments
-        blocks = len(parts[0])
-        if blocks == 1 or not layout.packed:
-            return _combine(blocks, parts, weights)
-        portions = functools.partial(_combine, max(1, blocks // PORTIONS))
-        return lax.platform_dependent(parts, weights, cpu=functools.partial(_combine, 1), default=portions)
-
-    panels = [list(parts) for parts in zip(*basis, strict=True)]
-    columns = [
-        layout.locally(one, (spec, PartitionSpec()), spec)((parts, weights))
-        for parts, spec in zip(panels, layout.panel_specs, strict=True)
-    ]
-    return tuple(list(segment) for segment in zip(*columns, strict=True))
-
-
-def _combine(portion: int, parts: Panels, weights: jax.Array) -> Panels:
-    """`combine` for the segments of one panel, so many blocks at a time."""
-    size, blocks = parts[0].shape[1], len(parts[0])
-
-    def mixed(parts):
-        rows = jnp.concatenate(parts, axis=1)
-        spec = "rs,br...->bs..."
-        new = jnp.einsum(spec, weights.astype(rows.dtype), rows, precision=lax.Precision.HIGHEST)
-        return [new[:, i : i + size] for i in range(0, new.shape[1], size)]
-
-    def replaced(count, start, parts):
-        new = mixed([lax.dynamic_slice_in_dim(part, start, count) for part in parts])
-        pairs = zip(parts, new, strict=True)
-        return [lax.dynamic_update_slice_in_dim(part, rows, start, 0) for part, rows in pairs]
-
-    if portion == blocks:
-        return mixed(parts)
-    trips, rest = divmod(blocks, portion)
-    parts = lax.fori_loop(0, trips, lambda i, parts: replaced(portion, i * portion, parts), list(parts))
-    return replaced(rest, trips * portion, parts) if rest else parts
-
-
 def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """Coefficients Q v on the first `filled` rows, zero beyond, shape (rows,); and |v|². Reads rows once.
 
     Both are summed over blocks in one reduction, which on a mesh is all that devices exchange.
     """
+    return summed(block_dots(basis, vector, filled))
+
+
+def block_dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> list[jax.Array]:
+    """`dots` block by block, shape (blocks, rows + 1) for each panel: what a device computes alone."""
 
     def first(count, segments, vector):
         panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
@@ -231,16 +141,15 @@ def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Arr
         groups = _groups(basis, filled, at_once)
         return [part for group, switch in groups for part in switch(first, basis[group], vector)]
 
-    dtype = jnp.result_type(*vector)
     parts = _by_platform(0, program, basis, vector, filled)
     parts.append([_dot(x[:, None], x) for x in vector])
-    sums = sum(
-        (
-            jnp.sum(jnp.concatenate(blocks, axis=1), axis=0).astype(dtype)
-            for blocks in zip(*parts, strict=True)
-        ),
-        jnp.zeros((), dtype),
-    )
+    return [jnp.concatenate(blocks, axis=1) for blocks in zip(*parts, strict=True)]
+
+
+def summed(blocks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The results of `dots` from those of `block_dots`."""
+    dtype = jnp.result_type(*blocks)
+    sums = sum((jnp.sum(x, axis=0).astype(dtype) for x in blocks), jnp.zeros((), dtype))
     return sums[:-1], sums[-1]
 
 
@@ -324,46 +233,3 @@ def _subtract(segments: list[jax.Array], coefficients: jax.Array, x: jax.Array) 
         for r in range(rows.shape[1]):
             x = x - c[r].astype(x.dtype) * rows[:, r].astype(x.dtype)
     return x
-
-
-def gram(basis: Basis) -> jax.Array:
-    """Q Q^T over all rows, empty ones included; shape (rows, rows)."""
-
-    def split(x):  # short sums: self-products have terms of one sign, and XLA sums in sequence
-        if x.ndim != 3 or x.shape[2] <= LANES:
-            return x
-        parts = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES)))
-        return parts.reshape(*x.shape[:2], -1, LANES)
-
-    def block(a, b):
-        dtype = jnp.promote_types(jnp.float32, jnp.result_type(*a))
-        total = jnp.zeros((), dtype)
-        for x, y in zip(map(split, a), map(split, b), strict=True):
-            apart = (0, 2) if x.ndim == 4 and x.shape[3] == LANES else (0,)
-            axes = tuple(axis for axis in range(2, x.ndim) if axis not in apart)
-            dims = ((axes, axes), (apart, apart))
-            partial = lax.dot_general(x.astype(dtype), y.astype(dtype), dims, precision=lax.Precision.HIGHEST)
-            total = total + jnp.sum(partial, axis=tuple(range(len(apart))))
-        return total
-
-    return jnp.block([[block(a, b) for b in basis] for a in basis])
-
-
-@provides("orthogonality")
-@jax.jit
-def orthogonality(basis: Basis, length: jax.Array) -> jax.Array:
-    """max |Q Qᵀ - I| over the first `length` rows."""
-    products = gram(basis)
-    row = jnp.arange(len(products)) < length
-    return jnp.max(jnp.where(row[:, None] & row, jnp.abs(products - jnp.eye(len(products))), 0))
-
-
-@provides("stack")
-@functools.partial(jax.jit, static_argnames=("layout", "first", "last"))
-def stack(basis: Basis, layout: Layout, first: int, last: int) -> PyTree:
-    """The vectors in rows `first` to `last` - 1 as one pytree with leaves (rows, *leaf.shape). A copy."""
-    size = basis[0][0].shape[1]
-    low, high = first // size, max(-(-last // size), 1)
-    rows = [jnp.concatenate(parts, axis=1) for parts in zip(*basis[low:high], strict=True)]
-    rows = [jnp.moveaxis(x[:, first - low * size : last - low * size], 1, 0) for x in rows]
-    return jax.vmap(layout.unpack)(rows)

@@ -12,21 +12,11 @@ from jax import lax
 
 from spectra.base import trees
 from spectra.krylov import basis as _basis
+from spectra.krylov import panels as _panels
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
 
 REPEAT = 0.1
-
-
-def gram_schmidt_pass(basis: Basis, vector: Panels, filled) -> tuple[Panels, jax.Array, jax.Array]:
-    """One classical pass over the first `filled` rows: w' = w - QᵀQw, |w'| and Qw. Two reads of the rows.
-
-    |w'|² = |w|² - |Qw|², both from one reduction; it loses no digits where the pass removes little, and
-    where it removes much a second pass follows.
-    """
-    coefficients, square = _basis.dots(basis, vector, filled)
-    rest = jnp.maximum(square - _square(coefficients), 0)
-    return _basis.subtract(basis, coefficients, vector, filled), _root(rest), coefficients
 
 
 def orthogonalize(
@@ -34,25 +24,54 @@ def orthogonalize(
 ) -> tuple[Panels, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Make `vector` orthogonal to the first `filled` rows of `basis` to working precision.
 
-    `vector` is in a unit in which its square is a number, see `basis.unit_of_step`.
+    `vector` is in a unit in which its square is a number, see `panels.unit_of_step`.
 
     Returns the new vector, its norm, the coefficients of the first pass, the sum of the coefficients
     of all passes, and whether a second one ran. Costs one pass, or two where the first removed a
-    relevant part.
+    relevant part; a pass, w' = w - QᵀQw, is two reads of the rows.
+
+    |w'|² = |w|² - |Qw|², both from one reduction; it loses no digits where the pass removes little, and
+    where it removes much a second pass follows.
     """
-    vector, norm, first = gram_schmidt_pass(basis, vector, filled)
-
-    def again(vector):
-        vector, _, second = gram_schmidt_pass(basis, vector, filled)
-        # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
-        return vector, jnp.sqrt(_basis.vdot(vector, vector)), first + second
-
-    def enough(vector):
-        return vector, norm, first
-
+    blocks = _basis.block_dots(basis, vector, filled)
+    first, square = _basis.summed(blocks)
+    norm = _root(jnp.maximum(square - _square(first), 0))
+    vector = _basis.subtract(basis, first, vector, filled)
     repeat = _square(first) > (REPEAT * norm) ** 2
-    vector, norm, total = lax.cond(repeat, again, enough, vector)
-    return vector, norm, first, total, repeat
+    vector, second, square = _second_pass(basis, vector, filled, repeat, blocks)
+    norm = jnp.where(repeat, jnp.sqrt(jnp.where(repeat, square, 1)), norm)
+    return vector, norm, first, first + second, repeat
+
+
+def _second_pass(
+    basis: Basis, vector: Panels, filled, wanted: jax.Array, blocks: list[jax.Array]
+) -> tuple[Panels, jax.Array, jax.Array]:
+    """A pass where it is `wanted`: w', the coefficients, else zero, and |w'|², else without a meaning.
+
+    Sums over devices are taken behind the conditionals, in every step: one that contains a reduction between
+    GPUs is decided on the host, which waits for the cards. The compiler does not look into branches for how
+    a result is split; that it may be one of the `blocks`, the sums of the first pass, tells it.
+    """
+
+    def measured(vector):
+        return _basis.block_dots(basis, vector, filled)
+
+    def subtracted(vector):
+        vector = _basis.subtract(basis, second, vector, filled)
+        # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
+        return vector, _panels.block_vdot(vector, vector)
+
+    def nothing(like):
+        return [jnp.zeros_like(x) for x in like]
+
+    def split(found, like):
+        return [jnp.where(wanted, x, y) for x, y in zip(found, like, strict=True)]
+
+    found = lax.cond(wanted, measured, lambda _: nothing(blocks), vector)
+    second = jnp.where(wanted, _basis.summed(split(found, blocks))[0], 0)
+    squares = [x[:, -1] for x in blocks]
+    vector, found = lax.cond(wanted, subtracted, lambda x: (x, nothing(squares)), vector)
+    return vector, second, _panels.total(split(found, squares))
 
 
 def _square(coefficients: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from spectra.base import trees
-from spectra.krylov import basis as _basis
+from spectra.krylov import panels as _panels
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Panels
 from spectra.krylov.orthogonalize import orthogonalize
@@ -41,9 +41,9 @@ def remainder(
     w: Panels, q: Panels, previous: Panels, beta: jax.Array, unit: jax.Array, rows: Basis, filled
 ) -> Remainder:
     """The product w = H q without its parts along q, `previous` (with coefficient β) and the rows."""
-    w, alpha = _basis.three_terms(w, q, previous, beta, unit)
+    w, alpha = _panels.three_terms(w, q, previous, beta, unit)
     if not rows:
-        return Remainder(w, jnp.sqrt(_basis.vdot(w, w)), alpha, None, None, None)
+        return Remainder(w, jnp.sqrt(_panels.vdot(w, w)), alpha, None, None, None)
     w, norm, first, total, repeated = orthogonalize(rows, w, filled)
     return Remainder(w, norm, alpha, first, total, repeated)
 
