@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -13,9 +14,10 @@ from jax import lax
 
 from spectra.base import trees
 from spectra.base.trees import PyTree
-from spectra.krylov.linear_state import Mode, Problem, State, Verdict, noise_of
+from spectra.krylov.linear_state import SHORT_VECTORS, Mode, Problem, State, Verdict, noise_of, norm_of
 from spectra.krylov.linear_step import absorb, start
 from spectra.operators.base import LinearOperator
+from spectra.runs.journal import Journal
 
 CHUNK = 256
 """Products of one compiled call: how often Ctrl-C is heard."""
@@ -77,17 +79,55 @@ def _absorb(problem: Problem, state: State, products: PyTree) -> State:
     return jax.vmap(absorb, in_axes=(axes, 0, 0))(problem, state, products)
 
 
-def drive(op: LinearOperator, problem: Problem, state: State) -> State:
-    """The loop from the host: in compiled chunks, or product by product where data are streamed."""
-    if op.on_host:
-        while not (np.asarray(state.mode) == Mode.DONE).all():
-            state = _absorb(problem, state, op.mv_batch(state.go))
-        return state
+def drive(op: LinearOperator, problem: Problem, state: State, journal: Journal | None = None) -> State:
+    """The loop from the host: in compiled chunks, or product by product where data are streamed or the run is
+    watched. The program and its numbers are the same for a chunk of any length."""
+    if journal is not None:
+        return _recorded(op, problem, state, journal)
     stop = 0
-    while not (np.asarray(state.mode) == Mode.DONE).all():
+    while not _ended(state):
         stop += CHUNK
-        state = _chunk(op, problem, state, stop)
+        state = _products(op, problem, state, stop)
     return state
+
+
+def _ended(state: State) -> bool:
+    return bool((np.asarray(state.mode) == Mode.DONE).all())
+
+
+def _products(op: LinearOperator, problem: Problem, state: State, stop: int) -> State:
+    """Up to `stop` products of each right-hand side; one where data are streamed."""
+    if op.on_host:
+        return _absorb(problem, state, op.mv_batch(state.go))
+    return _chunk(op, problem, state, stop)
+
+
+def _recorded(op: LinearOperator, problem: Problem, state: State, journal: Journal) -> State:
+    """The same product by product, each noted in the journal."""
+
+    def step(state: State, start: int, stop: int) -> tuple[State, None]:
+        del start
+        state = _products(op, problem, state, stop)
+        if journal.bar.bar is not None:
+            journal.bar.note(f"residual {float(_excess(problem, state)):.1e} times the accepted one")
+        return state, None
+
+    parts = list(itertools.pairwise(range(int(np.max(problem.limit)) + 1)))
+    like, count = _form(op.like, state), len(state.mode)
+    return journal.fold(step, state, parts, carried=like, products=count, until=_ended)[0]
+
+
+def _form(like: PyTree, state: State) -> State:
+    """A state with the operator's vector in place of vectors, and zeros in place of numbers."""
+    zeros = jax.tree.map(lambda _: 0.0, state)
+    short = zeros.short and dataclasses.replace(zeros.short, **dict.fromkeys(SHORT_VECTORS, like))
+    return dataclasses.replace(zeros, x=like, r=like, go=like, short=short)
+
+
+@jax.jit
+def _excess(problem: Problem, state: State) -> jax.Array:
+    """The largest residual, as the recurrence has it, in units of what is accepted."""
+    return jnp.max(jax.vmap(norm_of)(state.r) / problem.target)
 
 
 @jax.jit

@@ -29,7 +29,18 @@ from spectra.base import trees
 from spectra.base.trees import PyTree
 from spectra.krylov.linear_cg import begin_cg, cg
 from spectra.krylov.linear_minres import begin_minres, minres
-from spectra.krylov.linear_state import Mode, Problem, Short, State, Verdict, choose, merge, norm_of, to_check
+from spectra.krylov.linear_state import (
+    SHORT_VECTORS,
+    Mode,
+    Problem,
+    Short,
+    State,
+    Verdict,
+    choose,
+    merge,
+    norm_of,
+    to_check,
+)
 
 HALF = 0.5
 """A cycle that takes less than this off the true residual is stale."""
@@ -74,9 +85,8 @@ def start(problem: Problem, dtype, method: Mode) -> State:
 
 def _no_short(zeros: PyTree, zero: jax.Array) -> Short:
     """What MINRES holds before it begins."""
-    vectors = ("v", "before", "d1", "d2", "u")
     numbers = ("beta", "phi", "cs", "sn", "dbar", "eps", "trigger")
-    return Short(**dict.fromkeys(vectors, zeros), **dict.fromkeys(numbers, zero), ranged=zero > 0)
+    return Short(**dict.fromkeys(SHORT_VECTORS, zeros), **dict.fromkeys(numbers, zero), ranged=zero > 0)
 
 
 def absorb(problem: Problem, state: State, product: PyTree) -> State:

@@ -1,6 +1,7 @@
 """Linear systems: conjugate gradients where the operator is definite, MINRES where it turns out not to be."""
 
 import math
+import os
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax import lax
 
 from spectra.base import trees
 from spectra.base.errors import NonFiniteError, SpectraError
+from spectra.base.files import tree_digest
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov import dense
@@ -17,10 +19,12 @@ from spectra.krylov.layout import stacked
 from spectra.krylov.linear_result import distances, in_form, judged, traced_solution
 from spectra.krylov.linear_run import begin, drive, loop, outcome, prepared
 from spectra.krylov.linear_state import Verdict
-from spectra.krylov.preconditioners import as_preconditioner
+from spectra.krylov.preconditioners import as_preconditioner, identity
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Solution
+from spectra.runs.checkpoint import Checkpoint
+from spectra.runs.watch import watched
 
 METHODS = ("auto", "cg", "minres", "dense")
 DEFAULT_LIMIT = 10_000
@@ -39,6 +43,8 @@ def solve(
     lower_bound: float | None = None,
     x0: PyTree | None = None,
     key: jax.Array | None = None,
+    progress: bool = False,
+    checkpoint: Checkpoint | str | os.PathLike | None = None,
 ) -> Solution:
     """Solve (H + shift I) x = b, with the true residual of x and a bound on its error.
 
@@ -82,6 +88,9 @@ def solve(
         lower_bound: lower bound on the |eigenvalues| of H + shift I, if known.
         x0: starting point, in the same form as b; default zero.
         key: JAX random key, for "nystrom".
+        progress: show the number of products and the residual.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, with
+            bit-identical results on the same devices. Nothing is saved where a dense matrix is formed.
 
     Returns:
         `Solution`. `status` is CONVERGED; STAGNATED, if the precision of products prevents reaching the
@@ -93,6 +102,8 @@ def solve(
         SpectraError: an argument out of range; a preconditioner that is not positive definite.
         StructureError: b does not match the operator.
         NonFiniteError: b or a product is NaN or infinite.
+        CheckpointError: the folder holds the checkpoint of another run.
+        PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: one product per step. Memory: ten vectors, four with method="cg", plus those of a preconditioner.
 
@@ -116,6 +127,8 @@ def solve(
         raise SpectraError(
             "an operator that streams its data cannot be solved with inside jit, vmap or grad."
         )
+    if traced and checkpoint is not None:
+        raise SpectraError("checkpoint= needs values, which do not exist inside jit, vmap or grad.")
     b, several, back = stacked(op, b, "b")
     if not traced and not trees.all_finite(b):
         raise NonFiniteError("b is NaN or infinite somewhere.")
@@ -125,12 +138,22 @@ def solve(
         if many != several or jax.tree.leaves(x0)[0].shape[0] != count:
             raise SpectraError("x0 is another number of vectors than b.")
     shifted = op if isinstance(shift, (int, float)) and shift == 0 else op.shift(shift)
-    inverse, built = as_preconditioner(preconditioner, op, shift, key, traced)
-    if not traced:
-        bound = _known_bound(op, shift, lower_bound)
-        found = _concrete(shifted, b, x0, inverse, method, tol, max_matvecs, bound)
-    else:
-        found = _traced(shifted, b, x0, inverse, method, tol, max_matvecs, lower_bound)
+
+    def arguments() -> dict[str, Any]:
+        plain = {"method": method, "tol": float(tol), "max_matvecs": max_matvecs, "shift": float(shift)}
+        vectors = {"b": tree_digest(b), "x0": None if x0 is None else tree_digest(x0)}
+        return plain | vectors | {"preconditioner": identity(preconditioner, op.like)}
+
+    with (
+        watched("solve", progress and not traced, checkpoint, None, arguments) as watch,
+        watch.journal(shifted, key) as journal,
+    ):
+        inverse, built = as_preconditioner(preconditioner, op, shift, key, traced, journal)
+        if not traced:
+            bound = _known_bound(op, shift, lower_bound)
+            found = _concrete(shifted, b, x0, inverse, method, tol, max_matvecs, bound, journal)
+        else:
+            found = _traced(shifted, b, x0, inverse, method, tol, max_matvecs, lower_bound)
     return in_form(found, several, back, built)
 
 
@@ -159,7 +182,7 @@ def _known_bound(op: LinearOperator, shift: Any, given: float | None) -> tuple[f
 # Outside of jit.
 
 
-def _concrete(op, b, x0, inverse, method, tol, max_matvecs, bound) -> Solution:
+def _concrete(op, b, x0, inverse, method, tol, max_matvecs, bound, journal) -> Solution:
     may_be_dense = method == "auto" and inverse is None and dense.allowed(op, max_matvecs)
     if method == "dense":
         return dense.solution(op, b, tol, 0)
@@ -175,7 +198,7 @@ def _concrete(op, b, x0, inverse, method, tol, max_matvecs, bound) -> Solution:
     if x0 is not None:
         rest, extra = jax.tree.map(jnp.subtract, b, run.mv_batch(x0)), 1
     problem, state = begin(run, rest, inverse, method, tol, limit, b)
-    state = drive(run, problem, state)
+    state = drive(run, problem, state, journal)
     found = outcome(problem, state, x0)
     verdicts = np.asarray(found["verdict"])
     spent = int(np.sum(found["products"])) + extra * len(verdicts)
