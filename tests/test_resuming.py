@@ -21,6 +21,7 @@ KEY = jax.random.key(3)
 N = 200
 VALUES = np.concatenate([np.linspace(-1.0, 3.0, N - 2, dtype=np.float32), [9.0, 9.0]])
 EIGSH = {"k": 3, "which": "LA", "num_basis": 12, "tol": 1e-4}
+SIDES = np.random.default_rng(0).standard_normal((2, N)).astype(np.float32)
 PROBES = {"num_matvecs": 20, "probe_batch": 4}
 CALLS = {
     "eigsh": lambda op, **more: spectra.eigsh(op, **EIGSH, key=KEY, **more),
@@ -39,7 +40,17 @@ CALLS = {
     "xdiag": lambda op, **more: spectra.diagonal(op, key=KEY, **PROBES, **more),
     "kpm": lambda op, **more: spectra.kpm(op, key=KEY, num_moments=21, num_probes=3, probe_batch=2, **more),
 }
-DEFAULT = ("eigsh", "trace")
+SYSTEM = {"shift": 1.5, "tol": 1e-4, "method": "cg"}
+CALLS |= {
+    "solve": lambda op, **more: spectra.solve(op, SIDES[:2], **SYSTEM, **more),
+    "solve, minres": lambda op, **more: spectra.solve(op, SIDES[0], **SYSTEM | {"method": "minres"}, **more),
+    "solve, nystrom": lambda op, **more: spectra.solve(
+        op, SIDES[0], preconditioner="nystrom", key=KEY, **SYSTEM, **more
+    ),
+}
+DEFAULT = ("eigsh", "trace", "solve")
+ANY = ("eigsh", "solve")
+"""Whose bits do not depend on whether they are saved, and which look at the clock after every product."""
 
 
 def operator():
@@ -92,15 +103,15 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(name, look
     """At some look at the clock; each start computes what the last checkpoint does not hold.
 
     Estimates come batch by batch where they are saved: the bits are those of a run with a checkpoint. Those
-    of eigsh do not depend on it.
+    of eigsh and solve do not depend on it.
     """
     call, op = CALLS[name], operator()
-    whole = call(op) if name.startswith("eigsh") else call(op, checkpoint=tmp_path / "whole")
+    whole = call(op) if name.startswith(ANY) else call(op, checkpoint=tmp_path / "whole")
     saved, starts = spectra.Checkpoint(tmp_path / "killed", steps=1), 0
     while True:
         starts += 1
         # Around a restart eigsh looks at the clock without a product in between.
-        looks(13 if name.startswith("eigsh") else 3, kill)
+        looks(13 if name.startswith(ANY) else 3, kill)
         try:
             again = call(op, checkpoint=saved)
             break

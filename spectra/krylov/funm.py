@@ -10,11 +10,20 @@ import numpy as np
 
 from spectra.base import stacks, trees
 from spectra.base.errors import NonFiniteError, SpectraError, Status
-from spectra.base.host import one_thread
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
 from spectra.krylov import function_error
+from spectra.krylov.function_range import (
+    Named,
+    Range,
+    eigh,
+    extended,
+    inside,
+    named_function,
+    on_reals,
+    undefined,
+)
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.layout import Layout, stacked
 from spectra.krylov.recurrence import CHUNK, advance, check_steps, init
@@ -26,29 +35,6 @@ from spectra.results import FunctionProduct
 STEPS = 128
 """Lanczos steps at most where num_steps is not given."""
 TRACED_STEPS = 64
-RANGE_STEPS = 40
-"""Of the random run for the ends of the spectrum: they are then known to 8 % of it at n = 1e6."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Named:
-    """A function by name: in NumPy and in JAX, and where it is defined."""
-
-    numpy: Callable[[Any], Any]
-    jax: Callable[[Any], Any]
-    least: float = -np.inf  # defined above
-    closed: bool = False  # and at `least` itself
-
-
-NAMED = {
-    "exp": Named(np.exp, jnp.exp),
-    "log": Named(np.log, jnp.log, 0.0),
-    "sqrt": Named(np.sqrt, jnp.sqrt, 0.0, closed=True),
-    "inv_sqrt": Named(lambda x: 1 / np.sqrt(x), lambda x: 1 / jnp.sqrt(x), 0.0),
-    "inv": Named(lambda x: 1 / x, lambda x: 1 / x),
-    "sign": Named(np.sign, jnp.sign),
-    "abs": Named(np.abs, jnp.abs),
-}
 
 
 @automatic
@@ -112,7 +98,7 @@ def funm(
         [1.0, 2.0, 3.0]
     """
     require_operator(op)
-    named, name = _function(f)
+    named, name = named_function(f)
     if not 0 <= tol < 1:
         raise SpectraError(f"tol={tol} is relative to |f(H) v|: use a number in [0, 1).")
     traced = trees.is_traced((op, v))
@@ -126,7 +112,7 @@ def funm(
     if not trees.all_finite(rows):
         raise NonFiniteError("v is NaN or infinite somewhere.")
     run = outside_loops(op.prepare())
-    known = _Range.of(run, bounds, key)
+    known = Range.of(run, bounds, key)
     found = [_one(run, named, name, vector, steps, tol, known) for vector in stacks.split(rows)]
     errors = np.array([one.error for one in found])
     worst = [Status.BUDGET_EXHAUSTED, Status.CONVERGED, Status.INVARIANT]
@@ -141,64 +127,6 @@ def funm(
     )
 
 
-def _function(f: Any) -> tuple[Named, str]:
-    if isinstance(f, str):
-        if f not in NAMED:
-            raise SpectraError(f"f={f!r}: use one of {tuple(NAMED)}, or a function of real numbers.")
-        return NAMED[f], f
-    if not callable(f):
-        raise SpectraError(f"f is a {type(f).__name__}: pass a function of real numbers, or its name.")
-    return Named(f, f), getattr(f, "__name__", type(f).__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Range:
-    """Intervals that hold the spectrum, and what they rest on."""
-
-    intervals: tuple[tuple[float, float], ...]
-    low: float  # given ends; Ritz values beyond them are an error
-    high: float
-    norm: float
-    reason: str
-    products: int
-
-    @classmethod
-    def of(cls, op: LinearOperator, bounds: Any, key: jax.Array | None) -> "_Range":
-        given = _pairs(bounds)
-        low, high = given[0][0], given[-1][1]
-        if op.semidefinite:
-            low = max(low, 0.0)
-        if np.isfinite([low, high]).all():
-            intervals = ((max(given[0][0], low), given[0][1]), *given[1:])
-            norm = max(abs(low), abs(high))
-            return cls(intervals, low, high, norm, "the given bounds of the spectrum", 0)
-        key = jax.random.key(0) if key is None else key
-        count = min(RANGE_STEPS, op.size)
-        found = lanczos(op, trees.sphere_sample(key, op.structure), count)
-        theta = _eigh(found.alpha, found.beta, int(found.length))[0]
-        exact = found.status is Status.INVARIANT or count == op.size
-        beyond = 0.0 if exact else function_error.margin(op.size, count) * (theta[-1] - theta[0])
-        noise = breakdown_noise(op.size, op.precision) * float(np.abs(theta).max())
-        a = low if np.isfinite(low) else theta[0] - beyond - noise
-        b = high if np.isfinite(high) else theta[-1] + beyond + noise
-        edges = [(x if np.isfinite(x) else a, y if np.isfinite(y) else b) for x, y in given]
-        edges[0], edges[-1] = (a, edges[0][1]), (edges[-1][0], b)
-        reason = "the ends of the spectrum, which a random run leaves out with probability 1e-6"
-        return cls(tuple(edges), low, high, max(abs(a), abs(b)), reason, int(found.length))
-
-
-def _pairs(bounds: Any) -> list[tuple[float, float]]:
-    """Intervals in ascending order, with infinite ends where nothing is known."""
-    if bounds is None:
-        return [(-np.inf, np.inf)]
-    pairs = [bounds] if bounds[0] is None or np.ndim(bounds[0]) == 0 else list(bounds)
-    made = [(-np.inf if a is None else float(a), np.inf if b is None else float(b)) for a, b in pairs]
-    ends = [end for pair in made for end in pair]
-    if ends != sorted(ends):
-        raise SpectraError(f"bounds={bounds!r}: use (a, b) with a <= b, or several such pairs, ascending.")
-    return made
-
-
 @dataclasses.dataclass(frozen=True)
 class _Found:
     value: PyTree
@@ -207,7 +135,7 @@ class _Found:
     status: Status
 
 
-def _one(op, named: Named, name: str, v: PyTree, steps: int, tol: float, known: _Range) -> _Found:
+def _one(op, named: Named, name: str, v: PyTree, steps: int, tol: float, known: Range) -> _Found:
     """f(H) v of one vector."""
     size, layout = trees.length(v), Layout.of(op.like)
     if size == 0:
@@ -220,12 +148,12 @@ def _one(op, named: Named, name: str, v: PyTree, steps: int, tol: float, known: 
         alpha, beta, length = jax.device_get((state.alpha, state.beta, state.length))
         ended = invariant_length(alpha, beta, int(length), op.size, op.precision)
         length = int(length) if ended is None else ended
-        theta, vectors = _eigh(alpha, beta, length)
-        theta = _inside(theta, named, name, known, noise * known.norm, op)
-        f = _on_reals(named.numpy)
+        theta, vectors = eigh(alpha, beta, length)
+        theta = inside(theta, named, name, known, noise * known.norm, op)
+        f = on_reals(named.numpy)
         values = f(theta)
         if not np.isfinite(values).all():
-            raise _undefined(name, float(theta[~np.isfinite(values)][0]), noise * known.norm)
+            raise undefined(name, float(theta[~np.isfinite(values)][0]), noise * known.norm)
         if size * np.abs(values).max() > float(jnp.finfo(op.dtype).max):
             raise SpectraError(
                 f"{name} reaches {np.abs(values).max():.1e} on the spectrum, beyond {op.dtype}."
@@ -233,7 +161,7 @@ def _one(op, named: Named, name: str, v: PyTree, steps: int, tol: float, known: 
         coefficients = vectors @ (values * vectors[0])
         norm = float(np.linalg.norm(coefficients))
         last = 0.0 if ended is not None else float(beta[length - 1])
-        intervals = _with(known.intervals, theta)
+        intervals = extended(known.intervals, theta)
         error = function_error.truncation(f, theta, vectors, last, intervals)
         if ended is not None or error <= tol * norm:
             break
@@ -245,58 +173,6 @@ def _one(op, named: Named, name: str, v: PyTree, steps: int, tol: float, known: 
     padded[:length] = size * coefficients
     value = _combined(layout, state.basis, jnp.asarray(padded, op.dtype), length)
     return _Found(value, size * (error + moved), stop, status)
-
-
-def _on_reals(f: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], np.ndarray]:
-    def values(x: np.ndarray) -> np.ndarray:
-        with np.errstate(all="ignore"):
-            found = np.asarray(f(np.asarray(x, np.float64)))
-        if found.shape != np.shape(x):
-            found = np.broadcast_to(found, np.shape(x))
-        if np.iscomplexobj(found):
-            found = np.where(np.imag(found) == 0, np.real(found), np.nan)
-        return np.asarray(found, np.float64)
-
-    return values
-
-
-def _inside(theta, named: Named, name: str, known: _Range, noise: float, op) -> np.ndarray:
-    """Ritz values within the given bounds, and where f is defined, up to rounding."""
-    low, high = max(known.low, named.least if named.closed else -np.inf), known.high
-    beyond = theta[(theta < known.low - noise) | (theta > known.high + noise)]
-    if len(beyond):
-        raise SpectraError(
-            f"the Ritz value {beyond[0]:.6g} lies outside of the bounds given, [{known.low:g}, "
-            f"{known.high:g}]: H has an eigenvalue there or beyond."
-        )
-    if theta[0] < named.least - noise:
-        raise _undefined(name, float(theta[0]), noise)
-    return np.clip(theta, low, high)
-
-
-def _undefined(name: str, at: float, noise: float) -> SpectraError:
-    what = f"an eigenvalue at or below {at:.6g}" if at < -noise else f"an eigenvalue near {at:.6g}"
-    return SpectraError(
-        f"{name} is not finite at the Ritz value {at:.6g}: H has {what} (the noise floor is {noise:.1e}). "
-        "Shift the operator, op.shift(delta), by more than its most negative eigenvalue and the noise floor."
-    )
-
-
-def _with(intervals, theta: np.ndarray) -> list[tuple[float, float]]:
-    """The intervals, the outer ends no further in than the Ritz values."""
-    pairs = list(intervals)
-    pairs[0] = (min(pairs[0][0], float(theta[0])), pairs[0][1])
-    pairs[-1] = (pairs[-1][0], max(pairs[-1][1], float(theta[-1])))
-    return pairs
-
-
-@one_thread()
-def _eigh(alpha, beta, length: int) -> tuple[np.ndarray, np.ndarray]:
-    alpha, beta = np.asarray(alpha, np.float64)[:length], np.asarray(beta, np.float64)[: length - 1]
-    from scipy.linalg import eigh_tridiagonal
-
-    values, vectors = eigh_tridiagonal(alpha, beta)
-    return values, vectors
 
 
 def _rows(basis) -> int:

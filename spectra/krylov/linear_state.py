@@ -58,6 +58,10 @@ class Problem:
         return r if self.inverse is None else trees.scale(1 / self.unit_p, self.inverse.mv(r))
 
 
+SHORT_VECTORS = ("v", "before", "d1", "d2", "u")
+"""The fields of `Short` that are vectors; the others are numbers."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Short:

@@ -1,6 +1,7 @@
 """Preconditioners of a linear system: from a randomised sketch, or from pairs known already."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -10,12 +11,14 @@ from jax import lax
 
 from spectra.base import host, stacks, trees
 from spectra.base.errors import SpectraError, StructureError
+from spectra.base.files import program_digest, tree_digest
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
 from spectra.operators.dense import FunctionOperator
 from spectra.operators.kfac import EKFACOperator, KFACOperator
 from spectra.operators.pytree import operator
 from spectra.results import Eigenpairs
+from spectra.runs.journal import Journal
 
 LEAST, MOST = 16, 256
 """Columns of the first sketch, and of the largest: it doubles until what it leaves is near the shift."""
@@ -47,7 +50,12 @@ class SpectralPreconditioner(LinearOperator):
 
 
 def as_preconditioner(
-    preconditioner: Any, op: LinearOperator, shift: Any, key: jax.Array | None, traced: bool
+    preconditioner: Any,
+    op: LinearOperator,
+    shift: Any,
+    key: jax.Array | None,
+    traced: bool,
+    journal: Journal | None = None,
 ) -> tuple[LinearOperator | None, int]:
     """What was asked for as an operator near (H + shift I)⁻¹, and the products that it took."""
     if preconditioner is None:
@@ -59,7 +67,7 @@ def as_preconditioner(
             )
         if key is None:
             raise SpectraError("preconditioner='nystrom' draws a sketch: pass key, say jax.random.key(0).")
-        return nystrom(op, shift, key, traced)
+        return nystrom(op, shift, key, traced, journal)
     if isinstance(preconditioner, Eigenpairs):
         return deflation(op, preconditioner, shift), 0
     if not isinstance(preconditioner, LinearOperator):
@@ -83,6 +91,16 @@ def as_preconditioner(
     return preconditioner, 0
 
 
+def identity(preconditioner: Any, like: PyTree) -> Any:
+    """What tells one preconditioner from another, for a checkpoint: its name, its numbers, or its program."""
+    if preconditioner is None or isinstance(preconditioner, str):
+        return preconditioner
+    if isinstance(preconditioner, LinearOperator | Eigenpairs):
+        return [type(preconditioner).__name__, tree_digest(preconditioner)]
+    function = preconditioner if callable(preconditioner) else getattr(preconditioner, "mv", None)
+    return None if function is None else program_digest(jax.make_jaxpr(function)(like))
+
+
 def deflation(op: LinearOperator, pairs: Eigenpairs, shift: Any) -> SpectralPreconditioner:
     """The preconditioner that moves known eigenvalues of H + shift I to the edge of what is not known."""
     trees.check_structure(
@@ -94,7 +112,7 @@ def deflation(op: LinearOperator, pairs: Eigenpairs, shift: Any) -> SpectralPrec
 
 
 def nystrom(
-    op: LinearOperator, shift: Any, key: jax.Array, traced: bool
+    op: LinearOperator, shift: Any, key: jax.Array, traced: bool, journal: Journal | None = None
 ) -> tuple[SpectralPreconditioner, int]:
     """The randomised Nyström preconditioner of H + shift I, and its products.
 
@@ -108,7 +126,7 @@ def nystrom(
         sketch = _Sketch(op, key).widened(min(4 * LEAST, limit))
         sketch = sketch if op.semidefinite else sketch.with_basis()
         return _from_pairs(*sketch.pairs(), shift), sketch.products
-    sketch = _Sketch(op, key)
+    sketch = _Sketch(op, key, journal)
     while True:
         sketch = sketch.widened(min(max(2 * sketch.count, LEAST), limit))
         if sketch.basis is not None or not _is_positive(op, sketch.omega, sketch.images):
@@ -132,6 +150,7 @@ class _Sketch:
 
     op: LinearOperator
     key: jax.Array
+    journal: Journal | None = None
     omega: PyTree = None
     images: PyTree = None
     basis: PyTree = None
@@ -146,7 +165,7 @@ class _Sketch:
     def widened(self, count: int) -> "_Sketch":
         """With more columns of Ω; those there keep their products."""
         omega, fresh = _extended(self.omega, _draw(self.key, self.op, self.count, count))
-        images = _append(self.images, _products(self.op, fresh))
+        images = _append(self.images, _products(self.op, fresh, self.journal))
         spent = self.products + count - self.count
         return dataclasses.replace(self, omega=omega, images=images, products=spent)
 
@@ -154,7 +173,7 @@ class _Sketch:
         """With Q for all columns of H Ω."""
         have = _rows(self.basis)
         basis, fresh = _extended(self.basis, stacks.rows(self.images, have, self.count))
-        images = _append(self.basis_images, _products(self.op, fresh))
+        images = _append(self.basis_images, _products(self.op, fresh, self.journal))
         spent = self.products + self.count - have
         return dataclasses.replace(self, basis=basis, basis_images=images, products=spent)
 
@@ -201,9 +220,17 @@ def _extended(old: PyTree | None, new: PyTree) -> tuple[PyTree, PyTree]:
     return _append(old, new), new
 
 
-def _products(op: LinearOperator, stack: PyTree) -> PyTree:
-    starts = range(0, stacks.length(stack), BATCH)
-    return stacks.concatenate([op.mv_batch(stacks.rows(stack, i, i + BATCH)) for i in starts])
+def _products(op: LinearOperator, stack: PyTree, journal: Journal | None) -> PyTree:
+    """H v for each vector of a stack, `BATCH` side by side."""
+
+    def step(state: None, start: int, stop: int) -> tuple[None, PyTree]:
+        return state, op.mv_batch(stacks.rows(stack, start, stop))
+
+    count = stacks.length(stack)
+    parts = list(itertools.pairwise([*range(0, count, BATCH), count]))
+    if journal is not None:
+        return stacks.concatenate(journal.fold(step, None, parts, out=op.like)[1])
+    return stacks.concatenate([step(None, *part)[1] for part in parts])
 
 
 def _is_positive(op: LinearOperator, omega: PyTree, images: PyTree) -> bool:

@@ -70,6 +70,7 @@ class Journal:
         carried: PyTree = None,
         out: PyTree = None,
         products: int = 1,
+        until: Callable[[PyTree], bool] | None = None,
     ) -> tuple[PyTree, list[PyTree]]:
         """state, out = step(state, start, stop) for each part in turn; the last state and all outs.
 
@@ -81,11 +82,14 @@ class Journal:
                 and of stacks of them, and zeros in place of small arrays.
             out: the same of an out.
             products: of a part from `start` to `stop`, for each number between them.
+            until: whether a state needs no further part.
         """
         fold = self._restored(Fold(state=state), carried, out)
         self.folds.append(fold)
         self.count(sum(products * (stop - start) for start, stop in parts[: fold.done]))
         for start, stop in parts[fold.done :]:
+            if until is not None and until(fold.state):
+                break
             began = time.monotonic()
             state, found = step(fold.state, start, stop)
             fold.state, found = self._placed(state, carried), self._placed(found, out)

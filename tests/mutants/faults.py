@@ -59,14 +59,14 @@ KRYLOV = [
     ),
     fault(
         "an error bound is the residual, not divided by the smallest eigenvalue",
-        "krylov/solve.py",
+        "krylov/linear_result.py",
         "(residual + moved) / bound[0], np.inf)",
         "(residual + moved), np.inf)",
         "test_solve.py::test_the_bound_is_not_wide",
     ),
     fault(
         "CG takes any curvature for positive",
-        "krylov/linear_step.py",
+        "krylov/linear_cg.py",
         "definite = curvature > problem.noise * scale * state.size",
         "definite = curvature > -jnp.inf",
         "test_solve.py::test_cg_says_that_an_operator_is_indefinite",

@@ -1,0 +1,157 @@
+"""Functions of eigenvalues: their names, where they are defined, and the set that holds the spectrum."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra.base import trees
+from spectra.base.errors import SpectraError, Status
+from spectra.base.host import one_thread
+from spectra.krylov import function_error
+from spectra.krylov.lanczos import lanczos
+from spectra.operators.base import LinearOperator
+from spectra.quadrature.copies import breakdown_noise
+
+RANGE_STEPS = 40
+"""Of the random run for the ends of the spectrum: they are then known to 8 % of it at n = 1e6."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A function by name: in NumPy and in JAX, and where it is defined."""
+
+    numpy: Callable[[Any], Any]
+    jax: Callable[[Any], Any]
+    least: float = -np.inf  # defined above
+    closed: bool = False  # and at `least` itself
+
+
+NAMED = {
+    "exp": Named(np.exp, jnp.exp),
+    "log": Named(np.log, jnp.log, 0.0),
+    "sqrt": Named(np.sqrt, jnp.sqrt, 0.0, closed=True),
+    "inv_sqrt": Named(lambda x: 1 / np.sqrt(x), lambda x: 1 / jnp.sqrt(x), 0.0),
+    "inv": Named(lambda x: 1 / x, lambda x: 1 / x),
+    "sign": Named(np.sign, jnp.sign),
+    "abs": Named(np.abs, jnp.abs),
+}
+
+
+def named_function(f: Any) -> tuple[Named, str]:
+    """A function that a user passes, or named, with its name."""
+    if isinstance(f, str):
+        if f not in NAMED:
+            raise SpectraError(f"f={f!r}: use one of {tuple(NAMED)}, or a function of real numbers.")
+        return NAMED[f], f
+    if not callable(f):
+        raise SpectraError(f"f is a {type(f).__name__}: pass a function of real numbers, or its name.")
+    return Named(f, f), getattr(f, "__name__", type(f).__name__)
+
+
+def on_reals(f: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], np.ndarray]:
+    """f in float64, NaN where it is not a real number."""
+
+    def values(x: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            found = np.asarray(f(np.asarray(x, np.float64)))
+        if found.shape != np.shape(x):
+            found = np.broadcast_to(found, np.shape(x))
+        if np.iscomplexobj(found):
+            found = np.where(np.imag(found) == 0, np.real(found), np.nan)
+        return np.asarray(found, np.float64)
+
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Intervals that hold the spectrum, and what they rest on."""
+
+    intervals: tuple[tuple[float, float], ...]
+    low: float  # given ends; Ritz values beyond them are an error
+    high: float
+    norm: float
+    reason: str
+    products: int
+
+    @classmethod
+    def of(cls, op: LinearOperator, bounds: Any, key: jax.Array | None) -> "Range":
+        """The given ends, and for those not given a random run of Lanczos."""
+        given = _pairs(bounds)
+        low, high = given[0][0], given[-1][1]
+        if op.semidefinite:
+            low = max(low, 0.0)
+        if np.isfinite([low, high]).all():
+            intervals = ((max(given[0][0], low), given[0][1]), *given[1:])
+            norm = max(abs(low), abs(high))
+            return cls(intervals, low, high, norm, "the given bounds of the spectrum", 0)
+        key = jax.random.key(0) if key is None else key
+        count = min(RANGE_STEPS, op.size)
+        found = lanczos(op, trees.sphere_sample(key, op.structure), count)
+        theta = eigh(found.alpha, found.beta, int(found.length))[0]
+        exact = found.status is Status.INVARIANT or count == op.size
+        beyond = 0.0 if exact else function_error.margin(op.size, count) * (theta[-1] - theta[0])
+        noise = breakdown_noise(op.size, op.precision) * float(np.abs(theta).max())
+        a = low if np.isfinite(low) else theta[0] - beyond - noise
+        b = high if np.isfinite(high) else theta[-1] + beyond + noise
+        edges = [(x if np.isfinite(x) else a, y if np.isfinite(y) else b) for x, y in given]
+        edges[0], edges[-1] = (a, edges[0][1]), (edges[-1][0], b)
+        reason = "the ends of the spectrum, which a random run leaves out with probability 1e-6"
+        return cls(tuple(edges), low, high, max(abs(a), abs(b)), reason, int(found.length))
+
+
+def _pairs(bounds: Any) -> list[tuple[float, float]]:
+    """Intervals in ascending order, with infinite ends where nothing is known."""
+    if bounds is None:
+        return [(-np.inf, np.inf)]
+    pairs = [bounds] if bounds[0] is None or np.ndim(bounds[0]) == 0 else list(bounds)
+    made = [(-np.inf if a is None else float(a), np.inf if b is None else float(b)) for a, b in pairs]
+    ends = [end for pair in made for end in pair]
+    if ends != sorted(ends):
+        raise SpectraError(f"bounds={bounds!r}: use (a, b) with a <= b, or several such pairs, ascending.")
+    return made
+
+
+def inside(theta, named: Named, name: str, known: Range, noise: float, op) -> np.ndarray:
+    """Ritz values within the given bounds, and where f is defined, up to rounding."""
+    low, high = max(known.low, named.least if named.closed else -np.inf), known.high
+    beyond = theta[(theta < known.low - noise) | (theta > known.high + noise)]
+    if len(beyond):
+        raise SpectraError(
+            f"the Ritz value {beyond[0]:.6g} lies outside of the bounds given, [{known.low:g}, "
+            f"{known.high:g}]: H has an eigenvalue there or beyond."
+        )
+    if theta[0] < named.least - noise:
+        raise undefined(name, float(theta[0]), noise)
+    return np.clip(theta, low, high)
+
+
+def undefined(name: str, at: float, noise: float) -> SpectraError:
+    """The error for a function that is not finite at a Ritz value."""
+    what = f"an eigenvalue at or below {at:.6g}" if at < -noise else f"an eigenvalue near {at:.6g}"
+    return SpectraError(
+        f"{name} is not finite at the Ritz value {at:.6g}: H has {what} (the noise floor is {noise:.1e}). "
+        "Shift the operator, op.shift(delta), by more than its most negative eigenvalue and the noise floor."
+    )
+
+
+def extended(intervals, theta: np.ndarray) -> list[tuple[float, float]]:
+    """The intervals, the outer ends no further in than the Ritz values."""
+    pairs = list(intervals)
+    pairs[0] = (min(pairs[0][0], float(theta[0])), pairs[0][1])
+    pairs[-1] = (pairs[-1][0], max(pairs[-1][1], float(theta[-1])))
+    return pairs
+
+
+@one_thread()
+def eigh(alpha, beta, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ritz values and the eigenvectors of T, in float64."""
+    alpha, beta = np.asarray(alpha, np.float64)[:length], np.asarray(beta, np.float64)[: length - 1]
+    from scipy.linalg import eigh_tridiagonal
+
+    values, vectors = eigh_tridiagonal(alpha, beta)
+    return values, vectors

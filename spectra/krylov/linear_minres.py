@@ -1,0 +1,128 @@
+"""MINRES (Paige and Saunders, doi:10.1137/0712047), one product at a time.
+
+What a product is for is explained in `linear_step`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from spectra.base import trees
+from spectra.base.trees import PyTree
+from spectra.krylov.linear_state import (
+    Mode,
+    Problem,
+    Short,
+    State,
+    choose,
+    norm_of,
+    refuse_inverse,
+    to_check,
+    to_null,
+)
+
+PATIENCE = 30
+"""Steps of MINRES without progress before the residual is looked at, and a quarter of the steps so far."""
+PROGRESS = 0.99
+
+
+def begin_minres(problem: Problem, state: State, x: PyTree, r: PyTree, image: PyTree | None = None) -> State:
+    """MINRES from the residual r of x; from A r, given as `image`, where r is all but in the null space.
+
+    On the Krylov space of A r x has no part in the null space that could grow (Hanke's MR-II, Conjugate
+    Gradient Type Methods for Ill-Posed Problems, 1995, section 6.1).
+    """
+    assert state.short is not None
+    first = r if image is None else image
+    z = problem.precondition(first)
+    square = trees.vdot(first, z)
+    size = jnp.sqrt(jnp.maximum(square, 0))
+    inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
+    v, q = trees.scale(inverse, first), trees.scale(inverse, z)
+    zeros, zero = jax.tree.map(jnp.zeros_like, r), jnp.zeros_like(square)
+    short = Short(
+        v=v,
+        before=zeros,
+        d1=zeros,
+        d2=zeros,
+        u=v,
+        beta=zero,
+        phi=size if image is None else trees.vdot(q, r),
+        cs=zero - 1,
+        sn=zero,
+        dbar=zero,
+        eps=zero,
+        trigger=zero,
+        ranged=jnp.full((), image is not None),
+    )
+    state = dataclasses.replace(
+        state,
+        mode=jnp.int32(Mode.MINRES),
+        method=jnp.int32(Mode.MINRES),
+        x=x,
+        r=r,
+        go=q,
+        short=short,
+        best=norm_of(r),
+        idle=jnp.zeros_like(state.idle),
+        steps=jnp.zeros_like(state.steps),
+    )
+    return refuse_inverse(state, square, first)
+
+
+def minres(problem: Problem, state: State, w: PyTree) -> State:
+    """The step of MINRES that A q = w allows."""
+    s = state.short
+    assert s is not None
+    q = state.go
+    alpha = trees.vdot(q, w)
+    w = trees.axpy(-alpha, s.v, trees.axpy(-s.beta, s.before, w))
+    z = problem.precondition(w)
+    square = trees.vdot(w, z)
+    beta = jnp.sqrt(jnp.maximum(square, 0))
+    scale = jnp.maximum(state.scale, jnp.abs(alpha) + s.beta + beta)
+    norm_a = jnp.maximum(state.norm_a, scale) if problem.inverse is None else state.norm_a
+    # The QR factors of T grow by a column, with one rotation.
+    delta, gbar = s.cs * s.dbar + s.sn * alpha, s.sn * s.dbar - s.cs * alpha
+    eps, dbar = s.sn * beta, -s.cs * beta
+    gamma = jnp.hypot(gbar, beta)
+    least = problem.noise * scale
+    root = jnp.hypot(gbar, dbar)  # |A r| / |r| of the residual before this step
+    trigger = jnp.where(state.steps == 0, jnp.sqrt(problem.noise) * root, s.trigger)
+    null = ~s.ranged & (root <= jnp.maximum(least, trigger)) | (gamma <= least)
+    cs, sn = gbar / jnp.where(null, 1, gamma), beta / jnp.where(null, 1, gamma)
+    ends = beta <= least
+    inverse = jnp.where(ends, 0, 1 / jnp.where(ends, 1, beta))
+    v, q_next = trees.scale(inverse, w), trees.scale(inverse, z)
+    # vᵀr is zero where the run began from r, and is left at that: rounding makes it no better.
+    along = jnp.where(s.ranged, trees.vdot(q_next, state.r), 0)
+    step, phi = cs * s.phi + sn * along, sn * s.phi - cs * along
+    d = trees.axpy(-delta, s.d2, trees.axpy(-s.eps, s.d1, q))
+    d = trees.scale(1 / jnp.where(null, 1, gamma), d)
+    x = trees.axpy(step, d, state.x)
+    # A d = cs u + sn v, and what is left of u goes with the rest.
+    r = trees.axpy(-step * cs, s.u, trees.axpy(-step * sn, v, state.r))
+    u = jax.tree.map(lambda u, v: (sn * u - cs * v).astype(u.dtype), s.u, v)
+    norm = norm_of(r)
+    cleared = s.ranged & (jnp.abs(step) <= problem.noise / 2 * norm)
+    better = norm < PROGRESS * state.best
+    after = dataclasses.replace(
+        state,
+        x=x,
+        r=r,
+        go=q_next,
+        short=Short(v, s.v, s.d2, d, u, beta, phi, cs, sn, dbar, eps, trigger, s.ranged),
+        scale=scale,
+        norm_a=norm_a,
+        best=jnp.where(better, norm, state.best),
+        idle=jnp.where(better, 0, state.idle + 1),
+        steps=state.steps + 1,
+    )
+    kept = dataclasses.replace(state, scale=scale, norm_a=norm_a)
+    idle = after.idle > jnp.maximum(PATIENCE, after.steps // 4)
+    reached = (norm <= problem.target) | (ends & ~s.ranged)
+    after = refuse_inverse(after, square, w)
+    after = to_null(after, (cleared | (s.ranged & ends)) & ~reached, resume=False)
+    after = to_null(after, idle & ~reached & (after.mode == Mode.MINRES), resume=True)
+    return choose(null, to_null(kept, jnp.ones((), bool), resume=False), to_check(after, reached))
