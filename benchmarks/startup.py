@@ -21,7 +21,9 @@ import json, sys, time
 start = time.perf_counter()
 tool, steps, probes, examples = sys.argv[1], *map(int, sys.argv[2:])
 import jax
+import spectra
 from benchmarks import peers, problems
+spectra.slq  # the first name imports the others
 imported = time.perf_counter()
 problem = problems.get("mlp", examples or None)
 jax.block_until_ready(problem[1:])

@@ -306,6 +306,28 @@ def test_the_module_is_the_command():
 
 
 @pytest.mark.parametrize(
+    "words", ["--help", "--version", "run --help", "show --json --csv x.npz", "compare x.npz", "complete"]
+)
+def test_help_version_completion_and_refusals_import_no_jax(words):
+    """Each would take seconds: they are asked for with every key in a shell that completes."""
+    code = (
+        "import sys; sys.argv[0] = 'spectra'; from spectra.cli.commands import main\n"
+        "try: main()\n"
+        "finally: print([name for name in ('jax', 'numpy', 'matplotlib') if name in sys.modules])"
+    )
+    arguments, environment = words.split(), dict(os.environ)
+    if words == "complete":
+        arguments = []
+        environment |= {"_SPECTRA_COMPLETE": "complete_bash", "COMP_WORDS": "spectra r", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert words != "complete" or done.stdout.split()[:2] == ["run", "report"]
+    assert done.returncode == (2 if ".npz" in words else 0)
+
+
+@pytest.mark.parametrize(
     ("option", "value"),
     [
         ("--operator", "hesian"),

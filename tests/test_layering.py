@@ -4,6 +4,7 @@ import ast
 import doctest
 import graphlib
 import inspect
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ LAYERS = [
     {"bridge"},
     {"report"},
     {"training"},
+    {"public"},  # the public names
     {"demos"},
     {"cli"},
 ]
@@ -105,7 +107,7 @@ def test_no_module_needs_a_private_part_of_jax():
 
 
 def test_public_names_are_declared_once_and_sorted():
-    tree = ast.parse((ROOT / "__init__.py").read_text())
+    tree = ast.parse((ROOT / "public.py").read_text())
     imported = [
         alias.asname or alias.name
         for node in ast.walk(tree)
@@ -156,9 +158,36 @@ def test_help_shows_the_options_that_all_operators_share(value):
     assert parameters["matmul_precision"].default == "float32"
 
 
+def test_a_name_is_imported_with_the_first_that_is_asked_for():
+    code = (
+        "import sys, spectra; print('jax' in sys.modules); from spectra import slq; "
+        "from spectra.density.slq import slq as same; print(slq is same is spectra.slq); "
+        "print(set(spectra.__all__) <= set(dir(spectra))); print(spectra.slqq)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True", "True"]
+    assert "module 'spectra' has no attribute 'slqq'. Did you mean: 'slq'?" in done.stderr
+
+
+def test_star_takes_the_public_names_alone():
+    names: dict = {}
+    exec("from spectra import *", names)
+    assert set(names) - {"__builtins__"} == set(spectra.__all__)
+
+
+def test_an_unpickled_result_can_do_what_later_modules_provide(tmp_path):
+    (tmp_path / "estimate").write_bytes(pickle.dumps(spectra.Estimate(1.0, 0.1, 10, "probes")))
+    code = (
+        "import pickle, sys; held = pickle.load(open('estimate', 'rb')); "
+        "print('spectra.report.files' in sys.modules); print(held.save('estimate').name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["False", "estimate.npz"], done.stderr
+
+
 def test_importing_needs_no_optional_dependency():
     code = (
-        "import sys, spectra; heavy = ('torch', 'sklearn', 'matplotlib', 'typer', 'flax'); "
+        "import sys, spectra; spectra.slq; heavy = ('torch', 'sklearn', 'matplotlib', 'typer', 'flax'); "
         "print([name for name in heavy if name in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -4,6 +4,7 @@ Both say what is wrong, where, and what to do.
 """
 
 import enum
+import signal
 
 
 class SpectraError(ValueError):
@@ -48,6 +49,17 @@ class PreemptedError(SpectraError):
     def __init__(self, message: str, *, signal: int = 15):
         super().__init__(message)
         self.signal = signal  # the number of the signal that asked: 15 for SIGTERM, 2 for SIGINT
+
+
+class EndedEarlyError(BaseException):
+    """A signal came before there was anything to save; no `except Exception` of a problem stops it."""
+
+    def __init__(self, number: int):
+        super().__init__(
+            f"the run was asked to end ({signal.Signals(number).name}) and did, before its first product: "
+            "nothing has been computed that could be saved. Start the same command again."
+        )
+        self.signal = number
 
 
 class Status(enum.Enum):

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
+from spectra.base.choices import GROUPINGS
 from spectra.base.errors import StructureError
 from spectra.base.trees import Static, is_array, not_an_array, path_str
 
 PyTree = Any
 Select = str | re.Pattern | Callable[[str], bool]
-GROUPINGS = ("leaf", "layer")
 
 
 def leaf_paths(tree: PyTree) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from spectra.base import host
-from spectra.base.errors import PreemptedError
+from spectra.base.errors import EndedEarlyError, PreemptedError
 
 
 class Lines:
@@ -89,17 +89,6 @@ WATCHED = (signal.SIGTERM, signal.SIGINT)
 _pending: int | None = None
 _watching = False
 _begun = True
-
-
-class EndedEarlyError(BaseException):
-    """A signal came before there was anything to save; no `except Exception` of a problem stops it."""
-
-    def __init__(self, number: int):
-        super().__init__(
-            f"the run was asked to end ({signal.Signals(number).name}) and did, before its first product: "
-            "nothing has been computed that could be saved. Start the same command again."
-        )
-        self.signal = number
 
 
 def pending() -> int:

@@ -8,9 +8,7 @@ import io
 import itertools
 import json
 import os
-import re
 import shlex
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,16 +19,11 @@ import typer
 from spectra.base.errors import SpectraError
 from spectra.base.files import sweep
 from spectra.base.host import is_first
+from spectra.cli.ending import INTERRUPTED, ResultElsewhereError, fail, printable
 from spectra.report.files import save
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as of every command; with a checkpoint the same command goes on, too."""
 _NAME = "spectrum"
 _ROOM = 2**18  # bytes that must fit before a run begins: its result and its picture, of usual sizes
-
-
-class ResultElsewhereError(SpectraError):
-    """The result was computed, but could not be written where it should be; the message says where it is."""
 
 
 class Place(NamedTuple):
@@ -164,12 +157,6 @@ def _records(result: Any) -> list[dict[str, Any]]:
     return result.records()
 
 
-def printable(text: str) -> str:
-    """Text without what would steer a terminal: names in files may hold anything."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def keep(result: Any, place: Place, voice: Voice) -> None:
     """Save, then print, then draw; of several processes the first does it for all."""
     if not is_first():
@@ -222,10 +209,3 @@ def draw(result: Any, path: Path, voice: Voice, learning_rate: float | None = No
     with replacing(path) as temporary, plot_style():  # which has fonts that editors can change
         ax.figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=300)
     voice.say(f"picture  {path}")
-
-
-def fail(message: str) -> int:
-    """Print an error, and return the exit code that it has unless there is a better one."""
-    sys.stdout.flush()
-    typer.echo(f"error: {printable(message)}", err=True)
-    return 1

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from spectra.base import host, trees
+from spectra.base.choices import PLACES
 from spectra.base.errors import MemoryLimitError, SpectraError
 from spectra.base.meshes import automatic
 from spectra.krylov import basis as _basis
@@ -21,7 +22,6 @@ from spectra.results import Plan, format_bytes
 VECTORS = 6
 """Working vectors beside the basis: q_i, q_{i-1}, the product as a pytree and packed, w before and after
 a Gram-Schmidt pass."""
-PLACES = ("inherit", "sharded", "host", "none")
 SHARING = 4
 """Probes that share an evaluation: twice as many save another 5 % and hold twice the memory."""
 _BATCH_NUMBERS, _CPU_BATCH_NUMBERS = 2**22, 2**14

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from spectra.base.choices import OPERATORS
 from spectra.base.errors import SpectraError
 from spectra.distributed import shard_data, shard_params
 from spectra.operators.base import LinearOperator
@@ -14,8 +15,6 @@ from spectra.operators.covariance import GradientCovarianceOperator
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import ComposedLoss, GGNOperator
 from spectra.operators.hessian import HessianOperator
-
-OPERATORS = ("hessian", "ggn", "fisher", "mc-fisher", "empirical-fisher", "covariance")
 
 
 @dataclasses.dataclass(frozen=True)

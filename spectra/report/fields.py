@@ -1,9 +1,8 @@
-"""What the fields of results are: their kinds, ranges and shapes, checked before a loaded result is made.
+"""What the fields of results are, by class: checked before a loaded result is made.
 
 A file is material from outside: an array of another shape or a text in place of a number would
-fail later, in a picture or in a table, or silently be another result. Each class has a table with a rule
-for each of its fields; axes with one name have one length throughout an object. NaN and infinity are
-numbers here: results of diverged or of traced computations hold them.
+fail later, in a picture or in a table, or silently be another result. Each class has a table with a rule of
+`rules` for each of its fields, and claims that several of them meet together.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +12,8 @@ import jax
 import numpy as np
 
 from spectra.base.errors import Status
+from spectra.report import rules
+from spectra.report.rules import Rule, Sizes, facts
 from spectra.report.spectrum import SpectrumReport
 from spectra.report.summary import Summary
 from spectra.report.variability import DataVariability
@@ -43,194 +44,15 @@ from spectra.results import (
     Tridiagonal,
 )
 
-Sizes = dict[str, int]  # of the axes of one object, by name, as far as they are known
-Rule = Callable[[Any, Sizes], str | None]  # what is wrong with a value, if anything
-
-
-def checked(cls: type, fields: dict[str, Any]) -> Any:
-    """The result with these fields.
-
-    Raises:
-        TypeError: a field is missing or unknown.
-        ValueError: a field is not what the class holds.
-    """
-    sizes: Sizes = {"*": 1} if fields.get("status") is Status.TRACED else {}
-    for name, value in fields.items():
-        rule = _RULES[cls].get(name)
-        if rule is None:
-            raise TypeError(f"{cls.__name__} has no field '{name[:40]}'")
-        if (wrong := rule(value, sizes)) is not None:
-            raise ValueError(f"{cls.__name__}.{name} {wrong}")
-    result = cls(**fields)
-    for claim, holds in _CLAIMS.get(cls, {}).items():
-        if not holds(result):
-            raise ValueError(f"{cls.__name__}: {claim}")
-    return result
-
-
-def _array(axes: str, kinds: str = "f", low: float = -np.inf) -> Rule:
-    """An array with these axes; one that was made under `vmap` may have more in front of them."""
-    names = axes.split()
-
-    def rule(value: Any, sizes: Sizes) -> str | None:
-        if not isinstance(value, np.ndarray):
-            return f"is a {type(value).__name__}, not an array"
-        if not _is_of(value.dtype, kinds):
-            return f"has dtype {value.dtype}"
-        shape = value.shape[-len(names) :] if "*" in sizes else value.shape
-        if len(shape) != len(names):
-            return f"has shape {value.shape}, not ({axes})"
-        for name, size in zip(names, shape, strict=True):
-            if size != (int(name) if name.isdigit() else sizes.setdefault(name, size)):
-                return f"has shape {value.shape}: {size} for {name} = {sizes.get(name, name)}"
-        return f"has entries below {low:g}" if low > -np.inf and (value < low).any() else None
-
-    return rule
-
-
-def _is_of(dtype: np.dtype, kinds: str) -> bool:
-    return dtype.kind in kinds or ("f" in kinds and dtype.name == "bfloat16")
-
-
-def _number(low: float = -np.inf, high: float = np.inf) -> Rule:
-    def rule(value: Any, sizes: Sizes) -> str | None:
-        if isinstance(value, np.ndarray) and "*" in sizes and value.dtype.kind in "fiu":
-            return None  # one number for each of several runs under `vmap`
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return f"is a {type(value).__name__}, not a number"
-        return f"is {value:g}, outside [{low:g}, {high:g}]" if value < low or value > high else None
-
-    return rule
-
-
-def _count(low: int = 0) -> Rule:
-    def rule(value: Any, sizes: Sizes) -> str | None:
-        if isinstance(value, np.ndarray) and "*" in sizes and value.dtype.kind in "iu":
-            return None
-        if isinstance(value, bool) or not isinstance(value, int):
-            return f"is a {type(value).__name__}, not an integer"
-        return f"is {value}, less than {low}" if value < low else None
-
-    return rule
-
-
-def _a(*classes: type) -> Rule:
-    def rule(value: Any, sizes: Sizes) -> str | None:
-        return (
-            None
-            if isinstance(value, classes)
-            else f"is a {type(value).__name__}, not a {classes[0].__name__}"
-        )
-
-    return rule
-
-
-def _or_none(rule: Rule) -> Rule:
-    return lambda value, sizes: None if value is None else rule(value, sizes)
-
-
-def _numbers(value: Any, sizes: Sizes) -> str | None:
-    """A number, an array or a tree of them."""
-    for leaf in jax.tree.leaves(value):
-        if isinstance(leaf, (bool, str)) or not isinstance(leaf, (int, float, np.ndarray)):
-            return f"holds a {type(leaf).__name__}, not numbers"
-    return None
-
-
-def _vectors(value: Any, sizes: Sizes) -> str | None:
-    """A tree of arrays with one row for each vector."""
-    for leaf in jax.tree.leaves(value):
-        if not isinstance(leaf, np.ndarray) or not _is_of(leaf.dtype, "f") or leaf.ndim < 1:
-            return "holds something else than arrays of vectors"
-        if leaf.shape[0] != sizes.setdefault("k", leaf.shape[0]):
-            return f"holds an array of shape {leaf.shape} for {sizes['k']} vectors"
-    return None
-
-
-def _interval(value: Any, sizes: Sizes) -> str | None:
-    """Three numbers."""
-    if not isinstance(value, Interval):
-        return f"is a {type(value).__name__}, not an Interval"
-    return None if all(type(end) in (int, float) for end in value) else "is not made of numbers"
-
-
-def _intervals(value: Any, sizes: Sizes) -> str | None:
-    if not isinstance(value, dict):
-        return f"is a {type(value).__name__}, not a dict"
-    return next((wrong for x in value.values() if (wrong := _interval(x, sizes))), None)
-
-
-def _flags(value: Any, sizes: Sizes) -> str | None:
-    """True or false, or an array of them."""
-    is_array = isinstance(value, np.ndarray) and _is_of(value.dtype, "b")
-    return None if is_array or isinstance(value, bool) else f"is a {type(value).__name__}, not a bool"
-
-
-def _scalars(value: Any, sizes: Sizes) -> str | None:
-    if not isinstance(value, dict):
-        return f"is a {type(value).__name__}, not a dict"
-    return next((f"'{k[:40]}' {wrong}" for k, x in value.items() if (wrong := _number()(x, sizes))), None)
-
-
-def facts(value: Any, sizes: Sizes | None = None) -> str | None:
-    """What is wrong with a provenance: texts and numbers by name."""
-    if not isinstance(value, dict):
-        return f"is a {type(value).__name__}, not a dict"
-    for name, fact in value.items():
-        wanted = _FACTS.get(name)
-        plain = fact is None or isinstance(fact, (bool, int, float, str, list, tuple, dict))
-        if not plain or (wanted is not None and (not isinstance(fact, wanted) or isinstance(fact, bool))):
-            return f"holds a {type(fact).__name__} for '{name[:40]}'"
-    return None
-
-
-_FACTS = {
-    "seconds": (int, float), "num_devices": int,
-    **dict.fromkeys(("name", "spectra", "jax", "python", "device", "date", "operator", "dtype", "key"), str),
-}  # fmt: skip
+# Short names for the tables.
+_array, _number, _count, _a, _or_none = rules.array, rules.number, rules.count, rules.instance, rules.optional
+_numbers, _vectors, _flags = rules.numbers, rules.vectors, rules.flags
+_steps, _names, _scalars = rules.steps, rules.names, rules.scalars
+_interval, _intervals = rules.interval, rules.intervals
+_of_class, _by_name, _curve_or_number = rules.sequence_of, rules.named, rules.curve_or_number
 _SIZE, _COUNT, _REAL, _SHARE, _POSITIVE = _count(1), _count(), _number(), _number(0, 1), _number(0)
 _TEXT, _STATUS, _FLAG = _a(str), _a(Status), _a(bool)
 _LEVEL = _or_none(_SHARE)
-
-
-def _of_class(cls: type) -> Rule:
-    """A sequence of results of one class."""
-
-    def rule(value: Any, sizes: Sizes) -> str | None:
-        if not isinstance(value, tuple):
-            return f"is a {type(value).__name__}, not a tuple"
-        return next((wrong for x in value if (wrong := _a(cls)(x, sizes))), None)
-
-    return rule
-
-
-def _by_name(cls: type) -> Rule:
-    """Results of one class by name."""
-
-    def rule(value: Any, sizes: Sizes) -> str | None:
-        if not isinstance(value, dict):
-            return f"is a {type(value).__name__}, not a dict"
-        return next((wrong for x in value.values() if (wrong := _a(cls)(x, sizes))), None)
-
-    return rule
-
-
-def _steps(value: Any, sizes: Sizes) -> str | None:
-    plain = isinstance(value, tuple) and all(type(step) is int for step in value)
-    return None if plain else "is not a tuple of steps"
-
-
-def _names(value: Any, sizes: Sizes) -> str | None:
-    if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
-        return "is not a tuple of names"
-    return None if sizes.setdefault("p", len(value)) == len(value) else "has another length than its numbers"
-
-
-def _curve_or_number(value: Any, sizes: Sizes) -> str | None:
-    if isinstance(value, np.ndarray):
-        return None if _is_of(value.dtype, "fiu") else f"has dtype {value.dtype}"
-    return _REAL(value, sizes)
-
 
 _ESTIMATE: dict[str, Rule] = {
     "value": _numbers, "stderr": _numbers, "num_matvecs": _COUNT, "method": _TEXT, "status": _STATUS,
@@ -404,3 +226,24 @@ _CLAIMS: dict[type, dict[str, Callable[[Any], bool]]] = {
         ),
     },
 }
+
+
+def checked(cls: type, fields: dict[str, Any]) -> Any:
+    """The result with these fields.
+
+    Raises:
+        TypeError: a field is missing or unknown.
+        ValueError: a field is not what the class holds.
+    """
+    sizes: Sizes = {"*": 1} if fields.get("status") is Status.TRACED else {}
+    for name, value in fields.items():
+        rule = _RULES[cls].get(name)
+        if rule is None:
+            raise TypeError(f"{cls.__name__} has no field '{name[:40]}'")
+        if (wrong := rule(value, sizes)) is not None:
+            raise ValueError(f"{cls.__name__}.{name} {wrong}")
+    result = cls(**fields)
+    for claim, holds in _CLAIMS.get(cls, {}).items():
+        if not holds(result):
+            raise ValueError(f"{cls.__name__}: {claim}")
+    return result

@@ -1,6 +1,7 @@
 """What all results share: how they are registered with JAX, printed, saved, drawn and made plain."""
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
@@ -77,6 +78,8 @@ def provides(service: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def call(service: str, *args: Any, **kwargs: Any) -> Any:
     """Call what a later layer provides."""
+    if service not in _SERVICES:  # only parts of the package were imported, as unpickling does
+        importlib.import_module("spectra.public")
     return _SERVICES[service](*args, **kwargs)
 
 

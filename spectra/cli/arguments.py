@@ -1,0 +1,72 @@
+"""Arguments and options that commands share, checked before anything is computed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectra.base.choices import GROUPINGS, OPERATORS, PLACES
+
+
+def _one_of(*names: str) -> Callable[[str | None], str | None]:
+    """A check of an argument that is one of a few words, before anything is computed."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in names:
+            raise typer.BadParameter(f"'{value}' is not one of {', '.join(names)}.")
+        return value
+
+    return check
+
+
+def _share(value: float | None) -> float | None:
+    if value is not None and not 0 < value < 1:
+        raise typer.BadParameter(f"{value} is not between 0 and 1.")
+    return value
+
+
+OutDir = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--out", help="Folder for spectrum.npz and .png; numbered (spectrum-2) if they are there."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a result that is there already.")]
+ForceFile = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Lanczos steps per probe; default 100.")]
+Probes = Annotated[int, typer.Option("--probes", min=1, help="Random probes.")]
+Tol = Annotated[
+    float | None,
+    typer.Option("--tol", callback=_share, help="Stop at this mean width of the CDF's band."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the probes.")]
+Kind = Annotated[
+    str,
+    typer.Option("--operator", callback=_one_of(*OPERATORS), help=f"One of {', '.join(OPERATORS)}."),
+]
+Block = Annotated[str | None, typer.Option("--block", help="Parameters by path, such as 'Dense_0/*'.")]
+By = Annotated[
+    str | None,
+    typer.Option("--blocks", callback=_one_of(*GROUPINGS), help="All diagonal blocks: by 'layer' or 'leaf'."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; messages go to stderr.")]
+Csv = Annotated[bool, typer.Option("--csv", help="Print the rows of the result as CSV.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no progress: the result alone.")]
+Picture = Annotated[Path, typer.Option("-o", "--out", "--output", help="Picture: .png, .pdf or .svg.")]
+
+MeshAxes = Annotated[
+    str | None, typer.Option("--mesh", help="Axes of the mesh of all devices, such as data=4,model=2.")
+]
+Distributed = Annotated[bool, typer.Option("--distributed", help="Join the other processes of this run.")]
+Saved = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Folder to save the run in, and to go on from.")
+]
+Minutes = Annotated[float, typer.Option("--checkpoint-minutes", help="Longest time between checkpoints.")]
+BasisPlace = Annotated[
+    str,
+    typer.Option("--basis", callback=_one_of(*PLACES), help=f"Where basis vectors lie: {', '.join(PLACES)}."),
+]
+BasisDtype = Annotated[
+    str | None, typer.Option("--basis-dtype", help="Of stored basis vectors, such as bfloat16.")
+]

@@ -1,0 +1,92 @@
+"""What the commands do with results that are there: print, compare, draw, write and serve pages."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import typer
+
+from spectra.base.errors import SpectraError
+from spectra.cli.output import Voice, draw, picture_path, require_free
+from spectra.report.files import load
+from spectra.report.live import LivePage, serve
+from spectra.report.page import page_path, write_report
+from spectra.report.summary import Summary
+from spectra.results import as_quadrature
+
+
+def show(result: Path, voice: Voice) -> None:
+    """Print a result."""
+    loaded = load(result)
+    with _about(result):
+        voice.show(loaded)
+
+
+def compare(results: list[Path], out: Path | None, voice: Voice, force: bool) -> None:
+    """Print a row for each spectrum, and draw them into one picture."""
+    if out is not None:
+        require_free(force, picture_path(out))
+    table = Summary({name: q for path in results for name, q in _spectra_of(path, results).items()})
+    voice.show(table)
+    if out is not None:
+        draw(table.quadratures, out, Voice())
+
+
+def plot(result: Path, output: Path, learning_rate: float | None, force: bool) -> None:
+    """Write the picture of a result."""
+    require_free(force, picture_path(output))
+    loaded = load(result)
+    with _about(result):
+        draw(loaded, output, Voice(), learning_rate)
+
+
+def report(result: Path, output: Path, title: str | None, force: bool) -> None:
+    """Write the page of a result."""
+    require_free(force, page_path(output))
+    loaded = load(result)
+    with _about(result):
+        page = write_report(loaded, output, title=title, source=result.name)
+    typer.echo(f"page     {page}")
+
+
+def watch(runs: list[Path], output: Path | None, port: int, seconds: int, once: bool) -> None:
+    """Serve or write a page of runs, until Ctrl-C."""
+    matplotlib.use("Agg")  # pages are drawn in threads, which have no windows
+    page = LivePage(runs, seconds)
+    with contextlib.suppress(KeyboardInterrupt):
+        if output is None:
+            with serve(page, port) as server:
+                typer.echo(f"page     http://127.0.0.1:{server.server_port}/   (Ctrl-C ends)")
+                server.serve_forever()
+        else:
+            path = page_path(output)
+            page.write(path)
+            typer.echo(f"page     {path}")
+            while not once:
+                time.sleep(seconds)
+                page.write(path)
+
+
+def _spectra_of(path: Path, among: list[Path]) -> dict[str, Any]:
+    """The quadratures of a file, named after it, with its folder where another file has the same name."""
+    loaded = load(path)
+    name = path.stem if sum(other.stem == path.stem for other in among) == 1 else str(path.with_suffix(""))
+    if isinstance(loaded, dict):
+        return {f"{name}: {block}": as_quadrature(part) for block, part in loaded.items()}
+    return {name: as_quadrature(loaded)}
+
+
+@contextlib.contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Numbers that pass every check and cannot be shown all the same are the file's fault, in words."""
+    try:
+        yield
+    except (SpectraError, OSError):
+        raise
+    except Exception as error:
+        raise SpectraError(
+            f"'{path}' cannot be shown: its numbers contradict each other ({type(error).__name__}: {error})."
+        ) from error
