@@ -287,8 +287,9 @@ def watch(
         ),
     ] = None,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes a free one.")
-    ] = 8765,
+        int | None,
+        typer.Option(min=0, max=65535, help="Port on this machine, 8765 by default; 0 takes a free one."),
+    ] = None,
     seconds: Annotated[int, typer.Option(min=1, help="Time between two looks at the files.")] = 5,
     once: Annotated[bool, typer.Option("--once", help="With --out: write the page once and end.")] = False,
 ):
@@ -304,10 +305,12 @@ def watch(
     matplotlib.use("Agg")  # pages are drawn in threads, which have no windows
     if once and output is None:
         raise typer.BadParameter("--once writes a page: say where with --out.")
+    if port is not None and output is not None:
+        raise typer.BadParameter("--port serves the page, --out writes it to a file: leave one of them out.")
     page = LivePage(runs, seconds)
     with contextlib.suppress(KeyboardInterrupt):
         if output is None:
-            with serve(page, port) as server:
+            with serve(page, 8765 if port is None else port) as server:
                 typer.echo(f"page     http://127.0.0.1:{server.server_port}/   (Ctrl-C ends)")
                 server.serve_forever()
         else:
