@@ -1030,17 +1030,24 @@ SAMPLES = [
     ),
     fault(
         "momentum answers as to a constant gradient",
-        "training/steps.py",
+        "training/stability.py",
         "return [(a - b) / 2 for a, b in zip(s, new, strict=True)]",
         "return [(a + b) / 2 for a, b in zip(s, new, strict=True)]",
         "test_steps.py",
     ),
     fault(
         "second moments that are zero keep their infinite slope",
-        "training/steps.py",
-        "return jnp.where(x == 0, NORMAL * jnp.finfo(x.dtype).tiny, x)",
+        "training/stability.py",
+        "return jnp.where(x == 0, NORMAL * least, x)",
         "return x",
         "test_steps.py::test_parameters_without_a_gradient_change_no_edge",
+    ),
+    fault(
+        "an optimizer whose slopes leave float32 is answered in it",
+        "training/stability.py",
+        "with jax.enable_x64(True):",
+        "with jax.enable_x64(False):",
+        "test_steps.py::test_adafactor_with_parameters_that_have_seen_no_gradient",
     ),
     fault(
         "a forecast is believed as it is",
