@@ -30,6 +30,11 @@ def draw(seed, count):
     return np.float32(scale * (1 + rng.standard_normal((count, 4)) / 2) * SCALES)
 
 
+def moments(x):
+    x = np.asarray(x, np.float64)
+    return x.T @ x / len(x)
+
+
 def operator(x, **options):
     return spectra.HessianOperator(loss_fn, jnp.ones(len(SCALES)), x, **options)
 
@@ -64,9 +69,9 @@ def test_the_union_is_the_weighted_mean_and_unbiased_for_all_data():
     x = draw(1, 400)
     batches = draw_batches(operator(x), KEY, 64, 150, 2)
     chosen = np.arange(0, len(batches.weights), 2)
-    matrices = [np.float64(op.data).T @ np.float64(op.data) / len(op.data) for op in batches.each()]
+    matrices = [moments(op.data) for op in batches.each()]
     weights = batches.weights[chosen] / batches.weights[chosen].sum()
-    wanted = sum(w * matrices[i] for w, i in zip(weights, chosen, strict=True))
+    wanted = np.tensordot(weights, np.array([matrices[i] for i in chosen]), 1)
     np.testing.assert_allclose(batches.union(chosen).as_matrix(), wanted, rtol=1e-5, atol=1e-5 * wanted.max())
     trace = np.mean(np.sum(np.float64(x) ** 2, 1))
     found = []
@@ -105,7 +110,7 @@ def test_the_variance_of_the_law_is_that_over_many_draws(total):
 
 def test_an_interval_from_a_part_of_the_data_holds_them():
     x = draw(2, 600)
-    exact = np.linalg.eigvalsh(np.float64(x).T @ x / 600)[-1]
+    exact = np.linalg.eigvalsh(moments(x))[-1]
     wide = spectra.population(operator(x), key=KEY, num_examples=150)
     found = spectra.population(operator(x), key=KEY, num_examples=150, of="data")
     assert found.num_examples == 144
@@ -122,7 +127,7 @@ def test_coverage_from_strata(of):
     held = np.zeros(3)
     for seed in range(200):
         x = draw(100 + seed, 600)
-        matrix = np.float64(x).T @ x / 600
+        matrix = moments(x)
         if of == "distribution":
             matrix = COVARIANCE
         values, trace = np.linalg.eigvalsh(matrix)[::-1][:2], np.trace(matrix)
