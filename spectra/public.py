@@ -89,7 +89,8 @@ from spectra.results import (
 from spectra.runs.checkpoint import Checkpoint
 from spectra.training.noise import gradient_noise_scale
 from spectra.training.sharpness import critical_sharpness
-from spectra.training.steps import gradient_overlap, stable_step, step_quality
+from spectra.training.stability import stable_step
+from spectra.training.steps import gradient_overlap, step_quality
 from spectra.training.tracker import SpectrumTracker
 
 __all__ = [

@@ -135,6 +135,28 @@ def test_what_is_no_adaptive_optimizer_is_refused():
         spectra.PreconditionedOperator(ridge.operator(), state, eps=0.0, **ADAM_RULE)
 
 
+@pytest.mark.parametrize(
+    ("options", "inside"), [({}, True), ({"eps_in_sqrt": False}, False), ({"eps": 1e-5}, True)]
+)
+def test_rmsprop_with_parameters_that_have_seen_no_gradient(options, inside):
+    """As the weights of pixels that are always black: there P is eps alone, whatever it is."""
+    optimizer, gradient = optax.rmsprop(RATE, decay=0.9, **options), np.array([1.0, 2.0, 0.0])
+    params = jnp.ones(3)
+    state, moment = optimizer.init(params), np.zeros(3)
+    for _ in range(3):
+        _, state = optimizer.update(jnp.asarray(gradient, jnp.float32), state, params)
+        moment = 0.9 * moment + 0.1 * gradient**2
+    eps = options.get("eps", 1e-8)
+    p = np.sqrt(moment + eps) if inside else np.sqrt(moment) + eps
+    identity = spectra.MatrixOperator(jnp.eye(3))
+    found = spectra.PreconditionedOperator(identity, state, update_fn=optimizer.update)
+    # An eps of its own is measured from responses in float32, to AGREE; its root to half of that.
+    np.testing.assert_allclose(np.asarray(found.as_matrix()).diagonal(), 1 / p, rtol=1e-3)
+    nothing = optimizer.update(jnp.zeros(3), optimizer.init(params), params)[1]
+    with pytest.raises(spectra.SpectraError, match="has seen no gradient yet"):
+        spectra.PreconditionedOperator(identity, nothing, update_fn=optimizer.update)
+
+
 def test_adagrad_leaves_parameters_without_gradient_where_they_are():
     params = jnp.ones(3)
     optimizer = optax.adagrad(RATE, initial_accumulator_value=0.0)

@@ -54,22 +54,22 @@ def test_overlap_of_the_gradient_with_eigenvectors():
     np.testing.assert_allclose(found.length, np.linalg.norm(g), rtol=1e-6)
 
 
-def edge(optimizer, state, low=1e-3, high=1e6):
+def edge(optimizer, state, low=1e-3, high=1e6, scales=SCALES, point=W):
     """The multiple at which an eigenvalue of the whole map, state included, passes -1; bisected."""
     leaves, treedef = jax.tree.flatten(state)
     moves = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
-    sizes = np.cumsum([W.size, *(leaves[i].size for i in moves)])
+    sizes = np.cumsum([point.size, *(leaves[i].size for i in moves)])
 
     def once(flat, multiple):
         parts = jnp.split(flat, sizes[:-1])
-        own = list(leaves)
+        own, own_point = list(leaves), parts[0].reshape(point.shape)
         for i, part in zip(moves, parts[1:], strict=True):
             own[i] = part.reshape(leaves[i].shape)
-        updates, new = optimizer.update(SCALES * parts[0], treedef.unflatten(own), parts[0])
+        updates, new = optimizer.update(scales * own_point, treedef.unflatten(own), own_point)
         new = jax.tree.leaves(new)
-        return jnp.concatenate([parts[0] + multiple * updates, *(new[i].ravel() for i in moves)])
+        return jnp.concatenate([parts[0] + multiple * updates.ravel(), *(new[i].ravel() for i in moves)])
 
-    flat = jnp.concatenate([W, *(leaves[i].ravel() for i in moves)])
+    flat = jnp.concatenate([point.ravel(), *(leaves[i].ravel() for i in moves)])
     jacobian = jax.jit(jax.jacfwd(once))
     for _ in range(40):
         middle = np.sqrt(low * high)
@@ -155,6 +155,28 @@ def test_parameters_without_a_gradient_change_no_edge():
         op = spectra.HessianOperator(lambda w, s: 0.5 * jnp.sum(s * w**2), point, scales)
         found.append(float(spectra.stable_step(op, optimizer, state, key=KEY)))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("factored", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_adafactor_with_parameters_that_have_seen_no_gradient(factored):
+    """Its moments of them are 1e-30, whose slope is beyond float32: the truth is in float64."""
+    if factored:
+        optimizer = optax.adafactor(0.1, min_dim_size_to_factor=2, multiply_by_parameter_scale=False)
+        point, scales = W.reshape(2, 2), jnp.array([[5.0, 2.0], [0.0, 0.0]])
+    else:
+        optimizer, point, scales = optax.adafactor(0.1), W, jnp.array([5.0, 2.0, 1.0, 0.0])
+    state = optimizer.init(point)
+    for i in range(5):
+        _, state = optimizer.update(scales * point * (1 + 0.1 * i), state, point)
+    op = spectra.HessianOperator(lambda w, s: 0.5 * jnp.sum(s * w**2), point, scales)
+    found = spectra.stable_step(op, optimizer, state, key=KEY, tol=1e-4)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(
+            lambda x: x.astype(float) if x.dtype == jnp.float32 else x, (state, scales, point)
+        )
+        wanted = edge(optimizer, wide[0], scales=wide[1], point=wide[2])
+    # Arnoldi to 1e-4 of the eigenvalue of a map that is no symmetric one.
+    np.testing.assert_allclose(float(found), wanted, rtol=1e-3)
 
 
 # Of the others in benchmarks/results/training.md the curvature moves by more within the steps watched.

@@ -206,5 +206,8 @@ def test_the_page_is_written_beside_a_finished_run(recorded, tmp_path):
     refused = CliRunner().invoke(commands.app, ["watch", str(path), "--once"])
     assert refused.exit_code == 2
     assert "--out" in refused.output
+    refused = CliRunner().invoke(commands.app, ["watch", str(path), "--port", "0", "-o", str(out)])
+    assert refused.exit_code == 2
+    assert "--port" in refused.output
     with pytest.raises(spectra.SpectraError, match="no file to watch"):
         LivePage([])

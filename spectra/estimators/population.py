@@ -29,7 +29,8 @@ from spectra.base.errors import SpectraError, Status, StructureError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
-from spectra.estimators.batches import Batches, Law, Seen, draw_batches
+from spectra.estimators.batches import Batches, draw_batches
+from spectra.estimators.law import Law, Seen
 from spectra.krylov.eigsh import eigsh
 from spectra.operators.batches import batch_size
 from spectra.operators.data import DataOperator
@@ -48,7 +49,7 @@ def population(
     *,
     key: jax.Array,
     num_eigenvalues: int = 1,
-    num_batches: int = 32,
+    num_batches: int = 64,
     num_examples: int | None = None,
     of: str = "distribution",
     num_folds: int = 2,
@@ -69,8 +70,10 @@ def population(
         key: JAX random key of the order, the start vectors and the probes.
         num_eigenvalues: k, from the top.
         num_batches: b, the parts that a single batch is split into, between which errors are measured; at
-            least 8.
-        num_examples: number of examples to draw from a single batch, without replacement; default all.
+            least 8, and from 32 on with strata (see `num_examples`).
+        num_examples: number of examples to draw from a single batch, without replacement; default all. They
+            are drawn from strata of similar loss, those of large loss more often, and weighted by what they
+            stand for, unless there are too few or a `weight_fn`.
         of: what the intervals are about: the "distribution" that the examples were drawn from, or the "data"
             of `op` itself, of which `num_examples` are drawn; the uncertainty is smaller then.
         num_folds: parts held out in turn: with more of them, vectors are fitted to more examples.
@@ -89,14 +92,17 @@ def population(
         SpectraError: an argument is out of range.
 
     Cost: in products over the sample, num_folds - 1 times those of `eigsh` at `tol`, a few more for the whole
-    sample, starting from those vectors, and 2 k + num_probes. `num_passes` is the actual number.
+    sample, starting from those vectors, and 2 k + num_probes. `num_passes` is the actual number. With
+    num_examples=, one evaluation of the loss of each example of `op` besides.
 
-    Fails where few examples carry the curvature: no interval can account for examples that were never drawn.
+    Fails where few examples carry the curvature, and not because their loss is large: no interval can account
+    for examples that were never drawn.
     For a loss that couples examples, the distribution is not defined.
 
     References:
         Tatzel, Ekman, Hennig, arXiv:2410.14325 (curvature along vectors of another batch); Student's t with
-        skewness after Johnson, doi:10.1080/01621459.1978.10480051.
+        skewness after Johnson, doi:10.1080/01621459.1978.10480051; strata: Cochran, Sampling Techniques, 5.5
+        and 12.2.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra
@@ -131,10 +137,17 @@ def population(
     folds = np.arange(len(batches.weights)) % num_folds
     fitted = _fit(batches, folds, k, starts, tol)
     seen = _look(batches, folds, fitted, probes, num_probes)
-    left = 1 - batches.sizes.sum() / batch_size(op.data, op.shared) if of == "data" else 1.0
-    return _summary(
-        op, batches, Law(batches.weights, folds, (1 + level) / 2, float(left)), fitted, seen, level
-    )
+    return _summary(op, batches, _law(op, batches, folds, of, level), fitted, seen, level)
+
+
+def _law(op: DataOperator, batches: Batches, folds: np.ndarray, of: str, level: float) -> Law:
+    tail = (1 + level) / 2
+    if of == "data":
+        return Law(batches.weights, folds, tail, batches.strata, 1 - batches.drawn)
+    if len(batches.drawn) == 1:  # draws from a distribution, all alike
+        return Law(batches.weights, folds, tail)
+    total = batch_size(op.data, op.shared)
+    return Law(batches.weights, folds, tail, batches.strata, 1 - batches.drawn, int(batches.sizes[0]), total)
 
 
 class _Fits(NamedTuple):

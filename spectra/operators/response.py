@@ -31,6 +31,10 @@ from spectra.operators.optimizers import Found
 Arrays = list[jax.Array]
 AGREE = 1e-3
 """Relative difference of what should be equal but for rounding, of float32 at a second moment of bfloat16."""
+ROUNDINGS = 8
+"""Of sums of two products, and a quotient of them."""
+FAINT = 1e-12
+"""Gradient where none has been seen: the rounding of its square, whose root is 1e-16, is below eps."""
 SECOND = ("nu", "nu_max", "sum_of_squares")
 FOREVER = 2**30
 """Steps after which no bias is left to correct."""
@@ -59,14 +63,16 @@ class Response:
 
     def _leaving(self, held: dict[str, PyTree], count: Any, drive: PyTree) -> Arrays:
         """The update that leaves `held` behind: what a step makes of it is affine, with one slope a leaf."""
+        at = jax.tree.map(lambda x: jnp.where(jnp.any(x != 0), x, jnp.full_like(x, FAINT**2)), held)
         once, twice = (
-            self._evaluate(jax.tree.map(lambda x, s=s: s * x, held), count, drive)[1] for s in (1, 2)
+            self._evaluate(jax.tree.map(lambda x, s=s: s * x, at), count, drive)[1] for s in (1, 2)
         )
-        start = jax.tree.map(_preimage, held, once, twice)
+        start = jax.tree.map(_preimage, held, at, once, twice)
         updates, left = self._evaluate(start, count, drive)
         if not trees.is_traced(left):
-            for want, got in zip(jax.tree.leaves(held), jax.tree.leaves(left), strict=True):
-                if not np.allclose(got, want, rtol=AGREE, atol=0):
+            for want, got, *terms in zip(*map(jax.tree.leaves, (held, left, start, at)), strict=True):
+                # Where a zero is left behind, the drive's own square has to cancel, up to its rounding.
+                if not np.all(np.abs(got - want) <= AGREE * np.abs(want) + 2 * _rounding(*terms)):
                     raise _refused("its second moment is no running mean that a step continues")
         return self._of_op(updates)
 
@@ -98,7 +104,7 @@ class Response:
 
     def drive(self, size: float | None = None, seed: int | None = None) -> PyTree:
         """A change as large as the root of the second moment, or as `size`; with a seed of random signs."""
-        share, floor = (1.0, 1.0) if self.momentum else (0.25, 1e-2)
+        share, floor = (1.0, 1.0) if self.momentum else (0.25, FAINT)
         leaves, treedef = jax.tree.flatten(self.moment)
         driven = jax.tree.leaves(self.fields["mu"]) if self.momentum else leaves
         rng, values = np.random.default_rng(seed), []
@@ -131,10 +137,20 @@ def _cast(new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: x.astype(dtype(y)), new, old)
 
 
-def _preimage(want: jax.Array, once: jax.Array, twice: jax.Array) -> jax.Array:
-    size = jnp.max(jnp.abs(want), initial=0)
+def _rounding(start: jax.Array, at: jax.Array) -> jax.Array:
+    return ROUNDINGS * jnp.finfo(start.dtype).eps * (jnp.abs(start) + jnp.abs(at))
+
+
+def _preimage(want: jax.Array, at: jax.Array, once: jax.Array, twice: jax.Array) -> jax.Array:
+    """Where an affine map, with values at `at` and at twice that, is `want`; `want` itself if it is constant.
+
+    A little more than zero where that is wanted: of less, a root is no number.
+    """
+    size = jnp.max(jnp.abs(at), initial=0)
     slope = jnp.max(jnp.abs(twice - once), initial=0) / jnp.where(size > 0, size, 1)
-    return jnp.where(slope > 0, (want - once) / jnp.where(slope > 0, slope, 1) + want, want)
+    start = (want - once) / jnp.where(slope > 0, slope, 1) + at
+    start = start + jnp.where(want == 0, _rounding(start, at), 0)
+    return jnp.where(slope > 0, start, want)
 
 
 def preconditioner(update_fn: Any, state: PyTree, op: LinearOperator, rule: Callable[..., list]) -> Arrays:
@@ -144,6 +160,12 @@ def preconditioner(update_fn: Any, state: PyTree, op: LinearOperator, rule: Call
         SpectraError: the update is zero, is no diagonal multiple of the momentum, or contradicts the rule.
     """
     response = Response(update_fn, state, op)
+    moments = jax.tree.leaves(response.moment)
+    if not (response.momentum or trees.is_traced(moments) or any(np.any(x) for x in moments)):
+        raise SpectraError(
+            "the optimizer has seen no gradient yet: its second moment is zero everywhere, and its P one number. "
+            "Take a step first."
+        )
     found = response.to(response.held, response.count, response.drive())
     if not trees.is_traced(found) and not any(np.any(x) for x in found):
         response.state = _earlier(response.state, response.found)
@@ -206,9 +228,14 @@ def _fitted_eps(root: np.ndarray, once: np.ndarray, twice: np.ndarray, in_sqrt: 
     seen = np.isfinite(root) & (root > 0) & (twice != 0)
     if not seen.any():
         return None
+    power = 2 if in_sqrt else 1
+    alone = root == 0  # where P is eps alone, or its root
+    if alone.any():
+        at = int(np.argmax(np.where(seen, root, 0)))
+        ratio = (np.median(once[alone]) / once[at]) ** power
+        return float(root[at] ** power / (ratio - 1)) if ratio > 1 else None
     root, ratio = root[seen], (once / np.where(twice != 0, twice, 1))[seen]
     at = int(np.argmin(root))  # where eps matters most
-    power = 2 if in_sqrt else 1
     eps = root[at] ** power * (2**power - ratio[at] ** power) / (ratio[at] ** power - 1)
     return float(eps) if np.isfinite(eps) and eps > 0 else None
 

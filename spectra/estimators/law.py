@@ -1,0 +1,172 @@
+"""What the spread between batches says about the mean that they are drawn from."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from spectra.results import Interval
+from spectra.results.estimates import fieller, skewed_t
+
+
+class Seen(NamedTuple):
+    """What each batch shows, b batches; k vectors, values descending."""
+
+    held_out: np.ndarray  # (b, k, k), VᵀHV on vectors of the other folds
+    in_sample: np.ndarray  # (b, k, k), on those of all batches
+    traces: np.ndarray  # (b, probes)
+
+
+class Errors(NamedTuple):
+    """The error of a weighted mean in independent parts: the sum of their squares is its variance."""
+
+    parts: np.ndarray  # (r, ...)
+    dof: float
+
+    @property
+    def stderr(self) -> float:
+        """Standard error; of an array, the root of the sum of all variances."""
+        return float(np.sqrt(np.sum(self.parts**2)))
+
+    def reach(self, tail: float, up: bool) -> float:
+        """Student's quantile for one end, lengthened by the skewness of the parts."""
+        size, count = self.stderr, len(self.parts)
+        skewness = math.sqrt(count) * float(np.sum(self.parts**3) / size**3) if size > 0 else 0.0
+        return skewed_t(self.t(tail), skewness, count, up)
+
+    def t(self, tail: float) -> float:
+        """Student's quantile."""
+        from scipy.special import stdtrit
+
+        return float(stdtrit(self.dof, tail))
+
+
+class Law:
+    """Means over batches with weights, and their errors.
+
+    With strata, the error of the mean over the data is that within them. That of the data themselves, as
+    draws from a distribution, is the variance between examples, within strata and between them, over their
+    number (two-phase sampling: Cochran, Sampling Techniques, section 12.2).
+
+    Args:
+        weights: (b,), sum one.
+        folds: (b,) the part that each batch belongs to.
+        tail: probability below an upper limit.
+        strata: (b,) what each batch was drawn from; default one for all.
+        left: (s,) share of each stratum that was not drawn: the variance of a mean without replacement is
+            smaller by it. 1 of a distribution.
+        size: examples a batch, and
+        total: examples of the data, where the mean is that of the distribution they were drawn from and the
+            batches are drawn from them; 0 where that is nothing to add.
+    """
+
+    def __init__(
+        self,
+        weights: np.ndarray,
+        folds: np.ndarray,
+        tail: float,
+        strata: np.ndarray | None = None,
+        left: np.ndarray | None = None,
+        size: int = 1,
+        total: int = 0,
+    ):
+        self.weights, self.folds, self.tail, self.size, self.total = weights, folds, tail, size, total
+        self.strata = np.zeros(len(weights), int) if strata is None else strata
+        self.left = np.ones(self.strata.max() + 1) if left is None else left
+
+    def errors(self, values: np.ndarray, *, by_fold: bool = False) -> Errors:
+        """Of the weighted mean of (b, ...); `by_fold` if the folds are means of different things."""
+        mean, found, freedom = np.tensordot(self.weights, values, 1), [], 0.0
+        folds = self.folds if by_fold else np.zeros_like(self.folds)
+        for stratum in range(self.strata.max() + 1):
+            mine = self.strata == stratum
+            weights, own = self.weights[mine], values[mine]
+            share, cells = weights.sum(), folds[mine]
+            rest = np.zeros_like(own)
+            for fold in np.unique(cells):
+                cell = cells == fold
+                rest[cell] = own[cell] - np.average(own[cell], axis=0, weights=weights[cell])
+            known, count = len(np.unique(cells)), len(own)
+            rest = rest * math.sqrt(count / (count - known))
+            each = weights.reshape(-1, *[1] * (values.ndim - 1))
+            parts = [math.sqrt(self.left[stratum]) * each * rest]
+            if self.total:
+                parts.append(np.sqrt(each * self.size / self.total) * rest)
+                between = np.average(own, axis=0, weights=weights) - mean
+                parts.append(math.sqrt(share / self.total) * between[None])
+            found.append(np.concatenate(parts))
+            dof = max(share**2 / float(np.sum(weights**2)) - known, 1.0)
+            freedom += float(np.sum(found[-1] ** 2)) ** 2 / dof
+        parts = np.concatenate(found)
+        variance = float(np.sum(parts**2))
+        # Satterthwaite's degrees of freedom of a sum of variances (doi:10.2307/3002019).
+        dof = variance**2 / freedom if freedom > 0 else max(len(values) - 1.0, 1.0)
+        return Errors(parts, dof)
+
+    def held_out(self, seen: Seen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(k,) each: λ_min of the leading j x j means, its error, and how far above the truth it may be."""
+        count, k = seen.held_out.shape[:2]
+        value, stderr, reach = np.zeros(k), np.zeros(k), np.zeros(k)
+        for j in range(k):
+            forms = np.zeros(count)
+            for part in range(self.folds.max() + 1):
+                mine = self.folds == part
+                share = self.weights[mine].sum()
+                matrices = seen.held_out[mine, : j + 1, : j + 1]
+                values, vectors = np.linalg.eigh(np.tensordot(self.weights[mine] / share, matrices, 1))
+                along = vectors[:, 0]
+                value[j] += share * values[0]
+                forms[mine] = np.einsum("i,bij,j->b", along, matrices, along)
+            errors = self.errors(forms, by_fold=True)
+            stderr[j] = errors.stderr
+            reach[j] = errors.reach(self.tail, up=False) * stderr[j]
+        return value, stderr, reach
+
+    def in_sample(self, seen: Seen, stderr: np.ndarray) -> np.ndarray:
+        """(k,) how far below the truth the eigenvalues of the sample may be; `stderr` on vectors held out.
+
+        The error is that along the eigenvectors of the whole distribution. Those of the sample lean towards
+        examples of large curvature, those held out away from them: the larger error of the two counts.
+        """
+        reach = np.zeros(len(stderr))
+        for j in range(len(stderr)):
+            errors = self.errors(seen.in_sample[:, : j + 1, : j + 1])
+            size = max(errors.stderr, stderr[j])
+            # Of a length, both tails.
+            t = errors.t((1 + self.tail) / 2) if j else errors.reach(self.tail, up=True)
+            reach[j] = t * size
+        return reach
+
+    def trace(self, traces: np.ndarray) -> tuple[Interval, float, float]:
+        """The mean over batches and probes, its error over examples, and that over the probes."""
+        each = traces.mean(axis=1)
+        mean, errors = float(self.weights @ each), self.errors(each)
+        within = np.var(traces, axis=1, ddof=1) / traces.shape[1]
+        of_probes = float(np.sqrt(self.weights**2 @ within))
+        # The spread between batches has the probes' in it, as far as it counts.
+        counted = self.left[self.strata] * self.weights**2
+        if self.total:
+            counted = counted + self.weights * self.size / self.total
+        of_examples = math.sqrt(max(errors.stderr**2 - float(counted @ within), 0.0))
+        stderr = math.hypot(of_examples, of_probes)
+        below, above = (errors.reach(self.tail, up) * stderr for up in (False, True))
+        return Interval(mean - below, mean, mean + above), of_examples, of_probes
+
+    def shares(self, seen: Seen, whole: np.ndarray, values: np.ndarray) -> Interval:
+        """(k,) of the trace in the j largest eigenvalues: Fieller's limits, of held-out and sample values."""
+        traces = seen.traces.mean(axis=1)
+        mean = float(self.weights @ traces)
+        if mean <= 0:
+            nothing = np.full(len(whole), np.nan)
+            return Interval(nothing, nothing, nothing)
+        limits = np.zeros((2, len(whole)))
+        for up, matrices in ((False, seen.held_out), (True, seen.in_sample)):
+            sums = np.cumsum(np.diagonal(matrices, axis1=1, axis2=2), axis=1)
+            for j in range(len(whole)):
+                own = float(self.weights @ sums[:, j])
+                top = float(np.sum(whole[: j + 1])) if up else own
+                parts = self.errors(np.stack([sums[:, j], traces], axis=1)).parts
+                t = self.errors(sums[:, j] - top / mean * traces).reach(self.tail, up)
+                limits[int(up), j] = fieller(top, mean, parts.T @ parts, t, up=up)
+        value = np.cumsum(values) / mean
+        return Interval(np.minimum(limits[0], value), value, np.maximum(limits[1], value))
