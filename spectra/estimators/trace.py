@@ -91,9 +91,9 @@ def trace(
         tol: stop as soon as stderr <= tol |value|, checking after 12 probes (16 for "hutchinson") and then
             whenever their number has grown by half; the status says whether it was reached. After the first
             check the stated error is the tolerance itself, up to 1.22 times the error found.
-        probes: "rademacher" (default for "hutchinson" from four probes on: exact for a diagonal H) or "normal"
-            (default for fewer, and for the other methods, which scale the projected probe to the length it has
-            on average).
+        probes: "rademacher" (default for "hutchinson" from four probes on: exact for a diagonal H) or
+            "normal" (default for fewer, and for the other methods, which scale the projected probe to the
+            length it has on average).
         by: "leaf" or "layer": value and stderr become dicts with the trace of each diagonal block, from
             the same products; `total` is the trace of the whole.
         probe_batch: products computed side by side; changes the result by rounding only. Those of a Krylov
