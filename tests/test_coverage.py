@@ -70,6 +70,14 @@ def test_signs_that_agree_by_chance_are_no_certainty(num_matvecs, x64):
     assert coverage(matrix, 0.0, "hutchinson", num_matvecs) >= 0.92
 
 
+@pytest.mark.parametrize(("width", "num_matvecs"), [(2, 1), (2, 3), (3, 8), (3, 9), (5, 5)])
+def test_blocks_of_ones_are_covered(width, num_matvecs, x64):
+    """Forms of few signs take few values: those of three entries are 1 for three in four, and 9."""
+    matrix = np.zeros((20, 20))
+    matrix[:width, :width] = 1.0
+    assert coverage(matrix, float(width), "hutchinson", num_matvecs) >= 0.92
+
+
 def test_signs_are_exact_for_a_diagonal(x64):
     diagonal = np.exp(np.linspace(-3, 3, 40))
     found = spectra.trace(

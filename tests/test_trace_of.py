@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import SHARP, diagonal, planted, runs_of, slow_but
+from scipy.special import stdtrit
 
 import spectra
 from spectra.estimators import bracket
@@ -139,6 +140,24 @@ def test_intervals_hold_at_their_rate(name, x64):
     assert 0.85 <= np.sqrt(np.mean(np.square(stderr))) / ideal <= 1.15
 
 
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_few_steps_know_less_of_the_spread_than_of_the_value(num_steps, x64):
+    """One step integrates x exactly and shows nothing of its spread; nor do two of that of x²."""
+    power = [lambda x: x, np.square][num_steps - 1]
+    for entries, f in (
+        (np.linspace(-2, 2, N) ** 3, power),
+        (np.append(np.full(N - 1, 0.01), 5.0), power),
+        # The domain of this f ends close below an eigenvalue that two steps cannot exclude.
+        (np.repeat([0.0, 1.0, 10.0], [N - 13, 12, 1]), lambda x: np.log(x + 0.01)),
+    ):
+        held = 0
+        many = spectra.slq(diagonal(entries), key=KEY, num_steps=num_steps, num_probes=1600)
+        for part in runs_of(8, many):
+            lower, _, upper = spectra.trace_of(part, f).interval()
+            held += lower <= f(entries).sum() <= upper
+        assert held >= 0.92 * 200  # at a rate of 95 % less by three standard errors of 1.5 %
+
+
 @SHARP
 def test_the_log_determinant_of_half_the_identity_is_exact(dtype):
     got = spectra.logdet(diagonal(np.full(N, 0.5), dtype), key=KEY, num_steps=STEPS)
@@ -269,6 +288,18 @@ def test_estimates_are_equivariant_under_scaling(scale, x64):
     assert b.stderr == pytest.approx(a.stderr, rel=1e-6)
     counts = [spectra.count_above(op, c, **options) for op, c in ((one, 1.0), (other, scale))]
     assert counts[1].value == pytest.approx(counts[0].value, rel=1e-6)
+
+
+def test_intervals_from_inside_jit_hold_at_their_rate(x64):
+    """One eigenvalue dominates: the spread of eight samples would say too little, see `error_of_powers`."""
+    entries = np.append(np.linspace(0.0, 0.02, N - 1), 3.0)
+    op = diagonal(entries)
+    found = jax.jit(jax.vmap(lambda key: spectra.trace_of(op, jnp.exp, key=key, num_steps=5, num_probes=8)))(
+        jax.random.split(KEY, 400)
+    )
+    half = stdtrit(found.dof, 0.975) * np.asarray(found.stderr)
+    held = np.abs(np.asarray(found.value) - np.exp(entries).sum()) <= half
+    assert np.mean(held) >= 0.93  # 95 % less by two standard errors of 1.1 %
 
 
 def test_inside_jit_what_needs_values_is_refused_with_a_reason():

@@ -22,6 +22,9 @@ from spectra.quadrature.brackets import gauss_radau, rules
 from spectra.results import Quadrature
 
 Bounds = tuple[float | None, float | None]
+NEAR = 2.0**-10
+"""Distance to the end of the domain of f, in that of the smallest Ritz value, up to which eigenvalues are
+taken into account where nothing excludes them."""
 _SAMPLES = 16
 """Of f between neighbouring nodes, and for each degree of the polynomial."""
 
@@ -55,40 +58,78 @@ def interval_of(q: Quadrature, bounds: Bounds | None) -> tuple[float, float]:
     return float(a), float(b)
 
 
-def bracket(q: Quadrature, f, interval, bounds, one_signed: bool):
-    """(lower, upper, range of f, what they rest on) of what is sampled: its order times means over probes.
-
-    The bounds are None where f has a pole.
-    """
-    rest = q.parts.rest
+def domain(q: Quadrature, f, interval, bounds, one_signed: bool):
+    """The interval [a, b] on which f is used, None where it has a pole, and what that rests on."""
     floor, smallest, largest = q.noise_floor, float(np.min(q.nodes)), float(np.max(q.nodes))
     a, b = min(interval[0], smallest - floor), max(interval[1], largest + floor)
     rests = "the given bounds"
     if bounds is None or None in bounds:
         rests = f"bounds of the spectrum that hold with {100 * LEVEL:g} %"
-    # The end of the domain of f, or a pole, above a: the nearest to a from where on f is defined.
-    nearer = [a, *(smallest - (smallest - a) / 2**i for i in range(1, 40))]
-    good = [x for x in nearer if _is_finite(f, x, b, smallest) and (not one_signed or _bends_once(f, x, b))]
-    if not good:
-        return None, None, (None, None), "no bracket: f is not finite between the Ritz values"
-    if good[0] > a:
-        a = good[0]
-        rests = f"{a:.3g} as lower bound, below which f is not defined: likely, not certain"
-    of_rule = of_one_sign if one_signed else _of_any
+
+    def is_good(x: float) -> bool:
+        return _is_finite(f, x, b, smallest) and (not one_signed or _bends_once(f, x, b))
+
+    if is_good(a):
+        return (a, b), rests
+    if not is_good(smallest - (smallest - a) / 2**40):
+        return None, "no bracket: f is not finite between the Ritz values"
+    bad, good = a, smallest
+    for _ in range(40):  # the end of the domain of f, or a pole
+        middle = (bad + good) / 2
+        bad, good = (bad, middle) if is_good(middle) else (middle, good)
+    a = good + (smallest - good) * NEAR
+    if not is_good(a):
+        a = smallest - (smallest - bad) / 2
+    return (a, b), f"{a:.3g} as lower bound, below which f is not defined: likely, not certain"
+
+
+def bracket(q: Quadrature, f, ends, rests: str, one_signed: bool):
+    """(lower, upper, range of f, what they rest on) of what is sampled: its order times means over probes.
+
+    `ends` and `rests` are those of `domain`; the bounds are None where f has a pole.
+    """
+    if ends is None:
+        return None, None, (None, None), rests
+    rest, (a, b) = q.parts.rest, ends
     kind = "that of Gauss and Radau" if one_signed else "from the variation of f"
-    kind = f"the bracket is {kind} and rests on"
-    if q.parts.origin is None:
-        found = [of_rule(f, rule, a, b) for rule in rules(rest)]
-    else:  # what is known of the whole measure, less the nodes that were taken out
-        found = []
-        for rule, taken in q.parts.origin.rules():
-            nodes, w, _ = rule
-            known = float(w[taken] @ evaluate(f, np.clip(nodes[taken], a, b)))
-            found.append((np.array(of_rule(f, rule, a, b)) - known) / (1 - w[taken].sum()))
-    low, high = np.mean(found, axis=0) * rest.size
+    low, high = np.mean(_each(q, f, of_one_sign if one_signed else _of_any, a, b), axis=0) * rest.size
     seen = evaluate(f, np.concatenate([np.linspace(a, b, 257), np.clip(np.ravel(q.nodes), a, b)]))
     seen = seen[np.isfinite(seen)] * rest.size
-    return float(low), float(high), (float(seen.min()), float(seen.max())), f"{kind} {rests}"
+    reason = f"the bracket is {kind} and rests on {rests}"
+    return float(low), float(high), (float(seen.min()), float(seen.max())), reason
+
+
+def power_means(q: Quadrature, g, ends) -> tuple[float, float]:
+    """Means of g² and g⁴ over what is sampled: the largest that the Gauss and both Gauss-Radau rules give.
+
+    The Gauss rule of m nodes knows polynomials of degree 2m - 1, so that after few steps it shows less of g²
+    than of g, and nothing after one. The Gauss-Radau rules know one degree more.
+    """
+    found = []
+    for rule, taken in _measures(q):
+        nodes, w, _ = rule
+        known = [w[taken] @ g(nodes[taken]) ** p for p in (2, 4)]
+        some = [[masses @ g(points) ** p for p in (2, 4)] for points, masses in _three_rules(rule, *ends)]
+        found.append((np.max(some, axis=0) - known) / (1 - w[taken].sum()))
+    square, fourth = np.mean(found, axis=0)
+    return float(square), float(fourth)
+
+
+def _measures(q: Quadrature):
+    """The rule of each probe, and the numbers of the nodes in it that are resolved, not sampled."""
+    if q.parts.origin is None:
+        return [(rule, np.zeros(0, int)) for rule in rules(q.parts.rest)]
+    return q.parts.origin.rules()
+
+
+def _each(q: Quadrature, f, of_rule, a: float, b: float) -> np.ndarray:
+    """(k, 2): `of_rule` of what each probe samples: that of its whole measure, less the nodes taken out."""
+    found = []
+    for rule, taken in _measures(q):
+        nodes, w, _ = rule
+        known = float(w[taken] @ evaluate(f, np.clip(nodes[taken], a, b)))
+        found.append((np.array(of_rule(f, rule, a, b)) - known) / (1 - w[taken].sum()))
+    return np.array(found)
 
 
 def _is_finite(f, a: float, b: float, smallest: float) -> bool:
@@ -123,13 +164,16 @@ def _bends_once(f, a: float, b: float) -> bool:
 
 def of_one_sign(f, rule, a: float, b: float) -> tuple[float, float]:
     """Least and largest of the Gauss rule and both Gauss-Radau rules."""
-    theta, w, r = rule
-    found = [float(w @ evaluate(f, np.clip(theta, a, b)))]
-    if r.any():
-        for end in (a, b):
-            points, masses = gauss_radau(theta, w, r, end)
-            found.append(float(masses @ evaluate(f, np.clip(points, a, b))))
+    found = [
+        float(masses @ evaluate(f, np.clip(points, a, b))) for points, masses in _three_rules(rule, a, b)
+    ]
     return min(found), max(found)
+
+
+def _three_rules(rule, a: float, b: float):
+    """Nodes and weights of the Gauss rule and of the Gauss-Radau rules with a node at a and at b."""
+    theta, w, r = rule
+    return [(theta, w), *(gauss_radau(theta, w, r, end) for end in (a, b) if r.any())]
 
 
 def _of_any(f, rule, a: float, b: float) -> tuple[float, float]:

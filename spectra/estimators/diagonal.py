@@ -248,16 +248,36 @@ def _merge(stack: PyTree, products: PyTree, done, state, unit, pairs):
     return merged, unit, pairs
 
 
+AGREE = 4
+"""Probes up to which the samples of an entry often agree by chance: with two entries in a row all k do for
+2^(1-k) of the keys. Their own spread says nothing then, and that of all entries stands in."""
+
+
 @jax.jit
 def _hutchinson_result(mean: PyTree, spread: PyTree, square: PyTree, unit, count, precision):
-    """Value and error. Of one probe the spread is unknown; (Hv)_i² bounds it on average."""
+    """Value and error of k probes. Of one the spread is unknown; (Hv)_i² bounds it on average.
+
+    Samples of signs lie on a lattice, and their spread is least where their mean is farthest off: for rows
+    with one entry off the diagonal, Student's interval held for 88 % of keys with 7 probes, 91 % with 13 and
+    92 % with 16. So the spread is taken as if it were about the truth, two standard errors off (the score
+    interval), which leaves k - 4 degrees of k - 1, as in `hutchinson`; up to `AGREE` probes, where it leaves
+    none, an entry's variance is at least the mean over entries.
+    """
+
+    def variance(s, q):
+        least = jnp.where(count > AGREE, count - 4, count - 1)
+        return jnp.where(count > 1, s / jnp.maximum(count * least, 1), q)
+
+    variances = jax.tree.map(variance, spread, square)
+    leaves = jax.tree.leaves(variances)
+    pooled = sum(jnp.sum(leaf) for leaf in leaves) / sum(leaf.size for leaf in leaves)
 
     def error(s, q):
-        variance = jnp.where(count > 1, s / jnp.maximum(count * (count - 1), 1), q)
-        return jnp.sqrt(variance + precision**2 * q)
+        s = jnp.where(count > AGREE, s, jnp.maximum(s, pooled.astype(s.dtype)))
+        return jnp.sqrt(s + precision**2 * q)
 
     return _tree.scale(unit, mean), jax.tree.map(
-        lambda s, q: (unit * error(s, q)).astype(q.dtype), spread, square
+        lambda s, q: (unit * error(s, q)).astype(q.dtype), variances, square
     )
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
-from spectra.density.extremes import sampling_error
+from spectra.density.extremes import error_of_powers, sampling_error
 from spectra.density.slq import slq
 from spectra.density.spending import spend
-from spectra.estimators.bracket import Bounds, bracket, evaluate, interval_of
+from spectra.estimators.bracket import Bounds, bracket, domain, evaluate, interval_of, power_means
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Estimate, Quadrature
 
@@ -85,7 +85,7 @@ def trace_of(
     Returns:
         `Estimate` with lower and upper, None if there is no bracket; `reason` says what they rest on.
 
-    Inside jit, vmap and grad the result has the value with its spread over probes but no bracket, and f must
+    Inside jit, vmap and grad the result has the value with its standard error but no bracket, and f must
     be a JAX function or one recognised by name; derivatives are those of the value.
 
     Raises:
@@ -138,7 +138,7 @@ def trace_of(
 
 
 def _traced(op: LinearOperator, f, key, num_steps, num_probes: int, tol) -> Estimate:
-    """The value and its spread over probes inside jit, vmap and grad; derivatives are those of the value."""
+    """The value and its standard error inside jit, vmap and grad; derivatives are those of the value."""
     if tol is not None:
         raise SpectraError(
             "tol looks at values: call trace_of outside of jit, vmap and grad, or leave it out."
@@ -154,15 +154,18 @@ def _traced(op: LinearOperator, f, key, num_steps, num_probes: int, tol) -> Esti
     values = jnp.where(counted, f(jnp.where(counted, q.nodes, jnp.max(q.nodes, axis=1, keepdims=True))), 0)
     weights = q.weights / jnp.sum(q.weights, axis=1, keepdims=True)
     samples = jnp.sum(jnp.where(whole, values, op.size * weights * values), axis=1)
-    spread = jax.lax.stop_gradient(samples)
+    # `error_of_powers`: the spread of few samples says too little where one eigenvalue dominates.
+    values, weights = jax.lax.stop_gradient((values, weights))
+    variance = jnp.sum(weights * (values - jnp.sum(weights * values) / num_probes) ** 2) / num_probes
+    stderr = op.size * jnp.sqrt(2 * variance / (op.size + 2) / num_probes)
     return Estimate(
         value=jnp.mean(samples),
-        stderr=jnp.std(spread, ddof=1) / num_probes**0.5 if num_probes > 1 else jnp.inf,
+        stderr=jnp.where(jnp.all(whole), 0.0, stderr),
         num_matvecs=q.num_matvecs,
         method="slq",
         status=Status.TRACED,
         reason="no bracket inside jit: it needs values",
-        dof=max(num_probes - 1.0, 1.0),
+        dof=float(num_probes),
     )
 
 
@@ -211,10 +214,13 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None, one_signed: bool) 
     weights = weights / weights.sum(axis=1, keepdims=True)
     values = np.where(weights > 0, at(nodes), 0.0)
     mean = float(np.sum(weights * values) / k)
+    ends, rests = domain(q, f, (a, b), bounds, one_signed)
     stderr, dof = sampling_error(weights, values, n)
+    if ends is not None:
+        stderr, dof = _spread(q, f, ends, mean)
     rounding += n * float(np.sum(np.where(weights > 0, weights * _moved(at, nodes, floor), 0.0)) / k)
     rounding += parts.spill(at, mean)
-    lower, upper, reach, reason = bracket(q, f, (a, b), bounds, one_signed)
+    lower, upper, reach, reason = bracket(q, f, ends, rests, one_signed)
     if lower is not None and upper is not None:  # sums in another order
         lower, upper = known + min(lower, n * mean), known + max(upper, n * mean)
     least, most = (
@@ -234,6 +240,19 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None, one_signed: bool) 
         least=least,
         most=most,
     )
+
+
+def _spread(q: Quadrature, f, ends, mean: float) -> tuple[float, float | None]:
+    """Standard error of the sampled part of tr f(H), and its degrees of freedom; `ends` are of the domain."""
+    rest = q.parts.rest
+
+    def deviation(x):
+        return evaluate(f, np.clip(x, *ends)) - mean
+
+    reached = np.append(np.ravel(q.nodes), ends)
+    scale = float(np.abs(deviation(reached)).max())
+    square, fourth = power_means(q, lambda x: deviation(x) / (scale or 1.0), ends)
+    return error_of_powers(scale, square, fourth, rest.size, rest.num_probes)
 
 
 def _moved(f, x: np.ndarray, shift: float) -> np.ndarray:

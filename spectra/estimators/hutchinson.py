@@ -127,7 +127,9 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     and the bound 2 (|Hv|² - (vᵀHv)² / n), which is the spread of v ⊙ Hv over entries in place of probes.
     The first fails where a few entries count and all k signs agree; it is taken as if the spread were
     about the truth, two standard errors off (the score interval), which leaves k - 4 degrees of k - 1.
-    The smaller one counts.
+    The smaller one counts, and by (k + 1) / k more: forms of few signs take few values, so that the least of
+    them, seen k times, has its limit next to the truth. For three entries of (1, 1, 1)ᵀ(1, 1, 1) and 8
+    probes the limit was 0.999 of it, and 10 % of keys missed.
     """
     signs = kind == "rademacher"
     xp, parts, (carried, aside) = run.xp, [], beginning(run, kind, num_matvecs)
@@ -143,6 +145,8 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         if signs and k > 4:
             off = xp.maximum(run.by_group(off_diagonal(carried.spread, k)), 0)
             second = xp.minimum(second, off * (k - 1) / (k - 4))
+        if signs:
+            second = second * ((k + 1) / k)
         return values, xp.hypot(xp.sqrt(2 * second / k), run.rounding(squares))
 
     def step(count):

@@ -37,6 +37,8 @@ STACKS = {"hutchinson": 0.0, "hutch++": 2.0, "krylov": 2.0, "xtrace": 2.0, "xnys
 """Vectors held at the peak, for each product of the budget."""
 _LEAST = {"hutchinson": 1, "hutch++": 4, "krylov": 8, "xtrace": 4, "xnystrace": 2}
 """Products that leave two samples or probes, without which there is no error; see `hutchinson` for one."""
+SIGNS = 4
+"""Rademacher probes from which their interval covers every matrix: fewer agree too often, see `trace`."""
 KRYLOV = 16
 """Products from which a Krylov space is worth its decisions: fewer go to XTrace."""
 
@@ -72,7 +74,7 @@ def trace(
     `spectra.estimators.leave_one_out`). The error includes the rounding of products; with "exact", the
     rounding of a loss is measured (see `spectra.estimators.exact`), except inside `jit`, where the stated
     precision is used. Fewer than four Rademacher probes miss some matrices altogether: only every second
-    probe sees (1, -1)ᵀ(1, -1). Use "normal" for so few.
+    probe sees (1, -1)ᵀ(1, -1). So few are normal by default.
 
     Symmetry is tested by uᵀHv = vᵀHu for the vectors at hand. With Rademacher probes and a function supplied
     by the user, one product (of three or more) is spent on a normal vector, since any odd function of each
@@ -89,8 +91,9 @@ def trace(
         tol: stop as soon as stderr <= tol |value|, checking after 12 probes (16 for "hutchinson") and then
             whenever their number has grown by half; the status says whether it was reached. After the first
             check the stated error is the tolerance itself, up to 1.22 times the error found.
-        probes: "rademacher" (default for "hutchinson": exact for a diagonal H) or "normal" (default
-            for the others, which scale the projected probe to the length it has on average).
+        probes: "rademacher" (default for "hutchinson" from four probes on: exact for a diagonal H) or
+            "normal" (default for fewer, and for the other methods, which scale the projected probe to the
+            length it has on average).
         by: "leaf" or "layer": value and stderr become dicts with the trace of each diagonal block, from
             the same products; `total` is the trace of the whole.
         probe_batch: products computed side by side; changes the result by rounding only. Those of a Krylov
@@ -140,7 +143,7 @@ def trace(
         raise SpectraError(
             "checkpoint=: a Krylov space is not saved, method='krylov' starts anew each time. Use 'xtrace'."
         )
-    kind = check_probes(probes, "rademacher" if method == "hutchinson" else "normal")
+    kind = check_probes(probes, _default_probes(op, method, num_matvecs))
     count = op.size if method == "exact" else num_matvecs
     if method != "exact" and num_matvecs < _LEAST[method]:
         raise SpectraError(f"num_matvecs={num_matvecs}: {method} needs at least {_LEAST[method]} products.")
@@ -178,6 +181,13 @@ def choose(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]
         held = f"{format_bytes(int(needed))} of vectors"
         return "hutchinson", f"xtrace would hold {held}, {format_bytes(available)} are free"
     return "xtrace", f"n={op.size:,} exceeds num_matvecs={num_matvecs} and the sketch fits into memory"
+
+
+def _default_probes(op: LinearOperator, method: str, num_matvecs: int) -> str:
+    """Signs for Hutchinson's method, which know a diagonal at once, but for too few of them."""
+    if method != "hutchinson":
+        return "normal"
+    return "rademacher" if num_matvecs - blocks.aside(op, "rademacher", num_matvecs) >= SIGNS else "normal"
 
 
 def _for_krylov(op, key, by, probes, num_matvecs: int) -> bool:
