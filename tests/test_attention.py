@@ -139,6 +139,29 @@ def test_a_product_takes_memory_that_is_linear_in_the_sequence():
     assert long <= temporary_bytes(jax.nn.dot_product_attention, 8192) / 100
 
 
+@pytest.mark.parametrize(
+    ("platform", "heads", "blocks"),
+    # On a GPU at most 2^25 logits in a block: 32 x 1024^2 are as many, 64 x 512^2 and 512 x 256^2 are within.
+    [("cpu", 4, 32), ("gpu", 4, 4), ("gpu", 32, 4), ("gpu", 64, 8), ("gpu", 512, 16), ("tpu", 10**5, 32)],
+)
+def test_blocks_are_larger_where_they_fill_more_cores(monkeypatch, platform, heads, blocks):
+    monkeypatch.setattr("spectra.models.attention._platform", lambda: platform)
+    q = jax.ShapeDtypeStruct((1, 4096, heads, 2), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda *args: spectra.attention(*args))(q, q, q)
+    (outer,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    assert outer.params["length"] == blocks
+
+
+def test_the_platform_is_that_of_the_default_device(monkeypatch):
+    from spectra.models.attention import _platform
+
+    assert _platform() == jax.default_backend()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert _platform() == "gpu"
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert _platform() == "cpu"
+
+
 def test_shapes_that_do_not_fit_are_refused():
     q, k, v = inputs(groups=3, dtype=jnp.float32)
     with pytest.raises(spectra.StructureError, match="multiple of K"):

@@ -14,6 +14,9 @@ from spectra.base.errors import StructureError
 
 BLOCK = 128
 """Rows and columns of a block of logits: large enough for matrix products, small enough for a CPU's cache."""
+LARGEST, NUMBERS = 1024, 2**25
+"""On other devices a block should occupy all of their cores, and each costs kernels to launch: as many rows
+and columns as keep the logits of one block, of all heads and examples, within so many numbers (128 MiB)."""
 HIDDEN = -0.7 * float(np.finfo(np.float32).max)
 """Logit of a key that does not count, as in JAX: finite, so that a row of them has a softmax."""
 
@@ -30,7 +33,7 @@ def attention(
     query_seq_lengths: Any | None = None,
     key_value_seq_lengths: Any | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    block_sizes: tuple[int, int] = (BLOCK, BLOCK),
+    block_sizes: tuple[int, int] | None = None,
 ) -> jax.Array:
     """softmax(Q Kᵀ scale + bias) V in linear memory: takes what `jax.nn.dot_product_attention` takes.
 
@@ -50,7 +53,10 @@ def attention(
         query_seq_lengths: (B,), rows behind them are zero.
         key_value_seq_lengths: (B,), keys behind them do not count.
         local_window_size: keys that a query sees to its left and right, one number or two.
-        block_sizes: rows (queries) and columns (keys) of a block of logits.
+        block_sizes: rows (queries) and columns (keys) of a block of logits. By default 128 of each on a CPU;
+            elsewhere a power of two from 128 to 1024, the largest with at most 2^25 logits in a block of all
+            heads and examples. The platform is that of JAX's default device when the function is traced: pass
+            sizes where a program is compiled for another.
 
     Returns:
         As `query`, in its dtype. The softmax is computed in float32 at least, of float64 in float64 (there
@@ -89,11 +95,28 @@ def attention(
     if key_value_seq_lengths is not None:
         seen = jnp.arange(rule.keys) < jnp.asarray(key_value_seq_lengths)[:, None]
         mask = _both(mask, seen[:, None, None, :])
-    out = _blockwise(rule, query, key, value, bias, mask, scale, block_sizes)
+    sizes = _block_sizes(_platform(), query.shape[0] * query.shape[2]) if block_sizes is None else block_sizes
+    out = _blockwise(rule, query, key, value, bias, mask, scale, sizes)
     if query_seq_lengths is not None:
         seen = jnp.arange(rule.queries) < jnp.asarray(query_seq_lengths)[:, None]
         out = jnp.where(seen[:, :, None, None], out, 0)
     return out.reshape(shape)
+
+
+def _platform() -> str:
+    """Where what is traced now will run, unless its arguments lie elsewhere."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+def _block_sizes(platform: str, rows: int) -> tuple[int, int]:
+    """Rows and columns of a block of which there are `rows` side by side, one for each head and example."""
+    size = BLOCK
+    while platform != "cpu" and size < LARGEST and rows * (2 * size) ** 2 <= NUMBERS:
+        size *= 2
+    return size, size
 
 
 @dataclasses.dataclass(frozen=True)
