@@ -41,6 +41,7 @@ from spectra.krylov.iteration import LanczosIteration
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
 from spectra.krylov.solve import solve
+from spectra.krylov.svds import svds
 from spectra.models.attention import attention
 from spectra.models.flax import linen_model, nnx_model
 from spectra.models.problem import Problem
@@ -51,6 +52,7 @@ from spectra.operators.dense import FunctionOperator, MatrixOperator
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator, dense_hessian
+from spectra.operators.jacobian import JacobianOperator
 from spectra.operators.kfac import EKFACOperator, KFACOperator
 from spectra.operators.preconditioned import PreconditionedOperator
 from spectra.operators.structured import DiagonalOperator, LowRankOperator
@@ -84,6 +86,7 @@ from spectra.results import (
     Population,
     Quadrature,
     Sharpness,
+    SingularTriplets,
     Snapshot,
     Solution,
     SpectrumHistory,
@@ -120,6 +123,7 @@ __all__ = [
     "GradientOverlap",
     "HessianOperator",
     "Interval",
+    "JacobianOperator",
     "KFACOperator",
     "LanczosIteration",
     "LayerConditions",
@@ -142,6 +146,7 @@ __all__ = [
     "Quadrature",
     "ResultFileError",
     "Sharpness",
+    "SingularTriplets",
     "Snapshot",
     "Solution",
     "SpectraError",
@@ -208,6 +213,7 @@ __all__ = [
     "stable_step",
     "step_quality",
     "summary",
+    "svds",
     "trace",
     "trace_of",
     "write_report",

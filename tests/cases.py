@@ -263,6 +263,14 @@ def _tangent_kernel():
     return op, rows @ rows.T / len(net.x)
 
 
+def _gram():
+    """Jᵀ J of networks.Network, by the parameters B alone."""
+    net = networks.Network()
+    rows = net.jacobians().reshape(-1, 18)[:, 9:15]
+    jacobian = spectra.JacobianOperator(networks.model_fn, net.params(), jnp.asarray(net.x), wrt="B")
+    return jacobian.gram(), rows.T @ rows
+
+
 OPERATORS = {
     "matrix": _matrix,
     "function": lambda: (
@@ -295,6 +303,7 @@ OPERATORS = {
     "product": _product,
     "submatrix": _submatrix,
     "tangent kernel": _tangent_kernel,
+    "gram of a jacobian": _gram,
     "sum with a stream": lambda: (
         Ridge().operator() + Ridge().operator(Ridge().parts(4)),
         2 * Ridge().hessian(),

@@ -35,6 +35,7 @@ from spectra.results import (
     Population,
     Quadrature,
     Sharpness,
+    SingularTriplets,
     Snapshot,
     Solution,
     SpectrumHistory,
@@ -220,6 +221,11 @@ def _steps(value: Any, sizes: Sizes) -> str | None:
     return None if plain else "is not a tuple of steps"
 
 
+def _shape(value: Any, sizes: Sizes) -> str | None:
+    plain = isinstance(value, tuple) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
+    return None if plain else "is not the shape of a matrix"
+
+
 def _names(value: Any, sizes: Sizes) -> str | None:
     if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
         return "is not a tuple of names"
@@ -275,6 +281,12 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "values": _array("k"), "vectors": _vectors, "residuals": _array("k"), "converged": _array("k", "b"),
         "which": _TEXT, "size": _SIZE, "num_matvecs": _COUNT, "num_restarts": _COUNT, "missed": _POSITIVE,
         "noise_floor": _POSITIVE, "status": _STATUS,
+    },
+    SingularTriplets: {
+        **dict.fromkeys(("values", "errors"), _array("k", low=0)),
+        **dict.fromkeys(("left", "right"), _vectors), "converged": _array("k", "b"), "which": _TEXT,
+        "shape": _shape, "num_matvecs": _COUNT, **dict.fromkeys(("noise_floor", "gram_floor"), _POSITIVE),
+        "status": _STATUS,
     },
     Tridiagonal: {
         "alpha": _array("steps"), "beta": _array("steps-1"),
@@ -378,6 +390,12 @@ def _whole(pairs: Eigenpairs) -> bool:
     )
 
 
+def _whole_sides(triplets: SingularTriplets) -> bool:
+    count = len(triplets.values)
+    sides = zip((triplets.left, triplets.right), triplets.shape, strict=True)
+    return all(sum(leaf.size for leaf in jax.tree.leaves(side)) == count * size for side, size in sides)
+
+
 _CLAIMS: dict[type, dict[str, Callable[[Any], bool]]] = {
     Quadrature: {
         "a quadrature has nodes": lambda q: q.nodes.size > 0,
@@ -389,6 +407,7 @@ _CLAIMS: dict[type, dict[str, Callable[[Any], bool]]] = {
     NoiseScale: {"errors and bounds are of another form than the value": _same_form},
     Interval: {"its ends are of other shapes": lambda i: len({np.shape(end) for end in i}) == 1},
     Eigenpairs: {"the vectors are not those of the operator": _whole},
+    SingularTriplets: {"the vectors are not those of the Jacobian": _whole_sides},
     Tridiagonal: {"beta has another length than alpha": lambda t: t.beta.shape[-1] == t.alpha.shape[-1] - 1},
     LossSlice: {"the plane is empty": lambda plane: plane.loss.size > 0},
     DataVariability: {"there are no subsets": lambda v: v.largest.size > 0},
