@@ -54,6 +54,7 @@ from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator, dense_hessian
 from spectra.operators.jacobian import JacobianOperator
 from spectra.operators.kfac import EKFACOperator, KFACOperator
+from spectra.operators.kronecker_product import KroneckerOperator
 from spectra.operators.preconditioned import PreconditionedOperator
 from spectra.operators.structured import DiagonalOperator, LowRankOperator
 from spectra.operators.tangent_kernel import TangentKernelOperator
@@ -125,6 +126,7 @@ __all__ = [
     "Interval",
     "JacobianOperator",
     "KFACOperator",
+    "KroneckerOperator",
     "LanczosIteration",
     "LayerConditions",
     "LinearOperator",

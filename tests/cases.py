@@ -271,6 +271,13 @@ def _gram():
     return jacobian.gram(), rows.T @ rows
 
 
+def _kronecker():
+    """Of a tree and an array, where the second factor is indefinite."""
+    outer, inner = planted(np.array([1.0, 2.0, 4.0])), np.diag([1.0, -2.0, 3.0])
+    tree = spectra.DiagonalOperator({"a": jnp.asarray(1.0), "b": jnp.asarray([-2.0, 3.0])})
+    return spectra.KroneckerOperator(tree, outer), np.kron(inner, outer)
+
+
 OPERATORS = {
     "matrix": _matrix,
     "function": lambda: (
@@ -301,6 +308,7 @@ OPERATORS = {
     "diagonal": _diagonal_tree,
     "low rank": _low_rank,
     "product": _product,
+    "kronecker product": _kronecker,
     "submatrix": _submatrix,
     "tangent kernel": _tangent_kernel,
     "gram of a jacobian": _gram,

@@ -2,7 +2,7 @@
 
 With Σ_k r_nk r_nkᵀ the loss's Hessian in the outputs of example n, the matrix is Σ_nk G_nk G_nkᵀ with the
 gradients G_nk = J_nᵀ r_nk, and its diagonal Σ_nk G_nk². A layer y = W a has G_nk = Σ_s a_ns g_nksᵀ over its
-positions and uses, so that where there is one position no gradient of an example is formed: Σ_nk a_n² ⊗ g_nk².
+positions and uses. Where there is one position no gradient of an example is formed: Σ_nk a_n² ⊗ g_nk².
 """
 
 import dataclasses
