@@ -232,6 +232,12 @@ def _names(value: Any, sizes: Sizes) -> str | None:
     return None if sizes.setdefault("p", len(value)) == len(value) else "has another length than its numbers"
 
 
+def _directions(value: Any, sizes: Sizes) -> str | None:
+    named = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+    whole = named and len(value) in (1, 2) and sizes.setdefault("d", len(value)) == len(value)
+    return None if whole else "is not a tuple with the names of one or two directions"
+
+
 def _curve_or_number(value: Any, sizes: Sizes) -> str | None:
     if isinstance(value, np.ndarray):
         return None if _is_of(value.dtype, "fiu") else f"has dtype {value.dtype}"
@@ -302,8 +308,8 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     Summary: {"quadratures": _by_name(Quadrature)},
     LossSlice: {
         "x": _array("x"), "y": _array("y"), "loss": _array("y x"), "quadratic": _array("y x"),
-        "slope": _array("2"), "eigenvalues": _array("2"), "center": _REAL, "num_evaluations": _COUNT,
-        "status": _STATUS,
+        "slope": _array("d"), "eigenvalues": _array("d"), "center": _REAL, "num_evaluations": _COUNT,
+        "status": _STATUS, "names": _directions, **dict.fromkeys(("cross", "cosine"), _REAL),
     },
     OperatorComparison: {
         **dict.fromkeys(("frobenius", "trace", "overlap", "wasserstein"), _interval),
