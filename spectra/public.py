@@ -36,6 +36,7 @@ from spectra.krylov.iteration import LanczosIteration
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import plan
 from spectra.krylov.solve import solve
+from spectra.krylov.svds import svds
 from spectra.models.attention import attention
 from spectra.models.flax import linen_model, nnx_model
 from spectra.models.problem import Problem
@@ -46,7 +47,9 @@ from spectra.operators.dense import FunctionOperator, MatrixOperator
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator, dense_hessian
+from spectra.operators.jacobian import JacobianOperator
 from spectra.operators.kfac import EKFACOperator, KFACOperator
+from spectra.operators.kronecker_product import KroneckerOperator
 from spectra.operators.preconditioned import PreconditionedOperator
 from spectra.operators.structured import DiagonalOperator, LowRankOperator
 from spectra.operators.tangent_kernel import TangentKernelOperator
@@ -79,6 +82,7 @@ from spectra.results import (
     Population,
     Quadrature,
     Sharpness,
+    SingularTriplets,
     Snapshot,
     Solution,
     SpectrumHistory,
@@ -114,7 +118,9 @@ __all__ = [
     "GradientOverlap",
     "HessianOperator",
     "Interval",
+    "JacobianOperator",
     "KFACOperator",
+    "KroneckerOperator",
     "LanczosIteration",
     "LayerConditions",
     "LinearOperator",
@@ -136,6 +142,7 @@ __all__ = [
     "Quadrature",
     "ResultFileError",
     "Sharpness",
+    "SingularTriplets",
     "Snapshot",
     "Solution",
     "SpectraError",
@@ -202,6 +209,7 @@ __all__ = [
     "stable_step",
     "step_quality",
     "summary",
+    "svds",
     "trace",
     "trace_of",
     "write_report",

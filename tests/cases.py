@@ -263,6 +263,21 @@ def _tangent_kernel():
     return op, rows @ rows.T / len(net.x)
 
 
+def _gram():
+    """Jᵀ J of networks.Network, by the parameters B alone."""
+    net = networks.Network()
+    rows = net.jacobians().reshape(-1, 18)[:, 9:15]
+    jacobian = spectra.JacobianOperator(networks.model_fn, net.params(), jnp.asarray(net.x), wrt="B")
+    return jacobian.gram(), rows.T @ rows
+
+
+def _kronecker():
+    """Of a tree and an array, where the second factor is indefinite."""
+    outer, inner = planted(np.array([1.0, 2.0, 4.0])), np.diag([1.0, -2.0, 3.0])
+    tree = spectra.DiagonalOperator({"a": jnp.asarray(1.0), "b": jnp.asarray([-2.0, 3.0])})
+    return spectra.KroneckerOperator(tree, outer), np.kron(inner, outer)
+
+
 OPERATORS = {
     "matrix": _matrix,
     "function": lambda: (
@@ -293,8 +308,10 @@ OPERATORS = {
     "diagonal": _diagonal_tree,
     "low rank": _low_rank,
     "product": _product,
+    "kronecker product": _kronecker,
     "submatrix": _submatrix,
     "tangent kernel": _tangent_kernel,
+    "gram of a jacobian": _gram,
     "sum with a stream": lambda: (
         Ridge().operator() + Ridge().operator(Ridge().parts(4)),
         2 * Ridge().hessian(),

@@ -93,6 +93,10 @@ def results():
         "overlap": spectra.GradientOverlap(line[:2] / 2, 1.5),
         "stable": spectra.StableStep(1.4, 1.3, 1.5, 0.14, 12, Status.CONVERGED),
         "summary": spectra.Summary({"a": quadrature(), "b/c": quadrature(seed=1)}),
+        "singular": spectra.SingularTriplets(
+            line[:2], {"out": np.ones((2, 3))}, {"w": np.ones((2, 4))}, line[:2], np.ones(2, bool), "LM",
+            (3, 4), 12, 1e-7, 1e-4, Status.CONVERGED,
+        ),
         "interval": {"curve": Interval(line, line, line)},
     }  # fmt: skip
 

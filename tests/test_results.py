@@ -21,6 +21,10 @@ def loss_fn(params, x):
     return jnp.mean((jnp.tanh(x @ params["hidden"]) @ params["out"]) ** 2)
 
 
+def model_fn(params, x):
+    return jnp.tanh(x @ params["hidden"]) @ params["out"]
+
+
 def of_data(params, x):
     """Results about samples, updates, classes and compression."""
     loss = spectra.HessianOperator(loss_fn, params, x)
@@ -76,6 +80,7 @@ def made():
         *of_data(params, x),
         spectra.solve(op, jnp.ones(60), shift=2.0),
         spectra.funm(op, "exp", jnp.ones(60), num_steps=16),
+        spectra.svds(spectra.JacobianOperator(model_fn, params, x), 2, key=KEY),
     ]
     return {type(result).__name__: result for result in results}
 
@@ -180,6 +185,7 @@ def test_pictures_are_drawn_where_there_is_one(made):
     without = {
         *("Estimate", "Tridiagonal", "ConditionNumber", "LayerConditions", "Plan", "DataVariability"),
         "FunctionProduct",
+        "SingularTriplets",
         "Sharpness",
         "OperatorComparison",
         *("Sharpness", "NoiseScale", "Population", "Perturbation", "ClassSplit"),

@@ -17,7 +17,8 @@ from spectra.estimators import blocks, exact, leave_one_out
 from spectra.estimators.low_rank import MIN_SKETCH, Held, SketchRun
 from spectra.estimators.run import Ended, Run, adaptive, begin
 from spectra.estimators.trace import choose
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.layer_diagonal import LayerDiagonal, layer_diagonal
 from spectra.results import Estimate
 from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.watch import watched
@@ -51,6 +52,14 @@ def diagonal(
     dominate. "exact" uses n products with unit vectors; its only error is rounding, which is measured outside
     `jit` (see `spectra.estimators.exact`). `diagonal` works inside `jit` and `vmap`.
 
+    **Gauss-Newton matrices** (`GGNOperator`; `FisherOperator` but for "mc") have their exact diagonal from
+    one backward pass for each output of an example, Σ_k G_k² with the gradients G_k of the outputs along the
+    roots of the loss's Hessian: for a dense layer Σ a² ⊗ g². "exact" does so where that is less than n, and
+    "auto" where it is within `num_matvecs`; `num_matvecs` of the result is the number of passes. Layers are
+    found as for `KFACOperator`, and `reason` names the leaves that are none, for which gradients of single
+    examples are formed, or says why products were taken: a loss that is not convex in the outputs or
+    couples examples, a model with batch statistics, gradients that do not fit, a checkpoint, `jit`.
+
     The errors rest on the spread of the samples, which for "xdiag" are leave-one-out estimates whose
     covariance and its own error are added (see `spectra.estimators.leave_one_out`), and on rounding. They
     hold for each entry, not simultaneously for all.
@@ -58,7 +67,8 @@ def diagonal(
     Args:
         op: symmetric operator of order n.
         key: JAX random key; probe i depends on the key and i alone. None for "exact".
-        method: one of the above, or "auto": "exact" if the budget covers n products, else "xdiag", or
+        method: one of the above, or "auto": "exact" if the budget covers n products, or the outputs of an
+            example of a Gauss-Newton matrix, else "xdiag", or
             "hutchinson" if 2 num_matvecs vectors do not fit into half of the free memory.
         num_matvecs: budget of products. "exact" replaces "xdiag" if it covers n, and "hutchinson" if it is
             below 16: fewer than 8 Rademacher probes cannot tell entries apart.
@@ -82,10 +92,12 @@ def diagonal(
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: at most num_matvecs products ("exact": n + 1, and 8 to measure rounding). Memory: 6 vectors and the
-    batch for "hutchinson", about 4 num_matvecs vectors for "xdiag".
+    batch for "hutchinson", about 4 num_matvecs vectors for "xdiag"; from layers the activations of a
+    microbatch and the gradients of 16 outputs at a time, and a few gradients of single examples.
 
     References:
-        Bekas, Kokiopoulou and Saad, doi:10.1016/j.apnum.2007.01.003; Epperly, Tropp and Webber,
+        Bekas, Kokiopoulou and Saad, doi:10.1016/j.apnum.2007.01.003; Dangel, Kunstner and Hennig,
+        arXiv:1912.10985 (Gauss-Newton diagonals from layers); Epperly, Tropp and Webber,
         arXiv:2301.07825, section 2.4.
 
     Examples:
@@ -97,9 +109,13 @@ def diagonal(
     """
     if method not in METHODS:
         raise SpectraError(f"method={method!r}: use one of {METHODS}.")
+    require_operator(op)
+    layers = _layers(op, method, num_matvecs) if checkpoint is None else ""
+    if isinstance(layers, LayerDiagonal):
+        return _from_layers(op, layers, by, tol, num_matvecs)
     method, reason = choose(op, {"xdiag": "xtrace"}.get(method, method), num_matvecs)
     method = {"xtrace": "xdiag"}.get(method, method)
-    reason = reason.replace("xtrace", "xdiag")
+    reason = reason.replace("xtrace", "xdiag") + (f"; not from its layers: {layers}" if layers else "")
     if method == "xdiag" and num_matvecs < 4:
         raise SpectraError(f"num_matvecs={num_matvecs}: xdiag needs at least 4 products.")
     if method == "xdiag" and num_matvecs < 2 * LEAST:
@@ -135,6 +151,44 @@ def diagonal(
     if by is None:
         return total
     return Estimate(_grouped(run, value), _grouped(run, stderr), total=total, **fields)
+
+
+def _layers(op: LinearOperator, method: str, num_matvecs: int) -> LayerDiagonal | str:
+    """The diagonal from the layers of a model, where that costs less; "" or why not."""
+    if method not in ("auto", "exact") or not isinstance(num_matvecs, int):
+        return ""
+    return layer_diagonal(op, op.size - 1 if method == "exact" else min(num_matvecs, op.size - 1))
+
+
+def _from_layers(
+    op: LinearOperator, layers: LayerDiagonal, by: str | None, tol: float | None, num_matvecs: int
+) -> Estimate:
+    """The exact diagonal; its error is that of rounding.
+
+    |H e_i|² = Σ_j H_ij² is at most H_ii tr H of a semidefinite matrix, which stands for the rounding of
+    sums; what the rounding of the loss does is measured, as for columns.
+    """
+    run = begin(
+        op, key=None, by=by, tol=tol, num_matvecs=num_matvecs, probe_batch=1, count=1, needs_key=False
+    )
+    value = layers.value()
+    run.host(_sums(value))
+    stderr, dof = _norm_bounds(value, op.precision), None
+    if moved := exact.moved_products(run):
+        changes = _root_mean_square([x for *_, x in moved])
+        stderr, dof = jax.tree.map(jnp.hypot, stderr, changes), float(len(moved))
+    total = Estimate(value, stderr, layers.passes, "exact", reason=layers.reason, dof=dof)
+    if by is None:
+        return total
+    fields = {"num_matvecs": layers.passes, "method": "exact", "reason": layers.reason, "dof": dof}
+    return Estimate(_grouped(run, value), _grouped(run, stderr), total=total, **fields)
+
+
+@jax.jit
+def _norm_bounds(value: PyTree, precision: float) -> PyTree:
+    """eps sqrt(H_ii tr H)."""
+    trace = sum(jnp.sum(jnp.sqrt(x) ** 2) for x in jax.tree.leaves(value))
+    return jax.tree.map(lambda x: precision * jnp.sqrt(x) * jnp.sqrt(trace).astype(x.dtype), value)
 
 
 @jax.jit

@@ -155,9 +155,7 @@ class DataOperator(LinearOperator):
     @property
     def like(self) -> PyTree:
         """The parameters that vary; None in place of all others."""
-        if self.selected is None:
-            return self.params
-        return trees.replace_static(trees.keep_leaves(self.params, self.selected), with_value=False)
+        return _paths.varying(self.params, self.selected)
 
     @property
     def on_host(self) -> bool:
@@ -297,7 +295,8 @@ class DataOperator(LinearOperator):
 
     def moved(self, key: jax.Array) -> Self:
         """The operator at parameters times 1 ± eps of what the loss computes in, with random signs."""
-        return self._with(params=_moved(self.params, key, self.rounding.eps if self.rounding else 0.0))
+        coarse = self.rounding.eps if self.rounding else 0.0
+        return self._with(params=moved_parameters(self.params, key, coarse))
 
     @property
     def linearized(self) -> bool:
@@ -326,10 +325,7 @@ class DataOperator(LinearOperator):
 
     def _merge(self, variables: PyTree) -> PyTree:
         """All parameters, with `variables` in their places and the rest as constants."""
-        if self.selected is None:
-            return variables
-        merged = trees.replace_leaves(jax.tree.map(trees.lift, self.params), self.selected, variables)
-        return trees.replace_static(merged, with_value=True)
+        return _paths.merged(self.params, self.selected, variables)
 
     def _grad(self, variables: PyTree, piece: PyTree) -> PyTree:
         return jax.grad(lambda x: self._value(self._merge(x), piece))(variables)
@@ -369,7 +365,8 @@ class DataOperator(LinearOperator):
 
 
 @jax.jit
-def _moved(params: PyTree, key: jax.Array, coarse: float) -> PyTree:
+def moved_parameters(params: PyTree, key: jax.Array, coarse: float) -> PyTree:
+    """Each times 1 ± the roundoff of its type, or `coarse` where that is more, with random signs."""
     leaves, treedef = jax.tree.flatten(params)
     places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     lifted = [trees.lift(leaves[i]) for i in places]

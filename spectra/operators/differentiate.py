@@ -125,7 +125,7 @@ def resolve_mode(piece: "DataOperator") -> str:
     refusals: list[tuple[str, Exception]] = []
     for mode in MODES if piece.mode == "auto" else (piece.mode,):
         try:
-            _require_product(piece._with(mode=mode))
+            require_product(piece._with(mode=mode))
         except SpectraError:  # says more than that a mode is refused
             raise
         except Exception as error:
@@ -141,7 +141,8 @@ def resolve_mode(piece: "DataOperator") -> str:
     ) from error
 
 
-def _require_product(op: "DataOperator") -> None:
+def require_product(op: LinearOperator) -> None:
+    """Raise what JAX raises where it cannot make a program of the product."""
     traced = product.trace(op, op.structure)
     if may_refuse_at_lowering(traced.jaxpr.jaxpr):
         traced.lower()

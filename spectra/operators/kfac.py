@@ -180,8 +180,8 @@ class _FromData(FactoredOperator):
         fisher = FisherOperator(
             model_fn, loss_fn, params, data, kind=kind, key=key, sample_fn=sample_fn, **options
         )
-        _require_examples(fisher)
-        form = "dense" if kind != "type2" else _form(fisher.first_piece())
+        require_examples(fisher)
+        form = "dense" if kind != "type2" else loss_form(fisher.first_piece())
         setup = Setup(sequence, bias, form, exact_limit, factor_limit)
         build = _Build(fisher, data, key, num_samples, setup)
         fields = {
@@ -342,7 +342,7 @@ class EKFACOperator(_FromData):
         return build.corrected(build.factors())
 
 
-def _few(fisher: FisherOperator) -> FisherOperator | None:
+def few_examples(fisher: FisherOperator) -> FisherOperator | None:
     """The operator of a few examples, where its numbers can be looked at."""
     arrays = jax.tree.leaves((fisher.params, fisher.data))
     if trees.is_traced(arrays) or not all(isinstance(x, (jax.Array, np.ndarray)) for x in arrays):
@@ -351,7 +351,8 @@ def _few(fisher: FisherOperator) -> FisherOperator | None:
 
 
 @jax.jit
-def _outputs(fisher: FisherOperator) -> PyTree:
+def model_outputs(fisher: FisherOperator) -> PyTree:
+    """The outputs of all examples."""
     with jax.default_matmul_precision(fisher.matmul_precision):
         return fisher.model_fn(fisher._merge(fisher._variables()), split(fisher.data)[0])
 
@@ -364,20 +365,20 @@ def _outputs_one_by_one(fisher: FisherOperator) -> list[jax.Array]:
     return jax.vmap(lambda example: [x[0] for x in run(*leaves, *example)])(owned)
 
 
-def _form(fisher: FisherOperator) -> str:
+def loss_form(fisher: FisherOperator) -> str:
     """The root of the loss's Hessian; the general one where there are no numbers to look at."""
-    few = _few(fisher)
+    few = few_examples(fisher)
     if few is None:
         return "dense"
-    return form_of(few, _outputs(few), few.data, fisher.precision**0.5)
+    return form_of(few, model_outputs(few), few.data, fisher.precision**0.5)
 
 
-def _require_examples(fisher: FisherOperator) -> None:
+def require_examples(fisher: FisherOperator) -> None:
     """Raise unless the model's outputs are those of each example by itself."""
-    few = _few(fisher.first_piece())
+    few = few_examples(fisher.first_piece())
     if few is None:
         return
-    whole = jax.tree.leaves(_outputs(few))
+    whole = jax.tree.leaves(model_outputs(few))
     size = batch_size(few.data, few.shared)
     shapes = [list(x.shape) for x in whole]
     if any(x.shape[:1] != (size,) for x in whole):

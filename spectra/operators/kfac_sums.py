@@ -159,7 +159,7 @@ def factor_sums(op: FisherOperator, keys: jax.Array | None, setup: Setup) -> tup
 
         return inputs, *run.sum_over_gradients(sums)
 
-    return _mean(op, piece_sums, keys)
+    return mean_over_pieces(op, piece_sums, keys)
 
 
 @partial(jax.jit, static_argnames="setup")
@@ -172,14 +172,14 @@ def second_moments(op: FisherOperator, keys: jax.Array | None, bases: list, setu
         def sums(gradients, rest):
             del rest
             groups = zip(run.plan.groups, bases, strict=True)
-            return [_squares(run, gradients, group, u, v, op.dtype) for group, (u, v) in groups]
+            return [squares(run, gradients, group, u, v, op.dtype) for group, (u, v) in groups]
 
         return run.sum_over_gradients(sums)
 
-    return _mean(op, piece_sums, keys)
+    return mean_over_pieces(op, piece_sums, keys)
 
 
-def _mean(op: FisherOperator, fn: Any, keys: jax.Array | None) -> PyTree:
+def mean_over_pieces(op: FisherOperator, fn: Any, keys: jax.Array | None) -> PyTree:
     """The weighted mean over microbatches of fn(piece, keys of its examples)."""
     leaves, treedef = jax.tree.flatten(op.data)
     names = {str(i) for i, alike in enumerate(shared_leaves(op.data, op.shared)) if alike}
@@ -261,7 +261,7 @@ def _moments(place: Any, g: jax.Array) -> jax.Array:
     return _einsum("kngi,kngi->gi" if place.kind == "diagonal" else "kngi,kngj->gij", flat, flat)
 
 
-def _squares(run: Pass, gradients, group: Group, u, v, dtype: Any) -> jax.Array:
+def squares(run: Pass, gradients, group: Group, u, v, dtype: Any) -> jax.Array:
     """Σ over roots and examples of (Uᵀ G V)², (groups, inputs, outputs)."""
     parts = []
     for turned in group.turns:
@@ -270,8 +270,8 @@ def _squares(run: Pass, gradients, group: Group, u, v, dtype: Any) -> jax.Array:
         parts.append((turned, _rotated_rows(rows, left, group.input_size(turned), dtype), _turn(g, right)))
     if len(parts) == 1 and parts[0][1].ndim == 4 and parts[0][1].shape[2] == 1:
         ((_, rows, g),) = parts
-        squares = _einsum("ngsi,kngso->gio", rows**2, g**2)
-        return jnp.swapaxes(squares, 1, 2) if parts[0][0] else squares
+        summed = _einsum("ngsi,kngso->gio", rows**2, g**2)
+        return jnp.swapaxes(summed, 1, 2) if parts[0][0] else summed
     return _by_examples(parts, group)
 
 

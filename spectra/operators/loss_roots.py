@@ -46,6 +46,14 @@ def roots(op: FisherOperator, form: str, outputs: PyTree, piece: PyTree, keys: j
     return _dense(op, outputs, targets)
 
 
+def num_roots(op: FisherOperator, outputs: PyTree, targets: PyTree) -> int:
+    """How many there are for an example, from shapes alone."""
+    if op.kind == "type2":
+        return _numbers(outputs)
+    axis = likelihood.class_axis(outputs, targets)
+    return 1 if axis is None else math.prod(n for i, n in enumerate(outputs.shape) if i not in (0, axis))
+
+
 def form_of(op: FisherOperator, outputs: PyTree, piece: PyTree, limit: float) -> str:
     """Which root the loss's Hessian has, seen on a few examples."""
     errors = jax.device_get(_form_errors(op, outputs, piece))

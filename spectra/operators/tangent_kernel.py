@@ -3,27 +3,35 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
-from spectra.base import trees
-from spectra.base.meshes import automatic, on_automatic_axes
-from spectra.base.trees import PyTree
+from spectra.base import paths
+from spectra.base.errors import StructureError
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree, path_str
+from spectra.operators.arithmetic import Wrapped
 from spectra.operators.base import LinearOperator
+from spectra.operators.jacobian import JacobianOperator
 from spectra.operators.pytree import operator
 
 
-@operator(leaves=("params", "inputs"))
-class TangentKernelOperator(LinearOperator):
+@operator(leaves=("base",))
+class TangentKernelOperator(Wrapped):
     """J Jᵀ / N, the empirical neural tangent kernel, on vectors like the model's outputs for N examples.
 
     J = ∂ model_fn(params, inputs) / ∂ params. Its non-zero eigenvalues are those of Jᵀ J / N, the
     Gauss-Newton matrix of half the squared error, and their roots the singular values of J over √N. Use it
-    where there are fewer outputs than parameters: the smaller matrix is the cheaper one.
+    where there are fewer outputs than parameters: the smaller matrix is the cheaper one. It is
+    `JacobianOperator(...).cogram()` divided by N.
 
     Args:
         model_fn: pure function (params, inputs) -> outputs. Static: pass the same function object each time.
         params: pytree of parameters.
         inputs: inputs of N examples; the first axis of the outputs' leaves is that of the examples.
+        wrt: the parameters to differentiate, as a glob, regex or predicate on their paths; default all.
+
+    Raises:
+        StructureError: the leaves of the outputs share no first axis, or hold no real floating numbers.
+        DifferentiationError: the model refuses forward and reverse mode.
 
     Cost: a forward and a backward pass per product.
 
@@ -39,36 +47,45 @@ class TangentKernelOperator(LinearOperator):
         Array([0.25, 0.25, 0.25, 0.  ], dtype=float32)
     """
 
-    model_fn: Callable[[PyTree, PyTree], PyTree]
-    params: PyTree
-    inputs: PyTree
+    base: LinearOperator
+    num_examples: int
 
     @automatic
-    def __init__(self, model_fn: Callable[[PyTree, PyTree], PyTree], params: PyTree, inputs: PyTree):
-        values = {"model_fn": model_fn, "params": params, "inputs": inputs}
-        for name, value in values.items():
-            object.__setattr__(self, name, value if name == "model_fn" else on_automatic_axes(value))
-
-    @property
-    def like(self) -> PyTree:
-        """The shapes of the outputs."""
-        return jax.eval_shape(self.model_fn, self.params, self.inputs)
-
-    @property
-    def known_linear(self) -> bool:
-        """True: both passes are linear."""
-        return True
+    def __init__(
+        self,
+        model_fn: Callable[[PyTree, PyTree], PyTree],
+        params: PyTree,
+        inputs: PyTree,
+        *,
+        wrt: paths.Select | None = None,
+    ):
+        kernel = JacobianOperator(model_fn, params, inputs, wrt=wrt).cogram()
+        object.__setattr__(self, "base", kernel)
+        object.__setattr__(self, "num_examples", _num_examples(kernel.like))
 
     @property
     def semidefinite(self) -> bool:
         """True: a Gram matrix."""
         return True
 
-    def mv(self, v: PyTree) -> PyTree:
-        """J (Jᵀ v) / N."""
-        with jax.default_matmul_precision("float32"):
-            outputs, pull = jax.vjp(lambda p: self.model_fn(p, self.inputs), self.params)
-            (direction,) = pull(trees.cast_like(v, outputs))
-            _, image = jax.jvp(lambda p: self.model_fn(p, self.inputs), (self.params,), (direction,))
-        count = jax.tree.leaves(outputs)[0].shape[0]
-        return trees.cast_like(jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), image), v)
+    def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: x / self.num_examples, multiply(v))
+
+    def _with_base(self, base: LinearOperator) -> "TangentKernelOperator":
+        new = object.__new__(TangentKernelOperator)
+        object.__setattr__(new, "base", base)
+        object.__setattr__(new, "num_examples", self.num_examples)
+        return new
+
+
+def _num_examples(outputs: PyTree) -> int:
+    """N, the length of the first axis that all outputs share."""
+    leaves = jax.tree_util.tree_leaves_with_path(outputs)
+    lengths = {leaf.shape[:1] for _, leaf in leaves}
+    if len(lengths) > 1 or () in lengths:
+        shapes = ", ".join(f"'{path_str(path)}' {list(leaf.shape)}" for path, leaf in leaves)
+        raise StructureError(
+            f"the outputs share no first axis, that of the N examples: {shapes}. Return outputs of every "
+            "example, or use JacobianOperator(...).cogram(), J Jᵀ without the division by N."
+        )
+    return lengths.pop()[0]

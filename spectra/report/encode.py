@@ -36,6 +36,7 @@ from spectra.results import (
     Population,
     Quadrature,
     Sharpness,
+    SingularTriplets,
     Snapshot,
     Solution,
     SpectrumHistory,
@@ -74,6 +75,7 @@ CLASSES = {
         SpectrumHistory,
         Solution,
         FunctionProduct,
+        SingularTriplets,
     )
 }
 _NOT_SAVED = {("Tridiagonal", "segments"): (), ("Tridiagonal", "layout"): None}  # the basis: m n numbers

@@ -36,6 +36,7 @@ from spectra.results import (
     Population,
     Quadrature,
     Sharpness,
+    SingularTriplets,
     Snapshot,
     Solution,
     SpectrumHistory,
@@ -48,6 +49,7 @@ from spectra.results import (
 _array, _number, _count, _a, _or_none = rules.array, rules.number, rules.count, rules.instance, rules.optional
 _numbers, _vectors, _flags = rules.numbers, rules.vectors, rules.flags
 _steps, _names, _scalars = rules.steps, rules.names, rules.scalars
+_shape, _directions = rules.shape, rules.directions
 _interval, _intervals = rules.interval, rules.intervals
 _of_class, _by_name, _curve_or_number = rules.sequence_of, rules.named, rules.curve_or_number
 _SIZE, _COUNT, _REAL, _SHARE, _POSITIVE = _count(1), _count(), _number(), _number(0, 1), _number(0)
@@ -98,6 +100,12 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "which": _TEXT, "size": _SIZE, "num_matvecs": _COUNT, "num_restarts": _COUNT, "missed": _POSITIVE,
         "noise_floor": _POSITIVE, "status": _STATUS,
     },
+    SingularTriplets: {
+        **dict.fromkeys(("values", "errors"), _array("k", low=0)),
+        **dict.fromkeys(("left", "right"), _vectors), "converged": _array("k", "b"), "which": _TEXT,
+        "shape": _shape, "num_matvecs": _COUNT, **dict.fromkeys(("noise_floor", "gram_floor"), _POSITIVE),
+        "status": _STATUS,
+    },
     Tridiagonal: {
         "alpha": _array("steps"), "beta": _array("steps-1"),
         **dict.fromkeys(("residual_norm", "asymmetry"), _number()), "length": _COUNT, "second_passes": _COUNT,
@@ -112,8 +120,8 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     Summary: {"quadratures": _by_name(Quadrature)},
     LossSlice: {
         "x": _array("x"), "y": _array("y"), "loss": _array("y x"), "quadratic": _array("y x"),
-        "slope": _array("2"), "eigenvalues": _array("2"), "center": _REAL, "num_evaluations": _COUNT,
-        "status": _STATUS,
+        "slope": _array("d"), "eigenvalues": _array("d"), "center": _REAL, "num_evaluations": _COUNT,
+        "status": _STATUS, "names": _directions, **dict.fromkeys(("cross", "cosine"), _REAL),
     },
     OperatorComparison: {
         **dict.fromkeys(("frobenius", "trace", "overlap", "wasserstein"), _interval),
@@ -200,6 +208,12 @@ def _whole(pairs: Eigenpairs) -> bool:
     )
 
 
+def _whole_sides(triplets: SingularTriplets) -> bool:
+    count = len(triplets.values)
+    sides = zip((triplets.left, triplets.right), triplets.shape, strict=True)
+    return all(sum(leaf.size for leaf in jax.tree.leaves(side)) == count * size for side, size in sides)
+
+
 _CLAIMS: dict[type, dict[str, Callable[[Any], bool]]] = {
     Quadrature: {
         "a quadrature has nodes": lambda q: q.nodes.size > 0,
@@ -211,6 +225,7 @@ _CLAIMS: dict[type, dict[str, Callable[[Any], bool]]] = {
     NoiseScale: {"errors and bounds are of another form than the value": _same_form},
     Interval: {"its ends are of other shapes": lambda i: len({np.shape(end) for end in i}) == 1},
     Eigenpairs: {"the vectors are not those of the operator": _whole},
+    SingularTriplets: {"the vectors are not those of the Jacobian": _whole_sides},
     Tridiagonal: {"beta has another length than alpha": lambda t: t.beta.shape[-1] == t.alpha.shape[-1] - 1},
     LossSlice: {"the plane is empty": lambda plane: plane.loss.size > 0},
     DataVariability: {"there are no subsets": lambda v: v.largest.size > 0},

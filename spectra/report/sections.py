@@ -230,9 +230,16 @@ def _blocks(results: dict[str, Any]) -> list[Section]:
 
 
 def _words_landscape(plane: LossSlice) -> str:
-    first, second = plane.eigenvalues
+    if plane.of_eigenvectors:
+        first, second = plane.eigenvalues
+        where = (
+            f"of the plane that two unit eigenvectors span, of the eigenvalues {first:.4g} and {second:.4g}"
+        )
+    else:
+        each = zip(plane.names, plane.eigenvalues, strict=True)
+        where = "along " + " and ".join(f"{name}, where the curvature is {x:.4g}" for name, x in each)
     return (
-        f"The loss at {plane.num_evaluations} points of the plane that two unit eigenvectors span, of the "
-        f"eigenvalues {first:.4g} and {second:.4g}. Dashed: every second line of the quadratic model, which "
-        f"is all that curvature at the centre knows. The loss at the centre is {plane.center:.4g}."
+        f"The loss at {plane.num_evaluations} points {where}. Dashed: every second line of the quadratic "
+        f"model, which is all that curvature at the centre knows. The loss at the centre is "
+        f"{plane.center:.4g}."
     )

@@ -23,7 +23,14 @@ from spectra.results.base import (
 from spectra.results.conditions import ClassSplit, ConditionNumber, LayerConditions, OperatorComparison
 from spectra.results.estimates import Estimate, NoiseScale, Population
 from spectra.results.history import Snapshot, SpectrumHistory
-from spectra.results.krylov import Eigenpairs, FunctionProduct, Plan, Solution, Tridiagonal
+from spectra.results.krylov import (
+    Eigenpairs,
+    FunctionProduct,
+    Plan,
+    SingularTriplets,
+    Solution,
+    Tridiagonal,
+)
 from spectra.results.landscape import (
     GradientOverlap,
     LossSlice,
@@ -56,6 +63,7 @@ __all__ = [
     "Quadrature",
     "Result",
     "Sharpness",
+    "SingularTriplets",
     "Snapshot",
     "Solution",
     "SpectrumHistory",

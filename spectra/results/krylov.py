@@ -170,6 +170,60 @@ class Eigenpairs(Result):
         return notebook_view(self, title, self.rows())
 
 
+@result("which", "shape", "num_matvecs", "noise_floor", "gram_floor", "status")
+class SingularTriplets(Result):
+    """Singular values of a Jacobian with their vectors: J v_i ≈ values[i] u_i, in descending order.
+
+    Some singular value of J lies within `errors[i]` of `values[i]`, rounding included. The run was one on the
+    Gram matrix, which does not tell singular values below `gram_floor` apart: of these, other ones than the
+    smallest may have been found.
+    """
+
+    _BULKY: ClassVar = ("left", "right")
+
+    values: Array  # (k,) descending
+    left: PyTree  # u_i, leaves (k, *leaf.shape) like the outputs; zero where the value is zero
+    right: PyTree  # v_i, leaves (k, *leaf.shape) like the parameters
+    errors: Array  # (k,)
+    converged: Array  # (k,) bool
+    which: str
+    shape: tuple[int, int]  # (m, n) of J
+    num_matvecs: int  # products with J, each with one with its transpose
+    noise_floor: float  # rounding of a singular value
+    gram_floor: float  # root of the rounding of an eigenvalue of the Gram matrix
+    status: Status
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each singular value: value, error, and whether it converged."""
+        columns = zip(self.values, self.errors, self.converged, strict=True)
+        return [plain({"value": x, "error": error, "converged": done}) for x, error, done in columns]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed result."""
+        lines = [
+            (f"{i}", f"{rounded(value, error)} ± {error:.1g}" + ("" if done else "  not converged"))
+            for i, (value, error, done) in enumerate(
+                zip(self.values, self.errors, self.converged, strict=True)
+            )
+        ]
+        return [
+            *lines,
+            ("products", f"{self.num_matvecs:,} with J, as many with its transpose"),
+            ("noise floor", f"{self.noise_floor:.1e}; not told apart below {self.gram_floor:.1e}"),
+            ("status", str(self.status)),
+        ]
+
+    def __repr__(self) -> str:
+        return text_table(self._title(), self.rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), self.rows())
+
+    def _title(self) -> str:
+        m, n = self.shape
+        return f"Singular values ({self.which}, {len(self.values)} of a Jacobian of {m:,} x {n:,})"
+
+
 @result("num_matvecs", "preconditioner_matvecs", "method", "bound", "status")
 class Solution(Result):
     """x with (H + shift I) x = b, and a bound on its distance from the exact solution.

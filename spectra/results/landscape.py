@@ -10,41 +10,63 @@ from spectra.base.errors import SpectraError, Status
 from spectra.results.base import Array, Result, html_table, notebook_view, result, text_table
 
 
-@result("num_evaluations", "status")
+@result("names", "num_evaluations", "status")
 class LossSlice(Result):
-    """loss[i, j] = L(θ + x[j] v₁ + y[i] v₂) in the plane of two unit eigenvectors, of eigenvalues λ₁ and λ₂.
+    """loss[i, j] = L(θ + x[j] v₁ + y[i] v₂) in the plane of two orthonormal directions.
 
-    `quadratic` is the prediction from slopes and eigenvalues, L + g·(x, y) + (λ₁ x² + λ₂ y²) / 2. Where it
-    departs from the loss, curvature at a point no longer describes the landscape.
+    These are eigenvectors and their eigenvalues λ, or given directions with the curvature λ = vᵀHv of each.
+    `quadratic` is the prediction from slopes and curvature, L + g·(x, y) + (λ₁ x² + λ₂ y²) / 2 + v₁ᵀHv₂ x y.
+    Where it departs from the loss, curvature at a point no longer describes the landscape. Along a single
+    direction `y` is [0], and `slope` and `eigenvalues` have one entry.
 
     Returned by `loss_slice`, whose page has an example and the cost; `plot_landscape` draws it.
     """
 
-    x: Array  # (p,) distances along the first vector
-    y: Array  # (p,) along the second
-    loss: Array  # (p, p)
-    quadratic: Array  # (p, p)
-    slope: Array  # (2,) of the loss at the centre
-    eigenvalues: Array  # (2,) |λ₁| >= |λ₂|
+    x: Array  # (p,) distances along the first direction
+    y: Array  # (q,) along the second
+    loss: Array  # (q, p)
+    quadratic: Array  # (q, p)
+    slope: Array  # (d,) of the loss at the centre along each of one or two directions
+    eigenvalues: Array  # (d,) curvature along each; of eigenvectors |λ₁| >= |λ₂|
     center: float  # the loss at the parameters
     num_evaluations: int
     status: Status = Status.COMPLETE
+    names: tuple[str, ...] = ("v1", "v2")  # v1 and v2 are eigenvectors
+    cross: float = 0.0  # v₁ᵀHv₂; zero between eigenvectors
+    cosine: float = 0.0  # of the angle between the directions as given; the second is made orthogonal
+
+    @property
+    def of_eigenvectors(self) -> bool:
+        """Whether the directions are eigenvectors."""
+        return self.names == ("v1", "v2")
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed result."""
         low, high = float(self.loss.min()), float(self.loss.max())
+        values = [f"{value:.6g}" for value in self.eigenvalues]
+        first = ("eigenvalues", ", ".join(values))
+        if not self.of_eigenvectors:
+            each = (f"{value} along {name}" for value, name in zip(values, self.names, strict=True))
+            first = ("curvature", ", ".join(each))
+        where = "plane" if len(self.y) > 1 else "slice"
+        reach = f"up to {self.x[-1]:.4g}" + f" and {self.y[-1]:.4g}" * (len(self.y) > 1)
         return [
-            ("eigenvalues", f"{self.eigenvalues[0]:.6g}, {self.eigenvalues[1]:.6g}"),
-            ("loss", f"{self.center:.6g} at the centre, {low:.6g} to {high:.6g} in the plane"),
-            ("distances", f"up to {self.x[-1]:.4g} and {self.y[-1]:.4g}"),
+            first,
+            ("loss", f"{self.center:.6g} at the centre, {low:.6g} to {high:.6g} in the {where}"),
+            ("distances", reach),
             ("evaluations", f"{self.num_evaluations:,}"),
         ]
 
     def __repr__(self) -> str:
-        return text_table("Loss in the plane of two eigenvectors", self.rows())
+        return text_table(self._title(), self.rows())
 
     def _repr_html_(self) -> str:
-        return notebook_view(self, "Loss in the plane of two eigenvectors", self.rows())
+        return notebook_view(self, self._title(), self.rows())
+
+    def _title(self) -> str:
+        if self.of_eigenvectors:
+            return "Loss in the plane of two eigenvectors"
+        return "Loss in the plane of two directions" if len(self.y) > 1 else "Loss along a direction"
 
 
 @result("names", "num_matvecs", "status")

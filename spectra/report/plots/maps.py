@@ -304,15 +304,16 @@ def _rows(names: list[str], densities: list[Density]) -> Any:
 def plot_landscape(
     plane: LossSlice, ax: "Axes | None" = None, *, levels: int = 10, quadratic: bool = True
 ) -> "Axes":
-    """Draw the loss in the plane of two eigenvectors, and what the eigenvalues predict for it.
+    """Draw the loss in the plane of two directions, and what the curvature predicts for it.
 
-    No loss is evaluated here; `loss_slice` has done that.
+    The loss along a single direction is a curve, with the quadratic model dashed. No loss is evaluated here;
+    `loss_slice` has done that.
 
     Args:
         plane: result of `loss_slice`.
         ax: where to draw; default: a new figure of 8 cm width.
         levels: approximate number of contour lines.
-        quadratic: draw every second contour of the quadratic model, dashed.
+        quadratic: draw the quadratic model, dashed; of a plane every second contour.
 
     Returns:
         The Axes.
@@ -331,6 +332,8 @@ def plot_landscape(
         raise SpectraError(
             f"a LossSlice is needed, which `loss_slice` returns, not a {type(plane).__name__}."
         )
+    if len(plane.y) == 1:
+        return _curve(plane, new_axes(ax), quadratic)
     ax = new_axes(ax, height=2.75)
     loss = np.ma.masked_invalid(plane.loss)
     edges = MaxNLocator(levels).tick_values(float(loss.min()), float(loss.max()))
@@ -346,6 +349,24 @@ def plot_landscape(
     ax.spines[:].set_visible(False)
     for axis, i in ((ax.xaxis, 0), (ax.yaxis, 1)):
         axis.set_major_locator(MaxNLocator(5, symmetric=True))
-        axis.set_label_text(f"along $v_{i + 1}$, λ = {plane.eigenvalues[i]:.4g}")
+        axis.set_label_text(_along(plane, i))
     add_colorbar(filled, ax, "loss", ticks=edges[::2])
+    return ax
+
+
+def _along(plane: LossSlice, i: int) -> str:
+    if plane.of_eigenvectors:
+        return f"along $v_{i + 1}$, λ = {plane.eigenvalues[i]:.4g}"
+    return f"along {plane.names[i]}, curvature {plane.eigenvalues[i]:.4g}"
+
+
+def _curve(plane: LossSlice, ax: "Axes", quadratic: bool) -> "Axes":
+    ax.plot(plane.x, plane.loss[0], color="black")
+    low, high = ax.get_ylim()
+    if quadratic:
+        ax.plot(plane.x, plane.quadratic[0], color=ACCENT, linewidth=0.7, linestyle="dashed")
+        ax.set_ylim(low, high)  # those of the loss: a quadratic may leave the picture
+    ax.plot(0, plane.center, "o", color="white", markeredgecolor="black", markersize=4, markeredgewidth=0.7)
+    ax.set_xlabel(_along(plane, 0))
+    ax.set_ylabel("loss")
     return ax

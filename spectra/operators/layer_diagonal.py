@@ -1,0 +1,199 @@
+"""The exact diagonal of a Gauss-Newton matrix from the layers of a model, without a product for each entry.
+
+With Σ_k r_nk r_nkᵀ the loss's Hessian in the outputs of example n, the matrix is Σ_nk G_nk G_nkᵀ with the
+gradients G_nk = J_nᵀ r_nk, and its diagonal Σ_nk G_nk². A layer y = W a has G_nk = Σ_s a_ns g_nksᵀ over its
+positions and uses. Where there is one position no gradient of an example is formed: Σ_nk a_n² ⊗ g_nk².
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spectra.base import host, trees
+from spectra.base.errors import MemoryLimitError, StructureError
+from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
+from spectra.operators.accumulate import weighted_sum
+from spectra.operators.base import LinearOperator
+from spectra.operators.batches import batch_size
+from spectra.operators.fisher import FisherOperator
+from spectra.operators.ggn import GGNOperator, ModelOperator, split
+from spectra.operators.kfac import few_examples, loss_form, model_outputs, require_examples
+from spectra.operators.kfac_plan import Group, plan_of
+from spectra.operators.kfac_sums import COLUMNS, Pass, Setup, mean_over_pieces, squares, traced
+from spectra.operators.loss_roots import num_roots, roots
+from spectra.results import format_bytes
+
+_WHOLE = {"sequence": "expand", "bias": "joint", "exact_limit": 0, "factor_limit": 2**62}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDiagonal:
+    """How the diagonal is computed: `value()` is it."""
+
+    op: FisherOperator  # the matrix, as a sum over roots of the loss's Hessian
+    setup: Setup
+    passes: int  # backward passes, one for each root of an example
+    reason: str
+
+    def value(self) -> PyTree:
+        """The diagonal, a pytree like the parameters."""
+        if self.op.stream is None:
+            return _diagonal(self.op, self.setup)
+        pieces = super(FisherOperator, self.op)._pieces()
+        return weighted_sum(lambda piece: _diagonal(piece, self.setup), pieces)
+
+
+@automatic
+def layer_diagonal(op: LinearOperator, most: int) -> LayerDiagonal | str:
+    """The diagonal from at most `most` backward passes, or why there is none, "" for other operators.
+
+    Cost: nothing but shapes where there is none by then; else the outputs of a few examples, on which it is
+    seen that each depends on its own example alone and that the roots make the loss's Hessian.
+    """
+    kind = "type2" if type(op) is GGNOperator else getattr(op, "kind", "")
+    if type(op) not in (GGNOperator, FisherOperator) or kind not in ("type2", "empirical"):
+        return ""
+    assert isinstance(op, ModelOperator)
+    piece = op.first_piece()
+    if trees.is_traced((op.params, piece.data)) or not trees.has_values((op.params, piece.data)):
+        return "its values are those of a trace"
+    if hasattr(op.loss_fn, "gauss_newton"):
+        return "the loss has logits of its own"
+    fisher = _as_fisher(op, kind)
+    first = fisher.first_piece()
+    try:
+        outputs = jax.eval_shape(lambda: model_outputs(first))
+        passes = num_roots(first, outputs, split(first.data)[1])
+        if passes > most:
+            return f"an example has {passes:,} outputs: as many backward passes"
+        require_examples(first)
+        setup = Setup(form=loss_form(first) if kind == "type2" else "dense", **_WHOLE)
+        if (wrong := _does_not_fit(first) or _no_roots(first, setup)) is not None:
+            return wrong
+    except (StructureError, MemoryLimitError) as error:
+        return str(error).split(":")[0].split(",")[0]
+    return LayerDiagonal(fisher, setup, passes, _words(first, setup, passes))
+
+
+def _as_fisher(op: ModelOperator, kind: str) -> FisherOperator:
+    """The same matrix in the form that Kronecker factors are made from, its curvature at the own targets."""
+    if isinstance(op, FisherOperator):
+        return op
+    fisher = object.__new__(FisherOperator)
+    fisher._set(**(vars(op) | {"kind": kind, "key": None, "sample_fn": None, "count_fn": op.weight_fn}))
+    return fisher
+
+
+def _does_not_fit(op: FisherOperator) -> str | None:
+    """What would be held of one microbatch: rows, and gradients of several roots side by side."""
+    _, found, _ = traced(op)
+    plan = plan_of(op.like, found, Setup(form="dense", **_WHOLE))
+    sites = [found.sites[path] for group in plan.groups for path in group.paths]
+    outputs = sum(math.prod(site.loops) * math.prod(site.out_shape) for site in sites)
+    leaves = jax.tree.leaves(op.structure)
+    rest = sum(math.prod(leaves[i].shape) for i in plan.rest_leaves)
+    rows = sum(
+        math.prod(site.loops) * math.prod(site.out_shape) // max(site.sizes[2], 1) * site.sizes[1]
+        for site in sites
+        if site.kind != "embedding"
+    )
+    examples = min(op.microbatch or 2**62, batch_size(op.data, op.shared))
+    needed = examples * (COLUMNS * (outputs + rest) + rows) * jnp.dtype(op.dtype).itemsize
+    free = host.available_bytes()
+    if free is None or needed <= free // 2:
+        return None
+    return f"gradients of {examples:,} examples would hold {format_bytes(needed)}: microbatch= makes it less"
+
+
+def _no_roots(op: FisherOperator, setup: Setup) -> str | None:
+    """Why the roots are not those of the loss's Hessian, where it is no sum of squares over examples."""
+    few = few_examples(op)
+    if op.kind != "type2" or few is None:
+        return None
+    error = float(_error_of_roots(few, setup))
+    if error <= op.precision**0.5:
+        return None
+    return "the loss is not convex in the outputs, or sets examples against each other"
+
+
+@partial(jax.jit, static_argnames="setup")
+def _error_of_roots(op: FisherOperator, setup: Setup) -> jax.Array:
+    """|∇²ℓ u - Σ_k r_k (r_k · u)| over |∇²ℓ u|, with the sum example by example."""
+    outputs = model_outputs(op)
+    found = roots(op, setup.form, outputs, op.data, None)
+    u = trees.sample(jax.random.key(0), outputs, jax.random.normal)
+    own = op._curvature(outputs, split(op.data)[1], u)
+
+    def add(total, k):
+        column = found.column(k)
+        dots = sum(
+            jnp.sum((c * x).reshape(len(x), -1), axis=1)
+            for c, x in zip(jax.tree.leaves(column), jax.tree.leaves(u), strict=True)
+        )
+        moved = jax.tree.map(lambda c: c * dots.reshape(-1, *[1] * (c.ndim - 1)), column)
+        return jax.tree.map(jnp.add, total, moved), None
+
+    made, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, outputs), jnp.arange(found.count))
+    size = trees.largest(own)
+    error = trees.largest(jax.tree.map(jnp.subtract, own, made))
+    return jnp.where(size > 0, error / jnp.where(size > 0, size, 1), error)
+
+
+def _words(op: FisherOperator, setup: Setup, passes: int) -> str:
+    _, found, _ = traced(op)
+    plan = plan_of(op.like, found, setup)
+    text = f"exact from {passes} backward passes through {len(plan.groups)} layers"
+    others = [place.name for place in plan.rest]
+    shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+    return text + (f"; gradients of single examples for {shown}" if others else "")
+
+
+@partial(jax.jit, static_argnames="setup")
+def _diagonal(op: FisherOperator, setup: Setup) -> PyTree:
+    plan = plan_of(op.like, traced(op)[1], setup)
+
+    def piece_sums(piece, keys):
+        run = Pass(op, setup, piece, keys)
+
+        def sums(gradients, rest):
+            layers = [_layer(run, gradients, group, op.dtype) for group in run.plan.groups]
+            return layers, [jnp.sum(g.astype(op.dtype) ** 2, axis=(0, 1)) for g in rest]
+
+        return run.sum_over_gradients(sums)
+
+    layers, rest = mean_over_pieces(op, piece_sums, None)
+    leaves, treedef = jax.tree.flatten(op.structure)
+    shapes, found = [leaf.shape for leaf in leaves], dict(zip(plan.rest_leaves, rest, strict=True))
+    for group, entries in zip(plan.groups, layers, strict=True):
+        found |= group.place.scatter(entries, shapes)
+    return treedef.unflatten([found[i].astype(leaf.dtype) for i, leaf in enumerate(leaves)])
+
+
+def _layer(run: Pass, gradients: dict, group: Group, dtype: Any) -> jax.Array:
+    """Σ G² of one layer, (groups, inputs, outputs)."""
+    if group.kind == "embedding" and group.turns == (False,):
+        return _embedding(run, gradients, group, dtype)
+    return squares(run, gradients, group, None, None, dtype)
+
+
+def _embedding(run: Pass, gradients: dict, group: Group, dtype: Any) -> jax.Array:
+    """The same where rows are read by number: (Σ_s g_s)² over the positions s of a row is Σ_s g_s Σ_t g_t.
+
+    S² operations for S positions instead of a gradient with all rows.
+    """
+    rows = jnp.concatenate([run.rows[path] for path in group.paths], axis=2)  # (N, groups, S)
+    g = jnp.concatenate([gradients[path].astype(dtype) for path in group.paths], axis=3)
+    alike = (rows[..., :, None] == rows[..., None, :]).astype(dtype)
+    products = g * jnp.einsum("ngst,kngto->kngso", alike, g, precision="highest")
+    each = jnp.sum(products, axis=0)  # (N, groups, S, outputs)
+
+    def one(own, values):  # of one group; what is out of range is dropped
+        zero = jnp.zeros((group.input_size(False), values.shape[-1]), dtype)
+        return zero.at[own.reshape(-1)].add(values.reshape(-1, values.shape[-1]), mode="drop")
+
+    return jax.vmap(one, in_axes=(1, 1))(rows, each)
