@@ -163,8 +163,8 @@ def preconditioner(update_fn: Any, state: PyTree, op: LinearOperator, rule: Call
     moments = jax.tree.leaves(response.moment)
     if not (response.momentum or trees.is_traced(moments) or any(np.any(x) for x in moments)):
         raise SpectraError(
-            "the optimizer has seen no gradient yet: its second moment is zero everywhere, and its P one number. "
-            "Take a step first."
+            "the optimizer has seen no gradient yet: its second moment is zero everywhere, and its P one "
+            "number. Take a step first."
         )
     found = response.to(response.held, response.count, response.drive())
     if not trees.is_traced(found) and not any(np.any(x) for x in found):
