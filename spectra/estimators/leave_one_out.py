@@ -95,6 +95,7 @@ def _inverse(sketch: jax.Array, precision: float) -> jax.Array:
 
 
 @_inverse.defjvp
+@careful()  # itself: it may run when the caller is done
 def _inverse_derivative(precision, primals, tangents):
     inverse = _inverse(*primals, precision)
     return inverse, -inverse @ tangents[0] @ inverse

@@ -80,7 +80,7 @@ def absorb(layout: Layout, size: int, state: BandState, row, previous, product: 
     left = step.remainder(w, q, p, beta, unit, state.basis, state.filled)
     rest = left.norm
     column = left.total.at[row].add(left.alpha).at[previous].add(beta)
-    scale = jnp.maximum(state.scale / unit, jnp.sqrt(jnp.vdot(column, column) + rest**2))
+    scale = jnp.maximum(state.scale / unit, jnp.sqrt(jnp.sum(column**2) + rest**2))
     new, alive = step.following(left, scale, size, state.filled < size)
     # Where nothing is left no row is appended, and the coefficient below rounding is dropped.
     kept = jnp.where(alive, rest, 0)

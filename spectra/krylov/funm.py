@@ -198,5 +198,5 @@ def _traced(op: LinearOperator, f: Callable[[Any], Any], v: PyTree, steps: int) 
     theta, vectors = jnp.linalg.eigh(found.matrix())
     # Steps behind an exhausted space have zero rows: f there counts for nothing.
     values = jnp.where(vectors[0] != 0, f(theta), 0)
-    coefficients = trees.norm(v) * (vectors @ (values * vectors[0]))
+    coefficients = trees.norm(v) * jnp.matmul(vectors, values * vectors[0], precision="highest")
     return stacks.combine(coefficients, found.basis)

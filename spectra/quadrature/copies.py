@@ -163,6 +163,7 @@ def merge(theta, weights, residuals, width: float):
 
 def merge_traced(theta, weights, residuals, length, width):
     """The same inside jit, with the new length: arrays keep the shape (m,), the last node repeats behind."""
+    import jax
     import jax.numpy as jnp
     from jax import lax
 
@@ -175,7 +176,8 @@ def merge_traced(theta, weights, residuals, length, width):
     steps = jnp.arange(len(theta))
     _, group = lax.scan(step, (theta[0], jnp.zeros((), jnp.int32)), theta)
     members = (group[None] == steps[:, None]) & (steps < length)
-    nodes, weights, residuals = _merged(members, theta, weights, residuals, jnp)
+    with jax.default_matmul_precision("highest"):
+        nodes, weights, residuals = _merged(members, theta, weights, residuals, jnp)
     length = group[length - 1] + 1
     live = steps < length
     return (

@@ -4,6 +4,8 @@ Everything is NumPy float64 on the host; SciPy is imported on first use, which k
 fast. Only `gauss_rule_traced` runs in JAX, for use inside a caller's jit.
 """
 
+import functools
+
 import numpy as np
 
 from spectra.base.errors import SpectraError
@@ -59,7 +61,8 @@ def gauss_rule_traced(alpha, beta, length, sketch):
     theta, vectors = _eigh_traced(dense(jnp.where(live, alpha, 2 * reach), beta[:-1], jnp))
     theta, weights, residuals = unit * theta, vectors[0] ** 2, unit * jnp.abs(beta[-1] * vectors[-1])
     rule = jnp.where(live, theta, theta[length - 1]), *(jnp.where(live, x, 0) for x in (weights, residuals))
-    return *rule, jnp.where(live[:, None], jax.lax.stop_gradient(vectors.T @ sketch), 0)
+    products = jnp.matmul(vectors.T, sketch, precision="highest")
+    return *rule, jnp.where(live[:, None], jax.lax.stop_gradient(products), 0)
 
 
 def _eigh_traced(matrix):
@@ -77,10 +80,11 @@ def _eigh_traced(matrix):
     @eigh.defjvp
     def derivative(primals, tangents):
         values, vectors = eigh(*primals)
-        inner = jnp.swapaxes(vectors, -1, -2) @ tangents[0] @ vectors
+        product = functools.partial(jnp.matmul, precision="highest")  # traced when the caller's code is done
+        inner = product(product(jnp.swapaxes(vectors, -1, -2), tangents[0]), vectors)
         gaps = values[..., None, :] - values[..., :, None]
         turn = jnp.where(gaps == 0, 0, inner / jnp.where(gaps == 0, 1, gaps))
-        return (values, vectors), (jnp.diagonal(inner, axis1=-2, axis2=-1), vectors @ turn)
+        return (values, vectors), (jnp.diagonal(inner, axis1=-2, axis2=-1), product(vectors, turn))
 
     with jax.default_matmul_precision("highest"):
         return eigh(matrix)

@@ -1,0 +1,104 @@
+"""The package's own matrix products are in full precision: JAX's default is bfloat16 on a TPU, TF32 on a GPU.
+
+A product inside the model has the operator's `matmul_precision`, "float32" unless the user says otherwise.
+All others state theirs where they are traced. Here the programs are traced, and not run.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import spectra
+from spectra.krylov import band
+from spectra.krylov.layout import Layout
+from spectra.operators.kronecker import Kronecker, Place
+from spectra.operators.layouts import Layout as Matrices
+
+N = 43  # a size of its own: what was traced before would not be traced again
+KEY = jax.random.key(0)
+HIGHEST, DEFAULT = ((p, p) for p in (lax.Precision.HIGHEST, lax.Precision.DEFAULT))
+MATRIX = jax.ShapeDtypeStruct((N, N), jnp.float32)
+VECTOR = jax.ShapeDtypeStruct((N,), jnp.float32)
+
+
+@pytest.fixture
+def precisions(monkeypatch):
+    """Of all products of floating-point arrays from here on, as they reach JAX."""
+    assert jax.config.jax_default_matmul_precision is None
+    found = []
+    for primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
+
+        def bind(*args, original=primitive.bind, **params):
+            if jnp.issubdtype(args[0].dtype, jnp.inexact):
+                found.append(params["precision"])
+            return original(*args, **params)
+
+        monkeypatch.setattr(primitive, "bind", bind)
+    return found
+
+
+def of_matrix(estimate):
+    """An estimate from a matrix, as a function of the matrix, in a program of its own."""
+    return jax.jit(lambda matrix: estimate(spectra.MatrixOperator(matrix)))
+
+
+ESTIMATES = {
+    "slq": lambda op: spectra.slq(op, num_steps=9, num_probes=2, key=KEY).nodes.sum(),
+    "slq, no basis": lambda op: spectra.slq(op, num_steps=9, num_probes=2, key=KEY, basis="none").nodes.sum(),
+    "trace": lambda op: spectra.trace(op, key=KEY, num_matvecs=12, method="xtrace").value,
+    "hutch++": lambda op: spectra.trace(op, key=KEY, num_matvecs=12, method="hutch++").value,
+    "diagonal": lambda op: spectra.diagonal(op, key=KEY, num_matvecs=12).value.sum(),
+    "funm": lambda op: spectra.funm(op, jnp.sqrt, jnp.ones(N), num_steps=8).value.sum(),
+    "solve": lambda op: spectra.solve(op, jnp.ones(N)).x.sum(),
+}
+DIFFERENTIATED = ("slq", "trace", "funm")  # rules of derivatives are traced when the estimate's code is done
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_estimates_multiply_in_full_precision(name, precisions):
+    jax.eval_shape(of_matrix(ESTIMATES[name]), MATRIX)
+    assert set(precisions) == {HIGHEST}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_derivatives_of_estimates_multiply_in_full_precision(name, precisions):
+    jax.eval_shape(jax.grad(of_matrix(ESTIMATES[name])), MATRIX)
+    assert set(precisions) == {HIGHEST}
+
+
+def test_a_step_of_eigsh_multiplies_in_full_precision(precisions):
+    """All of it: new rows from old ones, and the coefficients of a product on them."""
+    layout = Layout.leafwise(VECTOR)
+    state = jax.eval_shape(partial(band.empty, layout, 20))
+    jax.eval_shape(partial(band.absorb, layout, N), state, 1, 0, VECTOR)
+    weights = state.coefficients
+    jax.eval_shape(lambda *a: band.replace(layout, *a), state, weights, weights, state.filled)
+    assert set(precisions) == {HIGHEST}
+
+
+@pytest.mark.parametrize("eigenbases", [False, True])
+def test_factored_blocks_multiply_in_full_precision(eigenbases, precisions):
+    """X -> A X B, and in the eigenbases of A and B."""
+    rows, columns = (N + 1, N + 2) if eigenbases else (N, N + 1)
+    place = Place("w", 0, None, Matrices((rows, columns), 0, (), 1, rows, columns), "kronecker")
+    left, right = (jax.ShapeDtypeStruct((1, n, n), jnp.float32) for n in (rows, columns))
+
+    def product(left, right, x):
+        block = Kronecker(left, right, place)
+        return (block.eigh() if eigenbases else block).apply(x)
+
+    jax.eval_shape(product, left, right, jax.ShapeDtypeStruct((1, rows, columns), jnp.float32))
+    assert set(precisions) == {HIGHEST}
+
+
+@pytest.mark.parametrize(("asked", "stated"), [("float32", HIGHEST), ("default", DEFAULT)])
+def test_the_precision_inside_the_model_is_the_users(asked, stated, precisions):
+    def loss_fn(w, x):
+        return jnp.mean(jnp.tanh(x @ w) ** 2)
+
+    op = spectra.HessianOperator(loss_fn, jnp.zeros(N), jnp.zeros((5, N)), matmul_precision=asked)
+    jax.eval_shape(lambda v: op.mv(v), VECTOR)
+    assert set(precisions) == {stated}
