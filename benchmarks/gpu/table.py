@@ -35,9 +35,10 @@ transformers of `benchmarks/aot/model.py`, 8 layers of width 512 and 74 of width
 split over the cards (FSDP). The vectors of the first two fit in a card's cache: there kernels count, and not
 bytes.
 
-The conditional that the host decides on eight cards is that of the second Gram-Schmidt pass, which has two
-reductions. With `XLA_FLAGS=--xla_gpu_enable_command_buffer=+COLLECTIVES` it lies in a command buffer too
-(seen for the orthogonalisation alone).
+Command buffers hold no collectives unless `XLA_FLAGS=--xla_gpu_enable_command_buffer=+COLLECTIVES` says so,
+and none of the conditionals has a collective inside: reductions between cards come behind the conditionals of
+the second Gram-Schmidt pass, and are made in every step. Before that, one conditional reached the host on
+eight cards. The loop over steps is the host's: it reads one predicate a step.
 Before a row was put by a scatter there were 15 copies in a step and 66 conditionals, and rows were swept one
 segment at a time (1.32 times the floor, for 1e6 parameters on one card).
 """
