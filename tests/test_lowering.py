@@ -186,9 +186,9 @@ def test_a_step_on_a_gpu_copies_no_basis_and_asks_no_host():
     assert figures["copies"] == 0
     assert "kConditional" not in figures["on_host"]
     assert figures["on_host"]["kWhile"] == 1  # the loop over steps, of which the host knows no number
-    # One sweep of `dots` and of `subtract`; each again in the second pass, within one of its own. That of the
-    # unit is none.
-    assert figures["conditionals"] == 6
+    # One sweep of `dots` and of `subtract`; each again in the second pass, within one of its own, and one for
+    # the norm. That of the unit is none.
+    assert figures["conditionals"] == 7
     assert figures["precisions"].keys() == {"highest"}
     assert figures["instructions"] == {}  # neither tensor cores, whose float32 is tf32, nor float64
 
@@ -200,6 +200,7 @@ def test_orthogonalisation_on_gpus_keeps_to_the_floor_of_bytes(topology):
     figures = compiled_for("gpu", program="orthogonalize", topology=topology, layout="spread", size="5e6")
     assert figures["hbm"] <= 1.1 * floor(figures)
     assert figures["copies"] == 0
+    assert "kConditional" not in figures["on_host"]
     assert figures["collectives"] == {"all-reduce": [3, 4 * (2 * (figures["rows"] + 1) + 1), 420]}
 
 

@@ -57,9 +57,11 @@ def _second_pass(
         return _basis.block_dots(basis, vector, filled)
 
     def subtracted(vector):
-        vector = _basis.subtract(basis, second, vector, filled)
+        return _basis.subtract(basis, second, vector, filled)
+
+    def squared(vector):
         # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
-        return vector, _panels.block_vdot(vector, vector)
+        return _panels.block_vdot(vector, vector)
 
     def nothing(like):
         return [jnp.zeros_like(x) for x in like]
@@ -70,8 +72,11 @@ def _second_pass(
     found = lax.cond(wanted, measured, lambda _: nothing(blocks), vector)
     second = jnp.where(wanted, _basis.summed(split(found, blocks))[0], 0)
     squares = [x[:, -1] for x in blocks]
-    vector, found = lax.cond(wanted, subtracted, lambda x: (x, nothing(squares)), vector)
-    return vector, second, _panels.total(split(found, squares))
+    vector = lax.cond(wanted, subtracted, lambda x: x, vector)
+    found = lax.cond(wanted, squared, lambda _: nothing(squares), vector)
+    # Between two reductions XLA makes a graph of five kernels or more: two conditionals in place of one, and a
+    # choice apart from the sum. Of fewer each is launched alone, and their conditionals are the host's.
+    return vector, second, _panels.total(lax.optimization_barrier(split(found, squares)))
 
 
 def _square(coefficients: jax.Array) -> jax.Array:
