@@ -74,8 +74,8 @@ def _second_pass(
     squares = [x[:, -1] for x in blocks]
     vector = lax.cond(wanted, subtracted, lambda x: x, vector)
     found = lax.cond(wanted, squared, lambda _: nothing(squares), vector)
-    # Between two reductions XLA makes a graph of five kernels or more: two conditionals in place of one, and a
-    # choice apart from the sum. Of fewer each is launched alone, and their conditionals are the host's.
+    # XLA makes no graph of fewer than five kernels between two reductions, and leaves their conditionals to
+    # the host: so there are two conditionals, and the choice is apart from the sum.
     return vector, second, _panels.total(lax.optimization_barrier(split(found, squares)))
 
 
