@@ -27,6 +27,10 @@ product and keeps the fastest, took its first choice. "h100:8" are eight cards i
 * **Tensor cores**: their instructions in the machine code, by type; a true float32 product has none. float64
   would be listed beside them.
 * **Collectives**: number of times, bytes on one card in all (the larger of what goes in and what comes out).
+
+Rows with a † are from code of November 26th with another form of the second Gram-Schmidt pass, and were not
+compiled again: on one card its reductions were within one conditional, on eight its end was a group of three or
+four kernels, of which XLA makes no command buffer, so that its conditionals were the host's in some programs.
 """
 STEP = """\
 The body of `slq` and `lanczos`: product and recurrence in one loop, m = 100. `mlp` (85,002 parameters, 1,797
@@ -85,6 +89,11 @@ def table(rows: list[dict], columns: Columns) -> list[str]:
     return lines
 
 
+def place(r: dict) -> str:
+    """The cards, with a mark where the figures are from earlier code."""
+    return r["topology"] + (" †" if r.get("earlier") else "")
+
+
 def size(r: dict) -> str:
     if r["layout"] == "spread":
         return f"{r['parameters']:,} numbers"
@@ -123,7 +132,7 @@ def memory(r: dict) -> str:
 
 
 STEP_COLUMNS: Columns = {
-    "cards": lambda r: r["topology"],
+    "cards": place,
     "network, parameters": size,
     "memory": memory,
     "kernels": lambda r: f"{r['kernels']:,}",
@@ -136,7 +145,7 @@ STEP_COLUMNS: Columns = {
     "collectives": text.collectives,
 }
 ORTHOGONALIZE_COLUMNS: Columns = {
-    "cards": lambda r: r["topology"],
+    "cards": place,
     "parameters": size,
     "memory": memory,
     "kernels": lambda r: f"{r['kernels']:,}",
@@ -148,7 +157,7 @@ ORTHOGONALIZE_COLUMNS: Columns = {
     "collectives": text.collectives,
 }
 PRODUCT_COLUMNS: Columns = {
-    "cards": lambda r: r["topology"],
+    "cards": place,
     "network, parameters": size,
     "program": lambda r: f"{r['program']}, {r['precision']}",
     "memory": memory,
@@ -159,7 +168,7 @@ PRODUCT_COLUMNS: Columns = {
     "collectives": text.collectives,
 }
 REST_COLUMNS: Columns = {
-    "cards": lambda r: r["topology"],
+    "cards": place,
     "program": lambda r: r["program"],
     "network, parameters": size,
     "memory": memory,
