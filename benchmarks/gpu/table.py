@@ -28,9 +28,9 @@ product and keeps the fastest, took its first choice. "h100:8" are eight cards i
   would be listed beside them.
 * **Collectives**: number of times, bytes on one card in all (the larger of what goes in and what comes out).
 
-Rows with a † are from code of November 26th with another form of the second Gram-Schmidt pass, and were not
-compiled again: on one card its reductions were within one conditional, on eight its end was a group of three or
-four kernels, of which XLA makes no command buffer, so that its conditionals were the host's in some programs.
+Rows with a † are from earlier code with another form of the second Gram-Schmidt pass, and were not compiled
+again: on one card its reductions were within one conditional; on eight its end was a group of three or four
+kernels, of which XLA makes no command buffer, so that in some programs its conditionals were the host's.
 """
 STEP = """\
 The body of `slq` and `lanczos`: product and recurrence in one loop, m = 100. `mlp` (85,002 parameters, 1,797
@@ -42,7 +42,7 @@ bytes.
 Command buffers hold no collectives unless `XLA_FLAGS=--xla_gpu_enable_command_buffer=+COLLECTIVES` says so,
 and none of the conditionals has a collective inside: reductions between cards come behind the conditionals of
 the second Gram-Schmidt pass, and are made in every step. Before that, one conditional reached the host on
-eight cards. The loop over steps is the host's: it reads one predicate a step.
+eight cards. The loop over steps is the host's, which reads one predicate a step.
 Before a row was put by a scatter there were 15 copies in a step and 66 conditionals, and rows were swept one
 segment at a time (1.32 times the floor, for 1e6 parameters on one card).
 """
