@@ -186,8 +186,8 @@ def test_a_step_on_a_gpu_copies_no_basis_and_asks_no_host():
     assert figures["copies"] == 0
     assert "kConditional" not in figures["on_host"]
     assert figures["on_host"]["kWhile"] == 1  # the loop over steps, of which the host knows no number
-    # One sweep of `dots` and of `subtract`; each again in the second pass, within one of its own. The norm and
-    # the unit have none.
+    # One sweep of `dots` and of `subtract`; each again in the second pass, within one of its own.
+    # None is left for the norm and the unit.
     assert figures["conditionals"] == 6
     assert figures["precisions"].keys() == {"highest"}
     assert figures["instructions"] == {}  # neither tensor cores, whose float32 is tf32, nor float64
