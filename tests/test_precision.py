@@ -27,7 +27,7 @@ VECTOR = jax.ShapeDtypeStruct((N,), jnp.float32)
 @pytest.fixture
 def precisions(monkeypatch):
     """Of all products of floating-point arrays from here on, as they reach JAX."""
-    assert jax.config.jax_default_matmul_precision is None
+    assert jax.config.read("jax_default_matmul_precision") is None
     found = []
     for primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
 
