@@ -27,7 +27,6 @@ VECTOR = jax.ShapeDtypeStruct((N,), jnp.float32)
 @pytest.fixture
 def precisions(monkeypatch):
     """Of all products of floating-point arrays from here on, as they reach JAX."""
-    assert jax.config.read("jax_default_matmul_precision") is None
     found = []
     for primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
 
@@ -37,7 +36,8 @@ def precisions(monkeypatch):
             return original(*args, **params)
 
         monkeypatch.setattr(primitive, "bind", bind)
-    return found
+    with jax.default_matmul_precision("default"):
+        yield found
 
 
 def of_matrix(estimate):
