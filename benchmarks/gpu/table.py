@@ -31,6 +31,7 @@ product and keeps the fastest, took its first choice. "h100:8" are eight cards i
 Rows with a † are from earlier code with another form of the second Gram-Schmidt pass, and were not compiled
 again: on one card its reductions were within one conditional; on eight its end was a group of three or four
 kernels, of which XLA makes no command buffer, so that in some programs its conditionals were the host's.
+Cases of `benchmarks/gpu/__main__.py` without a row here were not compiled yet.
 """
 STEP = """\
 The body of `slq` and `lanczos`: product and recurrence in one loop, m = 100. `mlp` (85,002 parameters, 1,797
