@@ -22,7 +22,7 @@ DAMPING = 1e-3
 TOL = 1e-3
 """Within float32 at κ = 1000, whose products leave residuals of 1e-4 |b|."""
 SHARE = 0.2
-RIGHT_HAND_SIDES = 2
+RIGHT_HAND_SIDES = 8
 
 
 def trained(loss_fn, params, batch, steps: int):
@@ -75,7 +75,7 @@ def decoder(settings: Settings):
 
 
 WAYS = ("none", "Nyström", "KFAC")
-SHARED = (1, 2, 10)
+SHARED = (1, 8, 64)
 """Right-hand sides that what was built is divided by."""
 
 
