@@ -3,7 +3,7 @@
 Damping is 1e-3 λ₁, and the right-hand sides are gradients of examples held out, as for influence functions.
 Products are counted, not seconds: those of the iteration, its residual checks included, and apart from them
 those that built the preconditioner, which all right-hand sides share. KFAC has four samples an example and
-takes no products. The Gauss-Newton matrix is taken since
+takes one product, for its damping. The Gauss-Newton matrix is taken since
 these Hessians, of networks that are not at a minimum, have eigenvalues below minus the damping, where
 CG does not apply.
 """

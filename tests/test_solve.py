@@ -269,9 +269,7 @@ class TestPreconditioners:
         one = spectra.solve(op, jnp.asarray(rng.standard_normal(self.n), jnp.float32), **options)
         three = spectra.solve(op, jnp.asarray(rng.standard_normal((self.n, 3)), jnp.float32), **options)
         assert three.converged.all()
-        # It is no wider than one step of doubling, and each of them takes no more products for that.
-        assert one.preconditioner_matvecs <= three.preconditioner_matvecs <= 2 * one.preconditioner_matvecs
-        assert three.num_matvecs <= 3 * one.num_matvecs
+        assert three.preconditioner_matvecs == one.preconditioner_matvecs
 
     @pytest.mark.parametrize(
         "cls", slow_but([spectra.KFACOperator, spectra.EKFACOperator], spectra.EKFACOperator)
