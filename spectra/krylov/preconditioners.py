@@ -77,7 +77,8 @@ def _factored(
     image = op @ v
     size, wrong = trees.norm(image), trees.norm(jax.tree.map(jnp.subtract, image, kfac @ v))
     error = jnp.where(wrong < size, wrong / jnp.where(size > 0, size, 1), 1)
-    return kfac.inverse(jnp.maximum(shift, UNKNOWN * error * kfac.eigenvalues()[-1])), 1
+    damping: Any = jnp.maximum(shift, UNKNOWN * error * kfac.eigenvalues()[-1])
+    return kfac.inverse(damping), 1
 
 
 def identity(preconditioner: Any, like: PyTree) -> Any:
