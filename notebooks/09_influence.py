@@ -31,25 +31,30 @@ plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.righ
 # %% [markdown]
 # ## A network at its minimum
 #
-# 200 digits for training, a hidden layer of ten units, and a weight decay δ, which is the damping. The formula is
+# 200 digits for training, a convolution with six channels, and a weight decay δ, which is the damping. The formula is
 # that of a minimum, so training goes on until the gradient is zero.
 
 # %%
 images, labels = digits.load_digits()
 order = np.random.default_rng(0).permutation(len(images))
 images, labels = jnp.asarray(images[order], float), jnp.asarray(labels[order])
-count, decay = 200, 3e-3
+count, decay, channels = 200, 1e-2, 6
 train, unseen = (images[:count], labels[:count]), (images[count:], labels[count:])
 keys = jax.random.split(jax.random.key(0))
 params = {
-    "hidden": {"w": jax.random.normal(keys[0], (64, 10)) / 8, "b": jnp.zeros(10)},
-    "out": {"w": jax.random.normal(keys[1], (10, 10)) / 3, "b": jnp.zeros(10)},
+    "conv": {"w": jax.random.normal(keys[0], (3, 3, 1, channels)) / 3, "b": jnp.zeros(channels)},
+    "out": {"w": jax.random.normal(keys[1], (4 * channels, 10)) / 3, "b": jnp.zeros(10)},
 }
 
 
 def model_fn(params, x):
-    hidden = jnp.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"])
-    return hidden @ params["out"]["w"] + params["out"]["b"]
+    x = x.reshape(-1, 8, 8, 1)
+    x = jax.lax.conv_general_dilated(
+        x, params["conv"]["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    hidden = jnp.tanh(x + params["conv"]["b"]).reshape(-1, 2, 4, 2, 4, channels)
+    pooled = hidden.mean((2, 4)).reshape(-1, 4 * channels)  # over each quarter of the image
+    return pooled @ params["out"]["w"] + params["out"]["b"]
 
 
 def output_loss(outputs, targets):
@@ -63,10 +68,16 @@ def loss_fn(params, batch):
 start, unravel = jax.flatten_util.ravel_pytree(params)
 
 
+def losses(theta, batch):
+    """The loss on each example of a batch."""
+    logits = model_fn(unravel(theta), batch[0])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+
+
 @jax.jit
 def examples(theta):
     """The loss on each training example."""
-    return jax.vmap(lambda x, y: loss_fn(unravel(theta), (x[None], y[None])))(*train)
+    return losses(theta, train)
 
 
 def objective(theta, weights):
@@ -92,7 +103,7 @@ print(f"{theta.size} parameters, gradient {size:.0e}, {accuracy:.0%} of unseen d
 assert size < 1e-10
 
 # %% [markdown]
-# ## The truth: every example left out once
+# ## The truth: a hundred examples, each left out once
 #
 # From the minimum, L-BFGS in the metric of the Hessian leads to the minimum without the example, in a few dozen steps.
 
@@ -106,10 +117,10 @@ def without(z, i):
     return jax.value_and_grad(lambda z: objective(theta + root @ z, everything.at[i].set(0.0)))(z)
 
 
-retrained, slopes = [], []
-for i in range(count):
+left_out, retrained, slopes = np.arange(0, count, 2), [], []
+for i in left_out:
     found = scipy.optimize.minimize(
-        lambda z, i=i: [np.asarray(x) for x in without(z, i)], np.zeros(theta.size), jac=True,
+        lambda z, i=int(i): [np.asarray(x) for x in without(z, i)], np.zeros(theta.size), jac=True,
         method="L-BFGS-B", options={"maxiter": 500, "ftol": 0, "gtol": 1e-7},
     )  # fmt: skip
     retrained.append(theta + root @ found.x)
@@ -120,14 +131,13 @@ print(f"largest gradient at the end {max(slopes):.0e}, of the first at the start
 assert max(slopes) < 1e-5
 
 # The 20 unseen digits with the largest loss: what made the network get these wrong?
-own = jax.vmap(lambda x, y: loss_fn(unravel(theta), (x[None], y[None])))(*unseen)
-hard = np.argsort(-np.asarray(own))[:20]
+hard = np.argsort(-np.asarray(losses(theta, unseen)))[:20]
 targets = tuple(x[hard] for x in unseen)
 
 
 @jax.jit
 def target_losses(theta):
-    return jax.vmap(lambda x, y: loss_fn(unravel(theta), (x[None], y[None])))(*targets)
+    return losses(theta, targets)
 
 
 truth = np.asarray(jax.lax.map(target_losses, retrained) - target_losses(theta))  # (left out, digit)
@@ -142,7 +152,7 @@ truth = np.asarray(jax.lax.map(target_losses, retrained) - target_losses(theta))
 point = unravel(theta)
 network = (model_fn, output_loss, point, train)
 b = np.asarray(jax.jacobian(target_losses)(theta)).T  # (parameters, digit)
-single = np.asarray(jax.jacobian(examples)(theta))  # (left out, parameters)
+single = np.asarray(jax.jacobian(examples)(theta))[left_out]  # (left out, parameters)
 solutions = {
     "Hessian": spectra.solve(spectra.HessianOperator(loss_fn, point, train), b, shift=decay, tol=1e-8),
     "Gauss-Newton": spectra.solve(spectra.GGNOperator(*network), b, shift=decay, tol=1e-8),
@@ -161,17 +171,20 @@ for name, values in correlation.items():
 
 # %% [markdown]
 # The exact Hessian predicts the order in which examples matter, and each approximation loses some of it: leaving the
-# second derivatives of the network out, and then all that lies between layers. Between EKFAC and KFAC there is no
-# difference to speak of here: it is far smaller than what either loses, and it changes its sign with the damping. Run
-# with other dampings, the cells above gave, in the order of the table, 0.97, 0.77, 0.571 and 0.572 for δ = 10⁻², and
-# 0.86, 0.56, 0.355 and 0.354 for δ = 10⁻³: with less damping a single example moves the network further than a linear
-# system can follow.
+# second derivatives of the network out, then all that lies between layers, then the eigenvalues. EKFAC and KFAC have
+# the same eigenvectors. A convolution's weight is used at each of 64 positions; KFAC takes these for independent
+# examples, EKFAC sums the gradient over them before it squares.
+#
+# With digits and parameters drawn anew, the cells above gave, in the order of the table, 1.00, 0.87, 0.48 and 0.32,
+# and 0.99, 0.79, 0.33 and 0.10. With less damping, δ = 3·10⁻³, three draws gave 0.98, 0.94 and 0.82 for the Hessian
+# (near a minimum with an eigenvalue of 10⁻⁴ a single example moves the network further than a linear system can
+# follow), 0.31 to 0.40 for EKFAC and 0.19 to 0.24 for KFAC. In a network of dense layers, where no weight is shared,
+# EKFAC and KFAC tie.
 
 # %%
 mean = {name: values.mean() for name, values in correlation.items()}
 assert mean["Hessian"] >= 0.9
-assert mean["Hessian"] > mean["Gauss-Newton"] > max(mean["EKFAC"], mean["KFAC"])
-assert abs(mean["EKFAC"] - mean["KFAC"]) < 0.02 < 0.1 < mean["Gauss-Newton"] - mean["EKFAC"]
+assert mean["Hessian"] > mean["Gauss-Newton"] > mean["EKFAC"] > mean["KFAC"] + 0.05
 
 fig, axes = plt.subplots(1, 4, figsize=(7.2, 1.9), sharex=True, sharey=True, layout="constrained")
 for ax, (name, p) in zip(axes, predicted.items(), strict=True):

@@ -57,6 +57,10 @@ def operator():
     return spectra.MatrixOperator(jnp.diag(jnp.asarray(VALUES)))
 
 
+def halved(v):
+    return v / 2
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
@@ -177,6 +181,7 @@ def test_a_run_whose_products_ran_out_goes_on_with_more(tmp_path):
         ("trace", {"by": "leaf"}, "by"),
         pytest.param("eigsh", {"verify": False}, "verify", marks=pytest.mark.slow),
         pytest.param("kpm", {"bounds": (-2, 10)}, "bounds", marks=pytest.mark.slow),
+        pytest.param("solve", {"preconditioner": halved}, "preconditioner", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_of_other_arguments_or_another_function_is_refused(name, more, differs, tmp_path):

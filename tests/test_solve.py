@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 from cases import SHARP, N, Ridge, relative_error, ridge_loss, rotation, slow_but
-from networks import half_square
+from networks import cross_entropy, half_square
 
 import spectra
 from spectra import Status
@@ -221,6 +221,14 @@ def linear_fn(params, x):
     return x @ params["w"]
 
 
+SIZES = ((16, 10), (10, 10), (10, 4))
+
+
+def deep_fn(params, x):
+    first, second, last = params
+    return jnp.tanh(jnp.tanh(x @ first) @ second) @ last
+
+
 class TestPreconditioners:
     """60 eigenvalues down to the shift and a flat rest: what is left has a condition number near ten."""
 
@@ -260,8 +268,8 @@ class TestPreconditioners:
         options = {"shift": self.shift, "tol": 2e-4, "preconditioner": "nystrom", "key": KEY}
         one = spectra.solve(op, jnp.asarray(rng.standard_normal(self.n), jnp.float32), **options)
         three = spectra.solve(op, jnp.asarray(rng.standard_normal((self.n, 3)), jnp.float32), **options)
-        assert three.preconditioner_matvecs == one.preconditioner_matvecs
         assert three.converged.all()
+        assert three.preconditioner_matvecs == one.preconditioner_matvecs
 
     @pytest.mark.parametrize(
         "cls", slow_but([spectra.KFACOperator, spectra.EKFACOperator], spectra.EKFACOperator)
@@ -278,6 +286,29 @@ class TestPreconditioners:
         assert found.num_matvecs <= 2  # a step and its residual
         with pytest.raises(spectra.SpectraError, match="damped by the shift"):
             spectra.solve(op, jnp.ones(24), preconditioner=kfac)
+
+    @pytest.mark.parametrize("kind", slow_but(["type2", "mc"], "type2"))
+    def test_kronecker_factors_are_damped_by_their_error(self, kind):
+        """Below it their eigenvalues are noise: the shift alone as damping takes more products.
+
+        Over three networks the shares were 0.74 to 0.78 with all roots and 0.67 to 0.74 with one sample.
+        """
+        rng = np.random.default_rng(0)
+        params = [jnp.asarray(2 * rng.standard_normal(s) / s[0] ** 0.5, jnp.float32) for s in SIZES]
+        data = jnp.asarray(rng.standard_normal((80, 16)), jnp.float32), jnp.asarray(rng.integers(0, 4, 80))
+        dense = spectra.GGNOperator(deep_fn, cross_entropy, params, data).as_matrix()
+        _, unravel = jax.flatten_util.ravel_pytree(params)
+        op = spectra.FunctionOperator(lambda v: unravel(dense @ jax.flatten_util.ravel_pytree(v)[0]), params)
+        key = KEY if kind == "mc" else None
+        kfac = spectra.KFACOperator(deep_fn, cross_entropy, params, data, kind=kind, key=key)
+        shift = 1e-3 * float(np.linalg.eigvalsh(np.asarray(dense, float))[-1])
+        b = unravel(jnp.asarray(rng.standard_normal(len(dense)), jnp.float32))
+        options = {"shift": shift, "tol": 1e-3, "max_matvecs": len(dense)}
+        found = spectra.solve(op, b, preconditioner=kfac, **options)
+        assert found.converged
+        assert found.preconditioner_matvecs == 1
+        by_shift = spectra.solve(op, b, preconditioner=kfac.inverse(shift), **options)
+        assert found.num_matvecs <= 0.85 * by_shift.num_matvecs
 
     @pytest.mark.slow
     def test_what_is_not_positive_definite_is_refused(self):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import stacks, trees
 from spectra.base.errors import NonFiniteError, SpectraError
 from spectra.base.files import tree_digest
 from spectra.base.meshes import automatic
@@ -148,7 +148,9 @@ def solve(
         watched("solve", progress and not traced, checkpoint, None, arguments) as watch,
         watch.journal(shifted, key) as journal,
     ):
-        inverse, built = as_preconditioner(preconditioner, op, shift, key, traced, journal)
+        inverse, built = as_preconditioner(
+            preconditioner, op, shift, key, traced, sides=stacks.length(b), journal=journal
+        )
         if not traced:
             bound = _known_bound(op, shift, lower_bound)
             found = _concrete(shifted, b, x0, inverse, method, tol, max_matvecs, bound, journal)

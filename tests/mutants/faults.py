@@ -72,6 +72,20 @@ KRYLOV = [
         "test_solve.py::test_cg_says_that_an_operator_is_indefinite",
     ),
     fault(
+        "Kronecker factors are damped by the shift alone",
+        "krylov/preconditioners.py",
+        "UNKNOWN = 0.1\n",
+        "UNKNOWN = 0.0\n",
+        "test_solve.py::TestPreconditioners",
+    ),
+    fault(
+        "a checkpoint of a solve belongs to any preconditioner",
+        "krylov/solve.py",
+        'return plain | vectors | {"preconditioner": identity(preconditioner, op.like)}',
+        "return plain | vectors",
+        "test_resuming.py::test_a_checkpoint_of_other_arguments_or_another_function_is_refused",
+    ),
+    fault(
         "the error of a function is bounded by a thousandth of it",
         "krylov/function_error.py",
         "weights = vectors[0] * vectors[-1]",
