@@ -54,6 +54,41 @@ def draw_batches(
     return _of_one_batch(op, key, num_batches, num_examples, folds)
 
 
+def in_order(op: DataOperator, count: int) -> Batches:
+    """Runs of examples, or every count-th batch of a stream: `split_data` with its weights.
+
+    Raises:
+        DataError: fewer examples or batches than parts.
+    """
+    parts = op.split_data(count)
+    if op.stream is not None:
+        weights = np.array([sum(op.stream.weights[i::count]) for i in range(count)])
+        sizes = np.array([_sizes(part, part.stream).sum() for part in parts if part.stream is not None])
+    else:
+        sizes = np.array([batch_size(part.data, op.shared) for part in parts])
+        weights = sizes if op.weight_fn is None else np.array([op.weight_fn(part.data) for part in parts])
+    return listed(parts, _shares(np.asarray(weights, float)), sizes, op)
+
+
+def listed(
+    parts: Sequence[LinearOperator],
+    weights: np.ndarray,
+    sizes: np.ndarray,
+    whole: LinearOperator | None = None,
+) -> Batches:
+    """Operators of disjoint batches as they are given, and that of all of them, their mean by default."""
+    if whole is None:
+        whole = parts[0] * float(weights[0])
+        for weight, part in zip(weights[1:], parts[1:], strict=True):
+            whole = whole + float(weight) * part
+
+    def union(batches: Indices) -> LinearOperator:
+        assert len(batches) == len(parts)
+        return whole
+
+    return Batches(weights, sizes, lambda: iter(parts), union, np.zeros(len(parts), int), np.ones(1))
+
+
 def _of_one_batch(op, key, num_batches, num_examples, folds) -> Batches:
     total = batch_size(op.data, op.shared)
     wanted = total if num_examples is None else num_examples
