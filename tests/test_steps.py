@@ -184,7 +184,7 @@ def test_adafactor_with_parameters_that_have_seen_no_gradient(factored):
 
 @pytest.mark.slow
 def test_muon_is_at_the_edge_of_its_whole_update_map():
-    """Five Newton-Schulz steps of a matrix, whose derivative no diagonal holds."""
+    """Newton-Schulz steps of a matrix: its derivative is no diagonal and turns what alternates, by 0.068."""
     optimizer, point = optax.contrib.muon(0.1), W.reshape(2, 2)
     scales = jnp.abs(SCALES).reshape(2, 2)
     state = optimizer.init(point)
@@ -192,7 +192,8 @@ def test_muon_is_at_the_edge_of_its_whole_update_map():
         _, state = optimizer.update(scales * point * (1 + 0.1 * i), state, point)
     op = spectra.HessianOperator(lambda w, s: 0.5 * jnp.sum(s * w**2), point, scales)
     found = spectra.stable_step(op, optimizer, state, key=KEY, tol=1e-4)
-    np.testing.assert_allclose(float(found), edge(optimizer, state, scales=scales, point=point), rtol=1e-3)
+    # The answer is taken at -1, and the map passes beside it: second order in the angle, 0.068² = 5e-3.
+    np.testing.assert_allclose(float(found), edge(optimizer, state, scales=scales, point=point), rtol=5e-3)
 
 
 # Of the others in benchmarks/results/training.md the curvature moves by more within the steps watched.
