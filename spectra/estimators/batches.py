@@ -1,7 +1,7 @@
 """Disjoint batches of an operator's own data."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def in_order(op: DataOperator, count: int) -> Batches:
 
 
 def listed(
-    parts: Sequence[LinearOperator],
+    parts: Sequence[Any],
     weights: np.ndarray,
     sizes: np.ndarray,
     whole: LinearOperator | None = None,
