@@ -77,14 +77,16 @@ def listed(
     whole: LinearOperator | None = None,
 ) -> Batches:
     """Operators of disjoint batches as they are given, and that of all of them, their mean by default."""
-    if whole is None:
-        whole = parts[0] * float(weights[0])
+    total = whole
+    if total is None:
+        total = parts[0] * float(weights[0])
         for weight, part in zip(weights[1:], parts[1:], strict=True):
-            whole = whole + float(weight) * part
+            total = total + float(weight) * part
 
     def union(batches: Indices) -> LinearOperator:
         assert len(batches) == len(parts)
-        return whole
+        assert total is not None
+        return total
 
     return Batches(weights, sizes, lambda: iter(parts), union, np.zeros(len(parts), int), np.ones(1))
 
