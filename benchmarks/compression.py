@@ -6,9 +6,17 @@
 MiniLM with a classifying head as in `benchmarks/minilm.py`, through the PyTorch bridge. Each weight matrix in
 turn is rounded to nearest with one scale a row; `spectra.perturbation` predicts the change of the loss from
 one product a matrix, and the loss itself is evaluated with the rounded weights. Beside it the diagonal of the
-empirical Fisher matrix, ½ Σ F_ii δ_i², which is what is commonly used to rank layers.
+empirical Fisher matrix F, which is what is commonly used to rank layers:
 
-Errors are relative to the true change, over the layers whose change is ten times the rounding of a float32
+* as it is used (Optimal Brain Damage and its successors, SqueezeLLM), ½ Σ F_ii δ_i² without a slope, which is
+  taken for zero at the end of training. It can only rise, so ranks are compared with those of |change| too.
+* with the slope that the other prediction has, gᵀδ + ½ Σ F_ii δ_i². What is left between the two is the
+  diagonal in the place of H.
+* with the slope alone, gᵀδ: what either adds to that.
+
+The second table takes the slope off the true change, which leaves what the curvature is to predict.
+
+Errors are relative to what is predicted, over the layers where that is ten times the rounding of a float32
 loss or more; ranks are Spearman's, over all layers.
 """
 
@@ -24,6 +32,10 @@ import spectra
 from benchmarks import minilm
 
 BITS = (8, 4)
+HEAD = [
+    "| bits | prediction | matrices | rank correlation | of sizes | median error | of |",
+    "|" + "---|" * 7,
+]
 
 
 def problem(count: int, tokens: int):
@@ -48,8 +60,6 @@ def fisher_diagonal(loss, params, batch):
 
 def rows(op, fisher, bits: int) -> list[str]:
     """The table of the layers and what it says."""
-    from scipy.stats import spearmanr
-
     deltas = spectra.rounding_deltas(op, bits, channel_axis=0, by="leaf")
     found = spectra.perturbation(op, deltas, measure=True)
     true = found.measured
@@ -64,14 +74,17 @@ def rows(op, fisher, bits: int) -> list[str]:
             for delta in deltas.values()
         ]
     )
-    seen = np.abs(true) >= 10 * np.finfo(np.float32).eps * abs(found.loss)
-    lines = []
-    for name, predicted in (("gᵀδ + ½ δᵀHδ", found.changes), ("diagonal Fisher", diagonal)):
-        error = np.abs(predicted - true) / np.abs(true)
-        lines.append(
-            f"| {bits} | {name} | {len(true)} | {spearmanr(predicted, true)[0]:.3f} | "
-            f"{100 * np.median(error[seen]):.1f} % | {seen.sum()} |"
-        )
+    floor = 10 * np.finfo(np.float32).eps * abs(found.loss)
+    slopes, curved = np.asarray(found.slopes), found.changes - found.slopes
+    whole = {
+        "gᵀδ + ½ δᵀHδ": found.changes,
+        "gᵀδ + ½ Σ F_ii δ_i²": slopes + diagonal,
+        "gᵀδ": slopes,
+        "½ Σ F_ii δ_i²": diagonal,
+    }
+    rest = {"½ δᵀHδ": curved, "½ Σ F_ii δ_i²": diagonal}
+    lines = [*_compared(bits, true, whole, floor), "", "Without the slope, true change - gᵀδ:", "", *HEAD]
+    lines += _compared(bits, true - slopes, rest, floor)
     order = np.argsort(-np.abs(true))[:8]
     table = [
         f"| {found.names[i]} | {true[i]:+.2e} | {found.changes[i]:+.2e} | {diagonal[i]:+.2e} |" for i in order
@@ -89,6 +102,21 @@ def rows(op, fisher, bits: int) -> list[str]:
     ]
 
 
+def _compared(bits: int, true, predictions: dict, floor: float) -> list[str]:
+    """A line for each prediction."""
+    from scipy.stats import spearmanr
+
+    lines, seen = [], np.abs(true) >= floor
+    for name, predicted in predictions.items():
+        error = np.abs(predicted - true)[seen] / np.abs(true)[seen]
+        lines.append(
+            f"| {bits} | {name} | {len(true)} | {spearmanr(predicted, true)[0]:.3f} | "
+            f"{spearmanr(np.abs(predicted), np.abs(true))[0]:.3f} | {100 * np.median(error):.1f} % | "
+            f"{seen.sum()} |"
+        )
+    return lines
+
+
 def _leaves(delta) -> list:
     """Of a perturbation, None where it changes nothing."""
     return jax.tree.leaves(delta, is_leaf=lambda x: x is None)
@@ -99,7 +127,6 @@ def main(count: int, tokens: int) -> list[str]:
     loss, params, batch = problem(count, tokens)
     op = spectra.HessianOperator(loss, params, batch, weight_fn=loss.weight)
     fisher = fisher_diagonal(loss, params, batch)
-    head = ["| bits | prediction | matrices | rank correlation | median error | of |", "|" + "---|" * 6]
     parts = [rows(op, fisher, bits) for bits in BITS]
     lines = [f"# Compression of MiniLM, {date.today()}", "", *(__doc__ or "").strip().splitlines(), ""]
     lines += [
@@ -107,7 +134,7 @@ def main(count: int, tokens: int) -> list[str]:
     ]
     lines += ["10 %.", ""]
     for bits, part in zip(BITS, parts, strict=True):
-        lines += [f"## {bits} bits", "", *head, *part, ""]
+        lines += [f"## {bits} bits", "", *HEAD, *part, ""]
     return lines
 
 

@@ -148,9 +148,22 @@ class Run:
         """Go to the end of the steps that are watched."""
         self.params, self.state, _ = self._watched(multiple)
 
+    def along(self, multiple: float, after: tuple[int, ...]) -> list[float]:
+        """What `stable_step` says after these of the steps that are watched, from where the run is."""
+        start, found = (self.params, self.state), []
+        for steps in after:
+            if steps:
+                self.params, self.state, _ = self._all(self._multiples(multiple)[:steps])
+            found.append(float(self.stable_step()))
+            self.params, self.state = start
+        return found
+
     def _watched(self, multiple: float):
+        return self._all(self._multiples(multiple))
+
+    def _multiples(self, multiple: float):
         growing = jnp.geomspace(self.multiple, multiple, GROWING)
-        return self._all(jnp.concatenate([growing, jnp.full(WATCHED, multiple)]))
+        return jnp.concatenate([growing, jnp.full(WATCHED, multiple)])
 
     def _steps(self, params, state, multiples, order):
         images, labels = self.batch

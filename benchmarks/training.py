@@ -18,6 +18,21 @@ from benchmarks import edge, spikes
 HELD_BACK = (2, 3)
 """Seeds of the spikes reported; the rule was looked at with 0 and 1."""
 EVERY, STEPS = 200, 2000
+AFTER = (0, 30, 60, 90, 120, 150)
+MOVED = (
+    ("attention", "momentum", (12.0, 20.0, 26.0)),
+    ("mlp", "rmsprop", (0.6,)),
+    ("convolutional", "adamw", (4.6,)),
+    ("mlp", "muon", (12.0,)),
+)
+"""Networks, optimizers and multiples at which the edge moves within the steps that are watched."""
+
+
+ALONG = [
+    "What moves is seen along runs that stay below where they turn. `stable_step` speaks of the point where",
+    "it is asked, and training goes on from there. The threshold of such a run is where the edge, which",
+    "moves meanwhile, meets the multiple before the steps watched are over.",
+]
 
 
 def stable_steps() -> list[str]:
@@ -40,6 +55,23 @@ def stable_steps() -> list[str]:
                 f"| {network} | {name} | {float(found):.4g} | {found.num_matvecs} | {middle:.4g} | "
                 f"{float(found) / middle:.2f} | {late:.4g} | {late / middle:.2f} |"
             )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def along() -> list[str]:
+    """`stable_step` at points of runs that stay stable, just below where they turn."""
+    rows = [
+        "| network | optimizer | updates times | " + " | ".join(f"after {i}" for i in AFTER) + " |",
+        "|" + "---|" * (3 + len(AFTER)),
+    ]
+    for network, name, multiples in MOVED:
+        run = edge.Run(network, *(edge.OPTIMIZERS | edge.OTHERS)[name])
+        run.prepare()
+        run.move()
+        for multiple in multiples:
+            edges = " | ".join(f"{x:.3g}" for x in run.along(multiple, AFTER))
+            rows.append(f"| {network} | {name} | {multiple:g} | {edges} |")
             print(rows[-1], flush=True)
     return rows
 
@@ -87,6 +119,10 @@ def main() -> list[str]:
         "RMSProp are a hundred steps long, and the curvature of the network with attention more than doubles",
         "near the edge of momentum. Muon divides by the gradient itself, which bounds an oscillation where",
         "it begins to grow: its edge is no more than a scale.",
+        "",
+        *ALONG,
+        "",
+        *along(),
         "",
         "## Warnings before a spike",
         "",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Ridge, relative_error, ridge_count, ridge_loss
+from scipy import stats
 
 import spectra
 from spectra import DataError
@@ -289,6 +290,33 @@ def test_the_spread_of_traces_is_exact_where_probes_span_the_space():
     assert middle == pytest.approx(exact, abs=rounding)
     assert low <= exact <= high
     assert high - low <= rounding
+
+
+def test_subsets_speak_about_the_distribution_that_they_are_drawn_from():
+    """Student's limits of NumPy's traces and eigenvalues of ten subsets, four parameters: all exact."""
+    rng = np.random.default_rng(3)
+    scales = np.array([2.0, 1.0, 0.5, 0.2])
+    x = np.float32(rng.standard_normal((300, 4)) * scales)
+    op = spectra.HessianOperator(linear_loss, jnp.ones(4), x)
+    found = spectra.data_variability(op, key=jax.random.key(0), num_steps=4, num_subsets=10, num_probes=2)
+    parts = [part.T @ part / 30 for part in np.split(np.float64(x), 10)]
+    for values, limit, sign in (
+        (np.array([np.linalg.eigvalsh(a)[-1] for a in parts]), found.limits[1], 1),
+        (np.array([np.linalg.eigvalsh(a)[0] for a in parts]), found.limits[0], -1),
+    ):
+        stderr = np.std(values, ddof=1) / 10**0.5
+        shape = sign * np.mean((values - values.mean()) ** 3) / np.std(values) ** 3
+        t = stats.t.ppf(0.975, 9)
+        t += max(shape, 0) * (1 + 2 * t**2) / 6 / 10**0.5  # Johnson
+        np.testing.assert_allclose(limit, values.mean() + sign * t * stderr, rtol=1e-4)
+    low, middle, high = found.trace_population
+    traces = np.array([np.trace(a) for a in parts])
+    np.testing.assert_allclose(middle, traces.mean(), rtol=1e-5)
+    assert low < np.sum(scales**2) < high
+    assert high - low >= 2 * stats.t.ppf(0.975, 9) * np.std(traces, ddof=1) / 10**0.5 * (1 - 1e-4)
+    assert found.limits[0] < scales.min() ** 2
+    assert scales.max() ** 2 < found.limits[1]
+    assert "population" in repr(found)
 
 
 def test_ritz_values_that_have_not_converged_are_called_bounds(x64):

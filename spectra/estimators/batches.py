@@ -1,7 +1,7 @@
 """Disjoint batches of an operator's own data."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,43 @@ def draw_batches(
             )
         return _of_stream(op)
     return _of_one_batch(op, key, num_batches, num_examples, folds)
+
+
+def in_order(op: DataOperator, count: int) -> Batches:
+    """Runs of examples, or every count-th batch of a stream: `split_data` with its weights.
+
+    Raises:
+        DataError: fewer examples or batches than parts.
+    """
+    parts = op.split_data(count)
+    if op.stream is not None:
+        weights = np.array([sum(op.stream.weights[i::count]) for i in range(count)])
+        sizes = np.array([_sizes(part, part.stream).sum() for part in parts if part.stream is not None])
+    else:
+        sizes = np.array([batch_size(part.data, op.shared) for part in parts])
+        weights = sizes if op.weight_fn is None else np.array([op.weight_fn(part.data) for part in parts])
+    return listed(parts, _shares(np.asarray(weights, float)), sizes, op)
+
+
+def listed(
+    parts: Sequence[Any],
+    weights: np.ndarray,
+    sizes: np.ndarray,
+    whole: LinearOperator | None = None,
+) -> Batches:
+    """Operators of disjoint batches as they are given, and that of all of them, their mean by default."""
+    total = whole
+    if total is None:
+        total = parts[0] * float(weights[0])
+        for weight, part in zip(weights[1:], parts[1:], strict=True):
+            total = total + float(weight) * part
+
+    def union(batches: Indices) -> LinearOperator:
+        assert len(batches) == len(parts)
+        assert total is not None
+        return total
+
+    return Batches(weights, sizes, lambda: iter(parts), union, np.zeros(len(parts), int), np.ones(1))
 
 
 def _of_one_batch(op, key, num_batches, num_examples, folds) -> Batches:

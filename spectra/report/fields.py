@@ -172,7 +172,9 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     DataVariability: {
         "largest": _array("subsets k"), "smallest": _array("subsets k"), "trace": _array("subsets"),
         "trace_probe_stderr": _array("subsets"), "whole_largest": _array("k"), "whole_smallest": _array("k"),
-        "whole_trace": _REAL, "num_matvecs": _COUNT, "trace_spread": _or_none(_interval),
+        "whole_trace": _REAL, "num_matvecs": _COUNT,
+        **dict.fromkeys(("trace_spread", "trace_population"), _or_none(_interval)),
+        "limits": _or_none(_array("2")),
         **dict.fromkeys(("largest_residuals", "smallest_residuals"), _or_none(_array("subsets k", low=0))),
         "status": _STATUS,
     },

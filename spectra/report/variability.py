@@ -1,5 +1,6 @@
 """How much a spectrum depends on which data were used, apart from how much it depends on the probes."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.density.slq import slq
 from spectra.estimators import blocks
+from spectra.estimators.batches import Batches, in_order, listed
+from spectra.estimators.law import Law
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
 from spectra.operators.batches import batch_size
@@ -128,6 +131,7 @@ def _interval(d: np.ndarray, covariance: np.ndarray, num_probes: int, level: flo
     return np.array([low, np.clip(np.sqrt(max(size**2 - total, 0.0)), low, high), high])
 
 
+TAIL = 0.975
 OPEN = 0.01
 """Residual, relative to the eigenvalue, from which a Ritz value is stated as a bound alone."""
 
@@ -154,6 +158,8 @@ class DataVariability(Result):
     whole_trace: float
     num_matvecs: int
     trace_spread: Interval | None = None  # of the trace between these subsets, 95 % over the probes
+    trace_population: Interval | None = None  # of the distribution that the subsets are drawn from, 95 %
+    limits: Array | None = None  # (2,) below its smallest and above its largest eigenvalue, 97.5 % each
     largest_residuals: Array | None = None  # (s, k)
     smallest_residuals: Array | None = None  # (s, k)
     status: Status = Status.COMPLETE  # the first of the quadratures' that is something to be wary of
@@ -189,6 +195,11 @@ class DataVariability(Result):
             low, _, high = self.trace_spread
             text += f" [{directed(low, up=False)}, {directed(high, up=True)}] (95 %)"
         spread.append(("trace", f"{text}, from probes ± {self.trace_probe_std:.2g}"))
+        if self.trace_population is not None and self.limits is not None:
+            low, value, high = self.trace_population
+            text = f"trace {value:.5g} [{directed(low, up=False)}, {directed(high, up=True)}]"
+            low, high = (directed(float(x), up=bool(i)) for i, x in enumerate(self.limits))
+            spread.append(("population", f"{text}; eigenvalues from {low} to {high}"))
         return text_table("Data variability", spread)
 
 
@@ -204,6 +215,11 @@ def data_variability(
     num_probes: int = 4,
 ) -> DataVariability:
     """Measure the spread of the leading eigenvalues and of the trace over disjoint subsets of the data.
+
+    Built on the batches and the law of `population`: if the subsets are draws from one distribution,
+    `trace_population` is an interval for its trace, and `limits` enclose its eigenvalues, by Jensen's
+    inequality and Student's t over subsets. `population` itself has both ends of its largest eigenvalue, from
+    fewer products; this shows the spectra of the subsets.
 
     Args:
         operator: an operator on data, whose data are split into `num_subsets` parts in order
@@ -239,7 +255,8 @@ def data_variability(
         >>> bool(spread.whole_largest[0] <= spread.largest.mean())
         True
     """
-    subsets, whole = _subsets(operator, batches, num_subsets)
+    drawn = _subsets(operator, batches, num_subsets)
+    subsets, whole = list(drawn.each()), drawn.union(range(len(drawn.weights)))
     steps = min(num_steps, whole.size)
     if not 1 <= num_eigenvalues <= steps:
         raise SpectraError(f"num_eigenvalues={num_eigenvalues} is not between 1 and the {steps} steps.")
@@ -248,23 +265,46 @@ def data_variability(
     ends = [_ends(q, num_eigenvalues) for q in results]
     s = len(subsets)
     spread = spread_of_traces(list(subsets), jax.random.fold_in(key, 2**31 - 1), num_steps, num_probes)
+    each = np.array([t.value for t in traces[:s]])
+    law = Law(drawn.weights, np.zeros(s, int), TAIL)
     return DataVariability(
         largest=np.array([high for _, high, *_ in ends[:s]]),
         smallest=np.array([low for low, *_ in ends[:s]]),
-        trace=np.array([t.value for t in traces[:s]]),
+        trace=each,
         trace_probe_stderr=np.array([t.stderr for t in traces[:s]]),
         whole_largest=ends[-1][1],
         whole_smallest=ends[-1][0],
         whole_trace=traces[-1].value,
         num_matvecs=sum(q.num_matvecs for q in results) + s * min(num_steps, whole.size),
         trace_spread=spread,
+        trace_population=_of_distribution(law, each, float(traces[-1].stderr)),
+        limits=_limits(law, ends[:s]),
         largest_residuals=np.array([residuals for *_, residuals in ends[:s]]),
         smallest_residuals=np.array([residuals for _, _, residuals, _ in ends[:s]]),
         status=worst(q.status for q in results),
     )
 
 
-def _subsets(operator, batches, count: int) -> tuple[Sequence[LinearOperator], LinearOperator]:
+def _of_distribution(law: Law, traces: np.ndarray, of_probes: float) -> Interval:
+    """The mean trace, with its error over subsets and that of the probes, which all subsets share."""
+    mean, errors = float(law.weights @ traces), law.errors(traces)
+    below, above = (
+        math.hypot(errors.reach(TAIL, up) * errors.stderr, errors.t(TAIL) * of_probes) for up in (False, True)
+    )
+    return Interval(mean - below, mean, mean + above)
+
+
+def _limits(law: Law, ends: list[tuple[np.ndarray, ...]]) -> np.ndarray:
+    """The mean of the outermost Ritz values over subsets, further out by their residuals and their error."""
+    low, high, low_residuals, high_residuals = (np.array([end[i][0] for end in ends]) for i in range(4))
+    found = []
+    for values, sign in ((low - low_residuals, -1), (high + high_residuals, 1)):
+        errors = law.errors(values)
+        found.append(law.weights @ values + sign * errors.reach(TAIL, sign > 0) * errors.stderr)
+    return np.array(found)
+
+
+def _subsets(operator, batches, count: int) -> Batches:
     """The operators of the subsets, and the one of all data."""
     if isinstance(operator, DataOperator):
         if batches is not None:
@@ -273,19 +313,15 @@ def _subsets(operator, batches, count: int) -> tuple[Sequence[LinearOperator], L
             )
         if count < 2:
             raise SpectraError(f"num_subsets={count}: a spread needs at least two subsets.")
-        return operator.split_data(count), operator
+        return in_order(operator, count)
     if not callable(operator) or batches is None:
         raise SpectraError(
             "pass an operator on data, or a function from a batch to an operator, and batches."
         )
     if len(batches) < 2:
         raise SpectraError(f"{len(batches)} batches: a spread needs at least two subsets.")
-    subsets: list[Any] = [operator(batch) for batch in batches]
-    sizes = np.array([batch_size(batch) for batch in batches], float)
-    first, *rest = [float(w) * op for w, op in zip(sizes / sizes.sum(), subsets, strict=True)]
-    for part in rest:
-        first = first + part
-    return subsets, first
+    sizes = np.array([batch_size(batch) for batch in batches])
+    return listed([operator(batch) for batch in batches], sizes / sizes.sum(), sizes)
 
 
 def _ends(quadrature: Quadrature, count: int) -> tuple[np.ndarray, ...]:

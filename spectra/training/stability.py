@@ -37,6 +37,7 @@ def stable_step(
     It is one over the largest eigenvalue of -R H / 2, where R is the response of the optimizer's own update
     map to an alternating gradient: 2 / (η λ) for gradient descent, (2 + 2 β) / (η λ) with momentum, and the
     corresponding limit for any other optax transformation (Adam, Adafactor, Muon, chains of them).
+    Of a pair of eigenvalues λ beside the real axis, as Muon's may be, |λ|² / Re λ takes the place of λ.
 
     Args:
         op: `HessianOperator` at the parameters, over data whose gradient the optimizer sees.
@@ -185,13 +186,24 @@ def _largest(image, start: PyTree, most: int, tol: float) -> tuple[float, float,
                 h[j + 1, j] = below
         values, vectors = np.linalg.eig(h)
         top = int(np.argmax(np.real(values)))
-        value = float(np.real(values[top]))
+        value = _edge(complex(values[top]))
         residual = float(length) * abs(vectors[-1, top]) / float(np.linalg.norm(vectors[:, top]))
         scale = float(np.abs(values).max())
         small = float(length) <= 10 * float(jnp.finfo(trees.scalar_dtype(start)).eps) * scale
         if small or (count > 2 and residual <= tol * abs(value)):
             break
     return value, residual, count
+
+
+def _edge(value: complex) -> float:
+    """One over the multiple m at which 1 - 2 m value has modulus one.
+
+    Maps like Muon's turn as they alternate: a pair of eigenvalues beside the real axis. Far from it nothing
+    alternates, and the answer to what does is not the one that counts.
+    """
+    if abs(value.imag) < value.real:
+        return abs(value) ** 2 / value.real
+    return value.real
 
 
 @jax.jit

@@ -1064,6 +1064,13 @@ SAMPLES = [
         "test_steps.py::test_parameters_without_a_gradient_change_no_edge",
     ),
     fault(
+        "a pair of eigenvalues counts as its real part",
+        "training/stability.py",
+        "return abs(value) ** 2 / value.real",
+        "return value.real",
+        "test_steps.py::test_muon_is_at_the_edge_of_its_whole_update_map",
+    ),
+    fault(
         "an optimizer whose slopes leave float32 is answered in it",
         "training/stability.py",
         "with jax.enable_x64(True):",
