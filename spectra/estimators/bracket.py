@@ -22,9 +22,6 @@ from spectra.quadrature.brackets import gauss_radau, rules
 from spectra.results import Quadrature
 
 Bounds = tuple[float | None, float | None]
-NEAR = 2.0**-10
-"""Distance to the end of the domain of f, in that of the smallest Ritz value, up to which eigenvalues are
-taken into account where nothing excludes them."""
 _SAMPLES = 16
 """Of f between neighbouring nodes, and for each degree of the polynomial."""
 
@@ -78,10 +75,11 @@ def domain(q: Quadrature, f, interval, known: bool, bounds, one_signed: bool):
     for _ in range(40):  # the end of the domain of f, or a pole
         middle = (bad + good) / 2
         bad, good = (bad, middle) if is_good(middle) else (middle, good)
-    a = good + (smallest - good) * NEAR
-    if not is_good(a):
-        a = smallest - (smallest - bad) / 2
-    return (a, b), f"{a:.3g} as lower bound, below which f is not defined: likely, not certain"
+    # Semi-definite as far as it is seen, and f is defined at zero, as log(x + δ) is.
+    zero = good < 0 and smallest >= -floor
+    lower = min(0.0, smallest) if zero else (smallest + good) / 2
+    text = f"{lower:.3g} as lower bound, since f is not defined down to {a:.3g}: likely, not certain"
+    return (lower, b), text
 
 
 def bracket(q: Quadrature, f, ends, rests: str, one_signed: bool):
