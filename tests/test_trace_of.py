@@ -73,9 +73,11 @@ def test_the_bracket_of_any_function_holds_for_the_probes_drawn(name, num_steps,
         rounding = 100 * N * np.finfo(float).eps * np.abs(f(EIGENVALUES)).max()
         assert got.lower - rounding <= truth <= got.upper + rounding
         assert "from the variation" in got.reason
-        values = N * f(np.linspace(LOW, HIGH, 257))
+        # Kinks and peaks are at 0.7; of sin(9 x) a grid of steps h misses 81 h² / 8.
+        values = N * f(np.append(np.linspace(LOW, HIGH, 100_001), 0.7))
+        slack = N * 81 / 8 * ((HIGH - LOW) / 100_000) ** 2
         lower, _, upper = got.interval()
-        assert values.min() <= lower <= upper <= values.max(), "no further than the range of f"
+        assert values.min() - slack <= lower <= upper <= values.max() + slack, "the range of f"
         if (name, num_steps) == ("absolute value", 30):
             # The Chebyshev series up to degree d of f with a jump of V in its derivative, on an interval of
             # half length 0.99, is 2 · 0.99 V / (π (d - 1)) off at most (Trefethen, ATAP, theorem 7.2).

@@ -22,6 +22,8 @@ from spectra.quadrature.brackets import gauss_radau, rules
 from spectra.results import Quadrature
 
 Bounds = tuple[float | None, float | None]
+POLE = 1e-9
+"""How close a pole is found, in units of the interval that is searched."""
 _SAMPLES = 16
 """Of f between neighbouring nodes, and for each degree of the polynomial."""
 
@@ -76,7 +78,7 @@ def domain(q: Quadrature, f, interval, known: bool, bounds, one_signed: bool):
         middle = (bad + good) / 2
         bad, good = (bad, middle) if is_good(middle) else (middle, good)
     # Semi-definite as far as it is seen, and f is defined at zero, as log(x + δ) is.
-    zero = good < 0 and smallest >= -floor
+    zero = good < -POLE * (smallest - a) and smallest >= -floor
     lower = min(0.0, smallest) if zero else (smallest + good) / 2
     text = f"{lower:.3g} as lower bound, since f is not defined down to {a:.3g}: likely, not certain"
     return (lower, b), text
