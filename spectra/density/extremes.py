@@ -38,6 +38,15 @@ def extreme(quadrature: Quadrature, end: int, *, level: float = LEVEL) -> Interv
     return Interval(min(inner, outer), value, max(inner, outer))
 
 
+def shows_fourth_powers(quadrature: Quadrature) -> bool:
+    """Whether fourth powers of deviations are seen: those of two nodes are as small as their squares allow.
+
+    A rule of three nodes integrates x⁴ exactly, and one that has exhausted its space everything.
+    """
+    sampled = quadrature.bulk or quadrature
+    return sampled.num_steps >= 3 or not np.any(sampled.residuals)
+
+
 def ritz_pairs(quadratures) -> tuple[np.ndarray, np.ndarray]:
     """All Ritz values and their residuals, of all probes."""
     parts = []

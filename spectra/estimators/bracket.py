@@ -22,9 +22,8 @@ from spectra.quadrature.brackets import gauss_radau, rules
 from spectra.results import Quadrature
 
 Bounds = tuple[float | None, float | None]
-NEAR = 2.0**-10
-"""Distance to the end of the domain of f, in that of the smallest Ritz value, up to which eigenvalues are
-taken into account where nothing excludes them."""
+POLE = 1e-9
+"""How close a pole is found, in units of the interval that is searched."""
 _SAMPLES = 16
 """Of f between neighbouring nodes, and for each degree of the polynomial."""
 
@@ -35,10 +34,11 @@ def evaluate(f, x: np.ndarray) -> np.ndarray:
         return np.broadcast_to(np.asarray(f(x), np.float64), x.shape)
 
 
-def interval_of(q: Quadrature, bounds: Bounds | None) -> tuple[float, float]:
+def interval_of(q: Quadrature, bounds: Bounds | None) -> tuple[tuple[float, float], bool]:
     """[a, b] as given, or what the probes leave to the extreme eigenvalues with the probability `LEVEL`.
 
-    Where there are too few probes and steps to exclude anything, the Ritz value widened by its residual.
+    Where there are too few probes and steps to exclude anything, the Ritz value widened by its residual, and
+    False: eigenvalues further out are possible.
     """
     floor, (low, high) = q.noise_floor, q.range
     a, b = bounds or (None, None)
@@ -49,22 +49,22 @@ def interval_of(q: Quadrature, bounds: Bounds | None) -> tuple[float, float]:
         )
     residuals = np.asarray(q.residuals, np.float64)
     last = (np.arange(q.num_probes), np.asarray(q.lengths) - 1)
-    if a is None:
-        a = extreme(q, 0).lower
-        a = a if np.isfinite(a) else float(np.min(q.nodes[:, 0] - residuals[:, 0])) - floor
-    if b is None:
-        b = extreme(q, -1).upper
-        b = b if np.isfinite(b) else float(np.max(np.asarray(q.nodes)[last] + residuals[last])) + floor
-    return float(a), float(b)
+    a = extreme(q, 0).lower if a is None else a
+    b = extreme(q, -1).upper if b is None else b
+    known = bool(np.isfinite([a, b]).all())
+    a = a if np.isfinite(a) else float(np.min(q.nodes[:, 0] - residuals[:, 0])) - floor
+    b = b if np.isfinite(b) else float(np.max(np.asarray(q.nodes)[last] + residuals[last])) + floor
+    return (float(a), float(b)), known
 
 
-def domain(q: Quadrature, f, interval, bounds, one_signed: bool):
+def domain(q: Quadrature, f, interval, known: bool, bounds, one_signed: bool):
     """The interval [a, b] on which f is used, None where it has a pole, and what that rests on."""
     floor, smallest, largest = q.noise_floor, float(np.min(q.nodes)), float(np.max(q.nodes))
     a, b = min(interval[0], smallest - floor), max(interval[1], largest + floor)
     rests = "the given bounds"
     if bounds is None or None in bounds:
         rests = f"bounds of the spectrum that hold with {100 * LEVEL:g} %"
+        rests = rests if known else "the Ritz values: too few products to exclude others further out"
 
     def is_good(x: float) -> bool:
         return _is_finite(f, x, b, smallest) and (not one_signed or _bends_once(f, x, b))
@@ -77,10 +77,11 @@ def domain(q: Quadrature, f, interval, bounds, one_signed: bool):
     for _ in range(40):  # the end of the domain of f, or a pole
         middle = (bad + good) / 2
         bad, good = (bad, middle) if is_good(middle) else (middle, good)
-    a = good + (smallest - good) * NEAR
-    if not is_good(a):
-        a = smallest - (smallest - bad) / 2
-    return (a, b), f"{a:.3g} as lower bound, below which f is not defined: likely, not certain"
+    # Semi-definite as far as it is seen, and f is defined at zero, as log(x + δ) is.
+    zero = good < -POLE * (smallest - a) and smallest >= -floor
+    lower = min(0.0, smallest) if zero else (smallest + good) / 2
+    text = f"{lower:.3g} as lower bound, since f is not defined down to {a:.3g}: likely, not certain"
+    return (lower, b), text
 
 
 def bracket(q: Quadrature, f, ends, rests: str, one_signed: bool):
@@ -93,10 +94,21 @@ def bracket(q: Quadrature, f, ends, rests: str, one_signed: bool):
     rest, (a, b) = q.parts.rest, ends
     kind = "that of Gauss and Radau" if one_signed else "from the variation of f"
     low, high = np.mean(_each(q, f, of_one_sign if one_signed else _of_any, a, b), axis=0) * rest.size
-    seen = evaluate(f, np.concatenate([np.linspace(a, b, 257), np.clip(np.ravel(q.nodes), a, b)]))
-    seen = seen[np.isfinite(seen)] * rest.size
+    reach = -_largest(lambda x: -evaluate(f, x), q, a, b), _largest(lambda x: evaluate(f, x), q, a, b)
     reason = f"the bracket is {kind} and rests on {rests}"
-    return float(low), float(high), (float(seen.min()), float(seen.max())), reason
+    return float(low), float(high), (rest.size * reach[0], rest.size * reach[1]), reason
+
+
+def _largest(f, q: Quadrature, a: float, b: float) -> float:
+    """The largest value of f on [a, b]: of samples, and of ever closer ones about the largest of them."""
+    x = np.sort(np.concatenate([np.linspace(a, b, 257), np.clip(np.ravel(q.nodes), a, b)]))
+    largest = -np.inf
+    for _ in range(8):  # 16^8 times closer: a kink between samples is found to rounding
+        values = np.where(np.isfinite(values := f(x)), values, -np.inf)
+        i = int(np.argmax(values))
+        largest = max(largest, float(values[i]))
+        x = np.linspace(x[max(i - 1, 0)], x[min(i + 1, len(x) - 1)], 33)
+    return largest
 
 
 def power_means(q: Quadrature, g, ends) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import numpy as np
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
-from spectra.density.extremes import error_of_powers, sampling_error
+from spectra.density.extremes import error_of_powers, sampling_error, shows_fourth_powers
 from spectra.density.slq import slq
 from spectra.density.spending import spend
 from spectra.estimators.bracket import Bounds, bracket, domain, evaluate, interval_of, power_means
@@ -197,7 +197,7 @@ def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, e
 
 
 def _from_quadrature(q: Quadrature, f, bounds: Bounds | None, one_signed: bool) -> Estimate:
-    a, b = interval_of(q, bounds)
+    (a, b), excludes = interval_of(q, bounds)
 
     def at(x):
         return evaluate(f, np.clip(x, a, b))
@@ -214,17 +214,19 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None, one_signed: bool) 
     weights = weights / weights.sum(axis=1, keepdims=True)
     values = np.where(weights > 0, at(nodes), 0.0)
     mean = float(np.sum(weights * values) / k)
-    ends, rests = domain(q, f, (a, b), bounds, one_signed)
+    ends, rests = domain(q, f, (a, b), excludes, bounds, one_signed)
     stderr, dof = sampling_error(weights, values, n)
     if ends is not None:
         stderr, dof = _spread(q, f, ends, mean)
+    if dof is not None and not shows_fourth_powers(q):
+        dof = float(k)
     rounding += n * float(np.sum(np.where(weights > 0, weights * _moved(at, nodes, floor), 0.0)) / k)
     rounding += parts.spill(at, mean)
     lower, upper, reach, reason = bracket(q, f, ends, rests, one_signed)
     if lower is not None and upper is not None:  # sums in another order
         lower, upper = known + min(lower, n * mean), known + max(upper, n * mean)
     least, most = (
-        None if end is None else known + pick(end, n * mean)
+        None if end is None or not excludes else known + pick(end, n * mean)
         for end, pick in zip(reach, (min, max), strict=True)
     )
     if len(parts.atoms):

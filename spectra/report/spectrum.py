@@ -14,7 +14,13 @@ import numpy as np
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.density import deflation as dense
-from spectra.density.extremes import LEVEL, condition_lower_bound, extreme, sampling_error
+from spectra.density.extremes import (
+    LEVEL,
+    condition_lower_bound,
+    extreme,
+    sampling_error,
+    shows_fourth_powers,
+)
 from spectra.density.slq import slq
 from spectra.density.smoothing import spectral_density
 from spectra.estimators.counts import count_above
@@ -297,6 +303,8 @@ def trace_estimate(quadrature: Quadrature) -> Estimate:
         nodes = np.hstack([np.where(single[:, None], pairs, nodes[:, :1]), nodes])
         weights = np.hstack([np.where(single[:, None], 0.5, 0.0) * np.ones(2), weights * ~single[:, None]])
     stderr, dof = sampling_error(weights, nodes, rest.size)
+    if dof is not None and not shows_fourth_powers(quadrature):
+        dof = float(rest.num_probes)
     mean = float(np.sum(weights * nodes) / len(weights))
     error = float(np.hypot(stderr, rounding + parts.spill(np.asarray, mean)))
     return Estimate(known + rest.size * mean, error, **fields, dof=dof, reason=reason)
