@@ -136,8 +136,8 @@ def work(args) -> None:
         result = RUNS[args.part](streamed(loss, model.params, batch, args), args)
         result["size"] = sum(int(np.size(x)) for x in jax.tree.leaves(model.params))
     result["seconds"] = time.process_time() - started
-    status = Path("/proc/self/status").read_text()
-    result["peak"] = int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 2**20
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    result["peak"] = int(fields["VmHWM"].split()[0]) / 2**20
     with replacing(Path(args.out) / f"{args.part}.json") as file:
         file.write_text(json.dumps(result))
 
