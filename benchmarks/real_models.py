@@ -82,7 +82,7 @@ def plan(op, args) -> dict[str, Any]:
 
 def density(op, args, folder: str = "density") -> dict[str, Any]:
     """Lanczos without a basis, with a checkpoint after every step."""
-    checkpoint = spectra.Checkpoint(Path(args.out) / folder, steps=1, minutes=0)
+    checkpoint = spectra.Checkpoint(Path(args.out) / folder, steps=1)
     options = {"num_steps": args.steps, "num_probes": args.probes, "basis": "none"}
     found = spectra.slq(op, key=KEY, checkpoint=checkpoint, **options)
     assert found.coefficients is not None
