@@ -35,6 +35,7 @@ SECTIONS = {
     "solve": 400,
     "traces": 1200,
     "certainty": 1800,
+    "no_basis": 600,
     "dense": 600,
     "layers": 600,
 }

@@ -6,6 +6,7 @@ what autograd does not see (in-place changes under `no_grad`, `inference_mode`) 
 module itself.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -251,19 +252,32 @@ def _rounded(x: jax.Array, eps: float, rng: np.random.Generator) -> jax.Array:
     """Every entry moved by a rounding of its own size and of the array's."""
     if not jnp.issubdtype(x.dtype, jnp.inexact) or not x.size:
         return x
-    wide = np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
-    size = np.abs(wide) + np.sqrt(np.mean(np.abs(wide) ** 2))
-    return jnp.asarray(wide + eps * size * rng.standard_normal(x.shape)).astype(x.dtype)
+    wide = np.array(x.astype(jnp.promote_types(x.dtype, jnp.float32)), order="C")
+    mean = np.linalg.norm(wide.ravel()) / x.size**0.5
+    for (piece,) in _pieces(wide):
+        piece += eps * (np.abs(piece) + mean) * rng.standard_normal(piece.shape)
+    return jnp.asarray(wide).astype(x.dtype)
 
 
 def _excess(ours: Any, theirs: Any, other: Any, eps: float, floor: float) -> tuple[float, float]:
     """The difference in units of what rounding explains, and relative to PyTorch's."""
-    a, b, c = (np.asarray(x).astype(np.complex128) for x in (ours, theirs, other))
-    kept = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
-    error, size = _norm([(a - b)[kept]]), _norm([b[kept]])
+    error = size = noise = 0.0
+    for pieces in _pieces(*(np.asarray(x) for x in (ours, theirs, other))):
+        a, b, c = (x.astype(np.complex128) for x in pieces)
+        kept = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
+        a, b, c = a[kept], b[kept], c[kept]
+        error, size = math.hypot(error, _norm([a - b])), math.hypot(size, _norm([b]))
+        noise = math.hypot(noise, _norm([a - c]))
     reach = HALF_REACH if eps > FLOAT32 else REACH
-    allowed = reach * (_norm([(a - c)[kept]]) + max(eps, FLOAT32) * size + floor)
+    allowed = reach * (noise + max(eps, FLOAT32) * size + floor)
     return error / allowed if allowed else (np.inf if error else 0.0), error / size if size else np.inf
+
+
+def _pieces(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Flat views of a million numbers: a vocabulary's table thrice in complex128 takes gigabytes."""
+    flat = [x.reshape(-1) for x in arrays]
+    for start in range(0, flat[0].size, 2**20):
+        yield tuple(x[start : start + 2**20] for x in flat)
 
 
 def _norm(arrays: Sequence[np.ndarray]) -> float:

@@ -105,7 +105,7 @@ def attention(
 
 def _platform() -> str:
     """Where what is traced now will run, unless its arguments lie elsewhere."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

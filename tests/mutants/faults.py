@@ -917,6 +917,20 @@ BRIDGE = [
         "bridge/test_bridge_lopsided.py",
     ),
     fault(
+        "blocks of attention are as small on a GPU as on a CPU",
+        "models/attention.py",
+        'while platform != "cpu" and',
+        'while platform == "gpu:0" and',
+        "test_attention.py",
+    ),
+    fault(
+        "a block of attention may hold any number of logits",
+        "models/attention.py",
+        "rows * (2 * size) ** 2 <= NUMBERS",
+        "rows <= NUMBERS",
+        "test_attention.py",
+    ),
+    fault(
         "a mask that hides is one that shows",
         "bridge/written_attention.py",
         "shown = ~given if hides else given",
