@@ -239,6 +239,8 @@ def nystrom(sketch: SketchRun, method: str, other: str) -> Factored:
     gram = run.host(jnp.sum(blocks.gram(probes, probes), axis=0))
     with leave_one_out.careful():
         values, vectors = xp.linalg.eigh((core + core.T) / 2)
+        if run.traced:  # one after the other: two batches of them at once can block all threads of a CPU
+            gram = gram + 0 * values[0]
         weights, axes = xp.linalg.eigh(gram)
         inverse_gram = (axes / xp.maximum(weights, run.op.precision * weights[-1])) @ axes.T
     if not run.traced:
