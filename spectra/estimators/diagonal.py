@@ -189,8 +189,8 @@ def _from_layers(
 @jax.jit
 def _norm_bounds(value: PyTree, precision: float) -> PyTree:
     """eps sqrt(H_ii tr H)."""
-    trace = sum(jnp.sum(jnp.sqrt(x) ** 2) for x in jax.tree.leaves(value))
-    return jax.tree.map(lambda x: precision * jnp.sqrt(x) * jnp.sqrt(trace).astype(x.dtype), value)
+    root = jax.tree.map(jnp.sqrt, value)
+    return jax.tree.map(lambda x: (precision * _tree.norm(root) * x).astype(x.dtype), root)
 
 
 @jax.jit
