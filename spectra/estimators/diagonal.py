@@ -190,7 +190,7 @@ def _from_layers(
 def _norm_bounds(value: PyTree, precision: float) -> PyTree:
     """eps sqrt(H_ii tr H)."""
     root = jax.tree.map(jnp.sqrt, value)
-    return jax.tree.map(lambda x: (precision * _tree.norm(root) * x).astype(x.dtype), root)
+    return _tree.scale(precision * _tree.norm(root), root)
 
 
 @jax.jit
