@@ -329,7 +329,7 @@ def _hutchinson_result(mean: PyTree, spread: PyTree, square: PyTree, unit, count
     pooled = sum(jnp.sum(leaf) for leaf in leaves) / sum(leaf.size for leaf in leaves)
 
     def error(s, q):
-        s = jnp.where(count > AGREE, s, jnp.maximum(s, pooled.astype(s.dtype)))
+        s = jnp.where(count > AGREE, s, jnp.maximum(s, jnp.asarray(pooled, s.dtype)))
         return jnp.sqrt(s + precision**2 * q)
 
     return _tree.scale(unit, mean), jax.tree.map(
