@@ -82,6 +82,28 @@ class TestIntervals:
         assert np.mean(widths) <= 6 * np.std([value for _, value, _ in found])  # 2 t, not many times that
 
 
+def test_all_pairs_of_a_large_operator_span_everything(x64):
+    result = spectra.compare_operators(
+        diagonal(A), diagonal(B), key=KEY, num_pairs=200, num_probes=4, num_steps=4, by=None
+    )
+    np.testing.assert_allclose(result.eigenvalues, [np.sort(A)[::-1], B[::-1]], rtol=1e-10)
+    # Two orthonormal bases of the same space: a hundred cosines, each right to some roundings.
+    np.testing.assert_allclose(result.overlap, 1.0, rtol=1e4 * np.finfo(float).eps)
+
+
+def test_a_layer_called_whole_does_not_replace_the_whole():
+    half, none = spectra.results.Interval(0.5, 0.5, 0.5), spectra.results.Interval(0.0, 0.0, 0.0)
+    values = np.ones((2, 1))
+    result = spectra.OperatorComparison(
+        half, half, half, half, values, values, {"whole": none}, 9, 40, 0.95, spectra.Status.COMPLETE
+    )
+    assert [(row["layer"], row["frobenius"]) for row in result.records()] == [
+        ("(whole)", 0.5),
+        ("whole", 0.0),
+    ]
+    assert result.metrics()["(whole)/frobenius"] == 0.5
+
+
 def test_operators_on_other_vectors_are_refused():
     with pytest.raises(spectra.StructureError, match="the first operator"):
         spectra.compare_operators(diagonal(A[:5]), diagonal(B), key=KEY)

@@ -64,6 +64,20 @@ class Plain(spectra.LinearOperator):
         return self.like * v
 
 
+class Slotted(spectra.LinearOperator):
+    __slots__ = ("__factor", "entries")
+
+    def __init__(self, entries):
+        self.entries, self.__factor = entries, jnp.ones(())
+
+    @property
+    def like(self):
+        return self.entries
+
+    def mv(self, v):
+        return self.__factor * self.entries * v
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Registered(spectra.LinearOperator):
@@ -86,6 +100,7 @@ KINDS = {
     "property": lambda d: WithProperty({"times": 2, "name": "x", "entries": d}, WithField(d), jnp.exp),
     "not frozen": lambda d: Thawed(d),
     "no dataclass": lambda d: Plain(d),
+    "slots": lambda d: Slotted(d),
     "registered by its author": lambda d: Registered(d),
     "derived": lambda d: Derived(jnp.diag(d)),
 }

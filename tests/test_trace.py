@@ -467,3 +467,10 @@ def test_matrix_products_inside_jit_are_in_full_precision(name):
     products = re.findall(r"dot_general\[(.*?)\]\s", jaxpr, re.DOTALL)
     assert products
     assert all("HIGHEST" in product for product in products)
+
+
+def test_the_norm_names_the_tolerance_that_was_given():
+    op = spectra.MatrixOperator(jnp.eye(3))
+    with pytest.raises(spectra.SpectraError, match=r"tol=2\.0 is relative"):
+        spectra.frobenius_norm(op, key=None, tol=2.0)
+    assert spectra.frobenius_norm(op, key=None, tol=0.6).value == pytest.approx(3**0.5)

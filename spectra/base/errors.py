@@ -73,8 +73,8 @@ class Status(enum.Enum):
         >>> Status.COMPLETE.ok, Status.BUDGET_EXHAUSTED.ok
         (True, False)
         >>> print(Status.BUDGET_EXHAUSTED.remedy)
-        Raise num_steps (narrows the bracket) or num_probes (narrows the sampling part), or accept \
-the reported width.
+        Raise the budget of products or evaluations (of a quadrature num_steps narrows the bracket, \
+num_probes the sampling part), or accept the reported width.
     """
 
     COMPLETE = ("complete", "all requested steps and probes ran", "")
@@ -99,8 +99,8 @@ the reported width.
     BUDGET_EXHAUSTED = (
         "budget_exhausted",
         "the budget of steps, probes or products ended before the tolerance was reached",
-        "Raise num_steps (narrows the bracket) or num_probes (narrows the sampling part), or accept "
-        "the reported width.",
+        "Raise the budget of products or evaluations (of a quadrature num_steps narrows the bracket, "
+        "num_probes the sampling part), or accept the reported width.",
     )
     NOT_CONVERGED = (
         "not_converged",

@@ -208,7 +208,7 @@ def _of_nothing(values: np.ndarray) -> float:
 
 def _spectra(a, b, keys, k: int, num_probes: int, num_steps: int, level: float):
     """The same from eigenpairs and quadratures."""
-    pairs = [eigsh(op, k + 1, which="LM", key=keys[0]) for op in (a, b)]
+    pairs = [eigsh(op, min(k + 1, op.size), which="LM", key=keys[0]) for op in (a, b)]
     tops = [_Top(own, k) for own in pairs]
     overlap = float(min(_overlap(tops[0].vectors, tops[1].vectors) / k, 1.0))
     reach = sum(top.angle for top in tops)
@@ -223,15 +223,21 @@ def _spectra(a, b, keys, k: int, num_probes: int, num_steps: int, level: float):
 
 
 class _Top:
-    """The k eigenpairs of largest modulus of k + 1, and the sine of the angle that their space may be off."""
+    """The k eigenpairs of largest modulus of k + 1, and the sine of the angle that their space may be off.
+
+    All n of them have none beyond, and span everything.
+    """
 
     def __init__(self, pairs: Eigenpairs, k: int):
         order = np.argsort(-np.abs(pairs.values))
-        chosen, beyond = order[:k], order[k]
+        chosen = order[:k]
         self.values = np.asarray(pairs.values)[chosen]
         self.residuals = np.asarray(pairs.residuals)[chosen]
         self.vectors = jax.tree.map(lambda x: x[np.asarray(chosen)], pairs.vectors)
-        noise = float(pairs.noise_floor)
+        if len(order) == k:
+            self.angle = 0.0
+            return
+        beyond, noise = order[k], float(pairs.noise_floor)
         off = math.hypot(*self.residuals) + math.sqrt(k) * noise
         gap = abs(self.values[-1]) - abs(pairs.values[beyond]) - pairs.residuals[beyond] - noise
         self.angle = min(off / gap, 1.0) if gap > 0 else 1.0

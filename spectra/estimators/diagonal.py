@@ -14,7 +14,7 @@ from spectra.base.meshes import automatic
 from spectra.base.paths import leaf_paths
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, exact, leave_one_out
-from spectra.estimators.low_rank import MIN_SKETCH, Held, SketchRun
+from spectra.estimators.low_rank import MIN_SKETCH, Held, SketchRun, nystrom
 from spectra.estimators.run import Ended, Run, adaptive, begin
 from spectra.estimators.trace import choose
 from spectra.operators.base import LinearOperator, require_operator
@@ -23,7 +23,7 @@ from spectra.results import Estimate
 from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.watch import watched
 
-METHODS = ("auto", "exact", "hutchinson", "xdiag")
+METHODS = ("auto", "exact", "hutchinson", "xdiag", "xnysdiag")
 LEAST = 8
 """Probes of XDiag. Two entries have the same signs in all m of them, but for one factor, with 2^(1-m): what
 the large one leaves in the small one is the same in all samples then, and no spread shows it. With four
@@ -49,8 +49,10 @@ def diagonal(
 
     "hutchinson" is the mean of v ⊙ Hv over Rademacher probes, exact for a diagonal H. "xdiag" first computes
     the part within a sketched range, leaving each probe out of its own sketch: best if few eigenvalues
-    dominate. "exact" uses n products with unit vectors; its only error is rounding, which is measured outside
-    `jit` (see `spectra.estimators.exact`). `diagonal` works inside `jit` and `vmap`.
+    dominate. "xnysdiag" does the same with the Nyström approximation from the probes and their products: half
+    the products of "xdiag" for as many probes, but of a positive semi-definite operator. "exact" uses n
+    products with unit vectors; its only error is rounding, which is measured outside `jit` (see
+    `spectra.estimators.exact`). `diagonal` works inside `jit` and `vmap`.
 
     **Gauss-Newton matrices** (`GGNOperator`; `FisherOperator` but for "mc") have their exact diagonal from
     one backward pass for each output of an example, Σ_k G_k² with the gradients G_k of the outputs along the
@@ -60,9 +62,9 @@ def diagonal(
     examples are formed, or says why products were taken: a loss that is not convex in the outputs or
     couples examples, a model with batch statistics, gradients that do not fit, a checkpoint, `jit`.
 
-    The errors rest on the spread of the samples, which for "xdiag" are leave-one-out estimates whose
-    covariance and its own error are added (see `spectra.estimators.leave_one_out`), and on rounding. They
-    hold for each entry, not simultaneously for all.
+    The errors rest on the spread of the samples, which for "xdiag" and "xnysdiag" are leave-one-out estimates
+    whose covariance and its own error are added (see `spectra.estimators.leave_one_out`), and on rounding.
+    They hold for each entry, not simultaneously for all.
 
     Args:
         op: symmetric operator of order n.
@@ -70,8 +72,9 @@ def diagonal(
         method: one of the above, or "auto": "exact" if the budget covers n products, or the outputs of an
             example of a Gauss-Newton matrix, else "xdiag", or
             "hutchinson" if 2 num_matvecs vectors do not fit into half of the free memory.
-        num_matvecs: budget of products. "exact" replaces "xdiag" if it covers n, and "hutchinson" if it is
-            below 16: fewer than 8 Rademacher probes cannot tell entries apart.
+        num_matvecs: budget of products. If it covers n, "exact" replaces the others but "hutchinson", which
+            replaces "xdiag" below 16 and "xnysdiag" below 8: fewer than 8 Rademacher probes cannot tell
+            entries apart.
         tol: stop as soon as |stderr| <= tol |value| in the Euclidean norm over all entries.
         by: "leaf" or "layer": value and stderr become dicts {path: array}, or {layer: {path: array}}; `total`
             has the pytree.
@@ -84,7 +87,7 @@ def diagonal(
         `Estimate` whose value and stderr are pytrees like the parameters, with the same placement.
 
     Raises:
-        SpectraError: an argument is out of range.
+        SpectraError: an argument is out of range, or "xnysdiag" meets an indefinite operator.
         NonFiniteError: a product is NaN or infinite.
         NotSymmetricError: the operator is not symmetric, or not linear, see `trace`; NaN inside `jit`.
         MemoryLimitError: the sketch does not fit.
@@ -92,8 +95,8 @@ def diagonal(
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: at most num_matvecs products ("exact": n + 1, and 8 to measure rounding). Memory: 6 vectors and the
-    batch for "hutchinson", about 4 num_matvecs vectors for "xdiag"; from layers the activations of a
-    microbatch and the gradients of 16 outputs at a time, and a few gradients of single examples.
+    batch for "hutchinson", about 4 num_matvecs vectors for "xdiag" and "xnysdiag"; from layers the
+    activations of a microbatch, the gradients of 16 outputs at a time, and a few gradients of examples.
 
     References:
         Bekas, Kokiopoulou and Saad, doi:10.1016/j.apnum.2007.01.003; Dangel, Kunstner and Hennig,
@@ -118,11 +121,10 @@ def diagonal(
     reason = reason.replace("xtrace", "xdiag") + (f"; not from its layers: {layers}" if layers else "")
     if method == "xdiag" and num_matvecs < 4:
         raise SpectraError(f"num_matvecs={num_matvecs}: xdiag needs at least 4 products.")
-    if method == "xdiag" and num_matvecs < 2 * LEAST:
-        method, reason = (
-            "hutchinson",
-            f"num_matvecs={num_matvecs} leaves xdiag fewer than {LEAST} probes of signs",
-        )
+    probes = {"xdiag": num_matvecs // 2, "xnysdiag": num_matvecs}.get(method, LEAST)
+    if probes < LEAST:
+        reason = f"num_matvecs={num_matvecs} leaves {method} fewer than {LEAST} probes of signs"
+        method = "hutchinson"
     count = op.size if method == "exact" else num_matvecs
     options = {"method": method, "num_matvecs": num_matvecs, "tol": tol}
     with (
@@ -137,7 +139,7 @@ def diagonal(
             num_matvecs=num_matvecs,
             probe_batch=probe_batch,
             count=count,
-            stacks={"xdiag": 4 * num_matvecs, "hutchinson": 4}.get(method, 0),
+            stacks={"xdiag": 4 * num_matvecs, "xnysdiag": 4 * num_matvecs, "hutchinson": 4}.get(method, 0),
             needs_key=method != "exact",
             journal=journal,
         )
@@ -187,8 +189,8 @@ def _from_layers(
 @jax.jit
 def _norm_bounds(value: PyTree, precision: float) -> PyTree:
     """eps sqrt(H_ii tr H)."""
-    trace = sum(jnp.sum(jnp.sqrt(x) ** 2) for x in jax.tree.leaves(value))
-    return jax.tree.map(lambda x: precision * jnp.sqrt(x) * jnp.sqrt(trace).astype(x.dtype), value)
+    root = jax.tree.map(jnp.sqrt, value)
+    return _tree.scale(precision * _tree.norm(root), root)
 
 
 @jax.jit
@@ -327,7 +329,7 @@ def _hutchinson_result(mean: PyTree, spread: PyTree, square: PyTree, unit, count
     pooled = sum(jnp.sum(leaf) for leaf in leaves) / sum(leaf.size for leaf in leaves)
 
     def error(s, q):
-        s = jnp.where(count > AGREE, s, jnp.maximum(s, pooled.astype(s.dtype)))
+        s = jnp.where(count > AGREE, s, jnp.maximum(s, jnp.asarray(pooled, s.dtype)))
         return jnp.sqrt(s + precision**2 * q)
 
     return _tree.scale(unit, mean), jax.tree.map(
@@ -356,6 +358,43 @@ def _xdiag(run: Run, num_matvecs: int):
     m = sketch.num_probes
     value, stderr = _scaled(found, sketch.sound, ended)
     return value, stderr, {"num_matvecs": 2 * m, "status": ended.status, "dof": float(m - 1)}
+
+
+def _xnysdiag(run: Run, num_matvecs: int):
+    """XDiag with the Nyström approximation Bᵀ B in place of P A: the algebra is that of Q = Z = B.
+
+    Without the probe ω_j it is Bᵀ(1 - u_j u_jᵀ)B, of which (A - ...) ω_j = Bᵀu_j (u_j · B ω_j) is left.
+    """
+    sketch = SketchRun(run, "rademacher")
+    found: list[Any] = []
+
+    def step(count):
+        sketch.extend(count, project=False)
+        made = nystrom(sketch, "xnysdiag", "xdiag")
+        u = leave_one_out.unit_rows(made.inverse_root, run.xp)
+        among = leave_one_out.seconds(u, min(count, PAIRS), run.xp)
+        held = Held(sketch.held.probes, sketch.held.images, made.factor, made.factor)
+        value, stderr = _leave_one_out(
+            held,
+            *(jnp.asarray(x, run.op.dtype) for x in (u, among, made.root)),
+            sketch.unit,
+            run.op.precision,
+        )
+        # The shift is taken off; rounding of the core counts in units of the smallest eigenvalue of ΩΩᵀ.
+        floor = made.shift * run.op.size / made.smallest
+        found[:] = _shifted(value, stderr, sketch.unit * made.shift, sketch.unit * floor)
+        return _relative(run, *found)
+
+    ended = adaptive(run, step, num_matvecs, least=MIN_SKETCH)
+    m = sketch.num_probes
+    value, stderr = _scaled(found, sketch.sound, ended)
+    return value, stderr, {"num_matvecs": m, "status": ended.status, "dof": float(m - 1)}
+
+
+@jax.jit
+def _shifted(value: PyTree, stderr: PyTree, shift, floor) -> tuple[PyTree, PyTree]:
+    value = jax.tree.map(lambda x: (x - shift).astype(x.dtype), value)
+    return value, jax.tree.map(lambda x: jnp.hypot(x, floor).astype(x.dtype), stderr)
 
 
 @jax.jit
@@ -408,4 +447,4 @@ def _covariance(total, size, bound, d: int):
     return jnp.minimum(jnp.maximum(total, 0) / (d * (d - 1)) + error, bound / (d * (d - 1)))
 
 
-_RUNNERS = {"exact": _exact, "hutchinson": _hutchinson, "xdiag": _xdiag}
+_RUNNERS = {"exact": _exact, "hutchinson": _hutchinson, "xdiag": _xdiag, "xnysdiag": _xnysdiag}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spectra.base.errors import SpectraError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, exact, leave_one_out
@@ -17,6 +18,9 @@ from spectra.estimators.run import ALL_DONE, Ended, Run, adaptive, begin
 from spectra.estimators.trace import STACKS, choose
 from spectra.operators.base import LinearOperator
 from spectra.results import Estimate
+
+LARGEST = math.nextafter(1.0, 0.0)
+"""A run takes tolerances below one."""
 
 
 @automatic
@@ -59,11 +63,13 @@ def frobenius_norm(
         5.0
     """
     method, reason = choose(op, "auto", num_matvecs)
+    if tol is not None and not 0 < tol < 1:
+        raise SpectraError(f"tol={tol} is relative to the value: use a number in (0, 1).")
     run = begin(
         op,
         key=key,
         by=None,
-        tol=tol if tol is None else 2 * tol,  # of the square
+        tol=tol if tol is None else min(2 * tol, LARGEST),  # of the square
         num_matvecs=num_matvecs,
         probe_batch=probe_batch,
         count=op.size if method == "exact" else num_matvecs,

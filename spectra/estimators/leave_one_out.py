@@ -78,7 +78,7 @@ def directions(sketch: Array, precision: float, xp) -> Array:
     that differs by rounding, and exist always.
     """
     inverse = _inverse(sketch, precision) if xp is jnp else _raised_inverse(sketch, precision, xp)
-    return _unit(inverse, xp)
+    return unit_rows(inverse, xp)
 
 
 def _raised_inverse(sketch: Array, precision: float, xp) -> Array:
@@ -101,7 +101,8 @@ def _inverse_derivative(precision, primals, tangents):
     return inverse, -inverse @ tangents[0] @ inverse
 
 
-def _unit(rows: Array, xp) -> Array:
+def unit_rows(rows: Array, xp) -> Array:
+    """Rows at unit length; those of zeros stay."""
     size = xp.sqrt(_dots(rows, rows, xp))[..., None]
     return rows / xp.where(size > 0, size, 1)
 
@@ -113,7 +114,7 @@ def _dots(a: Array, b: Array, xp) -> Array:
 
 def _second(u: Array, i, xp) -> Array:
     """Row j is the unit vector of span(u_i, u_j) orthogonal to u_j; row i has no meaning. i: any shape."""
-    return _unit(_drop([u, u], u[i][..., None, :], xp), xp)  # twice: to rounding
+    return unit_rows(_drop([u, u], u[i][..., None, :], xp), xp)  # twice: to rounding
 
 
 def seconds(u: Array, count: int, xp) -> Array:
@@ -228,7 +229,7 @@ def xnystrace_values(
     References:
         Epperly, Tropp and Webber, arXiv:2301.07825, section 2.3.
     """
-    u, m = _unit(g.inverse_root, xp), len(g.root)
+    u, m = unit_rows(g.inverse_root, xp), len(g.root)
     inverse, diagonal = g.inverse_gram, xp.diagonal(g.inverse_gram)
     fixed = xp.trace(g.bb, axis1=-2, axis2=-1)
 

@@ -176,36 +176,14 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
 
     def step(count):
         sketch.extend(count, project=False)
-        (probes, images, *_), m = sketch.held, sketch.num_probes
-        squares = run.by_group(blocks.row_dots(images, images))
-        shift = run.op.precision * xp.sqrt(xp.sum(squares[-1]) / (m * run.op.size))
-        images = _shift(shift, probes, images)
-        core = run.host(jnp.sum(blocks.gram(probes, images), axis=0))
-        sketch.check(core, core.T)
-        gram = run.host(jnp.sum(blocks.gram(probes, probes), axis=0))
-        with leave_one_out.careful():
-            values, vectors = xp.linalg.eigh((core + core.T) / 2)
-            weights, axes = xp.linalg.eigh(gram)
-            inverse_gram = (axes / xp.maximum(weights, run.op.precision * weights[-1])) @ axes.T
-        if not run.traced:
-            _require_positive(values, run)
-        values = xp.maximum(values, xp.maximum(shift * weights[0], m * run.op.precision**2 * values[-1]))
-        root = xp.sqrt(xp.where(values > 0, values, 1))
-        factor = blocks.combine(jnp.asarray((vectors / root).T), images)
-        core = Nystrom(
-            bb=run.by_group(blocks.gram(factor, factor)),
-            ob=run.by_group(blocks.gram(probes, factor)),
-            root=vectors * root,
-            inverse_root=vectors / root,
-            inverse_gram=inverse_gram,
-        )
+        made = nystrom(sketch, "xnystrace", "xtrace")
         estimates, pairs, own = leave_one_out.xnystrace_values(
-            core, run.op.size, run.op.precision, resphere=kind == "normal", xp=xp
+            made.inner(run, sketch), run.op.size, run.op.precision, resphere=kind == "normal", xp=xp
         )
-        taken = (shift * xp.asarray(run.sizes))[:, None]
+        taken = (made.shift * xp.asarray(run.sizes))[:, None]
         estimates, pairs = estimates - taken, pairs - taken
         # Rounding of the core counts in units of the smallest eigenvalue of ΩΩᵀ, and the shift is no larger.
-        floor = run.rounding(squares) * run.op.size / weights[0]
+        floor = run.rounding(made.squares) * run.op.size / made.smallest
         found[:] = with_rounding(run, estimates, pairs, floor, own)
         return found[0][-1], found[1][-1]
 
@@ -227,11 +205,58 @@ def _shift(factor, vectors, products):
     return trees.axpy(factor, vectors, products)
 
 
-def _require_positive(values, run: Run) -> None:
+class Factored(NamedTuple):
+    """The Nyström approximation Bᵀ B of H + ν from the probes, B = C^{-1/2} (Y + ν Ω), C = Ω (Y + ν Ω)ᵀ."""
+
+    factor: PyTree  # B, a stack of m vectors
+    root: Any  # (m, m), row j is C^{1/2} e_j
+    inverse_root: Any  # (m, m), row j is C^{-1/2} e_j
+    inverse_gram: Any  # (m, m), (Ω Ωᵀ)^{-1}
+    shift: Any  # ν
+    smallest: Any  # eigenvalue of Ω Ωᵀ
+    squares: Any  # (G, m) |(Hω)_g|²
+
+    def inner(self, run: Run, sketch: SketchRun) -> Nystrom:
+        """Its inner products, for each group and for the whole."""
+        return Nystrom(
+            bb=run.by_group(blocks.gram(self.factor, self.factor)),
+            ob=run.by_group(blocks.gram(sketch.held.probes, self.factor)),
+            root=self.root,
+            inverse_root=self.inverse_root,
+            inverse_gram=self.inverse_gram,
+        )
+
+
+def nystrom(sketch: SketchRun, method: str, other: str) -> Factored:
+    """The approximation from all probes so far, `extend`ed without a basis; shifted, see `xnystrace`."""
+    run, xp = sketch.run, sketch.run.xp
+    (probes, images, *_), m = sketch.held, sketch.num_probes
+    squares = run.by_group(blocks.row_dots(images, images))
+    shift = run.op.precision * xp.sqrt(xp.sum(squares[-1]) / (m * run.op.size))
+    images = _shift(shift, probes, images)
+    core = run.host(jnp.sum(blocks.gram(probes, images), axis=0))
+    sketch.check(core, core.T)
+    gram = run.host(jnp.sum(blocks.gram(probes, probes), axis=0))
+    with leave_one_out.careful():
+        values, vectors = xp.linalg.eigh((core + core.T) / 2)
+        if run.traced:  # one after the other: two batches of them at once can block all threads of a CPU
+            gram = gram + 0 * values[0]
+        weights, axes = xp.linalg.eigh(gram)
+        inverse_gram = (axes / xp.maximum(weights, run.op.precision * weights[-1])) @ axes.T
+    if not run.traced:
+        _require_positive(values, run, method, other)
+    values = xp.maximum(values, xp.maximum(shift * weights[0], m * run.op.precision**2 * values[-1]))
+    root = xp.sqrt(xp.where(values > 0, values, 1))
+    factor = blocks.combine(jnp.asarray((vectors / root).T), images)
+    smallest = xp.maximum(weights[0], run.op.precision * weights[-1])
+    return Factored(factor, vectors * root, vectors / root, inverse_gram, shift, smallest, squares)
+
+
+def _require_positive(values, run: Run, method: str, other: str) -> None:
     if values[0] < -(run.op.precision**0.5) * abs(values).max():
         raise SpectraError(
-            f"xnystrace needs a positive semi-definite operator: on the span of the probes it has the "
-            f"eigenvalue {values[0]:.2e} beside {values[-1]:.2e}. Use method='xtrace', or shift the operator."
+            f"{method} needs a positive semi-definite operator: on the span of the probes it has the "
+            f"eigenvalue {values[0]:.2e} beside {values[-1]:.2e}. Use method='{other}', or shift it."
         )
 
 

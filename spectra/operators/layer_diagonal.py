@@ -131,10 +131,7 @@ def _error_of_roots(op: FisherOperator, setup: Setup) -> jax.Array:
 
     def add(total, k):
         column = found.column(k)
-        dots = sum(
-            jnp.sum((c * x).reshape(len(x), -1), axis=1)
-            for c, x in zip(jax.tree.leaves(column), jax.tree.leaves(u), strict=True)
-        )
+        dots = jax.vmap(trees.vdot)(column, u)
         moved = jax.tree.map(lambda c: c * dots.reshape(-1, *[1] * (c.ndim - 1)), column)
         return jax.tree.map(jnp.add, total, moved), None
 

@@ -6,6 +6,7 @@ JAX knows by then, because its author registered it, stays as it is. The package
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, dataclass_transform
 
 import jax
@@ -107,10 +108,21 @@ def _unflatten(cls: type):
 def _names(op) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The fields that may hold arrays, and those marked as static; of no dataclass all attributes."""
     if not dataclasses.is_dataclass(op):
-        return tuple(name for name in vars(op) if name != REBUILT), ()
+        return tuple(name for name in (*_slots(op), *vars(op)) if name != REBUILT), ()
     fields = dataclasses.fields(op)
     static = tuple(field.name for field in fields if field.metadata.get("static"))
     return tuple(field.name for field in fields if field.name not in static), static
+
+
+def _slots(op) -> Iterator[str]:
+    """Attributes that are set in the `__slots__` of a class, which its `__dict__` does not hold."""
+    for cls in type(op).__mro__:
+        names = vars(cls).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            private = name.startswith("__") and not name.endswith("__")
+            name = f"_{cls.__name__.lstrip('_')}{name}" if private else name
+            if name not in ("__dict__", "__weakref__") and hasattr(op, name):
+                yield name
 
 
 def _wrapped(leaf: Any) -> Any:

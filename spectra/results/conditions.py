@@ -215,11 +215,17 @@ class OperatorComparison(Result):
         ]
 
     def records(self) -> list[dict[str, Any]]:
-        """One row for the whole and one for each layer: its name, the error and the ends of its interval."""
-        named = {"whole": self.frobenius, **self.layers}
+        """One row for the whole and one for each layer: its name, the error and the ends of its interval.
+
+        The whole comes first; next to a layer of that name it is "(whole)".
+        """
+        whole = "whole"
+        while whole in self.layers:
+            whole = f"({whole})"
+        named = [(whole, self.frobenius), *self.layers.items()]
         return [
             {"layer": name, "frobenius": float(x), "lower": float(low), "upper": float(high)}
-            for name, (low, x, high) in named.items()
+            for name, (low, x, high) in named
         ]
 
     def __repr__(self) -> str:

@@ -1173,4 +1173,56 @@ PICTURES = [
     ),
 ]
 
-FAULTS = [*KRYLOV, *DENSITY, *ESTIMATORS, *OPERATORS, *KFAC, *BRIDGE, *SAMPLES, *PICTURES]
+FACTORS = [
+    fault(
+        "singular values are the roots of the Gram matrix's eigenvalues",
+        "krylov/svds.py",
+        "_, values, turn = np.linalg.svd(thin)",
+        "_, values, turn = np.linalg.svd(thin); values = np.sqrt(np.maximum(np.sort(pairs.values)[::-1], 0))",
+        "test_jacobian.py::test_small_singular_values_keep_the_digits_that_the_gram_matrix_loses",
+    ),
+    fault(
+        "an error of a singular value leaves the rounding of the Gram matrix out",
+        "krylov/svds.py",
+        "spread = values * residuals + gram_floor",
+        "spread = 0 * values * residuals",
+        "test_jacobian.py::test_a_few_of_either_end_and_what_is_said_of_them",
+    ),
+    fault(
+        "gradients of words that occur twice are squared one by one",
+        "operators/layer_diagonal.py",
+        "products = g * jnp.einsum",
+        "products = g * g + 0 * jnp.einsum",
+        "test_layer_diagonal.py::test_the_diagonal_is_that_of_the_dense_matrix",
+    ),
+    fault(
+        "a loss that is no sum of squares over examples has the diagonal of one",
+        "operators/layer_diagonal.py",
+        "if error <= op.precision**0.5:",
+        "if True:",
+        "test_layer_diagonal.py::test_what_is_no_sum_of_squares_has_products_instead",
+    ),
+    fault(
+        "the trace of a Kronecker product is the sum of those of its factors",
+        "operators/kronecker_product.py",
+        "return _trace(self.left) * _trace(self.right)",
+        "return _trace(self.left) + _trace(self.right)",
+        "test_kronecker.py::test_matrices_and_their_closed_forms",
+    ),
+    fault(
+        "what a Nyström approximation leaves of a probe is weighed by the inverse root",
+        "estimators/diagonal.py",
+        "(u, among, made.root)",
+        "(u, among, made.inverse_root)",
+        "test_diagonal.py::test_xnysdiag_equals_a_naive_leave_one_out",
+    ),
+    fault(
+        "the quadratic model of a slice leaves out what joins its directions",
+        "estimators/landscape.py",
+        "np.sum((points @ curvature) * points, axis=1) / 2",
+        "points**2 @ values / 2",
+        "test_slices.py::test_the_gradient_and_a_direction_of_ones_own",
+    ),
+]
+
+FAULTS = [*KRYLOV, *DENSITY, *ESTIMATORS, *OPERATORS, *KFAC, *BRIDGE, *SAMPLES, *PICTURES, *FACTORS]
