@@ -193,7 +193,8 @@ def plot_eigenvector_mass(pairs: Eigenpairs, ax: "Axes | None" = None, *, by: st
     ax.set_yticks(np.arange(0, rows, stride), [_short(name) for name in names[::stride]], parse_math=False)
     ax.tick_params(axis="y", labelsize=6 if rows <= 24 else 5, length=0)
     ax.spines[:].set_visible(False)
-    ax.set_xlabel("eigenvector")
+    ax.grid(False)
+    ax.set_xlabel("eigenvector (all: share of the parameters)")
     add_colorbar(image, ax, "mass")
     return ax
 
