@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import spectra
 from spectra.base.progress import Lines, Progress
-from spectra.cli import commands, output, scripts
+from spectra.cli import commands, output, running, scripts
 
 ROOT = Path(spectra.__file__).parents[1]
 PROBLEM = """
@@ -50,7 +50,7 @@ def problem(tmp_path, monkeypatch):
         file.computed.append(1)
         return report()
 
-    monkeypatch.setattr("spectra.report.spectrum.spectrum", spectrum)
+    monkeypatch.setattr(running, "spectrum", spectrum)
     return file
 
 
@@ -427,7 +427,7 @@ def test_an_interrupted_run_says_how_to_resume(problem, tmp_path, monkeypatch, s
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "_analyse", interrupt)
+    monkeypatch.setattr(running, "_analyse", interrupt)
     options = ("--checkpoint", tmp_path / "saved") if saved else ()
     done = invoke("run", problem, "-o", tmp_path / "out", *options)
     assert done.exit_code == 130
