@@ -7,6 +7,7 @@ compared apart from the image: glyphs differ between versions of FreeType and ma
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -359,6 +360,20 @@ def test_no_band_hides_the_edges_of_another():
         assert band.get_edgecolor()[0, 3] > 3 * band.get_facecolor()[0, 3] > 0
         assert band.get_linewidth()[0] > 0
         assert band.get_zorder() < min(line.get_zorder() for line in ax.get_lines())
+
+
+def test_what_is_no_picture_is_refused_in_words():
+    q, (figure, axes) = quadrature(), plt.subplots(1, 2)
+    for words, draw in {
+        "ax is a Figure, not an Axes": lambda: spectra.plot_density(q, figure),
+        "ax is a ndarray, not an Axes": lambda: spectra.plot_cdf(q, axes),
+        "learning_rate='0.1': use a positive number": lambda: spectra.plot_density(q, learning_rate="0.1"),
+        "not a str. `spectra.load` reads one": lambda: spectra.plot_density("spectrum.npz"),
+        "Eigenpairs are needed, which `eigsh` returns, not a Quad": lambda: spectra.plot_eigenvector_mass(q),
+        "columns=-1: use 1 or more": lambda: spectra.plot_blocks([q], columns=-1),
+    }.items():
+        with pytest.raises(spectra.SpectraError, match=re.escape(words)):
+            draw()
 
 
 def test_what_surrounds_a_figure_of_its_own_is_heeded():

@@ -211,8 +211,12 @@ def edge_of_stability(learning_rate: float) -> float:
     Raises:
         SpectraError: the rate is not a positive number.
     """
-    if not 0 < learning_rate < np.inf:
-        raise SpectraError(f"learning_rate={learning_rate}: use a positive number.")
+    try:
+        positive = 0 < learning_rate < np.inf
+    except TypeError:  # a text, or a schedule
+        positive = False
+    if not positive:
+        raise SpectraError(f"learning_rate={learning_rate!r}: use a positive number.")
     return 2 / float(learning_rate)
 
 

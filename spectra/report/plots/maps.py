@@ -213,7 +213,7 @@ def plot_blocks(
         the figure.
 
     Raises:
-        SpectraError: there is nothing to draw.
+        SpectraError: there is nothing to draw, or in less than one column.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -232,6 +232,8 @@ def plot_blocks(
     densities = [as_density(result) for result in results.values()]
     if heat_map or (heat_map is None and len(results) > _PANELS):
         return np.array([_rows(list(results), densities)], object)
+    if columns is not None and columns < 1:
+        raise SpectraError(f"columns={columns}: use 1 or more, or None.")
     columns = columns or min(6, int(np.ceil(np.sqrt(len(densities)))))
     rows = -(-len(densities) // columns)
     size = (1.55 * columns + 0.4, 1.25 * rows + 0.4)

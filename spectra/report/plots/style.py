@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from spectra.base.errors import SpectraError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -79,8 +81,16 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
 def new_axes(ax: "Axes | None", *, height: float = 2.4) -> "Axes":
     """`ax`, or the Axes of a new figure of 8 cm width; height in inches."""
     import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
 
-    return plt.subplots(figsize=(3.15, height), layout="constrained")[1] if ax is None else ax
+    if ax is None:
+        return plt.subplots(figsize=(3.15, height), layout="constrained")[1]
+    if not isinstance(ax, Axes):
+        raise SpectraError(
+            f"ax is a {type(ax).__name__}, not an Axes: of a Figure give one of `figure.axes`, of the array "
+            "that `plt.subplots` returns one of its elements."
+        )
+    return ax
 
 
 def add_colorbar(mappable, ax: "Axes", label: str, **options) -> None:
