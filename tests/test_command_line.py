@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import spectra
 from spectra.base.progress import Lines, Progress
-from spectra.cli import commands, output, scripts
+from spectra.cli import commands, output, running, scripts
 
 ROOT = Path(spectra.__file__).parents[1]
 PROBLEM = """
@@ -50,7 +50,7 @@ def problem(tmp_path, monkeypatch):
         file.computed.append(1)
         return report()
 
-    monkeypatch.setattr("spectra.report.spectrum.spectrum", spectrum)
+    monkeypatch.setattr(running, "spectrum", spectrum)
     return file
 
 
@@ -347,6 +347,31 @@ def test_arguments_are_checked_before_the_problem_is_loaded(option, value, probl
     assert not (tmp_path / "out").exists()
 
 
+def test_wrong_paths_are_said_in_words(tmp_path):
+    path = spectra.save(report(), tmp_path / "x")
+    for arguments, words in (
+        (("show", tmp_path), f"is a folder, it holds '{path}': name a file."),
+        (("show", tmp_path / "new"), "no result file at"),
+        (("plot", path, "-o", path / "a.png"), "a.png' could not be written ("),
+        (("report", path, "-o", tmp_path / "a.pdf"), "a page is HTML"),
+    ):
+        done = invoke(*arguments)
+        assert words in str(done.exception)
+        assert ".part" not in str(done.exception)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "is a folder, without results" in str(invoke("plot", empty, "-o", "x.png").exception)
+    served = invoke("watch", "run.jsonl", "-o", tmp_path / "page", "--port", 8000)
+    assert served.exit_code == 2
+    assert "--port" in served.output
+
+
+def test_a_dtype_that_is_none_is_refused_in_words():
+    op = spectra.MatrixOperator(np.eye(3))
+    with pytest.raises(spectra.SpectraError, match="basis_dtype='float7' is no dtype"):
+        spectra.plan(op, num_steps=2, num_probes=1, basis_dtype="float7")
+
+
 def test_stdout_is_json_alone_and_messages_go_to_stderr(problem, tmp_path):
     done = invoke("run", problem, "-o", tmp_path / "out", "--json")
     assert done.exit_code == 0
@@ -427,7 +452,7 @@ def test_an_interrupted_run_says_how_to_resume(problem, tmp_path, monkeypatch, s
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "_analyse", interrupt)
+    monkeypatch.setattr(running, "_analyse", interrupt)
     options = ("--checkpoint", tmp_path / "saved") if saved else ()
     done = invoke("run", problem, "-o", tmp_path / "out", *options)
     assert done.exit_code == 130

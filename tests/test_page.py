@@ -97,7 +97,7 @@ def test_a_page_is_well_formed_and_loads_nothing(name, tmp_path):
     text = spectra.write_report(RESULTS[name](), tmp_path / "page").read_text()
     page = Reader(text)
     assert not {"link", "iframe", "object", "base"} & set(page.tags)
-    assert scripts(text) == ([OWN] if name in ("spectrum", "quadrature", "density") else [])
+    assert scripts(text) == ([OWN] if name in ("spectrum", "quadrature", "density", "blocks") else [])
     for label in (value for key, value in page.attributes if key == "aria-label"):
         assert "&" not in label  # no caption has one: it was escaped twice
     for key, value in page.attributes:
@@ -118,7 +118,9 @@ def test_text_is_escaped(tmp_path):
     assert scripts(text) == [OWN]
     assert f"Spectrum of {HOSTILE}" in page.words
     text = spectra.write_report({HOSTILE: quadrature()}, tmp_path / "blocks.html").read_text()
-    assert "script" not in Reader(text).tags
+    assert scripts(text) == [OWN]
+    assert HOSTILE in Reader(text).words
+    assert curve(text)[0]["name"] == HOSTILE
 
 
 def test_the_page_says_what_the_bands_mean_and_how_to_compute_again(tmp_path):
@@ -313,6 +315,54 @@ def test_pointer_and_slider_read_the_curve_in_a_browser(tmp_path):
     assert int(seen[0][0]) == found["y"].index(min(found["y"]))  # at first, the peak
     assert int(seen[1][0]) == len(found["x"]) - 1
     assert abs(seen[2][3] - at) < 3  # pixels: half the distance of two points, and the line's width
+
+
+def test_the_curve_of_a_block_is_drawn_where_its_numbers_are_read(tmp_path):
+    blocks = {"wide": quadrature(), "narrow": quadrature(0.1, seed=2), "smooth": density()}
+    found = curve(spectra.write_report(blocks, tmp_path / "page").read_text())
+    assert [each["name"] for each in found] == ["wide", "narrow"]  # the rows of the table
+    for each in found:
+        subpaths = each["paths"]["line"].split("M")[1:]
+        points = np.array([[float(x) for x in p.split(",")] for part in subpaths for p in part.split("L")])
+        top, bottom = each["ends"]
+        assert points[:, 1].min() >= top
+        assert points[:, 1].max() <= bottom + 0.05  # rounded to a tenth
+        places = [i for i, text in enumerate(each["text"]) if "single" not in text]
+        read = np.array([[each["x"][i], each["y"][i]] for i in places])
+        # Where both know the curve they agree: where it is flat, on a tenth of a unit each.
+        steep = np.gradient(read[:, 1], read[:, 0])
+        flat = (abs(steep) < 0.5) & (read[:, 1] < bottom - 5) & (read[:, 0] > points[0, 0])
+        drawn = np.interp(read[flat, 0], points[:, 0], points[:, 1])
+        assert flat.sum() > 20
+        np.testing.assert_allclose(drawn, read[flat, 1], atol=0.3)
+        assert each["paths"]["stems"].count("M") == sum("single" in text for text in each["text"])
+        assert each["paths"]["band"].count("M") == 1
+
+
+CHOOSE = """<iframe id=f src=page.html width=390 height=900></iframe><script>onload = () => {
+const page = document.getElementById("f").contentDocument, box = page.querySelector("[data-curve]");
+const seen = [], look = () => seen.push([
+  box.querySelector("output").textContent, box.querySelector("path.line").getAttribute("d"),
+  [...page.querySelectorAll("input[type=radio]")].map(button => button.checked)]);
+look();
+page.querySelectorAll("input[type=radio]")[2].click();
+look();
+page.querySelectorAll("tbody tr")[1].lastChild.click();
+look();
+document.body.append("SEEN" + JSON.stringify(seen) + "END");
+}</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_row_of_the_table_chooses_the_block_that_is_drawn(tmp_path):
+    found = curve(spectra.write_report(RESULTS["blocks"](), tmp_path / "page").read_text())
+    (tmp_path / "choose.html").write_text(CHOOSE)
+    dom = browse(tmp_path / "choose.html", "--allow-file-access-from-files", "--dump-dom")
+    seen = json.loads(html.unescape(re.search(r"SEEN(\[.*?\])END", dom)[1]))
+    for (text, path, buttons), number in zip(seen, (0, 2, 1), strict=True):
+        assert text.startswith(f"{found[number]['name']}: λ = ")
+        assert path == found[number]["paths"]["line"]
+        assert buttons == [i == number for i in range(4)]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")

@@ -7,6 +7,7 @@ compared apart from the image: glyphs differ between versions of FreeType and ma
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -290,6 +291,98 @@ def test_what_a_density_shows_is_a_choice():
     )
     with pytest.raises(spectra.SpectraError, match="a density has one already"):
         spectra.plot_density(held, bandwidth=0.1)
+
+
+def bars(ax):
+    """The ends of the bars of kernel widths."""
+    return [(text.xyann[0], text.xy[0]) for text in ax.texts if text.get_gid() == "kernel"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"xscale": "linear"}, {"xscale": "loglog"}, {"learning_rate": 0.1}, {"learning_rate": 1e-3}],
+)
+def test_the_bar_is_a_kernel_width_to_each_side(options):
+    held = density()
+    ax = spectra.plot_density(held, **options)
+    ((left, right),) = bars(ax)
+    middle = (left + right) / 2
+    # The bar ends at a given place, so its middle is iterated on: a relative width of 0.05 leaves 0.05³.
+    assert (right - left) / 2 == pytest.approx(np.interp(middle, held.grid, held.bandwidth), rel=1e-3)
+    assert ax.get_xlim()[0] < left < right < ax.get_xlim()[1]
+    assert right < 2 / options.get("learning_rate", 1e-9)  # left of its line
+    assert not bars(spectra.plot_density(held, kernel=False))
+    assert not bars(spectra.plot_blocks([held])[0])
+
+
+def test_kernels_of_two_widths_are_two_bars_and_of_one_width_one():
+    q = quadrature()
+    widths = {"relative": density(), "fixed": spectra.spectral_density(q, bandwidth=0.2)}
+    (left, right), fixed = bars(spectra.plot_comparison(widths))
+    assert (right - left) / (right + left) == pytest.approx(0.05, rel=1e-3)
+    assert fixed[1] - fixed[0] == pytest.approx(2 * 0.2, rel=1e-3)
+    assert len(bars(spectra.plot_comparison([density(), density(seed=1)]))) == 1
+
+
+def test_a_figure_of_its_own_says_what_its_marks_are():
+    def marks(figure):
+        return {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+
+    ax = spectra.plot_density(density(), learning_rate=0.1)
+    assert marks(ax.figure) == {"density", "95 % band", "single eigenvalues", "2 / learning rate"}
+    assert marks(spectra.plot_density(density(), band=False, outliers=False).figure) == {"density"}
+    assert marks(spectra.plot_landscape(plane()).figure) == {
+        "parameters",
+        "quadratic model, every second level",
+    }
+    assert marks(spectra.plot_landscape(plane(), quadratic=False).figure) == {"parameters"}
+    _, own = plt.subplots()
+    spectra.plot_density(density(), own, label="H")
+    assert own.get_legend_handles_labels()[1] == ["H"]  # the caller's legend holds the caller's words
+    assert spectra.plot_eigenvector_mass(pairs()).get_xlabel().endswith("(all: share of the parameters)")
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+@pytest.mark.parametrize("name", ["a", "encoder/layers_11/self_attention/query_projection/kernel_of_head"])
+def test_a_legend_fits_its_figure(count, name):
+    ax = spectra.plot_comparison({f"{name}{i}": density(scale=1 + i) for i in range(count)})
+    ax.figure.canvas.draw()
+    (legend,) = ax.figure.legends
+    box, page = legend.get_window_extent(), ax.figure.bbox
+    assert page.x0 <= box.x0 < box.x1 <= page.x1
+    assert ax.bbox.height > 0.25 * page.height
+
+
+def test_no_band_hides_the_edges_of_another():
+    ax = spectra.plot_comparison({"a": density(), "b": density(seed=1)})
+    assert len(ax.collections) == 2
+    for band in ax.collections:
+        assert band.get_edgecolor()[0, 3] > 3 * band.get_facecolor()[0, 3] > 0
+        assert band.get_linewidth()[0] > 0
+        assert band.get_zorder() < min(line.get_zorder() for line in ax.get_lines())
+
+
+def test_what_is_no_picture_is_refused_in_words():
+    q, (figure, axes) = quadrature(), plt.subplots(1, 2)
+    for words, draw in {
+        "ax is a Figure, not an Axes": lambda: spectra.plot_density(q, figure),
+        "ax is a ndarray, not an Axes": lambda: spectra.plot_cdf(q, axes),
+        "learning_rate='0.1': use a positive number": lambda: spectra.plot_density(q, learning_rate="0.1"),
+        "not a str. `spectra.load` reads one": lambda: spectra.plot_density("spectrum.npz"),
+        "Eigenpairs are needed, which `eigsh` returns, not a Quad": lambda: spectra.plot_eigenvector_mass(q),
+        "columns=-1: use 1 or more": lambda: spectra.plot_blocks([q], columns=-1),
+    }.items():
+        with pytest.raises(spectra.SpectraError, match=re.escape(words)):
+            draw()
+
+
+def test_what_surrounds_a_figure_of_its_own_is_heeded():
+    with spectra.plot_style(axes_labelsize=11):
+        assert spectra.plot_density(density()).xaxis.label.get_size() == 11
+    assert spectra.plot_density(density()).xaxis.label.get_size() == 8
+    with plt.style.context("dark_background"):
+        ax = spectra.plot_density_over_time(history(), learning_rate=True)
+    assert ax.get_lines()[1].get_color() == "white"  # on black ground
 
 
 def test_the_second_axis_counts_the_eigenvalues_beyond():

@@ -20,7 +20,7 @@ from spectra.results import as_quadrature
 
 def show(result: Path, voice: Voice) -> None:
     """Print a result."""
-    loaded = load(result)
+    loaded = _load(result)
     with _about(result):
         voice.show(loaded)
 
@@ -32,22 +32,23 @@ def compare(results: list[Path], out: Path | None, voice: Voice, force: bool) ->
     table = Summary({name: q for path in results for name, q in _spectra_of(path, results).items()})
     voice.show(table)
     if out is not None:
-        draw(table.quadratures, out, Voice())
+        with _writing(out):
+            draw(table.quadratures, out, Voice())
 
 
 def plot(result: Path, output: Path, learning_rate: float | None, force: bool) -> None:
     """Write the picture of a result."""
     require_free(force, picture_path(output))
-    loaded = load(result)
-    with _about(result):
+    loaded = _load(result)
+    with _about(result), _writing(output):
         draw(loaded, output, Voice(), learning_rate)
 
 
 def report(result: Path, output: Path, title: str | None, force: bool) -> None:
     """Write the page of a result."""
     require_free(force, page_path(output))
-    loaded = load(result)
-    with _about(result):
+    loaded = _load(result)
+    with _about(result), _writing(output):
         page = write_report(loaded, output, title=title, source=result.name)
     typer.echo(f"page     {page}")
 
@@ -72,11 +73,28 @@ def watch(runs: list[Path], output: Path | None, port: int, seconds: int, once: 
 
 def _spectra_of(path: Path, among: list[Path]) -> dict[str, Any]:
     """The quadratures of a file, named after it, with its folder where another file has the same name."""
-    loaded = load(path)
+    loaded = _load(path)
     name = path.stem if sum(other.stem == path.stem for other in among) == 1 else str(path.with_suffix(""))
     if isinstance(loaded, dict):
         return {f"{name}: {block}": as_quadrature(part) for block, part in loaded.items()}
     return {name: as_quadrature(loaded)}
+
+
+def _load(path: Path) -> Any:
+    if path.is_dir():
+        held = sorted(path.glob("*.npz")) + sorted(path.glob("*.jsonl"))
+        inside = f"it holds {', '.join(repr(str(file)) for file in held[:3])}" if held else "without results"
+        raise SpectraError(f"'{path}' is a folder, {inside}: name a file.")
+    return load(path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What keeps a file from being written, without the names of temporary ones."""
+    try:
+        yield
+    except OSError as error:
+        raise SpectraError(f"'{path}' could not be written ({error.strerror or error}).") from error
 
 
 @contextlib.contextmanager

@@ -126,7 +126,12 @@ def place_basis(op: LinearOperator, basis: str, dtype: Any = None) -> tuple[Layo
     if basis not in PLACES:
         raise SpectraError(f"basis={basis!r}: use one of {PLACES}.")
     if dtype is not None:
-        dtype = jnp.dtype(dtype)
+        try:
+            dtype = jnp.dtype(dtype)
+        except TypeError as error:
+            raise SpectraError(
+                f'basis_dtype={dtype!r} is no dtype: use one such as "bfloat16" or "float32".'
+            ) from error
         if not jnp.issubdtype(dtype, jnp.floating):
             raise SpectraError(f"basis_dtype={dtype}: basis vectors need a floating dtype.")
         if basis == "none":

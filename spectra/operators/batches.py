@@ -90,6 +90,11 @@ def as_batch(batch: PyTree, where: str = "data") -> PyTree:
             array = to_numpy(leaf)
         elif isinstance(leaf, jax.ShapeDtypeStruct):  # enough to plan with
             array = leaf
+        elif hasattr(leaf, "__getitem__") and hasattr(leaf, "__len__"):  # a Dataset of PyTorch
+            raise DataError(
+                f"{name} is a {type(leaf).__name__}, which has single examples in the place of batches: give "
+                "torch.utils.data.DataLoader(dataset, batch_size=...), or another re-iterable of batches."
+            )
         else:
             raise DataError(f"{name} is a {type(leaf).__name__}; a batch holds arrays.")
         if array.dtype == object:

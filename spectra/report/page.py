@@ -25,6 +25,7 @@ CSS = Path(__file__).with_name("page.css")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _VERSION = re.compile(r"\d{1,4}(\.\d{1,6}){0,3}([.+]?[a-z]{1,8}\d{0,12}){0,3}", re.ASCII)
 _KEY = re.compile(r"\[\d{1,10}(, \d{1,10}){0,7}\]", re.ASCII)
+_OTHERS = (".pdf", ".png", ".svg", ".npz", ".json", ".jsonl", ".csv")
 _ARRAYS = 40  # rows of the table of contents
 
 
@@ -47,7 +48,7 @@ def write_report(
         The path that was written.
 
     Raises:
-        SpectraError: `result` is not a result.
+        SpectraError: `result` is not a result, or the path is that of a picture or a result file.
         FileNotFoundError: there is no such result file.
 
     Examples:
@@ -73,8 +74,14 @@ def write_report(
 
 
 def page_path(path: str | os.PathLike) -> Path:
-    """Where a page of this name is written."""
+    """Where a page of this name is written.
+
+    Raises:
+        SpectraError: the name is that of a picture or of a result file.
+    """
     path = Path(path)
+    if path.suffix.lower() in _OTHERS:
+        raise SpectraError(f"'{path}': a page is HTML, so name it .html; `spectra plot` draws pictures.")
     return path if path.suffix in (".html", ".htm") else path.with_name(path.name + ".html")
 
 

@@ -1,16 +1,20 @@
-"""A picture of a density whose points can be read: by pointer, finger or keyboard."""
+"""Pictures of densities whose points can be read, by pointer, finger or keyboard."""
 
 import html
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from spectra.report.plots.density import plot_density
+from spectra.report.plots.density import as_density, plot_density, set_axes
 from spectra.report.plots.gallery import svg
+from spectra.report.plots.style import new_axes
 from spectra.results import Density, Interval, Quadrature
 
 SCRIPT = Path(__file__).with_name("page.js")
+_DRAWN = 600  # points of a curve that a page draws: narrower peaks than three of them there are none
 _POINTS = 200  # that can be read, beside the eigenvalues known one by one: two a pixel of a phone
 _INCH = 72  # units of length in matplotlib's SVG
 
@@ -24,12 +28,65 @@ def readable(density: Density, quadrature: Quadrature | None, caption: str) -> s
         return axes[0]
 
     picture = svg(make, caption[:200])
-    curve = html.escape(json.dumps(_curve(axes[0], density, quadrature), ensure_ascii=False), quote=True)
+    return _figure(picture, _curve(axes[0], density, quadrature), caption)
+
+
+def choosable(blocks: Mapping[str, Quadrature | Density], caption: str) -> str:
+    """A picture with the axes of all blocks, into which a page draws the curve of the row that is chosen.
+
+    It belongs into one section with the table that has a row for each block.
+    """
+    densities = {name: as_density(block) for name, block in blocks.items()}
+    axes = []
+
+    def make():
+        axes.append(new_axes(None))
+        set_axes(axes[0], list(densities.values()))
+        return axes[0]
+
+    picture = svg(make, caption[:200])
+    curves = []
+    for (name, density), block in zip(densities.items(), blocks.values(), strict=True):
+        curve = _curve(axes[0], density, block if isinstance(block, Quadrature) else None)
+        curves.append(curve | {"name": name, "paths": _paths(axes[0], density)})
+    return _figure(picture, curves, caption)
+
+
+def _figure(picture: str, curves: Any, caption: str) -> str:
+    data = html.escape(json.dumps(curves, ensure_ascii=False), quote=True)
     return (
-        f'<figure data-curve="{curve}">{picture}<div class="read" hidden><output></output>'
+        f'<figure data-curve="{data}">{picture}<div class="read" hidden><output></output>'
         '<input type="range" min="0" value="0" aria-label="Point of the curve"></div>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
+
+
+def _paths(ax, density: Density) -> dict[str, str]:
+    """Band, line and stems in the units of the picture, cut off at its edges."""
+    left, right = ax.bbox.x0, ax.bbox.x1
+    across = np.linspace(left, right, _DRAWN)
+    x = ax.transData.inverted().transform(np.column_stack([across, np.full(_DRAWN, ax.bbox.y0)]))[:, 0]
+    x = x[(x >= density.grid[0]) & (x <= density.grid[-1])]
+    lower, line, upper = (
+        np.column_stack(_places(ax, x, np.interp(x, density.grid, y)))
+        for y in (density.lower, density.density, density.upper)
+    )
+    shown = np.interp(x, density.grid, density.density) > ax.get_ylim()[0]
+    starts = np.flatnonzero(np.diff(shown, prepend=False, append=False)).reshape(-1, 2)
+    outliers = np.asarray(density.outliers, float)
+    outliers = outliers[(outliers > ax.get_xlim()[0]) & (outliers < ax.get_xlim()[1])]
+    widths = np.interp(outliers, density.grid, density.bandwidth)
+    tops = np.column_stack(_places(ax, outliers, 1 / (density.size * widths * np.sqrt(2 * np.pi))))
+    bottoms = np.column_stack(_places(ax, outliers, np.full(len(outliers), ax.get_ylim()[0])))
+    return {
+        "band": _path(np.concatenate([upper, lower[::-1]])) if len(x) else "",
+        "line": "".join(_path(line[first:last]) for first, last in starts),
+        "stems": "".join(_path(np.stack(ends)) for ends in zip(bottoms, tops, strict=True)),
+    }
+
+
+def _path(points: np.ndarray) -> str:
+    return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def _curve(ax, density: Density, quadrature: Quadrature | None) -> dict[str, list]:

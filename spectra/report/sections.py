@@ -16,7 +16,7 @@ from spectra.report.plots.maps import (
     plot_density_over_time,
     plot_landscape,
 )
-from spectra.report.reading import readable
+from spectra.report.reading import choosable, readable
 from spectra.report.spectrum import SpectrumReport
 from spectra.results import (
     Density,
@@ -31,6 +31,7 @@ from spectra.results import (
 from spectra.results.base import extreme_cell
 
 _ROWS = 24  # of a table of snapshots
+_CHOICES = 200  # blocks whose curves a page holds, of some 25 kB each
 _COURSES = 24  # pictures of recorded numbers
 
 
@@ -215,8 +216,18 @@ def _blocks(results: dict[str, Any]) -> list[Section]:
         for name, q in results.items()
         if isinstance(q, Quadrature)
     ]
+    spectra = [(name, q) for name, q in results.items() if isinstance(q, Quadrature)]
+    choice = dict(spectra[:_CHOICES])
     if len(rows) > 1:
-        found.append(Section("In numbers", table(rows)))
+        words = (
+            "The density of the block whose row is chosen below, on axes that all blocks share: its line, "
+            "its 95 % band, and in orange the eigenvalues that are resolved one by one."
+        )
+        if len(rows) - 1 > len(choice):
+            words += f" The first {len(choice)} rows have one."
+        found.append(
+            Section("In numbers", f'<div class="choice">{choosable(choice, words)}</div>{table(rows)}')
+        )
     if results and all(isinstance(r, (Quadrature, Density)) for r in results.values()):
         words = (
             "The densities of all blocks on common axes, each with its 95 % band. “In doubt” is the mean "

@@ -139,6 +139,7 @@ def stable_rank(q: Quadrature) -> Interval:
 def _cells(name: str, q: Quadrature) -> list[str]:
     low, trace, high = trace_estimate(q).interval()
     rank = stable_rank(q)
+    least, most = (directed(end, up=up, digits=3) for end, up in ((rank.lower, False), (rank.upper, True)))
     shares = q.cdf(np.nextafter(-q.noise_floor, -np.inf))
     return [
         name,
@@ -147,6 +148,6 @@ def _cells(name: str, q: Quadrature) -> list[str]:
         extreme_cell(extreme(q, 0), 0, LEVEL),
         f"{rounded(trace, (high - low) / 2)} ± {(high - low) / 2:.1g}",
         f"≥ {directed(condition_lower_bound(q), up=False, digits=3)}",
-        f"{rounded(rank.estimate, rank.upper - rank.lower)} [{rank.lower:.3g}, {rank.upper:.3g}]",
+        f"{rounded(rank.estimate, rank.upper - rank.lower)} [{least}, {most}]",
         f"{100 * shares.estimate:.3g} % [{100 * shares.lower:.3g}, {100 * shares.upper:.3g}]",
     ]

@@ -4,6 +4,7 @@ Functions of a measure take what people hold: a report stands for its quadrature
 """
 
 import functools
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -269,6 +270,8 @@ def as_quadrature(held: Any) -> Quadrature:
         hint = "A Density is its smoothed picture: pass the quadrature that it was made from."
     elif isinstance(found, Mapping):
         hint = "Pass one of its values."
+    elif isinstance(held, (str, os.PathLike)):
+        hint = "`spectra.load` reads one from a file."
     else:
         hint = "`slq` and `spectrum` make one of an operator."
     raise SpectraError(f"a Quadrature or a report is needed, not {_called(held)}. {hint}")

@@ -6,6 +6,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectra.base.errors import SpectraError
+from spectra.report.plots.marks import (
+    EDGE,
+    add_count_axis,
+    add_curve,
+    add_kernel,
+    add_stems,
+    floor,
+    visible_range,
+)
 from spectra.report.plots.style import (
     ACCENT,
     COLOR,
@@ -13,7 +22,6 @@ from spectra.report.plots.style import (
     DASHES,
     add_legend,
     asks_for_logarithm,
-    label_text,
     mark_linear,
     new_axes,
     styled,
@@ -25,7 +33,6 @@ from spectra.results import Density, Moments, Quadrature, Snapshot, as_quadratur
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_HIDDEN = 1e-9  # of the lowest density shown: stands for zero on a logarithmic axis
 Held = SpectrumReport | Snapshot | Quadrature | Moments | Density
 XSCALES = ("auto", "symlog", "linear", "loglog")
 
@@ -45,6 +52,7 @@ def plot_density(
     outliers: bool = True,
     counts: bool = False,
     bandwidth: float | None = None,
+    kernel: bool = True,
     title: str | None = None,
 ) -> "Axes":
     """Draw a spectral density with its band, its outliers as stems, on axes that fit the spectrum.
@@ -70,6 +78,7 @@ def plot_density(
         counts: draw the number of eigenvalues beyond each point, as seen from zero, as a grey line with its
             own axis on the right.
         bandwidth: kernel width, see `spectral_density`; not for a density, which already has one.
+        kernel: draw a bar of one kernel width to each side: nothing narrower can be seen in the curve.
         title: title above the plot.
 
     Returns:
@@ -99,16 +108,24 @@ def plot_density(
     own, ax = ax is None, new_axes(ax)
     low, high = visible_range(density)
     xscale = _fitting(xscale, density.linear_scale, low, high)
-    _curve(ax, density, xscale, color, linestyle, label, alpha=0.22 if band else 0.0)
+    if own and label is None:  # in Axes of the caller's, the caller says what a legend holds
+        label = "density"
+    add_curve(ax, density, xscale, color, linestyle, label, alpha=0.22 if band else 0.0)
+    if own and band:
+        ax.collections[-1].set_label(f"{100 * density.level:g} % band")
     if outliers:
-        _stems(ax, density, xscale)
+        add_stems(ax, density, xscale)
+        if own and np.any((density.outliers > low) & (density.outliers < high)):
+            ax.collections[-1].set_label("single eigenvalues")
     top = density.density if yscale == "log" else density.upper
     _set_axes(ax, [density], xscale, yscale, density.linear_scale, (low, high), top, learning_rate)
+    if kernel:
+        add_kernel(ax, density, color)
     if counts:
-        _count_axis(ax, density, xscale)
+        add_count_axis(ax, density, xscale)
     if title is not None:
         ax.set_title(title, parse_math=False)
-    if learning_rate is not None:
+    if own or learning_rate is not None:
         add_legend(ax, own)
     return ax
 
@@ -155,16 +172,37 @@ def plot_comparison(
     _check(xscale, yscale)
     own, ax = ax is None, new_axes(ax)
     densities = {name: as_density(result) for name, result in results.items()}
-    ranges = [visible_range(d) for d in densities.values()]
-    low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
-    scale = min(d.linear_scale for d in densities.values())
-    xscale = _fitting(xscale, scale, low, high)
+    drawn = list(densities.values())
+    xscale = _common(drawn, xscale)[0]
     for (name, density), color, dash in zip(densities.items(), COLORS, DASHES, strict=False):
-        _curve(ax, density, xscale, color, dash, name, alpha=0.12)
-    top = np.concatenate([d.density for d in densities.values()])
-    _set_axes(ax, list(densities.values()), xscale, yscale, scale, (low, high), top, learning_rate)
-    add_legend(ax, own, columns=3 if len(results) > 2 else 2)
+        add_curve(ax, density, xscale, color, dash, name, alpha=0.1, edge=0.4)
+    set_axes(ax, drawn, xscale, yscale, learning_rate)
+    for density, color in zip(drawn, COLORS, strict=False):
+        add_kernel(ax, density, color)
+    add_legend(ax, own)
     return ax
+
+
+def set_axes(
+    ax: "Axes",
+    densities: Sequence[Density],
+    xscale: str = "auto",
+    yscale: str = "log",
+    learning_rate: float | None = None,
+) -> str:
+    """Make room for all of the densities, and return the horizontal scale that fits them."""
+    xscale, scale, ends = _common(densities, xscale)
+    top = np.concatenate([density.density for density in densities])
+    _set_axes(ax, densities, xscale, yscale, scale, ends, top, learning_rate)
+    return xscale
+
+
+def _common(densities: Sequence[Density], xscale: str) -> tuple[str, float, tuple[float, float]]:
+    """The horizontal scale that fits all, up to where it is linear, and its ends."""
+    ranges = [visible_range(density) for density in densities]
+    low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
+    scale = min(density.linear_scale for density in densities)
+    return _fitting(xscale, scale, low, high), scale, (low, high)
 
 
 def edge_of_stability(learning_rate: float) -> float:
@@ -173,8 +211,12 @@ def edge_of_stability(learning_rate: float) -> float:
     Raises:
         SpectraError: the rate is not a positive number.
     """
-    if not 0 < learning_rate < np.inf:
-        raise SpectraError(f"learning_rate={learning_rate}: use a positive number.")
+    try:
+        positive = 0 < learning_rate < np.inf
+    except TypeError:  # a text, or a schedule
+        positive = False
+    if not positive:
+        raise SpectraError(f"learning_rate={learning_rate!r}: use a positive number.")
     return 2 / float(learning_rate)
 
 
@@ -201,7 +243,7 @@ def _set_axes(ax, densities, xscale, yscale, scale, ends, top, learning_rate) ->
         ax.set_ylim(0, 1.08 * float(np.max(top)))
     if learning_rate is not None:
         limit = edge_of_stability(learning_rate)
-        ax.axvline(limit, color=ACCENT, linewidth=0.9, linestyle="--", label="2 / learning rate")
+        ax.axvline(limit, color=ACCENT, linewidth=0.9, linestyle="--", label=EDGE)
         high = max(high, limit * 1.5)
     if xscale == "symlog":
         linear = symlog(ax.xaxis, scale, low, high)
@@ -219,53 +261,6 @@ def _set_axes(ax, densities, xscale, yscale, scale, ends, top, learning_rate) ->
     ax.set_ylabel("density")
 
 
-def _curve(ax, density: Density, xscale: str, color: str, linestyle, label, alpha: float = 0.22) -> None:
-    """Band and line; on a log-log axis the negative part as a line of its own."""
-    hidden = floor(density) * _HIDDEN
-    grid = np.asarray(density.grid)
-    lower, line, upper = (np.maximum(y, hidden) for y in (density.lower, density.density, density.upper))
-    parts = [(grid, slice(None), linestyle, label)]
-    if xscale == "loglog":
-        positive, negative = grid > 0, (grid < 0) & (density.density > floor(density))
-        parts = [(grid, positive, linestyle, label)]
-        if negative.any():
-            parts.append((-grid, negative, ":", "negative" if label is None else f"{label}, negative"))
-    for x, part, dash, name in parts:
-        ax.fill_between(x[part], lower[part], upper[part], color=color, alpha=alpha, linewidth=0)
-        text = None if name is None else label_text(name)
-        ax.plot(x[part], line[part], color=color, linewidth=1.0, linestyle=dash, label=text)
-
-
-def _stems(ax, density: Density, xscale: str) -> None:
-    """A stem for each eigenvalue resolved one by one, to the peak that a single one makes there."""
-    values = np.asarray(density.outliers, float)
-    widths = np.interp(values, density.grid, density.bandwidth)
-    tops = 1 / (density.size * widths * np.sqrt(2 * np.pi))
-    places = np.abs(values) if xscale == "loglog" else values
-    ax.vlines(places, floor(density) * _HIDDEN, tops, color=ACCENT, linewidth=0.8)
-
-
-def _count_axis(ax, density: Density, xscale: str) -> None:
-    """The number of eigenvalues beyond each point, from the integral of the density."""
-    grid = np.asarray(density.grid)
-    steps = np.diff(grid) * (density.density[1:] + density.density[:-1]) / 2
-    below = density.size * np.concatenate([[0.0], np.cumsum(steps)])
-    beyond = np.where(grid < 0, below, below[-1] - below)
-    other = ax.twinx()
-    sides = [(grid, np.full(len(grid), True), "-")]
-    if xscale == "loglog":
-        sides = [(grid, grid > 0, "-"), (-grid, grid < 0, ":")]
-    for x, part, dash in sides:
-        other.plot(x[part], np.maximum(beyond[part], _HIDDEN), color="0.5", linewidth=0.8, linestyle=dash)
-    other.set_yscale("log")
-    other.set_ylim(0.5, 2 * density.size)
-    other.set_ylabel("number of eigenvalues beyond", color="0.5")
-    other.tick_params(axis="y", which="both", colors="0.5")
-    other.spines["right"].set(visible=True, color="0.5")
-    ax.set_zorder(other.get_zorder() + 1)  # the density in front
-    ax.patch.set_visible(False)
-
-
 def as_density(held: Any, bandwidth: float | None = None) -> Density:
     """The density of a report, a quadrature or of moments; a density as it is."""
     from spectra.density.smoothing import spectral_density
@@ -278,16 +273,3 @@ def as_density(held: Any, bandwidth: float | None = None) -> Density:
         return spectral_density(as_quadrature(held), bandwidth=bandwidth)
     found = as_spectrum(held)
     return found if isinstance(found, Density) else spectral_density(found)
-
-
-def floor(density: Density) -> float:
-    """A tenth of the peak that a single eigenvalue makes where the kernel is widest."""
-    widest = float(np.max(density.bandwidth))
-    return 0.1 / (density.size * widest * np.sqrt(2 * np.pi))
-
-
-def visible_range(density: Density) -> tuple[float, float]:
-    """Where the density is above the floor, and two kernel widths on: curves end inside of the axes."""
-    visible = np.flatnonzero(np.asarray(density.density) > floor(density))
-    (first, last), grid, widths = visible[[0, -1]], density.grid, density.bandwidth
-    return float(grid[first] - 2 * widths[first]), float(grid[last] + 2 * widths[last])

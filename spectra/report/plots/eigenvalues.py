@@ -166,7 +166,7 @@ def plot_eigenvector_mass(pairs: Eigenpairs, ax: "Axes | None" = None, *, by: st
 
     Raises:
         StructureError: unknown `by`.
-        SpectraError: there are no pairs.
+        SpectraError: there are no pairs, or they are something else.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -179,6 +179,8 @@ def plot_eigenvector_mass(pairs: Eigenpairs, ax: "Axes | None" = None, *, by: st
         >>> [label.get_text() for label in ax.get_yticklabels()]
         ['a', 'b']
     """
+    if not isinstance(pairs, Eigenpairs):
+        raise SpectraError(f"Eigenpairs are needed, which `eigsh` returns, not a {type(pairs).__name__}.")
     if not len(pairs.values):
         raise SpectraError("there are no eigenpairs to draw.")
     names, share, mass = layer_mass(pairs, by)
@@ -193,7 +195,8 @@ def plot_eigenvector_mass(pairs: Eigenpairs, ax: "Axes | None" = None, *, by: st
     ax.set_yticks(np.arange(0, rows, stride), [_short(name) for name in names[::stride]], parse_math=False)
     ax.tick_params(axis="y", labelsize=6 if rows <= 24 else 5, length=0)
     ax.spines[:].set_visible(False)
-    ax.set_xlabel("eigenvector")
+    ax.grid(False)
+    ax.set_xlabel("eigenvector (all: share of the parameters)")
     add_colorbar(image, ax, "mass")
     return ax
 

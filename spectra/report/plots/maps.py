@@ -1,13 +1,13 @@
 """Several densities, or two variables: blocks, the density along training, the loss in a plane."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spectra.base.errors import SpectraError
-from spectra.report.plots.density import Held, as_density, edge_of_stability, floor, plot_density
+from spectra.report.plots.density import Held, as_density, edge_of_stability, plot_density
+from spectra.report.plots.marks import floor
 from spectra.report.plots.style import (
     ACCENT,
     COLOR,
@@ -18,12 +18,14 @@ from spectra.report.plots.style import (
     add_colorbar,
     add_legend,
     asks_for_logarithm,
+    ink,
     label_text,
     mark_linear,
     new_axes,
     plot_style,
     styled,
     symlog,
+    wrapped,
 )
 from spectra.results import Density, LossSlice, SpectrumHistory, by_name
 
@@ -99,7 +101,7 @@ def plot_density_over_time(
     mesh = _heat(ax, history.steps, densities, min(map(floor, own)))
     ax.plot(history.steps, history.sharpness, color=ACCENT, linewidth=1.2, label="largest eigenvalue")
     for name, y, dash in limits:
-        ax.plot(history.steps, y, color="black", linewidth=0.9, linestyle=dash, label=name)
+        ax.plot(history.steps, y, color=ink(ax), linewidth=0.9, linestyle=dash, label=name)
     if wide:
         symlog(ax.yaxis, scale, low, high)
     else:
@@ -178,6 +180,7 @@ def heat(ax, x: np.ndarray, y: np.ndarray, values: np.ndarray, lowest: float):
     """Densities (y, x) as colours, from white, for none, over light, for little, to dark."""
     from matplotlib.colors import LogNorm
 
+    ax.grid(False)  # which some styles draw, over the colours
     shown = np.ma.masked_less(values, lowest)
     norm = LogNorm(lowest, max(float(np.max(values)), 2 * lowest))
     return ax.pcolormesh(x, y, shown, norm=norm, cmap=f"{MAP}_r", shading="nearest", rasterized=True)
@@ -210,7 +213,7 @@ def plot_blocks(
         the figure.
 
     Raises:
-        SpectraError: there is nothing to draw.
+        SpectraError: there is nothing to draw, or in less than one column.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -229,6 +232,8 @@ def plot_blocks(
     densities = [as_density(result) for result in results.values()]
     if heat_map or (heat_map is None and len(results) > _PANELS):
         return np.array([_rows(list(results), densities)], object)
+    if columns is not None and columns < 1:
+        raise SpectraError(f"columns={columns}: use 1 or more, or None.")
     columns = columns or min(6, int(np.ceil(np.sqrt(len(densities)))))
     rows = -(-len(densities) // columns)
     size = (1.55 * columns + 0.4, 1.25 * rows + 0.4)
@@ -240,9 +245,8 @@ def plot_blocks(
     for ax in grid.ravel()[len(densities) :]:
         ax.set_visible(False)
     for ax, name, density in zip(axes, results, densities, strict=True):
-        plot_density(density, ax, color=color, xscale="linear")  # until the axis is known
-        lines = textwrap.wrap(f"{name.replace('/', '/ ')}, n = {density.size:,}", 34, break_long_words=False)
-        ax.set_title("\n".join(lines).replace("/ ", "/"), fontsize=5.5, parse_math=False)
+        plot_density(density, ax, color=color, xscale="linear", kernel=False)  # until the axis is known
+        ax.set_title(wrapped(f"{name}, n = {density.size:,}", 34), fontsize=5.5, parse_math=False)
         ax.set_xlabel("")
         ax.set_ylabel("")
     for ax in axes[-columns:]:  # the lowest panel of each column
@@ -332,9 +336,10 @@ def plot_landscape(
         raise SpectraError(
             f"a LossSlice is needed, which `loss_slice` returns, not a {type(plane).__name__}."
         )
+    own = ax is None
     if len(plane.y) == 1:
-        return _curve(plane, new_axes(ax), quadratic)
-    ax = new_axes(ax, height=2.75)
+        return _curve(plane, new_axes(ax), quadratic, own)
+    ax = new_axes(ax, height=2.95)
     loss = np.ma.masked_invalid(plane.loss)
     edges = MaxNLocator(levels).tick_values(float(loss.min()), float(loss.max()))
     filled = ax.contourf(plane.x, plane.y, loss, levels=edges, cmap=MAP)
@@ -344,12 +349,15 @@ def plot_landscape(
         style = {"colors": ACCENT, "linewidths": 0.7, "linestyles": "dashed"}
         if (plane.quadratic.min() < every_second[-1]) and (plane.quadratic.max() > every_second[0]):
             ax.contour(plane.x, plane.y, plane.quadratic, levels=every_second, **style)
-    ax.plot(0, 0, "o", color="white", markeredgecolor="black", markersize=4, markeredgewidth=0.7)
+            ax.plot([], [], "--", color=ACCENT, linewidth=0.7, label="quadratic model, every second level")
+    dot = {"markeredgecolor": "black", "markersize": 4, "markeredgewidth": 0.7}
+    ax.plot(0, 0, "o", color="white", label="parameters", **dot)
     ax.set_aspect("equal")
     ax.spines[:].set_visible(False)
     for axis, i in ((ax.xaxis, 0), (ax.yaxis, 1)):
         axis.set_major_locator(MaxNLocator(5, symmetric=True))
         axis.set_label_text(_along(plane, i))
+    add_legend(ax, own)
     add_colorbar(filled, ax, "loss", ticks=edges[::2])
     return ax
 
@@ -360,13 +368,16 @@ def _along(plane: LossSlice, i: int) -> str:
     return f"along {plane.names[i]}, curvature {plane.eigenvalues[i]:.4g}"
 
 
-def _curve(plane: LossSlice, ax: "Axes", quadratic: bool) -> "Axes":
-    ax.plot(plane.x, plane.loss[0], color="black")
+def _curve(plane: LossSlice, ax: "Axes", quadratic: bool, own: bool) -> "Axes":
+    ax.plot(plane.x, plane.loss[0], color=ink(ax), label="loss")
     low, high = ax.get_ylim()
     if quadratic:
-        ax.plot(plane.x, plane.quadratic[0], color=ACCENT, linewidth=0.7, linestyle="dashed")
+        style = {"linewidth": 0.7, "linestyle": "dashed", "label": "quadratic model"}
+        ax.plot(plane.x, plane.quadratic[0], color=ACCENT, **style)
         ax.set_ylim(low, high)  # those of the loss: a quadratic may leave the picture
-    ax.plot(0, plane.center, "o", color="white", markeredgecolor="black", markersize=4, markeredgewidth=0.7)
+    dot = {"markeredgecolor": "black", "markersize": 4, "markeredgewidth": 0.7}
+    ax.plot(0, plane.center, "o", color="white", label="parameters", **dot)
+    add_legend(ax, own)
     ax.set_xlabel(_along(plane, 0))
     ax.set_ylabel("loss")
     return ax

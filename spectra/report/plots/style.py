@@ -1,12 +1,16 @@
 """What all pictures share: the style, new axes of 8 cm width, signed-logarithmic axes."""
 
 import contextlib
+import contextvars
 import functools
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
+
+from spectra.base.errors import SpectraError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +25,8 @@ DYNAMIC = 50.0  # a spectrum with wider magnitudes than this asks for a logarith
 P = ParamSpec("P")
 R = TypeVar("R")
 FILE = Path(__file__).with_name("spectra.mplstyle")
+_LINE = 58  # characters of a legend across a figure of 8 cm
+_styled = contextvars.ContextVar("_styled", default=False)
 
 
 @contextlib.contextmanager
@@ -28,7 +34,8 @@ def plot_style(**changes) -> Iterator[None]:
     """Use the style of `spectra`'s plots for figures created inside a `with` block.
 
     Text of 6 to 8 points on figures that are 8 cm wide, colours that colour-blind readers can tell
-    apart, no frame at the top and right. Functions that create their own figure already use it.
+    apart, no frame at the top and right. Functions that create their own figure already use it, with the
+    changes of a `with` block around them.
 
     Args:
         **changes: matplotlib's rcParams to change, with "_" for ".": `font_size=9`.
@@ -47,6 +54,7 @@ def plot_style(**changes) -> Iterator[None]:
 
     names = {name.replace(".", "_"): name for name in rcParams}
     interactive = plt.isinteractive()
+    before = _styled.set(True)
     try:
         with plt.style.context([FILE, {names.get(name, name): value for name, value in changes.items()}]):
             try:
@@ -55,6 +63,7 @@ def plot_style(**changes) -> Iterator[None]:
                 interactive = plt.isinteractive()
     finally:  # a notebook's backend turns it on with the first figure, which may be drawn in here
         matplotlib.interactive(interactive)
+        _styled.reset(before)
 
 
 def styled(function: Callable[P, R]) -> Callable[P, R]:
@@ -63,7 +72,7 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
         given = kwargs.get("ax") if len(args) < 2 else args[1]
-        with plot_style() if given is None else contextlib.nullcontext():
+        with plot_style() if given is None and not _styled.get() else contextlib.nullcontext():
             return function(*args, **kwargs)
 
     return drawn
@@ -72,8 +81,16 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
 def new_axes(ax: "Axes | None", *, height: float = 2.4) -> "Axes":
     """`ax`, or the Axes of a new figure of 8 cm width; height in inches."""
     import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
 
-    return plt.subplots(figsize=(3.15, height), layout="constrained")[1] if ax is None else ax
+    if ax is None:
+        return plt.subplots(figsize=(3.15, height), layout="constrained")[1]
+    if not isinstance(ax, Axes):
+        raise SpectraError(
+            f"ax is a {type(ax).__name__}, not an Axes: of a Figure give one of `figure.axes`, of the array "
+            "that `plt.subplots` returns one of its elements."
+        )
+    return ax
 
 
 def add_colorbar(mappable, ax: "Axes", label: str, **options) -> None:
@@ -99,12 +116,39 @@ def label_text(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def add_legend(ax: "Axes", own: bool, *, columns: int = 2) -> None:
-    """A legend above the Axes in a figure of our own; inside where the caller arranges the figure."""
-    if own:
-        ax.figure.legend(loc="outside upper center", ncols=columns)  # pyright: ignore[reportAttributeAccessIssue]
-    else:
+def add_legend(ax: "Axes", own: bool) -> None:
+    """A legend above the Axes in a figure of our own, in as many columns as fit; else inside of them."""
+    if not own:
         ax.legend()
+        return
+    handles, labels = ax.get_legend_handles_labels()
+    labels = [wrapped(label, 52) for label in labels]
+    columns = next(n for n in (3, 2, 1) if n == 1 or _legend_width(labels, n) <= _LINE)
+    lines = max(sum(1 + label.count("\n") for label in part) for part in np.array_split(labels, columns))
+    figure: Any = ax.figure
+    if lines > 2:  # what the first two take is in the height of all figures
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.125 * (lines - 2))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+
+
+def _legend_width(labels: list[str], columns: int) -> int:
+    """Characters in a row of a legend, whose columns are filled from above, with room for the lines."""
+    parts = np.array_split(labels, columns)
+    return sum(
+        6 + max((len(line) for label in part for line in label.split("\n")), default=0) for part in parts
+    )
+
+
+def wrapped(name: str, width: int) -> str:
+    """A long name of a parameter in lines that end with a stroke where there is one."""
+    lines = textwrap.wrap(name.replace("/", "/ "), width, break_long_words=len(name) > 2 * width)
+    return "\n".join(lines).replace("/ ", "/") if len(name) > width else name
+
+
+def ink(ax: "Axes") -> str:
+    """The colour of text beside the Axes: black, or white on dark ground."""
+    return ax.xaxis.label.get_color()  # pyright: ignore[reportReturnType]
 
 
 def asks_for_logarithm(scale: float, low: float, high: float) -> bool:

@@ -1,0 +1,111 @@
+"""The marks of a density: its curve and band, stems of single eigenvalues, the kernel's width, a count."""
+
+import numpy as np
+
+from spectra.report.plots.style import ACCENT, label_text
+from spectra.results import Density
+
+_KERNEL = "kernel"  # what marks the bars of kernel widths among the lines of a picture
+EDGE = "2 / learning rate"
+_SMALL = 5.5  # points
+_HIDDEN = 1e-9  # of the lowest density shown: stands for zero on a logarithmic axis
+
+
+def add_curve(
+    ax, density: Density, xscale: str, color: str, linestyle, label, alpha: float, edge: float = 0.0
+) -> None:
+    """Band and line; on a log-log axis the negative part as a line of its own.
+
+    Bands that lie over each other are told apart by their edges, which are `edge` points wide.
+    """
+    hidden = floor(density) * _HIDDEN
+    grid = np.asarray(density.grid)
+    lower, line, upper = (np.maximum(y, hidden) for y in (density.lower, density.density, density.upper))
+    parts = [(grid, slice(None), linestyle, label)]
+    if xscale == "loglog":
+        positive, negative = grid > 0, (grid < 0) & (density.density > floor(density))
+        parts = [(grid, positive, linestyle, label)]
+        if negative.any():
+            parts.append((-grid, negative, ":", "negative" if label is None else f"{label}, negative"))
+    for x, part, dash, name in parts:
+        text = None if name is None else label_text(name)
+        ax.plot(x[part], line[part], color=color, linewidth=1.0, linestyle=dash, label=text)
+        filled = ax.fill_between(x[part], lower[part], upper[part], color=color, alpha=alpha, linewidth=edge)
+        if edge:
+            filled.set(alpha=None, facecolor=(color, alpha), edgecolor=(color, 0.5))
+
+
+def add_kernel(ax, density: Density, color: str) -> None:
+    """A bar of one kernel width to each side of its middle, near the right end; others lie below.
+
+    None is drawn twice: on a logarithmic axis, a relative kernel is as wide for all.
+    """
+    there = [text for text in ax.texts if text.get_gid() == _KERNEL]
+    place, back = ax.transData.transform, ax.transData.inverted().transform
+    left, right = (place((end, 1.0))[0] for end in ax.get_xlim())
+    edges = [float(np.ravel(line.get_xdata())[0]) for line in ax.lines if line.get_label() == EDGE]
+    limits = [place((x, 1.0))[0] for x in edges]
+    end = place((density.grid[-1], 1.0))[0]
+    last = min([left + 0.97 * (right - left), end, *(x - 0.03 * (right - left) for x in limits)])
+    ends = np.full(2, last)
+    for _ in range(4):  # the width depends on where the bar is
+        middle = back((ends.mean(), 0.0))[0]
+        width = float(np.interp(middle, density.grid, density.bandwidth))
+        ends = np.array([place((middle + side * width, 1.0))[0] for side in (-1, 1)])
+        ends += last - ends[1]
+    lengths = [place(bar.xy)[0] - place(bar.xyann)[0] for bar in there]
+    if any(abs(np.ptp(ends) - length) < 0.2 * length for length in lengths):
+        return
+    (low, high), height = (back((end, 0.0))[0] for end in ends), 0.94 - 0.04 * len(there)
+    where = {"xycoords": ax.get_xaxis_transform(), "in_layout": False}
+    style = {"arrowstyle": "|-|,widthA=0.15,widthB=0.15", "color": color, "linewidth": 0.8}
+    bar = ax.annotate(
+        "", (high, height), (low, height), arrowprops=style | {"shrinkA": 0, "shrinkB": 0}, **where
+    )
+    bar.set_gid(_KERNEL)
+    if not there:
+        beside = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": _SMALL}
+        ax.annotate("kernel ±σ", (low, height), (-4, 0), **beside, **where)
+
+
+def add_stems(ax, density: Density, xscale: str) -> None:
+    """A stem for each eigenvalue resolved one by one, to the peak that a single one makes there."""
+    values = np.asarray(density.outliers, float)
+    widths = np.interp(values, density.grid, density.bandwidth)
+    tops = 1 / (density.size * widths * np.sqrt(2 * np.pi))
+    places = np.abs(values) if xscale == "loglog" else values
+    ax.vlines(places, floor(density) * _HIDDEN, tops, color=ACCENT, linewidth=0.8)
+
+
+def add_count_axis(ax, density: Density, xscale: str) -> None:
+    """The number of eigenvalues beyond each point, from the integral of the density."""
+    grid = np.asarray(density.grid)
+    steps = np.diff(grid) * (density.density[1:] + density.density[:-1]) / 2
+    below = density.size * np.concatenate([[0.0], np.cumsum(steps)])
+    beyond = np.where(grid < 0, below, below[-1] - below)
+    other = ax.twinx()
+    sides = [(grid, np.full(len(grid), True), "-")]
+    if xscale == "loglog":
+        sides = [(grid, grid > 0, "-"), (-grid, grid < 0, ":")]
+    for x, part, dash in sides:
+        other.plot(x[part], np.maximum(beyond[part], _HIDDEN), color="0.5", linewidth=0.8, linestyle=dash)
+    other.set_yscale("log")
+    other.set_ylim(0.5, 2 * density.size)
+    other.set_ylabel("number of eigenvalues beyond", color="0.5")
+    other.tick_params(axis="y", which="both", colors="0.5")
+    other.spines["right"].set(visible=True, color="0.5")
+    ax.set_zorder(other.get_zorder() + 1)  # the density in front
+    ax.patch.set_visible(False)
+
+
+def floor(density: Density) -> float:
+    """A tenth of the peak that a single eigenvalue makes where the kernel is widest."""
+    widest = float(np.max(density.bandwidth))
+    return 0.1 / (density.size * widest * np.sqrt(2 * np.pi))
+
+
+def visible_range(density: Density) -> tuple[float, float]:
+    """Where the density is above the floor, and two kernel widths on: curves end inside of the axes."""
+    visible = np.flatnonzero(np.asarray(density.density) > floor(density))
+    (first, last), grid, widths = visible[[0, -1]], density.grid, density.bandwidth
+    return float(grid[first] - 2 * widths[first]), float(grid[last] + 2 * widths[last])
