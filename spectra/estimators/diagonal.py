@@ -326,7 +326,7 @@ def _hutchinson_result(mean: PyTree, spread: PyTree, square: PyTree, unit, count
 
     variances = jax.tree.map(variance, spread, square)
     leaves = jax.tree.leaves(variances)
-    pooled = sum(jnp.sum(leaf) for leaf in leaves) / sum(leaf.size for leaf in leaves)
+    pooled = jnp.asarray(sum(jnp.sum(leaf) for leaf in leaves) / sum(leaf.size for leaf in leaves))
 
     def error(s, q):
         s = jnp.where(count > AGREE, s, jnp.maximum(s, jnp.asarray(pooled, s.dtype)))
