@@ -128,3 +128,11 @@ def test_it_is_saved_and_loaded(tmp_path):
     again = spectra.load(spectra.save(found, tmp_path / "noise"))
     assert again.interval() == found.interval()
     assert repr(again) == repr(found)
+
+
+def test_a_noise_scale_without_degrees_of_freedom_takes_those_of_the_normal_law():
+    parts = {"noise": 8.0, "signal": 2.0, "covariance": np.diag([0.04, 0.01]), "num_examples": 1000}
+    made = {dof: spectra.NoiseScale(4.0, 0.1, 1, "exact", **parts, dof=dof) for dof in (None, 1e9, 3.0)}
+    normal, many, few = (made[dof].interval() for dof in (None, 1e9, 3.0))
+    np.testing.assert_allclose(normal, many, rtol=1e-6)  # t's quantile is 1 + (1 + z²) / (4 dof) times z
+    assert few.lower < normal.lower < 4.0 < normal.upper < few.upper

@@ -12,9 +12,9 @@ import re
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from spectra.base import arrays
 from spectra.base import host as _processes
 
 OLD = 24 * 3600.0
@@ -31,7 +32,7 @@ _in_use: set[str] = set()  # temporary files that this process is writing
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
+def replacing(path: Path, *, overwrite: bool = True) -> Generator[Path]:
     """A new file beside `path`, to be written in the block; it takes its place when the block ends.
 
     If the block or the disk fails, `path` is what it was before, and nothing is left beside it. A process
@@ -77,7 +78,7 @@ def sweep(path: Path) -> None:
                     os.unlink(entry.path)
 
 
-def _is_left_behind(entry: os.DirEntry, owner: str | None) -> bool:
+def _is_left_behind(entry: os.DirEntry[str], owner: str | None) -> bool:
     host, _, process = (owner or "").partition("-")
     if host == _host() and os.name == "posix":
         try:
@@ -212,7 +213,7 @@ def _mixed(x: jax.Array) -> jax.Array:
         bits = lax.bitcast_convert_type(x, jnp.uint32)  # numbers of 8 bytes gain an axis of two
     position, stride = jnp.zeros((), jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):
-        position = position + lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
+        position = position + arrays.positions(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
         stride *= bits.shape[axis]
     mixed = (bits ^ (position * np.uint32(2654435761))) * np.uint32(2246822519)
     mixed = (mixed ^ (mixed >> 15)) * np.uint32(3266489917)
@@ -252,11 +253,11 @@ def _value(value: Any) -> Any:
     if isinstance(value, (jax.Array, np.ndarray)):
         return tree_digest(value)
     if isinstance(value, dict):
-        return sorted((str(name), _value(x)) for name, x in value.items())
+        return sorted((str(name), _value(x)) for name, x in cast("dict[Any, Any]", value).items())
     if type(value) in (tuple, list):
         return [_value(x) for x in value]
     if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
+        return sorted(map(str, cast("frozenset[Any]", value)))
     if callable(value) and not isinstance(value, type):  # what it computes is traced elsewhere
         return type(value).__name__
     return _ADDRESS.sub("", repr(value))

@@ -2,13 +2,16 @@
 
 import contextlib
 import functools
-import operator
+import importlib
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 
 def available_bytes(device: Any = None) -> int | None:
@@ -25,7 +28,7 @@ def available_bytes(device: Any = None) -> int | None:
 
 def _machine_bytes() -> int | None:
     """MemAvailable of the machine, or what its control group leaves, whichever is less."""
-    free = []
+    free: list[int] = []
     try:
         with open("/proc/meminfo") as lines:
             fields = dict(line.split(":", 1) for line in lines)
@@ -47,16 +50,17 @@ def _machine_bytes() -> int | None:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> Generator[None]:
     """Hold the BLAS of NumPy and SciPy to one thread; also a decorator. The caller's number comes back."""
     with _pools().limit(limits=1, user_api="blas"):  # of several Python threads the first one decides
         yield
 
 
 @functools.cache
-def _pools():
-    import scipy.linalg  # noqa: F401 - brings a BLAS of its own, which JAX calls as well
+def _pools() -> "ThreadpoolController":
     from threadpoolctl import ThreadpoolController
+
+    importlib.import_module("scipy.linalg")  # brings a BLAS of its own, which JAX calls as well
 
     return ThreadpoolController()
 
@@ -83,4 +87,4 @@ def combined(value: int) -> int:
     from jax.experimental.multihost_utils import process_allgather
 
     gathered = np.asarray(process_allgather(np.asarray(value, np.uint32))).ravel()
-    return functools.reduce(operator.xor, map(int, gathered))
+    return functools.reduce(int.__xor__, map(int, gathered))

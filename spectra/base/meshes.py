@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from spectra.base.errors import StructureError
 
@@ -34,7 +34,7 @@ def mesh_of(tree: PyTree) -> Mesh | None:
 def on_automatic_axes(tree: PyTree) -> PyTree:
     """Arrays on a mesh with explicit axes as the same arrays on its automatic twin."""
 
-    def one(leaf):
+    def one(leaf: Any) -> Any:
         mesh = _mesh(leaf)
         return leaf if mesh is None or not _is_explicit(mesh) else _moved(leaf, _twin(mesh))
 
@@ -80,7 +80,7 @@ def _mesh(leaf: Any) -> Mesh | None:
     return None
 
 
-def _is_explicit(mesh) -> bool:
+def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 

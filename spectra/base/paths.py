@@ -23,7 +23,7 @@ from spectra.base.trees import (
 )
 
 PyTree = Any
-Select = str | re.Pattern | Callable[[str], bool]
+Select = str | re.Pattern[str] | Callable[[str], bool]
 
 
 def leaf_paths(tree: PyTree) -> list[str]:
@@ -55,7 +55,7 @@ def stacked_groups(
 
     `stacks` says under which path lie the leaves that are stacked along their leading axis.
     """
-    parts = []
+    parts: list[tuple[str, tuple[int, ...], str | None]] = []
     for name, indices in group_leaves(tree, by).items():
         for stack in dict.fromkeys(stacks.get(i) for i in indices):
             parts.append((name, tuple(i for i in indices if stacks.get(i) == stack), stack))
@@ -72,7 +72,7 @@ def numbered(name: str, stack: str, number: int) -> str:
 def stacks_of(tree: PyTree, select: Select) -> dict[int, str]:
     """The leaves that are chosen, with the shortest part of each path that is."""
     chosen, names = _predicate(select), leaf_paths(tree)
-    found = {}
+    found: dict[int, str] = {}
     for index in select_leaves(tree, select):
         parts = names[index].split("/")
         heads = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
@@ -83,7 +83,7 @@ def stacks_of(tree: PyTree, select: Select) -> dict[int, str]:
 def common_path(names: list[str]) -> str:
     """The path that all names lie under."""
     parts = [name.split("/")[:-1] for name in names]
-    shared = []
+    shared: list[str] = []
     for step in zip(*parts, strict=False):
         if len(set(step)) > 1:
             break
@@ -105,9 +105,9 @@ def layer_name(parts: tuple[str, ...]) -> str:
 
 def _leaf_parts(tree: PyTree) -> list[tuple[str, ...]]:
     boxes = _boxes()
-    paths = []
-    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, boxes)):
-        inner = jax.tree_util.tree_leaves_with_path(node)
+    paths: list[tuple[Any, ...]] = []
+    for path, node in jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, boxes)):
+        inner = jax.tree.leaves_with_path(node)
         paths += [path if len(inner) == 1 else path + rest for rest, _ in inner]
     return _told_apart([tuple(path_str((step,)) for step in path) or (path_str(()),) for path in paths])
 

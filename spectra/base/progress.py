@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from pathlib import Path
 from typing import NoReturn
 
 from spectra.base import host
@@ -80,7 +81,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -97,7 +98,7 @@ def pending() -> int:
 
 
 @contextlib.contextmanager
-def watching(*, begun: bool = True) -> Iterator[None]:
+def watching(*, begun: bool = True) -> Generator[None]:
     """While the block lasts, SIGTERM and SIGINT are noted; a second SIGINT interrupts as ever.
 
     Blocks may be nested: what came in an inner one is still known in the outer one. Outside the main
@@ -127,7 +128,7 @@ def begin() -> None:
     _begun = True
 
 
-def _note(number: int, _frame) -> None:
+def _note(number: int, _frame: object) -> None:
     global _pending
     if not _begun:
         _pending = number  # heeded at the first product if a bare `except:` swallows the error
@@ -139,7 +140,7 @@ def _note(number: int, _frame) -> None:
     _pending = number
 
 
-def end(number: int, where: str, folder) -> NoReturn:
+def end(number: int, where: str, folder: Path) -> NoReturn:
     """Raise for a run that was saved in the folder; `where` says how far it came."""
     name = signal.Signals(number).name
     raise PreemptedError(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import arrays, trees
 
 PyTree = Any
 
@@ -48,7 +48,7 @@ def concatenate(stacks: list[PyTree]) -> PyTree:
 def padded(stack: PyTree, count: int) -> PyTree:
     """`count` vectors: those of the stack, and zeros."""
     missing = count - length(stack)
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), stack)
+    return jax.tree.map(lambda x: arrays.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), stack)
 
 
 @jax.jit
@@ -65,10 +65,9 @@ def inner(a: PyTree, b: PyTree) -> jax.Array:
 
 
 def _leaf_grams(a: PyTree, b: PyTree) -> list[jax.Array]:
-    def one(x, y):
+    def one(x: jax.Array, y: jax.Array) -> jax.Array:
         axes = tuple(range(1, x.ndim))
-        dims = ((axes, axes), ((), ()))
-        return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
+        return arrays.contract(x, y, (axes, axes))
 
     return [one(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
 
@@ -77,10 +76,9 @@ def _leaf_grams(a: PyTree, b: PyTree) -> list[jax.Array]:
 def row_dots(a: PyTree, b: PyTree) -> jax.Array:
     """Inner products a_i · b_i restricted to each leaf; shape (leaves, k)."""
 
-    def one(x, y):
+    def one(x: jax.Array, y: jax.Array) -> jax.Array:
         axes = tuple(range(1, x.ndim))
-        dims = ((axes, axes), ((0,), (0,)))
-        return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
+        return arrays.contract(x, y, (axes, axes), ((0,), (0,)))
 
     parts = [one(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
     return jnp.stack([part.astype(trees.scalar_dtype(a)) for part in parts])
@@ -90,7 +88,7 @@ def row_dots(a: PyTree, b: PyTree) -> jax.Array:
 def combine(coefficients: jax.Array, stack: PyTree) -> PyTree:
     """Σ_j c_j v_j of a vector of coefficients; of a matrix a stack whose row i is Σ_j c_ij v_j."""
 
-    def one(x):
+    def one(x: jax.Array) -> jax.Array:
         return jnp.tensordot(coefficients.astype(x.dtype), x, axes=1, precision=lax.Precision.HIGHEST)
 
     return jax.tree.map(one, stack)

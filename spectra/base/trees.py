@@ -11,18 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.tree_util import PyTreeDef
+from jax.typing import ArrayLike, DTypeLike
 
+from spectra.base import arrays
 from spectra.base.errors import StructureError
 
 PyTree = Any
+Kinds = tuple[tuple[tuple[int, ...], jnp.dtype], ...]  # shape and dtype of each leaf
 
 
-def path_str(path: tuple) -> str:
+def path_str(path: tuple[Any, ...]) -> str:
     """`params/Dense_0/kernel` for a key path, the form in which errors name a leaf."""
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "<root>"
+    return (
+        jax.tree_util.keystr(path, simple=True, separator="/")  # pyright: ignore[reportUnknownMemberType]
+        or "<root>"
+    )
 
 
-def working_dtype(dtype) -> jnp.dtype:
+def working_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Dtype of the vectors that belong to parameters of `dtype`: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
@@ -60,7 +67,7 @@ def _hashable(value: Any) -> bool:
 def replace_static(tree: PyTree, with_value: bool) -> PyTree:
     """`tree` with what `Static` holds in its place, or with None there."""
 
-    def one(node):
+    def one(node: Any) -> Any:
         return (node.value if with_value else None) if isinstance(node, Static) else node
 
     return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Static))
@@ -84,7 +91,7 @@ def check_arrays(params: PyTree) -> None:
     """Raise unless every leaf is an array, or the shape of one."""
     wrong = [not is_array(leaf) for leaf in jax.tree.leaves(params)]
     if any(wrong):  # only then the paths, which take longer to make than everything else here
-        path, leaf = jax.tree_util.tree_leaves_with_path(params)[wrong.index(True)]
+        path, leaf = jax.tree.leaves_with_path(params)[wrong.index(True)]
         raise not_an_array(path_str(path), leaf)
 
 
@@ -101,8 +108,8 @@ def vector_structure(params: PyTree) -> PyTree:
 
 
 @functools.lru_cache(maxsize=256)
-def _vector_structure(treedef, kinds: tuple) -> PyTree:
-    def one(path, leaf):
+def _vector_structure(treedef: PyTreeDef, kinds: Kinds) -> PyTree:
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise StructureError(
                 f"parameter leaf '{path_str(path)}' has dtype {leaf.dtype}; a Hessian needs real "
@@ -111,7 +118,7 @@ def _vector_structure(treedef, kinds: tuple) -> PyTree:
         return jax.ShapeDtypeStruct(leaf.shape, working_dtype(leaf.dtype))
 
     leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
-    structure = jax.tree_util.tree_map_with_path(one, treedef.unflatten(leaves))
+    structure = jax.tree.map_with_path(one, treedef.unflatten(leaves))
     if not any(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure)):
         raise StructureError("the parameters hold no numbers; pass a non-empty pytree of arrays.")
     return structure
@@ -125,7 +132,7 @@ def check_structure(tree: PyTree, structure: PyTree, what: str) -> None:
             f"{what} has another structure than the operator.\n  expected: {expected}\n  got:      "
             f"{got}\nPass a pytree like the parameters, or a flat array of shape (n,)."
         )
-    leaves = zip(jax.tree_util.tree_leaves_with_path(structure), jax.tree.leaves(tree), strict=True)
+    leaves = zip(jax.tree.leaves_with_path(structure), jax.tree.leaves(tree), strict=True)
     for (path, want), leaf in leaves:
         shape = leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
         if shape != want.shape:
@@ -175,7 +182,12 @@ def is_traced(tree: PyTree) -> bool:
     Under `jit` JAX stages every operation, also those on concrete arrays that a function closes over.
     """
     leaves = [*jax.tree.leaves(tree), jnp.zeros(()) + 0]
-    return any(isinstance(leaf, Tracer) for leaf in leaves)
+    return any(map(is_tracer, leaves))
+
+
+def is_tracer(leaf: Any) -> bool:
+    """Whether a leaf has no value yet."""
+    return isinstance(leaf, Tracer)
 
 
 def ravel(tree: PyTree) -> jax.Array:
@@ -187,7 +199,8 @@ def ravel(tree: PyTree) -> jax.Array:
 def unravel(flat: jax.Array, structure: PyTree) -> PyTree:
     """The inverse of `ravel` for vectors of the given structure."""
     leaves, treedef = jax.tree.flatten(structure)
-    parts, start = [], 0
+    parts: list[jax.Array] = []
+    start = 0
     for leaf in leaves:
         stop = start + math.prod(leaf.shape)
         parts.append(flat[start:stop].reshape(leaf.shape).astype(leaf.dtype))
@@ -198,9 +211,9 @@ def unravel(flat: jax.Array, structure: PyTree) -> PyTree:
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """Inner product sum_i a_i b_i over all leaves, in full precision."""
 
-    def one(x, y):
+    def one(x: jax.Array, y: jax.Array) -> jax.Array:
         axes = tuple(range(x.ndim))
-        return lax.dot_general(x, y, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST)
+        return arrays.contract(x, y, (axes, axes))
 
     dtype = scalar_dtype(a)
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -235,12 +248,12 @@ def norm(a: PyTree) -> jax.Array:
 _length = jax.jit(norm)
 
 
-def scale(factor, a: PyTree) -> PyTree:
+def scale(factor: ArrayLike, a: PyTree) -> PyTree:
     """factor * a, in the dtypes of a."""
     return jax.tree.map(lambda x: (factor * x).astype(x.dtype), a)
 
 
-def axpy(factor, a: PyTree, b: PyTree) -> PyTree:
+def axpy(factor: ArrayLike, a: PyTree, b: PyTree) -> PyTree:
     """factor * a + b, in the dtypes of b."""
     return jax.tree.map(lambda x, y: (factor * x + y).astype(y.dtype), a, b)
 
@@ -268,7 +281,7 @@ def sphere_sample(key: jax.Array, structure: PyTree) -> PyTree:
 
 
 @functools.partial(jax.jit, static_argnames="shapes")
-def _sphere_samples(key: jax.Array, shapes: tuple) -> list[jax.Array]:
+def _sphere_samples(key: jax.Array, shapes: Kinds) -> list[jax.Array]:
     draw = _samples(key, shapes, jax.random.normal)
     return scale(1 / norm(draw), draw)
 
@@ -283,12 +296,12 @@ def sample(key: jax.Array, structure: PyTree, distribution: Callable[..., jax.Ar
     return treedef.unflatten(_samples(key, _kinds(leaves), distribution))
 
 
-def _kinds(leaves: list) -> tuple:
+def _kinds(leaves: list[Any]) -> Kinds:
     return tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)
 
 
 @functools.partial(jax.jit, static_argnames=("shapes", "distribution"))
-def _samples(key: jax.Array, shapes: tuple, distribution: Callable[..., jax.Array]) -> list[jax.Array]:
+def _samples(key: jax.Array, shapes: Kinds, distribution: Callable[..., jax.Array]) -> list[jax.Array]:
     """One array for each shape and dtype.
 
     XLA takes 0.5 s to compile a draw of numbers in a row on a CPU and 3 s for the kernel of a convolution,
@@ -296,7 +309,7 @@ def _samples(key: jax.Array, shapes: tuple, distribution: Callable[..., jax.Arra
     own shape. Of several devices each would draw all of a row; there a leaf is drawn as it is.
     """
 
-    def draw(i, shape, dtype):
+    def draw(i: int, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
         row = (math.prod(shape),) if jax.device_count() == 1 else shape
         return distribution(jax.random.fold_in(key, i), row, dtype).reshape(shape)
 
@@ -319,7 +332,7 @@ def _indices(shape: tuple[int, ...]) -> jax.Array:
     place = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = jnp.uint32(math.prod(shape[axis + 1 :]) % 2**32)
-        place += stride * lax.broadcasted_iota(jnp.uint32, shape, axis)
+        place += stride * arrays.positions(jnp.uint32, shape, axis)
     return place
 
 

@@ -65,7 +65,8 @@ def train(key: jax.Array, batch, *, epochs: int = 30, batch_size: int = 128, lea
     state = optimizer.init(params)
     for key in jax.random.split(order_key, epochs):
         params, state = epoch(params, state, key)
-    right = jnp.mean(jnp.argmax(jnp.asarray(MODEL.apply({"params": params}, images)), -1) == labels)
+    variables: Any = {"params": params}
+    right = jnp.mean(jnp.argmax(jnp.asarray(MODEL.apply(variables, images)), -1) == labels)
     return params, float(right)
 
 

@@ -21,11 +21,14 @@ References:
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from spectra.quadrature import rules as _quadrature
 from spectra.quadrature.brackets import Origin, bracket, dropped, rules
+from spectra.results import Quadrature
 
 RELATIVE_WIDTH = 0.05
 """Default kernel width as a share of the distance from zero: an outlier is drawn 5 % wide."""
@@ -49,21 +52,21 @@ class Width:
     narrowest: float
     share: float = 0.0
 
-    def __call__(self, t):
+    def __call__(self, t: ArrayLike) -> np.ndarray:
         """Width at real positions."""
         return np.hypot(self.narrowest, self.share * np.asarray(t))
 
-    def squared(self, z):
+    def squared(self, z: np.ndarray) -> np.ndarray:
         """Its square at complex ones."""
         return self.narrowest**2 + (self.share * z) ** 2
 
-    def count(self, t):
+    def count(self, t: ArrayLike) -> np.ndarray:
         """Widths from zero to t: ∫ dt / h."""
         if not self.share:
             return np.asarray(t) / self.narrowest
         return np.arcsinh(self.share * np.asarray(t) / self.narrowest) / self.share
 
-    def place(self, count):
+    def place(self, count: np.ndarray) -> np.ndarray:
         """Where so many widths from zero end."""
         if not self.share:
             return count * self.narrowest
@@ -84,7 +87,13 @@ def peak(grid: np.ndarray, widths: Width) -> np.ndarray:
 
 
 def limits(
-    quadrature, grid, widths: Width, density, moved: float, smooth, origin: Origin | None = None
+    quadrature: Quadrature,
+    grid: np.ndarray,
+    widths: Width,
+    density: np.ndarray,
+    moved: float,
+    smooth: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    origin: Origin | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(lower, upper) of the smoothed density that the probes have, for what their quadratures left open.
 
@@ -118,10 +127,18 @@ def _places(counts: np.ndarray, fine: np.ndarray) -> np.ndarray:
     right = np.append(counts[1:], counts[-1])[fine] + REACH + 1
     first, last = np.floor(left * _PER_WIDTH).astype(int), np.ceil(right * _PER_WIDTH).astype(int)
     first = np.maximum(first, np.append(first[0], last[:-1] + 1))  # both grow with the grid
-    return np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]) / _PER_WIDTH
+    pieces: list[np.ndarray] = [np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]
+    return np.concatenate(pieces) / _PER_WIDTH
 
 
-def _error_masses(quadrature, widths: Width, places: np.ndarray, height: float, moved: float, origin=None):
+def _error_masses(
+    quadrature: Quadrature,
+    widths: Width,
+    places: np.ndarray,
+    height: float,
+    moved: float,
+    origin: Origin | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Centers, masses and widths of Gaussians whose sum bounds the error, as a mean over probes.
 
     With 1 / h(z)² = a + i b and z = t + i y, |K_x(z)| = N(x; t - y b / a, 1 / a) times
@@ -140,7 +157,8 @@ def _error_masses(quadrature, widths: Width, places: np.ndarray, height: float, 
     total, behind = np.zeros(len(t)), dropped(origin.whole if origin else quadrature)
     blocks = np.array_split(np.arange(len(t)), 1 + len(t) * quadrature.num_steps // _BLOCK)
     # Of the rest of a measure as much is open as of the measure, in units of the mass that is left.
-    shares = origin.rules() if origin else ((rule, []) for rule in rules(quadrature))
+    none = np.zeros(0, int)
+    shares = origin.rules() if origin else ((rule, none) for rule in rules(quadrature))
     for ((theta, w, r), taken), part in itertools.product(shares, blocks):
         mass = 1 - w[taken].sum()
         inverse = 1 / (theta[:, None] - z[part])
@@ -153,7 +171,12 @@ def _error_masses(quadrature, widths: Width, places: np.ndarray, height: float, 
 
 
 def _cells(
-    quadrature, grid, widths: Width, moved: float, origin=None, parts: int = 8
+    quadrature: Quadrature,
+    grid: np.ndarray,
+    widths: Width,
+    moved: float,
+    origin: Origin | None = None,
+    parts: int = 8,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Limits from the CDF for hats that are wider than the kernel: the mass under a hat is a difference
     of the CDF's means over two cells, and the kernel carries mass no further than its reach."""
@@ -191,7 +214,9 @@ class ShareLimit:
         return np.where(found * self.size >= 1, np.maximum(found, share), share)
 
 
-def typical_kernels(kernel: np.ndarray, masses: np.ndarray, unseen, highest, limit: ShareLimit):
+def typical_kernels(
+    kernel: np.ndarray, masses: np.ndarray, unseen: np.ndarray, highest: np.ndarray, limit: ShareLimit
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """κ for the limits below and above, mean K³ / mean K² as seen and mean K² / mean K, and that mean K.
 
     For the second, an eigenvalue that the probes happen to see hardly at all counts as much as any other. So
@@ -216,7 +241,9 @@ def typical_kernels(kernel: np.ndarray, masses: np.ndarray, unseen, highest, lim
     return cube / np.where(square > 0, square, 1.0), second / np.where(first > 0, first, 1.0), first
 
 
-def sampling_band(lower, upper, kappa, limit: ShareLimit):
+def sampling_band(
+    lower: np.ndarray, upper: np.ndarray, kappa: Sequence[np.ndarray] | np.ndarray, limit: ShareLimit
+) -> tuple[np.ndarray, np.ndarray]:
     """What a finite number of probes leaves open besides.
 
     The value that one probe gives at x is vᵀ K(x, H) v, with the mean p = mean K and the variance

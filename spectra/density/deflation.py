@@ -2,12 +2,14 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
+from spectra.base.trees import PyTree
 from spectra.krylov import dense
 from spectra.krylov import panels as _panels
 from spectra.krylov.dense import matrix_error
@@ -18,7 +20,7 @@ from spectra.operators.composed import project
 from spectra.results import Eigenpairs, Quadrature
 
 
-def check(op: LinearOperator, pairs: Eigenpairs) -> None:
+def check(op: LinearOperator, pairs: Any) -> None:
     """Raise unless the eigenpairs belong to an operator like this one and are fit for deflation."""
     if not isinstance(pairs, Eigenpairs):
         raise SpectraError(f"deflate is a {type(pairs).__name__}; pass the result of eigsh.")
@@ -34,14 +36,14 @@ def check(op: LinearOperator, pairs: Eigenpairs) -> None:
         raise SpectraError("deflate holds all eigenpairs: nothing is left to estimate.")
 
 
-def project_start(layout: Layout, vectors, state: LanczosState, batched: bool) -> LanczosState:
+def project_start(layout: Layout, vectors: PyTree, state: LanczosState, batched: bool) -> LanczosState:
     """The state of a fresh Lanczos run with its start vector made orthogonal to `vectors`."""
     return dataclasses.replace(state, current=_project_panels(layout, vectors, state.current, batched))
 
 
 @partial(jax.jit, static_argnames=("layout", "batched"))
-def _project_panels(layout: Layout, vectors, current: Panels, batched: bool) -> Panels:
-    def one(current):
+def _project_panels(layout: Layout, vectors: PyTree, current: Panels, batched: bool) -> Panels:
+    def one(current: Panels) -> Panels:
         v = layout.unpack(current)
         for _ in range(2):
             v = project(vectors, v)
@@ -57,7 +59,7 @@ def with_atoms(bulk: Quadrature, pairs: Eigenpairs) -> Quadrature:
     return joined(bulk, atoms, pairs.residuals, pairs.size, _coupling(bulk, pairs))
 
 
-def joined(bulk: Quadrature, atoms: np.ndarray, own, n: int, coupling: float) -> Quadrature:
+def joined(bulk: Quadrature, atoms: np.ndarray, own: np.ndarray, n: int, coupling: float) -> Quadrature:
     """Columns for eigenvalues that are known, with the residuals `own`, beside those of the complement."""
     known = np.broadcast_to(atoms, (bulk.num_probes, len(atoms)))
     # Behind a row's length its last node repeats with weight zero: it goes to the end again.
@@ -132,7 +134,9 @@ def eigenvalues(op: LinearOperator) -> Quadrature:
     )
 
 
-def choose(op, exact: bool | None, num_steps: int, num_probes: int, tol: float | None, plain: bool) -> bool:
+def choose(
+    op: LinearOperator, exact: bool | None, num_steps: int, num_probes: int, tol: float | None, plain: bool
+) -> bool:
     """Whether `spectrum` takes the dense matrix; `plain` runs have asked for nothing of Lanczos' own."""
     if exact not in (None, True, False):
         raise SpectraError(f"exact={exact!r}: use True, False, or None for what costs less.")

@@ -1,5 +1,7 @@
 """What quadratures say of a spectrum: its ends and smallest magnitudes, and means with sampling error."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from spectra.base.errors import Status
@@ -47,14 +49,15 @@ def shows_fourth_powers(quadrature: Quadrature) -> bool:
     return sampled.num_steps >= 3 or not np.any(sampled.residuals)
 
 
-def ritz_pairs(quadratures) -> tuple[np.ndarray, np.ndarray]:
+def ritz_pairs(quadratures: Iterable[Quadrature]) -> tuple[np.ndarray, np.ndarray]:
     """All Ritz values and their residuals, of all probes."""
-    parts = []
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
     for q in quadratures:
         live = np.arange(q.num_steps) < np.asarray(q.lengths)[:, None]
         parts.append((np.asarray(q.nodes, np.float64)[live], np.asarray(q.residuals, np.float64)[live]))
-    theta, residuals = zip(*parts, strict=True)
-    return np.concatenate(theta), np.concatenate(residuals)
+    return np.concatenate([theta for theta, _ in parts]), np.concatenate(
+        [residuals for _, residuals in parts]
+    )
 
 
 def nonzero_bound(theta: np.ndarray, residuals: np.ndarray, moved: float, cut: float) -> tuple[float, float]:

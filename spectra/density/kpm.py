@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import arrays, trees
 from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError, Status
 from spectra.base.host import one_thread
 from spectra.base.meshes import automatic
@@ -21,6 +21,7 @@ from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.rules import dense
 from spectra.results import Moments
 from spectra.runs.checkpoint import Checkpoint
+from spectra.runs.journal import Journal
 from spectra.runs.watch import watched
 
 BOUND_STEPS = 24
@@ -42,7 +43,7 @@ def kpm(
     bounds: tuple[float, float] | None = None,
     probe_batch: int | None = None,
     progress: bool = False,
-    checkpoint: Checkpoint | str | os.PathLike | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
 ) -> Moments:
     """Compute Chebyshev moments of the spectral measure by three-term recurrence, without a basis.
 
@@ -111,11 +112,23 @@ def kpm(
         return _run_probes(outside_loops(op.prepare()), key, num_moments, num_probes, bounds, batch, journal)
 
 
-def _run_probes(op, key, num_moments: int, num_probes: int, bounds, batch: int, journal) -> Moments:
+_Pair = tuple[PyTree, PyTree]  # T_{j-1} v and T_j v of each probe
+
+
+def _run_probes(
+    op: LinearOperator,
+    key: jax.Array,
+    num_moments: int,
+    num_probes: int,
+    bounds: tuple[float, float] | None,
+    batch: int,
+    journal: Journal | None,
+) -> Moments:
     """The moments of all probes, within bounds that are widened until they hold the spectrum."""
     given, count, widened = bounds is not None, 0, 0
     if bounds is None:
-        *bounds, count = _found_bounds(op, key, journal)
+        *ends, count = _found_bounds(op, key, journal)
+        bounds = (ends[0], ends[1])
     moments = np.empty((num_probes, num_moments))
     done = 0
     while done < num_probes:
@@ -136,10 +149,10 @@ def _run_probes(op, key, num_moments: int, num_probes: int, bounds, batch: int, 
     return Moments(moments, np.array(bounds), op.size, count, op.precision, Status.COMPLETE)
 
 
-def _found_bounds(op: LinearOperator, key, journal) -> tuple[float, float, int]:
+def _found_bounds(op: LinearOperator, key: jax.Array, journal: Journal | None) -> tuple[float, float, int]:
     """Ends of the spectrum and the products that they took; those of before where a run goes on."""
 
-    def find():
+    def find() -> np.ndarray:
         (low, high), count = _find_bounds(op, key)
         return np.array([low, high, count]).view(np.uint32)  # bits that no dtype of JAX's rounds
 
@@ -148,7 +161,7 @@ def _found_bounds(op: LinearOperator, key, journal) -> tuple[float, float, int]:
     return float(low), float(high), int(count)
 
 
-def _find_bounds(op: LinearOperator, key) -> tuple[tuple[float, float], int]:
+def _find_bounds(op: LinearOperator, key: jax.Array) -> tuple[tuple[float, float], int]:
     """Ends of the spectrum from Lanczos without a basis, and its products."""
     steps = min(BOUND_STEPS, op.size)
     start = trees.sphere_sample(jax.random.fold_in(key, 2**31 - 2), op.structure)
@@ -170,23 +183,30 @@ def _num_products(num_moments: int) -> int:
     return max(num_moments // 2, 2)
 
 
-def _moments(op: LinearOperator, key, probes: range, num_moments: int, bounds, journal) -> np.ndarray:
+def _moments(
+    op: LinearOperator,
+    key: jax.Array,
+    probes: range,
+    num_moments: int,
+    bounds: tuple[float, float],
+    journal: Journal | None,
+) -> np.ndarray:
     """Moments of some probes side by side, float64 (k, num_moments)."""
     a, b = bounds
     map_ = jnp.asarray([2 / (b - a), -(a + b) / (b - a)], op.dtype)
-    steps, columns = _num_products(num_moments), []
+    steps, columns = _num_products(num_moments), list[np.ndarray]()
     state = _start(op, key, np.arange(probes.start, probes.stop, dtype=np.int32))
 
-    def advance(state, start, stop):
+    def advance(state: _Pair, start: int, stop: int) -> tuple[_Pair, jax.Array]:
         if not op.on_host:
             return _run(op, state, map_, start, stop - start)
-        found = []
+        found: list[jax.Array] = []
         for i in range(start, stop):
             state, dots = _absorb(op.mv_batch(state[1]), state, map_, i == 0)
             found.append(dots[None])
         return state, jnp.concatenate(found)
 
-    def check():
+    def check() -> None:
         _require_symmetric(op, np.concatenate(columns)[:CHUNK], max(abs(a), abs(b)) * 2 / (b - a))
 
     if journal is not None:
@@ -232,13 +252,15 @@ def _require_symmetric(op: LinearOperator, dots: np.ndarray, size: float) -> Non
 
 
 @jax.jit
-def _start(op: LinearOperator, key, indices):
+def _start(op: LinearOperator, key: jax.Array, indices: arrays.Indices) -> _Pair:
     """(t_-1, t_0) = (anything, v) for each probe."""
     probes = jax.vmap(lambda i: trees.sphere_sample(jax.random.fold_in(key, i), op.structure))(indices)
     return jax.tree.map(jnp.zeros_like, probes), probes
 
 
-def _advance(products: PyTree, state, map_, first):
+def _advance(
+    products: PyTree, state: _Pair, map_: jax.Array, first: bool | jax.Array
+) -> tuple[_Pair, jax.Array]:
     """t_j+1 = 2 A t_j - t_j-1, or A t_0; and inner products: t_j·t_j, t_j·t_j+1 and t_j-1·t_j+1."""
     previous, current = state
     image = jax.tree.map(
@@ -251,12 +273,18 @@ def _advance(products: PyTree, state, map_, first):
 
 
 _absorb = jax.jit(_advance, donate_argnums=(0,))
-_squares = jax.jit(lambda stack: jax.vmap(trees.vdot)(stack, stack))
+
+
+@jax.jit
+def _squares(stack: PyTree) -> jax.Array:
+    return jax.vmap(trees.vdot)(stack, stack)
 
 
 @partial(jax.jit, static_argnames="count", donate_argnames="state")
-def _run(op: LinearOperator, state, map_, done, count: int):
-    def step(state, i):
+def _run(
+    op: LinearOperator, state: _Pair, map_: jax.Array, done: int | jax.Array, count: int
+) -> tuple[_Pair, jax.Array]:
+    def step(state: _Pair, i: jax.Array) -> tuple[_Pair, jax.Array]:
         return _advance(op.mv_batch(state[1]), state, map_, i == 0)
 
     return lax.scan(step, state, done + jnp.arange(count))

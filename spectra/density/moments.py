@@ -1,6 +1,7 @@
 """The density that Chebyshev moments give, with the band of a finite number of probes."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from spectra.base.errors import SpectraError
 from spectra.density.bands import RELATIVE_WIDTH, ShareLimit, bonferroni, sampling_band
@@ -13,7 +14,7 @@ def jackson(count: int) -> np.ndarray:
     return ((count - n + 1) * np.cos(q * n) + np.sin(q * n) / np.tan(q)) / (count + 1)
 
 
-def moments_density(moments: Moments, grid=None, level: float = 0.95) -> Density:
+def moments_density(moments: Moments, grid: ArrayLike | None = None, level: float = 0.95) -> Density:
     """The Jackson-damped density, as its mean over the cell of each grid point; see `spectral_density`.
 
     With x = cos θ the density integrates to (g_0 μ_0 θ + 2 Σ g_j μ_j sin(jθ) / j) / π, so cells are

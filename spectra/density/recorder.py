@@ -62,7 +62,7 @@ class Recorder(Saver):
         batched = state.alpha.ndim > 1
         names = list(flight["items"])
         *rows, last = names[:-1] if flight["sums"] else names
-        basis = []
+        basis: list[PyTree] = []
         for name, segment in zip(rows, state.basis, strict=False):
             like = storage.rows_like(self.layout, segment, batched=batched)
             basis.append(self.item(name, like, flight["items"][name]))

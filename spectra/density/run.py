@@ -2,21 +2,25 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import arrays, trees
 from spectra.base.errors import Status
 from spectra.base.progress import Progress
+from spectra.base.trees import PyTree
 from spectra.density import deflation
 from spectra.density.recorder import Recorder
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
 from spectra.krylov.orthogonalize import SIZE, sketches
+from spectra.krylov.recurrence import LanczosState
 from spectra.operators.accumulate import Passes
+from spectra.operators.base import LinearOperator
 from spectra.quadrature import copies
 from spectra.quadrature import rules as _quadrature
 from spectra.quadrature.copies import invariant_length
@@ -29,9 +33,9 @@ class ProbeRun:
 
     def __init__(
         self,
-        op,
+        op: LinearOperator,
         layout: Layout,
-        key,
+        key: jax.Array,
         bar: Progress,
         *,
         size: int,
@@ -71,7 +75,9 @@ class ProbeRun:
         """Drop the vectors of the last probe."""
         self.keep_last, self.last = False, None
 
-    def add(self, probes: range, num_steps: int, stop_when=None) -> None:
+    def add(
+        self, probes: range, num_steps: int, stop_when: Callable[[Quadrature], bool] | None = None
+    ) -> None:
         """Run probes together, at most `CHUNK` steps a call; `stop_when` sees the quadrature so far.
 
         Those that a checkpoint holds with as many steps are taken from it.
@@ -130,11 +136,13 @@ class ProbeRun:
         if self.recorder is not None:
             self.recorder.finished(probes, rows)
 
-    def _sketches(self, state, batched: bool) -> list[np.ndarray]:
+    def _sketches(self, state: LanczosState, batched: bool) -> list[np.ndarray]:
         with jax.default_device(self.home) if self.home else contextlib.nullcontext():
             return sketches(self.layout, state.basis, self.key, batched=batched)
 
-    def _recorded(self, probe: int, num_steps: int, stop_when) -> dict[str, Any] | None:
+    def _recorded(
+        self, probe: int, num_steps: int, stop_when: Callable[[Quadrature], bool] | None
+    ) -> dict[str, Any] | None:
         """What `add` would make of a probe, if the checkpoint holds enough of it."""
         row = None if self.recorder is None else self.recorder.rows.get(probe)
         if row is None:
@@ -144,17 +152,19 @@ class ProbeRun:
             if not whole and len(row["alpha"]) < goal:
                 return None
             part = _resized(row, goal)
-            if self._invariant_length(part) is not None or stop_when(self._quadrature([part])):
+            if self._invariant_length(part) is not None or (
+                stop_when and stop_when(self._quadrature([part]))
+            ):
                 return part
         return _resized(row, num_steps) if whole or len(row["alpha"]) >= num_steps else None
 
-    def _passes(self, probes: range, state, done: int) -> Passes | None:
+    def _passes(self, probes: range, state: LanczosState, done: int) -> Passes | None:
         """What looks at the clock inside a product that takes longer than the pace: it reads a stream."""
         recorder = self.recorder
         if recorder is None:
             return None
 
-        def look(sums, seconds: float) -> float:
+        def look(sums: Any, seconds: float) -> float:
             return recorder.after(probes, state, done, seconds, sums)
 
         sums = recorder.sums(probes, state, done)
@@ -164,10 +174,10 @@ class ProbeRun:
 
     def _require_symmetric(self) -> None:
         """Two steps of the first probe: a single one has no coefficient that symmetry makes zero."""
-        state, places = self._fresh(range(1), 2, False), {"apart": self.apart, "home": self.home}
-        recurrence.advance(self.op, self.layout, state, 0, 2, batched=False, **places)
+        state = self._fresh(range(1), 2, False)
+        recurrence.advance(self.op, self.layout, state, 0, 2, batched=False, apart=self.apart, home=self.home)
 
-    def _fresh(self, probes: range, num_steps: int, batched: bool):
+    def _fresh(self, probes: range, num_steps: int, batched: bool) -> LanczosState:
         """The state before the first step."""
         indices = np.asarray(probes if batched else probes[0], np.int32)
         with jax.default_device(self.home) if self.home else contextlib.nullcontext():
@@ -177,7 +187,7 @@ class ProbeRun:
             return state
         return deflation.project_start(self.layout, self.known, state, batched)
 
-    def _begin(self, probes: range, num_steps: int, batched: bool):
+    def _begin(self, probes: range, num_steps: int, batched: bool) -> tuple[LanczosState, int]:
         """A fresh state, or the one that was saved, and the steps done."""
         state = self._fresh(probes, num_steps, batched)
         if self.recorder is None:
@@ -190,7 +200,7 @@ class ProbeRun:
         """The quadratures of all probes done."""
         return self._quadrature(self.rows, status)
 
-    def _quadrature(self, rows, status: Status | None = None) -> Quadrature:
+    def _quadrature(self, rows: list[dict[str, Any]], status: Status | None = None) -> Quadrature:
         steps, num_matvecs = max(len(row["alpha"]) for row in rows), sum(row["length"] for row in rows)
         rows = [self._invariant_part(row) for row in rows]
         parts = ((row["alpha"], row["beta"], row["length"], row.get("sketch")) for row in rows)
@@ -240,38 +250,42 @@ class ProbeRun:
         return row | {"alpha": alpha, "beta": beta, "length": length}
 
 
-def _start(layout: Layout, key, indices: Any, num_steps: int, batched: bool, keep_basis: bool):
+def _start(
+    layout: Layout, key: jax.Array, indices: Any, num_steps: int, batched: bool, keep_basis: bool
+) -> LanczosState:
     """The states before the first step.
 
     On one device the draw is a program of its own, which serves all numbers of steps: that of models with a
     hundred leaves takes XLA ten seconds. On a mesh the vectors would lie whole on one device between the two.
     """
-    options = {"num_steps": num_steps, "batched": batched, "keep_basis": keep_basis}
+    options: dict[str, Any] = {"num_steps": num_steps, "batched": batched, "keep_basis": keep_basis}
     if layout.mesh is not None:
         return _drawn_states(layout, key, indices, **options)
     return _states(layout, _draws(layout, key, indices, batched), **options)
 
 
-def _draws(layout: Layout, key, indices: Any, batched: bool):
+def _draws(layout: Layout, key: jax.Array, indices: Any, batched: bool) -> PyTree:
     if batched:
         return _drawn_together(layout, key, indices)
     return trees.sphere_sample(jax.random.fold_in(key, indices), layout.structure)
 
 
 @partial(jax.jit, static_argnames="layout")
-def _drawn_together(layout: Layout, key, indices: jax.Array):
+def _drawn_together(layout: Layout, key: jax.Array, indices: jax.Array) -> PyTree:
     return jax.vmap(lambda index: _draws(layout, key, index, False))(indices)
 
 
 @partial(jax.jit, static_argnames=("layout", "num_steps", "batched", "keep_basis"))
-def _states(layout: Layout, draws, num_steps: int, batched: bool, keep_basis: bool):
+def _states(layout: Layout, draws: Any, num_steps: int, batched: bool, keep_basis: bool) -> LanczosState:
     one = partial(recurrence.init, layout, num_steps=num_steps, keep_basis=keep_basis)
     return (jax.vmap(one) if batched else one)(draws)
 
 
 @partial(jax.jit, static_argnames=("layout", "num_steps", "batched", "keep_basis"))
-def _drawn_states(layout: Layout, key, indices: jax.Array, num_steps: int, batched: bool, keep_basis: bool):
-    def one(index):
+def _drawn_states(
+    layout: Layout, key: jax.Array, indices: arrays.Indices, num_steps: int, batched: bool, keep_basis: bool
+) -> LanczosState:
+    def one(index: arrays.Indices) -> LanczosState:
         return recurrence.init(layout, _draws(layout, key, index, False), num_steps, keep_basis=keep_basis)
 
     return (jax.vmap(one) if batched else one)(indices)
@@ -285,7 +299,7 @@ def _resized(row: dict[str, Any], steps: int) -> dict[str, Any]:
     return row | kept | {"length": min(row["length"], steps)}
 
 
-def _rows(state, done: int, batched: bool) -> list[dict[str, Any]]:
+def _rows(state: LanczosState, done: int, batched: bool) -> list[dict[str, Any]]:
     """Coefficients of each probe in float64, cut to the steps that were run."""
     alpha, beta, length, asymmetry, scale = (
         np.asarray(x)

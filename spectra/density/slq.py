@@ -42,7 +42,7 @@ def slq(
     probe_batch: int | None = ...,
     progress: bool = ...,
     deflate: Eigenpairs | None = ...,
-    checkpoint: Checkpoint | str | os.PathLike | None = ...,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = ...,
     basis: str = ...,
     basis_dtype: Any = ...,
 ) -> Quadrature: ...
@@ -58,7 +58,7 @@ def slq(
     tol: float | None = ...,
     probe_batch: int | None = ...,
     progress: bool = ...,
-    checkpoint: Checkpoint | str | os.PathLike | None = ...,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = ...,
     basis: str = ...,
     basis_dtype: Any = ...,
 ) -> dict[str, Quadrature]: ...
@@ -75,7 +75,7 @@ def slq(
     probe_batch: int | None = None,
     progress: bool = False,
     deflate: Eigenpairs | None = None,
-    checkpoint: Checkpoint | str | os.PathLike | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     basis: str = "inherit",
     basis_dtype: Any = None,
 ) -> Quadrature | dict[str, Quadrature]:
@@ -146,7 +146,7 @@ def slq(
     rest = (num_probes, tol, probe_batch)
     checkpoint = Checkpoint.of(checkpoint)
     watched = _signals.watching() if checkpoint else contextlib.nullcontext()
-    places = {"basis": basis, "basis_dtype": basis_dtype}
+    places: dict[str, Any] = {"basis": basis, "basis_dtype": basis_dtype}
     if isinstance(op, Mapping):
         if deflate is not None:
             raise SpectraError("deflate belongs to one operator: call slq for each of them.")
@@ -184,7 +184,7 @@ def _one(
     basis: str = "inherit",
     basis_dtype: Any = None,
 ) -> Quadrature:
-    options = {"probe_batch": probe_batch, "basis": basis, "basis_dtype": basis_dtype}
+    options: dict[str, Any] = {"probe_batch": probe_batch, "basis": basis, "basis_dtype": basis_dtype}
     plan = estimate(op, num_steps=num_steps, num_probes=num_probes, **options)
     if trees.is_traced((op, key)):
         if tol is not None or deflate is not None or checkpoint is not None:
@@ -205,7 +205,8 @@ def _one(
     if checkpoint is not None:
         recorder = Recorder(checkpoint, op, layout, key, keep_basis=keep)
     with recorder.running() if recorder else contextlib.nullcontext():
-        places = {"apart": apart, "known": vectors, "home": home, "recorder": recorder, "keep_basis": keep}
+        places: dict[str, Any] = {"apart": apart, "known": vectors, "home": home}
+        places |= {"recorder": recorder, "keep_basis": keep}
         run = ProbeRun(outside_loops(op.prepare()), layout, key, bar, size=size, **places)
         if tol is None:
             for start in range(0, num_probes, plan.probe_batch):
@@ -229,18 +230,20 @@ def _adaptive(run: ProbeRun, num_steps: int, num_probes: int, tol: float, batch:
     return run.result(Status.CONVERGED if width <= tol else Status.BUDGET_EXHAUSTED)
 
 
-def _traced(op: LinearOperator, key, num_steps: int, num_probes: int, batch: int, keep: bool) -> Quadrature:
+def _traced(
+    op: LinearOperator, key: jax.Array, num_steps: int, num_probes: int, batch: int, keep: bool
+) -> Quadrature:
     """The whole run as one traced program: probes one after another, or `batch` at a time."""
     size, precision = op.size, op.precision
     layout = Layout.leafwise(op.structure)
     op = op.prepare()
 
-    def run(i, steps):
+    def run(i: int | jax.Array, steps: int) -> recurrence.LanczosState:
         v0 = trees.sphere_sample(jax.random.fold_in(key, i), layout.structure)
         state = recurrence.init(layout, v0, steps, keep_basis=keep)
         return recurrence.run(op, layout, state, 0, steps)
 
-    def probe(i):
+    def probe(i: jax.Array) -> tuple[Any, Any]:
         state = run(i, num_steps)
         rows = sketch(layout, state.basis, key)[:num_steps] if keep else jnp.zeros((num_steps, 0))
         rule = rules.gauss_rule_traced(state.alpha, state.beta, state.length, rows)

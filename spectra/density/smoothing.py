@@ -1,8 +1,10 @@
 """From a quadrature to a smooth density with a band, at no further product."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from spectra.base.errors import SpectraError
 from spectra.density import bands
@@ -20,7 +22,11 @@ _PER_WIDTH = 4.0  # grid points a kernel width
 
 
 def spectral_density(
-    quadrature: Quadrature | Moments, *, bandwidth: float | None = None, grid=None, level: float = 0.95
+    quadrature: Quadrature | Moments,
+    *,
+    bandwidth: float | None = None,
+    grid: ArrayLike | None = None,
+    level: float = 0.95,
 ) -> Density:
     """Smooth a quadrature to a density that integrates to one, with a simultaneous band.
 
@@ -82,7 +88,9 @@ def spectral_density(
             raise SpectraError("grid must be a 1-D array of at least two increasing numbers.")
     parts = quadrature.parts
     moved = quadrature.noise_floor + parts.coupling
-    curves = []  # atoms have no sampling error: they shift the curve and its band
+    curves: list[
+        tuple[float, tuple[np.ndarray, ...]]
+    ] = []  # atoms have no sampling error: they shift the curve and its band
     if parts.rest is not None:
         found = _curves(parts.rest, grid, widths, moved, level, parts)
         curves.append((parts.rest.size / quadrature.size, found))
@@ -128,8 +136,13 @@ def _of_atoms(quadrature: Quadrature, atoms: np.ndarray) -> Quadrature:
 
 
 def _curves(
-    quadrature: Quadrature, grid, widths: Width, moved: float, level: float | None, parts: Parts | None = None
-):
+    quadrature: Quadrature,
+    grid: np.ndarray,
+    widths: Width,
+    moved: float,
+    level: float | None,
+    parts: Parts | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(lower, density, upper) for what the quadratures leave open, and with a level for what probes do.
 
     `parts` says what the quadrature is the rest of, if it is.
@@ -138,7 +151,7 @@ def _curves(
     h, masses = widths(nodes), _masses(quadrature)
     density = _smooth(grid, nodes, masses[None], h)[0][0]
 
-    def smooth(centers, masses, h):
+    def smooth(centers: np.ndarray, masses: np.ndarray, h: np.ndarray) -> np.ndarray:
         return _smooth(grid, centers, masses[None], h)[0][0]
 
     leak, origin = (parts.leak, parts.origin) if parts else (0.0, None)
@@ -166,20 +179,21 @@ def linear_scale(quadrature: Quadrature) -> float:
     The spacing is the median, by weight, of the distance between neighbouring nodes, or of a node's
     residual where that is smaller: an isolated node that has converged is as sharp as it looks.
     """
-    spacing, weight = [], []
+    spacings: list[np.ndarray] = []
+    shares: list[np.ndarray] = []
     for nodes, weights, residuals, length in zip(
-        np.asarray(quadrature.nodes),
-        np.asarray(quadrature.weights),
-        np.asarray(quadrature.residuals),
-        np.asarray(quadrature.lengths),
+        np.asarray(quadrature.nodes, np.float64),
+        np.asarray(quadrature.weights, np.float64),
+        np.asarray(quadrature.residuals, np.float64),
+        np.asarray(quadrature.lengths, int).tolist(),
         strict=True,
     ):
         gaps = np.gradient(nodes[:length]) if length > 1 else np.zeros(length)
-        spacing.append(np.minimum(gaps, residuals[:length]))
-        weight.append(weights[:length])
-    spacing, weight = np.concatenate(spacing), np.concatenate(weight)
+        spacings.append(np.minimum(gaps, residuals[:length]))
+        shares.append(weights[:length])
+    spacing, weight = np.concatenate(spacings), np.concatenate(shares)
     order = np.argsort(spacing)
-    middle = np.searchsorted(np.cumsum(weight[order]), weight.sum() / 2)
+    middle = int(np.searchsorted(np.cumsum(weight[order]), float(weight.sum()) / 2))
     typical = spacing[order][min(middle, len(order) - 1)]
     noise = NOISE_FLOORS_A_WIDTH * quadrature.noise_floor / RELATIVE_WIDTH
     if typical > 0:
@@ -194,20 +208,19 @@ def _relative_width(scale: float) -> Width:
     return Width(RELATIVE_WIDTH * scale, RELATIVE_WIDTH)
 
 
-def _default_grid(centers: np.ndarray, widths) -> np.ndarray:
+def _default_grid(centers: np.ndarray, widths: Width) -> np.ndarray:
     """Points a quarter of a width apart within reach of some node, found by walking from node to node."""
-    pieces, end = [], -np.inf
+    pieces: list[float] = []
+    end = -np.inf
     for center in np.unique(centers):
         h = float(widths(center))
         start, stop = max(center - _REACH * h, end), center + _REACH * h
         if stop <= end:
             continue
         x = start
-        points = []
         while x < stop:
-            points.append(x)
+            pieces.append(x)
             x += float(widths(np.clip(x, center - _REACH * h, stop))) / _PER_WIDTH
-        pieces += points
         end = x
     pieces.append(end)
     grid = np.unique(np.array(pieces))
@@ -225,7 +238,8 @@ def _hat_means(grid: np.ndarray, centers: np.ndarray, h: np.ndarray) -> np.ndarr
     z = np.clip((grid[:, None] - centers) / h, -_REACH - 2, _REACH + 2)
     x = centers + h * z  # beyond the reach a point counts as its edge: no cancellation far away
     phi = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
-    mass = np.where(z[:-1] > 0, ndtr(-z[:-1]) - ndtr(-z[1:]), ndtr(z[1:]) - ndtr(z[:-1]))
+    below, above = ndtr(z[1:]) - ndtr(z[:-1]), ndtr(-z[:-1]) - ndtr(-z[1:])
+    mass = np.asarray(np.where(z[:-1] > 0, above, below), np.float64)
     cell = np.diff(grid)[:, None]
     rising = (x[:-1] - grid[:-1, None]) * mass + (centers - x[:-1]) * mass - h * np.diff(phi, axis=0)
     rising = np.clip(rising / cell, 0, mass)
@@ -238,7 +252,7 @@ def _hat_means(grid: np.ndarray, centers: np.ndarray, h: np.ndarray) -> np.ndarr
     return total / hat[:, None]
 
 
-def _chunks(grid: np.ndarray, size: int = 256):
+def _chunks(grid: np.ndarray, size: int = 256) -> Iterator[tuple[slice, np.ndarray, slice]]:
     """Slices of the grid with a neighbour on each side, so that hats are whole."""
     for start in range(0, len(grid), size):
         stop = min(start + size, len(grid))
@@ -246,14 +260,18 @@ def _chunks(grid: np.ndarray, size: int = 256):
         yield slice(start, stop), grid[low:high], slice(start - low, stop - low)
 
 
-def _kernels(grid, centers, h):
+def _kernels(
+    grid: np.ndarray, centers: np.ndarray, h: np.ndarray
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """(slice of the grid, centers that it sees, kernel between these) until the grid is through."""
     for target, points, inner in _chunks(grid):
         near = (centers + 8 * h >= points[0]) & (centers - 8 * h <= points[-1])
         yield target, near, _hat_means(points, centers[near], h[near])[inner]
 
 
-def _smooth(grid, centers, masses, h) -> tuple[np.ndarray, np.ndarray]:
+def _smooth(
+    grid: np.ndarray, centers: np.ndarray, masses: np.ndarray, h: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Smoothed density of each row (k, g) from masses (k, c), and the mean of the squared kernel (g,)."""
     density = np.zeros((len(masses), len(grid)))
     square = np.zeros(len(grid))
@@ -270,12 +288,13 @@ def resolved_outliers(quadrature: Quadrature, *, share: float = 0.01) -> np.ndar
     weight below `share`; the value is the mean over probes.
     """
     nodes, weights = np.asarray(quadrature.nodes), np.asarray(quadrature.weights)
-    residuals, lengths = np.asarray(quadrature.residuals), np.asarray(quadrature.lengths)
-    found = []
+    residuals, lengths = np.asarray(quadrature.residuals), np.asarray(quadrature.lengths, int).tolist()
+    found: list[float] = []
     for from_top in (True, False):
-        counts, columns = [], []
+        counts: list[int] = []
+        columns: list[np.ndarray] = []
         for theta, w, r, length in zip(nodes, weights, residuals, lengths, strict=True):
-            order = np.arange(length)[::-1] if from_top else np.arange(length)
+            order = np.arange(int(length))[:: -1 if from_top else 1]
             theta, w, r = theta[order], w[order], r[order]
             gap = np.abs(np.diff(theta))
             good = (r[:-1] <= 0.01 * gap) & (w[:-1] <= share)

@@ -23,6 +23,7 @@ import numpy as np
 
 from spectra.base.errors import Status
 from spectra.base.progress import Progress
+from spectra.base.trees import PyTree
 from spectra.density import deflation
 from spectra.density.run import ProbeRun
 from spectra.krylov import dense
@@ -57,7 +58,13 @@ class Plan(NamedTuple):
 
 
 def spend(
-    op: LinearOperator, error: Error, *, key, num_steps: int, num_probes: int, probe_batch: int | None = None
+    op: LinearOperator,
+    error: Error,
+    *,
+    key: jax.Array,
+    num_steps: int,
+    num_probes: int,
+    probe_batch: int | None = None,
 ) -> Quadrature:
     """The quadrature of which `error` is at most 1, from at most num_steps x num_probes products or so."""
     budget = num_steps * num_probes
@@ -191,7 +198,7 @@ def _numbers(most: int) -> list[int]:
     return found
 
 
-def _shortened(nodes, weights, residuals, steps: int):
+def _shortened(nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, steps: int) -> rules.Rule:
     """Nodes, weights and residuals of `steps` Lanczos steps on a discrete measure."""
     weights = weights / weights.sum()
     if steps >= len(nodes):
@@ -210,7 +217,9 @@ def _shortened(nodes, weights, residuals, steps: int):
     return rules.gauss_rule(alpha, beta, steps)
 
 
-def _probes_wanted(found: Quadrature, rule, atoms: np.ndarray, error: Error, deflate: bool) -> int | None:
+def _probes_wanted(
+    found: Quadrature, rule: rules.Rule, atoms: np.ndarray, error: Error, deflate: bool
+) -> int | None:
     few, many = (error(_stand_in(found, rule, atoms, k, deflate)) for k in PAIRED)
     sampled = (few - many) / (PAIRED[0] ** -0.5 - PAIRED[1] ** -0.5)
     fixed = max(many - sampled * PAIRED[1] ** -0.5, 0.0)
@@ -219,7 +228,9 @@ def _probes_wanted(found: Quadrature, rule, atoms: np.ndarray, error: Error, def
     return max(LEAST, int(np.ceil((sampled / (1 - fixed)) ** 2)))
 
 
-def _stand_in(found: Quadrature, rule, atoms: np.ndarray, probes: int, deflate: bool) -> Quadrature:
+def _stand_in(
+    found: Quadrature, rule: rules.Rule, atoms: np.ndarray, probes: int, deflate: bool
+) -> Quadrature:
     """The quadrature that so many probes alike would give, with these eigenvalues known."""
     theta, w, r = rule
     if not deflate and len(atoms):
@@ -267,8 +278,8 @@ def _pairs(run: ProbeRun, layout: Layout, found: Quadrature) -> Eigenpairs:
 
 
 @jax.jit
-def _combined(weights, rows):
-    def one(x):
+def _combined(weights: jax.Array, rows: PyTree) -> PyTree:
+    def one(x: jax.Array) -> jax.Array:
         return jnp.tensordot(weights.astype(x.dtype), x, axes=1, precision="highest")
 
     return jax.tree.map(one, rows)

@@ -1,5 +1,8 @@
 """Disjoint batches of an operator's own data."""
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +12,7 @@ import numpy as np
 
 from spectra.base import trees
 from spectra.base.errors import DataError, SpectraError
+from spectra.base.trees import PyTree
 from spectra.estimators import strata
 from spectra.operators.base import LinearOperator
 from spectra.operators.batches import batch_size, owned_leaves, replace_owned
@@ -91,7 +95,9 @@ def listed(
     return Batches(weights, sizes, lambda: iter(parts), union, np.zeros(len(parts), int), np.ones(1))
 
 
-def _of_one_batch(op, key, num_batches, num_examples, folds) -> Batches:
+def _of_one_batch(
+    op: DataOperator, key: jax.Array, num_batches: int, num_examples: int | None, folds: int
+) -> Batches:
     total = batch_size(op.data, op.shared)
     wanted = total if num_examples is None else num_examples
     if not LEAST <= wanted <= total:
@@ -108,7 +114,7 @@ def _of_one_batch(op, key, num_batches, num_examples, folds) -> Batches:
     def union(batches: Indices) -> DataOperator:
         return _of_rows(op, order[np.asarray(batches)].ravel())
 
-    def each():
+    def each() -> Iterator[DataOperator]:
         return (union([i]) for i in range(count))
 
     weights = np.ones(count)
@@ -122,7 +128,8 @@ def _stratified(op: DataOperator, key: jax.Array, plan: strata.Plan) -> Batches:
     """Batches from strata of examples of similar loss, of which those of large loss are drawn more often."""
     require_mean(op, plan.size)
     groups = strata.split(strata.losses(op), plan)
-    drawn, rows = [], []
+    drawn: list[float] = []
+    rows: list[np.ndarray] = []
     for i, group in enumerate(groups):
         order = np.asarray(jax.random.permutation(jax.random.fold_in(key, i), len(group)))
         rows.append(group[order[: plan.each * plan.size]].reshape(plan.each, plan.size))
@@ -136,7 +143,7 @@ def _stratified(op: DataOperator, key: jax.Array, plan: strata.Plan) -> Batches:
         parts = _of_rows(op, places[chosen].ravel())
         return strata.WeightedBatches(parts, jnp.asarray(_shares(weights[chosen])))
 
-    def each():
+    def each() -> Iterator[Any]:
         return (_of_rows(op, row) for row in places)
 
     of = np.repeat(np.arange(len(groups)), plan.each)
@@ -172,7 +179,7 @@ def _of_stream(op: DataOperator) -> Batches:
         digests = tuple(stream.digests[i] for i in chosen)
         return op._on(stream=Stream(stream.source, share, tuple(places[i] for i in chosen), digests))
 
-    def each():
+    def each() -> Iterator[DataOperator]:
         for _, batch in stream:
             yield op._on(data=batch, stream=None)
 
@@ -183,7 +190,7 @@ def _of_stream(op: DataOperator) -> Batches:
 def _sizes(op: DataOperator, stream: Stream) -> np.ndarray:
     """Examples of each batch; one where its leaves have no common axis."""
 
-    def size(batch):
+    def size(batch: PyTree) -> float:
         try:
             return batch_size(batch, op.shared)
         except DataError:

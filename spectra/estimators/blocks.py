@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import arrays, trees
 from spectra.base.stacks import combine, concatenate, gram, inner, length, row_dots, rows, subtract
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
@@ -26,12 +26,14 @@ them orthonormal, the fourth to the last bit."""
 
 
 @partial(jax.jit, static_argnames="kind")
-def draw(op: LinearOperator, key: jax.Array, indices: jax.Array, kind: str) -> PyTree:
+def draw(op: LinearOperator, key: jax.Array, indices: arrays.Indices, kind: str) -> PyTree:
     """The probes with the given numbers, entries ±1 ("rademacher") or N(0, 1) ("normal")."""
     return _draw(key, indices, op.structure, kind)
 
 
-def draw_with_noise(op: LinearOperator, key: jax.Array, indices: jax.Array, kind: str, noise: jax.Array):
+def draw_with_noise(
+    op: LinearOperator, key: jax.Array, indices: arrays.Indices, kind: str, noise: jax.Array
+) -> tuple[PyTree, PyTree]:
     """Probes, and as many normal vectors from the key `noise`: (probes, vectors).
 
     Together where both are normal: compiling the generator takes longer than all else in a sketch.
@@ -44,7 +46,7 @@ def draw_with_noise(op: LinearOperator, key: jax.Array, indices: jax.Array, kind
     return tuple(jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1))
 
 
-def _draw(key: jax.Array, indices: jax.Array, structure: PyTree, kind: str) -> PyTree:
+def _draw(key: jax.Array, indices: arrays.Indices, structure: PyTree, kind: str) -> PyTree:
     distribution = getattr(jax.random, kind)
     return jax.vmap(lambda i: trees.sample(jax.random.fold_in(key, i), structure, distribution))(indices)
 
@@ -56,7 +58,7 @@ def in_unit(stack: PyTree, unit: jax.Array) -> tuple[PyTree, jax.Array]:
     `unit` is the one of the products before, or 0: then it is set by the largest entry, if there is any.
     """
 
-    def first(stack):
+    def first(stack: PyTree) -> jax.Array:
         size = trees.largest(stack)
         return jnp.where(size > 0, trees.power_of_two(size), 0)
 
@@ -110,16 +112,18 @@ def _orthonormalize(stack: PyTree, against: PyTree | None, noise: PyTree) -> PyT
         if against is not None:
             stack = subtract(stack, combine(jnp.sum(gram(stack, against), axis=0), against))
         products = jnp.sum(gram(stack, stack), axis=0)
-        size = jnp.diagonal(products)
+        size = arrays.diagonal(products)
         unit = 1 / jnp.sqrt(jnp.where(size > 0, size, 1))
-        values, vectors = jnp.linalg.eigh(unit[:, None] * products * unit)
+        values, vectors = arrays.eigh(unit[:, None] * products * unit)
         values = jnp.maximum(values, k * eps * jnp.maximum(values[-1], eps))
         stack = combine((vectors / jnp.sqrt(values)).T * unit, stack)
     return stack
 
 
 @orthonormalize.defjvp
-def _span_derivative(primals, tangents):
+def _span_derivative(
+    primals: tuple[PyTree, PyTree, PyTree], tangents: tuple[PyTree, PyTree, PyTree]
+) -> tuple[PyTree, PyTree]:
     (stack, against, noise), (moved, against_moved, _) = primals, tangents
     basis = orthonormalize(stack, against, noise)
     if against is not None:

@@ -14,13 +14,18 @@ The first is by far the sharpest, and it is no bound at all where a derivative c
 two hold for any f, as far as samples show its variation and its least and largest values.
 """
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import numpy as np
 
 from spectra.base.errors import SpectraError
 from spectra.density.extremes import LEVEL, extreme
 from spectra.quadrature.brackets import gauss_radau, rules
+from spectra.quadrature.copies import Rule
 from spectra.results import Quadrature
 
+Function = Callable[[np.ndarray], Any]
 Bounds = tuple[float | None, float | None]
 POLE = 1e-9
 """How close a pole is found, in units of the interval that is searched."""
@@ -28,7 +33,7 @@ _SAMPLES = 16
 """Of f between neighbouring nodes, and for each degree of the polynomial."""
 
 
-def evaluate(f, x: np.ndarray) -> np.ndarray:
+def evaluate(f: Function, x: np.ndarray) -> np.ndarray:
     """f without warnings, in float64; a scalar result is broadcast."""
     with np.errstate(all="ignore"):
         return np.broadcast_to(np.asarray(f(x), np.float64), x.shape)
@@ -57,7 +62,14 @@ def interval_of(q: Quadrature, bounds: Bounds | None) -> tuple[tuple[float, floa
     return (float(a), float(b)), known
 
 
-def domain(q: Quadrature, f, interval, known: bool, bounds, one_signed: bool):
+def domain(
+    q: Quadrature,
+    f: Function,
+    interval: tuple[float, float],
+    known: bool,
+    bounds: Bounds | None,
+    one_signed: bool,
+) -> tuple[tuple[float, float] | None, str]:
     """The interval [a, b] on which f is used, None where it has a pole, and what that rests on."""
     floor, smallest, largest = q.noise_floor, float(np.min(q.nodes)), float(np.max(q.nodes))
     a, b = min(interval[0], smallest - floor), max(interval[1], largest + floor)
@@ -84,7 +96,9 @@ def domain(q: Quadrature, f, interval, known: bool, bounds, one_signed: bool):
     return (lower, b), text
 
 
-def bracket(q: Quadrature, f, ends, rests: str, one_signed: bool):
+def bracket(
+    q: Quadrature, f: Function, ends: tuple[float, float] | None, rests: str, one_signed: bool
+) -> tuple[float | None, float | None, tuple[float | None, float | None], str]:
     """(lower, upper, range of f, what they rest on) of what is sampled: its order times means over probes.
 
     `ends` and `rests` are those of `domain`; the bounds are None where f has a pole.
@@ -99,7 +113,7 @@ def bracket(q: Quadrature, f, ends, rests: str, one_signed: bool):
     return float(low), float(high), (rest.size * reach[0], rest.size * reach[1]), reason
 
 
-def _largest(f, q: Quadrature, a: float, b: float) -> float:
+def _largest(f: Function, q: Quadrature, a: float, b: float) -> float:
     """The largest value of f on [a, b]: of samples, and of ever closer ones about the largest of them."""
     x = np.sort(np.concatenate([np.linspace(a, b, 257), np.clip(np.ravel(q.nodes), a, b)]))
     largest = -np.inf
@@ -107,17 +121,17 @@ def _largest(f, q: Quadrature, a: float, b: float) -> float:
         values = np.where(np.isfinite(values := f(x)), values, -np.inf)
         i = int(np.argmax(values))
         largest = max(largest, float(values[i]))
-        x = np.linspace(x[max(i - 1, 0)], x[min(i + 1, len(x) - 1)], 33)
+        x = np.linspace(float(x[max(i - 1, 0)]), float(x[min(i + 1, len(x) - 1)]), 33)
     return largest
 
 
-def power_means(q: Quadrature, g, ends) -> tuple[float, float]:
+def power_means(q: Quadrature, g: Function, ends: tuple[float, float]) -> tuple[float, float]:
     """Means of g² and g⁴ over what is sampled: the largest that the Gauss and both Gauss-Radau rules give.
 
     The Gauss rule of m nodes knows polynomials of degree 2m - 1, so that after few steps it shows less of g²
     than of g, and nothing after one. The Gauss-Radau rules know one degree more.
     """
-    found = []
+    found: list[np.ndarray] = []
     for rule, taken in _measures(q):
         nodes, w, _ = rule
         known = [w[taken] @ g(nodes[taken]) ** p for p in (2, 4)]
@@ -127,16 +141,16 @@ def power_means(q: Quadrature, g, ends) -> tuple[float, float]:
     return float(square), float(fourth)
 
 
-def _measures(q: Quadrature):
+def _measures(q: Quadrature) -> Iterable[tuple[Rule, np.ndarray]]:
     """The rule of each probe, and the numbers of the nodes in it that are resolved, not sampled."""
     if q.parts.origin is None:
         return [(rule, np.zeros(0, int)) for rule in rules(q.parts.rest)]
     return q.parts.origin.rules()
 
 
-def _each(q: Quadrature, f, of_rule, a: float, b: float) -> np.ndarray:
+def _each(q: Quadrature, f: Function, of_rule: Callable[..., Any], a: float, b: float) -> np.ndarray:
     """(k, 2): `of_rule` of what each probe samples: that of its whole measure, less the nodes taken out."""
-    found = []
+    found: list[np.ndarray] = []
     for rule, taken in _measures(q):
         nodes, w, _ = rule
         known = float(w[taken] @ evaluate(f, np.clip(nodes[taken], a, b)))
@@ -144,7 +158,7 @@ def _each(q: Quadrature, f, of_rule, a: float, b: float) -> np.ndarray:
     return np.array(found)
 
 
-def _is_finite(f, a: float, b: float, smallest: float) -> bool:
+def _is_finite(f: Function, a: float, b: float, smallest: float) -> bool:
     """Whether f is finite on [a, b], as far as samples show, more of them below the smallest node."""
     for end in (b, smallest):
         x = np.linspace(a, max(a, end), 65)
@@ -154,12 +168,12 @@ def _is_finite(f, a: float, b: float, smallest: float) -> bool:
     return True
 
 
-def _has_pole(f, x: np.ndarray, values: np.ndarray) -> bool:
+def _has_pole(f: Function, x: np.ndarray, values: np.ndarray) -> bool:
     """Whether f still grows where it bends most after that place has been magnified a billion times."""
-    largest = np.abs(values).max()
+    before = largest = np.abs(values).max()
     for _ in range(6):
         i = int(np.argmax(np.abs(values[2:] + values[:-2] - 2 * values[1:-1]))) + 1
-        x = np.linspace(x[i - 1], x[i + 1], 65)
+        x = np.linspace(float(x[i - 1]), float(x[i + 1]), 65)
         values, before = evaluate(f, x), largest
         largest = np.abs(values).max()
         if not np.isfinite(largest):
@@ -167,14 +181,14 @@ def _has_pole(f, x: np.ndarray, values: np.ndarray) -> bool:
     return bool(largest > 2 * before)
 
 
-def _bends_once(f, a: float, b: float) -> bool:
+def _bends_once(f: Function, a: float, b: float) -> bool:
     """Whether f is convex, or concave, as far as samples show: finds poles."""
     x = evaluate(f, np.linspace(a, b, 65))
     bend = x[2:] + x[:-2] - 2 * x[1:-1]
     return len(set(np.sign(bend[np.abs(bend) > 16 * np.finfo(float).eps * np.abs(x).max()]))) < 2
 
 
-def of_one_sign(f, rule, a: float, b: float) -> tuple[float, float]:
+def of_one_sign(f: Function, rule: Rule, a: float, b: float) -> tuple[float, float]:
     """Least and largest of the Gauss rule and both Gauss-Radau rules."""
     found = [
         float(masses @ evaluate(f, np.clip(points, a, b))) for points, masses in _three_rules(rule, a, b)
@@ -182,13 +196,13 @@ def of_one_sign(f, rule, a: float, b: float) -> tuple[float, float]:
     return min(found), max(found)
 
 
-def _three_rules(rule, a: float, b: float):
+def _three_rules(rule: Rule, a: float, b: float) -> list[tuple[np.ndarray, np.ndarray]]:
     """Nodes and weights of the Gauss rule and of the Gauss-Radau rules with a node at a and at b."""
     theta, w, r = rule
     return [(theta, w), *(gauss_radau(theta, w, r, end) for end in (a, b) if r.any())]
 
 
-def _of_any(f, rule, a: float, b: float) -> tuple[float, float]:
+def _of_any(f: Function, rule: Rule, a: float, b: float) -> tuple[float, float]:
     """What both theorems for any f leave, with the Gauss rule inside."""
     theta, w, r = rule
     gauss = float(w @ evaluate(f, np.clip(theta, a, b)))
@@ -198,7 +212,7 @@ def _of_any(f, rule, a: float, b: float) -> tuple[float, float]:
     return min(max(one[0], other[0]), gauss), max(min(one[1], other[1]), gauss)
 
 
-def _by_variation(f, rule, a: float, b: float, gauss: float) -> tuple[float, float]:
+def _by_variation(f: Function, rule: Rule, a: float, b: float, gauss: float) -> tuple[float, float]:
     """Between θ_i and θ_{i+1} the distribution is at most w_i below that of the rule, and w_{i+1} above."""
     theta, w, _ = rule
     ends = np.concatenate([[a], np.clip(theta, a, b), [b]])
@@ -209,7 +223,7 @@ def _by_variation(f, rule, a: float, b: float, gauss: float) -> tuple[float, flo
     return gauss - float(right @ rise + left @ fall), gauss + float(left @ rise + right @ fall)
 
 
-def _by_polynomial(f, rule, a: float, b: float) -> tuple[float, float]:
+def _by_polynomial(f: Function, rule: Rule, a: float, b: float) -> tuple[float, float]:
     """p is the Chebyshev series of f up to degree 2m - 1; samples of f - p are half their steps off."""
     from numpy.polynomial import chebyshev
 

@@ -6,12 +6,13 @@ import numpy as np
 
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.trace import trace
 from spectra.krylov.eigsh import eigsh
 from spectra.operators.classes import class_means, parts_of
 from spectra.operators.ggn import GGNOperator
-from spectra.results import ClassSplit
+from spectra.results import ClassSplit, Eigenpairs
 
 
 @automatic
@@ -57,7 +58,7 @@ def class_split(
     k = min(classes + 2, op.size) if num_eigenvalues is None else num_eigenvalues
     if not 1 <= k <= op.size:
         raise SpectraError(f"num_eigenvalues={k} is not between 1 and the order of the operator, {op.size}.")
-    found = {}
+    found: dict[str, Eigenpairs] = {}
     for i, (name, part) in enumerate({"whole": op, "within": parts["within"], "same": parts["same"]}.items()):
         found[name] = eigsh(part, k, which="LA", key=jax.random.fold_in(key, i), tol=1e-4)
     traces = [
@@ -81,7 +82,7 @@ def class_split(
     )
 
 
-def _eigenvalues(rows) -> np.ndarray:
+def _eigenvalues(rows: PyTree) -> np.ndarray:
     """Of Σ r rᵀ, descending: those of the Gram matrix of the rows."""
     gram = np.asarray(jnp.sum(blocks.gram(rows, rows), axis=0), float)
     return np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0)

@@ -1,8 +1,11 @@
 """How wrong an approximation is on the network at hand: KFAC against the Gauss-Newton matrix, say."""
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 import math
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -112,13 +115,16 @@ def compare_operators(
     )
 
 
-def _layers(a, b, key, num_probes: int, level: float, by: str | None) -> tuple[dict[str, Interval], int]:
+def _layers(
+    a: LinearOperator, b: LinearOperator, key: jax.Array, num_probes: int, level: float, by: str | None
+) -> tuple[dict[str, Interval], int]:
     if by is None:
         return {}, 0
     first, second = a.blocks(by), b.blocks(by)
     if set(first) != set(second):  # one of them does not know which leaves are stacks of layers
         first, second = (op.blocks(by, scanned=_never) if op._stacks() else op.blocks(by) for op in (a, b))
-    found, spent = {}, 0
+    found: dict[str, Interval] = {}
+    spent = 0
     for i, name in enumerate(second):
         found[name], _, cost = _norms(
             first[name], second[name], jax.random.fold_in(key, i), num_probes, level
@@ -132,7 +138,9 @@ def _never(path: str) -> bool:
     return False
 
 
-def _norms(a, b, key, num_probes: int, level: float) -> tuple[Interval, Interval, int]:
+def _norms(
+    a: LinearOperator, b: LinearOperator, key: jax.Array, num_probes: int, level: float
+) -> tuple[Interval, Interval, int]:
     """|A - B|_F / |B|_F and tr A / tr B; exact where there are as many probes as columns."""
     exact = b.size <= num_probes
     count = b.size if exact else num_probes
@@ -189,7 +197,7 @@ def _ratio(x: np.ndarray, y: np.ndarray, exact: bool, level: float, *, positive:
     return Interval(float(low), value, value + reach)
 
 
-def _dense_spectra(a, b, k: int):
+def _dense_spectra(a: LinearOperator, b: LinearOperator, k: int) -> Any:
     """Everything from the matrices."""
     pairs = [np.linalg.eigh(np.asarray(op.as_matrix(), np.float64)) for op in (a, b)]
     order = [np.argsort(-np.abs(values))[:k] for values, _ in pairs]
@@ -206,7 +214,15 @@ def _of_nothing(values: np.ndarray) -> float:
     return math.inf if np.any(values) else 0.0
 
 
-def _spectra(a, b, keys, k: int, num_probes: int, num_steps: int, level: float):
+def _spectra(
+    a: LinearOperator,
+    b: LinearOperator,
+    keys: jax.Array,
+    k: int,
+    num_probes: int,
+    num_steps: int,
+    level: float,
+) -> Any:
     """The same from eigenpairs and quadratures."""
     pairs = [eigsh(op, min(k + 1, op.size), which="LM", key=keys[0]) for op in (a, b)]
     tops = [_Top(own, k) for own in pairs]
@@ -253,7 +269,7 @@ def _overlap(first: PyTree, second: PyTree) -> jax.Array:
 class _Curve:
     """The distribution of an operator's eigenvalues with its band: none where they are known."""
 
-    def __init__(self, op: LinearOperator, key, num_probes: int, num_steps: int, level: float):
+    def __init__(self, op: LinearOperator, key: jax.Array, num_probes: int, num_steps: int, level: float):
         self.quadrature: Quadrature | None = None
         self.num_matvecs = 0
         if isinstance(op, FactoredOperator):
@@ -277,7 +293,7 @@ class _Curve:
 def _wasserstein(a: _Curve, b: _Curve) -> Interval:
     """∫ of the least, the estimated and the largest distance between the CDFs, over the mean |λ| of B."""
     places = np.unique(np.concatenate([a.places, b.places]))
-    line = np.linspace(places[0], places[-1], EQUAL_CELLS)
+    line = np.linspace(float(places[0]), float(places[-1]), EQUAL_CELLS)
     edges = np.unique(np.concatenate([line, places[:: max(1, len(places) // EQUAL_CELLS)]]))
     middle, width = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
     first, second = a.cdf(middle), b.cdf(middle)

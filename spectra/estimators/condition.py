@@ -1,6 +1,7 @@
 """Condition numbers: counted from the dense matrix where it is small, between bounds from probes beyond."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -135,7 +136,7 @@ def condition_number(
     if per_layer:
         blocks = op.blocks(by="layer")
         keys = jax.random.split(key, len(blocks))
-        arguments = {"shift": shift, "rank_tol": rank_tol, "method": method, **options}
+        arguments: dict[str, Any] = {"shift": shift, "rank_tol": rank_tol, "method": method, **options}
         layers = {
             name: condition_number(block, key=one, **arguments)
             for (name, block), one in zip(blocks.items(), keys, strict=True)
@@ -249,10 +250,12 @@ def _wider(room: Openness, cut: float, bound: float) -> float:
     return edge if np.isfinite(edge) and room.nearest(edge, gap) >= gap else cut
 
 
-def _krylov(op: LinearOperator, key, shift, rank_tol, num_steps, num_probes) -> ConditionNumber:
+def _krylov(
+    op: LinearOperator, key: jax.Array, shift: float, rank_tol: float | None, num_steps: int, num_probes: int
+) -> ConditionNumber:
     n, shifted, rounding = op.size, op.shift(shift) if shift else op, relative_change(op)
 
-    def run(key, num_steps, num_probes):
+    def run(key: jax.Array, num_steps: int, num_probes: int) -> Quadrature:
         q = slq(shifted, key=key, num_steps=num_steps, num_probes=num_probes)
         # In units of |H + shift I|, which may be smaller than |H|.
         ratio = max(abs(x - shift) for x in q.range) / (max(map(abs, q.range)) or 1.0)
@@ -293,11 +296,11 @@ def _null_dimension(quadrature: Quadrature, found: _Found, n: int) -> Interval:
     below, above = quadrature.cdf(np.nextafter(-found.cut, -np.inf)), quadrature.cdf(found.cut)
     low = max(np.ceil(n * max(above.lower - below.upper, 0.0)), float(found.singular))
     high = max(np.floor(n * min(above.upper - below.lower, 1.0)), low)
-    sizes, residuals = np.abs(np.asarray(quadrature.nodes)), np.asarray(quadrature.residuals)
-    null = (sizes <= found.cut) | (
-        (sizes - residuals <= found.cut) & (sizes + residuals <= 0.1 * found.bottom.upper)
-    )
-    middle = n * float(np.mean(np.sum(np.where(null, quadrature.weights, 0.0), axis=1)))
+    sizes, residuals = np.abs(np.asarray(quadrature.nodes, np.float64)), np.asarray(quadrature.residuals)
+    small = (sizes - residuals <= found.cut) & (sizes + residuals <= 0.1 * found.bottom.upper)
+    null = np.asarray((sizes <= found.cut) | small, bool)
+    masses = np.asarray(quadrature.weights, np.float64) * null
+    middle = n * float(masses.sum(axis=1).mean())
     return Interval(float(low), float(np.clip(np.round(middle), low, high)), float(high))
 
 
@@ -325,7 +328,18 @@ def _fits(op: LinearOperator, steps: int) -> bool:
 
 
 def _result(
-    *, largest, smallest, ends, singular, at_least, nullity, floor, cut, value_within, size, **fields
+    *,
+    largest: Any,
+    smallest: Any,
+    ends: Any,
+    singular: bool,
+    at_least: Any,
+    nullity: Any,
+    floor: float,
+    cut: float,
+    value_within: Any,
+    size: int,
+    **fields: Any,
 ) -> ConditionNumber:
     zero = not largest.estimate  # A = 0: a multiple of an orthogonal matrix
     lower, upper = ends

@@ -1,6 +1,7 @@
 """The diagonal of an operator, entry by entry with its error."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spectra.base import arrays
 from spectra.base import trees as _tree
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
@@ -43,7 +45,7 @@ def diagonal(
     by: str | None = None,
     probe_batch: int | None = None,
     progress: bool = False,
-    checkpoint: Checkpoint | str | os.PathLike | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
 ) -> Estimate:
     """Estimate the diagonal H_ii, each entry with a standard error.
 
@@ -143,7 +145,9 @@ def diagonal(
             needs_key=method != "exact",
             journal=journal,
         )
-        value, stderr, fields = _RUNNERS[method](run, num_matvecs)
+        found = _RUNNERS[method](run, num_matvecs)
+    value, stderr = found[:2]
+    fields: dict[str, Any] = found[2]
     if not run.traced:
         run.host(_sums((value, stderr)))
     fields |= {"method": method, "reason": reason}
@@ -157,7 +161,7 @@ def diagonal(
 
 def _layers(op: LinearOperator, method: str, num_matvecs: int) -> LayerDiagonal | str:
     """The diagonal from the layers of a model, where that costs less; "" or why not."""
-    if method not in ("auto", "exact") or not isinstance(num_matvecs, int):
+    if method not in ("auto", "exact") or not isinstance(num_matvecs, int):  # pyright: ignore[reportUnnecessaryIsInstance]
         return ""
     return layer_diagonal(op, op.size - 1 if method == "exact" else min(num_matvecs, op.size - 1))
 
@@ -182,7 +186,12 @@ def _from_layers(
     total = Estimate(value, stderr, layers.passes, "exact", reason=layers.reason, dof=dof)
     if by is None:
         return total
-    fields = {"num_matvecs": layers.passes, "method": "exact", "reason": layers.reason, "dof": dof}
+    fields: dict[str, Any] = {
+        "num_matvecs": layers.passes,
+        "method": "exact",
+        "reason": layers.reason,
+        "dof": dof,
+    }
     return Estimate(_grouped(run, value), _grouped(run, stderr), total=total, **fields)
 
 
@@ -207,7 +216,12 @@ def _grouped(run: Run, tree: PyTree) -> dict[str, Any]:
     return {group: {names[i]: leaves[i] for i in members} for group, members in run.groups.items()}
 
 
-def _exact(run: Run, num_matvecs: int):
+_Found = tuple[PyTree, PyTree, dict[str, Any]]  # value, error, and fields of the result
+_State = tuple[PyTree, PyTree, PyTree]  # mean, sum of squared deviations and mean of (Hv)²
+_Sums = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _exact(run: Run, num_matvecs: int) -> _Found:
     del num_matvecs
     *columns, sound = exact.columns(run)
     value, norms = (_tree.unravel(sound * column, run.op.structure) for column in columns)
@@ -230,27 +244,31 @@ def _relative(run: Run, value: PyTree, stderr: PyTree) -> tuple[float, float]:
     return (0.0, 0.0) if run.tol is None else (float(_tree.norm(value)), float(_tree.norm(stderr)))
 
 
-def _hutchinson(run: Run, num_matvecs: int):
+def _hutchinson(run: Run, num_matvecs: int) -> _Found:
     """Mean and spread of v ⊙ Hv, updated batch by batch without cancellation."""
-    state, done = None, 0
+    state: _State | None = None
+    done = 0
     aside = blocks.aside(run.op, "rademacher", num_matvecs)
     unit, pairs = blocks.begin_pairs(run.op, run.key, aside)
     vector = run.op.like
     looks = (vector, vector, vector), 0, blocks.Pairs(vector, vector, 0, 0)
 
-    def step(count):
+    def step(count: int) -> tuple[float, float]:
         nonlocal state, unit, pairs, done
         carried = run.fold(accumulate, (state, unit, pairs), done, count, carried=looks)[0]
         state, unit, pairs = carried
         done = count
         return _relative(run, *result())
 
-    def accumulate(carried, start, stop):
+    def accumulate(
+        carried: tuple[_State | None, jax.Array, blocks.Pairs], start: int, stop: int
+    ) -> tuple[tuple[_State, jax.Array, blocks.Pairs], None]:
         return _accumulate(run, np.arange(start, stop), *carried), None
 
-    def result():
+    def result() -> tuple[PyTree, PyTree]:
         assert state is not None
-        return _hutchinson_result(*state, unit, float(done), run.op.precision)
+        mean, spread, square = state
+        return _hutchinson_result(mean, spread, square, unit, float(done), run.op.precision)
 
     ended = adaptive(run, step, num_matvecs - aside)
     value, stderr = _scaled(result(), run.check_pairs(pairs), ended)
@@ -261,13 +279,15 @@ def _hutchinson(run: Run, num_matvecs: int):
     )
 
 
-def _scaled(found, sound, ended: Ended) -> tuple[PyTree, PyTree]:
+def _scaled(found: Sequence[PyTree], sound: Any, ended: Ended) -> tuple[PyTree, PyTree]:
     """Value and error, not numbers if the products are not sound; the error of a run that stopped early."""
     value, stderr = found
     return _tree.scale(sound, value), _tree.scale(sound * ended.widen, stderr)
 
 
-def _accumulate(run: Run, indices: np.ndarray, state, unit, pairs):
+def _accumulate(
+    run: Run, indices: np.ndarray, state: _State | None, unit: jax.Array, pairs: blocks.Pairs
+) -> tuple[_State, jax.Array, blocks.Pairs]:
     if run.op.on_host:
         stack = blocks.draw(run.op, run.key, indices, "rademacher")
         return _merge(stack, run.op.mv_batch(stack), indices[0], state, unit, pairs)
@@ -275,13 +295,22 @@ def _accumulate(run: Run, indices: np.ndarray, state, unit, pairs):
 
 
 @jax.jit
-def _step(op: LinearOperator, key, indices, state, unit, pairs):
+def _step(
+    op: LinearOperator,
+    key: jax.Array,
+    indices: arrays.Indices,
+    state: _State | None,
+    unit: jax.Array,
+    pairs: blocks.Pairs,
+) -> tuple[_State, jax.Array, blocks.Pairs]:
     stack = blocks.draw(op, key, indices, "rademacher")
     return _merge(stack, op.mv_batch(stack), indices[0], state, unit, pairs)
 
 
 @jax.jit
-def _merge(stack: PyTree, products: PyTree, done, state, unit, pairs):
+def _merge(
+    stack: PyTree, products: PyTree, done: Any, state: _State | None, unit: jax.Array, pairs: blocks.Pairs
+) -> tuple[_State, jax.Array, blocks.Pairs]:
     """Mean, sum of squared deviations and mean of (Hv)², with a batch taken in (Chan, Golub, LeVeque), their
     unit, and the pairs of neighbours."""
     k, (products, unit) = blocks.length(stack), blocks.in_unit(products, unit)
@@ -310,7 +339,14 @@ AGREE = 4
 
 
 @jax.jit
-def _hutchinson_result(mean: PyTree, spread: PyTree, square: PyTree, unit, count, precision):
+def _hutchinson_result(
+    mean: PyTree,
+    spread: PyTree,
+    square: PyTree,
+    unit: jax.Array,
+    count: float | jax.Array,
+    precision: float | jax.Array,
+) -> tuple[PyTree, PyTree]:
     """Value and error of k probes. Of one the spread is unknown; (Hv)_i² bounds it on average.
 
     Samples of signs lie on a lattice, and their spread is least where their mean is farthest off: for rows
@@ -320,7 +356,7 @@ def _hutchinson_result(mean: PyTree, spread: PyTree, square: PyTree, unit, count
     none, an entry's variance is at least the mean over entries.
     """
 
-    def variance(s, q):
+    def variance(s: jax.Array, q: jax.Array) -> jax.Array:
         least = jnp.where(count > AGREE, count - 4, count - 1)
         return jnp.where(count > 1, s / jnp.maximum(count * least, 1), q)
 
@@ -328,7 +364,7 @@ def _hutchinson_result(mean: PyTree, spread: PyTree, square: PyTree, unit, count
     leaves = jax.tree.leaves(variances)
     pooled = jnp.asarray(sum(jnp.sum(leaf) for leaf in leaves) / sum(leaf.size for leaf in leaves))
 
-    def error(s, q):
+    def error(s: jax.Array, q: jax.Array) -> jax.Array:
         s = jnp.where(count > AGREE, s, jnp.maximum(s, jnp.asarray(pooled, s.dtype)))
         return jnp.sqrt(s + precision**2 * q)
 
@@ -337,18 +373,20 @@ def _hutchinson_result(mean: PyTree, spread: PyTree, square: PyTree, unit, count
     )
 
 
-def _xdiag(run: Run, num_matvecs: int):
+def _xdiag(run: Run, num_matvecs: int) -> _Found:
     sketch = SketchRun(run, "rademacher")
     found: list[Any] = []
 
-    def step(count):
+    def step(count: int) -> tuple[float, float]:
         sketch.extend(count)
         inner = sketch.inner_products()
         u = sketch.directions(inner)
         among = leave_one_out.seconds(u, min(count, PAIRS), run.xp)
         found[:] = _leave_one_out(
             sketch.held,
-            *(jnp.asarray(x, run.op.dtype) for x in (u, among, inner.qy[-1].T)),
+            jnp.asarray(u, run.op.dtype),
+            jnp.asarray(among, run.op.dtype),
+            jnp.asarray(inner.qy[-1].T, run.op.dtype),
             sketch.unit,
             run.op.precision,
         )
@@ -368,7 +406,7 @@ def _xnysdiag(run: Run, num_matvecs: int):
     sketch = SketchRun(run, "rademacher")
     found: list[Any] = []
 
-    def step(count):
+    def step(count: int) -> tuple[float, float]:
         sketch.extend(count, project=False)
         made = nystrom(sketch, "xnysdiag", "xdiag")
         u = leave_one_out.unit_rows(made.inverse_root, run.xp)
@@ -376,7 +414,9 @@ def _xnysdiag(run: Run, num_matvecs: int):
         held = Held(sketch.held.probes, sketch.held.images, made.factor, made.factor)
         value, stderr = _leave_one_out(
             held,
-            *(jnp.asarray(x, run.op.dtype) for x in (u, among, made.root)),
+            jnp.asarray(u, run.op.dtype),
+            jnp.asarray(among, run.op.dtype),
+            jnp.asarray(made.root, run.op.dtype),
             sketch.unit,
             run.op.precision,
         )
@@ -392,13 +432,20 @@ def _xnysdiag(run: Run, num_matvecs: int):
 
 
 @jax.jit
-def _shifted(value: PyTree, stderr: PyTree, shift, floor) -> tuple[PyTree, PyTree]:
+def _shifted(value: PyTree, stderr: PyTree, shift: jax.Array, floor: jax.Array) -> tuple[PyTree, PyTree]:
     value = jax.tree.map(lambda x: (x - shift).astype(x.dtype), value)
     return value, jax.tree.map(lambda x: jnp.hypot(x, floor).astype(x.dtype), stderr)
 
 
 @jax.jit
-def _leave_one_out(held: Held, u, among, sketch, unit, precision):
+def _leave_one_out(
+    held: Held,
+    u: jax.Array,
+    among: jax.Array,
+    sketch: jax.Array,
+    unit: jax.Array,
+    precision: float | jax.Array,
+) -> tuple[PyTree, PyTree]:
     """XDiag and its error: diag(P A) + ω ⊙ (1 - P) A ω with P the sketch without the probe ω.
 
     With a_j = Q u_j, b_j = Z u_j and r_j = Q y_j, estimate j is diag(Q Zᵀ) - a_j ⊙ b_j + (u_j·r_j) ω_j ⊙ a_j.
@@ -406,17 +453,19 @@ def _leave_one_out(held: Held, u, among, sketch, unit, precision):
     """
     m, d = len(u), len(among)
 
-    def terms(directions, weights, q, z, w):
+    def terms(
+        directions: jax.Array, weights: jax.Array, q: jax.Array, z: jax.Array, w: jax.Array
+    ) -> jax.Array:
         a, b = blocks.combine(directions, q), blocks.combine(directions, z)
         weights = weights.reshape(-1, *[1] * (q.ndim - 1)).astype(q.dtype)
         return a * (weights * w - b)
 
-    def one(q, z, w, y):
+    def one(q: jax.Array, z: jax.Array, w: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         samples = terms(u, jnp.sum(u * sketch, axis=1), q, z, w)
         mean = jnp.mean(samples, axis=0)
         variance = jnp.sum((samples - mean) ** 2, axis=0) / (m * (m - 1))
 
-        def pairs(i, sums):
+        def pairs(i: jax.Array, sums: _Sums) -> _Sums:
             # Effect of i on estimate j, and of j on estimate i; they vanish for i = j.
             total, size, bound = sums
             on_j = terms(among[i], jnp.sum(among[i] * sketch[:d], axis=1), q, z, w[:d])
@@ -424,7 +473,9 @@ def _leave_one_out(held: Held, u, among, sketch, unit, precision):
             row = jnp.sum(on_j * on_i, axis=0)
             return total + row, jnp.hypot(size, row), bound + jnp.sum(jnp.abs(on_j * on_i), axis=0)
 
-        total, size, bound = lax.fori_loop(0, d, pairs, (jnp.zeros_like(mean),) * 3)
+        total, size, bound = lax.fori_loop(
+            0, d, pairs, (jnp.zeros_like(mean), jnp.zeros_like(mean), jnp.zeros_like(mean))
+        )
         covariance = _covariance(total, size, bound, d)
         rounding = precision**2 * jnp.mean(y**2, axis=0)
         stderr = jnp.sqrt(variance + covariance + rounding)
@@ -438,7 +489,7 @@ def _leave_one_out(held: Held, u, among, sketch, unit, precision):
     return treedef.unflatten(means), treedef.unflatten(errors)
 
 
-def _covariance(total, size, bound, d: int):
+def _covariance(total: jax.Array, size: jax.Array, bound: jax.Array, d: int) -> jax.Array:
     """`leave_one_out._covariance` entry by entry, from sums over pairs, the norm of the d sums over j, and a
     bound."""
     mean, size = jnp.abs(total) / d, size / d**0.5

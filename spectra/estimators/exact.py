@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import arrays, trees
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.run import Run
 from spectra.krylov.wanted import KEY, SAMPLES, change_of_product, multiply
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
+
+_Columns = tuple[jax.Array, jax.Array, jax.Array]  # entries, norms, and products with a vector
 
 
 def columns(run: Run) -> tuple[jax.Array, jax.Array, Any]:
@@ -27,7 +29,7 @@ def columns(run: Run) -> tuple[jax.Array, jax.Array, Any]:
         entries, norms, across = _columns(op, z, run.batch)
     else:
 
-        def step(state, start, stop):
+        def step(state: None, start: int, stop: int) -> tuple[None, _Columns]:
             indices = np.arange(start, stop)
             return state, _entries(op.mv_batch(_units(op, indices)), indices, z)
 
@@ -36,24 +38,26 @@ def columns(run: Run) -> tuple[jax.Array, jax.Array, Any]:
     return entries, norms, run.check_columns(across, trees.ravel(image))
 
 
-def _unit(op: LinearOperator, i) -> PyTree:
+def _unit(op: LinearOperator, i: int | jax.Array) -> PyTree:
     return trees.unravel(jnp.zeros(op.size, op.dtype).at[i].set(1), op.structure)
 
 
-_units = jax.jit(lambda op, indices: jax.vmap(lambda i: _unit(op, i))(indices))
+@jax.jit
+def _units(op: LinearOperator, indices: arrays.Indices) -> PyTree:
+    return jax.vmap(lambda i: _unit(op, i))(indices)
 
 
 @jax.jit
-def _entries(products: PyTree, indices, z: PyTree):
-    def one(product, i):
+def _entries(products: PyTree, indices: arrays.Indices, z: PyTree) -> _Columns:
+    def one(product: PyTree, i: jax.Array) -> _Columns:
         return trees.ravel(product)[i], trees.norm(product), trees.vdot(z, product)
 
     return jax.vmap(one)(products, indices)
 
 
 @partial(jax.jit, static_argnames="batch")
-def _columns(op: LinearOperator, z: PyTree, batch: int):
-    def one(i):
+def _columns(op: LinearOperator, z: PyTree, batch: int) -> _Columns:
+    def one(i: jax.Array) -> _Columns:
         product = op.mv(_unit(op, i))
         return trees.ravel(product)[i], trees.norm(product), trees.vdot(z, product)
 
@@ -70,7 +74,7 @@ def moved_products(run: Run) -> list[tuple[PyTree, PyTree, PyTree]]:
     key = jax.random.key(KEY)
     if run.traced or run.source.moved(key) is None:
         return []
-    found = []
+    found: list[tuple[PyTree, PyTree, PyTree]] = []
     for i in range(SAMPLES):
         one = jax.random.fold_in(key, i)
         vectors = blocks.draw(run.op, one, np.arange(1), "rademacher")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spectra.base import arrays
 from spectra.base.errors import SpectraError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -88,9 +89,10 @@ def frobenius_norm(
         square, error, unit, ended, count, sound = _sampled(run, num_matvecs)
         dof = count / 2
     else:
-        sketch, found = SketchRun(run, "normal"), []
+        sketch = SketchRun(run, "normal")
+        found: list[Any] = []
 
-        def step(count):
+        def step(count: int) -> list[Any]:
             sketch.extend(count)
             inner = sketch.inner_products()
             values, pairs = leave_one_out.xtrace_values(
@@ -131,11 +133,12 @@ def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Ended, int, Any
     and (w_i · w_{i-1})² for products w = Hv estimate tr H⁴ without bias; the larger one is taken, at most
     |H|_F⁴. The root of χ² is skewed: Student's t with k / 2 degrees of freedom has its quantiles to 3 %.
     """
-    xp, parts = run.xp, []
+    xp = run.xp
+    parts: list[tuple[Any, Any]] = []
     unit, pairs = blocks.begin_pairs(run.op, run.key, 0)
 
-    def result():
-        squares, crosses = (xp.concatenate(x) for x in zip(*parts, strict=True))
+    def result() -> tuple[Any, Any]:
+        squares, crosses = (xp.concatenate([part[i] for part in parts]) for i in range(2))
         k, mean = len(squares), xp.mean(squares)
         fourth = mean**2
         if k > 1:
@@ -143,10 +146,10 @@ def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Ended, int, Any
             fourth = xp.minimum(xp.maximum(xp.var(squares, ddof=1) / 2, pairs), mean**2)
         return mean, xp.hypot(xp.sqrt(2 * fourth / k), 2 * run.op.precision * mean)
 
-    def num_probes():
+    def num_probes() -> int:
         return sum(len(squares) for squares, _ in parts)
 
-    def step(count):
+    def step(count: int) -> tuple[Any, Any]:
         nonlocal pairs, unit
         squares, crosses, pairs, unit = _norms(run, num_probes(), count, pairs, unit)
         parts.append((squares, crosses))
@@ -156,7 +159,9 @@ def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Ended, int, Any
     return *result(), unit, ended, num_probes(), run.check_pairs(pairs)
 
 
-def _norms(run: Run, start: int, stop: int, pairs: blocks.Pairs, unit):
+def _norms(
+    run: Run, start: int, stop: int, pairs: blocks.Pairs, unit: jax.Array
+) -> tuple[Any, Any, blocks.Pairs, Any]:
     """|w_i|², w_i · w_{i-1} (first of all with zero), and the pairs so far, for w = Hv of probes
     start..stop-1.
 
@@ -167,19 +172,28 @@ def _norms(run: Run, start: int, stop: int, pairs: blocks.Pairs, unit):
     if not op.on_host:
         *found, pairs, unit = _norms_compiled(op, run.key, indices, pairs, unit, batch)
     else:
-        parts = []
+        parts: list[list[jax.Array]] = []
         for part in np.split(indices, range(batch, stop - start, batch)):
             probes = blocks.draw(op, run.key, part, "normal")
             images, unit = blocks.in_unit(op.mv_batch(probes), unit)
             *dots, pairs = _stack_norms(probes, images, pairs)
             parts.append(dots)
-        found = [jnp.concatenate(x) for x in zip(*parts, strict=True)]
+        found = [jnp.concatenate([dots[i] for dots in parts]) for i in range(2)]
     return run.host(found[0]), run.host(found[1]), pairs, unit
 
 
 @partial(jax.jit, static_argnames="batch")
-def _norms_compiled(op: LinearOperator, key, indices, pairs, unit, batch: int):
-    def step(carried, part):
+def _norms_compiled(
+    op: LinearOperator,
+    key: jax.Array,
+    indices: arrays.Indices,
+    pairs: blocks.Pairs,
+    unit: jax.Array,
+    batch: int,
+) -> Any:
+    def step(
+        carried: tuple[blocks.Pairs, jax.Array], part: arrays.Indices
+    ) -> tuple[tuple[blocks.Pairs, jax.Array], list[jax.Array]]:
         pairs, unit = carried
         probes = blocks.draw(op, key, part, "normal")
         images, unit = blocks.in_unit(jax.vmap(op.mv)(probes), unit)
@@ -196,7 +210,9 @@ def _norms_compiled(op: LinearOperator, key, indices, pairs, unit, batch: int):
 
 
 @jax.jit
-def _stack_norms(probes: PyTree, images: PyTree, pairs: blocks.Pairs):
+def _stack_norms(
+    probes: PyTree, images: PyTree, pairs: blocks.Pairs
+) -> tuple[jax.Array, jax.Array, blocks.Pairs]:
     before = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y[:-1]]), pairs.image, images)
     squares, crosses = (jnp.sum(blocks.row_dots(images, x), axis=0) for x in (images, before))
     return squares, crosses, blocks.with_products(pairs, probes, images)

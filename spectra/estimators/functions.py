@@ -14,7 +14,7 @@ from spectra.base.meshes import automatic
 from spectra.density.extremes import error_of_powers, sampling_error, shows_fourth_powers
 from spectra.density.slq import slq
 from spectra.density.spending import spend
-from spectra.estimators.bracket import Bounds, bracket, domain, evaluate, interval_of, power_means
+from spectra.estimators.bracket import Bounds, Function, bracket, domain, evaluate, interval_of, power_means
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Estimate, Quadrature
 
@@ -114,7 +114,7 @@ def trace_of(
         return _traced(source, f, key, num_steps, num_probes, tol)
     signed = _is_known(f) if one_signed is None else one_signed
 
-    def estimate(quadrature):
+    def estimate(quadrature: Quadrature) -> Estimate:
         return _from_quadrature(quadrature, f, bounds, signed)
 
     def open_share(found: Estimate) -> float:
@@ -124,26 +124,33 @@ def trace_of(
         goal = tol * abs(found.value)
         return (found.stderr + half) / goal if goal > 0 else np.inf if found.stderr + half > 0 else 0.0
 
-    def error(quadrature) -> float:
+    def error(quadrature: Quadrature) -> float:
         try:
             return open_share(estimate(quadrature))
         except SpectraError:  # f is not finite at a node that other probes may not have
             return np.inf
 
-    found = estimate(quadrature_of(source, key, num_steps, num_probes, probe_batch, tol and error))
+    found = estimate(quadrature_of(source, key, num_steps, num_probes, probe_batch, error if tol else None))
     if tol is None:
         return found
     status = Status.CONVERGED if open_share(found) <= 1 else Status.BUDGET_EXHAUSTED
     return dataclasses.replace(found, status=status)
 
 
-def _traced(op: LinearOperator, f, key, num_steps, num_probes: int, tol) -> Estimate:
+def _traced(
+    op: LinearOperator,
+    f: Callable[[Any], Any],
+    key: jax.Array | None,
+    num_steps: int | None,
+    num_probes: int,
+    tol: float | None,
+) -> Estimate:
     """The value and its standard error inside jit, vmap and grad; derivatives are those of the value."""
     if tol is not None:
         raise SpectraError(
             "tol looks at values: call trace_of outside of jit, vmap and grad, or leave it out."
         )
-    require_key(key)
+    key = require_key(key)
     f = next((getattr(jnp, name) for name in ONE_SIGNED if f is getattr(np, name)), f)
     steps = min(100, op.size) if num_steps is None else num_steps
     q = slq(op, key=key, num_steps=steps, num_probes=num_probes)
@@ -169,18 +176,26 @@ def _traced(op: LinearOperator, f, key, num_steps, num_probes: int, tol) -> Esti
     )
 
 
-def require_key(key) -> None:
-    """Raise where random probes have no key."""
+def require_key(key: jax.Array | None) -> jax.Array:
+    """The key; raises where random probes have none."""
     if key is None:
         raise SpectraError("key=None: random probes need a key, for example jax.random.key(0).")
+    return key
 
 
-def _is_known(f) -> bool:
+def _is_known(f: Function) -> bool:
     """Whether f is one of the functions whose derivatives of order two and more each keep one sign."""
     return any(f is getattr(module, name) for module in (np, jnp) for name in ONE_SIGNED)
 
 
-def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, error=None) -> Quadrature:
+def quadrature_of(
+    source: LinearOperator | Quadrature,
+    key: jax.Array | None,
+    num_steps: int | None = None,
+    num_probes: int = 8,
+    probe_batch: int | None = None,
+    error: Callable[[Quadrature], float] | None = None,
+) -> Quadrature:
     """The quadrature given, or one of the operator."""
     source = getattr(source, "quadrature", source)  # a report stands for its quadrature
     if isinstance(source, Quadrature):
@@ -190,21 +205,22 @@ def quadrature_of(source, key, num_steps=None, num_probes=8, probe_batch=None, e
     require_operator(source)
     if trees.is_traced((source, key)):
         raise SpectraError("functions of an operator need values: call outside of jit and vmap.")
-    require_key(key)
     steps = min(100, source.size) if num_steps is None else num_steps
-    options = {"key": key, "num_steps": steps, "num_probes": num_probes, "probe_batch": probe_batch}
+    options: dict[str, Any] = {"key": require_key(key), "num_steps": steps, "num_probes": num_probes}
+    options["probe_batch"] = probe_batch
     return spend(source, error, **options) if error else slq(source, **options)
 
 
-def _from_quadrature(q: Quadrature, f, bounds: Bounds | None, one_signed: bool) -> Estimate:
+def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_signed: bool) -> Estimate:
     (a, b), excludes = interval_of(q, bounds)
 
-    def at(x):
+    def at(x: np.ndarray) -> np.ndarray:
         return evaluate(f, np.clip(x, a, b))
 
     _check_finite(q, at)
     parts, floor = q.parts, q.noise_floor
-    known, fields = parts.total(at), {"num_matvecs": q.num_matvecs, "method": "slq", "status": q.status}
+    known = parts.total(at)
+    fields: dict[str, Any] = {"num_matvecs": q.num_matvecs, "method": "slq", "status": q.status}
     rounding = float(np.sum(_moved(at, parts.atoms, floor + parts.coupling)))
     rest = parts.rest
     if rest is None:
@@ -244,11 +260,11 @@ def _from_quadrature(q: Quadrature, f, bounds: Bounds | None, one_signed: bool) 
     )
 
 
-def _spread(q: Quadrature, f, ends, mean: float) -> tuple[float, float | None]:
+def _spread(q: Quadrature, f: Function, ends: tuple[float, float], mean: float) -> tuple[float, float | None]:
     """Standard error of the sampled part of tr f(H), and its degrees of freedom; `ends` are of the domain."""
     rest = q.parts.rest
 
-    def deviation(x):
+    def deviation(x: np.ndarray) -> np.ndarray:
         return evaluate(f, np.clip(x, *ends)) - mean
 
     reached = np.append(np.ravel(q.nodes), ends)
@@ -257,13 +273,13 @@ def _spread(q: Quadrature, f, ends, mean: float) -> tuple[float, float | None]:
     return error_of_powers(scale, square, fourth, rest.size, rest.num_probes)
 
 
-def _moved(f, x: np.ndarray, shift: float) -> np.ndarray:
+def _moved(f: Function, x: np.ndarray, shift: float) -> np.ndarray:
     """How far f changes where x moves by `shift`, as far as it is defined there."""
-    shifted, values = np.stack([f(x - shift), f(x + shift)]), f(x)
+    shifted, values = np.asarray([f(x - shift), f(x + shift)]), f(x)
     return np.where(np.isfinite(shifted), np.abs(shifted - values), 0.0).max(axis=0)
 
 
-def _check_finite(q: Quadrature, f) -> None:
+def _check_finite(q: Quadrature, f: Function) -> None:
     """Raise unless f is finite at the Ritz values."""
     nodes, weights = np.asarray(q.nodes, np.float64), np.asarray(q.weights)
     bad = ~np.isfinite(f(nodes)) & (weights > 0)
@@ -334,7 +350,7 @@ def effective_dimension(
         True
     """
 
-    def share(x):
+    def share(x: Any) -> Any:
         return _module(x).where(x + shift > 0, x / (x + shift), np.nan)
 
     return trace_of(source, share, key=key, one_signed=True, **options)

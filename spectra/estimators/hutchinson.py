@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spectra.base import arrays
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.run import Run, adaptive
@@ -45,21 +46,23 @@ def beginning(run: Run, kind: str, num_matvecs: int) -> tuple[Carried, int]:
     return Carried(unit, pairs, Spread(zeros, zeros, jnp.zeros(leaves, run.op.dtype))), aside
 
 
-def forms(run: Run, kind: str, start: int, stop: int, carried: Carried):
+def forms(
+    run: Run, kind: str, start: int, stop: int, carried: Carried
+) -> tuple[jax.Array, jax.Array, Carried]:
     """v_gᵀ(Hv)_g and |(Hv)_g|² of probes start..stop-1 for each group; two arrays (G, stop - start)."""
     if not run.op.on_host and run.journal is None:
         indices, batch = jnp.arange(start, stop), min(run.batch, stop - start)
         dots, squares, carried = _forms(run.op, run.key, indices, carried, kind, batch)
         return run.by_group(dots), run.by_group(squares), carried
 
-    def step(carried, start, stop):
+    def step(carried: Carried, start: int, stop: int) -> tuple[Carried, tuple[jax.Array, jax.Array]]:
         indices = jnp.arange(start, stop)
         if not run.op.on_host:
-            *found, carried = _forms(run.op, run.key, indices, carried, kind, stop - start)
-            return carried, tuple(found)
+            dots, squares, carried = _forms(run.op, run.key, indices, carried, kind, stop - start)
+            return carried, (dots, squares)
         stack = blocks.draw(run.op, run.key, indices, kind)
-        *found, carried = _stack_forms(stack, run.op.mv_batch(stack), indices[0], carried)
-        return carried, tuple(found)
+        dots, squares, carried = _stack_forms(stack, run.op.mv_batch(stack), indices[0], carried)
+        return carried, (dots, squares)
 
     vector = run.op.like
     spread = None if carried.spread is None else Spread(vector, vector, 0)
@@ -70,8 +73,10 @@ def forms(run: Run, kind: str, start: int, stop: int, carried: Carried):
 
 
 @partial(jax.jit, static_argnames=("kind", "batch"))
-def _forms(op: LinearOperator, key, indices, carried: Carried, kind: str, batch: int):
-    def step(carried, part):
+def _forms(
+    op: LinearOperator, key: jax.Array, indices: arrays.Indices, carried: Carried, kind: str, batch: int
+) -> tuple[jax.Array, jax.Array, Carried]:
+    def step(carried: Carried, part: arrays.Indices) -> tuple[Carried, tuple[jax.Array, jax.Array]]:
         v = blocks.draw(op, key, part, kind)
         dots, squares, carried = _stack_forms(v, jax.vmap(op.mv)(v), part[0], carried)
         return carried, (dots, squares)
@@ -86,7 +91,9 @@ def _forms(op: LinearOperator, key, indices, carried: Carried, kind: str, batch:
 
 
 @jax.jit
-def _stack_forms(vectors: PyTree, products: PyTree, first, carried: Carried):
+def _stack_forms(
+    vectors: PyTree, products: PyTree, first: int | jax.Array, carried: Carried
+) -> tuple[jax.Array, jax.Array, Carried]:
     """Forms of a batch of which `first` is the number of the first probe."""
     (products, unit), spread = blocks.in_unit(products, carried.unit), carried.spread
     dots, squares = blocks.row_dots(vectors, products), blocks.row_dots(products, products)
@@ -101,7 +108,7 @@ def _stack_forms(vectors: PyTree, products: PyTree, first, carried: Carried):
 
 
 @partial(jax.jit, static_argnames="count")
-def off_diagonal(spread: Spread, count: int):
+def off_diagonal(spread: Spread, count: int) -> jax.Array:
     """Σ_a Σ_{b≠a} H_ab² for the rows a of each leaf, without bias from `count` Rademacher probes.
 
     Entry a of v ⊙ Hv is H_aa + Σ_{b≠a} H_ab v_a v_b: its variance is the sum of squares of row a off the
@@ -132,31 +139,32 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     probes the limit was 0.999 of it, and 10 % of keys missed.
     """
     signs = kind == "rademacher"
-    xp, parts, (carried, aside) = run.xp, [], beginning(run, kind, num_matvecs)
+    xp, (carried, aside) = run.xp, beginning(run, kind, num_matvecs)
+    parts: list[tuple[Any, Any]] = []
 
-    def result():
-        samples, squares = (xp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
+    def result() -> tuple[Any, Any]:
+        samples, squares = (xp.concatenate([part[i] for part in parts], axis=-1) for i in range(2))
         k, values = samples.shape[-1], xp.mean(samples, axis=-1)
         second = xp.mean(squares, axis=-1)
         if signs:
             sizes = run.sizes
             seen = np.where(sizes < EIGENVECTOR, 0, 1 / sizes) * values**2
             second = xp.maximum(second - seen, 0) / np.where(sizes < EIGENVECTOR, 1, 1 - 2 / sizes)
-        if signs and k > 4:
+        if carried.spread is not None and k > 4:
             off = xp.maximum(run.by_group(off_diagonal(carried.spread, k)), 0)
             second = xp.minimum(second, off * (k - 1) / (k - 4))
         if signs:
             second = second * ((k + 1) / k)
         return values, xp.hypot(xp.sqrt(2 * second / k), run.rounding(squares))
 
-    def step(count):
+    def step(count: int) -> tuple[Any, Any]:
         nonlocal carried
         dots, squares, carried = forms(run, kind, num_probes(), count, carried)
         parts.append((dots, squares))
         values, stderr = result()
         return values[-1], stderr[-1]
 
-    def num_probes():
+    def num_probes() -> int:
         return sum(samples.shape[-1] for samples, _ in parts)
 
     ended = adaptive(run, step, num_matvecs - aside)

@@ -34,6 +34,7 @@ import numpy as np
 
 from spectra.base import stacks
 from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError
+from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.low_rank import complement_forms, project
 from spectra.estimators.run import Run, adaptive
@@ -70,7 +71,9 @@ class Split:
     square: float = math.inf  # F, as of the last random direction, less what was gained since
     centre: float = 0.0  # c
     total: float = 0.0  # Σ α
-    gains: list[float] = dataclasses.field(default_factory=list)  # since a random direction that was wanted
+    gains: list[float] = dataclasses.field(
+        default_factory=list[float]
+    )  # since a random direction that was wanted
 
     @property
     def least(self) -> int:
@@ -142,17 +145,17 @@ def krylov(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     del state
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def step(count):
+    def step(count: int) -> tuple[float, float]:
         for start in range(num_samples(), count, CHUNK):  # `adaptive` counts all samples, not the new ones
             some = min(CHUNK, count - start)
             parts.append(_samples(run, basis, unit, split.spent + start, some, rest))
         values, stderr = result()
         return values[-1], stderr[-1]
 
-    def num_samples():
+    def num_samples() -> int:
         return sum(len(part[0]) for part in parts)
 
-    def result():
+    def result() -> tuple[np.ndarray, np.ndarray]:
         samples, variances, sizes = map(np.concatenate, zip(*parts, strict=True))
         spread = 2 * np.mean(variances) / len(samples)
         rounding = precision * (np.sqrt(split.spent * np.sum(squares)) + rest * np.sqrt(np.mean(sizes)))
@@ -173,11 +176,13 @@ def krylov(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     )
 
 
-def _explore(run: Run, layout: Layout, num_matvecs: int):
+def _explore(
+    run: Run, layout: Layout, num_matvecs: int
+) -> tuple[Split, list[float], list[float], explored.Explored]:
     """The basis: how the budget was split, α and |Hq|² of each direction, and the state."""
     split = Split(run.op.size, num_matvecs, run.tol)
     state = explored.empty(layout, -(-(num_matvecs - split.least) // ROWS) * ROWS)
-    waiting, forms, squares = np.zeros(explored.WAITING), [], []
+    waiting, forms, squares = np.zeros(explored.WAITING), list[float](), list[float]()
     floor = run.op.size**0.5 * float(jnp.finfo(run.op.dtype).eps)
     while not split.done:
         random = split.random_next(waiting)
@@ -209,7 +214,9 @@ def _check_symmetric(run: Run, asymmetry: float, scale: float) -> None:
         )
 
 
-def _samples(run: Run, basis, unit, first: int, count: int, rest: int):
+def _samples(
+    run: Run, basis: PyTree, unit: jax.Array, first: int, count: int, rest: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """vᵀHv, what it shows of its own variance, and |(1 - QQᵀ)Hv|² / |v|², of `count` samples in the unit."""
     probes = blocks.draw(run.op, run.key, jnp.arange(first, first + CHUNK), "normal")
     outside, lengths = project(basis, probes)

@@ -1,8 +1,10 @@
 """The loss itself along directions: what curvature at a point says about the landscape around it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +76,7 @@ def loss_slice(
         >>> line.names, line.eigenvalues.round(3)  # gᵀHg / gᵀg
         (('the gradient',), array([5.401]))
     """
-    if not isinstance(op, DataOperator):
+    if not isinstance(op, DataOperator):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise StructureError(
             f"a {type(op).__name__} has no loss; pass the operator on data that it was made of."
         )
@@ -135,11 +137,12 @@ def _of_directions(
     """Names, the directions at unit length and orthogonal to each other, and the cosine of their angle."""
     if isinstance(directions, (str, Eigenpairs)):
         directions = [directions]
-    if not isinstance(directions, Sequence) or len(directions) not in (1, 2):
+    several = list(cast("Sequence[Any]", directions)) if isinstance(directions, Sequence) else []
+    if len(several) not in (1, 2):
         raise SpectraError(
             'directions is a list of one or two: "gradient", pytrees like the parameters, Eigenpairs.'
         )
-    named = [_direction(op, d, i, gradient) for i, d in enumerate(directions)]
+    named = [_direction(op, d, i, gradient) for i, d in enumerate(several)]
     names, vectors = zip(*named, strict=True)
     if len(vectors) == 1:
         return names, stacks.stacked(list(vectors)), 0.0
@@ -200,8 +203,8 @@ def losses_at(op: DataOperator, plane: PyTree, points: np.ndarray) -> jax.Array:
 def _on_batch(op: DataOperator, plane: PyTree, points: jax.Array) -> jax.Array:
     """One point after another: the memory is that of one evaluation."""
 
-    def one(point):
-        def move(x, v):
+    def one(point: jax.Array) -> jax.Array:
+        def move(x: jax.Array, v: jax.Array) -> jax.Array:
             return x + jnp.tensordot(point.astype(v.dtype), v, 1, precision="highest")
 
         params = op._merge(jax.tree.map(move, op._variables(), plane))

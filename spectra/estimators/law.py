@@ -76,7 +76,8 @@ class Law:
 
     def errors(self, values: np.ndarray, *, by_fold: bool = False) -> Errors:
         """Of the weighted mean of (b, ...); `by_fold` if the folds are means of different things."""
-        mean, found, freedom = np.tensordot(self.weights, values, 1), [], 0.0
+        mean, freedom = np.tensordot(self.weights, values, 1), 0.0
+        found: list[np.ndarray] = []
         folds = self.folds if by_fold else np.zeros_like(self.folds)
         for stratum in range(self.strata.max() + 1):
             mine = self.strata == stratum

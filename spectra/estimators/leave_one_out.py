@@ -21,7 +21,7 @@ and for JAX inside a caller's jit. A leading axis counts groups of parameters, t
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,15 +62,18 @@ class Nystrom(NamedTuple):
     inverse_gram: Array  # (m, m), (Ω Ωᵀ)^{-1}
 
 
+Formula = Callable[[list[Array], Any], Array]  # estimates without some directions, of which probe
+
+
 @contextlib.contextmanager
-def careful() -> Iterator[None]:
+def careful() -> Generator[None]:
     """For small algebra: BLAS on one thread on the host, full precision inside a caller's jit."""
     with one_thread(), jax.default_matmul_precision("highest"):
         yield
 
 
 @careful()
-def directions(sketch: Array, precision: float, xp) -> Array:
+def directions(sketch: Array, precision: float, xp: Any) -> Array:
     """Unit rows u_j orthogonal to all columns of the sketch R = Q Yᵀ but column j.
 
     They are the normalised columns of R^{-T}. Where R is rank-deficient its singular values are raised
@@ -81,7 +84,7 @@ def directions(sketch: Array, precision: float, xp) -> Array:
     return unit_rows(inverse, xp)
 
 
-def _raised_inverse(sketch: Array, precision: float, xp) -> Array:
+def _raised_inverse(sketch: Array, precision: float, xp: Any) -> Array:
     left, values, right = xp.linalg.svd(sketch)
     floor = len(values) * precision * values[0]
     values = xp.where(floor > 0, xp.maximum(values, floor), 1)
@@ -96,34 +99,36 @@ def _inverse(sketch: jax.Array, precision: float) -> jax.Array:
 
 @_inverse.defjvp
 @careful()  # itself: it may run when the caller is done
-def _inverse_derivative(precision, primals, tangents):
+def _inverse_derivative(
+    precision: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     inverse = _inverse(*primals, precision)
     return inverse, -inverse @ tangents[0] @ inverse
 
 
-def unit_rows(rows: Array, xp) -> Array:
+def unit_rows(rows: Array, xp: Any) -> Array:
     """Rows at unit length; those of zeros stay."""
     size = xp.sqrt(_dots(rows, rows, xp))[..., None]
     return rows / xp.where(size > 0, size, 1)
 
 
-def _dots(a: Array, b: Array, xp) -> Array:
+def _dots(a: Array, b: Array, xp: Any) -> Array:
     """Inner products of rows; on the host without the array of their terms."""
     return np.vecdot(a, b) if xp is np else jnp.sum(a * b, axis=-1)
 
 
-def _second(u: Array, i, xp) -> Array:
+def _second(u: Array, i: Any, xp: Any) -> Array:
     """Row j is the unit vector of span(u_i, u_j) orthogonal to u_j; row i has no meaning. i: any shape."""
     return unit_rows(_drop([u, u], u[i][..., None, :], xp), xp)  # twice: to rounding
 
 
-def seconds(u: Array, count: int, xp) -> Array:
+def seconds(u: Array, count: int, xp: Any) -> Array:
     """Second directions [i, j] of the first `count` probes, zero for i = j; shape (count, count, m)."""
     among = _second(u[:count], xp.arange(count), xp)
     return xp.where(xp.eye(count, dtype=bool)[..., None], 0, among)
 
 
-def _with_pairs(formula, u: Array, num_groups: int, xp) -> tuple[Array, Array]:
+def _with_pairs(formula: Formula, u: Array, num_groups: int, xp: Any) -> tuple[Array, Array]:
     """(G, m) estimates t_j, and (d, G, m) estimates t_j|i for the first d probes i.
 
     On the host many i run together: there a call costs more than the arithmetic.
@@ -138,14 +143,14 @@ def _with_pairs(formula, u: Array, num_groups: int, xp) -> tuple[Array, Array]:
     return formula([first], None), np.concatenate(pairs)
 
 
-def _drop(removed: list[Array], rows: Array, xp) -> Array:
+def _drop(removed: list[Array], rows: Array, xp: Any) -> Array:
     for u in removed:
         rows = rows - u * _dots(u, rows, xp)[..., None]
     return rows
 
 
 @careful()
-def xtrace_values(g: Sketch, u: Array, size: int, *, resphere: bool, xp) -> tuple[Array, Array]:
+def xtrace_values(g: Sketch, u: Array, size: int, *, resphere: bool, xp: Any) -> tuple[Array, Array]:
     """tr over each group of P A + A P - P A P, exactly, plus μᵀ(1-P) A (1-P) μ, μ = (1-P) ω_j.
 
     P projects on the sketch without probe j. With `resphere`, μ is scaled to the length that a normal
@@ -165,7 +170,7 @@ def xtrace_values(g: Sketch, u: Array, size: int, *, resphere: bool, xp) -> tupl
     return found[0], found[1]
 
 
-def _whole(g: Sketch, core: Array, u: Array, size: int, resphere: bool, xp):
+def _whole(g: Sketch, core: Array, u: Array, size: int, resphere: bool, xp: Any) -> Formula:
     """XTrace: the directions a that are left out take Σ aᵀHa off tr H; with x the part of Qω in the sketch,
     and v the second direction, x loses v (v·x)."""
     m, trace = len(u), xp.trace(core)
@@ -174,7 +179,7 @@ def _whole(g: Sketch, core: Array, u: Array, size: int, resphere: bool, xp):
     taken, rest = _dots(u, hu, xp), g.oy[-1] - 2 * _dots(sketch, x, xp) + _dots(x, hx, xp)
     length = g.oo - _dots(x, x, xp)
 
-    def formula(removed, _):
+    def formula(removed: list[Array], _: Any) -> Array:
         less, residual, square = taken[None], rest[None], length[None]
         for v in removed[1:]:
             share, own = _dots(v, x, xp), _dots(v @ core, v, xp)
@@ -186,15 +191,17 @@ def _whole(g: Sketch, core: Array, u: Array, size: int, resphere: bool, xp):
     return formula
 
 
-def _of_groups(g: Sketch, core: Array, sketch: Array, probes: Array, size: int, resphere: bool, xp):
+def _of_groups(
+    g: Sketch, core: Array, sketch: Array, probes: Array, size: int, resphere: bool, xp: Any
+) -> Formula:
     """The same restricted to each group, where Q has no orthonormal rows."""
     m, mixed = len(core), core @ g.qq
     fixed = 2 * xp.trace(g.qz, axis1=-2, axis2=-1) - xp.trace(mixed, axis1=-2, axis2=-1)
 
-    def form(a, matrix, b):
+    def form(a: Array, matrix: Array, b: Array) -> Array:
         return _dots(a @ matrix, b, xp)
 
-    def formula(removed, _):
+    def formula(removed: list[Array], _: Any) -> Array:
         x = _drop(removed, probes.T, xp)
         hx = x @ core
         c = _drop(removed, sketch.T - hx, xp)
@@ -215,7 +222,7 @@ def _of_groups(g: Sketch, core: Array, sketch: Array, probes: Array, size: int, 
 
 @careful()
 def xnystrace_values(
-    g: Nystrom, size: int, precision: float, *, resphere: bool, xp
+    g: Nystrom, size: int, precision: float, *, resphere: bool, xp: Any
 ) -> tuple[Array, Array, Array]:
     """tr over each group of the Nyström approximation without probe j, plus ω_jᵀ (A - A<Ω>) ω_j.
 
@@ -233,7 +240,7 @@ def xnystrace_values(
     inverse, diagonal = g.inverse_gram, xp.diagonal(g.inverse_gram)
     fixed = xp.trace(g.bb, axis1=-2, axis2=-1)
 
-    def dual(i):
+    def dual(i: Any) -> tuple[Array, Array]:
         """Coefficients of ω_j less its projection on the probes kept, and its squared length."""
         if i is None:
             return inverse / diagonal[:, None], 1 / diagonal
@@ -243,7 +250,7 @@ def xnystrace_values(
         rows, square = rows / determinant[..., None], own / determinant
         return (rows[:, None], square[:, None]) if xp is np else (rows, square)
 
-    def formula(removed, i):
+    def formula(removed: list[Array], i: Any) -> Array:
         z = sum(a * xp.sum(a * g.root, axis=-1, keepdims=True) for a in removed)
         if resphere:
             v, square = dual(i)
@@ -269,7 +276,7 @@ def xnystrace_values(
     return values, pairs, own
 
 
-def mean_and_variance(values: Array, pairs: Array, xp, own: Array | None = None) -> tuple[Array, Array]:
+def mean_and_variance(values: Array, pairs: Array, xp: Any, own: Array | None = None) -> tuple[Array, Array]:
     """Mean over probes and its variance, for estimates (G, m) and pairs (d, G, m); see above.
 
     `own` has the variance of each estimate given its sketch, where it is known: on average that is the
@@ -285,7 +292,7 @@ def mean_and_variance(values: Array, pairs: Array, xp, own: Array | None = None)
     return xp.mean(values, axis=-1), spread + covariance
 
 
-def _covariance(products: Array, xp) -> Array:
+def _covariance(products: Array, xp: Any) -> Array:
     """Mean of δ_ij δ_ji (G, d, d) over pairs and its standard error, at most the mean of |δ_ij δ_ji|."""
     d = products.shape[-1]
     bound = xp.sum(xp.abs(products), axis=(-2, -1)) / (d * (d - 1))

@@ -3,12 +3,14 @@
 A sketch is probes, their images, and an orthonormal basis of them, grown without loss.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from spectra.base import trees
 from spectra.base.errors import SpectraError
@@ -16,6 +18,7 @@ from spectra.base.trees import PyTree
 from spectra.estimators import blocks, leave_one_out
 from spectra.estimators.leave_one_out import Nystrom, Sketch
 from spectra.estimators.run import Run, adaptive
+from spectra.operators.base import LinearOperator
 from spectra.results import Estimate
 
 MIN_SKETCH = 12
@@ -91,8 +94,20 @@ class SketchRun:
 
 
 def _grow(
-    op, key, held: Held | None, unit, *, start, stop, kind, batch, project, grouped, keep=None, multiply=None
-):
+    op: LinearOperator,
+    key: jax.Array,
+    held: Held | None,
+    unit: jax.Array,
+    *,
+    start: int,
+    stop: int,
+    kind: str,
+    batch: int,
+    project: bool,
+    grouped: bool,
+    keep: Callable[[PyTree], PyTree] | None = None,
+    multiply: Callable[[PyTree], PyTree] | None = None,
+) -> tuple[Held, list[jax.Array] | None, jax.Array]:
     """More probes and their images; with `project` also a basis of all images and its, and inner products."""
     indices, basis, basis_images, noise = np.arange(start, stop), None, None, None
     if project:
@@ -118,7 +133,7 @@ _grow_compiled = jax.jit(_grow, static_argnames=("start", "stop", "kind", "batch
 
 
 @partial(jax.jit, static_argnames="grouped")
-def _inner_products(held: Held, grouped: bool):
+def _inner_products(held: Held, grouped: bool) -> list[jax.Array]:
     """QZᵀ, QYᵀ, QΩᵀ, the diagonals of ΩYᵀ, YYᵀ and ΩΩᵀ, and ZΩᵀ, leaf by leaf; for groups QQᵀ, too."""
     o, y, q, z = held
     parts = [blocks.gram(q, z), blocks.gram(q, y), blocks.gram(q, o)]
@@ -132,7 +147,7 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     sketch = SketchRun(run, kind)
     found: list[Any] = []
 
-    def step(count):
+    def step(count: int) -> tuple[Any, Any]:
         sketch.extend(count)
         inner = sketch.inner_products()
         values, pairs = leave_one_out.xtrace_values(
@@ -158,7 +173,7 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     )
 
 
-def with_rounding(run: Run, values, pairs, rounding, own=None) -> tuple[Any, Any]:
+def with_rounding(run: Run, values: Any, pairs: Any, rounding: Any, own: Any = None) -> tuple[Any, Any]:
     """Mean of leave-one-out estimates, and its error with that of rounding."""
     mean, variance = leave_one_out.mean_and_variance(values, pairs, run.xp, own)
     return mean, run.xp.sqrt(variance + rounding**2)
@@ -174,7 +189,7 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     xp, sketch = run.xp, SketchRun(run, kind)
     found: list[Any] = []
 
-    def step(count):
+    def step(count: int) -> tuple[Any, Any]:
         sketch.extend(count, project=False)
         made = nystrom(sketch, "xnystrace", "xtrace")
         estimates, pairs, own = leave_one_out.xnystrace_values(
@@ -201,7 +216,7 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
 
 
 @jax.jit
-def _shift(factor, vectors, products):
+def _shift(factor: ArrayLike, vectors: PyTree, products: PyTree) -> PyTree:
     return trees.axpy(factor, vectors, products)
 
 
@@ -252,7 +267,7 @@ def nystrom(sketch: SketchRun, method: str, other: str) -> Factored:
     return Factored(factor, vectors * root, vectors / root, inverse_gram, shift, smallest, squares)
 
 
-def _require_positive(values, run: Run, method: str, other: str) -> None:
+def _require_positive(values: np.ndarray, run: Run, method: str, other: str) -> None:
     if values[0] < -(run.op.precision**0.5) * abs(values).max():
         raise SpectraError(
             f"{method} needs a positive semi-definite operator: on the span of the probes it has the "
@@ -281,7 +296,7 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         fixed = xp.trace(2 * qz - qz[-1] @ qq, axis1=-2, axis2=-1)
     parts: list[Any] = []
 
-    def step(count):
+    def step(count: int) -> tuple[Any, Any]:
         done = num_samples()
         probes = blocks.draw(run.op, run.key, jnp.arange(rank + done, rank + count), kind)
         complement, square = project(q, probes)
@@ -296,12 +311,12 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         values, stderr = result()
         return values[-1], stderr[-1]
 
-    def result():
+    def result() -> tuple[Any, Any]:
         samples, squares = (xp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
         stderr = xp.sqrt(2 * xp.mean(squares, axis=-1) / num_samples())
         return xp.mean(samples, axis=-1) + fixed, xp.hypot(stderr, run.rounding(inner.yy))
 
-    def num_samples():
+    def num_samples() -> int:
         return sum(samples.shape[-1] for samples, _ in parts)
 
     ended = adaptive(run, step, num_matvecs - 2 * rank, least=MIN_SKETCH)
@@ -318,14 +333,16 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
 
 
 @jax.jit
-def project(basis: PyTree, vectors: PyTree):
+def project(basis: PyTree, vectors: PyTree) -> tuple[PyTree, jax.Array]:
     """The part of vectors orthogonal to the basis, and its squared lengths."""
     rest = blocks.subtract(vectors, blocks.combine(jnp.sum(blocks.gram(vectors, basis), axis=0), basis))
     return rest, jnp.sum(blocks.row_dots(rest, rest), axis=0)
 
 
 @jax.jit
-def complement_forms(basis: PyTree, vectors: PyTree, images: PyTree):
+def complement_forms(
+    basis: PyTree, vectors: PyTree, images: PyTree
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """v · w, |w|² and |w - v (vᵀw) / |v|²|² with w = (1 - QQᵀ) H v, for each leaf."""
     rest = project(basis, images)[0]
     dots, lengths = blocks.row_dots(vectors, rest), jnp.sum(blocks.row_dots(vectors, vectors), axis=0)

@@ -1,5 +1,8 @@
 """What perturbations of the parameters do to the loss, and the perturbations that compression makes."""
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,11 +51,11 @@ def rounding_deltas(
         >>> [[round(float(x), 2) for x in row] for row in deltas["w"]["w"]]
         [[0.0, -0.3], [-0.4, 0.0]]
     """
-    if not isinstance(bits, int) or not 2 <= bits <= 16:
+    if not isinstance(bits, int) or not 2 <= bits <= 16:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SpectraError(f"bits={bits}: use 2 to 16.")
     levels = 2 ** (bits - 1) - 1
 
-    def rounded(w, stacked):
+    def rounded(w: jax.Array, stacked: bool) -> jax.Array:
         axes = tuple(range(int(stacked), w.ndim))
         if channel_axis is not None:
             if not -w.ndim + int(stacked) <= channel_axis < w.ndim - int(stacked):
@@ -94,7 +97,7 @@ def pruning_deltas(op: LinearOperator, share: float = 0.5, *, by: str = "layer")
     if not 0 < share < 1:
         raise SpectraError(f"share={share} is not between 0 and 1.")
 
-    def pruned(w, stacked):
+    def pruned(w: jax.Array, stacked: bool) -> jax.Array:
         rows = w.reshape(w.shape[0], -1) if stacked else w.reshape(1, -1)
         count = math.floor(share * rows.shape[1] + 0.5)
         ranks = jnp.argsort(jnp.argsort(jnp.abs(rows), axis=1), axis=1)  # ties by their order
@@ -109,7 +112,7 @@ def _by_layer(op: LinearOperator, by: str, change: Callable[..., jax.Array]) -> 
     leaves, treedef = jax.tree.flatten(op.like)
     if not trees.has_values(leaves):
         raise SpectraError("op knows the shapes of its parameters only, not their values.")
-    found = {}
+    found: dict[str, PyTree] = {}
     for name, indices, stack in paths.stacked_groups(op.like, by, op._stacks()):
         stacked = stack is not None
         chosen = [i for i in indices if leaves[i].ndim >= 2 + stacked and leaves[i].size]
@@ -176,9 +179,9 @@ def perturbation(op: DataOperator, deltas: Mapping[str, PyTree], *, measure: boo
         >>> [float(x) for x in found.changes], found.change()
         ([-0.5, 1.5], 0.0)
     """
-    if not isinstance(op, DataOperator):
+    if not isinstance(op, DataOperator):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise StructureError(f"op is a {type(op).__name__}, which has no loss: pass an operator on data.")
-    if not isinstance(deltas, Mapping) or not deltas:
+    if not isinstance(deltas, Mapping) or not deltas:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SpectraError("deltas is a mapping from names to perturbations, with at least one.")
     parts = {str(name): _parts(op, delta, str(name)) for name, delta in deltas.items()}
     loss = float(op.loss())
@@ -203,10 +206,13 @@ def perturbation(op: DataOperator, deltas: Mapping[str, PyTree], *, measure: boo
     )
 
 
-def _parts(op: DataOperator, delta: PyTree, name: str) -> list:
+Parts = list[jax.Array | None]  # leaves of a perturbation, None for those that do not change
+
+
+def _parts(op: DataOperator, delta: PyTree, name: str) -> Parts:
     """The leaves of a perturbation, None for those that do not change."""
     structure = op.structure
-    if op._is_flat(delta):
+    if op.is_flat(delta):
         delta = op.as_vector(delta, f"deltas['{name}']")
     whole = jax.tree.structure(structure, is_leaf=_is_none)
     if jax.tree.structure(delta, is_leaf=_is_none) != whole:
@@ -229,7 +235,7 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-def _filled(op: DataOperator, parts: list) -> PyTree:
+def _filled(op: DataOperator, parts: Parts) -> PyTree:
     """The perturbation as a vector, zero where it changes nothing."""
     leaves, treedef = jax.tree.flatten(op.structure)
     return treedef.unflatten(
@@ -238,25 +244,26 @@ def _filled(op: DataOperator, parts: list) -> PyTree:
 
 
 @jax.jit
-def _dots(image: list, kept: list[list]) -> jax.Array:
+def _dots(image: list[jax.Array], kept: list[Parts]) -> jax.Array:
     """Inner products of one vector with all perturbations."""
 
-    def one(parts):
+    def one(parts: Parts) -> jax.Array:
         pairs = [(a, b) for a, b in zip(image, parts, strict=True) if b is not None]
         return trees.vdot([a for a, _ in pairs], [b for _, b in pairs])
 
     return jnp.stack([one(parts) for parts in kept])
 
 
-def _measured(op: DataOperator, kept: list[list], loss: float) -> tuple[np.ndarray, float]:
+def _measured(op: DataOperator, kept: list[Parts], loss: float) -> tuple[np.ndarray, float]:
     """True changes, of each perturbation and of their sum."""
 
-    def change(vector):
+    def change(vector: PyTree) -> float:
         stack = jax.tree.map(lambda x: x[None], vector)
         return float(losses_at(op, stack, np.ones((1, 1)))[0]) - loss
 
     vectors = (_filled(op, parts) for parts in kept)
-    total, changes = None, []
+    total: PyTree = None
+    changes: list[float] = []
     for vector in vectors:
         changes.append(change(vector))
         total = vector if total is None else trees.axpy(1.0, vector, total)

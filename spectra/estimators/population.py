@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import arrays, trees
 from spectra.base.errors import SpectraError, Status, StructureError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -32,6 +32,7 @@ from spectra.estimators import blocks
 from spectra.estimators.batches import Batches, draw_batches
 from spectra.estimators.law import Law, Seen
 from spectra.krylov.eigsh import eigsh
+from spectra.operators.base import LinearOperator
 from spectra.operators.batches import batch_size
 from spectra.operators.data import DataOperator
 from spectra.results import Eigenpairs, Population
@@ -115,7 +116,7 @@ def population(
         >>> low < 1.0 < high, found.trace.lower < 5.0 < found.trace.upper
         (True, True)
     """
-    if not isinstance(op, DataOperator):
+    if not isinstance(op, DataOperator):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise StructureError(f"op is a {type(op).__name__}: batches are drawn from an operator on data.")
     if getattr(op, "centered", False):
         raise StructureError(
@@ -160,7 +161,8 @@ class _Fits(NamedTuple):
 
 
 def _fit(batches: Batches, folds: np.ndarray, k: int, key: jax.Array, tol: float) -> _Fits:
-    parts, products, cost = [], 0, 0.0
+    parts: list[PyTree] = []
+    products, cost = 0, 0.0
     for fold in range(folds.max() + 1):
         chosen = np.flatnonzero(folds != fold)
         pairs = eigsh(
@@ -182,7 +184,7 @@ def _fit(batches: Batches, folds: np.ndarray, k: int, key: jax.Array, tol: float
 
 
 @jax.jit
-def _start(parts: list[PyTree], key: jax.Array, op: DataOperator) -> PyTree:
+def _start(parts: list[PyTree], key: jax.Array, op: LinearOperator) -> PyTree:
     """The sum of the leading vectors, turned alike, and a little of a random one."""
     fresh = trees.scale(FRESH, trees.sphere_sample(key, op.structure))
     total = fresh
@@ -194,30 +196,35 @@ def _start(parts: list[PyTree], key: jax.Array, op: DataOperator) -> PyTree:
 
 
 def _look(batches: Batches, folds: np.ndarray, fitted: _Fits, key: jax.Array, num_probes: int) -> Seen:
-    rows = []
+    rows: list[tuple[np.ndarray, ...]] = []
     for b, op in enumerate(batches.each()):
         sets = (fitted.parts[folds[b]], fitted.whole.vectors)
         rows.append(jax.device_get(_of_batch(op, sets, jax.random.fold_in(key, b), num_probes)))
-    held, inside, traces = (np.stack(x).astype(np.float64) for x in zip(*rows, strict=True))
+    held, inside, traces = (np.stack([row[i] for row in rows]).astype(np.float64) for i in range(3))
     return Seen(held[:, ::-1, ::-1], inside[:, ::-1, ::-1], traces)
 
 
 @partial(jax.jit, static_argnames="num_probes")
-def _of_batch(op: DataOperator, sets: tuple, key: jax.Array, num_probes: int):
+def _of_batch(
+    op: DataOperator, sets: tuple[PyTree, PyTree], key: jax.Array, num_probes: int
+) -> tuple[jax.Array, ...]:
     """VᵀHV of both sets of vectors, and vᵀHv of random signs."""
     probes = blocks.draw(op, key, jnp.arange(num_probes), "rademacher")
     stacks = [*sets, probes]
     images = jax.vmap(op.mv)(blocks.concatenate(stacks))
-    found, start = [], 0
+    found: list[jax.Array] = []
+    start = 0
     for stack in stacks:
         stop = start + blocks.length(stack)
         found.append(jnp.sum(blocks.gram(stack, blocks.rows(images, start, stop)), axis=0))
         start = stop
     first, second, last = found
-    return (first + first.T) / 2, (second + second.T) / 2, jnp.diagonal(last)
+    return (first + first.T) / 2, (second + second.T) / 2, arrays.diagonal(last)
 
 
-def _summary(op, batches: Batches, law: Law, fitted: _Fits, seen: Seen, level: float) -> Population:
+def _summary(
+    op: DataOperator, batches: Batches, law: Law, fitted: _Fits, seen: Seen, level: float
+) -> Population:
     num_folds, count = law.folds.max() + 1, len(law.folds)
     whole = np.asarray(fitted.whole.values, float)[::-1]
     most = whole + np.asarray(fitted.whole.residuals, float)[::-1]

@@ -52,7 +52,7 @@ class Run:
     journal: Journal | None = None  # where somebody watches the run, or it is saved
 
     @property
-    def xp(self):
+    def xp(self) -> Any:
         """NumPy in float64 on the host, JAX inside a caller's jit."""
         return jnp if self.traced else np
 
@@ -86,13 +86,18 @@ class Run:
         return jnp.zeros((), self.op.dtype)
 
     def fold(
-        self, step, state: PyTree, start: int, stop: int, **looks: PyTree
+        self,
+        step: Callable[[Any, int, int], tuple[Any, Any]],
+        state: PyTree,
+        start: int,
+        stop: int,
+        **looks: PyTree,
     ) -> tuple[PyTree, list[PyTree]]:
         """state, out = step(state, a, b) for each batch a..b-1 of start..stop-1; see `Journal.fold`."""
         parts = list(itertools.pairwise([*range(start, stop, self.batch), stop]))
         if self.journal is not None:
             return self.journal.fold(step, state, parts, **looks)
-        outs = []
+        outs: list[PyTree] = []
         for part in parts:
             state, out = step(state, *part)
             outs.append(out)
@@ -107,7 +112,7 @@ class Run:
         if self.journal is None:
             return blocks.products(self.op, stack, self.batch)
 
-        def step(state, start, stop):
+        def step(state: None, start: int, stop: int) -> tuple[None, PyTree]:
             return state, blocks.products(self.op, blocks.rows(stack, start, stop), self.batch)
 
         return blocks.concatenate(self.fold(step, None, 0, blocks.length(stack), out=self.op.like)[1])
@@ -139,8 +144,7 @@ class Run:
         """The same for (zᵀH e_i) and H z, which agree if the columns H e_i make a symmetric matrix."""
         largest = jnp.maximum(jnp.max(jnp.abs(image)), jnp.max(jnp.abs(across)))
         unit = jnp.where(largest > 0, largest, 1)
-        worst, size = (jnp.linalg.norm(x / unit) for x in (across - image, image))
-        worst, size = self.host(worst), self.host(size)
+        worst, size = (self.host(jnp.linalg.norm(x / unit)) for x in (across - image, image))
         return self._sound(worst, size, blocks.limit(self.op), "of a vector and all columns amounts to")
 
     def _sound(self, worst: Array, size: Array, limit: float, what: str) -> Array:
@@ -185,8 +189,8 @@ def begin(
     key: Any,
     by: str | None,
     tol: float | None,
-    num_matvecs: int,
-    probe_batch: int | None,
+    num_matvecs: Any,
+    probe_batch: Any,
     count: int,
     stacks: int = 0,
     needs_key: bool = True,

@@ -8,7 +8,10 @@ when all examples are alike, with nine tenths). A share of the draws is proporti
 examples, whatever their loss, which bounds the variance where the loss says nothing about the curvature.
 """
 
-from typing import NamedTuple
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +65,7 @@ def losses(op: DataOperator) -> np.ndarray:
 
 @jax.jit
 def _losses(op: DataOperator) -> jax.Array:
-    def one(leaves: list) -> jax.Array:
+    def one(leaves: list[jax.Array]) -> jax.Array:
         piece = replace_owned(op.data, op.shared, [x[None] for x in leaves])
         return op._value(params, piece).astype(jnp.float32)
 
@@ -83,10 +86,11 @@ def split(losses: np.ndarray, plan: Plan) -> list[np.ndarray]:
     mass = np.full(len(losses), ALIKE / len(losses))
     if sizes.sum() > 0:
         mass = mass + (1 - ALIKE) * sizes / sizes.sum()
-    order, need, found = np.argsort(-sizes, kind="stable"), plan.each * plan.size, []
+    order, need = np.argsort(-sizes, kind="stable"), plan.each * plan.size
+    found: list[np.ndarray] = []
     for left in range(plan.strata, 1, -1):
         total = np.cumsum(mass[order])
-        cut = int(np.searchsorted(total, total[-1] / left)) + 1
+        cut = int(np.searchsorted(total, float(total[-1]) / left)) + 1
         cut = min(max(cut, need), len(order) - need * (left - 1))
         found.append(order[:cut])
         order = order[cut:]
@@ -126,7 +130,7 @@ class WeightedBatches(LinearOperator):
         count = len(self.weights)
         runs = [x.reshape(count, -1, *x.shape[1:]) for x in owned_leaves(data, shared)]
 
-        def add(total, batch):
+        def add(total: PyTree, batch: Any) -> PyTree:
             leaves, weight = batch
             own = self.parts._on(data=replace_owned(data, shared, leaves))
             return trees.axpy(weight, own.mv(v), total), None

@@ -55,7 +55,7 @@ def trace(
     by: str | None = None,
     probe_batch: int | None = None,
     progress: bool = False,
-    checkpoint: Checkpoint | str | os.PathLike | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
 ) -> Estimate:
     """Estimate the trace tr H = Σ_i H_ii, with a standard error and a 95 % interval.
 
@@ -190,7 +190,9 @@ def _default_probes(op: LinearOperator, method: str, num_matvecs: int) -> str:
     return "rademacher" if num_matvecs - blocks.aside(op, "rademacher", num_matvecs) >= SIGNS else "normal"
 
 
-def _for_krylov(op, key, by, probes, num_matvecs: int) -> bool:
+def _for_krylov(
+    op: LinearOperator, key: jax.Array | None, by: str | None, probes: str | None, num_matvecs: int
+) -> bool:
     """Whether nothing asks for more than a Krylov space can give; on a stream, products share a pass."""
     return (
         num_matvecs >= KRYLOV

@@ -37,6 +37,11 @@ class BandState:
     scale: jax.Array  # (), largest |H v| so far
 
 
+_Carry = tuple[
+    jax.Array, jax.Array, jax.Array, BandState
+]  # products done, the row, the one before, the state
+
+
 @partial(jax.jit, static_argnames=("layout", "num_rows"))
 def empty(layout: Layout, num_rows: int) -> BandState:
     """No rows, and room for `num_rows`."""
@@ -66,12 +71,19 @@ def append(layout: Layout, state: BandState, vector: PyTree) -> tuple[BandState,
 
 
 @partial(jax.jit, static_argnames=("layout",))
-def row_of(layout: Layout, state: BandState, row) -> PyTree:
+def row_of(layout: Layout, state: BandState, row: int | jax.Array) -> PyTree:
     """One row as the pytree that it stands for."""
     return layout.unpack(_basis.take(state.basis, row))
 
 
-def absorb(layout: Layout, size: int, state: BandState, row, previous, product: PyTree) -> BandState:
+def absorb(
+    layout: Layout,
+    size: int,
+    state: BandState,
+    row: int | jax.Array,
+    previous: int | jax.Array,
+    product: PyTree,
+) -> BandState:
     """Column `row` of G and a new row, given the product; `previous` is the row that led to this one."""
     q, p = _basis.take(state.basis, row), _basis.take(state.basis, previous)
     w = layout.pack(product)
@@ -96,14 +108,22 @@ def absorb(layout: Layout, size: int, state: BandState, row, previous, product: 
 
 
 @partial(jax.jit, static_argnames=("layout", "size"), donate_argnames=("state",))
-def chain(op, layout, size, state, row, previous, steps):
+def chain(
+    op: LinearOperator,
+    layout: Layout,
+    size: int,
+    state: BandState,
+    row: int | jax.Array,
+    previous: int | jax.Array,
+    steps: int | jax.Array,
+) -> BandState:
     """Process `row`, then each row that a product has led to, `steps` products in all."""
 
-    def going(carry):
+    def going(carry: _Carry) -> jax.Array:
         done, row, _, state = carry
         return (done < steps) & (row < state.filled)
 
-    def one(carry):
+    def one(carry: _Carry) -> _Carry:
         done, row, previous, state = carry
         new = state.filled
         product = op.mv(layout.unpack(_basis.take(state.basis, row)))
@@ -117,7 +137,9 @@ absorb_one = jax.jit(absorb, static_argnames=("layout", "size"), donate_argnames
 
 
 @partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
-def replace(layout: Layout, state: BandState, weights, coefficients, filled) -> BandState:
+def replace(
+    layout: Layout, state: BandState, weights: jax.Array, coefficients: jax.Array, filled: jax.Array
+) -> BandState:
     """Combinations of the rows in their place, Σ_i weights_ij v_i as row j, with the coefficients given."""
     basis = _rows.combine(state.basis, weights, layout)
     return BandState(basis, coefficients, filled, state.scale)
@@ -189,7 +211,7 @@ class Band:
         self._check()
         return new[-1] if len(new) == steps else None
 
-    def _extend_on_host(self, row, previous, steps):
+    def _extend_on_host(self, row: int, previous: int, steps: int) -> None:
         filled = self.filled
         for _ in range(steps):
             product = self._product(row_of(self.layout, self.state, row))
@@ -228,7 +250,7 @@ class Band:
         return float(np.max(np.abs(g - g.T), initial=0.0)) / (self.scale or 1.0)
 
     @one_thread()
-    def ritz(self, rows: list[int] | None = None):
+    def ritz(self, rows: list[int] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Ritz values of some processed rows, ascending, their vectors and parts of their residuals.
 
         Returns θ (r,), S (r, r), the coefficients on pending rows (p, r), and residual norms (r,).

@@ -15,11 +15,14 @@ reduction between devices.
 """
 
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from spectra.base import arrays
 from spectra.krylov.layout import Layout, Panels
 
 Basis = tuple[Panels, ...]
@@ -47,7 +50,7 @@ def zeros(layout: Layout, num_rows: int) -> Basis:
     """An empty basis with room for `num_rows` vectors, in whole segments."""
     count, rows = segments(num_rows)
 
-    def segment():
+    def segment() -> Panels:
         panels = layout.panels
         return layout.place(
             [jnp.zeros((p.shape[0], rows, *p.shape[1:]), layout.row_dtype or p.dtype) for p in panels]
@@ -56,7 +59,7 @@ def zeros(layout: Layout, num_rows: int) -> Basis:
     return tuple(segment() for _ in range(count))
 
 
-def put(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
+def put(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
     """The basis with `vector` in `row`, in place where donated: that row alone is written, nothing is copied.
 
     By platform, since no one form is right on all. `put_by_branch` copies segments in a program for a GPU,
@@ -67,11 +70,11 @@ def put(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
     return lax.platform_dependent(basis, row, vector, default=put_by_branch, **gpus)
 
 
-def put_by_branch(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
+def put_by_branch(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
     """`put` with one conditional a segment: a `lax.switch` over all copies the basis on a CPU."""
     size = basis[0][0].shape[1]
 
-    def write(segment):
+    def write(segment: Panels) -> Panels:
         return [
             lax.dynamic_update_index_in_dim(rows, x[:, None].astype(rows.dtype), row % size, 1)
             for rows, x in zip(segment, vector, strict=True)
@@ -82,7 +85,7 @@ def put_by_branch(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
     )
 
 
-def put_by_scatter(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
+def put_by_scatter(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
     """`put` with one kernel a segment, which ends at once where the row is not the segment's.
 
     Each block has an index of its own, all of them equal: a scatter with one index is made a row that is
@@ -90,10 +93,10 @@ def put_by_scatter(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
     """
     size = basis[0][0].shape[1]
 
-    def write(rows, x, index):
+    def write(rows: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
         return rows.at[index].set(x, mode="drop", unique_indices=True, wrap_negative_indices=False)
 
-    def one(i, rows, x):
+    def one(i: int, rows: jax.Array, x: jax.Array) -> jax.Array:
         index = jnp.where(row // size == i, row % size, size)  # behind the last row: dropped
         return jax.vmap(write)(rows, x.astype(rows.dtype), jnp.full(len(rows), index))
 
@@ -102,14 +105,14 @@ def put_by_scatter(basis: Basis, row: jax.Array, vector: Panels) -> Basis:
     )
 
 
-def take(basis: Basis, row: jax.Array) -> Panels:
+def take(basis: Basis, row: jax.Array | int) -> Panels:
     """A copy of the vector in `row`; zero where there is no such row. Reads that row only."""
     size = basis[0][0].shape[1]
 
-    def read(i, basis):
+    def read(i: int, basis: Basis) -> Panels:
         return [lax.dynamic_index_in_dim(rows, row % size, 1, keepdims=False) for rows in basis[i]]
 
-    def nothing(basis):
+    def nothing(basis: Basis) -> Panels:
         return [jnp.zeros_like(rows[:, 0]) for rows in basis[0]]
 
     branches = [*(functools.partial(read, i) for i in range(len(basis))), nothing]
@@ -127,7 +130,7 @@ def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Arr
 def block_dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> list[jax.Array]:
     """`dots` block by block, shape (blocks, rows + 1) for each panel: what a device computes alone."""
 
-    def first(count, segments, vector):
+    def first(count: int, segments: Basis, vector: Panels) -> list[list[jax.Array]]:
         panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
         columns = [_dots(rows, x) for rows, x in zip(panels, vector, strict=True)]
         read = [list(parts) for parts in zip(*columns, strict=True)]
@@ -137,7 +140,7 @@ def block_dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> list[ja
         ]
         return read + skipped
 
-    def program(at_once, basis, vector, filled):
+    def program(at_once: int, basis: Basis, vector: Panels, filled: jax.Array | int) -> list[list[jax.Array]]:
         groups = _groups(basis, filled, at_once)
         return [part for group, switch in groups for part in switch(first, basis[group], vector)]
 
@@ -153,14 +156,16 @@ def summed(blocks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     return sums[:-1], sums[-1]
 
 
-def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array) -> Panels:
+def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int) -> Panels:
     """v - Q^T c over the first `filled` rows. Reads them once."""
 
-    def first(count, segments, coefficients, vector):
+    def first(count: int, segments: Basis, coefficients: jax.Array, vector: Panels) -> Panels:
         panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
         return [_subtract(rows, coefficients, x) for rows, x in zip(panels, vector, strict=True)]
 
-    def program(at_once, basis, coefficients, vector, filled):
+    def program(
+        at_once: int, basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int
+    ) -> Panels:
         for group, switch in _groups(basis, filled, at_once):
             vector = switch(first, basis[group], coefficients[group], vector)
         return vector
@@ -168,7 +173,9 @@ def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.
     return _by_platform(1, program, basis, coefficients.reshape(len(basis), -1), vector, filled)
 
 
-def _groups(basis: Basis, filled: jax.Array | int, at_once: int):
+def _groups(
+    basis: Basis, filled: jax.Array | int, at_once: int
+) -> Iterator[tuple[slice, Callable[..., Any]]]:
     """Slices of `at_once` segments; and for each `switch(fn, ...)`, which is fn(count, ...) where the first
     `count` of them hold one of the first `filled` rows."""
     segments_filled = -(-filled // basis[0][0].shape[1])
@@ -176,14 +183,14 @@ def _groups(basis: Basis, filled: jax.Array | int, at_once: int):
         group = slice(start, start + at_once)
         size = len(basis[group])
 
-        def switch(fn, *arguments, start=start, size=size):
+        def switch(fn: Callable[..., Any], *arguments: Any, start: int = start, size: int = size) -> Any:
             branches = [functools.partial(fn, count) for count in range(size + 1)]
             return lax.switch(segments_filled - start, branches, *arguments)
 
         yield group, switch
 
 
-def _by_platform(sweep: int, program, *arguments):
+def _by_platform(sweep: int, program: Callable[..., Any], *arguments: Any) -> Any:
     """`program` with as many segments at once as suit the sweep and the platform that it is compiled for."""
     programs = {name: functools.partial(program, counts[sweep]) for name, counts in AT_ONCE.items()}
     return lax.platform_dependent(*arguments, default=functools.partial(program, 1), **programs)
@@ -192,8 +199,8 @@ def _by_platform(sweep: int, program, *arguments):
 @jax.jit
 def _dot(rows: jax.Array, x: jax.Array) -> jax.Array:
     """Block by block the inner products of the rows of a segment with a vector, for one panel."""
-    dims = ((tuple(range(2, rows.ndim)), tuple(range(1, x.ndim))), ((0,), (0,)))
-    return lax.dot_general(rows.astype(x.dtype), x, dims, precision=lax.Precision.HIGHEST)
+    axes = (tuple(range(2, rows.ndim)), tuple(range(1, x.ndim)))
+    return arrays.contract(rows.astype(x.dtype), x, axes, ((0,), (0,)))
 
 
 @jax.custom_jvp
@@ -215,7 +222,9 @@ def _sums(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
 
 
 @_dots.defjvp
-def _dots_jvp(primals, tangents):
+def _dots_jvp(
+    primals: tuple[list[jax.Array], jax.Array], tangents: tuple[list[jax.Array], jax.Array]
+) -> tuple[list[jax.Array], list[jax.Array]]:
     """Of the bilinear form; a reduction of several arrays has no transpose of its own."""
     (segments, x), (d_segments, d_x) = primals, tangents
     pairs = zip(segments, d_segments, strict=True)

@@ -75,7 +75,17 @@ def smallest_eigenpairs(
         return _filtered(op, k, key, tol, budget, known, width, places, Rounds(watch.bar, saver, places[0]))
 
 
-def _filtered(op, k, key, tol, budget, known, width, places, run: "Rounds") -> Eigenpairs:
+def _filtered(
+    op: LinearOperator,
+    k: int,
+    key: jax.Array,
+    tol: float,
+    budget: int,
+    known: list[PyTree],
+    width: int,
+    places: tuple[Layout, Any],
+    run: "Rounds",
+) -> Eigenpairs:
     """Rounds of Rayleigh-Ritz and filter until the pairs have converged or the products are spent."""
     fresh = []
     if not run.restored(op, width):
@@ -124,7 +134,9 @@ def _filtered(op, k, key, tol, budget, known, width, places, run: "Rounds") -> E
     )
 
 
-def _norm_bound(op: LinearOperator, places: tuple[Layout, Any], key, steps: int) -> tuple[float, int]:
+def _norm_bound(
+    op: LinearOperator, places: tuple[Layout, Any], key: jax.Array, steps: int
+) -> tuple[float, int]:
     """An upper bound on |H|: the largest |Ritz value| of a short run plus the norm of its residual."""
     band = Band(op, places[0], steps + 1, places[1])
     band.extend(band.append(_tree.sphere_sample(key, op.structure)), steps)
@@ -133,7 +145,7 @@ def _norm_bound(op: LinearOperator, places: tuple[Layout, Any], key, steps: int)
     return float(np.abs(theta).max()) + tail, steps
 
 
-def _rayleigh_ritz(op: LinearOperator, basis: PyTree):
+def _rayleigh_ritz(op: LinearOperator, basis: PyTree) -> tuple[np.ndarray, np.ndarray, np.ndarray, PyTree]:
     """Ritz values in an orthonormal block, |H v|, |H v - θ v|, and the Ritz vectors, still stacked."""
     images = _products(op, basis)
     square = np.asarray(_stacks.inner(basis, images), np.float64)
@@ -149,13 +161,13 @@ def _products(op: LinearOperator, block: PyTree) -> PyTree:
 
 
 @jax.jit
-def _products_jit(op, block):
+def _products_jit(op: LinearOperator, block: PyTree) -> PyTree:
     return op.mv_batch(block)
 
 
 @jax.jit
-def _sizes(vectors: PyTree, images: PyTree, theta: jax.Array):
-    def one(v, w, value):
+def _sizes(vectors: PyTree, images: PyTree, theta: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one(v: PyTree, w: PyTree, value: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _tree.norm(w), _tree.norm(_tree.axpy(-value, v, w))
 
     return jax.vmap(one)(vectors, images, theta)
@@ -165,15 +177,22 @@ _following = jax.jit(following)
 
 
 @jax.jit
-def _filter_jit(op, before, now, bounds, start, stop):
-    def step(j, pair):
+def _filter_jit(
+    op: LinearOperator,
+    before: PyTree,
+    now: PyTree,
+    bounds: jax.Array,
+    start: int | jax.Array,
+    stop: int | jax.Array,
+) -> tuple[PyTree, PyTree]:
+    def step(j: jax.Array, pair: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         before, now = pair
         return now, following(_map_interval(op, now, bounds), before, j == 0)
 
     return lax.fori_loop(start, stop, step, (before, now))
 
 
-def _map_interval(op, block: PyTree, bounds: jax.Array) -> PyTree:
+def _map_interval(op: LinearOperator, block: PyTree, bounds: jax.Array) -> PyTree:
     """In units of the norm, whose square may be no number: `bounds` are the cut in it, and its inverse."""
     low, inverse = bounds[0] ** 2, bounds[1]
     squared = _tree.scale(inverse, op.mv_batch(_tree.scale(inverse, op.mv_batch(block))))

@@ -29,6 +29,9 @@ def allowed(op: LinearOperator, max_matvecs: int | None) -> bool:
     return free is None or 3 * n * n * jnp.dtype(op.dtype).itemsize <= free // 2
 
 
+Residuals = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of values and vectors
+
+
 def dense_eigenpairs(
     op: LinearOperator, k: int, which: str, tol: float, deflate: Eigenpairs | None = None
 ) -> Eigenpairs:
@@ -44,13 +47,22 @@ def dense_eigenpairs(
     # The matrix carries the rounding of n products of relative error `precision`.
     floor = max(op.precision, np.sqrt(n) * np.finfo(float).eps) * np.sqrt(n) * float(np.abs(values).max())
 
-    def residuals(values, vectors):
+    def residuals(values: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         return np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
 
     return chosen_pairs(op, k, which, tol, values, vectors, residuals, floor)
 
 
-def chosen_pairs(op: LinearOperator, k, which, tol, values, vectors, residuals, floor: float) -> Eigenpairs:
+def chosen_pairs(
+    op: LinearOperator,
+    k: int,
+    which: str,
+    tol: float,
+    values: np.ndarray,
+    vectors: np.ndarray,
+    residuals: Residuals,
+    floor: float,
+) -> Eigenpairs:
     """The k that are wanted of all pairs; `residuals(values, vectors)` are theirs."""
     scale = float(np.max(np.abs(values)))
     chosen = np.sort(wanted.order(values, which)[:k])
@@ -72,7 +84,7 @@ def chosen_pairs(op: LinearOperator, k, which, tol, values, vectors, residuals, 
     )
 
 
-def as_tree(op: LinearOperator, columns: np.ndarray):
+def as_tree(op: LinearOperator, columns: np.ndarray) -> PyTree:
     """Columns (n, k) as one pytree with leaves (k, *leaf.shape), in the working dtypes."""
     structure = op.structure
     return jax.vmap(lambda row: trees.unravel(row, structure))(jnp.asarray(columns.T, op.dtype))
@@ -130,8 +142,8 @@ def solution(op: LinearOperator, b: PyTree, tol: float, spent: int) -> Solution:
     if values[0] > error:
         value, slack = np.sum(rows * kept, axis=1), np.linalg.norm(kept, axis=1) * (residual + rounding)
         form = Interval(value - slack, value, value + slack + (residual + rounding) ** 2 / least)
-    residual = np.where(singular, outside, residual)
-    converged = ~singular & (residual <= tol * sizes)
+    residual: np.ndarray = np.where(singular, outside, residual)
+    converged: np.ndarray = ~singular & (residual <= tol * sizes)
     x = jax.tree.map(lambda leaf: jnp.where(_like(singular, leaf), jnp.nan, leaf), x)
     status = Status.CONVERGED if converged.all() else Status.SINGULAR if singular.any() else Status.STAGNATED
     return Solution(
@@ -211,7 +223,7 @@ def _dense(op: LinearOperator, metric: LinearOperator, k: int, which: str, tol: 
     factor, scale = np.linalg.cholesky(weight), float(np.max(np.abs(values)))
     error = np.sqrt(n) * max(op.precision, np.finfo(float).eps * np.sqrt(n)) * np.linalg.norm(matrix, 2)
 
-    def residuals(values, vectors):
+    def residuals(values: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         rest = matrix @ vectors - (weight @ vectors) * values
         return np.linalg.norm(scipy.linalg.solve_triangular(factor, rest, lower=True), axis=0)
 

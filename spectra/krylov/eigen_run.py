@@ -133,6 +133,7 @@ class EigenRun:
     def until_converged(self) -> None:
         """Steps and restarts until the k best Ritz pairs have converged, or the budget is spent."""
         band = self.band
+        vectors, coupling, open_ = np.zeros((0, 0)), np.zeros((0, 0)), np.zeros(0, bool)  # none processed
         while True:
             self.pause()
             if self.row is not None and band.num_matvecs < self.goal:

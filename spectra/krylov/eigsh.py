@@ -13,12 +13,14 @@ from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.files import tree_digest
 from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
 from spectra.krylov import wanted
 from spectra.krylov import wanted as missing
 from spectra.krylov import wanted as rounding
 from spectra.krylov.chebyshev import smallest_eigenpairs
 from spectra.krylov.dense import allowed, dense_eigenpairs, generalized_eigenpairs
 from spectra.krylov.eigen_run import EigenRun
+from spectra.krylov.layout import Layout
 from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
 from spectra.operators.arithmetic import outside_loops
@@ -40,11 +42,11 @@ def eigsh(
     block_size: int = 1,
     max_matvecs: int | None = None,
     verify: bool | str = "auto",
-    v0=None,
+    v0: PyTree = None,
     deflate: Eigenpairs | None = None,
     metric: Any = None,
     progress: bool = False,
-    checkpoint: Checkpoint | str | os.PathLike | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     basis: str = "inherit",
 ) -> Eigenpairs:
     """Compute k eigenpairs of a symmetric operator by thick-restart Lanczos.
@@ -150,8 +152,8 @@ def eigsh(
         raise SpectraError(
             'basis="none": eigenvectors are sums of basis vectors. Use slq, which can do without.'
         )
-    limits = {"num_basis": num_basis, "block_size": block_size, "max_matvecs": max_matvecs}
-    outside = {"progress": progress, "checkpoint": checkpoint, "basis": basis}
+    limits: dict[str, Any] = {"num_basis": num_basis, "block_size": block_size, "max_matvecs": max_matvecs}
+    outside: dict[str, Any] = {"progress": progress, "checkpoint": checkpoint, "basis": basis}
     if trees.is_traced((op, metric, key)):
         still = lax.stop_gradient((op, metric, v0, deflate))
         if trees.is_traced((still, key)):
@@ -160,7 +162,7 @@ def eigsh(
                 "lanczos, which can. jax.grad goes through it."
             )
         fixed, weight, start, known_pairs = still
-        rest = {"v0": start, "deflate": known_pairs, "metric": weight, **limits, **outside}
+        rest: dict[str, Any] = {"v0": start, "deflate": known_pairs, "metric": weight, **limits, **outside}
         pairs = eigsh(fixed, k, which=which, key=key, tol=tol, verify=verify, **rest)
         return differentiable(op, metric, pairs)
     places = place_basis(op, basis)
@@ -170,8 +172,11 @@ def eigsh(
         )
         return generalized_eigenpairs(op, metric, k, which, tol, max_matvecs, solve)
 
-    def arguments():
-        given = {"v0": v0, "deflate": None if deflate is None else (deflate.values, deflate.vectors)}
+    def arguments() -> dict[str, Any]:
+        given: dict[str, PyTree] = {
+            "v0": v0,
+            "deflate": None if deflate is None else (deflate.values, deflate.vectors),
+        }
         digests = {name: None if x is None else tree_digest(x) for name, x in given.items()}
         plain = {"k": int(k), "which": which, "tol": float(tol), "verify": verify}
         return plain | {"num_basis": num_basis, "block_size": int(block_size)} | digests
@@ -184,7 +189,19 @@ def eigsh(
 
 
 def _pairs(
-    op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, places, watch: Watch
+    op: LinearOperator,
+    k: int,
+    which: str,
+    key: jax.Array,
+    tol: float,
+    num_basis: int | None,
+    block_size: int,
+    max_matvecs: int | None,
+    verify: bool | str,
+    v0: PyTree,
+    deflate: Eigenpairs | None,
+    places: tuple[Layout, Any],
+    watch: Watch,
 ) -> Eigenpairs:
     """The pairs by what suits the order of the operator and the products allowed."""
     ncv, rest = max(2 * k + 1, 20), op.size - (0 if deflate is None else len(deflate.values))
@@ -225,7 +242,9 @@ def _pairs(
     return run.result()
 
 
-def _budget(op, default: int, max_matvecs: int | None, num_basis: int | None) -> tuple[int, bool]:
+def _budget(
+    op: LinearOperator, default: int, max_matvecs: int | None, num_basis: int | None
+) -> tuple[int, bool]:
     """Products of Lanczos, and whether a dense matrix may follow, for n more."""
     n = op.size
     if num_basis is not None or not allowed(op, max_matvecs):
@@ -233,7 +252,9 @@ def _budget(op, default: int, max_matvecs: int | None, num_basis: int | None) ->
     return n if max_matvecs is None else min(n, max_matvecs - n), True
 
 
-def _check_arguments(op, k, which, tol, block_size, verify, known) -> None:
+def _check_arguments(
+    op: LinearOperator, k: object, which: str, tol: float, block_size: int, verify: bool | str, known: int
+) -> None:
     if which not in wanted.WHICH:
         raise SpectraError(f"which={which!r}: use one of {wanted.WHICH}.")
     if not isinstance(k, int | np.integer) or not 1 <= k <= op.size - known:

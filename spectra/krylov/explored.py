@@ -71,7 +71,7 @@ def empty(layout: Layout, num_rows: int) -> Explored:
 
 
 def grow(
-    op: LinearOperator, layout: Layout, state: Explored, slot: int, key, random: bool
+    op: LinearOperator, layout: Layout, state: Explored, slot: int, key: jax.Array, random: bool
 ) -> tuple[Explored, Step]:
     """One product: of a direction drawn with the key if it is to be `random`, else of the one in `slot`.
 
@@ -84,7 +84,14 @@ def grow(
 
 
 @partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
-def _grow(op: LinearOperator, layout: Layout, state: Explored, slot, key, random):
+def _grow(
+    op: LinearOperator,
+    layout: Layout,
+    state: Explored,
+    slot: int | jax.Array,
+    key: jax.Array,
+    random: bool | jax.Array,
+) -> tuple[Explored, Step]:
     q = _direction(layout, state, slot, key, random)
     return _absorb(layout, state, slot, q, op.mv(layout.unpack(q)), random)
 
@@ -93,10 +100,12 @@ _unpack = jax.jit(Layout.unpack, static_argnums=0)
 
 
 @partial(jax.jit, static_argnames=("layout",))
-def _direction(layout: Layout, state: Explored, slot, key, random) -> Panels:
+def _direction(
+    layout: Layout, state: Explored, slot: int | jax.Array, key: jax.Array, random: bool | jax.Array
+) -> Panels:
     """A unit vector orthogonal to the basis."""
 
-    def drawn():
+    def drawn() -> Panels:
         return layout.place(layout.pack(trees.sphere_sample(key, layout.structure)))
 
     q = lax.cond(random, drawn, lambda: _basis.take(state.waiting, slot))
@@ -107,7 +116,12 @@ def _direction(layout: Layout, state: Explored, slot, key, random) -> Panels:
 
 @partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
 def _absorb(
-    layout: Layout, state: Explored, slot, q: Panels, product: PyTree, random
+    layout: Layout,
+    state: Explored,
+    slot: int | jax.Array,
+    q: Panels,
+    product: PyTree,
+    random: bool | jax.Array,
 ) -> tuple[Explored, Step]:
     w = layout.place(layout.pack(product))
     unit = jnp.where(state.unit > 0, state.unit, trees.power_of_two(trees.largest(w)))
@@ -141,7 +155,7 @@ def _absorb(
 def _without(waiting: Basis, q: Panels, along: jax.Array) -> Basis:
     """Directions that wait, less what they have along q."""
 
-    def one(rows, x):
+    def one(rows: jax.Array, x: jax.Array) -> jax.Array:
         coefficients = along.reshape(1, -1, *[1] * (rows.ndim - 2))
         return rows - (coefficients * x[:, None]).astype(rows.dtype)
 
@@ -149,7 +163,7 @@ def _without(waiting: Basis, q: Panels, along: jax.Array) -> Basis:
 
 
 def _lengths(waiting: Basis) -> jax.Array:
-    def square(rows):
+    def square(rows: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(rows), axis=(0, *range(2, rows.ndim)))
 
     return jnp.sqrt(sum(square(rows) for rows in waiting[0]))

@@ -24,8 +24,11 @@ FAILS = 1e-6
 """Probability with which an extreme eigenvalue lies beyond what a random run leaves for it."""
 
 
+Function = Callable[[np.ndarray], np.ndarray]
+
+
 def truncation(
-    f: Callable[[np.ndarray], np.ndarray],
+    f: Function,
     theta: np.ndarray,
     vectors: np.ndarray,
     beta: float,
@@ -41,14 +44,14 @@ def truncation(
     return beta * max(_largest(f, theta, weights, low, high) for low, high in intervals)
 
 
-def _largest(f, theta: np.ndarray, weights: np.ndarray, low: float, high: float) -> float:
+def _largest(f: Function, theta: np.ndarray, weights: np.ndarray, low: float, high: float) -> float:
     """max |g| on one interval: of samples, and of more beside the largest while they find more.
 
     Beside a pole of f they always do: there is no bound then.
     """
     at_nodes = f(theta)
 
-    def g(x):
+    def g(x: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
             return ((f(x)[:, None] - at_nodes) / (x[:, None] - theta)) @ weights
 
@@ -60,7 +63,7 @@ def _largest(f, theta: np.ndarray, weights: np.ndarray, low: float, high: float)
     largest, best = float(np.abs(found).max()), int(np.argmax(np.abs(found)))
     left, right = x[max(best - 1, 0)], x[min(best + 1, len(x) - 1)]
     for _ in range(REFINEMENTS):
-        x = np.linspace(left, right, 42)[1:-1]
+        x = np.linspace(float(left), float(right), 42)[1:-1]
         x = x[np.abs(x[:, None] - theta).min(axis=1) > 1e-7 * (high - low)]
         finer = np.abs(g(x)) if len(x) else np.zeros(1)
         if not np.isfinite(finer).all():
@@ -88,7 +91,7 @@ def _samples(low: float, high: float, theta: np.ndarray) -> np.ndarray:
     return kept if len(kept) else np.asarray([low - 2 * apart])
 
 
-def rounding(f, intervals: Intervals, moved: float) -> float:
+def rounding(f: Function, intervals: Intervals, moved: float) -> float:
     """How far f moves on the intervals where eigenvalues are moved by `moved`."""
     largest = 0.0
     for low, high in intervals:

@@ -116,7 +116,7 @@ def _pairs(bounds: Any) -> list[tuple[float, float]]:
     return made
 
 
-def inside(theta, named: Named, name: str, known: Range, noise: float, op) -> np.ndarray:
+def inside(theta: Any, named: Named, name: str, known: Range, noise: float, op: LinearOperator) -> np.ndarray:
     """Ritz values within the given bounds, and where f is defined, up to rounding."""
     low, high = max(known.low, named.least if named.closed else -np.inf), known.high
     beyond = theta[(theta < known.low - noise) | (theta > known.high + noise)]
@@ -139,7 +139,7 @@ def undefined(name: str, at: float, noise: float) -> SpectraError:
     )
 
 
-def extended(intervals, theta: np.ndarray) -> list[tuple[float, float]]:
+def extended(intervals: Any, theta: np.ndarray) -> list[tuple[float, float]]:
     """The intervals, the outer ends no further in than the Ritz values."""
     pairs = list(intervals)
     pairs[0] = (min(pairs[0][0], float(theta[0])), pairs[0][1])
@@ -148,7 +148,7 @@ def extended(intervals, theta: np.ndarray) -> list[tuple[float, float]]:
 
 
 @one_thread()
-def eigh(alpha, beta, length: int) -> tuple[np.ndarray, np.ndarray]:
+def eigh(alpha: Any, beta: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Ritz values and the eigenvectors of T, in float64."""
     alpha, beta = np.asarray(alpha, np.float64)[:length], np.asarray(beta, np.float64)[: length - 1]
     from scipy.linalg import eigh_tridiagonal

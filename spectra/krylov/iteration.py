@@ -12,7 +12,7 @@ from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.trees import PyTree
 from spectra.krylov.lanczos import finished
-from spectra.krylov.layout import Layout
+from spectra.krylov.layout import Layout, Panels
 from spectra.krylov.recurrence import LanczosState, absorb, check, check_steps, init
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Tridiagonal
@@ -157,7 +157,7 @@ def _vector(layout: Layout, state: Steps) -> PyTree:
 
 @partial(jax.jit, static_argnames="layout")
 def _absorb(layout: Layout, state: Steps, product: PyTree) -> Steps:
-    def one(state, w):
+    def one(state: Steps, w: Panels) -> Steps:
         return Steps(absorb(state.done, w, state.lanczos), state.done + 1)
 
     room = state.done < state.alpha.shape[0]

@@ -115,5 +115,7 @@ def finished(state: LanczosState, layout: Layout, status: Status) -> Tridiagonal
 
 
 @jax.jit
-def _numbers(beta, length, asymmetry, scale):
+def _numbers(
+    beta: jax.Array, length: jax.Array, asymmetry: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     return beta[:-1], beta[length - 1], asymmetry / jnp.where(scale > 0, scale, 1)

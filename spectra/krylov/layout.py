@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spectra.base import meshes, trees
+from spectra.base import arrays, meshes, trees
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
@@ -115,7 +115,7 @@ class Layout:
         if not self.packed:
             pairs = zip(self.shapes, self.dtypes, strict=True)
             return [jax.ShapeDtypeStruct(s if len(s) > 1 else (1, math.prod(s)), d) for s, d in pairs]
-        shapes = []
+        shapes: list[jax.ShapeDtypeStruct] = []
         for panel in self.packed:
             blocks, *block = self._tile(panel)
             dtype = jnp.result_type(*(self.dtypes[i] for i in panel.leaves))
@@ -163,7 +163,7 @@ class Layout:
                 leaves[i] = leaf
         return self.treedef.unflatten(leaves)
 
-    def locally(self, fn, inputs: Any, outputs: Any):
+    def locally(self, fn: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
         """`fn` of one argument, run by every device on what it holds."""
         if self.mesh is None:
             return fn
@@ -197,7 +197,7 @@ class Layout:
 
     def _shares(self, panel: Panel) -> list[tuple[Axes, int]]:
         """For each part of a panel the axes over which it is spread, and the numbers a device keeps."""
-        shares = []
+        shares: list[tuple[Axes, int]] = []
         for own, leaves in panel.parts:
             axes = tuple(name for name in panel.axes if name not in own)
             size = sum(math.prod(self._held(i)) for i in leaves)
@@ -213,7 +213,7 @@ class Layout:
 
     def _pack(self, panel: Panel, leaves: list[jax.Array]) -> jax.Array:
         dtype, rest = jnp.result_type(*(self.dtypes[i] for i in panel.leaves)), iter(leaves)
-        parts = []
+        parts: list[jax.Array] = []
         for (_, indices), (axes, share) in zip(panel.parts, self._shares(panel), strict=True):
             flat = _concatenate([jnp.ravel(next(rest)).astype(dtype) for _ in indices])
             if axes:
@@ -224,7 +224,8 @@ class Layout:
         return _padded(_concatenate(parts), math.prod(tile)).reshape(tile)
 
     def _unpack(self, panel: Panel, array: jax.Array) -> list[jax.Array]:
-        flat, start, leaves = array.reshape(-1), 0, []
+        flat, start = array.reshape(-1), 0
+        leaves: list[jax.Array] = []
         for (_, indices), (axes, share) in zip(panel.parts, self._shares(panel), strict=True):
             part, start = flat[start : start + share], start + share
             if axes:
@@ -239,7 +240,7 @@ def _concatenate(parts: list[jax.Array]) -> jax.Array:
 
 
 def _padded(flat: jax.Array, size: int) -> jax.Array:
-    return jnp.pad(flat, (0, size - flat.size))
+    return arrays.pad(flat, [(0, size - flat.size)])
 
 
 def _first(axes: Axes) -> PartitionSpec:
@@ -248,8 +249,12 @@ def _first(axes: Axes) -> PartitionSpec:
 
 
 def _names(spec: PartitionSpec) -> set[str]:
-    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
-    return {name for entry in entries for name in entry if name is not None}
+    names: set[str] = set()
+    for entry in spec:
+        names.update(
+            cast("tuple[str, ...]", entry) if isinstance(entry, tuple) else () if entry is None else (entry,)
+        )
+    return names
 
 
 def _spec(leaf: Any) -> PartitionSpec:
@@ -271,7 +276,7 @@ def stacked(op: LinearOperator, b: PyTree, what: str) -> tuple[PyTree, bool, Cal
     """
     structure = op.structure
     shape, own = getattr(b, "shape", None), getattr(op.like, "shape", None)
-    if op._is_matrix(b):
+    if op.is_matrix(b):
         rows = jax.vmap(lambda row: trees.unravel(row, structure))(jnp.asarray(b, op.dtype).T)
         return rows, True, lambda x: jax.vmap(trees.ravel)(x).T
     if (
@@ -289,9 +294,9 @@ def stacked(op: LinearOperator, b: PyTree, what: str) -> tuple[PyTree, bool, Cal
         trees.check_structure(b, like, what)
         return trees.cast_like(b, like), True, lambda x: x
     vector = jax.tree.map(lambda x: x[None], op.as_vector(b, what))
-    flat = op._is_flat(b)
+    flat = op.is_flat(b)
 
-    def back(x):
+    def back(x: jax.Array) -> jax.Array:
         one = jax.tree.map(lambda leaf: leaf[0], x)
         return trees.ravel(one) if flat else one
 

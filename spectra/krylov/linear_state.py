@@ -147,7 +147,7 @@ def norm_of(v: PyTree) -> jax.Array:
     return jnp.sqrt(trees.vdot(v, v))
 
 
-def merge(state: State, when: jax.Array, **fields) -> State:
+def merge(state: State, when: jax.Array, **fields: Any) -> State:
     """The state with other fields where `when`."""
     new = {name: jnp.where(when, value, getattr(state, name)) for name, value in fields.items()}
     return dataclasses.replace(state, **new)

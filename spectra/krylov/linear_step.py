@@ -48,7 +48,7 @@ STALE = 1
 """Stale cycles in a row that are allowed; beyond, the precision's floor is met."""
 
 
-def start(problem: Problem, dtype, method: Mode) -> State:
+def start(problem: Problem, dtype: jnp.dtype, method: Mode) -> State:
     """The state before the first product, from x = 0."""
     zero, zeros = jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, problem.b)
     count = jnp.zeros((), jnp.int32)

@@ -4,13 +4,14 @@ A second pass is made only where it is needed.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import arrays, trees
 from spectra.krylov import basis as _basis
 from spectra.krylov import panels as _panels
 from spectra.krylov.basis import Basis
@@ -20,7 +21,7 @@ REPEAT = 0.1
 
 
 def orthogonalize(
-    basis: Basis, vector: Panels, filled
+    basis: Basis, vector: Panels, filled: jax.Array | int
 ) -> tuple[Panels, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Make `vector` orthogonal to the first `filled` rows of `basis` to working precision.
 
@@ -44,7 +45,7 @@ def orthogonalize(
 
 
 def _second_pass(
-    basis: Basis, vector: Panels, filled, wanted: jax.Array, blocks: list[jax.Array]
+    basis: Basis, vector: Panels, filled: jax.Array | int, wanted: jax.Array, blocks: list[jax.Array]
 ) -> tuple[Panels, jax.Array, jax.Array]:
     """A pass where it is `wanted`: w', the coefficients, else zero, and |w'|², else without a meaning.
 
@@ -53,20 +54,20 @@ def _second_pass(
     a result is split; that it may be one of the `blocks`, the sums of the first pass, tells it.
     """
 
-    def measured(vector):
+    def measured(vector: Panels) -> Any:
         return _basis.block_dots(basis, vector, filled)
 
-    def subtracted(vector):
+    def subtracted(vector: Panels) -> Any:
         return _basis.subtract(basis, second, vector, filled)
 
-    def squared(vector):
+    def squared(vector: Panels) -> Any:
         # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
         return _panels.block_vdot(vector, vector)
 
-    def nothing(like):
+    def nothing(like: Any) -> Any:
         return [jnp.zeros_like(x) for x in like]
 
-    def split(found, like):
+    def split(found: Any, like: Any) -> Any:
         return [jnp.where(wanted, x, y) for x, y in zip(found, like, strict=True)]
 
     found = lax.cond(wanted, measured, lambda _: nothing(blocks), vector)
@@ -76,7 +77,7 @@ def _second_pass(
     found = lax.cond(wanted, squared, lambda _: nothing(squares), vector)
     # XLA makes no graph of fewer than five kernels between two reductions, and leaves their conditionals to
     # the host: so there are two conditionals, and the choice is apart from the sum.
-    return vector, second, _panels.total(lax.optimization_barrier(split(found, squares)))
+    return vector, second, _panels.total(arrays.barrier(split(found, squares)))
 
 
 def _square(coefficients: jax.Array) -> jax.Array:
@@ -102,10 +103,10 @@ def sketch(layout: Layout, basis: Basis, key: jax.Array, *, batched: bool = Fals
     key = jax.random.fold_in(key, _NUMBER)
     count = len(basis) * basis[0][0].shape[2 if batched else 1]
 
-    def products(vector, basis):
+    def products(vector: Panels, basis: Basis) -> jax.Array:
         return _basis.dots(basis, vector, count)[0]
 
-    def one(number):
+    def one(number: jax.Array) -> jax.Array:
         v = trees.sample(jax.random.fold_in(key, number), layout.structure, _uniform)
         vector = layout.place(layout.pack(v))
         return (jax.vmap(products, in_axes=(None, 0)) if batched else products)(vector, basis)
@@ -113,7 +114,7 @@ def sketch(layout: Layout, basis: Basis, key: jax.Array, *, batched: bool = Fals
     return jnp.moveaxis(lax.map(one, jnp.arange(SIZE)), 0, -1)
 
 
-def _uniform(key, shape, dtype):
+def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     return jax.random.uniform(key, shape, dtype, -1, 1)
 
 

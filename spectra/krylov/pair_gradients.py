@@ -44,14 +44,18 @@ def differentiable(op: LinearOperator, metric: Any, pairs: Eigenpairs) -> Eigenp
     fixed = lax.stop_gradient(op)
 
     @jax.custom_vjp
-    def vectors(images):
+    def vectors(images: PyTree) -> PyTree:
         del images
         return pairs.vectors
 
-    def backward(_, cotangent):
+    def forward(images: PyTree) -> tuple[PyTree, None]:
+        del images
+        return pairs.vectors, None
+
+    def backward(_: Any, cotangent: PyTree) -> tuple[PyTree]:
         return (_vectors_pullback(fixed, metric is not None, pairs, cotangent),)
 
-    vectors.defvjp(lambda images: (pairs.vectors, None), backward)
+    vectors.defvjp(forward, backward)
     return dataclasses.replace(pairs, values=values, vectors=vectors(images))
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import arrays, trees
 from spectra.krylov.layout import Panels
 
 
@@ -19,10 +19,9 @@ def vdot(a: Panels, b: Panels) -> jax.Array:
 def block_vdot(a: Panels, b: Panels) -> list[jax.Array]:
     """`vdot` block by block, shape (blocks,) for each panel: what a device computes alone."""
 
-    def one(x, y):
+    def one(x: jax.Array, y: jax.Array) -> jax.Array:
         axes = tuple(range(1, x.ndim))
-        dims = ((axes, axes), ((0,), (0,)))
-        return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
+        return arrays.contract(x, y, (axes, axes), ((0,), (0,)))
 
     return [one(x, y) for x, y in zip(a, b, strict=True)]
 
@@ -40,7 +39,7 @@ def norm(a: Panels) -> jax.Array:
     return unit * jnp.sqrt(vdot(a, a))
 
 
-def unit_of_step(first: jax.Array, product: Panels, size: jax.Array) -> jax.Array:
+def unit_of_step(first: bool | jax.Array, product: Panels, size: jax.Array) -> jax.Array:
     """A power of two near |H|, in which a step computes: the largest entry of the first product, then `size`.
 
     |H| is known once there was a product, so that no later one is read for this.
@@ -53,7 +52,9 @@ def unit_of_step(first: jax.Array, product: Panels, size: jax.Array) -> jax.Arra
     )
 
 
-def three_terms(w: Panels, q: Panels, previous: Panels, beta, unit) -> tuple[Panels, jax.Array]:
+def three_terms(
+    w: Panels, q: Panels, previous: Panels, beta: jax.Array, unit: jax.Array
+) -> tuple[Panels, jax.Array]:
     """(w / unit - β q_{i-1} - α q_i, α), β in that unit: what Lanczos leaves of a product w = H q_i.
 
     α is taken behind the subtraction of β q_{i-1}. Before it, what q_i has along q_{i-1} by rounding would

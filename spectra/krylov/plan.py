@@ -12,8 +12,9 @@ from spectra.base import host, trees
 from spectra.base.choices import PLACES
 from spectra.base.errors import MemoryLimitError, SpectraError
 from spectra.base.meshes import automatic
+from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
-from spectra.krylov.layout import Layout
+from spectra.krylov.layout import Layout, Panels
 from spectra.krylov.recurrence import check_steps
 from spectra.operators.base import LinearOperator, product, require_operator
 from spectra.operators.jaxprs import slow_in_loops
@@ -67,7 +68,12 @@ def plan(
         >>> spectra.plan(op, num_steps=80, num_probes=8).num_matvecs
         640
     """
-    options = {"num_steps": num_steps, "num_probes": num_probes, "basis": basis, "basis_dtype": basis_dtype}
+    options: dict[str, Any] = {
+        "num_steps": num_steps,
+        "num_probes": num_probes,
+        "basis": basis,
+        "basis_dtype": basis_dtype,
+    }
     batch = estimate(op, **options).probe_batch
     workspace = 0 if op.on_host else _workspace(op)
     result = estimate(op, **options, probe_batch=batch, workspace=workspace)
@@ -156,7 +162,7 @@ def require_fit(plan: Plan) -> None:
     assert plan.available is not None
     fixed = plan.linearization + plan.vectors + plan.workspace
     steps = max(0, (plan.available - fixed) * plan.num_steps // max(plan.basis, 1))
-    advice = []
+    advice: list[str] = []
     if plan.basis:
         small = format_bytes(plan.without_basis)
         advice.append(f'basis="none", which needs {small} (with deflate= for outliers)')
@@ -182,7 +188,7 @@ def require_fit(plan: Plan) -> None:
 
 
 def choose_batch(
-    op, one: int, shared: int, available: int | None, num_probes: int, *, bare: bool = False
+    op: LinearOperator, one: int, shared: int, available: int | None, num_probes: int, *, bare: bool = False
 ) -> int:
     """Probes in flight. Streams share each pass over the data between as many probes as fit.
 
@@ -218,10 +224,18 @@ def _num_pieces(op: LinearOperator) -> int:
 
 def _workspace(op: LinearOperator) -> int:
     """Temporaries of one compiled product, on one device, as the compiler states them."""
-    prepared = jax.eval_shape(lambda op: op.prepare(), op) if op.prepared_bytes() else op
-    compiled = jax.jit(lambda op, v: op.mv(v)).lower(prepared, _shapes(op)).compile()
+    prepared = jax.eval_shape(type(op).prepare, op) if op.prepared_bytes() else op
+    compiled = jax.jit(_mv).lower(prepared, _shapes(op)).compile()
     analysis = compiled.memory_analysis()
     return int(analysis.temp_size_in_bytes) if analysis is not None else 0
+
+
+def _mv(op: LinearOperator, v: PyTree) -> PyTree:
+    return op.mv(v)
+
+
+def _doubled(panels: Panels) -> Panels:
+    return [2 * x for x in panels]
 
 
 def _shapes(op: LinearOperator) -> Any:
@@ -239,10 +253,10 @@ def _seconds(op: LinearOperator, layout: Layout, plan: Plan) -> float:
     Step i reads i + 1 rows twice, m² rows in all.
     """
     op, v = op.prepare(), jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), op.structure)
-    one = product if not op.on_host else (lambda op, v: op.mv(v))
+    one = _mv if op.on_host else product
     panels = jax.jit(layout.pack)(v)
-    double = jax.jit(lambda panels: [2 * x for x in panels])
-    times = []
+    double = jax.jit(_doubled)
+    times: list[float] = []
     for run in (lambda: one(op, v), lambda: double(panels)):
         jax.block_until_ready(run())
         started = time.perf_counter()

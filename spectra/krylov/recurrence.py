@@ -84,7 +84,7 @@ def _place(layout: Layout, state: LanczosState) -> LanczosState:
     )
 
 
-def absorb(i: jax.Array, w: Panels, state: LanczosState) -> LanczosState:
+def absorb(i: int | jax.Array, w: Panels, state: LanczosState) -> LanczosState:
     """Step i of the recurrence, given the product w = H q_i.
 
     After a breakdown the current vector is zero, and so is all that follows from it: the remaining
@@ -129,8 +129,8 @@ def run(
     op: LinearOperator,
     layout: Layout,
     state: LanczosState,
-    start,
-    stop,
+    start: int | jax.Array,
+    stop: int | jax.Array,
     known: PyTree = None,
     *,
     batched: bool = False,
@@ -140,7 +140,7 @@ def run(
     q_i is kept orthogonal to `known` vectors.
     """
 
-    def one(i, state):
+    def one(i: jax.Array, state: LanczosState) -> LanczosState:
         if known is not None:
             state = dataclasses.replace(state, current=_clear(layout, known, state.current))
         w = layout.pack(op.mv(layout.unpack(state.current)))
@@ -169,32 +169,34 @@ def _clear_one(layout: Layout, known: PyTree, current: Panels, batched: bool) ->
 
 
 @partial(jax.jit, static_argnames=("layout", "batched"), donate_argnames=("state",))
-def _absorb_one(layout, i, w, state, batched=False):
-    def one(i, w, state):
+def _absorb_one(
+    layout: Layout, i: int | jax.Array, w: Panels, state: LanczosState, batched: bool = False
+) -> LanczosState:
+    def one(i: int | jax.Array, w: Panels, state: LanczosState) -> LanczosState:
         return _place(layout, absorb(i, w, state))
 
     return (jax.vmap(one, in_axes=(None, 0, 0)) if batched else one)(i, w, state)
 
 
 @partial(jax.jit, static_argnames=("layout", "batched"))
-def _unpack(layout, panels, batched=False):
+def _unpack(layout: Layout, panels: Panels, batched: bool = False) -> PyTree:
     return (jax.vmap(layout.unpack) if batched else layout.unpack)(panels)
 
 
 @partial(jax.jit, static_argnames=("layout", "batched"))
-def _pack(layout, vectors, batched=False):
+def _pack(layout: Layout, vectors: PyTree, batched: bool = False) -> Panels:
     return (jax.vmap(layout.pack) if batched else layout.pack)(vectors)
 
 
 @partial(jax.jit, static_argnames=("layout", "batched"))
-def _multiply(op, layout, panels, batched=False):
-    def one(panels):
+def _multiply(op: LinearOperator, layout: Layout, panels: Panels, batched: bool = False) -> Panels:
+    def one(panels: Panels) -> Panels:
         return layout.pack(op.mv(layout.unpack(panels)))
 
     return (jax.vmap(one) if batched else one)(panels)
 
 
-def _product(op: LinearOperator, layout: Layout, panels: Panels, batched: bool, home) -> Panels:
+def _product(op: LinearOperator, layout: Layout, panels: Panels, batched: bool, home: Any) -> Panels:
     if home is not None:
         panels = jax.device_put(panels, op.device)
     if op.on_host:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from spectra.base import arrays
 from spectra.base.trees import PyTree
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import LANES, Layout, Panels
@@ -24,7 +25,7 @@ def combine(basis: Basis, weights: jax.Array, layout: Layout) -> Basis:
     devices.
     """
 
-    def one(arguments):
+    def one(arguments: tuple[Panels, jax.Array]) -> Panels:
         parts, weights = arguments
         blocks = len(parts[0])
         if blocks == 1 or not layout.packed:
@@ -44,13 +45,12 @@ def _combine(portion: int, parts: Panels, weights: jax.Array) -> Panels:
     """`combine` for the segments of one panel, so many blocks at a time."""
     size, blocks = parts[0].shape[1], len(parts[0])
 
-    def mixed(parts):
+    def mixed(parts: Panels) -> Panels:
         rows = jnp.concatenate(parts, axis=1)
-        spec = "rs,br...->bs..."
-        new = jnp.einsum(spec, weights.astype(rows.dtype), rows, precision=lax.Precision.HIGHEST)
+        new = arrays.einsum("rs,br...->bs...", weights.astype(rows.dtype), rows)
         return [new[:, i : i + size] for i in range(0, new.shape[1], size)]
 
-    def replaced(count, start, parts):
+    def replaced(count: int, start: int | jax.Array, parts: Panels) -> Panels:
         new = mixed([lax.dynamic_slice_in_dim(part, start, count) for part in parts])
         pairs = zip(parts, new, strict=True)
         return [lax.dynamic_update_slice_in_dim(part, rows, start, 0) for part, rows in pairs]
@@ -65,20 +65,21 @@ def _combine(portion: int, parts: Panels, weights: jax.Array) -> Panels:
 def gram(basis: Basis) -> jax.Array:
     """Q Q^T over all rows, empty ones included; shape (rows, rows)."""
 
-    def split(x):  # short sums: self-products have terms of one sign, and XLA sums in sequence
+    def split(
+        x: jax.Array,
+    ) -> jax.Array:  # short sums: self-products have terms of one sign, and XLA sums in sequence
         if x.ndim != 3 or x.shape[2] <= LANES:
             return x
-        parts = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES)))
+        parts = arrays.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES)))
         return parts.reshape(*x.shape[:2], -1, LANES)
 
-    def block(a, b):
+    def block(a: Panels, b: Panels) -> jax.Array:
         dtype = jnp.promote_types(jnp.float32, jnp.result_type(*a))
         total = jnp.zeros((), dtype)
         for x, y in zip(map(split, a), map(split, b), strict=True):
             apart = (0, 2) if x.ndim == 4 and x.shape[3] == LANES else (0,)
             axes = tuple(axis for axis in range(2, x.ndim) if axis not in apart)
-            dims = ((axes, axes), (apart, apart))
-            partial = lax.dot_general(x.astype(dtype), y.astype(dtype), dims, precision=lax.Precision.HIGHEST)
+            partial = arrays.contract(x.astype(dtype), y.astype(dtype), (axes, axes), (apart, apart))
             total = total + jnp.sum(partial, axis=tuple(range(len(apart))))
         return total
 

@@ -38,7 +38,13 @@ class Remainder(NamedTuple):
 
 
 def remainder(
-    w: Panels, q: Panels, previous: Panels, beta: jax.Array, unit: jax.Array, rows: Basis, filled
+    w: Panels,
+    q: Panels,
+    previous: Panels,
+    beta: jax.Array,
+    unit: jax.Array,
+    rows: Basis,
+    filled: jax.Array | int,
 ) -> Remainder:
     """The product w = H q without its parts along q, `previous` (with coefficient β) and the rows."""
     w, alpha = _panels.three_terms(w, q, previous, beta, unit)
@@ -48,7 +54,9 @@ def remainder(
     return Remainder(w, norm, alpha, first, total, repeated)
 
 
-def following(rest: Remainder, scale: jax.Array, size: int, going) -> tuple[Panels, jax.Array]:
+def following(
+    rest: Remainder, scale: jax.Array, size: int, going: bool | jax.Array
+) -> tuple[Panels, jax.Array]:
     """The next vector, and whether there is one: zero where rounding alone can have left the remainder.
 
     Args:

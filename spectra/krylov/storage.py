@@ -1,6 +1,7 @@
 """States of runs as they are saved: rows and vectors as the parameters' leaves, written and read by Orbax."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -80,7 +81,7 @@ def _placed(layout: Layout, shape: Any, spec: PartitionSpec, beside: jax.Array) 
 
 @partial(jax.jit, static_argnames=("layout", "batched"))
 def _rows(layout: Layout, segment: Panels, batched: bool) -> list[jax.Array]:
-    def one(segment):
+    def one(segment: Panels) -> list[jax.Array]:
         return jax.vmap(layout.unpack)([jnp.moveaxis(x, 1, 0) for x in segment])
 
     return (jax.vmap(one) if batched else one)(segment)
@@ -88,7 +89,7 @@ def _rows(layout: Layout, segment: Panels, batched: bool) -> list[jax.Array]:
 
 @partial(jax.jit, static_argnames=("layout", "batched"))
 def _segment(layout: Layout, leaves: list[jax.Array], batched: bool) -> Panels:
-    def one(leaves):
+    def one(leaves: list[jax.Array]) -> Panels:
         panels = [jnp.moveaxis(x, 0, 1) for x in jax.vmap(layout.pack)(leaves)]
         return layout.place([x.astype(layout.row_dtype or x.dtype) for x in panels])
 
@@ -104,7 +105,7 @@ def _vectors(layout: Layout, state: LanczosState, batched: bool) -> dict[str, An
 
 @partial(jax.jit, static_argnames=("layout", "batched"))
 def _packed(layout: Layout, leaves: list[jax.Array], batched: bool) -> Panels:
-    def one(leaves):
+    def one(leaves: list[jax.Array]) -> Panels:
         return layout.place(layout.pack(leaves))
 
     return (jax.vmap(one) if batched else one)(leaves)
@@ -121,7 +122,7 @@ def save(saver: Saver, band: Band, run: dict[str, Any]) -> None:
         len(band.coefficients) // len(band.state.basis),
         band.filled,
     )
-    trees = {}
+    trees: dict[str, Callable[[], PyTree]] = {}
     for i in range(-(-filled // size)):
         # Rows stay as they are until a restart, which begins the next generation.
         name = f"item-{band.generation:05d}-rows-{i:03d}-{min(size, filled - i * size):03d}"
@@ -169,7 +170,8 @@ def _read(saver: Saver, band: Band, flight: dict[str, Any]) -> bool:
         setattr(band, name, known[name])
     band.parent = dict(known["parent"])
     couplings = [np.array(coupling) for coupling in known["couplings"]]
-    band.aside = list(zip(map(band.layout.treedef.unflatten, aside), couplings, strict=True))
+    vectors = [band.layout.treedef.unflatten(leaves) for leaves in aside]
+    band.aside = list(zip(vectors, couplings, strict=True))
     filled, columns = band.filled, np.zeros(band.coefficients.shape)
     band.coefficients[:filled, :filled] = known["coefficients"]
     columns[:filled, :filled] = known["columns"]

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def svds(
     max_matvecs: int | None = None,
     verify: bool | str = "auto",
     progress: bool = False,
-    checkpoint: Checkpoint | str | os.PathLike | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     basis: str = "inherit",
 ) -> SingularTriplets:
     """Compute k singular values of a Jacobian, with their left and right vectors.
@@ -90,14 +91,14 @@ def svds(
         >>> found.left.shape, found.right.shape
         ((2, 40), (2, 30))
     """
-    if not isinstance(jacobian, JacobianOperator):
+    if not isinstance(jacobian, JacobianOperator):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise StructureError(
             f"svds takes a JacobianOperator, got a {type(jacobian).__name__}. The singular values of a "
             "symmetric operator are |λ|: use eigsh."
         )
     if which not in WHICH:
         raise SpectraError(f"which={which!r}: use one of {WHICH}.")
-    if not isinstance(k, int | np.integer) or not 1 <= k <= min(jacobian.shape):
+    if not isinstance(k, int | np.integer) or not 1 <= k <= min(jacobian.shape):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SpectraError(f"k={k} is not between 1 and min(m, n) = {min(jacobian.shape)}.")
     if not 0 <= tol < 1:
         raise SpectraError(f"tol={tol} is an error in units of the largest singular value: use [0, 1).")
@@ -138,7 +139,9 @@ def _largest(gram: GramOperator, pairs: Eigenpairs, which: str, key: jax.Array) 
     return float(np.sqrt(max(top.values[0], 0.0))), top.num_matvecs
 
 
-def _triplets(small, unit: float, pairs: Eigenpairs, top: float, which, tol, turned: bool, spent: int):
+def _triplets(
+    small: Any, unit: float, pairs: Eigenpairs, top: float, which: str, tol: float, turned: bool, spent: int
+) -> Any:
     """The singular values of J on the span of the eigenvectors, with vectors and errors."""
     images = stacks.stacked([_in_unit(small, v, unit) for v in stacks.split(pairs.vectors)])
     sizes, cosines = (np.asarray(x, np.float64) for x in _geometry(images))
@@ -202,7 +205,7 @@ def _geometry(images: PyTree) -> tuple[jax.Array, jax.Array]:
 
 
 @jax.jit
-def _rotated(turn, shares, vectors: PyTree, images: PyTree) -> tuple[PyTree, PyTree]:
+def _rotated(turn: jax.Array, shares: jax.Array, vectors: PyTree, images: PyTree) -> tuple[PyTree, PyTree]:
     """The singular vectors on both sides, of length one; zero where the value is."""
     sizes = jax.vmap(trees.norm)(images)
     unit = jax.vmap(trees.scale)(jnp.where(sizes > 0, 1 / jnp.where(sizes > 0, sizes, 1), 0), images)
@@ -213,6 +216,6 @@ def _rotated(turn, shares, vectors: PyTree, images: PyTree) -> tuple[PyTree, PyT
 
 
 @jax.jit
-def _residuals(back: PyTree, near: PyTree, values) -> jax.Array:
+def _residuals(back: PyTree, near: PyTree, values: jax.Array) -> jax.Array:
     """|Jᵀ u - σ v| of each triplet."""
     return jax.vmap(lambda b, v, s: trees.norm(trees.axpy(-s, v, b)))(back, near, values)

@@ -103,7 +103,7 @@ def change_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> float:
     """
     from scipy.special import stdtrit
 
-    changes = []
+    changes: list[float] = []
     for i in range(SAMPLES):
         other = op.moved(jax.random.fold_in(jax.random.key(KEY), i))
         assert other is not None
@@ -158,7 +158,7 @@ class Search:
     high: float
     first: list[int]  # rows that it is orthogonal to
     row: int  # waits for its product
-    rows: list[int] = dataclasses.field(default_factory=list)  # have had theirs
+    rows: list[int] = dataclasses.field(default_factory=list[int])  # have had theirs
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "Search":

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -35,11 +35,11 @@ def mean_over_microbatches(
     weight = weight_fn or partial(batch_size, shared=shared)
     cut = Cut(batch, microbatch, shared)
 
-    def weighted(piece):
+    def weighted(piece: PyTree) -> tuple[PyTree, Any]:
         w = jnp.asarray(weight(piece))
         w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
 
-        def value(piece):
+        def value(piece: PyTree) -> PyTree:
             return jax.tree.map(lambda x: w.astype(x.dtype) * x, fn(piece))
 
         if weight_fn is None:
@@ -49,7 +49,7 @@ def mean_over_microbatches(
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return w, lax.cond(w > 0, value, lambda _: nothing, piece)
 
-    def body(total, piece):
+    def body(total: PyTree, piece: PyTree) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, weighted(cut.piece(piece))), None
 
     first = cut.piece([x[0] for x in cut.columns])
@@ -123,7 +123,7 @@ class Passes:
         self._stride, self._looked = 1, time.monotonic()
 
     @contextlib.contextmanager
-    def observed(self) -> Iterator[None]:
+    def observed(self) -> Generator[None]:
         """Every `weighted_sum` inside is one of the passes."""
         token = _observer.set(self)
         try:
@@ -185,5 +185,5 @@ _multiple = jax.jit(trees.scale)
 
 
 @jax.jit
-def _add(weight, part, total):
+def _add(weight: Any, part: PyTree, total: PyTree) -> PyTree:
     return trees.axpy(weight, part, total)

@@ -1,10 +1,13 @@
 """What an operator on data is given, checked: options, functions and how they are called, values."""
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 import inspect
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +42,7 @@ class DataOptions(TypedDict, total=False):
     check_data: bool
 
 
-def check_options(mode: str, microbatch, linearize, matmul_precision: str) -> None:
+def check_options(mode: str, microbatch: Any, linearize: Any, matmul_precision: str) -> None:
     """Raise a `SpectraError` for a value that none of them has."""
     if mode not in ("auto", *differentiate.MODES):
         raise SpectraError(f"mode={mode!r}: use 'auto' or one of {sorted(differentiate.MODES)}.")
@@ -58,7 +61,7 @@ def check_functions(functions: Mapping[str, Any]) -> None:
             raise StructureError(f"{name} is a {type(function).__name__}; pass a function.")
 
 
-def check_scalar(value, name: str) -> jax.Array:
+def check_scalar(value: Any, name: str) -> jax.Array:
     """`value` if it is one real number; raises otherwise."""
     if not jax.tree_util.all_leaves((value,)):
         kind = type(value).__name__
@@ -72,15 +75,15 @@ def check_scalar(value, name: str) -> jax.Array:
     )
 
 
-def explain_non_finite(op) -> str:
+def explain_non_finite(op: Any) -> str:
     """Name the parameter leaf, the loss or the gradient leaf that is not finite."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(op.like):
+    for path, leaf in jax.tree.leaves_with_path(op.like):
         if not trees.all_finite(leaf):
             return f"The parameter leaf '{trees.path_str(path)}' holds NaN or infinite values."
     loss = float(op.loss())
     if not np.isfinite(loss):
         return f"The loss is {loss} at these parameters: check the data and the loss function."
-    for path, leaf in jax.tree_util.tree_leaves_with_path(op.gradient()):
+    for path, leaf in jax.tree.leaves_with_path(op.gradient()):
         if not trees.all_finite(leaf):
             return (
                 f"The loss is finite but its gradient is not, in leaf '{trees.path_str(path)}': "
@@ -139,7 +142,7 @@ def _check_signature(name: str, function: Any, arguments: tuple[str, str], batch
         advice = f" Write lambda {first}, {second}: {name}({first}, *{second})."
     elif _takes(signature, first):
         advice = f" Write lambda {first}, {second}: {name}({first})."
-    elif isinstance(given, dict) and all(isinstance(key, str) for key in given):
+    elif isinstance(given, dict) and all(isinstance(key, str) for key in cast("dict[Any, Any]", given)):
         try:
             signature.bind(first, **given)
             advice = f" Write lambda {first}, {second}: {name}({first}, **{second})."
@@ -154,7 +157,8 @@ def _check_signature(name: str, function: Any, arguments: tuple[str, str], batch
 
 
 def _half(batch: PyTree, name: str) -> PyTree:
-    pair = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (None, None)
+    items = cast("list[Any]", batch) if isinstance(batch, (tuple, list)) else []
+    pair = items if len(items) == 2 else (None, None)
     return pair[0] if name == "inputs" else pair[1] if name == "targets" else None
 
 
@@ -198,9 +202,10 @@ def _line(error: Exception) -> str:
 
 
 def _hint(batch: PyTree) -> str:
-    if isinstance(batch, (tuple, list)) and len(batch) > 1 and not are_arrays(list(batch)):
+    items = list(cast("list[Any]", batch)) if isinstance(batch, (tuple, list)) else []
+    if len(items) > 1 and not are_arrays(items):
         return " A tuple is one batch: for a stream of batches pass a list."
-    if hasattr(batch, "shape"):
+    if hasattr(cast("Any", batch), "shape"):
         return " A list is a stream of batches: for one batch of several arrays pass a tuple."
     return ""
 
@@ -216,7 +221,7 @@ def open_data(
     chosen = num_batches is not None or subsample_key is not None
     streamed = is_stream(data)
     if streamed and isinstance(data, list) and not chosen:
-        streamed = not is_one_batch(op, data)
+        streamed = not is_one_batch(op, cast("list[Any]", data))
     if streamed:
         few = num_batches, subsample_key
         return {"stream": Stream.open(data, op.weight_fn, *few, check=check, shared=op.shared)}
@@ -225,7 +230,7 @@ def open_data(
     return {"data": None if data is None else as_batch(data)}
 
 
-def is_one_batch(op: "DataOperator", items: list) -> bool:
+def is_one_batch(op: "DataOperator", items: list[Any]) -> bool:
     """Whether a list is one batch, as PyTorch's default collate makes of a tuple, and not a stream.
 
     A list of tuples or dicts of one structure is a stream. Otherwise the loss decides: what it can be called
@@ -247,9 +252,9 @@ def is_one_batch(op: "DataOperator", items: list) -> bool:
     return whole
 
 
-def _distinct(items: list) -> list:
+def _distinct(items: list[Any]) -> list[Any]:
     """One item of each shape."""
-    kinds = {}
+    kinds: dict[Any, Any] = {}
     for item in items:
         leaves, treedef = jax.tree.flatten(item)
         kinds.setdefault((treedef, *(str(getattr(x, "shape", x)) for x in leaves)), item)

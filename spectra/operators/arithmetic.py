@@ -110,7 +110,7 @@ class SumOperator(LinearOperator):
             return None
         return SumOperator(tuple(new or old for new, old in zip(moved, self.terms, strict=True)))
 
-    def _principal(self, indices: tuple[int, ...]) -> "SumOperator":
+    def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
         return SumOperator(tuple(term._principal(indices) for term in self.terms))
 
 

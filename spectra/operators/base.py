@@ -1,14 +1,15 @@
 """The symmetric linear operator: what algorithms may ask of it, and its arithmetic."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from spectra.base import host, meshes, paths, trees
 from spectra.base.errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
@@ -18,6 +19,9 @@ from spectra.operators.pytree import Field, register
 from spectra.operators.pytree import operator as operator
 from spectra.results import format_bytes
 from spectra.results.base import call
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
 
 
 class LinearOperator(abc.ABC):
@@ -59,7 +63,7 @@ class LinearOperator(abc.ABC):
     else:
         like = Field()
 
-    def __new__(cls, *_, **__):
+    def __new__(cls, *_: Any, **__: Any) -> Self:
         """A new instance of a class that JAX knows from here on.
 
         Raises:
@@ -128,7 +132,9 @@ class LinearOperator(abc.ABC):
         """Where products are computed; the first of several."""
         leaves = jax.tree.leaves(self)
         arrays = [x for x in leaves if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
-        local = arrays[0].sharding.addressable_devices if arrays else jax.local_devices()
+        local: Iterable[Any] = (
+            cast("Any", arrays[0].sharding).addressable_devices if arrays else jax.local_devices()
+        )
         return min(local, key=lambda device: device.id)
 
     def prepare(self) -> "LinearOperator":
@@ -169,7 +175,7 @@ class LinearOperator(abc.ABC):
     def as_vector(self, v: PyTree, what: str = "the vector") -> PyTree:
         """`v`, a pytree or a flat array of shape (n,), as a pytree in the working dtypes."""
         structure, v = self.structure, meshes.on_automatic_axes(v)
-        if self._is_flat(v):
+        if self.is_flat(v):
             leaves, treedef = jax.tree.flatten(structure)
             kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
             v = treedef.unflatten(_unravel(v, kinds))
@@ -188,11 +194,11 @@ class LinearOperator(abc.ABC):
             return call("product", (self, v))
         if not trees.is_traced((self, v)):
             self.require_finite()
-        if self._is_matrix(v):
+        if self.is_matrix(v):
             return self._checked(call("matrix_product", self, jnp.asarray(v)))
         vector = self.as_vector(v)
         result = self._checked(self.mv(vector) if self.on_host else product(self, vector))
-        return _ravel(result) if self._is_flat(v) else result
+        return _ravel(result) if self.is_flat(v) else result
 
     def require_finite(self) -> None:  # noqa: B027 - most have no such function
         """Raise a `NonFiniteError` if the function whose derivatives the products are is not finite."""
@@ -202,12 +208,12 @@ class LinearOperator(abc.ABC):
             raise NonFiniteError(f"the product is NaN or infinite. {self.explain_non_finite()}")
         return result
 
-    def _is_matrix(self, v: PyTree) -> bool:
+    def is_matrix(self, v: PyTree) -> bool:
         """Whether `v` is a matrix of flat vectors, not a vector that is a matrix itself."""
         shape, own = getattr(v, "shape", ()), getattr(self.like, "shape", None)
         return len(shape) == 2 and shape[0] == self.size and shape[1] > 0 and shape != own
 
-    def _is_flat(self, v: PyTree) -> bool:
+    def is_flat(self, v: PyTree) -> bool:
         """Whether `v` is a flat array that stands for a vector of another form."""
         own = getattr(self.like, "shape", None)  # an operator on a single array
         return getattr(v, "shape", None) == (self.size,) and own != (self.size,)
@@ -236,7 +242,7 @@ class LinearOperator(abc.ABC):
                 "op.block(...) for one layer, or raise memory_limit."
             )
         matrix = self._matrix()
-        if not isinstance(matrix, Tracer) and not trees.all_finite(matrix):
+        if not trees.is_tracer(matrix) and not trees.all_finite(matrix):
             raise NonFiniteError(f"the matrix has NaN or infinite entries. {self.explain_non_finite()}")
         return matrix
 
@@ -302,7 +308,8 @@ class LinearOperator(abc.ABC):
         chooses as `block` does, such as the members of an ensemble under `jax.vmap`.
         """
         stacks = self._stacks() if scanned is None else paths.stacks_of(self.like, scanned)
-        leaves, blocks = jax.tree.leaves(self.structure), {}
+        leaves = jax.tree.leaves(self.structure)
+        blocks: dict[str, LinearOperator] = {}
         for name, indices, stack in paths.stacked_groups(self.like, by, stacks):
             block = self._principal(indices)
             if stack is None:
@@ -326,25 +333,25 @@ class LinearOperator(abc.ABC):
         return call("block", self, indices)
 
     @meshes.automatic
-    def to_scipy(self):
+    def to_scipy(self) -> "scipy.sparse.linalg.LinearOperator":
         """A `scipy.sparse.linalg.LinearOperator` on flat vectors, with the linearisation reused."""
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
         op = self.prepare()
         dtype = np.dtype(self.dtype)
 
-        def matvec(x):
+        def matvec(x: np.ndarray) -> np.ndarray:
             return np.asarray(op @ jnp.asarray(np.ravel(x), dtype))
 
-        return ScipyOperator((self.size, self.size), matvec=matvec, rmatvec=matvec, dtype=dtype)  # pyright: ignore[reportCallIssue]
+        return ScipyOperator((self.size, self.size), matvec=matvec, rmatvec=matvec, dtype=dtype)
 
-    def __add__(self, other: "LinearOperator") -> "LinearOperator":
+    def __add__(self, other: Any) -> "LinearOperator":
         return call("sum", (self, other)) if isinstance(other, LinearOperator) else NotImplemented
 
-    def __sub__(self, other: "LinearOperator") -> "LinearOperator":
+    def __sub__(self, other: Any) -> "LinearOperator":
         return self + (-1.0) * other if isinstance(other, LinearOperator) else NotImplemented
 
-    def __rmul__(self, factor) -> "LinearOperator":
+    def __rmul__(self, factor: Any) -> "LinearOperator":
         return call("multiple", self, factor) if _is_real_scalar(factor) else NotImplemented
 
     __mul__ = __rmul__
@@ -352,10 +359,10 @@ class LinearOperator(abc.ABC):
     def __neg__(self) -> "LinearOperator":
         return (-1.0) * self
 
-    def __truediv__(self, divisor) -> "LinearOperator":
+    def __truediv__(self, divisor: Any) -> "LinearOperator":
         return (1.0 / divisor) * self
 
-    def shift(self, delta) -> "LinearOperator":
+    def shift(self, delta: ArrayLike) -> "LinearOperator":
         """H + delta I, a damped operator: every eigenvalue moves by `delta`."""
         if not _is_real_scalar(delta):
             raise SpectraError(f"shift needs a real scalar, got {delta!r}.")
@@ -365,16 +372,18 @@ class LinearOperator(abc.ABC):
         return f"{type(self).__name__}(size={self.size:,}, dtype={self.dtype})"
 
 
-def require_operator(op) -> None:
+def require_operator(op: Any) -> None:
     """Raise a helpful error for what is not an operator."""
-    if isinstance(op, Mapping) and any(isinstance(part, LinearOperator) for part in op.values()):
+    name = type(op).__name__
+    parts: dict[Any, Any] = dict(cast("Mapping[Any, Any]", op)) if isinstance(op, Mapping) else {}
+    if any(isinstance(part, LinearOperator) for part in parts.values()):
         raise StructureError(
-            f"op is a {type(op).__name__} of {len(op)} operators, as `blocks` gives: pass one, such as "
-            f"op[{next(iter(op))!r}], or the whole operator to summary(), which has a row for each block."
+            f"op is a {name} of {len(parts)} operators, as `blocks` gives: pass one, such as "
+            f"op[{next(iter(parts))!r}], or the whole operator to summary(), which has a row for each block."
         )
     if not isinstance(op, LinearOperator):
         raise StructureError(
-            f"op is a {type(op).__name__}, not a LinearOperator; wrap a matrix in MatrixOperator, a "
+            f"op is a {name}, not a LinearOperator; wrap a matrix in MatrixOperator, a "
             "function of a vector in FunctionOperator, a loss in HessianOperator."
         )
     require_alive(op)
@@ -389,11 +398,13 @@ def require_alive(op: LinearOperator) -> None:
     check_alive(op, "the operator's leaf")
 
 
-def _is_real_scalar(x) -> bool:
+def _is_real_scalar(x: Any) -> bool:
     if isinstance(x, (int, float)):
         return True
-    is_array = isinstance(x, (np.generic, np.ndarray, jax.Array))
-    return is_array and x.ndim == 0 and not jnp.issubdtype(x.dtype, jnp.complexfloating)
+    if not isinstance(x, (np.generic, np.ndarray, jax.Array)):
+        return False
+    x = cast("jax.Array", x)
+    return x.ndim == 0 and not jnp.issubdtype(x.dtype, jnp.complexfloating)
 
 
 @jax.jit
@@ -413,5 +424,5 @@ _ravel = jax.jit(trees.ravel)
 
 
 @partial(jax.jit, static_argnames="kinds")
-def _unravel(flat: jax.Array, kinds: tuple) -> list[jax.Array]:
+def _unravel(flat: jax.Array, kinds: trees.Kinds) -> list[jax.Array]:
     return trees.unravel(flat, [jax.ShapeDtypeStruct(*kind) for kind in kinds])

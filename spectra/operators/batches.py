@@ -5,8 +5,8 @@ random key, the edges of a graph). The axis is needed only where a batch is cut 
 a batch that is used whole may hold leaves of any shape.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class Labels:
             "array of numbers, or leave it out."
         )
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         return iter(range(len(self)))
 
     def __getitem__(self, index: Any) -> Any:
@@ -64,7 +64,7 @@ def check_alive(tree: PyTree, what: str) -> None:
     """Raise a `StructureError` for an array whose memory JAX has given to another."""
     if not any(_is_deleted(leaf) for leaf in jax.tree.leaves(tree)):
         return
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = jax.tree.leaves_with_path(tree)
     path = next(path for path, leaf in leaves if _is_deleted(leaf))
     raise StructureError(
         f"{what} '{path_str(path)}' was deleted: it was donated to a compiled function (donate_argnums=), "
@@ -80,10 +80,10 @@ def _is_deleted(leaf: Any) -> bool:
 def as_batch(batch: PyTree, where: str = "data") -> PyTree:
     """The batch with array leaves that JAX accepts, numbers and text included."""
 
-    def one(path, leaf):
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
         name = f"{where}: leaf '{path_str(path)}'"
         if isinstance(leaf, (jax.Array, np.ndarray)):
-            array = leaf
+            array: Any = cast("Any", leaf)
         elif isinstance(leaf, (bool, int, float)):
             array = jnp.asarray(leaf)  # weakly typed, as in the user's own call
         elif hasattr(leaf, "__array__"):
@@ -105,7 +105,7 @@ def as_batch(batch: PyTree, where: str = "data") -> PyTree:
     plain = jax.tree.map(_plain, batch, is_leaf=_is_text)
     if isinstance(plain, (Text, Labels)):
         raise DataError(f"{where} is text, {batch!r}; a batch holds arrays.")
-    batch = on_automatic_axes(jax.tree_util.tree_map_with_path(one, plain))
+    batch = on_automatic_axes(jax.tree.map_with_path(one, plain))
     lengths = [leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim]
     if lengths and not any(lengths):
         raise DataError(f"{where}: the batch has no examples.")
@@ -117,14 +117,18 @@ def _plain(leaf: Any) -> Any:
     if _is_text(leaf):
         return Text(leaf) if isinstance(leaf, str) else Labels()
     if isinstance(leaf, Mapping):
-        return {key: jax.tree.map(_plain, value, is_leaf=_is_text) for key, value in leaf.items()}
+        items = cast("Mapping[Any, Any]", leaf).items()
+        return {key: jax.tree.map(_plain, value, is_leaf=_is_text) for key, value in items}
     return leaf
 
 
 def _is_text(node: Any) -> bool:
     if isinstance(node, (list, tuple)):
-        return len(node) > 0 and all(isinstance(item, (str, bytes)) for item in node)
-    return isinstance(node, (str, bytes)) or (isinstance(node, np.ndarray) and node.dtype.kind in "US")
+        items = cast("list[Any]", node)
+        return len(items) > 0 and all(isinstance(item, (str, bytes)) for item in items)
+    if isinstance(node, np.ndarray):
+        return cast("np.ndarray", node).dtype.kind in "US"
+    return isinstance(node, (str, bytes))
 
 
 def shared_leaves(batch: PyTree, shared: Shared) -> list[bool]:
@@ -135,7 +139,9 @@ def shared_leaves(batch: PyTree, shared: Shared) -> list[bool]:
     """
     leaves = jax.tree.leaves(batch)
     chosen: set[int] = set()
-    for select in () if shared is None else shared if isinstance(shared, (tuple, list)) else (shared,):
+    single = () if shared is None else (shared,)
+    several = cast("Sequence[_paths.Select]", shared if isinstance(shared, (tuple, list)) else single)
+    for select in several:
         try:
             chosen.update(_paths.select_leaves(batch, select))
         except StructureError as error:

@@ -5,6 +5,9 @@ matrix is Σ w g gᵀ over examples and all classes c', with g_ic' = J_iᵀ(e_c'
 the label, up to sign, and w_ic' = p_ic' / N.
 """
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import host, trees
+from spectra.base import arrays, host, trees
 from spectra.base.errors import DataError, MemoryLimitError, StructureError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -133,13 +136,13 @@ def parts_of(op: GGNOperator, means: ClassMeans) -> dict[str, Any]:
     total = weights.sum(axis=1)
     shares = weights / np.where(total > 0, total, 1)[:, None]
 
-    def center(x):
-        return jnp.einsum("ij,ij...->i...", jnp.asarray(shares, x.dtype), x, precision="highest")
+    def center(x: jax.Array) -> jax.Array:
+        return arrays.einsum("ij,ij...->i...", jnp.asarray(shares, x.dtype), x)
 
     centers = jax.tree.map(center, means.means)
     i, j = np.nonzero(away)
 
-    def weighted(x, w):
+    def weighted(x: jax.Array, w: np.ndarray) -> jax.Array:
         return jnp.asarray(np.sqrt(w), x.dtype).reshape(-1, *[1] * (x.ndim - 1)) * x
 
     rows = jax.tree.map(lambda x: weighted(x[i, j], weights[i, j]), means.means)
@@ -162,7 +165,7 @@ def _make(fields: dict[str, Any]) -> _Terms:
 
 def class_means(op: GGNOperator) -> ClassMeans:
     """Means of the gradients as if each class were the label, by true class."""
-    if not isinstance(op, GGNOperator):
+    if not isinstance(op, GGNOperator):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise StructureError(f"op is a {type(op).__name__}: pass the GGNOperator of a softmax cross-entropy.")
     classes = _check(op)
     needed, free = 3 * classes**2 * trees.tree_bytes(op.structure), host.available_bytes()
@@ -178,7 +181,7 @@ def class_means(op: GGNOperator) -> ClassMeans:
     weights = np.asarray(weights, float)
     inverse = np.divide(1, weights, where=weights > 0, out=np.zeros_like(weights))
 
-    def divide(x):
+    def divide(x: jax.Array) -> jax.Array:
         return x * jnp.asarray(inverse, x.dtype).reshape(classes, classes, *[1] * (x.ndim - 2))
 
     return ClassMeans(weights, jax.tree.map(divide, sums))
@@ -189,12 +192,12 @@ def _moments(op: GGNOperator, classes: int) -> tuple[jax.Array, PyTree]:
     """Σ p_ic' / N and Σ p_ic' g_ic' / N over the examples of each class c."""
     variables = op._variables()
 
-    def of_piece(piece):
+    def of_piece(piece: PyTree) -> Any:
         inputs, targets = split(piece)
         outputs, _, pull = op._jacobian(variables, inputs)
         p, labels = jax.nn.softmax(outputs), labels_of(targets, outputs)
 
-        def pair(c, other):
+        def pair(c: jax.Array, other: jax.Array) -> Any:
             share = jnp.where(labels == c, p[..., other], 0) / labels.size
             toward = jax.nn.one_hot(other, classes, dtype=p.dtype) - p
             return jnp.sum(share), pull(share[..., None] * toward)
@@ -219,7 +222,7 @@ def _check(op: GGNOperator) -> int:
 
 
 @jax.jit
-def _curvatures(op: GGNOperator):
+def _curvatures(op: GGNOperator) -> tuple[int, PyTree, jax.Array]:
     """Classes, and the curvature of the loss and that of a softmax along one direction."""
     inputs, targets = split(op.data)
     outputs = op.model_fn(op._merge(op._variables()), inputs)

@@ -63,7 +63,7 @@ class LayerOperator(Wrapped):
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), self.base.structure)
 
     def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
-        def place(x, s):
+        def place(x: jax.Array, s: jax.ShapeDtypeStruct) -> jax.Array:
             stack = x.shape[: x.ndim - len(s.shape) + 1]
             rows = jnp.zeros((*stack, *s.shape), s.dtype)
             return rows.at[(*[slice(None)] * len(stack), self.index)].set(x.astype(s.dtype))
@@ -192,11 +192,11 @@ class SubmatrixOperator(Wrapped):
         return jax.ShapeDtypeStruct(self.rows.shape, self.base.dtype)
 
     def _apply(self, multiply: Callable[[PyTree], PyTree], v: jax.Array) -> jax.Array:
-        def place(row):
+        def place(row: jax.Array) -> PyTree:
             flat = jnp.zeros(self.base.size, row.dtype).at[self.rows].set(row)
             return trees.unravel(flat, self.base.structure)
 
-        def take(tree):
+        def take(tree: PyTree) -> jax.Array:
             return trees.ravel(tree)[self.rows].astype(v.dtype)
 
         if v.ndim == 1:

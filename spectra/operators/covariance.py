@@ -97,11 +97,11 @@ class GradientCovarianceOperator(DataOperator):
         block = super()._principal(indices)
         return block if self.mean is None else block._with(mean=trees.keep_leaves(self.mean, indices))
 
-    def _on(self, **data) -> "GradientCovarianceOperator":
+    def _on(self, **data: Any) -> "GradientCovarianceOperator":
         other = self._with(**data, mean=None)
         return other._with(mean=other.gradient()) if self.centered else other
 
-    def _pieces(self):
+    def _pieces(self) -> Any:
         for weight, piece in super()._pieces():
             yield weight, piece._with(mean=None)  # the mean over all pieces is taken out at the end
 
@@ -111,7 +111,7 @@ class GradientCovarianceOperator(DataOperator):
     def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
         weights, owned, one = self._examples(piece)
 
-        def losses(x):
+        def losses(x: PyTree) -> jax.Array:
             return jax.vmap(lambda weight, example: one(x, weight, example))(weights, owned)
 
         _, push, pull = differentiate.jacobian(self.mode, losses, variables)
@@ -125,7 +125,7 @@ class GradientCovarianceOperator(DataOperator):
         owned = owned_leaves(piece, self.shared)
         stand_in = [x[jnp.argmax(weights > 0)] for x in owned]
 
-        def one(variables, weight, example):
+        def one(variables: PyTree, weight: Any, example: PyTree) -> jax.Array:
             kept = [jnp.where(weight > 0, e, s) for e, s in zip(example, stand_in, strict=True)]
             return self._value(self._merge(variables), self._alone(piece, kept))
 

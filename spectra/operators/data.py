@@ -1,11 +1,14 @@
 """What all curvature matrices of a data set share: a mean over examples at one point of parameter space."""
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 import abc
 import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +119,7 @@ class DataOperator(LinearOperator):
             linearize=linearize,
             matmul_precision=matmul_precision,
             weight_fn=weight_fn or loss_weight(functions["loss_fn"]),
-            shared=tuple(shared) if isinstance(shared, list) else shared,
+            shared=tuple(cast("list[Any]", shared)) if isinstance(shared, list) else shared,
             stream=None,
             rounding=None,
             **functions,
@@ -132,11 +135,11 @@ class DataOperator(LinearOperator):
         if check_data:
             require_mean(self)
 
-    def _set(self, **fields) -> None:
+    def _set(self, **fields: Any) -> None:
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
-    def _with(self, **fields) -> Self:
+    def _with(self, **fields: Any) -> Self:
         op = object.__new__(type(self))
         op._set(**(vars(self) | {"_finite": False} | fields))
         return op
@@ -197,7 +200,7 @@ class DataOperator(LinearOperator):
         jaxpr = differentiate.loss.trace(self.first_piece()).jaxpr
         chosen = tuple(range(len(jax.tree.leaves(self.params)))) if self.selected is None else self.selected
         found, names = scanned_inputs(jaxpr, chosen), _paths.leaf_paths(self.like)
-        of_scan: dict[tuple, list[int]] = {}
+        of_scan: dict[tuple[Any, ...], list[int]] = {}
         for place, i in enumerate(chosen):
             if i in found:
                 of_scan.setdefault(found[i], []).append(place)
@@ -355,7 +358,7 @@ class DataOperator(LinearOperator):
         edges = [n * i // count for i in range(count + 1)]
         return [self._on(data=rows(self.data, a, b, self.shared)) for a, b in itertools.pairwise(edges)]
 
-    def _on(self, **data) -> Self:
+    def _on(self, **data: Any) -> Self:
         """The same matrix of other data."""
         return self._with(**data)
 

@@ -5,14 +5,14 @@ A matrix is made column by column, and refused where the map has no symmetric on
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
-from spectra.base import trees
+from spectra.base import arrays, trees
 from spectra.base.errors import NotSymmetricError, StructureError
 from spectra.base.meshes import automatic, on_automatic_axes
 from spectra.base.trees import PyTree
@@ -33,7 +33,7 @@ def symmetric_matrix(op: LinearOperator) -> jax.Array:
     """
     op = op.prepare()
     matrix = jnp.stack([_column(op, i) for i in range(op.size)]).T if op.on_host else _columns(op)
-    if not isinstance(matrix, Tracer):
+    if not trees.is_tracer(matrix):
         _require_symmetric(op, matrix)
     return _symmetrise(matrix)
 
@@ -45,7 +45,7 @@ def times_matrix(op: LinearOperator, matrix: jax.Array) -> jax.Array:
         raise StructureError(f"the matrix has dtype {matrix.dtype}, expected {op.dtype}.")
     leaves, treedef = jax.tree.flatten(op.structure)
     kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-    parts = []
+    parts: list[jax.Array] = []
     for start in range(0, matrix.shape[1], IN_FLIGHT):
         vectors = treedef.unflatten(_as_vectors(matrix[:, start : start + IN_FLIGHT], kinds))
         parts.append(_as_columns(op.mv_batch(vectors)))
@@ -53,7 +53,7 @@ def times_matrix(op: LinearOperator, matrix: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="kinds")
-def _as_vectors(matrix: jax.Array, kinds: tuple) -> list[jax.Array]:
+def _as_vectors(matrix: jax.Array, kinds: trees.Kinds) -> list[jax.Array]:
     """The columns of a matrix as a stack of vectors."""
     like = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
     return jax.vmap(lambda column: trees.unravel(column, like), in_axes=1)(matrix)
@@ -88,30 +88,30 @@ def _require_symmetric(op: LinearOperator, matrix: jax.Array) -> None:
 
 
 @jax.jit
-def _defects(matrix, start, image):
+def _defects(matrix: jax.Array, start: PyTree, image: PyTree) -> tuple[jax.Array, ...]:
     """max |A|, max |A - Aᵀ|, a size for products and the error of one, over the numbers of a vector."""
     start, image = trees.ravel(start), trees.ravel(image)
     with jax.default_matmul_precision("highest"):
         expected = matrix @ start
     scale = jnp.max(jnp.abs(matrix))
     unit = jnp.where(scale > 0, scale, jnp.maximum(jnp.max(jnp.abs(image)), jnp.finfo(image.dtype).tiny))
-    size = jnp.linalg.norm(matrix / unit) * jnp.linalg.norm(start) / len(start) ** 0.5 * unit
-    return scale, jnp.max(jnp.abs(matrix - matrix.T)), size, jnp.linalg.norm((image - expected) / unit) * unit
+    size = arrays.norm(matrix / unit) * arrays.norm(start) / len(start) ** 0.5 * unit
+    return scale, jnp.max(jnp.abs(matrix - matrix.T)), size, arrays.norm((image - expected) / unit) * unit
 
 
-def _column(op: LinearOperator, i) -> jax.Array:
+def _column(op: LinearOperator, i: int | jax.Array) -> jax.Array:
     unit = jnp.zeros(op.size, op.dtype).at[i].set(1)
     return trees.ravel(op.mv(trees.unravel(unit, op.structure)))
 
 
 @jax.jit
-def _columns(op):
+def _columns(op: LinearOperator) -> jax.Array:
     rows = jax.lax.map(lambda i: _column(op, i), jnp.arange(op.size), batch_size=min(IN_FLIGHT, op.size))
     return rows.T
 
 
 @jax.jit
-def _symmetrise(matrix):
+def _symmetrise(matrix: jax.Array) -> jax.Array:
     return (matrix + matrix.T) / 2
 
 
@@ -137,7 +137,7 @@ class MatrixOperator(LinearOperator):
     matrix: jax.Array
 
     @automatic
-    def __init__(self, matrix):
+    def __init__(self, matrix: Any):
         matrix = jnp.asarray(matrix)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
             raise StructureError(f"a MatrixOperator needs a square matrix, got shape {matrix.shape}.")

@@ -1,5 +1,8 @@
 """How a loss is differentiated once more: three ways, which of them a model admits, compiled programs."""
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -39,7 +42,7 @@ def jacobian(mode: str, fn: Function, params: PyTree) -> tuple[PyTree, Function,
         return outputs, push, lambda u: transposed(u)[0]
     outputs, pullback = jax.vjp(fn, params)
 
-    def pull(u):
+    def pull(u: PyTree) -> PyTree:
         return pullback(u)[0]
 
     if mode == "reverse-over-reverse":  # u -> Jᵀ u is linear, so its own vjp multiplies by J
@@ -83,7 +86,7 @@ def linearize(op: "DataOperator") -> tuple[jax.Array, Callable[[PyTree], PyTree]
     return _mean_loss(op), jax.linearize(op.mv, zero)[1]
 
 
-def _first(pullback, u: PyTree) -> PyTree:
+def _first(pullback: Callable[[PyTree], tuple[PyTree, ...]], u: PyTree) -> PyTree:
     return pullback(u)[0]
 
 

@@ -3,6 +3,9 @@
 It takes for granted that a loss is the mean over terms with a gradient for each; that is tried.
 """
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self, Unpack
 
@@ -63,7 +66,7 @@ def require_mean_of_outputs(op: Any) -> None:
     treedef, leaves = jax.tree.structure(outputs), jax.tree.leaves(outputs)
     for amount in (0.0, FAR):
         values = jax.device_get(_values_of_outputs(few, treedef.unflatten(waves(leaves, amount))))
-        whole, turned, first, second = np.asarray(values[0], float)
+        whole, turned, first, second = map(float, np.asarray(values[0], float))
         weights = np.asarray(values[1], float)
         mean = float(np.array([first, second]) @ weights / weights.sum()) if weights.all() else whole
         size = max(map(abs, (whole, first, second)))
@@ -186,7 +189,7 @@ class FisherOperator(ModelOperator):
             raise SpectraError(f"kind={kind!r}: use one of {KINDS}.")
         if (kind == "mc") != (key is not None):
             raise SpectraError("kind='mc' draws targets and needs key=; the other kinds draw nothing.")
-        functions = {"model_fn": model_fn, "loss_fn": loss_fn, "sample_fn": sample_fn}
+        functions: dict[str, Any] = {"model_fn": model_fn, "loss_fn": loss_fn, "sample_fn": sample_fn}
         functions["count_fn"] = options.get("weight_fn")
         self._open(params, data, kind=kind, key=None, **functions, **options)
         piece = self.first_piece()

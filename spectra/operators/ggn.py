@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import jax
 
@@ -19,10 +19,11 @@ OutputLossFn = Callable[[PyTree, PyTree], jax.Array]
 
 def split(piece: PyTree) -> tuple[PyTree, PyTree]:
     """(inputs, targets) of a batch for operators that know the model."""
-    if isinstance(piece, (tuple, list)) and len(piece) == 2:
-        return piece[0], piece[1]
+    items = cast("list[Any]", piece) if isinstance(piece, (tuple, list)) else []
+    if len(items) == 2:
+        return items[0], items[1]
     raise DataError(
-        f"a batch is a {type(piece).__name__}, not a pair (inputs, targets): the operator calls "
+        f"a batch is a {type(cast(Any, piece)).__name__}, not a pair (inputs, targets): the operator calls "
         "model_fn(params, inputs) and loss_fn(outputs, targets)."
     )
 
@@ -53,7 +54,9 @@ class ModelOperator(DataOperator):
     def _output_loss(self, outputs: PyTree, targets: PyTree) -> jax.Array:
         return check_scalar(self.loss_fn(outputs, targets), "loss_fn")
 
-    def _jacobian(self, variables: PyTree, inputs: PyTree):
+    def _jacobian(
+        self, variables: PyTree, inputs: PyTree
+    ) -> tuple[PyTree, Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
         """Outputs, v -> J v and u -> Jᵀ u of the model at the variables."""
         return differentiate.jacobian(self.mode, lambda x: self.model_fn(self._merge(x), inputs), variables)
 

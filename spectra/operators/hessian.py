@@ -3,6 +3,9 @@
 Of the matrix only the blocks on and below the diagonal are differentiated.
 """
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import arrays, trees
 from spectra.base.errors import SpectraError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -100,14 +103,14 @@ STRUCTURES = ("matrix", "blocks")
 @shows_options
 @automatic
 def dense_hessian(
-    loss_fn,
+    loss_fn: Callable[[PyTree, Any], jax.Array],
     params: PyTree,
     batch: Any,
     *,
     structure: str = "matrix",
     memory_limit: int | None = None,
     **options: Unpack[DataOptions],
-):
+) -> Any:
     """Compute the full Hessian matrix of a loss, using its symmetry.
 
     H_ij = ∂²L/∂θ_i∂θ_j, exactly symmetric: the diagonal blocks are averaged with their transposes, the others
@@ -160,11 +163,11 @@ def _blocks(matrix: jax.Array, structure: PyTree) -> PyTree:
 
 
 @partial(jax.jit, static_argnames="kinds")
-def _cut(matrix: jax.Array, kinds: tuple) -> list[list[jax.Array]]:
+def _cut(matrix: jax.Array, kinds: trees.Kinds) -> list[list[jax.Array]]:
     leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
     offsets = _offsets(leaves)
 
-    def block(i, j):
+    def block(i: int, j: int) -> jax.Array:
         rows, columns = slice(*offsets[i : i + 2]), slice(*offsets[j : j + 2])
         part = matrix[rows, columns].reshape(leaves[i].shape + leaves[j].shape)
         return part.astype(jnp.promote_types(leaves[i].dtype, leaves[j].dtype))
@@ -180,7 +183,7 @@ def hessian_matrix(op: HessianOperator) -> jax.Array:
     return _mirror(_upper(op), _owners(op))
 
 
-def _offsets(leaves) -> list[int]:
+def _offsets(leaves: list[Any]) -> list[int]:
     total = [0]
     for leaf in leaves:
         total.append(total[-1] + leaf.size)
@@ -214,13 +217,21 @@ def _upper(op: HessianOperator) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("leaves", "count", "begin"), donate_argnames=("matrix",))
-def _fill(op: HessianOperator, matrix, start, *, leaves: tuple[int, int], count: int, begin: int):
+def _fill(
+    op: HessianOperator,
+    matrix: jax.Array,
+    start: int | jax.Array,
+    *,
+    leaves: tuple[int, int],
+    count: int,
+    begin: int,
+) -> jax.Array:
     columns = start - begin + jnp.arange(count)
     rows = jax.lax.map(partial(_column, op, *leaves), columns, batch_size=min(COLUMNS, count))
     return jax.lax.dynamic_update_slice(matrix, rows.astype(matrix.dtype), (start, begin))
 
 
-def _column(op: HessianOperator, first: int, last: int, index) -> jax.Array:
+def _column(op: HessianOperator, first: int, last: int, index: int | jax.Array) -> jax.Array:
     """The derivative along one parameter of the gradient with respect to the leaves from `first` on."""
     tail = op._principal(tuple(range(first, len(jax.tree.leaves(op.structure)))))
     variables = tail._variables()
@@ -229,10 +240,10 @@ def _column(op: HessianOperator, first: int, last: int, index) -> jax.Array:
     unit = jnp.zeros(trees.tree_size(group), op.dtype).at[index].set(1)
     unit = trees.unravel(unit, group)
 
-    def gradient(group, piece):
+    def gradient(group: list[jax.Array], piece: PyTree) -> list[jax.Array]:
         return tail._grad(treedef.unflatten([*group, *rest]), piece)
 
-    def product(piece):
+    def product(piece: PyTree) -> PyTree:
         if op.mode == "forward-over-reverse":
             return jax.jvp(lambda x: gradient(x, piece), (group,), (unit,))[1]
         if op.mode == "reverse-over-reverse":  # the same block, as a row
@@ -245,6 +256,6 @@ def _column(op: HessianOperator, first: int, last: int, index) -> jax.Array:
 
 
 @jax.jit
-def _mirror(upper: jax.Array, owner: jax.Array) -> jax.Array:
+def _mirror(upper: jax.Array, owner: arrays.Indices) -> jax.Array:
     same = owner[:, None] == owner
     return jnp.where(same, 0.5, 1.0).astype(upper.dtype) * (upper + upper.T)

@@ -173,12 +173,12 @@ class JacobianOperator:
             raise StructureError(
                 "a Jacobian multiplies vectors: J.gram() and J.cogram() are its products with its transpose."
             )
-        if domain._is_matrix(v):
+        if domain.is_matrix(v):
             columns = jnp.asarray(v, self.dtype).T
             return self._checked(lax.map(lambda x: _flat_product(self, x), columns, batch_size=ROWS)).T
         vector = domain.as_vector(v)
         return self._checked(
-            _flat_product(self, trees.ravel(vector)) if domain._is_flat(v) else jacobian_product(self, vector)
+            _flat_product(self, trees.ravel(vector)) if domain.is_flat(v) else jacobian_product(self, vector)
         )
 
     def as_matrix(self, *, memory_limit: int | None = None) -> jax.Array:
@@ -233,11 +233,11 @@ class JacobianOperator:
             self.mode, lambda x: self._evaluate(x, self.inputs), variables
         )
 
-        def forward(v):
+        def forward(v: PyTree) -> PyTree:
             with jax.default_matmul_precision("float32"):
                 return trees.cast_like(push(trees.cast_like(v, variables)), trees.vector_structure(outputs))
 
-        def backward(u):
+        def backward(u: PyTree) -> PyTree:
             with jax.default_matmul_precision("float32"):
                 return trees.cast_like(pull(trees.cast_like(u, values)), variables)
 
@@ -333,7 +333,7 @@ def _rows(jacobian: JacobianOperator) -> jax.Array:
     m, _ = jacobian.shape
     turned = jacobian.T
 
-    def one(i):
+    def one(i: int | jax.Array) -> PyTree:
         unit = jnp.zeros(m, jacobian.dtype).at[i].set(1)
         return trees.ravel(turned.mv(trees.unravel(unit, turned.structure)))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
@@ -27,7 +28,7 @@ _REMAT = ("checkpoint", "remat", "remat2")
 _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform", "random_gamma")
 
 
-def refusing_operations(fn: Callable, *args: PyTree) -> str:
+def refusing_operations(fn: Callable[[Any], Any], *args: PyTree) -> str:
     """Name the primitives in `fn` that may lack a derivative, with the functions they come from."""
     try:
         jaxpr = jax.make_jaxpr(fn)(*args)
@@ -38,19 +39,19 @@ def refusing_operations(fn: Callable, *args: PyTree) -> str:
     return ", ".join(strongest) or "an operation that JAX could not name"
 
 
-def may_refuse_at_lowering(jaxpr) -> bool:
+def may_refuse_at_lowering(jaxpr: Jaxpr) -> bool:
     """Whether forward mode met a `custom_vjp`: JAX stages that, and refuses only what it compiles."""
     return any(eqn.primitive.name == "custom_lin" for eqn in _equations(jaxpr))
 
 
-def largest_epsilon(jaxpr) -> float:
+def largest_epsilon(jaxpr: ClosedJaxpr) -> float:
     """The largest machine epsilon among the floating numbers that a program computes with."""
     dtypes = {getattr(aval, "dtype", None) for aval in _avals(jaxpr)}
     floating = [dtype for dtype in dtypes if dtype is not None and jnp.issubdtype(dtype, jnp.floating)]
     return max((float(jnp.finfo(dtype).eps) for dtype in floating), default=0.0)
 
 
-def rounding_of_sums(jaxpr) -> float:
+def rounding_of_sums(jaxpr: ClosedJaxpr) -> float:
     """Relative rounding of a mean over the largest array of a program, sqrt(N) u for N terms in any order.
 
     Numbers in half precision are added in float32.
@@ -59,22 +60,22 @@ def rounding_of_sums(jaxpr) -> float:
     return unit * max((math.prod(getattr(aval, "shape", ())) for aval in _avals(jaxpr)), default=1) ** 0.5
 
 
-def _avals(jaxpr) -> Iterator[Any]:
+def _avals(jaxpr: ClosedJaxpr) -> Iterator[Any]:
     return (var.aval for eqn in _equations(jaxpr.jaxpr) for var in eqn.outvars)
 
 
-def drawn_shapes(jaxpr) -> list[tuple[int, ...]]:
+def drawn_shapes(jaxpr: Jaxpr) -> list[tuple[int, ...]]:
     """Shapes of the random numbers that a program draws."""
     eqns = (eqn for eqn in _equations(getattr(jaxpr, "jaxpr", jaxpr)) if draws(eqn))
     return [var.aval.shape for eqn in eqns for var in eqn.outvars]
 
 
-def draws(eqn) -> bool:
+def draws(eqn: Any) -> bool:
     """Whether a primitive draws random numbers."""
     return eqn.primitive.name in _RANDOM
 
 
-def rematerialises(jaxpr) -> bool:
+def rematerialises(jaxpr: Jaxpr) -> bool:
     """Whether a program has parts under `jax.checkpoint`, which derivatives evaluate again."""
     return any(eqn.primitive.name in _REMAT for eqn in _equations(getattr(jaxpr, "jaxpr", jaxpr)))
 
@@ -97,25 +98,25 @@ def slow_in_loops(op: LinearOperator) -> bool:
     return _convolves[kind]
 
 
-def _equations(jaxpr) -> Iterator[Any]:
+def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in inner_jaxprs(eqn):
             yield from _equations(inner)
 
 
-def inner_jaxprs(eqn) -> list[Any]:
+def inner_jaxprs(eqn: Any) -> list[Any]:
     """The jaxprs that an equation calls, without their constants."""
     values = jax.tree.leaves(list(eqn.params.values()), is_leaf=_has_equations)
     found = (getattr(value, "jaxpr", value) for value in values)
     return [inner for inner in found if hasattr(inner, "eqns")]
 
 
-def _has_equations(value) -> bool:
+def _has_equations(value: Any) -> bool:
     return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
-def _suspect(eqn) -> str | None:
+def _suspect(eqn: Any) -> str | None:
     primitive = eqn.primitive.name
     if not any(word in primitive for word in _SUSPECTS):
         return None
@@ -160,7 +161,7 @@ def coarsest_rounding(jaxpr: Any, varying: list[bool], eps: float) -> Rounding |
     return Rounding(dtype, coarse, _describe(eqn, dtype))
 
 
-def _follow(jaxpr: Any, varying: list[bool], used: list[bool], eps: float, found: list) -> list[bool]:
+def _follow(jaxpr: Any, varying: list[bool], used: list[bool], eps: float, found: list[Any]) -> list[bool]:
     """Which results vary; adds to `found` what is rounded on the way."""
     equations = _used_equations(jaxpr, used)
     moving = {id(var) for var, moves in zip(jaxpr.invars, varying, strict=True) if moves}
@@ -179,7 +180,7 @@ def _follow(jaxpr: Any, varying: list[bool], used: list[bool], eps: float, found
 def _used_equations(jaxpr: Any, used: list[bool]) -> list[Any]:
     """The equations that the derivatives of results in use depend on, in order."""
     live = {id(var) for var, is_used in zip(jaxpr.outvars, used, strict=True) if is_used}
-    equations = []
+    equations: list[Any] = []
     for eqn in reversed(jaxpr.eqns):
         has_derivative = any(id(var) in live and _is_floating(var) for var in eqn.outvars)
         if has_derivative and eqn.primitive.name != "stop_gradient":
@@ -193,7 +194,7 @@ def _is_floating(var: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
-def _inside(eqn: Any, inputs: list[bool], eps: float, found: list) -> list[bool] | None:
+def _inside(eqn: Any, inputs: list[bool], eps: float, found: list[Any]) -> list[bool] | None:
     """Which results of a loop, a branch or a call vary; None for a plain operation."""
     params, name = eqn.params, eqn.primitive.name
     if name == "cond":
@@ -215,12 +216,14 @@ def _inside(eqn: Any, inputs: list[bool], eps: float, found: list) -> list[bool]
     return None
 
 
-def _call(jaxpr: Any, inputs: list[bool], eps: float, found: list) -> list[bool]:
+def _call(jaxpr: Any, inputs: list[bool], eps: float, found: list[Any]) -> list[bool]:
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     return _follow(inner, inputs, [True] * len(inner.outvars), eps, found)
 
 
-def _loop(jaxpr: Any, inputs: list[bool], consts: int, carry: int, eps: float, found: list) -> list[bool]:
+def _loop(
+    jaxpr: Any, inputs: list[bool], consts: int, carry: int, eps: float, found: list[Any]
+) -> list[bool]:
     """As `_call`, until what is carried from one pass to the next varies no more of it."""
     while True:
         outputs = _call(jaxpr, inputs, eps, found)
@@ -258,7 +261,7 @@ def _describe(eqn: Any, dtype: str) -> str:
     return what + (f" in {layer}" if layer else "") + (f" ({line})" if line else "")
 
 
-def scanned_inputs(jaxpr: Any, chosen: tuple[int, ...]) -> dict[int, tuple]:
+def scanned_inputs(jaxpr: Any, chosen: tuple[int, ...]) -> dict[int, tuple[Any, ...]]:
     """The scans, of one length, that run over each chosen input; without those that anything else uses."""
     scans: dict[int, set[tuple[int, int]]] = {i: set() for i in chosen}
     elsewhere: set[int] = set()
@@ -267,7 +270,7 @@ def scanned_inputs(jaxpr: Any, chosen: tuple[int, ...]) -> dict[int, tuple]:
     return {i: tuple(found) for i, found in alone.items() if len({length for _, length in found}) == 1}
 
 
-def _follow_names(jaxpr: Any, names: dict[int, int], scans: dict[int, set], elsewhere: set[int]) -> None:
+def _follow_names(jaxpr: Any, names: dict[int, int], scans: dict[int, set[Any]], elsewhere: set[int]) -> None:
     for eqn in jaxpr.eqns:
         places = {place: names[id(var)] for place, var in enumerate(eqn.invars) if id(var) in names}
         if not places:

@@ -1,5 +1,8 @@
 """Kronecker-factored approximations of the Gauss-Newton and Fisher matrices of any JAX function."""
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 import abc
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,5 +1,8 @@
 """The sums over data that Kronecker factors are made of: rows of layers, and gradients of their outputs."""
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 import dataclasses
 from functools import partial
 from typing import Any

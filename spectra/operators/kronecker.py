@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import arrays, trees
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
@@ -23,7 +23,7 @@ from spectra.operators.layouts import Layout
 from spectra.operators.pytree import operator
 
 DAMPINGS = ("exact", "heuristic")
-_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+_einsum = arrays.einsum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,13 +156,13 @@ def _traces(side: jax.Array) -> jax.Array:
 
 
 def _values(side: jax.Array) -> jax.Array:
-    return jnp.maximum(side if side.ndim == 2 else jnp.linalg.eigvalsh(side), 0)
+    return jnp.maximum(side if side.ndim == 2 else arrays.eigvalsh(side), 0)
 
 
 def _eigh(side: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     if side.ndim == 2:
         return jnp.maximum(side, 0), None
-    values, basis = jnp.linalg.eigh(side)
+    values, basis = arrays.eigh(side)
     return jnp.maximum(values, 0), basis
 
 
@@ -170,7 +170,7 @@ def _inverse(side: jax.Array, shift: jax.Array) -> jax.Array:
     if side.ndim == 2:
         return 1 / (side + shift[:, None])
     eye = jnp.eye(side.shape[-1], dtype=side.dtype)
-    root = jnp.linalg.cholesky(side + shift[:, None, None] * eye)
+    root = arrays.cholesky(side + shift[:, None, None] * eye)
     half = jax.vmap(lambda r: lax.linalg.triangular_solve(r, eye, left_side=True, lower=True))(root)
     return _einsum("gki,gkj->gij", half, half)
 
@@ -195,7 +195,8 @@ class FactoredOperator(LinearOperator):
     def mv(self, v: PyTree) -> PyTree:
         """The blocks' products, leaf by leaf."""
         leaves, treedef = jax.tree.flatten(trees.cast_like(v, self.structure))
-        shapes, results = [leaf.shape for leaf in leaves], {}
+        shapes = [leaf.shape for leaf in leaves]
+        results: dict[int, jax.Array] = {}
         for part in self.parts:
             place = part.place
             results |= place.scatter(part.apply(place.gather(leaves)), shapes)
@@ -259,7 +260,7 @@ class FactoredOperator(LinearOperator):
 
     def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
         places = {leaf: i for i, leaf in enumerate(indices)}
-        parts = []
+        parts: list[Block] = []
         for part in self.parts:
             inside = [leaf in places for leaf in part.place.leaves]
             if any(inside) and not all(inside):  # a weight without its bias
@@ -281,7 +282,7 @@ class FactoredOperator(LinearOperator):
         B (outputs, outputs); both with a leading axis where a parameter holds several layers. A side that is
         kept as a diagonal has one axis less.
         """
-        found = {}
+        found: dict[str, tuple[jax.Array, jax.Array]] = {}
         for part in self.parts:
             if isinstance(part, Kronecker) and part.place.kind == "kronecker":
                 single = part.place.layout.groups == 1
@@ -293,7 +294,7 @@ class FactoredOperator(LinearOperator):
         """{path of the weight: eigenvalues of A and of B}, ascending, of the Kronecker blocks."""
 
         def one(side: jax.Array, group: int) -> jax.Array:
-            return jnp.sort(side, -1) if side.ndim == group + 1 else jnp.linalg.eigvalsh(side)
+            return jnp.sort(side, -1) if side.ndim == group + 1 else arrays.eigvalsh(side)
 
         groups = {part.place.name: int(part.place.layout.groups > 1) for part in self.parts}
         return {name: (one(a, groups[name]), one(b, groups[name])) for name, (a, b) in self.factors.items()}

@@ -129,7 +129,7 @@ def _error_of_roots(op: FisherOperator, setup: Setup) -> jax.Array:
     u = trees.sample(jax.random.key(0), outputs, jax.random.normal)
     own = op._curvature(outputs, split(op.data)[1], u)
 
-    def add(total, k):
+    def add(total: Any, k: Any) -> Any:
         column = found.column(k)
         dots = jax.vmap(trees.vdot)(column, u)
         moved = jax.tree.map(lambda c: c * dots.reshape(-1, *[1] * (c.ndim - 1)), column)
@@ -154,10 +154,10 @@ def _words(op: FisherOperator, setup: Setup, passes: int) -> str:
 def _diagonal(op: FisherOperator, setup: Setup) -> PyTree:
     plan = plan_of(op.like, traced(op)[1], setup)
 
-    def piece_sums(piece, keys):
+    def piece_sums(piece: PyTree, keys: Any) -> Any:
         run = Pass(op, setup, piece, keys)
 
-        def sums(gradients, rest):
+        def sums(gradients: Any, rest: Any) -> Any:
             layers = [_layer(run, gradients, group, op.dtype) for group in run.plan.groups]
             return layers, [jnp.sum(g.astype(op.dtype) ** 2, axis=(0, 1)) for g in rest]
 
@@ -189,7 +189,7 @@ def _embedding(run: Pass, gradients: dict, group: Group, dtype: Any) -> jax.Arra
     products = g * jnp.einsum("ngst,kngto->kngso", alike, g, precision="highest")
     each = jnp.sum(products, axis=0)  # (N, groups, S, outputs)
 
-    def one(own, values):  # of one group; what is out of range is dropped
+    def one(own: jax.Array, values: jax.Array) -> jax.Array:  # of one group; what is out of range is dropped
         zero = jnp.zeros((group.input_size(False), values.shape[-1]), dtype)
         return zero.at[own.reshape(-1)].add(values.reshape(-1, values.shape[-1]), mode="drop")
 

@@ -58,10 +58,14 @@ class _Output:
 class Found:
     """The sites of a model, and why the parameters that are no layers' are not."""
 
-    sites: dict[Path, Site] = dataclasses.field(default_factory=dict)
-    biases: dict[int, list[Path]] = dataclasses.field(default_factory=dict)
-    others: dict[int, str] = dataclasses.field(default_factory=dict)  # leaf: what else it is used in
-    stacked: dict[int, set[tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    sites: dict[Path, Site] = dataclasses.field(default_factory=dict[Path, Site])
+    biases: dict[int, list[Path]] = dataclasses.field(default_factory=dict[int, list[Path]])
+    others: dict[int, str] = dataclasses.field(
+        default_factory=dict[int, str]
+    )  # leaf: what else it is used in
+    stacked: dict[int, set[tuple[int, ...]]] = dataclasses.field(
+        default_factory=dict[int, set[tuple[int, ...]]]
+    )
 
     def other(self, tag: Any, reason: str) -> None:
         """Note a use that is no layer's."""
@@ -82,7 +86,7 @@ def find_sites(jaxpr: Any, num_leaves: int) -> Found:
     return found
 
 
-def _walk(jaxpr: Any, tags: list, path: Path, loops: tuple[int, ...], found: Found) -> list:
+def _walk(jaxpr: Any, tags: list[Any], path: Path, loops: tuple[int, ...], found: Found) -> list[Any]:
     """Follow parameters and sites' outputs through a jaxpr; what its outputs are."""
     known = {id(var): tag for var, tag in zip(jaxpr.invars, tags, strict=True) if tag is not None}
     for number, eqn in enumerate(jaxpr.eqns):
@@ -96,7 +100,7 @@ def _walk(jaxpr: Any, tags: list, path: Path, loops: tuple[int, ...], found: Fou
     return [known.get(id(var)) for var in jaxpr.outvars]
 
 
-def _follow(eqn: Any, tags: list, path: Path, loops: tuple[int, ...], found: Found) -> list:
+def _follow(eqn: Any, tags: list[Any], path: Path, loops: tuple[int, ...], found: Found) -> list[Any]:
     """What the outputs of an equation are whose operands are tagged."""
     name = eqn.primitive.name
     if name in CALLS:
@@ -123,10 +127,10 @@ def _follow(eqn: Any, tags: list, path: Path, loops: tuple[int, ...], found: Fou
     return [_Output(site)]
 
 
-def _scan(eqn: Any, tags: list, path: Path, loops: tuple[int, ...], found: Found) -> list:
+def _scan(eqn: Any, tags: list[Any], path: Path, loops: tuple[int, ...], found: Found) -> list[Any]:
     consts = eqn.params["num_consts"]
     rows = consts + eqn.params["num_carry"]
-    inner: list = list(tags[:consts])
+    inner: list[Any] = list(tags[:consts])
     for tag in tags[consts:rows]:
         found.other(tag, "a scan carries it")
         inner.append(None)
@@ -143,7 +147,7 @@ def _scan(eqn: Any, tags: list, path: Path, loops: tuple[int, ...], found: Found
     return []
 
 
-def _site(eqn: Any, tags: list, path: Path, loops: tuple[int, ...]) -> Site | None:
+def _site(eqn: Any, tags: list[Any], path: Path, loops: tuple[int, ...]) -> Site | None:
     read = {"dot_general": _dense, "conv_general_dilated": _convolution, "gather": _embedding}
     name = eqn.primitive.name
     if name not in read:
@@ -161,7 +165,7 @@ def _site(eqn: Any, tags: list, path: Path, loops: tuple[int, ...]) -> Site | No
     )
 
 
-def _dense(eqn: Any, own: int):
+def _dense(eqn: Any, own: int) -> Any:
     """Contracted axes of the parameter are inputs, its free axes outputs, batch axes groups."""
     contract, batch = (pair[own] for pair in eqn.params["dimension_numbers"])
     shape = eqn.invars[own].aval.shape
@@ -184,7 +188,7 @@ def _dense(eqn: Any, own: int):
     return "dense", steps, (groups, inputs, outputs), out_steps, 1 - own
 
 
-def _convolution(eqn: Any, own: int):
+def _convolution(eqn: Any, own: int) -> Any:
     """Each output position reads a patch; the groups of a grouped convolution are layers of their own."""
     if own != 1 or eqn.params["batch_group_count"] != 1:
         return None
@@ -209,7 +213,7 @@ def _convolution(eqn: Any, own: int):
     return "convolution", steps, (groups, inputs, outputs), out_steps, 0
 
 
-def _embedding(eqn: Any, own: int):
+def _embedding(eqn: Any, own: int) -> Any:
     """Whole rows along one axis of the parameter."""
     numbers, sizes = eqn.params["dimension_numbers"], tuple(eqn.params["slice_sizes"])
     shape, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
@@ -227,7 +231,7 @@ def _embedding(eqn: Any, own: int):
     return "embedding", steps, (1, rows, outputs), out_steps, 1
 
 
-def _add_bias(tags: list, found: Found) -> bool:
+def _add_bias(tags: list[Any], found: Found) -> bool:
     """Whether an addition is that of a bias to a site's output; noted then."""
     views = [tag for tag in tags if isinstance(tag, View)]
     outputs = [tag for tag in tags if isinstance(tag, _Output)]

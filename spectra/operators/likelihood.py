@@ -10,6 +10,7 @@ A loss L = Σ_t w_t ℓ_t is a weighted mean over terms t, with ℓ_t = -log p(y
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,11 +93,13 @@ def replace_labels(targets: PyTree, index: int, labels: jax.Array) -> PyTree:
     return treedef.unflatten(leaves)
 
 
-def regression_curvature(loss: Callable, outputs: jax.Array, targets: PyTree, index: int) -> tuple:
+def regression_curvature(
+    loss: Callable[..., Any], outputs: jax.Array, targets: PyTree, index: int
+) -> tuple[Any, ...]:
     """Diagonals of ∂²L/∂y² and of -∂²L/∂f∂y for a loss that couples no two numbers."""
     labels = jax.tree.leaves(targets)[index].astype(outputs.dtype)
 
-    def value(f, y):
+    def value(f: jax.Array, y: jax.Array) -> jax.Array:
         return loss(f, replace_labels(targets, index, y))
 
     ones = jnp.ones_like(labels)
@@ -105,7 +108,9 @@ def regression_curvature(loss: Callable, outputs: jax.Array, targets: PyTree, in
     return second, -mixed
 
 
-def sample(loss: Callable, keys: jax.Array, outputs: jax.Array, targets: PyTree, weight) -> PyTree:
+def sample(
+    loss: Callable[..., Any], keys: jax.Array, outputs: jax.Array, targets: PyTree, weight: Any
+) -> PyTree:
     """Targets drawn at the outputs, with one key an example: the same however the data are cut.
 
     `weight` is 1 / w_t, the number of terms that the loss is a mean over.

@@ -4,15 +4,19 @@ With outputs f_n of each example, Σ_k r_nk r_nkᵀ is the Hessian of the mean l
 as its mean ("mc"), or is Σ_t w_t ∇ℓ_t ∇ℓ_tᵀ at the data's own targets ("empirical").
 """
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import host, trees
+from spectra.base import arrays, host, trees
 from spectra.base.errors import MemoryLimitError
 from spectra.base.trees import PyTree
 from spectra.operators import likelihood
@@ -67,7 +71,7 @@ def _form_errors(op: FisherOperator, outputs: PyTree, piece: PyTree) -> tuple[ja
     own = op._curvature(outputs, targets, u)
     size = trees.largest(own)
 
-    def error(other):
+    def error(other: Any) -> Any:
         difference = trees.largest(jax.tree.map(jnp.subtract, own, other))
         return jnp.where(size > 0, difference / size, difference)
 
@@ -79,7 +83,9 @@ def _form_errors(op: FisherOperator, outputs: PyTree, piece: PyTree) -> tuple[ja
     return softmax, error(jax.tree.map(jnp.multiply, op._curvature(outputs, targets, ones), u))
 
 
-def _probabilities(op: FisherOperator, outputs: jax.Array, targets: PyTree):
+def _probabilities(
+    op: FisherOperator, outputs: jax.Array, targets: PyTree
+) -> tuple[jax.Array, jax.Array, int]:
     """p, the weight of each term, and the axis of the classes.
 
     The weight is read at equal probabilities, where w (diag p - p pᵀ) is far from singular.
@@ -101,7 +107,7 @@ def _softmax(op: FisherOperator, outputs: jax.Array, targets: PyTree) -> Roots:
     size = jnp.sqrt(jnp.maximum(weight, 0))
     terms, classes = last.shape[1:]
 
-    def column(k):
+    def column(k: jax.Array) -> PyTree:
         term, c = k // classes, k % classes
         row = jnp.take(last, term, axis=1)
         own = jnp.take(row, c, axis=1)[:, None]
@@ -147,7 +153,7 @@ def _dense(op: FisherOperator, outputs: PyTree, targets: PyTree) -> Roots:
     ravel = jax.vmap(trees.ravel)
     rows = jax.lax.map(lambda k: ravel(op._curvature(outputs, targets, _unit(outputs, k))), jnp.arange(count))
     hessian = jnp.moveaxis(rows, 0, 1)
-    values, basis = jnp.linalg.eigh((hessian + jnp.swapaxes(hessian, 1, 2)) / 2)
+    values, basis = arrays.eigh((hessian + jnp.swapaxes(hessian, 1, 2)) / 2)
     root = basis * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), outputs)
     return Roots(count, lambda k: jax.vmap(lambda flat: trees.unravel(flat, one))(jnp.take(root, k, axis=2)))
@@ -157,7 +163,7 @@ def _sampled(op: FisherOperator, outputs: PyTree, piece: PyTree, keys: jax.Array
     """√w_t ∇ℓ_t at targets drawn from the model, all terms of an example at once; `keys` is (N, samples)."""
     targets, samples = split(piece)[1], keys.shape[1]
 
-    def one(keys):
+    def one(keys: jax.Array) -> PyTree:
         if op.sample_fn is not None:
             drawn = jax.vmap(op.sample_fn)(keys, outputs, targets)
         else:
@@ -180,7 +186,7 @@ def _of_terms(op: FisherOperator, outputs: PyTree, piece: PyTree) -> Roots:
     shape = [1 if i in (0, axis) else n for i, n in enumerate(outputs.shape)]
     terms = math.prod(shape)
 
-    def column(k):
+    def column(k: jax.Array) -> PyTree:
         return scores * jax.nn.one_hot(k, terms, dtype=scores.dtype).reshape(shape)
 
     return Roots(terms, column)

@@ -5,6 +5,9 @@ A and B. One such pair shows a sum, a contrastive loss or batch statistics. Valu
 parameters, a last layer of zeros say, so a second pair is looked at with all parameters moved far.
 """
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 import itertools
 import warnings
 import zlib
@@ -63,7 +66,8 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
     """
     if not trees.has_values((op.params, op.data)) or trees.is_traced((op.params, op.data)):
         return
-    limit, kinds = None, []
+    limit: Limit | None = None
+    kinds: list[Any] = []
     for source in (places(op, size), neighbours(op)):
         for whole, first, second in itertools.islice(source, MAX_TRIED):
             if not (_weight(op, first) > 0 and _weight(op, second) > 0):
@@ -147,7 +151,7 @@ def _compare(op: "DataOperator", cut: Cut, limit: Limit | None) -> Limit | None:
     unit = max(largest_epsilon(traces[0]), op.precision)
     relative = MARGIN * (unit / 2 + rounding_of_sums(traces[0]))
     far = _moved(op, FAR)
-    found = []
+    found: list[Limit] = []
     for params in (op.params, far):
         absolute = 0.0 if noisy else _rounding_of_value(op._with(params=params), cut, relative, unit)
         found.append(Limit(relative, absolute))
@@ -258,7 +262,7 @@ def _moved(op: "DataOperator", amount: float) -> PyTree:
     return treedef.unflatten(leaves)
 
 
-def waves(leaves: list[jax.Array], amount) -> list[jax.Array]:
+def waves(leaves: list[jax.Array], amount: float | jax.Array) -> list[jax.Array]:
     """x_i + amount cos(2 i + leaf) |x_i|: needs no random numbers, whose programs are large.
 
     Two programs: in one, XLA computes the sizes of all leaves anew for each of them, and compiles
@@ -275,8 +279,10 @@ def _sizes(leaves: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
 
 
 @jax.jit
-def _waves(leaves: list[jax.Array], sizes: list[jax.Array], largest, amount) -> list[jax.Array]:
-    def one(i, leaf):
+def _waves(
+    leaves: list[jax.Array], sizes: list[jax.Array], largest: jax.Array, amount: float | jax.Array
+) -> list[jax.Array]:
+    def one(i: int, leaf: jax.Array) -> jax.Array:
         x = trees.lift(leaf)
         wave = jnp.cos(2 * jnp.arange(x.size, dtype=x.dtype) + i).reshape(x.shape)
         neighbours = jnp.where(sizes[i] > 0, sizes[i], jnp.where(largest > 0, largest, 1))

@@ -2,8 +2,8 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,31 +27,37 @@ class Rule:
     needs_b2: bool = False  # P depends on it
 
 
-def _adam(nu, count, b2, eps, eps_root, **_):
+def _adam(nu: jax.Array, count: jax.Array, b2: float, eps: float, eps_root: float, **_: Any) -> jax.Array:
     return jnp.sqrt(nu / (1 - b2**count) + eps_root) + eps
 
 
-def _amsgrad(nu_max, eps, eps_root, **_):  # its maximum is taken over corrected moments
+def _amsgrad(
+    nu_max: jax.Array, eps: float, eps_root: float, **_: Any
+) -> jax.Array:  # its maximum is taken over corrected moments
     return jnp.sqrt(nu_max + eps_root) + eps
 
 
-def _belief(nu, count, b2, eps, **_):  # eps_root is in its moment already
+def _belief(
+    nu: jax.Array, count: jax.Array, b2: float, eps: float, **_: Any
+) -> jax.Array:  # eps_root is in its moment already
     return jnp.sqrt(nu / (1 - b2**count)) + eps
 
 
-def _adamax(nu, **_):
+def _adamax(nu: jax.Array, **_: Any) -> jax.Array:
     return nu
 
 
-def _rms(nu, eps, eps_in_sqrt, **_):
+def _rms(nu: jax.Array, eps: float, eps_in_sqrt: bool, **_: Any) -> jax.Array:
     return jnp.sqrt(nu + eps) if eps_in_sqrt else jnp.sqrt(nu) + eps
 
 
-def _rms_corrected(nu, count, b2, **rest):
+def _rms_corrected(nu: jax.Array, count: jax.Array, b2: float, **rest: Any) -> jax.Array:
     return _rms(nu / (1 - b2**count), **rest)
 
 
-def _rss(total, eps, **_):  # optax does not move parameters that have seen no gradient
+def _rss(
+    total: jax.Array, eps: float, **_: Any
+) -> jax.Array:  # optax does not move parameters that have seen no gradient
     return jnp.where(total > 0, jnp.sqrt(total + eps), jnp.inf)
 
 
@@ -89,7 +95,8 @@ class Found:
     @property
     def fields(self) -> dict[str, PyTree]:
         """The part's fields by name."""
-        return dict(self.part) if isinstance(self.part, dict) else self.part._asdict()
+        part: Any = self.part
+        return dict(_items(part)) if isinstance(part, dict) else part._asdict()
 
     def count(self) -> Any:
         """Steps taken; None where the part does not count them.
@@ -105,19 +112,30 @@ class Found:
         return count
 
 
+def _items(node: Any) -> dict[str, Any]:
+    return node
+
+
 def states(node: Any, injected: dict[str, Any] | None = None) -> Iterator[Found]:
     """All parts of a state that have a rule, with the hyperparameters that were injected above them."""
     injected = injected or {}
     if type(node).__name__ in RULES:
         yield Found(node, type(node).__name__, injected, True)
         return
-    if isinstance(node, dict) and frozenset(node) in FORMS:
-        yield Found(node, FORMS[frozenset(node)], injected, False)
+    names = frozenset(_items(node)) if isinstance(node, dict) else frozenset[str]()
+    if names in FORMS:
+        yield Found(node, FORMS[names], injected, False)
         return
-    own = node.get("hyperparams") if isinstance(node, dict) else getattr(node, "hyperparams", None)
+    own: Any = (
+        _items(node).get("hyperparams") if isinstance(node, dict) else getattr(node, "hyperparams", None)
+    )
     if isinstance(own, dict):
-        injected = injected | {name: value(x) for name, x in own.items()}
-    children = node.values() if isinstance(node, dict) else node if isinstance(node, (tuple, list)) else ()
+        injected = injected | {name: value(x) for name, x in _items(own).items()}
+    children: Iterable[Any] = ()
+    if isinstance(node, dict):
+        children = _items(node).values()
+    elif isinstance(node, (tuple, list)):
+        children = cast("list[Any]", node)
     for child in children:
         yield from states(child, injected)
 
@@ -158,9 +176,10 @@ def pure(tree: PyTree) -> PyTree:
 
 def parameters(op: LinearOperator) -> PyTree:
     """All parameters of the operator that `op` is made of, constants among them."""
-    while hasattr(op, "base"):
-        op = op.base  # pyright: ignore[reportAttributeAccessIssue]
-    return getattr(op, "params", op.like)
+    inner: Any = op
+    while hasattr(inner, "base"):
+        inner = inner.base
+    return getattr(inner, "params", inner.like)
 
 
 def by_name(tree: PyTree, template: PyTree = None) -> dict[str, Any]:
@@ -174,7 +193,7 @@ def by_name(tree: PyTree, template: PyTree = None) -> dict[str, Any]:
     return dict(zip(paths, leaves, strict=True))
 
 
-def _like(dtype) -> Callable[[Any], jax.ShapeDtypeStruct]:
+def _like(dtype: Any) -> Callable[[Any], jax.ShapeDtypeStruct]:
     return lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
@@ -186,8 +205,8 @@ def is_flat(moments: PyTree) -> bool:
 def template_of(moments: PyTree, op: LinearOperator) -> PyTree:
     """A tree like the one that the optimizer was made for, of the operator's parameters where it has them."""
     whole = parameters(op)
-    children = whole.values() if isinstance(whole, dict) else ()
-    candidates = [whole, op.like, *children]
+    children = _items(whole).values() if isinstance(whole, dict) else ()
+    candidates: list[PyTree] = [whole, op.like, *children]
     if is_flat(moments):
         size = value(moments).size
         fitting = [tree for tree in candidates if jax.tree.leaves(tree) and trees.tree_size(tree) == size]

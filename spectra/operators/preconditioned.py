@@ -127,7 +127,14 @@ class PreconditionedOperator(Wrapped):
         return _make(self.base._principal(indices), trees.keep_leaves(self.scale, indices))
 
 
-def _preconditioner(op, optimizer_state, update_fn, rule, given, eps_in_sqrt) -> list[jax.Array]:
+def _preconditioner(
+    op: LinearOperator,
+    optimizer_state: Any,
+    update_fn: Callable[..., Any] | None,
+    rule: str | None,
+    given: dict[str, Any],
+    eps_in_sqrt: bool,
+) -> list[jax.Array]:
     """P of each leaf: as given, as measured, or by the rule of its optimizer."""
     diagonal = _diagonal(optimizer_state, op)
     if diagonal is not None:
@@ -159,7 +166,7 @@ def _preconditioner(op, optimizer_state, update_fn, rule, given, eps_in_sqrt) ->
 
 def _diagonal(state: PyTree, op: LinearOperator) -> list[jax.Array] | None:
     """The leaves of P, where that is what was passed in place of a state."""
-    if op._is_flat(state):
+    if op.is_flat(state):
         state = op.as_vector(state, "P")
     leaves = jax.tree.leaves(state)
     if leaf_paths(state) != leaf_paths(op.like) or not all(map(trees.is_array, leaves)):
@@ -172,7 +179,7 @@ def _diagonal(state: PyTree, op: LinearOperator) -> list[jax.Array] | None:
 
 def _require_known(found: Found, chosen: Rule, rule: str | None, given: dict[str, Any]) -> None:
     """Raise where the state alone does not say what divides the update."""
-    stored = set(given) | set(found.injected) | ({"b2"} if "decay" in found.injected else set())
+    stored = set(given) | set(found.injected) | set(["b2"] if "decay" in found.injected else [])
     if chosen.needs_b2 and "b2" not in stored:
         missing = "b2, the decay of its second moment,"
     elif found.kind == "ScaleByAdamState" and rule is None:
@@ -188,7 +195,9 @@ def _require_known(found: Found, chosen: Rule, rule: str | None, given: dict[str
     )
 
 
-def _by_rule(op, found: Found, chosen: Rule, given: dict[str, Any], eps_in_sqrt: bool) -> list[jax.Array]:
+def _by_rule(
+    op: LinearOperator, found: Found, chosen: Rule, given: dict[str, Any], eps_in_sqrt: bool
+) -> list[jax.Array]:
     fields = found.fields
     default = {"b1": 0.9, "b2": chosen.b2, "eps": chosen.eps, "eps_root": 0.0}
     stored = {name: found.injected[name] for name in default if name in found.injected}
@@ -204,12 +213,19 @@ def _by_rule(op, found: Found, chosen: Rule, given: dict[str, Any], eps_in_sqrt:
 
 
 @partial(jax.jit, static_argnames=("rule", "dtypes", "eps_in_sqrt"))
-def _scales(moments: list, numbers: dict[str, Any], *, rule: Rule, dtypes: tuple, eps_in_sqrt: bool) -> list:
+def _scales(
+    moments: list[jax.Array],
+    numbers: dict[str, Any],
+    *,
+    rule: Rule,
+    dtypes: tuple[Any, ...],
+    eps_in_sqrt: bool,
+) -> list[jax.Array]:
     """P of each leaf."""
     corrected = rule.has_momentum and "count" in numbers
     momentum = 1 - numbers["b1"] ** numbers["count"] if corrected else 1.0
 
-    def one(moment, dtype):
+    def one(moment: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return momentum * rule.scale(moment.astype(dtype), eps_in_sqrt=eps_in_sqrt, **numbers)
 
     return [one(*pair) for pair in zip(moments, dtypes, strict=True)]
@@ -222,7 +238,7 @@ def _roots(p: list[jax.Array], op: LinearOperator) -> PyTree:
 
 
 @partial(jax.jit, static_argnames="dtypes")
-def _inverse_roots(p: list, dtypes: tuple) -> list:
+def _inverse_roots(p: list[jax.Array], dtypes: tuple[Any, ...]) -> list[jax.Array]:
     return [(1 / jnp.sqrt(x)).astype(dtype) for x, dtype in zip(p, dtypes, strict=True)]
 
 

@@ -6,8 +6,8 @@ JAX knows by then, because its author registered it, stays as it is. The package
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, dataclass_transform
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import jax
 
@@ -16,24 +16,27 @@ from spectra.base import trees
 REBUILT = "_rebuilt"
 """Attribute of an instance that JAX made of its parts: by name these parts, which need not be arrays, and the
 values that they became."""
+T = TypeVar("T", bound=type[Any])
+Flat = tuple[list[tuple[Any, Any]], Any]  # keys and children, and what is static
 _MISSING = object()
 _known: set[type] = set()
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
-def operator(leaves: tuple[str, ...]):
+def operator(leaves: tuple[str, ...]) -> Callable[[T], T]:
     """Class decorator: a frozen dataclass that is a pytree with the named fields as children.
 
     Unflattening bypasses `__init__`, so a constructor may check and convert its arguments although JAX
     rebuilds operators from tracers and placeholders.
     """
 
-    def declare(cls):
-        cls = dataclasses.dataclass(frozen=True, eq=False, repr=False, init="__init__" not in vars(cls))(cls)
-        names = [field.name for field in dataclasses.fields(cls)]
-        cls._children = leaves, tuple(name for name in names if name not in leaves)
-        register(cls)
-        return cls
+    def declare(cls: T) -> T:
+        init = "__init__" not in vars(cls)
+        made: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False, init=init)(cls)
+        names = [field.name for field in dataclasses.fields(made)]
+        made._children = leaves, tuple(name for name in names if name not in leaves)
+        register(made)
+        return made
 
     return declare
 
@@ -44,7 +47,7 @@ class Field:
     def __set_name__(self, owner: type, name: str):
         self.name = name
 
-    def __get__(self, instance: Any, owner: type):
+    def __get__(self, instance: Any, owner: type) -> Any:
         raise AttributeError(f"{owner.__name__} defines no `{self.name}`")
 
 
@@ -56,18 +59,20 @@ def register(cls: type) -> None:
     declared = vars(cls).get("_children")
     functions = _of_fields(cls, *declared) if declared else (_flatten, _unflatten(cls))
     with contextlib.suppress(ValueError):  # its author has registered it
-        jax.tree_util.register_pytree_with_keys(cls, *functions)
+        jax.tree_util.register_pytree_with_keys(cls, *functions)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _of_fields(cls: type, leaves: tuple[str, ...], static: tuple[str, ...]):
+def _of_fields(
+    cls: type[Any], leaves: tuple[str, ...], static: tuple[str, ...]
+) -> tuple[Callable[[Any], Flat], Callable[[Any, Any], Any]]:
     """Flattening and unflattening for a class that declares which fields are its children."""
 
-    def flatten(op):
+    def flatten(op: Any) -> Flat:
         keys = [(jax.tree_util.GetAttrKey(name), getattr(op, name)) for name in leaves]
         return keys, tuple(getattr(op, name) for name in static)
 
-    def unflatten(aux, children):
-        op = object.__new__(cls)
+    def unflatten(aux: Any, children: Any) -> Any:
+        op: Any = object.__new__(cls)
         for name, value in zip((*leaves, *static), (*children, *aux), strict=True):
             object.__setattr__(op, name, value)
         return op
@@ -75,11 +80,11 @@ def _of_fields(cls: type, leaves: tuple[str, ...], static: tuple[str, ...]):
     return flatten, unflatten
 
 
-def _flatten(op):
+def _flatten(op: Any) -> Flat:
     """The fields of an operator of any class: what is no array within them becomes static."""
     names, static = _names(op)
     rebuilt = op.__dict__.get(REBUILT, {})
-    keys = []
+    keys: list[tuple[Any, Any]] = []
     for name in names:
         value = getattr(op, name)
         part, made = rebuilt.get(name, (None, _MISSING))
@@ -89,10 +94,11 @@ def _flatten(op):
     return keys, (names, static, tuple(trees.Static(getattr(op, name)) for name in static))
 
 
-def _unflatten(cls: type):
-    def unflatten(aux, children):
+def _unflatten(cls: type[Any]) -> Callable[[Any, Any], Any]:
+    def unflatten(aux: Any, children: Any) -> Any:
         names, static, values = aux
-        op, rebuilt = object.__new__(cls), {}
+        op: Any = object.__new__(cls)
+        rebuilt: dict[str, tuple[Any, Any]] = {}
         for name, part in zip(names, children, strict=True):
             value = trees.replace_static(part, with_value=True)
             rebuilt[name] = part, value
@@ -105,16 +111,16 @@ def _unflatten(cls: type):
     return unflatten
 
 
-def _names(op) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _names(op: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The fields that may hold arrays, and those marked as static; of no dataclass all attributes."""
     if not dataclasses.is_dataclass(op):
-        return tuple(name for name in (*_slots(op), *vars(op)) if name != REBUILT), ()
+        return tuple(name for name in (*_slots(op), *vars(cast("object", op))) if name != REBUILT), ()
     fields = dataclasses.fields(op)
     static = tuple(field.name for field in fields if field.metadata.get("static"))
     return tuple(field.name for field in fields if field.name not in static), static
 
 
-def _slots(op) -> Iterator[str]:
+def _slots(op: object) -> Iterator[str]:
     """Attributes that are set in the `__slots__` of a class, which its `__dict__` does not hold."""
     for cls in type(op).__mro__:
         names = vars(cls).get("__slots__", ())

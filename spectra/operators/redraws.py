@@ -1,7 +1,8 @@
 """The same loss over other data and other random numbers: what shows whether it is a mean over examples."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -51,14 +52,14 @@ def redrawn(jaxpr: Any, salt: jax.Array, *leaves: Any) -> list[jax.Array]:
     return _evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, salt)
 
 
-def _evaluate(jaxpr: Any, consts, args, salt: jax.Array) -> list[Any]:
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], salt: jax.Array) -> list[Any]:
+    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
-    def read(var):
+    def read(var: Any) -> Any:
         return var.val if hasattr(var, "val") else values[var]  # a literal
 
     for eqn in jaxpr.eqns:
-        inputs = [read(var) for var in eqn.invars]
+        inputs: list[Any] = [read(var) for var in eqn.invars]
         if draws(eqn):
             inputs[0] = _salted(inputs[0], salt)
         if _draws_inside(eqn):
@@ -70,12 +71,17 @@ def _evaluate(jaxpr: Any, consts, args, salt: jax.Array) -> list[Any]:
 
 
 def _salted(key: jax.Array, salt: jax.Array) -> jax.Array:
-    return jax.random.wrap_key_data(jax.random.key_data(key) + salt, impl=jax.random.key_impl(key))
+    data, impl = jax.random.key_data(key), jax.random.key_impl(key)
+    return jax.random.wrap_key_data(data + salt, impl=impl)  # pyright: ignore[reportUnknownVariableType]
 
 
-def _closed(jaxpr: Any, args, salt: jax.Array) -> list[Any]:
+def _closed(jaxpr: Any, args: Sequence[Any], salt: jax.Array) -> list[Any]:
     """A closed jaxpr, or one without constants."""
     return _evaluate(getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()), args, salt)
+
+
+def _branch(jaxpr: Any, salt: jax.Array, *args: Any) -> list[Any]:
+    return _closed(jaxpr, args, salt)
 
 
 def _enter(eqn: Any, inputs: list[Any], salt: jax.Array) -> list[Any]:
@@ -85,7 +91,7 @@ def _enter(eqn: Any, inputs: list[Any], salt: jax.Array) -> list[Any]:
     if eqn.primitive.name == "while":
         return _while(params, inputs, salt)
     if eqn.primitive.name == "cond":
-        branches = [lambda *args, b=b: _closed(b, args, salt) for b in params["branches"]]
+        branches = [partial(_branch, b, salt) for b in params["branches"]]
         return lax.switch(inputs[0], branches, *inputs[1:])
     (inner,) = (x for x in params.values() if hasattr(getattr(x, "jaxpr", x), "eqns"))
     return _closed(inner, inputs, salt)
@@ -95,7 +101,7 @@ def _scan(params: dict[str, Any], inputs: list[Any], salt: jax.Array) -> list[An
     consts, carry = params["num_consts"], params["num_carry"]
     fixed, start, rows = inputs[:consts], inputs[consts : consts + carry], inputs[consts + carry :]
 
-    def body(state, row):
+    def body(state: Any, row: Any) -> Any:
         out = _closed(params["jaxpr"], [*fixed, *state, *row], salt)
         return out[:carry], out[carry:]
 
@@ -169,7 +175,7 @@ def _batches(op: "DataOperator") -> Iterator[PyTree]:
         yield batch
 
 
-def _pair(op: "DataOperator", batch: PyTree, start: int, middle: int, stop: int) -> tuple:
+def _pair(op: "DataOperator", batch: PyTree, start: int, middle: int, stop: int) -> tuple[Any, ...]:
     edges = (start, stop), (start, middle), (middle, stop)
     return tuple(rows(op, batch, *pair) for pair in edges)
 
@@ -177,7 +183,7 @@ def _pair(op: "DataOperator", batch: PyTree, start: int, middle: int, stop: int)
 def rows(op: "DataOperator", batch: PyTree, start: int, stop: int) -> PyTree:
     """Examples of a batch, by one program for all places of an array on a device."""
 
-    def one(x):
+    def one(x: Any) -> Any:
         return lax.dynamic_slice_in_dim(x, start, stop - start) if isinstance(x, jax.Array) else x[start:stop]
 
     return replace_owned(batch, op.shared, [one(x) for x in owned_leaves(batch, op.shared)])

@@ -4,12 +4,13 @@ The derivative with respect to a perturbation of zero is the gradient of the lay
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from spectra.operators.layers import CALLS, Path, Site
 from spectra.operators.layouts import apply_steps
@@ -17,7 +18,7 @@ from spectra.operators.layouts import apply_steps
 Arrays = dict[Path, jax.Array]
 
 
-def replay(jaxpr: Any, sites: dict[Path, Site], args: list, moves: Arrays) -> tuple[list, Arrays]:
+def replay(jaxpr: Any, sites: dict[Path, Site], args: list[Any], moves: Arrays) -> tuple[list[Any], Arrays]:
     """The outputs of a closed jaxpr at `args` with `moves` added at the sites, and the rows of each.
 
     Rows are (*loops, groups, positions, inputs) for dense layers and convolutions, and the indices
@@ -28,11 +29,19 @@ def replay(jaxpr: Any, sites: dict[Path, Site], args: list, moves: Arrays) -> tu
     return outputs, rows
 
 
-def _replay(jaxpr, consts, sites, args, moves: Arrays, rows: Arrays, path: Path) -> list:
+def _replay(
+    jaxpr: Jaxpr,
+    consts: Sequence[Any],
+    sites: Any,
+    args: Sequence[Any],
+    moves: Arrays,
+    rows: Arrays,
+    path: Path,
+) -> list[Any]:
     known = dict(zip((id(v) for v in (*jaxpr.constvars, *jaxpr.invars)), (*consts, *args), strict=True))
     inside = {site[: len(path) + 1] for site in sites if site[: len(path)] == path}
 
-    def read(var):
+    def read(var: Any) -> Any:
         return var.val if isinstance(var, Literal) else known[id(var)]
 
     for number, eqn in enumerate(jaxpr.eqns):
@@ -45,7 +54,8 @@ def _replay(jaxpr, consts, sites, args, moves: Arrays, rows: Arrays, path: Path)
             results = _bind(jaxpr, eqn, operands)
         elif eqn.primitive.name in CALLS:
             inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            body, extra = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+            body: Any = getattr(inner, "jaxpr", inner)
+            extra: Sequence[Any] = getattr(inner, "consts", ())
             results = _replay(body, extra, sites, operands, moves, rows, here)
         else:
             results = _scan(eqn, operands, sites, moves, rows, here)
@@ -53,7 +63,7 @@ def _replay(jaxpr, consts, sites, args, moves: Arrays, rows: Arrays, path: Path)
     return [read(var) for var in jaxpr.outvars]
 
 
-def _bind(jaxpr: Any, eqn: Any, operands: list) -> list:
+def _bind(jaxpr: Any, eqn: Any, operands: list[Any]) -> list[Any]:
     """One equation as a program of its own: how a primitive with functions among its parameters is bound
     differs between releases of JAX."""
     known = {id(var): (var, value) for var, value in zip(eqn.invars, operands, strict=True)}
@@ -61,10 +71,13 @@ def _bind(jaxpr: Any, eqn: Any, operands: list) -> list:
     program = jaxpr.replace(
         constvars=(), invars=[var for var, _ in inputs], outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
     )
-    return jaxpr_as_fun(ClosedJaxpr(program, ()))(*[value for _, value in inputs])
+    values = [value for _, value in inputs]
+    return jaxpr_as_fun(ClosedJaxpr(program, ()))(*values)  # pyright: ignore[reportUnknownVariableType]
 
 
-def _scan(eqn, operands, sites, moves: Arrays, rows: Arrays, path: Path) -> list:
+def _scan(
+    eqn: Any, operands: Sequence[Any], sites: Any, moves: Arrays, rows: Arrays, path: Path
+) -> list[Any]:
     """The scan with the perturbations of each step among what it runs over, and the rows stacked."""
     params, body = eqn.params, eqn.params["jaxpr"]
     first = params["num_consts"]
@@ -72,7 +85,7 @@ def _scan(eqn, operands, sites, moves: Arrays, rows: Arrays, path: Path) -> list
     consts = operands[:first]
     own = {site: moves[site] for site in sites if site[: len(path)] == path}
 
-    def step(carry, xs):
+    def step(carry: Any, xs: Any) -> Any:
         columns, moved = xs
         inner: Arrays = {}
         args = [*consts, *carry, *columns]
@@ -85,7 +98,7 @@ def _scan(eqn, operands, sites, moves: Arrays, rows: Arrays, path: Path) -> list
     return [*carry, *stacked]
 
 
-def _rows(site: Site, operands: list) -> jax.Array:
+def _rows(site: Site, operands: list[Any]) -> jax.Array:
     eqn, activation = site.eqn, lax.stop_gradient(operands[site.activation])
     if site.kind == "dense":
         return _dense_rows(site, activation)

@@ -12,6 +12,9 @@ RMSProp and Adagrad have no momentum to change. There the gradient is, and what 
 the rule.
 """
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -76,7 +79,7 @@ class Response:
                     raise _refused("its second moment is no running mean that a step continues")
         return self._of_op(updates)
 
-    def _evaluate(self, held: dict[str, PyTree], count: Any, drive: PyTree) -> tuple[PyTree, dict]:
+    def _evaluate(self, held: dict[str, PyTree], count: Any, drive: PyTree) -> tuple[PyTree, dict[Any, Any]]:
         fields = held | ({} if self.count is None else {"count": jnp.asarray(count - 1, jnp.int32)})
         gradient = jax.tree.map(jnp.zeros_like, self.template)
         if self.momentum:
@@ -107,7 +110,8 @@ class Response:
         share, floor = (1.0, 1.0) if self.momentum else (0.25, FAINT)
         leaves, treedef = jax.tree.flatten(self.moment)
         driven = jax.tree.leaves(self.fields["mu"]) if self.momentum else leaves
-        rng, values = np.random.default_rng(seed), []
+        rng = np.random.default_rng(seed)
+        values: list[jax.Array] = []
         for x, like in zip(leaves, driven, strict=True):
             root = share * jnp.sqrt(jnp.maximum(x, 0))
             change = jnp.where(root > 0, root, floor) if size is None else jnp.full(x.shape, size)
@@ -118,7 +122,9 @@ class Response:
 
 
 @partial(jax.jit, static_argnames="update")
-def _evaluate(update: Callable, state: PyTree, fields: dict[str, PyTree], gradient: PyTree, params: PyTree):
+def _evaluate(
+    update: Callable[..., Any], state: PyTree, fields: dict[str, PyTree], gradient: PyTree, params: PyTree
+) -> Any:
     part = next(optimizers.states(state)).part
     kept = {name: _cast(new, getattr(part, name)) for name, new in fields.items()}
     new = part._replace(**kept)
@@ -131,7 +137,7 @@ def _evaluate(update: Callable, state: PyTree, fields: dict[str, PyTree], gradie
 def _cast(new: PyTree, old: PyTree) -> PyTree:
     """In the state's types, but no floats below float32: a step computes with them before it rounds."""
 
-    def dtype(leaf):
+    def dtype(leaf: Any) -> Any:
         return trees.working_dtype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
 
     return jax.tree.map(lambda x, y: x.astype(dtype(y)), new, old)
@@ -153,7 +159,9 @@ def _preimage(want: jax.Array, at: jax.Array, once: jax.Array, twice: jax.Array)
     return jnp.where(slope > 0, start, want)
 
 
-def preconditioner(update_fn: Any, state: PyTree, op: LinearOperator, rule: Callable[..., list]) -> Arrays:
+def preconditioner(
+    update_fn: Any, state: PyTree, op: LinearOperator, rule: Callable[..., list[Any]]
+) -> Arrays:
     """P of each of the operator's parameters, from updates; `rule` gives it where there is no momentum.
 
     Raises:
@@ -179,7 +187,7 @@ def _normalised(response: Response, found: Arrays) -> Arrays:
     """P from the responses, in the unit of the response at a second moment that leaves nothing else of P."""
     roots = 1e14, 1e12
     count = None if response.count is None else FOREVER
-    limits = []
+    limits: list[Arrays] = []
     for root in roots:
         held = jax.tree.map(lambda x, n=root: jnp.full_like(x, n**2), response.held)
         limits.append(response.to(held, count, response.drive(root)))
@@ -195,7 +203,7 @@ def _normalised(response: Response, found: Arrays) -> Arrays:
     return [ends[0] * roots[0] ** round(power) / x for x in found]
 
 
-def _compared(response: Response, found: Arrays, rule: Callable[..., list]) -> Arrays:
+def _compared(response: Response, found: Arrays, rule: Callable[..., list[Any]]) -> Arrays:
     """The first of the rule's P that the responses are inverse to, up to the learning rate."""
     slope = {} if response.count is None else {"b2": _slope(response)}
     if trees.is_traced(found):
@@ -247,7 +255,7 @@ def _ravel(arrays: Arrays) -> np.ndarray:
 def _slope(response: Response) -> Any:
     """b2: what a step without a gradient leaves of the second moment."""
     nothing = jax.tree.map(jnp.zeros_like, response.drive())
-    left = response._evaluate(response.held, response.count, nothing)[1]
+    left: PyTree = response._evaluate(response.held, response.count, nothing)[1]
     pairs = zip(jax.tree.leaves(left), jax.tree.leaves(response.held), strict=True)
     return jnp.max(jnp.stack([jnp.max(a) / jnp.max(b) for a, b in pairs if b.size]))
 
@@ -271,7 +279,7 @@ def _refused(reason: str) -> SpectraError:
     )
 
 
-def _update_of(update_fn: Any) -> Callable:
+def _update_of(update_fn: Any) -> Callable[..., Any]:
     """The update of optax's transformation, of an nnx `Optimizer`, or the function itself."""
     update_fn = getattr(update_fn, "tx", update_fn)
     update = getattr(update_fn, "update", update_fn)
@@ -299,7 +307,7 @@ def _with_classes(update_fn: Any, state: PyTree, template: PyTree) -> PyTree:
 def _earlier(state: PyTree, found: Found) -> PyTree:
     """The state with half of the steps in the counts of others, such as a schedule at its end."""
 
-    def one(node):
+    def one(node: Any) -> Any:
         counts = hasattr(node, "dtype") and node.ndim == 0 and jnp.issubdtype(node.dtype, jnp.integer)
         return node // 2 if counts else node
 

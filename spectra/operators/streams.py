@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ def is_stream(data: Any) -> bool:
     return opaque and hasattr(data, "__iter__") and not hasattr(data, "__array__")
 
 
-def are_arrays(items: list) -> bool:
+def are_arrays(items: list[Any]) -> bool:
     """Whether a list may be one batch: its items are arrays, or differ in structure."""
     return bool(items) and (len({jax.tree.structure(x) for x in items}) > 1 or hasattr(items[0], "shape"))
 
@@ -49,7 +49,7 @@ class Stream:
     in number and weights of batches, so a source that ends early is noticed.
     """
 
-    source: Iterable | Callable[[], Iterator]
+    source: Iterable[PyTree] | Callable[[], Iterator[PyTree]]
     weights: tuple[float, ...]
     indices: tuple[int, ...] | None  # batches that are used, ascending; None for all
     digests: tuple[int, ...]  # checksums of these batches
@@ -77,8 +77,8 @@ class Stream:
         """
         if isinstance(source, Iterator):
             raise DataError(
-                f"the data source is a {type(source).__name__}, which can be read only once, but every "
-                "product reads all data. Pass a list, a loader, or the generator function itself."
+                f"the data source is a {type(cast(Any, source)).__name__}, which can be read only once, but "
+                "every product reads all data. Pass a list, a loader, or the generator function itself."
             )
         if num_batches is not None and num_batches < 1:
             raise DataError(f"num_batches={num_batches}: at least one batch is needed.")
@@ -124,9 +124,13 @@ class Stream:
             yield as_batch(batch, f"data batch {index}")
 
     @classmethod
-    def _survey(cls, source, weight_fn, shared, stop: int | None) -> tuple[list[float], list[int]]:
+    def _survey(
+        cls, source: Any, weight_fn: Callable[[PyTree], Any] | None, shared: Shared, stop: int | None
+    ) -> tuple[list[float], list[int]]:
         """Weight and digest of each batch; that of a single one is 1, whatever it holds."""
-        weights, digests, alone = [], [], None
+        weights: list[float] = []
+        digests: list[int] = []
+        alone: PyTree = None
         for index, batch in enumerate(cls._read(source, stop)):
             digests.append(_digest(batch))
             if index == 0:
@@ -144,7 +148,7 @@ class Stream:
         if total < count:
             raise DataError(f"{total} batches cannot be split into {count} parts.")
         indices = tuple(range(total)) if self.indices is None else self.indices
-        parts = []
+        parts: list[Stream] = []
         for first in range(count):
             weights = np.array(self.weights[first::count])
             if not weights.sum() > 0:
@@ -176,7 +180,7 @@ class Stream:
         return (batch for index, batch in batches if index in kept)
 
 
-def _weight(batch: PyTree, weight_fn: Callable[[PyTree], Any] | None, shared, index: int) -> float:
+def _weight(batch: PyTree, weight_fn: Callable[[PyTree], Any] | None, shared: Shared, index: int) -> float:
     if weight_fn is None:
         return float(batch_size(batch, shared, f"data batch {index}"))
     return float(weight_fn(batch))

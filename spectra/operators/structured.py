@@ -115,7 +115,7 @@ class LowRankOperator(LinearOperator):
         """V diag(λ) Vᵀ v."""
         weights = self.values * jax.vmap(lambda x: trees.vdot(x, v))(self.vectors)
 
-        def one(x):
+        def one(x: jax.Array) -> jax.Array:
             return jnp.tensordot(weights.astype(x.dtype), x, 1, precision="highest")
 
         return jax.tree.map(one, self.vectors)

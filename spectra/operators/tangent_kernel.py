@@ -80,7 +80,7 @@ class TangentKernelOperator(Wrapped):
 
 def _num_examples(outputs: PyTree) -> int:
     """N, the length of the first axis that all outputs share."""
-    leaves = jax.tree_util.tree_leaves_with_path(outputs)
+    leaves = jax.tree.leaves_with_path(outputs)
     lengths = {leaf.shape[:1] for _, leaf in leaves}
     if len(lengths) > 1 or () in lengths:
         shapes = ", ".join(f"'{path_str(path)}' {list(leaf.shape)}" for path, leaf in leaves)

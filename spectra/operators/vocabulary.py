@@ -1,11 +1,13 @@
 """The cross entropy of a large vocabulary, whose logits are made in chunks of tokens and forgotten."""
 
 import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from spectra.base import arrays
 from spectra.base.errors import SpectraError, StructureError
 from spectra.base.trees import PyTree
 
@@ -48,8 +50,8 @@ class VocabularyLoss:
     chunk: int = 256
     ignore_index: int = -100
 
-    def __post_init__(self):
-        if not isinstance(self.chunk, int) or self.chunk < 1:
+    def __post_init__(self) -> None:
+        if not isinstance(self.chunk, int) or self.chunk < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SpectraError(f"chunk={self.chunk!r}: use a positive number of tokens.")
 
     def __call__(self, outputs: PyTree, targets: jax.Array) -> jax.Array:
@@ -57,7 +59,7 @@ class VocabularyLoss:
         hidden, kernel, bias = _parts(outputs, targets)
 
         @jax.checkpoint
-        def body(total, piece):
+        def body(total: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             rows, labels = piece
             logits = _logits(rows, kernel, bias)
             counts = labels != self.ignore_index
@@ -75,7 +77,7 @@ class VocabularyLoss:
         share = 1 / jnp.maximum(self._count(targets), 1).astype(hidden.dtype)
 
         @jax.checkpoint
-        def body(sums, piece):
+        def body(sums: Any, piece: Any) -> Any:
             (rows, labels), (tangents, _) = piece
             logits, push = jax.linearize(_logits, rows, kernel, bias)
             softmax = jax.nn.softmax(logits, 1)
@@ -103,8 +105,8 @@ class VocabularyLoss:
         rows, labels = hidden.reshape(-1, hidden.shape[-1]), jnp.ravel(targets)
         size = max(1, min(self.chunk, len(labels)))
         more = -len(labels) % size
-        rows = jnp.pad(rows, ((0, more), (0, 0)))
-        labels = jnp.pad(labels, (0, more), constant_values=self.ignore_index)
+        rows = arrays.pad(rows, ((0, more), (0, 0)))
+        labels = arrays.pad(labels, [(0, more)], self.ignore_index)
         return rows.reshape(-1, size, rows.shape[-1]), labels.reshape(-1, size)
 
 
@@ -114,13 +116,15 @@ def _logits(rows: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
 def _parts(outputs: PyTree, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Hidden states, kernel and bias, zeros where there is none."""
-    if not isinstance(outputs, (tuple, list)) or len(outputs) not in (2, 3):
+    parts: list[Any] = list(cast("list[Any]", outputs)) if isinstance(outputs, (tuple, list)) else []
+    if len(parts) not in (2, 3):
+        name = type(cast("Any", outputs)).__name__
         raise StructureError(
-            f"VocabularyLoss takes (hidden, kernel) or (hidden, kernel, bias), not {type(outputs).__name__}: "
+            f"VocabularyLoss takes (hidden, kernel) or (hidden, kernel, bias), not {name}: "
             "return hidden states and the last layer's weights in the place of logits."
         )
-    hidden, kernel, *rest = outputs
-    bias = rest[0] if rest else jnp.zeros(kernel.shape[-1:], kernel.dtype)
+    hidden, kernel, *rest = parts
+    bias: jax.Array = rest[0] if rest else jnp.zeros(kernel.shape[-1:], kernel.dtype)
     if (
         kernel.ndim != 2
         or hidden.shape != (*targets.shape, kernel.shape[0])

@@ -16,12 +16,13 @@ References:
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from spectra.base.host import one_thread
-from spectra.quadrature.copies import breakdown_noise, rule_of
+from spectra.quadrature.copies import Measures, Rule, breakdown_noise, rule_of
 
 MEMBERS = 12
 """Members of the family for a curve: between their nodes the bracket takes that of the nearest."""
@@ -39,12 +40,14 @@ class Origin:
     whole: Any
     nodes: np.ndarray  # (r, k)
 
-    def rules(self):
+    def rules(self) -> Iterator[tuple[Rule, Any]]:
         """(nodes, weights, residuals) of each probe with all nodes, and the numbers of those taken out."""
         return zip(rules(self.whole), self.nodes.T, strict=True)
 
 
-def gauss_radau(nodes, weights, residuals, fixed: float) -> tuple[np.ndarray, np.ndarray]:
+def gauss_radau(
+    nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, fixed: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights of the rule with one more node, at `fixed`, which is none of the nodes."""
     return tuple(
         part[0] for part in _members(nodes, weights, residuals, [_parameter(nodes, residuals, fixed)])
@@ -136,7 +139,7 @@ def _at_points(nodes, weights, residuals, low, high) -> tuple[np.ndarray, np.nda
     return least.reshape(low.shape), most.reshape(high.shape)
 
 
-def largest_mass(nodes, weights, residuals, x) -> np.ndarray:
+def largest_mass(nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, x: np.ndarray) -> np.ndarray:
     """The largest mass that a measure can have at each x: of the member with a node there.
 
     (Σ_j sqrt(w_j) r_j / (θ_j - x))² / (1 + Σ_j r_j² / (θ_j - x)²), and w_j at θ_j itself.
@@ -148,7 +151,7 @@ def largest_mass(nodes, weights, residuals, x) -> np.ndarray:
     return (inverse @ (np.sqrt(weights) * residuals)) ** 2 / (1 + inverse**2 @ residuals**2)
 
 
-def dropped(quadrature) -> float:
+def dropped(quadrature: Measures) -> float:
     """How far from its nodes a rule that ended in an invariant space reaches.
 
     What a breakdown takes for zero may be a recurrence coefficient β of rounding's size: a bulk with such
@@ -157,7 +160,7 @@ def dropped(quadrature) -> float:
     return 2 * breakdown_noise(quadrature.size, quadrature.precision) * max(map(abs, quadrature.range))
 
 
-def rules(quadrature):
+def rules(quadrature: Measures) -> Iterator[Rule]:
     """Nodes, weights that sum to one, and residuals of each probe, in float64 and at their true length.
 
     Residuals have the signs of s_1j s_mj, which alternate between neighbouring Ritz values. Where copies were
@@ -179,7 +182,7 @@ def _sums(weights) -> np.ndarray:
 
 
 def bracket(
-    quadrature, x: np.ndarray, shift, origin: Origin | None = None
+    quadrature: Measures, x: np.ndarray, shift: float | np.ndarray, origin: Origin | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(lower, estimate, upper) of the probes' weighted distributions at x, averaged over probes.
 

@@ -18,10 +18,12 @@ References:
     for Research Workers, 1932, section 21.1 (the law of the product).
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from spectra.quadrature.brackets import rules
-from spectra.quadrature.copies import breakdown_noise, log_betas
+from spectra.quadrature.copies import Measures, breakdown_noise, log_betas
 
 MARGIN = 4.0
 """The noise floor is what is seen of rounding, and not all is: converged Ritz values of float32 Hessians of
@@ -35,14 +37,14 @@ RATIO = 1.02
 class Openness:
     """Which points the probes of a quadrature leave open for an eigenvalue, at probability 1 - `alpha`."""
 
-    def __init__(self, quadratures, alpha: float):
+    def __init__(self, quadratures: Iterable[Measures], alpha: float):
         from scipy.special import gammainccinv
 
         self.rules = [rule for q in quadratures for rule in _rules(q)]
         self.threshold = float(gammainccinv(len(self.rules), alpha))
         self.scale = max(max(abs(t[0]), abs(t[-1])) for t, *_ in self.rules) or 1.0
 
-    def __call__(self, x) -> np.ndarray:
+    def __call__(self, x: np.ndarray) -> np.ndarray:
         """Whether an eigenvalue may lie at each of the points."""
         x = np.atleast_1d(np.asarray(x, np.float64))
         return -np.sum([_log_chance(x, *rule) for rule in self.rules], axis=0) < self.threshold
@@ -135,12 +137,12 @@ def _log_chance(x, theta, residuals, log_betas, factor, least, moved) -> np.ndar
     return np.where(inside, 0.0, np.minimum(mass / 2 + factor, 0.0))
 
 
-def dropped(quadrature) -> float:
+def dropped(quadrature: Measures) -> float:
     """The largest β that a breakdown takes for zero by its size alone."""
     return breakdown_noise(quadrature.size, quadrature.precision) * max(map(abs, quadrature.range))
 
 
-def shift(quadrature) -> float:
+def shift(quadrature: Measures) -> float:
     """How far rounding can have moved an eigenvalue.
 
     The run is exact for a matrix this near to H, in the spectral norm: MARGIN noise floors of a product, what

@@ -6,8 +6,17 @@ merged, they are a rule that is exact up to a known degree.
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
+
+Rule = tuple[np.ndarray, ...]
+"""Nodes, weights and residuals of a probe, and its sketch where there is one."""
+Measures = Any
+"""A `Quadrature`: results are a later layer."""
 
 MOST = 64.0
 """Largest `breakdown_factor`."""
@@ -42,7 +51,7 @@ def breakdown_noise(size: int, precision: float) -> float:
 
 
 def invariant_length(
-    alpha, beta, length: int, size: int, precision: float, *, orthogonal: bool = True
+    alpha: np.ndarray, beta: np.ndarray, length: int, size: int, precision: float, *, orthogonal: bool = True
 ) -> int | None:
     """Dimension of the invariant space that a run went through; None if it went through none.
 
@@ -149,7 +158,9 @@ def log_betas(coefficients: np.ndarray, last: float) -> float:
     return float(np.sum(np.log(np.append(beta[:-1], max(beta[-1], last)))))
 
 
-def merge(theta, weights, residuals, width: float):
+def merge(
+    theta: np.ndarray, weights: np.ndarray, residuals: np.ndarray, width: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One node for all within `width`: shorter arrays. Ascending `theta` of one probe, in NumPy."""
     starts = [0]
     while (following := int(np.searchsorted(theta, theta[starts[-1]] + width, side="right"))) < len(theta):
@@ -161,7 +172,9 @@ def merge(theta, weights, residuals, width: float):
     return nodes, weights, residuals
 
 
-def merge_traced(theta, weights, residuals, length, width):
+def merge_traced(
+    theta: "jax.Array", weights: "jax.Array", residuals: "jax.Array", length: "jax.Array", width: "jax.Array"
+) -> tuple["jax.Array", ...]:
     """The same inside jit, with the new length: arrays keep the shape (m,), the last node repeats behind."""
     import jax
     import jax.numpy as jnp
@@ -187,7 +200,7 @@ def merge_traced(theta, weights, residuals, length, width):
     )
 
 
-def merged(quadrature, coefficients: np.ndarray):
+def merged(quadrature: Measures, coefficients: np.ndarray) -> Measures:
     """The quadrature of a run without reorthogonalisation, from the same with all its copies and from T."""
     found = dataclasses.replace(quadrature, coefficients=coefficients)
     width = 2 * found.noise_floor

@@ -22,11 +22,13 @@ References:
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from spectra.quadrature.brackets import Origin, dropped, largest_mass, rules
+from spectra.quadrature.copies import Measures
 
 ISOLATED = 1e-2
 """Residual and noise of a resolved pair, in gaps to its neighbours."""
@@ -66,18 +68,18 @@ class Parts:
         sampled = weights.ravel() * (self.rest.size / n / weights.sum())
         return np.append(places, np.asarray(self.rest.nodes).ravel()), np.append(masses, sampled)
 
-    def total(self, f) -> float:
+    def total(self, f: Callable[[np.ndarray], np.ndarray]) -> float:
         """Σ f(λ) over the atoms."""
         return float(np.sum(f(self.atoms))) if len(self.atoms) else 0.0
 
-    def spill(self, f, mean: float) -> float:
+    def spill(self, f: Callable[[np.ndarray], np.ndarray], mean: float) -> float:
         """How far leaks can move the trace of f, whose mean over the rest is given."""
         if self.rest is None or not len(self.atoms):
             return 0.0
         return self.rest.size * float(np.sum(self.leaks * np.abs(f(self.atoms) - mean)))
 
 
-def parts(quadrature) -> Parts:
+def parts(quadrature: Measures) -> Parts:
     """Deflated and resolved eigenvalues, and the rest of the quadrature."""
     rest = quadrature.bulk or quadrature
     known = np.zeros(0) if quadrature.atoms is None else np.asarray(quadrature.atoms, np.float64)

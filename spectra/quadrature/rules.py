@@ -5,14 +5,19 @@ fast. Only `gauss_rule_traced` runs in JAX, for use inside a caller's jit.
 """
 
 import functools
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spectra.base.errors import SpectraError
 from spectra.quadrature.brackets import bracket
+from spectra.quadrature.copies import Measures, Rule
+
+if TYPE_CHECKING:
+    import jax
 
 
-def dense(alpha, beta, xp):
+def dense(alpha: Any, beta: Any, xp: Any) -> Any:
     """The tridiagonal matrix (..., m, m) with diagonal `alpha` and off-diagonal `beta`."""
     m = alpha.shape[-1]
     eye = xp.eye(m, dtype=alpha.dtype)
@@ -22,7 +27,7 @@ def dense(alpha, beta, xp):
     return alpha[..., :, None] * eye + off + xp.swapaxes(off, -1, -2)
 
 
-def gauss_rule(alpha: np.ndarray, beta: np.ndarray, length: int, sketch: np.ndarray | None = None):
+def gauss_rule(alpha: np.ndarray, beta: np.ndarray, length: int, sketch: np.ndarray | None = None) -> Rule:
     """Nodes, weights and residuals of one probe from the first `length` steps; alpha, beta (m,).
 
     With a `sketch` (m, d) of the basis vectors that of the Ritz vectors, too.
@@ -44,7 +49,9 @@ def gauss_rule(alpha: np.ndarray, beta: np.ndarray, length: int, sketch: np.ndar
     return rule if sketch is None else (*rule, np.pad(vectors.T @ sketch[:length], (pad, (0, 0))))
 
 
-def gauss_rule_traced(alpha, beta, length, sketch):
+def gauss_rule_traced(
+    alpha: "jax.Array", beta: "jax.Array", length: "jax.Array", sketch: "jax.Array"
+) -> tuple["jax.Array", ...]:
     """`gauss_rule` inside jit, in the working dtype.
 
     What lies behind `length` steps decouples. It is put above all eigenvalues, so that the nodes come first.
@@ -90,7 +97,7 @@ def _eigh_traced(matrix):
         return eigh(matrix)
 
 
-def split(quadrature, x: np.ndarray):
+def split(quadrature: Measures, x: np.ndarray) -> tuple[Measures | None, float, np.ndarray]:
     """What sampling leaves open, and what is known: (quadrature of the rest, its share, atoms' CDF (3, ...)).
 
     Without deflated or resolved eigenvalues the rest is all. Atoms are known to the noise floor and the
@@ -103,7 +110,7 @@ def split(quadrature, x: np.ndarray):
     return parts.rest, share, np.searchsorted(parts.atoms, points, side="right") / quadrature.size
 
 
-def rest_bracket(quadrature, x: np.ndarray) -> np.ndarray:
+def rest_bracket(quadrature: Measures, x: np.ndarray) -> np.ndarray:
     """(lower, estimate, upper) of the distribution of the rest, for the probes drawn."""
     parts = quadrature.parts
     if parts.rest is None:
@@ -133,7 +140,9 @@ def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.
     return bound[index].reshape(np.shape(share))
 
 
-def share_interval(low: float, high: float, reach: tuple[float, float], normals: float, tail: float, count):
+def share_interval(
+    low: float, high: float, reach: tuple[float, float], normals: float, tail: float, count: float | None
+) -> tuple[float, float]:
     """Ends of a share in `reach` of which probes saw `low` to `high`; whole numbers of `count`, if given."""
     least, most = reach
     span = most - least
@@ -145,7 +154,9 @@ def share_interval(low: float, high: float, reach: tuple[float, float], normals:
     return float(least + span * first), float(least + span * last)
 
 
-def sampling_band(quadrature, lower, upper, level: float) -> tuple[np.ndarray, np.ndarray]:
+def sampling_band(
+    quadrature: Measures, lower: np.ndarray, upper: np.ndarray, level: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Widen averaged brackets by what a finite number of probes leaves open, for the whole curve.
 
     A share is a whole number of eigenvalues: both ends move inwards to the next one, or to the bracket.
@@ -164,7 +175,7 @@ def whole(lower, upper, count: float) -> tuple[np.ndarray, np.ndarray]:
     return np.ceil(lower * count - slack) / count, np.floor(upper * count + slack) / count
 
 
-def cdf_band(quadrature, x: np.ndarray, level: float):
+def cdf_band(quadrature: Measures, x: np.ndarray, level: float) -> tuple[np.ndarray, ...]:
     """(lower, estimate, upper) of the CDF at `x`; see `Quadrature.cdf`."""
     if not 0 < level < 1:
         raise SpectraError(f"level={level} is not between 0 and 1.")
@@ -173,7 +184,7 @@ def cdf_band(quadrature, x: np.ndarray, level: float):
     return tuple(np.where(np.isnan(x), np.nan, part)[()] for part in curve)
 
 
-def curves(quadrature, x: np.ndarray, level: float):
+def curves(quadrature: Measures, x: np.ndarray, level: float) -> list[np.ndarray]:
     """CDF at x: bracket below, estimate, bracket above, and the band that sampling widens them to."""
     rest, share, known = split(quadrature, x)
     lower, estimate, upper = rest_bracket(quadrature, x)
@@ -184,7 +195,7 @@ def curves(quadrature, x: np.ndarray, level: float):
     return [(size * curve + np.rint(n * atoms)) / n for curve, atoms in pairs]
 
 
-def band_width_parts(quadrature, level: float) -> tuple[float, float]:
+def band_width_parts(quadrature: Measures, level: float) -> tuple[float, float]:
     """Mean width of the band over the spectral range: (bracket part, sampling part)."""
     low, high = quadrature.range
     edges = np.unique(np.asarray(quadrature.nodes))

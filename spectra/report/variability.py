@@ -79,7 +79,7 @@ def summary(samples: Samples, size: int, precision: float, *, exact: bool, level
 
 
 @partial(jax.jit, static_argnames="exact")
-def _vectors(op: LinearOperator, key: jax.Array, indices: jax.Array, exact: bool) -> PyTree:
+def _vectors(op: LinearOperator, key: jax.Array, indices: jax.Array | np.ndarray, exact: bool) -> PyTree:
     """Probes of length sqrt(n), or unit vectors."""
 
     def one(i):

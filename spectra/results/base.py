@@ -3,8 +3,9 @@
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, dataclass_transform
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
@@ -62,14 +63,15 @@ def _numbers(array: np.ndarray) -> Any:
 
 
 Array = Any
+F = TypeVar("F", bound=Callable[..., Any])
 
 _SERVICES: dict[str, Callable[..., Any]] = {}
 
 
-def provides(service: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def provides(service: str) -> Callable[[F], F]:
     """Decorator of a function of a later layer: results call it by the name of the service."""
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: F) -> F:
         _SERVICES[service] = function
         return function
 
@@ -91,11 +93,11 @@ class Result:
 
     _BULKY: ClassVar[tuple[str, ...]] = ()  # fields as large as the parameters, which `to_dict` leaves out
 
-    def save(self, path) -> Any:
+    def save(self, path: str | os.PathLike[str]) -> Any:
         """Write the result to a file, atomically; returns its path. See `spectra.save`."""
         return call("save", self, path)
 
-    def plot(self, ax=None, **options) -> Any:
+    def plot(self, ax: Any = None, **options: Any) -> Any:
         """Draw the result with the function that suits it best, and return the Axes.
 
         Args:
@@ -180,7 +182,7 @@ class Named(Result):
     def __getitem__(self, name: str) -> Any:
         return self._parts[name]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         return iter(self._parts)
 
     def __len__(self) -> int:

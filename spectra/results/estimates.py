@@ -154,11 +154,12 @@ class NoiseScale(Estimate):
 
     def interval(self, level: float = 0.95) -> Interval:
         """The ratios that the data do not contradict; the upper end may be infinite."""
-        from scipy.special import stdtrit
+        from scipy.special import ndtri, stdtrit
 
         if not 0 < level < 1:
             raise SpectraError(f"level={level} is not between 0 and 1.")
-        t = float(stdtrit(self.dof, (1 + level) / 2))
+        side = (1 + level) / 2
+        t = float(ndtri(side) if self.dof is None else stdtrit(self.dof, side))
         low, high = (
             fieller(
                 self.noise,

@@ -5,11 +5,12 @@ Functions of a measure take what people hold: a report stands for its quadrature
 
 import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from jax.core import Tracer
+from numpy.typing import ArrayLike
 
 from spectra.base.errors import SpectraError, Status
 from spectra.quadrature import copies, rules
@@ -102,7 +103,7 @@ class Quadrature(Result):
         scale = self.spread * max(map(abs, self.range))
         return scale * max(float(np.max(self.asymmetry)), 4 * self.precision, self.rounding)
 
-    def cdf(self, x, *, level: float = 0.95) -> Interval:
+    def cdf(self, x: ArrayLike, *, level: float = 0.95) -> Interval:
         """Share of eigenvalues at or below `x`, with a band that holds for the whole curve.
 
         The band has two parts. For each probe, the Chebyshev-Markov-Stieltjes inequalities bracket the
@@ -134,7 +135,7 @@ class Quadrature(Result):
         """
         return Interval(*rules.cdf_band(self, np.asarray(x, np.float64), level))
 
-    def mean(self, f) -> float:
+    def mean(self, f: Callable[[np.ndarray], Any]) -> float:
         """Estimate of tr f(H) / n for a function of an array of eigenvalues."""
         return float(np.mean(np.sum(self.weights * f(np.asarray(self.nodes)), axis=1)))
 

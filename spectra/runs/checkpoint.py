@@ -58,12 +58,12 @@ class Checkpoint:
         True
     """
 
-    directory: str | os.PathLike
+    directory: str | os.PathLike[str]
     minutes: float = 10.0
     steps: int | None = None
 
     @classmethod
-    def of(cls, value: "Checkpoint | str | os.PathLike | None") -> "Checkpoint | None":
+    def of(cls, value: "Checkpoint | str | os.PathLike[str] | None") -> "Checkpoint | None":
         """A checkpoint from a folder's name."""
         return value if isinstance(value, Checkpoint) or value is None else cls(value)
 

@@ -111,7 +111,7 @@ class Journal:
         one would be taken for those of the other.
         """
 
-        def step(state, start, stop):
+        def step(state: PyTree, start: int, stop: int) -> tuple[PyTree, PyTree]:
             return state, make()
 
         return self.fold(step, None, [(0, 1)], out=like, products=0)[1][0]

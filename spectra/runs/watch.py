@@ -60,7 +60,7 @@ class Watch:
 def watched(
     name: str,
     progress: bool,
-    checkpoint: Checkpoint | str | os.PathLike | None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None,
     total: int | None,
     arguments: dict[str, Any] | Callable[[], dict[str, Any]],
 ) -> Iterator[Watch]:

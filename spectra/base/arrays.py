@@ -1,0 +1,72 @@
+"""Operations of JAX whose signatures name no type for some argument: the same, with types.
+
+A type checker knows nothing of what it is given for such an argument, and says so at every call. Those that
+sum products do it in full precision, whatever `jax_default_matmul_precision` is.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# The one place where JAX is called through signatures that are partly unknown.
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+T = TypeVar("T")
+Indices = jax.Array | np.ndarray
+Axes = tuple[Sequence[int], Sequence[int]]  # of the one array, and of the other
+
+
+def contract(x: jax.Array, y: jax.Array, axes: Axes, batch: Axes = ((), ())) -> jax.Array:
+    """Sums of products over `axes`; those of `batch` stay, and come first."""
+    return lax.dot_general(x, y, (axes, batch), precision=lax.Precision.HIGHEST)
+
+
+def einsum(spec: str, *operands: jax.Array) -> jax.Array:
+    """Sums of products as the letters of `spec` say."""
+    return jnp.einsum(spec, *operands, precision=lax.Precision.HIGHEST)
+
+
+def pad(x: jax.Array, widths: Sequence[tuple[int, int]], value: ArrayLike = 0) -> jax.Array:
+    """`x` with so many entries before and after along each axis."""
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def diagonal(x: jax.Array) -> jax.Array:
+    """The diagonal of a matrix."""
+    return jnp.diagonal(x)
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """The Euclidean norm of all entries."""
+    return jnp.linalg.norm(x)
+
+
+def eigvalsh(x: jax.Array) -> jax.Array:
+    """Eigenvalues of a symmetric matrix, ascending."""
+    return jnp.linalg.eigvalsh(x)
+
+
+def cholesky(x: jax.Array) -> jax.Array:
+    """The lower triangular factor of a positive definite matrix."""
+    return jnp.linalg.cholesky(x)
+
+
+def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues of a symmetric matrix, ascending, and the eigenvectors as columns."""
+    values, vectors = jnp.linalg.eigh(x)
+    return values, vectors
+
+
+def barrier(x: T) -> T:
+    """`x`, computed before anything that uses it, and apart from it."""
+    return lax.optimization_barrier(x)
+
+
+def positions(dtype: DTypeLike, shape: Sequence[int], axis: int) -> jax.Array:
+    """The index of each entry along an axis."""
+    return lax.broadcasted_iota(dtype, shape, axis)

@@ -1,0 +1,26 @@
+"""Loops: the carry keeps its type."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+Y = TypeVar("Y")
+
+def fori_loop(
+    lower: Any, upper: Any, body_fun: Callable[[Any, C], C], init_val: C, *, unroll: int | bool | None = ...
+) -> C: ...
+def while_loop(cond_fun: Callable[[C], Any], body_fun: Callable[[C], C], init_val: C) -> C: ...
+def scan(
+    f: Callable[[C, Any], tuple[C, Y]],
+    init: C,
+    xs: Any = ...,
+    length: int | None = ...,
+    reverse: bool = ...,
+    unroll: int | bool = ...,
+    _split_transpose: bool = ...,
+) -> tuple[C, Y]: ...
+def map(f: Callable[[Any], Y], xs: Any, *, batch_size: int | None = ...) -> Y: ...
+def associative_scan(
+    fn: Callable[[Any, Any], Any], elems: Any, reverse: bool = ..., axis: int = ...
+) -> Any: ...
+def __getattr__(name: str) -> Any: ...

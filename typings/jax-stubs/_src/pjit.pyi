@@ -1,0 +1,6 @@
+"""Shardings of intermediate values."""
+
+from typing import Any
+
+def with_sharding_constraint(x: Any, shardings: Any) -> Any: ...
+def __getattr__(name: str) -> Any: ...
