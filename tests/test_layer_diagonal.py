@@ -112,6 +112,7 @@ def test_the_diagonal_is_that_of_the_dense_matrix(name, x64):
     np.testing.assert_allclose(value, truth, rtol=TOLERANCE, atol=TOLERANCE**1.5 * truth.max())
 
 
+@pytest.mark.slow
 def test_pieces_blocks_streams_and_groups_have_the_same(x64):
     model_fn, loss_fn, params, (x, labels) = case("perceptron")
     truth = dense_diagonal(model_fn, loss_fn, params, (x, labels))

@@ -256,7 +256,7 @@ PROPERTIES = [
     pytest.param("curvlinops", the_correction_keeps_the_trace, marks=slow),
     ("xitorch", each_column_has_its_shift),
     ("xitorch", generalised_vectors_are_orthonormal_in_the_metric),
-    ("xitorch", second_derivatives_of_a_solve),
+    pytest.param("xitorch", second_derivatives_of_a_solve, marks=slow),
 ]
 
 
