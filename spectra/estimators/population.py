@@ -89,7 +89,8 @@ def population(
 
     Raises:
         StructureError: `op` has no data.
-        DataError: fewer than eight examples or batches; a loss that is not a mean over examples.
+        DataError: fewer than eight examples or batches, or fewer than two per fold; a loss that is not a mean
+            over examples.
         SpectraError: an argument is out of range.
 
     Cost: in products over the sample, num_folds - 1 times those of `eigsh` at `tol`, a few more for the whole
