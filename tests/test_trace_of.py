@@ -316,6 +316,26 @@ def test_intervals_from_inside_jit_hold_at_their_rate(x64):
     assert np.mean(held) >= 0.93  # 95 % less by two standard errors of 1.1 %
 
 
+def test_inside_jit_nodes_below_a_known_bound_are_at_it():
+    """A product with a singular matrix leaves nodes of -1e-8, of which there is no root."""
+    entries = np.append(np.zeros(30), np.linspace(0.1, 1.0, 20))
+    op = diagonal(entries)
+    options = {"key": KEY, "num_steps": 50, "num_probes": 2}
+    found, q = jax.jit(
+        lambda op: (
+            spectra.trace_of(op, jnp.sqrt, bounds=(0, None), **options).value,
+            spectra.slq(op, **options),
+        )
+    )(op)
+    assert np.min(q.nodes) < 0
+    roots = np.sqrt(np.maximum(np.asarray(q.nodes, np.float64), 0))
+    assert float(found) == pytest.approx(
+        50 * float(np.mean(np.sum(np.asarray(q.weights) * roots, axis=1))), rel=1e-5
+    )
+    with pytest.raises(spectra.SpectraError, match="probe_batch=9"):
+        jax.jit(lambda op: spectra.trace_of(op, jnp.exp, **options, probe_batch=9).value)(op)
+
+
 def test_inside_jit_what_needs_values_is_refused_with_a_reason():
     op = diagonal(EIGENVALUES)
     with pytest.raises(spectra.SpectraError, match="outside of jit"):
