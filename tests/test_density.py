@@ -307,6 +307,9 @@ def test_more_probes_extend_a_run():
         ({"bandwidth": np.nan}, "bandwidth"),
         ({"grid": [1.0, 0.0]}, "grid"),
         ({"grid": [1.0]}, "grid"),
+        ({"grid": [0.0, np.inf]}, "grid"),
+        ({"level": 1.0}, "level"),
+        ({"level": np.nan}, "level"),
     ],
 )
 def test_bad_smoothing_arguments_are_named(options, word):
