@@ -39,7 +39,7 @@ _PER_WIDTH = 4.0
 """Points of a contour in a width of the kernel: features there are half a width wide, or more."""
 _BLOCK = 2_000_000  # numbers of a contour and the nodes side by side
 COARSE = 8.0
-"""Cells of a grid wider than this many kernels are bracketed by the CDF in the place of the kernel ..."""
+"""Cells of a grid wider than this many kernels are bracketed by the CDF in place of the kernel ..."""
 MANY = 8192
 """... if the grid spans more kernel widths than this."""
 
