@@ -101,7 +101,7 @@ def _of_one_batch(
     total = batch_size(op.data, op.shared)
     wanted = total if num_examples is None else num_examples
     if not LEAST <= wanted <= total:
-        raise DataError(f"{wanted} of {total} examples: the spread between them takes {LEAST} or more.")
+        raise DataError(f"{wanted} of {total} examples: their spread takes at least {LEAST}.")
     _require_two_a_fold(wanted, "examples", folds)
     if wanted < total and op.weight_fn is None:
         plan = strata.plan(wanted, min(num_batches, wanted), folds)
@@ -176,7 +176,7 @@ def _of_stream(op: DataOperator, folds: int) -> Batches:
     stream = op.stream
     used = [i for i, weight in enumerate(stream.weights) if weight > 0]
     if len(used) < LEAST:
-        raise DataError(f"{len(used)} batches: the spread between them takes {LEAST} or more.")
+        raise DataError(f"{len(used)} batches: their spread takes at least {LEAST}.")
     _require_two_a_fold(len(used), "batches", folds)
     places = tuple(range(len(stream.weights))) if stream.indices is None else stream.indices
     weights = np.array([stream.weights[i] for i in used])

@@ -60,7 +60,7 @@ def diagonal(
     one backward pass for each output of an example, Σ_k G_k² with the gradients G_k of the outputs along the
     roots of the loss's Hessian: for a dense layer Σ a² ⊗ g². "exact" does so where that is less than n, and
     "auto" where it is within `num_matvecs`; `num_matvecs` of the result is the number of passes. Layers are
-    found as for `KFACOperator`, and `reason` names the leaves that are none, for which gradients of single
+    found as for `KFACOperator`, and `reason` names the leaves outside layers, for which gradients of single
     examples are formed, or says why products were taken: a loss that is not convex in the outputs or
     couples examples, a model with batch statistics, gradients that do not fit, a checkpoint, `jit`.
 

@@ -121,7 +121,7 @@ def population(
         raise StructureError(f"op is a {type(op).__name__}: batches are drawn from an operator on data.")
     if getattr(op, "centered", False):
         raise StructureError(
-            "a centred covariance is no mean over examples: the mean gradient of a batch is taken out of it. "
+            "a centred covariance is not a mean over examples: each batch subtracts its own mean gradient. "
             "Pass centered=False."
         )
     k = num_eigenvalues
