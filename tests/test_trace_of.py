@@ -1,5 +1,7 @@
 """Functions of an operator: brackets that hold for certain, errors that hold at their rate."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -249,6 +251,12 @@ def test_a_tolerance_adds_probes_or_says_that_the_budget_ended(x64):
 
 
 WIDE = np.linspace(-1.0, 3.0, 400)
+
+
+def test_a_tolerance_that_is_reached_does_not_hide_noise(quadratures, x64):
+    noisy = dataclasses.replace(quadratures[12], status=spectra.Status.NOISY)
+    assert spectra.trace_of(noisy, np.exp, tol=0.9).status is spectra.Status.NOISY
+    assert spectra.trace_of(noisy, np.exp, tol=1e-9).status is spectra.Status.BUDGET_EXHAUSTED
 
 
 @pytest.fixture(scope="module")

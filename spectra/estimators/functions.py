@@ -135,8 +135,10 @@ def trace_of(
     found = estimate(quadrature_of(source, key, num_steps, num_probes, probe_batch, error if tol else None))
     if tol is None:
         return found
-    status = Status.CONVERGED if open_share(found) <= 1 else Status.BUDGET_EXHAUSTED
-    return dataclasses.replace(found, status=status)
+    if open_share(found) > 1:
+        return dataclasses.replace(found, status=Status.BUDGET_EXHAUSTED)
+    noisy = found.status is Status.NOISY  # a tolerance that is reached makes products no more symmetric
+    return found if noisy else dataclasses.replace(found, status=Status.CONVERGED)
 
 
 def _traced(
