@@ -54,8 +54,13 @@ def test_intervals_of_large_operators_hold_the_truth(x64):
     # one eigenspace in both: eigsh finds it to its tolerance
     assert result.overlap.lower > 1 - 1e-3
     np.testing.assert_allclose(result.eigenvalues, [np.sort(A)[-1:-5:-1], B[-1:-5:-1]], rtol=1e-4)
-    assert "A in the place of B, of order 100" in repr(result)
+    assert "A in place of B, of order 100" in repr(result)
     assert result.records()[0]["layer"] == "whole"
+
+
+def test_the_level_is_printed_in_full(x64):
+    result = spectra.compare_operators(diagonal(A[:9]), diagonal(B[:9]), key=KEY, num_pairs=2, level=0.999)
+    assert dict(result.rows())["intervals"] == "99.9 %"  # and not 100
 
 
 class TestIntervals:

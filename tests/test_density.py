@@ -251,7 +251,7 @@ def test_the_sampling_band_holds_at_its_rate_and_no_more():
     At level 80 % each of the four inner steps of the CDF leaves the band with probability 20 % / 5, which
     Bonferroni over five nodes leaves it. Of 600 probes that is 96 misses, with a spread of
     sqrt(96) = 10 and as much again since neighbours miss together. Without the correction they would be 480,
-    twice as many with one side in the place of two.
+    twice as many with one side in place of two.
     """
     rng, misses, steps = np.random.default_rng(0), 0, np.arange(1, 5) / 5
     for _ in range(600):
@@ -307,6 +307,9 @@ def test_more_probes_extend_a_run():
         ({"bandwidth": np.nan}, "bandwidth"),
         ({"grid": [1.0, 0.0]}, "grid"),
         ({"grid": [1.0]}, "grid"),
+        ({"grid": [0.0, np.inf]}, "grid"),
+        ({"level": 1.0}, "level"),
+        ({"level": np.nan}, "level"),
     ],
 )
 def test_bad_smoothing_arguments_are_named(options, word):

@@ -166,13 +166,21 @@ def batch_statistics_fn(params, x):
     return (h - h.mean(0)) @ params["w2"]
 
 
-def test_why_there_is_none_is_said(x64):
+def test_why_there_is_none_is_said(x64, tmp_path):
     model_fn, loss_fn, params, (x, labels) = case("perceptron")
     op = spectra.GGNOperator(model_fn, loss_fn, params, (x, labels))
     assert "has 2 outputs" in layer_diagonal(op, 1)
     coupled = spectra.GGNOperator(batch_statistics_fn, loss_fn, params, (x, labels))
     assert "change with the others of its batch" in layer_diagonal(coupled, 9)
     assert layer_diagonal(spectra.MatrixOperator(jnp.eye(3)), 9) == ""
+    saved = spectra.diagonal(op, key=None, method="exact", checkpoint=tmp_path / "run")
+    assert saved.num_matvecs == op.size
+    assert saved.reason == "not from its layers: a checkpoint holds products"
+    few = spectra.diagonal(op, key=jax.random.key(0), num_matvecs=1)
+    assert few.method == "hutchinson"
+    assert "; not from its layers: an example has 2 outputs" in few.reason
+    with pytest.raises(spectra.SpectraError, match="probe_batch=0"):
+        spectra.diagonal(op, key=None, probe_batch=0)
     inside = jax.jit(lambda op: spectra.diagonal(op, key=None, method="exact").value)(op)
     np.testing.assert_allclose(
         jax.flatten_util.ravel_pytree(inside)[0],

@@ -136,3 +136,5 @@ def test_a_noise_scale_without_degrees_of_freedom_takes_those_of_the_normal_law(
     normal, many, few = (made[dof].interval() for dof in (None, 1e9, 3.0))
     np.testing.assert_allclose(normal, many, rtol=1e-6)  # t's quantile is 1 + (1 + z²) / (4 dof) times z
     assert few.lower < normal.lower < 4.0 < normal.upper < few.upper
+    uncounted = spectra.NoiseScale(4.0, 0.1, 1, "exact", **parts | {"num_examples": 0})
+    assert uncounted.interval() == normal  # without skewness their number does not matter

@@ -149,6 +149,10 @@ def test_what_is_no_sample_is_refused():
         spectra.population(operator(x), key=key, num_examples=7)
     with pytest.raises(spectra.DataError, match="4 batches"):
         spectra.population(operator([x[:10], x[10:20], x[20:30], x[30:]]), key=key)
+    with pytest.raises(spectra.DataError, match="9 examples for num_folds=5"):
+        spectra.population(operator(x[:9]), key=key, num_batches=10, num_folds=5)
+    with pytest.raises(spectra.DataError, match="8 batches for num_folds=9"):
+        spectra.population(operator(list(x.reshape(8, 5, -1))), key=key, num_folds=9)
     with pytest.raises(spectra.SpectraError, match="num_eigenvalues=7"):
         spectra.population(operator(x), key=key, num_eigenvalues=7)
     with pytest.raises(spectra.SpectraError, match="num_folds=1"):

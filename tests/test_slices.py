@@ -85,3 +85,9 @@ def test_what_is_no_direction_is_said(directions, message):
     op = spectra.HessianOperator(flat_loss, jnp.zeros(3), jnp.eye(3))
     with pytest.raises(spectra.SpectraError, match=message):
         spectra.loss_slice(op, directions=directions)
+
+
+def test_directions_are_no_eigenpairs():
+    op = spectra.HessianOperator(flat_loss, jnp.zeros(3), jnp.eye(3))
+    with pytest.raises(spectra.SpectraError, match="pairs is of type list"):
+        spectra.loss_slice(op, [jnp.ones(3)])  # pyright: ignore[reportArgumentType]

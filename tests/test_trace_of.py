@@ -1,5 +1,7 @@
 """Functions of an operator: brackets that hold for certain, errors that hold at their rate."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -251,6 +253,12 @@ def test_a_tolerance_adds_probes_or_says_that_the_budget_ended(x64):
 WIDE = np.linspace(-1.0, 3.0, 400)
 
 
+def test_a_tolerance_that_is_reached_does_not_hide_noise(quadratures, x64):
+    noisy = dataclasses.replace(quadratures[12], status=spectra.Status.NOISY)
+    assert spectra.trace_of(noisy, np.exp, tol=0.9).status is spectra.Status.NOISY
+    assert spectra.trace_of(noisy, np.exp, tol=1e-9).status is spectra.Status.BUDGET_EXHAUSTED
+
+
 @pytest.fixture(scope="module")
 def wide():
     with jax.enable_x64(True):
@@ -314,6 +322,26 @@ def test_intervals_from_inside_jit_hold_at_their_rate(x64):
     half = stdtrit(found.dof, 0.975) * np.asarray(found.stderr)
     held = np.abs(np.asarray(found.value) - np.exp(entries).sum()) <= half
     assert np.mean(held) >= 0.93  # 95 % less by two standard errors of 1.1 %
+
+
+def test_inside_jit_nodes_below_a_known_bound_are_at_it():
+    """A product with a singular matrix leaves nodes of -1e-8, of which there is no root."""
+    entries = np.append(np.zeros(30), np.linspace(0.1, 1.0, 20))
+    op = diagonal(entries)
+    options = {"key": KEY, "num_steps": 50, "num_probes": 2}
+    found, q = jax.jit(
+        lambda op: (
+            spectra.trace_of(op, jnp.sqrt, bounds=(0, None), **options).value,
+            spectra.slq(op, **options),
+        )
+    )(op)
+    assert np.min(q.nodes) < 0
+    roots = np.sqrt(np.maximum(np.asarray(q.nodes, np.float64), 0))
+    assert float(found) == pytest.approx(
+        50 * float(np.mean(np.sum(np.asarray(q.weights) * roots, axis=1))), rel=1e-5
+    )
+    with pytest.raises(spectra.SpectraError, match="probe_batch=9"):
+        jax.jit(lambda op: spectra.trace_of(op, jnp.exp, **options, probe_batch=9).value)(op)
 
 
 def test_inside_jit_what_needs_values_is_refused_with_a_reason():

@@ -35,12 +35,11 @@ RELATIVE_WIDTH = 0.05
 HEIGHTS = (0.5, 1.0, 2.0, 3.0)
 """Of the contours, in kernel widths: |K| grows as exp(y² / 2), and d falls as exp(-2 π y / spacing)."""
 REACH = 8.0  # kernel widths beyond which its mass, 1e-15, is not seen
-_PER_WIDTH = (
-    4.0  # points of a contour in a width of the kernel: features there are half a width wide, or more
-)
+_PER_WIDTH = 4.0
+"""Points of a contour in a width of the kernel: features there are half a width wide, or more."""
 _BLOCK = 2_000_000  # numbers of a contour and the nodes side by side
 COARSE = 8.0
-"""Cells of a grid wider than this many kernels are bracketed by the CDF in the place of the kernel ..."""
+"""Cells of a grid wider than this many kernels are bracketed by the CDF in place of the kernel ..."""
 MANY = 8192
 """... if the grid spans more kernel widths than this."""
 

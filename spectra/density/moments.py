@@ -14,6 +14,19 @@ def jackson(count: int) -> np.ndarray:
     return ((count - n + 1) * np.cos(q * n) + np.sin(q * n) / np.tan(q)) / (count + 1)
 
 
+def points_of(grid: ArrayLike) -> np.ndarray:
+    """A grid that was passed, in float64.
+
+    Raises:
+        SpectraError: it is not 1-D, or not of at least two finite, increasing numbers.
+    """
+    points = np.asarray(grid, np.float64)
+    finite = points.ndim == 1 and len(points) > 1 and bool(np.isfinite(points).all())
+    if not finite or not (np.diff(points) > 0).all():
+        raise SpectraError("grid must be a 1-D array of at least two finite, increasing numbers.")
+    return points
+
+
 def moments_density(moments: Moments, grid: ArrayLike | None = None, level: float = 0.95) -> Density:
     """The Jackson-damped density, as its mean over the cell of each grid point; see `spectral_density`.
 
@@ -25,9 +38,7 @@ def moments_density(moments: Moments, grid: ArrayLike | None = None, level: floa
     if grid is None:
         angles = np.pi * (np.arange(4 * count + 1) / (4 * count))
         grid = (a + b) / 2 - half * np.cos(angles)
-    grid = np.asarray(grid, np.float64)
-    if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) > 0).all():
-        raise SpectraError("grid must be a 1-D array of at least two increasing numbers.")
+    grid = points_of(grid)
     edges = np.concatenate([grid[:1], (grid[1:] + grid[:-1]) / 2, grid[-1:]])
     theta = np.arccos(np.clip((edges - (a + b) / 2) / half, -1, 1))
     order = np.arange(1, count)

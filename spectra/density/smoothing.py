@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from spectra.base.errors import SpectraError
 from spectra.density import bands
 from spectra.density.bands import RELATIVE_WIDTH, Width
-from spectra.density.moments import moments_density
+from spectra.density.moments import moments_density, points_of
 from spectra.quadrature.resolved import Parts
 from spectra.results import Density, Moments, Quadrature, as_quadrature
 
@@ -55,7 +55,7 @@ def spectral_density(
         `Density` with grid, density, lower, upper.
 
     Raises:
-        SpectraError: bandwidth not positive, or grid not increasing.
+        SpectraError: bandwidth not positive, grid not increasing, or level not between 0 and 1.
 
     References:
         Lin, Saad and Yang, doi:10.1137/130934283.
@@ -67,6 +67,8 @@ def spectral_density(
         >>> round(spectra.spectral_density(quadrature).integral(), 6)
         1.0
     """
+    if not 0 < level < 1:
+        raise SpectraError(f"level={level} is not between 0 and 1.")
     if isinstance(quadrature, Moments):
         if bandwidth is not None:
             raise SpectraError("the number of moments sets the width of a KPM density: leave out bandwidth.")
@@ -80,17 +82,11 @@ def spectral_density(
     else:
         raise SpectraError(f"bandwidth={bandwidth}: use a positive number, or None for the default.")
     centers = np.asarray(quadrature.nodes).ravel()
-    if grid is None:
-        grid = _default_grid(centers, widths)
-    else:
-        grid = np.asarray(grid, np.float64)
-        if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) > 0).all():
-            raise SpectraError("grid must be a 1-D array of at least two increasing numbers.")
+    grid = _default_grid(centers, widths) if grid is None else points_of(grid)
     parts = quadrature.parts
     moved = quadrature.noise_floor + parts.coupling
-    curves: list[
-        tuple[float, tuple[np.ndarray, ...]]
-    ] = []  # atoms have no sampling error: they shift the curve and its band
+    # Atoms have no sampling error: they shift the curve and its band.
+    curves: list[tuple[float, tuple[np.ndarray, ...]]] = []
     if parts.rest is not None:
         found = _curves(parts.rest, grid, widths, moved, level, parts)
         curves.append((parts.rest.size / quadrature.size, found))

@@ -54,7 +54,7 @@ def draw_batches(
             raise SpectraError(
                 "num_examples is for one batch: of a stream give num_batches= to the operator."
             )
-        return _of_stream(op)
+        return _of_stream(op, folds)
     return _of_one_batch(op, key, num_batches, num_examples, folds)
 
 
@@ -101,7 +101,8 @@ def _of_one_batch(
     total = batch_size(op.data, op.shared)
     wanted = total if num_examples is None else num_examples
     if not LEAST <= wanted <= total:
-        raise DataError(f"{wanted} of {total} examples: the spread between them takes {LEAST} or more.")
+        raise DataError(f"{wanted} of {total} examples: their spread takes at least {LEAST}.")
+    _require_two_a_fold(wanted, "examples", folds)
     if wanted < total and op.weight_fn is None:
         plan = strata.plan(wanted, min(num_batches, wanted), folds)
         if plan is not None:
@@ -164,12 +165,19 @@ def _count(most: int, examples: int, folds: int) -> int:
     return next(few, max(allowed, key=lambda count: -(examples % count)))
 
 
-def _of_stream(op: DataOperator) -> Batches:
+def _require_two_a_fold(count: int, what: str, folds: int) -> None:
+    """Within a fold of one there is no spread."""
+    if count < 2 * folds:
+        raise DataError(f"{count} {what} for num_folds={folds}: use at least two for each fold.")
+
+
+def _of_stream(op: DataOperator, folds: int) -> Batches:
     assert op.stream is not None
     stream = op.stream
     used = [i for i, weight in enumerate(stream.weights) if weight > 0]
     if len(used) < LEAST:
-        raise DataError(f"{len(used)} batches: the spread between them takes {LEAST} or more.")
+        raise DataError(f"{len(used)} batches: their spread takes at least {LEAST}.")
+    _require_two_a_fold(len(used), "batches", folds)
     places = tuple(range(len(stream.weights))) if stream.indices is None else stream.indices
     weights = np.array([stream.weights[i] for i in used])
 

@@ -29,7 +29,7 @@ METHODS = ("auto", "exact", "hutchinson", "xdiag", "xnysdiag")
 LEAST = 8
 """Probes of XDiag. Two entries have the same signs in all m of them, but for one factor, with 2^(1-m): what
 the large one leaves in the small one is the same in all samples then, and no spread shows it. With four
-probes that are 12 % of the entries, with eight 1 %."""
+probes that is 12 % of the entries, with eight 1 %."""
 PAIRS = 16
 """Probes among which pairs are formed for the covariance; each pair costs vectors here."""
 
@@ -60,7 +60,7 @@ def diagonal(
     one backward pass for each output of an example, Σ_k G_k² with the gradients G_k of the outputs along the
     roots of the loss's Hessian: for a dense layer Σ a² ⊗ g². "exact" does so where that is less than n, and
     "auto" where it is within `num_matvecs`; `num_matvecs` of the result is the number of passes. Layers are
-    found as for `KFACOperator`, and `reason` names the leaves that are none, for which gradients of single
+    found as for `KFACOperator`, and `reason` names the leaves outside layers, for which gradients of single
     examples are formed, or says why products were taken: a loss that is not convex in the outputs or
     couples examples, a model with batch statistics, gradients that do not fit, a checkpoint, `jit`.
 
@@ -75,8 +75,8 @@ def diagonal(
             example of a Gauss-Newton matrix, else "xdiag", or
             "hutchinson" if 2 num_matvecs vectors do not fit into half of the free memory.
         num_matvecs: budget of products. If it covers n, "exact" replaces the others but "hutchinson", which
-            replaces "xdiag" below 16 and "xnysdiag" below 8: fewer than 8 Rademacher probes cannot tell
-            entries apart.
+            replaces "xdiag" below 16 (which takes at least 4) and "xnysdiag" below 8: fewer than 8
+            Rademacher probes cannot tell entries apart.
         tol: stop as soon as |stderr| <= tol |value| in the Euclidean norm over all entries.
         by: "leaf" or "layer": value and stderr become dicts {path: array}, or {layer: {path: array}}; `total`
             has the pytree.
@@ -115,18 +115,22 @@ def diagonal(
     if method not in METHODS:
         raise SpectraError(f"method={method!r}: use one of {METHODS}.")
     require_operator(op)
-    layers = _layers(op, method, num_matvecs) if checkpoint is None else ""
+    layers = _layers(op, method, num_matvecs)
     if isinstance(layers, LayerDiagonal):
-        return _from_layers(op, layers, by, tol, num_matvecs)
+        if checkpoint is None:
+            return _from_layers(op, layers, by, tol, num_matvecs, probe_batch)
+        layers = "a checkpoint holds products"
     method, reason = choose(op, {"xdiag": "xtrace"}.get(method, method), num_matvecs)
     method = {"xtrace": "xdiag"}.get(method, method)
-    reason = reason.replace("xtrace", "xdiag") + (f"; not from its layers: {layers}" if layers else "")
+    reason = reason.replace("xtrace", "xdiag")
     if method == "xdiag" and num_matvecs < 4:
         raise SpectraError(f"num_matvecs={num_matvecs}: xdiag needs at least 4 products.")
     probes = {"xdiag": num_matvecs // 2, "xnysdiag": num_matvecs}.get(method, LEAST)
     if probes < LEAST:
         reason = f"num_matvecs={num_matvecs} leaves {method} fewer than {LEAST} probes of signs"
         method = "hutchinson"
+    if layers:
+        reason = "; ".join(filter(None, (reason, f"not from its layers: {layers}")))
     count = op.size if method == "exact" else num_matvecs
     options = {"method": method, "num_matvecs": num_matvecs, "tol": tol}
     with (
@@ -167,31 +171,31 @@ def _layers(op: LinearOperator, method: str, num_matvecs: int) -> LayerDiagonal 
 
 
 def _from_layers(
-    op: LinearOperator, layers: LayerDiagonal, by: str | None, tol: float | None, num_matvecs: int
+    op: LinearOperator,
+    layers: LayerDiagonal,
+    by: str | None,
+    tol: float | None,
+    num_matvecs: int,
+    probe_batch: int | None,
 ) -> Estimate:
     """The exact diagonal; its error is that of rounding.
 
     |H e_i|² = Σ_j H_ij² is at most H_ii tr H of a semidefinite matrix, which stands for the rounding of
     sums; what the rounding of the loss does is measured, as for columns.
     """
-    run = begin(
-        op, key=None, by=by, tol=tol, num_matvecs=num_matvecs, probe_batch=1, count=1, needs_key=False
-    )
+    options: dict[str, Any] = {"by": by, "tol": tol, "num_matvecs": num_matvecs, "probe_batch": probe_batch}
+    run = begin(op, key=None, count=1, needs_key=False, **options)
     value = layers.value()
     run.host(_sums(value))
     stderr, dof = _norm_bounds(value, op.precision), None
     if moved := exact.moved_products(run):
         changes = _root_mean_square([x for *_, x in moved])
         stderr, dof = jax.tree.map(jnp.hypot, stderr, changes), float(len(moved))
-    total = Estimate(value, stderr, layers.passes, "exact", reason=layers.reason, dof=dof)
+    fields: dict[str, Any] = {"num_matvecs": layers.passes, "method": "exact"}
+    fields |= {"reason": layers.reason, "dof": dof}
+    total = Estimate(value, stderr, **fields)
     if by is None:
         return total
-    fields: dict[str, Any] = {
-        "num_matvecs": layers.passes,
-        "method": "exact",
-        "reason": layers.reason,
-        "dof": dof,
-    }
     return Estimate(_grouped(run, value), _grouped(run, stderr), total=total, **fields)
 
 
@@ -398,7 +402,7 @@ def _xdiag(run: Run, num_matvecs: int) -> _Found:
     return value, stderr, {"num_matvecs": 2 * m, "status": ended.status, "dof": float(m - 1)}
 
 
-def _xnysdiag(run: Run, num_matvecs: int):
+def _xnysdiag(run: Run, num_matvecs: int) -> _Found:
     """XDiag with the Nyström approximation Bᵀ B in place of P A: the algebra is that of Q = Z = B.
 
     Without the probe ω_j it is Bᵀ(1 - u_j u_jᵀ)B, of which (A - ...) ω_j = Bᵀu_j (u_j · B ω_j) is left.

@@ -142,8 +142,8 @@ def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Ended, int, Any
         k, mean = len(squares), xp.mean(squares)
         fourth = mean**2
         if k > 1:
-            pairs = xp.sum(crosses[1:] ** 2) / (k - 1)
-            fourth = xp.minimum(xp.maximum(xp.var(squares, ddof=1) / 2, pairs), mean**2)
+            crossed = xp.sum(crosses[1:] ** 2) / (k - 1)
+            fourth = xp.minimum(xp.maximum(xp.var(squares, ddof=1) / 2, crossed), mean**2)
         return mean, xp.hypot(xp.sqrt(2 * fourth / k), 2 * run.op.precision * mean)
 
     def num_probes() -> int:

@@ -86,7 +86,8 @@ def trace_of(
         `Estimate` with lower and upper, None if there is no bracket; `reason` says what they rest on.
 
     Inside jit, vmap and grad the result has the value with its standard error but no bracket, and f must
-    be a JAX function or one recognised by name; derivatives are those of the value.
+    be a JAX function or one recognised by name; derivatives are those of the value. Nodes outside `bounds`
+    are moved to them there, since their values cannot be checked.
 
     Raises:
         SpectraError: f is not finite at a Ritz value, or a Ritz value lies outside `bounds`.
@@ -111,7 +112,8 @@ def trace_of(
         raise SpectraError(f"tol={tol} is relative to the value: use a number in (0, 1).")
 
     if isinstance(source, LinearOperator) and trees.is_traced((source, key)):
-        return _traced(source, f, key, num_steps, num_probes, tol)
+        options = {"num_probes": num_probes, "probe_batch": probe_batch}
+        return _traced(source, f, key, num_steps, tol, bounds, options)
     signed = _is_known(f) if one_signed is None else one_signed
 
     def estimate(quadrature: Quadrature) -> Estimate:
@@ -133,8 +135,10 @@ def trace_of(
     found = estimate(quadrature_of(source, key, num_steps, num_probes, probe_batch, error if tol else None))
     if tol is None:
         return found
-    status = Status.CONVERGED if open_share(found) <= 1 else Status.BUDGET_EXHAUSTED
-    return dataclasses.replace(found, status=status)
+    if open_share(found) > 1:
+        return dataclasses.replace(found, status=Status.BUDGET_EXHAUSTED)
+    noisy = found.status is Status.NOISY  # a tolerance that is reached makes products no more symmetric
+    return found if noisy else dataclasses.replace(found, status=Status.CONVERGED)
 
 
 def _traced(
@@ -142,8 +146,9 @@ def _traced(
     f: Callable[[Any], Any],
     key: jax.Array | None,
     num_steps: int | None,
-    num_probes: int,
     tol: float | None,
+    bounds: Bounds | None,
+    options: dict[str, Any],
 ) -> Estimate:
     """The value and its standard error inside jit, vmap and grad; derivatives are those of the value."""
     if tol is not None:
@@ -153,18 +158,19 @@ def _traced(
     key = require_key(key)
     f = next((getattr(jnp, name) for name in ONE_SIGNED if f is getattr(np, name)), f)
     steps = min(100, op.size) if num_steps is None else num_steps
-    q = slq(op, key=key, num_steps=steps, num_probes=num_probes)
+    q = slq(op, key=key, num_steps=steps, **options)
+    nodes = q.nodes if bounds is None else jnp.clip(q.nodes, *bounds)
     # Nodes of n steps are all eigenvalues, as outside of jit: their sum has no sampling error.
     whole = q.lengths[:, None] == op.size
     counted = (q.weights > 0) | whole
     # f may be infinite at the zeros behind an exhausted space, and its derivative, too.
-    values = jnp.where(counted, f(jnp.where(counted, q.nodes, jnp.max(q.nodes, axis=1, keepdims=True))), 0)
+    values = jnp.where(counted, f(jnp.where(counted, nodes, jnp.max(nodes, axis=1, keepdims=True))), 0)
     weights = q.weights / jnp.sum(q.weights, axis=1, keepdims=True)
     samples = jnp.sum(jnp.where(whole, values, op.size * weights * values), axis=1)
     # `error_of_powers`: the spread of few samples says too little where one eigenvalue dominates.
     values, weights = jax.lax.stop_gradient((values, weights))
-    variance = jnp.sum(weights * (values - jnp.sum(weights * values) / num_probes) ** 2) / num_probes
-    stderr = op.size * jnp.sqrt(2 * variance / (op.size + 2) / num_probes)
+    variance = jnp.sum(weights * (values - jnp.sum(weights * values) / q.num_probes) ** 2) / q.num_probes
+    stderr = op.size * jnp.sqrt(2 * variance / (op.size + 2) / q.num_probes)
     return Estimate(
         value=jnp.mean(samples),
         stderr=jnp.where(jnp.all(whole), 0.0, stderr),
@@ -172,7 +178,7 @@ def _traced(
         method="slq",
         status=Status.TRACED,
         reason="no bracket inside jit: it needs values",
-        dof=float(num_probes),
+        dof=float(q.num_probes),
     )
 
 

@@ -123,6 +123,8 @@ def loss_slice(
 
 def _of_pairs(op: DataOperator, pairs: Eigenpairs) -> tuple[PyTree, np.ndarray]:
     """The two leading eigenvectors, stacked, and the diagonal matrix of their eigenvalues."""
+    if not isinstance(pairs, Eigenpairs):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SpectraError(f"pairs is of type {type(pairs).__name__}: pass the result of eigsh.")
     if len(pairs.values) < 2:
         raise SpectraError("a plane needs two eigenvectors: call eigsh with k=2 or more.")
     order = np.argsort(-np.abs(np.asarray(pairs.values)), kind="stable")[:2]

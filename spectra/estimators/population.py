@@ -89,7 +89,8 @@ def population(
 
     Raises:
         StructureError: `op` has no data.
-        DataError: fewer than eight examples or batches; a loss that is not a mean over examples.
+        DataError: fewer than eight examples or batches, or fewer than two per fold; a loss that is not a mean
+            over examples.
         SpectraError: an argument is out of range.
 
     Cost: in products over the sample, num_folds - 1 times those of `eigsh` at `tol`, a few more for the whole
@@ -120,7 +121,7 @@ def population(
         raise StructureError(f"op is a {type(op).__name__}: batches are drawn from an operator on data.")
     if getattr(op, "centered", False):
         raise StructureError(
-            "a centred covariance is no mean over examples: the mean gradient of a batch is taken out of it. "
+            "a centred covariance is not a mean over examples: each batch subtracts its own mean gradient. "
             "Pass centered=False."
         )
     k = num_eigenvalues

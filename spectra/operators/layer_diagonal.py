@@ -61,16 +61,16 @@ def layer_diagonal(op: LinearOperator, most: int) -> LayerDiagonal | str:
     assert isinstance(op, ModelOperator)
     piece = op.first_piece()
     if trees.is_traced((op.params, piece.data)) or not trees.has_values((op.params, piece.data)):
-        return "its values are those of a trace"
+        return "there are no values, as inside jit"
     if hasattr(op.loss_fn, "gauss_newton"):
-        return "the loss has logits of its own"
+        return "the loss computes its own logits"
     fisher = _as_fisher(op, kind)
     first = fisher.first_piece()
     try:
         outputs = jax.eval_shape(lambda: model_outputs(first))
         passes = num_roots(first, outputs, split(first.data)[1])
         if passes > most:
-            return f"an example has {passes:,} outputs: as many backward passes"
+            return f"an example has {passes:,} outputs, which take as many backward passes"
         require_examples(first)
         setup = Setup(form=loss_form(first) if kind == "type2" else "dense", **_WHOLE)
         if (wrong := _does_not_fit(first) or _no_roots(first, setup)) is not None:
@@ -107,7 +107,7 @@ def _does_not_fit(op: FisherOperator) -> str | None:
     free = host.available_bytes()
     if free is None or needed <= free // 2:
         return None
-    return f"gradients of {examples:,} examples would hold {format_bytes(needed)}: microbatch= makes it less"
+    return f"gradients of {examples:,} examples would take {format_bytes(needed)}; microbatch= reduces that"
 
 
 def _no_roots(op: FisherOperator, setup: Setup) -> str | None:

@@ -209,7 +209,7 @@ class OperatorComparison(Result):
             (f"overlap of their {k} eigenvectors", _shown(self.overlap)),
             ("W₁ of the densities / mean |λ|", _shown(self.wasserstein)),
             *[(f"  |A - B| / |B|, {name}", _shown(interval)) for name, interval in self.layers.items()],
-            ("intervals", f"{self.level:.0%}"),
+            ("intervals", f"{100 * self.level:g} %"),
             ("products", f"{self.num_matvecs:,}"),
             ("status", str(self.status)),
         ]
@@ -229,7 +229,7 @@ class OperatorComparison(Result):
         ]
 
     def __repr__(self) -> str:
-        return text_table(f"A in the place of B, of order {self.size:,}", self.rows())
+        return text_table(f"A in place of B, of order {self.size:,}", self.rows())
 
 
 @result("num_classes", "num_matvecs", "status")

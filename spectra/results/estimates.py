@@ -19,7 +19,7 @@ def skewed_t(t: float, skewness: float, count: float, up: bool) -> float:
     estimated too small: the upper limit needs more. What the other one needs less is not taken off.
     """
     longer = max(skewness if up else -skewness, 0.0)
-    return t + longer * (1 + 2 * t**2) / (6 * math.sqrt(count))
+    return t + longer * (1 + 2 * t**2) / (6 * math.sqrt(count)) if longer else t
 
 
 def skewness(values: np.ndarray) -> float:

@@ -177,6 +177,8 @@ class SingularTriplets(Result):
     Some singular value of J lies within `errors[i]` of `values[i]`, rounding included. The run was one on the
     Gram matrix, which does not tell singular values below `gram_floor` apart: of these, other ones than the
     smallest may have been found.
+
+    Returned by `svds`, whose page has an example, the cost and the sources.
     """
 
     _BULKY: ClassVar = ("left", "right")
