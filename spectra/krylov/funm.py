@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import stacks, trees
+from spectra.base import arrays, stacks, trees
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -135,15 +135,18 @@ class _Found:
     status: Status
 
 
-def _one(op, named: Named, name: str, v: PyTree, steps: int, tol: float, known: Range) -> _Found:
+def _one(
+    op: LinearOperator, named: Named, name: str, v: PyTree, steps: int, tol: float, known: Range
+) -> _Found:
     """f(H) v of one vector."""
     size, layout = trees.length(v), Layout.of(op.like)
     if size == 0:
         return _Found(v, 0.0, 0, Status.INVARIANT)
     state = _start(layout, v, steps)
     noise = breakdown_noise(op.size, op.precision)
-    for start in range(0, steps, CHUNK):
-        stop = min(start + CHUNK, steps)
+    stop = 0
+    while True:
+        start, stop = stop, min(stop + CHUNK, steps)
         state = advance(op, layout, state, start, stop, batched=False)
         alpha, beta, length = jax.device_get((state.alpha, state.beta, state.length))
         ended = invariant_length(alpha, beta, int(length), op.size, op.precision)
@@ -163,7 +166,7 @@ def _one(op, named: Named, name: str, v: PyTree, steps: int, tol: float, known: 
         last = 0.0 if ended is not None else float(beta[length - 1])
         intervals = extended(known.intervals, theta)
         error = function_error.truncation(f, theta, vectors, last, intervals)
-        if ended is not None or error <= tol * norm:
+        if ended is not None or error <= tol * norm or stop == steps:
             break
     moved = function_error.rounding(f, intervals, noise * known.norm) + noise * norm
     status = Status.INVARIANT if ended is not None else Status.CONVERGED
@@ -175,7 +178,7 @@ def _one(op, named: Named, name: str, v: PyTree, steps: int, tol: float, known: 
     return _Found(value, size * (error + moved), stop, status)
 
 
-def _rows(basis) -> int:
+def _rows(basis: _basis.Basis) -> int:
     return sum(segment[0].shape[1] for segment in basis)
 
 
@@ -183,19 +186,19 @@ _start = jax.jit(init, static_argnames=("layout", "num_steps"))
 
 
 @jax.jit
-def _sum_of_rows(basis, coefficients, filled):
+def _sum_of_rows(basis: _basis.Basis, coefficients: jax.Array, filled: int | jax.Array) -> _basis.Panels:
     panels = basis[0]
     zeros = [jnp.zeros(x[:, 0].shape, jnp.promote_types(x.dtype, jnp.float32)) for x in panels]
     return _basis.subtract(basis, -coefficients, zeros, filled)
 
 
-def _combined(layout: Layout, basis, coefficients, filled: int) -> PyTree:
+def _combined(layout: Layout, basis: _basis.Basis, coefficients: jax.Array, filled: int) -> PyTree:
     return layout.unpack(_sum_of_rows(basis, coefficients, filled))
 
 
 def _traced(op: LinearOperator, f: Callable[[Any], Any], v: PyTree, steps: int) -> PyTree:
     found = lanczos(op, v, steps)
-    theta, vectors = jnp.linalg.eigh(found.matrix())
+    theta, vectors = arrays.eigh(found.matrix())
     # Steps behind an exhausted space have zero rows: f there counts for nothing.
     values = jnp.where(vectors[0] != 0, f(theta), 0)
     coefficients = trees.norm(v) * jnp.matmul(vectors, values * vectors[0], precision="highest")

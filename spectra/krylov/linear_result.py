@@ -1,6 +1,8 @@
 """The `Solution` of A x = b: its rounding, its bound and its status, from what a run has found."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from spectra.base.errors import Status
 from spectra.base.trees import PyTree
 from spectra.krylov import wanted
 from spectra.krylov.linear_state import Mode, Verdict, noise_of
+from spectra.operators.base import LinearOperator
 from spectra.results import Interval, Solution
 
 _STATUS = {
@@ -24,7 +27,14 @@ _STATUS = {
 UNBOUNDED = "nothing bounds the spectrum away from zero"
 
 
-def judged(op, b, found, spent: int, bound, verdicts) -> Solution:
+def judged(
+    op: LinearOperator,
+    b: PyTree,
+    found: dict[str, Any],
+    spent: int,
+    bound: tuple[float, str] | None,
+    verdicts: np.ndarray,
+) -> Solution:
     """The solution with its rounding, bound and status."""
     x, noise = found["x"], noise_of(op)
     norms = np.asarray(sizes(x), np.float64)
@@ -62,7 +72,7 @@ def judged(op, b, found, spent: int, bound, verdicts) -> Solution:
     )
 
 
-def _quadratic_form(b, x, residual, bound: float, op) -> Interval:
+def _quadratic_form(b: PyTree, x: PyTree, residual: np.ndarray, bound: float, op: LinearOperator) -> Interval:
     """bᵀA⁻¹b = bᵀx + xᵀr + rᵀA⁻¹r for r = b - Ax, of which the last two are bounded by norms."""
     value = np.asarray(_dots(b, x), np.float64)
     norms = np.asarray(sizes(x), np.float64)
@@ -71,7 +81,9 @@ def _quadratic_form(b, x, residual, bound: float, op) -> Interval:
     return Interval(value - slack, value, value + slack + residual**2 / bound)
 
 
-def traced_solution(op, x, still, found, method: str, bound) -> Solution:
+def traced_solution(
+    op: LinearOperator, x: PyTree, still: PyTree, found: dict[str, Any], method: str, bound: float | None
+) -> Solution:
     """The same inside jit, vmap and grad, without looking at values; `still` is x with no derivative."""
     count = jax.tree.leaves(still)[0].shape[0]
     residual = found["residual"]
@@ -109,10 +121,10 @@ def distances(a: PyTree, b: PyTree) -> jax.Array:
     return jax.vmap(trees.norm)(jax.tree.map(jnp.subtract, a, b))
 
 
-def in_form(found: Solution, several: bool, back, built: int) -> Solution:
+def in_form(found: Solution, several: bool, back: Callable[[PyTree], PyTree], built: int) -> Solution:
     """The solution in the form of the right-hand side; numbers where there is one."""
 
-    def number(x):
+    def number(x: Any) -> Any:
         if several:
             return x
         return x[0].item() if isinstance(x, np.ndarray) else x[0]

@@ -23,11 +23,19 @@ CHUNK = 256
 """Products of one compiled call: how often Ctrl-C is heard."""
 
 
-def prepared(op, b, inverse, method, tol, limit, reference) -> tuple[Problem, State]:
+def prepared(
+    op: LinearOperator,
+    b: PyTree,
+    inverse: LinearOperator | None,
+    method: str,
+    tol: float,
+    limit: int,
+    reference: PyTree,
+) -> tuple[Problem, State]:
     """The problem and its first state for every right-hand side; `reference` are those that tol refers to."""
     dtype = op.dtype
 
-    def one(b, reference):
+    def one(b: PyTree, reference: PyTree) -> tuple[Problem, State]:
         unit = trees.power_of_two(trees.largest(b)).astype(dtype)
         b = trees.scale(1 / unit, b)
         target = tol * trees.norm(reference) / unit
@@ -42,7 +50,7 @@ def prepared(op, b, inverse, method, tol, limit, reference) -> tuple[Problem, St
     return jax.vmap(one, out_axes=(axes, 0))(b, reference)
 
 
-def _axes(inverse, method: str) -> Any:
+def _axes(inverse: LinearOperator | None, method: str) -> Any:
     """Which parts of a problem are there for every right-hand side: zeros and None in place of arrays."""
     shared = None if inverse is None else jax.tree.map(lambda _: None, inverse)
     each: Any = 0
@@ -52,11 +60,11 @@ def _axes(inverse, method: str) -> Any:
 begin = jax.jit(prepared, static_argnames=("method",))
 
 
-def loop(op: LinearOperator, problem: Problem, state: State, stop) -> State:
+def loop(op: LinearOperator, problem: Problem, state: State, stop: int | jax.Array) -> State:
     """Products until every right-hand side is done, `stop` of them for each at most."""
 
-    def one(problem, state):
-        def going(state):
+    def one(problem: Problem, state: State) -> State:
+        def going(state: State) -> jax.Array:
             return (state.mode != Mode.DONE) & (state.products < stop)
 
         return lax.while_loop(going, lambda state: absorb(problem, state, op.mv(state.go)), state)
@@ -134,7 +142,7 @@ def _excess(problem: Problem, state: State) -> jax.Array:
 def outcome(problem: Problem, state: State, x0: PyTree | None) -> dict[str, Any]:
     """x and the numbers that judge it, in the user's units."""
 
-    def one(b, unit, state, x0):
+    def one(b: PyTree, unit: jax.Array, state: State, x0: PyTree | None) -> dict[str, Any]:
         x = trees.scale(unit / state.unit_a, state.x)
         x = x if x0 is None else jax.tree.map(jnp.add, x0, x)
         known = (state.verdict != Verdict.SINGULAR) & (state.verdict != Verdict.NONFINITE)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import host, stacks, trees
+from spectra.base import arrays, host, stacks, trees
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
 from spectra.operators.pytree import operator
@@ -186,7 +186,7 @@ def _orthonormal(stack: PyTree) -> PyTree:
     unit = trees.power_of_two(trees.largest(stack))
     stack = trees.scale(1 / unit, stack)
     for _ in range(2):
-        values, vectors = jnp.linalg.eigh(_symmetric(stacks.inner(stack, stack)))
+        values, vectors = arrays.eigh(_symmetric(stacks.inner(stack, stack)))
         eps = jnp.finfo(values.dtype).eps
         kept = values > 10 * eps * len(values) * values[-1]
         inverse = jnp.where(kept, lax.rsqrt(jnp.where(kept, values, 1)), 0)
@@ -205,10 +205,10 @@ def _nystrom_pairs(omega: PyTree, images: PyTree) -> tuple[PyTree, jax.Array]:
     lift = 10 * eps * count**0.5 * jnp.sqrt(jnp.trace(stacks.inner(images, images)))
     lift = jnp.where(lift > 0, lift, 1)
     images = jax.tree.map(lambda y, o: y + (lift * o).astype(y.dtype), images, omega)
-    values, vectors = jnp.linalg.eigh(core + lift * jnp.eye(count, dtype=core.dtype))
+    values, vectors = arrays.eigh(core + lift * jnp.eye(count, dtype=core.dtype))
     roots = lax.rsqrt(jnp.maximum(values, lift / 2))[:, None] * vectors.T
     half = stacks.combine(roots, images)  # B = (ΩᵀY)^(-1/2) Y: B Bᵀ has the eigenvalues of the approximation
-    values, vectors = jnp.linalg.eigh(_symmetric(stacks.inner(half, half)))
+    values, vectors = arrays.eigh(_symmetric(stacks.inner(half, half)))
     kept = values > 2 * lift
     inverse = jnp.where(kept, lax.rsqrt(jnp.where(kept, values, 1)), 0)
     basis = _tidy(stacks.combine(inverse[:, None] * vectors.T, half))
@@ -224,7 +224,7 @@ def _tidy(basis: PyTree) -> PyTree:
 
 @jax.jit
 def _ritz_pairs(basis: PyTree, images: PyTree) -> tuple[PyTree, jax.Array]:
-    values, vectors = jnp.linalg.eigh(_symmetric(stacks.inner(basis, images)))
+    values, vectors = arrays.eigh(_symmetric(stacks.inner(basis, images)))
     rotated = stacks.combine(vectors.T, basis)
-    norms = jnp.diagonal(stacks.inner(rotated, rotated))
+    norms = arrays.diagonal(stacks.inner(rotated, rotated))
     return rotated, jnp.where(norms > 0.5, values, 0)

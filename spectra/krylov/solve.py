@@ -24,6 +24,7 @@ from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Solution
 from spectra.runs.checkpoint import Checkpoint
+from spectra.runs.journal import Journal
 from spectra.runs.watch import watched
 
 METHODS = ("auto", "cg", "minres", "dense")
@@ -44,7 +45,7 @@ def solve(
     x0: PyTree | None = None,
     key: jax.Array | None = None,
     progress: bool = False,
-    checkpoint: Checkpoint | str | os.PathLike | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
 ) -> Solution:
     """Solve (H + shift I) x = b, with the true residual of x and a bound on its error.
 
@@ -159,7 +160,9 @@ def solve(
     return in_form(found, several, back, built)
 
 
-def _check_arguments(method, tol, max_matvecs, lower_bound, shift) -> None:
+def _check_arguments(
+    method: str, tol: float, max_matvecs: int | None, lower_bound: float | None, shift: Any
+) -> None:
     if method not in METHODS:
         raise SpectraError(f"method={method!r}: use one of {METHODS}.")
     if not 0 <= tol < 1:
@@ -184,7 +187,17 @@ def _known_bound(op: LinearOperator, shift: Any, given: float | None) -> tuple[f
 # Outside of jit.
 
 
-def _concrete(op, b, x0, inverse, method, tol, max_matvecs, bound, journal) -> Solution:
+def _concrete(
+    op: LinearOperator,
+    b: PyTree,
+    x0: PyTree | None,
+    inverse: LinearOperator | None,
+    method: str,
+    tol: float,
+    max_matvecs: int | None,
+    bound: tuple[float, str] | None,
+    journal: Journal | None,
+) -> Solution:
     may_be_dense = method == "auto" and inverse is None and dense.allowed(op, max_matvecs)
     if method == "dense":
         return dense.solution(op, b, tol, 0)
@@ -222,14 +235,23 @@ def _concrete(op, b, x0, inverse, method, tol, max_matvecs, bound, journal) -> S
 # Inside jit, vmap or grad.
 
 
-def _traced(op, b, x0, inverse, method, tol, max_matvecs, bound) -> Solution:
+def _traced(
+    op: LinearOperator,
+    b: PyTree,
+    x0: PyTree | None,
+    inverse: LinearOperator | None,
+    method: str,
+    tol: float,
+    max_matvecs: int | None,
+    bound: float | None,
+) -> Solution:
     """The same without looking at values; differentiated implicitly, never through the iteration."""
     if method == "dense":
         raise SpectraError("method='dense' factorises on the host: call it outside jit, vmap and grad.")
     limit = DEFAULT_LIMIT if max_matvecs is None else max_matvecs
     fixed, inverse, x0 = lax.stop_gradient((op, inverse, x0))
 
-    def iterate(_, b):
+    def iterate(_: Any, b: PyTree) -> tuple[PyTree, dict[str, Any]]:
         rest = b if x0 is None else jax.tree.map(jnp.subtract, b, jax.vmap(fixed.mv)(x0))
         problem, state = prepared(fixed, rest, inverse, method, tol, limit, b)
         found = outcome(problem, loop(fixed, problem, state, limit), x0)

@@ -1,5 +1,8 @@
 """The Jacobian of a model's outputs: products with it and its transpose, and the two Gram matrices."""
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Self
@@ -7,6 +10,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.tree_util import PyTreeDef
 
 from spectra.base import host, paths, trees
 from spectra.base.errors import DifferentiationError, MemoryLimitError, NonFiniteError, StructureError
@@ -72,7 +76,7 @@ class JacobianOperator:
     selected: tuple[int, ...] | None  # leaves of params that vary; None for all
     mode: str
     rounding: Rounding | None  # of the model itself, where it computes in less than the vectors have
-    outputs: tuple  # the tree of the outputs, and the shape and dtype of each
+    outputs: tuple[PyTreeDef, trees.Kinds]  # the tree of the outputs, and the shape and dtype of each
     transposed: bool
 
     @automatic
@@ -341,7 +345,7 @@ def _rows(jacobian: JacobianOperator) -> jax.Array:
 
 
 def _require_outputs(outputs: PyTree) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
+    for path, leaf in jax.tree.leaves_with_path(outputs):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise StructureError(
                 f"the model's output '{trees.path_str(path)}' has dtype {leaf.dtype}; a Jacobian needs real "
@@ -353,7 +357,7 @@ def _require_outputs(outputs: PyTree) -> None:
 
 def _resolve_mode(jacobian: JacobianOperator) -> str:
     """The first mode that the model admits: both are exact."""
-    refusals = []
+    refusals: list[Exception] = []
     for mode in MODES:
         try:
             differentiate.require_product(GramOperator(jacobian._with(mode=mode)))

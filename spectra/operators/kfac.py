@@ -6,7 +6,7 @@
 import abc
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, cast
 
 import jax
 import jax.extend.core
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import trees
+from spectra.base.arrays import diagonal
 from spectra.base.errors import SpectraError, StructureError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -25,7 +26,7 @@ from spectra.operators.fisher import CHECKED_EXAMPLES, FisherOperator
 from spectra.operators.ggn import ModelFn, OutputLossFn, split
 from spectra.operators.kfac_plan import Group, Plan, plan_of
 from spectra.operators.kfac_sums import Setup, factor_sums, second_moments, traced
-from spectra.operators.kronecker import Block, Corrected, FactoredOperator, Kronecker
+from spectra.operators.kronecker import Block, Corrected, FactoredOperator, Kronecker, Place
 from spectra.operators.loss_roots import form_of
 from spectra.operators.pytree import operator
 
@@ -62,7 +63,7 @@ class _Build:
             size = batch_size(piece.data, piece.shared)
             yield weight, (piece, None if key is None else _keys(key, size, self.num_samples))
 
-    def _sum(self, fn: Callable) -> PyTree:
+    def _sum(self, fn: Callable[[tuple[Any, jax.Array | None]], PyTree]) -> PyTree:
         if self.fisher.stream is None:
             ((_, piece),) = self._pieces()
             return fn(piece)
@@ -115,14 +116,14 @@ def _merged(group: Group, inputs: list[jax.Array], outputs: list[jax.Array]) -> 
     return _with_partial_traces(pairs, group.place, group.factor_limit)
 
 
-def _with_partial_traces(pairs: list, place: Any, limit: int) -> Kronecker:
+def _with_partial_traces(pairs: list[tuple[jax.Array, jax.Array]], place: Place, limit: int) -> Kronecker:
     """R ⊗ C / τ with R = Σ R_u tr C_u, C = Σ C_u tr R_u, τ = Σ tr R_u tr C_u."""
 
     def alike(sides: list[jax.Array]) -> list[jax.Array]:
         if len({side.ndim for side in sides}) == 1:
             return sides
         if sides[0].shape[1] > limit:
-            return [side if side.ndim == 2 else jnp.diagonal(side, axis1=1, axis2=2) for side in sides]
+            return [side if side.ndim == 2 else jax.vmap(diagonal)(side) for side in sides]
         return [side if side.ndim == 3 else jax.vmap(jnp.diag)(side) for side in sides]
 
     def trace(side: jax.Array) -> jax.Array:
@@ -132,7 +133,7 @@ def _with_partial_traces(pairs: list, place: Any, limit: int) -> Kronecker:
     traces = [(trace(r), trace(c)) for r, c in zip(first, second, strict=True)]
     total = sum((r * c for r, c in traces), jnp.zeros(()))
 
-    def weighted(sides: list, weights: list) -> jax.Array:
+    def weighted(sides: list[jax.Array], weights: list[jax.Array]) -> jax.Array:
         pairs = zip(sides, weights, strict=True)
         return sum((w.reshape(-1, *[1] * (s.ndim - 1)) * s for s, w in pairs), jnp.zeros(()))
 
@@ -364,7 +365,7 @@ def model_outputs(fisher: FisherOperator) -> PyTree:
 def _outputs_one_by_one(fisher: FisherOperator) -> list[jax.Array]:
     jaxpr, _, owned = traced(fisher)
     leaves = jax.tree.leaves(fisher._variables())
-    run = jax.extend.core.jaxpr_as_fun(jaxpr)
+    run = cast("Callable[..., list[jax.Array]]", jax.extend.core.jaxpr_as_fun(jaxpr))
     return jax.vmap(lambda example: [x[0] for x in run(*leaves, *example)])(owned)
 
 

@@ -91,7 +91,8 @@ def plan_of(like: PyTree, found: Found, setup: Any) -> Plan:
     uses: dict[int, list[Site]] = {}
     for site in found.sites.values():
         uses.setdefault(site.view.leaf, []).append(site)
-    reasons, groups = dict(found.others), []
+    reasons = dict(found.others)
+    groups: list[Group] = []
     for leaf, sites in uses.items():
         if leaf in found.biases:
             reasons.setdefault(leaf, "it is a weight and a bias")
@@ -131,7 +132,7 @@ def _group(name: str, shape: tuple[int, ...], sites: list[Site], limit: int) -> 
     if any("embedding" in own and len(own) > 1 for own in kinds.values()):
         return None
     indexed = tuple(bool(turned) for turned, own in kinds.items() if own == {"embedding"})
-    every = set().union(*kinds.values())
+    every = set[str]().union(*kinds.values())
     kind = every.pop() if len(every) == 1 else "tied"
     return Group(Place(name, sites[0].view.leaf, None, layout, "kronecker"), uses, kind, indexed, limit)
 
@@ -169,7 +170,9 @@ def _bias_group(name: str, leaf: int, shape: tuple[int, ...], sites: list[Site],
     return Group(place, tuple((site.path, False) for site in sites), "bias", (), limit, only_bias=True)
 
 
-def _rest_place(name, leaf: int, shape, found: Found, sites: list[Site], limit: int) -> Place:
+def _rest_place(
+    name: str, leaf: int, shape: tuple[int, ...], found: Found, sites: list[Site], limit: int
+) -> Place:
     loops = found.stacked.get(leaf, set()) | {site.view.loops for site in sites}
     stacked = len(next(iter(loops))) if len(loops) == 1 else 0
     layout = flat_layout(tuple(shape), stacked)
@@ -177,7 +180,9 @@ def _rest_place(name, leaf: int, shape, found: Found, sites: list[Site], limit: 
     return Place(name, leaf, None, layout, kind)
 
 
-def _coverage(names: list[str], groups: list[Group], rest: tuple[Place, ...], reasons: dict[int, str]):
+def _coverage(
+    names: list[str], groups: list[Group], rest: tuple[Place, ...], reasons: dict[int, str]
+) -> tuple[tuple[str, str], ...]:
     said: dict[int, str] = {}
     for group in groups:
         layout = group.place.layout

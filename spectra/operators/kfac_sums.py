@@ -4,6 +4,7 @@
 # Operators have parts that only this package uses.
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from spectra.base import arrays
 from spectra.base.errors import StructureError
 from spectra.base.trees import PyTree
 from spectra.operators.accumulate import mean_over_microbatches
@@ -18,6 +20,7 @@ from spectra.operators.batches import batch_size, owned_leaves, replace_owned, s
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import split
 from spectra.operators.kfac_plan import Group, Plan, plan_of
+from spectra.operators.kronecker import Place
 from spectra.operators.layers import Found, Path, find_sites
 from spectra.operators.loss_roots import roots
 from spectra.operators.replay import arranged, output_rows, replay
@@ -26,7 +29,7 @@ COLUMNS = 16
 """Gradients of each example in flight at a time."""
 ENTRIES = 2**25
 """Numbers of the weight gradients of single examples in flight at a time."""
-_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+_einsum = arrays.einsum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ def traced(op: FisherOperator) -> tuple[Any, Found, list[jax.Array]]:
     owned = owned_leaves(op.data, op.shared)
     variables = op._variables()
 
-    def model(variables, example):
+    def model(variables: PyTree, example: list[Any]) -> PyTree:
         batch = replace_owned(op.data, op.shared, [x[None] for x in example])
         return op.model_fn(op._merge(variables), split(batch)[0])
 
@@ -68,7 +71,9 @@ class Pass:
         self.sites = {path: found.sites[path] for group in self.plan.groups for path in group.paths}
         leaves, count = jax.tree.leaves(op._variables()), len(owned[0])
 
-        def one(moves, rest, example):
+        def one(
+            moves: dict[Path, jax.Array], rest: list[jax.Array], example: list[Any]
+        ) -> tuple[list[jax.Array], dict[Path, Any]]:
             own = list(leaves)
             for i, leaf in zip(self.plan.rest_leaves, rest, strict=True):
                 own[i] = leaf
@@ -104,7 +109,7 @@ class Pass:
         chunk = min(COLUMNS, count)
         steps = -(-count // chunk)
 
-        def one(k):
+        def one(k: jax.Array) -> tuple[dict[Path, jax.Array], list[jax.Array]]:
             live = k < count
             column = self._roots.column(jnp.minimum(k, count - 1))
             column = jax.tree.map(lambda x: jnp.where(live, x, 0), column)
@@ -112,7 +117,7 @@ class Pass:
             moved = {path: jax.vmap(partial(output_rows, self.sites[path]))(g) for path, g in moves.items()}
             return moved, rest
 
-        def body(total, start):
+        def body(total: PyTree, start: int | jax.Array) -> tuple[PyTree, None]:
             gradients = jax.vmap(one)(start + jnp.arange(chunk))
             return jax.tree.map(jnp.add, total, fn(*gradients)), None
 
@@ -132,7 +137,7 @@ def example_weights(op: FisherOperator, piece: PyTree) -> jax.Array:
         return jnp.full(count, 1 / count)
     weight_fn, owned = op.weight_fn, owned_leaves(piece, op.shared)
 
-    def one(example):
+    def one(example: list[Any]) -> jax.Array:
         return jnp.asarray(weight_fn(replace_owned(piece, op.shared, [x[None] for x in example])), float)
 
     weights = jax.vmap(one)(owned)
@@ -140,10 +145,12 @@ def example_weights(op: FisherOperator, piece: PyTree) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="setup")
-def factor_sums(op: FisherOperator, keys: jax.Array | None, setup: Setup) -> tuple:
+def factor_sums(
+    op: FisherOperator, keys: jax.Array | None, setup: Setup
+) -> tuple[list[list[jax.Array]], list[list[jax.Array]], list[jax.Array]]:
     """([(A, B) for each use] of each group, moments of each leaf that is no layer's), means over the data."""
 
-    def piece_sums(piece, keys):
+    def piece_sums(piece: PyTree, keys: jax.Array | None) -> tuple[Any, ...]:
         run = Pass(op, setup, piece, keys)
         weights, dtype = example_weights(op, piece), op.dtype
         plan: Plan = run.plan
@@ -152,7 +159,9 @@ def factor_sums(op: FisherOperator, keys: jax.Array | None, setup: Setup) -> tup
             for group in plan.groups
         ]
 
-        def sums(gradients, rest):
+        def sums(
+            gradients: dict[Path, jax.Array], rest: list[jax.Array]
+        ) -> tuple[list[list[jax.Array]], list[jax.Array]]:
             sides = [
                 [_output_side(gradients, group, turned, setup, dtype) for turned in group.turns]
                 for group in plan.groups
@@ -166,13 +175,18 @@ def factor_sums(op: FisherOperator, keys: jax.Array | None, setup: Setup) -> tup
 
 
 @partial(jax.jit, static_argnames="setup")
-def second_moments(op: FisherOperator, keys: jax.Array | None, bases: list, setup: Setup) -> list[jax.Array]:
+def second_moments(
+    op: FisherOperator,
+    keys: jax.Array | None,
+    bases: list[tuple[jax.Array | None, jax.Array | None]],
+    setup: Setup,
+) -> list[jax.Array]:
     """Σ (Uᵀ G V)² over the gradients G of single examples, for each group, a mean over the data."""
 
-    def piece_sums(piece, keys):
+    def piece_sums(piece: PyTree, keys: jax.Array | None) -> list[jax.Array]:
         run = Pass(op, setup, piece, keys)
 
-        def sums(gradients, rest):
+        def sums(gradients: dict[Path, jax.Array], rest: list[jax.Array]) -> list[jax.Array]:
             del rest
             groups = zip(run.plan.groups, bases, strict=True)
             return [squares(run, gradients, group, u, v, op.dtype) for group, (u, v) in groups]
@@ -187,14 +201,14 @@ def mean_over_pieces(op: FisherOperator, fn: Any, keys: jax.Array | None) -> PyT
     leaves, treedef = jax.tree.flatten(op.data)
     names = {str(i) for i, alike in enumerate(shared_leaves(op.data, op.shared)) if alike}
 
-    def opened(batch):
+    def opened(batch: tuple[Any, ...]) -> PyTree:
         return treedef.unflatten(batch[: len(leaves)])
 
     count = op.weight_fn
-    weight = None if count is None else lambda batch: count(opened(batch))
+    weight: Callable[[Any], Any] | None = None if count is None else lambda batch: count(opened(batch))
     batch = tuple(leaves) if keys is None else (*leaves, keys)
 
-    def one(batch):
+    def one(batch: tuple[Any, ...]) -> PyTree:
         return fn(opened(batch), None if keys is None else batch[-1])
 
     shared = names.__contains__ if names else None
@@ -243,14 +257,16 @@ def _input_side(run: Pass, group: Group, turned: bool, weights: jax.Array, setup
 def _frequencies(indices: jax.Array, weights: jax.Array, size: int) -> jax.Array:
     """How often each row is read, (groups, size): the diagonal of A for one-hot inputs."""
 
-    def one(own):  # (N, positions); what is out of range is dropped
+    def one(own: jax.Array) -> jax.Array:  # (N, positions); what is out of range is dropped
         added = jnp.broadcast_to(weights[:, None], own.shape)
         return jnp.zeros(size, weights.dtype).at[own].add(added, mode="drop")
 
     return jax.vmap(one, in_axes=1)(indices)
 
 
-def _output_side(gradients, group: Group, turned: bool, setup: Setup, dtype: Any) -> jax.Array:
+def _output_side(
+    gradients: dict[Path, jax.Array], group: Group, turned: bool, setup: Setup, dtype: Any
+) -> jax.Array:
     """B: the sum over roots and examples of g gᵀ, over positions (expand) or of the sum of g (reduce)."""
     g = _gradients(gradients, group, turned, dtype)
     if setup.sequence == "reduce":
@@ -258,15 +274,22 @@ def _output_side(gradients, group: Group, turned: bool, setup: Setup, dtype: Any
     return _einsum("kngsi,kngsi->gi" if group.output_is_diagonal(turned) else "kngsi,kngsj->gij", g, g)
 
 
-def _moments(place: Any, g: jax.Array) -> jax.Array:
+def _moments(place: Place, g: jax.Array) -> jax.Array:
     """Σ g gᵀ, or Σ g², of the gradients (columns, N, *leaf) of one leaf."""
     flat = jax.vmap(jax.vmap(lambda x: place.layout.matrix(x)[..., 0]))(g)
     return _einsum("kngi,kngi->gi" if place.kind == "diagonal" else "kngi,kngj->gij", flat, flat)
 
 
-def squares(run: Pass, gradients, group: Group, u, v, dtype: Any) -> jax.Array:
+def squares(
+    run: Pass,
+    gradients: dict[Path, jax.Array],
+    group: Group,
+    u: jax.Array | None,
+    v: jax.Array | None,
+    dtype: Any,
+) -> jax.Array:
     """Σ over roots and examples of (Uᵀ G V)², (groups, inputs, outputs)."""
-    parts = []
+    parts: list[tuple[bool, jax.Array, jax.Array]] = []
     for turned in group.turns:
         rows, g = _rows(run, group, turned, dtype), _gradients(gradients, group, turned, dtype)
         left, right = (v, u) if turned else (u, v)
@@ -291,14 +314,14 @@ def _rotated_rows(rows: jax.Array, basis: jax.Array | None, size: int, dtype: An
     return rows if basis is None else _einsum("ngsi,gij->ngsj", rows, basis)
 
 
-def _by_examples(parts: list, group: Group) -> jax.Array:
+def _by_examples(parts: list[tuple[bool, jax.Array, jax.Array]], group: Group) -> jax.Array:
     """The squares of whole gradients, of a few examples at a time."""
     count, columns = parts[0][1].shape[0], parts[0][2].shape[0]
     size = group.groups * group.input_size(False) * group.output_size(False)
     few = max(1, min(count, ENTRIES // max(size * columns, 1)))
     steps = -(-count // few)
 
-    def body(total, start):
+    def body(total: jax.Array, start: int | jax.Array) -> tuple[jax.Array, None]:
         live = start + jnp.arange(few) < count
         picked = jnp.minimum(start + jnp.arange(few), count - 1)
         whole = 0.0
@@ -316,7 +339,7 @@ def _outer(rows: jax.Array, g: jax.Array, size: int) -> jax.Array:
     if not jnp.issubdtype(rows.dtype, jnp.integer):
         return _einsum("ngsi,kngso->kngio", rows, g)
 
-    def one(own, g):  # (positions,), (positions, outputs)
+    def one(own: jax.Array, g: jax.Array) -> jax.Array:  # (positions,), (positions, outputs)
         return jnp.zeros((size, g.shape[-1]), g.dtype).at[own].add(g, mode="drop")
 
     over_groups = jax.vmap(one)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spectra.base import trees
+from spectra.base import arrays, trees
 from spectra.base.errors import SpectraError, StructureError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -68,8 +68,8 @@ class KroneckerOperator(LinearOperator):
         """The shapes of an outer product x ⊗ y."""
         right = self.right.structure
 
-        def outer(x):
-            def one(y):
+        def outer(x: jax.ShapeDtypeStruct) -> PyTree:
+            def one(y: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
                 return jax.ShapeDtypeStruct(x.shape + y.shape, jnp.result_type(x.dtype, y.dtype))
 
             return jax.tree.map(one, right)
@@ -141,7 +141,8 @@ class KroneckerOperator(LinearOperator):
         return jnp.concatenate(rows).astype(self.dtype)
 
     def _vector_of(self, matrix: jax.Array, like: PyTree) -> PyTree:
-        leaves, found, row = jax.tree.leaves(self.left.structure), [], 0
+        leaves, row = jax.tree.leaves(self.left.structure), 0
+        found: list[jax.Array] = []
         inner = jax.tree.leaves(self.right.structure)
         for outer in leaves:
             column = 0
@@ -203,7 +204,7 @@ class KroneckerOperator(LinearOperator):
                 f"{kinds} has no inverse in closed form: pass matrices, such as op.as_matrix(), or use "
                 "spectra.solve."
             )
-        (a, u), (b, v) = jnp.linalg.eigh(self.left.matrix), jnp.linalg.eigh(self.right.matrix)
+        (a, u), (b, v) = arrays.eigh(self.left.matrix), arrays.eigh(self.right.matrix)
         values = jnp.outer(a, b) + damping
         if not trees.is_traced(values):
             sizes = jnp.abs(values)
@@ -250,7 +251,7 @@ def _trace(op: LinearOperator) -> jax.Array:
 
 def _eigenvalues(op: LinearOperator) -> jax.Array:
     if isinstance(op, MatrixOperator):
-        return jnp.linalg.eigvalsh(op.matrix)
+        return arrays.eigvalsh(op.matrix)
     if isinstance(op, DiagonalOperator):
         return trees.ravel(op.entries)
     if isinstance(op, (KroneckerOperator, FactoredOperator)):

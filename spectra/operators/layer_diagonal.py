@@ -5,6 +5,9 @@ gradients G_nk = J_nᵀ r_nk, and its diagonal Σ_nk G_nk². A layer y = W a has
 positions and uses. Where there is one position no gradient of an example is formed: Σ_nk a_n² ⊗ g_nk².
 """
 
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
 import dataclasses
 import math
 from functools import partial
@@ -13,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spectra.base import host, trees
+from spectra.base import arrays, host, trees
 from spectra.base.errors import MemoryLimitError, StructureError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -25,10 +28,11 @@ from spectra.operators.ggn import GGNOperator, ModelOperator, split
 from spectra.operators.kfac import few_examples, loss_form, model_outputs, require_examples
 from spectra.operators.kfac_plan import Group, plan_of
 from spectra.operators.kfac_sums import COLUMNS, Pass, Setup, mean_over_pieces, squares, traced
+from spectra.operators.layers import Path
 from spectra.operators.loss_roots import num_roots, roots
 from spectra.results import format_bytes
 
-_WHOLE = {"sequence": "expand", "bias": "joint", "exact_limit": 0, "factor_limit": 2**62}
+_WHOLE: dict[str, Any] = {"sequence": "expand", "bias": "joint", "exact_limit": 0, "factor_limit": 2**62}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,14 +175,14 @@ def _diagonal(op: FisherOperator, setup: Setup) -> PyTree:
     return treedef.unflatten([found[i].astype(leaf.dtype) for i, leaf in enumerate(leaves)])
 
 
-def _layer(run: Pass, gradients: dict, group: Group, dtype: Any) -> jax.Array:
+def _layer(run: Pass, gradients: dict[Path, jax.Array], group: Group, dtype: Any) -> jax.Array:
     """Σ G² of one layer, (groups, inputs, outputs)."""
     if group.kind == "embedding" and group.turns == (False,):
         return _embedding(run, gradients, group, dtype)
     return squares(run, gradients, group, None, None, dtype)
 
 
-def _embedding(run: Pass, gradients: dict, group: Group, dtype: Any) -> jax.Array:
+def _embedding(run: Pass, gradients: dict[Path, jax.Array], group: Group, dtype: Any) -> jax.Array:
     """The same where rows are read by number: (Σ_s g_s)² over the positions s of a row is Σ_s g_s Σ_t g_t.
 
     S² operations for S positions instead of a gradient with all rows.
@@ -186,7 +190,7 @@ def _embedding(run: Pass, gradients: dict, group: Group, dtype: Any) -> jax.Arra
     rows = jnp.concatenate([run.rows[path] for path in group.paths], axis=2)  # (N, groups, S)
     g = jnp.concatenate([gradients[path].astype(dtype) for path in group.paths], axis=3)
     alike = (rows[..., :, None] == rows[..., None, :]).astype(dtype)
-    products = g * jnp.einsum("ngst,kngto->kngso", alike, g, precision="highest")
+    products = g * arrays.einsum("ngst,kngto->kngso", alike, g)
     each = jnp.sum(products, axis=0)  # (N, groups, S, outputs)
 
     def one(own: jax.Array, values: jax.Array) -> jax.Array:  # of one group; what is out of range is dropped
