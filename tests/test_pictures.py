@@ -315,6 +315,15 @@ def test_the_bar_is_a_kernel_width_to_each_side(options):
     assert not bars(spectra.plot_blocks([held])[0])
 
 
+def test_the_bar_of_a_negative_spectrum_on_log_axes_is_that_of_its_mirror_image():
+    held = density()
+    parts = ("density", "lower", "upper", "bandwidth")
+    turned = {name: getattr(held, name)[::-1] for name in parts}
+    mirrored = dataclasses.replace(held, grid=-held.grid[::-1], outliers=-held.outliers, **turned)
+    drawn = [spectra.plot_density(each, xscale="loglog") for each in (held, mirrored)]
+    np.testing.assert_allclose(bars(drawn[1]), bars(drawn[0]), rtol=1e-6)
+
+
 def test_kernels_of_two_widths_are_two_bars_and_of_one_width_one():
     q = quadrature()
     widths = {"relative": density(), "fixed": spectra.spectral_density(q, bandwidth=0.2)}
