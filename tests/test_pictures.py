@@ -539,6 +539,8 @@ def test_what_cannot_be_drawn_is_refused():
         snapshot.scalars.clear()
     with pytest.raises(spectra.SpectraError, match="no learning rate was recorded"):
         spectra.plot_density_over_time(bare, learning_rate=True)
+    with pytest.raises(spectra.SpectraError, match=r"limit has shape \(3,\): .* one for each of the 8 snap"):
+        spectra.plot_density_over_time(history(), limit=np.ones(3))
     op = spectra.MatrixOperator(jnp.eye(3))
     found = spectra.eigsh(op, 2, key=jax.random.key(0))
     with pytest.raises(spectra.StructureError, match="a MatrixOperator has no loss"):

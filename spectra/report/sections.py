@@ -6,16 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from spectra.density.extremes import LEVEL, extreme
+from spectra.report.plots.blocks import plot_blocks
 from spectra.report.plots.density import as_density
 from spectra.report.plots.eigenvalues import plot_cdf, plot_eigenvalues, plot_eigenvector_mass
 from spectra.report.plots.gallery import svg
-from spectra.report.plots.maps import (
-    LARGEST,
-    plot_blocks,
-    plot_course,
-    plot_density_over_time,
-    plot_landscape,
-)
+from spectra.report.plots.history import LARGEST, plot_course, plot_density_over_time
+from spectra.report.plots.landscape import plot_landscape
 from spectra.report.reading import choosable, readable
 from spectra.report.spectrum import SpectrumReport
 from spectra.results import (

@@ -1,8 +1,8 @@
-"""The marks of a density: its curve and band, stems of single eigenvalues, the kernel's width, a count."""
+"""The marks of a density: its curve and band, or colours; single eigenvalues, the kernel's width, counts."""
 
 import numpy as np
 
-from spectra.report.plots.style import ACCENT, label_text
+from spectra.report.plots.style import ACCENT, MAP, label_text
 from spectra.results import Density
 
 _KERNEL = "kernel"  # what marks the bars of kernel widths among the lines of a picture
@@ -98,6 +98,16 @@ def add_count_axis(ax, density: Density, xscale: str) -> None:
     other.spines["right"].set(visible=True, color="0.5")
     ax.set_zorder(other.get_zorder() + 1)  # the density in front
     ax.patch.set_visible(False)
+
+
+def heat(ax, x: np.ndarray, y: np.ndarray, values: np.ndarray, lowest: float):
+    """Densities (y, x) as colours, from white, for none, over light, for little, to dark."""
+    from matplotlib.colors import LogNorm
+
+    ax.grid(False)  # which some styles draw, over the colours
+    shown = np.ma.masked_less(values, lowest)
+    norm = LogNorm(lowest, max(float(np.max(values)), 2 * lowest))
+    return ax.pcolormesh(x, y, shown, norm=norm, cmap=f"{MAP}_r", shading="nearest", rasterized=True)
 
 
 def floor(density: Density) -> float:
