@@ -245,8 +245,8 @@ def _words_landscape(plane: LossSlice) -> str:
     else:
         each = zip(plane.names, plane.eigenvalues, strict=True)
         where = "along " + " and ".join(f"{name}, where the curvature is {x:.4g}" for name, x in each)
+    lines = "every second line of the quadratic model" if len(plane.y) > 1 else "the quadratic model"
     return (
-        f"The loss at {plane.num_evaluations} points {where}. Dashed: every second line of the quadratic "
-        f"model, which is all that curvature at the centre knows. The loss at the centre is "
-        f"{plane.center:.4g}."
+        f"The loss at {plane.num_evaluations} points {where}. Dashed: {lines}, which is all that curvature "
+        f"at the centre knows. The loss at the centre is {plane.center:.4g}."
     )
