@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -201,6 +202,7 @@ def _history(history: SpectrumHistory) -> list[Section]:
 
 def _blocks(results: dict[str, Any]) -> list[Section]:
     found = []
+    spectra = {name: q for name, q in results.items() if isinstance(q, Quadrature)}
     rows = [["block", "size", "smallest", "largest", "in doubt"]]
     rows += [
         [
@@ -209,17 +211,15 @@ def _blocks(results: dict[str, Any]) -> list[Section]:
             *(extreme_cell(extreme(q, end), end, LEVEL) for end in (0, -1)),
             f"{100 * q.band_width():.2g} %",
         ]
-        for name, q in results.items()
-        if isinstance(q, Quadrature)
+        for name, q in spectra.items()
     ]
-    spectra = [(name, q) for name, q in results.items() if isinstance(q, Quadrature)]
-    choice = dict(spectra[:_CHOICES])
-    if len(rows) > 1:
+    if spectra:
+        choice = dict(itertools.islice(spectra.items(), _CHOICES))
         words = (
             "The density of the block whose row is chosen below, on axes that all blocks share: its line, "
             "its 95 % band, and in orange the eigenvalues that are resolved one by one."
         )
-        if len(rows) - 1 > len(choice):
+        if len(spectra) > len(choice):
             words += f" The first {len(choice)} rows have one."
         found.append(
             Section("In numbers", f'<div class="choice">{choosable(choice, words)}</div>{table(rows)}')
