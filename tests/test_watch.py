@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import spectra
 from spectra.cli import commands
 from spectra.report.live import LivePage, serve
-from spectra.report.plots import maps
+from spectra.report.plots.history import LARGEST, plot_course
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +160,10 @@ def test_a_number_of_the_name_sharpness_is_shown_as_it_was_recorded(recorded, tm
         dataclasses.replace(s, scalars={"sharpness": 100.0 + i}) for i, s in enumerate(spectra.load(path))
     ]
     history = spectra.SpectrumHistory(tuple(snapshots), {})
-    shown = {name: maps.plot_course({"": history}, name) for name in ("sharpness", maps.LARGEST)}
+    shown = {name: plot_course({"": history}, name) for name in ("sharpness", LARGEST)}
     drawn = {name: ax.get_lines()[0].get_ydata() for name, ax in shown.items()}
     np.testing.assert_array_equal(drawn["sharpness"], [100, 101, 102, 103])
-    np.testing.assert_array_equal(drawn[maps.LARGEST], history.sharpness)
+    np.testing.assert_array_equal(drawn[LARGEST], history.sharpness)
     plt.close("all")
 
 

@@ -30,7 +30,7 @@ def end(error: BaseException) -> NoReturn:
     if isinstance(error, (SpectraError, OSError)):
         fail(str(error))
         leave(ELSEWHERE if isinstance(error, ResultElsewhereError) else 1)
-    if _several() and isinstance(error, _jax().errors.JaxRuntimeError):
+    if _jax() is not None and isinstance(error, _jax().errors.JaxRuntimeError) and _several():
         fail(
             f"another process of this run was lost: {str(error).splitlines()[0]}\nWhat was saved with "
             "--checkpoint stays: start the same command again on all hosts."

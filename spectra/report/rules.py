@@ -158,15 +158,15 @@ def steps(value: Any, sizes: Sizes) -> str | None:
 
 
 def shape(value: Any, sizes: Sizes) -> str | None:
-    """Of a matrix."""
+    """The shape of a matrix: two positive integers."""
     plain = isinstance(value, tuple) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
     return None if plain else "is not the shape of a matrix"
 
 
 def directions(value: Any, sizes: Sizes) -> str | None:
     """The names of one or two directions."""
-    named = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
-    whole = named and len(value) in (1, 2) and sizes.setdefault("d", len(value)) == len(value)
+    texts = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+    whole = texts and len(value) in (1, 2) and sizes.setdefault("d", len(value)) == len(value)
     return None if whole else "is not a tuple with the names of one or two directions"
 
 

@@ -2,20 +2,17 @@
 
 import dataclasses
 import html
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from spectra.density.extremes import LEVEL, extreme
+from spectra.report.plots.blocks import plot_blocks
 from spectra.report.plots.density import as_density
 from spectra.report.plots.eigenvalues import plot_cdf, plot_eigenvalues, plot_eigenvector_mass
 from spectra.report.plots.gallery import svg
-from spectra.report.plots.maps import (
-    LARGEST,
-    plot_blocks,
-    plot_course,
-    plot_density_over_time,
-    plot_landscape,
-)
+from spectra.report.plots.history import LARGEST, plot_course, plot_density_over_time
+from spectra.report.plots.landscape import plot_landscape
 from spectra.report.reading import choosable, readable
 from spectra.report.spectrum import SpectrumReport
 from spectra.results import (
@@ -205,6 +202,7 @@ def _history(history: SpectrumHistory) -> list[Section]:
 
 def _blocks(results: dict[str, Any]) -> list[Section]:
     found = []
+    spectra = {name: q for name, q in results.items() if isinstance(q, Quadrature)}
     rows = [["block", "size", "smallest", "largest", "in doubt"]]
     rows += [
         [
@@ -213,17 +211,15 @@ def _blocks(results: dict[str, Any]) -> list[Section]:
             *(extreme_cell(extreme(q, end), end, LEVEL) for end in (0, -1)),
             f"{100 * q.band_width():.2g} %",
         ]
-        for name, q in results.items()
-        if isinstance(q, Quadrature)
+        for name, q in spectra.items()
     ]
-    spectra = [(name, q) for name, q in results.items() if isinstance(q, Quadrature)]
-    choice = dict(spectra[:_CHOICES])
-    if len(rows) > 1:
+    if spectra:
+        choice = dict(itertools.islice(spectra.items(), _CHOICES))
         words = (
             "The density of the block whose row is chosen below, on axes that all blocks share: its line, "
             "its 95 % band, and in orange the eigenvalues that are resolved one by one."
         )
-        if len(rows) - 1 > len(choice):
+        if len(spectra) > len(choice):
             words += f" The first {len(choice)} rows have one."
         found.append(
             Section("In numbers", f'<div class="choice">{choosable(choice, words)}</div>{table(rows)}')
@@ -249,8 +245,8 @@ def _words_landscape(plane: LossSlice) -> str:
     else:
         each = zip(plane.names, plane.eigenvalues, strict=True)
         where = "along " + " and ".join(f"{name}, where the curvature is {x:.4g}" for name, x in each)
+    lines = "every second line of the quadratic model" if len(plane.y) > 1 else "the quadratic model"
     return (
-        f"The loss at {plane.num_evaluations} points {where}. Dashed: every second line of the quadratic "
-        f"model, which is all that curvature at the centre knows. The loss at the centre is "
-        f"{plane.center:.4g}."
+        f"The loss at {plane.num_evaluations} points {where}. Dashed: {lines}, which is all that curvature "
+        f"at the centre knows. The loss at the centre is {plane.center:.4g}."
     )

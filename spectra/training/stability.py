@@ -14,6 +14,7 @@ from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.operators.data import DataOperator
 from spectra.results import StableStep
+from spectra.training.steps import require_loss
 
 HALVINGS = 40
 """Of the error in the answer to an alternating gradient: 1e-12, below the rounding of float32."""
@@ -74,8 +75,7 @@ def stable_step(
         >>> round(float(found), 3), round((2 + 2 * 0.9) / 4 / 0.1, 3)
         (9.5, 9.5)
     """
-    if not isinstance(op, DataOperator):
-        raise StructureError(f"a {type(op).__name__} has no loss: pass an operator on data.")
+    require_loss(op)
     if not callable(getattr(optimizer, "update", None)):
         raise StructureError(f"optimizer is a {type(optimizer).__name__} without an update function.")
     if max_matvecs < 1 or not 0 < tol < 1:

@@ -48,7 +48,7 @@ def step_quality(op: DataOperator, update: PyTree, *, measure: bool = True) -> S
         >>> found.predicted, found.measured, found.largest_step
         (-2.0, -2.0, 2.0)
     """
-    _require_loss(op)
+    require_loss(op)
     along = op.as_vector(update, "update")
     length = trees.length(along)
     if not 0 < length < math.inf:
@@ -94,7 +94,7 @@ def gradient_overlap(op: DataOperator, pairs: Eigenpairs) -> GradientOverlap:
         >>> round(float(spectra.gradient_overlap(op, pairs)), 4)  # g = (2, 1)
         0.8
     """
-    _require_loss(op)
+    require_loss(op)
     trees.check_structure(jax.tree.map(lambda x: x[0], pairs.vectors), op.structure, "an eigenvector")
     gradient = op.gradient()
     length = trees.length(gradient)
@@ -104,7 +104,8 @@ def gradient_overlap(op: DataOperator, pairs: Eigenpairs) -> GradientOverlap:
     return GradientOverlap(np.asarray(along, float) ** 2, length)
 
 
-def _require_loss(op: Any) -> None:
+def require_loss(op: Any) -> None:
+    """Raise a StructureError unless this is an operator on data, which has a loss."""
     if not isinstance(op, DataOperator):
         raise StructureError(f"a {type(op).__name__} has no loss: pass an operator on data.")
 

@@ -64,7 +64,7 @@ def plot_density(
     Args:
         density: result of `spectral_density`, or a report, a quadrature or moments to compute it from. A
             mapping of several is drawn as by `plot_comparison`, which ignores the arguments from `color` to
-            `counts`.
+            `counts`, and `kernel`.
         ax: where to draw; default: a new figure of 8 cm width.
         xscale: "auto", "symlog", "linear", or "loglog": the logarithm of |λ|, with the density of negative
             eigenvalues as a second, dotted line, which shows power laws as straight lines.

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from spectra.base.errors import SpectraError
+from spectra.report.plots.blocks import plot_blocks
 from spectra.report.plots.density import plot_density
 from spectra.report.plots.eigenvalues import plot_eigenvalues
-from spectra.report.plots.maps import plot_blocks, plot_density_over_time, plot_landscape
+from spectra.report.plots.history import plot_density_over_time
+from spectra.report.plots.landscape import plot_landscape
 from spectra.report.plots.style import COLORS, plot_style
 from spectra.report.spectrum import SpectrumReport
 from spectra.report.summary import Summary

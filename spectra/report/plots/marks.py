@@ -1,8 +1,8 @@
-"""The marks of a density: its curve and band, stems of single eigenvalues, the kernel's width, a count."""
+"""The marks of a density: its curve and band, or colours; single eigenvalues, the kernel's width, counts."""
 
 import numpy as np
 
-from spectra.report.plots.style import ACCENT, label_text
+from spectra.report.plots.style import ACCENT, MAP, label_text
 from spectra.results import Density
 
 _KERNEL = "kernel"  # what marks the bars of kernel widths among the lines of a picture
@@ -45,13 +45,15 @@ def add_kernel(ax, density: Density, color: str) -> None:
     left, right = (place((end, 1.0))[0] for end in ax.get_xlim())
     edges = [float(np.ravel(line.get_xdata())[0]) for line in ax.lines if line.get_label() == EDGE]
     limits = [place((x, 1.0))[0] for x in edges]
-    end = place((density.grid[-1], 1.0))[0]
+    # On a log-log axis the curve that reaches further right may be that of the negative eigenvalues.
+    side = -1.0 if ax.get_xscale() == "log" and -density.grid[0] > density.grid[-1] else 1.0
+    end = place((float(np.max(side * density.grid)), 1.0))[0]
     last = min([left + 0.97 * (right - left), end, *(x - 0.03 * (right - left) for x in limits)])
     ends = np.full(2, last)
     for _ in range(4):  # the width depends on where the bar is
         middle = back((ends.mean(), 0.0))[0]
-        width = float(np.interp(middle, density.grid, density.bandwidth))
-        ends = np.array([place((middle + side * width, 1.0))[0] for side in (-1, 1)])
+        width = float(np.interp(side * middle, density.grid, density.bandwidth))
+        ends = np.array([place((middle + step * width, 1.0))[0] for step in (-1, 1)])
         ends += last - ends[1]
     lengths = [place(bar.xy)[0] - place(bar.xyann)[0] for bar in there]
     if any(abs(np.ptp(ends) - length) < 0.2 * length for length in lengths):
@@ -96,6 +98,16 @@ def add_count_axis(ax, density: Density, xscale: str) -> None:
     other.spines["right"].set(visible=True, color="0.5")
     ax.set_zorder(other.get_zorder() + 1)  # the density in front
     ax.patch.set_visible(False)
+
+
+def heat(ax, x: np.ndarray, y: np.ndarray, values: np.ndarray, lowest: float):
+    """Densities (y, x) as colours, from white, for none, over light, for little, to dark."""
+    from matplotlib.colors import LogNorm
+
+    ax.grid(False)  # which some styles draw, over the colours
+    shown = np.ma.masked_less(values, lowest)
+    norm = LogNorm(lowest, max(float(np.max(values)), 2 * lowest))
+    return ax.pcolormesh(x, y, shown, norm=norm, cmap=f"{MAP}_r", shading="nearest", rasterized=True)
 
 
 def floor(density: Density) -> float:

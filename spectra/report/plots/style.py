@@ -190,6 +190,11 @@ def symlog(axis, scale: float, low: float, high: float, labels: int = 7) -> floa
     return float(linthresh)
 
 
+def symlog_grid(scale: float, low: float, high: float, count: int) -> np.ndarray:
+    """Points from `low` to `high` that are equally spaced on a signed-logarithmic axis."""
+    return scale * np.sinh(np.linspace(np.arcsinh(low / scale), np.arcsinh(high / scale), count))
+
+
 def _apart(axis, ticks: list[float], low: float, high: float, least: float) -> list[float]:
     """Zero and those of the ticks that are that share of the axis away from it, where labels would touch."""
     place = axis.get_transform().transform

@@ -1,0 +1,137 @@
+"""Densities of many operators side by side: small multiples, or a heat map with a row for each."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from spectra.base.errors import SpectraError
+from spectra.report.plots.density import Held, as_density, plot_density
+from spectra.report.plots.marks import floor, heat
+from spectra.report.plots.style import (
+    COLOR,
+    add_colorbar,
+    asks_for_logarithm,
+    mark_linear,
+    plot_style,
+    symlog,
+    symlog_grid,
+    wrapped,
+)
+from spectra.results import Density, by_name
+
+_PANELS = 20  # beyond which they are too many to be looked at one by one
+_POINTS = 400  # of the eigenvalue axis of a heat map
+
+
+def plot_blocks(
+    results: Mapping[str, Held] | Sequence[Held],
+    *,
+    columns: int | None = None,
+    color: str = COLOR,
+    own_x: bool = False,
+    heat_map: bool | None = None,
+) -> "np.ndarray":
+    """Draw the densities of several operators as small multiples, or many of them as a heat map.
+
+    Args:
+        results: reports, quadratures or densities by name, such as `slq(op.blocks(by="layer"), key=key)`.
+        columns: panels in a row; default: as square as possible, at most six.
+        color: of lines and bands.
+        own_x: give each panel its own horizontal axis instead of a shared one.
+        heat_map: draw a row of colours for each result instead of a panel; default: if there are more than
+            twenty.
+
+    Returns:
+        Array of the Axes, one for each result, in order, or the single one of a heat map; `axes[0].figure` is
+        the figure.
+
+    Raises:
+        SpectraError: there is nothing to draw, or in less than one column.
+
+    Examples:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> blocks = {f"layer {i}": spectra.MatrixOperator(jnp.diag(i * jnp.linspace(0.5, 1.0, 50)))
+        ...           for i in (1, 2, 3)}
+        >>> axes = spectra.plot_blocks(spectra.slq(blocks, key=jax.random.key(0), num_probes=2))
+        >>> [ax.get_title() for ax in axes]
+        ['layer 1, n = 50', 'layer 2, n = 50', 'layer 3, n = 50']
+    """
+    import matplotlib.pyplot as plt
+
+    results = by_name(results)
+    if not results:
+        raise SpectraError("there are no blocks to draw.")
+    densities = [as_density(result) for result in results.values()]
+    if heat_map or (heat_map is None and len(results) > _PANELS):
+        return np.array([_rows(list(results), densities)], object)
+    if columns is not None and columns < 1:
+        raise SpectraError(f"columns={columns}: use 1 or more, or None.")
+    columns = columns or min(6, int(np.ceil(np.sqrt(len(densities)))))
+    rows = -(-len(densities) // columns)
+    size = (1.55 * columns + 0.4, 1.25 * rows + 0.4)
+    with plot_style(xtick_labelsize=6, ytick_labelsize=6):
+        figure, grid = plt.subplots(
+            rows, columns, figsize=size, sharex=not own_x, sharey=True, squeeze=False, layout="constrained"
+        )
+    axes = grid.ravel()[: len(densities)]
+    for ax in grid.ravel()[len(densities) :]:
+        ax.set_visible(False)
+    for ax, name, density in zip(axes, results, densities, strict=True):
+        plot_density(density, ax, color=color, xscale="linear", kernel=False)  # until the axis is known
+        ax.set_title(wrapped(f"{name}, n = {density.size:,}", 34), fontsize=5.5, parse_math=False)
+        ax.set_xlabel("")
+        ax.set_ylabel("")
+    for ax in axes[-columns:]:  # the lowest panel of each column
+        ax.tick_params(labelbottom=True)
+    if own_x:
+        for ax, density in zip(axes, densities, strict=True):
+            _set_x([ax], [density])
+    else:
+        _set_x(list(axes), densities)
+    axes[0].set_ylim(min(map(floor, densities)), 4 * max(float(np.max(d.density)) for d in densities))
+    figure.supxlabel("eigenvalue", fontsize=8)
+    figure.supylabel("density", fontsize=8)
+    return axes
+
+
+def _set_x(axes: list, densities: list[Density]) -> None:
+    """One horizontal axis, which these panels share, for these densities."""
+    scale, low, high = _extent(densities)
+    if asks_for_logarithm(scale, low, high):
+        linear = symlog(axes[0].xaxis, scale, low, high, labels=4)
+        for ax in axes:
+            mark_linear(ax, linear)
+    else:
+        axes[0].set_xscale("linear")
+        axes[0].set_xlim(low, high)
+
+
+def _extent(densities: list[Density]) -> tuple[float, float, float]:
+    """Scale below which detail ends, and both ends of the axis."""
+    scale = float(np.median([d.linear_scale for d in densities]))
+    return scale, min(float(d.grid[0]) for d in densities), max(float(d.grid[-1]) for d in densities)
+
+
+def _rows(names: list[str], densities: list[Density]) -> Any:
+    """A heat map with a row for each density, the first above."""
+    import matplotlib.pyplot as plt
+
+    scale, low, high = _extent(densities)
+    wide = asks_for_logarithm(scale, low, high)
+    grid = symlog_grid(scale, low, high, _POINTS) if wide else np.linspace(low, high, _POINTS)
+    values = np.array([np.interp(grid, d.grid, d.density, left=0, right=0) for d in densities])
+    with plot_style(ytick_labelsize=5):
+        height = min(1.0 + 0.09 * len(names), 8.0)
+        _, ax = plt.subplots(figsize=(3.15, height), layout="constrained")
+        mesh = heat(ax, grid, np.arange(len(names)), values, min(map(floor, densities)))
+        if wide:
+            symlog(ax.xaxis, scale, low, high)
+        ax.invert_yaxis()
+        stride = -(-len(names) // 80)
+        labels = [name if len(name) <= 26 else f"…{name[-25:]}" for name in names[::stride]]
+        ax.set_yticks(np.arange(0, len(names), stride), labels, parse_math=False)
+        ax.set_xlabel("eigenvalue")
+        add_colorbar(mesh, ax, "density")
+    return ax
