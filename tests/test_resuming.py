@@ -207,7 +207,7 @@ def test_a_checkpoint_of_another_system_is_refused(tmp_path):
         (op, SIDES[0], {"x0": SIDES[1]}, "x0"),
         (op, SIDES[0], {"shift": 1.6}, "data, shift"),
         (op, SIDES[0], {"preconditioner": spectra.FunctionOperator(quarter, op.like)}, "preconditioner"),
-        (other, SIDES[0], {}, "data"),
+        (other, SIDES[0], {}, "parameters, data"),
     ):
         with pytest.raises(spectra.CheckpointError, match=rf"these differ: {differs}"):
             spectra.solve(matrix, b, **own | more, checkpoint=saved)
