@@ -131,3 +131,9 @@ def test_the_same_inside_jit():
     inside = jax.jit(lambda v: spectra.funm(op, "sqrt", v, num_steps=16).value)(v)
     outside = spectra.funm(op, "sqrt", v, num_steps=16, tol=0).value
     np.testing.assert_allclose(inside, outside, rtol=0, atol=1e-5 * float(np.abs(outside).max()))
+
+
+@pytest.mark.parametrize("bounds", [5, (1.0,), (), ("a", "b"), (0.0, np.nan), (2.0, 1.0), [(0, 1), (2,)]])
+def test_bounds_that_are_no_intervals(bounds):
+    with pytest.raises(spectra.SpectraError, match=r"bounds=.*: use \(a, b\) with a <= b"):
+        spectra.funm(spectra.MatrixOperator(np.eye(3)), "exp", np.ones(3), bounds=bounds)

@@ -124,6 +124,10 @@ def test_a_few_of_either_end_and_what_is_said_of_them(dtype):
     assert not last.converged.any()
 
 
+def _scaled(jacobian, t):
+    return spectra.JacobianOperator(linear, jacobian.params, t * jacobian.inputs)
+
+
 def test_a_jacobian_of_zeros():
     found = spectra.svds(jacobian_of(np.zeros((6, 4))), 2, key=KEY)
     assert np.array_equal(found.values, [0, 0])
@@ -137,6 +141,7 @@ def test_a_jacobian_of_zeros():
         (lambda j: spectra.svds(j, 4, key=KEY), r"min\(m, n\) = 3"),
         (lambda j: spectra.svds(j, 1, key=KEY, which="LA"), "use one of"),
         (lambda j: spectra.svds(j, 1, key=KEY, tol=1.0), "units of the largest singular value"),
+        (lambda j: jax.grad(lambda t: spectra.svds(_scaled(j, t), 1, key=KEY).values[0])(1.0), "outside jit"),
         (lambda j: j @ j, r"J.gram\(\) and J.cogram\(\)"),
         (lambda j: j @ jnp.ones(4), "another structure"),
         (lambda j: j.as_matrix(memory_limit=10), r"dense Jacobian of shape \(4, 3\)"),

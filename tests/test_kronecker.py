@@ -30,6 +30,10 @@ def test_matrices_and_their_closed_forms(x64):
         np.testing.assert_allclose(
             inverse.as_matrix(), np.linalg.inv(shifted), atol=1e3 * EPS * condition, rtol=0
         )
+    # As any operator it enters compiled programs: here as a preconditioner, exact, so that CG takes one step.
+    found = spectra.solve(op, x, shift=5.0, preconditioner=op.inverse(5.0), method="cg")
+    assert found.converged
+    assert found.num_matvecs <= 2
     np.testing.assert_allclose(op.logdet(5.0), np.linalg.slogdet(DENSE + 5 * np.eye(12))[1], rtol=1e-12)
 
 

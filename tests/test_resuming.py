@@ -14,6 +14,7 @@ from cases import slow_but
 from children import environment
 
 import spectra
+from spectra.krylov import nystrom
 from spectra.krylov.eigen_run import EigenRun
 from spectra.runs import saver
 
@@ -191,6 +192,38 @@ def test_a_checkpoint_of_other_arguments_or_another_function_is_refused(name, mo
         CALLS[name](op, checkpoint=tmp_path, **more)
     with pytest.raises(spectra.CheckpointError, match=r"belongs to another run; these differ: .*function"):
         spectra.slq(op, key=KEY, num_steps=5, num_probes=1, checkpoint=tmp_path)
+
+
+def test_a_checkpoint_of_another_system_is_refused(tmp_path):
+    def quarter(v):
+        return v / 4
+
+    op, saved = operator(), spectra.Checkpoint(tmp_path, steps=1)
+    own = SYSTEM | {"preconditioner": spectra.FunctionOperator(halved, op.like)}
+    spectra.solve(op, SIDES[0], **own, checkpoint=saved)
+    other = spectra.MatrixOperator(op.matrix.at[0, 0].set(-0.9))
+    for matrix, b, more, differs in (
+        (op, SIDES[1], {}, "b"),
+        (op, SIDES[0], {"x0": SIDES[1]}, "x0"),
+        (op, SIDES[0], {"shift": 1.6}, "data, shift"),
+        (op, SIDES[0], {"preconditioner": spectra.FunctionOperator(quarter, op.like)}, "preconditioner"),
+        (other, SIDES[0], {}, "parameters, data"),
+    ):
+        with pytest.raises(spectra.CheckpointError, match=rf"these differ: {differs}"):
+            spectra.solve(matrix, b, **own | more, checkpoint=saved)
+
+
+def test_the_width_of_a_sketch_is_that_before_where_memory_has_changed(looks, monkeypatch, tmp_path):
+    call, op = CALLS["solve, nystrom"], operator()
+    monkeypatch.setattr(nystrom, "NEAR", 0.0)
+    monkeypatch.setattr(nystrom, "_widest", lambda op: 40)
+    whole = call(op)
+    looks(6, kill)  # within the sketch
+    with pytest.raises(Killed):
+        call(op, checkpoint=spectra.Checkpoint(tmp_path, steps=1))
+    looks(0, nothing)
+    monkeypatch.setattr(nystrom, "_widest", lambda op: 20)
+    assert_same(whole, call(op, checkpoint=tmp_path))
 
 
 def test_what_is_damaged_is_computed_anew_with_a_warning(looks, tmp_path):

@@ -10,6 +10,7 @@ from networks import cross_entropy, half_square
 
 import spectra
 from spectra import Status
+from spectra.krylov.nystrom import nystrom
 
 KEY = jax.random.key(0)
 KAPPAS = (3.0, 1e2, 1e4, 1e7, 1e10)
@@ -271,6 +272,21 @@ class TestPreconditioners:
         assert three.converged.all()
         assert three.preconditioner_matvecs == one.preconditioner_matvecs
 
+    @pytest.mark.parametrize("count", slow_but([8, 64], 8))
+    def test_the_sketch_widens_where_the_products_that_it_saves_pay(self, count):
+        """64 columns leave 3.6 shifts; 128 save 2 products of each, so that they pay from 32 on."""
+        op, rng = self.operator(), np.random.default_rng(3)
+        b = jnp.asarray(rng.standard_normal((self.n, count)), jnp.float32)
+        options = {"shift": self.shift, "tol": 2e-4}
+        found = spectra.solve(op, b, preconditioner="nystrom", key=KEY, **options)
+        totals = {}
+        for sides in (1, 10**6):  # the narrowest and the widest
+            inverse, built = nystrom(op, self.shift, KEY, traced=False, sides=sides, tol=2e-4)
+            totals[built] = built + spectra.solve(op, b, preconditioner=inverse, **options).num_matvecs
+        assert len(totals) == 2
+        assert found.num_matvecs + found.preconditioner_matvecs <= min(totals.values())
+        assert (found.preconditioner_matvecs > min(totals)) == (count > 32)
+
     @pytest.mark.parametrize(
         "cls", slow_but([spectra.KFACOperator, spectra.EKFACOperator], spectra.EKFACOperator)
     )
@@ -325,6 +341,43 @@ def test_a_start_near_the_solution():
     assert found.num_matvecs < spectra.solve(op, b, max_matvecs=200).num_matvecs
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_what_the_start_loses_to_rounding_is_not_called_converged(traced):
+    """x0 + dx is rounded to eps |x|, which the iteration for dx does not see: it called 3 of these converged."""
+    op, _, b = system("definite", 10.0, 0, jnp.float32)
+    x0 = 3 * jnp.asarray(np.random.default_rng(1).standard_normal((64, N)), jnp.float32)
+    sides = jnp.tile(b, (64, 1))
+
+    def run(b):
+        return spectra.solve(op, b, x0=x0, tol=1e-6, method="cg", max_matvecs=200)
+
+    found = (jax.jit(run) if traced else run)(sides)
+    reached = np.asarray(found.residual_norm) <= 1e-6 * np.linalg.norm(b) * (1 + 1e-6)
+    assert np.asarray(found.converged).any()
+    assert not (np.asarray(found.converged) & ~reached).any()
+
+
+@pytest.mark.parametrize("method", ["cg", "minres"])
+def test_no_more_products_than_allowed_watched_or_not(method, capsys):
+    """The last one is that of the check, in whatever mode the budget ends; a bar changes nothing."""
+    # b outside of the range: MINRES asks whether its residual is in the null space, again and again.
+    op = spectra.MatrixOperator(jnp.diag(jnp.array([0.0, *np.linspace(1.0, 2.0, 9)])))
+    for limit in range(2, 14):
+        options = {"method": method, "max_matvecs": limit, "tol": 1e-7, "preconditioner": lambda v: v}
+        plain = spectra.solve(op, jnp.ones(10), **options)
+        watched = spectra.solve(op, jnp.ones(10), progress=True, **options)
+        assert plain.num_matvecs <= limit
+        assert (watched.num_matvecs, watched.status) == (plain.num_matvecs, plain.status)
+
+
+def test_the_quadratic_form_holds_where_cg_did_not_see_that_the_operator_is_indefinite():
+    op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, -0.01])))
+    found = spectra.solve(op, jnp.array([1.0, 0.3]), tol=0.5, method="cg", lower_bound=0.0099)
+    assert found.converged
+    low, _, high = found.quadratic_form
+    assert low <= 1 - 0.3**2 / 0.01 <= high
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -333,6 +386,9 @@ def test_a_start_near_the_solution():
         ({"max_matvecs": 1}, "max_matvecs=1"),
         ({"lower_bound": -1.0}, "lower_bound=-1.0"),
         ({"shift": np.inf}, "shift=inf"),
+        ({"shift": jnp.ones(2)}, "finite real number"),
+        ({"shift": "a"}, "shift='a'"),
+        ({"method": "dense", "preconditioner": "nystrom"}, "factorises the matrix"),
         ({"preconditioner": "jacobi"}, "preconditioner='jacobi'"),
         ({"preconditioner": "nystrom"}, "pass key"),
         ({"preconditioner": 3}, "preconditioner is a int"),

@@ -15,8 +15,6 @@ from spectra.base.files import tree_digest
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov import wanted
-from spectra.krylov import wanted as missing
-from spectra.krylov import wanted as rounding
 from spectra.krylov.chebyshev import smallest_eigenpairs
 from spectra.krylov.dense import allowed, dense_eigenpairs, generalized_eigenpairs
 from spectra.krylov.eigen_run import EigenRun
@@ -185,7 +183,7 @@ def eigsh(
         pairs = _pairs(
             op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, places, watch
         )
-    return rounding.with_measured_floor(op, pairs)
+    return wanted.with_measured_floor(op, pairs)
 
 
 def _pairs(
@@ -232,10 +230,10 @@ def _pairs(
                 run.until_converged()
             if not run.converged:
                 break
-            run.done = verify is False or missing.search(run, verify, ncv)
+            run.done = verify is False or wanted.search(run, verify, ncv)
         run.save()
     spent = run.band.num_matvecs
-    certain = run.converged and (verify is not True or run.missed <= missing.CERTAIN)
+    certain = run.converged and (verify is not True or run.missed <= wanted.CERTAIN)
     if small and not certain and spent >= budget:
         found = dense_eigenpairs(op, k, which, tol, deflate)
         return dataclasses.replace(found, num_matvecs=spent + op.size, status=Status.DENSE)

@@ -108,10 +108,13 @@ def _pairs(bounds: Any) -> list[tuple[float, float]]:
     """Intervals in ascending order, with infinite ends where nothing is known."""
     if bounds is None:
         return [(-np.inf, np.inf)]
-    pairs = [bounds] if bounds[0] is None or np.ndim(bounds[0]) == 0 else list(bounds)
-    made = [(-np.inf if a is None else float(a), np.inf if b is None else float(b)) for a, b in pairs]
+    try:
+        pairs = [bounds] if bounds[0] is None or np.ndim(bounds[0]) == 0 else list(bounds)
+        made = [(-np.inf if a is None else float(a), np.inf if b is None else float(b)) for a, b in pairs]
+    except (TypeError, ValueError, LookupError):
+        made = [(np.nan, np.nan)]
     ends = [end for pair in made for end in pair]
-    if ends != sorted(ends):
+    if np.isnan(ends).any() or ends != sorted(ends):
         raise SpectraError(f"bounds={bounds!r}: use (a, b) with a <= b, or several such pairs, ascending.")
     return made
 

@@ -101,7 +101,7 @@ def funm(
     named, name = named_function(f)
     if not 0 <= tol < 1:
         raise SpectraError(f"tol={tol} is relative to |f(H) v|: use a number in [0, 1).")
-    traced = trees.is_traced((op, v))
+    traced = trees.is_traced((op, v, bounds, key))
     most = TRACED_STEPS if traced else STEPS
     steps = min(most, op.size) if num_steps is None else num_steps
     check_steps(steps, op.size)

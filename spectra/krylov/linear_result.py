@@ -73,12 +73,15 @@ def judged(
 
 
 def _quadratic_form(b: PyTree, x: PyTree, residual: np.ndarray, bound: float, op: LinearOperator) -> Interval:
-    """bᵀA⁻¹b = bᵀx + xᵀr + rᵀA⁻¹r for r = b - Ax, of which the last two are bounded by norms."""
+    """bᵀA⁻¹b = bᵀx + xᵀr + rᵀA⁻¹r for r = b - Ax, of which the last two are bounded by norms.
+
+    rᵀA⁻¹r may be negative: that CG has met no negative curvature does not make A definite.
+    """
     value = np.asarray(_dots(b, x), np.float64)
     norms = np.asarray(sizes(x), np.float64)
     summed = noise_of(op) * norms * np.asarray(sizes(b), np.float64)
-    slack = norms * residual + summed
-    return Interval(value - slack, value, value + slack + residual**2 / bound)
+    slack = norms * residual + summed + residual**2 / bound
+    return Interval(value - slack, value, value + slack)
 
 
 def traced_solution(

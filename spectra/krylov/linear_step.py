@@ -114,9 +114,11 @@ def absorb(problem: Problem, state: State, product: PyTree) -> State:
     after = merge(
         after, going & ~jnp.isfinite(image), mode=jnp.int32(Mode.DONE), verdict=jnp.int32(Verdict.NONFINITE)
     )
-    iterating = (after.mode == Mode.CG) | (after.mode == Mode.MINRES)
-    spent = going & iterating & (after.products >= problem.limit - 1)
-    return to_check(after, spent, verdict=Verdict.BUDGET)
+    # The last product is that of a check, unless x was checked by this one.
+    spent = going & (after.mode != Mode.DONE) & (after.products >= problem.limit - 1)
+    checked = state.mode == Mode.CHECK
+    after = merge(after, spent & checked, mode=jnp.int32(Mode.DONE), verdict=jnp.int32(Verdict.BUDGET))
+    return to_check(after, spent & ~checked & (after.mode != Mode.CHECK), verdict=Verdict.BUDGET)
 
 
 def _ended(problem: Problem, state: State, w: PyTree) -> State:

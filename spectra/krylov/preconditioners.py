@@ -33,6 +33,7 @@ def as_preconditioner(
     traced: bool,
     *,
     sides: int = 1,
+    tol: float = 1e-5,
     journal: Journal | None = None,
 ) -> tuple[LinearOperator | None, int]:
     """What was asked for as an operator near (H + shift I)⁻¹, and the products that it took."""
@@ -45,7 +46,7 @@ def as_preconditioner(
             )
         if key is None:
             raise SpectraError("preconditioner='nystrom' draws a sketch: pass key, say jax.random.key(0).")
-        return nystrom(op, shift, key, traced, sides, journal)
+        return nystrom(op, shift, key, traced, sides, tol, journal)
     if isinstance(preconditioner, Eigenpairs):
         return deflation(op, preconditioner, shift), 0
     if not isinstance(preconditioner, LinearOperator):
@@ -81,14 +82,19 @@ def _factored(
     return kfac.inverse(damping), 1
 
 
-def identity(preconditioner: Any, like: PyTree) -> Any:
-    """What tells one preconditioner from another, for a checkpoint: its name, its numbers, or its program."""
+def identity(preconditioner: Any, structure: PyTree) -> Any:
+    """What tells one preconditioner from another, for a checkpoint: its name, its numbers and its program."""
     if preconditioner is None or isinstance(preconditioner, str):
         return preconditioner
-    if isinstance(preconditioner, LinearOperator | Eigenpairs):
-        return [type(preconditioner).__name__, tree_digest(preconditioner)]
+    if isinstance(preconditioner, Eigenpairs):
+        return [preconditioner.which, tree_digest((preconditioner.values, preconditioner.vectors))]
+    if isinstance(preconditioner, LinearOperator):
+        if preconditioner.on_host:  # refused before the run
+            return None
+        program = jax.make_jaxpr(type(preconditioner).mv)(preconditioner, structure)
+        return [type(preconditioner).__name__, tree_digest(preconditioner), program_digest(program)]
     function = preconditioner if callable(preconditioner) else getattr(preconditioner, "mv", None)
-    return None if function is None else program_digest(jax.make_jaxpr(function)(like))
+    return None if function is None else program_digest(jax.make_jaxpr(function)(structure))
 
 
 def deflation(op: LinearOperator, pairs: Eigenpairs, shift: Any) -> SpectralPreconditioner:

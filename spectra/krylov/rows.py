@@ -65,9 +65,8 @@ def _combine(portion: int, parts: Panels, weights: jax.Array) -> Panels:
 def gram(basis: Basis) -> jax.Array:
     """Q Q^T over all rows, empty ones included; shape (rows, rows)."""
 
-    def split(
-        x: jax.Array,
-    ) -> jax.Array:  # short sums: self-products have terms of one sign, and XLA sums in sequence
+    def split(x: jax.Array) -> jax.Array:
+        # Short sums: self-products have terms of one sign, and XLA sums in sequence.
         if x.ndim != 3 or x.shape[2] <= LANES:
             return x
         parts = arrays.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES)))

@@ -16,12 +16,12 @@ from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov import dense
 from spectra.krylov.layout import stacked
-from spectra.krylov.linear_result import distances, in_form, judged, traced_solution
+from spectra.krylov.linear_result import distances, in_form, judged, sizes, traced_solution
 from spectra.krylov.linear_run import begin, drive, loop, outcome, prepared
 from spectra.krylov.linear_state import Verdict
 from spectra.krylov.preconditioners import as_preconditioner, identity
 from spectra.operators.arithmetic import outside_loops
-from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.base import LinearOperator, is_real_scalar, require_operator
 from spectra.results import Solution
 from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.journal import Journal
@@ -60,8 +60,8 @@ def solve(
     formed. Otherwise `error_bound` is infinite: Krylov steps see only the eigenvectors that b has components
     on, and an eigenvalue near zero without such a component shows in no residual. `condition_number(op, key=,
     shift=)` bounds it: pass its `smallest_interval.lower`. `rounding` is that of the product, from its stated
-    precision; for a loss it is measured, by products at parameters that are moved by one rounding each. If A
-    is definite with a known bound, `quadratic_form` brackets bᵀA⁻¹b: 2 bᵀx - xᵀAx plus 0 to |r|² / min λ.
+    precision; for a loss it is measured, by products at parameters that are moved by one rounding each. If CG
+    has found x and a bound is known, `quadratic_form` brackets bᵀA⁻¹b: bᵀx ± (|x| |r| + |r|² / min |λ|).
 
     **Several right-hand sides**, as columns of an (n, k) array or with a leading axis, are solved side by
     side, each by its own iteration; their products form one batch.
@@ -80,14 +80,16 @@ def solve(
         method: "cg", which ends with status INDEFINITE where curvature is not positive; "minres"; "dense"; or
             "auto", CG followed by MINRES if needed.
         preconditioner: "nystrom", a randomised sketch that doubles until the remainder of H is near 10
-            shifts, shared by all right-hand sides; `Eigenpairs` of H, which are deflated; a `KFACOperator` or
-            `EKFACOperator` that approximates H, inverted with the shift as its damping; or a positive
-            definite approximate inverse of A: an operator, anything with `mv`, or a function of a vector.
+            shifts, shared by all right-hand sides, and wider where they are enough to pay for it;
+            `Eigenpairs` of H, which are deflated; a `KFACOperator` or `EKFACOperator` that approximates H,
+            inverted with the shift as its damping, or more where it is wrong; or a positive definite
+            approximate inverse of A: an operator, anything with `mv`, or a function of a vector. Not for
+            method="dense".
         tol: largest accepted |b - Ax| / |b|.
         max_matvecs: maximum number of products per right-hand side; default 10,000 or, where a dense matrix
             may follow, 2 n.
         lower_bound: lower bound on the |eigenvalues| of H + shift I, if known.
-        x0: starting point, in the same form as b; default zero.
+        x0: starting point, in the same form as b, for two more products of each; default zero.
         key: JAX random key, for "nystrom".
         progress: show the number of products and the residual.
         checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, with
@@ -106,7 +108,8 @@ def solve(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: one product per step. Memory: ten vectors, four with method="cg", plus those of a preconditioner.
+    Cost: one product per step, and for a loss five more for each right-hand side, which measure rounding and
+        are not counted. Memory: ten vectors, four with method="cg", plus those of a preconditioner.
 
     Fails if A is singular but b lies in its range: x is one of many solutions, and `error_bound` is infinite.
 
@@ -130,6 +133,8 @@ def solve(
         )
     if traced and checkpoint is not None:
         raise SpectraError("checkpoint= needs values, which do not exist inside jit, vmap or grad.")
+    if method == "dense" and preconditioner is not None:
+        raise SpectraError("method='dense' factorises the matrix: a preconditioner is for 'cg' and 'minres'.")
     b, several, back = stacked(op, b, "b")
     if not traced and not trees.all_finite(b):
         raise NonFiniteError("b is NaN or infinite somewhere.")
@@ -143,14 +148,14 @@ def solve(
     def arguments() -> dict[str, Any]:
         plain = {"method": method, "tol": float(tol), "max_matvecs": max_matvecs, "shift": float(shift)}
         vectors = {"b": tree_digest(b), "x0": None if x0 is None else tree_digest(x0)}
-        return plain | vectors | {"preconditioner": identity(preconditioner, op.like)}
+        return plain | vectors | {"preconditioner": identity(preconditioner, op.structure)}
 
     with (
         watched("solve", progress and not traced, checkpoint, None, arguments) as watch,
         watch.journal(shifted, key) as journal,
     ):
         inverse, built = as_preconditioner(
-            preconditioner, op, shift, key, traced, sides=stacks.length(b), journal=journal
+            preconditioner, op, shift, key, traced, sides=stacks.length(b), tol=tol, journal=journal
         )
         if not traced:
             bound = _known_bound(op, shift, lower_bound)
@@ -171,8 +176,8 @@ def _check_arguments(
         raise SpectraError(f"max_matvecs={max_matvecs}: a step and the residual take two products.")
     if lower_bound is not None and not (lower_bound > 0 and math.isfinite(lower_bound)):
         raise SpectraError(f"lower_bound={lower_bound}: no |eigenvalue| is below it, a positive number.")
-    if not trees.is_traced(shift) and not np.isfinite(shift):
-        raise SpectraError(f"shift={shift}: use a finite number.")
+    if not is_real_scalar(shift) or not (trees.is_traced(shift) or np.isfinite(shift)):
+        raise SpectraError(f"shift={shift!r}: use a finite real number.")
 
 
 def _known_bound(op: LinearOperator, shift: Any, given: float | None) -> tuple[float, str] | None:
@@ -220,6 +225,7 @@ def _concrete(
     if (verdicts == Verdict.NONFINITE).any():
         raise NonFiniteError(
             f"one of the first {spent} products is NaN or infinite. {op.explain_non_finite()}"
+            + " So may be the preconditioner's, which are multiplied next." * (inverse is not None)
         )
     if (verdicts == Verdict.PRECONDITIONER).any():
         raise SpectraError("the preconditioner is not positive definite: rᵀPr < 0 for a residual r.")
@@ -228,8 +234,15 @@ def _concrete(
     if x0 is not None:
         images = run.mv_batch(found["x"])
         found["residual"] = jnp.where(verdicts == Verdict.SINGULAR, found["residual"], distances(b, images))
+        verdicts = np.asarray(_of_the_sum(verdicts, found["residual"], b, tol))
         spent += len(verdicts)
     return judged(op, b, found, spent, bound, verdicts)
+
+
+def _of_the_sum(verdicts: Any, residual: Any, b: PyTree, tol: float) -> jax.Array:
+    """The verdicts on x0 + dx, whose rounding the iteration for dx does not see."""
+    missed = (verdicts == Verdict.CONVERGED) & ~(residual <= tol * sizes(b))
+    return jnp.where(missed, Verdict.STAGNATED, verdicts)
 
 
 # Inside jit, vmap or grad.
@@ -262,4 +275,5 @@ def _traced(
     x_still, b_still = lax.stop_gradient((x, b))
     if x0 is not None:
         found["residual"] = distances(b_still, jax.vmap(fixed.mv)(x_still))
+        found["verdict"] = _of_the_sum(found["verdict"], found["residual"], b_still, tol)
     return traced_solution(fixed, x, x_still, found, method, bound)

@@ -1,6 +1,5 @@
 """Singular triplets of a Jacobian: eigenvectors of the smaller Gram matrix, and J itself applied to them."""
 
-import functools
 import os
 from typing import Any
 
@@ -69,7 +68,7 @@ def svds(
 
     Raises:
         StructureError: not a `JacobianOperator`; of a symmetric matrix singular values are |λ|, by `eigsh`.
-        SpectraError: k, which or tol out of range; called inside jit or vmap.
+        SpectraError: k, which or tol out of range; called inside jit, vmap or grad.
         NonFiniteError: a product is NaN or infinite.
 
     Cost: the products of `eigsh` on the smaller Gram matrix, each one with J and one with Jᵀ, and k more; for
@@ -102,12 +101,13 @@ def svds(
         raise SpectraError(f"k={k} is not between 1 and min(m, n) = {min(jacobian.shape)}.")
     if not 0 <= tol < 1:
         raise SpectraError(f"tol={tol} is an error in units of the largest singular value: use [0, 1).")
+    if trees.is_traced((jacobian, key)):
+        raise SpectraError("svds restarts from the host: call it outside jit, vmap and grad.")
     m, n = jacobian.shape
     small = jacobian if n <= m else jacobian.T  # from the smaller side to the larger
-    unit = 1.0 if trees.is_traced((jacobian, key)) else _unit(small, key)
+    unit = _unit(small, key)
     gram = GramOperator(small, unit)
-    run = functools.partial(
-        eigsh,
+    pairs = eigsh(
         gram,
         int(k),
         which="LA" if which == "LM" else "SM",
@@ -120,7 +120,6 @@ def svds(
         checkpoint=checkpoint,
         basis=basis,
     )
-    pairs = run()
     top, spent = _largest(gram, pairs, which, key)
     return _triplets(small, unit, pairs, top, which, tol, turned=n > m, spent=spent)
 

@@ -352,7 +352,7 @@ class LinearOperator(abc.ABC):
         return self + (-1.0) * other if isinstance(other, LinearOperator) else NotImplemented
 
     def __rmul__(self, factor: Any) -> "LinearOperator":
-        return call("multiple", self, factor) if _is_real_scalar(factor) else NotImplemented
+        return call("multiple", self, factor) if is_real_scalar(factor) else NotImplemented
 
     __mul__ = __rmul__
 
@@ -364,7 +364,7 @@ class LinearOperator(abc.ABC):
 
     def shift(self, delta: ArrayLike) -> "LinearOperator":
         """H + delta I, a damped operator: every eigenvalue moves by `delta`."""
-        if not _is_real_scalar(delta):
+        if not is_real_scalar(delta):
             raise SpectraError(f"shift needs a real scalar, got {delta!r}.")
         return call("shift", self, delta)
 
@@ -398,7 +398,8 @@ def require_alive(op: LinearOperator) -> None:
     check_alive(op, "the operator's leaf")
 
 
-def _is_real_scalar(x: Any) -> bool:
+def is_real_scalar(x: Any) -> bool:
+    """Whether x is one real number, or an array of no axes."""
     if isinstance(x, (int, float)):
         return True
     if not isinstance(x, (np.generic, np.ndarray, jax.Array)):

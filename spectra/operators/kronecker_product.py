@@ -216,7 +216,8 @@ class KroneckerOperator(LinearOperator):
                 )
         layout = Layout(values.shape, 0, (("reshape", values.shape, (1, *values.shape)),), 1, *values.shape)
         part = Corrected(u[None], v[None], (1 / values)[None], Place("", 0, None, layout, "kronecker"))
-        return FactoredOperator(params=self.like, parts=(part,), stacks=())
+        params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.like)  # arrays: a leaf of jit
+        return FactoredOperator(params=params, parts=(part,), stacks=())
 
 
 def _factor(value: Any, name: str) -> LinearOperator:

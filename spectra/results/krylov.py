@@ -244,7 +244,7 @@ class Solution(Result):
     residual_norm: Array  # (), |b - (H + shift I) x|, computed from x at the end
     rounding: Array  # (), how far rounding can have moved that norm
     error_bound: Array  # (), |x - x*| is not above this; infinite where the spectrum may come near 0
-    quadratic_form: Interval  # bᵀ(H + shift I)⁻¹b: lower, estimate, upper; where definite with a known bound
+    quadratic_form: Interval  # bᵀ(H + shift I)⁻¹b: bracketed; of CG with a known bound, or dense and definite
     converged: Array  # (), bool
     num_matvecs: int  # of all right-hand sides, checks included
     preconditioner_matvecs: int  # products that built the preconditioner

@@ -81,7 +81,7 @@ KRYLOV = [
     fault(
         "a checkpoint of a solve belongs to any preconditioner",
         "krylov/solve.py",
-        'return plain | vectors | {"preconditioner": identity(preconditioner, op.like)}',
+        'return plain | vectors | {"preconditioner": identity(preconditioner, op.structure)}',
         "return plain | vectors",
         "test_resuming.py::test_a_checkpoint_of_other_arguments_or_another_function_is_refused",
     ),
