@@ -343,7 +343,7 @@ def test_a_start_near_the_solution():
 
 @pytest.mark.parametrize("traced", [False, True])
 def test_what_the_start_loses_to_rounding_is_not_called_converged(traced):
-    """x0 + dx is rounded to eps |x|, which the iteration for dx does not see: it called 3 of these converged."""
+    """x0 + dx is rounded to eps |x|, unseen by the iteration for dx, which called 3 of these converged."""
     op, _, b = system("definite", 10.0, 0, jnp.float32)
     x0 = 3 * jnp.asarray(np.random.default_rng(1).standard_normal((64, N)), jnp.float32)
     sides = jnp.tile(b, (64, 1))
