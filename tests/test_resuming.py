@@ -1,4 +1,4 @@
-"""eigsh, trace, diagonal and kpm go on to the same bits, whatever moment they were ended at."""
+"""eigsh, trace, diagonal, kpm and solve go on to the same bits, whatever moment they were ended at."""
 
 import random
 import signal
