@@ -145,7 +145,7 @@ def test_intervals_hold_at_their_rate(name, x64):
     assert 0.85 <= np.sqrt(np.mean(np.square(stderr))) / ideal <= 1.15
 
 
-@pytest.mark.parametrize("num_steps", [1, 2])
+@pytest.mark.parametrize("num_steps", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_few_steps_know_less_of_the_spread_than_of_the_value(num_steps, x64):
     """One step integrates x exactly and shows nothing of its spread; nor do two of that of x²."""
     power = [lambda x: x, np.square][num_steps - 1]

@@ -83,7 +83,7 @@ KRYLOV = [
         "krylov/solve.py",
         'return plain | vectors | {"preconditioner": identity(preconditioner, op.structure)}',
         "return plain | vectors",
-        "test_resuming.py::test_a_checkpoint_of_other_arguments_or_another_function_is_refused",
+        "test_resuming.py::test_a_checkpoint_of_another_system_is_refused",
     ),
     fault(
         "the error of a function is bounded by a thousandth of it",
