@@ -161,7 +161,7 @@ def sampling_band(
 
     A share is a whole number of eigenvalues: both ends move inwards to the next one, or to the bracket.
     """
-    num_nodes = max(int(np.max(quadrature.lengths)), 1)  # a damaged file may say that there are none
+    num_nodes = int(np.max(quadrature.lengths))
     tail = (1 - level) / (2 * num_nodes)
     normals = quadrature.num_probes * quadrature.size
     low, high = 1 - share_upper_bound(1 - lower, normals, tail), share_upper_bound(upper, normals, tail)

@@ -218,7 +218,7 @@ def _whole_sides(triplets: SingularTriplets) -> bool:
 
 _CLAIMS: dict[type, dict[str, Callable[[Any], bool]]] = {
     Quadrature: {
-        "a quadrature has nodes": lambda q: q.nodes.size > 0,
+        "a quadrature has nodes": lambda q: q.nodes.size > 0 and bool(np.any(q.lengths)),
         "a length is more than the steps": lambda q: not (q.lengths > q.nodes.shape[-1]).any(),
     },
     Moments: {"moments are missing": lambda m: m.moments.size > 0},
