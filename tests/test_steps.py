@@ -182,6 +182,16 @@ def test_adafactor_with_parameters_that_have_seen_no_gradient(factored):
     np.testing.assert_allclose(float(found), wanted, rtol=1e-3)
 
 
+def test_an_update_that_turns_the_gradient_has_the_edge_of_its_pair():
+    """θ - 0.1 m c R θ with R a rotation by φ has |1 - 0.1 m c exp(iφ)| = 1 at m = 2 cos φ / (0.1 c)."""
+    angle, c = 0.3, 5.0
+    turn = jnp.kron(jnp.eye(2), jnp.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]))
+    optimizer = optax.stateless(lambda updates, params: -0.1 * (turn @ updates))
+    op = spectra.HessianOperator(lambda w, c: 0.5 * c * jnp.sum(w**2), W, jnp.float32(c))
+    found = spectra.stable_step(op, optimizer, optimizer.init(W), key=KEY, tol=1e-4)
+    np.testing.assert_allclose(float(found), 2 * np.cos(angle) / (0.1 * c), rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_muon_is_at_the_edge_of_its_whole_update_map():
     """Newton-Schulz steps of a matrix: its derivative is no diagonal and turns what alternates, by 0.068."""

@@ -1110,7 +1110,7 @@ SAMPLES = [
         "training/stability.py",
         "return abs(value) ** 2 / value.real",
         "return value.real",
-        "test_steps.py::test_muon_is_at_the_edge_of_its_whole_update_map",
+        "test_steps.py::test_an_update_that_turns_the_gradient_has_the_edge_of_its_pair",
     ),
     fault(
         "an optimizer whose slopes leave float32 is answered in it",
