@@ -18,7 +18,7 @@ import spectra
 from benchmarks import problems, timing
 from benchmarks.settings import RESULTS
 from benchmarks.timing import Times, machine
-from spectra.krylov.orthogonalize import orthogonalize
+from spectra.krylov.step import orthogonalize
 
 STORED = RESULTS / "ratios.json"
 WORSE = 1.2

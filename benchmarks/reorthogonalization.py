@@ -14,7 +14,7 @@ import spectra
 from benchmarks import problems
 from benchmarks.settings import Goal, Report, Settings, table
 from benchmarks.timing import alternate, median_ms, ratio, spread
-from spectra.krylov.orthogonalize import orthogonalize
+from spectra.krylov.step import orthogonalize
 
 
 def tree(n: int, leaves: int):

@@ -10,9 +10,9 @@ from cases import SHARP, slow_but
 
 from spectra.base import trees
 from spectra.krylov import basis
+from spectra.krylov.basis import _combine
 from spectra.krylov.layout import Layout
-from spectra.krylov.orthogonalize import REPEAT, orthogonalize
-from spectra.krylov.rows import _combine
+from spectra.krylov.step import REPEAT, orthogonalize
 from spectra.operators.jaxprs import _equations
 
 SHAPES = {"scalar": (), "row": (5,), "matrix": (4, 6), "kernel": (3, 3, 2, 4), "same size": (6, 4)}

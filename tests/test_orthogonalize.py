@@ -7,7 +7,7 @@ import pytest
 
 from spectra.krylov import basis
 from spectra.krylov.layout import Layout
-from spectra.krylov.orthogonalize import orthogonalize
+from spectra.krylov.step import orthogonalize
 
 N, ROWS = 96, 20  # two and a half segments
 

@@ -21,7 +21,7 @@ from benchmarks.aot.hlo import Program
 from spectra.krylov import band, recurrence, solve
 from spectra.krylov import basis as _basis
 from spectra.krylov.layout import Layout
-from spectra.krylov.orthogonalize import orthogonalize
+from spectra.krylov.step import orthogonalize
 from spectra.operators import base, differentiate
 
 REPEATS = 10

@@ -10,8 +10,7 @@ import numpy as np
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.trees import PyTree
-from spectra.krylov import dense
-from spectra.krylov import panels as _panels
+from spectra.krylov import dense, step
 from spectra.krylov.dense import matrix_error
 from spectra.krylov.layout import Layout, Panels
 from spectra.krylov.recurrence import LanczosState
@@ -48,7 +47,7 @@ def _project_panels(layout: Layout, vectors: PyTree, current: Panels, batched: b
         for _ in range(2):
             v = project(vectors, v)
         panels = layout.pack(v)
-        return trees.scale(1 / _panels.norm(panels), panels)
+        return trees.scale(1 / step.norm(panels), panels)
 
     return (jax.vmap(one) if batched else one)(current)
 

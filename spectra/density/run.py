@@ -16,8 +16,8 @@ from spectra.base.trees import PyTree
 from spectra.density import deflation
 from spectra.density.recorder import Recorder
 from spectra.krylov import recurrence
+from spectra.krylov.basis import SKETCHED, sketches
 from spectra.krylov.layout import Layout
-from spectra.krylov.orthogonalize import SIZE, sketches
 from spectra.krylov.recurrence import LanczosState
 from spectra.operators.accumulate import Passes
 from spectra.operators.base import LinearOperator
@@ -295,7 +295,7 @@ def _resized(row: dict[str, Any], steps: int) -> dict[str, Any]:
     """The first steps of a probe; zeros follow those of a run that ended by itself."""
     kept = {name: np.append(row[name], np.zeros(steps))[:steps] for name in ("alpha", "beta")}
     if "sketch" in row:
-        kept["sketch"] = np.concatenate([row["sketch"], np.zeros((steps, SIZE))])[:steps]
+        kept["sketch"] = np.concatenate([row["sketch"], np.zeros((steps, SKETCHED))])[:steps]
     return row | kept | {"length": min(row["length"], steps)}
 
 

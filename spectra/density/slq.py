@@ -19,8 +19,8 @@ from spectra.density import deflation
 from spectra.density.recorder import Recorder
 from spectra.density.run import ProbeRun
 from spectra.krylov import recurrence
+from spectra.krylov.basis import sketch
 from spectra.krylov.layout import Layout
-from spectra.krylov.orthogonalize import sketch
 from spectra.krylov.plan import estimate, place_basis, require_fit
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator

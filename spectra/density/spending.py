@@ -26,8 +26,8 @@ from spectra.base.progress import Progress
 from spectra.base.trees import PyTree
 from spectra.density import deflation
 from spectra.density.run import ProbeRun
+from spectra.krylov import basis as _basis
 from spectra.krylov import dense
-from spectra.krylov import rows as _rows
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, require_fit
 from spectra.operators.arithmetic import outside_loops
@@ -260,7 +260,7 @@ def _pairs(run: ProbeRun, layout: Layout, found: Quadrature) -> Eigenpairs:
     vectors = np.linalg.eigh(rules.dense(row["alpha"][:m], row["beta"][: m - 1], np))[1]
     at = np.flatnonzero(converged(found))
     assert run.last is not None
-    rows = _rows.stack(run.last.basis, layout, 0, m)
+    rows = _basis.stack(run.last.basis, layout, 0, m)
     run.forget()
     return Eigenpairs(
         values=np.asarray(found.nodes[0])[at],

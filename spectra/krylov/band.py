@@ -17,12 +17,10 @@ from spectra.base.errors import NonFiniteError, NotSymmetricError
 from spectra.base.host import one_thread
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
-from spectra.krylov import panels as _panels
-from spectra.krylov import rows as _rows
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout
-from spectra.krylov.orthogonalize import orthogonalize
+from spectra.krylov.step import orthogonalize
 from spectra.operators.base import LinearOperator, product
 
 
@@ -59,7 +57,7 @@ def empty(layout: Layout, num_rows: int) -> BandState:
 def append(layout: Layout, state: BandState, vector: PyTree) -> tuple[BandState, jax.Array]:
     """One more row, `vector` made orthogonal to all others, and the coefficients of `vector` on all rows."""
     w = layout.pack(vector)
-    w = trees.scale(1 / _panels.norm(w), w)
+    w = trees.scale(1 / step.norm(w), w)
     column, rest = jnp.zeros(len(state.coefficients), state.scale.dtype), 1.0
     for _ in range(2):  # a random vector may lie almost in the span of the rows
         w, size, _, part, _ = orthogonalize(state.basis, w, state.filled)
@@ -87,7 +85,7 @@ def absorb(
     """Column `row` of G and a new row, given the product; `previous` is the row that led to this one."""
     q, p = _basis.take(state.basis, row), _basis.take(state.basis, previous)
     w = layout.pack(product)
-    unit = _panels.unit_of_step(state.scale == 0, w, state.scale)
+    unit = step.unit_of_step(state.scale == 0, w, state.scale)
     beta = jnp.where(previous >= 0, state.coefficients[row, previous], 0) / unit
     left = step.remainder(w, q, p, beta, unit, state.basis, state.filled)
     rest = left.norm
@@ -141,7 +139,7 @@ def replace(
     layout: Layout, state: BandState, weights: jax.Array, coefficients: jax.Array, filled: jax.Array
 ) -> BandState:
     """Combinations of the rows in their place, Σ_i weights_ij v_i as row j, with the coefficients given."""
-    basis = _rows.combine(state.basis, weights, layout)
+    basis = _basis.combine(state.basis, weights, layout)
     return BandState(basis, coefficients, filled, state.scale)
 
 
@@ -329,5 +327,5 @@ class Band:
     def vectors(self, count: int) -> PyTree:
         """The first `count` rows after the locked ones as one pytree with leaves (count, *leaf.shape)."""
         first = len(self.locked)
-        vectors = _rows.stack(self.state.basis, self.layout, first, first + count)
+        vectors = _basis.stack(self.state.basis, self.layout, first, first + count)
         return vectors if self.home is None else jax.device_put(vectors, self.op.device)

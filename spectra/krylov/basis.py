@@ -1,4 +1,4 @@
-"""A Krylov basis as segments of rows, and the sweeps over them that Gram-Schmidt needs.
+"""A Krylov basis as segments of rows: the sweeps that Gram-Schmidt needs, and all rows at once.
 
 A basis is a tuple of *segments*; a segment holds `SEGMENT` vectors and puts the row axis behind the block
 axis, so a panel (B, k) of a vector (see `layout`) has segments (B, SEGMENT, k). Measured (n = 2^20, float32,
@@ -15,15 +15,19 @@ reduction between devices.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from spectra.base import arrays
-from spectra.krylov.layout import Layout, Panels
+from spectra.base import arrays, trees
+from spectra.base.trees import PyTree
+from spectra.krylov.layout import LANES, Layout, Panels
+from spectra.results import provides
 
 Basis = tuple[Panels, ...]
 
@@ -40,6 +44,14 @@ gpu.md). On a CPU more rows at once are slower (15.9, 17.6 and 18.6 ms a step fo
 at n = 1e6)."""
 
 
+PORTIONS = 64
+"""In which rows are combined: enough that two of them are little memory beside the basis, and few kernels."""
+SKETCHED = 8
+"""Random vectors of a sketch: a right angle between two unit vectors looks like one below 0.05 once in 1e7."""
+_SKETCH = 2**31 - 1  # of their key; no probe reaches it
+_UNIFORM = functools.partial(jax.random.uniform, minval=-1, maxval=1)
+
+
 def segments(num_rows: int) -> tuple[int, int]:
     """Number of segments for `num_rows` vectors, and the vectors in each."""
     rows = SEGMENT * -(-num_rows // (SEGMENT * MAX_SEGMENTS))
@@ -49,14 +61,8 @@ def segments(num_rows: int) -> tuple[int, int]:
 def zeros(layout: Layout, num_rows: int) -> Basis:
     """An empty basis with room for `num_rows` vectors, in whole segments."""
     count, rows = segments(num_rows)
-
-    def segment() -> Panels:
-        panels = layout.panels
-        return layout.place(
-            [jnp.zeros((p.shape[0], rows, *p.shape[1:]), layout.row_dtype or p.dtype) for p in panels]
-        )
-
-    return tuple(segment() for _ in range(count))
+    shapes = [((p.shape[0], rows, *p.shape[1:]), layout.row_dtype or p.dtype) for p in layout.panels]
+    return tuple(layout.place([jnp.zeros(*shape) for shape in shapes]) for _ in range(count))
 
 
 def put(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
@@ -96,13 +102,15 @@ def put_by_scatter(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
     def write(rows: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
         return rows.at[index].set(x, mode="drop", unique_indices=True, wrap_negative_indices=False)
 
-    def one(i: int, rows: jax.Array, x: jax.Array) -> jax.Array:
+    written: list[Panels] = []
+    for i, segment in enumerate(basis):
         index = jnp.where(row // size == i, row % size, size)  # behind the last row: dropped
-        return jax.vmap(write)(rows, x.astype(rows.dtype), jnp.full(len(rows), index))
-
-    return tuple(
-        [one(i, rows, x) for rows, x in zip(segment, vector, strict=True)] for i, segment in enumerate(basis)
-    )
+        triples = [
+            (rows, x.astype(rows.dtype), jnp.full(len(rows), index))
+            for rows, x in zip(segment, vector, strict=True)
+        ]
+        written.append([jax.vmap(write)(*triple) for triple in triples])
+    return tuple(written)
 
 
 def take(basis: Basis, row: jax.Array | int) -> Panels:
@@ -141,8 +149,8 @@ def block_dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> list[ja
         return read + skipped
 
     def program(at_once: int, basis: Basis, vector: Panels, filled: jax.Array | int) -> list[list[jax.Array]]:
-        groups = _groups(basis, filled, at_once)
-        return [part for group, switch in groups for part in switch(first, basis[group], vector)]
+        groups = ((start, basis[start : start + at_once]) for start in range(0, len(basis), at_once))
+        return [part for start, group in groups for part in _switch(first, start, filled, group, vector)]
 
     parts = _by_platform(0, program, basis, vector, filled)
     parts.append([_dot(x[:, None], x) for x in vector])
@@ -166,28 +174,21 @@ def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.
     def program(
         at_once: int, basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int
     ) -> Panels:
-        for group, switch in _groups(basis, filled, at_once):
-            vector = switch(first, basis[group], coefficients[group], vector)
+        for start in range(0, len(basis), at_once):
+            group = slice(start, start + at_once)
+            vector = _switch(first, start, filled, basis[group], coefficients[group], vector)
         return vector
 
     return _by_platform(1, program, basis, coefficients.reshape(len(basis), -1), vector, filled)
 
 
-def _groups(
-    basis: Basis, filled: jax.Array | int, at_once: int
-) -> Iterator[tuple[slice, Callable[..., Any]]]:
-    """Slices of `at_once` segments; and for each `switch(fn, ...)`, which is fn(count, ...) where the first
-    `count` of them hold one of the first `filled` rows."""
-    segments_filled = -(-filled // basis[0][0].shape[1])
-    for start in range(0, len(basis), at_once):
-        group = slice(start, start + at_once)
-        size = len(basis[group])
-
-        def switch(fn: Callable[..., Any], *arguments: Any, start: int = start, size: int = size) -> Any:
-            branches = [functools.partial(fn, count) for count in range(size + 1)]
-            return lax.switch(segments_filled - start, branches, *arguments)
-
-        yield group, switch
+def _switch(
+    fn: Callable[..., Any], start: int, filled: jax.Array | int, group: Basis, *arguments: Any
+) -> Any:
+    """fn(count, group, ...), where the first `count` segments of a group, number `start` the first of them,
+    hold one of the first `filled` rows."""
+    branches = [functools.partial(fn, count) for count in range(len(group) + 1)]
+    return lax.switch(-(-filled // group[0][0].shape[1]) - start, branches, group, *arguments)
 
 
 def _by_platform(sweep: int, program: Callable[..., Any], *arguments: Any) -> Any:
@@ -242,3 +243,118 @@ def _subtract(segments: list[jax.Array], coefficients: jax.Array, x: jax.Array) 
         for r in range(rows.shape[1]):
             x = x - c[r].astype(x.dtype) * rows[:, r].astype(x.dtype)
     return x
+
+
+def combine(basis: Basis, weights: jax.Array, layout: Layout) -> Basis:
+    """New rows Wᵀ Q for square `weights` (rows, rows), in place where the basis is donated.
+
+    Packed panels go a few blocks at a time: one on a CPU, whose cache holds them, and elsewhere about
+    `PORTIONS` portions, each a matrix product. The extra memory is two portions; nothing moves between
+    devices.
+    """
+
+    def one(arguments: tuple[Panels, jax.Array]) -> Panels:
+        parts, weights = arguments
+        blocks = len(parts[0])
+        if blocks == 1 or not layout.packed:
+            return _combine(blocks, parts, weights)
+        portions = functools.partial(_combine, max(1, blocks // PORTIONS))
+        return lax.platform_dependent(parts, weights, cpu=functools.partial(_combine, 1), default=portions)
+
+    panels = [list(parts) for parts in zip(*basis, strict=True)]
+    columns = [
+        layout.locally(one, (spec, PartitionSpec()), spec)((parts, weights))
+        for parts, spec in zip(panels, layout.panel_specs, strict=True)
+    ]
+    return tuple(list(segment) for segment in zip(*columns, strict=True))
+
+
+def _combine(portion: int, parts: Panels, weights: jax.Array) -> Panels:
+    """`combine` for the segments of one panel, so many blocks at a time."""
+    size, blocks = parts[0].shape[1], len(parts[0])
+
+    def mixed(parts: Panels) -> Panels:
+        rows = jnp.concatenate(parts, axis=1)
+        new = arrays.einsum("rs,br...->bs...", weights.astype(rows.dtype), rows)
+        return [new[:, i : i + size] for i in range(0, new.shape[1], size)]
+
+    def replaced(count: int, start: int | jax.Array, parts: Panels) -> Panels:
+        new = mixed([lax.dynamic_slice_in_dim(part, start, count) for part in parts])
+        pairs = zip(parts, new, strict=True)
+        return [lax.dynamic_update_slice_in_dim(part, rows, start, 0) for part, rows in pairs]
+
+    if portion == blocks:
+        return mixed(parts)
+    trips, rest = divmod(blocks, portion)
+    parts = lax.fori_loop(0, trips, lambda i, parts: replaced(portion, i * portion, parts), list(parts))
+    return replaced(rest, trips * portion, parts) if rest else parts
+
+
+def gram(basis: Basis) -> jax.Array:
+    """Q Q^T over all rows, empty ones included; shape (rows, rows)."""
+
+    def split(x: jax.Array) -> jax.Array:
+        # Short sums: self-products have terms of one sign, and XLA sums in sequence.
+        if x.ndim != 3 or x.shape[2] <= LANES:
+            return x
+        parts = arrays.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES)))
+        return parts.reshape(*x.shape[:2], -1, LANES)
+
+    def block(a: Panels, b: Panels) -> jax.Array:
+        dtype = jnp.promote_types(jnp.float32, jnp.result_type(*a))
+        total = jnp.zeros((), dtype)
+        for x, y in zip(map(split, a), map(split, b), strict=True):
+            apart = (0, 2) if x.ndim == 4 and x.shape[3] == LANES else (0,)
+            axes = tuple(axis for axis in range(2, x.ndim) if axis not in apart)
+            partial = arrays.contract(x.astype(dtype), y.astype(dtype), (axes, axes), (apart, apart))
+            total = total + jnp.sum(partial, axis=tuple(range(len(apart))))
+        return total
+
+    return jnp.block([[block(a, b) for b in basis] for a in basis])
+
+
+@provides("orthogonality")
+@jax.jit
+def orthogonality(basis: Basis, length: jax.Array) -> jax.Array:
+    """max |Q Qᵀ - I| over the first `length` rows."""
+    products = gram(basis)
+    row = jnp.arange(len(products)) < length
+    return jnp.max(jnp.where(row[:, None] & row, jnp.abs(products - jnp.eye(len(products))), 0))
+
+
+@provides("stack")
+@functools.partial(jax.jit, static_argnames=("layout", "first", "last"))
+def stack(basis: Basis, layout: Layout, first: int, last: int) -> PyTree:
+    """The vectors in rows `first` to `last` - 1 as one pytree with leaves (rows, *leaf.shape). A copy."""
+    size = basis[0][0].shape[1]
+    low, high = first // size, max(-(-last // size), 1)
+    rows = [jnp.concatenate(parts, axis=1) for parts in zip(*basis[low:high], strict=True)]
+    rows = [jnp.moveaxis(x[:, first - low * size : last - low * size], 1, 0) for x in rows]
+    return jax.vmap(layout.unpack)(rows)
+
+
+def sketch(layout: Layout, basis: Basis, key: jax.Array, *, batched: bool = False) -> jax.Array:
+    """Products of all rows with the same SKETCHED random vectors for every probe, shape (rows, SKETCHED).
+
+    They tell vectors apart. One vector after another, so that no memory beside one of them is needed. Entries
+    are uniform on (-1, 1): signs would see two coordinates as two lines only.
+    """
+    key = jax.random.fold_in(key, _SKETCH)
+    count = len(basis) * basis[0][0].shape[2 if batched else 1]
+
+    def one(number: jax.Array) -> jax.Array:
+        v = trees.sample(jax.random.fold_in(key, number), layout.structure, _UNIFORM)
+        vector = layout.place(layout.pack(v))
+        products = lambda basis: dots(basis, vector, count)[0]  # noqa: E731
+        return (jax.vmap(products) if batched else products)(basis)
+
+    return jnp.moveaxis(lax.map(one, jnp.arange(SKETCHED)), 0, -1)
+
+
+_compiled = functools.partial(jax.jit, static_argnames=("layout", "batched"))(sketch)
+
+
+def sketches(layout: Layout, basis: Basis, key: jax.Array, *, batched: bool) -> list[np.ndarray]:
+    """The sketch of each probe in flight, in float64 on the host."""
+    found = np.asarray(jax.device_get(_compiled(layout.anonymous(), basis, key, batched=batched)), np.float64)
+    return list(found) if batched else [found]

@@ -19,10 +19,10 @@ from jax import lax
 from spectra.base import trees
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
-from spectra.krylov import panels as _panels
+from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
-from spectra.krylov.orthogonalize import orthogonalize
+from spectra.krylov.step import orthogonalize
 from spectra.operators.base import LinearOperator
 
 WAITING = _basis.SEGMENT
@@ -109,9 +109,9 @@ def _direction(
         return layout.place(layout.pack(trees.sphere_sample(key, layout.structure)))
 
     q = lax.cond(random, drawn, lambda: _basis.take(state.waiting, slot))
-    q = trees.scale(1 / _positive(_panels.norm(q)), q)
+    q = trees.scale(1 / _positive(step.norm(q)), q)
     q = orthogonalize(state.basis, q, state.filled)[0]
-    return trees.scale(1 / _positive(_panels.norm(q)), q)
+    return trees.scale(1 / _positive(step.norm(q)), q)
 
 
 @partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
@@ -128,7 +128,7 @@ def _absorb(
     w = trees.scale(1 / unit, w)
     row, filled = state.filled, state.filled + 1
     basis = _basis.put(state.basis, row, q)
-    form = _panels.vdot(q, w)
+    form = step.vdot(q, w)
     w = trees.axpy(-form, q, w)
     w, outside, _, column, _ = orthogonalize(basis, w, filled)
     form = form + column[row]

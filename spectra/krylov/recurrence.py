@@ -21,7 +21,6 @@ from spectra.base import trees
 from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
-from spectra.krylov import panels as _panels
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
@@ -54,7 +53,7 @@ def init(layout: Layout, v0: PyTree, num_steps: int, *, keep_basis: bool = True)
     """The state before the first step, from any non-zero start vector."""
     start = layout.pack(v0)
     dtype = jnp.result_type(*start)
-    size = _panels.norm(start)
+    size = step.norm(start)
     state = LanczosState(
         basis=_basis.zeros(layout, num_steps) if keep_basis else (),
         current=trees.scale(1 / size, start),
@@ -91,7 +90,7 @@ def absorb(i: int | jax.Array, w: Panels, state: LanczosState) -> LanczosState:
     steps of a compiled loop leave T as it is.
     """
     q = state.current
-    unit = _panels.unit_of_step(i == 0, w, state.scale)
+    unit = step.unit_of_step(i == 0, w, state.scale)
     beta_previous = jnp.where(i > 0, state.beta[i - 1], 0) / unit
     rows = _basis.put(state.basis, i, q) if state.basis else ()
     rest = step.remainder(w, q, state.previous, beta_previous, unit, rows, i + 1)
@@ -107,7 +106,7 @@ def absorb(i: int | jax.Array, w: Panels, state: LanczosState) -> LanczosState:
     scale = jnp.maximum(state.scale / unit, jnp.abs(alpha) + beta + beta_previous)
     if not rows:
         # The same of the one row at hand. q_i is orthogonal to it to |H| eps / β_{i-1}: as much is rounding.
-        before = jnp.abs(_panels.vdot(state.previous, rest.vector)) * beta_previous
+        before = jnp.abs(step.vdot(state.previous, rest.vector)) * beta_previous
         asymmetry = jnp.maximum(asymmetry, unit * before / jnp.where(scale > 0, scale, 1))
     size = sum(x.size for x in w)
     current, alive = step.following(rest, scale, size, state.alive)

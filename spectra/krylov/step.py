@@ -11,19 +11,62 @@ subtraction brings in without a pass of its own: squares neither under- nor over
 Two kinds of runs keep books of it. `recurrence` has the coefficients of T alone, and beside rows that may be
 stored in less precision or not at all one vector at hand in full; it runs under `vmap`. `band` has the
 coefficients of a product on all rows, from any of them, which restarts and several start vectors need.
+
+Vectors are panels (see `layout`). A sum over blocks, as at the end of `vdot`, is the one reduction between
+devices; all before is local.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from spectra.base import trees
-from spectra.krylov import panels as _panels
+from spectra.base import arrays, trees
+from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Panels
-from spectra.krylov.orthogonalize import orthogonalize
 from spectra.quadrature.copies import breakdown_factor
+
+REPEAT = 0.1
+"""A second Gram-Schmidt pass follows where the first removed more than this share of what is left."""
+
+
+def vdot(a: Panels, b: Panels) -> jax.Array:
+    """Inner product over all panels, block by block."""
+    return _total(_block_vdot(a, b))
+
+
+def _block_vdot(a: Panels, b: Panels) -> list[jax.Array]:
+    """`vdot` block by block, shape (blocks,) for each panel: what a device computes alone."""
+    inner = [(tuple(range(1, x.ndim)),) * 2 for x in a]
+    return [arrays.contract(x, y, axes, ((0,), (0,))) for x, y, axes in zip(a, b, inner, strict=True)]
+
+
+def _total(blocks: list[jax.Array]) -> jax.Array:
+    dtype = jnp.result_type(*blocks)
+    return sum((jnp.sum(x).astype(dtype) for x in blocks), jnp.zeros((), dtype))
+
+
+def norm(a: Panels) -> jax.Array:
+    """Euclidean norm over all panels, of numbers of any size."""
+    unit = trees.power_of_two(trees.largest(a))
+    a = trees.scale(1 / unit, a)
+    return unit * jnp.sqrt(vdot(a, a))
+
+
+def unit_of_step(first: bool | jax.Array, product: Panels, size: jax.Array) -> jax.Array:
+    """A power of two near |H|, in which a step computes: the largest entry of the first product, then `size`.
+
+    |H| is known once there was a product, so that no later one is read for this.
+    """
+    return lax.cond(
+        first,
+        lambda product: trees.power_of_two(trees.largest(product)),
+        lambda _: trees.power_of_two(size),
+        product,
+    )
 
 
 class Remainder(NamedTuple):
@@ -46,10 +89,17 @@ def remainder(
     rows: Basis,
     filled: jax.Array | int,
 ) -> Remainder:
-    """The product w = H q without its parts along q, `previous` (with coefficient β) and the rows."""
-    w, alpha = _panels.three_terms(w, q, previous, beta, unit)
+    """The product w = H q without its parts along q, `previous` (with coefficient β) and the rows.
+
+    α is taken behind the subtraction of β q_{i-1}. Before it, what q_i has along q_{i-1} by rounding would
+    enter α times β, and pass from step to step: without reorthogonalisation Ritz values were up to ten times
+    as far from eigenvalues (Paige, doi:10.1093/imamat/10.3.373).
+    """
+    w = trees.axpy(-beta, previous, trees.scale(1 / unit, w))
+    alpha = vdot(q, w)
+    w = trees.axpy(-alpha, q, w)
     if not rows:
-        return Remainder(w, jnp.sqrt(_panels.vdot(w, w)), alpha, None, None, None)
+        return Remainder(w, jnp.sqrt(vdot(w, w)), alpha, None, None, None)
     w, norm, first, total, repeated = orthogonalize(rows, w, filled)
     return Remainder(w, norm, alpha, first, total, repeated)
 
@@ -69,3 +119,55 @@ def following(
     alive = going & (rest.norm > breakdown_factor(size) * eps * scale)
     inverse = jnp.where(alive, 1 / jnp.where(alive, rest.norm, 1), 0)
     return [jnp.where(alive, x, 0) for x in trees.scale(inverse, rest.vector)], alive
+
+
+def orthogonalize(
+    basis: Basis, vector: Panels, filled: jax.Array | int
+) -> tuple[Panels, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Make `vector` orthogonal to the first `filled` rows of `basis`, by classical Gram-Schmidt.
+
+    `vector` is in a unit in which its square is a number, see `unit_of_step`.
+
+    Returns the new vector, its norm, the coefficients of the first pass, the sum of the coefficients
+    of all passes, and whether a second one ran. Costs one pass, or two where the first removed a
+    relevant part; a pass, w' = w - QᵀQw, is two reads of the rows.
+
+    |w'|² = |w|² - |Qw|², both from one reduction; it loses no digits where the pass removes little, and
+    where it removes much a second pass follows.
+    """
+    blocks = _basis.block_dots(basis, vector, filled)
+    first, square = _basis.summed(blocks)
+    removed = jnp.vdot(first, first, precision=lax.Precision.HIGHEST)
+    left = jnp.maximum(square - removed, 0)
+    # The derivative is 0 at 0: where a space ends, the norm of what is left says nothing.
+    norm = jnp.where(left > 0, jnp.sqrt(jnp.where(left > 0, left, 1)), 0)
+    vector = _basis.subtract(basis, first, vector, filled)
+    repeat = removed > (REPEAT * norm) ** 2
+    vector, second, square = _second_pass(basis, vector, filled, repeat, blocks)
+    norm = jnp.where(repeat, jnp.sqrt(jnp.where(repeat, square, 1)), norm)
+    return vector, norm, first, first + second, repeat
+
+
+def _second_pass(
+    basis: Basis, vector: Panels, filled: jax.Array | int, wanted: jax.Array, blocks: list[jax.Array]
+) -> tuple[Panels, jax.Array, jax.Array]:
+    """A pass where it is `wanted`: w', the coefficients, else zero, and |w'|², else without a meaning.
+
+    Sums over devices are taken behind the conditionals, in every step: one that contains a reduction between
+    GPUs is decided on the host, which waits for the cards.
+    """
+
+    def where_wanted(fn: Callable[[Panels], Any], vector: Panels, like: list[jax.Array]) -> list[jax.Array]:
+        # The compiler does not look into branches for how a result is split; that it may be one of these, the
+        # sums of the first pass, tells it.
+        found = lax.cond(wanted, fn, lambda _: [jnp.zeros_like(x) for x in like], vector)
+        return [jnp.where(wanted, x, y) for x, y in zip(found, like, strict=True)]
+
+    measured = where_wanted(lambda x: _basis.block_dots(basis, x, filled), vector, blocks)
+    second = jnp.where(wanted, _basis.summed(measured)[0], 0)
+    vector = lax.cond(wanted, lambda x: _basis.subtract(basis, second, x, filled), lambda x: x, vector)
+    # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
+    squares = where_wanted(lambda x: _block_vdot(x, x), vector, [x[:, -1] for x in blocks])
+    # XLA makes no graph of fewer than five kernels between two reductions, and leaves their conditionals to
+    # the host: so there are two conditionals, and the choice is apart from the sum.
+    return vector, second, _total(arrays.barrier(squares))
