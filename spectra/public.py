@@ -32,8 +32,7 @@ from spectra.estimators.population import population
 from spectra.estimators.trace import model_trace, trace
 from spectra.krylov.eigsh import eigsh
 from spectra.krylov.funm import funm
-from spectra.krylov.iteration import LanczosIteration
-from spectra.krylov.lanczos import lanczos
+from spectra.krylov.lanczos import LanczosIteration, lanczos
 from spectra.krylov.plan import plan
 from spectra.krylov.solve import solve
 from spectra.krylov.svds import svds

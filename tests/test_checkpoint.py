@@ -22,7 +22,7 @@ import spectra
 from spectra.density import recorder as module
 from spectra.operators import accumulate
 from spectra.runs import saver
-from spectra.runs.records import Records
+from spectra.runs.saver import Records
 
 KEY = jax.random.key(3)
 OPTIONS = {"key": KEY, "num_steps": 30, "num_probes": 3}

@@ -9,17 +9,13 @@ from typing import Any
 
 import jax
 
-from spectra.base.choices import GROUPINGS
+from spectra.base import GROUPINGS
 from spectra.base.errors import StructureError
 from spectra.base.trees import (
     Static,
     is_array,
-    keep_leaves,
-    lift,
     not_an_array,
     path_str,
-    replace_leaves,
-    replace_static,
 )
 
 PyTree = Any
@@ -173,18 +169,6 @@ def select_parameters(params: PyTree, select: Select | None) -> tuple[PyTree, tu
         raise not_an_array(leaf_paths(params)[chosen[0]], leaves[chosen[0]])
     pairs = zip(leaves, arrays, strict=True)
     return treedef.unflatten([leaf if array else Static(leaf) for leaf, array in pairs]), kept
-
-
-def varying(params: PyTree, selected: tuple[int, ...] | None) -> PyTree:
-    """The parameters that vary, of `select_parameters`; None in place of all others."""
-    return params if selected is None else replace_static(keep_leaves(params, selected), with_value=False)
-
-
-def merged(params: PyTree, selected: tuple[int, ...] | None, variables: PyTree) -> PyTree:
-    """All parameters, with `variables` in the places of those that vary and the rest as constants."""
-    if selected is None:
-        return variables
-    return replace_static(replace_leaves(jax.tree.map(lift, params), selected, variables), with_value=True)
 
 
 def _predicate(select: Select) -> Callable[[str], Any]:

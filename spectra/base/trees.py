@@ -95,6 +95,20 @@ def check_arrays(params: PyTree) -> None:
         raise not_an_array(path_str(path), leaf)
 
 
+def check_alive(tree: PyTree, what: str) -> None:
+    """Raise a `StructureError` for an array whose memory JAX has given to another."""
+    leaves = jax.tree.leaves(tree)
+    dead = [isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted() for x in leaves]
+    if not any(dead):
+        return
+    path, _ = jax.tree.leaves_with_path(tree)[dead.index(True)]
+    raise StructureError(
+        f"{what} '{path_str(path)}' was deleted: it was donated to a compiled function (donate_argnums=), "
+        "which wrote its result in its place. Make the operator from the arrays that the function returned, "
+        "or give the function a copy: jax.tree.map(jnp.copy, params)."
+    )
+
+
 def lift(leaf: jax.Array) -> jax.Array:
     """A constant among the parameters: floats in the working dtype, all else as it is."""
     return leaf.astype(working_dtype(leaf.dtype)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -154,6 +168,18 @@ def replace_leaves(tree: PyTree, indices: tuple[int, ...], kept: PyTree) -> PyTr
     for index, leaf in zip(indices, jax.tree.leaves(kept), strict=True):
         leaves[index] = leaf
     return treedef.unflatten(leaves)
+
+
+def varying(params: PyTree, selected: tuple[int, ...] | None) -> PyTree:
+    """The parameters that vary, of `paths.select_parameters`; None in place of all others."""
+    return params if selected is None else replace_static(keep_leaves(params, selected), with_value=False)
+
+
+def merged(params: PyTree, selected: tuple[int, ...] | None, variables: PyTree) -> PyTree:
+    """All parameters, with `variables` in the places of those that vary and the rest as constants."""
+    if selected is None:
+        return variables
+    return replace_static(replace_leaves(jax.tree.map(lift, params), selected, variables), with_value=True)
 
 
 def has_values(tree: PyTree) -> bool:
@@ -276,32 +302,26 @@ def length(tree: PyTree) -> float:
 
 def sphere_sample(key: jax.Array, structure: PyTree) -> PyTree:
     """A vector drawn uniformly from the unit sphere."""
-    leaves, treedef = jax.tree.flatten(structure)
-    return treedef.unflatten(_sphere_samples(key, _kinds(leaves)))
+    return sample(key, structure, jax.random.normal, unit=True)
 
 
-@functools.partial(jax.jit, static_argnames="shapes")
-def _sphere_samples(key: jax.Array, shapes: Kinds) -> list[jax.Array]:
-    draw = _samples(key, shapes, jax.random.normal)
-    return scale(1 / norm(draw), draw)
-
-
-def sample(key: jax.Array, structure: PyTree, distribution: Callable[..., jax.Array]) -> PyTree:
-    """A vector whose leaf i is distribution(fold_in(key, i), shape, dtype).
+def sample(
+    key: jax.Array, structure: PyTree, distribution: Callable[..., jax.Array], *, unit: bool = False
+) -> PyTree:
+    """A vector whose leaf i is distribution(fold_in(key, i), shape, dtype); with `unit` of length one.
 
     JAX's generator does not depend on the sharding, so the same key gives the same vector on any number
     of devices.
     """
     leaves, treedef = jax.tree.flatten(structure)
-    return treedef.unflatten(_samples(key, _kinds(leaves), distribution))
+    kinds = tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)
+    return treedef.unflatten(_samples(key, kinds, distribution, unit))
 
 
-def _kinds(leaves: list[Any]) -> Kinds:
-    return tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)
-
-
-@functools.partial(jax.jit, static_argnames=("shapes", "distribution"))
-def _samples(key: jax.Array, shapes: Kinds, distribution: Callable[..., jax.Array]) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnames=("kinds", "distribution", "unit"))
+def _samples(
+    key: jax.Array, kinds: Kinds, distribution: Callable[..., jax.Array], unit: bool
+) -> list[jax.Array]:
     """One array for each shape and dtype.
 
     XLA takes 0.5 s to compile a draw of numbers in a row on a CPU and 3 s for the kernel of a convolution,
@@ -309,11 +329,11 @@ def _samples(key: jax.Array, shapes: Kinds, distribution: Callable[..., jax.Arra
     own shape. Of several devices each would draw all of a row; there a leaf is drawn as it is.
     """
 
-    def draw(i: int, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    drawn: list[jax.Array] = []
+    for i, (shape, dtype) in enumerate(kinds):
         row = (math.prod(shape),) if jax.device_count() == 1 else shape
-        return distribution(jax.random.fold_in(key, i), row, dtype).reshape(shape)
-
-    return [draw(i, *shape) for i, shape in enumerate(shapes)]
+        drawn.append(distribution(jax.random.fold_in(key, i), row, dtype).reshape(shape))
+    return scale(1 / norm(drawn), drawn) if unit else drawn
 
 
 def cheap_signs(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:

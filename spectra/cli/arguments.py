@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from spectra.base.choices import GROUPINGS, OPERATORS, PLACES
+from spectra.base import GROUPINGS, OPERATORS, PLACES
 
 
 def _one_of(*names: str) -> Callable[[str | None], str | None]:

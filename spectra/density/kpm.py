@@ -21,8 +21,7 @@ from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.rules import dense
 from spectra.results import Moments
 from spectra.runs.checkpoint import Checkpoint
-from spectra.runs.journal import Journal
-from spectra.runs.watch import watched
+from spectra.runs.watch import Journal, watched
 
 BOUND_STEPS = 24
 """Lanczos steps that find the ends of the spectrum."""

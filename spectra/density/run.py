@@ -93,7 +93,10 @@ class ProbeRun:
         batched = len(probes) > 1
         if num_steps == 1 < self.size and not self.rows:
             self._require_symmetric()
-        state, done = self._begin(probes, num_steps, batched)
+        state, done = self._fresh(probes, num_steps, batched), 0
+        if self.recorder is not None:
+            state, done = self.recorder.restore(probes, state)
+            self.bar.update(done * len(probes))
         while done < num_steps:
             # Chunks of any length end where the longest do: there alone is it asked whether to stop.
             goal = min((done // recurrence.CHUNK + 1) * recurrence.CHUNK, num_steps)
@@ -130,15 +133,17 @@ class ProbeRun:
         if self.keep_last:
             self.last = state
         if state.basis:
-            for row, found in zip(rows, self._sketches(state, batched), strict=True):
-                row["sketch"] = found[:done]
+            with self._at_home():
+                found = sketches(self.layout, state.basis, self.key, batched=batched)
+            for row, sketch in zip(rows, found, strict=True):
+                row["sketch"] = sketch[:done]
         self.rows += rows
         if self.recorder is not None:
             self.recorder.finished(probes, rows)
 
-    def _sketches(self, state: LanczosState, batched: bool) -> list[np.ndarray]:
-        with jax.default_device(self.home) if self.home else contextlib.nullcontext():
-            return sketches(self.layout, state.basis, self.key, batched=batched)
+    def _at_home(self) -> Any:
+        """Where the basis lives."""
+        return jax.default_device(self.home) if self.home else contextlib.nullcontext()
 
     def _recorded(
         self, probe: int, num_steps: int, stop_when: Callable[[Quadrature], bool] | None
@@ -180,21 +185,12 @@ class ProbeRun:
     def _fresh(self, probes: range, num_steps: int, batched: bool) -> LanczosState:
         """The state before the first step."""
         indices = np.asarray(probes if batched else probes[0], np.int32)
-        with jax.default_device(self.home) if self.home else contextlib.nullcontext():
+        with self._at_home():
             layout, keep = self.layout.anonymous(), self.keep_basis
             state = _start(layout, self.key, indices, num_steps, batched, keep)
         if self.known is None:
             return state
         return deflation.project_start(self.layout, self.known, state, batched)
-
-    def _begin(self, probes: range, num_steps: int, batched: bool) -> tuple[LanczosState, int]:
-        """A fresh state, or the one that was saved, and the steps done."""
-        state = self._fresh(probes, num_steps, batched)
-        if self.recorder is None:
-            return state, 0
-        state, done = self.recorder.restore(probes, state)
-        self.bar.update(done * len(probes))
-        return state, done
 
     def result(self, status: Status | None = None) -> Quadrature:
         """The quadratures of all probes done."""
@@ -261,18 +257,17 @@ def _start(
     options: dict[str, Any] = {"num_steps": num_steps, "batched": batched, "keep_basis": keep_basis}
     if layout.mesh is not None:
         return _drawn_states(layout, key, indices, **options)
-    return _states(layout, _draws(layout, key, indices, batched), **options)
+    draw = _draw_several if batched else _draw
+    return _states(layout, draw(layout, key, indices), **options)
 
 
-def _draws(layout: Layout, key: jax.Array, indices: Any, batched: bool) -> PyTree:
-    if batched:
-        return _drawn_together(layout, key, indices)
-    return trees.sphere_sample(jax.random.fold_in(key, indices), layout.structure)
+def _draw(layout: Layout, key: jax.Array, index: Any) -> PyTree:
+    return trees.sphere_sample(jax.random.fold_in(key, index), layout.structure)
 
 
 @partial(jax.jit, static_argnames="layout")
-def _drawn_together(layout: Layout, key: jax.Array, indices: jax.Array) -> PyTree:
-    return jax.vmap(lambda index: _draws(layout, key, index, False))(indices)
+def _draw_several(layout: Layout, key: jax.Array, indices: jax.Array) -> PyTree:
+    return jax.vmap(partial(_draw, layout, key))(indices)
 
 
 @partial(jax.jit, static_argnames=("layout", "num_steps", "batched", "keep_basis"))
@@ -286,7 +281,7 @@ def _drawn_states(
     layout: Layout, key: jax.Array, indices: arrays.Indices, num_steps: int, batched: bool, keep_basis: bool
 ) -> LanczosState:
     def one(index: arrays.Indices) -> LanczosState:
-        return recurrence.init(layout, _draws(layout, key, index, False), num_steps, keep_basis=keep_basis)
+        return recurrence.init(layout, _draw(layout, key, index), num_steps, keep_basis=keep_basis)
 
     return (jax.vmap(one) if batched else one)(indices)
 

@@ -20,7 +20,7 @@ from spectra.krylov.plan import VECTORS, choose_batch
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Estimate, format_bytes
-from spectra.runs.journal import Journal
+from spectra.runs.watch import Journal
 
 Array = Any
 MIN_PROBES = 16

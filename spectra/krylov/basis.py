@@ -47,7 +47,7 @@ at n = 1e6)."""
 PORTIONS = 64
 """In which rows are combined: enough that two of them are little memory beside the basis, and few kernels."""
 SKETCHED = 8
-"""Random vectors of a sketch: a right angle between two unit vectors looks like one below 0.05 once in 1e7."""
+"""Random vectors of a sketch: a right angle between unit vectors looks like one below 0.05 once in 10^7."""
 _SKETCH = 2**31 - 1  # of their key; no probe reaches it
 _UNIFORM = functools.partial(jax.random.uniform, minval=-1, maxval=1)
 
@@ -345,7 +345,10 @@ def sketch(layout: Layout, basis: Basis, key: jax.Array, *, batched: bool = Fals
     def one(number: jax.Array) -> jax.Array:
         v = trees.sample(jax.random.fold_in(key, number), layout.structure, _UNIFORM)
         vector = layout.place(layout.pack(v))
-        products = lambda basis: dots(basis, vector, count)[0]  # noqa: E731
+
+        def products(basis: Basis) -> jax.Array:
+            return dots(basis, vector, count)[0]
+
         return (jax.vmap(products) if batched else products)(basis)
 
     return jnp.moveaxis(lax.map(one, jnp.arange(SKETCHED)), 0, -1)

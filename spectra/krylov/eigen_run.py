@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import stacks, trees
-from spectra.base.errors import SpectraError, Status
+from spectra.base.errors import Status
 from spectra.base.progress import Progress
 from spectra.base.trees import PyTree
 from spectra.krylov import storage, wanted
 from spectra.krylov import wanted as missing
 from spectra.krylov.band import Band
 from spectra.krylov.layout import Layout
+from spectra.krylov.recurrence import check_start
 from spectra.operators.base import LinearOperator
 from spectra.results import Eigenpairs
 from spectra.runs import saver as _saver
@@ -94,9 +95,7 @@ class EigenRun:
             self.band.append(vector, locked=True)
         if v0 is not None:
             v0 = op.as_vector(v0, "v0")
-            size = trees.length(v0)
-            if not np.isfinite(size) or size == 0:
-                raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
+            check_start(v0)
             self.band.append(v0)
         while len(self.band.pending) < block_size:
             self.append_random()

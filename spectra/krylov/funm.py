@@ -13,8 +13,7 @@ from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
-from spectra.krylov import function_error
-from spectra.krylov.function_range import (
+from spectra.krylov.function_bounds import (
     Named,
     Range,
     eigh,
@@ -22,6 +21,8 @@ from spectra.krylov.function_range import (
     inside,
     named_function,
     on_reals,
+    rounding,
+    truncation,
     undefined,
 )
 from spectra.krylov.lanczos import lanczos
@@ -51,7 +52,7 @@ def funm(
     """Compute f(H) v by Lanczos, with a bound on the error.
 
     The value is |v| Q f(T) e_1 after m steps from v, exact for polynomials of degree m - 1. The error is |v|
-    β g(H) q with a known function g (`spectra.krylov.function_error`), so it is at most |v| β max |g| over
+    β g(H) q with a known function g (`spectra.krylov.function_bounds`), so it is at most |v| β max |g| over
     the spectrum; steps are taken until that is below tol |value|.
 
     **What the bound rests on.** It needs a set that contains the spectrum. With both ends in `bounds` it is
@@ -165,10 +166,10 @@ def _one(
         norm = float(np.linalg.norm(coefficients))
         last = 0.0 if ended is not None else float(beta[length - 1])
         intervals = extended(known.intervals, theta)
-        error = function_error.truncation(f, theta, vectors, last, intervals)
+        error = truncation(f, theta, vectors, last, intervals)
         if ended is not None or error <= tol * norm or stop == steps:
             break
-    moved = function_error.rounding(f, intervals, noise * known.norm) + noise * norm
+    moved = rounding(f, intervals, noise * known.norm) + noise * norm
     status = Status.INVARIANT if ended is not None else Status.CONVERGED
     if ended is None and error > tol * norm:
         status = Status.BUDGET_EXHAUSTED

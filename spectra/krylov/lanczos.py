@@ -1,17 +1,29 @@
-"""Tridiagonal reduction for callers: one start vector, traced or driven in chunks from the host."""
+"""Tridiagonal reduction from one start vector: as one call, and step by step for iterations of one's own."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
-from spectra.krylov.layout import Layout
-from spectra.krylov.recurrence import CHUNK, LanczosState, advance, check_steps, init, run
+from spectra.krylov.layout import Layout, Panels
+from spectra.krylov.recurrence import (
+    CHUNK,
+    LanczosState,
+    absorb,
+    advance,
+    check,
+    check_start,
+    check_steps,
+    init,
+    run,
+)
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.copies import invariant_length
@@ -70,9 +82,7 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
         op = op.prepare()
         state = run(op, layout, init(layout, v0, num_steps, keep_basis=keep), 0, num_steps)
         return finished(state, layout, Status.TRACED)
-    size = trees.length(v0)
-    if not np.isfinite(size) or size == 0:
-        raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
+    check_start(v0)
     op, state = outside_loops(op.prepare()), _init(layout, v0, num_steps, keep_basis=keep)
     for start in range(0, num_steps, CHUNK):
         stop = min(start + CHUNK, num_steps)
@@ -119,3 +129,148 @@ def _numbers(
     beta: jax.Array, length: jax.Array, asymmetry: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     return beta[:-1], beta[length - 1], asymmetry / jnp.where(scale > 0, scale, 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """A run of `LanczosIteration` so far; a pytree of arrays."""
+
+    lanczos: LanczosState
+    done: jax.Array  # (), steps
+
+    @property
+    def alpha(self) -> jax.Array:
+        """The diagonal of T, (num_steps,); zeros behind the steps done."""
+        return self.lanczos.alpha
+
+    @property
+    def beta(self) -> jax.Array:
+        """|r_i| behind step i, (num_steps,): all but the last one done are off the diagonal of T."""
+        return self.lanczos.beta
+
+    @property
+    def alive(self) -> jax.Array:
+        """Whether there is a next vector: False where the space is invariant."""
+        return self.lanczos.alive
+
+
+class LanczosIteration:
+    """Lanczos as pure functions `init`, `step` and `finish`, from which to build your own iteration.
+
+    `lanczos`, `slq` and `funm` run the same step. Each state is a pytree: `step` works under `jit`, in
+    `lax.while_loop` and `lax.scan`, under `vmap` over start vectors, and in a Python loop that inspects
+    `alpha` and `beta` between products, computes products elsewhere (`vector` and `absorb`), or saves the
+    state.
+
+    Args:
+        op: a symmetric operator that defines the structure of vectors; `step` may be called with another
+            operator of the same structure.
+        num_steps: maximum number of steps, from 1 to n.
+        reorthogonalize: "full" keeps a basis of num_steps vectors; "none" is the bare recurrence.
+
+    Raises:
+        SpectraError: an argument is out of range.
+
+    Cost: a product and two reads of the basis per step. Outside `jit` a step also copies the basis, which a
+    compiled loop updates in place.
+
+    References:
+        Parlett, The Symmetric Eigenvalue Problem, doi:10.1137/1.9781611971163, ch. 13.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, spectra
+        >>> op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0, 4.0, 8.0])))
+        >>> iteration = spectra.LanczosIteration(op, num_steps=3)
+        >>> state = iteration.init(jnp.ones(4))
+        >>> state = iteration.step(op, state)
+        >>> float(state.alpha[0])  # the mean of the eigenvalues that a vector of ones sees
+        3.75
+        >>> state = jax.lax.fori_loop(1, 3, lambda _, state: iteration.step(op, state), state)
+        >>> int(iteration.finish(op, state).length)
+        3
+    """
+
+    def __init__(self, op: LinearOperator, num_steps: int, *, reorthogonalize: str = "full"):
+        require_operator(op)
+        check_steps(num_steps, op.size)
+        if reorthogonalize not in ("full", "none"):
+            raise SpectraError(f"reorthogonalize={reorthogonalize!r}: use 'full' or 'none'.")
+        self.num_steps, self.keeps_basis = num_steps, reorthogonalize == "full"
+        self._layout = Layout.leafwise(op.structure) if trees.is_traced(op) else Layout.of(op.like)
+
+    def init(self, v0: PyTree) -> Steps:
+        """The state before the first step.
+
+        Args:
+            v0: start vector, a pytree like the operator's vectors; need not be normalised.
+
+        Raises:
+            StructureError: v0 is no such vector.
+            SpectraError: v0 is zero or not finite.
+        """
+        structure = self._layout.structure
+        trees.check_structure(v0, structure, "v0")
+        v0 = trees.cast_like(v0, structure)
+        if not trees.is_traced(v0):
+            check_start(v0)
+        state = _init(self._layout, v0, self.num_steps, keep_basis=self.keeps_basis)
+        return Steps(state, jnp.zeros((), jnp.int32))
+
+    def vector(self, state: Steps) -> PyTree:
+        """q_i, of length one: what the next product is taken of. Zero behind a breakdown."""
+        return _vector(self._layout, state)
+
+    def absorb(self, state: Steps, product: PyTree) -> Steps:
+        """The state behind the next step, given H q_i. Nothing changes beyond `num_steps`."""
+        trees.check_structure(product, self._layout.structure, "the product")
+        return _absorb(self._layout, state, product)
+
+    def step(self, op: LinearOperator, state: Steps) -> Steps:
+        """The state behind the next step: one product with the operator."""
+        if op.on_host:
+            return self.absorb(state, op.mv(self.vector(state)))
+        return _step(self._layout, op, state)
+
+    def finish(self, op: LinearOperator, state: Steps) -> Tridiagonal:
+        """The reduction that the steps so far amount to; `Tridiagonal` as that of `lanczos`.
+
+        Raises:
+            NonFiniteError: a product was NaN or infinite; not inside `jit`.
+            NotSymmetricError: the operator is not symmetric; not inside `jit`.
+            SpectraError: there was no step; not inside `jit`.
+        """
+        found, traced = state.lanczos, trees.is_traced(state)
+        if not traced:
+            if not int(state.done):
+                raise SpectraError("no step was taken: call step, or absorb, before finish.")
+            check(op, found, int(state.done), self._layout.row_precision)
+        result = finished(found, self._layout, _status(state, traced))
+        # Behind the last step there is a residual, and no row of T.
+        within = jnp.arange(self.num_steps - 1) < result.length - 1
+        return dataclasses.replace(result, beta=jnp.where(within, result.beta, 0))
+
+
+def _status(state: Steps, traced: bool) -> Status:
+    if traced:
+        return Status.TRACED
+    return Status.COMPLETE if state.alive else Status.INVARIANT
+
+
+@partial(jax.jit, static_argnames="layout")
+def _vector(layout: Layout, state: Steps) -> PyTree:
+    return layout.unpack(state.lanczos.current)
+
+
+@partial(jax.jit, static_argnames="layout")
+def _absorb(layout: Layout, state: Steps, product: PyTree) -> Steps:
+    def one(state: Steps, w: Panels) -> Steps:
+        return Steps(absorb(state.done, w, state.lanczos), state.done + 1)
+
+    room = state.done < state.alpha.shape[0]
+    return lax.cond(room, one, lambda state, _: state, state, layout.pack(product))
+
+
+@partial(jax.jit, static_argnames="layout")
+def _step(layout: Layout, op: LinearOperator, state: Steps) -> Steps:
+    return _absorb(layout, state, op.mv(layout.unpack(state.lanczos.current)))

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,11 @@ class Panel:
     axes: Axes
 
     @property
+    def spec(self) -> PartitionSpec:
+        """How its first axis is split."""
+        return PartitionSpec(self.axes) if self.axes else PartitionSpec()
+
+    @property
     def leaves(self) -> list[int]:
         """Indices of the leaves, in the order in which they are packed."""
         return [i for _, leaves in self.parts for i in leaves]
@@ -67,6 +72,7 @@ class Layout:
             SpectraError: `spread` where there is no mesh of several devices.
         """
         leaves, mesh = jax.tree.leaves(like), meshes.mesh_of(like)
+        shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
         bare = cls.leafwise(trees.vector_structure(like))
         everything = tuple(range(len(leaves)))
         if any(isinstance(leaf, Tracer) for leaf in leaves):
@@ -78,10 +84,10 @@ class Layout:
             )
         row_dtype = None if row_dtype is None else jnp.dtype(row_dtype)
         if mesh is None:
-            whole = all(map(_is_whole, leaves))
+            whole = all(sharding is None or sharding.is_fully_replicated for sharding in shardings)
             packed = (Panel((((), everything),), ()),) if whole else ()
             return dataclasses.replace(bare, packed=packed, row_dtype=row_dtype)
-        specs = tuple(map(_spec, leaves))
+        specs = tuple(s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings)
         names = tuple(name for name in mesh.axis_names if mesh.shape[name] > 1)
         parts: dict[Axes, tuple[int, ...]] = {}
         for i, spec in enumerate(specs):
@@ -117,7 +123,7 @@ class Layout:
             return [jax.ShapeDtypeStruct(s if len(s) > 1 else (1, math.prod(s)), d) for s, d in pairs]
         shapes: list[jax.ShapeDtypeStruct] = []
         for panel in self.packed:
-            blocks, *block = self._tile(panel)
+            (blocks, *block), _ = self._cut(panel)
             dtype = jnp.result_type(*(self.dtypes[i] for i in panel.leaves))
             shapes.append(jax.ShapeDtypeStruct((self._count(panel.axes) * blocks, *block), dtype))
         return shapes
@@ -125,7 +131,7 @@ class Layout:
     @property
     def panel_specs(self) -> list[PartitionSpec]:
         """How the first axis of each panel is split."""
-        return [_first(panel.axes) for panel in self.packed] or [PartitionSpec()] * len(self.shapes)
+        return [panel.spec for panel in self.packed] or [PartitionSpec()] * len(self.shapes)
 
     @property
     def row_precision(self) -> float:
@@ -144,12 +150,11 @@ class Layout:
         if not self.packed:
             pairs = zip(leaves, self.panels, strict=True)
             return [leaf.reshape(panel.shape).astype(panel.dtype) for leaf, panel in pairs]
-        return [
-            self.locally(partial(self._pack, panel), self._leaf_specs(panel), _first(panel.axes))(
-                [leaves[i] for i in panel.leaves]
-            )
-            for panel in self.packed
-        ]
+        packed: Panels = []
+        for panel in self.packed:
+            pack = self.locally(partial(self._pack, panel), self._leaf_specs(panel), panel.spec)
+            packed.append(pack([leaves[i] for i in panel.leaves]))
+        return packed
 
     def unpack(self, panels: Panels) -> PyTree:
         """The pytree of a vector given as panels."""
@@ -158,7 +163,7 @@ class Layout:
             return self.treedef.unflatten([panel.reshape(shape) for panel, shape in pairs])
         leaves: list[Any] = [None] * len(self.shapes)
         for panel, array in zip(self.packed, panels, strict=True):
-            read = self.locally(partial(self._unpack, panel), _first(panel.axes), self._leaf_specs(panel))
+            read = self.locally(partial(self._unpack, panel), panel.spec, self._leaf_specs(panel))
             for i, leaf in zip(panel.leaves, read(array), strict=True):
                 leaves[i] = leaf
         return self.treedef.unflatten(leaves)
@@ -189,63 +194,52 @@ class Layout:
     def _leaf_specs(self, panel: Panel) -> list[PartitionSpec]:
         return [self.specs[i] for i in panel.leaves] if self.mesh is not None else []
 
-    def _held(self, leaf: int) -> tuple[int, ...]:
-        """Shape of what one device holds of a leaf."""
-        if self.mesh is None:
-            return self.shapes[leaf]
-        return NamedSharding(self.mesh, self.specs[leaf]).shard_shape(self.shapes[leaf])
-
-    def _shares(self, panel: Panel) -> list[tuple[Axes, int]]:
-        """For each part of a panel the axes over which it is spread, and the numbers a device keeps."""
-        shares: list[tuple[Axes, int]] = []
+    def _cut(self, panel: Panel) -> tuple[tuple[int, ...], list["_Part"]]:
+        """On one device the shape of a panel, blocks first, and what it is made of."""
+        parts: list[_Part] = []
         for own, leaves in panel.parts:
+            shapes = [self.shapes[i] for i in leaves]
+            if self.mesh is not None:
+                shapes = [NamedSharding(self.mesh, self.specs[i]).shard_shape(self.shapes[i]) for i in leaves]
             axes = tuple(name for name in panel.axes if name not in own)
-            size = sum(math.prod(self._held(i)) for i in leaves)
-            shares.append((axes, -(-size // self._count(axes))))
-        return shares
-
-    def _tile(self, panel: Panel) -> tuple[int, ...]:
-        """Blocks of a panel on one device, and the shape of a block."""
-        size = sum(share for _, share in self._shares(panel))
+            share = -(-sum(map(math.prod, shapes)) // self._count(axes))
+            held = [jax.ShapeDtypeStruct(s, self.dtypes[i]) for s, i in zip(shapes, leaves, strict=True)]
+            parts.append(_Part(held, axes, share))
+        size = sum(part.share for part in parts)
         blocks = max(1, -(-size // BLOCK))
         width = -(-size // blocks)
-        return (blocks, -(-width // LANES), LANES) if blocks > 1 else (blocks, width)
+        return (blocks, -(-width // LANES), LANES) if blocks > 1 else (blocks, width), parts
 
     def _pack(self, panel: Panel, leaves: list[jax.Array]) -> jax.Array:
         dtype, rest = jnp.result_type(*(self.dtypes[i] for i in panel.leaves)), iter(leaves)
-        parts: list[jax.Array] = []
-        for (_, indices), (axes, share) in zip(panel.parts, self._shares(panel), strict=True):
-            flat = _concatenate([jnp.ravel(next(rest)).astype(dtype) for _ in indices])
-            if axes:
-                flat = _padded(flat, share * self._count(axes))
-                flat = lax.dynamic_slice_in_dim(flat, lax.axis_index(axes) * share, share)
-            parts.append(flat)
-        tile = self._tile(panel)
-        return _padded(_concatenate(parts), math.prod(tile)).reshape(tile)
+        tile, parts = self._cut(panel)
+        packed: list[jax.Array] = []
+        for part in parts:
+            flat = jnp.concatenate([jnp.ravel(next(rest)).astype(dtype) for _ in part.held])
+            if part.axes:
+                flat = arrays.pad(flat, [(0, part.share * self._count(part.axes) - flat.size)])
+                flat = lax.dynamic_slice_in_dim(flat, lax.axis_index(part.axes) * part.share, part.share)
+            packed.append(flat)
+        flat = jnp.concatenate(packed)
+        return arrays.pad(flat, [(0, math.prod(tile) - flat.size)]).reshape(tile)
 
     def _unpack(self, panel: Panel, array: jax.Array) -> list[jax.Array]:
         flat, start = array.reshape(-1), 0
         leaves: list[jax.Array] = []
-        for (_, indices), (axes, share) in zip(panel.parts, self._shares(panel), strict=True):
-            part, start = flat[start : start + share], start + share
-            if axes:
-                part = lax.all_gather(part, axes, tiled=True)
-            held = [jax.ShapeDtypeStruct(self._held(i), self.dtypes[i]) for i in indices]
-            leaves += trees.unravel(part, held)
+        for part in self._cut(panel)[1]:
+            own, start = flat[start : start + part.share], start + part.share
+            if part.axes:
+                own = lax.all_gather(own, part.axes, tiled=True)
+            leaves += trees.unravel(own, part.held)
         return leaves
 
 
-def _concatenate(parts: list[jax.Array]) -> jax.Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+class _Part(NamedTuple):
+    """Leaves that the same mesh axes split, within a panel on one device."""
 
-
-def _padded(flat: jax.Array, size: int) -> jax.Array:
-    return arrays.pad(flat, [(0, size - flat.size)])
-
-
-def _first(axes: Axes) -> PartitionSpec:
-    """The first axis split over these mesh axes."""
-    return PartitionSpec(axes) if axes else PartitionSpec()
+    held: list[jax.ShapeDtypeStruct]  # what the device has of each leaf
+    axes: Axes  # over which they are spread besides
+    share: int  # numbers that the device keeps
 
 
 def _names(spec: PartitionSpec) -> set[str]:
@@ -255,17 +249,6 @@ def _names(spec: PartitionSpec) -> set[str]:
             cast("tuple[str, ...]", entry) if isinstance(entry, tuple) else () if entry is None else (entry,)
         )
     return names
-
-
-def _spec(leaf: Any) -> PartitionSpec:
-    sharding = getattr(leaf, "sharding", None)
-    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
-
-
-def _is_whole(leaf: Any) -> bool:
-    """Whether every device that has the leaf has all of it."""
-    sharding = getattr(leaf, "sharding", None)
-    return sharding is None or sharding.is_fully_replicated
 
 
 def stacked(op: LinearOperator, b: PyTree, what: str) -> tuple[PyTree, bool, Callable[[PyTree], PyTree]]:

@@ -17,7 +17,7 @@ from spectra.base.trees import PyTree
 from spectra.krylov.linear_state import SHORT_VECTORS, Mode, Problem, State, Verdict, noise_of, norm_of
 from spectra.krylov.linear_step import absorb, start
 from spectra.operators.base import LinearOperator
-from spectra.runs.journal import Journal
+from spectra.runs.watch import Journal
 
 CHUNK = 256
 """Products of one compiled call: how often Ctrl-C is heard."""

@@ -14,7 +14,7 @@ from spectra.base import arrays, host, stacks, trees
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
 from spectra.operators.pytree import operator
-from spectra.runs.journal import Journal
+from spectra.runs.watch import Journal
 
 LEAST, MOST = 16, 256
 """Columns of the first sketch, and of the largest: it doubles until what it leaves is near the shift."""

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spectra.base import host, trees
-from spectra.base.choices import PLACES
+from spectra.base import PLACES, host, trees
 from spectra.base.errors import MemoryLimitError, SpectraError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree

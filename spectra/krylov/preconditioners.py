@@ -14,7 +14,7 @@ from spectra.operators.base import LinearOperator
 from spectra.operators.dense import FunctionOperator
 from spectra.operators.kfac import EKFACOperator, KFACOperator
 from spectra.results import Eigenpairs
-from spectra.runs.journal import Journal
+from spectra.runs.watch import Journal
 
 ERROR_KEY = 41
 UNKNOWN = 0.1

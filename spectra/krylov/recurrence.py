@@ -260,6 +260,13 @@ def check(op: LinearOperator, state: LanczosState, stop: int, row_precision: flo
         )
 
 
+def check_start(v0: PyTree) -> None:
+    """Raise unless a start vector is finite and not zero."""
+    size = trees.length(v0)
+    if not np.isfinite(size) or size == 0:
+        raise SpectraError(f"v0 has norm {size}; pass a finite vector that is not zero.")
+
+
 def check_steps(num_steps: int, size: int) -> None:
     """Raise unless 1 <= num_steps <= n."""
     if not 1 <= num_steps <= size:

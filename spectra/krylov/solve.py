@@ -24,8 +24,7 @@ from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, is_real_scalar, require_operator
 from spectra.results import Solution
 from spectra.runs.checkpoint import Checkpoint
-from spectra.runs.journal import Journal
-from spectra.runs.watch import watched
+from spectra.runs.watch import Journal, watched
 
 METHODS = ("auto", "cg", "minres", "dense")
 DEFAULT_LIMIT = 10_000

@@ -40,8 +40,11 @@ def vdot(a: Panels, b: Panels) -> jax.Array:
 
 def _block_vdot(a: Panels, b: Panels) -> list[jax.Array]:
     """`vdot` block by block, shape (blocks,) for each panel: what a device computes alone."""
-    inner = [(tuple(range(1, x.ndim)),) * 2 for x in a]
-    return [arrays.contract(x, y, axes, ((0,), (0,))) for x, y, axes in zip(a, b, inner, strict=True)]
+    blocks: list[jax.Array] = []
+    for x, y in zip(a, b, strict=True):
+        axes = tuple(range(1, x.ndim))
+        blocks.append(arrays.contract(x, y, (axes, axes), ((0,), (0,))))
+    return blocks
 
 
 def _total(blocks: list[jax.Array]) -> jax.Array:

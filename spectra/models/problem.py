@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from spectra.base.choices import OPERATORS
+from spectra.base import OPERATORS
 from spectra.base.errors import SpectraError
 from spectra.distributed import shard_data, shard_params
 from spectra.operators.base import LinearOperator

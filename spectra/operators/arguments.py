@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import paths, trees
@@ -59,20 +58,6 @@ def check_functions(functions: Mapping[str, Any]) -> None:
     for name, function in functions.items():
         if name.endswith("_fn") and function is not None and not callable(function):
             raise StructureError(f"{name} is a {type(function).__name__}; pass a function.")
-
-
-def check_scalar(value: Any, name: str) -> jax.Array:
-    """`value` if it is one real number; raises otherwise."""
-    if not jax.tree_util.all_leaves((value,)):
-        kind = type(value).__name__
-    elif jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        kind = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
-    else:
-        return value
-    raise StructureError(
-        f"{name} returned {kind}; it must return one real number, the mean over the batch (without "
-        "auxiliary outputs)."
-    )
 
 
 def explain_non_finite(op: Any) -> str:

@@ -14,7 +14,6 @@ from jax.typing import ArrayLike
 from spectra.base import host, meshes, paths, trees
 from spectra.base.errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
 from spectra.base.trees import PyTree
-from spectra.operators.batches import check_alive
 from spectra.operators.pytree import Field, register
 from spectra.operators.pytree import operator as operator
 from spectra.results import format_bytes
@@ -189,7 +188,7 @@ class LinearOperator(abc.ABC):
         H V for a matrix of shape (n, k), whose columns are flat vectors. The product with another operator is
         an operator, for matrices that are symmetric: A B A, or A B where they commute.
         """
-        require_alive(self)
+        trees.check_alive(self, "the operator's leaf")
         if isinstance(v, LinearOperator):
             return call("product", (self, v))
         if not trees.is_traced((self, v)):
@@ -386,16 +385,7 @@ def require_operator(op: Any) -> None:
             f"op is a {name}, not a LinearOperator; wrap a matrix in MatrixOperator, a "
             "function of a vector in FunctionOperator, a loss in HessianOperator."
         )
-    require_alive(op)
-
-
-def require_alive(op: LinearOperator) -> None:
-    """Raise a helpful error where an array of the operator has been deleted.
-
-    Raises:
-        StructureError: it was donated to a compiled function, or deleted; the message names it.
-    """
-    check_alive(op, "the operator's leaf")
+    trees.check_alive(op, "the operator's leaf")
 
 
 def is_real_scalar(x: Any) -> bool:

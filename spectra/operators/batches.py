@@ -11,12 +11,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from spectra.base import paths as _paths
 from spectra.base.errors import DataError, StructureError
 from spectra.base.meshes import on_automatic_axes
-from spectra.base.trees import PyTree, path_str
+from spectra.base.trees import PyTree, check_alive, path_str
 
 Shared = _paths.Select | tuple[_paths.Select, ...] | list[str] | None
 
@@ -58,23 +57,6 @@ def to_numpy(value: Any) -> np.ndarray:
             return value.view(int16).numpy().view("bfloat16")
         return value.numpy()
     return np.asarray(value)
-
-
-def check_alive(tree: PyTree, what: str) -> None:
-    """Raise a `StructureError` for an array whose memory JAX has given to another."""
-    if not any(_is_deleted(leaf) for leaf in jax.tree.leaves(tree)):
-        return
-    leaves = jax.tree.leaves_with_path(tree)
-    path = next(path for path, leaf in leaves if _is_deleted(leaf))
-    raise StructureError(
-        f"{what} '{path_str(path)}' was deleted: it was donated to a compiled function (donate_argnums=), "
-        "which wrote its result in its place. Make the operator from the arrays that the function returned, "
-        "or give the function a copy: jax.tree.map(jnp.copy, params)."
-    )
-
-
-def _is_deleted(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
 
 
 def as_batch(batch: PyTree, where: str = "data") -> PyTree:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from spectra.base import trees
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
-from spectra.operators.arguments import DataOptions, check_scalar
+from spectra.operators.arguments import DataOptions
 from spectra.operators.batches import batch_size, owned_leaves, replace_owned
 from spectra.operators.data import DataOperator, shows_options
 from spectra.operators.pytree import operator
@@ -80,7 +80,7 @@ class GradientCovarianceOperator(DataOperator):
 
     def mv(self, v: PyTree) -> PyTree:
         """C v, or C v - ḡ (ḡᵀ v)."""
-        v = self._cast(v)
+        v = trees.cast_like(v, self.structure)
         product = super().mv(v)
         return product if self.mean is None else self._center(product, v)
 
@@ -88,7 +88,7 @@ class GradientCovarianceOperator(DataOperator):
         """The same for a stack of vectors."""
         results = super().mv_batch(vectors)
         done = self.mean is None or self.stream is None  # without a stream `mv` itself has centred them
-        return results if done else jax.vmap(self._center)(results, self._cast(vectors))
+        return results if done else jax.vmap(self._center)(results, trees.cast_like(vectors, self.structure))
 
     def _center(self, product: PyTree, v: PyTree) -> PyTree:
         return trees.axpy(-trees.vdot(self.mean, v), self.mean, product)
@@ -106,7 +106,7 @@ class GradientCovarianceOperator(DataOperator):
             yield weight, piece._with(mean=None)  # the mean over all pieces is taken out at the end
 
     def _value(self, params: PyTree, piece: PyTree) -> jax.Array:
-        return check_scalar(self.loss_fn(params, piece), "loss_fn")
+        return differentiate.check_scalar(self.loss_fn(params, piece), "loss_fn")
 
     def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
         weights, owned, one = self._examples(piece)

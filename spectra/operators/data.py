@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import jax
@@ -31,8 +32,8 @@ from spectra.operators.arguments import (
     open_data,
     require_call,
 )
-from spectra.operators.base import LinearOperator, product, product_batch, require_alive
-from spectra.operators.batches import Shared, batch_size, check_alive, rows, shared_leaves
+from spectra.operators.base import LinearOperator, product, product_batch
+from spectra.operators.batches import Shared, batch_size, rows, shared_leaves
 from spectra.operators.differentiate import resolve_mode
 from spectra.operators.jaxprs import Rounding, coarsest_rounding, rematerialises, scanned_inputs
 from spectra.operators.means import require_mean
@@ -108,7 +109,7 @@ class DataOperator(LinearOperator):
         """Check the arguments and set all fields; `functions` are the subclass's own."""
         check_options(mode, microbatch, linearize, matmul_precision)
         check_functions(functions)
-        check_alive(params, "parameter leaf")
+        trees.check_alive(params, "parameter leaf")
         params, selected = _paths.select_parameters(params, wrt)
         self._set(
             params=on_automatic_axes(params),
@@ -158,7 +159,7 @@ class DataOperator(LinearOperator):
     @property
     def like(self) -> PyTree:
         """The parameters that vary; None in place of all others."""
-        return _paths.varying(self.params, self.selected)
+        return trees.varying(self.params, self.selected)
 
     @property
     def on_host(self) -> bool:
@@ -225,7 +226,7 @@ class DataOperator(LinearOperator):
     @automatic
     def loss(self) -> jax.Array:
         """The mean loss over all data at the parameters."""
-        require_alive(self)
+        trees.check_alive(self, "the operator's leaf")
         if self.stream is None:
             return differentiate.loss(self)
         return weighted_sum(differentiate.loss, self._pieces())
@@ -233,7 +234,7 @@ class DataOperator(LinearOperator):
     @automatic
     def gradient(self) -> PyTree:
         """The gradient of the mean loss, in the working dtypes."""
-        require_alive(self)
+        trees.check_alive(self, "the operator's leaf")
         if self.stream is None:
             return differentiate.gradient(self)
         return weighted_sum(differentiate.gradient, self._pieces())
@@ -243,7 +244,7 @@ class DataOperator(LinearOperator):
 
         `v` may be of another floating dtype than the operator's vectors, that of half-precision parameters.
         """
-        v = self._cast(v)
+        v = trees.cast_like(v, self.structure)
         if self.stream is not None:
             if trees.is_traced(v):
                 raise SpectraError(
@@ -252,7 +253,7 @@ class DataOperator(LinearOperator):
                 )
             return weighted_sum(lambda piece: product(piece, v), self._pieces())
         variables = self._variables()
-        return self._mean(lambda piece: self._piece_product(variables, piece, v))
+        return self._mean(partial(self._piece_product, variables, v=v))
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """Products with a stack of vectors, sharing each pass over streamed data."""
@@ -284,7 +285,7 @@ class DataOperator(LinearOperator):
 
     def prepared_bytes(self) -> int:
         """Bytes of the saved values, from shapes alone; parameters and data are not counted twice."""
-        return self._bytes_to_save() or 0
+        return differentiate.saved_bytes(self) if self.linearized else 0
 
     def recomputed_bytes(self) -> int | None:
         """Bytes of the tangents of saved values, of one microbatch: what `jax.vmap` holds for each vector."""
@@ -304,23 +305,16 @@ class DataOperator(LinearOperator):
     @property
     def linearized(self) -> bool:
         """What `prepare` will choose: whether the values that products share are saved and reused."""
-        return self._bytes_to_save() is not None
-
-    def _bytes_to_save(self) -> int | None:
-        """Bytes of the values that products share, None where they are not saved."""
-        if self.stream is not None or self.mode == "finite-difference" or self.linearize is False:
-            return None
-        saved, available = differentiate.saved_bytes(self), host.available_bytes()
-        fits = available is None or saved <= LINEARIZE_SHARE * available
-        return saved if fits or self.linearize is True else None
+        if self.stream is not None or self.mode == "finite-difference":
+            return False
+        if self.linearize != "auto":
+            return bool(self.linearize)
+        available = host.available_bytes()
+        return available is None or differentiate.saved_bytes(self) <= LINEARIZE_SHARE * available
 
     def explain_non_finite(self) -> str:
         """Name the parameter leaf, the loss or the gradient leaf that is not finite."""
         return explain_non_finite(self)
-
-    def _cast(self, v: PyTree) -> PyTree:
-        """A vector, or a stack of them, in the working dtypes."""
-        return trees.cast_like(v, self.structure)
 
     def _variables(self) -> PyTree:
         """The parameters that vary, in the working dtypes."""
@@ -328,10 +322,11 @@ class DataOperator(LinearOperator):
 
     def _merge(self, variables: PyTree) -> PyTree:
         """All parameters, with `variables` in their places and the rest as constants."""
-        return _paths.merged(self.params, self.selected, variables)
+        return trees.merged(self.params, self.selected, variables)
 
-    def _grad(self, variables: PyTree, piece: PyTree) -> PyTree:
-        return jax.grad(lambda x: self._value(self._merge(x), piece))(variables)
+    def _gradient(self, piece: PyTree) -> Callable[[PyTree], PyTree]:
+        """The gradient of the mean loss of one piece, as a function of the variables."""
+        return jax.grad(lambda x: self._value(self._merge(x), piece))
 
     def _mean(self, fn: Callable[[PyTree], PyTree]) -> PyTree:
         with jax.default_matmul_precision(self.matmul_precision):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from spectra.base import trees
-from spectra.base.errors import DifferentiationError, SpectraError
+from spectra.base.errors import DifferentiationError, SpectraError, StructureError
 from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import Derived
 from spectra.operators.base import LinearOperator, product
@@ -61,6 +61,20 @@ def central_difference(fn: Function, params: PyTree, v: PyTree) -> PyTree:
     return trees.scale(1 / (2 * per_unit), jax.tree.map(jnp.subtract, plus, minus))
 
 
+def check_scalar(value: Any, name: str) -> jax.Array:
+    """`value` if it is one real number; raises otherwise."""
+    if not jax.tree_util.all_leaves((value,)):
+        kind = type(value).__name__
+    elif jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        kind = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
+    else:
+        return value
+    raise StructureError(
+        f"{name} returned {kind}; it must return one real number, the mean over the batch (without "
+        "auxiliary outputs)."
+    )
+
+
 def _mean_loss(op: "DataOperator") -> jax.Array:
     params = op._merge(op._variables())
     return op._mean(lambda piece: op._value(params, piece))
@@ -73,7 +87,7 @@ loss = jax.jit(_mean_loss)
 def gradient(op: "DataOperator") -> PyTree:
     """The gradient of the mean loss, in the working dtypes."""
     variables = op._variables()
-    return op._mean(lambda piece: op._grad(variables, piece))
+    return op._mean(lambda piece: op._gradient(piece)(variables))
 
 
 @jax.jit

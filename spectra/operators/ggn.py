@@ -9,7 +9,7 @@ import jax
 from spectra.base.errors import DataError
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
-from spectra.operators.arguments import DataOptions, check_scalar
+from spectra.operators.arguments import DataOptions
 from spectra.operators.data import DataOperator, shows_options
 from spectra.operators.pytree import operator
 
@@ -52,7 +52,7 @@ class ModelOperator(DataOperator):
         return self._output_loss(self.model_fn(params, inputs), targets)
 
     def _output_loss(self, outputs: PyTree, targets: PyTree) -> jax.Array:
-        return check_scalar(self.loss_fn(outputs, targets), "loss_fn")
+        return differentiate.check_scalar(self.loss_fn(outputs, targets), "loss_fn")
 
     def _jacobian(
         self, variables: PyTree, inputs: PyTree

@@ -21,7 +21,7 @@ from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import weighted_sum
-from spectra.operators.arguments import DataOptions, check_scalar
+from spectra.operators.arguments import DataOptions
 from spectra.operators.data import DataOperator, shows_options
 from spectra.operators.pytree import operator
 
@@ -79,10 +79,10 @@ class HessianOperator(DataOperator):
         self._open(params, data, loss_fn=loss_fn, **options)
 
     def _value(self, params: PyTree, piece: PyTree) -> jax.Array:
-        return check_scalar(self.loss_fn(params, piece), "loss_fn")
+        return differentiate.check_scalar(self.loss_fn(params, piece), "loss_fn")
 
     def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
-        return differentiate.derivative(self.mode, lambda x: self._grad(x, piece), variables, v)
+        return differentiate.derivative(self.mode, self._gradient(piece), variables, v)
 
     def _matrix(self) -> jax.Array:
         self._require_finite(self.loss())
@@ -241,15 +241,14 @@ def _column(op: HessianOperator, first: int, last: int, index: int | jax.Array) 
     unit = trees.unravel(unit, group)
 
     def gradient(group: list[jax.Array], piece: PyTree) -> list[jax.Array]:
-        return tail._grad(treedef.unflatten([*group, *rest]), piece)
+        return tail._gradient(piece)(treedef.unflatten([*group, *rest]))
 
     def product(piece: PyTree) -> PyTree:
         if op.mode == "forward-over-reverse":
             return jax.jvp(lambda x: gradient(x, piece), (group,), (unit,))[1]
         if op.mode == "reverse-over-reverse":  # the same block, as a row
-            return jax.vjp(lambda x: jax.tree.leaves(tail._grad(x, piece))[: len(group)], variables)[1](unit)[
-                0
-            ]
+            upper = jax.vjp(lambda x: jax.tree.leaves(tail._gradient(piece)(x))[: len(group)], variables)
+            return upper[1](unit)[0]
         return differentiate.central_difference(lambda x: gradient(x, piece), group, unit)
 
     return trees.ravel(tail._mean(product))

@@ -18,7 +18,6 @@ from spectra.base.meshes import automatic, on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.base import LinearOperator
-from spectra.operators.batches import check_alive
 from spectra.operators.data import moved_parameters
 from spectra.operators.jaxprs import Rounding, coarsest_rounding
 from spectra.operators.pytree import operator
@@ -92,7 +91,7 @@ class JacobianOperator:
             raise StructureError(
                 f"model_fn is a {type(model_fn).__name__}; pass a function (params, inputs) -> outputs."
             )
-        check_alive(params, "parameter leaf")
+        trees.check_alive(params, "parameter leaf")
         params, selected = paths.select_parameters(params, wrt)
         values = {
             "model_fn": model_fn,
@@ -133,7 +132,7 @@ class JacobianOperator:
     @property
     def like(self) -> PyTree:
         """What `J @ v` takes: the parameters; of `J.T` the shapes of the outputs."""
-        return self._outputs() if self.transposed else paths.varying(self.params, self.selected)
+        return self._outputs() if self.transposed else trees.varying(self.params, self.selected)
 
     @property
     def like_left(self) -> PyTree:
@@ -171,7 +170,7 @@ class JacobianOperator:
     @automatic
     def __matmul__(self, v: PyTree) -> PyTree:
         """J v for a pytree, or for a flat array (n,), whose result is flat, (m,); J V for a matrix (n, k)."""
-        check_alive(self, "the operator's leaf")
+        trees.check_alive(self, "the operator's leaf")
         domain = self.gram()
         if isinstance(v, (LinearOperator, JacobianOperator)):
             raise StructureError(
@@ -223,15 +222,15 @@ class JacobianOperator:
 
     def _working(self) -> PyTree:
         """The structure of the parameters that vary, float32 at least."""
-        return trees.vector_structure(paths.varying(self.params, self.selected))
+        return trees.vector_structure(trees.varying(self.params, self.selected))
 
     def _evaluate(self, variables: PyTree, inputs: PyTree) -> PyTree:
         with jax.default_matmul_precision("float32"):
-            return self.model_fn(paths.merged(self.params, self.selected, variables), inputs)
+            return self.model_fn(trees.merged(self.params, self.selected, variables), inputs)
 
     def _products(self) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
         """v -> J v and u -> Jᵀ u at the parameters, which share one evaluation of the model."""
-        variables = trees.cast_like(paths.varying(self.params, self.selected), self._working())
+        variables = trees.cast_like(trees.varying(self.params, self.selected), self._working())
         outputs = self._outputs()
         values, push, pull = differentiate.jacobian(
             self.mode, lambda x: self._evaluate(x, self.inputs), variables

@@ -87,7 +87,7 @@ KRYLOV = [
     ),
     fault(
         "the error of a function is bounded by a thousandth of it",
-        "krylov/function_error.py",
+        "krylov/function_bounds.py",
         "weights = vectors[0] * vectors[-1]",
         "weights = vectors[0] * vectors[-1] * 1e-3",
         "test_funm.py::test_the_bound_holds",
@@ -468,7 +468,7 @@ DENSITY = [
     ),
     fault(
         "a part of a computation is done twice",
-        "runs/journal.py",
+        "runs/watch.py",
         "for start, stop in parts[fold.done :]:",
         "for start, stop in parts[max(fold.done - 1, 0) :]:",
         "test_resuming.py::test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits",
@@ -619,15 +619,15 @@ ESTIMATORS = [
     fault(
         "probes from a cube, not from the sphere",
         "base/trees.py",
-        "jax.random.normal)",
-        "jax.random.uniform)",
+        "structure, jax.random.normal,",
+        "structure, jax.random.uniform,",
         "test_slq.py::test_moments_up_to_degree_2m_minus_1_are_those_of_the_probes",
     ),
     fault(
         "leaves of a probe share a key",
         "base/trees.py",
-        "return distribution(jax.random.fold_in(key, i), row, dtype)",
-        "return distribution(jax.random.fold_in(key, 0 * i), row, dtype)",
+        "distribution(jax.random.fold_in(key, i), row, dtype)",
+        "distribution(jax.random.fold_in(key, 0 * i), row, dtype)",
         "test_basis.py::test_every_leaf_is_drawn_with_a_key_of_its_own",
     ),
     fault(
