@@ -412,6 +412,33 @@ def test_what_the_dense_matrix_must_not_cost():
         spectra.eigsh(op, 2, which="SM", key=KEY, max_matvecs=7)
 
 
+def test_rows_in_bfloat16_give_pairs_that_are_measured_in_full_precision():
+    entries = np.concatenate([np.linspace(-1.0, 1.0, ORDER - 3), [5.0, 6.0, 8.0]]).astype(np.float32)
+    pairs = spectra.eigsh(diagonal(entries), 3, which="LA", key=KEY, tol=0.01, basis_dtype="bfloat16")
+    vectors = np.asarray(pairs.vectors, np.float64)
+    true = np.linalg.norm(vectors * (entries - pairs.values[:, None]), axis=1)
+    # Rounding in float32: of n terms in the norm, and of |H| v in the difference.
+    eps = float(np.finfo(np.float32).eps)
+    np.testing.assert_allclose(pairs.residuals, true, rtol=ORDER * eps, atol=8 * ORDER**0.5 * eps)
+    np.testing.assert_allclose(vectors @ vectors.T, np.eye(3), atol=ORDER * eps)
+    assert pairs.residuals.max() > 100 * eps * 8  # the rows are rounded: no residual is down at float32's
+    assert pairs.converged.all()
+    assert pairs.status is spectra.Status.CONVERGED
+    assert pairs.vectors.dtype == jnp.float32
+    # |θ - λ| <= residual² / gap, the gap from the rest of the spectrum; and the rounding of a quotient.
+    gaps = np.array([5.0 - 1.0, 6.0 - 5.0, 8.0 - 6.0]) - pairs.residuals
+    error = np.abs(pairs.values - [5.0, 6.0, 8.0])
+    assert (error <= pairs.residuals**2 / gaps + ORDER * eps * 8).all()
+
+
+def test_a_tolerance_below_the_rounding_of_rows_is_refused():
+    op = diagonal(np.linspace(0, 1, ORDER))
+    with pytest.raises(spectra.SpectraError, match=r"tol=1e-05 is below .* rows in bfloat16.* Use tol=0.01 "):
+        spectra.eigsh(op, 1, key=KEY, basis_dtype="bfloat16")
+    with pytest.raises(spectra.SpectraError, match="basis_dtype is of Lanczos rows"):
+        spectra.eigsh(op, 1, which="SM", key=KEY, basis_dtype="bfloat16", tol=0.1)
+
+
 def steep(params, batch):
     """A network of sines of gain three, whose third derivatives are large."""
     inputs, targets = batch

@@ -145,10 +145,5 @@ num_probes the sampling part), or accept the reported width.
         """Whether the computation did all that was asked, with nothing to be wary of."""
         return self in (Status.COMPLETE, Status.CONVERGED, Status.INVARIANT, Status.DENSE, Status.EXACT)
 
-    @classmethod
-    def from_code(cls, code: str) -> "Status":
-        """The member whose code is `code`, as it is stored in result files."""
-        return next(member for member in cls if member.code == code)
-
     def __str__(self) -> str:
         return f"{self.code}: {self.message}" + (f" ({self.remedy})" if self.remedy else "")

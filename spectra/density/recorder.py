@@ -6,8 +6,7 @@ written, so a checkpoint writes only what is new since the last one. Vectors are
 leaves, without the mesh they lay on: a run may go on with another number of devices.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -59,21 +58,9 @@ class Recorder(Saver):
         return state, 0
 
     def _read(self, flight: dict[str, Any], state: LanczosState) -> LanczosState | None:
-        batched = state.alpha.ndim > 1
-        names = list(flight["items"])
-        *rows, last = names[:-1] if flight["sums"] else names
-        basis: list[PyTree] = []
-        for name, segment in zip(rows, state.basis, strict=False):
-            like = storage.rows_like(self.layout, segment, batched=batched)
-            basis.append(self.item(name, like, flight["items"][name]))
-        vectors = self.item(
-            last, storage.vectors_like(self.layout, state, batched=batched), flight["items"][last]
-        )
-        if vectors is None or any(rows is None for rows in basis):
-            return None
-        segments = [storage.segment_of(self.layout, rows, batched) for rows in basis]
-        fields = storage.state_fields(self.layout, vectors, batched)
-        return LanczosState(basis=(*segments, *state.basis[len(segments) :]), **fields)
+        items = list(flight["items"].items())
+        own = dict(items[:-1] if flight["sums"] else items)
+        return storage.lanczos_state(self, self.layout, state, own, batched=state.alpha.ndim > 1)
 
     def sums(self, probes: range, state: LanczosState, done: int) -> list[tuple[int, PyTree]]:
         """The passes over a stream that the product of this step has behind it; see `Passes`."""
@@ -124,18 +111,11 @@ class Recorder(Saver):
         self, probes: range, state: LanczosState, done: int, sums: Sequence[tuple[int, PyTree]] = ()
     ) -> None:
         """Write what is new since the last checkpoint. What it names is never written again in place."""
-        batched = state.alpha.ndim > 1
-        steps = state.alpha.shape[-1]
-        size = state.basis[0][0].shape[2 if batched else 1] if state.basis else steps
+        batched, steps = state.alpha.ndim > 1, state.alpha.shape[-1]
         span, stem = [probes.start, probes.stop], f"probe-{probes.start:05d}-of-{steps:05d}"
         sums = sums if all(self._is_vector(total, state) for _, total in sums) else []
         counts = [count for count, _ in sums]
-        trees: dict[str, Callable[[], PyTree]] = {}
-        for i in range(-(-done // size) if state.basis else 0):
-            trees[f"{stem}-rows-{i:03d}-{min(size, done - i * size):03d}"] = partial(
-                storage.rows_tree, self.layout, state.basis[i], batched=batched
-            )
-        trees[f"{stem}-step-{done:06d}"] = partial(storage.vectors_tree, self.layout, state, batched=batched)
+        trees = storage.lanczos_items(self.layout, state, done, stem, batched=batched)
         if sums:
             trees[f"{stem}-step-{done:06d}-batch-{sum(counts):06d}"] = lambda: [
                 jax.tree.leaves(total) for _, total in sums

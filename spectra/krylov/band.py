@@ -231,7 +231,9 @@ class Band:
                 f"one of the first {self.num_matvecs} products is NaN or infinite. "
                 f"{self.op.explain_non_finite()}"
             )
-        limit, scale = float(np.sqrt(self.op.precision)), self.scale or 1.0
+        # Rounded rows look like asymmetry.
+        limit = max(float(np.sqrt(self.op.precision)), self.layout.row_precision)
+        scale = self.scale or 1.0
         if self.asymmetry > limit:
             raise NotSymmetricError(
                 f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {self.asymmetry:.1e} |H| "
@@ -323,6 +325,12 @@ class Band:
             self.coefficients[:, kept] += np.outer(jax.device_get(column), coupling)
             self.pending.append(row)
         self.aside = []
+
+    def combination(self, coefficients: np.ndarray) -> PyTree:
+        """Σ c_i v_i over all rows, in the operator's precision and where it computes."""
+        weights = jnp.asarray(coefficients, self.op.dtype)
+        vector = self.layout.unpack(_basis.sum_of_rows(self.state.basis, weights, self.filled))
+        return vector if self.home is None else jax.device_put(vector, self.op.device)
 
     def vectors(self, count: int) -> PyTree:
         """The first `count` rows after the locked ones as one pytree with leaves (count, *leaf.shape)."""

@@ -228,14 +228,18 @@ class EigenRun:
         theta, vectors, _, _ = band.ritz()
         chosen = np.sort(wanted.order(theta, self.which)[: self.k])
         values = theta[chosen]
-        band.restart(vectors[:, chosen])
-        residuals = band.residuals(values)
+        if band.layout.row_dtype is None:
+            band.restart(vectors[:, chosen])
+            residuals, found, asymmetry = band.residuals(values), band.vectors(len(values)), band.asymmetry
+        else:
+            values, residuals, found, asymmetry = self._measured(vectors[:, chosen])
         converged = residuals <= self.accepted
         done = converged.all() and len(values) == self.k
-        noisy = band.asymmetry > 100 * op.precision
+        rounding = max(100 * op.precision, band.layout.row_precision)
+        noisy = asymmetry > 100 * op.precision or band.asymmetry > rounding
         return Eigenpairs(
             values=values,
-            vectors=band.vectors(len(values)),
+            vectors=found,
             residuals=residuals,
             converged=converged,
             which=self.which,
@@ -243,6 +247,38 @@ class EigenRun:
             num_matvecs=band.num_matvecs,
             num_restarts=self.restarts,
             missed=self.missed,
-            noise_floor=band.scale * max(band.asymmetry, 4 * op.precision),  # as `Quadrature.noise_floor`
+            noise_floor=band.scale * max(asymmetry, 4 * op.precision),  # as `Quadrature.noise_floor`
             status=Status.NOT_CONVERGED if not done else Status.NOISY if noisy else Status.CONVERGED,
         )
+
+    def _measured(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, PyTree, float]:
+        """Values, residuals, vectors and asymmetry, by a product with each vector in full precision.
+
+        Coefficients hold for rows as they were before they were rounded to the basis' dtype: what they say of
+        a residual is too small by as much. Combinations of rounded rows are vectors like any others.
+        """
+        band, op = self.band, self.op
+        full = np.zeros((len(band.coefficients), weights.shape[1]))
+        full[band.processed] = weights
+        stack = stacks.stacked([band.combination(column) for column in full.T])
+        images = op.mv_batch(stack)
+        band.num_matvecs += weights.shape[1]
+        self.bar.update(weights.shape[1])
+        inner, products = (np.asarray(stacks.inner(stack, x), np.float64) for x in (stack, images))
+        inverse = np.linalg.inv(np.linalg.cholesky((inner + inner.T) / 2))  # rows are orthogonal to rounding
+        products = inverse @ products @ inverse.T
+        values, turn = np.linalg.eigh((products + products.T) / 2)
+        vectors, residuals = _turned(stack, images, turn.T @ inverse, values)
+        asymmetry = float(np.abs(products - products.T).max()) / (band.scale or 1.0)
+        return values, np.asarray(residuals, np.float64), vectors, asymmetry
+
+
+@jax.jit
+def _turned(stack: PyTree, images: PyTree, turn: jax.Array, values: jax.Array) -> tuple[PyTree, jax.Array]:
+    """Combinations of vectors, and |H v - λ v| of each from the same of their images."""
+    vectors, images = stacks.combine(turn, stack), stacks.combine(turn, images)
+
+    def one(image: PyTree, value: jax.Array, vector: PyTree) -> jax.Array:
+        return trees.norm(trees.axpy(-value, vector, image))
+
+    return vectors, jax.vmap(one)(images, values, vectors)

@@ -46,6 +46,7 @@ def eigsh(
     progress: bool = False,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     basis: str = "inherit",
+    basis_dtype: Any = None,
 ) -> Eigenpairs:
     """Compute k eigenpairs of a symmetric operator by thick-restart Lanczos.
 
@@ -100,8 +101,11 @@ def eigsh(
         checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, with
             bit-identical results on the same devices; a run that ran out of products resumes with a larger
             `max_matvecs`. Nothing is saved where a dense matrix is formed.
-        basis: where basis vectors are stored: "inherit", "sharded" or "host", as in `slq`. There is no
-            basis_dtype: Ritz vectors are sums of the rows, and rows in bfloat16 leave residuals of 4e-3 |H|.
+        basis: where basis vectors are stored: "inherit", "sharded" or "host", as in `slq`.
+        basis_dtype: dtype of stored basis vectors: "bfloat16" halves their memory. Ritz vectors are sums of
+            these rows, whose rounding (8e-3 in bfloat16, 1e-7 in float32) bounds how far residuals come down,
+            so that `tol` may not be below it. k more products then measure the residuals, and the values,
+            which are accurate to residual² / gap, in full precision. Not for "SM".
 
     Returns:
         `Eigenpairs`: values ascending, vectors as one pytree with leaves (k, *leaf.shape), residuals
@@ -152,6 +156,7 @@ def eigsh(
         )
     limits: dict[str, Any] = {"num_basis": num_basis, "block_size": block_size, "max_matvecs": max_matvecs}
     outside: dict[str, Any] = {"progress": progress, "checkpoint": checkpoint, "basis": basis}
+    outside["basis_dtype"] = basis_dtype
     if trees.is_traced((op, metric, key)):
         still = lax.stop_gradient((op, metric, v0, deflate))
         if trees.is_traced((still, key)):
@@ -163,7 +168,8 @@ def eigsh(
         rest: dict[str, Any] = {"v0": start, "deflate": known_pairs, "metric": weight, **limits, **outside}
         pairs = eigsh(fixed, k, which=which, key=key, tol=tol, verify=verify, **rest)
         return differentiable(op, metric, pairs)
-    places = place_basis(op, basis)
+    places = place_basis(op, basis, basis_dtype)
+    _check_rows(places[0], which, tol)
     if metric is not None:
         solve = functools.partial(
             eigsh, k=k, which=which, key=key, tol=tol, verify=verify, **limits, **outside
@@ -177,6 +183,7 @@ def eigsh(
         }
         digests = {name: None if x is None else tree_digest(x) for name, x in given.items()}
         plain = {"k": int(k), "which": which, "tol": float(tol), "verify": verify}
+        plain["basis_dtype"] = str(places[0].row_dtype or op.dtype)
         return plain | {"num_basis": num_basis, "block_size": int(block_size)} | digests
 
     with watched("eigsh", progress, checkpoint, max_matvecs, arguments) as watch:
@@ -224,7 +231,7 @@ def _pairs(
             bar=watch.bar,
             saver=saver,
         )
-        run.budget = budget
+        run.budget = budget - (k if places[0].row_dtype is not None else 0)  # the last k measure residuals
         while not run.done:
             if run.search is None:
                 run.until_converged()
@@ -264,3 +271,18 @@ def _check_arguments(
         raise SpectraError(f"block_size={block_size}: at least one start vector is needed.")
     if verify not in (True, False, "auto"):
         raise SpectraError(f"verify={verify!r}: use 'auto', True or False.")
+
+
+def _check_rows(layout: Layout, which: str, tol: float) -> None:
+    """Raise where rows in the dtype that they are stored in cannot give what is asked for."""
+    if layout.row_dtype is None:
+        return
+    if which == "SM":
+        raise SpectraError('basis_dtype is of Lanczos rows; which="SM" filters vectors in full precision.')
+    if tol < layout.row_precision:
+        least = layout.row_precision
+        raise SpectraError(
+            f"tol={tol} is below {least:.1e}: rows in {layout.row_dtype} are rounded to that, and residuals "
+            f"come no further down. Use tol={1.25 * least:.1g} (an eigenvalue is then accurate to "
+            "tol² |H|² / gap), or a basis_dtype with more digits."
+        )

@@ -185,9 +185,8 @@ class Range:
     products: int
 
     @classmethod
-    def of(cls, op: LinearOperator, bounds: Any, key: jax.Array | None) -> "Range":
+    def of(cls, op: LinearOperator, given: list[tuple[float, float]], key: jax.Array | None) -> "Range":
         """The given ends, and for those not given a random run of Lanczos."""
-        given = _pairs(bounds)
         low, high = given[0][0], given[-1][1]
         if op.semidefinite:
             low = max(low, 0.0)
@@ -210,7 +209,7 @@ class Range:
         return cls(tuple(edges), low, high, max(abs(a), abs(b)), reason, int(found.length))
 
 
-def _pairs(bounds: Any) -> list[tuple[float, float]]:
+def given_intervals(bounds: Any) -> list[tuple[float, float]]:
     """Intervals in ascending order, with infinite ends where nothing is known."""
     if bounds is None:
         return [(-np.inf, np.inf)]

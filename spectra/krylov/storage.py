@@ -36,6 +36,38 @@ def segment_of(layout: Layout, tree: PyTree, batched: bool) -> Panels:
     return _segment(layout, tree["rows"], batched)
 
 
+def lanczos_items(
+    layout: Layout, state: LanczosState, done: int, stem: str, *, batched: bool = False
+) -> dict[str, Callable[[], PyTree]]:
+    """What is saved of a state with `done` steps behind it: segments of rows, then all that is not a row.
+
+    Rows stay as they are once they are written, so that a segment that is full keeps its name.
+    """
+    items: dict[str, Callable[[], PyTree]] = {}
+    size = state.basis[0][0].shape[2 if batched else 1] if state.basis else 1
+    for i in range(-(-done // size) if state.basis else 0):
+        rows = partial(rows_tree, layout, state.basis[i], batched=batched)
+        items[f"{stem}-rows-{i:03d}-{min(size, done - i * size):03d}"] = rows
+    items[f"{stem}-step-{done:06d}"] = partial(vectors_tree, layout, state, batched=batched)
+    return items
+
+
+def lanczos_state(
+    saver: Saver, layout: Layout, fresh: LanczosState, items: dict[str, int], *, batched: bool = False
+) -> LanczosState | None:
+    """The state that `lanczos_items` were made of, by their checksums; None if one cannot be read."""
+    *rows, last = items
+    basis: list[PyTree] = []
+    for name, segment in zip(rows, fresh.basis, strict=False):
+        basis.append(saver.item(name, rows_like(layout, segment, batched=batched), items[name]))
+    vectors = saver.item(last, vectors_like(layout, fresh, batched=batched), items[last])
+    if vectors is None or any(rows is None for rows in basis):
+        return None
+    segments = [segment_of(layout, rows, batched) for rows in basis]
+    fields = state_fields(layout, vectors, batched)
+    return LanczosState(basis=(*segments, *fresh.basis[len(segments) :]), **fields)
+
+
 def vectors_like(layout: Layout, state: LanczosState, *, batched: bool) -> PyTree:
     """What `vectors_tree` of a state looks like, and where its arrays belong."""
     shapes = jax.eval_shape(partial(_vectors, layout, batched=batched), state)

@@ -24,7 +24,7 @@ from spectra.operators.data import DataOperator
 class Checkpoint:
     """Where and how often a run is saved, so that the same call resumes it.
 
-    `slq`, `spectrum`, `eigsh`, `solve`, `trace`, `diagonal` and `kpm` take one.
+    `slq`, `spectrum`, `eigsh`, `solve`, `funm`, `trace`, `diagonal` and `kpm` take one.
 
     Args:
         directory: a folder for this run alone, on a file system that all its processes share.
