@@ -152,7 +152,7 @@ def block_dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> list[ja
         groups = ((start, basis[start : start + at_once]) for start in range(0, len(basis), at_once))
         return [part for start, group in groups for part in _switch(first, start, filled, group, vector)]
 
-    parts = _by_platform(0, program, basis, vector, filled)
+    parts = lax.platform_dependent(basis, vector, filled, **_programs(0, program))
     parts.append([_dot(x[:, None], x) for x in vector])
     return [jnp.concatenate(blocks, axis=1) for blocks in zip(*parts, strict=True)]
 
@@ -179,7 +179,8 @@ def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.
             vector = _switch(first, start, filled, basis[group], coefficients[group], vector)
         return vector
 
-    return _by_platform(1, program, basis, coefficients.reshape(len(basis), -1), vector, filled)
+    coefficients = coefficients.reshape(len(basis), -1)
+    return lax.platform_dependent(basis, coefficients, vector, filled, **_programs(1, program))
 
 
 def _switch(
@@ -191,10 +192,10 @@ def _switch(
     return lax.switch(-(-filled // group[0][0].shape[1]) - start, branches, group, *arguments)
 
 
-def _by_platform(sweep: int, program: Callable[..., Any], *arguments: Any) -> Any:
-    """`program` with as many segments at once as suit the sweep and the platform that it is compiled for."""
+def _programs(sweep: int, program: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """`program` by platform, with as many segments at once as suit the sweep there."""
     programs = {name: functools.partial(program, counts[sweep]) for name, counts in AT_ONCE.items()}
-    return lax.platform_dependent(*arguments, default=functools.partial(program, 1), **programs)
+    return programs | {"default": functools.partial(program, 1)}
 
 
 @jax.jit

@@ -268,7 +268,7 @@ class EigenRun:
         inverse = np.linalg.inv(np.linalg.cholesky((inner + inner.T) / 2))  # rows are orthogonal to rounding
         products = inverse @ products @ inverse.T
         values, turn = np.linalg.eigh((products + products.T) / 2)
-        vectors, residuals = _turned(stack, images, turn.T @ inverse, values)
+        vectors, residuals = _turned(stack, images, jnp.asarray(turn.T @ inverse), jnp.asarray(values))
         asymmetry = float(np.abs(products - products.T).max()) / (band.scale or 1.0)
         return values, np.asarray(residuals, np.float64), vectors, asymmetry
 

@@ -284,7 +284,9 @@ class _Run:
 
     def restore(self) -> None:
         """Take over what was saved, by the newest record whose values can be read."""
-        for record in self.saver.saved if self.saver else ():
+        if self.saver is None:
+            return
+        for record in self.saver.saved:
             flight = record["flight"]
             if not flight or not self._values_read(flight):
                 continue

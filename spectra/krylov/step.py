@@ -17,6 +17,7 @@ devices; all before is local.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -166,7 +167,7 @@ def _second_pass(
         found = lax.cond(wanted, fn, lambda _: [jnp.zeros_like(x) for x in like], vector)
         return [jnp.where(wanted, x, y) for x, y in zip(found, like, strict=True)]
 
-    measured = where_wanted(lambda x: _basis.block_dots(basis, x, filled), vector, blocks)
+    measured = where_wanted(partial(_basis.block_dots, basis, filled=filled), vector, blocks)
     second = jnp.where(wanted, _basis.summed(measured)[0], 0)
     vector = lax.cond(wanted, lambda x: _basis.subtract(basis, second, x, filled), lambda x: x, vector)
     # At a breakdown nothing but rounding is left, and no difference of squares tells how much.

@@ -6,7 +6,7 @@ merged, they are a rule that is exact up to a known degree.
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,8 +15,100 @@ if TYPE_CHECKING:
 
 Rule = tuple[np.ndarray, ...]
 """Nodes, weights and residuals of a probe, and its sketch where there is one."""
-Measures = Any
-"""A `Quadrature`: results are a later layer."""
+
+
+class Measures(Protocol):
+    """What is asked of a `Quadrature`: results are a later layer."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def nodes(self) -> Any:
+        """(k, m) Ritz values."""
+        ...
+
+    @property
+    def weights(self) -> Any:
+        """(k, m) of the nodes."""
+        ...
+
+    @property
+    def residuals(self) -> Any:
+        """(k, m): an eigenvalue lies within this distance of the node."""
+        ...
+
+    @property
+    def lengths(self) -> Any:
+        """(k,) true number of nodes."""
+        ...
+
+    @property
+    def coefficients(self) -> Any:
+        """(k, 2, m) α and β, where copies were merged."""
+        ...
+
+    @property
+    def sketches(self) -> Any:
+        """(k, m, 8) products of Ritz vectors with random ones."""
+        ...
+
+    @property
+    def atoms(self) -> Any:
+        """(r,) deflated eigenvalues."""
+        ...
+
+    @property
+    def bulk(self) -> "Measures | None":
+        """Of the complement of the deflated ones."""
+        ...
+
+    @property
+    def coupling(self) -> float:
+        """How far the residuals of the deflated ones move an eigenvalue."""
+        ...
+
+    @property
+    def parts(self) -> Any:
+        """What is known for certain, and what is sampled."""
+        ...
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Of the nodes."""
+        ...
+
+    @property
+    def spread(self) -> float:
+        """How far copies of an eigenvalue are from it, over the rounding of a product."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """n, order of the operator."""
+        ...
+
+    @property
+    def precision(self) -> float:
+        """Relative error of one product."""
+        ...
+
+    @property
+    def noise_floor(self) -> float:
+        """What rounding moves an eigenvalue by."""
+        ...
+
+    @property
+    def num_probes(self) -> int:
+        """k."""
+        ...
+
+    @property
+    def num_steps(self) -> int:
+        """m."""
+        ...
+
+
+M = TypeVar("M", bound=Measures)
 
 MOST = 64.0
 """Largest `breakdown_factor`."""
@@ -200,7 +292,7 @@ def merge_traced(
     )
 
 
-def merged(quadrature: Measures, coefficients: np.ndarray) -> Measures:
+def merged(quadrature: M, coefficients: np.ndarray) -> M:
     """The quadrature of a run without reorthogonalisation, from the same with all its copies and from T."""
     found = dataclasses.replace(quadrature, coefficients=coefficients)
     width = 2 * found.noise_floor
