@@ -107,13 +107,11 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """The jaxprs that an equation calls, without their constants."""
-    values = jax.tree.leaves(list(eqn.params.values()), is_leaf=_has_equations)
+    values = jax.tree.leaves(
+        list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+    )
     found = (getattr(value, "jaxpr", value) for value in values)
     return [inner for inner in found if hasattr(inner, "eqns")]
-
-
-def _has_equations(value: Any) -> bool:
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 def _suspect(eqn: Any) -> str | None:

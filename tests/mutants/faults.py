@@ -30,6 +30,27 @@ def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
 
 KRYLOV = [
     fault(
+        "residuals of rounded rows are those of the rows before they were rounded",
+        "krylov/eigen_run.py",
+        "if band.layout.row_dtype is None:",
+        "if True:",
+        "test_eigsh.py::test_rows_in_bfloat16_give_pairs_that_are_measured_in_full_precision",
+    ),
+    fault(
+        "the rounding of rows is taken for asymmetry",
+        "krylov/band.py",
+        "max(float(np.sqrt(self.op.precision)), self.layout.row_precision)",
+        "float(np.sqrt(self.op.precision))",
+        "test_eigsh.py::test_rows_in_bfloat16_give_pairs_that_are_measured_in_full_precision",
+    ),
+    fault(
+        "a function that goes on repeats a step",
+        "krylov/funm.py",
+        'return state, flight["done"]',
+        'return state, flight["done"] - 1',
+        "test_resuming.py::test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits",
+    ),
+    fault(
         "what a recurrence says of its residual is believed",
         "krylov/linear_step.py",
         "    converged = norm <= problem.target\n    ended",
