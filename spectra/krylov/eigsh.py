@@ -148,8 +148,9 @@ def eigsh(
         raise SpectraError("v0 and deflate are of runs without a metric: leave them out.")
     known = 0 if deflate is None else len(deflate.values)
     _check_arguments(op, k, which, tol, block_size, verify, known)
-    if max_matvecs is not None and max_matvecs < k:
-        raise SpectraError(f"max_matvecs={max_matvecs}: {k} pairs take at least as many products.")
+    least = k if basis_dtype is None else 2 * k  # with rounded rows, k more measure the residuals
+    if max_matvecs is not None and max_matvecs < least:
+        raise SpectraError(f"max_matvecs={max_matvecs}: {k} pairs take at least {least} products.")
     if basis == "none":
         raise SpectraError(
             'basis="none": eigenvectors are sums of basis vectors. Use slq, which can do without.'
@@ -241,7 +242,7 @@ def _pairs(
         run.save()
     spent = run.band.num_matvecs
     certain = run.converged and (verify is not True or run.missed <= wanted.CERTAIN)
-    if small and not certain and spent >= budget:
+    if small and not certain and spent >= run.budget:
         found = dense_eigenpairs(op, k, which, tol, deflate)
         return dataclasses.replace(found, num_matvecs=spent + op.size, status=Status.DENSE)
     return run.result()
