@@ -42,7 +42,7 @@ from spectra.models.problem import Problem
 from spectra.operators.base import LinearOperator
 from spectra.operators.classes import class_operators
 from spectra.operators.covariance import GradientCovarianceOperator
-from spectra.operators.dense import FunctionOperator, MatrixOperator
+from spectra.operators.dense import DiagonalOperator, FunctionOperator, LowRankOperator, MatrixOperator
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import GGNOperator
 from spectra.operators.hessian import HessianOperator, dense_hessian
@@ -50,7 +50,6 @@ from spectra.operators.jacobian import JacobianOperator
 from spectra.operators.kfac import EKFACOperator, KFACOperator
 from spectra.operators.kronecker_product import KroneckerOperator
 from spectra.operators.preconditioned import PreconditionedOperator
-from spectra.operators.structured import DiagonalOperator, LowRankOperator
 from spectra.operators.tangent_kernel import TangentKernelOperator
 from spectra.operators.vocabulary import VocabularyLoss
 from spectra.report.files import load, save

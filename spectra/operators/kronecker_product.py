@@ -10,11 +10,10 @@ from spectra.base.errors import SpectraError, StructureError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
-from spectra.operators.dense import MatrixOperator
+from spectra.operators.dense import DiagonalOperator, LowRankOperator, MatrixOperator
 from spectra.operators.kronecker import Corrected, FactoredOperator, Place
 from spectra.operators.layouts import Layout
 from spectra.operators.pytree import operator
-from spectra.operators.structured import DiagonalOperator, LowRankOperator
 
 
 @operator(leaves=("left", "right"))
