@@ -5,6 +5,7 @@ import pytest
 
 from spectra.base.errors import Status
 from spectra.quadrature import brackets
+from spectra.quadrature.hinges import hinges
 from spectra.quadrature.rules import gauss_rule
 from spectra.results import Quadrature
 
@@ -110,3 +111,39 @@ def test_beyond_all_nodes_and_for_a_single_node_nothing_is_in_doubt_that_need_no
     lower, middle, upper = brackets.bracket(one, np.linspace(-2, 2, 9), one.noise_floor)
     assert (lower <= middle).all()
     assert (middle <= upper).all()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 12, 40])
+@pytest.mark.parametrize("name", MEASURES)
+def test_means_of_hinges_hold_at_every_point_and_are_sharp(name, steps):
+    values, masses, quadrature = measure(name, steps)
+    rule = next(brackets.rules(quadrature))
+    theta, w, _ = rule
+    a, b = values[0] - 0.01, values[-1] + 0.01
+    kinks = values[[60, 150, 240]] + 1e-4
+    x = np.unique(np.concatenate([np.linspace(a, b, 301), kinks, np.clip(theta, a, b)]))
+    found = hinges(rule, x, kinks)
+    truth = np.maximum(values[:, None] - x, 0).T @ masses
+    gauss = np.maximum(theta[:, None] - x, 0).T @ w
+    # The hinge does not feel how rounding divides mass between neighbours; its slack is 64 eps (b - a).
+    assert np.all(gauss - found.below <= truth)
+    assert np.all(truth <= gauss + found.above)
+    # Where a member has a node the least value is that of the member: no bracket is sharper.
+    for t in kinks[np.isfinite(brackets.parameter(theta, rule[2], kinks))]:
+        nodes, weights = brackets.gauss_radau(*rule, t)
+        i = np.searchsorted(x, t)
+        assert gauss[i] - found.below[i] <= weights @ np.maximum(nodes - t, 0)
+        slack = 1e-12 * (b - a)
+        assert gauss[i] - found.below[i] >= weights @ np.maximum(nodes - t, 0) - slack
+        if steps == 40:
+            continue
+        # Along the family, as far as its nodes stay in [a, b], no member is above; the bracket is a chord
+        # between the stationary points of a dozen members. Few members of few nodes stay inside.
+        places = np.tan(np.linspace(-1.57, 1.57, 2001)) * (b - a) / (10 * steps) + t
+        nodes, weights = brackets._members(*rule, brackets.parameter(theta, rule[2], places))
+        inside = (nodes[:, 0] > a) & (nodes[:, -1] < b)
+        heights = np.sum(weights * np.maximum(nodes - t, 0), axis=1)[inside]
+        assert heights.max() <= gauss[i] + found.above[i]
+        if steps == 12:
+            spread = heights.max() - heights.min()
+            assert gauss[i] + found.above[i] - heights.max() <= 0.25 * spread + slack

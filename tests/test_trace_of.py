@@ -11,6 +11,7 @@ from scipy.special import stdtrit
 
 import spectra
 from spectra.estimators import bracket
+from spectra.quadrature import pieces
 from spectra.report.spectrum import trace_estimate
 
 KEY = jax.random.key(0)
@@ -89,20 +90,38 @@ def test_the_bracket_of_any_function_holds_for_the_probes_drawn(name, num_steps,
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("side", [-1, 1])
-def test_variation_counts_where_mass_can_lie(side, sign):
-    """The rule with one node, at 0, stands for all measures on [-1, 1] with mean 0: half at each end is one.
+def test_a_step_counts_where_mass_can_lie(side, sign):
+    """The rule with one node, at 0, and the residual 1 stands for all measures of mean 0 and variance 1.
 
-    Each has between nothing and all of its mass beyond the step, where the node has nothing.
+    Such a measure has up to 1 / (1 + t²) of its mass beyond t (Cantelli), and may have none there.
     """
 
     def step(x):
         return sign * np.where(side * x > 0.5, 1.0, 0.0)
 
     rule = np.array([0.0]), np.array([1.0]), np.array([1.0])
-    low, high = bracket._by_variation(step, rule, -1.0, 1.0, 0.0)
-    assert (low, high) == ((0, 1) if sign > 0 else (-1, 0))
-    low, high = bracket._of_any(step, rule, -1.0, 1.0)
-    assert low <= sign / 2 <= high
+    extra = pieces.kinks(step, -2.0, 2.0, rule[0])
+    low, high = bracket._of_any(step, rule, -2.0, 2.0, extra)
+    most = max(low * sign, high * sign)
+    assert 0 in (low, high)
+    # The step is found to 1e-11 of the interval, where the bracket has the slope 2 t / (1 + t²)² < 1.
+    assert 0.8 - 1e-9 <= most <= 0.8 + 1e-9
+
+
+@pytest.mark.parametrize("t", [-2.5, -0.4, 0.0, 0.7, 3.0])
+def test_a_hinge_has_the_sharp_bracket_of_mean_and_variance(t):
+    """max(-t, 0) <= E max(x - t, 0) <= (sqrt(1 + t²) - t) / 2 for mean 0 and variance 1 (Scarf, 1958)."""
+    rule = np.array([0.0]), np.array([1.0]), np.array([1.0])
+
+    def hinge(x):
+        return np.maximum(x - t, 0)
+
+    low, high = bracket._of_any(hinge, rule, -20.0, 20.0, pieces.kinks(hinge, -20.0, 20.0, rule[0]))
+    least, most = max(-t, 0), (np.sqrt(1 + t * t) - t) / 2
+    # The kink is found to 1e-11 of the interval, in which f has the slope one; the upper bound is a chord
+    # between the points where members of the family are stationary.
+    assert least - 4e-10 <= low <= least + 4e-10
+    assert most - 4e-10 <= high <= 1.25 * most
 
 
 def test_no_interval_leaves_what_is_possible(quadratures, x64):

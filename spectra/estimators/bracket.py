@@ -5,8 +5,8 @@ interval [a, b] that holds the spectrum:
 
 * Where the derivatives of f of orders 2m and 2m + 1 each keep one sign there, ∫ f dμ lies between the Gauss
   rule and the Gauss-Radau rules with a node at a and at b (`of_one_sign`).
-* The distribution of μ lies between partial sums of the weights (Chebyshev, Markov, Stieltjes), and ∫ f dμ
-  changes by no more than that times the variation of f (`_by_variation`).
+* The distribution of μ lies in a bracket (Chebyshev, Markov, Stieltjes), and so do the means of
+  max(x - t, 0); f is a sum of such steps and hinges (`spectra.quadrature.pieces`).
 * For a polynomial p of degree 2m - 1, ∫ p dμ = Σ w_j p(θ_j), and ∫ (f - p) dμ lies between the least and the
   largest of f - p (`_by_polynomial`).
 
@@ -23,6 +23,7 @@ from spectra.base.errors import SpectraError
 from spectra.density.extremes import LEVEL, extreme
 from spectra.quadrature.brackets import gauss_radau, rules
 from spectra.quadrature.copies import Rule
+from spectra.quadrature.pieces import deviation, kinks
 from spectra.results import Quadrature
 
 Function = Callable[[np.ndarray], Any]
@@ -106,8 +107,11 @@ def bracket(
     if ends is None:
         return None, None, (None, None), rests
     rest, (a, b) = q.parts.rest, ends
-    kind = "that of Gauss and Radau" if one_signed else "from the variation of f"
-    low, high = np.mean(_each(q, f, of_one_sign if one_signed else _of_any, a, b), axis=0) * rest.size
+    kind, extra = "that of Gauss and Radau", None
+    if not one_signed:
+        kind = "from the variation of f"
+        extra = kinks(lambda x: evaluate(f, x), a, b, np.ravel(np.asarray(q.nodes[0], np.float64)))
+    low, high = np.mean(_each(q, f, (a, b), extra), axis=0) * rest.size
     reach = -_largest(lambda x: -evaluate(f, x), q, a, b), _largest(lambda x: evaluate(f, x), q, a, b)
     reason = f"the bracket is {kind} and rests on {rests}"
     return float(low), float(high), (rest.size * reach[0], rest.size * reach[1]), reason
@@ -148,13 +152,15 @@ def _measures(q: Quadrature) -> Iterable[tuple[Rule, np.ndarray]]:
     return q.parts.origin.rules()
 
 
-def _each(q: Quadrature, f: Function, of_rule: Callable[..., Any], a: float, b: float) -> np.ndarray:
-    """(k, 2): `of_rule` of what each probe samples: that of its whole measure, less the nodes taken out."""
+def _each(q: Quadrature, f: Function, ends: tuple[float, float], extra: np.ndarray | None) -> np.ndarray:
+    """(k, 2): bounds of what each probe samples: of its whole measure, less the nodes taken out."""
     found: list[np.ndarray] = []
+    a, b = ends
     for rule, taken in _measures(q):
         nodes, w, _ = rule
         known = float(w[taken] @ evaluate(f, np.clip(nodes[taken], a, b)))
-        found.append((np.array(of_rule(f, rule, a, b)) - known) / (1 - w[taken].sum()))
+        bounds = of_one_sign(f, rule, a, b) if extra is None else _of_any(f, rule, a, b, extra)
+        found.append((np.array(bounds) - known) / (1 - w[taken].sum()))
     return np.array(found)
 
 
@@ -202,25 +208,15 @@ def _three_rules(rule: Rule, a: float, b: float) -> list[tuple[np.ndarray, np.nd
     return [(theta, w), *(gauss_radau(theta, w, r, end) for end in (a, b) if r.any())]
 
 
-def _of_any(f: Function, rule: Rule, a: float, b: float) -> tuple[float, float]:
-    """What both theorems for any f leave, with the Gauss rule inside."""
+def _of_any(f: Function, rule: Rule, a: float, b: float, extra: np.ndarray) -> tuple[float, float]:
+    """What the theorems for any f leave, with the Gauss rule inside; `extra` are points where f bends."""
     theta, w, r = rule
     gauss = float(w @ evaluate(f, np.clip(theta, a, b)))
     if not r.any():
         return gauss, gauss
-    one, other = _by_variation(f, rule, a, b, gauss), _by_polynomial(f, rule, a, b)
-    return min(max(one[0], other[0]), gauss), max(min(one[1], other[1]), gauss)
-
-
-def _by_variation(f: Function, rule: Rule, a: float, b: float, gauss: float) -> tuple[float, float]:
-    """Between θ_i and θ_{i+1} the distribution is at most w_i below that of the rule, and w_{i+1} above."""
-    theta, w, _ = rule
-    ends = np.concatenate([[a], np.clip(theta, a, b), [b]])
-    steps = np.linspace(0, 1, _SAMPLES + 1)
-    change = np.diff(evaluate(f, ends[:-1, None] + np.diff(ends)[:, None] * steps), axis=1)
-    rise, fall = np.maximum(change, 0).sum(axis=1), np.maximum(-change, 0).sum(axis=1)
-    left, right = np.append(0.0, w), np.append(w, 0.0)
-    return gauss - float(right @ rise + left @ fall), gauss + float(left @ rise + right @ fall)
+    low, high = _by_polynomial(f, rule, a, b)
+    down, up = deviation(lambda x: evaluate(f, x), rule, a, b, extra)
+    return gauss - max(min(down, gauss - low), 0.0), gauss + max(min(up, high - gauss), 0.0)
 
 
 def _by_polynomial(f: Function, rule: Rule, a: float, b: float) -> tuple[float, float]:

@@ -50,18 +50,17 @@ def gauss_radau(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights of the rule with one more node, at `fixed`, which is none of the nodes."""
     return tuple(
-        part[0] for part in _members(nodes, weights, residuals, [_parameter(nodes, residuals, fixed)])
+        part[0] for part in _members(nodes, weights, residuals, [parameter(nodes, residuals, fixed)])
     )  # pyright: ignore[reportReturnType]
 
 
-def _parameter(nodes, residuals, x):
+def parameter(nodes, residuals, x):
     """The member with a node at x: x + Σ_j r_j² / (θ_j - x), for each x."""
     return x + np.sum(residuals**2 / (nodes - np.asarray(x)[..., None]), axis=-1)
 
 
-@one_thread()
-def _members(nodes, weights, residuals, parameters) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights (p, m + 1) of the members of the family.
+def arrowheads(nodes, residuals, parameters) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes (p, m + 1) of the members of the family, and vectors with a row for each Gauss node and the last.
 
     T grows by a row with β_m beside and the parameter on the diagonal. In the eigenbasis of T, of vectors
     with positive first components, that is an arrowhead matrix with β_m s_mj = r_j on the border.
@@ -71,8 +70,14 @@ def _members(nodes, weights, residuals, parameters) -> tuple[np.ndarray, np.ndar
     arrows[:, np.arange(m), np.arange(m)] = nodes
     arrows[:, m, m] = parameters
     arrows[:, m, :m] = arrows[:, :m, m] = residuals
-    theta, vectors = np.linalg.eigh(arrows)
-    return theta, (np.sqrt(weights) @ vectors[:, :m]) ** 2
+    return tuple(np.linalg.eigh(arrows))
+
+
+@one_thread()
+def _members(nodes, weights, residuals, parameters) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights (p, m + 1) of the members of the family."""
+    theta, vectors = arrowheads(nodes, residuals, parameters)
+    return theta, (np.sqrt(weights) @ vectors[:, :-1]) ** 2
 
 
 class Steps:
@@ -106,15 +111,20 @@ def _steps(nodes, weights, residuals, parameters) -> Steps:
 def _curve(*stored: bytes) -> Steps:
     """Bounds for a whole curve, at points spread over every gap."""
     nodes, weights, residuals = (np.frombuffer(part) for part in stored)
+    return _steps(nodes, weights, residuals, spread_parameters(nodes, weights, residuals))
+
+
+def spread_parameters(nodes, weights, residuals) -> np.ndarray:
+    """Members whose nodes are spread over every gap."""
     gaps = np.diff(nodes)
     shares = (np.arange(MEMBERS) + 0.5) / MEMBERS
     inside = nodes[:-1] + shares[:, None] * gaps  # (members, gaps)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = _parameter(nodes, residuals, inside)
+        found = parameter(nodes, residuals, inside)
     found = np.where(np.isfinite(found), found, np.nan)
     middle = weights[:-1] + weights[1:]
     parameters = [_median(row, middle) for row in found] if len(gaps) else [nodes[0]]
-    return _steps(nodes, weights, residuals, np.array([x for x in parameters if np.isfinite(x)]))
+    return np.array([x for x in parameters if np.isfinite(x)])
 
 
 def _median(values, weights) -> float:
@@ -130,7 +140,7 @@ def _at_points(nodes, weights, residuals, low, high) -> tuple[np.ndarray, np.nda
     """The bracket itself at a few points, each with its own member of the family."""
     ends = np.stack([low, high]).reshape(2, -1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        parameters = _parameter(nodes, residuals, ends)
+        parameters = parameter(nodes, residuals, ends)
     own = np.isfinite(parameters)  # a point on a node has the Gauss rule
     steps = _steps(nodes, weights, residuals, parameters[own])
     # The node of a member that belongs to a point is that point but for rounding.

@@ -426,10 +426,24 @@ DENSITY = [
     ),
     fault(
         "the variation of a function above and below is interchanged",
-        "estimators/bracket.py",
-        "gauss + float(left @ rise + right @ fall)",
-        "gauss + float(right @ rise + left @ fall)",
-        "test_trace_of.py::test_variation_counts_where_mass_can_lie",
+        "quadrature/pieces.py",
+        "first = rise @ open_.more + fall @ open_.less, rise @ open_.less + fall @ open_.more",
+        "first = rise @ open_.less + fall @ open_.more, rise @ open_.more + fall @ open_.less",
+        "test_trace_of.py::test_a_step_counts_where_mass_can_lie",
+    ),
+    fault(
+        "a hinge is largest at the nodes of a member",
+        "quadrature/hinges.py",
+        "t = _touched(x)",
+        "t = x",
+        "test_brackets.py::test_means_of_hinges_hold_at_every_point_and_are_sharp",
+    ),
+    fault(
+        "a hinge bends upwards and downwards alike",
+        "quadrature/pieces.py",
+        "convex, concave = np.maximum(bends, 0), np.maximum(-bends, 0)",
+        "convex, concave = np.maximum(-bends, 0), np.maximum(bends, 0)",
+        "test_trace_of.py::test_a_hinge_has_the_sharp_bracket_of_mean_and_variance",
     ),
     fault(
         "what lies behind a breakdown inside jit is among the nodes",

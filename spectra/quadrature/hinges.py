@@ -1,0 +1,173 @@
+"""What a quadrature leaves open of the mean of a hinge, h(t) = ∫ max(x - t, 0) dμ, sharply.
+
+Let μ be a measure with the coefficients α_1, β_1, ..., α_m, β_m of a run. Among all such measures h(t) is
+smallest and largest for members of the family of Gauss-Radau rules of m + 1 nodes (see `brackets`):
+
+* It is **smallest** for the member with a node at t. For P = (x - t) R, where R of degree 2m - 1 takes
+  the values 0 at the nodes to the left of t and 1 at those to its right, doubly each: R' has its 2m - 2
+  zeros at and between these nodes, so that R >= 0 to the left of t and R <= 1 to its right. So P <= max(x -
+  t, 0) everywhere, with equality at all nodes.
+* It is **largest** for the member at which h(t) is stationary along the family. Then a P of degree 2m touches
+  max(x - t, 0) at all m + 1 nodes; its second derivative has all 2m - 2 zeros to the left of the last node
+  before t and to the right of the first one behind it, so that P is convex in between and is nowhere below.
+
+Both ways one member serves one t in each of its gaps: its nodes for the least value, and for the largest the
+point where the divided difference of the hinge over all nodes, each taken twice, is zero. It is linear in t.
+Between such points the largest value lies below its chords, since it is convex in t, and the least one above
+the lines whose slopes are the bracket of the distribution.
+
+Of any function with f'' of whatever sign ∫ f dμ = f(a) + f'(a) (∫ x dμ - a) + ∫ f''(t) h(t) dt.
+
+References:
+    Krein and Nudelman, The Markov Moment Problem and Extremal Problems, 1977, ch. III and IV.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from spectra.base.host import one_thread
+from spectra.quadrature.brackets import arrowheads, largest_mass, parameter, spread_parameters
+from spectra.quadrature.copies import Rule
+
+FEW = 8
+"""Rules of so few nodes have members with a node outside of them as well."""
+BESIDE = (1e-9, 1e-6, 1e-3, 0.03, 0.5)
+"""Points beside a node, in units of the gap: where it has converged no member has a node in the gap."""
+DOUBT = 1e-3
+"""Of a gap: where a stationary point is known to this, h is largest there to a millionth of its bracket."""
+ROUNDING = 64 * np.finfo(float).eps
+"""Of sums over nodes, in units of the interval."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hinges:
+    """How far a measure can be from its Gauss rule, in mass and in h; none is negative."""
+
+    less: np.ndarray  # up to any point of a cell between two of the given points
+    more: np.ndarray
+    below: np.ndarray  # at the given points
+    above: np.ndarray
+
+
+@one_thread()
+def hinges(rule: Rule, points: np.ndarray, kinks: np.ndarray) -> Hinges:
+    """How far the distribution and h of a measure can be from those of its Gauss rule.
+
+    Args:
+        rule: nodes, weights that sum to one, residuals with their signs.
+        points: sorted; the first and the last enclose the measure.
+        kinks: a few of them, where h is bracketed best.
+    """
+    theta, w, r = rule[:3]
+    a, b = points[0], points[-1]
+    if len(theta) <= FEW:  # there are few gaps to spread members over, or none
+        shares = np.arange(1, FEW) / FEW
+        kinks = np.concatenate([kinks, a + (theta[0] - a) * shares, b + (theta[-1] - b) * shares])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        own = parameter(theta, r, kinks)
+    parameters = np.concatenate([spread_parameters(theta, w, r), own[np.isfinite(own)]])
+    nodes, vectors = arrowheads(theta, r, parameters)
+    masses = (np.sqrt(w) @ vectors[:, :-1]) ** 2
+    mean = float(w @ theta)
+    low, left, upto, least = _least(nodes, masses, rule)
+    high, most = _largest(nodes, masses)
+    low, left, upto, least = _within(a, b, low, (left, 0, 1), (upto, 0, 1), (least, mean - a, 0))
+    high, most = _within(a, b, high, (most, mean - a, 0))
+    left, upto = np.maximum.accumulate(left), np.minimum.accumulate(upto[::-1])[::-1]
+    # Where nodes have converged stationary points are lost in rounding, but the distribution is known.
+    cells = np.diff(low)
+    integrals = [
+        np.append(np.cumsum(((1 - share) * cells)[::-1])[::-1], 0.0) for share in (upto[1:], left[:-1])
+    ]
+    others = [mean - low + np.append(0.0, np.cumsum(share * cells)) for share in (left[:-1], upto[1:])]
+    least = np.fmax(least, np.maximum(integrals[0], others[0]))
+    i = np.clip(np.searchsorted(low, points, side="right") - 1, 0, len(low) - 2)
+    first = least[i] - (1 - left[i]) * (points - low[i])
+    second = least[i + 1] + (1 - upto[i + 1]) * (low[i + 1] - points)
+    above = [np.interp(points, x, y) for x, y in ((high, most), (low, integrals[1]), (low, others[1]))]
+    gauss = _means(theta, w, points)
+    mass = np.append(0.0, np.cumsum(w))[np.searchsorted(theta, points[:-1], side="right")]
+    slack = ROUNDING * (b - a)
+    return Hinges(
+        np.clip(mass - left[i[:-1]], 0, 1),
+        np.clip(upto[np.searchsorted(low, points[1:], side="left")] - mass, 0, 1),
+        np.maximum(gauss - np.maximum(first, second), 0) + slack,
+        np.maximum(np.minimum.reduce(above) - gauss, 0) * (1 + DOUBT) + slack,
+    )
+
+
+def _within(a: float, b: float, x: np.ndarray, *columns: tuple[np.ndarray, float, float]):
+    """The rows between a and b, and what is known there of a measure on [a, b]."""
+    inside = (x > a) & (x < b)
+    return [np.concatenate([[at_a], y[inside], [at_b]]) for y, at_a, at_b in ((x, a, b), *columns)]
+
+
+def _means(nodes: np.ndarray, masses: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """h of a rule at each t."""
+    mass = np.append(np.cumsum(masses[::-1])[::-1], 0.0)
+    moment = np.append(np.cumsum((masses * nodes)[::-1])[::-1], 0.0)
+    i = np.searchsorted(nodes, t, side="right")
+    return moment[i] - t * mass[i]
+
+
+def _least(nodes, masses, rule: Rule) -> tuple[np.ndarray, ...]:
+    """Sorted points, the mass left of them at least and up to them at most, and the least h or NaN.
+
+    The Gauss rule is a member, too; about its nodes the largest mass at a point brackets the distribution.
+    """
+    theta, w, r = rule[:3]
+    rows = []
+    for x, mass in [*zip(nodes, masses, strict=True), (theta, w)]:
+        sums = np.cumsum(mass)
+        rows.append((x, sums - mass, sums, _means(x, mass, x)))
+    if len(theta) > 1:
+        shares = np.array(BESIDE)[:, None]
+        x = np.ravel([theta[:-1] + shares * np.diff(theta), theta[1:] - shares * np.diff(theta)])
+        sums = np.append(0.0, np.cumsum(w))[np.searchsorted(theta, x, side="right")]
+        mass = largest_mass(theta, w, r, x)
+        rows.append((x, sums - mass, sums + mass, np.full(len(x), np.nan)))
+    columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
+    order = np.argsort(columns[0], kind="stable")
+    return tuple(column[order] for column in columns)
+
+
+def _largest(nodes, masses) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted points, one in each gap of each member, and the largest h there.
+
+    The divided difference of f over nodes x_i taken twice is Σ c_i (f'(x_i) - d_i f(x_i)), where d_i =
+    2 Σ_k 1 / (x_i - x_k) and c_i = Π_k (x_i - x_k)^-2. Those of a constant and of x vanish, so that either
+    side of the gap will do: the one with the smaller terms is exact.
+    """
+    points, values = [], []
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for x, w in zip(nodes, masses, strict=True):
+            t = _touched(x)
+            points.append(t[np.isfinite(t)])
+            values.append(_means(x, w, points[-1]))
+    order = np.argsort(np.concatenate(points))
+    return np.concatenate(points)[order], np.concatenate(values)[order]
+
+
+def _touched(x: np.ndarray) -> np.ndarray:
+    """In each gap of a member the t for which h is stationary; NaN where rounding hides it."""
+    apart = x[:, None] - x
+    np.fill_diagonal(apart, np.inf)
+    logs = np.log(np.abs(apart), where=np.isfinite(apart), out=np.zeros_like(apart))
+    c = -2 * np.sum(logs, axis=1)
+    c = np.exp(c - c.max())
+    d, noise = 2 * np.sum(1 / apart, axis=1), np.finfo(float).eps * np.abs(x).max()
+    off = noise * 2 * np.sum(1 / np.abs(apart), axis=1)  # relative error of c, and of d in units of it
+    far = noise * 2 * np.sum(1 / apart**2, axis=1)
+    middle = (x[1:] + x[:-1]) / 2
+    reach = x - middle[:, None]  # (gaps, nodes)
+    terms, errors = c - c * d * reach, c * (off + (np.abs(d) * off + far) * np.abs(reach))
+    slopes, unsure = c * d, c * (np.abs(d) * off + far)
+    right = np.tri(len(x), k=-1, dtype=bool).T[:-1]  # of gap g the nodes behind g
+    right_is_smaller = (np.abs(slopes) @ right.T) < (np.abs(slopes) @ ~right.T)
+    side = np.where(right_is_smaller[:, None], right, ~right)
+    slope = side @ slopes
+    t = -np.sum(side * terms, axis=1) / slope
+    doubt = (np.sum(side * errors, axis=1) + np.abs(t) * (side @ unsure)) / np.abs(slope)
+    gaps = np.diff(x)
+    return np.where((np.abs(t) < gaps / 2) & (doubt < DOUBT * gaps), middle + t, np.nan)
