@@ -70,7 +70,8 @@ def arrowheads(nodes, residuals, parameters) -> tuple[np.ndarray, np.ndarray]:
     arrows[:, np.arange(m), np.arange(m)] = nodes
     arrows[:, m, m] = parameters
     arrows[:, m, :m] = arrows[:, :m, m] = residuals
-    return tuple(np.linalg.eigh(arrows))
+    theta, vectors = np.linalg.eigh(arrows)
+    return theta, vectors
 
 
 @one_thread()
