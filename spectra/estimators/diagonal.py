@@ -51,7 +51,8 @@ def diagonal(
 ) -> Estimate:
     """Estimate the diagonal H_ii, each entry with a standard error.
 
-    "hutchinson" is the mean of v ⊙ Hv over Rademacher probes, exact for a diagonal H. "xdiag" first computes
+    "hutchinson" is the mean of v ⊙ Hv over Rademacher probes, exact for a diagonal H; a single probe, and up
+    to four where n < 16, are normal, since so few signs show too little of the error. "xdiag" first computes
     the part within a sketched range, leaving each probe out of its own sketch: best if few eigenvalues
     dominate. "xnysdiag" does the same with the Nyström approximation from the probes and their products: half
     the products of "xdiag" for as many probes, but of a positive semi-definite operator. "exact" uses n
