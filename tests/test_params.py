@@ -272,3 +272,12 @@ def test_many_leaves_are_one_operator():
     assert float(result.orthogonality) <= 64 * 1.2e-7
     # alpha_0 is the mean of the diagonal, 1 .. 150.
     assert float(result.alpha[0]) == pytest.approx(75.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_vectors_of_numpy_parameters_have_the_dtype_that_jax_computes_in(x64):
+    """Without x64 JAX takes float64 for float32; from 0.11 on it warns where a structure says otherwise."""
+    params = {"single": np.ones(2, np.float32), "double": np.ones(3)}
+    with jax.enable_x64(x64):
+        got = jax.tree.map(lambda leaf: leaf.dtype, trees.vector_structure(params))
+        assert got == jax.tree.map(lambda leaf: jnp.asarray(leaf).dtype, params)

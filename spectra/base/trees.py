@@ -115,10 +115,17 @@ def lift(leaf: jax.Array) -> jax.Array:
 
 
 def vector_structure(params: PyTree) -> PyTree:
-    """`ShapeDtypeStruct` of one vector over `params`; rejects leaves that are not real floats."""
+    """`ShapeDtypeStruct` of one vector over `params`; rejects leaves that are not real floats.
+
+    Without x64 a NumPy array of float64 is one of float32 to JAX.
+    """
     check_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
-    return _vector_structure(treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    return _vector_structure(treedef, tuple((leaf.shape, _as_computed(leaf.dtype)) for leaf in leaves))
+
+
+def _as_computed(dtype: jnp.dtype) -> jnp.dtype:
+    return jax.dtypes.canonicalize_dtype(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 @functools.lru_cache(maxsize=256)

@@ -75,6 +75,15 @@ def draws(eqn: Any) -> bool:
     return eqn.primitive.name in _RANDOM
 
 
+def scan_parts(eqn: Any) -> tuple[int, int]:
+    """How many operands of a scan are constants of its body, and how many more it carries."""
+    params = eqn.params
+    if "num_consts" in params:  # before jax 0.11
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].elts
+    return len(consts), len(carry)
+
+
 def rematerialises(jaxpr: Jaxpr) -> bool:
     """Whether a program has parts under `jax.checkpoint`, which derivatives evaluate again."""
     return any(eqn.primitive.name in _REMAT for eqn in _equations(getattr(jaxpr, "jaxpr", jaxpr)))
@@ -199,8 +208,7 @@ def _inside(eqn: Any, inputs: list[bool], eps: float, found: list[Any]) -> list[
         branches = [_call(branch, inputs[1:], eps, found) for branch in params["branches"]]
         return [any(flags) for flags in zip(*branches, strict=True)]
     if name == "scan":
-        consts, carry = params["num_consts"], params["num_carry"]
-        return _loop(params["jaxpr"], inputs, consts, carry, eps, found)
+        return _loop(params["jaxpr"], inputs, *scan_parts(eqn), eps, found)
     if name == "while":
         rest = inputs[params["cond_nconsts"] :]
         consts = params["body_nconsts"]
@@ -277,9 +285,9 @@ def _follow_names(jaxpr: Any, names: dict[int, int], scans: dict[int, set[Any]],
         if eqn.primitive.name == "convert_element_type":
             names[id(eqn.outvars[0])] = places[0]
         elif eqn.primitive.name == "scan":
-            consts, rows = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+            consts, carry = scan_parts(eqn)
             for place, name in places.items():
-                if place >= rows:
+                if place >= consts + carry:
                     scans[name].add((id(eqn), eqn.params["length"]))
                 elif place >= consts:
                     elsewhere.add(name)

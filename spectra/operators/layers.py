@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from spectra.operators.jaxprs import scan_parts
 from spectra.operators.layouts import Layout, Step, View, apply_steps, step_of
 
 Path = tuple[int, ...]
@@ -128,8 +129,8 @@ def _follow(eqn: Any, tags: list[Any], path: Path, loops: tuple[int, ...], found
 
 
 def _scan(eqn: Any, tags: list[Any], path: Path, loops: tuple[int, ...], found: Found) -> list[Any]:
-    consts = eqn.params["num_consts"]
-    rows = consts + eqn.params["num_carry"]
+    consts, carry = scan_parts(eqn)
+    rows = consts + carry
     inner: list[Any] = list(tags[:consts])
     for tag in tags[consts:rows]:
         found.other(tag, "a scan carries it")

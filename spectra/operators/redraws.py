@@ -12,7 +12,7 @@ from jax import lax
 from spectra.base.errors import DataError
 from spectra.base.trees import PyTree
 from spectra.operators.batches import batch_size, owned_leaves, replace_owned
-from spectra.operators.jaxprs import drawn_shapes, draws, inner_jaxprs
+from spectra.operators.jaxprs import drawn_shapes, draws, inner_jaxprs, scan_parts
 
 if TYPE_CHECKING:
     from spectra.operators.data import DataOperator
@@ -87,7 +87,7 @@ def _branch(jaxpr: Any, salt: jax.Array, *args: Any) -> list[Any]:
 def _enter(eqn: Any, inputs: list[Any], salt: jax.Array) -> list[Any]:
     params = eqn.params
     if eqn.primitive.name == "scan":
-        return _scan(params, inputs, salt)
+        return _scan(eqn, inputs, salt)
     if eqn.primitive.name == "while":
         return _while(params, inputs, salt)
     if eqn.primitive.name == "cond":
@@ -97,8 +97,8 @@ def _enter(eqn: Any, inputs: list[Any], salt: jax.Array) -> list[Any]:
     return _closed(inner, inputs, salt)
 
 
-def _scan(params: dict[str, Any], inputs: list[Any], salt: jax.Array) -> list[Any]:
-    consts, carry = params["num_consts"], params["num_carry"]
+def _scan(eqn: Any, inputs: list[Any], salt: jax.Array) -> list[Any]:
+    params, (consts, carry) = eqn.params, scan_parts(eqn)
     fixed, start, rows = inputs[:consts], inputs[consts : consts + carry], inputs[consts + carry :]
 
     def body(state: Any, row: Any) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
+from spectra.operators.jaxprs import scan_parts
 from spectra.operators.layers import CALLS, Path, Site
 from spectra.operators.layouts import apply_steps
 
@@ -80,8 +81,8 @@ def _scan(
 ) -> list[Any]:
     """The scan with the perturbations of each step among what it runs over, and the rows stacked."""
     params, body = eqn.params, eqn.params["jaxpr"]
-    first = params["num_consts"]
-    columns = first + params["num_carry"]
+    first, carried = scan_parts(eqn)
+    columns = first + carried
     consts = operands[:first]
     own = {site: moves[site] for site in sites if site[: len(path)] == path}
 
@@ -90,7 +91,7 @@ def _scan(
         inner: Arrays = {}
         args = [*consts, *carry, *columns]
         results = _replay(body.jaxpr, body.consts, sites, args, moved, inner, path)
-        return results[: params["num_carry"]], (results[params["num_carry"] :], inner)
+        return results[:carried], (results[carried:], inner)
 
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
     carry, (stacked, inner) = lax.scan(step, operands[first:columns], (operands[columns:], own), **options)
