@@ -229,8 +229,7 @@ def _summary(
     num_folds, count = law.folds.max() + 1, len(law.folds)
     whole = np.asarray(fitted.whole.values, float)[::-1]
     most = whole + np.asarray(fitted.whole.residuals, float)[::-1]
-    held, stderr, below = law.held_out(seen)
-    above = law.in_sample(seen, stderr)
+    held, stderr, below, above = law.ends(seen, whole)
     lower, upper = held - below, most + above
     # To second order biases are +c/m in the sample and -c/m' of vectors fitted to m' = (1 - 1/f) m.
     value = np.clip((num_folds * whole + (num_folds - 1) * held) / (2 * num_folds - 1), lower, upper)
