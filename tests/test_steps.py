@@ -135,6 +135,10 @@ def test_an_optimizer_may_ask_for_the_loss():
     polyak = optax.polyak_sgd(max_learning_rate=1e3)
     found = spectra.stable_step(op, polyak, polyak.init(W), key=KEY)
     np.testing.assert_allclose(float(found), 4.0, rtol=1e-4)
+    with pytest.raises(spectra.StructureError, match="pass the state of this optimizer"):
+        spectra.stable_step(op, optax.adam(0.1), optax.adam(0.1).init(W[:2]), key=KEY)
+    with pytest.raises(spectra.SpectraError, match="outside jit"):
+        jax.jit(lambda w: spectra.stable_step(OP, polyak, polyak.init(w), key=KEY).multiple)(W)
     search = optax.chain(optax.sgd(0.1), optax.scale_by_backtracking_linesearch(5))
     with pytest.raises(spectra.StructureError, match=r"needs more than.*value_fn"):
         spectra.stable_step(OP, search, search.init(W), key=KEY)

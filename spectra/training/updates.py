@@ -40,16 +40,8 @@ class Answers:
     def __init__(self, update: Callable[..., Any], state: PyTree, point: Seen):
         self.update, self.point, self.wide = update, point, False
         self.more = _takes_more(update)
-        try:
-            self.state, self.calls = _cycle(update, self.more, state, point)
-        except TypeError as error:
-            if "argument" not in str(error):
-                raise
-            raise StructureError(
-                f"optimizer.update needs more than gradient, state, parameters and value= of the loss: {error}. "
-                "Pass optax.GradientTransformation(optimizer.init, f) with an f of the first three that gives "
-                "it the rest."
-            ) from error
+        _require_fit(update, self.more, state, point)
+        self.state, self.calls = _cycle(update, self.more, state, point)
 
     def __call__(self, change: Seen) -> PyTree:
         program = partial(_answer, self.update, self.more, self.calls)
@@ -71,6 +63,26 @@ def _takes_more(update: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):  # of what is not written in Python
         return False
     return any(p.kind is p.VAR_KEYWORD for p in found)
+
+
+def _require_fit(update: Callable[..., Any], more: bool, state: PyTree, point: Seen) -> None:
+    """Raise a StructureError unless an update can be made, and is like the parameters."""
+    try:
+        updates, _ = jax.eval_shape(partial(_called, update, more, point), state)
+    except Exception as error:
+        first = str(error).split("\n")[0]
+        if isinstance(error, TypeError) and "argument" in first:
+            raise StructureError(
+                f"optimizer.update needs more than gradient, state, parameters and value= of the loss: {first}. "
+                "Pass optax.GradientTransformation(optimizer.init, f) with an f of the first three that gives "
+                "it the rest."
+            ) from error
+        raise StructureError(
+            f"optimizer.update fails on optimizer_state and the gradient of op ({type(error).__name__}: "
+            f"{first}): pass the state of this optimizer for the parameters that op differentiates, which are "
+            "those of wrt= where there is one."
+        ) from error
+    trees.check_structure(updates, point.params, "an update of the optimizer")
 
 
 def _called(update: Callable[..., Any], more: bool, point: Seen, state: PyTree) -> tuple[PyTree, PyTree]:
