@@ -146,7 +146,7 @@ class Law:
             below, above = self.errors(own, by_fold=True), self.errors(seen.in_sample[:, : j + 1, : j + 1])
             size = max(above.stderr, below.stderr)
             apart = self.errors(seen.in_sample[:, j, j] - own, by_fold=True)
-            distance = whole[j] - held[j] - apart.stderr  # what chance alone makes of none counts for none
+            distance = whole[j] - held[j] - apart.stderr  # chance makes as much of none
             tail = one_at_risk(self.tail, distance / size if size > 0 else 0.0, min(below.dof, above.dof))
             found.stderr[j] = below.stderr
             found.below[j] = below.reach(tail, up=False) * below.stderr

@@ -80,8 +80,7 @@ def stable_step(
         raise StructureError(f"optimizer is a {type(optimizer).__name__} without an update function.")
     if max_matvecs < 1 or not 0 < tol < 1:
         raise SpectraError(f"max_matvecs={max_matvecs}, tol={tol}: use one product or more, and 0 < tol < 1.")
-    if trees.is_traced((op.params, op.data, optimizer_state)):
-        raise SpectraError("stable_step stops by what it finds: call it outside jit and vmap.")
+    trees.require_values("stable_step", (op.params, op.data, optimizer_state))
     prepared, gradient = op.prepare(), op.gradient()
     start = trees.sphere_sample(key, op.structure)
 

@@ -202,7 +202,9 @@ class SpectrumTracker:
             self.console.take(name, step, state, time.perf_counter)
             self._start += time.perf_counter() - began
 
-    def _take(self, step: int, state: tuple, scalars: dict[str, float], trained: float, began: float) -> Snapshot:
+    def _take(
+        self, step: int, state: tuple, scalars: dict[str, float], trained: float, began: float
+    ) -> Snapshot:
         op = self.op_factory(*state)
         require_operator(op)
         op = op.prepare()  # once for both runs

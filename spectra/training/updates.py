@@ -44,6 +44,7 @@ class Answers:
         self.state, self.calls = _cycle(update, self.more, state, point)
 
     def __call__(self, change: Seen) -> PyTree:
+        """-1/2 times the updates that answer to these changes."""
         program = partial(_answer, self.update, self.more, self.calls)
         if not self.wide:
             answer = program(self.state, self.point, change)
@@ -73,14 +74,14 @@ def _require_fit(update: Callable[..., Any], more: bool, state: PyTree, point: S
         first = str(error).split("\n")[0]
         if isinstance(error, TypeError) and "argument" in first:
             raise StructureError(
-                f"optimizer.update needs more than gradient, state, parameters and value= of the loss: {first}. "
-                "Pass optax.GradientTransformation(optimizer.init, f) with an f of the first three that gives "
-                "it the rest."
+                f"optimizer.update needs more than gradient, state, parameters and value=, the loss: {first}."
+                " Pass optax.GradientTransformation(optimizer.init, f) with an f of the first three that "
+                "gives it the rest."
             ) from error
         raise StructureError(
             f"optimizer.update fails on optimizer_state and the gradient of op ({type(error).__name__}: "
-            f"{first}): pass the state of this optimizer for the parameters that op differentiates, which are "
-            "those of wrt= where there is one."
+            f"{first}): pass the state of this optimizer for the parameters that op differentiates, which "
+            "are those of wrt= where there is one."
         ) from error
     trees.check_structure(updates, point.params, "an update of the optimizer")
 
@@ -105,19 +106,20 @@ def _cycle(update, more: bool, state: PyTree, point: Seen) -> tuple[PyTree, int]
     """
     if all(jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating) for x in jax.tree.leaves(state)):
         return state, 1  # nothing to count calls with
-    begin = state
-    for _ in range(LONGEST):
-        moved, begin = _once(update, more, begin, point)
-        if moved:
-            break
-    else:
+    begin, _ = _until_moved(update, more, state, point)
+    if begin is None:
         return state, 1
-    after, calls = begin, 0
+    after, calls = _until_moved(update, more, begin, point)
+    return (begin, calls) if after is not None and calls > 1 else (state, 1)
+
+
+def _until_moved(update, more: bool, state: PyTree, point: Seen) -> tuple[PyTree, int]:
+    """The state after the next update that is not zero, and the calls up to it; None if there is none."""
     for calls in range(1, LONGEST + 1):
-        moved, after = _once(update, more, after, point)
+        moved, state = _once(update, more, state, point)
         if moved:
-            break
-    return (begin, calls) if moved and calls > 1 else (state, 1)
+            return state, calls
+    return None, LONGEST
 
 
 def _wide(tree: PyTree) -> PyTree:

@@ -1150,7 +1150,7 @@ SAMPLES = [
     fault(
         "a call that gives no update counts as a cycle",
         "training/updates.py",
-        "return (begin, calls) if moved and calls > 1 else (state, 1)",
+        "return (begin, calls) if after is not None and calls > 1 else (state, 1)",
         "return state, 1",
         "test_steps.py::test_gradients_that_are_gathered_count_by_the_cycle",
     ),
