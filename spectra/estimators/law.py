@@ -138,7 +138,7 @@ class Law:
         only one end is at risk, and is given more than half of the risk (`one_at_risk`).
 
         Above, the error is that along the eigenvectors of the whole distribution. Those of the sample lean
-        towards examples of large curvature, those held out away from them: the larger error of the two counts.
+        towards examples of large curvature, those held out away from them: the larger error counts.
         """
         held, forms = self._held_out(seen)
         found = Ends(held, *np.zeros((3, len(held))))
@@ -146,7 +146,7 @@ class Law:
             below, above = self.errors(own, by_fold=True), self.errors(seen.in_sample[:, : j + 1, : j + 1])
             size = max(above.stderr, below.stderr)
             apart = self.errors(seen.in_sample[:, j, j] - own, by_fold=True)
-            distance = whole[j] - held[j] - apart.stderr  # chance makes as much of none
+            distance = whole[j] - held[j] - apart.stderr  # less what chance makes
             tail = one_at_risk(self.tail, distance / size if size > 0 else 0.0, min(below.dof, above.dof))
             found.stderr[j] = below.stderr
             found.below[j] = below.reach(tail, up=False) * below.stderr
