@@ -12,6 +12,9 @@ laws of one total variance, the one on a line has the heaviest tail.
 Below: for an orthonormal V of j vectors fitted to other examples, λ_j(H) >= λ_min(VᵀHV), and VᵀHV is a mean
 over the examples held out. Each part of the examples is held out once (cross-fitting).
 
+The truth lies between the expectations of the two, so that only one end is at risk where they are apart
+(`law.one_at_risk`).
+
 Between: to second order the bias of λ(H_S) is c / m for m examples, and that of the held-out value -c / m'
 for the m' that V was fitted to. The mean in which they cancel is the estimate.
 """
