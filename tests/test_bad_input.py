@@ -306,3 +306,43 @@ def test_dense_matrices_of_maps_without_a_symmetric_one(n, call, dtype):
     for function, message in ((triangular, "not symmetric"), (plus_one, "not linear|not symmetric")):
         with pytest.raises(spectra.NotSymmetricError, match=message):
             call(spectra.FunctionOperator(function, jnp.zeros(n)))
+
+
+def square(w, x):
+    return jnp.mean((x @ w) ** 2)
+
+
+def logits_of(w, x):
+    return jnp.stack([x @ w, -x @ w], axis=1)
+
+
+def likelihood(logits, labels):
+    return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels])
+
+
+X = jnp.eye(4, 2)
+ON_THE_HOST = {
+    "class_split": lambda op: spectra.class_split(
+        spectra.GGNOperator(logits_of, likelihood, op.params, (X, jnp.arange(4) % 2)), key=KEY
+    ),
+    "compare_operators": lambda op: spectra.compare_operators(op, op, key=KEY),
+    "critical_sharpness": lambda op: spectra.critical_sharpness(square, op.params, X, op.params),
+    "data_variability": lambda op: spectra.data_variability(op, key=KEY),
+    "gradient_noise_scale": lambda op: spectra.gradient_noise_scale(
+        spectra.GradientCovarianceOperator(square, op.params, X)
+    ),
+    "perturbation": lambda op: spectra.perturbation(op, {"all": op.params}),
+    "population": lambda op: spectra.population(op, key=KEY),
+    "save": lambda op: spectra.save(spectra.slq(op, key=KEY, num_steps=2), "never"),
+    "spectral_density": lambda op: spectra.spectral_density(spectra.slq(op, key=KEY, num_steps=2)),
+    "spectrum": lambda op: spectra.spectrum(op, key=KEY),
+    "step_quality": lambda op: spectra.step_quality(op, op.params),
+}
+
+
+@pytest.mark.parametrize("call", ON_THE_HOST.values(), ids=ON_THE_HOST)
+def test_what_reads_numbers_on_the_host_says_so_inside_jit(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpectraError, match="jit"):
+        jax.jit(lambda w: call(spectra.HessianOperator(square, w, X)))(jnp.ones(2))
+    assert not list(tmp_path.iterdir())

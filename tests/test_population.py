@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 import spectra
 from spectra.estimators.batches import _count
+from spectra.estimators.law import one_at_risk
 from spectra.estimators.population import _for_half
 
 SCALES = np.array([3.0, 2.5, 1.0, 0.7, 0.5, 0.3])
@@ -125,6 +127,23 @@ def test_of_all_the_data_nothing_is_left_to_chance_but_the_probes():
     part = spectra.population(operator(x), key=jax.random.key(0), of="data", num_examples=32, num_batches=16)
     whole = spectra.population(operator(x), key=jax.random.key(0), num_examples=32, num_batches=16)
     assert part.stderr[0] == pytest.approx(whole.stderr[0] / 2**0.5)
+
+
+@pytest.mark.parametrize("dof", [4, 20, 1e6])
+def test_a_number_between_two_means_is_missed_no_more_often_than_stated(dof):
+    """Limits of 95 % about two means with one error, whose distance is known with an error of its own."""
+    points, weights = np.polynomial.hermite_e.hermegauss(41)
+    weights = weights / weights.sum()
+    for spread, true in itertools.product((0.0, 0.2, 0.5, 1.0, 2.0), (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)):
+        seen = true + spread * points
+        tails = np.array([one_at_risk(0.975, x - spread, dof) for x in seen])
+        quantiles = scipy.stats.t.ppf(tails, dof)
+        # A number at one mean: its own limit fails, or the other one behind the distance as it was seen.
+        missed = weights @ (1 - tails + scipy.stats.t.sf(quantiles + np.maximum(seen, 0), dof))
+        assert 0.039 < missed < 0.05 + 1e-6, (spread, true)
+    # The distance nought: both limits as always; a large one: only one of them can fail.
+    assert one_at_risk(0.975, 0.0, dof) == pytest.approx(0.975, abs=1e-9)
+    assert one_at_risk(0.975, 1e6, dof) == pytest.approx(0.95, abs=1e-6)
 
 
 def test_batches_are_equal_and_leave_few_examples_over():

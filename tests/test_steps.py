@@ -109,6 +109,41 @@ def test_the_edge_of_gradient_descent_is_that_of_its_closed_form(optimizer, mult
     assert found.status.ok
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "multiple"),
+    [
+        (optax.MultiSteps(optax.sgd(0.1), 4), 2 / 5 / 0.1),  # their mean
+        pytest.param(
+            optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 4).gradient_transformation(),
+            3.8 / 5 / 0.1,
+            marks=pytest.mark.slow,
+        ),
+        (optax.chain(optax.sgd(0.1), optax.apply_every(4)), 2 / 5 / 0.4),  # their sum
+    ],
+    ids=["mean", "momentum", "sum"],
+)
+def test_gradients_that_are_gathered_count_by_the_cycle(optimizer, multiple):
+    """Three calls of four give no update, wherever in a cycle one asks."""
+    for calls in range(5):
+        found = spectra.stable_step(OP, optimizer, after(optimizer, calls), key=KEY)
+        np.testing.assert_allclose(float(found), multiple, rtol=1e-4)
+
+
+def test_an_optimizer_may_ask_for_the_loss():
+    """Polyak's step, loss / |g|², is half of one over the curvature where all curvature is the same."""
+    op = spectra.HessianOperator(lambda w, c: 0.5 * c * jnp.sum(w**2), W, jnp.float32(5.0))
+    polyak = optax.polyak_sgd(max_learning_rate=1e3)
+    found = spectra.stable_step(op, polyak, polyak.init(W), key=KEY)
+    np.testing.assert_allclose(float(found), 4.0, rtol=1e-4)
+    with pytest.raises(spectra.StructureError, match="pass the state of this optimizer"):
+        spectra.stable_step(op, optax.adam(0.1), optax.adam(0.1).init(W[:2]), key=KEY)
+    with pytest.raises(spectra.SpectraError, match="outside jit"):
+        jax.jit(lambda w: spectra.stable_step(OP, polyak, polyak.init(w), key=KEY).multiple)(W)
+    search = optax.chain(optax.sgd(0.1), optax.scale_by_backtracking_linesearch(5))
+    with pytest.raises(spectra.StructureError, match=r"needs more than.*value_fn"):
+        spectra.stable_step(OP, search, search.init(W), key=KEY)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",

@@ -135,6 +135,33 @@ def test_scalars_callbacks_and_time():
     assert all(s.seconds > 0 for s in history)
 
 
+def test_numbers_of_any_library_are_recorded_and_others_named():
+    tracker = spectra.SpectrumTracker(
+        factory, np.int64(2), num_steps=4, measures={"norm": [np.int32(2), lambda p: np.ones((1, 1))]}
+    )
+    params = start()
+    numbers = {"a": jnp.ones(1), "b": np.float32(2), "c": jnp.bfloat16(3), "d": None, "e": 5}
+    found = tracker(jnp.int32(0), params, **numbers)
+    assert found is not None
+    assert found.scalars == {"norm": 1.0, "a": 1.0, "b": 2.0, "c": 3.0, "e": 5.0}
+    with pytest.raises(spectra.SpectraError, match=r"loss= is an array of shape \(2,\)"):
+        tracker(2, params, loss=jnp.ones(2))
+    with pytest.raises(spectra.SpectraError, match=r"loss= is 'low'"):
+        tracker(2, params, loss="low")
+    for step in (2.5, np.nan):
+        with pytest.raises(spectra.SpectraError, match="no number of a training step"):
+            tracker(step, params)
+    with pytest.raises(spectra.SpectraError, match="step is None"):
+        tracker(None, params)  # pyright: ignore
+    with pytest.raises(spectra.SpectraError, match="outside jit"):
+        jax.jit(lambda step: tracker(step, params))(2)
+    with pytest.raises(spectra.SpectraError, match="outside jit"):
+        jax.jit(lambda params: tracker(2, params))(params)
+    tracker = spectra.SpectrumTracker(factory, measures={"none": (1, lambda p: None)})
+    with pytest.raises(spectra.SpectraError, match="the measure 'none' returned is None"):
+        tracker(0, params)
+
+
 def test_a_preconditioned_operator_takes_the_optimizer_state_along():
     optimizer = optax.adam(1e-2)
     params = start()

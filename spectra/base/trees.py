@@ -15,7 +15,7 @@ from jax.tree_util import PyTreeDef
 from jax.typing import ArrayLike, DTypeLike
 
 from spectra.base import arrays
-from spectra.base.errors import StructureError
+from spectra.base.errors import SpectraError, StructureError
 
 PyTree = Any
 Kinds = tuple[tuple[tuple[int, ...], jnp.dtype], ...]  # shape and dtype of each leaf
@@ -216,6 +216,12 @@ def is_traced(tree: PyTree) -> bool:
     """
     leaves = [*jax.tree.leaves(tree), jnp.zeros(()) + 0]
     return any(map(is_tracer, leaves))
+
+
+def require_values(what: str, tree: PyTree) -> None:
+    """Raise a SpectraError where a function that reads numbers on the host has none to read."""
+    if is_traced(tree):
+        raise SpectraError(f"{what} reads numbers on the host: call it outside jit and vmap.")
 
 
 def is_tracer(leaf: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import ArrayLike
 
+from spectra.base import trees
 from spectra.base.errors import SpectraError
 from spectra.density import bands
 from spectra.density.bands import RELATIVE_WIDTH, Width
@@ -74,6 +75,7 @@ def spectral_density(
             raise SpectraError("the number of moments sets the width of a KPM density: leave out bandwidth.")
         return moments_density(quadrature, grid, level)
     quadrature = as_quadrature(quadrature)
+    trees.require_values("spectral_density", quadrature.nodes)
     scale = linear_scale(quadrature)
     if bandwidth is None:
         widths = _relative_width(scale)

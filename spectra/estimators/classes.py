@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -53,6 +54,7 @@ def class_split(
         >>> split.num_classes, split.class_means.shape, split.cross.shape
         (3, (3,), (6,))
     """
+    trees.require_values("class_split", (op.params, op.data))
     means = class_means(op)
     parts, classes = parts_of(op, means), len(means.weights)
     k = min(classes + 2, op.size) if num_eigenvalues is None else num_eigenvalues

@@ -41,6 +41,33 @@ class Errors(NamedTuple):
         return float(stdtrit(self.dof, tail))
 
 
+class Ends(NamedTuple):
+    """(k,) each: eigenvalues on vectors held out, their errors, how far these may be above the truth, and how
+    far those of the sample below it."""
+
+    held_out: np.ndarray
+    stderr: np.ndarray
+    below: np.ndarray
+    above: np.ndarray
+
+
+def one_at_risk(tail: float, apart: float, dof: float) -> float:
+    """Probability below the upper of two limits of a number that lies between their centres.
+
+    The centres are `apart` standard errors from each other. A number at one of them is missed on its own side
+    with probability 1 - p, and on the other only by an error of t_p + apart: both together are 2 (1 - tail)
+    (Imbens and Manski, doi:10.1111/j.1468-0262.2004.00555.x). `tail` itself where the centres coincide.
+    """
+    from scipy.special import stdtr, stdtrit
+
+    low, high = 2 * tail - 1, tail
+    for _ in range(40):
+        p = (low + high) / 2
+        missed = 1 - p + stdtr(dof, -(stdtrit(dof, p) + max(apart, 0.0)))
+        low, high = (low, p) if missed < 2 * (1 - tail) else (p, high)
+    return high
+
+
 class Law:
     """Means over batches with weights, and their errors.
 
@@ -104,12 +131,34 @@ class Law:
         dof = variance**2 / freedom if freedom > 0 else max(len(values) - 1.0, 1.0)
         return Errors(parts, dof)
 
-    def held_out(self, seen: Seen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(k,) each: λ_min of the leading j x j means, its error, and how far above the truth it may be."""
+    def ends(self, seen: Seen, whole: np.ndarray) -> Ends:
+        """Limits of the eigenvalues, from those on vectors held out and from those of the sample, `whole`.
+
+        The truth is between the expectations of the two, and where these are apart it cannot be near both:
+        only one end is at risk, and is given more than half of the risk (`one_at_risk`).
+
+        Above, the error is that along the eigenvectors of the whole distribution. Those of the sample lean
+        towards examples of large curvature, those held out away from them: the larger error counts.
+        """
+        held, forms = self._held_out(seen)
+        found = Ends(held, *np.zeros((3, len(held))))
+        for j, own in enumerate(forms):
+            below, above = self.errors(own, by_fold=True), self.errors(seen.in_sample[:, : j + 1, : j + 1])
+            size = max(above.stderr, below.stderr)
+            apart = self.errors(seen.in_sample[:, j, j] - own, by_fold=True)
+            distance = whole[j] - held[j] - apart.stderr  # less what chance makes
+            tail = one_at_risk(self.tail, distance / size if size > 0 else 0.0, min(below.dof, above.dof))
+            found.stderr[j] = below.stderr
+            found.below[j] = below.reach(tail, up=False) * below.stderr
+            # Of a length, both tails.
+            found.above[j] = (above.t((1 + tail) / 2) if j else above.reach(tail, up=True)) * size
+        return found
+
+    def _held_out(self, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+        """λ_min of the leading j x j means (k,), and what each batch has along that vector (k, b)."""
         count, k = seen.held_out.shape[:2]
-        value, stderr, reach = np.zeros(k), np.zeros(k), np.zeros(k)
+        value, forms = np.zeros(k), np.zeros((k, count))
         for j in range(k):
-            forms = np.zeros(count)
             for part in range(self.folds.max() + 1):
                 mine = self.folds == part
                 share = self.weights[mine].sum()
@@ -117,26 +166,8 @@ class Law:
                 values, vectors = np.linalg.eigh(np.tensordot(self.weights[mine] / share, matrices, 1))
                 along = vectors[:, 0]
                 value[j] += share * values[0]
-                forms[mine] = np.einsum("i,bij,j->b", along, matrices, along)
-            errors = self.errors(forms, by_fold=True)
-            stderr[j] = errors.stderr
-            reach[j] = errors.reach(self.tail, up=False) * stderr[j]
-        return value, stderr, reach
-
-    def in_sample(self, seen: Seen, stderr: np.ndarray) -> np.ndarray:
-        """(k,) how far below the truth the eigenvalues of the sample may be; `stderr` on vectors held out.
-
-        The error is that along the eigenvectors of the whole distribution. Those of the sample lean towards
-        examples of large curvature, those held out away from them: the larger error of the two counts.
-        """
-        reach = np.zeros(len(stderr))
-        for j in range(len(stderr)):
-            errors = self.errors(seen.in_sample[:, : j + 1, : j + 1])
-            size = max(errors.stderr, stderr[j])
-            # Of a length, both tails.
-            t = errors.t((1 + self.tail) / 2) if j else errors.reach(self.tail, up=True)
-            reach[j] = t * size
-        return reach
+                forms[j, mine] = np.einsum("i,bij,j->b", along, matrices, along)
+        return value, forms
 
     def trace(self, traces: np.ndarray) -> tuple[Interval, float, float]:
         """The mean over batches and probes, its error over examples, and that over the probes."""

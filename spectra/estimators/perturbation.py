@@ -183,6 +183,7 @@ def perturbation(op: DataOperator, deltas: Mapping[str, PyTree], *, measure: boo
         raise StructureError(f"op is a {type(op).__name__}, which has no loss: pass an operator on data.")
     if not isinstance(deltas, Mapping) or not deltas:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SpectraError("deltas is a mapping from names to perturbations, with at least one.")
+    trees.require_values("perturbation", (op.params, op.data, deltas))
     parts = {str(name): _parts(op, delta, str(name)) for name, delta in deltas.items()}
     loss = float(op.loss())
     if not math.isfinite(loss):

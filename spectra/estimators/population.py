@@ -12,6 +12,9 @@ laws of one total variance, the one on a line has the heaviest tail.
 Below: for an orthonormal V of j vectors fitted to other examples, λ_j(H) >= λ_min(VᵀHV), and VᵀHV is a mean
 over the examples held out. Each part of the examples is held out once (cross-fitting).
 
+The truth lies between the expectations of the two, so that only one end is at risk where they are apart
+(`law.one_at_risk`).
+
 Between: to second order the bias of λ(H_S) is c / m for m examples, and that of the held-out value -c / m'
 for the m' that V was fitted to. The mean in which they cancel is the estimate.
 """
@@ -229,8 +232,7 @@ def _summary(
     num_folds, count = law.folds.max() + 1, len(law.folds)
     whole = np.asarray(fitted.whole.values, float)[::-1]
     most = whole + np.asarray(fitted.whole.residuals, float)[::-1]
-    held, stderr, below = law.held_out(seen)
-    above = law.in_sample(seen, stderr)
+    held, stderr, below, above = law.ends(seen, whole)
     lower, upper = held - below, most + above
     # To second order biases are +c/m in the sample and -c/m' of vectors fitted to m' = (1 - 1/f) m.
     value = np.clip((num_folds * whole + (num_folds - 1) * held) / (2 * num_folds - 1), lower, upper)

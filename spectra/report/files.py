@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from spectra.base.errors import ResultFileError, SpectraError
@@ -293,7 +294,10 @@ def save(result: Any, path: str | os.PathLike, *, overwrite: bool = True) -> Pat
     path = Path(path)
     if path.suffix != ".npz":
         path = path.with_name(path.name + ".npz")
-    npz.write(result, path, overwrite=overwrite)
+    try:
+        npz.write(result, path, overwrite=overwrite)
+    except jax.errors.TracerArrayConversionError as error:
+        raise SpectraError("inside jit a result has no numbers yet: return it from there first.") from error
     return path
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.density import deflation as dense
@@ -229,6 +230,7 @@ def spectrum(
     """
     start = time.perf_counter()
     require_operator(op)
+    trees.require_values("spectrum", op)
     if not zero_tol >= 0:
         raise SpectraError(f"zero_tol={zero_tol} is a share of |H|: use 0 or a positive number.")
     steps = min(100, op.size) if num_steps is None else num_steps

@@ -1,6 +1,7 @@
 """Quantities of a training run that are measured at intervals of their own, and warnings about them."""
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,31 @@ COURSE = 8
 """Readings that a forecast is made from, half as many at least."""
 DOUBT = 0.9
 """Probability with which a forecast is below its limit where it warns, by Student's t over those readings."""
+
+
+def number(what: str, x: Any) -> float:
+    """One number of any kind as a float: of Python, NumPy, JAX or PyTorch, or what has a `__float__`.
+
+    Raises:
+        SpectraError: it is none, or several.
+    """
+    try:
+        return float(x.item() if hasattr(x, "item") else x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = getattr(x, "shape", ())
+        kind = f"an array of shape {tuple(shape)}" if shape else f"{x!r:.60}"
+        raise SpectraError(f"{what} is {kind}: it has to be one number.") from error
+
+
+def steps_of(what: str, every: Any) -> int:
+    """A positive number of steps."""
+    try:
+        found = 0 if isinstance(every, bool) else operator.index(every)
+    except TypeError:
+        found = 0
+    if found < 1:
+        raise SpectraError(f"{what}={every!r}: use a positive number of steps.")
+    return found
 
 
 class Reading(NamedTuple):
@@ -39,14 +65,12 @@ class Console:
         warn_below: Mapping[str, float] | None,
         warn_ahead: int = 0,
     ):
-        self.measures = dict(measures or {})
+        self.measures: dict[str, tuple[int, Measure]] = {}
         self.warn_below = dict(warn_below or {})
-        for name, measure in self.measures.items():
-            if not (isinstance(measure, tuple) and len(measure) == 2 and callable(measure[1])):
+        for name, measure in dict(measures or {}).items():
+            if not (isinstance(measure, tuple | list) and len(measure) == 2 and callable(measure[1])):
                 raise SpectraError(f"measures[{name!r}] is no pair (every, function of the state).")
-            every = measure[0]
-            if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-                raise SpectraError(f"measures[{name!r}]: every={every!r} is no positive number of steps.")
+            self.measures[name] = steps_of(f"measures[{name!r}]: every", measure[0]), measure[1]
         if unknown := set(self.warn_below) - set(self.measures):
             raise SpectraError(f"warn_below names {sorted(unknown)}, which are not among the measures.")
         if isinstance(warn_ahead, bool) or not isinstance(warn_ahead, int) or warn_ahead < 0:
@@ -72,7 +96,7 @@ class Console:
     def take(self, name: str, step: int, state: tuple, clock: Callable[[], float]) -> Reading:
         """Measure, and warn where the reading asks for it."""
         began = clock()
-        value = float(self.measures[name][1](*state))
+        value = number(f"what the measure {name!r} returned", self.measures[name][1](*state))
         reading = Reading(step, value, clock() - began)
         if self.readings[name]:
             self.seconds += reading.seconds
@@ -106,7 +130,9 @@ class Console:
         if known:
             return
         what = f"step {reading.step}: {name} = {reading.value:.4g} "
-        if below:
+        if math.isnan(reading.value):
+            what += "is no number."
+        elif below:
             what += f"has fallen below {limit:g}."
         else:
             what += f"will fall below {limit:g} in about {ahead:.0f} steps, as its last readings go."

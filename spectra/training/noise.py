@@ -71,6 +71,7 @@ def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScal
         raise StructureError(
             f"covariance_op is a {type(op).__name__}: pass a GradientCovarianceOperator of the loss."
         )
+    trees.require_values("gradient_noise_scale", (op.params, op.data))
     chunk = op.microbatch or max(1, CHUNK_BYTES // trees.tree_bytes(op.structure))
     return _estimate(_statistics(op, chunk))
 

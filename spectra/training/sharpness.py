@@ -79,6 +79,7 @@ def critical_sharpness(
             f"step={step}, tol={tol}, max_evaluations={max_evaluations}: use a positive step, a tolerance in "
             "(0, 1) and at least 4 evaluations."
         )
+    trees.require_values("critical_sharpness", (params, data, direction))
     op = HessianOperator(loss_fn, params, data, **options)
     along = op.as_vector(direction, "direction")
     if not trees.length(along) > 0:

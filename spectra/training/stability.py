@@ -1,7 +1,6 @@
 """How large updates may be before they oscillate and grow: the linearised update map of an optimizer."""
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,11 +14,7 @@ from spectra.base.trees import PyTree
 from spectra.operators.data import DataOperator
 from spectra.results import StableStep
 from spectra.training.steps import require_loss
-
-HALVINGS = 40
-"""Of the error in the answer to an alternating gradient: 1e-12, below the rounding of float32."""
-NORMAL = 2.0**10
-"""In units of the smallest normal number of float32, or of a lower precision: what stands for zero."""
+from spectra.training.updates import Answers, Seen
 
 
 @automatic
@@ -54,14 +49,19 @@ def stable_step(
         The multiple is infinite if there is no positive curvature along the updates.
 
     Raises:
-        StructureError: `op` has no loss, or the optimizer no `update`.
+        StructureError: `op` has no loss, the optimizer no `update`, or one that needs more than gradient,
+            state, parameters and the loss as `value`.
         SpectraError: max_matvecs or tol out of range.
         NonFiniteError: an update is NaN or infinite.
 
     Cost: about 20 products, each with 40 linearised updates of the optimizer; as many vectors.
 
+    Where updates come every few calls only (`optax.MultiSteps`), the limit is that of the next whole cycle.
+
     Fails to account for noise: the limit is for the loss of `op`, and updates from small batches become
-    unstable earlier. Clipping, and schedules within a state, are taken as they act in this step.
+    unstable earlier. Clipping, and schedules within a state, are taken as they act in this step. It is the
+    limit of oscillations from step to step: averages of averages (`optax.ema` behind momentum) may grow in
+    slower ones before.
 
     References:
         Cohen et al., arXiv:2103.00065 and arXiv:2207.14484.
@@ -80,13 +80,15 @@ def stable_step(
         raise StructureError(f"optimizer is a {type(optimizer).__name__} without an update function.")
     if max_matvecs < 1 or not 0 < tol < 1:
         raise SpectraError(f"max_matvecs={max_matvecs}, tol={tol}: use one product or more, and 0 < tol < 1.")
-    prepared, point, gradient = op.prepare(), op._variables(), op.gradient()
+    trees.require_values("stable_step", (op.params, op.data, optimizer_state))
+    prepared, gradient = op.prepare(), op.gradient()
     start = trees.sphere_sample(key, op.structure)
 
-    answers = _Answers(optimizer.update, optimizer_state, gradient, point)
-    value, residual, count = _largest(
-        lambda v: answers((prepared @ v, v)), start, min(max_matvecs, op.size), tol
-    )
+    def image(v: PyTree) -> PyTree:
+        return answers(Seen(prepared @ v, v, trees.vdot(gradient, v)))
+
+    answers = Answers(optimizer.update, optimizer_state, Seen(gradient, op._variables(), op.loss()))
+    value, residual, count = _largest(image, start, min(max_matvecs, op.size), tol)
     converged = residual <= tol * abs(value) or count == op.size
     multiple = 1 / value if value > 0 else math.inf
     return StableStep(
@@ -97,75 +99,6 @@ def stable_step(
         num_matvecs=count,
         status=Status.CONVERGED if converged else Status.NOT_CONVERGED,
     )
-
-
-class _Answers:
-    """Updates that answer alternating changes, in the optimizer's precision while that is enough.
-
-    Adafactor has 1e-30 in place of the moments of what has seen no gradient, whose power -3/2, in the slope,
-    is beyond float32; and it divides by the root mean square of a whole leaf, which has no slope at zero. In
-    float64, with tiny numbers in place of zeros in gradients and parameters too, both are finite.
-    """
-
-    def __init__(self, update: Any, state: PyTree, gradient: PyTree, point: PyTree):
-        self.update, self.state, self.point, self.wide = update, state, (gradient, point), False
-
-    def __call__(self, change: tuple[PyTree, PyTree]) -> PyTree:
-        if not self.wide:
-            answer = _answer(self.update, self.state, self.point, change)
-            if trees.all_finite(answer):
-                return answer
-            self.wide = True
-        with jax.enable_x64(True):
-            point = jax.tree.map(_off_zero, self.point)
-            found = _answer(self.update, *_wide((self.state, point, change)))
-        return jax.tree.map(lambda x, v: jnp.asarray(np.asarray(x), v.dtype), found, change[1])
-
-
-def _wide(tree: PyTree) -> PyTree:
-    """Floats in float64."""
-
-    def one(x):
-        floating = jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)
-        return jnp.asarray(np.asarray(x, np.float64)) if floating else x
-
-    return jax.tree.map(one, tree)
-
-
-@partial(jax.jit, static_argnames="update")
-def _answer(update, state: PyTree, point: tuple[PyTree, PyTree], change: tuple[PyTree, PyTree]) -> PyTree:
-    """-1/2 times the updates that answer alternating changes of (gradient, parameters)."""
-    leaves, treedef = jax.tree.flatten(state)
-    moves = [i for i, x in enumerate(leaves) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)]
-
-    def step(point, floats):
-        own = list(leaves)
-        for i, x in zip(moves, floats, strict=True):
-            own[i] = x
-        updates, new = update(point[0], treedef.unflatten(own), point[1])
-        new = jax.tree.leaves(new)
-        return updates, [jnp.asarray(new[i], floats[j].dtype) for j, i in enumerate(moves)]
-
-    floats = [_off_zero(jnp.asarray(leaves[i])) for i in moves]
-    tangents = jax.linearize(step, point, floats)[1]
-
-    def settle(_, s):
-        new = tangents(change, s)[1]
-        return [(a - b) / 2 for a, b in zip(s, new, strict=True)]
-
-    settled = jax.lax.fori_loop(0, HALVINGS, settle, [jnp.zeros_like(x) for x in floats])
-    # The state before the step is the negative of the one after it.
-    answer = tangents(change, settled)[0]
-    return jax.tree.map(lambda x, v: (-x / 2).astype(v.dtype), answer, change[1])
-
-
-def _off_zero(x: jax.Array) -> jax.Array:
-    """A state without zeros: the root of a second moment that is zero, as under pixels that are always black
-    or embeddings not met yet, has no slope, and 0 · inf is NaN. What takes its place is the smallest number
-    whose products with decay rates are still normal; no eps of an optimizer is that small.
-    """
-    least = max(jnp.finfo(x.dtype).tiny, jnp.finfo(jnp.float32).tiny)
-    return jnp.where(x == 0, NORMAL * least, x)
 
 
 def _largest(image, start: PyTree, most: int, tol: float) -> tuple[float, float, int]:

@@ -49,6 +49,7 @@ def step_quality(op: DataOperator, update: PyTree, *, measure: bool = True) -> S
         (-2.0, -2.0, 2.0)
     """
     require_loss(op)
+    trees.require_values("step_quality", (op.params, op.data, update))
     along = op.as_vector(update, "update")
     length = trees.length(along)
     if not 0 < length < math.inf:
@@ -95,6 +96,7 @@ def gradient_overlap(op: DataOperator, pairs: Eigenpairs) -> GradientOverlap:
         0.8
     """
     require_loss(op)
+    trees.require_values("gradient_overlap", (op.params, op.data, pairs.vectors))
     trees.check_structure(jax.tree.map(lambda x: x[0], pairs.vectors), op.structure, "an eigenvector")
     gradient = op.gradient()
     length = trees.length(gradient)

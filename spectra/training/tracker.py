@@ -24,11 +24,12 @@ from spectra.quadrature.christoffel import shift
 from spectra.report.files import HistoryFile, read
 from spectra.report.spectrum import environment, trace_estimate
 from spectra.results import Eigenpairs, Interval, Quadrature, Snapshot, SpectrumHistory
-from spectra.training.console import Console, Measure
+from spectra.training.console import Console, Measure, number, steps_of
 
 FRESH = 0.5
 """Random vector in the start of the next search, in units of `tol`: too little to cost a product, and what
 lets the search leave an invariant space. An eigenvalue that has overtaken is found by the probes."""
+OUTSIDE = "the tracker works on the host: call it in the training loop, outside jit and scan."
 
 
 class SpectrumTracker:
@@ -133,11 +134,10 @@ class SpectrumTracker:
     ):
         if not callable(op_factory):
             raise SpectraError(f"op_factory is a {type(op_factory).__name__}; pass a function of the params.")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise SpectraError(f"every={every}: use a positive number of steps.")
         if budget is not None and not budget > 0:
             raise SpectraError(f"budget={budget} is a share of training time: use a positive number.")
-        self.op_factory, self.every, self.budget, self.name = op_factory, every, budget, name
+        self.op_factory, self.every = op_factory, steps_of("every", every)
+        self.budget, self.name = budget, name
         self.key = on_automatic_axes(jax.random.key(0) if key is None else key)
         self.num_eigenvalues, self.tol = num_eigenvalues, tol
         self.num_steps, self.num_probes = num_steps, num_probes
@@ -161,17 +161,19 @@ class SpectrumTracker:
         Args:
             step: number of the training step.
             *state: arguments of `op_factory`.
-            **scalars: numbers to record with it, such as `loss=` or `learning_rate=`.
+            **scalars: numbers to record with it, such as `loss=` or `learning_rate=`; None is none.
 
         Returns:
             The snapshot, or None.
         """
+        step = _step(step)
         if self._start is None:
             self._start = time.perf_counter()
-        step = int(step)
         self._measure(step, state)
         if step % self.every or step in {s.step for s in self._history.snapshots}:
             return None
+        if trees.is_traced(state):
+            raise SpectraError(OUTSIDE)
         jax.block_until_ready(state)  # what is still being trained is not the snapshot's time
         now = time.perf_counter()
         trained = now - self._start
@@ -179,7 +181,8 @@ class SpectrumTracker:
             self._skip(step)
             return None
         first = self._vectors is None
-        snapshot = self._take(step, state, self.console.latest() | scalars, trained + self._before, now)
+        told = {name: number(f"{name}=", x) for name, x in scalars.items() if x is not None}
+        snapshot = self._take(step, state, self.console.latest() | told, trained + self._before, now)
         self._record(snapshot)
         cost = time.perf_counter() - now
         self._start += cost
@@ -199,7 +202,9 @@ class SpectrumTracker:
             self.console.take(name, step, state, time.perf_counter)
             self._start += time.perf_counter() - began
 
-    def _take(self, step: int, state: tuple, scalars: dict, trained: float, began: float) -> Snapshot:
+    def _take(
+        self, step: int, state: tuple, scalars: dict[str, float], trained: float, began: float
+    ) -> Snapshot:
         op = self.op_factory(*state)
         require_operator(op)
         op = op.prepare()  # once for both runs
@@ -217,7 +222,7 @@ class SpectrumTracker:
             smallest=extreme(quadrature, 0),
             trace=trace_estimate(quadrature),
             quadrature=quadrature,
-            scalars={name: float(x) for name, x in scalars.items()},
+            scalars=scalars,
             num_matvecs=quadrature.num_matvecs + products,
             seconds=time.perf_counter() - began,
             trained=trained,
@@ -271,6 +276,18 @@ class SpectrumTracker:
             self._file.add(snapshot)
         for callback in self.callbacks:
             callback(snapshot)
+
+
+def _step(step: Any) -> int:
+    """The number of a training step."""
+    if isinstance(step, int):
+        return int(step)
+    if trees.is_tracer(step):
+        raise SpectraError(OUTSIDE)
+    found = number("step", step)
+    if not found.is_integer():
+        raise SpectraError(f"step={step!r} is no number of a training step.")
+    return int(found)
 
 
 def _continued(path: str | os.PathLike | None, name: str) -> tuple[SpectrumHistory, HistoryFile | None]:
