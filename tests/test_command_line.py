@@ -413,12 +413,11 @@ def test_spectra_are_compared_in_a_table_and_in_a_picture(tmp_path):
     blocks = spectra.save(made["blocks"], tmp_path / "blocks")
     done = invoke("compare", first, second, blocks, "--csv", "-o", tmp_path / "all.svg")
     assert done.exit_code == 0, done.output
-    table, picture = done.stdout.split("picture")
-    rows = list(csv.DictReader(io.StringIO(table)))
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))  # alone: messages go to stderr
     alike = [str(tmp_path / "run"), str(tmp_path / "b" / "run")]
     assert [row["layer"] for row in rows] == [*alike, "blocks: a/layer_0", "blocks: a/layer_1"]
     assert (tmp_path / "all.svg").exists()
-    assert "all.svg" in picture
+    assert done.stderr.split() == ["picture", str(tmp_path / "all.svg")]
     again = invoke("compare", first, second, "-o", tmp_path / "all.svg")
     assert "all.svg' is there already" in str(again.exception)
     assert invoke("compare", first).exit_code == 2
@@ -435,6 +434,24 @@ def test_an_error_in_a_problem_is_shown_from_the_users_first_line_on(problem):
     assert "KeyError: 'missing'" in message
     assert "line 2, in helper" in message
     assert str(Path(spectra.__file__).parent) not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def build():\n    return {}['missing']\n", "line 2, in build"),
+        ("def build(:\n    pass\n", "line 1: invalid syntax\n    def build(:"),
+        ("def build():\n    pass\n", "build() in '{file}' returned None, not (module, example_inputs)."),
+        ("def build():\n    return 1\n", "returned an int, not"),
+    ],
+)
+def test_an_error_in_the_file_of_a_module_is_shown_from_the_users_first_line_on(text, words, tmp_path):
+    file = tmp_path / "here.py"
+    file.write_text(text)
+    done = invoke("export-torch", f"{file}:build", "-o", tmp_path / "out")
+    assert isinstance(done.exception, spectra.SpectraError)
+    assert words.format(file=file) in str(done.exception)
+    assert str(Path(spectra.__file__).parent) not in str(done.exception)
 
 
 def test_progress_in_a_log_is_lines(capsys, monkeypatch):
