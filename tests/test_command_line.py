@@ -421,6 +421,12 @@ def test_spectra_are_compared_in_a_table_and_in_a_picture(tmp_path):
     again = invoke("compare", first, second, "-o", tmp_path / "all.svg")
     assert "all.svg' is there already" in str(again.exception)
     assert invoke("compare", first).exit_code == 2
+    twice = invoke("compare", first, first)
+    assert twice.exit_code == 2
+    assert "named twice" in twice.output
+    refused = invoke("compare", first, second, "-o", tmp_path / "all.docx")
+    assert "all.docx': a picture ends in" in str(refused.exception)
+    assert not refused.stdout  # said before anything is done
     pairs = spectra.save(made["pairs"], tmp_path / "pairs")
     refused = invoke("compare", first, pairs)
     assert "a Quadrature or a report is needed" in str(refused.exception)

@@ -144,6 +144,8 @@ def compare(
     form = _form(as_json, as_csv)
     if len(results) < 2:
         raise typer.BadParameter("a comparison needs two results or more.")
+    if twice := [path for path in results if results.count(path) > 1]:
+        raise typer.BadParameter(f"'{twice[0]}' is named twice.")
     from spectra.cli import output, showing
 
     showing.compare(results, out, output.Voice(form=form), force)
