@@ -494,7 +494,11 @@ def test_the_cdf_shows_the_bracket_inside_the_band():
     q = quadrature()
     ax = spectra.plot_cdf(q)
     band, bracket = [np.concatenate([p.vertices for p in c.get_paths()]) for c in ax.collections]
-    assert [text.get_text() for text in ax.figure.legends[0].get_texts()] == ["95 % band", "bracket", "estimate"]
+    assert [text.get_text() for text in ax.figure.legends[0].get_texts()] == [
+        "95 % band",
+        "bracket",
+        "estimate",
+    ]
     lower, _, upper = q.cdf(0.02)
     inside = np.abs(bracket[:, 0] - 0.02) < 0.005
     assert lower - 0.1 <= bracket[inside, 1].min() <= bracket[inside, 1].max() <= upper + 0.1

@@ -28,9 +28,7 @@ def load_problem(file: Path, mesh: Any = None) -> Problem:
     make: Callable[..., Any] = function_of(file, "problem", "a spectra.Problem")
     problem = call(file, make, *([mesh] if inspect.signature(make).parameters else []))
     if not isinstance(problem, Problem):
-        raise SpectraError(
-            f"problem() in '{file}' returned {kind_of(problem)}, not a spectra.Problem."
-        )
+        raise SpectraError(f"problem() in '{file}' returned {kind_of(problem)}, not a spectra.Problem.")
     return problem if mesh is None else problem.on(mesh)
 
 
