@@ -88,9 +88,9 @@ def _across(ax, density: Density, count: int) -> np.ndarray:
     They end where the curve does: on axes shared with others there is nothing to say about it beyond.
     """
     ends = np.clip(np.asarray(density.grid)[[0, -1]], *ax.get_xlim())
-    pixels = ax.transData.transform(np.column_stack([ends, np.full(2, ax.get_ylim()[0])]))
-    across = np.linspace(*pixels[:, 0], count)
-    x = ax.transData.inverted().transform(np.column_stack([across, np.full(count, pixels[0, 1])]))[:, 0]
+    (left, bottom), (right, _) = ax.transData.transform([(end, ax.get_ylim()[0]) for end in ends])
+    across = np.linspace(left, right, count)
+    x = ax.transData.inverted().transform(np.column_stack([across, np.full(count, bottom)]))[:, 0]
     return np.clip(x, *ends)
 
 

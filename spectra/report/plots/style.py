@@ -191,7 +191,7 @@ def symlog(axis, scale: float, low: float, high: float, labels: int = 7) -> floa
     least = (0.1 if labels > 4 else 0.2) if axis.axis_name == "x" else 0.05
     shown = [tick for tick in _apart(axis, ticks, low, high, least) if low <= tick <= high]
     if len(shown) < 2:  # a narrow range that lies between two powers of ten
-        shown = MaxNLocator(4).tick_values(low, high).tolist()
+        shown = list(MaxNLocator(4).tick_values(low, high))
         axis.set_major_formatter(ScalarFormatter())
     axis.set_major_locator(FixedLocator(shown))
     minor = [
