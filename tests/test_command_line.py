@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 import spectra
 from spectra.base.progress import Lines, Progress
 from spectra.cli import commands, output, running, scripts
+from spectra.cli.ending import starting
 
 ROOT = Path(spectra.__file__).parents[1]
 PROBLEM = """
@@ -481,6 +483,20 @@ def test_an_interrupted_run_says_how_to_resume(problem, tmp_path, monkeypatch, s
     assert done.exit_code == 130
     assert (f"checkpoint in '{tmp_path / 'saved'}'" if saved else "With --checkpoint FOLDER") in done.stderr
     assert "Traceback" not in done.output
+
+
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with starting():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `nohup` starts a program
+        with starting():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_after_the_run_says_where_the_result_is(problem, tmp_path, monkeypatch):
