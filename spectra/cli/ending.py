@@ -44,7 +44,7 @@ def end(error: BaseException) -> NoReturn:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Let Ctrl-C end the process at once while modules are imported: JAX's would make an ImportError of it."""
+    """Let Ctrl-C end the process at once while modules are imported: JAX's makes an ImportError of it."""
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not ours or threading.current_thread() is not threading.main_thread():
         yield

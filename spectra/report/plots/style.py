@@ -148,11 +148,11 @@ def wrapped(name: str, width: int) -> str:
 
 
 def shades(count: int) -> list[str]:
-    """Colours in an order: from dark to light, short of the yellow that paper hides."""
+    """Colours in an order, from dark to light, short of what dark ground and white paper hide."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    return [to_hex(color) for color in colormaps[MAP](np.linspace(0.0, 0.85, count))]
+    return [to_hex(color) for color in colormaps[MAP](np.linspace(0.2, 0.85, count))]
 
 
 def ink(ax: "Axes") -> str:
