@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 import spectra
 from spectra.base.progress import Lines, Progress
 from spectra.cli import commands, output, running, scripts
+from spectra.cli.ending import starting
 
 ROOT = Path(spectra.__file__).parents[1]
 PROBLEM = """
@@ -413,15 +415,20 @@ def test_spectra_are_compared_in_a_table_and_in_a_picture(tmp_path):
     blocks = spectra.save(made["blocks"], tmp_path / "blocks")
     done = invoke("compare", first, second, blocks, "--csv", "-o", tmp_path / "all.svg")
     assert done.exit_code == 0, done.output
-    table, picture = done.stdout.split("picture")
-    rows = list(csv.DictReader(io.StringIO(table)))
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))  # alone: messages go to stderr
     alike = [str(tmp_path / "run"), str(tmp_path / "b" / "run")]
     assert [row["layer"] for row in rows] == [*alike, "blocks: a/layer_0", "blocks: a/layer_1"]
     assert (tmp_path / "all.svg").exists()
-    assert "all.svg" in picture
+    assert done.stderr.split() == ["picture", str(tmp_path / "all.svg")]
     again = invoke("compare", first, second, "-o", tmp_path / "all.svg")
     assert "all.svg' is there already" in str(again.exception)
     assert invoke("compare", first).exit_code == 2
+    twice = invoke("compare", first, first)
+    assert twice.exit_code == 2
+    assert "named twice" in twice.output
+    refused = invoke("compare", first, second, "-o", tmp_path / "all.docx")
+    assert "all.docx': a picture ends in" in str(refused.exception)
+    assert not refused.stdout  # said before anything is done
     pairs = spectra.save(made["pairs"], tmp_path / "pairs")
     refused = invoke("compare", first, pairs)
     assert "a Quadrature or a report is needed" in str(refused.exception)
@@ -435,6 +442,24 @@ def test_an_error_in_a_problem_is_shown_from_the_users_first_line_on(problem):
     assert "KeyError: 'missing'" in message
     assert "line 2, in helper" in message
     assert str(Path(spectra.__file__).parent) not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def build():\n    return {}['missing']\n", "line 2, in build"),
+        ("def build(:\n    pass\n", "line 1: invalid syntax\n    def build(:"),
+        ("def build():\n    pass\n", "build() in '{file}' returned None, not (module, example_inputs)."),
+        ("def build():\n    return 1\n", "returned an int, not"),
+    ],
+)
+def test_an_error_in_the_file_of_a_module_is_shown_from_the_users_first_line_on(text, words, tmp_path):
+    file = tmp_path / "here.py"
+    file.write_text(text)
+    done = invoke("export-torch", f"{file}:build", "-o", tmp_path / "out")
+    assert isinstance(done.exception, spectra.SpectraError)
+    assert words.format(file=file) in str(done.exception)
+    assert str(Path(spectra.__file__).parent) not in str(done.exception)
 
 
 def test_progress_in_a_log_is_lines(capsys, monkeypatch):
@@ -458,6 +483,20 @@ def test_an_interrupted_run_says_how_to_resume(problem, tmp_path, monkeypatch, s
     assert done.exit_code == 130
     assert (f"checkpoint in '{tmp_path / 'saved'}'" if saved else "With --checkpoint FOLDER") in done.stderr
     assert "Traceback" not in done.output
+
+
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with starting():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `nohup` starts a program
+        with starting():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_after_the_run_says_where_the_result_is(problem, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import spectra
+from spectra.density.smoothing import resolved_outliers
 
 N = 48
 KEY = jax.random.key(0)
@@ -49,6 +50,19 @@ def test_functions_of_it_are_exact(report):
 def test_the_density_is_that_of_the_eigenvalues(report):
     area = np.trapezoid(report.density.density, report.density.grid)
     assert area == pytest.approx(1.0, abs=1e-6)
+
+
+def test_each_eigenvalue_is_one_stem_and_a_bulk_has_none(report):
+    assert len(resolved_outliers(report.quadrature, share=1.0)) == N  # each once, from one of the ends
+    narrow = spectra.spectral_density(report.quadrature, bandwidth=1e-3)
+    np.testing.assert_allclose(narrow.outliers, VALUES, rtol=0, atol=report.noise_floor)
+    wide = spectra.spectral_density(report.quadrature, bandwidth=0.2)
+    beside = np.exp(-0.5 * ((VALUES[:, None] - VALUES) / 0.2) ** 2).sum(axis=1)  # eigenvalues within a kernel
+    # The curve is interpolated on a grid finer than a tenth of the kernel: to 0.01² / 8 of its curvature.
+    kept = np.abs(VALUES[:, None] - wide.outliers).min(axis=1) <= report.noise_floor
+    assert kept[beside <= 4.9].all()
+    assert not kept[beside >= 5.1].any()
+    assert 0 < kept.sum() < N
 
 
 def test_it_comes_back_from_a_file(report, tmp_path):

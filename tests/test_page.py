@@ -322,6 +322,10 @@ def test_the_curve_of_a_block_is_drawn_where_its_numbers_are_read(tmp_path):
     found = curve(spectra.write_report(blocks, tmp_path / "page").read_text())
     assert [each["name"] for each in found] == ["wide", "narrow"]  # the rows of the table
     for each in found:
+        # Nothing is read where a block has no curve; four digits of λ are printed.
+        grid = spectra.spectral_density(blocks[each["name"]]).grid
+        read = [float(re.search(r"λ = (\S+):", text)[1]) for text in each["text"]]
+        assert grid[0] - 1e-3 * abs(grid[0]) <= min(read) < max(read) <= 1.001 * grid[-1]
         subpaths = each["paths"]["line"].split("M")[1:]
         points = np.array([[float(x) for x in p.split(",")] for part in subpaths for p in part.split("L")])
         top, bottom = each["ends"]

@@ -351,7 +351,7 @@ def test_a_figure_of_its_own_says_what_its_marks_are():
     assert spectra.plot_eigenvector_mass(pairs()).get_xlabel().endswith("(all: share of the parameters)")
 
 
-@pytest.mark.parametrize("count", [1, 3, 6])
+@pytest.mark.parametrize("count", [1, 3, 6, 20])
 @pytest.mark.parametrize("name", ["a", "encoder/layers_11/self_attention/query_projection/kernel_of_head"])
 def test_a_legend_fits_its_figure(count, name):
     ax = spectra.plot_comparison({f"{name}{i}": density(scale=1 + i) for i in range(count)})
@@ -359,7 +359,8 @@ def test_a_legend_fits_its_figure(count, name):
     (legend,) = ax.figure.legends
     box, page = legend.get_window_extent(), ax.figure.bbox
     assert page.x0 <= box.x0 < box.x1 <= page.x1
-    assert ax.bbox.height > 0.25 * page.height
+    assert ax.bbox.height > 1.1 * ax.figure.dpi  # an inch: the figure grows with its legend
+    assert len({(line.get_color(), line.get_linestyle()) for line in ax.get_lines()}) == count
 
 
 def test_no_band_hides_the_edges_of_another():
@@ -369,6 +370,64 @@ def test_no_band_hides_the_edges_of_another():
         assert band.get_edgecolor()[0, 3] > 3 * band.get_facecolor()[0, 3] > 0
         assert band.get_linewidth()[0] > 0
         assert band.get_zorder() < min(line.get_zorder() for line in ax.get_lines())
+
+
+def test_many_spectra_are_shades_in_their_order_and_no_band_is_cut():
+    ax = spectra.plot_comparison([density(scale=1 + i) for i in range(8)])
+    greys = [plt.matplotlib.colors.to_rgb(line.get_color()) for line in ax.get_lines()]
+    assert np.all(np.diff(np.dot(greys, [0.299, 0.587, 0.114])) > 0)
+    assert not any(band.get_alpha() for band in ax.collections)
+    held = density()
+    wide = dataclasses.replace(held, upper=held.density + 9 * held.density.max())
+    for yscale in ("linear", "log"):
+        for ax in (
+            spectra.plot_comparison([held, wide], yscale=yscale),
+            spectra.plot_density(wide, yscale=yscale),
+        ):
+            assert ax.get_ylim()[1] > wide.upper.max()
+        assert spectra.plot_density(wide, yscale=yscale, band=False).get_ylim()[1] < wide.upper.max()
+
+
+def spectrum_of(values, weights=None):
+    """A quadrature of one probe with these nodes, of which nothing is resolved."""
+    values = np.atleast_2d(np.asarray(values, float))
+    size = values.shape[1]
+    weights = np.full(size, 1 / size) if weights is None else weights
+    return spectra.Quadrature(
+        nodes=values,
+        weights=np.atleast_2d(weights),
+        residuals=np.full_like(values, np.ptp(values) / size + 1e-3),
+        lengths=np.array([size]),
+        asymmetry=np.array([1e-7]),
+        size=1000,
+        num_matvecs=size,
+        precision=1.2e-7,
+        status=Status.COMPLETE,
+    )
+
+
+@pytest.mark.parametrize("values", [[2.0], [2.0, 2.2], [-2.2, -2.0], [0.2, 0.5, 1.3], [3e-20, 4e-20]])
+@pytest.mark.parametrize("xscale", ["auto", "symlog", "loglog"])
+def test_axes_of_any_spectrum_have_labels_that_do_not_touch(values, xscale):
+    ax = spectra.plot_density(spectrum_of(values), xscale=xscale)
+    ax.figure.canvas.draw()
+    low, high = ax.get_xlim()
+    labels = [*ax.get_xticklabels(), *ax.get_xticklabels(minor=True)]
+    shown = [text for text in labels if text.get_text() and low <= text.get_position()[0] <= high]
+    assert len(shown) >= 2
+    boxes = sorted((text.get_window_extent() for text in shown), key=lambda box: box.x0)
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_steps_are_whole_and_open_circles_are_explained():
+    first = tuple(dataclasses.replace(snapshot, step=i) for i, snapshot in enumerate(history(2)))
+    ax = spectra.plot_density_over_time(spectra.SpectrumHistory(first, {}))
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
+    found = pairs()
+    ax = spectra.plot_eigenvalues(dataclasses.replace(found, converged=np.arange(5) > 1))
+    (legend,) = ax.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["not converged, ± residual"]
+    assert not spectra.plot_eigenvalues(dataclasses.replace(found, converged=np.full(5, True))).figure.legends
 
 
 def test_what_is_no_picture_is_refused_in_words():
@@ -425,6 +484,8 @@ def test_more_than_twenty_blocks_are_rows_of_colours():
     panels = spectra.plot_blocks(dict(list(results.items())[:3]), own_x=True)
     assert len(panels) == 3
     assert panels[0].get_title() == "layer_0, n = 500"
+    (long,) = spectra.plot_blocks({"encoder.layers.0.self_attention": results["layer_0"]})
+    assert long.get_title() == "encoder.layers.0.self_attention,\nn = 500"
     assert not panels[0].get_shared_x_axes().joined(panels[0], panels[1])
     assert len(spectra.plot_blocks(dict(list(results.items())[:3]), heat_map=True)) == 1
 
@@ -433,7 +494,11 @@ def test_the_cdf_shows_the_bracket_inside_the_band():
     q = quadrature()
     ax = spectra.plot_cdf(q)
     band, bracket = [np.concatenate([p.vertices for p in c.get_paths()]) for c in ax.collections]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["95 % band", "bracket"]
+    assert [text.get_text() for text in ax.figure.legends[0].get_texts()] == [
+        "95 % band",
+        "bracket",
+        "estimate",
+    ]
     lower, _, upper = q.cdf(0.02)
     inside = np.abs(bracket[:, 0] - 0.02) < 0.005
     assert lower - 0.1 <= bracket[inside, 1].min() <= bracket[inside, 1].max() <= upper + 0.1
@@ -529,7 +594,7 @@ def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(spectra.SpectraError, match="of one density or of a history only"):
         gallery.draw(pairs(), learning_rate=0.1)
     with pytest.raises(spectra.SpectraError, match="plot_blocks draws any number"):
-        spectra.plot_comparison({str(i): quadrature() for i in range(7)})
+        spectra.plot_comparison([density()] * 21)
     with pytest.raises(spectra.SpectraError, match="yscale='cubic'"):
         spectra.plot_density(density(), yscale="cubic")
     with pytest.raises(spectra.SpectraError, match="1 snapshots are no history"):

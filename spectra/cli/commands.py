@@ -35,7 +35,7 @@ from spectra.cli.arguments import (
     Steps,
     Tol,
 )
-from spectra.cli.ending import end
+from spectra.cli.ending import end, starting
 
 app = typer.Typer(
     help="See the curvature of neural networks: Hessian spectra with error bars.",
@@ -70,7 +70,8 @@ def demo(
     quiet: Quiet = False,
 ):
     """Train a real network on real data, compute its spectrum, save it and draw it."""
-    from spectra.cli import output, running
+    with starting():
+        from spectra.cli import output, running
 
     running.demo(output.Place(out, force), output.Voice(quiet, _form(as_json)), seed)
 
@@ -100,7 +101,8 @@ def run(
 
     With --checkpoint the same command goes on where the last one ended; exit code 75 asks for that.
     """
-    from spectra.cli import output, running
+    with starting():
+        from spectra.cli import output, running
 
     running.run(
         running.Subject(file, operator, block, blocks, mesh, distributed),
@@ -125,7 +127,8 @@ def show(
 ):
     """Print a saved result: as a table, as JSON with all of its fields, or as rows of CSV."""
     form = _form(as_json, as_csv)
-    from spectra.cli import output, showing
+    with starting():
+        from spectra.cli import output, showing
 
     showing.show(result, output.Voice(form=form))
 
@@ -144,7 +147,10 @@ def compare(
     form = _form(as_json, as_csv)
     if len(results) < 2:
         raise typer.BadParameter("a comparison needs two results or more.")
-    from spectra.cli import output, showing
+    if twice := [path for path in results if results.count(path) > 1]:
+        raise typer.BadParameter(f"'{twice[0]}' is named twice.")
+    with starting():
+        from spectra.cli import output, showing
 
     showing.compare(results, out, output.Voice(form=form), force)
 
@@ -157,7 +163,8 @@ def plot(
     force: ForceFile = False,
 ):
     """Draw a saved result: a density, eigenvalues, a history or the loss in a plane."""
-    from spectra.cli import showing
+    with starting():
+        from spectra.cli import showing
 
     showing.plot(result, output, learning_rate, force)
 
@@ -170,7 +177,8 @@ def report(
     force: ForceFile = False,
 ):
     """Write a saved result as one self-contained page: pictures, tables, what the bands mean, provenance."""
-    from spectra.cli import showing
+    with starting():
+        from spectra.cli import showing
 
     showing.report(result, output, title, force)
 
@@ -203,7 +211,8 @@ def watch(
         raise typer.BadParameter(
             "--port is where a page is served, and --out writes one: choose one of them."
         )
-    from spectra.cli import showing
+    with starting():
+        from spectra.cli import showing
 
     showing.watch(runs, output, 8765 if port is None else port, seconds, once)
 
@@ -215,7 +224,8 @@ def export_torch(
     force: ForceFile = False,
 ):
     """Write a PyTorch module as two plain files, which spectra.bridge.load reads without PyTorch."""
-    from spectra.cli import running
+    with starting():
+        from spectra.cli import running
 
     running.export_torch(target, output, force)
 

@@ -1,9 +1,12 @@
 """How a command ends: one message for an error, and an exit code that scripts can act on."""
 
+import contextlib
 import os
 import re
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import typer
@@ -37,6 +40,20 @@ def end(error: BaseException) -> NoReturn:
         )
         leave(RESUME)
     raise error
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Let Ctrl-C end the process at once while modules are imported: JAX's makes an ImportError of it."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def leave(code: int) -> NoReturn:

@@ -185,8 +185,18 @@ def keep(result: Any, place: Place, voice: Voice) -> None:
 
 
 def picture_path(path: Path) -> Path:
-    """Where a picture of this name is written."""
-    return path if path.suffix else path.with_name(f"{path.name}.png")
+    """Where a picture of this name is written.
+
+    Raises:
+        SpectraError: nothing draws pictures of its kind.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise SpectraError(f"'{path}': a picture ends in {', '.join(f'.{kind}' for kind in kinds)}.")
+    return path
 
 
 def draw(result: Any, path: Path, voice: Voice, learning_rate: float | None = None) -> None:
@@ -202,9 +212,6 @@ def draw(result: Any, path: Path, voice: Voice, learning_rate: float | None = No
     if ax is None:
         raise SpectraError(f"a {type(result).__name__} has no picture: spectra show prints it.")
     path = picture_path(path)
-    kinds = ax.figure.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
-        raise SpectraError(f"'{path}': a picture ends in {', '.join(f'.{kind}' for kind in kinds)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, plot_style():  # which has fonts that editors can change
         ax.figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=300)

@@ -13,7 +13,7 @@ from spectra.base import progress
 from spectra.base.host import is_first
 from spectra.cli.ending import INTERRUPTED, fail, leave
 from spectra.cli.output import Place, Voice, keep, require_free
-from spectra.cli.scripts import function_of, load_problem
+from spectra.cli.scripts import call, function_of, kind_of, load_problem
 from spectra.density.slq import slq
 from spectra.distributed import initialize, make_mesh
 from spectra.report.spectrum import spectrum
@@ -113,10 +113,11 @@ def export_torch(target: str, output: Path, force: bool) -> None:
     name, _, function = target.rpartition(":")
     if not name or not function:
         raise bridge.BridgeError(f"'{target}': write FILE.py:FUNCTION, the function that builds the module.")
-    made = function_of(Path(name), function, "(module, example_inputs)")()
+    file = Path(name)
+    made = call(file, function_of(file, function, "(module, example_inputs)"))
     if not isinstance(made, tuple) or len(made) != 2:
         raise bridge.BridgeError(
-            f"{function}() in '{name}' returned a {type(made).__name__}, not (module, example_inputs)."
+            f"{function}() in '{name}' returned {kind_of(made)}, not (module, example_inputs)."
         )
     typer.echo("Exporting ...")
     bridge.export(*made, output)

@@ -28,10 +28,14 @@ def load_problem(file: Path, mesh: Any = None) -> Problem:
     make: Callable[..., Any] = function_of(file, "problem", "a spectra.Problem")
     problem = call(file, make, *([mesh] if inspect.signature(make).parameters else []))
     if not isinstance(problem, Problem):
-        raise SpectraError(
-            f"problem() in '{file}' returned a {type(problem).__name__}, not a spectra.Problem."
-        )
+        raise SpectraError(f"problem() in '{file}' returned {kind_of(problem)}, not a spectra.Problem.")
     return problem if mesh is None else problem.on(mesh)
+
+
+def kind_of(value: Any) -> str:
+    """What a function of the user's has returned, in words."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
 
 
 def function_of(file: Path, name: str, result: str) -> Callable[..., Any]:
@@ -59,7 +63,8 @@ def call(file: Path, function: Callable[..., Any], *arguments: Any) -> Any:
     except SpectraError:
         raise
     except SyntaxError as error:
-        raise SpectraError(f"'{error.filename}', line {error.lineno}: {error.msg}") from error
+        line = "" if error.text is None else f"\n    {error.text.strip()}"
+        raise SpectraError(f"'{error.filename}', line {error.lineno}: {error.msg}{line}") from error
     except (OSError, ImportError) as error:
         line, trace = None, error.__traceback__
         while trace is not None:

@@ -33,7 +33,7 @@ def compare(results: list[Path], out: Path | None, voice: Voice, force: bool) ->
     voice.show(table)
     if out is not None:
         with _writing(out):
-            draw(table.quadratures, out, Voice())
+            draw(table.quadratures, out, voice)
 
 
 def plot(result: Path, output: Path, learning_rate: float | None, force: bool) -> None:

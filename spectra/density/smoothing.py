@@ -103,7 +103,7 @@ def spectral_density(
         upper=upper,
         bandwidth=widths(grid),
         linear_scale=float(scale),
-        outliers=resolved_outliers(quadrature),
+        outliers=_apart(quadrature, widths, grid, density),
         size=quadrature.size,
         level=level,
         status=quadrature.status,
@@ -279,6 +279,19 @@ def _smooth(
     return density, square
 
 
+_BULK = 5.0  # eigenvalues within a kernel's width: where that many are, none of them is an outlier
+
+
+def _apart(quadrature: Quadrature, widths: Width, grid: np.ndarray, density: np.ndarray) -> np.ndarray:
+    """Eigenvalues that are known one by one, where the curve is no bulk of many."""
+    known, found = np.asarray(quadrature.resolved), resolved_outliers(quadrature)
+    if len(known):
+        found = found[np.abs(found[:, None] - known).min(axis=1) > 0.1 * widths(found)]
+    outliers = np.sort(np.append(known, found))
+    single = 1 / (quadrature.size * widths(outliers) * np.sqrt(2 * np.pi))
+    return outliers[np.interp(outliers, grid, density) <= _BULK * single]
+
+
 def resolved_outliers(quadrature: Quadrature, *, share: float = 0.01) -> np.ndarray:
     """Eigenvalues that every probe resolves one by one, from both ends of the spectrum inwards.
 
@@ -298,7 +311,7 @@ def resolved_outliers(quadrature: Quadrature, *, share: float = 0.01) -> np.ndar
             good = (r[:-1] <= 0.01 * gap) & (w[:-1] <= share)
             counts.append(int(np.argmin(np.append(good, False))))
             columns.append(theta)
-        for j in range(min(counts)):
+        for j in range(min(min(counts), min(lengths) - len(found))):  # none from both ends
             values = np.array([column[j] for column in columns])
             if np.ptp(values) > 0.01 * abs(np.mean(values)):
                 break  # probes disagree on which eigenvalue is next

@@ -168,9 +168,9 @@ def require_call(op: "DataOperator") -> None:
     except Exception as error:
         model = hasattr(op, "model_fn")
         call = "loss_fn(model_fn(params, inputs), targets)" if model else "loss_fn(params, batch)"
-        words = (str(error).strip().splitlines() or [""])[0]
+        words = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
         raise StructureError(
-            f"{call} raised {type(error).__name__}{_line(error)}: {words} The batch was {describe(op.data)}."
+            f"{call} raised {type(error).__name__}{_line(error)}: {words}. The batch was {describe(op.data)}."
             f"{_hint(op.data)}"
         ) from error
 

@@ -89,8 +89,9 @@ def page(result: Any, title: str, source: str) -> str:
     """The page as text."""
     facts = _provenance(result)
     parts = [*sections(result), _reproduce(result, facts, source), _contents(result, facts)]
-    date = f", {str(facts['date'])[:16].replace('T', ' ')} UTC" if "date" in facts else ""
-    return assemble(title, _kind(result) + date, parts)
+    kind = [] if title == _kind(result) else [_kind(result)]
+    date = [f"{str(facts['date'])[:16].replace('T', ' ')} UTC"] if "date" in facts else []
+    return assemble(title, ", ".join(kind + date), parts)
 
 
 def assemble(title: str, subtitle: str, parts: list[Section], refresh: int | None = None) -> str:

@@ -63,10 +63,7 @@ def _figure(picture: str, curves: Any, caption: str) -> str:
 
 def _paths(ax, density: Density) -> dict[str, str]:
     """Band, line and stems in the units of the picture, cut off at its edges."""
-    left, right = ax.bbox.x0, ax.bbox.x1
-    across = np.linspace(left, right, _DRAWN)
-    x = ax.transData.inverted().transform(np.column_stack([across, np.full(_DRAWN, ax.bbox.y0)]))[:, 0]
-    x = x[(x >= density.grid[0]) & (x <= density.grid[-1])]
+    x = _across(ax, density, _DRAWN)
     lower, line, upper = (
         np.column_stack(_places(ax, x, np.interp(x, density.grid, y)))
         for y in (density.lower, density.density, density.upper)
@@ -85,15 +82,25 @@ def _paths(ax, density: Density) -> dict[str, str]:
     }
 
 
+def _across(ax, density: Density, count: int) -> np.ndarray:
+    """Points of the curve in equal steps of the picture, which those of the grid are not.
+
+    They end where the curve does: on axes shared with others there is nothing to say about it beyond.
+    """
+    ends = np.clip(np.asarray(density.grid)[[0, -1]], *ax.get_xlim())
+    (left, bottom), (right, _) = ax.transData.transform([(end, ax.get_ylim()[0]) for end in ends])
+    across = np.linspace(left, right, count)
+    x = ax.transData.inverted().transform(np.column_stack([across, np.full(count, bottom)]))[:, 0]
+    return np.clip(x, *ends)
+
+
 def _path(points: np.ndarray) -> str:
     return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def _curve(ax, density: Density, quadrature: Quadrature | None) -> dict[str, list]:
     """Positions in the picture, and what there is to say at each: points of the curve, and outliers."""
-    box = ax.bbox
-    across = np.linspace(box.x0, box.x1, _POINTS)  # equal steps in the picture: those of the grid are not
-    grid = ax.transData.inverted().transform(np.column_stack([across, np.full(_POINTS, box.y0)]))[:, 0]
+    box, grid = ax.bbox, _across(ax, density, _POINTS)
     curves = [np.interp(grid, density.grid, y) for y in (density.density, density.lower, density.upper)]
     beyond = _beyond(density, quadrature, grid)
     points = [

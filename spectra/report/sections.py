@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from spectra.density.extremes import LEVEL, extreme
 from spectra.report.plots.blocks import plot_blocks
 from spectra.report.plots.density import as_density
 from spectra.report.plots.eigenvalues import plot_cdf, plot_eigenvalues, plot_eigenvector_mass
@@ -15,6 +14,7 @@ from spectra.report.plots.history import LARGEST, plot_course, plot_density_over
 from spectra.report.plots.landscape import plot_landscape
 from spectra.report.reading import choosable, readable
 from spectra.report.spectrum import SpectrumReport
+from spectra.report.summary import Summary
 from spectra.results import (
     Density,
     Eigenpairs,
@@ -203,17 +203,11 @@ def _history(history: SpectrumHistory) -> list[Section]:
 def _blocks(results: dict[str, Any]) -> list[Section]:
     found = []
     spectra = {name: q for name, q in results.items() if isinstance(q, Quadrature)}
-    rows = [["block", "size", "smallest", "largest", "in doubt"]]
-    rows += [
-        [
-            name,
-            f"{q.size:,}",
-            *(extreme_cell(extreme(q, end), end, LEVEL) for end in (0, -1)),
-            f"{100 * q.band_width():.2g} %",
-        ]
-        for name, q in spectra.items()
-    ]
+    rows = []
     if spectra:
+        head, *cells = Summary(spectra).table()
+        doubts = (f"{100 * q.band_width():.2g} %" for q in spectra.values())
+        rows = [[*head, "in doubt"], *([*row, doubt] for row, doubt in zip(cells, doubts, strict=True))]
         choice = dict(itertools.islice(spectra.items(), _CHOICES))
         words = (
             "The density of the block whose row is chosen below, on axes that all blocks share: its line, "

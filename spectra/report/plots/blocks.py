@@ -7,7 +7,7 @@ import numpy as np
 
 from spectra.base.errors import SpectraError
 from spectra.report.plots.density import Held, as_density, plot_density
-from spectra.report.plots.marks import floor, heat
+from spectra.report.plots.marks import floor, heat, top_of
 from spectra.report.plots.style import (
     COLOR,
     add_colorbar,
@@ -80,7 +80,7 @@ def plot_blocks(
         ax.set_visible(False)
     for ax, name, density in zip(axes, results, densities, strict=True):
         plot_density(density, ax, color=color, xscale="linear", kernel=False)  # until the axis is known
-        ax.set_title(wrapped(f"{name}, n = {density.size:,}", 34), fontsize=5.5, parse_math=False)
+        ax.set_title(_title(name, density.size), fontsize=5.5, parse_math=False)
         ax.set_xlabel("")
         ax.set_ylabel("")
     for ax in axes[-columns:]:  # the lowest panel of each column
@@ -90,10 +90,16 @@ def plot_blocks(
             _set_x([ax], [density])
     else:
         _set_x(list(axes), densities)
-    axes[0].set_ylim(min(map(floor, densities)), 4 * max(float(np.max(d.density)) for d in densities))
+    axes[0].set_ylim(min(map(floor, densities)), top_of(densities, band=True, room=4.0))
     figure.supxlabel("eigenvalue", fontsize=8)
     figure.supylabel("density", fontsize=8)
     return axes
+
+
+def _title(name: str, size: int) -> str:
+    """A name and a size, which no line ends within."""
+    kept = "\N{NO-BREAK SPACE}"
+    return wrapped(f"{name}, n{kept}={kept}{size:,}", 34).replace(kept, " ")
 
 
 def _set_x(axes: list, densities: list[Density]) -> None:
@@ -126,11 +132,11 @@ def _rows(names: list[str], densities: list[Density]) -> Any:
         height = min(1.0 + 0.09 * len(names), 8.0)
         _, ax = plt.subplots(figsize=(3.15, height), layout="constrained")
         mesh = heat(ax, grid, np.arange(len(names)), values, min(map(floor, densities)))
-        if wide:
-            symlog(ax.xaxis, scale, low, high)
-        ax.invert_yaxis()
         stride = -(-len(names) // 80)
         labels = [name if len(name) <= 26 else f"…{name[-25:]}" for name in names[::stride]]
+        if wide:  # long names take the room of labels below
+            symlog(ax.xaxis, scale, low, high, labels=7 if max(map(len, labels)) < 12 else 4)
+        ax.invert_yaxis()
         ax.set_yticks(np.arange(0, len(names), stride), labels, parse_math=False)
         ax.set_xlabel("eigenvalue")
         add_colorbar(mesh, ax, "density")

@@ -1,5 +1,6 @@
 """Pictures of spectral densities: one with its band, several on common axes."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from spectra.report.plots.marks import (
     add_kernel,
     add_stems,
     floor,
+    top_of,
     visible_range,
 )
 from spectra.report.plots.style import (
@@ -22,8 +24,10 @@ from spectra.report.plots.style import (
     DASHES,
     add_legend,
     asks_for_logarithm,
+    label_decades,
     mark_linear,
     new_axes,
+    shades,
     styled,
     symlog,
 )
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Held = SpectrumReport | Snapshot | Quadrature | Moments | Density
+_MOST = 20  # spectra in one picture, in shades and dashes that a legend can name
 XSCALES = ("auto", "symlog", "linear", "loglog")
 
 
@@ -117,8 +122,7 @@ def plot_density(
         add_stems(ax, density, xscale)
         if own and np.any((density.outliers > low) & (density.outliers < high)):
             ax.collections[-1].set_label("single eigenvalues")
-    top = density.density if yscale == "log" else density.upper
-    _set_axes(ax, [density], xscale, yscale, density.linear_scale, (low, high), top, learning_rate)
+    _set_axes(ax, [density], xscale, yscale, density.linear_scale, (low, high), learning_rate, band)
     if kernel:
         add_kernel(ax, density, color)
     if counts:
@@ -141,8 +145,11 @@ def plot_comparison(
 ) -> "Axes":
     """Draw several spectra into one plot, each with its band, distinguished by colour and dashes.
 
+    More than six, such as the snapshots of a run, are shades from dark to light in their order, without bands
+    and kernel widths, which would hide each other.
+
     Args:
-        results: reports, quadratures or densities by name, or a list of them, at most six.
+        results: reports, quadratures or densities by name, or a list of them, at most twenty.
         ax: where to draw; default: a new figure of 8 cm width.
         xscale: see `plot_density`; "auto" fits all spectra.
         yscale: see `plot_density`.
@@ -152,7 +159,7 @@ def plot_comparison(
         The Axes.
 
     Raises:
-        SpectraError: nothing to draw, or more than six spectra: use `plot_blocks` for those.
+        SpectraError: nothing to draw, or more than twenty spectra: use `plot_blocks` for those.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -164,21 +171,24 @@ def plot_comparison(
         ['flat', 'steep']
     """
     results = by_name(results)
-    if not 1 <= len(results) <= len(COLORS):
+    if not 1 <= len(results) <= _MOST:
         raise SpectraError(
-            f"{len(results)} spectra: one picture can tell 1 to {len(COLORS)} apart; plot_blocks draws any "
-            "number side by side."
+            f"{len(results)} spectra: one picture can tell 1 to {_MOST} apart; plot_blocks draws any number "
+            "side by side."
         )
     _check(xscale, yscale)
     own, ax = ax is None, new_axes(ax)
     densities = {name: as_density(result) for name, result in results.items()}
     drawn = list(densities.values())
+    few = len(drawn) <= len(COLORS)
+    colors = COLORS if few else shades(len(drawn))
     xscale = _common(drawn, xscale)[0]
-    for (name, density), color, dash in zip(densities.items(), COLORS, DASHES, strict=False):
-        add_curve(ax, density, xscale, color, dash, name, alpha=0.1, edge=0.4)
-    set_axes(ax, drawn, xscale, yscale, learning_rate)
-    for density, color in zip(drawn, COLORS, strict=False):
-        add_kernel(ax, density, color)
+    for (name, density), color, dash in zip(densities.items(), colors, itertools.cycle(DASHES), strict=False):
+        add_curve(ax, density, xscale, color, dash, name, alpha=0.1 * few, edge=0.4 * few)
+    set_axes(ax, drawn, xscale, yscale, learning_rate, band=few)
+    if few:
+        for density, color in zip(drawn, colors, strict=False):
+            add_kernel(ax, density, color)
     add_legend(ax, own)
     return ax
 
@@ -189,11 +199,11 @@ def set_axes(
     xscale: str = "auto",
     yscale: str = "log",
     learning_rate: float | None = None,
+    band: bool = True,
 ) -> str:
     """Make room for all of the densities, and return the horizontal scale that fits them."""
     xscale, scale, ends = _common(densities, xscale)
-    top = np.concatenate([density.density for density in densities])
-    _set_axes(ax, densities, xscale, yscale, scale, ends, top, learning_rate)
+    _set_axes(ax, densities, xscale, yscale, scale, ends, learning_rate, band)
     return xscale
 
 
@@ -233,14 +243,14 @@ def _fitting(xscale: str, scale: float, low: float, high: float) -> str:
     return "symlog" if asks_for_logarithm(scale, low, high) else "linear"
 
 
-def _set_axes(ax, densities, xscale, yscale, scale, ends, top, learning_rate) -> None:
+def _set_axes(ax, densities, xscale, yscale, scale, ends, learning_rate, band=True) -> None:
     """Scales, limits and labels for the densities drawn; the line of a learning rate widens the axis."""
     low, high = ends
     if yscale == "log":
         ax.set_yscale("log")
-        ax.set_ylim(min(map(floor, densities)), 4 * float(np.max(top)))
+        ax.set_ylim(min(map(floor, densities)), top_of(densities, band, room=4.0))
     else:
-        ax.set_ylim(0, 1.08 * float(np.max(top)))
+        ax.set_ylim(0, top_of(densities, band, room=1.08))
     if learning_rate is not None:
         limit = edge_of_stability(learning_rate)
         ax.axvline(limit, color=ACCENT, linewidth=0.9, linestyle="--", label=EDGE)
@@ -257,6 +267,7 @@ def _set_axes(ax, densities, xscale, yscale, scale, ends, top, learning_rate) ->
     else:
         ax.set_xscale("log")
         ax.set_xlim(scale / 10, max(abs(low), abs(high)))
+        label_decades(ax.xaxis)
     ax.set_xlabel("|eigenvalue|" if xscale == "loglog" else "eigenvalue")
     ax.set_ylabel("density")
 

@@ -13,6 +13,7 @@ from spectra.report.plots.style import (
     COLOR,
     MAP,
     add_colorbar,
+    add_legend,
     asks_for_logarithm,
     new_axes,
     styled,
@@ -72,7 +73,7 @@ def plot_cdf(
         raise SpectraError(f"yscale={yscale!r}: use one of {YSCALES}.")
     quadrature = as_quadrature(quadrature)
     density = spectral_density(quadrature)
-    ax = new_axes(ax)
+    own, ax = ax is None, new_axes(ax)
     x = np.unique(np.concatenate([density.grid, np.asarray(quadrature.nodes).ravel()]))
     inner_lower, estimate, inner_upper, lower, upper = rules.curves(quadrature, x, level)
     curves = [lower, upper, inner_lower, inner_upper, np.clip(estimate, lower, upper)]
@@ -84,7 +85,7 @@ def plot_cdf(
     step = {"step": "post", "color": color, "linewidth": 0}
     ax.fill_between(x, lower, upper, alpha=0.2, label=f"{100 * level:g} % band", **step)
     ax.fill_between(x, inner_lower, inner_upper, alpha=0.4, label="bracket", **step)
-    ax.step(x, estimate, where="post", color=color, linewidth=1.0)
+    ax.step(x, estimate, where="post", color=color, linewidth=1.0, label="estimate")
     low, high = float(density.grid[0]), float(density.grid[-1])
     if asks_for_logarithm(density.linear_scale, low, high):
         symlog(ax.xaxis, density.linear_scale, low, high)
@@ -98,7 +99,7 @@ def plot_cdf(
         ax.set_ylim(unit / 2, 1.5 * unit * quadrature.size)
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("number of eigenvalues above" if yscale == "complement" else "share of eigenvalues below")
-    ax.legend(loc="lower left" if yscale == "complement" else "lower right")
+    add_legend(ax, own)
     return ax
 
 
@@ -128,13 +129,15 @@ def plot_eigenvalues(
         return plot_cdf(result, ax, color=color)
     from matplotlib.ticker import MaxNLocator
 
-    ax = new_axes(ax)
+    own, ax = ax is None, new_axes(ax)
     values, residuals = np.asarray(result.values)[::-1], np.asarray(result.residuals)[::-1]
     rank = np.arange(1, len(values) + 1)
     done = np.asarray(result.converged)[::-1]
     ax.errorbar(rank, values, residuals, fmt="none", ecolor=color, elinewidth=0.8, capsize=1.5)
     ax.plot(rank[done], values[done], "o", color=color, markersize=3)
-    ax.plot(rank[~done], values[~done], "o", color=color, markersize=3, markerfacecolor="white")
+    if not done.all():
+        open_circles = {"markersize": 3, "markerfacecolor": "white", "label": "not converged, ± residual"}
+        ax.plot(rank[~done], values[~done], "o", color=color, **open_circles)
     sizes = np.abs(values)
     if (values > 0).all() and sizes.max() > 50 * sizes.min():
         ax.set_yscale("log")
@@ -143,6 +146,8 @@ def plot_eigenvalues(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("rank")
     ax.set_ylabel("eigenvalue")
+    if own and not done.all():
+        add_legend(ax, own)
     return ax
 
 

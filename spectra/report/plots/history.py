@@ -103,7 +103,7 @@ def plot_density_over_time(
         symlog(ax.yaxis, scale, low, high)
     else:
         ax.set_ylim(low, high)
-    ax.set_xlabel("training step")
+    _label_steps(ax)
     ax.set_ylabel("eigenvalue")
     add_legend(ax, own_figure)
     if colorbar:
@@ -130,11 +130,19 @@ def plot_course(histories: Mapping[str, SpectrumHistory], name: str, ax: "Axes |
         low, high = (end(list(map(end, drawn))) for end in (min, max))
         if low > 0 and high > DYNAMIC * low:
             ax.set_yscale("log")
-    ax.set_xlabel("training step")
+    _label_steps(ax)
     ax.set_ylabel(label_text(name))
     if len(drawn) > 1:
         add_legend(ax, own_figure)
     return ax
+
+
+def _label_steps(ax: "Axes") -> None:
+    """The horizontal axis of a course of training, whose steps are whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    ax.set_xlabel("training step")
 
 
 def _limits(history: SpectrumHistory, learning_rate, limit) -> list[tuple[str, np.ndarray, str]]:

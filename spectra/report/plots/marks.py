@@ -1,5 +1,7 @@
 """The marks of a density: its curve and band, or colours; single eigenvalues, the kernel's width, counts."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from spectra.report.plots.style import ACCENT, MAP, label_text
@@ -114,6 +116,13 @@ def floor(density: Density) -> float:
     """A tenth of the peak that a single eigenvalue makes where the kernel is widest."""
     widest = float(np.max(density.bandwidth))
     return 0.1 / (density.size * widest * np.sqrt(2 * np.pi))
+
+
+def top_of(densities: Sequence[Density], band: bool, room: float) -> float:
+    """Where an axis of these densities ends: their highest peak with `room`, and no band cut off."""
+    curve = max(float(np.max(density.density)) for density in densities)
+    upper = max(float(np.max(density.upper)) for density in densities) if band else 0.0
+    return max(room * curve, 1.08 * upper)
 
 
 def visible_range(density: Density) -> tuple[float, float]:

@@ -25,6 +25,7 @@ DYNAMIC = 50.0  # a spectrum with wider magnitudes than this asks for a logarith
 P = ParamSpec("P")
 R = TypeVar("R")
 FILE = Path(__file__).with_name("spectra.mplstyle")
+_MINOR = 20  # decades beyond which minor ticks would run into each other
 _LINE = 58  # characters of a legend across a figure of 8 cm
 _styled = contextvars.ContextVar("_styled", default=False)
 
@@ -146,6 +147,14 @@ def wrapped(name: str, width: int) -> str:
     return "\n".join(lines).replace("/ ", "/") if len(name) > width else name
 
 
+def shades(count: int) -> list[str]:
+    """Colours in an order, from dark to light, short of what dark ground and white paper hide."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(color) for color in colormaps[MAP](np.linspace(0.2, 0.85, count))]
+
+
 def ink(ax: "Axes") -> str:
     """The colour of text beside the Axes: black, or white on dark ground."""
     return ax.xaxis.label.get_color()  # pyright: ignore[reportReturnType]
@@ -153,12 +162,13 @@ def ink(ax: "Axes") -> str:
 
 def asks_for_logarithm(scale: float, low: float, high: float) -> bool:
     """Whether a spectrum from `low` to `high` with detail at `scale` needs a signed-log axis."""
-    return scale > 0 and max(abs(low), abs(high)) > DYNAMIC * scale
+    smallest = max(scale, low, -high)  # of the magnitudes on the axis, which may lie on one side of zero
+    return scale > 0 and max(abs(low), abs(high)) > DYNAMIC * smallest
 
 
 def symlog(axis, scale: float, low: float, high: float, labels: int = 7) -> float:
     """Make an axis signed-logarithmic, with at most `labels` labels; returns up to where it is linear."""
-    from matplotlib.ticker import FixedLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator, ScalarFormatter
 
     first = np.floor(np.log10(scale))
     linthresh = 10.0**first
@@ -179,15 +189,31 @@ def symlog(axis, scale: float, low: float, high: float, labels: int = 7) -> floa
     for sign, last in spans:
         ticks += [sign * 10.0**e for e in np.arange(last, inner - 0.5, -stride)]
     least = (0.1 if labels > 4 else 0.2) if axis.axis_name == "x" else 0.05
-    axis.set_major_locator(FixedLocator(_apart(axis, ticks, low, high, least)))
+    shown = [tick for tick in _apart(axis, ticks, low, high, least) if low <= tick <= high]
+    if len(shown) < 2:  # a narrow range that lies between two powers of ten
+        shown = list(MaxNLocator(4).tick_values(low, high))
+        axis.set_major_formatter(ScalarFormatter())
+    axis.set_major_locator(FixedLocator(shown))
     minor = [
         sign * digit * 10.0**e
         for sign, last in spans
         for e in np.arange(first, last + 1)
         for digit in range(2, 10)
     ]
-    axis.set_minor_locator(FixedLocator(sorted(minor) if labels > 4 else []))
+    axis.set_minor_locator(FixedLocator(sorted(minor) if labels > 4 and decades <= _MINOR else []))
     return float(linthresh)
+
+
+def label_decades(axis) -> None:
+    """Labels of a logarithmic axis that do not touch each other, however few decades it shows."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    decades = np.log10(high / low)
+    if decades < 2.5:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 1.3 else (1.0, 3.0)))
+        axis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def symlog_grid(scale: float, low: float, high: float, count: int) -> np.ndarray:
