@@ -17,7 +17,7 @@ from spectra.base.trees import PyTree
 from spectra.krylov import dense
 from spectra.krylov.layout import stacked
 from spectra.krylov.linear_result import distances, in_form, judged, sizes, traced_solution
-from spectra.krylov.linear_run import begin, drive, loop, outcome, prepared
+from spectra.krylov.linear_run import begin, drive, outcome, prepared, whole_run
 from spectra.krylov.linear_state import Verdict
 from spectra.krylov.preconditioners import as_preconditioner, identity
 from spectra.operators.arithmetic import outside_loops
@@ -217,7 +217,7 @@ def _concrete(
     if x0 is not None:
         rest, extra = jax.tree.map(jnp.subtract, b, run.mv_batch(x0)), 1
     problem, state = begin(run, rest, inverse, method, tol, limit, b)
-    state = drive(run, problem, state, journal)
+    state = drive(run, problem, state, method, journal)
     found = outcome(problem, state, x0)
     verdicts = np.asarray(found["verdict"])
     spent = int(np.sum(found["products"])) + extra * len(verdicts)
@@ -266,7 +266,7 @@ def _traced(
     def iterate(_: Any, b: PyTree) -> tuple[PyTree, dict[str, Any]]:
         rest = b if x0 is None else jax.tree.map(jnp.subtract, b, jax.vmap(fixed.mv)(x0))
         problem, state = prepared(fixed, rest, inverse, method, tol, limit, b)
-        found = outcome(problem, loop(fixed, problem, state, limit), x0)
+        found = outcome(problem, whole_run(fixed, problem, state, method, limit), x0)
         return found.pop("x"), found
 
     x, found = lax.custom_linear_solve(jax.vmap(op.mv), b, iterate, symmetric=True, has_aux=True)
