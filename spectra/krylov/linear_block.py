@@ -4,8 +4,8 @@ doi:10.1016/0024-3795(80)90247-5).
 Each step multiplies one direction for each right-hand side, as conjugate gradients side by side do, but every
 solution uses all directions. Residuals are kept as R = Q C with orthonormal columns Q (Dubrulle, Electronic
 Transactions on Numerical Analysis 12, 2001), so that right-hand sides that depend on each other, or come to,
-are no breakdown. Where the curvature is not positive, or rounding ends the progress, each right-hand side goes
-on by itself from what it has: see `linear_step`.
+are no breakdown. Where the curvature is not positive, or rounding ends the progress, each right-hand side
+goes on by itself from what it has: see `linear_step`.
 """
 
 import dataclasses
@@ -111,7 +111,9 @@ def absorb_block(problem: Problem, block: Block, products: PyTree) -> Block:
         norm_a=jnp.where(finite, jnp.maximum(block.norm_a, ratio), block.norm_a),
         products=block.products + ~block.done,
     )
-    after = lax.cond(block.checking, lambda: _check(problem, block, w), lambda: _step(problem, block, w, sizes))
+    after = lax.cond(
+        block.checking, lambda: _check(problem, block, w), lambda: _step(problem, block, w, sizes)
+    )
     # What is not finite is met again, and named, by the right-hand side that it belongs to.
     after = choose(finite, after, dataclasses.replace(block, done=jnp.ones((), bool)))
     spent = ~after.done & ~after.checking & (after.products >= jnp.min(problem.limit) - 1)
@@ -154,7 +156,7 @@ def _step(problem: Problem, block: Block, w: PyTree, sizes: jax.Array) -> Block:
 
 
 def _inverse(curvature: jax.Array, noise: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(SᵀAS)⁻¹ without directions that depend on others, and whether SᵀAS is positive definite to rounding."""
+    """(SᵀAS)⁻¹ without directions that depend on others, and whether SᵀAS is definite to rounding."""
     along = arrays.diagonal(curvature)
     definite = jnp.all((along > noise) | ~there)
     scale = jnp.where(there & (along > 0), lax.rsqrt(jnp.where(along > 0, along, 1)), 0)

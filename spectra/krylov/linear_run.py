@@ -224,7 +224,8 @@ def _recorded(op: LinearOperator, problem: Problem, state: State, journal: Journ
             journal.bar.note(f"residual {float(_excess(problem, state)):.1e} times the accepted one")
         return state, None
 
-    start = 0 if _ended(state) else int(np.min(np.asarray(state.products)[np.asarray(state.mode) != Mode.DONE]))
+    going = np.asarray(state.mode) != Mode.DONE
+    start = int(np.min(np.asarray(state.products), where=going, initial=np.max(problem.limit)))
     form, count = _form(op.like, state), len(state.mode)
     return _folded(journal, step, state, problem, start, form, count, _ended)
 

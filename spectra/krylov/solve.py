@@ -62,10 +62,10 @@ def solve(
     precision; for a loss it is measured, by products at parameters that are moved by one rounding each. If CG
     has found x and a bound is known, `quadratic_form` brackets bᵀA⁻¹b: bᵀx ± (|x| |r| + |r|² / min |λ|).
 
-    **Several right-hand sides**, as columns of an (n, k) array or with a leading axis, are solved in blocks of
-    up to 64, their products in one batch. Conjugate gradients use the directions of all sides for each
-    (O'Leary): 8 sides take about half of the products that 8 calls take, 32 a fifth. Where a block meets
-    curvature that is not positive, or its progress ends, each side goes on by itself.
+    **Several right-hand sides**, as columns of an (n, k) array or with a leading axis, are solved in blocks
+    of up to 64, their products in one batch. Conjugate gradients use the directions of all of a block for
+    each of them (block CG), which takes fewer products than as many calls: see docs/solving.md for figures.
+    Where a block meets curvature that is not positive, or its progress ends, each goes on by itself.
 
     **Derivatives.** Inside jit, vmap and grad the same iteration runs. jax.grad differentiates x by the
     implicit function theorem, dx = A⁻¹ (db - dA x), at the cost of one more solve: with respect to b, the
@@ -193,8 +193,8 @@ def _check_dense(op: LinearOperator, preconditioner: Any, x0: PyTree | None, max
             )
     if max_matvecs is not None and max_matvecs < op.size:
         raise SpectraError(
-            f"max_matvecs={max_matvecs}: method='dense' forms the matrix by {op.size} products. Allow as many, "
-            "or use another method."
+            f"max_matvecs={max_matvecs}: method='dense' forms the matrix by {op.size} products. Allow "
+            "as many, or use another method."
         )
 
 
