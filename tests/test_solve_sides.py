@@ -96,14 +96,21 @@ def test_no_more_products_of_each_than_allowed(limit, x64, capsys):
 
 
 @pytest.mark.parametrize("sides", [1, 3])
-def test_a_run_whose_products_ran_out_goes_on_to_the_same_bits(sides, x64, tmp_path):
+def test_a_run_whose_products_ran_out_goes_on_to_the_same_bits(sides, x64, tmp_path, monkeypatch):
     op = spectra.MatrixOperator(jnp.asarray(matrix()))
     b = columns()[:, 0] if sides == 1 else columns()[:, [0, 1, 3]]
     options = {"tol": 1e-6, "method": "cg"}
     whole = spectra.solve(op, b, max_matvecs=3 * N, **options)
     short = spectra.solve(op, b, max_matvecs=9, checkpoint=tmp_path, **options)
     assert (short.status, short.num_matvecs) == (Status.BUDGET_EXHAUSTED, 9 * sides)
+    taken: list[int] = []
+    for name in ("_products", "_block_products"):
+        original = getattr(linear_run, name)
+        monkeypatch.setattr(
+            linear_run, name, lambda *args, original=original: taken.append(args[-1]) or original(*args)
+        )
     rest = spectra.solve(op, b, max_matvecs=3 * N, checkpoint=tmp_path, **options)
+    assert taken[0] == 8  # the last two of the nine were taken for the residual that was returned
     assert (rest.status, rest.num_matvecs) == (whole.status, whole.num_matvecs)
     np.testing.assert_array_equal(rest.x, whole.x)
 
