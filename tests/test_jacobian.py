@@ -202,7 +202,7 @@ BATCHES = np.split(np.random.default_rng(7).standard_normal((11, 3)), [4, 8])  #
 WEIGHTS = {"w": np.linspace(-1.0, 1.0, 6).reshape(3, 2)}
 
 
-@pytest.mark.parametrize("source", [BATCHES, lambda: iter(BATCHES)], ids=["list", "generator"])
+@pytest.mark.parametrize("source", [BATCHES, pytest.param(lambda: iter(BATCHES), marks=pytest.mark.slow)])
 def test_outputs_of_several_batches_are_stacked(x64, source):
     streamed = spectra.JacobianOperator(per_example, WEIGHTS, source)
     whole = spectra.JacobianOperator(per_example, WEIGHTS, np.concatenate(BATCHES))

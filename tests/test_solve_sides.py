@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import N, rotation
+from cases import N, rotation, slow_but
 
 import spectra
 from spectra import Status
@@ -76,6 +76,7 @@ def relative(rest, b):
     return np.max(np.linalg.norm(rest, axis=0) / np.where(sizes > 0, sizes, 1))
 
 
+@pytest.mark.slow
 def test_more_right_hand_sides_than_a_block_has(x64, monkeypatch):
     monkeypatch.setattr(linear_run, "WIDEST", 2)
     a, b = matrix(kappa=10.0), columns(1)
@@ -84,7 +85,7 @@ def test_more_right_hand_sides_than_a_block_has(x64, monkeypatch):
     assert relative(a @ np.asarray(found.x) - b, b) <= 1e-5
 
 
-@pytest.mark.parametrize("limit", [2, 3, 7])
+@pytest.mark.parametrize("limit", slow_but([2, 3, 7], 3))
 def test_no_more_products_of_each_than_allowed(limit, x64, capsys):
     op = spectra.MatrixOperator(jnp.asarray(matrix()))
     options = {"max_matvecs": limit, "tol": 1e-8, "method": "cg"}
@@ -95,7 +96,7 @@ def test_no_more_products_of_each_than_allowed(limit, x64, capsys):
     np.testing.assert_array_equal(plain.x, watched.x)
 
 
-@pytest.mark.parametrize("sides", [1, 3])
+@pytest.mark.parametrize("sides", slow_but([1, 3], 3))
 def test_a_run_whose_products_ran_out_goes_on_to_the_same_bits(sides, x64, tmp_path, monkeypatch):
     op = spectra.MatrixOperator(jnp.asarray(matrix()))
     b = columns()[:, 0] if sides == 1 else columns()[:, [0, 1, 3]]

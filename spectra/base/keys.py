@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +27,19 @@ def require_key(key: jax.Array | None, name: str = "key") -> jax.Array:
         raise SpectraError(f"{name}=None: random probes need a key; {ADVICE}")
     if not isinstance(key, jax.Array | np.ndarray):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SpectraError(f"{name}={key!r} is no random key: {ADVICE}")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    found: Any = key
+    if not jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
         width = np.shape(jax.eval_shape(jax.random.key_data, jax.eval_shape(jax.random.key, 0)))
-        if key.dtype != jnp.uint32 or key.shape[-1:] != width:
+        if found.dtype != jnp.uint32 or found.shape[-1:] != width:
             raise SpectraError(
-                f"{name} is an array of {key.dtype} of shape {key.shape}, and no random key: {ADVICE}"
+                f"{name} is an array of {found.dtype} of shape {found.shape}, and no random key: {ADVICE}"
             )
-        key = jax.random.wrap_key_data(jnp.asarray(key))
-    if key.shape:
+        found = cast("Any", jax.random.wrap_key_data)(jnp.asarray(found))
+    if found.shape:
         raise SpectraError(
-            f"{name} is an array of keys of shape {key.shape}: pass one of them, or jax.vmap over them."
+            f"{name} is an array of keys of shape {found.shape}: pass one of them, or jax.vmap over them."
         )
-    return key
+    return found
 
 
 def key_check(fn: Callable[..., Any]) -> Callable[[dict[str, Any]], dict[str, Any]] | None:

@@ -233,7 +233,7 @@ def _spectra(
     # No eigenvalue lies beyond the largest, where nodes of few steps may be far from it.
     norm = max(top.reach for top in tops)
     floor = 0.0 if a.semidefinite and b.semidefinite else -norm
-    distance = _wasserstein(*curves, (floor, norm))
+    distance = _wasserstein(curves[0], curves[1], (floor, norm))
     spent = sum(own.num_matvecs for own in pairs) + sum(curve.num_matvecs for curve in curves)
     values, residuals = (np.stack([getattr(top, name) for top in tops]) for name in ("values", "residuals"))
     statuses = [own.status for own in pairs]

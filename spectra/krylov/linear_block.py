@@ -9,7 +9,8 @@ goes on by itself from what it has: see `linear_step`.
 """
 
 import dataclasses
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def begin_block(problem: Problem) -> Block:
     count = jnp.zeros((), jnp.int32)
     zeros = jax.tree.map(jnp.zeros_like, problem.b)
     square = jnp.zeros((len(norms), len(norms)), norms.dtype)
-    flags = dict.fromkeys(("checking", "checked", "spent", "indefinite"), no)
+    flags: dict[str, jax.Array] = dict.fromkeys(("checking", "checked", "spent", "indefinite"), no)
     flags["done"] = jnp.all(norms <= problem.target)
     vectors = {"x": zeros, "q": zeros, "go": zeros, "c": square}
     numbers = {"unit_a": zero + 1, "norm_a": zero, "norm_r": norms, "best": zero}
@@ -187,7 +188,11 @@ def _check(problem: Problem, block: Block, w: PyTree) -> Block:
 
 def _where(rows: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     """The rows of `a` where said, else of `b`."""
-    return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), a, b)
+
+    def one(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+    return jax.tree.map(one, a, b)
 
 
 def hand_over(problem: Problem, block: Block) -> State:
@@ -234,7 +239,7 @@ def orthonormal(stack: PyTree) -> tuple[PyTree, jax.Array]:
 
     def body(i: jax.Array, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
         q, z = carry
-        row = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0), stack)
+        row: PyTree = jax.tree.map(partial(_taken, i=i), stack)
         size = trees.norm(row)
         before = jnp.zeros(count, dtype)
         for _ in range(2):
@@ -244,11 +249,19 @@ def orthonormal(stack: PyTree) -> tuple[PyTree, jax.Array]:
         left = trees.norm(row)
         kept = left > LOST * eps * size
         row = trees.scale(jnp.where(kept, 1 / jnp.where(kept, left, 1), 0), row)
-        q = jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), i, 0), q, row)
+        q = jax.tree.map(partial(_put, i=i), q, row)
         return q, z.at[:, i].set(before.at[i].set(jnp.where(kept, left, 0)))
 
     start: Any = (jax.tree.map(jnp.zeros_like, stack), jnp.zeros((count, count), dtype))
     return lax.fori_loop(0, count, body, start)
+
+
+def _taken(x: jax.Array, i: jax.Array) -> jax.Array:
+    return cast("Any", lax.dynamic_index_in_dim)(x, i, 0)
+
+
+def _put(x: jax.Array, y: jax.Array, i: jax.Array) -> jax.Array:
+    return cast("Any", lax.dynamic_update_index_in_dim)(x, y.astype(x.dtype), i, 0)
 
 
 def _times(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -50,7 +50,7 @@ def open_inputs(
         StructureError: the outputs of the batches cannot be stacked.
         DataError: the source is empty, can be read only once, or changes between passes.
     """
-    if not is_stream(inputs) or (isinstance(inputs, list) and _accepts(evaluate, inputs)):
+    if not is_stream(inputs) or (isinstance(inputs, list) and _accepts(evaluate, cast("PyTree", inputs))):
         return None
     stream = Stream.open(inputs, _one)
     first: PyTree = None
@@ -76,9 +76,9 @@ def _one(batch: PyTree) -> float:
     return 1.0
 
 
-def _accepts(evaluate: Callable[[PyTree], PyTree], inputs: list[Any]) -> bool:
+def _accepts(evaluate: Callable[[PyTree], PyTree], inputs: PyTree) -> bool:
     try:
-        evaluate(cast("PyTree", inputs))
+        evaluate(inputs)
     except Exception:  # whatever the model says to what is no input of its own
         return False
     return True
