@@ -125,7 +125,6 @@ def main(settings: Settings) -> Report:
             cells = [f"{sides}", f"{each:.1f}", f"{built}", *(f"{share:.2f}" for share in shares)]
             worst = f"{np.max(found.residual_norm / norms(b)):.1e}"
             rows.append([label, way, *cells, worst, found.status.code])
-            print(rows[-1], flush=True)
             if sides == MANY and way == "none":
                 goals.append(
                     Goal(f"{name}: products of one of {MANY} solutions / plain CG", shares[1], SHARE)
