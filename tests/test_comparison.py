@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Diagonal, diagonal, rotation
+from cases import Diagonal, diagonal, rotation, slow_but
 
 import spectra
 
@@ -19,6 +19,16 @@ def truth(a, b):
         a.sum() / b.sum(),
         np.abs(np.sort(a) - b).mean() / b.mean(),
     )
+
+
+@pytest.mark.parametrize("steps", slow_but([1, 2], 1))
+def test_the_distance_of_spectra_is_held_after_a_step_or_two(steps):
+    """Nodes of one step are means: eigenvalues lie far beyond them, up to the largest."""
+    result = spectra.compare_operators(
+        diagonal(A), diagonal(B), key=KEY, num_pairs=2, num_probes=4, num_steps=steps, by=None
+    )
+    low, _, high = result.wasserstein
+    assert low <= truth(A, B)[2] <= high
 
 
 def test_small_operators_are_compared_exactly(x64):

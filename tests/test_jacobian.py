@@ -192,3 +192,45 @@ def test_the_precision_of_a_model_that_casts_is_stated():
     gram = spectra.JacobianOperator(coarse, jnp.ones(3), jnp.eye(4, 3)).gram()
     assert gram.precision == float(jnp.finfo(jnp.bfloat16).eps)
     assert gram.computes_in == "bfloat16"
+
+
+def per_example(params, x):
+    return {"y": jnp.tanh(x @ params["w"]), "z": (x**2) @ params["w"][:, :1]}
+
+
+BATCHES = np.split(np.random.default_rng(7).standard_normal((11, 3)), [4, 8])  # the last one is smaller
+WEIGHTS = {"w": np.linspace(-1.0, 1.0, 6).reshape(3, 2)}
+
+
+@pytest.mark.parametrize("source", [BATCHES, pytest.param(lambda: iter(BATCHES), marks=pytest.mark.slow)])
+def test_outputs_of_several_batches_are_stacked(x64, source):
+    streamed = spectra.JacobianOperator(per_example, WEIGHTS, source)
+    whole = spectra.JacobianOperator(per_example, WEIGHTS, np.concatenate(BATCHES))
+    expected = np.asarray(whole.as_matrix())
+    assert streamed.shape == streamed.T.shape[::-1] == (33, 6)
+    tolerance = {"rtol": 0, "atol": 100 * EPS * np.linalg.norm(expected)}
+    rng = np.random.default_rng(0)
+    v, u = rng.standard_normal((6, 2)), rng.standard_normal((33, 2))
+    np.testing.assert_allclose(streamed.as_matrix(), expected, **tolerance)
+    np.testing.assert_allclose(streamed @ v, expected @ v, **tolerance)
+    np.testing.assert_allclose(streamed.T @ u[:, 0], expected.T @ u[:, 0], **tolerance)
+    np.testing.assert_allclose(streamed.gram().as_matrix(), expected.T @ expected, **tolerance)
+    np.testing.assert_allclose(streamed.cogram() @ u[:, 0], expected @ (expected.T @ u[:, 0]), **tolerance)
+    tree = streamed @ {"w": v[:, 0].reshape(3, 2)}
+    assert jax.tree.map(jnp.shape, tree) == {"y": (11, 2), "z": (11, 1)}
+    true = np.linalg.svd(expected, compute_uv=False)
+    found = spectra.svds(streamed, 2, key=KEY)
+    assert (np.abs(found.values - true[:2]) <= found.errors).all()
+    kernel = spectra.TangentKernelOperator(per_example, WEIGHTS, source)
+    np.testing.assert_allclose(kernel @ u[:, 0], expected @ (expected.T @ u[:, 0]) / 11, **tolerance)
+
+
+def test_a_list_that_the_model_takes_is_one_batch_and_outputs_that_do_not_stack_are_refused():
+    pair = spectra.JacobianOperator(lambda w, xs: xs[0] * w + xs[1], jnp.ones(3), [jnp.ones(3), jnp.ones(3)])
+    assert pair.shape == (3, 3)
+    with pytest.raises(spectra.StructureError, match="one number for a whole batch"):
+        spectra.JacobianOperator(lambda p, x: jnp.sum(x @ p["w"]), WEIGHTS, lambda: iter(BATCHES))
+    with pytest.raises(spectra.StructureError, match=r"outputs of batch 2 .* those of batch 0"):
+        spectra.JacobianOperator(lambda p, x: (x @ p["w"]).T, WEIGHTS, lambda: iter(BATCHES))
+    with pytest.raises(spectra.DataError, match="read only once"):
+        spectra.JacobianOperator(per_example, WEIGHTS, iter(BATCHES))

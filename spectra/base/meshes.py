@@ -7,13 +7,14 @@ axes: it moves its input there and its results back, which copies nothing.
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from spectra.base.errors import StructureError
+from spectra.base.keys import key_check
 
 PyTree = Any
 P = ParamSpec("P")
@@ -44,11 +45,15 @@ def on_automatic_axes(tree: PyTree) -> PyTree:
 def automatic(fn: Callable[P, T]) -> Callable[P, T]:
     """Decorator of what users call with an operator: run under the automatic twin of `jax.set_mesh`'s mesh.
 
-    Arrays among the arguments are moved to the twin, those of the result back to the user's mesh.
+    Arrays among the arguments are moved to the twin, those of the result back to the user's mesh. A random
+    key is checked.
     """
+    checked = key_check(fn)
 
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if checked is not None:
+            kwargs = cast("Any", checked(kwargs))
         if not _is_explicit(jax.sharding.get_abstract_mesh()):
             return fn(*args, **kwargs)
         try:

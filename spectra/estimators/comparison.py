@@ -231,7 +231,10 @@ def _spectra(
     reach = sum(top.angle for top in tops)
     band = Interval(max(overlap - reach, 0.0), overlap, min(overlap + reach, 1.0))
     curves = [_Curve(op, keys[1], num_probes, num_steps, (1 + level) / 2) for op in (a, b)]
-    distance = _wasserstein(*curves)
+    # No eigenvalue lies beyond the largest, where nodes of few steps may be far from it.
+    norm = max(top.reach for top in tops)
+    floor = 0.0 if a.semidefinite and b.semidefinite else -norm
+    distance = _wasserstein(curves[0], curves[1], (floor, norm))
     spent = sum(own.num_matvecs for own in pairs) + sum(curve.num_matvecs for curve in curves)
     values, residuals = (np.stack([getattr(top, name) for top in tops]) for name in ("values", "residuals"))
     statuses = [own.status for own in pairs]
@@ -251,6 +254,7 @@ class _Top:
         self.values = np.asarray(pairs.values)[chosen]
         self.residuals = np.asarray(pairs.residuals)[chosen]
         self.vectors = jax.tree.map(lambda x: x[np.asarray(chosen)], pairs.vectors)
+        self.reach = float(np.max(np.abs(self.values) + self.residuals) + pairs.noise_floor)
         if len(order) == k:
             self.angle = 0.0
             return
@@ -291,9 +295,12 @@ class _Curve:
         return Interval(share, share, share)
 
 
-def _wasserstein(a: _Curve, b: _Curve) -> Interval:
-    """∫ of the least, the estimated and the largest distance between the CDFs, over the mean |λ| of B."""
-    places = np.unique(np.concatenate([a.places, b.places]))
+def _wasserstein(a: _Curve, b: _Curve, ends: tuple[float, float]) -> Interval:
+    """∫ of the least, the estimated and the largest distance between the CDFs, over the mean |λ| of B.
+
+    All eigenvalues lie between the ends.
+    """
+    places = np.unique(np.concatenate([a.places, b.places, ends]))
     line = np.linspace(float(places[0]), float(places[-1]), EQUAL_CELLS)
     edges = np.unique(np.concatenate([line, places[:: max(1, len(places) // EQUAL_CELLS)]]))
     middle, width = (edges[1:] + edges[:-1]) / 2, np.diff(edges)

@@ -10,6 +10,7 @@ import numpy as np
 
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
+from spectra.base.keys import require_key
 from spectra.base.meshes import automatic
 from spectra.density.extremes import error_of_powers, sampling_error, shows_fourth_powers
 from spectra.density.slq import slq
@@ -180,13 +181,6 @@ def _traced(
         reason="no bracket inside jit: it needs values",
         dof=float(q.num_probes),
     )
-
-
-def require_key(key: jax.Array | None) -> jax.Array:
-    """The key; raises where random probes have none."""
-    if key is None:
-        raise SpectraError("key=None: random probes need a key, for example jax.random.key(0).")
-    return key
 
 
 def _is_known(f: Function) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from spectra.base import host as _memory
 from spectra.base import paths, trees
 from spectra.base.errors import MemoryLimitError, NonFiniteError, NotSymmetricError, SpectraError, Status
+from spectra.base.keys import require_key
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.blocks import PROBES
@@ -202,8 +203,8 @@ def begin(
     come batch by batch.
     """
     require_operator(op)
-    if needs_key and key is None:
-        raise SpectraError("key=None: random probes need a key, for example jax.random.key(0).")
+    if needs_key:
+        key = require_key(key)
     traced = trees.is_traced((op, key))
     if tol is not None:
         if traced:

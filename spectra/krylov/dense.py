@@ -109,7 +109,9 @@ def matrix_error(op: LinearOperator, values: np.ndarray) -> float:
     return columns + n * float(np.finfo(float).eps) * norm
 
 
-def solution(op: LinearOperator, b: PyTree, tol: float, spent: int) -> Solution:
+def solution(
+    op: LinearOperator, b: PyTree, tol: float, spent: int, known: tuple[float, str] | None = None
+) -> Solution:
     """Solutions from the eigenpairs of the dense matrix in float64, for n products; x is rounded once.
 
     Eigenvalues within the error of the matrix count as zero. By Weyl's theorem no |λ| of the operator is
@@ -136,7 +138,9 @@ def solution(op: LinearOperator, b: PyTree, tol: float, spent: int) -> Solution:
     kept = np.asarray(jax.vmap(trees.ravel)(x), np.float64)  # as it was rounded
     residual = np.linalg.norm(rows - kept @ matrix, axis=1)
     rounding = error * np.linalg.norm(kept, axis=1)
-    least = float(np.abs(values).min()) - error
+    least, source = float(np.abs(values).min()) - error, "the eigenvalues of the matrix"
+    if known is not None and known[0] > least:  # rounding of the matrix says less than what is known
+        least, source = known
     bounded = np.full(len(rows), np.inf) if least <= 0 else (residual + rounding) / least
     form = Interval(*[np.full(len(rows), np.nan)] * 3)
     if values[0] > error:
@@ -156,7 +160,7 @@ def solution(op: LinearOperator, b: PyTree, tol: float, spent: int) -> Solution:
         num_matvecs=spent + n,
         preconditioner_matvecs=0,
         method="dense",
-        bound="the eigenvalues of the matrix" if least > 0 else "nothing bounds the spectrum away from zero",
+        bound=source if least > 0 else "nothing bounds the spectrum away from zero",
         status=status,
     )
 

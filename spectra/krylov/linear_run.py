@@ -5,6 +5,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import stacks, trees
 from spectra.base.trees import PyTree
-from spectra.krylov.linear_state import SHORT_VECTORS, Mode, Problem, State, Verdict, noise_of, norm_of
+from spectra.krylov.linear_block import WIDEST, Block, absorb_block, begin_block, hand_over
+from spectra.krylov.linear_state import (
+    SHORT_VECTORS,
+    Mode,
+    Problem,
+    State,
+    Verdict,
+    noise_of,
+    norm_of,
+    sides_of,
+)
 from spectra.krylov.linear_step import absorb, start
 from spectra.operators.base import LinearOperator
 from spectra.runs.watch import Journal
@@ -46,18 +57,52 @@ def prepared(
         problem = Problem(b, inverse, unit, unit_p, *numbers, only_cg=method == "cg")
         return problem, start(problem, dtype, Mode.MINRES if method == "minres" else Mode.CG)
 
-    axes = _axes(inverse, method)
+    none: Any = None
+    axes = sides_of(Problem(none, inverse, none, none, none, none, none, only_cg=method == "cg"))
     return jax.vmap(one, out_axes=(axes, 0))(b, reference)
 
 
-def _axes(inverse: LinearOperator | None, method: str) -> Any:
-    """Which parts of a problem are there for every right-hand side: zeros and None in place of arrays."""
-    shared = None if inverse is None else jax.tree.map(lambda _: None, inverse)
-    each: Any = 0
-    return Problem(each, shared, each, each, each, each, each, only_cg=method == "cg")
-
-
 begin = jax.jit(prepared, static_argnames=("method",))
+
+
+def blocks(problem: Problem, method: str) -> list[tuple[int, int]]:
+    """The right-hand sides, from start to stop, that begin as one block: none for one alone, or MINRES."""
+    count = stacks.length(problem.b)
+    if count == 1 or method == "minres":
+        return []
+    parts = -(-count // WIDEST)
+    return list(itertools.pairwise(count * i // parts for i in range(parts + 1)))
+
+
+def part_of(problem: Problem, start: int, stop: int) -> Problem:
+    """The problem of some of the right-hand sides."""
+    own = jax.tree.map(lambda x: x[start:stop], dataclasses.replace(problem, inverse=None))
+    return dataclasses.replace(own, inverse=problem.inverse)
+
+
+def whole_run(op: LinearOperator, problem: Problem, state: State, method: str, limit: int) -> State:
+    """The run as one program: blocks first, where there are several right-hand sides."""
+    parts = [part_of(problem, *ends) for ends in blocks(problem, method)]
+    found = [hand_over(part, block_loop(op, part, begin_block(part), limit)) for part in parts]
+    return loop(op, problem, stacks.concatenate(found) if found else state, limit)
+
+
+def block_loop(op: LinearOperator, problem: Problem, block: Block, stop: int | jax.Array) -> Block:
+    """Products of a block until it is done, `stop` of them for each right-hand side at most."""
+
+    def going(block: Block) -> jax.Array:
+        return ~block.done & (block.products < stop)
+
+    def step(block: Block) -> Block:
+        return absorb_block(problem, block, jax.vmap(op.mv)(block.go))
+
+    return lax.while_loop(going, step, block)
+
+
+_begin_block = jax.jit(begin_block)
+_block_chunk = jax.jit(block_loop, donate_argnames=("block",))
+_absorb_block = jax.jit(absorb_block)
+_hand_over = jax.jit(hand_over)
 
 
 def loop(op: LinearOperator, problem: Problem, state: State, stop: int | jax.Array) -> State:
@@ -69,7 +114,7 @@ def loop(op: LinearOperator, problem: Problem, state: State, stop: int | jax.Arr
 
         return lax.while_loop(going, lambda state: absorb(problem, state, op.mv(state.go)), state)
 
-    axes = _axes(problem.inverse, "cg" if problem.only_cg else "auto")
+    axes = sides_of(problem)
     count = jax.tree.leaves(problem.b)[0].shape[0]
     if count == 1:  # branches stay branches without vmap
         alone = jax.tree.map(lambda x: x[0], dataclasses.replace(problem, inverse=None))
@@ -83,19 +128,78 @@ _chunk = jax.jit(loop, donate_argnames=("state",))
 
 @jax.jit
 def _absorb(problem: Problem, state: State, products: PyTree) -> State:
-    axes = _axes(problem.inverse, "cg" if problem.only_cg else "auto")
+    axes = sides_of(problem)
     return jax.vmap(absorb, in_axes=(axes, 0, 0))(problem, state, products)
 
 
-def drive(op: LinearOperator, problem: Problem, state: State, journal: Journal | None = None) -> State:
-    """The loop from the host: in compiled chunks, or product by product where data are streamed or the run is
+def drive(
+    op: LinearOperator, problem: Problem, state: State, method: str, journal: Journal | None = None
+) -> State:
+    """The run from the host: in compiled chunks, or product by product where data are streamed or the run is
     watched. The program and its numbers are the same for a chunk of any length."""
+    found: list[State] = []
+    for ends in blocks(problem, method):
+        part = part_of(problem, *ends)
+        block = _whole_block(op, part, _begin_block(part), journal)
+        found.append(_hand_over(part, block))
+    state = stacks.concatenate(found) if found else state
     if journal is not None:
         return _recorded(op, problem, state, journal)
     stop = 0
     while not _ended(state):
         stop += CHUNK
         state = _products(op, problem, state, stop)
+    return state
+
+
+def _whole_block(op: LinearOperator, problem: Problem, block: Block, journal: Journal | None) -> Block:
+    """A block until it is done."""
+    if journal is not None:
+
+        def step(block: Block, start: int, stop: int) -> tuple[Block, None]:
+            del start
+            block = _block_products(op, problem, block, stop)
+            journal.bar.note(f"residual {float(_block_excess(problem, block)):.1e} times the accepted one")
+            return block, None
+
+        form = dataclasses.replace(jax.tree.map(lambda _: 0.0, block), x=op.like, q=op.like, go=op.like)
+        return _folded(journal, step, block, problem, 0, form, len(block.c), lambda block: bool(block.done))
+    stop = 0
+    while not bool(block.done):
+        stop += CHUNK
+        block = _block_products(op, problem, block, stop)
+    return block
+
+
+def _block_products(op: LinearOperator, problem: Problem, block: Block, stop: int) -> Block:
+    if op.on_host:
+        return _absorb_block(problem, block, op.mv_batch(block.go))
+    return _block_chunk(op, problem, block, stop)
+
+
+def _folded(
+    journal: Journal,
+    step: Any,
+    state: Any,
+    problem: Problem,
+    start: int,
+    form: PyTree,
+    count: int,
+    ended: Callable[[Any], bool],
+) -> Any:
+    """The steps of a run, saved; those that end it for want of products are not, so that a call with a
+    larger budget goes on as if it had been given at first."""
+    limit = int(np.max(problem.limit))
+    last = max(limit - 2, start)
+    parts = list(itertools.pairwise(range(start, last + 1)))
+    state = journal.fold(step, state, parts, carried=form, products=count, until=ended)[0]
+    if not ended(state):
+        journal.save()
+    for stop in range(last + 1, limit + 1):
+        if ended(state):
+            break
+        state = step(state, stop - 1, stop)[0]
+        journal.count(count)
     return state
 
 
@@ -120,9 +224,10 @@ def _recorded(op: LinearOperator, problem: Problem, state: State, journal: Journ
             journal.bar.note(f"residual {float(_excess(problem, state)):.1e} times the accepted one")
         return state, None
 
-    parts = list(itertools.pairwise(range(int(np.max(problem.limit)) + 1)))
-    like, count = _form(op.like, state), len(state.mode)
-    return journal.fold(step, state, parts, carried=like, products=count, until=_ended)[0]
+    going = np.asarray(state.mode) != Mode.DONE
+    start = int(np.min(np.asarray(state.products), where=going, initial=np.max(problem.limit)))
+    form, count = _form(op.like, state), len(state.mode)
+    return _folded(journal, step, state, problem, start, form, count, _ended)
 
 
 def _form(like: PyTree, state: State) -> State:
@@ -130,6 +235,11 @@ def _form(like: PyTree, state: State) -> State:
     zeros = jax.tree.map(lambda _: 0.0, state)
     short = zeros.short and dataclasses.replace(zeros.short, **dict.fromkeys(SHORT_VECTORS, like))
     return dataclasses.replace(zeros, x=like, r=like, go=like, short=short)
+
+
+@jax.jit
+def _block_excess(problem: Problem, block: Block) -> jax.Array:
+    return jnp.max(jnp.sqrt(jnp.sum(block.c**2, axis=0)) / problem.target)
 
 
 @jax.jit

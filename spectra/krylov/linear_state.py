@@ -58,6 +58,13 @@ class Problem:
         return r if self.inverse is None else trees.scale(1 / self.unit_p, self.inverse.mv(r))
 
 
+def sides_of(problem: Problem) -> Any:
+    """Which parts of a problem are there for every right-hand side: zeros and None in place of arrays."""
+    shared = None if problem.inverse is None else jax.tree.map(lambda _: None, problem.inverse)
+    each: Any = 0
+    return Problem(each, shared, each, each, each, each, each, only_cg=problem.only_cg)
+
+
 SHORT_VECTORS = ("v", "before", "d1", "d2", "u")
 """The fields of `Short` that are vectors; the others are numbers."""
 

@@ -17,7 +17,7 @@ from spectra.base.trees import PyTree
 from spectra.krylov import dense
 from spectra.krylov.layout import stacked
 from spectra.krylov.linear_result import distances, in_form, judged, sizes, traced_solution
-from spectra.krylov.linear_run import begin, drive, loop, outcome, prepared
+from spectra.krylov.linear_run import begin, drive, outcome, prepared, whole_run
 from spectra.krylov.linear_state import Verdict
 from spectra.krylov.preconditioners import as_preconditioner, identity
 from spectra.operators.arithmetic import outside_loops
@@ -62,8 +62,10 @@ def solve(
     precision; for a loss it is measured, by products at parameters that are moved by one rounding each. If CG
     has found x and a bound is known, `quadratic_form` brackets bᵀA⁻¹b: bᵀx ± (|x| |r| + |r|² / min |λ|).
 
-    **Several right-hand sides**, as columns of an (n, k) array or with a leading axis, are solved side by
-    side, each by its own iteration; their products form one batch.
+    **Several right-hand sides**, as columns of an (n, k) array or with a leading axis, are solved in blocks
+    of up to 64, their products in one batch. Conjugate gradients use the directions of all of a block for
+    each of them (block CG), which takes fewer products than as many calls: see docs/solving.md for figures.
+    Where a block meets curvature that is not positive, or its progress ends, each goes on by itself.
 
     **Derivatives.** Inside jit, vmap and grad the same iteration runs. jax.grad differentiates x by the
     implicit function theorem, dx = A⁻¹ (db - dA x), at the cost of one more solve: with respect to b, the
@@ -86,13 +88,15 @@ def solve(
             method="dense".
         tol: largest accepted |b - Ax| / |b|.
         max_matvecs: maximum number of products per right-hand side; default 10,000 or, where a dense matrix
-            may follow, 2 n.
+            may follow, 2 n. At least n for method="dense".
         lower_bound: lower bound on the |eigenvalues| of H + shift I, if known.
-        x0: starting point, in the same form as b, for two more products of each; default zero.
+        x0: starting point, in the same form as b, for two more products of each; default zero. Not for
+            method="dense".
         key: JAX random key, for "nystrom".
         progress: show the number of products and the residual.
         checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, with
-            bit-identical results on the same devices. Nothing is saved where a dense matrix is formed.
+            bit-identical results on the same devices; a larger `max_matvecs` continues a run that had used
+            up its own. Nothing is saved where a dense matrix is formed.
 
     Returns:
         `Solution`. `status` is CONVERGED; STAGNATED, if the precision of products prevents reaching the
@@ -113,7 +117,8 @@ def solve(
     Fails if A is singular but b lies in its range: x is one of many solutions, and `error_bound` is infinite.
 
     References:
-        Hestenes and Stiefel, doi:10.6028/jres.049.044; Paige and Saunders, doi:10.1137/0712047;
+        Hestenes and Stiefel, doi:10.6028/jres.049.044; O'Leary, doi:10.1016/0024-3795(80)90247-5; Paige and
+        Saunders, doi:10.1137/0712047;
         Frangella, Tropp and Udell, arXiv:2110.02820.
 
     Examples:
@@ -132,8 +137,8 @@ def solve(
         )
     if traced and checkpoint is not None:
         raise SpectraError("checkpoint= needs values, which do not exist inside jit, vmap or grad.")
-    if method == "dense" and preconditioner is not None:
-        raise SpectraError("method='dense' factorises the matrix: a preconditioner is for 'cg' and 'minres'.")
+    if method == "dense":
+        _check_dense(op, preconditioner, x0, max_matvecs)
     b, several, back = stacked(op, b, "b")
     if not traced and not trees.all_finite(b):
         raise NonFiniteError("b is NaN or infinite somewhere.")
@@ -145,7 +150,7 @@ def solve(
     shifted = op if isinstance(shift, (int, float)) and shift == 0 else op.shift(shift)
 
     def arguments() -> dict[str, Any]:
-        plain = {"method": method, "tol": float(tol), "max_matvecs": max_matvecs, "shift": float(shift)}
+        plain = {"method": method, "tol": float(tol), "shift": float(shift)}
         vectors = {"b": tree_digest(b), "x0": None if x0 is None else tree_digest(x0)}
         return plain | vectors | {"preconditioner": identity(preconditioner, op.structure)}
 
@@ -179,6 +184,20 @@ def _check_arguments(
         raise SpectraError(f"shift={shift!r}: use a finite real number.")
 
 
+def _check_dense(op: LinearOperator, preconditioner: Any, x0: PyTree | None, max_matvecs: int | None) -> None:
+    """What has no meaning where the matrix is factorised."""
+    for name, value in {"preconditioner": preconditioner, "x0": x0}.items():
+        if value is not None:
+            raise SpectraError(
+                f"method='dense' factorises the matrix: {name}= is for 'cg', 'minres' and 'auto'."
+            )
+    if max_matvecs is not None and max_matvecs < op.size:
+        raise SpectraError(
+            f"max_matvecs={max_matvecs}: method='dense' forms the matrix by {op.size} products. Allow "
+            "as many, or use another method."
+        )
+
+
 def _known_bound(op: LinearOperator, shift: Any, given: float | None) -> tuple[float, str] | None:
     """A bound on the smallest |eigenvalue| and where it is from."""
     if given is not None:
@@ -204,12 +223,12 @@ def _concrete(
 ) -> Solution:
     may_be_dense = method == "auto" and inverse is None and dense.allowed(op, max_matvecs)
     if method == "dense":
-        return dense.solution(op, b, tol, 0)
+        return dense.solution(op, b, tol, 0, bound)
     n = op.size
     if may_be_dense:
         limit = max(n, 2) if max_matvecs is None else min(n, max_matvecs - n)
         if limit < 2:
-            return dense.solution(op, b, tol, 0)
+            return dense.solution(op, b, tol, 0, bound)
     else:
         limit = DEFAULT_LIMIT if max_matvecs is None else max_matvecs
     run = outside_loops(op.prepare())
@@ -217,7 +236,7 @@ def _concrete(
     if x0 is not None:
         rest, extra = jax.tree.map(jnp.subtract, b, run.mv_batch(x0)), 1
     problem, state = begin(run, rest, inverse, method, tol, limit, b)
-    state = drive(run, problem, state, journal)
+    state = drive(run, problem, state, method, journal)
     found = outcome(problem, state, x0)
     verdicts = np.asarray(found["verdict"])
     spent = int(np.sum(found["products"])) + extra * len(verdicts)
@@ -229,7 +248,7 @@ def _concrete(
     if (verdicts == Verdict.PRECONDITIONER).any():
         raise SpectraError("the preconditioner is not positive definite: rᵀPr < 0 for a residual r.")
     if may_be_dense and (verdicts == Verdict.BUDGET).any():
-        return dense.solution(op, b, tol, spent)
+        return dense.solution(op, b, tol, spent, bound)
     if x0 is not None:
         images = run.mv_batch(found["x"])
         found["residual"] = jnp.where(verdicts == Verdict.SINGULAR, found["residual"], distances(b, images))
@@ -266,7 +285,7 @@ def _traced(
     def iterate(_: Any, b: PyTree) -> tuple[PyTree, dict[str, Any]]:
         rest = b if x0 is None else jax.tree.map(jnp.subtract, b, jax.vmap(fixed.mv)(x0))
         problem, state = prepared(fixed, rest, inverse, method, tol, limit, b)
-        found = outcome(problem, loop(fixed, problem, state, limit), x0)
+        found = outcome(problem, whole_run(fixed, problem, state, method, limit), x0)
         return found.pop("x"), found
 
     x, found = lax.custom_linear_solve(jax.vmap(op.mv), b, iterate, symmetric=True, has_aux=True)

@@ -13,7 +13,7 @@ from spectra.base.host import one_thread
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov.eigsh import eigsh
-from spectra.operators.jacobian import GramOperator, JacobianOperator, jacobian_product
+from spectra.operators.jacobian import GramOperator, JacobianOperator
 from spectra.results import Eigenpairs, SingularTriplets
 from spectra.runs.checkpoint import Checkpoint
 
@@ -126,7 +126,7 @@ def svds(
 
 def _unit(jacobian: JacobianOperator, key: jax.Array) -> float:
     """A power of two of the size of J, from one product."""
-    image = jacobian_product(jacobian, trees.sphere_sample(key, jacobian.structure))
+    image = jacobian.product(trees.sphere_sample(key, jacobian.structure))
     return float(trees.power_of_two(trees.largest(image)))
 
 
@@ -191,7 +191,7 @@ def _errors(values: np.ndarray, residuals: np.ndarray, floor: float, gram_floor:
 
 
 def _in_unit(jacobian: JacobianOperator, v: PyTree, unit: float) -> PyTree:
-    return trees.scale(1 / unit, jacobian_product(jacobian, v))
+    return trees.scale(1 / unit, jacobian.product(v))
 
 
 @jax.jit

@@ -4,7 +4,8 @@
 # Operators have parts that only this package uses.
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
@@ -17,10 +18,12 @@ from spectra.base.errors import DifferentiationError, MemoryLimitError, NonFinit
 from spectra.base.meshes import automatic, on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
-from spectra.operators.base import LinearOperator
+from spectra.operators.accumulate import weighted_sum
+from spectra.operators.base import LinearOperator, product
 from spectra.operators.data import moved_parameters
 from spectra.operators.jaxprs import Rounding, coarsest_rounding
 from spectra.operators.pytree import operator
+from spectra.operators.stacked_outputs import StackedOutputs, open_inputs
 from spectra.results import format_bytes
 
 MODES = ("forward-over-reverse", "reverse-over-reverse")
@@ -42,11 +45,15 @@ class JacobianOperator:
         model_fn: pure function (params, inputs) -> outputs, a pytree of floating arrays of any shapes.
             Static: pass the same function object each time.
         params: pytree of n parameters; products are in float32 at least.
-        inputs: what the function takes as its second argument, whole.
+        inputs: what the function takes as its second argument, whole; or a stream of such batches, as for
+            other operators (a list, a loader, a function that returns an iterator): their outputs are then
+            stacked along the first axis, and a product is one pass over the stream.
         wrt: the parameters to differentiate, as a glob, regex or predicate on their paths; default all.
 
     Raises:
-        StructureError: outputs or parameters are not real floating arrays, or hold no numbers.
+        StructureError: outputs or parameters are not real floating arrays, or hold no numbers; the outputs
+            of several batches cannot be stacked.
+        DataError: a stream is empty, can be read only once, or changes between passes.
         DifferentiationError: the model refuses forward and reverse mode.
 
     Cost: one evaluation of the model and a pass forward (`J @ v`, 2 to 3 evaluations) or backward
@@ -77,6 +84,7 @@ class JacobianOperator:
     rounding: Rounding | None  # of the model itself, where it computes in less than the vectors have
     outputs: tuple[PyTreeDef, trees.Kinds]  # the tree of the outputs, and the shape and dtype of each
     transposed: bool
+    batches: StackedOutputs | None  # where inputs are streamed
 
     @automatic
     def __init__(
@@ -96,19 +104,21 @@ class JacobianOperator:
         values = {
             "model_fn": model_fn,
             "params": on_automatic_axes(params),
-            "inputs": on_automatic_axes(inputs),
             "selected": selected,
             "mode": MODES[0],
             "rounding": None,
             "transposed": False,
+            "batches": None,
         }
         self._set(values)
-        outputs = jax.eval_shape(self._evaluate, self._working(), self.inputs)
-        _require_outputs(outputs)
-        leaves, treedef = jax.tree.flatten(outputs)
-        self._set({"outputs": (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves))})
+        found = open_inputs(inputs, self._outputs_of)
+        batches, first, outputs = found or (None, on_automatic_axes(inputs), None)
+        self._set({"inputs": first, "outputs": _kinds(self._outputs_of(first))})
+        _require_outputs(self._outputs())
         self._set({"mode": _resolve_mode(self)})
         self._set({"rounding": self._rounding()})
+        if batches is not None:
+            self._set({"inputs": None, "batches": batches, "outputs": _kinds(outputs)})
 
     def _set(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
@@ -164,6 +174,8 @@ class JacobianOperator:
 
     def mv(self, v: PyTree) -> PyTree:
         """J v: a pytree like the parameters in, one like the outputs out; pure, jit- and vmap-able."""
+        if self.batches is not None:
+            return self._streamed(self.batches, v)
         push, pull = self._products()
         return pull(v) if self.transposed else push(v)
 
@@ -178,10 +190,12 @@ class JacobianOperator:
             )
         if domain.is_matrix(v):
             columns = jnp.asarray(v, self.dtype).T
+            if self.batches is not None:
+                return self._checked(jax.vmap(lambda x: _flat(self, x))(columns)).T
             return self._checked(lax.map(lambda x: _flat_product(self, x), columns, batch_size=ROWS)).T
         vector = domain.as_vector(v)
         return self._checked(
-            _flat_product(self, trees.ravel(vector)) if domain.is_flat(v) else jacobian_product(self, vector)
+            self.flat_product(trees.ravel(vector)) if domain.is_flat(v) else self.product(vector)
         )
 
     def as_matrix(self, *, memory_limit: int | None = None) -> jax.Array:
@@ -205,7 +219,17 @@ class JacobianOperator:
                 f"of {format_bytes(limit)}. Use svds, or J.gram() and J.cogram() with eigsh, which need no "
                 "matrix, or raise memory_limit."
             )
+        if self.batches is not None:
+            return self._checked(self._streamed_matrix())
         return self._checked(_rows(self.T).T if n <= m else _rows(self))
+
+    def product(self, v: PyTree) -> PyTree:
+        """J v, compiled; batch by batch where inputs are streamed."""
+        return self.mv(v) if self.batches is not None else jacobian_product(self, v)
+
+    def flat_product(self, flat: jax.Array) -> jax.Array:
+        """The same for flat vectors."""
+        return _flat(self, flat) if self.batches is not None else _flat_product(self, flat)
 
     def _checked(self, result: PyTree) -> PyTree:
         if not trees.is_traced(result) and not trees.all_finite(result):
@@ -215,6 +239,39 @@ class JacobianOperator:
     def __repr__(self) -> str:
         m, n = self.shape
         return f"{type(self).__name__}(shape=({m:,}, {n:,}), dtype={self.dtype})"
+
+    def pieces(self) -> "Iterator[JacobianOperator]":
+        """The Jacobians of the batches of a stream, whose rows these are; in one pass."""
+        assert self.batches is not None
+        for batch in self.batches.batches():
+            yield self._with(inputs=batch, batches=None, outputs=_kinds(self._outputs_of(batch)))
+
+    def _streamed(self, batches: StackedOutputs, v: PyTree) -> PyTree:
+        if not self.transposed:
+            return batches.stacked([jacobian_product(piece, v) for piece in self.pieces()])
+        parts = zip(self.pieces(), batches.split(v), strict=True)
+        return weighted_sum(lambda one: jacobian_product(*one), ((1.0, one) for one in parts))
+
+    def _streamed_matrix(self) -> jax.Array:
+        """Rows of each batch, in the order of the stacked outputs."""
+        assert self.batches is not None
+        if self.transposed:
+            return self.T._streamed_matrix().T
+        n = self.shape[1]
+
+        def by_leaf(rows: jax.Array, structure: PyTree) -> PyTree:
+            leaves, treedef = jax.tree.flatten(structure)
+            edges = list(itertools.accumulate(leaf.size for leaf in leaves[:-1]))
+            parts = jnp.split(rows, edges)
+            return treedef.unflatten(
+                [x.reshape(*leaf.shape, n) for x, leaf in zip(parts, leaves, strict=True)]
+            )
+
+        rows = [by_leaf(piece.as_matrix(), piece.like_left) for piece in self.pieces()]
+        return jnp.concatenate([x.reshape(-1, n) for x in jax.tree.leaves(self.batches.stacked(rows))])
+
+    def _outputs_of(self, inputs: PyTree) -> PyTree:
+        return jax.eval_shape(self._evaluate, self._working(), inputs)
 
     def _outputs(self) -> PyTree:
         treedef, kinds = self.outputs
@@ -274,6 +331,11 @@ class GramOperator(LinearOperator):
         return self.jacobian.like
 
     @property
+    def on_host(self) -> bool:
+        """Whether inputs are streamed."""
+        return self.jacobian.batches is not None
+
+    @property
     def known_linear(self) -> bool:
         """True: both passes are linear."""
         return True
@@ -307,9 +369,20 @@ class GramOperator(LinearOperator):
 
     def mv(self, v: PyTree) -> PyTree:
         """Jᵀ (J v)."""
+        if self.jacobian.batches is not None:
+            return self._streamed(v)
         push, pull = self.jacobian._products()
         first, second = (pull, push) if self.jacobian.transposed else (push, pull)
         return trees.scale(1 / self.unit, second(trees.scale(1 / self.unit, first(v))))
+
+    def _streamed(self, v: PyTree) -> PyTree:
+        """The same in one pass over the stream; J Jᵀ takes two."""
+        jacobian = self.jacobian
+        if jacobian.transposed:
+            first = trees.scale(1 / self.unit, jacobian.mv(v))
+            return trees.scale(1 / self.unit, jacobian.T.mv(first))
+        grams = ((1.0, GramOperator(piece, self.unit)) for piece in jacobian.pieces())
+        return weighted_sum(lambda gram: product(gram, v), grams)
 
     def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
         jacobian = self.jacobian
@@ -325,9 +398,16 @@ def jacobian_product(jacobian: JacobianOperator, v: PyTree) -> PyTree:
     return jacobian.mv(v)
 
 
-@jax.jit
-def _flat_product(jacobian: JacobianOperator, flat: jax.Array) -> jax.Array:
+def _flat(jacobian: JacobianOperator, flat: jax.Array) -> jax.Array:
     return trees.ravel(jacobian.mv(trees.unravel(flat, jacobian.structure)))
+
+
+_flat_product = jax.jit(_flat)
+
+
+def _kinds(outputs: PyTree) -> tuple[PyTreeDef, trees.Kinds]:
+    leaves, treedef = jax.tree.flatten(outputs)
+    return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 @jax.jit

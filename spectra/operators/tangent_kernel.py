@@ -26,7 +26,8 @@ class TangentKernelOperator(Wrapped):
     Args:
         model_fn: pure function (params, inputs) -> outputs. Static: pass the same function object each time.
         params: pytree of parameters.
-        inputs: inputs of N examples; the first axis of the outputs' leaves is that of the examples.
+        inputs: inputs of N examples, or a stream of batches of them; the first axis of the outputs' leaves is
+            that of the examples.
         wrt: the parameters to differentiate, as a glob, regex or predicate on their paths; default all.
 
     Raises:

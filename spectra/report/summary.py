@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra.base.errors import SpectraError
+from spectra.base.keys import require_key
 from spectra.base.meshes import automatic
 from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
 from spectra.density.slq import slq
@@ -91,8 +91,7 @@ def summary(
     if isinstance(source, Mapping):
         return Summary({name: as_quadrature(held) for name, held in by_name(source).items()})
     op = source.operator() if isinstance(source, Problem) else source
-    if key is None:
-        raise SpectraError("key=None: random probes need a key, for example jax.random.key(0).")
+    key = require_key(key)
     blocks = op.blocks(by=by)
     return Summary(slq(blocks, key=key, num_steps=num_steps, num_probes=num_probes, progress=progress))
 

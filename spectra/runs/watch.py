@@ -122,6 +122,11 @@ class Journal:
 
         return self.fold(step, None, [(0, 1)], out=like, products=0)[1][0]
 
+    def save(self) -> None:
+        """Save the run as it is, where it is saved at all."""
+        if self.saver is not None:
+            self._save()
+
     def count(self, products: int) -> None:
         """Note products that were taken."""
         self.products += products

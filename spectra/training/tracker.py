@@ -14,6 +14,7 @@ import numpy as np
 
 from spectra.base import host, trees
 from spectra.base.errors import SpectraError
+from spectra.base.keys import require_key
 from spectra.base.meshes import automatic, on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.density.extremes import LEVEL, extreme
@@ -138,7 +139,7 @@ class SpectrumTracker:
             raise SpectraError(f"budget={budget} is a share of training time: use a positive number.")
         self.op_factory, self.every = op_factory, steps_of("every", every)
         self.budget, self.name = budget, name
-        self.key = on_automatic_axes(jax.random.key(0) if key is None else key)
+        self.key = on_automatic_axes(jax.random.key(0) if key is None else require_key(key))
         self.num_eigenvalues, self.tol = num_eigenvalues, tol
         self.num_steps, self.num_probes = num_steps, num_probes
         self.callbacks = tuple(callbacks)

@@ -1,0 +1,129 @@
+"""Several right-hand sides of one system: one Krylov space for all, each judged by itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import N, rotation, slow_but
+
+import spectra
+from spectra import Status
+from spectra.krylov import linear_run
+
+SIDES = 5
+
+
+def matrix(signs=1.0, kappa=1e3):
+    q = rotation(N, 0)
+    values = np.geomspace(1.0, 1 / kappa, N) * signs
+    return (q * values) @ q.T
+
+
+def columns(seed=0):
+    """Random ones, one that depends on another, one that nearly does, and zero."""
+    b = np.random.default_rng(seed).standard_normal((N, SIDES))
+    b[:, 2], b[:, 4] = 1e-6 * b[:, 0], 0
+    b[:, 3] = b[:, 1] + 1e-7 * b[:, 3]
+    return b
+
+
+def test_a_block_takes_fewer_products_than_its_right_hand_sides_one_by_one(x64):
+    a, b = matrix(), np.random.default_rng(1).standard_normal((N, SIDES))
+    op = spectra.MatrixOperator(jnp.asarray(a))
+    options = {"tol": 1e-6, "max_matvecs": 3 * N, "method": "cg"}
+    found = spectra.solve(op, b, **options)
+    alone = sum(spectra.solve(op, column, **options).num_matvecs for column in b.T)
+    # A block of s is at least as good as the removal of the s - 1 smallest eigenvalues (O'Leary, theorem 5).
+    left = np.geomspace(1.0, 1e-3, N)[: N - SIDES + 1]
+    assert found.num_matvecs <= alone * np.sqrt(left[0] / left[-1]) / np.sqrt(1e3) + 2 * SIDES
+    residuals = np.linalg.norm(a @ np.asarray(found.x) - b, axis=0)
+    assert (residuals <= 1e-6 * np.linalg.norm(b, axis=0)).all()
+    # Rounding of a product, eps sqrt(n) |A| |x|, on both sides.
+    np.testing.assert_allclose(found.residual_norm, residuals, rtol=0, atol=2 * found.rounding.max())
+
+
+def test_right_hand_sides_that_depend_on_each_other_are_no_breakdown(x64):
+    a, b = matrix(), columns()
+    op = spectra.MatrixOperator(jnp.asarray(a))
+    found = spectra.solve(op, b, tol=1e-8, max_matvecs=3 * N, method="cg", lower_bound=0.999e-3)
+    assert found.converged.all()
+    error = np.linalg.norm(np.linalg.solve(a, b) - np.asarray(found.x), axis=0)
+    assert (
+        error <= found.error_bound + 1e3 * N * np.finfo(float).eps * np.linalg.norm(found.x, axis=0)
+    ).all()
+    assert (np.asarray(found.x)[:, 4] == 0).all()
+    inside = jax.jit(lambda op, b: spectra.solve(op, b, tol=1e-8, max_matvecs=3 * N, method="cg"))(op, b)
+    assert inside.converged.all()
+    np.testing.assert_allclose(
+        inside.x, found.x, rtol=0, atol=2 * 1e3 * 1e-8 * np.linalg.norm(b, axis=0).max()
+    )
+
+
+def test_each_goes_on_by_itself_where_the_curvature_is_not_positive(x64):
+    signs = np.where(np.arange(N) % 3, 1.0, -1.0)
+    a, b = matrix(signs, 10.0), columns()
+    op = spectra.MatrixOperator(jnp.asarray(a))
+    found = spectra.solve(op, b, max_matvecs=3 * N, preconditioner=lambda v: v)
+    assert (found.method, found.status) == ("minres", Status.CONVERGED)
+    assert relative(a @ np.asarray(found.x) - b, b) <= 1e-5 * (1 + 1e-6)
+    refused = spectra.solve(op, b, max_matvecs=3 * N, method="cg")
+    assert refused.status is Status.INDEFINITE
+    assert np.asarray(refused.converged).tolist() == [False, False, False, False, True]
+
+
+def relative(rest, b):
+    sizes = np.linalg.norm(b, axis=0)
+    return np.max(np.linalg.norm(rest, axis=0) / np.where(sizes > 0, sizes, 1))
+
+
+@pytest.mark.slow
+def test_more_right_hand_sides_than_a_block_has(x64, monkeypatch):
+    monkeypatch.setattr(linear_run, "WIDEST", 2)
+    a, b = matrix(kappa=10.0), columns(1)
+    found = spectra.solve(spectra.MatrixOperator(jnp.asarray(a)), b, max_matvecs=3 * N, method="cg")
+    assert found.converged.all()
+    assert relative(a @ np.asarray(found.x) - b, b) <= 1e-5
+
+
+@pytest.mark.parametrize("limit", slow_but([2, 3, 7], 3))
+def test_no_more_products_of_each_than_allowed(limit, x64, capsys):
+    op = spectra.MatrixOperator(jnp.asarray(matrix()))
+    options = {"max_matvecs": limit, "tol": 1e-8, "method": "cg"}
+    plain = spectra.solve(op, columns(), **options)
+    watched = spectra.solve(op, columns(), progress=True, **options)
+    assert plain.num_matvecs <= limit * SIDES
+    assert (plain.status, watched.status) == (Status.BUDGET_EXHAUSTED,) * 2
+    np.testing.assert_array_equal(plain.x, watched.x)
+
+
+@pytest.mark.parametrize("sides", slow_but([1, 3], 3))
+def test_a_run_whose_products_ran_out_goes_on_to_the_same_bits(sides, x64, tmp_path, monkeypatch):
+    op = spectra.MatrixOperator(jnp.asarray(matrix()))
+    b = columns()[:, 0] if sides == 1 else columns()[:, [0, 1, 3]]
+    options = {"tol": 1e-6, "method": "cg"}
+    whole = spectra.solve(op, b, max_matvecs=3 * N, **options)
+    short = spectra.solve(op, b, max_matvecs=9, checkpoint=tmp_path, **options)
+    assert (short.status, short.num_matvecs) == (Status.BUDGET_EXHAUSTED, 9 * sides)
+    taken: list[int] = []
+    for name in ("_products", "_block_products"):
+        original = getattr(linear_run, name)
+        monkeypatch.setattr(
+            linear_run, name, lambda *args, original=original: taken.append(args[-1]) or original(*args)
+        )
+    rest = spectra.solve(op, b, max_matvecs=3 * N, checkpoint=tmp_path, **options)
+    assert taken[0] == 8  # the last two of the nine were taken for the residual that was returned
+    assert (rest.status, rest.num_matvecs) == (whole.status, whole.num_matvecs)
+    np.testing.assert_array_equal(rest.x, whole.x)
+
+
+def test_a_dense_matrix_takes_n_products_and_no_start(x64):
+    op = spectra.MatrixOperator(jnp.asarray(matrix(kappa=1e14)))
+    b = jnp.ones(N)
+    with pytest.raises(spectra.SpectraError, match=rf"method='dense' forms the matrix by {N} products"):
+        spectra.solve(op, b, method="dense", max_matvecs=N - 1)
+    with pytest.raises(spectra.SpectraError, match="x0= is for"):
+        spectra.solve(op, b, method="dense", x0=b)
+    b = op @ b  # of the range, since the smallest eigenvalue may be zero for all that rounding leaves of it
+    assert spectra.solve(op, b, method="dense").error_bound == np.inf
+    known = spectra.solve(op, b, method="dense", lower_bound=0.9e-14)
+    assert (known.bound, np.isfinite(known.error_bound)) == ("the given lower bound", True)
