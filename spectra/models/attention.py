@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spectra.base import arrays
 from spectra.base.errors import StructureError
 
 BLOCK = 128
@@ -175,6 +176,7 @@ def _blockwise(rule: _Rule, query, key, value, bias, mask, scale, block_sizes) -
             jnp.zeros((batch, groups, heads // groups, t), dtype),
             jnp.zeros((batch, groups, heads // groups, t, width), dtype),
         )
+        start = arrays.carried(start, *(x for x in (q, keys, values, bias, mask) if x is not None))
 
         @partial(jax.checkpoint, prevent_cse=False)
         def body(carry, piece):
