@@ -69,16 +69,16 @@ each) are copied to another layout for every layer there, which is in neither th
 recurrence.
 """
 BARE = """\
-The step of `basis="none"`, of two transformers written as above, their layers at full depth: a loop is compiled
-once, so that 124 layers take what two would. Each chip has one sequence; all of the model is in its step, the
-product and the three terms of the recurrence.
+The step of `basis="none"`, of two transformers written as above, at full depth: a loop is compiled once, so
+that 124 layers take what two would. Each chip has one sequence; all of the model is in its step, the product
+and the three terms of the recurrence.
 
 * **1e11**: 124 layers of width 8192, 64 heads, sequences of 1024 tokens. Arguments and results of a step are
   the parameters and two vectors; the rest are temporaries, among them the weights of a layer, those of the
   vector, their gradients, and what is kept between layers.
 * **1e9, 32k**: 75 layers of width 1024, 8 heads, sequences of 32,768 tokens, `spectra.attention` in blocks of
-  1024, `spectra.VocabularyLoss` in chunks of 1024. What is kept between layers is kept for 5 groups and for the 15
-  layers of one of them, and made anew for the others: for all 75 it would be 20 GB, and the chip has 16 GiB.
+  1024, `spectra.VocabularyLoss` in chunks of 1024. Activations are kept between 5 groups of
+  layers and between the 15 of one of them, and made anew for the others: all 75 would be 20 GB, of 16 GiB.
 
 "largest" is the largest array that any collective makes or takes, in parts of one layer's parameters.
 """
@@ -138,8 +138,8 @@ def programs(rows: list[dict]) -> list[str]:
 
 def bare(rows: list[dict]) -> list[str]:
     lines = [
-        "| model | topology | parameters | products | numbers a chip | compile s (CPU s) | memory | of it temporary "
-        "| HBM bytes | collectives | largest |",
+        "| model | topology | parameters | products | numbers a chip | compile s (CPU s) | memory "
+        "| of it temporary | HBM bytes | collectives | largest |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
