@@ -45,7 +45,12 @@ def plan(
 
     The peak is linearization + probe_batch * (basis + 6 vectors + workspace), on top of parameters and
     data; on a mesh, all figures are per device. The workspace of a product is found by compiling it for the
-    device, which takes as long as the first product of a run.
+    device, which takes as long as the first product of a run; of a stream it is that of its first batch.
+
+    On a CPU the process also holds Python, JAX, parameters, data and compiled programs: `process`, as it is
+    now. Compiling the rest of the run, mostly the draw of a probe, takes some 6 MiB for each array of the
+    parameters: `compiling`, an allowance. `process_peak` is the sum of all three, and `fits` counts the
+    allowance. A checkpoint is not counted: Orbax and what it writes come on top.
 
     Args:
         op: the operator.
@@ -233,8 +238,9 @@ def _workspace(op: LinearOperator) -> int:
     if op.on_host:
         if not isinstance(op, DataOperator):
             return 0  # arithmetic: each part has programs of its own
-        op = op.first_piece()
-    prepared = jax.eval_shape(type(op).prepare, op) if op.prepared_bytes() else op
+        prepared = op.first_piece()  # nothing is saved between products
+    else:
+        prepared = jax.eval_shape(type(op).prepare, op) if op.prepared_bytes() else op
     compiled = jax.jit(_mv).lower(prepared, _shapes(op)).compile()
     analysis = compiled.memory_analysis()
     return int(analysis.temp_size_in_bytes) if analysis is not None else 0

@@ -364,8 +364,11 @@ class Plan(Result):
     @property
     def fits(self) -> bool:
         """Whether the peak is within the memory that is free now, on a CPU with the compiler's share."""
+        return self._within(self.total)
+
+    def _within(self, needed: int) -> bool:
         shared = 0 if self.process is None else self.compiling
-        return self.available is None or self.total + shared <= self.available
+        return self.available is None or needed + shared <= self.available
 
     @property
     def process_peak(self) -> int | None:
@@ -398,6 +401,6 @@ class Plan(Result):
         return text_table("Plan", [row for row in rows if row is not None])
 
     def _offer(self) -> str:
-        fits = self.available is None or self.without_basis <= self.available
+        fits = self._within(self.without_basis)
         size = format_bytes(self.without_basis)
         return f"{size}, one probe in flight: {'fits' if fits else 'does not fit either'}"
