@@ -38,6 +38,7 @@ def some_mask(t, s, rows=2):
     return jax.random.bernoulli(jax.random.key(1), 0.6, (rows, 1, t, s)).at[:, :, 5].set(False)
 
 
+AHEAD = "window ahead, the last row without keys"
 CASES = {
     "plain": ({}, {}),
     "causal": ({}, {"is_causal": True}),
@@ -46,7 +47,7 @@ CASES = {
     "longer, causal": ({"t": 45, "s": 20}, {"is_causal": True}),
     "window": ({}, {"window": (9, 3)}),
     "window, behind the keys": ({"t": 50, "s": 20}, {"window": (4, 0)}),
-    "window ahead, the last row without keys": ({}, {"window": (-1, 5)}),
+    AHEAD: ({}, {"window": (-1, 5)}),
     "causal window": ({"groups": 1}, {"is_causal": True, "window": (12, 0)}),
     "mask, a row without keys": ({}, {"mask": some_mask(37, 37)}),
     "mask, causal": ({}, {"mask": some_mask(37, 37), "is_causal": True}),

@@ -38,9 +38,9 @@ def test_the_process_and_the_compiler_count_on_a_cpu():
     assert plan.process is not None
     assert plan.process_peak == plan.process + plan.total + plan.compiling
     assert plan.process > 50 * 2**20  # JAX alone is more
-    enough = dataclasses.replace(plan, available=plan.total + plan.compiling)
-    assert enough.fits
-    assert not dataclasses.replace(enough, available=enough.available - 1).fits
+    needed = plan.total + plan.compiling
+    assert dataclasses.replace(plan, available=needed).fits
+    assert not dataclasses.replace(plan, available=needed - 1).fits
     assert "process at its peak" in repr(plan)
     elsewhere = dataclasses.replace(plan, process=None, available=plan.total)  # the compiler is on the host
     assert elsewhere.fits

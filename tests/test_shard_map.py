@@ -69,4 +69,4 @@ def test_a_product_inside_shard_map_is_that_outside(name):
     for a, b in zip(jax.tree.leaves(inside), jax.tree.leaves(outside), strict=True):
         # The same sums of at most 72 terms, fused in another way.
         scale = max(float(jnp.max(jnp.abs(y))) for y in jax.tree.leaves(outside))
-        np.testing.assert_allclose(a, b, rtol=0, atol=72 * np.finfo("f").eps * scale)
+        np.testing.assert_allclose(a, b, rtol=0, atol=72 * float(np.finfo("f").eps) * scale)

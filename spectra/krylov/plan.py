@@ -26,7 +26,7 @@ a Gram-Schmidt pass."""
 SHARING = 4
 """Probes that share an evaluation: twice as many save another 5 % and hold twice the memory."""
 COMPILING = 6 * 2**20
-"""Bytes that compiling a run takes for each array of the parameters, beside the product that `plan` compiles."""
+"""Bytes that compiling a run takes for each array of the parameters, without the product of `plan`."""
 _BATCH_NUMBERS, _CPU_BATCH_NUMBERS = 2**22, 2**14
 """Vectors side by side hold up to this many numbers: enough to fill an accelerator, or the cores of a CPU."""
 

@@ -372,7 +372,7 @@ class Plan(Result):
 
     @property
     def process_peak(self) -> int | None:
-        """About what the process will hold, on a CPU: what it holds now, what is to come, and the compiler."""
+        """About what the process will hold, on a CPU: what it holds now, the run, and the compiler."""
         return None if self.process is None else self.process + self.total + self.compiling
 
     def __repr__(self) -> str:
