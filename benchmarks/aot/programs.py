@@ -18,7 +18,7 @@ import spectra
 from benchmarks import problems
 from benchmarks.aot import model
 from benchmarks.aot.hlo import Program
-from spectra.krylov import band, recurrence, solve
+from spectra.krylov import band, linear_run, recurrence
 from spectra.krylov import basis as _basis
 from spectra.krylov.layout import Layout
 from spectra.krylov.step import orthogonalize
@@ -191,9 +191,9 @@ def _solve(s: Setting):
         return jax.ShapeDtypeStruct((1, *x.shape), x.dtype, sharding=sharding)
 
     b = jax.tree.map(one, s.like)
-    shapes = jax.eval_shape(lambda b: solve._prepared(s.op, b, None, "auto", 1e-5, 100, b), b)
+    shapes = jax.eval_shape(lambda b: linear_run.prepared(s.op, b, None, "auto", 1e-5, 100, b), b)
     problem, state = map(s.whole, shapes)
-    return solve._chunk.lower(s.op, problem, state, s.counter)
+    return linear_run._chunk.lower(s.op, problem, state, s.counter)
 
 
 PROGRAMS: dict[str, Callable[[Setting], jax.stages.Lowered]] = {
