@@ -65,9 +65,9 @@ def curvlinops(args) -> Callable[[], float]:
     import torch
 
     module, criterion, data = torch_problem(args)
-    params = dict(module.named_parameters())
+    params = list(module.parameters())
     op = curvlinops.HessianLinearOperator(module, criterion, params, [data], check_deterministic=False)
-    v = torch.cat([p.detach().reshape(-1) for p in params.values()])
+    v = torch.cat([p.detach().reshape(-1) for p in params])
     return lambda: float((op @ v).norm())
 
 
