@@ -3,9 +3,10 @@
     python -m benchmarks.real_models gpt2 --parts export --out FOLDER
     python -m benchmarks.real_peers gpt2 --out FOLDER
 
-The same module and batch for all of them, in one piece, and H θ with the parameters θ as vector, whose norm
-says whether they agree. Each is a process of its own; the second product is timed, after what the first
-compiles. PyTorch's attention is written out there: the fused one has no second derivative.
+The same module and batch for all of them, in one piece. The vector is the signs of the parameters, whose product
+has the same norm in whatever order they are kept: it says whether all agree. Each is a process of its own; the
+second product is timed, after what the first compiles. PyTorch's attention is written out there: the fused one
+has no second derivative.
 `pip install curvlinops-for-pytorch hessian-eigenthings`.
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import spectra
@@ -32,7 +34,7 @@ def ours(args) -> Callable[[], float]:
     prepared = op.prepare()
 
     def product() -> float:
-        leaves = jax.tree.leaves(prepared @ model.params)
+        leaves = jax.tree.leaves(prepared @ jax.tree.map(jnp.sign, model.params))
         return float(np.sqrt(sum(float(np.vdot(x, x)) for x in map(np.asarray, leaves))))
 
     return product
@@ -56,7 +58,7 @@ def eigenthings(args) -> Callable[[], float]:
 
     module, criterion, data = torch_problem(args)
     op = he.HessianOperator(module, [data], he.supervised_loss(criterion))
-    v = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+    v = torch.cat([p.detach().sign().reshape(-1) for p in module.parameters()])
     return lambda: float(op.matvec(v).norm())
 
 
@@ -67,7 +69,7 @@ def curvlinops(args) -> Callable[[], float]:
     module, criterion, data = torch_problem(args)
     params = list(module.parameters())
     op = curvlinops.HessianLinearOperator(module, criterion, params, [data], check_deterministic=False)
-    v = torch.cat([p.detach().reshape(-1) for p in params])
+    v = torch.cat([p.detach().sign().reshape(-1) for p in params])
     return lambda: float((op @ v).norm())
 
 
