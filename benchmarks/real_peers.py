@@ -3,7 +3,7 @@
     python -m benchmarks.real_models gpt2 --parts export --out FOLDER
     python -m benchmarks.real_peers gpt2 --out FOLDER
 
-The same module and batch for all of them, in one piece. The vector is the signs of the parameters: its product
+The same module and batch for all, in one piece. The vector is the signs of the parameters: its product
 has the same norm in whatever order they are kept, and says whether all agree. Each is a process of its own,
 and the second product is timed, after what the first compiles. PyTorch's attention is written out there: the
 fused one has no second derivative.

@@ -1,5 +1,7 @@
 """Attention in blocks equals attention written out, in value and in every product, in linear memory."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,7 +189,8 @@ def test_shapes_that_do_not_fit_are_refused():
     for shape in ((3, 1, 37, 37), (1, 1, 1, 37, 37)):
         with pytest.raises(spectra.StructureError, match=r"mask of shape .* does not broadcast"):
             spectra.attention(q, k, v, mask=jnp.ones(shape, bool))
-    for sizes in ((0, 8), (8,), 8, (8.0, 8)):
+    wrong_sizes: list[Any] = [(0, 8), (8,), 8, (8.0, 8)]
+    for sizes in wrong_sizes:
         with pytest.raises(spectra.StructureError, match="two positive integers"):
             spectra.attention(q, k, v, block_sizes=sizes)
     with pytest.raises(spectra.StructureError, match="give booleans"):
