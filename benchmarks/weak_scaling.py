@@ -103,14 +103,16 @@ def text() -> str:
     e, p = Measured.read("v5e"), Measured.read("v5p")
     return PAGE.format(
         table="\n".join(table()),
+        bare=compiled("1e11"),
+        long=compiled("1e9, 32k"),
         gathered=p.gathered,
         reduced=p.reduced,
         v5e=e.gram_schmidt,
         v5p=p.gram_schmidt,
         sources="\n".join(
             f"* {c.name}: {c.flops / 1e12:.0f} TFLOP/s in bfloat16, {c.memory / 2**30:.0f} GB of HBM at "
-            f"{c.hbm / 1e9:.0f} GB/s, links {2 * c.interconnect / 1e9:.0f} GB/s in both directions together "
-            f"(<{c.source}>)"
+            f"{c.hbm / 1e9:.0f} GB/s, links {2 * c.interconnect / 1e9:.0f} GB/s in both directions together\n"
+            f"  (<{c.source}>)"
             for c in CHIPS.values()
         ),
         tokens=TOKENS,
@@ -119,6 +121,12 @@ def text() -> str:
         even=break_even(CHIPS["v5e"], e),
         even_p=break_even(CHIPS["v5p"], p),
     )
+
+
+def compiled(size: str) -> float:
+    """GiB a chip of a step without a basis."""
+    known = json.loads((ROOT / "benchmarks/results/tpu.json").read_text()).values()
+    return next(r["memory"] / 2**30 for r in known if r["program"] == "bare step" and r["size"] == size)
 
 
 def break_even(chip: Chip, measured: Measured) -> float:
@@ -190,6 +198,10 @@ more than 80 % of a chip's memory are marked, with the number of steps that woul
 `basis="none"`: 8 vectors for any number of steps, to which come as many as are deflated, here none, and what
 the model keeps. With the outliers deflated it takes the steps that a basis takes, without about three times
 as many.
+
+Compiled whole, such a step of 1e11 parameters on 256 v5p chips takes {bare:.1f} GiB a chip, with the model's
+activations and the weights of a layer; one of 1e9 with sequences of 32,768 tokens {long:.1f} on 256 v5e chips
+(`benchmarks/results/tpu.md`).
 
 {table}
 

@@ -1,5 +1,7 @@
 """Attention in blocks equals attention written out, in value and in every product, in linear memory."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,7 @@ def some_mask(t, s, rows=2):
     return jax.random.bernoulli(jax.random.key(1), 0.6, (rows, 1, t, s)).at[:, :, 5].set(False)
 
 
+AHEAD = "window ahead, the last row without keys"
 CASES = {
     "plain": ({}, {}),
     "causal": ({}, {"is_causal": True}),
@@ -46,6 +49,7 @@ CASES = {
     "longer, causal": ({"t": 45, "s": 20}, {"is_causal": True}),
     "window": ({}, {"window": (9, 3)}),
     "window, behind the keys": ({"t": 50, "s": 20}, {"window": (4, 0)}),
+    AHEAD: ({}, {"window": (-1, 5)}),
     "causal window": ({"groups": 1}, {"is_causal": True, "window": (12, 0)}),
     "mask, a row without keys": ({}, {"mask": some_mask(37, 37)}),
     "mask, causal": ({}, {"mask": some_mask(37, 37), "is_causal": True}),
@@ -67,7 +71,10 @@ def loss(attend, args, options):
     return jnp.sum(jnp.sin(attend(*args, **options)))
 
 
-@pytest.mark.parametrize("name", slow_but(CASES, "causal window", "mask, a row without keys"))
+@pytest.mark.parametrize(
+    "name",
+    slow_but(CASES, "causal window", "mask, a row without keys", "window ahead, the last row without keys"),
+)
 def test_values_and_products_are_those_of_attention_written_out(name):
     shapes, options = CASES[name]
     with jax.enable_x64(True):
@@ -122,6 +129,15 @@ def test_a_row_hidden_by_a_bias_of_any_dtype_averages_all_values(dtype):
     np.testing.assert_allclose(out[:, 4], v.mean(axis=1), rtol=0, atol=37 * 4 * np.finfo("f").eps)
 
 
+@pytest.mark.parametrize("empty", [(0, 5, 7), (2, 0, 7), (2, 5, 0)], ids=["example", "row", "key"])
+def test_without_an_example_a_row_or_a_key_nothing_is_left(empty):
+    b, t, s = empty
+    q, k = jnp.ones((b, t, 4, 3)), jnp.ones((b, s, 2, 3))
+    ours, plain = spectra.attention(q, k, k), jax.nn.dot_product_attention(q, k, k, implementation="xla")
+    assert ours.shape == plain.shape == q.shape
+    np.testing.assert_array_equal(ours, plain)
+
+
 def temporary_bytes(attend, length):
     shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
 
@@ -173,5 +189,9 @@ def test_shapes_that_do_not_fit_are_refused():
     for shape in ((3, 1, 37, 37), (1, 1, 1, 37, 37)):
         with pytest.raises(spectra.StructureError, match=r"mask of shape .* does not broadcast"):
             spectra.attention(q, k, v, mask=jnp.ones(shape, bool))
+    wrong_sizes: list[Any] = [(0, 8), (8,), 8, (8.0, 8)]
+    for sizes in wrong_sizes:
+        with pytest.raises(spectra.StructureError, match="two positive integers"):
+            spectra.attention(q, k, v, block_sizes=sizes)
     with pytest.raises(spectra.StructureError, match="give booleans"):
         spectra.attention(q, k, v, mask=jnp.ones((37, 37)))

@@ -207,7 +207,7 @@ def test_memory_is_eight_vectors_whatever_the_steps():
 
 def test_a_basis_that_does_not_fit_is_answered_with_none(bare):
     plan = spectra.plan(operator(), num_steps=100, num_probes=4)
-    small = dataclasses.replace(plan, available=plan.without_basis + 1000)
+    small = dataclasses.replace(plan, available=plan.without_basis + plan.compiling + 1000)
     assert 'with basis="none"' in repr(small)
     assert repr(small).rstrip().endswith("fits")
     with pytest.raises(spectra.MemoryLimitError, match=r'basis="none", which needs 4\.7 KiB'):

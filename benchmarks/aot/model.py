@@ -19,19 +19,30 @@ from jax import lax
 from jax.sharding import NamedSharding, explicit_axes, reshard
 from jax.sharding import PartitionSpec as P
 
+import spectra
+
 AXIS = "data"
+CHUNK, BLOCKS = 1024, (1024, 1024)
+"""Rows of logits of a long transformer: of words, and of its attention, which picks them by the device that
+is there."""
 FORMS = ("auto", "constrained", "explicit", "shard_map")
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A transformer of width d with feed-forward layers of 4 d."""
+    """A transformer of width d with feed-forward layers of 4 d.
+
+    A long one attends by `spectra.attention` and has its logits in chunks; with `groups`, activations are
+    kept between groups of layers, and between the layers of one group at a time.
+    """
 
     layers: int
     width: int
     heads: int
     vocabulary: int = 32768
     length: int = 1024
+    groups: int = 1
+    long: bool = False
 
     @property
     def shapes(self):
@@ -54,6 +65,8 @@ class Size:
 
 SIZES = {
     "1e9": Size(layers=74, width=1024, heads=8, length=256),
+    "1e9, 32k": Size(layers=75, width=1024, heads=8, length=32768, groups=5, long=True),
+    "1e11": Size(layers=124, width=8192, heads=64, length=1024),
     "small": Size(layers=8, width=512, heads=4, vocabulary=4096, length=256),
 }
 # Weights are split along their input features, tables along the vocabulary: shards keep long rows.
@@ -123,14 +136,24 @@ def _loss(size: Size, gather, split, params, tokens, rows=None):
     @jax.checkpoint
     def layer(x, p):
         p = jax.tree.map(lambda w: gather(w, 0), p)
-        x = split(x + attention(_norm(x, p["norm1"]), p, size.heads))
+        x = split(x + attention(_norm(x, p["norm1"]), p, size))
         hidden = jax.nn.gelu(jnp.einsum("bsd,df->bsf", _norm(x, p["norm2"]), p["up"]))
         return split(x + jnp.einsum("bsf,fd->bsd", hidden, p["down"])), None
 
-    x, _ = lax.scan(layer, x, params["layers"])
+    def group(x, p):
+        return lax.scan(layer, x, p)
+
+    if size.groups > 1:
+        stacked = jax.tree.map(lambda w: w.reshape(size.groups, -1, *w.shape[1:]), params["layers"])
+        x, _ = lax.scan(jax.checkpoint(group), x, stacked)
+    else:
+        x, _ = group(x, params["layers"])
 
     @jax.checkpoint
     def cross_entropy(x, norm, head):
+        if size.long:
+            in_chunks = spectra.VocabularyLoss(chunk=CHUNK)
+            return in_chunks((_norm(x, gather(norm, 0)), gather(head, 0).T), targets)
         logits = jnp.einsum("bsd,vd->bsv", _norm(x, gather(norm, 0)), gather(head, 0))
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
@@ -138,11 +161,15 @@ def _loss(size: Size, gather, split, params, tokens, rows=None):
     return cross_entropy(x, params["norm"], params["head"])
 
 
-def attention(x, p, heads: int):
-    """Causal self-attention, written out: it can be differentiated twice."""
+def attention(x, p, size: Size):
+    """Causal self-attention, written out where it isn't long: it can be differentiated twice."""
     batch, length, width = x.shape
+    heads = size.heads
     qkv = jnp.einsum("bsd,df->bsf", x, p["qkv"]).reshape(batch, length, 3, heads, width // heads)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    if size.long:
+        mixed = spectra.attention(q, k, v, is_causal=True, block_sizes=BLOCKS).reshape(batch, length, width)
+        return jnp.einsum("bsd,df->bsf", mixed, p["out"])
     scores = jnp.einsum("bqhc,bkhc->bhqk", q, k) / jnp.sqrt(width / heads)
     mask = jnp.tril(jnp.ones((length, length), bool))
     weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)

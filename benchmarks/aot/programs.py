@@ -18,7 +18,7 @@ import spectra
 from benchmarks import problems
 from benchmarks.aot import model
 from benchmarks.aot.hlo import Program
-from spectra.krylov import band, recurrence, solve
+from spectra.krylov import band, linear_run, recurrence
 from spectra.krylov import basis as _basis
 from spectra.krylov.layout import Layout
 from spectra.krylov.step import orthogonalize
@@ -159,6 +159,16 @@ def _step(s: Setting):
     return recurrence._run_chunk.lower(s.op, s.layout, state, s.counter, s.counter)
 
 
+def _bare(s: Setting):
+    """A step with `basis="none"`."""
+    start = partial(recurrence.init, s.layout, num_steps=s.case.steps, keep_basis=False)
+    shapes = jax.eval_shape(start, s.like)
+    state = dataclasses.replace(
+        s.whole(shapes), current=s.placed(shapes.current), previous=s.placed(shapes.previous)
+    )
+    return recurrence._run_chunk.lower(s.op, s.layout, state, s.counter, s.counter)
+
+
 def _band(s: Setting) -> band.BandState:
     shapes = jax.eval_shape(partial(band.empty, s.layout, s.case.steps))
     return dataclasses.replace(s.whole(shapes), basis=s.basis)
@@ -181,9 +191,9 @@ def _solve(s: Setting):
         return jax.ShapeDtypeStruct((1, *x.shape), x.dtype, sharding=sharding)
 
     b = jax.tree.map(one, s.like)
-    shapes = jax.eval_shape(lambda b: solve._prepared(s.op, b, None, "auto", 1e-5, 100, b), b)
+    shapes = jax.eval_shape(lambda b: linear_run.prepared(s.op, b, None, "auto", 1e-5, 100, b), b)
     problem, state = map(s.whole, shapes)
-    return solve._chunk.lower(s.op, problem, state, s.counter)
+    return linear_run._chunk.lower(s.op, problem, state, s.counter)
 
 
 PROGRAMS: dict[str, Callable[[Setting], jax.stages.Lowered]] = {
@@ -194,11 +204,12 @@ PROGRAMS: dict[str, Callable[[Setting], jax.stages.Lowered]] = {
     "products": lambda s: repeated.lower(s.op, s.like),
     "linearized": lambda s: repeated.lower(s.op, s.like),
     "step": _step,
+    "bare step": _bare,
     "chain": _chain,
     "restart": _restart,
     "solve": _solve,
 }
-STEPWISE = ("step", "chain", "solve")  # what counts is one trip of their loop
+STEPWISE = ("step", "bare step", "chain", "solve")  # what counts is one trip of their loop
 
 
 def figures(
@@ -229,7 +240,7 @@ def figures(
             "chips": mesh.size,
             "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(setting.like)),
             "numbers_a_chip": layout.device_bytes() // 4,
-            "rows": count * rows,
+            "rows": 0 if case.program == "bare step" else count * rows,
             "trace_s": round(traced, 1),
             "compile_s": round(seconds, 1),
             "compile_cpu_s": round(cpu, 1),

@@ -24,6 +24,8 @@ CASES = [
     *(Case(p, t, "1e9") for t in ("v5e:8x8", "v5p:2x2x4") for p in ("step", "gradient", "product")),
     Case("step", "v5e:8x8", "1e9", precision="default"),
     Case("step", "v5e:16x16", "1e9"),
+    Case("bare step", "v5p:4x8x8", "1e11", precision="default"),
+    Case("bare step", "v5e:16x16", "1e9, 32k", precision="default"),
 ]
 
 

@@ -1,6 +1,7 @@
 """The table of what was compiled, from the figures in `results/tpu.json`."""
 
 from benchmarks.aot import text
+from benchmarks.aot.model import SIZES
 from benchmarks.aot.programs import REPEATS
 from benchmarks.tpu.chips import CHIPS
 
@@ -38,7 +39,9 @@ def table(known: dict) -> str:
     parts += ["", "## One Lanczos step of a transformer of 1e9 parameters", "", STEP]
     parts += programs([r for r in rows if r["size"] == "1e9" and r["program"] != "orthogonalize"])
     parts += extrapolated(known)
-    parts += ["", *checks(known), "", "## Ways to write the product", "", FORMS]
+    parts += ["", *checks(known), "", "## Any size: one step without a basis", "", BARE]
+    parts += bare([r for r in rows if r["program"] == "bare step"])
+    parts += ["", "## Ways to write the product", "", FORMS]
     parts += programs([r for r in rows if r["size"] == "small"])
     return "\n".join(parts) + "\n"
 
@@ -64,6 +67,24 @@ that 1.07 would be 1.04. Of the 13 conditionals that put a row into its segment 
 counted. The product inside a step is not compiled like one alone: on v5p two weights of all layers (58 MB
 each) are copied to another layout for every layer there, which is in neither the model nor the
 recurrence.
+"""
+BARE = """\
+The step of `basis="none"`, of two transformers written as above, at full depth: a loop is compiled once, so
+that 124 layers take what two would. Each chip has one sequence; all of the model is in its step, the product
+and the three terms of the recurrence.
+
+* **1e11**: 124 layers of width 8192, 64 heads, sequences of 1024 tokens. Arguments and results of a step are
+  the parameters and two vectors; the rest are temporaries, among them the weights of a layer, those of the
+  vector, their gradients, and what is kept between layers.
+* **1e9, 32k**: 75 layers of width 1024, 8 heads, sequences of 32,768 tokens, `spectra.attention` in blocks of
+  1024, `spectra.VocabularyLoss` in chunks of 1024. Activations are kept between 5 groups of
+  layers and between the 15 of one of them, and made anew for the others: all 75 would be 20 GB, of 16 GiB.
+
+"Largest" is the largest array that any collective makes or takes; beside it the parameters of one layer and
+of a table of words. Products inside the model are at JAX's own precision, as in the rows of "default" above,
+which take the memory of those in float32; in float32 these two were not compiled, which takes five times as
+long. Bytes of the long one count the blocks that the causal mask hides, half of them, which are left out when
+it runs.
 """
 FORMS = """\
 The same transformer with 8 layers of width 512, JAX's default precision in the model: what is compared is
@@ -115,6 +136,29 @@ def programs(rows: list[dict]) -> list[str]:
         lines.append(
             f"{start} {text.seconds(r)} | {text.memory(r, CHIPS)} | {share * r['hbm'] / 1e9:.2f} GB "
             f"| {text.collectives(r, share)} | {kinds} |"
+        )
+    return lines
+
+
+def bare(rows: list[dict]) -> list[str]:
+    lines = [
+        "| model | topology | parameters | products | numbers a chip | compile s (CPU s) | memory "
+        "| of it temporary | HBM bytes | collectives | largest; a layer, a table, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        start = f"| {r['size']} | {place(r)} | {r.get('parameters', 0):,} | {r['precision']} |"
+        if "failed" in r:
+            lines.append(f"{start} | | | | | {text.short(r['failed'])} | |")
+            continue
+        size = SIZES[r["size"]]
+        largest = max(moved[2] for moved in r["collectives"].values())
+        arrays = (largest, 48 * size.width**2, 4 * size.vocabulary * size.width)
+        largest, *whole = (f"{count / 1e6:,.0f}" for count in arrays)
+        lines.append(
+            f"{start} {r['numbers_a_chip']:,} | {text.seconds(r)} | {text.memory(r, CHIPS)} "
+            f"| {r['temporary'] / 2**30:.2f} GiB | {r['hbm'] / 1e9:,.0f} GB | {text.collectives(r)} "
+            f"| {largest}; {', '.join(whole)} |"
         )
     return lines
 

@@ -36,6 +36,16 @@ def pad(x: jax.Array, widths: Sequence[tuple[int, int]], value: ArrayLike = 0) -
     return jnp.pad(x, widths, constant_values=value)
 
 
+def carried(start: T, *seen: ArrayLike) -> T:
+    """What a loop starts from, as its type will be after a turn that sees these arrays.
+
+    Inside `jax.shard_map` an array's type says over which axes of the mesh it varies. A constant varies over
+    none, and a loop refuses a carry whose type changes.
+    """
+    axes = sum((jnp.zeros_like(x, shape=(), dtype=jnp.int8) for x in seen), jnp.int8(0))
+    return jax.tree.map(lambda x: x + axes.astype(x.dtype), start)
+
+
 def diagonal(x: jax.Array) -> jax.Array:
     """The diagonal of a matrix."""
     return jnp.diagonal(x)

@@ -49,6 +49,15 @@ def _machine_bytes() -> int | None:
     return max(0, min(free))
 
 
+def resident_bytes() -> int | None:
+    """What this process holds in memory; None where the system doesn't say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 @contextlib.contextmanager
 def one_thread() -> Generator[None]:
     """Hold the BLAS of NumPy and SciPy to one thread; also a decorator. The caller's number comes back."""

@@ -87,7 +87,8 @@ def eigsh(
             tol² |H|² / gap, a vector to tol |H| / gap. Below the rounding of products, 10 times
             `op.precision`, a pair counts as converged. For "SM", in units of |λ| itself.
         num_basis: maximum number of vectors kept, which determines the memory; default 2 max(2k + 1, 20),
-            or n.
+            or n. Memory is for num_basis + block_size + deflated vectors, rounded up to a multiple of 8: with
+            one start vector, 7 take half of what 8 take.
         block_size: number of start vectors. 1 needs the fewest products unless eigenvalues repeat.
         max_matvecs: maximum number of products; default 50 num_basis + 1000, for "SM" 4000 per vector of its
             block, and 2 n for small operators. Those that measure rounding are not counted.

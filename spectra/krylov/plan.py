@@ -16,6 +16,7 @@ from spectra.krylov import basis as _basis
 from spectra.krylov.layout import Layout, Panels
 from spectra.krylov.recurrence import check_steps
 from spectra.operators.base import LinearOperator, product, require_operator
+from spectra.operators.data import DataOperator
 from spectra.operators.jaxprs import slow_in_loops
 from spectra.results import Plan, format_bytes
 
@@ -24,6 +25,8 @@ VECTORS = 6
 a Gram-Schmidt pass."""
 SHARING = 4
 """Probes that share an evaluation: twice as many save another 5 % and hold twice the memory."""
+COMPILING = 6 * 2**20
+"""Bytes that compiling a run takes for each array of the parameters, without the product of `plan`."""
 _BATCH_NUMBERS, _CPU_BATCH_NUMBERS = 2**22, 2**14
 """Vectors side by side hold up to this many numbers: enough to fill an accelerator, or the cores of a CPU."""
 
@@ -42,7 +45,12 @@ def plan(
 
     The peak is linearization + probe_batch * (basis + 6 vectors + workspace), on top of parameters and
     data; on a mesh, all figures are per device. The workspace of a product is found by compiling it for the
-    device, which takes as long as the first product of a run.
+    device, which takes as long as the first product of a run; of a stream it is that of its first batch.
+
+    On a CPU the process also holds Python, JAX, parameters, data and compiled programs: `process`, as it is
+    now. Compiling the rest of the run, mostly the draw of a probe, takes some 6 MiB for each array of the
+    parameters: `compiling`, an allowance. `process_peak` is the sum of all three, and `fits` counts the
+    allowance. A checkpoint is not counted: Orbax and what it writes come on top.
 
     Args:
         op: the operator.
@@ -74,8 +82,11 @@ def plan(
         "basis_dtype": basis_dtype,
     }
     batch = estimate(op, **options).probe_batch
-    workspace = 0 if op.on_host else _workspace(op)
-    result = estimate(op, **options, probe_batch=batch, workspace=workspace)
+    result = estimate(op, **options, probe_batch=batch, workspace=_workspace(op))
+    shares = op.device.platform == "cpu"  # vectors and compiler
+    compiling = COMPILING * len(jax.tree.leaves(op.like))
+    process = host.resident_bytes() if shares else None
+    result = dataclasses.replace(result, compiling=compiling, process=process)
     if not measure:
         return result
     return dataclasses.replace(result, seconds=_seconds(op, Layout.of(op.like), result))
@@ -222,8 +233,14 @@ def _num_pieces(op: LinearOperator) -> int:
 
 
 def _workspace(op: LinearOperator) -> int:
-    """Temporaries of one compiled product, on one device, as the compiler states them."""
-    prepared = jax.eval_shape(type(op).prepare, op) if op.prepared_bytes() else op
+    """Temporaries of one compiled product, on one device, as the compiler states them; of a stream those of
+    the product with its first batch."""
+    if op.on_host:
+        if not isinstance(op, DataOperator):
+            return 0  # arithmetic: each part has programs of its own
+        prepared = op.first_piece()  # nothing is saved between products
+    else:
+        prepared = jax.eval_shape(type(op).prepare, op) if op.prepared_bytes() else op
     compiled = jax.jit(_mv).lower(prepared, _shapes(op)).compile()
     analysis = compiled.memory_analysis()
     return int(analysis.temp_size_in_bytes) if analysis is not None else 0

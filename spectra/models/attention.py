@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spectra.base import arrays
 from spectra.base.errors import StructureError
 
 BLOCK = 128
@@ -33,6 +34,7 @@ def attention(
     query_seq_lengths: Any | None = None,
     key_value_seq_lengths: Any | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
     block_sizes: tuple[int, int] | None = None,
 ) -> jax.Array:
     """softmax(Q Kᵀ scale + bias) V in linear memory: takes what `jax.nn.dot_product_attention` takes.
@@ -53,6 +55,7 @@ def attention(
         query_seq_lengths: (B,), rows behind them are zero.
         key_value_seq_lengths: (B,), keys behind them do not count.
         local_window_size: keys that a query sees to its left and right, one number or two.
+        implementation: ignored, for calls that pass JAX's on; there is this one.
         block_sizes: rows (queries) and columns (keys) of a block of logits. By default 128 of each on a CPU;
             elsewhere a power of two from 128 to 1024, the largest with at most 2^25 logits in a block of all
             heads and examples. The platform is that of JAX's default device when the function is traced: pass
@@ -64,7 +67,8 @@ def attention(
         all values, as there.
 
     Raises:
-        StructureError: shapes that do not fit together, or a mask that is not boolean.
+        StructureError: shapes that do not fit together, a mask that is not boolean, or sizes of blocks that
+            are not positive.
 
     Cost: the operations of plain attention and those of computing its blocks anew, about half of them under a
     causal mask. Memory O(B N (T + S) H), apart from `bias` and `mask`.
@@ -80,10 +84,14 @@ def attention(
         >>> bool(jnp.allclose(ours, plain, atol=1e-5))
         True
     """
+    del implementation
     shape = jnp.shape(query)
     query, key, value = (_four(x) for x in (query, key, value))
     bias, mask = (None if x is None else _four(x) for x in (bias, mask))
     _check(query, key, value, bias, mask)
+    _check_sizes(block_sizes)
+    if 0 in (*query.shape, *key.shape):  # no example, row or key
+        return jnp.zeros(shape, value.dtype)
     window = local_window_size
     window = (window, window) if isinstance(window, int) else window
     unhidden = mask is None and query_seq_lengths is None and key_value_seq_lengths is None
@@ -132,8 +140,9 @@ class _Rule:
     @property
     def skips(self) -> bool:
         """Whether hidden blocks may be left out: a row that sees nothing averages over all keys instead."""
-        banded = self.is_causal or self.window is not None
-        return banded and self.open and (self.window is None or self.queries <= self.keys)
+        if not self.open or (self.window is None and not self.is_causal):
+            return False
+        return self.window is None or (min(self.window) >= 0 and self.queries <= self.keys)
 
     def sees(self, rows: jax.Array, columns: jax.Array) -> jax.Array | None:
         """(t, s) mask of a block; None where all is seen."""
@@ -175,6 +184,7 @@ def _blockwise(rule: _Rule, query, key, value, bias, mask, scale, block_sizes) -
             jnp.zeros((batch, groups, heads // groups, t), dtype),
             jnp.zeros((batch, groups, heads // groups, t, width), dtype),
         )
+        start = arrays.carried(start, *(x for x in (q, keys, values, bias, mask) if x is not None))
 
         @partial(jax.checkpoint, prevent_cse=False)
         def body(carry, piece):
@@ -257,6 +267,14 @@ def _check(query, key, value, bias, mask) -> None:
             raise StructureError(f"{name} of shape {x.shape} does not broadcast to (B, N, T, S) = {whole}.")
     if mask is not None and mask.dtype != bool:
         raise StructureError(f"mask is {mask.dtype}: give booleans, or add the numbers as bias.")
+
+
+def _check_sizes(sizes: Any) -> None:
+    if sizes is None:
+        return
+    pair = tuple(sizes) if isinstance(sizes, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
+        raise StructureError(f"block_sizes={sizes!r}: give two positive integers, rows and columns.")
 
 
 def _fit(query: tuple[int, ...], key: tuple[int, ...]) -> bool:

@@ -67,6 +67,7 @@ class VocabularyLoss:
             return total + jnp.sum(jnp.where(counts, jax.nn.logsumexp(logits, 1) - own, 0)), None
 
         start = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
+        start = arrays.carried(start, hidden, kernel, bias, targets)
         total, _ = lax.scan(body, start, self._pieces(hidden, targets))
         return total / jnp.maximum(self._count(targets), 1).astype(total.dtype)
 
@@ -88,6 +89,7 @@ class VocabularyLoss:
             return jax.tree.map(jnp.add, sums, rest), own
 
         zero = jax.tree.map(jnp.zeros_like, [kernel, bias])
+        zero = arrays.carried(zero, hidden, kernel, bias, targets, moved, kernel_moved, bias_moved)
         pieces = self._pieces(hidden, targets), self._pieces(moved, targets)
         (kernel_back, bias_back), back = lax.scan(body, zero, pieces)
         back = back.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)

@@ -114,7 +114,7 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     Plan: {
         **dict.fromkeys(("size", "num_steps", "num_probes", "probe_batch", "num_devices"), _SIZE),
         **dict.fromkeys(("vector", "basis", "vectors", "linearization", "workspace", "host"), _COUNT),
-        "num_matvecs": _COUNT,
+        "num_matvecs": _COUNT, "compiling": _COUNT, "process": _or_none(_COUNT),
         "available": _or_none(_COUNT), "seconds": _or_none(_POSITIVE), "status": _STATUS,
     },
     Summary: {"quadratures": _by_name(Quadrature)},

@@ -347,6 +347,8 @@ class Plan(Result):
     num_devices: int = 1
     host: int = 0  # basis in the host's memory
     seconds: float | None = None  # of the whole run, if a product was measured
+    process: int | None = None  # of a CPU: what the process holds now, parameters and data among it
+    compiling: int = 0  # allowance for compiling the run, in the host's memory
     status: Status = Status.COMPLETE
 
     @property
@@ -361,10 +363,20 @@ class Plan(Result):
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the memory that is free now."""
-        return self.available is None or self.total <= self.available
+        """Whether the peak is within the memory that is free now, on a CPU with the compiler's share."""
+        return self._within(self.total)
+
+    def _within(self, needed: int) -> bool:
+        shared = 0 if self.process is None else self.compiling
+        return self.available is None or needed + shared <= self.available
+
+    @property
+    def process_peak(self) -> int | None:
+        """About what the process will hold, on a CPU: what it holds now, the run, and the compiler."""
+        return None if self.process is None else self.process + self.total + self.compiling
 
     def __repr__(self) -> str:
+        peak = self.process_peak
         rows = [
             ("parameters", f"{self.size:,}"),
             (
@@ -377,7 +389,10 @@ class Plan(Result):
             ("working vectors", f"{format_bytes(self.vectors)} a probe"),
             ("saved linearisation", format_bytes(self.linearization)),
             ("workspace of a product", format_bytes(self.workspace)),
-            ("peak", format_bytes(self.total)),
+            ("peak", f"{format_bytes(self.total)}, on top of parameters and data"),
+            ("compiling", f"about {format_bytes(self.compiling)} on the host") if self.compiling else None,
+            None if self.process is None else ("process now", format_bytes(self.process)),
+            None if peak is None else ("process at its peak", f"about {format_bytes(peak)}"),
             ("available", "unknown" if self.available is None else format_bytes(self.available)),
             ("fits", "yes" if self.fits else "no"),
             ('with basis="none"', self._offer()) if self.basis and not self.fits else None,
@@ -386,6 +401,6 @@ class Plan(Result):
         return text_table("Plan", [row for row in rows if row is not None])
 
     def _offer(self) -> str:
-        fits = self.available is None or self.without_basis <= self.available
+        fits = self._within(self.without_basis)
         size = format_bytes(self.without_basis)
         return f"{size}, one probe in flight: {'fits' if fits else 'does not fit either'}"

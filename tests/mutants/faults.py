@@ -1001,6 +1001,27 @@ BRIDGE = [
         "test_attention.py",
     ),
     fault(
+        "blocks are left out of a row that sees nothing",
+        "models/attention.py",
+        "(min(self.window) >= 0 and self.queries <= self.keys)",
+        "self.queries <= self.keys",
+        "test_attention.py",
+    ),
+    fault(
+        "what a loop starts from does not vary over the mesh",
+        "base/arrays.py",
+        "return jax.tree.map(lambda x: x + axes.astype(x.dtype), start)",
+        "return start",
+        "test_shard_map.py",
+    ),
+    fault(
+        "a plan counts no temporaries of a stream",
+        "krylov/plan.py",
+        "prepared = op.first_piece()  # nothing is saved between products",
+        "return 0",
+        "test_plan.py",
+    ),
+    fault(
         "a mask that hides is one that shows",
         "bridge/written_attention.py",
         "shown = ~given if hides else given",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from spectra.base import arrays
 from spectra.bridge.dtypes import cast
 from spectra.bridge.errors import BridgeError
 from spectra.bridge.operators.registry import aten
@@ -238,6 +239,7 @@ def householder_product(input, tau):
     count = tau.shape[-1]
     vectors = jnp.tril(input, -1) + jnp.eye(rows, columns, dtype=input.dtype)
     start = jnp.broadcast_to(jnp.eye(rows, columns, dtype=input.dtype), input.shape)
+    start = arrays.carried(start, input, tau)
 
     def reflect(Q, factors):
         v, t = factors

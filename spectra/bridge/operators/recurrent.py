@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from spectra.base import arrays
 from spectra.bridge.errors import BridgeError
 from spectra.bridge.operators.layers import relu
 from spectra.bridge.operators.registry import aten, register
@@ -48,7 +49,11 @@ def _direction(cell, x, state, weights, reverse):
         carry = cell(carry, gates, (w_hh, b_hh, w_hr))
         return carry, carry[0]
 
-    return lax.scan(step, state, gates_in, reverse=reverse)
+    return lax.scan(step, _carried(state, gates_in, weights), gates_in, reverse=reverse)
+
+
+def _carried(state, gates_in, weights):
+    return arrays.carried(state, gates_in, *state, *(w for w in weights if w is not None))
 
 
 def _run(cell, input, states, params, biases, layers, dropout, train, bidirectional, batch_first):
@@ -180,4 +185,5 @@ def _packed_direction(cell: Any, x: Any, exists: Any, state: Any, weights: Any, 
         carry = tuple(jnp.where(here, new, old) for new, old in zip(moved, carry, strict=True))
         return carry, jnp.where(here, carry[0], 0)
 
-    return lax.scan(step, state, (jnp.matmul(x, w_ih.T) + b_ih, exists), reverse=reverse)
+    gates_in = jnp.matmul(x, w_ih.T) + b_ih
+    return lax.scan(step, _carried(state, gates_in, weights), (gates_in, exists), reverse=reverse)
