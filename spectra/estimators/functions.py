@@ -11,10 +11,11 @@ import numpy as np
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
-from spectra.density.extremes import error_of_powers, sampling_error, shows_fourth_powers
+from spectra.density.extremes import error_of_powers, sampled_end, sampling_error, shows_fourth_powers
 from spectra.density.slq import slq
 from spectra.density.spending import spend
 from spectra.estimators.bracket import Bounds, Function, bracket, domain, evaluate, interval_of, power_means
+from spectra.estimators.linked import linked
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Estimate, Quadrature
 
@@ -237,21 +238,30 @@ def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_sign
     values = np.where(weights > 0, at(nodes), 0.0)
     mean = float(np.sum(weights * values) / k)
     ends, rests = domain(q, f, (a, b), excludes, bounds, one_signed)
+    inner = _within(q, ends)
     stderr, dof = sampling_error(weights, values, n)
-    if ends is not None:
-        stderr, dof = _spread(q, f, ends, mean)
+    if inner is not None:
+        stderr, dof = _spread(q, f, inner, mean)
     if dof is not None and not shows_fourth_powers(q):
         dof = float(k)
     rounding += n * float(np.sum(np.where(weights > 0, weights * _moved(at, nodes, floor), 0.0)) / k)
     rounding += parts.spill(at, mean)
-    lower, upper, reach, reason = bracket(q, f, ends, rests, one_signed)
+    lower, upper, reach, reason = bracket(q, f, inner, rests, one_signed)
+    below, above = (0.0, 0.0)
+    if parts.links is not None:
+        known_ends = ends or (float(np.min(q.nodes)), float(np.max(q.nodes)))
+        below, above = linked(f, parts.links, known_ends, one_signed)
     if lower is not None and upper is not None:  # sums in another order
-        lower, upper = known + min(lower, n * mean), known + max(upper, n * mean)
+        lower, upper = known + below + min(lower, n * mean), known + above + max(upper, n * mean)
+    else:
+        rounding += above - below
     least, most = (
-        None if end is None or not excludes else known + pick(end, n * mean)
-        for end, pick in zip(reach, (min, max), strict=True)
+        None if end is None or not excludes else known + more + pick(end, n * mean)
+        for end, more, pick in zip(reach, (below, above), (min, max), strict=True)
     )
-    if len(parts.atoms):
+    if parts.links is not None:
+        reason = f"{len(parts.links.theta)} Ritz vectors are taken out; {reason}"
+    elif len(parts.atoms):
         reason = f"{len(parts.atoms)} eigenvalues are resolved; {reason}"
     return Estimate(
         value=known + n * mean,
@@ -264,6 +274,16 @@ def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_sign
         least=least,
         most=most,
     )
+
+
+def _within(q: Quadrature, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The ends of what is sampled, where eigenpairs or a space were taken out, within those of all."""
+    if ends is None or q.bulk is None:
+        return ends
+    floor, nodes = q.noise_floor, np.asarray(q.bulk.nodes)
+    low = min(sampled_end(q, 0), float(nodes.min()) - floor)
+    high = max(sampled_end(q, -1), float(nodes.max()) + floor)
+    return max(ends[0], low), min(ends[1], high)
 
 
 def _spread(q: Quadrature, f: Function, ends: tuple[float, float], mean: float) -> tuple[float, float | None]:
