@@ -1,16 +1,16 @@
 """Products where they help: steps, probes or part of a Krylov space taken out, by what each should gain.
 
 The run of one probe, in growing length, tells what any other run would leave open. Its nodes and weights
-are a small operator: m steps on it are m steps of the run. Its Ritz vectors may be taken out, converged or not
-(see `spectra.quadrature.links`): then their Ritz values are known, and others are sampled outside of them.
-What is coupled is Σ r_j² of those taken out, so that the smallest residuals go first, up to a share `COUPLED`
-of all: a Ritz vector in the middle of a bulk has the largest, and the least to gain. What the others will see
-is in the weights: a node of weight w stands for n w eigenvalues, of which one was taken out, or all where a
-single one has converged there. Rows made of it, k alike, stand for k probes. The error asked for, of such a
-quadrature, has a part that steps decide and one that falls like 1 / √k; so the products that reach a goal
-are known for each number of steps, with and without the space. The first run ends when its next steps are
-not expected to save as much as they cost, and the cheaper plan is carried out; or all eigenvalues are
-computed, where that costs no more.
+are a small operator: m steps on it are m steps of the run. Its Ritz vectors may be taken out, converged or
+not (see `spectra.quadrature.links`): then their Ritz values are known, and others are sampled outside of
+them. What is coupled is Σ r_j² of those taken out, so that the smallest residuals go first, up to a share
+`COUPLED` of all: a Ritz vector in the middle of a bulk has the largest, and the least to gain. What the
+others will see is in the weights: a node of weight w stands for n w eigenvalues, of which one was taken
+out, or all where a single one has converged there. Rows made of it, k alike, stand for k probes. The error
+asked for, of such a quadrature, has a part that steps decide and one that falls like 1 / √k; so the
+products that reach a goal are known for each number of steps, with and without the space. The first run
+ends when its next steps are not expected to save as much as they cost, and the cheaper plan is carried out;
+or all eigenvalues are computed, where that costs no more.
 
 The space belongs to the first probe alone: all that is sampled then comes from other probes, which are
 independent of it. Where it is not taken out, the first probe is one of the sample.
@@ -21,22 +21,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import host
 from spectra.base.errors import Status
 from spectra.base.progress import Progress
-from spectra.base.trees import PyTree
 from spectra.density import deflation
+from spectra.density.krylov_space import Space, outside, taken_out
 from spectra.density.run import ProbeRun
-from spectra.krylov import basis as _basis
 from spectra.krylov import dense
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, require_fit
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
-from spectra.operators.composed import DeflatedOperator
 from spectra.quadrature import rules
 from spectra.results import Quadrature
 
@@ -45,15 +42,13 @@ Error = Callable[[Quadrature], float]
 SETTLED = 0.1
 """Residual of a Ritz value that is an eigenvalue nearly, in gaps to its neighbours ..."""
 SINGLE = 11.0
-"""... of which there is one: its weight n |vᵀu|² has the law χ²_1, and is above this once in a thousand times."""
+"""... of which there is one: n |vᵀu|² has the law χ²_1, and is above this once in a thousand times."""
 COUPLED = 0.0, 1e-3, 0.03, 1.0
 """Of the squares of the residuals, in the Ritz vectors that are taken out; 0: none are."""
 OUTSIDE = 12
 """Steps of probes outside of a space, at most: what is left there is narrow."""
 LONGER = 4
 """Steps of a space to take out, at most, over those of a probe that were asked for."""
-ROWS = 16
-"""A space is handed to the samples in multiples of this, filled up by zeros: compiled code is shared."""
 PAIRED = 4, 16
 """Numbers of probes at which an error is predicted: between them lies its part that steps decide."""
 LEAST = 4
@@ -119,7 +114,7 @@ def _longest(op: LinearOperator, layout: Layout, num_steps: int, budget: int) ->
 
 
 def _until(
-    run: ProbeRun, error: Error, plan: Plan, first: int, budget: int, batch: int, space: "Space | None"
+    run: ProbeRun, error: Error, plan: Plan, first: int, budget: int, batch: int, space: Space | None
 ) -> Quadrature:
     """Probes as planned, and more as long as they are wanted and there are products left."""
     most = max(budget // plan.steps, run.num_probes + 1)
@@ -258,9 +253,7 @@ def _shortened(nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, st
     return rules.gauss_rule(alpha, beta, steps)
 
 
-def _probes_wanted(
-    found: Quadrature, rule: rules.Rule, taken: np.ndarray | None, error: Error
-) -> int | None:
+def _probes_wanted(found: Quadrature, rule: rules.Rule, taken: np.ndarray | None, error: Error) -> int | None:
     few, many = (error(_stand_in(found, rule, taken, k)) for k in PAIRED)
     sampled = (few - many) / (PAIRED[0] ** -0.5 - PAIRED[1] ** -0.5)
     fixed = max(many - sampled * PAIRED[1] ** -0.5, 0.0)
@@ -300,48 +293,3 @@ def _alike(found: Quadrature, rule: rules.Rule, probes: int, size: int) -> Quadr
         size=size,
         sketches=None,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Space:
-    """Ritz vectors that were taken out, with their values and residuals, and what they cost."""
-
-    values: np.ndarray  # (r,)
-    residuals: np.ndarray  # (r,)
-    vectors: PyTree  # orthonormal, leaves (rows, *leaf.shape); rows of zeros behind the last
-    size: int  # n
-    num_matvecs: int
-
-    def joined(self, rest: Quadrature) -> Quadrature:
-        """The quadrature of all, from that of the complement."""
-        found = deflation.with_space(rest, self.values, self.residuals, self.size)
-        return dataclasses.replace(found, num_matvecs=rest.num_matvecs + self.num_matvecs)
-
-
-def taken_out(run: ProbeRun, layout: Layout, found: Quadrature, taken: np.ndarray) -> Space:
-    """Some Ritz vectors of the one probe of a run, whose basis it forgets."""
-    m, row = len(taken), run.rows[0]
-    at = np.eye(m)[:, taken]
-    if not taken.all():  # else the basis itself is as good
-        at = np.linalg.eigh(rules.dense(row["alpha"][:m], row["beta"][: m - 1], np))[1][:, taken]
-    at = np.pad(at, ((0, 0), (0, -at.shape[1] % ROWS)))
-    assert run.last is not None
-    vectors = _combined(jnp.asarray(at.T), _basis.stack(run.last.basis, layout, 0, m))
-    run.forget()
-    values, _, residuals = (x[0][:m][taken] for x in _arrays(found))
-    return Space(values, residuals, vectors, found.size, found.num_matvecs)
-
-
-def outside(op: LinearOperator, space: Space, layout: Layout, key: jax.Array, bar: Progress) -> ProbeRun:
-    """A run of probes in the complement of a space."""
-    inner = outside_loops(DeflatedOperator(op, space.vectors).prepare())
-    size = op.size - len(space.values)
-    return ProbeRun(inner, layout, key, bar, size=size, known=space.vectors)
-
-
-@jax.jit
-def _combined(weights: jax.Array, rows: PyTree) -> PyTree:
-    def one(x: jax.Array) -> jax.Array:
-        return jnp.tensordot(weights.astype(x.dtype), x, axes=1, precision="highest")
-
-    return jax.tree.map(one, rows)

@@ -1,4 +1,4 @@
-"""What a trace of f may be off by where a Krylov space was taken out whole: see `spectra.quadrature.links`."""
+"""What a trace of f may be off by where Ritz vectors were taken out: see `spectra.quadrature.links`."""
 
 import numpy as np
 
@@ -12,9 +12,9 @@ SAMPLES = 1025
 def linked(f: Function, links: Links, ends: tuple[float, float], one_signed: bool) -> tuple[float, float]:
     """The least and the largest of tr f(H) - tr f(T) - tr f(B), for spectra between the ends.
 
-    The three bounds of `spectra.quadrature.links`, the least of them. Where every derivative of order two and
-    more keeps one sign, |f'| and |f''| are largest at an end, and there no more than the differences about it,
-    since both are convex; elsewhere f is sampled.
+    The three bounds of `spectra.quadrature.links`, the least of them. Where every derivative of order two
+    and more keeps one sign, |f'| and |f''| are largest at an end, and there no more than the differences
+    about it, since both are convex; elsewhere f is sampled.
     """
     a, b, beta = *ends, links.beta
     if beta == 0 or b <= a:

@@ -125,6 +125,18 @@ def split(quadrature: Measures, x: np.ndarray) -> Split:
     return Split(parts.rest, share, *(np.where(better, y, x) for x, y in zip(one, other, strict=True)))
 
 
+def doubt(quadrature: Measures, x: np.ndarray) -> np.ndarray:
+    """How many eigenvalues, one at most, vectors that were taken out leave on either side of x."""
+    links, floor = quadrature.parts.links, quadrature.noise_floor
+    if links is None:
+        return np.zeros(np.shape(x))
+    away = links.moved(x, floor)
+    known, part = _at(quadrature, x, floor + np.where(np.isfinite(away), away, 0.0), 0)
+    rest = quadrature.parts.rest.size
+    open_ = quadrature.size * (known[2] - known[0]) + rest * (part[2] - part[0])
+    return np.where(np.isfinite(away), np.minimum(open_, 1.0), 1.0)
+
+
 def _at(quadrature: Measures, x: np.ndarray, shift: float | np.ndarray, open_: int) -> tuple[np.ndarray, ...]:
     """`Split.known` and `Split.bracket`, with eigenvalues that may be `shift` away and so many in doubt."""
     parts = quadrature.parts
