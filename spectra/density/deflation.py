@@ -25,7 +25,9 @@ CONVERGED = 1e-6
 def check(op: LinearOperator, pairs: Any) -> None:
     """Raise unless the eigenpairs belong to an operator like this one and are fit for deflation."""
     if not isinstance(pairs, Eigenpairs):
-        raise SpectraError(f"deflate is of type {type(pairs).__name__}: pass the result of eigsh.")
+        raise SpectraError(
+            f"deflate is of type {type(pairs).__name__}: pass the result of eigsh, or a number of steps."
+        )
     if pairs.size != op.size:
         raise SpectraError(f"deflate has vectors of order {pairs.size}, the operator has {op.size}.")
     trees.check_structure(jax.tree.map(lambda x: x[0], pairs.vectors), op.structure, "a vector of deflate")

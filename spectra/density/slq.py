@@ -204,8 +204,8 @@ def _one(
     keep = basis != "none"
     size, vectors = op.size, None
     space = None
-    if isinstance(deflate, int):
-        space = _space(op, key, deflate, num_steps, bar, (basis, basis_dtype, checkpoint))
+    if isinstance(deflate, int | np.integer) and not isinstance(deflate, bool):
+        space = _space(op, key, int(deflate), num_steps, bar, (basis, basis_dtype, checkpoint))
         size, vectors = op.size - len(space.values), space.vectors
         op = DeflatedOperator(op, vectors)
     elif deflate is not None:

@@ -47,6 +47,8 @@ COUPLED = 0.0, 1e-3, 0.03, 1.0
 """Of the squares of the residuals, in the Ritz vectors that are taken out; 0: none are."""
 OUTSIDE = 12
 """Steps of probes outside of a space, at most: what is left there is narrow."""
+ROUGH = 1.1
+"""What plans of short runs may be off by."""
 LONGER = 4
 """Steps of a space to take out, at most, over those of a probe that were asked for."""
 PAIRED = 4, 16
@@ -83,7 +85,7 @@ def spend(
     prepared = outside_loops(op.prepare())
     with Progress(False, budget) as bar:
         first = ProbeRun(prepared, layout, key, bar, size=op.size, keep_last=True)
-        look = _Look(error, op.size, budget)
+        look = _Look(error, num_steps, budget)
         first.add(range(1), _longest(op, layout, num_steps, budget), stop_when=look)
         found = first.result()
         plan = look.plan
@@ -117,7 +119,7 @@ def _until(
     run: ProbeRun, error: Error, plan: Plan, first: int, budget: int, batch: int, space: Space | None
 ) -> Quadrature:
     """Probes as planned, and more as long as they are wanted and there are products left."""
-    most = max(budget // plan.steps, run.num_probes + 1)
+    most = max(run.num_probes + (budget - run.num_matvecs) // plan.steps, 1)
     goal = min(plan.probes, most)
     while True:
         while run.num_probes < goal:
@@ -135,8 +137,8 @@ def _until(
 class _Look:
     """Called with the first probe after each chunk of steps: whether it has gone on for long enough."""
 
-    def __init__(self, error: Error, size: int, budget: int):
-        self.error, self.size, self.budget = error, size, budget
+    def __init__(self, error: Error, asked: int, budget: int):
+        self.error, self.asked, self.budget = error, asked, budget
         self.plan: Plan | None = None
         self.steps, self.next, self.least = 0, 0, np.inf
 
@@ -147,12 +149,14 @@ class _Look:
         added = found.num_steps - self.steps
         self.steps, self.next = found.num_steps, int(1.25 * found.num_steps)
         if plan is None:
-            return False
+            return found.num_steps >= self.asked
         self.plan, before = plan, self.least
         whole = found.num_steps + plan.products
         self.least = min(before, whole)
-        # Beyond the best length of the run the whole grows again: one look more is what tells it.
-        return plan.products <= added or whole > before
+        # Beyond the best length of the run the whole grows again. While it is short it costs little, and its
+        # plan is known roughly: then it has to grow by more than that.
+        rough = ROUGH if plan.products > found.num_steps else 1.0
+        return plan.products <= added or whole > rough * before
 
 
 @host.one_thread()

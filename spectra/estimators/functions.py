@@ -20,6 +20,8 @@ from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Estimate, Quadrature
 
 Source = LinearOperator | Quadrature
+PROBES = 8
+"""Where a number of probes is not asked for."""
 ONE_SIGNED = (
     "log",
     "log2",
@@ -43,7 +45,7 @@ def trace_of(
     *,
     key: jax.Array | None = None,
     num_steps: int | None = None,
-    num_probes: int = 8,
+    num_probes: int = PROBES,
     tol: float | None = None,
     bounds: Bounds | None = None,
     one_signed: bool | None = None,
@@ -69,14 +71,15 @@ def trace_of(
     is added.
 
     Args:
-        source: symmetric operator of order n, or a `Quadrature` of it, which costs no product.
+        source: symmetric operator of order n, or a `Quadrature` of it, which costs no product and has its
+            steps and probes.
         f: vectorised NumPy function of eigenvalues.
         key: JAX random key; needed for an operator.
         num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
         num_probes: number of probes; with `tol`, num_steps x num_probes is the maximum number of products.
         tol: spend products until stderr and half of the bracket together are below tol |value|: on steps, on
-            probes, or on deflated eigenpairs, whichever is predicted to gain most (see
-            `spectra.density.spending`).
+            probes, or on Ritz vectors that are taken out, whichever is predicted to gain most (see
+            `spectra.density.spending`). The first probe may go on for four times num_steps then.
         bounds: (a, b) known to contain the spectrum; None for an unknown end. (0, None) says that H is
             positive semi-definite: nodes that rounding puts below zero count as zero.
         one_signed: whether every derivative of f keeps one sign on the interval; None: decided by the name of
@@ -199,7 +202,7 @@ def quadrature_of(
     source: LinearOperator | Quadrature,
     key: jax.Array | None,
     num_steps: int | None = None,
-    num_probes: int = 8,
+    num_probes: int = PROBES,
     probe_batch: int | None = None,
     error: Callable[[Quadrature], float] | None = None,
 ) -> Quadrature:
@@ -208,6 +211,7 @@ def quadrature_of(
     if isinstance(source, Quadrature):
         if trees.is_traced(source):
             raise SpectraError("functions of an operator need values: call outside of jit and vmap.")
+        _require_no_run(source, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
         return source
     require_operator(source)
     if trees.is_traced((source, key)):
@@ -216,6 +220,17 @@ def quadrature_of(
     options: dict[str, Any] = {"key": require_key(key), "num_steps": steps, "num_probes": num_probes}
     options["probe_batch"] = probe_batch
     return spend(source, error, **options) if error else slq(source, **options)
+
+
+def _require_no_run(q: Quadrature, **given: int | None) -> None:
+    """Raise where arguments ask for a run of Lanczos that has been made already, and was another one."""
+    of_run = {"num_steps": (None, q.num_steps), "num_probes": (PROBES, q.num_probes), "probe_batch": (None,)}
+    for name, value in given.items():
+        if value not in of_run[name]:
+            raise SpectraError(
+                f"{name}={value} has no effect on a quadrature, which is a run of {q.num_steps} steps of "
+                f"{q.num_probes} probes: leave it out, or pass the operator."
+            )
 
 
 def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_signed: bool) -> Estimate:
