@@ -419,8 +419,8 @@ def page(results: dict[str, dict]) -> Report:
     lines += [
         "## W1 beside plain SLQ",
         "",
-        "The same steps and probes, resolved eigenvalues beside weights as sampled; then half of the same",
-        "products for a Krylov space that is taken out, `slq(deflate=)`, and half of the steps outside of it.",
+        "The same steps and probes, resolved eigenvalues beside weights as sampled; then half of the",
+        "products for a space that is taken out, `slq(deflate=)`, and half of the steps outside of it.",
     ]
     kinds = list(next(iter(results.values()))["gains"])
     rows = [

@@ -22,8 +22,8 @@ CONVERGED = 1e-6
 """Residual of a Ritz pair that is an eigenpair, in units of |H|; eight roundings where that is more."""
 
 
-def check(op: LinearOperator, pairs: Any) -> None:
-    """Raise unless the eigenpairs belong to an operator like this one and are fit for deflation."""
+def check(op: LinearOperator, pairs: Any) -> Eigenpairs:
+    """The eigenpairs, which belong to an operator like this one and are fit for deflation; else raises."""
     if not isinstance(pairs, Eigenpairs):
         raise SpectraError(
             f"deflate is of type {type(pairs).__name__}: pass the result of eigsh, or a number of steps."
@@ -38,6 +38,7 @@ def check(op: LinearOperator, pairs: Any) -> None:
         )
     if len(pairs.values) >= op.size:
         raise SpectraError("deflate holds all eigenpairs: nothing is left to estimate.")
+    return pairs
 
 
 def project_start(layout: Layout, vectors: PyTree, state: LanczosState, batched: bool) -> LanczosState:

@@ -204,13 +204,13 @@ def _one(
     keep = basis != "none"
     size, vectors = op.size, None
     space = None
-    if isinstance(deflate, int | np.integer) and not isinstance(deflate, bool):
+    if isinstance(deflate, int | np.integer) and deflate is not True:
         space = _space(op, key, int(deflate), num_steps, bar, (basis, basis_dtype, checkpoint))
         size, vectors = op.size - len(space.values), space.vectors
         op = DeflatedOperator(op, vectors)
     elif deflate is not None:
-        deflation.check(op, deflate)
-        size, vectors = op.size - len(deflate.values), deflate.vectors
+        pairs = deflation.check(op, deflate)
+        size, vectors = op.size - len(pairs.values), pairs.vectors
         recurrence.check_steps(num_steps, size)
         op = DeflatedOperator(op, vectors)
     recorder = None

@@ -270,9 +270,9 @@ def _stand_in(found: Quadrature, rule: rules.Rule, taken: np.ndarray | None, pro
     """The quadrature that so many probes alike would give, with what was taken out, or is resolved, known."""
     theta, w, r = rule
     if taken is not None:
-        known = [np.asarray(x[0], np.float64)[: len(taken)][taken] for x in (found.nodes, found.residuals)]
-        bulk = _alike(found, rule, probes, found.size - len(known[0]))
-        return deflation.with_space(bulk, *known, found.size)
+        values, _, residuals = (x[0][: len(taken)][taken] for x in _arrays(found))
+        bulk = _alike(found, rule, probes, found.size - len(values))
+        return deflation.with_space(bulk, values, residuals, found.size)
     atoms = _resolved(found, len(theta))
     if not len(atoms):
         return _alike(found, rule, probes, found.size)
