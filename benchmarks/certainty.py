@@ -426,7 +426,7 @@ def page(results: dict[str, dict]) -> Report:
     rows = [
         [f"{problem}, {name}", *(f"{found['gains'][kind][i]:.2f}" for kind in kinds)]
         for problem, found in results.items()
-        for i, name in enumerate(("resolved", "half taken out"))
+        for i, name in zip(range(len(found["gains"][kinds[0]])), ("resolved", "half taken out"), strict=False)
     ]
     lines += ["", *table(["W1 over that of plain SLQ", *kinds], rows), ""]
     for problem, found in results.items():

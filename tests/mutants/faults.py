@@ -590,10 +590,10 @@ ESTIMATORS = [
     ),
     fault(
         "the ends of what is left are those of all",
-        "density/extremes.py",
-        "far = links.end(far, sign)",
-        "pass",
-        "test_links.py::test_bands_limits_and_intervals_hold_at_their_rate",
+        "quadrature/links.py",
+        "return sign * high",
+        "return outside",
+        "test_links.py::test_the_whole_reaches_no_further_than_is_said",
     ),
     fault(
         "a cluster of copies counts as one eigenvalue in a plan",
