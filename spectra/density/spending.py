@@ -29,7 +29,7 @@ from spectra.base.progress import Progress
 from spectra.density import deflation
 from spectra.density.krylov_space import Space, outside, taken_out
 from spectra.density.run import ProbeRun
-from spectra.krylov import dense
+from spectra.krylov import dense, recurrence
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, require_fit
 from spectra.operators.arithmetic import outside_loops
@@ -107,7 +107,12 @@ def spend(
 
 
 def _longest(op: LinearOperator, layout: Layout, num_steps: int, budget: int) -> int:
-    """Steps of the first probe: more than asked for where its space may be taken out and fits into memory."""
+    """Steps of the first probe: more than asked for where its space may be taken out and fits into memory.
+
+    Fewer steps than a chunk end before the first look at them, which could tell that more are wanted.
+    """
+    if num_steps < recurrence.CHUNK:
+        return num_steps
     most = min(LONGER * num_steps, budget // 2, op.size // 2)
     available = host.available_bytes(op.device)
     if available is not None:  # the space and a copy of it, in half of what is free
