@@ -18,11 +18,16 @@ from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import project
 from spectra.results import Eigenpairs, Quadrature
 
+CONVERGED = 1e-6
+"""Residual of a Ritz pair that is an eigenpair, in units of |H|; eight roundings where that is more."""
 
-def check(op: LinearOperator, pairs: Any) -> None:
-    """Raise unless the eigenpairs belong to an operator like this one and are fit for deflation."""
+
+def check(op: LinearOperator, pairs: Any) -> Eigenpairs:
+    """The eigenpairs, which belong to an operator like this one and are fit for deflation; else raises."""
     if not isinstance(pairs, Eigenpairs):
-        raise SpectraError(f"deflate is of type {type(pairs).__name__}: pass the result of eigsh.")
+        raise SpectraError(
+            f"deflate is of type {type(pairs).__name__}: pass the result of eigsh, or a number of steps."
+        )
     if pairs.size != op.size:
         raise SpectraError(f"deflate has vectors of order {pairs.size}, the operator has {op.size}.")
     trees.check_structure(jax.tree.map(lambda x: x[0], pairs.vectors), op.structure, "a vector of deflate")
@@ -33,6 +38,7 @@ def check(op: LinearOperator, pairs: Any) -> None:
         )
     if len(pairs.values) >= op.size:
         raise SpectraError("deflate holds all eigenpairs: nothing is left to estimate.")
+    return pairs
 
 
 def project_start(layout: Layout, vectors: PyTree, state: LanczosState, batched: bool) -> LanczosState:
@@ -55,7 +61,22 @@ def _project_panels(layout: Layout, vectors: PyTree, current: Panels, batched: b
 def with_atoms(bulk: Quadrature, pairs: Eigenpairs) -> Quadrature:
     """The quadrature of the whole operator from that of the complement, of order n - r."""
     atoms = np.asarray(pairs.values, np.float64)
-    return joined(bulk, atoms, pairs.residuals, pairs.size, _coupling(bulk, pairs))
+    return joined(bulk, atoms, pairs.residuals, pairs.size, _coupling(bulk, atoms, pairs.residuals))
+
+
+def with_space(bulk: Quadrature, atoms: np.ndarray, residuals: np.ndarray, n: int) -> Quadrature:
+    """The same where all Ritz values of a Krylov space are taken out, see `spectra.quadrature.links`.
+
+    Those that have converged are eigenpairs, and couple as those do.
+    """
+    scale = max(map(abs, (*bulk.range, *atoms)))
+    known = residuals <= max(CONVERGED, 8 * bulk.precision) * scale
+    coupling = _coupling(bulk, atoms[known], residuals[known]) if known.any() else 0.0
+    links = np.where(known, 0.0, residuals)
+    open_ = float(np.linalg.norm(links))  # what a product of the rest has in the space
+    found = dataclasses.replace(bulk, residuals=np.hypot(bulk.residuals, open_))
+    found = joined(found, atoms, residuals, n, coupling)
+    return dataclasses.replace(found, bulk=bulk, links=links)
 
 
 def joined(bulk: Quadrature, atoms: np.ndarray, own: np.ndarray, n: int, coupling: float) -> Quadrature:
@@ -92,11 +113,11 @@ def joined(bulk: Quadrature, atoms: np.ndarray, own: np.ndarray, n: int, couplin
     )
 
 
-def _coupling(bulk: Quadrature, pairs: Eigenpairs) -> float:
+def _coupling(bulk: Quadrature, values: np.ndarray, residuals: Any) -> float:
     """How far residuals of the known pairs can move an eigenvalue."""
-    size = float(np.linalg.norm(pairs.residuals))
+    size = float(np.linalg.norm(residuals))
     live = np.arange(bulk.num_steps) < np.asarray(bulk.lengths)[:, None]
-    gap = np.abs(np.asarray(bulk.nodes)[live][:, None] - np.asarray(pairs.values)).min() - size
+    gap = np.abs(np.asarray(bulk.nodes)[live][:, None] - values).min() - size
     return min(size, size**2 / gap) if gap > 0 else size
 
 

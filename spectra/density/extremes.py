@@ -29,15 +29,22 @@ def extreme(quadrature: Quadrature, end: int, *, level: float = LEVEL) -> Interv
     value = float(nodes.max() if end == -1 else nodes.min())
     if not any(quadrature.range) and not np.any(quadrature.residuals):
         return Interval(0.0, 0.0, 0.0)  # every product was zero, which happens to no other operator
-    rest = quadrature.bulk or quadrature
-    start = float(np.max(rest.nodes) if end == -1 else np.min(rest.nodes))
-    far = Openness([quadrature], 1 - level).end(start, sign)
+    far = sampled_end(quadrature, end, level)
+    if (links := quadrature.parts.links) is not None:
+        far = links.end(far, sign)
     if quadrature.status is Status.EXACT:  # known to the rounding of the matrix (Weyl)
         moved = quadrature.noise_floor
         return Interval(value - moved, value, value + moved)
     moved = shift(quadrature)
     inner, outer = value - sign * moved, sign * max(sign * far, sign * value + moved)
     return Interval(min(inner, outer), value, max(inner, outer))
+
+
+def sampled_end(quadrature: Quadrature, end: int, level: float = LEVEL) -> float:
+    """The limit of an end of what is sampled: without the eigenpairs, or the space, that was taken out."""
+    rest, sign = quadrature.bulk or quadrature, 1.0 if end == -1 else -1.0
+    start = float(np.max(rest.nodes) if end == -1 else np.min(rest.nodes))
+    return Openness([quadrature], 1 - level).end(start, sign)
 
 
 def shows_fourth_powers(quadrature: Quadrature) -> bool:

@@ -15,7 +15,7 @@ from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.base.progress import Progress
-from spectra.density import deflation
+from spectra.density import deflation, krylov_space
 from spectra.density.recorder import Recorder
 from spectra.density.run import ProbeRun
 from spectra.krylov import recurrence
@@ -30,6 +30,9 @@ from spectra.quadrature.copies import merge_traced, spread
 from spectra.results import Eigenpairs, Quadrature
 from spectra.runs.checkpoint import Checkpoint
 
+SPACE = 2**31 - 2
+"""Number of the key that starts a space to take out; no probe reaches it."""
+
 
 @overload
 def slq(
@@ -41,7 +44,7 @@ def slq(
     tol: float | None = ...,
     probe_batch: int | None = ...,
     progress: bool = ...,
-    deflate: Eigenpairs | None = ...,
+    deflate: Eigenpairs | int | None = ...,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = ...,
     basis: str = ...,
     basis_dtype: Any = ...,
@@ -74,7 +77,7 @@ def slq(
     tol: float | None = None,
     probe_batch: int | None = None,
     progress: bool = False,
-    deflate: Eigenpairs | None = None,
+    deflate: Eigenpairs | int | None = None,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     basis: str = "inherit",
     basis_dtype: Any = None,
@@ -99,7 +102,10 @@ def slq(
         progress: show a progress bar.
         deflate: eigenpairs from `eigsh`: they become atoms of weight 1/n without sampling error in every
             row, and all steps go to the rest of the spectrum, in their orthogonal complement. This resolves
-            the bulk even where outliers are 1e4 times larger; the band holds as it does without.
+            the bulk even where outliers are 1e4 times larger; the band holds as it does without. Or a number
+            r: all Ritz vectors of r more Lanczos steps, converged or not. One coefficient couples them to the
+            rest, so that no count is off by more than one (see `spectra.quadrature.links`), and nothing is
+            sampled of what r steps know. Half of the products is a good share.
         checkpoint: a folder, or a `Checkpoint`, to save the run in: finished probes, and the basis of the
             current one. The same call resumes from there, with bit-identical results on the same devices
             and results equal to rounding on others.
@@ -125,8 +131,9 @@ def slq(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: k m products, and two more to test symmetry if m = 1. Memory as `plan` states: (m + 6) n numbers per
-    probe in progress, 6 n without a basis, and r n for r deflated pairs.
+    Cost: k m products, and two more to test symmetry if m = 1; r more with deflate=r. Memory as `plan`
+    states: (m + 6) n numbers per probe in progress, 6 n without a basis, and r n for r deflated pairs, 2 r n
+    at first for deflate=r.
 
     References:
         Golub and Welsch, doi:10.1090/S0025-5718-69-99647-1; Ubaru, Chen and Saad,
@@ -179,7 +186,7 @@ def _one(
     bar: Progress,
     *,
     apart: bool = False,
-    deflate: Eigenpairs | None = None,
+    deflate: Eigenpairs | int | None = None,
     checkpoint: Checkpoint | None = None,
     basis: str = "inherit",
     basis_dtype: Any = None,
@@ -196,9 +203,14 @@ def _one(
     layout, home = place_basis(op, basis, basis_dtype)
     keep = basis != "none"
     size, vectors = op.size, None
-    if deflate is not None:
-        deflation.check(op, deflate)
-        size, vectors = op.size - len(deflate.values), deflate.vectors
+    space = None
+    if isinstance(deflate, int | np.integer) and deflate is not True:
+        space = _space(op, key, int(deflate), num_steps, bar, (basis, basis_dtype, checkpoint))
+        size, vectors = op.size - len(space.values), space.vectors
+        op = DeflatedOperator(op, vectors)
+    elif deflate is not None:
+        pairs = deflation.check(op, deflate)
+        size, vectors = op.size - len(pairs.values), pairs.vectors
         recurrence.check_steps(num_steps, size)
         op = DeflatedOperator(op, vectors)
     recorder = None
@@ -214,7 +226,31 @@ def _one(
             result = run.result()
         else:
             result = _adaptive(run, num_steps, num_probes, tol, plan.probe_batch)
-    return result if deflate is None else deflation.with_atoms(result, deflate)
+    if space is not None:
+        return space.joined(result)
+    return deflation.with_atoms(result, deflate) if isinstance(deflate, Eigenpairs) else result
+
+
+def _space(
+    op: LinearOperator, key: jax.Array, steps: int, num_steps: int, bar: Progress, places: tuple[Any, ...]
+) -> krylov_space.Space:
+    """The Ritz vectors of so many steps from a random vector that is none of the probes."""
+    if places != ("inherit", None, None):
+        raise SpectraError(
+            "deflate=r keeps r vectors as the parameters are: leave basis= and checkpoint= out."
+        )
+    if not 1 <= steps <= op.size - num_steps:
+        raise SpectraError(
+            f"deflate={steps} is not between 1 and {op.size - num_steps}, which leaves the probes "
+            f"{num_steps} dimensions of {op.size}."
+        )
+    require_fit(estimate(op, num_steps=steps, num_probes=1))
+    layout, _ = place_basis(op, "inherit")
+    key = jax.random.fold_in(key, SPACE)
+    run = ProbeRun(outside_loops(op.prepare()), layout, key, bar, size=op.size, keep_last=True)
+    run.add(range(1), steps)
+    found = run.result()
+    return krylov_space.taken_out(run, layout, found, np.ones(int(found.lengths[0]), bool))
 
 
 def _adaptive(run: ProbeRun, num_steps: int, num_probes: int, tol: float, batch: int) -> Quadrature:

@@ -10,6 +10,7 @@ from spectra.base import trees
 from spectra.base.errors import SpectraError
 from spectra.density import bands
 from spectra.density.bands import RELATIVE_WIDTH, Width
+from spectra.density.linked import coupling_of_kernels
 from spectra.density.moments import moments_density, points_of
 from spectra.quadrature.resolved import Parts
 from spectra.results import Density, Moments, Quadrature, as_quadrature
@@ -96,6 +97,9 @@ def spectral_density(
         found = _curves(_of_atoms(quadrature, parts.atoms), grid, widths, moved, None)
         curves.append((len(parts.atoms) / quadrature.size, found))
     lower, density, upper = np.sum([share * np.stack(found) for share, found in curves], axis=0)
+    if parts.links is not None:
+        more = coupling_of_kernels(quadrature, grid, widths)
+        lower, upper = np.maximum(lower - more, 0), upper + more
     return Density(
         grid=grid,
         density=density,

@@ -1,16 +1,19 @@
-"""Products where they help: steps, probes or deflated eigenpairs, by what each is predicted to gain.
+"""Products where they help: steps, probes or part of a Krylov space taken out, by what each should gain.
 
 The run of one probe, in growing length, tells what any other run would leave open. Its nodes and weights
-are a small operator: m steps on it are m steps of the run, and without its converged nodes it is the rest of
-a run with these eigenpairs deflated. Rows made of it, k alike, stand for k probes. The error asked for, of
-such a quadrature, has a part that steps decide and one that falls like 1 / √k; so the products that reach a
-goal are known for each number of steps, with and without deflation. The first run ends when its next steps
-are not expected to save as much as they cost, and the cheaper plan is carried out; or all eigenvalues are
-computed, where that costs no more.
+are a small operator: m steps on it are m steps of the run. Its Ritz vectors may be taken out, converged or
+not (see `spectra.quadrature.links`): then their Ritz values are known, and others are sampled outside of
+them. What is coupled is Σ r_j² of those taken out, so that the smallest residuals go first, up to a share
+`COUPLED` of all: a Ritz vector in the middle of a bulk has the largest, and the least to gain. What the
+others will see is in the weights: a node of weight w stands for n w eigenvalues, of which one was taken
+out, or all where a single one has converged there. Rows made of it, k alike, stand for k probes. The error
+asked for, of such a quadrature, has a part that steps decide and one that falls like 1 / √k; so the
+products that reach a goal are known for each number of steps, with and without the space. The first run
+ends when its next steps are not expected to save as much as they cost, and the cheaper plan is carried out;
+or all eigenvalues are computed, where that costs no more.
 
-Converged eigenpairs cost nothing but the steps that found them. They belong to the first probe alone: all
-that is sampled then comes from other probes, which are independent of it, in the complement of the
-eigenvectors (see `spectra.density.deflation`). Without deflation the first probe is one of the sample.
+The space belongs to the first probe alone: all that is sampled then comes from other probes, which are
+independent of it. Where it is not taken out, the first probe is one of the sample.
 """
 
 import dataclasses
@@ -18,28 +21,36 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from spectra.base import host
 from spectra.base.errors import Status
 from spectra.base.progress import Progress
-from spectra.base.trees import PyTree
 from spectra.density import deflation
+from spectra.density.krylov_space import Space, outside, taken_out
 from spectra.density.run import ProbeRun
-from spectra.krylov import basis as _basis
-from spectra.krylov import dense
+from spectra.krylov import dense, recurrence
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, require_fit
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
-from spectra.operators.composed import DeflatedOperator
 from spectra.quadrature import rules
-from spectra.results import Eigenpairs, Quadrature
+from spectra.results import Quadrature
 
 Error = Callable[[Quadrature], float]
 """What a quadrature leaves open, in units of what is asked for: 1 is enough."""
-CONVERGED = 1e-6
-"""Residual of a pair to deflate, in units of |H|; eight roundings where that is more."""
+SETTLED = 0.1
+"""Residual of a Ritz value that is an eigenvalue nearly, in gaps to its neighbours ..."""
+SINGLE = 11.0
+"""... of which there is one: n |vᵀu|² has the law χ²_1, and is above this once in a thousand times."""
+COUPLED = 0.0, 1e-3, 0.03, 1.0
+"""Of the squares of the residuals, in the Ritz vectors that are taken out; 0: none are."""
+OUTSIDE = 12
+"""Steps of probes outside of a space, at most: what is left there is narrow."""
+ROUGH = 1.1
+"""What plans of short runs may be off by."""
+LONGER = 4
+"""Steps of a space to take out, at most, over those of a probe that were asked for."""
 PAIRED = 4, 16
 """Numbers of probes at which an error is predicted: between them lies its part that steps decide."""
 LEAST = 4
@@ -49,12 +60,12 @@ FINER = 1.5
 
 
 class Plan(NamedTuple):
-    """What is still to be spent: products, steps of each probe, probes, and whether pairs are deflated."""
+    """What is still to be spent: products, steps of each probe, probes, and what is taken out."""
 
     products: float
     steps: int
     probes: int
-    deflate: bool
+    taken: np.ndarray | None  # (m,) which Ritz vectors of the first probe are taken out
 
 
 def spend(
@@ -74,8 +85,8 @@ def spend(
     prepared = outside_loops(op.prepare())
     with Progress(False, budget) as bar:
         first = ProbeRun(prepared, layout, key, bar, size=op.size, keep_last=True)
-        look = _Look(error, op.size, budget)
-        first.add(range(1), num_steps, stop_when=look)
+        look = _Look(error, num_steps, budget)
+        first.add(range(1), _longest(op, layout, num_steps, budget), stop_when=look)
         found = first.result()
         plan = look.plan
         if (plan is None or plan.products >= op.size) and dense.allowed(op, budget - found.num_matvecs):
@@ -84,33 +95,42 @@ def spend(
             return dataclasses.replace(whole, num_matvecs=op.size + found.num_matvecs)
         if plan is None or found.status is Status.INVARIANT:
             reachable = _at_full_length(found, error) is not None
-            plan = Plan(budget, first.steps_done, num_probes if reachable else LEAST, False)
+            steps = min(first.steps_done, num_steps)
+            plan = Plan(budget, steps, num_probes if reachable else LEAST, None)
             budget = budget if reachable else plan.steps * plan.probes  # no probe narrows a bracket
-        if plan.deflate:
-            pairs = _pairs(first, layout, found)
-            known, size = pairs.vectors, op.size - len(pairs.values)
-            inner = outside_loops(DeflatedOperator(op, known).prepare())
-            run = ProbeRun(inner, layout, key, bar, size=size, known=known)
-            return _until(run, error, plan, 1, budget - found.num_matvecs, batch, pairs)
+        if plan.taken is not None:
+            space = taken_out(first, layout, found, plan.taken)
+            run = outside(op, space, layout, key, bar)
+            return _until(run, error, plan, 1, budget - found.num_matvecs, batch, space)
         first.forget()
         return _until(first, error, plan, 0, budget, batch, None)
 
 
+def _longest(op: LinearOperator, layout: Layout, num_steps: int, budget: int) -> int:
+    """Steps of the first probe: more than asked for where its space may be taken out and fits into memory.
+
+    Fewer steps than a chunk end before the first look at them, which could tell that more are wanted.
+    """
+    if num_steps < recurrence.CHUNK:
+        return num_steps
+    most = min(LONGER * num_steps, budget // 2, op.size // 2)
+    available = host.available_bytes(op.device)
+    if available is not None:  # the space and a copy of it, in half of what is free
+        most = min(most, available // (4 * layout.device_bytes()))
+    return max(num_steps, most)
+
+
 def _until(
-    run: ProbeRun, error: Error, plan: Plan, first: int, budget: int, batch: int, pairs: Eigenpairs | None
+    run: ProbeRun, error: Error, plan: Plan, first: int, budget: int, batch: int, space: Space | None
 ) -> Quadrature:
     """Probes as planned, and more as long as they are wanted and there are products left."""
-    most = max(budget // plan.steps, run.num_probes + 1)
+    most = max(run.num_probes + (budget - run.num_matvecs) // plan.steps, 1)
     goal = min(plan.probes, most)
     while True:
         while run.num_probes < goal:
             start, stop = run.num_probes, min(run.num_probes + batch, goal)
             run.add(range(first + start, first + stop), plan.steps)
-        found = run.result()
-        if pairs is not None:
-            found = deflation.with_atoms(found, pairs)
-            spent = found.num_matvecs + pairs.num_matvecs
-            found = dataclasses.replace(found, num_matvecs=spent)
+        found = run.result() if space is None else space.joined(run.result())
         left = error(found)
         if left <= 1 or run.num_probes >= most:
             return found
@@ -122,72 +142,97 @@ def _until(
 class _Look:
     """Called with the first probe after each chunk of steps: whether it has gone on for long enough."""
 
-    def __init__(self, error: Error, size: int, budget: int):
-        self.error, self.size, self.budget = error, size, budget
+    def __init__(self, error: Error, asked: int, budget: int):
+        self.error, self.asked, self.budget = error, asked, budget
         self.plan: Plan | None = None
-        self.steps, self.next = 0, 0
+        self.steps, self.next, self.least = 0, 0, np.inf
 
     def __call__(self, found: Quadrature) -> bool:
         if found.num_steps < self.next:
             return False
         plan = best_plan(found, self.error, self.budget)
-        before, added = self.plan, found.num_steps - self.steps
-        self.plan, self.steps, self.next = plan or before, found.num_steps, int(1.4 * found.num_steps)
+        added = found.num_steps - self.steps
+        self.steps, self.next = found.num_steps, int(1.25 * found.num_steps)
         if plan is None:
-            return False
-        # What was saved last is what the next steps, of which there are more, may save at best.
-        saved = np.inf if before is None else before.products - plan.products
-        return plan.products <= added or saved <= added
+            return found.num_steps >= self.asked
+        self.plan, before = plan, self.least
+        whole = found.num_steps + plan.products
+        self.least = min(before, whole)
+        # Beyond the best length of the run the whole grows again. While it is short it costs little, and its
+        # plan is known roughly: then it has to grow by more than that.
+        rough = ROUGH if plan.products > found.num_steps else 1.0
+        return plan.products <= added or whole > rough * before
 
 
+@host.one_thread()
 def best_plan(found: Quadrature, error: Error, budget: int) -> Plan | None:
     """The cheapest way on from the run of one probe; None where none is predicted to reach the goal."""
     m = int(found.lengths[0])
-    nodes, weights, residuals = (
-        np.asarray(x[0][:m], np.float64) for x in (found.nodes, found.weights, found.residuals)
-    )
-    at = converged(found)
-    best: Plan | None = None
-    for deflate in (False, True)[: 1 + bool(at.any())]:
-        keep = ~at if deflate else np.ones(m, bool)
-        if keep.sum() < 2:
+    whole, best = tuple(x[0][:m] for x in _arrays(found)), None
+    for share in COUPLED:
+        taken = _smallest(whole[2], share) if share else None
+        if taken is not None and not taken.any():
             continue
-        for steps in _numbers(int(keep.sum())):
-            rule = _shortened(nodes[keep], weights[keep], residuals[keep], steps)
-            atoms = nodes[at] if deflate else nodes[_resolved(found, steps)]
-            probes = _probes_wanted(found, rule, atoms, error, deflate)
+        weights = whole[1] if taken is None else _left(found, taken)
+        nodes, weights, residuals = (x[weights > 0] for x in (whole[0], weights, whole[2]))
+        if len(nodes) < 2:
+            continue
+        for steps in _numbers(len(nodes) if taken is None else min(len(nodes), OUTSIDE)):
+            rule = _shortened(nodes, weights, residuals, steps)
+            probes = _probes_wanted(found, rule, taken, error)
             if probes is None:
                 continue
-            credit = 0 if deflate else min(m, steps)  # the first probe is one of the sample
+            credit = min(m, steps) if taken is None else 0  # the first probe is one of the sample
             products = steps * probes - credit
-            spent = m if deflate else max(m - steps, 0)
+            spent = max(m - steps, 0) if taken is None else m
             if spent + steps * probes > budget:
                 continue
             if best is None or products < best.products:
-                best = Plan(products, steps, probes, deflate)
+                best = Plan(products, steps, probes, taken)
     return best
+
+
+def _arrays(found: Quadrature) -> tuple[np.ndarray, ...]:
+    return tuple(np.asarray(x, np.float64) for x in (found.nodes, found.weights, found.residuals))
+
+
+def _smallest(residuals: np.ndarray, share: float) -> np.ndarray:
+    """Which residuals are the smallest ones whose squares are this share of all, at most."""
+    order = np.argsort(residuals)
+    squares = np.cumsum(residuals[order] ** 2)
+    taken = np.zeros(len(residuals), bool)
+    taken[order] = squares <= share * squares[-1]
+    return taken
+
+
+def _left(found: Quadrature, taken: np.ndarray) -> np.ndarray:
+    """(m,) share of the eigenvalues about each node of the first probe that is left there, see above."""
+    nodes, weights, residuals = (x[0][: len(taken)] for x in _arrays(found))
+    single = (residuals <= SETTLED * _gaps(nodes)) & (weights * found.size <= SINGLE)
+    left = np.where(single, 0.0, np.maximum(weights - 1 / found.size, 0.0))
+    return np.where(taken, left, weights)
+
+
+def _gaps(nodes: np.ndarray) -> np.ndarray:
+    apart = np.concatenate([[np.inf], np.diff(nodes), [np.inf]])
+    return np.minimum(apart[:-1], apart[1:])
 
 
 def _at_full_length(found: Quadrature, error: Error) -> int | None:
     """Probes that are wanted with as many steps as the first had; None where no number of them is enough."""
     m = int(found.lengths[0])
-    rule = tuple(np.asarray(x[0][:m], np.float64) for x in (found.nodes, found.weights, found.residuals))
-    return _probes_wanted(found, rule, rule[0][_resolved(found, m)], error, False)
-
-
-def converged(found: Quadrature) -> np.ndarray:
-    """Which Ritz pairs of the first probe are eigenpairs, to be deflated."""
-    m = int(found.lengths[0])
-    scale = max(map(abs, found.range))
-    return np.asarray(found.residuals[0][:m]) <= max(CONVERGED, 8 * found.precision) * scale
+    return _probes_wanted(found, tuple(x[0][:m] for x in _arrays(found)), None, error)
 
 
 def _resolved(found: Quadrature, steps: int) -> np.ndarray:
-    """Converged pairs of a shorter run, roughly: as many of the largest."""
-    at = np.flatnonzero(converged(found))
-    sizes = np.abs(np.asarray(found.nodes[0])[at])
-    count = int(len(at) * steps / found.lengths[0]) if steps < found.lengths[0] else len(at)
-    return at[np.argsort(-sizes)[:count]]
+    """The eigenvalues that runs of so many steps resolve, roughly: as many of the largest converged ones."""
+    m = int(found.lengths[0])
+    nodes, weights, residuals = (x[0][:m] for x in _arrays(found))
+    scale = max(map(abs, found.range))
+    good = residuals <= max(deflation.CONVERGED, 8 * found.precision) * scale
+    at = np.flatnonzero(good & (weights * found.size <= SINGLE))
+    count = int(len(at) * steps / m) if steps < m else len(at)
+    return nodes[at[np.argsort(-np.abs(nodes[at]))[:count]]]
 
 
 def _numbers(most: int) -> list[int]:
@@ -217,10 +262,8 @@ def _shortened(nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, st
     return rules.gauss_rule(alpha, beta, steps)
 
 
-def _probes_wanted(
-    found: Quadrature, rule: rules.Rule, atoms: np.ndarray, error: Error, deflate: bool
-) -> int | None:
-    few, many = (error(_stand_in(found, rule, atoms, k, deflate)) for k in PAIRED)
+def _probes_wanted(found: Quadrature, rule: rules.Rule, taken: np.ndarray | None, error: Error) -> int | None:
+    few, many = (error(_stand_in(found, rule, taken, k)) for k in PAIRED)
     sampled = (few - many) / (PAIRED[0] ** -0.5 - PAIRED[1] ** -0.5)
     fixed = max(many - sampled * PAIRED[1] ** -0.5, 0.0)
     if not np.isfinite(sampled + fixed) or fixed >= 0.9:
@@ -228,58 +271,34 @@ def _probes_wanted(
     return max(LEAST, int(np.ceil((sampled / (1 - fixed)) ** 2)))
 
 
-def _stand_in(
-    found: Quadrature, rule: rules.Rule, atoms: np.ndarray, probes: int, deflate: bool
-) -> Quadrature:
-    """The quadrature that so many probes alike would give, with these eigenvalues known."""
+def _stand_in(found: Quadrature, rule: rules.Rule, taken: np.ndarray | None, probes: int) -> Quadrature:
+    """The quadrature that so many probes alike would give, with what was taken out, or is resolved, known."""
     theta, w, r = rule
-    if not deflate and len(atoms):
-        keep = ~np.isin(np.arange(len(theta)), [int(np.argmin(np.abs(theta - x))) for x in atoms])
-        keep[int(np.argmax(np.where(keep, w, -1)))] = True
-        theta, w, r = theta[keep], w[keep] / w[keep].sum(), r[keep]
-    rows = [np.tile(x, (probes, 1)) for x in (theta, w, np.abs(r))]
-    scale = float(np.abs(theta).max())
-    bulk = dataclasses.replace(
+    if taken is not None:
+        values, _, residuals = (x[0][: len(taken)][taken] for x in _arrays(found))
+        bulk = _alike(found, rule, probes, found.size - len(values))
+        return deflation.with_space(bulk, values, residuals, found.size)
+    atoms = _resolved(found, len(theta))
+    if not len(atoms):
+        return _alike(found, rule, probes, found.size)
+    keep = ~np.isin(np.arange(len(theta)), [int(np.argmin(np.abs(theta - x))) for x in atoms])
+    keep[int(np.argmax(np.where(keep, w, -1)))] = True
+    rest = theta[keep], w[keep] / w[keep].sum(), r[keep]
+    bulk = _alike(found, rest, probes, found.size - len(atoms))
+    return deflation.joined(bulk, np.sort(atoms), np.zeros(len(atoms)), found.size, 0.0)
+
+
+def _alike(found: Quadrature, rule: rules.Rule, probes: int, size: int) -> Quadrature:
+    """The quadrature of so many probes with the same rule."""
+    rows = [np.tile(x, (probes, 1)) for x in (rule[0], rule[1], np.abs(rule[2]))]
+    scale = float(np.abs(rule[0]).max())
+    return dataclasses.replace(
         found,
         nodes=rows[0],
         weights=rows[1],
         residuals=rows[2],
-        lengths=np.full(probes, len(theta)),
+        lengths=np.full(probes, len(rule[0])),
         asymmetry=np.full(probes, found.noise_floor / scale if scale else 0.0),
-        size=found.size - len(atoms),
+        size=size,
         sketches=None,
     )
-    if not len(atoms):
-        return bulk
-    return deflation.joined(bulk, np.sort(atoms), np.zeros(len(atoms)), found.size, 0.0)
-
-
-def _pairs(run: ProbeRun, layout: Layout, found: Quadrature) -> Eigenpairs:
-    """The converged Ritz pairs of the first probe, with their vectors."""
-    row, m = run.rows[0], int(found.lengths[0])
-    vectors = np.linalg.eigh(rules.dense(row["alpha"][:m], row["beta"][: m - 1], np))[1]
-    at = np.flatnonzero(converged(found))
-    assert run.last is not None
-    rows = _basis.stack(run.last.basis, layout, 0, m)
-    run.forget()
-    return Eigenpairs(
-        values=np.asarray(found.nodes[0])[at],
-        vectors=_combined(jnp.asarray(vectors[:, at].T), rows),
-        residuals=np.asarray(found.residuals[0])[at],
-        converged=np.ones(len(at), bool),
-        which="converged",
-        size=found.size,
-        num_matvecs=found.num_matvecs,
-        num_restarts=0,
-        missed=1.0,
-        noise_floor=found.noise_floor,
-        status=Status.CONVERGED,
-    )
-
-
-@jax.jit
-def _combined(weights: jax.Array, rows: PyTree) -> PyTree:
-    def one(x: jax.Array) -> jax.Array:
-        return jnp.tensordot(weights.astype(x.dtype), x, axes=1, precision="highest")
-
-    return jax.tree.map(one, rows)

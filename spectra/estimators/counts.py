@@ -96,9 +96,8 @@ def negative_share(
 
 def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:
     point = np.asarray(x, np.float64)
-    rest, share, known = rules.split(q, point)  # atoms are not sampled
+    rest, share, known, sampled = rules.split(q, point)  # atoms are not sampled
     size = rest.size if rest is not None else 0
-    sampled = rules.rest_bracket(q, point)
     widest = float(min(max(0.5, sampled[0]), sampled[2]))
     variance = widest * (1 - widest)
     low, middle, high = (float(share * part + atoms) for part, atoms in zip(sampled, known, strict=True))

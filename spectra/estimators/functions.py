@@ -12,14 +12,17 @@ from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.keys import require_key
 from spectra.base.meshes import automatic
-from spectra.density.extremes import error_of_powers, sampling_error, shows_fourth_powers
+from spectra.density.extremes import error_of_powers, sampled_end, sampling_error, shows_fourth_powers
 from spectra.density.slq import slq
 from spectra.density.spending import spend
 from spectra.estimators.bracket import Bounds, Function, bracket, domain, evaluate, interval_of, power_means
+from spectra.estimators.linked import linked
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Estimate, Quadrature
 
 Source = LinearOperator | Quadrature
+PROBES = 8
+"""Where a number of probes is not asked for."""
 ONE_SIGNED = (
     "log",
     "log2",
@@ -43,7 +46,7 @@ def trace_of(
     *,
     key: jax.Array | None = None,
     num_steps: int | None = None,
-    num_probes: int = 8,
+    num_probes: int = PROBES,
     tol: float | None = None,
     bounds: Bounds | None = None,
     one_signed: bool | None = None,
@@ -69,14 +72,15 @@ def trace_of(
     is added.
 
     Args:
-        source: symmetric operator of order n, or a `Quadrature` of it, which costs no product.
+        source: symmetric operator of order n, or a `Quadrature` of it, which costs no product and has its
+            steps and probes.
         f: vectorised NumPy function of eigenvalues.
         key: JAX random key; needed for an operator.
         num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
         num_probes: number of probes; with `tol`, num_steps x num_probes is the maximum number of products.
         tol: spend products until stderr and half of the bracket together are below tol |value|: on steps, on
-            probes, or on deflated eigenpairs, whichever is predicted to gain most (see
-            `spectra.density.spending`).
+            probes, or on Ritz vectors that are taken out, whichever is predicted to gain most (see
+            `spectra.density.spending`). The first probe may go on for four times num_steps then.
         bounds: (a, b) known to contain the spectrum; None for an unknown end. (0, None) says that H is
             positive semi-definite: nodes that rounding puts below zero count as zero.
         one_signed: whether every derivative of f keeps one sign on the interval; None: decided by the name of
@@ -192,7 +196,7 @@ def quadrature_of(
     source: LinearOperator | Quadrature,
     key: jax.Array | None,
     num_steps: int | None = None,
-    num_probes: int = 8,
+    num_probes: int = PROBES,
     probe_batch: int | None = None,
     error: Callable[[Quadrature], float] | None = None,
 ) -> Quadrature:
@@ -201,6 +205,7 @@ def quadrature_of(
     if isinstance(source, Quadrature):
         if trees.is_traced(source):
             raise SpectraError("functions of an operator need values: call outside of jit and vmap.")
+        _require_no_run(source, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
         return source
     require_operator(source)
     if trees.is_traced((source, key)):
@@ -209,6 +214,17 @@ def quadrature_of(
     options: dict[str, Any] = {"key": require_key(key), "num_steps": steps, "num_probes": num_probes}
     options["probe_batch"] = probe_batch
     return spend(source, error, **options) if error else slq(source, **options)
+
+
+def _require_no_run(q: Quadrature, **given: int | None) -> None:
+    """Raise where arguments ask for a run of Lanczos that has been made already, and was another one."""
+    of_run = {"num_steps": (None, q.num_steps), "num_probes": (PROBES, q.num_probes), "probe_batch": (None,)}
+    for name, value in given.items():
+        if value not in of_run[name]:
+            raise SpectraError(
+                f"{name}={value} has no effect on a quadrature, which is a run of {q.num_steps} steps of "
+                f"{q.num_probes} probes: leave it out, or pass the operator."
+            )
 
 
 def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_signed: bool) -> Estimate:
@@ -231,21 +247,30 @@ def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_sign
     values = np.where(weights > 0, at(nodes), 0.0)
     mean = float(np.sum(weights * values) / k)
     ends, rests = domain(q, f, (a, b), excludes, bounds, one_signed)
+    inner = _within(q, ends)
     stderr, dof = sampling_error(weights, values, n)
-    if ends is not None:
-        stderr, dof = _spread(q, f, ends, mean)
+    if inner is not None:
+        stderr, dof = _spread(q, f, inner, mean)
     if dof is not None and not shows_fourth_powers(q):
         dof = float(k)
     rounding += n * float(np.sum(np.where(weights > 0, weights * _moved(at, nodes, floor), 0.0)) / k)
     rounding += parts.spill(at, mean)
-    lower, upper, reach, reason = bracket(q, f, ends, rests, one_signed)
+    lower, upper, reach, reason = bracket(q, f, inner, rests, one_signed)
+    below, above = (0.0, 0.0)
+    if parts.links is not None:
+        known_ends = ends or (float(np.min(q.nodes)), float(np.max(q.nodes)))
+        below, above = linked(f, parts.links, known_ends, one_signed)
     if lower is not None and upper is not None:  # sums in another order
-        lower, upper = known + min(lower, n * mean), known + max(upper, n * mean)
+        lower, upper = known + below + min(lower, n * mean), known + above + max(upper, n * mean)
+    else:
+        rounding += above - below
     least, most = (
-        None if end is None or not excludes else known + pick(end, n * mean)
-        for end, pick in zip(reach, (min, max), strict=True)
+        None if end is None or not excludes else known + more + pick(end, n * mean)
+        for end, more, pick in zip(reach, (below, above), (min, max), strict=True)
     )
-    if len(parts.atoms):
+    if parts.links is not None:
+        reason = f"{len(parts.links.theta)} Ritz vectors are taken out; {reason}"
+    elif len(parts.atoms):
         reason = f"{len(parts.atoms)} eigenvalues are resolved; {reason}"
     return Estimate(
         value=known + n * mean,
@@ -258,6 +283,16 @@ def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_sign
         least=least,
         most=most,
     )
+
+
+def _within(q: Quadrature, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The ends of what is sampled, where eigenpairs or a space were taken out, within those of all."""
+    if ends is None or q.bulk is None:
+        return ends
+    floor, nodes = q.noise_floor, np.asarray(q.bulk.nodes)
+    low = min(sampled_end(q, 0), float(nodes.min()) - floor)
+    high = max(sampled_end(q, -1), float(nodes.max()) + floor)
+    return max(ends[0], low), min(ends[1], high)
 
 
 def _spread(q: Quadrature, f: Function, ends: tuple[float, float], mean: float) -> tuple[float, float | None]:

@@ -225,8 +225,9 @@ def _of_rest(quadrature, rule, taken, x, shift):
     low, high = x - shift, x + shift
     if len(theta) > 1:
         # Beyond the first and the last node nothing but what rounding moved is in doubt.
-        starts = theta[taken] - np.where(taken == 0, np.minimum(half, shift), half)
-        stops = theta[taken] + np.where(taken == len(theta) - 1, np.minimum(half, shift), half)
+        least = np.minimum(half, np.min(shift))
+        starts = theta[taken] - np.where(taken == 0, least, half)
+        stops = theta[taken] + np.where(taken == len(theta) - 1, least, half)
         low, high = _outside(low, starts, stops, 0), _outside(high, starts, stops, 1)
     known, rest = _sums_of(w[taken]), np.delete(np.arange(len(theta)), taken)
     left = w[rest].sum()

@@ -53,6 +53,11 @@ class Measures(Protocol):
         ...
 
     @property
+    def links(self) -> Any:
+        """(r,) residuals of atoms that are Ritz values, converged or not."""
+        ...
+
+    @property
     def atoms(self) -> Any:
         """(r,) deflated eigenvalues."""
         ...

@@ -29,6 +29,7 @@ import numpy as np
 
 from spectra.quadrature.brackets import Origin, dropped, largest_mass, rules
 from spectra.quadrature.copies import Measures
+from spectra.quadrature.links import Links
 
 ISOLATED = 1e-2
 """Residual and noise of a resolved pair, in gaps to its neighbours."""
@@ -51,6 +52,20 @@ class Parts:
     coupling: float  # how far the residuals of atoms can move an eigenvalue
     leaks: np.ndarray  # (r,) how much of the rest's measure may belong to an atom, or the reverse
     origin: Origin | None = None  # what the rest was made from by taking resolved nodes out
+    links: Links | None = None  # of atoms that are the Ritz values of a Krylov space
+
+    @property
+    def eigenvalues(self) -> np.ndarray:
+        """The atoms, without Ritz values that have not converged."""
+        if self.links is None or self.rest is None:
+            return self.atoms
+        own = self.links.converged(np.ravel(self.rest.nodes), self.rest.noise_floor)
+        return np.sort(np.append(own, self.sampled))
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """The atoms that all probes have resolved, or that were deflated as eigenpairs."""
+        return self.atoms if self.links is None else np.setdiff1d(self.atoms, self.links.theta)
 
     @property
     def leak(self) -> float:
@@ -87,12 +102,14 @@ def parts(quadrature: Measures) -> Parts:
         return Parts(np.sort(known), None, quadrature.coupling, np.zeros(len(known)))
     found = _resolved(rest, quadrature.noise_floor)
     leaks = np.zeros(len(known))
+    links = None if quadrature.links is None else Links(known, np.asarray(quadrature.links, np.float64))
     if found is None:
-        return Parts(np.sort(known), rest, quadrature.coupling, leaks)
+        return Parts(np.sort(known), rest, quadrature.coupling, leaks, links=links)
     atoms = np.concatenate([known, found.atoms])
     order = np.argsort(atoms)
     leaks = np.concatenate([leaks, found.leaks])
-    return Parts(atoms[order], found.rest, quadrature.coupling + found.coupling, leaks[order], found.origin)
+    coupling = quadrature.coupling + found.coupling
+    return Parts(atoms[order], found.rest, coupling, leaks[order], found.origin, links)
 
 
 def _resolved(q, floor: float) -> Parts | None:

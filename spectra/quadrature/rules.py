@@ -5,7 +5,7 @@ fast. Only `gauss_rule_traced` runs in JAX, for use inside a caller's jit.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -97,26 +97,60 @@ def _eigh_traced(matrix):
         return eigh(matrix)
 
 
-def split(quadrature: Measures, x: np.ndarray) -> tuple[Measures | None, float, np.ndarray]:
-    """What sampling leaves open, and what is known: (quadrature of the rest, its share, atoms' CDF (3, ...)).
+class Split(NamedTuple):
+    """A distribution at points x: what sampling leaves open, and what is known."""
 
-    Without deflated or resolved eigenvalues the rest is all. Atoms are known to the noise floor and the
-    coupling.
+    rest: Measures | None  # the quadrature that is sampled; None where all is known
+    share: float  # of the eigenvalues that it stands for
+    known: np.ndarray  # (3, ...) least, estimated and largest share of the atoms
+    bracket: np.ndarray  # (3, ...) of the rest's distribution, for the probes drawn
+
+
+def split(quadrature: Measures, x: np.ndarray) -> Split:
+    """The distribution at x. Without deflated or resolved eigenvalues the rest is all.
+
+    Atoms are known to the noise floor and the coupling. Of a Krylov space that was taken out whole, either
+    one eigenvalue is open, or the rest is taken at points that `Links.moved` tells: whichever leaves less.
     """
     parts = quadrature.parts
-    shift = quadrature.noise_floor + parts.coupling
-    points = np.stack([x - shift, x, x + shift])
     share = parts.rest.size / quadrature.size if parts.rest is not None else 0.0
-    return parts.rest, share, np.searchsorted(parts.atoms, points, side="right") / quadrature.size
+    shift = quadrature.noise_floor + parts.coupling
+    if parts.links is None or parts.rest is None:
+        return Split(parts.rest, share, *_at(quadrature, x, shift, 0))
+    away = parts.links.moved(x, quadrature.noise_floor)
+    one = _at(quadrature, x, shift, 1)
+    other = _at(quadrature, x, shift + np.where(np.isfinite(away), away, 0.0), 0)
+    widths = [known[2] - known[0] + share * (part[2] - part[0]) for known, part in (one, other)]
+    better = np.isfinite(away) & (widths[1] <= widths[0])
+    return Split(parts.rest, share, *(np.where(better, y, x) for x, y in zip(one, other, strict=True)))
 
 
-def rest_bracket(quadrature: Measures, x: np.ndarray) -> np.ndarray:
-    """(lower, estimate, upper) of the distribution of the rest, for the probes drawn."""
+def doubt(quadrature: Measures, x: np.ndarray) -> np.ndarray:
+    """How many eigenvalues, one at most, vectors that were taken out leave on either side of x."""
+    links, floor = quadrature.parts.links, quadrature.noise_floor
+    if links is None:
+        return np.zeros(np.shape(x))
+    away = links.moved(x, floor)
+    known, part = _at(quadrature, x, floor + np.where(np.isfinite(away), away, 0.0), 0)
+    rest = quadrature.parts.rest.size
+    open_ = quadrature.size * (known[2] - known[0]) + rest * (part[2] - part[0])
+    return np.where(np.isfinite(away), np.minimum(open_, 1.0), 1.0)
+
+
+def _at(quadrature: Measures, x: np.ndarray, shift: float | np.ndarray, open_: int) -> tuple[np.ndarray, ...]:
+    """`Split.known` and `Split.bracket`, with eigenvalues that may be `shift` away and so many in doubt."""
     parts = quadrature.parts
+    points, doubt = np.stack([x - shift, x, x + shift]), np.array([-open_, 0, open_])
+    known = np.searchsorted(parts.sampled, points, side="right")
+    if parts.links is not None:
+        own = quadrature.noise_floor + parts.coupling
+        theta = np.sort(parts.links.theta)
+        known = known + np.searchsorted(theta, np.stack([x - own, x, x + own]), side="right")
+    known = (known + doubt.reshape(3, *[1] * np.ndim(x))) / quadrature.size
     if parts.rest is None:
-        return np.zeros((3, *np.shape(x)))
-    lower, estimate, upper = bracket(parts.rest, x, quadrature.noise_floor + parts.coupling, parts.origin)
-    return np.stack([np.maximum(lower - parts.leak, 0), estimate, np.minimum(upper + parts.leak, 1)])
+        return known, np.zeros((3, *np.shape(x)))
+    lower, estimate, upper = bracket(parts.rest, x, shift, parts.origin)
+    return known, np.stack([np.maximum(lower - parts.leak, 0), estimate, np.minimum(upper + parts.leak, 1)])
 
 
 def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.ndarray:
@@ -186,13 +220,12 @@ def cdf_band(quadrature: Measures, x: np.ndarray, level: float) -> tuple[np.ndar
 
 def curves(quadrature: Measures, x: np.ndarray, level: float) -> list[np.ndarray]:
     """CDF at x: bracket below, estimate, bracket above, and the band that sampling widens them to."""
-    rest, share, known = split(quadrature, x)
-    lower, estimate, upper = rest_bracket(quadrature, x)
+    rest, share, known, (lower, estimate, upper) = split(quadrature, x)
     band = sampling_band(rest, lower, upper, level) if rest is not None else (lower, upper)
     # In counts, not in shares: where all is known the curve is j / n to the bit, and no sum of rounded parts.
     n, size = quadrature.size, round(share * quadrature.size)
     pairs = zip((lower, estimate, upper, *band), (*known, known[0], known[2]), strict=True)
-    return [(size * curve + np.rint(n * atoms)) / n for curve, atoms in pairs]
+    return [np.clip((size * curve + np.rint(n * atoms)) / n, 0.0, 1.0) for curve, atoms in pairs]
 
 
 def band_width_parts(quadrature: Measures, level: float) -> tuple[float, float]:

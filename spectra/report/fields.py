@@ -70,7 +70,7 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "size": _SIZE, "num_matvecs": _COUNT, "precision": _POSITIVE, "status": _STATUS,
         "bulk": _or_none(_a(Quadrature)), "atoms": _or_none(_array("deflated")),
         "coupling": _POSITIVE, "rounding": _POSITIVE, "coefficients": _or_none(_array("probes 2 length")),
-        "sketches": _or_none(_array("probes steps sketch")),
+        "sketches": _or_none(_array("probes steps sketch")), "links": _or_none(_array("deflated", low=0)),
     },
     Moments: {
         "moments": _array("probes moments"), "bounds": _array("2"), "size": _SIZE, "num_matvecs": _COUNT,

@@ -61,6 +61,7 @@ class Quadrature(Result):
     rounding: float = 0.0  # change of H at parameters moved by one rounding, over |H|; 0 if not measured
     coefficients: Array | None = None  # (k, 2, m): α and β of each step, where copies were merged
     sketches: Array | None = None  # (k, m, 8) products of Ritz vectors with random ones: tell copies apart
+    links: Array | None = None  # (r,) residuals of atoms that are Ritz values, converged or not
 
     @functools.cached_property
     def parts(self) -> Parts:
@@ -70,7 +71,7 @@ class Quadrature(Result):
     @property
     def resolved(self) -> np.ndarray:
         """(r,) eigenvalues without sampling error: deflated, or simple and resolved by every probe."""
-        return self.parts.atoms
+        return self.parts.eigenvalues
 
     @property
     def num_probes(self) -> int:

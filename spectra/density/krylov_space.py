@@ -1,0 +1,67 @@
+"""Ritz vectors of one long run that are taken out of an operator, and runs of probes outside of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra.base.progress import Progress
+from spectra.base.trees import PyTree
+from spectra.density import deflation
+from spectra.density.run import ProbeRun
+from spectra.krylov import basis as _basis
+from spectra.krylov.layout import Layout
+from spectra.operators.arithmetic import outside_loops
+from spectra.operators.base import LinearOperator
+from spectra.operators.composed import DeflatedOperator
+from spectra.quadrature import rules
+from spectra.results import Quadrature
+
+ROWS = 16
+"""A space is handed to the samples in multiples of this, filled up by zeros: compiled code is shared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """Ritz vectors that were taken out, with their values and residuals, and what they cost."""
+
+    values: np.ndarray  # (r,)
+    residuals: np.ndarray  # (r,)
+    vectors: PyTree  # orthonormal, leaves (rows, *leaf.shape); rows of zeros behind the last
+    size: int  # n
+    num_matvecs: int
+
+    def joined(self, rest: Quadrature) -> Quadrature:
+        """The quadrature of all, from that of the complement."""
+        found = deflation.with_space(rest, self.values, self.residuals, self.size)
+        return dataclasses.replace(found, num_matvecs=rest.num_matvecs + self.num_matvecs)
+
+
+def taken_out(run: ProbeRun, layout: Layout, found: Quadrature, taken: np.ndarray) -> Space:
+    """Some Ritz vectors of the one probe of a run, whose basis it forgets."""
+    m, row = len(taken), run.rows[0]
+    at = np.eye(m)[:, taken]
+    if not taken.all():  # else the basis itself is as good
+        at = np.linalg.eigh(rules.dense(row["alpha"][:m], row["beta"][: m - 1], np))[1][:, taken]
+    at = np.pad(at, ((0, 0), (0, -at.shape[1] % ROWS)))
+    assert run.last is not None
+    vectors = _combined(jnp.asarray(at.T), _basis.stack(run.last.basis, layout, 0, m))
+    run.forget()
+    values, residuals = (np.asarray(x[0], np.float64)[:m][taken] for x in (found.nodes, found.residuals))
+    return Space(values, residuals, vectors, found.size, found.num_matvecs)
+
+
+def outside(op: LinearOperator, space: Space, layout: Layout, key: jax.Array, bar: Progress) -> ProbeRun:
+    """A run of probes in the complement of a space."""
+    inner = outside_loops(DeflatedOperator(op, space.vectors).prepare())
+    size = op.size - len(space.values)
+    return ProbeRun(inner, layout, key, bar, size=size, known=space.vectors)
+
+
+@jax.jit
+def _combined(weights: jax.Array, rows: PyTree) -> PyTree:
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.tensordot(weights.astype(x.dtype), x, axes=1, precision="highest")
+
+    return jax.tree.map(one, rows)
