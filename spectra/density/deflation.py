@@ -67,7 +67,8 @@ def with_atoms(bulk: Quadrature, pairs: Eigenpairs) -> Quadrature:
 def with_space(bulk: Quadrature, atoms: np.ndarray, residuals: np.ndarray, n: int) -> Quadrature:
     """The same where all Ritz values of a Krylov space are taken out, see `spectra.quadrature.links`.
 
-    Those that have converged are eigenpairs, and couple as those do.
+    Those that have converged are eigenpairs, and couple as those do. An invariant space of the complement is
+    none of the whole while others couple.
     """
     scale = max(map(abs, (*bulk.range, *atoms)))
     known = residuals <= max(CONVERGED, 8 * bulk.precision) * scale
@@ -76,7 +77,10 @@ def with_space(bulk: Quadrature, atoms: np.ndarray, residuals: np.ndarray, n: in
     open_ = float(np.linalg.norm(links))  # what a product of the rest has in the space
     found = dataclasses.replace(bulk, residuals=np.hypot(bulk.residuals, open_))
     found = joined(found, atoms, residuals, n, coupling)
-    return dataclasses.replace(found, bulk=bulk, links=links)
+    invariant = bulk.status is Status.INVARIANT and open_ > 0
+    return dataclasses.replace(
+        found, bulk=bulk, links=links, status=Status.COMPLETE if invariant else bulk.status
+    )
 
 
 def joined(bulk: Quadrature, atoms: np.ndarray, own: np.ndarray, n: int, coupling: float) -> Quadrature:

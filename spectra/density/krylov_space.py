@@ -32,6 +32,11 @@ class Space:
     size: int  # n
     num_matvecs: int
 
+    @property
+    def norm(self) -> float:
+        """The largest |Ritz value|."""
+        return float(np.abs(self.values).max())
+
     def joined(self, rest: Quadrature) -> Quadrature:
         """The quadrature of all, from that of the complement."""
         found = deflation.with_space(rest, self.values, self.residuals, self.size)
@@ -56,7 +61,7 @@ def outside(op: LinearOperator, space: Space, layout: Layout, key: jax.Array, ba
     """A run of probes in the complement of a space."""
     inner = outside_loops(DeflatedOperator(op, space.vectors).prepare())
     size = op.size - len(space.values)
-    return ProbeRun(inner, layout, key, bar, size=size, known=space.vectors)
+    return ProbeRun(inner, layout, key, bar, size=size, known=space.vectors, whole=space.norm)
 
 
 @jax.jit

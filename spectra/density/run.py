@@ -41,6 +41,7 @@ class ProbeRun:
         size: int,
         apart: bool = False,
         known: Any = None,
+        whole: float = 0.0,
         home: Any = None,
         recorder: Recorder | None = None,
         keep_basis: bool = True,
@@ -49,6 +50,7 @@ class ProbeRun:
         self.keep_last, self.last = keep_last, None  # the state of the last probe, for its vectors
         self.keep_basis = keep_basis
         self.known = known  # vectors that the probes are made orthogonal to
+        self.whole = whole  # norm of the operator with them
         self.home = home  # where the basis lives, if not with the operator
         self.op, self.layout, self.key, self.bar = op, layout, key, bar
         self.apart, self.recorder = apart, recorder
@@ -112,6 +114,7 @@ class ProbeRun:
                 apart=self.apart,
                 home=self.home,
                 known=self.known,
+                whole=self.whole,
                 passes=self._passes(probes, state, done) if stop == done + 1 else None,
             )
             self.bar.update((stop - done) * len(probes))
@@ -180,7 +183,8 @@ class ProbeRun:
     def _require_symmetric(self) -> None:
         """Two steps of the first probe: a single one has no coefficient that symmetry makes zero."""
         state = self._fresh(range(1), 2, False)
-        recurrence.advance(self.op, self.layout, state, 0, 2, batched=False, apart=self.apart, home=self.home)
+        places: dict[str, Any] = {"batched": False, "apart": self.apart, "home": self.home}
+        recurrence.advance(self.op, self.layout, state, 0, 2, **places, whole=self.whole)
 
     def _fresh(self, probes: range, num_steps: int, batched: bool) -> LanczosState:
         """The state before the first step."""
@@ -213,7 +217,9 @@ class ProbeRun:
         # Coefficients that symmetry makes zero are rounding: beyond ten times their natural size
         # something in the loss is rougher than its precision.
         rounding = max(100 * self.precision, self.layout.row_precision)
-        if asymmetry.max() > rounding * np.sqrt(steps):
+        size = float(np.abs(nodes).max())
+        share = size / max(size, self.whole) if size > 0 else 1.0
+        if asymmetry.max() * share > rounding * np.sqrt(steps):
             status = Status.NOISY
         found = Quadrature(
             nodes=nodes,

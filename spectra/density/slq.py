@@ -202,22 +202,23 @@ def _one(
     require_fit(plan)
     layout, home = place_basis(op, basis, basis_dtype)
     keep = basis != "none"
-    size, vectors = op.size, None
+    size, vectors, whole = op.size, None, 0.0
     space = None
     if isinstance(deflate, int | np.integer) and deflate is not True:
         space = _space(op, key, int(deflate), num_steps, bar, (basis, basis_dtype, checkpoint))
-        size, vectors = op.size - len(space.values), space.vectors
+        size, vectors, whole = op.size - len(space.values), space.vectors, space.norm
         op = DeflatedOperator(op, vectors)
     elif deflate is not None:
         pairs = deflation.check(op, deflate)
         size, vectors = op.size - len(pairs.values), pairs.vectors
+        whole = float(np.max(np.abs(pairs.values), initial=0.0))
         recurrence.check_steps(num_steps, size)
         op = DeflatedOperator(op, vectors)
     recorder = None
     if checkpoint is not None:
         recorder = Recorder(checkpoint, op, layout, key, keep_basis=keep)
     with recorder.running() if recorder else contextlib.nullcontext():
-        places: dict[str, Any] = {"apart": apart, "known": vectors, "home": home}
+        places: dict[str, Any] = {"apart": apart, "known": vectors, "whole": whole, "home": home}
         places |= {"recorder": recorder, "keep_basis": keep}
         run = ProbeRun(outside_loops(op.prepare()), layout, key, bar, size=size, **places)
         if tol is None:

@@ -218,12 +218,13 @@ def advance(
     home: Any = None,
     passes: Passes | None = None,
     known: PyTree = None,
+    whole: float = 0.0,
 ) -> LanczosState:
     """Steps start..stop-1 from the host, checked for NaN and for symmetry. Consumes `state`.
 
     Product and recurrence are one compiled loop, or, `apart`, two programs: the one of the recurrence
     then serves all operators of the same size, and can run on a device of its own, `home`. A product that
-    streams its data is seen by `passes` between batches. `known` as in `run`.
+    streams its data is seen by `passes` between batches. `known` as in `run`, `whole` as in `check`.
     """
     if op.on_host or apart or home is not None:
         for i in range(start, stop):
@@ -237,12 +238,15 @@ def advance(
             state = _absorb_one(layout.anonymous(), i, w, state, batched=batched)
     else:
         state = _run_chunk(op, layout, state, start, stop, known, batched=batched)
-    check(op, state, stop, layout.row_precision)
+    check(op, state, stop, layout.row_precision, whole)
     return state
 
 
-def check(op: LinearOperator, state: LanczosState, stop: int, row_precision: float) -> None:
-    """Raise if a product was not finite or the operator is not symmetric."""
+def check(op: LinearOperator, state: LanczosState, stop: int, row_precision: float, whole: float = 0.0) -> None:
+    """Raise if a product was not finite or the operator is not symmetric.
+
+    `whole` is the norm of an operator of which this is a part: what is left of that may be rounding alone.
+    """
     alpha, beta, scale, asymmetry = jax.device_get((state.alpha, state.beta, state.scale, state.asymmetry))
     bad = ~(np.isfinite(alpha[..., :stop]) & np.isfinite(beta[..., :stop]))
     if bad.any():
@@ -251,6 +255,7 @@ def check(op: LinearOperator, state: LanczosState, stop: int, row_precision: flo
             f"the product of Lanczos step {step + 1} is NaN or infinite. {op.explain_non_finite()}"
         )
     limit = max(float(np.sqrt(op.precision)), row_precision)  # rounded rows look like asymmetry
+    scale = np.maximum(scale, whole)
     worst = float(np.max(asymmetry / np.where(scale > 0, scale, 1)))
     if worst > limit:
         raise NotSymmetricError(

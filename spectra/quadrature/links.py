@@ -75,8 +75,17 @@ class Links:
             low, high = (low, middle) if beyond else (middle, high)
         return sign * high
 
-    def converged(self, others: np.ndarray, floor: float) -> np.ndarray:
-        """Ritz values that are eigenvalues: their residuals are small beside the gap to any other node."""
-        away = np.abs(self.theta[:, None] - np.append(self.theta, others))
-        away[np.arange(len(self.theta)), np.arange(len(self.theta))] = np.inf
-        return self.theta[self.residuals + floor <= ISOLATED * away.min(axis=1)]
+    def eigenvalues(self, resolved: np.ndarray, others: np.ndarray, floor: float) -> np.ndarray:
+        """Those of H among the Ritz values and the `resolved` eigenvalues of B; `others` are nodes of its rest.
+
+        A residual r that is small beside the gap to any other node leaves r² / gap. An eigenvalue of B is
+        moved by no more than |h| about it, where no other one is as near: that has to be as small.
+        """
+        values = np.append(self.theta, resolved)
+        away = np.abs(values[:, None] - np.append(values, others))
+        away[np.arange(len(values)), np.arange(len(values))] = np.inf
+        gaps, m = away.min(axis=1), len(self.theta)
+        least = ISOLATED**2 * gaps[m:]
+        own = self.theta[self.residuals + floor <= ISOLATED * gaps[:m]]
+        moved = [float(self.moved(x, floor + d)) for x, d in zip(resolved, least, strict=True)]
+        return np.sort(np.append(own, resolved[np.asarray(moved) <= least]))

@@ -56,11 +56,10 @@ class Parts:
 
     @property
     def eigenvalues(self) -> np.ndarray:
-        """The atoms, without Ritz values that have not converged."""
-        if self.links is None or self.rest is None:
+        """The atoms, without Ritz values that have not converged and what they are coupled to."""
+        if self.links is None or self.links.beta == 0 or self.rest is None:
             return self.atoms
-        own = self.links.converged(np.ravel(self.rest.nodes), self.rest.noise_floor)
-        return np.sort(np.append(own, self.sampled))
+        return self.links.eigenvalues(self.sampled, np.ravel(self.rest.nodes), self.rest.noise_floor)
 
     @property
     def sampled(self) -> np.ndarray:
@@ -103,7 +102,8 @@ def parts(quadrature: Measures) -> Parts:
     found = _resolved(rest, quadrature.noise_floor)
     leaks = np.zeros(len(known))
     links = None if quadrature.links is None else Links(known, np.asarray(quadrature.links, np.float64))
-    if found is None:
+    # Where all of the complement is known, what couples it to the space is not: it stays what is sampled.
+    if found is None or (found.rest is None and links is not None and links.beta > 0):
         return Parts(np.sort(known), rest, quadrature.coupling, leaks, links=links)
     atoms = np.concatenate([known, found.atoms])
     order = np.argsort(atoms)

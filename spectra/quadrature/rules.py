@@ -128,7 +128,7 @@ def split(quadrature: Measures, x: np.ndarray) -> Split:
 def doubt(quadrature: Measures, x: np.ndarray) -> np.ndarray:
     """How many eigenvalues, one at most, vectors that were taken out leave on either side of x."""
     links, floor = quadrature.parts.links, quadrature.noise_floor
-    if links is None:
+    if links is None or links.beta == 0:
         return np.zeros(np.shape(x))
     away = links.moved(x, floor)
     known, part = _at(quadrature, x, floor + np.where(np.isfinite(away), away, 0.0), 0)
