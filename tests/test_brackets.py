@@ -1,11 +1,14 @@
 """The bracket of a probe's distribution holds on measures that are known, and none is narrower."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
 from spectra.base.errors import Status
 from spectra.quadrature import brackets
-from spectra.quadrature.hinges import hinges
+from spectra.quadrature.hinges import DOUBT, _touched, hinges
 from spectra.quadrature.rules import gauss_rule
 from spectra.results import Quadrature
 
@@ -147,3 +150,25 @@ def test_means_of_hinges_hold_at_every_point_and_are_sharp(name, steps):
         if steps == 12:
             spread = heights.max() - heights.min()
             assert gauss[i] + found.above[i] - heights.max() <= 0.25 * spread + slack
+
+
+@pytest.mark.parametrize("width", [0.3, 1e-2, 1e-3, 1e-4])
+def test_stationary_points_that_rounding_hides_are_left_out(width):
+    # Five nodes in each of two clusters, whose divided differences cancel; the truth is in whole fractions.
+    rng = np.random.default_rng(0)
+    x = np.sort(np.concatenate([width * rng.random(5), 1 - width * rng.random(5)]))
+    exact = [Fraction(value) for value in x.tolist()]
+    apart = [[a - b for b in exact if b != a] for a in exact]
+    c = [1 / math.prod(row) ** 2 for row in apart]
+    d = [2 * sum(1 / a for a in row) for row in apart]
+    found, known = _touched(x), 0
+    for g, t in enumerate(found):
+        right = range(g + 1, len(x))
+        slope = sum(c[i] * d[i] for i in right)
+        truth = float(sum(c[i] * (d[i] * exact[i] - 1) for i in right) / slope)
+        if np.isfinite(t):
+            assert abs(t - truth) <= DOUBT * (x[g + 1] - x[g])
+            known += 1
+        elif width == 0.3:  # there rounding hides nothing
+            assert not x[g] + 1e-9 < truth < x[g + 1] - 1e-9
+    assert known >= 1

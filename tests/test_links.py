@@ -194,6 +194,62 @@ def test_what_cannot_be_taken_out_is_refused(tmp_path):
         spectra.slq(op, key=key, num_steps=STEPS, deflate=True)
 
 
+def test_what_couples_counts_where_all_of_the_complement_is_known(x64):
+    # 28 + 12 = 40: each probe has all eigenvalues of B, and those of H are others.
+    values = np.linspace(-1.0, 2.0, 40)
+    op = spectra.MatrixOperator(np.diag(values))
+    q = spectra.slq(op, key=jax.random.key(0), num_steps=STEPS, num_probes=PROBES, deflate=40 - STEPS)
+    assert q.status is spectra.Status.COMPLETE
+    truth = np.searchsorted(values, X, side="right") / 40
+    low, _, high = q.cdf(X)
+    assert ((low <= truth + 1e-12) & (truth <= high + 1e-12)).all()
+    for f in (np.exp, np.abs):
+        low, _, high = spectra.trace_of(q, f, bounds=(-1.0, 2.0)).interval()
+        assert low <= f(values).sum() <= high
+    count = spectra.count_above(q, 0.5).interval()
+    assert count.lower <= 20 <= count.upper
+    assert np.isfinite(spectra.spectral_density(q).upper).all()
+    # r <= 0.01 gap: within 1e-4 of a gap, of 3 / 39.
+    assert (np.abs(q.resolved[:, None] - values).min(axis=1) <= 1e-5).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_eigenvalues_of_the_complement_are_not_taken_for_those_of_the_whole(seed, x64):
+    # One Ritz vector mixes all eigenvectors: what probes resolve outside of it is off by up to 0.03.
+    values = 2.0 ** -np.arange(40)
+    op = spectra.MatrixOperator(np.diag(values))
+    q = spectra.slq(op, key=jax.random.key(seed), num_steps=STEPS, num_probes=PROBES, deflate=1)
+    assert len(q.parts.sampled)
+    for found in q.resolved:
+        i = int(np.argmin(np.abs(values - found)))
+        gap = np.min(np.abs(np.delete(values, i) - values[i]))
+        assert abs(values[i] - found) <= max(1e-3 * gap, 1e-15)
+
+
+@pytest.mark.parametrize(
+    ("values", "count"),
+    [(np.append(np.zeros(35), np.arange(1.0, 6.0)), 8), (np.zeros(40), 5), (np.repeat([-1.0, 1.0], 20), 1)],
+)
+def test_a_space_longer_than_the_spectrum_leaves_rounding_which_is_no_asymmetry(values, count, x64):
+    op = spectra.MatrixOperator(np.diag(values))
+    truth = np.searchsorted(values, X + 1e-6, side="right") / 40
+    for key in jax.random.split(jax.random.key(0), 3):
+        q = spectra.slq(op, key=key, num_steps=STEPS, num_probes=PROBES, deflate=count)
+        assert q.status is not spectra.Status.NOISY
+        low, _, high = q.cdf(X + 1e-6, level=0.999)
+        assert ((low <= truth + 1e-12) & (truth <= high + 1e-12)).all()
+        low, _, high = spectra.trace_of(q, np.abs, bounds=(-2.0, 6.0)).interval(level=0.999)
+        assert low - 1e-9 <= np.abs(values).sum() <= high + 1e-9
+
+
+def test_eigenpairs_that_are_all_leave_rounding_which_is_no_asymmetry(x64):
+    values = np.append(np.zeros(35), np.arange(1.0, 6.0))
+    op = spectra.MatrixOperator(np.diag(values))
+    pairs = spectra.eigsh(op, 5, key=jax.random.key(0))
+    q = spectra.slq(op, key=jax.random.key(1), num_steps=STEPS, num_probes=PROBES, deflate=pairs)
+    assert float(spectra.trace_of(q, np.abs, bounds=(-1.0, 6.0))) == pytest.approx(15, abs=1e-9)
+
+
 def test_an_invariant_space_leaves_nothing_coupled(x64):
     values = np.repeat([0.0, 1.0, 4.0], N // 3)
     q = run(values, jax.random.key(6))

@@ -157,9 +157,12 @@ def _clear(layout: Layout, known: PyTree, current: Panels) -> Panels:
     """q_i without what rounding has left along deflated vectors.
 
     Their eigenvalue is zero where they are deflated. The product does not see that part, but the three terms
-    carry it on, and outside the rest of the spectrum it grows until zero is a Ritz value.
+    carry it on, and outside the rest of the spectrum it grows until zero is a Ritz value. Where a run has
+    exhausted its space nothing but rounding is left, much of it along them: then the length is not one.
     """
-    return layout.pack(project(known, layout.unpack(current)))
+    panels = layout.pack(project(known, layout.unpack(current)))
+    size = step.norm(panels)
+    return trees.scale(jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0), panels)
 
 
 @partial(jax.jit, static_argnames=("layout", "batched"))
@@ -242,7 +245,9 @@ def advance(
     return state
 
 
-def check(op: LinearOperator, state: LanczosState, stop: int, row_precision: float, whole: float = 0.0) -> None:
+def check(
+    op: LinearOperator, state: LanczosState, stop: int, row_precision: float, whole: float = 0.0
+) -> None:
     """Raise if a product was not finite or the operator is not symmetric.
 
     `whole` is the norm of an operator of which this is a part: what is left of that may be rounding alone.

@@ -76,7 +76,9 @@ class Links:
         return sign * high
 
     def eigenvalues(self, resolved: np.ndarray, others: np.ndarray, floor: float) -> np.ndarray:
-        """Those of H among the Ritz values and the `resolved` eigenvalues of B; `others` are nodes of its rest.
+        """Those of H among the Ritz values and the `resolved` eigenvalues of B.
+
+        `others` are the nodes of what is left of B.
 
         A residual r that is small beside the gap to any other node leaves r² / gap. An eigenvalue of B is
         moved by no more than |h| about it, where no other one is as near: that has to be as small.

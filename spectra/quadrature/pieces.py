@@ -110,6 +110,6 @@ def _fits(values: np.ndarray, theta: np.ndarray, w: np.ndarray, x: np.ndarray) -
         alpha = w @ (theta * now[0] ** 2)
         following = [(t - alpha) * n - beta * b for t, n, b in zip((theta, x), now, last, strict=True)]
         beta = float(np.sqrt(w @ following[0] ** 2))
-        if not beta > np.finfo(float).eps * np.abs(theta).max():
+        if not beta > np.finfo(float).eps * np.abs(x).max():  # where all nodes are rounding, x is far away
             return
         last, now = now, (following[0] / beta, following[1] / beta)

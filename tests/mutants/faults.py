@@ -474,6 +474,13 @@ DENSITY = [
         "test_brackets.py::test_means_of_hinges_hold_at_every_point_and_are_sharp",
     ),
     fault(
+        "stationary points that rounding hides are taken for such",
+        "quadrature/hinges.py",
+        "& (doubt < DOUBT * gaps)",
+        "& (doubt < np.inf)",
+        "test_brackets.py::test_stationary_points_that_rounding_hides_are_left_out",
+    ),
+    fault(
         "a hinge bends upwards and downwards alike",
         "quadrature/pieces.py",
         "convex, concave = np.maximum(bends, 0), np.maximum(-bends, 0)",
