@@ -190,8 +190,11 @@ def test_what_cannot_be_taken_out_is_refused(tmp_path):
     for place in ({"basis": "none"}, {"checkpoint": tmp_path / "c"}):
         with pytest.raises(spectra.SpectraError, match="leave basis= and checkpoint= out"):
             spectra.slq(op, key=key, num_steps=STEPS, deflate=5, **place)
-    with pytest.raises(spectra.SpectraError, match="deflate"):
-        spectra.slq(op, key=key, num_steps=STEPS, deflate=True)
+    for given in (True, False):
+        with pytest.raises(spectra.SpectraError, match="deflate is of type bool"):
+            spectra.slq(op, key=key, num_steps=STEPS, deflate=given)
+    with pytest.raises(spectra.SpectraError, match=f"num_steps={N} leaves none of {N} Ritz vectors"):
+        spectra.slq(op, key=key, num_steps=N, deflate=5)
 
 
 def test_what_couples_counts_where_all_of_the_complement_is_known(x64):
