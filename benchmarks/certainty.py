@@ -10,11 +10,12 @@ Wasserstein distance of 0.001 of the range, which no package knows by itself: it
 Nothing of another package is written anew. Hutchinson's error with signs has a closed form, which stands for
 all that have it.
 
-The rows `at the least` bound what is possible. From r products no more than r directions are known, and none
-are worth more than the eigenvectors of what deviates most; what is left is sampled, one product for a sample
-even of f(H). The sum of both is the least over r, with 1.96 standard errors within the tolerance: what
-deflation with samples outside would need if it were given the eigenvectors. Estimates that use a product in
-both roles, as XTrace does, may need fewer. Ten eigenvalues are Ritz values of ten products at the least.
+The rows `at the least` bound deflation with samples outside. From r products no more than r directions are
+known, and none are worth more than the eigenvectors of what deviates most; what is left is sampled, one
+product for a sample even of f(H). The sum of both is the least over r, with 1.96 standard errors within the
+tolerance: what deflation with samples outside would need if it were given the eigenvectors. Estimates that
+use a product in both roles, as XTrace does, may need fewer. Ten eigenvalues are Ritz values of ten products
+at the least.
 """
 
 import dataclasses
