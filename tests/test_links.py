@@ -216,6 +216,14 @@ def test_what_couples_counts_where_all_of_the_complement_is_known(x64):
     assert (np.abs(q.resolved[:, None] - values).min(axis=1) <= 1e-5).all()
 
 
+def test_a_tolerance_is_met_by_the_whole(x64):
+    # One eigenvalue of 30 is in doubt on either side, which no probe narrows.
+    op = spectra.MatrixOperator(np.diag(np.linspace(-1.0, 2.0, 30)))
+    for tol in (0.05, 0.3, 0.6):
+        q = spectra.slq(op, key=jax.random.key(0), num_steps=20, num_probes=6, deflate=4, tol=tol)
+        assert (q.status is spectra.Status.CONVERGED) == (q.band_width() <= tol)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_eigenvalues_of_the_complement_are_not_taken_for_those_of_the_whole(seed, x64):
     # One Ritz vector mixes all eigenvectors: what probes resolve outside of it is off by up to 0.03.
