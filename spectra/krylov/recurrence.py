@@ -157,12 +157,9 @@ def _clear(layout: Layout, known: PyTree, current: Panels) -> Panels:
     """q_i without what rounding has left along deflated vectors.
 
     Their eigenvalue is zero where they are deflated. The product does not see that part, but the three terms
-    carry it on, and outside the rest of the spectrum it grows until zero is a Ritz value. Where a run has
-    exhausted its space nothing but rounding is left, much of it along them: then the length is not one.
+    carry it on, and outside the rest of the spectrum it grows until zero is a Ritz value.
     """
-    panels = layout.pack(project(known, layout.unpack(current)))
-    size = step.norm(panels)
-    return trees.scale(jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0), panels)
+    return layout.pack(project(known, layout.unpack(current)))
 
 
 @partial(jax.jit, static_argnames=("layout", "batched"))
