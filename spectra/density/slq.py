@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeGuard, overload
 
 import jax
@@ -228,8 +228,7 @@ def _one(
                 run.add(range(start, min(start + plan.probe_batch, num_probes)), num_steps)
             result = run.result()
         else:
-            joined = space.joined if space is not None else lambda rest: rest
-            result = _adaptive(run, num_steps, num_probes, tol, plan.probe_batch, joined)
+            result = _adaptive(run, num_steps, num_probes, tol, plan.probe_batch, space)
     if space is not None:
         return space.joined(result)
     return deflation.with_atoms(result, deflate) if isinstance(deflate, Eigenpairs) else result
@@ -271,17 +270,21 @@ def _adaptive(
     num_probes: int,
     tol: float,
     batch: int,
-    joined: Callable[[Quadrature], Quadrature],
+    space: krylov_space.Space | None,
 ) -> Quadrature:
     """Find the steps with the first probe, then add probes as the sampling part asks for them.
 
-    The band is that of `joined`, with what couples a space that was taken out.
+    The band is that of the whole, with what couples a space that was taken out.
     """
+
+    def found() -> Quadrature:
+        return run.result() if space is None else space.joined(run.result())
+
     run.add(range(1), num_steps, stop_when=lambda q: rules.band_width_parts(q, 0.95)[0] <= tol / 2)
     steps = run.steps_done
-    while (width := joined(run.result()).band_width()) > tol and run.num_probes < num_probes:
+    while (width := found().band_width()) > tol and run.num_probes < num_probes:
         # The sampling part falls at least like 1 / sqrt(k): never more probes than that predicts.
-        inner, sampling = rules.band_width_parts(joined(run.result()), 0.95)
+        inner, sampling = rules.band_width_parts(found(), 0.95)
         ratio = (sampling / max(tol - inner, tol / 4)) ** 2
         more = int(np.clip(np.ceil(run.num_probes * (ratio - 1)), 1, batch))
         run.add(range(run.num_probes, min(run.num_probes + more, num_probes)), steps)
