@@ -50,3 +50,15 @@ def test_both_forms_of_a_key_are_one():
         assert require_key(key) == typed
     assert jax.jit(lambda key: jax.random.normal(require_key(key)))(raw) == jax.random.normal(typed)
     assert key_check(lambda x: x) is None
+
+
+def test_the_numbers_of_a_key_are_those_of_the_implementation_that_is_set():
+    with jax.default_prng_impl("rbg"):  # four numbers
+        typed, raw = jax.random.key(5), jax.random.PRNGKey(5)
+        assert require_key(raw) == require_key(typed) == typed
+        with pytest.raises(spectra.SpectraError, match=r"uint32 of shape \(2,\), and no random key"):
+            require_key(np.zeros(2, np.uint32))
+    with pytest.raises(spectra.SpectraError, match=r"uint32 of shape \(4,\), and no random key"):
+        require_key(raw)
+    with pytest.raises(spectra.SpectraError, match="array of uint64"):
+        require_key(np.zeros(2, np.uint64))

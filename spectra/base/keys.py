@@ -29,12 +29,15 @@ def require_key(key: jax.Array | None, name: str = "key") -> jax.Array:
         raise SpectraError(f"{name}={key!r} is no random key: {ADVICE}")
     found: Any = key
     if not jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
-        width = np.shape(jax.eval_shape(jax.random.key_data, jax.eval_shape(jax.random.key, 0)))
-        if found.dtype != jnp.uint32 or found.shape[-1:] != width:
-            raise SpectraError(
-                f"{name} is an array of {found.dtype} of shape {found.shape}, and no random key: {ADVICE}"
-            )
-        found = cast("Any", jax.random.wrap_key_data)(jnp.asarray(found))
+        refusal = SpectraError(
+            f"{name} is an array of {key.dtype} of shape {key.shape}, and no random key: {ADVICE}"
+        )
+        if found.dtype != jnp.uint32:  # 64 bits would be cut
+            raise refusal
+        try:  # JAX knows how many numbers a key has: that depends on its configuration
+            found = cast("Any", jax.random.wrap_key_data)(jnp.asarray(found))
+        except (TypeError, ValueError) as error:
+            raise refusal from error
     if found.shape:
         raise SpectraError(
             f"{name} is an array of keys of shape {found.shape}: pass one of them, or jax.vmap over them."
