@@ -76,14 +76,10 @@ class EigenRun:
         self.copies = self.extended = 0  # missed copies found so far
         self.allowed = 0  # products that a search may go up to
         self.search: missing.Search | None = None  # the one under way
-        self.goal, self.row = (
-            0,
-            None,
-        )  # products at which to look at the residuals, and the row on the way there
-        self.part, self.seconds = (
-            1,
-            time.monotonic(),
-        )  # products between two looks at the clock, and the last one
+        self.goal = 0  # products at which to look at the residuals
+        self.row: int | None = None  # on the way there
+        self.part = 1  # products between two looks at the clock
+        self.seconds = time.monotonic()  # of the last one
         given = [] if deflate is None else stacks.split(deflate.vectors)
         known = len(given)
         self.capacity = limit + block_size + known

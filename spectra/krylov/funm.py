@@ -89,9 +89,10 @@ def funm(
         tol: accepted error relative to |f(H) v|; 0 takes all steps.
         bounds: (a, b) that contain the spectrum, None for an unknown end; or several such intervals.
         key: JAX random key for the ends of the spectrum; default jax.random.key(0).
-        progress: show the products, and the error of the vector under way.
-        checkpoint: a folder, or a `Checkpoint`, to save the run in: values that are done, and the basis of
-            the one under way. The same call goes on from there, to the same bits.
+        progress: show the number of products, and the error of the current vector.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in: finished values, and the basis of the
+            current one. The same call resumes from there, with bit-identical results on the same devices.
+            The first save comes after the products for the ends of the spectrum.
 
     Returns:
         `FunctionProduct` with value and error_bound. `status` is CONVERGED, INVARIANT where the Krylov space
