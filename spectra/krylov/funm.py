@@ -1,5 +1,6 @@
 """Functions of an operator applied to vectors, by Lanczos, with a bound on the error."""
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -139,8 +140,7 @@ def funm(
 
     def arguments() -> dict[str, Any]:
         own = {"num_steps": steps, "tol": float(tol), "bounds": [list(pair) for pair in intervals]}
-        values = on_reals(named.numpy)(POINTS).view(np.uint32)  # the bits: float32 does not hold all of them
-        return own | {"f": [name, tree_digest(values)], "v": tree_digest(rows)}
+        return own | {"f": [name, _digest(named.numpy)], "v": tree_digest(rows)}
 
     with watched("funm", progress, checkpoint, None, arguments) as watch, watch.saver(op, key) as saver:
         run = _Run(outside_loops(op.prepare()), named, name, steps, tol, watch.bar, saver)
@@ -163,6 +163,19 @@ def funm(
         bound=known.reason,
         status=min((one.status for one in found), key=worst.index),
     )
+
+
+def _digest(f: Callable[[Any], Any]) -> int:
+    """Of the values at `POINTS`; a function may refuse those that its operator's spectrum is away from."""
+    values = on_reals(f)
+    try:
+        found = values(POINTS)
+    except Exception:  # whatever a user's function raises
+        found = np.full(len(POINTS), np.nan)
+        for i in range(len(POINTS)):
+            with contextlib.suppress(Exception):
+                found[i] = values(POINTS[i : i + 1])[0]
+    return tree_digest(found.view(np.uint32))  # the bits: float32 does not hold all of them
 
 
 @dataclasses.dataclass(frozen=True)
