@@ -184,6 +184,20 @@ def test_scanned_layers_are_blocks_of_their_own(x64):
     assert list(blocks["layers/1"].blocks()) == ["layers/bias"]
 
 
+def test_a_scan_that_differentiation_has_made_is_read():
+    """Its operands are grouped otherwise than those of a scan that a user writes, in jax 0.11 and later."""
+
+    def network(layers, x):
+        return jnp.sum(lax.scan(lambda hidden, w: (hidden * w, None), x, layers)[0])
+
+    def slope(layers, x):  # of the network in its inputs: Π_i w_i
+        return jnp.mean(jax.vmap(jax.grad(network, argnums=1), (None, 0))(layers, x) ** 2)
+
+    op = spectra.HessianOperator(slope, jnp.array([2.0, 3.0]), jnp.ones((4, 1)))
+    assert [block.size for block in op.blocks(by="layer").values()] == [1, 1]
+    np.testing.assert_allclose(op.as_matrix(), [[18.0, 24.0], [24.0, 8.0]])  # of (w_0 w_1)²
+
+
 def test_stacks_that_no_scan_shows_are_chosen():
     """An ensemble under `jax.vmap`."""
     members = {"net": {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}, "scale": jnp.ones(2)}

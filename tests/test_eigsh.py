@@ -431,6 +431,32 @@ def test_rows_in_bfloat16_give_pairs_that_are_measured_in_full_precision():
     assert (error <= pairs.residuals**2 / gaps + ORDER * eps * 8).all()
 
 
+def test_rounded_rows_are_judged_by_the_norm_that_the_pairs_show():
+    """The largest product of a row was 6 at most: a residual of 0.05 is above tol times that, and met it."""
+    entries = np.concatenate([np.linspace(-1, 1, 194), [-4, -3, 5, 6, 6, 8]])
+    tol = {"tol": 0.0079, "basis_dtype": "bfloat16"}
+    for key, block_size in ((37, 2), (10, 3)):
+        pairs = spectra.eigsh(
+            diagonal(entries),
+            4,
+            which="LA",
+            key=jax.random.key(key),
+            block_size=block_size,
+            verify=False,
+            **tol,
+        )
+        assert pairs.residuals.max() <= 0.0079 * 8
+        assert pairs.converged.all()
+        assert pairs.status is spectra.Status.CONVERGED
+
+
+def test_rows_in_the_dtype_of_the_vectors_are_not_rounded():
+    op = diagonal(np.linspace(0, 1, ORDER))
+    plain, named = (spectra.eigsh(op, 1, key=KEY, basis_dtype=dtype) for dtype in (None, "float32"))
+    assert plain.num_matvecs == named.num_matvecs  # none more that measure residuals
+    np.testing.assert_array_equal(plain.vectors, named.vectors)
+
+
 def test_a_tolerance_below_the_rounding_of_rows_is_refused():
     op = diagonal(np.linspace(0, 1, ORDER))
     with pytest.raises(spectra.SpectraError, match=r"tol=1e-05 is below .* rows in bfloat16.* Use tol=0.01 "):

@@ -199,6 +199,23 @@ def test_a_checkpoint_of_other_arguments_or_another_function_is_refused(name, mo
         spectra.slq(op, key=KEY, num_steps=5, num_probes=1, checkpoint=tmp_path)
 
 
+def test_a_function_that_refuses_numbers_beyond_the_spectrum_is_told_from_another(tmp_path):
+    def function(factor):
+        def scaled_root(x):
+            if np.min(x) < -2:
+                raise ValueError("below -2")
+            return factor * np.sqrt(x + 2)
+
+        return scaled_root
+
+    def call(factor):
+        return spectra.funm(operator(), function(factor), SIDES[0], bounds=(-1.0, 9.0), checkpoint=tmp_path)
+
+    assert_same(call(1.0), call(1.0))
+    with pytest.raises(spectra.CheckpointError, match=r"these differ: f\. "):
+        call(2.0)
+
+
 def test_a_checkpoint_of_another_system_is_refused(tmp_path):
     def quarter(v):
         return v / 4

@@ -1,7 +1,7 @@
 """Runs that survive: finished probes in a small record, the basis of a running one by Orbax.
 
-A record (see `records`) lists the coefficients of finished probes and the items of the probes in flight:
-Orbax checkpoints, each with the checksum of its files. Rows of a basis never change once they are
+A record (see `spectra.runs.saver`) lists the coefficients of finished probes and the items of the probes in
+flight: Orbax checkpoints, each with the checksum of its files. Rows of a basis never change once they are
 written, so a checkpoint writes only what is new since the last one. Vectors are stored as the parameters'
 leaves, without the mesh they lay on: a run may go on with another number of devices.
 """

@@ -35,9 +35,8 @@ class BandState:
     scale: jax.Array  # (), largest |H v| so far
 
 
-_Carry = tuple[
-    jax.Array, jax.Array, jax.Array, BandState
-]  # products done, the row, the one before, the state
+_Carry = tuple[jax.Array, jax.Array, jax.Array, BandState]
+"""Of `chain`: products done, the row, the one before, the state."""
 
 
 @partial(jax.jit, static_argnames=("layout", "num_rows"))

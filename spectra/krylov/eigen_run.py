@@ -76,14 +76,10 @@ class EigenRun:
         self.copies = self.extended = 0  # missed copies found so far
         self.allowed = 0  # products that a search may go up to
         self.search: missing.Search | None = None  # the one under way
-        self.goal, self.row = (
-            0,
-            None,
-        )  # products at which to look at the residuals, and the row on the way there
-        self.part, self.seconds = (
-            1,
-            time.monotonic(),
-        )  # products between two looks at the clock, and the last one
+        self.goal = 0  # products at which to look at the residuals
+        self.row: int | None = None  # on the way there
+        self.part = 1  # products between two looks at the clock
+        self.seconds = time.monotonic()  # of the last one
         given = [] if deflate is None else stacks.split(deflate.vectors)
         known = len(given)
         self.capacity = limit + block_size + known
@@ -227,13 +223,15 @@ class EigenRun:
         band, op = self.band, self.op
         theta, vectors, _, _ = band.ritz()
         chosen = np.sort(wanted.order(theta, self.which)[: self.k])
-        values = theta[chosen]
+        values, scale = theta[chosen], band.scale
         if band.layout.row_dtype is None:
             band.restart(vectors[:, chosen])
             residuals, found, asymmetry = band.residuals(values), band.vectors(len(values)), band.asymmetry
         else:
             values, residuals, found, asymmetry = self._measured(vectors[:, chosen])
-        converged = residuals <= self.accepted
+            # Rounding adds to what the iteration has seen of a residual, and |H| is known better now.
+            scale = max(scale, float(np.abs(values).max()))
+        converged = residuals <= self.accepted * (scale / (band.scale or 1.0))
         done = converged.all() and len(values) == self.k
         rounding = max(100 * op.precision, band.layout.row_precision)
         noisy = asymmetry > 100 * op.precision or band.asymmetry > rounding
@@ -247,7 +245,7 @@ class EigenRun:
             num_matvecs=band.num_matvecs,
             num_restarts=self.restarts,
             missed=self.missed,
-            noise_floor=band.scale * max(asymmetry, 4 * op.precision),  # as `Quadrature.noise_floor`
+            noise_floor=scale * max(asymmetry, 4 * op.precision),  # as `Quadrature.noise_floor`
             status=Status.NOT_CONVERGED if not done else Status.NOISY if noisy else Status.CONVERGED,
         )
 

@@ -149,9 +149,6 @@ def eigsh(
         raise SpectraError("v0 and deflate are of runs without a metric: leave them out.")
     known = 0 if deflate is None else len(deflate.values)
     _check_arguments(op, k, which, tol, block_size, verify, known)
-    least = k if basis_dtype is None else 2 * k  # with rounded rows, k more measure the residuals
-    if max_matvecs is not None and max_matvecs < least:
-        raise SpectraError(f"max_matvecs={max_matvecs}: {k} pairs take at least {least} products.")
     if basis == "none":
         raise SpectraError(
             'basis="none": eigenvectors are sums of basis vectors. Use slq, which can do without.'
@@ -172,6 +169,9 @@ def eigsh(
         return differentiable(op, metric, pairs)
     places = place_basis(op, basis, basis_dtype)
     _check_rows(places[0], which, tol)
+    least = k if places[0].row_dtype is None else 2 * k  # with rounded rows, k more measure the residuals
+    if max_matvecs is not None and max_matvecs < least:
+        raise SpectraError(f"max_matvecs={max_matvecs}: {k} pairs take at least {least} products.")
     if metric is not None:
         solve = functools.partial(
             eigsh, k=k, which=which, key=key, tol=tol, verify=verify, **limits, **outside

@@ -1,5 +1,6 @@
 """Functions of an operator applied to vectors, by Lanczos, with a bound on the error."""
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -89,9 +90,10 @@ def funm(
         tol: accepted error relative to |f(H) v|; 0 takes all steps.
         bounds: (a, b) that contain the spectrum, None for an unknown end; or several such intervals.
         key: JAX random key for the ends of the spectrum; default jax.random.key(0).
-        progress: show the products, and the error of the vector under way.
-        checkpoint: a folder, or a `Checkpoint`, to save the run in: values that are done, and the basis of
-            the one under way. The same call goes on from there, to the same bits.
+        progress: show the number of products, and the error of the current vector.
+        checkpoint: a folder, or a `Checkpoint`, to save the run in: finished values, and the basis of the
+            current one. The same call resumes from there, with bit-identical results on the same devices.
+            The first save comes after the products for the ends of the spectrum.
 
     Returns:
         `FunctionProduct` with value and error_bound. `status` is CONVERGED, INVARIANT where the Krylov space
@@ -138,8 +140,7 @@ def funm(
 
     def arguments() -> dict[str, Any]:
         own = {"num_steps": steps, "tol": float(tol), "bounds": [list(pair) for pair in intervals]}
-        values = on_reals(named.numpy)(POINTS).view(np.uint32)  # the bits: float32 does not hold all of them
-        return own | {"f": [name, tree_digest(values)], "v": tree_digest(rows)}
+        return own | {"f": [name, _digest(named.numpy)], "v": tree_digest(rows)}
 
     with watched("funm", progress, checkpoint, None, arguments) as watch, watch.saver(op, key) as saver:
         run = _Run(outside_loops(op.prepare()), named, name, steps, tol, watch.bar, saver)
@@ -162,6 +163,19 @@ def funm(
         bound=known.reason,
         status=min((one.status for one in found), key=worst.index),
     )
+
+
+def _digest(f: Callable[[Any], Any]) -> int:
+    """Of the values at `POINTS`; a function may refuse those that its operator's spectrum is away from."""
+    values = on_reals(f)
+    try:
+        found = values(POINTS)
+    except Exception:  # whatever a user's function raises
+        found = np.full(len(POINTS), np.nan)
+        for i in range(len(POINTS)):
+            with contextlib.suppress(Exception):
+                found[i] = values(POINTS[i : i + 1])[0]
+    return tree_digest(found.view(np.uint32))  # the bits: float32 does not hold all of them
 
 
 @dataclasses.dataclass(frozen=True)

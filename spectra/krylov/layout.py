@@ -83,6 +83,7 @@ class Layout:
                 "one device: place them with jax.device_put(params, NamedSharding(mesh, PartitionSpec()))."
             )
         row_dtype = None if row_dtype is None else jnp.dtype(row_dtype)
+        row_dtype = None if {row_dtype} == set(bare.dtypes) else row_dtype
         if mesh is None:
             whole = all(sharding is None or sharding.is_fully_replicated for sharding in shardings)
             packed = (Panel((((), everything),), ()),) if whole else ()

@@ -80,7 +80,7 @@ def scan_parts(eqn: Any) -> tuple[int, int]:
     params = eqn.params
     if "num_consts" in params:  # before jax 0.11
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].elts
+    consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
 
 
