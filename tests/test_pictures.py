@@ -19,7 +19,10 @@ from matplotlib.legend import Legend
 
 import spectra
 from spectra import Status
+from spectra.density.smoothing import default_points, smoothed
 from spectra.report.plots import gallery
+from spectra.report.plots.history import in_colour
+from spectra.report.sections import sections
 
 # Root mean square of the differences of all pixels, from 0 to 255. On these pictures outlier ticks in another
 # colour give 2.5 to 3, solid in the place of dashed lines 5 to 17, a band that is gone 4 to 13. What the
@@ -515,6 +518,32 @@ def test_the_heat_map_shows_the_recorded_sharpness_and_limits():
     assert ax.get_ylim()[1] >= 14
     assert ax.get_yscale() == "symlog"
     assert recorded.plot(colorbar=False).child_axes == []
+
+
+def test_a_long_history_is_drawn_without_what_is_not_seen(monkeypatch):
+    """A page of 2,000 snapshots took half an hour, most of it for the bands of densities in colour."""
+    few = history(4)
+    for snapshot in few:
+        full = spectra.spectral_density(snapshot.quadrature)
+        scale, grid, widths = default_points(snapshot.quadrature)
+        np.testing.assert_array_equal(grid, full.grid)
+        np.testing.assert_array_equal(widths, full.bandwidth)
+        assert scale == full.linear_scale
+        np.testing.assert_array_equal(smoothed(snapshot.quadrature, grid), full.density)
+    recorded = spectra.SpectrumHistory(
+        tuple(dataclasses.replace(few[i % 4], step=i) for i in range(2000)), {}
+    )
+    monkeypatch.setattr(spectra.density.bands, "limits", lambda *_: pytest.fail("a band that is not drawn"))
+    ax = spectra.plot_density_over_time(recorded)
+    np.testing.assert_array_equal(ax.get_lines()[0].get_xdata(), np.arange(2000))
+    (mesh,) = ax.collections
+    assert mesh.get_array().shape == (300, 300)
+    chosen = in_colour(2000)
+    assert (len(chosen), chosen[0], chosen[-1]) == (300, 0, 1999)
+    assert set(np.diff(chosen)) == {6, 7}
+    np.testing.assert_array_equal(in_colour(8), np.arange(8))
+    words = sections(recorded)[1].body
+    assert "at 300 of the 2,000 snapshots, evenly chosen, and the largest of them at each snapshot" in words
 
 
 def test_the_mass_of_eigenvectors_adds_up_to_one():

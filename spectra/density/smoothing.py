@@ -84,8 +84,7 @@ def spectral_density(
         widths = Width(float(bandwidth))
     else:
         raise SpectraError(f"bandwidth={bandwidth}: use a positive number, or None for the default.")
-    centers = np.asarray(quadrature.nodes).ravel()
-    grid = _default_grid(centers, widths) if grid is None else points_of(grid)
+    grid = _default_grid(np.ravel(quadrature.nodes), widths) if grid is None else points_of(grid)
     parts = quadrature.parts
     moved = quadrature.noise_floor + parts.coupling
     # Atoms have no sampling error: they shift the curve and its band.
@@ -112,6 +111,32 @@ def spectral_density(
         level=level,
         status=quadrature.status,
     )
+
+
+def default_points(quadrature: Quadrature) -> tuple[float, np.ndarray, np.ndarray]:
+    """What `spectral_density` takes by default: the linear scale, the grid and the kernel's width on it."""
+    scale = linear_scale(quadrature)
+    widths = _relative_width(scale)
+    grid = _default_grid(np.ravel(quadrature.nodes), widths)
+    return scale, grid, widths(grid)
+
+
+def smoothed(quadrature: Quadrature, grid: np.ndarray) -> np.ndarray:
+    """The density alone, as `spectral_density` has it on this grid: its band takes nearly all of the time."""
+    widths = _relative_width(linear_scale(quadrature))
+    rest, atoms = quadrature.parts.rest, quadrature.parts.atoms
+    samples = [] if rest is None else [rest]
+    if len(atoms):
+        samples.append(_of_atoms(quadrature, atoms))
+    total = np.zeros(len(grid))
+    for part in samples:
+        total += part.size / quadrature.size * _curve(part, grid, widths)
+    return total
+
+
+def _curve(quadrature: Quadrature, grid: np.ndarray, widths: Width) -> np.ndarray:
+    nodes = np.asarray(quadrature.nodes, np.float64).ravel()
+    return _smooth(grid, nodes, _masses(quadrature)[None], widths(nodes))[0][0]
 
 
 def _masses(quadrature: Quadrature) -> np.ndarray:
@@ -151,7 +176,7 @@ def _curves(
     """
     nodes = np.asarray(quadrature.nodes, np.float64).ravel()
     h, masses = widths(nodes), _masses(quadrature)
-    density = _smooth(grid, nodes, masses[None], h)[0][0]
+    density = _curve(quadrature, grid, widths)
 
     def smooth(centers: np.ndarray, masses: np.ndarray, h: np.ndarray) -> np.ndarray:
         return _smooth(grid, centers, masses[None], h)[0][0]

@@ -10,7 +10,7 @@ from spectra.report.plots.blocks import plot_blocks
 from spectra.report.plots.density import as_density
 from spectra.report.plots.eigenvalues import plot_cdf, plot_eigenvalues, plot_eigenvector_mass
 from spectra.report.plots.gallery import svg
-from spectra.report.plots.history import LARGEST, plot_course, plot_density_over_time
+from spectra.report.plots.history import LARGEST, in_colour, plot_course, plot_density_over_time
 from spectra.report.plots.landscape import plot_landscape
 from spectra.report.reading import choosable, readable
 from spectra.report.spectrum import SpectrumReport
@@ -25,7 +25,7 @@ from spectra.results import (
     Quadrature,
     SpectrumHistory,
 )
-from spectra.results.base import extreme_cell
+from spectra.results.base import extreme_cell, measured
 
 _ROWS = 24  # of a table of snapshots
 _CHOICES = 200  # blocks whose curves a page holds, of some 25 kB each
@@ -150,13 +150,15 @@ def runs(histories: Mapping[str, SpectrumHistory]) -> list[Section]:
     for name, history in histories.items():
         last = history[-1] if len(history) else None
         cells = (
-            [f"{last.step:,}", f"{last.sharpness:.5g}", f"{last.trace.value:.4g}"] if last else ["", "", ""]
+            [f"{last.step:,}", f"{last.sharpness:.5g}", measured(last.trace.value, last.trace.stderr)]
+            if last
+            else ["", "", ""]
         )
         rows.append([name, f"{len(history):,}", *cells])
     found = [Section("Runs", table(rows)), *courses(histories, LARGEST)]
     for name, history in histories.items():
         if len(history) > 1:
-            words = "The density of the eigenvalues at each snapshot, and the largest of them as a line."
+            words = _words_over_time(len(history))
             picture = _figure(lambda history=history: plot_density_over_time(history), words)
             found.append(Section(name, picture))
     return found
@@ -178,7 +180,7 @@ def _history(history: SpectrumHistory) -> list[Section]:
     found = [Section("In numbers", pairs_table(history.rows()))]
     if len(history) > 1:
         known = any(s.scalars.get("learning_rate", 0.0) > 0 for s in history)
-        words = "The density of the eigenvalues at each snapshot, and the largest of them as a line."
+        words = _words_over_time(len(history))
         if known:
             words += " Dashed: 2 / learning rate, above which gradient descent is unstable."
         picture = _figure(lambda: plot_density_over_time(history, learning_rate=known or None), words)
@@ -191,7 +193,7 @@ def _history(history: SpectrumHistory) -> list[Section]:
             f"{s.step:,}",
             f"{s.sharpness:.5g}",
             extreme_cell(s.smallest, 0, s.level),
-            f"{s.trace.value:.4g} ± {s.trace.stderr:.1g}",
+            measured(s.trace.value, s.trace.stderr),
         ]
         for s in history.snapshots[::stride]
     ]
@@ -228,6 +230,13 @@ def _blocks(results: dict[str, Any]) -> list[Section]:
         if not isinstance(part, (Quadrature, Density)):
             found += [dataclasses.replace(s, title=f"{name}: {s.title}") for s in sections(part)]
     return found
+
+
+def _words_over_time(count: int) -> str:
+    shown = len(in_colour(count))
+    which = "each snapshot" if shown == count else f"{shown} of the {count:,} snapshots, evenly chosen"
+    also = "" if shown == count else " at each snapshot"
+    return f"The density of the eigenvalues at {which}, and the largest of them{also} as a line."
 
 
 def _words_landscape(plane: LossSlice) -> str:

@@ -306,6 +306,15 @@ def rounded(value: float, error: float) -> str:
     return f"{value:#.{min(max(digits, 1), DIGITS)}g}".rstrip(".").replace(".e", "e")
 
 
+def measured(value: float, error: float) -> str:
+    """The number and its error, both up to the second digit of the error.
+
+    >>> measured(9.3052, 1.04), measured(14.377, 0.16), measured(2.0, 0.0)
+    ('9.3 ± 1', '14.38 ± 0.16', '2 ± 0')
+    """
+    return f"{rounded(value, error / 10)} ± {error:.2g}"
+
+
 def directed(value: float, up: bool, digits: int = 2) -> str:
     """A bound in few digits, rounded to the side on which it stays one.
 

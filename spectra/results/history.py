@@ -15,6 +15,7 @@ from spectra.results.base import (
     extreme_text,
     html_table,
     is_converged,
+    measured,
     notebook_view,
     plain,
     result,
@@ -71,7 +72,7 @@ class Snapshot(Result):
         return [
             ("largest eigenvalue", self._largest()),
             ("smallest eigenvalue", extreme_text(self.smallest, 0, self.level)),
-            ("trace", f"{self.trace.value:.5g} ± {self.trace.stderr:.2g}"),
+            ("trace", measured(self.trace.value, self.trace.stderr)),
             *((name, f"{value:.5g}") for name, value in self.scalars.items()),
             ("cost", f"{self.num_matvecs} products, {self.seconds:.3g} s"),
         ]
@@ -255,14 +256,16 @@ class SpectrumHistory(Result):
         """Label and value of each line of the printed history."""
         if not self.snapshots:
             return [("snapshots", "none yet")]
-        sharpness, trace = self.sharpness, self.trace
-        last, top = self.snapshots[-1], int(np.argmax(sharpness))
+        sharpness, top = self.sharpness, int(np.argmax(self.sharpness))
+        first, last = (
+            measured(s.trace.value, s.trace.stderr) for s in (self.snapshots[0], self.snapshots[-1])
+        )
         rows = [
             ("snapshots", f"{len(self)}, steps {self.steps[0]:,} to {self.steps[-1]:,}"),
             ("largest eigenvalue", f"{sharpness[0]:.5g} at first, {sharpness[-1]:.5g} at last"),
             ("at its largest", f"{sharpness[top]:.5g} in step {self.steps[top]:,}"),
             ("smallest eigenvalue", self._ends()),
-            ("trace", f"{trace[0]:.5g} at first, {trace[-1]:.5g} ± {last.trace.stderr:.2g} at last"),
+            ("trace", f"{first} at first, {last} at last"),
             ("products", f"{sum(s.num_matvecs for s in self.snapshots):,}"),
         ]
         if np.isfinite(self.cost):
@@ -278,7 +281,7 @@ class SpectrumHistory(Result):
         return notebook_view(self, f"Spectrum along training, {self._name}", self.rows())
 
     def _ends(self) -> str:
-        first, last = (extreme_cell(s.smallest, 0, s.level) for s in (self.snapshots[0], self.snapshots[-1]))
+        first, last = (extreme_cell(s.smallest, 0, s.level) for s in (self[0], self[-1]))
         known = np.isin(self.smallest_kind, ("value", "residual"))
         note = "" if known.all() else f"; not converged in {np.sum(~known)} of {len(self)}"
         return f"{first} at first, {last} at last{note}"

@@ -7,7 +7,7 @@ import numpy as np
 
 from spectra.base.errors import SpectraError
 from spectra.report.plots.density import edge_of_stability
-from spectra.report.plots.marks import EDGE, floor, heat
+from spectra.report.plots.marks import EDGE, floor_of, heat
 from spectra.report.plots.style import (
     ACCENT,
     COLORS,
@@ -23,14 +23,14 @@ from spectra.report.plots.style import (
     symlog,
     symlog_grid,
 )
-from spectra.results import Density, SpectrumHistory
+from spectra.results import SpectrumHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LARGEST = "largest eigenvalue"
 """What `plot_course` takes from the snapshots: "sharpness" may be a number that training recorded."""
-_POINTS = 300  # of the eigenvalue axis: two a pixel row at 8 cm in print
+_POINTS = 300  # of each axis: two a pixel row at 8 cm in print
 
 
 @styled
@@ -45,8 +45,9 @@ def plot_density_over_time(
 ) -> "Axes":
     """Draw the spectrum along training: the density as a heat map, the largest eigenvalue as a line.
 
-    Colours are logarithmic and end, as in `plot_density`, at a tenth of the height of one eigenvalue. No
-    product is computed: everything comes from the history.
+    Colours are logarithmic and end, as in `plot_density`, at a tenth of the height of one eigenvalue. Of more
+    than 300 snapshots, as many as the picture has columns, the colours show 300, evenly chosen with the first
+    and the last; lines show all. No product is computed: everything comes from the history.
 
     Args:
         history: of a `SpectrumTracker`, or as `spectra.load` reads it.
@@ -84,18 +85,22 @@ def plot_density_over_time(
         )
     if len(history) < 2:
         raise SpectraError(f"{len(history)} snapshots are no history yet: at least two are needed.")
-    from spectra.density.smoothing import spectral_density
+    from spectra.density.smoothing import default_points, smoothed
 
     limits = _limits(history, learning_rate, limit)
-    own = [spectral_density(s.quadrature) for s in history]
-    scale = float(np.median([d.linear_scale for d in own]))
-    low = min(float(d.grid[0]) for d in own)
-    high = max([float(d.grid[-1]) for d in own] + [1.2 * float(np.nanmax(y)) for _, y, _ in limits])
+    chosen = in_colour(len(history))
+    shown = [history[i].quadrature for i in chosen]
+    scales, grids, widths = zip(*map(default_points, shown), strict=True)
+    scale = float(np.median(scales))
+    low = min(float(grid[0]) for grid in grids)
+    lines = [1.2 * float(np.nanmax(y)) for _, y, _ in limits]
+    high = max([float(grid[-1]) for grid in grids] + lines + [float(np.max(history.sharpness))])
     wide = yscale == "symlog" or (yscale == "auto" and asks_for_logarithm(scale, low, high))
     grid = symlog_grid(scale, low, high, _POINTS) if wide else np.linspace(low, high, _POINTS)
-    densities = [spectral_density(s.quadrature, grid=grid) for s in history]
+    lowest = min(floor_of(q.size, h) for q, h in zip(shown, widths, strict=True))
+    densities = np.stack([smoothed(q, grid) for q in shown])
     own_figure, ax = ax is None, new_axes(ax)
-    mesh = _heat(ax, history.steps, densities, min(map(floor, own)))
+    mesh = _heat(ax, history.steps[chosen], grid, densities, lowest)
     ax.plot(history.steps, history.sharpness, color=ACCENT, linewidth=1.2, label=LARGEST)
     for name, y, dash in limits:
         ax.plot(history.steps, y, color=ink(ax), linewidth=0.9, linestyle=dash, label=name)
@@ -109,6 +114,11 @@ def plot_density_over_time(
     if colorbar:
         add_colorbar(mesh, ax, "density")
     return ax
+
+
+def in_colour(count: int) -> np.ndarray:
+    """Which of so many snapshots the colours of `plot_density_over_time` show: as many as it has columns."""
+    return np.unique(np.linspace(0, count - 1, min(count, _POINTS)).round().astype(int))
 
 
 @styled
@@ -170,11 +180,10 @@ def _limits(history: SpectrumHistory, learning_rate, limit) -> list[tuple[str, n
     return lines
 
 
-def _heat(ax, steps: np.ndarray, densities: list[Density], lowest: float):
+def _heat(ax, steps: np.ndarray, grid: np.ndarray, densities: np.ndarray, lowest: float):
     """Columns of colour; between snapshots the logarithm of the density is interpolated."""
-    logs = np.log(np.maximum([d.density for d in densities], lowest / 10))
-    times = np.linspace(steps[0], steps[-1], max(_POINTS, len(steps)))
-    grid = np.asarray(densities[0].grid)
+    logs = np.log(np.maximum(densities, lowest / 10))
+    times = np.linspace(steps[0], steps[-1], _POINTS)
     after = np.clip(np.searchsorted(steps, times, side="right"), 1, len(steps) - 1)
     share = ((times - steps[after - 1]) / (steps[after] - steps[after - 1]))[:, None]
     values = np.exp((1 - share) * logs[after - 1] + share * logs[after]).T

@@ -114,8 +114,12 @@ def heat(ax, x: np.ndarray, y: np.ndarray, values: np.ndarray, lowest: float):
 
 def floor(density: Density) -> float:
     """A tenth of the peak that a single eigenvalue makes where the kernel is widest."""
-    widest = float(np.max(density.bandwidth))
-    return 0.1 / (density.size * widest * np.sqrt(2 * np.pi))
+    return floor_of(density.size, density.bandwidth)
+
+
+def floor_of(size: int, widths: np.ndarray) -> float:
+    """`floor` of a density of `size` eigenvalues with kernels of these widths."""
+    return 0.1 / (size * float(np.max(widths)) * np.sqrt(2 * np.pi))
 
 
 def top_of(densities: Sequence[Density], band: bool, room: float) -> float:
