@@ -109,10 +109,10 @@ def _analyse_blocks(blocks, name: str, place: Place, voice: Voice, key, **option
 
 def export_torch(target: str, output: Path, force: bool) -> None:
     """The files of a PyTorch module that a function of the user builds."""
-    require_free(force, *(output / name for name in ("graph.json", "weights.safetensors")))
     name, _, function = target.rpartition(":")
     if not name or not function:
-        raise bridge.BridgeError(f"'{target}': write FILE.py:FUNCTION, the function that builds the module.")
+        raise typer.BadParameter(f"'{target}': write FILE.py:FUNCTION, the function that builds the module.")
+    require_free(force, *(output / name for name in ("graph.json", "weights.safetensors")))
     file = Path(name)
     made = call(file, function_of(file, function, "(module, example_inputs)"))
     if not isinstance(made, tuple) or len(made) != 2:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def show(result: Path, voice: Voice) -> None:
 def compare(results: list[Path], out: Path | None, voice: Voice, force: bool) -> None:
     """Print a row for each spectrum, and draw them into one picture."""
     if out is not None:
-        require_free(force, picture_path(out))
+        require_free(force, _named(picture_path, out))
     table = Summary({name: q for path in results for name, q in _spectra_of(path, results).items()})
     voice.show(table)
     if out is not None:
@@ -38,7 +38,7 @@ def compare(results: list[Path], out: Path | None, voice: Voice, force: bool) ->
 
 def plot(result: Path, output: Path, learning_rate: float | None, force: bool) -> None:
     """Write the picture of a result."""
-    require_free(force, picture_path(output))
+    require_free(force, _named(picture_path, output))
     loaded = _load(result)
     with _about(result), _writing(output):
         draw(loaded, output, Voice(), learning_rate)
@@ -46,7 +46,7 @@ def plot(result: Path, output: Path, learning_rate: float | None, force: bool) -
 
 def report(result: Path, output: Path, title: str | None, force: bool) -> None:
     """Write the page of a result."""
-    require_free(force, page_path(output))
+    require_free(force, _named(page_path, output))
     loaded = _load(result)
     with _about(result), _writing(output):
         page = write_report(loaded, output, title=title, source=result.name)
@@ -63,12 +63,20 @@ def watch(runs: list[Path], output: Path | None, port: int, seconds: int, once: 
                 typer.echo(f"page     http://127.0.0.1:{server.server_port}/   (Ctrl-C ends)")
                 server.serve_forever()
         else:
-            path = page_path(output)
+            path = _named(page_path, output)
             page.write(path)
             typer.echo(f"page     {path}")
             while not once:
                 time.sleep(seconds)
                 page.write(path)
+
+
+def _named(of_kind: Callable[[Path], Path], path: Path) -> Path:
+    """Where a file goes; an ending that nothing writes is a wrong argument."""
+    try:
+        return of_kind(path)
+    except SpectraError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _spectra_of(path: Path, among: list[Path]) -> dict[str, Any]:

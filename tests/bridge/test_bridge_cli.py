@@ -76,8 +76,6 @@ def test_export_then_spectrum(file, tmp_path):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("{file}", "write FILE.py:FUNCTION"),
-        ("{file}:", "write FILE.py:FUNCTION"),
         ("{file}:nothing", r"no function nothing\(\) that returns \(module"),
         ("{file}:VALUE", r"no function VALUE\(\)"),
         ("{file}:only_module", "returned a Linear"),
@@ -91,6 +89,14 @@ def test_errors(file, tmp_path, target, message):
     done = invoke("export-torch", target.format(file=file, folder=tmp_path), "-o", tmp_path / "model")
     with pytest.raises((spectra.SpectraError, FileNotFoundError), match=message):
         raise done.exception
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("target", ["{file}", "{file}:"])
+def test_a_file_without_a_function_is_a_wrong_argument(file, tmp_path, target):
+    done = invoke("export-torch", target.format(file=file), "-o", tmp_path / "model")
+    assert done.exit_code == 2
+    assert "FILE.py:FUNCTION" in done.output
     assert not (tmp_path / "model").exists()
 
 
