@@ -135,6 +135,12 @@ def test_an_optimizer_may_ask_for_the_loss():
     polyak = optax.polyak_sgd(max_learning_rate=1e3)
     found = spectra.stable_step(op, polyak, polyak.init(W), key=KEY)
     np.testing.assert_allclose(float(found), 4.0, rtol=1e-4)
+    for update in (  # of a user's, which names what it takes
+        lambda grad, state, params, *, value: polyak.update(grad, state, params, value=value),
+        lambda grad, state, params, **more: polyak.update(grad, state, params, value=more["value"]),
+    ):
+        own = optax.GradientTransformationExtraArgs(polyak.init, update)
+        np.testing.assert_allclose(float(spectra.stable_step(op, own, own.init(W), key=KEY)), 4.0, rtol=1e-4)
     with pytest.raises(spectra.StructureError, match="pass the state of this optimizer"):
         spectra.stable_step(op, optax.adam(0.1), optax.adam(0.1).init(W[:2]), key=KEY)
     with pytest.raises(spectra.SpectraError, match="outside jit"):

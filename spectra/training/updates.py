@@ -20,6 +20,8 @@ NORMAL = 2.0**10
 LONGEST = 1024
 """Calls without an update after which none is expected."""
 
+_MORE = ("value", "grad")  # by the names of optax
+
 
 class Seen(NamedTuple):
     """What an optimizer is given, or the change of it."""
@@ -39,7 +41,7 @@ class Answers:
 
     def __init__(self, update: Callable[..., Any], state: PyTree, point: Seen):
         self.update, self.point, self.wide = update, point, False
-        self.more = _takes_more(update)
+        self.more = _names_taken(update)
         _require_fit(update, self.more, state, point)
         self.state, self.calls = _cycle(update, self.more, state, point)
 
@@ -57,16 +59,18 @@ class Answers:
         return jax.tree.map(lambda x, v: jnp.asarray(np.asarray(x), v.dtype), found, change.params)
 
 
-def _takes_more(update: Callable[..., Any]) -> bool:
-    """Whether any keyword may be passed, as optax has it of what uses the loss, or passes it on."""
+def _names_taken(update: Callable[..., Any]) -> tuple[str, ...]:
+    """What of the loss and the gradient may be passed by name: optax's that use these take any name."""
     try:
-        found = inspect.signature(update).parameters.values()
+        found = inspect.signature(update).parameters
     except (TypeError, ValueError):  # of what is not written in Python
-        return False
-    return any(p.kind is p.VAR_KEYWORD for p in found)
+        return ()
+    every = any(p.kind is p.VAR_KEYWORD for p in found.values())
+    first, rest = list(found)[:3], list(found)[3:]  # gradient, state and parameters, by any name
+    return tuple(name for name in _MORE if name in rest or (every and name not in first))
 
 
-def _require_fit(update: Callable[..., Any], more: bool, state: PyTree, point: Seen) -> None:
+def _require_fit(update: Callable[..., Any], more: tuple[str, ...], state: PyTree, point: Seen) -> None:
     """Raise a StructureError unless an update can be made, and is like the parameters."""
     try:
         updates, _ = jax.eval_shape(partial(_called, update, more, point), state)
@@ -86,8 +90,11 @@ def _require_fit(update: Callable[..., Any], more: bool, state: PyTree, point: S
     trees.check_structure(updates, point.params, "an update of the optimizer")
 
 
-def _called(update: Callable[..., Any], more: bool, point: Seen, state: PyTree) -> tuple[PyTree, PyTree]:
-    options = {"value": point.loss, "grad": point.gradient} if more else {}
+def _called(
+    update: Callable[..., Any], more: tuple[str, ...], point: Seen, state: PyTree
+) -> tuple[PyTree, PyTree]:
+    known = dict(zip(_MORE, (point.loss, point.gradient), strict=True))
+    options = {name: known[name] for name in more}
     return update(point.gradient, state, point.params, **options)
 
 
@@ -98,7 +105,7 @@ def _once(update, more, state: PyTree, point: Seen) -> tuple[jax.Array, PyTree]:
     return jnp.any(jnp.stack([jnp.any(x != 0) for x in jax.tree.leaves(updates)])), new
 
 
-def _cycle(update, more: bool, state: PyTree, point: Seen) -> tuple[PyTree, int]:
+def _cycle(update, more: tuple[str, ...], state: PyTree, point: Seen) -> tuple[PyTree, int]:
     """The state that a whole cycle begins with, and its number of calls: one unless gradients are gathered.
 
     `optax.MultiSteps` and `optax.apply_every` give zero until they have seen enough gradients. What counts
@@ -113,7 +120,7 @@ def _cycle(update, more: bool, state: PyTree, point: Seen) -> tuple[PyTree, int]
     return (begin, calls) if after is not None and calls > 1 else (state, 1)
 
 
-def _until_moved(update, more: bool, state: PyTree, point: Seen) -> tuple[PyTree, int]:
+def _until_moved(update, more: tuple[str, ...], state: PyTree, point: Seen) -> tuple[PyTree, int]:
     """The state after the next update that is not zero, and the calls up to it; None if there is none."""
     for calls in range(1, LONGEST + 1):
         moved, state = _once(update, more, state, point)
