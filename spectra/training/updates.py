@@ -93,7 +93,7 @@ def _require_fit(update: Callable[..., Any], more: tuple[str, ...], state: PyTre
 def _called(
     update: Callable[..., Any], more: tuple[str, ...], point: Seen, state: PyTree
 ) -> tuple[PyTree, PyTree]:
-    known = dict(zip(_MORE, (point.loss, point.gradient), strict=True))
+    known: dict[str, PyTree] = {"value": point.loss, "grad": point.gradient}
     options = {name: known[name] for name in more}
     return update(point.gradient, state, point.params, **options)
 
