@@ -28,9 +28,6 @@ product and keeps the fastest, took its first choice. "h100:8" are eight cards i
   would be listed beside them.
 * **Collectives**: number of times, bytes on one card in all (the larger of what goes in and what comes out).
 
-Rows with a † are from earlier code with another form of the second Gram-Schmidt pass, and were not compiled
-again: on one card its reductions were within one conditional; on eight its end was a group of three or four
-kernels, of which XLA makes no command buffer, so that in some programs its conditionals were the host's.
 Cases of `benchmarks/gpu/__main__.py` without a row here were not compiled yet.
 """
 STEP = """\
@@ -90,11 +87,6 @@ def table(rows: list[dict], columns: Columns) -> list[str]:
     return lines
 
 
-def place(r: dict) -> str:
-    """The cards, with a mark where the figures are from earlier code."""
-    return r["topology"] + (" †" if r.get("earlier") else "")
-
-
 def size(r: dict) -> str:
     if r["layout"] == "spread":
         return f"{r['parameters']:,} numbers"
@@ -133,7 +125,7 @@ def memory(r: dict) -> str:
 
 
 STEP_COLUMNS: Columns = {
-    "cards": place,
+    "cards": lambda r: r["topology"],
     "network, parameters": size,
     "memory": memory,
     "kernels": lambda r: f"{r['kernels']:,}",
@@ -146,7 +138,7 @@ STEP_COLUMNS: Columns = {
     "collectives": text.collectives,
 }
 ORTHOGONALIZE_COLUMNS: Columns = {
-    "cards": place,
+    "cards": lambda r: r["topology"],
     "parameters": size,
     "memory": memory,
     "kernels": lambda r: f"{r['kernels']:,}",
@@ -158,7 +150,7 @@ ORTHOGONALIZE_COLUMNS: Columns = {
     "collectives": text.collectives,
 }
 PRODUCT_COLUMNS: Columns = {
-    "cards": place,
+    "cards": lambda r: r["topology"],
     "network, parameters": size,
     "program": lambda r: f"{r['program']}, {r['precision']}",
     "memory": memory,
@@ -169,7 +161,7 @@ PRODUCT_COLUMNS: Columns = {
     "collectives": text.collectives,
 }
 REST_COLUMNS: Columns = {
-    "cards": place,
+    "cards": lambda r: r["topology"],
     "program": lambda r: r["program"],
     "network, parameters": size,
     "memory": memory,
