@@ -250,7 +250,6 @@ def test_places_that_are_no_files_are_one_message(tmp_path):
         ("show", f"{long}.npz"),
         ("plot", "r.npz", "-o", "file/x.png"),
         ("plot", "r.npz", "-o", f"{long}.png"),
-        ("plot", "r.npz", "-o", "r.npz"),
         ("report", "r.npz", "-o", "file/x"),
         ("report", ".", "-o", "x"),
         ("run", "folder.py"),
@@ -373,6 +372,7 @@ def test_an_ending_that_nothing_writes_is_a_wrong_argument(tmp_path):
         (("report", path, "-o", tmp_path / "a.pdf"), "a page is HTML"),
         (("watch", path, "--once", "-o", tmp_path / "a.pdf"), "a page is HTML"),
         (("plot", path, "-o", tmp_path / "a.docx"), "a picture ends in"),
+        (("plot", path, "-o", path), "a picture ends in"),  # nor is the result lost
         (("compare", path, path.with_name("y.npz"), "-o", tmp_path / "a.docx"), "a picture ends in"),
         (("export-torch", "model.py", "-o", tmp_path / "model"), "write FILE.py:FUNCTION"),
     ):
@@ -380,6 +380,7 @@ def test_an_ending_that_nothing_writes_is_a_wrong_argument(tmp_path):
         assert done.exit_code == 2, arguments
         assert words in unboxed(done.output)
         assert not done.stdout  # said before anything is done
+    assert spectra.load(path).status is report().status
     assert list(tmp_path.iterdir()) == [path]
 
 
