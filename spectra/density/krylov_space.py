@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spectra.base import stacks
 from spectra.base.progress import Progress
 from spectra.base.trees import PyTree
 from spectra.density import deflation
@@ -51,7 +52,7 @@ def taken_out(run: ProbeRun, layout: Layout, found: Quadrature, taken: np.ndarra
         at = np.linalg.eigh(rules.dense(row["alpha"][:m], row["beta"][: m - 1], np))[1][:, taken]
     at = np.pad(at, ((0, 0), (0, -at.shape[1] % ROWS)))
     assert run.last is not None
-    vectors = _combined(jnp.asarray(at.T), _basis.stack(run.last.basis, layout, 0, m))
+    vectors = stacks.combine(jnp.asarray(at.T), _basis.stack(run.last.basis, layout, 0, m))
     run.forget()
     values, residuals = (np.asarray(x[0], np.float64)[:m][taken] for x in (found.nodes, found.residuals))
     return Space(values, residuals, vectors, found.size, found.num_matvecs)
@@ -62,11 +63,3 @@ def outside(op: LinearOperator, space: Space, layout: Layout, key: jax.Array, ba
     inner = outside_loops(DeflatedOperator(op, space.vectors).prepare())
     size = op.size - len(space.values)
     return ProbeRun(inner, layout, key, bar, size=size, known=space.vectors, whole=space.norm)
-
-
-@jax.jit
-def _combined(weights: jax.Array, rows: PyTree) -> PyTree:
-    def one(x: jax.Array) -> jax.Array:
-        return jnp.tensordot(weights.astype(x.dtype), x, axes=1, precision="highest")
-
-    return jax.tree.map(one, rows)

@@ -30,6 +30,8 @@ Function = Callable[[np.ndarray], Any]
 Bounds = tuple[float | None, float | None]
 POLE = 1e-9
 """How close a pole is found, in units of the interval that is searched."""
+ROUNDING = 256 * np.finfo(float).eps
+"""Of the larger |f| at the ends: where a Chebyshev series leaves no more, it is f but for rounding."""
 _SAMPLES = 16
 """Of f between neighbouring nodes, and for each degree of the polynomial."""
 
@@ -215,6 +217,8 @@ def _of_any(f: Function, rule: Rule, a: float, b: float, extra: np.ndarray) -> t
     if not r.any():
         return gauss, gauss
     low, high = _by_polynomial(f, rule, a, b)
+    if high - low <= ROUNDING * np.abs(evaluate(f, np.array([a, b]))).max():
+        return min(low, gauss), max(high, gauss)  # f is a polynomial: steps and hinges cost more, for nothing
     down, up = deviation(lambda x: evaluate(f, x), rule, a, b, extra)
     return gauss - max(min(down, gauss - low), 0.0), gauss + max(min(up, high - gauss), 0.0)
 
