@@ -1,4 +1,4 @@
-"""Meshes of devices: which one arrays lie on, and how axes that JAX calls explicit are run as automatic ones.
+"""Where a user's call comes in: its random key is checked, and axes that JAX calls explicit become automatic.
 
 `jax.make_mesh` makes explicit axes unless told otherwise. Under them every operation has to say how its
 result is split, and arrays on explicit and on automatic axes do not mix. The package computes on automatic
@@ -6,19 +6,22 @@ axes: it moves its input there and its results back, which copies nothing.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-from spectra.base.errors import StructureError
-from spectra.base.keys import key_check
+from spectra.base.errors import SpectraError, StructureError
 
 PyTree = Any
 P = ParamSpec("P")
 T = TypeVar("T")
+KEY_ADVICE = "pass a JAX random key, for example jax.random.key(0)."
 _EXPLICIT_LOSS = (
     "spectra computes on automatic axes. Wrap a function that names explicit axes with the shardings of its "
     "arguments: jax.sharding.explicit_axes(loss_fn, in_sharding=(params_specs, data_specs))."
@@ -37,7 +40,7 @@ def on_automatic_axes(tree: PyTree) -> PyTree:
 
     def one(leaf: Any) -> Any:
         mesh = _mesh(leaf)
-        return leaf if mesh is None or not _is_explicit(mesh) else _moved(leaf, _twin(mesh))
+        return leaf if mesh is None or AxisType.Explicit not in mesh.axis_types else _moved(leaf, _twin(mesh))
 
     return jax.tree.map(one, tree)
 
@@ -46,15 +49,17 @@ def automatic(fn: Callable[P, T]) -> Callable[P, T]:
     """Decorator of what users call with an operator: run under the automatic twin of `jax.set_mesh`'s mesh.
 
     Arrays among the arguments are moved to the twin, those of the result back to the user's mesh. A random
-    key is checked.
+    `key` is checked, but for a None that its annotation allows: not every way of computing draws numbers.
     """
-    checked = key_check(fn)
+    parameter = inspect.signature(fn).parameters.get("key")
+    may_be_none = parameter is not None and "None" in str(parameter.annotation)
 
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if checked is not None:
-            kwargs = cast("Any", checked(kwargs))
-        if not _is_explicit(jax.sharding.get_abstract_mesh()):
+        named = cast("dict[str, Any]", kwargs)
+        if parameter is not None and "key" in named and not (named["key"] is None and may_be_none):
+            named["key"] = require_key(named["key"])
+        if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
             return fn(*args, **kwargs)
         try:
             mesh = jax.sharding.get_mesh()
@@ -78,15 +83,43 @@ def automatic(fn: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+def require_key(key: jax.Array | None, name: str = "key") -> jax.Array:
+    """One JAX random key, in the typed form; raises for anything else.
+
+    Args:
+        key: what a user passed: a typed key, or the numbers of one as `jax.random.PRNGKey` makes them.
+        name: of the argument.
+
+    Raises:
+        SpectraError: no key, or several.
+    """
+    if key is None:
+        raise SpectraError(f"{name}=None: random probes need a key; {KEY_ADVICE}")
+    if not isinstance(key, jax.Array | np.ndarray):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SpectraError(f"{name}={key!r} is no random key: {KEY_ADVICE}")
+    found: Any = key
+    if not jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
+        refusal = SpectraError(
+            f"{name} is an array of {key.dtype} of shape {key.shape}, and no random key: {KEY_ADVICE}"
+        )
+        if found.dtype != jnp.uint32:  # 64 bits would be cut
+            raise refusal
+        try:  # JAX knows how many numbers a key has: that depends on its configuration
+            found = cast("Any", jax.random.wrap_key_data)(jnp.asarray(found))
+        except (TypeError, ValueError) as error:
+            raise refusal from error
+    if found.shape:
+        raise SpectraError(
+            f"{name} is an array of keys of shape {found.shape}: pass one of them, or jax.vmap over them."
+        )
+    return found
+
+
 def _mesh(leaf: Any) -> Mesh | None:
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return sharding.mesh
     return None
-
-
-def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
-    return AxisType.Explicit in mesh.axis_types
 
 
 def _twin(mesh: Mesh) -> Mesh:

@@ -10,8 +10,7 @@ import numpy as np
 
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
-from spectra.base.keys import require_key
-from spectra.base.meshes import automatic
+from spectra.base.meshes import automatic, require_key
 from spectra.density.extremes import error_of_powers, sampled_end, sampling_error, shows_fourth_powers
 from spectra.density.slq import slq
 from spectra.density.spending import spend

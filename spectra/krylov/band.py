@@ -86,11 +86,11 @@ def absorb(
     w = layout.pack(product)
     unit = step.unit_of_step(state.scale == 0, w, state.scale)
     beta = jnp.where(previous >= 0, state.coefficients[row, previous], 0) / unit
-    left = step.remainder(w, q, p, beta, unit, state.basis, state.filled)
-    rest = left.norm
-    column = left.total.at[row].add(left.alpha).at[previous].add(beta)
+    w, alpha = step.three_terms(w, q, p, beta, unit)
+    w, rest, _, total, _ = orthogonalize(state.basis, w, state.filled)
+    column = total.at[row].add(alpha).at[previous].add(beta)
     scale = jnp.maximum(state.scale / unit, jnp.sqrt(jnp.sum(column**2) + rest**2))
-    new, alive = step.following(left, scale, size, state.filled < size)
+    new, alive = step.following(w, rest, scale, size, state.filled < size)
     # Where nothing is left no row is appended, and the coefficient below rounding is dropped.
     kept = jnp.where(alive, rest, 0)
     column = jnp.where(

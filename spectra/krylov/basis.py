@@ -15,7 +15,7 @@ reduction between devices.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -140,7 +140,10 @@ def block_dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> list[ja
 
     def first(count: int, segments: Basis, vector: Panels) -> list[list[jax.Array]]:
         panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
-        columns = [_dots(rows, x) for rows, x in zip(panels, vector, strict=True)]
+        columns = [
+            _dots(rows, x) if count > 1 else [_dot(segment, x) for segment in rows]
+            for rows, x in zip(panels, vector, strict=True)
+        ]
         read = [list(parts) for parts in zip(*columns, strict=True)]
         skipped = [
             [jnp.zeros(rows.shape[:2], x.dtype) for rows, x in zip(part, vector, strict=True)]
@@ -149,8 +152,11 @@ def block_dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> list[ja
         return read + skipped
 
     def program(at_once: int, basis: Basis, vector: Panels, filled: jax.Array | int) -> list[list[jax.Array]]:
-        groups = ((start, basis[start : start + at_once]) for start in range(0, len(basis), at_once))
-        return [part for start, group in groups for part in _switch(first, start, filled, group, vector)]
+        parts: list[list[jax.Array]] = []
+        for places, held in _groups(basis, at_once, filled):
+            branches = [functools.partial(first, count) for count in range(len(basis[places]) + 1)]
+            parts += lax.switch(held, branches, basis[places], vector)
+        return parts
 
     parts = lax.platform_dependent(basis, vector, filled, **_programs(0, program))
     parts.append([_dot(x[:, None], x) for x in vector])
@@ -174,22 +180,20 @@ def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.
     def program(
         at_once: int, basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int
     ) -> Panels:
-        for start in range(0, len(basis), at_once):
-            group = slice(start, start + at_once)
-            vector = _switch(first, start, filled, basis[group], coefficients[group], vector)
+        for places, held in _groups(basis, at_once, filled):
+            branches = [functools.partial(first, count) for count in range(len(basis[places]) + 1)]
+            vector = lax.switch(held, branches, basis[places], coefficients[places], vector)
         return vector
 
     coefficients = coefficients.reshape(len(basis), -1)
     return lax.platform_dependent(basis, coefficients, vector, filled, **_programs(1, program))
 
 
-def _switch(
-    fn: Callable[..., Any], start: int, filled: jax.Array | int, group: Basis, *arguments: Any
-) -> Any:
-    """fn(count, group, ...), where the first `count` segments of a group, number `start` the first of them,
-    hold one of the first `filled` rows."""
-    branches = [functools.partial(fn, count) for count in range(len(group) + 1)]
-    return lax.switch(-(-filled // group[0][0].shape[1]) - start, branches, group, *arguments)
+def _groups(basis: Basis, at_once: int, filled: jax.Array | int) -> Iterator[tuple[slice, jax.Array | int]]:
+    """The places of the segments that are read at once, and how many of these hold some of the first `filled`
+    rows, were there enough of them: `lax.switch` clips what exceeds its branches."""
+    for start in range(0, len(basis), at_once):
+        yield slice(start, start + at_once), -(-filled // basis[0][0].shape[1]) - start
 
 
 def _programs(sweep: int, program: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -207,20 +211,18 @@ def _dot(rows: jax.Array, x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _dots(segments: list[jax.Array], x: jax.Array) -> list[jax.Array]:
-    """`_dot` for some segments of one panel.
+    """`_dot` for several segments of one panel.
 
     One reduction of several arrays, for which XLA reads the vector once; several products are several sweeps
     on a TPU.
     """
-    if len(segments) < 2:
-        return [_dot(rows, x) for rows in segments]
     products = [rows.astype(x.dtype) * x[:, None] for rows in segments]
     zeros = [jnp.zeros((), x.dtype)] * len(products)
-    return list(lax.reduce(products, zeros, _sums, tuple(range(2, products[0].ndim))))
 
+    def sums(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+        return [x + y for x, y in zip(a, b, strict=True)]
 
-def _sums(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
-    return [x + y for x, y in zip(a, b, strict=True)]
+    return list(lax.reduce(products, zeros, sums, tuple(range(2, products[0].ndim))))
 
 
 @_dots.defjvp
@@ -352,12 +354,8 @@ def sketch(layout: Layout, basis: Basis, key: jax.Array, *, batched: bool = Fals
 
     def one(number: jax.Array) -> jax.Array:
         v = trees.sample(jax.random.fold_in(key, number), layout.structure, _UNIFORM)
-        vector = layout.place(layout.pack(v))
-
-        def products(basis: Basis) -> jax.Array:
-            return dots(basis, vector, count)[0]
-
-        return (jax.vmap(products) if batched else products)(basis)
+        products = functools.partial(dots, vector=layout.place(layout.pack(v)), filled=count)
+        return (jax.vmap(products) if batched else products)(basis)[0]
 
     return jnp.moveaxis(lax.map(one, jnp.arange(SKETCHED)), 0, -1)
 

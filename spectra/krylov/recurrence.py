@@ -93,23 +93,26 @@ def absorb(i: int | jax.Array, w: Panels, state: LanczosState) -> LanczosState:
     unit = step.unit_of_step(i == 0, w, state.scale)
     beta_previous = jnp.where(i > 0, state.beta[i - 1], 0) / unit
     rows = _basis.put(state.basis, i, q) if state.basis else ()
-    rest = step.remainder(w, q, state.previous, beta_previous, unit, rows, i + 1)
-    alpha, beta, asymmetry, second = rest.alpha, rest.norm, state.asymmetry, state.second_passes
-    if rest.total is not None:
+    w, alpha = step.three_terms(w, q, state.previous, beta_previous, unit)
+    asymmetry, second = state.asymmetry, state.second_passes
+    if rows:
+        w, beta, first, total, repeated = step.orthogonalize(rows, w, i + 1)
         # Without the correction of the passes T would not be the projection Q H Qᵀ to rounding.
-        alpha = alpha + rest.total[i]
+        alpha = alpha + total[i]
         # H q_i is orthogonal to all rows but i - 1, i, i + 1 if H is symmetric, and has the coefficient
         # β_{i-1} on row i - 1: what the first pass finds on rows before i is asymmetry or rounding.
-        others = jnp.where(jnp.arange(len(rest.first)) == i, 0, rest.first)
+        others = jnp.where(jnp.arange(len(first)) == i, 0, first)
         asymmetry = jnp.maximum(asymmetry, unit * jnp.max(jnp.abs(others)))
-        second = second + rest.repeated
+        second = second + repeated
+    else:
+        beta = jnp.sqrt(step.vdot(w, w))
     scale = jnp.maximum(state.scale / unit, jnp.abs(alpha) + beta + beta_previous)
     if not rows:
         # The same of the one row at hand. q_i is orthogonal to it to |H| eps / β_{i-1}: as much is rounding.
-        before = jnp.abs(step.vdot(state.previous, rest.vector)) * beta_previous
+        before = jnp.abs(step.vdot(state.previous, w)) * beta_previous
         asymmetry = jnp.maximum(asymmetry, unit * before / jnp.where(scale > 0, scale, 1))
     size = sum(x.size for x in w)
-    current, alive = step.following(rest, scale, size, state.alive)
+    current, alive = step.following(w, beta, scale, size, state.alive)
     return LanczosState(
         basis=rows,
         current=current,

@@ -18,7 +18,7 @@ devices; all before is local.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,27 +73,10 @@ def unit_of_step(first: bool | jax.Array, product: Panels, size: jax.Array) -> j
     )
 
 
-class Remainder(NamedTuple):
-    """What is left of a product, in the unit of the step."""
-
-    vector: Panels
-    norm: jax.Array
-    alpha: jax.Array  # qᵀHq before the passes over the rows
-    first: Any  # coefficients on the rows that the first pass found, (rows,); None without rows
-    total: Any  # of all passes
-    repeated: Any  # whether there was a second pass
-
-
-def remainder(
-    w: Panels,
-    q: Panels,
-    previous: Panels,
-    beta: jax.Array,
-    unit: jax.Array,
-    rows: Basis,
-    filled: jax.Array | int,
-) -> Remainder:
-    """The product w = H q without its parts along q, `previous` (with coefficient β) and the rows.
+def three_terms(
+    w: Panels, q: Panels, previous: Panels, beta: jax.Array, unit: jax.Array
+) -> tuple[Panels, jax.Array]:
+    """The product w = H q in the unit of the step, without β q_{i-1} and α q_i; and α.
 
     α is taken behind the subtraction of β q_{i-1}. Before it, what q_i has along q_{i-1} by rounding would
     enter α times β, and pass from step to step: without reorthogonalisation Ritz values were up to ten times
@@ -101,28 +84,25 @@ def remainder(
     """
     w = trees.axpy(-beta, previous, trees.scale(1 / unit, w))
     alpha = vdot(q, w)
-    w = trees.axpy(-alpha, q, w)
-    if not rows:
-        return Remainder(w, jnp.sqrt(vdot(w, w)), alpha, None, None, None)
-    w, norm, first, total, repeated = orthogonalize(rows, w, filled)
-    return Remainder(w, norm, alpha, first, total, repeated)
+    return trees.axpy(-alpha, q, w), alpha
 
 
 def following(
-    rest: Remainder, scale: jax.Array, size: int, going: bool | jax.Array
+    rest: Panels, norm: jax.Array, scale: jax.Array, size: int, going: bool | jax.Array
 ) -> tuple[Panels, jax.Array]:
-    """The next vector, and whether there is one: zero where rounding alone can have left the remainder.
+    """The next vector, and whether there is one: zero where rounding alone can have left the rest.
 
     Args:
-        rest: of the product.
+        rest: what the three terms and the passes over the rows left of the product.
+        norm: of the rest.
         scale: |H| in the unit of the step.
         size: numbers of a vector.
         going: whether the run has come this far.
     """
     eps = jnp.finfo(scale.dtype).eps
-    alive = going & (rest.norm > breakdown_factor(size) * eps * scale)
-    inverse = jnp.where(alive, 1 / jnp.where(alive, rest.norm, 1), 0)
-    return [jnp.where(alive, x, 0) for x in trees.scale(inverse, rest.vector)], alive
+    alive = going & (norm > breakdown_factor(size) * eps * scale)
+    inverse = jnp.where(alive, 1 / jnp.where(alive, norm, 1), 0)
+    return [jnp.where(alive, x, 0) for x in trees.scale(inverse, rest)], alive
 
 
 def orthogonalize(

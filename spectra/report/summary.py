@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra.base.keys import require_key
-from spectra.base.meshes import automatic
+from spectra.base.meshes import automatic, require_key
 from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
 from spectra.density.slq import slq
 from spectra.estimators.functions import trace_of

@@ -14,8 +14,7 @@ import numpy as np
 
 from spectra.base import host, trees
 from spectra.base.errors import SpectraError
-from spectra.base.keys import require_key
-from spectra.base.meshes import automatic, on_automatic_axes
+from spectra.base.meshes import automatic, on_automatic_axes, require_key
 from spectra.base.trees import PyTree
 from spectra.density.extremes import LEVEL, extreme
 from spectra.density.slq import slq
