@@ -9,7 +9,7 @@ import pytest
 from programs import OPTIMISED
 
 import spectra
-from spectra.krylov.plan import estimate
+from spectra.krylov.plan import estimate, place_basis
 from spectra.operators.base import product, product_batch
 
 WIDTH, DEPTH, ROWS = 32, 4, 64
@@ -45,7 +45,7 @@ def arrays():
 
 
 def batch_of(op, num_probes=8):
-    return estimate(op, num_steps=4, num_probes=num_probes).probe_batch
+    return estimate(op, place_basis(op), num_steps=4, num_probes=num_probes).probe_batch
 
 
 def test_probes_share_what_is_not_saved():
@@ -73,7 +73,7 @@ def test_memory_limits_how_many_share(monkeypatch):
     held = op.recomputed_bytes()
     assert held is not None
     assert held >= DEPTH * ROWS * WIDTH * 4  # tangents of the inputs of the layers, at least
-    alone = estimate(op, num_steps=4, num_probes=1, probe_batch=1)
+    alone = estimate(op, place_basis(op), num_steps=4, num_probes=1, probe_batch=1)
     available = 8 * (alone.basis + alone.vectors)  # half of it is four probes, but for what they hold
     monkeypatch.setattr("spectra.base.host.available_bytes", lambda *_: available)
     assert batch_of(op) == 3

@@ -249,14 +249,11 @@ def unravel(flat: jax.Array, structure: PyTree) -> PyTree:
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """Inner product sum_i a_i b_i over all leaves, in full precision."""
-
-    def one(x: jax.Array, y: jax.Array) -> jax.Array:
+    total = jnp.zeros((), scalar_dtype(a))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         axes = tuple(range(x.ndim))
-        return arrays.contract(x, y, (axes, axes))
-
-    dtype = scalar_dtype(a)
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return sum((one(x, y).astype(dtype) for x, y in pairs), jnp.zeros((), dtype))
+        total = total + arrays.contract(x, y, (axes, axes)).astype(total.dtype)
+    return total
 
 
 def largest(a: PyTree) -> jax.Array:

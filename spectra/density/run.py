@@ -84,13 +84,13 @@ class ProbeRun:
 
         Those that a checkpoint holds with as many steps are taken from it.
         """
-        while probes and (row := self._recorded(probes[0], num_steps, stop_when)) is not None:
-            self.rows.append(row)
-            self.bar.update(row["length"])
-            probes = probes[1:]
-        if not probes:
-            return
         if self.recorder is not None:
+            while probes and (row := self._recorded(probes[0], num_steps, stop_when)) is not None:
+                self.rows.append(row)
+                self.bar.update(row["length"])
+                probes = probes[1:]
+            if not probes:
+                return
             self.recorder.between()
         batched = len(probes) > 1
         if num_steps == 1 < self.size and not self.rows:
@@ -119,13 +119,10 @@ class ProbeRun:
             )
             self.bar.update((stop - done) * len(probes))
             steps, done = stop - done, stop
-            if all(self._invariant_length(row) is not None for row in _rows(state, done, batched)):
+            rows = _rows(state, done, batched)
+            if all(self._invariant_length(row) is not None for row in rows):
                 break
-            if (
-                stop_when is not None
-                and done == goal
-                and stop_when(self._quadrature(_rows(state, done, batched)))
-            ):
+            if stop_when is not None and done == goal and stop_when(self._quadrature(rows)):
                 break
             if self.recorder is not None and done < num_steps:
                 seconds = self.recorder.after(probes, state, done, time.monotonic() - started)

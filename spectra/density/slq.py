@@ -152,8 +152,9 @@ def slq(
     if tol is not None and not 0 < tol < 1:
         raise SpectraError(f"tol={tol} is a share of the spectral range: use a number in (0, 1).")
     rest = (num_probes, tol, probe_batch)
-    checkpoint = Checkpoint.of(checkpoint)
-    watched = _signals.watching() if checkpoint else contextlib.nullcontext()
+    watched = contextlib.nullcontext()
+    if checkpoint is not None:
+        checkpoint, watched = Checkpoint.of(checkpoint), _signals.watching()
     places: dict[str, Any] = {"basis": basis, "basis_dtype": basis_dtype}
     if isinstance(op, Mapping):
         if deflate is not None:
@@ -193,17 +194,16 @@ def _one(
     basis: str = "inherit",
     basis_dtype: Any = None,
 ) -> Quadrature:
-    options: dict[str, Any] = {"probe_batch": probe_batch, "basis": basis, "basis_dtype": basis_dtype}
-    plan = estimate(op, num_steps=num_steps, num_probes=num_probes, **options)
+    place, keep = place_basis(op, basis, basis_dtype), basis != "none"
+    options: dict[str, Any] = {"num_probes": num_probes, "probe_batch": probe_batch, "keep_basis": keep}
+    plan = estimate(op, place, num_steps=num_steps, **options)
     if trees.is_traced((op, key)):
         if tol is not None or deflate is not None or checkpoint is not None:
             raise SpectraError(
                 "tol=, deflate= and checkpoint= need values, which do not exist inside jit or vmap."
             )
-        return _traced(op, key, num_steps, num_probes, plan.probe_batch, basis != "none")
+        return _traced(op, key, num_steps, num_probes, plan.probe_batch, keep)
     require_fit(plan)
-    layout, home = place_basis(op, basis, basis_dtype)
-    keep = basis != "none"
     size, vectors, whole = op.size, None, 0.0
     space = None
     if _is_number(deflate):
@@ -218,11 +218,11 @@ def _one(
         op = DeflatedOperator(op, vectors)
     recorder = None
     if checkpoint is not None:
-        recorder = Recorder(checkpoint, op, layout, key, keep_basis=keep)
+        recorder = Recorder(checkpoint, op, place.layout, key, keep_basis=keep)
     with recorder.running() if recorder else contextlib.nullcontext():
-        places: dict[str, Any] = {"apart": apart, "known": vectors, "whole": whole, "home": home}
+        places: dict[str, Any] = {"apart": apart, "known": vectors, "whole": whole, "home": place.home}
         places |= {"recorder": recorder, "keep_basis": keep}
-        run = ProbeRun(outside_loops(op.prepare()), layout, key, bar, size=size, **places)
+        run = ProbeRun(outside_loops(op.prepare()), place.layout, key, bar, size=size, **places)
         if tol is None:
             for start in range(0, num_probes, plan.probe_batch):
                 run.add(range(start, min(start + plan.probe_batch, num_probes)), num_steps)
@@ -255,8 +255,9 @@ def _space(
             f"deflate={steps} is not between 1 and {op.size - num_steps}, which leaves the probes "
             f"{num_steps} dimensions of {op.size}."
         )
-    require_fit(estimate(op, num_steps=steps, num_probes=1))
-    layout, _ = place_basis(op, "inherit")
+    place = place_basis(op)
+    require_fit(estimate(op, place, num_steps=steps, num_probes=1))
+    layout = place.layout
     key = jax.random.fold_in(key, SPACE)
     run = ProbeRun(outside_loops(op.prepare()), layout, key, bar, size=op.size, keep_last=True)
     run.add(range(1), steps)

@@ -31,7 +31,7 @@ from spectra.density.krylov_space import Space, outside, taken_out
 from spectra.density.run import ProbeRun
 from spectra.krylov import dense, recurrence
 from spectra.krylov.layout import Layout
-from spectra.krylov.plan import estimate, require_fit
+from spectra.krylov.plan import estimate, place_basis, require_fit
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
 from spectra.quadrature import rules
@@ -79,9 +79,10 @@ def spend(
 ) -> Quadrature:
     """The quadrature of which `error` is at most 1, from at most num_steps x num_probes products or so."""
     budget = num_steps * num_probes
-    memory = estimate(op, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
+    place = place_basis(op)
+    memory = estimate(op, place, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
     require_fit(memory)
-    layout, batch = Layout.of(op.like), memory.probe_batch
+    layout, batch = place.layout, memory.probe_batch
     prepared = outside_loops(op.prepare())
     with Progress(False, budget) as bar:
         first = ProbeRun(prepared, layout, key, bar, size=op.size, keep_last=True)

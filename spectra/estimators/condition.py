@@ -13,7 +13,7 @@ from spectra.density import extremes
 from spectra.density.slq import slq
 from spectra.estimators.exact import relative_change
 from spectra.krylov.dense import matrix_error
-from spectra.krylov.plan import estimate
+from spectra.krylov.plan import estimate, place_basis
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.christoffel import Openness
 from spectra.quadrature.christoffel import shift as shift_of
@@ -324,7 +324,7 @@ def _second_run(op: LinearOperator, first: Quadrature, found: _Found) -> int:
 
 
 def _fits(op: LinearOperator, steps: int) -> bool:
-    return steps**2 * op.size <= WORK and estimate(op, num_steps=steps, num_probes=2).fits
+    return steps**2 * op.size <= WORK and estimate(op, place_basis(op), num_steps=steps, num_probes=2).fits
 
 
 def _result(

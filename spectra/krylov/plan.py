@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from spectra.base import PLACES, host, trees
+from spectra.base import PLACES, host
 from spectra.base.errors import MemoryLimitError, SpectraError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -29,6 +30,13 @@ COMPILING = 6 * 2**20
 """Bytes that compiling a run takes for each array of the parameters, without the product of `plan`."""
 _BATCH_NUMBERS, _CPU_BATCH_NUMBERS = 2**22, 2**14
 """Vectors side by side hold up to this many numbers: enough to fill an accelerator, or the cores of a CPU."""
+
+
+class Place(NamedTuple):
+    """Where basis vectors lie."""
+
+    layout: Layout
+    home: Any  # the device, where it is not the operator's
 
 
 @automatic
@@ -75,18 +83,15 @@ def plan(
         >>> spectra.plan(op, num_steps=80, num_probes=8).num_matvecs
         640
     """
-    options: dict[str, Any] = {
-        "num_steps": num_steps,
-        "num_probes": num_probes,
-        "basis": basis,
-        "basis_dtype": basis_dtype,
-    }
-    batch = estimate(op, **options).probe_batch
-    result = estimate(op, **options, probe_batch=batch, workspace=_workspace(op))
-    shares = op.device.platform == "cpu"  # vectors and compiler
-    compiling = COMPILING * len(jax.tree.leaves(op.like))
-    process = host.resident_bytes() if shares else None
-    result = dataclasses.replace(result, compiling=compiling, process=process)
+    place = place_basis(op, basis, basis_dtype)
+    keep = basis != "none"
+    on_cpu = op.device.platform == "cpu"  # there vectors and the compiler share the process
+    result = dataclasses.replace(
+        estimate(op, place, num_steps=num_steps, num_probes=num_probes, keep_basis=keep),
+        workspace=_workspace(op),
+        compiling=COMPILING * len(jax.tree.leaves(op.like)),
+        process=host.resident_bytes() if on_cpu else None,
+    )
     if not measure:
         return result
     return dataclasses.replace(result, seconds=_seconds(op, Layout.of(op.like), result))
@@ -94,31 +99,29 @@ def plan(
 
 def estimate(
     op: LinearOperator,
+    place: Place,
     *,
     num_steps: int,
     num_probes: int,
     probe_batch: int | None = None,
-    workspace: int = 0,
-    basis: str = "inherit",
-    basis_dtype: Any = None,
+    keep_basis: bool = True,
 ) -> Plan:
-    """`plan` without compiling: all but the workspace, which is taken as given."""
-    require_operator(op)
+    """`plan` without compiling: all but the workspace of a product."""
     check_steps(num_steps, op.size)
     if num_probes < 1:
         raise SpectraError(f"num_probes={num_probes}: at least one probe is needed.")
     if probe_batch is not None and not 1 <= probe_batch <= num_probes:
         raise SpectraError(f"probe_batch={probe_batch} is not between 1 and num_probes={num_probes}.")
-    layout, home = place_basis(op, basis, basis_dtype)
+    layout, home = place
     vector = layout.device_bytes()
     count, rows = _basis.segments(num_steps)
-    stored = 0 if basis == "none" else count * rows * layout.device_bytes(layout.row_dtype)
+    stored = count * rows * layout.device_bytes(layout.row_dtype) if keep_basis else 0
     num_devices = 1 if layout.mesh is None else layout.mesh.size
     linearization = op.prepared_bytes() // _num_pieces(op)
     available = host.available_bytes(op.device)
     kept, vectors = (stored, VECTORS) if home is None else (0, 3)
-    one = kept + vectors * vector + workspace
     if probe_batch is None:
+        one = kept + vectors * vector
         probe_batch = choose_batch(op, one, linearization, available, num_probes)
     return Plan(
         size=op.size,
@@ -129,7 +132,7 @@ def estimate(
         basis=kept,
         vectors=vectors * vector,
         linearization=linearization,
-        workspace=workspace,
+        workspace=0,
         available=available,
         num_matvecs=num_steps * num_probes,
         num_devices=num_devices,
@@ -137,8 +140,9 @@ def estimate(
     )
 
 
-def place_basis(op: LinearOperator, basis: str, dtype: Any = None) -> tuple[Layout, Any]:
-    """The layout of basis vectors, and the device that they live on if it is not the operator's."""
+def place_basis(op: LinearOperator, basis: str = "inherit", dtype: Any = None) -> Place:
+    """Where basis vectors lie, by the arguments of a user."""
+    require_operator(op)
     if basis not in PLACES:
         raise SpectraError(f"basis={basis!r}: use one of {PLACES}.")
     if dtype is not None:
@@ -156,13 +160,13 @@ def place_basis(op: LinearOperator, basis: str, dtype: Any = None) -> tuple[Layo
             )
     layout = Layout.of(op.like, spread=basis == "sharded", row_dtype=dtype)
     if basis != "host":
-        return layout, None
+        return Place(layout, None)
     if layout.mesh is not None:
         raise SpectraError(
             'basis="host" is for one device. On a mesh basis="sharded" divides the basis of replicated '
             'parameters by the number of devices, and basis_dtype="bfloat16" halves it.'
         )
-    return layout, jax.local_devices(backend="cpu")[0]
+    return Place(layout, jax.local_devices(backend="cpu")[0])
 
 
 def require_fit(plan: Plan) -> None:
@@ -226,10 +230,8 @@ def choose_batch(
 
 def _num_pieces(op: LinearOperator) -> int:
     """Into how many pieces the operator's most divided array is split: so are the values it saves."""
-    if trees.is_traced(op):
-        return 1
-    arrays = [leaf for leaf in jax.tree.leaves(op) if isinstance(leaf, jax.Array) and leaf.size]
-    return max((leaf.size // math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in arrays), default=1)
+    leaves = (x for x in jax.tree.leaves(op) if isinstance(x, jax.Array) and not isinstance(x, Tracer))
+    return max((x.size // math.prod(x.sharding.shard_shape(x.shape)) for x in leaves if x.size), default=1)
 
 
 def _workspace(op: LinearOperator) -> int:

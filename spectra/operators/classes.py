@@ -147,7 +147,7 @@ def parts_of(op: GGNOperator, means: ClassMeans) -> dict[str, Any]:
 
     rows = jax.tree.map(lambda x: weighted(x[i, j], weights[i, j]), means.means)
     across = jax.tree.map(lambda x, c: weighted(x[i, j] - c[i], weights[i, j]), means.means, centers)
-    base = {name: x for name, x in vars(op).items() if name != "_finite"}
+    base = op._fields()
     others, own = (_make(base | {"own": own}) for own in (False, True))
     return {
         "class_means": OuterOperator(jax.tree.map(lambda x: weighted(x, total), centers)),

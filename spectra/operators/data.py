@@ -5,6 +5,7 @@
 
 import abc
 import dataclasses
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -142,8 +143,12 @@ class DataOperator(LinearOperator):
 
     def _with(self, **fields: Any) -> Self:
         op = object.__new__(type(self))
-        op._set(**(vars(self) | {"_finite": False} | fields))
+        op._set(**(self._fields() | fields))
         return op
+
+    def _fields(self) -> dict[str, Any]:
+        """All fields by name, without what was found out since about this very operator."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     @abc.abstractmethod
     def _value(self, params: PyTree, piece: PyTree) -> jax.Array:
@@ -285,7 +290,7 @@ class DataOperator(LinearOperator):
 
     def prepared_bytes(self) -> int:
         """Bytes of the saved values, from shapes alone; parameters and data are not counted twice."""
-        return differentiate.saved_bytes(self) if self.linearized else 0
+        return self._saved_bytes if self.linearized else 0
 
     def recomputed_bytes(self) -> int | None:
         """Bytes of the tangents of saved values, of one microbatch: what `jax.vmap` holds for each vector."""
@@ -295,7 +300,15 @@ class DataOperator(LinearOperator):
             return None
         step = self.microbatch
         pieces = 1 if step is None else -(-batch_size(self.data, self.shared) // step)
-        return differentiate.saved_bytes(self) // pieces
+        return self._saved_bytes // pieces
+
+    @functools.cached_property
+    def _saved_bytes(self) -> int:
+        """Bytes of the values that the linear map saves and that are not the operator's own leaves."""
+        jaxpr = differentiate.linearize.trace(self).jaxpr.jaxpr
+        own = {id(var) for var in jaxpr.invars}
+        saved: dict[int, Any] = {id(var): var.aval for var in jaxpr.outvars[1:] if id(var) not in own}
+        return sum(aval.size * aval.dtype.itemsize for aval in saved.values())
 
     def moved(self, key: jax.Array) -> Self:
         """The operator at parameters times 1 ± eps of what the loss computes in, with random signs."""
@@ -310,7 +323,7 @@ class DataOperator(LinearOperator):
         if self.linearize != "auto":
             return bool(self.linearize)
         available = host.available_bytes()
-        return available is None or differentiate.saved_bytes(self) <= LINEARIZE_SHARE * available
+        return available is None or self._saved_bytes <= LINEARIZE_SHARE * available
 
     def explain_non_finite(self) -> str:
         """Name the parameter leaf, the loss or the gradient leaf that is not finite."""
@@ -330,6 +343,8 @@ class DataOperator(LinearOperator):
 
     def _mean(self, fn: Callable[[PyTree], PyTree]) -> PyTree:
         with jax.default_matmul_precision(self.matmul_precision):
+            if self.microbatch is None:
+                return fn(self.data)
             return mean_over_microbatches(fn, self.data, self.microbatch, self.weight_fn, self.shared)
 
     def _pieces(self) -> Iterator[tuple[float, Self]]:

@@ -104,14 +104,6 @@ def _first(pullback: Callable[[PyTree], tuple[PyTree, ...]], u: PyTree) -> PyTre
     return pullback(u)[0]
 
 
-def saved_bytes(op: "DataOperator") -> int:
-    """Bytes of the values that the linear map saves and that are not the operator's own leaves."""
-    jaxpr = linearize.trace(op).jaxpr.jaxpr
-    own = {id(var) for var in jaxpr.invars}
-    saved = {id(var): var.aval for var in jaxpr.outvars[1:] if id(var) not in own}
-    return sum(aval.size * aval.dtype.itemsize for aval in saved.values())  # pyright: ignore
-
-
 @operator(leaves=("linear", "base"))
 class LinearizedOperator(Derived):
     """An operator with the values saved that its products share; made by `prepare`, for one run."""
