@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ from jax import lax
 
 from spectra.base import arrays
 from spectra.base.errors import StructureError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 BLOCK = 128
 """Rows and columns of a block of logits: large enough for matrix products, small enough for a CPU's cache."""
@@ -23,20 +26,20 @@ HIDDEN = -0.7 * float(np.finfo(np.float32).max)
 
 
 def attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any | None = None,
-    mask: Any | None = None,
+    query: 'Float[Any, "*B T N H"]',
+    key: 'Float[Any, "*B S K H"]',
+    value: 'Float[Any, "*B S K H"]',
+    bias: 'Float[Any, "..."] | None' = None,
+    mask: 'Bool[Any, "..."] | None' = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    query_seq_lengths: Any | None = None,
-    key_value_seq_lengths: Any | None = None,
+    query_seq_lengths: 'Int[Any, " B"] | None' = None,
+    key_value_seq_lengths: 'Int[Any, " B"] | None' = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
     block_sizes: tuple[int, int] | None = None,
-) -> jax.Array:
+) -> 'Float[jax.Array, "*B T N H"]':
     """softmax(Q Kᵀ scale + bias) V in linear memory: takes what `jax.nn.dot_product_attention` takes.
 
     Blocks of logits are made, used and forgotten: the softmax is summed up online, block by block, and every

@@ -21,6 +21,7 @@ from spectra.results.base import call
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
+    from jaxtyping import Float
 
 
 class LinearOperator(abc.ABC):
@@ -218,8 +219,8 @@ class LinearOperator(abc.ABC):
         return getattr(v, "shape", None) == (self.size,) and own != (self.size,)
 
     @meshes.automatic
-    def as_matrix(self, *, memory_limit: int | None = None) -> jax.Array:
-        """The dense (n, n) matrix, symmetric to the bit: (A + Aᵀ) / 2 of the n columns.
+    def as_matrix(self, *, memory_limit: int | None = None) -> 'Float[jax.Array, "n n"]':
+        """The dense matrix, symmetric to the bit: (A + Aᵀ) / 2 of the n columns.
 
         Args:
             memory_limit: bytes; by default half of what the device has free.

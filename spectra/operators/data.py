@@ -10,7 +10,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,9 @@ from spectra.operators.differentiate import resolve_mode
 from spectra.operators.jaxprs import Rounding, coarsest_rounding, rematerialises, scanned_inputs
 from spectra.operators.means import require_mean
 from spectra.operators.streams import Stream
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -229,7 +232,7 @@ class DataOperator(LinearOperator):
         return block
 
     @automatic
-    def loss(self) -> jax.Array:
+    def loss(self) -> 'Float[jax.Array, ""]':
         """The mean loss over all data at the parameters."""
         trees.check_alive(self, "the operator's leaf")
         if self.stream is None:

@@ -5,7 +5,7 @@ A matrix is made column by column, and refused where the map has no symmetric on
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.pytree import operator
 from spectra.results.base import provides
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 IN_FLIGHT = 64
 """Columns in one vmapped product: bounds the batched activations."""
@@ -120,7 +123,7 @@ class MatrixOperator(LinearOperator):
     """A dense symmetric matrix as an operator on flat vectors.
 
     Args:
-        matrix: (n, n), real; integers and half precision become float32.
+        matrix: real; integers and half precision become float32.
 
     Raises:
         StructureError: not a square real matrix.
@@ -134,7 +137,7 @@ class MatrixOperator(LinearOperator):
         Array([2., 1.], dtype=float32)
     """
 
-    matrix: jax.Array
+    matrix: 'Float[jax.Array, "n n"]'
 
     @automatic
     def __init__(self, matrix: Any):
@@ -292,7 +295,7 @@ class LowRankOperator(LinearOperator):
     """
 
     vectors: PyTree
-    values: jax.Array
+    values: 'Float[jax.Array, " vectors"]'
 
     @automatic
     def __init__(self, vectors: PyTree, values: Any = None):

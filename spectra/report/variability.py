@@ -1,9 +1,11 @@
 """How much a spectrum depends on which data were used, apart from how much it depends on the probes."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,9 @@ from spectra.operators.data import DataOperator
 from spectra.report.spectrum import trace_estimate
 from spectra.results import Array, Interval, Quadrature, Result, result, text_table, worst
 from spectra.results.base import directed
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 FAR = 50.0
 """|d| in units of sqrt(c) from which |d| is normal, to one part in 2 FAR² of it."""
@@ -149,19 +154,19 @@ class DataVariability(Result):
     than 1 %, the printed result says "at least" and "at most".
     """
 
-    largest: Array  # (s, k) of each subset, descending
-    smallest: Array  # (s, k) of each subset, ascending
-    trace: Array  # (s,)
-    trace_probe_stderr: Array  # (s,) from the probes alone
-    whole_largest: Array  # (k,) of all data
-    whole_smallest: Array  # (k,)
+    largest: Float[Array, "subsets eigenvalues"]  # of each subset, descending
+    smallest: Float[Array, "subsets eigenvalues"]  # of each subset, ascending
+    trace: Float[Array, " subsets"]
+    trace_probe_stderr: Float[Array, " subsets"]  # from the probes alone
+    whole_largest: Float[Array, " eigenvalues"]  # of all data
+    whole_smallest: Float[Array, " eigenvalues"]
     whole_trace: float
     num_matvecs: int
     trace_spread: Interval | None = None  # of the trace between these subsets, 95 % over the probes
     trace_population: Interval | None = None  # of the distribution that the subsets are drawn from, 95 %
-    limits: Array | None = None  # (2,) below its smallest and above its largest eigenvalue, 97.5 % each
-    largest_residuals: Array | None = None  # (s, k)
-    smallest_residuals: Array | None = None  # (s, k)
+    limits: Float[Array, 2] | None = None  # below its smallest and above its largest eigenvalue, 97.5 % each
+    largest_residuals: Float[Array, "subsets eigenvalues"] | None = None
+    smallest_residuals: Float[Array, "subsets eigenvalues"] | None = None
     status: Status = Status.COMPLETE  # the first of the quadratures' that is something to be wary of
 
     @property

@@ -1,6 +1,8 @@
 """What is said of whole matrices: condition numbers, distances between operators, parts by class."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +20,9 @@ from spectra.results.base import (
     text_table,
 )
 from spectra.results.estimates import Estimate
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @result("is_lower_bound", "shift", "rank_tol", "size", "num_matvecs", "method", "status")
@@ -190,8 +195,8 @@ class OperatorComparison(Result):
     trace: Interval  # tr A / tr B
     overlap: Interval  # |U_Aᵀ U_B|²_F / k of the k leading eigenvectors: 1 for one eigenspace, k/n by chance
     wasserstein: Interval  # W₁ of the eigenvalues of A and of B, in units of the mean |λ| of B
-    eigenvalues: Array  # (2, k) leading in modulus, of A and of B, descending in modulus
-    residuals: Array  # (2, k) within which, plus rounding, there is an eigenvalue
+    eigenvalues: Float[Array, "2 pairs"]  # leading in modulus, of A and of B, descending in modulus
+    residuals: Float[Array, "2 pairs"]  # within which, plus rounding, there is an eigenvalue
     layers: dict[str, Interval]  # |A - B|_F / |B|_F of the diagonal block of each layer
     size: int  # n
     num_matvecs: int  # products with A and with B, those with blocks among them
@@ -242,16 +247,16 @@ class ClassSplit(Result):
     Returned by `class_split`, whose page has an example, the cost and the source.
     """
 
-    whole: Array  # (k,)
-    class_means: Array  # (C,)
-    cross: Array  # (C (C - 1),)
-    within: Array  # (k,)
-    same: Array  # (k,)
+    whole: Float[Array, " pairs"]
+    class_means: Float[Array, " classes"]
+    cross: Float[Array, " classes*(classes-1)"]
+    within: Float[Array, " pairs"]
+    same: Float[Array, " pairs"]
     class_trace: float
     cross_trace: float
     within_trace: Estimate
     same_trace: Estimate
-    weights: Array  # (C, C) probability of class j summed over the examples of class i, over N
+    weights: Float[Array, "classes classes"]  # [i, j]: probability of class j summed over class i, over N
     num_classes: int
     num_matvecs: int
     status: Status

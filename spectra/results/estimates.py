@@ -1,7 +1,9 @@
 """Numbers with their errors, and the limits of ratios of means."""
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -10,6 +12,9 @@ from jax.core import Tracer
 from spectra.base.errors import SpectraError, Status
 from spectra.quadrature.rules import share_interval
 from spectra.results.base import Array, Interval, Result, directed, html_table, result, text_table
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def skewed_t(t: float, skewness: float, count: float, up: bool) -> float:
@@ -65,7 +70,7 @@ class Estimate(Result):
     dof: float | None = None  # degrees of freedom of Student's t for the interval; None: normal law
     lower: Any = None  # bracket of `value` for the probes drawn, deterministic; None where there is none
     upper: Any = None
-    total: "Estimate | None" = None  # the sum over groups, from the same products
+    total: Estimate | None = None  # the sum over groups, from the same products
     least: Any = None  # what the truth cannot be below: no interval reaches further
     most: Any = None
     normals: float | None = None  # of a share of eigenvalues, k n: interval from the law Beta, not Student's
@@ -143,7 +148,7 @@ class NoiseScale(Estimate):
 
     noise: float = math.nan  # tr Σ of single examples, unbiased
     signal: float = math.nan  # |g|² without the part of the noise, unbiased; may be negative
-    covariance: Array = None  # (2, 2) of (noise, signal), by the jackknife over examples
+    covariance: Float[Array, "2 2"] = None  # of (noise, signal), by the jackknife over examples
     skewness: float = 0.0  # of what single examples add to noise - value · signal
     num_examples: int = 0
 
@@ -193,12 +198,12 @@ class Population(Result):
     The [glossary](glossary.md#population) defines population and interval.
     """
 
-    eigenvalues: Array  # (k,) debiased estimates, descending
-    lower: Array  # (k,)
-    upper: Array  # (k,)
-    held_out: Array  # (k,)
-    in_sample: Array  # (k,) of the mean over all examples drawn
-    stderr: Array  # (k,) of the curvature along the eigenvector, over examples
+    eigenvalues: Float[Array, " pairs"]  # debiased estimates, descending
+    lower: Float[Array, " pairs"]
+    upper: Float[Array, " pairs"]
+    held_out: Float[Array, " pairs"]
+    in_sample: Float[Array, " pairs"]  # of the mean over all examples drawn
+    stderr: Float[Array, " pairs"]  # of the curvature along the eigenvector, over examples
     trace: Interval
     trace_stderr: float  # over examples
     trace_probe_stderr: float  # over probes, beside it

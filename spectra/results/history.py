@@ -1,7 +1,9 @@
 """Spectra along training."""
 
+from __future__ import annotations
+
 from collections.abc import Container
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +28,9 @@ from spectra.results.base import (
 from spectra.results.estimates import Estimate
 from spectra.results.quadrature import Quadrature
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
 
 @result("step", "num_matvecs", "level")
 class Snapshot(Result):
@@ -38,8 +43,8 @@ class Snapshot(Result):
     """
 
     step: int
-    eigenvalues: Array  # (k,) the largest, descending
-    residuals: Array  # (k,): an eigenvalue lies within this distance
+    eigenvalues: Float[Array, " eigenvalues"]  # the largest, descending
+    residuals: Float[Array, " eigenvalues"]  # an eigenvalue lies within this distance
     largest: Interval  # scalars: λmax, the sharpness, >= lower always, and <= upper with probability `level`
     smallest: Interval  # λmin <= upper always, and >= lower with probability `level`
     trace: Estimate
@@ -162,44 +167,44 @@ class SpectrumHistory(Result):
         return worst(snapshot.status for snapshot in self.snapshots)
 
     @property
-    def steps(self) -> np.ndarray:
-        """(s,) step of each snapshot."""
+    def steps(self) -> Int[np.ndarray, " snapshots"]:
+        """Step of each snapshot."""
         return np.array([s.step for s in self.snapshots], int)
 
     @property
-    def sharpness(self) -> np.ndarray:
-        """(s,) λmax."""
+    def sharpness(self) -> Float[np.ndarray, " snapshots"]:
+        """λmax."""
         return np.array([s.sharpness for s in self.snapshots], float)
 
     @property
-    def smallest(self) -> np.ndarray:
-        """(s,) smallest Ritz values: λmin where `smallest_kind` is "value", else upper bounds on it."""
+    def smallest(self) -> Float[np.ndarray, " snapshots"]:
+        """Smallest Ritz values: λmin where `smallest_kind` is "value", else upper bounds on it."""
         return np.array([s.smallest.estimate for s in self.snapshots], float)
 
     @property
-    def smallest_kind(self) -> np.ndarray:
-        """(s,) what each entry of `smallest` is, see `Snapshot`."""
+    def smallest_kind(self) -> Shaped[np.ndarray, " snapshots"]:
+        """What each entry of `smallest` is, see `Snapshot`."""
         return np.array([s.smallest_kind for s in self.snapshots], str)
 
     @property
     def smallest_interval(self) -> Interval:
-        """(s,) each: λmin lies below `upper` always, and above `lower` with probability `level`."""
+        """Of each snapshot: λmin lies below `upper` always, and above `lower` with probability `level`."""
         return Interval(*np.array([s.smallest for s in self.snapshots], float).reshape(-1, 3).T)
 
     @property
-    def eigenvalues(self) -> np.ndarray:
-        """(s, k) largest eigenvalues, descending; NaN where a snapshot has fewer than others."""
+    def eigenvalues(self) -> Float[np.ndarray, "snapshots eigenvalues"]:
+        """Largest eigenvalues, descending; NaN where a snapshot has fewer than others."""
         found = _padded([np.atleast_2d(s.eigenvalues) for s in self.snapshots], np.nan)
         return found.reshape(len(self), found.shape[-1])
 
     @property
-    def trace(self) -> np.ndarray:
-        """(s,) trace."""
+    def trace(self) -> Float[np.ndarray, " snapshots"]:
+        """Trace."""
         return np.array([s.trace.value for s in self.snapshots], float)
 
     @property
-    def trace_stderr(self) -> np.ndarray:
-        """(s,) standard error of the trace."""
+    def trace_stderr(self) -> Float[np.ndarray, " snapshots"]:
+        """Standard error of the trace."""
         return np.array([s.trace.stderr for s in self.snapshots], float)
 
     def records(self) -> list[dict[str, Any]]:
@@ -209,8 +214,8 @@ class SpectrumHistory(Result):
         """
         return [row for snapshot in self.snapshots for row in snapshot.records()]
 
-    def scalar(self, name: str) -> np.ndarray:
-        """(s,) a number that the training loop passed along; NaN where it did not."""
+    def scalar(self, name: str) -> Float[np.ndarray, " snapshots"]:
+        """A number that the training loop passed along; NaN where it did not."""
         return np.array([s.scalars.get(name, np.nan) for s in self.snapshots], float)
 
     def to_xarray(self) -> Any:

@@ -1,7 +1,9 @@
 """Results of Krylov methods: decompositions, eigenpairs, solutions, and what a run will cost."""
 
+from __future__ import annotations
+
 import functools
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,9 @@ from spectra.results.base import (
     rounded,
     text_table,
 )
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 _dense = jax.jit(functools.partial(rules.dense, xp=jnp))
 
@@ -55,12 +60,12 @@ class Tridiagonal(Result):
 
     _BULKY: ClassVar = ("segments", "layout")
 
-    alpha: Array  # (m,)
-    beta: Array  # (m - 1,)
-    residual_norm: Array  # (), |r|: zero after a breakdown
-    length: Array  # (), integer
-    asymmetry: Array  # (), largest |q_iᵀ H q_j| that symmetry makes zero, in units of |T|
-    second_passes: Array  # (), steps that needed a second Gram-Schmidt pass
+    alpha: Float[Array, " steps"]
+    beta: Float[Array, " steps-1"]
+    residual_norm: Float[Array, ""]  # |r|: zero after a breakdown
+    length: Int[Array, ""]
+    asymmetry: Float[Array, ""]  # largest |q_iᵀ H q_j| that symmetry makes zero, in units of |T|
+    second_passes: Int[Array, ""]  # steps that needed a second Gram-Schmidt pass
     segments: Any  # the basis in segments of rows, see krylov.basis; empty if not kept
     layout: Any  # how segments map to pytrees
     status: Status
@@ -73,18 +78,18 @@ class Tridiagonal(Result):
 
     @property
     @meshes.automatic
-    def orthogonality(self) -> Array:
+    def orthogonality(self) -> Float[Array, ""]:
         """max |Q Qᵀ - I| over the first `length` rows. Costs m² n operations, at each access."""
         kept = self._kept()
         return call("orthogonality", kept.segments, kept.length)
 
-    def matrix(self) -> Array:
-        """T as a dense (m, m) array."""
+    def matrix(self) -> Float[Array, "steps steps"]:
+        """T as a dense array."""
         if _is_jax(self.alpha):
             return _dense(self.alpha, self.beta)
         return rules.dense(self.alpha, self.beta, np)
 
-    def _kept(self) -> "Tridiagonal":
+    def _kept(self) -> Tridiagonal:
         if not self.segments:
             raise ValueError("the basis was not kept: run lanczos with reorthogonalize='full' to have it.")
         return meshes.on_automatic_axes(self)
@@ -116,10 +121,10 @@ class Eigenpairs(Result):
 
     _BULKY: ClassVar = ("vectors",)
 
-    values: Array  # (k,) ascending
+    values: Float[Array, " pairs"]  # ascending
     vectors: PyTree  # leaves (k, *leaf.shape)
-    residuals: Array  # (k,) |H v - λ v|
-    converged: Array  # (k,) bool
+    residuals: Float[Array, " pairs"]  # |H v - λ v|
+    converged: Bool[Array, " pairs"]
     which: str
     size: int  # n, order of the operator
     num_matvecs: int
@@ -133,8 +138,8 @@ class Eigenpairs(Result):
         """How many of the eigenvalues are zero to the noise floor."""
         return int(np.sum(np.abs(self.values) <= self.noise_floor))
 
-    def matrix(self) -> np.ndarray:
-        """The vectors as the columns of an (n, k) array, parameters ravelled in tree order."""
+    def matrix(self) -> Float[np.ndarray, "n pairs"]:
+        """The vectors as the columns of an array, parameters ravelled in tree order."""
         leaves = [np.asarray(x).reshape(len(self.values), -1) for x in jax.tree.leaves(self.vectors)]
         return np.concatenate(leaves, axis=1).T
 
@@ -183,11 +188,11 @@ class SingularTriplets(Result):
 
     _BULKY: ClassVar = ("left", "right")
 
-    values: Array  # (k,) descending
+    values: Float[Array, " triplets"]  # descending
     left: PyTree  # u_i, leaves (k, *leaf.shape) like the outputs; zero where the value is zero
     right: PyTree  # v_i, leaves (k, *leaf.shape) like the parameters
-    errors: Array  # (k,)
-    converged: Array  # (k,) bool
+    errors: Float[Array, " triplets"]
+    converged: Bool[Array, " triplets"]
     which: str
     shape: tuple[int, int]  # (m, n) of J
     num_matvecs: int  # products with J, each with one with its transpose
@@ -241,11 +246,11 @@ class Solution(Result):
     _BULKY: ClassVar = ("x",)
 
     x: PyTree  # in the form of b
-    residual_norm: Array  # (), |b - (H + shift I) x|, computed from x at the end
-    rounding: Array  # (), how far rounding can have moved that norm
-    error_bound: Array  # (), |x - x*| is not above this; infinite where the spectrum may come near 0
+    residual_norm: Float[Array, " *sides"]  # |b - (H + shift I) x|, computed from x at the end
+    rounding: Float[Array, " *sides"]  # how far rounding can have moved that norm
+    error_bound: Float[Array, " *sides"]  # |x - x*| is not above this; inf where the spectrum may come near 0
     quadratic_form: Interval  # bᵀ(H + shift I)⁻¹b: bracketed; of CG with a known bound, or dense and definite
-    converged: Array  # (), bool
+    converged: Bool[Array, " *sides"]
     num_matvecs: int  # of all right-hand sides, checks included
     preconditioner_matvecs: int  # products that built the preconditioner
     method: str  # "cg", "minres", or "dense"
@@ -289,7 +294,7 @@ class FunctionProduct(Result):
     _BULKY: ClassVar = ("value",)
 
     value: PyTree  # in the form of v
-    error_bound: Array  # (), |value - f(H) v| is not above this; see `bound` for what it rests on
+    error_bound: Float[Array, ""]  # |value - f(H) v| is not above this; see `bound` for what it rests on
     num_matvecs: int
     num_steps: int  # Lanczos steps of the longest run
     function: str

@@ -1,13 +1,19 @@
 """What curvature says about the loss around the parameters, and about steps in it."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spectra.base.errors import SpectraError, Status
 from spectra.results.base import Array, Result, html_table, notebook_view, result, text_table
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @result("names", "num_evaluations", "status")
@@ -22,12 +28,12 @@ class LossSlice(Result):
     Returned by `loss_slice`, whose page has an example and the cost; `plot_landscape` draws it.
     """
 
-    x: Array  # (p,) distances along the first direction
-    y: Array  # (q,) along the second
-    loss: Array  # (q, p)
-    quadratic: Array  # (q, p)
-    slope: Array  # (d,) of the loss at the centre along each of one or two directions
-    eigenvalues: Array  # (d,) curvature along each; of eigenvectors |λ₁| >= |λ₂|
+    x: Float[Array, " columns"]  # distances along the first direction
+    y: Float[Array, " rows"]  # along the second
+    loss: Float[Array, "rows columns"]
+    quadratic: Float[Array, "rows columns"]
+    slope: Float[Array, " directions"]  # of the loss at the centre along each of one or two directions
+    eigenvalues: Float[Array, " directions"]  # curvature along each; of eigenvectors |λ₁| >= |λ₂|
     center: float  # the loss at the parameters
     num_evaluations: int
     status: Status = Status.COMPLETE
@@ -90,23 +96,23 @@ class Perturbation(Result):
     """
 
     names: tuple[str, ...]  # p perturbations
-    slopes: Array  # (p,) gᵀδ
-    curvature: Array  # (p, p) δ_iᵀHδ_j
-    lengths: Array  # (p,) |δ|
+    slopes: Float[Array, " perturbations"]  # gᵀδ
+    curvature: Float[Array, "perturbations perturbations"]  # δ_iᵀHδ_j
+    lengths: Float[Array, " perturbations"]  # |δ|
     loss: float  # at the parameters themselves
     num_matvecs: int
     status: Status = Status.COMPLETE
-    measured: Array | None = None  # (p,) true change of each
+    measured: Float[Array, " perturbations"] | None = None  # true change of each
     measured_all: float | None = None  # of all together
 
     @property
-    def changes(self) -> np.ndarray:
-        """(p,) predicted change of each perturbation alone."""
+    def changes(self) -> Float[np.ndarray, " perturbations"]:
+        """Predicted change of each perturbation alone."""
         return np.asarray(self.slopes + np.diagonal(self.curvature) / 2, float)
 
     @property
-    def pairs(self) -> np.ndarray:
-        """(p, p) predicted change of two perturbations together; of one alone on the diagonal."""
+    def pairs(self) -> Float[np.ndarray, "perturbations perturbations"]:
+        """Predicted change of two perturbations together; of one alone on the diagonal."""
         single = self.changes
         both = single[:, None] + single + self.curvature
         return np.where(np.eye(len(single), dtype=bool), single, both)
@@ -346,7 +352,7 @@ class GradientOverlap(Result):
         0.8
     """
 
-    shares: Array  # (k,) (v_j·g)² / |g|², in the order of the pairs
+    shares: Float[Array, " pairs"]  # (v_j·g)² / |g|², in the order of the pairs
     length: float  # |g|
     status: Status = Status.COMPLETE
 

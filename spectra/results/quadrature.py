@@ -3,10 +3,12 @@
 Functions of a measure take what people hold: a report stands for its quadrature, a list for a mapping.
 """
 
+from __future__ import annotations
+
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.core import Tracer
@@ -16,6 +18,9 @@ from spectra.base.errors import SpectraError, Status
 from spectra.quadrature import copies, rules
 from spectra.quadrature.resolved import Parts, parts
 from spectra.results.base import Array, Interval, Result, notebook_view, result
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 @result("size", "num_matvecs", "precision", "status", "coupling", "rounding")
@@ -46,22 +51,22 @@ class Quadrature(Result):
         True
     """
 
-    nodes: Array  # (k, m) Ritz values
-    weights: Array  # (k, m) squared first components of the eigenvectors of T
-    residuals: Array  # (k, m): an eigenvalue of H lies within this distance of the node
-    lengths: Array  # (k,) true number of nodes
-    asymmetry: Array  # (k,) see Tridiagonal
+    nodes: Float[Array, "probes steps"]  # Ritz values
+    weights: Float[Array, "probes steps"]  # squared first components of the eigenvectors of T
+    residuals: Float[Array, "probes steps"]  # an eigenvalue of H lies within this distance of the node
+    lengths: Int[Array, " probes"]  # true number of nodes
+    asymmetry: Float[Array, " probes"]  # see Tridiagonal
     size: int  # n, order of the operator
     num_matvecs: int
     precision: float  # relative error of one product, as stated by the operator
     status: Status
-    bulk: "Quadrature | None" = None  # of the complement of deflated eigenvectors, of order n - r
-    atoms: Array | None = None  # (r,) deflated eigenvalues: columns of weight 1/n in every row
+    bulk: Quadrature | None = None  # of the complement of deflated eigenvectors, of order n - r
+    atoms: Float[Array, " atoms"] | None = None  # deflated eigenvalues: columns of weight 1/n in every row
     coupling: float = 0.0  # how far an eigenvalue can be moved by the residuals of the deflated ones
     rounding: float = 0.0  # change of H at parameters moved by one rounding, over |H|; 0 if not measured
-    coefficients: Array | None = None  # (k, 2, m): α and β of each step, where copies were merged
-    sketches: Array | None = None  # (k, m, 8) products of Ritz vectors with random ones: tell copies apart
-    links: Array | None = None  # (r,) residuals of atoms that are Ritz values, converged or not
+    coefficients: Float[Array, "probes 2 steps"] | None = None  # α and β, where copies were merged
+    sketches: Float[Array, "probes steps 8"] | None = None  # of Ritz vectors: tell copies apart
+    links: Float[Array, " atoms"] | None = None  # residuals of atoms that are Ritz values, converged or not
 
     @functools.cached_property
     def parts(self) -> Parts:
@@ -69,8 +74,8 @@ class Quadrature(Result):
         return parts(self)
 
     @property
-    def resolved(self) -> np.ndarray:
-        """(r,) eigenvalues without sampling error: deflated, or simple and resolved by every probe."""
+    def resolved(self) -> Float[np.ndarray, " resolved"]:
+        """Eigenvalues without sampling error: deflated, or simple and resolved by every probe."""
         return self.parts.eigenvalues
 
     @property
@@ -179,8 +184,8 @@ class Moments(Result):
     The [glossary](glossary.md#moments) defines probe and moments.
     """
 
-    moments: Array  # (k, num_moments), within [-1, 1]
-    bounds: Array  # (2,), a and b
+    moments: Float[Array, "probes moments"]  # within [-1, 1]
+    bounds: Float[Array, 2]  # a and b
     size: int  # n, order of the operator
     num_matvecs: int  # with those that found the bounds
     precision: float  # relative error of one product
@@ -227,13 +232,13 @@ class Density(Result):
     The [glossary](glossary.md#density) defines density, band, outlier and bulk.
     """
 
-    grid: Array  # (g,) eigenvalues
-    density: Array  # (g,) per unit of eigenvalue
-    lower: Array  # (g,)
-    upper: Array  # (g,)
-    bandwidth: Array  # (g,) width of the kernel for mass at each grid point
+    grid: Float[Array, " grid"]  # eigenvalues
+    density: Float[Array, " grid"]  # per unit of eigenvalue
+    lower: Float[Array, " grid"]
+    upper: Float[Array, " grid"]
+    bandwidth: Float[Array, " grid"]  # width of the kernel for mass at each grid point
     linear_scale: float  # |eigenvalue| below which a signed-log axis should be linear
-    outliers: Array  # (r,) mean positions of eigenvalues resolved one by one
+    outliers: Float[Array, " outliers"]  # mean positions of eigenvalues resolved one by one
     size: int  # n
     level: float
     status: Status = Status.COMPLETE  # of the quadrature or the moments that it shows
