@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -92,6 +93,22 @@ def test_what_holds_several_results_prints_as_a_table(made):
         head, *lines = repr(result).splitlines()
         assert head.split() == " ".join(result.table()[0]).split()
         assert [line.split()[0] for line in lines] == list(result)
+
+
+def test_arrays_have_the_axes_that_their_fields_state(made):
+    """And the names of axes mean the same in all fields of a result."""
+    scope = {"Array": np.ndarray, "Bool": jaxtyping.Bool, "Float": jaxtyping.Float, "Int": jaxtyping.Int}
+    checked = set()
+    for name, result in made.items():
+        with jaxtyping.jaxtyped("context"):
+            for field in dataclasses.fields(result):
+                value = getattr(result, field.name)
+                if "[Array, " not in str(field.type) or value is None:
+                    continue
+                kind = eval(field.type, scope)
+                assert isinstance(np.asarray(value), kind), (name, field.name, field.type, np.shape(value))
+                checked.add(name)
+    assert checked >= {"Quadrature", "Density", "Eigenpairs", "Tridiagonal", "Solution", "DataVariability"}
 
 
 def test_metrics_are_the_numbers_of_the_records(made):

@@ -164,7 +164,7 @@ class DataVariability(Result):
     num_matvecs: int
     trace_spread: Interval | None = None  # of the trace between these subsets, 95 % over the probes
     trace_population: Interval | None = None  # of the distribution that the subsets are drawn from, 95 %
-    limits: Float[Array, 2] | None = None  # below its smallest and above its largest eigenvalue, 97.5 % each
+    limits: Float[Array, " 2"] | None = None  # below the smallest, above the largest eigenvalue, 97.5 % each
     largest_residuals: Float[Array, "subsets eigenvalues"] | None = None
     smallest_residuals: Float[Array, "subsets eigenvalues"] | None = None
     status: Status = Status.COMPLETE  # the first of the quadratures' that is something to be wary of

@@ -185,7 +185,7 @@ class Moments(Result):
     """
 
     moments: Float[Array, "probes moments"]  # within [-1, 1]
-    bounds: Float[Array, 2]  # a and b
+    bounds: Float[Array, " 2"]  # a and b
     size: int  # n, order of the operator
     num_matvecs: int  # with those that found the bounds
     precision: float  # relative error of one product
