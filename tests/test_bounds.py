@@ -12,7 +12,7 @@ from scipy.stats import binom
 
 import spectra
 from spectra.density.extremes import LEVEL, extreme
-from spectra.results.base import directed, rounded
+from spectra.results.text import directed, rounded
 
 N = 400
 EPS = float(np.finfo(np.float32).eps)

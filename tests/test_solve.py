@@ -10,7 +10,7 @@ from networks import cross_entropy, half_square
 
 import spectra
 from spectra import Status
-from spectra.krylov.preconditioners import nystrom
+from spectra.krylov.nystrom import nystrom
 
 KEY = jax.random.key(0)
 KAPPAS = (3.0, 1e2, 1e4, 1e7, 1e10)

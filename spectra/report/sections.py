@@ -25,7 +25,8 @@ from spectra.results import (
     Quadrature,
     SpectrumHistory,
 )
-from spectra.results.base import extreme_cell, measured
+from spectra.results.base import extreme_cell
+from spectra.results.text import measured
 
 _ROWS = 24  # of a table of snapshots
 _CHOICES = 200  # blocks whose curves a page holds, of some 25 kB each

@@ -29,7 +29,8 @@ from spectra.estimators.exact import relative_change
 from spectra.estimators.functions import trace_of
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Density, Estimate, Interval, Quadrature, Result, notebook_view, result, text_table
-from spectra.results.base import directed, extreme_text
+from spectra.results.base import extreme_text
+from spectra.results.text import directed
 from spectra.runs.checkpoint import Checkpoint
 
 __all__ = ["SpectrumReport", "spectrum"]

@@ -22,7 +22,8 @@ from spectra.results import (
     plain,
     result,
 )
-from spectra.results.base import directed, extreme_cell, rounded
+from spectra.results.base import extreme_cell
+from spectra.results.text import directed, rounded
 
 
 @result()

@@ -25,7 +25,7 @@ from spectra.operators.batches import batch_size
 from spectra.operators.data import DataOperator
 from spectra.report.spectrum import trace_estimate
 from spectra.results import Array, Interval, Quadrature, Result, result, text_table, worst
-from spectra.results.base import directed
+from spectra.results.text import directed
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -4,42 +4,16 @@ Arrays are JAX arrays inside `jit` and NumPy float64 arrays outside, where the s
 solved on the host.
 """
 
-from spectra.results.base import (
-    Array,
-    Interval,
-    Named,
-    Result,
-    format_bytes,
-    html_grid,
-    html_table,
-    notebook_view,
-    plain,
-    provides,
-    result,
-    text_grid,
-    text_table,
-    worst,
-)
+from spectra.results.base import Array, Interval, Named, Result, notebook_view, plain, provides, result, worst
 from spectra.results.conditions import ClassSplit, ConditionNumber, LayerConditions, OperatorComparison
 from spectra.results.estimates import Estimate, NoiseScale, Population
 from spectra.results.history import Snapshot, SpectrumHistory
-from spectra.results.krylov import (
-    Eigenpairs,
-    FunctionProduct,
-    Plan,
-    SingularTriplets,
-    Solution,
-    Tridiagonal,
-)
-from spectra.results.landscape import (
-    GradientOverlap,
-    LossSlice,
-    Perturbation,
-    Sharpness,
-    StableStep,
-    StepQuality,
-)
+from spectra.results.krylov import Eigenpairs, FunctionProduct, SingularTriplets, Solution, Tridiagonal
+from spectra.results.landscape import LossSlice, Perturbation
+from spectra.results.plan import Plan
 from spectra.results.quadrature import Density, Moments, Quadrature, as_quadrature, as_spectrum, by_name
+from spectra.results.steps import GradientOverlap, Sharpness, StableStep, StepQuality
+from spectra.results.text import format_bytes, html_grid, html_table, text_grid, text_table
 
 __all__ = [
     "Array",

@@ -7,19 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectra.base.errors import Status
-from spectra.results.base import (
-    Array,
-    Interval,
-    Named,
-    Result,
-    directed,
-    flat,
-    html_table,
-    result,
-    rounded,
-    text_table,
-)
+from spectra.results.base import Array, Interval, Named, Result, flat, result
 from spectra.results.estimates import Estimate
+from spectra.results.text import directed, html_table, rounded, text_table
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -11,7 +11,8 @@ from jax.core import Tracer
 
 from spectra.base.errors import SpectraError, Status
 from spectra.quadrature.rules import share_interval
-from spectra.results.base import Array, Interval, Result, directed, html_table, result, text_table
+from spectra.results.base import Array, Interval, Result, result
+from spectra.results.text import directed, html_table, text_table
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -12,21 +12,17 @@ from spectra.results.base import (
     Array,
     Interval,
     Result,
-    directed,
     extreme_cell,
     extreme_text,
-    html_table,
     is_converged,
-    measured,
     notebook_view,
     plain,
     result,
-    rounded,
-    text_table,
     worst,
 )
 from spectra.results.estimates import Estimate
 from spectra.results.quadrature import Quadrature
+from spectra.results.text import directed, html_table, measured, rounded, text_table
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
