@@ -30,9 +30,9 @@ import spectra
 from benchmarks import timing
 from spectra.base import trees
 from spectra.demos import digits
-from spectra.krylov import basis as _basis
 from spectra.krylov import recurrence
 from spectra.krylov.plan import place_basis
+from spectra.krylov.rows import gram
 from spectra.results import format_bytes
 
 KEY, PROBES, TRUTH = jax.random.key(1), 2, 80
@@ -45,8 +45,8 @@ def orthogonality(op, steps: int, place: str, dtype) -> float:
         start = trees.sphere_sample(jax.random.fold_in(KEY, 0), layout.anonymous().structure)
         state = recurrence.init(layout.anonymous(), start, steps)
     state = recurrence.advance(op.prepare(), layout, state, 0, steps, batched=False, home=home)
-    gram = np.asarray(_basis.gram(state.basis))[:steps, :steps]
-    return float(np.max(np.abs(gram - np.eye(steps))))
+    products = np.asarray(gram(state.basis))[:steps, :steps]
+    return float(np.max(np.abs(products - np.eye(steps))))
 
 
 def points(quadrature) -> tuple[np.ndarray, np.ndarray]:

@@ -25,10 +25,11 @@ from spectra.estimators.condition import condition_number
 from spectra.estimators.counts import count_above, negative_share
 from spectra.estimators.diagonal import diagonal
 from spectra.estimators.frobenius import frobenius_norm
-from spectra.estimators.functions import effective_dimension, logdet, trace_of
+from spectra.estimators.functions import trace_of
 from spectra.estimators.landscape import loss_slice
 from spectra.estimators.perturbation import perturbation, pruning_deltas, rounding_deltas
 from spectra.estimators.population import population
+from spectra.estimators.spectral_sums import effective_dimension, logdet
 from spectra.estimators.trace import model_trace, trace
 from spectra.krylov.eigsh import eigsh
 from spectra.krylov.funm import funm

@@ -10,8 +10,8 @@ from cases import SHARP, slow_but
 
 from spectra.base import trees
 from spectra.krylov import basis
-from spectra.krylov.basis import _combine
 from spectra.krylov.layout import Layout
+from spectra.krylov.rows import _combine
 from spectra.krylov.step import REPEAT, orthogonalize
 from spectra.operators.jaxprs import _equations
 

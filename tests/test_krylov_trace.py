@@ -10,8 +10,8 @@ import spectra
 from spectra.estimators import krylov_aware
 from spectra.estimators.krylov_aware import Split
 from spectra.krylov import explored
-from spectra.krylov.basis import stack
 from spectra.krylov.layout import Layout
+from spectra.krylov.rows import stack
 
 N, BUDGET = 96, 40
 KEY = jax.random.key(0)

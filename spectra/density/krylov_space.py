@@ -11,8 +11,8 @@ from spectra.base.progress import Progress
 from spectra.base.trees import PyTree
 from spectra.density import deflation
 from spectra.density.run import ProbeRun
-from spectra.krylov import basis as _basis
 from spectra.krylov.layout import Layout
+from spectra.krylov.rows import stack
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
 from spectra.operators.composed import DeflatedOperator
@@ -52,7 +52,7 @@ def taken_out(run: ProbeRun, layout: Layout, found: Quadrature, taken: np.ndarra
         at = np.linalg.eigh(rules.dense(row["alpha"][:m], row["beta"][: m - 1], np))[1][:, taken]
     at = np.pad(at, ((0, 0), (0, -at.shape[1] % ROWS)))
     assert run.last is not None
-    vectors = stacks.combine(jnp.asarray(at.T), _basis.stack(run.last.basis, layout, 0, m))
+    vectors = stacks.combine(jnp.asarray(at.T), stack(run.last.basis, layout, 0, m))
     run.forget()
     values, residuals = (np.asarray(x[0], np.float64)[:m][taken] for x in (found.nodes, found.residuals))
     return Space(values, residuals, vectors, found.size, found.num_matvecs)

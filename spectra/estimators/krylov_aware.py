@@ -38,9 +38,9 @@ from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.low_rank import complement_forms, project
 from spectra.estimators.run import Run, adaptive
-from spectra.krylov import basis as _basis
 from spectra.krylov import explored
 from spectra.krylov.layout import Layout
+from spectra.krylov.rows import stack
 from spectra.results import Estimate
 
 WINDOW = 4
@@ -140,7 +140,7 @@ def krylov(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         )
     layout, precision = Layout.of(run.op.like), run.op.precision
     split, forms, squares, state = _explore(run, layout, num_matvecs)
-    basis = _basis.stack(state.basis, layout, 0, -(-split.spent // ROWS) * ROWS)
+    basis = stack(state.basis, layout, 0, -(-split.spent // ROWS) * ROWS)
     unit, rest, fixed = state.unit, run.op.size - split.spent, float(np.sum(forms))
     del state
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []

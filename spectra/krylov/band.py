@@ -20,6 +20,7 @@ from spectra.krylov import basis as _basis
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout
+from spectra.krylov.rows import combine, stack, sum_of_rows
 from spectra.krylov.step import orthogonalize
 from spectra.operators.base import LinearOperator, product
 
@@ -138,7 +139,7 @@ def replace(
     layout: Layout, state: BandState, weights: jax.Array, coefficients: jax.Array, filled: jax.Array
 ) -> BandState:
     """Combinations of the rows in their place, Σ_i weights_ij v_i as row j, with the coefficients given."""
-    basis = _basis.combine(state.basis, weights, layout)
+    basis = combine(state.basis, weights, layout)
     return BandState(basis, coefficients, filled, state.scale)
 
 
@@ -328,11 +329,11 @@ class Band:
     def combination(self, coefficients: np.ndarray) -> PyTree:
         """Σ c_i v_i over all rows, in the operator's precision and where it computes."""
         weights = jnp.asarray(coefficients, self.op.dtype)
-        vector = self.layout.unpack(_basis.sum_of_rows(self.state.basis, weights, self.filled))
+        vector = self.layout.unpack(sum_of_rows(self.state.basis, weights, self.filled))
         return vector if self.home is None else jax.device_put(vector, self.op.device)
 
     def vectors(self, count: int) -> PyTree:
         """The first `count` rows after the locked ones as one pytree with leaves (count, *leaf.shape)."""
         first = len(self.locked)
-        vectors = _basis.stack(self.state.basis, self.layout, first, first + count)
+        vectors = stack(self.state.basis, self.layout, first, first + count)
         return vectors if self.home is None else jax.device_put(vectors, self.op.device)

@@ -36,6 +36,7 @@ from spectra.krylov.function_bounds import (
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.layout import Layout, stacked
 from spectra.krylov.recurrence import CHUNK, LanczosState, advance, check_steps, init
+from spectra.krylov.rows import sum_of_rows
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.copies import breakdown_noise, invariant_length
@@ -239,7 +240,7 @@ class _Run:
             status = Status.BUDGET_EXHAUSTED
         padded = np.zeros(_rows(state.basis))
         padded[:length] = size * coefficients
-        rows = _basis.sum_of_rows(state.basis, jnp.asarray(padded, self.op.dtype), length)
+        rows = sum_of_rows(state.basis, jnp.asarray(padded, self.op.dtype), length)
         return _Found(self.layout.unpack(rows), size * (error + moved), done, status)
 
     def _values(

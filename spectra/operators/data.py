@@ -20,7 +20,8 @@ from spectra.base import host, trees
 from spectra.base import paths as _paths
 from spectra.base.errors import DataError, NonFiniteError, SpectraError
 from spectra.base.meshes import automatic, on_automatic_axes
-from spectra.base.trees import PyTree, cheap_signs
+from spectra.base.signs import cheap_signs
+from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
 from spectra.operators.arguments import (

@@ -25,7 +25,7 @@ from spectra.operators.base import LinearOperator
 from spectra.operators.batches import batch_size
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import GGNOperator, ModelOperator, split
-from spectra.operators.kfac import few_examples, loss_form, model_outputs, require_examples
+from spectra.operators.kfac_checks import few_examples, loss_form, model_outputs, require_examples
 from spectra.operators.kfac_plan import Group, plan_of
 from spectra.operators.kfac_sums import COLUMNS, Pass, Setup, mean_over_pieces, squares, traced
 from spectra.operators.layers import Path

@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import os
-import platform
 import time
-from datetime import UTC, datetime
 from typing import Any
 
 import jax
@@ -28,6 +26,7 @@ from spectra.estimators.counts import count_above
 from spectra.estimators.exact import relative_change
 from spectra.estimators.functions import trace_of
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.report.provenance import provenance_of
 from spectra.results import Density, Estimate, Interval, Quadrature, Result, notebook_view, result, text_table
 from spectra.results.base import extreme_text
 from spectra.results.text import directed
@@ -267,7 +266,7 @@ def spectrum(
         zero_tol=zero_tol,
         condition_lower_bound=condition_lower_bound(quadrature),
         noise_floor=floor,
-        provenance=_provenance(op, key, seconds),
+        provenance=provenance_of(op, key, seconds),
         level=LEVEL,
     )
 
@@ -324,36 +323,3 @@ def _share_between(quadrature: Quadrature, low: float, high: float) -> Interval:
     ends = max(above.lower - below.upper, 0.0), above.estimate - below.estimate, above.upper - below.lower
     counts = [n * float(end) for end in ends]  # whole ones where all is known, but for rounding
     return Interval(*(round(c) / n if abs(c - round(c)) <= 1e-9 * n else c / n for c in counts))
-
-
-def environment() -> dict[str, Any]:
-    """Versions, device and date, for the provenance of a result."""
-    import spectra  # the package's own version, which is complete only when everything has been imported
-
-    device = jax.local_devices()[0]
-    return {
-        "spectra": spectra.__version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": f"{device.platform}: {device.device_kind}",
-        "num_devices": jax.device_count(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _provenance(op: LinearOperator, key: jax.Array, seconds: float) -> dict[str, Any]:
-    return {
-        **environment(),
-        "seconds": seconds,
-        "operator": type(op).__name__,
-        "dtype": str(op.dtype),
-        "computes_in": op.computes_in,
-        "mode": getattr(op, "mode", ""),
-        "linearized": bool(getattr(op, "linearized", False)),
-        "matmul_precision": getattr(op, "matmul_precision", "highest"),
-        "key": np.asarray(jax.random.key_data(key) if _is_typed(key) else key).ravel().tolist().__str__(),
-    }
-
-
-def _is_typed(key) -> bool:
-    return jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)

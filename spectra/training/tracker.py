@@ -22,7 +22,8 @@ from spectra.krylov.eigsh import eigsh
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.christoffel import shift
 from spectra.report.files import HistoryFile, read
-from spectra.report.spectrum import environment, trace_estimate
+from spectra.report.provenance import environment
+from spectra.report.spectrum import trace_estimate
 from spectra.results import Eigenpairs, Interval, Quadrature, Snapshot, SpectrumHistory
 from spectra.training.console import Console, Measure, number, steps_of
 

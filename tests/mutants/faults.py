@@ -234,7 +234,7 @@ KRYLOV = [
     ),
     fault(
         "blocks that no portion holds are left as they are",
-        "krylov/basis.py",
+        "krylov/rows.py",
         "return replaced(rest, trips * portion, parts) if rest else parts",
         "return parts",
         "test_basis.py::test_rows_are_combined_in_portions_of_any_size",
@@ -391,7 +391,7 @@ DENSITY = [
     ),
     fault(
         "the spread of diagonal entries leaves k - 1 degrees of freedom",
-        "estimators/diagonal.py",
+        "estimators/entrywise.py",
         "jnp.where(count > AGREE, count - 4, count - 1)",
         "count - 1",
         "test_diagonal.py::test_rows_of_two_entries_are_covered",
@@ -454,7 +454,7 @@ DENSITY = [
     ),
     fault(
         "few products of a small operator take signs",
-        "estimators/diagonal.py",
+        "estimators/entrywise.py",
         'return "normal" if num_matvecs == 1',
         'return "rademacher" if num_matvecs == 1',
         "test_diagonal.py::test_few_products_of_small_operators_cover",
@@ -674,7 +674,7 @@ ESTIMATORS = [
     ),
     fault(
         "Student's t with a degree of freedom too many",
-        "estimators/diagonal.py",
+        "estimators/entrywise.py",
         'dof = float(done if kind == "normal" else max(done - 1, 1))',
         "dof = float(done)",
         "test_laws.py",
@@ -709,7 +709,7 @@ ESTIMATORS = [
     ),
     fault(
         "the spread divides by m, not by m - 1",
-        "estimators/diagonal.py",
+        "estimators/entrywise.py",
         "axis=0) / (m * (m - 1))",
         "axis=0) / (m * m)",
         "test_diagonal.py::test_xdiag_equals_a_naive_leave_one_out",
@@ -758,23 +758,23 @@ ESTIMATORS = [
     ),
     fault(
         "batches of a diagonal weigh the same",
-        "estimators/diagonal.py",
+        "estimators/entrywise.py",
         "share = (k / (done + k))",
         "share = (k / (k + k) + 0 * done)",
         "test_diagonal.py::test_the_batch_of_probes_changes_rounding_only",
     ),
     fault(
         "XDiag without the product of two directions",
-        "estimators/diagonal.py",
+        "estimators/entrywise.py",
         "return a * (weights * w - b)",
         "return a * (weights * w)",
         "test_diagonal.py::test_xdiag_equals_a_naive_leave_one_out",
     ),
     fault(
         "the log-determinant forgets the shift",
-        "estimators/functions.py",
-        "lambda x: _module(x).log(x + shift)",
-        "lambda x: _module(x).log(x + 0 * shift)",
+        "estimators/spectral_sums.py",
+        "lambda x: module_of(x).log(x + shift)",
+        "lambda x: module_of(x).log(x + 0 * shift)",
         "test_trace_of.py::test_rank_deficient_operators_need_a_shift_and_get_advice",
     ),
     fault(
@@ -1365,7 +1365,7 @@ FACTORS = [
     ),
     fault(
         "what a Nyström approximation leaves of a probe is weighed by the inverse root",
-        "estimators/diagonal.py",
+        "estimators/entrywise.py",
         "jnp.asarray(made.root, run.op.dtype)",
         "jnp.asarray(made.inverse_root, run.op.dtype)",
         "test_diagonal.py::test_xnysdiag_equals_a_naive_leave_one_out",
