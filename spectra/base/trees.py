@@ -121,11 +121,11 @@ def vector_structure(params: PyTree) -> PyTree:
     """
     check_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
-    return _vector_structure(treedef, tuple((leaf.shape, _as_computed(leaf.dtype)) for leaf in leaves))
-
-
-def _as_computed(dtype: jnp.dtype) -> jnp.dtype:
-    return jax.dtypes.canonicalize_dtype(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
+    dtypes = [
+        jax.dtypes.canonicalize_dtype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+        for x in leaves
+    ]
+    return _vector_structure(treedef, tuple((x.shape, d) for x, d in zip(leaves, dtypes, strict=True)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -215,7 +215,7 @@ def is_traced(tree: PyTree) -> bool:
     Under `jit` JAX stages every operation, also those on concrete arrays that a function closes over.
     """
     leaves = [*jax.tree.leaves(tree), jnp.zeros(()) + 0]
-    return any(map(is_tracer, leaves))
+    return any(isinstance(leaf, Tracer) for leaf in leaves)
 
 
 def require_values(what: str, tree: PyTree) -> None:

@@ -213,11 +213,8 @@ def _dots(segments: list[jax.Array], x: jax.Array) -> list[jax.Array]:
     """
     products = [rows.astype(x.dtype) * x[:, None] for rows in segments]
     zeros = [jnp.zeros((), x.dtype)] * len(products)
-
-    def sums(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
-        return [x + y for x, y in zip(a, b, strict=True)]
-
-    return list(lax.reduce(products, zeros, sums, tuple(range(2, products[0].ndim))))
+    added = functools.partial(jax.tree.map, lax.add)
+    return list(lax.reduce(products, zeros, added, tuple(range(2, products[0].ndim))))
 
 
 @_dots.defjvp

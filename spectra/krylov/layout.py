@@ -153,7 +153,9 @@ class Layout:
             return [leaf.reshape(panel.shape).astype(panel.dtype) for leaf, panel in pairs]
         packed: Panels = []
         for panel in self.packed:
-            pack = self.locally(partial(self._pack, panel), self._leaf_specs(panel), panel.spec)
+            pack = partial(self._pack, panel)
+            if self.mesh is not None:
+                pack = self.locally(pack, [self.specs[i] for i in panel.leaves], panel.spec)
             packed.append(pack([leaves[i] for i in panel.leaves]))
         return packed
 
@@ -164,7 +166,9 @@ class Layout:
             return self.treedef.unflatten([panel.reshape(shape) for panel, shape in pairs])
         leaves: list[Any] = [None] * len(self.shapes)
         for panel, array in zip(self.packed, panels, strict=True):
-            read = self.locally(partial(self._unpack, panel), panel.spec, self._leaf_specs(panel))
+            read = partial(self._unpack, panel)
+            if self.mesh is not None:
+                read = self.locally(read, panel.spec, [self.specs[i] for i in panel.leaves])
             for i, leaf in zip(panel.leaves, read(array), strict=True):
                 leaves[i] = leaf
         return self.treedef.unflatten(leaves)
@@ -191,9 +195,6 @@ class Layout:
     def _count(self, axes: Axes) -> int:
         """Devices along mesh axes."""
         return math.prod(self.mesh.shape[name] for name in axes) if self.mesh is not None else 1
-
-    def _leaf_specs(self, panel: Panel) -> list[PartitionSpec]:
-        return [self.specs[i] for i in panel.leaves] if self.mesh is not None else []
 
     def _cut(self, panel: Panel) -> tuple[tuple[int, ...], list["_Part"]]:
         """On one device the shape of a panel, blocks first, and what it is made of."""

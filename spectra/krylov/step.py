@@ -16,9 +16,7 @@ Vectors are panels (see `layout`). A sum over blocks, as at the end of `vdot`, i
 devices; all before is local.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,18 +138,19 @@ def _second_pass(
     Sums over devices are taken behind the conditionals, in every step: one that contains a reduction between
     GPUs is decided on the host, which waits for the cards.
     """
-
-    def where_wanted(fn: Callable[[Panels], Any], vector: Panels, like: list[jax.Array]) -> list[jax.Array]:
-        # The compiler does not look into branches for how a result is split; that it may be one of these, the
-        # sums of the first pass, tells it.
-        found = lax.cond(wanted, fn, lambda _: [jnp.zeros_like(x) for x in like], vector)
-        return [jnp.where(wanted, x, y) for x, y in zip(found, like, strict=True)]
-
-    measured = where_wanted(partial(_basis.block_dots, basis, filled=filled), vector, blocks)
-    second = jnp.where(wanted, _basis.summed(measured)[0], 0)
+    nothing = [jnp.zeros_like(x) for x in blocks]
+    measured = lax.cond(wanted, partial(_basis.block_dots, basis, filled=filled), lambda _: nothing, vector)
+    second = jnp.where(wanted, _basis.summed(_either(wanted, measured, blocks))[0], 0)
     vector = lax.cond(wanted, lambda x: _basis.subtract(basis, second, x, filled), lambda x: x, vector)
     # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
-    squares = where_wanted(lambda x: _block_vdot(x, x), vector, [x[:, -1] for x in blocks])
+    before = [x[:, -1] for x in blocks]
+    squares = lax.cond(wanted, lambda x: _block_vdot(x, x), lambda _: [x[:, -1] for x in nothing], vector)
     # XLA makes no graph of fewer than five kernels between two reductions, and leaves their conditionals to
     # the host: so there are two conditionals, and the choice is apart from the sum.
-    return vector, second, _total(arrays.barrier(squares))
+    return vector, second, _total(arrays.barrier(_either(wanted, squares, before)))
+
+
+def _either(wanted: jax.Array, found: list[jax.Array], other: list[jax.Array]) -> list[jax.Array]:
+    """`found` where it is wanted. The compiler does not look into branches for how a result is split: that it
+    may be one of the others, the sums of the first pass, tells it."""
+    return [jnp.where(wanted, x, y) for x, y in zip(found, other, strict=True)]
