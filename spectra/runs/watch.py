@@ -273,7 +273,8 @@ def watched(
         arguments: what changes the answer, as JSON has it, or a function that returns that: a checkpoint
             belongs to one set of them.
     """
-    checkpoint = Checkpoint.of(checkpoint)
-    signals = _signals.watching() if checkpoint else contextlib.nullcontext()
+    signals = contextlib.nullcontext()
+    if checkpoint is not None:
+        checkpoint, signals = Checkpoint.of(checkpoint), _signals.watching()
     with signals, Progress(progress, total, name) as bar:
         yield Watch(bar, checkpoint, name, arguments)
