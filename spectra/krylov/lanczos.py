@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.copies import invariant_length
 from spectra.results import Tridiagonal
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 @automatic
@@ -137,20 +141,20 @@ class Steps:
     """A run of `LanczosIteration` so far; a pytree of arrays."""
 
     lanczos: LanczosState
-    done: jax.Array  # (), steps
+    done: 'Int[jax.Array, ""]'  # steps
 
     @property
-    def alpha(self) -> jax.Array:
-        """The diagonal of T, (num_steps,); zeros behind the steps done."""
+    def alpha(self) -> 'Float[jax.Array, " steps"]':
+        """The diagonal of T; zeros behind the steps done."""
         return self.lanczos.alpha
 
     @property
-    def beta(self) -> jax.Array:
-        """|r_i| behind step i, (num_steps,): all but the last one done are off the diagonal of T."""
+    def beta(self) -> 'Float[jax.Array, " steps"]':
+        """|r_i| behind step i: all but the last one done are off the diagonal of T."""
         return self.lanczos.beta
 
     @property
-    def alive(self) -> jax.Array:
+    def alive(self) -> 'Bool[jax.Array, ""]':
         """Whether there is a next vector: False where the space is invariant."""
         return self.lanczos.alive
 

@@ -6,7 +6,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from spectra.operators.jaxprs import Rounding, coarsest_rounding
 from spectra.operators.pytree import operator
 from spectra.operators.stacked_outputs import StackedOutputs, open_inputs
 from spectra.results import format_bytes
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 MODES = ("forward-over-reverse", "reverse-over-reverse")
 ROWS = 64
@@ -198,8 +201,8 @@ class JacobianOperator:
             self.flat_product(trees.ravel(vector)) if domain.is_flat(v) else self.product(vector)
         )
 
-    def as_matrix(self, *, memory_limit: int | None = None) -> jax.Array:
-        """The dense matrix (m, n), in the order of flat vectors.
+    def as_matrix(self, *, memory_limit: int | None = None) -> 'Float[jax.Array, "m n"]':
+        """The dense matrix, in the order of flat vectors.
 
         Args:
             memory_limit: bytes; by default half of what the device has free.

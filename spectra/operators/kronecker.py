@@ -8,7 +8,7 @@ diagonals (groups, d).
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
 from spectra.operators.layouts import Layout
 from spectra.operators.pytree import operator
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 DAMPINGS = ("exact", "heuristic")
 _einsum = arrays.einsum
@@ -202,18 +205,18 @@ class FactoredOperator(LinearOperator):
             results |= place.scatter(part.apply(place.gather(leaves)), shapes)
         return treedef.unflatten([results[i].astype(leaf.dtype) for i, leaf in enumerate(leaves)])
 
-    def trace(self) -> jax.Array:
+    def trace(self) -> 'Float[jax.Array, ""]':
         """The trace: Σ tr A tr B, exactly."""
         return _trace(self.parts)
 
-    def eigenvalues(self) -> jax.Array:
+    def eigenvalues(self) -> 'Float[jax.Array, " n"]':
         """All n eigenvalues in ascending order: the products of those of the factors.
 
         Cost: an eigendecomposition of each factor, O(d³) for a side of d; n numbers.
         """
         return _all_eigenvalues(self.parts)
 
-    def logdet(self, damping: float = 0.0) -> jax.Array:
+    def logdet(self, damping: float = 0.0) -> 'Float[jax.Array, ""]':
         """log det(K + damping I), from the eigenvalues of the factors; -inf where it is singular."""
         return jnp.sum(jnp.log(self.eigenvalues() + damping))
 

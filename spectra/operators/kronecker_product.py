@@ -1,6 +1,6 @@
 """A ⊗ B of any two operators, and what has a closed form in those of the factors."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from spectra.operators.dense import DiagonalOperator, LowRankOperator, MatrixOpe
 from spectra.operators.kronecker import Corrected, FactoredOperator, Place
 from spectra.operators.layouts import Layout
 from spectra.operators.pytree import operator
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @operator(leaves=("left", "right"))
@@ -152,7 +155,7 @@ class KroneckerOperator(LinearOperator):
             row += outer.size
         return trees.cast_like(jax.tree.unflatten(jax.tree.structure(like), found), like)
 
-    def trace(self) -> jax.Array:
+    def trace(self) -> 'Float[jax.Array, ""]':
         """tr A tr B, exactly.
 
         Raises:
@@ -160,7 +163,7 @@ class KroneckerOperator(LinearOperator):
         """
         return _trace(self.left) * _trace(self.right)
 
-    def eigenvalues(self) -> jax.Array:
+    def eigenvalues(self) -> 'Float[jax.Array, " a*b"]':
         """All a b eigenvalues in ascending order: the products of those of the factors.
 
         Raises:
@@ -170,7 +173,7 @@ class KroneckerOperator(LinearOperator):
         """
         return jnp.sort(jnp.outer(_eigenvalues(self.left), _eigenvalues(self.right)).ravel())
 
-    def logdet(self, damping: float = 0.0) -> jax.Array:
+    def logdet(self, damping: float = 0.0) -> 'Float[jax.Array, ""]':
         """log det(A ⊗ B + damping I); -inf where it is singular, NaN inside `jit` where it is not positive.
 
         Raises:
