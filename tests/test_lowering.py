@@ -217,6 +217,19 @@ def test_a_step_on_eight_gpus_gathers_twice_what_the_gradient_does():
     assert step["collectives"]["all-gather"][2] <= 2 * gradient["collectives"]["all-gather"][2]
 
 
+@pytest.mark.slow
+@needs_cuda
+def test_a_linear_system_on_eight_gpus_asks_no_host():
+    """Its modes, each with sums over the cards, are no conditionals there."""
+    figures = compiled_for("gpu", program="solve", topology="rtx4090:8", size="small")
+    assert figures["conditionals"] == 0
+    assert "kConditional" not in figures["on_host"]
+    # Eight sums of a step and its choices: with those of the model in one, few and small.
+    number, size, _ = figures["collectives"]["all-reduce"]
+    assert number <= 10
+    assert size <= 1000
+
+
 @needs_cuda
 def test_what_is_asked_of_tensor_cores_is_seen():
     """The same reader finds tf32 where JAX's own precision is asked for."""

@@ -217,9 +217,10 @@ def hand_over(problem: Problem, block: Block) -> State:
         )
         known = merge(state, jnp.ones((), bool), mode=jnp.int32(Mode.DONE))
         known = dataclasses.replace(known, x=x, r=r)
-        alone = begin_cg(problem, state, x, r)
+        z = problem.precondition(r)
+        alone = begin_cg(state, x, r, z)
         if not problem.only_cg:
-            alone = lax.cond(block.indefinite, lambda: begin_minres(problem, state, x, r), lambda: alone)
+            alone = choose(block.indefinite, begin_minres(state, x, r, z), alone)
         alone = to_check(alone, block.products >= problem.limit - 1, verdict=Verdict.BUDGET)
         reached = (block.checked & (norm <= problem.target)) | (norm_of(problem.b) <= problem.target)
         said = jnp.where(reached, jnp.int32(Verdict.CONVERGED), jnp.int32(Verdict.BUDGET))

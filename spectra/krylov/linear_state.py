@@ -5,6 +5,7 @@ The modes, and what a product is for in each of them, are explained in `linear_s
 
 import dataclasses
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -115,6 +116,11 @@ class State:
     resume: jax.Array  # after the check, go on with the same recurrence
     stale: jax.Array  # cycles in a row that took little off the true residual
     products: jax.Array
+
+
+Step = tuple[PyTree, Callable[[PyTree], State]]
+"""The one vector that a step gives to the preconditioner, and the state after what comes of it: so that all
+modes can share one application."""
 
 
 def to_check(state: State, when: jax.Array, verdict: Verdict = Verdict.OPEN) -> State:
