@@ -157,19 +157,23 @@ def _second_pass(
 ) -> tuple[Panels, jax.Array, jax.Array]:
     """A pass where it is `wanted`: w', the coefficients, else zero, and |w'|², else without a meaning.
 
+    Under `vmap` the rows are read for all lanes where one of them wants it, and change those that do.
+
     Sums over devices are taken behind the conditionals, in every step: one that contains a reduction between
     GPUs is decided on the host, which waits for the cards.
     """
 
+    anywhere = arrays.anywhere(wanted)
+
     def where_wanted(fn: Callable[[Panels], Any], vector: Panels, like: list[jax.Array]) -> list[jax.Array]:
         # The compiler does not look into branches for how a result is split; that it may be one of these, the
         # sums of the first pass, tells it.
-        found = lax.cond(wanted, fn, lambda _: [jnp.zeros_like(x) for x in like], vector)
+        found = lax.cond(anywhere, fn, lambda _: [jnp.zeros_like(x) for x in like], vector)
         return [jnp.where(wanted, x, y) for x, y in zip(found, like, strict=True)]
 
     measured = where_wanted(partial(_basis.block_dots, basis, filled=filled), vector, blocks)
     second = jnp.where(wanted, _basis.summed(measured)[0], 0)
-    vector = lax.cond(wanted, lambda x: _basis.subtract(basis, second, x, filled), lambda x: x, vector)
+    vector = lax.cond(anywhere, lambda x: _basis.subtract(basis, second, x, filled), lambda x: x, vector)
     # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
     squares = where_wanted(lambda x: _block_vdot(x, x), vector, [x[:, -1] for x in blocks])
     # XLA makes no graph of fewer than five kernels between two reductions, and leaves their conditionals to
