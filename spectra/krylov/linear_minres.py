@@ -22,6 +22,7 @@ from spectra.krylov.linear_state import (
     refuse_inverse,
     to_check,
     to_null,
+    zeros_beside,
 )
 
 PATIENCE = 30
@@ -42,7 +43,7 @@ def begin_minres(state: State, x: PyTree, r: PyTree, z: PyTree, image: PyTree | 
     size = jnp.sqrt(jnp.maximum(square, 0))
     inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
     v, q = trees.scale(inverse, first), trees.scale(inverse, z)
-    zeros, zero = jax.tree.map(jnp.zeros_like, r), jnp.zeros_like(square)
+    zeros, zero = zeros_beside(r), jnp.zeros_like(square)
     short = Short(
         v=v,
         before=zeros,

@@ -155,6 +155,11 @@ def noise_of(op: LinearOperator) -> float:
     return breakdown_noise(op.size, op.precision)
 
 
+def zeros_beside(v: PyTree) -> PyTree:
+    """Zeros that lie on a mesh as v does. Nothing says so of constants: each device would have them whole."""
+    return jax.tree.map(lambda x: x - x, v)
+
+
 def norm_of(v: PyTree) -> jax.Array:
     """|v|."""
     return jnp.sqrt(trees.vdot(v, v))

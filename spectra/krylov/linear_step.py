@@ -43,6 +43,7 @@ from spectra.krylov.linear_state import (
     merge,
     norm_of,
     to_check,
+    zeros_beside,
 )
 
 HALF = 0.5
@@ -53,7 +54,7 @@ STALE = 1
 
 def start(problem: Problem, dtype: jnp.dtype, method: Mode) -> State:
     """The state before the first product, from x = 0."""
-    zero, zeros = jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, problem.b)
+    zero, zeros = jnp.zeros((), dtype), zeros_beside(problem.b)
     count = jnp.zeros((), jnp.int32)
     short = None if problem.only_cg else _no_short(zeros, zero)
     state = State(
