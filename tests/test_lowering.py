@@ -6,6 +6,7 @@ topology, with the packages of CUDA for GPUs. Nothing of them is run.
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ PROGRAM = """
 import json, re
 import jax, jax.numpy as jnp, spectra
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from spectra.krylov import recurrence
+from spectra.krylov import linear_run, recurrence
 from spectra.krylov.layout import Layout
 from spectra.operators import differentiate
 
@@ -76,6 +77,12 @@ for name, (specs, batch, spread) in cases.items():
         "dots": len(dots),
         "lower": [line for line in dots if "precision = [HIGHEST, HIGHEST]" not in line],
     }
+b = {k: struct((1, *s), P(None, *cases["fsdp"][0][k])) for k, s in shapes.items()}
+like = {k: struct(s, cases["fsdp"][0][k]) for k, s in shapes.items()}
+op = spectra.HessianOperator(loss_fn, like, struct((64, 64), P(every, None)))
+begun = linear_run.begin.lower(op, b, None, "auto", 1e-5, 100, b)
+pairs = zip(*map(jax.tree.leaves, (begun.out_info, begun.compile().output_shardings)), strict=True)
+out["solve"] = [(x.shape, place.shard_shape(x.shape)) for x, place in pairs]
 print(json.dumps(out))
 """
 CASES = ("replicated", "spread", "fsdp", "tensor", "mixed")
@@ -128,6 +135,13 @@ def test_a_step_adds_two_reductions_and_two_for_a_second_pass(lowered, case):
 def test_the_basis_is_split_as_the_parameters_are(lowered, case):
     ratio = [w[0] // s[0] for w, s in zip(lowered[case]["whole"], lowered[case]["split"], strict=True)]
     assert sorted(ratio) == {"replicated": [1], "tensor": [2], "mixed": [2, 8]}.get(case, [8])
+
+
+def test_vectors_of_a_linear_system_begin_split_as_the_parameters_are(lowered):
+    """Eight vectors, zeros as well, and the right-hand side: no device holds one of them whole."""
+    vectors = [(whole, own) for whole, own in lowered["solve"] if len(whole) > 1]
+    assert len(vectors) == 9 * 3
+    assert all(math.prod(whole) == 8 * math.prod(own) for whole, own in vectors)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -215,6 +229,19 @@ def test_a_step_on_eight_gpus_gathers_twice_what_the_gradient_does():
     assert step["collectives"]["all-gather"][1] <= 2 * gradient["collectives"]["all-gather"][1]
     # One gather may be of a weight and of the vector's part.
     assert step["collectives"]["all-gather"][2] <= 2 * gradient["collectives"]["all-gather"][2]
+
+
+@pytest.mark.slow
+@needs_cuda
+def test_a_linear_system_on_eight_gpus_asks_no_host():
+    """Its modes, each with sums over the cards, are no conditionals there."""
+    figures = compiled_for("gpu", program="solve", topology="rtx4090:8", size="small")
+    assert figures["conditionals"] == 0
+    assert "kConditional" not in figures["on_host"]
+    # Eight sums of a step and its choices: with those of the model in one, few and small.
+    number, size, _ = figures["collectives"]["all-reduce"]
+    assert number <= 10
+    assert size <= 1000
 
 
 @needs_cuda

@@ -55,3 +55,19 @@ def test_a_second_pass_runs_where_the_first_removed_most_and_not_where_it_remove
     rounding = (N + ROWS) * np.finfo(float).eps * np.linalg.norm(vector)
     assert np.linalg.norm(np.asarray(rows) @ np.asarray(new)) <= 2 * rounding
     np.testing.assert_allclose(total[:ROWS], np.asarray(rows) @ np.asarray(vector), rtol=0, atol=rounding)
+
+
+def test_under_vmap_a_second_pass_runs_where_one_lane_wants_it_and_changes_that_lane_alone(x64):
+    """The conditionals of one vector are still there; a choice lane by lane would compute both sides."""
+    lanes = [case(part, "float64") for part in (1e3, 0.5)]
+    rows, vectors = map(jnp.stack, zip(*lanes, strict=True))
+    together = jax.jit(jax.vmap(orthogonal)).lower(rows, vectors).compile()
+    found = together(rows, vectors)
+    assert found[3].tolist() == [False, True]
+    for i, lane in enumerate(lanes):
+        rounding = (N + ROWS) * np.finfo(float).eps * np.linalg.norm(lane[1])
+        for got, expected in zip(found[:3], orthogonal(*lane)[:3], strict=True):
+            np.testing.assert_allclose(got[i], expected, rtol=0, atol=rounding)
+        assert np.linalg.norm(rows[i] @ found[0][i]) <= 2 * rounding
+    one, both = (p.as_text().count(" conditional(") for p in (orthogonal.lower(*lane).compile(), together))
+    assert both == one > 0

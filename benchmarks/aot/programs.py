@@ -21,12 +21,14 @@ from benchmarks.aot.hlo import Program
 from spectra.krylov import band, linear_run, recurrence
 from spectra.krylov import basis as _basis
 from spectra.krylov.layout import Layout
+from spectra.krylov.linear_block import begin_block
 from spectra.krylov.step import orthogonalize
 from spectra.operators import base, differentiate
 
 REPEATS = 10
 NETWORKS = {"mlp": problems.mlp, "transformer": problems.transformer}  # as they are, on one device
 WIDTH, HEADS = 64, 4  # of attention alone
+SIDES = 4  # right-hand sides at once
 GPU_BLOCKS = (1024, 1024)
 """What `spectra.attention` takes by itself on a card for so few heads; the compiler runs on a CPU."""
 
@@ -185,15 +187,37 @@ def _restart(s: Setting):
     return band.replace.lower(s.layout, state, state.coefficients, state.coefficients, s.counter)
 
 
-def _solve(s: Setting):
-    def one(x):
-        sharding = NamedSharding(s.mesh, P(None, *x.sharding.spec))
-        return jax.ShapeDtypeStruct((1, *x.shape), x.dtype, sharding=sharding)
+def _sides(s: Setting, count: int):
+    """Right-hand sides, and shapes of the problem and the state that belong to them."""
 
-    b = jax.tree.map(one, s.like)
-    shapes = jax.eval_shape(lambda b: linear_run.prepared(s.op, b, None, "auto", 1e-5, 100, b), b)
-    problem, state = map(s.whole, shapes)
-    return linear_run._chunk.lower(s.op, problem, state, s.counter)
+    def sides(x):
+        sharding = NamedSharding(s.mesh, P(None, *x.sharding.spec))
+        return jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding)
+
+    b = jax.tree.map(sides, s.like)
+    return b, *jax.eval_shape(lambda b: linear_run.prepared(s.op, b, None, "auto", 1e-5, 100, b), b)
+
+
+def _beside(s: Setting, b, tree):
+    """Shapes of vectors that lie as the right-hand sides do, and of numbers on every device."""
+    structure = jax.tree.structure(b)
+
+    def is_vector(x) -> bool:
+        return jax.tree.structure(x) == structure
+
+    return jax.tree.map(lambda x: b if is_vector(x) else s.whole(x), tree, is_leaf=is_vector)
+
+
+def _solve(s: Setting):
+    b, *state = _sides(s, 1)
+    return linear_run._chunk.lower(s.op, *_beside(s, b, state), s.counter)
+
+
+def _block(s: Setting):
+    """A step of `solve` with several right-hand sides in one Krylov space."""
+    b, problem, _ = _sides(s, SIDES)
+    state = problem, jax.eval_shape(begin_block, problem)
+    return linear_run._block_chunk.lower(s.op, *_beside(s, b, state), s.counter)
 
 
 PROGRAMS: dict[str, Callable[[Setting], jax.stages.Lowered]] = {
@@ -208,8 +232,9 @@ PROGRAMS: dict[str, Callable[[Setting], jax.stages.Lowered]] = {
     "chain": _chain,
     "restart": _restart,
     "solve": _solve,
+    "solve, sides": _block,
 }
-STEPWISE = ("step", "bare step", "chain", "solve")  # what counts is one trip of their loop
+STEPWISE = ("step", "bare step", "chain", "solve", "solve, sides")  # what counts is one trip of their loop
 
 
 def figures(

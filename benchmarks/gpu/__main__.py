@@ -21,7 +21,7 @@ CASES = [
     *(Case("restart", t, "small", steps=82) for t in (*ONE, *EIGHT)),
     *(Case("chain", t, "small", steps=82) for t in ("h100:1", "rtx4090:8")),
     *(Case("attention", t, "8192") for t in ONE),
-    *(Case("solve", t, "small") for t in ("h100:1", "rtx4090:8")),
+    *(Case(p, t, "small") for p in ("solve", "solve, sides") for t in ("h100:1", "rtx4090:8")),
     *(Case("product", t, "transformer") for t in ONE),
     Case("product", "h100:1", "transformer", precision="default"),
     *(Case("step", t, "small") for t in ONE),

@@ -22,12 +22,6 @@ of two passes is 4 reads of all rows: 16 x 104 bytes a number of the vector that
 of inner products reads seven segments of eight rows and the vector once, one that subtracts four
 segments. Collectives: number of times, bytes on one device in all (the larger of what goes in and what
 comes out).
-
-Rows with a † are from code of earlier in November 2026, with blocks of 4096 numbers (8192 today), four
-segments in either sweep, and inner products that read the vector more often; they were not compiled again,
-those of 1e9 parameters because a step takes ten minutes of processor time. No row has the reductions of the
-second Gram-Schmidt pass behind its conditionals, where they are now; `tests/test_lowering.py` compiles the
-orthogonalisation for v5e 8x8 as it is: at most 1.1 of the floor, the same three reductions.
 """
 
 
@@ -61,12 +55,10 @@ sweeps, 4 x 931M numbers of the layers in float32 (14.9 GB), their gradient once
 tables (0.27 GB) are the 18.9 GB below. On v5p 2x2x4, with 64 rows a chip, they are gathers.
 
 Below the table the step's bytes are told apart: the product is what lies in the loops over layers, bears
-the name of a derivative or is a collective, the recurrence is all the rest. In rows with a † the model's
-own collectives outside of its loops were counted with the recurrence: 0.67 GB of the 27.8 on v5e 8x8, so
-that 1.07 would be 1.04. Of the 13 conditionals that put a row into its segment one writes, and one is
-counted. The product inside a step is not compiled like one alone: on v5p two weights of all layers (58 MB
-each) are copied to another layout for every layer there, which is in neither the model nor the
-recurrence.
+the name of a derivative or is a collective, the recurrence is all the rest. Of the 13 conditionals that put a
+row into its segment one writes, and one is counted. The product inside a step is not compiled like one alone:
+on v5p two weights of all layers (58 MB each) are copied to another layout for every layer there, which is in
+neither the model nor the recurrence.
 """
 BARE = """\
 The step of `basis="none"`, of two transformers written as above, at full depth: a loop is compiled once, so
@@ -107,7 +99,7 @@ def orthogonalisation(rows: list[dict]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        start = f"| {place(r)} | {r.get('parameters', 998_396_928):,} | {r['layout']} |"
+        start = f"| {r['topology']} | {r.get('parameters', 998_396_928):,} | {r['layout']} |"
         if "failed" in r:
             lines.append(f"{start} | | | | | {text.short(r['failed'])} |")
             continue
@@ -127,7 +119,7 @@ def programs(rows: list[dict]) -> list[str]:
     ]
     for r in sorted(rows, key=lambda r: (r["topology"], r["form"])):
         program = REPEATED.get(r["program"], r["program"])
-        start = f"| {place(r)} | {program}, {r['precision']} | {r['form']} |"
+        start = f"| {r['topology']} | {program}, {r['precision']} | {r['form']} |"
         if "failed" in r:
             lines.append(f"{start} | | | {text.short(r['failed'])} | |")
             continue
@@ -147,7 +139,7 @@ def bare(rows: list[dict]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        start = f"| {r['size']} | {place(r)} | {r.get('parameters', 0):,} | {r['precision']} |"
+        start = f"| {r['size']} | {r['topology']} | {r.get('parameters', 0):,} | {r['precision']} |"
         if "failed" in r:
             lines.append(f"{start} | | | | | {text.short(r['failed'])} | |")
             continue
@@ -161,11 +153,6 @@ def bare(rows: list[dict]) -> list[str]:
             f"| {largest}; {', '.join(whole)} |"
         )
     return lines
-
-
-def place(r: dict) -> str:
-    """The topology, with a mark where the figures are from earlier code, whose reader counted no copies."""
-    return r["topology"] + ("" if "copies" in r or "failed" in r else " †")
 
 
 def extrapolated(known: dict, chips: int = 256) -> list[str]:
@@ -192,7 +179,7 @@ def checks(known: dict) -> list[str]:
     for step in known.values():
         if step["program"] != "step" or "failed" in step:
             continue
-        name = f"{place(step)}, {step['size']}"
+        name = f"{step['topology']}, {step['size']}"
         product, gradient = (text.partner(known, step, program) for program in ("product", "gradient"))
         if product:
             floor = text.floor(step)

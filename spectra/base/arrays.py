@@ -46,6 +46,21 @@ def carried(start: T, *seen: ArrayLike) -> T:
     return jax.tree.map(lambda x: x + axes.astype(x.dtype), start)
 
 
+@jax.custom_batching.custom_vmap
+def anywhere(flag: jax.Array) -> jax.Array:
+    """`flag`; under `vmap` one for all lanes, true where it is in any of them.
+
+    A conditional on it stays one under `vmap`, where one on `flag` would compute both branches in every lane.
+    """
+    return flag
+
+
+@anywhere.def_vmap
+def _anywhere(size: int, batched: list[bool], flag: jax.Array) -> tuple[jax.Array, bool]:
+    del size, batched
+    return anywhere(jnp.any(flag)), False  # for the `vmap` around this one, too
+
+
 def diagonal(x: jax.Array) -> jax.Array:
     """The diagonal of a matrix."""
     return jnp.diagonal(x)

@@ -9,6 +9,7 @@ goes on by itself from what it has: see `linear_step`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from spectra.krylov.linear_state import (
     norm_of,
     sides_of,
     to_check,
+    zeros_beside,
 )
 from spectra.krylov.linear_step import HALF, start
 
@@ -67,20 +69,24 @@ def begin_block(problem: Problem) -> Block:
     norms = jax.vmap(trees.norm)(problem.b)
     zero, no = jnp.zeros((), norms.dtype), jnp.zeros((), bool)
     count = jnp.zeros((), jnp.int32)
-    zeros = jax.tree.map(jnp.zeros_like, problem.b)
+    zeros = zeros_beside(problem.b)
     square = jnp.zeros((len(norms), len(norms)), norms.dtype)
     flags: dict[str, jax.Array] = dict.fromkeys(("checking", "checked", "spent", "indefinite"), no)
     flags["done"] = jnp.all(norms <= problem.target)
     vectors = {"x": zeros, "q": zeros, "go": zeros, "c": square}
     numbers = {"unit_a": zero + 1, "norm_a": zero, "norm_r": norms, "best": zero}
     block = Block(**flags, **vectors, **numbers, idle=count, steps=count, products=count)
-    return _cycle(problem, block, problem.b)
+    return _cycle(problem, block, *_directions(problem, problem.b))
 
 
-def _cycle(problem: Problem, block: Block, r: PyTree) -> Block:
+def _directions(problem: Problem, stack: PyTree) -> tuple[PyTree, jax.Array, PyTree]:
+    """Q and Z of `orthonormal`, and what the preconditioner makes of Q."""
+    q, z = orthonormal(stack)
+    return q, z, _preconditioned(problem, q)
+
+
+def _cycle(problem: Problem, block: Block, q: PyTree, c: jax.Array, s: PyTree) -> Block:
     """Directions from the residuals."""
-    q, c = orthonormal(r)
-    s = _preconditioned(problem, q)
     zero = jnp.zeros_like(block.idle)
     best = jnp.max(_relative(problem, block.norm_r))
     return dataclasses.replace(block, q=q, c=c, go=s, best=best, idle=zero, steps=zero)
@@ -112,8 +118,8 @@ def absorb_block(problem: Problem, block: Block, products: PyTree) -> Block:
         norm_a=jnp.where(finite, jnp.maximum(block.norm_a, ratio), block.norm_a),
         products=block.products + ~block.done,
     )
-    after = lax.cond(
-        block.checking, lambda: _check(problem, block, w), lambda: _step(problem, block, w, sizes)
+    after = lax.platform_dependent(
+        block, w, sizes, cpu=partial(_one_of, problem), default=partial(_at_once, problem)
     )
     # What is not finite is met again, and named, by the right-hand side that it belongs to.
     after = choose(finite, after, dataclasses.replace(block, done=jnp.ones((), bool)))
@@ -126,34 +132,58 @@ def _to_check(block: Block, when: jax.Array) -> Block:
     return dataclasses.replace(block, checking=block.checking | when, go=choose(when, block.x, block.go))
 
 
-def _step(problem: Problem, block: Block, w: PyTree, sizes: jax.Array) -> Block:
+_Step = tuple[PyTree, Callable[[PyTree, jax.Array, PyTree], Block]]
+"""The vectors of which directions are made, and the block after them."""
+
+
+def _one_of(problem: Problem, block: Block, w: PyTree, sizes: jax.Array) -> Block:
+    """The check or the step, whichever is wanted; see `linear_step`."""
+
+    def alone(step: Callable[..., _Step]) -> Block:
+        wanted, after = step(problem, block, w, sizes)
+        return after(*_directions(problem, wanted))
+
+    return lax.cond(block.checking, lambda: alone(_check), lambda: alone(_step))
+
+
+def _at_once(problem: Problem, block: Block, w: PyTree, sizes: jax.Array) -> Block:
+    """Both, of which one is chosen: no conditional, and one set of directions."""
+    checked, after_check = _check(problem, block, w, sizes)
+    stepped, after_step = _step(problem, block, w, sizes)
+    found = _directions(problem, choose(block.checking, checked, stepped))
+    return choose(block.checking, after_check(*found), after_step(*found))
+
+
+def _step(problem: Problem, block: Block, w: PyTree, sizes: jax.Array) -> _Step:
     """The step that A S = w allows; none where the curvature is not positive."""
     s = block.go
     inverse, definite = _inverse(stacks.inner(s, w), problem.noise[0] * block.norm_a * sizes**2, sizes > 0)
     length = _times(inverse, stacks.inner(s, block.q))
     x = jax.tree.map(jnp.add, block.x, stacks.combine(_times(length, block.c).T, s))
-    q, z = orthonormal(stacks.subtract(block.q, stacks.combine(length.T, w)))
-    c = _times(z, block.c)
-    fresh = _preconditioned(problem, q)
-    beta = _times(inverse, stacks.inner(w, fresh))
-    go = stacks.subtract(fresh, stacks.combine(beta.T, s))
-    norms = jnp.sqrt(jnp.sum(c**2, axis=0))
-    now = jnp.max(_relative(problem, norms))
-    better = now < PROGRESS * block.best
-    after = dataclasses.replace(
-        block,
-        x=x,
-        q=q,
-        c=c,
-        go=go,
-        best=jnp.where(better, now, block.best),
-        idle=jnp.where(better, 0, block.idle + 1),
-        steps=block.steps + 1,
-    )
-    idle = after.idle > jnp.maximum(PATIENCE, after.steps // 4)
-    after = _to_check(after, jnp.all(norms <= problem.target) | idle)
-    ended = jnp.ones((), bool)
-    return choose(definite, after, dataclasses.replace(block, done=ended, indefinite=ended))
+
+    def after(q: PyTree, z: jax.Array, fresh: PyTree) -> Block:
+        c = _times(z, block.c)
+        beta = _times(inverse, stacks.inner(w, fresh))
+        go = stacks.subtract(fresh, stacks.combine(beta.T, s))
+        norms = jnp.sqrt(jnp.sum(c**2, axis=0))
+        now = jnp.max(_relative(problem, norms))
+        better = now < PROGRESS * block.best
+        after = dataclasses.replace(
+            block,
+            x=x,
+            q=q,
+            c=c,
+            go=go,
+            best=jnp.where(better, now, block.best),
+            idle=jnp.where(better, 0, block.idle + 1),
+            steps=block.steps + 1,
+        )
+        idle = after.idle > jnp.maximum(PATIENCE, after.steps // 4)
+        after = _to_check(after, jnp.all(norms <= problem.target) | idle)
+        ended = jnp.ones((), bool)
+        return choose(definite, after, dataclasses.replace(block, done=ended, indefinite=ended))
+
+    return stacks.subtract(block.q, stacks.combine(length.T, w)), after
 
 
 def _inverse(curvature: jax.Array, noise: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -171,8 +201,9 @@ def _inverse(curvature: jax.Array, noise: jax.Array, there: jax.Array) -> tuple[
     return scale[:, None] * _times(vectors * inverse, vectors.T) * scale, definite
 
 
-def _check(problem: Problem, block: Block, w: PyTree) -> Block:
+def _check(problem: Problem, block: Block, w: PyTree, sizes: jax.Array) -> _Step:
     """The true residuals of x, and a new cycle from them where that is worth it."""
+    del sizes
     r = stacks.subtract(problem.b, w)
     norms, whole = jax.vmap(trees.norm)(r), jax.vmap(trees.norm)(problem.b)
     worse = norms > whole
@@ -183,7 +214,8 @@ def _check(problem: Problem, block: Block, w: PyTree) -> Block:
     no, eye = jnp.zeros((), bool), jnp.eye(len(norms), dtype=block.c.dtype)
     after = dataclasses.replace(block, x=x, q=r, c=eye, norm_r=norms, checking=no)
     end = ~jnp.any(missed) | block.spent | idle
-    return choose(end, dataclasses.replace(after, done=~no, checked=~no), _cycle(problem, after, r))
+    ended = dataclasses.replace(after, done=~no, checked=~no)
+    return r, lambda q, c, s: choose(end, ended, _cycle(problem, after, q, c, s))
 
 
 def _where(rows: jax.Array, a: PyTree, b: PyTree) -> PyTree:
@@ -217,9 +249,10 @@ def hand_over(problem: Problem, block: Block) -> State:
         )
         known = merge(state, jnp.ones((), bool), mode=jnp.int32(Mode.DONE))
         known = dataclasses.replace(known, x=x, r=r)
-        alone = begin_cg(problem, state, x, r)
+        z = problem.precondition(r)
+        alone = begin_cg(state, x, r, z)
         if not problem.only_cg:
-            alone = lax.cond(block.indefinite, lambda: begin_minres(problem, state, x, r), lambda: alone)
+            alone = choose(block.indefinite, begin_minres(state, x, r, z), alone)
         alone = to_check(alone, block.products >= problem.limit - 1, verdict=Verdict.BUDGET)
         reached = (block.checked & (norm <= problem.target)) | (norm_of(problem.b) <= problem.target)
         said = jnp.where(reached, jnp.int32(Verdict.CONVERGED), jnp.int32(Verdict.BUDGET))

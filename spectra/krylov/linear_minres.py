@@ -4,6 +4,7 @@ What a product is for is explained in `linear_step`.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,13 @@ from spectra.krylov.linear_state import (
     Problem,
     Short,
     State,
+    Step,
     choose,
     norm_of,
     refuse_inverse,
     to_check,
     to_null,
+    zeros_beside,
 )
 
 PATIENCE = 30
@@ -27,20 +30,20 @@ PATIENCE = 30
 PROGRESS = 0.99
 
 
-def begin_minres(problem: Problem, state: State, x: PyTree, r: PyTree, image: PyTree | None = None) -> State:
+def begin_minres(state: State, x: PyTree, r: PyTree, z: PyTree, image: PyTree | None = None) -> State:
     """MINRES from the residual r of x; from A r, given as `image`, where r is all but in the null space.
+
+    z is P times what it begins from.
 
     On the Krylov space of A r x has no part in the null space that could grow (Hanke's MR-II, Conjugate
     Gradient Type Methods for Ill-Posed Problems, 1995, section 6.1).
     """
-    assert state.short is not None
     first = r if image is None else image
-    z = problem.precondition(first)
     square = trees.vdot(first, z)
     size = jnp.sqrt(jnp.maximum(square, 0))
     inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
     v, q = trees.scale(inverse, first), trees.scale(inverse, z)
-    zeros, zero = jax.tree.map(jnp.zeros_like, r), jnp.zeros_like(square)
+    zeros, zero = zeros_beside(r), jnp.zeros_like(square)
     short = Short(
         v=v,
         before=zeros,
@@ -71,14 +74,17 @@ def begin_minres(problem: Problem, state: State, x: PyTree, r: PyTree, image: Py
     return refuse_inverse(state, square, first)
 
 
-def minres(problem: Problem, state: State, w: PyTree) -> State:
-    """The step of MINRES that A q = w allows."""
+def minres(problem: Problem, state: State, w: PyTree, alpha: jax.Array) -> Step:
+    """The step of MINRES that A q = w allows, with alpha = qᵀ w."""
+    assert state.short is not None
     s = state.short
-    assert s is not None
-    q = state.go
-    alpha = trees.vdot(q, w)
     w = trees.axpy(-alpha, s.v, trees.axpy(-s.beta, s.before, w))
-    z = problem.precondition(w)
+    return w, partial(_rotated, problem, state, s, w, alpha)
+
+
+def _rotated(problem: Problem, state: State, s: Short, w: PyTree, alpha: jax.Array, z: PyTree) -> State:
+    """The state after the next vector of the recurrence, in no unit: w, with z = P w."""
+    q = state.go
     square = trees.vdot(w, z)
     beta = jnp.sqrt(jnp.maximum(square, 0))
     scale = jnp.maximum(state.scale, jnp.abs(alpha) + s.beta + beta)

@@ -108,14 +108,18 @@ _hand_over = jax.jit(hand_over)
 def loop(op: LinearOperator, problem: Problem, state: State, stop: int | jax.Array) -> State:
     """Products until every right-hand side is done, `stop` of them for each at most."""
 
+    count = jax.tree.leaves(problem.b)[0].shape[0]
+
     def one(problem: Problem, state: State) -> State:
         def going(state: State) -> jax.Array:
             return (state.mode != Mode.DONE) & (state.products < stop)
 
-        return lax.while_loop(going, lambda state: absorb(problem, state, op.mv(state.go)), state)
+        def step(state: State) -> State:
+            return absorb(problem, state, op.mv(state.go), alone=count == 1)
+
+        return lax.while_loop(going, step, state)
 
     axes = sides_of(problem)
-    count = jax.tree.leaves(problem.b)[0].shape[0]
     if count == 1:  # branches stay branches without vmap
         alone = jax.tree.map(lambda x: x[0], dataclasses.replace(problem, inverse=None))
         state = one(dataclasses.replace(alone, inverse=problem.inverse), jax.tree.map(lambda x: x[0], state))

@@ -5,6 +5,7 @@ The modes, and what a product is for in each of them, are explained in `linear_s
 
 import dataclasses
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -117,6 +118,11 @@ class State:
     products: jax.Array
 
 
+Step = tuple[PyTree, Callable[[PyTree], State]]
+"""The one vector that a step gives to the preconditioner, and the state after what comes of it: so that all
+modes can share one application."""
+
+
 def to_check(state: State, when: jax.Array, verdict: Verdict = Verdict.OPEN) -> State:
     """The true residual next, where `when` and where the run has not ended; then the end with `verdict`."""
     when = when & (state.mode != Mode.DONE)
@@ -147,6 +153,11 @@ def refuse_inverse(state: State, square: jax.Array, r: PyTree) -> State:
 def noise_of(op: LinearOperator) -> float:
     """What one product is off by, in units of |A|."""
     return breakdown_noise(op.size, op.precision)
+
+
+def zeros_beside(v: PyTree) -> PyTree:
+    """Zeros that lie on a mesh as v does. Nothing says so of constants: each device would have them whole."""
+    return jax.tree.map(lambda x: x - x, v)
 
 
 def norm_of(v: PyTree) -> jax.Array:

@@ -19,7 +19,9 @@ neither under- nor overflow then, and c A with c b go through the same numbers.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ from jax import lax
 
 from spectra.base import trees
 from spectra.base.trees import PyTree
-from spectra.krylov.linear_cg import begin_cg, cg
+from spectra.krylov.linear_cg import begin_cg, cg, is_definite, turn
 from spectra.krylov.linear_minres import begin_minres, minres
 from spectra.krylov.linear_state import (
     SHORT_VECTORS,
@@ -35,11 +37,13 @@ from spectra.krylov.linear_state import (
     Problem,
     Short,
     State,
+    Step,
     Verdict,
     choose,
     merge,
     norm_of,
     to_check,
+    zeros_beside,
 )
 
 HALF = 0.5
@@ -50,7 +54,7 @@ STALE = 1
 
 def start(problem: Problem, dtype: jnp.dtype, method: Mode) -> State:
     """The state before the first product, from x = 0."""
-    zero, zeros = jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, problem.b)
+    zero, zeros = jnp.zeros((), dtype), zeros_beside(problem.b)
     count = jnp.zeros((), jnp.int32)
     short = None if problem.only_cg else _no_short(zeros, zero)
     state = State(
@@ -77,7 +81,7 @@ def start(problem: Problem, dtype: jnp.dtype, method: Mode) -> State:
         products=count,
     )
     begin = begin_minres if method is Mode.MINRES else begin_cg
-    state = begin(problem, state, zeros, problem.b)
+    state = begin(state, zeros, problem.b, problem.precondition(problem.b))
     # Nothing to do for b = 0.
     none = state.norm_r <= problem.target
     return merge(state, none, mode=jnp.int32(Mode.DONE), verdict=jnp.int32(Verdict.CONVERGED))
@@ -89,8 +93,8 @@ def _no_short(zeros: PyTree, zero: jax.Array) -> Short:
     return Short(**dict.fromkeys(SHORT_VECTORS, zeros), **dict.fromkeys(numbers, zero), ranged=zero > 0)
 
 
-def absorb(problem: Problem, state: State, product: PyTree) -> State:
-    """The state after the product of A with `state.go`."""
+def absorb(problem: Problem, state: State, product: PyTree, *, alone: bool = False) -> State:
+    """The state after the product of A with `state.go`; `alone` for one right-hand side, without `vmap`."""
     first = state.products == 0
     unit = jnp.where(first, trees.power_of_two(trees.largest(product)), state.unit_a)
     w = trees.scale(1 / unit, product)
@@ -102,14 +106,14 @@ def absorb(problem: Problem, state: State, product: PyTree) -> State:
         norm_a=jnp.maximum(state.norm_a, jnp.where(jnp.isfinite(ratio), ratio, 0)),
         products=state.products + (state.mode != Mode.DONE),
     )
-    branches = [
-        cg,
-        _ended if problem.only_cg else minres,
-        _check,
-        _ended if problem.only_cg else _null,
-        _ended,
-    ]
-    after = lax.switch(state.mode, [partial(branch, problem) for branch in branches], state, w)
+    along = trees.vdot(state.go, w)
+    turned = (state.mode == Mode.CG) & ~is_definite(problem, state, along)
+    which = jnp.where(turned, TURN, state.mode)
+    at_once = partial(_at_once, problem)
+    if alone:
+        after = lax.platform_dependent(which, state, w, along, cpu=partial(_one_of, problem), default=at_once)
+    else:
+        after = at_once(which, state, w, along)
     going = state.mode != Mode.DONE
     after = merge(
         after, going & ~jnp.isfinite(image), mode=jnp.int32(Mode.DONE), verdict=jnp.int32(Verdict.NONFINITE)
@@ -121,14 +125,52 @@ def absorb(problem: Problem, state: State, product: PyTree) -> State:
     return to_check(after, spent & ~checked & (after.mode != Mode.CHECK), verdict=Verdict.BUDGET)
 
 
-def _ended(problem: Problem, state: State, w: PyTree) -> State:
+TURN = len(Mode)
+"""Beside the modes: CG that has met a curvature that is not positive."""
+
+
+def _steps(problem: Problem) -> list[Callable[[Problem, State, PyTree, jax.Array], Step]]:
+    """The step of each mode, and of a turn; for modes that a run never has, none."""
+    if problem.only_cg:
+        return [cg, _ended, _check, _ended, _ended, turn]
+    return [cg, minres, _check, _null, _ended, turn]
+
+
+def _one_of(problem: Problem, which: jax.Array, state: State, w: PyTree, along: jax.Array) -> State:
+    """The step that is wanted, and no other: half the time on a CPU."""
+
+    def alone(step: Callable[..., Step], state: State, w: PyTree, along: jax.Array) -> State:
+        wanted, after = step(problem, state, w, along)
+        return after(problem.precondition(wanted))
+
+    return lax.switch(which, [partial(alone, step) for step in _steps(problem)], state, w, along)
+
+
+def _at_once(problem: Problem, which: jax.Array, state: State, w: PyTree, along: jax.Array) -> State:
+    """All steps, of which one is chosen, with one application of the preconditioner.
+
+    On several GPUs a conditional with a sum over devices inside is decided on the host, which waits for the
+    cards. On one it is fewer bytes than branches, which copy what they pass on.
+    """
+    wanted, after = zip(*(step(problem, state, w, along) for step in _steps(problem)), strict=True)
+    if problem.inverse is not None:
+        wanted = [problem.precondition(_select(which, wanted))] * len(wanted)
+    return _select(which, [fn(z) for fn, z in zip(after, wanted, strict=True)])
+
+
+def _select(which: jax.Array, trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: lax.select_n(which, *leaves), *trees)
+
+
+def _ended(problem: Problem, state: State, w: PyTree, along: jax.Array) -> Step:
     """The state as it is; also in place of modes that a run never has."""
-    del problem, w
-    return state
+    del problem, along
+    return w, lambda z: state
 
 
-def _check(problem: Problem, state: State, w: PyTree) -> State:
+def _check(problem: Problem, state: State, w: PyTree, along: jax.Array) -> Step:
     """The true residual of x, and where to go on from it."""
+    del along
     r = jax.tree.map(jnp.subtract, problem.b, w)
     norm, claimed = norm_of(r), norm_of(state.r)
     all_of_b = norm_of(problem.b)
@@ -147,21 +189,23 @@ def _check(problem: Problem, state: State, w: PyTree) -> State:
     done = merge(state, jnp.ones((), bool), mode=jnp.int32(Mode.DONE), verdict=said.astype(jnp.int32))
     end = converged | ended | stuck
     if state.short is None:
-        return choose(end, done, begin_cg(problem, state, x, r))
-    on = dataclasses.replace(state, mode=jnp.int32(Mode.MINRES), go=problem.precondition(state.short.v))
-    again = lax.cond(
-        state.method == Mode.CG,
-        lambda: begin_cg(problem, state, x, r),
-        lambda: choose(resume, on, begin_minres(problem, state, x, r)),
-    )
-    return choose(end, done, again)
+        return r, lambda z: choose(end, done, begin_cg(state, x, r, z))
+    by_cg = state.method == Mode.CG
+
+    def after(z: PyTree) -> State:
+        on = dataclasses.replace(state, mode=jnp.int32(Mode.MINRES), go=z)
+        again = choose(resume, on, begin_minres(state, x, r, z))
+        return choose(end, done, choose(by_cg, begin_cg(state, x, r, z), again))
+
+    return choose(resume & ~by_cg, state.short.v, r), after
 
 
-def _null(problem: Problem, state: State, w: PyTree) -> State:
+def _null(problem: Problem, state: State, w: PyTree, along: jax.Array) -> Step:
     """Whether the recurrence's residual r is in the null space, given A r, or what to do to find out."""
+    del along
     assert state.short is not None
     singular = norm_of(w) <= 2 * problem.noise * state.norm_a * norm_of(state.r)
     verdict = jnp.where(singular, Verdict.SINGULAR, Verdict.OPEN).astype(jnp.int32)
     judged = to_check(dataclasses.replace(state, verdict=verdict), jnp.ones((), bool))
     clear = ~singular & ~state.resume & ~state.short.ranged
-    return lax.cond(clear, lambda: begin_minres(problem, state, state.x, state.r, w), lambda: judged)
+    return w, lambda z: choose(clear, begin_minres(state, state.x, state.r, z, w), judged)

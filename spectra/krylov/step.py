@@ -135,16 +135,18 @@ def _second_pass(
 ) -> tuple[Panels, jax.Array, jax.Array]:
     """A pass where it is `wanted`: w', the coefficients, else zero, and |w'|², else without a meaning.
 
+    Under `vmap` the rows are read for all lanes where one of them wants it, and change those that do.
+
     Sums over devices are taken behind the conditionals, in every step: one that contains a reduction between
     GPUs is decided on the host, which waits for the cards.
     """
-    nothing = [jnp.zeros_like(x) for x in blocks]
-    measured = lax.cond(wanted, partial(_basis.block_dots, basis, filled=filled), lambda _: nothing, vector)
+    nothing, anywhere = [jnp.zeros_like(x) for x in blocks], arrays.anywhere(wanted)
+    measured = lax.cond(anywhere, partial(_basis.block_dots, basis, filled=filled), lambda _: nothing, vector)
     second = jnp.where(wanted, _basis.summed(_either(wanted, measured, blocks))[0], 0)
-    vector = lax.cond(wanted, lambda x: _basis.subtract(basis, second, x, filled), lambda x: x, vector)
+    vector = lax.cond(anywhere, lambda x: _basis.subtract(basis, second, x, filled), lambda x: x, vector)
     # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
     before = [x[:, -1] for x in blocks]
-    squares = lax.cond(wanted, lambda x: _block_vdot(x, x), lambda _: [x[:, -1] for x in nothing], vector)
+    squares = lax.cond(anywhere, lambda x: _block_vdot(x, x), lambda _: [x[:, -1] for x in nothing], vector)
     # XLA makes no graph of fewer than five kernels between two reductions, and leaves their conditionals to
     # the host: so there are two conditionals, and the choice is apart from the sum.
     return vector, second, _total(arrays.barrier(_either(wanted, squares, before)))
