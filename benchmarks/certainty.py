@@ -6,6 +6,7 @@ tolerance, which none of their users can see. `spectra` is charged what it takes
 that narrow. The trace and Σ log(1 + λ/δ), δ = max(|H| / 100, 2 |λmin|), are wanted to 1 %, each of the ten
 largest eigenvalues to 1 %, the share of eigenvalues below -|H| / 1000 to 0.01, and the density to a
 Wasserstein distance of 0.001 of the range, which no package knows by itself: it is measured for all.
+Eigensolvers have the loosest tolerance with which 95 % of random starts are right, the same for all.
 
 Nothing of another package is written anew. Hutchinson's error with signs has a closed form, which stands for
 all that have it.
@@ -43,7 +44,9 @@ PROBES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 SPACES, OUTSIDE = (32, 64, 96, 128, 192, 256, 320, 384), ((25, 4), (25, 2), (25, 1))
 """Ritz vectors that are taken out, and (steps, probes) of what is sampled outside of them."""
 SPACE_KEYS = 4
-TOLERANCES = 1e-2, 3e-3, 1e-3, 1e-4
+TOLERANCES = 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4
+STARTS, RIGHT = 24, 0.95
+"""Random starts of eigensolvers, and the share of them that has to be right."""
 FIGURES = ("trace", "log det", "top ten", "share", "density")
 OUT_OF_REACH = math.inf
 
@@ -203,11 +206,19 @@ def eigenvalues(m: Matrix) -> dict[str, float]:
             counted.append(1)
             return m.array @ v
 
-    def by_scipy(tol):
+    def first_right(run) -> float:
+        for tol in TOLERANCES:
+            ends = [run(tol, start) for start in range(STARTS)]
+            if np.mean([right(found) for found, _ in ends]) >= RIGHT:
+                return float(np.mean([products for _, products in ends]))
+        return OUT_OF_REACH
+
+    def by_scipy(tol, start):
         counted.clear()
         op = Counted(np.dtype(float), m.array.shape)
-        found = eigsh(op, 10, which="LA", tol=tol, return_eigenvectors=False, v0=np.ones(m.size))
-        return len(counted) if right(found) else OUT_OF_REACH
+        v0 = np.random.default_rng(start).standard_normal(m.size)
+        found = eigsh(op, 10, which="LA", tol=tol, return_eigenvectors=False, v0=v0)
+        return found, len(counted)
 
     def by_eigenthings():
         operator = LambdaOperator(lambda v: tensor @ v, size=m.size, dtype=torch.float64)
@@ -219,16 +230,15 @@ def eigenvalues(m: Matrix) -> dict[str, float]:
                 return most
         return OUT_OF_REACH
 
-    keys = jax.random.split(jax.random.key(4), 4)
+    keys = jax.random.split(jax.random.key(4), STARTS)
 
-    def by_spectra(tol):
-        own = [spectra.eigsh(m.op, 10, which="LA", key=key, tol=tol) for key in keys]
-        sure = all(right(x.values) for x in own)
-        return float(np.mean([x.num_matvecs for x in own])) if sure else OUT_OF_REACH
+    def by_spectra(tol, start):
+        found = spectra.eigsh(m.op, 10, which="LA", key=keys[start], tol=tol)
+        return found.values, found.num_matvecs
 
     return {
-        "spectra, loosest tolerance that is right": min(map(by_spectra, TOLERANCES)),
-        "eigsh of SciPy, the same": min(map(by_scipy, TOLERANCES)),
+        "spectra, loosest tolerance that is right": first_right(by_spectra),
+        "eigsh of SciPy, the same": first_right(by_scipy),
         "Lanczos of hessian-eigenthings, steps in hindsight": by_eigenthings(),
         "power iteration of PyHessian": power_iteration(m, right),
         AT_LEAST: 10.0,

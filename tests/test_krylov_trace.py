@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binom
 
 import spectra
-from spectra.estimators import krylov_aware
+from spectra.estimators import blocks, krylov_aware
 from spectra.estimators.krylov_aware import Split
 from spectra.krylov import explored
 from spectra.krylov.layout import Layout
@@ -42,7 +42,8 @@ def walked(a, steps=20):
     for i in range(steps):
         fresh = i % 6 == 0
         slot = int(np.argmin(waiting) if fresh else np.argmax(waiting))
-        state, step = explored.grow(op, layout, state, slot, jax.random.fold_in(KEY, i), fresh)
+        drawn = explored.draw(KEY, i, layout.structure) if fresh else None
+        state, step = explored.grow(op, layout, state, slot, drawn)
         waiting = np.asarray(step.lengths)
         found.append(step)
     rows = np.asarray(stack(state.basis, layout, 0, steps))
@@ -72,6 +73,33 @@ def test_what_a_direction_takes_off_the_norm_outside_is_exact(x64):
         rest = np.eye(N) - rows[: i + 1].T @ rows[: i + 1]
         square -= unit**2 * (float(step.form) ** 2 + 2 * float(step.outside) ** 2)
         assert square == pytest.approx(np.sum((rest @ a @ rest) ** 2), abs=1e-12 * np.sum(a**2))
+
+
+def test_a_vector_almost_within_the_basis_becomes_orthogonal(x64):
+    state, rows, _ = walked(rotated(SPECTRA["flat"]))
+    op = operator("flat")
+    layout = Layout.of(op.like)
+    drawn = jnp.asarray(rows.sum(axis=0) + 1e-6 * RNG.standard_normal(N))
+    slot = int(np.argmin(state.origin))
+    state, _ = explored.grow(op, layout, state, slot, drawn)
+    rows = np.asarray(stack(state.basis, layout, 0, len(rows) + 1))
+    # What is left after one pass, 1e-5 of the vector, has the rounding of all of it along the rows: 1e-11.
+    np.testing.assert_allclose(rows @ rows.T, np.eye(len(rows)), rtol=0, atol=1e-13)
+
+
+def test_a_direction_and_its_product_share_compiled_sweeps(x64):
+    before = explored._orthogonal._cache_size()
+    walked(np.diag(np.arange(1.0, 60.0)))  # an order that no other test has
+    assert explored._orthogonal._cache_size() == before + 1
+
+
+def test_no_number_of_samples_has_a_program_of_its_own(x64):
+    op, before = operator("flat"), blocks._products._cache_size()
+    found = [
+        spectra.trace(op, key=KEY, num_matvecs=BUDGET - i, method="krylov", probe_batch=1) for i in range(3)
+    ]
+    assert len({estimate.dof % krylov_aware.CHUNK for estimate in found}) == 3
+    assert blocks._products._cache_size() == before
 
 
 @pytest.mark.parametrize("name", SPECTRA)

@@ -41,6 +41,7 @@ from spectra.estimators.run import Run, adaptive
 from spectra.krylov import explored
 from spectra.krylov.layout import Layout
 from spectra.krylov.rows import stack
+from spectra.krylov.wanted import multiply
 from spectra.results import Estimate
 
 WINDOW = 4
@@ -188,8 +189,8 @@ def _explore(
         random = split.random_next(waiting)
         # A new direction takes the place of the shortest one that waits, which is none at first.
         slot = int(np.argmin(waiting) if random else np.argmax(waiting))
-        key = jax.random.fold_in(run.key, split.spent)
-        state, found = explored.grow(run.op, layout, state, slot, key, random)
+        drawn = explored.draw(run.key, split.spent, layout.structure) if random else None
+        state, found = explored.grow(run.op, layout, state, slot, drawn)
         if run.journal is not None:
             run.journal.count(1)
         found, asymmetry = jax.device_get((found, state.asymmetry))
@@ -218,12 +219,33 @@ def _samples(
     run: Run, basis: PyTree, unit: jax.Array, first: int, count: int, rest: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """vᵀHv, what it shows of its own variance, and |(1 - QQᵀ)Hv|² / |v|², of `count` samples in the unit."""
-    probes = blocks.draw(run.op, run.key, jnp.arange(first, first + CHUNK), "normal")
-    outside, lengths = project(basis, probes)
-    images = run.products(blocks.rows(outside, 0, count))
-    images = blocks.in_unit(stacks.padded(images, CHUNK), unit)[0]
+    outside, lengths = project(basis, _probes(run, first))
+    images = blocks.in_unit(_images(run, outside, count), unit)[0]
     dots, squares, residuals = (
         run.host(jnp.sum(x, axis=0))[:count] for x in complement_forms(basis, outside, images)
     )
     lengths = run.host(lengths)[:count]
     return rest * dots / lengths, rest * residuals / lengths, squares / lengths
+
+
+def _probes(run: Run, first: int) -> PyTree:
+    """`CHUNK` probes by the program that has drawn the random directions."""
+    structure = run.op.structure
+    return stacks.stacked([explored.draw(run.key, first + i, structure) for i in range(CHUNK)])
+
+
+def _images(run: Run, vectors: PyTree, count: int) -> PyTree:
+    """Products of the first `count` vectors, and zeros.
+
+    Side by side only where it saves something: one by one, the program is that which the basis was made with,
+    whatever their number.
+    """
+    if run.batch > 1 and (count == CHUNK or run.op.on_host):
+        return stacks.padded(run.products(blocks.rows(vectors, 0, count)), CHUNK)
+    images: list[PyTree] = []
+    for vector in stacks.split(vectors)[:count]:
+        images.append(multiply(run.op, vector))
+        if run.journal is not None:
+            run.journal.count(1)
+    nothing = jax.tree.map(jnp.zeros_like, images[0])
+    return stacks.stacked(images + [nothing] * (CHUNK - count))

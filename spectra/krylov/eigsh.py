@@ -58,15 +58,15 @@ def eigsh(
     **Repeated eigenvalues.** A Krylov space from one start vector holds a single vector of each eigenspace.
     So when all k pairs have converged, a fresh random vector is made orthogonal to them, and Lanczos steps
     from it search for another eigenvalue that belongs among the k. If one appears, both sequences continue as
-    a block, until a further random vector finds nothing. If none appears, `missed` bounds the probability
-    (Kuczynski and Wozniakowski) that one exists nevertheless and would change a value by more than the
-    tolerance; it is 0 where the k values are equal. "auto" stops at 5 %, or when the search has cost a share
-    of 1/(k - 1) of the run before it, or a tenth; a run that ends within ARPACK's first sweep, of ncv =
-    max(2k + 1, 20), is searched until 1.1 (ncv + 1), and at tol > 1e-4 until ncv + 1. Measured: 2 to 15
-    products find copies well inside the wanted set; the copy of the top one of 100 equally spaced eigenvalues
-    took 36. Once a copy has been found, the search may double the cost of the run. If the products run out
-    too early, `missed` stays above 5 %, up to 1, which bounds nothing: `status` and `converged` are
-    statements about the residuals of the pairs returned only.
+    a block, until a further random vector finds nothing. `missed` bounds the probability that one exists
+    nevertheless and would change a value by more than the tolerance: 1 % with "auto", as soon as the steps
+    leave so little of the vector beyond that value (see `spectra.quadrature.christoffel`); 0 where the k
+    values are equal. "auto" also stops when the search has cost a share of 1/(k - 1) of the run before it, or
+    a tenth; a run that ends within ARPACK's first sweep, of ncv = max(2k + 1, 20), is searched until
+    1.1 (ncv + 1), and at tol > 1e-4 until ncv + 1. Measured: 2 to 15 products find copies well inside the
+    wanted set; the copy of the top one of 100 equally spaced eigenvalues took 36. Once a copy has been found,
+    the search may double the cost of the run. If the products run out too early, `missed` is 1, which bounds
+    nothing: `status` and `converged` are statements about the residuals of the pairs returned only.
 
     **Small operators.** If n products were not enough, and n is at most 2000, n more give the dense matrix
     and all of its eigenpairs; `status` is DENSE then. These count towards `max_matvecs`: Lanczos stops n
@@ -92,7 +92,7 @@ def eigsh(
         block_size: number of start vectors. 1 needs the fewest products unless eigenvalues repeat.
         max_matvecs: maximum number of products; default 50 num_basis + 1000, for "SM" 4000 per vector of its
             block, and 2 n for small operators. Those that measure rounding are not counted.
-        verify: look for missed copies: "auto", True (until the probability is below 1e-6), or False.
+        verify: look for missed copies: "auto", True (until the probability is at most 1e-6), or False.
         v0: first start vector, a pytree or a flat array; default random.
         deflate: known pairs: the operator is restricted to their orthogonal complement.
         metric: M of H v = λ M v, positive definite: an operator, up to order 2000, or its diagonal, a pytree
@@ -124,7 +124,7 @@ def eigsh(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Fails to find copies that the search cannot reach: `missed` is near one then; use verify=True or
+    Fails to find copies that the search cannot reach: `missed` is 1 then; use verify=True or
     block_size.
 
     Cost: num_basis n numbers of memory, whatever the number of products; for n <= ncv + 1, and for "SM" up to
@@ -133,7 +133,7 @@ def eigsh(
 
     References:
         Wu and Simon, doi:10.1137/S0895479898334605; Stewart, doi:10.1137/S0895479800371529;
-        Kuczynski and Wozniakowski, doi:10.1137/0613066.
+        Golub and Meurant, Matrices, Moments and Quadrature, 2010, ch. 2 and 6 (the bound).
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra

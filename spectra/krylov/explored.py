@@ -11,6 +11,7 @@ has along q. What deviates from that is asymmetry, or rounding.
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from spectra.krylov import basis as _basis
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
-from spectra.krylov.step import orthogonalize
+from spectra.krylov.wanted import multiply
 from spectra.operators.base import LinearOperator
 
 WAITING = _basis.SEGMENT
@@ -71,85 +72,125 @@ def empty(layout: Layout, num_rows: int) -> Explored:
 
 
 def grow(
-    op: LinearOperator, layout: Layout, state: Explored, slot: int, key: jax.Array, random: bool
+    op: LinearOperator, layout: Layout, state: Explored, slot: int, drawn: PyTree | None
 ) -> tuple[Explored, Step]:
-    """One product: of a direction drawn with the key if it is to be `random`, else of the one in `slot`.
+    """One product: of the direction in `slot`, or of what is outside of the basis of a vector `drawn`.
 
     What the product opens waits in `slot` then, in place of what was there.
+
+    Several programs, one after another: the sweeps over the rows, which take longest to compile, are one for
+    the direction and for its product.
     """
-    if op.on_host:
-        q = _direction(layout, state, slot, key, random)
-        return _absorb(layout, state, slot, q, op.mv(_unpack(layout, q)), random)
-    return _grow(op, layout, state, slot, key, random)
+    direction = _waiting(state.waiting, slot) if drawn is None else _packed(layout, drawn)
+    q = _unit(_orthogonal(state.basis, direction, state.filled))
+    state, outside, form = _take_in(layout, state, q, multiply(op, _unpack(layout, q)))
+    rest = _orthogonal(state.basis, outside, state.filled)
+    return _open(layout, state, slot, q, rest, form, drawn is not None)
 
 
-@partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
-def _grow(
-    op: LinearOperator,
-    layout: Layout,
-    state: Explored,
-    slot: int | jax.Array,
-    key: jax.Array,
-    random: bool | jax.Array,
-) -> tuple[Explored, Step]:
-    q = _direction(layout, state, slot, key, random)
-    return _absorb(layout, state, slot, q, op.mv(layout.unpack(q)), random)
+def draw(key: jax.Array, number: int, structure: PyTree) -> PyTree:
+    """A normal vector; vectors of other numbers are independent of it."""
+    return trees.sample(jax.random.fold_in(key, number), structure, jax.random.normal)
+
+
+class _Rest(NamedTuple):
+    """A vector without its parts along the rows."""
+
+    vector: Panels
+    norm: jax.Array
+    column: jax.Array  # (rows,) its coefficients on them
 
 
 _unpack = jax.jit(Layout.unpack, static_argnums=0)
 
 
 @partial(jax.jit, static_argnames=("layout",))
-def _direction(
-    layout: Layout, state: Explored, slot: int | jax.Array, key: jax.Array, random: bool | jax.Array
-) -> Panels:
-    """A unit vector orthogonal to the basis."""
+def _packed(layout: Layout, vector: PyTree) -> Panels:
+    return _scaled(layout.place(layout.pack(vector)))
 
-    def drawn() -> Panels:
-        return layout.place(layout.pack(trees.sphere_sample(key, layout.structure)))
 
-    q = lax.cond(random, drawn, lambda: _basis.take(state.waiting, slot))
-    q = trees.scale(1 / _positive(step.norm(q)), q)
-    q = orthogonalize(state.basis, q, state.filled)[0]
+@jax.jit
+def _waiting(waiting: Basis, slot: int | jax.Array) -> Panels:
+    return _scaled(_basis.take(waiting, slot))
+
+
+def _scaled(q: Panels) -> Panels:
     return trees.scale(1 / _positive(step.norm(q)), q)
 
 
+@jax.jit
+def _unit(rest: _Rest) -> Panels:
+    return trees.scale(1 / _positive(rest.norm), rest.vector)
+
+
+@jax.jit
+def _orthogonal(basis: Basis, vector: Panels, filled: jax.Array) -> _Rest:
+    """`step.orthogonalize` with its second pass, where there is one, as another turn of a loop.
+
+    The host looks at every product, so that a loop which it has to decide on costs nothing here, and the
+    sweeps are compiled once.
+    """
+
+    def going(carry: tuple[jax.Array, jax.Array, _Rest]) -> jax.Array:
+        return carry[1]
+
+    def one(carry: tuple[jax.Array, jax.Array, _Rest]) -> tuple[jax.Array, jax.Array, _Rest]:
+        first, _, rest = carry
+        column = _basis.dots(basis, rest.vector, filled)[0]
+        vector = _basis.subtract(basis, column, rest.vector, filled)
+        norm = jnp.sqrt(step.vdot(vector, vector))
+        removed = jnp.vdot(column, column, precision=lax.Precision.HIGHEST)
+        again = first & (removed > (step.REPEAT * norm) ** 2)
+        return jnp.zeros((), bool), again, _Rest(vector, norm, rest.column + column)
+
+    rows = len(basis) * basis[0][0].shape[1]
+    dtype = jnp.result_type(*vector)
+    start = _Rest(vector, jnp.zeros((), dtype), jnp.zeros(rows, dtype))
+    return lax.while_loop(going, one, (jnp.ones((), bool), jnp.ones((), bool), start))[-1]
+
+
 @partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
-def _absorb(
+def _take_in(
+    layout: Layout, state: Explored, q: Panels, product: PyTree
+) -> tuple[Explored, Panels, jax.Array]:
+    """The state with the row q, its product in the unit without the part along q, and that part."""
+    w = layout.place(layout.pack(product))
+    unit = jnp.where(state.unit > 0, state.unit, trees.power_of_two(trees.largest(w)))
+    w = trees.scale(1 / unit, w)
+    form = step.vdot(q, w)
+    basis = _basis.put(state.basis, state.filled, q)
+    state = dataclasses.replace(state, basis=basis, filled=state.filled + 1, unit=unit)
+    return state, trees.axpy(-form, q, w), form
+
+
+@partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
+def _open(
     layout: Layout,
     state: Explored,
     slot: int | jax.Array,
     q: Panels,
-    product: PyTree,
+    rest: _Rest,
+    form: jax.Array,
     random: bool | jax.Array,
 ) -> tuple[Explored, Step]:
-    w = layout.place(layout.pack(product))
-    unit = jnp.where(state.unit > 0, state.unit, trees.power_of_two(trees.largest(w)))
-    w = trees.scale(1 / unit, w)
-    row, filled = state.filled, state.filled + 1
-    basis = _basis.put(state.basis, row, q)
-    form = step.vdot(q, w)
-    w = trees.axpy(-form, q, w)
-    w, outside, _, column, _ = orthogonalize(basis, w, filled)
+    """The state in which what the product of q, the last row, opens waits in `slot`."""
+    row, column = state.filled - 1, rest.column
     form = form + column[row]
     along = _basis.dots(state.waiting, q, WAITING)[0]
     led, from_slot = state.origin >= 0, state.origin[slot]
     known = jnp.zeros_like(column).at[state.origin].add(jnp.where(led, along, 0))
     unknown = state.dropped | (jnp.arange(len(column)) == row)
     odd = jnp.where(unknown, 0, jnp.abs(column - known))
-    waiting = _without(state.waiting, q, along)
-    waiting = _basis.put(waiting, slot, w)
-    state = Explored(
-        basis=basis,
+    waiting = _basis.put(_without(state.waiting, q, along), slot, rest.vector)
+    state = dataclasses.replace(
+        state,
         waiting=waiting,
         origin=state.origin.at[slot].set(row),
         dropped=state.dropped.at[from_slot].max(random & led[slot]),
-        filled=filled,
-        unit=unit,
         asymmetry=jnp.maximum(state.asymmetry, jnp.max(odd)),
     )
-    square = jnp.sum(jnp.square(column.at[row].set(form))) + outside**2
-    return state, Step(form, outside, square, _lengths(waiting))
+    square = jnp.sum(jnp.square(column.at[row].set(form))) + rest.norm**2
+    return state, Step(form, rest.norm, square, _lengths(waiting))
 
 
 def _without(waiting: Basis, q: Panels, along: jax.Array) -> Basis:

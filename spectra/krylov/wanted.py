@@ -11,6 +11,7 @@ import numpy as np
 from spectra.base import trees
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
+from spectra.quadrature.christoffel import chance
 from spectra.results import Eigenpairs
 
 if TYPE_CHECKING:
@@ -62,23 +63,18 @@ def ends(values: np.ndarray, which: str, margin: float) -> list[End]:
     return [End(sign, float(worst), float(rest[-1])) for sign, worst, rest in better if len(rest)]
 
 
-def missed_probability(
-    limits: list[End], theta: np.ndarray, steps: int, low: float, high: float, size: int
+def chance_of_a_miss(
+    limits: list[End], alpha: np.ndarray, beta: np.ndarray, size: int, moved: float
 ) -> float:
-    """Bound on the probability that Lanczos from a random vector has overlooked a wanted eigenvalue.
+    """At most α with probability α, if Lanczos from a random vector has overlooked a wanted eigenvalue.
 
-    Kuczynski and Wozniakowski (doi:10.1137/0613066): after j steps from a uniform start, with
-    probability at least 1 - 1.648 sqrt(n) exp(-sqrt(ε) (2j - 1)), the largest Ritz value is within
-    ε (λ_max - λ_min) of the largest eigenvalue. With ε the distance from the largest of `theta` up to
-    a wanted value, in units of the range down to the other end, this is the probability of a miss.
+    The vector has of a unit eigenvector u the share |uᵀv|², of a known law, and the coefficients of the run
+    bound the share of all that is beyond a point: see `christoffel`. That holds after whatever number of
+    steps one looks, so a search may end as soon as this is at most its goal, and has overlooked one with no
+    more than that probability. It says nothing where the goal is not reached. Arguments as of
+    `christoffel.chance`.
     """
-    total = 0.0
-    for end in limits:
-        top = float(np.max(end.sign * theta))
-        bottom = -high if end.sign < 0 else low
-        share = (end.second - top) / max(end.second - bottom, np.finfo(float).tiny)
-        total += 1.648 * math.sqrt(size) * math.exp(-math.sqrt(max(share, 0.0)) * (2 * steps - 1))
-    return min(total, 1.0)
+    return max(chance(end.sign * end.second, alpha, beta, size, moved) for end in limits)
 
 
 def beats(limits: list[End], theta: np.ndarray, margin: float) -> bool:
@@ -137,7 +133,7 @@ def _mean(vectors: PyTree) -> PyTree:
     return jax.tree.map(lambda x: (x.sum(axis=0) / x.shape[0] ** 0.5).astype(x.dtype), vectors)
 
 
-MISSED = 0.05
+MISSED = 0.01
 """verify="auto" ends when a missed copy is less probable than this, or its products are spent."""
 CERTAIN = 1e-6
 """The same for verify=True, without a limit of its own on the products."""
@@ -154,8 +150,6 @@ class Search:
     limits: list[End]
     goal: float  # probability of a miss at which it ends
     left: int  # products allowed
-    low: float  # Ritz values seen so far lie between
-    high: float
     first: list[int]  # rows that it is orthogonal to
     row: int  # waits for its product
     rows: list[int] = dataclasses.field(default_factory=list[int])  # have had theirs
@@ -208,8 +202,7 @@ def _begin(run: "EigenRun", verify: bool | str, ncv: int) -> Search | None:
     limits = [dataclasses.replace(end, second=float(end.second - shift)) for end in limits]
     band.set_aside(vectors[:, np.sort([*best[: run.k], *known])])
     first, goal = list(band.processed), CERTAIN if verify is True else MISSED
-    bottom, top = float(theta.min()), float(theta.max())
-    return Search(limits, goal, steps, bottom, top, first, run.append_random())
+    return Search(limits, goal, steps, first, run.append_random())
 
 
 def _share(run: "EigenRun", spent: int, ncv: int) -> int:
@@ -226,21 +219,21 @@ def _from_random(run: "EigenRun", search: Search) -> bool:
     band = run.band
     while search.left > 0:
         run.pause()
-        before = len(band.processed)
-        run.extend(search.row, min(search.left, 2))
-        search.rows += band.processed[before:]
-        search.left -= len(band.processed) - before
+        run.extend(search.row, 1)
+        search.rows.append(search.row)
+        search.left -= 1
         inner = band.ritz(search.rows)[0]
         if beats(search.limits, inner, run.accepted):
             return True
         if not band.pending:  # a random vector spans, with its products, every eigenspace that is left
             run.missed = 0.0
             return False
-        search.low, search.high = min(search.low, float(inner.min())), max(search.high, float(inner.max()))
-        run.missed = missed_probability(
-            search.limits, inner, len(search.rows), search.low, search.high, run.op.size
-        )
-        if run.missed <= search.goal:
-            return False
         search.row = band.pending[-1]
+        alpha = band.coefficients[search.rows, search.rows]
+        beta = band.coefficients[[*search.rows[1:], search.row], search.rows]
+        size = run.op.size - len(band.locked) - len(search.first)
+        moved = band.scale * max(band.asymmetry, 4 * run.op.precision)
+        if chance_of_a_miss(search.limits, alpha, beta, size, moved) <= search.goal:
+            run.missed = search.goal
+            return False
     return False

@@ -91,12 +91,8 @@ class Openness:
 
 def _rules(quadrature):
     """(nodes, residuals, log Π β, log of the factor of F, log of the least mass, shift) of each probe."""
-    from scipy.special import betaln
-
     rest = quadrature.bulk or quadrature
-    n, moved = rest.size, shift(quadrature)
-    # F(w) <= 2 sqrt(w) / B(1/2, (n-1)/2), with equality as w falls; for n = 2 F(w) = 2 asin(sqrt w) / π.
-    factor = float(np.log(2) - betaln(0.5, (n - 1) / 2)) if n > 2 else 0.0
+    moved, factor = shift(quadrature), _log_factor(rest.size)
     least = 2 * float(np.log(rest.precision))
     for i, (theta, weights, r) in enumerate(rules(rest)):
         if rest.coefficients is None:
@@ -104,6 +100,34 @@ def _rules(quadrature):
         else:
             product = log_betas(rest.coefficients[i], dropped(rest))
         yield theta, r, product, factor, least, moved
+
+
+def chance(x: float, alpha: np.ndarray, beta: np.ndarray, size: int, moved: float) -> float:
+    """F(Λ(x)) for m Lanczos steps from one vector: at most α with probability α, if x is an eigenvalue.
+
+    Λ bounds the mass at x after any number of steps: the same holds for the least of all that a run passes.
+
+    Args:
+        x: the point, outside of the Ritz values; the chance is 1 inside.
+        alpha: (m,), the diagonal of T.
+        beta: (m,), what is beside it, and the residual behind the last step.
+        size: order of the operator.
+        moved: how far rounding can have moved an eigenvalue.
+    """
+    from scipy.linalg import eigh_tridiagonal
+
+    theta, vectors = eigh_tridiagonal(alpha, beta[:-1])
+    if not theta[0] - moved > x and not theta[-1] + moved < x:
+        return 1.0
+    rule = theta, beta[-1] * vectors[-1], float(np.sum(np.log(beta)))
+    return float(np.exp(_log_chance(np.array([x]), *rule, _log_factor(size), -np.inf, moved)[0]))
+
+
+def _log_factor(size: int) -> float:
+    """F(w) <= 2 sqrt(w) / B(1/2, (n-1)/2), with equality as w falls; for n = 2 F(w) = 2 asin(sqrt w) / π."""
+    from scipy.special import betaln
+
+    return float(np.log(2) - betaln(0.5, (size - 1) / 2)) if size > 2 else 0.0
 
 
 def _log_betas(theta, weights, residuals, last: float) -> float:
