@@ -79,10 +79,14 @@ class LayerOperator(Wrapped):
         return LayerOperator(base, self.index)
 
 
+def along(vectors: PyTree, v: PyTree) -> jax.Array:
+    """X v, shape (r,), for rows X stacked as leaves (r, *leaf.shape)."""
+    return jax.vmap(lambda x: trees.vdot(x, v))(vectors)
+
+
 def project(vectors: PyTree, v: PyTree) -> PyTree:
     """(I - X Xᵀ) v for orthonormal rows X, stacked as leaves (r, *leaf.shape)."""
-    coefficients = jax.vmap(lambda x: trees.vdot(x, v))(vectors)
-    return stacks.subtract(v, stacks.combine(coefficients, vectors))
+    return stacks.subtract(v, stacks.combine(along(vectors, v), vectors))
 
 
 @operator(leaves=("base", "vectors"))
