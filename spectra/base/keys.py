@@ -10,6 +10,8 @@ import numpy as np
 
 from spectra.base.errors import SpectraError
 
+BESIDE_PAIRS = 2**31 - 3
+"""Of keys beside eigenpairs; no probe and no start vector reaches it."""
 ADVICE = "pass a JAX random key, for example jax.random.key(0)."
 
 
@@ -43,6 +45,22 @@ def require_key(key: jax.Array | None, name: str = "key") -> jax.Array:
             f"{name} is an array of keys of shape {found.shape}: pass one of them, or jax.vmap over them."
         )
     return found
+
+
+def beside_pairs(key: jax.Array, count: int, use: int) -> jax.Array:
+    """A key for vectors outside of eigenpairs that may have been found with the same key.
+
+    Where an eigenvalue repeats, its eigenvectors are what a random start has of its space: the same start has
+    nothing left there beside them.
+
+    Args:
+        key: what a user passed.
+        count: of the pairs: a chain of calls takes out more each time.
+        use: of the random numbers; 0 for start vectors, 1 for probes.
+    """
+    for number in (BESIDE_PAIRS, use, count):
+        key = jax.random.fold_in(key, number)
+    return key
 
 
 def key_check(fn: Callable[..., Any]) -> Callable[[dict[str, Any]], dict[str, Any]] | None:

@@ -13,6 +13,7 @@ from jax import lax
 from spectra.base import progress as _signals
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
+from spectra.base.keys import beside_pairs
 from spectra.base.meshes import automatic
 from spectra.base.progress import Progress
 from spectra.density import deflation, krylov_space
@@ -215,7 +216,7 @@ def _one(
         size, vectors = op.size - len(pairs.values), pairs.vectors
         whole = float(np.max(np.abs(pairs.values), initial=0.0))
         recurrence.check_steps(num_steps, size)
-        op = DeflatedOperator(op, vectors)
+        op, key = DeflatedOperator(op, vectors), beside_pairs(key, len(pairs.values), use=1)
     recorder = None
     if checkpoint is not None:
         recorder = Recorder(checkpoint, op, layout, key, keep_basis=keep)

@@ -12,6 +12,7 @@ from jax import lax
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.files import tree_digest
+from spectra.base.keys import beside_pairs
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov import wanted
@@ -167,6 +168,8 @@ def eigsh(
         rest: dict[str, Any] = {"v0": start, "deflate": known_pairs, "metric": weight, **limits, **outside}
         pairs = eigsh(fixed, k, which=which, key=key, tol=tol, verify=verify, **rest)
         return differentiable(op, metric, pairs)
+    if known:
+        key = beside_pairs(key, known, use=0)
     places = place_basis(op, basis, basis_dtype)
     _check_rows(places[0], which, tol)
     least = k if places[0].row_dtype is None else 2 * k  # with rounded rows, k more measure the residuals
