@@ -237,13 +237,13 @@ def _pairs(
             saver=saver,
         )
         run.budget = budget - (k if places[0].row_dtype is not None else 0)  # the last k measure residuals
-        while not run.done:
+        going = not run.done
+        while going:
             if run.search is None:
                 run.until_converged()
-            if not run.converged:
-                break
-            run.done = verify is False or wanted.search(run, verify, ncv)
+            going = run.converged and wanted.search(run, verify, ncv)
         run.save()
+        wanted.leave(run)
     spent = run.band.num_matvecs
     certain = run.converged and (verify is not True or run.missed <= wanted.CERTAIN)
     if small and not certain and spent >= run.budget:
