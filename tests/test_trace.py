@@ -240,8 +240,8 @@ def test_intervals_hold_at_their_rate(method, name, x64):
 
 
 def test_two_probes_state_what_they_know(x64):
-    """The other probe spans the range of a matrix of rank one: rounding is what is left of it. At rank two more
-    is, and the intervals hold."""
+    """The other probe spans the range of a matrix of rank one: rounding is what is left. At rank two half is,
+    and the intervals hold."""
     ranges = (np.append(top, np.zeros(N - len(top))) for top in ([1.0], [1.0, 0.5]))
     one, two = (spectra.MatrixOperator(planted(eigenvalues)) for eigenvalues in ranges)
     # Of a core that is singular but for the shift, see `xnystrace`: the root of eps, far from the trace.
