@@ -101,3 +101,31 @@ def test_unconverged_vectors_widen_the_band_or_are_refused():
         spectra.slq(op, key=jax.random.key(0), num_steps=STEPS, deflate=bad)
     with pytest.raises(spectra.SpectraError, match=f"vectors of order {N}"):
         spectra.slq(spectra.MatrixOperator(np.eye(20)), key=jax.random.key(0), num_steps=5, deflate=rough)
+
+
+def repeated(values, n=40, seed=0):
+    """A dense matrix in which each of a few values is an eigenvalue many times."""
+    q = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))[0]
+    return spectra.MatrixOperator((q * np.resize(values, n) @ q.T).astype(np.float32))
+
+
+def test_a_space_that_ends_beside_known_vectors_is_no_asymmetry():
+    """Three of forty keys: a remainder of 1e-6 just beyond rounding, a tenth of it along the known vector."""
+    op = repeated([1.0, -1.0])
+    for seed in range(40):
+        q = spectra.slq(op, key=jax.random.key(seed), num_steps=5, num_probes=4, deflate=1)
+        # Rows of coefficients are those of H to 40 roundings (see breakdown_factor), at most.
+        assert np.abs(q.range).max() <= 1 + 40 * np.finfo(np.float32).eps
+        assert q.status is not spectra.Status.NOISY
+
+
+def test_probes_are_independent_of_pairs_from_the_same_key():
+    """Eigenvectors of a repeated eigenvalue are what a start has of its space: probes from the same numbers
+    would have none of it left, and the band missed in every run with two pairs and more."""
+    op, missed = repeated([0.0, 1.0]), 0
+    for seed in range(20):
+        key = jax.random.key(seed)
+        pairs = spectra.eigsh(op, 2, key=key)
+        low, _, high = spectra.slq(op, key=key, num_steps=5, num_probes=4, deflate=pairs).cdf(0.5)
+        missed += not low <= 0.5 <= high
+    assert missed <= 4  # 5 % each: five and more of 20 have probability 0.3 %

@@ -1,10 +1,12 @@
 """eigsh, trace, diagonal, kpm, solve and funm go on to the same bits, whatever moment they were ended at."""
 
+import dataclasses
 import random
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from cases import slow_but
 from children import environment
 
 import spectra
-from spectra.krylov import preconditioners
+from spectra.krylov import preconditioners, wanted
 from spectra.krylov.eigen_run import EigenRun
 from spectra.runs import saver
 
@@ -178,6 +180,21 @@ def test_a_run_whose_products_ran_out_goes_on_with_more(tmp_path):
     # Residual ball: an eigenvalue of H lies within the residual of each value, and float32 rounding of H.
     margin = pairs.residuals.max() + 9 * np.finfo("f").eps
     np.testing.assert_allclose(pairs.values, np.sort(VALUES)[-3:], atol=margin)
+
+
+def test_a_search_whose_products_ran_out_goes_on_with_more(tmp_path):
+    """Copies were found, and the products ended while more of them were looked for."""
+    op = operator()
+    call = partial(spectra.eigsh, **EIGSH | {"num_basis": 60}, verify=True, key=KEY)
+    whole = call(op)
+    assert whole.missed <= wanted.CERTAIN
+    short = call(op, checkpoint=tmp_path, max_matvecs=whole.num_matvecs - 5)
+    assert short.status == spectra.Status.CONVERGED
+    assert short.missed > wanted.CERTAIN
+    pairs = call(op, checkpoint=tmp_path)
+    assert pairs.missed <= wanted.CERTAIN
+    assert_same(dataclasses.replace(pairs, num_matvecs=0), dataclasses.replace(whole, num_matvecs=0))
+    assert pairs.num_matvecs <= whole.num_matvecs + 1  # two at a time, from where it ended
 
 
 @pytest.mark.parametrize(

@@ -249,13 +249,25 @@ def _resolution(model: TorchModel) -> float:
 
 
 def _rounded(x: jax.Array, eps: float, rng: np.random.Generator) -> jax.Array:
-    """Every entry moved by a rounding of its own size and of the array's."""
+    """Every entry moved by a rounding of its own size and of the array's.
+
+    Those that stand for infinity, as a mask has them, stay.
+    """
     if not jnp.issubdtype(x.dtype, jnp.inexact) or not x.size:
         return x
     wide = np.array(x.astype(jnp.promote_types(x.dtype, jnp.float32)), order="C")
-    mean = np.linalg.norm(wide.ravel()) / x.size**0.5
+    largest = float(jnp.finfo(x.dtype).max) / 4
+
+    def ordinary(piece: np.ndarray) -> np.ndarray:
+        return np.abs(piece) < largest  # no NaN
+
+    # In float64: a square of 1e19 is none of float32's numbers.
+    numbers = (np.abs(piece[ordinary(piece)]).astype(np.float64) for (piece,) in _pieces(wide))
+    mean = _norm(list(numbers)) / x.size**0.5
     for (piece,) in _pieces(wide):
-        piece += eps * (np.abs(piece) + mean) * rng.standard_normal(piece.shape)
+        moved = ordinary(piece)
+        own = piece[moved]
+        piece[moved] = own + eps * (np.abs(own) + mean) * rng.standard_normal(own.shape)
     return jnp.asarray(wide).astype(x.dtype)
 
 

@@ -24,7 +24,7 @@ from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
-from spectra.operators.composed import DeflatedOperator
+from spectra.operators.composed import DeflatedOperator, beside_pairs
 from spectra.quadrature import rules
 from spectra.quadrature.copies import merge_traced, spread
 from spectra.results import Eigenpairs, Quadrature
@@ -215,7 +215,7 @@ def _one(
         size, vectors = op.size - len(pairs.values), pairs.vectors
         whole = float(np.max(np.abs(pairs.values), initial=0.0))
         recurrence.check_steps(num_steps, size)
-        op = DeflatedOperator(op, vectors)
+        op, key = DeflatedOperator(op, vectors), beside_pairs(key, len(pairs.values), use=1)
     recorder = None
     if checkpoint is not None:
         recorder = Recorder(checkpoint, op, place.layout, key, keep_basis=keep)

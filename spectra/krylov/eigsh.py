@@ -23,6 +23,7 @@ from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.composed import beside_pairs
 from spectra.results import Eigenpairs
 from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.watch import Watch, watched
@@ -167,6 +168,8 @@ def eigsh(
         rest: dict[str, Any] = {"v0": start, "deflate": known_pairs, "metric": weight, **limits, **outside}
         pairs = eigsh(fixed, k, which=which, key=key, tol=tol, verify=verify, **rest)
         return differentiable(op, metric, pairs)
+    if known:
+        key = beside_pairs(key, known, use=0)
     places = place_basis(op, basis, basis_dtype)
     _check_rows(places[0], which, tol)
     least = k if places[0].row_dtype is None else 2 * k  # with rounded rows, k more measure the residuals
@@ -234,13 +237,13 @@ def _pairs(
             saver=saver,
         )
         run.budget = budget - (k if places[0].row_dtype is not None else 0)  # the last k measure residuals
-        while not run.done:
+        going = not run.done
+        while going:
             if run.search is None:
                 run.until_converged()
-            if not run.converged:
-                break
-            run.done = verify is False or wanted.search(run, verify, ncv)
+            going = run.converged and wanted.search(run, verify, ncv)
         run.save()
+        wanted.leave(run)
     spent = run.band.num_matvecs
     certain = run.converged and (verify is not True or run.missed <= wanted.CERTAIN)
     if small and not certain and spent >= run.budget:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import stacks, trees
 from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
@@ -26,7 +26,7 @@ from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
 from spectra.operators.accumulate import Passes
 from spectra.operators.base import LinearOperator
-from spectra.operators.composed import project
+from spectra.operators.composed import along
 
 CHUNK = 16
 """Steps in one compiled call: how often a run can report, stop, or notice a NaN."""
@@ -144,7 +144,7 @@ def run(
 
     def one(i: jax.Array, state: LanczosState) -> LanczosState:
         if known is not None:
-            state = dataclasses.replace(state, current=_clear(layout, known, state.current))
+            state = _cleared(i, state, *_clear(layout, known, state.current))
         w = layout.pack(op.mv(layout.unpack(state.current)))
         return _place(layout, absorb(i, w, state))
 
@@ -156,18 +156,42 @@ def run(
 _run_chunk = jax.jit(run, static_argnames=("layout", "batched"), donate_argnames=("state",))
 
 
-def _clear(layout: Layout, known: PyTree, current: Panels) -> Panels:
-    """q_i without what rounding has left along deflated vectors.
+def _clear(layout: Layout, known: PyTree, current: Panels) -> tuple[Panels, jax.Array]:
+    """q_i without what rounding has left along deflated vectors, and whether the run has ended before it.
 
     Their eigenvalue is zero where they are deflated. The product does not see that part, but the three terms
     carry it on, and outside the rest of the spectrum it grows until zero is a Ritz value.
+
+    Near the end of an invariant space that part is not small: q_i is a remainder of rounding size, at unit
+    length. A share s of it makes q_i shorter by s²/2, which would look like an asymmetry of H: what is left
+    gets unit length again. Where that is less than half, there was rounding alone.
     """
-    return layout.pack(project(known, layout.unpack(current)))
+    vector = layout.unpack(current)
+    found = along(known, vector)
+    square = 1 - jnp.vdot(found, found, precision=lax.Precision.HIGHEST)
+    ended = square < 0.25
+    unit = jnp.where(ended, 0, lax.rsqrt(jnp.where(ended, 1, square)))
+    # Scaled before the difference, which takes no vector more: the length is known beforehand.
+    left = stacks.subtract(trees.scale(unit, vector), stacks.combine(unit * found, known))
+    return layout.pack(left), ended
+
+
+def _cleared(i: int | jax.Array, state: LanczosState, current: Panels, ended: jax.Array) -> LanczosState:
+    """The state with what `_clear` found."""
+    beta = jnp.where(ended, state.beta.at[jnp.maximum(i - 1, 0)].set(0), state.beta)
+    return dataclasses.replace(state, current=current, beta=beta, alive=state.alive & ~ended)
 
 
 @partial(jax.jit, static_argnames=("layout", "batched"))
-def _clear_one(layout: Layout, known: PyTree, current: Panels, batched: bool) -> Panels:
+def _clear_one(layout: Layout, known: PyTree, current: Panels, batched: bool) -> tuple[Panels, jax.Array]:
     return (jax.vmap(partial(_clear, layout, known)) if batched else partial(_clear, layout, known))(current)
+
+
+@partial(jax.jit, static_argnames="batched")
+def _cleared_one(
+    i: int | jax.Array, state: LanczosState, current: Panels, ended: jax.Array, batched: bool
+) -> LanczosState:
+    return (jax.vmap(_cleared, in_axes=(None, 0, 0, 0)) if batched else _cleared)(i, state, current, ended)
 
 
 @partial(jax.jit, static_argnames=("layout", "batched"), donate_argnames=("state",))
@@ -233,9 +257,9 @@ def advance(
         for i in range(start, stop):
             if known is not None:
                 current = state.current if home is None else jax.device_put(state.current, op.device)
-                current = _clear_one(layout, known, current, batched=batched)
-                current = current if home is None else jax.device_put(current, home)
-                state = dataclasses.replace(state, current=current)
+                found = _clear_one(layout, known, current, batched=batched)
+                found = found if home is None else jax.device_put(found, home)
+                state = _cleared_one(i, state, *found, batched=batched)
             with passes.observed() if passes else contextlib.nullcontext():
                 w = _product(op, layout, state.current, batched, home)
             state = _absorb_one(layout.anonymous(), i, w, state, batched=batched)

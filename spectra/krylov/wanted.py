@@ -137,6 +137,8 @@ MISSED = 0.01
 """verify="auto" ends when a missed copy is less probable than this, or its products are spent."""
 CERTAIN = 1e-6
 """The same for verify=True, without a limit of its own on the products."""
+ALL = 2**31 - 1
+"""Products of a search that ends with those of the run."""
 LOOSE = 1e-4
 """Above this tolerance verify="auto" spends no more products than ARPACK's first sweep."""
 KNOWN = 0.03
@@ -149,7 +151,7 @@ class Search:
 
     limits: list[End]
     goal: float  # probability of a miss at which it ends
-    left: int  # products allowed
+    left: int  # products that it may take
     first: list[int]  # rows that it is orthogonal to
     row: int  # waits for its product
     rows: list[int] = dataclasses.field(default_factory=list[int])  # have had theirs
@@ -162,24 +164,42 @@ class Search:
 
 
 def search(run: "EigenRun", verify: bool | str, ncv: int) -> bool:
-    """Look for a missed eigenvalue; True if there is none, as far as the products allowed can tell."""
-    run.search = run.search or _begin(run, verify, ncv)
+    """Look for a missed eigenvalue; True if the run goes on with one. It is done if there is none, as far as
+    the products that a search may take can tell; where those of the run end first, neither, and more of them
+    go on with this search."""
+    run.search = run.search or (None if verify is False else _begin(run, verify, ncv))
     if run.search is None:
-        return True
-    band = run.band
+        run.done = verify is False or not run.missed or run.band.num_matvecs < run.budget
+        return False
     found = _from_random(run, run.search)
+    if not found and _unfinished(run, run.search):
+        return False
     if found:
         run.history, run.copies, run.missed = [], run.copies + 1, 1.0
-    else:  # what the search has seen belongs to no wanted pair
-        band.pending = []
-        band.restart(np.eye(len(run.search.first)), run.search.first)
-    run.search = None
-    band.bring_back()
-    return not found
+        run.search = None
+        run.band.bring_back()
+    else:
+        leave(run)
+        run.done = True
+    return found
+
+
+def leave(run: "EigenRun") -> None:
+    """Without the vectors of a search, which belong to no wanted pair."""
+    if run.search is not None:
+        run.band.pending = []
+        run.band.restart(np.eye(len(run.search.first)), run.search.first)
+        run.search = None
+        run.band.bring_back()
+
+
+def _unfinished(run: "EigenRun", search: Search) -> bool:
+    """Whether the products of the run ended before those of the search."""
+    return bool(run.missed) and run.missed > search.goal and search.left > 0
 
 
 def _begin(run: "EigenRun", verify: bool | str, ncv: int) -> Search | None:
-    """A random vector beside the pairs; None where nothing can be missing, or no product is left."""
+    """A random vector beside the pairs; None where nothing can be missing, or no product is left for it."""
     band = run.band
     theta, vectors, _, errors = band.ritz()
     best = order(theta, run.which)
@@ -188,13 +208,12 @@ def _begin(run: "EigenRun", verify: bool | str, ncv: int) -> Search | None:
     if not run.missed:
         return None
     if not run.allowed:
-        run.allowed = run.budget if verify is True else band.num_matvecs + _share(run, band.num_matvecs, ncv)
+        run.allowed = band.num_matvecs + (ALL if verify is True else _share(run, band.num_matvecs, ncv))
     if run.copies > run.extended:  # eigenvalues do repeat here: look as long as it took to come this far
         run.extended, run.allowed = run.copies, max(run.allowed, 2 * band.num_matvecs)
     room = run.capacity - len(band.locked) - len(band.pending) - 1
-    steps = min(run.allowed - band.num_matvecs, run.budget - band.num_matvecs, room - run.k)
-    steps = min(steps, run.op.size - band.filled - 1)
-    if steps < 1:
+    steps = min(run.allowed - band.num_matvecs, room - run.k, run.op.size - band.filled - 1)
+    if steps < 1 or band.num_matvecs >= run.budget:
         return None
     gaps = np.min([end.second - end.sign * theta for end in limits], axis=0)
     known = [i for i in best[run.k :] if errors[i] <= KNOWN * gaps[i]][: room - run.k - steps]
@@ -217,7 +236,7 @@ def _share(run: "EigenRun", spent: int, ncv: int) -> int:
 def _from_random(run: "EigenRun", search: Search) -> bool:
     """Lanczos from a random vector, orthogonal to all rows, until something shows or its products end."""
     band = run.band
-    while search.left > 0:
+    while search.left > 0 and band.num_matvecs < run.budget:
         run.pause()
         run.extend(search.row, 1)
         search.rows.append(search.row)

@@ -79,10 +79,14 @@ class LayerOperator(Wrapped):
         return LayerOperator(base, self.index)
 
 
+def along(vectors: PyTree, v: PyTree) -> jax.Array:
+    """X v, shape (r,), for rows X stacked as leaves (r, *leaf.shape)."""
+    return jax.vmap(lambda x: trees.vdot(x, v))(vectors)
+
+
 def project(vectors: PyTree, v: PyTree) -> PyTree:
     """(I - X Xᵀ) v for orthonormal rows X, stacked as leaves (r, *leaf.shape)."""
-    coefficients = jax.vmap(lambda x: trees.vdot(x, v))(vectors)
-    return stacks.subtract(v, stacks.combine(coefficients, vectors))
+    return stacks.subtract(v, stacks.combine(along(vectors, v), vectors))
 
 
 @operator(leaves=("base", "vectors"))
@@ -219,3 +223,23 @@ provides("block")(BlockOperator)
 provides("layer")(LayerOperator)
 provides("product")(ProductOperator)
 provides("submatrix")(SubmatrixOperator.of)
+
+
+BESIDE_PAIRS = 2**31 - 3
+"""Of keys beside eigenpairs; no probe and no start vector reaches it."""
+
+
+def beside_pairs(key: jax.Array, count: int, use: int) -> jax.Array:
+    """A key for vectors outside of eigenpairs that may have been found with the same key.
+
+    Where an eigenvalue repeats, its eigenvectors are what a random start has of its space: the same start has
+    nothing left there beside them.
+
+    Args:
+        key: what a user passed.
+        count: of the pairs: a chain of calls takes out more each time.
+        use: of the random numbers; 0 for start vectors, 1 for probes.
+    """
+    for number in (BESIDE_PAIRS, use, count):
+        key = jax.random.fold_in(key, number)
+    return key

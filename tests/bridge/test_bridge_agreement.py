@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spectra import bridge
-from spectra.bridge import BridgeError
+from spectra.bridge import BridgeError, agreement
 
 
 class _Sign(torch.autograd.Function):
@@ -247,3 +247,16 @@ def test_a_wrong_operator_is_noticed(monkeypatch):
     with pytest.raises(BridgeError, match=r"gradient.*'first\.weight' differs by 100 %.*No cause was found"):
         bridge.from_torch(_Net(lambda h: h), torch.randn(3, 4))
     interpreter._programs.cache_clear()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e25, 1e-25])
+def test_numbers_of_any_size_are_moved_by_a_rounding(scale):
+    """Their squares are none of float32's, and what masks stand for is no number to move."""
+    least = np.finfo(np.float32).min
+    x = np.float32(scale) * np.array([1.0, -2.0, 0.0, 3.0], np.float32)
+    masked = np.concatenate([x, np.array([-np.inf, least], np.float32)])
+    moved = np.asarray(agreement._rounded(jax.numpy.asarray(masked), 1e-6, np.random.default_rng(0)))
+    np.testing.assert_array_equal(moved[4:], masked[4:])
+    change = np.abs(moved[:4] - x)
+    assert np.all(change > 0)
+    assert np.all(change <= 1e-6 * 6 * 5 * scale)  # |x| + mean is below 6, a normal number below 5
