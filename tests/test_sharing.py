@@ -111,10 +111,11 @@ def dense_network(params, x):
 def test_a_product_costs_what_is_stated():
     """Two gradients at most, as XLA counts them, where what a product needs is saved; three where it is not.
 
-    With m = 2 · rows · width² for a product of matrices, a gradient of three layers is 3 m forward, 3 m towards
-    the weights, and 2 m towards the inputs. Tangents are twice as many, but for the first layer, whose
-    input is data: 5 m forward, 5 m towards the weights, 4 m towards the inputs. What they need is the gradient
-    itself, but for its 3 m towards the weights. Elementwise operations are some twenty for each entry of a layer.
+    With m = 2 · rows · width² for a product of matrices, a gradient of three layers is 3 m forward, 3 m
+    towards the weights, and 2 m towards the inputs. Tangents are twice as many, but for the first layer,
+    whose input is data: 5 m forward, 5 m towards the weights, 4 m towards the inputs. What they need is the
+    gradient itself, but for its 3 m towards the weights. Elementwise operations are some twenty for each
+    entry of a layer.
     """
     params, x = [jnp.zeros((WIDE, WIDE))] * 3, jnp.zeros((ROWS, WIDE))
     op, m = spectra.HessianOperator(dense_network, params, x), 2 * ROWS * WIDE**2

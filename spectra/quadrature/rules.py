@@ -162,9 +162,9 @@ def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.
 
     A probe uniform on the sphere in n dimensions sees a subspace of dimension nF with the law
     Beta(nF/2, n(1-F)/2); the mean of k probes has, to its first two moments, the law with k n in the
-    place of n. The bound inverts the CDF of that law in F. In units of a normal law the CDF is all but linear in
-    the angle of which F is the squared sine, so that secants find the root in a handful of evaluations; where
-    one leaves the bracket, and every fourth time, it is halved.
+    place of n. The bound inverts the CDF of that law in F. In units of a normal law the CDF is all but
+    linear in the angle of which F is the squared sine, so that secants find the root in a handful of
+    evaluations; where one leaves the bracket, and every fourth time, it is halved.
     """
     from scipy.special import betainc, ndtri
 
