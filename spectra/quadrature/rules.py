@@ -189,7 +189,7 @@ def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.
             secant = found - excess * (found - last) / (excess - before)
             good = np.isfinite(before) & (secant >= low) & (secant <= high) & (turn % 4 < 3)
             last, found = found, np.where(good, secant, (low + high) / 2)
-            bound[open_] = np.sin(found) ** 2
+            bound[open_] = np.maximum(np.sin(found) ** 2, shares[open_])
             left = np.abs(found - last) > 4 * np.finfo(float).eps * found
             open_, low, high, last, found, excess = (
                 part[left] for part in (open_, low, high, last, found, excess)
