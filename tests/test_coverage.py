@@ -145,7 +145,7 @@ def quadratures(op, keys, num_steps):
 
 @pytest.mark.parametrize("name", slow_but(KNOWN, "spikes of both signs"))
 def test_what_follows_from_a_quadrature_covers(name, x64):
-    """Twelve steps of two probes, with what they resolve; a true rate of 93 % fails once in a thousand runs."""
+    """Twelve steps of two probes, with what they resolve; 93 % would fail once in 1,000 times."""
     count, values = 100, np.sort(KNOWN[name])
     many = quadratures(diagonal(values), jax.random.split(jax.random.key(5), count), 12)
     rows = [jax.tree.map(lambda x, i=i: np.asarray(x)[i], many) for i in range(count)]
