@@ -5,13 +5,15 @@ errors below. The law of a probe needs no product: in the basis of eigenvectors 
 there, and the quadrature of its measure has its squared components for weights.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import planted
+from cases import diagonal, planted, slow_but
+from scipy.stats import binom
 from scipy.stats import t as student
 
 import spectra
@@ -76,6 +78,84 @@ def test_blocks_of_ones_are_covered(width, num_matvecs, x64):
     matrix = np.zeros((20, 20))
     matrix[:width, :width] = 1.0
     assert coverage(matrix, float(width), "hutchinson", num_matvecs) >= 0.92
+
+
+def norm(op, key, num_matvecs):
+    return spectra.frobenius_norm(op, key=key, num_matvecs=num_matvecs)
+
+
+def trace_by(method):
+    return lambda op, key, num_matvecs: spectra.trace(op, key=key, method=method, num_matvecs=num_matvecs)
+
+
+def diagonal_by(method):
+    return lambda op, key, num_matvecs: spectra.diagonal(op, key=key, method=method, num_matvecs=num_matvecs)
+
+
+SAMPLED = {
+    "norm": (norm, np.linalg.norm),
+    **{f"trace, {method}": (trace_by(method), np.trace) for method in ("hutchinson", "hutch++", "xtrace")},
+    **{f"diagonal, {method}": (diagonal_by(method), np.diag) for method in ("hutchinson", "xdiag")},
+}
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def sampled(op, keys, kind, num_matvecs):
+    def one(key):
+        found = SAMPLED[kind][0](op, key, num_matvecs)
+        return found.value, found.stderr
+
+    return jax.lax.map(one, keys, batch_size=100)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize(
+    ("kind", "num_matvecs"), slow_but([(k, b) for k in SAMPLED for b in (8, 32)], ("norm", 8))
+)
+def test_every_estimate_covers_at_every_budget(kind, num_matvecs, name, x64):
+    """Entries of a diagonal count one by one."""
+    matrix, (estimator, truth) = planted(KNOWN[name]), SAMPLED[kind]
+    op, keys = spectra.MatrixOperator(jnp.asarray(matrix)), jax.random.split(jax.random.key(4), KEYS)
+    value, stderr = map(np.asarray, sampled(op, keys, kind, num_matvecs))
+    dof = estimator(op, keys[0], num_matvecs).dof
+    slack = 1e-12 * np.abs(matrix).sum()  # of the dense matrix itself
+    assert np.mean(np.abs(value - truth(matrix)) <= student.ppf(0.975, dof) * stderr + slack) >= 0.92
+
+
+SHIFT = 100.0  # makes all of KNOWN positive, for logarithms
+OF_QUADRATURES = {
+    "trace": (trace_estimate, np.sum),
+    "trace of |x|": (lambda q: spectra.trace_of(q, np.abs), lambda x: np.abs(x).sum()),
+    "log-determinant": (lambda q: spectra.logdet(q, SHIFT), lambda x: np.log(x + SHIFT).sum()),
+    "effective dimension": (
+        lambda q: spectra.effective_dimension(q, SHIFT),
+        lambda x: np.sum(x / (x + SHIFT)),
+    ),
+    "count": (lambda q: spectra.count_above(q, 0.7), lambda x: np.sum(x > 0.7)),
+    "share": (spectra.negative_share, lambda x: np.mean(x < 0)),
+}
+
+
+@partial(jax.jit, static_argnums=2)
+def quadratures(op, keys, num_steps):
+    return jax.lax.map(
+        lambda key: spectra.slq(op, key=key, num_steps=num_steps, num_probes=2), keys, batch_size=20
+    )
+
+
+@pytest.mark.parametrize("name", slow_but(KNOWN, "spikes of both signs"))
+def test_what_follows_from_a_quadrature_covers(name, x64):
+    """Twelve steps of two probes, with what they resolve; 93 % would fail once in 1,000 times."""
+    count, values = 100, np.sort(KNOWN[name])
+    many = quadratures(diagonal(values), jax.random.split(jax.random.key(5), count), 12)
+    rows = [jax.tree.map(lambda x, i=i: np.asarray(x)[i], many) for i in range(count)]
+    rows = [dataclasses.replace(row, status=spectra.Status.COMPLETE) for row in rows]
+    slack = 1e-12 * (np.abs(values).sum() + SHIFT)
+    held = {}
+    for kind, (estimate, truth) in OF_QUADRATURES.items():
+        ends = np.array([estimate(row).interval() for row in rows])
+        held[kind] = np.sum((ends[:, 0] - slack <= truth(values)) & (truth(values) <= ends[:, 2] + slack))
+    assert min(held.values()) >= binom.ppf(1e-3, count, 0.93), held
 
 
 def test_signs_are_exact_for_a_diagonal(x64):

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import beta
 from scipy.stats import t as student
 
 import spectra
+from spectra.quadrature.rules import share_upper_bound
 
 LEVEL = 0.5  # bands fail often enough to be counted
 
@@ -34,6 +36,22 @@ def quadrature(nodes, masses, num_normals):
 def within_five_errors(samples, expected):
     """Whether the mean of independent samples is what is expected, at odds of two million to one."""
     return abs(np.mean(samples) - expected) <= 5 * np.std(samples) / len(samples) ** 0.5
+
+
+@pytest.mark.parametrize("normals", [2.0, 3.0, 10.0, 4e3, 1e4, 1e6])
+def test_a_bound_on_a_share_is_where_its_law_has_the_tail(normals):
+    """What is 1e-6 of its distance to an end less is possible still, and as much more is not."""
+    shares = np.concatenate([np.geomspace(1e-12, 0.5, 200), 1 - np.geomspace(1e-8, 0.5, 100)])
+    for tail in (0.4, 0.025, 2.5e-4, 1e-7):
+        bound = share_upper_bound(shares, normals, tail)
+        assert np.all(bound >= shares)  # no less than what was seen
+        inside = (1 - bound > 1e-6) & (bound > 1e-6) & (bound > (1 + 1e-9) * shares)
+        bound, seen = bound[inside], shares[inside]
+        for side in (-1, 1):  # SciPy's own law decides, which is known to some 1e-10 for the largest order
+            moved = bound + side * 1e-6 * np.minimum(bound, 1 - bound)
+            excess = beta.cdf(seen, normals * moved / 2, normals * (1 - moved) / 2) - tail
+            assert np.all(side * excess < 0)
+    np.testing.assert_array_equal(share_upper_bound(np.array([0.0, 1.0]), normals, 0.025), [0, 1])
 
 
 @pytest.mark.parametrize("num_probes", [1, 3])

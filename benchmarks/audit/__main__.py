@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import binom
 
 from benchmarks import timing
-from benchmarks.audit import curves, functions, rounding, statements
+from benchmarks.audit import curves, functions, laws, rounding, statements
 from benchmarks.audit.matrices import cases
 from benchmarks.audit.statements import ROUNDING, Statement
 from benchmarks.settings import RESULTS, table
@@ -39,7 +39,7 @@ def fails(held: np.ndarray) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.audit", description=__doc__)
-    parts = sorted({s.part for s in STATEMENTS} | {"rounding"})
+    parts = sorted({s.part for s in STATEMENTS} | {"laws", "rounding"})
     parser.add_argument("--only", help=f"parts, with commas between them: {', '.join(parts)}")
     parser.add_argument("--cases", help="parts of the names of cases, with commas between them")
     parser.add_argument("--quick", action="store_true", help="40 keys: shows that everything runs")
@@ -58,6 +58,10 @@ def main() -> int:
                 section, missed = audit(statement, count, chosen)
                 lines, below = lines + section, below + missed
                 print("\n".join(section), flush=True)
+        if "laws" in only:
+            section, missed = laws.audit(count, lambda name: any(part in name for part in chosen))
+            lines, below = lines + section, below + missed
+            print("\n".join(section), flush=True)
     if "rounding" in only:
         section, missed = rounding.audit(count)
         lines, below = lines + section, below + missed

@@ -11,13 +11,16 @@ from benchmarks.audit.statements import QUADRATURES, Outcome, Statement, from_ke
 
 SHIFT = 1e-3
 """Of logarithm and inverse, in units of the largest |eigenvalue|, added to twice the most negative one."""
+COUNTED = 0.15, 0.5, 0.999999
+"""Thresholds of counts, in units of the largest eigenvalue."""
 
 
 def _scale(case: Case) -> float:
     return float(np.abs(case.eigenvalues).max())
 
 
-def _shift(case: Case) -> float:
+def shift(case: Case) -> float:
+    """δ of the logarithm and the effective dimension: makes the operator positive."""
     return SHIFT * _scale(case) + max(0.0, -2 * float(case.eigenvalues[0]))
 
 
@@ -96,7 +99,7 @@ STATEMENTS = (
         Statement(
             "counts", f"eigenvalues above {share} of the largest", QUADRATURES, intervals(*_count(share))
         )
-        for share in (0.15, 0.5, 0.999999)
+        for share in COUNTED
     ),
     Statement(
         "counts",
@@ -116,8 +119,8 @@ STATEMENTS = (
         "log-determinant, shifted",
         QUADRATURES,
         intervals(
-            lambda case, q: spectra.logdet(q, _shift(case)),
-            lambda case: float(np.log(case.eigenvalues + _shift(case)).sum()),
+            lambda case, q: spectra.logdet(q, shift(case)),
+            lambda case: float(np.log(case.eigenvalues + shift(case)).sum()),
         ),
         keys=100,
     ),
@@ -126,8 +129,8 @@ STATEMENTS = (
         "effective dimension",
         QUADRATURES,
         intervals(
-            lambda case, q: spectra.effective_dimension(q, _shift(case)),
-            lambda case: float((case.eigenvalues / (case.eigenvalues + _shift(case))).sum()),
+            lambda case, q: spectra.effective_dimension(q, shift(case)),
+            lambda case: float((case.eigenvalues / (case.eigenvalues + shift(case))).sum()),
         ),
         keys=100,
     ),

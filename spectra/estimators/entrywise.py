@@ -217,11 +217,11 @@ def _xdiag(run: Run, num_matvecs: int) -> _Found:
         sketch.extend(count)
         inner = sketch.inner_products()
         u = sketch.directions(inner)
-        among = leave_one_out.seconds(u, min(count, PAIRS), run.xp)
+        seconds = leave_one_out.seconds(u, min(count, PAIRS), run.xp)
         found[:] = _leave_one_out(
             sketch.held,
             jnp.asarray(u, run.op.dtype),
-            jnp.asarray(among, run.op.dtype),
+            jax.tree.map(lambda x: jnp.asarray(x, run.op.dtype), seconds),
             jnp.asarray(inner.qy[-1].T, run.op.dtype),
             sketch.unit,
             run.op.precision,
@@ -246,12 +246,12 @@ def _xnysdiag(run: Run, num_matvecs: int) -> _Found:
         sketch.extend(count, project=False)
         made = nystrom(sketch, "xnysdiag", "xdiag")
         u = leave_one_out.unit_rows(made.inverse_root, run.xp)
-        among = leave_one_out.seconds(u, min(count, PAIRS), run.xp)
+        seconds = leave_one_out.seconds(u, min(count, PAIRS), run.xp)
         held = Held(sketch.held.probes, sketch.held.images, made.factor, made.factor)
         value, stderr = _leave_one_out(
             held,
             jnp.asarray(u, run.op.dtype),
-            jnp.asarray(among, run.op.dtype),
+            jax.tree.map(lambda x: jnp.asarray(x, run.op.dtype), seconds),
             jnp.asarray(made.root, run.op.dtype),
             sketch.unit,
             run.op.precision,
@@ -277,7 +277,7 @@ def _shifted(value: PyTree, stderr: PyTree, shift: jax.Array, floor: jax.Array) 
 def _leave_one_out(
     held: Held,
     u: jax.Array,
-    among: jax.Array,
+    seconds: tuple[jax.Array, jax.Array, jax.Array],
     sketch: jax.Array,
     unit: jax.Array,
     precision: float | jax.Array,
@@ -285,27 +285,29 @@ def _leave_one_out(
     """XDiag and its error: diag(P A) + ω ⊙ (1 - P) A ω with P the sketch without the probe ω.
 
     With a_j = Q u_j, b_j = Z u_j and r_j = Q y_j, estimate j is diag(Q Zᵀ) - a_j ⊙ b_j + (u_j·r_j) ω_j ⊙ a_j.
-    Leaving out i as well adds the same terms for the second direction.
+    Leaving out i as well adds the same terms for the second direction, x u_i - y u_j.
     """
+    among, own, other = seconds
     m, d = len(u), len(among)
-
-    def terms(
-        directions: jax.Array, weights: jax.Array, q: jax.Array, z: jax.Array, w: jax.Array
-    ) -> jax.Array:
-        a, b = blocks.combine(directions, q), blocks.combine(directions, z)
-        weights = weights.reshape(-1, *[1] * (q.ndim - 1)).astype(q.dtype)
-        return a * (weights * w - b)
+    own_weights = jnp.sum(u * sketch, axis=1)
+    weights = jnp.sum(among * sketch[:d], axis=-1)
 
     def one(q: jax.Array, z: jax.Array, w: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        samples = terms(u, jnp.sum(u * sketch, axis=1), q, z, w)
+        def rows(x: jax.Array) -> jax.Array:
+            return x.reshape(-1, *[1] * (q.ndim - 1)).astype(q.dtype)
+
+        a, b = blocks.combine(u, q), blocks.combine(u, z)
+        samples = a * (rows(own_weights) * w - b)
         mean = jnp.mean(samples, axis=0)
         variance = jnp.sum((samples - mean) ** 2, axis=0) / (m * (m - 1))
 
         def pairs(i: jax.Array, sums: _Sums) -> _Sums:
-            # Effect of i on estimate j, and of j on estimate i; they vanish for i = j.
+            # Effect of i on estimate j, and of j on estimate i; they vanish for i = j. Images of second
+            # directions are made of those of first ones: a pair costs no product of matrices.
             total, size, bound = sums
-            on_j = terms(among[i], jnp.sum(among[i] * sketch[:d], axis=1), q, z, w[:d])
-            on_i = terms(among[:, i], jnp.sum(among[:, i] * sketch[i], axis=1), q, z, w[i])
+            x, y = rows(own[i]), rows(other[i])
+            on_j = (x * a[i] - y * a[:d]) * (rows(weights[i]) * w[:d] - (x * b[i] - y * b[:d]))
+            on_i = (x * a[:d] - y * a[i]) * (rows(weights[:, i]) * w[i] - (x * b[:d] - y * b[i]))
             row = jnp.sum(on_j * on_i, axis=0)
             return total + row, jnp.hypot(size, row), bound + jnp.sum(jnp.abs(on_j * on_i), axis=0)
 

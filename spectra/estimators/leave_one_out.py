@@ -125,10 +125,20 @@ def _second(u: Array, i: Any, xp: Any) -> Array:
     return unit_rows(_drop([u, u], u[i][..., None, :], xp), xp)  # twice: to rounding
 
 
-def seconds(u: Array, count: int, xp: Any) -> Array:
-    """Second directions [i, j] of the first `count` probes, zero for i = j; shape (count, count, m)."""
-    among = _second(u[:count], xp.arange(count), xp)
-    return xp.where(xp.eye(count, dtype=bool)[..., None], 0, among)
+def seconds(u: Array, count: int, xp: Any) -> tuple[Array, Array, Array]:
+    """Second directions [i, j] of the first `count` probes, (count, count, m): x_ij u_i - y_ij u_j, with x and y.
+
+    All are zero for i = j.
+    """
+    first = u[:count]
+    among = _second(first, xp.arange(count), xp)
+    left = _drop([first], first[:, None, :], xp)
+    more = _dots(first, left, xp)
+    size = xp.sqrt(xp.maximum(_dots(left, left, xp) - more**2, 0))
+    apart = ~xp.eye(count, dtype=bool)
+    own = xp.where(apart & (size > 0), 1 / xp.where(size > 0, size, 1), 0)
+    other = own * (_dots(first[:, None, :], first, xp) + more)
+    return xp.where(apart[..., None], among, 0), own, xp.where(apart, other, 0)
 
 
 def _with_pairs(formula: Formula, u: Array, num_groups: int, xp: Any) -> tuple[Array, Array]:

@@ -313,3 +313,52 @@ def test_batches_of_a_tokeniser(x64):
     model = tracked.model
     data = (torch.randn(6, 4, requires_grad=True), torch.randn(6, 3))
     assert np.isfinite(spectra.HessianOperator(tracked, model.params, data).loss())
+
+
+def _batch_norm_loss(train):
+    """(loss, parameters, data, the module in float64) of a network whose batch norm sees all examples."""
+    draw = np.random.default_rng(1)
+    data = draw.standard_normal((8, 3)), draw.standard_normal((8, 2))
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    model = spectra.from_torch(module, (torch.tensor(data[0][:4]),), train=train)
+    return bridge.make_loss(model, "mse_loss"), model.params, data, module.train(train)
+
+
+def _double_backward(module, data):
+    """PyTorch's Hessian in the order of JAX's leaves: names sorted."""
+    inputs, targets = map(torch.tensor, data)
+    names = sorted(name for name, _ in module.named_parameters())
+    sizes = [dict(module.named_parameters())[name].shape for name in names]
+    start = torch.cat([dict(module.named_parameters())[name].detach().ravel() for name in names])
+
+    def loss(flat):
+        parts = flat.split([size.numel() for size in sizes])
+        values = {name: part.reshape(size) for name, part, size in zip(names, parts, sizes, strict=True)}
+        output = torch.func.functional_call(module, values, (inputs,))
+        return F.mse_loss(output, targets)
+
+    return torch.autograd.functional.hessian(loss, start).numpy()
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_statistics_of_a_batch_are_those_of_all_its_examples(train, x64):
+    """In training mode a batch may not be cut, not into pieces, not into batches, not into examples."""
+    loss, params, data, module = _batch_norm_loss(train)
+    expected = _double_backward(module, data)
+    # Some hundred operations in sequence, and second derivatives divide by the cube of a deviation of 0.5.
+    tolerance = 1e-12 * np.abs(expected).max()
+    whole = spectra.HessianOperator(loss, params, data)
+    np.testing.assert_allclose(whole.as_matrix(), expected, rtol=0, atol=tolerance)
+    halves = [tuple(part[rows] for part in data) for rows in (slice(4), slice(4, 8))]
+    cut = {
+        "microbatch": lambda: spectra.HessianOperator(loss, params, data, microbatch=4),
+        "stream": lambda: spectra.HessianOperator(loss, params, halves),
+        "examples": lambda: spectra.GradientCovarianceOperator(loss, params, data),
+    }
+    for name, build in cut.items():
+        if train:
+            with pytest.raises(spectra.DataError, match="not a mean over examples"):
+                build()
+        elif name == "microbatch":
+            np.testing.assert_allclose(build().as_matrix(), expected, rtol=0, atol=tolerance)

@@ -780,9 +780,23 @@ ESTIMATORS = [
     fault(
         "XDiag without the product of two directions",
         "estimators/entrywise.py",
-        "return a * (weights * w - b)",
-        "return a * (weights * w)",
+        "samples = a * (rows(own_weights) * w - b)",
+        "samples = a * (rows(own_weights) * w)",
         "test_diagonal.py::test_xdiag_equals_a_naive_leave_one_out",
+    ),
+    fault(
+        "XDiag's pairs forget the first direction in the second",
+        "estimators/entrywise.py",
+        "on_j = (x * a[i] - y * a[:d])",
+        "on_j = (x * a[i])",
+        "test_diagonal.py::test_xdiag_equals_a_naive_leave_one_out",
+    ),
+    fault(
+        "a secant through a point without a value is taken for converged",
+        "quadrature/rules.py",
+        "good = np.isfinite(before) & ",
+        "good = ",
+        "test_laws.py::test_a_bound_on_a_share_is_where_its_law_has_the_tail",
     ),
     fault(
         "the log-determinant forgets the shift",
