@@ -7,6 +7,9 @@ for 120. It has turned unstable where the loss rises above its value at the star
 found by bisection. `stable_step` is asked twice: at the first point, before anything of this, and at the end
 of the longest run that stays stable, by which time the curvature may be another one.
 
+`Run.rest` goes on to where it is not: five times 2,000 steps on all examples, each with a quarter of what
+`stable_step` then allows, which is far enough from the edge not to be drawn to it.
+
 Labels are smoothed (cross-entropy) or the loss is a square, so that there is a minimum to be near: at
 interpolation the curvature of the plain cross-entropy falls to zero within the steps that are watched.
 """
@@ -21,6 +24,7 @@ import spectra
 from spectra.demos import digits
 
 EXAMPLES, BATCH, STEPS, SETTLE, GROWING, WATCHED = 128, 32, 800, 200, 30, 120
+ROUNDS, ROUND = 5, 2000
 SMOOTHING, MOVED = 0.1, 3e-3
 
 
@@ -106,8 +110,18 @@ class Run:
         order = jax.vmap(lambda k: jax.random.permutation(k, EXAMPLES)[:BATCH])(jax.random.split(key, STEPS))
         self.params, self.state, _ = jax.jit(self._steps)(self.params, self.state, multiples, order)
         self.params, self.state, _ = self.go(1e-6, SETTLE)  # the optimizer sees the gradient of all examples
-        self.multiple = 0.5 * float(self.stable_step())
-        self.params, self.state, _ = self.go(self.multiple, SETTLE)
+        self.settle(0.5, SETTLE)
+
+    def rest(self) -> None:
+        """Train on until the curvature stands still; after `prepare`."""
+        for _ in range(ROUNDS):
+            self.settle(0.25, ROUND)
+        self.settle(0.5, SETTLE)
+
+    def settle(self, share: float, steps: int) -> None:
+        """Steps on all examples with this share of the largest stable step."""
+        self.multiple = share * float(self.stable_step())
+        self.params, self.state, _ = self.go(self.multiple, steps)
 
     def move(self) -> None:
         """A small step at random, which oscillations grow from."""

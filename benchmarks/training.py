@@ -28,6 +28,11 @@ MOVED = (
 """Networks, optimizers and multiples at which the edge moves within the steps that are watched."""
 
 
+REST = [
+    "At rest, after 10,000 further steps on all examples (`Run.rest`), the curvature of gradient descent and",
+    "of momentum stands still, and what is predicted is where training turns. Adam has no such state: at a",
+    "minimum its averages of squared gradients vanish, and with them what its updates are divided by.",
+]
 ALONG = [
     "What moves is seen along runs that stay below where they turn. `stable_step` speaks of the point where",
     "it is asked, and training goes on from there. The threshold of such a run is where the edge, which",
@@ -35,16 +40,19 @@ ALONG = [
 ]
 
 
-def stable_steps() -> list[str]:
+def stable_steps(optimizers: dict, rest: bool = False) -> list[str]:
     """`stable_step` against the bisected threshold, for networks x optimizers."""
     rows = [
-        "| network | optimizer | `stable_step` | products | unstable from | ratio | at the end | ratio |",
+        "| network | optimizer | `stable_step` before | products | unstable from | ratio "
+        "| at the end | ratio |",
         "|" + "---|" * 8,
     ]
-    for name, (optimizer, rate) in (edge.OPTIMIZERS | edge.OTHERS).items():
+    for name, (optimizer, rate) in optimizers.items():
         for network in edge.NETWORKS:
             run = edge.Run(network, optimizer, rate)
             run.prepare()
+            if rest:
+                run.rest()
             found = run.stable_step()
             run.move()
             low, high = run.threshold(float(found))
@@ -112,13 +120,17 @@ def main() -> list[str]:
         "",
         *(edge.__doc__ or "").strip().splitlines(),
         "",
-        *stable_steps(),
+        *stable_steps(edge.OPTIMIZERS | edge.OTHERS),
         "",
         "The goal is a first ratio between 0.9 and 1.1 for gradient descent, momentum and Adam. Where it is",
         "off and the second is not, curvature or the optimizer's averages moved within the steps: those of",
         "RMSProp are a hundred steps long, and the curvature of the network with attention more than doubles",
         "near the edge of momentum. Muon divides by the gradient itself, which bounds an oscillation where",
         "it begins to grow: its edge is no more than a scale.",
+        "",
+        *REST,
+        "",
+        *stable_steps({name: edge.OPTIMIZERS[name] for name in ("sgd", "momentum")}, rest=True),
         "",
         *ALONG,
         "",

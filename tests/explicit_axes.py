@@ -19,6 +19,18 @@ from spectra.base.meshes import on_automatic_axes
 ROWS = P("d", None)
 LAYOUTS = {"often": ["fsdp"], "rarely": ["replicated", "written"]}
 OFTEN = ["largest", "quadrature", "trace", "condition", "report"]
+OFTEN_ARRAYS = [
+    "product",
+    "scaled",
+    "gradient",
+    "loss",
+    "diagonal",
+    "eigenvector",
+    "basis",
+    "matrix",
+    "Fisher",
+    "function",
+]
 rng = np.random.default_rng(0)
 weights = jnp.asarray(rng.standard_normal((16, 4)) / 4, "float32")
 inputs = jnp.asarray(rng.standard_normal((32, 16)), "float32")
@@ -40,40 +52,41 @@ def output_loss(outputs, targets):
     return 0.5 * jnp.mean(jnp.sum((outputs - targets) ** 2, axis=-1))
 
 
-def arrays(loss, model, w, x, m):
+def arrays(part, loss, model, w, x, m):
     """Results that live where the parameters do."""
     op, key = spectra.HessianOperator(loss, w, x), jax.random.key(0)
     adam, on_model = optax.scale_by_adam(), (model, output_loss, w, (x, x[:, :4]))
     pairs, krylov = spectra.eigsh(op, 2, which="LA", key=key), spectra.lanczos(op, w, 8)
-    return {
-        "product": op @ w,
-        "scaled": (2 * op + op.shift(1.0)) @ w,
-        "gradient": op.gradient(),
-        "loss": op.loss(),
-        "diagonal": spectra.diagonal(op, key=key, num_matvecs=32).value,
-        "eigenvector": jnp.abs(pairs.vectors[0]),
-        "basis": krylov.basis[1],
-        "orthogonality": 1 + krylov.orthogonality,
-        "matrix": op.as_matrix(),
-        "dense": spectra.dense_hessian(loss, w, x),
-        "Gauss-Newton": spectra.GGNOperator(*on_model) @ w,
-        "Fisher": spectra.FisherOperator(*on_model) @ w,
-        "sampled Fisher": spectra.FisherOperator(*on_model, kind="mc", key=key) @ w,
-        "covariance": spectra.GradientCovarianceOperator(naive_loss, w, x) @ w,  # of single examples
-        "preconditioned": spectra.PreconditionedOperator(
-            op, adam.update(w, adam.init(w))[1], update_fn=adam.update
-        )
-        @ w,
-        "function": spectra.FunctionOperator(lambda v: 3 * v, w) @ w,
-        "of a matrix": spectra.MatrixOperator(m) @ jnp.sum(m, axis=0),
+    results = {
+        "product": lambda: op @ w,
+        "scaled": lambda: (2 * op + op.shift(1.0)) @ w,
+        "gradient": op.gradient,
+        "loss": op.loss,
+        "diagonal": lambda: spectra.diagonal(op, key=key, num_matvecs=32).value,
+        "eigenvector": lambda: jnp.abs(pairs.vectors[0]),
+        "basis": lambda: krylov.basis[1],
+        "orthogonality": lambda: 1 + krylov.orthogonality,
+        "matrix": op.as_matrix,
+        "dense": lambda: spectra.dense_hessian(loss, w, x),
+        "Gauss-Newton": lambda: spectra.GGNOperator(*on_model) @ w,
+        "Fisher": lambda: spectra.FisherOperator(*on_model) @ w,
+        "sampled Fisher": lambda: spectra.FisherOperator(*on_model, kind="mc", key=key) @ w,
+        # Of single examples.
+        "covariance": lambda: spectra.GradientCovarianceOperator(naive_loss, w, x) @ w,
+        "preconditioned": lambda: (
+            spectra.PreconditionedOperator(op, adam.update(w, adam.init(w))[1], update_fn=adam.update) @ w
+        ),
+        "function": lambda: spectra.FunctionOperator(lambda v: 3 * v, w) @ w,
+        "of a matrix": lambda: spectra.MatrixOperator(m) @ jnp.sum(m, axis=0),
     }
+    return {name: result() for name, result in results.items() if part == "rarely" or name in OFTEN_ARRAYS}
 
 
 def numbers(part, loss, model, w, x):
     """Results on the host."""
     op, key = spectra.HessianOperator(loss, w, x), jax.random.key(0)
     pairs = spectra.eigsh(op, 2, which="LA", key=key)
-    few = {"key": key, "num_probes": 2, "num_steps": 32}
+    few = {"key": key, "num_probes": 2, "num_steps": 8}
     tracker = spectra.SpectrumTracker(lambda w: spectra.HessianOperator(loss, w, x), every=1, tol=1e-4)
     results = {
         "largest": lambda: pairs.values,
@@ -135,7 +148,7 @@ def pointers(array):
 
 def main(part):
     """Print the results of one part."""
-    one = arrays(naive_loss, naive, weights, inputs, symmetric)
+    one = arrays(part, naive_loss, naive, weights, inputs, symmetric)
     found = {
         "eigenvalues": np.linalg.eigvalsh(np.asarray(one["matrix"], np.float64)).tolist(),
         "arrays": {"one": flat(one)},
@@ -155,7 +168,7 @@ def main(part):
             "written": (*explicit, *fsdp[2:]),
         }
         for layout in LAYOUTS[part]:
-            results = arrays(*layouts[layout])
+            results = arrays(part, *layouts[layout])
             on_mesh = {
                 name for name, v in results.items() if jax.typeof(v).sharding.mesh == mesh.abstract_mesh
             }

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import Diagonal, rotation
+from cases import Diagonal, rotation, slow_but
 from scipy.stats import binom
 
 import spectra
@@ -94,7 +94,7 @@ def test_a_dense_matrix_in_float32_is_within_its_error_of_the_one_in_float64(nam
     check(result, np.where(SPECTRA[name] == 0, 0.0, SPECTRA[name]))
 
 
-@pytest.mark.parametrize("n", [5, 6000])
+@pytest.mark.parametrize("n", slow_but([5, 6000], 5))
 def test_small_and_large_orders(n):
     rng = np.random.default_rng(n)
     cases = {

@@ -65,7 +65,9 @@ def trained(width, size, seed):
     return params, batch, float(two_layer_loss(params, batch) / start)
 
 
-@pytest.mark.parametrize(("width", "size", "seed"), [(100, 5, 0), (100, 5, 1), (40, 4, 2)])
+@pytest.mark.parametrize(
+    ("width", "size", "seed"), slow_but([(100, 5, 0), (100, 5, 1), (40, 4, 2)], (40, 4, 2))
+)
 def test_two_layer_linear_network(width, size, seed, x64):
     params, batch, relative_loss = trained(width, size, seed)
     assert relative_loss < 1e-20
@@ -222,6 +224,7 @@ def test_bad_input_raises():
         jax.jit(lambda v: spectra.condition_number(spectra.MatrixOperator(v), key=KEY).value)(jnp.eye(3))
 
 
+@pytest.mark.slow  # every page is run with the docs
 def test_the_page_on_condition_numbers_runs(pytestconfig, capsys):
     readme_code.main([str(pytestconfig.rootpath / "docs" / "condition-numbers.md")])
     assert "blocks of" in capsys.readouterr().out

@@ -97,9 +97,9 @@ print(json.dumps(out))
 """
 LAYOUTS = {
     "divides": ["fsdp", "mixed", "bfloat16"],
-    "uneven": ["tensor, spread", "default"],
+    "uneven": ["tensor, spread"],
     "divides, slow": ["replicated", "spread", "explicit"],
-    "uneven, slow": ["tensor", "stream"],
+    "uneven, slow": ["tensor", "stream", "default"],
 }
 """On 64 examples or on 67: layouts of the parameters, those of every test run and those of `-m ''`."""
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 
 import spectra
 
@@ -20,7 +21,7 @@ def compare(f, at):
     assert jax.grad(f)(at) == pytest.approx(float(difference), rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["auto", "hutch++", "hutchinson"])
+@pytest.mark.parametrize("method", slow_but(["auto", "hutch++", "hutchinson"], "auto", "hutchinson"))
 def test_the_gradient_of_a_trace(method, x64):
     def f(t):
         op = spectra.MatrixOperator(SYMMETRIC + t * RAMP)
@@ -31,7 +32,7 @@ def test_the_gradient_of_a_trace(method, x64):
         assert jax.grad(f)(0.0) == pytest.approx(N * (N - 1) / 2, rel=1e-12)
 
 
-@pytest.mark.parametrize("method", ["xtrace", "xnystrace"])
+@pytest.mark.parametrize("method", slow_but(["xtrace", "xnystrace"], "xnystrace"))
 def test_the_gradient_of_a_sketch_that_is_too_wide(method, x64):
     def f(t):
         op = spectra.MatrixOperator(t * RANK_FIVE)

@@ -96,9 +96,7 @@ def test_breakdown_ends_with_exact_values_weights_and_length(name, scale, dtype)
 CASES = [(name, start) for name in ("uniform", "outliers", "decaying") for start in ("ones", "random")]
 
 
-@pytest.mark.parametrize(
-    ("name", "start"), slow_but(CASES, ("uniform", "ones"), ("outliers", "random"), ("decaying", "ones"))
-)
+@pytest.mark.parametrize(("name", "start"), slow_but(CASES, ("outliers", "random"), ("decaying", "ones")))
 def test_basis_is_orthonormal_after_a_hundred_steps(name, start, dtype):
     n = 100_000
     entries = {
@@ -162,12 +160,14 @@ class RotatedDiagonal(spectra.LinearOperator):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "steps"),
-    slow_but([("float32", 40), ("float32", 100), ("float64", 40)], ("float32", 40)),
+    ("dtype", "steps", "n"),
+    slow_but(
+        [("float32", 40, 2**17), ("float32", 40, 2**20), ("float32", 100, 2**20), ("float64", 40, 2**20)],
+        ("float32", 40, 2**17),
+    ),
     indirect=["dtype"],
 )
-def test_planted_spectrum_of_a_million_parameters(dtype, steps):
-    n = 2**20
+def test_planted_spectrum_of_up_to_a_million_parameters(dtype, steps, n):
     outliers = 1e4 * np.arange(1.0, 7.0)
     entries = np.concatenate([[-5e3], np.linspace(-1.0, 1.0, n - 7), outliers])
     op = RotatedDiagonal(jnp.asarray(entries, dtype))

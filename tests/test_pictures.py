@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from cases import Ridge
+from cases import Ridge, slow_but
 from matplotlib.legend import Legend
 
 import spectra
@@ -354,7 +354,7 @@ def test_a_figure_of_its_own_says_what_its_marks_are():
     assert spectra.plot_eigenvector_mass(pairs()).get_xlabel().endswith("(all: share of the parameters)")
 
 
-@pytest.mark.parametrize("count", [1, 3, 6, 20])
+@pytest.mark.parametrize("count", slow_but([1, 3, 6, 20], 3, 20))
 @pytest.mark.parametrize("name", ["a", "encoder/layers_11/self_attention/query_projection/kernel_of_head"])
 def test_a_legend_fits_its_figure(count, name):
     ax = spectra.plot_comparison({f"{name}{i}": density(scale=1 + i) for i in range(count)})

@@ -273,6 +273,20 @@ def test_networks_turn_unstable_within_a_tenth_of_it(network, optimizer):
     assert not run.unstable(found / 1.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+@pytest.mark.parametrize("network", edge_of.NETWORKS)
+def test_at_rest_all_networks_turn_unstable_within_a_tenth_of_it(network, optimizer):
+    """Where the curvature stands still: on the way there that of the attention moves by more than a tenth."""
+    run = edge_of.Run(network, *edge_of.OPTIMIZERS[optimizer])
+    run.prepare()
+    run.rest()
+    found = float(run.stable_step())
+    run.move()
+    assert run.unstable(1.1 * found)
+    assert not run.unstable(found / 1.1)
+
+
 def test_results_are_saved_and_bad_input_is_refused(tmp_path):
     pairs = spectra.eigsh(OP, 1, which="LA", key=KEY)
     sgd = optax.sgd(0.1)

@@ -175,7 +175,7 @@ def test_few_steps_know_less_of_the_spread_than_of_the_value(num_steps, x64):
         (np.repeat([0.0, 1.0, 10.0], [N - 13, 12, 1]), lambda x: np.log(x + 0.01)),
     ):
         held = 0
-        many = spectra.slq(diagonal(entries), key=KEY, num_steps=num_steps, num_probes=1600)
+        many = spectra.slq(diagonal(entries), key=KEY, num_steps=num_steps, num_probes=1600, probe_batch=100)
         for part in runs_of(8, many):
             lower, _, upper = spectra.trace_of(part, f).interval()
             held += lower <= f(entries).sum() <= upper

@@ -20,6 +20,7 @@ References:
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -195,13 +196,20 @@ def _cells(
     return np.maximum(right[0] - left[1], 0) / area, (right[1] - left[0]) / area
 
 
+SHARES = np.concatenate([np.geomspace(1e-30, 1e-3, 400), np.linspace(1e-3, 1, 801)[1:]])
+
+
+@functools.lru_cache(maxsize=64)
+def _limits(normals: int, tail: float) -> np.ndarray:
+    """Of `SHARES`: a history has the same table at every step, and its inversion takes most of a band."""
+    return _quadrature.share_upper_bound(SHARES, normals, tail)
+
+
 class ShareLimit:
     """The largest share that the one seen by the probes leaves possible; see `share_upper_bound`."""
 
     def __init__(self, size: int, num_probes: int, tail: float):
         self.size, self.normals, self.tail = size, num_probes * size, tail
-        self.shares = np.concatenate([np.geomspace(1e-30, 1e-3, 400), np.linspace(1e-3, 1, 801)[1:]])
-        self.limits = self.exact(self.shares)
 
     def exact(self, share: np.ndarray) -> np.ndarray:
         """The limit itself."""
@@ -209,7 +217,7 @@ class ShareLimit:
 
     def __call__(self, share: np.ndarray) -> np.ndarray:
         """From the table; the share itself where there is not room for one eigenvalue."""
-        found = np.interp(share, self.shares, self.limits)
+        found = np.interp(share, SHARES, _limits(self.normals, self.tail))
         return np.where(found * self.size >= 1, np.maximum(found, share), share)
 
 
