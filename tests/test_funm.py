@@ -8,6 +8,7 @@ from cases import SHARP, rotation, slow_but
 
 import spectra
 from spectra import Status
+from spectra.krylov import function_run
 
 M = 120
 FUNCTIONS = {
@@ -93,6 +94,58 @@ def test_a_users_function_and_several_vectors():
     errors = np.linalg.norm(np.asarray(found.value) - dense(op, lambda x: x / (1 + x**2), columns), axis=0)
     assert (errors <= found.error_bound).all()
     assert found.status is Status.CONVERGED
+
+
+def columns():
+    """Random ones, one that depends on another, one that nearly does, and zero."""
+    b = np.random.default_rng(2).standard_normal((M, 6))
+    b[:, 2], b[:, 4] = 1e-6 * b[:, 0], 0
+    b[:, 3] = b[:, 1] + 1e-7 * b[:, 3]
+    return b
+
+
+@SHARP
+def test_several_vectors_share_one_krylov_space(dtype):
+    """Each is as right as its bound says, and all together take n products at most: one by one more."""
+    op, b = planted(SPECTRA["decaying"], dtype), np.asarray(jnp.asarray(columns(), dtype), np.float64)
+    for name, steps in (("sqrt", 8), ("inv", 128), ("log", 12)):
+        options = {"bounds": (0.0099, 1.01), "tol": 1e-6, "num_steps": min(steps, M)}
+        found = spectra.funm(op, name, b, **options)
+        errors = np.linalg.norm(np.asarray(found.value, np.float64) - dense(op, FUNCTIONS[name], b), axis=0)
+        assert (errors <= found.error_bound).all(), name
+        assert found.num_matvecs <= M
+        assert found.error_bound[4] == 0
+        assert steps > M or (found.status is Status.BUDGET_EXHAUSTED and found.num_steps == steps)
+    alone = spectra.funm(op, "inv", b[:, 1], bounds=(0.0099, 1.01), tol=1e-6)
+    assert (
+        3 * alone.num_matvecs
+        > M
+        >= spectra.funm(op, "inv", b[:, [0, 1, 5]], bounds=(0.0099, 1.01)).num_matvecs
+    )
+
+
+def test_more_vectors_than_a_block_has(monkeypatch):
+    op, b = planted(SPECTRA["bulk"], jnp.float32), columns().astype(np.float32)
+    monkeypatch.setattr(function_run, "WIDEST", 4)
+    found = spectra.funm(op, "sqrt", b, bounds=(0.49, 3.01))
+    errors = np.linalg.norm(np.asarray(found.value, np.float64) - dense(op, np.sqrt, b), axis=0)
+    assert (errors <= found.error_bound).all()
+
+
+@pytest.mark.slow
+def test_a_block_inside_jit_and_its_derivative(x64):
+    """√(t A) = √t √A, so that the derivative at one is half of the value."""
+    op, b = planted(SPECTRA["bulk"], jnp.float64), jnp.asarray(columns()[:, :2])
+
+    def form(t, steps):
+        return jnp.sum(b * spectra.funm(t * op, "sqrt", b, num_steps=steps).value)
+
+    truth = np.sum(np.asarray(b) * dense(op, np.sqrt, b))
+    value, slope = jax.jit(jax.value_and_grad(form), static_argnums=1)(1.0, 16)
+    # κ = 6: 16 steps of Lanczos, a rule of degree 31, are off by about ((√κ - 1) / (√κ + 1))^32 = 1e-12.
+    np.testing.assert_allclose([value, slope], [truth, truth / 2], rtol=1e-10)
+    inside = jax.jit(lambda b: spectra.funm(op, "sqrt", b, num_steps=60).value)(jnp.asarray(columns()))
+    np.testing.assert_allclose(inside, dense(op, np.sqrt, columns()), rtol=0, atol=1e-10)
 
 
 def test_a_tree_and_an_exhausted_space():

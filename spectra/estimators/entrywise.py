@@ -19,8 +19,8 @@ from spectra.estimators.low_rank import MIN_SKETCH, Held, SketchRun, nystrom
 from spectra.estimators.run import Ended, Run, adaptive
 from spectra.operators.base import LinearOperator
 
-PAIRS = 16
-"""Probes among which pairs are formed for the covariance; each pair costs vectors here."""
+PAIRS = 64
+"""Probes among which pairs are formed for the covariance; each pair costs a pass over four vectors here."""
 
 
 _Found = tuple[PyTree, PyTree, dict[str, Any]]  # value, error, and fields of the result

@@ -209,6 +209,14 @@ class Band:
         self._check()
         return new[-1] if len(new) == steps else None
 
+    def grown(self, start: int, first: int) -> None:
+        """Take note of products of the rows start..first-1, behind which all rows are pending."""
+        columns, filled = jax.device_get((self.state.coefficients, self.state.filled))
+        self.processed, self.pending = list(range(first)), list(range(first, int(filled)))
+        self.coefficients[:, start:first] = columns[:, start:first]
+        self.num_matvecs += first - start
+        self._check()
+
     def _extend_on_host(self, row: int, previous: int, steps: int) -> None:
         filled = self.filled
         for _ in range(steps):
@@ -238,7 +246,7 @@ class Band:
             raise NotSymmetricError(
                 f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {self.asymmetry:.1e} |H| "
                 f"(|H| at least {scale:.1e}), above {limit:.1e}, the square root of the precision of its "
-                f"products. eigsh needs a symmetric real operator. {self.op.explain_asymmetry()}"
+                f"products. A symmetric real operator is needed. {self.op.explain_asymmetry()}"
             )
 
     @property

@@ -1,14 +1,14 @@
 """What bounds the error of f(H) v: where f is defined, what holds the spectrum, how far Lanczos can be off.
 
-With H Q = Q T + β q eᵀ after m steps, q the next vector of the basis, T = S diag(θ) Sᵀ and f any function
-that is defined on the spectrum,
+With v = Q a in the span of a basis, H Q = Q T + P L where P = (p_1 ... p_p) are orthonormal and orthogonal to
+Q, T = S diag(θ) Sᵀ and f any function that is defined on the spectrum,
 
-    f(H) v - |v| Q f(T) e_1 = |v| β g(H) q,    g(λ) = Σ_j s_1j s_mj (f(λ) - f(θ_j)) / (λ - θ_j):
+    f(H) v - Q f(T) a = Σ_i g_i(H) p_i,    g_i(λ) = Σ_j (Sᵀa)_j (L S)_ij (f(λ) - f(θ_j)) / (λ - θ_j):
 
 for f(x) = 1/(x - z) that is the residual of the shifted system, and both sides are linear in f (Ilić, Turner
 and Simpson, doi:10.1093/imanum/drp003; Chen, Greenbaum, Musco and Musco, arXiv:2106.09806, bound the same by
 contour integrals). So max |g| over a set that holds the spectrum bounds the error, without a gap, a contour
-or a derivative of f.
+or a derivative of f. One vector has one p, the next of its Lanczos run; a block of s vectors has s at most.
 """
 
 import dataclasses
@@ -39,44 +39,75 @@ Function = Callable[[np.ndarray], np.ndarray]
 
 
 def truncation(
-    f: Function,
-    theta: np.ndarray,
-    vectors: np.ndarray,
-    beta: float,
-    intervals: Intervals,
-) -> float:
-    """β max |g| over the intervals, for v of norm one; infinite where f is not finite on them.
+    f: Function, theta: np.ndarray, first: np.ndarray, last: np.ndarray, intervals: Intervals
+) -> np.ndarray:
+    """Bounds on the error of each vector; infinite where f is not finite on the intervals.
 
-    Between samples g is taken to move by no more than half of what it does from one to the next.
+    For any orthonormal p_i, |Σ_i g_i(H) p_i| <= Σ_i max |g_i|: the axes of the p_i are turned so that most of
+    g lies along one of them. Between samples g_i is taken to move by no more than half of what it does from
+    one to the next.
+
+    Args:
+        f: the function, finite on `theta`.
+        theta: (m,) eigenvalues of T.
+        first: (m, s) coefficients of the vectors on the eigenvectors of T.
+        last: (p, m) coefficients of H on the eigenvectors outside of the basis, along the p_i.
+        intervals: contain the spectrum.
     """
-    if beta == 0:
-        return 0.0
-    weights = vectors[0] * vectors[-1]
-    return beta * max(_largest(f, theta, weights, low, high) for low, high in intervals)
-
-
-def _largest(f: Function, theta: np.ndarray, weights: np.ndarray, low: float, high: float) -> float:
-    """max |g| on one interval: of samples, and of more beside the largest while they find more.
-
-    Beside a pole of f they always do: there is no bound then.
-    """
+    if not last.any():
+        return np.zeros(first.shape[1])
     at_nodes = f(theta)
 
-    def g(x: np.ndarray) -> np.ndarray:
+    def quotients(x: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return ((f(x)[:, None] - at_nodes) / (x[:, None] - theta)) @ weights
+            return (f(x)[:, None] - at_nodes) / (x[:, None] - theta)
 
-    x = _samples(low, high, theta)
-    found = g(x)
-    if not np.isfinite(found).all():
-        return np.inf
+    points = [_samples(low, high, theta) for low, high in intervals]
+    sampled = [quotients(x) for x in points]
+    if not all(np.isfinite(x).all() for x in sampled):
+        return np.full(first.shape[1], np.inf)
+    bounds: list[float] = []
+    for column in first.T:
+        weights = column[:, None] * last.T
+        weights = weights @ _main_axes([x @ weights for x in sampled])
+        largest = np.zeros(len(last))
+        for x, values, (low, high) in zip(points, sampled, intervals, strict=True):
+            apart = 1e-7 * (high - low)
+            found = [
+                _largest(quotients, one, x, values @ one, theta, apart) if one.any() else 0.0
+                for one in weights.T
+            ]
+            largest = np.maximum(largest, found)
+        bounds.append(float(largest.sum()))
+    return np.array(bounds)
+
+
+def _main_axes(samples: list[np.ndarray]) -> np.ndarray:
+    """Orthonormal columns: the principal axes of samples (k, p)."""
+    if samples[0].shape[1] == 1:
+        return np.ones((1, 1))
+    scale = max(float(np.abs(x).max()) for x in samples) or 1.0
+    return np.linalg.eigh(sum((x / scale).T @ (x / scale) for x in samples))[1]
+
+
+def _largest(
+    quotients: Function,
+    weights: np.ndarray,
+    x: np.ndarray,
+    found: np.ndarray,
+    theta: np.ndarray,
+    apart: float,
+) -> float:
+    """max |g| on one interval: of the samples `found` at x, and of more beside the largest while they find
+    more. Beside a pole of f they always do: there is no bound then.
+    """
     between = np.max(np.abs(np.diff(found)), initial=0.0) / 2
     largest, best = float(np.abs(found).max()), int(np.argmax(np.abs(found)))
     left, right = x[max(best - 1, 0)], x[min(best + 1, len(x) - 1)]
     for _ in range(REFINEMENTS):
         x = np.linspace(float(left), float(right), 42)[1:-1]
-        x = x[np.abs(x[:, None] - theta).min(axis=1) > 1e-7 * (high - low)]
-        finer = np.abs(g(x)) if len(x) else np.zeros(1)
+        x = x[np.abs(x[:, None] - theta).min(axis=1) > apart]
+        finer = np.abs(quotients(x) @ weights) if len(x) else np.zeros(1)
         if not np.isfinite(finer).all():
             return np.inf
         if finer.max() <= GROWTH * largest:
@@ -102,14 +133,16 @@ def _samples(low: float, high: float, theta: np.ndarray) -> np.ndarray:
     return kept if len(kept) else np.asarray([low - 2 * apart])
 
 
-def rounding(f: Function, intervals: Intervals, moved: float) -> float:
-    """How far f moves on the intervals where eigenvalues are moved by `moved`."""
-    largest = 0.0
+def rounding(f: Function, intervals: Intervals, moved: float) -> tuple[float, float]:
+    """How far f moves on the intervals where eigenvalues are moved by `moved`, and the largest |f|."""
+    change = largest = 0.0
     for low, high in intervals:
         x = np.linspace(low, high, SAMPLES)
-        change = np.abs(f(np.clip(x + moved, low, high)) - f(x))
-        largest = max(largest, float(np.max(change[np.isfinite(change)], initial=0.0)))
-    return largest
+        values = f(x)
+        change_here = np.abs(f(np.clip(x + moved, low, high)) - values)
+        change = max(change, float(np.max(change_here[np.isfinite(change_here)], initial=0.0)))
+        largest = max(largest, float(np.abs(values).max()) if np.isfinite(values).all() else np.inf)
+    return change, largest
 
 
 def margin(size: int, steps: int) -> float:

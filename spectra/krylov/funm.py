@@ -1,9 +1,7 @@
 """Functions of an operator applied to vectors, by Lanczos, with a bound on the error."""
 
 import contextlib
-import dataclasses
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,39 +9,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from spectra.base import arrays, stacks, trees
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.files import tree_digest
 from spectra.base.meshes import automatic
-from spectra.base.progress import Progress
 from spectra.base.trees import PyTree
-from spectra.krylov import basis as _basis
-from spectra.krylov import storage
-from spectra.krylov.function_bounds import (
-    Named,
-    Range,
-    eigh,
-    extended,
-    given_intervals,
-    inside,
-    named_function,
-    on_reals,
-    rounding,
-    truncation,
-    undefined,
-)
+from spectra.krylov.band import BandState, append, empty
+from spectra.krylov.band_block import run_block
+from spectra.krylov.function_bounds import Range, given_intervals, named_function, on_reals
+from spectra.krylov.function_run import FunctionRun, split, width_of
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.layout import Layout, stacked
-from spectra.krylov.recurrence import CHUNK, LanczosState, advance, check_steps, init
-from spectra.krylov.rows import sum_of_rows
+from spectra.krylov.recurrence import check_steps
+from spectra.krylov.rows import stack
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.quadrature.copies import breakdown_noise, invariant_length
 from spectra.results import FunctionProduct
-from spectra.runs import saver as _saver
 from spectra.runs.checkpoint import Checkpoint
-from spectra.runs.saver import Saver
 from spectra.runs.watch import watched
 
 POINTS = np.concatenate([-np.geomspace(1e-6, 1e6, 25), [0.0], np.geomspace(1e-6, 1e6, 25)])
@@ -72,6 +56,11 @@ def funm(
     β g(H) q with a known function g (`spectra.krylov.function_bounds`), so it is at most |v| β max |g| over
     the spectrum; steps are taken until that is below tol |value|.
 
+    **Several vectors** share one Krylov space (block Lanczos), their products side by side: each value uses
+    the directions of all, and has a bound of its own. A block has as many vectors as fit, with 1024 rows of
+    the basis at most (8 for the default num_steps, 64 for 16), in half of the free memory; further ones
+    follow. It ends when all of its values have reached the tolerance.
+
     **What the bound rests on.** It needs a set that contains the spectrum. With both ends in `bounds` it is
     certain, up to the variation of g between 1,500 samples. Ends that are not given are found by 40 Lanczos
     steps from a random vector, and hold with probability 1 - 1e-6 each (Kuczynski and Wozniakowski); an
@@ -87,7 +76,7 @@ def funm(
             numbers; inside jit, of JAX.
         v: a vector, a pytree like the parameters or a flat array (n,); or several, as the columns of an (n,
             k) array or with a leading axis.
-        num_steps: maximum number of Lanczos steps; default 128, or n.
+        num_steps: maximum number of Lanczos steps, each a product for each vector; default 128, or n.
         tol: accepted error relative to |f(H) v|; 0 takes all steps.
         bounds: (a, b) that contain the spectrum, None for an unknown end; or several such intervals.
         key: JAX random key for the ends of the spectrum; default jax.random.key(0).
@@ -109,10 +98,11 @@ def funm(
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: one product per step for each vector, and 40 for the ends of the spectrum; num_steps vectors of
-        memory.
+        memory for each vector of a block.
 
     References:
-        Saad, doi:10.1137/0729014; Chen, Greenbaum, Musco and Musco, arXiv:2106.09806.
+        Saad, doi:10.1137/0729014; Chen, Greenbaum, Musco and Musco, arXiv:2106.09806; of blocks Frommer, Lund
+        and Szyld, Electronic Transactions on Numerical Analysis 47 (2017) 100-126.
 
     Examples:
         >>> import jax.numpy as jnp, spectra
@@ -133,7 +123,7 @@ def funm(
     if traced:
         if checkpoint is not None:
             raise SpectraError("checkpoint= needs values, which do not exist inside jit or vmap.")
-        value = jax.vmap(lambda row: _traced(op, named.jax, row, steps))(rows)
+        value = _traced(op, named.jax, rows, steps)
         return FunctionProduct(back(value), jnp.inf, 0, steps, name, "nothing inside jit", Status.TRACED)
     if not trees.all_finite(rows):
         raise NonFiniteError("v is NaN or infinite somewhere.")
@@ -144,24 +134,21 @@ def funm(
         return own | {"f": [name, _digest(named.numpy)], "v": tree_digest(rows)}
 
     with watched("funm", progress, checkpoint, None, arguments) as watch, watch.saver(op, key) as saver:
-        run = _Run(outside_loops(op.prepare()), named, name, steps, tol, watch.bar, saver)
+        run = FunctionRun(outside_loops(op.prepare()), named, name, steps, tol, watch.bar, saver)
         run.restore()
         if run.known is None:
             run.known = Range.of(run.op, intervals, key)
             watch.bar.update(run.known.products)
-        known, vectors = run.known, stacks.split(rows)
-        for vector in vectors[len(run.found) :]:
-            run.found.append(run.value(vector, known))
-        run.save(None)
+        run.values(rows, run.known)
     found, errors = run.found, np.array([one.error for one in run.found])
     worst = [Status.BUDGET_EXHAUSTED, Status.CONVERGED, Status.INVARIANT]
     return FunctionProduct(
         value=back(stacks.stacked([one.value for one in found])),
         error_bound=errors if several else float(errors[0]),
-        num_matvecs=known.products + sum(one.steps for one in found),
-        num_steps=max(one.steps for one in found),
+        num_matvecs=run.known.products + run.products,
+        num_steps=run.longest,
         function=name,
-        bound=known.reason,
+        bound=run.known.reason,
         status=min((one.status for one in found), key=worst.index),
     )
 
@@ -179,172 +166,51 @@ def _digest(f: Callable[[Any], Any]) -> int:
     return tree_digest(found.view(np.uint32))  # the bits: float32 does not hold all of them
 
 
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    value: PyTree
-    error: float
-    steps: int
-    status: Status
+def _traced(op: LinearOperator, f: Callable[[Any], Any], vectors: PyTree, steps: int) -> PyTree:
+    """f(H) v of each of some vectors, in blocks, without looking at values."""
+    count, op = stacks.length(vectors), op.prepare()
+    width = width_of(count, steps)
+    if width == 1:
+        return jax.vmap(lambda v: _of_one(op, f, v, steps))(vectors)
+    blocks = [stacks.rows(vectors, i, min(i + width, count)) for i in range(0, count, width)]
+    return stacks.concatenate([_of_block(op, f, block, steps) for block in blocks])
 
 
-class _Run:
-    """The vectors of one call, one after another: what is done, what is under way, and where it is saved."""
-
-    def __init__(
-        self,
-        op: LinearOperator,
-        named: Named,
-        name: str,
-        steps: int,
-        tol: float,
-        bar: Progress,
-        saver: Saver | None,
-    ):
-        self.op, self.named, self.name, self.steps, self.tol = op, named, name, steps, tol
-        self.bar, self.saver, self.layout = bar, saver, Layout.of(op.like)
-        self.known: Range | None = None
-        self.found: list[_Found] = []
-        self.flight: dict[str, Any] | None = None  # of the vector under way, where it was saved
-        self.part = CHUNK if saver is None else 1  # products between two looks at the clock
-
-    def value(self, v: PyTree, known: Range) -> _Found:
-        """f(H) v of one vector."""
-        size = trees.length(v)
-        if size == 0:
-            return _Found(v, 0.0, 0, Status.INVARIANT)
-        state, done = self._begin(_start(self.layout, v, self.steps))
-        noise = breakdown_noise(self.op.size, self.op.precision)
-        while True:
-            # Parts of any length end where the longest do: there alone is it asked whether to stop.
-            goal = min((done // CHUNK + 1) * CHUNK, self.steps)
-            while done < goal:
-                state, done = self._advance(state, done, min(done + self.part, goal))
-            alpha, beta, length = jax.device_get((state.alpha, state.beta, state.length))
-            ended = invariant_length(alpha, beta, int(length), self.op.size, self.op.precision)
-            length = int(length) if ended is None else ended
-            theta, vectors = eigh(alpha, beta, length)
-            theta = inside(theta, self.named, self.name, known, noise * known.norm, self.op)
-            f = on_reals(self.named.numpy)
-            values = self._values(f, theta, noise * known.norm, size)
-            coefficients = vectors @ (values * vectors[0])
-            norm = float(np.linalg.norm(coefficients))
-            last = 0.0 if ended is not None else float(beta[length - 1])
-            intervals = extended(known.intervals, theta)
-            error = truncation(f, theta, vectors, last, intervals)
-            self.bar.note(f"error {error / (norm or 1.0):.1e}")
-            if ended is not None or error <= self.tol * norm or done == self.steps:
-                break
-        moved = rounding(f, intervals, noise * known.norm) + noise * norm
-        status = Status.INVARIANT if ended is not None else Status.CONVERGED
-        if ended is None and error > self.tol * norm:
-            status = Status.BUDGET_EXHAUSTED
-        padded = np.zeros(_rows(state.basis))
-        padded[:length] = size * coefficients
-        rows = sum_of_rows(state.basis, jnp.asarray(padded, self.op.dtype), length)
-        return _Found(self.layout.unpack(rows), size * (error + moved), done, status)
-
-    def _values(
-        self, f: Callable[[np.ndarray], np.ndarray], theta: np.ndarray, noise: float, size: float
-    ) -> np.ndarray:
-        """f at the Ritz values, refused where it is not finite or leaves the range of the dtype."""
-        values = f(theta)
-        if not np.isfinite(values).all():
-            raise undefined(self.name, float(theta[~np.isfinite(values)][0]), noise)
-        if size * np.abs(values).max() > float(jnp.finfo(self.op.dtype).max):
-            raise SpectraError(
-                f"{self.name} reaches {np.abs(values).max():.1e} on the spectrum, beyond {self.op.dtype}."
-            )
-        return values
-
-    def _advance(self, state: LanczosState, start: int, stop: int) -> tuple[LanczosState, int]:
-        """Steps start..stop-1; then the run is saved where it is time to, and ended where it was asked to."""
-        began = time.monotonic()
-        state = advance(self.op, self.layout, state, start, stop, batched=False)
-        self.bar.update(stop - start)
-        if self.saver is not None:
-            products = stop + sum(one.steps for one in self.found)
-            signal, due, seconds = self.saver.due(products, time.monotonic() - began)
-            self.part = int(np.clip(_saver.PACE * (stop - start) / max(seconds, 1e-9), 1, CHUNK))
-            if due:
-                self.save(state, stop)
-            self.saver.end(signal, f"after {products} products")
-        return state, stop
-
-    def _begin(self, fresh: LanczosState) -> tuple[LanczosState, int]:
-        """The state of the next vector and its steps done: as saved, or before the first."""
-        flight, self.flight = self.flight, None
-        if self.saver is None or flight is None or not flight["done"]:
-            return fresh, 0
-        items = dict(list(flight["items"].items())[len(self.found) :])
-        state = storage.lanczos_state(self.saver, self.layout.anonymous(), fresh, items)
-        if state is None:
-            return fresh, 0
-        self.saver.flight = flight
-        self.bar.update(flight["done"])
-        return state, flight["done"]
-
-    def save(self, state: LanczosState | None, done: int = 0) -> None:
-        """Write what is new: values, and the state of the vector under way if there is one."""
-        if self.saver is None or self.known is None:
-            return
-        items: dict[str, Callable[[], PyTree]] = {}
-        for i, one in enumerate(self.found):
-            items[f"item-{i:05d}-value"] = partial(_leaves, one.value)
-        if state is not None:
-            stem = f"item-{len(self.found):05d}"
-            items |= storage.lanczos_items(self.layout.anonymous(), state, done, stem)
-        found = [[one.error, one.steps, one.status.name] for one in self.found]
-        flight = {"known": dataclasses.asdict(self.known), "found": found, "done": done}
-        self.saver.write(items, flight, done + sum(one.steps for one in self.found))
-
-    def restore(self) -> None:
-        """Take over what was saved, by the newest record whose values can be read."""
-        if self.saver is None:
-            return
-        for record in self.saver.saved:
-            flight = record["flight"]
-            if not flight or not self._values_read(flight):
-                continue
-            self.flight, self.known = flight, Range(**flight["known"])
-            # What is damaged of the vector under way counts as not written, until it is found to be whole.
-            values = dict(list(flight["items"].items())[: len(self.found)])
-            self.saver.flight = flight | {"items": values}
-            self.saver.saved_step = flight["done"] + sum(one.steps for one in self.found)
-            self.bar.update(self.known.products + sum(one.steps for one in self.found))
-            return
-
-    def _values_read(self, flight: dict[str, Any]) -> bool:
-        """Whether the values that a record names could be read."""
-        assert self.saver is not None
-        found: list[_Found] = []
-        (like,) = storage.vectors_of(self.layout, 1, jnp.zeros((), device=self.op.device))
-        for (name, digest), (error, steps, status) in zip(
-            flight["items"].items(), flight["found"], strict=False
-        ):
-            leaves = self.saver.item(name, like, digest)
-            if leaves is None:
-                return False
-            value = self.layout.treedef.unflatten(leaves)
-            found.append(_Found(value, error, steps, Status[status]))
-        self.found = found
-        return True
-
-
-def _leaves(value: PyTree) -> list[jax.Array]:
-    return jax.tree.leaves(value)
-
-
-def _rows(basis: _basis.Basis) -> int:
-    return sum(segment[0].shape[1] for segment in basis)
-
-
-_start = jax.jit(init, static_argnames=("layout", "num_steps"))
-
-
-def _traced(op: LinearOperator, f: Callable[[Any], Any], v: PyTree, steps: int) -> PyTree:
+def _of_one(op: LinearOperator, f: Callable[[Any], Any], v: PyTree, steps: int) -> PyTree:
     found = lanczos(op, v, steps)
     theta, vectors = arrays.eigh(found.matrix())
     # Steps behind an exhausted space have zero rows: f there counts for nothing.
     values = jnp.where(vectors[0] != 0, f(theta), 0)
     coefficients = trees.norm(v) * jnp.matmul(vectors, values * vectors[0], precision="highest")
     return stacks.combine(coefficients, found.basis)
+
+
+def _of_block(op: LinearOperator, f: Callable[[Any], Any], block: PyTree, steps: int) -> PyTree:
+    layout, width = Layout.leafwise(op.structure), stacks.length(block)
+    q, sizes, z = split(block)
+    state = empty(layout, min((steps + 1) * width, op.size))
+    starts: list[jax.Array] = []  # where there is a row for the vector
+    for i in range(width):
+        starts.append(state.filled)
+        there = z[i, i] != 0
+        state = lax.cond(there, partial(_appended, layout, stacks.row(q, i)), lambda state: state, state)
+    processed, state = run_block(op, layout, state, steps, width)
+    rows = jnp.arange(len(state.coefficients))
+    there = rows < processed
+    g = jnp.where(there & there[:, None], state.coefficients, 0)
+    # Rows that are not there count for nothing. They get values within the spectrum, where f has one too, and
+    # different ones: eigenvectors of the same value have no derivative.
+    along = arrays.diagonal(g)
+    low = jnp.min(jnp.where(there, along, jnp.inf))
+    apart = (jnp.max(jnp.where(there, along, -jnp.inf)) - low) / len(rows)
+    t = (g + g.T) / 2 + jnp.diag(jnp.where(there, 0, low + (rows + 0.5) * apart))
+    theta, vectors = arrays.eigh(t)
+    first = (rows[:, None] == jnp.stack(starts)).astype(z.dtype)
+    product = partial(jnp.matmul, precision="highest")
+    coefficients = product(vectors, f(theta)[:, None] * product(vectors.T, product(first, z)))
+    basis = stack(state.basis, layout, 0, len(rows))
+    return jax.vmap(trees.scale)(sizes, stacks.combine(coefficients.T, basis))
+
+
+def _appended(layout: Layout, row: PyTree, state: BandState) -> BandState:
+    return append(layout, state, row)[0]

@@ -147,8 +147,8 @@ NAMES = ("locked", "processed", "pending", "num_matvecs", "generation")
 """What a band knows of its rows, besides their parents and what is aside."""
 
 
-def save(saver: Saver, band: Band, run: dict[str, Any]) -> None:
-    """Write the rows that are new, the coefficients, and `run`, what the iteration knows."""
+def band_items(band: Band) -> tuple[dict[str, Callable[[], PyTree]], dict[str, Any]]:
+    """What is saved of a band: the items of its rows, and what is known of them."""
     layout, size, filled = (
         band.layout.anonymous(),
         len(band.coefficients) // len(band.state.basis),
@@ -163,28 +163,33 @@ def save(saver: Saver, band: Band, run: dict[str, Any]) -> None:
         vectors = [vector for vector, _ in band.aside]
         trees[f"item-{band.generation:05d}-aside"] = lambda: [jax.tree.leaves(v) for v in vectors]
     numbers = jax.device_get((band.state.coefficients, band.state.scale))
-    known = {name: getattr(band, name) for name in NAMES} | {
+    return trees, {name: getattr(band, name) for name in NAMES} | {
         "parent": sorted(band.parent.items()),
         "couplings": [coupling.tolist() for _, coupling in band.aside],
         "coefficients": band.coefficients[:filled, :filled].tolist(),
         "columns": numbers[0][:filled, :filled].tolist(),
         "scale": float(numbers[1]),
     }
+
+
+def save(saver: Saver, band: Band, run: dict[str, Any]) -> None:
+    """Write the rows that are new, the coefficients, and `run`, what the iteration knows."""
+    trees, known = band_items(band)
     saver.write(trees, {"band": known, "run": run}, band.num_matvecs)
 
 
 def restore(saver: Saver, band: Band) -> dict[str, Any] | None:
     """Fill an empty band with what was saved, and return what the iteration knew; None if nothing was."""
     for record in saver.saved:
-        if (flight := record["flight"]) and _read(saver, band, flight):
+        if (flight := record["flight"]) and fill(saver, band, flight["band"], flight["items"]):
             saver.flight, saver.saved_step = flight, band.num_matvecs
             return flight["run"]
     return None
 
 
-def _read(saver: Saver, band: Band, flight: dict[str, Any]) -> bool:
-    """Whether everything that a record names could be read into the band."""
-    layout, known, items = band.layout.anonymous(), flight["band"], dict(flight["items"])
+def fill(saver: Saver, band: Band, known: dict[str, Any], items: dict[str, int]) -> bool:
+    """Whether all of what `band_items` gave could be read, by its checksums, into the empty band."""
+    layout, items = band.layout.anonymous(), dict(items)
     aside: list[Any] = []
     for name in [name for name in items if name.endswith("-aside")]:
         like = vectors_of(layout, len(known["couplings"]), band.state.scale)

@@ -45,9 +45,9 @@ KRYLOV = [
     ),
     fault(
         "a function that goes on repeats a step",
-        "krylov/funm.py",
-        'return state, flight["done"]',
-        'return state, flight["done"] - 1',
+        "krylov/function_run.py",
+        'return flight["done"]',
+        'return flight["done"] - 1',
         "test_resuming.py::test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits",
     ),
     fault(
@@ -137,9 +137,23 @@ KRYLOV = [
     fault(
         "the error of a function is bounded by a thousandth of it",
         "krylov/function_bounds.py",
-        "weights = vectors[0] * vectors[-1]",
-        "weights = vectors[0] * vectors[-1] * 1e-3",
+        "weights = column[:, None] * last.T\n",
+        "weights = column[:, None] * last.T * 1e-3\n",
         "test_funm.py::test_the_bound_holds",
+    ),
+    fault(
+        "the products of a block are taken for those of its first row",
+        "krylov/band_block.py",
+        "partial(_taken, i=row - first)",
+        "partial(_taken, i=0 * row)",
+        "test_funm.py::test_several_vectors_share_one_krylov_space",
+    ),
+    fault(
+        "what a block has left out is that of its best direction",
+        "krylov/function_bounds.py",
+        "bounds.append(float(largest.sum()))",
+        "bounds.append(float(largest.min()))",
+        "test_funm.py::test_several_vectors_share_one_krylov_space",
     ),
     fault(
         "the second Gram-Schmidt pass is off",
