@@ -101,9 +101,10 @@ def _name(path: Path) -> str:
 
 def _page(path: Path) -> tuple[str, dict[str, bytes]]:
     """A notebook as Markdown, and its pictures by file name."""
-    parts, pictures = [], {}
+    parts, pictures, heading = [], {}, ""
     for i, cell in enumerate(nbformat.read(path, 4).cells):
         if cell.cell_type == "markdown":
+            heading = (re.findall(r"^#+ (.*)", cell.source, re.M) or [heading])[-1]
             parts.append(cell.source.replace("](../docs/", "](../").replace(".ipynb)", ".md)"))
             continue
         parts.append(f"```python\n{cell.source}\n```")
@@ -114,7 +115,7 @@ def _page(path: Path) -> tuple[str, dict[str, bytes]]:
                 pictures[path.relative_to(ROOT / "notebooks").with_name(name).as_posix()] = base64.b64decode(
                     data["image/png"]
                 )
-                parts.append(f"![The picture that the lines above draw]({name}){{ width=560 }}")
+                parts.append(f"![{heading}: what the lines above draw]({name}){{ width=560 }}")
             elif text := output.get("text", data.get("text/plain", "")).rstrip():
                 parts.append(f"```text\n{text}\n```")
     return "\n\n".join(parts) + "\n", pictures

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -490,11 +491,19 @@ def test_progress_in_a_log_is_lines(capsys, monkeypatch):
     assert [line.split(",")[0] for line in lines] == [f"Lanczos: {n} of 30 products" for n in counts]
 
 
+def interrupt(*_args, **_options):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_demo_says_that_nothing_was_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("spectra.demos.digits.problem", interrupt)
+    done = invoke("demo", "-o", tmp_path / "out")
+    assert done.exit_code == 130
+    assert "nothing was kept. The same command begins again." in done.stderr
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_an_interrupted_run_says_how_to_resume(problem, tmp_path, monkeypatch, saved):
-    def interrupt(*_args, **_options):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(running, "_analyse", interrupt)
     options = ("--checkpoint", tmp_path / "saved") if saved else ()
     done = invoke("run", problem, "-o", tmp_path / "out", *options)
@@ -518,9 +527,6 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback():
 
 
 def test_an_interrupt_after_the_run_says_where_the_result_is(problem, tmp_path, monkeypatch):
-    def interrupt(*_args, **_options):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(output, "draw", interrupt)
     done = invoke("run", problem, "-o", tmp_path / "out")
     assert done.exit_code == 130
@@ -532,3 +538,25 @@ def test_completion_can_be_installed():
     shown = invoke("--help").output
     assert "--install-completion" in shown
     assert "--show-completion" in shown
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize(
+    ("begun", "offered"),
+    [
+        ("ru", {"run"}),
+        ("run --bl", {"--block", "--blocks"}),
+        ("run problem.py --blocks l", {"leaf", "layer"}),
+        ("run problem.py --operator gg", {"ggn"}),
+        ("run pro", set()),  # files are the shell's own
+    ],
+)
+def test_shells_are_offered_commands_flags_and_words(shell, begun, offered):
+    *before, last = ["spectra", *begun.split()]
+    asked = {"COMP_WORDS": " ".join([*before, last]), "COMP_CWORD": str(len(before))}
+    asked |= {"_TYPER_COMPLETE_ARGS": " ".join([*before, last])}
+    asked |= {"_SPECTRA_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    shown = CliRunner().invoke(commands.app, [], env=asked, prog_name="spectra").output
+    words = re.findall(r'"(-*\w[\w-]*)"[:)\n]' if shell == "zsh" else r"^\S+", shown, re.M)
+    assert set(words) == offered, shown
+    assert (shown.strip() == "_files") == (shell == "zsh" and not offered)

@@ -1,23 +1,26 @@
 """Arguments and options that commands share, checked before anything is computed."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spectra.base import GROUPINGS, OPERATORS, PLACES
 
 
-def _one_of(*names: str) -> Callable[[str | None], str | None]:
-    """A check of an argument that is one of a few words, before anything is computed."""
+def _one_of(flag: str, names: Sequence[str], help: str) -> Any:
+    """An option that is one of a few words, which shells complete; checked before anything is computed."""
 
     def check(value: str | None) -> str | None:
         if value is not None and value not in names:
             raise typer.BadParameter(f"'{value}' is not one of {', '.join(names)}.")
         return value
 
-    return check
+    def begun(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return typer.Option(flag, callback=check, autocompletion=begun, help=help)
 
 
 def _share(value: float | None) -> float | None:
@@ -41,15 +44,9 @@ Tol = Annotated[
     typer.Option("--tol", callback=_share, help="Stop at this mean width of the CDF's band."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the probes.")]
-Kind = Annotated[
-    str,
-    typer.Option("--operator", callback=_one_of(*OPERATORS), help=f"One of {', '.join(OPERATORS)}."),
-]
+Kind = Annotated[str, _one_of("--operator", OPERATORS, f"One of {', '.join(OPERATORS)}.")]
 Block = Annotated[str | None, typer.Option("--block", help="Parameters by path, such as 'Dense_0/*'.")]
-By = Annotated[
-    str | None,
-    typer.Option("--blocks", callback=_one_of(*GROUPINGS), help="All diagonal blocks: by 'layer' or 'leaf'."),
-]
+By = Annotated[str | None, _one_of("--blocks", GROUPINGS, "All diagonal blocks: by 'layer' or 'leaf'.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; messages go to stderr.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print the rows of the result as CSV.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no progress: the result alone.")]
@@ -63,10 +60,7 @@ Saved = Annotated[
     Path | None, typer.Option("--checkpoint", help="Folder to save the run in, and to go on from.")
 ]
 Minutes = Annotated[float, typer.Option("--checkpoint-minutes", help="Longest time between checkpoints.")]
-BasisPlace = Annotated[
-    str,
-    typer.Option("--basis", callback=_one_of(*PLACES), help=f"Where basis vectors lie: {', '.join(PLACES)}."),
-]
+BasisPlace = Annotated[str, _one_of("--basis", PLACES, f"Where basis vectors lie: {', '.join(PLACES)}.")]
 BasisDtype = Annotated[
     str | None, typer.Option("--basis-dtype", help="Of stored basis vectors, such as bfloat16.")
 ]

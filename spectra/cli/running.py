@@ -23,16 +23,17 @@ from spectra.runs.checkpoint import Checkpoint
 def demo(place: Place, voice: Voice, seed: int) -> None:
     """The spectrum of a small network that is trained here."""
     place.check()
-    voice.say("Training a 64-256-256-10 network on 1,797 handwritten digits ...")
-    try:
-        from spectra.demos import digits
+    with _interruptible("nothing was kept. The same command begins again"):
+        voice.say("Training a 64-256-256-10 network on 1,797 handwritten digits ...")
+        try:
+            from spectra.demos import digits
 
-        problem = digits.problem(seed)
-    except ImportError as error:
-        raise typer.Exit(
-            fail(f"{error}. Install the demo's packages: pip install 'spectra-jax[demo]'")
-        ) from error
-    _analyse(problem.operator(), problem.name, place, voice, jax.random.key(seed))
+            problem = digits.problem(seed)
+        except ImportError as error:
+            raise typer.Exit(
+                fail(f"{error}. Install the demo's packages: pip install 'spectra-jax[demo]'")
+            ) from error
+        _analyse(problem.operator(), problem.name, place, voice, jax.random.key(seed))
 
 
 class Subject(NamedTuple):
@@ -59,7 +60,11 @@ def run(
     if subject.distributed:
         initialize()
     watched = progress.watching(begun=False) if checkpoint else contextlib.nullcontext()
-    with _interruptible(checkpoint), watched:
+    if checkpoint is None:
+        how = "nothing was kept. With --checkpoint FOLDER a run saves itself, and can be resumed"
+    else:
+        how = f"the same command resumes from the last checkpoint in '{checkpoint}', if there is one"
+    with _interruptible(how), watched:
         if is_first():
             place.check()
         if checkpoint is not None:
@@ -83,15 +88,11 @@ def _operator(subject: Subject, key: jax.Array) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _interruptible(checkpoint: Path | None) -> Iterator[None]:
+def _interruptible(how: str) -> Iterator[None]:
     """Ctrl-C ends a run with words on how to resume the next one, or this one."""
     try:
         yield
     except KeyboardInterrupt:
-        if checkpoint is None:
-            how = "nothing was kept. With --checkpoint FOLDER a run saves itself, and can be resumed"
-        else:
-            how = f"the same command resumes from the last checkpoint in '{checkpoint}', if there is one"
         fail(f"interrupted: {how}.")
         leave(INTERRUPTED)
 
