@@ -16,7 +16,7 @@ from cases import slow_but
 from children import environment
 
 import spectra
-from spectra.krylov import function_run, preconditioners, wanted
+from spectra.krylov import function_run, nystrom, wanted
 from spectra.krylov.eigen_run import EigenRun
 from spectra.runs import saver
 
@@ -255,14 +255,14 @@ def test_a_checkpoint_of_another_system_is_refused(tmp_path):
 
 def test_the_width_of_a_sketch_is_that_before_where_memory_has_changed(looks, monkeypatch, tmp_path):
     call, op = CALLS["solve, nystrom"], operator()
-    monkeypatch.setattr(preconditioners, "NEAR", 0.0)
-    monkeypatch.setattr(preconditioners, "_widest", lambda op: 40)
+    monkeypatch.setattr(nystrom, "NEAR", 0.0)
+    monkeypatch.setattr(nystrom, "_widest", lambda op: 40)
     whole = call(op)
     looks(6, kill)  # within the sketch
     with pytest.raises(Killed):
         call(op, checkpoint=spectra.Checkpoint(tmp_path, steps=1))
     looks(0, nothing)
-    monkeypatch.setattr(preconditioners, "_widest", lambda op: 20)
+    monkeypatch.setattr(nystrom, "_widest", lambda op: 20)
     assert_same(whole, call(op, checkpoint=tmp_path))
 
 
