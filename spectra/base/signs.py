@@ -1,11 +1,23 @@
-"""Random signs whose program is small."""
+"""Parameters moved by one rounding each, by random signs whose program is small."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
-from spectra.base import arrays
+from spectra.base import arrays, trees
+from spectra.base.trees import PyTree
+
+
+@jax.jit
+def moved_parameters(params: PyTree, key: jax.Array, coarse: float) -> PyTree:
+    """Each times 1 ± the roundoff of its type, or `coarse` where that is more, with random signs."""
+    leaves, treedef = jax.tree.flatten(params)
+    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    lifted = [trees.lift(leaves[i]) for i in places]
+    for i, x, signs in zip(places, lifted, cheap_signs(key, lifted), strict=True):
+        leaves[i] = (x + jnp.maximum(jnp.finfo(x.dtype).eps, coarse) * signs * x).astype(leaves[i].dtype)
+    return treedef.unflatten(leaves)
 
 
 def cheap_signs(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:

@@ -13,14 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import host, trees
 from spectra.base import paths as _paths
 from spectra.base.errors import DataError, NonFiniteError, SpectraError
 from spectra.base.meshes import automatic, on_automatic_axes
-from spectra.base.signs import cheap_signs
+from spectra.base.signs import moved_parameters
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
@@ -379,17 +378,6 @@ class DataOperator(LinearOperator):
     def first_piece(self) -> Self:
         """The operator of the first batch of a stream; the operator itself for one batch."""
         return self if self.stream is None else self._with(data=self.stream.first(), stream=None)
-
-
-@jax.jit
-def moved_parameters(params: PyTree, key: jax.Array, coarse: float) -> PyTree:
-    """Each times 1 ± the roundoff of its type, or `coarse` where that is more, with random signs."""
-    leaves, treedef = jax.tree.flatten(params)
-    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    lifted = [trees.lift(leaves[i]) for i in places]
-    for i, x, signs in zip(places, lifted, cheap_signs(key, lifted), strict=True):
-        leaves[i] = (x + jnp.maximum(jnp.finfo(x.dtype).eps, coarse) * signs * x).astype(leaves[i].dtype)
-    return treedef.unflatten(leaves)
 
 
 def shows_options(function: F) -> F:

@@ -16,11 +16,11 @@ from jax.tree_util import PyTreeDef
 from spectra.base import host, paths, trees
 from spectra.base.errors import DifferentiationError, MemoryLimitError, NonFiniteError, StructureError
 from spectra.base.meshes import automatic, on_automatic_axes
+from spectra.base.signs import moved_parameters
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.base import LinearOperator, product
-from spectra.operators.data import moved_parameters
 from spectra.operators.jaxprs import Rounding, coarsest_rounding
 from spectra.operators.pytree import operator
 from spectra.operators.stacked_outputs import StackedOutputs, open_inputs
