@@ -1,5 +1,8 @@
 """Several right-hand sides of one system: one Krylov space for all, each judged by itself."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,8 @@ from cases import N, rotation, slow_but
 import spectra
 from spectra import Status
 from spectra.krylov import linear_run
+from spectra.krylov.linear_state import Mode
+from spectra.krylov.linear_step import absorb
 
 SIDES = 5
 
@@ -127,3 +132,30 @@ def test_a_dense_matrix_takes_n_products_and_no_start(x64):
     assert spectra.solve(op, b, method="dense").error_bound == np.inf
     known = spectra.solve(op, b, method="dense", lower_bound=0.9e-14)
     assert (known.bound, np.isfinite(known.error_bound)) == ("the given lower bound", True)
+
+
+def test_all_modes_at_once_give_what_the_wanted_one_gives_alone(x64):
+    """A CPU takes a branch where there is one right-hand side; GPUs, TPUs and `vmap` compute all and choose.
+
+    The matrix is indefinite and singular, and b has a part outside of its range: all modes are met.
+    """
+    n = 12
+    values = jnp.linspace(-1.0, 2.0, n).at[3].set(0.0)
+    op = spectra.DiagonalOperator(values)
+    inverse = spectra.DiagonalOperator(1 / (0.5 + jnp.abs(values)))
+    b = jnp.cos(jnp.arange(float(n)))[None]
+    problem, state = linear_run.begin(op, b, inverse, "auto", 1e-10, 100, b)
+    state = jax.tree.map(lambda x: x[0], state)
+    own = jax.tree.map(lambda x: x[0], dataclasses.replace(problem, inverse=None))
+    problem = dataclasses.replace(own, inverse=inverse)
+    alone, together = (jax.jit(partial(absorb, alone=alone)) for alone in (True, False))
+    met = set()
+    while state.mode != Mode.DONE:
+        met.add(Mode(int(state.mode)))
+        w = op.mv(state.go)
+        after, other = alone(problem, state, w), together(problem, state, w)
+        for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(other), strict=True):
+            # The same operations; sums of n products may run in another order.
+            np.testing.assert_allclose(x, y, rtol=0, atol=10 * n * np.finfo(float).eps * np.max(np.abs(x)))
+        state = after
+    assert met == {Mode.CG, Mode.MINRES, Mode.CHECK, Mode.NULL}
