@@ -11,7 +11,7 @@ from cases import N, rotation, slow_but
 
 import spectra
 from spectra import Status
-from spectra.krylov import linear_run
+from spectra.krylov import linear_block, linear_run
 from spectra.krylov.linear_state import Mode
 from spectra.krylov.linear_step import absorb
 
@@ -159,3 +159,26 @@ def test_all_modes_at_once_give_what_the_wanted_one_gives_alone(x64):
             np.testing.assert_allclose(x, y, rtol=0, atol=10 * n * np.finfo(float).eps * np.max(np.abs(x)))
         state = after
     assert met == {Mode.CG, Mode.MINRES, Mode.CHECK, Mode.NULL}
+
+
+def test_step_and_check_of_a_block_at_once_give_what_the_wanted_one_gives_alone(x64):
+    """As above: a CPU takes one of two branches, other devices choose between both results."""
+    values = jnp.geomspace(1.0, 100.0, N)
+    op, inverse = spectra.DiagonalOperator(values), spectra.DiagonalOperator(1 / (1 + values))
+    b = jnp.asarray(np.random.default_rng(3).standard_normal((SIDES, N)))
+    problem, _ = linear_run.begin(op, b, inverse, "auto", 1e-8, 100, b)
+    block = linear_block.begin_block(problem)
+    absorb_block = jax.jit(linear_block.absorb_block)
+    forms = [jax.jit(partial(fn, problem)) for fn in (linear_block.one_of, linear_block.all_at_once)]
+    met = set()
+    while not block.done:
+        met.add(bool(block.checking))
+        products = jax.vmap(op.mv)(block.go)
+        alone, together = (fn(block, products, jnp.linalg.norm(block.go, axis=1)) for fn in forms)
+        for x, y in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+            # Sums of n products in another order, and systems of the directions' condition, at most 100 here.
+            np.testing.assert_allclose(
+                x, y, rtol=0, atol=100 * 10 * N * np.finfo(float).eps * np.max(np.abs(x))
+            )
+        block = absorb_block(problem, block, products)
+    assert met == {False, True}
