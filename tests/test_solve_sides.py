@@ -1,5 +1,8 @@
 """Several right-hand sides of one system: one Krylov space for all, each judged by itself."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,9 @@ from cases import N, rotation, slow_but
 
 import spectra
 from spectra import Status
-from spectra.krylov import linear_run
+from spectra.krylov import linear_block, linear_run
+from spectra.krylov.linear_state import Mode
+from spectra.krylov.linear_step import absorb
 
 SIDES = 5
 
@@ -127,3 +132,53 @@ def test_a_dense_matrix_takes_n_products_and_no_start(x64):
     assert spectra.solve(op, b, method="dense").error_bound == np.inf
     known = spectra.solve(op, b, method="dense", lower_bound=0.9e-14)
     assert (known.bound, np.isfinite(known.error_bound)) == ("the given lower bound", True)
+
+
+def test_all_modes_at_once_give_what_the_wanted_one_gives_alone(x64):
+    """A CPU takes a branch where there is one right-hand side; GPUs, TPUs and `vmap` compute all and choose.
+
+    The matrix is indefinite and singular, and b has a part outside of its range: all modes are met.
+    """
+    n = 12
+    values = jnp.linspace(-1.0, 2.0, n).at[3].set(0.0)
+    op = spectra.DiagonalOperator(values)
+    inverse = spectra.DiagonalOperator(1 / (0.5 + jnp.abs(values)))
+    b = jnp.cos(jnp.arange(float(n)))[None]
+    problem, state = linear_run.begin(op, b, inverse, "auto", 1e-10, 100, b)
+    state = jax.tree.map(lambda x: x[0], state)
+    own = jax.tree.map(lambda x: x[0], dataclasses.replace(problem, inverse=None))
+    problem = dataclasses.replace(own, inverse=inverse)
+    alone, together = (jax.jit(partial(absorb, alone=alone)) for alone in (True, False))
+    met = set()
+    while state.mode != Mode.DONE:
+        met.add(Mode(int(state.mode)))
+        w = op.mv(state.go)
+        after, other = alone(problem, state, w), together(problem, state, w)
+        for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(other), strict=True):
+            # The same operations; sums of n products may run in another order.
+            np.testing.assert_allclose(x, y, rtol=0, atol=10 * n * np.finfo(float).eps * np.max(np.abs(x)))
+        state = after
+    assert met == {Mode.CG, Mode.MINRES, Mode.CHECK, Mode.NULL}
+
+
+def test_step_and_check_of_a_block_at_once_give_what_the_wanted_one_gives_alone(x64):
+    """As above: a CPU takes one of two branches, other devices choose between both results."""
+    values = jnp.geomspace(1.0, 100.0, N)
+    op, inverse = spectra.DiagonalOperator(values), spectra.DiagonalOperator(1 / (1 + values))
+    b = jnp.asarray(np.random.default_rng(3).standard_normal((SIDES, N)))
+    problem, _ = linear_run.begin(op, b, inverse, "auto", 1e-8, 100, b)
+    block = linear_block.begin_block(problem)
+    absorb_block = jax.jit(linear_block.absorb_block)
+    forms = [jax.jit(partial(fn, problem)) for fn in (linear_block.one_of, linear_block.all_at_once)]
+    met = set()
+    while not block.done:
+        met.add(bool(block.checking))
+        products = jax.vmap(op.mv)(block.go)
+        alone, together = (fn(block, products, jnp.linalg.norm(block.go, axis=1)) for fn in forms)
+        for x, y in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+            # Sums of n products in another order, and systems of the directions' condition, at most 100 here.
+            np.testing.assert_allclose(
+                x, y, rtol=0, atol=100 * 10 * N * np.finfo(float).eps * np.max(np.abs(x))
+            )
+        block = absorb_block(problem, block, products)
+    assert met == {False, True}

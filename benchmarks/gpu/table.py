@@ -27,8 +27,6 @@ product and keeps the fastest, took its first choice. "h100:8" are eight cards i
 * **Tensor cores**: their instructions in the machine code, by type; a true float32 product has none. float64
   would be listed beside them.
 * **Collectives**: number of times, bytes on one card in all (the larger of what goes in and what comes out).
-
-Cases of `benchmarks/gpu/__main__.py` without a row here were not compiled yet.
 """
 STEP = """\
 The body of `slq` and `lanczos`: product and recurrence in one loop, m = 100. `mlp` (85,002 parameters, 1,797

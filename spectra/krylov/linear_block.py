@@ -118,9 +118,8 @@ def absorb_block(problem: Problem, block: Block, products: PyTree) -> Block:
         norm_a=jnp.where(finite, jnp.maximum(block.norm_a, ratio), block.norm_a),
         products=block.products + ~block.done,
     )
-    after = lax.platform_dependent(
-        block, w, sizes, cpu=partial(_one_of, problem), default=partial(_at_once, problem)
-    )
+    alone, at_once = (partial(fn, problem) for fn in (one_of, all_at_once))
+    after = lax.platform_dependent(block, w, sizes, cpu=alone, default=at_once)
     # What is not finite is met again, and named, by the right-hand side that it belongs to.
     after = choose(finite, after, dataclasses.replace(block, done=jnp.ones((), bool)))
     spent = ~after.done & ~after.checking & (after.products >= jnp.min(problem.limit) - 1)
@@ -136,7 +135,7 @@ _Step = tuple[PyTree, Callable[[PyTree, jax.Array, PyTree], Block]]
 """The vectors of which directions are made, and the block after them."""
 
 
-def _one_of(problem: Problem, block: Block, w: PyTree, sizes: jax.Array) -> Block:
+def one_of(problem: Problem, block: Block, w: PyTree, sizes: jax.Array) -> Block:
     """The check or the step, whichever is wanted; see `linear_step`."""
 
     def alone(step: Callable[..., _Step]) -> Block:
@@ -146,7 +145,7 @@ def _one_of(problem: Problem, block: Block, w: PyTree, sizes: jax.Array) -> Bloc
     return lax.cond(block.checking, lambda: alone(_check), lambda: alone(_step))
 
 
-def _at_once(problem: Problem, block: Block, w: PyTree, sizes: jax.Array) -> Block:
+def all_at_once(problem: Problem, block: Block, w: PyTree, sizes: jax.Array) -> Block:
     """Both, of which one is chosen: no conditional, and one set of directions."""
     checked, after_check = _check(problem, block, w, sizes)
     stepped, after_step = _step(problem, block, w, sizes)

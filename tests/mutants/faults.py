@@ -114,6 +114,27 @@ KRYLOV = [
         "test_solve.py::test_the_bound_is_not_wide",
     ),
     fault(
+        "the preconditioner is given the vector of CG in any mode",
+        "krylov/linear_step.py",
+        "problem.precondition(_select(which, wanted))",
+        "problem.precondition(wanted[0])",
+        "test_solve_sides.py::test_all_modes_at_once_give_what_the_wanted_one_gives_alone",
+    ),
+    fault(
+        "the vectors that a linear system begins with are whole on every device",
+        "krylov/linear_state.py",
+        "jax.tree.map(lambda x: x - x, v)",
+        "jax.tree.map(jnp.zeros_like, v)",
+        "test_lowering.py::test_vectors_of_a_linear_system_begin_split_as_the_parameters_are",
+    ),
+    fault(
+        "side by side, a second Gram-Schmidt pass runs where all want it",
+        "base/arrays.py",
+        "anywhere(jnp.any(flag))",
+        "anywhere(jnp.all(flag))",
+        "test_orthogonalize.py::test_under_vmap_a_second_pass_runs_where_one_lane_wants_it_and_changes_that_lane_alone",
+    ),
+    fault(
         "CG takes any curvature for positive",
         "krylov/linear_cg.py",
         "return curvature > problem.noise * _scale(state, curvature) * state.size",
