@@ -123,7 +123,7 @@ def _second(u: Array, i: Any, xp: Any) -> Array:
 
 
 def seconds(u: Array, count: int, xp: Any) -> tuple[Array, Array, Array]:
-    """Second directions [i, j] of the first `count` probes, (count, count, m): x_ij u_i - y_ij u_j, with x and y.
+    """Second directions [i, j] of the first `count` probes (count, count, m), x_ij u_i - y_ij u_j; x and y.
 
     All are zero for i = j.
     """
