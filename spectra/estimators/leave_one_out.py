@@ -35,9 +35,6 @@ from spectra.base.host import one_thread
 Array = Any
 PAIRS = 64
 """Probes among which pairs are formed for the covariance: 4032 pairs estimate it well enough."""
-CHANCE = 10.0
-"""How far a variance from two probes may be below its mean by chance. With 1 intervals held for 90 % of 1,500
-keys (rank two, two probes), with 4 for 93, with 10 for 95."""
 TOGETHER = 2**16
 """Numbers in an array of the pair algebra on the host, at most: half a megabyte, which stays in a cache."""
 
@@ -126,7 +123,7 @@ def _second(u: Array, i: Any, xp: Any) -> Array:
 
 
 def seconds(u: Array, count: int, xp: Any) -> tuple[Array, Array, Array]:
-    """Second directions [i, j] of the first `count` probes, (count, count, m), x_ij u_i - y_ij u_j; x and y.
+    """Second directions [i, j] of the first `count` probes (count, count, m), x_ij u_i - y_ij u_j; x and y.
 
     All are zero for i = j.
     """
@@ -293,16 +290,14 @@ def mean_and_variance(values: Array, pairs: Array, xp: Any, own: Array | None = 
     """Mean over probes and its variance, for estimates (G, m) and pairs (d, G, m); see above.
 
     `own` has the variance of each estimate given its sketch, where it is known: on average that is the
-    spread and the covariance together. It bounds the covariance (Cauchy-Schwarz), up to `CHANCE`: where the
-    probes left span the range, δ_ij is the error of a smaller sketch, and says nothing of this one.
+    spread and the covariance together.
     """
     m, d = values.shape[-1], len(pairs)
     delta = values[:, None, :d] - xp.moveaxis(pairs, 0, 1)[..., :d]
     delta = xp.where(xp.eye(d, dtype=bool), 0, delta)
     covariance = _covariance(delta * xp.swapaxes(delta, -1, -2), xp)
     if own is not None:
-        own = xp.mean(own, axis=-1)
-        return xp.mean(values, axis=-1), own / m + xp.minimum(covariance, CHANCE * own) * (1 - 1 / m)
+        return xp.mean(values, axis=-1), xp.mean(own, axis=-1) / m + covariance * (1 - 1 / m)
     spread = xp.var(values, axis=-1, ddof=1) / m
     return xp.mean(values, axis=-1), spread + covariance
 
