@@ -6,7 +6,7 @@ tolerance, which none of their users can see. `spectra` is charged what it takes
 that narrow. The trace and Σ log(1 + λ/δ), δ = max(|H| / 100, 2 |λmin|), are wanted to 1 %, each of the ten
 largest eigenvalues to 1 %, the share of eigenvalues below -|H| / 1000 to 0.01, and the density to a
 Wasserstein distance of 0.001 of the range, which no package knows by itself: it is measured for all.
-Eigensolvers have the loosest tolerance with which 95 % of random starts are right, the same for all.
+SciPy's `eigsh` and that of `spectra` have the loosest tolerance with which 95 % of random starts are right.
 
 Nothing of another package is written anew. Hutchinson's error with signs has a closed form, which stands for
 all that have it.
