@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy.stats import binom
 
 import spectra
 from spectra.density import spending
+from spectra.krylov import recurrence
 from spectra.quadrature import rules
 
 N = 200
@@ -96,3 +98,30 @@ def test_runs_outside_of_a_space_say_what_is_known_and_what_it_cost(x64, monkeyp
     assert low <= np.sqrt(values).sum() <= high
     # The spread of sqrt over the rest, n σ √(2 / n / 4) with σ = 0.15, twice over for the bracket.
     assert high - low <= 2 * 4 * 0.15 * np.sqrt(2 * N / 4)
+
+
+def test_a_share_is_as_narrow_as_asked(x64):
+    op, tol = spectra.MatrixOperator(np.diag(np.linspace(0.0, 1.0, N))), 0.02
+    for threshold, truth in ((-0.05, N), (0.45, 110)):
+        found = spectra.count_above(op, threshold, key=KEY, tol=tol, num_probes=64)
+        low, _, high = found.interval()
+        assert low <= truth <= high
+        assert high - low <= 2 * tol * N
+        assert found.status is spectra.Status.CONVERGED
+    # None is below zero: moments of a few steps of one probe leave no more, and it is not asked for the rest.
+    none = spectra.count_above(op, -0.05, key=KEY, tol=tol, num_probes=64)
+    assert none.num_matvecs < recurrence.CHUNK
+    fewer = spectra.count_above(op, -0.05, key=KEY, num_steps=none.num_matvecs - 2, num_probes=1).interval()
+    assert fewer[2] - fewer[0] > 2 * tol * N
+    short = spectra.count_above(op, 0.45, key=KEY, tol=0.001, num_steps=8, num_probes=4)
+    assert short.status is spectra.Status.BUDGET_EXHAUSTED
+    assert short.num_matvecs <= 32
+    share = spectra.negative_share(op, key=KEY, tol=tol, num_probes=64)
+    assert share.status is spectra.Status.CONVERGED
+    assert share.interval()[0] == 0.0
+
+
+def test_a_tolerance_of_a_share_is_one():
+    for tol in (0.0, 1.0, -0.1):
+        with pytest.raises(spectra.SpectraError, match="share of all eigenvalues"):
+            spectra.count_above(OP, 0.5, key=KEY, tol=tol)

@@ -78,11 +78,16 @@ class ProbeRun:
         self.keep_last, self.last = False, None
 
     def add(
-        self, probes: range, num_steps: int, stop_when: Callable[[Quadrature], bool] | None = None
+        self,
+        probes: range,
+        num_steps: int,
+        stop_when: Callable[[Quadrature], bool] | None = None,
+        early: int = recurrence.CHUNK,
     ) -> None:
         """Run probes together, at most `CHUNK` steps a call; `stop_when` sees the quadrature so far.
 
-        Those that a checkpoint holds with as many steps are taken from it.
+        Those that a checkpoint holds with as many steps are taken from it. Without one, the first chunk may
+        be looked at every `early` steps.
         """
         if self.recorder is not None:
             while probes and (row := self._recorded(probes[0], num_steps, stop_when)) is not None:
@@ -101,7 +106,8 @@ class ProbeRun:
             self.bar.update(done * len(probes))
         while done < num_steps:
             # Chunks of any length end where the longest do: there alone is it asked whether to stop.
-            goal = min((done // recurrence.CHUNK + 1) * recurrence.CHUNK, num_steps)
+            every = early if done < recurrence.CHUNK else recurrence.CHUNK
+            goal = min((done // every + 1) * every, num_steps)
             stop = min(done + self.chunk, goal)
             started = time.monotonic()
             state = recurrence.advance(

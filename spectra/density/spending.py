@@ -55,6 +55,8 @@ PAIRED = 4, 16
 """Numbers of probes at which an error is predicted: between them lies its part that steps decide."""
 LEAST = 4
 """Probes of a plan, at least: fewer say too little about their own spread."""
+EARLY = 2
+"""Steps between two looks at a first probe that may be all: none that end in the first chunk are planned."""
 FINER = 1.5
 """Ratio of the numbers of steps that are tried."""
 
@@ -76,8 +78,13 @@ def spend(
     num_steps: int,
     num_probes: int,
     probe_batch: int | None = None,
+    least: int = LEAST,
 ) -> Quadrature:
-    """The quadrature of which `error` is at most 1, from at most num_steps x num_probes products or so."""
+    """The quadrature of which `error` is at most 1, from at most num_steps x num_probes products or so.
+
+    Plans have `least` probes at least. One may be enough where the law of what a probe sees is known; then
+    its first steps are looked at closely.
+    """
     budget = num_steps * num_probes
     place = place_basis(op)
     memory = estimate(op, place, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
@@ -86,8 +93,9 @@ def spend(
     prepared = outside_loops(op.prepare())
     with Progress(False, budget) as bar:
         first = ProbeRun(prepared, layout, key, bar, size=op.size, keep_last=True)
-        look = _Look(error, num_steps, budget)
-        first.add(range(1), _longest(op, layout, num_steps, budget), stop_when=look)
+        look = _Look(error, num_steps, budget, least)
+        early = EARLY if least == 1 else recurrence.CHUNK
+        first.add(range(1), _longest(op, layout, num_steps, budget), stop_when=look, early=early)
         found = first.result()
         plan = look.plan
         if (plan is None or plan.products >= op.size) and dense.allowed(op, budget - found.num_matvecs):
@@ -97,7 +105,7 @@ def spend(
         if plan is None or found.status is Status.INVARIANT:
             reachable = _at_full_length(found, error) is not None
             steps = min(first.steps_done, num_steps)
-            plan = Plan(budget, steps, num_probes if reachable else LEAST, None)
+            plan = Plan(budget, steps, num_probes if reachable else least, None)
             budget = budget if reachable else plan.steps * plan.probes  # no probe narrows a bracket
         if plan.taken is not None:
             space = taken_out(first, layout, found, plan.taken)
@@ -143,15 +151,18 @@ def _until(
 class _Look:
     """Called with the first probe after each chunk of steps: whether it has gone on for long enough."""
 
-    def __init__(self, error: Error, asked: int, budget: int):
-        self.error, self.asked, self.budget = error, asked, budget
+    def __init__(self, error: Error, asked: int, budget: int, least: int):
+        self.error, self.asked, self.budget, self.fewest = error, asked, budget, least
         self.plan: Plan | None = None
-        self.steps, self.next, self.least = 0, 0, np.inf
+        self.steps, self.next, self.least = 0, min(recurrence.CHUNK, asked), np.inf
 
     def __call__(self, found: Quadrature) -> bool:
+        if self.fewest == 1 and self.error(found) <= 1:
+            self.plan = Plan(0, found.num_steps, 1, None)
+            return True
         if found.num_steps < self.next:
             return False
-        plan = best_plan(found, self.error, self.budget)
+        plan = best_plan(found, self.error, self.budget, self.fewest)
         added = found.num_steps - self.steps
         self.steps, self.next = found.num_steps, int(1.25 * found.num_steps)
         if plan is None:
@@ -166,7 +177,7 @@ class _Look:
 
 
 @host.one_thread()
-def best_plan(found: Quadrature, error: Error, budget: int) -> Plan | None:
+def best_plan(found: Quadrature, error: Error, budget: int, least: int = LEAST) -> Plan | None:
     """The cheapest way on from the run of one probe; None where none is predicted to reach the goal."""
     m = int(found.lengths[0])
     whole, best = tuple(x[0][:m] for x in _arrays(found)), None
@@ -183,6 +194,7 @@ def best_plan(found: Quadrature, error: Error, budget: int) -> Plan | None:
             probes = _probes_wanted(found, rule, taken, error)
             if probes is None:
                 continue
+            probes = max(least, probes)
             credit = min(m, steps) if taken is None else 0  # the first probe is one of the sample
             products = steps * probes - credit
             spent = max(m - steps, 0) if taken is None else m
@@ -269,7 +281,7 @@ def _probes_wanted(found: Quadrature, rule: rules.Rule, taken: np.ndarray | None
     fixed = max(many - sampled * PAIRED[1] ** -0.5, 0.0)
     if not np.isfinite(sampled + fixed) or fixed >= 0.9:
         return None
-    return max(LEAST, int(np.ceil((sampled / (1 - fixed)) ** 2)))
+    return max(1, int(np.ceil((sampled / (1 - fixed)) ** 2)))
 
 
 def _stand_in(found: Quadrature, rule: rules.Rule, taken: np.ndarray | None, probes: int) -> Quadrature:

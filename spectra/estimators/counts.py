@@ -1,8 +1,13 @@
 """How many eigenvalues lie beyond a threshold, from the distribution that a quadrature gives."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 
+from spectra.base.errors import SpectraError, Status
 from spectra.estimators.functions import Source, quadrature_of
 from spectra.quadrature import rules
 from spectra.quadrature.rules import share_interval
@@ -19,6 +24,7 @@ def count_above(
     key: jax.Array | None = None,
     num_steps: int | None = None,
     num_probes: int = 8,
+    tol: float | None = None,
     probe_batch: int | None = None,
 ) -> Estimate:
     """Estimate the number of eigenvalues above a threshold.
@@ -35,7 +41,9 @@ def count_above(
         threshold: the threshold, in units of the eigenvalues.
         key: JAX random key; needed for an operator.
         num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
-        num_probes: probes.
+        num_probes: probes; with `tol`, num_steps x num_probes is the maximum number of products.
+        tol: stop as soon as the 95 % interval is within ±tol n, as `trace_of` does; `status` says whether it
+            is. One probe may be enough.
         probe_batch: see `slq`.
 
     Returns:
@@ -53,8 +61,12 @@ def count_above(
         >>> bool(lower < 100 < upper)
         True
     """
-    q = quadrature_of(source, key, num_steps, num_probes, probe_batch)
-    return _count(q, threshold, above=True, unit=q.size)
+
+    def count(q: Quadrature) -> Estimate:
+        return _count(q, threshold, above=True, unit=q.size)
+
+    options = {"key": key, "num_steps": num_steps, "num_probes": num_probes, "probe_batch": probe_batch}
+    return _within(source, count, tol, lambda q: q.size, options)
 
 
 def negative_share(
@@ -63,6 +75,7 @@ def negative_share(
     key: jax.Array | None = None,
     num_steps: int | None = None,
     num_probes: int = 8,
+    tol: float | None = None,
     probe_batch: int | None = None,
 ) -> Estimate:
     """Estimate the share of negative eigenvalues, those below minus the noise floor.
@@ -71,7 +84,8 @@ def negative_share(
         source: symmetric operator, or a `Quadrature` of it.
         key: JAX random key; needed for an operator.
         num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
-        num_probes: probes.
+        num_probes: probes; with `tol`, num_steps x num_probes is the maximum number of products.
+        tol: stop as soon as the 95 % interval is within ±tol, as in `count_above`.
         probe_batch: see `slq`.
 
     Returns:
@@ -89,9 +103,38 @@ def negative_share(
         >>> bool(lower < 0.25 < upper)
         True
     """
-    q = quadrature_of(source, key, num_steps, num_probes, probe_batch)
-    below = float(np.nextafter(-q.noise_floor, -np.inf))  # the zero operator has no floor
-    return _count(q, below, above=False, unit=1)
+
+    def share(q: Quadrature) -> Estimate:
+        below = float(np.nextafter(-q.noise_floor, -np.inf))  # the zero operator has no floor
+        return _count(q, below, above=False, unit=1)
+
+    options = {"key": key, "num_steps": num_steps, "num_probes": num_probes, "probe_batch": probe_batch}
+    return _within(source, share, tol, lambda _: 1, options)
+
+
+def _within(
+    source: Source,
+    estimate: Callable[[Quadrature], Estimate],
+    tol: float | None,
+    unit: Callable[[Quadrature], int],
+    options: dict[str, Any],
+) -> Estimate:
+    """The estimate from a quadrature with these options, or from one that `tol` has decided on."""
+    if tol is None:
+        return estimate(quadrature_of(source, **options))
+    if not 0 < tol < 1:
+        raise SpectraError(f"tol={tol} is a share of all eigenvalues: use a number in (0, 1).")
+
+    def open_share(q: Quadrature) -> float:
+        low, _, high = estimate(q).interval()
+        return float(high - low) / (2 * tol * unit(q))
+
+    q = quadrature_of(source, **options, error=open_share, least=1)
+    found = estimate(q)
+    if found.status is Status.NOISY:  # a tolerance that is reached makes products no more symmetric
+        return found
+    status = Status.CONVERGED if open_share(q) <= 1 else Status.BUDGET_EXHAUSTED
+    return dataclasses.replace(found, status=status)
 
 
 def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:

@@ -198,8 +198,9 @@ def quadrature_of(
     num_probes: int = PROBES,
     probe_batch: int | None = None,
     error: Callable[[Quadrature], float] | None = None,
+    **spending: Any,
 ) -> Quadrature:
-    """The quadrature given, or one of the operator."""
+    """The quadrature given, or one of the operator; `error` and `spending` are those of `spend`."""
     source = getattr(source, "quadrature", source)  # a report stands for its quadrature
     if isinstance(source, Quadrature):
         if trees.is_traced(source):
@@ -212,7 +213,7 @@ def quadrature_of(
     steps = min(100, source.size) if num_steps is None else num_steps
     options: dict[str, Any] = {"key": require_key(key), "num_steps": steps, "num_probes": num_probes}
     options["probe_batch"] = probe_batch
-    return spend(source, error, **options) if error else slq(source, **options)
+    return spend(source, error, **options, **spending) if error else slq(source, **options)
 
 
 def _require_no_run(q: Quadrature, **given: int | None) -> None:
