@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from spectra.base.errors import StructureError
 from spectra.base.keys import key_check
+from spectra.base.numbers import number_check
 
 PyTree = Any
 P = ParamSpec("P")
@@ -46,14 +47,16 @@ def automatic(fn: Callable[P, T]) -> Callable[P, T]:
     """Decorator of what users call with an operator: run under the automatic twin of `jax.set_mesh`'s mesh.
 
     Arrays among the arguments are moved to the twin, those of the result back to the user's mesh. A random
-    key is checked.
+    key and numbers are checked.
     """
-    checked = key_check(fn)
+    checked, with_numbers = key_check(fn), number_check(fn)
 
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if checked is not None:
             kwargs = cast("Any", checked(kwargs))
+        if with_numbers is not None:
+            args, kwargs = with_numbers(args, kwargs)
         if not _is_explicit(jax.sharding.get_abstract_mesh()):
             return fn(*args, **kwargs)
         try:

@@ -148,6 +148,8 @@ def eigsh(
     require_operator(op)
     if metric is not None and (v0 is not None or deflate is not None):
         raise SpectraError("v0 and deflate are of runs without a metric: leave them out.")
+    if not isinstance(deflate, Eigenpairs | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SpectraError(f"deflate is of type {type(deflate).__name__}: pass the result of eigsh.")
     known = 0 if deflate is None else len(deflate.values)
     _check_arguments(op, k, which, tol, block_size, verify, known)
     if basis == "none":
