@@ -54,14 +54,15 @@ def _kind(annotation: Any) -> tuple[type, bool] | None:
 
 
 def _checked(name: str, value: Any, kind: type, may_be_none: bool) -> Any:
+    given = value
     if isinstance(value, Tracer) or (value is None and may_be_none):
-        return value
+        return given
     if kind is int:
         found = _whole(value)
         if found is not None:
             return found
-    elif not isinstance(value, bool | str | bytes) and np.ndim(value) == 0 and _is_real(value):
-        return value
+    elif not isinstance(given, bool | str | bytes) and np.ndim(given) == 0 and _is_real(given):
+        return given
     wanted = "whole" if kind is int else "real"
     raise SpectraError(f"{name}={value!r}: use a {wanted} number{', or None' if may_be_none else ''}.")
 
