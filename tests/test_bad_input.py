@@ -1,5 +1,7 @@
 """Every bad input gives an error that names the argument or the leaf, and never a number."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -346,3 +348,43 @@ def test_what_reads_numbers_on_the_host_says_so_inside_jit(call, tmp_path, monke
     with pytest.raises(SpectraError, match="jit"):
         jax.jit(lambda w: call(spectra.HessianOperator(square, w, X)))(jnp.ones(2))
     assert not list(tmp_path.iterdir())
+
+
+SMALL = spectra.MatrixOperator(np.diag(np.arange(1.0, 31.0, dtype=np.float32)))
+KEYED = {"key": jax.random.key(0)}
+WRONG_TYPES = {
+    "a tolerance that is text": (lambda: spectra.eigsh(SMALL, 2, tol="a", **KEYED), "tol='a'"),
+    "no tolerance": (lambda: spectra.eigsh(SMALL, 2, tol=None, **KEYED), "tol=None"),
+    "half a start vector": (lambda: spectra.eigsh(SMALL, 2, block_size=1.5, **KEYED), "block_size=1.5"),
+    "half a product": (lambda: spectra.eigsh(SMALL, 2, max_matvecs=3.5, **KEYED), "max_matvecs=3.5"),
+    "a flag for a number": (lambda: spectra.eigsh(SMALL, True, **KEYED), "k=True"),
+    "a number for pairs": (lambda: spectra.eigsh(SMALL, 2, deflate=3, **KEYED), "deflate is of type int"),
+    "a number for a folder": (lambda: spectra.eigsh(SMALL, 2, checkpoint=3, **KEYED), "checkpoint=3"),
+    "steps in text": (lambda: spectra.slq(SMALL, num_steps="5", num_probes=1, **KEYED), "num_steps='5'"),
+    "half a probe": (lambda: spectra.slq(SMALL, num_steps=5, num_probes=1.5, **KEYED), "num_probes=1.5"),
+    "products in text": (lambda: spectra.trace(SMALL, num_matvecs="8", **KEYED), "num_matvecs='8'"),
+    "half a moment": (lambda: spectra.kpm(SMALL, num_moments=2.5, **KEYED), "num_moments=2.5"),
+    "one bound": (lambda: spectra.kpm(SMALL, bounds="x", **KEYED), "bounds='x'"),
+    "no shift": (lambda: spectra.condition_number(SMALL, shift="x", **KEYED), "shift='x'"),
+    "no steps": (lambda: spectra.condition_number(SMALL, num_steps=0, **KEYED), "num_steps=0"),
+    "no probes": (lambda: spectra.spectrum(SMALL, num_probes=0, **KEYED), "num_probes=0"),
+    "a negative width": (lambda: spectra.spectrum(SMALL, tol=-1, **KEYED), "tol=-1"),
+    "a name for a function": (lambda: spectra.trace_of(SMALL, "log", **KEYED), "f='log'"),
+    "words of a function": (lambda: spectra.funm(SMALL, lambda x: "a", jnp.ones(30)), "f makes an array"),
+    "a few values of a function": (lambda: spectra.trace_of(SMALL, lambda x: x[:2], **KEYED), "f makes an"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_arguments_of_another_type_are_named(name):
+    call, text = WRONG_TYPES[name]
+    with pytest.raises(spectra.SpectraError, match=re.escape(text)):
+        call()
+
+
+def test_whole_numbers_of_any_type_are_whole_numbers():
+    first, *others = (
+        spectra.trace(SMALL, method="hutchinson", num_matvecs=count, **KEYED).value
+        for count in (8, 8.0, np.int64(8), np.float32(8), jnp.int32(8))
+    )
+    assert others == [first] * 4

@@ -405,3 +405,18 @@ def test_a_right_hand_side_that_is_no_number():
     with pytest.raises(spectra.NonFiniteError):
         spectra.solve(op, b.at[0].set(jnp.nan))
     assert (spectra.solve(op, 0 * b).x == 0).all()
+
+
+def test_a_side_that_the_device_takes_for_zero_is_refused():
+    """Below the normal numbers of float32, 1.2e-38; zero is a number, and so is what rounding hides."""
+    op = spectra.MatrixOperator(jnp.diag(jnp.arange(1.0, 5.0)))
+    tiny = np.float32(1e-41) * np.ones(4, np.float32)
+    for b in (tiny, np.append(tiny[:3], np.float32(1e-37))):
+        with pytest.raises(spectra.SpectraError, match="smallest normal number of float32"):
+            spectra.solve(op, jnp.asarray(b))
+    with pytest.raises(spectra.SpectraError, match="right-hand side 1"):
+        spectra.solve(op, np.stack([np.ones(4, np.float32), tiny]))
+    normal = np.append(tiny[:3], np.float32(1.0))
+    for b in (np.zeros(4, np.float32), normal, np.float32(1e-36) * np.arange(1.0, 5.0, dtype=np.float32)):
+        x = spectra.solve(op, jnp.asarray(b)).x
+        np.testing.assert_allclose(x, b / np.arange(1.0, 5.0), rtol=1e-5, atol=1e-5 * b.max())

@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from spectra.base.errors import SpectraError, StructureError
+from spectra.base.numbers import number_check
 
 PyTree = Any
 P = ParamSpec("P")
@@ -49,16 +50,20 @@ def automatic(fn: Callable[P, T]) -> Callable[P, T]:
     """Decorator of what users call with an operator: run under the automatic twin of `jax.set_mesh`'s mesh.
 
     Arrays among the arguments are moved to the twin, those of the result back to the user's mesh. A random
-    `key` is checked, but for a None that its annotation allows: not every way of computing draws numbers.
+    `key` is checked, but for a None that its annotation allows: not every way of computing draws numbers. So
+    are numbers.
     """
     parameter = inspect.signature(fn).parameters.get("key")
     may_be_none = parameter is not None and "None" in str(parameter.annotation)
+    with_numbers = number_check(fn)
 
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         named = cast("dict[str, Any]", kwargs)
         if parameter is not None and "key" in named and not (named["key"] is None and may_be_none):
             named["key"] = require_key(named["key"])
+        if with_numbers is not None:
+            args, kwargs = with_numbers(args, kwargs)
         if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
             return fn(*args, **kwargs)
         try:

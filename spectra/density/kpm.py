@@ -97,8 +97,8 @@ def kpm(
         raise SpectraError(f"num_moments={num_moments} and num_probes={num_probes}: use at least 2 and 1.")
     if probe_batch is not None and not 1 <= probe_batch <= num_probes:
         raise SpectraError(f"probe_batch={probe_batch} is not between 1 and num_probes={num_probes}.")
-    if bounds is not None and not (np.isfinite(bounds).all() and bounds[0] < bounds[1]):
-        raise SpectraError(f"bounds={bounds}: use two finite numbers, the smaller one first.")
+    if bounds is not None and not _are_bounds(bounds):
+        raise SpectraError(f"bounds={bounds!r}: use two finite numbers, the smaller one first.")
     batch = probe_batch or choose_batch(op, VECTORS * trees.tree_bytes(op.structure), 0, None, num_probes)
     options = {
         "num_moments": num_moments,
@@ -112,6 +112,14 @@ def kpm(
 
 
 _Pair = tuple[PyTree, PyTree]  # T_{j-1} v and T_j v of each probe
+
+
+def _are_bounds(bounds: tuple[float, float]) -> bool:
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError):
+        return False
+    return -np.inf < low < high < np.inf
 
 
 def _run_probes(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from spectra.base.errors import SpectraError
+from spectra.base.numbers import one_each
 from spectra.density.extremes import LEVEL, extreme
 from spectra.quadrature.brackets import gauss_radau, rules
 from spectra.quadrature.copies import Rule
@@ -39,7 +40,7 @@ _SAMPLES = 16
 def evaluate(f: Function, x: np.ndarray) -> np.ndarray:
     """f without warnings, in float64; a scalar result is broadcast."""
     with np.errstate(all="ignore"):
-        return np.broadcast_to(np.asarray(f(x), np.float64), x.shape)
+        return np.asarray(one_each(f(x), x), np.float64)
 
 
 def interval_of(q: Quadrature, bounds: Bounds | None) -> tuple[tuple[float, float], bool]:

@@ -130,6 +130,8 @@ def condition_number(
         raise SpectraError(f"shift={shift}: use a finite number.")
     if rank_tol is not None and not 0 <= rank_tol < 1:
         raise SpectraError(f"rank_tol={rank_tol} is relative to |λ|max: use a number in [0, 1), or None.")
+    if min(num_steps, num_probes) < 1:
+        raise SpectraError(f"num_steps={num_steps} and num_probes={num_probes}: use at least one of each.")
     if trees.is_traced((op, key)):
         raise SpectraError("condition_number counts on the host: call it outside jit and vmap.")
     options = {"num_steps": num_steps, "num_probes": num_probes}

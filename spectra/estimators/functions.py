@@ -114,6 +114,8 @@ def trace_of(
     """
     if tol is not None and not 0 < tol < 1:
         raise SpectraError(f"tol={tol} is relative to the value: use a number in (0, 1).")
+    if not callable(f):  # pyright: ignore[reportUnnecessaryComparison]
+        raise SpectraError(f"f={f!r}: pass a function of an array of eigenvalues, such as np.log.")
 
     if isinstance(source, LinearOperator) and trees.is_traced((source, key)):
         options = {"num_probes": num_probes, "probe_batch": probe_batch}

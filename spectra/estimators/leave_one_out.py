@@ -297,7 +297,8 @@ def mean_and_variance(values: Array, pairs: Array, xp: Any, own: Array | None = 
     delta = xp.where(xp.eye(d, dtype=bool), 0, delta)
     covariance = _covariance(delta * xp.swapaxes(delta, -1, -2), xp)
     if own is not None:
-        return xp.mean(values, axis=-1), xp.mean(own, axis=-1) / m + covariance * (1 - 1 / m)
+        one = xp.mean(own, axis=-1)
+        return xp.mean(values, axis=-1), one / m + xp.minimum(covariance, CHANCE * one) * (1 - 1 / m)
     spread = xp.var(values, axis=-1, ddof=1) / m
     return xp.mean(values, axis=-1), spread + covariance
 

@@ -95,7 +95,8 @@ def eigsh(
             block, and 2 n for small operators. Those that measure rounding are not counted.
         verify: look for missed copies: "auto", True (until the probability is at most 1e-6), or False.
         v0: first start vector, a pytree or a flat array; default random.
-        deflate: known pairs: the operator is restricted to their orthogonal complement.
+        deflate: known pairs: the operator is restricted to their orthogonal complement. Start vectors are
+            independent of those of the run that found them, under the same key too.
         metric: M of H v = λ M v, positive definite: an operator, up to order 2000, or its diagonal, a pytree
             like the parameters. Vectors are orthonormal in it, v_iᵀ M v_j = δ_ij, and residuals are
             |H v - λ M v| in the norm of M⁻¹. If M is an operator, this takes n products with each.
@@ -107,7 +108,8 @@ def eigsh(
         basis_dtype: dtype of stored basis vectors: "bfloat16" halves their memory. Ritz vectors are sums of
             these rows, whose rounding (8e-3 in bfloat16, 1e-7 in float32) bounds how far residuals come down,
             so that `tol` may not be below it. k more products then measure the residuals, and the values,
-            which are accurate to residual² / gap, in full precision. Not for "SM".
+            which are accurate to residual² / gap, in full precision: that end holds the k vectors, their
+            products, and combinations of both, 4 k vectors, beside the rows. Not for "SM".
 
     Returns:
         `Eigenpairs`: values ascending, vectors as one pytree with leaves (k, *leaf.shape), residuals
@@ -148,6 +150,8 @@ def eigsh(
     require_operator(op)
     if metric is not None and (v0 is not None or deflate is not None):
         raise SpectraError("v0 and deflate are of runs without a metric: leave them out.")
+    if not isinstance(deflate, Eigenpairs | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SpectraError(f"deflate is of type {type(deflate).__name__}: pass the result of eigsh.")
     known = 0 if deflate is None else len(deflate.values)
     _check_arguments(op, k, which, tol, block_size, verify, known)
     if basis == "none":

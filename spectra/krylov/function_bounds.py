@@ -22,6 +22,7 @@ import numpy as np
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.host import one_thread
+from spectra.base.numbers import one_each
 from spectra.krylov.lanczos import lanczos
 from spectra.operators.base import LinearOperator
 from spectra.quadrature.copies import breakdown_noise
@@ -196,9 +197,7 @@ def on_reals(f: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], np.ndarra
 
     def values(x: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):
-            found = np.asarray(f(np.asarray(x, np.float64)))
-        if found.shape != np.shape(x):
-            found = np.broadcast_to(found, np.shape(x))
+            found = one_each(f(np.asarray(x, np.float64)), x)
         if np.iscomplexobj(found):
             found = np.where(np.imag(found) == 0, np.real(found), np.nan)
         return np.asarray(found, np.float64)

@@ -142,6 +142,8 @@ def solve(
     b, several, back = stacked(op, b, "b")
     if not traced and not trees.all_finite(b):
         raise NonFiniteError("b is NaN or infinite somewhere.")
+    if not traced and method != "dense":
+        _check_flushed(b, op)
     if x0 is not None:
         x0, many, _ = stacked(op, x0, "x0")
         count = jax.tree.leaves(b)[0].shape[0]
@@ -182,6 +184,25 @@ def _check_arguments(
         raise SpectraError(f"lower_bound={lower_bound}: no |eigenvalue| is below it, a positive number.")
     if not is_real_scalar(shift) or not (trees.is_traced(shift) or np.isfinite(shift)):
         raise SpectraError(f"shift={shift!r}: use a finite real number.")
+
+
+def _check_flushed(b: PyTree, op: LinearOperator) -> None:
+    """Raise where a part of b that counts is below the normal numbers: devices take that for zero."""
+    least = float(jnp.finfo(op.dtype).tiny)
+    for i in np.flatnonzero(np.asarray(_largest(b)) <= least / op.precision):  # above, rounding hides it
+        entries = np.concatenate([np.asarray(x)[i].ravel().astype(np.float64) for x in jax.tree.leaves(b)])
+        unit = np.abs(entries).max(initial=0) or 1.0
+        lost = np.linalg.norm(entries[np.abs(entries) < least] / unit)
+        share = lost / (np.linalg.norm(entries / unit) or 1.0)
+        if share > op.precision:
+            which = f"right-hand side {i}" if len(_largest(b)) > 1 else "b"
+            raise SpectraError(
+                f"{share:.1%} of {which} is below {least:.1e}, the smallest normal number of {op.dtype}, "
+                "and would be taken for zero. Multiply b by a power of two, and divide x by it."
+            )
+
+
+_largest = jax.jit(jax.vmap(trees.largest))
 
 
 def _check_dense(op: LinearOperator, preconditioner: Any, x0: PyTree | None, max_matvecs: int | None) -> None:

@@ -233,6 +233,8 @@ def spectrum(
     trees.require_values("spectrum", op)
     if not zero_tol >= 0:
         raise SpectraError(f"zero_tol={zero_tol} is a share of |H|: use 0 or a positive number.")
+    if num_probes < 1 or not (tol is None or tol > 0):
+        raise SpectraError(f"num_probes={num_probes}, tol={tol}: use one probe at least, and a positive tol.")
     steps = min(100, op.size) if num_steps is None else num_steps
     plain = checkpoint is None and basis == "inherit" and basis_dtype is None
     if dense.choose(op, exact, steps, num_probes, tol, plain):

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from spectra.base import trees
+from spectra.base.errors import SpectraError
 from spectra.base.files import program_digest, tree_digest
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.composed import DeflatedOperator
@@ -65,7 +66,11 @@ class Checkpoint:
     @classmethod
     def of(cls, value: "Checkpoint | str | os.PathLike[str] | None") -> "Checkpoint | None":
         """A checkpoint from a folder's name."""
-        return value if isinstance(value, Checkpoint) or value is None else cls(value)
+        if isinstance(value, Checkpoint) or value is None:
+            return value
+        if not isinstance(value, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SpectraError(f"checkpoint={value!r}: pass the name of a folder, or a Checkpoint.")
+        return cls(value)
 
     def child(self, name: str) -> "Checkpoint":
         """The checkpoint of one of several runs."""

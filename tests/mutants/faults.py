@@ -30,6 +30,27 @@ def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
 
 KRYLOV = [
     fault(
+        "what is left of a vector beside deflated ones is shorter than one",
+        "krylov/recurrence.py",
+        "unit = jnp.where(ended, 0, lax.rsqrt(jnp.where(ended, 1, square)))",
+        "unit = jnp.where(ended, 0.0, 1.0)",
+        "test_deflation.py::test_a_space_that_ends_beside_known_vectors_is_no_asymmetry",
+    ),
+    fault(
+        "probes beside eigenpairs are those that found them",
+        "density/slq.py",
+        "beside_pairs(key, len(pairs.values), use=1)",
+        "key",
+        "test_deflation.py::test_probes_are_independent_of_pairs_from_the_same_key",
+    ),
+    fault(
+        "a search for copies that ran out of products counts as done",
+        "krylov/wanted.py",
+        "if not found and _unfinished(run, run.search):",
+        "if False:",
+        "test_resuming.py::test_a_search_whose_products_ran_out_goes_on_with_more",
+    ),
+    fault(
         "residuals of rounded rows are those of the rows before they were rounded",
         "krylov/eigen_run.py",
         "if band.layout.row_dtype is None:",
