@@ -18,7 +18,7 @@ def count_above(
     *,
     key: jax.Array | None = None,
     num_steps: int | None = None,
-    num_probes: int = 8,
+    num_probes: int | None = None,
     probe_batch: int | None = None,
 ) -> Estimate:
     """Estimate the number of eigenvalues above a threshold.
@@ -35,7 +35,7 @@ def count_above(
         threshold: the threshold, in units of the eigenvalues.
         key: JAX random key; needed for an operator.
         num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
-        num_probes: probes.
+        num_probes: probes, default 8.
         probe_batch: see `slq`.
 
     Returns:
@@ -62,7 +62,7 @@ def negative_share(
     *,
     key: jax.Array | None = None,
     num_steps: int | None = None,
-    num_probes: int = 8,
+    num_probes: int | None = None,
     probe_batch: int | None = None,
 ) -> Estimate:
     """Estimate the share of negative eigenvalues, those below minus the noise floor.
@@ -71,7 +71,7 @@ def negative_share(
         source: symmetric operator, or a `Quadrature` of it.
         key: JAX random key; needed for an operator.
         num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
-        num_probes: probes.
+        num_probes: probes, default 8.
         probe_batch: see `slq`.
 
     Returns:
