@@ -110,7 +110,7 @@ def main(settings: Settings) -> Report:
         worst = max(found.residual_norm / norm for found, norm in zip(alone, norms(few), strict=True))
         label = f"{name}, n = {op.size:,}"
         cells = [f"{plain:.1f}", "0", "1.00", "1.00", f"{worst:.1e}", "converged"]
-        rows.append([label, "none, plain CG", "1", *cells])
+        add(rows, [label, "none, plain CG", "1", *cells])
         for way, b, preconditioner in (
             ("none", few, None),
             ("Nyström", few, "nystrom"),
@@ -124,7 +124,7 @@ def main(settings: Settings) -> Report:
             shares = [each / plain, (each + built / sides) / plain]
             cells = [f"{sides}", f"{each:.1f}", f"{built}", *(f"{share:.2f}" for share in shares)]
             worst = f"{np.max(found.residual_norm / norms(b)):.1e}"
-            rows.append([label, way, *cells, worst, found.status.code])
+            add(rows, [label, way, *cells, worst, found.status.code])
             if sides == MANY and way == "none":
                 goals.append(
                     Goal(f"{name}: products of one of {MANY} solutions / plain CG", shares[1], SHARE)
@@ -134,6 +134,12 @@ def main(settings: Settings) -> Report:
                 goals.append(Goal(text, shares[0], SHARE))
     head = ["network", "preconditioner", "right-hand sides", "products of each", "built with", "share"]
     return Report(table([*head, "with what built it", "worst \\|b - Ax\\| / \\|b\\|", "status"], rows), goals)
+
+
+def add(rows, cells):
+    """One more row, printed at once: a run that is ended leaves what it has measured."""
+    rows.append(cells)
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def norms(b):

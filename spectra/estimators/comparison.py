@@ -53,7 +53,7 @@ def compare_operators(
         num_pairs: k, the number of eigenvalues of largest modulus to compare.
         num_probes: probes for the Frobenius errors of the whole and of each layer; densities use half as
             many.
-        num_steps: Lanczos steps per probe for the densities.
+        num_steps: Lanczos steps per probe for the densities; not used up to order 64.
         by: blocks to compare, "layer" or "leaf"; None for none.
         level: probability with which each interval contains its number.
 

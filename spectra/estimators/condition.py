@@ -57,8 +57,8 @@ def condition_number(
     rank_tol: float | None = None,
     method: str = "auto",
     per_layer: bool = False,
-    num_steps: int = 100,
-    num_probes: int = 4,
+    num_steps: int | None = None,
+    num_probes: int | None = None,
 ) -> ConditionNumber | LayerConditions:
     """Compute the condition number of H + shift I, and state whether it is a value or only a bound.
 
@@ -98,8 +98,9 @@ def condition_number(
             alone.
         method: "dense", "krylov", or "auto".
         per_layer: compute one condition number for each diagonal block of `op.blocks(by="layer")`.
-        num_steps: Lanczos steps per probe of the Krylov method.
-        num_probes: its number of probes.
+        num_steps: Lanczos steps per probe of the Krylov method, default 100. Small operators that "auto"
+            makes dense have no use for it; with "dense" it is refused.
+        num_probes: its number of probes, default 4; the same.
 
     Returns:
         `ConditionNumber`; with per_layer=True a `LayerConditions`, which maps layer names to these and prints
@@ -135,6 +136,8 @@ def condition_number(
     if trees.is_traced((op, key)):
         raise SpectraError("condition_number counts on the host: call it outside jit and vmap.")
     options = {"num_steps": num_steps, "num_probes": num_probes}
+    if method == "dense" and (given := [name for name, value in options.items() if value is not None]):
+        raise SpectraError(f"{given[0]}={options[given[0]]} has no effect with method='dense': leave it out.")
     if per_layer:
         blocks = op.blocks(by="layer")
         keys = jax.random.split(key, len(blocks))
@@ -146,7 +149,8 @@ def condition_number(
         return LayerConditions(layers)  # pyright: ignore[reportArgumentType]
     if method == "dense" or (method == "auto" and op.size <= (DENSE_STREAM if op.on_host else DENSE)):
         return _dense(op, shift, rank_tol)
-    return _krylov(op, key, shift, rank_tol, **options)
+    steps, probes = (100 if num_steps is None else num_steps), (4 if num_probes is None else num_probes)
+    return _krylov(op, key, shift, rank_tol, steps, probes)
 
 
 def _dense(op: LinearOperator, shift: float, rank_tol: float | None) -> ConditionNumber:

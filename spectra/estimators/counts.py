@@ -23,7 +23,7 @@ def count_above(
     *,
     key: jax.Array | None = None,
     num_steps: int | None = None,
-    num_probes: int = 8,
+    num_probes: int | None = None,
     tol: float | None = None,
     probe_batch: int | None = None,
 ) -> Estimate:
@@ -41,7 +41,7 @@ def count_above(
         threshold: the threshold, in units of the eigenvalues.
         key: JAX random key; needed for an operator.
         num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
-        num_probes: probes; with `tol`, num_steps x num_probes is the maximum number of products.
+        num_probes: probes, default 8; with `tol`, num_steps x num_probes is the maximum number of products.
         tol: stop as soon as the 95 % interval is within ±tol n, as `trace_of` does; `status` says whether it
             is. One probe may be enough.
         probe_batch: see `slq`.
@@ -74,7 +74,7 @@ def negative_share(
     *,
     key: jax.Array | None = None,
     num_steps: int | None = None,
-    num_probes: int = 8,
+    num_probes: int | None = None,
     tol: float | None = None,
     probe_batch: int | None = None,
 ) -> Estimate:
@@ -84,7 +84,7 @@ def negative_share(
         source: symmetric operator, or a `Quadrature` of it.
         key: JAX random key; needed for an operator.
         num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
-        num_probes: probes; with `tol`, num_steps x num_probes is the maximum number of products.
+        num_probes: probes, default 8; with `tol`, num_steps x num_probes is the maximum number of products.
         tol: stop as soon as the 95 % interval is within ±tol, as in `count_above`.
         probe_batch: see `slq`.
 

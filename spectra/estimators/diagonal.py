@@ -72,7 +72,8 @@ def diagonal(
         num_matvecs: budget of products. If it covers n, "exact" replaces the others but "hutchinson", which
             replaces "xdiag" below 16 (which takes at least 4) and "xnysdiag" below 8: fewer than 8
             Rademacher probes cannot tell entries apart.
-        tol: stop as soon as |stderr| <= tol |value| in the Euclidean norm over all entries.
+        tol: stop as soon as |stderr| <= tol |value| in the Euclidean norm over all entries. "exact" takes
+            all of its products.
         by: "leaf" or "layer": value and stderr become dicts {path: array}, or {layer: {path: array}}; `total`
             has the pytree.
         probe_batch: products computed side by side; changes the result by rounding only.

@@ -45,7 +45,7 @@ def trace_of(
     *,
     key: jax.Array | None = None,
     num_steps: int | None = None,
-    num_probes: int = PROBES,
+    num_probes: int | None = None,
     tol: float | None = None,
     bounds: Bounds | None = None,
     one_signed: bool | None = None,
@@ -76,7 +76,8 @@ def trace_of(
         f: vectorised NumPy function of eigenvalues.
         key: JAX random key; needed for an operator.
         num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
-        num_probes: number of probes; with `tol`, num_steps x num_probes is the maximum number of products.
+        num_probes: number of probes, default 8; with `tol`, num_steps x num_probes is the maximum number of
+            products.
         tol: spend products until stderr and half of the bracket together are below tol |value|: on steps, on
             probes, or on Ritz vectors that are taken out, whichever is predicted to gain most (see
             `spectra.density.spending`). The first probe may go on for four times num_steps then.
@@ -118,7 +119,7 @@ def trace_of(
         raise SpectraError(f"f={f!r}: pass a function of an array of eigenvalues, such as np.log.")
 
     if isinstance(source, LinearOperator) and trees.is_traced((source, key)):
-        options = {"num_probes": num_probes, "probe_batch": probe_batch}
+        options = {"num_probes": PROBES if num_probes is None else num_probes, "probe_batch": probe_batch}
         return _traced(source, f, key, num_steps, tol, bounds, options)
     signed = _is_known(f) if one_signed is None else one_signed
 
@@ -197,7 +198,7 @@ def quadrature_of(
     source: LinearOperator | Quadrature,
     key: jax.Array | None,
     num_steps: int | None = None,
-    num_probes: int = PROBES,
+    num_probes: int | None = None,
     probe_batch: int | None = None,
     error: Callable[[Quadrature], float] | None = None,
     **spending: Any,
@@ -213,14 +214,15 @@ def quadrature_of(
     if trees.is_traced((source, key)):
         raise SpectraError("functions of an operator need values: call outside of jit and vmap.")
     steps = min(100, source.size) if num_steps is None else num_steps
-    options: dict[str, Any] = {"key": require_key(key), "num_steps": steps, "num_probes": num_probes}
+    probes = PROBES if num_probes is None else num_probes
+    options: dict[str, Any] = {"key": require_key(key), "num_steps": steps, "num_probes": probes}
     options["probe_batch"] = probe_batch
     return spend(source, error, **options, **spending) if error else slq(source, **options)
 
 
 def _require_no_run(q: Quadrature, **given: int | None) -> None:
     """Raise where arguments ask for a run of Lanczos that has been made already, and was another one."""
-    of_run = {"num_steps": (None, q.num_steps), "num_probes": (PROBES, q.num_probes), "probe_batch": (None,)}
+    of_run = {"num_steps": (None, q.num_steps), "num_probes": (None, q.num_probes), "probe_batch": (None,)}
     for name, value in given.items():
         if value not in of_run[name]:
             raise SpectraError(

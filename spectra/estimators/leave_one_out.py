@@ -35,6 +35,9 @@ from spectra.base.host import one_thread
 Array = Any
 PAIRS = 64
 """Probes among which pairs are formed for the covariance: 4032 pairs estimate it well enough."""
+CHANCE = 10.0
+"""How far a variance from two probes may be below its mean by chance. With 1 intervals held for 90 % of 1,500
+keys (rank two, two probes), with 4 for 93, with 10 for 95."""
 TOGETHER = 2**16
 """Numbers in an array of the pair algebra on the host, at most: half a megabyte, which stays in a cache."""
 
@@ -290,7 +293,8 @@ def mean_and_variance(values: Array, pairs: Array, xp: Any, own: Array | None = 
     """Mean over probes and its variance, for estimates (G, m) and pairs (d, G, m); see above.
 
     `own` has the variance of each estimate given its sketch, where it is known: on average that is the
-    spread and the covariance together.
+    spread and the covariance together. It bounds the covariance (Cauchy-Schwarz), up to `CHANCE`: where the
+    probes left span the range, δ_ij is the error of a smaller sketch, and says nothing of this one.
     """
     m, d = values.shape[-1], len(pairs)
     delta = values[:, None, :d] - xp.moveaxis(pairs, 0, 1)[..., :d]

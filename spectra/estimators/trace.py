@@ -90,10 +90,11 @@ def trace(
         num_matvecs: budget of products. If it covers n, "exact" replaces the sketching methods.
         tol: stop as soon as stderr <= tol |value|, checking after 12 probes (16 for "hutchinson") and then
             whenever their number has grown by half; the status says whether it was reached. After the first
-            check the stated error is the tolerance itself, up to 1.22 times the error found.
+            check the stated error is the tolerance itself, up to 1.22 times the error found. "exact"
+            takes all of its products.
         probes: "rademacher" (default for "hutchinson" from four probes on: exact for a diagonal H) or
             "normal" (default for fewer, and for the other methods, which scale the projected probe to the
-            length it has on average).
+            length it has on average). Not for method="exact".
         by: "leaf" or "layer": value and stderr become dicts with the trace of each diagonal block, from
             the same products; `total` is the trace of the whole.
         probe_batch: products computed side by side; changes the result by rounding only. Those of a Krylov
@@ -138,11 +139,13 @@ def trace(
     if free and chosen == "xtrace" and _for_krylov(op, key, by, probes, num_matvecs):
         chosen = "krylov"
         reason = f"n={op.size:,} exceeds num_matvecs={num_matvecs} and the basis fits into memory"
-    method = chosen
+    asked, method = method, chosen
     if method == "krylov" and checkpoint is not None:
         raise SpectraError(
             "checkpoint=: a Krylov space is not saved, method='krylov' starts anew each time. Use 'xtrace'."
         )
+    if asked == "exact" and probes is not None:
+        raise SpectraError(f"probes={probes!r} has no effect with method='exact', which draws none.")
     kind = check_probes(probes, _default_probes(op, method, num_matvecs))
     count = op.size if method == "exact" else num_matvecs
     if method != "exact" and num_matvecs < _LEAST[method]:

@@ -89,12 +89,14 @@ def eigsh(
             `op.precision`, a pair counts as converged. For "SM", in units of |λ| itself.
         num_basis: maximum number of vectors kept, which determines the memory; default 2 max(2k + 1, 20),
             or n. Memory is for num_basis + block_size + deflated vectors, rounded up to a multiple of 8: with
-            one start vector, 7 take half of what 8 take.
-        block_size: number of start vectors. 1 needs the fewest products unless eigenvalues repeat.
+            one start vector, 7 take half of what 8 take. Not for "SM".
+        block_size: number of start vectors. 1 needs the fewest products unless eigenvalues repeat. Not for
+            "SM", which filters a block of its own.
         max_matvecs: maximum number of products; default 50 num_basis + 1000, for "SM" 4000 per vector of its
             block, and 2 n for small operators. Those that measure rounding are not counted.
-        verify: look for missed copies: "auto", True (until the probability is at most 1e-6), or False.
-        v0: first start vector, a pytree or a flat array; default random.
+        verify: look for missed copies: "auto", True (until the probability is at most 1e-6), or False. Not
+            used for "SM", whose block finds them, nor for dense matrices.
+        v0: first start vector, a pytree or a flat array; default random. Not for "SM".
         deflate: known pairs: the operator is restricted to their orthogonal complement. Start vectors are
             independent of those of the run that found them, under the same key too.
         metric: M of H v = λ M v, positive definite: an operator, up to order 2000, or its diagonal, a pytree
@@ -154,6 +156,8 @@ def eigsh(
         raise SpectraError(f"deflate is of type {type(deflate).__name__}: pass the result of eigsh.")
     known = 0 if deflate is None else len(deflate.values)
     _check_arguments(op, k, which, tol, block_size, verify, known)
+    if which == "SM":
+        _check_smallest(num_basis=num_basis, block_size=None if block_size == 1 else block_size, v0=v0)
     if basis == "none":
         raise SpectraError(
             'basis="none": eigenvectors are sums of basis vectors. Use slq, which can do without.'
@@ -280,6 +284,16 @@ def _check_arguments(
         raise SpectraError(f"block_size={block_size}: at least one start vector is needed.")
     if verify not in (True, False, "auto"):
         raise SpectraError(f"verify={verify!r}: use 'auto', True or False.")
+
+
+def _check_smallest(**of_lanczos: Any) -> None:
+    """Raise where arguments of Lanczos runs are given for the filtered block that finds the smallest |λ|."""
+    for name, value in of_lanczos.items():
+        if value is not None:
+            raise SpectraError(
+                f"{name}= has no effect with which='SM', which filters a block of its own: leave it out, or "
+                "use 'LA', 'SA', 'LM' or 'BE'."
+            )
 
 
 def _check_rows(layout: Layout, which: str, tol: float) -> None:

@@ -56,7 +56,7 @@ def truncation(
         intervals: contain the spectrum.
     """
     if not last.any():
-        return np.zeros(first.shape[1])
+        return np.zeros(len(first.T))
     at_nodes = f(theta)
 
     def quotients(x: np.ndarray) -> np.ndarray:
@@ -66,7 +66,7 @@ def truncation(
     points = [_samples(low, high, theta) for low, high in intervals]
     sampled = [quotients(x) for x in points]
     if not all(np.isfinite(x).all() for x in sampled):
-        return np.full(first.shape[1], np.inf)
+        return np.full(len(first.T), np.inf)
     bounds: list[float] = []
     for column in first.T:
         weights = column[:, None] * last.T

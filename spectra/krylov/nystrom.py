@@ -12,6 +12,7 @@ from jax import lax
 
 from spectra.base import arrays, host, stacks, trees
 from spectra.base.trees import PyTree
+from spectra.krylov.linear_block import WIDEST
 from spectra.operators.base import LinearOperator
 from spectra.operators.pytree import operator
 from spectra.results import Eigenpairs
@@ -97,23 +98,32 @@ def nystrom(
         sizes = sizes / abs(float(shift)) if shift else np.where(sizes > 0, np.inf, 0.0)
         more = min(sketch.count, limit - sketch.count)
         products = more if sketch.basis is None else 2 * more
-        if not more or (sizes[len(sizes) // 2] <= NEAR and sides * _saved(sizes, more, tol) <= products):
+        near = _left(sizes, 0, sides) <= NEAR
+        if not more or (near and sides * _saved(sizes, more, tol, sides) <= products):
             return _from_pairs(vectors, values, shift), sketch.products
 
 
-def _saved(sizes: np.ndarray, more: int, tol: float) -> float:
-    """Products of CG that a sketch with `more` columns saves, given the eigenvalues of this one in shifts.
+def _saved(sizes: np.ndarray, more: int, tol: float, sides: int) -> float:
+    """Products of each right-hand side that a sketch with `more` columns saves, given the eigenvalues of this
+    one in shifts: `SHARE` √(1 + κ) / 2 log(2 / tol) reach tol, with κ the largest eigenvalue that is left.
+    """
+    fewer = math.sqrt(1 + _left(sizes, 0, sides)) - math.sqrt(1 + _left(sizes, more, sides))
+    return SHARE * fewer / 2 * math.log(2 / max(tol, float(np.finfo(np.float64).eps)))
 
-    `SHARE` √(1 + κ) / 2 log(2 / tol) products reach tol, with κ the largest eigenvalue that is left. A sketch
-    of r columns tells those up to r / 2; that at r is taken to be below that at r / 2 by the factor that this
-    one is below that at r / 4, as for a power law.
+
+def _left(sizes: np.ndarray, more: int, sides: int) -> float:
+    """The largest eigenvalue, in shifts, that a sketch with `more` columns leaves to CG.
+
+    A sketch of r columns takes out those up to r / 2, and tells as many. A block of s right-hand sides
+    converges as if the next s - 1 were not there either (O'Leary, doi:10.1016/0024-3795(80)90247-5, theorem
+    5): the more there are, the less is there for a sketch to take out. Eigenvalues that the sketch does not
+    tell are taken to go on from r / 2 as they fell from r / 4 to there, as for a power law.
     """
     quarter, middle = sizes[len(sizes) // 4], sizes[len(sizes) // 2]
     if middle == 0:
         return 0.0
-    left = middle * (middle / quarter) ** math.log2(1 + more / len(sizes))
-    fewer = math.sqrt(1 + middle) - math.sqrt(1 + left)
-    return SHARE * fewer / 2 * math.log(2 / max(tol, float(np.finfo(np.float64).eps)))
+    further = more + 2 * (min(sides, WIDEST) - 1)
+    return float(middle * (middle / quarter) ** math.log2(1 + further / len(sizes)))
 
 
 def _widest(op: LinearOperator) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from spectra.base.errors import SpectraError
 from spectra.base.meshes import automatic, require_key
 from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
 from spectra.density.slq import slq
@@ -49,14 +50,17 @@ class Summary(Named):
         return [head, *(_cells(name, q) for name, q in self.quadratures.items())]
 
 
+STEPS, PROBES = 100, 8
+
+
 @automatic
 def summary(
     source: LinearOperator | Problem | Mapping[str, Any],
     *,
     key: jax.Array | None = None,
     by: str = "layer",
-    num_steps: int = 100,
-    num_probes: int = 8,
+    num_steps: int | None = None,
+    num_probes: int | None = None,
     progress: bool = False,
 ) -> Summary:
     """Compare the blocks of an operator in a table: one row per block, every number with its error.
@@ -66,8 +70,8 @@ def summary(
             costs no products.
         key: JAX random key; needed unless results are given.
         by: "layer" or "leaf": see `LinearOperator.blocks`.
-        num_steps: Lanczos steps per probe, at most n for a block of order n.
-        num_probes: probes per block.
+        num_steps: Lanczos steps per probe, at most n for a block of order n; default 100.
+        num_probes: probes per block; default 8. Not for results, nor is num_steps.
         progress: show a progress bar.
 
     Returns:
@@ -89,11 +93,20 @@ def summary(
         [('hidden', 9), ('out', 3)]
     """
     if isinstance(source, Mapping):
+        for name, value in {"num_steps": num_steps, "num_probes": num_probes}.items():
+            if value is not None:
+                raise SpectraError(
+                    f"{name}={value} has no effect on results, whose runs are done: leave it out."
+                )
         return Summary({name: as_quadrature(held) for name, held in by_name(source).items()})
     op = source.operator() if isinstance(source, Problem) else source
     key = require_key(key)
     blocks = op.blocks(by=by)
-    return Summary(slq(blocks, key=key, num_steps=num_steps, num_probes=num_probes, progress=progress))
+    steps, probes = (
+        (STEPS if num_steps is None else num_steps),
+        (PROBES if num_probes is None else num_probes),
+    )
+    return Summary(slq(blocks, key=key, num_steps=steps, num_probes=probes, progress=progress))
 
 
 def _record(name: str, q: Quadrature) -> dict[str, Any]:

@@ -184,6 +184,13 @@ KRYLOV = [
         "test_funm.py::test_the_bound_holds",
     ),
     fault(
+        "a sketch is as wide for a block as for right-hand sides one by one",
+        "krylov/preconditioners.py",
+        "further = more + 2 * (min(sides, WIDEST) - 1)",
+        "further = more",
+        "test_solve.py::TestPreconditioners",
+    ),
+    fault(
         "the products of a block are taken for those of its first row",
         "krylov/band_block.py",
         "partial(_taken, i=row - first)",

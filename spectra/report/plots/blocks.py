@@ -64,6 +64,10 @@ def plot_blocks(
     if not results:
         raise SpectraError("there are no blocks to draw.")
     densities = [as_density(result) for result in results.values()]
+    if heat_map:
+        for name, given in {"columns": columns is not None, "own_x": own_x}.items():
+            if given:
+                raise SpectraError(f"{name}= is for panels: leave it out, or leave out heat_map=True.")
     if heat_map or (heat_map is None and len(results) > _PANELS):
         return np.array([_rows(list(results), densities)], object)
     if columns is not None and columns < 1:

@@ -1,0 +1,101 @@
+"""Arguments that could have no effect with the others given are refused by name, whatever their value."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectra
+
+N, KEY = 40, jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def op():
+    return spectra.MatrixOperator(jnp.diag(jnp.linspace(1.0, 2.0, N)))
+
+
+@pytest.fixture(scope="module")
+def quadrature(op):
+    return run(op)
+
+
+def run(op):
+    return spectra.slq(op, key=KEY, num_steps=5, num_probes=3)
+
+
+OF_A_RUN = {
+    "trace_of": lambda q, **more: spectra.trace_of(q, np.log, **more),
+    "logdet": lambda q, **more: spectra.logdet(q, **more),
+    "effective_dimension": lambda q, **more: spectra.effective_dimension(q, 0.1, **more),
+    "count_above": lambda q, **more: spectra.count_above(q, 1.5, **more),
+    "negative_share": lambda q, **more: spectra.negative_share(q, **more),
+    "summary": lambda q, **more: spectra.summary({"all": q}, **more),
+}
+DEFAULTS = {"num_steps": 100, "num_probes": 8}
+"""Given by name they are refused as well, where nothing runs."""
+
+
+@pytest.mark.parametrize("name", OF_A_RUN)
+@pytest.mark.parametrize("argument", DEFAULTS)
+def test_a_finished_run_takes_no_arguments_of_another(name, argument, quadrature):
+    with pytest.raises(spectra.SpectraError, match=f"{argument}={DEFAULTS[argument]} has no effect"):
+        OF_A_RUN[name](quadrature, **{argument: DEFAULTS[argument]})
+
+
+MEANINGLESS = {
+    "plot_blocks": (lambda op: spectra.plot_blocks({"all": run(op)}, heat_map=True, own_x=True), "own_x="),
+    "trace, exact": (lambda op: spectra.trace(op, key=None, method="exact", probes="normal"), "probes="),
+    "condition_number, dense, steps": (
+        lambda op: spectra.condition_number(op, key=KEY, method="dense", num_steps=100),
+        "num_steps=",
+    ),
+    "condition_number, dense, probes": (
+        lambda op: spectra.condition_number(op, key=KEY, method="dense", num_probes=4),
+        "num_probes=",
+    ),
+    "condition_number, layers": (
+        lambda op: spectra.condition_number(op, key=KEY, method="dense", per_layer=True, num_steps=9),
+        "num_steps=",
+    ),
+    "eigsh, SM, num_basis": (
+        lambda op: spectra.eigsh(op, 1, which="SM", key=KEY, num_basis=20),
+        "num_basis=",
+    ),
+    "eigsh, SM, block_size": (
+        lambda op: spectra.eigsh(op, 1, which="SM", key=KEY, block_size=2),
+        "block_size=",
+    ),
+    "eigsh, SM, v0": (lambda op: spectra.eigsh(op, 1, which="SM", key=KEY, v0=jnp.ones(N)), "v0="),
+    "eigsh, metric": (
+        lambda op: spectra.eigsh(op, 1, key=KEY, metric=jnp.ones(N), v0=jnp.ones(N)),
+        "v0 and deflate",
+    ),
+    "solve, dense, x0": (lambda op: spectra.solve(op, jnp.ones(N), method="dense", x0=jnp.ones(N)), "x0="),
+    "solve, dense, preconditioner": (
+        lambda op: spectra.solve(op, jnp.ones(N), method="dense", preconditioner="nystrom"),
+        "preconditioner=",
+    ),
+    "slq, none": (
+        lambda op: spectra.slq(op, key=KEY, num_steps=3, num_probes=1, basis="none", basis_dtype="float32"),
+        "basis_dtype=",
+    ),
+    "plan, none": (
+        lambda op: spectra.plan(op, num_steps=3, num_probes=1, basis="none", basis_dtype="float32"),
+        "basis_dtype=",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEANINGLESS)
+def test_what_another_argument_leaves_no_meaning_is_refused_by_name(name, op):
+    call, argument = MEANINGLESS[name]
+    with pytest.raises(spectra.SpectraError, match=argument):
+        call(op)
+
+
+def test_where_the_method_is_chosen_the_same_call_serves_all_sizes():
+    """A loop over blocks passes the same arguments to small and to large ones."""
+    small = spectra.MatrixOperator(jnp.diag(jnp.arange(1.0, 4.0)))
+    assert spectra.condition_number(small, key=KEY, num_steps=9, num_probes=2).method == "dense"
+    assert spectra.trace(small, key=KEY, probes="normal").method == "exact"
