@@ -131,11 +131,12 @@ def condition_number(
         raise SpectraError(f"shift={shift}: use a finite number.")
     if rank_tol is not None and not 0 <= rank_tol < 1:
         raise SpectraError(f"rank_tol={rank_tol} is relative to |λ|max: use a number in [0, 1), or None.")
-    if min(num_steps, num_probes) < 1:
-        raise SpectraError(f"num_steps={num_steps} and num_probes={num_probes}: use at least one of each.")
     if trees.is_traced((op, key)):
         raise SpectraError("condition_number counts on the host: call it outside jit and vmap.")
     options = {"num_steps": num_steps, "num_probes": num_probes}
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise SpectraError(f"{name}={value}: use at least one.")
     if method == "dense" and (given := [name for name, value in options.items() if value is not None]):
         raise SpectraError(f"{given[0]}={options[given[0]]} has no effect with method='dense': leave it out.")
     if per_layer:
