@@ -22,7 +22,7 @@ from spectra.density.slq import slq
 from spectra.krylov.eigsh import eigsh
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.christoffel import shift
-from spectra.report.files import HistoryFile, read
+from spectra.report.histories import HistoryFile, read
 from spectra.report.spectrum import environment, trace_estimate
 from spectra.results import Eigenpairs, Interval, Quadrature, Snapshot, SpectrumHistory
 from spectra.training.console import Console, Measure, number, steps_of
