@@ -229,7 +229,7 @@ def test_a_budget_bounds_the_share_of_training_time(budget, monkeypatch):
                 taken.append(step)
             clock.now += 1.0  # and a step of training
 
-    with pytest.warns(UserWarning, match="is left out: snapshots have taken") as caught:
+    with pytest.warns(UserWarning, match="is left out: snapshots and measures have taken") as caught:
         run()
     assert len(caught) == 1
     assert caught[0].filename == __file__  # the line of the training loop

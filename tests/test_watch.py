@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 import spectra
 from spectra.cli import commands
+from spectra.report import histories
+from spectra.report.encode import decode
 from spectra.report.live import LivePage, serve
 from spectra.report.plots.history import LARGEST, plot_course
 
@@ -211,3 +213,25 @@ def test_the_page_is_written_beside_a_finished_run(recorded, tmp_path):
     assert "--port" in refused.output
     with pytest.raises(spectra.SpectraError, match="no file to watch"):
         LivePage([])
+
+
+def test_of_a_file_that_grows_only_new_lines_are_decoded(recorded, tmp_path, monkeypatch):
+    path, decoded = tmp_path / "run.jsonl", []
+    monkeypatch.setattr(
+        histories, "decode", lambda stored, array: (decoded.append(stored), decode(stored, array))[1]
+    )
+
+    def steps(data):
+        path.write_bytes(data)
+        return [snapshot.step for snapshot in reader.read()]
+
+    reader = histories.HistoryReader(path)
+    assert steps(b"".join(recorded[:3])) == [0, 10]
+    assert steps(b"".join(recorded[:3]) + recorded[3][:50]) == [0, 10]  # torn, or being written
+    assert steps(b"".join(recorded)) == [0, 10, 20, 30]
+    assert len(decoded) == 4
+    assert steps(b"".join(recorded[:2])) == [0]  # begun again under the same name
+    other = b"".join([*recorded[:2], recorded[4], recorded[3], recorded[4]])
+    assert steps(other) == [0, 30, 20, 30]
+    swapped = b"".join([recorded[0], *reversed(recorded[1:])])  # other lines, no fewer bytes
+    assert steps(swapped + recorded[1]) == [30, 20, 10, 0, 0]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from spectra.base.errors import ResultFileError, SpectraError
 from spectra.base.files import replacing
 from spectra.report.files import load
+from spectra.report.histories import HistoryReader, is_history
 from spectra.report.page import assemble
 from spectra.report.sections import Section, paragraph, runs, sections
 from spectra.results import SpectrumHistory
@@ -31,8 +32,8 @@ class _Read(NamedTuple):
 class LivePage:
     """The page of one run or several, by the `.jsonl` files that their trackers write.
 
-    A file that does not exist yet is waited for, a last line that is still being written is left out, and
-    files that have not changed are not read again.
+    A file that does not exist yet is waited for, a last line that is still being written is left out, files
+    that have not changed are not read again, and of those that have grown only the new lines are.
 
     Args:
         paths: the files.
@@ -44,6 +45,7 @@ class LivePage:
             raise SpectraError("no file to watch: name the .jsonl of a tracker.")
         self.paths, self.seconds = list(paths), seconds
         self._seen: dict[Path, _Read] = {}
+        self._readers: dict[Path, HistoryReader] = {}
         self._text, self._lock = "", Lock()
 
     def text(self) -> str:
@@ -69,9 +71,13 @@ class LivePage:
         changed = False
         for path in self.paths:
             stamp = _stamp(path)
-            if path not in self._seen or stamp != self._seen[path].stamp:
-                self._seen[path] = _read(path, stamp)
-                changed = True
+            before = self._seen[path].stamp if path in self._seen else None
+            if path in self._seen and stamp == before:
+                continue
+            if stamp is None or before is None or stamp[0] <= before[0]:  # it has not just grown
+                self._readers[path] = HistoryReader(path)
+            self._seen[path] = _read(self._readers[path], stamp)
+            changed = True
         return changed
 
     def _made(self) -> str:
@@ -153,7 +159,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-def _read(path: Path, stamp: tuple[int, int] | None) -> _Read:
+def _read(reader: HistoryReader, stamp: tuple[int, int] | None) -> _Read:
     if stamp is None:
         return _Read(stamp, None, "not there yet")
     if not stamp[0]:
@@ -161,12 +167,19 @@ def _read(path: Path, stamp: tuple[int, int] | None) -> _Read:
     with warnings.catch_warnings(record=True) as caught:  # damaged lines
         warnings.simplefilter("always")
         try:
-            history = load(path)
+            history = reader.read() if _is_history(reader.path) else load(reader.path)
         except (ResultFileError, FileNotFoundError) as error:
             return _Read(stamp, None, str(error))
     if not isinstance(history, SpectrumHistory):
         return _Read(stamp, None, f"holds a {type(history).__name__}, not the history of a run")
     return _Read(stamp, history, " ".join(str(w.message) for w in caught))
+
+
+def _is_history(path: Path) -> bool:
+    try:
+        return is_history(path)
+    except OSError:  # `load` says why
+        return False
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:

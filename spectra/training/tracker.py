@@ -21,7 +21,7 @@ from spectra.density.slq import slq
 from spectra.krylov.eigsh import eigsh
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.christoffel import shift
-from spectra.report.files import HistoryFile, read
+from spectra.report.histories import HistoryFile, read
 from spectra.report.provenance import environment
 from spectra.report.spectrum import trace_estimate
 from spectra.results import Eigenpairs, Interval, Quadrature, Snapshot, SpectrumHistory
@@ -260,9 +260,11 @@ class SpectrumTracker:
 
     def _skip(self, step: int) -> None:
         if not self._history.skipped:
+            spent = self._seconds + self.console.seconds
+            one = f"a snapshot costs {self._cost:.3g} s, " if self._cost else ""  # unknown after the first
             warnings.warn(
-                f"the snapshot of step {step} is left out: snapshots have taken {self._seconds:.3g} s, one "
-                f"costs {self._cost:.3g} s, and budget={self.budget} allows that share of training time. The "
+                f"the snapshot of step {step} is left out: snapshots and measures have taken {spent:.3g} s, "
+                f"{one}and budget={self.budget} allows that share of training time. The "
                 "next ones are taken as soon as it allows them; history.skipped lists those left out. A "
                 "smaller part of the data, fewer num_steps or a larger `every` make room.",
                 stacklevel=4,  # the line of the training loop

@@ -1374,9 +1374,23 @@ SAMPLES = [
     fault(
         "a file that has grown is not read again",
         "report/live.py",
-        "if path not in self._seen or stamp != self._seen[path].stamp:",
-        "if path not in self._seen:",
+        "if path in self._seen and stamp == before:",
+        "if path in self._seen:",
         "test_watch.py",
+    ),
+    fault(
+        "a history that was begun again is read on where the old one ended",
+        "report/histories.py",
+        "if _ends(file, self._at) != self._ends:",
+        "if False:",
+        "test_watch.py::test_of_a_file_that_grows_only_new_lines_are_decoded",
+    ),
+    fault(
+        "a line that is being written counts as read",
+        "report/histories.py",
+        "self._ends = _ends(file, self._at)",
+        "self._at = file.seek(0, 2); self._ends = _ends(file, self._at)",
+        "test_watch.py::test_of_a_file_that_grows_only_new_lines_are_decoded",
     ),
     fault(
         "the own class counts among the others",
