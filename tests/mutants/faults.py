@@ -185,7 +185,7 @@ KRYLOV = [
     ),
     fault(
         "a sketch is as wide for a block as for right-hand sides one by one",
-        "krylov/preconditioners.py",
+        "krylov/nystrom.py",
         "further = more + 2 * (min(sides, WIDEST) - 1)",
         "further = more",
         "test_solve.py::TestPreconditioners",
