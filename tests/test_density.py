@@ -197,7 +197,7 @@ def test_steps_close_what_the_quadrature_leaves_open():
     assert (np.maximum(upper - middle, middle - lower) <= bound + 1e-8 * middle.max()).all()
 
 
-@pytest.mark.parametrize("bandwidth", [1e-5, 1e-3, 0.3])
+@pytest.mark.parametrize("bandwidth", slow_but([1e-5, 1e-3, 0.3], 1e-5, 0.3))
 def test_a_grid_much_coarser_than_the_kernel_has_a_finite_band_that_holds(bandwidth):
     values, grid = SPECTRA["semicircle"], np.linspace(-3.0, 3.0, 13)
     misses = 0

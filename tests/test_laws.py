@@ -52,6 +52,7 @@ def test_a_bound_on_a_share_is_where_its_law_has_the_tail(normals):
             excess = beta.cdf(seen, normals * moved / 2, normals * (1 - moved) / 2) - tail
             assert np.all(side * excess < 0)
     np.testing.assert_array_equal(share_upper_bound(np.array([0.0, 1.0]), normals, 0.025), [0, 1])
+    np.testing.assert_array_equal(share_upper_bound(np.array([0.0, 0.5]), 0, 0.025), [0, 1])
 
 
 @pytest.mark.parametrize("num_probes", [1, 3])

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from cases import slow_but
 from test_pictures import density, history, pairs, plane, quadrature
 from typer.testing import CliRunner
 
@@ -232,8 +233,11 @@ def browse(path, *options):
     return done.stdout
 
 
+LIGHT, DARK = ("1", "rgb(255, 255, 255)"), ("0", "rgb(20, 23, 26)")
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-@pytest.mark.parametrize(("scheme", "ground"), [("1", "rgb(255, 255, 255)"), ("0", "rgb(20, 23, 26)")])
+@pytest.mark.parametrize(("scheme", "ground"), slow_but([LIGHT, DARK], LIGHT))
 def test_a_phone_shows_the_page_without_scrolling_sideways_in_light_and_dark(tmp_path, scheme, ground):
     for name in ("spectrum", "history", "blocks", "eigenpairs"):
         page = spectra.write_report(RESULTS[name](), tmp_path / name)

@@ -137,8 +137,6 @@ def condition_number(
     for name, value in options.items():
         if value is not None and value < 1:
             raise SpectraError(f"{name}={value}: use at least one.")
-    if method == "dense" and (given := [name for name, value in options.items() if value is not None]):
-        raise SpectraError(f"{given[0]}={options[given[0]]} has no effect with method='dense': leave it out.")
     if per_layer:
         blocks = op.blocks(by="layer")
         keys = jax.random.split(key, len(blocks))

@@ -156,8 +156,11 @@ def eigsh(
         raise SpectraError(f"deflate is of type {type(deflate).__name__}: pass the result of eigsh.")
     known = 0 if deflate is None else len(deflate.values)
     _check_arguments(op, k, which, tol, block_size, verify, known)
-    if which == "SM":
-        _check_smallest(num_basis=num_basis, block_size=None if block_size == 1 else block_size, v0=v0)
+    if which == "SM" and v0 is not None:
+        raise SpectraError(
+            "v0 has no effect with which='SM', which filters a block of its own: leave it out, or use 'LA', "
+            "'SA', 'LM' or 'BE'."
+        )
     if basis == "none":
         raise SpectraError(
             'basis="none": eigenvectors are sums of basis vectors. Use slq, which can do without.'
@@ -284,16 +287,6 @@ def _check_arguments(
         raise SpectraError(f"block_size={block_size}: at least one start vector is needed.")
     if verify not in (True, False, "auto"):
         raise SpectraError(f"verify={verify!r}: use 'auto', True or False.")
-
-
-def _check_smallest(**of_lanczos: Any) -> None:
-    """Raise where arguments of Lanczos runs are given for the filtered block that finds the smallest |λ|."""
-    for name, value in of_lanczos.items():
-        if value is not None:
-            raise SpectraError(
-                f"{name}= has no effect with which='SM', which filters a block of its own: leave it out, or "
-                "use 'LA', 'SA', 'LM' or 'BE'."
-            )
 
 
 def _check_rows(layout: Layout, which: str, tol: float) -> None:

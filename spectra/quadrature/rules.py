@@ -175,6 +175,8 @@ def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.
 
     shares, index = np.unique(np.asarray(share, np.float64).ravel(), return_inverse=True)
     bound = np.clip(shares, 0.0, 1.0)  # what 0 and 1 keep
+    if num_normals == 0:  # no direction was sampled, and none is excluded
+        return np.ceil(bound)[index].reshape(np.shape(share))
     (open_,) = np.nonzero((shares > 0) & (shares < 1))
     low = np.arcsin(np.sqrt(shares[open_]))
     high, last, found = np.full_like(low, np.pi / 2), low, low - ndtri(tail) / np.sqrt(2 * num_normals)

@@ -156,7 +156,7 @@ class SpectrumTracker:
         return self._history
 
     @automatic
-    def __call__(self, step: int, *state: PyTree, **scalars: Any) -> Snapshot | None:
+    def __call__(self, step: int | jax.Array, *state: PyTree, **scalars: Any) -> Snapshot | None:
         """Take a snapshot if one is due at this step.
 
         Args:

@@ -79,6 +79,7 @@ def test_all_in_both_precisions(name, dtype):
             check_outputs(module, model, inputs_of(case, dtype, 1), TOLERANCES[dtype][0])
 
 
+@pytest.mark.slow  # as above, and float64 is that of the operators in test_bridge_operators
 def test_float64(x64):
     """The same in float64 at another batch size, for one model of each kind."""
     cases = {n: CASES[n] for n in ("mlp", "cnn", "embedding_bags")}
