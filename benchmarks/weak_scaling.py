@@ -62,7 +62,7 @@ def seconds(n: float, chips: int, chip: Chip, measured: Measured) -> dict[str, f
 
 def table() -> list[str]:
     lines = [
-        "| parameters | chips | basis and vectors a chip | product | Gram-Schmidt | weights over the links "
+        "| parameters | chips | basis and vectors per chip | product | Gram-Schmidt | weights over the links "
         "| reductions | step, nothing overlapped | 100 steps |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -137,16 +137,17 @@ def break_even(chip: Chip, measured: Measured) -> float:
 PAGE = """\
 # Scaling
 
-What a Lanczos run costs on a pod, by counting. Nothing here was run on a TPU: the traffic of programs is
-read from what the TPU compiler makes of them (`benchmarks/results/tpu.md`), the rest is arithmetic with
-published figures of chips. This page is written by `python -m benchmarks.weak_scaling`.
+This page estimates what a Lanczos run costs on a TPU pod, and says how to write a model so that it scales.
+Nothing here was run on a TPU: the traffic of programs is read from the output of the TPU compiler
+(`benchmarks/results/tpu.md`), and the rest is arithmetic with published figures of the chips. The page is
+written by `python -m benchmarks.weak_scaling`.
 
 ## Write the model so that weights are gathered layer by layer
 
-Vectors, basis and recurrence are split as the parameters are; the product is your model's own, differentiated
-twice. For fully sharded parameters (FSDP) the form that the compiler handles best is the explicit one: the
-loss under `jax.shard_map`, with `lax.all_gather` on the weights of a layer in the rematerialised body of the
-scan.
+Vectors, basis and recurrence are split in the same way as the parameters. The product, however, is that of
+your model, differentiated twice, so its communication depends on how the model is written. For fully sharded
+parameters (FSDP), the compiler handles the explicit form best: the loss under `jax.shard_map`, with
+`lax.all_gather` on the weights of a layer in the rematerialised body of the scan.
 
 ```py
 def loss_fn(params, tokens):  # the mean over all devices of each one's mean
@@ -164,50 +165,53 @@ def layer(x, weights):  # the body of lax.scan; the transpose of a gather is a r
     ...
 ```
 
-`spectra.HessianOperator(loss_fn, params, tokens)` then compiles to one gather of each layer's weights and one
-of the vector's in either sweep, twice the gradient's own, and to the gradient's own reductions.
-`benchmarks/aot/model.py` is a complete example. Sharding constraints on the same model compile to the same
-collectives, with somewhat more time and memory; left to the partitioner alone, its gradient already gathers
-five times the bytes, with all-to-alls beside. Most of the time of compiling goes into float32 matrix
-products: one of 1024 x 2048 x 8192 takes the compiler 7.7 s of CPU time, 1.7 s with
-`matmul_precision="high"` and 1.2 s with "default".
+`spectra.HessianOperator(loss_fn, params, tokens)` then gathers, in the forward and in the backward sweep,
+each layer's weights and the same layer's part of the vector once, twice as much as the gradient; its
+reductions are those of the gradient. `benchmarks/aot/model.py` is a complete example. Sharding constraints on
+the same model compile to the same collectives, with somewhat more time and memory. Left to the partitioner
+alone, even the gradient gathers five times as many bytes, and needs all-to-alls in addition.
+
+Most of the compilation time goes into float32 matrix products: for one of 1024 x 2048 x 8192, the compiler
+takes 7.7 s of CPU time, with `matmul_precision="high"` 1.7 s and with "default" 1.2 s.
 
 ## One step on C chips
 
-With n parameters, T tokens a chip and m steps, in seconds:
+With n parameters, T tokens per chip and m steps, the parts of a step take, in seconds:
 
     product       24 n T * 6 / F
     Gram-Schmidt  k * 8 n m / (C * B)
     weights       4 n (g + 2 r) (C - 1) / C / L
     reductions    2 * diameter of the torus * {hop:.0f} µs
 
-* F, B, L: bfloat16 operations, HBM bytes and link bytes (one direction) a second of a chip.
-* 24 n T: a gradient is 6 operations a parameter and token, jvp of grad three times that, and the recomputed
-  forward sweep with its tangents 6 more; six bfloat16 passes make one float32 product.
-* 8 n m: one pass with two reads of the filled rows, m / 2 on average, 4 bytes each; a second pass, which
-  rounding asks for now and then, doubles it. k is what the compiled passes move over the floor at
-  worst: {v5e:.2f} on v5e, {v5p:.2f} on v5p.
-* g = {gathered:.2f} and r = {reduced:.2f}: numbers gathered and reduced over the number of parameters, from
-  the compiled product of the small model: parameters and vector, each in the forward sweep and again in the
-  backward one. An all-reduce counts twice, where a reduce-scatter would do once: this is what this compiler
-  chooses.
-* T = {tokens}, m = {steps}. The time of a message between neighbours is an assumption.
+* F, B and L are the bfloat16 operations, HBM bytes and link bytes (in one direction) per second and chip.
+* 24 n T counts the operations of a product: 6 per parameter and token for a gradient, three times that for
+  the jvp of the gradient, and 6 more for the recomputed forward sweep with its tangents. The factor 6 is
+  there because one float32 product takes six bfloat16 passes.
+* 8 n m counts the bytes of one Gram-Schmidt pass: two reads of the filled rows, m / 2 on average, 4 bytes per
+  number. A second pass, which rounding requires now and then, doubles it. k is the worst ratio of the bytes
+  that compiled passes move to this minimum: {v5e:.2f} on v5e, {v5p:.2f} on v5p.
+* g = {gathered:.2f} and r = {reduced:.2f} are the numbers gathered and reduced, per parameter, in the
+  compiled product of a small model: parameters and vector, each in the forward sweep and again in the
+  backward one. r has a factor of two, because this compiler chooses an all-reduce where a reduce-scatter
+  would suffice.
+* T = {tokens} and m = {steps} in the table. The time of a message between neighbours is an assumption.
 
-Memory is 104 rows and 8 vectors (q, its predecessor, the product, parameters and temporaries); runs that need
-more than 80 % of a chip's memory are marked, with the number of steps that would fit. The row behind them is
-`basis="none"`: 8 vectors for any number of steps, to which come as many as are deflated, here none, and what
-the model keeps. With the outliers deflated it takes the steps that a basis takes, without about three times
-as many.
+The memory in the table is that of 104 rows and 8 vectors (q, its predecessor, the product, parameters and
+temporaries). Runs that need more than 80 % of a chip's memory are marked, with the number of steps that would
+fit. The row below them shows the same run with `basis="none"`: 8 vectors for any number of steps, plus the
+deflated ones, of which there are none here, and whatever the model keeps. With the outliers deflated, such a
+run needs as many steps as one with a basis; without deflation, about three times as many.
 
-Compiled whole, such a step of 1e11 parameters on 256 v5p chips takes {bare:.1f} GiB a chip, with the model's
-activations and the weights of a layer; one of 1e9 with sequences of 32,768 tokens {long:.1f} on 256 v5e chips
-(`benchmarks/results/tpu.md`).
+Compiled whole, such a step for 1e11 parameters on 256 v5p chips takes {bare:.1f} GiB per chip, including the
+model's activations and the weights of one layer. A step for 1e9 parameters with sequences of 32,768 tokens
+takes {long:.1f} GiB on 256 v5e chips (`benchmarks/results/tpu.md`).
 
 {table}
 
 The batch grows with the pod, so the product takes the same time on any number of chips, while memory and
-Gram-Schmidt fall with 1 / C. The links take longer than the product below some {even:.0f} tokens a chip on
-v5e and {even_p:.0f} on v5p. The two reductions of a step, of at most m + 1 numbers, do not show.
+Gram-Schmidt fall like 1 / C. With fewer than about {even:.0f} tokens per chip on v5e, or {even_p:.0f} on v5p,
+the links take longer than the product. The two reductions of a step, of at most m + 1 numbers each, are
+negligible.
 
 {sources}
 """
