@@ -150,7 +150,7 @@ def test_a_result_that_cannot_be_written_is_printed_and_kept_elsewhere(problem, 
     monkeypatch.setattr(output, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
     done = invoke("run", problem, "--out", out)
     assert "largest eigenvalue" in done.output
-    assert "and nowhere else" in str(done.exception)
+    assert "but saved nowhere" in str(done.exception)
 
 
 def test_a_picture_that_cannot_be_written_costs_no_result(problem, tmp_path, monkeypatch):
@@ -352,7 +352,7 @@ def test_arguments_are_checked_before_the_problem_is_loaded(option, value, probl
 def test_wrong_paths_are_said_in_words(tmp_path):
     path = spectra.save(report(), tmp_path / "x")
     for arguments, words in (
-        (("show", tmp_path), f"is a folder, it holds '{path}': name a file."),
+        (("show", tmp_path), f"is a folder, with '{path}': name a file."),
         (("show", tmp_path / "new"), "no result file at"),
         (("plot", path, "-o", path / "a.png"), "a.png' could not be written ("),
     ):
@@ -443,7 +443,7 @@ def test_spectra_are_compared_in_a_table_and_in_a_picture(tmp_path):
     assert (tmp_path / "all.svg").exists()
     assert done.stderr.split() == ["picture", str(tmp_path / "all.svg")]
     again = invoke("compare", first, second, "-o", tmp_path / "all.svg")
-    assert "all.svg' is there already" in str(again.exception)
+    assert "all.svg' already exists" in str(again.exception)
     assert invoke("compare", first).exit_code == 2
     twice = invoke("compare", first, first)
     assert twice.exit_code == 2
@@ -499,7 +499,7 @@ def test_an_interrupted_demo_says_that_nothing_was_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("spectra.demos.digits.problem", interrupt)
     done = invoke("demo", "-o", tmp_path / "out")
     assert done.exit_code == 130
-    assert "nothing was kept. The same command begins again." in done.stderr
+    assert "nothing was kept. The same command starts again." in done.stderr
 
 
 @pytest.mark.parametrize("saved", [False, True])

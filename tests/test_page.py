@@ -193,7 +193,7 @@ def test_the_command_line_writes_the_page_and_pictures_of_every_kind(tmp_path):
     kept = page.read_bytes(), picture.read_bytes()
     for command, output in (("report", tmp_path / "blocks"), ("plot", picture)):  # a page's suffix is added
         done = runner.invoke(cli.app, [command, str(path), "-o", str(output)])
-        assert re.search(r"blocks\.\w+' is there already.*--force replaces it", str(done.exception))
+        assert re.search(r"blocks\.\w+' already exists.*--force replaces it", str(done.exception))
     assert (page.read_bytes(), picture.read_bytes()) == kept
     arguments = ["report", str(path), "-o", str(page), "--title", "New", "--force"]
     assert runner.invoke(cli.app, arguments).exit_code == 0

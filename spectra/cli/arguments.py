@@ -32,24 +32,28 @@ def _share(value: float | None) -> float | None:
 OutDir = Annotated[
     Path,
     typer.Option(
-        "-o", "--out", help="Folder for spectrum.npz and .png; numbered (spectrum-2) if they are there."
+        "-o", "--out", help="Folder for spectrum.npz and .png; numbered (spectrum-2) if they exist."
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace a result that is there already.")]
-ForceFile = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing result.")]
+ForceFile = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Lanczos steps per probe; default 100.")]
-Probes = Annotated[int, typer.Option("--probes", min=1, help="Random probes.")]
+Probes = Annotated[int, typer.Option("--probes", min=1, help="Number of random probes.")]
 Tol = Annotated[
     float | None,
-    typer.Option("--tol", callback=_share, help="Stop at this mean width of the CDF's band."),
+    typer.Option("--tol", callback=_share, help="Stop when the mean width of the CDF's band is below this."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the probes.")]
-Kind = Annotated[str, _one_of("--operator", OPERATORS, f"One of {', '.join(OPERATORS)}.")]
-Block = Annotated[str | None, typer.Option("--block", help="Parameters by path, such as 'Dense_0/*'.")]
-By = Annotated[str | None, _one_of("--blocks", GROUPINGS, "All diagonal blocks: by 'layer' or 'leaf'.")]
+Kind = Annotated[str, _one_of("--operator", OPERATORS, f"Matrix: one of {', '.join(OPERATORS)}.")]
+Block = Annotated[
+    str | None, typer.Option("--block", help="Only the parameters with such paths: 'Dense_0/*'.")
+]
+By = Annotated[str | None, _one_of("--blocks", GROUPINGS, "All diagonal blocks, by 'layer' or by 'leaf'.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; messages go to stderr.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print the rows of the result as CSV.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no progress: the result alone.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print only the result: no messages, no progress.")
+]
 Picture = Annotated[Path, typer.Option("-o", "--out", "--output", help="Picture: .png, .pdf or .svg.")]
 
 MeshAxes = Annotated[
@@ -57,10 +61,14 @@ MeshAxes = Annotated[
 ]
 Distributed = Annotated[bool, typer.Option("--distributed", help="Join the other processes of this run.")]
 Saved = Annotated[
-    Path | None, typer.Option("--checkpoint", help="Folder to save the run in, and to go on from.")
+    Path | None, typer.Option("--checkpoint", help="Folder to save the run in, and to resume it from.")
 ]
-Minutes = Annotated[float, typer.Option("--checkpoint-minutes", help="Longest time between checkpoints.")]
-BasisPlace = Annotated[str, _one_of("--basis", PLACES, f"Where basis vectors lie: {', '.join(PLACES)}.")]
+Minutes = Annotated[
+    float, typer.Option("--checkpoint-minutes", help="Longest time between checkpoints, in minutes.")
+]
+BasisPlace = Annotated[
+    str, _one_of("--basis", PLACES, f"Where basis vectors are stored: {', '.join(PLACES)}.")
+]
 BasisDtype = Annotated[
-    str | None, typer.Option("--basis-dtype", help="Of stored basis vectors, such as bfloat16.")
+    str | None, typer.Option("--basis-dtype", help="Dtype of stored basis vectors, such as bfloat16.")
 ]

@@ -99,7 +99,7 @@ def run(
 ):
     """Compute the spectrum of a curvature matrix of a problem of your own, or of its diagonal blocks.
 
-    With --checkpoint the same command goes on where the last one ended; exit code 75 asks for that.
+    With --checkpoint the same command resumes an interrupted run. Exit code 75 says that this is needed.
     """
     with starting():
         from spectra.cli import output, running
@@ -125,7 +125,7 @@ def show(
     as_json: Json = False,
     as_csv: Csv = False,
 ):
-    """Print a saved result: as a table, as JSON with all of its fields, or as rows of CSV."""
+    """Print a saved result as a table, as JSON with all its fields, or as CSV."""
     form = _form(as_json, as_csv)
     with starting():
         from spectra.cli import output, showing
@@ -135,18 +135,18 @@ def show(
 
 @app.command()
 def compare(
-    results: Annotated[list[Path], typer.Argument(help="Two saved results or more.")],
+    results: Annotated[list[Path], typer.Argument(help="Two or more saved results.")],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Picture of all in one: .png, .pdf or .svg.")
+        Path | None, typer.Option("-o", "--out", help="Picture that shows all of them: .png, .pdf or .svg.")
     ] = None,
     as_json: Json = False,
     as_csv: Csv = False,
     force: ForceFile = False,
 ):
-    """Compare spectra: a table with a row for each, or for each block, and a picture."""
+    """Compare spectra: a table with one row per spectrum or per block, and a picture."""
     form = _form(as_json, as_csv)
     if len(results) < 2:
-        raise typer.BadParameter("a comparison needs two results or more.")
+        raise typer.BadParameter("a comparison needs at least two results.")
     if twice := [path for path in results if results.count(path) > 1]:
         raise typer.BadParameter(f"'{twice[0]}' is named twice.")
     with starting():
@@ -159,10 +159,10 @@ def compare(
 def plot(
     result: Annotated[Path, typer.Argument(help="A saved .npz result, or the .jsonl of a tracker.")],
     output: Picture,
-    learning_rate: Annotated[float | None, typer.Option(help="Draw the line 2 / learning rate.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Draw a line at 2 / learning rate.")] = None,
     force: ForceFile = False,
 ):
-    """Draw a saved result: a density, eigenvalues, a history or the loss in a plane."""
+    """Draw a saved result: a density, eigenvalues, a history, or a slice of the loss."""
     with starting():
         from spectra.cli import showing
 
@@ -172,11 +172,13 @@ def plot(
 @app.command()
 def report(
     result: Annotated[Path, typer.Argument(help="A saved .npz result, or the .jsonl of a tracker.")],
-    output: Annotated[Path, typer.Option("-o", "--out", "--output", help="The page, .html.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--out", "--output", help="The page to write, an .html file.")
+    ],
     title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
     force: ForceFile = False,
 ):
-    """Write a saved result as one self-contained page: pictures, tables, what the bands mean, provenance."""
+    """Write a saved result as one self-contained page with pictures, tables, legends and provenance."""
     with starting():
         from spectra.cli import showing
 
@@ -186,31 +188,27 @@ def report(
 @app.command()
 def watch(
     runs: Annotated[
-        list[Path], typer.Argument(help="The .jsonl files of trackers; they may not be there yet.")
+        list[Path], typer.Argument(help="The .jsonl files of trackers; they need not exist yet.")
     ],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "-o", "--out", help="Write the page to this .html, again and again, instead of serving it."
-        ),
+        typer.Option("-o", "--out", help="Keep rewriting the page to this .html file instead of serving it."),
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="Port on this machine, default 8765; 0 takes a free one."),
+        typer.Option(min=0, max=65535, help="Port on this machine, by default 8765; 0 for any free one."),
     ] = None,
-    seconds: Annotated[int, typer.Option(min=1, help="Time between two looks at the files.")] = 5,
-    once: Annotated[bool, typer.Option("--once", help="With --out: write the page once and end.")] = False,
+    seconds: Annotated[int, typer.Option(min=1, help="Seconds between two reads of the files.")] = 5,
+    once: Annotated[bool, typer.Option("--once", help="With --out: write the page once and exit.")] = False,
 ):
-    """Follow runs while they train: a live page with their pictures, until Ctrl-C.
+    """Follow training runs on a live page with their pictures, until Ctrl-C.
 
-    Served on this machine alone, or written to a file that a browser reloads by itself.
+    The page is served to this machine only, or written to a file that the browser reloads by itself.
     """
     if once and output is None:
-        raise typer.BadParameter("--once writes a page: say where with --out.")
+        raise typer.BadParameter("--once writes a page: name its file with --out.")
     if port is not None and output is not None:
-        raise typer.BadParameter(
-            "--port is where a page is served, and --out writes one: choose one of them."
-        )
+        raise typer.BadParameter("--port serves the page and --out writes it to a file: choose one of them.")
     with starting():
         from spectra.cli import showing
 
@@ -219,11 +217,13 @@ def watch(
 
 @app.command("export-torch")
 def export_torch(
-    target: Annotated[str, typer.Argument(help="FILE.py:FUNCTION; it returns (module, example_inputs).")],
+    target: Annotated[
+        str, typer.Argument(help="FILE.py:FUNCTION, where the function returns (module, example_inputs).")
+    ],
     output: Annotated[Path, typer.Option("-o", "--out", help="Folder for graph.json and the weights.")],
     force: ForceFile = False,
 ):
-    """Write a PyTorch module as two plain files, which spectra.bridge.load reads without PyTorch."""
+    """Export a PyTorch module to two plain files, which spectra.bridge.load reads without PyTorch."""
     with starting():
         from spectra.cli import running
 
@@ -247,5 +247,5 @@ def main() -> None:
 
 def _form(as_json: bool = False, as_csv: bool = False) -> str:
     if as_json and as_csv:
-        raise typer.BadParameter("--json and --csv are two forms of one result: choose one.")
+        raise typer.BadParameter("--json and --csv exclude each other: choose one.")
     return "json" if as_json else "csv" if as_csv else "text"

@@ -35,8 +35,8 @@ def end(error: BaseException) -> NoReturn:
         leave(ELSEWHERE if isinstance(error, ResultElsewhereError) else 1)
     if _jax() is not None and isinstance(error, _jax().errors.JaxRuntimeError) and _several():
         fail(
-            f"another process of this run was lost: {str(error).splitlines()[0]}\nWhat was saved with "
-            "--checkpoint stays: start the same command again on all hosts."
+            f"another process of this run was lost: {str(error).splitlines()[0]}\nCheckpoints are kept: with "
+            "--checkpoint, the same command resumes the run; give it again on all hosts."
         )
         leave(RESUME)
     raise error

@@ -1,6 +1,6 @@
-"""What the command line prints, keeps and draws: results to stdout, all else to stderr.
+"""Printing, saving and drawing of results: results go to stdout, everything else to stderr.
 
-The place of a result is tested before anything is computed, and never overwrites another one.
+The output path is tested before anything is computed, and no other result is overwritten.
 """
 
 import csv
@@ -43,8 +43,8 @@ class Place(NamedTuple):
                 os.fsync(file.fileno())
         except OSError as error:
             raise SpectraError(
-                f"the result could not be written in '{self.folder}' ({error.strerror or error}); nothing "
-                "has been computed yet: choose another folder with --out."
+                f"results cannot be written to '{self.folder}' ({error.strerror or error}); nothing has been "
+                "computed yet: choose another folder with --out."
             ) from error
 
     def keep(self, result: Any) -> Path:
@@ -68,29 +68,29 @@ class Place(NamedTuple):
 
 
 def require_free(force: bool, *paths: Path) -> None:
-    """Raise before anything is done if a file that a command is about to write is there already.
+    """Raise before anything is done if a file that a command is about to write already exists.
 
     Raises:
-        SpectraError: it is, and `force` is false; a folder is left to the writing, which can't replace it.
+        SpectraError: it does, and `force` is false. Folders are not checked: writing cannot replace them.
     """
     there = [] if force else [path for path in paths if path.is_file()]
     if there:
         raise SpectraError(
-            f"'{there[0]}' is there already, and nothing has been written: --force replaces it, -o names "
-            "another place."
+            f"'{there[0]}' already exists, and nothing has been written: --force replaces it, -o names "
+            "another file."
         )
 
 
 def keep_elsewhere(result: Any, error: OSError, place: Place) -> ResultElsewhereError:
     """Save the result in a folder for temporary files, and say so in the error that is returned."""
     reason = error.strerror or error
-    cause = f"the result could not be written in '{place.folder}' ({reason}). It is printed above"
+    cause = f"the result could not be written to '{place.folder}' ({reason}). It is printed above"
     try:
         path = Place(Path(tempfile.mkdtemp(prefix="spectra-")), False).keep(result)
     except OSError as second:
-        return ResultElsewhereError(f"{cause}, and nowhere else ({second.strerror or second}).")
+        return ResultElsewhereError(f"{cause}, but saved nowhere ({second.strerror or second}).")
     return ResultElsewhereError(
-        f"{cause}, and is kept in '{path}'. Copy it before that folder is emptied; "
+        f"{cause}, and saved as '{path}'. Copy it before that folder is emptied; "
         f"`spectra plot {shlex.quote(str(path))} -o FILE` draws it."
     )
 
@@ -153,7 +153,7 @@ def _in_one(result: Any) -> Any:
 
 def _records(result: Any) -> list[dict[str, Any]]:
     if not hasattr(result, "records"):
-        raise SpectraError(f"a {type(result).__name__} has no rows: take --json.")
+        raise SpectraError(f"a {type(result).__name__} has no rows: use --json.")
     return result.records()
 
 
@@ -176,7 +176,7 @@ def keep(result: Any, place: Place, voice: Voice) -> None:
     try:
         draw(result, path.with_suffix(".png"), voice)
     except KeyboardInterrupt:  # not one that has lost a result
-        fail(f"interrupted: the result is in '{path}', and its picture is missing: `spectra plot` draws it.")
+        fail(f"interrupted: the result is in '{path}', but there is no picture yet: `spectra plot` draws it.")
         raise typer.Exit(INTERRUPTED) from None
     except OSError as error:
         raise ResultElsewhereError(
@@ -210,7 +210,7 @@ def draw(result: Any, path: Path, voice: Voice, learning_rate: float | None = No
 
     ax = axes_of(result, learning_rate=learning_rate)
     if ax is None:
-        raise SpectraError(f"a {type(result).__name__} has no picture: spectra show prints it.")
+        raise SpectraError(f"a {type(result).__name__} has no picture: print it with spectra show.")
     path = picture_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, plot_style():  # which has fonts that editors can change

@@ -23,7 +23,7 @@ from spectra.runs.checkpoint import Checkpoint
 def demo(place: Place, voice: Voice, seed: int) -> None:
     """The spectrum of a small network that is trained here."""
     place.check()
-    with _interruptible("nothing was kept. The same command begins again"):
+    with _interruptible("nothing was kept. The same command starts again"):
         voice.say("Training a 64-256-256-10 network on 1,797 handwritten digits ...")
         try:
             from spectra.demos import digits
@@ -61,7 +61,7 @@ def run(
         initialize()
     watched = progress.watching(begun=False) if checkpoint else contextlib.nullcontext()
     if checkpoint is None:
-        how = "nothing was kept. With --checkpoint FOLDER a run saves itself, and can be resumed"
+        how = "nothing was kept. With --checkpoint FOLDER a run is saved and can be resumed"
     else:
         how = f"the same command resumes from the last checkpoint in '{checkpoint}', if there is one"
     with _interruptible(how), watched:
@@ -112,7 +112,7 @@ def export_torch(target: str, output: Path, force: bool) -> None:
     """The files of a PyTorch module that a function of the user builds."""
     name, _, function = target.rpartition(":")
     if not name or not function:
-        raise typer.BadParameter(f"'{target}': write FILE.py:FUNCTION, the function that builds the module.")
+        raise typer.BadParameter(f"'{target}': pass FILE.py:FUNCTION, the function that builds the module.")
     require_free(force, *(output / name for name in ("graph.json", "weights.safetensors")))
     file = Path(name)
     made = call(file, function_of(file, function, "(module, example_inputs)"))
@@ -125,7 +125,7 @@ def export_torch(target: str, output: Path, force: bool) -> None:
     with jax.enable_x64(True):
         model = bridge.load(output)
     size = sum(p.size for p in model.params.values())
-    batch = "any" if model.dynamic_batch else "the example's only"
+    batch = "any" if model.dynamic_batch else "only that of the example"
     typer.echo(
         f"module   {type(made[0]).__name__}, {size:,} parameters in {len(model.params)} arrays\n"
         f"graph    {len(model.graph.nodes)} nodes of {len(model.operators)} operators, batch size: {batch}\n"

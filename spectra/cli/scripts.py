@@ -41,7 +41,7 @@ def kind_of(value: Any) -> str:
 def function_of(file: Path, name: str, result: str) -> Callable[..., Any]:
     """The function of this name in a Python file, which is imported and finds the files beside it."""
     if not file.exists():
-        raise FileNotFoundError(f"no file '{file}'.")
+        raise FileNotFoundError(f"there is no file '{file}'.")
     module_name, location = _name(file.stem), _location(file)
     spec = importlib.util.spec_from_file_location(module_name, location)
     if spec is None or spec.loader is None or not file.is_file():

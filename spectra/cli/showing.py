@@ -91,7 +91,7 @@ def _spectra_of(path: Path, among: list[Path]) -> dict[str, Any]:
 def _load(path: Path) -> Any:
     if path.is_dir():
         held = sorted(path.glob("*.npz")) + sorted(path.glob("*.jsonl"))
-        inside = f"it holds {', '.join(repr(str(file)) for file in held[:3])}" if held else "without results"
+        inside = f"with {', '.join(repr(str(file)) for file in held[:3])}" if held else "without results"
         raise SpectraError(f"'{path}' is a folder, {inside}: name a file.")
     return load(path)
 

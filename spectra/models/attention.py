@@ -42,10 +42,10 @@ def attention(
 ) -> 'Float[jax.Array, "*B T N H"]':
     """softmax(Q Kᵀ scale + bias) V in linear memory: takes what `jax.nn.dot_product_attention` takes.
 
-    Blocks of logits are made, used and forgotten: the softmax is summed up online, block by block, and every
-    derivative computes the blocks anew. A gradient and a Hessian product (forward over reverse, or reverse
-    over reverse) so need memory for the inputs, their derivatives and a few blocks. A causal or local mask
-    leaves out the blocks that it hides.
+    Logits exist only one block at a time: the softmax is accumulated block by block, and every derivative
+    recomputes the blocks. So a gradient and a Hessian product (forward over reverse, or reverse over reverse)
+    need memory only for the inputs, their derivatives and a few blocks. Blocks that a causal or local mask
+    hides are skipped.
 
     Args:
         query: (B, T, N, H) or (T, N, H), floating.
@@ -55,25 +55,25 @@ def attention(
         mask: boolean, True where a key counts; broadcastable to (B, N, T, S).
         scale: of the logits; default 1 / sqrt(H).
         is_causal: a query sees keys up to its own position only.
-        query_seq_lengths: (B,), rows behind them are zero.
-        key_value_seq_lengths: (B,), keys behind them do not count.
+        query_seq_lengths: (B,); rows beyond these lengths are zero.
+        key_value_seq_lengths: (B,); keys beyond these lengths do not count.
         local_window_size: keys that a query sees to its left and right, one number or two.
-        implementation: ignored, for calls that pass JAX's on; there is this one.
+        implementation: ignored; accepted so that this function can replace JAX's.
         block_sizes: rows (queries) and columns (keys) of a block of logits. By default 128 of each on a CPU;
             elsewhere a power of two from 128 to 1024, the largest with at most 2^25 logits in a block of all
-            heads and examples. The platform is that of JAX's default device when the function is traced: pass
-            sizes where a program is compiled for another.
+            heads and examples. The platform is that of JAX's default device when the function is traced; pass
+            sizes if a program is compiled for another one.
 
     Returns:
-        As `query`, in its dtype. The softmax is computed in float32 at least, of float64 in float64 (there
-        `jax.nn.dot_product_attention` falls back to float32). A row without any key that counts averages
-        all values, as there.
+        Array like `query`, in its dtype. The softmax is computed in float32 at least, and in float64 for
+        float64 inputs (`jax.nn.dot_product_attention` uses float32 there). A row without any key that counts
+        averages all values, as in `jax.nn.dot_product_attention`.
 
     Raises:
         StructureError: shapes that do not fit together, a mask that is not boolean, or sizes of blocks that
             are not positive.
 
-    Cost: the operations of plain attention and those of computing its blocks anew, about half of them under a
+    Cost: the operations of plain attention, plus those of recomputing its blocks; about half of both with a
     causal mask. Memory O(B N (T + S) H), apart from `bias` and `mask`.
 
     References:

@@ -101,10 +101,11 @@ def linen_model(
 
     Args:
         module: `flax.linen.Module`.
-        batch_stats: "running": BatchNorm normalises by its running statistics, constants of the loss;
-            "batch": by the statistics of the batch, through which the loss is differentiated and whose
-            updates are dropped. A mean over batches is then not the loss of the whole data set. Which
-            of the two the module computes depends on its own arguments: pass them in `options`.
+        batch_stats: with "running", BatchNorm normalises by its running statistics, which are constants of
+            the loss. With "batch", it normalises by the statistics of the batch; the loss is differentiated
+            through these, and updates of the running statistics are dropped. A mean over batches is then not
+            the loss of the whole data set. The module's own arguments decide which of the two it computes:
+            pass them in `options`.
         attention: function that Flax's attention layers call instead of `dot_product_attention`, such as
             `spectra.attention`, whose memory is linear in the sequence length.
         **options: keyword arguments of the module's call, such as `train=False` or `deterministic=True`.

@@ -49,18 +49,18 @@ class Problem:
     local_data: bool = False
 
     def on(self, mesh: Mesh) -> "Problem":
-        """The problem with its parameters and data on a mesh; what lies there already stays."""
+        """The problem with its parameters and data on a mesh; arrays that are there already stay."""
         params = shard_params(self.params, mesh, self.partition)
         shared = self.options.get("shared")
         data = shard_data(self.data, mesh, local=self.local_data, shared=shared)
         return dataclasses.replace(self, params=params, data=data)
 
     def operator(self, kind: str = "hessian", *, key: jax.Array | None = None) -> LinearOperator:
-        """A curvature matrix of the problem: one of "hessian", "ggn", "fisher", "mc-fisher" (which
-        draws targets with `key`), "empirical-fisher" and "covariance" (of single gradients).
+        """A curvature matrix of the problem: one of "hessian", "ggn", "fisher", "mc-fisher" (which draws
+        targets with `key`), "empirical-fisher" and "covariance" (of the gradients of single examples).
 
         Raises:
-            SpectraError: unknown kind, or one that needs a `model_fn` that is not there.
+            SpectraError: unknown kind, or a kind that needs a `model_fn` when there is none.
         """
         if kind not in OPERATORS:
             raise SpectraError(f"operator '{kind}' is not known; use one of {', '.join(OPERATORS)}.")

@@ -28,12 +28,12 @@ class LinearOperator(abc.ABC):
     """A real symmetric operator on vectors that are pytrees; itself a pytree.
 
     Subclasses define how one product is computed (`mv`) and what a vector looks like (`like`). Parameters and
-    data are leaves and functions are static: a jitted routine takes an operator as an argument, and the next
-    one of the same structure reuses the compiled code.
+    data are leaves and functions are static, so a jitted function takes an operator as an argument, and
+    another operator of the same structure reuses the compiled code.
 
-    Your own operator is a dataclass that inherits from this class and defines `like`, as a field or a
-    property, and `mv`; nothing has to be registered. Arrays in its fields, including those in containers and
-    other operators, are leaves; everything else, and fields with `metadata={"static": True}`, is static:
+    To write your own operator, define a dataclass that inherits from this class and has `like`, as a field or
+    a property, and `mv`; nothing has to be registered. Arrays in its fields, including those in containers
+    and other operators, are leaves; everything else, and fields with `metadata={"static": True}`, is static:
     changing a Python number recompiles, changing an array does not. A class already registered with JAX keeps
     its registration.
 
@@ -80,7 +80,7 @@ class LinearOperator(abc.ABC):
 
     @abc.abstractmethod
     def mv(self, v: PyTree) -> PyTree:
-        """The product with a vector: a pytree in, the same pytree out; pure, jit- and vmap-able."""
+        """The product with a vector: takes and returns a pytree like `like`; pure, works in jit and vmap."""
 
     @property
     def structure(self) -> PyTree:
@@ -109,7 +109,7 @@ class LinearOperator(abc.ABC):
 
     @property
     def cancels(self) -> bool:
-        """Whether a product subtracts numbers larger than itself: it is right relative to |H| alone then."""
+        """Whether products subtract numbers larger than themselves: their error is then relative to |H|."""
         return True
 
     @property
@@ -119,7 +119,7 @@ class LinearOperator(abc.ABC):
 
     @property
     def semidefinite(self) -> bool:
-        """Whether no eigenvalue can be negative, by construction: False says nothing."""
+        """Whether no eigenvalue can be negative, by construction; False means that this is unknown."""
         return False
 
     @property
@@ -129,7 +129,7 @@ class LinearOperator(abc.ABC):
 
     @property
     def device(self) -> Any:
-        """Where products are computed; the first of several."""
+        """The device on which products are computed; of several, the first."""
         leaves = jax.tree.leaves(self)
         arrays = [x for x in leaves if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
         local: Iterable[Any] = (
@@ -151,7 +151,7 @@ class LinearOperator(abc.ABC):
         return None
 
     def moved(self, key: jax.Array) -> "LinearOperator | None":
-        """The operator at parameters moved by one rounding each; None where there are none to move."""
+        """The operator at parameters moved by one rounding each; None if it has no parameters."""
         del key
         return None
 
@@ -257,11 +257,12 @@ class LinearOperator(abc.ABC):
         of an operator on data differentiates only the chosen leaves, which is cheaper than the whole.
 
         Args:
-            select: a glob on the path ("Dense_0/*", or "Dense_0" for all that lies under it), a compiled
-                regular expression to search for, or a function of the path.
+            select: a glob on the path ("Dense_0/*", or "Dense_0" for everything under it), a compiled regular
+                expression to search for, or a function of the path.
 
         Raises:
-            StructureError: nothing matches, and the message lists the paths; or what does holds no numbers.
+            StructureError: nothing matches (the message lists the paths), or the leaves that match hold no
+                numbers.
 
         Examples:
             >>> import jax.numpy as jnp, spectra
@@ -283,10 +284,10 @@ class LinearOperator(abc.ABC):
         """The principal submatrix of some rows and columns, on flat vectors.
 
         Args:
-            indices: numbers of rows in the order of the flat vector, all different, or a mask (n,).
+            indices: distinct row numbers in the order of the flat vector, or a mask (n,).
 
         Raises:
-            StructureError: not such numbers.
+            StructureError: indices that are neither.
 
         Examples:
             >>> import jax.numpy as jnp, spectra
@@ -303,9 +304,10 @@ class LinearOperator(abc.ABC):
         `Dense_0/bias`, `fc1.weight` and `fc1.bias`. Groups without numbers (leaves of shape (0, 3)) are
         left out.
 
-        Layers whose parameters are stacked along the leading axis are told apart, as `layers/0`, `layers/1`:
-        those that a loss runs `lax.scan` over (Flax's `nn.scan`), which are found, and those that `scanned`
-        chooses as `block` does, such as the members of an ensemble under `jax.vmap`.
+        Layers whose parameters are stacked along the leading axis become separate blocks, `layers/0`,
+        `layers/1` and so on. Those that a loss runs `lax.scan` over (Flax's `nn.scan`) are found; others,
+        such as the members of an ensemble under `jax.vmap`, are selected by `scanned`, which takes what
+        `block` takes.
         """
         stacks = self._stacks() if scanned is None else paths.stacks_of(self.like, scanned)
         leaves = jax.tree.leaves(self.structure)

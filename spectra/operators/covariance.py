@@ -19,9 +19,9 @@ from spectra.operators.pytree import operator
 class GradientCovarianceOperator(DataOperator):
     """The second moment Σ w_i g_i g_iᵀ / Σ w_i of the gradients g_i of single examples.
 
-    With `centered` the gradient of the mean loss is subtracted: C - ḡ ḡᵀ, the noise covariance of stochastic
-    gradients with batch size one. Positive semi-definite. For a loss that is a negative
-    log-likelihood the second moment is the empirical Fisher matrix.
+    With `centered`, the gradient of the mean loss is subtracted: C - ḡ ḡᵀ is the noise covariance of
+    stochastic gradients with batch size one. Both matrices are positive semi-definite. If the loss is a
+    negative log-likelihood, the second moment is the empirical Fisher matrix.
 
     Args:
         loss_fn: pure function (params, batch) -> scalar, the mean over the batch. It is evaluated on
@@ -70,7 +70,7 @@ class GradientCovarianceOperator(DataOperator):
 
     @property
     def centered(self) -> bool:
-        """Whether the mean gradient is taken out."""
+        """Whether the mean gradient is subtracted."""
         return self.mean is not None
 
     @property

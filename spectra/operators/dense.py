@@ -277,7 +277,8 @@ class LowRankOperator(LinearOperator):
     """Σ_i λ_i v_i v_iᵀ: a matrix from a few eigenpairs, gradients or rows of a Jacobian.
 
     Args:
-        vectors: r vectors stacked, leaves (r, *leaf.shape), or a matrix (r, n); they need not be orthonormal.
+        vectors: r stacked vectors, with leaves (r, *leaf.shape), or a matrix (r, n); they need not be
+            orthonormal.
         values: (r,) λ_i; default all one.
 
     Raises:

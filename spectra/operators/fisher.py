@@ -115,9 +115,9 @@ class FisherOperator(ModelOperator):
     The loss is read as the weighted mean Σ_t w_t ℓ_t of negative log-likelihoods ℓ_t over *terms*: the
     entries of integer targets (examples, or tokens), else the examples. The kinds differ in y:
 
-    * "type2": the expectation over y ~ p(·|f_t), exactly, by E[∇ℓ ∇ℓᵀ] = E[∇²ℓ]. Where ∇²ℓ does not
-      depend on y (softmax cross-entropy, squared error, binary cross-entropy with logits, every natural
-      exponential family) it is the Gauss-Newton matrix, and is multiplied as such.
+    * "type2": the exact expectation over y ~ p(·|f_t), by E[∇ℓ ∇ℓᵀ] = E[∇²ℓ]. If ∇²ℓ does not depend on y
+      (softmax cross-entropy, squared error, binary cross-entropy with logits, every natural exponential
+      family), this is the Gauss-Newton matrix, and products are computed as for that matrix.
     * "mc": one y_t drawn from p(·|f_t) for each term, unbiased for "type2". The operator
       on one batch holds them in its `data`.
     * "empirical": the y_t of the data. Not a Fisher matrix in the strict sense, and far from one when the
@@ -127,10 +127,10 @@ class FisherOperator(ModelOperator):
         model_fn: pure function (params, inputs) -> outputs, one array for "mc". Static.
         loss_fn: pure function (outputs, targets) -> scalar, the mean over the batch. Static.
         params: pytree of parameters.
-        data: one batch, a pair (inputs, targets), or a re-iterable of such pairs. Targets may carry masks
-            or weights next to the labels; `weight_fn` then gives the number of terms of a batch. It also
-            sets the scale of the empirical matrix, which is quadratic in the terms, where the loss is a
-            mean over more than the examples (the numbers of a regression target, say). If the loss has an
+        data: one batch, a pair (inputs, targets), or a re-iterable of such pairs. Targets may contain masks
+            or weights next to the labels; `weight_fn` then gives the number of terms of a batch. If the loss
+            is a mean over more than the examples (such as the numbers of a regression target), `weight_fn`
+            also sets the scale of the empirical matrix, which is quadratic in the terms. If the loss has an
             attribute `weight`, it is used where targets are classes.
         kind: "type2", "mc" or "empirical".
         key: JAX random key of the samples, for "mc". The sample of an example depends only on the key, the
@@ -145,7 +145,7 @@ class FisherOperator(ModelOperator):
         SpectraError: as `GGNOperator` otherwise.
 
     Cost: a product is one J v and one Jᵀ u; gradients of single terms exist in output space only. "mc"
-    evaluates the model once when the operator is created, or once more per product for streams.
+    evaluates the model once when the operator is created; on streams, it does so once more in every product.
 
     References:
         Amari, doi:10.1162/089976698300017746; Martens, arXiv:1412.1193, sections 5, 9, 11.
@@ -203,7 +203,7 @@ class FisherOperator(ModelOperator):
 
     @property
     def semidefinite(self) -> bool:
-        """True of outer products; "type2" has what the loss has for a curvature."""
+        """True for outer products; for "type2", as the curvature of the loss."""
         return self.kind != "type2"
 
     def _pieces(self) -> Iterator[tuple[float, Self]]:

@@ -77,9 +77,9 @@ class ModelOperator(DataOperator):
 class GGNOperator(ModelOperator):
     """The generalised Gauss-Newton matrix Jᵀ (∇²ℓ) J of a loss ℓ on the outputs of a model.
 
-    With outputs f = model_fn(θ, x), J = ∂f/∂θ, and ∇²ℓ the Hessian of `loss_fn` with respect to the
-    outputs, by automatic differentiation. Any loss works, and the matrix is positive semi-definite if it
-    is convex in the outputs. H - GGN, the residual term Σ (∂ℓ/∂f_k) ∇²f_k, is
+    With outputs f = model_fn(θ, x), J = ∂f/∂θ, and ∇²ℓ the Hessian of `loss_fn` with respect to the outputs,
+    by automatic differentiation. Any loss works, and the matrix is positive semi-definite if the loss is
+    convex in the outputs. The residual term H - GGN = Σ (∂ℓ/∂f_k) ∇²f_k is
     `HessianOperator(...) - GGNOperator(...)`.
 
     Args:

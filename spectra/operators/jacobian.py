@@ -38,19 +38,19 @@ ROWS = 64
 class JacobianOperator:
     """J = ∂ model_fn(params, inputs) / ∂ params, a matrix (m, n) that is never formed.
 
-    `J @ v` is the change of the outputs along a vector v like the parameters, `J.T @ u` the gradient of
-    ⟨u, outputs⟩ for u like the outputs. It has rows and columns of different kinds, so that it is no
-    `LinearOperator`; its Gram matrices are: `J.gram()` = Jᵀ J on parameters, N times the Gauss-Newton matrix
-    of half the squared error, and `J.cogram()` = J Jᵀ on outputs, N times the tangent kernel. `spectra.svds`
-    computes singular values and vectors.
+    `J @ v` is the change of the outputs along a vector v like the parameters; `J.T @ u` is the gradient of
+    ⟨u, outputs⟩ for u like the outputs. Since J is not symmetric, it is not a `LinearOperator`, but its two
+    Gram matrices are: `J.gram()` = Jᵀ J on parameters, N times the Gauss-Newton matrix of half the squared
+    error, and `J.cogram()` = J Jᵀ on outputs, N times the tangent kernel. `spectra.svds` computes singular
+    values and vectors.
 
     Args:
         model_fn: pure function (params, inputs) -> outputs, a pytree of floating arrays of any shapes.
             Static: pass the same function object each time.
         params: pytree of n parameters; products are in float32 at least.
-        inputs: what the function takes as its second argument, whole; or a stream of such batches, as for
-            other operators (a list, a loader, a function that returns an iterator): their outputs are then
-            stacked along the first axis, and a product is one pass over the stream.
+        inputs: the second argument of the function, in one piece; or a stream of such batches, as for other
+            operators (a list, a loader, a function that returns an iterator). Outputs of a stream are stacked
+            along the first axis, and a product is one pass over the stream.
         wrt: the parameters to differentiate, as a glob, regex or predicate on their paths; default all.
 
     Raises:
@@ -59,10 +59,10 @@ class JacobianOperator:
         DataError: a stream is empty, can be read only once, or changes between passes.
         DifferentiationError: the model refuses forward and reverse mode.
 
-    Cost: one evaluation of the model and a pass forward (`J @ v`, 2 to 3 evaluations) or backward
-    (`J.T @ u`, as a gradient); a Gram product both. The memory is that of a gradient, and no matrix is
-    formed but by `as_matrix`. A model that refuses forward mode (`custom_vjp`) multiplies by J through the
-    transpose of the transpose, for about one evaluation more.
+    Cost: one evaluation of the model and a pass forward (`J @ v`, 2 to 3 evaluations) or backward (`J.T @ u`,
+    as a gradient); a Gram product both. The memory is that of a gradient; only `as_matrix` forms a matrix. If
+    a model refuses forward mode (`custom_vjp`), J v is computed as the transpose of the transpose, for about
+    one evaluation more.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra
@@ -134,7 +134,7 @@ class JacobianOperator:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n): numbers among the outputs, and parameters."""
+        """(m, n): how many numbers there are in the outputs, and in the parameters."""
         return trees.tree_size(self.like_left), trees.tree_size(self.like)
 
     @property
@@ -144,12 +144,12 @@ class JacobianOperator:
 
     @property
     def like(self) -> PyTree:
-        """What `J @ v` takes: the parameters; of `J.T` the shapes of the outputs."""
+        """A vector that `J @ v` takes: the parameters; for `J.T`, the shapes of the outputs."""
         return self._outputs() if self.transposed else trees.varying(self.params, self.selected)
 
     @property
     def like_left(self) -> PyTree:
-        """What `J @ v` gives: the shapes of the outputs; of `J.T` the parameters."""
+        """A vector that `J @ v` returns: the shapes of the outputs; for `J.T`, the parameters."""
         return self.T.like
 
     @property
@@ -164,7 +164,7 @@ class JacobianOperator:
 
     @property
     def T(self) -> "JacobianOperator":
-        """The transpose, whose transpose this is."""
+        """The transpose; `J.T.T` is `J`."""
         return self._with(transposed=not self.transposed)
 
     def gram(self) -> "GramOperator":
@@ -176,7 +176,8 @@ class JacobianOperator:
         return GramOperator(self.T)
 
     def mv(self, v: PyTree) -> PyTree:
-        """J v: a pytree like the parameters in, one like the outputs out; pure, jit- and vmap-able."""
+        """J v: takes a pytree like the parameters, returns one like the outputs; pure, works in jit and
+        vmap."""
         if self.batches is not None:
             return self._streamed(self.batches, v)
         push, pull = self._products()

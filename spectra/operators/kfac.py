@@ -223,27 +223,29 @@ class KFACOperator(_FromData):
     casts, `jit`, `remat` and `scan`. They are products with a parameter (dense layers, the projections of
     attention, einsums with several output axes), convolutions (rows are patches; groups are separate layers)
     and lookups of rows (embeddings, whose A is diagonal). Layers under `lax.scan` each have their own
-    factors. If a parameter is used several times, the uses count as further positions; one that is also used
-    transposed (an embedding tied to the last layer) has the product with the partial traces of the sum over
-    its uses. Everything else, such as scales and biases of norms, has its exact block, or its diagonal if it
-    is large; `coverage` says which.
+    factors. If a parameter is used several times, the uses count as further positions. A parameter that is
+    also used transposed (an embedding tied to the last layer) has the Kronecker product with the same partial
+    traces as the sum over its uses. Everything else, such as scales and biases of norms, has its exact block,
+    or only the diagonal of it if it is large; `coverage` says which.
 
     Args:
         model_fn: pure function (params, inputs) -> outputs, which processes examples independently. Static.
         loss_fn: pure function (outputs, targets) -> scalar, the mean over the batch. Static.
         params: pytree of parameters.
         data: one batch, a pair (inputs, targets), or a re-iterable of such pairs.
-        kind: what is approximated, as for `FisherOperator`: "type2", by an exact square root of the loss's
-            Hessian in the outputs; "mc", by targets drawn from the model; "empirical", by the data's own.
+        kind: the matrix that is approximated, as for `FisherOperator`: "type2", by an exact square root of
+            the loss's Hessian in the outputs; "mc", by targets drawn from the model; "empirical", by the
+            targets of the data.
         key: JAX random key of the samples, for "mc". The first sample of each example is that of
             `FisherOperator` with the same key.
         num_samples: samples per example, for "mc".
-        sequence: how positions of one example (tokens, pixels) are summed: "expand" treats them as examples,
-            A = Σ_n w_n mean_s a a^T and B = Σ_nks g gᵀ; "reduce" takes the mean of a and the sum of g over
-            positions first, right for networks that pool before their loss.
+        sequence: how the positions of one example (tokens, pixels) are combined: "expand" treats them as
+            examples, A = Σ_n w_n mean_s a aᵀ and B = Σ_nks g gᵀ; "reduce" first takes the mean of a and the
+            sum of g over positions, which is right for networks that pool before their loss.
         bias: "joint" with the weight, as a last input equal to one, or a separate block ("separate").
         sample_fn: as for `FisherOperator`.
-        exact_limit: size up to which a leaf that is not a layer has its exact block; beyond it, its diagonal.
+        exact_limit: leaves that are not layers have their exact block up to this size, and only its diagonal
+            beyond.
         factor_limit: size beyond which a factor is kept as its diagonal, as for the vocabulary of a last
             layer.
         **options: see `DataOperator`. `weight_fn` of one example gives w_n, by default equal.

@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 class KroneckerOperator(LinearOperator):
     """A ⊗ B: the block matrix (A_ij B), which maps a matrix X of shape (a, b) to A X B.
 
-    Two arrays make vectors X of shape (a, b), whose flat form is row after row. In general a vector is a tree
-    like that of A which holds, for each of its leaves, a tree like that of B, with leaves of shape
-    (*leaf_of_A.shape, *leaf_of_B.shape): an outer product x ⊗ y is of that form.
+    If both factors are arrays, vectors X have shape (a, b), and their flat form is row after row. In general,
+    a vector is a tree like that of A in which each leaf is replaced by a tree like that of B, with leaves of
+    shape (*leaf_of_A.shape, *leaf_of_B.shape); an outer product x ⊗ y has this form.
 
     Args:
         left: A, an operator, or a symmetric matrix (a, a).
         right: B, an operator, or a symmetric matrix (b, b).
 
     Raises:
-        StructureError: a factor is neither, or an array that is no real square matrix.
+        StructureError: a factor is neither, or is an array that is not a real square matrix.
         NotSymmetricError: a matrix is not symmetric.
 
-    Cost: a product is b products with A and a products with B, for matrices a² b + a b² operations;
-    a² + b² numbers. Trace, eigenvalues, determinant and inverse are closed forms of those of the factors, for
-    factors that have them: matrices, diagonals, other Kronecker products.
+    Cost: a product is b products with A and a products with B; for matrices, this is a² b + a b² operations
+    and a² + b² numbers. Trace, eigenvalues, determinant and inverse follow in closed form from those of the
+    factors, if the factors have them: matrices, diagonals and other Kronecker products do.
 
     References:
         Van Loan, doi:10.1016/S0377-0427(00)00393-9.
@@ -90,7 +90,7 @@ class KroneckerOperator(LinearOperator):
 
     @property
     def on_host(self) -> bool:
-        """True as soon as one factor is driven from the host."""
+        """True if at least one factor is driven from the host."""
         return self.left.on_host or self.right.on_host
 
     @property
@@ -159,7 +159,8 @@ class KroneckerOperator(LinearOperator):
         """tr A tr B, exactly.
 
         Raises:
-            SpectraError: a factor's trace is no closed form; `spectra.trace` estimates that of any operator.
+            SpectraError: a factor has no closed form of its trace; `spectra.trace` estimates that of any
+                operator.
         """
         return _trace(self.left) * _trace(self.right)
 
@@ -167,7 +168,7 @@ class KroneckerOperator(LinearOperator):
         """All a b eigenvalues in ascending order: the products of those of the factors.
 
         Raises:
-            SpectraError: a factor's eigenvalues are no closed form.
+            SpectraError: a factor has no closed form of its eigenvalues.
 
         Cost: an eigendecomposition of each factor; a b numbers.
         """
@@ -177,7 +178,7 @@ class KroneckerOperator(LinearOperator):
         """log det(A ⊗ B + damping I); -inf where it is singular, NaN inside `jit` where it is not positive.
 
         Raises:
-            SpectraError: the matrix has a negative eigenvalue, or a factor no closed form.
+            SpectraError: the matrix has a negative eigenvalue, or a factor has no closed form.
 
         Cost: as `eigenvalues`.
         """

@@ -33,11 +33,11 @@ from spectra.operators.response import AGREE, preconditioner
 class PreconditionedOperator(Wrapped):
     """P^(-1/2) H P^(-1/2), the curvature in the metric of an adaptive optimizer; P is the optimizer's own.
 
-    An adaptive optimizer moves the parameters by -η P⁻¹ m with a diagonal P, which it keeps in its state.
-    In the coordinates P^(1/2) θ that is a step of η along m, so the spectrum of P^(-1/2) H P^(-1/2) plays
-    the role that the spectrum of H has for gradient descent with momentum. Its largest eigenvalue is the
-    preconditioned sharpness: with Adam's b1 it is stable up to (2 + 2 b1) / ((1 - b1) η), 38 / η for 0.9,
-    and full-batch training settles at this edge.
+    An adaptive optimizer moves the parameters by -η P⁻¹ m with a diagonal P, which it keeps in its state. In
+    the coordinates P^(1/2) θ, this is a step of η along m, so the spectrum of P^(-1/2) H P^(-1/2) plays the
+    role that the spectrum of H plays for gradient descent with momentum. The largest eigenvalue is the
+    preconditioned sharpness. Training with Adam is stable while it is below (2 + 2 b1) / ((1 - b1) η), which
+    is 38 / η for b1 = 0.9, and full-batch training settles at this edge.
 
         Adam, AdamW  P = (1 - b1^t) (sqrt(ν / (1 - b2^t) + eps_root) + eps)
         AMSGrad      P = (1 - b1^t) (sqrt(ν_max + eps_root) + eps)
@@ -50,10 +50,10 @@ class PreconditionedOperator(Wrapped):
 
     Args:
         op: operator on the parameters, such as a `HessianOperator`, or a block of one.
-        optimizer_state: optax's state, of which the one second moment is found inside chains, masks,
-            partitions, schedules, `flatten` and `MultiSteps`, or the `opt_state` of an nnx `Optimizer`; on
-            all parameters of `op`, or on those under one name such as "params". Instead, the diagonal
-            of any P: a pytree like the parameters, or flat.
+        optimizer_state: optax's state, or the `opt_state` of an nnx `Optimizer`, for all parameters of `op`
+            or for those under one name such as "params". Its second moment is found inside chains, masks,
+            partitions, schedules, `flatten` and `MultiSteps`. Alternatively, the diagonal of any P: a pytree
+            like the parameters, or a flat array.
         update_fn: `optimizer.update`, or the optimizer itself. P is then measured from its updates (see
             `spectra.operators.response`), and nothing below is needed; arguments that are given are checked
             against it. An optimizer without a diagonal P is refused.
@@ -69,7 +69,7 @@ class PreconditionedOperator(Wrapped):
         SpectraError: no second moment in the state, or several; no step has been taken; unknown rule;
             neither `update_fn` nor `rule` and `b2` for a state like Adam's; an update that is not a diagonal
             multiple of the momentum.
-        StructureError: a parameter of `op` has no second moment, or one of another shape.
+        StructureError: a parameter of `op` has no second moment, or its second moment has another shape.
 
     Cost: a product of `op` and two multiplications by a diagonal; one vector of memory. With `update_fn`,
     about 30 updates of the optimizer, once.

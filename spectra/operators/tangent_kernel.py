@@ -19,9 +19,9 @@ class TangentKernelOperator(Wrapped):
     """J Jᵀ / N, the empirical neural tangent kernel, on vectors like the model's outputs for N examples.
 
     J = ∂ model_fn(params, inputs) / ∂ params. Its non-zero eigenvalues are those of Jᵀ J / N, the
-    Gauss-Newton matrix of half the squared error, and their roots the singular values of J over √N. Use it
-    where there are fewer outputs than parameters: the smaller matrix is the cheaper one. It is
-    `JacobianOperator(...).cogram()` divided by N.
+    Gauss-Newton matrix of half the squared error; their square roots are the singular values of J divided by
+    √N. Use it if there are fewer outputs than parameters, because the smaller matrix is the cheaper one. It
+    is `JacobianOperator(...).cogram()` divided by N.
 
     Args:
         model_fn: pure function (params, inputs) -> outputs. Static: pass the same function object each time.

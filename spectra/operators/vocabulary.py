@@ -16,13 +16,13 @@ from spectra.base.trees import PyTree
 class VocabularyLoss:
     """Mean cross entropy of tokens under softmax(h W + b), in the memory of `chunk` rows of logits.
 
-    With T tokens and V words, logits, their softmax and the tangents of both take T V numbers each. Here a
-    loop over chunks of tokens computes them, uses them, and recomputes them for every derivative. Instead of
-    logits, the model returns (h, W) or (h, W, b): hidden states (..., d), the last layer's kernel
-    (d, V), and its bias (V,). All JAX transformations work, for both orders of derivative.
+    With T tokens and V words, the logits, their softmax and the tangents of both take T V numbers each. Here
+    a loop over chunks of tokens computes and uses them one chunk at a time, and recomputes them for every
+    derivative. Instead of logits, the model returns (h, W) or (h, W, b): hidden states (..., d), the last
+    layer's kernel (d, V), and its bias (V,). All JAX transformations work, for both orders of derivative.
 
-    As `loss_fn` of a `GGNOperator` the matrix is that of the *logits*, Jᵀ ∇²ℓ J with W and b among the
-    parameters, as if the model had returned logits. For a Hessian call it in the loss:
+    As the `loss_fn` of a `GGNOperator`, it gives the matrix with respect to the *logits*, Jᵀ ∇²ℓ J with W and
+    b among the parameters, as if the model had returned logits. For a Hessian, call it in the loss:
     `loss_fn(params, batch) = vocabulary(model_fn(params, batch[0]), batch[1])`.
 
     Args:
@@ -96,7 +96,7 @@ class VocabularyLoss:
         return jax.tree.structure(outputs).unflatten((back, kernel_back, bias_back)[: len(outputs)])
 
     def weight(self, batch: PyTree) -> jax.Array:
-        """The number of tokens that count, the weight of a batch (inputs, targets) in a mean."""
+        """The number of tokens not ignored: the weight of a batch (inputs, targets) in a mean."""
         return self._count(batch[1])
 
     def _count(self, targets: jax.Array) -> jax.Array:

@@ -30,21 +30,21 @@ class Checkpoint:
     Args:
         directory: a folder for this run alone, on a file system that all its processes share.
         minutes: maximum time between two checkpoints.
-        steps: also save after this many Lanczos steps, or products; None: never by count.
+        steps: also save after this many Lanczos steps, or products; default: save by time only.
 
     A finished probe is always recorded. On SIGTERM or SIGINT (Ctrl-C) a run writes a last checkpoint after
     the current chunk of steps (about 5 seconds, or one step; with streamed data about 5 seconds of batches,
     or one batch) and raises `PreemptedError`; the command line then exits with code 75, "try again", or 130
     after Ctrl-C. If these were the last steps, the run finishes instead. A second Ctrl-C stops it at once.
 
-    A checkpoint belongs to one operator (its functions, parameters and data) and one key; for any other it is
-    refused. In `slq`, steps, probes and `tol` may change, in `eigsh` `max_matvecs`: the call computes only
-    what is missing. The other functions resume only with the same arguments. Probes recorded with fewer steps
-    than asked for are recomputed.
+    A checkpoint belongs to one operator (its functions, parameters and data) and one key; with any other it
+    is refused. Some arguments may change between calls: steps, probes and `tol` of `slq`, and `max_matvecs`
+    of `eigsh` and `solve`. The call then computes only what is missing; probes recorded with fewer steps than
+    requested are recomputed. The other functions resume only with the same arguments.
 
     Damage is detected by checksums; damaged parts are recomputed, with a warning.
 
-    Cost: one more product, by which a run recognises its operator; disk space for the basis of the probes in
+    Cost: one additional product, which identifies the operator; disk space for the basis of the probes in
     progress, in the dtype of the vectors. A run that resumes within a pass over a stream re-reads the batches
     already processed, since streams cannot skip, but multiplies only by the others.
 

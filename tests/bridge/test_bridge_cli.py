@@ -62,7 +62,7 @@ def test_export_then_spectrum(file, tmp_path):
     assert "26 parameters in 4 arrays" in done.output
     assert "batch size: any" in done.output
     again = invoke("export-torch", f"{file}:small", "-o", out)
-    assert "graph.json' is there already" in str(again.exception)
+    assert "graph.json' already exists" in str(again.exception)
     assert "--force replaces it" in str(again.exception)
     model = spectra.bridge.load(out)
     assert model.apply(model.params, jnp.ones((7, 3))).shape == (7, 2)
