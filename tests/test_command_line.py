@@ -145,7 +145,7 @@ def test_a_result_that_cannot_be_written_is_printed_and_kept_elsewhere(problem, 
     assert "largest eigenvalue" in done.output
     assert isinstance(done.exception, output.ResultElsewhereError)
     (kept,) = second.rglob("*.npz")
-    assert f"kept in '{kept}'" in str(done.exception)
+    assert f"saved as '{kept}'" in str(done.exception)
     assert repr(spectra.load(kept)) == repr(report())
     monkeypatch.setattr(output, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
     done = invoke("run", problem, "--out", out)
@@ -375,7 +375,7 @@ def test_an_ending_that_nothing_writes_is_a_wrong_argument(tmp_path):
         (("plot", path, "-o", tmp_path / "a.docx"), "a picture ends in"),
         (("plot", path, "-o", path), "a picture ends in"),  # nor is the result lost
         (("compare", path, path.with_name("y.npz"), "-o", tmp_path / "a.docx"), "a picture ends in"),
-        (("export-torch", "model.py", "-o", tmp_path / "model"), "write FILE.py:FUNCTION"),
+        (("export-torch", "model.py", "-o", tmp_path / "model"), "pass FILE.py:FUNCTION"),
     ):
         done = invoke(*arguments)
         assert done.exit_code == 2, arguments

@@ -32,7 +32,7 @@ class DifferentiationError(SpectraError, TypeError):
 
 
 class MemoryLimitError(SpectraError, MemoryError):
-    """The computation would not fit; the message states the bytes and the arguments that would."""
+    """The computation would not fit in memory; the message states the bytes, and arguments that would fit."""
 
 
 class ResultFileError(SpectraError):
@@ -65,8 +65,8 @@ class EndedEarlyError(BaseException):
 class Status(enum.Enum):
     """How a computation ended. Each member has a `message` and a `remedy`.
 
-    The value is a short code that is stored in result files; it compares by identity. A status never
-    stands in for an error: failures raise, a status only qualifies a number that is sound.
+    The value is a short code that is stored in result files; members are compared by identity. A status never
+    replaces an error: failures raise, while a status qualifies a valid number.
 
     Examples:
         >>> from spectra import Status
@@ -142,7 +142,7 @@ num_probes the sampling part), or accept the reported width.
 
     @property
     def ok(self) -> bool:
-        """Whether the computation did all that was asked, with nothing to be wary of."""
+        """Whether the computation did all that was requested, without a reservation."""
         return self in (Status.COMPLETE, Status.CONVERGED, Status.INVARIANT, Status.DENSE, Status.EXACT)
 
     def __str__(self) -> str:

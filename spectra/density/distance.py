@@ -19,7 +19,7 @@ _PER_WIDTH = 4.0
 def spectral_distances(
     quadratures: Mapping[str, Any] | Sequence[Any], *, metric: str = "jensen-shannon", normalize: bool = False
 ) -> np.ndarray:
-    """Distances between the eigenvalue distributions of several operators, on a signed-log axis.
+    """Compute distances between the eigenvalue distributions of several operators, on a signed-log axis.
 
     "jensen-shannon": d(p, q) = sqrt(KL(p | m)/2 + KL(q | m)/2) with m = (p + q)/2 and logarithms to base
     2: 0 for equal distributions, 1 for distributions that do not overlap. The distributions are those of
@@ -27,9 +27,9 @@ def spectral_distances(
     which their spectra are not resolved, so differences between narrower bulks are not visible: use more
     Lanczos steps, or deflate the outliers.
 
-    "wasserstein": the mean distance on that axis by which one distribution must be moved to become the
-    other; it needs no smoothing, and s is the median root mean square eigenvalue. Far from zero its unit
-    is an e-fold: 1 for two spectra of which one is e times the other.
+    "wasserstein": the mean distance on that axis by which one distribution must be moved to become the other.
+    It needs no smoothing, and s is the median root mean square eigenvalue. Far from zero, the unit is a
+    factor of e: the distance is 1 if one spectrum is e times the other.
 
     Args:
         quadratures: results of `slq` by name, such as one per block, or a list; or reports that contain them.

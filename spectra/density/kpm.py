@@ -48,8 +48,8 @@ def kpm(
 
     With t_j = T_j(A) v for A = (2 H - a - b) / (b - a), one product gives two moments: μ_2j = 2 t_j·t_j - μ_0
     and μ_2j+1 = 2 t_j+1·t_j - μ_1. `spectral_density` turns them into a density. The resolution is the same
-    everywhere, π (b - a) / 2 num_moments. If a few outliers dwarf the bulk, `slq` resolves it far better from
-    the same products; `kpm` is for operators so large that a Krylov basis does not fit.
+    everywhere, π (b - a) / 2 num_moments. If a few outliers dwarf the bulk, `slq` resolves the bulk far
+    better from the same products; `kpm` is for operators so large that a Krylov basis does not fit.
 
     Half the products are enough because of symmetry, T_i T_j = (T_i+j + T_|i-j|) / 2. So the identity
     t_j-1·t_j+1 - t_j·t_j = t_1·t_1 - t_0·t_0 also holds, and is tested: maps that are not symmetric or not
@@ -62,7 +62,7 @@ def kpm(
         num_probes: k.
         bounds: (a, b) that contain the spectrum; default: the ends of 24 Lanczos steps without a basis,
             widened by their residuals and 1 % of the range, and further if a moment exceeds one.
-        probe_batch: probes in flight together.
+        probe_batch: number of probes run side by side.
         progress: show the number of products.
         checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, bit for
             bit as if uninterrupted; a call with other arguments is refused.
@@ -77,8 +77,8 @@ def kpm(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: num_probes x num_moments / 2 products, but at least two a probe; 24 for the bounds; three
-    vectors per probe in flight.
+    Cost: num_probes x num_moments / 2 products, but at least two per probe; 24 for the bounds; three vectors
+    per probe in progress.
 
     References:
         Weiße, Wellein, Alvermann and Fehske, doi:10.1103/RevModPhys.78.275.

@@ -86,9 +86,9 @@ def slq(
 
     For each probe v_i, m Lanczos steps give the Gauss quadrature of its spectral measure μ_i(f) = v_iᵀ f(H)
     v_i ≈ Σ_j w_ij f(θ_ij), exact for polynomials of degree below 2m; the mean over probes estimates tr f(H) /
-    n without bias. `slq` works inside `jit`, where the small eigenproblem is solved on the device in the
-    working dtype, and `tol` and checks of values are not available; there, nodes are NaN if the operator is
-    not symmetric, and a run may continue past an invariant space, see docs/guarantees.md.
+    n without bias. `slq` works inside `jit`. The small eigenproblem is then solved on the device in the
+    working dtype, `tol` and checks of values are not available, nodes are NaN if the operator is not
+    symmetric, and a run may continue past an invariant space (see docs/guarantees.md).
 
     Args:
         op: symmetric operator of order n; or a mapping of several, such as `op.blocks(by="layer")`. Those of
@@ -100,13 +100,13 @@ def slq(
             `tol`: steps are added until the bracket takes half of it, then probes.
         probe_batch: number of probes run side by side, each with its own basis; default from `plan`.
         progress: show a progress bar.
-        deflate: eigenpairs from `eigsh`: they become atoms of weight 1/n without sampling error in every
-            row, and all steps go to the rest of the spectrum, in their orthogonal complement. This resolves
-            the bulk even where outliers are 1e4 times larger; the band holds as it does without. Or a number
-            r: all Ritz vectors of r more Lanczos steps, converged or not. One coefficient couples them to the
-            rest, so that no count is off by more than one (see `spectra.quadrature.links`), and nothing is
-            sampled of what r steps know. Half of the products is a good share, from about 16 steps of 8
-            probes on; with fewer, probes alone do as well.
+        deflate: eigenpairs from `eigsh`. They become atoms of weight 1/n without sampling error in every row,
+            and all steps go to the rest of the spectrum, in their orthogonal complement. This resolves the
+            bulk even where outliers are 1e4 times larger; the band holds as it does without. Or a number r,
+            to deflate all Ritz vectors of r more Lanczos steps, converged or not. One coefficient couples
+            them to the rest, so no count is off by more than one (see `spectra.quadrature.links`), and only
+            the rest is sampled. Half of the products is a good share for r, from about 16 steps of 8 probes
+            on; with fewer, probes alone do as well.
         checkpoint: a folder, or a `Checkpoint`, to save the run in: finished probes, and the basis of the
             current one. The same call resumes from there, with bit-identical results on the same devices
             and results equal to rounding on others.

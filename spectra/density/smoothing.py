@@ -32,12 +32,12 @@ def spectral_density(
 ) -> Density:
     """Smooth a quadrature to a density that integrates to one, with a simultaneous band.
 
-    p(x) = Σ_ij (w_ij / k) N(x; θ_ij, h(θ_ij)²). By default the width h(t) = η sqrt(t² + s²), with
-    η = 0.05, is proportional to the distance from zero and constant below s, which is set by the
-    spacing of the Ritz values where most of the mass lies: on the signed-log axis on which such
-    spectra are drawn, features at 1e-3 and at 1e4 are equally wide. It scales with H. The value at a
-    grid point is the mean of p under the hat function of that point, so that the trapezoidal rule gives
-    the mass of p to rounding on any grid.
+    p(x) = Σ_ij (w_ij / k) N(x; θ_ij, h(θ_ij)²). By default the width h(t) = η sqrt(t² + s²), with η = 0.05,
+    is proportional to the distance from zero and constant below s, which is set by the spacing of the Ritz
+    values where most of the mass lies. So features at 1e-3 and at 1e4 are equally wide on the signed-log axis
+    on which such spectra are drawn, and the width scales with H. The value at a grid point is the mean of p
+    under the hat function of that point, so that the trapezoidal rule gives the mass of p to rounding on any
+    grid.
 
     The band encloses, at its level and for all grid points simultaneously, the density of the exact spectrum
     smoothed by the same kernel. Like that of `Quadrature.cdf` it has two parts: what m steps leave open for
@@ -46,8 +46,8 @@ def spectral_density(
     says nothing about a density with a narrower kernel.
 
     Args:
-        quadrature: result of `slq` or a report that contains it, or the `Moments` of `kpm`: these are damped
-            by Jackson's kernel, whose width their number sets.
+        quadrature: result of `slq`, or a report that contains it, or the `Moments` of `kpm`. Moments are
+            damped by Jackson's kernel, whose width depends on their number.
         bandwidth: constant kernel width in units of the eigenvalues, instead of the default.
         grid: increasing points, shape (g,); default: four points per width, reaching 6 widths beyond the
             ends.

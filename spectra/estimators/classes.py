@@ -32,8 +32,8 @@ def class_split(
         num_matvecs: products for each of the two traces.
 
     Returns:
-        `ClassSplit`; print it. The traces of the class means and of the cross part are sums of squares of
-        mean gradients, without probes.
+        `ClassSplit`, which prints as a table. The traces of the class means and of the cross part are sums of
+        squares of mean gradients and need no probes.
 
     Raises:
         StructureError, DataError, MemoryLimitError: as `class_operators`.

@@ -41,10 +41,11 @@ def compare_operators(
 ) -> OperatorComparison:
     """Measure how wrong an operator A is in place of B, for example KFAC for the Gauss-Newton matrix.
 
-    Relative Frobenius error |A - B|_F / |B|_F from E|(A - B)z|² = |A - B|²_F over Rademacher probes z, for
-    the whole and for the diagonal block of each layer; tr A / tr B; the overlap |U_Aᵀ U_B|²_F / k of the k
-    leading eigenvectors; and W₁ = ∫|F_A - F_B|, the distance between the distributions of eigenvalues, over
-    the mean modulus of those of B. Up to order 64 all of these are exact.
+    Four figures are computed: the relative Frobenius error |A - B|_F / |B|_F, of the whole matrix and of the
+    diagonal block of each layer, from E|(A - B)z|² = |A - B|²_F over Rademacher probes z; the ratio tr A / tr
+    B; the overlap |U_Aᵀ U_B|²_F / k of the k leading eigenvectors; and the distance W₁ = ∫|F_A - F_B| between
+    the distributions of eigenvalues, divided by the mean modulus of those of B. Up to order 64 all of these
+    are exact.
 
     Args:
         a: the approximation.
@@ -54,7 +55,7 @@ def compare_operators(
         num_probes: probes for the Frobenius errors of the whole and of each layer; densities use half as
             many.
         num_steps: Lanczos steps per probe for the densities; not used up to order 64.
-        by: blocks to compare, "layer" or "leaf"; None for none.
+        by: blocks to compare, "layer" or "leaf"; None to compare no blocks.
         level: probability with which each interval contains its number.
 
     Returns:
@@ -68,8 +69,8 @@ def compare_operators(
         StructureError: the operators act on different vectors.
         SpectraError: too few pairs or probes, or an invalid level.
 
-    Cost: 2 num_probes products with A and B, as many for each layer with its block, num_probes / 2 runs of
-    num_steps for each density, and one `eigsh` for each operator.
+    Cost: 2 num_probes products with A and B; as many products with its block for each layer; num_probes / 2
+    runs of num_steps for each density; and one `eigsh` for each operator.
 
     References:
         Better Hessians matter: studying the impact of curvature approximations in influence functions,

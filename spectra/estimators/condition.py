@@ -65,16 +65,17 @@ def condition_number(
     κ = |λ|max / |λ|min is infinite for a singular matrix, as the Hessian of a network usually is; `effective`
     is |λ|max over the smallest non-zero |λ|. An eigenvalue counts as zero if |λ| <= max(rank_tol |λ|max,
     noise): no algorithm that uses these products can see below the noise. The noise is the `noise_floor` of a
-    dense matrix, or twice that of a Krylov run, whose Ritz values rounding moves as well; next to a zero that
-    hides it, up to 100 times as much counts, if a gap of another factor 100 follows.
+    dense matrix, or twice that of a Krylov run, because rounding also moves its Ritz values. A zero hides
+    eigenvalues close to it, so next to one, those up to 100 times as large as the noise also count as zero,
+    if a gap of another factor of 100 follows.
 
     **Dense.** Up to n = 5000 (500 for streamed data) all eigenvalues are computed, in float64. By Weyl's
     theorem each is within the spectral norm of the matrix error of the truth. That is the noise floor:
     precision times the Frobenius norm if the relative error of each product is small (`MatrixOperator`), 4
     precision sqrt(n) |H| if a product may subtract larger numbers (losses, sums, functions), plus n eps |H|
-    in float64 for the eigenproblem. `effective` is a value within `effective_interval`; it is a lower bound
-    if that is wider than a factor of 1.5, or if eigenvalues come so close to the cut that those below it may
-    not be zero.
+    in float64 for the eigenproblem. `effective` is a value within `effective_interval`. It is only a lower
+    bound if that interval is wider than a factor of 1.5, or if eigenvalues come so close to the threshold
+    that those below it may not be zero.
 
     **Krylov.** For larger n, random probes are used, and each statement rests on a theorem:
 
@@ -98,9 +99,9 @@ def condition_number(
             alone.
         method: "dense", "krylov", or "auto".
         per_layer: compute one condition number for each diagonal block of `op.blocks(by="layer")`.
-        num_steps: Lanczos steps per probe of the Krylov method, default 100. Small operators that "auto"
-            makes dense have no use for it; with "dense" it is refused.
-        num_probes: its number of probes, default 4; the same.
+        num_steps: Lanczos steps per probe of the Krylov method, default 100. It has no effect on small
+            operators that "auto" makes dense, and is refused with "dense".
+        num_probes: probes of the Krylov method, default 4; otherwise like num_steps.
 
     Returns:
         `ConditionNumber`; with per_layer=True a `LayerConditions`, which maps layer names to these and prints

@@ -33,8 +33,8 @@ def count_above(
     Chebyshev-Markov-Stieltjes bracket, certain for the probes drawn. The share that a probe sees is
     distributed as Beta(nF/2, n(1-F)/2): the interval inverts it at both ends of the bracket, so it stays
     within [0, n], and `stderr` is that of this distribution at the point of the bracket where it is widest. A
-    count is a whole number: if all but one are excluded, up to a probability of 1e-4, that one is the value
-    and both ends.
+    count is a whole number: if the probes exclude all numbers but one, up to a probability of 1e-4, that
+    number is the value and both ends of the interval.
 
     Args:
         source: symmetric operator, or a `Quadrature` of it.
@@ -42,8 +42,8 @@ def count_above(
         key: JAX random key; needed for an operator.
         num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
         num_probes: probes, default 8; with `tol`, num_steps x num_probes is the maximum number of products.
-        tol: stop as soon as the 95 % interval is within ±tol n, as `trace_of` does; `status` says whether it
-            is. One probe may be enough.
+        tol: stop as soon as the 95 % interval is within ±tol n, in the way of `trace_of`; `status` says
+            whether this was reached. One probe may be enough.
         probe_batch: see `slq`.
 
     Returns:
@@ -78,7 +78,7 @@ def negative_share(
     tol: float | None = None,
     probe_batch: int | None = None,
 ) -> Estimate:
-    """Estimate the share of negative eigenvalues, those below minus the noise floor.
+    """Estimate the share of negative eigenvalues: of those below minus the noise floor.
 
     Args:
         source: symmetric operator, or a `Quadrature` of it.

@@ -43,35 +43,41 @@ def diagonal(
 ) -> Estimate:
     """Estimate the diagonal H_ii, each entry with a standard error.
 
-    "hutchinson" is the mean of v ⊙ Hv over Rademacher probes, exact for a diagonal H; a single probe, and up
-    to four where n < 16, are normal, since so few signs show too little of the error. "xdiag" first computes
-    the part within a sketched range, leaving each probe out of its own sketch: best if few eigenvalues
-    dominate. "xnysdiag" does the same with the Nyström approximation from the probes and their products: half
-    the products of "xdiag" for as many probes, but of a positive semi-definite operator. "exact" uses n
-    products with unit vectors; its only error is rounding, which is measured outside `jit` (see
-    `spectra.estimators.exact`). `diagonal` works inside `jit` and `vmap`.
+    The methods are:
+
+    * "hutchinson": the mean of v ⊙ Hv over Rademacher probes, exact for a diagonal H. A single probe, and up
+      to four where n < 16, are normal, since so few signs reveal too little of the error.
+    * "xdiag": first computes the part within a sketched range, leaving each probe out of its own sketch. It
+      is best if few eigenvalues dominate.
+    * "xnysdiag": the same with the Nyström approximation from the probes and their products. It takes half
+      the products of "xdiag" for as many probes, but requires a positive semi-definite operator.
+    * "exact": n products with unit vectors; its only error is rounding, which is measured outside `jit` (see
+      `spectra.estimators.exact`).
+
+    `diagonal` works inside `jit` and `vmap`.
 
     **Gauss-Newton matrices** (`GGNOperator`; `FisherOperator` but for "mc") have their exact diagonal from
     one backward pass for each output of an example, Σ_k G_k² with the gradients G_k of the outputs along the
-    roots of the loss's Hessian: for a dense layer Σ a² ⊗ g². "exact" does so where that is less than n, and
-    "auto" where it is within `num_matvecs`; `num_matvecs` of the result is the number of passes. Layers are
-    found as for `KFACOperator`, and `reason` names the leaves outside layers, for which gradients of single
-    examples are formed, or says why products were taken: a loss that is not convex in the outputs or
-    couples examples, a model with batch statistics, gradients that do not fit, a checkpoint, `jit`.
+    roots of the loss's Hessian: for a dense layer Σ a² ⊗ g². "exact" does so if this takes fewer passes than
+    n, and "auto" if it takes at most `num_matvecs`; `num_matvecs` of the result is the number of passes.
+    Layers are found as for `KFACOperator`. `reason` names the leaves outside layers, for which gradients of
+    single examples are formed, or says why products were used instead: a loss that is not convex in the
+    outputs or couples examples, a model with batch statistics, gradients that do not fit, a checkpoint, or
+    `jit`.
 
-    The errors rest on the spread of the samples, which for "xdiag" and "xnysdiag" are leave-one-out estimates
-    whose covariance and its own error are added (see `spectra.estimators.leave_one_out`), and on rounding.
-    They hold for each entry, not simultaneously for all.
+    Standard errors are computed from the spread of the samples and from rounding. For "xdiag" and "xnysdiag"
+    the samples are leave-one-out estimates, whose covariance and its own error are added (see
+    `spectra.estimators.leave_one_out`). Errors hold for each entry, not simultaneously for all.
 
     Args:
         op: symmetric operator of order n.
         key: JAX random key; probe i depends on the key and i alone. None for "exact".
         method: one of the above, or "auto": "exact" if the budget covers n products, or the outputs of an
-            example of a Gauss-Newton matrix, else "xdiag", or
-            "hutchinson" if 2 num_matvecs vectors do not fit into half of the free memory.
-        num_matvecs: budget of products. If it covers n, "exact" replaces the others but "hutchinson", which
-            replaces "xdiag" below 16 (which takes at least 4) and "xnysdiag" below 8: fewer than 8
-            Rademacher probes cannot tell entries apart.
+            example of a Gauss-Newton matrix; else "xdiag", or "hutchinson" if 2 num_matvecs vectors do not
+            fit into half of the free memory.
+        num_matvecs: budget of products. If it covers n, "exact" replaces "xdiag" and "xnysdiag". "hutchinson"
+            replaces "xdiag" below 16 products and "xnysdiag" below 8, because fewer than 8 Rademacher probes
+            cannot tell entries apart; "xdiag" requires at least 4.
         tol: stop as soon as |stderr| <= tol |value| in the Euclidean norm over all entries. "exact" takes
             all of its products.
         by: "leaf" or "layer": value and stderr become dicts {path: array}, or {layer: {path: array}}; `total`

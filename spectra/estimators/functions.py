@@ -57,13 +57,13 @@ def trace_of(
     probes would give with the exact f(H); more steps narrow them. If every derivative of f keeps one sign on
     an interval [a, b] that contains the spectrum, the exact vᵀf(H)v lies between the Gauss rule and the
     Gauss-Radau rules with a node at a and at b. This is so for log, 1/x, x/(x + δ), exp and real powers on a
-    > 0; such functions are recognised by name (`np.log`, not `lambda x: np.log(x)`), or pass
-    `one_signed=True`. For any other f the bracket is wider: the distribution that a probe sees lies between
-    partial sums of the weights, and polynomials of degree 2m - 1 are integrated exactly; the variation of f
-    between the nodes is sampled. Brackets are certain if `bounds` are given and f has the stated property;
-    otherwise a and b are the 99 % limits that the probes imply for the extreme eigenvalues, with a clipped to
-    the domain of f. If f is not finite on [a, b] there is no bracket, and the interval does not include the
-    error of the quadrature.
+    > 0. Such functions are recognised by name (`np.log`, not `lambda x: np.log(x)`); for others, pass
+    `one_signed=True`. For any other f the bracket is wider: it uses that the distribution seen by a probe is
+    bracketed and that polynomials of degree 2m - 1 are integrated exactly; the variation of f between the
+    nodes is sampled. Brackets are certain if `bounds` are given and f has the stated property; otherwise a
+    and b are the 99 % limits that the probes imply for the extreme eigenvalues, with a clipped to the domain
+    of f. If f is not finite on [a, b] there is no bracket, and the interval does not include the error of the
+    quadrature.
 
     `stderr` is the spread over probes: for v uniform on the sphere Var vᵀf(H)v = 2 (mean f² - (mean f)²) / (n
     + 2), which the quadrature estimates; the interval uses Student's t with the degrees of freedom of that
@@ -79,10 +79,10 @@ def trace_of(
         num_probes: number of probes, default 8; with `tol`, num_steps x num_probes is the maximum number of
             products.
         tol: spend products until stderr and half of the bracket together are below tol |value|: on steps, on
-            probes, or on Ritz vectors that are taken out, whichever is predicted to gain most (see
-            `spectra.density.spending`). The first probe may go on for four times num_steps then.
+            probes, or on deflated Ritz vectors, whichever is predicted to gain most (see
+            `spectra.density.spending`). The first probe may then take up to four times num_steps.
         bounds: (a, b) known to contain the spectrum; None for an unknown end. (0, None) says that H is
-            positive semi-definite: nodes that rounding puts below zero count as zero.
+            positive semi-definite; nodes that rounding puts below zero then count as zero.
         one_signed: whether every derivative of f keeps one sign on the interval; None: decided by the name of
             f.
         probe_batch: see `slq`.

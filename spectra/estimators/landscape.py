@@ -44,8 +44,8 @@ def loss_slice(
             a pytree like the parameters, or a flat array, such as the difference to other parameters;
             `Eigenpairs`, for the vector of the largest |λ|.
         extent: the largest distance, in the norm of the parameters; default sqrt(2 |L| / |λ|), at which the
-            largest curvature alone would double the loss, with directions |L| / |slope| where that is less,
-            and a tenth of the parameters' norm where the loss is zero.
+            largest curvature alone would double the loss; with `directions`, |L| / |slope| if that is less;
+            and a tenth of the parameters' norm if the loss is zero.
         num_points: points per side, odd so that the parameters themselves are one of them.
 
     Returns:

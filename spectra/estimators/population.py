@@ -73,14 +73,15 @@ def population(
             split in random order; the batches of a stream are used as they arrive, so shuffle them once.
         key: JAX random key of the order, the start vectors and the probes.
         num_eigenvalues: k, from the top.
-        num_batches: b, the parts that a single batch is split into, between which errors are measured; at
-            least 8, and from 32 on with strata (see `num_examples`).
+        num_batches: b, the number of parts that a single batch is split into; errors are measured between
+            parts. At least 8; strata are used from 32 parts on (see `num_examples`).
         num_examples: number of examples to draw from a single batch, without replacement; default all. They
-            are drawn from strata of similar loss, those of large loss more often, and weighted by what they
-            stand for, unless there are too few or a `weight_fn`.
-        of: what the intervals are about: the "distribution" that the examples were drawn from, or the "data"
-            of `op` itself, of which `num_examples` are drawn; the uncertainty is smaller then.
-        num_folds: parts held out in turn: with more of them, vectors are fitted to more examples.
+            are drawn from strata of similar loss, more often from those of large loss, and weighted by the
+            number of examples that they represent, unless there are too few examples or there is a
+            `weight_fn`.
+        of: the subject of the intervals: the "distribution" that the examples were drawn from, or the "data"
+            of `op` itself, from which `num_examples` are drawn; the latter have a smaller uncertainty.
+        num_folds: number of parts held out in turn; with more of them, vectors are fitted to more examples.
         num_probes: probes for the trace on each batch, at least 2.
         tol: residual of the eigenvectors of the sample in units of |H|; for those of the parts, five times
             as much.
@@ -96,13 +97,13 @@ def population(
             over examples.
         SpectraError: an argument is out of range.
 
-    Cost: in products over the sample, num_folds - 1 times those of `eigsh` at `tol`, a few more for the whole
+    Cost, in products over the sample: num_folds - 1 times those of `eigsh` at `tol`, a few more for the whole
     sample, starting from those vectors, and 2 k + num_probes. `num_passes` is the actual number. With
-    num_examples=, one evaluation of the loss of each example of `op` besides.
+    num_examples=, there is also one evaluation of the loss of each example of `op`.
 
-    Fails where few examples carry the curvature, and not because their loss is large: no interval can account
-    for examples that were never drawn.
-    For a loss that couples examples, the distribution is not defined.
+    Fails if few examples carry the curvature for another reason than their large loss: no interval can
+    account for examples that were never drawn. For a loss that couples examples, the distribution is not
+    defined.
 
     References:
         Tatzel, Ekman, Hennig, arXiv:2410.14325 (curvature along vectors of another batch); Student's t with

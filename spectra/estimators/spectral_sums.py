@@ -36,7 +36,9 @@ def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, 
 def effective_dimension(
     source: Source, shift: float, *, key: jax.Array | None = None, **options: Any
 ) -> Estimate:
-    """Estimate the effective dimension tr H(H + δI)⁻¹ = Σ_i λ_i / (λ_i + δ): directions stiffer than δ.
+    """Estimate the effective dimension tr H(H + δI)⁻¹ = Σ_i λ_i / (λ_i + δ).
+
+    It is a smooth count of the eigenvalues above δ.
 
     Args:
         source: symmetric operator, or a `Quadrature` of it.

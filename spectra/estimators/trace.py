@@ -59,13 +59,18 @@ def trace(
 ) -> Estimate:
     """Estimate the trace tr H = Σ_i H_ii, with a standard error and a 95 % interval.
 
-    "krylov", the default, computes the trace on a Krylov space exactly, from the products that built it,
-    and samples the complement; it decides as it runs how to split the products between the two (see
-    `spectra.estimators.krylov_aware`). On thirteen spectra its error was 0.4 to 0.95 times that of XTrace
-    from the same 64 products, or far less. "hutchinson" is the mean of vᵀHv over random probes. "hutch++"
-    computes the trace on a sketched range exactly and samples the rest. "xtrace" does the same with every
-    probe in both roles, leaving each out of its own sketch; "xnystrace" needs half the products, but a
-    positive semi-definite operator. "exact" sums n products with unit vectors; its only error is rounding.
+    The methods are:
+
+    * "krylov", the default, computes the trace on a Krylov space exactly, from the products that built it,
+      and samples the complement; it decides as it runs how to split the products between the two (see
+      `spectra.estimators.krylov_aware`). On thirteen spectra its error was 0.4 to 0.95 times that of XTrace
+      from the same 64 products, or far less.
+    * "hutchinson" is the mean of vᵀHv over random probes.
+    * "hutch++" computes the trace on a sketched range exactly and samples the rest.
+    * "xtrace" does the same with every probe in both roles, leaving each out of its own sketch.
+    * "xnystrace" needs half the products of "xtrace", but a positive semi-definite operator.
+    * "exact" sums n products with unit vectors; its only error is rounding.
+
     `trace` works inside `jit` and `vmap`, where `tol`, "krylov" and checks of values are not available.
 
     The interval (`Estimate.interval`) uses Student's t with a variance computed from the products: that of
@@ -73,12 +78,12 @@ def trace(
     "xnystrace" instead have leave-one-out estimates of m probes, with their spread and covariance (see
     `spectra.estimators.leave_one_out`). The error includes the rounding of products; with "exact", the
     rounding of a loss is measured (see `spectra.estimators.exact`), except inside `jit`, where the stated
-    precision is used. Fewer than four Rademacher probes miss some matrices altogether: only every second
-    probe sees (1, -1)ᵀ(1, -1). So few are normal by default.
+    precision is used. Fewer than four Rademacher probes miss some matrices altogether (only every second
+    probe sees (1, -1)ᵀ(1, -1)), so fewer than four probes are normal by default.
 
     Symmetry is tested by uᵀHv = vᵀHu for the vectors at hand. With Rademacher probes and a function supplied
-    by the user, one product (of three or more) is spent on a normal vector, since any odd function of each
-    entry is linear on signs. A single product shows nothing.
+    by the user, one product (of three or more) is spent on a normal vector, since an odd function applied to
+    each entry looks linear on signs. A single product cannot reveal asymmetry.
 
     Args:
         op: symmetric operator of order n.
@@ -90,15 +95,15 @@ def trace(
         num_matvecs: budget of products. If it covers n, "exact" replaces the sketching methods.
         tol: stop as soon as stderr <= tol |value|, checking after 12 probes (16 for "hutchinson") and then
             whenever their number has grown by half; the status says whether it was reached. After the first
-            check the stated error is the tolerance itself, up to 1.22 times the error found. "exact"
-            takes all of its products.
+            check, the error stated is the tolerance itself, but at most 1.22 times the error found. "exact"
+            always takes all of its products.
         probes: "rademacher" (default for "hutchinson" from four probes on: exact for a diagonal H) or
             "normal" (default for fewer, and for the other methods, which scale the projected probe to the
             length it has on average). Not for method="exact".
         by: "leaf" or "layer": value and stderr become dicts with the trace of each diagonal block, from
             the same products; `total` is the trace of the whole.
-        probe_batch: products computed side by side; changes the result by rounding only. Those of a Krylov
-            space are sequential.
+        probe_batch: products computed side by side; changes the result by rounding only. The products of a
+            Krylov space are sequential.
         progress: show the number of products.
         checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, bit for
             bit as if uninterrupted; a call with other arguments is refused.
@@ -114,9 +119,9 @@ def trace(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: at most num_matvecs products ("exact": n, one to test symmetry, and 8 to measure rounding).
-    Memory: probe_batch products plus one or two vectors, with Rademacher probes two or four, for "exact" and
-    "hutchinson"; 2 num_matvecs vectors for "krylov", "xtrace" and "hutch++", 4 for "xnystrace".
+    Cost: at most num_matvecs products ("exact": n, one to test symmetry, and 8 to measure rounding). Memory:
+    for "exact" and "hutchinson", probe_batch products plus one or two vectors (two or four with Rademacher
+    probes); for "krylov", "xtrace" and "hutch++" 2 num_matvecs vectors, for "xnystrace" 4 num_matvecs.
 
     References:
         Hutchinson, doi:10.1080/03610918908812806; Meyer, Musco, Musco and Woodruff, arXiv:2010.09649;

@@ -60,23 +60,28 @@ def eigsh(
     So when all k pairs have converged, a fresh random vector is made orthogonal to them, and Lanczos steps
     from it search for another eigenvalue that belongs among the k. If one appears, both sequences continue as
     a block, until a further random vector finds nothing. `missed` bounds the probability that one exists
-    nevertheless and would change a value by more than the tolerance: 1 % with "auto", as soon as the steps
-    leave so little of the vector beyond that value (see `spectra.quadrature.christoffel`); 0 where the k
-    values are equal. "auto" also stops when the search has cost a share of 1/(k - 1) of the run before it, or
-    a tenth; a run that ends within ARPACK's first sweep, of ncv = max(2k + 1, 20), is searched until
-    1.1 (ncv + 1), and at tol > 1e-4 until ncv + 1. Measured: 2 to 15 products find copies well inside the
+    nevertheless and would change a value by more than the tolerance; it is 0 where the k values are equal.
+
+    With verify="auto", the search ends when that probability is at most 1 %, because the steps leave so
+    little of the random vector beyond the value in question (see `spectra.quadrature.christoffel`). It also
+    ends when it has cost a share of 1/(k - 1) of the run before it, or a tenth. After a run that ends within
+    ARPACK's first sweep, of ncv = max(2k + 1, 20) products, the search may continue until 1.1 (ncv + 1)
+    products, and at tol > 1e-4 until ncv + 1. As measured, 2 to 15 products find copies well inside the
     wanted set; the copy of the top one of 100 equally spaced eigenvalues took 36. Once a copy has been found,
     the search may double the cost of the run. If the products run out too early, `missed` is 1, which bounds
-    nothing: `status` and `converged` are statements about the residuals of the pairs returned only.
+    nothing. `status` and `converged` say nothing about copies: they only state the residuals of the pairs
+    returned.
 
     **Small operators.** If n products were not enough, and n is at most 2000, n more give the dense matrix
-    and all of its eigenpairs; `status` is DENSE then. These count towards `max_matvecs`: Lanczos stops n
-    before it. With `num_basis`, which limits memory, no matrix is formed.
+    and all of its eigenpairs; `status` is then DENSE. These n products count towards `max_matvecs`, so
+    Lanczos stops n products before that limit. If `num_basis` is given, which limits memory, no matrix is
+    formed.
 
     **Derivatives.** jax.grad differentiates the values, dλ = vᵀ dH v, and the vectors, by one linear system
-    for each vector used; it does not go through the iteration. For equal eigenvalues only the sum has a
-    derivative, if all of them are among the k. A vector that is not separated from the others has none;
-    asking for it is an error. Reverse mode only, once, outside jit, at the cost of k more products.
+    for each vector used; it does not go through the iteration. Of equal eigenvalues only the sum has a
+    derivative, if all of them are among the k. A vector that is not separated from the others has no
+    derivative, and asking for it is an error. Derivatives work in reverse mode only, once, outside jit, and
+    cost k more products.
 
     Args:
         op: symmetric operator of order n.
@@ -84,12 +89,12 @@ def eigsh(
         which: "LM" largest |λ|, "LA" largest, "SA" smallest (most negative), "BE" from both ends
             (the larger half from the top), "SM" smallest |λ|.
         key: JAX random key of all random vectors.
-        tol: largest accepted residual |Hv - λv| in units of |H|; an eigenvalue is then accurate to
-            tol² |H|² / gap, a vector to tol |H| / gap. Below the rounding of products, 10 times
-            `op.precision`, a pair counts as converged. For "SM", in units of |λ| itself.
-        num_basis: maximum number of vectors kept, which determines the memory; default 2 max(2k + 1, 20),
-            or n. Memory is for num_basis + block_size + deflated vectors, rounded up to a multiple of 8: with
-            one start vector, 7 take half of what 8 take. Not for "SM".
+        tol: largest accepted residual |Hv - λv| in units of |H|; an eigenvalue is then accurate to tol² |H|²
+            / gap, a vector to tol |H| / gap. A pair whose residual is below the rounding of products, 10
+            times `op.precision`, counts as converged. For "SM", tol is in units of |λ| itself.
+        num_basis: maximum number of vectors kept, which determines the memory; default 2 max(2k + 1, 20), or
+            n. Memory is allocated for num_basis + block_size + deflated vectors, rounded up to a multiple of
+            8; with one start vector, num_basis=7 therefore takes half as much as 8. Not for "SM".
         block_size: number of start vectors. 1 needs the fewest products unless eigenvalues repeat. Not for
             "SM", which filters a block of its own.
         max_matvecs: maximum number of products; default 50 num_basis + 1000, for "SM" 4000 per vector of its
@@ -97,8 +102,8 @@ def eigsh(
         verify: look for missed copies: "auto", True (until the probability is at most 1e-6), or False. Not
             used for "SM", whose block finds them, nor for dense matrices.
         v0: first start vector, a pytree or a flat array; default random. Not for "SM".
-        deflate: known pairs: the operator is restricted to their orthogonal complement. Start vectors are
-            independent of those of the run that found them, under the same key too.
+        deflate: known pairs; the operator is restricted to their orthogonal complement. Start vectors are
+            independent of those of the run that found these pairs, even with the same key.
         metric: M of H v = λ M v, positive definite: an operator, up to order 2000, or its diagonal, a pytree
             like the parameters. Vectors are orthonormal in it, v_iᵀ M v_j = δ_ij, and residuals are
             |H v - λ M v| in the norm of M⁻¹. If M is an operator, this takes n products with each.
@@ -108,10 +113,10 @@ def eigsh(
             `max_matvecs`. Nothing is saved where a dense matrix is formed.
         basis: where basis vectors are stored: "inherit", "sharded" or "host", as in `slq`.
         basis_dtype: dtype of stored basis vectors: "bfloat16" halves their memory. Ritz vectors are sums of
-            these rows, whose rounding (8e-3 in bfloat16, 1e-7 in float32) bounds how far residuals come down,
-            so that `tol` may not be below it. k more products then measure the residuals, and the values,
-            which are accurate to residual² / gap, in full precision: that end holds the k vectors, their
-            products, and combinations of both, 4 k vectors, beside the rows. Not for "SM".
+            these rows, so residuals cannot fall below their rounding (8e-3 in bfloat16, 1e-7 in float32), and
+            neither may `tol`. k more products then measure the residuals and the values, which are accurate
+            to residual² / gap, in full precision; this takes memory for 4 k vectors in addition to the rows
+            (the k vectors, their products, and combinations of both). Not for "SM".
 
     Returns:
         `Eigenpairs`: values ascending, vectors as one pytree with leaves (k, *leaf.shape), residuals
@@ -129,8 +134,7 @@ def eigsh(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Fails to find copies that the search cannot reach: `missed` is 1 then; use verify=True or
-    block_size.
+    Fails to find copies that the search cannot reach; `missed` is then 1. Use verify=True or block_size.
 
     Cost: num_basis n numbers of memory, whatever the number of products; for n <= ncv + 1, and for "SM" up to
     n = 2000, n products and a dense eigenproblem in float64. For a loss, five more products measure its

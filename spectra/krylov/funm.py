@@ -56,10 +56,11 @@ def funm(
     β g(H) q with a known function g (`spectra.krylov.function_bounds`), so it is at most |v| β max |g| over
     the spectrum; steps are taken until that is below tol |value|.
 
-    **Several vectors** share one Krylov space (block Lanczos), their products side by side: each value uses
-    the directions of all, and has a bound of its own. A block has as many vectors as fit, with 1024 rows of
-    the basis at most (8 for the default num_steps, 64 for 16), in half of the free memory; further ones
-    follow. It ends when all of its values have reached the tolerance.
+    **Several vectors** share one Krylov space (block Lanczos), with their products computed side by side:
+    each value uses the directions of all vectors and has its own bound. A block takes as many vectors as fit
+    in half of the free memory with at most 1024 rows of the basis (8 vectors for the default num_steps, 64
+    for num_steps=16); further vectors go into further blocks. A block ends when all of its values have
+    reached the tolerance.
 
     **What the bound rests on.** It needs a set that contains the spectrum. With both ends in `bounds` it is
     certain, up to the variation of g between 1,500 samples. Ends that are not given are found by 40 Lanczos

@@ -39,10 +39,10 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
     """Reduce a symmetric operator to tridiagonal form on the Krylov space of a start vector.
 
     Computes H Qᵀ = Qᵀ T + r e_mᵀ with orthonormal rows q_0 = v0/|v0|, ..., q_{m-1}. The run ends early, with
-    the true `length`, if the space is invariant; the eigenvalues of T are then eigenvalues of H. It ends at a
-    residual that rounding alone can explain, β_j <= (10 + √n / 2) eps |T|; outside `jit`, also at a larger
-    one from amplified rounding, after which the run repeats itself. `lanczos` works inside `jit` and `vmap`;
-    outside, products are checked for NaN and for symmetry during the run.
+    the true `length`, if the space is invariant; the eigenvalues of T are then eigenvalues of H. A residual
+    that rounding alone can explain, β_j <= (10 + √n / 2) eps |T|, counts as zero; outside `jit`, so does a
+    larger one that stems from amplified rounding, after which the run would repeat itself. `lanczos` works
+    inside `jit` and `vmap`; outside, products are checked for NaN and for symmetry during the run.
 
     Args:
         op: a symmetric `LinearOperator` of order n.
@@ -210,7 +210,7 @@ class LanczosIteration:
             v0: start vector, a pytree like the operator's vectors; need not be normalised.
 
         Raises:
-            StructureError: v0 is no such vector.
+            StructureError: v0 is not such a vector.
             SpectraError: v0 is zero or not finite.
         """
         structure = self._layout.structure
@@ -222,22 +222,22 @@ class LanczosIteration:
         return Steps(state, jnp.zeros((), jnp.int32))
 
     def vector(self, state: Steps) -> PyTree:
-        """q_i, of length one: what the next product is taken of. Zero behind a breakdown."""
+        """q_i, of length one: the vector to multiply next. Zero after a breakdown."""
         return _vector(self._layout, state)
 
     def absorb(self, state: Steps, product: PyTree) -> Steps:
-        """The state behind the next step, given H q_i. Nothing changes beyond `num_steps`."""
+        """The state after the next step, given H q_i. Nothing changes beyond `num_steps`."""
         trees.check_structure(product, self._layout.structure, "the product")
         return _absorb(self._layout, state, product)
 
     def step(self, op: LinearOperator, state: Steps) -> Steps:
-        """The state behind the next step: one product with the operator."""
+        """The state after the next step, which takes one product with the operator."""
         if op.on_host:
             return self.absorb(state, op.mv(self.vector(state)))
         return _step(self._layout, op, state)
 
     def finish(self, op: LinearOperator, state: Steps) -> Tridiagonal:
-        """The reduction that the steps so far amount to; `Tridiagonal` as that of `lanczos`.
+        """The reduction after the steps so far: a `Tridiagonal`, as from `lanczos`.
 
         Raises:
             NonFiniteError: a product was NaN or infinite; not inside `jit`.

@@ -55,10 +55,11 @@ def plan(
     data; on a mesh, all figures are per device. The workspace of a product is found by compiling it for the
     device, which takes as long as the first product of a run; of a stream it is that of its first batch.
 
-    On a CPU the process also holds Python, JAX, parameters, data and compiled programs: `process`, as it is
-    now. Compiling the rest of the run, mostly the draw of a probe, takes some 6 MiB for each array of the
-    parameters: `compiling`, an allowance. `process_peak` is the sum of all three, and `fits` counts the
-    allowance. A checkpoint is not counted: Orbax and what it writes come on top.
+    On a CPU the process also holds Python, JAX, parameters, data and compiled programs; `process` is what it
+    holds now. Compiling the rest of the run, mostly the drawing of a probe, takes about 6 MiB per array of
+    the parameters; `compiling` is an allowance for that. `process_peak` is the sum of the run, `process` and
+    `compiling`, and `fits` includes the allowance. A checkpoint needs additional memory for Orbax and what it
+    writes, which is not counted.
 
     Args:
         op: the operator.
@@ -66,8 +67,8 @@ def plan(
         num_probes: number of probes, k.
         basis: see `slq`.
         basis_dtype: see `slq`.
-        measure: time a product and a pass over a vector, and state the `seconds` of the run. A basis on the
-            host is counted at the device's speed and without transfers: a lower bound.
+        measure: time a product and a pass over a vector, and state the `seconds` of the run. For a basis on
+            the host, this is a lower bound: it assumes the device's speed and no transfers.
 
     Returns:
         `Plan` with sizes in bytes, `total`, `available`, `fits`, and `seconds`.

@@ -56,23 +56,24 @@ def solve(
     **How wrong x is.** With A = H + shift I, |x - A⁻¹b| <= (|b - Ax| + rounding) / min |λ(A)|. The smallest
     |λ| is known if `lower_bound` states it, if the operator is positive semi-definite by construction
     (`GradientCovarianceOperator`, sampled and empirical `FisherOperator`) and shift > 0, or if the matrix was
-    formed. Otherwise `error_bound` is infinite: Krylov steps see only the eigenvectors that b has components
-    on, and an eigenvalue near zero without such a component shows in no residual. `condition_number(op, key=,
-    shift=)` bounds it: pass its `smallest_interval.lower`. `rounding` is that of the product, from its stated
+    formed. Otherwise `error_bound` is infinite: Krylov steps see only the eigenvectors along which b has a
+    component, so no residual reveals other eigenvalues near zero. `condition_number(op, key=, shift=)` bounds
+    the smallest |λ|: pass its `smallest_interval.lower`. `rounding` is that of the product, from its stated
     precision; for a loss it is measured, by products at parameters that are moved by one rounding each. If CG
     has found x and a bound is known, `quadratic_form` brackets bᵀA⁻¹b: bᵀx ± (|x| |r| + |r|² / min |λ|).
 
     **Several right-hand sides**, as columns of an (n, k) array or with a leading axis, are solved in blocks
-    of up to 64, their products in one batch. Conjugate gradients use the directions of all of a block for
-    each of them (block CG), which takes fewer products than as many calls: see docs/solving.md for figures.
-    Where a block meets curvature that is not positive, or its progress ends, each goes on by itself.
+    of up to 64, their products in one batch. Conjugate gradients use the directions of the whole block for
+    each of them (block CG), which takes fewer products than as many separate calls; docs/solving.md has
+    figures. If a block meets curvature that is not positive, or makes no more progress, each right-hand side
+    continues by itself.
 
     **Derivatives.** Inside jit, vmap and grad the same iteration runs. jax.grad differentiates x by the
     implicit function theorem, dx = A⁻¹ (db - dA x), at the cost of one more solve: with respect to b, the
     shift, and the operator's parameters and data.
 
     **Small operators.** If n products were not enough, and n is at most 2000, n more give the dense matrix,
-    as for `eigsh`; `method` is "dense" then. These count towards `max_matvecs`.
+    as for `eigsh`; `method` of the result is then "dense". These products count towards `max_matvecs`.
 
     Args:
         op: symmetric operator of order n.
@@ -80,18 +81,18 @@ def solve(
         shift: added to every eigenvalue of H: the damping.
         method: "cg", which ends with status INDEFINITE where curvature is not positive; "minres"; "dense"; or
             "auto", CG followed by MINRES if needed.
-        preconditioner: "nystrom", a randomised sketch that doubles until the remainder of H is near 10
-            shifts, shared by all right-hand sides, and wider where they are enough to pay for it;
-            `Eigenpairs` of H, which are deflated; a `KFACOperator` or `EKFACOperator` that approximates H,
-            inverted with the shift as its damping, or more where it is wrong; or a positive definite
-            approximate inverse of A: an operator, anything with `mv`, or a function of a vector. Not for
-            method="dense".
+        preconditioner: "nystrom", a randomised sketch, shared by all right-hand sides, that doubles until the
+            remainder of H is near 10 shifts and widens further if there are enough right-hand sides to pay
+            for it; `Eigenpairs` of H, which are deflated; a `KFACOperator` or `EKFACOperator` that
+            approximates H, inverted with the shift as its damping, or with more where it is wrong; or a
+            positive definite approximate inverse of A: an operator, anything with `mv`, or a function of a
+            vector. Not for method="dense".
         tol: largest accepted |b - Ax| / |b|.
         max_matvecs: maximum number of products per right-hand side; default 10,000 or, where a dense matrix
             may follow, 2 n. At least n for method="dense".
         lower_bound: lower bound on the |eigenvalues| of H + shift I, if known.
-        x0: starting point, in the same form as b, for two more products of each; default zero. Not for
-            method="dense".
+        x0: starting point, in the same form as b; costs two more products for each right-hand side; default
+            zero. Not for method="dense".
         key: JAX random key, for "nystrom".
         progress: show the number of products and the residual.
         checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, with
@@ -100,9 +101,10 @@ def solve(
 
     Returns:
         `Solution`. `status` is CONVERGED; STAGNATED, if the precision of products prevents reaching the
-        tolerance; SINGULAR, if b lies outside the range, to rounding: x is NaN then, and `residual_norm` is
-        the distance of b from the range; BUDGET_EXHAUSTED; or INDEFINITE. For several right-hand sides it is
-        the worst, and `converged` distinguishes them. Inside jit it is TRACED: use `converged` there.
+        tolerance; SINGULAR, if b lies outside the range, up to rounding, in which case x is NaN and
+        `residual_norm` is the distance of b from the range; BUDGET_EXHAUSTED; or INDEFINITE. For several
+        right-hand sides it is the worst of their statuses, and `converged` distinguishes them. Inside jit it
+        is TRACED: use `converged` there.
 
     Raises:
         SpectraError: an argument out of range; a preconditioner that is not positive definite.

@@ -38,14 +38,16 @@ def svds(
     """Compute k singular values of a Jacobian, with their left and right vectors.
 
     J v = σ u and Jᵀ u = σ v, with v a pytree like the parameters and u one like the outputs. `eigsh` finds
-    eigenvectors of the smaller of Jᵀ J and J Jᵀ. The roots of its eigenvalues λ = σ² would lose half of the
-    digits: rounding of ε σ₁² in λ is ε σ₁² / 2σ in σ, and √ε σ₁ at σ = 0, which is 3e-4 σ₁ in float32. So
-    J is applied to the eigenvectors V, and the singular values of the thin J V are taken, whose rounding is
-    ε σ₁ again. What squaring costs remains where singular values are below √ε σ₁ and *which* of them were
-    found: the Gram matrix does not tell these apart (`gram_floor`), and their errors say so.
+    eigenvectors of the smaller of Jᵀ J and J Jᵀ. The square roots of its eigenvalues λ = σ² would lose half
+    of the digits: a rounding error of ε σ₁² in λ becomes ε σ₁² / 2σ in σ, and √ε σ₁ at σ = 0, which is 3e-4
+    σ₁ in float32. So J is applied to the eigenvectors V, and the singular values of the thin matrix J V are
+    taken, whose rounding error is ε σ₁ again. One cost of squaring remains: singular values below √ε σ₁
+    cannot be told apart by the Gram matrix (`gram_floor`), so it is not certain which of them were found, and
+    their errors say so.
 
-    An error is the smaller of two bounds: |Jᵀ u - σ v| / √2, the residual of the symmetric matrix
-    [[0, J], [Jᵀ, 0]], and the half-width of the roots of σ² ± (|Jᵀ J v - σ² v| + rounding); with rounding.
+    The error stated is the smaller of two bounds, plus rounding: |Jᵀ u - σ v| / √2, the residual of the
+    symmetric matrix [[0, J], [Jᵀ, 0]], and half the distance between the square roots of σ² ± (|Jᵀ J v - σ²
+    v| + rounding).
 
     Args:
         jacobian: J, of shape (m, n), or a transpose of one.
@@ -53,7 +55,7 @@ def svds(
         which: "LM" the largest, "SM" the smallest of the min(m, n).
         key: JAX random key.
         tol: largest accepted error in units of σ₁; for "SM", of σ itself. The Gram matrix is iterated to
-            tol², with which all errors are below tol σ₁; the values are more accurate than these bounds.
+            tol², so that all errors are below tol σ₁; the values are more accurate than these bounds.
         num_basis: as for `eigsh`, of vectors of the smaller side.
         max_matvecs: as for `eigsh`; k more products follow.
         verify: look for missed copies, as `eigsh` does.
@@ -67,7 +69,8 @@ def svds(
         if the products ran out, STAGNATED if rounding is above the tolerance.
 
     Raises:
-        StructureError: not a `JacobianOperator`; of a symmetric matrix singular values are |λ|, by `eigsh`.
+        StructureError: not a `JacobianOperator`; for the singular values |λ| of a symmetric matrix, use
+            `eigsh`.
         SpectraError: k, which or tol out of range; called inside jit, vmap or grad.
         NonFiniteError: a product is NaN or infinite.
 
