@@ -10,8 +10,8 @@ from spectra.base.errors import SpectraError
 class BridgeError(SpectraError):
     """Report a PyTorch module, file or input that the bridge cannot use.
 
-    The message names what is wrong, where (file, node, tensor), and what to do. Every failure on a
-    graph or weights file, however damaged, ends in this class or a subclass of it.
+    The message names what is wrong, where (file, node, tensor), and what to do. Every failure on a graph or
+    weights file, however damaged, raises this class or a subclass of it.
     """
 
 

@@ -45,11 +45,11 @@ def load(path: str | os.PathLike[str]) -> TorchModel:
 
     Raises:
         BridgeError: a file is missing, damaged or of another version, or x64 is needed.
-        UnsupportedOperatorError: an operator that this version does not support; the message names its
-            modules.
+        UnsupportedOperatorError: the graph has an operator that this version does not support; the message
+            names its modules.
 
     Warns:
-        FrozenParametersWarning: some parameters had `requires_grad=False`: they are in `model.frozen`.
+        FrozenParametersWarning: some parameters had `requires_grad=False` and are in `model.frozen`.
 
     Cost:
         One abstract trace (about a millisecond per operator); no forward pass.
@@ -170,19 +170,19 @@ def export(
             arguments, as the module accepts them. The graph keeps their shapes, dtypes and structure;
             arguments that are not tensors become part of it.
         path: the folder to write; created if absent.
-        batch_axis: the axis that may change its size: one for all tensors, or a list with one entry
-            for each tensor of `example_inputs` in order (None: fixed; (0, 1): both). With a single number,
-            only tensors whose size there equals the first tensor's are taken to be batched. In a module
-            with recurrent layers their time axis may change too.
+        batch_axis: the axis whose size may change: one for all tensors, or a list with one entry for each
+            tensor of `example_inputs` in order (None: no axis; (0, 1): both). With a single number, only
+            tensors whose size along this axis equals the first tensor's are taken to be batched. In a module
+            with recurrent layers, their time axis may change too.
         train: export in training mode instead: BatchNorm then uses the batch's statistics and its
             running statistics stay as they are. Dropout with a positive rate is refused.
 
-    Where releases of PyTorch differ in a derivative (of a clamp at its bounds, between 2.13 and 2.14), the
-    model keeps the choice of the one that exported it.
+    If releases of PyTorch differ in a derivative (as 2.13 and 2.14 do for a clamp at its bounds), the model
+    keeps the choice of the release that exported it.
 
-    The result is compared once with the module itself, at the example (at noise where an input is
-    constant, at random values for weights that are zero): outputs, and the gradient of a random
-    combination of them.
+    The result is compared once with the module itself: the outputs at the example, and the gradient of a
+    random combination of them. In this comparison, noise replaces inputs that are constant, and random values
+    replace weights that are zero.
 
     Raises:
         UnsupportedOperatorError: operators without a counterpart, each with its module paths.
@@ -191,8 +191,8 @@ def export(
             see); or the folder cannot be written. The message names the line and what to write instead.
 
     Warns:
-        StaticBatchWarning: the module's Python code fixes the batch size; the model then accepts
-            the example's only.
+        StaticBatchWarning: the module's Python code fixes the batch size; the model then accepts only that of
+            the example.
 
     Examples:
         >>> import tempfile
@@ -219,8 +219,8 @@ def from_torch(
 ) -> TorchModel:
     """Turn a PyTorch module into a pure JAX function with PyTorch's parameter names, in memory.
 
-    The same as `export` followed by `load`, without files; arguments, errors and warnings are those
-    of `export`. The arrays are copies: training the module further does not change the model.
+    This is `export` followed by `load`, without files; arguments, errors and warnings are those of `export`.
+    The arrays are copies: training the module further does not change the model.
 
     Returns:
         The model: `.apply(params, *inputs)`, `.params`, `.frozen`, `.buffers`.

@@ -166,9 +166,9 @@ def to_flax(
             random keys) stay as they are.
         rename: `{regular expression: replacement}`, applied in order to every PyTorch name before
             it is compared, or a function from name to name.
-        transposed: regular expressions for the names of transposed convolutions, whose kernels are
-            laid out (in, out, ...) and reversed. Needed only where both channel counts are equal:
-            otherwise the shapes tell.
+        transposed: regular expressions for the names of transposed convolutions, whose kernels are laid out
+            (in, out, ...) and reversed. Needed only if both channel counts are equal; otherwise the shapes
+            tell.
         strict: raise on missing or unexpected names; otherwise missing arrays keep their values. A
             shape conflict always raises.
 
@@ -176,8 +176,8 @@ def to_flax(
         A tree of the structure and the dtypes of `variables`, with the new values.
 
     Raises:
-        BridgeError: with one table of what matched, what is missing, what is unexpected, and the
-            conflicting shapes, both of them.
+        BridgeError: names or shapes do not fit; the message has a table of matched, missing and unexpected
+            names and of conflicting shapes.
 
     Examples:
         >>> import flax.linen as nn

@@ -49,7 +49,7 @@ class TorchModel:
 
         Args:
             params: arrays under the names and with the shapes of `self.params`; any floating dtype. Frozen
-                parameters may be among them, and then take the place of `self.frozen`.
+                parameters may be included, and then replace those of `self.frozen`.
             *inputs: the positional arguments of the example, nested as in the example. If the
                 example was a mapping, one mapping is accepted too.
             **named: the keyword arguments of the example.
@@ -59,11 +59,11 @@ class TorchModel:
             `transformers` become dictionaries.
 
         Raises:
-            BridgeError: names, shapes or dtypes differ from the exported ones, or a batch size
-                other than the example's where the module could only be exported for that one.
+            BridgeError: names, shapes or dtypes differ from the exported ones, or the batch size differs from
+                the example's in a module that could only be exported for that size.
 
         Cost:
-            One forward pass. Call it under `jax.jit`: without, each operator is dispatched alone.
+            One forward pass. Call it under `jax.jit`; without it, each operator is dispatched separately.
 
         Examples:
             >>> import jax.numpy as jnp

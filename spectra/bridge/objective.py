@@ -76,10 +76,10 @@ class Loss:
     def weight(self, batch: Any) -> jax.Array:
         """Return the divisor of the mean: weighting by it averages batches exactly.
 
-        Of a loss inside the model, which keeps its divisor to itself, that is the number of examples.
+        For a loss inside the model, whose divisor is not known, this is the number of examples.
 
         Raises:
-            BridgeError: the reduction is "sum", which no weighted mean over batches gives.
+            BridgeError: the reduction is "sum", which is not a weighted mean over batches.
         """
         if self.options.get("reduction", "mean") != "mean":
             raise BridgeError("batches are averaged, so a sum over them has no weight: use reduction='mean'")
@@ -169,10 +169,10 @@ def make_loss(
     targets: str = "labels",
     **options: Any,
 ) -> Loss:
-    """Join a model with a loss of PyTorch's, as `loss(params, batch)` for the operators.
+    """Combine a model with a PyTorch loss into `loss(params, batch)`, as the operators take it.
 
-    A loss may also stand inside the module: whatever its forward pass computes is exported with it. Then
-    leave the name out, and the batch holds all that the module takes, targets included.
+    The loss may also be part of the module, since whatever the forward pass computes is exported. Then leave
+    the name out; the batch holds all arguments of the module, including the targets.
 
     Args:
         model: from `from_torch` or `load`.
@@ -180,18 +180,18 @@ def make_loss(
             `torch.nn.functional`, also with `functools.partial`, or its name: "cross_entropy", "nll_loss",
             "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss" or "bce_with_logits". None: the model's
             output is the loss.
-        output: the entry of the model's output that the loss takes, by name or place; by default the output
-            itself, or its "logits" (its "loss" without a name).
-        targets: the key of the targets, where a batch is one mapping; fields that the model does not know
-            are left out. Other batches are (inputs, targets), inputs being an array, a tuple or a mapping,
-            or (input, input, ..., targets).
+        output: the entry of the model's output that the loss takes, by name or position; default: the output
+            itself, or its "logits" (without a name, its "loss").
+        targets: the key of the targets, if a batch is one mapping; fields that the model does not take are
+            left out. Other batches are (inputs, targets), where inputs are an array, a tuple or a mapping, or
+            (input, input, ..., targets).
         **options: of the loss: `weight`, `ignore_index`, `label_smoothing`, `pos_weight`, `beta`, `delta`,
-            `class_axis`, `reduction` ("mean" or "sum"); they take the place of a loss module's own.
-            Tensors are accepted.
+            `class_axis`, `reduction` ("mean" or "sum"); they override those of a loss module. Tensors are
+            accepted.
 
     Returns:
-        The loss. `loss.weight` is each batch's share in an average over batches, by which streams weight
-        them; `loss.outputs` and `loss.of_outputs` are its two halves, for operators that know the model.
+        The loss. `loss.weight` is the weight of a batch in an average over a stream; `loss.outputs` and
+        `loss.of_outputs` are its two halves, for operators that need the model.
 
     Raises:
         BridgeError: an unknown loss or option, or `reduction="none"`, which gives no scalar.

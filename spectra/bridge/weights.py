@@ -88,7 +88,7 @@ def load_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
             tensors.
 
     Returns:
-        The arrays under PyTorch's names, copies all of them.
+        Copies of the arrays, under PyTorch's names.
 
     Raises:
         BridgeError: the file is missing or damaged, a shard is missing or outside its folder, or

@@ -33,7 +33,7 @@ def save(result: Any, path: str | os.PathLike, *, overwrite: bool = True) -> Pat
     Raises:
         SpectraError: `result` is not a result, or holds values of a trace.
         FileExistsError: the file exists, and `overwrite` is false.
-        OSError: the file cannot be written; one that was there is what it was.
+        OSError: the file cannot be written; an existing file is unchanged.
 
     Examples:
         >>> import tempfile, spectra
@@ -58,15 +58,15 @@ def save(result: Any, path: str | os.PathLike, *, overwrite: bool = True) -> Pat
 def load(path: str | os.PathLike) -> Any:
     """Read a result that `save` wrote, or the history that a `SpectrumTracker` writes, while it grows.
 
-    Nothing in a file is run, no more memory is taken than its size allows, and each field is checked. Of a
-    history whose lines are damaged the others are read, with a warning.
+    No code in a file is run, the memory is limited in proportion to the file's size, and each field is
+    checked. If some lines of a history are damaged, the others are read, with a warning.
 
     Args:
         path: the file, `.npz` or, of a tracker, `.jsonl`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ResultFileError: the file cannot be read, is truncated or damaged, not a spectra result, or of a
+        ResultFileError: the file cannot be read, is truncated or damaged, is not a spectra result, or has a
             newer schema.
 
     Examples:

@@ -35,8 +35,8 @@ def write_report(
     """Write a result as one self-contained HTML page.
 
     Plots are inline SVG in the colours of the page, which follows the reader's light or dark setting; tables
-    fit a phone; nothing is loaded from the network. A pointer, a finger or the arrow keys read the
-    eigenvalue, the density and the number of eigenvalues beyond it from a density curve.
+    fit a phone; nothing is loaded from the network. On a density curve, a pointer, a finger or the arrow keys
+    show the eigenvalue, the density and the number of eigenvalues beyond.
 
     Args:
         result: any result, a dict of results by name, or the path of a file that `save` or a tracker wrote.

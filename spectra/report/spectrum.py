@@ -191,9 +191,9 @@ def spectrum(
 ) -> SpectrumReport:
     """Compute the spectral density of an operator and everything else that the same products determine.
 
-    Where num_steps x num_probes reaches the order n, the n products of the dense matrix cost no more and
-    leave no sampling error. So up to n = 2000, and if the matrix fits into memory, all eigenvalues are
-    computed; the status is EXACT then, and `quadrature.resolved` holds them.
+    If num_steps x num_probes reaches the order n, the n products of the dense matrix cost no more and leave
+    no sampling error. So up to n = 2000, and if the matrix fits into memory, all eigenvalues are then
+    computed; the status is EXACT, and `quadrature.resolved` holds them.
 
     Args:
         op: symmetric operator.
@@ -207,9 +207,9 @@ def spectrum(
         checkpoint: see `slq`.
         basis: see `slq`.
         basis_dtype: see `slq`.
-        exact: True: all eigenvalues from the dense matrix, whatever it costs. False: always Lanczos. None:
-            the cheaper of the two, but Lanczos if `checkpoint`, `basis` or `basis_dtype` is given. The dense
-            matrix ignores `checkpoint`, `tol` and `progress`.
+        exact: True computes all eigenvalues from the dense matrix, whatever it costs; False always uses
+            Lanczos; None uses the cheaper of the two, but Lanczos if `checkpoint`, `basis` or `basis_dtype`
+            is given. The dense matrix ignores `checkpoint`, `tol` and `progress`.
         name: name of the operator in the report.
 
     Returns:

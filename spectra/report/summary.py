@@ -71,11 +71,12 @@ def summary(
         key: JAX random key; needed unless results are given.
         by: "layer" or "leaf": see `LinearOperator.blocks`.
         num_steps: Lanczos steps per probe, at most n for a block of order n; default 100.
-        num_probes: probes per block; default 8. Not for results, nor is num_steps.
+        num_probes: probes per block; default 8. If results are given, neither num_probes nor num_steps may
+            be.
         progress: show a progress bar.
 
     Returns:
-        `Summary`; print it, or take its `to_dataframe()`, `records()` or `.plot()`.
+        `Summary`, which prints as a table; see also its `to_dataframe()`, `records()` and `plot()`.
 
     Raises:
         SpectraError: as `slq`; or no key for an operator.

@@ -173,8 +173,9 @@ class DataVariability(Result):
     def trace_data_std(self) -> float:
         """Standard deviation of the trace between these subsets: the estimate of `trace_spread`.
 
-        All subsets see the same probes, so that their error is that of the differences between subsets; its
-        variance is taken off. In files of versions that had no interval it is not.
+        All subsets see the same probes, so the probes cause an error only in the differences between subsets,
+        and its variance is subtracted. It is not subtracted in files from older versions, which had no
+        interval.
         """
         if self.trace_spread is not None:
             return float(self.trace_spread.estimate)
@@ -182,7 +183,7 @@ class DataVariability(Result):
 
     @property
     def trace_probe_std(self) -> float:
-        """Standard error of a subset's trace that the probes cause."""
+        """Standard error that the probes cause in a subset's trace."""
         return float(np.sqrt(np.mean(np.square(self.trace_probe_stderr))))
 
     def __repr__(self) -> str:
@@ -221,10 +222,10 @@ def data_variability(
 ) -> DataVariability:
     """Measure the spread of the leading eigenvalues and of the trace over disjoint subsets of the data.
 
-    Built on the batches and the law of `population`: if the subsets are draws from one distribution,
-    `trace_population` is an interval for its trace, and `limits` enclose its eigenvalues, by Jensen's
-    inequality and Student's t over subsets. `population` itself has both ends of its largest eigenvalue, from
-    fewer products; this shows the spectra of the subsets.
+    If the subsets are draws from one distribution, as for `population`, `trace_population` is an interval for
+    its trace, and `limits` enclose its eigenvalues, by Jensen's inequality and Student's t over subsets.
+    `population` gives both ends of its largest eigenvalue from fewer products; this function shows the
+    spectra of the subsets.
 
     Args:
         operator: an operator on data, whose data are split into `num_subsets` parts in order
@@ -248,7 +249,8 @@ def data_variability(
         SpectraError: fewer than two subsets, or more eigenvalues than steps.
         DataError: fewer examples or batches than subsets.
 
-    Cost: (s + 1) num_steps num_probes + s num_steps products, those of a subset over its share of the data.
+    Cost: (s + 1) num_steps num_probes + s num_steps products; those with a subset use only its share of the
+    data.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra

@@ -232,9 +232,9 @@ def notebook_view(result: Any, title: str, rows: list[tuple[str, str]]) -> str:
 class Interval(NamedTuple):
     """A number or a curve with its band: `lower <= estimate <= upper`, each of the shape of the input.
 
-    Iterates as three numbers, so that `low, value, high = interval` unpacks it. What it rests on, a law of
-    chance at a level or a theorem, is said by the function that returns it, and for all of them in
-    [guarantees](guarantees.md).
+    An interval iterates as three numbers, so that `low, value, high = interval` unpacks it. The function that
+    returns it says what it guarantees: a probability or a theorem. [What is guaranteed](guarantees.md) lists
+    all of them.
 
     Examples:
         >>> from spectra import Interval

@@ -20,10 +20,11 @@ class ConditionNumber(Result):
     """What is known about the condition number of A = H + shift I.
 
     Eigenvalues with |λ| <= rank_tol * largest count as zero, and that threshold is never below the noise
-    floor; the other eigenvalues are the *numerical range*. Intervals follow from Weyl's theorem (dense), or
-    lie between a Rayleigh quotient or residual and what the probes exclude up to a probability of 1e-6
-    (Krylov), see `condition_number`. Where `is_lower_bound` is true, `effective` is the lower end of its
-    interval and `smallest_nonzero` the upper end of its own, and `value`, if finite, is also a lower bound.
+    floor; the other eigenvalues are the *numerical range*. Intervals of a dense matrix follow from Weyl's
+    theorem. Those of a Krylov run end at a Rayleigh quotient or residual on one side and, on the other, at
+    what the probes exclude up to a probability of 1e-6; see `condition_number`. If `is_lower_bound` is true,
+    `effective` is the lower end of its interval, `smallest_nonzero` is the upper end of its own, and `value`,
+    if finite, is also a lower bound.
 
     Returned by `condition_number`, whose page states the cost and the sources.
 
@@ -231,8 +232,8 @@ class OperatorComparison(Result):
 class ClassSplit(Result):
     """Leading eigenvalues and traces of the parts that sum to a Gauss-Newton matrix, see `class_operators`.
 
-    Eigenvalues are descending. For the class means and the cross part, these are all that are not zero by
-    construction; of the whole, within and same they are the k largest.
+    Eigenvalues are descending. For the class means and the cross part, they are all eigenvalues that are not
+    zero by construction; for the whole, within and same, the k largest.
 
     Returned by `class_split`, whose page has an example, the cost and the source.
     """

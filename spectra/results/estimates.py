@@ -80,8 +80,8 @@ class Estimate(Result):
     def interval(self, level: float = 0.95) -> Interval:
         """The interval that holds the truth with probability `level`: bracket plus t times stderr.
 
-        That of a share of eigenvalues is from the law of the share that a probe sees, and no interval leaves
-        what is possible.
+        For a share of eigenvalues, the interval follows from the distribution of the share that a probe sees.
+        Intervals stay within the possible values.
 
         Examples:
             >>> from spectra import Estimate
@@ -141,8 +141,8 @@ class NoiseScale(Estimate):
     """tr Σ / |g|² as an `Estimate`, with numerator and denominator.
 
     `interval()` is Fieller's: all ratios r at which tr Σ - r |g|² is within its error of zero. If |g|² is
-    within its own error of zero, no ratio is too large: there is only a lower end, and `is_one_sided` is
-    True.
+    within its own error of zero, no ratio can be excluded as too large; there is only a lower end, and
+    `is_one_sided` is True.
 
     The [glossary](glossary.md#noise-scale) defines noise scale.
     """
@@ -189,7 +189,7 @@ class NoiseScale(Estimate):
 
 @result("size", "num_examples", "num_batches", "num_to_halve", "num_matvecs", "level", "status")
 class Population(Result):
-    """Leading eigenvalues and trace of the mean over all examples that could be drawn, from those drawn.
+    """Leading eigenvalues and trace of the whole distribution, estimated from the examples drawn from it.
 
     `lower` and `upper` enclose each eigenvalue with probability `level`. The interval has two parts: the
     bias, between `held_out` (the curvature of a vector on examples that it was not fitted to, never too large
@@ -222,7 +222,7 @@ class Population(Result):
         return len(self.eigenvalues)
 
     def interval(self, index: int = 0) -> Interval:
-        """Of one eigenvalue, the largest by default."""
+        """The interval of one eigenvalue, by default the largest."""
         values = (float(x[index]) for x in (self.lower, self.eigenvalues, self.upper))
         return Interval(*values)
 

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 class Snapshot(Result):
     """The spectrum at one step of training.
 
-    Made by `SpectrumTracker`, and an element of its history. `largest` is bounded from inside by a Rayleigh
-    quotient and from outside with probability `level`, as in `spectrum`; see `SpectrumTracker` for the cost.
+    Made by `SpectrumTracker`, whose history consists of snapshots. `largest` is bounded on the inside by a
+    Rayleigh quotient and on the outside with probability `level`, as in `spectrum`; see `SpectrumTracker` for
+    the cost.
 
     The [glossary](glossary.md#snapshot) defines snapshot.
     """
@@ -159,7 +160,7 @@ class SpectrumHistory(Result):
 
     @property
     def status(self) -> Status:
-        """The first of the snapshots' that is something to be wary of."""
+        """The first status among the snapshots that is not ok."""
         return worst(snapshot.status for snapshot in self.snapshots)
 
     @property
@@ -211,14 +212,14 @@ class SpectrumHistory(Result):
         return [row for snapshot in self.snapshots for row in snapshot.records()]
 
     def scalar(self, name: str) -> Float[np.ndarray, " snapshots"]:
-        """A number that the training loop passed along; NaN where it did not."""
+        """A number that the training loop passed along; NaN at steps where it did not."""
         return np.array([s.scalars.get(name, np.nan) for s in self.snapshots], float)
 
     def to_xarray(self) -> Any:
         """The history as an `xarray.Dataset`, which needs xarray.
 
         Dimensions: `step`; `rank` of the largest eigenvalues, from 1; `end` of an interval ("lower",
-        "estimate", "upper"); `probe` and `node` of the quadratures, where NaN, of weight zero, fill up the
+        "estimate", "upper"); `probe` and `node` of the quadratures, where NaN with weight zero pads the
         shorter ones. What the training loop passed along is a variable of its own name, or `scalar_NAME`
         where that is taken.
 
@@ -248,7 +249,7 @@ class SpectrumHistory(Result):
 
     @property
     def cost(self) -> float:
-        """Seconds of all snapshots but the first, which compiles, as a share of those spent on training."""
+        """Time of all snapshots except the first, which compiles, as a share of training time."""
         rest = self.snapshots[1:]
         trained = rest[-1].trained - self.snapshots[0].trained if rest else 0.0
         return sum(s.seconds for s in rest) / trained if trained > 0 else float("nan")

@@ -168,9 +168,9 @@ class Eigenpairs(Result):
 class SingularTriplets(Result):
     """Singular values of a Jacobian with their vectors: J v_i ≈ values[i] u_i, in descending order.
 
-    Some singular value of J lies within `errors[i]` of `values[i]`, rounding included. The run was one on the
-    Gram matrix, which does not tell singular values below `gram_floor` apart: of these, other ones than the
-    smallest may have been found.
+    Some singular value of J lies within `errors[i]` of `values[i]`, rounding included. The run used the Gram
+    matrix, which cannot tell singular values below `gram_floor` apart, so of these, others than the smallest
+    may have been found.
 
     Returned by `svds`, whose page has an example, the cost and the sources.
     """
@@ -224,8 +224,8 @@ class SingularTriplets(Result):
 class Solution(Result):
     """x with (H + shift I) x = b, and a bound on its distance from the exact solution.
 
-    For several right-hand sides, x is stacked as they were, and the arrays have shape (k,). `x` is NaN where
-    there is no solution: `status` is SINGULAR then.
+    For several right-hand sides, x is stacked in the same way as they were, and the arrays have shape (k,).
+    If there is no solution, `x` is NaN and `status` is SINGULAR.
 
     Returned by `solve`, whose page has an example, the cost and the sources.
 
@@ -277,7 +277,7 @@ class FunctionProduct(Result):
     """f(H) v, and a bound on its distance from the exact value.
 
     Returned by `funm`, whose page has an example, the cost and the sources. A bound of `inf` says that the
-    function has no bound on the part of the axis where eigenvalues may lie; `bound` names what it rests on.
+    function is not bounded where eigenvalues may lie; `bound` says on what the bound rests.
     """
 
     _BULKY: ClassVar = ("value",)

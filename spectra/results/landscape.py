@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class LossSlice(Result):
     """loss[i, j] = L(θ + x[j] v₁ + y[i] v₂) in the plane of two orthonormal directions.
 
-    These are eigenvectors and their eigenvalues λ, or given directions with the curvature λ = vᵀHv of each.
-    `quadratic` is the prediction from slopes and curvature, L + g·(x, y) + (λ₁ x² + λ₂ y²) / 2 + v₁ᵀHv₂ x y.
-    Where it departs from the loss, curvature at a point no longer describes the landscape. Along a single
-    direction `y` is [0], and `slope` and `eigenvalues` have one entry.
+    The directions are eigenvectors with their eigenvalues λ, or given directions with the curvature λ = vᵀHv
+    of each. `quadratic` is the prediction from slopes and curvature, L + g·(x, y) + (λ₁ x² + λ₂ y²) / 2 +
+    v₁ᵀHv₂ x y. Where it departs from the loss, curvature at a point no longer describes the landscape. Along
+    a single direction `y` is [0], and `slope` and `eigenvalues` have one entry.
 
     Returned by `loss_slice`, whose page has an example and the cost; `plot_landscape` draws it.
     """
@@ -127,7 +127,7 @@ class Perturbation(Result):
         """Predicted change of the perturbations of these names together; of all by default.
 
         Raises:
-            SpectraError: a name is unknown, or twice there.
+            SpectraError: a name is unknown, or appears twice.
         """
         chosen = self.names if names is None else tuple(names)
         unknown = [name for name in chosen if name not in self.names]
@@ -143,7 +143,8 @@ class Perturbation(Result):
     def to_leave_out(self, most: float) -> tuple[str, ...]:
         """The names to leave out so that all others together raise the loss by `most`, as predicted.
 
-        One after the other that takes the most off what is left, interactions included.
+        They are chosen one after the other: each time the layer whose removal lowers the change of the rest
+        most, interactions included.
 
         Raises:
             SpectraError: `most` is NaN or below zero: leaving everything out changes nothing.
@@ -164,13 +165,13 @@ class Perturbation(Result):
         return float(inside @ self.slopes + inside @ np.asarray(self.curvature, float) @ inside / 2)
 
     def recipe(self, *, bits: int, most: float = math.inf) -> str:
-        """A recipe for llm-compressor (YAML): which layers are rounded to so many bits, and which are left.
+        """A recipe for llm-compressor (YAML): which layers are rounded to `bits` bits, which are left out.
 
         Names of leaves that end in `.weight` are those of PyTorch's modules.
 
         Args:
-            bits: of the weights; those that the perturbations were made with.
-            most: predicted change of the loss that is allowed; see `to_leave_out`.
+            bits: of the weights; the number with which the perturbations were made.
+            most: largest predicted change of the loss that is allowed; see `to_leave_out`.
 
         Returns:
             The text of the recipe, with the predictions as comments.

@@ -44,12 +44,12 @@ class Plan(Result):
 
     @property
     def without_basis(self) -> int:
-        """The same with `basis="none"` and one probe in flight."""
+        """The same with `basis="none"` and one probe in progress."""
         return self.linearization + self.vectors + self.workspace
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the memory that is free now, on a CPU with the compiler's share."""
+        """Whether the peak fits in the memory that is free now; on a CPU, with the compiler's allowance."""
         return self._within(self.total)
 
     def _within(self, needed: int) -> bool:
@@ -58,7 +58,7 @@ class Plan(Result):
 
     @property
     def process_peak(self) -> int | None:
-        """About what the process will hold, on a CPU: what it holds now, the run, and the compiler."""
+        """Approximate memory of the whole process, on a CPU: what it holds now, the run, the compiler."""
         return None if self.process is None else self.process + self.total + self.compiling
 
     def __repr__(self) -> str:

@@ -31,8 +31,8 @@ class Quadrature(Result):
     exactly for polynomials of degree below 2 lengths[i]. The mean over rows estimates tr f(H) / n. Rows
     are sorted by node and sum to one; entries beyond a row's length have weight zero.
 
-    After a run without reorthogonalisation (`basis="none"`) they are those of T with copies of eigenvalues
-    merged; T itself, from which all brackets and limits come, is in `coefficients`.
+    After a run without reorthogonalisation (`basis="none"`), nodes and weights are those of T with copies of
+    eigenvalues merged; T itself, from which all brackets and limits are computed, is in `coefficients`.
 
     Returned by `slq`, whose page states the cost and the sources; everything else is read from it without
     further products.
@@ -95,7 +95,7 @@ class Quadrature(Result):
 
     @property
     def spread(self) -> float:
-        """How far copies of an eigenvalue are from it, over the rounding of a product: √m; 1 with a basis."""
+        """How far copies are from their eigenvalue, in units of a product's rounding: √m; 1 with a basis."""
         rest = self.bulk or self
         return 1.0 if rest.coefficients is None else copies.spread(rest.coefficients.shape[-1])
 
@@ -103,8 +103,9 @@ class Quadrature(Result):
     def noise_floor(self) -> float:
         """Magnitude below which an eigenvalue is not resolved: measured asymmetry or rounding times |H|.
 
-        Never below 4 precision * |H|: the product, both terms that a step subtracts and the
-        normalisation round a coefficient once each. Without reorthogonalisation `spread` times as much.
+        It is never below 4 precision * |H|, because the product, both terms that a step subtracts and the
+        normalisation each round a coefficient once. Without reorthogonalisation, it is `spread` times as
+        large.
         """
         scale = self.spread * max(map(abs, self.range))
         return scale * max(float(np.max(self.asymmetry)), 4 * self.precision, self.rounding)
@@ -112,13 +113,12 @@ class Quadrature(Result):
     def cdf(self, x: ArrayLike, *, level: float = 0.95) -> Interval:
         """Share of eigenvalues at or below `x`, with a band that holds for the whole curve.
 
-        The band has two parts. For each probe, the Chebyshev-Markov-Stieltjes inequalities bracket the
-        true weighted CDF: at x between the sums, without and with its mass at x, of the Gauss-Radau rule
-        with a node there. That part is deterministic, no narrower one exists for the coefficients of the
-        run, and it shrinks with more steps. The share F(x) seen by a probe that is uniform on the sphere
-        has the law Beta(nF/2, n(1-F)/2): that part is statistical, and shrinks with more probes. With
-        probability at least `level` the true CDF lies in the band at all x at once (Bonferroni over the
-        nodes).
+        The band has two parts. For each probe, the Chebyshev-Markov-Stieltjes inequalities bracket the true
+        weighted CDF: at x between the sums, without and with its mass at x, of the Gauss-Radau rule with a
+        node there. This part is deterministic, is as narrow as the coefficients of the run allow, and shrinks
+        with more steps. The other part is statistical and shrinks with more probes: the share that a probe
+        uniform on the sphere sees of a true share F is distributed as Beta(nF/2, n(1-F)/2). With probability
+        at least `level`, the true CDF lies in the band at all x at once (Bonferroni over the nodes).
 
         Args:
             x: points, any shape, in units of the eigenvalues.
@@ -148,7 +148,7 @@ class Quadrature(Result):
     def band_width(self, *, level: float = 0.95) -> float:
         """Mean width of the CDF's band over the spectral range: the share of eigenvalues in doubt.
 
-        Times the range it bounds the Wasserstein-1 distance between estimate and truth.
+        Multiplied by the range, it bounds the Wasserstein-1 distance between estimate and truth.
         """
         return sum(rules.band_width_parts(self, level))
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Sharpness(Result):
     """2 / s for the first step s along a direction at which the loss is back at its initial value.
 
-    `lower` and `upper` bracket it: at the step 2 / upper the loss was not above its initial value, at 2 /
-    lower it was. It is the *first* such step if the loss falls and then rises, as a quadratic does.
+    `lower` and `upper` bracket it: at the step 2 / upper the loss was not above its initial value, and at 2 /
+    lower it was. The step is the *first* such one if the loss falls and then rises, as a quadratic does.
 
     Returned by `critical_sharpness`, whose page has an example, the cost and the source.
 
@@ -95,7 +95,7 @@ class StepQuality(Result):
 
     @property
     def sharpness(self) -> float:
-        """dᵀHd / |g·d|: relative sharpness, where the update is that of another task."""
+        """dᵀHd / |g·d|; if the update is that of another task, this is the relative sharpness."""
         return self.curvature / abs(self.slope) if self.slope else math.copysign(math.inf, self.curvature)
 
     @property
@@ -160,10 +160,10 @@ class GradientOverlap(Result):
 
 @result("num_matvecs", "status")
 class StableStep(Result):
-    """The multiple of an optimizer's updates up to which they do not oscillate with growing amplitude.
+    """The largest multiple of an optimizer's updates at which they do not oscillate with growing amplitude.
 
-    Above one training is stable in the linearisation at these parameters; `learning_rate` is the multiple of
-    the one given.
+    If it is above one, training is stable in the linearisation at these parameters. `learning_rate` is this
+    multiple of the learning rate that was given.
 
     Returned by `stable_step`, whose page has an example, the cost and the sources.
     """

@@ -39,8 +39,8 @@ def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScal
             are assumed to be independent draws.
 
     Returns:
-        `NoiseScale`, an `Estimate`: value, stderr, `.interval()` by Fieller's theorem with skewness allowed
-        for, `.noise` and `.signal`. The value is infinite if |g|² is not positive.
+        `NoiseScale`, an `Estimate` with value, stderr, `.interval()` (by Fieller's theorem, corrected for
+        skewness), `.noise` and `.signal`. The value is infinite if |g|² is not positive.
 
     Raises:
         StructureError: another operator.
@@ -50,8 +50,8 @@ def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScal
     Cost: three gradients of every example. Memory: the gradients of `microbatch` single examples, by default
     as many as fill 64 MiB.
 
-    Fails where few examples carry most of the gradient: with fewer than about 100, the interval may then
-    cover less often than stated.
+    Fails if few examples carry most of the gradient: with fewer than about 100 examples, the interval may
+    then cover less often than stated.
 
     References:
         McCandlish, Kaplan, Amodei et al., arXiv:1812.06162; Fieller, doi:10.1111/j.2517-6161.1954.tb00159.x;

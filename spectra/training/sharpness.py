@@ -31,7 +31,7 @@ def critical_sharpness(
     max_evaluations: int = 40,
     **options: Unpack[DataOptions],
 ) -> Sharpness:
-    """2 / s, where s is the first step at which the loss is back at its initial value: L(θ + s d) = L(θ).
+    """Find the critical sharpness 2 / s, with s the first step at which L(θ + s d) = L(θ) again.
 
     On a quadratic it is dᵀHd / |g · d|; along the gradient, gᵀHg / gᵀg. A learning rate above s, in units of
     the direction, makes the next step raise the loss. Starting from `step`, it is found by trying longer or
@@ -42,8 +42,9 @@ def critical_sharpness(
         params: pytree of parameters.
         data: one batch or a re-iterable of batches.
         direction: pytree like the parameters that vary: an optimizer's update, or a gradient. The loss may
-            fall along it or against it, as `descends` says: for the loss of one task along the update
-            of another, a loss that rises from the first step on is a conflict, not a sharpness.
+            fall along it or against it; `descends` of the result says which. For the loss of one task along
+            the update of another, a loss that rises from the first step on is a conflict between the tasks,
+            not a sharpness.
         step: first step tried, in units of the direction; the last result's `step` saves evaluations.
         tol: relative width of the bracket.
         max_evaluations: maximum number of evaluations of the mean loss.
@@ -58,8 +59,8 @@ def critical_sharpness(
         NonFiniteError: the loss is NaN or infinite at the parameters.
         StructureError: `direction` is not like the parameters.
 
-    Cost: evaluations of the loss over all data, 8 from a `step` that is right to a factor of two (4 with
-    tol=0.5), two more for each factor of four that it is too long; the memory of an evaluation.
+    Cost: evaluations of the loss over all data: 8 from a `step` that is right to a factor of two (4 with
+    tol=0.5), and two more for each factor of four by which it is too long. Memory is that of an evaluation.
 
     References:
         Kalra, Gagnon-Audet, Gromov, Mediratta, Niu, Miller and Shvartsman, arXiv:2601.16979.

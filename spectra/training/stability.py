@@ -32,8 +32,8 @@ def stable_step(
 
     It is one over the largest eigenvalue of -R H / 2, where R is the response of the optimizer's own update
     map to an alternating gradient: 2 / (η λ) for gradient descent, (2 + 2 β) / (η λ) with momentum, and the
-    corresponding limit for any other optax transformation (Adam, Adafactor, Muon, chains of them).
-    Of a pair of eigenvalues λ beside the real axis, as Muon's may be, |λ|² / Re λ takes the place of λ.
+    corresponding limit for any other optax transformation (Adam, Adafactor, Muon, chains of them). For a pair
+    of complex eigenvalues λ, which Muon may have, |λ|² / Re λ replaces λ.
 
     Args:
         op: `HessianOperator` at the parameters, over data whose gradient the optimizer sees.
@@ -49,19 +49,19 @@ def stable_step(
         The multiple is infinite if there is no positive curvature along the updates.
 
     Raises:
-        StructureError: `op` has no loss, the optimizer no `update`, or one that needs more than gradient,
-            state, parameters and the loss as `value`.
+        StructureError: `op` has no loss; or the optimizer has no `update`, or its `update` needs more than
+            gradient, state, parameters and the loss as `value`.
         SpectraError: max_matvecs or tol out of range.
         NonFiniteError: an update is NaN or infinite.
 
     Cost: about 20 products, each with 40 linearised updates of the optimizer; as many vectors.
 
-    Where updates come every few calls only (`optax.MultiSteps`), the limit is that of the next whole cycle.
+    If updates come only every few calls (`optax.MultiSteps`), the limit is that of the next whole cycle.
 
     Fails to account for noise: the limit is for the loss of `op`, and updates from small batches become
-    unstable earlier. Clipping, and schedules within a state, are taken as they act in this step. It is the
-    limit of oscillations from step to step: averages of averages (`optax.ema` behind momentum) may grow in
-    slower ones before.
+    unstable earlier. Clipping, and schedules within a state, are taken as they act in this step. The limit is
+    that of oscillations from step to step; averages of averages (`optax.ema` after momentum) may grow in
+    slower oscillations before it is reached.
 
     References:
         Cohen et al., arXiv:2103.00065 and arXiv:2207.14484.

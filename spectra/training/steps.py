@@ -25,7 +25,7 @@ def step_quality(op: DataOperator, update: PyTree, *, measure: bool = True) -> S
 
     Args:
         op: operator on data that has a loss.
-        update: what is added to the parameters: a pytree like them, or flat.
+        update: the change that is added to the parameters: a pytree like them, or a flat array.
         measure: evaluate the loss at θ + d.
 
     Returns:
@@ -69,8 +69,8 @@ def step_quality(op: DataOperator, update: PyTree, *, measure: bool = True) -> S
 def gradient_overlap(op: DataOperator, pairs: Eigenpairs) -> GradientOverlap:
     """Compute the share of |g|² that lies in the span of eigenvectors.
 
-    (v_j·g)² / |g|² for each of the orthonormal vectors v_j. Training with large steps moves most of the
-    gradient into the span of the leading ones.
+    The share is (v_j·g)² / |g|² for each of the orthonormal vectors v_j. Training with large steps moves most
+    of the gradient into the span of the leading eigenvectors.
 
     Args:
         op: operator on data that has a loss; the gradient is over all of its data.

@@ -58,7 +58,7 @@ class SpectrumTracker:
         path: a `.jsonl` file to which every snapshot is appended, on disk before the call returns, and which
             `spectra.load` can read during the run. An existing file is continued: steps that it contains are
             not recorded again. If the disk is full, there is a warning, training continues, and the snapshots
-            follow when there is space. None: keep the history in memory only.
+            are written when there is space again. None: keep the history in memory only.
         key: JAX random key of the probes; default key(0).
         num_eigenvalues: k.
         tol: residual of the eigenvalues in units of |H|. They are accurate to tol² |H|² / gap.
@@ -152,7 +152,7 @@ class SpectrumTracker:
 
     @property
     def history(self) -> SpectrumHistory:
-        """All snapshots so far, those of a file that was continued included."""
+        """All snapshots so far, including those of a file that was continued."""
         return self._history
 
     @automatic

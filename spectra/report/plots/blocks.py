@@ -43,11 +43,11 @@ def plot_blocks(
             twenty.
 
     Returns:
-        Array of the Axes, one for each result, in order, or the single one of a heat map; `axes[0].figure` is
-        the figure.
+        Array of the Axes: one for each result, in order, or only one for a heat map. `axes[0].figure` is the
+        figure.
 
     Raises:
-        SpectraError: there is nothing to draw, or in less than one column.
+        SpectraError: there is nothing to draw, or fewer than one column.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")

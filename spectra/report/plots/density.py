@@ -68,8 +68,8 @@ def plot_density(
 
     Args:
         density: result of `spectral_density`, or a report, a quadrature or moments to compute it from. A
-            mapping of several is drawn as by `plot_comparison`, which ignores the arguments from `color` to
-            `counts`, and `kernel`.
+            mapping of several is drawn as by `plot_comparison`, without the arguments from `color` to
+            `counts` and `kernel`.
         ax: where to draw; default: a new figure of 8 cm width.
         xscale: "auto", "symlog", "linear", or "loglog": the logarithm of |λ|, with the density of negative
             eigenvalues as a second, dotted line, which shows power laws as straight lines.
@@ -83,7 +83,7 @@ def plot_density(
         counts: draw the number of eigenvalues beyond each point, as seen from zero, as a grey line with its
             own axis on the right.
         bandwidth: kernel width, see `spectral_density`; not for a density, which already has one.
-        kernel: draw a bar of one kernel width to each side: nothing narrower can be seen in the curve.
+        kernel: draw a bar of one kernel width to each side; the curve cannot show anything narrower.
         title: title above the plot.
 
     Returns:
@@ -145,8 +145,8 @@ def plot_comparison(
 ) -> "Axes":
     """Draw several spectra into one plot, each with its band, distinguished by colour and dashes.
 
-    More than six, such as the snapshots of a run, are shades from dark to light in their order, without bands
-    and kernel widths, which would hide each other.
+    More than six spectra, such as the snapshots of a run, are drawn in shades from dark to light in their
+    order, without bands and kernel widths, which would hide each other.
 
     Args:
         results: reports, quadratures or densities by name, or a list of them, at most twenty.

@@ -107,7 +107,7 @@ def plot_cdf(
 def plot_eigenvalues(
     result: Eigenpairs | Quadrature | SpectrumReport, ax: "Axes | None" = None, *, color: str = COLOR
 ) -> "Axes":
-    """Draw eigenvalues: those of eigenpairs by rank with their residuals, a quadrature as `plot_cdf` does.
+    """Draw eigenpairs by rank, with their residuals, or a quadrature as `plot_cdf` does.
 
     Args:
         result: result of `eigsh` or of `slq`, or a report.
@@ -158,8 +158,8 @@ _NAME = 26  # characters of a layer's name that are shown
 def plot_eigenvector_mass(pairs: Eigenpairs, ax: "Axes | None" = None, *, by: str = "layer") -> "Axes":
     """Draw the mass of each eigenvector in each layer: the sum of the squares of its entries there.
 
-    The masses of a vector, a column, add up to one. The first column is the share of the parameters in each
-    layer, which is the expected mass of a random vector.
+    Each column is a vector, and its masses add up to one. The first column is the share of the parameters in
+    each layer, which is the expected mass of a random vector.
 
     Args:
         pairs: result of `eigsh`; columns are in the order of |λ|, the largest first.
@@ -171,7 +171,7 @@ def plot_eigenvector_mass(pairs: Eigenpairs, ax: "Axes | None" = None, *, by: st
 
     Raises:
         StructureError: unknown `by`.
-        SpectraError: there are no pairs, or they are something else.
+        SpectraError: there are no pairs, or `pairs` is something else.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")

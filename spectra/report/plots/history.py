@@ -45,19 +45,19 @@ def plot_density_over_time(
 ) -> "Axes":
     """Draw the spectrum along training: the density as a heat map, the largest eigenvalue as a line.
 
-    Colours are logarithmic and end, as in `plot_density`, at a tenth of the height of one eigenvalue. Of more
-    than 300 snapshots, as many as the picture has columns, the colours show 300, evenly chosen with the first
-    and the last; lines show all. No product is computed: everything comes from the history.
+    Colours are logarithmic and end, as in `plot_density`, at a tenth of the height of one eigenvalue. The
+    picture has 300 columns; of more snapshots, the colours show 300, evenly chosen and including the first
+    and the last, while lines show all. No product is computed: everything comes from the history.
 
     Args:
-        history: of a `SpectrumTracker`, or as `spectra.load` reads it.
+        history: from a `SpectrumTracker`, or from `spectra.load`.
         ax: where to draw; default: a new figure of 8 cm width.
         learning_rate: draw the line 2 / learning rate, where gradient descent becomes unstable; True
             takes the `learning_rate=` that the tracker was called with.
         limit: draw another stability limit: a number, or one per snapshot, such as
             (2 + 2 b1) / ((1 - b1) learning_rate) for gradient descent with momentum and Adam.
         yscale: "symlog", "linear", or "auto".
-        colorbar: add one.
+        colorbar: add a colour bar.
 
     Returns:
         The Axes.

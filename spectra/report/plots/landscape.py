@@ -25,13 +25,13 @@ def plot_landscape(
         plane: result of `loss_slice`.
         ax: where to draw; default: a new figure of 8 cm width.
         levels: approximate number of contour lines.
-        quadratic: draw the quadratic model, dashed; of a plane every second contour.
+        quadratic: draw the quadratic model, dashed; in a plane, only every second contour of it.
 
     Returns:
         The Axes.
 
     Raises:
-        SpectraError: `plane` is something else than the result of `loss_slice`.
+        SpectraError: `plane` is not a result of `loss_slice`.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")

@@ -34,9 +34,9 @@ _styled = contextvars.ContextVar("_styled", default=False)
 def plot_style(**changes) -> Iterator[None]:
     """Use the style of `spectra`'s plots for figures created inside a `with` block.
 
-    Text of 6 to 8 points on figures that are 8 cm wide, colours that colour-blind readers can tell
-    apart, no frame at the top and right. Functions that create their own figure already use it, with the
-    changes of a `with` block around them.
+    Text of 6 to 8 points on figures that are 8 cm wide, colours that colour-blind readers can tell apart, no
+    frame at the top and right. Plot functions that create their own figure use this style anyway, with the
+    changes of an enclosing `with` block.
 
     Args:
         **changes: matplotlib's rcParams to change, with "_" for ".": `font_size=9`.
