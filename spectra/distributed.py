@@ -83,8 +83,8 @@ def make_mesh(axes: str | Mapping[str, int], devices: Any = None) -> Mesh:
         sizes = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
     if any(size < 1 for size in sizes.values()) or math.prod(sizes.values()) != len(devices):
         raise SpectraError(
-            f"mesh {sizes} needs {math.prod(sizes.values())} devices, {len(devices)} are there: sizes must "
-            "multiply to that number (one may be -1)."
+            f"mesh {sizes} needs {math.prod(sizes.values())} devices, but there are {len(devices)}: sizes "
+            "must multiply to that number (one may be -1)."
         )
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)

@@ -604,7 +604,7 @@ def test_sigterm_ends_with_code_75_and_the_same_command_goes_on_elsewhere(tmp_pa
     steps = ("--steps", "32", "--probes", "48")  # few steps compile soon, many probes take a while
     saved = (*steps, "--checkpoint", "saved", "--checkpoint-minutes", "0.001")
     text = ended_after_its_first_record(tmp_path, saved)
-    assert "goes on from there" in text
+    assert "resumes from there" in text
     assert_same_on_four_devices(tmp_path, steps, saved)
 
 

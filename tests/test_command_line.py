@@ -392,7 +392,7 @@ def unboxed(message):
 
 def test_a_dtype_that_is_none_is_refused_in_words():
     op = spectra.MatrixOperator(np.eye(3))
-    with pytest.raises(spectra.SpectraError, match="basis_dtype='float7' is no dtype"):
+    with pytest.raises(spectra.SpectraError, match="basis_dtype='float7' is not a dtype"):
         spectra.plan(op, num_steps=2, num_probes=1, basis_dtype="float7")
 
 

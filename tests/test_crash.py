@@ -36,7 +36,7 @@ def test_a_signal_at_any_step_saves_and_says_how_to_resume(number, at, monkeypat
     monkeypatch.setattr(saver, "PACE", 0.0)
     monkeypatch.setattr(recurrence, "advance", advance)
     name = signal.Signals(number).name
-    with pytest.raises(spectra.PreemptedError, match=rf"\({name}\).*goes on from there") as caught:
+    with pytest.raises(spectra.PreemptedError, match=rf"\({name}\).*resumes from there") as caught:
         spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
     assert caught.value.signal == number
     assert signal.getsignal(number) is before
@@ -131,7 +131,7 @@ def test_ended_at_random_moments_a_run_goes_on_to_the_same_bits(kind, tmp_path, 
                 codes, logs = finish(tmp_path, running, timeout=120)
                 assert set(codes) <= CODES[number], logs
                 if 0 not in codes:
-                    assert number == signal.SIGKILL or "goes on from there" in "".join(logs)
+                    assert number == signal.SIGKILL or "resumes from there" in "".join(logs)
                     continue
         codes, logs = finish(tmp_path, running, timeout=120)
         assert set(codes) == {0}, logs

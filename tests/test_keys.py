@@ -26,8 +26,8 @@ CALLS = {
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        (0, "key=0 is no random key: pass a JAX random key"),
-        ("seed", "key='seed' is no random key"),
+        (0, "key=0 is not a random key: pass a JAX random key"),
+        ("seed", "key='seed' is not a random key"),
         (np.zeros(3), r"float64 of shape \(3,\), and no random key"),
         (jax.random.split(jax.random.key(0), 2), r"array of keys of shape \(2,\)"),
     ],

@@ -61,8 +61,14 @@ def test_factors_may_be_operators_and_products_themselves(x64):
         (lambda op: spectra.KroneckerOperator("A", op), "the left factor is a str"),
         (lambda op: spectra.KroneckerOperator(np.eye(2), np.ones((2, 3))), "square matrix"),
         (lambda op: spectra.KroneckerOperator(np.eye(2), [[0, 1], [2, 3]]), "not symmetric"),
-        (lambda op: spectra.KroneckerOperator(op, op).trace(), "trace of a FunctionOperator"),
-        (lambda op: spectra.KroneckerOperator(op, np.eye(2)).eigenvalues(), "are no closed form"),
+        (
+            lambda op: spectra.KroneckerOperator(op, op).trace(),
+            "FunctionOperator has no closed form of its trace",
+        ),
+        (
+            lambda op: spectra.KroneckerOperator(op, np.eye(2)).eigenvalues(),
+            "no closed form of its eigenvalues",
+        ),
         (lambda op: spectra.KroneckerOperator(op, np.eye(2)).inverse(), "FunctionOperator ⊗ MatrixOperator"),
         (lambda op: spectra.KroneckerOperator(np.eye(2), np.diag([1.0, 0.0])).inverse(), "no inverse"),
         (lambda op: spectra.KroneckerOperator(LEFT, RIGHT).logdet(), "has the eigenvalue -4"),

@@ -208,7 +208,7 @@ def test_products_that_share_a_pass_or_are_saved_stay_with_xtrace(tmp_path):
     assert spectra.trace(stream, key=KEY, num_matvecs=16).method == "xtrace"
     op = operator("decaying")
     assert spectra.trace(op, key=KEY, num_matvecs=20, checkpoint=tmp_path / "run").method == "xtrace"
-    with pytest.raises(spectra.SpectraError, match=r"Krylov space is not saved.*Use 'xtrace'"):
+    with pytest.raises(spectra.SpectraError, match=r"does not save its Krylov space.*Use 'xtrace'"):
         spectra.trace(op, key=KEY, method="krylov", checkpoint=tmp_path / "other")
 
 

@@ -131,7 +131,7 @@ def test_the_page_says_what_the_bands_mean_and_how_to_compute_again(tmp_path):
     page = " ".join(Reader(text).words)
     for part in (
         "there is no chance in it",
-        "With probability 95 % the whole true curve lies in the coloured area",
+        "With probability 95 %, the whole true curve lies in the coloured area",
         'spectra.load("mine.npz")',
         "np.array([0, 3], np.uint32)",
         "num_steps=40, num_probes=2",

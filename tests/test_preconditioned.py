@@ -118,7 +118,7 @@ def test_one_of_several_groups_can_be_chosen():
 def test_what_is_no_adaptive_optimizer_is_refused():
     ridge = Ridge()
     params = ridge.params()
-    with pytest.raises(spectra.SpectraError, match="holds no second moment"):
+    with pytest.raises(spectra.SpectraError, match="contains no known second moment"):
         spectra.PreconditionedOperator(ridge.operator(), optax.sgd(0.1, momentum=0.9).init(params))
     with pytest.raises(spectra.SpectraError, match="has taken no step yet"):
         spectra.PreconditionedOperator(ridge.operator(), optax.adam(0.1).init(params), **ADAM_RULE)
@@ -254,7 +254,7 @@ def test_what_a_state_does_not_say_is_asked_for():
             spectra.SpectraError, match=r"does not say which .* or rule=\"adam\", b2=0.999 if"
         ):
             spectra.PreconditionedOperator(op, after_steps(optimizer, params)[0], **B2)
-    with pytest.raises(spectra.SpectraError, match="Of other optimizers pass the diagonal of P"):
+    with pytest.raises(spectra.SpectraError, match="For other optimizers, pass the diagonal of P"):
         spectra.PreconditionedOperator(op, after_steps(optax.adafactor(RATE), params)[0])
     state, _, _ = after_steps(adam, params)
     with pytest.raises(spectra.SpectraError, match=r"contradicts the P of the numbers.*\(b2\)"):

@@ -164,7 +164,7 @@ def test_a_signal_saves_and_the_same_call_computes_the_rest_only(name, looks, tm
     every = looks(0, nothing)
     whole = call(op, checkpoint=tmp_path / "whole")
     looks(3, lambda: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(spectra.PreemptedError, match=r"\(SIGTERM\).*after \d+ products.*goes on from there"):
+    with pytest.raises(spectra.PreemptedError, match=r"\(SIGTERM\).*after \d+ products.*resumes from there"):
         call(op, checkpoint=tmp_path / "ended")
     rest = looks(0, nothing)
     again = call(op, checkpoint=tmp_path / "ended")

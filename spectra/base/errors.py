@@ -116,7 +116,7 @@ num_probes the sampling part), or accept the reported width.
     INDEFINITE = (
         "indefinite",
         "conjugate gradients met a direction of negative or vanishing curvature: x is where they stood",
-        "Use method='auto', which goes on with MINRES, or a larger shift.",
+        "Use method='auto', which continues with MINRES, or a larger shift.",
     )
     STAGNATED = (
         "stagnated",

@@ -101,7 +101,7 @@ def require_key(key: jax.Array | None, name: str = "key") -> jax.Array:
     if key is None:
         raise SpectraError(f"{name}=None: random probes need a key; {KEY_ADVICE}")
     if not isinstance(key, jax.Array | np.ndarray):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise SpectraError(f"{name}={key!r} is no random key: {KEY_ADVICE}")
+        raise SpectraError(f"{name}={key!r} is not a random key: {KEY_ADVICE}")
     found: Any = key
     if not jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
         refusal = SpectraError(

@@ -145,6 +145,6 @@ def end(number: int, where: str, folder: Path) -> NoReturn:
     name = signal.Signals(number).name
     raise PreemptedError(
         f"the run was asked to end ({name}) and did, {where}; its checkpoint is in '{folder}'. "
-        "The same command goes on from there.",
+        "The same command resumes from there.",
         signal=number,
     )

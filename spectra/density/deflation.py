@@ -163,7 +163,7 @@ def choose(
 ) -> bool:
     """Whether `spectrum` takes the dense matrix; `plain` runs have asked for nothing of Lanczos' own."""
     if exact not in (None, True, False):
-        raise SpectraError(f"exact={exact!r}: use True, False, or None for what costs less.")
+        raise SpectraError(f"exact={exact!r}: use True, False, or None for the cheaper of the two.")
     if exact is not None:
         return exact
     checked = num_steps >= 1 and num_probes >= 1 and num_steps <= op.size

@@ -92,7 +92,7 @@ def kpm(
     """
     require_operator(op)
     if trees.is_traced((op, key)):
-        raise SpectraError("kpm chooses its bounds from values: call outside of jit and vmap, or use slq.")
+        raise SpectraError("kpm chooses its bounds by values: call it outside jit and vmap, or use slq.")
     if num_moments < 2 or num_probes < 1:
         raise SpectraError(f"num_moments={num_moments} and num_probes={num_probes}: use at least 2 and 1.")
     if probe_batch is not None and not 1 <= probe_batch <= num_probes:
@@ -146,7 +146,9 @@ def _run_probes(
         if (np.abs(moments[done:stop]) <= 1 + np.sqrt(op.precision)).all():
             done = stop
         elif given:
-            raise SpectraError(f"bounds={bounds} do not hold the spectrum: a Chebyshev moment exceeds one.")
+            raise SpectraError(
+                f"bounds={bounds} do not contain the spectrum: a Chebyshev moment exceeds one."
+            )
         elif widened == 5:
             raise NonFiniteError(f"Chebyshev moments grow in any interval. {op.explain_non_finite()}")
         else:

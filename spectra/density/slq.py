@@ -244,11 +244,11 @@ def _space(
     """The Ritz vectors of so many steps from a random vector that is none of the probes."""
     if places != ("inherit", None, None):
         raise SpectraError(
-            "deflate=r keeps r vectors as the parameters are: leave basis= and checkpoint= out."
+            "deflate=r stores r vectors like the parameters: leave out basis= and checkpoint=."
         )
     if num_steps == op.size:
         raise SpectraError(
-            f"num_steps={num_steps} leaves none of {op.size} Ritz vectors to take out: use fewer."
+            f"num_steps={num_steps} leaves none of {op.size} Ritz vectors to deflate: use fewer."
         )
     if not 1 <= steps <= op.size - num_steps:
         raise SpectraError(

@@ -53,7 +53,7 @@ def interval_of(q: Quadrature, bounds: Bounds | None) -> tuple[tuple[float, floa
     a, b = bounds or (None, None)
     if (a is not None and low < a - floor) or (b is not None and high > b + floor):
         raise SpectraError(
-            f"bounds=({a}, {b}) do not hold the spectrum: Ritz values reach from {low:.6g} to {high:.6g}, "
+            f"bounds=({a}, {b}) do not contain the spectrum: Ritz values reach from {low:.6g} to {high:.6g}, "
             f"and the noise floor is {floor:.1e}."
         )
     residuals = np.asarray(q.residuals, np.float64)

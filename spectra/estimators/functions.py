@@ -159,9 +159,7 @@ def _traced(
 ) -> Estimate:
     """The value and its standard error inside jit, vmap and grad; derivatives are those of the value."""
     if tol is not None:
-        raise SpectraError(
-            "tol looks at values: call trace_of outside of jit, vmap and grad, or leave it out."
-        )
+        raise SpectraError("tol needs values: call trace_of outside jit, vmap and grad, or leave tol out.")
     key = require_key(key)
     f = next((getattr(jnp, name) for name in ONE_SIGNED if f is getattr(np, name)), f)
     steps = min(100, op.size) if num_steps is None else num_steps
@@ -207,12 +205,12 @@ def quadrature_of(
     source = getattr(source, "quadrature", source)  # a report stands for its quadrature
     if isinstance(source, Quadrature):
         if trees.is_traced(source):
-            raise SpectraError("functions of an operator need values: call outside of jit and vmap.")
+            raise SpectraError("functions of an operator need values: call them outside jit and vmap.")
         _require_no_run(source, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
         return source
     require_operator(source)
     if trees.is_traced((source, key)):
-        raise SpectraError("functions of an operator need values: call outside of jit and vmap.")
+        raise SpectraError("functions of an operator need values: call them outside jit and vmap.")
     steps = min(100, source.size) if num_steps is None else num_steps
     probes = PROBES if num_probes is None else num_probes
     options: dict[str, Any] = {"key": require_key(key), "num_steps": steps, "num_probes": probes}

@@ -136,7 +136,7 @@ def krylov(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         raise SpectraError("method='krylov' decides by values, which do not exist inside jit or vmap.")
     if run.by is not None or kind != "normal":
         raise SpectraError(
-            "method='krylov' gives one number, from normal probes: with by= or probes='rademacher' use "
+            "method='krylov' gives a single number, from normal probes: with by= or probes='rademacher', use "
             "method='xtrace' or 'hutchinson'."
         )
     layout, precision = Layout.of(run.op.like), run.op.precision

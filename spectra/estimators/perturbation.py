@@ -111,7 +111,7 @@ def _by_layer(op: LinearOperator, by: str, change: Callable[..., jax.Array]) -> 
     require_operator(op)
     leaves, treedef = jax.tree.flatten(op.like)
     if not trees.has_values(leaves):
-        raise SpectraError("op knows the shapes of its parameters only, not their values.")
+        raise SpectraError("op knows only the shapes of its parameters, not their values.")
     found: dict[str, PyTree] = {}
     for name, indices, stack in paths.stacked_groups(op.like, by, op._stacks()):
         stacked = stack is not None

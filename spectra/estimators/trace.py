@@ -146,9 +146,7 @@ def trace(
         reason = f"n={op.size:,} exceeds num_matvecs={num_matvecs} and the basis fits into memory"
     asked, method = method, chosen
     if method == "krylov" and checkpoint is not None:
-        raise SpectraError(
-            "checkpoint=: a Krylov space is not saved, method='krylov' starts anew each time. Use 'xtrace'."
-        )
+        raise SpectraError("checkpoint=: method='krylov' does not save its Krylov space. Use 'xtrace'.")
     if asked == "exact" and probes is not None:
         raise SpectraError(f"probes={probes!r} has no effect with method='exact', which draws none.")
     kind = check_probes(probes, _default_probes(op, method, num_matvecs))

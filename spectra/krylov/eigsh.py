@@ -155,7 +155,7 @@ def eigsh(
     """
     require_operator(op)
     if metric is not None and (v0 is not None or deflate is not None):
-        raise SpectraError("v0 and deflate are of runs without a metric: leave them out.")
+        raise SpectraError("v0 and deflate work only without a metric: leave them out.")
     if not isinstance(deflate, Eigenpairs | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SpectraError(f"deflate is of type {type(deflate).__name__}: pass the result of eigsh.")
     known = 0 if deflate is None else len(deflate.values)
@@ -167,7 +167,7 @@ def eigsh(
         )
     if basis == "none":
         raise SpectraError(
-            'basis="none": eigenvectors are sums of basis vectors. Use slq, which can do without.'
+            'basis="none": eigenvectors are sums of basis vectors. Use slq, which works without a basis.'
         )
     limits: dict[str, Any] = {"num_basis": num_basis, "block_size": block_size, "max_matvecs": max_matvecs}
     outside: dict[str, Any] = {"progress": progress, "checkpoint": checkpoint, "basis": basis}
@@ -303,6 +303,6 @@ def _check_rows(layout: Layout, which: str, tol: float) -> None:
         least = layout.row_precision
         raise SpectraError(
             f"tol={tol} is below {least:.1e}: rows in {layout.row_dtype} are rounded to that, and residuals "
-            f"come no further down. Use tol={1.25 * least:.1g} (an eigenvalue is then accurate to "
+            f"cannot fall below that. Use tol={1.25 * least:.1g} (an eigenvalue is then accurate to "
             "tol² |H|² / gap), or a basis_dtype with more digits."
         )

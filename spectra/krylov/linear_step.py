@@ -7,7 +7,7 @@ for is the state's `mode`:
 * CG, on the direction p. It ends where pᵀAp is not above rounding: A is indefinite, or singular.
 * MINRES (Paige and Saunders, doi:10.1137/0712047), on a vector of the preconditioned Lanczos recurrence.
 * CHECK, on the iterate itself: the residual b - A x as it is, where a recurrence says that it is small. A
-  method goes on from there where that is not so, which makes good what short recurrences lose to rounding:
+  method resumes from there where that is not so, which makes good what short recurrences lose to rounding:
   MINRES alone is off by κ² roundings (Sleijpen, van der Vorst and Modersitzki,
   doi:10.1137/S0895479897323087).
 * NULL, on the residual: where A r vanishes and r does not, b is outside of the range. MINRES is not driven

@@ -151,7 +151,7 @@ def place_basis(op: LinearOperator, basis: str = "inherit", dtype: Any = None) -
             dtype = jnp.dtype(dtype)
         except TypeError as error:
             raise SpectraError(
-                f'basis_dtype={dtype!r} is no dtype: use one such as "bfloat16" or "float32".'
+                f'basis_dtype={dtype!r} is not a dtype: use one such as "bfloat16" or "float32".'
             ) from error
         if not jnp.issubdtype(dtype, jnp.floating):
             raise SpectraError(f"basis_dtype={dtype}: basis vectors need a floating dtype.")

@@ -66,7 +66,7 @@ def as_preconditioner(
             )
         return _factored(preconditioner, op, shift)
     if preconditioner.on_host:
-        raise SpectraError("a preconditioner is applied in every step: it cannot stream its data.")
+        raise SpectraError("a preconditioner cannot stream its data, because it is applied in every step.")
     return preconditioner, 0
 
 

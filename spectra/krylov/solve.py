@@ -150,7 +150,7 @@ def solve(
         x0, many, _ = stacked(op, x0, "x0")
         count = jax.tree.leaves(b)[0].shape[0]
         if many != several or jax.tree.leaves(x0)[0].shape[0] != count:
-            raise SpectraError("x0 is another number of vectors than b.")
+            raise SpectraError("x0 and b have different numbers of vectors.")
     shifted = op if isinstance(shift, (int, float)) and shift == 0 else op.shift(shift)
 
     def arguments() -> dict[str, Any]:
@@ -181,7 +181,9 @@ def _check_arguments(
     if not 0 <= tol < 1:
         raise SpectraError(f"tol={tol} is a residual in units of |b|: use a number in [0, 1).")
     if max_matvecs is not None and max_matvecs < 2:
-        raise SpectraError(f"max_matvecs={max_matvecs}: a step and the residual take two products.")
+        raise SpectraError(
+            f"max_matvecs={max_matvecs}: at least two are needed, for a step and for the residual."
+        )
     if lower_bound is not None and not (lower_bound > 0 and math.isfinite(lower_bound)):
         raise SpectraError(f"lower_bound={lower_bound}: no |eigenvalue| is below it, a positive number.")
     if not is_real_scalar(shift) or not (trees.is_traced(shift) or np.isfinite(shift)):

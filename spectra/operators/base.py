@@ -380,7 +380,7 @@ def require_operator(op: Any) -> None:
     parts: dict[Any, Any] = dict(cast("Mapping[Any, Any]", op)) if isinstance(op, Mapping) else {}
     if any(isinstance(part, LinearOperator) for part in parts.values()):
         raise StructureError(
-            f"op is a {name} of {len(parts)} operators, as `blocks` gives: pass one, such as "
+            f"op is a {name} of {len(parts)} operators, as returned by `blocks`: pass one of them, such as "
             f"op[{next(iter(parts))!r}], or the whole operator to summary(), which has a row for each block."
         )
     if not isinstance(op, LinearOperator):

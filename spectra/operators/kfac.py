@@ -175,8 +175,8 @@ class _FromData(FactoredOperator):
             raise SpectraError(f"bias={bias!r}: use one of {BIASES}.")
         if num_samples < 1 or (num_samples > 1 and kind != "mc"):
             raise SpectraError(
-                f"num_samples={num_samples}: kind='mc' draws one or more targets an example; the other kinds "
-                "draw none."
+                f"num_samples={num_samples}: kind='mc' draws one or more targets per example; the other "
+                "kinds draw none."
             )
         fisher = FisherOperator(
             model_fn, loss_fn, params, data, kind=kind, key=key, sample_fn=sample_fn, **options

@@ -239,7 +239,7 @@ class FactoredOperator(LinearOperator):
             raise SpectraError(f"method={method!r}: use one of {DAMPINGS}.")
         if method == "heuristic" and any(isinstance(part, Corrected) for part in self.parts):
             raise SpectraError(
-                "an eigenvalue-corrected operator is no Kronecker product: use method='exact'."
+                "an eigenvalue-corrected operator is not a Kronecker product: use method='exact'."
             )
         if not trees.is_traced((self.parts, damping)) and not damping > 0:
             self._require_definite(float(damping))

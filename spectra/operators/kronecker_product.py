@@ -185,8 +185,8 @@ class KroneckerOperator(LinearOperator):
         values = self.eigenvalues() + damping
         if not trees.is_traced(values) and values[0] < 0:
             raise SpectraError(
-                f"A ⊗ B + {damping} has the eigenvalue {float(values[0]):.3g}: a determinant has a "
-                "logarithm where all are positive. Raise the damping."
+                f"A ⊗ B + {damping} has the eigenvalue {float(values[0]):.3g}: its log-determinant "
+                "exists only if all eigenvalues are positive. Raise the damping."
             )
         return jnp.sum(jnp.log(values))
 
@@ -215,7 +215,7 @@ class KroneckerOperator(LinearOperator):
             if not float(sizes.min()) > rounding * float(jnp.abs(jnp.outer(a, b)).max()):
                 raise SpectraError(
                     f"damping={damping}: A ⊗ B + δ I has an eigenvalue of size {float(sizes.min()):.3g} "
-                    f"beside {float(sizes.max()):.3g} and no inverse; pass another damping."
+                    f"next to {float(sizes.max()):.3g}, so it has no inverse; pass another damping."
                 )
         layout = Layout(values.shape, 0, (("reshape", values.shape, (1, *values.shape)),), 1, *values.shape)
         part = Corrected(u[None], v[None], (1 / values)[None], Place("", 0, None, layout, "kronecker"))
@@ -249,7 +249,7 @@ def _trace(op: LinearOperator) -> jax.Array:
     if isinstance(op, (KroneckerOperator, FactoredOperator)):
         return op.trace()
     raise SpectraError(
-        f"the trace of a {type(op).__name__} is no closed form: use spectra.trace, or its as_matrix()."
+        f"a {type(op).__name__} has no closed form of its trace: use spectra.trace, or its as_matrix()."
     )
 
 
@@ -261,6 +261,6 @@ def _eigenvalues(op: LinearOperator) -> jax.Array:
     if isinstance(op, (KroneckerOperator, FactoredOperator)):
         return op.eigenvalues()
     raise SpectraError(
-        f"the eigenvalues of a {type(op).__name__} are no closed form: use spectra.eigsh or slq, or pass its "
+        f"a {type(op).__name__} has no closed form of its eigenvalues: use spectra.eigsh or slq, or pass its "
         "as_matrix()."
     )

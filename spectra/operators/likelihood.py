@@ -31,7 +31,7 @@ def label_index(outputs: PyTree, targets: PyTree) -> tuple[int, bool]:
                 return index, False
     shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", (outputs, targets))
     raise StructureError(
-        "which distribution the targets have cannot be seen: outputs and targets are "
+        "the distribution of the targets cannot be recognised: outputs and targets are "
         f"{shapes[0]} and {shapes[1]}. Known are integer classes of shape outputs.shape[:-1] and floats "
         "of the outputs' shape; for others pass sample_fn(key, outputs, targets) -> targets."
     )
@@ -81,7 +81,7 @@ def require_classes_last(gradient: jax.Array) -> None:
     if second <= 1e-3 * size < last:
         raise StructureError(
             f"outputs of shape {list(gradient.shape)} have their classes along axis 1, as in PyTorch, and as "
-            "many of them as entries along the last axis, so that shapes do not tell: move the classes to "
+            "many of them as the last axis has entries, so the shapes are ambiguous: move the classes to "
             "the last axis, jnp.moveaxis(outputs, 1, -1), in the model and in the loss."
         )
 

@@ -149,10 +149,10 @@ def second_moment(optimizer_state: PyTree) -> Found:
     found = list(states(optimizer_state))
     if not found:
         raise SpectraError(
-            f"the optimizer state ({type(optimizer_state).__name__}) holds no second moment that is known: "
+            f"the optimizer state ({type(optimizer_state).__name__}) contains no known second moment: "
             f"looked for {', '.join(RULES)}. Plain gradient descent has no preconditioner: its curvature is "
-            "that of `op` itself. Of other optimizers pass the diagonal of P in place of the state, a pytree "
-            "like the parameters."
+            "that of `op` itself. For other optimizers, pass the diagonal of P instead of the state: a "
+            "pytree like the parameters."
         )
     if len(found) > 1:
         raise SpectraError(

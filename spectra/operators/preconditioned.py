@@ -159,7 +159,7 @@ def _preconditioner(
         if not all(np.allclose(a, b, rtol=AGREE, atol=0) for a, b in zip(stated, measured, strict=True)):
             raise SpectraError(
                 "one update of the optimizer contradicts the P of the numbers that are given "
-                f"({', '.join([*given, *(['rule'] if rule else [])])}): leave them out, update_fn says them."
+                f"({', '.join([*given, *(['rule'] if rule else [])])}): leave them out; update_fn suffices."
             )
     return measured
 
@@ -173,7 +173,7 @@ def _diagonal(state: PyTree, op: LinearOperator) -> list[jax.Array] | None:
         return None
     for path, leaf in zip(leaf_paths(state), leaves, strict=True):
         if not trees.is_traced(leaf) and not np.all(np.asarray(leaf) > 0):
-            raise SpectraError(f"P of '{path}' is not positive everywhere, and has no root.")
+            raise SpectraError(f"P of '{path}' is not positive everywhere, so it has no square root.")
     return matching(by_name(state), op, "diagonal")
 
 

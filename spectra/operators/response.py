@@ -76,7 +76,7 @@ class Response:
             for want, got, *terms in zip(*map(jax.tree.leaves, (held, left, start, at)), strict=True):
                 # Where a zero is left behind, the drive's own square has to cancel, up to its rounding.
                 if not np.all(np.abs(got - want) <= AGREE * np.abs(want) + 2 * _rounding(*terms)):
-                    raise _refused("its second moment is no running mean that a step continues")
+                    raise _refused("its second moment is not a running mean that a step continues")
         return self._of_op(updates)
 
     def _evaluate(self, held: dict[str, PyTree], count: Any, drive: PyTree) -> tuple[PyTree, dict[Any, Any]]:
@@ -171,8 +171,8 @@ def preconditioner(
     moments = jax.tree.leaves(response.moment)
     if not (response.momentum or trees.is_traced(moments) or any(np.any(x) for x in moments)):
         raise SpectraError(
-            "the optimizer has seen no gradient yet: its second moment is zero everywhere, and its P one "
-            "number. Take a step first."
+            "the optimizer has seen no gradient yet: its second moment is zero everywhere, and its P a "
+            "single number. Take a step first."
         )
     found = response.to(response.held, response.count, response.drive())
     if not trees.is_traced(found) and not any(np.any(x) for x in found):
@@ -269,7 +269,7 @@ def _require_diagonal(found: Arrays, again: Arrays) -> None:
         )
     for a, b in zip(found, again, strict=True):
         if not np.allclose(a, b, rtol=AGREE, atol=0):
-            raise _refused("an update is no multiple of the momentum, entry by entry")
+            raise _refused("an update is not a multiple of the momentum, entry by entry")
 
 
 def _refused(reason: str) -> SpectraError:

@@ -83,7 +83,7 @@ class Stream:
         if num_batches is not None and num_batches < 1:
             raise DataError(f"num_batches={num_batches}: at least one batch is needed.")
         if num_batches is None and subsample_key is not None:
-            raise DataError("subsample_key draws num_batches batches: say how many.")
+            raise DataError("subsample_key draws num_batches batches: pass num_batches.")
         stop = num_batches if subsample_key is None else None
         first, digests = cls._survey(source, weight_fn, shared, stop)
         if not first:

@@ -123,7 +123,7 @@ def _parts(outputs: PyTree, targets: jax.Array) -> tuple[jax.Array, jax.Array, j
         name = type(cast("Any", outputs)).__name__
         raise StructureError(
             f"VocabularyLoss takes (hidden, kernel) or (hidden, kernel, bias), not {name}: "
-            "return hidden states and the last layer's weights in the place of logits."
+            "return hidden states and the last layer's weights instead of logits."
         )
     hidden, kernel, *rest = parts
     bias: jax.Array = rest[0] if rest else jnp.zeros(kernel.shape[-1:], kernel.dtype)

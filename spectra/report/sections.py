@@ -98,17 +98,17 @@ def _spectrum(quadrature: Quadrature, density: Density) -> list[Section]:
     steps, probes = quadrature.num_steps, quadrature.num_probes
     doubt = 100 * quadrature.band_width()
     cdf = (
-        f"The share of the {quadrature.size:,} eigenvalues at or below each point. Strong colour: what the "
-        f"{steps} Lanczos steps leave open for the {probes} probes that were drawn; there is no chance in "
-        "it. Faint colour: what is added because there are no more probes. With probability 95 % the whole "
-        "true curve lies in the coloured area. On average over the range from "
-        f"{low:.4g} to {high:.4g} it leaves {doubt:.2g} % of the eigenvalues in doubt: more steps narrow the "
-        "strong part, more probes the faint."
+        f"The share of the {quadrature.size:,} eigenvalues at or below each point. The strong colour shows "
+        f"what the {steps} Lanczos steps leave open for the {probes} probes drawn; there is no chance in it. "
+        "The faint colour adds what this number of probes leaves open. With probability 95 %, the whole true "
+        f"curve lies in the coloured area. On average over the range from {low:.4g} to {high:.4g}, this area "
+        f"leaves {doubt:.2g} % of the eigenvalues in doubt: more steps narrow the strong part, more probes "
+        "the faint part."
     )
     trust = str(quadrature.status) + "."
     floor = (
         f"Eigenvalues smaller than {quadrature.noise_floor:.2g} in magnitude, the noise floor of the "
-        "products, are not told apart from zero."
+        "products, cannot be distinguished from zero."
     )
     return [
         _density_section(density, quadrature),
@@ -120,23 +120,23 @@ def _spectrum(quadrature: Quadrature, density: Density) -> list[Section]:
 def _density_section(density: Density, quadrature: Quadrature | None = None) -> Section:
     words = (
         "The density of the eigenvalues, smoothed by a kernel whose width grows with the distance from zero. "
-        "The shaded band holds the true spectrum, smoothed by the same kernel, with probability "
-        f"{100 * density.level:g} % on the whole axis at once. The picture ends at a tenth of the peak that "
-        f"one single eigenvalue of the {density.size:,} would make."
+        "The shaded band contains the true spectrum, smoothed by the same kernel, with probability "
+        f"{100 * density.level:g} % on the whole axis at once. The vertical axis ends at a tenth of the peak "
+        f"that a single one of the {density.size:,} eigenvalues would make."
     )
     if len(density.outliers):
-        words += f" Orange stems are the {len(density.outliers)} eigenvalues that are resolved one by one."
+        words += f" Orange stems are the {len(density.outliers)} eigenvalues that are resolved individually."
     return Section("Density", readable(density, quadrature, words))
 
 
 def _eigenpairs(pairs: Eigenpairs) -> list[Section]:
     words = (
         "Bars are residuals: an eigenvalue lies within each of them, whatever the random start. Open circles "
-        "have not converged to the tolerance."
+        "mark pairs that have not converged to the tolerance."
     )
     mass = (
         "Where the eigenvectors live: the sum of squares of their entries in each layer. The first column "
-        "is the share of the parameters in the layer, which a vector without preference would show."
+        "is the share of the parameters in the layer, which is what a random vector would show."
     )
     return [
         Section("In numbers", pairs_table(pairs.rows())),
@@ -214,10 +214,10 @@ def _blocks(results: dict[str, Any]) -> list[Section]:
         choice = dict(itertools.islice(spectra.items(), _CHOICES))
         words = (
             "The density of the block whose row is chosen below, on axes that all blocks share: its line, "
-            "its 95 % band, and in orange the eigenvalues that are resolved one by one."
+            "its 95 % band, and in orange the eigenvalues that are resolved individually."
         )
         if len(spectra) > len(choice):
-            words += f" The first {len(choice)} rows have one."
+            words += f" The first {len(choice)} rows have such a curve."
         found.append(
             Section("In numbers", f'<div class="choice">{choosable(choice, words)}</div>{table(rows)}')
         )
@@ -244,13 +244,13 @@ def _words_landscape(plane: LossSlice) -> str:
     if plane.of_eigenvectors:
         first, second = plane.eigenvalues
         where = (
-            f"of the plane that two unit eigenvectors span, of the eigenvalues {first:.4g} and {second:.4g}"
+            f"of the plane spanned by two unit eigenvectors, with eigenvalues {first:.4g} and {second:.4g}"
         )
     else:
         each = zip(plane.names, plane.eigenvalues, strict=True)
         where = "along " + " and ".join(f"{name}, where the curvature is {x:.4g}" for name, x in each)
     lines = "every second line of the quadratic model" if len(plane.y) > 1 else "the quadratic model"
     return (
-        f"The loss at {plane.num_evaluations} points {where}. Dashed: {lines}, which is all that curvature "
-        f"at the centre knows. The loss at the centre is {plane.center:.4g}."
+        f"The loss at {plane.num_evaluations} points {where}. Dashed: {lines}, the prediction from the "
+        f"curvature at the centre. The loss at the centre is {plane.center:.4g}."
     )

@@ -69,12 +69,12 @@ class Console:
         self.warn_below = dict(warn_below or {})
         for name, measure in dict(measures or {}).items():
             if not (isinstance(measure, tuple | list) and len(measure) == 2 and callable(measure[1])):
-                raise SpectraError(f"measures[{name!r}] is no pair (every, function of the state).")
+                raise SpectraError(f"measures[{name!r}] is not a pair (every, function of the state).")
             self.measures[name] = steps_of(f"measures[{name!r}]: every", measure[0]), measure[1]
         if unknown := set(self.warn_below) - set(self.measures):
             raise SpectraError(f"warn_below names {sorted(unknown)}, which are not among the measures.")
         if isinstance(warn_ahead, bool) or not isinstance(warn_ahead, int) or warn_ahead < 0:
-            raise SpectraError(f"warn_ahead={warn_ahead!r} is no number of steps.")
+            raise SpectraError(f"warn_ahead={warn_ahead!r} is not a number of steps.")
         self.warn_ahead = warn_ahead
         self.readings: dict[str, list[Reading]] = {name: [] for name in self.measures}
         self.left_out = dict.fromkeys(self.measures, 0)  # for the budget

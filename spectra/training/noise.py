@@ -200,7 +200,7 @@ def _estimate(x: _Statistics) -> NoiseScale:
         method="jackknife",
         reason=""
         if signal > 0
-        else "the mean gradient is no longer than its noise: there is a lower end only",
+        else "the mean gradient is not longer than its noise: there is only a lower end",
         dof=float(1 / np.sum(x.share**2) - 1),
         noise=float(scale * noise),
         signal=float(scale * signal),

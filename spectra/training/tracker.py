@@ -289,7 +289,7 @@ def _step(step: Any) -> int:
         raise SpectraError(OUTSIDE)
     found = number("step", step)
     if not found.is_integer():
-        raise SpectraError(f"step={step!r} is no number of a training step.")
+        raise SpectraError(f"step={step!r} is not the number of a training step.")
     return int(found)
 
 
