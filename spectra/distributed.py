@@ -1,7 +1,7 @@
-"""One script from a laptop to a pod: starting processes, meshes, and placing parameters and data on them.
+"""Run one script on a laptop or on a pod: start processes, make meshes, place parameters and data on them.
 
-All of it is JAX's own SPMD: arrays are placed on a mesh, and what is computed from them follows. Names of
-mesh axes have a meaning here: the batch is split over `data` and `fsdp`, parameters over every axis
+All of this is JAX's own SPMD: arrays are placed on a mesh, and computations follow their placement. The
+names of mesh axes have a meaning: the batch is split over `data` and `fsdp`, parameters over every axis
 but `data`.
 """
 
@@ -33,8 +33,8 @@ def initialize(
 ) -> None:
     """Join the other processes of this run, before anything else touches a device.
 
-    On Cloud TPU, Slurm, Open MPI and Kubernetes (GKE) JAX finds the others by itself. Elsewhere give the
-    three arguments, or the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    On Cloud TPU, Slurm, Open MPI and Kubernetes (GKE), JAX finds the others by itself. Elsewhere, pass the
+    three arguments, or set the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID.
 
     Raises:
@@ -57,10 +57,10 @@ def initialize(
 
 
 def make_mesh(axes: str | Mapping[str, int], devices: Any = None) -> Mesh:
-    """The mesh of all devices with these axes, such as "data=4,model=2".
+    """Make the mesh of all devices with these axes, such as "data=4,model=2".
 
     Args:
-        axes: names and sizes; one size may be -1, "as many as are left".
+        axes: names and sizes; one size may be -1, for all remaining devices.
         devices: by default all devices of all processes.
 
     Raises:
@@ -91,14 +91,13 @@ def make_mesh(axes: str | Mapping[str, int], devices: Any = None) -> Mesh:
 
 
 def shard_params(params: PyTree, mesh: Mesh, partition: Partition | PyTree | None = None) -> PyTree:
-    """Parameters placed on a mesh; what already lies on it stays as it is.
+    """Place parameters on a mesh; arrays that are on it already stay as they are.
 
     Args:
         params: a pytree of arrays, the same on every process.
         mesh: from `make_mesh`.
-        partition: a function (path, leaf) -> PartitionSpec, or a pytree of them. By default every axis
-            but `data` splits the largest axis of each leaf that it divides; other leaves are
-            replicated.
+        partition: a function (path, leaf) -> PartitionSpec, or a pytree of them. By default, all mesh axes
+            but `data` split the largest axis of each leaf that they divide; other leaves are replicated.
 
     Raises:
         StructureError: a spec does not fit its leaf.
@@ -129,12 +128,13 @@ def shard_params(params: PyTree, mesh: Mesh, partition: Partition | PyTree | Non
 
 
 def shard_data(data: Any, mesh: Mesh, *, local: bool = False, shared: Shared = None) -> Any:
-    """One batch or a stream of batches, split over the mesh along the axis of examples.
+    """Split one batch, or a stream of batches, over the mesh along the axis of examples.
 
-    Every process reads the whole batch and sends its devices their part; with `local` a process has its
-    own part only, as large as every other's. Where the examples do not divide over the devices, those left
-    over are a batch of their own, which is replicated: results are exact, and products are driven
-    from the host. Leaves that examples share, and batches whose leaves have no common axis, are replicated.
+    Every process reads the whole batch and sends its devices their part; with `local`, a process has only its
+    own part, which is as large as every other's. If the number of examples is not divisible by the number of
+    devices, the remaining examples form a second, replicated batch; results are exact, and products are
+    driven from the host. Leaves that examples share, and batches whose leaves have no common axis, are
+    replicated.
 
     Args:
         data: what operators take as data.
@@ -143,11 +143,11 @@ def shard_data(data: Any, mesh: Mesh, *, local: bool = False, shared: Shared = N
         shared: leaves of a batch that belong to all examples alike, as for the operators.
 
     Returns:
-        A placed batch, or a function that gives an iterator over placed batches; a list of arrays of equal
-        length, which could be either, stays one.
+        A placed batch, or a function that returns an iterator over placed batches; a list of arrays of equal
+        length, which could be either, stays a list.
 
     Raises:
-        DataError: the examples of such a list do not divide over the mesh.
+        DataError: the number of examples in such a list is not divisible by the number of devices.
     """
     if is_stream(data):
 

@@ -2,8 +2,8 @@
 
 `from_torch` converts a module in memory; `export` writes it as two plain files that `load` reads
 where PyTorch is not installed; `to_flax` moves a state dict into an existing Flax tree; `make_loss`
-joins a model with one of PyTorch's losses. PyTorch is imported by `export`, by `from_torch` and for
-`.pt` files, when they are called.
+combines a model with one of PyTorch's losses. PyTorch is imported only when `export` or `from_torch` is
+called, or when a `.pt` file is read.
 """
 
 from spectra.bridge.errors import (

@@ -57,27 +57,27 @@ class DataOperator(LinearOperator):
     Vectors are float32 at least: parameters in half precision are cast up, and the model is evaluated
     at the cast values. All operators on data take these keyword arguments:
 
-    * wrt: the parameters to differentiate, as a glob ("params/*"), regex or predicate on their paths;
-      all by default. The others are constants: frozen weights, batch statistics, integer leaves. Leaves
-      that are no arrays (functions, strings, Python numbers) are always constants, and compiled in.
+    * wrt: the parameters to differentiate, as a glob ("params/*"), regex or predicate on their paths; all by
+      default. The others are constants: frozen weights, batch statistics, integer leaves. Leaves that are not
+      arrays (functions, strings, Python numbers) are always constants, and part of the compiled program.
     * mode: "forward-over-reverse", "reverse-over-reverse", "finite-difference", or "auto": the first of
       these that the model admits, with a warning that names the operation that refuses.
-    * microbatch: examples a piece; pieces of one batch are accumulated under `lax.scan`.
-    * linearize: whether `prepare` saves the values that all products at these parameters share. A
-      Hessian product then costs 1.7 to 1.8 gradients instead of 2.1 to 2.5 (two CPU cores, three
-      networks: benchmarks/results/product.md). "auto": if they take at most a quarter of the free memory.
+    * microbatch: number of examples in a piece; the pieces of a batch are accumulated under `lax.scan`.
+    * linearize: whether `prepare` saves the values that all products at these parameters share. A Hessian
+      product then costs 1.7 to 1.8 gradients instead of 2.1 to 2.5 (two CPU cores, three networks:
+      benchmarks/results/product.md). "auto" saves them if they take at most a quarter of the free memory.
     * matmul_precision: precision of the matrix products inside the model, as of
       `jax.default_matmul_precision`. JAX's own default runs them in bfloat16 on a TPU and in TF32 on a
       GPU, which puts the noise floor of the spectrum near 1e-3 |H|.
     * weight_fn: weight of a batch or microbatch in the mean, for example its number of tokens; default:
-      `loss_fn.weight` where the loss brings one, else its number of examples.
+      `loss_fn.weight` if the loss has one, else its number of examples.
     * shared: the leaves of a batch that belong to all examples alike (class weights, one random key), as a
-      glob, regex or predicate on their paths, or several; scalars do anyway. The other leaves of a batch
-      that is cut, or weighted by its size, share a leading axis.
+      glob, regex or predicate on their paths, or several of these; scalars always do. The other leaves of a
+      batch that is split, or weighted by its size, share a leading axis.
     * num_batches, subsample_key: use the first `num_batches` of a stream, or, with a key, as many drawn
       without replacement.
-    * check_data: read a stream twice and refuse it if the passes differ; where data are cut, see once that
-      the loss is a mean over examples.
+    * check_data: read a stream twice and refuse it if the passes differ; where data are split, check once
+      that the loss is a mean over examples.
     """
 
     params: PyTree
