@@ -15,8 +15,8 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 LANDMARKS = (
-    "Results that everybody in the field knows, each in at most 25 lines of code and a minute or less on two "
-    "cores, its claim asserted."
+    "Well-known results of the field, each reproduced in at most 25 lines of code and in a minute or less on "
+    "two cores, with an assertion of its claim."
 )
 
 
@@ -33,7 +33,12 @@ def on_files(files, config):
     """Add the pages and pictures that are made here."""
     add = lambda name, content: files.append(File.generated(config, name, content=content))  # noqa: E731
     add("changelog.md", (ROOT / "CHANGELOG.md").read_text())
-    rows = ["# Notebooks", "", "Executed in continuous integration; the sources are in `notebooks/`.", ""]
+    rows = [
+        "# Notebooks",
+        "",
+        "All notebooks are executed in continuous integration; their sources are in `notebooks/`.",
+        "",
+    ]
     for path in [*_notebooks(), *_landmarks()]:
         text, pictures = _page(path)
         add(f"notebooks/{_name(path)}.md", text)
