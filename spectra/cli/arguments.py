@@ -46,7 +46,7 @@ Tol = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the probes.")]
 Kind = Annotated[str, _one_of("--operator", OPERATORS, f"Matrix: one of {', '.join(OPERATORS)}.")]
 Block = Annotated[
-    str | None, typer.Option("--block", help="Only the parameters with such paths: 'Dense_0/*'.")
+    str | None, typer.Option("--block", help="Only parameters whose paths match, such as 'Dense_0/*'.")
 ]
 By = Annotated[str | None, _one_of("--blocks", GROUPINGS, "All diagonal blocks, by 'layer' or by 'leaf'.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; messages go to stderr.")]

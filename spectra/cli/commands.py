@@ -97,9 +97,9 @@ def run(
     as_json: Json = False,
     quiet: Quiet = False,
 ):
-    """Compute the spectrum of a curvature matrix of a problem of your own, or of its diagonal blocks.
+    """Compute the spectrum of a curvature matrix of your own problem, or of its diagonal blocks.
 
-    With --checkpoint the same command resumes an interrupted run. Exit code 75 says that this is needed.
+    With --checkpoint, the same command resumes an interrupted run, which ends with exit code 75.
     """
     with starting():
         from spectra.cli import output, running
