@@ -111,7 +111,7 @@ STATEMENTS = (
         ),
     ),
     *(
-        Statement("functions", f"trace of {name}", QUADRATURES, function(build), keys=100)
+        Statement("functions", f"trace of {name}", QUADRATURES, function(build))
         for name, build in FUNCTIONS.items()
     ),
     Statement(
@@ -122,7 +122,6 @@ STATEMENTS = (
             lambda case, q: spectra.logdet(q, shift(case)),
             lambda case: float(np.log(case.eigenvalues + shift(case)).sum()),
         ),
-        keys=100,
     ),
     Statement(
         "functions",
@@ -132,7 +131,6 @@ STATEMENTS = (
             lambda case, q: spectra.effective_dimension(q, shift(case)),
             lambda case: float((case.eigenvalues / (case.eigenvalues + shift(case))).sum()),
         ),
-        keys=100,
     ),
     *(
         Statement("brackets", f"bracket of the trace of {name}", ((12, 2),), brackets(build), _small, True, 8)
