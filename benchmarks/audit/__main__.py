@@ -2,10 +2,11 @@
 
 Every cell is the share of random keys whose 95 % interval holds the truth, in percent, and beside it the mean
 width over that of the ideal interval, ± 1.96 times the true root mean square error. Shares below 93 % are
-bold. Among 400 keys a true rate of 95 % is seen as 95 ± 1.1 %. Of a bound, violations are counted. A band
-for a whole curve holds where it holds everywhere, and is compared with the width that sampling alone leaves
-to a normal law at the same number of tests. The exit code is 1 where a bound is violated, or where a share is
-below 93 % by more than chance: so few that a true rate of 93 % would give them in 1 of 100 cases (binomial).
+bold; "exact" says that no value missed the truth by more than rounding. Among 400 keys a true rate of 95 % is
+seen as 95 ± 1.1 %. Of a bound, violations are counted. A band for a whole curve holds where it holds
+everywhere, and is compared with the width that sampling alone leaves to a normal law at the same number of
+tests. The exit code is 1 where a bound is violated, or where a share is below 93 % by more than chance: so
+few that a true rate of 93 % would give them in 1 of 100 cases (binomial).
 """
 
 import argparse
