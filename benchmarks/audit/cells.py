@@ -12,6 +12,8 @@ from scipy.stats import binom
 from benchmarks.settings import table
 
 LEAST = 0.93
+FAR = 100.0
+"""Widths beyond are those of intervals about values without an error to speak of."""
 CHANCE = 0.01
 """That a cell whose true rate is LEAST fails: a share counts as below where it is less likely than this."""
 
@@ -46,7 +48,13 @@ class Cell:
             return f"{self.broken} of {self.keys}"
         share = f"{100 * self.share:.1f}" if self.share >= LEAST else f"**{100 * self.share:.1f}**"
         keys = f" ({self.keys:,})" if self.keys != usual else ""
-        return f"{share}, {'exact' if self.width is None else f'{self.width:.2f}'}{keys}"
+        return f"{share}, {self._width}{keys}"
+
+    @property
+    def _width(self) -> str:
+        if self.width is None:
+            return "exact"
+        return f"{self.width:.2f}" if self.width < FAR else f"> {FAR:g}"
 
 
 def cell(place: tuple[str, str, str], held: np.ndarray, width: float, bound: bool = False) -> Cell:

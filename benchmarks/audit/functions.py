@@ -15,6 +15,9 @@ COUNTED = 0.15, 0.5, 0.999999
 """Thresholds of counts, in units of the largest eigenvalue."""
 
 
+SAMPLING = "The law of the probes alone has all spectra, in its own section."
+
+
 def _scale(case: Case) -> float:
     return float(np.abs(case.eigenvalues).max())
 
@@ -116,7 +119,7 @@ STATEMENTS = (
         ),
     ),
     *(
-        Statement("functions", f"trace of {name}", QUADRATURES, function(build))
+        Statement("functions", f"trace of {name}", QUADRATURES, function(build), note=SAMPLING)
         for name, build in FUNCTIONS.items()
     ),
     Statement(
