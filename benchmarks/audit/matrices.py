@@ -44,6 +44,7 @@ class Case:
         return bool(self.eigenvalues[0] > -1e-10 * np.abs(self.eigenvalues).max())
 
 
+@functools.cache
 def rotation(n: int, seed: int = 7) -> np.ndarray:
     q, r = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))
     return q * np.sign(np.diag(r))
@@ -64,51 +65,23 @@ def spiked(rng: np.random.Generator) -> np.ndarray:
     return values
 
 
-def _matrices() -> dict[str, Callable[[np.random.Generator], np.ndarray]]:
-    def pair(_):
-        a = np.zeros((N, N))
-        a[3, 9] = a[9, 3] = 1.0
-        return a
-
-    return {
-        "five": lambda _: planted(np.array([0.5, 1.0, 2.0, 4.0, 10.0])),
-        "forty, indefinite": lambda rng: planted(rng.standard_normal(40)),
-        "decaying, i^-1.5": lambda _: planted(np.arange(1.0, N + 1) ** -1.5),
-        "decaying, 0.9^i": lambda _: planted(0.9 ** np.arange(N)),
-        "bulk and spikes": lambda rng: planted(spiked(rng)),
-        "flat and a spike": lambda rng: planted(np.append(1 + 0.01 * rng.standard_normal(N - 1), 100.0)),
-        "spikes of both signs": lambda rng: planted(np.append(rng.standard_normal(N - 3), [-80.0, 50, 20])),
-        "three equal spikes": lambda rng: planted(
-            np.append(1 + 0.3 * rng.standard_normal(N - 3), np.full(3, 100.0))
-        ),
-        "pairs of spikes": lambda rng: planted(
-            np.append(rng.standard_normal(N - 8), [80.0, 60, 60, 40, 30, 30 * (1 + 1e-9), 20, -50])
-        ),
-        "two clusters": lambda rng: planted(
-            np.repeat([1.0, 5.0], [252, 253]) + 1e-3 * rng.standard_normal(N)
-        ),
-        "repeated": lambda _: planted(np.repeat([0.0, 1.0, 2.0, 10.0], [300, 150, 50, 5])),
-        "rank 50": lambda rng: planted(np.append(np.zeros(N - 50), np.exp(2 * rng.standard_normal(50)))),
-        "sixteen decades": lambda _: planted(np.logspace(-12, 4, N)),
-        "diagonal, log-normal": lambda rng: np.diag(np.exp(3 * rng.standard_normal(N))),
-        "a pair off the diagonal": pair,
-        "network, tanh": lambda _: network_hessian(jnp.tanh, 3),
-        "network, relu": lambda _: network_hessian(jax.nn.relu, 5),
-    }
+def pair(_: np.random.Generator) -> np.ndarray:
+    """Zeros but for one off-diagonal pair."""
+    a = np.zeros((N, N))
+    a[3, 9] = a[9, 3] = 1.0
+    return a
 
 
 @functools.cache
-def cases() -> dict[str, Case]:
-    """All cases in float64, by name; needs x64."""
-    found = {}
-    for i, (name, build) in enumerate(_matrices().items()):
-        matrix = build(np.random.default_rng(i))
-        values = np.linalg.eigvalsh(matrix)
-        if name in ("rank 50", "repeated"):  # zeros that are none but for rounding
-            values = np.where(np.abs(values) < 1e-12 * np.abs(values).max(), 0.0, values)
-        found[name] = Case(name, spectra.MatrixOperator(jnp.asarray(matrix)), values, np.diag(matrix))
-    found["decaying, 5,000"] = large(1 / np.arange(1.0, 5001.0))
-    return found
+def case(name: str) -> Case:
+    """The case of a name, in float64; needs x64."""
+    if name == LARGE:
+        return large(1 / np.arange(1.0, 5001.0))
+    matrix = MATRICES[name](np.random.default_rng(NAMES.index(name)))
+    values = np.linalg.eigvalsh(matrix)
+    if name in ("rank 50", "repeated"):  # zeros that are none but for rounding
+        values = np.where(np.abs(values) < 1e-12 * np.abs(values).max(), 0.0, values)
+    return Case(name, spectra.MatrixOperator(jnp.asarray(matrix)), values, np.diag(matrix))
 
 
 def large(eigenvalues: np.ndarray) -> Case:
@@ -125,7 +98,7 @@ def large(eigenvalues: np.ndarray) -> Case:
         return jax.scipy.fft.idct(inner, norm="ortho")
 
     op = spectra.FunctionOperator(product, jax.ShapeDtypeStruct((n,), jnp.float64))
-    return Case("decaying, 5,000", op, np.sort(eigenvalues), order @ basis)
+    return Case(LARGE, op, np.sort(eigenvalues), order @ basis)
 
 
 def network(activation, seed: int, steps: int = 300):
@@ -153,3 +126,30 @@ def network_hessian(activation, seed: int) -> np.ndarray:
     loss, flat, data = network(activation, seed)
     matrix = np.asarray(jax.jit(jax.hessian(loss))(jnp.asarray(flat), tuple(map(jnp.asarray, data))))
     return (matrix + matrix.T) / 2
+
+
+MATRICES: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
+    "five": lambda _: planted(np.array([0.5, 1.0, 2.0, 4.0, 10.0])),
+    "forty, indefinite": lambda rng: planted(rng.standard_normal(40)),
+    "decaying, i^-1.5": lambda _: planted(np.arange(1.0, N + 1) ** -1.5),
+    "decaying, 0.9^i": lambda _: planted(0.9 ** np.arange(N)),
+    "bulk and spikes": lambda rng: planted(spiked(rng)),
+    "flat and a spike": lambda rng: planted(np.append(1 + 0.01 * rng.standard_normal(N - 1), 100.0)),
+    "spikes of both signs": lambda rng: planted(np.append(rng.standard_normal(N - 3), [-80.0, 50, 20])),
+    "three equal spikes": lambda rng: planted(
+        np.append(1 + 0.3 * rng.standard_normal(N - 3), np.full(3, 100.0))
+    ),
+    "pairs of spikes": lambda rng: planted(
+        np.append(rng.standard_normal(N - 8), [80.0, 60, 60, 40, 30, 30 * (1 + 1e-9), 20, -50])
+    ),
+    "two clusters": lambda rng: planted(np.repeat([1.0, 5.0], [252, 253]) + 1e-3 * rng.standard_normal(N)),
+    "repeated": lambda _: planted(np.repeat([0.0, 1.0, 2.0, 10.0], [300, 150, 50, 5])),
+    "rank 50": lambda rng: planted(np.append(np.zeros(N - 50), np.exp(2 * rng.standard_normal(50)))),
+    "sixteen decades": lambda _: planted(np.logspace(-12, 4, N)),
+    "diagonal, log-normal": lambda rng: np.diag(np.exp(3 * rng.standard_normal(N))),
+    "a pair off the diagonal": pair,
+    "network, tanh": lambda _: network_hessian(jnp.tanh, 3),
+    "network, relu": lambda _: network_hessian(jax.nn.relu, 5),
+}
+LARGE = "decaying, 5,000"
+NAMES = (*MATRICES, LARGE)

@@ -70,6 +70,7 @@ class Statement:
     applies: Callable[[Case, Any], bool] = lambda case, setting: True
     bound: bool = False  # holds always: what counts is violations, not coverage
     keys: int | None = None  # at most so many
+    note: str = ""  # below the table
 
 
 def _student(value, stderr, dof: float | None, truth) -> Outcome:
@@ -142,6 +143,7 @@ def quadratures(case: Case, setting: tuple, seed: int, count: int) -> list[spect
     steps, probes, basis, dtype = setting if len(setting) == 4 else (*setting, "inherit", "float64")
     op = case.operator
     if dtype != "float64":
+        assert isinstance(op, spectra.MatrixOperator)
         op = spectra.MatrixOperator(jnp.asarray(op.matrix, dtype))
     many = _slq(op, keys, min(steps, case.size), probes, basis)
     rows = [jax.tree.map(lambda x, i=i: np.asarray(x)[i], many) for i in range(count)]

@@ -161,11 +161,13 @@ def _error_masses(
     shares = origin.rules() if origin else ((rule, none) for rule in rules(quadrature))
     for ((theta, w, r), taken), part in itertools.product(shares, blocks):
         mass = 1 - w[taken].sum()
-        inverse = 1 / (theta[:, None] - z[part])
-        seen, left, above = np.abs(inverse) ** 2, np.zeros(len(part)), y[part]
+        away, above, left = theta[:, None] - t[part], y[part], np.zeros(len(part))
+        seen = 1 / (away**2 + above**2)  # |θ - z|⁻²; the inverse itself is (θ - t + i y) times that
         far = (moved if r.any() else moved + behind) / above
         if r.any():
-            left = np.abs((np.sqrt(w) * r) @ inverse) ** 2 / (above * (1 + r**2 @ seen))
+            rows = np.sqrt(w) * r
+            square = (rows @ (away * seen)) ** 2 + (above * (rows @ seen)) ** 2
+            left = square / (above * (1 + r**2 @ seen))
         total[part] += (left + far * (1 + far) * (above * (w @ seen) + left)) / mass
     return t - y * b / a, growth * length * total / (np.pi * quadrature.num_probes), 1 / np.sqrt(a)
 

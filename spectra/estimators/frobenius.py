@@ -95,14 +95,14 @@ def frobenius_norm(
         def step(count: int) -> list[Any]:
             sketch.extend(count)
             inner = sketch.inner_products()
-            values, pairs = leave_one_out.xtrace_values(
+            values, pairs, most = leave_one_out.xtrace_values(
                 sketch.squared(inner),
                 sketch.directions(inner),
                 op.size,
                 resphere=True,
                 xp=run.xp,
             )
-            mean, error = with_rounding(run, values, pairs, 0.0)
+            mean, error = with_rounding(run, values, pairs, 0.0, most=most)
             found[:] = [mean[-1], run.xp.hypot(error[-1], 2 * run.op.precision * mean[-1])]
             return found
 

@@ -37,7 +37,9 @@ PAIRS = 64
 """Probes among which pairs are formed for the covariance: 4032 pairs estimate it well enough."""
 CHANCE = 10.0
 """How far a variance from two probes may be below its mean by chance. With 1 intervals held for 90 % of 1,500
-keys (rank two, two probes), with 4 for 93, with 10 for 95."""
+keys (rank two, two probes), with 4 for 93, with 10 for 95. A form says less than the residual vector: of its
+square it is 10, squared.
+"""
 TOGETHER = 2**16
 """Numbers in an array of the pair algebra on the host, at most: half a megabyte, which stays in a cache."""
 
@@ -163,24 +165,29 @@ def _drop(removed: list[Array], rows: Array, xp: Any) -> Array:
 
 
 @careful()
-def xtrace_values(g: Sketch, u: Array, size: int, *, resphere: bool, xp: Any) -> tuple[Array, Array]:
+def xtrace_values(g: Sketch, u: Array, size: int, *, resphere: bool, xp: Any) -> tuple[Array, Array, Array]:
     """tr over each group of P A + A P - P A P, exactly, plus μᵀ(1-P) A (1-P) μ, μ = (1-P) ω_j.
 
     P projects on the sketch without probe j. With `resphere`, μ is scaled to the length that a normal
     vector in the complement of P has on average, which removes the variance of its length. The groups
     sum to XTrace, the last row.
 
+    The third result is the square of that last term, which is no less on average than its variance given the
+    sketch; (G, m), infinite for groups.
+
     References:
         Epperly, Tropp and Webber, arXiv:2301.07825, sections 2.2 and 2.3.
     """
     core = (g.qz[-1] + g.qz[-1].T) / 2
     found = _with_pairs(_whole(g, core, u, size, resphere, xp), u, 1, xp)
+    most = (found[0] - (xp.trace(core) - _dots(u, u @ core, xp))) ** 2
     if len(g.qz) > 1:
         groups = Sketch(*[part[:-1] for part in g[:-1]], oo=g.oo)
         formula = _of_groups(groups, core, g.qy[-1], g.qo[-1], size, resphere, xp)
         parts = _with_pairs(formula, u, len(groups.qz), xp)
         found = [xp.concatenate(pair, axis=-2) for pair in zip(parts, found, strict=True)]
-    return found[0], found[1]
+        most = xp.concatenate([xp.full_like(parts[0], xp.inf), most])
+    return found[0], found[1], most
 
 
 def _whole(g: Sketch, core: Array, u: Array, size: int, resphere: bool, xp: Any) -> Formula:
@@ -289,12 +296,15 @@ def xnystrace_values(
     return values, pairs, own
 
 
-def mean_and_variance(values: Array, pairs: Array, xp: Any, own: Array | None = None) -> tuple[Array, Array]:
+def mean_and_variance(
+    values: Array, pairs: Array, xp: Any, own: Array | None = None, most: Array | None = None
+) -> tuple[Array, Array]:
     """Mean over probes and its variance, for estimates (G, m) and pairs (d, G, m); see above.
 
     `own` has the variance of each estimate given its sketch, where it is known: on average that is the
     spread and the covariance together. It bounds the covariance (Cauchy-Schwarz), up to `CHANCE`: where the
-    probes left span the range, δ_ij is the error of a smaller sketch, and says nothing of this one.
+    probes left span the range, δ_ij is the error of a smaller sketch, and says nothing of this one. `most` is
+    what such a variance is at most, where no more is known of it.
     """
     m, d = values.shape[-1], len(pairs)
     delta = values[:, None, :d] - xp.moveaxis(pairs, 0, 1)[..., :d]
@@ -304,6 +314,8 @@ def mean_and_variance(values: Array, pairs: Array, xp: Any, own: Array | None = 
         one = xp.mean(own, axis=-1)
         return xp.mean(values, axis=-1), one / m + xp.minimum(covariance, CHANCE * one) * (1 - 1 / m)
     spread = xp.var(values, axis=-1, ddof=1) / m
+    if most is not None:
+        covariance = xp.minimum(covariance, CHANCE**2 * xp.mean(most, axis=-1))
     return xp.mean(values, axis=-1), spread + covariance
 
 

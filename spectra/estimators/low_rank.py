@@ -150,14 +150,14 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     def step(count: int) -> tuple[Any, Any]:
         sketch.extend(count)
         inner = sketch.inner_products()
-        values, pairs = leave_one_out.xtrace_values(
+        values, pairs, most = leave_one_out.xtrace_values(
             inner,
             sketch.directions(inner),
             run.op.size,
             resphere=kind == "normal",
             xp=run.xp,
         )
-        found[:] = with_rounding(run, values, pairs, run.rounding(inner.yy))
+        found[:] = with_rounding(run, values, pairs, run.rounding(inner.yy), most=most)
         return found[0][-1], found[1][-1]
 
     ended = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
@@ -173,9 +173,9 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     )
 
 
-def with_rounding(run: Run, values: Any, pairs: Any, rounding: Any, own: Any = None) -> tuple[Any, Any]:
-    """Mean of leave-one-out estimates, and its error with that of rounding."""
-    mean, variance = leave_one_out.mean_and_variance(values, pairs, run.xp, own)
+def with_rounding(run: Run, values: Any, pairs: Any, rounding: Any, **known: Any) -> tuple[Any, Any]:
+    """Mean of leave-one-out estimates, and its error with that of rounding; see `mean_and_variance`."""
+    mean, variance = leave_one_out.mean_and_variance(values, pairs, run.xp, **known)
     return mean, run.xp.sqrt(variance + rounding**2)
 
 
@@ -199,7 +199,7 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         estimates, pairs = estimates - taken, pairs - taken
         # Rounding of the core counts in units of the smallest eigenvalue of ΩΩᵀ, and the shift is no larger.
         floor = run.rounding(made.squares) * run.op.size / made.smallest
-        found[:] = with_rounding(run, estimates, pairs, floor, own)
+        found[:] = with_rounding(run, estimates, pairs, floor, own=own)
         return found[0][-1], found[1][-1]
 
     ended = adaptive(run, step, num_matvecs, least=MIN_SKETCH)

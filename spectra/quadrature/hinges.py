@@ -105,10 +105,22 @@ def _within(a: float, b: float, x: np.ndarray, *columns: tuple[np.ndarray, float
 
 def _means(nodes: np.ndarray, masses: np.ndarray, t: np.ndarray) -> np.ndarray:
     """h of a rule at each t."""
-    mass = np.append(np.cumsum(masses[::-1])[::-1], 0.0)
-    moment = np.append(np.cumsum((masses * nodes)[::-1])[::-1], 0.0)
+    mass, moment = _behind(masses), _behind(masses * nodes)
     i = np.searchsorted(nodes, t, side="right")
     return moment[i] - t * mass[i]
+
+
+def _behind(terms: np.ndarray) -> np.ndarray:
+    """Sums of the last terms, of all to none."""
+    sums = np.cumsum(terms[..., ::-1], axis=-1)[..., ::-1]
+    return np.concatenate([sums, np.zeros_like(sums[..., :1])], axis=-1)
+
+
+def _own(nodes: np.ndarray, masses: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Nodes of rules, the mass left of each and up to it, and h there."""
+    sums = np.cumsum(masses, axis=-1)
+    h = _behind(masses * nodes)[..., 1:] - nodes * _behind(masses)[..., 1:]
+    return nodes, sums - masses, sums, h
 
 
 def _least(nodes, masses, rule: Rule) -> tuple[np.ndarray, ...]:
@@ -117,17 +129,14 @@ def _least(nodes, masses, rule: Rule) -> tuple[np.ndarray, ...]:
     The Gauss rule is a member, too; about its nodes the largest mass at a point brackets the distribution.
     """
     theta, w, r = rule[:3]
-    rows = []
-    for x, mass in [*zip(nodes, masses, strict=True), (theta, w)]:
-        sums = np.cumsum(mass)
-        rows.append((x, sums - mass, sums, _means(x, mass, x)))
+    rows = [_own(nodes, masses), _own(theta, w)]
     if len(theta) > 1:
         shares = np.array(BESIDE)[:, None]
         x = np.ravel([theta[:-1] + shares * np.diff(theta), theta[1:] - shares * np.diff(theta)])
         sums = np.append(0.0, np.cumsum(w))[np.searchsorted(theta, x, side="right")]
         mass = largest_mass(theta, w, r, x)
         rows.append((x, sums - mass, sums + mass, np.full(len(x), np.nan)))
-    columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
+    columns = [np.concatenate([np.ravel(part) for part in column]) for column in zip(*rows, strict=True)]
     order = np.argsort(columns[0], kind="stable")
     return tuple(column[order] for column in columns)
 
@@ -139,35 +148,36 @@ def _largest(nodes, masses) -> tuple[np.ndarray, np.ndarray]:
     2 Σ_k 1 / (x_i - x_k) and c_i = Π_k (x_i - x_k)^-2. Those of a constant and of x vanish, so that either
     side of the gap will do: the one with the smaller terms is exact.
     """
-    points, values = [], []
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        for x, w in zip(nodes, masses, strict=True):
-            t = _touched(x)
-            points.append(t[np.isfinite(t)])
-            values.append(_means(x, w, points[-1]))
-    order = np.argsort(np.concatenate(points))
-    return np.concatenate(points)[order], np.concatenate(values)[order]
+        t = _touched(nodes)
+    mass, moment = _behind(masses)[:, 1:-1], _behind(masses * nodes)[:, 1:-1]
+    found = np.isfinite(t)
+    points, values = t[found], (moment - t * mass)[found]
+    order = np.argsort(points)
+    return points[order], values[order]
 
 
 def _touched(x: np.ndarray) -> np.ndarray:
-    """In each gap of a member the t for which h is stationary; NaN where rounding hides it."""
-    apart = x[:, None] - x
-    np.fill_diagonal(apart, np.inf)
+    """In each gap of each member the t for which h is stationary; NaN where rounding hides it."""
+    apart = x[..., :, None] - x[..., None, :]
+    own = np.arange(x.shape[-1])
+    apart[..., own, own] = np.inf
     logs = np.log(np.abs(apart), where=np.isfinite(apart), out=np.zeros_like(apart))
-    c = -2 * np.sum(logs, axis=1)
-    c = np.exp(c - c.max())
-    d, noise = 2 * np.sum(1 / apart, axis=1), np.finfo(float).eps * np.abs(x).max()
-    off = noise * 2 * np.sum(1 / np.abs(apart), axis=1)  # relative error of c, and of d in units of it
-    far = noise * 2 * np.sum(1 / apart**2, axis=1)
-    middle = (x[1:] + x[:-1]) / 2
-    reach = x - middle[:, None]  # (gaps, nodes)
-    terms, errors = c - c * d * reach, c * (off + (np.abs(d) * off + far) * np.abs(reach))
+    c = -2 * np.sum(logs, axis=-1)
+    c = np.exp(c - c.max(axis=-1, keepdims=True))
+    d, noise = 2 * np.sum(1 / apart, axis=-1), np.finfo(float).eps * np.abs(x).max(axis=-1, keepdims=True)
+    off = noise * 2 * np.sum(1 / np.abs(apart), axis=-1)  # relative error of c, and of d in units of it
+    far = noise * 2 * np.sum(1 / apart**2, axis=-1)
+    middle = (x[..., 1:] + x[..., :-1]) / 2
     slopes, unsure = c * d, c * (np.abs(d) * off + far)
-    right = np.tri(len(x), k=-1, dtype=bool).T[:-1]  # of gap g the nodes behind g
-    right_is_smaller = (np.abs(slopes) @ right.T) < (np.abs(slopes) @ ~right.T)
-    side = np.where(right_is_smaller[:, None], right, ~right)
-    slope = side @ slopes
-    t = -np.sum(side * terms, axis=1) / slope
-    doubt = (np.sum(side * errors, axis=1) + np.abs(t) * (side @ unsure)) / np.abs(slope)
-    gaps = np.diff(x)
+    reach = x[..., None, :] - middle[..., None]  # (..., gaps, nodes)
+    terms = c[..., None, :] - slopes[..., None, :] * reach
+    errors = (c * off)[..., None, :] + unsure[..., None, :] * np.abs(reach)
+    behind = np.tri(x.shape[-1], k=-1, dtype=bool).T[:-1]  # of gap g the nodes behind g
+    right_is_smaller = (np.abs(slopes) @ behind.T) < (np.abs(slopes) @ ~behind.T)
+    side = np.where(right_is_smaller[..., None], behind, ~behind)
+    slope = np.einsum("...gk,...k->...g", side, slopes)
+    t = -np.sum(side * terms, axis=-1) / slope
+    hidden = np.sum(side * errors, axis=-1) + np.abs(t) * np.einsum("...gk,...k->...g", side, unsure)
+    doubt, gaps = hidden / np.abs(slope), np.diff(x)
     return np.where((np.abs(t) < gaps / 2) & (doubt < DOUBT * gaps), middle + t, np.nan)
