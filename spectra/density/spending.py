@@ -17,7 +17,9 @@ independent of it. Where it is not taken out, the first probe is one of the samp
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -178,31 +180,57 @@ class _Look:
 
 @host.one_thread()
 def best_plan(found: Quadrature, error: Error, budget: int, least: int = LEAST) -> Plan | None:
-    """The cheapest way on from the run of one probe; None where none is predicted to reach the goal."""
-    m = int(found.lengths[0])
-    whole, best = tuple(x[0][:m] for x in _arrays(found)), None
+    """The cheapest way on from the run of one probe; None where none is predicted to reach the goal.
+
+    Ways are asked for their number of probes in the order of what they cost with the fewest, and only as far
+    as they can be the cheapest: of equal ones the first.
+    """
+    best, place = None, 0
+
+    def behind(way: _Way, probes: int) -> bool:
+        if way.spent + way.steps * probes > budget:
+            return True
+        return best is not None and (way.cost(probes), way.place) > (best.products, place)
+
+    for way in sorted(_ways(found), key=lambda way: way.cost(least)):
+        if behind(way, least):
+            continue
+        rule = _shortened(*way.measure, way.steps)
+        wanted = _probes_wanted(found, rule, way.taken, error, functools.partial(behind, way))
+        if wanted is not None and not behind(way, probes := max(least, wanted)):
+            best, place = Plan(way.cost(probes), way.steps, probes, way.taken), way.place
+    return best
+
+
+class _Way(NamedTuple):
+    """Steps of each probe, outside of what is taken out, or with the first probe as one of the sample."""
+
+    place: int
+    measure: rules.Rule  # what probes will see
+    steps: int
+    taken: np.ndarray | None
+    spent: int  # products of the first probe that no probe of the sample has
+    credit: int  # and those that one has
+
+    def cost(self, probes: int) -> int:
+        """Products that are still to be spent."""
+        return self.steps * probes - self.credit
+
+
+def _ways(found: Quadrature) -> Iterator[_Way]:
+    m, place = int(found.lengths[0]), itertools.count()
+    theta, w, r = (x[0][:m] for x in _arrays(found))
     for share in COUPLED:
-        taken = _smallest(whole[2], share) if share else None
+        taken = _smallest(r, share) if share else None
         if taken is not None and not taken.any():
             continue
-        weights = whole[1] if taken is None else _left(found, taken)
-        nodes, weights, residuals = (x[weights > 0] for x in (whole[0], weights, whole[2]))
-        if len(nodes) < 2:
+        weights = w if taken is None else _left(found, taken)
+        measure = tuple(x[weights > 0] for x in (theta, weights, r))
+        if len(measure[0]) < 2:
             continue
-        for steps in _numbers(len(nodes) if taken is None else min(len(nodes), OUTSIDE)):
-            rule = _shortened(nodes, weights, residuals, steps)
-            probes = _probes_wanted(found, rule, taken, error)
-            if probes is None:
-                continue
-            probes = max(least, probes)
-            credit = min(m, steps) if taken is None else 0  # the first probe is one of the sample
-            products = steps * probes - credit
-            spent = max(m - steps, 0) if taken is None else m
-            if spent + steps * probes > budget:
-                continue
-            if best is None or products < best.products:
-                best = Plan(products, steps, probes, taken)
-    return best
+        for steps in _numbers(len(measure[0]) if taken is None else min(len(measure[0]), OUTSIDE)):
+            credit = min(m, steps) if taken is None else 0
+            yield _Way(next(place), measure, steps, taken, max(m - steps, 0) if taken is None else m, credit)
 
 
 def _arrays(found: Quadrature) -> tuple[np.ndarray, ...]:
@@ -275,10 +303,22 @@ def _shortened(nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, st
     return rules.gauss_rule(alpha, beta, steps)
 
 
-def _probes_wanted(found: Quadrature, rule: rules.Rule, taken: np.ndarray | None, error: Error) -> int | None:
-    few, many = (error(_stand_in(found, rule, taken, k)) for k in PAIRED)
-    sampled = (few - many) / (PAIRED[0] ** -0.5 - PAIRED[1] ** -0.5)
-    fixed = max(many - sampled * PAIRED[1] ** -0.5, 0.0)
+def _probes_wanted(
+    found: Quadrature,
+    rule: rules.Rule,
+    taken: np.ndarray | None,
+    error: Error,
+    too_many: Callable[[int], bool] = lambda _: False,
+) -> int | None:
+    """Probes with this rule that reach the goal; None where no number of them does, or `too_many`."""
+    few, many = PAIRED
+    last = error(_stand_in(found, rule, taken, many))
+    # No error falls faster than 1 / √k: above 1 it takes last² times as many at least.
+    if not np.isfinite(last) or (last > 1 and too_many(int(many * last**2))):
+        return None
+    first = error(_stand_in(found, rule, taken, few))
+    sampled = (first - last) / (few**-0.5 - many**-0.5)
+    fixed = max(last - sampled * many**-0.5, 0.0)
     if not np.isfinite(sampled + fixed) or fixed >= 0.9:
         return None
     return max(1, int(np.ceil((sampled / (1 - fixed)) ** 2)))

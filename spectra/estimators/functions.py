@@ -11,7 +11,7 @@ import numpy as np
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic, require_key
-from spectra.density.extremes import error_of_powers, sampled_end, sampling_error, shows_fourth_powers
+from spectra.density.extremes import error_of_powers, sampled_ends, sampling_error, shows_fourth_powers
 from spectra.density.slq import slq
 from spectra.density.spending import spend
 from spectra.estimators.bracket import Bounds, Function, bracket, domain, evaluate, interval_of, power_means
@@ -232,7 +232,8 @@ def _require_no_run(q: Quadrature, **given: int | None) -> None:
 
 
 def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_signed: bool) -> Estimate:
-    (a, b), excludes = interval_of(q, bounds)
+    sampled = sampled_ends(q)
+    (a, b), excludes = interval_of(q, bounds, sampled)
 
     def at(x: np.ndarray) -> np.ndarray:
         return evaluate(f, np.clip(x, a, b))
@@ -251,7 +252,7 @@ def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_sign
     values = np.where(weights > 0, at(nodes), 0.0)
     mean = float(np.sum(weights * values) / k)
     ends, rests = domain(q, f, (a, b), excludes, bounds, one_signed)
-    inner = _within(q, ends)
+    inner = _within(q, ends, sampled)
     stderr, dof = sampling_error(weights, values, n)
     if inner is not None:
         stderr, dof = _spread(q, f, inner, mean)
@@ -289,13 +290,15 @@ def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_sign
     )
 
 
-def _within(q: Quadrature, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+def _within(
+    q: Quadrature, ends: tuple[float, float] | None, sampled: tuple[float, float]
+) -> tuple[float, float] | None:
     """The ends of what is sampled, where eigenpairs or a space were taken out, within those of all."""
     if ends is None or q.bulk is None:
         return ends
     floor, nodes = q.noise_floor, np.asarray(q.bulk.nodes)
-    low = min(sampled_end(q, 0), float(nodes.min()) - floor)
-    high = max(sampled_end(q, -1), float(nodes.max()) + floor)
+    low = min(sampled[0], float(nodes.min()) - floor)
+    high = max(sampled[1], float(nodes.max()) + floor)
     return max(ends[0], low), min(ends[1], high)
 
 
