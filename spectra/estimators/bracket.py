@@ -21,7 +21,7 @@ import numpy as np
 
 from spectra.base.errors import SpectraError
 from spectra.base.numbers import one_each
-from spectra.density.extremes import LEVEL, extreme
+from spectra.density.extremes import LEVEL, error_of_powers, extreme
 from spectra.quadrature.brackets import alike, gauss_radau, rules
 from spectra.quadrature.copies import Rule
 from spectra.quadrature.pieces import deviation, kinks
@@ -51,8 +51,8 @@ def interval_of(
 ) -> tuple[tuple[float, float], bool]:
     """[a, b] as given, or what the probes leave to the extreme eigenvalues with the probability `LEVEL`.
 
-    `sampled` is what they leave to what is sampled. Where there are too few probes and steps to exclude anything, the Ritz value widened by its residual, and
-    False: eigenvalues further out are possible.
+    `sampled` is what they leave to what is sampled. Where there are too few probes and steps to exclude
+    anything, the Ritz value widened by its residual, and False: eigenvalues further out are possible.
     """
     floor, (low, high) = q.noise_floor, q.range
     a, b = bounds or (None, None)
@@ -167,6 +167,19 @@ def power_means(q: Quadrature, g: Function, ends: tuple[float, float]) -> tuple[
         found += count * [(np.max(some, axis=0) - known) / (1 - w[taken].sum())]
     square, fourth = np.mean(found, axis=0)
     return float(square), float(fourth)
+
+
+def spread(q: Quadrature, f: Function, ends: tuple[float, float], mean: float) -> tuple[float, float | None]:
+    """Standard error of the sampled part of tr f(H), and its degrees of freedom; `ends` are of the domain."""
+    rest = q.parts.rest
+
+    def deviation(x: np.ndarray) -> np.ndarray:
+        return evaluate(f, np.clip(x, *ends)) - mean
+
+    reached = np.append(np.ravel(q.nodes), ends)
+    scale = float(np.abs(deviation(reached)).max())
+    square, fourth = power_means(q, lambda x: deviation(x) / (scale or 1.0), ends)
+    return error_of_powers(scale, square, fourth, rest.size, rest.num_probes)
 
 
 def _measures(q: Quadrature) -> Iterable[tuple[Rule, np.ndarray, int]]:

@@ -196,7 +196,7 @@ def exhausted(quadrature: Measures) -> bool:
 
 
 def alike(found: Iterable[Rule]) -> Iterator[tuple[Rule, int]]:
-    """Rules without those that repeat the one before, and how often each comes: stand-ins for probes agree."""
+    """Rules without those that repeat the one before, and how often each comes: stand-ins are alike."""
     for _, group in itertools.groupby(found, lambda rule: [part.tobytes() for part in rule]):
         first, *others = group
         yield first, 1 + len(others)
