@@ -10,7 +10,6 @@ from scipy.stats import binom, norm
 
 import spectra
 from spectra.density import deflation, spending
-from spectra.estimators import levels
 
 N, LONG, SHORT, STEPS = 150, 4, 40, 8
 KNOWN = np.array([30.0, 80.0])
@@ -21,7 +20,7 @@ ROWS = "nodes", "weights", "residuals", "lengths", "asymmetry"
 
 @functools.cache
 def of_both(repeats=60):
-    """Quadratures of long probes and of probes with one step, beside a space that is known."""
+    """Quadratures of long probes and some of one step, beside a known space; vᵀHv and |Hv|² of these."""
     op, many = spectra.DiagonalOperator(jax.numpy.asarray(VALUES)), LONG * repeats
     long = spectra.slq(op, key=jax.random.key(0), num_steps=STEPS, num_probes=many, probe_batch=many)
     squares = np.random.default_rng(0).standard_normal((repeats, SHORT, N)) ** 2
@@ -44,7 +43,7 @@ def of_both(repeats=60):
         }
         bulk = dataclasses.replace(long, **rows, sketches=None)
         found.append(deflation.with_space(bulk, KNOWN, np.zeros(2), N + 2))
-    return found
+    return found, np.stack([alpha, squares @ VALUES**2], axis=2)
 
 
 def exact_error():
@@ -57,7 +56,7 @@ def exact_error():
 
 def test_the_error_is_what_is_said(x64):
     truth = float(np.sum(np.log(np.append(VALUES, KNOWN))))
-    found = [spectra.trace_of(q, np.log, bounds=(0.1, 80.0)) for q in of_both()]
+    found = [spectra.trace_of(q, np.log, bounds=(0.1, 80.0)) for q in of_both()[0]]
     repeats = len(found)
     stderr = np.array([x.stderr for x in found])
     # The largest of three rules for a mean of squares, each known to a few of n k = 600 normal numbers.
@@ -72,9 +71,7 @@ def test_the_error_is_what_is_said(x64):
 
 
 def test_a_parabola_needs_one_step(x64):
-    q = of_both()[0]
-    _, short = levels.split(q)
-    assert short is not None
+    (q, *_), (short, *_) = of_both()
     found = spectra.trace_of(q, lambda x: 3 - x + x**2)
     # Of k + s probes alike, those of one step count as much as the others.
     forms = [
