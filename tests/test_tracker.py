@@ -480,6 +480,23 @@ def test_measures_share_the_budget(monkeypatch):
     assert 0.5 * (taken - 1) >= 0.2 * 100 - 1.0
 
 
+def test_no_measure_is_taken_where_another_has_spent_the_budget(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(tracker_module, "time", clock)
+
+    def slow(params):
+        clock.now += 0.5
+        return 1.0
+
+    measures = dict.fromkeys([f"slow {i}" for i in range(8)], (1, slow))
+    tracker = spectra.SpectrumTracker(factory, 10**6, budget=0.2, measures=measures, num_steps=4)
+    for step in range(1, 11):
+        tracker(step, start())
+        clock.now += 1.0
+    # The first of each is not counted; of the second of one alone the cost is not known.
+    assert tracker.console.seconds <= 0.2 * 10 + 0.5
+
+
 def test_a_reading_below_its_limit_warns_once():
     values = iter([2.0, 0.9, 0.8, 1.5, 0.7])
     tracker = spectra.SpectrumTracker(

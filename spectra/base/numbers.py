@@ -43,7 +43,7 @@ def one_each(values: Any, x: np.ndarray) -> np.ndarray:
             f"f makes an array of {found.dtype} of shape {found.shape} of {np.shape(x)} eigenvalues: use a "
             "function of one real number, applied to each."
         )
-    return np.broadcast_to(found, np.shape(x))
+    return found if found.shape == np.shape(x) else np.broadcast_to(found, np.shape(x))
 
 
 def _kind(annotation: Any) -> tuple[type, bool] | None:

@@ -15,21 +15,21 @@ ZERO = 2.0
 what is known of an eigenvalue is known to one shift."""
 
 
-def extreme(quadrature: Quadrature, end: int, *, level: float = LEVEL) -> Interval:
+def extreme(quadrature: Quadrature, end: int, *, level: float = LEVEL, far: float | None = None) -> Interval:
     """The smallest (end=0) or the largest (end=-1) eigenvalue, between a bound and a limit.
 
     The outermost Ritz value is a Rayleigh quotient: the smallest eigenvalue is not above it and the largest
     not below, but for rounding, which is added. That side is a **bound**. The other side is a **limit that
     holds with probability `level`**: an eigenvalue further out would have shown in the probes, see
     `spectra.quadrature.christoffel`. It is infinite where there are too few probes and steps to exclude
-    anything. The estimate is the Ritz value.
+    anything. The estimate is the Ritz value. `far` is that end of `sampled_ends`, where it is known already.
     """
     sign = 1.0 if end == -1 else -1.0
     nodes = np.asarray(quadrature.nodes, np.float64)
     value = float(nodes.max() if end == -1 else nodes.min())
     if not any(quadrature.range) and not np.any(quadrature.residuals):
         return Interval(0.0, 0.0, 0.0)  # every product was zero, which happens to no other operator
-    far = sampled_end(quadrature, end, level)
+    far = sampled_ends(quadrature, level)[end] if far is None else far
     if (links := quadrature.parts.links) is not None:
         far = links.end(far, sign)
     if quadrature.status is Status.EXACT:  # known to the rounding of the matrix (Weyl)
@@ -40,11 +40,10 @@ def extreme(quadrature: Quadrature, end: int, *, level: float = LEVEL) -> Interv
     return Interval(min(inner, outer), value, max(inner, outer))
 
 
-def sampled_end(quadrature: Quadrature, end: int, level: float = LEVEL) -> float:
-    """The limit of an end of what is sampled: without the eigenpairs, or the space, that was taken out."""
-    rest, sign = quadrature.bulk or quadrature, 1.0 if end == -1 else -1.0
-    start = float(np.max(rest.nodes) if end == -1 else np.min(rest.nodes))
-    return Openness([quadrature], 1 - level).end(start, sign)
+def sampled_ends(quadrature: Quadrature, level: float = LEVEL) -> tuple[float, float]:
+    """The limits of what is sampled: without the eigenpairs, or the space, that was taken out."""
+    nodes, open_ = (quadrature.bulk or quadrature).nodes, Openness([quadrature], 1 - level)
+    return open_.end(float(np.min(nodes)), -1.0), open_.end(float(np.max(nodes)), 1.0)
 
 
 def shows_fourth_powers(quadrature: Quadrature) -> bool:

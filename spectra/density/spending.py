@@ -10,14 +10,16 @@ out, or all where a single one has converged there. Rows made of it, k alike, st
 asked for, of such a quadrature, has a part that steps decide and one that falls like 1 / √k; so the
 products that reach a goal are known for each number of steps, with and without the space. The first run
 ends when its next steps are not expected to save as much as they cost, and the cheaper plan is carried out;
-or all eigenvalues are computed, where that costs no more.
+or all eigenvalues are computed, where that costs no more. Outside of a space an error may make use of probes
+with a single step beside the others (`spectra.estimators.levels`): they cost one product each.
 
 The space belongs to the first probe alone: all that is sampled then comes from other probes, which are
 independent of it. Where it is not taken out, the first probe is one of the sample.
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -49,6 +51,8 @@ OUTSIDE = 12
 """Steps of probes outside of a space, at most: what is left there is narrow."""
 ROUGH = 1.1
 """What plans of short runs may be off by."""
+GAIN = 0.125
+"""Of the steps between two looks, that the second has to promise at least where plans are known well."""
 LONGER = 4
 """Steps of a space to take out, at most, over those of a probe that were asked for."""
 PAIRED = 4, 16
@@ -57,6 +61,10 @@ LEAST = 4
 """Probes of a plan, at least: fewer say too little about their own spread."""
 EARLY = 2
 """Steps between two looks at a first probe that may be all: none that end in the first chunk are planned."""
+PARTS = 4
+"""Of the probes of one step: what is open is asked between them."""
+BLOCK = 8
+"""Probes of one step at a time."""
 FINER = 1.5
 """Ratio of the numbers of steps that are tried."""
 
@@ -68,6 +76,7 @@ class Plan(NamedTuple):
     steps: int
     probes: int
     taken: np.ndarray | None  # (m,) which Ritz vectors of the first probe are taken out
+    short: int = 0  # probes of one step beside the others
 
 
 def spend(
@@ -79,11 +88,12 @@ def spend(
     num_probes: int,
     probe_batch: int | None = None,
     least: int = LEAST,
+    short: bool = False,
 ) -> Quadrature:
     """The quadrature of which `error` is at most 1, from at most num_steps x num_probes products or so.
 
     Plans have `least` probes at least. One may be enough where the law of what a probe sees is known; then
-    its first steps are looked at closely.
+    its first steps are looked at closely. With `short`, `error` knows what to do with rows of one step.
     """
     budget = num_steps * num_probes
     place = place_basis(op)
@@ -93,7 +103,7 @@ def spend(
     prepared = outside_loops(op.prepare())
     with Progress(False, budget) as bar:
         first = ProbeRun(prepared, layout, key, bar, size=op.size, keep_last=True)
-        look = _Look(error, num_steps, budget, least)
+        look = _Look(error, num_steps, budget, least, short)
         early = EARLY if least == 1 else recurrence.CHUNK
         first.add(range(1), _longest(op, layout, num_steps, budget), stop_when=look, early=early)
         found = first.result()
@@ -133,26 +143,42 @@ def _until(
     run: ProbeRun, error: Error, plan: Plan, first: int, budget: int, batch: int, space: Space | None
 ) -> Quadrature:
     """Probes as planned, and more as long as they are wanted and there are products left."""
-    most = max(run.num_probes + (budget - run.num_matvecs) // plan.steps, 1)
-    goal = min(plan.probes, most)
+
+    def add(count: int, steps: int) -> int:
+        while count > 0:
+            start, some = first + run.num_probes, min(batch, count)
+            if steps == 1:  # of one size or one by one: two compiled programs whatever their number
+                some = min(batch, BLOCK) if count >= min(batch, BLOCK) else 1
+            run.add(range(start, start + some), steps)
+            count -= some
+        return run.num_probes
+
+    # What is open depends on how many made one step, not on what they saw: they end as soon as they can.
+    parts = {-(-plan.short * i // PARTS) for i in range(1, PARTS + 1)}
+    goals, done, found = [(plan.probes, some) for some in sorted(parts)], (run.num_probes, 0), None
     while True:
-        while run.num_probes < goal:
-            start, stop = run.num_probes, min(run.num_probes + batch, goal)
-            run.add(range(first + start, first + stop), plan.steps)
+        wanted = goals.pop(0)
+        most = max(done[0] + (budget - run.num_matvecs) // plan.steps, 1)
+        long = add(min(wanted[0], most) - done[0], plan.steps) - done[1]
+        short = add(min(wanted[1] - done[1], budget - run.num_matvecs), 1) - long
+        if found is not None and (long, short) == done:
+            return found
+        done = long, short
         found = run.result() if space is None else space.joined(run.result())
         left = error(found)
-        if left <= 1 or run.num_probes >= most:
+        if left <= 1:
             return found
-        # The part of sampling falls like 1 / √k: never more probes than that predicts, never twice as many.
-        more = int(np.ceil(run.num_probes * (left**2 - 1)))
-        goal = min(run.num_probes + int(np.clip(more, 1, run.num_probes)), most)
+        if not goals:
+            # Sampling's part falls like 1 / √k: never more probes than that predicts, never twice as many.
+            growth = min(left, 2.0) ** 2 - 1
+            goals = [tuple(k + min(max(int(np.ceil(k * growth)), 1), k) for k in done)]
 
 
 class _Look:
     """Called with the first probe after each chunk of steps: whether it has gone on for long enough."""
 
-    def __init__(self, error: Error, asked: int, budget: int, least: int):
-        self.error, self.asked, self.budget, self.fewest = error, asked, budget, least
+    def __init__(self, error: Error, asked: int, budget: int, least: int, short: bool):
+        self.error, self.asked, self.budget, self.fewest, self.short = error, asked, budget, least, short
         self.plan: Plan | None = None
         self.steps, self.next, self.least = 0, min(recurrence.CHUNK, asked), np.inf
 
@@ -162,7 +188,7 @@ class _Look:
             return True
         if found.num_steps < self.next:
             return False
-        plan = best_plan(found, self.error, self.budget, self.fewest)
+        plan = best_plan(found, self.error, self.budget, self.fewest, self.short)
         added = found.num_steps - self.steps
         self.steps, self.next = found.num_steps, int(1.25 * found.num_steps)
         if plan is None:
@@ -171,38 +197,92 @@ class _Look:
         whole = found.num_steps + plan.products
         self.least = min(before, whole)
         # Beyond the best length of the run the whole grows again. While it is short it costs little, and its
-        # plan is known roughly: then it has to grow by more than that.
-        rough = ROUGH if plan.products > found.num_steps else 1.0
-        return plan.products <= added or whole > rough * before
+        # plan is known roughly: then it has to grow by more than that. Later, steps that have gained little
+        # are the last: the next ones gain less.
+        most = ROUGH * before if plan.products > found.num_steps else before - GAIN * added
+        return plan.products <= added or whole > most
 
 
 @host.one_thread()
-def best_plan(found: Quadrature, error: Error, budget: int, least: int = LEAST) -> Plan | None:
-    """The cheapest way on from the run of one probe; None where none is predicted to reach the goal."""
-    m = int(found.lengths[0])
-    whole, best = tuple(x[0][:m] for x in _arrays(found)), None
+def best_plan(
+    found: Quadrature, error: Error, budget: int, least: int = LEAST, short: bool = False
+) -> Plan | None:
+    """The cheapest way on from the run of one probe; None where none is predicted to reach the goal.
+
+    Ways are asked for their number of probes in the order of what they cost with the fewest, and only as far
+    as they can be the cheapest: of equal ones the first.
+    """
+    best, place = None, 0
+
+    def behind(way: _Way, products: int) -> bool:
+        if way.spent + products > budget:
+            return True
+        return best is not None and (products - way.credit, way.place) > (best.products, place)
+
+    for way in sorted(_ways(found), key=lambda way: way.steps * least - way.credit):
+        both, fewest = short and way.taken is not None and way.steps > 1, way.steps * least
+        if behind(way, fewest):
+            continue
+
+        def too_many(probes: int, way: _Way = way, fewest: int = fewest if both else 0) -> bool:
+            return behind(way, fewest + probes - least if fewest else way.steps * probes)
+
+        nodes, weights, residuals = way.measure
+        rule = _shortened(nodes, weights, residuals, way.steps)
+        parts = _parts(found, rule, way.taken, error, too_many, both)
+        if parts is None:
+            continue
+        probes, ones = parts.split(way.steps, least)
+        products = way.steps * probes + ones
+        if not behind(way, products):
+            best = Plan(products - way.credit, way.steps, probes, way.taken, ones)
+            place = way.place
+    return best
+
+
+class _Way(NamedTuple):
+    """Steps of each probe, outside of what is taken out, or with the first probe as one of the sample."""
+
+    place: int
+    measure: rules.Rule  # what probes will see
+    steps: int
+    taken: np.ndarray | None
+    spent: int  # products of the first probe that no probe of the sample has
+    credit: int  # and those that one has
+
+
+class _Parts(NamedTuple):
+    """The error of k probes and s of one step: fixed + √(ends / (k + s) + middle / k)."""
+
+    fixed: float
+    middle: float
+    ends: float = 0.0
+
+    def split(self, steps: int, least: int) -> tuple[int, int]:
+        """Probes, and those of one step, that reach the goal with the fewest products."""
+        room = (1 - self.fixed) ** 2
+        most = max(least, int(np.ceil((self.middle + self.ends) / room)))
+        k = np.arange(max(least, int(self.middle / room) + 1), most)
+        ones = np.maximum(np.ceil(self.ends / (room - self.middle / k)) - k, 0.0)
+        k, ones = np.append(k, most), np.append(ones, 0.0)
+        best = int(np.argmin(steps * k + ones))
+        return int(k[best]), int(ones[best])
+
+
+def _ways(found: Quadrature) -> Iterator[_Way]:
+    m, place = int(found.lengths[0]), itertools.count()
+    theta, w, r = (x[0][:m] for x in _arrays(found))
     for share in COUPLED:
-        taken = _smallest(whole[2], share) if share else None
+        taken = _smallest(r, share) if share else None
         if taken is not None and not taken.any():
             continue
-        weights = whole[1] if taken is None else _left(found, taken)
-        nodes, weights, residuals = (x[weights > 0] for x in (whole[0], weights, whole[2]))
-        if len(nodes) < 2:
+        weights = w if taken is None else _left(found, taken)
+        measure = tuple(x[weights > 0] for x in (theta, weights, r))
+        if len(measure[0]) < 2:
             continue
-        for steps in _numbers(len(nodes) if taken is None else min(len(nodes), OUTSIDE)):
-            rule = _shortened(nodes, weights, residuals, steps)
-            probes = _probes_wanted(found, rule, taken, error)
-            if probes is None:
-                continue
-            probes = max(least, probes)
-            credit = min(m, steps) if taken is None else 0  # the first probe is one of the sample
-            products = steps * probes - credit
-            spent = max(m - steps, 0) if taken is None else m
-            if spent + steps * probes > budget:
-                continue
-            if best is None or products < best.products:
-                best = Plan(products, steps, probes, taken)
-    return best
+        for steps in _numbers(len(measure[0]) if taken is None else min(len(measure[0]), OUTSIDE)):
+            credit = min(m, steps) if taken is None else 0
+            yield _Way(next(place), measure, steps, taken, max(m - steps, 0) if taken is None else m, credit)
 
 
 def _arrays(found: Quadrature) -> tuple[np.ndarray, ...]:
@@ -231,10 +311,10 @@ def _gaps(nodes: np.ndarray) -> np.ndarray:
     return np.minimum(apart[:-1], apart[1:])
 
 
-def _at_full_length(found: Quadrature, error: Error) -> int | None:
-    """Probes that are wanted with as many steps as the first had; None where no number of them is enough."""
+def _at_full_length(found: Quadrature, error: Error) -> _Parts | None:
+    """The error with as many steps as the first probe had; None where no number of probes is enough."""
     m = int(found.lengths[0])
-    return _probes_wanted(found, tuple(x[0][:m] for x in _arrays(found)), None, error)
+    return _parts(found, tuple(x[0][:m] for x in _arrays(found)), None, error)
 
 
 def _resolved(found: Quadrature, steps: int) -> np.ndarray:
@@ -275,21 +355,43 @@ def _shortened(nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, st
     return rules.gauss_rule(alpha, beta, steps)
 
 
-def _probes_wanted(found: Quadrature, rule: rules.Rule, taken: np.ndarray | None, error: Error) -> int | None:
-    few, many = (error(_stand_in(found, rule, taken, k)) for k in PAIRED)
-    sampled = (few - many) / (PAIRED[0] ** -0.5 - PAIRED[1] ** -0.5)
-    fixed = max(many - sampled * PAIRED[1] ** -0.5, 0.0)
+def _parts(
+    found: Quadrature,
+    rule: rules.Rule,
+    taken: np.ndarray | None,
+    error: Error,
+    too_many: Callable[[int], bool] = lambda _: False,
+    short: bool = False,
+) -> _Parts | None:
+    """The error with this rule; None where no number of probes reaches the goal, or `too_many`."""
+    few, many = PAIRED
+    last = error(_stand_in(found, rule, taken, many))
+    # No error falls faster than 1 / √k: above 1 it takes last² times as many at least.
+    if not np.isfinite(last) or (last > 1 and too_many(int(many * last**2))):
+        return None
+    first = error(_stand_in(found, rule, taken, few))
+    sampled = (first - last) / (few**-0.5 - many**-0.5)
+    fixed = max(last - sampled * many**-0.5, 0.0)
     if not np.isfinite(sampled + fixed) or fixed >= 0.9:
         return None
-    return max(1, int(np.ceil((sampled / (1 - fixed)) ** 2)))
+    if not short:
+        return _Parts(fixed, sampled**2)
+    both = max(error(_stand_in(found, rule, taken, few, many - few)) - fixed, 0.0) ** 2
+    middle = float(np.clip((both - sampled**2 / many) / (1 / few - 1 / many), 0.0, sampled**2))
+    return _Parts(fixed, middle, sampled**2 - middle)
 
 
-def _stand_in(found: Quadrature, rule: rules.Rule, taken: np.ndarray | None, probes: int) -> Quadrature:
-    """The quadrature that so many probes alike would give, with what was taken out, or is resolved, known."""
+def _stand_in(
+    found: Quadrature, rule: rules.Rule, taken: np.ndarray | None, probes: int, short: int = 0
+) -> Quadrature:
+    """The quadrature that so many probes alike would give, with what was taken out, or is resolved, known.
+
+    Probes of one step, beside what was taken out, see the same measure.
+    """
     theta, w, r = rule
     if taken is not None:
         values, _, residuals = (x[0][: len(taken)][taken] for x in _arrays(found))
-        bulk = _alike(found, rule, probes, found.size - len(values))
+        bulk = _alike(found, rule, probes, found.size - len(values), short)
         return deflation.with_space(bulk, values, residuals, found.size)
     atoms = _resolved(found, len(theta))
     if not len(atoms):
@@ -301,17 +403,23 @@ def _stand_in(found: Quadrature, rule: rules.Rule, taken: np.ndarray | None, pro
     return deflation.joined(bulk, np.sort(atoms), np.zeros(len(atoms)), found.size, 0.0)
 
 
-def _alike(found: Quadrature, rule: rules.Rule, probes: int, size: int) -> Quadrature:
-    """The quadrature of so many probes with the same rule."""
-    rows = [np.tile(x, (probes, 1)) for x in (rule[0], rule[1], np.abs(rule[2]))]
-    scale = float(np.abs(rule[0]).max())
+def _alike(found: Quadrature, rule: rules.Rule, probes: int, size: int, short: int = 0) -> Quadrature:
+    """The quadrature of so many probes with the same rule, and of some with one step alone."""
+    theta, w, r = rule
+    rows = [np.tile(x, (probes, 1)) for x in (theta, w, np.abs(r))]
+    if short:
+        mean, first = float(w @ theta), np.eye(1, len(theta))
+        spread = np.sqrt(w @ (theta - mean) ** 2)
+        ones = np.full((1, len(theta)), mean), first, spread * first
+        rows = [np.concatenate([x, np.tile(one, (short, 1))]) for x, one in zip(rows, ones, strict=True)]
+    scale = float(np.abs(theta).max())
     return dataclasses.replace(
         found,
         nodes=rows[0],
         weights=rows[1],
         residuals=rows[2],
-        lengths=np.full(probes, len(rule[0])),
-        asymmetry=np.full(probes, found.noise_floor / scale if scale else 0.0),
+        lengths=np.repeat([len(theta), 1], [probes, short]),
+        asymmetry=np.full(probes + short, found.noise_floor / scale if scale else 0.0),
         size=size,
         sketches=None,
     )

@@ -21,8 +21,8 @@ import numpy as np
 
 from spectra.base.errors import SpectraError
 from spectra.base.numbers import one_each
-from spectra.density.extremes import LEVEL, extreme
-from spectra.quadrature.brackets import gauss_radau, rules
+from spectra.density.extremes import LEVEL, error_of_powers, extreme
+from spectra.quadrature.brackets import alike, gauss_radau, rules
 from spectra.quadrature.copies import Rule
 from spectra.quadrature.pieces import deviation, kinks
 from spectra.results import Quadrature
@@ -33,6 +33,9 @@ POLE = 1e-9
 """How close a pole is found, in units of the interval that is searched."""
 ROUNDING = 256 * np.finfo(float).eps
 """Of the larger |f| at the ends: where a Chebyshev series leaves no more, it is f but for rounding."""
+_CELLS = 64
+"""Between two points, at once, in which the end of a domain is looked for: seven times, 64^7 = 2^42."""
+_SHARES = np.linspace(0.0, 1.0, 65)
 _SAMPLES = 16
 """Of f between neighbouring nodes, and for each degree of the polynomial."""
 
@@ -43,11 +46,13 @@ def evaluate(f: Function, x: np.ndarray) -> np.ndarray:
         return np.asarray(one_each(f(x), x), np.float64)
 
 
-def interval_of(q: Quadrature, bounds: Bounds | None) -> tuple[tuple[float, float], bool]:
+def interval_of(
+    q: Quadrature, bounds: Bounds | None, sampled: tuple[float, float]
+) -> tuple[tuple[float, float], bool]:
     """[a, b] as given, or what the probes leave to the extreme eigenvalues with the probability `LEVEL`.
 
-    Where there are too few probes and steps to exclude anything, the Ritz value widened by its residual, and
-    False: eigenvalues further out are possible.
+    `sampled` is what they leave to what is sampled. Where there are too few probes and steps to exclude
+    anything, the Ritz value widened by its residual, and False: eigenvalues further out are possible.
     """
     floor, (low, high) = q.noise_floor, q.range
     a, b = bounds or (None, None)
@@ -58,8 +63,8 @@ def interval_of(q: Quadrature, bounds: Bounds | None) -> tuple[tuple[float, floa
         )
     residuals = np.asarray(q.residuals, np.float64)
     last = (np.arange(q.num_probes), np.asarray(q.lengths) - 1)
-    a = extreme(q, 0).lower if a is None else a
-    b = extreme(q, -1).upper if b is None else b
+    a = extreme(q, 0, far=sampled[0]).lower if a is None else a
+    b = extreme(q, -1, far=sampled[1]).upper if b is None else b
     known = bool(np.isfinite([a, b]).all())
     a = a if np.isfinite(a) else float(np.min(q.nodes[:, 0] - residuals[:, 0])) - floor
     b = b if np.isfinite(b) else float(np.max(np.asarray(q.nodes)[last] + residuals[last])) + floor
@@ -89,15 +94,31 @@ def domain(
         return (a, b), rests
     if not is_good(smallest - (smallest - a) / 2**40):
         return None, "no bracket: f is not finite between the Ritz values"
-    bad, good = a, smallest
-    for _ in range(40):  # the end of the domain of f, or a pole
-        middle = (bad + good) / 2
-        bad, good = (bad, middle) if is_good(middle) else (middle, good)
+    good = _first_good(lambda x: evaluate(f, x), is_good, a, smallest)
     # Semi-definite as far as it is seen, and f is defined at zero, as log(x + δ) is.
     zero = good < -POLE * (smallest - a) and smallest >= -floor
     lower = min(0.0, smallest) if zero else (smallest + good) / 2
     text = f"{lower:.3g} as lower bound, since f is not defined down to {a:.3g}: likely, not certain"
     return (lower, b), text
+
+
+def _first_good(f: Function, is_good: Callable[[float], bool], bad: float, good: float) -> float:
+    """The end of the domain of f, or a pole: between a bad point and a good one, to 2^-40 of their distance.
+
+    Where f stops to be finite many points at once tell; what else is bad is found by halving.
+    """
+    first = good
+    for _ in range(7):
+        x = np.linspace(bad, first, _CELLS + 1)
+        infinite = np.append(0, 1 + np.flatnonzero(~np.isfinite(f(x[1:-1]))))[-1]
+        bad, first = float(x[infinite]), float(x[infinite + 1])
+    if is_good(first):
+        return first
+    bad = first
+    for _ in range(40):
+        middle = (bad + good) / 2
+        bad, good = (bad, middle) if is_good(middle) else (middle, good)
+    return good
 
 
 def bracket(
@@ -139,31 +160,44 @@ def power_means(q: Quadrature, g: Function, ends: tuple[float, float]) -> tuple[
     than of g, and nothing after one. The Gauss-Radau rules know one degree more.
     """
     found: list[np.ndarray] = []
-    for rule, taken in _measures(q):
+    for rule, taken, count in _measures(q):
         nodes, w, _ = rule
         known = [w[taken] @ g(nodes[taken]) ** p for p in (2, 4)]
         some = [[masses @ g(points) ** p for p in (2, 4)] for points, masses in _three_rules(rule, *ends)]
-        found.append((np.max(some, axis=0) - known) / (1 - w[taken].sum()))
+        found += count * [(np.max(some, axis=0) - known) / (1 - w[taken].sum())]
     square, fourth = np.mean(found, axis=0)
     return float(square), float(fourth)
 
 
-def _measures(q: Quadrature) -> Iterable[tuple[Rule, np.ndarray]]:
-    """The rule of each probe, and the numbers of the nodes in it that are resolved, not sampled."""
+def spread(q: Quadrature, f: Function, ends: tuple[float, float], mean: float) -> tuple[float, float | None]:
+    """Standard error of the sampled part of tr f(H), and its degrees of freedom; `ends` are of the domain."""
+    rest = q.parts.rest
+
+    def deviation(x: np.ndarray) -> np.ndarray:
+        return evaluate(f, np.clip(x, *ends)) - mean
+
+    reached = np.append(np.ravel(q.nodes), ends)
+    scale = float(np.abs(deviation(reached)).max())
+    square, fourth = power_means(q, lambda x: deviation(x) / (scale or 1.0), ends)
+    return error_of_powers(scale, square, fourth, rest.size, rest.num_probes)
+
+
+def _measures(q: Quadrature) -> Iterable[tuple[Rule, np.ndarray, int]]:
+    """The rule of each probe, the numbers of the nodes in it that are resolved, and how many probes agree."""
     if q.parts.origin is None:
-        return [(rule, np.zeros(0, int)) for rule in rules(q.parts.rest)]
-    return q.parts.origin.rules()
+        return [(rule, np.zeros(0, int), count) for rule, count in alike(rules(q.parts.rest))]
+    return [(rule, taken, 1) for rule, taken in q.parts.origin.rules()]
 
 
 def _each(q: Quadrature, f: Function, ends: tuple[float, float], extra: np.ndarray | None) -> np.ndarray:
     """(k, 2): bounds of what each probe samples: of its whole measure, less the nodes taken out."""
     found: list[np.ndarray] = []
     a, b = ends
-    for rule, taken in _measures(q):
+    for rule, taken, count in _measures(q):
         nodes, w, _ = rule
         known = float(w[taken] @ evaluate(f, np.clip(nodes[taken], a, b)))
         bounds = of_one_sign(f, rule, a, b) if extra is None else _of_any(f, rule, a, b, extra)
-        found.append((np.array(bounds) - known) / (1 - w[taken].sum()))
+        found += count * [(np.array(bounds) - known) / (1 - w[taken].sum())]
     return np.array(found)
 
 
@@ -182,7 +216,7 @@ def _has_pole(f: Function, x: np.ndarray, values: np.ndarray) -> bool:
     before = largest = np.abs(values).max()
     for _ in range(6):
         i = int(np.argmax(np.abs(values[2:] + values[:-2] - 2 * values[1:-1]))) + 1
-        x = np.linspace(float(x[i - 1]), float(x[i + 1]), 65)
+        x = x[i - 1] + (x[i + 1] - x[i - 1]) * _SHARES
         values, before = evaluate(f, x), largest
         largest = np.abs(values).max()
         if not np.isfinite(largest):

@@ -11,10 +11,11 @@ import numpy as np
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic, require_key
-from spectra.density.extremes import error_of_powers, sampled_end, sampling_error, shows_fourth_powers
+from spectra.density.extremes import sampled_ends, sampling_error, shows_fourth_powers
 from spectra.density.slq import slq
 from spectra.density.spending import spend
-from spectra.estimators.bracket import Bounds, Function, bracket, domain, evaluate, interval_of, power_means
+from spectra.estimators import levels
+from spectra.estimators.bracket import Bounds, Function, bracket, domain, evaluate, interval_of, spread
 from spectra.estimators.linked import linked
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Estimate, Quadrature
@@ -139,7 +140,8 @@ def trace_of(
         except SpectraError:  # f is not finite at a node that other probes may not have
             return np.inf
 
-    found = estimate(quadrature_of(source, key, num_steps, num_probes, probe_batch, error if tol else None))
+    stop = error if tol is not None else None
+    found = estimate(quadrature_of(source, key, num_steps, num_probes, probe_batch, stop, short=True))
     if tol is None:
         return found
     if open_share(found) > 1:
@@ -199,6 +201,7 @@ def quadrature_of(
     num_probes: int | None = None,
     probe_batch: int | None = None,
     error: Callable[[Quadrature], float] | None = None,
+    short: bool = False,
     **spending: Any,
 ) -> Quadrature:
     """The quadrature given, or one of the operator; `error` and `spending` are those of `spend`."""
@@ -215,7 +218,7 @@ def quadrature_of(
     probes = PROBES if num_probes is None else num_probes
     options: dict[str, Any] = {"key": require_key(key), "num_steps": steps, "num_probes": probes}
     options["probe_batch"] = probe_batch
-    return spend(source, error, **options, **spending) if error else slq(source, **options)
+    return spend(source, error, short=short, **options, **spending) if error else slq(source, **options)
 
 
 def _require_no_run(q: Quadrature, **given: int | None) -> None:
@@ -230,7 +233,9 @@ def _require_no_run(q: Quadrature, **given: int | None) -> None:
 
 
 def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_signed: bool) -> Estimate:
-    (a, b), excludes = interval_of(q, bounds)
+    q, short = levels.split(q)
+    sampled = sampled_ends(q)
+    (a, b), excludes = interval_of(q, bounds, sampled)
 
     def at(x: np.ndarray) -> np.ndarray:
         return evaluate(f, np.clip(x, a, b))
@@ -249,15 +254,20 @@ def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_sign
     values = np.where(weights > 0, at(nodes), 0.0)
     mean = float(np.sum(weights * values) / k)
     ends, rests = domain(q, f, (a, b), excludes, bounds, one_signed)
-    inner = _within(q, ends)
+    inner = _within(q, ends, sampled)
     stderr, dof = sampling_error(weights, values, n)
-    if inner is not None:
-        stderr, dof = _spread(q, f, inner, mean)
+    moved = 0.0
+    if inner is not None and short is not None:
+        moved, stderr, dof, rounded = levels.combined(q, short, f, inner)
+        rounding += rounded
+    elif inner is not None:
+        stderr, dof = spread(q, f, inner, mean)
     if dof is not None and not shows_fourth_powers(q):
         dof = float(k)
     rounding += n * float(np.sum(np.where(weights > 0, weights * _moved(at, nodes, floor), 0.0)) / k)
     rounding += parts.spill(at, mean)
     lower, upper, reach, reason = bracket(q, f, inner, rests, one_signed)
+    known += moved
     below, above = (0.0, 0.0)
     if parts.links is not None:
         known_ends = ends or (float(np.min(q.nodes)), float(np.max(q.nodes)))
@@ -270,6 +280,8 @@ def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_sign
         None if end is None or not excludes else known + more + pick(end, n * mean)
         for end, more, pick in zip(reach, (below, above), (min, max), strict=True)
     )
+    if short is not None:
+        reason = f"{len(short)} more probes of one step each see a parabola; {reason}"
     if parts.links is not None:
         reason = f"{len(parts.links.theta)} Ritz vectors are taken out; {reason}"
     elif len(parts.atoms):
@@ -287,27 +299,16 @@ def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_sign
     )
 
 
-def _within(q: Quadrature, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+def _within(
+    q: Quadrature, ends: tuple[float, float] | None, sampled: tuple[float, float]
+) -> tuple[float, float] | None:
     """The ends of what is sampled, where eigenpairs or a space were taken out, within those of all."""
     if ends is None or q.bulk is None:
         return ends
     floor, nodes = q.noise_floor, np.asarray(q.bulk.nodes)
-    low = min(sampled_end(q, 0), float(nodes.min()) - floor)
-    high = max(sampled_end(q, -1), float(nodes.max()) + floor)
+    low = min(sampled[0], float(nodes.min()) - floor)
+    high = max(sampled[1], float(nodes.max()) + floor)
     return max(ends[0], low), min(ends[1], high)
-
-
-def _spread(q: Quadrature, f: Function, ends: tuple[float, float], mean: float) -> tuple[float, float | None]:
-    """Standard error of the sampled part of tr f(H), and its degrees of freedom; `ends` are of the domain."""
-    rest = q.parts.rest
-
-    def deviation(x: np.ndarray) -> np.ndarray:
-        return evaluate(f, np.clip(x, *ends)) - mean
-
-    reached = np.append(np.ravel(q.nodes), ends)
-    scale = float(np.abs(deviation(reached)).max())
-    square, fourth = power_means(q, lambda x: deviation(x) / (scale or 1.0), ends)
-    return error_of_powers(scale, square, fourth, rest.size, rest.num_probes)
 
 
 def _moved(f: Function, x: np.ndarray, shift: float) -> np.ndarray:

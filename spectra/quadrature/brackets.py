@@ -16,7 +16,8 @@ References:
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -187,6 +188,20 @@ def rules(quadrature: Measures) -> Iterator[Rule]:
         yield theta, w / w.sum(), r * (-1.0) ** np.arange(len(r))
 
 
+def exhausted(quadrature: Measures) -> bool:
+    """Whether the run of a probe ended in an invariant space."""
+    if quadrature.coefficients is None:
+        return not np.any(quadrature.residuals, axis=1).all()
+    return any(not r.any() for *_, r in rules(quadrature))
+
+
+def alike(found: Iterable[Rule]) -> Iterator[tuple[Rule, int]]:
+    """Rules without those that repeat the one before, and how often each comes: stand-ins are alike."""
+    for _, group in itertools.groupby(found, lambda rule: [part.tobytes() for part in rule]):
+        first, *others = group
+        yield first, 1 + len(others)
+
+
 def _sums(weights) -> np.ndarray:
     """Sums of the first weights, of none to all: one to the bit."""
     return np.append(0.0, np.append(np.cumsum(weights[:-1]), 1.0))
@@ -204,10 +219,10 @@ def bracket(
     x = np.asarray(x, np.float64)
     total = np.zeros((3, *x.shape))
     if origin is None:
-        for rule in rules(quadrature):
+        for rule, count in alike(rules(quadrature)):
             below, above = _of_rule(quadrature, rule, x - shift, x + shift)
             middle = _sums(rule[1])[np.searchsorted(rule[0], x, side="right")]
-            total += np.stack([below, middle, above])
+            total += count * np.stack([below, middle, above])
         return tuple(total / quadrature.num_probes)  # pyright: ignore[reportReturnType]
     for rule, taken in origin.rules():
         total += np.stack(_of_rest(origin.whole, rule, taken, x, shift))

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from spectra.quadrature.brackets import rules
+from spectra.quadrature.brackets import alike, exhausted, rules
 from spectra.quadrature.copies import Measures, breakdown_noise, log_betas
 
 MARGIN = 4.0
@@ -41,13 +41,13 @@ class Openness:
         from scipy.special import gammainccinv
 
         self.rules = [rule for q in quadratures for rule in _rules(q)]
-        self.threshold = float(gammainccinv(len(self.rules), alpha))
-        self.scale = max(max(abs(t[0]), abs(t[-1])) for t, *_ in self.rules) or 1.0
+        self.threshold = float(gammainccinv(sum(count for _, count in self.rules), alpha))
+        self.scale = max(max(abs(t[0]), abs(t[-1])) for (t, *_), _ in self.rules) or 1.0
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Whether an eigenvalue may lie at each of the points."""
         x = np.atleast_1d(np.asarray(x, np.float64))
-        return -np.sum([_log_chance(x, *rule) for rule in self.rules], axis=0) < self.threshold
+        return -np.sum([count * _log_chance(x, *rule) for rule, count in self.rules], axis=0) < self.threshold
 
     def end(self, start: float, sign: float) -> float:
         """The last open point outside all nodes, going from the outermost, `start`, in one direction."""
@@ -76,7 +76,7 @@ class Openness:
         if low >= high:
             return high
         count = int(np.ceil(np.log(high / low) / np.log(RATIO))) + 2
-        nodes = np.abs(np.concatenate([theta for theta, *_ in self.rules]))
+        nodes = np.abs(np.concatenate([theta for (theta, *_), _ in self.rules]))
         sizes = np.unique([*np.geomspace(low, high, count), *nodes[(nodes > low) & (nodes < high)]])
         for _ in range(2):
             free = self(sizes) | self(-sizes)
@@ -90,16 +90,21 @@ class Openness:
 
 
 def _rules(quadrature):
-    """(nodes, residuals, log Π β, log of the factor of F, log of the least mass, shift) of each probe."""
+    """(nodes, residuals, log Π β, log of the factor of F, log of the least mass, shift) of each probe.
+
+    With how many probes agree in that, see `alike`.
+    """
     rest = quadrature.bulk or quadrature
     moved, factor = shift(quadrature), _log_factor(rest.size)
     least = 2 * float(np.log(rest.precision))
-    for i, (theta, weights, r) in enumerate(rules(rest)):
+    start = 0
+    for (theta, weights, r), count in alike(rules(rest)):
         if rest.coefficients is None:
             product = _log_betas(theta, weights, np.abs(r), dropped(rest))
         else:
-            product = log_betas(rest.coefficients[i], dropped(rest))
-        yield theta, r, product, factor, least, moved
+            product = log_betas(rest.coefficients[start], dropped(rest))
+        start += count
+        yield (theta, r, product, factor, least, moved), count
 
 
 def chance(x: float, alpha: np.ndarray, beta: np.ndarray, size: int, moved: float) -> float:
@@ -175,6 +180,6 @@ def shift(quadrature: Measures) -> float:
     floor = quadrature.noise_floor
     moved = floor + (MARGIN - 1) * floor / quadrature.spread + quadrature.coupling
     rest = quadrature.bulk or quadrature
-    if any(not r.any() for _, _, r in rules(rest)):
+    if exhausted(rest):
         moved += 2 * dropped(quadrature)
     return float(moved)

@@ -90,8 +90,9 @@ class Console:
         ]
 
     def cost(self, name: str) -> float | None:
-        """Seconds that the last reading took; None where it has compiled, or there is none."""
-        return self.readings[name][-1].seconds if len(self.readings[name]) > 1 else None
+        """Seconds that the last reading took; 0 where it has compiled, which says nothing; None without."""
+        readings = self.readings[name]
+        return None if not readings else readings[-1].seconds if len(readings) > 1 else 0.0
 
     def take(self, name: str, step: int, state: tuple, clock: Callable[[], float]) -> Reading:
         """Measure, and warn where the reading asks for it."""

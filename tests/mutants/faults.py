@@ -441,8 +441,8 @@ DENSITY = [
     fault(
         "the spread of few steps is that of the Gauss rule",
         "estimators/bracket.py",
-        "found.append((np.max(some, axis=0) - known)",
-        "found.append((some[0] - np.array(known))",
+        "found += count * [(np.max(some, axis=0) - known)",
+        "found += count * [(some[0] - np.array(known))",
         "test_trace_of.py::test_few_steps_know_less_of_the_spread_than_of_the_value",
     ),
     fault(
@@ -734,6 +734,27 @@ ESTIMATORS = [
         "return sign * high",
         "return outside",
         "test_links.py::test_the_whole_reaches_no_further_than_is_said",
+    ),
+    fault(
+        "a probe of one step shows a square without what is outside of its vector",
+        "estimators/levels.py",
+        "np.stack([nodes, nodes**2 + residuals**2], 1)",
+        "np.stack([nodes, nodes**2], 1)",
+        "test_levels.py::test_a_parabola_needs_one_step",
+    ),
+    fault(
+        "what a parabola leaves counts as sampled by all probes",
+        "estimators/levels.py",
+        "parts = [(first * np.sqrt(k / count), first_dof), (second, second_dof)]",
+        "parts = [(x * np.sqrt(k / count), dof) for x, dof in ((first, first_dof), (second, second_dof))]",
+        "test_levels.py::test_the_error_is_what_is_said",
+    ),
+    fault(
+        "a measure whose cost is not known is taken whatever has been spent",
+        "training/console.py",
+        "len(readings) > 1 else 0.0",
+        "len(readings) > 1 else None",
+        "test_tracker.py::test_no_measure_is_taken_where_another_has_spent_the_budget",
     ),
     fault(
         "a cluster of copies counts as one eigenvalue in a plan",
