@@ -11,7 +11,7 @@ depends on the others or whose space is exhausted leaves no trace in it of where
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +36,13 @@ def traced_values(op: LinearOperator, f: Callable[[Any], Any], vectors: PyTree, 
     count, dtype = stacks.length(vectors), op.dtype
     width = width_of(count, steps)
     # What f is made of may be differentiated, too; a function of a single number takes arrays of any shape.
-    plain, constants = jax.closure_convert(f, jnp.zeros((), dtype))
+    plain, constants = cast("Any", jax).closure_convert(f, jnp.zeros((), dtype))
 
     def function(x: jax.Array, *constants: Any) -> jax.Array:
-        each = jax.vmap(lambda one: plain(one, *constants))(x.ravel())
-        return each.reshape(x.shape).astype(x.dtype)
+        def one(x: jax.Array) -> jax.Array:
+            return plain(x, *constants)
+
+        return jax.vmap(one)(x.ravel()).reshape(x.shape).astype(x.dtype)
 
     @jax.custom_vjp
     def block(op: LinearOperator, constants: Any, vectors: PyTree) -> PyTree:
@@ -50,7 +52,8 @@ def traced_values(op: LinearOperator, f: Callable[[Any], Any], vectors: PyTree, 
         return block(op, constants, vectors), (op, constants, vectors)
 
     def backward(known: Any, cotangent: PyTree) -> Any:
-        return _pullback(function, steps, *known, cotangent)
+        op, constants, vectors = known
+        return _pullback(function, steps, op, constants, vectors, cotangent)
 
     block.defvjp(forward, backward)
     if width == 1:
