@@ -148,6 +148,59 @@ def test_a_block_inside_jit_and_its_derivative(x64):
     np.testing.assert_allclose(inside, dense(op, np.sqrt, columns()), rtol=0, atol=1e-10)
 
 
+SMALL, WEIGHTS = 24, np.random.default_rng(4).standard_normal((24, 3))
+LEVELS, AXES = np.linspace(0.5, 3.0, 24), rotation(24)
+
+
+def dependent():
+    """Three vectors each: what a Krylov space of their own leaves no trace of."""
+    b = np.random.default_rng(3).standard_normal((SMALL, 3))
+    zero, equal, close, axes = b.copy(), b.copy(), b.copy(), b.copy()
+    zero[:, 1] = 0
+    equal[:, 2] = equal[:, 0]
+    close[:, 2] = 1e-6 * (close[:, 0] - close[:, 1])
+    axes[:, :2] = AXES[:, [3, 7]]
+    return {"zero": zero, "equal": equal, "dependent": close, "eigenvectors": axes, "none": 0 * b}
+
+
+@jax.jit
+@jax.value_and_grad
+def of_root(arguments):
+    matrix, b, power = arguments
+    op = spectra.MatrixOperator((matrix + matrix.T) / 2)
+    found = spectra.funm(op, lambda x: x**power, b, num_steps=SMALL)
+    return jnp.sum(WEIGHTS * jnp.sin(found.value))
+
+
+@pytest.mark.parametrize("name", dependent())
+def test_derivatives_by_zero_and_dependent_vectors_and_eigenvectors(name, x64):
+    """In the matrix, the vectors and the function, against central differences of dense NumPy."""
+    rng, b = np.random.default_rng(5), dependent()[name]
+    a, step = (AXES * LEVELS) @ AXES.T, rng.standard_normal((SMALL, SMALL))
+    step, move = (step + step.T) / SMALL, rng.standard_normal(b.shape)
+
+    def dense(t):
+        values, vectors = np.linalg.eigh(a + t * step)
+        root = (vectors * values ** (0.5 + t)) @ vectors.T
+        return np.sum(WEIGHTS * np.sin(root @ (b + t * move)))
+
+    value, (by_matrix, by_vectors, by_power) = of_root((jnp.asarray(a), jnp.asarray(b), jnp.asarray(0.5)))
+    along = np.sum(by_matrix * step) + np.sum(by_vectors * move) + by_power
+    h = 1e-5
+    # h² of a third derivative, and rounding over h, of a form of size one.
+    np.testing.assert_allclose(along, (dense(h) - dense(-h)) / (2 * h), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(value, dense(0.0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_vector_of_zeros_by_itself(x64):
+    """f may have a pole where no eigenvalue is: it counts for nothing."""
+    op = planted(SPECTRA["bulk"], jnp.float64)
+    assert not np.asarray(
+        jax.jit(lambda v: spectra.funm(op, "inv", v, num_steps=4).value)(jnp.zeros(M))
+    ).any()
+
+
 def test_a_tree_and_an_exhausted_space():
     """x -> 2 x on every leaf: one step is exact, and says so."""
     op = spectra.FunctionOperator(

@@ -257,7 +257,7 @@ def _xnysdiag(run: Run, num_matvecs: int) -> _Found:
             run.op.precision,
         )
         # The shift is taken off; rounding of the core counts in units of the smallest eigenvalue of ΩΩᵀ.
-        floor = made.shift * run.op.size / made.smallest
+        floor = run.rounding(made.squares)[-1] / made.smallest + made.shift
         found[:] = _shifted(value, stderr, sketch.unit * made.shift, sketch.unit * floor)
         return _relative(run, *found)
 

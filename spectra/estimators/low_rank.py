@@ -197,7 +197,7 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         )
         taken = (made.shift * xp.asarray(run.sizes))[:, None]
         estimates, pairs = estimates - taken, pairs - taken
-        # Rounding of the core counts in units of the smallest eigenvalue of ΩΩᵀ, and the shift is no larger.
+        # Rounding of the core counts in units of the smallest eigenvalue of ΩΩᵀ.
         floor = run.rounding(made.squares) * run.op.size / made.smallest
         found[:] = with_rounding(run, estimates, pairs, floor, own=own)
         return found[0][-1], found[1][-1]
@@ -243,27 +243,31 @@ class Factored(NamedTuple):
 
 
 def nystrom(sketch: SketchRun, method: str, other: str) -> Factored:
-    """The approximation from all probes so far, `extend`ed without a basis; shifted, see `xnystrace`."""
+    """The approximation from all probes so far, `extend`ed without a basis; shifted, see `xnystrace`.
+
+    The shift is the rounding of products, spread over n entries, or more where the probes are a good part of
+    all directions: ΩΩᵀ has a small eigenvalue s then, and the core needs ν s above the rounding of its
+    entries, eps |Hω| each and 2 √m times that as a matrix.
+    """
     run, xp = sketch.run, sketch.run.xp
     (probes, images, *_), m = sketch.held, sketch.num_probes
     squares = run.by_group(blocks.row_dots(images, images))
-    shift = run.op.precision * xp.sqrt(xp.sum(squares[-1]) / (m * run.op.size))
-    images = _shift(shift, probes, images)
-    core = run.host(jnp.sum(blocks.gram(probes, images), axis=0))
-    sketch.check(core, core.T)
     gram = run.host(jnp.sum(blocks.gram(probes, probes), axis=0))
     with leave_one_out.careful():
-        values, vectors = xp.linalg.eigh((core + core.T) / 2)
-        if run.traced:  # one after the other: two batches of them at once can block all threads of a CPU
-            gram = gram + 0 * values[0]
         weights, axes = xp.linalg.eigh(gram)
-        inverse_gram = (axes / xp.maximum(weights, run.op.precision * weights[-1])) @ axes.T
+        smallest = xp.maximum(weights[0], run.op.precision * weights[-1])
+        inverse_gram = (axes / xp.maximum(weights, smallest)) @ axes.T
+        shift = run.op.precision * xp.sqrt(xp.mean(squares[-1]))
+        shift = shift * xp.maximum(run.op.size**-0.5, 2 * m**0.5 / smallest)
+        images = _shift(shift, probes, images)
+        core = run.host(jnp.sum(blocks.gram(probes, images), axis=0))
+        sketch.check(core, core.T)
+        values, vectors = xp.linalg.eigh((core + core.T) / 2)
     if not run.traced:
         _require_positive(values, run, method, other)
     values = xp.maximum(values, xp.maximum(shift * weights[0], m * run.op.precision**2 * values[-1]))
     root = xp.sqrt(xp.where(values > 0, values, 1))
     factor = blocks.combine(jnp.asarray((vectors / root).T), images)
-    smallest = xp.maximum(weights[0], run.op.precision * weights[-1])
     return Factored(factor, vectors * root, vectors / root, inverse_gram, shift, smallest, squares)
 
 

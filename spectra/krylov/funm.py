@@ -3,27 +3,21 @@
 import contextlib
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from spectra.base import arrays, stacks, trees
+from spectra.base import stacks, trees
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.files import tree_digest
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
-from spectra.krylov.band import BandState, append, empty
-from spectra.krylov.band_block import run_block
 from spectra.krylov.function_bounds import Range, given_intervals, named_function, on_reals
-from spectra.krylov.function_run import FunctionRun, split, width_of
-from spectra.krylov.lanczos import lanczos
-from spectra.krylov.layout import Layout, stacked
+from spectra.krylov.function_rules import traced_values
+from spectra.krylov.function_run import FunctionRun
+from spectra.krylov.layout import stacked
 from spectra.krylov.recurrence import check_steps
-from spectra.krylov.rows import stack
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import FunctionProduct
@@ -70,6 +64,11 @@ def funm(
     stay away from zero, so pass `bounds=(shift, None)` for a damped operator. For "sign" and "abs" pass two
     intervals, on both sides of zero: between them f needs no approximation. The effect of rounding in the
     products is added.
+
+    **Derivatives.** Inside jit, vmap and grad num_steps are taken without a bound. jax.grad differentiates
+    f(H) v, not the iteration: with respect to v, the operator's parameters and data, and what f is made of,
+    also where a vector is zero, depends on others or spans an exhausted space. It takes num_steps products
+    for each vector and its cotangent, and differentiates as many. There is no forward mode.
 
     Args:
         op: symmetric operator of order n.
@@ -124,8 +123,8 @@ def funm(
     if traced:
         if checkpoint is not None:
             raise SpectraError("checkpoint= needs values, which do not exist inside jit or vmap.")
-        value = _traced(op, named.jax, rows, steps)
-        return FunctionProduct(back(value), jnp.inf, 0, steps, name, "nothing inside jit", Status.TRACED)
+        value = traced_values(op, named.jax, rows, steps)
+        return FunctionProduct(back(value), np.inf, 0, steps, name, "nothing inside jit", Status.TRACED)
     if not trees.all_finite(rows):
         raise NonFiniteError("v is NaN or infinite somewhere.")
     intervals = given_intervals(bounds)
@@ -165,53 +164,3 @@ def _digest(f: Callable[[Any], Any]) -> int:
             with contextlib.suppress(Exception):
                 found[i] = values(POINTS[i : i + 1])[0]
     return tree_digest(found.view(np.uint32))  # the bits: float32 does not hold all of them
-
-
-def _traced(op: LinearOperator, f: Callable[[Any], Any], vectors: PyTree, steps: int) -> PyTree:
-    """f(H) v of each of some vectors, in blocks, without looking at values."""
-    count, op = stacks.length(vectors), op.prepare()
-    width = width_of(count, steps)
-    if width == 1:
-        return jax.vmap(lambda v: _of_one(op, f, v, steps))(vectors)
-    blocks = [stacks.rows(vectors, i, min(i + width, count)) for i in range(0, count, width)]
-    return stacks.concatenate([_of_block(op, f, block, steps) for block in blocks])
-
-
-def _of_one(op: LinearOperator, f: Callable[[Any], Any], v: PyTree, steps: int) -> PyTree:
-    found = lanczos(op, v, steps)
-    theta, vectors = arrays.eigh(found.matrix())
-    # Steps behind an exhausted space have zero rows: f there counts for nothing.
-    values = jnp.where(vectors[0] != 0, f(theta), 0)
-    coefficients = trees.norm(v) * jnp.matmul(vectors, values * vectors[0], precision="highest")
-    return stacks.combine(coefficients, found.basis)
-
-
-def _of_block(op: LinearOperator, f: Callable[[Any], Any], block: PyTree, steps: int) -> PyTree:
-    layout, width = Layout.leafwise(op.structure), stacks.length(block)
-    q, sizes, z = split(block)
-    state = empty(layout, min((steps + 1) * width, op.size))
-    starts: list[jax.Array] = []  # where there is a row for the vector
-    for i in range(width):
-        starts.append(state.filled)
-        there = z[i, i] != 0
-        state = lax.cond(there, partial(_appended, layout, stacks.row(q, i)), lambda state: state, state)
-    processed, state = run_block(op, layout, state, steps, width)
-    rows = jnp.arange(len(state.coefficients))
-    there = rows < processed
-    g = jnp.where(there & there[:, None], state.coefficients, 0)
-    # Rows that are not there count for nothing. They get values within the spectrum, where f has one too, and
-    # different ones: eigenvectors of the same value have no derivative.
-    along = arrays.diagonal(g)
-    low = jnp.min(jnp.where(there, along, jnp.inf))
-    apart = (jnp.max(jnp.where(there, along, -jnp.inf)) - low) / len(rows)
-    t = (g + g.T) / 2 + jnp.diag(jnp.where(there, 0, low + (rows + 0.5) * apart))
-    theta, vectors = arrays.eigh(t)
-    first = (rows[:, None] == jnp.stack(starts)).astype(z.dtype)
-    product = partial(jnp.matmul, precision="highest")
-    coefficients = product(vectors, f(theta)[:, None] * product(vectors.T, product(first, z)))
-    basis = stack(state.basis, layout, 0, len(rows))
-    return jax.vmap(trees.scale)(sizes, stacks.combine(coefficients.T, basis))
-
-
-def _appended(layout: Layout, row: PyTree, state: BandState) -> BandState:
-    return append(layout, state, row)[0]
