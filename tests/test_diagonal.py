@@ -255,6 +255,28 @@ def test_arguments_out_of_range_are_named(x64):
         spectra.diagonal(diagonal(np.full(N, np.nan)), key=KEY, method="exact")
 
 
+@partial(jax.jit, static_argnames=("count", "batch"))
+def looped(op, key, count, batch):
+    return spectra.diagonal(op, key=key, method="hutchinson", num_matvecs=count, probe_batch=batch)
+
+
+@pytest.mark.parametrize("count", [4, 10])
+def test_inside_jit_probes_in_a_loop_are_those_outside(count, x64):
+    """A batch alone, and two of them with a rest."""
+    op = spectra.MatrixOperator(planted(np.linspace(-1, 2, N)))
+    got = looped(op, KEY, count, 4)
+    expected = spectra.diagonal(op, key=KEY, method="hutchinson", num_matvecs=count, probe_batch=4)
+    # Samples are sums of N terms, with |H| = 2, in another order; an error is a norm of what they differ by.
+    for one, other in ((got.value, expected.value), (got.stderr, expected.stderr)):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2 * N * np.finfo(float).eps)
+
+
+def test_inside_jit_a_program_does_not_grow_with_the_probes():
+    op = spectra.MatrixOperator(jnp.eye(N))
+    short, long = (looped.lower(op, KEY, count, 1).as_text() for count in (4, BUDGET))
+    assert short.count("\n") == long.count("\n")
+
+
 @partial(jax.jit, static_argnums=2)
 def few(matrices, keys, count):
     def one(a, key):

@@ -193,6 +193,14 @@ def test_the_tpu_compiler_keeps_to_the_floor_of_bytes(layout):
     assert set(figures["precisions"]) <= {"highest"}
 
 
+@pytest.mark.slow
+@needs_libtpu
+def test_a_step_on_a_tpu_holds_the_basis_once():
+    """Rows stay where they are: without being told their order, libtpu 0.0.42 holds the basis twice."""
+    figures = compiled_for("tpu", program="step", topology="v5e:4x4", size="small", steps=20)
+    assert figures["temporary"] < figures["rows"] * figures["numbers_a_chip"]  # a quarter of the basis
+
+
 @needs_cuda
 def test_a_step_on_a_gpu_copies_no_basis_and_asks_no_host():
     """Three segments, whose conditionals all lie in a command buffer."""

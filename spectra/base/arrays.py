@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import ArrayLike, DTypeLike
 
 T = TypeVar("T")
@@ -90,6 +91,18 @@ def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def barrier(x: T) -> T:
     """`x`, computed before anything that uses it, and apart from it."""
     return lax.optimization_barrier(x)
+
+
+def in_order(x: jax.Array) -> jax.Array:
+    """`x`, on a TPU with its axes in order in memory, where the compiler may choose another one."""
+
+    def told(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    def free(x: jax.Array) -> jax.Array:
+        return x
+
+    return lax.platform_dependent(x, tpu=told, default=free)
 
 
 def positions(dtype: DTypeLike, shape: Sequence[int], axis: int) -> jax.Array:

@@ -18,6 +18,7 @@ from spectra.estimators.hutchinson import EIGENVECTOR
 from spectra.estimators.low_rank import MIN_SKETCH, Held, SketchRun, nystrom
 from spectra.estimators.run import Ended, Run, adaptive
 from spectra.operators.base import LinearOperator
+from spectra.operators.jaxprs import slow_in_loops
 
 PAIRS = 64
 """Probes among which pairs are formed for the covariance; each pair costs a pass over four vectors here."""
@@ -27,6 +28,9 @@ _Found = tuple[PyTree, PyTree, dict[str, Any]]  # value, error, and fields of th
 
 
 _State = tuple[PyTree, PyTree, PyTree]  # mean, sum of squared deviations and mean of (Hv)²
+
+
+_Carried = tuple[_State | None, jax.Array, blocks.Pairs]  # the unit of products, and their pairs
 
 
 _Sums = tuple[jax.Array, jax.Array, jax.Array]
@@ -66,14 +70,15 @@ def _hutchinson(run: Run, num_matvecs: int) -> _Found:
 
     def step(count: int) -> tuple[float, float]:
         nonlocal state, unit, pairs, done
-        carried = run.fold(accumulate, (state, unit, pairs), done, count, carried=looks)[0]
-        state, unit, pairs = carried
+        if run.traced and not slow_in_loops(run.op):
+            state, unit, pairs = _looped(run, kind, count, unit, pairs)
+        else:
+            carried = run.fold(accumulate, (state, unit, pairs), done, count, carried=looks)[0]
+            state, unit, pairs = carried
         done = count
         return _relative(run, *result())
 
-    def accumulate(
-        carried: tuple[_State | None, jax.Array, blocks.Pairs], start: int, stop: int
-    ) -> tuple[tuple[_State, jax.Array, blocks.Pairs], None]:
+    def accumulate(carried: _Carried, start: int, stop: int) -> tuple[_Carried, None]:
         return _accumulate(run, kind, np.arange(start, stop), *carried), None
 
     def result() -> tuple[PyTree, PyTree]:
@@ -103,6 +108,22 @@ def _scaled(found: Sequence[PyTree], sound: Any, ended: Ended) -> tuple[PyTree, 
     """Value and error, not numbers if the products are not sound; the error of a run that stopped early."""
     value, stderr = found
     return _tree.scale(sound, value), _tree.scale(sound * ended.widen, stderr)
+
+
+def _looped(run: Run, kind: str, count: int, unit: jax.Array, pairs: blocks.Pairs) -> _Carried:
+    """All of `count` probes inside a caller's jit: one program for whole batches, however many there are. The
+    first has no state before it, and what is left over is a smaller one."""
+
+    def one(carried: _Carried, part: arrays.Indices) -> tuple[_Carried, None]:
+        state, unit, pairs = carried
+        return _step(run.op, run.key, part, state, unit, pairs, kind), None
+
+    indices, batch = np.arange(count), min(run.batch, count)
+    carried, _ = one((None, unit, pairs), indices[:batch])
+    whole = count - count % batch
+    if whole > batch:
+        carried, _ = lax.scan(one, carried, indices[batch:whole].reshape(-1, batch))
+    return one(carried, indices[whole:])[0] if whole < count else carried
 
 
 def _accumulate(

@@ -72,14 +72,20 @@ def put(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
 
 
 def put_by_branch(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
-    """`put` with one conditional a segment: a `lax.switch` over all copies the basis on a CPU."""
+    """`put` with one conditional a segment: a `lax.switch` over all copies the basis on a CPU.
+
+    One row has its numbers in the same places wherever its axis of length one comes. From there libtpu
+    0.0.42, that of jax 0.10.2, takes it that the row axis is the first in memory, and copies whole segments
+    to that order and back: so it is told the order, here and where rows are subtracted.
+    """
     size = basis[0][0].shape[1]
 
     def write(segment: Panels) -> Panels:
-        return [
-            lax.dynamic_update_index_in_dim(rows, x[:, None].astype(rows.dtype), row % size, 1)
-            for rows, x in zip(segment, vector, strict=True)
+        pairs = [
+            (arrays.in_order(rows), x.astype(rows.dtype)) for rows, x in zip(segment, vector, strict=True)
         ]
+        put: Panels = [lax.dynamic_update_index_in_dim(rows, x[:, None], row % size, 1) for rows, x in pairs]
+        return [arrays.in_order(rows) for rows in put]
 
     return tuple(
         lax.cond(row // size == i, write, lambda segment: segment, segment) for i, segment in enumerate(basis)
@@ -234,7 +240,7 @@ def _subtract(segments: list[jax.Array], coefficients: jax.Array, x: jax.Array) 
     The sum over rows is written out: XLA fuses it, where a contraction over the row axis makes the CPU
     backend transpose the segment (30 times slower).
     """
-    for rows, c in zip(segments, coefficients, strict=False):
+    for rows, c in zip(map(arrays.in_order, segments), coefficients, strict=False):
         for r in range(rows.shape[1]):
             x = x - c[r].astype(x.dtype) * rows[:, r].astype(x.dtype)
     return x
