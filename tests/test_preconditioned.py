@@ -195,6 +195,7 @@ OTHERS = {  # whose states are Adam's in form, and what makes their m and their 
     "nadam": optax.nadam(RATE),
     "adam with other numbers": optax.adam(RATE, b1=0.8, b2=0.9, eps=0.03, eps_root=0.02),
     "adam on a schedule that has ended": optax.adam(optax.linear_schedule(RATE, 0.0, 3)),
+    "adam at a rate below rounding": optax.adam(1e-10),
     "decoupled decay": optax.adamw(RATE, weight_decay=0.1),
     "momentum in bfloat16": optax.adam(RATE, mu_dtype=jnp.bfloat16),
 }

@@ -38,6 +38,8 @@ ROUNDINGS = 8
 """Of sums of two products, and a quotient of them."""
 FAINT = 1e-12
 """Gradient where none has been seen: the rounding of its square, whose root is 1e-16, is below eps."""
+FADED = 1e-6
+"""Largest update that may be rounding, for a momentum as large as the root of the second moment."""
 SECOND = ("nu", "nu_max", "sum_of_squares")
 FOREVER = 2**30
 """Steps after which no bias is left to correct."""
@@ -175,12 +177,30 @@ def preconditioner(
             "single number. Take a step first."
         )
     found = response.to(response.held, response.count, response.drive())
-    if not trees.is_traced(found) and not any(np.any(x) for x in found):
-        response.state = _earlier(response.state, response.found)
-        found = response.to(response.held, response.count, response.drive())
+    if not trees.is_traced(found) and _largest(found, response._of_op(response.drive())) < FADED:
+        found = _before_the_end(response, found)
     if not trees.is_traced(found):
         _require_diagonal(found, response.to(response.held, response.count, response.drive(seed=0)))
     return _normalised(response, found) if response.momentum else _compared(response, found, rule)
+
+
+def _before_the_end(response: Response, found: Arrays) -> Arrays:
+    """The responses at half of the schedule's steps, if `found` is the rounding of a rate that has ended.
+
+    A schedule that ends at zero computes start + (0 - start) in float32, which may leave some of it.
+    """
+    state = response.state
+    response.state = _earlier(state, response.found)
+    earlier = response.to(response.held, response.count, response.drive())
+    if _largest(found) <= ROUNDINGS * jnp.finfo(jnp.float32).eps * _largest(earlier):
+        return earlier
+    response.state = state
+    return found
+
+
+def _largest(found: Arrays, drive: Arrays | None = None) -> float:
+    parts = found if drive is None else [x * d for x, d in zip(found, drive, strict=True)]
+    return max(float(np.max(np.abs(x), initial=0)) for x in parts)
 
 
 def _normalised(response: Response, found: Arrays) -> Arrays:
@@ -261,8 +281,7 @@ def _slope(response: Response) -> Any:
 
 
 def _require_diagonal(found: Arrays, again: Arrays) -> None:
-    largest = max(float(np.max(np.abs(x), initial=0)) for x in found)
-    if not largest > 0:
+    if not _largest(found) > 0:
         raise SpectraError(
             "update_fn returned an update that does not depend on the momentum: a learning rate of zero, or "
             "a step that only accumulates (optax.MultiSteps). Pass those of the inner optimizer."
