@@ -368,7 +368,7 @@ def test_a_subset_of_the_batches(x64):
     assert relative_error(drawn.as_matrix(), hessian(rows)) <= limit
     with pytest.raises(DataError, match="only 10 batches"):
         make(batches, num_batches=11)
-    with pytest.raises(DataError, match="say how many"):
+    with pytest.raises(DataError, match="pass num_batches"):
         make(batches, subsample_key=jax.random.key(0))
     with pytest.raises(spectra.SpectraError, match="data is one batch"):
         make(x, num_batches=2)

@@ -186,7 +186,7 @@ def test_logits_in_chunks_change_no_matrix(x64):
 
 def test_what_is_no_pair_is_refused():
     params, batch = words()
-    with pytest.raises(spectra.StructureError, match="in the place of logits"):
+    with pytest.raises(spectra.StructureError, match="instead of logits"):
         VOCABULARY(logits_of(params, batch[0]), batch[1])
     with pytest.raises(spectra.StructureError, match="hidden states"):
         VOCABULARY(hidden_states(params, batch[0]), batch[1][:1])

@@ -149,7 +149,7 @@ def test_numbers_of_any_library_are_recorded_and_others_named():
     with pytest.raises(spectra.SpectraError, match=r"loss= is 'low'"):
         tracker(2, params, loss="low")
     for step in (2.5, np.nan):
-        with pytest.raises(spectra.SpectraError, match="no number of a training step"):
+        with pytest.raises(spectra.SpectraError, match="not the number of a training step"):
             tracker(step, params)
     with pytest.raises(spectra.SpectraError, match="step is None"):
         tracker(None, params)  # pyright: ignore
@@ -571,7 +571,7 @@ def test_a_quiet_run_has_no_warning(name):
     ("options", "match"),
     [
         ({"warn_ahead": -1}, "warn_ahead=-1"),
-        ({"measures": {"m": 3}}, "no pair"),
+        ({"measures": {"m": 3}}, "not a pair"),
         ({"measures": {"m": (0, float)}}, "every=0"),
         ({"warn_below": {"m": 1.0}}, "not among the measures"),
     ],
