@@ -1,6 +1,9 @@
 """Programs that tests run in processes of their own, on simulated devices."""
 
+import json
 import os
+import subprocess
+import sys
 
 import jax
 import programs
@@ -23,3 +26,16 @@ def environment(devices=1, *, cache=True, optimised=False):
     )
     shared = {name.upper(): str(getattr(jax.config, name)) for name in names}
     return found | (shared if cache else {"JAX_ENABLE_COMPILATION_CACHE": "false"})
+
+
+def answer(*arguments, **options):
+    """What Python prints as JSON when it is called with these arguments in such an `environment`."""
+    process = subprocess.run(
+        [sys.executable, *arguments],
+        env=environment(**options),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    return json.loads(process.stdout)

@@ -1,13 +1,10 @@
 """Blocks of vectors on several devices and over a stream: what the dense matrix gives, to their bounds."""
 
 import functools
-import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from children import environment
+from children import answer
 
 PROGRAM = """
 import json, sys
@@ -78,15 +75,7 @@ LAYOUTS = ("one", "fsdp", "mixed", "explicit", "stream")
 @functools.cache
 def program():
     """Errors and bounds of four vectors, of which one is zero and two are equal, for each layout."""
-    process = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *LAYOUTS],
-        env=environment(devices=8),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-2000:]
-    return json.loads(process.stdout)
+    return answer("-c", PROGRAM, *LAYOUTS, devices=8)
 
 
 @pytest.mark.slow

@@ -2,13 +2,11 @@
 
 import functools
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from cases import slow_but
-from children import environment
+from children import answer
 
 PROGRAM = """
 import json, sys
@@ -115,15 +113,7 @@ def cases(*layouts):
 def program(slow):
     """What the program says of all layouts of every test run, or of all others; each runs once."""
     layouts = {run: names for run, names in LAYOUTS.items() if run.endswith("slow") == slow}
-    process = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(layouts)],
-        env=environment(devices=8),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-2000:]
-    return json.loads(process.stdout)
+    return answer("-c", PROGRAM, json.dumps(layouts), devices=8)
 
 
 def run(layouts):

@@ -1,15 +1,12 @@
 """Under `jax.set_mesh` with explicit axes, JAX's default: same numbers, on the user's mesh."""
 
 import functools
-import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from cases import slow_but
-from children import environment
+from children import answer
 
 EPS = float(np.finfo(np.float32).eps)
 SUM = 2 * 32 * EPS
@@ -24,10 +21,8 @@ LAYOUTS = pytest.mark.parametrize(("part", "layout"), slow_but(ALL, ALL[0]))
 @functools.cache
 def run(part):
     """What the program says."""
-    command = [sys.executable, "-W", "error", pathlib.Path(__file__).with_name("explicit_axes.py"), part]
-    process = subprocess.run(command, env=environment(8), capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr[-2000:]
-    return json.loads(process.stdout)
+    program = pathlib.Path(__file__).with_name("explicit_axes.py")
+    return answer("-W", "error", program, part, devices=8)
 
 
 def assert_same(part, kind, layout, tolerances):

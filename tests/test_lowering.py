@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from children import environment
+from children import answer
 
 ROWS = 24  # of the basis for 20 steps, in segments of 8
 
@@ -90,15 +90,7 @@ CASES = ("replicated", "spread", "fsdp", "tensor", "mixed")
 
 @pytest.fixture(scope="module")
 def lowered():
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=environment(devices=8, optimised=True),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout)
+    return answer("-c", PROGRAM, devices=8, optimised=True)
 
 
 def moved(collectives, *, reductions: bool):

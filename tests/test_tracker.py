@@ -210,6 +210,11 @@ class Clock:
     def perf_counter(self):
         return self.now
 
+    def slow(self, params):
+        """A measure that takes half a second."""
+        self.now += 0.5
+        return 1.0
+
 
 @pytest.mark.parametrize("budget", [0.1, 0.5])
 def test_a_budget_bounds_the_share_of_training_time(budget, monkeypatch):
@@ -463,12 +468,9 @@ def test_measures_have_intervals_of_their_own_and_their_last_readings_are_saved(
 def test_measures_share_the_budget(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(tracker_module, "time", clock)
-
-    def slow(params):
-        clock.now += 0.5
-        return 1.0
-
-    tracker = spectra.SpectrumTracker(factory, 10**6, budget=0.2, measures={"slow": (1, slow)}, num_steps=4)
+    tracker = spectra.SpectrumTracker(
+        factory, 10**6, budget=0.2, measures={"slow": (1, clock.slow)}, num_steps=4
+    )
     params = start()
     for step in range(1, 101):  # no snapshot
         tracker(step, params)
@@ -483,12 +485,7 @@ def test_measures_share_the_budget(monkeypatch):
 def test_no_measure_is_taken_where_another_has_spent_the_budget(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(tracker_module, "time", clock)
-
-    def slow(params):
-        clock.now += 0.5
-        return 1.0
-
-    measures = dict.fromkeys([f"slow {i}" for i in range(8)], (1, slow))
+    measures = dict.fromkeys([f"slow {i}" for i in range(8)], (1, clock.slow))
     tracker = spectra.SpectrumTracker(factory, 10**6, budget=0.2, measures=measures, num_steps=4)
     for step in range(1, 11):
         tracker(step, start())

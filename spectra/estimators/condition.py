@@ -99,8 +99,8 @@ def condition_number(
             alone.
         method: "dense", "krylov", or "auto".
         per_layer: compute one condition number for each diagonal block of `op.blocks(by="layer")`.
-        num_steps: Lanczos steps per probe of the Krylov method, default 100. It has no effect on small
-            operators that "auto" makes dense, and is refused with "dense".
+        num_steps: Lanczos steps per probe of the Krylov method, default 100. It has no effect where
+            the matrix is formed: with "dense", and for small operators with "auto".
         num_probes: probes of the Krylov method, default 4; otherwise like num_steps.
 
     Returns:
