@@ -1,12 +1,14 @@
-"""Where a user's call comes in: its random key is checked, and axes that JAX calls explicit become automatic.
+"""Where a user's call comes in: key and numbers are checked, axes that JAX calls explicit become automatic.
 
 `jax.make_mesh` makes explicit axes unless told otherwise. Under them every operation has to say how its
 result is split, and arrays on explicit and on automatic axes do not mix. The package computes on automatic
 axes: it moves its input there and its results back, which copies nothing.
 """
 
+import contextlib
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -17,7 +19,6 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from spectra.base.errors import SpectraError, StructureError
-from spectra.base.numbers import number_check
 
 PyTree = Any
 P = ParamSpec("P")
@@ -49,21 +50,30 @@ def on_automatic_axes(tree: PyTree) -> PyTree:
 def automatic(fn: Callable[P, T]) -> Callable[P, T]:
     """Decorator of what users call with an operator: run under the automatic twin of `jax.set_mesh`'s mesh.
 
-    Arrays among the arguments are moved to the twin, those of the result back to the user's mesh. A random
-    `key` is checked, but for a None that its annotation allows: not every way of computing draws numbers. So
-    are numbers.
+    Arrays among the arguments are moved to the twin, those of the result back to the user's mesh. Arguments
+    annotated `int` or `float` are checked, and a random `key`, but for a None that the annotation allows: not
+    every way of computing draws numbers. Limits are the function's own affair.
     """
-    parameter = inspect.signature(fn).parameters.get("key")
-    may_be_none = parameter is not None and "None" in str(parameter.annotation)
-    with_numbers = number_check(fn)
+    signature = inspect.signature(fn)
+    kinds = {name: kind for name, one in signature.parameters.items() if (kind := _kind(one))}
+
+    def checked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        try:
+            bound = signature.bind(*args, **kwargs) if kinds else None
+        except TypeError:
+            bound = None  # the call says what is missing
+        if bound is None:
+            return args, kwargs
+        for name in [name for name in bound.arguments if name in kinds]:
+            value, (kind, may_be_none) = bound.arguments[name], kinds[name]
+            if value is not None or not may_be_none:
+                value = require_key(value) if kind is jax.Array else _number(name, value, kind, may_be_none)
+                bound.arguments[name] = value
+        return bound.args, bound.kwargs
 
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        named = cast("dict[str, Any]", kwargs)
-        if parameter is not None and "key" in named and not (named["key"] is None and may_be_none):
-            named["key"] = require_key(named["key"])
-        if with_numbers is not None:
-            args, kwargs = with_numbers(args, kwargs)
+        args, kwargs = cast("Any", checked(args, cast("dict[str, Any]", kwargs)))
         if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
             return fn(*args, **kwargs)
         try:
@@ -136,3 +146,29 @@ def _moved(leaf: Any, mesh: Mesh) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return jax.device_put(leaf, sharding)
+
+
+def _kind(parameter: inspect.Parameter) -> tuple[type, bool] | None:
+    """int, float, or jax.Array for a random key, and whether it may be None; None for what is not checked."""
+    annotation = parameter.annotation
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    if parameter.name == "key":
+        return jax.Array, "None" in text
+    kind = {"int": int, "float": float}.get(text.removesuffix(" | None"))
+    return None if kind is None else (kind, text.endswith(" | None"))
+
+
+def _number(name: str, value: Any, kind: type, may_be_none: bool) -> Any:
+    """A number of a user's: 64, of any type that stands for it, 64.0 among them, where a whole one is due."""
+    if isinstance(value, Tracer):
+        return value
+    if not isinstance(value, bool | str | bytes):
+        with contextlib.suppress(TypeError, ValueError):
+            if kind is int:
+                whole = isinstance(value, float | np.floating) and cast("Any", value).is_integer()
+                return int(cast("Any", value)) if whole else operator.index(value)
+            if np.ndim(value) == 0:
+                float(value)
+                return value
+    wanted = "whole" if kind is int else "real"
+    raise SpectraError(f"{name}={value!r}: use a {wanted} number{', or None' if may_be_none else ''}.")

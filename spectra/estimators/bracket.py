@@ -6,7 +6,7 @@ interval [a, b] that holds the spectrum:
 * Where the derivatives of f of orders 2m and 2m + 1 each keep one sign there, ∫ f dμ lies between the Gauss
   rule and the Gauss-Radau rules with a node at a and at b (`of_one_sign`).
 * The distribution of μ lies in a bracket (Chebyshev, Markov, Stieltjes), and so do the means of
-  max(x - t, 0); f is a sum of such steps and hinges (`spectra.quadrature.pieces`).
+  max(x - t, 0); f is a sum of such steps and hinges (`spectra.quadrature.hinges`).
 * For a polynomial p of degree 2m - 1, ∫ p dμ = Σ w_j p(θ_j), and ∫ (f - p) dμ lies between the least and the
   largest of f - p (`_by_polynomial`).
 
@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from spectra.base.errors import SpectraError
-from spectra.base.numbers import one_each
 from spectra.density.extremes import LEVEL, error_of_powers, extreme
+from spectra.krylov.function_bounds import one_each
 from spectra.quadrature.brackets import alike, gauss_radau, rules
 from spectra.quadrature.copies import Rule
-from spectra.quadrature.pieces import deviation, kinks
+from spectra.quadrature.hinges import deviation, kinks
 from spectra.results import Quadrature
 
 Function = Callable[[np.ndarray], Any]

@@ -22,7 +22,6 @@ import numpy as np
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.host import one_thread
-from spectra.base.numbers import one_each
 from spectra.krylov.lanczos import lanczos
 from spectra.operators.base import LinearOperator
 from spectra.quadrature.copies import breakdown_noise
@@ -295,3 +294,14 @@ def eigh(alpha: Any, beta: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
 
     values, vectors = eigh_tridiagonal(alpha, beta)
     return values, vectors
+
+
+def one_each(values: Any, x: np.ndarray) -> np.ndarray:
+    """What a function of a user's makes of an array of numbers: as many of them, or one for all."""
+    found = np.asarray(values)
+    if found.dtype.kind in "USmM" or found.shape not in ((), np.shape(x)):
+        raise SpectraError(
+            f"f makes an array of {found.dtype} of shape {found.shape} of {np.shape(x)} eigenvalues: use a "
+            "function of one real number, applied to each."
+        )
+    return found if found.shape == np.shape(x) else np.broadcast_to(found, np.shape(x))
