@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 
 import spectra
 from spectra.estimators import bracket
-from spectra.quadrature import pieces
+from spectra.quadrature import hinges
 from spectra.report.spectrum import trace_estimate
 
 KEY = jax.random.key(0)
@@ -100,7 +100,7 @@ def test_a_step_counts_where_mass_can_lie(side, sign):
         return sign * np.where(side * x > 0.5, 1.0, 0.0)
 
     rule = np.array([0.0]), np.array([1.0]), np.array([1.0])
-    extra = pieces.kinks(step, -2.0, 2.0, rule[0])
+    extra = hinges.kinks(step, -2.0, 2.0, rule[0])
     low, high = bracket._of_any(step, rule, -2.0, 2.0, extra)
     most = max(low * sign, high * sign)
     assert 0 in (low, high)
@@ -116,7 +116,7 @@ def test_a_hinge_has_the_sharp_bracket_of_mean_and_variance(t):
     def hinge(x):
         return np.maximum(x - t, 0)
 
-    low, high = bracket._of_any(hinge, rule, -20.0, 20.0, pieces.kinks(hinge, -20.0, 20.0, rule[0]))
+    low, high = bracket._of_any(hinge, rule, -20.0, 20.0, hinges.kinks(hinge, -20.0, 20.0, rule[0]))
     least, most = max(-t, 0), (np.sqrt(1 + t * t) - t) / 2
     # The kink is found to 1e-11 of the interval, in which f has the slope one; the upper bound is a chord
     # between the points where members of the family are stationary.

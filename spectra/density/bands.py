@@ -275,3 +275,22 @@ def sampling_band(
 def bonferroni(level: float, num_tests: float) -> float:
     """The probability that each side of each test may have to fail."""
     return (1 - level) / (2 * max(num_tests, 1.0))
+
+
+def coupling_of_kernels(quadrature: Quadrature, grid: np.ndarray, widths: Width) -> np.ndarray:
+    """How far the coupling to the rest can move the density at the grid.
+
+    By parts, 1/n ∫ |K'| |N_H - N_{T ⊕ B}|: the variation of the kernel, twice its peak, times what is in
+    doubt within its reach; or the slope of the kernel, below (0.61 + 2 η) peak / h, times 2 β.
+    """
+    links = quadrature.parts.links
+    assert links is not None
+    places = np.sort(np.append(grid, np.ravel(quadrature.nodes)))
+    open_ = _quadrature.doubt(quadrature, places)
+    reach = REACH * widths(np.abs(grid) + REACH * widths(grid))
+    first = np.maximum(np.searchsorted(places, grid - reach) - 1, 0)
+    last = np.minimum(np.searchsorted(places, grid + reach) + 1, len(places))
+    largest = np.array([np.max(open_[a:b]) for a, b in zip(first, last, strict=True)])
+    near = np.maximum(np.abs(grid) - np.gradient(grid), 0.0)
+    slope = (0.61 + 2 * widths.share) * 2 * links.beta / widths(near)
+    return peak(grid, widths) * np.minimum(2 * largest, slope) / quadrature.size

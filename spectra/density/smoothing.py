@@ -9,8 +9,7 @@ from numpy.typing import ArrayLike
 from spectra.base import trees
 from spectra.base.errors import SpectraError
 from spectra.density import bands
-from spectra.density.bands import RELATIVE_WIDTH, Width
-from spectra.density.linked import coupling_of_kernels
+from spectra.density.bands import RELATIVE_WIDTH, Width, coupling_of_kernels
 from spectra.density.moments import moments_density, points_of
 from spectra.quadrature.resolved import Parts
 from spectra.results import Density, Moments, Quadrature, as_quadrature

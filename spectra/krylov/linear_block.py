@@ -19,8 +19,7 @@ from jax import lax
 
 from spectra.base import arrays, stacks, trees
 from spectra.base.trees import PyTree
-from spectra.krylov.linear_cg import begin_cg
-from spectra.krylov.linear_minres import PATIENCE, PROGRESS, begin_minres
+from spectra.krylov.linear_short import PATIENCE, PROGRESS, begin_cg, begin_minres
 from spectra.krylov.linear_state import (
     Mode,
     Problem,

@@ -29,8 +29,7 @@ from jax import lax
 
 from spectra.base import trees
 from spectra.base.trees import PyTree
-from spectra.krylov.linear_cg import begin_cg, cg, is_definite, turn
-from spectra.krylov.linear_minres import begin_minres, minres
+from spectra.krylov.linear_short import begin_cg, begin_minres, cg, is_definite, minres, turn
 from spectra.krylov.linear_state import (
     SHORT_VECTORS,
     Mode,

@@ -157,7 +157,7 @@ KRYLOV = [
     ),
     fault(
         "CG takes any curvature for positive",
-        "krylov/linear_cg.py",
+        "krylov/linear_short.py",
         "return curvature > problem.noise * _scale(state, curvature) * state.size",
         "return curvature > -jnp.inf",
         "test_solve.py::test_cg_says_that_an_operator_is_indefinite",
@@ -524,7 +524,7 @@ DENSITY = [
     ),
     fault(
         "the variation of a function above and below is interchanged",
-        "quadrature/pieces.py",
+        "quadrature/hinges.py",
         "first = rise @ open_.more + fall @ open_.less, rise @ open_.less + fall @ open_.more",
         "first = rise @ open_.less + fall @ open_.more, rise @ open_.more + fall @ open_.less",
         "test_trace_of.py::test_a_step_counts_where_mass_can_lie",
@@ -545,7 +545,7 @@ DENSITY = [
     ),
     fault(
         "a hinge bends upwards and downwards alike",
-        "quadrature/pieces.py",
+        "quadrature/hinges.py",
         "convex, concave = np.maximum(bends, 0), np.maximum(-bends, 0)",
         "convex, concave = np.maximum(-bends, 0), np.maximum(bends, 0)",
         "test_trace_of.py::test_a_hinge_has_the_sharp_bracket_of_mean_and_variance",
