@@ -96,13 +96,8 @@ def barrier(x: T) -> T:
 def in_order(x: jax.Array) -> jax.Array:
     """`x`, on a TPU with its axes in order in memory, where the compiler may choose another one."""
 
-    def told(x: jax.Array) -> jax.Array:
-        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-    def free(x: jax.Array) -> jax.Array:
-        return x
-
-    return lax.platform_dependent(x, tpu=told, default=free)
+    order = Layout(tuple(range(x.ndim)))
+    return lax.platform_dependent(x, tpu=lambda x: with_layout_constraint(x, order), default=lambda x: x)
 
 
 def positions(dtype: DTypeLike, shape: Sequence[int], axis: int) -> jax.Array:

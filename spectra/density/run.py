@@ -126,9 +126,9 @@ class ProbeRun:
             self.bar.update((stop - done) * len(probes))
             steps, done = stop - done, stop
             rows = _rows(state, done, batched)
-            if all(self._invariant_length(row) is not None for row in rows):
+            if all(self._invariant_part(row) is not None for row in rows):
                 break
-            if stop_when is not None and done == goal and stop_when(self._quadrature(rows)):
+            if stop_when is not None and done == goal and stop_when(self.result(rows=rows)):
                 break
             if self.recorder is not None and done < num_steps:
                 seconds = self.recorder.after(probes, state, done, time.monotonic() - started)
@@ -158,14 +158,12 @@ class ProbeRun:
         row = None if self.recorder is None else self.recorder.rows.get(probe)
         if row is None:
             return None
-        whole = self._invariant_length(row) is not None
+        whole = self._invariant_part(row) is not None
         for goal in range(recurrence.CHUNK, num_steps, recurrence.CHUNK) if stop_when else ():
             if not whole and len(row["alpha"]) < goal:
                 return None
             part = _resized(row, goal)
-            if self._invariant_length(part) is not None or (
-                stop_when and stop_when(self._quadrature([part]))
-            ):
+            if self._invariant_part(part) is not None or (stop_when and stop_when(self.result(rows=[part]))):
                 return part
         return _resized(row, num_steps) if whole or len(row["alpha"]) >= num_steps else None
 
@@ -190,22 +188,30 @@ class ProbeRun:
         recurrence.advance(self.op, self.layout, state, 0, 2, **places, whole=self.whole)
 
     def _fresh(self, probes: range, num_steps: int, batched: bool) -> LanczosState:
-        """The state before the first step."""
+        """The state before the first step.
+
+        On one device the draw is a program of its own, which serves all numbers of steps: that of models with
+        a hundred leaves takes XLA ten seconds. On a mesh the vectors would lie whole on one device between
+        the two.
+        """
         indices = np.asarray(probes if batched else probes[0], np.int32)
+        options = {"num_steps": num_steps, "batched": batched, "keep_basis": self.keep_basis}
         with self._at_home():
-            layout, keep = self.layout.anonymous(), self.keep_basis
-            state = _start(layout, self.key, indices, num_steps, batched, keep)
+            layout = self.layout.anonymous()
+            if layout.mesh is not None:
+                state = _drawn_states(layout, self.key, indices, **options)
+            else:
+                draw = _draw_several if batched else _draw
+                state = _states(layout, draw(layout, self.key, indices), **options)
         if self.known is None:
             return state
         return deflation.project_start(self.layout, self.known, state, batched)
 
-    def result(self, status: Status | None = None) -> Quadrature:
-        """The quadratures of all probes done."""
-        return self._quadrature(self.rows, status)
-
-    def _quadrature(self, rows: list[dict[str, Any]], status: Status | None = None) -> Quadrature:
+    def result(self, status: Status | None = None, rows: list[dict[str, Any]] | None = None) -> Quadrature:
+        """The quadratures of all probes done, or of these rows."""
+        rows = self.rows if rows is None else rows
         steps, num_matvecs = max(len(row["alpha"]) for row in rows), sum(row["length"] for row in rows)
-        rows = [self._invariant_part(row) for row in rows]
+        rows = [self._invariant_part(row) or row for row in rows]
         parts = ((row["alpha"], row["beta"], row["length"], row.get("sketch")) for row in rows)
         rules = [_quadrature.gauss_rule(*part) for part in parts]
         nodes, weights, residuals = (
@@ -241,33 +247,15 @@ class ProbeRun:
         resized = (_resized(row, steps) for row in rows)
         return copies.merged(found, np.stack([np.stack([row["alpha"], row["beta"]]) for row in resized]))
 
-    def _invariant_length(self, row: dict[str, Any]) -> int | None:
+    def _invariant_part(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """What a run did within the invariant space that it went through; None if it went through none."""
         numbers = row["alpha"], row["beta"], row["length"]
-        return invariant_length(*numbers, self.size, self.precision, orthogonal=self.keep_basis)
-
-    def _invariant_part(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What a run did within the invariant space, if it went through one; all of it if not."""
-        length = self._invariant_length(row)
+        length = invariant_length(*numbers, self.size, self.precision, orthogonal=self.keep_basis)
         if length is None:
-            return row
+            return None
         steps = np.arange(len(row["alpha"]))
         alpha, beta = np.where(steps < length, row["alpha"], 0), np.where(steps < length - 1, row["beta"], 0)
         return row | {"alpha": alpha, "beta": beta, "length": length}
-
-
-def _start(
-    layout: Layout, key: jax.Array, indices: Any, num_steps: int, batched: bool, keep_basis: bool
-) -> LanczosState:
-    """The states before the first step.
-
-    On one device the draw is a program of its own, which serves all numbers of steps: that of models with a
-    hundred leaves takes XLA ten seconds. On a mesh the vectors would lie whole on one device between the two.
-    """
-    options: dict[str, Any] = {"num_steps": num_steps, "batched": batched, "keep_basis": keep_basis}
-    if layout.mesh is not None:
-        return _drawn_states(layout, key, indices, **options)
-    draw = _draw_several if batched else _draw
-    return _states(layout, draw(layout, key, indices), **options)
 
 
 def _draw(layout: Layout, key: jax.Array, index: Any) -> PyTree:

@@ -174,15 +174,11 @@ def summed(blocks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
 def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int) -> Panels:
     """v - Q^T c over the first `filled` rows. Reads them once."""
 
-    def first(count: int, segments: Basis, coefficients: jax.Array, vector: Panels) -> Panels:
-        panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
-        return [_subtract(rows, coefficients, x) for rows, x in zip(panels, vector, strict=True)]
-
     def program(
         at_once: int, basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int
     ) -> Panels:
         for places, held in _groups(basis, at_once, filled):
-            branches = [functools.partial(first, count) for count in range(len(basis[places]) + 1)]
+            branches = [functools.partial(_subtract, count) for count in range(len(basis[places]) + 1)]
             vector = lax.switch(held, branches, basis[places], coefficients[places], vector)
         return vector
 
@@ -233,17 +229,19 @@ def _dots_jvp(
     return _dots(segments, x), [_dot(d_rows, x) + _dot(rows, d_x) for rows, d_rows in pairs]
 
 
-@jax.jit
-def _subtract(segments: list[jax.Array], coefficients: jax.Array, x: jax.Array) -> jax.Array:
-    """x - Σ c_r q_r over all rows of some segments of one panel, in one sweep.
+@functools.partial(jax.jit, static_argnames="count")
+def _subtract(count: int, segments: Basis, coefficients: jax.Array, vector: Panels) -> Panels:
+    """v - Σ c_r q_r over all rows of the first `count` segments, in one sweep.
 
     The sum over rows is written out: XLA fuses it, where a contraction over the row axis makes the CPU
     backend transpose the segment (30 times slower).
     """
-    for rows, c in zip(map(arrays.in_order, segments), coefficients, strict=False):
-        for r in range(rows.shape[1]):
-            x = x - c[r].astype(x.dtype) * rows[:, r].astype(x.dtype)
-    return x
+    left = list(vector)
+    for segment, c in zip(segments[:count], coefficients, strict=False):
+        for i, rows in enumerate(map(arrays.in_order, segment)):
+            for r in range(rows.shape[1]):
+                left[i] = left[i] - c[r].astype(left[i].dtype) * rows[:, r].astype(left[i].dtype)
+    return left
 
 
 def sketch(layout: Layout, basis: Basis, key: jax.Array, *, batched: bool = False) -> jax.Array:

@@ -1,5 +1,7 @@
 """What a run will cost, stated before anything is allocated."""
 
+import dataclasses
+
 from spectra.base.errors import Status
 from spectra.results.base import Result, result
 from spectra.results.text import format_bytes, text_table
@@ -45,16 +47,13 @@ class Plan(Result):
     @property
     def without_basis(self) -> int:
         """The same with `basis="none"` and one probe in progress."""
-        return self.linearization + self.vectors + self.workspace
+        return dataclasses.replace(self, basis=0, probe_batch=1).total
 
     @property
     def fits(self) -> bool:
         """Whether the peak fits in the memory that is free now; on a CPU, with the compiler's allowance."""
-        return self._within(self.total)
-
-    def _within(self, needed: int) -> bool:
         shared = 0 if self.process is None else self.compiling
-        return self.available is None or needed + shared <= self.available
+        return self.available is None or self.total + shared <= self.available
 
     @property
     def process_peak(self) -> int | None:
@@ -87,6 +86,6 @@ class Plan(Result):
         return text_table("Plan", [row for row in rows if row is not None])
 
     def _offer(self) -> str:
-        fits = self._within(self.without_basis)
-        size = format_bytes(self.without_basis)
-        return f"{size}, one probe in flight: {'fits' if fits else 'does not fit either'}"
+        smallest = dataclasses.replace(self, basis=0, probe_batch=1)
+        fits = "fits" if smallest.fits else "does not fit either"
+        return f"{format_bytes(smallest.total)}, one probe in flight: {fits}"
