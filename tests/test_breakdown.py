@@ -11,7 +11,7 @@ import pytest
 from cases import diagonal, rotation
 
 import spectra
-from spectra.quadrature.copies import invariant_length
+from spectra.quadrature.rules import invariant_length
 
 DISTINCT = [
     [-0.7],

@@ -12,7 +12,7 @@ from scipy.stats import beta
 from scipy.stats import t as student
 
 import spectra
-from spectra.quadrature.rules import share_upper_bound
+from spectra.quadrature.distribution import share_upper_bound
 
 LEVEL = 0.5  # bands fail often enough to be counted
 

@@ -15,9 +15,8 @@ from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import require_fit
 from spectra.operators.composed import DeflatedOperator
-from spectra.quadrature import brackets
-from spectra.quadrature import copies as _copies
-from spectra.quadrature.copies import breakdown_factor
+from spectra.quadrature import brackets, rules
+from spectra.quadrature.rules import breakdown_factor
 
 N, KEY = 200, jax.random.key(0)
 BULK = np.linspace(0.0, 1.0, N - 6)
@@ -111,20 +110,20 @@ def test_rounding_of_a_step_does_not_add_up():
         run = spectra.lanczos(op, jax.random.normal(jax.random.key(i), (N,)), N, reorthogonalize="none")
         assert run.asymmetry <= breakdown_factor(N) * eps
         top = np.linalg.eigvalsh(np.asarray(run.matrix(), np.float64))[-1]
-        assert abs(top - 100) <= 100 * 4 * eps * _copies.spread(N)
+        assert abs(top - 100) <= 100 * 4 * eps * rules.spread(N)
 
 
 def test_merging_keeps_neighbours_apart_and_first_moments():
     theta = np.array([0.0, 1.0, 1.0 + 1e-9, 1.0 + 3e-7, 2.0, 2.0 + 1e-6])
     weights = np.array([0.1, 0.2, 0.1, 0.3, 0.05, 0.25])
     residuals = np.array([1e-3, 0.2, 0.1, 1e-8, 0.4, 0.3])
-    nodes, masses, left = _copies.merge(theta, weights, residuals, 1e-7)
+    nodes, masses, left = rules.merge(theta, weights, residuals, 1e-7)
     assert len(nodes) == 5
     assert nodes @ masses == pytest.approx(theta @ weights, rel=1e-15)
     assert left[1] <= 1e-9  # of two copies one combination has no residual
     np.testing.assert_allclose(left[[0, 2, 3, 4]], residuals[[0, 3, 4, 5]])
     # A chain of near ones does not become one node.
-    assert len(_copies.merge(np.linspace(0, 1, 11), np.full(11, 1 / 11), np.ones(11), 0.25)[0]) == 4
+    assert len(rules.merge(np.linspace(0, 1, 11), np.full(11, 1 / 11), np.ones(11), 0.25)[0]) == 4
 
 
 def test_inside_jit_the_rule_is_the_same(bare):

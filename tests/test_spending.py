@@ -9,7 +9,7 @@ from scipy.stats import binom
 import spectra
 from spectra.density import spending
 from spectra.krylov import recurrence
-from spectra.quadrature import rules
+from spectra.quadrature import distribution
 
 N = 200
 KEY = jax.random.key(0)
@@ -33,7 +33,7 @@ def open_share(goal):
     def error(q):
         from spectra.report.spectrum import trace_estimate
 
-        return trace_estimate(q).stderr / goal + rules.band_width_parts(q, 0.95)[0]
+        return trace_estimate(q).stderr / goal + distribution.band_width_parts(q, 0.95)[0]
 
     return error
 

@@ -15,7 +15,7 @@ from benchmarks.audit import functions
 from benchmarks.audit.cells import Cell
 from benchmarks.audit.matrices import MATRICES, Case, case
 from spectra.density.extremes import error_of_powers
-from spectra.quadrature.rules import share_upper_bound, whole
+from spectra.quadrature.distribution import share_upper_bound, whole
 
 DRAWS = 20
 """Times as many keys as elsewhere: of 8,000 a true rate of 95 % is seen as 95 ± 0.25 %."""

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from spectra.quadrature import rules as _quadrature
+from spectra.quadrature import distribution
 from spectra.quadrature.brackets import Origin, bracket, dropped, rules
 from spectra.results import Quadrature
 
@@ -204,7 +204,7 @@ SHARES = np.concatenate([np.geomspace(1e-30, 1e-3, 400), np.linspace(1e-3, 1, 80
 @functools.lru_cache(maxsize=64)
 def _limits(normals: int, tail: float) -> np.ndarray:
     """Of `SHARES`: a history has the same table at every step, and its inversion takes most of a band."""
-    return _quadrature.share_upper_bound(SHARES, normals, tail)
+    return distribution.share_upper_bound(SHARES, normals, tail)
 
 
 class ShareLimit:
@@ -215,7 +215,7 @@ class ShareLimit:
 
     def exact(self, share: np.ndarray) -> np.ndarray:
         """The limit itself."""
-        return _quadrature.share_upper_bound(share, self.normals, self.tail)
+        return distribution.share_upper_bound(share, self.normals, self.tail)
 
     def __call__(self, share: np.ndarray) -> np.ndarray:
         """From the table; the share itself where there is not room for one eigenvalue."""
@@ -286,7 +286,7 @@ def coupling_of_kernels(quadrature: Quadrature, grid: np.ndarray, widths: Width)
     links = quadrature.parts.links
     assert links is not None
     places = np.sort(np.append(grid, np.ravel(quadrature.nodes)))
-    open_ = _quadrature.doubt(quadrature, places)
+    open_ = distribution.doubt(quadrature, places)
     reach = REACH * widths(np.abs(grid) + REACH * widths(grid))
     first = np.maximum(np.searchsorted(places, grid - reach) - 1, 0)
     last = np.minimum(np.searchsorted(places, grid + reach) + 1, len(places))

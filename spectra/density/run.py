@@ -21,9 +21,7 @@ from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import LanczosState
 from spectra.operators.accumulate import Passes
 from spectra.operators.base import LinearOperator
-from spectra.quadrature import copies
-from spectra.quadrature import rules as _quadrature
-from spectra.quadrature.copies import invariant_length
+from spectra.quadrature.rules import gauss_rule, invariant_length, merged
 from spectra.results import Quadrature
 from spectra.runs import saver
 
@@ -213,7 +211,7 @@ class ProbeRun:
         steps, num_matvecs = max(len(row["alpha"]) for row in rows), sum(row["length"] for row in rows)
         rows = [self._invariant_part(row) or row for row in rows]
         parts = ((row["alpha"], row["beta"], row["length"], row.get("sketch")) for row in rows)
-        rules = [_quadrature.gauss_rule(*part) for part in parts]
+        rules = [gauss_rule(*part) for part in parts]
         nodes, weights, residuals = (
             np.stack([np.pad(r[i], (0, steps - r[0].size), mode=mode) for r in rules])
             for i, mode in enumerate(("edge", "constant", "constant"))
@@ -245,7 +243,7 @@ class ProbeRun:
         if self.keep_basis:
             return found
         resized = (_resized(row, steps) for row in rows)
-        return copies.merged(found, np.stack([np.stack([row["alpha"], row["beta"]]) for row in resized]))
+        return merged(found, np.stack([np.stack([row["alpha"], row["beta"]]) for row in resized]))
 
     def _invariant_part(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """What a run did within the invariant space that it went through; None if it went through none."""

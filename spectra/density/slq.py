@@ -25,8 +25,8 @@ from spectra.krylov.plan import estimate, place_basis, require_fit
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
 from spectra.operators.composed import DeflatedOperator, beside_pairs
-from spectra.quadrature import rules
-from spectra.quadrature.copies import merge_traced, spread
+from spectra.quadrature import distribution, rules
+from spectra.quadrature.rules import merge_traced, spread
 from spectra.results import Eigenpairs, Quadrature
 from spectra.runs.checkpoint import Checkpoint
 
@@ -281,11 +281,11 @@ def _adaptive(
     def found() -> Quadrature:
         return run.result() if space is None else space.joined(run.result())
 
-    run.add(range(1), num_steps, stop_when=lambda q: rules.band_width_parts(q, 0.95)[0] <= tol / 2)
+    run.add(range(1), num_steps, stop_when=lambda q: distribution.band_width_parts(q, 0.95)[0] <= tol / 2)
     steps = run.steps_done
     while (width := found().band_width()) > tol and run.num_probes < num_probes:
         # The sampling part falls at least like 1 / sqrt(k): never more probes than that predicts.
-        inner, sampling = rules.band_width_parts(found(), 0.95)
+        inner, sampling = distribution.band_width_parts(found(), 0.95)
         ratio = (sampling / max(tol - inner, tol / 4)) ** 2
         more = int(np.clip(np.ceil(run.num_probes * (ratio - 1)), 1, batch))
         run.add(range(run.num_probes, min(run.num_probes + more, num_probes)), steps)

@@ -22,8 +22,8 @@ import numpy as np
 from spectra.base.errors import SpectraError
 from spectra.density.extremes import LEVEL, error_of_powers, extreme
 from spectra.krylov.function_bounds import one_each
+from spectra.quadrature import Rule
 from spectra.quadrature.brackets import alike, gauss_radau, rules
-from spectra.quadrature.copies import Rule
 from spectra.quadrature.hinges import deviation, kinks
 from spectra.results import Quadrature
 

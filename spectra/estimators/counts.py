@@ -9,8 +9,8 @@ import numpy as np
 
 from spectra.base.errors import SpectraError, Status
 from spectra.estimators.functions import Source, quadrature_of
-from spectra.quadrature import rules
-from spectra.quadrature.rules import share_interval
+from spectra.quadrature import distribution
+from spectra.quadrature.distribution import share_interval
 from spectra.results import Estimate, Quadrature
 
 MISTAKEN = 5e-5
@@ -139,7 +139,7 @@ def _within(
 
 def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:
     point = np.asarray(x, np.float64)
-    rest, share, known, sampled = rules.split(q, point)  # atoms are not sampled
+    rest, share, known, sampled = distribution.split(q, point)  # atoms are not sampled
     size = rest.size if rest is not None else 0
     widest = float(min(max(0.5, sampled[0]), sampled[2]))
     variance = widest * (1 - widest)

@@ -24,7 +24,7 @@ from spectra.base.errors import SpectraError, Status
 from spectra.base.host import one_thread
 from spectra.krylov.lanczos import lanczos
 from spectra.operators.base import LinearOperator
-from spectra.quadrature.copies import breakdown_noise
+from spectra.quadrature.rules import breakdown_noise
 
 Intervals = Sequence[tuple[float, float]]
 SAMPLES = 1500

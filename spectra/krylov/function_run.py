@@ -31,7 +31,7 @@ from spectra.krylov.layout import Layout
 from spectra.krylov.linear_block import LOST, WIDEST, orthonormal
 from spectra.krylov.recurrence import CHUNK
 from spectra.operators.base import LinearOperator
-from spectra.quadrature.copies import breakdown_noise
+from spectra.quadrature.rules import breakdown_noise
 from spectra.runs import saver as _saver
 from spectra.runs.saver import Saver
 

@@ -27,7 +27,7 @@ from spectra.krylov.recurrence import (
 )
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.quadrature.copies import invariant_length
+from spectra.quadrature.rules import invariant_length
 from spectra.results import Tridiagonal
 
 if TYPE_CHECKING:

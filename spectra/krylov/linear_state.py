@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from spectra.base import trees
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
-from spectra.quadrature.copies import breakdown_noise
+from spectra.quadrature.rules import breakdown_noise
 
 
 class Mode(enum.IntEnum):

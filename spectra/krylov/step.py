@@ -26,7 +26,7 @@ from spectra.base import arrays, trees
 from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Panels
-from spectra.quadrature.copies import breakdown_factor
+from spectra.quadrature.rules import breakdown_factor
 
 REPEAT = 0.1
 """A second Gram-Schmidt pass follows where the first removed more than this share of what is left."""

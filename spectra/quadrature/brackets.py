@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from spectra.base.host import one_thread
-from spectra.quadrature.copies import Measures, Rule, breakdown_noise, rule_of
+from spectra.quadrature import Measures, Rule
+from spectra.quadrature.rules import breakdown_noise, rule_of
 
 MEMBERS = 12
 """Members of the family for a curve: between their nodes the bracket takes that of the nearest."""
@@ -177,7 +178,7 @@ def rules(quadrature: Measures) -> Iterator[Rule]:
 
     Residuals have the signs of s_1j s_mj, which alternate between neighbouring Ritz values. Where copies were
     merged the rule is that of T itself, copies and all: it is exact for a measure near that of the probe (see
-    `spectra.quadrature.copies`), and the merged one is exact for none.
+    `spectra.quadrature.rules`), and the merged one is exact for none.
     """
     if quadrature.coefficients is not None:
         yield from map(rule_of, np.asarray(quadrature.coefficients, np.float64))

@@ -22,8 +22,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from spectra.quadrature import Measures
 from spectra.quadrature.brackets import alike, exhausted, rules
-from spectra.quadrature.copies import Measures, breakdown_noise, log_betas
+from spectra.quadrature.rules import breakdown_noise, log_betas
 
 MARGIN = 4.0
 """The noise floor is what is seen of rounding, and not all is: converged Ritz values of float32 Hessians of

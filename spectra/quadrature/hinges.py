@@ -38,8 +38,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from spectra.base.host import one_thread
+from spectra.quadrature import Rule
 from spectra.quadrature.brackets import arrowheads, largest_mass, parameter, spread_parameters
-from spectra.quadrature.copies import Rule
 
 FEW = 8
 """Rules of so few nodes have members with a node outside of them as well."""

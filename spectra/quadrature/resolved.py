@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from spectra.quadrature import Measures
 from spectra.quadrature.brackets import Origin, dropped, largest_mass, rules
-from spectra.quadrature.copies import Measures
 from spectra.quadrature.links import Links
 
 ISOLATED = 1e-2

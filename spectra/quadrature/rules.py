@@ -1,20 +1,36 @@
-"""Small dense mathematics of Gauss quadrature: from Lanczos coefficients to nodes, brackets and bands.
+"""From Lanczos coefficients to nodes and weights: Gauss rules, where an invariant space ends, and copies.
 
-Everything is NumPy float64 on the host; SciPy is imported on first use, which keeps `import spectra`
-fast. Only `gauss_rule_traced` runs in JAX, for use inside a caller's jit.
+A run breaks down where its coefficients are rounding. Without reorthogonalisation, nodes come several times;
+merged, they are a rule that is exact up to a known degree.
+
+Everything is NumPy float64 on the host; SciPy is imported on first use, which keeps `import spectra` fast.
+What is called `traced` runs in JAX, for use inside a caller's jit.
 """
 
+import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from spectra.base.errors import SpectraError
-from spectra.quadrature.brackets import bracket
-from spectra.quadrature.copies import Measures, Rule
+from spectra.quadrature import Measures, Rule
 
 if TYPE_CHECKING:
     import jax
+
+M = TypeVar("M", bound=Measures)
+
+MOST = 64.0
+"""Largest `breakdown_factor`."""
+COPIES = 50.0
+"""How far, in units of β_d, the rest of a run strays from every single Ritz value of an exhausted space. The
+rest of a bulk stays within a few β_d of its node."""
+WANDERING = 1e-3
+"""Weight of nodes between those of an exhausted space. By perturbation theory it is (β_d / gap)²."""
+
+
+COARSE = 2.0**-12
+"""Precision of products that do not compute in float32, tensorfloat32 included."""
 
 
 def dense(alpha: Any, beta: Any, xp: Any) -> Any:
@@ -97,171 +113,200 @@ def _eigh_traced(matrix):
         return eigh(matrix)
 
 
-ROOT_STEPS = 80
-"""At most so many evaluations for a root: every fourth halves its bracket."""
+def breakdown_factor(size: int) -> float:
+    """The residual that rounding leaves of a vanishing one, in units of eps |H|.
 
-
-class Split(NamedTuple):
-    """A distribution at points x: what sampling leaves open, and what is known."""
-
-    rest: Measures | None  # the quadrature that is sampled; None where all is known
-    share: float  # of the eigenvalues that it stands for
-    known: np.ndarray  # (3, ...) least, estimated and largest share of the atoms
-    bracket: np.ndarray  # (3, ...) of the rest's distribution, for the probes drawn
-
-
-def split(quadrature: Measures, x: np.ndarray) -> Split:
-    """The distribution at x. Without deflated or resolved eigenvalues the rest is all.
-
-    Atoms are known to the noise floor and the coupling. Of a Krylov space that was taken out whole, either
-    one eigenvalue is open, or the rest is taken at points that `Links.moved` tells: whichever leaves less.
+    A dense product of order n sums n terms of random sign one after another, which costs √n / 2 roundings;
+    ten more are those of the recurrence. Beyond n = 1e4 products are no longer dense, and sums are taken in
+    blocks: 64 at most, so that a bulk of 1e-5 |H| stays visible in float32.
     """
-    parts = quadrature.parts
-    share = parts.rest.size / quadrature.size if parts.rest is not None else 0.0
-    shift = quadrature.noise_floor + parts.coupling
-    if parts.links is None or parts.rest is None:
-        return Split(parts.rest, share, *_at(quadrature, x, shift, 0))
-    away = parts.links.moved(x, quadrature.noise_floor)
-    one = _at(quadrature, x, shift, 1)
-    other = _at(quadrature, x, shift + np.where(np.isfinite(away), away, 0.0), 0)
-    widths = [known[2] - known[0] + share * (part[2] - part[0]) for known, part in (one, other)]
-    better = np.isfinite(away) & (widths[1] <= widths[0])
-    return Split(parts.rest, share, *(np.where(better, y, x) for x, y in zip(one, other, strict=True)))
+    return min(10 + np.sqrt(size) / 2, MOST)
 
 
-def doubt(quadrature: Measures, x: np.ndarray) -> np.ndarray:
-    """How many eigenvalues, one at most, vectors that were taken out leave on either side of x."""
-    links, floor = quadrature.parts.links, quadrature.noise_floor
-    if links is None or links.beta == 0:
-        return np.zeros(np.shape(x))
-    away = links.moved(x, floor)
-    known, part = _at(quadrature, x, floor + np.where(np.isfinite(away), away, 0.0), 0)
-    rest = quadrature.parts.rest.size
-    open_ = quadrature.size * (known[2] - known[0]) + rest * (part[2] - part[0])
-    return np.where(np.isfinite(away), np.minimum(open_, 1.0), 1.0)
+def breakdown_noise(size: int, precision: float) -> float:
+    """The same in units of |H|, for products of a given precision.
 
-
-def _at(quadrature: Measures, x: np.ndarray, shift: float | np.ndarray, open_: int) -> tuple[np.ndarray, ...]:
-    """`Split.known` and `Split.bracket`, with eigenvalues that may be `shift` away and so many in doubt."""
-    parts = quadrature.parts
-    points, doubt = np.stack([x - shift, x, x + shift]), np.array([-open_, 0, open_])
-    known = np.searchsorted(parts.sampled, points, side="right")
-    if parts.links is not None:
-        own = quadrature.noise_floor + parts.coupling
-        theta = np.sort(parts.links.theta)
-        known = known + np.searchsorted(theta, np.stack([x - own, x, x + own]), side="right")
-    known = (known + doubt.reshape(3, *[1] * np.ndim(x))) / quadrature.size
-    if parts.rest is None:
-        return known, np.zeros((3, *np.shape(x)))
-    lower, estimate, upper = bracket(parts.rest, x, shift, parts.origin)
-    return known, np.stack([np.maximum(lower - parts.leak, 0), estimate, np.minimum(upper + parts.leak, 1)])
-
-
-def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.ndarray:
-    """Largest F for which an observed share this small has probability at least `tail`.
-
-    A probe uniform on the sphere in n dimensions sees a subspace of dimension nF with the law
-    Beta(nF/2, n(1-F)/2); the mean of k probes has, to its first two moments, the law with k n in the
-    place of n. The bound inverts the CDF of that law in F. In units of a normal law the CDF is all but
-    linear in the angle of which F is the squared sine, so that secants find the root in a handful of
-    evaluations; where one leaves the bracket, and every fourth time, it is halved.
+    Products in bfloat16 or less state what they are off by as a whole, and are summed in float32: the sums
+    add nothing to that.
     """
-    from scipy.special import betainc, ndtri
-
-    def beyond(angle, values):
-        part = np.sin(angle) ** 2
-        a, b = num_normals * part / 2, num_normals * (1 - part) / 2
-        return ndtri(betainc(np.maximum(a, 1e-300), np.maximum(b, 1e-300), values)) - ndtri(tail)
-
-    shares, index = np.unique(np.asarray(share, np.float64).ravel(), return_inverse=True)
-    bound = np.clip(shares, 0.0, 1.0)  # what 0 and 1 keep
-    if num_normals == 0:  # no direction was sampled, and none is excluded
-        return np.ceil(bound)[index].reshape(np.shape(share))
-    (open_,) = np.nonzero((shares > 0) & (shares < 1))
-    low = np.arcsin(np.sqrt(shares[open_]))
-    high, last, found = np.full_like(low, np.pi / 2), low, low - ndtri(tail) / np.sqrt(2 * num_normals)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        excess = beyond(last, shares[open_])
-        for turn in range(ROOT_STEPS):
-            if not len(open_):
-                break
-            found = np.clip(found, low, high)
-            before, excess = excess, beyond(found, shares[open_])
-            low, high = np.where(excess >= 0, found, low), np.where(excess >= 0, high, found)
-            secant = found - excess * (found - last) / (excess - before)
-            good = np.isfinite(before) & (secant >= low) & (secant <= high) & (turn % 4 < 3)
-            last, found = found, np.where(good, secant, (low + high) / 2)
-            bound[open_] = np.maximum(np.sin(found) ** 2, shares[open_])
-            left = np.abs(found - last) > 4 * np.finfo(float).eps * found
-            open_, low, high, last, found, excess = (
-                part[left] for part in (open_, low, high, last, found, excess)
-            )
-    return bound[index].reshape(np.shape(share))
+    return (breakdown_factor(size) if precision < COARSE else 4) * precision
 
 
-def share_interval(
-    low: float, high: float, reach: tuple[float, float], normals: float, tail: float, count: float | None
-) -> tuple[float, float]:
-    """Ends of a share in `reach` of which probes saw `low` to `high`; whole numbers of `count`, if given."""
-    least, most = reach
-    span = most - least
-    if span <= 0:
-        return least, most
-    seen = np.clip([(most - low) / span, (high - least) / span], 0.0, 1.0)
-    beyond, within = share_upper_bound(seen, normals, tail)
-    first, last = (1 - beyond, within) if count is None else whole(1 - beyond, within, count)
-    return float(least + span * first), float(least + span * last)
+def invariant_length(
+    alpha: np.ndarray, beta: np.ndarray, length: int, size: int, precision: float, *, orthogonal: bool = True
+) -> int | None:
+    """Dimension of the invariant space that a run went through; None if it went through none.
 
-
-def sampling_band(
-    quadrature: Measures, lower: np.ndarray, upper: np.ndarray, level: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Widen averaged brackets by what a finite number of probes leaves open, for the whole curve.
-
-    A share is a whole number of eigenvalues: both ends move inwards to the next one, or to the bracket.
+    Args:
+        alpha, beta: coefficients (m,), in float64; beta[i] is the residual behind step i.
+        length: steps done.
+        size: n, the order of the operator.
+        precision: relative error of one product.
+        orthogonal: whether the vectors were kept orthogonal. If not, copies appear of any eigenvalue that has
+            converged, and n steps need not have seen the whole space; what is asked for here is that there
+            is nothing but copies.
     """
-    num_nodes = int(np.max(quadrature.lengths))
-    tail = (1 - level) / (2 * num_nodes)
-    normals = quadrature.num_probes * quadrature.size
-    low, high = 1 - share_upper_bound(1 - lower, normals, tail), share_upper_bound(upper, normals, tail)
-    low, high = whole(low, high, quadrature.size)
-    return np.minimum(low, lower), np.maximum(high, upper)
+    alpha, beta = np.asarray(alpha[:length], np.float64), np.asarray(beta[:length], np.float64)
+    scale = np.max(np.abs(alpha) + np.append(0, beta[:-1]) + beta, initial=0.0)
+    if scale == 0:
+        return 1
+    alpha, beta = alpha / scale, beta / scale
+    noise = breakdown_noise(size, precision)
+    resolved = noise * np.sqrt(length)  # by Weyl: errors of the products, `length` columns of them
+    nodes = None
+    for d in (np.flatnonzero(beta[:-1] <= precision ** (1 / 3)) + 1).tolist():
+        if _goes_on(alpha, beta, d, resolved):
+            continue
+        theta = _eigenvalues(alpha[:d], beta[: d - 1])
+        if np.min(np.diff(theta), initial=1.0) < 4 * resolved:
+            break  # too near each other to tell a copy from a neighbour, and no farther apart later
+        nodes = _eigenvalues(alpha, beta[:-1]) if nodes is None else nodes
+        beside = np.abs(nodes[:, None] - theta).min(axis=1) > resolved
+        copies = not beside.any() or _wanders(alpha, beta, d, theta, beside, resolved)
+        if copies and _is_rounding(alpha, beta, theta, noise):
+            return d
+    return length if beta[-1] <= noise or (orthogonal and length == size) else None
 
 
-def whole(lower, upper, count: float) -> tuple[np.ndarray, np.ndarray]:
-    """The first and the last multiple of 1 / count between shares, which are known to rounding."""
-    slack = 1e-12 * count + 1e-9
-    return np.ceil(lower * count - slack) / count, np.floor(upper * count + slack) / count
+def _goes_on(alpha: np.ndarray, beta: np.ndarray, d: int, resolved: float) -> bool:
+    """Whether what came behind step d looks like a bulk: the usual case, told without an eigenproblem."""
+    spread = max(np.ptp(alpha[d:]), 2 * np.max(beta[d:-1], initial=0.0))
+    return bool(len(alpha) > d + 1 and resolved < spread < COPIES * beta[d - 1] / 2)
 
 
-def cdf_band(quadrature: Measures, x: np.ndarray, level: float) -> tuple[np.ndarray, ...]:
-    """(lower, estimate, upper) of the CDF at `x`; see `Quadrature.cdf`."""
-    if not 0 < level < 1:
-        raise SpectraError(f"level={level} is not between 0 and 1.")
-    _, estimate, _, lower, upper = curves(quadrature, x, level)
-    curve = lower, np.clip(estimate, lower, upper), upper
-    return tuple(np.where(np.isnan(x), np.nan, part)[()] for part in curve)
+def _wanders(alpha, beta, d: int, theta: np.ndarray, beside: np.ndarray, resolved: float) -> bool:
+    """Whether what came behind step d strays among the Ritz values `theta` of the first d, on no weight."""
+    tail = _eigenvalues(alpha[d:], beta[d:-1])
+    strays = np.abs(tail[:, None] - theta).max(axis=0).min() > COPIES * beta[d - 1]
+    within = theta[0] - 4 * resolved <= tail[0] and tail[-1] <= theta[-1] + 4 * resolved
+    return bool(strays and within and _weights(alpha, beta[:-1])[beside].sum() <= WANDERING)
 
 
-def curves(quadrature: Measures, x: np.ndarray, level: float) -> list[np.ndarray]:
-    """CDF at x: bracket below, estimate, bracket above, and the band that sampling widens them to."""
-    rest, share, known, (lower, estimate, upper) = split(quadrature, x)
-    band = sampling_band(rest, lower, upper, level) if rest is not None else (lower, upper)
-    # In counts, not in shares: where all is known the curve is j / n to the bit, and no sum of rounded parts.
-    n, size = quadrature.size, round(share * quadrature.size)
-    pairs = zip((lower, estimate, upper, *band), (*known, known[0], known[2]), strict=True)
-    return [np.clip((size * curve + np.rint(n * atoms)) / n, 0.0, 1.0) for curve, atoms in pairs]
+def _is_rounding(alpha: np.ndarray, beta: np.ndarray, theta: np.ndarray, noise: float) -> bool:
+    """Whether errors of the products alone can have left a residual behind the step of these Ritz values."""
+    d = len(theta)
+    if beta[d - 1] <= noise:
+        return True
+    behind = vector = before = np.zeros((d, d))  # row i: the error that product i brought in
+    for step in range(d):
+        behind = (theta - alpha[step]) * vector - (beta[step - 1] if step else 0) * before
+        behind[step] = 1
+        before, vector = vector, np.clip(behind / beta[step], -1e150, 1e150)
+    return bool(beta[d - 1] <= noise * np.linalg.norm(behind, axis=0).max())
 
 
-def band_width_parts(quadrature: Measures, level: float) -> tuple[float, float]:
-    """Mean width of the band over the spectral range: (bracket part, sampling part)."""
-    low, high = quadrature.range
-    edges = np.unique(np.asarray(quadrature.nodes))
-    gaps = np.diff(edges)
-    if high <= low or not len(gaps):
-        return 0.0, 0.0
-    middle = (edges[1:] + edges[:-1]) / 2
-    lower, _, upper, wide_lower, wide_upper = curves(quadrature, middle, level)
-    inner = float(np.sum(gaps * (upper - lower)) / (high - low))
-    outer = float(np.sum(gaps * (wide_upper - wide_lower)) / (high - low))
-    return inner, outer - inner
+def _eigenvalues(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    from scipy.linalg import eigvalsh_tridiagonal
+
+    return np.asarray(eigvalsh_tridiagonal(alpha, beta))
+
+
+def _weights(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    from scipy.linalg import eigh_tridiagonal
+
+    return eigh_tridiagonal(alpha, beta)[1][0] ** 2
+
+
+def spread(num_steps: int) -> float:
+    """δ in units of the noise floor of a single product."""
+    return float(np.sqrt(num_steps))
+
+
+def rule_of(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes, weights and signed residuals of T as it is, from its diagonals (2, m) with β_m at the end."""
+    return _rule(np.ascontiguousarray(coefficients).tobytes())
+
+
+@functools.lru_cache(maxsize=256)
+def _rule(stored: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    from scipy.linalg import eigh_tridiagonal
+
+    alpha, beta = _live(np.frombuffer(stored).reshape(2, -1))
+    theta, vectors = eigh_tridiagonal(alpha, beta[:-1])
+    weights = vectors[0] ** 2
+    # Vectors of copies are any of their common space: the products s_1j s_mj sum to the same.
+    return theta, weights / weights.sum(), beta[-1] * vectors[-1] * np.where(vectors[0] < 0, -1.0, 1.0)
+
+
+def _live(coefficients: np.ndarray) -> np.ndarray:
+    """Up to where the run ended: β is zero there, and positive before."""
+    ends = np.flatnonzero(coefficients[1] == 0)
+    return coefficients[:, : ends[0] + 1] if len(ends) else coefficients
+
+
+def log_betas(coefficients: np.ndarray, last: float) -> float:
+    """log of β_1 ... β_m; `last` is what a breakdown took for zero."""
+    beta = _live(np.asarray(coefficients, np.float64))[1]
+    return float(np.sum(np.log(np.append(beta[:-1], max(beta[-1], last)))))
+
+
+def merge(
+    theta: np.ndarray, weights: np.ndarray, residuals: np.ndarray, width: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One node for all within `width`: shorter arrays. Ascending `theta` of one probe, in NumPy."""
+    starts = [0]
+    while (following := int(np.searchsorted(theta, theta[starts[-1]] + width, side="right"))) < len(theta):
+        starts.append(following)
+    group = np.repeat(np.arange(len(starts)), np.diff([*starts, len(theta)]))
+    nodes, weights, residuals = _merged(
+        group[None] == np.arange(len(starts))[:, None], theta, weights, residuals, np
+    )
+    return nodes, weights, residuals
+
+
+def merge_traced(
+    theta: "jax.Array", weights: "jax.Array", residuals: "jax.Array", length: "jax.Array", width: "jax.Array"
+) -> tuple["jax.Array", ...]:
+    """The same inside jit, with the new length: arrays keep the shape (m,), the last node repeats behind."""
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+
+    def step(carry, point):
+        start, group = carry
+        new = point - start > width
+        carry = jnp.where(new, point, start), group + new
+        return carry, carry[1]
+
+    steps = jnp.arange(len(theta))
+    _, group = lax.scan(step, (theta[0], jnp.zeros((), jnp.int32)), theta)
+    members = (group[None] == steps[:, None]) & (steps < length)
+    with jax.default_matmul_precision("highest"):
+        nodes, weights, residuals = _merged(members, theta, weights, residuals, jnp)
+    length = group[length - 1] + 1
+    live = steps < length
+    return (
+        jnp.where(live, nodes, nodes[length - 1]),
+        *(jnp.where(live, x, 0) for x in (weights, residuals)),
+        length,
+    )
+
+
+def merged(quadrature: M, coefficients: np.ndarray) -> M:
+    """The quadrature of a run without reorthogonalisation, from the same with all its copies and from T."""
+    found = dataclasses.replace(quadrature, coefficients=coefficients)
+    width = 2 * found.noise_floor
+    rules = [merge(theta, w, np.abs(r), width) for theta, w, r in map(rule_of, coefficients)]
+    steps = coefficients.shape[-1]
+    nodes, weights, residuals = (
+        np.stack([np.pad(rule[i], (0, steps - len(rule[i])), mode=mode) for rule in rules])
+        for i, mode in enumerate(("edge", "constant", "constant"))
+    )
+    lengths = np.array([len(rule[0]) for rule in rules])
+    return dataclasses.replace(found, nodes=nodes, weights=weights, residuals=residuals, lengths=lengths)
+
+
+def _merged(members, theta, weights, residuals, xp):
+    """Nodes, weights and residuals of groups, `members` (g, m).
+
+    Of the combinations of two copies one has no component on the next vector of the basis, so that an
+    eigenvalue is as near as the copies are to each other, whatever their residuals.
+    """
+    total = members @ weights
+    shares = xp.where(members, weights, 0) / xp.where(total > 0, total, 1)[:, None]
+    even = members / xp.maximum(members.sum(axis=1), 1)[:, None]
+    nodes = xp.where(total[:, None] > 0, shares, even) @ theta
+    away = xp.abs(theta - nodes[:, None])
+    alone = xp.min(xp.where(members, residuals + away, xp.inf), axis=1)
+    together = xp.max(xp.where(members, away, 0), axis=1)
+    return nodes, total, xp.where(members.sum(axis=1) > 1, xp.minimum(alone, together), alone)

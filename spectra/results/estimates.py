@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from spectra.base.errors import SpectraError, Status
-from spectra.quadrature.rules import share_interval
+from spectra.quadrature.distribution import share_interval
 from spectra.results.base import Array, Interval, Result, result
 from spectra.results.text import directed, html_table, text_table
 

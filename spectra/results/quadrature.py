@@ -15,7 +15,7 @@ from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 from spectra.base.errors import SpectraError, Status
-from spectra.quadrature import copies, rules
+from spectra.quadrature import distribution, rules
 from spectra.quadrature.resolved import Parts, parts
 from spectra.results.base import Array, Interval, Result, notebook_view, result
 
@@ -97,7 +97,7 @@ class Quadrature(Result):
     def spread(self) -> float:
         """How far copies are from their eigenvalue, in units of a product's rounding: √m; 1 with a basis."""
         rest = self.bulk or self
-        return 1.0 if rest.coefficients is None else copies.spread(rest.coefficients.shape[-1])
+        return 1.0 if rest.coefficients is None else rules.spread(rest.coefficients.shape[-1])
 
     @property
     def noise_floor(self) -> float:
@@ -139,7 +139,7 @@ class Quadrature(Result):
             >>> bool(lower < 0.25 < upper)
             True
         """
-        return Interval(*rules.cdf_band(self, np.asarray(x, np.float64), level))
+        return Interval(*distribution.cdf_band(self, np.asarray(x, np.float64), level))
 
     def mean(self, f: Callable[[np.ndarray], Any]) -> float:
         """Estimate of tr f(H) / n for a function of an array of eigenvalues."""
@@ -150,7 +150,7 @@ class Quadrature(Result):
 
         Multiplied by the range, it bounds the Wasserstein-1 distance between estimate and truth.
         """
-        return sum(rules.band_width_parts(self, level))
+        return sum(distribution.band_width_parts(self, level))
 
     def __repr__(self) -> str:
         text = f"Quadrature(num_probes={self.num_probes}, num_steps={self.num_steps}, size={self.size}"

@@ -318,14 +318,14 @@ KRYLOV = [
     ),
     fault(
         "rounding is not amplified on its way to a breakdown",
-        "quadrature/copies.py",
+        "quadrature/rules.py",
         "np.linalg.norm(behind, axis=0).max()",
         "1.0",
         "test_breakdown.py::test_every_probe_ends_with_the_true_length",
     ),
     fault(
         "any small residual may be rounding",
-        "quadrature/copies.py",
+        "quadrature/rules.py",
         "    if beta[d - 1] <= noise:",
         "    if beta[d - 1] <= 1:",
         "test_breakdown.py::test_a_start_near_two_eigenvectors_is_not_taken_for_their_span",
@@ -374,7 +374,7 @@ KRYLOV = [
     ),
     fault(
         "n steps without a basis count as the whole space",
-        "quadrature/copies.py",
+        "quadrature/rules.py",
         "(orthogonal and length == size)",
         "(length == size)",
         "test_no_basis.py::test_an_exhausted_space_is_told_by_its_copies",
@@ -384,14 +384,14 @@ KRYLOV = [
 DENSITY = [
     fault(
         "the CDF's band is for one point, without Bonferroni's factor",
-        "quadrature/rules.py",
+        "quadrature/distribution.py",
         "tail = (1 - level) / (2 * num_nodes)",
         "tail = (1 - level) / 2",
         "test_laws.py",
     ),
     fault(
         "the CDF's band does not know how many probes there are",
-        "quadrature/rules.py",
+        "quadrature/distribution.py",
         "normals = quadrature.num_probes * quadrature.size",
         "normals = quadrature.size",
         "test_laws.py",
@@ -636,14 +636,14 @@ DENSITY = [
     ),
     fault(
         "copies are as far apart as products round",
-        "quadrature/copies.py",
+        "quadrature/rules.py",
         "return float(np.sqrt(num_steps))",
         "return 0.05",
         "test_no_basis.py",
     ),
     fault(
         "a chain of near nodes becomes one",
-        "quadrature/copies.py",
+        "quadrature/rules.py",
         'np.searchsorted(theta, theta[starts[-1]] + width, side="right")',
         "(np.append(np.diff(theta), np.inf)[starts[-1]:] > width).argmax() + starts[-1] + 1",
         "test_no_basis.py::test_merging_keeps_neighbours_apart_and_first_moments",
@@ -891,7 +891,7 @@ ESTIMATORS = [
     ),
     fault(
         "a secant through a point without a value is taken for converged",
-        "quadrature/rules.py",
+        "quadrature/distribution.py",
         "good = np.isfinite(before) & ",
         "good = ",
         "test_laws.py::test_a_bound_on_a_share_is_where_its_law_has_the_tail",

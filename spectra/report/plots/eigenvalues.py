@@ -7,7 +7,7 @@ import numpy as np
 
 from spectra.base.errors import SpectraError
 from spectra.base.paths import group_leaves
-from spectra.quadrature import rules
+from spectra.quadrature import distribution
 from spectra.report.plots.style import (
     ACCENT,
     COLOR,
@@ -75,7 +75,7 @@ def plot_cdf(
     density = spectral_density(quadrature)
     own, ax = ax is None, new_axes(ax)
     x = np.unique(np.concatenate([density.grid, np.asarray(quadrature.nodes).ravel()]))
-    inner_lower, estimate, inner_upper, lower, upper = rules.curves(quadrature, x, level)
+    inner_lower, estimate, inner_upper, lower, upper = distribution.curves(quadrature, x, level)
     curves = [lower, upper, inner_lower, inner_upper, np.clip(estimate, lower, upper)]
     if yscale == "complement":
         curves = [quadrature.size * (1 - curve) for curve in curves]
