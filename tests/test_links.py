@@ -8,7 +8,7 @@ from scipy.stats import binom, wasserstein_distance
 
 import spectra
 from spectra.density.extremes import extreme
-from spectra.estimators.linked import linked
+from spectra.estimators.bracket import linked
 from spectra.quadrature.links import Links
 
 N, R, STEPS, PROBES = 150, 30, 12, 3

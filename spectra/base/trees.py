@@ -87,14 +87,6 @@ def not_an_array(path: str, leaf: Any) -> StructureError:
     )
 
 
-def check_arrays(params: PyTree) -> None:
-    """Raise unless every leaf is an array, or the shape of one."""
-    wrong = [not is_array(leaf) for leaf in jax.tree.leaves(params)]
-    if any(wrong):  # only then the paths, which take longer to make than everything else here
-        path, leaf = jax.tree.leaves_with_path(params)[wrong.index(True)]
-        raise not_an_array(path_str(path), leaf)
-
-
 def check_alive(tree: PyTree, what: str) -> None:
     """Raise a `StructureError` for an array whose memory JAX has given to another."""
     leaves = jax.tree.leaves(tree)
@@ -119,8 +111,12 @@ def vector_structure(params: PyTree) -> PyTree:
 
     Without x64 a NumPy array of float64 is one of float32 to JAX.
     """
-    check_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
+    if not all(
+        map(is_array, leaves)
+    ):  # only then the paths, which take longer to make than everything else here
+        path, leaf = next((path, x) for path, x in jax.tree.leaves_with_path(params) if not is_array(x))
+        raise not_an_array(path_str(path), leaf)
     dtypes = [
         jax.dtypes.canonicalize_dtype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
         for x in leaves

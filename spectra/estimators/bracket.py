@@ -11,7 +11,8 @@ interval [a, b] that holds the spectrum:
   largest of f - p (`_by_polynomial`).
 
 The first is by far the sharpest, and it is no bound at all where a derivative changes its sign. The other
-two hold for any f, as far as samples show its variation and its least and largest values.
+two hold for any f, as far as samples show its variation and its least and largest values. What a trace of f
+may be off by where Ritz vectors were taken out is bounded by `linked`.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from spectra.krylov.function_bounds import one_each
 from spectra.quadrature import Rule
 from spectra.quadrature.brackets import alike, gauss_radau, rules
 from spectra.quadrature.hinges import deviation, kinks
+from spectra.quadrature.links import Links
 from spectra.results import Quadrature
 
 Function = Callable[[np.ndarray], Any]
@@ -35,6 +37,8 @@ ROUNDING = 256 * np.finfo(float).eps
 """Of the larger |f| at the ends: where a Chebyshev series leaves no more, it is f but for rounding."""
 _CELLS = 64
 """Between two points, at once, in which the end of a domain is looked for: seven times, 64^7 = 2^42."""
+COUPLING_SAMPLES = 1025
+"""Of f between the ends, of which its variation and its slope are read where Ritz vectors were taken out."""
 _SHARES = np.linspace(0.0, 1.0, 65)
 _SAMPLES = 16
 """Of f between neighbouring nodes, and for each degree of the polynomial."""
@@ -274,3 +278,41 @@ def _by_polynomial(f: Function, rule: Rule, a: float, b: float) -> tuple[float, 
     exact = float(w @ chebyshev.chebval(np.clip((theta - middle) / half, -1, 1), series))
     between = np.max(np.abs(np.diff(rest))) / 2
     return exact + float(rest.min() - between), exact + float(rest.max() + between)
+
+
+def linked(f: Function, links: Links, ends: tuple[float, float], one_signed: bool) -> tuple[float, float]:
+    """The least and the largest of tr f(H) - tr f(T) - tr f(B), for spectra between the ends.
+
+    The three bounds of `spectra.quadrature.links`, the least of them. Where every derivative of order two
+    and more keeps one sign, |f'| and |f''| are largest at an end, and there no more than the differences
+    about it, since both are convex; elsewhere f is sampled.
+    """
+    a, b, beta = *ends, links.beta
+    if beta == 0 or b <= a:
+        return 0.0, 0.0
+    x = np.linspace(a, b, COUPLING_SAMPLES)
+    values, step = evaluate(f, x), float(x[1] - x[0])
+    bound = _least(np.sum(np.abs(np.diff(values))), 2 * beta * np.max(np.abs(np.diff(values))) / step)
+    if not one_signed:
+        return -bound, bound
+    first, second = _at_ends(f, ends, step)
+    bound = _least(np.sum(np.abs(np.diff(values))), 2 * beta * first, beta**2 * second)
+    convex = values[0] + values[-1] >= 2 * values[COUPLING_SAMPLES // 2]
+    return (0.0, bound) if convex else (-bound, 0.0)
+
+
+def _at_ends(f: Function, ends: tuple[float, float], step: float) -> tuple[float, float]:
+    """The largest |f'| and |f''| at the ends; infinite where f is not defined beyond one."""
+    around = np.asarray(ends)[:, None] + step * np.array([-1.0, 0.0, 1.0])
+    values = evaluate(f, around)
+    first = np.max(np.abs(np.diff(values, axis=1))) / step
+    second = np.max(np.abs(np.diff(values, n=2, axis=1))) / step**2
+    return _finite(first), _finite(second)
+
+
+def _finite(x: float) -> float:
+    return float(x) if np.isfinite(x) else np.inf
+
+
+def _least(*bounds: float) -> float:
+    return min(map(_finite, bounds))

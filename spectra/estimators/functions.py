@@ -15,8 +15,16 @@ from spectra.density.extremes import sampled_ends, sampling_error, shows_fourth_
 from spectra.density.slq import slq
 from spectra.density.spending import spend
 from spectra.estimators import levels
-from spectra.estimators.bracket import Bounds, Function, bracket, domain, evaluate, interval_of, spread
-from spectra.estimators.linked import linked
+from spectra.estimators.bracket import (
+    Bounds,
+    Function,
+    bracket,
+    domain,
+    evaluate,
+    interval_of,
+    linked,
+    spread,
+)
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.results import Estimate, Quadrature
 

@@ -16,9 +16,8 @@ from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov import dense
 from spectra.krylov.layout import stacked
-from spectra.krylov.linear_result import distances, in_form, judged, sizes, traced_solution
 from spectra.krylov.linear_run import begin, drive, outcome, prepared, whole_run
-from spectra.krylov.linear_state import Verdict
+from spectra.krylov.linear_state import Verdict, distances, in_form, judged, sizes, traced_solution
 from spectra.krylov.preconditioners import as_preconditioner, identity
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, is_real_scalar, require_operator

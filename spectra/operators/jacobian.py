@@ -23,7 +23,7 @@ from spectra.operators.accumulate import weighted_sum
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.jaxprs import Rounding, coarsest_rounding
 from spectra.operators.pytree import operator
-from spectra.operators.stacked_outputs import StackedOutputs, open_inputs
+from spectra.operators.streams import StackedOutputs, open_inputs
 from spectra.results import format_bytes
 
 if TYPE_CHECKING:

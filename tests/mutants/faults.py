@@ -94,7 +94,7 @@ KRYLOV = [
     ),
     fault(
         "batch after batch is added up in the place of stacked outputs",
-        "operators/stacked_outputs.py",
+        "operators/streams.py",
         "            starts = [start + n for start, n in zip(starts, lengths, strict=True)]\n",
         "",
         "test_jacobian.py::test_outputs_of_several_batches_are_stacked",
@@ -129,7 +129,7 @@ KRYLOV = [
     ),
     fault(
         "an error bound is the residual, not divided by the smallest eigenvalue",
-        "krylov/linear_result.py",
+        "krylov/linear_state.py",
         "(residual + moved) / bound[0], np.inf)",
         "(residual + moved), np.inf)",
         "test_solve.py::test_the_bound_is_not_wide",
