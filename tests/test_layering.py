@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import spectra
@@ -192,3 +194,44 @@ def test_importing_needs_no_optional_dependency():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def _loss(params, batch):
+    inputs, targets = batch
+    return jnp.mean((jnp.tanh(inputs @ params["hidden"]) @ params["out"] - targets) ** 2)
+
+
+def test_a_call_of_slq_can_be_followed():
+    """How many files and functions a plain call passes through, and how deep: what CONTRIBUTING states.
+
+    No other test has these shapes: a program that is compiled already would hide what it calls.
+    """
+    params = {"hidden": jnp.full((3, 5), 0.1), "out": jnp.ones((5, 1))}
+    op = spectra.HessianOperator(_loss, params, (jnp.eye(3), jnp.ones((3, 1))))
+    seen, stack, deepest = set(), [], 0
+
+    def look(frame, event, _):
+        nonlocal deepest
+        code = frame.f_code
+        if event not in ("call", "return") or not code.co_filename.startswith(str(ROOT)):
+            return
+        if code.co_name.startswith("<"):  # comprehensions and lambdas belong to their function
+            return
+        if event == "call":
+            seen.add((code.co_filename, code.co_qualname))
+            stack.append(code)
+            deepest = max(deepest, len(stack))
+        elif stack:
+            stack.pop()
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        spectra.slq(op, key=jax.random.key(0), num_steps=4, num_probes=2)
+    finally:
+        sys.setprofile(before)
+    functions = [name for _, name in seen if not name.rpartition(".")[2].startswith("__")]
+    files = sorted({str(Path(file).relative_to(ROOT)) for file, _ in seen})
+    assert len(files) <= 21, files
+    assert len(functions) <= 150, sorted(functions)
+    assert deepest <= 14
