@@ -17,7 +17,6 @@ from spectra.base.errors import Status
 from spectra.base.progress import Progress
 from spectra.base.trees import PyTree
 from spectra.krylov import storage, wanted
-from spectra.krylov import wanted as missing
 from spectra.krylov.band import Band
 from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import check_start
@@ -75,7 +74,7 @@ class EigenRun:
         self.converged, self.budget, self.done = False, 0, False
         self.copies = self.extended = 0  # missed copies found so far
         self.allowed = 0  # products that a search may go up to
-        self.search: missing.Search | None = None  # the one under way
+        self.search: wanted.Search | None = None  # the one under way
         self.goal = 0  # products at which to look at the residuals
         self.row: int | None = None  # on the way there
         self.part = 1  # products between two looks at the clock
@@ -194,7 +193,7 @@ class EigenRun:
             return False
         for name in FIELDS:
             setattr(self, name, known[name])
-        self.search = known["search"] and missing.Search.of(known["search"])
+        self.search = known["search"] and wanted.Search.of(known["search"])
         self.history = [(count, error) for count, error in self.history]
         self.bar.update(self.band.num_matvecs)
         return True
