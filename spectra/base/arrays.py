@@ -5,6 +5,7 @@ sum products do it in full precision, whatever `jax_default_matmul_precision` is
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
 # The one place where JAX is called through signatures that are partly unknown.
 
 from collections.abc import Sequence

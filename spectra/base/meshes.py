@@ -160,13 +160,14 @@ def _kind(parameter: inspect.Parameter) -> tuple[type, bool] | None:
 
 def _number(name: str, value: Any, kind: type, may_be_none: bool) -> Any:
     """A number of a user's: 64, of any type that stands for it, 64.0 among them, where a whole one is due."""
+    given = value
     if isinstance(value, Tracer):
-        return value
+        return given
     if not isinstance(value, bool | str | bytes):
         with contextlib.suppress(TypeError, ValueError):
             if kind is int:
-                whole = isinstance(value, float | np.floating) and cast("Any", value).is_integer()
-                return int(cast("Any", value)) if whole else operator.index(value)
+                whole = isinstance(value, float | np.floating) and given.is_integer()
+                return int(given) if whole else operator.index(given)
             if np.ndim(value) == 0:
                 float(value)
                 return value

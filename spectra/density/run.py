@@ -193,7 +193,7 @@ class ProbeRun:
         the two.
         """
         indices = np.asarray(probes if batched else probes[0], np.int32)
-        options = {"num_steps": num_steps, "batched": batched, "keep_basis": self.keep_basis}
+        options: dict[str, Any] = {"num_steps": num_steps, "batched": batched, "keep_basis": self.keep_basis}
         with self._at_home():
             layout = self.layout.anonymous()
             if layout.mesh is not None:
@@ -261,7 +261,7 @@ def _draw(layout: Layout, key: jax.Array, index: Any) -> PyTree:
 
 
 @partial(jax.jit, static_argnames="layout")
-def _draw_several(layout: Layout, key: jax.Array, indices: jax.Array) -> PyTree:
+def _draw_several(layout: Layout, key: jax.Array, indices: arrays.Indices) -> PyTree:
     return jax.vmap(partial(_draw, layout, key))(indices)
 
 

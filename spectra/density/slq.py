@@ -151,11 +151,11 @@ def slq(
     """
     if tol is not None and not 0 < tol < 1:
         raise SpectraError(f"tol={tol} is a share of the spectral range: use a number in (0, 1).")
-    rest = (num_probes, tol, probe_batch)
+    options: dict[str, Any] = {"num_probes": num_probes, "tol": tol, "probe_batch": probe_batch}
+    options |= {"basis": basis, "basis_dtype": basis_dtype}
     watched = contextlib.nullcontext()
     if checkpoint is not None:
         checkpoint, watched = Checkpoint.of(checkpoint), _signals.watching()
-    places: dict[str, Any] = {"basis": basis, "basis_dtype": basis_dtype}
     if isinstance(op, Mapping):
         if deflate is not None:
             raise SpectraError("deflate belongs to one operator: call slq for each of them.")
@@ -166,37 +166,37 @@ def slq(
                     block,
                     jax.random.fold_in(key, i),
                     min(num_steps, block.size),
-                    *rest,
                     bar,
                     apart=True,
                     checkpoint=checkpoint and checkpoint.child(name),
-                    **places,
+                    **options,
                 )
                 for i, (name, block) in enumerate(op.items())
             }
     more = int(deflate) if _is_number(deflate) else 0
     with watched, Progress(progress, num_steps * num_probes + more) as bar:
-        return _one(op, key, num_steps, *rest, bar, deflate=deflate, checkpoint=checkpoint, **places)
+        return _one(op, key, num_steps, bar, deflate=deflate, checkpoint=checkpoint, **options)
 
 
 def _one(
     op: LinearOperator,
     key: jax.Array,
     num_steps: int,
+    bar: Progress,
+    *,
     num_probes: int,
     tol: float | None,
     probe_batch: int | None,
-    bar: Progress,
-    *,
-    apart: bool = False,
+    basis: str,
+    basis_dtype: Any,
+    checkpoint: Checkpoint | None,
     deflate: Eigenpairs | int | None = None,
-    checkpoint: Checkpoint | None = None,
-    basis: str = "inherit",
-    basis_dtype: Any = None,
+    apart: bool = False,
 ) -> Quadrature:
+    """The measure of one operator. `apart`: with a recurrence that serves all operators of its size."""
     place, keep = place_basis(op, basis, basis_dtype), basis != "none"
-    options: dict[str, Any] = {"num_probes": num_probes, "probe_batch": probe_batch, "keep_basis": keep}
-    plan = estimate(op, place, num_steps=num_steps, **options)
+    sizes: dict[str, Any] = {"num_steps": num_steps, "num_probes": num_probes, "probe_batch": probe_batch}
+    plan = estimate(op, place, **sizes, keep_basis=keep)
     if trees.is_traced((op, key)):
         if tol is not None or deflate is not None or checkpoint is not None:
             raise SpectraError(
