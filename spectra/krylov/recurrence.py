@@ -66,10 +66,10 @@ def init(layout: Layout, v0: PyTree, num_steps: int, *, keep_basis: bool = True)
         alive=jnp.ones((), bool),
         second_passes=jnp.zeros((), jnp.int32),
     )
-    return _place(layout, state)
+    return placed(layout, state)
 
 
-def _place(layout: Layout, state: LanczosState) -> LanczosState:
+def placed(layout: Layout, state: LanczosState) -> LanczosState:
     """Vectors and rows where the layout has them, and numbers on every device."""
     if layout.mesh is None:
         return state
@@ -146,7 +146,7 @@ def run(
         if known is not None:
             state = _cleared(i, state, *_clear(layout, known, state.current))
         w = layout.pack(op.mv(layout.unpack(state.current)))
-        return _place(layout, absorb(i, w, state))
+        return placed(layout, absorb(i, w, state))
 
     # The counter is not batched, so `lax.cond` on it stays a branch under vmap.
     body = jax.vmap(one, in_axes=(None, 0)) if batched else one
@@ -199,7 +199,7 @@ def _absorb_one(
     layout: Layout, i: int | jax.Array, w: Panels, state: LanczosState, batched: bool = False
 ) -> LanczosState:
     def one(i: int | jax.Array, w: Panels, state: LanczosState) -> LanczosState:
-        return _place(layout, absorb(i, w, state))
+        return placed(layout, absorb(i, w, state))
 
     return (jax.vmap(one, in_axes=(None, 0, 0)) if batched else one)(i, w, state)
 
