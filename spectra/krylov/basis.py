@@ -60,7 +60,7 @@ def zeros(layout: Layout, num_rows: int) -> Basis:
     return tuple(layout.place([jnp.zeros(*shape) for shape in shapes]) for _ in range(count))
 
 
-def put(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
+def put(basis: Basis, row: jax.Array | int, vector: Panels, layout: Layout) -> Basis:
     """The basis with `vector` in `row`, in place where donated: that row alone is written, nothing is copied.
 
     By platform, since no one form is right on all. `put_by_branch` copies segments in a program for a GPU,
@@ -68,10 +68,11 @@ def put(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
     read, chosen and written back, which is in place on a GPU and a CPU, doubles the memory of a TPU.
     """
     gpus = dict.fromkeys(("cuda", "rocm"), put_by_scatter)
-    return lax.platform_dependent(basis, row, vector, default=put_by_branch, **gpus)
+    by_branch = functools.partial(put_by_branch, layout=layout)
+    return lax.platform_dependent(basis, row, vector, default=by_branch, **gpus)
 
 
-def put_by_branch(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
+def put_by_branch(basis: Basis, row: jax.Array | int, vector: Panels, layout: Layout) -> Basis:
     """`put` with one conditional a segment: a `lax.switch` over all copies the basis on a CPU.
 
     One row has its numbers in the same places wherever its axis of length one comes. From there libtpu
@@ -81,11 +82,10 @@ def put_by_branch(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
     size = basis[0][0].shape[1]
 
     def write(segment: Panels) -> Panels:
-        pairs = [
-            (arrays.in_order(rows), x.astype(rows.dtype)) for rows, x in zip(segment, vector, strict=True)
-        ]
+        segment = layout.in_order(segment)
+        pairs = [(rows, x.astype(rows.dtype)) for rows, x in zip(segment, vector, strict=True)]
         put: Panels = [lax.dynamic_update_index_in_dim(rows, x[:, None], row % size, 1) for rows, x in pairs]
-        return [arrays.in_order(rows) for rows in put]
+        return layout.in_order(put)
 
     return tuple(
         lax.cond(row // size == i, write, lambda segment: segment, segment) for i, segment in enumerate(basis)
@@ -171,11 +171,14 @@ def summed(blocks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     return sums[:-1], sums[-1]
 
 
-def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int) -> Panels:
+def subtract(
+    basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int, layout: Layout
+) -> Panels:
     """v - Q^T c over the first `filled` rows. Reads them once."""
 
     def first(count: int, segments: Basis, coefficients: jax.Array, vector: Panels) -> Panels:
-        panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
+        read = [layout.in_order(segment) for segment in segments[:count]]  # see `put_by_branch`
+        panels = [[segment[i] for segment in read] for i in range(len(vector))]
         return [_subtract(rows, coefficients, x) for rows, x in zip(panels, vector, strict=True)]
 
     def program(
@@ -240,7 +243,7 @@ def _subtract(segments: list[jax.Array], coefficients: jax.Array, x: jax.Array) 
     The sum over rows is written out: XLA fuses it, where a contraction over the row axis makes the CPU
     backend transpose the segment (30 times slower).
     """
-    for rows, c in zip(map(arrays.in_order, segments), coefficients, strict=False):
+    for rows, c in zip(segments, coefficients, strict=False):
         for r in range(rows.shape[1]):
             x = x - c[r].astype(x.dtype) * rows[:, r].astype(x.dtype)
     return x

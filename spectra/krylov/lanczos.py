@@ -278,7 +278,7 @@ def _absorb(layout: Layout, state: Steps, product: PyTree) -> Steps:
     before, steps = state.lanczos, state.alpha.shape[0]
     room = state.done < steps
     count, rows = _basis.segments(steps)
-    after = absorb(jnp.where(room, state.done, count * rows), layout.pack(product), before)
+    after = absorb(layout, jnp.where(room, state.done, count * rows), layout.pack(product), before)
     kept = [dataclasses.replace(one, basis=()) for one in (after, before)]
     chosen = jax.tree.map(partial(jnp.where, room), *kept)
     return Steps(placed(layout, dataclasses.replace(chosen, basis=after.basis)), state.done + room)
