@@ -100,7 +100,7 @@ def orthogonalization() -> dict[str, tuple[float, float]]:
 
     @jax.jit
     def passes(rows, w):
-        return jax.lax.fori_loop(0, m, lambda i, w: orthogonalize(rows, w, i + 1)[0], w)
+        return jax.lax.fori_loop(0, m, lambda i, w: orthogonalize(rows, w, i + 1, result.layout)[0], w)
 
     packed = result.layout.pack(v0)
     functions = {

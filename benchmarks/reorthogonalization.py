@@ -24,11 +24,11 @@ def tree(n: int, leaves: int):
     return {f"leaf{i:03}": part for i, part in enumerate(jnp.split(flat, edges[:-1]))}
 
 
-@jax.jit
-def passes(rows, w):
+@functools.partial(jax.jit, static_argnames="layout")
+def passes(rows, w, layout):
     """One orthogonalisation at each fill from 1 to all rows."""
     m = sum(segment[0].shape[1] for segment in rows)
-    return jax.lax.fori_loop(0, m, lambda i, w: orthogonalize(rows, w, i + 1)[0], w)
+    return jax.lax.fori_loop(0, m, lambda i, w: orthogonalize(rows, w, i + 1, layout)[0], w)
 
 
 def main(settings: Settings) -> Report:
@@ -45,7 +45,7 @@ def main(settings: Settings) -> Report:
         runs[leaves] = result
         packed = result.layout.pack(v0)
         contestants[f"run, {leaves}"] = lambda op=op, v0=v0: spectra.lanczos(op, v0, m).segments
-        contestants[f"passes, {leaves}"] = lambda rows=result.segments, w=packed: passes(rows, w)
+        contestants[f"passes, {leaves}"] = functools.partial(passes, result.segments, packed, result.layout)
     note = "matfree is not installed: left out"
     try:
         from matfree import decomp

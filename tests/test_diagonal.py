@@ -277,6 +277,19 @@ def test_inside_jit_a_program_does_not_grow_with_the_probes():
     assert short.count("\n") == long.count("\n")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["xdiag", "xnysdiag", "xtrace", "xnystrace"])
+def test_inside_jit_a_program_with_a_sketch_does_not_grow_with_the_probes(method):
+    op = spectra.MatrixOperator(jnp.eye(256))
+    estimate = spectra.diagonal if "diag" in method else spectra.trace
+
+    def lines(count):
+        fn = jax.jit(lambda op, key: estimate(op, key=key, method=method, num_matvecs=count).value)
+        return fn.lower(op, KEY).as_text().count("\n")
+
+    assert lines(64) == lines(24)
+
+
 @partial(jax.jit, static_argnums=2)
 def few(matrices, keys, count):
     def one(a, key):

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from children import answer
 
+from benchmarks.aot.programs import PRODUCTS
+from spectra.krylov.plan import SHARING
+
 ROWS = 24  # of the basis for 20 steps, in segments of 8
 
 PROGRAM = """
@@ -189,8 +192,19 @@ def test_the_tpu_compiler_keeps_to_the_floor_of_bytes(layout):
 @needs_libtpu
 def test_a_step_on_a_tpu_holds_the_basis_once():
     """Rows stay where they are: without being told their order, libtpu 0.0.42 holds the basis twice."""
-    figures = compiled_for("tpu", program="step", topology="v5e:4x4", size="small", steps=20)
+    case = {"topology": "v5e:4x4", "size": "small", "precision": "default"}  # which compiles fastest
+    figures = compiled_for("tpu", program="step", steps=20, **case)
     assert figures["temporary"] < figures["rows"] * figures["numbers_a_chip"]  # a quarter of the basis
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_no_chip_gathers_the_basis():
+    """64 chips: there libtpu 0.0.42 gathers what it is told the order of. Each is told of its own part."""
+    case = {"topology": "v5p:4x4x4", "size": "3e5", "layout": "spread", "steps": 20}
+    figures = compiled_for("tpu", program="orthogonalize", **case)
+    assert figures["collectives"] == {"all-reduce": [3, 4 * (2 * (figures["rows"] + 1) + 1), 100]}
+    assert figures["temporary"] < figures["rows"] * figures["numbers_a_chip"]
 
 
 @needs_cuda
@@ -229,6 +243,26 @@ def test_a_step_on_eight_gpus_gathers_twice_what_the_gradient_does():
     assert step["collectives"]["all-gather"][1] <= 2 * gradient["collectives"]["all-gather"][1]
     # One gather may be of a weight and of the vector's part.
     assert step["collectives"]["all-gather"][2] <= 2 * gradient["collectives"]["all-gather"][2]
+
+
+@pytest.fixture(scope="module")
+def gradient_on_eight():
+    return compiled_for("gpu", program="gradient", topology="h100:8", size="small")["collectives"]
+
+
+@pytest.mark.slow
+@needs_cuda
+@pytest.mark.parametrize("program", ["iteration", "diagonal, signs", "funm, vectors", "solve, sides"])
+def test_programs_of_several_products_on_eight_gpus(program, gradient_on_eight):
+    """A loop of one's own, a batch of probes, blocks of vectors: no copy, no gather of a whole vector."""
+    figures = compiled_for("gpu", program=program, topology="h100:8", size="small", steps=20)
+    assert figures["copies"] == 0
+    assert "kConditional" not in figures["on_host"]
+    _, moved, largest = figures["collectives"]["all-gather"]
+    _, own, own_largest = gradient_on_eight["all-gather"]
+    assert moved <= 2 * own * PRODUCTS.get(program, 1)
+    # Four vectors at once gather their parts together, each no more than the gradient gathers of weights.
+    assert largest <= (2 if program == "iteration" else SHARING) * own_largest
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ def orthogonal(rows, vector):
     layout = Layout.leafwise(jax.ShapeDtypeStruct(vector.shape, vector.dtype))
     kept = basis.zeros(layout, ROWS)
     for i in range(ROWS):
-        kept = basis.put(kept, i, layout.pack(rows[i]))
-    new, norm, _, total, repeated = orthogonalize(kept, layout.pack(vector), ROWS)
+        kept = basis.put(kept, i, layout.pack(rows[i]), layout)
+    new, norm, _, total, repeated = orthogonalize(kept, layout.pack(vector), ROWS, layout)
     return layout.unpack(new), norm, total, repeated
 
 

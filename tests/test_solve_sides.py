@@ -11,7 +11,7 @@ from cases import N, rotation, slow_but
 
 import spectra
 from spectra import Status
-from spectra.krylov import linear_block, linear_run
+from spectra.krylov import linear_block, linear_run, plan
 from spectra.krylov.linear_state import Mode
 from spectra.krylov.linear_step import absorb
 
@@ -62,6 +62,38 @@ def test_right_hand_sides_that_depend_on_each_other_are_no_breakdown(x64):
     np.testing.assert_allclose(
         inside.x, found.x, rtol=0, atol=2 * 1e3 * 1e-8 * np.linalg.norm(b, axis=0).max()
     )
+
+
+@pytest.fixture
+def pairs(monkeypatch):
+    """An accelerator that two vectors fill."""
+    monkeypatch.setattr(plan, "_BATCH_NUMBERS", 2 * N)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def test_products_of_a_block_come_in_equal_parts_that_fill_a_device(pairs):
+    op = spectra.MatrixOperator(jnp.eye(N))
+    assert [plan.choose_together(op, count) for count in (1, 2, 3, SIDES, 64)] == [1, 2, 2, 2, 2]
+    op = spectra.MatrixOperator(jnp.eye(N // 2))  # four of these
+    assert [plan.choose_together(op, count) for count in (4, SIDES, 9)] == [4, 3, 3]
+
+
+def test_products_of_a_block_are_all_at_once_on_a_cpu():
+    assert plan.choose_together(spectra.MatrixOperator(jnp.eye(N)), SIDES) == SIDES
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("pairs")
+def test_blocks_whose_products_come_in_parts(x64):
+    """Three parts, of two, two and one."""
+    a, b = matrix(), columns()
+    op = spectra.MatrixOperator(jnp.asarray(a))
+    found = spectra.solve(op, b, tol=1e-8, max_matvecs=3 * N, method="cg")
+    assert relative(a @ np.asarray(found.x) - b, b) <= 1e-8
+    root = spectra.funm(op, "sqrt", b, bounds=(0.999e-3, 1.001), tol=1e-6)
+    values = np.geomspace(1.0, 1e-3, N)
+    truth = rotation(N, 0) * np.sqrt(values) @ rotation(N, 0).T @ b
+    assert (np.linalg.norm(root.value - truth, axis=0) <= root.error_bound).all()
 
 
 def test_each_goes_on_by_itself_where_the_curvature_is_not_positive(x64):

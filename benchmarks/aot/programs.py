@@ -18,17 +18,22 @@ import spectra
 from benchmarks import problems
 from benchmarks.aot import model
 from benchmarks.aot.hlo import Program
+from spectra.estimators import blocks, entrywise, hutchinson, low_rank
 from spectra.krylov import band, linear_run, recurrence
 from spectra.krylov import basis as _basis
+from spectra.krylov.band_block import chain_block
+from spectra.krylov.lanczos import Steps
 from spectra.krylov.layout import Layout
 from spectra.krylov.linear_block import begin_block
+from spectra.krylov.plan import SHARING
 from spectra.krylov.step import orthogonalize
 from spectra.operators import base, differentiate
 
 REPEATS = 10
 NETWORKS = {"mlp": problems.mlp, "transformer": problems.transformer}  # as they are, on one device
 WIDTH, HEADS = 64, 4  # of attention alone
-SIDES = 4  # right-hand sides at once
+SIDES = 16  # right-hand sides, or vectors, of one block
+PROBES = 8  # of a trace
 GPU_BLOCKS = (1024, 1024)
 """What `spectra.attention` takes by itself on a card for so few heads; the compiler runs on a CPU."""
 
@@ -96,6 +101,14 @@ class Setting:
         return self.whole(jax.ShapeDtypeStruct((), jnp.int32))
 
     @property
+    def key(self):
+        return self.whole(jax.eval_shape(jax.random.key, 0))
+
+    def numbers(self, count: int):
+        """Of probes."""
+        return self.whole(jax.ShapeDtypeStruct((count,), jnp.int32))
+
+    @property
     def op(self) -> spectra.HessianOperator:
         case = self.case
         if case.program == "attention":
@@ -147,18 +160,21 @@ def _orthogonalize(s: Setting):
 
     @jax.jit
     def placed(basis, vector, filled):  # as in a step: where the result lies is not the partitioner's choice
-        vector, *rest = orthogonalize(basis, vector, filled)
+        vector, *rest = orthogonalize(basis, vector, filled, layout)
         return layout.place(vector), rest
 
     return placed.lower(s.basis, s.placed(layout.panels), s.counter)
 
 
-def _step(s: Setting):
+def _state(s: Setting) -> recurrence.LanczosState:
     shapes = jax.eval_shape(partial(recurrence.init, s.layout, num_steps=s.case.steps), s.like)
-    state = dataclasses.replace(
+    return dataclasses.replace(
         s.whole(shapes), basis=s.basis, current=s.placed(shapes.current), previous=s.placed(shapes.previous)
     )
-    return recurrence._run_chunk.lower(s.op, s.layout, state, s.counter, s.counter)
+
+
+def _step(s: Setting):
+    return recurrence._run_chunk.lower(s.op, s.layout, _state(s), s.counter, s.counter)
 
 
 def _bare(s: Setting):
@@ -217,7 +233,50 @@ def _block(s: Setting):
     """A step of `solve` with several right-hand sides in one Krylov space."""
     b, problem, _ = _sides(s, SIDES)
     state = problem, jax.eval_shape(begin_block, problem)
-    return linear_run._block_chunk.lower(s.op, *_beside(s, b, state), s.counter)
+    return linear_run._block_chunk.lower(s.op, *_beside(s, b, state), s.counter, SHARING)
+
+
+def _forms(s: Setting):
+    """Quadratic forms of Hutchinson's trace; where its zeros come to lie is the compiler's choice."""
+    free = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), s.like)
+    unit = jax.ShapeDtypeStruct((), jnp.float32)
+    pairs = blocks.Pairs(s.like, s.like, unit, unit)
+    sums = jax.ShapeDtypeStruct((len(jax.tree.leaves(free)),), jnp.float32)
+    carried = hutchinson.Carried(unit, pairs, hutchinson.Spread(free, free, sums))
+    return hutchinson._forms.lower(s.op, s.key, s.numbers(PROBES), carried, "rademacher", SHARING)
+
+
+def _sketch(s: Setting):
+    """Probes of XTrace, their images, an orthonormal basis of these and its images."""
+    unit = jax.ShapeDtypeStruct((), jnp.float32)
+    options = {"start": 0, "stop": PROBES, "kind": "normal", "project": True, "grouped": False}
+    return low_rank._grow_compiled.lower(s.op, s.key, None, unit, batch=SHARING, **options)
+
+
+def _entries(s: Setting):
+    """A batch of signs of Hutchinson's diagonal, behind others."""
+    unit = jax.ShapeDtypeStruct((), jnp.float32)
+    pairs = blocks.Pairs(s.like, s.like, unit, unit)
+    state = (s.like,) * 3
+    return entrywise._step.lower(s.op, s.key, s.numbers(SHARING), state, unit, pairs, "rademacher")
+
+
+def _iteration(s: Setting):
+    """A loop of one's own around `LanczosIteration`."""
+    iteration = spectra.LanczosIteration(s.op, s.case.steps)
+    state = Steps(_state(s), s.counter)
+
+    @partial(jax.jit, donate_argnames="state")
+    def steps(op, state, count):
+        return lax.fori_loop(0, count, lambda _, state: iteration.step(op, state), state)
+
+    return steps.lower(s.op, state, s.counter)
+
+
+def _chain_block(s: Setting):
+    """A step of `funm` with several vectors that share a Krylov space."""
+    size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(s.like))
+    return chain_block.lower(s.op, s.layout, size, _band(s), s.counter, s.counter, SIDES, SHARING)
 
 
 PROGRAMS: dict[str, Callable[[Setting], jax.stages.Lowered]] = {
@@ -233,14 +292,30 @@ PROGRAMS: dict[str, Callable[[Setting], jax.stages.Lowered]] = {
     "restart": _restart,
     "solve": _solve,
     "solve, sides": _block,
+    "funm, vectors": _chain_block,
+    "trace, signs": _forms,
+    "trace, sketch": _sketch,
+    "diagonal, signs": _entries,
+    "iteration": _iteration,
 }
-STEPWISE = ("step", "bare step", "chain", "solve", "solve, sides")  # what counts is one trip of their loop
+STEPWISE = ("step", "bare step", "chain", "solve", "solve, sides", "funm, vectors", "iteration")
+"""Those of which one trip of their loop counts."""
+PRODUCTS = {
+    "trace, signs": PROBES,
+    "trace, sketch": 2 * PROBES,
+    "diagonal, signs": SHARING,
+    "funm, vectors": SIDES,
+    "solve, sides": SIDES,
+}
+"""Products of what takes several."""
 
 
 def figures(
     case: Case, mesh: Mesh, keep: str | None = None, more: Callable[[Path, Program], dict] | None = None
 ) -> dict:
     """Compile a case; its figures for one device, and what `more` reads from the folder of the compiler's."""
+    if mesh.size > 1:  # where there are several devices, random vectors are drawn as they will be split
+        jax.config.update("jax_num_cpu_devices", 2)
     setting = Setting(case, mesh)
     clock, cpu = time.perf_counter(), time.process_time()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # `explicit_axes` looks for it

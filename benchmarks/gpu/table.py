@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from benchmarks.aot import text
+from benchmarks.aot.programs import PRODUCTS
 from benchmarks.gpu.cards import CARDS
 
 INTRODUCTION = """\
@@ -44,16 +45,35 @@ segment at a time (1.32 times the floor, for 1e6 parameters on one card).
 """
 REST = """\
 `chain` is one step of `eigsh` with 88 rows of a basis, `restart` what combines them all into new ones,
-`solve` one product of a linear system, in any of its modes, `solve, sides` of four right-hand sides that
-share a Krylov space, `attention` a Hessian product through causal `spectra.attention` of 8192 positions, four
-heads of 16. The floor of a restart is one read and one write of the basis.
+`solve` one product of a linear system, in any of its modes, `attention` a Hessian product through causal
+`spectra.attention` of 8192 positions, four heads of 16. The floor of a restart is one read and one write of
+the basis.
 
-Off a CPU `solve` computes all that a product may be followed by and chooses, with one preconditioner product.
-As branches it was four conditionals that reached the host on eight cards, each with a sum over them inside,
-and more bytes: 11.5 GB for the 10.9 on one card, since a branch copies what it passes on.
+Off a CPU `solve` computes all that a product may be followed by and chooses, with one preconditioner
+product. As branches it was four conditionals that reached the host on eight cards, each with a sum over
+them inside, and more bytes: 11.5 GB for the 10.9 on one card, since a branch copies what it passes on.
 
-Attention takes blocks of 1024 positions on a card, of which 36 pairs are visible. With the blocks of 128 that
-are made for a CPU's cache, 2,080 pairs of them, it was 333,978 kernels and 80.8 GB.
+Attention takes blocks of 1024 positions on a card, of which 36 pairs are visible. With the blocks of 128
+that are made for a CPU's cache, 2,080 pairs of them, it was 333,978 kernels and 80.8 GB.
+"""
+
+MANY = """\
+`iteration` is a step of a loop of one's own around `LanczosIteration`, m = 100. The others take several
+products, four side by side, as the package does by itself where a product evaluates the loss again, as
+under `jax.checkpoint`: `trace, signs` eight probes of Hutchinson's trace, `trace, sketch` the sixteen
+products of XTrace with eight probes, `diagonal, signs` a batch of the diagonal, `funm, vectors` and `solve,
+sides` a step of sixteen vectors that share a Krylov space (of the rows that a step of `funm` appends, one
+is counted).
+
+What four vectors gather at once is more than twice the largest gather of the gradient, and 1.33 times that
+of one product. It is so for any number of vectors, each of which gathers less than it would alone: the
+parameters are gathered once for four. Before, all right-hand sides of a block were multiplied at once, up
+to 64 of them.
+
+Before, too, a step of `LanczosIteration` on eight cards gathered a whole vector (118 MB), copied nine
+segments of the basis and left four conditionals to the host, since nothing said where its result lies and a
+conditional was around all of it; and what sets the unit of an estimator's products was a conditional on the
+host.
 """
 
 
@@ -72,7 +92,10 @@ def page(known: dict) -> str:
     parts += ["", "## Gradients and products", ""]
     parts += table(of("gradient", "product"), PRODUCT_COLUMNS)
     parts += ["", "## Eigenpairs, attention, linear systems", "", REST]
-    parts += table(of("chain", "restart", "attention", "solve", "solve, sides"), REST_COLUMNS)
+    parts += table(of("chain", "restart", "attention", "solve"), REST_COLUMNS)
+    parts += ["", "## Several products, and steps of one's own", "", MANY]
+    parts += table(of("iteration", *PRODUCTS), REST_COLUMNS)
+    parts += ["", *shares(known)]
     return "\n".join(parts) + "\n"
 
 
@@ -187,4 +210,20 @@ def checks(known: dict) -> list[str]:
         gradient = text.partner(known, step, "gradient")
         if gradient:
             lines.append(f"* {step['topology']}, {step['size']}: {text.gathers(step, gradient)}")
+    return lines
+
+
+def shares(known: dict) -> list[str]:
+    """What programs of several products gather for one of them, in what the gradient gathers."""
+    lines = []
+    for r in known.values():
+        gradient = text.partner(known, r, "gradient") if r["program"] in ("iteration", *PRODUCTS) else None
+        if gradient is None or "failed" in r:
+            continue
+        (_, total, largest), (_, own, own_largest) = (x["collectives"]["all-gather"] for x in (r, gradient))
+        products = PRODUCTS.get(r["program"], 1)
+        lines.append(
+            f"* {r['topology']}, {r['program']}: {total / own / products:.2f} times the all-gather bytes of "
+            f"the gradient for a product, and {largest / own_largest:.2f} times its largest gather."
+        )
     return lines

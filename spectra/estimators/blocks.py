@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from spectra.base import arrays, trees
 from spectra.base.stacks import combine, concatenate, gram, inner, length, row_dots, rows, subtract
 from spectra.base.trees import PyTree
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, in_batches
 
 PROBES = ("rademacher", "normal")
 JITTER = 4.0
@@ -56,21 +55,15 @@ def in_unit(stack: PyTree, unit: jax.Array) -> tuple[PyTree, jax.Array]:
     """Products in a unit in which their squares are numbers, and that unit: a power of two, which is exact.
 
     `unit` is the one of the products before, or 0: then it is set by the largest entry, if there is any.
+
+    That is looked for in every case: of a conditional with a reduction between GPUs the host decides.
     """
-
-    def first(stack: PyTree) -> jax.Array:
-        size = trees.largest(stack)
-        return jnp.where(size > 0, trees.power_of_two(size), 0)
-
-    unit = lax.cond(unit > 0, lambda _: unit, first, stack)
+    size = trees.largest(stack)
+    unit = jnp.where(unit > 0, unit, jnp.where(size > 0, trees.power_of_two(size), 0))
     return trees.scale(1 / jnp.where(unit > 0, unit, 1), stack), unit
 
 
-@partial(jax.jit, static_argnames="batch")
-def _products(op: LinearOperator, stack: PyTree, batch: int) -> PyTree:
-    # `lax.map` puts the results of batches together by a reshape, which leaves without numbers refuse.
-    plain = batch == 1 or any(x.size == 0 for x in jax.tree.leaves(stack))
-    return lax.map(op.mv, stack, batch_size=None if plain else batch)
+_products = jax.jit(in_batches, static_argnames="batch")
 
 
 def products(op: LinearOperator, stack: PyTree, batch: int) -> PyTree:

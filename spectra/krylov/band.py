@@ -60,10 +60,10 @@ def append(layout: Layout, state: BandState, vector: PyTree) -> tuple[BandState,
     w = trees.scale(1 / step.norm(w), w)
     column, rest = jnp.zeros(len(state.coefficients), state.scale.dtype), 1.0
     for _ in range(2):  # a random vector may lie almost in the span of the rows
-        w, size, _, part, _ = orthogonalize(state.basis, w, state.filled)
+        w, size, _, part, _ = orthogonalize(state.basis, w, state.filled, layout)
         w = trees.scale(1 / size, w)
         column, rest = column + rest * part, rest * size
-    basis = _basis.put(state.basis, state.filled, w)
+    basis = _basis.put(state.basis, state.filled, w, layout)
     column = column.at[state.filled].set(rest)
     return dataclasses.replace(state, basis=basis, filled=state.filled + 1), column
 
@@ -88,7 +88,7 @@ def absorb(
     unit = step.unit_of_step(state.scale == 0, w, state.scale)
     beta = jnp.where(previous >= 0, state.coefficients[row, previous], 0) / unit
     w, alpha = step.three_terms(w, q, p, beta, unit)
-    w, rest, _, total, _ = orthogonalize(state.basis, w, state.filled)
+    w, rest, _, total, _ = orthogonalize(state.basis, w, state.filled, layout)
     column = total.at[row].add(alpha).at[previous].add(beta)
     scale = jnp.maximum(state.scale / unit, jnp.sqrt(jnp.sum(column**2) + rest**2))
     new, alive = step.following(w, rest, scale, size, state.filled < size)
@@ -98,7 +98,7 @@ def absorb(
         jnp.arange(len(column)) == state.filled, jnp.where(jnp.isnan(rest), rest, kept), column
     )
     return BandState(
-        basis=_basis.put(state.basis, state.filled, new),
+        basis=_basis.put(state.basis, state.filled, new, layout),
         coefficients=state.coefficients.at[:, row].set(unit * column),
         filled=state.filled + alive,
         scale=unit * scale,

@@ -11,13 +11,14 @@ from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
 from spectra.krylov.band import Band, BandState, absorb
 from spectra.krylov.layout import Layout
-from spectra.operators.base import LinearOperator
+from spectra.krylov.plan import choose_together
+from spectra.operators.base import LinearOperator, in_batches
 
 _Carry = tuple[jax.Array, jax.Array, BandState]
 """Of `chain_block`: steps done, the first row without a product, the state."""
 
 
-@partial(jax.jit, static_argnames=("layout", "size", "width"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("layout", "size", "width", "together"), donate_argnames=("state",))
 def chain_block(
     op: LinearOperator,
     layout: Layout,
@@ -26,8 +27,11 @@ def chain_block(
     first: int | jax.Array,
     steps: int | jax.Array,
     width: int,
+    together: int,
 ) -> _Carry:
     """Process the rows from `first` on, at most `width`, then those that they led to: `steps` times in all.
+
+    So many products are taken `together`.
 
     Returns the steps done, fewer where nothing is left, the first row without a product, and the state.
     """
@@ -38,7 +42,7 @@ def chain_block(
 
     def one(carry: _Carry) -> _Carry:
         done, first, state = carry
-        products = jax.vmap(op.mv)(rows_from(layout, state, first, width))
+        products = in_batches(op, rows_from(layout, state, first, width), together)
         return done + 1, state.filled, absorb_rows(layout, size, state, first, products)
 
     return lax.while_loop(going, one, (jnp.int32(0), jnp.asarray(first, jnp.int32), state))
@@ -81,10 +85,12 @@ def run_block(
 ) -> tuple[jax.Array, BandState]:
     """All of `chain_block` from the first row, by control flow that can be differentiated both ways."""
 
+    together = choose_together(op, width)
+
     def one(_: jax.Array, carry: tuple[jax.Array, BandState]) -> tuple[jax.Array, BandState]:
         first, state = carry
         last = state.filled
-        products = jax.vmap(op.mv)(rows_from(layout, state, first, width))
+        products = in_batches(op, rows_from(layout, state, first, width), together)
 
         def absorbed(i: jax.Array, state: BandState) -> BandState:
             act = partial(_absorb_one, layout, op.size, products, first, last, first + i)
@@ -114,7 +120,8 @@ def extend_block(band: Band, steps: int, width: int) -> int:
             band.state = absorb_rows(layout, op.size, band.state, first, products)
             done, first = done + 1, last
     else:
-        taken, processed, band.state = chain_block(op, layout, op.size, band.state, first, steps, width)
+        numbers = first, steps, width, choose_together(op, width)
+        taken, processed, band.state = chain_block(op, layout, op.size, band.state, *numbers)
         done, first = int(taken), int(processed)
     band.grown(start, first)
     return done

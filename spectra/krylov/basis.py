@@ -60,7 +60,7 @@ def zeros(layout: Layout, num_rows: int) -> Basis:
     return tuple(layout.place([jnp.zeros(*shape) for shape in shapes]) for _ in range(count))
 
 
-def put(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
+def put(basis: Basis, row: jax.Array | int, vector: Panels, layout: Layout) -> Basis:
     """The basis with `vector` in `row`, in place where donated: that row alone is written, nothing is copied.
 
     By platform, since no one form is right on all. `put_by_branch` copies segments in a program for a GPU,
@@ -68,10 +68,11 @@ def put(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
     read, chosen and written back, which is in place on a GPU and a CPU, doubles the memory of a TPU.
     """
     gpus = dict.fromkeys(("cuda", "rocm"), put_by_scatter)
-    return lax.platform_dependent(basis, row, vector, default=put_by_branch, **gpus)
+    by_branch = functools.partial(put_by_branch, layout=layout)
+    return lax.platform_dependent(basis, row, vector, default=by_branch, **gpus)
 
 
-def put_by_branch(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
+def put_by_branch(basis: Basis, row: jax.Array | int, vector: Panels, layout: Layout) -> Basis:
     """`put` with one conditional a segment: a `lax.switch` over all copies the basis on a CPU.
 
     One row has its numbers in the same places wherever its axis of length one comes. From there libtpu
@@ -81,11 +82,10 @@ def put_by_branch(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
     size = basis[0][0].shape[1]
 
     def write(segment: Panels) -> Panels:
-        pairs = [
-            (arrays.in_order(rows), x.astype(rows.dtype)) for rows, x in zip(segment, vector, strict=True)
-        ]
+        segment = layout.in_order(segment)
+        pairs = [(rows, x.astype(rows.dtype)) for rows, x in zip(segment, vector, strict=True)]
         put: Panels = [lax.dynamic_update_index_in_dim(rows, x[:, None], row % size, 1) for rows, x in pairs]
-        return [arrays.in_order(rows) for rows in put]
+        return layout.in_order(put)
 
     return tuple(
         lax.cond(row // size == i, write, lambda segment: segment, segment) for i, segment in enumerate(basis)
@@ -171,14 +171,16 @@ def summed(blocks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     return sums[:-1], sums[-1]
 
 
-def subtract(basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int) -> Panels:
+def subtract(
+    basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int, layout: Layout
+) -> Panels:
     """v - Q^T c over the first `filled` rows. Reads them once."""
 
     def program(
         at_once: int, basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int
     ) -> Panels:
         for places, held in _groups(basis, at_once, filled):
-            branches = [functools.partial(_subtract, count) for count in range(len(basis[places]) + 1)]
+            branches = [functools.partial(_subtract, layout, count) for count in range(len(basis[places]) + 1)]
             vector = lax.switch(held, branches, basis[places], coefficients[places], vector)
         return vector
 
@@ -230,7 +232,9 @@ def _dots_jvp(
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _subtract(count: int, segments: Basis, coefficients: jax.Array, vector: Panels) -> Panels:
+def _subtract(
+    layout: Layout, count: int, segments: Basis, coefficients: jax.Array, vector: Panels
+) -> Panels:
     """v - Σ c_r q_r over all rows of the first `count` segments, in one sweep.
 
     The sum over rows is written out: XLA fuses it, where a contraction over the row axis makes the CPU
@@ -238,7 +242,7 @@ def _subtract(count: int, segments: Basis, coefficients: jax.Array, vector: Pane
     """
     left = list(vector)
     for segment, c in zip(segments[:count], coefficients, strict=False):
-        for i, rows in enumerate(map(arrays.in_order, segment)):
+        for i, rows in enumerate(layout.in_order(segment)):  # see `put_by_branch`
             for r in range(rows.shape[1]):
                 left[i] = left[i] - c[r].astype(left[i].dtype) * rows[:, r].astype(left[i].dtype)
     return left

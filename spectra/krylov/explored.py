@@ -82,9 +82,9 @@ def grow(
     the direction and for its product.
     """
     direction = _waiting(state.waiting, slot) if drawn is None else _packed(layout, drawn)
-    q = _unit(_orthogonal(state.basis, direction, state.filled))
+    q = _unit(_orthogonal(layout, state.basis, direction, state.filled))
     state, outside, form = _take_in(layout, state, q, multiply(op, _unpack(layout, q)))
-    rest = _orthogonal(state.basis, outside, state.filled)
+    rest = _orthogonal(layout, state.basis, outside, state.filled)
     return _open(layout, state, slot, q, rest, form, drawn is not None)
 
 
@@ -123,8 +123,8 @@ def _unit(rest: _Rest) -> Panels:
     return trees.scale(1 / _positive(rest.norm), rest.vector)
 
 
-@jax.jit
-def _orthogonal(basis: Basis, vector: Panels, filled: jax.Array) -> _Rest:
+@partial(jax.jit, static_argnames=("layout",))
+def _orthogonal(layout: Layout, basis: Basis, vector: Panels, filled: jax.Array) -> _Rest:
     """`step.orthogonalize` with its second pass, where there is one, as another turn of a loop.
 
     The host looks at every product, so that a loop which it has to decide on costs nothing here, and the
@@ -137,7 +137,7 @@ def _orthogonal(basis: Basis, vector: Panels, filled: jax.Array) -> _Rest:
     def one(carry: tuple[jax.Array, jax.Array, _Rest]) -> tuple[jax.Array, jax.Array, _Rest]:
         first, _, rest = carry
         column = _basis.dots(basis, rest.vector, filled)[0]
-        vector = _basis.subtract(basis, column, rest.vector, filled)
+        vector = _basis.subtract(basis, column, rest.vector, filled, layout)
         norm = jnp.sqrt(step.vdot(vector, vector))
         removed = jnp.vdot(column, column, precision=lax.Precision.HIGHEST)
         again = first & (removed > (step.REPEAT * norm) ** 2)
@@ -158,7 +158,7 @@ def _take_in(
     unit = jnp.where(state.unit > 0, state.unit, trees.power_of_two(trees.largest(w)))
     w = trees.scale(1 / unit, w)
     form = step.vdot(q, w)
-    basis = _basis.put(state.basis, state.filled, q)
+    basis = _basis.put(state.basis, state.filled, q, layout)
     state = dataclasses.replace(state, basis=basis, filled=state.filled + 1, unit=unit)
     return state, trees.axpy(-form, q, w), form
 
@@ -181,7 +181,7 @@ def _open(
     known = jnp.zeros_like(column).at[state.origin].add(jnp.where(led, along, 0))
     unknown = state.dropped | (jnp.arange(len(column)) == row)
     odd = jnp.where(unknown, 0, jnp.abs(column - known))
-    waiting = _basis.put(_without(state.waiting, q, along), slot, rest.vector)
+    waiting = _basis.put(_without(state.waiting, q, along), slot, rest.vector, layout)
     state = dataclasses.replace(
         state,
         waiting=waiting,

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
-from spectra.krylov.layout import Layout, Panels
+from spectra.krylov import basis as _basis
+from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import (
     CHUNK,
     LanczosState,
@@ -23,6 +23,7 @@ from spectra.krylov.recurrence import (
     check_start,
     check_steps,
     init,
+    placed,
     run,
 )
 from spectra.operators.arithmetic import outside_loops
@@ -268,11 +269,19 @@ def _vector(layout: Layout, state: Steps) -> PyTree:
 
 @partial(jax.jit, static_argnames="layout")
 def _absorb(layout: Layout, state: Steps, product: PyTree) -> Steps:
-    def one(state: Steps, w: Panels) -> Steps:
-        return Steps(absorb(state.done, w, state.lanczos), state.done + 1)
+    """The state after the next step, or, where there is no room for one, the same.
 
-    room = state.done < state.alpha.shape[0]
-    return lax.cond(room, one, lambda state, _: state, state, layout.pack(product))
+    Then the step is made for a row behind the last one, which no basis has, and its numbers are left. A
+    conditional around it would hold reductions between devices, on which between GPUs the host decides, and
+    copy the basis under `vmap`.
+    """
+    before, steps = state.lanczos, state.alpha.shape[0]
+    room = state.done < steps
+    count, rows = _basis.segments(steps)
+    after = absorb(layout, jnp.where(room, state.done, count * rows), layout.pack(product), before)
+    kept = [dataclasses.replace(one, basis=()) for one in (after, before)]
+    chosen = jax.tree.map(partial(jnp.where, room), *kept)
+    return Steps(placed(layout, dataclasses.replace(chosen, basis=after.basis)), state.done + room)
 
 
 @partial(jax.jit, static_argnames="layout")

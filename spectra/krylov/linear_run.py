@@ -27,7 +27,8 @@ from spectra.krylov.linear_state import (
     sides_of,
 )
 from spectra.krylov.linear_step import absorb, start
-from spectra.operators.base import LinearOperator
+from spectra.krylov.plan import choose_together
+from spectra.operators.base import LinearOperator, in_batches
 from spectra.runs.watch import Journal
 
 CHUNK = 256
@@ -83,24 +84,32 @@ def part_of(problem: Problem, start: int, stop: int) -> Problem:
 def whole_run(op: LinearOperator, problem: Problem, state: State, method: str, limit: int) -> State:
     """The run as one program: blocks first, where there are several right-hand sides."""
     parts = [part_of(problem, *ends) for ends in blocks(problem, method)]
-    found = [hand_over(part, block_loop(op, part, begin_block(part), limit)) for part in parts]
+    found = [_handed_over(op, part, limit) for part in parts]
     return loop(op, problem, stacks.concatenate(found) if found else state, limit)
 
 
-def block_loop(op: LinearOperator, problem: Problem, block: Block, stop: int | jax.Array) -> Block:
-    """Products of a block until it is done, `stop` of them for each right-hand side at most."""
+def _handed_over(op: LinearOperator, problem: Problem, limit: int) -> State:
+    """What a block from its first product to its last hands over."""
+    block = begin_block(problem)
+    return hand_over(problem, block_loop(op, problem, block, limit, choose_together(op, len(block.c))))
+
+
+def block_loop(
+    op: LinearOperator, problem: Problem, block: Block, stop: int | jax.Array, together: int
+) -> Block:
+    """Products of a block, so many `together`, until it is done, `stop` for each right-hand side at most."""
 
     def going(block: Block) -> jax.Array:
         return ~block.done & (block.products < stop)
 
     def step(block: Block) -> Block:
-        return absorb_block(problem, block, jax.vmap(op.mv)(block.go))
+        return absorb_block(problem, block, in_batches(op, block.go, together))
 
     return lax.while_loop(going, step, block)
 
 
 _begin_block = jax.jit(begin_block)
-_block_chunk = jax.jit(block_loop, donate_argnames=("block",))
+_block_chunk = jax.jit(block_loop, static_argnames=("together",), donate_argnames=("block",))
 _absorb_block = jax.jit(absorb_block)
 _hand_over = jax.jit(hand_over)
 
@@ -178,7 +187,7 @@ def _whole_block(op: LinearOperator, problem: Problem, block: Block, journal: Jo
 def _block_products(op: LinearOperator, problem: Problem, block: Block, stop: int) -> Block:
     if op.on_host:
         return _absorb_block(problem, block, op.mv_batch(block.go))
-    return _block_chunk(op, problem, block, stop)
+    return _block_chunk(op, problem, block, stop, choose_together(op, len(block.c)))
 
 
 def _folded(

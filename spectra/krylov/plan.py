@@ -229,6 +229,18 @@ def choose_batch(
     return min(wanted, num_probes)
 
 
+def choose_together(op: LinearOperator, count: int) -> int:
+    """Products of a block of vectors that are taken side by side: in equal parts; on a CPU all.
+
+    What a product gathers of a split vector, and holds of activations, it has for each of these. Free memory
+    has no say, so that a run which is resumed has the same program.
+    """
+    if op.on_host or jax.default_backend() == "cpu":
+        return count
+    parts = -(-count // choose_batch(op, 0, 0, None, count))
+    return -(-count // parts)
+
+
 def _num_pieces(op: LinearOperator) -> int:
     """Into how many pieces the operator's most divided array is split: so are the values it saves."""
     leaves = (x for x in jax.tree.leaves(op) if isinstance(x, jax.Array) and not isinstance(x, Tracer))

@@ -66,10 +66,10 @@ def init(layout: Layout, v0: PyTree, num_steps: int, *, keep_basis: bool = True)
         alive=jnp.ones((), bool),
         second_passes=jnp.zeros((), jnp.int32),
     )
-    return _place(layout, state)
+    return placed(layout, state)
 
 
-def _place(layout: Layout, state: LanczosState) -> LanczosState:
+def placed(layout: Layout, state: LanczosState) -> LanczosState:
     """Vectors and rows where the layout has them, and numbers on every device."""
     if layout.mesh is None:
         return state
@@ -83,7 +83,7 @@ def _place(layout: Layout, state: LanczosState) -> LanczosState:
     )
 
 
-def absorb(i: int | jax.Array, w: Panels, state: LanczosState) -> LanczosState:
+def absorb(layout: Layout, i: int | jax.Array, w: Panels, state: LanczosState) -> LanczosState:
     """Step i of the recurrence, given the product w = H q_i.
 
     After a breakdown the current vector is zero, and so is all that follows from it: the remaining
@@ -92,11 +92,11 @@ def absorb(i: int | jax.Array, w: Panels, state: LanczosState) -> LanczosState:
     q = state.current
     unit = step.unit_of_step(i == 0, w, state.scale)
     beta_previous = jnp.where(i > 0, state.beta[i - 1], 0) / unit
-    rows = _basis.put(state.basis, i, q) if state.basis else ()
+    rows = _basis.put(state.basis, i, q, layout) if state.basis else ()
     w, alpha = step.three_terms(w, q, state.previous, beta_previous, unit)
     asymmetry, second = state.asymmetry, state.second_passes
     if rows:
-        w, beta, first, total, repeated = step.orthogonalize(rows, w, i + 1)
+        w, beta, first, total, repeated = step.orthogonalize(rows, w, i + 1, layout)
         # Without the correction of the passes T would not be the projection Q H Qᵀ to rounding.
         alpha = alpha + total[i]
         # H q_i is orthogonal to all rows but i - 1, i, i + 1 if H is symmetric, and has the coefficient
@@ -146,7 +146,7 @@ def run(
         if known is not None:
             state = _cleared(i, state, *_clear(layout, known, state.current))
         w = layout.pack(op.mv(layout.unpack(state.current)))
-        return _place(layout, absorb(i, w, state))
+        return placed(layout, absorb(layout, i, w, state))
 
     # The counter is not batched, so `lax.cond` on it stays a branch under vmap.
     body = jax.vmap(one, in_axes=(None, 0)) if batched else one
@@ -199,7 +199,7 @@ def _absorb_one(
     layout: Layout, i: int | jax.Array, w: Panels, state: LanczosState, batched: bool = False
 ) -> LanczosState:
     def one(i: int | jax.Array, w: Panels, state: LanczosState) -> LanczosState:
-        return _place(layout, absorb(i, w, state))
+        return placed(layout, absorb(layout, i, w, state))
 
     return (jax.vmap(one, in_axes=(None, 0, 0)) if batched else one)(i, w, state)
 

@@ -25,7 +25,7 @@ from jax import lax
 from spectra.base import arrays, trees
 from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis
-from spectra.krylov.layout import Panels
+from spectra.krylov.layout import Layout, Panels
 from spectra.quadrature.rules import breakdown_factor
 
 REPEAT = 0.1
@@ -104,7 +104,7 @@ def following(
 
 
 def orthogonalize(
-    basis: Basis, vector: Panels, filled: jax.Array | int
+    basis: Basis, vector: Panels, filled: jax.Array | int, layout: Layout
 ) -> tuple[Panels, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Make `vector` orthogonal to the first `filled` rows of `basis`, by classical Gram-Schmidt.
 
@@ -123,15 +123,20 @@ def orthogonalize(
     left = jnp.maximum(square - removed, 0)
     # The derivative is 0 at 0: where a space ends, the norm of what is left says nothing.
     norm = jnp.where(left > 0, jnp.sqrt(jnp.where(left > 0, left, 1)), 0)
-    vector = _basis.subtract(basis, first, vector, filled)
+    vector = _basis.subtract(basis, first, vector, filled, layout)
     repeat = removed > (REPEAT * norm) ** 2
-    vector, second, square = _second_pass(basis, vector, filled, repeat, blocks)
+    vector, second, square = _second_pass(basis, vector, filled, layout, repeat, blocks)
     norm = jnp.where(repeat, jnp.sqrt(jnp.where(repeat, square, 1)), norm)
     return vector, norm, first, first + second, repeat
 
 
 def _second_pass(
-    basis: Basis, vector: Panels, filled: jax.Array | int, wanted: jax.Array, blocks: list[jax.Array]
+    basis: Basis,
+    vector: Panels,
+    filled: jax.Array | int,
+    layout: Layout,
+    wanted: jax.Array,
+    blocks: list[jax.Array],
 ) -> tuple[Panels, jax.Array, jax.Array]:
     """A pass where it is `wanted`: w', the coefficients, else zero, and |w'|², else without a meaning.
 
@@ -143,7 +148,8 @@ def _second_pass(
     nothing, anywhere = [jnp.zeros_like(x) for x in blocks], arrays.anywhere(wanted)
     measured = lax.cond(anywhere, partial(_basis.block_dots, basis, filled=filled), lambda _: nothing, vector)
     second = jnp.where(wanted, _basis.summed(_either(wanted, measured, blocks))[0], 0)
-    vector = lax.cond(anywhere, lambda x: _basis.subtract(basis, second, x, filled), lambda x: x, vector)
+    less = partial(_basis.subtract, basis, second, filled=filled, layout=layout)
+    vector = lax.cond(anywhere, lambda x: less(vector=x), lambda x: x, vector)
     # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
     before = [x[:, -1] for x in blocks]
     squares = lax.cond(anywhere, lambda x: _block_vdot(x, x), lambda _: [x[:, -1] for x in nothing], vector)

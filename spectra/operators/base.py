@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -411,6 +412,16 @@ def product(op: LinearOperator, v: PyTree) -> PyTree:
 def product_batch(op: LinearOperator, vectors: PyTree) -> PyTree:
     """The compiled products with a stack of vectors."""
     return jax.vmap(op.mv)(vectors)
+
+
+def in_batches(op: LinearOperator, vectors: PyTree, batch: int) -> PyTree:
+    """Products with a stack of vectors, `batch` of them side by side, as part of a program."""
+    leaves = jax.tree.leaves(vectors)
+    if batch >= leaves[0].shape[0]:
+        return jax.vmap(op.mv)(vectors)
+    # `lax.map` puts the results of batches together by a reshape, which leaves without numbers refuse.
+    plain = batch == 1 or any(x.size == 0 for x in leaves)
+    return lax.map(op.mv, vectors, batch_size=None if plain else batch)
 
 
 # What a product with a flat vector adds, as one program each way.
