@@ -241,6 +241,11 @@ class ProbeRun:
         resized = (_resized(row, steps) for row in rows)
         return copies.merged(found, np.stack([np.stack([row["alpha"], row["beta"]]) for row in resized]))
 
+    def coefficients(self, probe: int) -> tuple[np.ndarray, np.ndarray]:
+        """α and β of the steps of a probe; those behind an invariant space are zeros."""
+        row = self._invariant_part(self.rows[probe])
+        return row["alpha"], row["beta"]
+
     def _invariant_length(self, row: dict[str, Any]) -> int | None:
         numbers = row["alpha"], row["beta"], row["length"]
         return invariant_length(*numbers, self.size, self.precision, orthogonal=self.keep_basis)
