@@ -77,12 +77,15 @@ def test_intervals_hold_and_few_products_are_spent():
     assert np.mean([x.num_matvecs for x in found]) < 120
 
 
-def test_runs_outside_of_a_space_say_what_is_known_and_what_it_cost(x64, monkeypatch):
+@pytest.mark.parametrize("last", [32, 48])
+def test_runs_outside_of_a_space_say_what_is_known_and_what_it_cost(last, x64, monkeypatch):
+    """Also where the first probe went on after the look that made the plan: 32 of its 48 steps are used."""
     values = np.append(np.linspace(0.5, 1.5, N - 8), np.linspace(50.0, 120.0, 8))
     op = spectra.MatrixOperator(np.diag(values))
 
     def plan(found, *_):
-        return spending.Plan(40, 10, 4, np.arange(found.num_steps) >= 10) if found.num_steps >= 32 else None
+        steps = found.num_steps
+        return spending.Plan(40, 10, 4, np.arange(steps) >= 10) if 32 <= steps <= last else None
 
     monkeypatch.setattr(spending, "best_plan", plan)
     q = spending.spend(op, lambda q: 0.5, key=KEY, num_steps=40, num_probes=8)
@@ -90,9 +93,10 @@ def test_runs_outside_of_a_space_say_what_is_known_and_what_it_cost(x64, monkeyp
     np.testing.assert_allclose(np.sort(q.atoms)[-8:], values[-8:], rtol=1e-9)
     assert q.bulk.nodes.max() <= 1.51  # no outlier is left
     taken = len(q.atoms)
+    assert taken == last - 10
     assert (q.size, q.bulk.size) == (N, N - taken)
     assert q.bulk.num_matvecs == 40
-    assert q.num_matvecs == 40 + taken + 10
+    assert q.num_matvecs == 48 + 40
     estimate = spectra.trace_of(q, np.sqrt)
     low, _, high = estimate.interval()
     assert low <= np.sqrt(values).sum() <= high

@@ -45,17 +45,20 @@ class Space:
 
 
 def taken_out(run: ProbeRun, layout: Layout, found: Quadrature, taken: np.ndarray) -> Space:
-    """Some Ritz vectors of the one probe of a run, whose basis it forgets."""
-    m, row = len(taken), run.rows[0]
-    at = np.eye(m)[:, taken]
-    if not taken.all():  # else the basis itself is as good
-        at = np.linalg.eigh(rules.dense(row["alpha"][:m], row["beta"][: m - 1], np))[1][:, taken]
-    at = np.pad(at, ((0, 0), (0, -at.shape[1] % ROWS)))
+    """Some Ritz vectors of the first m steps of the one probe of a run, whose basis it forgets.
+
+    `taken` is (m,). The run may have gone on since: Ritz values and residuals are those of m steps, too, not
+    of `found`, which says what has been spent.
+    """
+    m, (alpha, beta) = len(taken), run.coefficients(0)
     assert run.last is not None
-    vectors = stacks.combine(jnp.asarray(at.T), stack(run.last.basis, layout, 0, m))
+    values, vectors = np.linalg.eigh(rules.dense(alpha[:m], beta[: m - 1], np))
+    residuals = np.abs(beta[m - 1] * vectors[-1])
+    at = vectors[:, taken] if not taken.all() else np.eye(m)  # all of them: the basis itself is as good
+    at = np.pad(at, ((0, 0), (0, -at.shape[1] % ROWS)))
+    stacked = stacks.combine(jnp.asarray(at.T), stack(run.last.basis, layout, 0, m))
     run.forget()
-    values, residuals = (np.asarray(x[0], np.float64)[:m][taken] for x in (found.nodes, found.residuals))
-    return Space(values, residuals, vectors, found.size, found.num_matvecs)
+    return Space(values[taken], residuals[taken], stacked, found.size, found.num_matvecs)
 
 
 def outside(op: LinearOperator, space: Space, layout: Layout, key: jax.Array, bar: Progress) -> ProbeRun:

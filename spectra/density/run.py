@@ -245,6 +245,12 @@ class ProbeRun:
         resized = (_resized(row, steps) for row in rows)
         return merged(found, np.stack([np.stack([row["alpha"], row["beta"]]) for row in resized]))
 
+    def coefficients(self, probe: int) -> tuple[np.ndarray, np.ndarray]:
+        """α and β of the steps of a probe; those behind an invariant space are zeros."""
+        row = self.rows[probe]
+        row = self._invariant_part(row) or row
+        return row["alpha"], row["beta"]
+
     def _invariant_part(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """What a run did within the invariant space that it went through; None if it went through none."""
         numbers = row["alpha"], row["beta"], row["length"]

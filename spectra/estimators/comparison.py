@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import stacks, trees
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.density.slq import slq
+from spectra.estimators.functions import trace_of
+from spectra.estimators.ratios import ratio
 from spectra.krylov.eigsh import eigsh
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.kronecker import FactoredOperator
@@ -59,11 +61,13 @@ def compare_operators(
         level: probability with which each interval contains its number.
 
     Returns:
-        `OperatorComparison`. The intervals of Frobenius norms and traces are Student's over the probes, by
-        the linearised ratio; that of the overlap is the bound of Davis and Kahan for both eigenspaces from
-        residuals and gaps, and is [0, 1] if a gap is not resolved; that of W₁ is the integral over the
-        distance between the bands of the two CDFs, and is wide if there are few probes or steps. The
-        eigenvalues of a Kronecker-factored operator are known, and have no band.
+        `OperatorComparison`. The intervals of Frobenius norms and traces hold the ratios that the probes do
+        not exclude, with errors from the products of all pairs of probes (see `spectra.estimators.ratios`);
+        few probes may leave one end open. That of the overlap is the bound of Davis and Kahan for both
+        eigenspaces from residuals and gaps, and is [0, 1] if a gap is not resolved; that of W₁ is the
+        integral over the distance between the bands of the two CDFs, over the interval of the mean |λ| of B,
+        and is wide if there are few probes or steps. The eigenvalues of a Kronecker-factored operator are
+        known, and have no band.
 
     Raises:
         StructureError: the operators act on different vectors.
@@ -151,10 +155,10 @@ def _norms(
     unit = max(float(_size(image)) for image in images)
     if not np.isfinite(unit):
         raise NonFiniteError(f"a product is NaN or infinite. {a.explain_non_finite()}")
-    sums = np.asarray(_inner(probes, *images), np.float64)
-    wrong = _ratio(sums[0], sums[1], exact, level, positive=True)
-    root = Interval(*(math.sqrt(x) for x in wrong))
-    return root, _ratio(sums[2], sums[3], exact, level, positive=False), 2 * count
+    forms = np.asarray(_forms(probes, *images), np.float64)
+    rule = _exact_ratio if exact else partial(ratio, level=level, precision=max(a.precision, b.precision))
+    root = Interval(*(math.sqrt(x) for x in rule(forms[0], forms[1], positive=True)))
+    return root, rule(forms[2], forms[3], positive=False), 2 * count
 
 
 @partial(jax.jit, static_argnames=("count", "exact"))
@@ -172,31 +176,21 @@ def _size(stack: PyTree) -> jax.Array:
 
 
 @jax.jit
-def _inner(probes: PyTree, first: PyTree, second: PyTree) -> jax.Array:
-    """|(A - B)z|², |Bz|², zᵀAz and zᵀBz of each probe, in units that do not overflow."""
+def _forms(probes: PyTree, first: PyTree, second: PyTree) -> jax.Array:
+    """z_iᵀ M z_j, (k, k), for M of (A - B)², B², A and B, in units that do not overflow."""
     unit = trees.power_of_two(jnp.maximum(trees.largest(first), trees.largest(second)))
     first, second = (trees.scale(1 / unit, x) for x in (first, second))
     difference = jax.tree.map(jnp.subtract, first, second)
-    dot = jax.vmap(trees.vdot)
     pairs = ((difference, difference), (second, second), (probes, first), (probes, second))
-    return jnp.stack([dot(x, y) for x, y in pairs])
+    return jnp.stack([stacks.inner(x, y) for x, y in pairs])
 
 
-def _ratio(x: np.ndarray, y: np.ndarray, exact: bool, level: float, *, positive: bool) -> Interval:
-    """Σx / Σy with Student's interval for the ratio of means."""
-    from scipy.special import stdtrit
-
-    count, mean = len(x), y.mean()
-    if mean == 0:
-        value = 0.0 if x.mean() == 0 else math.inf
-        return Interval(value if exact else 0.0, value, value if exact else math.inf)
-    value = float(x.mean() / mean)
-    if exact:
-        return Interval(value, value, value)
-    spread = np.std(x - value * y, ddof=1) / math.sqrt(count) / abs(mean)
-    reach = float(stdtrit(count - 1, (1 + level) / 2) * spread)
-    low = max(value - reach, 0.0) if positive else value - reach
-    return Interval(float(low), value, value + reach)
+def _exact_ratio(first: np.ndarray, second: np.ndarray, *, positive: bool) -> Interval:
+    """The ratio of two traces where the probes are all columns."""
+    del positive
+    x, y = float(np.trace(first)), float(np.trace(second))
+    value = x / y if y else 0.0 if x == 0 else math.inf
+    return Interval(value, value, value)
 
 
 def _dense_spectra(a: LinearOperator, b: LinearOperator, k: int) -> Any:
@@ -231,7 +225,8 @@ def _spectra(
     overlap = float(min(_overlap(tops[0].vectors, tops[1].vectors) / k, 1.0))
     reach = sum(top.angle for top in tops)
     band = Interval(max(overlap - reach, 0.0), overlap, min(overlap + reach, 1.0))
-    curves = [_Curve(op, keys[1], num_probes, num_steps, (1 + level) / 2) for op in (a, b)]
+    each = 1 - (1 - level) / 3  # both bands and the mean |λ| of B
+    curves = [_Curve(op, keys[1], num_probes, num_steps, each) for op in (a, b)]
     # No eigenvalue lies beyond the largest, where nodes of few steps may be far from it.
     norm = max(top.reach for top in tops)
     floor = 0.0 if a.semidefinite and b.semidefinite else -norm
@@ -285,8 +280,7 @@ class _Curve:
         self._level, self.quadrature = level, slq(op, key=key, num_probes=num_probes, num_steps=num_steps)
         self.num_matvecs = int(self.quadrature.num_matvecs)
         self.places = np.sort(np.asarray(self.quadrature.nodes, np.float64).ravel())
-        mean = self.quadrature.mean(np.abs)
-        self.scale = Interval(mean, mean, mean)
+        self.scale = Interval(*(x / op.size for x in trace_of(self.quadrature, np.abs).interval(level)))
 
     def cdf(self, x: np.ndarray) -> Interval:
         """Share of eigenvalues up to x."""
@@ -299,6 +293,8 @@ class _Curve:
 def _wasserstein(a: _Curve, b: _Curve, ends: tuple[float, float]) -> Interval:
     """∫ of the least, the estimated and the largest distance between the CDFs, over the mean |λ| of B.
 
+    Its ends are over those of that mean.
+
     All eigenvalues lie between the ends.
     """
     places = np.unique(np.concatenate([a.places, b.places, ends]))
@@ -309,8 +305,8 @@ def _wasserstein(a: _Curve, b: _Curve, ends: tuple[float, float]) -> Interval:
     apart = np.maximum(first.lower - second.upper, second.lower - first.upper)
     far = np.maximum(first.upper - second.lower, second.upper - first.lower)
     parts = np.maximum(apart, 0), np.abs(first.estimate - second.estimate), far
-    scale = b.scale.estimate
-    if scale == 0:
+    if b.scale.estimate == 0:
         return Interval(0.0, _of_nothing(a.places), math.inf)
-    low, value, high = (float(np.sum(part * width) / scale) for part in parts)
-    return Interval(low, value, high)
+    low, value, high = (float(np.sum(part * width)) for part in parts)
+    least, scale, most = b.scale
+    return Interval(low / most, value / scale, high / least if least > 0 else math.inf)

@@ -180,8 +180,9 @@ def subtract(
         at_once: int, basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int
     ) -> Panels:
         for places, held in _groups(basis, at_once, filled):
-            branches = [functools.partial(_subtract, layout, count) for count in range(len(basis[places]) + 1)]
-            vector = lax.switch(held, branches, basis[places], coefficients[places], vector)
+            segments = basis[places]
+            branches = [functools.partial(_subtract, layout, count) for count in range(len(segments) + 1)]
+            vector = lax.switch(held, branches, segments, coefficients[places], vector)
         return vector
 
     coefficients = coefficients.reshape(len(basis), -1)
@@ -232,9 +233,7 @@ def _dots_jvp(
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _subtract(
-    layout: Layout, count: int, segments: Basis, coefficients: jax.Array, vector: Panels
-) -> Panels:
+def _subtract(layout: Layout, count: int, segments: Basis, coefficients: jax.Array, vector: Panels) -> Panels:
     """v - Σ c_r q_r over all rows of the first `count` segments, in one sweep.
 
     The sum over rows is written out: XLA fuses it, where a contraction over the row axis makes the CPU
