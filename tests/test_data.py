@@ -186,7 +186,7 @@ def test_weights_that_are_not_one_number_are_refused(name, microbatch):
     ridge = Ridge()
     data = ridge.batch() if microbatch else ridge.parts(5)
     options = {"weight_fn": WRONG_WEIGHTS[name], "microbatch": microbatch}
-    with pytest.raises(spectra.StructureError, match="weight_fn returned .*one real number"):
+    with pytest.raises(spectra.StructureError, match=r"weight_fn returned .*one real number"):
         ridge.operator(data, **options)
     with pytest.raises(spectra.StructureError, match=r"weight_fn returned shape \(1,\) and dtype"):
         spectra.GradientCovarianceOperator(ridge_loss, ridge.params(), ridge.batch(), weight_fn=a_weight_each)

@@ -109,7 +109,7 @@ def of_two_halves(w, x):
 
 def test_what_no_mode_admits_is_said_of_each():
     """A loss that can be differentiated, and that refuses the single examples of a covariance."""
-    with pytest.raises(spectra.DifferentiationError, match="forward-.*failed: cannot reshape.*difference"):
+    with pytest.raises(spectra.DifferentiationError, match=r"forward-.*failed: cannot reshape.*difference"):
         spectra.GradientCovarianceOperator(of_two_halves, jnp.asarray(W), jnp.asarray(X[:4]))
 
 

@@ -160,11 +160,10 @@ def weigh(weight_fn: Callable[[PyTree], Any], batch: PyTree) -> Any:
         StructureError: it isn't one real number.
     """
     weight = weight_fn(batch)
-    kind = (
-        np.dtype(type(weight)) if isinstance(weight, (bool, int, float)) else getattr(weight, "dtype", None)
-    )
-    real = kind is not None and (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer))
-    if np.shape(weight) == () and (real or kind == bool):
+    plain = isinstance(weight, (bool, int, float))
+    kind = np.dtype(type(weight)) if plain else getattr(weight, "dtype", None)
+    real = kind is not None and any(jnp.issubdtype(kind, x) for x in (jnp.floating, jnp.integer, jnp.bool_))
+    if real and np.shape(weight) == ():
         return weight
     found = type(weight).__name__ if kind is None else f"shape {np.shape(weight)} and dtype {kind}"
     raise StructureError(
