@@ -177,11 +177,15 @@ class DataOperator(LinearOperator):
     @property
     def precision(self) -> float:
         """Unit roundoff, or worse: of finite differences, coarse products, or the loss's own casts."""
-        eps = super().precision
         if self.mode == "finite-difference":
-            return eps ** (2 / 3)
+            return super().precision ** (2 / 3)
+        return self.loss_precision
+
+    @property
+    def loss_precision(self) -> float:
+        """Unit roundoff of the loss, or that of its coarse products or its own casts."""
         own = self.rounding.eps if self.rounding else 0.0
-        return max(eps, own, _LOW_PRECISION.get(self.matmul_precision, 0.0))
+        return max(super().precision, own, _LOW_PRECISION.get(self.matmul_precision, 0.0))
 
     @property
     def known_linear(self) -> bool:
