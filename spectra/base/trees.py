@@ -155,10 +155,10 @@ def check_structure(tree: PyTree, structure: PyTree, what: str) -> None:
         )
     leaves = zip(jax.tree.leaves_with_path(structure), jax.tree.leaves(tree), strict=True)
     for (path, want), leaf in leaves:
-        shape = leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
+        shape = leaf.shape if hasattr(leaf, "shape") else np.shape(leaf)
         if shape != want.shape:
             raise StructureError(f"{what}: leaf '{path_str(path)}' has shape {shape}, expected {want.shape}.")
-        dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
+        dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise StructureError(f"{what}: leaf '{path_str(path)}' has dtype {dtype}, expected {want.dtype}.")
 
