@@ -31,6 +31,8 @@ def path_str(path: tuple[Any, ...]) -> str:
 
 def working_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Dtype of the vectors that belong to parameters of `dtype`: at least float32."""
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16:  # which JAX promotes to nothing
+        return jnp.dtype(jnp.float32)
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -121,16 +123,29 @@ def vector_structure(params: PyTree) -> PyTree:
     """
     check_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
-    dtypes = [
-        jax.dtypes.canonicalize_dtype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
-        for x in leaves
-    ]
+    dtypes = [_of_jax(x.dtype) for x in leaves]
     return _vector_structure(treedef, tuple((x.shape, d) for x, d in zip(leaves, dtypes, strict=True)))
+
+
+def _of_jax(dtype: Any) -> Any:
+    """A floating dtype as that of a JAX array, any other one as it is: long doubles and swapped bytes too."""
+    known = jnp.issubdtype(dtype, jnp.floating) and not _foreign(dtype)
+    return jax.dtypes.canonicalize_dtype(dtype) if known else dtype
+
+
+def _foreign(dtype: Any) -> bool:
+    """Whether JAX has no arrays of a dtype of NumPy's: more than 8 bytes a number, or swapped ones."""
+    return not np.dtype(dtype).isnative or (np.dtype(dtype).kind == "f" and np.dtype(dtype).itemsize > 8)
 
 
 @functools.lru_cache(maxsize=256)
 def _vector_structure(treedef: PyTreeDef, kinds: Kinds) -> PyTree:
     def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if _foreign(leaf.dtype):
+            raise StructureError(
+                f"parameter leaf '{path_str(path)}' has dtype {leaf.dtype}, which JAX has not: cast it, as by "
+                "np.asarray(leaf, np.float32)."
+            )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise StructureError(
                 f"parameter leaf '{path_str(path)}' has dtype {leaf.dtype}; a Hessian needs real "
