@@ -45,6 +45,7 @@ def test_losses_with_auxiliary_outputs():
         (np.arange(3), "has dtype int"),
         (np.ones(3, bool), "has dtype bool"),
         (np.ones(3) * 1j, "has dtype complex"),
+        (np.ones(3, ">f4"), "has dtype >f4, which JAX has not"),
         (1.5, "is a float, not an array"),
     ],
     ids=str,
@@ -52,6 +53,16 @@ def test_losses_with_auxiliary_outputs():
 def test_parameter_leaves_that_are_not_real_arrays(leaf, found):
     with pytest.raises(StructureError, match=f"'layer/kernel' {found}"):
         hessian(lambda p, _: 0.0, {"layer": {"kernel": leaf}, "bias": np.ones(2)})
+
+
+def half_of_squares(p, _):
+    return jnp.sum(p**2) / 2
+
+
+def test_parameters_in_eight_bits_are_cast_up_as_those_in_sixteen_are():
+    op = hessian(half_of_squares, jnp.ones(3, jnp.float8_e4m3fn))
+    assert op.dtype == jnp.float32
+    np.testing.assert_array_equal(op.as_matrix(), np.eye(3))
 
 
 @pytest.mark.parametrize("params", [{}, [], np.ones(0), {"a": np.ones((0, 3))}], ids=str)

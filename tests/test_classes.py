@@ -130,3 +130,43 @@ def test_what_has_no_classes_is_refused():
 
     with pytest.raises(spectra.DataError, match="softmax cross-entropy"):
         spectra.class_operators(spectra.GGNOperator(model_fn, summed, op.params, op.data))
+
+
+@pytest.mark.parametrize(("label", "streamed"), [(-1, False), (OUTPUTS, True)])
+def test_labels_of_no_class_are_refused(label, streamed):
+    """JAX reads class -1 as the last one, and takes the one-hot row of either for zero."""
+    wrong = NET.labels.copy()
+    wrong[1] = label
+
+    def loss_fn(outputs, labels):  # what such a loss makes of them is its own affair
+        return cross_entropy(outputs, labels % OUTPUTS)
+
+    batch = jnp.asarray(NET.x, jnp.float32), jnp.asarray(wrong)
+    halves = [jax.tree.map(lambda x, part=part: x[part], batch) for part in (slice(3), slice(3, None))]
+    op = spectra.GGNOperator(model_fn, loss_fn, network().params, halves if streamed else batch)
+    with pytest.raises(spectra.DataError, match=f"{100 / N:.3g} % of the labels are not between 0 and"):
+        spectra.class_operators(op)
+
+
+def linear_model(w, x):
+    return x @ w
+
+
+def mean_likelihood(logits, labels):
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1))
+
+
+def test_saturated_probabilities_are_those_of_a_softmax_too():
+    """p - p² is then its own rounding, and proves nothing about the loss."""
+    x = jax.random.normal(jax.random.key(0), (24, 4))
+    w = jax.random.normal(jax.random.key(1), (4, OUTPUTS))
+    for size in (30, 50, 70, 90, 120, 150, 200, 300, 1000):
+        sure = spectra.GGNOperator(linear_model, mean_likelihood, size * w, (x, jnp.arange(24) % OUTPUTS))
+        assert set(spectra.class_operators(sure)) == {"class_means", "cross", "within", "same"}
+
+
+def test_what_is_left_of_terms_that_cancel_is_said_to_be_rounding():
+    """One example: within its class there is no variation, but that of the rounding."""
+    op = network(data=jax.tree.map(lambda x: x[:1], network().data))
+    with pytest.raises(spectra.NotSymmetricError, match="terms nearly cancel"):
+        spectra.class_operators(op)["within"].as_matrix()

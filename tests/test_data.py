@@ -173,6 +173,34 @@ def test_impossible_weights_are_refused(weight):
     refuse(Ridge().parts(5), "weight_fn gave weights", weight_fn=lambda batch: weight)
 
 
+def a_weight_each(batch):
+    return batch[1]
+
+
+WRONG_WEIGHTS = {"one each": a_weight_each, "none": lambda batch: None, "text": lambda batch: "3"}
+
+
+@pytest.mark.parametrize("name", WRONG_WEIGHTS)
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_weights_that_are_not_one_number_are_refused(name, microbatch):
+    ridge = Ridge()
+    data = ridge.batch() if microbatch else ridge.parts(5)
+    options = {"weight_fn": WRONG_WEIGHTS[name], "microbatch": microbatch}
+    with pytest.raises(spectra.StructureError, match=r"weight_fn returned .*one real number"):
+        ridge.operator(data, **options)
+    with pytest.raises(spectra.StructureError, match=r"weight_fn returned shape \(1,\) and dtype"):
+        spectra.GradientCovarianceOperator(ridge_loss, ridge.params(), ridge.batch(), weight_fn=a_weight_each)
+    with pytest.raises(spectra.StructureError, match="weight_fn is a int; pass a function"):
+        ridge.operator(data, **options | {"weight_fn": 0})
+
+
+def test_what_ends_while_it_is_first_looked_at_is_refused():
+    ridge = Ridge()
+    for passes in range(2, 6):
+        refuse(Loader(lambda i, n=passes: ridge.parts(5) if i < n else []), "gives no|ended after 0")
+    refuse(lambda: 1, "data is a function that returned int")
+
+
 def test_the_probe_can_be_switched_off():
     ridge = Ridge()
     source = Loader(lambda _: ridge.parts(5))

@@ -79,6 +79,40 @@ def test_a_custom_vjp_falls_back_to_reverse_over_reverse(linearize, dtype):
     assert relative_error(op.as_matrix(), exact_hessian()) <= 32 * float(jnp.finfo(dtype).eps)
 
 
+@jax.custom_vjp
+def mean_of_squares(outputs):
+    return jnp.mean(outputs**2)
+
+
+mean_of_squares.defvjp(lambda f: (mean_of_squares(f), f), lambda f, g: (2 * g * f / f.size,))
+
+
+def fused_squares(w, x):
+    return mean_of_squares(x @ w)
+
+
+def test_a_custom_vjp_that_gives_the_loss_itself_falls_back_too(dtype):
+    """Nothing uses the derivative of a loss's own value, so a single compiled product leaves out the rule
+    that refuses forward mode; several at once, and saved values, met it."""
+    with pytest.warns(UserWarning, match="custom_vjp.*mean_of_squares.*use reverse-over-reverse"):
+        op = spectra.HessianOperator(fused_squares, jnp.asarray(W), jnp.asarray(X))
+    expected = 2 * X.T @ X / len(X)
+    eps = 32 * float(jnp.finfo(dtype).eps)  # 32 roundings of a product, as above
+    assert relative_error(op.as_matrix(), expected) <= eps
+    assert relative_error(op.mv_batch(jnp.eye(len(W))), expected) <= eps
+    assert relative_error(op.prepare() @ jnp.eye(len(W)), expected) <= eps
+
+
+def of_two_halves(w, x):
+    return jnp.mean((x.reshape(2, -1, len(w)) @ w) ** 2)
+
+
+def test_what_no_mode_admits_is_said_of_each():
+    """A loss that can be differentiated, and that refuses the single examples of a covariance."""
+    with pytest.raises(spectra.DifferentiationError, match=r"forward-.*failed: cannot reshape.*difference"):
+        spectra.GradientCovarianceOperator(of_two_halves, jnp.asarray(W), jnp.asarray(X[:4]))
+
+
 @pytest.mark.parametrize("microbatch", [None, 3])
 def test_a_first_order_loss_falls_back_to_finite_differences(microbatch, dtype):
     with pytest.warns(UserWarning, match="products use finite-difference") as record:

@@ -110,7 +110,7 @@ def test_coverage(law, length):
         elif law == "exponential":
             z = rng.exponential(size=(150, 20)) - 1
         g, p = length / 20**0.5 + z * scales, np.full(150, 1 / 150)
-        found = noise._estimate(noise._Statistics(p, np.sum(g**2, axis=1), g @ (p @ g), g @ (p**2 @ g)))
+        found = noise._estimate(noise._Statistics(p, np.sum(g**2, axis=1), g @ (p @ g), g @ (p**2 @ g)), 0.0)
         low, _, high = found.interval()
         held += low <= truth <= high
     assert 0.91 * 300 <= held < 300
@@ -121,6 +121,17 @@ def test_what_has_no_noise_scale_is_refused():
         spectra.gradient_noise_scale(spectra.MatrixOperator(jnp.eye(2)))  # pyright: ignore
     with pytest.raises(spectra.DataError, match="2 examples of positive weight"):
         estimate(X[:3], np.array([1.0, 0.0, 2.0]))
+
+
+@pytest.mark.parametrize("size", [0.3, 1e-20])
+def test_equal_gradients_have_no_noise_within_their_rounding(size):
+    """The squares of which tr Σ is the difference are off by a few eps: that is its error, and no more."""
+    rows = size * np.tile(np.random.default_rng(2).standard_normal((40, 1, D)), (1, 20, 1))
+    for x in rows:
+        found = estimate(x)
+        low, value, high = found.interval()
+        assert low <= 0.0 <= value <= high <= 50 * np.finfo(np.float32).eps
+        assert 0 < found.stderr <= 20 * np.finfo(np.float32).eps
 
 
 def test_it_is_saved_and_loaded(tmp_path):

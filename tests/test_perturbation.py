@@ -167,6 +167,10 @@ def test_what_is_no_perturbation_is_refused():
         spectra.perturbation(op, {"x": jnp.full(op.size, jnp.nan)})
     with pytest.raises(spectra.SpectraError, match="at least one"):
         spectra.perturbation(op, {})
+    with pytest.raises(spectra.StructureError, match=r"deltas\['x'\].*leaf 'A' has"):
+        spectra.perturbation(op, {"x": {"A": "words", "B": None, "c": None}})
+    with pytest.raises(spectra.SpectraError, match="the same as text"):
+        spectra.perturbation(op, {1: jnp.ones(op.size), "1": jnp.ones(op.size)})  # pyright: ignore
     with pytest.raises(spectra.StructureError, match="has no loss"):
         spectra.perturbation(spectra.MatrixOperator(jnp.eye(2)), {"x": jnp.ones(2)})  # pyright: ignore
     with pytest.raises(spectra.SpectraError, match="bits=1"):

@@ -90,6 +90,32 @@ def test_what_never_falls_or_never_rises_is_said():
         assert found.num_evaluations <= 10
 
 
+def shifted(w, batch):
+    x, shift = batch
+    return quadratic(w, x) + shift
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e2, 1e4, 1e6, -1e6, 1e8])
+@pytest.mark.parametrize("scale", [1e-12, 1e-4, 1.0, 1e4])
+def test_brackets_hold_where_the_loss_is_rounded(shift, scale):
+    """A step at which the loss does not move, or only by its rounding, says nothing of its curvature."""
+    d = -jax.grad(quadratic)(W, X)
+    truth = float(along(d)) * scale
+    found = spectra.critical_sharpness(
+        shifted, W, (X, jnp.float32(shift)), scale * d, max_evaluations=200, check_data=False
+    )
+    assert found.lower <= truth <= found.upper
+    assert found.status.ok or abs(shift) >= 1e6
+    assert np.isfinite(found.upper) or abs(shift) > 1e6
+    if abs(shift) == 1e8:
+        assert (found.status.code, found.upper) == ("stagnated", np.inf)
+
+
+def test_a_loss_that_does_not_move_has_no_critical_sharpness():
+    found = spectra.critical_sharpness(lambda w, _: 1.0 + 0 * jnp.sum(w), W, None, W, max_evaluations=9)
+    assert (found.lower, found.upper, found.status.code) == (0.0, np.inf, "budget_exhausted")
+
+
 def test_overflow_counts_as_rising_and_bad_input_is_refused():
     d = -jax.grad(quadratic)(W, X)
     assert (
@@ -103,6 +129,8 @@ def test_overflow_counts_as_rising_and_bad_input_is_refused():
         spectra.critical_sharpness(quadratic, W, X, 0 * d)
     with pytest.raises(spectra.NonFiniteError):
         spectra.critical_sharpness(quadratic, W * np.nan, X, d)
+    with pytest.raises(spectra.NonFiniteError, match="direction holds NaN"):
+        spectra.critical_sharpness(quadratic, W, X, d * np.nan)
     with pytest.raises(spectra.StructureError, match="direction"):
         spectra.critical_sharpness(quadratic, W, X, jnp.ones(3))
     with pytest.raises(spectra.SpectraError, match="tol"):

@@ -46,6 +46,21 @@ def test_a_quadratic_changes_as_predicted_and_a_quartic_does_not():
     )
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1.0, 1e22])
+def test_small_and_large_updates_have_the_curvature_of_their_direction(size):
+    """|d|² is beyond float32 for the first two and the last: predictions are products of units."""
+    d = np.array([-0.5, 0.2, 0.1, 0.4])
+    h, w = np.asarray(SCALES, float), np.asarray(W, float)
+    slope, curvature = h * w @ d, d @ (h * d)
+    update = jnp.asarray(size * d, jnp.float32)
+    found = spectra.step_quality(OP, update, measure=False)
+    np.testing.assert_allclose([found.slope / size, found.curvature / size**2], [slope, curvature], rtol=1e-5)
+    pairs = spectra.perturbation(OP, {"d": update, "e": -2 * update})
+    wanted = [[curvature, -2 * curvature], [-2 * curvature, 4 * curvature]]
+    np.testing.assert_allclose(pairs.curvature / size**2, wanted, rtol=1e-5)
+    np.testing.assert_allclose(pairs.slopes / size, [slope, -2 * slope], rtol=1e-5)
+
+
 def test_overlap_of_the_gradient_with_eigenvectors():
     g = np.asarray(SCALES * W, float)
     pairs = spectra.eigsh(OP, 2, which="LA", key=KEY)
@@ -287,6 +302,19 @@ def test_at_rest_all_networks_turn_unstable_within_a_tenth_of_it(network, optimi
     assert not run.unstable(found / 1.1)
 
 
+def ridge_of_one_direction(w, _):
+    return -0.5 * (w[0] + 0.3 * w[1] + 0.7 * w[2] - w[3]) ** 2
+
+
+def test_no_positive_curvature_but_by_rounding_leaves_the_multiple_open():
+    op = spectra.HessianOperator(ridge_of_one_direction, W, None)
+    optimizer = optax.sgd(0.1)
+    for seed in range(3):
+        found = spectra.stable_step(op, optimizer, optimizer.init(W), key=jax.random.key(seed))
+        assert found.upper == np.inf
+        assert found.lower > 1e5  # 2 / (0.1 · 4 eps · 2.6)
+
+
 def test_results_are_saved_and_bad_input_is_refused(tmp_path):
     pairs = spectra.eigsh(OP, 1, which="LA", key=KEY)
     sgd = optax.sgd(0.1)
@@ -303,6 +331,11 @@ def test_results_are_saved_and_bad_input_is_refused(tmp_path):
         spectra.gradient_overlap(spectra.HessianOperator(quadratic, 0 * W, None), pairs)
     with pytest.raises(spectra.StructureError, match="has no loss"):
         spectra.step_quality(spectra.MatrixOperator(jnp.eye(2)), W)  # pyright: ignore
+    with pytest.raises(spectra.StructureError, match="pairs is a NoneType: pass the Eigenpairs"):
+        spectra.gradient_overlap(OP, None)  # pyright: ignore
+    for rate in (0.0, -1.0, np.nan):
+        with pytest.raises(spectra.SpectraError, match=r"learning_rate=.* positive"):
+            spectra.stable_step(OP, sgd, sgd.init(W), key=KEY, learning_rate=rate)
     with pytest.raises(spectra.StructureError, match="without an update"):
         spectra.stable_step(OP, 3, None, key=KEY)
     concave = spectra.HessianOperator(lambda w, _: -jnp.sum(w**2), W, None)

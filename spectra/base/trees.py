@@ -31,6 +31,8 @@ def path_str(path: tuple[Any, ...]) -> str:
 
 def working_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Dtype of the vectors that belong to parameters of `dtype`: at least float32."""
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16:  # which JAX promotes to nothing
+        return jnp.dtype(jnp.float32)
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -87,6 +89,14 @@ def not_an_array(path: str, leaf: Any) -> StructureError:
     )
 
 
+def check_arrays(params: PyTree) -> None:
+    """Raise unless every leaf is an array, or the shape of one."""
+    wrong = [not is_array(leaf) for leaf in jax.tree.leaves(params)]
+    if any(wrong):  # only then the paths, which take longer to make than everything else here
+        path, leaf = jax.tree.leaves_with_path(params)[wrong.index(True)]
+        raise not_an_array(path_str(path), leaf)
+
+
 def check_alive(tree: PyTree, what: str) -> None:
     """Raise a `StructureError` for an array whose memory JAX has given to another."""
     leaves = jax.tree.leaves(tree)
@@ -111,22 +121,31 @@ def vector_structure(params: PyTree) -> PyTree:
 
     Without x64 a NumPy array of float64 is one of float32 to JAX.
     """
+    check_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
-    if not all(
-        map(is_array, leaves)
-    ):  # only then the paths, which take longer to make than everything else here
-        path, leaf = next((path, x) for path, x in jax.tree.leaves_with_path(params) if not is_array(x))
-        raise not_an_array(path_str(path), leaf)
-    dtypes = [
-        jax.dtypes.canonicalize_dtype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
-        for x in leaves
-    ]
+    dtypes = [_of_jax(x.dtype) for x in leaves]
     return _vector_structure(treedef, tuple((x.shape, d) for x, d in zip(leaves, dtypes, strict=True)))
+
+
+def _of_jax(dtype: Any) -> Any:
+    """A floating dtype as that of a JAX array, any other one as it is: long doubles and swapped bytes too."""
+    known = jnp.issubdtype(dtype, jnp.floating) and not _foreign(dtype)
+    return jax.dtypes.canonicalize_dtype(dtype) if known else dtype
+
+
+def _foreign(dtype: Any) -> bool:
+    """Whether JAX has no arrays of a dtype of NumPy's: more than 8 bytes a number, or swapped ones."""
+    return not np.dtype(dtype).isnative or (np.dtype(dtype).kind == "f" and np.dtype(dtype).itemsize > 8)
 
 
 @functools.lru_cache(maxsize=256)
 def _vector_structure(treedef: PyTreeDef, kinds: Kinds) -> PyTree:
     def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if _foreign(leaf.dtype):
+            raise StructureError(
+                f"parameter leaf '{path_str(path)}' has dtype {leaf.dtype}, which JAX has not: cast it, as by "
+                "np.asarray(leaf, np.float32)."
+            )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise StructureError(
                 f"parameter leaf '{path_str(path)}' has dtype {leaf.dtype}; a Hessian needs real "
@@ -151,10 +170,10 @@ def check_structure(tree: PyTree, structure: PyTree, what: str) -> None:
         )
     leaves = zip(jax.tree.leaves_with_path(structure), jax.tree.leaves(tree), strict=True)
     for (path, want), leaf in leaves:
-        shape = leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
+        shape = leaf.shape if hasattr(leaf, "shape") else np.shape(leaf)
         if shape != want.shape:
             raise StructureError(f"{what}: leaf '{path_str(path)}' has shape {shape}, expected {want.shape}.")
-        dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
+        dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise StructureError(f"{what}: leaf '{path_str(path)}' has dtype {dtype}, expected {want.dtype}.")
 

@@ -3,7 +3,7 @@
 # pyright: reportPrivateUsage=false
 # Operators have parts that only this package uses.
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from spectra.base.errors import DataError, SpectraError
 from spectra.base.trees import PyTree
 from spectra.estimators import strata
 from spectra.operators.base import LinearOperator
-from spectra.operators.batches import batch_size, owned_leaves, replace_owned
+from spectra.operators.batches import batch_size, owned_leaves, replace_owned, weigh
 from spectra.operators.data import DataOperator
 from spectra.operators.means import require_mean
 from spectra.operators.streams import Stream
@@ -70,7 +70,7 @@ def in_order(op: DataOperator, count: int) -> Batches:
         sizes = np.array([_sizes(part, part.stream).sum() for part in parts if part.stream is not None])
     else:
         sizes = np.array([batch_size(part.data, op.shared) for part in parts])
-        weights = sizes if op.weight_fn is None else np.array([op.weight_fn(part.data) for part in parts])
+        weights = sizes if op.weight_fn is None else _weights(op.weight_fn, parts)
     return listed(parts, _shares(np.asarray(weights, float)), sizes, op)
 
 
@@ -120,7 +120,7 @@ def _of_one_batch(
 
     weights = np.ones(count)
     if op.weight_fn is not None:
-        weights = np.array([float(op.weight_fn(part.data)) for part in each()])
+        weights = _weights(op.weight_fn, each())
     alone, drawn = np.zeros(count, int), np.array([count * size / total])
     return Batches(_shares(weights), np.full(count, size), each, union, alone, drawn)
 
@@ -205,6 +205,10 @@ def _sizes(op: DataOperator, stream: Stream) -> np.ndarray:
             return 1
 
     return np.array([size(batch) for _, batch in stream])
+
+
+def _weights(weight_fn: Callable[[PyTree], Any], parts: Iterable[DataOperator]) -> np.ndarray:
+    return np.array([float(weigh(weight_fn, part.data)) for part in parts])
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:

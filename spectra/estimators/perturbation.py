@@ -183,21 +183,27 @@ def perturbation(op: DataOperator, deltas: Mapping[str, PyTree], *, measure: boo
         raise StructureError(f"op is a {type(op).__name__}, which has no loss: pass an operator on data.")
     if not isinstance(deltas, Mapping) or not deltas:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SpectraError("deltas is a mapping from names to perturbations, with at least one.")
-    trees.require_values("perturbation", (op.params, op.data, deltas))
-    parts = {str(name): _parts(op, delta, str(name)) for name, delta in deltas.items()}
+    trees.require_values("perturbation", (op.params, op.data, list(deltas.values())))
+    names = [str(name) for name in deltas]
+    if len(set(names)) < len(names):
+        raise SpectraError(f"deltas has names that are the same as text: {names}.")
+    parts = {name: _parts(op, delta, name) for name, delta in zip(names, deltas.values(), strict=True)}
     loss = float(op.loss())
     if not math.isfinite(loss):
         raise NonFiniteError(op.explain_non_finite())
     kept = list(parts.values())
-    slopes = _dots(jax.tree.leaves(op.gradient()), kept)
+    # Squares of small perturbations underflow in float32, and those of large ones overflow.
+    sizes, units = zip(*(_in_units(part) for part in kept), strict=True)
+    sizes, units = np.asarray(jax.device_get(sizes), float), list(units)
+    slopes = sizes * np.asarray(_dots(jax.tree.leaves(op.gradient()), units), float)
     prepared = op.prepare()
-    rows = [_dots(jax.tree.leaves(prepared @ _filled(op, part)), kept) for part in kept]
-    curvature = np.asarray(jax.device_get(rows), float)
+    rows = [_dots(jax.tree.leaves(prepared @ _filled(op, unit)), units) for unit in units]
+    curvature = np.outer(sizes, sizes) * np.asarray(jax.device_get(rows), float)
     lengths = [trees.length(part) for part in kept]
     measured, together = _measured(op, kept, loss) if measure else (None, None)
     return Perturbation(
         names=tuple(parts),
-        slopes=np.asarray(slopes, float),
+        slopes=slopes,
         curvature=(curvature + curvature.T) / 2,
         lengths=np.array(lengths),
         loss=loss,
@@ -222,7 +228,7 @@ def _parts(op: DataOperator, delta: PyTree, name: str) -> Parts:
     pairs = [(like, x) for like, x in zip(wanted, found, strict=True) if like is not None]
     if all(x is None for _, x in pairs):
         raise SpectraError(f"deltas['{name}'] changes nothing: all of its leaves are None.")
-    whole = [jnp.zeros(like.shape, like.dtype) if x is None else jnp.asarray(x) for like, x in pairs]
+    whole = [jnp.zeros(like.shape, like.dtype) if x is None else x for like, x in pairs]
     vector = jax.tree.unflatten(jax.tree.structure(structure), whole)
     trees.check_structure(vector, structure, f"deltas['{name}']")
     leaves = jax.tree.leaves(trees.cast_like(vector, structure))
@@ -242,6 +248,13 @@ def _filled(op: DataOperator, parts: Parts) -> PyTree:
     return treedef.unflatten(
         [jnp.zeros(s.shape, s.dtype) if x is None else x for s, x in zip(leaves, parts, strict=True)]
     )
+
+
+@jax.jit
+def _in_units(parts: Parts) -> tuple[jax.Array, Parts]:
+    """The size of a perturbation, and the perturbation in units of it."""
+    size = trees.power_of_two(trees.largest(parts))
+    return size, [None if x is None else trees.scale(1 / size, x) for x in parts]
 
 
 @jax.jit

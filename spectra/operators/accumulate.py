@@ -13,7 +13,7 @@ from jax import lax
 
 from spectra.base import trees
 from spectra.base.trees import PyTree
-from spectra.operators.batches import Shared, batch_size, owned_leaves, replace_owned, rows
+from spectra.operators.batches import Shared, batch_size, owned_leaves, replace_owned, rows, weigh
 
 WeightFn = Callable[[PyTree], Any]
 
@@ -32,7 +32,7 @@ def mean_over_microbatches(
     """
     if microbatch is None or microbatch >= batch_size(batch, shared):
         return fn(batch)
-    weight = weight_fn or partial(batch_size, shared=shared)
+    weight = partial(batch_size, shared=shared) if weight_fn is None else partial(weigh, weight_fn)
     cut = Cut(batch, microbatch, shared)
 
     def weighted(piece: PyTree) -> tuple[PyTree, Any]:

@@ -100,8 +100,12 @@ class SumOperator(LinearOperator):
             term.require_finite()
 
     def explain_asymmetry(self) -> str:
-        """What the coarsest term knows."""
-        return max(self.terms, key=lambda term: term.precision).explain_asymmetry()
+        """What the coarsest term knows, and that terms may cancel."""
+        known = max(self.terms, key=lambda term: term.precision).explain_asymmetry()
+        return (
+            f"{known} Each term of a sum is rounded relative to itself: where terms nearly cancel, that is "
+            "much of what is left, and float64 makes it smaller."
+        )
 
     def moved(self, key: jax.Array) -> "SumOperator | None":
         """The sum of the terms at moved parameters, and of those that have none as they are."""

@@ -5,7 +5,7 @@ random key, the edges of a graph). The axis is needed only where a batch is cut 
 a batch that is used whole may hold leaves of any shape.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -151,6 +151,25 @@ def batch_size(batch: PyTree, shared: Shared = None, where: str = "data") -> int
             "a list of such batches, weight_fn= says what each counts."
         )
     return known.pop() if known else 1
+
+
+def weigh(weight_fn: Callable[[PyTree], Any], batch: PyTree) -> Any:
+    """What `weight_fn` gives for a batch.
+
+    Raises:
+        StructureError: it isn't one real number.
+    """
+    weight = weight_fn(batch)
+    plain = isinstance(weight, (bool, int, float))
+    kind = np.dtype(type(weight)) if plain else getattr(weight, "dtype", None)
+    real = kind is not None and any(jnp.issubdtype(kind, x) for x in (jnp.floating, jnp.integer, jnp.bool_))
+    if real and np.shape(weight) == ():
+        return weight
+    found = type(weight).__name__ if kind is None else f"shape {np.shape(weight)} and dtype {kind}"
+    raise StructureError(
+        f"weight_fn returned {found}; it must return one real number, the weight of a whole batch, such as "
+        "jnp.sum(mask)."
+    )
 
 
 def owned_leaves(batch: PyTree, shared: Shared) -> list[Any]:

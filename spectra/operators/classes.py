@@ -113,7 +113,8 @@ def class_operators(op: GGNOperator) -> dict[str, LinearOperator]:
     Raises:
         StructureError: `op` is not a `GGNOperator`, its outputs are not one array, or its targets are not
             labels.
-        DataError: the curvature of the loss is not that of a mean softmax cross-entropy.
+        DataError: the curvature of the loss is not that of a mean softmax cross-entropy, or labels are not
+            those of its classes.
         MemoryLimitError: the C² mean gradients do not fit in half of the free memory.
 
     Cost: C² gradients over all data, for C classes, and C² vectors of memory; a product with `within` is one
@@ -175,9 +176,14 @@ def class_means(op: GGNOperator) -> ClassMeans:
             f"of the {format_bytes(free)} that are free: take op.block(...), a layer."
         )
     if op.stream is None:
-        weights, sums = _moments(op, classes)
+        outside, weights, sums = _moments(op, classes)
     else:
-        weights, sums = weighted_sum(lambda piece: _moments(piece, classes), op._pieces())
+        outside, weights, sums = weighted_sum(lambda piece: _moments(piece, classes), op._pieces())
+    if float(outside) > 0:
+        raise DataError(
+            f"{100 * float(outside):.3g} % of the labels are not between 0 and {classes - 1}: a split by "
+            "classes needs one for each example."
+        )
     weights = np.asarray(weights, float)
     inverse = np.divide(1, weights, where=weights > 0, out=np.zeros_like(weights))
 
@@ -188,8 +194,8 @@ def class_means(op: GGNOperator) -> ClassMeans:
 
 
 @partial(jax.jit, static_argnames="classes")
-def _moments(op: GGNOperator, classes: int) -> tuple[jax.Array, PyTree]:
-    """Σ p_ic' / N and Σ p_ic' g_ic' / N over the examples of each class c."""
+def _moments(op: GGNOperator, classes: int) -> tuple[jax.Array, jax.Array, PyTree]:
+    """The share of labels of no class, and Σ p_ic' / N and Σ p_ic' g_ic' / N over each class c."""
     variables = op._variables()
 
     def of_piece(piece: PyTree) -> Any:
@@ -203,7 +209,8 @@ def _moments(op: GGNOperator, classes: int) -> tuple[jax.Array, PyTree]:
             return jnp.sum(share), pull(share[..., None] * toward)
 
         others = jnp.arange(classes)
-        return lax.map(lambda c: jax.vmap(pair, (None, 0))(c, others), others)
+        outside = jnp.mean((labels < 0) | (labels >= classes), dtype=p.dtype)
+        return outside, *lax.map(lambda c: jax.vmap(pair, (None, 0))(c, others), others)
 
     return op._mean(of_piece)
 
@@ -213,7 +220,10 @@ def _check(op: GGNOperator) -> int:
     piece = op.first_piece()
     outputs, here, wanted = jax.device_get(_curvatures(piece))
     size = max(np.abs(wanted).max(), np.abs(here).max())
-    if not np.allclose(here, wanted, rtol=0, atol=AGREE * size):
+    rounding = (
+        8 * piece.loss_precision * outputs / wanted.size
+    )  # of p - p², at most: saturated p have no more
+    if not np.allclose(here, wanted, rtol=0, atol=AGREE * size + rounding):
         raise DataError(
             "the curvature of loss_fn in the outputs is not (diag(p) - p pᵀ) / N: the split by classes is "
             "that of the mean softmax cross-entropy over all labels, without class weights or ignored labels."

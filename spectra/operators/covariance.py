@@ -10,7 +10,7 @@ from spectra.base import trees
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.arguments import DataOptions
-from spectra.operators.batches import batch_size, owned_leaves, replace_owned
+from spectra.operators.batches import batch_size, owned_leaves, replace_owned, weigh
 from spectra.operators.data import DataOperator, shows_options
 from spectra.operators.pytree import operator
 
@@ -136,7 +136,11 @@ class GradientCovarianceOperator(DataOperator):
         if self.weight_fn is None:
             return jnp.ones(count)
         weight_fn, owned = self.weight_fn, owned_leaves(piece, self.shared)
-        return jax.vmap(lambda example: jnp.asarray(weight_fn(self._alone(piece, example)), float))(owned)
+
+        def one(example: list[jax.Array]) -> jax.Array:
+            return jnp.asarray(weigh(weight_fn, self._alone(piece, example)), float)
+
+        return jax.vmap(one)(owned)
 
     def _alone(self, piece: PyTree, example: list[jax.Array]) -> PyTree:
         """The batch of one example."""

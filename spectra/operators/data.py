@@ -112,7 +112,7 @@ class DataOperator(LinearOperator):
     ) -> None:
         """Check the arguments and set all fields; `functions` are the subclass's own."""
         check_options(mode, microbatch, linearize, matmul_precision)
-        check_functions(functions)
+        check_functions(functions | {"weight_fn": weight_fn})
         trees.check_alive(params, "parameter leaf")
         params, selected = _paths.select_parameters(params, wrt)
         self._set(
@@ -123,7 +123,7 @@ class DataOperator(LinearOperator):
             microbatch=microbatch,
             linearize=linearize,
             matmul_precision=matmul_precision,
-            weight_fn=weight_fn or loss_weight(functions["loss_fn"]),
+            weight_fn=loss_weight(functions["loss_fn"]) if weight_fn is None else weight_fn,
             shared=tuple(cast("list[Any]", shared)) if isinstance(shared, list) else shared,
             stream=None,
             rounding=None,
@@ -177,11 +177,15 @@ class DataOperator(LinearOperator):
     @property
     def precision(self) -> float:
         """Unit roundoff, or worse: of finite differences, coarse products, or the loss's own casts."""
-        eps = super().precision
         if self.mode == "finite-difference":
-            return eps ** (2 / 3)
+            return super().precision ** (2 / 3)
+        return self.loss_precision
+
+    @property
+    def loss_precision(self) -> float:
+        """Unit roundoff of the loss, or that of its coarse products or its own casts."""
         own = self.rounding.eps if self.rounding else 0.0
-        return max(eps, own, _LOW_PRECISION.get(self.matmul_precision, 0.0))
+        return max(super().precision, own, _LOW_PRECISION.get(self.matmul_precision, 0.0))
 
     @property
     def known_linear(self) -> bool:

@@ -14,7 +14,7 @@ from spectra.base import trees
 from spectra.base.errors import DifferentiationError, SpectraError, StructureError
 from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import Derived
-from spectra.operators.base import LinearOperator, product
+from spectra.operators.base import LinearOperator, product, product_batch
 from spectra.operators.jaxprs import may_refuse_at_lowering, refusing_operations
 from spectra.operators.pytree import operator
 
@@ -145,29 +145,39 @@ def resolve_mode(piece: "DataOperator") -> str:
             _warn(piece, mode, refusals, blame)
         return mode
     mode, error = refusals[-1]
+    if piece.mode == "auto":
+        raise DifferentiationError(
+            f"no mode gives products with this operator: {_reasons(refusals)}"
+        ) from error
     raise DifferentiationError(
         f"mode='{mode}' does not work for this loss: {_first_line(error)} Use mode='auto'."
     ) from error
 
 
 def require_product(op: LinearOperator) -> None:
-    """Raise what JAX raises where it cannot make a program of the product."""
+    """Raise what JAX raises where it cannot make a program of the product, or of several at once."""
     traced = product.trace(op, op.structure)
     if may_refuse_at_lowering(traced.jaxpr.jaxpr):
         traced.lower()
+        # Where nothing uses the result of the refusing rule, the compiler drops it from a single product.
+        two = jax.tree.map(lambda s: jax.ShapeDtypeStruct((2, *s.shape), s.dtype), op.structure)
+        product_batch.trace(op, two)
 
 
 def _warn(op: "DataOperator", mode: str, refusals: list[tuple[str, Exception]], blame: str) -> None:
-    reasons = " ".join(f"{m} failed: {_first_line(e)}" for m, e in refusals)
     accuracy = ""
     if mode == "finite-difference":
         error = float(jnp.finfo(op.dtype).eps) ** (2 / 3)
         accuracy = f" Expect relative errors near {error:.0e} in each product."
     warnings.warn(
         f"the loss refuses second derivatives in {refusals[-1][0]} mode because of {blame}; "
-        f"products use {mode}.{accuracy} ({reasons})",
+        f"products use {mode}.{accuracy} ({_reasons(refusals)})",
         stacklevel=6,
     )
+
+
+def _reasons(refusals: list[tuple[str, Exception]]) -> str:
+    return " ".join(f"{mode} failed: {_first_line(error)}" for mode, error in refusals)
 
 
 def _first_line(error: Exception) -> str:

@@ -20,7 +20,7 @@ from spectra.base.trees import PyTree, is_traced
 from spectra.operators import likelihood
 from spectra.operators.accumulate import map_microbatches
 from spectra.operators.arguments import DataOptions
-from spectra.operators.batches import batch_size, rows, shared_leaves
+from spectra.operators.batches import batch_size, rows, shared_leaves, weigh
 from spectra.operators.data import shows_options
 from spectra.operators.ggn import ModelFn, ModelOperator, OutputLossFn, split
 from spectra.operators.jaxprs import drawn_shapes, largest_epsilon, rounding_of_sums
@@ -244,7 +244,7 @@ class FisherOperator(ModelOperator):
         axis = likelihood.class_axis(outputs, targets)
         count = self.count_fn if axis is None else self.weight_fn  # a mean over numbers is one over examples
         if count is not None:
-            return jnp.asarray(count(piece), float)
+            return jnp.asarray(weigh(count, piece), float)
         first = jax.tree.leaves(outputs)[0]
         return jnp.asarray(len(first) if axis is None else first.size // first.shape[axis], float)
 

@@ -16,7 +16,7 @@ from spectra.base import arrays
 from spectra.base.errors import StructureError
 from spectra.base.trees import PyTree
 from spectra.operators.accumulate import mean_over_microbatches
-from spectra.operators.batches import batch_size, owned_leaves, replace_owned, shared_leaves
+from spectra.operators.batches import batch_size, owned_leaves, replace_owned, shared_leaves, weigh
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import split
 from spectra.operators.kfac_plan import Group, Plan, plan_of
@@ -138,7 +138,8 @@ def example_weights(op: FisherOperator, piece: PyTree) -> jax.Array:
     weight_fn, owned = op.weight_fn, owned_leaves(piece, op.shared)
 
     def one(example: list[Any]) -> jax.Array:
-        return jnp.asarray(weight_fn(replace_owned(piece, op.shared, [x[None] for x in example])), float)
+        alone = replace_owned(piece, op.shared, [x[None] for x in example])
+        return jnp.asarray(weigh(weight_fn, alone), float)
 
     weights = jax.vmap(one)(owned)
     return weights / jnp.sum(weights)

@@ -23,7 +23,7 @@ from spectra.base.errors import DataError
 from spectra.base.files import array_digest
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
-from spectra.operators.batches import batch_size
+from spectra.operators.batches import batch_size, weigh
 from spectra.operators.jaxprs import drawn_shapes, largest_epsilon, rounding_of_sums
 from spectra.operators.redraws import PLACES, Cut, can_redraw, comparisons, neighbours, places, redrawn, salts
 
@@ -104,7 +104,7 @@ class _OtherSizesRefused(Exception):
 
 
 def _weight(op: "DataOperator", piece: PyTree) -> float:
-    return float(batch_size(piece, op.shared) if op.weight_fn is None else op.weight_fn(piece))
+    return float(batch_size(piece, op.shared) if op.weight_fn is None else weigh(op.weight_fn, piece))
 
 
 def _on(op: "DataOperator", batch: PyTree, params: PyTree) -> "DataOperator":

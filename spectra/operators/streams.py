@@ -19,7 +19,7 @@ from spectra.base import trees
 from spectra.base.errors import DataError, StructureError
 from spectra.base.files import array_digest
 from spectra.base.trees import PyTree
-from spectra.operators.batches import Shared, as_batch, batch_size
+from spectra.operators.batches import Shared, as_batch, batch_size, weigh
 
 
 def is_stream(data: Any) -> bool:
@@ -41,6 +41,11 @@ def are_arrays(items: list[Any]) -> bool:
 def _iterator(source: Any) -> Iterator[PyTree]:
     """A fresh pass over a source."""
     batches: Any = source() if callable(source) else source
+    if callable(source) and not hasattr(batches, "__iter__"):
+        raise DataError(
+            f"data is a function that returned {type(batches).__name__}: a function is a source of batches, "
+            "and returns a fresh iterator over them, as a generator function does."
+        )
     return iter(batches)
 
 
@@ -162,7 +167,9 @@ class Stream:
 
     def first(self) -> PyTree:
         """The first batch that is used."""
-        return next(self._used())
+        for batch in self._used():
+            return batch
+        raise DataError(f"the data source ended after 0 of {len(self.weights)} batches.")
 
     def __iter__(self) -> Iterator[tuple[float, PyTree]]:
         count = 0
@@ -186,7 +193,7 @@ class Stream:
 def _weight(batch: PyTree, weight_fn: Callable[[PyTree], Any] | None, shared: Shared, index: int) -> float:
     if weight_fn is None:
         return float(batch_size(batch, shared, f"data batch {index}"))
-    return float(weight_fn(batch))
+    return float(weigh(weight_fn, batch))
 
 
 def _digest(batch: PyTree) -> int:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class Sharpness(Result):
     """2 / s for the first step s along a direction at which the loss is back at its initial value.
 
-    `lower` and `upper` bracket it: at the step 2 / upper the loss was not above its initial value, and at 2 /
-    lower it was. The step is the *first* such one if the loss falls and then rises, as a quadratic does.
+    `lower` and `upper` bracket it: at the step 2 / upper the loss was below its initial value by more than
+    its rounding, and at 2 / lower it was above. The step is the *first* such one if the loss falls and then
+    rises, as a quadratic does.
 
     Returned by `critical_sharpness`, whose page has an example, the cost and the source.
 

@@ -20,6 +20,9 @@ from spectra.results.estimates import skewness
 CHUNK_BYTES = 2**26
 """Gradients of single examples that are held at once, where `microbatch` does not say how many."""
 
+ROUNDINGS = 8
+"""Roundings that separate Σ p |g_i|² from |ḡ|² at most where all gradients are equal, in units of both."""
+
 
 @automatic
 def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScale:
@@ -73,7 +76,7 @@ def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScal
         )
     trees.require_values("gradient_noise_scale", (op.params, op.data))
     chunk = op.microbatch or max(1, CHUNK_BYTES // trees.tree_bytes(op.structure))
-    return _estimate(_statistics(op, chunk))
+    return _estimate(_statistics(op, chunk), ROUNDINGS * op.precision)
 
 
 class _Statistics(NamedTuple):
@@ -179,23 +182,26 @@ def _of_examples(op: GradientCovarianceOperator, units: list[PyTree], chunk: int
         return weights, *found
 
 
-def _estimate(x: _Statistics) -> NoiseScale:
-    """The ratio and its error, from the estimates with one example left out in turn."""
+def _estimate(x: _Statistics, rounding: float) -> NoiseScale:
+    """The ratio and its error, from the estimates with one example left out in turn, and from the rounding
+    of the squares, relative to their mean."""
     count = len(x.share)
     if count < 3:
         raise DataError(f"{count} examples of positive weight: an error takes at least three.")
     scale = float(np.max(x.square)) or 1.0  # squares of squares are within reach in this unit
     x = x._replace(square=x.square / scale, mean=x.mean / scale, second=x.second / scale)
     noise, signal = _noise_and_signal(x)
+    noise = max(noise, 0.0)  # below zero by rounding only
+    rounding *= float(x.share @ x.square)
     left_out = np.stack(_without_each(x))
     influence = -(count - 1) * (left_out - left_out.mean(axis=1, keepdims=True))
-    covariance = influence @ influence.T / (count * (count - 1))
+    covariance = influence @ influence.T / (count * (count - 1)) + rounding**2 * np.eye(2)
     value = noise / signal if signal > 0 else math.inf
     along = influence[0] - (value * influence[1] if math.isfinite(value) else 0.0)
-    spread = float(np.sqrt(np.mean(along**2)))
+    spread = math.hypot(math.sqrt(np.mean(along**2) / (count - 1)), rounding * math.hypot(1, value))
     return NoiseScale(
         value=float(value),
-        stderr=float(spread / math.sqrt(count - 1) / signal) if signal > 0 else math.inf,
+        stderr=float(spread / signal) if signal > 0 else math.inf,
         num_matvecs=0,
         method="jackknife",
         reason=""

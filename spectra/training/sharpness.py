@@ -17,6 +17,9 @@ from spectra.operators.data import shows_options
 from spectra.operators.hessian import HessianOperator
 from spectra.results import Sharpness
 
+ROUNDINGS = 4
+"""Roundings by which two evaluations of one loss may differ, in units of its precision."""
+
 
 @shows_options
 @automatic
@@ -52,11 +55,12 @@ def critical_sharpness(
 
     Returns:
         `Sharpness` with its bracket. Its status is `BUDGET_EXHAUSTED` if the evaluations ran out before
-        the bracket was narrow: `lower` is 0 if the loss never rose, `upper` infinite if it never fell.
+        the bracket was narrow, and `STAGNATED` if the loss is within its rounding, 4 `precision` |L|, over
+        the rest of it: `lower` is 0 if the loss never rose, `upper` infinite if it never fell.
 
     Raises:
         SpectraError: step, tol or max_evaluations out of range, or a direction that is zero.
-        NonFiniteError: the loss is NaN or infinite at the parameters.
+        NonFiniteError: the direction, or the loss at the parameters, is NaN or infinite.
         StructureError: `direction` is not like the parameters.
 
     Cost: evaluations of the loss over all data: 8 from a `step` that is right to a factor of two (4 with
@@ -83,15 +87,17 @@ def critical_sharpness(
     trees.require_values("critical_sharpness", (params, data, direction))
     op = HessianOperator(loss_fn, params, data, **options)
     along = op.as_vector(direction, "direction")
+    if not trees.all_finite(along):
+        raise NonFiniteError("direction holds NaN or infinity.")
     if not trees.length(along) > 0:
         raise SpectraError("direction is zero: there is nothing to step along.")
     line = _Line(op, along, max_evaluations)
     if not math.isfinite(line.origin):
         raise NonFiniteError(op.explain_non_finite())
     sign, low, high = _bracket(line, step)
-    while line.left and low > 0 and (1 + tol) * low < high < math.inf:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if line.rises(sign * middle) else (middle, high)
+    seen = line.left and low > 0 and high < math.inf
+    while line.left and seen and (1 + tol) * low < high:
+        low, high, seen = _halved(line, sign, low, high, tol)
     done = low > 0 and high <= (1 + tol) * low
     return Sharpness(
         value=2 / math.sqrt(low * high) if low > 0 and high < math.inf else (math.inf if low == 0 else 0.0),
@@ -100,7 +106,7 @@ def critical_sharpness(
         descends=sign > 0,
         loss=line.origin,
         num_evaluations=line.count,
-        status=Status.CONVERGED if done else Status.BUDGET_EXHAUSTED,
+        status=Status.CONVERGED if done else Status.STAGNATED if line.left else Status.BUDGET_EXHAUSTED,
     )
 
 
@@ -111,6 +117,7 @@ class _Line:
         self.op, self.budget, self.count = op, budget, 0
         self.along = jax.tree.map(lambda x: x[None], along)
         self.origin = self._loss(0.0)
+        self.rounding = ROUNDINGS * op.loss_precision * abs(self.origin)
 
     @property
     def left(self) -> bool:
@@ -121,24 +128,56 @@ class _Line:
         self.count += 1
         return float(losses_at(self.op, self.along, np.array([[step]]))[0])
 
-    def rises(self, step: float) -> bool:
-        """Whether the loss is above its value at the parameters, or not finite."""
-        return not self._loss(step) <= self.origin
+    def change(self, step: float) -> int:
+        """1 if the loss is above its value at the parameters or not finite, -1 if it is below it, and 0 if
+        it is within its rounding of it."""
+        change = self._loss(step) - self.origin
+        if not change <= self.rounding:
+            return 1
+        return -1 if change < -self.rounding else 0
 
 
 def _bracket(line: _Line, step: float) -> tuple[float, float, float]:
-    """The sign of the direction along which the loss falls; a step at which it is not above its value and a
-    longer one at which it is. 0 or infinity where the evaluations ended before one was found.
+    """The sign of the direction along which the loss falls; a step at which it is below its value and a
+    longer one at which it is above. 0 or infinity where there is none: the evaluations ended before it was
+    found, or the loss is within its rounding there.
     """
-    low, high = step, math.inf
-    while (along := line.rises(low)) and line.rises(-low):
-        low, high = low / 4, low
-        if not line.left:
-            return 1.0, 0.0, high
-    sign = -1.0 if along else 1.0
-    while high == math.inf and line.left:
-        if line.rises(sign * 2 * low):
-            high = 2 * low
-        else:
-            low *= 2
-    return sign, low, high
+    low, level, above = step, 0.0, math.inf  # at `level` and below it nothing is seen to change
+    while True:
+        along = line.change(low)
+        against = line.change(-low) if along >= 0 else 0
+        if along < 0 or against < 0:
+            break
+        rises = along + against
+        above = low if rises == 2 else above
+        if not line.left or (rises and low / 4 <= level) or (not rises and 4 * low >= above):
+            return 1.0, 0.0, above
+        if not rises:
+            level = low
+        low = low / 4 if rises else 4 * low
+    sign, high = (1.0 if along < 0 else -1.0), 2 * low
+    while line.left:
+        found = line.change(sign * high)
+        if found > 0:
+            return sign, low, high
+        low, high = high if found < 0 else low, 2 * high
+    return sign, low, math.inf
+
+
+def _halved(line: _Line, sign: float, low: float, high: float, tol: float) -> tuple[float, float, bool]:
+    """A narrower bracket, and whether the loss was seen to change in its middle. If it was not, the ends
+    are brought as near to it as a change is seen."""
+    middle = math.sqrt(low * high)
+    found = line.change(sign * middle)
+    if found:
+        return (low, middle, True) if found > 0 else (middle, high, True)
+    near = (1 + tol) ** 0.45  # both ends that near are within the tolerance
+    ends = [low, high]
+    for side, wanted in enumerate((-1, 1)):
+        gap = near
+        while line.left and gap * gap < high / low:
+            if line.change(sign * middle * gap**wanted) == wanted:
+                ends[side] = middle * gap**wanted
+                break
+            gap *= gap
+    return *ends, False

@@ -1,6 +1,7 @@
 """How large updates may be before they oscillate and grow: the linearised update map of an optimizer."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ def stable_step(
     Raises:
         StructureError: `op` has no loss; or the optimizer has no `update`, or its `update` needs more than
             gradient, state, parameters and the loss as `value`.
-        SpectraError: max_matvecs or tol out of range.
+        SpectraError: learning_rate, max_matvecs or tol out of range.
         NonFiniteError: an update is NaN or infinite.
 
     Cost: about 20 products, each with 40 linearised updates of the optimizer; as many vectors.
@@ -78,6 +79,8 @@ def stable_step(
     require_loss(op)
     if not callable(getattr(optimizer, "update", None)):
         raise StructureError(f"optimizer is a {type(optimizer).__name__} without an update function.")
+    if not 0 < learning_rate < math.inf:
+        raise SpectraError(f"learning_rate={learning_rate}: the current rate is a positive number.")
     if max_matvecs < 1 or not 0 < tol < 1:
         raise SpectraError(f"max_matvecs={max_matvecs}, tol={tol}: use one product or more, and 0 < tol < 1.")
     trees.require_values("stable_step", (op.params, op.data, optimizer_state))
@@ -88,7 +91,7 @@ def stable_step(
         return answers(Seen(prepared @ v, v, trees.vdot(gradient, v)))
 
     answers = Answers(optimizer.update, optimizer_state, Seen(gradient, op._variables(), op.loss()))
-    value, residual, count = _largest(image, start, min(max_matvecs, op.size), tol)
+    value, residual, count = _largest(image, start, min(max_matvecs, op.size), tol, 4 * op.precision)
     converged = residual <= tol * abs(value) or count == op.size
     multiple = 1 / value if value > 0 else math.inf
     return StableStep(
@@ -101,11 +104,13 @@ def stable_step(
     )
 
 
-def _largest(image, start: PyTree, most: int, tol: float) -> tuple[float, float, int]:
+def _largest(
+    image: Callable[[PyTree], PyTree], start: PyTree, most: int, tol: float, rounding: float
+) -> tuple[float, float, int]:
     """The eigenvalue of largest real part of a map that need not be symmetric, by Arnoldi iteration; its
-    residual, and the products."""
+    residual, at least what is relative to the largest in modulus the rounding; and the products."""
     basis = jax.tree.map(lambda x: jnp.zeros((most + 1, *x.shape), x.dtype).at[0].set(x), start)
-    vector, columns, value, residual = start, [], 0.0, math.inf
+    vector, columns, value, residual, scale = start, [], 0.0, math.inf, 0.0
     for count in range(1, most + 1):
         basis, vector, *found = _next(basis, image(vector), count)
         along, length = jax.device_get(found)
@@ -125,7 +130,7 @@ def _largest(image, start: PyTree, most: int, tol: float) -> tuple[float, float,
         small = float(length) <= 10 * float(jnp.finfo(trees.scalar_dtype(start)).eps) * scale
         if small or (count > 2 and residual <= tol * abs(value)):
             break
-    return value, residual, count
+    return value, max(residual, rounding * scale), count
 
 
 def _edge(value: complex) -> float:

@@ -57,12 +57,13 @@ def step_quality(op: DataOperator, update: PyTree, *, measure: bool = True) -> S
     loss = float(op.loss())
     if not math.isfinite(loss):
         raise NonFiniteError(op.explain_non_finite())
-    slope, curvature = jax.device_get(_two(along, op.gradient(), op @ along))
+    size, unit = _unit(along)
+    slope, curvature = (float(x) for x in jax.device_get(_two(unit, op.gradient(), op @ unit)))
     moved = math.nan
     if measure:
         stack = jax.tree.map(lambda x: x[None], along)
         moved = float(losses_at(op, stack, np.ones((1, 1)))[0]) - loss
-    return StepQuality(float(slope), float(curvature), length, loss, moved)
+    return StepQuality(float(size) * slope, float(size) ** 2 * curvature, length, loss, moved)
 
 
 @automatic
@@ -96,6 +97,8 @@ def gradient_overlap(op: DataOperator, pairs: Eigenpairs) -> GradientOverlap:
         0.8
     """
     require_loss(op)
+    if not isinstance(pairs, Eigenpairs):
+        raise StructureError(f"pairs is a {type(pairs).__name__}: pass the Eigenpairs that eigsh returns.")
     trees.require_values("gradient_overlap", (op.params, op.data, pairs.vectors))
     trees.check_structure(jax.tree.map(lambda x: x[0], pairs.vectors), op.structure, "an eigenvector")
     gradient = op.gradient()
@@ -110,6 +113,13 @@ def require_loss(op: Any) -> None:
     """Raise a StructureError unless this is an operator on data, which has a loss."""
     if not isinstance(op, DataOperator):
         raise StructureError(f"a {type(op).__name__} has no loss: pass an operator on data.")
+
+
+@jax.jit
+def _unit(update: PyTree) -> tuple[jax.Array, PyTree]:
+    """The size of the update, and the update in units of it: dᵀHd of a small one would underflow."""
+    size = trees.power_of_two(trees.largest(update))
+    return size, trees.scale(1 / size, update)
 
 
 @jax.jit
