@@ -39,6 +39,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 jax.config.update("jax_compilation_cache_dir", str(_folder))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+# Of each operation JAX writes down ten frames of the stack, which no test reads.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 def pytest_configure(config):
