@@ -14,6 +14,8 @@ import pytest
 
 LARGEST = 4 * 2**30
 """Bytes of compiled programs that are kept; beyond, they are thrown away and made anew."""
+MOST_RESIDENT, MOST_MAPS = 2 * 2**30, 20_000
+"""Bytes and memory maps of a process beyond which it releases its programs; Linux allows 65,530 maps."""
 
 
 def _kept_programs() -> Path:
@@ -37,6 +39,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 jax.config.update("jax_compilation_cache_dir", str(_folder))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+# Of each operation JAX writes down ten frames of the stack, which no test reads.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 def pytest_configure(config):
@@ -77,8 +81,18 @@ def x64():
         yield
 
 
+def _many_programs() -> bool:
+    """Whether this process is large, or cannot tell."""
+    process = Path("/proc/self")
+    if not process.exists():
+        return True
+    resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident > MOST_RESIDENT or (process / "maps").read_bytes().count(b"\n") > MOST_MAPS
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _release_compiled_code():
-    """Thousands of compiled programs in one process exceed the memory maps that Linux allows it."""
+    """Files of tests share programs, which cost memory and maps of it: thousands exceed what Linux allows."""
     yield
-    jax.clear_caches()
+    if _many_programs():
+        jax.clear_caches()

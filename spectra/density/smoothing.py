@@ -264,8 +264,9 @@ def _hat_means(grid: np.ndarray, centers: np.ndarray, h: np.ndarray) -> np.ndarr
     z = np.clip((grid[:, None] - centers) / h, -_REACH - 2, _REACH + 2)
     x = centers + h * z  # beyond the reach a point counts as its edge: no cancellation far away
     phi = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
-    below, above = ndtr(z[1:]) - ndtr(z[:-1]), ndtr(-z[:-1]) - ndtr(-z[1:])
-    mass = np.asarray(np.where(z[:-1] > 0, above, below), np.float64)
+    tail = ndtr(-np.abs(z))  # differences of the smaller tails, unless the center lies in the cell
+    inside = (z[:-1] <= 0) & (z[1:] > 0)
+    mass = np.where(inside, 1 - tail[1:] - tail[:-1], np.abs(np.diff(tail, axis=0)))
     cell = np.diff(grid)[:, None]
     rising = (x[:-1] - grid[:-1, None]) * mass + (centers - x[:-1]) * mass - h * np.diff(phi, axis=0)
     rising = np.clip(rising / cell, 0, mass)
@@ -278,7 +279,7 @@ def _hat_means(grid: np.ndarray, centers: np.ndarray, h: np.ndarray) -> np.ndarr
     return total / hat[:, None]
 
 
-def _chunks(grid: np.ndarray, size: int = 256) -> Iterator[tuple[slice, np.ndarray, slice]]:
+def _chunks(grid: np.ndarray, size: int = 64) -> Iterator[tuple[slice, np.ndarray, slice]]:
     """Slices of the grid with a neighbour on each side, so that hats are whole."""
     for start in range(0, len(grid), size):
         stop = min(start + size, len(grid))
