@@ -1,14 +1,18 @@
 """Numbers as users pass them: checked where they come in, by the annotation of the argument."""
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 from jax.core import Tracer
 
 from spectra.base.errors import SpectraError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def number_check(fn: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | None:
@@ -33,6 +37,19 @@ def number_check(fn: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str,
         return bound.args, bound.kwargs
 
     return checked
+
+
+def checked_numbers(fn: Callable[P, T]) -> Callable[P, T]:
+    """Decorator of what users call without an operator: its numbers are checked."""
+    check = number_check(fn)
+
+    @functools.wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if check is not None:
+            args, kwargs = check(args, cast("dict[str, Any]", kwargs))
+        return fn(*args, **kwargs)
+
+    return call
 
 
 def one_each(values: Any, x: np.ndarray) -> np.ndarray:

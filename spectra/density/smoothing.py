@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 
 from spectra.base import trees
 from spectra.base.errors import SpectraError
+from spectra.base.numbers import checked_numbers
 from spectra.density import bands
 from spectra.density.bands import RELATIVE_WIDTH, Width
 from spectra.density.linked import coupling_of_kernels
@@ -23,6 +24,7 @@ _REACH = 6.0  # kernel widths beyond which its mass, 2e-9, is left out
 _PER_WIDTH = 4.0  # grid points a kernel width
 
 
+@checked_numbers
 def spectral_density(
     quadrature: Quadrature | Moments,
     *,
