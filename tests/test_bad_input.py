@@ -363,6 +363,12 @@ def test_what_reads_numbers_on_the_host_says_so_inside_jit(call, tmp_path, monke
 
 SMALL = spectra.MatrixOperator(np.diag(np.arange(1.0, 31.0, dtype=np.float32)))
 KEYED = {"key": jax.random.key(0)}
+
+
+def density(**options):
+    return spectra.spectral_density(spectra.slq(SMALL, num_steps=5, num_probes=1, **KEYED), **options)
+
+
 WRONG_TYPES = {
     "a tolerance that is text": (lambda: spectra.eigsh(SMALL, 2, tol="a", **KEYED), "tol='a'"),
     "no tolerance": (lambda: spectra.eigsh(SMALL, 2, tol=None, **KEYED), "tol=None"),
@@ -381,6 +387,11 @@ WRONG_TYPES = {
     "no probes": (lambda: spectra.spectrum(SMALL, num_probes=0, **KEYED), "num_probes=0"),
     "a negative width": (lambda: spectra.spectrum(SMALL, tol=-1, **KEYED), "tol=-1"),
     "a name for a function": (lambda: spectra.trace_of(SMALL, "log", **KEYED), "f='log'"),
+    "text for a width": (lambda: density(bandwidth="x"), "bandwidth='x'"),
+    "no level": (lambda: density(level=None), "level=None"),
+    "text for a grid": (lambda: density(grid="x"), "grid must be a 1-D"),
+    "no operator to split": (lambda: spectra.class_split(None, **KEYED), "op is a NoneType"),
+    "no operators": (lambda: spectra.data_variability(lambda x: x, [X, X], **KEYED), "MatrixOperator"),
     "words of a function": (lambda: spectra.funm(SMALL, lambda x: "a", jnp.ones(30)), "f makes an array"),
     "a few values of a function": (lambda: spectra.trace_of(SMALL, lambda x: x[:2], **KEYED), "f makes an"),
 }

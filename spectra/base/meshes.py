@@ -48,7 +48,7 @@ def on_automatic_axes(tree: PyTree) -> PyTree:
 
 
 def automatic(fn: Callable[P, T]) -> Callable[P, T]:
-    """Decorator of what users call with an operator: run under the automatic twin of `jax.set_mesh`'s mesh.
+    """Decorator of what users call with an operator or its spectrum: run under the automatic twin of `jax.set_mesh`'s mesh.
 
     Arrays among the arguments are moved to the twin, those of the result back to the user's mesh. Arguments
     annotated `int` or `float` are checked, and a random `key`, but for a None that the annotation allows: not

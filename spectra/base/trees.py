@@ -143,8 +143,8 @@ def _vector_structure(treedef: PyTreeDef, kinds: Kinds) -> PyTree:
     def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if _foreign(leaf.dtype):
             raise StructureError(
-                f"parameter leaf '{path_str(path)}' has dtype {leaf.dtype}, which JAX has not: cast it, as by "
-                "np.asarray(leaf, np.float32)."
+                f"parameter leaf '{path_str(path)}' has dtype {leaf.dtype}, which JAX has not: cast it, "
+                "as by np.asarray(leaf, np.float32)."
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise StructureError(

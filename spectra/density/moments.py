@@ -20,7 +20,10 @@ def points_of(grid: ArrayLike) -> np.ndarray:
     Raises:
         SpectraError: it is not 1-D, or not of at least two finite, increasing numbers.
     """
-    points = np.asarray(grid, np.float64)
+    try:
+        points = np.asarray(grid, np.float64)
+    except (TypeError, ValueError):
+        points = np.zeros(())
     finite = points.ndim == 1 and len(points) > 1 and bool(np.isfinite(points).all())
     if not finite or not (np.diff(points) > 0).all():
         raise SpectraError("grid must be a 1-D array of at least two finite, increasing numbers.")

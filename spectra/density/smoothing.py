@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 
 from spectra.base import trees
 from spectra.base.errors import SpectraError
+from spectra.base.meshes import automatic
 from spectra.density import bands
 from spectra.density.bands import RELATIVE_WIDTH, Width, coupling_of_kernels
 from spectra.density.moments import moments_density, points_of
@@ -22,6 +23,7 @@ _REACH = 6.0  # kernel widths beyond which its mass, 2e-9, is left out
 _PER_WIDTH = 4.0  # grid points a kernel width
 
 
+@automatic
 def spectral_density(
     quadrature: Quadrature | Moments,
     *,

@@ -11,7 +11,7 @@ from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.trace import trace
 from spectra.krylov.eigsh import eigsh
-from spectra.operators.classes import class_means, parts_of
+from spectra.operators.classes import class_means, parts_of, require_split
 from spectra.operators.ggn import GGNOperator
 from spectra.results import ClassSplit, Eigenpairs
 
@@ -54,6 +54,7 @@ def class_split(
         >>> split.num_classes, split.class_means.shape, split.cross.shape
         (3, (3,), (6,))
     """
+    require_split(op)
     trees.require_values("class_split", (op.params, op.data))
     means = class_means(op)
     parts, classes = parts_of(op, means), len(means.weights)

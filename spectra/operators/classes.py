@@ -164,10 +164,15 @@ def _make(fields: dict[str, Any]) -> _Terms:
     return op
 
 
+def require_split(op: Any) -> None:
+    """Raise a StructureError for what can't be split by classes."""
+    if not isinstance(op, GGNOperator):
+        raise StructureError(f"op is a {type(op).__name__}: pass the GGNOperator of a softmax cross-entropy.")
+
+
 def class_means(op: GGNOperator) -> ClassMeans:
     """Means of the gradients as if each class were the label, by true class."""
-    if not isinstance(op, GGNOperator):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise StructureError(f"op is a {type(op).__name__}: pass the GGNOperator of a softmax cross-entropy.")
+    require_split(op)
     classes = _check(op)
     needed, free = 3 * classes**2 * trees.tree_bytes(op.structure), host.available_bytes()
     if free is not None and needed > free // 2:

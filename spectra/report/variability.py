@@ -20,7 +20,7 @@ from spectra.estimators import blocks
 from spectra.estimators.batches import Batches, in_order, listed
 from spectra.estimators.law import Law
 from spectra.operators.arithmetic import outside_loops
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.batches import batch_size
 from spectra.operators.data import DataOperator
 from spectra.report.spectrum import trace_estimate
@@ -326,10 +326,14 @@ def _subsets(operator, batches, count: int) -> Batches:
         raise SpectraError(
             "pass an operator on data, or a function from a batch to an operator, and batches."
         )
+    batches = list(batches)  # an iterator is read once, here
     if len(batches) < 2:
         raise SpectraError(f"{len(batches)} batches: a spread needs at least two subsets.")
     sizes = np.array([batch_size(batch) for batch in batches])
-    return listed([operator(batch) for batch in batches], sizes / sizes.sum(), sizes)
+    operators = [operator(batch) for batch in batches]
+    for op in operators:
+        require_operator(op)
+    return listed(operators, sizes / sizes.sum(), sizes)
 
 
 def _ends(quadrature: Quadrature, count: int) -> tuple[np.ndarray, ...]:

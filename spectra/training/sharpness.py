@@ -180,4 +180,4 @@ def _halved(line: _Line, sign: float, low: float, high: float, tol: float) -> tu
                 ends[side] = middle * gap**wanted
                 break
             gap *= gap
-    return *ends, False
+    return ends[0], ends[1], False

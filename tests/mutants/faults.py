@@ -205,6 +205,27 @@ KRYLOV = [
         "test_funm.py::test_several_vectors_share_one_krylov_space",
     ),
     fault(
+        "the derivative of f(H) v by v forgets the sizes of the cotangents",
+        "krylov/funm.py",
+        "jax.vmap(trees.scale)(sizes[count:], of_vectors)",
+        "of_vectors",
+        "test_funm.py::test_a_block_inside_jit_and_its_derivative",
+    ),
+    fault(
+        "differences of f are divided by those of equal Ritz values",
+        "krylov/funm.py",
+        "jnp.finfo(theta.dtype).eps ** 0.25 * jnp",
+        "jnp.finfo(theta.dtype).eps ** 2 * jnp",
+        "test_funm.py::test_derivatives_by_zero_and_dependent_vectors_and_eigenvectors",
+    ),
+    fault(
+        "rows that are not there count as eigenvectors of one value",
+        "krylov/funm.py",
+        "fill = low + (rows + 0.5) * ((high - low) / len(rows))",
+        "fill = low + 0.5 * ((high - low) / len(rows)) * jnp.ones(len(rows))",
+        "test_funm.py::test_derivatives_by_zero_and_dependent_vectors_and_eigenvectors",
+    ),
+    fault(
         "the second Gram-Schmidt pass is off",
         "krylov/step.py",
         "REPEAT = 0.1",
