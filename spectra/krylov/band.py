@@ -337,7 +337,7 @@ class Band:
     def combination(self, coefficients: np.ndarray) -> PyTree:
         """Σ c_i v_i over all rows, in the operator's precision and where it computes."""
         weights = jnp.asarray(coefficients, self.op.dtype)
-        vector = self.layout.unpack(sum_of_rows(self.state.basis, weights, self.filled))
+        vector = self.layout.unpack(sum_of_rows(self.state.basis, weights, self.filled, self.layout))
         return vector if self.home is None else jax.device_put(vector, self.op.device)
 
     def vectors(self, count: int) -> PyTree:
