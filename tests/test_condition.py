@@ -37,6 +37,13 @@ def test_strakos_matrices(rho, x64):
     assert result.value == pytest.approx(high / low, rel=10 * n * EPS * high / low)
 
 
+def test_a_single_zero_is_counted_once():
+    """17 (9 / 17 - 8 / 17) is above 1 by rounding, and no second eigenvalue is known from that."""
+    op = diagonal(np.linspace(-1.0, 1.0, 17))
+    result = spectra.condition_number(op, key=KEY, method="krylov", num_steps=17, num_probes=4)
+    assert (result.nullity, result.rank, result.nullity_interval) == (1, 16, (1.0, 1.0, 1.0))
+
+
 def data_matrix(size, seed):
     rotations = [rotation(size, seed + i) for i in (0, 1)]
     return rotations[0] @ np.diag(np.linspace(1.0, 10.0, size)) @ rotations[1]

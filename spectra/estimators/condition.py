@@ -17,6 +17,7 @@ from spectra.krylov.plan import estimate, place_basis
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.christoffel import Openness
 from spectra.quadrature.christoffel import shift as shift_of
+from spectra.quadrature.rules import whole
 from spectra.results import ConditionNumber, Interval, LayerConditions, Quadrature
 
 METHODS = ("auto", "dense", "krylov")
@@ -300,8 +301,10 @@ def _null_dimension(quadrature: Quadrature, found: _Found, n: int) -> Interval:
     The estimate takes the Ritz values that may be zero and are far below all that is not.
     """
     below, above = quadrature.cdf(np.nextafter(-found.cut, -np.inf)), quadrature.cdf(found.cut)
-    low = max(np.ceil(n * max(above.lower - below.upper, 0.0)), float(found.singular))
-    high = max(np.floor(n * min(above.upper - below.lower, 1.0)), low)
+    shares = max(above.lower - below.upper, 0.0), min(above.upper - below.lower, 1.0)
+    low, high = (np.round(n * share) for share in whole(*shares, n))
+    low = max(low, float(found.singular))
+    high = max(high, low)
     sizes, residuals = np.abs(np.asarray(quadrature.nodes, np.float64)), np.asarray(quadrature.residuals)
     small = (sizes - residuals <= found.cut) & (sizes + residuals <= 0.1 * found.bottom.upper)
     null = np.asarray((sizes <= found.cut) | small, bool)
