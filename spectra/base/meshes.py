@@ -48,11 +48,12 @@ def on_automatic_axes(tree: PyTree) -> PyTree:
 
 
 def automatic(fn: Callable[P, T]) -> Callable[P, T]:
-    """Decorator of what users call with an operator or its spectrum: run under the automatic twin of `jax.set_mesh`'s mesh.
+    """Decorator of what users call with an operator, or its spectrum: run on automatic axes.
 
-    Arrays among the arguments are moved to the twin, those of the result back to the user's mesh. Arguments
-    annotated `int` or `float` are checked, and a random `key`, but for a None that the annotation allows: not
-    every way of computing draws numbers. Limits are the function's own affair.
+    With a mesh of explicit axes (`jax.set_mesh`) the call runs under its automatic twin: arrays among
+    the arguments are moved there, those of the result back. Arguments annotated `int` or `float` are checked,
+    and a random `key`, but for a None that the annotation allows: not every way of computing draws numbers.
+    Limits are the function's own affair.
     """
     signature = inspect.signature(fn)
     kinds = {name: kind for name, one in signature.parameters.items() if (kind := _kind(one))}
