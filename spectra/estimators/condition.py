@@ -17,7 +17,7 @@ from spectra.krylov.plan import estimate, place_basis
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.christoffel import Openness
 from spectra.quadrature.christoffel import shift as shift_of
-from spectra.quadrature.rules import whole
+from spectra.quadrature.distribution import whole
 from spectra.results import ConditionNumber, Interval, LayerConditions, Quadrature
 
 METHODS = ("auto", "dense", "krylov")
