@@ -57,4 +57,6 @@ def collectives(r: dict, share: float = 1.0) -> str:
 
 
 def short(reason: str) -> str:
-    return reason.split("HLO module")[0].split("CompileTimeHbmOom: ")[-1].strip().rstrip(".")
+    for start in ("RESOURCE_EXHAUSTED: ", "CompileTimeHbmOom: "):
+        reason = reason.split(start)[-1]
+    return reason.split("HLO module")[0].strip().rstrip(".")

@@ -1,6 +1,7 @@
 """Compile for TPU topologies that need not exist, and write the table: `python -m benchmarks.tpu`."""
 
 import os
+from importlib import metadata
 
 import numpy as np
 from jax.experimental import topologies
@@ -40,7 +41,7 @@ def pod(topology: str) -> Mesh:
 
 def figures(case: Case, keep: str | None = None) -> dict:
     """What the TPU compiler makes of a case."""
-    return programs.figures(case, pod(case.topology), keep)
+    return programs.figures(case, pod(case.topology), keep) | {"libtpu": metadata.version("libtpu")}
 
 
 if __name__ == "__main__":

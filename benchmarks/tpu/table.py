@@ -5,6 +5,8 @@ from benchmarks.aot.model import SIZES
 from benchmarks.aot.programs import REPEATS
 from benchmarks.tpu.chips import CHIPS
 
+LIBTPU = "0.0.42"
+"""Of which the rows are that do not say otherwise: jax 0.10.2 installs it."""
 REPEATED = {"products": "product in a loop", "linearized": "linearised product in a loop"}
 
 INTRODUCTION = """\
@@ -23,12 +25,20 @@ of inner products reads seven segments of eight rows and the vector once, one th
 segments. Collectives: number of times, bytes on one device in all (the larger of what goes in and what
 comes out).
 
-Rows are by libtpu 0.0.52. jax 0.10.2 installs 0.0.42, which laid out the rows of a basis in another order
-than they come in, and copied all of them to it and back: a step of 1e9 parameters on v5p 2x2x4 took 49.6 GiB
-and 1.67 times the floor, of "small" on v5e 4x4 1.47 GiB and 1.59. Told the order, as now
-(`spectra.base.arrays.in_order`), it holds the basis once: 26.3 GiB and 1.13 on v5p. By 0.0.52 that changes
-nothing: for a loss of two leaves without layers, 29.5M parameters on v5e 4x4, the recurrence is at 1.07 of
-the floor as before.
+Rows are by libtpu 0.0.42, which jax 0.10.2 installs, but where one says 0.0.52, which is newer, and by
+which all of them were made at first. What differs by the older one: orthogonalisation alone is at 1.06 in
+place of 1.03 of the floor on v5e, and the rows of 300,000 numbers a chip, of which half lay in VMEM by the
+newer one, read more of HBM; a step takes up to 2 % more memory, and products alone gather the same.
+
+0.0.42 lays out the rows of a basis in another order than they come in, and copies all of them to it and
+back: a step of 1e9 parameters on v5p 2x2x4 took 49.6 GiB and 1.67 times the floor, of "small" on v5e 4x4
+1.47 GiB and 1.59. Told the order (`Layout.in_order`), it holds the basis once. Each chip has to be told of
+its own rows: told of the whole array, 0.0.42 gathered the basis on every chip, and took that out again on
+16 chips, but not on 64 and 128 of v5p, where orthogonalisation of 1e9 parameters would have taken 122.9 GiB
+of each.
+
+The step of "small" on v5e 16x16 and orthogonalisation of spread rows on v5e are of before that: the step on
+8x8 was at 1.53 then, and is at 1.10 now.
 """
 
 
@@ -67,14 +77,13 @@ row into its segment one writes, and one is counted. The product inside a step i
 on v5p two weights of all layers (58 MB each) are copied to another layout for every layer there, which is in
 neither the model nor the recurrence.
 
-The 1.12 of v5p are 465 vectors where the floor is 416: 437 in the sweeps (1.05, as above: each reads the
-vector, and writes it where it subtracts), 15 in the step's own arithmetic, two of them a copy of q into the
-place of the vector before, and 13 where panels become the model's leaves and its product a panel: each leaf
-is brought into the tiles of its own shape, and for two leaves of layer norms, (74, 64) on a chip, the
-compiler does so with the whole vector. Without those 13 it is 1.09. Reading leaves from the blocks that hold
-them, and padding within the concatenation of a panel, was tried: 462 vectors, 1.11. By 0.0.42 it is 469
-vectors: two for each of those leaves, two where a product is padded to a panel, two for the copy of q. On
-16x16 the recurrence is at 1.09.
+The 1.13 of v5p are 469 vectors where the floor is 416: 437 in the sweeps (1.05, as above: each reads the
+vector, and writes it where it subtracts), two in each of two leaves of layer norms, (74, 64) on a chip, for
+which the compiler brings the whole vector into the tiles of the leaf, two where a product is padded to a
+panel, two for a copy of q into the place of the vector before, and the rest in the step's own arithmetic
+and where other leaves are read. Tried: a barrier between the slice and the reshape of leaves below 65,536
+numbers takes two vectors off, 1.12. By 0.0.52, leaves read from the blocks that hold them, and padding
+within the concatenation of a panel, took three of 465 off, 1.11. Neither is in the code.
 """
 BARE = """\
 The step of `basis="none"`, of two transformers written as above, at full depth: a loop is compiled once, so
@@ -108,6 +117,12 @@ are activations that remat would have made anew from VMEM. So the step above is 
 """
 
 
+def topology(r: dict) -> str:
+    """The chips, and the compiler where it is another one."""
+    other = r.get("libtpu", LIBTPU)
+    return r["topology"] if other == LIBTPU else f"{r['topology']}, by {other}"
+
+
 def orthogonalisation(rows: list[dict]) -> list[str]:
     lines = [
         "| topology | parameters | basis | numbers a chip | compile s (CPU s) | memory | HBM bytes / floor "
@@ -115,7 +130,7 @@ def orthogonalisation(rows: list[dict]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        start = f"| {r['topology']} | {r.get('parameters', 998_396_928):,} | {r['layout']} |"
+        start = f"| {topology(r)} | {r.get('parameters', 998_396_928):,} | {r['layout']} |"
         if "failed" in r:
             lines.append(f"{start} | | | | | {text.short(r['failed'])} |")
             continue
@@ -135,7 +150,7 @@ def programs(rows: list[dict]) -> list[str]:
     ]
     for r in sorted(rows, key=lambda r: (r["topology"], r["form"])):
         program = REPEATED.get(r["program"], r["program"])
-        start = f"| {r['topology']} | {program}, {r['precision']} | {r['form']} |"
+        start = f"| {topology(r)} | {program}, {r['precision']} | {r['form']} |"
         if "failed" in r:
             lines.append(f"{start} | | | {text.short(r['failed'])} | |")
             continue
@@ -155,7 +170,7 @@ def bare(rows: list[dict]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        start = f"| {r['size']} | {r['topology']} | {r.get('parameters', 0):,} | {r['precision']} |"
+        start = f"| {r['size']} | {topology(r)} | {r.get('parameters', 0):,} | {r['precision']} |"
         if "failed" in r:
             lines.append(f"{start} | | | | | {text.short(r['failed'])} | |")
             continue
