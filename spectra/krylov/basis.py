@@ -232,7 +232,7 @@ def _dots_jvp(
     return _dots(segments, x), [_dot(d_rows, x) + _dot(rows, d_x) for rows, d_rows in pairs]
 
 
-@functools.partial(jax.jit, static_argnames="count")
+@functools.partial(jax.jit, static_argnames=("layout", "count"))
 def _subtract(layout: Layout, count: int, segments: Basis, coefficients: jax.Array, vector: Panels) -> Panels:
     """v - Σ c_r q_r over all rows of the first `count` segments, in one sweep.
 

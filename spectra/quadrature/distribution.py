@@ -139,7 +139,9 @@ def sampling_band(
     return np.minimum(low, lower), np.maximum(high, upper)
 
 
-def whole(lower, upper, count: float) -> tuple[np.ndarray, np.ndarray]:
+def whole(
+    lower: float | np.ndarray, upper: float | np.ndarray, count: float
+) -> tuple[np.ndarray, np.ndarray]:
     """The first and the last multiple of 1 / count between shares, which are known to rounding."""
     slack = 1e-12 * count + 1e-9
     return np.ceil(lower * count - slack) / count, np.floor(upper * count + slack) / count
