@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from cases import SHARP, rotation, slow_but
 
 import spectra
@@ -190,6 +191,28 @@ def test_derivatives_by_zero_and_dependent_vectors_and_eigenvectors(name, x64):
     # h² of a third derivative, and rounding over h, of a form of size one.
     np.testing.assert_allclose(along, (dense(h) - dense(-h)) / (2 * h), rtol=0, atol=1e-7)
     np.testing.assert_allclose(value, dense(0.0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "order"), [((1, 2, 3, 5, 7, 9), 2), ((1, 1 + 1e-9, 3, 5, 7, 9), 1)], ids=["apart", "close"]
+)
+def test_derivatives_where_a_space_is_exhausted_and_eigenvalues_are_close(values, order, x64):
+    """exp of [[A, S, 0], [0, A, S], [0, 0, A]] holds exp(A + s S) in its first row: value, slope, half of
+    the second derivative. The vector spans three eigenvectors, those of values that are close among them."""
+    rng, n = np.random.default_rng(6), len(values)
+    q = rotation(n)
+    a, move = (q * np.array(values)) @ q.T, rng.standard_normal((n, n))
+    move, v, w = (move + move.T) / n, q[:, :3] @ [1.0, 2.0, 3.0], rng.standard_normal(n)
+
+    def form(s):
+        op = spectra.MatrixOperator(a + s * move)
+        return w @ spectra.funm(op, "exp", v, num_steps=n).value
+
+    row = scipy.linalg.expm(np.kron(np.eye(3), a) + np.kron(np.eye(3, k=1), move))[:n].reshape(n, 3, n)
+    truth = order * (w @ row[:, order] @ v)
+    derivative = jax.grad(form) if order == 1 else jax.grad(jax.grad(form))
+    # Quotients of Ritz values, one apart, of products of numbers up to e^9.
+    assert abs(float(jax.jit(derivative)(0.0)) - truth) <= 1e-13 * np.exp(max(values)) * n
 
 
 @pytest.mark.slow
