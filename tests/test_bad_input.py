@@ -212,6 +212,8 @@ def test_numbers_of_probes_below_one():
         spectra.plan(OP, num_steps=3, num_probes=-1)
     with pytest.raises(SpectraError, match="probe_batch=9"):
         spectra.slq(OP, key=KEY, num_steps=3, num_probes=2, probe_batch=9)
+    with pytest.raises(SpectraError, match="probe_batch=-1"):
+        spectra.spectrum(OP, key=KEY, exact=True, probe_batch=-1)
 
 
 @pytest.mark.parametrize("tol", [0.0, 1.0, -0.1, float("nan")])
@@ -222,8 +224,14 @@ def test_tolerances_outside_zero_to_one(tol):
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_start_vectors_that_have_no_direction(value):
-    with pytest.raises(SpectraError, match="v0 has norm"):
-        spectra.lanczos(OP, jnp.full(48, value), 3)
+    """Also where a dense matrix is made, which needs none."""
+    small = spectra.MatrixOperator(jnp.eye(4))
+    for call in (
+        lambda v0: spectra.lanczos(small, v0, 3),
+        lambda v0: spectra.eigsh(small, 1, key=KEY, v0=v0),
+    ):
+        with pytest.raises(SpectraError, match="v0 has norm"):
+            call(jnp.full(4, value))
 
 
 @pytest.mark.parametrize(

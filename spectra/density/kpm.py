@@ -15,7 +15,7 @@ from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov.chebyshev import following
 from spectra.krylov.lanczos import lanczos
-from spectra.krylov.plan import VECTORS, choose_batch
+from spectra.krylov.plan import VECTORS, check_probe_batch, choose_batch
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.rules import dense
@@ -95,8 +95,7 @@ def kpm(
         raise SpectraError("kpm chooses its bounds by values: call it outside jit and vmap, or use slq.")
     if num_moments < 2 or num_probes < 1:
         raise SpectraError(f"num_moments={num_moments} and num_probes={num_probes}: use at least 2 and 1.")
-    if probe_batch is not None and not 1 <= probe_batch <= num_probes:
-        raise SpectraError(f"probe_batch={probe_batch} is not between 1 and num_probes={num_probes}.")
+    check_probe_batch(probe_batch, num_probes)
     if bounds is not None and not _are_bounds(bounds):
         raise SpectraError(f"bounds={bounds!r}: use two finite numbers, the smaller one first.")
     batch = probe_batch or choose_batch(op, VECTORS * trees.tree_bytes(op.structure), 0, None, num_probes)

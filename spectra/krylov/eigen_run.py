@@ -19,7 +19,6 @@ from spectra.base.trees import PyTree
 from spectra.krylov import storage, wanted
 from spectra.krylov.band import Band
 from spectra.krylov.layout import Layout
-from spectra.krylov.recurrence import check_start
 from spectra.operators.base import LinearOperator
 from spectra.results import Eigenpairs
 from spectra.runs import saver as _saver
@@ -89,8 +88,6 @@ class EigenRun:
         for vector in given:
             self.band.append(vector, locked=True)
         if v0 is not None:
-            v0 = op.as_vector(v0, "v0")
-            check_start(v0)
             self.band.append(v0)
         while len(self.band.pending) < block_size:
             self.append_random()

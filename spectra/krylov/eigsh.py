@@ -21,6 +21,7 @@ from spectra.krylov.eigen_run import EigenRun
 from spectra.krylov.layout import Layout
 from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
+from spectra.krylov.recurrence import check_start
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import beside_pairs
@@ -183,6 +184,9 @@ def eigsh(
         rest: dict[str, Any] = {"v0": start, "deflate": known_pairs, "metric": weight, **limits, **outside}
         pairs = eigsh(fixed, k, which=which, key=key, tol=tol, verify=verify, **rest)
         return differentiable(op, metric, pairs)
+    if v0 is not None:
+        v0 = op.as_vector(v0, "v0")
+        check_start(v0)
     if known:
         key = beside_pairs(key, known, use=0)
     places = place_basis(op, basis, basis_dtype)

@@ -111,8 +111,7 @@ def estimate(
     check_steps(num_steps, op.size)
     if num_probes < 1:
         raise SpectraError(f"num_probes={num_probes}: at least one probe is needed.")
-    if probe_batch is not None and not 1 <= probe_batch <= num_probes:
-        raise SpectraError(f"probe_batch={probe_batch} is not between 1 and num_probes={num_probes}.")
+    check_probe_batch(probe_batch, num_probes)
     layout, home = place
     vector = layout.device_bytes()
     count, rows = _basis.segments(num_steps)
@@ -227,6 +226,12 @@ def choose_batch(
     if available is not None:
         wanted = min(wanted, max(1, (available // 2 - shared) // max(one, 1)))
     return min(wanted, num_probes)
+
+
+def check_probe_batch(probe_batch: int | None, num_probes: int) -> None:
+    """Raise unless so many of the probes can run side by side."""
+    if probe_batch is not None and not 1 <= probe_batch <= num_probes:
+        raise SpectraError(f"probe_batch={probe_batch} is not between 1 and num_probes={num_probes}.")
 
 
 def choose_together(op: LinearOperator, count: int) -> int:

@@ -25,6 +25,7 @@ from spectra.density.smoothing import spectral_density
 from spectra.estimators.counts import count_above
 from spectra.estimators.exact import relative_change
 from spectra.estimators.functions import trace_of
+from spectra.krylov.plan import check_probe_batch
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.report.provenance import provenance_of
 from spectra.results import Density, Estimate, Interval, Quadrature, Result, notebook_view, result, text_table
@@ -235,6 +236,7 @@ def spectrum(
         raise SpectraError(f"zero_tol={zero_tol} is a share of |H|: use 0 or a positive number.")
     if num_probes < 1 or not (tol is None or tol > 0):
         raise SpectraError(f"num_probes={num_probes}, tol={tol}: use one probe at least, and a positive tol.")
+    check_probe_batch(probe_batch, num_probes)
     steps = min(100, op.size) if num_steps is None else num_steps
     plain = checkpoint is None and basis == "inherit" and basis_dtype is None
     if dense.choose(op, exact, steps, num_probes, tol, plain):
