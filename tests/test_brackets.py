@@ -1,5 +1,6 @@
 """The bracket of a probe's distribution holds on measures that are known, and none is narrower."""
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -103,6 +104,21 @@ def test_single_points_have_the_narrowest_bracket_and_curves_come_near(name):
         assert high <= curve[2][i] + 1e-6
         narrowest.append(high - low)
     assert np.mean(curve[2] - curve[0]) <= 1.3 * np.mean(narrowest) + 1e-6
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_converged_node_is_an_eigenvalue_only_to_within_what_a_breakdown_drops(sign):
+    values, masses, q = measure("bulk and spikes", 24)
+    q = dataclasses.replace(q, precision=1e-6)  # that of float32, in units that are visible
+    assert abs(q.residuals[0, -1]) < q.noise_floor
+    nodes = q.nodes.copy()
+    nodes[0, -1] = values[-1] + sign * (q.noise_floor + 0.45 * brackets.dropped(q))
+    moved = dataclasses.replace(q, nodes=nodes)
+    x = np.array([values[-2] + 1, values[-1] - 1e-9, values[-1]])
+    lower, _, upper = brackets.bracket(moved, x, moved.noise_floor)
+    truth, rounding = distribution(values, masses, x), 300 * np.finfo(float).eps  # of sums of 300 masses
+    assert (lower <= truth + rounding).all()
+    assert (truth <= upper + rounding).all()
 
 
 def test_beyond_all_nodes_and_for_a_single_node_nothing_is_in_doubt_that_need_not_be():
