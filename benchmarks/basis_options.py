@@ -28,7 +28,7 @@ import numpy as np
 
 import spectra
 from benchmarks import timing
-from spectra.base import trees
+from spectra.base import draws
 from spectra.demos import digits
 from spectra.krylov import recurrence
 from spectra.krylov.plan import place_basis
@@ -42,7 +42,7 @@ def orthogonality(op, steps: int, place: str, dtype) -> float:
     """max |Q Q^T - I| of the rows as they are stored, for the first probe."""
     layout, home = place_basis(op, place, dtype)
     with jax.default_device(home):
-        start = trees.sphere_sample(jax.random.fold_in(KEY, 0), layout.anonymous().structure)
+        start = draws.sphere_sample(jax.random.fold_in(KEY, 0), layout.anonymous().structure)
         state = recurrence.init(layout.anonymous(), start, steps)
     state = recurrence.advance(op.prepare(), layout, state, 0, steps, batched=False, home=home)
     products = np.asarray(gram(state.basis))[:steps, :steps]

@@ -25,7 +25,7 @@ from jax.flatten_util import ravel_pytree
 
 import spectra
 from benchmarks import problems
-from spectra.base import trees
+from spectra.base import draws, trees
 
 
 class Tool:
@@ -64,7 +64,7 @@ class Spectra(Tool):
 
     def starts(self, probes):
         keys = [jax.random.fold_in(jax.random.key(0), i) for i in range(probes)]
-        return np.stack([trees.ravel(trees.sphere_sample(key, self.op.structure)) for key in keys])
+        return np.stack([trees.ravel(draws.sphere_sample(key, self.op.structure)) for key in keys])
 
     def basis(self, steps):
         rows = spectra.lanczos(self.op, self.vector, steps).basis

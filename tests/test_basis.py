@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import SHARP, slow_but
 
-from spectra.base import trees
+from spectra.base import draws
 from spectra.krylov import basis
 from spectra.krylov.layout import Layout
 from spectra.krylov.rows import _combine
@@ -23,11 +23,29 @@ SHAPES = {"scalar": (), "row": (5,), "matrix": (4, 6), "kernel": (3, 3, 2, 4), "
 def test_every_leaf_is_drawn_with_a_key_of_its_own(distribution, dtype):
     structure = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in SHAPES.items()}
     key = jax.random.key(3)
-    drawn = trees.sample(key, structure, distribution)
+    drawn = draws.sample(key, structure, distribution)
     for i, name in enumerate(sorted(SHAPES)):
         expected = distribution(jax.random.fold_in(key, i), SHAPES[name], dtype)
         assert drawn[name].dtype == dtype
-        np.testing.assert_array_equal(drawn[name], expected)
+        # The same bits through the inverse of erf, some ten operations, as parts of other programs.
+        np.testing.assert_allclose(drawn[name], expected, rtol=10 * float(np.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("generator", ["threefry2x32", "counted otherwise", "rbg"])
+def test_leaves_that_are_drawn_together_are_those_drawn_alone(generator):
+    """Of any size, by any generator; what a row has beyond its leaf enters no norm."""
+    sizes = [1, draws.LEAST, draws.LEAST + 1, 0, 3, draws.MOST, draws.MOST + 1, 3]
+    structure = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes]
+    key = jax.random.key(5, impl="rbg" if generator == "rbg" else "threefry2x32")
+    with jax.threefry_partitionable(generator != "counted otherwise"):
+        drawn = draws.sample(key, structure, jax.random.normal)
+        on_sphere = draws.sphere_sample(key, structure)
+        expected = [jax.random.normal(jax.random.fold_in(key, i), (n,)) for i, n in enumerate(sizes)]
+    length = np.linalg.norm(np.concatenate(expected, dtype=np.float64))
+    for leaf, unit, row in zip(drawn, on_sphere, expected, strict=True):
+        np.testing.assert_allclose(leaf, row, rtol=10 * float(np.finfo(np.float32).eps))
+        # The square is summed one number after another, at worst.
+        np.testing.assert_allclose(unit, row / length, rtol=sum(sizes) * float(np.finfo(np.float32).eps))
 
 
 @functools.cache
@@ -45,6 +63,7 @@ put = jax.jit(basis.put, donate_argnums=0, static_argnums=3)
 def test_sweeps_over_several_segments(at_once, filled, packed, x64, monkeypatch):
     """As many segments at once as on a TPU, here; the sums are those of NumPy."""
     monkeypatch.setattr(basis, "AT_ONCE", {"cpu": (at_once, at_once)})
+    monkeypatch.setattr(basis, "SMALL", 0)
     rng = np.random.default_rng(filled)
     like = {"a": jnp.zeros((7, 5)), "b": jnp.zeros(40)}
     layout = Layout.of(like) if packed else Layout.leafwise(like)

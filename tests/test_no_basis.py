@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import spectra
-from spectra.base import progress, trees
+from spectra.base import draws, progress
 from spectra.density.extremes import extreme
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
@@ -77,7 +77,7 @@ def test_the_bracket_holds_for_the_measures_of_the_probes(dtype, values):
     with jax.enable_x64(dtype == "float64"):
         op = spectra.MatrixOperator(jnp.asarray(np.diag(values), dtype))
         q = spectra.slq(op, key=KEY, num_steps=150, num_probes=3, basis="none")
-        starts = [trees.sphere_sample(jax.random.fold_in(KEY, i), op.structure) for i in range(3)]
+        starts = [draws.sphere_sample(jax.random.fold_in(KEY, i), op.structure) for i in range(3)]
         masses = np.asarray(np.stack(starts), np.float64) ** 2
     sums = np.cumsum(masses / masses.sum(axis=1, keepdims=True), axis=1)
     x = np.concatenate([values, (values[1:] + values[:-1]) / 2, q.nodes.ravel()])

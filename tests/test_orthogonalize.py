@@ -9,7 +9,13 @@ from spectra.krylov import basis
 from spectra.krylov.layout import Layout
 from spectra.krylov.step import orthogonalize
 
-N, ROWS = 96, 20  # two and a half segments
+N, ROWS = 96, 20
+
+
+@pytest.fixture(autouse=True)
+def _two_and_a_half_segments(monkeypatch):
+    """As of a large basis: what is compiled here is called from here alone."""
+    monkeypatch.setattr(basis, "SMALL", 0)
 
 
 @jax.jit

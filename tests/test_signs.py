@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base.signs import cheap_signs
+from spectra.base.draws import cheap_signs
 
 SHAPES = [(), (0, 3), (100, 41), (4100,), (5, 4, 205)]
 

@@ -1,9 +1,8 @@
-"""Vectors as pytrees: structure, checks, random draws, and arithmetic leaf by leaf."""
+"""Vectors as pytrees: structure, checks, and arithmetic leaf by leaf."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -323,39 +322,3 @@ def _all_finite(leaves: list[jax.Array]) -> jax.Array:
 def length(tree: PyTree) -> float:
     """The Euclidean norm, on the host."""
     return float(_length(tree))
-
-
-def sphere_sample(key: jax.Array, structure: PyTree) -> PyTree:
-    """A vector drawn uniformly from the unit sphere."""
-    return sample(key, structure, jax.random.normal, unit=True)
-
-
-def sample(
-    key: jax.Array, structure: PyTree, distribution: Callable[..., jax.Array], *, unit: bool = False
-) -> PyTree:
-    """A vector whose leaf i is distribution(fold_in(key, i), shape, dtype); with `unit` of length one.
-
-    JAX's generator does not depend on the sharding, so the same key gives the same vector on any number
-    of devices.
-    """
-    leaves, treedef = jax.tree.flatten(structure)
-    kinds = tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)
-    return treedef.unflatten(_samples(key, kinds, distribution, unit))
-
-
-@functools.partial(jax.jit, static_argnames=("kinds", "distribution", "unit"))
-def _samples(
-    key: jax.Array, kinds: Kinds, distribution: Callable[..., jax.Array], unit: bool
-) -> list[jax.Array]:
-    """One array for each shape and dtype.
-
-    XLA takes 0.5 s to compile a draw of numbers in a row on a CPU and 3 s for the kernel of a convolution,
-    so they are drawn in a row. The generator counts them in that order: they are the same as in the leaf's
-    own shape. Of several devices each would draw all of a row; there a leaf is drawn as it is.
-    """
-
-    drawn: list[jax.Array] = []
-    for i, (shape, dtype) in enumerate(kinds):
-        row = (math.prod(shape),) if jax.device_count() == 1 else shape
-        drawn.append(distribution(jax.random.fold_in(key, i), row, dtype).reshape(shape))
-    return scale(1 / norm(drawn), drawn) if unit else drawn

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra.base import arrays, trees
+from spectra.base import arrays, draws
 from spectra.base.errors import Status
 from spectra.base.progress import Progress
 from spectra.base.trees import PyTree
@@ -263,7 +263,7 @@ class ProbeRun:
 
 
 def _draw(layout: Layout, key: jax.Array, index: Any) -> PyTree:
-    return trees.sphere_sample(jax.random.fold_in(key, index), layout.structure)
+    return draws.sphere_sample(jax.random.fold_in(key, index), layout.structure)
 
 
 @partial(jax.jit, static_argnames="layout")

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spectra.base import draws, trees
 from spectra.base import progress as _signals
-from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.base.progress import Progress
@@ -301,7 +301,7 @@ def _traced(
     op = op.prepare()
 
     def run(i: int | jax.Array, steps: int) -> recurrence.LanczosState:
-        v0 = trees.sphere_sample(jax.random.fold_in(key, i), layout.structure)
+        v0 = draws.sphere_sample(jax.random.fold_in(key, i), layout.structure)
         state = recurrence.init(layout, v0, steps, keep_basis=keep)
         return recurrence.run(op, layout, state, 0, steps)
 

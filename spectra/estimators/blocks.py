@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import arrays, trees
+from spectra.base import arrays, draws, trees
 from spectra.base.stacks import combine, concatenate, gram, inner, length, row_dots, rows, subtract
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, in_batches
@@ -47,7 +47,7 @@ def draw_with_noise(
 
 def _draw(key: jax.Array, indices: arrays.Indices, structure: PyTree, kind: str) -> PyTree:
     distribution = getattr(jax.random, kind)
-    return jax.vmap(lambda i: trees.sample(jax.random.fold_in(key, i), structure, distribution))(indices)
+    return jax.vmap(lambda i: draws.sample(jax.random.fold_in(key, i), structure, distribution))(indices)
 
 
 @jax.jit

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import stacks, trees
+from spectra.base import draws, stacks, trees
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -167,7 +167,7 @@ def _probes(key: jax.Array, op: LinearOperator, count: int, exact: bool) -> PyTr
     if exact:
         return jax.vmap(lambda row: trees.unravel(row, structure))(jnp.eye(count, dtype=op.dtype))
     keys = jax.random.split(key, count)
-    return jax.vmap(lambda own: trees.sample(own, structure, jax.random.rademacher))(keys)
+    return jax.vmap(lambda own: draws.sample(own, structure, jax.random.rademacher))(keys)
 
 
 @jax.jit

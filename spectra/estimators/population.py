@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import arrays, trees
+from spectra.base import arrays, draws, trees
 from spectra.base.errors import SpectraError, Status, StructureError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -191,7 +191,7 @@ def _fit(batches: Batches, folds: np.ndarray, k: int, key: jax.Array, tol: float
 @jax.jit
 def _start(parts: list[PyTree], key: jax.Array, op: LinearOperator) -> PyTree:
     """The sum of the leading vectors, turned alike, and a little of a random one."""
-    fresh = trees.scale(FRESH, trees.sphere_sample(key, op.structure))
+    fresh = trees.scale(FRESH, draws.sphere_sample(key, op.structure))
     total = fresh
     for vectors in parts:
         for i in range(blocks.length(vectors)):

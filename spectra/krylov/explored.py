@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import draws, trees
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
 from spectra.krylov import step
@@ -90,7 +90,7 @@ def grow(
 
 def draw(key: jax.Array, number: int, structure: PyTree) -> PyTree:
     """A normal vector; vectors of other numbers are independent of it."""
-    return trees.sample(jax.random.fold_in(key, number), structure, jax.random.normal)
+    return draws.sample(jax.random.fold_in(key, number), structure, jax.random.normal)
 
 
 class _Rest(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import stacks, trees
+from spectra.base import draws, stacks, trees
 from spectra.base.errors import SpectraError, Status, StructureError
 from spectra.base.host import one_thread
 from spectra.base.meshes import automatic
@@ -129,7 +129,7 @@ def svds(
 
 def _unit(jacobian: JacobianOperator, key: jax.Array) -> float:
     """A power of two of the size of J, from one product."""
-    image = jacobian.product(trees.sphere_sample(key, jacobian.structure))
+    image = jacobian.product(draws.sphere_sample(key, jacobian.structure))
     return float(trees.power_of_two(trees.largest(image)))
 
 

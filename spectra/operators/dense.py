@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, trees
+from spectra.base import arrays, draws, trees
 from spectra.base.errors import NotSymmetricError, StructureError
 from spectra.base.meshes import automatic, on_automatic_axes
 from spectra.base.trees import PyTree
@@ -69,7 +69,7 @@ def _as_columns(vectors: PyTree) -> jax.Array:
 
 
 def _require_symmetric(op: LinearOperator, matrix: jax.Array) -> None:
-    start = trees.sphere_sample(jax.random.key(0), op.structure)
+    start = draws.sphere_sample(jax.random.key(0), op.structure)
     image = op.mv(start) if op.on_host else product(op, start)
     largest, asymmetry, size, defect = map(float, jax.device_get(_defects(matrix, start, image)))
     if not np.isfinite([largest, size, defect]).all():

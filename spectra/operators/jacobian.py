@@ -14,9 +14,9 @@ from jax import lax
 from jax.tree_util import PyTreeDef
 
 from spectra.base import host, paths, trees
+from spectra.base.draws import moved_parameters
 from spectra.base.errors import DifferentiationError, MemoryLimitError, NonFiniteError, StructureError
 from spectra.base.meshes import automatic, on_automatic_axes
-from spectra.base.signs import moved_parameters
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import weighted_sum

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spectra.base import arrays, host, trees
+from spectra.base import arrays, draws, host, trees
 from spectra.base.errors import MemoryLimitError, StructureError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -130,7 +130,7 @@ def _error_of_roots(op: FisherOperator, setup: Setup) -> jax.Array:
     """|∇²ℓ u - Σ_k r_k (r_k · u)| over |∇²ℓ u|, with the sum example by example."""
     outputs = model_outputs(op)
     found = roots(op, setup.form, outputs, op.data, None)
-    u = trees.sample(jax.random.key(0), outputs, jax.random.normal)
+    u = draws.sample(jax.random.key(0), outputs, jax.random.normal)
     own = op._curvature(outputs, split(op.data)[1], u)
 
     def add(total: Any, k: Any) -> Any:

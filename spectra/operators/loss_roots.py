@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import arrays, host, trees
+from spectra.base import arrays, draws, host, trees
 from spectra.base.errors import MemoryLimitError
 from spectra.base.trees import PyTree
 from spectra.operators import likelihood
@@ -67,7 +67,7 @@ def form_of(op: FisherOperator, outputs: PyTree, piece: PyTree, limit: float) ->
 @jax.jit
 def _form_errors(op: FisherOperator, outputs: PyTree, piece: PyTree) -> tuple[jax.Array, jax.Array]:
     targets = split(piece)[1]
-    u = trees.sample(jax.random.key(0), outputs, jax.random.normal)
+    u = draws.sample(jax.random.key(0), outputs, jax.random.normal)
     own = op._curvature(outputs, targets, u)
     size = trees.largest(own)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import draws, trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -90,7 +90,7 @@ def _vectors(op: LinearOperator, key: jax.Array, indices: jax.Array | np.ndarray
     def one(i):
         if exact:
             return trees.unravel(jnp.zeros(op.size, op.dtype).at[i].set(1), op.structure)
-        return trees.scale(op.size**0.5, trees.sphere_sample(jax.random.fold_in(key, i), op.structure))
+        return trees.scale(op.size**0.5, draws.sphere_sample(jax.random.fold_in(key, i), op.structure))
 
     return jax.vmap(one)(indices)
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import draws, trees
 from spectra.base.errors import SpectraError
 from spectra.base.files import program_digest, tree_digest
 from spectra.operators.base import LinearOperator, product
@@ -93,7 +93,7 @@ def describe(op: LinearOperator, key: jax.Array, row_dtype: Any) -> dict[str, An
 
     Steps, probes and tolerance are not part of it: they say how much of the run is wanted.
     """
-    u = trees.sphere_sample(jax.random.key(0), op.structure)
+    u = draws.sphere_sample(jax.random.key(0), op.structure)
     found = op @ u
     data = jax.random.key_data(key) if jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     return {

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import host, trees
+from spectra.base import draws, host, trees
 from spectra.base.errors import SpectraError
 from spectra.base.meshes import automatic, on_automatic_axes, require_key
 from spectra.base.trees import PyTree
@@ -308,7 +308,7 @@ def _continued(path: str | os.PathLike | None, name: str) -> tuple[SpectrumHisto
 def _start(vectors: PyTree, key: jax.Array, share) -> PyTree:
     """The sum of the last vectors plus `share` times a random one; the random one alone for infinity."""
     structure = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), vectors)
-    fresh = trees.sphere_sample(key, structure)
+    fresh = draws.sphere_sample(key, structure)
     last = jnp.where(jnp.isinf(share), 0.0, 1 / len(jax.tree.leaves(vectors)[0]) ** 0.5)
     share = jnp.where(jnp.isinf(share), 1.0, share)
     return jax.tree.map(lambda x, f: (last * x.sum(axis=0) + share * f).astype(x.dtype), vectors, fresh)

@@ -849,16 +849,16 @@ ESTIMATORS = [
     ),
     fault(
         "probes from a cube, not from the sphere",
-        "base/trees.py",
+        "base/draws.py",
         "structure, jax.random.normal,",
         "structure, jax.random.uniform,",
         "test_slq.py::test_moments_up_to_degree_2m_minus_1_are_those_of_the_probes",
     ),
     fault(
         "leaves of a probe share a key",
-        "base/trees.py",
-        "distribution(jax.random.fold_in(key, i), row, dtype)",
-        "distribution(jax.random.fold_in(key, 0 * i), row, dtype)",
+        "base/draws.py",
+        "drawn = draw(jax.random.fold_in(key, place))",
+        "drawn = draw(jax.random.fold_in(key, 0 * place))",
         "test_basis.py::test_every_leaf_is_drawn_with_a_key_of_its_own",
     ),
     fault(
