@@ -13,8 +13,15 @@ import jax
 SWITCH = "SPECTRA_TEST_PROGRAMS"
 CHOICES = ("quick", "optimised")
 DEFAULT_MARKERS = "not slow"
-QUICK: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
-OPTIMISED: dict[str, bool | int] = {"xla_backend_optimization_level": 3}
+# A program in several parts compiles on several cores, which other tests need, and takes longer in all.
+QUICK: dict[str, bool | int] = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+OPTIMISED: dict[str, bool | int] = {
+    "xla_backend_optimization_level": 3,
+    "xla_cpu_parallel_codegen_split_count": 32,
+}
 """XLA's defaults, as `compiler_options` of a test that reads from a program what users get."""
 if jax.__version_info__ < (0, 11):  # XLA has had no choice since, and ends at a flag that it does not know
     QUICK["xla_cpu_use_fusion_emitters"] = False

@@ -76,7 +76,14 @@ def check(result, eigenvalues):
         assert result.effective >= 0.9 * top / sizes.min()
 
 
-@pytest.mark.parametrize("name", SPECTRA)
+# One of each kind, and those that take no time.
+QUICK = (
+    *("gap around zero", "one zero, both signs", "twenty zeros, three decades", "sixteen decades"),
+    *("clustered", "negative", "symmetric", "close to the edge", "repeated"),
+)
+
+
+@pytest.mark.parametrize("name", slow_but(SPECTRA, *QUICK))
 def test_without_a_matrix_bounds_bound_and_values_are_values(name):
     entries = np.asarray(SPECTRA[name], np.float32)
     for seed in range(5):
@@ -173,7 +180,7 @@ def single_probes(entries, steps):
         yield dataclasses.replace(q, **{name: np.asarray(getattr(q, name))[i : i + 1] for name in names})
 
 
-@pytest.mark.parametrize("steps", [8, 30])
+@pytest.mark.parametrize("steps", slow_but([8, 30], 30))
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extremes_have_a_bound_inside_and_a_limit_outside(name, steps):
     entries = np.asarray(EXTREMES[name], np.float32)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import diagonal, rotation
+from cases import diagonal, rotation, slow_but
 
 import spectra
 from spectra.quadrature.rules import invariant_length
@@ -45,7 +45,7 @@ def operator(kind, values, n, dtype):
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "dense", "Hessian"])
-@pytest.mark.parametrize("n", [3, 48, 300, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", slow_but([3, 48, 300, 3000], 3, 300))
 def test_every_probe_ends_with_the_true_length(n, kind, dtype):
     for values in DISTINCT:
         if len(values) > n:
@@ -60,7 +60,15 @@ def test_every_probe_ends_with_the_true_length(n, kind, dtype):
         assert error <= STEPS * (10 + np.sqrt(n) / 2) * float(jnp.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "dense"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    slow_but(
+        [(k, d) for k in ("diagonal", "dense") for d in ("float32", "float64")],
+        ("dense", "float64"),
+        ("diagonal", "float32"),
+    ),
+    indirect=["dtype"],
+)
 def test_a_single_start_ends_with_the_true_length_and_an_orthonormal_basis(kind, dtype):
     n = 300
     for values in DISTINCT:

@@ -67,7 +67,14 @@ def interrupted(interrupt, monkeypatch, folder, count, **options):
 
 @pytest.mark.parametrize("count", slow_but([5, 25, 40], 25))
 @pytest.mark.parametrize(
-    "options", [{}, {"probe_batch": 2}, {"basis_dtype": "bfloat16"}, {"tol": 0.02, "num_probes": 6}], ids=str
+    "options",
+    [
+        {},
+        {"probe_batch": 2},
+        pytest.param({"basis_dtype": "bfloat16"}, marks=pytest.mark.slow),
+        {"tol": 0.02, "num_probes": 6},
+    ],
+    ids=str,
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     count, options, interrupt, monkeypatch, tmp_path
@@ -249,7 +256,7 @@ def test_how_data_are_cut_and_what_functions_are_called_makes_no_other_problem(t
 @pytest.mark.parametrize(
     "then",
     [
-        {"num_probes": 2},
+        pytest.param({"num_probes": 2}, marks=pytest.mark.slow),
         {"num_steps": 20},
         {"num_steps": 40},
         {"tol": 0.3, "num_steps": 100},

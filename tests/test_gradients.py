@@ -58,7 +58,7 @@ KRYLOV = {
 }
 
 
-@pytest.mark.parametrize("name", KRYLOV)
+@pytest.mark.parametrize("name", slow_but(KRYLOV, "all steps", "repeated eigenvalues"))
 def test_the_gradient_of_a_quadrature_that_ends(name, x64):
     a, b, at = KRYLOV[name]
 

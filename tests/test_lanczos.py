@@ -96,7 +96,7 @@ def test_breakdown_ends_with_exact_values_weights_and_length(name, scale, dtype)
 CASES = [(name, start) for name in ("uniform", "outliers", "decaying") for start in ("ones", "random")]
 
 
-@pytest.mark.parametrize(("name", "start"), slow_but(CASES, ("outliers", "random"), ("decaying", "ones")))
+@pytest.mark.parametrize(("name", "start"), slow_but(CASES, ("outliers", "random")))
 def test_basis_is_orthonormal_after_a_hundred_steps(name, start, dtype):
     n = 100_000
     entries = {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import relative_error
+from cases import relative_error, slow_but
 from jax import lax
 
 import spectra
@@ -154,7 +154,7 @@ def test_losses_that_are_no_mean_are_refused_where_they_are_cut(loss_fn, cut):
         CUTS[cut](loss_fn)
 
 
-@pytest.mark.parametrize("loss_fn", [sum_of_squares, contrastive, normalised])
+@pytest.mark.parametrize("loss_fn", slow_but([sum_of_squares, contrastive, normalised], contrastive))
 def test_nothing_is_refused_where_nothing_is_cut(loss_fn, x64):
     exact = jax.hessian(lambda w: loss_fn(w, rows(0, 12)))(jnp.asarray(W)).reshape(6, 6)
     one = HessianOperator(loss_fn, jnp.asarray(W), [rows(0, 12)])

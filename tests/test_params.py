@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import relative_error
+from cases import relative_error, slow_but
 from flax import linen, nnx
 
 import spectra
@@ -175,7 +175,9 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize(
+    "name", slow_but(TREES, "scalar leaf", "tuple of tuples", "empty leaf", "custom node", "numpy leaves")
+)
 def test_shapes_and_containers_of_leaves(name):
     params = TREES[name]
 

@@ -119,7 +119,7 @@ def test_simple_eigenvalues_are_atoms():
         assert not len(without(q).resolved)
 
 
-@pytest.mark.parametrize("name", slow_but(SPECTRA, "three equal spikes", "pairs and singles"))
+@pytest.mark.parametrize("name", slow_but(SPECTRA, "pairs and singles"))
 def test_intervals_of_traces_hold_at_their_rate(name):
     values = SPECTRA[name]
 

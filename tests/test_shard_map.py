@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -47,7 +48,7 @@ def reflections(params, x):
 LOSSES = {fn.__name__: fn for fn in (attention, words, recurrent, packed_sequences, reflections)}
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", slow_but(LOSSES, "attention", "words", "recurrent"))
 def test_a_product_inside_shard_map_is_that_outside(name):
     loss_fn = LOSSES[name]
     keys = jax.random.split(jax.random.key(0), 3)

@@ -367,7 +367,7 @@ def test_what_the_start_loses_to_rounding_is_not_called_converged(traced):
     assert not (np.asarray(found.converged) & ~reached).any()
 
 
-@pytest.mark.parametrize("method", ["cg", "minres"])
+@pytest.mark.parametrize("method", slow_but(["cg", "minres"], "minres"))
 def test_no_more_products_than_allowed_watched_or_not(method, capsys):
     """The last one is that of the check, in whatever mode the budget ends; a bar changes nothing."""
     # b outside of the range: MINRES asks whether its residual is in the null space, again and again.
