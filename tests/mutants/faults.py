@@ -338,6 +338,27 @@ KRYLOV = [
         "test_lanczos.py::test_breakdown_ends_with_exact_values_weights_and_length",
     ),
     fault(
+        "a run ends though its nodes are not eigenvalues yet",
+        "quadrature/rules.py",
+        " and _converged(alpha, beta, d, noise):",
+        ":",
+        "test_breakdown.py::test_where_a_run_ends_its_nodes_are_eigenvalues",
+    ),
+    fault(
+        "products are rounded relative to what a run has seen of the operator",
+        "krylov/linear_state.py",
+        "0.0 if measured else wanted.seen_norm(op)",
+        "0.0",
+        "test_solve.py::test_rounding_is_that_of_the_whole_operator",
+    ),
+    fault(
+        "copies of singular values are not looked for, and nothing says so",
+        "krylov/svds.py",
+        "missed=pairs.missed",
+        "missed=0.0",
+        "test_jacobian.py::test_copies_of_a_singular_value_are_found_or_the_result_says_that_it_did_not_look",
+    ),
+    fault(
         "rounding is not amplified on its way to a breakdown",
         "quadrature/rules.py",
         "np.linalg.norm(behind, axis=0).max()",
