@@ -1,4 +1,4 @@
-"""Parts of an operator that cancel are each rounded relative to themselves: errors stated of the rest hold it.
+"""Parts of an operator that cancel are each rounded relative to themselves; stated errors hold that.
 
 Truth is the same combination of the float32 parts in float64.
 """
