@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import diagonal, rotation, slow_but
+from scipy.linalg import eigh_tridiagonal
 
 import spectra
-from spectra.quadrature.rules import invariant_length
+from spectra.quadrature.rules import breakdown_noise, invariant_length
 
 DISTINCT = [
     [-0.7],
@@ -118,6 +119,27 @@ def test_a_spectrum_that_goes_on_is_not_taken_for_an_invariant_space(name, preci
             start = rng.standard_normal(len(eigenvalues))
             alpha, beta = in_numpy(eigenvalues, start, steps, precision * rng.choice([0.3, 1, 4]), rng)
             assert invariant_length(alpha, beta, steps, len(eigenvalues), precision) is None
+
+
+@pytest.mark.parametrize("distinct", [6, 19, 25])
+def test_where_a_run_ends_its_nodes_are_eigenvalues(distinct):
+    """Rounding is amplified more the more distinct eigenvalues there are, and moves nodes of little weight.
+
+    A node is an eigenvalue to what is dropped, one breakdown, and to the errors of the products (Weyl).
+    """
+    values, rng, precision = np.linspace(-1.0, 2.0, distinct), np.random.default_rng(4), 1.2e-7
+    eigenvalues = np.resize(values, 40)
+    allowed = 2 * (breakdown_noise(40, precision) + precision * np.sqrt(distinct)) * 2
+    ended = 0
+    for _ in range(40):
+        steps = min(distinct + 12, 39)
+        alpha, beta = in_numpy(eigenvalues, rng.standard_normal(40), steps, precision, rng)
+        length = invariant_length(alpha, beta, steps, 40, precision) or steps
+        theta, vectors = eigh_tridiagonal(alpha[:length], beta[: length - 1])
+        left = 0.0 if length < steps else beta[length - 1] * np.abs(vectors[-1])
+        assert (np.abs(theta[:, None] - values).min(axis=1) <= allowed + left).all()
+        ended += length == distinct
+    assert ended == 40 or distinct > 6
 
 
 def test_a_start_near_two_eigenvectors_is_not_taken_for_their_span():

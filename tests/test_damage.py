@@ -95,7 +95,7 @@ def results():
         "summary": spectra.Summary({"a": quadrature(), "b/c": quadrature(seed=1)}),
         "singular": spectra.SingularTriplets(
             line[:2], {"out": np.ones((2, 3))}, {"w": np.ones((2, 4))}, line[:2], np.ones(2, bool), "LM",
-            (3, 4), 12, 1e-7, 1e-4, Status.CONVERGED,
+            (3, 4), 12, 1.0, 1e-7, 1e-4, Status.CONVERGED,
         ),
         "interval": {"curve": Interval(line, line, line)},
     }  # fmt: skip

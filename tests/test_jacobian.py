@@ -124,6 +124,18 @@ def test_a_few_of_either_end_and_what_is_said_of_them(dtype):
     assert not last.converged.any()
 
 
+def test_copies_of_a_singular_value_are_found_or_the_result_says_that_it_did_not_look():
+    values = np.repeat([5.0, 2.0, 1.0], 10)
+    jacobian = jacobian_of(np.linalg.qr(np.random.default_rng(0).standard_normal((40, 30)))[0] * values)
+    found = spectra.svds(jacobian, 2, key=KEY)
+    assert (np.abs(found.values - 5) <= found.errors).all()
+    assert found.missed <= 0.01
+    short = spectra.svds(jacobian, 2, key=KEY, max_matvecs=4)
+    assert short.values[1] < 4  # one vector has one copy of each
+    assert short.missed == 1
+    assert dict(short.rows())["probability of a missed copy"] == "not bounded"
+
+
 def _scaled(jacobian, t):
     return spectra.JacobianOperator(linear, jacobian.params, t * jacobian.inputs)
 

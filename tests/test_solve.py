@@ -81,6 +81,31 @@ def test_the_bound_holds_and_no_x_is_silently_wrong(kind, method, dtype):
             assert known is None or np.isfinite(found.error_bound), kappa
 
 
+@pytest.mark.parametrize("kind", ["plain", "preconditioned", pytest.param("jit", marks=pytest.mark.slow)])
+def test_rounding_is_that_of_the_whole_operator(kind):
+    """b lies in the bulk, and the run sees nothing else, while products are rounded relative to the spike."""
+    rng = np.random.default_rng(5)
+    for _ in range(6):
+        values, q = np.append(np.linspace(0.5, 1.0, N - 1), 1e6), np.linalg.qr(rng.standard_normal((N, N)))[0]
+        matrix = np.asarray((q * values) @ q.T, np.float32)
+        matrix = np.tril(matrix) + np.tril(matrix, -1).T
+        entries = matrix.astype(np.float64)
+        b = np.asarray(np.linalg.eigh(entries)[1][:, :3] @ rng.standard_normal(3), np.float32)
+        least, inverse = float(np.linalg.eigvalsh(entries)[0]), np.linalg.inv(entries)
+        inverse = spectra.MatrixOperator((inverse + inverse.T) / 2) if kind == "preconditioned" else None
+        run = jax.jit(bulk_solution) if kind == "jit" else bulk_solution
+        found = run(jnp.asarray(matrix), jnp.asarray(b), inverse)
+        x = np.asarray(found.x, np.float64)
+        assert abs(np.linalg.norm(b - entries @ x) - found.residual_norm) <= found.rounding
+        error = np.linalg.norm(x - np.linalg.solve(entries, b.astype(float)))
+        assert error <= (found.residual_norm + found.rounding) / least
+
+
+def bulk_solution(matrix, b, inverse):
+    op = spectra.MatrixOperator(matrix)
+    return spectra.solve(op, b, tol=0.1, method="cg", preconditioner=inverse)
+
+
 def test_the_bound_is_not_wide(x64):
     """|x - x*| <= |r| / min |λ| with equality for r along the smallest: within κ = 10 of the truth."""
     op, entries, b = system("definite", 10.0, 0, jnp.float64)

@@ -203,9 +203,11 @@ def judged(
     x, noise = found["x"], noise_of(op)
     norms = np.asarray(sizes(x), np.float64)
     residual = np.asarray(found["residual"], np.float64)
+    measured = op.moved(jax.random.key(wanted.KEY)) is not None
+    seen = np.maximum(np.asarray(found["norm_a"], np.float64), 0.0 if measured else wanted.seen_norm(op))
     # Of the product, and of the difference and its norm.
-    moved = noise * (np.asarray(found["norm_a"], np.float64) * norms + residual)
-    if op.moved(jax.random.key(wanted.KEY)) is not None:
+    moved = noise * (seen * norms + residual)
+    if measured:
         here = op.prepare()
         for i in np.flatnonzero(np.isfinite(norms) & (norms > 0)):
             vector = jax.tree.map(lambda leaf, i=i: leaf[i], x)
@@ -254,7 +256,8 @@ def traced_solution(
     """The same inside jit, vmap and grad, without looking at values; `still` is x with no derivative."""
     count = jax.tree.leaves(still)[0].shape[0]
     residual = found["residual"]
-    moved = noise_of(op) * (found["norm_a"] * sizes(still) + residual)
+    seen = jnp.maximum(found["norm_a"], wanted.seen_norm_traced(op))
+    moved = noise_of(op) * (seen * sizes(still) + residual)
     error = jnp.full(count, jnp.inf) if bound is None else (residual + moved) / bound
     return Solution(
         x=x,

@@ -112,8 +112,9 @@ def solve(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: one product per step, and for a loss five more for each right-hand side, which measure rounding and
-        are not counted. Memory: ten vectors, four with method="cg", plus those of a preconditioner.
+    Cost: one product per step, and those that measure rounding, which are not counted: five more for each
+        right-hand side for a loss, three for other operators. Memory: ten vectors, four with method="cg",
+        plus those of a preconditioner.
 
     Fails if A is singular but b lies in its range: x is one of many solutions, and `error_bound` is infinite.
 

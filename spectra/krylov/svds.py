@@ -66,7 +66,8 @@ def svds(
     Returns:
         `SingularTriplets`: values descending, left and right vectors stacked, `errors`, `converged`. Vectors
         of the smaller side are orthonormal to ε, of the larger to ε σ₁ / σ. `status` is NOT_CONVERGED
-        if the products ran out, STAGNATED if rounding is above the tolerance.
+        if the products ran out, STAGNATED if rounding is above the tolerance. As for `eigsh`, `status` and
+        `converged` say nothing about copies of a singular value: `missed` does.
 
     Raises:
         StructureError: not a `JacobianOperator`; for the singular values |λ| of a symmetric matrix, use
@@ -172,6 +173,7 @@ def _triplets(
         which=which,
         shape=(m, n),
         num_matvecs=pairs.num_matvecs + len(values) + spent,
+        missed=pairs.missed,
         noise_floor=floor * unit,
         gram_floor=gram_floor * unit,
         status=_status(pairs, converged),

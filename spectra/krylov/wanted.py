@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from spectra.base import trees
 from spectra.base.trees import PyTree
+from spectra.operators.arithmetic import ShiftedOperator
 from spectra.operators.base import LinearOperator, product
 from spectra.quadrature.christoffel import chance
 from spectra.results import Eigenpairs
@@ -131,6 +133,42 @@ def with_measured_floor(op: LinearOperator, pairs: Eigenpairs) -> Eigenpairs:
 @jax.jit
 def _mean(vectors: PyTree) -> PyTree:
     return jax.tree.map(lambda x: (x.sum(axis=0) / x.shape[0] ** 0.5).astype(x.dtype), vectors)
+
+
+POWERS = 3
+
+
+def seen_norm(op: LinearOperator) -> float:
+    """|A| from below, by `POWERS` products with a random vector, and no less than its shift.
+
+    A run whose right-hand side lies in a part of the spectrum sees no other, but what a product with its x
+    is rounded by comes from all of A. What the last product gains is |A| but for a factor of n^(-1 / 2
+    POWERS) at the very worst, a lone eigenvalue above a bulk that is just as large without it.
+    """
+    vector, ratio = trees.sphere_sample(jax.random.key(KEY), op.structure), 0.0
+    for _ in range(POWERS):
+        image = multiply(op, vector)
+        ratio = max(ratio, trees.length(image) / (trees.length(vector) or 1.0))
+        vector = _in_unit(image)
+    return max(ratio, abs(float(op.delta)) if isinstance(op, ShiftedOperator) else 0.0)
+
+
+@jax.jit
+def _in_unit(vector: PyTree) -> PyTree:
+    return trees.scale(1 / trees.power_of_two(trees.largest(vector)), vector)
+
+
+def seen_norm_traced(op: LinearOperator) -> jax.Array:
+    """The same inside jit."""
+
+    def step(_: Any, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
+        image = op.mv(carry[0])
+        return _in_unit(image), jnp.maximum(carry[1], trees.norm(image) / trees.norm(carry[0]))
+
+    start = trees.sphere_sample(jax.random.key(KEY), op.structure), jnp.zeros((), op.dtype)
+    ratio = lax.fori_loop(0, POWERS, step, start)[1]
+    ratio = jnp.where(jnp.isfinite(ratio), ratio, 0)  # 0 / 0 of A = 0
+    return jnp.maximum(ratio, jnp.abs(op.delta)) if isinstance(op, ShiftedOperator) else ratio
 
 
 MISSED = 0.01

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from spectra.base import stacks, trees
+from spectra.base.signs import moved_parameters
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.jaxprs import slow_in_loops
@@ -107,12 +108,9 @@ class SumOperator(LinearOperator):
             "much of what is left, and float64 makes it smaller."
         )
 
-    def moved(self, key: jax.Array) -> "SumOperator | None":
-        """The sum of the terms at moved parameters, and of those that have none as they are."""
-        moved = [term.moved(key) for term in self.terms]
-        if all(term is None for term in moved):
-            return None
-        return SumOperator(tuple(new or old for new, old in zip(moved, self.terms, strict=True)))
+    def moved(self, key: jax.Array) -> "SumOperator":
+        """The sum of the moved terms: each is rounded relative to itself, and they may cancel."""
+        return SumOperator(each_moved(self.terms, key))
 
     def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
         return SumOperator(tuple(term._principal(indices) for term in self.terms))
@@ -206,6 +204,37 @@ class Wrapped(Derived):
 
     def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
         return self._with_base(self.base._principal(indices))
+
+
+@operator(leaves=("base", "roundings"))
+class RoundedOperator(Wrapped):
+    """D A D with D = diag(1 ± the precision of a product): what stands for another rounding of A."""
+
+    base: LinearOperator
+    roundings: PyTree  # of D
+
+    def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+        return self._times(multiply(self._times(v)))
+
+    def _times(self, v: PyTree) -> PyTree:
+        return jax.tree.map(jnp.multiply, self.roundings, v)
+
+    def _with_base(self, base: LinearOperator) -> "RoundedOperator":
+        return RoundedOperator(base, self.roundings)
+
+
+def each_moved(terms: tuple[LinearOperator, ...], key: jax.Array) -> tuple[LinearOperator, ...]:
+    """Parts of one product, moved by a rounding each, independently: at moved parameters if they have any."""
+
+    def one(term: LinearOperator, key: jax.Array) -> LinearOperator:
+        return term.moved(key) or RoundedOperator(term, _roundings(key, term.structure, term.precision))
+
+    return tuple(one(term, jax.random.fold_in(key, i)) for i, term in enumerate(terms))
+
+
+def _roundings(key: jax.Array, structure: PyTree, precision: float) -> PyTree:
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), structure)
+    return moved_parameters(ones, key, precision)
 
 
 @operator(leaves=("base", "factor"))

@@ -152,7 +152,10 @@ class LinearOperator(abc.ABC):
         return None
 
     def moved(self, key: jax.Array) -> "LinearOperator | None":
-        """The operator at parameters moved by one rounding each; None if it has no parameters."""
+        """The operator with its parameters, or the parts that it is made of, moved by one rounding each.
+
+        None where products are right to their stated precision: that of a matrix, a diagonal, a function.
+        """
         del key
         return None
 

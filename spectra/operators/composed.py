@@ -10,7 +10,7 @@ import numpy as np
 from spectra.base import stacks, trees
 from spectra.base.errors import StructureError
 from spectra.base.trees import PyTree
-from spectra.operators.arithmetic import SumOperator, Wrapped
+from spectra.operators.arithmetic import SumOperator, Wrapped, each_moved
 from spectra.operators.base import LinearOperator
 from spectra.operators.pytree import operator
 from spectra.results.base import provides
@@ -151,12 +151,9 @@ class ProductOperator(SumOperator):
         """The product of the prepared factors."""
         return ProductOperator(tuple(term.prepare() for term in self.terms))
 
-    def moved(self, key: jax.Array) -> "ProductOperator | None":
-        """The product of the factors at moved parameters, and of those that have none as they are."""
-        moved = [term.moved(key) for term in self.terms]
-        if all(term is None for term in moved):
-            return None
-        return ProductOperator(tuple(new or old for new, old in zip(moved, self.terms, strict=True)))
+    def moved(self, key: jax.Array) -> "ProductOperator":
+        """The product of the moved factors: each is rounded relative to itself."""
+        return ProductOperator(each_moved(self.terms, key))
 
     def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
         return BlockOperator(self, indices)

@@ -15,6 +15,7 @@ from jax import lax
 from spectra.base import arrays, draws, trees
 from spectra.base.errors import NotSymmetricError, StructureError
 from spectra.base.meshes import automatic, on_automatic_axes
+from spectra.base.signs import moved_parameters
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.pytree import operator
@@ -333,6 +334,10 @@ class LowRankOperator(LinearOperator):
             return jnp.tensordot(weights.astype(x.dtype), x, 1, precision="highest")
 
         return jax.tree.map(one, self.vectors)
+
+    def moved(self, key: jax.Array) -> "LowRankOperator":
+        """With moved vectors: terms of both signs, or of parallel vectors, may cancel."""
+        return LowRankOperator(moved_parameters(self.vectors, key, 0.0), self.values)
 
     def _principal(self, indices: tuple[int, ...]) -> "LowRankOperator":
         return LowRankOperator(trees.keep_leaves(self.vectors, indices), self.values)

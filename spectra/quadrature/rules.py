@@ -163,7 +163,7 @@ def invariant_length(
         nodes = _eigenvalues(alpha, beta[:-1]) if nodes is None else nodes
         beside = np.abs(nodes[:, None] - theta).min(axis=1) > resolved
         copies = not beside.any() or _wanders(alpha, beta, d, theta, beside, resolved)
-        if copies and _is_rounding(alpha, beta, theta, noise):
+        if copies and _is_rounding(alpha, beta, theta, noise) and _converged(alpha, beta, d, noise):
             return d
     return length if beta[-1] <= noise or (orthogonal and length == size) else None
 
@@ -193,6 +193,21 @@ def _is_rounding(alpha: np.ndarray, beta: np.ndarray, theta: np.ndarray, noise: 
         behind[step] = 1
         before, vector = vector, np.clip(behind / beta[step], -1e150, 1e150)
     return bool(beta[d - 1] <= noise * np.linalg.norm(behind, axis=0).max())
+
+
+def _converged(alpha: np.ndarray, beta: np.ndarray, d: int, noise: float) -> bool:
+    """Whether the Ritz values of the first d steps are eigenvalues to rounding: by r, or r² over the gap.
+
+    Rounding that was amplified has turned the space, and that may have moved a node of little weight by a
+    thousand roundings. The steps that follow put it right, so the run does not end here.
+    """
+    from scipy.linalg import eigh_tridiagonal
+
+    theta, vectors = eigh_tridiagonal(alpha[:d], beta[: d - 1])
+    residuals = beta[d - 1] * np.abs(vectors[-1])
+    apart = np.append(np.append(np.inf, np.diff(theta)), np.inf)
+    gaps = np.maximum(np.minimum(apart[:-1], apart[1:]) - residuals, np.finfo(float).tiny)
+    return bool(np.all(residuals * np.minimum(1, residuals / gaps) <= noise))
 
 
 def _eigenvalues(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:

@@ -103,7 +103,8 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     SingularTriplets: {
         **dict.fromkeys(("values", "errors"), _array("k", low=0)),
         **dict.fromkeys(("left", "right"), _vectors), "converged": _array("k", "b"), "which": _TEXT,
-        "shape": _shape, "num_matvecs": _COUNT, **dict.fromkeys(("noise_floor", "gram_floor"), _POSITIVE),
+        "shape": _shape, "num_matvecs": _COUNT,
+        **dict.fromkeys(("missed", "noise_floor", "gram_floor"), _POSITIVE),
         "status": _STATUS,
     },
     Tridiagonal: {

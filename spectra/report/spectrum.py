@@ -292,13 +292,13 @@ def trace_estimate(quadrature: Quadrature) -> Estimate:
         fields = {"num_matvecs": quadrature.num_matvecs, "method": "slq"}
         if quadrature.status is Status.EXACT:  # the diagonal of the matrix has the same sum
             size = _root_mean_square(parts.atoms[None], np.full((1, len(parts.atoms)), 1 / len(parts.atoms)))
-            atomic, fields["method"] = quadrature.size * 4 * quadrature.precision * size, "exact"
+            atomic, fields["method"] = _rounding(quadrature, quadrature.size, size), "exact"
         return Estimate(known, atomic, **fields, reason="all eigenvalues are known")
     nodes, weights, residuals = (
         np.asarray(x, np.float64) for x in (rest.nodes, rest.weights, rest.residuals)
     )
     lengths = np.asarray(rest.lengths)
-    rounding = 4 * rest.size * quadrature.precision * _root_mean_square(nodes, weights) + atomic
+    rounding = _rounding(quadrature, rest.size, _root_mean_square(nodes, weights)) + atomic
     fields = {"num_matvecs": quadrature.num_matvecs, "method": "slq"}
     if rest.coefficients is None and (whole := lengths == rest.size).any():
         value = known + float(np.mean(np.sum(nodes[whole], axis=1)))
@@ -314,6 +314,11 @@ def trace_estimate(quadrature: Quadrature) -> Estimate:
     mean = float(np.sum(weights * nodes) / len(weights))
     error = float(np.hypot(stderr, rounding + parts.spill(np.asarray, mean)))
     return Estimate(known + rest.size * mean, error, **fields, dof=dof, reason=reason)
+
+
+def _rounding(quadrature: Quadrature, size: int, mean: float) -> float:
+    """What rounding moves a trace by: that of each of `size` entries, independently, if it was measured."""
+    return max(4 * size * quadrature.precision * mean, np.sqrt(size) * quadrature.noise_floor)
 
 
 def _root_mean_square(nodes: np.ndarray, weights: np.ndarray) -> float:

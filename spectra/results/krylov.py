@@ -147,12 +147,11 @@ class Eigenpairs(Result):
             (f"{i}", f"{rounded(value, error)} ± {error:.1g}" + ("" if done else "  not converged"))
             for i, (value, error, done) in enumerate(pairs)
         ]
-        missed = f"{self.missed:.2g}" if self.missed < 1 else "not bounded"
         return [
             *lines,
             ("products", f"{self.num_matvecs:,} ({self.num_restarts} restarts)"),
             ("noise floor", f"{self.noise_floor:.1e}"),
-            ("probability of a missed copy", f"at most {missed}" if self.missed < 1 else missed),
+            _missed_row(self.missed),
             ("status", str(self.status)),
         ]
 
@@ -164,13 +163,13 @@ class Eigenpairs(Result):
         return notebook_view(self, title, self.rows())
 
 
-@result("which", "shape", "num_matvecs", "noise_floor", "gram_floor", "status")
+@result("which", "shape", "num_matvecs", "missed", "noise_floor", "gram_floor", "status")
 class SingularTriplets(Result):
     """Singular values of a Jacobian with their vectors: J v_i ≈ values[i] u_i, in descending order.
 
     Some singular value of J lies within `errors[i]` of `values[i]`, rounding included. The run used the Gram
-    matrix, which cannot tell singular values below `gram_floor` apart, so of these, others than the smallest
-    may have been found.
+    matrix, which cannot tell singular values below `gram_floor` apart, so of these, others than the wanted
+    ones may have been found.
 
     Returned by `svds`, whose page has an example, the cost and the sources.
     """
@@ -185,6 +184,7 @@ class SingularTriplets(Result):
     which: str
     shape: tuple[int, int]  # (m, n) of J
     num_matvecs: int  # products with J, each with one with its transpose
+    missed: float  # bound on the probability that a repeated wanted singular value was left out
     noise_floor: float  # rounding of a singular value
     gram_floor: float  # root of the rounding of an eigenvalue of the Gram matrix
     status: Status
@@ -206,6 +206,7 @@ class SingularTriplets(Result):
             *lines,
             ("products", f"{self.num_matvecs:,} with J, as many with its transpose"),
             ("noise floor", f"{self.noise_floor:.1e}; not told apart below {self.gram_floor:.1e}"),
+            _missed_row(self.missed),
             ("status", str(self.status)),
         ]
 
@@ -311,3 +312,7 @@ class FunctionProduct(Result):
 
 def _largest(x: Any) -> float:
     return float(np.max(x))
+
+
+def _missed_row(missed: float) -> tuple[str, str]:
+    return "probability of a missed copy", f"at most {missed:.2g}" if missed < 1 else "not bounded"
