@@ -65,7 +65,18 @@ def checks(fn: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]]
         if bound is None:
             return args, kwargs
         for name in [name for name in bound.arguments if name in kinds]:
-            bound.arguments[name] = _argument(name, bound.arguments[name], kinds[name])
+            value, allowed = bound.arguments[name], kinds[name]
+            if value is None and "None" in allowed:
+                continue
+            if "Array" in allowed:
+                bound.arguments[name] = require_key(value, name)
+                continue
+            for kind in (kind for kind in _TYPES if kind in allowed):
+                with contextlib.suppress(TypeError, ValueError):
+                    bound.arguments[name] = _TYPES[kind][1](value)
+                    break
+            else:
+                raise _refusal(name, value, allowed)
         return bound.args, bound.kwargs
 
     return check
@@ -93,12 +104,13 @@ def own_rules() -> contextlib.AbstractContextManager[Any]:
     that nobody asked for. The package promotes, and moves numbers between host and device, on purpose. A
     user's loss that keeps to the stricter rules computes the same under these.
     """
+    config: Any = jax.config
     rules: list[contextlib.AbstractContextManager[Any]] = []
-    if _setting("jax_numpy_dtype_promotion") != "standard":
+    if config.jax_numpy_dtype_promotion != "standard":
         rules.append(jax.numpy_dtype_promotion("standard"))
-    if _setting("jax_numpy_rank_promotion") != "allow":
+    if config.jax_numpy_rank_promotion != "allow":
         rules.append(jax.numpy_rank_promotion("allow"))
-    if any(_setting(f"jax_transfer_guard_{way}") not in (None, "allow") for way in _WAYS):
+    if any(getattr(config, f"jax_transfer_guard_{way}") not in (None, "allow") for way in _WAYS):
         rules.append(jax.transfer_guard("allow"))
     if not rules:
         return contextlib.nullcontext()
@@ -106,10 +118,6 @@ def own_rules() -> contextlib.AbstractContextManager[Any]:
     for rule in rules:
         stack.enter_context(rule)
     return stack
-
-
-def _setting(name: str) -> Any:
-    return getattr(jax.config, name)
 
 
 def require_key(key: Any, name: str = "key") -> jax.Array:
@@ -124,7 +132,7 @@ def require_key(key: Any, name: str = "key") -> jax.Array:
     """
     if key is None:
         raise SpectraError(f"{name}=None: random probes need a key; {KEY_ADVICE}")
-    found = cast("Any", key)
+    found: Any = key
     if not isinstance(key, jax.Array | np.ndarray):
         raise SpectraError(f"{name}={found!r} is not a random key: {KEY_ADVICE}")
     if not jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
@@ -170,30 +178,20 @@ def _parts(annotation: Any) -> frozenset[str]:
     return frozenset(name.partition("[")[0].rpartition(".")[2] for name in names)
 
 
-def _argument(name: str, value: Any, kinds: frozenset[str]) -> Any:
-    """The argument as the function gets it."""
-    if value is None and "None" in kinds:
-        return value
-    if "Array" in kinds:
-        return require_key(value, name)
-    for kind in (kind for kind in _TYPES if kind in kinds):
-        with contextlib.suppress(TypeError, ValueError):
-            return _TYPES[kind][1](value)
+def _refusal(name: str, value: Any, kinds: frozenset[str]) -> SpectraError:
     shape = getattr(value, "shape", ())
     told = f" is an array of shape {tuple(shape)}" if shape else f"={value!r:.80}"
     use = ", or ".join([*(_TYPES[kind][0] for kind in _TYPES if kind in kinds), *kinds & {"None"}])
-    raise SpectraError(f"{name}{told}: use {use}.")
+    return SpectraError(f"{name}{told}: use {use}.")
 
 
-def _flag(value: Any) -> bool:
-    if isinstance(value, bool | np.bool_):
-        return bool(cast("Any", value))
+def _refuse() -> Any:
     raise TypeError
 
 
 def _whole(value: Any) -> Any:
     """64, of any type that stands for it, 64.0 among them."""
-    given = cast("Any", value)
+    given: Any = value
     if isinstance(value, Tracer):
         return given
     if isinstance(value, bool | str | bytes):
@@ -203,19 +201,13 @@ def _whole(value: Any) -> Any:
 
 
 def _real(value: Any) -> Any:
-    given = cast("Any", value)
+    given: Any = value
     if isinstance(value, Tracer):
         return given
     if isinstance(value, bool | np.bool_ | str | bytes) or np.ndim(value):
         raise TypeError
     number = float(value)
     return number if isinstance(value, int) else given
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    raise TypeError
 
 
 def _path(value: Any) -> Any:
@@ -225,10 +217,13 @@ def _path(value: Any) -> Any:
 
 
 _TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "bool": ("True or False", _flag),
+    "bool": (
+        "True or False",
+        lambda x: bool(cast("Any", x)) if isinstance(x, bool | np.bool_) else _refuse(),
+    ),
     "int": ("a whole number", _whole),
     "float": ("a real number", _real),
-    "str": ("a string", _text),
+    "str": ("a string", lambda x: x if isinstance(x, str) else _refuse()),
     "PathLike": ("a path, a string or an os.PathLike", _path),
 }
 """What an argument may be, in words, and what returns it or raises; a True is never a number."""
