@@ -402,6 +402,70 @@ WRONG_TYPES = {
     "no operators": (lambda: spectra.data_variability(lambda x: x, [X, X], **KEYED), "MatrixOperator"),
     "words of a function": (lambda: spectra.funm(SMALL, lambda x: "a", jnp.ones(30)), "f makes an array"),
     "a few values of a function": (lambda: spectra.trace_of(SMALL, lambda x: x[:2], **KEYED), "f makes an"),
+    "text for a flag": (
+        lambda: spectra.slq(SMALL, progress="no", **KEYED),
+        "progress='no': use True or False",
+    ),
+    "a number for a flag": (lambda: spectra.kpm(SMALL, progress=1, **KEYED), "progress=1: use True or False"),
+    "an array for a name": (
+        lambda: spectra.eigsh(SMALL, 2, which=np.ones(3), **KEYED),
+        "which is an array of shape (3,): use a string",
+    ),
+    "an array for a flag or a name": (
+        lambda: spectra.eigsh(SMALL, 2, verify=jnp.ones(2), **KEYED),
+        "verify is an array of shape (2,): use True or False, or a string",
+    ),
+    "text for a flag of an operator": (
+        lambda: spectra.GradientCovarianceOperator(square, jnp.ones(2), X, centered="no"),
+        "centered='no': use True or False",
+    ),
+    "an array for a mode": (
+        lambda: spectra.HessianOperator(square, jnp.ones(2), X, mode=np.ones(2)),
+        "mode is an array of shape (2,): use a string",
+    ),
+    "an array for one of two names": (
+        lambda: spectra.FisherOperator(square, square, jnp.ones(2), X, kind=np.ones(2)),
+        "kind is an array of shape (2,): use a string",
+    ),
+    "text for a flag of a picture": (lambda: density().plot(band="no"), "band='no': use True or False"),
+    "no path": (lambda: density().save(None), "path=None: use a path"),
+    "an empty path": (lambda: density().save(""), "path='': use a path"),
+    "a number for a path": (lambda: spectra.load(3), "path=3: use a path"),
+    "no path of a page": (lambda: spectra.write_report(density(), None), "path=None: use a path"),
+    "no folder": (lambda: spectra.Checkpoint(None), "directory=None: use a path"),
+    "an empty folder": (lambda: spectra.slq(SMALL, checkpoint="", **KEYED), "checkpoint=''"),
+    "no time between checkpoints": (lambda: spectra.Checkpoint("a", minutes="x"), "minutes='x'"),
+    "no steps between checkpoints": (lambda: spectra.Checkpoint("a", steps=0), "steps=0"),
+    "no threshold": (lambda: spectra.count_above(SMALL, None, **KEYED), "threshold=None: use a real number"),
+    "a threshold that is none": (lambda: spectra.count_above(SMALL, np.nan, **KEYED), "threshold=nan"),
+    "text for a width of counts": (lambda: spectra.negative_share(SMALL, tol="x", **KEYED), "tol='x'"),
+    "text for a damping": (lambda: spectra.logdet(SMALL, "x", **KEYED), "shift='x': use a real number"),
+    "one number for bounds": (
+        lambda: spectra.trace_of(SMALL, np.log, bounds=3, **KEYED),
+        "bounds=3: use a pair",
+    ),
+    "a flag for a number of any type": (lambda: density(bandwidth=np.bool_(True)), "use a real number"),
+    "an array for a summary": (lambda: spectra.summary(np.eye(3), **KEYED), "op is a ndarray"),
+    "numbers for blocks": (lambda: spectra.slq({"a": 1}, **KEYED), "op is a int"),
+    "no steps to compare with": (
+        lambda: spectra.compare_operators(SMALL, SMALL, num_steps=-1, **KEYED),
+        "num_steps=-1",
+    ),
+    "no model": (lambda: spectra.model_trace(None, square, jnp.ones(2), X, X), "model_fn is a NoneType"),
+    "no eigenvalues to track": (
+        lambda: spectra.SpectrumTracker(square, num_eigenvalues=0),
+        "num_eigenvalues=0",
+    ),
+    "no callbacks": (lambda: spectra.SpectrumTracker(square, callbacks=3), "callbacks=(3,)"),
+    "text for measures": (lambda: spectra.SpectrumTracker(square, measures="x"), "measures='x'"),
+    "keys among the parameters": (
+        lambda: spectra.HessianOperator(square, {"a": jax.random.key(0)}, X),
+        "'a' has dtype key<fry>",
+    ),
+    "a model on other inputs": (
+        lambda: spectra.JacobianOperator(lambda w, x: w @ x, jnp.ones(2), jnp.ones(3)),
+        "model_fn(params, inputs) raised TypeError",
+    ),
 }
 
 
@@ -410,6 +474,21 @@ def test_arguments_of_another_type_are_named(name):
     call, text = WRONG_TYPES[name]
     with pytest.raises(spectra.SpectraError, match=re.escape(text)):
         call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda tree: spectra.HessianOperator(square, tree, X),
+        lambda tree: spectra.HessianOperator(square, jnp.ones(2), tree),
+        lambda tree: spectra.DiagonalOperator(tree),
+        lambda tree: SMALL @ tree,
+    ],
+    ids=["parameters", "data", "entries", "vector"],
+)
+def test_dicts_with_keys_of_several_types(call):
+    with pytest.raises(StructureError, match="keys of one type"):
+        call({"a": jnp.ones(2), 0: jnp.ones(2)})
 
 
 def test_whole_numbers_of_any_type_are_whole_numbers():

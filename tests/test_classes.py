@@ -166,7 +166,15 @@ def test_saturated_probabilities_are_those_of_a_softmax_too():
 
 
 def test_what_is_left_of_terms_that_cancel_is_said_to_be_rounding():
-    """One example: within its class there is no variation, but that of the rounding."""
-    op = network(data=jax.tree.map(lambda x: x[:1], network().data))
+    """An example twice: within its class there is no variation, but that of the rounding."""
+    op = network(data=jax.tree.map(lambda x: x[jnp.array([0, 0])], network().data))
     with pytest.raises(spectra.NotSymmetricError, match="terms nearly cancel"):
         spectra.class_operators(op)["within"].as_matrix()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_one_example_of_each_class_has_no_variation_within_a_class(streamed):
+    x, labels = jax.random.normal(jax.random.key(0), (OUTPUTS, 2)), jnp.arange(OUTPUTS)
+    data = [(x[i : i + 1], labels[i : i + 1]) for i in range(OUTPUTS)] if streamed else (x, labels)
+    op = spectra.GGNOperator(linear_model, mean_likelihood, jnp.ones((2, OUTPUTS)), data)
+    assert not jnp.any(spectra.class_operators(op)["within"].as_matrix())

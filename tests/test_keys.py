@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import spectra
-from spectra.base.meshes import require_key
+from spectra.base.calls import require_key
 
 OP = spectra.MatrixOperator(jnp.diag(jnp.arange(1.0, 9.0)))
 CALLS = {

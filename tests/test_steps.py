@@ -46,6 +46,30 @@ def test_a_quadratic_changes_as_predicted_and_a_quartic_does_not():
     )
 
 
+def shallow(w, _):
+    return 1000 + 1e-3 * jnp.sum(w**2)
+
+
+def test_a_step_that_the_loss_does_not_resolve_is_said_to_be_one():
+    """Predicted 6e-7, of 1000 in float32, whose neighbours are 6e-5 apart."""
+    found = spectra.step_quality(spectra.HessianOperator(shallow, jnp.ones(3), None), 1e-4 * jnp.ones(3))
+    np.testing.assert_allclose(found.predicted, 6e-7, rtol=1e-3)
+    assert np.isnan(found.ratio)
+    assert found.rounding >= np.spacing(np.float32(1000))
+    assert f"± {found.rounding:.2g}; the loss does not resolve this step" in repr(found)
+    assert not np.isnan(spectra.step_quality(OP, -W).ratio)
+
+
+def test_a_loss_that_is_flat_along_an_update_has_no_sharpness_there():
+    found = spectra.step_quality(spectra.HessianOperator(quadratic, 0 * W, None), W * (SCALES == 0) + 1e-30)
+    flat = spectra.StepQuality(slope=0.0, curvature=0.0, length=1.0, loss=3.0, measured=0.0)
+    assert np.isnan(flat.sharpness)
+    assert flat.largest_step == np.inf
+    assert "flat along the update" in repr(flat)
+    assert found.largest_step == 0  # at a minimum along it
+    assert spectra.StepQuality(0.0, -1.0, 1.0, 3.0, -0.5).largest_step == np.inf
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-22, 1.0, 1e22])
 def test_small_and_large_updates_have_the_curvature_of_their_direction(size):
     """|d|² is beyond float32 for the first two and the last: predictions are products of units."""
@@ -336,6 +360,9 @@ def test_results_are_saved_and_bad_input_is_refused(tmp_path):
     for rate in (0.0, -1.0, np.nan):
         with pytest.raises(spectra.SpectraError, match=r"learning_rate=.* positive"):
             spectra.stable_step(OP, sgd, sgd.init(W), key=KEY, learning_rate=rate)
+    scaled = optax.GradientTransformation(lambda w: (), lambda g, state, w: (g, ()))
+    with pytest.raises(spectra.StructureError, match=r"optimizer_state is float32\[4\].*optimizer.init"):
+        spectra.stable_step(OP, scaled, W, key=KEY)
     with pytest.raises(spectra.StructureError, match="without an update"):
         spectra.stable_step(OP, 3, None, key=KEY)
     concave = spectra.HessianOperator(lambda w, _: -jnp.sum(w**2), W, None)

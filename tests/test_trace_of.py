@@ -229,6 +229,16 @@ def test_rank_deficient_operators_need_a_shift_and_get_advice():
     assert lower <= np.sum(DEFICIENT / (DEFICIENT + 1e-2)) <= upper
 
 
+def test_one_step_says_nothing_of_the_signs_of_eigenvalues():
+    """Its node is their mean: positive here, where two in five are negative, as f is at them."""
+    eigenvalues = np.concatenate([np.linspace(-1, -0.1, 20), np.linspace(0.1, 3, 30)])
+    op, exact = spectra.DiagonalOperator(jnp.asarray(eigenvalues)), np.sum(eigenvalues / (eigenvalues + 2))
+    for seed in range(30):
+        q = spectra.slq(op, key=jax.random.key(seed), num_steps=1, num_probes=8)
+        lower, _, upper = spectra.effective_dimension(q, 2.0).interval()
+        assert lower <= exact <= upper
+
+
 def test_bounds_are_checked_and_poles_are_noticed(quadratures, x64):
     q = quadratures[5]
     with pytest.raises(spectra.SpectraError, match="do not contain the spectrum"):

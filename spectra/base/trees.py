@@ -97,16 +97,26 @@ def check_arrays(params: PyTree) -> None:
 
 
 def check_alive(tree: PyTree, what: str) -> None:
-    """Raise a `StructureError` for an array whose memory JAX has given to another."""
-    leaves = jax.tree.leaves(tree)
+    """Raise a `StructureError` for an array whose memory JAX has given to another.
+
+    Raises one, too, for a dict that JAX cannot take as a tree.
+    """
+    try:
+        leaves = jax.tree.leaves(tree)
+    except ValueError as error:
+        whose = what.removesuffix(" leaf").removesuffix(":")
+        raise StructureError(
+            f"{whose}: JAX sorts the keys of a dict, and cannot ({error}) Use keys of "
+            "one type in each dict, all strings or all whole numbers."
+        ) from error
     dead = [isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted() for x in leaves]
     if not any(dead):
         return
     path, _ = jax.tree.leaves_with_path(tree)[dead.index(True)]
     raise StructureError(
         f"{what} '{path_str(path)}' was deleted: it was donated to a compiled function (donate_argnums=), "
-        "which wrote its result in its place. Make the operator from the arrays that the function returned, "
-        "or give the function a copy: jax.tree.map(jnp.copy, params)."
+        "which wrote its result in its place. Use the arrays that the function returned, or give it a copy: "
+        "jax.tree.map(jnp.copy, params)."
     )
 
 
@@ -134,6 +144,8 @@ def _of_jax(dtype: Any) -> Any:
 
 def _foreign(dtype: Any) -> bool:
     """Whether JAX has no arrays of a dtype of NumPy's: more than 8 bytes a number, or swapped ones."""
+    if jnp.issubdtype(dtype, jax.dtypes.extended):  # random keys
+        return False
     return not np.dtype(dtype).isnative or (np.dtype(dtype).kind == "f" and np.dtype(dtype).itemsize > 8)
 
 

@@ -114,16 +114,20 @@ def export_torch(target: str, output: Path, force: bool) -> None:
     if not name or not function:
         raise typer.BadParameter(f"'{target}': pass FILE.py:FUNCTION, the function that builds the module.")
     require_free(force, *(output / name for name in ("graph.json", "weights.safetensors")))
-    file = Path(name)
-    made = call(file, function_of(file, function, "(module, example_inputs)"))
-    if not isinstance(made, tuple) or len(made) != 2:
-        raise bridge.BridgeError(
-            f"{function}() in '{name}' returned {kind_of(made)}, not (module, example_inputs)."
-        )
-    typer.echo("Exporting ...")
-    bridge.export(*made, output)
-    with jax.enable_x64(True):
-        model = bridge.load(output)
+    how = (
+        f"the export is not complete. The same command starts it anew, with --force if '{output}' holds files"
+    )
+    with _interruptible(how):
+        file = Path(name)
+        made = call(file, function_of(file, function, "(module, example_inputs)"))
+        if not isinstance(made, tuple) or len(made) != 2:
+            raise bridge.BridgeError(
+                f"{function}() in '{name}' returned {kind_of(made)}, not (module, example_inputs)."
+            )
+        typer.echo("Exporting ...")
+        bridge.export(*made, output)
+        with jax.enable_x64(True):
+            model = bridge.load(output)
     size = sum(p.size for p in model.params.values())
     batch = "any" if model.dynamic_batch else "only that of the example"
     typer.echo(

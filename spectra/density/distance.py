@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from spectra.base.calls import checked
 from spectra.base.errors import SpectraError
 from spectra.density.smoothing import linear_scale
 from spectra.results import Quadrature, as_quadrature, by_name
@@ -16,6 +17,7 @@ _REACH = 6.0
 _PER_WIDTH = 4.0
 
 
+@checked
 def spectral_distances(
     quadratures: Mapping[str, Any] | Sequence[Any], *, metric: str = "jensen-shannon", normalize: bool = False
 ) -> np.ndarray:

@@ -23,7 +23,7 @@ from spectra.krylov.basis import sketch
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit
 from spectra.operators.arithmetic import outside_loops
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import DeflatedOperator, beside_pairs
 from spectra.quadrature import distribution, rules
 from spectra.quadrature.rules import merge_traced, spread
@@ -159,6 +159,8 @@ def slq(
     if isinstance(op, Mapping):
         if deflate is not None:
             raise SpectraError("deflate belongs to one operator: call slq for each of them.")
+        for block in op.values():
+            require_operator(block)
         total = sum(min(num_steps, block.size) for block in op.values()) * num_probes
         with watched, Progress(progress, total) as bar:
             return {

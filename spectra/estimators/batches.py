@@ -178,14 +178,11 @@ def _of_stream(op: DataOperator, folds: int) -> Batches:
     if len(used) < LEAST:
         raise DataError(f"{len(used)} batches: their spread takes at least {LEAST}.")
     _require_two_a_fold(len(used), "batches", folds)
-    places = tuple(range(len(stream.weights))) if stream.indices is None else stream.indices
     weights = np.array([stream.weights[i] for i in used])
 
     def union(batches: Indices) -> DataOperator:
         chosen = sorted(used[i] for i in batches)
-        share = tuple(_shares(np.array([stream.weights[i] for i in chosen])))
-        digests = tuple(stream.digests[i] for i in chosen)
-        return op._on(stream=Stream(stream.source, share, tuple(places[i] for i in chosen), digests))
+        return op._on(stream=stream.part(chosen, np.array([stream.weights[i] for i in chosen])))
 
     def each() -> Iterator[DataOperator]:
         for _, batch in stream:

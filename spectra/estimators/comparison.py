@@ -91,10 +91,10 @@ def compare_operators(
         require_operator(op)
     trees.require_values("compare_operators", (a, b))
     trees.check_structure(a.structure, b.structure, "the first operator")
-    if num_pairs < 1 or num_probes < 4 or not 0 < level < 1:
+    if num_pairs < 1 or num_probes < 4 or num_steps < 1 or not 0 < level < 1:
         raise SpectraError(
-            f"num_pairs={num_pairs}, num_probes={num_probes}, level={level}: use at least 1 pair, at least "
-            "4 probes, and a level between 0 and 1."
+            f"num_pairs={num_pairs}, num_probes={num_probes}, num_steps={num_steps}, level={level}: use at "
+            "least 1 pair, 4 probes and 1 step, and a level between 0 and 1."
         )
     keys = jax.random.split(key, 4)
     k = min(num_pairs, b.size)

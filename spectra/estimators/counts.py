@@ -1,6 +1,7 @@
 """How many eigenvalues lie beyond a threshold, from the distribution that a quadrature gives."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 
 from spectra.base.errors import SpectraError, Status
+from spectra.base.meshes import automatic
 from spectra.estimators.functions import Source, quadrature_of
 from spectra.quadrature import distribution
 from spectra.quadrature.distribution import share_interval
@@ -17,6 +19,7 @@ MISTAKEN = 5e-5
 """Probability on each side of a count that is called known."""
 
 
+@automatic
 def count_above(
     source: Source,
     threshold: float,
@@ -62,6 +65,9 @@ def count_above(
         True
     """
 
+    if math.isnan(threshold):
+        raise SpectraError(f"threshold={threshold}: use a real number.")
+
     def count(q: Quadrature) -> Estimate:
         return _count(q, threshold, above=True, unit=q.size)
 
@@ -69,6 +75,7 @@ def count_above(
     return _within(source, count, tol, lambda q: q.size, options)
 
 
+@automatic
 def negative_share(
     source: Source,
     *,

@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import trees
+from spectra.base.calls import require_key
 from spectra.base.errors import SpectraError, Status
-from spectra.base.meshes import automatic, require_key
+from spectra.base.meshes import automatic
 from spectra.density.extremes import sampled_ends, sampling_error, shows_fourth_powers
 from spectra.density.slq import slq
 from spectra.density.spending import spend
@@ -25,7 +26,7 @@ from spectra.estimators.bracket import (
     linked,
     spread,
 )
-from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.base import LinearOperator, is_real_scalar, require_operator
 from spectra.results import Estimate, Quadrature
 
 Source = LinearOperator | Quadrature
@@ -126,6 +127,8 @@ def trace_of(
         raise SpectraError(f"tol={tol} is relative to the value: use a number in (0, 1).")
     if not callable(f):  # pyright: ignore[reportUnnecessaryComparison]
         raise SpectraError(f"f={f!r}: pass a function of an array of eigenvalues, such as np.log.")
+    if bounds is not None and not _are_ends(bounds):
+        raise SpectraError(f"bounds={bounds!r}: use a pair of numbers, with None for an end that is unknown.")
 
     if isinstance(source, LinearOperator) and trees.is_traced((source, key)):
         options = {"num_probes": PROBES if num_probes is None else num_probes, "probe_batch": probe_batch}
@@ -156,6 +159,12 @@ def trace_of(
         return dataclasses.replace(found, status=Status.BUDGET_EXHAUSTED)
     noisy = found.status is Status.NOISY  # a tolerance that is reached makes products no more symmetric
     return found if noisy else dataclasses.replace(found, status=Status.CONVERGED)
+
+
+def _are_ends(bounds: Any) -> bool:
+    given = isinstance(bounds, tuple | list | np.ndarray | jax.Array)
+    pair: list[Any] = list(cast("Any", bounds)) if given else []
+    return len(pair) == 2 and all(end is None or is_real_scalar(end) for end in pair)
 
 
 def _traced(

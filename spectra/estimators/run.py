@@ -12,8 +12,8 @@ import numpy as np
 
 from spectra.base import host as _memory
 from spectra.base import paths, trees
+from spectra.base.calls import require_key
 from spectra.base.errors import MemoryLimitError, NonFiniteError, NotSymmetricError, SpectraError, Status
-from spectra.base.meshes import require_key
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.blocks import PROBES

@@ -5,10 +5,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from spectra.base.meshes import automatic
 from spectra.estimators.functions import Source, module_of, trace_of
 from spectra.results import Estimate
 
 
+@automatic
 def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, **options: Any) -> Estimate:
     """Estimate log det(H + δI) = Σ_i log(λ_i + δ), with a bracket from Gauss and Gauss-Radau rules.
 
@@ -33,6 +35,7 @@ def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, 
     return trace_of(source, lambda x: module_of(x).log(x + shift), key=key, one_signed=True, **options)
 
 
+@automatic
 def effective_dimension(
     source: Source, shift: float, *, key: jax.Array | None = None, **options: Any
 ) -> Estimate:

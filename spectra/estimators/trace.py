@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from spectra.base import host, trees
+from spectra.base.calls import checked
 from spectra.base.errors import SpectraError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -18,6 +19,7 @@ from spectra.estimators.hutchinson import hutchinson
 from spectra.estimators.krylov_aware import krylov
 from spectra.estimators.low_rank import hutchpp, xnystrace, xtrace
 from spectra.estimators.run import Run, begin, check_probes
+from spectra.operators.arguments import check_functions
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.ggn import ComposedLoss
 from spectra.operators.hessian import HessianOperator
@@ -233,6 +235,7 @@ def _exact(run: Run, reason: str) -> Estimate:
     )
 
 
+@checked
 def model_trace(
     model_fn: Callable[[PyTree, PyTree], PyTree],
     loss_fn: Callable[[PyTree, PyTree], jax.Array],
@@ -273,6 +276,7 @@ def model_trace(
         10 ± 1.1e-06 (exact, 2 products)
     """
     own = {name: options.pop(name) for name in list(options) if name in _TRACE_OPTIONS}
+    check_functions({"model_fn": model_fn, "loss_fn": loss_fn})
     op = HessianOperator(ComposedLoss(model_fn, loss_fn), params, (inputs, targets), **options)
     return trace(op, key=jax.random.key(0) if key is None else key, **own)
 

@@ -148,7 +148,7 @@ def place_basis(op: LinearOperator, basis: str = "inherit", dtype: Any = None) -
     if dtype is not None:
         try:
             dtype = jnp.dtype(dtype)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise SpectraError(
                 f'basis_dtype={dtype!r} is not a dtype: use one such as "bfloat16" or "float32".'
             ) from error

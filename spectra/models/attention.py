@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from spectra.base import arrays
+from spectra.base.calls import checked
 from spectra.base.errors import StructureError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ HIDDEN = -0.7 * float(np.finfo(np.float32).max)
 """Logit of a key that does not count, as in JAX: finite, so that a row of them has a softmax."""
 
 
+@checked
 def attention(
     query: 'Float[Any, "*B T N H"]',
     key: 'Float[Any, "*B S K H"]',

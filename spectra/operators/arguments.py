@@ -56,7 +56,8 @@ def check_options(mode: str, microbatch: Any, linearize: Any, matmul_precision: 
 def check_functions(functions: Mapping[str, Any]) -> None:
     """Raise a `StructureError` for an argument that should be a function and is not."""
     for name, function in functions.items():
-        if name.endswith("_fn") and function is not None and not callable(function):
+        may_be_none = name not in ("model_fn", "loss_fn")
+        if name.endswith("_fn") and not callable(function) and not (function is None and may_be_none):
             raise StructureError(f"{name} is a {type(function).__name__}; pass a function.")
 
 
@@ -155,8 +156,8 @@ def _takes(signature: inspect.Signature, *arguments: Any) -> bool:
     return True
 
 
-def require_call(op: "DataOperator") -> None:
-    """Trace the loss on the operator's batch.
+def require_call(op: "DataOperator", where: str = "The batch") -> None:
+    """Trace the loss on the operator's batch, which is called `where`.
 
     Raises:
         StructureError: it raised; the message has its words, its line, and the batch that it was given.
@@ -168,11 +169,16 @@ def require_call(op: "DataOperator") -> None:
     except Exception as error:
         model = hasattr(op, "model_fn")
         call = "loss_fn(model_fn(params, inputs), targets)" if model else "loss_fn(params, batch)"
-        words = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
-        raise StructureError(
-            f"{call} raised {type(error).__name__}{_line(error)}: {words}. The batch was {describe(op.data)}."
-            f"{_hint(op.data)}"
-        ) from error
+        raise raised_by(call, error, op.data, where) from error
+
+
+def raised_by(call: str, error: Exception, batch: PyTree, where: str) -> StructureError:
+    """What a user's function raised: its words and its line, and the batch that it was given."""
+    words = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+    return StructureError(
+        f"{call} raised {type(error).__name__}{_line(error)}: {words}. {where} was {describe(batch)}."
+        f"{_hint(batch)}"
+    )
 
 
 def _line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from spectra.base import host, meshes, paths, trees
+from spectra.base import calls, host, meshes, paths, trees
 from spectra.base.errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
 from spectra.base.trees import PyTree
 from spectra.operators.pytree import Field, register
@@ -301,6 +301,7 @@ class LinearOperator(abc.ABC):
         """
         return call("submatrix", self, indices)
 
+    @meshes.automatic
     def blocks(self, by: str = "leaf", *, scanned: paths.Select | None = None) -> dict[str, "LinearOperator"]:
         """The diagonal blocks: one for every leaf (`by="leaf"`), or for every layer (`by="layer"`).
 
@@ -347,7 +348,8 @@ class LinearOperator(abc.ABC):
         dtype = np.dtype(self.dtype)
 
         def matvec(x: np.ndarray) -> np.ndarray:
-            return np.asarray(op @ jnp.asarray(np.ravel(x), dtype))
+            with calls.own_rules():
+                return np.asarray(op @ jnp.asarray(np.ravel(x), dtype))
 
         return ScipyOperator((self.size, self.size), matvec=matvec, rmatvec=matvec, dtype=dtype)
 

@@ -150,12 +150,31 @@ def parts_of(op: GGNOperator, means: ClassMeans) -> dict[str, Any]:
     across = jax.tree.map(lambda x, c: weighted(x[i, j] - c[i], weights[i, j]), means.means, centers)
     base = op._fields()
     others, own = (_make(base | {"own": own}) for own in (False, True))
+    within = others - OuterOperator(rows)
+    if _are_single(op, means):  # each term is its own mean: what is left of the difference is rounding
+        within = OuterOperator(jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), rows))
     return {
         "class_means": OuterOperator(jax.tree.map(lambda x: weighted(x, total), centers)),
         "cross": OuterOperator(across),
-        "within": others - OuterOperator(rows),
+        "within": within,
         "same": own,
     }
+
+
+def _are_single(op: GGNOperator, means: ClassMeans) -> bool:
+    """Whether no class has more than one label."""
+    shares = means.weights.sum(axis=1)
+    present = int(np.sum(shares > 0))
+    if not np.allclose(shares[shares > 0], 1 / present):
+        return False
+    pieces = [op] if op.stream is None else (piece for _, piece in op._pieces())
+    labels = 0
+    for piece in pieces:
+        targets = jnp.asarray(split(piece.data)[1])
+        labels += targets.size if jnp.issubdtype(targets.dtype, jnp.integer) else targets.size // len(shares)
+        if labels > present:
+            return False
+    return labels == present
 
 
 def _make(fields: dict[str, Any]) -> _Terms:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from spectra.base import trees
+from spectra.base.calls import checked
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.arguments import DataOptions
@@ -55,6 +56,7 @@ class GradientCovarianceOperator(DataOperator):
     takes_single_examples: ClassVar[bool] = True
 
     @shows_options
+    @checked
     def __init__(
         self,
         loss_fn: Callable[[PyTree, PyTree], jax.Array],

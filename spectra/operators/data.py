@@ -135,6 +135,8 @@ class DataOperator(LinearOperator):
         shared_leaves(piece.data, self.shared)  # a name that matches nothing is a mistake
         check_signatures(functions, piece.data)
         require_call(piece)
+        for place, shapes in (self.stream.unlike() if self.stream else {}).items():
+            require_call(self._with(data=shapes, stream=None), f"Batch {place} of the stream")
         self._set(mode=resolve_mode(piece))
         self._set(rounding=self._coarsest_rounding())
         if check_data:

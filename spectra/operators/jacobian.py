@@ -15,11 +15,18 @@ from jax.tree_util import PyTreeDef
 
 from spectra.base import host, paths, trees
 from spectra.base.draws import moved_parameters
-from spectra.base.errors import DifferentiationError, MemoryLimitError, NonFiniteError, StructureError
+from spectra.base.errors import (
+    DifferentiationError,
+    MemoryLimitError,
+    NonFiniteError,
+    SpectraError,
+    StructureError,
+)
 from spectra.base.meshes import automatic, on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import weighted_sum
+from spectra.operators.arguments import raised_by
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.jaxprs import Rounding, coarsest_rounding
 from spectra.operators.pytree import operator
@@ -275,7 +282,13 @@ class JacobianOperator:
         return jnp.concatenate([x.reshape(-1, n) for x in jax.tree.leaves(self.batches.stacked(rows))])
 
     def _outputs_of(self, inputs: PyTree) -> PyTree:
-        return jax.eval_shape(self._evaluate, self._working(), inputs)
+        working = self._working()
+        try:
+            return jax.eval_shape(self._evaluate, working, inputs)
+        except SpectraError:
+            raise
+        except Exception as error:
+            raise raised_by("model_fn(params, inputs)", error, inputs, "The input") from error
 
     def _outputs(self) -> PyTree:
         treedef, kinds = self.outputs

@@ -8,18 +8,21 @@ of a model on a stream are those of all its batches, one after another along the
 import dataclasses
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import PyTreeDef
 
 from spectra.base import trees
 from spectra.base.errors import DataError, StructureError
 from spectra.base.files import array_digest
 from spectra.base.trees import PyTree
-from spectra.operators.batches import Shared, as_batch, batch_size, weigh
+from spectra.operators.batches import Shared, as_batch, batch_size, describe, weigh
+
+Kind = tuple[PyTreeDef, trees.Kinds]  # the tree of a batch, and the shape and dtype of each leaf
 
 
 def is_stream(data: Any) -> bool:
@@ -54,13 +57,15 @@ class Stream:
     """A re-iterable source of batches whose passes were found to be equal.
 
     Iterating yields (weight, batch) with weights that sum to one; every pass is compared with the first
-    in number and weights of batches, so a source that ends early is noticed.
+    in number and shapes of batches, so a source that ends early is noticed, and one that shuffles batches of
+    several sizes.
     """
 
     source: Iterable[PyTree] | Callable[[], Iterator[PyTree]]
     weights: tuple[float, ...]
     indices: tuple[int, ...] | None  # batches that are used, ascending; None for all
     digests: tuple[int, ...]  # checksums of these batches
+    kinds: tuple[Kind, ...]  # what these batches look like
 
     @classmethod
     def open(
@@ -93,7 +98,7 @@ class Stream:
         if num_batches is None and subsample_key is not None:
             raise DataError("subsample_key draws num_batches batches: pass num_batches.")
         stop = num_batches if subsample_key is None else None
-        first, digests = cls._survey(source, weight_fn, shared, stop)
+        first, digests, kinds = cls._survey(source, weight_fn, shared, stop)
         if not first:
             raise DataError("the data source is empty: it gives no batches.")
         if num_batches is not None and len(first) < num_batches:
@@ -124,7 +129,8 @@ class Stream:
         weights = np.array(used, np.float64)
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
             raise DataError(f"weight_fn gave weights {weights[:8]}...; they must be >= 0 and not all 0.")
-        return cls(source, tuple(weights / weights.sum()), indices, tuple(digests[i] for i in chosen))
+        share = tuple(weights / weights.sum())
+        return cls(source, share, indices, tuple(digests[i] for i in chosen), tuple(kinds[i] for i in chosen))
 
     @staticmethod
     def _read(source: Any, stop: int | None = None) -> Iterator[PyTree]:
@@ -134,13 +140,16 @@ class Stream:
     @classmethod
     def _survey(
         cls, source: Any, weight_fn: Callable[[PyTree], Any] | None, shared: Shared, stop: int | None
-    ) -> tuple[list[float], list[int]]:
-        """Weight and digest of each batch; that of a single one is 1, whatever it holds."""
+    ) -> tuple[list[float], list[int], list[Kind]]:
+        """Weight, digest and kind of each batch; the weight of a single one is 1, whatever it holds."""
         weights: list[float] = []
         digests: list[int] = []
+        kinds: list[Kind] = []
+        known: dict[Kind, Kind] = {}  # of each one object, for however many batches
         alone: PyTree = None
         for index, batch in enumerate(cls._read(source, stop)):
             digests.append(_digest(batch))
+            kinds.append(known.setdefault(kind := _kind(batch), kind))
             if index == 0:
                 alone = batch
                 continue
@@ -148,21 +157,41 @@ class Stream:
                 weights.append(_weight(alone, weight_fn, shared, 0))
                 alone = None
             weights.append(_weight(batch, weight_fn, shared, index))
-        return weights if alone is None else [1.0], digests
+        return weights if alone is None else [1.0], digests, kinds
+
+    def unlike(self) -> dict[int, PyTree]:
+        """Shapes of the batches that differ from the first in more than their number of examples, one of each
+        form, by their place."""
+        forms = {_form(self.kinds[0])}
+        found: dict[int, PyTree] = {}
+        for place, (kind, weight) in enumerate(zip(self.kinds, self.weights, strict=True)):
+            if weight > 0 and _form(kind) not in forms:
+                forms.add(_form(kind))
+                found[place] = kind[0].unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in kind[1]])
+        return found
+
+    def part(self, chosen: Sequence[int], weights: np.ndarray) -> "Stream":
+        """Some of the batches, with weights of their own."""
+        indices = range(len(self.weights)) if self.indices is None else self.indices
+        return Stream(
+            self.source,
+            tuple(weights / weights.sum()),
+            tuple(indices[i] for i in chosen),
+            tuple(self.digests[i] for i in chosen),
+            tuple(self.kinds[i] for i in chosen),
+        )
 
     def split(self, count: int) -> "list[Stream]":
         """Every `count`-th batch, from each of the first `count` on: disjoint parts of the source."""
         total = len(self.weights)
         if total < count:
             raise DataError(f"{total} batches cannot be split into {count} parts.")
-        indices = tuple(range(total)) if self.indices is None else self.indices
         parts: list[Stream] = []
         for first in range(count):
             weights = np.array(self.weights[first::count])
             if not weights.sum() > 0:
                 raise DataError(f"part {first} of {count} has no weight: its batches are padding only.")
-            share = tuple(weights / weights.sum())
-            parts.append(Stream(self.source, share, indices[first::count], self.digests[first::count]))
+            parts.append(self.part(range(first, total, count), weights))
         return parts
 
     def first(self) -> PyTree:
@@ -176,6 +205,12 @@ class Stream:
         for batch in self._used():
             if count >= len(self.weights):
                 raise DataError(f"the data source gave more than its {len(self.weights)} batches.")
+            if _kind(batch) != self.kinds[count]:
+                raise DataError(
+                    f"batch {count} of the data source is {describe(batch)}, and was another one when it was "
+                    "first read: the source is not deterministic. Switch shuffling off (shuffle=False), or "
+                    "pass a list of batches drawn once."
+                )
             if self.weights[count] > 0:  # a batch of padding may have no mean at all
                 yield self.weights[count], batch
             count += 1
@@ -194,6 +229,17 @@ def _weight(batch: PyTree, weight_fn: Callable[[PyTree], Any] | None, shared: Sh
     if weight_fn is None:
         return float(batch_size(batch, shared, f"data batch {index}"))
     return float(weigh(weight_fn, batch))
+
+
+def _kind(batch: PyTree) -> Kind:
+    leaves, treedef = jax.tree.flatten(batch)
+    return treedef, tuple((np.shape(x), x.dtype) for x in leaves)
+
+
+def _form(kind: Kind) -> tuple[Any, ...]:
+    """What batches of any number of examples have in common."""
+    treedef, leaves = kind
+    return treedef, *((len(shape), shape[1:], dtype) for shape, dtype in leaves)
 
 
 def _digest(batch: PyTree) -> int:

@@ -141,8 +141,8 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         **dict.fromkeys(("num_to_halve", "num_matvecs"), _COUNT), "num_passes": _POSITIVE,
     },
     StepQuality: {
-        **dict.fromkeys(("slope", "curvature", "loss", "measured"), _REAL), "length": _POSITIVE,
-        "num_matvecs": _COUNT, "status": _STATUS,
+        **dict.fromkeys(("slope", "curvature", "loss", "measured"), _REAL),
+        **dict.fromkeys(("length", "rounding"), _POSITIVE), "num_matvecs": _COUNT, "status": _STATUS,
     },
     GradientOverlap: {"shares": _array("k", low=0), "length": _POSITIVE, "status": _STATUS},
     StableStep: {

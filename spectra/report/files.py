@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from spectra.base.calls import checked
 from spectra.base.errors import ResultFileError, SpectraError
 from spectra.report import npz
 from spectra.report.encode import CLASSES
@@ -14,6 +15,7 @@ from spectra.results import provides
 
 
 @provides("save")
+@checked
 def save(result: Any, path: str | os.PathLike, *, overwrite: bool = True) -> Path:
     """Write a result to an `.npz` file, atomically: the file appears whole or not at all.
 
@@ -55,6 +57,7 @@ def save(result: Any, path: str | os.PathLike, *, overwrite: bool = True) -> Pat
     return path
 
 
+@checked
 def load(path: str | os.PathLike) -> Any:
     """Read a result that `save` wrote, or the history that a `SpectrumTracker` writes, while it grows.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from spectra.base.calls import checked
 from spectra.base.errors import SpectraError
 from spectra.base.files import replacing
 from spectra.report.encode import CLASSES, encode
@@ -29,6 +30,7 @@ _OTHERS = (".pdf", ".png", ".svg", ".npz", ".json", ".jsonl", ".csv")
 _ARRAYS = 40  # rows of the table of contents
 
 
+@checked
 def write_report(
     result: Any, path: str | os.PathLike, *, title: str | None = None, source: str | None = None
 ) -> Path:

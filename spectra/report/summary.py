@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from spectra.base.calls import require_key
 from spectra.base.errors import SpectraError
-from spectra.base.meshes import automatic, require_key
+from spectra.base.meshes import automatic
 from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
 from spectra.density.slq import slq
 from spectra.estimators.functions import trace_of
 from spectra.models.problem import Problem
-from spectra.operators.base import LinearOperator
+from spectra.operators.base import LinearOperator, require_operator
 from spectra.report.spectrum import trace_estimate
 from spectra.results import (
     Interval,
@@ -101,6 +102,7 @@ def summary(
                 )
         return Summary({name: as_quadrature(held) for name, held in by_name(source).items()})
     op = source.operator() if isinstance(source, Problem) else source
+    require_operator(op)
     key = require_key(key)
     blocks = op.blocks(by=by)
     steps, probes = (

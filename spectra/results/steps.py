@@ -83,6 +83,7 @@ class StepQuality(Result):
     measured: float  # L(θ + d) - L(θ); NaN if it was not measured
     num_matvecs: int = 1
     status: Status = Status.COMPLETE
+    rounding: float = 0.0  # of `measured`: smaller changes are not resolved
 
     @property
     def predicted(self) -> float:
@@ -91,30 +92,46 @@ class StepQuality(Result):
 
     @property
     def ratio(self) -> float:
-        """Measured over predicted change: 1 where the loss is quadratic over the step."""
-        return self.measured / self.predicted if self.predicted else math.nan
+        """Measured over predicted change: 1 where the loss is quadratic over the step.
+
+        NaN where the predicted change is no larger than the rounding of the loss: a step too short to tell.
+        """
+        return self.measured / self.predicted if abs(self.predicted) > self.rounding else math.nan
 
     @property
     def sharpness(self) -> float:
-        """dᵀHd / |g·d|; if the update is that of another task, this is the relative sharpness."""
-        return self.curvature / abs(self.slope) if self.slope else math.copysign(math.inf, self.curvature)
+        """dᵀHd / |g·d|; if the update is that of another task, this is the relative sharpness.
+
+        NaN where the loss has neither slope nor curvature along the update.
+        """
+        if self.slope:
+            return self.curvature / abs(self.slope)
+        return math.copysign(math.inf, self.curvature) if self.curvature else math.nan
 
     @property
     def largest_step(self) -> float:
-        """Multiple of the update at which a quadratic is back at its value; 0 if it rises at once."""
-        if self.slope >= 0:
+        """Multiple of the update at which a quadratic is back at its value.
+
+        0 if it rises at once, and infinity if it never does.
+        """
+        if self.slope > 0 or (self.slope == 0 and self.curvature > 0):
             return 0.0
         return -2 * self.slope / self.curvature if self.curvature > 0 else math.inf
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed result."""
+        flat = self.slope == self.curvature == 0
+        edge = f"{self.sharpness:.4g}; largest step {self.largest_step:.4g} updates"
         rows = [
             ("predicted", f"{self.predicted:+.4g} = {self.slope:+.3g} {self.curvature / 2:+.3g}"),
-            ("sharpness along it", f"{self.sharpness:.4g}; largest step {self.largest_step:.4g} updates"),
+            ("sharpness along it", "none: the loss is flat along the update" if flat else edge),
             ("length", f"{self.length:.4g}"),
         ]
         if math.isfinite(self.measured):
-            rows.insert(1, ("measured", f"{self.measured:+.4g}; ratio {self.ratio:.3g}"))
+            told = f"{self.measured:+.4g}; ratio {self.ratio:.3g}"
+            if math.isnan(self.ratio):
+                told = f"{self.measured:+.4g} ± {self.rounding:.2g}; the loss does not resolve this step"
+            rows.insert(1, ("measured", told))
         return rows
 
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from spectra.base import draws, trees
+from spectra.base.calls import checked_fields
 from spectra.base.errors import SpectraError
 from spectra.base.files import program_digest, tree_digest
 from spectra.operators.base import LinearOperator, product
@@ -21,6 +22,7 @@ from spectra.operators.composed import DeflatedOperator
 from spectra.operators.data import DataOperator
 
 
+@checked_fields
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """Where and how often a run is saved, so that the same call resumes it.
@@ -63,12 +65,18 @@ class Checkpoint:
     minutes: float = 10.0
     steps: int | None = None
 
+    def __post_init__(self) -> None:
+        if not self.minutes >= 0:
+            raise SpectraError(f"minutes={self.minutes}: use the most minutes between two checkpoints.")
+        if self.steps is not None and self.steps < 1:
+            raise SpectraError(f"steps={self.steps}: use a positive number of steps, or None.")
+
     @classmethod
     def of(cls, value: "Checkpoint | str | os.PathLike[str] | None") -> "Checkpoint | None":
         """A checkpoint from a folder's name."""
         if isinstance(value, Checkpoint) or value is None:
             return value
-        if not isinstance(value, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(value, str | os.PathLike) or value == "":  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SpectraError(f"checkpoint={value!r}: pass the name of a folder, or a Checkpoint.")
         return cls(value)
 

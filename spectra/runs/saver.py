@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 import warnings
 import zlib
@@ -173,6 +174,8 @@ def _reason(error: BaseException) -> str:
     return (str(error) or repr(error)).splitlines()[0]
 
 
+_ONE_AT_A_TIME = threading.Lock()
+"""Orbax numbers the saves of a process: of two in threads side by side each waits for the other's signals."""
 PACE = 5.0
 """Seconds between two looks at the clock and at signals, where a run can be interrupted."""
 
@@ -181,7 +184,7 @@ def write(path: Path, tree: PyTree) -> None:
     """Write arrays to a folder that appears whole or not at all; every process writes what it holds."""
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as saver:
+    with _ONE_AT_A_TIME, ocp.StandardCheckpointer() as saver:
         saver.save(path, tree, force=True)
 
 
@@ -189,7 +192,7 @@ def read(path: Path, like: PyTree) -> PyTree:
     """Read arrays, each placed as `like` says."""
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as loader:
+    with _ONE_AT_A_TIME, ocp.StandardCheckpointer() as loader:
         return loader.restore(path, like)
 
 

@@ -65,6 +65,9 @@ class Console:
         warn_below: Mapping[str, float] | None,
         warn_ahead: int = 0,
     ):
+        for what, given in {"measures": measures, "warn_below": warn_below}.items():
+            if given is not None and not isinstance(given, Mapping):
+                raise SpectraError(f"{what}={given!r:.80}: pass a dict by the name of a measure.")
         self.measures: dict[str, tuple[int, Measure]] = {}
         self.warn_below = dict(warn_below or {})
         for name, measure in dict(measures or {}).items():

@@ -16,9 +16,7 @@ from spectra.operators.arguments import DataOptions
 from spectra.operators.data import shows_options
 from spectra.operators.hessian import HessianOperator
 from spectra.results import Sharpness
-
-ROUNDINGS = 4
-"""Roundings by which two evaluations of one loss may differ, in units of its precision."""
+from spectra.training.steps import rounding_of
 
 
 @shows_options
@@ -117,7 +115,7 @@ class _Line:
         self.op, self.budget, self.count = op, budget, 0
         self.along = jax.tree.map(lambda x: x[None], along)
         self.origin = self._loss(0.0)
-        self.rounding = ROUNDINGS * op.loss_precision * abs(self.origin)
+        self.rounding = rounding_of(op, self.origin)
 
     @property
     def left(self) -> bool:

@@ -15,6 +15,9 @@ from spectra.estimators.landscape import losses_at
 from spectra.operators.data import DataOperator
 from spectra.results import Eigenpairs, GradientOverlap, StepQuality
 
+ROUNDINGS = 4
+"""Roundings by which two evaluations of one loss may differ, in units of its precision."""
+
 
 @automatic
 def step_quality(op: DataOperator, update: PyTree, *, measure: bool = True) -> StepQuality:
@@ -63,7 +66,14 @@ def step_quality(op: DataOperator, update: PyTree, *, measure: bool = True) -> S
     if measure:
         stack = jax.tree.map(lambda x: x[None], along)
         moved = float(losses_at(op, stack, np.ones((1, 1)))[0]) - loss
-    return StepQuality(float(size) * slope, float(size) ** 2 * curvature, length, loss, moved)
+    return StepQuality(
+        slope=float(size) * slope,
+        curvature=float(size) ** 2 * curvature,
+        length=length,
+        loss=loss,
+        measured=moved,
+        rounding=rounding_of(op, loss),
+    )
 
 
 @automatic
@@ -107,6 +117,11 @@ def gradient_overlap(op: DataOperator, pairs: Eigenpairs) -> GradientOverlap:
         raise SpectraError(f"the gradient has length {length}: it has no direction.")
     along = jax.device_get(_shares(pairs.vectors, gradient))
     return GradientOverlap(np.asarray(along, float) ** 2, length)
+
+
+def rounding_of(op: DataOperator, loss: float) -> float:
+    """By how much two evaluations of one loss may differ."""
+    return ROUNDINGS * op.loss_precision * abs(loss)
 
 
 def require_loss(op: Any) -> None:

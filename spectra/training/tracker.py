@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import draws, host, trees
+from spectra.base.calls import checked, require_key
 from spectra.base.errors import SpectraError
-from spectra.base.meshes import automatic, on_automatic_axes, require_key
+from spectra.base.meshes import automatic, on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.density.extremes import LEVEL, extreme
 from spectra.density.slq import slq
@@ -115,6 +117,7 @@ class SpectrumTracker:
             SpectrumTracker(..., callbacks=[lambda s: wandb.log({"sharpness": s.sharpness}, step=s.step)])
     """
 
+    @checked
     def __init__(
         self,
         op_factory: Callable[..., LinearOperator],
@@ -137,14 +140,27 @@ class SpectrumTracker:
             raise SpectraError(f"op_factory is a {type(op_factory).__name__}; pass a function of the params.")
         if budget is not None and not budget > 0:
             raise SpectraError(f"budget={budget} is a share of training time: use a positive number.")
+        callbacks = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
+        if not all(map(callable, callbacks)):
+            raise SpectraError(f"callbacks={callbacks!r:.80}: pass a list of functions of a Snapshot.")
+        for what, count in {
+            "num_eigenvalues": num_eigenvalues,
+            "num_steps": num_steps,
+            "num_probes": num_probes,
+        }.items():
+            if count < 1:
+                raise SpectraError(f"{what}={count}: use a positive number.")
+        if not 0 <= tol < 1:
+            raise SpectraError(f"tol={tol} is a residual in units of |H|: use a number in [0, 1).")
         self.op_factory, self.every = op_factory, steps_of("every", every)
         self.budget, self.name = budget, name
         self.key = on_automatic_axes(jax.random.key(0) if key is None else require_key(key))
         self.num_eigenvalues, self.tol = num_eigenvalues, tol
         self.num_steps, self.num_probes = num_steps, num_probes
-        self.callbacks = tuple(callbacks)
+        self.callbacks = callbacks
         self.console = Console(measures, warn_below, warn_ahead)
         self._history, self._file = _continued(path, name)
+        self._lock = threading.RLock()  # one file, and each snapshot starts from the last one
         self._vectors: PyTree = None  # the leading eigenvectors of the last snapshot
         self._start: float | None = None  # when training began, moved on by the time of each snapshot
         self._before = self._history[-1].trained if len(self._history) else 0.0  # in the run continued
@@ -168,28 +184,29 @@ class SpectrumTracker:
             The snapshot, or None.
         """
         step = _step(step)
-        if self._start is None:
-            self._start = time.perf_counter()
-        self._measure(step, state)
-        if step % self.every or step in {s.step for s in self._history.snapshots}:
-            return None
-        if trees.is_traced(state):
-            raise SpectraError(OUTSIDE)
-        jax.block_until_ready(state)  # what is still being trained is not the snapshot's time
-        now = time.perf_counter()
-        trained = now - self._start
-        if self._vectors is not None and self._exceeds_budget(trained, self._cost):
-            self._skip(step)
-            return None
-        first = self._vectors is None
-        told = {name: number(f"{name}=", x) for name, x in scalars.items() if x is not None}
-        snapshot = self._take(step, state, self.console.latest() | told, trained + self._before, now)
-        self._record(snapshot)
-        cost = time.perf_counter() - now
-        self._start += cost
-        if not first:
-            self._seconds, self._cost = self._seconds + cost, cost
-        return snapshot
+        with self._lock:
+            if self._start is None:
+                self._start = time.perf_counter()
+            self._measure(step, state)
+            if step % self.every or step in {s.step for s in self._history.snapshots}:
+                return None
+            if trees.is_traced(state):
+                raise SpectraError(OUTSIDE)
+            jax.block_until_ready(state)  # what is still being trained is not the snapshot's time
+            now = time.perf_counter()
+            trained = now - self._start
+            if self._vectors is not None and self._exceeds_budget(trained, self._cost):
+                self._skip(step)
+                return None
+            first = self._vectors is None
+            told = {name: number(f"{name}=", x) for name, x in scalars.items() if x is not None}
+            snapshot = self._take(step, state, self.console.latest() | told, trained + self._before, now)
+            self._record(snapshot)
+            cost = time.perf_counter() - now
+            self._start += cost
+            if not first:
+                self._seconds, self._cost = self._seconds + cost, cost
+            return snapshot
 
     def _measure(self, step: int, state: tuple) -> None:
         """The measures that are due, as far as the budget goes."""

@@ -12,6 +12,7 @@ import numpy as np
 from spectra.base import trees
 from spectra.base.errors import StructureError
 from spectra.base.trees import PyTree
+from spectra.operators.batches import describe
 
 HALVINGS = 40
 """Of the error in the answer to an alternating gradient: 1e-12, below the rounding of float32."""
@@ -73,7 +74,7 @@ def _names_taken(update: Callable[..., Any]) -> tuple[str, ...]:
 def _require_fit(update: Callable[..., Any], more: tuple[str, ...], state: PyTree, point: Seen) -> None:
     """Raise a StructureError unless an update can be made, and is like the parameters."""
     try:
-        updates, _ = jax.eval_shape(partial(_called, update, more, point), state)
+        updates, new = jax.eval_shape(partial(_called, update, more, point), state)
     except Exception as error:
         first = str(error).split("\n")[0]
         if isinstance(error, TypeError) and "argument" in first:
@@ -87,6 +88,11 @@ def _require_fit(update: Callable[..., Any], more: tuple[str, ...], state: PyTre
             f"{first}): pass the state of this optimizer for the parameters that op differentiates, which "
             "are those of wrt= where there is one."
         ) from error
+    if jax.tree.structure(new) != jax.tree.structure(state):
+        raise StructureError(
+            f"optimizer_state is {describe(state)}, of which optimizer.update makes a state of another "
+            "structure: pass what optimizer.init or an update has returned."
+        )
     trees.check_structure(updates, point.params, "an update of the optimizer")
 
 

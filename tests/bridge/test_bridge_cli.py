@@ -112,3 +112,13 @@ def test_float64_modules_are_exported_whatever_the_flags(tmp_path):
     spectra.bridge.export(torch.nn.Linear(2, 2).double(), torch.ones(3, 2, dtype=torch.float64), tmp_path)
     with pytest.raises(spectra.bridge.BridgeError, match="x64"):
         spectra.bridge.load(Path(tmp_path))
+
+
+def test_an_interrupted_export_says_what_to_do(file, tmp_path, monkeypatch):
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spectra.bridge.export", interrupt)
+    done = invoke("export-torch", f"{file}:small", "-o", tmp_path / "model")
+    assert done.exit_code == 130
+    assert "interrupted: the export is not complete. The same command starts it anew" in done.stderr

@@ -1,10 +1,11 @@
 """Densities of many operators side by side: small multiples, or a heat map with a row for each."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spectra.base.calls import checked
 from spectra.base.errors import SpectraError
 from spectra.report.plots.density import Held, as_density, plot_density
 from spectra.report.plots.marks import floor, heat, top_of
@@ -20,15 +21,19 @@ from spectra.report.plots.style import (
 )
 from spectra.results import Density, by_name
 
+if TYPE_CHECKING:
+    from matplotlib.typing import ColorType
+
 _PANELS = 20  # beyond which they are too many to be looked at one by one
 _POINTS = 400  # of the eigenvalue axis of a heat map
 
 
+@checked
 def plot_blocks(
     results: Mapping[str, Held] | Sequence[Held],
     *,
     columns: int | None = None,
-    color: str = COLOR,
+    color: "ColorType" = COLOR,
     own_x: bool = False,
     heat_map: bool | None = None,
 ) -> "np.ndarray":

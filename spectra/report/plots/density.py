@@ -36,6 +36,7 @@ from spectra.results import Density, Moments, Quadrature, Snapshot, as_quadratur
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.typing import ColorType
 
 Held = SpectrumReport | Snapshot | Quadrature | Moments | Density
 _MOST = 20  # spectra in one picture, in shades and dashes that a legend can name
@@ -50,7 +51,7 @@ def plot_density(
     xscale: str = "auto",
     yscale: str = "log",
     learning_rate: float | None = None,
-    color: str = COLOR,
+    color: "ColorType" = COLOR,
     linestyle="-",
     label: str | None = None,
     band: bool = True,

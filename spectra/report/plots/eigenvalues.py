@@ -24,6 +24,7 @@ from spectra.results import Eigenpairs, Quadrature, as_quadrature
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.typing import ColorType
 
 YSCALES = ("linear", "log", "complement")
 _NOTHING = 1e-30  # stands for zero on a logarithmic axis
@@ -36,7 +37,7 @@ def plot_cdf(
     *,
     level: float = 0.95,
     yscale: str = "linear",
-    color: str = COLOR,
+    color: "ColorType" = COLOR,
 ) -> "Axes":
     """Draw the cumulative distribution of the eigenvalues with its bracket and its band.
 
@@ -105,7 +106,7 @@ def plot_cdf(
 
 @styled
 def plot_eigenvalues(
-    result: Eigenpairs | Quadrature | SpectrumReport, ax: "Axes | None" = None, *, color: str = COLOR
+    result: Eigenpairs | Quadrature | SpectrumReport, ax: "Axes | None" = None, *, color: "ColorType" = COLOR
 ) -> "Axes":
     """Draw eigenpairs by rank, with their residuals, or a quadrature as `plot_cdf` does.
 

@@ -1,6 +1,7 @@
 """The marks of a density: its curve and band, or colours; single eigenvalues, the kernel's width, counts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ _HIDDEN = 1e-9  # of the lowest density shown: stands for zero on a logarithmic 
 
 
 def add_curve(
-    ax, density: Density, xscale: str, color: str, linestyle, label, alpha: float, edge: float = 0.0
+    ax, density: Density, xscale: str, color: Any, linestyle, label, alpha: float, edge: float = 0.0
 ) -> None:
     """Band and line; on a log-log axis the negative part as a line of its own.
 
@@ -37,7 +38,7 @@ def add_curve(
             filled.set(alpha=None, facecolor=(color, alpha), edgecolor=(color, 0.5))
 
 
-def add_kernel(ax, density: Density, color: str) -> None:
+def add_kernel(ax, density: Density, color: Any) -> None:
     """A bar of one kernel width to each side of its middle, near the right end; others lie below.
 
     None is drawn twice: on a logarithmic axis, a relative kernel is as wide for all.

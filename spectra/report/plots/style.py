@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from spectra.base.calls import checked
 from spectra.base.errors import SpectraError
 
 if TYPE_CHECKING:
@@ -68,13 +69,17 @@ def plot_style(**changes) -> Iterator[None]:
 
 
 def styled(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: draw in the style, unless the caller brings Axes, which have a style already."""
+    """Decorator: draw in the style, unless the caller brings Axes, which have a style already.
+
+    Arguments are checked as by `checked`.
+    """
+    draw = checked(function)
 
     @functools.wraps(function)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
         given = kwargs.get("ax") if len(args) < 2 else args[1]
         with plot_style() if given is None and not _styled.get() else contextlib.nullcontext():
-            return function(*args, **kwargs)
+            return draw(*args, **kwargs)
 
     return drawn
 
