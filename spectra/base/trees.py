@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef
 from jax.typing import ArrayLike, DTypeLike
 
@@ -19,6 +20,7 @@ from spectra.base.errors import SpectraError, StructureError
 
 PyTree = Any
 Kinds = tuple[tuple[tuple[int, ...], jnp.dtype], ...]  # shape and dtype of each leaf
+Places = tuple[NamedSharding | None, ...]
 
 
 def path_str(path: tuple[Any, ...]) -> str:
@@ -250,16 +252,22 @@ def ravel(tree: PyTree) -> jax.Array:
     return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)])
 
 
-def unravel(flat: jax.Array, structure: PyTree) -> PyTree:
-    """The inverse of `ravel` for vectors of the given structure."""
+def unravel(
+    flat: jax.Array,
+    structure: PyTree,
+    cut: Callable[[list[jax.Array]], list[jax.Array]] = lambda pieces: pieces,
+) -> PyTree:
+    """The inverse of `ravel` for vectors of the given structure; `cut` is told of the leaves before they have
+    their shapes."""
     leaves, treedef = jax.tree.flatten(structure)
-    parts: list[jax.Array] = []
+    pieces: list[jax.Array] = []
     start = 0
     for leaf in leaves:
         stop = start + math.prod(leaf.shape)
-        parts.append(flat[start:stop].reshape(leaf.shape).astype(leaf.dtype))
+        pieces.append(flat[start:stop])
         start = stop
-    return jax.tree.unflatten(treedef, parts)
+    pairs = zip(cut(pieces), leaves, strict=True)
+    return treedef.unflatten([piece.reshape(leaf.shape).astype(leaf.dtype) for piece, leaf in pairs])
 
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
@@ -325,27 +333,32 @@ def length(tree: PyTree) -> float:
     return float(_length(tree))
 
 
-def sphere_sample(key: jax.Array, structure: PyTree) -> PyTree:
-    """A vector drawn uniformly from the unit sphere."""
-    return sample(key, structure, jax.random.normal, unit=True)
+def sphere_sample(key: jax.Array, structure: PyTree, where: Places = ()) -> PyTree:
+    """A vector drawn uniformly from the unit sphere, see `sample`."""
+    return sample(key, structure, jax.random.normal, unit=True, where=where)
 
 
 def sample(
-    key: jax.Array, structure: PyTree, distribution: Callable[..., jax.Array], *, unit: bool = False
+    key: jax.Array,
+    structure: PyTree,
+    distribution: Callable[..., jax.Array],
+    *,
+    unit: bool = False,
+    where: Places = (),
 ) -> PyTree:
     """A vector whose leaf i is distribution(fold_in(key, i), shape, dtype); with `unit` of length one.
 
     JAX's generator does not depend on the sharding, so the same key gives the same vector on any number
-    of devices.
+    of devices. On a mesh `where` says where it lies (see `places`): else one device draws all of it.
     """
     leaves, treedef = jax.tree.flatten(structure)
     kinds = tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)
-    return treedef.unflatten(_samples(key, kinds, distribution, unit))
+    return treedef.unflatten(_samples(key, kinds, distribution, unit, where or (None,) * len(kinds)))
 
 
-@functools.partial(jax.jit, static_argnames=("kinds", "distribution", "unit"))
+@functools.partial(jax.jit, static_argnames=("kinds", "distribution", "unit", "where"))
 def _samples(
-    key: jax.Array, kinds: Kinds, distribution: Callable[..., jax.Array], unit: bool
+    key: jax.Array, kinds: Kinds, distribution: Callable[..., jax.Array], unit: bool, where: Places
 ) -> list[jax.Array]:
     """One array for each shape and dtype.
 
@@ -358,4 +371,29 @@ def _samples(
     for i, (shape, dtype) in enumerate(kinds):
         row = (math.prod(shape),) if jax.device_count() == 1 else shape
         drawn.append(distribution(jax.random.fold_in(key, i), row, dtype).reshape(shape))
+    drawn = placed(drawn, where)
     return scale(1 / norm(drawn), drawn) if unit else drawn
+
+
+def places(like: PyTree) -> Places:
+    """Where the leaves of a vector lie on a mesh of several devices; None on one, and for tracers."""
+
+    def one(leaf: Any) -> NamedSharding | None:
+        place = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+        return place if isinstance(place, NamedSharding) and place.mesh.size > 1 else None
+
+    return tuple(map(one, jax.tree.leaves(like)))
+
+
+def placed(vector: PyTree, where: Places) -> PyTree:
+    """The vector, its leaves `where` that says, as part of a program."""
+    leaves, treedef = jax.tree.flatten(vector)
+    pairs = zip(leaves, where, strict=True)
+    return treedef.unflatten([x if p is None else lax.with_sharding_constraint(x, p) for x, p in pairs])
+
+
+def zeros(structure: PyTree, beside: PyTree) -> PyTree:
+    """A vector of zeros that lies as the arrays of `beside` do."""
+    leaves, treedef = jax.tree.flatten(structure)
+    pairs = zip(leaves, places(beside), strict=True)
+    return treedef.unflatten([jnp.zeros(leaf.shape, leaf.dtype, device=place) for leaf, place in pairs])

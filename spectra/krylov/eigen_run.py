@@ -112,7 +112,7 @@ class EigenRun:
         """A new row from the next random vector of this run."""
         self.starts += 1
         key = jax.random.fold_in(self.key, self.starts)
-        return self.band.append(trees.sphere_sample(key, self.op.structure))
+        return self.band.append(trees.sphere_sample(key, self.op.structure, trees.places(self.op.like)))
 
     def extend(self, row: int, steps: int) -> int | None:
         """As the band does, and count the products."""

@@ -88,9 +88,10 @@ def grow(
     return _open(layout, state, slot, q, rest, form, drawn is not None)
 
 
-def draw(key: jax.Array, number: int, structure: PyTree) -> PyTree:
+def draw(key: jax.Array, number: int, op: LinearOperator) -> PyTree:
     """A normal vector; vectors of other numbers are independent of it."""
-    return trees.sample(jax.random.fold_in(key, number), structure, jax.random.normal)
+    where = trees.places(op.like)
+    return trees.sample(jax.random.fold_in(key, number), op.structure, jax.random.normal, where=where)
 
 
 class _Rest(NamedTuple):

@@ -227,7 +227,7 @@ class Range:
             return cls(intervals, low, high, norm, "the given bounds of the spectrum", 0)
         key = jax.random.key(0) if key is None else key
         count = min(RANGE_STEPS, op.size)
-        found = lanczos(op, trees.sphere_sample(key, op.structure), count)
+        found = lanczos(op, trees.sphere_sample(key, op.structure, trees.places(op.like)), count)
         theta = eigh(found.alpha, found.beta, int(found.length))[0]
         exact = found.status is Status.INVARIANT or count == op.size
         beyond = 0.0 if exact else margin(op.size, count) * (theta[-1] - theta[0])

@@ -186,7 +186,7 @@ def _from_pairs(vectors: PyTree, values: jax.Array, shift: Any) -> "SpectralPrec
 
 def _draw(key: jax.Array, op: LinearOperator, start: int, stop: int) -> PyTree:
     keys = [jax.random.fold_in(key, i) for i in range(start, stop)]
-    rows = [trees.sphere_sample(one, op.structure) for one in keys]
+    rows = [trees.sphere_sample(one, op.structure, trees.places(op.like)) for one in keys]
     return stacks.stacked(rows)
 
 

@@ -74,7 +74,7 @@ def _factored(
     kfac: KFACOperator | EKFACOperator, op: LinearOperator, shift: Any
 ) -> tuple[LinearOperator, int]:
     """(K + δ)⁻¹ with a damping δ that grows with the error of K, which one product shows."""
-    v = trees.sphere_sample(jax.random.key(ERROR_KEY), op.structure)
+    v = trees.sphere_sample(jax.random.key(ERROR_KEY), op.structure, trees.places(op.like))
     image = op @ v
     size, wrong = trees.norm(image), trees.norm(jax.tree.map(jnp.subtract, image, kfac @ v))
     error = jnp.where(wrong < size, wrong / jnp.where(size > 0, size, 1), 1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -88,8 +89,16 @@ KEY = 7
 
 
 def multiply(op: LinearOperator, v: PyTree) -> PyTree:
-    """One product outside of any loop."""
-    return op.mv(v) if op.on_host else product(op, v)
+    """One product outside of any loop; on a mesh it lies as the parameters do, see `blocks.products`."""
+    if op.on_host:
+        return op.mv(v)
+    where = trees.places(op.like)
+    return _placed_product(op, v, where) if any(where) else product(op, v)
+
+
+@partial(jax.jit, static_argnames="where")
+def _placed_product(op: LinearOperator, v: PyTree, where: trees.Places) -> PyTree:
+    return trees.placed(op.mv(v), where)
 
 
 def change_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> float:

@@ -85,7 +85,7 @@ def stable_step(
         raise SpectraError(f"max_matvecs={max_matvecs}, tol={tol}: use one product or more, and 0 < tol < 1.")
     trees.require_values("stable_step", (op.params, op.data, optimizer_state))
     prepared, gradient = op.prepare(), op.gradient()
-    start = trees.sphere_sample(key, op.structure)
+    start = trees.sphere_sample(key, op.structure, trees.places(op.like))
 
     def image(v: PyTree) -> PyTree:
         return answers(Seen(prepared @ v, v, trees.vdot(gradient, v)))
