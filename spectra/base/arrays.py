@@ -107,11 +107,9 @@ def apart(pieces: list[jax.Array]) -> list[jax.Array]:
     XLA gives the whole vector a shape first, with the last axis of the slice's: there a copy of all of it to
     other tiles.
     """
-
-    def cut(pieces: list[jax.Array]) -> list[jax.Array]:
-        return [barrier(piece) for piece in pieces]
-
-    return lax.platform_dependent(pieces, tpu=cut, default=lambda pieces: pieces)
+    return lax.platform_dependent(
+        pieces, tpu=lambda pieces: [barrier(piece) for piece in pieces], default=lambda pieces: pieces
+    )
 
 
 def positions(dtype: DTypeLike, shape: Sequence[int], axis: int) -> jax.Array:

@@ -371,7 +371,7 @@ def _samples(
     for i, (shape, dtype) in enumerate(kinds):
         row = (math.prod(shape),) if jax.device_count() == 1 else shape
         drawn.append(distribution(jax.random.fold_in(key, i), row, dtype).reshape(shape))
-    drawn = placed(drawn, where)
+    drawn = placed(drawn, where) if any(where) else drawn
     return scale(1 / norm(drawn), drawn) if unit else drawn
 
 

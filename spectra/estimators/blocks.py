@@ -55,8 +55,10 @@ def draw_with_noise(
 def _draw(
     key: jax.Array, indices: arrays.Indices, structure: PyTree, kind: str, where: trees.Places
 ) -> PyTree:
+    distribution = getattr(jax.random, kind)
+
     def one(i: arrays.Indices) -> PyTree:
-        return trees.sample(jax.random.fold_in(key, i), structure, getattr(jax.random, kind), where=where)
+        return trees.sample(jax.random.fold_in(key, i), structure, distribution, where=where)
 
     return jax.vmap(one)(indices)
 
