@@ -11,6 +11,10 @@ from children import answer
 PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np, spectra
+from spectra.base import meshes
+from spectra.estimators import blocks
+from spectra.estimators.low_rank import _grow_compiled
+from spectra.krylov import explored, wanted
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 flat = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
@@ -54,6 +58,26 @@ cases = {
     "stream": lambda: (on(flat, fsdp)[0], spectra.distributed.shard_data(stream, flat)),
 }
 
+def share(tree):  # what the fullest device holds of it
+    leaves = jax.tree.leaves(tree)
+    held = [sum(s.data.nbytes for x in leaves for s in x.addressable_shards if s.device == d)
+            for d in jax.devices()]
+    return max(held) / sum(x.nbytes for x in leaves)
+
+def shares(op):  # of vectors and stacks that estimators and runs draw, multiply, hold
+    options = dict(start=0, stop=3, kind="normal", batch=2, project=True, grouped=False)
+    options["where"] = meshes.places(op.like)
+    probes = blocks.draw(op, key, jnp.arange(3), "normal")
+    drawn = explored.draw(key, 0, op)
+    return {
+        "probes": share(probes),
+        "products": share(blocks.products(op, probes, 2)),
+        "sketch": share(_grow_compiled(op, key, None, jnp.zeros(()), **options)[0]),
+        "vector": share(drawn),
+        "product": share(wanted.multiply(op, drawn)),
+        "zeros": share(meshes.zeros(op.structure, op.like)),
+    }
+
 def answers(name):
     p, x = cases[name]()
     op = spectra.HessianOperator(loss_fn, p, x)
@@ -72,6 +96,7 @@ def answers(name):
         "alpha": np.asarray(result.alpha, float).tolist(),
         "orthogonality": float(result.orthogonality),
         "product": np.concatenate([np.ravel(x) for x in jax.tree.leaves(product)]).tolist(),
+        "shares": name == "fsdp" and shares(op),
         "pairs": pairs and pairs.values.tolist(),
         "trace": trace,
         # Bytes of the whole basis, and of what the fullest device holds of it.
@@ -153,6 +178,12 @@ def test_the_basis_lies_as_the_parameters_do_and_as_planned(layouts, layout):
         assert case["largest"] == case["bytes"] // pieces
     assert case["largest"] == case["planned"]
     assert case["plan devices"] == 8
+
+
+def test_vectors_and_their_products_lie_as_the_parameters_do():
+    """Whole on one device, or on every one, unless it is said where they lie."""
+    shares = run("divides")[0]["fsdp"]["shares"]
+    assert shares == dict.fromkeys(shares, 1 / 8)
 
 
 @pytest.mark.parametrize(("layouts", "layout"), cases("spread", "tensor, spread"))

@@ -42,7 +42,7 @@ def walked(a, steps=20):
     for i in range(steps):
         fresh = i % 6 == 0
         slot = int(np.argmin(waiting) if fresh else np.argmax(waiting))
-        drawn = explored.draw(KEY, i, layout.structure) if fresh else None
+        drawn = explored.draw(KEY, i, op) if fresh else None
         state, step = explored.grow(op, layout, state, slot, drawn)
         waiting = np.asarray(step.lengths)
         found.append(step)

@@ -18,8 +18,9 @@ import spectra
 from benchmarks import problems
 from benchmarks.aot import model
 from benchmarks.aot.hlo import Program
+from spectra.base import trees
 from spectra.estimators import blocks, entrywise, hutchinson, low_rank
-from spectra.krylov import band, linear_run, recurrence
+from spectra.krylov import band, explored, linear_run, recurrence
 from spectra.krylov import basis as _basis
 from spectra.krylov.band_block import chain_block
 from spectra.krylov.lanczos import Steps
@@ -99,6 +100,15 @@ class Setting:
     @property
     def counter(self):
         return self.whole(jax.ShapeDtypeStruct((), jnp.int32))
+
+    def stack(self, count: int):
+        """Shapes of several vectors."""
+
+        def one(x):
+            sharding = NamedSharding(self.mesh, P(None, *x.sharding.spec))
+            return jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding)
+
+        return jax.tree.map(one, self.like)
 
     @property
     def key(self):
@@ -205,12 +215,7 @@ def _restart(s: Setting):
 
 def _sides(s: Setting, count: int):
     """Right-hand sides, and shapes of the problem and the state that belong to them."""
-
-    def sides(x):
-        sharding = NamedSharding(s.mesh, P(None, *x.sharding.spec))
-        return jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding)
-
-    b = jax.tree.map(sides, s.like)
+    b = s.stack(count)
     return b, *jax.eval_shape(lambda b: linear_run.prepared(s.op, b, None, "auto", 1e-5, 100, b), b)
 
 
@@ -237,12 +242,11 @@ def _block(s: Setting):
 
 
 def _forms(s: Setting):
-    """Quadratic forms of Hutchinson's trace; where its zeros come to lie is the compiler's choice."""
-    free = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), s.like)
+    """Quadratic forms of Hutchinson's trace."""
     unit = jax.ShapeDtypeStruct((), jnp.float32)
     pairs = blocks.Pairs(s.like, s.like, unit, unit)
-    sums = jax.ShapeDtypeStruct((len(jax.tree.leaves(free)),), jnp.float32)
-    carried = hutchinson.Carried(unit, pairs, hutchinson.Spread(free, free, sums))
+    sums = jax.ShapeDtypeStruct((len(jax.tree.leaves(s.like)),), jnp.float32)
+    carried = hutchinson.Carried(unit, pairs, hutchinson.Spread(s.like, s.like, sums))
     return hutchinson._forms.lower(s.op, s.key, s.numbers(PROBES), carried, "rademacher", SHARING)
 
 
@@ -250,6 +254,7 @@ def _sketch(s: Setting):
     """Probes of XTrace, their images, an orthonormal basis of these and its images."""
     unit = jax.ShapeDtypeStruct((), jnp.float32)
     options = {"start": 0, "stop": PROBES, "kind": "normal", "project": True, "grouped": False}
+    options |= {"where": trees.places(s.like)}
     return low_rank._grow_compiled.lower(s.op, s.key, None, unit, batch=SHARING, **options)
 
 
@@ -259,6 +264,37 @@ def _entries(s: Setting):
     pairs = blocks.Pairs(s.like, s.like, unit, unit)
     state = (s.like,) * 3
     return entrywise._step.lower(s.op, s.key, s.numbers(SHARING), state, unit, pairs, "rademacher")
+
+
+def _explored(s: Setting) -> explored.Explored:
+    """The Krylov space of the default trace."""
+    shapes = jax.eval_shape(partial(explored.empty, s.layout, s.case.steps))
+    waiting = tuple(map(s.placed, shapes.waiting))
+    return dataclasses.replace(s.whole(shapes), basis=s.basis, waiting=waiting)
+
+
+def _sweep(s: Setting):
+    """Its direction, or product, made orthogonal to the rows."""
+    return explored._orthogonal.lower(s.layout, s.basis, s.placed(s.layout.panels), s.counter)
+
+
+def _row(s: Setting):
+    """Its direction as a row, and the product of it as a vector."""
+    return explored._take_in.lower(s.layout, _explored(s), s.placed(s.layout.panels), s.like)
+
+
+def _direction(s: Setting):
+    """What its product opens, among the directions that wait."""
+    vector, state = s.placed(s.layout.panels), _explored(s)
+    rest = explored._Rest(vector, state.unit, s.whole(jax.ShapeDtypeStruct(state.dropped.shape, jnp.float32)))
+    numbers = s.counter, vector, rest, state.unit, s.whole(jax.ShapeDtypeStruct((), bool))
+    return explored._open.lower(s.layout, state, *numbers)
+
+
+def _outside(s: Setting):
+    """Samples of what is outside of it."""
+    basis, samples = s.stack(s.case.steps), s.stack(PROBES)
+    return low_rank.complement_forms.lower(basis, samples, samples)
 
 
 def _iteration(s: Setting):
@@ -296,6 +332,10 @@ PROGRAMS: dict[str, Callable[[Setting], jax.stages.Lowered]] = {
     "trace, signs": _forms,
     "trace, sketch": _sketch,
     "diagonal, signs": _entries,
+    "trace, sweep": _sweep,
+    "trace, row": _row,
+    "trace, direction": _direction,
+    "trace, samples": _outside,
     "iteration": _iteration,
 }
 STEPWISE = ("step", "bare step", "chain", "solve", "solve, sides", "funm, vectors", "iteration")

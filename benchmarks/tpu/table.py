@@ -21,14 +21,17 @@ its cores in one run of the program; the most expensive branch of every conditio
 rows are read and the second Gram-Schmidt pass is always taken. XLA's own "bytes accessed" also counts
 what lies in VMEM, both ends of a prefetch and the operands of conditionals; it stands beside. The floor
 of two passes is 4 reads of all rows: 16 x 104 bytes a number of the vector that the chip holds. A sweep
-of inner products reads seven segments of eight rows and the vector once, one that subtracts four
+of inner products reads seven segments of eight rows and the vector once, one that subtracts five
 segments. Collectives: number of times, bytes on one device in all (the larger of what goes in and what
 comes out).
 
-Rows are by libtpu 0.0.42, which jax 0.10.2 installs, but where one says 0.0.52, which is newer, and by
-which all of them were made at first. What differs by the older one: orthogonalisation alone is at 1.06 in
-place of 1.03 of the floor on v5e, and the rows of 300,000 numbers a chip, of which half lay in VMEM by the
-newer one, read more of HBM; a step takes up to 2 % more memory, and products alone gather the same.
+Not all rows are by one compiler. They are by libtpu 0.0.42, which jax 0.10.2 installs, but for the six that
+say 0.0.52, which is newer: steps and the product alone on v5e 8x8, the step on 16x16, and both steps without
+a basis. 0.0.42 had not come to the end of that product after 40 minutes on a busy machine, some 220 seconds
+of a processor; the others were not compiled again. What differs by the older one: orthogonalisation alone
+was at 1.06 in place of 1.03 of the floor on v5e, the rows of 300,000 numbers a chip, of which half lay in
+VMEM by the newer one, read more of HBM, a gradient read 3.2 GB for 2.0, and a step takes up to 2 % more
+memory.
 
 0.0.42 lays out the rows of a basis in another order than they come in, and copies all of them to it and
 back: a step of 1e9 parameters on v5p 2x2x4 took 49.6 GiB and 1.67 times the floor, of "small" on v5e 4x4
@@ -37,8 +40,14 @@ its own rows: told of the whole array, 0.0.42 gathered the basis on every chip, 
 16 chips, but not on 64 and 128 of v5p, where orthogonalisation of 1e9 parameters would have taken 122.9 GiB
 of each.
 
-The step of "small" on v5e 16x16 and orthogonalisation of spread rows on v5e are of before that: the step on
-8x8 was at 1.53 then, and is at 1.10 now.
+Nor are all by today's recurrence, but the step on v5p 2x2x4 and the programs of the default trace. The
+others are of before a sweep subtracted five segments, and a second pass left out the square of the vector.
+By both, orthogonalisation of 1e9 parameters came down from 1.060 to 1.048 of the floor on v5p 2x2x4, by the
+first alone to 1.051 on v5e 8x8. Six or seven segments at once were 1.28 and more: there segments are copied.
+
+Within a caller's jit, where nobody knows how arrays are split, nothing is said of the order. `lanczos` of 24
+steps on v5e 4x4 copied no segment there, whether leaves had one, two or three axes: temporaries were 1.25 to
+1.34 times the basis, which is one of them. 100 steps were not compiled.
 """
 
 
@@ -50,10 +59,12 @@ def table(known: dict) -> str:
     parts += ["", "## One Lanczos step of a transformer of 1e9 parameters", "", STEP]
     parts += programs([r for r in rows if r["size"] == "1e9" and r["program"] != "orthogonalize"])
     parts += extrapolated(known)
-    parts += ["", *checks(known), "", "## Any size: one step without a basis", "", BARE]
+    parts += ["", *checks(known), "", "## The default trace", "", TRACE]
+    parts += several([r for r in rows if r["program"].startswith("trace, ")])
+    parts += ["", "## Any size: one step without a basis", "", BARE]
     parts += bare([r for r in rows if r["program"] == "bare step"])
     parts += ["", "## Ways to write the product", "", FORMS]
-    parts += programs([r for r in rows if r["size"] == "small"])
+    parts += programs([r for r in rows if r["size"] == "small" and not r["program"].startswith("trace, ")])
     return "\n".join(parts) + "\n"
 
 
@@ -77,13 +88,26 @@ row into its segment one writes, and one is counted. The product inside a step i
 on v5p two weights of all layers (58 MB each) are copied to another layout for every layer there, which is in
 neither the model nor the recurrence.
 
-The 1.13 of v5p are 469 vectors where the floor is 416: 437 in the sweeps (1.05, as above: each reads the
-vector, and writes it where it subtracts), two in each of two leaves of layer norms, (74, 64) on a chip, for
-which the compiler brings the whole vector into the tiles of the leaf, two where a product is padded to a
-panel, two for a copy of q into the place of the vector before, and the rest in the step's own arithmetic
-and where other leaves are read. Tried: a barrier between the slice and the reshape of leaves below 65,536
-numbers takes two vectors off, 1.12. By 0.0.52, leaves read from the blocks that hold them, and padding
-within the concatenation of a panel, took three of 465 off, 1.11. Neither is in the code.
+The 1.10 of v5p are 457.4 vectors where the floor is 416. It was 1.13, 469 vectors. Of them four were sweeps
+that subtracted four segments, not five; two a pad behind the concatenation of a panel, whose zeros now
+are one more operand of it; four were relayouts of the whole vector, for layer norms, (74, 64) on a chip, and
+for a table of words, (2048, 1024), each of which XLA cut out of a vector that it had given the tiles of the
+leaf (a barrier behind the cut keeps it from that); one was the square of the vector in a second pass, which
+nobody uses. Left are 431 in the sweeps, two for a copy of q into the place of the vector before, and the rest
+in the step's own arithmetic and where leaves are read and written. All 13 segments in one sweep of inner
+products take off two more, and compile for twice as long: not adopted.
+"""
+TRACE = """\
+`trace` with its method "krylov", for the same transformer with 8 layers of width 512 (29M parameters) and a
+basis of 104 rows. The host looks at every product, and a step is the programs below beside the product:
+`sweep`, one pass over the rows, is run for a direction and for its product, `row` takes the direction in,
+`direction` keeps what the product opens. `samples` are eight of what is outside of a basis of 100 vectors.
+None gathers a vector, and none holds a second basis. The sketches of the other methods, signs, `funm` and
+`solve` were not compiled for TPUs.
+
+Before, a random vector was drawn whole on one device, and what programs returned was whole on every device
+where nothing said how it lies: images of samples, and the stacks of XTrace and Hutch++, four vectors for each
+probe. That shows on CPU devices, too, where a test now asks that all lie as the parameters do.
 """
 BARE = """\
 The step of `basis="none"`, of two transformers written as above, at full depth: a loop is compiled once, so
@@ -159,6 +183,19 @@ def programs(rows: list[dict]) -> list[str]:
         lines.append(
             f"{start} {text.seconds(r)} | {text.memory(r, CHIPS)} | {share * r['hbm'] / 1e9:.2f} GB "
             f"| {text.collectives(r, share)} | {kinds} |"
+        )
+    return lines
+
+
+def several(rows: list[dict]) -> list[str]:
+    lines = [
+        "| topology | program | compile s (CPU s) | memory | of it temporary | HBM bytes | collectives |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {topology(r)} | {r['program']} | {text.seconds(r)} | {text.memory(r, CHIPS)} "
+            f"| {r['temporary'] / 2**20:.1f} MiB | {r['hbm'] / 1e9:.3f} GB | {text.collectives(r)} |"
         )
     return lines
 

@@ -101,6 +101,17 @@ def in_order(x: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, tpu=lambda x: with_layout_constraint(x, order), default=lambda x: x)
 
 
+def apart(pieces: list[jax.Array]) -> list[jax.Array]:
+    """Slices of a vector, on a TPU each cut out before it is given a shape.
+
+    XLA gives the whole vector a shape first, with the last axis of the slice's: there a copy of all of it to
+    other tiles.
+    """
+    return lax.platform_dependent(
+        pieces, tpu=lambda pieces: [barrier(piece) for piece in pieces], default=lambda pieces: pieces
+    )
+
+
 def positions(dtype: DTypeLike, shape: Sequence[int], axis: int) -> jax.Array:
     """The index of each entry along an axis."""
     return lax.broadcasted_iota(dtype, shape, axis)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from spectra.base import arrays, trees
+from spectra.base.meshes import Places, placed
 from spectra.base.trees import Kinds, PyTree
 
 Distribution = Callable[..., jax.Array]
@@ -17,24 +18,28 @@ LEAST, MOST = 2**10, 2**16
 """A leaf of up to MOST numbers begins a row whose length is a power of two, LEAST or more."""
 
 
-def sphere_sample(key: jax.Array, structure: PyTree) -> PyTree:
-    """A vector drawn uniformly from the unit sphere."""
-    return sample(key, structure, jax.random.normal, unit=True)
+def sphere_sample(key: jax.Array, structure: PyTree, where: Places = ()) -> PyTree:
+    """A vector drawn uniformly from the unit sphere, see `sample`."""
+    return sample(key, structure, jax.random.normal, unit=True, where=where)
 
 
-def sample(key: jax.Array, structure: PyTree, distribution: Distribution, *, unit: bool = False) -> PyTree:
+def sample(
+    key: jax.Array, structure: PyTree, distribution: Distribution, *, unit: bool = False, where: Places = ()
+) -> PyTree:
     """A vector whose leaf i is distribution(fold_in(key, i), shape, dtype); with `unit` of length one.
 
     JAX's generator does not depend on the sharding, so the same key gives the same vector on any number
-    of devices.
+    of devices. On a mesh `where` says where it lies (see `places`): else one device draws all of it.
     """
     leaves, treedef = jax.tree.flatten(structure)
     kinds = tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)
-    return treedef.unflatten(_samples(key, kinds, distribution, unit))
+    return treedef.unflatten(_samples(key, kinds, distribution, unit, where or (None,) * len(kinds)))
 
 
-@functools.partial(jax.jit, static_argnames=("kinds", "distribution", "unit"))
-def _samples(key: jax.Array, kinds: Kinds, distribution: Distribution, unit: bool) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnames=("kinds", "distribution", "unit", "where"))
+def _samples(
+    key: jax.Array, kinds: Kinds, distribution: Distribution, unit: bool, where: Places
+) -> list[jax.Array]:
     """One array for each shape and dtype.
 
     XLA takes 0.3 s to compile a draw on a CPU, and as long again for its part of the norm, of each leaf anew
@@ -43,16 +48,17 @@ def _samples(key: jax.Array, kinds: Kinds, distribution: Distribution, unit: boo
     """
     if jax.device_count() > 1:
         drawn = [distribution(jax.random.fold_in(key, i), *kind) for i, kind in enumerate(kinds)]
+        drawn = placed(drawn, where)
         return trees.scale(1 / trees.norm(drawn), drawn) if unit else drawn
-    places, rows = _parts(key, kinds), list[jax.Array]()
-    for (length, dtype), part in places.items():
+    parts, rows = _parts(key, kinds), list[jax.Array]()
+    for (length, dtype), part in parts.items():
         sizes = [math.prod(kinds[i][0]) for i in part]
         draw = functools.partial(distribution, shape=(length,), dtype=dtype)
         rows.append(lax.map(functools.partial(_row, key, draw), (jnp.array(part), jnp.array(sizes))))
     if unit:
         rows = trees.scale(1 / trees.norm(rows), rows)
     leaf_of: dict[int, jax.Array] = {}
-    for part, drawn in zip(places.values(), rows, strict=True):
+    for part, drawn in zip(parts.values(), rows, strict=True):
         leaf_of |= zip(part, drawn, strict=True)
     return [leaf_of[i][: math.prod(shape)].reshape(shape) for i, (shape, _) in enumerate(kinds)]
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 
@@ -19,6 +21,8 @@ from spectra.base.errors import StructureError
 PyTree = Any
 P = ParamSpec("P")
 T = TypeVar("T")
+Places = tuple[NamedSharding | None, ...]
+"""Of the leaves of a vector, see `places`."""
 _EXPLICIT_LOSS = (
     "spectra computes on automatic axes. Wrap a function that names explicit axes with the shardings of its "
     "arguments: jax.sharding.explicit_axes(loss_fn, in_sharding=(params_specs, data_specs))."
@@ -86,6 +90,26 @@ def _on_twin(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
                 error.add_note(_EXPLICIT_LOSS)
             raise
     return jax.tree.map(lambda leaf: _moved(leaf, mesh) if _mesh(leaf) == twin else leaf, result)
+
+
+def places(like: PyTree) -> Places:
+    """Where the leaves of a vector lie on a mesh of several devices; None on one, and for tracers."""
+    meshes = [(leaf, _mesh(leaf)) for leaf in jax.tree.leaves(like)]
+    return tuple(leaf.sharding if mesh is not None and mesh.size > 1 else None for leaf, mesh in meshes)
+
+
+def placed(vector: PyTree, where: Places) -> PyTree:
+    """The vector, its leaves `where` that says, as part of a program."""
+    leaves, treedef = jax.tree.flatten(vector)
+    pairs = zip(leaves, where, strict=True)
+    return treedef.unflatten([x if p is None else lax.with_sharding_constraint(x, p) for x, p in pairs])
+
+
+def zeros(structure: PyTree, beside: PyTree) -> PyTree:
+    """A vector of zeros that lies as the arrays of `beside` do."""
+    leaves, treedef = jax.tree.flatten(structure)
+    pairs = zip(leaves, places(beside), strict=True)
+    return treedef.unflatten([jnp.zeros(leaf.shape, leaf.dtype, device=place) for leaf, place in pairs])
 
 
 def _mesh(leaf: Any) -> Mesh | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -261,16 +262,22 @@ def ravel(tree: PyTree) -> jax.Array:
     return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)])
 
 
-def unravel(flat: jax.Array, structure: PyTree) -> PyTree:
-    """The inverse of `ravel` for vectors of the given structure."""
+def unravel(
+    flat: jax.Array,
+    structure: PyTree,
+    cut: Callable[[list[jax.Array]], list[jax.Array]] = lambda pieces: pieces,
+) -> PyTree:
+    """The inverse of `ravel` for vectors of the given structure; `cut` is told of the leaves before they have
+    their shapes."""
     leaves, treedef = jax.tree.flatten(structure)
-    parts: list[jax.Array] = []
+    pieces: list[jax.Array] = []
     start = 0
     for leaf in leaves:
         stop = start + math.prod(leaf.shape)
-        parts.append(flat[start:stop].reshape(leaf.shape).astype(leaf.dtype))
+        pieces.append(flat[start:stop])
         start = stop
-    return jax.tree.unflatten(treedef, parts)
+    pairs = zip(cut(pieces), leaves, strict=True)
+    return treedef.unflatten([piece.reshape(leaf.shape).astype(leaf.dtype) for piece, leaf in pairs])
 
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:

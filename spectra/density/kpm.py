@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, draws, trees
+from spectra.base import arrays, draws, meshes, trees
 from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError, Status
 from spectra.base.host import one_thread
 from spectra.base.meshes import automatic
@@ -172,7 +172,7 @@ def _found_bounds(op: LinearOperator, key: jax.Array, journal: Journal | None) -
 def _find_bounds(op: LinearOperator, key: jax.Array) -> tuple[tuple[float, float], int]:
     """Ends of the spectrum from Lanczos without a basis, and its products."""
     steps = min(BOUND_STEPS, op.size)
-    start = draws.sphere_sample(jax.random.fold_in(key, 2**31 - 2), op.structure)
+    start = draws.sphere_sample(jax.random.fold_in(key, 2**31 - 2), op.structure, meshes.places(op.like))
     run = lanczos(op, start, steps, reorthogonalize="none")
     length = int(run.length)
     alpha, beta = (np.asarray(x, np.float64) for x in jax.device_get((run.alpha, run.beta)))
@@ -203,7 +203,8 @@ def _moments(
     a, b = bounds
     map_ = jnp.asarray([2 / (b - a), -(a + b) / (b - a)], op.dtype)
     steps, columns = _num_products(num_moments), list[np.ndarray]()
-    state = _start(op, key, np.arange(probes.start, probes.stop, dtype=np.int32))
+    indices = np.arange(probes.start, probes.stop, dtype=np.int32)
+    state = _start(op, key, indices, meshes.places(op.like))
 
     def advance(state: _Pair, start: int, stop: int) -> tuple[_Pair, jax.Array]:
         if not op.on_host:
@@ -259,10 +260,14 @@ def _require_symmetric(op: LinearOperator, dots: np.ndarray, size: float) -> Non
         )
 
 
-@jax.jit
-def _start(op: LinearOperator, key: jax.Array, indices: arrays.Indices) -> _Pair:
+@partial(jax.jit, static_argnames="where")
+def _start(op: LinearOperator, key: jax.Array, indices: arrays.Indices, where: meshes.Places) -> _Pair:
     """(t_-1, t_0) = (anything, v) for each probe."""
-    probes = jax.vmap(lambda i: draws.sphere_sample(jax.random.fold_in(key, i), op.structure))(indices)
+
+    def one(i: arrays.Indices) -> PyTree:
+        return draws.sphere_sample(jax.random.fold_in(key, i), op.structure, where)
+
+    probes = jax.vmap(one)(indices)
     return jax.tree.map(jnp.zeros_like, probes), probes
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import arrays, draws, trees
+from spectra.base import arrays, draws, meshes, trees
 from spectra.base.stacks import combine, concatenate, gram, inner, length, row_dots, rows, subtract
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, in_batches
@@ -24,10 +24,17 @@ PASSES = 4
 them orthonormal, the fourth to the last bit."""
 
 
-@partial(jax.jit, static_argnames="kind")
 def draw(op: LinearOperator, key: jax.Array, indices: arrays.Indices, kind: str) -> PyTree:
-    """The probes with the given numbers, entries ±1 ("rademacher") or N(0, 1) ("normal")."""
-    return _draw(key, indices, op.structure, kind)
+    """The probes with the given numbers, entries ±1 ("rademacher") or N(0, 1) ("normal"). On a mesh
+    they lie as the parameters do, no device has all of one."""
+    return _drawn(op, key, indices, kind, meshes.places(op.like))
+
+
+@partial(jax.jit, static_argnames=("kind", "where"))
+def _drawn(
+    op: LinearOperator, key: jax.Array, indices: arrays.Indices, kind: str, where: meshes.Places
+) -> PyTree:
+    return _draw(key, indices, op.structure, kind, where)
 
 
 def draw_with_noise(
@@ -37,17 +44,23 @@ def draw_with_noise(
 
     Together where both are normal: compiling the generator takes longer than all else in a sketch.
     """
-    others = jnp.arange(len(indices))
+    others, where = jnp.arange(len(indices)), meshes.places(op.like)
     if kind != "normal":
         return draw(op, key, indices, kind), draw(op, noise, others, "normal")
     keys, numbers = jnp.stack([key, noise]), jnp.stack([indices, others])
-    both = jax.vmap(lambda key, indices: _draw(key, indices, op.structure, kind))(keys, numbers)
+    both = jax.vmap(lambda key, indices: _draw(key, indices, op.structure, kind, where))(keys, numbers)
     return tuple(jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1))
 
 
-def _draw(key: jax.Array, indices: arrays.Indices, structure: PyTree, kind: str) -> PyTree:
+def _draw(
+    key: jax.Array, indices: arrays.Indices, structure: PyTree, kind: str, where: meshes.Places
+) -> PyTree:
     distribution = getattr(jax.random, kind)
-    return jax.vmap(lambda i: draws.sample(jax.random.fold_in(key, i), structure, distribution))(indices)
+
+    def one(i: arrays.Indices) -> PyTree:
+        return draws.sample(jax.random.fold_in(key, i), structure, distribution, where=where)
+
+    return jax.vmap(one)(indices)
 
 
 @jax.jit
@@ -63,13 +76,24 @@ def in_unit(stack: PyTree, unit: jax.Array) -> tuple[PyTree, jax.Array]:
     return trees.scale(1 / jnp.where(unit > 0, unit, 1), stack), unit
 
 
-_products = jax.jit(in_batches, static_argnames="batch")
+@partial(jax.jit, static_argnames=("batch", "where"))
+def _products(op: LinearOperator, stack: PyTree, batch: int, where: meshes.Places) -> PyTree:
+    return placed(in_batches(op, stack, batch), where)
+
+
+def placed(stack: PyTree, where: meshes.Places) -> PyTree:
+    """The stack, each vector of it as `meshes.placed`."""
+    return jax.vmap(partial(meshes.placed, where=where))(stack)
 
 
 def products(op: LinearOperator, stack: PyTree, batch: int) -> PyTree:
-    """H v for each vector of a stack, `batch` at a time; a stream reads its data once a batch."""
+    """H v for each vector of a stack, `batch` at a time; a stream reads its data once a batch.
+
+    On a mesh they lie as the parameters do: where a program's results lie is otherwise the compiler's choice,
+    which may be whole on every device.
+    """
     if not op.on_host:
-        return _products(op, stack, batch)
+        return _products(op, stack, batch, meshes.places(op.like))
     starts = range(0, length(stack), batch)
     return concatenate([op.mv_batch(rows(stack, s, s + batch)) for s in starts])
 
@@ -160,7 +184,7 @@ def begin_pairs(op: LinearOperator, key: jax.Array, aside: int) -> tuple[jax.Arr
     """The unit of products, 0 for none yet, and the pairs before the first probe, or with a vector aside."""
     none = jnp.zeros((), op.dtype)
     if not aside:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), op.structure)
+        zeros = meshes.zeros(op.structure, op.like)
         return none, Pairs(zeros, zeros, none, none)
     vectors = normal_vector(op, key)
     images, unit = in_unit(products(op, vectors, 1), none)

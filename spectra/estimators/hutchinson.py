@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays
+from spectra.base import arrays, meshes
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.run import Run, adaptive
@@ -41,7 +41,7 @@ def beginning(run: Run, kind: str, num_matvecs: int) -> tuple[Carried, int]:
     unit, pairs = blocks.begin_pairs(run.op, run.key, aside)
     if kind != "rademacher":
         return Carried(unit, pairs, None), aside
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.op.structure)
+    zeros = meshes.zeros(run.op.structure, run.op.like)
     leaves = len(jax.tree.leaves(zeros))
     return Carried(unit, pairs, Spread(zeros, zeros, jnp.zeros(leaves, run.op.dtype))), aside
 

@@ -189,7 +189,7 @@ def _explore(
         random = split.random_next(waiting)
         # A new direction takes the place of the shortest one that waits, which is none at first.
         slot = int(np.argmin(waiting) if random else np.argmax(waiting))
-        drawn = explored.draw(run.key, split.spent, layout.structure) if random else None
+        drawn = explored.draw(run.key, split.spent, run.op) if random else None
         state, found = explored.grow(run.op, layout, state, slot, drawn)
         if run.journal is not None:
             run.journal.count(1)
@@ -230,8 +230,7 @@ def _samples(
 
 def _probes(run: Run, first: int) -> PyTree:
     """`CHUNK` probes by the program that has drawn the random directions."""
-    structure = run.op.structure
-    return stacks.stacked([explored.draw(run.key, first + i, structure) for i in range(CHUNK)])
+    return stacks.stacked([explored.draw(run.key, first + i, run.op) for i in range(CHUNK)])
 
 
 def _images(run: Run, vectors: PyTree, count: int) -> PyTree:

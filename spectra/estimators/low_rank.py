@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from spectra.base import trees
+from spectra.base import meshes, trees
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, leave_one_out
@@ -65,6 +65,7 @@ class SketchRun:
             batch=run.batch,
             project=project,
             grouped=run.by is not None,
+            where=meshes.places(run.op.like),
         )
         self.num_probes = count
 
@@ -105,22 +106,27 @@ def _grow(
     batch: int,
     project: bool,
     grouped: bool,
+    where: meshes.Places,
     keep: Callable[[PyTree], PyTree] | None = None,
     multiply: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[Held, list[jax.Array] | None, jax.Array]:
-    """More probes and their images; with `project` also a basis of all images and its, and inner products."""
+    """More probes and their images; with `project` also a basis of all images and its, and inner products.
+
+    On a mesh all of them lie as the parameters do: what a program returns would be whole on every device.
+    """
+    placed = partial(blocks.placed, where=where)
     indices, basis, basis_images, noise = np.arange(start, stop), None, None, None
     if project:
         other = jax.random.fold_in(jax.random.fold_in(key, _BASIS), stop)
-        probes, noise = blocks.draw_with_noise(op, key, indices, kind, other)
+        probes, noise = map(placed, blocks.draw_with_noise(op, key, indices, kind, other))
     else:
-        probes = blocks.draw(op, key, indices, kind)
+        probes = placed(blocks.draw(op, key, indices, kind))
     multiply = multiply or partial(blocks.products, op, batch=batch)
-    images, unit = blocks.in_unit(multiply(probes), unit)
+    images, unit = blocks.in_unit(placed(multiply(probes)), unit)
     if project:
-        basis = blocks.orthonormalize(images, held and held.basis, noise)
+        basis = placed(blocks.orthonormalize(images, held and held.basis, noise))
         basis = keep(basis) if keep else basis
-        basis_images, unit = blocks.in_unit(multiply(basis), unit)
+        basis_images, unit = blocks.in_unit(placed(multiply(basis)), unit)
     new = Held(probes, images, basis, basis_images)
     if held is not None:
         new = Held(
@@ -129,7 +135,9 @@ def _grow(
     return new, _inner_products(new, grouped) if project else None, unit
 
 
-_grow_compiled = jax.jit(_grow, static_argnames=("start", "stop", "kind", "batch", "project", "grouped"))
+_grow_compiled = jax.jit(
+    _grow, static_argnames=("start", "stop", "kind", "batch", "project", "grouped", "where")
+)
 
 
 @partial(jax.jit, static_argnames="grouped")

@@ -37,9 +37,9 @@ MAX_SEGMENTS = 16
 SMALL = 2**18
 """Numbers up to which a basis is one segment: read in vain from a cache, they cost less than code to compile.
 At n = 1550 the first call of 100 steps takes a third less time."""
-AT_ONCE = {"tpu": (7, 4), "cuda": (5, 5), "rocm": (5, 5)}
+AT_ONCE = {"tpu": (7, 5), "cuda": (5, 5), "rocm": (5, 5)}
 """Segments in one sweep of `dots` and of `subtract`, by platform; one elsewhere. The vector is read, and by
-`subtract` written, once a sweep, so more move fewer bytes. A TPU copies segments where five are subtracted at
+`subtract` written, once a sweep, so more move fewer bytes. A TPU copies segments where six are subtracted at
 once; on a GPU three sweeps of five for 104 rows also take fewer conditionals (benchmarks/results/tpu.md,
 gpu.md). On a CPU more rows at once are slower (15.9, 17.6 and 18.6 ms a step for one, two and four segments
 at n = 1e6)."""
@@ -142,8 +142,11 @@ def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Arr
     return summed(block_dots(basis, vector, filled))
 
 
-def block_dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> list[jax.Array]:
-    """`dots` block by block, shape (blocks, rows + 1) for each panel: what a device computes alone."""
+def block_dots(
+    basis: Basis, vector: Panels, filled: jax.Array | int, *, square: bool = True
+) -> list[jax.Array]:
+    """`dots` block by block, shape (blocks, rows + 1) for each panel: what a device computes alone. Without
+    the `square` one less, and the vector is read once less where nothing else has."""
 
     def first(count: int, segments: Basis, vector: Panels) -> list[list[jax.Array]]:
         panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
@@ -166,15 +169,21 @@ def block_dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> list[ja
         return parts
 
     parts = lax.platform_dependent(basis, vector, filled, **_programs(0, program))
-    parts.append([_dot(x[:, None], x) for x in vector])
+    if square:
+        parts.append([_dot(x[:, None], x) for x in vector])
     return [jnp.concatenate(blocks, axis=1) for blocks in zip(*parts, strict=True)]
 
 
 def summed(blocks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The results of `dots` from those of `block_dots`."""
-    dtype = jnp.result_type(*blocks)
-    sums = sum((jnp.sum(x, axis=0).astype(dtype) for x in blocks), jnp.zeros((), dtype))
+    sums = added(blocks)
     return sums[:-1], sums[-1]
+
+
+def added(blocks: list[jax.Array]) -> jax.Array:
+    """The sum over blocks and panels."""
+    dtype = jnp.result_type(*blocks)
+    return sum((jnp.sum(x, axis=0).astype(dtype) for x in blocks), jnp.zeros((), dtype))
 
 
 def subtract(

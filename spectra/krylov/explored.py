@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.base import draws, trees
+from spectra.base import draws, meshes, trees
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
 from spectra.krylov import step
@@ -88,9 +88,10 @@ def grow(
     return _open(layout, state, slot, q, rest, form, drawn is not None)
 
 
-def draw(key: jax.Array, number: int, structure: PyTree) -> PyTree:
+def draw(key: jax.Array, number: int, op: LinearOperator) -> PyTree:
     """A normal vector; vectors of other numbers are independent of it."""
-    return draws.sample(jax.random.fold_in(key, number), structure, jax.random.normal)
+    where = meshes.places(op.like)
+    return draws.sample(jax.random.fold_in(key, number), op.structure, jax.random.normal, where=where)
 
 
 class _Rest(NamedTuple):

@@ -226,15 +226,17 @@ class Layout:
     def _pack(self, panel: Panel, leaves: list[jax.Array]) -> jax.Array:
         dtype, rest = jnp.result_type(*(self.dtypes[i] for i in panel.leaves)), iter(leaves)
         tile, parts = self._cut(panel)
-        packed: list[jax.Array] = []
+        pieces: list[jax.Array] = []
         for part in parts:
-            flat = jnp.concatenate([jnp.ravel(next(rest)).astype(dtype) for _ in part.held])
+            held = [jnp.ravel(next(rest)).astype(dtype) for _ in part.held]
             if part.axes:
+                flat = jnp.concatenate(held)
                 flat = arrays.pad(flat, [(0, part.share * self._count(part.axes) - flat.size)])
-                flat = lax.dynamic_slice_in_dim(flat, lax.axis_index(part.axes) * part.share, part.share)
-            packed.append(flat)
-        flat = jnp.concatenate(packed)
-        return arrays.pad(flat, [(0, math.prod(tile) - flat.size)]).reshape(tile)
+                held = [lax.dynamic_slice_in_dim(flat, lax.axis_index(part.axes) * part.share, part.share)]
+            pieces += held
+        # Zeros at the end are one more piece: a vector that is padded is a copy of it.
+        pieces.append(jnp.zeros(math.prod(tile) - sum(piece.size for piece in pieces), dtype))
+        return jnp.concatenate(pieces).reshape(tile)
 
     def _unpack(self, panel: Panel, array: jax.Array) -> list[jax.Array]:
         flat, start = array.reshape(-1), 0
@@ -243,7 +245,7 @@ class Layout:
             own, start = flat[start : start + part.share], start + part.share
             if part.axes:
                 own = lax.all_gather(own, part.axes, tiled=True)
-            leaves += trees.unravel(own, part.held)
+            leaves += trees.unravel(own, part.held, cut=arrays.apart)
         return leaves
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spectra.base import draws, trees
+from spectra.base import draws, meshes, trees
 from spectra.base.errors import SpectraError, StructureError
 from spectra.base.files import program_digest, tree_digest
 from spectra.base.trees import PyTree
@@ -74,7 +74,7 @@ def _factored(
     kfac: KFACOperator | EKFACOperator, op: LinearOperator, shift: Any
 ) -> tuple[LinearOperator, int]:
     """(K + δ)⁻¹ with a damping δ that grows with the error of K, which one product shows."""
-    v = draws.sphere_sample(jax.random.key(ERROR_KEY), op.structure)
+    v = draws.sphere_sample(jax.random.key(ERROR_KEY), op.structure, meshes.places(op.like))
     image = op @ v
     size, wrong = trees.norm(image), trees.norm(jax.tree.map(jnp.subtract, image, kfac @ v))
     error = jnp.where(wrong < size, wrong / jnp.where(size > 0, size, 1), 1)

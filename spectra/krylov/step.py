@@ -145,14 +145,16 @@ def _second_pass(
     Sums over devices are taken behind the conditionals, in every step: one that contains a reduction between
     GPUs is decided on the host, which waits for the cards.
     """
-    nothing, anywhere = [jnp.zeros_like(x) for x in blocks], arrays.anywhere(wanted)
-    measured = lax.cond(anywhere, partial(_basis.block_dots, basis, filled=filled), lambda _: nothing, vector)
-    second = jnp.where(wanted, _basis.summed(_either(wanted, measured, blocks))[0], 0)
+    before, anywhere = [x[:, -1] for x in blocks], arrays.anywhere(wanted)
+    first = [x[:, :-1] for x in blocks]
+    measure = partial(_basis.block_dots, basis, filled=filled, square=False)
+    measured = lax.cond(anywhere, measure, lambda _: [jnp.zeros_like(x) for x in first], vector)
+    second = jnp.where(wanted, _basis.added(_either(wanted, measured, first)), 0)
     less = partial(_basis.subtract, basis, second, filled=filled, layout=layout)
     vector = lax.cond(anywhere, lambda x: less(vector=x), lambda x: x, vector)
     # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
-    before = [x[:, -1] for x in blocks]
-    squares = lax.cond(anywhere, lambda x: _block_vdot(x, x), lambda _: [x[:, -1] for x in nothing], vector)
+    nothing = [jnp.zeros_like(x) for x in before]
+    squares = lax.cond(anywhere, lambda x: _block_vdot(x, x), lambda _: nothing, vector)
     # XLA makes no graph of fewer than five kernels between two reductions, and leaves their conditionals to
     # the host: so there are two conditionals, and the choice is apart from the sum.
     return vector, second, _total(arrays.barrier(_either(wanted, squares, before)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import draws, meshes, trees
 from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import ShiftedOperator
 from spectra.operators.base import LinearOperator, product
@@ -90,8 +91,16 @@ KEY = 7
 
 
 def multiply(op: LinearOperator, v: PyTree) -> PyTree:
-    """One product outside of any loop."""
-    return op.mv(v) if op.on_host else product(op, v)
+    """One product outside of any loop; on a mesh it lies as the parameters do, see `blocks.products`."""
+    if op.on_host:
+        return op.mv(v)
+    where = meshes.places(op.like)
+    return _placed_product(op, v, where) if any(where) else product(op, v)
+
+
+@partial(jax.jit, static_argnames="where")
+def _placed_product(op: LinearOperator, v: PyTree, where: meshes.Places) -> PyTree:
+    return meshes.placed(op.mv(v), where)
 
 
 def change_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> float:
@@ -145,7 +154,7 @@ def seen_norm(op: LinearOperator) -> float:
     is rounded by comes from all of A. What the last product gains is |A| but for a factor of n^(-1 / 2
     POWERS) at the very worst, a lone eigenvalue above a bulk that is just as large without it.
     """
-    vector, ratio = trees.sphere_sample(jax.random.key(KEY), op.structure), 0.0
+    vector, ratio = draws.sphere_sample(jax.random.key(KEY), op.structure), 0.0
     for _ in range(POWERS):
         image = multiply(op, vector)
         ratio = max(ratio, trees.length(image) / (trees.length(vector) or 1.0))
@@ -165,7 +174,7 @@ def seen_norm_traced(op: LinearOperator) -> jax.Array:
         image = op.mv(carry[0])
         return _in_unit(image), jnp.maximum(carry[1], trees.norm(image) / trees.norm(carry[0]))
 
-    start = trees.sphere_sample(jax.random.key(KEY), op.structure), jnp.zeros((), op.dtype)
+    start = draws.sphere_sample(jax.random.key(KEY), op.structure), jnp.zeros((), op.dtype)
     ratio = lax.fori_loop(0, POWERS, step, start)[1]
     ratio = jnp.where(jnp.isfinite(ratio), ratio, 0)  # 0 / 0 of A = 0
     return jnp.maximum(ratio, jnp.abs(op.delta)) if isinstance(op, ShiftedOperator) else ratio
