@@ -128,7 +128,9 @@ def measured(ways):
 def main():
     warnings.simplefilter("ignore")
     params, data = problem()
-    print("| operator | by | build, ms | share | invert and multiply, ms | share | difference of the product |")
+    print(
+        "| operator | by | build, ms | share | invert and multiply, ms | share | difference of the product |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name, cls in {"KFAC": spectra.KFACOperator, "EKFAC": spectra.EKFACOperator}.items():
         seconds, differences = measured(ours(cls, params, data) | theirs(name == "EKFAC", params, data))

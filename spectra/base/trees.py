@@ -224,7 +224,6 @@ def tree_bytes(structure: PyTree) -> int:
 def cast_like(tree: PyTree, structure: PyTree) -> PyTree:
     """`tree` as JAX arrays in the dtypes of `structure`."""
 
-
     def one(leaf: Any, like: Any) -> jax.Array:  # JAX takes longer to find that nothing is to be done
         ready = isinstance(leaf, jax.Array) and leaf.dtype == like.dtype and not leaf.weak_type
         return leaf if ready else jnp.asarray(leaf, like.dtype)

@@ -22,8 +22,8 @@ from spectra.results import Interval
 DOUBT = 3.0
 """What k probes show of the skewness may be off by this over k: 4 of them say next to nothing of it."""
 AGREE = 16
-"""Probes of signs from which no spread means no error: all of them agree by chance on a pair of entries with a
-probability of 2^(1 - 16), and on three rows of ones with (3/4)^16 = 1 %. Of eight it was 10 %."""
+"""Probes of signs from which no spread means no error: all of them agree by chance on a pair of entries with
+a probability of 2^(1 - 16), and on three rows of ones with (3/4)^16 = 1 %. Of eight it was 10 %."""
 SMALL = 1e-3
 """Variance of the forms, in units of its bound, of a G that is all but diagonal: signs see none of that."""
 ROUNDING = 32.0
@@ -92,7 +92,9 @@ class _Moments:
         with np.errstate(divide="ignore", invalid="ignore"):
             skewness = np.nan_to_num(np.clip(np.polyval(self._cube, d) / square**1.5, -1, 1))
         missed = -np.sign(mean) * skewness  # by a mean that is too low: a direction where G is positive
-        return np.abs(mean) <= self._quantile(missed, level) * np.sqrt(2 * square * _few(self.count) / self.count)
+        return np.abs(mean) <= self._quantile(missed, level) * np.sqrt(
+            2 * square * _few(self.count) / self.count
+        )
 
     def _quantile(self, skewness: np.ndarray, level: float) -> np.ndarray:
         """Of the mean over its standard error, on the side that `skewness` is counted to."""
