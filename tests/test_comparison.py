@@ -118,6 +118,23 @@ class TestIntervals:
         assert (binom.cdf(held, self.KEYS, 0.95) > 1e-3).all(), held
         assert (finite >= 0.9 * self.KEYS).all()
 
+    @pytest.mark.parametrize("width", [2, 3])
+    def test_of_ratios_where_signs_agree_by_chance(self, width):
+        """Off a diagonal there are a few rows of ones: all of 8 forms are equal for 1 or 10 % of the keys."""
+        keys, n = 400, 20
+        b = np.diag(np.linspace(1.0, 2.0, n))
+        rows = np.zeros((n, n))
+        rows[:width, :width] = 0.03
+        a = 1.5 * b + rows
+        true = np.sum((a - b) ** 2) / np.sum(b**2), np.trace(a) / np.trace(b)
+        held = np.zeros(2)
+        for z in np.random.default_rng(1).choice([-1.0, 1.0], (keys, 8, n)):
+            d, az, bz = z @ (a - b), z @ a, z @ b
+            for i, forms in enumerate([(d @ d.T, bz @ bz.T), (z @ az.T, z @ bz.T)]):
+                low, _, high = ratio(*forms, 0.95, precision=1e-15, positive=i == 0)
+                held[i] += low <= true[i] <= high
+        assert (binom.cdf(held, keys, 0.95) > 1e-3).all(), held
+
     def test_of_the_distance_of_spectra_holds_the_error_of_its_unit(self, x64):
         """One eigenvalue is half of the mean of B, which two probes know badly, and all of the distance."""
         values, keys = np.arange(1.0, 101.0) ** -1.5, 16

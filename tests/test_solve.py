@@ -335,6 +335,10 @@ class TestPreconditioners:
         found = spectra.solve(op, jnp.ones(24), shift=1e-2, preconditioner=kfac, max_matvecs=24)
         assert found.converged
         assert found.num_matvecs <= 2  # a step and its residual
+        # Of 50 H it is the matrix up to a factor, which the first product of two shows.
+        found = spectra.solve(50.0 * op, jnp.ones(24), shift=0.5, preconditioner=kfac, max_matvecs=24)
+        assert found.converged
+        assert found.num_matvecs <= 2 == found.preconditioner_matvecs
         with pytest.raises(spectra.SpectraError, match="damped by the shift"):
             spectra.solve(op, jnp.ones(24), preconditioner=kfac)
 
@@ -357,7 +361,7 @@ class TestPreconditioners:
         options = {"shift": shift, "tol": 1e-3, "max_matvecs": len(dense)}
         found = spectra.solve(op, b, preconditioner=kfac, **options)
         assert found.converged
-        assert found.preconditioner_matvecs == 1
+        assert found.preconditioner_matvecs == 2
         by_shift = spectra.solve(op, b, preconditioner=kfac.inverse(shift), **options)
         assert found.num_matvecs <= 0.85 * by_shift.num_matvecs
 

@@ -19,6 +19,8 @@ from spectra.base.errors import SpectraError, StructureError
 
 PyTree = Any
 Kinds = tuple[tuple[tuple[int, ...], jnp.dtype], ...]  # shape and dtype of each leaf
+_ANY = np.float32(0)
+"""What `is_traced` computes with."""
 
 
 def path_str(path: tuple[Any, ...]) -> str:
@@ -233,7 +235,12 @@ def tree_bytes(structure: PyTree) -> int:
 
 def cast_like(tree: PyTree, structure: PyTree) -> PyTree:
     """`tree` as JAX arrays in the dtypes of `structure`."""
-    return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), tree, structure)
+
+    def one(leaf: Any, like: Any) -> jax.Array:  # JAX takes longer to find that nothing is to be done
+        ready = isinstance(leaf, jax.Array) and leaf.dtype == like.dtype and not leaf.weak_type
+        return leaf if ready else jnp.asarray(leaf, like.dtype)
+
+    return jax.tree.map(one, tree, structure)
 
 
 def is_traced(tree: PyTree) -> bool:
@@ -241,8 +248,7 @@ def is_traced(tree: PyTree) -> bool:
 
     Under `jit` JAX stages every operation, also those on concrete arrays that a function closes over.
     """
-    leaves = [*jax.tree.leaves(tree), jnp.zeros(()) + 0]
-    return any(isinstance(leaf, Tracer) for leaf in leaves)
+    return any(isinstance(leaf, Tracer) for leaf in [*jax.tree.leaves(tree), lax.neg(_ANY)])
 
 
 def require_values(what: str, tree: PyTree) -> None:
@@ -328,14 +334,16 @@ def axpy(factor: ArrayLike, a: PyTree, b: PyTree) -> PyTree:
 
 
 def all_finite(tree: PyTree) -> bool:
-    """Whether no leaf holds NaN or infinity."""
-    return bool(_all_finite(jax.tree.leaves(tree)))
+    """Whether no leaf holds NaN or infinity, on the host."""
+    return bool(finite(tree))
 
 
 @jax.jit
-def _all_finite(leaves: list[jax.Array]) -> jax.Array:
-    """One program for all leaves: JAX compiles each operation that is not inside of one by itself."""
-    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in leaves])
+def finite(tree: PyTree) -> jax.Array:
+    """Whether no leaf holds NaN or infinity.
+
+    One program for all leaves: JAX compiles each operation that is not inside of one by itself."""
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
 
 
 def length(tree: PyTree) -> float:

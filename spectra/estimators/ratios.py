@@ -21,8 +21,9 @@ from spectra.results import Interval
 
 DOUBT = 3.0
 """What k probes show of the skewness may be off by this over k: 4 of them say next to nothing of it."""
-AGREE = 8
-"""Probes of signs that agree by chance on a pair of entries with a probability of 2^(1 - 8) < 1 %."""
+AGREE = 16
+"""Probes of signs from which no spread means no error: all of them agree by chance on a pair of entries with
+a probability of 2^(1 - 16), and on three rows of ones with (3/4)^16 = 1 %. Of eight it was 10 %."""
 SMALL = 1e-3
 """Variance of the forms, in units of its bound, of a G that is all but diagonal: signs see none of that."""
 ROUNDING = 32.0
@@ -46,7 +47,9 @@ def ratio(
         return Interval(value, value, value)
     spread = float(np.var(x - value * y, ddof=1))
     if k >= AGREE and spread <= SMALL * 2 * square:
-        reach = _student(k - 1, level) * math.sqrt(spread / k) / abs(float(y.mean()))
+        # As if the spread were about the truth, two standard errors off: see `hutchinson`.
+        variance = spread * (k - 1) / (k - 4) * _few(k) / k
+        reach = _student(k - 1, level) * math.sqrt(variance) / abs(float(y.mean()))
         low, high = value - reach, value + reach
     else:
         low, high = (value + sign * moments.reach(sign, level) for sign in (-1, 1))
@@ -89,7 +92,9 @@ class _Moments:
         with np.errstate(divide="ignore", invalid="ignore"):
             skewness = np.nan_to_num(np.clip(np.polyval(self._cube, d) / square**1.5, -1, 1))
         missed = -np.sign(mean) * skewness  # by a mean that is too low: a direction where G is positive
-        return np.abs(mean) <= self._quantile(missed, level) * np.sqrt(2 * square / self.count)
+        return np.abs(mean) <= self._quantile(missed, level) * np.sqrt(
+            2 * square * _few(self.count) / self.count
+        )
 
     def _quantile(self, skewness: np.ndarray, level: float) -> np.ndarray:
         """Of the mean over its standard error, on the side that `skewness` is counted to."""
@@ -99,6 +104,12 @@ class _Moments:
         freedom = self.count / likely**2
         least = chdtri(freedom, (1 + level) / 2)
         return np.maximum((freedom / least - 1) * np.sqrt(freedom / 2), _student(self.count, level))
+
+
+def _few(count: int) -> float:
+    """What a variance is raised by: forms of few signs take few values, and where all of them are the least,
+    as for one in ten keys of 8 signs on three rows of ones, the limit would end just short of the truth."""
+    return (count + 1) / count
 
 
 def _student(dof: int, level: float) -> float:

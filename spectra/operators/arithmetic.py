@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from spectra.base import stacks, trees
-from spectra.base.signs import moved_parameters
+from spectra.base.draws import moved_parameters
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.jaxprs import slow_in_loops

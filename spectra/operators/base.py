@@ -201,16 +201,23 @@ class LinearOperator(abc.ABC):
         if self.is_matrix(v):
             return self._checked(call("matrix_product", self, jnp.asarray(v)))
         vector = self.as_vector(v)
-        result = self._checked(self.mv(vector) if self.on_host else product(self, vector))
+        if self.on_host:
+            result = self._checked(self.mv(vector))
+        else:
+            result, finite = _product_and_check(self, vector)
+            self._require_finite_product(finite)
         return _ravel(result) if self.is_flat(v) else result
 
     def require_finite(self) -> None:  # noqa: B027 - most have no such function
         """Raise a `NonFiniteError` if the function whose derivatives the products are is not finite."""
 
     def _checked(self, result: PyTree) -> PyTree:
-        if not isinstance(jax.tree.leaves(result)[0], Tracer) and not trees.all_finite(result):
-            raise NonFiniteError(f"the product is NaN or infinite. {self.explain_non_finite()}")
+        self._require_finite_product(trees.finite(result))
         return result
+
+    def _require_finite_product(self, finite: jax.Array) -> None:
+        if not isinstance(finite, Tracer) and not finite:
+            raise NonFiniteError(f"the product is NaN or infinite. {self.explain_non_finite()}")
 
     def is_matrix(self, v: PyTree) -> bool:
         """Whether `v` is a matrix of flat vectors, not a vector that is a matrix itself."""
@@ -411,6 +418,14 @@ def is_real_scalar(x: Any) -> bool:
 def product(op: LinearOperator, v: PyTree) -> PyTree:
     """The compiled product."""
     return op.mv(v)
+
+
+@jax.jit
+def _product_and_check(op: LinearOperator, v: PyTree) -> tuple[PyTree, jax.Array]:
+    """The product and whether it is finite: one program, since starting a second takes as long as a small
+    product."""
+    result = op.mv(v)
+    return result, trees.finite(result)
 
 
 @jax.jit

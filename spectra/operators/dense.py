@@ -13,9 +13,9 @@ import numpy as np
 from jax import lax
 
 from spectra.base import arrays, draws, trees
+from spectra.base.draws import moved_parameters
 from spectra.base.errors import NotSymmetricError, StructureError
 from spectra.base.meshes import automatic, on_automatic_axes
-from spectra.base.signs import moved_parameters
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.pytree import operator

@@ -243,7 +243,7 @@ class FactoredOperator(LinearOperator):
             )
         if not trees.is_traced((self.parts, damping)) and not damping > 0:
             self._require_definite(float(damping))
-        parts = _inverses(self.parts, jnp.asarray(damping), method)
+        parts = _inverses(self.parts, damping, method)
         return FactoredOperator(params=self.params, parts=parts, stacks=self.stacks)
 
     def _require_definite(self, damping: float) -> None:
@@ -314,5 +314,5 @@ def _all_eigenvalues(parts: tuple[Block, ...]) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="method")
-def _inverses(parts: tuple[Block, ...], damping: jax.Array, method: str) -> tuple[Block, ...]:
+def _inverses(parts: tuple[Block, ...], damping: Any, method: str) -> tuple[Block, ...]:
     return tuple(part.inverse(damping, method) for part in parts)

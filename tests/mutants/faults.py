@@ -165,7 +165,7 @@ KRYLOV = [
     fault(
         "Kronecker factors are damped by the shift alone",
         "krylov/preconditioners.py",
-        "UNKNOWN = 0.1\n",
+        "UNKNOWN = 0.3\n",
         "UNKNOWN = 0.0\n",
         "test_solve.py::TestPreconditioners",
     ),
