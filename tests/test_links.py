@@ -127,7 +127,8 @@ def test_resolved_eigenvalues_are_eigenvalues(x64):
     # r <= 0.01 gap: within r² / gap of an eigenvalue, at most a hundredth of a hundredth of the range.
     assert (away <= 1e-4 * np.ptp(values)).all()
     count = spectra.count_above(q, 0.8)
-    assert (count.lower, count.value, count.upper) == (8, 8, 8)
+    assert count.lower == count.value == 8
+    assert count.upper < 8.5  # what is not resolved may have some weight there
 
 
 @pytest.mark.parametrize("name", slow_but([*SPECTRA], "flat", "repeated"))

@@ -438,7 +438,7 @@ def test_what_is_no_picture_is_refused_in_words():
     for words, draw in {
         "ax is a Figure, not an Axes": lambda: spectra.plot_density(q, figure),
         "ax is a ndarray, not an Axes": lambda: spectra.plot_cdf(q, axes),
-        "learning_rate='0.1': use a positive number": lambda: spectra.plot_density(q, learning_rate="0.1"),
+        "learning_rate='0.1': use a real number": lambda: spectra.plot_density(q, learning_rate="0.1"),
         "not a str. `spectra.load` reads one": lambda: spectra.plot_density("spectrum.npz"),
         "Eigenpairs are needed, which `eigsh` returns, not a Quad": lambda: spectra.plot_eigenvector_mass(q),
         "columns=-1: use 1 or more": lambda: spectra.plot_blocks([q], columns=-1),

@@ -18,7 +18,7 @@ import spectra
 from benchmarks import problems
 from benchmarks.aot import model
 from benchmarks.aot.hlo import Program
-from spectra.base import trees
+from spectra.base import meshes
 from spectra.estimators import blocks, entrywise, hutchinson, low_rank
 from spectra.krylov import band, explored, linear_run, recurrence
 from spectra.krylov import basis as _basis
@@ -254,7 +254,7 @@ def _sketch(s: Setting):
     """Probes of XTrace, their images, an orthonormal basis of these and its images."""
     unit = jax.ShapeDtypeStruct((), jnp.float32)
     options = {"start": 0, "stop": PROBES, "kind": "normal", "project": True, "grouped": False}
-    options |= {"where": trees.places(s.like)}
+    options |= {"where": meshes.places(s.like)}
     return low_rank._grow_compiled.lower(s.op, s.key, None, unit, batch=SHARING, **options)
 
 

@@ -4,7 +4,9 @@ Both say what is wrong, where, and what to do.
 """
 
 import enum
+import inspect
 import signal
+import warnings
 
 
 class SpectraError(ValueError):
@@ -147,3 +149,14 @@ num_probes the sampling part), or accept the reported width.
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+_NOT_THE_USERS = ("spectra", "jax", "contextlib", "functools")
+
+
+def warn_user(text: str, category: type[Warning] = UserWarning) -> None:
+    """A warning at the line of the user's code that called this package, however deep it is raised."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)

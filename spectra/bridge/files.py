@@ -5,7 +5,6 @@ PyTorch is imported when `export` or `from_torch` is called, not before.
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spectra.base.errors import warn_user
 from spectra.base.files import replacing
 from spectra.bridge import schema, weights
 from spectra.bridge.dtypes import canonical, category
@@ -114,11 +114,10 @@ def note_frozen(model: TorchModel) -> None:
     """Warn of parameters that are left out, in the name of the caller's caller."""
     if names := list(model.frozen):
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        warnings.warn(
+        warn_user(
             f"frozen parameters (requires_grad=False) are constants, in model.frozen: {shown}. For curvature "
             "in them too, pass {**model.params, **model.frozen} as the parameters.",
             FrozenParametersWarning,
-            stacklevel=3,
         )
 
 

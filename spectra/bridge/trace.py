@@ -10,6 +10,7 @@ import torch
 from torch import _decomp
 from torch.utils import _pytree as torch_pytree
 
+from spectra.base.errors import warn_user
 from spectra.bridge import agreement
 from spectra.bridge.adapter import Adapter, experts_by, has_experts, preserved, traceable
 from spectra.bridge.errors import BridgeError, StaticBatchWarning
@@ -76,11 +77,10 @@ def trace(module: torch.nn.Module, example_inputs: Any, batch_axis: Any, train: 
         warnings.simplefilter("ignore")
         document, tensors, problem = _record(adapter, args, kwargs, axes)
     if axes and not document["symbols"]:
-        warnings.warn(
+        warn_user(
             "the module could only be exported for the example's batch size"
             + (f": {problem}" if problem else ", which its code treats as a fixed number"),
             StaticBatchWarning,
-            stacklevel=4,
         )
 
     def check(model: TorchModel) -> None:

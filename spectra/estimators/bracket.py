@@ -101,8 +101,9 @@ def domain(
     good = _first_good(lambda x: evaluate(f, x), is_good, a, smallest)
     # Semi-definite as far as it is seen, and f is defined at zero, as log(x + δ) is. One step sees no more
     # than the mean of the eigenvalues, whose sign is not theirs.
-    zero = good < -POLE * (smallest - a) and smallest >= -floor and q.num_steps > 1
-    lower = min(0.0, smallest) if zero else (smallest + good) / 2
+    middle = (smallest + good) / 2
+    zero = good < -POLE * (smallest - a) and smallest >= -floor
+    lower = min(0.0, smallest, *[middle] * (q.num_steps == 1)) if zero else middle
     text = f"{lower:.3g} as lower bound, since f is not defined down to {a:.3g}: likely, not certain"
     return (lower, b), text
 

@@ -3,7 +3,6 @@
 # pyright: reportPrivateUsage=false
 # Operators have parts that only this package uses.
 
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from spectra.base import trees
-from spectra.base.errors import DifferentiationError, SpectraError, StructureError
+from spectra.base.errors import DifferentiationError, SpectraError, StructureError, warn_user
 from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import Derived
 from spectra.operators.base import LinearOperator, product, product_batch
@@ -169,10 +168,9 @@ def _warn(op: "DataOperator", mode: str, refusals: list[tuple[str, Exception]], 
     if mode == "finite-difference":
         error = float(jnp.finfo(op.dtype).eps) ** (2 / 3)
         accuracy = f" Expect relative errors near {error:.0e} in each product."
-    warnings.warn(
+    warn_user(
         f"the loss refuses second derivatives in {refusals[-1][0]} mode because of {blame}; "
         f"products use {mode}.{accuracy} ({_reasons(refusals)})",
-        stacklevel=6,
     )
 
 

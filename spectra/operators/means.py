@@ -9,7 +9,6 @@ parameters, a last layer of zeros say, so a second pair is looked at with all pa
 # Operators have parts that only this package uses.
 
 import itertools
-import warnings
 import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from spectra.base import trees
-from spectra.base.errors import DataError
+from spectra.base.errors import DataError, warn_user
 from spectra.base.files import array_digest
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
@@ -201,13 +200,12 @@ def _require_equal(op: "DataOperator", cut: Cut, params: PyTree, limit: Limit, n
 
 def _warn_of_repeats(op: "DataOperator") -> None:
     pieces = "single examples" if op.takes_single_examples else f"the pieces of microbatch={op.microbatch}"
-    warnings.warn(
+    warn_user(
         f"the loss draws random numbers for the examples of a batch (dropout, noise), and {pieces} all draw "
         "the same: the matrix is that of this noise, repeated, not that of the whole batch. Give each "
         "example a key in the batch, jax.random.split(key, n), from which a jax.vmap over examples draws; or "
         + ("take a mask that all examples share." if op.takes_single_examples else "leave microbatch= out.")
         + " check_data=False takes the loss as it is.",
-        stacklevel=6,
     )
 
 

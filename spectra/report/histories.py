@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from spectra.base.errors import ResultFileError, SpectraError
+from spectra.base.errors import ResultFileError, SpectraError, warn_user
 from spectra.base.files import JsonError, parse
 from spectra.report.encode import DAMAGE, decode, encode
 from spectra.report.fields import facts
@@ -86,10 +85,9 @@ class HistoryFile:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                warnings.warn(
+                warn_user(
                     f"'{self.path}' cannot be written ({error.strerror or error}). Training goes on, and "
                     "snapshots are kept in memory (`tracker.history`); they follow as soon as there is room.",
-                    stacklevel=6,  # the line of the training loop
                 )
         else:
             self._waiting, self._warned = [], False
@@ -157,10 +155,9 @@ class HistoryReader:
         if self._damaged:
             shown = ", ".join(map(str, self._damaged[:8]))
             more = f" and {len(self._damaged) - 8} more" if len(self._damaged) > 8 else ""
-            warnings.warn(
+            warn_user(
                 f"'{self.path}' is damaged in line {shown}{more}, which is left out; "
                 f"{len(self._snapshots)} snapshots are whole.",
-                stacklevel=4,
             )
         return SpectrumHistory(tuple(self._snapshots), provenance, tuple(self._skipped))
 

@@ -2,13 +2,12 @@
 
 import math
 import operator
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from spectra.base.errors import SpectraError
+from spectra.base.errors import SpectraError, warn_user
 
 Measure = Callable[..., Any]  # (*state) -> what float() makes a number of
 COURSE = 8
@@ -140,7 +139,7 @@ class Console:
             what += f"has fallen below {limit:g}."
         else:
             what += f"will fall below {limit:g} in about {ahead:.0f} steps, as its last readings go."
-        warnings.warn(what, stacklevel=6)  # the line of the training loop
+        warn_user(what)
 
 
 def steps_until(readings: Sequence[Reading], limit: float, most: int) -> float | None:

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from spectra.base import draws, host, trees
 from spectra.base.calls import checked, require_key
-from spectra.base.errors import SpectraError
+from spectra.base.errors import SpectraError, warn_user
 from spectra.base.meshes import automatic, on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.density.extremes import LEVEL, extreme
@@ -279,12 +278,11 @@ class SpectrumTracker:
         if not self._history.skipped:
             spent = self._seconds + self.console.seconds
             one = f"a snapshot costs {self._cost:.3g} s, " if self._cost else ""  # unknown after the first
-            warnings.warn(
+            warn_user(
                 f"the snapshot of step {step} is left out: snapshots and measures have taken {spent:.3g} s, "
                 f"{one}and budget={self.budget} allows that share of training time. The "
                 "next ones are taken as soon as it allows them; history.skipped lists those left out. A "
                 "smaller part of the data, fewer num_steps or a larger `every` make room.",
-                stacklevel=4,  # the line of the training loop
             )
         self._history = dataclasses.replace(self._history, skipped=(*self._history.skipped, step))
         if self._file is not None:

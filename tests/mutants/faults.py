@@ -1007,8 +1007,8 @@ OPERATORS = [
     fault(
         "batches of a stream weigh the same",
         "operators/streams.py",
-        "return cls(source, tuple(weights / weights.sum()), indices, ",
-        "return cls(source, tuple(np.full(len(weights), 1 / len(weights))), indices, ",
+        "share = tuple(weights / weights.sum())",
+        "share = tuple(np.full(len(weights), 1 / len(weights)))",
         "test_data.py::test_any_cut_of_the_data_gives_the_same_hessian",
     ),
     fault(
