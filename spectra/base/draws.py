@@ -15,7 +15,7 @@ from spectra.base.trees import Kinds, PyTree
 Distribution = Callable[..., jax.Array]
 
 LEAST, MOST = 2**10, 2**16
-"""A leaf of up to MOST numbers begins a row whose length is a power of two, LEAST or more."""
+"""Leaves of up to MOST numbers share an array up to the same power of two, LEAST or more."""
 
 
 def sphere_sample(key: jax.Array, structure: PyTree, where: Places = ()) -> PyTree:
@@ -51,9 +51,9 @@ def _samples(
         drawn = placed(drawn, where)
         return trees.scale(1 / trees.norm(drawn), drawn) if unit else drawn
     parts, rows = _parts(key, kinds), list[jax.Array]()
-    for (length, dtype), part in parts.items():
+    for (_, dtype), part in parts.items():
         sizes = [math.prod(kinds[i][0]) for i in part]
-        draw = functools.partial(distribution, shape=(length,), dtype=dtype)
+        draw = functools.partial(distribution, shape=(max(sizes),), dtype=dtype)
         rows.append(lax.map(functools.partial(_row, key, draw), (jnp.array(part), jnp.array(sizes))))
     if unit:
         rows = trees.scale(1 / trees.norm(rows), rows)
@@ -64,7 +64,7 @@ def _samples(
 
 
 def _parts(key: jax.Array, kinds: Kinds) -> dict[tuple[int, jnp.dtype], list[int]]:
-    """The leaves that are rows of one array, by the length of these and their dtype.
+    """The leaves that are rows of one array: of one dtype, and of one size if they are large.
 
     The numbers of a small leaf begin a longer row where the generator counts entries one by one, as JAX's own
     does by default.
@@ -73,9 +73,10 @@ def _parts(key: jax.Array, kinds: Kinds) -> dict[tuple[int, jnp.dtype], list[int
     parts: dict[tuple[int, jnp.dtype], list[int]] = {}
     for i, (shape, dtype) in enumerate(kinds):
         size = math.prod(shape)
-        longer = counted and 0 < size <= MOST
-        length = max(LEAST, 1 << (size - 1).bit_length()) if longer else size
-        parts.setdefault((length, dtype), []).append(i)
+        together = counted and 0 < size <= MOST
+        parts.setdefault((max(LEAST, 1 << (size - 1).bit_length()) if together else size, dtype), []).append(
+            i
+        )
     return parts
 
 
