@@ -60,8 +60,9 @@ def eigsh(
     **Repeated eigenvalues.** A Krylov space from one start vector holds a single vector of each eigenspace.
     So when all k pairs have converged, a fresh random vector is made orthogonal to them, and Lanczos steps
     from it search for another eigenvalue that belongs among the k. If one appears, both sequences continue as
-    a block, until a further random vector finds nothing. `missed` bounds the probability that one exists
-    nevertheless and would change a value by more than the tolerance; it is 0 where the k values are equal.
+    a block, until a further random vector finds nothing. `missed` bounds the probability that a copy of a
+    found one exists nevertheless and would change a value by more than the tolerance; it is 0 where the k
+    values are equal.
 
     With verify="auto", the search ends when that probability is at most 1 %, because the steps leave so
     little of the random vector beyond the value in question (see `spectra.quadrature.christoffel`). It also
@@ -136,6 +137,9 @@ def eigsh(
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Fails to find copies that the search cannot reach; `missed` is then 1. Use verify=True or block_size.
+    Passes over an eigenvalue that differs from the next one by little more than tol |H|, where the start
+    vector has little of it, which `missed` does not count: with k=2 and tol=1e-3, in none of 300 runs at
+    (20, 7.4, 5.6), in 2 at (20, 7.4, 7.2), in 43 at (1000, 7.4, 5.6). Use a tol below the differences.
 
     Cost: num_basis n numbers of memory, whatever the number of products; for n <= ncv + 1, and for "SM" up to
     n = 2000, n products and a dense eigenproblem in float64. For a loss, five more products measure its
