@@ -181,8 +181,26 @@ def test_copies_are_missed_no_more_often_than_stated(name, x64):
     assert np.mean(wrong) <= stated + 3 * np.sqrt(stated * (1 - stated) / keys)
 
 
+@pytest.mark.parametrize(("top", "k", "tol"), [((7.4, 7.2), 1, 1e-2), ((1000.0, 7.4, 5.6, 3.0), 2, 1e-3)])
+def test_no_eigenvalue_is_passed_over_for_a_loose_tolerance(top, k, tol):
+    """A vector with little of the wanted one has converged to the next before it shows: without a search in
+    20 and 14 % of the runs. A value is then off by more than the tolerance and the residual, twice it."""
+    entries = np.append(top, np.linspace(0, 1, 996)).astype(np.float32)
+    runs = 40
+    off = [
+        np.abs(np.sort(pairs.values) - np.sort(entries)[-k:]).max()
+        for pairs in (
+            spectra.eigsh(diagonal(entries, jnp.float32), k, which="LA", key=jax.random.key(seed), tol=tol)
+            for seed in range(runs)
+        )
+    ]
+    # At a rate of 1 %, three or more of 40 are wrong in 0.8 % of the times; at 14 %, two or fewer in 7 %.
+    assert np.sum(np.array(off) > 2 * tol * max(top)) <= 2
+
+
 def test_copies_of_the_worst_wanted_value_cannot_be_missed():
-    assert wanted.ends(np.array([1.0, 1.0 + 1e-9]), "LA", 1e-5) == []
+    [end] = wanted.ends(np.array([1.0, 1.0 + 1e-9]), "LA", 1e-5)
+    assert end.second == np.inf
     [end] = wanted.ends(np.array([0.8, 0.8, 0.9, 1.0]), "LA", 1e-5)
     assert (end.worst, end.second) == (0.8, 0.9)
     pairs = spectra.eigsh(diagonal(REPEATED["outliers, three times"], jnp.float32), 3, which="LA", key=KEY)
@@ -364,8 +382,7 @@ def chances(entries, rng, steps=12):
         theta = np.linalg.eigvalsh(np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1))
         if theta[-1] > 0.62:
             break
-        limit = [wanted.End(1.0, 0.99, 1.0)]
-        bound = wanted.chance_of_a_miss(limit, np.array(alpha), np.array(beta), n, 0.0)
+        bound = wanted.chance_of_a_miss([1.0], np.array(alpha), np.array(beta), n, 0.0)
         # Kuczynski and Wozniakowski (doi:10.1137/0613066), who look at no coefficient, with the range [0, 1].
         share = np.sqrt(1 - theta[-1])
         found.append((bound, 1.648 * np.sqrt(n) * np.exp(-share * (2 * len(alpha) - 1))))

@@ -389,9 +389,16 @@ KRYLOV = [
     fault(
         "copies of an eigenvalue are not looked for",
         "krylov/wanted.py",
-        "run.missed = 0.0 if not limits or run.exhausted else 1.0",
-        "run.missed = 0.0",
+        "hiding = [end for end in all_ends if np.isfinite(end.second)]",
+        "hiding: list[End] = []",
         "test_eigsh.py::test_repeated_eigenvalues_have_their_multiplicity_by_default",
+    ),
+    fault(
+        "at a loose tolerance a search ends when copies are excluded",
+        "krylov/wanted.py",
+        "limits = all_ends if run.tol > LOOSE else [",
+        "limits = all_ends if False else [",
+        "test_eigsh.py::test_no_eigenvalue_is_passed_over_for_a_loose_tolerance",
     ),
     fault(
         "LM takes the largest values, not the largest moduli",
