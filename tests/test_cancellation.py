@@ -26,6 +26,12 @@ def deflated():
     return op, SPIKED.astype(float) - 1e3 * TOP.T.astype(float) @ TOP.astype(float)
 
 
+def subtracted():
+    """The same as two matrices, neither of which says what it depends on."""
+    pair = np.asarray(1e3 * TOP.T @ TOP, np.float32)
+    return spectra.MatrixOperator(SPIKED) - spectra.MatrixOperator(pair), SPIKED.astype(float) - pair
+
+
 def projected():
     """The same by a projector on both sides."""
     project = spectra.MatrixOperator(np.eye(N, dtype=np.float32)) - spectra.LowRankOperator(TOP)
@@ -42,7 +48,13 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "make", [deflated, pytest.param(projected, marks=SLOW), pytest.param(parallel, marks=SLOW)]
+    "make",
+    [
+        subtracted,
+        pytest.param(deflated, marks=SLOW),
+        pytest.param(projected, marks=SLOW),
+        pytest.param(parallel, marks=SLOW),
+    ],
 )
 def test_what_is_stated_holds_the_rounding_of_the_parts(make):
     op, dense = make()
