@@ -181,21 +181,14 @@ def test_copies_are_missed_no_more_often_than_stated(name, x64):
     assert np.mean(wrong) <= stated + 3 * np.sqrt(stated * (1 - stated) / keys)
 
 
-@pytest.mark.parametrize(("top", "k", "tol"), [((7.4, 7.2), 1, 1e-2), ((1000.0, 7.4, 5.6, 3.0), 2, 1e-3)])
-def test_no_eigenvalue_is_passed_over_for_a_loose_tolerance(top, k, tol):
-    """A vector with little of the wanted one has converged to the next before it shows: without a search in
-    20 and 14 % of the runs. A value is then off by more than the tolerance and the residual, twice it."""
-    entries = np.append(top, np.linspace(0, 1, 996)).astype(np.float32)
-    runs = 40
-    off = [
-        np.abs(np.sort(pairs.values) - np.sort(entries)[-k:]).max()
-        for pairs in (
-            spectra.eigsh(diagonal(entries, jnp.float32), k, which="LA", key=jax.random.key(seed), tol=tol)
-            for seed in range(runs)
-        )
-    ]
-    # At a rate of 1 %, three or more of 40 are wrong in 0.8 % of the times; at 14 %, two or fewer in 7 %.
-    assert np.sum(np.array(off) > 2 * tol * max(top)) <= 2
+def test_no_eigenvalue_is_passed_over_for_a_loose_tolerance():
+    """A vector with little of the largest has converged to the next before it shows: without a search in 58
+    of 300 runs, seven of these 40. A value is then off by more than tolerance and residual, 2 tol |H|."""
+    entries = np.append([7.4, 7.2], np.linspace(0, 1, 996)).astype(np.float32)
+    op, tol = diagonal(entries, jnp.float32), 1e-2
+    runs = [spectra.eigsh(op, 1, which="LA", key=jax.random.key(seed), tol=tol) for seed in range(40)]
+    # At a rate of 1 %, three or more of 40 are wrong in 0.8 % of the times.
+    assert sum(abs(pairs.values[0] - 7.4) > 2 * tol * 7.4 for pairs in runs) <= 2
 
 
 def test_copies_of_the_worst_wanted_value_cannot_be_missed():

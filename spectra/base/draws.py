@@ -74,9 +74,8 @@ def _parts(key: jax.Array, kinds: Kinds) -> dict[tuple[int, jnp.dtype], list[int
     for i, (shape, dtype) in enumerate(kinds):
         size = math.prod(shape)
         together = counted and 0 < size <= MOST
-        parts.setdefault((max(LEAST, 1 << (size - 1).bit_length()) if together else size, dtype), []).append(
-            i
-        )
+        group = max(LEAST, 1 << (size - 1).bit_length()) if together else size
+        parts.setdefault((group, dtype), []).append(i)
     return parts
 
 

@@ -206,28 +206,33 @@ class Wrapped(Derived):
         return self._with_base(self.base._principal(indices))
 
 
-@operator(leaves=("base", "roundings"))
-class RoundedOperator(Wrapped):
-    """D A D with D = diag(1 ± the precision of a product): what stands for another rounding of A."""
+@operator(leaves=("base", "scale"))
+class DiagonallyScaledOperator(Wrapped):
+    """D A D with a diagonal D: an optimizer's, or 1 ± the precision of a product for another rounding."""
 
     base: LinearOperator
-    roundings: PyTree  # of D
+    scale: PyTree  # the diagonal of D
 
     def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
-        return self._times(multiply(self._times(v)))
+        return self._scaled(multiply(self._scaled(v)))
 
-    def _times(self, v: PyTree) -> PyTree:
-        return jax.tree.map(jnp.multiply, self.roundings, v)
+    def _scaled(self, v: PyTree) -> PyTree:
+        return jax.tree.map(jnp.multiply, self.scale, v)
 
-    def _with_base(self, base: LinearOperator) -> "RoundedOperator":
-        return RoundedOperator(base, self.roundings)
+    def _with_base(self, base: LinearOperator) -> "DiagonallyScaledOperator":
+        return DiagonallyScaledOperator(base, self.scale)
+
+    def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
+        return DiagonallyScaledOperator(self.base._principal(indices), trees.keep_leaves(self.scale, indices))
 
 
 def each_moved(terms: tuple[LinearOperator, ...], key: jax.Array) -> tuple[LinearOperator, ...]:
     """Parts of one product, moved by a rounding each, independently: at moved parameters if they have any."""
 
     def one(term: LinearOperator, key: jax.Array) -> LinearOperator:
-        return term.moved(key) or RoundedOperator(term, _roundings(key, term.structure, term.precision))
+        return term.moved(key) or DiagonallyScaledOperator(
+            term, _roundings(key, term.structure, term.precision)
+        )
 
     return tuple(one(term, jax.random.fold_in(key, i)) for i, term in enumerate(terms))
 

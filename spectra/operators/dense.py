@@ -13,7 +13,6 @@ import numpy as np
 from jax import lax
 
 from spectra.base import arrays, draws, trees
-from spectra.base.draws import moved_parameters
 from spectra.base.errors import NotSymmetricError, StructureError
 from spectra.base.meshes import automatic, on_automatic_axes
 from spectra.base.trees import PyTree
@@ -337,7 +336,7 @@ class LowRankOperator(LinearOperator):
 
     def moved(self, key: jax.Array) -> "LowRankOperator":
         """With moved vectors: terms of both signs, or of parallel vectors, may cancel."""
-        return LowRankOperator(moved_parameters(self.vectors, key, 0.0), self.values)
+        return LowRankOperator(draws.moved_parameters(self.vectors, key, 0.0), self.values)
 
     def _principal(self, indices: tuple[int, ...]) -> "LowRankOperator":
         return LowRankOperator(trees.keep_leaves(self.vectors, indices), self.values)

@@ -13,7 +13,7 @@ from spectra.base.errors import SpectraError
 from spectra.base.meshes import automatic
 from spectra.base.paths import leaf_paths
 from spectra.base.trees import PyTree
-from spectra.operators.arithmetic import Wrapped
+from spectra.operators.arithmetic import DiagonallyScaledOperator
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.optimizers import (
     RULES,
@@ -30,7 +30,7 @@ from spectra.operators.response import AGREE, preconditioner
 
 
 @operator(leaves=("base", "scale"))
-class PreconditionedOperator(Wrapped):
+class PreconditionedOperator(DiagonallyScaledOperator):
     """P^(-1/2) H P^(-1/2), the curvature in the metric of an adaptive optimizer; P is the optimizer's own.
 
     An adaptive optimizer moves the parameters by -η P⁻¹ m with a diagonal P, which it keeps in its state. In
@@ -113,12 +113,6 @@ class PreconditionedOperator(Wrapped):
             _check(scale)
         object.__setattr__(self, "base", op)
         object.__setattr__(self, "scale", scale)
-
-    def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
-        return self._scaled(multiply(self._scaled(v)))
-
-    def _scaled(self, v: PyTree) -> PyTree:
-        return jax.tree.map(jnp.multiply, self.scale, v)
 
     def _with_base(self, base: LinearOperator) -> "PreconditionedOperator":
         return _make(base, self.scale)

@@ -347,7 +347,7 @@ KRYLOV = [
     fault(
         "terms of a sum that have no parameters are right to the last bit",
         "operators/arithmetic.py",
-        "return self._times(multiply(self._times(v)))",
+        "return self._scaled(multiply(self._scaled(v)))",
         "return multiply(v)",
         "test_cancellation.py",
     ),
