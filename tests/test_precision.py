@@ -102,3 +102,36 @@ def test_the_precision_inside_the_model_is_the_users(asked, stated, precisions):
     op = spectra.HessianOperator(loss_fn, jnp.zeros(N), jnp.zeros((5, N)), matmul_precision=asked)
     jax.eval_shape(lambda v: op.mv(v), VECTOR)
     assert set(precisions) == {stated}
+
+
+class Own(spectra.LinearOperator):
+    """A user's class that says nothing of the precision of its products."""
+
+    def __init__(self, matrix, precision=None):
+        self.matrix, self.stated = matrix, precision
+
+    @property
+    def like(self):
+        return VECTOR
+
+    def mv(self, v):
+        return lax.dot(self.matrix, v, precision=self.stated)
+
+
+class Inherited(Own):
+    """What it inherits is as precise."""
+
+
+def of_function(matrix, precision=None):
+    return spectra.FunctionOperator(lambda v: lax.dot(matrix, v, precision=precision), VECTOR)
+
+
+@pytest.mark.parametrize("make", [of_function, Own, Inherited])
+def test_products_of_users_are_true_float32_unless_they_say_otherwise(make, precisions):
+    """A noise floor of float32 is false where JAX's default of the device multiplies in less."""
+    jax.eval_shape(lambda matrix: make(matrix).mv(matrix[0]), MATRIX)
+    jax.eval_shape(lambda matrix: ESTIMATES["hutch++"](make(matrix)), MATRIX)
+    assert set(precisions) == {HIGHEST}
+    del precisions[:]
+    jax.eval_shape(lambda matrix: make(matrix, lax.Precision.DEFAULT).mv(matrix[0]), MATRIX)
+    assert set(precisions) == {DEFAULT}

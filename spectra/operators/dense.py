@@ -17,7 +17,7 @@ from spectra.base.errors import NotSymmetricError, StructureError
 from spectra.base.meshes import automatic, on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
-from spectra.operators.pytree import operator
+from spectra.operators.pytree import operator, true_float32
 from spectra.results.base import provides
 
 if TYPE_CHECKING:
@@ -189,7 +189,8 @@ class FunctionOperator(LinearOperator):
     Args:
         mv: function from a vector to a vector of the same structure; traceable by JAX and linear. It is
             static: pass the same function object each time, since a new lambda recompiles. Arrays that it
-            closes over become constants of the compiled program.
+            closes over become constants of the compiled program. Its matrix products are true float32 on
+            every device, unless they say otherwise themselves.
         like: pytree of arrays or `jax.ShapeDtypeStruct`, the structure of a vector.
 
     Raises:
@@ -214,13 +215,15 @@ class FunctionOperator(LinearOperator):
         object.__setattr__(self, "function", mv)
         object.__setattr__(self, "example", on_automatic_axes(like))
         structure = self.structure
-        trees.check_structure(jax.eval_shape(mv, structure), structure, "the result of mv")
+        result = jax.eval_shape(true_float32(mv), structure)
+        trees.check_structure(result, structure, "the result of mv")
 
     @property
     def like(self) -> PyTree:
         """The example of a vector."""
         return self.example
 
+    @true_float32
     def mv(self, v: PyTree) -> PyTree:
         """The user's product, in the working dtypes."""
         return trees.cast_like(self.function(v), v)

@@ -6,6 +6,7 @@ JAX knows by then, because its author registered it, stays as it is. The package
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast, dataclass_transform
 
@@ -17,6 +18,7 @@ REBUILT = "_rebuilt"
 """Attribute of an instance that JAX made of its parts: by name these parts, which need not be arrays, and the
 values that they became."""
 T = TypeVar("T", bound=type[Any])
+F = TypeVar("F", bound=Callable[..., Any])
 Flat = tuple[list[tuple[Any, Any]], Any]  # keys and children, and what is static
 _MISSING = object()
 _known: set[type] = set()
@@ -57,9 +59,25 @@ def register(cls: type) -> None:
         return
     _known.add(cls)
     declared = vars(cls).get("_children")
+    if not declared:
+        cls.mv = true_float32(cls.mv)  # pyright: ignore[reportAttributeAccessIssue]
     functions = _of_fields(cls, *declared) if declared else (_flatten, _unflatten(cls))
     with contextlib.suppress(ValueError):  # its author has registered it
         jax.tree_util.register_pytree_with_keys(cls, *functions)  # pyright: ignore[reportUnknownMemberType]
+
+
+def true_float32(product: F) -> F:
+    """A user's product whose matrix products are as exact as its dtype, unless they say otherwise themselves.
+
+    JAX's default rounds them to TF32 on a GPU and to bfloat16 on a TPU, and `precision` speaks of the dtype.
+    """
+
+    @functools.wraps(product)
+    def precise(*args: Any) -> Any:
+        with jax.default_matmul_precision("float32"):
+            return product(*args)
+
+    return cast("F", precise)
 
 
 def _of_fields(

@@ -324,6 +324,13 @@ KRYLOV = [
         "test_basis.py::test_rows_are_combined_in_portions_of_any_size",
     ),
     fault(
+        "a user's products have JAX's default precision",
+        "operators/pytree.py",
+        'with jax.default_matmul_precision("float32"):',
+        'with jax.default_matmul_precision("default"):',
+        "test_precision.py::test_products_of_users_are_true_float32_unless_they_say_otherwise",
+    ),
+    fault(
         "Gram matrices in the default precision",
         "base/arrays.py",
         "return lax.dot_general(x, y, (axes, batch), precision=lax.Precision.HIGHEST)",
