@@ -227,10 +227,14 @@ class Torch(Tool):
         from benchmarks import torch_problems
 
         self.torch = torch
+        # Beside JAX on a card, its products in true float32 as ours are, which is PyTorch's default there.
+        self.device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
         self.model, self.criterion, self.data = torch_problems.build(name, self.params, self.batch)
+        self.model = self.model.to(self.device)
+        self.data = tuple(x.to(self.device) for x in self.data)
         self.weights = list(self.model.parameters())
         self.size = sum(w.numel() for w in self.weights)
-        self.vector = torch.randn(self.size, generator=torch.Generator().manual_seed(2))
+        self.vector = torch.randn(self.size, generator=torch.Generator().manual_seed(2)).to(self.device)
 
     def loss(self):
         return self.criterion(self.model(self.data[0]), self.data[1])
@@ -257,7 +261,7 @@ class HessianEigenthings(Torch):
         from hessian_eigenthings.algorithms.spectral_density import spectral_density
 
         found = spectral_density(self.op, num_runs=probes, lanczos_steps=steps, seed=0)
-        return found.raw_eigenvalues.numpy(), found.raw_weights.numpy()
+        return found.raw_eigenvalues.cpu().numpy(), found.raw_weights.cpu().numpy()
 
     def starts(self, probes):
         from hessian_eigenthings.linalg import SingleDeviceBackend
@@ -290,7 +294,7 @@ class Curvlinops(Torch):
         from curvlinops.papyan2020traces.spectrum import fast_lanczos
 
         self.torch.manual_seed(0)
-        rules = [fast_lanczos(self.op, steps) for _ in range(probes)]
+        rules = [[x.cpu() for x in fast_lanczos(self.op, steps)] for _ in range(probes)]
         return np.stack([t.numpy() for t, _ in rules]), np.stack([v[0].numpy() ** 2 for _, v in rules])
 
     def starts(self, probes):
@@ -321,7 +325,7 @@ class PyHessian(Torch):
         from pyhessian import hessian
 
         with self.quiet():
-            return hessian(self.model, self.criterion, data=self.data, cuda=False)
+            return hessian(self.model, self.criterion, data=self.data, cuda=self.device == "cuda")
 
     @contextlib.contextmanager
     def quiet(self):

@@ -50,7 +50,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens):
         length = tokens.shape[1]
-        mask = torch.tril(torch.ones(length, length, dtype=torch.bool))
+        mask = torch.tril(torch.ones(length, length, dtype=torch.bool, device=tokens.device))
         x = self.embed(tokens) + self.positions
         for block in self.blocks:
             x = block(x, mask)
