@@ -53,14 +53,14 @@ class Field:
         raise AttributeError(f"{owner.__name__} defines no `{self.name}`")
 
 
-def register(cls: type) -> None:
+def register(cls: type[Any]) -> None:
     """Make a class of operators known to JAX, once."""
     if cls in _known:
         return
     _known.add(cls)
     declared = vars(cls).get("_children")
     if not declared:
-        cls.mv = true_float32(cls.mv)  # pyright: ignore[reportAttributeAccessIssue]
+        cls.mv = true_float32(cls.mv)
     functions = _of_fields(cls, *declared) if declared else (_flatten, _unflatten(cls))
     with contextlib.suppress(ValueError):  # its author has registered it
         jax.tree_util.register_pytree_with_keys(cls, *functions)  # pyright: ignore[reportUnknownMemberType]
