@@ -11,10 +11,11 @@ from children import answer
 PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np, spectra
-from spectra.base import meshes
-from spectra.estimators import blocks
+from spectra.base import draws, meshes
+from spectra.estimators import blocks, comparison
 from spectra.estimators.low_rank import _grow_compiled
 from spectra.krylov import explored, wanted
+from spectra.report import variability
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 flat = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
@@ -74,6 +75,9 @@ def shares(op):  # of vectors and stacks that estimators and runs draw, multiply
         "products": share(blocks.products(op, probes, 2)),
         "sketch": share(_grow_compiled(op, key, None, jnp.zeros(()), **options)[0]),
         "vector": share(drawn),
+        "unit vector": share(draws.unit_vector(key, op)),
+        "comparison": share(comparison._probes(key, op, 3, False, options["where"])),
+        "variability": share(variability._vectors(op, key, jnp.arange(3), False, options["where"])),
         "product": share(wanted.multiply(op, drawn)),
         "zeros": share(meshes.zeros(op.structure, op.like)),
     }

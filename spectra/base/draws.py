@@ -3,19 +3,40 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from spectra.base import arrays, trees
-from spectra.base.meshes import Places, placed
+from spectra.base.meshes import Places, placed, places
 from spectra.base.trees import Kinds, PyTree
 
 Distribution = Callable[..., jax.Array]
 
 LEAST, MOST = 2**10, 2**16
 """Leaves of up to MOST numbers share an array up to the same power of two, LEAST or more."""
+
+
+class Shaped(Protocol):
+    """An operator, as far as its vectors go."""
+
+    @property
+    def structure(self) -> PyTree:
+        """Shapes and working dtypes of a vector."""
+        ...
+
+    @property
+    def like(self) -> PyTree:
+        """A pytree of the same structure that says where vectors lie."""
+        ...
+
+
+def unit_vector(key: jax.Array, op: Shaped) -> PyTree:
+    """A vector for an operator, uniform on the unit sphere. On a mesh it lies as the parameters do; where the
+    operator is traced, nothing says how they lie."""
+    return sphere_sample(key, op.structure, places(op.like))
 
 
 def sphere_sample(key: jax.Array, structure: PyTree, where: Places = ()) -> PyTree:

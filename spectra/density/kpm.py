@@ -172,7 +172,7 @@ def _found_bounds(op: LinearOperator, key: jax.Array, journal: Journal | None) -
 def _find_bounds(op: LinearOperator, key: jax.Array) -> tuple[tuple[float, float], int]:
     """Ends of the spectrum from Lanczos without a basis, and its products."""
     steps = min(BOUND_STEPS, op.size)
-    start = draws.sphere_sample(jax.random.fold_in(key, 2**31 - 2), op.structure, meshes.places(op.like))
+    start = draws.unit_vector(jax.random.fold_in(key, 2**31 - 2), op)
     run = lanczos(op, start, steps, reorthogonalize="none")
     length = int(run.length)
     alpha, beta = (np.asarray(x, np.float64) for x in jax.device_get((run.alpha, run.beta)))

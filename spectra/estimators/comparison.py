@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import draws, stacks, trees
+from spectra.base import draws, meshes, stacks, trees
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -150,7 +150,7 @@ def _norms(
     """|A - B|_F / |B|_F and tr A / tr B; exact where there are as many probes as columns."""
     exact = b.size <= num_probes
     count = b.size if exact else num_probes
-    probes = _probes(key, b, count, exact)
+    probes = _probes(key, b, count, exact, meshes.places(b.like))
     images = a.prepare().mv_batch(probes), b.prepare().mv_batch(probes)
     unit = max(float(_size(image)) for image in images)
     if not np.isfinite(unit):
@@ -161,13 +161,13 @@ def _norms(
     return root, rule(forms[2], forms[3], positive=False), 2 * count
 
 
-@partial(jax.jit, static_argnames=("count", "exact"))
-def _probes(key: jax.Array, op: LinearOperator, count: int, exact: bool) -> PyTree:
+@partial(jax.jit, static_argnames=("count", "exact", "where"))
+def _probes(key: jax.Array, op: LinearOperator, count: int, exact: bool, where: meshes.Places) -> PyTree:
     structure = op.structure
     if exact:
         return jax.vmap(lambda row: trees.unravel(row, structure))(jnp.eye(count, dtype=op.dtype))
     keys = jax.random.split(key, count)
-    return jax.vmap(lambda own: draws.sample(own, structure, jax.random.rademacher))(keys)
+    return jax.vmap(lambda own: draws.sample(own, structure, jax.random.rademacher, where=where))(keys)
 
 
 @jax.jit

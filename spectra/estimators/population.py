@@ -35,7 +35,6 @@ from spectra.estimators import blocks
 from spectra.estimators.batches import Batches, draw_batches
 from spectra.estimators.law import Law, Seen
 from spectra.krylov.eigsh import eigsh
-from spectra.operators.base import LinearOperator
 from spectra.operators.batches import batch_size
 from spectra.operators.data import DataOperator
 from spectra.results import Eigenpairs, Population
@@ -183,16 +182,15 @@ def _fit(batches: Batches, folds: np.ndarray, k: int, key: jax.Array, tol: float
     everything = np.arange(len(folds))
     union = batches.union(everything)
     last = jax.random.fold_in(key, len(parts))
-    whole = eigsh(union, k, which="LA", key=last, tol=tol, v0=_start(parts, last, union))
+    whole = eigsh(union, k, which="LA", key=last, tol=tol, v0=_start(parts, draws.unit_vector(last, union)))
     cost += whole.num_matvecs * batches.sizes.sum()
     return _Fits(parts, whole, products + whole.num_matvecs, cost)
 
 
 @jax.jit
-def _start(parts: list[PyTree], key: jax.Array, op: LinearOperator) -> PyTree:
+def _start(parts: list[PyTree], fresh: PyTree) -> PyTree:
     """The sum of the leading vectors, turned alike, and a little of a random one."""
-    fresh = trees.scale(FRESH, draws.sphere_sample(key, op.structure))
-    total = fresh
+    total = trees.scale(FRESH, fresh)
     for vectors in parts:
         for i in range(blocks.length(vectors)):
             vector = jax.tree.map(lambda x, i=i: x[i], vectors)

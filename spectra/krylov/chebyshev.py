@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import draws, meshes
+from spectra.base import draws
 from spectra.base import stacks as _stacks
 from spectra.base import trees as _tree
 from spectra.base.errors import SpectraError, Status
@@ -93,7 +93,7 @@ def _filtered(
         run.norm, run.products = _norm_bound(op, places, key, min(NORM_STEPS, op.size, budget - width))
         run.cut = 0.9 * run.norm
         keys = [jax.random.fold_in(key, i + 1) for i in range(width)]
-        fresh = [draws.sphere_sample(each, op.structure, meshes.places(op.like)) for each in keys]
+        fresh = [draws.unit_vector(each, op) for each in keys]
         run.bar.update(run.products)
     norm, floor = run.norm, op.precision * np.sqrt(op.size) * run.norm
     while True:
@@ -140,7 +140,7 @@ def _norm_bound(
 ) -> tuple[float, int]:
     """An upper bound on |H|: the largest |Ritz value| of a short run plus the norm of its residual."""
     band = Band(op, places[0], steps + 1, places[1])
-    band.extend(band.append(draws.sphere_sample(key, op.structure, meshes.places(op.like))), steps)
+    band.extend(band.append(draws.unit_vector(key, op)), steps)
     theta, _, coupling, _ = band.ritz()
     tail = float(np.abs(band.coefficients[band.pending][:, band.processed]).sum()) if coupling.size else 0.0
     return float(np.abs(theta).max()) + tail, steps

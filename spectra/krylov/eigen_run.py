@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import draws, meshes, stacks, trees
+from spectra.base import draws, stacks, trees
 from spectra.base.errors import Status
 from spectra.base.progress import Progress
 from spectra.base.trees import PyTree
@@ -112,7 +112,7 @@ class EigenRun:
         """A new row from the next random vector of this run."""
         self.starts += 1
         key = jax.random.fold_in(self.key, self.starts)
-        return self.band.append(draws.sphere_sample(key, self.op.structure, meshes.places(self.op.like)))
+        return self.band.append(draws.unit_vector(key, self.op))
 
     def extend(self, row: int, steps: int) -> int | None:
         """As the band does, and count the products."""

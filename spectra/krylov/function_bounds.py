@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import draws, meshes
+from spectra.base import draws
 from spectra.base.errors import SpectraError, Status
 from spectra.base.host import one_thread
 from spectra.krylov.lanczos import lanczos
@@ -227,7 +227,7 @@ class Range:
             return cls(intervals, low, high, norm, "the given bounds of the spectrum", 0)
         key = jax.random.key(0) if key is None else key
         count = min(RANGE_STEPS, op.size)
-        found = lanczos(op, draws.sphere_sample(key, op.structure, meshes.places(op.like)), count)
+        found = lanczos(op, draws.unit_vector(key, op), count)
         theta = eigh(found.alpha, found.beta, int(found.length))[0]
         exact = found.status is Status.INVARIANT or count == op.size
         beyond = 0.0 if exact else margin(op.size, count) * (theta[-1] - theta[0])

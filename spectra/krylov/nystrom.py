@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, draws, host, meshes, stacks, trees
+from spectra.base import arrays, draws, host, stacks, trees
 from spectra.base.trees import PyTree
 from spectra.krylov.linear_block import WIDEST
 from spectra.operators.base import LinearOperator
@@ -186,7 +186,7 @@ def _from_pairs(vectors: PyTree, values: jax.Array, shift: Any) -> "SpectralPrec
 
 def _draw(key: jax.Array, op: LinearOperator, start: int, stop: int) -> PyTree:
     keys = [jax.random.fold_in(key, i) for i in range(start, stop)]
-    rows = [draws.sphere_sample(one, op.structure, meshes.places(op.like)) for one in keys]
+    rows = [draws.unit_vector(one, op) for one in keys]
     return stacks.stacked(rows)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spectra.base import draws, meshes, trees
+from spectra.base import draws, trees
 from spectra.base.errors import SpectraError, StructureError
 from spectra.base.files import program_digest, tree_digest
 from spectra.base.trees import PyTree
@@ -80,7 +80,7 @@ def _factored(
     how far off it still is. The second, with Hv, shows |H|: about the largest eigenvalue, from below. Both
     are of H. K may miss that eigenvalue, which layers share: on a decoder, that of K was 1/30 of it.
     """
-    v = draws.sphere_sample(jax.random.key(ERROR_KEY), op.structure, meshes.places(op.like))
+    v = draws.unit_vector(jax.random.key(ERROR_KEY), op)
     (size, image), (own, guess) = _length_and_direction(op @ v), _length_and_direction(kfac @ v)
     cosine = jnp.clip(trees.vdot(image, guess), UNRELATED, 1)
     error = trees.norm(jax.tree.map(lambda x, y: x - (cosine * y).astype(x.dtype), image, guess))

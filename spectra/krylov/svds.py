@@ -130,7 +130,7 @@ def svds(
 
 def _unit(jacobian: JacobianOperator, key: jax.Array) -> float:
     """A power of two of the size of J, from one product."""
-    image = jacobian.product(draws.sphere_sample(key, jacobian.structure))
+    image = jacobian.product(draws.unit_vector(key, jacobian))
     return float(trees.power_of_two(trees.largest(image)))
 
 

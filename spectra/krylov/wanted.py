@@ -160,7 +160,7 @@ def seen_norm(op: LinearOperator) -> float:
     is rounded by comes from all of A. What the last product gains is |A| but for a factor of n^(-1 / 2
     POWERS) at the very worst, a lone eigenvalue above a bulk that is just as large without it.
     """
-    vector, ratio = draws.sphere_sample(jax.random.key(KEY), op.structure, meshes.places(op.like)), 0.0
+    vector, ratio = draws.unit_vector(jax.random.key(KEY), op), 0.0
     for _ in range(POWERS):
         image = multiply(op, vector)
         ratio = max(ratio, trees.length(image) / (trees.length(vector) or 1.0))
@@ -180,7 +180,7 @@ def seen_norm_traced(op: LinearOperator) -> jax.Array:
         image = op.mv(carry[0])
         return _in_unit(image), jnp.maximum(carry[1], trees.norm(image) / trees.norm(carry[0]))
 
-    start = draws.sphere_sample(jax.random.key(KEY), op.structure), jnp.zeros((), op.dtype)
+    start = draws.unit_vector(jax.random.key(KEY), op), jnp.zeros((), op.dtype)
     ratio = lax.fori_loop(0, POWERS, step, start)[1]
     ratio = jnp.where(jnp.isfinite(ratio), ratio, 0)  # 0 / 0 of A = 0
     return jnp.maximum(ratio, jnp.abs(op.delta)) if isinstance(op, ShiftedOperator) else ratio

@@ -69,7 +69,7 @@ def _as_columns(vectors: PyTree) -> jax.Array:
 
 
 def _require_symmetric(op: LinearOperator, matrix: jax.Array) -> None:
-    start = draws.sphere_sample(jax.random.key(0), op.structure)
+    start = draws.unit_vector(jax.random.key(0), op)
     image = op.mv(start) if op.on_host else product(op, start)
     largest, asymmetry, size, defect = map(float, jax.device_get(_defects(matrix, start, image)))
     if not np.isfinite([largest, size, defect]).all():

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import draws, trees
+from spectra.base import draws, meshes, trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -62,7 +62,7 @@ def _samples(ops: list[LinearOperator], key: jax.Array, count: int, together: in
     prepared, found = [outside_loops(op.prepare()) for op in ops], []
     for start in range(0, count, together):
         indices = np.arange(start, min(start + together, count))
-        vectors = _vectors(ops[0], key, indices, exact)
+        vectors = _vectors(ops[0], key, indices, exact, meshes.places(ops[0].like))
         images = [blocks.products(op, vectors, len(indices)) for op in prepared]
         *parts, unit = (np.asarray(x, np.float64) for x in jax.device_get(_inner_products(vectors, images)))
         unit = unit or 1.0
@@ -83,14 +83,17 @@ def summary(samples: Samples, size: int, precision: float, *, exact: bool, level
     return Interval(max(low - rounding, 0.0), middle, high + rounding)
 
 
-@partial(jax.jit, static_argnames="exact")
-def _vectors(op: LinearOperator, key: jax.Array, indices: jax.Array | np.ndarray, exact: bool) -> PyTree:
+@partial(jax.jit, static_argnames=("exact", "where"))
+def _vectors(
+    op: LinearOperator, key: jax.Array, indices: jax.Array | np.ndarray, exact: bool, where: meshes.Places
+) -> PyTree:
     """Probes of length sqrt(n), or unit vectors."""
 
     def one(i):
         if exact:
             return trees.unravel(jnp.zeros(op.size, op.dtype).at[i].set(1), op.structure)
-        return trees.scale(op.size**0.5, draws.sphere_sample(jax.random.fold_in(key, i), op.structure))
+        drawn = draws.sphere_sample(jax.random.fold_in(key, i), op.structure, where)
+        return trees.scale(op.size**0.5, drawn)
 
     return jax.vmap(one)(indices)
 

@@ -101,7 +101,7 @@ def describe(op: LinearOperator, key: jax.Array, row_dtype: Any) -> dict[str, An
 
     Steps, probes and tolerance are not part of it: they say how much of the run is wanted.
     """
-    u = draws.sphere_sample(jax.random.key(0), op.structure)
+    u = draws.unit_vector(jax.random.key(0), op)
     found = op @ u
     data = jax.random.key_data(key) if jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     return {

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import draws, meshes, trees
+from spectra.base import draws, trees
 from spectra.base.errors import NonFiniteError, SpectraError, Status, StructureError
 from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
@@ -85,7 +85,7 @@ def stable_step(
         raise SpectraError(f"max_matvecs={max_matvecs}, tol={tol}: use one product or more, and 0 < tol < 1.")
     trees.require_values("stable_step", (op.params, op.data, optimizer_state))
     prepared, gradient = op.prepare(), op.gradient()
-    start = draws.sphere_sample(key, op.structure, meshes.places(op.like))
+    start = draws.unit_vector(key, op)
 
     def image(v: PyTree) -> PyTree:
         return answers(Seen(prepared @ v, v, trees.vdot(gradient, v)))

@@ -254,14 +254,14 @@ class SpectrumTracker:
         key = jax.random.fold_in(self.key, step)
         k = min(self.num_eigenvalues, op.size)
         options = {"which": "LA", "tol": self.tol, "num_basis": min(2 * k + 10, op.size), "verify": False}
-        first = self._vectors is None
+        first, fresh = self._vectors is None, draws.unit_vector(key, op)
         if first:
-            self._vectors = jax.tree.map(lambda x: jnp.zeros((k, *x.shape), x.dtype), op.structure)
-        start = _start(self._vectors, key, 1.0 if first else FRESH * self.tol)
+            self._vectors = jax.tree.map(lambda x: jnp.broadcast_to(0 * x, (k, *x.shape)), fresh)
+        start = _start(self._vectors, fresh, 1.0 if first else FRESH * self.tol)
         pairs = eigsh(op, k, key=key, v0=start, **options)
         products = pairs.num_matvecs
         if not first and seen.range[1] > pairs.values[-1] + pairs.residuals[-1]:
-            pairs = eigsh(op, k, key=key, v0=_start(self._vectors, key, np.inf), **options)
+            pairs = eigsh(op, k, key=key, v0=fresh, **options)
             products += pairs.num_matvecs
         self._vectors = pairs.vectors
         return pairs, products
@@ -320,10 +320,7 @@ def _continued(path: str | os.PathLike | None, name: str) -> tuple[SpectrumHisto
 
 
 @jax.jit
-def _start(vectors: PyTree, key: jax.Array, share) -> PyTree:
-    """The sum of the last vectors plus `share` times a random one; the random one alone for infinity."""
-    structure = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), vectors)
-    fresh = draws.sphere_sample(key, structure)
-    last = jnp.where(jnp.isinf(share), 0.0, 1 / len(jax.tree.leaves(vectors)[0]) ** 0.5)
-    share = jnp.where(jnp.isinf(share), 1.0, share)
-    return jax.tree.map(lambda x, f: (last * x.sum(axis=0) + share * f).astype(x.dtype), vectors, fresh)
+def _start(vectors: PyTree, fresh: PyTree, share) -> PyTree:
+    """The sum of the last vectors, over the root of their number, and a share of a random one."""
+    unit = 1 / len(jax.tree.leaves(vectors)[0]) ** 0.5
+    return jax.tree.map(lambda x, f: (unit * x.sum(axis=0) + share * f).astype(x.dtype), vectors, fresh)
