@@ -135,3 +135,30 @@ def test_products_of_users_are_true_float32_unless_they_say_otherwise(make, prec
     del precisions[:]
     jax.eval_shape(lambda matrix: make(matrix, lax.Precision.DEFAULT).mv(matrix[0]), MATRIX)
     assert set(precisions) == {DEFAULT}
+
+
+ROUNDS = {
+    "nothing": (lambda matrix, v: matrix @ v, 2.0**-23),
+    "default": (lambda matrix, v: jnp.matmul(matrix, v, precision="default"), 2.0**-8),
+    "high": (lambda matrix, v: jnp.matmul(matrix, v, precision="high"), 2.0**-10),
+    "a cast": (lambda matrix, v: matrix @ v.astype("bfloat16").astype("float32"), 2.0**-7),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_what_a_function_rounds_by_itself_is_in_the_precision_of_its_products(name):
+    """Of a `FunctionOperator` and of a loss; on every device the same."""
+    multiply, eps = ROUNDS[name]
+    matrix = jnp.eye(N)
+    op = spectra.FunctionOperator(partial(multiply, matrix), VECTOR)
+    loss = spectra.HessianOperator(lambda w, x: jnp.mean(jnp.tanh(multiply(x, w)) ** 2), jnp.ones(N), matrix)
+    assert op.precision == loss.precision == eps
+    floor = spectra.slq(op, num_steps=5, num_probes=2, key=KEY).noise_floor
+    assert floor >= eps
+
+
+def test_high_is_tensorfloat32():
+    """As JAX has it: three passes of bfloat16 on a TPU, but TF32 on a GPU."""
+    options = {"loss_fn": lambda w, x: jnp.mean(jnp.tanh(x @ w)), "params": jnp.ones(N), "data": jnp.eye(N)}
+    two = (spectra.HessianOperator(**options, matmul_precision=name) for name in ("high", "tensorfloat32"))
+    assert {op.precision for op in two} == {2.0**-11}

@@ -25,6 +25,7 @@ CASES = [
     *(Case("product", t, "small", precision="default") for t in ("v5e:8x8", "v5e:16x16")),
     *(Case(p, t, "1e9") for t in ("v5e:8x8", "v5p:2x2x4") for p in ("step", "gradient", "product")),
     *(Case(p, "v5e:4x4", "small", precision="default") for p in TRACE),
+    *(Case(p, "v5e:4x4", "small", precision="default") for p in ("solve", *programs.PRODUCTS)),
     Case("step", "v5e:8x8", "1e9", precision="default"),
     Case("step", "v5e:16x16", "1e9"),
     Case("bare step", "v5p:4x8x8", "1e11", precision="default"),

@@ -47,7 +47,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 LINEARIZE_SHARE = 0.25
 """Share of the free memory that linearize="auto" spends on saved values; the basis needs the rest."""
-_LOW_PRECISION = {"bfloat16": 2.0**-8, "tensorfloat32": 2.0**-11, "default": 2.0**-8}
+_LOW_PRECISION = {"bfloat16": 2.0**-8, "tensorfloat32": 2.0**-11, "high": 2.0**-11, "default": 2.0**-8}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -225,7 +225,7 @@ class DataOperator(LinearOperator):
     def _coarsest_rounding(self) -> Rounding | None:
         """What the loss rounds by itself between the parameters that vary and its value."""
         piece, leaves = self.first_piece(), len(jax.tree.leaves(self.params))
-        jaxpr = differentiate.loss.trace(piece._with(rounding=None)).jaxpr
+        jaxpr = differentiate.loss.trace(piece._with(rounding=None, matmul_precision="float32")).jaxpr
         varying = range(leaves) if self.selected is None else self.selected
         moves = [i in varying for i in range(len(jaxpr.jaxpr.invars))]  # parameters are the first leaves
         return coarsest_rounding(jaxpr, moves, super().precision)

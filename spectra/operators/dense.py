@@ -17,6 +17,7 @@ from spectra.base.errors import NotSymmetricError, StructureError
 from spectra.base.meshes import automatic, on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
+from spectra.operators.jaxprs import Rounding, coarsest_rounding
 from spectra.operators.pytree import operator, true_float32
 from spectra.results.base import provides
 
@@ -207,6 +208,7 @@ class FunctionOperator(LinearOperator):
 
     function: Callable[[PyTree], PyTree]
     example: PyTree
+    rounding: Rounding | None  # of the function itself, where it computes in less than the vectors have
 
     @automatic
     def __init__(self, mv: Callable[[PyTree], PyTree], like: PyTree):
@@ -215,13 +217,25 @@ class FunctionOperator(LinearOperator):
         object.__setattr__(self, "function", mv)
         object.__setattr__(self, "example", on_automatic_axes(like))
         structure = self.structure
-        result = jax.eval_shape(true_float32(mv), structure)
+        jaxpr, result = jax.make_jaxpr(true_float32(mv), return_shape=True)(structure)
         trees.check_structure(result, structure, "the result of mv")
+        varying = [True] * len(jaxpr.jaxpr.invars)
+        object.__setattr__(self, "rounding", coarsest_rounding(jaxpr, varying, super().precision))
 
     @property
     def like(self) -> PyTree:
         """The example of a vector."""
         return self.example
+
+    @property
+    def precision(self) -> float:
+        """Unit roundoff of the vectors' dtype, or that of the function's own casts and products."""
+        return max(super().precision, self.rounding.eps if self.rounding else 0.0)
+
+    @property
+    def computes_in(self) -> str:
+        """The coarser of what the vectors have and the function computes in."""
+        return self.rounding.dtype if self.rounding else super().computes_in
 
     @true_float32
     def mv(self, v: PyTree) -> PyTree:

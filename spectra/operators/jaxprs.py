@@ -4,10 +4,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from spectra.base.trees import PyTree
@@ -138,6 +139,11 @@ _OTHERS = ("site-packages", "dist-packages", "<frozen", "/lib/python")
 # What a product computes in where it says so itself; whoever leaves it open gets matmul_precision.
 _ALGORITHMS = {"BF16": "bfloat16", "F16": "float16", "TF32": "tensorfloat32"}
 _EPS = {"tensorfloat32": 2.0**-10}
+# TF32 on a GPU, bfloat16 in one pass or three on a TPU, float32 on a CPU: what is said does not depend on it.
+_PRECISIONS = {
+    lax.Precision.DEFAULT: ("default precision", 2.0**-8),
+    lax.Precision.HIGH: ("tensorfloat32", 2.0**-10),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,10 +251,12 @@ def _results(eqn: Any) -> Iterator[tuple[str, float]]:
         bits = eqn.params["mantissa_bits"]
         yield f"{bits} bits of mantissa", 2.0**-bits
         return
-    precision = str(eqn.params.get("precision"))
+    stated = eqn.params.get("precision")
     for prefix, name in _ALGORITHMS.items():
-        if precision.startswith(prefix):
+        if str(stated).startswith(prefix):
             yield name, _EPS.get(name) or float(jnp.finfo(name).eps)
+    if isinstance(stated, tuple) and eqn.outvars[0].aval.dtype == jnp.float32:
+        yield from (_PRECISIONS[each] for each in cast("tuple[Any, ...]", stated) if each in _PRECISIONS)
     for var in eqn.outvars:
         if _is_floating(var):
             yield str(var.aval.dtype), float(jnp.finfo(var.aval.dtype).eps)

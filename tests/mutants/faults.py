@@ -331,6 +331,13 @@ KRYLOV = [
         "test_precision.py::test_products_of_users_are_true_float32_unless_they_say_otherwise",
     ),
     fault(
+        "a product that asks for JAX's default precision is float32",
+        "operators/jaxprs.py",
+        "if isinstance(stated, tuple) and eqn.outvars[0].aval.dtype == jnp.float32:",
+        "if isinstance(stated, str):",
+        "test_precision.py::test_what_a_function_rounds_by_itself_is_in_the_precision_of_its_products",
+    ),
+    fault(
         "Gram matrices in the default precision",
         "base/arrays.py",
         "return lax.dot_general(x, y, (axes, batch), precision=lax.Precision.HIGHEST)",
