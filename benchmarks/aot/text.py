@@ -1,6 +1,6 @@
 """Figures of compiled programs as text: what the pages of TPUs and GPUs share."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -60,3 +60,19 @@ def short(reason: str) -> str:
     for start in ("RESOURCE_EXHAUSTED: ", "CompileTimeHbmOom: "):
         reason = reason.split(start)[-1]
     return reason.split("HLO module")[0].strip().rstrip(".")
+
+
+def shares(known: dict, programs: Iterable[str], products: Mapping[str, int]) -> list[str]:
+    """What programs gather for each of their products, in what the gradient gathers."""
+    lines = []
+    for r in known.values():
+        gradient = partner(known, r, "gradient") if r["program"] in programs else None
+        if gradient is None or "failed" in r:
+            continue
+        (_, total, largest), (_, own, own_largest) = (x["collectives"]["all-gather"] for x in (r, gradient))
+        count = products.get(r["program"], 1)
+        lines.append(
+            f"* {r['topology']}, {r['program']}: {total / own / count:.2f} times the all-gather bytes of "
+            f"the gradient for a product, and {largest / own_largest:.2f} times its largest gather."
+        )
+    return lines

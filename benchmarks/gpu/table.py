@@ -95,7 +95,7 @@ def page(known: dict) -> str:
     parts += table(of("chain", "restart", "attention", "solve"), REST_COLUMNS)
     parts += ["", "## Several products, and steps of one's own", "", MANY]
     parts += table(of("iteration", *PRODUCTS), REST_COLUMNS)
-    parts += ["", *shares(known)]
+    parts += ["", *text.shares(known, ("iteration", *PRODUCTS), PRODUCTS)]
     return "\n".join(parts) + "\n"
 
 
@@ -210,20 +210,4 @@ def checks(known: dict) -> list[str]:
         gradient = text.partner(known, step, "gradient")
         if gradient:
             lines.append(f"* {step['topology']}, {step['size']}: {text.gathers(step, gradient)}")
-    return lines
-
-
-def shares(known: dict) -> list[str]:
-    """What programs of several products gather for one of them, in what the gradient gathers."""
-    lines = []
-    for r in known.values():
-        gradient = text.partner(known, r, "gradient") if r["program"] in ("iteration", *PRODUCTS) else None
-        if gradient is None or "failed" in r:
-            continue
-        (_, total, largest), (_, own, own_largest) = (x["collectives"]["all-gather"] for x in (r, gradient))
-        products = PRODUCTS.get(r["program"], 1)
-        lines.append(
-            f"* {r['topology']}, {r['program']}: {total / own / products:.2f} times the all-gather bytes of "
-            f"the gradient for a product, and {largest / own_largest:.2f} times its largest gather."
-        )
     return lines

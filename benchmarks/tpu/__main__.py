@@ -9,9 +9,8 @@ from jax.sharding import AxisType, Mesh
 
 from benchmarks.aot import model, programs, run
 from benchmarks.aot.programs import Case
-from benchmarks.tpu.table import table
+from benchmarks.tpu.table import DEFAULT_TRACE, table
 
-TRACE = ("trace, sweep", "trace, row", "trace, direction", "trace, samples")
 CASES = [
     *(Case("orthogonalize", t, "1e9") for t in ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:2x2x4", "v5p:4x4x8")),
     *(Case("orthogonalize", "v5e:4x4", n, "spread") for n in ("3e5", "5e6")),
@@ -24,7 +23,7 @@ CASES = [
     *(Case("step", t, "small", precision="default") for t in ("v5e:4x4", "v5e:8x8", "v5e:16x16")),
     *(Case("product", t, "small", precision="default") for t in ("v5e:8x8", "v5e:16x16")),
     *(Case(p, t, "1e9") for t in ("v5e:8x8", "v5p:2x2x4") for p in ("step", "gradient", "product")),
-    *(Case(p, "v5e:4x4", "small", precision="default") for p in TRACE),
+    *(Case(p, "v5e:4x4", "small", precision="default") for p in DEFAULT_TRACE),
     *(Case(p, "v5e:4x4", "small", precision="default") for p in ("solve", *programs.PRODUCTS)),
     Case("step", "v5e:8x8", "1e9", precision="default"),
     Case("step", "v5e:16x16", "1e9"),

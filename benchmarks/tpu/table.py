@@ -2,11 +2,12 @@
 
 from benchmarks.aot import text
 from benchmarks.aot.model import SIZES
-from benchmarks.aot.programs import REPEATS
+from benchmarks.aot.programs import PRODUCTS, REPEATS
 from benchmarks.tpu.chips import CHIPS
 
 LIBTPU = "0.0.42"
 """Of which the rows are that do not say otherwise: jax 0.10.2 installs it."""
+DEFAULT_TRACE = ("trace, sweep", "trace, row", "trace, direction", "trace, samples")
 REPEATED = {"products": "product in a loop", "linearized": "linearised product in a loop"}
 
 INTRODUCTION = """\
@@ -60,11 +61,15 @@ def table(known: dict) -> str:
     parts += programs([r for r in rows if r["size"] == "1e9" and r["program"] != "orthogonalize"])
     parts += extrapolated(known)
     parts += ["", *checks(known), "", "## The default trace", "", TRACE]
-    parts += several([r for r in rows if r["program"].startswith("trace, ")])
+    parts += several([r for r in rows if r["program"] in DEFAULT_TRACE])
+    parts += ["", "## Several products", "", MANY]
+    parts += several([r for r in rows if r["program"] in ("solve", *PRODUCTS)])
+    parts += ["", *text.shares(known, ("solve", *PRODUCTS), PRODUCTS)]
     parts += ["", "## Any size: one step without a basis", "", BARE]
     parts += bare([r for r in rows if r["program"] == "bare step"])
     parts += ["", "## Ways to write the product", "", FORMS]
-    parts += programs([r for r in rows if r["size"] == "small" and not r["program"].startswith("trace, ")])
+    others = ("solve", *PRODUCTS, *DEFAULT_TRACE)
+    parts += programs([r for r in rows if r["size"] == "small" and r["program"] not in others])
     return "\n".join(parts) + "\n"
 
 
@@ -102,12 +107,17 @@ TRACE = """\
 basis of 104 rows. The host looks at every product, and a step is the programs below beside the product:
 `sweep`, one pass over the rows, is run for a direction and for its product, `row` takes the direction in,
 `direction` keeps what the product opens. `samples` are eight of what is outside of a basis of 100 vectors.
-None gathers a vector, and none holds a second basis. The sketches of the other methods, signs, `funm` and
-`solve` were not compiled for TPUs.
+None gathers a vector, and none holds a second basis.
 
 Before, a random vector was drawn whole on one device, and what programs returned was whole on every device
 where nothing said how it lies: images of samples, and the stacks of XTrace and Hutch++, four vectors for each
 probe. That shows on CPU devices, too, where a test now asks that all lie as the parameters do.
+"""
+MANY = """\
+Those of [the page on GPUs](gpu.md), for the same transformer on sixteen chips: `solve` one product of a
+linear system in any of its modes, `trace, signs` eight probes of Hutchinson's trace, `trace, sketch` the
+sixteen products of XTrace with eight probes, `diagonal, signs` a batch of four of the diagonal, and `funm,
+vectors` and `solve, sides` a step of sixteen vectors. Four products are made side by side.
 """
 BARE = """\
 The step of `basis="none"`, of two transformers written as above, at full depth: a loop is compiled once, so
