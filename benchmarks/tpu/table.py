@@ -46,10 +46,10 @@ others are of before a sweep subtracted five segments, and a second pass left ou
 By both, orthogonalisation of 1e9 parameters came down from 1.060 to 1.048 of the floor on v5p 2x2x4, by the
 first alone to 1.051 on v5e 8x8. Six or seven segments at once were 1.28 and more: there segments are copied.
 
-Within a caller's jit, where nobody knows how arrays are split, nothing is said of the order. Of `lanczos` with
-24 steps on v5e 4x4, with leaves of one, two or three axes, temporaries were 1.25 to 1.34 times the basis, which
-is one of them: too little for a second one. That no segment is copied was read for leaves of one axis only.
-100 steps were not compiled.
+Within a caller's jit, where nobody knows how arrays are split, nothing is said of the order. Of `lanczos`
+with 24 steps on v5e 4x4, with leaves of one, two or three axes, temporaries were 1.25 to 1.34 times the
+basis, which is one of them: too little for a second one. That no segment is copied was read for leaves of
+one axis only. 100 steps were not compiled.
 """
 
 
@@ -120,9 +120,10 @@ linear system in any of its modes, `trace, signs` eight probes of Hutchinson's t
 sixteen products of XTrace with eight probes, `diagonal, signs` a batch of four of the diagonal, and `funm,
 vectors` and `solve, sides` a step of sixteen vectors. Four products are made side by side.
 
-That gathers the parameters once for four, 1.25 in the place of 2.00 gradients' gathers for a product. But what
-one sequence keeps between layers lies in VMEM, and what four vectors keep does not: a product moves 0.3 GB of
-HBM then, alone 0.04 GB. On a v5e the one saves about as much time as the other costs, by the data sheet.
+That gathers the parameters once for four, 1.25 in the place of 2.00 gradients' gathers for a product. But
+what one sequence keeps between layers lies in VMEM, and what four vectors keep does not: a product moves
+0.3 GB of HBM then, alone 0.04 GB. On a v5e the one saves about as much time as the other costs, by the data
+sheet.
 """
 BARE = """\
 The step of `basis="none"`, of two transformers written as above, at full depth: a loop is compiled once, so
