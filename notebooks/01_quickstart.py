@@ -48,10 +48,10 @@ print(jax.tree.map(jnp.shape, product))
 # Before a run: how much memory and how many products?
 
 # %%
-print(spectra.plan(op, num_steps=80, num_probes=8))
+print(spectra.plan(op, num_steps=80, num_probes=4))
 
 # %%
-report = spectra.spectrum(op, key=jax.random.key(1), num_steps=80, num_probes=8, name="the digits network")
+report = spectra.spectrum(op, key=jax.random.key(1), num_steps=80, num_probes=4, name="the digits network")
 report
 
 # %%

@@ -59,7 +59,7 @@ assert right > 0.95
 # %%
 model = spectra.from_torch(module, (images[:4],))
 loss_fn = spectra.bridge.make_loss(model, "cross_entropy")
-images, labels = images[:600], labels[:600]  # enough for the curvature here
+images, labels = images[:300], labels[:300]  # enough for the curvature here
 data = (jnp.asarray(images.numpy()), jnp.asarray(labels.numpy()))
 print({name: value.shape for name, value in model.params.items()})
 
@@ -124,13 +124,13 @@ assert all(q.range[1] <= whole * (1 + 1e-4) for q in layers.values())
 
 # %%
 dataset = torch.utils.data.TensorDataset(images, labels)
-loader = torch.utils.data.DataLoader(dataset, batch_size=250)  # 250, 250, 100
+loader = torch.utils.data.DataLoader(dataset, batch_size=125)  # 125, 125, 50
 streamed = spectra.HessianOperator(loss_fn, model.params, loader)
 pairs = spectra.eigsh(streamed, 3, which="LA", key=jax.random.key(2), tol=1e-4)
 print("largest eigenvalues from the loader:", np.round(pairs.values[::-1], 4))
 assert abs(pairs.values[-1] / whole - 1) < 1e-4
 
-shuffled = torch.utils.data.DataLoader(dataset, batch_size=250, shuffle=True)
+shuffled = torch.utils.data.DataLoader(dataset, batch_size=125, shuffle=True)
 try:
     spectra.HessianOperator(loss_fn, model.params, shuffled)
     raise AssertionError("a shuffling loader must be refused")

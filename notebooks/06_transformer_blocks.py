@@ -98,12 +98,15 @@ for name, params in START.items():
 
 
 # %%
-def train(name, optimizer, steps=250, size=32):
-    """Parameters, optimizer state, and the loss of every step."""
+def train(name, make, rates, steps=250, size=32):
+    """Parameters, optimizer state, and the loss of every step, for each rate: one program for all."""
     data = DATA[name]
 
     @jax.jit
-    def run(params, state, key):
+    @jax.vmap
+    def run(rate):
+        optimizer = make(rate)
+
         def step(carry, key):
             params, state = carry
             index = jax.random.randint(key, (size,), 0, len(data[0]))
@@ -111,10 +114,11 @@ def train(name, optimizer, steps=250, size=32):
             updates, state = optimizer.update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), loss
 
-        return jax.lax.scan(step, (params, state), jax.random.split(key, steps))
+        start = START[name], optimizer.init(START[name])
+        return jax.lax.scan(step, start, jax.random.split(jax.random.key(1), steps))
 
-    (params, state), losses = run(START[name], optimizer.init(START[name]), jax.random.key(1))
-    return params, state, np.asarray(losses)
+    found = run(jnp.asarray(rates))
+    return [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(rates))]
 
 
 RATES = {"gradient descent": (0.1, 0.3), "Adam": (3e-3, 1e-2)}
@@ -122,9 +126,10 @@ MAKE = {"gradient descent": lambda rate: optax.sgd(rate, momentum=0.9), "Adam": 
 best = {}
 for name in MODULES:
     for kind, rates in RATES.items():
-        runs = [(rate, *train(name, MAKE[kind](rate))) for rate in rates]
-        final = [np.mean(losses[-30:]) for *_, losses in runs]
-        best[name, kind] = runs[int(np.nanargmin(final))]
+        runs = train(name, MAKE[kind], rates)
+        final = [np.mean(losses[-30:]) for _, losses in runs]
+        first = int(np.nanargmin(final))
+        best[name, kind] = rates[first], *runs[first][0], runs[first][1]
         print(
             f"{name}, {kind}:",
             ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in zip(rates, final, strict=True)),
@@ -150,7 +155,7 @@ def is_weight(path):
     return path.endswith(("kernel", "embedding"))
 
 
-BATCH = {name: jax.tree.map(lambda x: x[:64], data) for name, data in DATA.items()}
+BATCH = {name: jax.tree.map(lambda x: x[:32], data) for name, data in DATA.items()}
 quadratures = {}
 for name in MODULES:
     op = spectra.HessianOperator(LOSSES[name], START[name], BATCH[name]).block(is_weight)

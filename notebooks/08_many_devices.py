@@ -10,7 +10,8 @@ import os
 import shutil
 import signal
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"  # before JAX is imported
+# Before JAX is imported.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 
 import tempfile
 from pathlib import Path

@@ -160,13 +160,13 @@ def test_degenerate_operators_give_no_nan(name, method, dtype):
     a = planted(eigenvalues)
     op = spectra.MatrixOperator(jnp.asarray(a, dtype))
     got = spectra.diagonal(op, key=KEY, method=method, num_matvecs=BUDGET)
-    traced = mapped(op, KEYS, method)
+    traced = mapped(op, KEYS[:8], method)
     eps, size = float(jnp.finfo(dtype).eps), np.abs(eigenvalues).max()
-    for value, stderr in ((got.value, got.stderr), (traced.value[0], traced.stderr[0])):
-        error = np.abs(np.asarray(value, np.float64) - np.diag(a))
-        assert np.isfinite(stderr).all()
-        # Six standard errors of t with 15 degrees of freedom, 48 entries: 1e-3; and n roundings of |H|.
-        assert (error <= 6 * np.asarray(stderr) + 2 * 48 * eps * size).all()
+    for found in (got, traced):
+        error = np.abs(np.asarray(found.value, np.float64) - np.diag(a))
+        assert np.isfinite(found.stderr).all()
+        # Six standard errors of t with 15 degrees of freedom, 48 entries, 9 keys: 1e-2; n roundings of |H|.
+        assert (error <= 6 * np.asarray(found.stderr) + 2 * 48 * eps * size).all()
     if name in ("zero", "rank deficient", "two scales"):
         assert np.abs(np.asarray(got.value) - np.diag(a)).max() <= 2 * 48 * eps * size
     assert traced.status is spectra.Status.TRACED

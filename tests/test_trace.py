@@ -198,15 +198,15 @@ def test_degenerate_operators_are_exact(method, name, dtype):
     truth, size = eigenvalues.sum(), np.abs(eigenvalues).max()
     op = spectra.MatrixOperator(jnp.asarray(planted(eigenvalues), dtype))
     eager = spectra.trace(op, key=KEY, method=method, num_matvecs=BUDGET)
-    traced = mapped(op, KEYS, method, BUDGET)
+    traced = mapped(op, KEYS[:8], method, BUDGET)
     # n roundings of |H|, and as many for the dense matrix itself. The smallest eigenvalue of the Gram
     # matrix of m = 24 normal probes, (sqrt(n) - sqrt(m))², amplifies what rounding does to the core.
     tol = 2 * N * float(jnp.finfo(dtype).eps) * size
     if method == "xnystrace":
         tol *= N / (N**0.5 - BUDGET**0.5) ** 2
-    for value, stderr in ((eager.value, eager.stderr), (traced.value[0], traced.stderr[0])):
-        assert abs(float(value) - truth) <= tol
-        assert 0 <= float(stderr) <= tol
+    for found in (eager, traced):
+        assert (np.abs(np.asarray(found.value, float) - truth) <= tol).all()
+        assert ((np.asarray(found.stderr) >= 0) & (np.asarray(found.stderr) <= tol)).all()
     assert traced.status is spectra.Status.TRACED
 
 
