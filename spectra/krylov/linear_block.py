@@ -19,6 +19,7 @@ from jax import lax
 
 from spectra.base import arrays, stacks, trees
 from spectra.base.trees import PyTree
+from spectra.krylov.linear_kept import Kept, conjugate, nothing_kept, stored
 from spectra.krylov.linear_short import PATIENCE, PROGRESS, begin_cg, begin_minres
 from spectra.krylov.linear_state import (
     Mode,
@@ -61,10 +62,12 @@ class Block:
     idle: jax.Array  # steps since
     steps: jax.Array  # of this cycle
     products: jax.Array  # of each right-hand side
+    inverse: jax.Array  # (SᵀAS)⁻¹ of the last step
+    kept: Kept
 
 
-def begin_block(problem: Problem) -> Block:
-    """The block before the first product, from x = 0."""
+def begin_block(problem: Problem, kept: int = 0) -> Block:
+    """The block before the first product, from x = 0, with room for the directions of so many steps."""
     norms = jax.vmap(trees.norm)(problem.b)
     zero, no = jnp.zeros((), norms.dtype), jnp.zeros((), bool)
     count = jnp.zeros((), jnp.int32)
@@ -73,8 +76,9 @@ def begin_block(problem: Problem) -> Block:
     flags: dict[str, jax.Array] = dict.fromkeys(("checking", "checked", "spent", "indefinite"), no)
     flags["done"] = jnp.all(norms <= problem.target)
     vectors = {"x": zeros, "q": zeros, "go": zeros, "c": square}
-    numbers = {"unit_a": zero + 1, "norm_a": zero, "norm_r": norms, "best": zero}
-    block = Block(**flags, **vectors, **numbers, idle=count, steps=count, products=count)
+    numbers = {"unit_a": zero + 1, "norm_a": zero, "norm_r": norms, "best": zero, "inverse": square}
+    counts = dict.fromkeys(("idle", "steps", "products"), count)
+    block = Block(**flags, **vectors, **numbers, **counts, kept=nothing_kept(problem, kept))
     return _cycle(problem, block, *_directions(problem, problem.b))
 
 
@@ -105,6 +109,8 @@ def _relative(problem: Problem, norms: jax.Array) -> jax.Array:
 
 def absorb_block(problem: Problem, block: Block, products: PyTree) -> Block:
     """The block after the products of A with `block.go`."""
+    kept, directions, steps = block.kept, block.go, block.steps
+    stepping, block = ~block.done & ~block.checking, dataclasses.replace(block, kept=())
     first = block.products == 0
     unit = jnp.where(first, trees.power_of_two(trees.largest(products)), block.unit_a)
     w = trees.scale(1 / unit, products)
@@ -123,7 +129,11 @@ def absorb_block(problem: Problem, block: Block, products: PyTree) -> Block:
     after = choose(finite, after, dataclasses.replace(block, done=jnp.ones((), bool)))
     spent = ~after.done & ~after.checking & (after.products >= jnp.min(problem.limit) - 1)
     after = _to_check(after, spent)
-    return choose(block.done, block, dataclasses.replace(after, spent=after.spent | spent))
+    after = choose(block.done, block, dataclasses.replace(after, spent=after.spent | spent))
+    # Outside of the branches, which would copy what is kept.
+    kept = stored(kept, directions, stacks.combine(after.inverse, w), steps, stepping & finite)
+    before = jnp.where(after.done | after.checking, 0, after.steps)
+    return dataclasses.replace(after, go=conjugate(kept, after.go, before), kept=kept)
 
 
 def _to_check(block: Block, when: jax.Array) -> Block:
@@ -175,6 +185,7 @@ def _step(problem: Problem, block: Block, w: PyTree, sizes: jax.Array) -> _Step:
             best=jnp.where(better, now, block.best),
             idle=jnp.where(better, 0, block.idle + 1),
             steps=block.steps + 1,
+            inverse=inverse,
         )
         idle = after.idle > jnp.maximum(PATIENCE, after.steps // 4)
         after = _to_check(after, jnp.all(norms <= problem.target) | idle)

@@ -16,6 +16,7 @@ from jax import lax
 from spectra.base import stacks, trees
 from spectra.base.trees import PyTree
 from spectra.krylov.linear_block import WIDEST, Block, absorb_block, begin_block, hand_over
+from spectra.krylov.linear_kept import room
 from spectra.krylov.linear_state import (
     SHORT_VECTORS,
     Mode,
@@ -67,9 +68,9 @@ begin = jax.jit(prepared, static_argnames=("method",))
 
 
 def blocks(problem: Problem, method: str) -> list[tuple[int, int]]:
-    """The right-hand sides, from start to stop, that begin as one block: none for one alone, or MINRES."""
+    """The right-hand sides, from start to stop, that begin as one block; with MINRES there is none."""
     count = stacks.length(problem.b)
-    if count == 1 or method == "minres":
+    if method == "minres":
         return []
     parts = -(-count // WIDEST)
     return list(itertools.pairwise(count * i // parts for i in range(parts + 1)))
@@ -82,15 +83,19 @@ def part_of(problem: Problem, start: int, stop: int) -> Problem:
 
 
 def whole_run(op: LinearOperator, problem: Problem, state: State, method: str, limit: int) -> State:
-    """The run as one program: blocks first, where there are several right-hand sides."""
-    parts = [part_of(problem, *ends) for ends in blocks(problem, method)]
+    """The run as one program: blocks first, where there are several right-hand sides.
+
+    One alone, of which a caller's vmap may make any number, keeps no directions here.
+    """
+    several = stacks.length(problem.b) > 1
+    parts = [part_of(problem, *ends) for ends in blocks(problem, method)] if several else []
     found = [_handed_over(op, part, limit) for part in parts]
     return loop(op, problem, stacks.concatenate(found) if found else state, limit)
 
 
 def _handed_over(op: LinearOperator, problem: Problem, limit: int) -> State:
     """What a block from its first product to its last hands over."""
-    block = begin_block(problem)
+    block = begin_block(problem, room(op, stacks.length(problem.b)))
     return hand_over(problem, block_loop(op, problem, block, limit, choose_together(op, len(block.c))))
 
 
@@ -108,7 +113,7 @@ def block_loop(
     return lax.while_loop(going, step, block)
 
 
-_begin_block = jax.jit(begin_block)
+_begin_block = jax.jit(begin_block, static_argnames=("kept",))
 _block_chunk = jax.jit(block_loop, static_argnames=("together",), donate_argnames=("block",))
 _absorb_block = jax.jit(absorb_block)
 _hand_over = jax.jit(hand_over)
@@ -152,8 +157,10 @@ def drive(
     watched. The program and its numbers are the same for a chunk of any length."""
     found: list[State] = []
     for ends in blocks(problem, method):
-        part = part_of(problem, *ends)
-        block = _whole_block(op, part, _begin_block(part), journal)
+        part, kept = part_of(problem, *ends), room(op, ends[1] - ends[0])
+        if journal is not None:  # as before, since the free memory may have changed
+            kept = int(journal.keep(lambda kept=kept: jnp.int32(kept), 0))
+        block = _whole_block(op, part, _begin_block(part, kept), journal)
         found.append(_hand_over(part, block))
     state = stacks.concatenate(found) if found else state
     if journal is not None:
@@ -175,7 +182,8 @@ def _whole_block(op: LinearOperator, problem: Problem, block: Block, journal: Jo
             journal.bar.note(f"residual {float(_block_excess(problem, block)):.1e} times the accepted one")
             return block, None
 
-        form = dataclasses.replace(jax.tree.map(lambda _: 0.0, block), x=op.like, q=op.like, go=op.like)
+        vectors = {"x": op.like, "q": op.like, "go": op.like, "kept": (op.like, op.like)}
+        form = dataclasses.replace(jax.tree.map(lambda _: 0.0, block), **vectors)
         return _folded(journal, step, block, problem, 0, form, len(block.c), lambda block: bool(block.done))
     stop = 0
     while not bool(block.done):

@@ -61,13 +61,17 @@ def solve(
     precision; for a loss it is measured, by products at parameters that are moved by one rounding each. If CG
     has found x and a bound is known, `quadratic_form` brackets bᵀA⁻¹b: bᵀx ± (|x| |r| + |r|² / min |λ|).
 
+    **Rounding** makes textbook CG find the largest eigenvalues again and again. So the directions of the
+    first steps are kept, and later ones made conjugate to them. At a damping of 1e-3 λ₁ that takes about half
+    the products in float32 (docs/solving.md). Inside jit it is not done for a single right-hand side.
+
     **Several right-hand sides**, as columns of an (n, k) array or with a leading axis, are solved in blocks
     of up to 64, their products in one batch. Conjugate gradients use the directions of the whole block for
     each of them (block CG), which takes fewer products than as many separate calls; docs/solving.md has
     figures. If a block meets curvature that is not positive, or makes no more progress, each right-hand side
     continues by itself.
 
-    **Derivatives.** Inside jit, vmap and grad the same iteration runs. jax.grad differentiates x by the
+    **Derivatives.** Inside jit, vmap and grad the same methods run. jax.grad differentiates x by the
     implicit function theorem, dx = A⁻¹ (db - dA x), at the cost of one more solve: with respect to b, the
     shift, and the operator's parameters and data.
 
@@ -113,8 +117,9 @@ def solve(
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: one product per step, and those that measure rounding, which are not counted: five more for each
-        right-hand side for a loss, three for other operators. Memory: ten vectors, four with method="cg",
-        plus those of a preconditioner.
+        right-hand side for a loss, three for other operators. Memory: ten vectors, those of a preconditioner,
+        and those that are kept: 64 for one right-hand side, 128 for up to 32 together, 4 for each of more;
+        fewer where that is more than a quarter of the free memory.
 
     Fails if A is singular but b lies in its range: x is one of many solutions, and `error_bound` is infinite.
 
