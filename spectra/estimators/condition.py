@@ -14,6 +14,7 @@ from spectra.density.slq import slq
 from spectra.estimators.exact import relative_change
 from spectra.krylov.dense import matrix_error
 from spectra.krylov.plan import estimate, place_basis
+from spectra.krylov.wanted import change_of_matrix
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.christoffel import Openness
 from spectra.quadrature.christoffel import shift as shift_of
@@ -158,7 +159,7 @@ def _dense(op: LinearOperator, shift: float, rank_tol: float | None) -> Conditio
     values = np.linalg.eigvalsh(np.asarray(op.as_matrix(), np.float64))
     n = len(values)
     # Products resolve eigenvalues relative to |H|, whatever is added to them later.
-    floor = matrix_error(op, values) + relative_change(op) * float(np.abs(values).max())
+    floor = matrix_error(op, values)
     sizes = np.sort(np.abs(values + shift))
     largest = float(sizes[-1])
     cut = max((rank_tol or 0.0) * largest, floor)
@@ -211,8 +212,7 @@ class _Found:
         return max(self.top.lower / self.bottom.upper, 1.0), upper
 
 
-def _look(runs: list[Quadrature], rank_tol: float | None) -> _Found:
-    moved = max(map(shift_of, runs))
+def _look(runs: list[Quadrature], rank_tol: float | None, moved: float) -> _Found:
     theta, residuals = extremes.ritz_pairs(runs)
     low, high = float(theta.min()), float(theta.max())
     top = max(-low, high)
@@ -236,7 +236,7 @@ def _look(runs: list[Quadrature], rank_tol: float | None) -> _Found:
     lowest = room.nearest(cut, bound) if np.isfinite(bound) and bound > cut else cut
     best = int(np.argmin(np.abs(np.abs(theta) - size))) if np.isfinite(size) else 0
     return _Found(
-        top=Interval(top - moved, top, max(top + moved, -least, most)),
+        top=Interval(max(top - moved, 0.0), top, max(top + moved, -least, most)),
         bottom=Interval(min(lowest, bound), min(max(size, lowest), bound), bound),
         smallest=max(smallest, cut),
         cut=cut,
@@ -269,13 +269,15 @@ def _krylov(
         return dataclasses.replace(q, rounding=rounding * ratio)
 
     runs = [run(key, min(num_steps, n), num_probes)]
-    found = _look(runs, rank_tol)
+    # Where all products vanish, what rounding changes is no share of them.
+    least = 0.0 if any(x != shift for x in runs[0].range) else change_of_matrix(op)
+    found = _look(runs, rank_tol, max(least, *map(shift_of, runs)))
     steps = _second_run(shifted, runs[0], found)
     if steps:
         # Probe i comes from fold_in(key, i): this key is none of those.
         again = jax.random.fold_in(key, 2**31 - 1)
         runs.append(run(again, steps, 2))
-        found = _look(runs, rank_tol)
+        found = _look(runs, rank_tol, max(least, *map(shift_of, runs)))
     status = next((q.status for q in runs if q.status is Status.NOISY), Status.COMPLETE)
     return _result(
         largest=found.top,
@@ -284,7 +286,7 @@ def _krylov(
         singular=found.singular,
         at_least=max(found.top.lower / found.smallest, 1.0) if found.smallest else np.inf,
         nullity=Interval(0.0, 0.0, 0.0) if found.regular else _null_dimension(runs[0], found, n),
-        floor=max(map(shift_of, runs)),
+        floor=max(least, *map(shift_of, runs)),
         cut=found.cut,
         value_within=VALUE,
         shift=shift,

@@ -114,13 +114,32 @@ def change_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> float:
 
     That is Student's t with the root mean square of `SAMPLES` of them. `op` is not prepared, and has `moved`.
     """
+    return _limit([_change(op, i, v, image) for i in range(SAMPLES)])
+
+
+def change_of_matrix(op: LinearOperator) -> float:
+    """The same of |H' - H|, the Frobenius norm: the root mean square of sqrt(n) |(H' - H) v|, |v| = 1.
+
+    0 where the operator does not say what it depends on, as a matrix does not.
+    """
+    if op.moved(jax.random.key(KEY)) is None:
+        return 0.0
+    here, changes, where = op.prepare(), list[float](), meshes.places(op.like)
+    for i in range(SAMPLES):
+        v = draws.sphere_sample(jax.random.key(KEY + i), op.structure, where)
+        changes.append(_change(op, i, v, multiply(here, v)))
+    return float(np.sqrt(op.size)) * _limit(changes)
+
+
+def _change(op: LinearOperator, i: int, v: PyTree, image: PyTree) -> float:
+    other = op.moved(jax.random.fold_in(jax.random.key(KEY), i))
+    assert other is not None
+    return float(_distance(multiply(other.prepare(), v), image))
+
+
+def _limit(changes: list[float]) -> float:
     from scipy.special import stdtrit
 
-    changes: list[float] = []
-    for i in range(SAMPLES):
-        other = op.moved(jax.random.fold_in(jax.random.key(KEY), i))
-        assert other is not None
-        changes.append(float(_distance(multiply(other.prepare(), v), image)))
     return float(stdtrit(SAMPLES, 0.975) * np.sqrt(np.mean(np.square(changes))))
 
 

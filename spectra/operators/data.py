@@ -38,6 +38,7 @@ from spectra.operators.batches import Shared, batch_size, rows, shared_leaves
 from spectra.operators.differentiate import resolve_mode
 from spectra.operators.jaxprs import Rounding, coarsest_rounding, rematerialises, scanned_inputs
 from spectra.operators.means import require_mean
+from spectra.operators.stochastic import StochasticOperator, change_by_rounding
 from spectra.operators.streams import Stream
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+SEEN = 1e-3
+"""Share of a product that rounding changes, from which on it is named as the reason for asymmetry."""
 LINEARIZE_SHARE = 0.25
 """Share of the free memory that linearize="auto" spends on saved values; the basis needs the rest."""
 _LOW_PRECISION = {"bfloat16": 2.0**-8, "tensorfloat32": 2.0**-11, "high": 2.0**-11, "default": 2.0**-8}
@@ -203,12 +206,20 @@ class DataOperator(LinearOperator):
         return self.matmul_precision if coarse else super().computes_in
 
     def explain_asymmetry(self) -> str:
-        """Blame the loss's own precision where that is low."""
-        if self.rounding is None:
+        """Blame the loss's own precision where that is low, or what rounding is seen to do to a product."""
+        if self.rounding is not None:
+            return (
+                f"Here {self.rounding}. Its derivatives carry that rounding through every layer: have the "
+                "model compute in float32 for the analysis, such as by dtype=jnp.float32 of its layers or "
+                "its policy."
+            )
+        share = change_by_rounding(self)
+        if share < SEEN:
             return super().explain_asymmetry()
         return (
-            f"Here {self.rounding}. Its derivatives carry that rounding through every layer: have the model "
-            "compute in float32 for the analysis, such as by dtype=jnp.float32 of its layers or its policy."
+            f"Rounding alone changes a product by {share:.1g} of its length: the loss subtracts what is "
+            "nearly equal, as a classifier does that is sure of every example. Compute in float64: "
+            "parameters and data in float64 under jax.enable_x64(True)."
         )
 
     def _stacks(self) -> dict[int, str]:
@@ -319,10 +330,11 @@ class DataOperator(LinearOperator):
         saved: dict[int, Any] = {id(var): var.aval for var in jaxpr.outvars[1:] if id(var) not in own}
         return sum(aval.size * aval.dtype.itemsize for aval in saved.values())
 
-    def moved(self, key: jax.Array) -> Self:
+    def moved(self, key: jax.Array) -> LinearOperator:
         """The operator at parameters times 1 ± eps of what the loss computes in, with random signs."""
         coarse = self.rounding.eps if self.rounding else 0.0
-        return self._with(params=moved_parameters(self.params, key, coarse))
+        other = self._with(params=moved_parameters(self.params, key, coarse))
+        return StochasticOperator(other, jax.random.bits(key, (), "uint32"))
 
     @property
     def linearized(self) -> bool:

@@ -1,8 +1,7 @@
 """The same loss over other data and other random numbers: what shows whether it is a mean over examples."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -12,7 +11,8 @@ from jax import lax
 from spectra.base.errors import DataError
 from spectra.base.trees import PyTree
 from spectra.operators.batches import batch_size, owned_leaves, replace_owned
-from spectra.operators.jaxprs import drawn_shapes, draws, inner_jaxprs, scan_parts
+from spectra.operators.evaluate import bind, can_enter, evaluate
+from spectra.operators.jaxprs import drawn_shapes, draws, inner_jaxprs
 
 if TYPE_CHECKING:
     from spectra.operators.data import DataOperator
@@ -31,7 +31,7 @@ def _can_redraw(jaxpr: Any) -> bool:
         eqn.primitive.name in KEYED
         if draws(eqn)
         else not _draws_inside(eqn)
-        or (_is_entered(eqn) and all(_can_redraw(inner) for inner in inner_jaxprs(eqn)))
+        or (can_enter(eqn) and all(_can_redraw(inner) for inner in inner_jaxprs(eqn)))
         for eqn in jaxpr.eqns
     )
 
@@ -40,83 +40,20 @@ def _draws_inside(eqn: Any) -> bool:
     return any(drawn_shapes(inner) for inner in inner_jaxprs(eqn))
 
 
-def _is_entered(eqn: Any) -> bool:
-    inner = inner_jaxprs(eqn)
-    return eqn.primitive.name in ("scan", "while", "cond") or (
-        len(inner) == 1 and len(inner[0].invars) == len(eqn.invars) and eqn.primitive.name != "shard_map"
-    )
-
-
 def redrawn(jaxpr: Any, salt: jax.Array, *leaves: Any) -> list[jax.Array]:
     """The results of a closed jaxpr at `leaves` with the numbers that belong to `salt`."""
-    return _evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, salt)
 
-
-def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], salt: jax.Array) -> list[Any]:
-    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-    def read(var: Any) -> Any:
-        return var.val if hasattr(var, "val") else values[var]  # a literal
-
-    for eqn in jaxpr.eqns:
-        inputs: list[Any] = [read(var) for var in eqn.invars]
+    def rule(eqn: Any, inputs: list[Any]) -> list[Any]:
         if draws(eqn):
             inputs[0] = _salted(inputs[0], salt)
-        if _draws_inside(eqn):
-            found = _enter(eqn, inputs, salt)
-        else:
-            found = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-        values.update(zip(eqn.outvars, found if eqn.primitive.multiple_results else [found], strict=True))
-    return [read(var) for var in jaxpr.outvars]
+        return bind(eqn, inputs)
+
+    return evaluate(jaxpr, leaves, rule, _draws_inside)
 
 
 def _salted(key: jax.Array, salt: jax.Array) -> jax.Array:
     data, impl = jax.random.key_data(key), jax.random.key_impl(key)
     return jax.random.wrap_key_data(data + salt, impl=impl)  # pyright: ignore[reportUnknownVariableType]
-
-
-def _closed(jaxpr: Any, args: Sequence[Any], salt: jax.Array) -> list[Any]:
-    """A closed jaxpr, or one without constants."""
-    return _evaluate(getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()), args, salt)
-
-
-def _branch(jaxpr: Any, salt: jax.Array, *args: Any) -> list[Any]:
-    return _closed(jaxpr, args, salt)
-
-
-def _enter(eqn: Any, inputs: list[Any], salt: jax.Array) -> list[Any]:
-    params = eqn.params
-    if eqn.primitive.name == "scan":
-        return _scan(eqn, inputs, salt)
-    if eqn.primitive.name == "while":
-        return _while(params, inputs, salt)
-    if eqn.primitive.name == "cond":
-        branches = [partial(_branch, b, salt) for b in params["branches"]]
-        return lax.switch(inputs[0], branches, *inputs[1:])
-    (inner,) = (x for x in params.values() if hasattr(getattr(x, "jaxpr", x), "eqns"))
-    return _closed(inner, inputs, salt)
-
-
-def _scan(eqn: Any, inputs: list[Any], salt: jax.Array) -> list[Any]:
-    params, (consts, carry) = eqn.params, scan_parts(eqn)
-    fixed, start, rows = inputs[:consts], inputs[consts : consts + carry], inputs[consts + carry :]
-
-    def body(state: Any, row: Any) -> Any:
-        out = _closed(params["jaxpr"], [*fixed, *state, *row], salt)
-        return out[:carry], out[carry:]
-
-    last, stacked = lax.scan(body, start, rows, length=params["length"], reverse=params["reverse"])
-    return [*last, *stacked]
-
-
-def _while(params: dict[str, Any], inputs: list[Any], salt: jax.Array) -> list[Any]:
-    a, b = params["cond_nconsts"], params["body_nconsts"]
-    asked, fixed, start = inputs[:a], inputs[a : a + b], inputs[a + b :]
-    return lax.while_loop(
-        lambda state: _closed(params["cond_jaxpr"], [*asked, *state], salt)[0],
-        lambda state: _closed(params["body_jaxpr"], [*fixed, *state], salt),
-        start,
-    )
 
 
 def salts(count: int) -> jax.Array:

@@ -1,0 +1,82 @@
+"""Evaluate a jaxpr once more, with a rule for its equations, also of those in loops, branches and calls."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from jax import lax
+
+from spectra.operators.jaxprs import inner_jaxprs, scan_parts
+
+Rule = Callable[[Any, list[Any]], list[Any]]
+"""An equation and its operands to its results."""
+Choice = Callable[[Any], bool]
+"""Whether an equation is entered, so that the rule sees what is inside of it."""
+
+
+def evaluate(jaxpr: Any, args: Sequence[Any], rule: Rule, enters: Choice) -> list[Any]:
+    """The results of a jaxpr, closed or without constants."""
+    consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
+    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(var: Any) -> Any:
+        return var.val if hasattr(var, "val") else values[var]  # a literal
+
+    for eqn in jaxpr.eqns:
+        inputs: list[Any] = [read(var) for var in eqn.invars]
+        found = _enter(eqn, inputs, rule, enters) if enters(eqn) else rule(eqn, inputs)
+        values.update(zip(eqn.outvars, found, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def can_enter(eqn: Any) -> bool:
+    """Whether an equation has a program inside of it that `evaluate` knows how to run."""
+    inner = inner_jaxprs(eqn)
+    return eqn.primitive.name in ("scan", "while", "cond") or (
+        len(inner) == 1 and len(inner[0].invars) == len(eqn.invars) and eqn.primitive.name != "shard_map"
+    )
+
+
+def bind(eqn: Any, inputs: list[Any]) -> list[Any]:
+    """The results of an equation as it is."""
+    found = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+    return found if eqn.primitive.multiple_results else [found]
+
+
+def _enter(eqn: Any, inputs: list[Any], rule: Rule, enters: Choice) -> list[Any]:
+    params, name = eqn.params, eqn.primitive.name
+    run = partial(evaluate, rule=rule, enters=enters)
+    if name == "scan":
+        return _scan(eqn, inputs, run)
+    if name == "while":
+        return _while(params, inputs, run)
+    if name == "cond":
+        return lax.switch(inputs[0], [partial(_branch, b, run) for b in params["branches"]], *inputs[1:])
+    (inner,) = (x for x in params.values() if hasattr(getattr(x, "jaxpr", x), "eqns"))
+    return run(inner, inputs)
+
+
+def _branch(jaxpr: Any, run: Any, *args: Any) -> list[Any]:
+    return run(jaxpr, args)
+
+
+def _scan(eqn: Any, inputs: list[Any], run: Any) -> list[Any]:
+    params, (consts, carry) = eqn.params, scan_parts(eqn)
+    fixed, start, rows = inputs[:consts], inputs[consts : consts + carry], inputs[consts + carry :]
+
+    def body(state: Any, row: Any) -> Any:
+        out = run(params["jaxpr"], [*fixed, *state, *row])
+        return out[:carry], out[carry:]
+
+    last, stacked = lax.scan(body, start, rows, length=params["length"], reverse=params["reverse"])
+    return [*last, *stacked]
+
+
+def _while(params: dict[str, Any], inputs: list[Any], run: Any) -> list[Any]:
+    a, b = params["cond_nconsts"], params["body_nconsts"]
+    asked, fixed, start = inputs[:a], inputs[a : a + b], inputs[a + b :]
+    return lax.while_loop(
+        lambda state: run(params["cond_jaxpr"], [*asked, *state])[0],
+        lambda state: run(params["body_jaxpr"], [*fixed, *state]),
+        start,
+    )

@@ -1,0 +1,117 @@
+"""Products in stochastic arithmetic: each number inside of them is rounded up or down at random.
+
+Where a program subtracts what is nearly equal, as the Hessian of a confident classifier does with its
+probabilities, what counts is the rounding of the numbers in between. Parameters that move by one rounding may
+leave these where they are: p = 1 - 7e-6 lies on a grid of 6e-8, and none of its neighbours is seen.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spectra.base import draws, meshes, trees
+from spectra.base.trees import PyTree
+from spectra.operators.accumulate import weighted_sum
+from spectra.operators.arithmetic import Derived
+from spectra.operators.base import LinearOperator, product
+from spectra.operators.evaluate import bind, can_enter, evaluate
+from spectra.operators.pytree import operator
+
+EXACT = frozenset[str]().union(
+    ("abs", "clamp", "max", "min", "neg", "sign", "ceil", "floor", "round", "stop_gradient"),
+    ("broadcast_in_dim", "concatenate", "expand_dims", "pad", "reshape", "rev", "split", "squeeze"),
+    ("dynamic_slice", "dynamic_update_slice", "gather", "scatter", "select_n", "slice", "sort", "top_k"),
+    ("cummax", "cummin", "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min", "transpose"),
+    ("all_gather", "all_to_all", "pbroadcast", "ppermute", "pvary"),
+    ("copy", "device_put", "mesh_cast", "optimization_barrier", "reshard", "sharding_constraint"),
+)
+"""Primitives that move numbers and round none."""
+SUMS = frozenset[str]().union(
+    ("cumsum", "psum", "reduce_sum", "reduce_window_sum", "scatter-add"),
+    ("conv_general_dilated", "dot_general", "ragged_dot_general"),
+)
+"""Primitives that add many numbers: what they round is relative to these, and may be more than their sum."""
+_BITS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+
+
+@operator(leaves=("base", "salt"))
+class StochasticOperator(Derived):
+    """Another operator whose products are rounded at random, as the number `salt` says.
+
+    The difference between two products is what rounding does to one of them (Parker, Monte Carlo arithmetic,
+    1997; Vignes, doi:10.1016/0378-4754(93)90003-D).
+    """
+
+    base: Any  # with `_pieces` if its data are streamed
+    salt: Any
+
+    def mv(self, v: PyTree) -> PyTree:
+        """The product; with a stream, the sum of those with its batches."""
+        if self.on_host:
+            return weighted_sum(lambda piece: product(piece, v), self._pieces())
+        program, shapes = jax.make_jaxpr(product, return_shape=True)(self.base, v)
+        count = itertools.count(1)
+
+        def rule(eqn: Any, inputs: list[Any]) -> list[Any]:
+            own = self.salt + jnp.uint32(next(count) * 0x9E3779B9 % 2**32)  # steps of the golden ratio
+            if eqn.primitive.name in SUMS:
+                inputs[0] = _rounded(inputs[0], own ^ 1)
+            found = bind(eqn, inputs)
+            return [_rounded(x, own) for x in found] if _rounds(eqn) else found
+
+        found = evaluate(program, jax.tree.leaves((self.base, v)), rule, can_enter)
+        return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+    def _pieces(self) -> Iterator[tuple[float, LinearOperator]]:
+        weight: float
+        for weight, piece in self.base._pieces():
+            yield weight, StochasticOperator(piece, self.salt)
+
+
+def _rounds(eqn: Any) -> bool:
+    name, operands = eqn.primitive.name, eqn.invars
+    if name in ("mul", "div"):
+        return not any(_scales(var) for var in operands[name == "div" :])
+    if name != "convert_element_type":
+        return name not in EXACT
+    before, after = operands[0].aval.dtype, eqn.outvars[0].aval.dtype
+    return jnp.issubdtype(before, jnp.floating) and before.itemsize > after.itemsize
+
+
+def _scales(var: Any) -> bool:
+    """Whether an operand is a constant that is a power of two, or zero: multiples of it are exact."""
+    value = getattr(var, "val", np.ones(1))
+    return np.ndim(value) == 0 and abs(float(np.frexp(value)[0])) in (0.0, 0.5)
+
+
+def _rounded(x: Any, salt: jax.Array) -> Any:
+    dtype = getattr(x, "dtype", np.dtype(bool))
+    return _neighbour(x, salt) if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize in _BITS else x
+
+
+@jax.jit
+def _neighbour(x: jax.Array, salt: jax.Array) -> jax.Array:
+    """x or, with one half of the probability, one of the numbers next to it, as its bits and the salt say."""
+    unsigned = _BITS[x.dtype.itemsize]
+    bits = lax.bitcast_convert_type(x, unsigned)
+    mixed = (bits ^ (bits >> 32) if x.dtype.itemsize == 8 else bits).astype(jnp.uint32) + salt
+    for factor in (0x7FEB352D, 0x846CA68B):  # of `draws`, one round less
+        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(factor)
+    up, down = unsigned(1), ~unsigned(0)
+    step = jnp.where(mixed >> 31, jnp.where((mixed >> 30) & 1, up, down), unsigned(0))
+    moved = lax.bitcast_convert_type(bits + step, x.dtype)
+    return jnp.where((x == 0) | ~jnp.isfinite(moved), x, moved)
+
+
+def change_by_rounding(op: LinearOperator) -> float:
+    """|H' v - H v| / |H v| of a random v, with H' rounded at random; 0 where H v = 0."""
+    v = draws.sphere_sample(jax.random.key(0), op.structure, meshes.places(op.like))
+    there = StochasticOperator(op, jnp.uint32(0))
+    image, other = (x.mv(v) if op.on_host else product(x, v) for x in (op, there))
+    size = trees.length(image)
+    return trees.length(jax.tree.map(jnp.subtract, other, image)) / size if size else 0.0

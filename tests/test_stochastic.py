@@ -1,0 +1,135 @@
+"""What rounding inside a loss does to its matrices, where parameters moved by one rounding do not feel it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import spectra
+from spectra.operators.stochastic import StochasticOperator
+
+KEY = jax.random.key(0)
+EPS = float(jnp.finfo(jnp.float32).eps)
+N, D, K = 40, 3, 3
+
+
+def softmax_loss(w, batch):
+    x, labels = batch
+    return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(x @ w), axis=1))
+
+
+def confident(seed, margin):
+    """A linear classifier whose examples all have about this margin, and the eigenvalues of its Hessian.
+
+    That is the mean of x xᵀ ⊗ (diag(p) - p pᵀ), whose diagonal p (1 - p) is the sum over the others of
+    p_a p_b: in float64 nothing is subtracted that is nearly equal.
+    """
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((D, K)).astype(np.float32)
+    x = rng.standard_normal((N, D))
+    logits = np.sort(x @ w, axis=1)
+    x = (x * margin / (logits[:, -1:] - logits[:, -2:-1])).astype(np.float32)
+    logits = x.astype(float) @ w.astype(float)
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    pairs = -p[:, :, None] * p[:, None, :]
+    pairs[:, range(K), range(K)] = 0
+    pairs[:, range(K), range(K)] = -pairs.sum(axis=2)
+    exact = np.einsum("ni,nj,nab->iajb", x, x, pairs, dtype=float).reshape(D * K, D * K) / N
+    op = spectra.HessianOperator(
+        softmax_loss, jnp.asarray(w), (jnp.asarray(x), jnp.asarray(np.eye(K)[p.argmax(1)], jnp.float32))
+    )
+    return op, np.linalg.eigvalsh(exact)
+
+
+@pytest.mark.parametrize("margin", [3.0, 8.0, 11.0, 14.0])
+def test_the_noise_floor_of_a_confident_classifier_holds(margin):
+    """1 - p of 1e-5 has the spacing of numbers at one, 6e-8. The floors held a twentieth of it."""
+    wide = []
+    for seed in range(6):
+        op, exact = confident(seed, margin)
+        found = spectra.condition_number(op, key=KEY)
+        values = np.linalg.eigvalsh(np.asarray(op.as_matrix(), float))
+        error = np.abs(values - exact).max()
+        assert error <= found.noise_floor
+        assert found.largest_interval.lower <= exact[-1] <= found.largest_interval.upper
+        wide.append(found.noise_floor / error)
+        pairs = spectra.eigsh(op, 1, which="LA", key=KEY)
+        away = np.abs(exact - pairs.values[0]).min()
+        assert away <= pairs.residuals[0] + pairs.noise_floor
+    assert np.median(wide) <= 100
+
+
+def saturated_loss(w, x):
+    return jnp.sum(jax.nn.sigmoid(x * w))
+
+
+def test_krylov_says_what_a_loss_that_saturates_cannot_resolve():
+    """1 / (1 + exp(-30)) is 1 in float32: all products are zero, of a Hessian that is not."""
+    op = spectra.HessianOperator(saturated_loss, jnp.full(6, 30.0), jnp.ones(6))
+    found = spectra.condition_number(op, key=KEY, method="krylov")
+    exact = np.exp(-30.0)  # p (1 - p) (1 - 2 p) of p = 1 / (1 + exp(-30)), to a share of 1e-13
+    assert found.largest == 0
+    assert found.largest_interval.lower <= exact <= found.largest_interval.upper
+    assert exact <= found.noise_floor
+
+
+def chained(w, x):
+    """Loops, branches, calls and recomputation."""
+    x = lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=2)[0]
+    x = lax.cond(x[0, 0] > 9.0, jnp.sin, jnp.cos, x)
+    x = jax.checkpoint(lambda y: jax.nn.softplus(y @ w))(x)
+    x = lax.fori_loop(0, 2, lambda _, y: jnp.sin(y), x)
+    return jnp.mean(x**2)
+
+
+def batches():
+    yield from (X[:4], X[4:])
+
+
+X = jnp.asarray(np.random.default_rng(3).standard_normal((8, 4)), jnp.float32)
+W = jnp.asarray(np.random.default_rng(4).standard_normal((4, 4)), jnp.float32)
+
+
+@pytest.mark.parametrize("data", [X, batches], ids=["batch", "stream"])
+def test_products_are_those_of_the_operator_but_for_rounding(data):
+    op = spectra.HessianOperator(chained, W, data, check_data=False)
+    v = jnp.ones((4, 4))
+    product = op @ v
+    others = [StochasticOperator(op, jnp.uint32(salt)) @ v for salt in range(8)]
+    changes = [float(jnp.linalg.norm(other - product) / jnp.linalg.norm(product)) for other in others]
+    # Six layers of sums of four terms, and their second derivatives: some ten roundings each way.
+    assert min(changes) > 0.1 * EPS
+    assert max(changes) < 100 * EPS
+    assert len(set(changes)) == len(changes)
+    repeated = StochasticOperator(op, jnp.uint32(3)) @ v
+    np.testing.assert_array_equal(repeated, others[3])
+
+
+def test_what_is_exact_is_not_rounded():
+    """Masks, permutations, signs and comparisons; an integer as a float."""
+
+    class Exact(spectra.LinearOperator):
+        like = jnp.zeros(6)
+
+        def mv(self, v):
+            mask = (jnp.arange(6) > 2).astype(jnp.float32)
+            return jnp.where(mask > 0, -v[::-1], jnp.concatenate([v[3:], v[:3]]))
+
+    v = jnp.linspace(0.1, 1.0, 6)
+    np.testing.assert_array_equal(StochasticOperator(Exact(), jnp.uint32(1)) @ v, Exact() @ v)
+
+
+def test_asymmetry_by_rounding_is_named():
+    """A softmax is sure of every example: what is left of its products is rounding."""
+
+    def loss_fn(w, batch):
+        x, labels = batch
+        logits = x @ w
+        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - jnp.sum(logits * labels, axis=1))
+
+    op, _ = confident(0, 17.0)
+    op = spectra.HessianOperator(loss_fn, op.params, op.data)
+    with pytest.raises(spectra.NotSymmetricError, match=r"Rounding alone changes .* float64"):
+        spectra.slq(op, key=KEY, num_steps=9, num_probes=2)
