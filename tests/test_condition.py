@@ -1,5 +1,7 @@
 """Condition numbers: published matrices, closed forms, loops over backward passes, and honest bounds."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,17 @@ def test_a_single_zero_is_counted_once():
     op = diagonal(np.linspace(-1.0, 1.0, 17))
     result = spectra.condition_number(op, key=KEY, method="krylov", num_steps=17, num_probes=4)
     assert (result.nullity, result.rank, result.nullity_interval) == (1, 16, (1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("cut", [None, 1e-3])
+def test_what_the_noise_allows_is_no_more_than_the_truth(cut):
+    """2^-23 is the noise of float32 beside one: the condition number, 8388608, was printed as above 8.4e+06."""
+    smallest = 2.0**-23 if cut is None else cut * (1 - 1e-6)
+    op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, smallest], jnp.float32)))
+    result = spectra.condition_number(op, key=KEY, rank_tol=cut)
+    assert result.value == np.inf
+    stated = float(re.search(r"above ([^)]*)\)", str(result))[1])
+    assert 0.3 / smallest <= stated <= 1 / smallest
 
 
 def data_matrix(size, seed):

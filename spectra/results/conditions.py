@@ -72,7 +72,10 @@ class ConditionNumber(Result):
         cut = max(self.rank_tol * self.largest, self.noise_floor)
         value = self.text if self.value == self.effective else f"at least {directed(self.value, up=False)}"
         if not np.isfinite(self.value):
-            value = "inf" + (f" (to the noise: above {self.largest / cut:.2g})" if cut else "")
+            # An eigenvalue counted in the matrix may be off by the noise, as |λ|max may be.
+            away = self.noise_floor if self.method == "dense" else 0.0
+            least = max((self.largest - away) / (cut + away), 1.0) if cut else 0.0
+            value = "inf" + (f" (to the noise: above {directed(least, up=False, digits=2)})" if cut else "")
         return [
             ("condition number", value),
             ("over the numerical range", self.text),
