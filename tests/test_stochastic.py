@@ -47,7 +47,7 @@ def confident(seed, margin):
 def test_the_noise_floor_of_a_confident_classifier_holds(margin):
     """1 - p of 1e-5 has the spacing of numbers at one, 6e-8. The floors held a twentieth of it."""
     wide = []
-    for seed in range(6):
+    for seed in range(12):
         op, exact = confident(seed, margin)
         found = spectra.condition_number(op, key=KEY)
         values = np.linalg.eigvalsh(np.asarray(op.as_matrix(), float))

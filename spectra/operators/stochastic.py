@@ -7,14 +7,14 @@ leave these where they are: p = 1 - 7e-6 lies on a grid of 6e-8, and none of its
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import draws, meshes, trees
+from spectra.base import draws, meshes, stacks, trees
 from spectra.base.trees import PyTree
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.arithmetic import Derived
@@ -36,7 +36,18 @@ SUMS = frozenset[str]().union(
     ("conv_general_dilated", "dot_general", "ragged_dot_general"),
 )
 """Primitives that add many numbers: what they round is relative to these, and may be more than their sum."""
-_BITS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+_BITS = {2: (jnp.uint16, jnp.int16), 4: (jnp.uint32, jnp.int32), 8: (jnp.uint64, jnp.int64)}
+SPREAD = 0.7
+ODD = 0x9E3779B97F4A7C15  # the golden ratio, of which every bit of a number changes the first of the product
+QUICK: dict[str, dict[str, bool | int]] = {
+    "cpu": {"xla_backend_optimization_level": 1},
+    "gpu": {"xla_gpu_autotune_level": 0},
+}
+"""Compiler options, by platform, of a program that is several times as long as a product and runs four times.
+For a transformer of four layers that takes 15 s of a CPU, and 46 s with all optimisations; with none at all
+it would be five times as slow."""
+if jax.__version_info__ < (0, 11):  # XLA has had no choice since, and ends at a flag that it does not know
+    QUICK["cpu"]["xla_cpu_use_fusion_emitters"] = False
 
 
 @operator(leaves=("base", "salt"))
@@ -50,27 +61,56 @@ class StochasticOperator(Derived):
     base: Any  # with `_pieces` if its data are streamed
     salt: Any
 
+    @property
+    def on_host(self) -> bool:
+        """True: its programs are compiled by themselves, quickly."""
+        return True
+
+    def prepare(self) -> Self:
+        """Itself: what products share is rounded in each of them, too."""
+        return self
+
     def mv(self, v: PyTree) -> PyTree:
         """The product; with a stream, the sum of those with its batches."""
-        if self.on_host:
-            return weighted_sum(lambda piece: product(piece, v), self._pieces())
-        program, shapes = jax.make_jaxpr(product, return_shape=True)(self.base, v)
-        count = itertools.count(1)
+        if self.base.on_host:
+            return weighted_sum(lambda piece: piece.mv(v), self._pieces())
+        if trees.is_traced((self, v)):
+            return _product(self.base, self.salt, v, ())
+        program = _PROGRAMS.get(self.base.device.platform, _ELSEWHERE)
+        return program(self.base, self.salt, v, meshes.places(self.base.like))
 
-        def rule(eqn: Any, inputs: list[Any]) -> list[Any]:
-            own = self.salt + jnp.uint32(next(count) * 0x9E3779B9 % 2**32)  # steps of the golden ratio
-            if eqn.primitive.name in SUMS:
-                inputs[0] = _rounded(inputs[0], own ^ 1)
-            found = bind(eqn, inputs)
-            return [_rounded(x, own) for x in found] if _rounds(eqn) else found
-
-        found = evaluate(program, jax.tree.leaves((self.base, v)), rule, can_enter)
-        return jax.tree.unflatten(jax.tree.structure(shapes), found)
+    def mv_batch(self, vectors: PyTree) -> PyTree:
+        """Products one by one."""
+        return stacks.stacked([self.mv(v) for v in stacks.split(vectors)])
 
     def _pieces(self) -> Iterator[tuple[float, LinearOperator]]:
         weight: float
         for weight, piece in self.base._pieces():
             yield weight, StochasticOperator(piece, self.salt)
+
+
+def _product(op: LinearOperator, salt: jax.Array, v: PyTree, where: meshes.Places) -> PyTree:
+    """H v with every number rounded; on a mesh it lies as the parameters do."""
+    program, shapes = jax.make_jaxpr(product, return_shape=True)(op, v)
+    count = itertools.count(1)
+
+    def rule(eqn: Any, inputs: list[Any]) -> list[Any]:
+        own = salt + jnp.uint32(next(count) * 0x9E3779B9 % 2**32)  # steps of the golden ratio
+        if eqn.primitive.name in SUMS:
+            inputs[0] = _rounded(inputs[0], own ^ 1)
+        found = bind(eqn, inputs)
+        return [_rounded(x, own) for x in found] if _rounds(eqn) else found
+
+    found = evaluate(program, jax.tree.leaves((op, v)), rule, can_enter)
+    result = jax.tree.unflatten(jax.tree.structure(shapes), found)
+    return meshes.placed(result, where) if where else result
+
+
+_ELSEWHERE = jax.jit(_product, static_argnames="where")
+_PROGRAMS = {
+    name: jax.jit(_product, static_argnames="where", compiler_options=options)
+    for name, options in QUICK.items()
+}
 
 
 def _rounds(eqn: Any) -> bool:
@@ -96,16 +136,15 @@ def _rounded(x: Any, salt: jax.Array) -> Any:
 
 @jax.jit
 def _neighbour(x: jax.Array, salt: jax.Array) -> jax.Array:
-    """x or, with one half of the probability, one of the numbers next to it, as its bits and the salt say."""
-    unsigned = _BITS[x.dtype.itemsize]
-    bits = lax.bitcast_convert_type(x, unsigned)
-    mixed = (bits ^ (bits >> 32) if x.dtype.itemsize == 8 else bits).astype(jnp.uint32) + salt
-    for factor in (0x7FEB352D, 0x846CA68B):  # of `draws`, one round less
-        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(factor)
-    up, down = unsigned(1), ~unsigned(0)
-    step = jnp.where(mixed >> 31, jnp.where((mixed >> 30) & 1, up, down), unsigned(0))
-    moved = lax.bitcast_convert_type(bits + step, x.dtype)
-    return jnp.where((x == 0) | ~jnp.isfinite(moved), x, moved)
+    """x (1 + SPREAD eps u), rounded: in half of the cases, about, a number next to x.
+
+    u, between -1 and 1, is made of the bits of x and of the salt.
+    """
+    info = jnp.finfo(x.dtype)
+    unsigned, signed = _BITS[x.dtype.itemsize]
+    mixed = (lax.bitcast_convert_type(x, unsigned) + salt.astype(unsigned)) * unsigned(ODD % 2**info.bits)
+    share = lax.bitcast_convert_type(mixed, signed).astype(x.dtype)
+    return x + x * (share * jnp.asarray(SPREAD * float(info.eps) / 2.0 ** (info.bits - 1), x.dtype))
 
 
 def change_by_rounding(op: LinearOperator) -> float:
