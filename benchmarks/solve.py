@@ -120,10 +120,8 @@ def main(settings: Settings) -> Report:
             ("KFAC", first, kfac),
             ("none", few, None),
             ("Nyström", few, "nystrom"),
-            ("KFAC", few, kfac),
             (f"{count} eigenpairs", few, pairs),
             ("none", many, None),
-            ("Nyström", many, "nystrom"),
         ):
             found = spectra.solve(op, b, preconditioner=preconditioner, key=jax.random.key(4), **options)
             sides = len(found.converged)

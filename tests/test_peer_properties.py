@@ -89,6 +89,23 @@ def signs_see_a_diagonal_exactly():
     return found.value, entries.sum(), COMPUTED
 
 
+def a_partial_cholesky_factor_preconditions():
+    """Pivoted Cholesky of a low rank, as a metric for CG: the solution, in fewer products than without."""
+    values = np.where(np.arange(N) < 6, 1e3, 1.0)
+    matrix = (Q * values) @ Q.T
+    rest, factor = matrix.copy(), []
+    for _ in range(6):
+        i = np.argmax(np.diag(rest))
+        factor.append(rest[i] / np.sqrt(rest[i, i]))
+        rest = rest - np.outer(factor[-1], factor[-1])
+    low = np.stack(factor)
+    inverse = np.linalg.inv(low.T @ low + np.eye(N))
+    found = solve(op(matrix), V, method="cg", preconditioner=op((inverse + inverse.T) / 2))
+    plain = solve(op(matrix), V, method="cg", preconditioner=op(np.diag(np.linspace(1, 2, N))))
+    assert found.num_matvecs < plain.num_matvecs
+    return found.x, np.linalg.solve(matrix, V), 10 * 1e3 * TOL  # as SOLVED, at κ = 1e3
+
+
 # CoLA: structure.
 
 
@@ -105,6 +122,20 @@ def a_kronecker_product_is_solved_by_its_factors():
 def roots_of_roots():
     root = spectra.funm(op(DEFINITE), "sqrt", V, tol=0, bounds=(0.9, None)).value
     return spectra.funm(op(DEFINITE), "sqrt", root, tol=0, bounds=(0.9, None)).value, DEFINITE @ V, COMPUTED
+
+
+def inverse_roots_of_inverse_roots():
+    root = spectra.funm(op(DEFINITE), "inv_sqrt", V, tol=0, bounds=(0.9, None)).value
+    again = spectra.funm(op(DEFINITE), "inv_sqrt", root, tol=0, bounds=(0.9, None)).value
+    return again, np.linalg.solve(DEFINITE, V), COMPUTED
+
+
+def blocks_of_a_diagonal_are_solved_one_by_one():
+    like = {"left": jnp.zeros(4), "right": jnp.zeros(6)}
+    both = spectra.FunctionOperator(lambda v: {"left": LEFT @ v["left"], "right": RIGHT @ v["right"]}, like)
+    found = solve(both, {"left": jnp.asarray(V[:4]), "right": jnp.asarray(V[4:10])}).x
+    truth = np.append(np.linalg.solve(LEFT, V[:4]), np.linalg.solve(RIGHT, V[4:10]))
+    return np.append(found["left"], found["right"]), truth, SOLVED
 
 
 def exp_undoes_log():
@@ -145,6 +176,30 @@ def tangents_are_those_of_the_solution():
     found = jax.jvp(x, (0.0,), (1.0,))[1]
     at = np.linalg.solve(INDEFINITE, V)
     return found, np.linalg.solve(INDEFINITE, B[:, 0] - MOVE @ at), KAPPA * SOLVED
+
+
+def cotangents_are_those_of_the_inverse():
+    """∂ wᵀA⁻¹b / ∂A = -A⁻¹w (A⁻¹b)ᵀ, and A⁻¹w for b."""
+    w = B[:, 0]
+
+    def form(matrix, b):
+        return w @ solve(op(matrix), b, method="minres").x
+
+    by_matrix, by_b = jax.grad(form, (0, 1))(jnp.asarray(INDEFINITE), jnp.asarray(V))
+    left, right = np.linalg.solve(INDEFINITE, w), np.linalg.solve(INDEFINITE, V)
+    return np.vstack([by_matrix, by_b]), np.vstack([-np.outer(left, right), left]), KAPPA * SOLVED
+
+
+def batches_of_operators_are_solved_one_by_one():
+    matrices = np.stack([DEFINITE, DEFINITE + np.eye(N), 2 * DEFINITE])
+    found = jax.vmap(lambda matrix, b: solve(op(matrix), b, method="cg").x)(matrices, B.T)
+    return found, np.linalg.solve(matrices, B.T[..., None])[..., 0], SOLVED
+
+
+def an_inverse_as_preconditioner_takes_one_step():
+    inverse = np.linalg.inv(DEFINITE)
+    found = solve(op(DEFINITE), V, preconditioner=op((inverse + inverse.T) / 2))
+    return np.append(found.x, found.num_matvecs), np.append(np.linalg.solve(DEFINITE, V), 2), SOLVED
 
 
 def batches_are_solved_one_by_one():
@@ -192,6 +247,14 @@ def the_correction_keeps_the_trace():
     )
 
 
+def batches_of_any_size_are_one():
+    *model, (x, labels) = network()
+    batches = [(x[:4], labels[:4]), (x[4:], labels[4:])]
+    found = [cls(*model, batches).as_matrix() for cls in (spectra.KFACOperator, spectra.EKFACOperator)]
+    whole = [cls(*network()).as_matrix() for cls in (spectra.KFACOperator, spectra.EKFACOperator)]
+    return np.stack(found), np.stack(whole), COMPUTED
+
+
 # xitorch: solves with shifts of their own, generalised pairs, second derivatives.
 
 
@@ -201,6 +264,15 @@ def each_column_has_its_shift():
     found = [solve(op(DEFINITE), B[:, i], shift=-e, method="minres").x for i, e in enumerate(shifts)]
     x = np.stack(found, 1)
     return DEFINITE @ x - x * np.array(shifts), B, 10 * TOL
+
+
+def each_column_has_its_shift_of_a_metric():
+    """A X - M X E = B."""
+    shifts, metric = [-2.3, 0.5, 70.0], np.diag(np.linspace(1.0, 3.0, N))
+    systems = [op(DEFINITE) + (-e) * op(metric) for e in shifts]
+    found = [solve(one, B[:, i], method="minres").x for i, one in enumerate(systems)]
+    x = np.stack(found, 1)
+    return DEFINITE @ x - metric @ x * np.array(shifts), B, 10 * TOL
 
 
 def generalised_vectors_are_orthonormal_in_the_metric():
@@ -229,11 +301,14 @@ PROPERTIES = [
     pytest.param("matfree", quadratic_forms_have_frechet_derivatives, marks=slow),
     pytest.param("matfree", a_determinant_has_the_inverse_as_derivative, marks=slow),
     ("matfree", signs_see_a_diagonal_exactly),
+    pytest.param("matfree", a_partial_cholesky_factor_preconditions, marks=slow),
     ("CoLA", a_kronecker_product_is_solved_by_its_factors),
     ("CoLA", roots_of_roots),
     pytest.param("CoLA", a_multiple_has_the_inverse_of_the_number, marks=slow),
     pytest.param("CoLA", a_diagonal_and_a_low_rank_by_woodbury, marks=slow),
     pytest.param("CoLA", exp_undoes_log, marks=slow),
+    ("CoLA", inverse_roots_of_inverse_roots),
+    pytest.param("CoLA", blocks_of_a_diagonal_are_solved_one_by_one, marks=slow),
     *(
         pytest.param(
             "lineax", functools.partial(every_method_solves, sign * matrix, method), id=name, marks=marks
@@ -248,13 +323,18 @@ PROPERTIES = [
         )
     ),
     ("lineax", a_singular_system_is_solved_in_the_range),
+    pytest.param("lineax", cotangents_are_those_of_the_inverse, marks=slow),
+    pytest.param("lineax", batches_of_operators_are_solved_one_by_one, marks=slow),
+    pytest.param("lineax", an_inverse_as_preconditioner_takes_one_step, marks=slow),
     pytest.param("lineax", tangents_are_those_of_the_solution, marks=slow),
     ("lineax", a_start_at_the_solution_takes_no_step),
     pytest.param("lineax", batches_are_solved_one_by_one, marks=slow),
     ("curvlinops", damped_inverses_invert),
     ("curvlinops", eigenvalues_give_trace_determinant_and_norm),
+    pytest.param("curvlinops", batches_of_any_size_are_one, marks=slow),
     pytest.param("curvlinops", the_correction_keeps_the_trace, marks=slow),
     ("xitorch", each_column_has_its_shift),
+    pytest.param("xitorch", each_column_has_its_shift_of_a_metric, marks=slow),
     ("xitorch", generalised_vectors_are_orthonormal_in_the_metric),
     pytest.param("xitorch", second_derivatives_of_a_solve, marks=slow),
 ]

@@ -19,9 +19,9 @@ from spectra.runs.watch import Journal
 ERROR_KEY = 41
 UNKNOWN = 0.3
 """Of the largest eigenvalue of H, times the relative error of K: below that the eigenvalues of K say nothing
-of those of H, and 1 / (K + δ) with a smaller δ multiplies by noise. Products of CG at a shift of 1e-3 λ₁ of
-the Gauss-Newton matrix, without K and with 0.03, 0.1 and 0.3: 70 and 78, 69, 59 (85,002 parameters, K wrong
-by 0.8); 66 and 75, 66, 64 (890 parameters, by 0.9; with the exact blocks 60)."""
+of those of H, and 1 / (K + δ) with a smaller δ multiplies by noise. Products of textbook CG at a shift of
+1e-3 λ₁ of the Gauss-Newton matrix, without K and with 0.03, 0.1 and 0.3: 70 and 78, 69, 59 (85,002
+parameters, K wrong by 0.8); 66 and 75, 66, 64 (890 parameters, by 0.9; with the exact blocks 60)."""
 UNRELATED = 1e-3
 """Cosine of the angle between H and K that is taken where they show none: little is left of K then."""
 
