@@ -72,3 +72,24 @@ def test_what_is_stated_holds_the_rounding_of_the_parts(make):
     assert low <= np.trace(dense) <= high
     low, _, high = spectra.trace(op, key=jax.random.key(0)).interval(0.9999)
     assert low <= np.trace(dense) <= high
+
+
+def test_a_shift_that_cancels_leaves_the_rounding_of_what_it_cancels():
+    shift = 3e3
+    for seed in range(20):
+        noise = np.random.default_rng(seed).standard_normal((N, N)) / np.sqrt(N)
+        matrix = np.asarray(shift * np.eye(N) + noise + noise.T, np.float32)
+        eigenvalues = np.linalg.eigvalsh(matrix.astype(float)) - shift
+        op = spectra.MatrixOperator(matrix).shift(-shift)
+        pairs = spectra.eigsh(op, 3, which="LA", tol=1e-4, key=jax.random.key(seed))
+        away = np.abs(pairs.values[:, None] - eigenvalues).min(axis=1)
+        assert (away <= pairs.residuals + pairs.noise_floor).all()
+        # Entries of a product are rounded by eps / 2 of the shift's share, in H v and with the shift.
+        assert pairs.noise_floor <= 3 * float(jnp.finfo(jnp.float32).eps) * shift
+
+
+def test_asymmetry_names_a_shift_that_cancels():
+    noise = np.random.default_rng(0).standard_normal((60, 60)) / np.sqrt(60)
+    op = spectra.MatrixOperator(np.asarray(1e5 * np.eye(60) + noise + noise.T, np.float32)).shift(-1e5)
+    with pytest.raises(spectra.NotSymmetricError, match=r"The shift by -100000 may cancel .* float64"):
+        spectra.eigsh(op, 3, which="LA", key=jax.random.key(0))

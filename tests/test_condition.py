@@ -48,7 +48,7 @@ def test_a_single_zero_is_counted_once():
 
 @pytest.mark.parametrize("cut", [None, 1e-3])
 def test_what_the_noise_allows_is_no_more_than_the_truth(cut):
-    """2^-23 is the noise of float32 beside one: 8388608 was printed as above 8.4e+06."""
+    """2^-23 is the noise of float32 beside one: of 8388608, "above 8.4e+06" was printed."""
     smallest = 2.0**-23 if cut is None else cut * (1 - 1e-6)
     op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, smallest], jnp.float32)))
     result = spectra.condition_number(op, key=KEY, rank_tol=cut)

@@ -153,8 +153,12 @@ def with_measured_floor(op: LinearOperator, pairs: Eigenpairs) -> Eigenpairs:
 
     One vector stands for all: with u = Σ v_i / sqrt(k) the square of sqrt(k) |(H' - H) u| is
     Σ |(H' - H) v_i|², on average over the signs of the v_i. Five products, four of them at other parameters;
-    none where an operator does not say what it depends on, as a matrix does not.
+    none where an operator does not say what it depends on, as a matrix does not. What a shift cancels was as
+    large as the shift, and has been rounded.
     """
+    if isinstance(op, ShiftedOperator):
+        shifted = 2 * op.precision * abs(float(op.delta))
+        pairs = dataclasses.replace(pairs, noise_floor=max(pairs.noise_floor, shifted))
     if op.moved(jax.random.key(KEY)) is None:
         return pairs
     k = len(pairs.values)

@@ -269,6 +269,13 @@ class ShiftedOperator(Wrapped):
     def _with_base(self, base: LinearOperator) -> "ShiftedOperator":
         return ShiftedOperator(base, self.delta)
 
+    def explain_asymmetry(self) -> str:
+        """What the operator knows, and that the shift may cancel it."""
+        return (
+            f"{self.base.explain_asymmetry()} The shift by {float(self.delta):g} may cancel most of "
+            "a product and leave its rounding: float64 makes that smaller."
+        )
+
 
 @operator(leaves=("base",))
 class StepwiseOperator(Derived):
