@@ -26,6 +26,7 @@ from spectra.krylov.band_block import chain_block
 from spectra.krylov.lanczos import Steps
 from spectra.krylov.layout import Layout
 from spectra.krylov.linear_block import begin_block
+from spectra.krylov.linear_kept import KEPT
 from spectra.krylov.plan import SHARING
 from spectra.krylov.step import orthogonalize
 from spectra.operators import base, differentiate
@@ -220,13 +221,16 @@ def _sides(s: Setting, count: int):
 
 
 def _beside(s: Setting, b, tree):
-    """Shapes of vectors that lie as the right-hand sides do, and of numbers on every device."""
+    """Shapes of stacks of vectors that lie as the right-hand sides do, and of numbers on every device."""
     structure = jax.tree.structure(b)
 
     def is_vector(x) -> bool:
         return jax.tree.structure(x) == structure
 
-    return jax.tree.map(lambda x: b if is_vector(x) else s.whole(x), tree, is_leaf=is_vector)
+    def beside(x):
+        return s.stack(len(jax.tree.leaves(x)[0])) if is_vector(x) else s.whole(x)
+
+    return jax.tree.map(beside, tree, is_leaf=is_vector)
 
 
 def _solve(s: Setting):
@@ -237,7 +241,7 @@ def _solve(s: Setting):
 def _block(s: Setting):
     """A step of `solve` with several right-hand sides in one Krylov space."""
     b, problem, _ = _sides(s, SIDES)
-    state = problem, jax.eval_shape(begin_block, problem)
+    state = problem, jax.eval_shape(partial(begin_block, kept=KEPT // SIDES), problem)
     return linear_run._block_chunk.lower(s.op, *_beside(s, b, state), s.counter, SHARING)
 
 
