@@ -58,7 +58,7 @@ def test_the_noise_floor_of_a_confident_classifier_holds(margin):
         pairs = spectra.eigsh(op, 1, which="LA", key=KEY)
         away = np.abs(exact - pairs.values[0]).min()
         assert away <= pairs.residuals[0] + pairs.noise_floor
-    assert np.median(wide) <= 100
+    assert np.median(wide) <= 50
 
 
 def saturated_loss(w, x):

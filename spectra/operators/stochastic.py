@@ -38,6 +38,11 @@ SUMS = frozenset[str]().union(
 """Primitives that add many numbers: what they round is relative to these, and may be more than their sum."""
 _BITS = {2: (jnp.uint16, jnp.int16), 4: (jnp.uint32, jnp.int32), 8: (jnp.uint64, jnp.int64)}
 SPREAD = 0.7
+OVERSTATED = 1.5
+"""Half of the numbers move by one place, 0.7 places in the root mean square, where rounding to nearest leaves
+0.29. With the parameters moved as well, the matrices of 48 networks changed by 1.9 to 8.3 times their true
+error, 2.9 in the median. Where a few numbers make most of it four samples are few: not all of that is taken
+off."""
 ODD = 0x9E3779B97F4A7C15  # the golden ratio, of which every bit of a number changes the first of the product
 QUICK: dict[str, dict[str, bool | int]] = {
     "cpu": {"xla_backend_optimization_level": 1},
@@ -65,6 +70,11 @@ class StochasticOperator(Derived):
     def on_host(self) -> bool:
         """True: its programs are compiled by themselves, quickly."""
         return True
+
+    @property
+    def overstated(self) -> float:
+        """`OVERSTATED`."""
+        return OVERSTATED
 
     def prepare(self) -> Self:
         """Itself: what products share is rounded in each of them, too."""
