@@ -58,7 +58,7 @@ def test_the_noise_floor_of_a_confident_classifier_holds(margin):
         pairs = spectra.eigsh(op, 1, which="LA", key=KEY)
         away = np.abs(exact - pairs.values[0]).min()
         assert away <= pairs.residuals[0] + pairs.noise_floor
-    assert np.median(wide) <= 50
+    assert np.median(wide) <= 100
 
 
 def saturated_loss(w, x):
@@ -84,6 +84,18 @@ def chained(w, x):
     return jnp.mean(x**2)
 
 
+def product_of(a, b):
+    """A reduction that JAX does not know by name, whose jaxpr has as many operands as the reduction."""
+    return a * b + 0.0
+
+
+def reduced(w, x):
+    """Reductions of the data by a function."""
+    rows = lax.reduce(x, jnp.float32(1), product_of, (1,))
+    windows = lax.reduce_window(x, jnp.float32(1), product_of, (1, 2), (1, 2), "VALID")
+    return jnp.mean(jnp.tanh((rows + windows.sum(axis=1))[:, None] * (x @ w)) ** 2)
+
+
 def batches():
     yield from (X[:4], X[4:])
 
@@ -92,9 +104,13 @@ X = jnp.asarray(np.random.default_rng(3).standard_normal((8, 4)), jnp.float32)
 W = jnp.asarray(np.random.default_rng(4).standard_normal((4, 4)), jnp.float32)
 
 
-@pytest.mark.parametrize("data", [X, batches], ids=["batch", "stream"])
-def test_products_are_those_of_the_operator_but_for_rounding(data):
-    op = spectra.HessianOperator(chained, W, data, check_data=False)
+@pytest.mark.parametrize(
+    ("loss_fn", "data"),
+    [(chained, X), (chained, batches), (reduced, X)],
+    ids=["batch", "stream", "reductions"],
+)
+def test_products_are_those_of_the_operator_but_for_rounding(loss_fn, data):
+    op = spectra.HessianOperator(loss_fn, W, data, check_data=False)
     v = jnp.ones((4, 4))
     product = op @ v
     others = [StochasticOperator(op, jnp.uint32(salt)) @ v for salt in range(8)]
@@ -102,7 +118,7 @@ def test_products_are_those_of_the_operator_but_for_rounding(data):
     # Six layers of sums of four terms, and their second derivatives: some ten roundings each way.
     assert min(changes) > 0.1 * EPS
     assert max(changes) < 100 * EPS
-    assert len(set(changes)) == len(changes)
+    assert len({np.asarray(other).tobytes() for other in others}) == len(others)
     repeated = StochasticOperator(op, jnp.uint32(3)) @ v
     np.testing.assert_array_equal(repeated, others[3])
 

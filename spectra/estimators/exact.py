@@ -82,8 +82,7 @@ def moved_products(run: Run) -> list[tuple[PyTree, PyTree, PyTree]]:
         assert other is not None
         here, there = (blocks.products(op, vectors, 1) for op in (run.op, outside_loops(other.prepare())))
         vectors, here, there = (jax.tree.map(lambda x: x[0], tree) for tree in (vectors, here, there))
-        change = trees.scale(1 / other.overstated, jax.tree.map(lambda x, y: x - y, there, here))
-        found.append((vectors, here, change))
+        found.append((vectors, here, jax.tree.map(lambda x, y: x - y, there, here)))
     return found
 
 

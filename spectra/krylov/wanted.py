@@ -134,7 +134,7 @@ def change_of_matrix(op: LinearOperator) -> float:
 def _change(op: LinearOperator, i: int, v: PyTree, image: PyTree) -> float:
     other = op.moved(jax.random.fold_in(jax.random.key(KEY), i))
     assert other is not None
-    return float(_distance(multiply(other.prepare(), v), image)) / other.overstated
+    return float(_distance(multiply(other.prepare(), v), image))
 
 
 def _limit(changes: list[float]) -> float:

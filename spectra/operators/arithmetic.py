@@ -197,11 +197,6 @@ class Wrapped(Derived):
         """As the wrapped operator."""
         return self.base.recomputed_bytes()
 
-    @property
-    def overstated(self) -> float:
-        """As the wrapped operator."""
-        return self.base.overstated
-
     def moved(self, key: jax.Array) -> "LinearOperator | None":
         """The same made from the base at moved parameters."""
         base = self.base.moved(key)

@@ -104,11 +104,6 @@ class LinearOperator(abc.ABC):
         return float(jnp.finfo(self.dtype).eps)
 
     @property
-    def overstated(self) -> float:
-        """How many times what rounding does the moves of an operator are that `moved` has made."""
-        return 1.0
-
-    @property
     def computes_in(self) -> str:
         """The type or setting that limits the precision of a product, for messages."""
         return str(self.dtype)

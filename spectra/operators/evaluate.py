@@ -31,10 +31,18 @@ def evaluate(jaxpr: Any, args: Sequence[Any], rule: Rule, enters: Choice) -> lis
 
 def can_enter(eqn: Any) -> bool:
     """Whether an equation has a program inside of it that `evaluate` knows how to run."""
-    inner = inner_jaxprs(eqn)
-    return eqn.primitive.name in ("scan", "while", "cond") or (
-        len(inner) == 1 and len(inner[0].invars) == len(eqn.invars) and eqn.primitive.name != "shard_map"
+    name, inner = eqn.primitive.name, inner_jaxprs(eqn)
+    return name in ("scan", "while", "cond") or (
+        len(inner) == 1
+        and name != "shard_map"
+        # A call, and not what combines two entries of a reduction.
+        and _shapes(inner[0].invars) == _shapes(eqn.invars)
+        and _shapes(inner[0].outvars) == _shapes(eqn.outvars)
     )
+
+
+def _shapes(variables: Sequence[Any]) -> list[Any]:
+    return [getattr(var.aval, "shape", None) for var in variables]
 
 
 def bind(eqn: Any, inputs: list[Any]) -> list[Any]:
