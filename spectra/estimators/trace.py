@@ -272,8 +272,9 @@ def model_trace(
         >>> def loss_fn(outputs, targets):
         ...     return jnp.mean((outputs - targets) ** 2)
         >>> inputs, targets = jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.zeros(2)
-        >>> spectra.model_trace(model_fn, loss_fn, jnp.ones(2), inputs, targets)
-        10 ± 1.1e-06 (exact, 2 products)
+        >>> found = spectra.model_trace(model_fn, loss_fn, jnp.ones(2), inputs, targets)
+        >>> f"{float(found):.4f}, {found.method}, {found.num_matvecs} products"
+        '10.0000, exact, 2 products'
     """
     own = {name: options.pop(name) for name in list(options) if name in _TRACE_OPTIONS}
     check_functions({"model_fn": model_fn, "loss_fn": loss_fn})
