@@ -20,6 +20,7 @@ from spectra.operators.accumulate import weighted_sum
 from spectra.operators.arithmetic import Derived
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.evaluate import bind, can_enter, evaluate
+from spectra.operators.jaxprs import inner_jaxprs
 from spectra.operators.pytree import operator
 
 EXACT = frozenset[str]().union(
@@ -46,6 +47,9 @@ QUICK: dict[str, dict[str, bool | int]] = {
 """Compiler options, by platform, of a program that is several times as long as a product and runs four times.
 For a transformer of four layers that takes 15 s of a CPU, and 46 s with all optimisations; with none at all
 it would be five times as slow."""
+LONG = 1000
+"""Equations of a product from which on they are used on a CPU: that of an MLP, which has a fifth of them,
+compiles in a second with all optimisations, and runs in half the time."""
 if jax.__version_info__ < (0, 11):  # XLA has had no choice since, and ends at a flag that it does not know
     QUICK["cpu"]["xla_cpu_use_fusion_emitters"] = False
 
@@ -76,8 +80,7 @@ class StochasticOperator(Derived):
             return weighted_sum(lambda piece: piece.mv(v), self._pieces())
         if trees.is_traced((self, v)):
             return _product(self.base, self.salt, v, ())
-        program = _PROGRAMS.get(self.base.device.platform, _ELSEWHERE)
-        return program(self.base, self.salt, v, meshes.places(self.base.like))
+        return _program(self.base, v)(self.base, self.salt, v, meshes.places(self.base.like))
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """Products one by one."""
@@ -104,6 +107,18 @@ def _product(op: LinearOperator, salt: jax.Array, v: PyTree, where: meshes.Place
     found = evaluate(program, jax.tree.leaves((op, v)), rule, can_enter)
     result = jax.tree.unflatten(jax.tree.structure(shapes), found)
     return meshes.placed(result, where) if where else result
+
+
+def _equations(jaxpr: Any) -> int:
+    return sum(1 + sum(map(_equations, inner_jaxprs(eqn))) for eqn in jaxpr.eqns)
+
+
+def _program(op: Any, v: PyTree) -> Any:
+    """`_product`, compiled as suits its length."""
+    platform = op.device.platform
+    if platform == "cpu" and _equations(product.trace(op, v).jaxpr.jaxpr) < LONG:
+        return _ELSEWHERE
+    return _PROGRAMS.get(platform, _ELSEWHERE)
 
 
 _ELSEWHERE = jax.jit(_product, static_argnames="where")
