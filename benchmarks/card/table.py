@@ -24,15 +24,14 @@ steps, GPT-2, peers, attention and whole calls were not reached.
   traces, diagonals, linear systems, matrix functions, precision, attention, KFAC, operators and
   others about 770 ran, in two runs. Four failed, each for a premise that holds on a CPU only: how
   many steps a program has, what shares memory with the compiler, convolutions outside of loops. The
-  tests say so now. In the first run two more failed whose names were not kept. True float32 is what
-  these tests need, and tf32, JAX's default on this card, came in nowhere.
+  tests say so now. In the first run two more failed whose names were not kept.
 * **Compilation is what a first call costs**: 10 s for the product of the MLP, 25 s for that of the
   transformer, 8 s more for a run. Without the search for kernels
-  (`XLA_FLAGS=--xla_gpu_autotune_level=0`) the process was through with all of it in 16 s, imports
+  (`XLA_FLAGS=--xla_gpu_autotune_level=0`) a process that only runs was through in 16 s, imports
   included; but a step of the MLP then took 0.73 ms instead of 0.50.
 * **Small networks are bound by launches**: the card was at work for 44 % of a run on the MLP, whose
   matrix products would take 0.04 ms at the card's rate. The product after a linearisation (0.42 ms)
-  is no faster there than `jvp` of `grad` (0.39 ms), which computes more and starts as many kernels.
+  is no faster there than `jvp` of `grad` (0.39 ms), which computes more.
   With all rows in one segment, which needs one scatter and no conditional, a step took 0.66 ms for
   0.73 (without the search). It is not done: a checkpoint written on a CPU could no longer go on
   there.
@@ -96,10 +95,16 @@ def ceilings(known: dict) -> list[str]:
     ]
 
 
+def section(title: str, cells: dict, columns: dict[str, Callable], *text: str) -> list[str]:
+    """A heading, a text where there is one, and a table; nothing where there are no cells."""
+    return (
+        [f"## {title}", "", *(part for line in text for part in (line, "")), *cut(cells, columns), ""]
+        if cells
+        else []
+    )
+
+
 def steps(known: dict) -> list[str]:
-    cells = chosen(known, "steps, ")
-    if not cells:
-        return []
     columns = {
         "parameters": lambda c: f"{c['n']:,}",
         "gradient": lambda c: f"{c['ms']['gradient']:.3f}",
@@ -111,13 +116,11 @@ def steps(known: dict) -> list[str]:
         "first product, s": lambda c: c["first product"],
         "first run, s": lambda c: c["first run"],
     }
-    return ["## Products and steps", "", *cut(cells, columns), ""]
+    return section("Products and steps", chosen(known, "steps, "), columns)
 
 
 def orthogonalisation(known: dict) -> list[str]:
     cells = {k: c for k, c in chosen(known, "orthogonalisation, ").items() if "ms" in c}
-    if not cells:
-        return []
     rate = known.get("ceilings", {}).get("GB/s")
     columns = {
         "rows": lambda c: c["rows"],
@@ -131,20 +134,17 @@ def orthogonalisation(known: dict) -> list[str]:
         "Two passes read all rows four times; beside them is their time over that of a copy of as many "
         "bytes. The last column reads the rows once."
     )
-    return ["## Orthogonalisation against a full basis", "", text, "", *cut(cells, columns), ""]
+    return section("Orthogonalisation against a full basis", cells, columns, text)
 
 
 def kernels(known: dict) -> list[str]:
-    cells = chosen(known, "kernels, ")
-    if not cells:
-        return []
     columns = {
         "kernels a step": lambda c: f"{c['kernels'] / c['steps']:.0f}",
         "copies among them": lambda c: f"{c['copies'] / c['steps']:.0f}",
         "at work": lambda c: f"{c['busy']:.0%} of the time",
         "flags": lambda c: c.get("flags", ""),
     }
-    return ["## What a Lanczos step starts", "", *cut(cells, columns), ""]
+    return section("What a Lanczos step starts", chosen(known, "kernels, "), columns)
 
 
 def densities(known: dict) -> list[str]:
@@ -164,15 +164,13 @@ def densities(known: dict) -> list[str]:
 def estimates(known: dict) -> list[str]:
     cell = known.get("estimates", {})
     calls = {k: c for k, c in cell.items() if isinstance(c, dict) and "ms" in c}
-    if not calls:
-        return []
     columns = {
         "first call, s": lambda c: c["first"],
         "later": lambda c: f"{c['ms']:.1f}",
         "products": lambda c: c["products"] or "",
         "its products alone": lambda c: f"{c['products'] * cell['ms of a product']:.1f}",
     }
-    return ["## Calls", "", *cut(calls, columns), ""]
+    return section("Calls", calls, columns)
 
 
 def attention(known: dict) -> list[str]:

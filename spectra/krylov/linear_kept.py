@@ -8,8 +8,6 @@ takes 31 products, not 57, if those of 16 steps are kept, and a block of 8 takes
 those of 6. Float64 takes 43 and 14 without. Residuals are not touched: they stay those of x.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -55,9 +53,8 @@ def stored(kept: Kept, directions: PyTree, images: PyTree, step: jax.Array, when
     def put(x: jax.Array, y: jax.Array) -> jax.Array:
         if not len(x):
             return x
-        slots: Any = lax
-        old = slots.dynamic_slice_in_dim(x, start, sides)
-        return slots.dynamic_update_slice_in_dim(x, jnp.where(when, y.astype(x.dtype), old), start, 0)
+        old = lax.dynamic_slice_in_dim(x, start, sides)
+        return lax.dynamic_update_slice_in_dim(x, jnp.where(when, y.astype(x.dtype), old), start, 0)
 
     return jax.tree.map(put, kept[0], directions), jax.tree.map(put, kept[1], images)
 

@@ -124,9 +124,9 @@ def change_of_matrix(op: LinearOperator) -> float:
     """
     if op.moved(jax.random.key(KEY)) is None:
         return 0.0
-    here, changes, where = op.prepare(), list[float](), meshes.places(op.like)
+    here, changes = op.prepare(), list[float]()
     for i in range(SAMPLES):
-        v = draws.sphere_sample(jax.random.key(KEY + i), op.structure, where)
+        v = draws.unit_vector(jax.random.key(KEY + i), op)
         changes.append(_change(op, i, v, multiply(here, v)))
     return float(np.sqrt(op.size)) * _limit(changes)
 

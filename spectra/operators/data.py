@@ -331,7 +331,8 @@ class DataOperator(LinearOperator):
         return sum(aval.size * aval.dtype.itemsize for aval in saved.values())
 
     def moved(self, key: jax.Array) -> LinearOperator:
-        """The operator at parameters times 1 ± eps of what the loss computes in, with random signs."""
+        """The operator at parameters times 1 ± eps of what the loss computes in, with random signs, and with
+        products in stochastic arithmetic."""
         coarse = self.rounding.eps if self.rounding else 0.0
         other = self._with(params=moved_parameters(self.params, key, coarse))
         return StochasticOperator(other, jax.random.bits(key, (), "uint32"))
