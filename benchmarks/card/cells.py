@@ -104,7 +104,7 @@ def steps(name: str, count: int = STEPS) -> Iterator[dict]:
     gradient = jax.jit(jax.grad(loss_fn))
     plain = jax.jit(lambda p, v, b: jax.jvp(lambda p: jax.grad(loss_fn)(p, b), (p,), (v,))[1])
     multiply = jax.jit(lambda op, v: op.mv(v))
-    yield {"n": op.size, "first product": first(lambda: multiply(prepared, v))}
+    yield {"n": op.size} | first(lambda: multiply(prepared, v), "first product")
     with jax.default_matmul_precision("highest"):
         ms = milliseconds(
             {
@@ -118,7 +118,7 @@ def steps(name: str, count: int = STEPS) -> Iterator[dict]:
     def lanczos():
         return spectra.lanczos(op, v, count).alpha
 
-    yield {"first run": first(lanczos)}
+    yield first(lanczos, "first run")
     ms["step"] = milliseconds({"step": lanczos}, rounds=3)["step"] / count
     yield {"ms": ms, "peak": peak()}
     fast = spectra.HessianOperator(loss_fn, params, batch, matmul_precision="default").prepare()
@@ -221,7 +221,7 @@ def estimates() -> Iterator[dict]:
             start = first(lambda call=call: jax.tree.leaves(call()))
             result = call()
             ms = milliseconds({name: lambda call=call: jax.tree.leaves(call())}, rounds=3)[name]
-            found[name] = {"first": start, "ms": ms, "products": getattr(result, "num_matvecs", None)}
+            found[name] = start | {"ms": ms, "products": getattr(result, "num_matvecs", None)}
         yield found
 
 
@@ -260,7 +260,7 @@ def attending(length: int) -> Iterator[dict]:
             with jax.default_matmul_precision("highest"):
                 start = first(run)
                 ms = milliseconds({name: run})[name]
-            found[name] = {"first": start, "ms": ms, "peak": peak()}
+            found[name] = start | {"ms": ms, "peak": peak()}
         yield found
 
 
@@ -301,13 +301,17 @@ def gpt2(sequence: int = 256, examples: int = 4, count: int = 20) -> Iterator[di
     found["plan"] = spectra.plan(op, num_steps=count, num_probes=1).total
     v, multiply = problems.vector(params), jax.jit(lambda op, v: op.mv(v))
     prepared = op.prepare()
-    found["first product"] = first(lambda: multiply(prepared, v))
+    found |= first(lambda: multiply(prepared, v), "first product")
     found["ms"] = milliseconds({"product": lambda: multiply(prepared, v)}, rounds=3)
     yield found | {"peak": peak()}
     prepared = None
     if not TINY:
-        found["first run"] = first(lambda: spectra.lanczos(op, v, count).alpha)
-        found["ms"]["step"] = 1e3 * first(lambda: spectra.lanczos(op, v, count).alpha) / count
+
+        def run():
+            return spectra.lanczos(op, v, count).alpha
+
+        found |= first(run, "first run")
+        found["ms"]["step"] = milliseconds({"step": run}, rounds=1)["step"] / count
     yield found | {"peak": peak(), "steps": count}
 
 
