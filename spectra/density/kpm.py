@@ -16,8 +16,8 @@ from spectra.base.trees import PyTree
 from spectra.krylov.chebyshev import following
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import VECTORS, check_probe_batch, choose_batch
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.jaxprs import outside_loops
 from spectra.quadrature.rules import dense
 from spectra.results import Moments
 from spectra.runs.checkpoint import Checkpoint

@@ -13,9 +13,9 @@ from spectra.density import deflation
 from spectra.density.run import ProbeRun
 from spectra.krylov.layout import Layout
 from spectra.krylov.rows import stack
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
 from spectra.operators.composed import DeflatedOperator
+from spectra.operators.jaxprs import outside_loops
 from spectra.quadrature import rules
 from spectra.results import Quadrature
 

@@ -22,9 +22,9 @@ from spectra.krylov import recurrence
 from spectra.krylov.basis import sketch
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import DeflatedOperator, beside_pairs
+from spectra.operators.jaxprs import outside_loops
 from spectra.quadrature import distribution, rules
 from spectra.quadrature.rules import merge_traced, spread
 from spectra.results import Eigenpairs, Quadrature

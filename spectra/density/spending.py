@@ -34,8 +34,8 @@ from spectra.density.run import ProbeRun
 from spectra.krylov import dense, recurrence
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
+from spectra.operators.jaxprs import outside_loops
 from spectra.quadrature import rules
 from spectra.results import Quadrature
 

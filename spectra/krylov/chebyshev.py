@@ -21,8 +21,8 @@ from spectra.base.trees import PyTree
 from spectra.krylov import dense, storage
 from spectra.krylov.band import Band
 from spectra.krylov.layout import Layout
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
+from spectra.operators.jaxprs import outside_loops
 from spectra.results import Eigenpairs
 from spectra.runs import saver as saving
 from spectra.runs.saver import Saver

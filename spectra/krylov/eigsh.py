@@ -22,9 +22,9 @@ from spectra.krylov.layout import Layout
 from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
 from spectra.krylov.recurrence import check_start
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import beside_pairs
+from spectra.operators.jaxprs import outside_loops
 from spectra.results import Eigenpairs
 from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.watch import Watch, watched

@@ -33,8 +33,8 @@ from spectra.krylov.function_run import FunctionRun, split, width_of
 from spectra.krylov.layout import Layout, stacked
 from spectra.krylov.recurrence import check_steps
 from spectra.krylov.rows import stack
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.jaxprs import outside_loops
 from spectra.results import FunctionProduct
 from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.watch import watched

@@ -26,8 +26,8 @@ from spectra.krylov.recurrence import (
     placed,
     run,
 )
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.jaxprs import outside_loops
 from spectra.quadrature.rules import invariant_length
 from spectra.results import Tridiagonal
 

@@ -19,8 +19,8 @@ from spectra.krylov.layout import stacked
 from spectra.krylov.linear_run import begin, drive, outcome, prepared, whole_run
 from spectra.krylov.linear_state import Verdict, distances, in_form, judged, sizes, traced_solution
 from spectra.krylov.preconditioners import as_preconditioner, identity
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, is_real_scalar, require_operator
+from spectra.operators.jaxprs import outside_loops
 from spectra.results import Solution
 from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.watch import Journal, watched

@@ -14,7 +14,6 @@ from spectra.base import stacks, trees
 from spectra.base.draws import moved_parameters
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
-from spectra.operators.jaxprs import slow_in_loops
 from spectra.operators.pytree import operator
 from spectra.results.base import provides
 
@@ -295,11 +294,6 @@ class StepwiseOperator(Derived):
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """Compiled products, one after the other."""
         return stacks.stacked([self.mv(v) for v in stacks.split(vectors)])
-
-
-def outside_loops(op: LinearOperator) -> LinearOperator:
-    """The operator itself, or driven from the host if its products are slow in compiled loops."""
-    return StepwiseOperator(op) if slow_in_loops(op) else op
 
 
 # `LinearOperator` stands below these classes, and makes them by name.

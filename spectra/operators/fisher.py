@@ -108,7 +108,7 @@ CHECKED_EXAMPLES = 64
 """Examples on which the loss is compared with the likelihood it is taken for."""
 
 
-@operator(leaves=("params", "data", "key"))
+@operator(leaves=("params", "data", "key", "linear"))
 class FisherOperator(ModelOperator):
     """The Fisher information Σ_t w_t E[∇log p(y|f_t) ∇log p(y|f_t)ᵀ] of a model's predictions.
 

@@ -26,7 +26,7 @@ from spectra.operators.data import DataOperator, shows_options
 from spectra.operators.pytree import operator
 
 
-@operator(leaves=("params", "data"))
+@operator(leaves=("params", "data", "linear"))
 class HessianOperator(DataOperator):
     """The Hessian ∇²L(θ) of a loss, as products with vectors; the matrix is never formed.
 

@@ -19,10 +19,10 @@ from spectra.density.slq import slq
 from spectra.estimators import blocks
 from spectra.estimators.batches import Batches, in_order, listed
 from spectra.estimators.law import Law
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.batches import batch_size
 from spectra.operators.data import DataOperator
+from spectra.operators.jaxprs import outside_loops
 from spectra.report.spectrum import trace_estimate
 from spectra.results import Array, Interval, Quadrature, Result, result, text_table, worst
 from spectra.results.text import directed
