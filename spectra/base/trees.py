@@ -135,14 +135,7 @@ def vector_structure(params: PyTree) -> PyTree:
     """
     check_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
-    dtypes = [_of_jax(x.dtype) for x in leaves]
-    return _vector_structure(treedef, tuple((x.shape, d) for x, d in zip(leaves, dtypes, strict=True)))
-
-
-def _of_jax(dtype: Any) -> Any:
-    """A floating dtype as that of a JAX array, any other one as it is: long doubles and swapped bytes too."""
-    known = jnp.issubdtype(dtype, jnp.floating) and not _foreign(dtype)
-    return jax.dtypes.canonicalize_dtype(dtype) if known else dtype
+    return _vector_structure(treedef, tuple((x.shape, x.dtype) for x in leaves), jax.config.x64_enabled)
 
 
 def _foreign(dtype: Any) -> bool:
@@ -153,7 +146,9 @@ def _foreign(dtype: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _vector_structure(treedef: PyTreeDef, kinds: Kinds) -> PyTree:
+def _vector_structure(treedef: PyTreeDef, kinds: Kinds, x64: bool) -> PyTree:
+    del x64  # on which the working dtypes depend
+
     def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if _foreign(leaf.dtype):
             raise StructureError(
@@ -165,7 +160,8 @@ def _vector_structure(treedef: PyTreeDef, kinds: Kinds) -> PyTree:
                 f"parameter leaf '{path_str(path)}' has dtype {leaf.dtype}; a Hessian needs real "
                 "floating-point parameters. Make it a constant with wrt=, or cast it."
             )
-        return jax.ShapeDtypeStruct(leaf.shape, working_dtype(leaf.dtype))
+        own = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, working_dtype(own))
 
     leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
     structure = jax.tree.map_with_path(one, treedef.unflatten(leaves))
