@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import stacks
-from spectra.base.progress import Progress
+from spectra.base.host import Progress
 from spectra.base.trees import PyTree
 from spectra.density import deflation
 from spectra.density.run import ProbeRun

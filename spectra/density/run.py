@@ -11,7 +11,7 @@ import numpy as np
 
 from spectra.base import arrays, draws
 from spectra.base.errors import Status
-from spectra.base.progress import Progress
+from spectra.base.host import Progress
 from spectra.base.trees import PyTree
 from spectra.density import deflation
 from spectra.density.recorder import Recorder

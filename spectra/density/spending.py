@@ -27,7 +27,7 @@ import numpy as np
 
 from spectra.base import host
 from spectra.base.errors import Status
-from spectra.base.progress import Progress
+from spectra.base.host import Progress
 from spectra.density import deflation
 from spectra.density.krylov_space import Space, outside, taken_out
 from spectra.density.run import ProbeRun

@@ -15,8 +15,7 @@ from spectra.base import draws
 from spectra.base import stacks as _stacks
 from spectra.base import trees as _tree
 from spectra.base.errors import SpectraError, Status
-from spectra.base.host import one_thread
-from spectra.base.progress import Progress
+from spectra.base.host import Progress, one_thread
 from spectra.base.trees import PyTree
 from spectra.krylov import dense, storage
 from spectra.krylov.band import Band
