@@ -262,7 +262,8 @@ class ProbeRun:
 
 
 def _draw(layout: Layout, key: jax.Array, index: Any) -> PyTree:
-    return draws.sphere_sample(jax.random.fold_in(key, index), layout.structure)
+    """A probe, of any direction alike: `init` gives it length one."""
+    return draws.sample(jax.random.fold_in(key, index), layout.structure, jax.random.normal)
 
 
 @partial(jax.jit, static_argnames="layout")

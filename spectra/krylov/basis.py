@@ -104,18 +104,13 @@ def put_by_scatter(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
     read, chosen and written back, for every segment.
     """
     size = basis[0][0].shape[1]
-
-    def write(rows: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
-        return rows.at[index].set(x, mode="drop", unique_indices=True, wrap_negative_indices=False)
-
+    options: dict[str, Any] = {"mode": "drop", "unique_indices": True, "wrap_negative_indices": False}
+    write = jax.vmap(lambda rows, index, x: rows.at[index].set(x.astype(rows.dtype), **options))
     written: list[Panels] = []
     for i, segment in enumerate(basis):
         index = jnp.where(row // size == i, row % size, size)  # behind the last row: dropped
-        triples = [
-            (rows, x.astype(rows.dtype), jnp.full(len(rows), index))
-            for rows, x in zip(segment, vector, strict=True)
-        ]
-        written.append([jax.vmap(write)(*triple) for triple in triples])
+        pairs = zip(segment, vector, strict=True)
+        written.append([write(rows, jnp.full(len(rows), index), x) for rows, x in pairs])
     return tuple(written)
 
 
