@@ -9,9 +9,9 @@ import numpy as np
 from jax import lax
 
 from spectra.base import arrays, draws, meshes, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError, Status
 from spectra.base.host import one_thread
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov.chebyshev import following
 from spectra.krylov.lanczos import lanczos

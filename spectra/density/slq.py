@@ -11,9 +11,9 @@ import numpy as np
 from jax import lax
 
 from spectra.base import draws, host, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
 from spectra.base.host import Progress
-from spectra.base.meshes import automatic
 from spectra.density import deflation, krylov_space
 from spectra.density.recorder import Recorder
 from spectra.density.run import ProbeRun

@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 
 from spectra.base import trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
 from spectra.base.files import tree_digest
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov import wanted
 from spectra.krylov.chebyshev import smallest_eigenpairs

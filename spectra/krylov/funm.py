@@ -22,9 +22,9 @@ import numpy as np
 from jax import lax
 
 from spectra.base import arrays, stacks, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.files import tree_digest
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov.band import BandState, append, empty
 from spectra.krylov.band_block import run_block

@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 
 from spectra.base import stacks, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError
 from spectra.base.files import tree_digest
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov import dense
 from spectra.krylov.layout import stacked

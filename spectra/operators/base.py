@@ -199,7 +199,7 @@ class LinearOperator(abc.ABC):
         trees.check_structure(v, structure, what)
         return trees.cast_like(v, structure)
 
-    @meshes.automatic
+    @calls.automatic
     def __matmul__(self, v: PyTree) -> PyTree:
         """H v for a pytree, or for a flat array of shape (n,); the result has the form of `v`.
 
@@ -244,7 +244,7 @@ class LinearOperator(abc.ABC):
         own = getattr(self.like, "shape", None)  # an operator on a single array
         return getattr(v, "shape", None) == (self.size,) and own != (self.size,)
 
-    @meshes.automatic
+    @calls.automatic
     def as_matrix(self, *, memory_limit: int | None = None) -> 'Float[jax.Array, "n n"]':
         """The dense matrix, symmetric to the bit: (A + Aᵀ) / 2 of the n columns.
 
@@ -323,7 +323,7 @@ class LinearOperator(abc.ABC):
         """
         return call("submatrix", self, indices)
 
-    @meshes.automatic
+    @calls.automatic
     def blocks(self, by: str = "leaf", *, scanned: paths.Select | None = None) -> dict[str, "LinearOperator"]:
         """The diagonal blocks: one for every leaf (`by="leaf"`), or for every layer (`by="layer"`).
 
@@ -361,7 +361,7 @@ class LinearOperator(abc.ABC):
     def _principal(self, indices: tuple[int, ...]) -> "LinearOperator":
         return call("block", self, indices)
 
-    @meshes.automatic
+    @calls.automatic
     def to_scipy(self) -> "scipy.sparse.linalg.LinearOperator":
         """A `scipy.sparse.linalg.LinearOperator` on flat vectors, with the linearisation reused."""
         from scipy.sparse.linalg import LinearOperator as ScipyOperator

@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from spectra.base import arrays, host, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import DataError, MemoryLimitError, StructureError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.base import LinearOperator

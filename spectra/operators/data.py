@@ -18,9 +18,10 @@ import numpy as np
 
 from spectra.base import host, trees
 from spectra.base import paths as _paths
+from spectra.base.calls import automatic
 from spectra.base.draws import moved_parameters
 from spectra.base.errors import DataError, NonFiniteError, SpectraError
-from spectra.base.meshes import automatic, on_automatic_axes
+from spectra.base.meshes import on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import trees
+from spectra.base.calls import automatic
 from spectra.base.errors import DataError, SpectraError, StructureError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree, is_traced
 from spectra.operators import likelihood
 from spectra.operators.accumulate import map_microbatches

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import arrays, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import weighted_sum

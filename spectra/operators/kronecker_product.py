@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from spectra.base import arrays, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, StructureError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import Composed
 from spectra.operators.base import LinearOperator

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import draws, meshes, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.density.slq import slq
 from spectra.estimators import blocks
