@@ -50,6 +50,7 @@ class ProbeRun:
         self.known = known  # vectors that the probes are made orthogonal to
         self.whole = whole  # norm of the operator with them
         self.home = home  # where the basis lives, if not with the operator
+        self.at_home = partial(jax.default_device, home) if home else contextlib.nullcontext
         self.op, self.layout, self.key, self.bar = op, layout, key, bar
         self.apart, self.recorder = apart, recorder
         self.size, self.precision = size, op.precision
@@ -137,16 +138,12 @@ class ProbeRun:
             self.last = state
         sketch = None
         if state.basis:
-            with self._at_home():
+            with self.at_home():
                 sketch = sketches(self.layout.anonymous(), state.basis, self.key, batched=batched)
         rows = _rows(state, done, batched, sketch)
         self.rows += rows
         if self.recorder is not None:
             self.recorder.finished(probes, rows)
-
-    def _at_home(self) -> Any:
-        """Where the basis lives."""
-        return jax.default_device(self.home) if self.home else contextlib.nullcontext()
 
     def _recorded(
         self, probe: int, num_steps: int, stop_when: Callable[[Quadrature], bool] | None
@@ -193,7 +190,7 @@ class ProbeRun:
         """
         indices = np.asarray(probes if batched else probes[0], np.int32)
         options: dict[str, Any] = {"num_steps": num_steps, "batched": batched, "keep_basis": self.keep_basis}
-        with self._at_home():
+        with self.at_home():
             layout = self.layout.anonymous()
             if layout.mesh is not None:
                 state = _drawn_states(layout, self.key, indices, **options)
