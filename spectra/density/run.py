@@ -259,8 +259,7 @@ class ProbeRun:
 
 
 def _draw(layout: Layout, key: jax.Array, index: Any) -> PyTree:
-    """A probe, of any direction alike: `init` gives it length one."""
-    return draws.sample(jax.random.fold_in(key, index), layout.structure, jax.random.normal)
+    return draws.sphere_sample(jax.random.fold_in(key, index), layout.structure)
 
 
 @partial(jax.jit, static_argnames="layout")

@@ -302,7 +302,7 @@ def _traced(
     op = op.prepare()
 
     def run(i: int | jax.Array, steps: int) -> recurrence.LanczosState:
-        v0 = draws.sample(jax.random.fold_in(key, i), layout.structure, jax.random.normal)
+        v0 = draws.sphere_sample(jax.random.fold_in(key, i), layout.structure)
         state = recurrence.init(layout, v0, steps, keep_basis=keep)
         return recurrence.run(op, layout, state, 0, steps)
 

@@ -269,14 +269,7 @@ def stacked(op: LinearOperator, b: PyTree, what: str) -> tuple[PyTree, bool, Cal
     if op.is_matrix(b):
         rows = jax.vmap(lambda row: trees.unravel(row, structure))(jnp.asarray(b, op.dtype).T)
         return rows, True, lambda x: jax.vmap(trees.ravel)(x).T
-    if (
-        shape is not None
-        and len(shape) == 2
-        and shape[0]
-        and shape[1] == op.size
-        and own != shape
-        and own is None
-    ):
+    if own is None and shape is not None and len(shape) == 2 and shape[0] and shape[1] == op.size:
         rows = jax.vmap(lambda row: trees.unravel(row, structure))(jnp.asarray(b, op.dtype))
         return rows, True, jax.vmap(trees.ravel)
     if (count := _common_axis(b, structure)) is not None:
