@@ -19,7 +19,7 @@ from test_damage import report, results
 from typer.testing import CliRunner
 
 import spectra
-from spectra.base.progress import Lines, Progress
+from spectra.base.host import Lines, Progress
 from spectra.cli import commands, output, running, scripts
 from spectra.cli.ending import starting
 

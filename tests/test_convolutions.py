@@ -8,7 +8,7 @@ from cases import slow_but
 
 import spectra
 from spectra.krylov import chebyshev, dense
-from spectra.operators import arithmetic
+from spectra.operators import arithmetic, jaxprs
 
 KEY = jax.random.key(5)
 
@@ -58,7 +58,7 @@ def test_products_are_called_one_by_one_and_give_the_same(name, monkeypatch, x64
     apart = np.asarray(ESTIMATES[name](operator()))
     assert calls
     assert not any(calls)  # none inside of a program
-    monkeypatch.setattr(arithmetic, "slow_in_loops", lambda op: False)
+    monkeypatch.setattr(jaxprs, "slow_in_loops", lambda op: False)
     together = np.asarray(ESTIMATES[name](operator()))
     # The same products up to the order of sums: n roundings of |H|; the filter of "smallest" raises them.
     size = np.abs(np.linalg.eigvalsh(operator().as_matrix())).max()
@@ -68,7 +68,7 @@ def test_products_are_called_one_by_one_and_give_the_same(name, monkeypatch, x64
 
 def test_other_operators_stay_in_loops():
     op = spectra.MatrixOperator(jnp.eye(4))
-    assert arithmetic.outside_loops(op) is op
+    assert jaxprs.outside_loops(op) is op
 
 
 def test_bad_values_are_named_through_it():

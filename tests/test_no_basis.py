@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import spectra
-from spectra.base import draws, progress
+from spectra.base import draws, host
 from spectra.density.extremes import extreme
 from spectra.krylov import recurrence
 from spectra.krylov.layout import Layout
@@ -228,7 +228,7 @@ def test_a_killed_run_goes_on_and_its_checkpoint_is_two_vectors(tmp_path, bare):
     with pytest.MonkeyPatch.context() as patch:
         # An accelerator runs all probes at once, in fewer and longer chunks.
         calls = iter([0] * (12 if jax.default_backend() == "cpu" else 3) + [15] * 1000)
-        patch.setattr(progress, "pending", lambda: next(calls))
+        patch.setattr(host, "pending", lambda: next(calls))
         with pytest.raises(spectra.PreemptedError):
             spectra.slq(op, checkpoint=saved, **options)
     names = [path.name for path in folder.glob("probe-*")]

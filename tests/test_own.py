@@ -231,3 +231,39 @@ def test_what_is_assigned_to_an_operator_that_jax_rebuilt_is_multiplied_with(cop
 def test_a_start_vector_that_is_none_is_refused(v0):
     with pytest.raises(spectra.SpectraError, match="v0"):
         spectra.LanczosIteration(OP, 3).init(v0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Through(spectra.LinearOperator):
+    base: spectra.LinearOperator
+
+    @property
+    def like(self):
+        return self.base.like
+
+    @property
+    def made_of(self):
+        return (self.base,)
+
+    def mv(self, v):
+        return self.base.mv(v)
+
+
+def squares(w, x):
+    return jnp.mean((x @ w) ** 2)
+
+
+def test_what_is_known_of_an_operator_is_known_of_what_it_is_made_of():
+    data = jnp.eye(3)
+    coarse = spectra.HessianOperator(squares, jnp.ones(3), data, matmul_precision="bfloat16")
+    streamed = spectra.HessianOperator(squares, jnp.ones(3), [data, data])
+    assert Through(coarse).precision == 2.0**-8  # the unit roundoff of bfloat16
+    assert Through(coarse).computes_in == "bfloat16"
+    assert Through(coarse).known_linear
+    assert [Through(op).on_host for op in (coarse, streamed)] == [False, True]
+    product = Through(streamed) @ jnp.arange(3.0)
+    np.testing.assert_allclose(product, 2 * np.arange(3) / 3, rtol=1e-6)  # eight roundings or fewer
+    matrix = Through(spectra.MatrixOperator(data))
+    assert matrix.precision == np.finfo(np.float32).eps
+    with pytest.raises(spectra.NonFiniteError, match="parameter leaf"):
+        Through(spectra.HessianOperator(squares, jnp.full(3, jnp.nan), data)) @ jnp.ones(3)

@@ -88,9 +88,10 @@ class Setting:
 
     def placed(self, panels):
         """Shapes of panels, or of segments of them, where the layout has them."""
-        pairs = zip(panels, self.layout.panel_specs, strict=True)
+        pairs = zip(panels, self.layout.panels, strict=True)
         return [
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, s)) for x, s in pairs
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, p.spec))
+            for x, p in pairs
         ]
 
     @property

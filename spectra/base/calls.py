@@ -14,14 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AxisType, Mesh
 
-from spectra.base import trees
-from spectra.base.errors import SpectraError
+from spectra.base import meshes, trees
+from spectra.base.errors import SpectraError, StructureError
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by place and by name
 KEY_ADVICE = "pass a JAX random key, for example jax.random.key(0)."
+_EXPLICIT_LOSS = (
+    "spectra computes on automatic axes. Wrap a function that names explicit axes with the shardings of its "
+    "arguments: jax.sharding.explicit_axes(loss_fn, in_sharding=(params_specs, data_specs))."
+)
 _WAYS = ("host_to_device", "device_to_device", "device_to_host")
 
 
@@ -44,6 +49,54 @@ def checked(fn: Callable[P, T]) -> Callable[P, T]:
             raise
 
     return call
+
+
+def automatic(fn: Callable[P, T]) -> Callable[P, T]:
+    """Decorator of what users call with an operator, or its spectrum: run on automatic axes.
+
+    With a mesh of explicit axes (`jax.set_mesh`) the call runs under its automatic twin: arrays among
+    the arguments are moved there, those of the result back. Arguments are checked as by `checked`, and
+    the rules of JAX are `own_rules`.
+    """
+    check = checks(fn)
+
+    @functools.wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with own_rules():
+            args, kwargs = cast("Any", check(args, cast("dict[str, Any]", kwargs)))
+            try:
+                if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+                    return fn(*args, **kwargs)
+                return _on_twin(fn, args, kwargs)
+            except (RuntimeError, ValueError) as error:
+                explain_deleted(fn, args, kwargs, error)
+                raise
+
+    return call
+
+
+def _on_twin(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    """The call under the automatic twin of the mesh that is set."""
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError as error:
+        raise StructureError(
+            "spectra was called inside jit, vmap or grad on a mesh with explicit axes: wrap the function "
+            "that calls it as in jax.sharding.auto_axes(f, out_sharding=PartitionSpec())."
+        ) from error
+    assert isinstance(mesh, Mesh)
+    with jax.set_mesh(meshes.twin(mesh)):
+        first, rest = (
+            args[:1],
+            meshes.on_automatic_axes((args[1:], kwargs)),
+        )  # first: an operator, moved already
+        try:
+            result = fn(*first, *rest[0], **rest[1])
+        except ValueError as error:
+            if "of type Auto" in str(error):  # JAX's words for a sharding that needs explicit axes
+                error.add_note(_EXPLICIT_LOSS)
+            raise
+    return meshes.moved_from_twin(result, mesh)
 
 
 def checked_fields(cls: type[T]) -> type[T]:

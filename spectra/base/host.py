@@ -1,14 +1,24 @@
-"""What the host gives: memory that is left, threads for small dense problems, other processes of a run."""
+"""The host of a run: memory that is left, threads, other processes, how far it has come, signals to end it.
+
+A signal is noted while the run lasts, and heeded where nothing is lost.
+"""
 
 import contextlib
 import functools
 import importlib
 import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import numpy as np
+
+from spectra.base.errors import EndedEarlyError, PreemptedError
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
@@ -97,3 +107,137 @@ def combined(value: int) -> int:
 
     gathered = np.asarray(process_allgather(np.asarray(value, np.uint32))).ravel()
     return functools.reduce(int.__xor__, map(int, gathered))
+
+
+class Lines:
+    """Progress where nobody watches: a line now and then, in a log."""
+
+    PACE = 30.0  # seconds
+
+    def __init__(self, total: int | None, name: str):
+        self.total, self.count, self.name, self.text = total, 0, name, ""
+        self.start = self.last = time.monotonic()
+
+    def update(self, count: int) -> None:
+        """Count products, and say so if the last line is some time ago."""
+        self.count += count
+        if time.monotonic() - self.last >= self.PACE:
+            self.last = time.monotonic()
+            self._write()
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """What the next line says besides; as tqdm's."""
+        del refresh
+        self.text = f", {text}"
+
+    def close(self) -> None:
+        """Say how it ended."""
+        self._write()
+
+    def _write(self) -> None:
+        seconds = time.monotonic() - self.start
+        most = "" if self.total is None else f" of {self.total:,}"
+        print(
+            f"{self.name}: {self.count:,}{most} products, {seconds:.0f} s{self.text}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+class Progress:
+    """A bar of tqdm where somebody watches, lines in a log elsewhere, or nothing.
+
+    Args:
+        show: whether to show anything.
+        total: products of the whole run; None where they are not known before.
+        name: what the run computes.
+    """
+
+    def __init__(self, show: bool, total: int | None, name: str = "Lanczos"):
+        self.bar = None
+        if show and is_first():
+            from tqdm.auto import tqdm
+
+            watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+            self.bar = tqdm(total=total, unit="product", desc=name) if watched else Lines(total, name)
+
+    def update(self, count: int) -> None:
+        """Count products."""
+        if self.bar is not None:
+            self.bar.update(count)
+
+    def note(self, text: str) -> None:
+        """How near the run is to its goal."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+WATCHED = (signal.SIGTERM, signal.SIGINT)
+_pending: int | None = None
+_watching = False
+_begun = True
+
+
+def pending() -> int:
+    """The signal that asked the run under way to end; 0 if none did."""
+    return _pending or 0
+
+
+@contextlib.contextmanager
+def watching(*, begun: bool = True) -> Generator[None]:
+    """While the block lasts, SIGTERM and SIGINT are noted; a second SIGINT interrupts as ever.
+
+    Blocks may be nested: what came in an inner one is still known in the outer one. Outside the main
+    thread, which alone receives signals, nothing changes.
+
+    Args:
+        begun: whether there is, or soon will be, something to save. If not, a signal ends the run at once
+            with an `EndedEarlyError`, until `begin()` is called.
+    """
+    global _pending, _watching, _begun
+    if _watching or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _pending, _watching, _begun = None, True, begun
+    before = {number: signal.signal(number, _note) for number in WATCHED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _pending, _watching, _begun = None, False, True
+
+
+def begin() -> None:
+    """From here on there are products to save."""
+    global _begun
+    _begun = True
+
+
+def _note(number: int, _frame: object) -> None:
+    global _pending
+    if not _begun:
+        _pending = number  # heeded at the first product if a bare `except:` swallows the error
+        raise EndedEarlyError(number)
+    if number == signal.SIGINT:
+        if _pending == signal.SIGINT:
+            raise KeyboardInterrupt
+        print("\nending after a last checkpoint; press Ctrl-C again to end at once", file=sys.stderr)
+    _pending = number
+
+
+def end(number: int, where: str, folder: Path) -> NoReturn:
+    """Raise for a run that was saved in the folder; `where` says how far it came."""
+    name = signal.Signals(number).name
+    raise PreemptedError(
+        f"the run was asked to end ({name}) and did, {where}; its checkpoint is in '{folder}'. "
+        "The same command resumes from there.",
+        signal=number,
+    )

@@ -5,9 +5,7 @@ result is split, and arrays on explicit and on automatic axes do not mix. The pa
 axes: it moves its input there and its results back, which copies nothing.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +13,9 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from spectra.base.calls import checks, explain_deleted, own_rules
-from spectra.base.errors import StructureError
-
 PyTree = Any
-P = ParamSpec("P")
-T = TypeVar("T")
 Places = tuple[NamedSharding | None, ...]
 """Of the leaves of a vector, see `places`."""
-_EXPLICIT_LOSS = (
-    "spectra computes on automatic axes. Wrap a function that names explicit axes with the shardings of its "
-    "arguments: jax.sharding.explicit_axes(loss_fn, in_sharding=(params_specs, data_specs))."
-)
 
 
 def mesh_of(tree: PyTree) -> Mesh | None:
@@ -41,55 +30,20 @@ def on_automatic_axes(tree: PyTree) -> PyTree:
 
     def one(leaf: Any) -> Any:
         mesh = _mesh(leaf)
-        return leaf if mesh is None or AxisType.Explicit not in mesh.axis_types else _moved(leaf, _twin(mesh))
+        return leaf if mesh is None or AxisType.Explicit not in mesh.axis_types else _moved(leaf, twin(mesh))
 
     return jax.tree.map(one, tree)
 
 
-def automatic(fn: Callable[P, T]) -> Callable[P, T]:
-    """Decorator of what users call with an operator, or its spectrum: run on automatic axes.
-
-    With a mesh of explicit axes (`jax.set_mesh`) the call runs under its automatic twin: arrays among
-    the arguments are moved there, those of the result back. Arguments are checked as by `calls.checked`, and
-    the rules of JAX are `calls.own_rules`.
-    """
-    check = checks(fn)
-
-    @functools.wraps(fn)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        with own_rules():
-            args, kwargs = cast("Any", check(args, cast("dict[str, Any]", kwargs)))
-            try:
-                if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
-                    return fn(*args, **kwargs)
-                return _on_twin(fn, args, kwargs)
-            except (RuntimeError, ValueError) as error:
-                explain_deleted(fn, args, kwargs, error)
-                raise
-
-    return call
+def twin(mesh: Mesh) -> Mesh:
+    """The same mesh with automatic axes."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-def _on_twin(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-    """The call under the automatic twin of the mesh that is set."""
-    try:
-        mesh = jax.sharding.get_mesh()
-    except ValueError as error:
-        raise StructureError(
-            "spectra was called inside jit, vmap or grad on a mesh with explicit axes: wrap the function "
-            "that calls it as in jax.sharding.auto_axes(f, out_sharding=PartitionSpec())."
-        ) from error
-    assert isinstance(mesh, Mesh)
-    twin = _twin(mesh)
-    with jax.set_mesh(twin):
-        first, rest = args[:1], on_automatic_axes((args[1:], kwargs))  # first: an operator, moved already
-        try:
-            result = fn(*first, *rest[0], **rest[1])
-        except ValueError as error:
-            if "of type Auto" in str(error):  # JAX's words for a sharding that needs explicit axes
-                error.add_note(_EXPLICIT_LOSS)
-            raise
-    return jax.tree.map(lambda leaf: _moved(leaf, mesh) if _mesh(leaf) == twin else leaf, result)
+def moved_from_twin(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Arrays on the automatic twin of a mesh as the same arrays on the mesh itself."""
+    own = twin(mesh)
+    return jax.tree.map(lambda leaf: _moved(leaf, mesh) if _mesh(leaf) == own else leaf, tree)
 
 
 def places(like: PyTree) -> Places:
@@ -117,10 +71,6 @@ def _mesh(leaf: Any) -> Mesh | None:
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return sharding.mesh
     return None
-
-
-def _twin(mesh: Mesh) -> Mesh:
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _moved(leaf: Any, mesh: Mesh) -> Any:

@@ -91,14 +91,6 @@ def not_an_array(path: str, leaf: Any) -> StructureError:
     )
 
 
-def check_arrays(params: PyTree) -> None:
-    """Raise unless every leaf is an array, or the shape of one."""
-    wrong = [not is_array(leaf) for leaf in jax.tree.leaves(params)]
-    if any(wrong):  # only then the paths, which take longer to make than everything else here
-        path, leaf = jax.tree.leaves_with_path(params)[wrong.index(True)]
-        raise not_an_array(path_str(path), leaf)
-
-
 def check_alive(tree: PyTree, what: str) -> None:
     """Raise a `StructureError` for an array whose memory JAX has given to another.
 
@@ -133,16 +125,13 @@ def vector_structure(params: PyTree) -> PyTree:
 
     Without x64 a NumPy array of float64 is one of float32 to JAX.
     """
-    check_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
-    dtypes = [_of_jax(x.dtype) for x in leaves]
-    return _vector_structure(treedef, tuple((x.shape, d) for x, d in zip(leaves, dtypes, strict=True)))
-
-
-def _of_jax(dtype: Any) -> Any:
-    """A floating dtype as that of a JAX array, any other one as it is: long doubles and swapped bytes too."""
-    known = jnp.issubdtype(dtype, jnp.floating) and not _foreign(dtype)
-    return jax.dtypes.canonicalize_dtype(dtype) if known else dtype
+    wrong = [not is_array(leaf) for leaf in leaves]
+    if any(wrong):  # only then the paths, which take longer to make than everything else here
+        path, leaf = jax.tree.leaves_with_path(params)[wrong.index(True)]
+        raise not_an_array(path_str(path), leaf)
+    widest = jax.dtypes.canonicalize_dtype(np.float64)  # without x64 that of float64 is float32, too
+    return _vector_structure(treedef, tuple((x.shape, x.dtype) for x in leaves), widest)
 
 
 def _foreign(dtype: Any) -> bool:
@@ -153,7 +142,9 @@ def _foreign(dtype: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _vector_structure(treedef: PyTreeDef, kinds: Kinds) -> PyTree:
+def _vector_structure(treedef: PyTreeDef, kinds: Kinds, widest: jnp.dtype) -> PyTree:
+    del widest  # in which `canonicalize_dtype` ends
+
     def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if _foreign(leaf.dtype):
             raise StructureError(
@@ -165,7 +156,8 @@ def _vector_structure(treedef: PyTreeDef, kinds: Kinds) -> PyTree:
                 f"parameter leaf '{path_str(path)}' has dtype {leaf.dtype}; a Hessian needs real "
                 "floating-point parameters. Make it a constant with wrt=, or cast it."
             )
-        return jax.ShapeDtypeStruct(leaf.shape, working_dtype(leaf.dtype))
+        own = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, working_dtype(own))
 
     leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
     structure = jax.tree.map_with_path(one, treedef.unflatten(leaves))

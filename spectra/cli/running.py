@@ -9,7 +9,7 @@ import jax
 import typer
 
 from spectra import bridge
-from spectra.base import progress
+from spectra.base import host
 from spectra.base.host import is_first
 from spectra.cli.ending import INTERRUPTED, fail, leave
 from spectra.cli.output import Place, Voice, keep, require_free
@@ -59,7 +59,7 @@ def run(
     """The spectrum of a problem of the user's; `options` are those of `spectra.spectrum`."""
     if subject.distributed:
         initialize()
-    watched = progress.watching(begun=False) if checkpoint else contextlib.nullcontext()
+    watched = host.watching(begun=False) if checkpoint else contextlib.nullcontext()
     if checkpoint is None:
         how = "nothing was kept. With --checkpoint FOLDER a run is saved and can be resumed"
     else:
@@ -71,7 +71,7 @@ def run(
             options["checkpoint"] = Checkpoint(checkpoint, minutes=minutes)
         op, name = _operator(subject, jax.random.key(seed))
         parts = None if subject.blocks is None else op.blocks(by=subject.blocks)
-        progress.begin()
+        host.begin()
         if parts is None:
             _analyse(op, name, place, voice, jax.random.key(seed), **options)
         else:

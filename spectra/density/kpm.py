@@ -9,15 +9,15 @@ import numpy as np
 from jax import lax
 
 from spectra.base import arrays, draws, meshes, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError, Status
 from spectra.base.host import one_thread
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov.chebyshev import following
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import VECTORS, check_probe_batch, choose_batch
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.jaxprs import outside_loops
 from spectra.quadrature.rules import dense
 from spectra.results import Moments
 from spectra.runs.checkpoint import Checkpoint

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import stacks
-from spectra.base.progress import Progress
+from spectra.base.host import Progress
 from spectra.base.trees import PyTree
 from spectra.density import deflation
 from spectra.density.run import ProbeRun
 from spectra.krylov.layout import Layout
 from spectra.krylov.rows import stack
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
 from spectra.operators.composed import DeflatedOperator
+from spectra.operators.jaxprs import outside_loops
 from spectra.quadrature import rules
 from spectra.results import Quadrature
 

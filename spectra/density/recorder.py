@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra.base import host, progress
+from spectra.base import host
 from spectra.base.trees import PyTree
 from spectra.krylov import storage
 from spectra.krylov.layout import Layout
@@ -84,7 +84,7 @@ class Recorder(Saver):
 
     def between(self) -> None:
         """Called between probes: raises where the run is to end."""
-        (stop,) = host.largest(float(progress.pending()))
+        (stop,) = host.largest(float(host.pending()))
         self.end(int(stop), f"after {len(self.rows)} probes" if self.rows else "before its first step")
 
     def after(

@@ -11,7 +11,7 @@ import numpy as np
 
 from spectra.base import arrays, draws
 from spectra.base.errors import Status
-from spectra.base.progress import Progress
+from spectra.base.host import Progress
 from spectra.base.trees import PyTree
 from spectra.density import deflation
 from spectra.density.recorder import Recorder
@@ -50,6 +50,7 @@ class ProbeRun:
         self.known = known  # vectors that the probes are made orthogonal to
         self.whole = whole  # norm of the operator with them
         self.home = home  # where the basis lives, if not with the operator
+        self.at_home = partial(jax.default_device, home) if home else contextlib.nullcontext
         self.op, self.layout, self.key, self.bar = op, layout, key, bar
         self.apart, self.recorder = apart, recorder
         self.size, self.precision = size, op.precision
@@ -133,21 +134,16 @@ class ProbeRun:
                 self.chunk = int(np.clip(saver.PACE * steps / max(seconds, 1e-9), 1, recurrence.CHUNK))
         if stop_when is None:
             done = num_steps  # steps that a breakdown left out are zeros
-        rows = _rows(state, done, batched)
         if self.keep_last:
             self.last = state
+        sketch = None
         if state.basis:
-            with self._at_home():
-                found = sketches(self.layout, state.basis, self.key, batched=batched)
-            for row, sketch in zip(rows, found, strict=True):
-                row["sketch"] = sketch[:done]
+            with self.at_home():
+                sketch = sketches(self.layout.anonymous(), state.basis, self.key, batched=batched)
+        rows = _rows(state, done, batched, sketch)
         self.rows += rows
         if self.recorder is not None:
             self.recorder.finished(probes, rows)
-
-    def _at_home(self) -> Any:
-        """Where the basis lives."""
-        return jax.default_device(self.home) if self.home else contextlib.nullcontext()
 
     def _recorded(
         self, probe: int, num_steps: int, stop_when: Callable[[Quadrature], bool] | None
@@ -194,7 +190,7 @@ class ProbeRun:
         """
         indices = np.asarray(probes if batched else probes[0], np.int32)
         options: dict[str, Any] = {"num_steps": num_steps, "batched": batched, "keep_basis": self.keep_basis}
-        with self._at_home():
+        with self.at_home():
             layout = self.layout.anonymous()
             if layout.mesh is not None:
                 state = _drawn_states(layout, self.key, indices, **options)
@@ -295,21 +291,19 @@ def _resized(row: dict[str, Any], steps: int) -> dict[str, Any]:
     return row | kept | {"length": min(row["length"], steps)}
 
 
-def _rows(state: LanczosState, done: int, batched: bool) -> list[dict[str, Any]]:
-    """Coefficients of each probe in float64, cut to the steps that were run."""
-    alpha, beta, length, asymmetry, scale = (
-        np.asarray(x)
-        for x in jax.device_get((state.alpha, state.beta, state.length, state.asymmetry, state.scale))
-    )
-    columns = [alpha, beta, length, asymmetry / np.where(scale > 0, scale, 1)]
-    if not batched:
-        columns = [x[None] for x in columns]
+def _rows(
+    state: LanczosState, done: int, batched: bool, sketch: jax.Array | None = None
+) -> list[dict[str, Any]]:
+    """Coefficients of each probe in float64, and its sketch, cut to the steps that were run."""
+    names = ("alpha", "beta", "length", "asymmetry", "scale")
+    numbers = {name: getattr(state, name) for name in names}
+    numbers |= {} if sketch is None else {"sketch": sketch}
+    numbers = {name: np.asarray(x) for name, x in jax.device_get(numbers).items()}
+    scale = numbers.pop("scale")
+    numbers["asymmetry"] = numbers["asymmetry"] / np.where(scale > 0, scale, 1)
+    rows = [{name: x[i] for name, x in numbers.items()} for i in range(len(scale))] if batched else [numbers]
     return [
-        {
-            "alpha": alpha[:done].astype(np.float64),
-            "beta": beta[:done].astype(np.float64),
-            "length": int(length),
-            "asymmetry": float(asymmetry),
-        }
-        for alpha, beta, length, asymmetry in zip(*columns, strict=True)
+        {name: x[:done].astype(np.float64) for name, x in row.items() if x.ndim}
+        | {"length": int(row["length"]), "asymmetry": float(row["asymmetry"])}
+        for row in rows
     ]

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import draws, trees
-from spectra.base import progress as _signals
+from spectra.base import draws, host, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
-from spectra.base.meshes import automatic
-from spectra.base.progress import Progress
+from spectra.base.host import Progress
 from spectra.density import deflation, krylov_space
 from spectra.density.recorder import Recorder
 from spectra.density.run import ProbeRun
@@ -22,9 +21,9 @@ from spectra.krylov import recurrence
 from spectra.krylov.basis import sketch
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import DeflatedOperator, beside_pairs
+from spectra.operators.jaxprs import outside_loops
 from spectra.quadrature import distribution, rules
 from spectra.quadrature.rules import merge_traced, spread
 from spectra.results import Eigenpairs, Quadrature
@@ -155,7 +154,7 @@ def slq(
     options |= {"basis": basis, "basis_dtype": basis_dtype}
     watched = contextlib.nullcontext()
     if checkpoint is not None:
-        checkpoint, watched = Checkpoint.of(checkpoint), _signals.watching()
+        checkpoint, watched = Checkpoint.of(checkpoint), host.watching()
     if isinstance(op, Mapping):
         if deflate is not None:
             raise SpectraError("deflate belongs to one operator: call slq for each of them.")

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from spectra.base import trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
-from spectra.base.meshes import automatic
 from spectra.density import bands
 from spectra.density.bands import RELATIVE_WIDTH, Width, coupling_of_kernels
 from spectra.density.moments import moments_density, points_of

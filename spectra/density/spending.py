@@ -27,15 +27,15 @@ import numpy as np
 
 from spectra.base import host
 from spectra.base.errors import Status
-from spectra.base.progress import Progress
+from spectra.base.host import Progress
 from spectra.density import deflation
 from spectra.density.krylov_space import Space, outside, taken_out
 from spectra.density.run import ProbeRun
 from spectra.krylov import dense, recurrence
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
+from spectra.operators.jaxprs import outside_loops
 from spectra.quadrature import rules
 from spectra.results import Quadrature
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.trace import trace

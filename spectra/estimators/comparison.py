@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import draws, meshes, stacks, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, Status
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.density.slq import slq
 from spectra.estimators.functions import trace_of

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from spectra.base import trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
-from spectra.base.meshes import automatic
 from spectra.density import extremes
 from spectra.density.slq import slq
 from spectra.estimators.exact import relative_change

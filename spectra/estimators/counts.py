@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
-from spectra.base.meshes import automatic
 from spectra.estimators.functions import Source, quadrature_of
 from spectra.quadrature import distribution
 from spectra.quadrature.distribution import share_interval

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from spectra.base import trees as _tree
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
-from spectra.base.meshes import automatic
 from spectra.base.paths import leaf_paths
 from spectra.base.trees import PyTree
 from spectra.estimators import exact

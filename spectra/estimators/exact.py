@@ -13,8 +13,8 @@ from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.run import Run
 from spectra.krylov.wanted import KEY, SAMPLES, change_of_product, multiply
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
+from spectra.operators.jaxprs import outside_loops
 
 _Columns = tuple[jax.Array, jax.Array, jax.Array]  # entries, norms, and products with a vector
 

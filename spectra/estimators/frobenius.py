@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 
 from spectra.base import arrays
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, exact, leave_one_out
 from spectra.estimators.low_rank import MIN_SKETCH, SketchRun, with_rounding

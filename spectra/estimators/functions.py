@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import trees
-from spectra.base.calls import require_key
+from spectra.base.calls import automatic, require_key
 from spectra.base.errors import SpectraError, Status
-from spectra.base.meshes import automatic
 from spectra.density.extremes import sampled_ends, sampling_error, shows_fourth_powers
 from spectra.density.slq import slq
 from spectra.density.spending import spend

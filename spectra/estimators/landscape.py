@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import stacks, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, StructureError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.data import DataOperator

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import arrays, draws, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status, StructureError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.batches import Batches, draw_batches

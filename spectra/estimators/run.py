@@ -18,8 +18,8 @@ from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.blocks import PROBES
 from spectra.krylov.plan import VECTORS, choose_batch
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.jaxprs import outside_loops
 from spectra.results import Estimate, format_bytes
 from spectra.runs.watch import Journal
 

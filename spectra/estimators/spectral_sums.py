@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra.base.meshes import automatic
+from spectra.base.calls import automatic
 from spectra.estimators.functions import Source, module_of, trace_of
 from spectra.results import Estimate
 

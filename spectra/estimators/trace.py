@@ -10,9 +10,8 @@ import jax
 import numpy as np
 
 from spectra.base import host, trees
-from spectra.base.calls import checked
+from spectra.base.calls import automatic, checked
 from spectra.base.errors import SpectraError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, exact
 from spectra.estimators.hutchinson import hutchinson

@@ -16,12 +16,11 @@ reduction between devices.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from spectra.base import arrays, draws
@@ -105,18 +104,13 @@ def put_by_scatter(basis: Basis, row: jax.Array | int, vector: Panels) -> Basis:
     read, chosen and written back, for every segment.
     """
     size = basis[0][0].shape[1]
-
-    def write(rows: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
-        return rows.at[index].set(x, mode="drop", unique_indices=True, wrap_negative_indices=False)
-
+    options: dict[str, Any] = {"mode": "drop", "unique_indices": True, "wrap_negative_indices": False}
+    write = jax.vmap(lambda rows, index, x: rows.at[index].set(x.astype(rows.dtype), **options))
     written: list[Panels] = []
     for i, segment in enumerate(basis):
         index = jnp.where(row // size == i, row % size, size)  # behind the last row: dropped
-        triples = [
-            (rows, x.astype(rows.dtype), jnp.full(len(rows), index))
-            for rows, x in zip(segment, vector, strict=True)
-        ]
-        written.append([jax.vmap(write)(*triple) for triple in triples])
+        pairs = zip(segment, vector, strict=True)
+        written.append([write(rows, jnp.full(len(rows), index), x) for rows, x in pairs])
     return tuple(written)
 
 
@@ -134,21 +128,21 @@ def take(basis: Basis, row: jax.Array | int) -> Panels:
     return lax.switch(jnp.where(row < 0, len(basis), row // size), branches, basis)
 
 
-def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """Coefficients Q v on the first `filled` rows, zero beyond, shape (rows,); and |v|². Reads rows once.
+def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> jax.Array:
+    """Coefficients Q v on the first `filled` rows, zero beyond, shape (rows,). Reads rows once.
 
-    Both are summed over blocks in one reduction, which on a mesh is all that devices exchange.
+    They are summed over blocks in one reduction, which on a mesh is all that devices exchange.
     """
-    return summed(block_dots(basis, vector, filled))
+    return added(block_dots(basis, vector, filled, square=False))
 
 
 def block_dots(
     basis: Basis, vector: Panels, filled: jax.Array | int, *, square: bool = True
 ) -> list[jax.Array]:
-    """`dots` block by block, shape (blocks, rows + 1) for each panel: what a device computes alone. Without
-    the `square` one less, and the vector is read once less where nothing else has."""
+    """`dots` block by block, shape (blocks, rows) for each panel: what a device computes alone. With the
+    `square` of the vector as one more; without, it is read once less where nothing else has."""
 
-    def first(count: int, segments: Basis, vector: Panels) -> list[list[jax.Array]]:
+    def visit(count: int, segments: Basis, _: Any, vector: Panels) -> list[list[jax.Array]]:
         panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
         columns = [
             _dots(rows, x) if count > 1 else [_dot(segment, x) for segment in rows]
@@ -161,23 +155,10 @@ def block_dots(
         ]
         return read + skipped
 
-    def program(at_once: int, basis: Basis, vector: Panels, filled: jax.Array | int) -> list[list[jax.Array]]:
-        parts: list[list[jax.Array]] = []
-        for places, held in _groups(basis, at_once, filled):
-            branches = [functools.partial(first, count) for count in range(len(basis[places]) + 1)]
-            parts += lax.switch(held, branches, basis[places], vector)
-        return parts
-
-    parts = lax.platform_dependent(basis, vector, filled, **_programs(0, program))
+    parts = lax.platform_dependent(basis, filled, None, vector, **_programs(0, visit))
     if square:
         parts.append([_dot(x[:, None], x) for x in vector])
     return [jnp.concatenate(blocks, axis=1) for blocks in zip(*parts, strict=True)]
-
-
-def summed(blocks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The results of `dots` from those of `block_dots`."""
-    sums = added(blocks)
-    return sums[:-1], sums[-1]
 
 
 def added(blocks: list[jax.Array]) -> jax.Array:
@@ -190,31 +171,41 @@ def subtract(
     basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int, layout: Layout
 ) -> Panels:
     """v - Q^T c over the first `filled` rows. Reads them once."""
-
-    def program(
-        at_once: int, basis: Basis, coefficients: jax.Array, vector: Panels, filled: jax.Array | int
-    ) -> Panels:
-        for places, held in _groups(basis, at_once, filled):
-            segments = basis[places]
-            branches = [functools.partial(_subtract, layout, count) for count in range(len(segments) + 1)]
-            vector = lax.switch(held, branches, segments, coefficients[places], vector)
-        return vector
-
     coefficients = coefficients.reshape(len(basis), -1)
-    return lax.platform_dependent(basis, coefficients, vector, filled, **_programs(1, program))
+    programs = _programs(1, functools.partial(_subtract, layout))
+    return lax.platform_dependent(basis, filled, coefficients, vector, **programs)
 
 
-def _groups(basis: Basis, at_once: int, filled: jax.Array | int) -> Iterator[tuple[slice, jax.Array | int]]:
-    """The places of the segments that are read at once, and how many of these hold some of the first `filled`
-    rows, were there enough of them: `lax.switch` clips what exceeds its branches."""
+def _programs(sweep: int, visit: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """`_sweep` by platform, with as many segments at once as suit it there."""
+    programs = {name: functools.partial(_sweep, visit, counts[sweep]) for name, counts in AT_ONCE.items()}
+    return programs | {"default": functools.partial(_sweep, visit, 1)}
+
+
+def _sweep(
+    visit: Callable[..., Any],
+    at_once: int,
+    basis: Basis,
+    filled: jax.Array | int,
+    coefficients: jax.Array | None,
+    vector: Panels,
+) -> Any:
+    """Visit the segments that hold the first `filled` rows, a group `at_once`.
+
+    `visit(count, segments, coefficients, vector)` reads the first `count` segments of a group. It returns a
+    list, which is added to those of the others, or with coefficients the vector that the next group is given.
+    """
+    parts: list[Any] = []
     for start in range(0, len(basis), at_once):
-        yield slice(start, start + at_once), -(-filled // basis[0][0].shape[1]) - start
-
-
-def _programs(sweep: int, program: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """`program` by platform, with as many segments at once as suit the sweep there."""
-    programs = {name: functools.partial(program, counts[sweep]) for name, counts in AT_ONCE.items()}
-    return programs | {"default": functools.partial(program, 1)}
+        group = slice(start, start + at_once)
+        # Were there enough of them: `lax.switch` clips what exceeds its branches.
+        held = -(-filled // basis[0][0].shape[1]) - start
+        branches = [functools.partial(visit, count) for count in range(len(basis[group]) + 1)]
+        if coefficients is None:
+            parts += lax.switch(held, branches, basis[group], None, vector)
+        else:
+            vector = lax.switch(held, branches, basis[group], coefficients[group], vector)
+    return parts if coefficients is None else vector
 
 
 @jax.jit
@@ -274,15 +265,10 @@ def sketch(layout: Layout, basis: Basis, key: jax.Array, *, batched: bool = Fals
     def one(number: jax.Array) -> jax.Array:
         v = draws.sample(jax.random.fold_in(key, number), layout.structure, _UNIFORM)
         products = functools.partial(dots, vector=layout.place(layout.pack(v)), filled=count)
-        return (jax.vmap(products) if batched else products)(basis)[0]
+        return (jax.vmap(products) if batched else products)(basis)
 
     return jnp.moveaxis(lax.map(one, jnp.arange(SKETCHED)), 0, -1)
 
 
-_compiled = functools.partial(jax.jit, static_argnames=("layout", "batched"))(sketch)
-
-
-def sketches(layout: Layout, basis: Basis, key: jax.Array, *, batched: bool) -> list[np.ndarray]:
-    """The sketch of each probe in flight, in float64 on the host."""
-    found = np.asarray(jax.device_get(_compiled(layout.anonymous(), basis, key, batched=batched)), np.float64)
-    return list(found) if batched else [found]
+sketches = functools.partial(jax.jit, static_argnames=("layout", "batched"))(sketch)
+"""`sketch`, compiled: of each probe in flight where it is batched."""

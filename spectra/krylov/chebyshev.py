@@ -15,14 +15,13 @@ from spectra.base import draws
 from spectra.base import stacks as _stacks
 from spectra.base import trees as _tree
 from spectra.base.errors import SpectraError, Status
-from spectra.base.host import one_thread
-from spectra.base.progress import Progress
+from spectra.base.host import Progress, one_thread
 from spectra.base.trees import PyTree
 from spectra.krylov import dense, storage
 from spectra.krylov.band import Band
 from spectra.krylov.layout import Layout
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator
+from spectra.operators.jaxprs import outside_loops
 from spectra.results import Eigenpairs
 from spectra.runs import saver as saving
 from spectra.runs.saver import Saver

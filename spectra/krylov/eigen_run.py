@@ -14,7 +14,7 @@ import numpy as np
 
 from spectra.base import draws, stacks, trees
 from spectra.base.errors import Status
-from spectra.base.progress import Progress
+from spectra.base.host import Progress
 from spectra.base.trees import PyTree
 from spectra.krylov import storage, wanted
 from spectra.krylov.band import Band

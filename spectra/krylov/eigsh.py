@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 
 from spectra.base import trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
 from spectra.base.files import tree_digest
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov import wanted
 from spectra.krylov.chebyshev import smallest_eigenpairs
@@ -22,9 +22,9 @@ from spectra.krylov.layout import Layout
 from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
 from spectra.krylov.recurrence import check_start
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import beside_pairs
+from spectra.operators.jaxprs import outside_loops
 from spectra.results import Eigenpairs
 from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.watch import Watch, watched

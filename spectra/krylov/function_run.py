@@ -12,7 +12,7 @@ import numpy as np
 
 from spectra.base import host, stacks, trees
 from spectra.base.errors import SpectraError, Status
-from spectra.base.progress import Progress
+from spectra.base.host import Progress
 from spectra.base.trees import PyTree
 from spectra.krylov import storage
 from spectra.krylov.band import Band

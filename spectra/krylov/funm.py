@@ -22,9 +22,9 @@ import numpy as np
 from jax import lax
 
 from spectra.base import arrays, stacks, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.files import tree_digest
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov.band import BandState, append, empty
 from spectra.krylov.band_block import run_block
@@ -33,8 +33,8 @@ from spectra.krylov.function_run import FunctionRun, split, width_of
 from spectra.krylov.layout import Layout, stacked
 from spectra.krylov.recurrence import check_steps
 from spectra.krylov.rows import stack
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.jaxprs import outside_loops
 from spectra.results import FunctionProduct
 from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.watch import watched

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
 from spectra.krylov.layout import Layout
@@ -26,8 +26,8 @@ from spectra.krylov.recurrence import (
     placed,
     run,
 )
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.jaxprs import outside_loops
 from spectra.quadrature.rules import invariant_length
 from spectra.results import Tridiagonal
 

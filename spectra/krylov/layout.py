@@ -34,22 +34,30 @@ LANES = 128
 read in place; rows of panels (blocks, width) are copied to another layout first, at twice the bytes."""
 
 
+class Part(NamedTuple):
+    """Leaves that the same mesh axes split, within a panel on one device."""
+
+    held: tuple[jax.ShapeDtypeStruct, ...]  # what the device has of each leaf
+    axes: Axes  # over which they are spread besides
+    devices: int  # along these
+    share: int  # numbers that the device keeps
+
+
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """What one panel holds: leaves by the mesh axes that split them, and the axes that split the panel."""
+    """What one panel holds: leaves, the mesh axes that split it, and what follows from these."""
 
-    parts: tuple[tuple[Axes, tuple[int, ...]], ...]
+    leaves: tuple[int, ...]  # in the order in which they are packed
     axes: Axes
+    dtype: Any
+    shape: tuple[int, ...] = dataclasses.field(compare=False)  # the blocks of all devices together
+    tile: tuple[int, ...] = dataclasses.field(compare=False)  # shape on one device
+    parts: tuple[Part, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def spec(self) -> PartitionSpec:
         """How its first axis is split."""
         return PartitionSpec(self.axes) if self.axes else PartitionSpec()
-
-    @property
-    def leaves(self) -> list[int]:
-        """Indices of the leaves, in the order in which they are packed."""
-        return [i for _, leaves in self.parts for i in leaves]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +67,8 @@ class Layout:
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[Any, ...]
-    packed: tuple[Panel, ...]  # () where every leaf is a panel of its own
+    panels: tuple[Panel, ...]
+    packed: bool = False  # where not, every leaf is a panel of its own
     mesh: Mesh | None = None
     specs: tuple[PartitionSpec, ...] = ()  # of the leaves, on a mesh
     row_dtype: Any = None  # of stored rows, where it differs from the vectors'
@@ -71,40 +80,69 @@ class Layout:
         Raises:
             SpectraError: `spread` where there is no mesh of several devices.
         """
-        leaves, mesh = jax.tree.leaves(like), meshes.mesh_of(like)
-        shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
-        bare = cls.leafwise(trees.vector_structure(like))
-        everything = tuple(range(len(leaves)))
+        leaves, layout = jax.tree.leaves(like), cls.leafwise(trees.vector_structure(like))
         if any(isinstance(leaf, Tracer) for leaf in leaves):
-            return bare
+            return layout
+        shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
+        named = any(isinstance(sharding, NamedSharding) for sharding in shardings)
+        mesh = meshes.mesh_of(like) if named else None
         if spread and mesh is None:
             raise SpectraError(
                 'basis="sharded" spreads the basis over the devices of a mesh, but the parameters lie on '
                 "one device: place them with jax.device_put(params, NamedSharding(mesh, PartitionSpec()))."
             )
-        row_dtype = None if row_dtype is None else jnp.dtype(row_dtype)
-        row_dtype = None if {row_dtype} == set(bare.dtypes) else row_dtype
-        if mesh is None:
-            whole = all(sharding is None or sharding.is_fully_replicated for sharding in shardings)
-            packed = (Panel((((), everything),), ()),) if whole else ()
-            return dataclasses.replace(bare, packed=packed, row_dtype=row_dtype)
-        specs = tuple(s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings)
-        names = tuple(name for name in mesh.axis_names if mesh.shape[name] > 1)
-        parts: dict[Axes, tuple[int, ...]] = {}
-        for i, spec in enumerate(specs):
-            own = tuple(name for name in names if name in _names(spec))
-            parts[own] = (*parts.get(own, ()), i)
-        packed = [Panel((part,), part[0]) for part in parts.items()]
-        if spread:
-            packed = [Panel(tuple(parts.items()), names)]
-        return dataclasses.replace(bare, packed=tuple(packed), mesh=mesh, specs=specs, row_dtype=row_dtype)
+        if row_dtype is not None and {jnp.dtype(row_dtype)} != set(layout.dtypes):
+            layout = dataclasses.replace(layout, row_dtype=jnp.dtype(row_dtype))
+        if mesh is not None:
+            specs = tuple(s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings)
+            return dataclasses.replace(layout, mesh=mesh, specs=specs)._on_mesh(mesh, spread)
+        if all(sharding is None or sharding.is_fully_replicated for sharding in shardings):
+            panel = layout._panel({(): tuple(range(len(leaves)))}, ())
+            return dataclasses.replace(layout, panels=(panel,), packed=True)
+        return layout
 
     @classmethod
     def leafwise(cls, structure: PyTree) -> "Layout":
         """Every leaf a panel of its own, placed by the compiler."""
         leaves, treedef = jax.tree.flatten(structure)
+        shapes = tuple(tuple(leaf.shape) for leaf in leaves)
         dtypes = tuple(jnp.dtype(leaf.dtype) for leaf in leaves)
-        return cls(treedef, tuple(tuple(leaf.shape) for leaf in leaves), dtypes, ())
+        blocks = [shape if len(shape) > 1 else (1, math.prod(shape)) for shape in shapes]
+        panels = [Panel((i,), (), dtypes[i], shape, shape) for i, shape in enumerate(blocks)]
+        return cls(treedef, shapes, dtypes, tuple(panels))
+
+    def _on_mesh(self, mesh: Mesh, spread: bool) -> "Layout":
+        """A panel for the leaves that the same axes of the mesh split, or one that all axes split."""
+        names = tuple(name for name in mesh.axis_names if mesh.shape[name] > 1)
+        parts: dict[Axes, tuple[int, ...]] = {}
+        for i, spec in enumerate(self.specs):
+            own = tuple(name for name in names if name in _names(spec))
+            parts[own] = (*parts.get(own, ()), i)
+        groups = [(parts, names)] if spread else [({own: leaves}, own) for own, leaves in parts.items()]
+        panels = tuple(self._panel(*group) for group in groups)
+        return dataclasses.replace(self, panels=panels, packed=True)
+
+    def _panel(self, groups: dict[Axes, tuple[int, ...]], axes: Axes) -> Panel:
+        """The panel of leaves by the mesh axes that split them, itself split by `axes`."""
+        sizes = {} if self.mesh is None else dict(self.mesh.shape)
+        parts: list[Part] = []
+        for own, leaves in groups.items():
+            shapes = [self.shapes[i] for i in leaves]
+            if self.mesh is not None:
+                shapes = [NamedSharding(self.mesh, self.specs[i]).shard_shape(self.shapes[i]) for i in leaves]
+            spread = tuple(name for name in axes if name not in own)
+            devices = math.prod(sizes[name] for name in spread)
+            share = -(-sum(map(math.prod, shapes)) // devices)
+            held = [jax.ShapeDtypeStruct(s, self.dtypes[i]) for s, i in zip(shapes, leaves, strict=True)]
+            parts.append(Part(tuple(held), spread, devices, share))
+        size = sum(part.share for part in parts)
+        blocks = max(1, -(-size // BLOCK))
+        width = -(-size // blocks)
+        tile = (blocks, -(-width // LANES), LANES) if blocks > 1 else (blocks, width)
+        shape = (math.prod(sizes[name] for name in axes) * blocks, *tile[1:])
+        every = tuple(i for leaves in groups.values() for i in leaves)
+        dtype = jnp.result_type(*(self.dtypes[i] for i in every))
+        return Panel(every, axes, dtype, shape, tile, tuple(parts))
 
     def anonymous(self) -> "Layout":
         """The layout of the list of leaves: equal for vectors that differ in names only."""
@@ -117,33 +155,13 @@ class Layout:
         return self.treedef.unflatten([jax.ShapeDtypeStruct(s, d) for s, d in pairs])
 
     @property
-    def panels(self) -> list[jax.ShapeDtypeStruct]:
-        """`ShapeDtypeStruct` of each panel of one vector, the blocks of all devices together."""
-        if not self.packed:
-            pairs = zip(self.shapes, self.dtypes, strict=True)
-            return [jax.ShapeDtypeStruct(s if len(s) > 1 else (1, math.prod(s)), d) for s, d in pairs]
-        shapes: list[jax.ShapeDtypeStruct] = []
-        for panel in self.packed:
-            (blocks, *block), _ = self._cut(panel)
-            dtype = jnp.result_type(*(self.dtypes[i] for i in panel.leaves))
-            shapes.append(jax.ShapeDtypeStruct((self._count(panel.axes) * blocks, *block), dtype))
-        return shapes
-
-    @property
-    def panel_specs(self) -> list[PartitionSpec]:
-        """How the first axis of each panel is split."""
-        return [panel.spec for panel in self.packed] or [PartitionSpec()] * len(self.shapes)
-
-    @property
     def row_precision(self) -> float:
         """Unit roundoff of stored rows, where it is coarser than that of the vectors; otherwise 0."""
         return 0.0 if self.row_dtype is None else float(jnp.finfo(self.row_dtype).eps)
 
     def device_bytes(self, dtype: Any = None) -> int:
         """Bytes of one vector on one device, padding included; of a stored row with its dtype."""
-        counts = [self._count(panel.axes) for panel in self.packed] or [1] * len(self.shapes)
-        pairs = zip(counts, self.panels, strict=True)
-        return sum(math.prod(p.shape) // count * jnp.dtype(dtype or p.dtype).itemsize for count, p in pairs)
+        return sum(math.prod(p.tile) * jnp.dtype(dtype or p.dtype).itemsize for p in self.panels)
 
     def pack(self, tree: PyTree) -> Panels:
         """Panels of a vector given as a pytree."""
@@ -152,8 +170,8 @@ class Layout:
             pairs = zip(leaves, self.panels, strict=True)
             return [leaf.reshape(panel.shape).astype(panel.dtype) for leaf, panel in pairs]
         packed: Panels = []
-        for panel in self.packed:
-            pack = partial(self._pack, panel)
+        for panel in self.panels:
+            pack = partial(_pack, panel)
             if self.mesh is not None:
                 pack = self.locally(pack, [self.specs[i] for i in panel.leaves], panel.spec)
             packed.append(pack([leaves[i] for i in panel.leaves]))
@@ -165,8 +183,8 @@ class Layout:
             pairs = zip(panels, self.shapes, strict=True)
             return self.treedef.unflatten([panel.reshape(shape) for panel, shape in pairs])
         leaves: list[Any] = [None] * len(self.shapes)
-        for panel, array in zip(self.packed, panels, strict=True):
-            read = partial(self._unpack, panel)
+        for panel, array in zip(self.panels, panels, strict=True):
+            read = partial(_unpack, panel)
             if self.mesh is not None:
                 read = self.locally(read, panel.spec, [self.specs[i] for i in panel.leaves])
             for i, leaf in zip(panel.leaves, read(array), strict=True):
@@ -183,8 +201,8 @@ class Layout:
         """Panels, or segments of rows, where they belong on the mesh."""
         if self.mesh is None:
             return panels
-        pairs = zip(panels, self.panel_specs, strict=True)
-        return [lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec)) for x, spec in pairs]
+        pairs = zip(panels, self.panels, strict=True)
+        return [lax.with_sharding_constraint(x, NamedSharding(self.mesh, p.spec)) for x, p in pairs]
 
     def in_order(self, rows: Panels) -> Panels:
         """Panels, or segments of rows, on a TPU with their axes in order in memory.
@@ -192,10 +210,10 @@ class Layout:
         Each device is told of what it holds: libtpu 0.0.42 gathers an array on all devices to be told of it.
         Within a caller's jit nobody knows how arrays are split; where that may be so nothing is said.
         """
-        if not self.packed and jax.device_count() > 1:
-            return rows
-        pairs = zip(rows, self.panel_specs, strict=True)
-        return [self.locally(arrays.in_order, spec, spec)(x) for x, spec in pairs]
+        if self.mesh is not None:
+            pairs = zip(rows, self.panels, strict=True)
+            return [self.locally(arrays.in_order, p.spec, p.spec)(x) for x, p in pairs]
+        return rows if not self.packed and jax.device_count() > 1 else list(map(arrays.in_order, rows))
 
     def replicate(self, tree: PyTree) -> PyTree:
         """Small arrays, on every device of the mesh."""
@@ -203,58 +221,32 @@ class Layout:
             return tree
         return lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
 
-    def _count(self, axes: Axes) -> int:
-        """Devices along mesh axes."""
-        return math.prod(self.mesh.shape[name] for name in axes) if self.mesh is not None else 1
 
-    def _cut(self, panel: Panel) -> tuple[tuple[int, ...], list["_Part"]]:
-        """On one device the shape of a panel, blocks first, and what it is made of."""
-        parts: list[_Part] = []
-        for own, leaves in panel.parts:
-            shapes = [self.shapes[i] for i in leaves]
-            if self.mesh is not None:
-                shapes = [NamedSharding(self.mesh, self.specs[i]).shard_shape(self.shapes[i]) for i in leaves]
-            axes = tuple(name for name in panel.axes if name not in own)
-            share = -(-sum(map(math.prod, shapes)) // self._count(axes))
-            held = [jax.ShapeDtypeStruct(s, self.dtypes[i]) for s, i in zip(shapes, leaves, strict=True)]
-            parts.append(_Part(held, axes, share))
-        size = sum(part.share for part in parts)
-        blocks = max(1, -(-size // BLOCK))
-        width = -(-size // blocks)
-        return (blocks, -(-width // LANES), LANES) if blocks > 1 else (blocks, width), parts
-
-    def _pack(self, panel: Panel, leaves: list[jax.Array]) -> jax.Array:
-        dtype, rest = jnp.result_type(*(self.dtypes[i] for i in panel.leaves)), iter(leaves)
-        tile, parts = self._cut(panel)
-        pieces: list[jax.Array] = []
-        for part in parts:
-            held = [jnp.ravel(next(rest)).astype(dtype) for _ in part.held]
-            if part.axes:
-                flat = jnp.concatenate(held)
-                flat = arrays.pad(flat, [(0, part.share * self._count(part.axes) - flat.size)])
-                held = [lax.dynamic_slice_in_dim(flat, lax.axis_index(part.axes) * part.share, part.share)]
-            pieces += held
-        # Zeros at the end are one more piece: a vector that is padded is a copy of it.
-        pieces.append(jnp.zeros(math.prod(tile) - sum(piece.size for piece in pieces), dtype))
-        return jnp.concatenate(pieces).reshape(tile)
-
-    def _unpack(self, panel: Panel, array: jax.Array) -> list[jax.Array]:
-        flat, start = array.reshape(-1), 0
-        leaves: list[jax.Array] = []
-        for part in self._cut(panel)[1]:
-            own, start = flat[start : start + part.share], start + part.share
-            if part.axes:
-                own = lax.all_gather(own, part.axes, tiled=True)
-            leaves += trees.unravel(own, part.held, cut=arrays.apart)
-        return leaves
+def _pack(panel: Panel, leaves: list[jax.Array]) -> jax.Array:
+    """What one device holds of a panel."""
+    rest, pieces = iter(leaves), list[jax.Array]()
+    for part in panel.parts:
+        held = [jnp.ravel(next(rest)).astype(panel.dtype) for _ in part.held]
+        if part.axes:
+            flat = jnp.concatenate(held)
+            flat = arrays.pad(flat, [(0, part.share * part.devices - flat.size)])
+            held = [lax.dynamic_slice_in_dim(flat, lax.axis_index(part.axes) * part.share, part.share)]
+        pieces += held
+    # Zeros at the end are one more piece: a vector that is padded is a copy of it.
+    pieces.append(jnp.zeros(math.prod(panel.tile) - sum(piece.size for piece in pieces), panel.dtype))
+    return jnp.concatenate(pieces).reshape(panel.tile)
 
 
-class _Part(NamedTuple):
-    """Leaves that the same mesh axes split, within a panel on one device."""
-
-    held: list[jax.ShapeDtypeStruct]  # what the device has of each leaf
-    axes: Axes  # over which they are spread besides
-    share: int  # numbers that the device keeps
+def _unpack(panel: Panel, array: jax.Array) -> list[jax.Array]:
+    """What one device holds of the leaves of a panel."""
+    flat, start = array.reshape(-1), 0
+    leaves: list[jax.Array] = []
+    for part in panel.parts:
+        own, start = flat[start : start + part.share], start + part.share
+        if part.axes:
+            own = lax.all_gather(own, part.axes, tiled=True)
+        leaves += trees.unravel(own, part.held, cut=arrays.apart)
+    return leaves
 
 
 def _names(spec: PartitionSpec) -> set[str]:
@@ -277,14 +269,7 @@ def stacked(op: LinearOperator, b: PyTree, what: str) -> tuple[PyTree, bool, Cal
     if op.is_matrix(b):
         rows = jax.vmap(lambda row: trees.unravel(row, structure))(jnp.asarray(b, op.dtype).T)
         return rows, True, lambda x: jax.vmap(trees.ravel)(x).T
-    if (
-        shape is not None
-        and len(shape) == 2
-        and shape[0]
-        and shape[1] == op.size
-        and own != shape
-        and own is None
-    ):
+    if own is None and shape is not None and len(shape) == 2 and shape[0] and shape[1] == op.size:
         rows = jax.vmap(lambda row: trees.unravel(row, structure))(jnp.asarray(b, op.dtype))
         return rows, True, jax.vmap(trees.ravel)
     if (count := _common_axis(b, structure)) is not None:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from spectra.base import PLACES, host
+from spectra.base.calls import automatic
 from spectra.base.errors import MemoryLimitError, SpectraError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
 from spectra.krylov.layout import Layout, Panels

@@ -35,8 +35,8 @@ def combine(basis: Basis, weights: jax.Array, layout: Layout) -> Basis:
 
     panels = [list(parts) for parts in zip(*basis, strict=True)]
     columns = [
-        layout.locally(one, (spec, PartitionSpec()), spec)((parts, weights))
-        for parts, spec in zip(panels, layout.panel_specs, strict=True)
+        layout.locally(one, (panel.spec, PartitionSpec()), panel.spec)((parts, weights))
+        for parts, panel in zip(panels, layout.panels, strict=True)
     ]
     return tuple(list(segment) for segment in zip(*columns, strict=True))
 

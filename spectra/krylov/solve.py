@@ -10,17 +10,17 @@ import numpy as np
 from jax import lax
 
 from spectra.base import stacks, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError
 from spectra.base.files import tree_digest
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov import dense
 from spectra.krylov.layout import stacked
 from spectra.krylov.linear_run import begin, drive, outcome, prepared, whole_run
 from spectra.krylov.linear_state import Verdict, distances, in_form, judged, sizes, traced_solution
 from spectra.krylov.preconditioners import as_preconditioner, identity
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, is_real_scalar, require_operator
+from spectra.operators.jaxprs import outside_loops
 from spectra.results import Solution
 from spectra.runs.checkpoint import Checkpoint
 from spectra.runs.watch import Journal, watched

@@ -34,7 +34,7 @@ REPEAT = 0.1
 
 def vdot(a: Panels, b: Panels) -> jax.Array:
     """Inner product over all panels, block by block."""
-    return _total(_block_vdot(a, b))
+    return _basis.added(_block_vdot(a, b))
 
 
 def _block_vdot(a: Panels, b: Panels) -> list[jax.Array]:
@@ -44,11 +44,6 @@ def _block_vdot(a: Panels, b: Panels) -> list[jax.Array]:
         axes = tuple(range(1, x.ndim))
         blocks.append(arrays.contract(x, y, (axes, axes), ((0,), (0,))))
     return blocks
-
-
-def _total(blocks: list[jax.Array]) -> jax.Array:
-    dtype = jnp.result_type(*blocks)
-    return sum((jnp.sum(x).astype(dtype) for x in blocks), jnp.zeros((), dtype))
 
 
 def norm(a: Panels) -> jax.Array:
@@ -118,7 +113,8 @@ def orthogonalize(
     where it removes much a second pass follows.
     """
     blocks = _basis.block_dots(basis, vector, filled)
-    first, square = _basis.summed(blocks)
+    sums = _basis.added(blocks)
+    first, square = sums[:-1], sums[-1]
     removed = jnp.vdot(first, first, precision=lax.Precision.HIGHEST)
     left = jnp.maximum(square - removed, 0)
     # The derivative is 0 at 0: where a space ends, the norm of what is left says nothing.
@@ -147,9 +143,12 @@ def _second_pass(
     """
     before, anywhere = [x[:, -1] for x in blocks], arrays.anywhere(wanted)
     first = [x[:, :-1] for x in blocks]
+    # The compiler does not look into branches for how a result is split: that it may be one of the sums of
+    # the first pass, tells it.
+    either = partial(jax.tree.map, partial(jnp.where, wanted))
     measure = partial(_basis.block_dots, basis, filled=filled, square=False)
     measured = lax.cond(anywhere, measure, lambda _: [jnp.zeros_like(x) for x in first], vector)
-    second = jnp.where(wanted, _basis.added(_either(wanted, measured, first)), 0)
+    second = jnp.where(wanted, _basis.added(either(measured, first)), 0)
     less = partial(_basis.subtract, basis, second, filled=filled, layout=layout)
     vector = lax.cond(anywhere, lambda x: less(vector=x), lambda x: x, vector)
     # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
@@ -157,10 +156,4 @@ def _second_pass(
     squares = lax.cond(anywhere, lambda x: _block_vdot(x, x), lambda _: nothing, vector)
     # XLA makes no graph of fewer than five kernels between two reductions, and leaves their conditionals to
     # the host: so there are two conditionals, and the choice is apart from the sum.
-    return vector, second, _total(arrays.barrier(_either(wanted, squares, before)))
-
-
-def _either(wanted: jax.Array, found: list[jax.Array], other: list[jax.Array]) -> list[jax.Array]:
-    """`found` where it is wanted. The compiler does not look into branches for how a result is split: that it
-    may be one of the others, the sums of the first pass, tells it."""
-    return [jnp.where(wanted, x, y) for x, y in zip(found, other, strict=True)]
+    return vector, second, _basis.added(arrays.barrier(either(squares, before)))

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import draws, stacks, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status, StructureError
 from spectra.base.host import one_thread
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.krylov.eigsh import eigsh
 from spectra.operators.jacobian import GramOperator, JacobianOperator

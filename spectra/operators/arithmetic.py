@@ -14,13 +14,45 @@ from spectra.base import stacks, trees
 from spectra.base.draws import moved_parameters
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
-from spectra.operators.jaxprs import slow_in_loops
 from spectra.operators.pytree import operator
 from spectra.results.base import provides
 
 
+class Composed(LinearOperator):
+    """An operator made of others, which it prepares, moves and explains itself through."""
+
+    @property
+    @abc.abstractmethod
+    def made_of(self) -> tuple[LinearOperator, ...]:
+        """The others."""
+
+    @abc.abstractmethod
+    def _remade(self, parts: tuple[LinearOperator, ...]) -> LinearOperator:
+        """The same made of others in their places."""
+
+    def prepare(self) -> LinearOperator:
+        """The same made of prepared parts."""
+        return self._remade(tuple(part.prepare() for part in self.made_of))
+
+    def prepared_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.prepared_bytes() for part in self.made_of)
+
+    def recomputed_bytes(self) -> int | None:
+        """The most that a part holds: one follows the other."""
+        held = [part.recomputed_bytes() for part in self.made_of]
+        return max((size for size in held if size is not None), default=None)
+
+    def moved(self, key: jax.Array) -> LinearOperator | None:
+        """The same made of parts at moved parameters, and of those that have none as they are."""
+        keys = [jax.random.fold_in(key, i) if i else key for i in range(len(self.made_of))]
+        moved = [part.moved(own) for part, own in zip(self.made_of, keys, strict=True)]
+        pairs = zip(moved, self.made_of, strict=True)
+        return self._remade(tuple(new or part for new, part in pairs)) if any(moved) else None
+
+
 @operator(leaves=("terms",))
-class SumOperator(LinearOperator):
+class SumOperator(Composed):
     """The sum of operators on the same vectors; written `a + b` or `a - b`."""
 
     terms: tuple[LinearOperator, ...]
@@ -30,6 +62,11 @@ class SumOperator(LinearOperator):
         for term in flat[1:]:
             trees.check_structure(term.structure, flat[0].structure, "the second operator of a sum")
         object.__setattr__(self, "terms", tuple(flat))
+
+    @property
+    def made_of(self) -> tuple[LinearOperator, ...]:
+        """The terms."""
+        return self.terms
 
     @property
     def like(self) -> PyTree:
@@ -44,29 +81,9 @@ class SumOperator(LinearOperator):
         return first
 
     @property
-    def known_linear(self) -> bool:
-        """If all terms are."""
-        return all(term.known_linear for term in self.terms)
-
-    @property
     def semidefinite(self) -> bool:
         """As all terms."""
         return all(term.semidefinite for term in self.terms)
-
-    @property
-    def on_host(self) -> bool:
-        """True as soon as one term is driven from the host."""
-        return any(term.on_host for term in self.terms)
-
-    @property
-    def precision(self) -> float:
-        """The worst of the terms."""
-        return max(term.precision for term in self.terms)
-
-    @property
-    def computes_in(self) -> str:
-        """That of the coarsest term."""
-        return max(self.terms, key=lambda term: term.precision).computes_in
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """The sum of the terms' batched products."""
@@ -75,76 +92,41 @@ class SumOperator(LinearOperator):
             first = jax.tree.map(jnp.add, first, image)
         return first
 
-    def prepare(self) -> "SumOperator":
-        """The sum of the prepared terms."""
-        return SumOperator(tuple(term.prepare() for term in self.terms))
-
-    def prepared_bytes(self) -> int:
-        """Bytes of all terms."""
-        return sum(term.prepared_bytes() for term in self.terms)
-
-    def recomputed_bytes(self) -> int | None:
-        """The most that a term holds: one follows the other."""
-        held = [term.recomputed_bytes() for term in self.terms]
-        return max((size for size in held if size is not None), default=None)
-
     def _stacks(self) -> dict[int, str]:
         return self.terms[0]._stacks()
 
-    def explain_non_finite(self) -> str:
-        """What the terms know."""
-        return " ".join(term.explain_non_finite() for term in self.terms)
-
-    def require_finite(self) -> None:
-        """As all terms."""
-        for term in self.terms:
-            term.require_finite()
-
     def explain_asymmetry(self) -> str:
         """What the coarsest term knows, and that terms may cancel."""
-        known = max(self.terms, key=lambda term: term.precision).explain_asymmetry()
         return (
-            f"{known} Each term of a sum is rounded relative to itself: where terms nearly cancel, that is "
-            "much of what is left, and float64 makes it smaller."
+            f"{super().explain_asymmetry()} Each term of a sum is rounded relative to itself: where terms "
+            "nearly cancel, that is much of what is left, and float64 makes it smaller."
         )
 
-    def moved(self, key: jax.Array) -> "SumOperator":
-        """The sum of the moved terms: each is rounded relative to itself, and they may cancel."""
-        return SumOperator(each_moved(self.terms, key))
+    def moved(self, key: jax.Array) -> LinearOperator:
+        """The same of moved terms: each is rounded relative to itself, and they may cancel."""
+        return self._remade(each_moved(self.terms, key))
+
+    def _remade(self, parts: tuple[LinearOperator, ...]) -> "SumOperator":
+        return SumOperator(parts)
 
     def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
         return SumOperator(tuple(term._principal(indices) for term in self.terms))
 
 
 class Derived(LinearOperator):
-    """An operator made from another one, whose vectors, precision and explanations it has."""
+    """An operator made from another one, whose vectors it has."""
 
     base: LinearOperator
+
+    @property
+    def made_of(self) -> tuple[LinearOperator, ...]:
+        """The other operator."""
+        return (self.base,)
 
     @property
     def like(self) -> PyTree:
         """The vectors of the other operator."""
         return self.base.like
-
-    @property
-    def known_linear(self) -> bool:
-        """As the other operator."""
-        return self.base.known_linear
-
-    @property
-    def on_host(self) -> bool:
-        """As the other operator."""
-        return self.base.on_host
-
-    @property
-    def precision(self) -> float:
-        """As the other operator."""
-        return self.base.precision
-
-    @property
-    def computes_in(self) -> str:
-        """As the other operator."""
-        return self.base.computes_in
 
     def _stacks(self) -> dict[int, str]:
         return (
@@ -153,20 +135,8 @@ class Derived(LinearOperator):
             else {}
         )
 
-    def explain_non_finite(self) -> str:
-        """As the other operator."""
-        return self.base.explain_non_finite()
 
-    def require_finite(self) -> None:
-        """As the other operator."""
-        self.base.require_finite()
-
-    def explain_asymmetry(self) -> str:
-        """As the other operator."""
-        return self.base.explain_asymmetry()
-
-
-class Wrapped(Derived):
+class Wrapped(Derived, Composed):
     """An operator that multiplies and prepares itself through another one."""
 
     @abc.abstractmethod
@@ -177,6 +147,9 @@ class Wrapped(Derived):
     def _with_base(self, base: LinearOperator) -> "Wrapped":
         """The same made from another base."""
 
+    def _remade(self, parts: tuple[LinearOperator, ...]) -> LinearOperator:
+        return self._with_base(*parts)
+
     def mv(self, v: PyTree) -> PyTree:
         """The product."""
         return self._apply(self.base.mv, v)
@@ -184,23 +157,6 @@ class Wrapped(Derived):
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """The products with a stack of vectors."""
         return self._apply(self.base.mv_batch, vectors)
-
-    def prepare(self) -> LinearOperator:
-        """The same made from the prepared base."""
-        return self._with_base(self.base.prepare())
-
-    def prepared_bytes(self) -> int:
-        """As the wrapped operator."""
-        return self.base.prepared_bytes()
-
-    def recomputed_bytes(self) -> int | None:
-        """As the wrapped operator."""
-        return self.base.recomputed_bytes()
-
-    def moved(self, key: jax.Array) -> "LinearOperator | None":
-        """The same made from the base at moved parameters."""
-        base = self.base.moved(key)
-        return None if base is None else self._with_base(base)
 
     def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
         return self._with_base(self.base._principal(indices))
@@ -272,7 +228,7 @@ class ShiftedOperator(Wrapped):
     def explain_asymmetry(self) -> str:
         """What the operator knows, and that the shift may cancel it."""
         return (
-            f"{self.base.explain_asymmetry()} The shift by {float(self.delta):g} may cancel most of "
+            f"{super().explain_asymmetry()} The shift by {float(self.delta):g} may cancel most of "
             "a product and leave its rounding: float64 makes that smaller."
         )
 
@@ -295,11 +251,6 @@ class StepwiseOperator(Derived):
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """Compiled products, one after the other."""
         return stacks.stacked([self.mv(v) for v in stacks.split(vectors)])
-
-
-def outside_loops(op: LinearOperator) -> LinearOperator:
-    """The operator itself, or driven from the host if its products are slow in compiled loops."""
-    return StepwiseOperator(op) if slow_in_loops(op) else op
 
 
 # `LinearOperator` stands below these classes, and makes them by name.

@@ -99,14 +99,20 @@ class LinearOperator(abc.ABC):
         return trees.scalar_dtype(self.structure)
 
     @property
+    def made_of(self) -> "tuple[LinearOperator, ...]":
+        """Operators that compute its products: what is known of them is what is known of it."""
+        return ()
+
+    @property
     def precision(self) -> float:
         """Relative error to expect of one product; the unit roundoff unless a subclass knows worse."""
-        return float(jnp.finfo(self.dtype).eps)
+        eps = float(jnp.finfo(self.dtype).eps)
+        return max((part.precision for part in self.made_of), default=eps)
 
     @property
     def computes_in(self) -> str:
         """The type or setting that limits the precision of a product, for messages."""
-        return str(self.dtype)
+        return self._coarsest.computes_in if self.made_of else str(self.dtype)
 
     @property
     def cancels(self) -> bool:
@@ -116,7 +122,7 @@ class LinearOperator(abc.ABC):
     @property
     def known_linear(self) -> bool:
         """Whether products are linear by construction, as derivatives are; a function may be anything."""
-        return False
+        return bool(self.made_of) and all(part.known_linear for part in self.made_of)
 
     @property
     def semidefinite(self) -> bool:
@@ -126,7 +132,7 @@ class LinearOperator(abc.ABC):
     @property
     def on_host(self) -> bool:
         """Whether products are driven from the host (streamed data) and cannot be compiled whole."""
-        return False
+        return any(part.on_host for part in self.made_of)
 
     @property
     def device(self) -> Any:
@@ -161,14 +167,21 @@ class LinearOperator(abc.ABC):
 
     def explain_non_finite(self) -> str:
         """What is known about why a product is not finite, for error messages."""
-        return "Check the matrix or the function for NaN and overflow."
+        known = " ".join(part.explain_non_finite() for part in self.made_of)
+        return known or "Check the matrix or the function for NaN and overflow."
 
     def explain_asymmetry(self) -> str:
         """Why products may contradict symmetry or linearity, for error messages."""
+        if self.made_of:
+            return self._coarsest.explain_asymmetry()
         return (
             "A loss that is random or depends on call order (dropout, batch statistics that are updated) is "
             "a common reason."
         )
+
+    @property
+    def _coarsest(self) -> "LinearOperator":
+        return max(self.made_of, key=lambda part: part.precision)
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """Products with a stack of vectors: leaves (k, *leaf.shape) in and out."""
@@ -186,7 +199,7 @@ class LinearOperator(abc.ABC):
         trees.check_structure(v, structure, what)
         return trees.cast_like(v, structure)
 
-    @meshes.automatic
+    @calls.automatic
     def __matmul__(self, v: PyTree) -> PyTree:
         """H v for a pytree, or for a flat array of shape (n,); the result has the form of `v`.
 
@@ -208,8 +221,10 @@ class LinearOperator(abc.ABC):
             self._require_finite_product(finite)
         return _ravel(result) if self.is_flat(v) else result
 
-    def require_finite(self) -> None:  # noqa: B027 - most have no such function
+    def require_finite(self) -> None:
         """Raise a `NonFiniteError` if the function whose derivatives the products are is not finite."""
+        for part in self.made_of:
+            part.require_finite()
 
     def _checked(self, result: PyTree) -> PyTree:
         self._require_finite_product(trees.finite(result))
@@ -229,7 +244,7 @@ class LinearOperator(abc.ABC):
         own = getattr(self.like, "shape", None)  # an operator on a single array
         return getattr(v, "shape", None) == (self.size,) and own != (self.size,)
 
-    @meshes.automatic
+    @calls.automatic
     def as_matrix(self, *, memory_limit: int | None = None) -> 'Float[jax.Array, "n n"]':
         """The dense matrix, symmetric to the bit: (A + Aᵀ) / 2 of the n columns.
 
@@ -308,7 +323,7 @@ class LinearOperator(abc.ABC):
         """
         return call("submatrix", self, indices)
 
-    @meshes.automatic
+    @calls.automatic
     def blocks(self, by: str = "leaf", *, scanned: paths.Select | None = None) -> dict[str, "LinearOperator"]:
         """The diagonal blocks: one for every leaf (`by="leaf"`), or for every layer (`by="layer"`).
 
@@ -346,7 +361,7 @@ class LinearOperator(abc.ABC):
     def _principal(self, indices: tuple[int, ...]) -> "LinearOperator":
         return call("block", self, indices)
 
-    @meshes.automatic
+    @calls.automatic
     def to_scipy(self) -> "scipy.sparse.linalg.LinearOperator":
         """A `scipy.sparse.linalg.LinearOperator` on flat vectors, with the linearisation reused."""
         from scipy.sparse.linalg import LinearOperator as ScipyOperator

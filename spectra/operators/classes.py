@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from spectra.base import arrays, host, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import DataError, MemoryLimitError, StructureError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.base import LinearOperator
@@ -30,7 +30,7 @@ AGREE = 1e-3
 """Relative difference allowed between the curvature of the loss and that of softmax cross-entropy."""
 
 
-@operator(leaves=("params", "data"))
+@operator(leaves=("params", "data", "linear"))
 class _Terms(ModelOperator):
     """Σ w g gᵀ over the terms of the example's own class, or over those of all others."""
 
@@ -148,7 +148,7 @@ def parts_of(op: GGNOperator, means: ClassMeans) -> dict[str, Any]:
 
     rows = jax.tree.map(lambda x: weighted(x[i, j], weights[i, j]), means.means)
     across = jax.tree.map(lambda x, c: weighted(x[i, j] - c[i], weights[i, j]), means.means, centers)
-    base = op._fields()
+    base = vars(op._with())
     others, own = (_make(base | {"own": own}) for own in (False, True))
     within = others - OuterOperator(rows)
     if _are_single(op, means):  # each term is its own mean: what is left of the difference is rounding

@@ -10,7 +10,7 @@ import numpy as np
 from spectra.base import stacks, trees
 from spectra.base.errors import StructureError
 from spectra.base.trees import PyTree
-from spectra.operators.arithmetic import SumOperator, Wrapped, each_moved
+from spectra.operators.arithmetic import SumOperator, Wrapped
 from spectra.operators.base import LinearOperator
 from spectra.operators.pytree import operator
 from spectra.results.base import provides
@@ -147,13 +147,8 @@ class ProductOperator(SumOperator):
         """The errors of the factors add up."""
         return sum(term.precision for term in self.terms)
 
-    def prepare(self) -> "ProductOperator":
-        """The product of the prepared factors."""
-        return ProductOperator(tuple(term.prepare() for term in self.terms))
-
-    def moved(self, key: jax.Array) -> "ProductOperator":
-        """The product of the moved factors: each is rounded relative to itself."""
-        return ProductOperator(each_moved(self.terms, key))
+    def _remade(self, parts: tuple[LinearOperator, ...]) -> "ProductOperator":
+        return ProductOperator(parts)
 
     def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
         return BlockOperator(self, indices)

@@ -16,7 +16,7 @@ from spectra.operators.data import DataOperator, shows_options
 from spectra.operators.pytree import operator
 
 
-@operator(leaves=("params", "data", "mean"))
+@operator(leaves=("params", "data", "mean", "linear"))
 class GradientCovarianceOperator(DataOperator):
     """The second moment Σ w_i g_i g_iᵀ / Σ w_i of the gradients g_i of single examples.
 
@@ -84,7 +84,8 @@ class GradientCovarianceOperator(DataOperator):
         """C v, or C v - ḡ (ḡᵀ v)."""
         v = trees.cast_like(v, self.structure)
         product = super().mv(v)
-        return product if self.mean is None else self._center(product, v)
+        done = self.mean is None or self.linear is not None  # what `prepare` saved is centred
+        return product if done else self._center(product, v)
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """The same for a stack of vectors."""

@@ -13,13 +13,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import host, trees
 from spectra.base import paths as _paths
+from spectra.base.calls import automatic
 from spectra.base.draws import moved_parameters
 from spectra.base.errors import DataError, NonFiniteError, SpectraError
-from spectra.base.meshes import automatic, on_automatic_axes
+from spectra.base.meshes import on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
@@ -94,6 +96,7 @@ class DataOperator(LinearOperator):
     shared: Shared
     stream: Stream | None
     rounding: Rounding | None  # of the loss itself, where it computes in less than the vectors have
+    linear: Callable[[PyTree], PyTree] | None  # v -> H v with what products share saved: `prepare`
 
     @automatic
     def _open(
@@ -130,6 +133,7 @@ class DataOperator(LinearOperator):
             shared=tuple(cast("list[Any]", shared)) if isinstance(shared, list) else shared,
             stream=None,
             rounding=None,
+            linear=None,
             **functions,
         )
         trees.vector_structure(self.like)
@@ -150,13 +154,11 @@ class DataOperator(LinearOperator):
             object.__setattr__(self, name, value)
 
     def _with(self, **fields: Any) -> Self:
+        """The same with other fields, without what was found out or saved since for this very operator."""
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         op = object.__new__(type(self))
-        op._set(**(self._fields() | fields))
+        vars(op).update(own | {"linear": None} | fields)
         return op
-
-    def _fields(self) -> dict[str, Any]:
-        """All fields by name, without what was found out since about this very operator."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     @abc.abstractmethod
     def _value(self, params: PyTree, piece: PyTree) -> jax.Array:
@@ -190,7 +192,7 @@ class DataOperator(LinearOperator):
     def loss_precision(self) -> float:
         """Unit roundoff of the loss, or that of its coarse products or its own casts."""
         own = self.rounding.eps if self.rounding else 0.0
-        return max(super().precision, own, _LOW_PRECISION.get(self.matmul_precision, 0.0))
+        return max(float(jnp.finfo(self.dtype).eps), own, _LOW_PRECISION.get(self.matmul_precision, 0.0))
 
     @property
     def known_linear(self) -> bool:
@@ -213,7 +215,7 @@ class DataOperator(LinearOperator):
                 "model compute in float32 for the analysis, such as by dtype=jnp.float32 of its layers or "
                 "its policy."
             )
-        share = change_by_rounding(self)
+        share = change_by_rounding(self._with())
         if share < SEEN:
             return super().explain_asymmetry()
         return (
@@ -269,6 +271,8 @@ class DataOperator(LinearOperator):
 
         `v` may be of another floating dtype than the operator's vectors, that of half-precision parameters.
         """
+        if self.linear is not None:
+            return self.linear(v)
         v = trees.cast_like(v, self.structure)
         if self.stream is not None:
             if trees.is_traced(v):
@@ -286,15 +290,17 @@ class DataOperator(LinearOperator):
             return super().mv_batch(vectors)
         return weighted_sum(lambda piece: product_batch(piece, vectors), self._pieces())
 
-    def prepare(self) -> LinearOperator:
+    def prepare(self) -> Self:
         """Save what all products share, if asked to or if it fits; check the loss.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite at these parameters.
         """
+        if self.linear is not None:
+            return self
         loss, linear = differentiate.linearize(self) if self.linearized else (self.loss(), None)
         self._require_finite(loss)
-        return self if linear is None else differentiate.LinearizedOperator(linear, self)
+        return self if linear is None else self._with(linear=linear, _finite=vars(self).get("_finite"))
 
     def require_finite(self) -> None:
         """Raise a `NonFiniteError` if the loss is NaN or infinite; evaluated once."""
@@ -306,15 +312,15 @@ class DataOperator(LinearOperator):
             return
         if not np.isfinite(float(loss)):
             raise NonFiniteError(self.explain_non_finite())
-        self._set(_finite=True)
+        vars(self)["_finite"] = True
 
     def prepared_bytes(self) -> int:
         """Bytes of the saved values, from shapes alone; parameters and data are not counted twice."""
-        return self._saved_bytes if self.linearized else 0
+        return self._saved_bytes if self.linear is None and self.linearized else 0
 
     def recomputed_bytes(self) -> int | None:
         """Bytes of the tangents of saved values, of one microbatch: what `jax.vmap` holds for each vector."""
-        if self.stream is not None or self.mode == "finite-difference":
+        if self.linear is not None or self.stream is not None or self.mode == "finite-difference":
             return None  # streams share each pass; differences evaluate at points of their own
         if self.linearized and not rematerialises(differentiate.loss.trace(self).jaxpr):
             return None
@@ -330,9 +336,11 @@ class DataOperator(LinearOperator):
         saved: dict[int, Any] = {id(var): var.aval for var in jaxpr.outvars[1:] if id(var) not in own}
         return sum(aval.size * aval.dtype.itemsize for aval in saved.values())
 
-    def moved(self, key: jax.Array) -> LinearOperator:
+    def moved(self, key: jax.Array) -> LinearOperator | None:
         """The operator at parameters times 1 ± eps of what the loss computes in, with random signs, and with
-        products in stochastic arithmetic."""
+        products in stochastic arithmetic. None once it is prepared: saved values are those of one point."""
+        if self.linear is not None:
+            return None
         coarse = self.rounding.eps if self.rounding else 0.0
         other = self._with(params=moved_parameters(self.params, key, coarse))
         return StochasticOperator(other, jax.random.bits(key, (), "uint32"))

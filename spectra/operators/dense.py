@@ -13,8 +13,9 @@ import numpy as np
 from jax import lax
 
 from spectra.base import arrays, draws, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import NotSymmetricError, StructureError
-from spectra.base.meshes import automatic, on_automatic_axes
+from spectra.base.meshes import on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.jaxprs import Rounding, coarsest_rounding

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 from spectra.base import trees
 from spectra.base.errors import DifferentiationError, SpectraError, StructureError, warn_user
 from spectra.base.trees import PyTree
-from spectra.operators.arithmetic import Derived
 from spectra.operators.base import LinearOperator, product, product_batch
 from spectra.operators.jaxprs import may_refuse_at_lowering, refusing_operations
-from spectra.operators.pytree import operator
 
 if TYPE_CHECKING:
     from spectra.operators.data import DataOperator
@@ -101,18 +99,6 @@ def linearize(op: "DataOperator") -> tuple[jax.Array, Callable[[PyTree], PyTree]
 
 def _first(pullback: Callable[[PyTree], tuple[PyTree, ...]], u: PyTree) -> PyTree:
     return pullback(u)[0]
-
-
-@operator(leaves=("linear", "base"))
-class LinearizedOperator(Derived):
-    """An operator with the values saved that its products share; made by `prepare`, for one run."""
-
-    linear: Any
-    base: LinearOperator
-
-    def mv(self, v: PyTree) -> PyTree:
-        """One application of the saved linear map."""
-        return self.linear(v)
 
 
 def resolve_mode(piece: "DataOperator") -> str:

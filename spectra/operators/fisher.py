@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import trees
+from spectra.base.calls import automatic
 from spectra.base.errors import DataError, SpectraError, StructureError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree, is_traced
 from spectra.operators import likelihood
 from spectra.operators.accumulate import map_microbatches
@@ -108,7 +108,7 @@ CHECKED_EXAMPLES = 64
 """Examples on which the loss is compared with the likelihood it is taken for."""
 
 
-@operator(leaves=("params", "data", "key"))
+@operator(leaves=("params", "data", "key", "linear"))
 class FisherOperator(ModelOperator):
     """The Fisher information Σ_t w_t E[∇log p(y|f_t) ∇log p(y|f_t)ᵀ] of a model's predictions.
 

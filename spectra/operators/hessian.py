@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import arrays, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import weighted_sum
@@ -26,7 +26,7 @@ from spectra.operators.data import DataOperator, shows_options
 from spectra.operators.pytree import operator
 
 
-@operator(leaves=("params", "data"))
+@operator(leaves=("params", "data", "linear"))
 class HessianOperator(DataOperator):
     """The Hessian ∇²L(θ) of a loss, as products with vectors; the matrix is never formed.
 

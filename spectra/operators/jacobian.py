@@ -14,6 +14,7 @@ from jax import lax
 from jax.tree_util import PyTreeDef
 
 from spectra.base import host, paths, trees
+from spectra.base.calls import automatic
 from spectra.base.draws import moved_parameters
 from spectra.base.errors import (
     DifferentiationError,
@@ -22,7 +23,7 @@ from spectra.base.errors import (
     SpectraError,
     StructureError,
 )
-from spectra.base.meshes import automatic, on_automatic_axes
+from spectra.base.meshes import on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import weighted_sum

@@ -12,6 +12,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from spectra.base.trees import PyTree
+from spectra.operators.arithmetic import StepwiseOperator
 from spectra.operators.base import LinearOperator, product
 
 MAX_KINDS = 64
@@ -106,6 +107,11 @@ def slow_in_loops(op: LinearOperator) -> bool:
         jaxpr = product.trace(op, op.structure).jaxpr.jaxpr
         _convolves[kind] = any(eqn.primitive.name == "conv_general_dilated" for eqn in _equations(jaxpr))
     return _convolves[kind]
+
+
+def outside_loops(op: LinearOperator) -> LinearOperator:
+    """The operator itself, or driven from the host if its products are slow in compiled loops."""
+    return StepwiseOperator(op) if slow_in_loops(op) else op
 
 
 def _equations(jaxpr: Jaxpr) -> Iterator[Any]:

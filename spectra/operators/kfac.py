@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from spectra.base.arrays import diagonal
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.arguments import DataOptions

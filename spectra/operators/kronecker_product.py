@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from spectra.base import arrays, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, StructureError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
+from spectra.operators.arithmetic import Composed
 from spectra.operators.base import LinearOperator
 from spectra.operators.dense import DiagonalOperator, LowRankOperator, MatrixOperator
 from spectra.operators.kronecker import Corrected, FactoredOperator, Place
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @operator(leaves=("left", "right"))
-class KroneckerOperator(LinearOperator):
+class KroneckerOperator(Composed):
     """A ⊗ B: the block matrix (A_ij B), which maps a matrix X of shape (a, b) to A X B.
 
     If both factors are arrays, vectors X have shape (a, b), and their flat form is row after row. In general,
@@ -79,9 +80,9 @@ class KroneckerOperator(LinearOperator):
         return jax.tree.map(outer, self.left.structure)
 
     @property
-    def known_linear(self) -> bool:
-        """If both factors are."""
-        return self.left.known_linear and self.right.known_linear
+    def made_of(self) -> tuple[LinearOperator, ...]:
+        """Both factors."""
+        return self.left, self.right
 
     @property
     def semidefinite(self) -> bool:
@@ -89,43 +90,16 @@ class KroneckerOperator(LinearOperator):
         return self.left.semidefinite and self.right.semidefinite
 
     @property
-    def on_host(self) -> bool:
-        """True if at least one factor is driven from the host."""
-        return self.left.on_host or self.right.on_host
-
-    @property
     def precision(self) -> float:
         """The errors of the factors add up."""
         return self.left.precision + self.right.precision
 
-    @property
-    def computes_in(self) -> str:
-        """That of the coarser factor."""
-        return max((self.left, self.right), key=lambda factor: factor.precision).computes_in
+    def _remade(self, parts: tuple[LinearOperator, ...]) -> "KroneckerOperator":
+        return KroneckerOperator(*parts)
 
-    def prepare(self) -> "KroneckerOperator":
-        """The product of the prepared factors."""
-        return KroneckerOperator(self.left.prepare(), self.right.prepare())
-
-    def prepared_bytes(self) -> int:
-        """Bytes of both factors."""
-        return self.left.prepared_bytes() + self.right.prepared_bytes()
-
-    def require_finite(self) -> None:
-        """As both factors."""
-        self.left.require_finite()
-        self.right.require_finite()
-
-    def explain_non_finite(self) -> str:
-        """What the factors know."""
-        return f"{self.left.explain_non_finite()} {self.right.explain_non_finite()}"
-
-    def moved(self, key: jax.Array) -> "KroneckerOperator | None":
-        """The product of the factors at moved parameters, and of those that have none as they are."""
-        left, right = self.left.moved(key), self.right.moved(jax.random.fold_in(key, 1))
-        if left is None and right is None:
-            return None
-        return KroneckerOperator(left or self.left, right or self.right)
+    def recomputed_bytes(self) -> int | None:
+        """None: of one vector, too, each factor multiplies many."""
+        return None
 
     def mv(self, v: PyTree) -> PyTree:
         """A X B."""

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from spectra.base import arrays, draws, host, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import MemoryLimitError, StructureError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.base import LinearOperator

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
-from spectra.base.meshes import automatic
 from spectra.base.paths import leaf_paths
 from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import DiagonallyScaledOperator

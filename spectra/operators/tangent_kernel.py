@@ -5,8 +5,8 @@ from collections.abc import Callable
 import jax
 
 from spectra.base import paths
+from spectra.base.calls import automatic
 from spectra.base.errors import StructureError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree, path_str
 from spectra.operators.arithmetic import Wrapped
 from spectra.operators.base import LinearOperator

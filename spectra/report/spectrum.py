@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from spectra.base import trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
-from spectra.base.meshes import automatic
 from spectra.density import deflation as dense
 from spectra.density.extremes import (
     LEVEL,

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra.base.calls import require_key
+from spectra.base.calls import automatic, require_key
 from spectra.base.errors import SpectraError
-from spectra.base.meshes import automatic
 from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
 from spectra.density.slq import slq
 from spectra.estimators.functions import trace_of

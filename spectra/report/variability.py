@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import draws, meshes, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.density.slq import slq
 from spectra.estimators import blocks
 from spectra.estimators.batches import Batches, in_order, listed
 from spectra.estimators.law import Law
-from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.batches import batch_size
 from spectra.operators.data import DataOperator
+from spectra.operators.jaxprs import outside_loops
 from spectra.report.spectrum import trace_estimate
 from spectra.results import Array, Interval, Quadrature, Result, result, text_table, worst
 from spectra.results.text import directed

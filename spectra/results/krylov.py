@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import meshes
+from spectra.base import calls, meshes
 from spectra.base.errors import Status
 from spectra.base.trees import PyTree
 from spectra.quadrature import rules
@@ -60,13 +60,13 @@ class Tridiagonal(Result):
     status: Status
 
     @property
-    @meshes.automatic
+    @calls.automatic
     def basis(self) -> PyTree:
         """The rows of Q as one pytree with leaves (m, *leaf.shape). A copy, made on each access."""
         return call("stack", self._kept().segments, self.layout, 0, self.alpha.shape[-1])
 
     @property
-    @meshes.automatic
+    @calls.automatic
     def orthogonality(self) -> Float[Array, ""]:
         """max |Q Qᵀ - I| over the first `length` rows. Costs m² n operations, at each access."""
         kept = self._kept()

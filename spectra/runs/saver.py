@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from spectra.base import host, progress
+from spectra.base import host
 from spectra.base.errors import CheckpointError
 from spectra.base.files import folder_digest, replacing
 from spectra.base.trees import PyTree
@@ -249,13 +249,13 @@ class Saver:
         the longest time that a process took since the last call, so that all choose the same next."""
         late = time.monotonic() - self.saved_at > self.seconds
         late = late or (self.steps is not None and done - self.saved_step >= self.steps)
-        stop, late, seconds = host.largest(progress.pending(), late, seconds)
+        stop, late, seconds = host.largest(host.pending(), late, seconds)
         return int(stop), bool(stop or late), seconds
 
     def end(self, stop: int, done: str) -> None:
         """Raise for a run that is saved, if a signal asked it to end."""
         if stop:
-            progress.end(stop, done, self.folder)
+            host.end(stop, done, self.folder)
 
     def write(self, trees: dict[str, Callable[[], PyTree]], flight: dict[str, Any], done: int) -> None:
         """Write the items that are new and the record that names them all, or warn if the disk refuses."""

@@ -17,10 +17,9 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from spectra.base import meshes, trees
-from spectra.base import progress as _signals
+from spectra.base import host, meshes, trees
 from spectra.base.errors import SpectraError
-from spectra.base.progress import Progress
+from spectra.base.host import Progress
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
 from spectra.runs.checkpoint import Checkpoint, describe
@@ -275,6 +274,6 @@ def watched(
     """
     signals = contextlib.nullcontext()
     if checkpoint is not None:
-        checkpoint, signals = Checkpoint.of(checkpoint), _signals.watching()
+        checkpoint, signals = Checkpoint.of(checkpoint), host.watching()
     with signals, Progress(progress, total, name) as bar:
         yield Watch(bar, checkpoint, name, arguments)

@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 
 from spectra.base import trees
+from spectra.base.calls import automatic
 from spectra.base.errors import DataError, NonFiniteError, StructureError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.operators.covariance import GradientCovarianceOperator
 from spectra.results import NoiseScale

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from spectra.base import trees
+from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, Status
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.estimators.landscape import losses_at
 from spectra.operators.arguments import DataOptions

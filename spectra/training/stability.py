@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import draws, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, Status, StructureError
-from spectra.base.meshes import automatic
 from spectra.base.trees import PyTree
 from spectra.operators.data import DataOperator
 from spectra.results import StableStep

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import draws, host, trees
-from spectra.base.calls import checked, require_key
+from spectra.base.calls import automatic, checked, require_key
 from spectra.base.errors import SpectraError, warn_user
-from spectra.base.meshes import automatic, on_automatic_axes
+from spectra.base.meshes import on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.density.extremes import LEVEL, extreme
 from spectra.density.slq import slq
