@@ -1,5 +1,7 @@
 """Kronecker products are those of `numpy.kron`, and so are their closed forms."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 from cases import planted
 
 import spectra
+from spectra.krylov import wanted
+from spectra.operators.kronecker import INDEFINITE, FactoredOperator
 
 LEFT, RIGHT = planted(np.array([-1.0, 0.5, 2.0, 3.0])), planted(np.array([0.5, 1.0, 4.0]))
 DENSE = np.kron(LEFT, RIGHT)
-EPS = np.finfo(np.float64).eps
+EPS, EPS32 = np.finfo(np.float64).eps, np.finfo(np.float32).eps
 TOLERANCE = {"rtol": 0, "atol": 1e3 * EPS * np.linalg.norm(DENSE)}
 """Two chained products of order 4 and 3, and eigenvectors of such matrices."""
 
@@ -78,3 +82,35 @@ def test_what_is_wrong_is_said(call, message):
     op = spectra.FunctionOperator(lambda v: 2 * v, jnp.ones(2))
     with pytest.raises(spectra.SpectraError, match=message):
         call(op)
+
+
+@pytest.mark.parametrize("method", ["exact", "heuristic", INDEFINITE])
+def test_an_inverse_states_what_rounding_does_to_it(method):
+    """A factor of rank 6 of 12, in float32: its zeros are found to a rounding of its largest eigenvalue."""
+    misses = []
+    for seed, damping in itertools.product(range(4), (1e-1, 1e-3, 1e-4)):
+        rng = np.random.default_rng(seed)
+        left, right = (
+            np.asarray(r.T @ r / len(r), np.float32)
+            for r in (rng.standard_normal((6, 12)), rng.standard_normal((16, 8)))
+        )
+        inverse = spectra.KroneckerOperator(left, right).inverse(damping)
+        if method != INDEFINITE:
+            own = FactoredOperator(params=inverse.params, parts=inverse.inverted, stacks=())
+            inverse = own.inverse(damping, method=method)
+        (a, u), (b, v) = np.linalg.eigh(left.astype(float)), np.linalg.eigh(right.astype(float))
+        values = np.outer(a, b) + damping
+        if method == "heuristic":
+            ratio = np.sqrt(a.mean() / b.mean())
+            values = np.outer(a + ratio * damping**0.5, b + damping**0.5 / ratio)
+        x = rng.standard_normal((12, 8)).astype(np.float32)
+        y = inverse @ x
+        error = np.linalg.norm(np.asarray(y, float) - u @ ((u.T @ x @ v) / values) @ v.T)
+        change = wanted.change_of_product(inverse, jnp.asarray(x), y)
+        misses.append(error > change + inverse.precision * np.linalg.norm(x) / values.min())
+        # No statement without it is wide enough: the error is hundreds of roundings.
+        misses.append(method != "heuristic" and damping < 1e-3 and error < 100 * EPS32 * np.linalg.norm(y))
+        pairs = spectra.eigsh(inverse, 1, which="LM", key=jax.random.key(seed), tol=1e-6)
+        error = abs(float(pairs.values[0]) - (1 / values).max())
+        misses.append(error > float(pairs.residuals[0]) + pairs.noise_floor)
+    assert sum(misses) == 0

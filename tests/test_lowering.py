@@ -16,6 +16,7 @@ import pytest
 from children import answer
 
 from benchmarks.aot.programs import PRODUCTS
+from spectra.krylov.linear_kept import KEPT
 from spectra.krylov.plan import SHARING
 
 ROWS = 24  # of the basis for 20 steps, in segments of 8
@@ -24,7 +25,7 @@ PROGRAM = """
 import json, re
 import jax, jax.numpy as jnp, spectra
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from spectra.krylov import linear_run, recurrence
+from spectra.krylov import linear_block, linear_run, recurrence
 from spectra.krylov.layout import Layout
 from spectra.operators import differentiate
 
@@ -86,6 +87,13 @@ op = spectra.HessianOperator(loss_fn, like, struct((64, 64), P(every, None)))
 begun = linear_run.begin.lower(op, b, None, "auto", 1e-5, 100, b)
 pairs = zip(*map(jax.tree.leaves, (begun.out_info, begun.compile().output_shardings)), strict=True)
 out["solve"] = [(x.shape, place.shard_shape(x.shape)) for x, place in pairs]
+
+b = {k: struct((3, *s), P(None, *cases["fsdp"][0][k])) for k, s in shapes.items()}
+problem, _ = jax.eval_shape(lambda op, b: linear_run.prepared(op, b, None, "auto", 1e-5, 100, b), op, b)
+block = jax.eval_shape(lambda p: linear_block.begin_block(p, 2), problem)
+args = (op, problem, block, 1, 3, Layout.of(like).anonymous())
+module = linear_run._block_chunk.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+out["block"] = re.findall(r"LayoutConstraint.*-> tensor<([x\\d]+)xf32>", module)
 print(json.dumps(out))
 """
 CASES = ("replicated", "spread", "fsdp", "tensor", "mixed")
@@ -137,6 +145,12 @@ def test_vectors_of_a_linear_system_begin_split_as_the_parameters_are(lowered):
     vectors = [(whole, own) for whole, own in lowered["solve"] if len(whole) > 1]
     assert len(vectors) == 9 * 3
     assert all(math.prod(whole) == 8 * math.prod(own) for whole, own in vectors)
+
+
+def test_a_gpu_is_told_the_order_of_what_a_block_multiplies_and_of_its_products(lowered):
+    """Of its own part of three vectors: else all that the block keeps is copied to the order of products."""
+    parts = ["3x8x128", "3x16", "3x16x32"]
+    assert sorted(lowered["block"]) == sorted(2 * parts)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -263,6 +277,8 @@ def test_programs_of_several_products_on_eight_gpus(program, gradient_on_eight):
     assert moved <= 2 * own * PRODUCTS.get(program, 1)
     # Four vectors at once gather their parts together, each no more than the gradient gathers of weights.
     assert largest <= (2 if program == "iteration" else SHARING) * own_largest
+    if program == "solve, sides":  # less than the directions that are kept, of which there is no second copy
+        assert figures["temporary"] < 2 * KEPT * 4 * figures["numbers_a_chip"]
 
 
 @pytest.mark.slow

@@ -243,7 +243,9 @@ def _block(s: Setting):
     """A step of `solve` with several right-hand sides in one Krylov space."""
     b, problem, _ = _sides(s, SIDES)
     state = problem, jax.eval_shape(partial(begin_block, kept=KEPT // SIDES), problem)
-    return linear_run._block_chunk.lower(s.op, *_beside(s, b, state), s.counter, SHARING)
+    return linear_run._block_chunk.lower(
+        s.op, *_beside(s, b, state), s.counter, SHARING, s.layout.anonymous()
+    )
 
 
 def _forms(s: Setting):

@@ -94,11 +94,13 @@ def barrier(x: T) -> T:
     return lax.optimization_barrier(x)
 
 
-def in_order(x: jax.Array) -> jax.Array:
-    """`x`, on a TPU with its axes in order in memory, where the compiler may choose another one."""
+def in_order(x: jax.Array, platforms: Sequence[str] = ("tpu",)) -> jax.Array:
+    """`x`, on these platforms with its axes in order in memory, where the compiler may choose another one."""
 
-    order = Layout(tuple(range(x.ndim)))
-    return lax.platform_dependent(x, tpu=lambda x: with_layout_constraint(x, order), default=lambda x: x)
+    def constrained(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    return lax.platform_dependent(x, **dict.fromkeys(platforms, constrained), default=lambda x: x)
 
 
 def apart(pieces: list[jax.Array]) -> list[jax.Array]:

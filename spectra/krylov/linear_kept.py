@@ -14,6 +14,7 @@ from jax import lax
 
 from spectra.base import host, stacks
 from spectra.base.trees import PyTree
+from spectra.krylov.layout import Layout
 from spectra.krylov.linear_state import Problem, zeros_beside
 from spectra.operators.base import LinearOperator
 
@@ -26,11 +27,11 @@ Kept = tuple[PyTree, PyTree]
 
 
 def room(op: LinearOperator, sides: int) -> int:
-    """Steps whose directions are kept: two vectors for each, in a quarter of the free memory."""
+    """Steps whose directions are kept: two vectors for each, in a quarter of a device's free memory."""
     wanted, free = min(max(LEAST, KEPT // sides), MOST), host.available_bytes(op.device)
     if free is None:
         return wanted
-    step = 2 * sides * op.size * jnp.dtype(op.dtype).itemsize
+    step = 2 * sides * Layout.of(op.like).device_bytes()
     return min(wanted, free // 4 // step)
 
 

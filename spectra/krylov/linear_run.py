@@ -15,6 +15,7 @@ from jax import lax
 
 from spectra.base import stacks, trees
 from spectra.base.trees import PyTree
+from spectra.krylov.layout import Layout
 from spectra.krylov.linear_block import WIDEST, Block, absorb_block, begin_block, hand_over
 from spectra.krylov.linear_kept import room
 from spectra.krylov.linear_state import (
@@ -96,11 +97,12 @@ def whole_run(op: LinearOperator, problem: Problem, state: State, method: str, l
 def _handed_over(op: LinearOperator, problem: Problem, limit: int) -> State:
     """What a block from its first product to its last hands over."""
     block = begin_block(problem, room(op, stacks.length(problem.b)))
-    return hand_over(problem, block_loop(op, problem, block, limit, choose_together(op, len(block.c))))
+    together, layout = choose_together(op, len(block.c)), Layout.of(op.like).anonymous()
+    return hand_over(problem, block_loop(op, problem, block, limit, together, layout))
 
 
 def block_loop(
-    op: LinearOperator, problem: Problem, block: Block, stop: int | jax.Array, together: int
+    op: LinearOperator, problem: Problem, block: Block, stop: int | jax.Array, together: int, layout: Layout
 ) -> Block:
     """Products of a block, so many `together`, until it is done, `stop` for each right-hand side at most."""
 
@@ -108,13 +110,14 @@ def block_loop(
         return ~block.done & (block.products < stop)
 
     def step(block: Block) -> Block:
-        return absorb_block(problem, block, in_batches(op, block.go, together))
+        products = in_batches(op, layout.stack_in_order(block.go), together)
+        return absorb_block(problem, block, layout.stack_in_order(products))
 
     return lax.while_loop(going, step, block)
 
 
 _begin_block = jax.jit(begin_block, static_argnames=("kept",))
-_block_chunk = jax.jit(block_loop, static_argnames=("together",), donate_argnames=("block",))
+_block_chunk = jax.jit(block_loop, static_argnames=("together", "layout"), donate_argnames=("block",))
 _absorb_block = jax.jit(absorb_block)
 _hand_over = jax.jit(hand_over)
 
@@ -195,7 +198,8 @@ def _whole_block(op: LinearOperator, problem: Problem, block: Block, journal: Jo
 def _block_products(op: LinearOperator, problem: Problem, block: Block, stop: int) -> Block:
     if op.on_host:
         return _absorb_block(problem, block, op.mv_batch(block.go))
-    return _block_chunk(op, problem, block, stop, choose_together(op, len(block.c)))
+    together, layout = choose_together(op, len(block.c)), Layout.of(op.like).anonymous()
+    return _block_chunk(op, problem, block, stop, together, layout)
 
 
 def _folded(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, trees
+from spectra.base import arrays, draws, trees
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 DAMPINGS = ("exact", "heuristic")
+INDEFINITE = "indefinite"
+"""An exact inverse of factors that may have negative eigenvalues."""
 _einsum = arrays.einsum
 
 
@@ -80,6 +82,16 @@ class Kronecker:
         """A X B."""
         return _right(_left(self.input, x), self.output)
 
+    def factors(self) -> int:
+        """Matrices that a product multiplies by, one after the other."""
+        return sum(side.ndim == 3 for side in (self.input, self.output))
+
+    def moved(self, key: jax.Array) -> "Kronecker":
+        """With each factor moved by one rounding, and symmetric."""
+        moved = draws.moved_parameters((self.input, self.output), key, 0.0)
+        sides = (side if side.ndim == 2 else (side + jnp.swapaxes(side, 1, 2)) / 2 for side in moved)
+        return Kronecker(*sides, self.place)
+
     def trace(self) -> jax.Array:
         """Σ tr A tr B over the groups."""
         return jnp.sum(_traces(self.input) * _traces(self.output))
@@ -88,13 +100,15 @@ class Kronecker:
         """All products of eigenvalues, (groups, inputs, outputs); those of rounding below zero are zero."""
         return _values(self.input)[:, :, None] * _values(self.output)[:, None, :]
 
-    def eigh(self) -> "Corrected":
-        """The same block by the eigenvectors of its factors."""
-        (a, u), (b, v) = _eigh(self.input), _eigh(self.output)
+    def eigh(self, *, definite: bool = True) -> "Corrected":
+        """The same block by the eigenvectors of its factors, which have no negative eigenvalue if definite."""
+        (a, u), (b, v) = _eigh(self.input, definite), _eigh(self.output, definite)
         return Corrected(u, v, a[:, :, None] * b[:, None, :], self.place)
 
     def inverse(self, damping: Any, method: str) -> "Kronecker | Corrected":
         """(A ⊗ B + δ)⁻¹, or (A + π√δ)⁻¹ ⊗ (B + √δ/π)⁻¹ with π² the ratio of their mean eigenvalues."""
+        if method == INDEFINITE:
+            return self.eigh(definite=False).inverse(damping, method)
         if method == "exact" or self.place.kind != "kronecker" or self.input.shape[1] == 1:
             return self.eigh().inverse(damping, method)
         a, b = (_traces(side) / side.shape[1] for side in (self.input, self.output))
@@ -130,6 +144,14 @@ class Corrected:
             x = _left(jnp.swapaxes(self.input_basis, 1, 2), x)
         return x if self.output_basis is None else _right(x, self.output_basis)
 
+    def factors(self) -> int:
+        """Matrices that a product multiplies by, one after the other: each basis, and its transpose."""
+        return sum(2 for basis in (self.input_basis, self.output_basis) if basis is not None)
+
+    def moved(self, key: jax.Array) -> "Corrected":
+        """With bases and values moved by one rounding."""
+        return draws.moved_parameters(self, key, 0.0)
+
     def trace(self) -> jax.Array:
         """Σ Λ."""
         return jnp.sum(self.values)
@@ -162,11 +184,9 @@ def _values(side: jax.Array) -> jax.Array:
     return jnp.maximum(side if side.ndim == 2 else arrays.eigvalsh(side), 0)
 
 
-def _eigh(side: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    if side.ndim == 2:
-        return jnp.maximum(side, 0), None
-    values, basis = arrays.eigh(side)
-    return jnp.maximum(values, 0), basis
+def _eigh(side: jax.Array, definite: bool) -> tuple[jax.Array, jax.Array | None]:
+    values, basis = (side, None) if side.ndim == 2 else arrays.eigh(side)
+    return jnp.maximum(values, 0) if definite else values, basis
 
 
 def _inverse(side: jax.Array, shift: jax.Array) -> jax.Array:
@@ -194,6 +214,11 @@ class FactoredOperator(LinearOperator):
     def like(self) -> PyTree:
         """The parameters."""
         return self.params
+
+    @property
+    def precision(self) -> float:
+        """One rounding for each matrix that a product multiplies by."""
+        return super().precision * max([1, *(part.factors() for part in self.parts)])
 
     def mv(self, v: PyTree) -> PyTree:
         """The blocks' products, leaf by leaf."""
@@ -243,8 +268,7 @@ class FactoredOperator(LinearOperator):
             )
         if not trees.is_traced((self.parts, damping)) and not damping > 0:
             self._require_definite(float(damping))
-        parts = _inverses(self.parts, damping, method)
-        return FactoredOperator(params=self.params, parts=parts, stacks=self.stacks)
+        return DampedInverse.of(self, damping, method)
 
     def _require_definite(self, damping: float) -> None:
         """Raise unless every block is positive definite by more than its rounding, d eps of its largest."""
@@ -301,6 +325,39 @@ class FactoredOperator(LinearOperator):
 
         groups = {part.place.name: int(part.place.layout.groups > 1) for part in self.parts}
         return {name: (one(a, groups[name]), one(b, groups[name])) for name, (a, b) in self.factors.items()}
+
+
+@operator(leaves=("params", "parts", "inverted", "damping"))
+class DampedInverse(FactoredOperator):
+    """(K + δ I)⁻¹ of a factored K, whose blocks tell what rounding does to it.
+
+    The eigenvalues of a factor are off by roundings of its largest one. An inverse is as large as the
+    smallest of K allows, and off by up to |K| / δ roundings, however precise its products are.
+    """
+
+    inverted: tuple[Block, ...]  # those of K
+    damping: Any
+    method: str
+
+    @classmethod
+    def of(cls, op: FactoredOperator, damping: Any, method: str) -> "DampedInverse":
+        """The inverse of an operator."""
+        own = {"params": op.params, "stacks": op.stacks, "inverted": op.parts}
+        damping = jnp.asarray(damping, op.dtype)
+        return cls(**own, parts=_inverses(op.parts, damping, method), damping=damping, method=method)
+
+    def moved(self, key: jax.Array) -> "DampedInverse":
+        """The inverse of moved blocks."""
+        keys = jax.random.split(key, len(self.inverted))
+        inverted = tuple(part.moved(one) for part, one in zip(self.inverted, keys, strict=True))
+        return self.of(dataclasses.replace(self, parts=inverted), self.damping, self.method)
+
+    def _principal(self, indices: tuple[int, ...]) -> LinearOperator:
+        own = FactoredOperator(params=self.params, parts=self.inverted, stacks=self.stacks)
+        part = own._principal(indices)
+        if isinstance(part, FactoredOperator):
+            return self.of(part, self.damping, self.method)
+        return super()._principal(indices)
 
 
 @jax.jit

@@ -12,7 +12,7 @@ from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import Composed
 from spectra.operators.base import LinearOperator
 from spectra.operators.dense import DiagonalOperator, LowRankOperator, MatrixOperator
-from spectra.operators.kronecker import Corrected, FactoredOperator, Place
+from spectra.operators.kronecker import INDEFINITE, DampedInverse, FactoredOperator, Kronecker, Place
 from spectra.operators.layouts import Layout
 from spectra.operators.pytree import operator
 
@@ -181,20 +181,22 @@ class KroneckerOperator(Composed):
                 f"{kinds} has no inverse in closed form: pass matrices, such as op.as_matrix(), or use "
                 "spectra.solve."
             )
-        (a, u), (b, v) = arrays.eigh(self.left.matrix), arrays.eigh(self.right.matrix)
-        values = jnp.outer(a, b) + damping
-        if not trees.is_traced(values):
-            sizes = jnp.abs(values)
-            rounding = max(values.shape) * float(jnp.finfo(values.dtype).eps)
-            if not float(sizes.min()) > rounding * float(jnp.abs(jnp.outer(a, b)).max()):
+        shape = self.left.size, self.right.size
+        layout = Layout(shape, 0, (("reshape", shape, (1, *shape)),), 1, *shape)
+        place = Place("", 0, None, layout, "kronecker")
+        part = Kronecker(self.left.matrix[None], self.right.matrix[None], place)
+        params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.like)  # arrays: a leaf of jit
+        whole = FactoredOperator(params=params, parts=(part,), stacks=())
+        inverse = DampedInverse.of(whole, damping, INDEFINITE)
+        if not trees.is_traced(inverse.parts):
+            sizes = jnp.abs(1 / inverse.parts[0].eigenvalues())
+            rounding = max(shape) * float(jnp.finfo(self.dtype).eps)
+            if not float(sizes.min()) > rounding * float(sizes.max()):
                 raise SpectraError(
                     f"damping={damping}: A ⊗ B + δ I has an eigenvalue of size {float(sizes.min()):.3g} "
                     f"next to {float(sizes.max()):.3g}, so it has no inverse; pass another damping."
                 )
-        layout = Layout(values.shape, 0, (("reshape", values.shape, (1, *values.shape)),), 1, *values.shape)
-        part = Corrected(u[None], v[None], (1 / values)[None], Place("", 0, None, layout, "kronecker"))
-        params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.like)  # arrays: a leaf of jit
-        return FactoredOperator(params=params, parts=(part,), stacks=())
+        return inverse
 
 
 def _factor(value: Any, name: str) -> LinearOperator:
