@@ -108,7 +108,8 @@ def eigsh(
             independent of those of the run that found these pairs, even with the same key.
         metric: M of H v = λ M v, positive definite: an operator, up to order 2000, or its diagonal, a pytree
             like the parameters. Vectors are orthonormal in it, v_iᵀ M v_j = δ_ij, and residuals are
-            |H v - λ M v| in the norm of M⁻¹. If M is an operator, this takes n products with each.
+            |H v - λ M v| in the norm of M⁻¹. If M is an operator, this takes n products with each, and ten
+            more of those that measure rounding.
         progress: show the number of products, the converged pairs and the largest residual.
         checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, with
             bit-identical results on the same devices; a run that ran out of products resumes with a larger
