@@ -12,6 +12,7 @@ from spectra.base import host, trees
 from spectra.base.errors import SpectraError, Status, StructureError
 from spectra.base.host import one_thread
 from spectra.krylov import wanted
+from spectra.krylov.vanished import vanished
 from spectra.operators.base import LinearOperator
 from spectra.operators.preconditioned import PreconditionedOperator
 from spectra.results import Eigenpairs, Interval, Solution
@@ -103,6 +104,8 @@ def matrix_error(op: LinearOperator, values: np.ndarray) -> float:
     stable, with n eps |H| as in `numpy.linalg.matrix_rank`.
     """
     n, norm = len(values), float(np.abs(values).max())
+    if not norm:
+        return vanished(op)
     if op.cancels:
         columns = 4 * op.precision * np.sqrt(n) * norm
     else:

@@ -22,6 +22,7 @@ from spectra.krylov.layout import Layout
 from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
 from spectra.krylov.recurrence import check_start
+from spectra.krylov.vanished import vanished
 from spectra.operators.arithmetic import outside_loops
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import beside_pairs
@@ -221,7 +222,8 @@ def eigsh(
         pairs = _pairs(
             op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, places, watch
         )
-    return wanted.with_measured_floor(op, pairs)
+    found = wanted.with_measured_floor(op, pairs)
+    return found if found.noise_floor else dataclasses.replace(found, noise_floor=vanished(op))
 
 
 def _pairs(
