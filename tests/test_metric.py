@@ -54,3 +54,56 @@ def test_a_large_metric_needs_a_diagonal():
     large = spectra.FunctionOperator(lambda v: 2 * v, jnp.ones(2001))
     with pytest.raises(spectra.SpectraError, match="diagonal as a pytree"):
         spectra.eigsh(large, 1, key=KEY, metric=large)
+
+
+def steep(params, x):
+    hidden = jnp.tanh(3 * jnp.tanh(3 * x @ params["a"]) @ params["b"])
+    return hidden @ params["c"]
+
+
+def square(outputs, targets):
+    return jnp.mean((outputs - targets) ** 2)
+
+
+def steep_loss(params, batch):
+    return square(steep(params, batch[0]), batch[1])
+
+
+def on_network(seed, dtype):
+    rng = np.random.default_rng(seed)
+    params = {"a": rng.standard_normal((6, 4)) / 2.4, "b": rng.standard_normal((4, 4)) / 2}
+    tree = params | {"c": rng.standard_normal(4) / 2}, rng.standard_normal((32, 6)), rng.standard_normal(32)
+    params, x, y = jax.tree.map(lambda leaf: jnp.asarray(leaf.astype(np.float32), dtype), tree)
+    return (
+        spectra.HessianOperator(steep_loss, params, (x, y)),
+        spectra.GGNOperator(steep, square, params, (x, y)),
+    )
+
+
+@pytest.mark.parametrize("share", [1.0, 1e-3])
+def test_the_floor_holds_what_float32_does_to_a_loss_and_to_its_metric(share):
+    """Its products cancel: with the stated precision of either, errors were up to 1.25 times the floor."""
+    for seed in (0, 1, 2):
+        with jax.enable_x64(True):
+            hessian, gauss = (np.asarray(op.as_matrix()) for op in on_network(seed, jnp.float64))
+        delta = float(np.float32(share * np.linalg.norm(gauss, 2)))
+        op, metric = on_network(seed, jnp.float32)
+        pairs = spectra.eigsh(op, 2, which="SA", key=KEY, metric=metric.shift(delta))
+        exact = scipy.linalg.eigh(hessian, gauss + delta * np.eye(len(gauss)), eigvals_only=True)
+        error = np.abs(np.asarray(pairs.values)[:, None] - exact).min(axis=1)
+        assert (error <= pairs.residuals + pairs.noise_floor).all()
+        assert pairs.noise_floor <= 300 * error.max()  # 30 in the median of 180 such problems
+
+
+def test_a_diagonal_metric_that_is_rounded(x64):
+    """Values are the quotients of their vectors in extended precision, but for rounding."""
+    rng = np.random.default_rng(4)
+    for seed in range(3):
+        diagonal = 10 ** rng.uniform(-3, 1, N)
+        op, key = spectra.MatrixOperator(jnp.asarray(MATRIX)), jax.random.key(seed)
+        pairs = spectra.eigsh(op, 2, which="LM", key=key, metric=jnp.asarray(diagonal), tol=1e-10)
+        vectors, matrix = pairs.matrix().astype(np.longdouble), MATRIX.astype(np.longdouble)
+        matrix = (matrix + matrix.T) / 2
+        lengths = (vectors * diagonal[:, None] * vectors).sum(0)
+        quotients = (vectors * (matrix @ vectors)).sum(0) / lengths
+        assert (np.abs(quotients - pairs.values) <= pairs.noise_floor).all()

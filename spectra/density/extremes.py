@@ -28,7 +28,8 @@ def extreme(quadrature: Quadrature, end: int, *, level: float = LEVEL, far: floa
     nodes = np.asarray(quadrature.nodes, np.float64)
     value = float(nodes.max() if end == -1 else nodes.min())
     if not any(quadrature.range) and not np.any(quadrature.residuals):
-        return Interval(0.0, 0.0, 0.0)  # every product was zero, which happens to no other operator
+        floor = quadrature.noise_floor  # every product was zero, to what rounding would have changed them by
+        return Interval(-floor, 0.0, floor) if floor else Interval(0.0, 0.0, 0.0)
     far = sampled_ends(quadrature, level)[end] if far is None else far
     if (links := quadrature.parts.links) is not None:
         far = links.end(far, sign)

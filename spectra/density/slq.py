@@ -1,6 +1,7 @@
 """Stochastic Lanczos quadrature: the spectral measure from a few random vectors."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any, TypeGuard, overload
@@ -21,6 +22,7 @@ from spectra.krylov import recurrence
 from spectra.krylov.basis import sketch
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit
+from spectra.krylov.vanished import vanished
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import DeflatedOperator, beside_pairs
 from spectra.operators.jaxprs import outside_loops
@@ -232,6 +234,8 @@ def _one(
             result = _adaptive(run, num_steps, num_probes, tol, plan.probe_batch, space)
     if space is not None:
         return space.joined(result)
+    if deflate is None and not np.any(result.nodes):
+        return dataclasses.replace(result, rounding=vanished(op))
     return deflation.with_atoms(result, deflate) if isinstance(deflate, Eigenpairs) else result
 
 

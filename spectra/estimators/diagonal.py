@@ -1,5 +1,6 @@
 """The diagonal of an operator, entry by entry with its error."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -165,10 +166,11 @@ def diagonal(
     fields |= {"method": method, "reason": reason}
     if run.traced:
         fields["status"] = Status.TRACED
-    total = Estimate(value, stderr, **fields)
+    total = exact.of_nothing(run, Estimate(value, stderr, **fields), lambda _, change: change)
     if by is None:
         return total
-    return Estimate(_grouped(run, value), _grouped(run, stderr), total=total, **fields)
+    stderr = _grouped(run, total.stderr)
+    return dataclasses.replace(total, value=_grouped(run, value), stderr=stderr, total=total)
 
 
 def _chosen(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]:

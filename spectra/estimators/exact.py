@@ -1,5 +1,7 @@
 """Diagonal entries one by one, and what rounding does to the products that they are made of."""
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ from spectra.estimators.run import Run
 from spectra.krylov.wanted import KEY, SAMPLES, change_of_product, multiply
 from spectra.operators.base import LinearOperator
 from spectra.operators.jaxprs import outside_loops
+from spectra.results import Estimate
 
 _Columns = tuple[jax.Array, jax.Array, jax.Array]  # entries, norms, and products with a vector
 
@@ -84,6 +87,27 @@ def moved_products(run: Run) -> list[tuple[PyTree, PyTree, PyTree]]:
         vectors, here, there = (jax.tree.map(lambda x: x[0], tree) for tree in (vectors, here, there))
         found.append((vectors, here, jax.tree.map(lambda x, y: x - y, there, here)))
     return found
+
+
+def of_nothing(run: Run, found: Estimate, measure: Callable[[PyTree, PyTree], PyTree]) -> Estimate:
+    """The estimate, or where all products vanished that of a moved operator as its error.
+
+    Samples that are all zero have no spread, and no rounding that would be a share of them. `measure` makes
+    of v and (H' - H) v what the estimate would be of H' - H.
+    """
+    if run.traced or any(map(np.any, jax.tree.leaves((found.value, found.stderr)))):
+        return found
+    samples = [measure(v, change) for v, _, change in moved_products(run)]
+    if not samples:
+        return found
+    tiny = float(jnp.finfo(run.op.dtype).tiny)
+
+    def error(*changes: Any) -> Any:
+        found = np.maximum(root_mean_square([*changes]), tiny)
+        return float(found) if np.ndim(found) == 0 else jnp.asarray(found, run.op.dtype)
+
+    stderr = jax.tree.map(error, *samples)
+    return dataclasses.replace(found, stderr=stderr, dof=float(len(samples)))
 
 
 def relative_change(op: LinearOperator) -> float:

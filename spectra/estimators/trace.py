@@ -1,5 +1,6 @@
 """The trace of an operator, by the method that fits the budget."""
 
+import dataclasses
 import inspect
 import math
 import os
@@ -168,7 +169,24 @@ def trace(
             needs_key=method != "exact",
             journal=journal,
         )
-        return _exact(run, reason) if method == "exact" else _RUNNERS[method](run, kind, num_matvecs, reason)
+        if method == "exact":
+            return _exact(run, reason)
+        return _of_nothing(run, _RUNNERS[method](run, kind, num_matvecs, reason))
+
+
+def _of_nothing(run: Run, found: Estimate) -> Estimate:
+    """The estimate with the error of its rounding where all products are zero."""
+
+    def whole(v: PyTree, change: PyTree) -> float:
+        return float(run.by_group(exact.leaf_dots(v, change))[-1])
+
+    def parts(v: PyTree, change: PyTree) -> dict[str, float]:
+        return dict(zip(run.groups, run.by_group(exact.leaf_dots(v, change)).tolist(), strict=False))
+
+    if found.total is None:
+        return exact.of_nothing(run, found, whole)
+    total = exact.of_nothing(run, found.total, whole)
+    return dataclasses.replace(exact.of_nothing(run, found, parts), total=total)
 
 
 def choose(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]:

@@ -143,6 +143,19 @@ def replace(
     return BandState(basis, coefficients, filled, state.scale)
 
 
+def _eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As NumPy's, with vectors that are orthonormal to a few roundings, not twenty, and their quotients.
+
+    Rows that are combined with such vectors keep their length through all restarts: in float64, 16 restarts
+    made values wrong by up to 50 roundings.
+    """
+    _, vectors = np.linalg.eigh(matrix)
+    vectors -= vectors @ (vectors.T @ vectors - np.eye(len(vectors))) / 2
+    theta = np.einsum("ij,ij->j", vectors, matrix @ vectors)
+    order = np.argsort(theta)
+    return theta[order], vectors[:, order]
+
+
 class Band:
     """A basis with its coefficients in float64, driven from the host; `op` is prepared by the caller.
 
@@ -266,7 +279,7 @@ class Band:
         rows = self.processed if rows is None else rows
         columns = self.coefficients[:, rows]
         square = columns[rows]
-        theta, vectors = np.linalg.eigh((square + square.T) / 2)
+        theta, vectors = _eigh((square + square.T) / 2)
         self._separate(theta, vectors, columns[self.pending])
         residual = columns @ vectors
         residual[rows] -= theta * vectors

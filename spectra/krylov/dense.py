@@ -12,6 +12,7 @@ from spectra.base import host, trees
 from spectra.base.errors import SpectraError, Status, StructureError
 from spectra.base.host import one_thread
 from spectra.krylov import wanted
+from spectra.krylov.vanished import vanished
 from spectra.operators.base import LinearOperator
 from spectra.operators.preconditioned import PreconditionedOperator
 from spectra.results import Eigenpairs, Interval, Solution
@@ -103,6 +104,8 @@ def matrix_error(op: LinearOperator, values: np.ndarray) -> float:
     stable, with n eps |H| as in `numpy.linalg.matrix_rank`.
     """
     n, norm = len(values), float(np.abs(values).max())
+    if not norm:
+        return vanished(op)
     if op.cancels:
         columns = 4 * op.precision * np.sqrt(n) * norm
     else:
@@ -197,15 +200,13 @@ def generalized_eigenpairs(
     scaled = PreconditionedOperator(op, metric)
     pairs = solve(scaled)
     vectors = jax.tree.map(jnp.multiply, scaled.scale, pairs.vectors)
-    return dataclasses.replace(pairs, vectors=vectors)
+    # An entry of M^(-1/2) is rounded twice, to 1.5 units, and D has it on both sides (Ostrowski).
+    rounding = 1.5 * float(jnp.finfo(scaled.dtype).eps) * float(np.abs(pairs.values).max())
+    return dataclasses.replace(pairs, vectors=vectors, noise_floor=pairs.noise_floor + rounding)
 
 
 def _dense(op: LinearOperator, metric: LinearOperator, k: int, which: str, tol: float) -> Eigenpairs:
-    """By LAPACK in float64 on the host, from n products with either.
-
-    With M = L Lᵀ the eigenvalues are those of L⁻¹ H L⁻ᵀ: an error E of H changes them by |E| |M⁻¹| at
-    most, one of M by |λ| |E| |M⁻¹|.
-    """
+    """By LAPACK in float64 on the host, from n products with either."""
     import scipy.linalg
 
     n = op.size
@@ -217,20 +218,64 @@ def _dense(op: LinearOperator, metric: LinearOperator, k: int, which: str, tol: 
             "diagonal as a pytree like the parameters, or use op.block(...) of both."
         )
     matrix, weight = (np.asarray(x.as_matrix(), np.float64) for x in (op, metric))
-    smallest = float(np.linalg.eigvalsh(weight)[0])
-    noise = np.sqrt(n) * metric.precision * float(np.linalg.norm(weight, 2))
-    if smallest <= noise:
+    spectrum = np.linalg.eigvalsh(weight)
+    noise = matrix_error(metric, spectrum)
+    if spectrum[0] <= noise:
         raise SpectraError(
-            f"the metric is not positive definite to its rounding: its smallest eigenvalue is {smallest:.2e} "
-            f"with errors up to {noise:.1e}. Shift it: metric.shift(delta)."
+            f"the metric is not positive definite to its rounding: its smallest eigenvalue is "
+            f"{spectrum[0]:.2e} with errors up to {noise:.1e}. Shift it: metric.shift(delta)."
         )
     values, vectors = scipy.linalg.eigh(matrix, weight)
-    factor, scale = np.linalg.cholesky(weight), float(np.max(np.abs(values)))
-    error = np.sqrt(n) * max(op.precision, np.finfo(float).eps * np.sqrt(n)) * np.linalg.norm(matrix, 2)
+    factor = np.linalg.cholesky(weight)
 
     def residuals(values: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         rest = matrix @ vectors - (weight @ vectors) * values
         return np.linalg.norm(scipy.linalg.solve_triangular(factor, rest, lower=True), axis=0)
 
-    floor = float(error + scale * noise) / smallest
+    chosen = np.sort(wanted.order(values, which)[:k])
+    some, x = values[chosen], vectors[:, chosen]
+    sides = (op, matrix, np.ones(k)), (metric, weight, -some)
+    stated = sum(_stated(part, dense) * np.abs(weights) for part, dense, weights in sides)
+    floor = float(np.max(stated * np.linalg.norm(x, axis=0))) / float(np.sqrt(spectrum[0]))
+    floor += _measured(sides, x, factor)
+    # Both are lengths in the computed metric, which the true one may fall short of by its error.
+    share = noise / float(spectrum[0])
+    floor = (floor + share * float(residuals(some, x).max())) / (1 - share)
     return chosen_pairs(op, k, which, tol, values, vectors, residuals, floor)
+
+
+def _stated(op: LinearOperator, matrix: np.ndarray) -> float:
+    """A bound on what rounding did to a matrix that cannot be measured, or to products with it in float64."""
+    values = np.linalg.eigvalsh(matrix)
+    if op.moved(jax.random.key(0)) is None:
+        return matrix_error(op, values)
+    return len(values) * float(np.finfo(float).eps) * float(np.abs(values).max())
+
+
+def _measured(
+    sides: tuple[tuple[LinearOperator, np.ndarray, np.ndarray], ...], vectors: np.ndarray, factor: np.ndarray
+) -> float:
+    """What |L⁻¹ (E - λ F) x| stays below at 95 %, with the rounding E of H and F of M = L Lᵀ.
+
+    By the residual theorem no λ is further than that from an eigenvalue. One sum of the vectors stands for
+    all, as in `wanted.with_measured_floor`; the sides are operators, matrices, and their factors in the sum.
+    An entry that was made of others, as by a shift, has been rounded once more.
+    """
+    import scipy.linalg
+    from scipy.special import stdtrit
+
+    total, rng = np.zeros((wanted.SAMPLES, len(factor))), np.random.default_rng(wanted.KEY)
+    for op, matrix, weights in sides:
+        if op.moved(jax.random.key(0)) is None:
+            continue
+        column = vectors @ weights
+        vector = jax.tree.map(lambda x: x[0], as_tree(op, column[:, None]))
+        image, unit = wanted.multiply(op.prepare(), vector), float(jnp.finfo(op.dtype).eps)
+        for i in range(wanted.SAMPLES):
+            other = op.moved(jax.random.fold_in(jax.random.key(wanted.KEY), i))
+            assert other is not None
+            change = jax.tree.map(jnp.subtract, wanted.multiply(other.prepare(), vector), image)
+            entries = (unit * rng.choice([-1, 1], matrix.shape) * matrix) @ column
+            total[i] += np.asarray(trees.ravel(change), np.float64) + entries
+    lengths = np.linalg.norm(scipy.linalg.solve_triangular(factor, total.T, lower=True), axis=0)
+    return float(stdtrit(wanted.SAMPLES, 0.975) * np.sqrt(np.mean(lengths**2)))

@@ -29,6 +29,7 @@ FIELDS = (
     *("goal", "row", "done"),
 )
 """Of a run, what a checkpoint holds besides its rows and the search under way."""
+EPS = float(np.finfo(float).eps)
 CHUNK = 16
 """Products between two looks at the clock, at most."""
 
@@ -241,7 +242,8 @@ class EigenRun:
             num_matvecs=band.num_matvecs,
             num_restarts=self.restarts,
             missed=self.missed,
-            noise_floor=scale * max(asymmetry, 4 * op.precision),  # as `Quadrature.noise_floor`
+            # As `Quadrature.noise_floor`, and what LAPACK and each restart on the host add.
+            noise_floor=scale * (max(asymmetry, 4 * op.precision) + EPS * (1 + self.restarts) ** 0.5),
             status=Status.NOT_CONVERGED if not done else Status.NOISY if noisy else Status.CONVERGED,
         )
 

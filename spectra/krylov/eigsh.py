@@ -22,6 +22,7 @@ from spectra.krylov.layout import Layout
 from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
 from spectra.krylov.recurrence import check_start
+from spectra.krylov.vanished import vanished
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import beside_pairs
 from spectra.operators.jaxprs import outside_loops
@@ -108,7 +109,8 @@ def eigsh(
             independent of those of the run that found these pairs, even with the same key.
         metric: M of H v = λ M v, positive definite: an operator, up to order 2000, or its diagonal, a pytree
             like the parameters. Vectors are orthonormal in it, v_iᵀ M v_j = δ_ij, and residuals are
-            |H v - λ M v| in the norm of M⁻¹. If M is an operator, this takes n products with each.
+            |H v - λ M v| in the norm of M⁻¹. If M is an operator, this takes n products with each, and ten
+            more of those that measure rounding.
         progress: show the number of products, the converged pairs and the largest residual.
         checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, with
             bit-identical results on the same devices; a run that ran out of products resumes with a larger
@@ -220,7 +222,8 @@ def eigsh(
         pairs = _pairs(
             op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, places, watch
         )
-    return wanted.with_measured_floor(op, pairs)
+    found = wanted.with_measured_floor(op, pairs)
+    return found if found.noise_floor else dataclasses.replace(found, noise_floor=vanished(op))
 
 
 def _pairs(

@@ -26,6 +26,7 @@ from spectra.estimators.counts import count_above
 from spectra.estimators.exact import relative_change
 from spectra.estimators.functions import trace_of
 from spectra.krylov.plan import check_probe_batch
+from spectra.krylov.vanished import vanished
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.report.provenance import provenance_of
 from spectra.results import Density, Estimate, Interval, Quadrature, Result, notebook_view, result, text_table
@@ -254,7 +255,8 @@ def spectrum(
             basis=basis,
             basis_dtype=basis_dtype,
         )
-    quadrature = dataclasses.replace(quadrature, rounding=relative_change(op))
+    measured = relative_change(op) if any(quadrature.range) else quadrature.rounding or vanished(op)
+    quadrature = dataclasses.replace(quadrature, rounding=measured)
     seconds = time.perf_counter() - start
     floor = quadrature.noise_floor
     scale = max(map(abs, quadrature.range))

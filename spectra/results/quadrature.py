@@ -63,7 +63,9 @@ class Quadrature(Result):
     bulk: Quadrature | None = None  # of the complement of deflated eigenvectors, of order n - r
     atoms: Float[Array, " atoms"] | None = None  # deflated eigenvalues: columns of weight 1/n in every row
     coupling: float = 0.0  # how far an eigenvalue can be moved by the residuals of the deflated ones
-    rounding: float = 0.0  # change of H at parameters moved by one rounding, over |H|; 0 if not measured
+    rounding: float = (
+        0.0  # change of H by one rounding, over |H| (itself if all products are 0); 0: not known
+    )
     coefficients: Float[Array, "probes 2 steps"] | None = None  # α and β, where copies were merged
     sketches: Float[Array, "probes steps 8"] | None = None  # of Ritz vectors: tell copies apart
     links: Float[Array, " atoms"] | None = None  # residuals of atoms that are Ritz values, converged or not
@@ -105,9 +107,11 @@ class Quadrature(Result):
 
         It is never below 4 precision * |H|, because the product, both terms that a step subtracts and the
         normalisation each round a coefficient once. Without reorthogonalisation, it is `spread` times as
-        large.
+        large. Where all products of a loss are zero, it is what rounding changes them by.
         """
         scale = self.spread * max(map(abs, self.range))
+        if not scale:
+            return self.rounding
         return scale * max(float(np.max(self.asymmetry)), 4 * self.precision, self.rounding)
 
     def cdf(self, x: ArrayLike, *, level: float = 0.95) -> Interval:

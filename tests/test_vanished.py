@@ -1,0 +1,70 @@
+"""A saturated loss whose products are all zero: nothing claims that its eigenvalues are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectra
+
+KEY = jax.random.key(0)
+rng = np.random.default_rng(0)
+X = jnp.asarray(rng.standard_normal((16, 4)), jnp.float32) + jnp.asarray([5.0, 0, 0, 0])
+PARAMS = jnp.zeros((4, 3)).at[0, 0].set(40.0)
+
+
+def underflows(params, x):
+    """Margins of 100 to 300: probabilities of 1e-44 and less, which float32 has not."""
+    return -jnp.mean(jax.nn.log_softmax(x @ params)[:, 0])
+
+
+def rounds_to_one(params, x):
+    """σ(m) of margins from 20 on is one, and 1 - σ(m) zero; exactly it is 2e-9 and less."""
+    return -jnp.mean(jnp.log(jax.nn.sigmoid((x @ params)[:, 0] / 6)))
+
+
+def hessian(loss, dtype=jnp.float32):
+    return spectra.HessianOperator(loss, PARAMS.astype(dtype), X.astype(dtype))
+
+
+LOSSES = pytest.mark.parametrize("loss", [pytest.param(underflows, marks=pytest.mark.slow), rounds_to_one])
+
+
+@LOSSES
+def test_every_error_holds_the_matrix_that_was_not_resolved(loss):
+    with jax.enable_x64(True):
+        matrix = np.asarray(hessian(loss, jnp.float64).as_matrix())
+    op = hessian(loss)
+    norm = np.linalg.norm(matrix, 2)
+    assert norm > 0
+    assert not np.any(op.as_matrix())
+    report = spectra.spectrum(op, key=KEY, num_steps=3, num_probes=2)
+    assert report.noise_floor > norm
+    assert report.smallest.lower <= -norm
+    assert norm <= report.largest.upper
+    assert report.trace.interval().upper >= np.trace(matrix)
+    assert report.count_above(0.0).upper == op.size
+    assert spectra.slq(op, key=KEY, num_steps=3, num_probes=2).noise_floor > norm
+    pairs = spectra.eigsh(op, 1, key=KEY)
+    assert pairs.residuals[0] + pairs.noise_floor > norm
+    assert spectra.condition_number(op, key=KEY).noise_floor > norm
+    for method in ("hutchinson", "xtrace", "exact"):
+        assert spectra.trace(op, key=KEY, method=method, num_matvecs=6).interval().upper >= np.trace(matrix)
+    assert spectra.frobenius_norm(op, key=KEY, num_matvecs=6).interval().upper >= np.linalg.norm(matrix)
+
+
+@LOSSES
+def test_errors_of_groups_and_entries_are_not_zero_either(loss):
+    op = hessian(loss)
+    parts = spectra.trace(op, key=KEY, method="xtrace", num_matvecs=6, by="leaf")
+    assert min(parts.stderr.values()) > 0
+    assert parts.total.stderr > 0
+    assert np.min(spectra.diagonal(op, key=KEY, num_matvecs=6).stderr) > 0
+
+
+def test_a_matrix_of_zeros_is_zero():
+    op = spectra.MatrixOperator(jnp.zeros((20, 20)))
+    report = spectra.spectrum(op, key=KEY, num_steps=3, num_probes=2)
+    assert report.noise_floor == report.trace.stderr == report.largest.upper == 0
+    assert spectra.trace(op, key=KEY, num_matvecs=6).stderr == 0
+    assert spectra.eigsh(op, 1, key=KEY).noise_floor == 0
