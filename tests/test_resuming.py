@@ -255,7 +255,7 @@ def test_a_checkpoint_of_another_system_is_refused(tmp_path):
 
 def test_the_width_of_a_sketch_is_that_before_where_memory_has_changed(looks, monkeypatch, tmp_path):
     call, op = CALLS["solve, nystrom"], operator()
-    monkeypatch.setattr(nystrom, "NEAR", 0.0)
+    monkeypatch.setattr(nystrom, "_saved", lambda *args: np.inf)
     monkeypatch.setattr(nystrom, "_widest", lambda op: 40)
     whole = call(op)
     looks(6, kill)  # within the sketch

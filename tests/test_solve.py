@@ -287,40 +287,51 @@ class TestPreconditioners:
         found = spectra.solve(op, b, preconditioner=preconditioner, key=KEY, **options)
         assert plain.converged
         assert found.converged
-        assert found.num_matvecs <= plain.num_matvecs / (2 if kind == "pairs" else 5)
+        assert found.num_matvecs <= plain.num_matvecs / (5 if kind in ("inverse", "function") else 2)
         assert (found.preconditioner_matvecs > 0) == ("nystrom" in kind)
+        if kind == "nystrom":  # with the sketch as well
+            assert found.num_matvecs + found.preconditioner_matvecs <= 0.6 * plain.num_matvecs
 
     def test_right_hand_sides_share_the_sketch(self):
         op, rng = self.operator(), np.random.default_rng(3)
         options = {"shift": self.shift, "tol": 2e-4, "preconditioner": "nystrom", "key": KEY}
-        one = spectra.solve(op, jnp.asarray(rng.standard_normal(self.n), jnp.float32), **options)
         three = spectra.solve(op, jnp.asarray(rng.standard_normal((self.n, 3)), jnp.float32), **options)
+        _, built = nystrom(op, self.shift, KEY, traced=False, sides=3, tol=2e-4)
         assert three.converged.all()
-        assert three.preconditioner_matvecs == one.preconditioner_matvecs
+        assert three.preconditioner_matvecs == built  # not three times as many
 
-    def test_a_block_of_right_hand_sides_needs_less_of_a_sketch(self):
-        """Eigenvalues 1/i²: 32 columns take out 16, s right-hand sides s - 1 more; 1/i² goes on exactly."""
-        sizes = np.maximum(np.arange(32), 1) ** -2.0
-        for more, sides, first in ((0, 1, 16), (0, 8, 23), (32, 8, 39), (32, 1000, 95)):
-            np.testing.assert_allclose(sketches._left(sizes, more, sides), first**-2.0, rtol=1e-12)
-        assert sketches._saved(sizes, 32, 1e-3, 64) < sketches._saved(sizes, 32, 1e-3, 1) / 4
+    @pytest.mark.parametrize("sides", [1, 8, 1000])
+    def test_a_block_of_right_hand_sides_needs_less_of_a_sketch(self, sides):
+        """Eigenvalues 10⁴/i²: 32 columns take out 16, a block of s the next s - 1 and s more in a step."""
+        sizes, width = 1e4 * np.maximum(np.arange(32), 1) ** -2.0, min(sides, 64)
 
-    @pytest.mark.parametrize("count", slow_but([8, 64], 8))
-    def test_the_sketch_widens_where_the_products_that_it_saves_pay(self, count):
-        """64 columns leave 3.6 shifts. 128 would save 2 products of each and pay from 32 right-hand sides
-        on, if a block of so many did not take these eigenvalues out by itself.
-        """
+        def products(taken):
+            first = [taken + width * (steps + 1) - 1 for steps in range(100)]
+            digits = np.log(2 / 1e-3)
+            return min(2.5 * j + 0.3 * np.sqrt(1 + 1e4 / i**2) * digits for j, i in enumerate(first))
+
+        saved = sketches._saved(sizes, 32, 1e-3, sides)
+        np.testing.assert_allclose(saved, products(16) - products(32), rtol=1e-9)
+        assert saved <= sketches._saved(sizes, 32, 1e-3, 1)
+
+    @pytest.mark.parametrize("count", slow_but([1, 8], 1))
+    def test_the_sketch_is_about_as_wide_as_pays(self, count, monkeypatch):
+        """Beside all other widths; wider for a smaller shift, which leaves CG more to do."""
         op, rng = self.operator(), np.random.default_rng(3)
         b = jnp.asarray(rng.standard_normal((self.n, count)), jnp.float32)
-        options = {"shift": self.shift, "tol": 2e-4}
-        found = spectra.solve(op, b, preconditioner="nystrom", key=KEY, **options)
-        totals = {}
-        for sides in (1, 10**6):  # the narrowest and the widest
-            inverse, built = nystrom(op, self.shift, KEY, traced=False, sides=sides, tol=2e-4)
-            totals[built] = built + spectra.solve(op, b, preconditioner=inverse, **options).num_matvecs
-        assert len(totals) == 2
-        assert found.num_matvecs + found.preconditioner_matvecs <= min(totals.values())
-        assert found.preconditioner_matvecs == min(totals)
+        options = {"shift": self.shift, "tol": 2e-4, "max_matvecs": 300, "key": KEY}
+        found = spectra.solve(op, b, preconditioner="nystrom", **options)
+        smaller = nystrom(op, self.shift / 100, KEY, traced=False, sides=count, tol=2e-4)[1]
+        assert found.preconditioner_matvecs < smaller
+        monkeypatch.setattr(sketches, "_saved", lambda *args: np.inf)
+        totals = []
+        for width in (16, 32, 64, 128):
+            monkeypatch.setattr(sketches, "_widest", lambda op, width=width: width)
+            inverse, built = nystrom(op, self.shift, KEY, traced=False, sides=count, tol=2e-4)
+            assert built == width
+            totals.append(built + spectra.solve(op, b, preconditioner=inverse, **options).num_matvecs)
+        # 1.09 of the best in the mean over other spectra, at worst 1.83: see `OUTLIER`.
+        assert found.num_matvecs + found.preconditioner_matvecs <= 1.25 * min(totals) < max(totals) / 1.25
 
     @pytest.mark.parametrize(
         "cls", slow_but([spectra.KFACOperator, spectra.EKFACOperator], spectra.EKFACOperator)
