@@ -90,57 +90,66 @@ def decoder(settings: Settings):
     return decoder_model, params, (data[:, :-1], data[:, 1:]), (held_out[:, :-1], held_out[:, 1:])
 
 
+NETWORKS = {"MLP on digits": digits_mlp, "CNN on digits": digits_cnn, "decoder": decoder}
+
+
 def main(settings: Settings) -> Report:
     rows, goals = [], []
-    for name, make in {"MLP on digits": digits_mlp, "CNN on digits": digits_cnn, "decoder": decoder}.items():
-        model_fn, params, data, held_out = make(settings)
-
-        def loss_fn(params, batch, model_fn=model_fn):
-            return output_loss(model_fn(params, batch[0]), batch[1])
-
-        params = trained(loss_fn, params, data, settings.choose(100, 5))
-        op = spectra.GGNOperator(model_fn, output_loss, params, data)
-        singles = [tuple(x[i : i + 1] for x in held_out) for i in range(MANY)]
-        gradients = [jax.grad(loss_fn)(params, single) for single in singles]
-        many = jax.tree.map(lambda *x: jnp.stack(x), *gradients)
-        few = jax.tree.map(lambda x: x[:FEW], many)
-        top = spectra.eigsh(op, 1, which="LA", key=jax.random.key(3), tol=1e-2, verify=False)
-        options = {"shift": DAMPING * float(top.values[0]), "tol": TOL, "max_matvecs": 1000}
-        kfac = spectra.KFACOperator(model_fn, output_loss, params, data)
-        count = settings.choose(PAIRS, 2)
-        pairs = spectra.eigsh(op, count, which="LA", key=jax.random.key(5), tol=1e-2, verify=False)
-        found = [textbook(op, gradient, options["shift"]) for gradient in gradients[:FEW]]
-        plain, worst = np.mean([one[0] for one in found]), max(one[1] for one in found)
-        label = f"{name}, n = {op.size:,}"
-        add(rows, [label, "none, SciPy's CG", "1", f"{plain:.1f}", "0", "1.00", "1.00", f"{worst:.1e}", ""])
-        first = jax.tree.map(lambda x: x[:1], many)
-        for way, b, preconditioner in (
-            ("none", first, None),
-            ("Nyström", first, "nystrom"),
-            ("KFAC", first, kfac),
-            ("none", few, None),
-            ("Nyström", few, "nystrom"),
-            (f"{count} eigenpairs", few, pairs),
-            ("none", many, None),
-        ):
-            found = spectra.solve(op, b, preconditioner=preconditioner, key=jax.random.key(4), **options)
-            sides = len(found.converged)
-            known = preconditioner is pairs
-            built = pairs.num_matvecs if known else found.preconditioner_matvecs
-            each = found.num_matvecs / sides
-            shares = [each / plain, (each + built / sides) / plain]
-            cells = [f"{sides}", f"{each:.1f}", f"{built}", *(f"{share:.2f}" for share in shares)]
-            worst = f"{np.max(found.residual_norm / norms(b)):.1e}"
-            add(rows, [label, way, *cells, worst, found.status.code])
-            if way == "none" and sides > 1:
-                goals.append(
-                    Goal(f"{name}: products of one of {sides} solutions / textbook CG", shares[1], SHARE)
-                )
-            if known:
-                text = f"{name}: products of one of {sides} solutions with {way} known / textbook CG"
-                goals.append(Goal(text, shares[0], SHARE))
+    for name, make in NETWORKS.items():
+        goals += network(name, *make(settings), settings, rows)
     head = ["network", "preconditioner", "right-hand sides", "products of each", "built with", "share"]
     return Report(table([*head, "with what built it", "worst \\|b - Ax\\| / \\|b\\|", "status"], rows), goals)
+
+
+def network(name: str, model_fn, params, data, held_out, settings: Settings, rows: list) -> list[Goal]:
+    """The rows of one network, and its goals."""
+
+    def loss_fn(params, batch):
+        return output_loss(model_fn(params, batch[0]), batch[1])
+
+    params = trained(loss_fn, params, data, settings.choose(100, 5))
+    op = spectra.GGNOperator(model_fn, output_loss, params, data)
+    singles = [tuple(x[i : i + 1] for x in held_out) for i in range(MANY)]
+    gradients = [jax.grad(loss_fn)(params, single) for single in singles]
+    many = jax.tree.map(lambda *x: jnp.stack(x), *gradients)
+    first, few = (jax.tree.map(lambda x, count=count: x[:count], many) for count in (1, FEW))
+    top = spectra.eigsh(op, 1, which="LA", key=jax.random.key(3), tol=1e-2, verify=False)
+    options = {"shift": DAMPING * float(top.values[0]), "tol": TOL, "max_matvecs": 1000}
+    kfac = spectra.KFACOperator(model_fn, output_loss, params, data)
+    count = settings.choose(PAIRS, 2)
+    pairs = spectra.eigsh(op, count, which="LA", key=jax.random.key(5), tol=1e-2, verify=False)
+    found = [textbook(op, gradient, options["shift"]) for gradient in gradients[:FEW]]
+    plain, worst = np.mean([one[0] for one in found]), max(one[1] for one in found)
+    label, goals = f"{name}, n = {op.size:,}", []
+    add(rows, [label, "none, SciPy's CG", "1", f"{plain:.1f}", "0", "1.00", "1.00", f"{worst:.1e}", "–"])
+    for way, b, preconditioner in (
+        ("none", first, None),
+        ("Nyström", first, "nystrom"),
+        ("KFAC", first, kfac),
+        (f"{count} eigenpairs", first, pairs),
+        ("none", few, None),
+        ("Nyström", few, "nystrom"),
+        ("KFAC", few, kfac),
+        (f"{count} eigenpairs", few, pairs),
+        ("none", many, None),
+    ):
+        found = spectra.solve(op, b, preconditioner=preconditioner, key=jax.random.key(4), **options)
+        sides = len(found.converged)
+        known = preconditioner is pairs
+        built = pairs.num_matvecs if known else found.preconditioner_matvecs
+        each = found.num_matvecs / sides
+        shares = [each / plain, (each + built / sides) / plain]
+        cells = [f"{sides}", f"{each:.1f}", f"{built}", *(f"{share:.2f}" for share in shares)]
+        worst = f"{np.max(found.residual_norm / norms(b)):.1e}"
+        add(rows, [label, way, *cells, worst, found.status.code])
+        if way == "none" and sides > 1:
+            goals.append(
+                Goal(f"{name}: products of one of {sides} solutions / textbook CG", shares[1], SHARE)
+            )
+        if known and sides > 1:
+            text = f"{name}: products of one of {sides} solutions with {way} known / textbook CG"
+            goals.append(Goal(text, shares[0], SHARE))
+    return goals
 
 
 def textbook(op, b, shift: float) -> tuple[int, float]:

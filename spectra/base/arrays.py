@@ -97,10 +97,9 @@ def barrier(x: T) -> T:
 def in_order(x: jax.Array, platforms: Sequence[str] = ("tpu",)) -> jax.Array:
     """`x`, on these platforms with its axes in order in memory, where the compiler may choose another one."""
 
-    def constrained(x: jax.Array) -> jax.Array:
-        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-    return lax.platform_dependent(x, **dict.fromkeys(platforms, constrained), default=lambda x: x)
+    order = Layout(tuple(range(x.ndim)))
+    there = dict.fromkeys(platforms, lambda x: with_layout_constraint(x, order))
+    return lax.platform_dependent(x, **there, default=lambda x: x)
 
 
 def apart(pieces: list[jax.Array]) -> list[jax.Array]:

@@ -84,12 +84,11 @@ def solve(
         shift: added to every eigenvalue of H: the damping.
         method: "cg", which ends with status INDEFINITE where curvature is not positive; "minres"; "dense"; or
             "auto", CG followed by MINRES if needed.
-        preconditioner: "nystrom", a randomised sketch, shared by all right-hand sides, that doubles until the
-            remainder of H is near 10 shifts and widens further if there are enough right-hand sides to pay
-            for it; `Eigenpairs` of H, which are deflated; a `KFACOperator` or `EKFACOperator` that
-            approximates H, inverted with the shift as its damping, or with more where it is wrong; or a
-            positive definite approximate inverse of A: an operator, anything with `mv`, or a function of a
-            vector. Not for method="dense".
+        preconditioner: "nystrom", a randomised sketch, shared by all right-hand sides, that doubles as long
+            as this should save products in all; `Eigenpairs` of H, which are deflated; a `KFACOperator` or
+            `EKFACOperator` that approximates H, inverted with the shift as its damping, or with more where it
+            is wrong; or a positive definite approximate inverse of A: an operator, anything with `mv`, or a
+            function of a vector. Not for method="dense".
         tol: largest accepted |b - Ax| / |b|.
         max_matvecs: maximum number of products per right-hand side; default 10,000 or, where a dense matrix
             may follow, 2 n. At least n for method="dense".

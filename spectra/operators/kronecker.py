@@ -101,7 +101,7 @@ class Kronecker:
         return _values(self.input)[:, :, None] * _values(self.output)[:, None, :]
 
     def eigh(self, *, definite: bool = True) -> "Corrected":
-        """The same block by the eigenvectors of its factors, which have no negative eigenvalue if definite."""
+        """The same block by the eigenvectors of its factors; if definite, without negative eigenvalues."""
         (a, u), (b, v) = _eigh(self.input, definite), _eigh(self.output, definite)
         return Corrected(u, v, a[:, :, None] * b[:, None, :], self.place)
 
