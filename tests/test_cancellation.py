@@ -93,3 +93,45 @@ def test_asymmetry_names_a_shift_that_cancels():
     op = spectra.MatrixOperator(np.asarray(1e5 * np.eye(60) + noise + noise.T, np.float32)).shift(-1e5)
     with pytest.raises(spectra.NotSymmetricError, match=r"The shift by -100000 may cancel .* float64"):
         spectra.eigsh(op, 3, which="LA", key=jax.random.key(0))
+
+
+SMALL = 60
+AXES = np.linalg.qr(np.random.default_rng(8).standard_normal((SMALL, SMALL)))[0]
+SPREAD = (AXES * (1 / np.arange(1.0, SMALL + 1))) @ AXES.T
+
+
+@pytest.mark.parametrize("share", [1e-5, 1e-7])
+def test_samples_of_a_difference_hold_the_rounding_of_both(share):
+    """Products of either are right to 6e-8 of themselves: of what is left, that is up to all. Compared with
+    what is left alone, rounding was taken for a map that is not symmetric, and refused."""
+    first = np.float32((SPREAD + SPREAD.T) / 2)
+    second = np.float32(first + share * np.ones((SMALL, SMALL)) / SMALL)
+    rest = first.astype(float) - second
+    a, b = spectra.MatrixOperator(jnp.asarray(first)), spectra.MatrixOperator(jnp.asarray(second))
+    held = []
+    for seed in range(5):
+        key = jax.random.key(seed)
+        norm = spectra.frobenius_norm(a - b, key=key, num_matvecs=24)
+        parts = [(norm, np.linalg.norm(rest))]
+        for method in ("hutchinson", "xtrace"):
+            found = spectra.trace(a - b, key=key, num_matvecs=24, method=method)
+            parts.append((found, np.trace(rest)))
+            assert found.stderr <= 1e-5 * SMALL**0.5  # the products' own, |v| |Hv| 6e-8, and the sample's
+        held += [lower <= truth <= upper for found, truth in parts for lower, _, upper in [found.interval()]]
+    assert np.mean(held) >= 0.9  # 15 intervals of 95 %
+
+
+@pytest.mark.parametrize(("step", "probes"), [(1e-7, 8), (1e-1, SMALL)])
+def test_a_comparison_holds_the_rounding_of_both(step, probes):
+    """As many probes as columns leave no sampling error, and rounding all the same."""
+    first = np.float32((SPREAD + SPREAD.T) / 2)
+    second = first + np.float32(step * (SPREAD @ SPREAD + np.eye(SMALL)))
+    a, b = (spectra.MatrixOperator(jnp.asarray((x + x.T) / 2)) for x in (first, second))
+    exact = [np.asarray(op.matrix, float) for op in (a, b)]
+    truth = np.linalg.norm(exact[0] - exact[1]) / np.linalg.norm(exact[1])
+    for seed in range(4 if probes < SMALL else 1):
+        key = jax.random.key(seed)
+        found = spectra.compare_operators(a, b, key=key, num_probes=probes, num_pairs=1, by=None)
+        assert found.frobenius.lower <= truth <= found.frobenius.upper
+        assert found.trace.lower <= np.trace(exact[0]) / np.trace(exact[1]) <= found.trace.upper
+        assert found.frobenius.upper <= 3 * truth + 1e-6

@@ -226,11 +226,11 @@ def _square(vector: PyTree) -> jax.Array:
     return row_dots(stack, stack)[:, 0]
 
 
-def limit(op: LinearOperator) -> float:
+def limit(op: LinearOperator, precision: float) -> float:
     """What |uᵀHv - vᵀHu| may be in units of |u| |Hv| / √n, to be rounding.
 
     The error of a product is a vector of `precision` |Hv| that u meets like a random one, and the sum over
     its entries adds eps √n at the worst. The square root of the precision is what Lanczos runs allow as well.
     """
-    rounding = max(float(np.sqrt(op.precision)), COARSE * op.precision)
+    rounding = max(float(np.sqrt(precision)), COARSE * precision)
     return rounding + float(jnp.finfo(op.dtype).eps) * float(np.sqrt(op.size))

@@ -16,6 +16,7 @@ from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.trees import PyTree
 from spectra.density.slq import slq
+from spectra.estimators.cancelled import relative_precision
 from spectra.estimators.functions import trace_of
 from spectra.estimators.ratios import ratio
 from spectra.krylov.eigsh import eigsh
@@ -158,7 +159,19 @@ def _norms(
     forms = np.asarray(_forms(probes, *images), np.float64)
     rule = _exact_ratio if exact else partial(ratio, level=level, precision=max(a.precision, b.precision))
     root = Interval(*(math.sqrt(x) for x in rule(forms[0], forms[1], positive=True)))
-    return root, rule(forms[2], forms[3], positive=False), 2 * count
+    # The products of A and of B are rounded relative to themselves: of |A| + |B| <= |A - B| + 2 |B|.
+    own = max(relative_precision(a), relative_precision(b)) * (root.estimate + 2)
+    trace = rule(forms[2], forms[3], positive=False)
+    square, total = (float(np.trace(forms[i])) / (1 if exact else count) for i in (1, 3))  # |B|²_F and tr B
+    part = math.sqrt(b.size * square) / abs(total) if total else 0.0
+    return _wider(root, own, 0.0), _wider(trace, own * part, -math.inf), 2 * count
+
+
+def _wider(interval: Interval, error: float, least: float) -> Interval:
+    """The interval with an error of rounding added to it."""
+    if not math.isfinite(error):
+        return interval
+    return Interval(max(interval.lower - error, least), interval.estimate, interval.upper + error)
 
 
 @partial(jax.jit, static_argnames=("count", "exact", "where"))

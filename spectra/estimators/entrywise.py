@@ -85,8 +85,8 @@ def _hutchinson(run: Run, num_matvecs: int) -> _Found:
         assert state is not None
         mean, spread, square = state
         if kind == "normal":
-            return _normal_result(mean, square, unit, float(done), run.op.precision)
-        return _hutchinson_result(mean, spread, square, unit, float(done), run.op.precision)
+            return _normal_result(mean, square, unit, float(done), run.precision)
+        return _hutchinson_result(mean, spread, square, unit, float(done), run.precision)
 
     ended = adaptive(run, step, num_matvecs - aside)
     value, stderr = _scaled(result(), run.check_pairs(pairs), ended)
@@ -245,7 +245,7 @@ def _xdiag(run: Run, num_matvecs: int) -> _Found:
             jax.tree.map(lambda x: jnp.asarray(x, run.op.dtype), seconds),
             jnp.asarray(inner.qy[-1].T, run.op.dtype),
             sketch.unit,
-            run.op.precision,
+            run.precision,
         )
         return _relative(run, *found)
 
@@ -275,7 +275,7 @@ def _xnysdiag(run: Run, num_matvecs: int) -> _Found:
             jax.tree.map(lambda x: jnp.asarray(x, run.op.dtype), seconds),
             jnp.asarray(made.root, run.op.dtype),
             sketch.unit,
-            run.op.precision,
+            run.precision,
         )
         # The shift is taken off; rounding of the core counts in units of the smallest eigenvalue of ΩΩᵀ.
         floor = run.rounding(made.squares)[-1] / made.smallest + made.shift

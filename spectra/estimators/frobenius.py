@@ -103,7 +103,7 @@ def frobenius_norm(
                 xp=run.xp,
             )
             mean, error = with_rounding(run, values, pairs, 0.0, most=most)
-            found[:] = [mean[-1], run.xp.hypot(error[-1], 2 * run.op.precision * mean[-1])]
+            found[:] = [mean[-1], run.xp.hypot(error[-1], 2 * run.precision * mean[-1])]
             return found
 
         ended = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
@@ -145,7 +145,7 @@ def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Ended, int, Any
         if k > 1:
             crossed = xp.sum(crosses[1:] ** 2) / (k - 1)
             fourth = xp.minimum(xp.maximum(xp.var(squares, ddof=1) / 2, crossed), mean**2)
-        return mean, xp.hypot(xp.sqrt(2 * fourth / k), 2 * run.op.precision * mean)
+        return mean, xp.hypot(xp.sqrt(2 * fourth / k), 2 * run.precision * mean)
 
     def num_probes() -> int:
         return sum(len(squares) for squares, _ in parts)

@@ -139,7 +139,7 @@ def krylov(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
             "method='krylov' gives a single number, from normal probes: with by= or probes='rademacher', use "
             "method='xtrace' or 'hutchinson'."
         )
-    layout, precision = Layout.of(run.op.like), run.op.precision
+    layout, precision = Layout.of(run.op.like), run.precision
     split, forms, squares, state = _explore(run, layout, num_matvecs)
     basis = stack(state.basis, layout, 0, -(-split.spent // ROWS) * ROWS)
     unit, rest, fixed = state.unit, run.op.size - split.spent, float(np.sum(forms))
@@ -207,7 +207,7 @@ def _explore(
 
 
 def _check_symmetric(run: Run, asymmetry: float, scale: float) -> None:
-    limit = math.sqrt(run.op.precision)
+    limit = math.sqrt(run.precision)
     if asymmetry > limit * scale:
         raise NotSymmetricError(
             f"the operator is not symmetric, or not linear: |uᵀHv - vᵀHu| reaches {asymmetry / scale:.1e} "

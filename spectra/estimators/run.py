@@ -17,6 +17,7 @@ from spectra.base.errors import MemoryLimitError, NonFiniteError, NotSymmetricEr
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.blocks import PROBES
+from spectra.estimators.cancelled import relative_precision
 from spectra.krylov.plan import VECTORS, choose_batch
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.jaxprs import outside_loops
@@ -50,6 +51,7 @@ class Run:
     tol: float | None
     batch: int
     traced: bool
+    precision: float  # relative error of a product, also where terms cancel
     journal: Journal | None = None  # where somebody watches the run, or it is saved
 
     @property
@@ -125,7 +127,7 @@ class Run:
 
     def rounding(self, squares: Array) -> Array:
         """Error of vᵀHv by rounding, eps |v| |Hv|, for each group; `squares` (G, k) holds |(Hv)_g|²."""
-        return self.op.precision * self.xp.sqrt(self.sizes * self.xp.mean(squares, axis=-1))
+        return self.precision * self.xp.sqrt(self.sizes * self.xp.mean(squares, axis=-1))
 
     def check_symmetric(self, form: Array, other: Array) -> Array:
         """What estimates are multiplied by: 1, and NaN inside `jit` where uᵀHv contradicts vᵀHu.
@@ -133,20 +135,24 @@ class Run:
         Outside `jit` that raises. Both are matrices (m, m) of these numbers for two orthonormal sets of rows.
         """
         worst, size = self.xp.max(self.xp.abs(form - other)), self.xp.sqrt(self.xp.sum(form**2))
-        return self._sound(worst, size, float(np.sqrt(self.op.precision)), "reaches")
+        return self._sound(worst, size, float(np.sqrt(self.precision)), "reaches")
 
     def check_pairs(self, pairs: blocks.Pairs) -> Array:
         """The same for neighbouring probes."""
         count, square = self.host(pairs.count), self.host(pairs.square)
         worst = self.xp.sqrt(square / self.xp.maximum(count, 1))
-        return self._sound(worst, 1.0, blocks.limit(self.op), "of probes has the root mean square")
+        return self._sound(
+            worst, 1.0, blocks.limit(self.op, self.precision), "of probes has the root mean square"
+        )
 
     def check_columns(self, across: Array, image: Array) -> Array:
         """The same for (zᵀH e_i) and H z, which agree if the columns H e_i make a symmetric matrix."""
         largest = jnp.maximum(jnp.max(jnp.abs(image)), jnp.max(jnp.abs(across)))
         unit = jnp.where(largest > 0, largest, 1)
         worst, size = (self.host(jnp.linalg.norm(x / unit)) for x in (across - image, image))
-        return self._sound(worst, size, blocks.limit(self.op), "of a vector and all columns amounts to")
+        return self._sound(
+            worst, size, blocks.limit(self.op, self.precision), "of a vector and all columns amounts to"
+        )
 
     def _sound(self, worst: Array, size: Array, limit: float, what: str) -> Array:
         if self.traced:
@@ -230,7 +236,9 @@ def begin(
     batch = probe_batch or choose_batch(op, VECTORS * vector, shared, available, count, bare=not traced)
     source, op = op, op.prepare() if traced else outside_loops(op.prepare())
     batch = min(batch, count)
-    return Run(op, source, key, groups, by, tol, journal.batch(batch) if journal else batch, traced, journal)
+    precision = op.precision if traced else relative_precision(source)
+    batch = journal.batch(batch) if journal else batch
+    return Run(op, source, key, groups, by, tol, batch, traced, precision, journal)
 
 
 def check_probes(probes: str | None, default: str) -> str:
