@@ -215,19 +215,19 @@ assert max(cnn[:, 0].max(), feedforward[:, 0].max()) < 0.3
 #
 # $\lambda_{\max}$ is convex: the largest eigenvalue of a mean of matrices is at most the mean of their largest
 # eigenvalues, and the smallest at least the mean of the smallest. The trace is linear: it hides nothing. How far apart are
-# the two sides? Cut 500 images into subsets of 1, 5, 25, ... and compare the ends of their spectra with those of the whole.
+# the two sides? Cut 250 images into subsets of 1, 5, 25, ... and compare the ends of their spectra with those of the whole.
 
 # %%
-SIZES = (1, 5, 25, 125, 500)
+SIZES = (1, 5, 25, 125, 250)
 ends = {}
 for name, loss in LOSSES.items():
     params = trained[name][0]
     for size in SIZES:
-        count = min(8, 500 // size)
+        count = min(8, 250 // size)
         found = []
         for i in range(count):
-            # Repeated up to 500 images: the same mean, and shapes that compile once for all sizes.
-            index = i * (500 // count) + np.arange(500) % size
+            # Repeated up to 250 images: the same mean, and shapes that compile once for all sizes.
+            index = i * (250 // count) + np.arange(250) % size
             part = tuple(x[index] for x in data)
             pairs = spectra.eigsh(
                 spectra.HessianOperator(loss, params, part),
@@ -257,9 +257,9 @@ _ = axes[0].legend(frameon=False, fontsize=6)
 
 # %%
 for name in LOSSES:
-    one, whole = ends[name, 1].mean(0), ends[name, 500][0]
+    one, whole = ends[name, 1].mean(0), ends[name, 250][0]
     print(
-        f"{name}: largest {one[1]:.3g} for one example on average, {whole[1]:.3g} for all 500: {one[1] / whole[1]:.1f} times"
+        f"{name}: largest {one[1]:.3g} for one example on average, {whole[1]:.3g} for all 250: {one[1] / whole[1]:.1f} times"
     )
     print(
         f"{' ' * len(name)}  smallest {one[0]:.3g} for one example, {whole[0]:.3g} for all: {one[0] / whole[0]:.1f} times"

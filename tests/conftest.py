@@ -1,4 +1,5 @@
 import contextlib
+import ctypes
 import gc
 import hashlib
 import os
@@ -11,6 +12,8 @@ import jax
 import jaxlib
 import programs
 import pytest
+import scipy.linalg  # noqa: F401 - brings a BLAS of its own
+from threadpoolctl import threadpool_limits
 
 LARGEST = 4 * 2**30
 """Bytes of compiled programs that are kept; beyond, they are thrown away and made anew."""
@@ -41,6 +44,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 # Of each operation JAX writes down ten frames of the stack, which no test reads.
 jax.config.update("jax_traceback_in_locations_limit", 0)
+programs.share_context()
+# Tests and their processes take all cores already: threads of BLAS beside them wait for each other, spinning.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+threadpool_limits(int(os.environ["OPENBLAS_NUM_THREADS"]), "blas")
 
 
 def pytest_configure(config):
@@ -90,9 +97,19 @@ def _many_programs() -> bool:
     return resident > MOST_RESIDENT or (process / "maps").read_bytes().count(b"\n") > MOST_MAPS
 
 
+def _return_memory() -> None:
+    """What is free goes back to the system; otherwise this process stays as large as it was, and releases
+    the programs of every file that follows."""
+    with contextlib.suppress(AttributeError):  # glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _release_compiled_code():
     """Files of tests share programs, which cost memory and maps of it: thousands exceed what Linux allows."""
     yield
     if _many_programs():
         jax.clear_caches()
+        programs.forget_context()
+        gc.collect()
+        _return_memory()

@@ -4,6 +4,7 @@ Contractions run in full precision on the leaves as they are, so that a stack ke
 parameters and nothing is gathered: only (k, k) matrices are summed over devices.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from jax import lax
 from spectra.base import arrays, trees
 
 PyTree = Any
+_one_program = functools.partial(jax.jit, inline=True)
+"""For all leaves: outside of any, JAX compiles each operation for each shape by itself."""
 
 
 def length(stack: PyTree) -> int:
@@ -35,6 +38,7 @@ def split(stack: PyTree) -> list[PyTree]:
     return [row(stack, i) for i in range(length(stack))]
 
 
+@_one_program
 def stacked(vectors: list[PyTree]) -> PyTree:
     """The stack of some vectors."""
     return jax.tree.map(lambda *xs: jnp.stack(xs), *vectors)
@@ -42,9 +46,15 @@ def stacked(vectors: list[PyTree]) -> PyTree:
 
 def concatenate(stacks: list[PyTree]) -> PyTree:
     """One stack after the other."""
-    return stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)
+    return stacks[0] if len(stacks) == 1 else _concatenate(stacks)
 
 
+@_one_program
+def _concatenate(stacks: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)
+
+
+@functools.partial(_one_program, static_argnames="count")
 def padded(stack: PyTree, count: int) -> PyTree:
     """`count` vectors: those of the stack, and zeros."""
     missing = count - length(stack)

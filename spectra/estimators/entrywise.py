@@ -107,7 +107,10 @@ def _kind(size: int, num_matvecs: int) -> str:
 def _scaled(found: Sequence[PyTree], sound: Any, ended: Ended) -> tuple[PyTree, PyTree]:
     """Value and error, not numbers if the products are not sound; the error of a run that stopped early."""
     value, stderr = found
-    return _tree.scale(sound, value), _tree.scale(sound * ended.widen, stderr)
+    return _scale(sound, value), _scale(sound * ended.widen, stderr)
+
+
+_scale = jax.jit(_tree.scale)
 
 
 def _looped(run: Run, kind: str, count: int, unit: jax.Array, pairs: blocks.Pairs) -> _Carried:

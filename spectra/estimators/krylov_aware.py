@@ -27,6 +27,7 @@ References:
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -242,9 +243,12 @@ def _images(run: Run, vectors: PyTree, count: int) -> PyTree:
     if run.batch > 1 and (count == CHUNK or run.op.on_host):
         return stacks.padded(run.products(blocks.rows(vectors, 0, count)), CHUNK)
     images: list[PyTree] = []
-    for vector in stacks.split(vectors)[:count]:
+    for vector in _split(vectors)[:count]:
         images.append(multiply(run.op, vector))
         if run.journal is not None:
             run.journal.count(1)
-    nothing = jax.tree.map(jnp.zeros_like, images[0])
-    return stacks.stacked(images + [nothing] * (CHUNK - count))
+    return stacks.stacked(images + [_zeros(images[0])] * (CHUNK - count))
+
+
+_split, _zeros = jax.jit(stacks.split), jax.jit(partial(jax.tree.map, jnp.zeros_like))
+"""Programs of all leaves, where an operation outside of any is one for each shape."""

@@ -126,7 +126,7 @@ def solution(
     with one_thread():
         values, vectors = np.linalg.eigh(matrix)
     error = matrix_error(op, values)
-    rows = np.asarray(jax.vmap(trees.ravel)(b), np.float64)
+    rows = np.asarray(_as_rows(b), np.float64)
     zero = np.abs(values) <= error
     coefficients = rows @ vectors
     # What rounding of the vectors lets a b of the range have along the null ones.
@@ -139,7 +139,7 @@ def solution(
     singular = outside > slack * sizes
     inverse = np.where(zero, 0, 1 / np.where(zero, 1, values))
     x = _as_stack(op, (coefficients * inverse) @ vectors.T)
-    kept = np.asarray(jax.vmap(trees.ravel)(x), np.float64)  # as it was rounded
+    kept = np.asarray(_as_rows(x), np.float64)  # as it was rounded
     residual = np.linalg.norm(rows - kept @ matrix, axis=1)
     rounding = error * np.linalg.norm(kept, axis=1)
     least, source = float(np.abs(values).min()) - error, "the eigenvalues of the matrix"
@@ -167,6 +167,9 @@ def solution(
         bound=source if least > 0 else "nothing bounds the spectrum away from zero",
         status=status,
     )
+
+
+_as_rows = jax.jit(jax.vmap(trees.ravel))
 
 
 def _as_stack(op: LinearOperator, rows: np.ndarray) -> PyTree:
