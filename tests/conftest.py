@@ -1,6 +1,4 @@
 import contextlib
-import ctypes
-import gc
 import hashlib
 import os
 import platform
@@ -17,8 +15,6 @@ from threadpoolctl import threadpool_limits
 
 LARGEST = 4 * 2**30
 """Bytes of compiled programs that are kept; beyond, they are thrown away and made anew."""
-MOST_RESIDENT, MOST_MAPS = 2 * 2**30, 20_000
-"""Bytes and memory maps of a process beyond which it releases its programs; Linux allows 65,530 maps."""
 
 
 def _kept_programs() -> Path:
@@ -66,13 +62,7 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_finish():
-    """Look for garbage less often, and not among what was imported: tracing makes objects by the million.
-
-    Each look asks XLA, too; together they took more than a tenth of a run's processor time.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 10, 5)
+    programs.seldom_collect()
 
 
 @pytest.fixture(params=["float32", "float64"])
@@ -88,28 +78,8 @@ def x64():
         yield
 
 
-def _many_programs() -> bool:
-    """Whether this process is large, or cannot tell."""
-    process = Path("/proc/self")
-    if not process.exists():
-        return True
-    resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resident > MOST_RESIDENT or (process / "maps").read_bytes().count(b"\n") > MOST_MAPS
-
-
-def _return_memory() -> None:
-    """What is free goes back to the system; otherwise this process stays as large as it was, and releases
-    the programs of every file that follows."""
-    with contextlib.suppress(AttributeError):  # glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _release_compiled_code():
     """Files of tests share programs, which cost memory and maps of it: thousands exceed what Linux allows."""
     yield
-    if _many_programs():
-        jax.clear_caches()
-        programs.forget_context()
-        gc.collect()
-        _return_memory()
+    programs.release()

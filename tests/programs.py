@@ -1,4 +1,4 @@
-"""How the tests compile: quickly by default, as for users with `-m ''`.
+"""How the tests compile, quickly by default, as for users with `-m ''`; and how many programs they keep.
 
 Most of a cold run is XLA's optimisation of small programs that run once. Without it, and without the
 emitters of fusions, they compile in less than half the time and compute the same up to rounding, on which
@@ -6,12 +6,18 @@ no test may depend. What users run is the optimised form: `pytest -m ''` and `py
 SPECTRA_TEST_PROGRAMS says otherwise, "quick" or "optimised".
 """
 
+import contextlib
+import ctypes
 import functools
+import gc
 import os
+from pathlib import Path
 
 import jax
 from jax._src.interpreters import mlir
 
+MOST_RESIDENT, MOST_MAPS = 2 * 2**30, 30_000
+"""Bytes and memory maps of a process beyond which it releases its programs; Linux allows 65,530 maps."""
 SWITCH = "SPECTRA_TEST_PROGRAMS"
 CHOICES = ("quick", "optimised")
 DEFAULT_MARKERS = "not slow"
@@ -56,14 +62,40 @@ def set_flags(chosen: str) -> None:
 
 
 def share_context() -> None:
-    """One context of MLIR for all programs of this process, until `forget_context`.
+    """One context of MLIR for all programs of this process, until `release`.
 
-    JAX makes one for each program, which takes 3 ms and a megabyte, as long as the program is kept.
+    JAX makes one for each program, which takes 3 ms, and a megabyte for as long as the program is kept.
     """
     if hasattr(mlir, "make_ir_context"):
         mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
-def forget_context() -> None:
-    """The next program makes a new one: a context keeps every constant that it has seen."""
-    getattr(mlir.make_ir_context, "cache_clear", lambda: None)()
+def seldom_collect() -> None:
+    """Look for garbage less often, and not among what was imported: tracing makes objects by the million.
+
+    Each look asks XLA, too; together they took more than a tenth of a run's processor time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 5)
+
+
+def release() -> None:
+    """Let go of all programs where they are so many that the process is large, or may be."""
+    if not _many():
+        return
+    jax.clear_caches()
+    getattr(mlir.make_ir_context, "cache_clear", lambda: None)()  # it keeps all constants it has seen
+    gc.collect()
+    # What is free goes back to the system. Otherwise the process stays as large as it was, and lets go of its
+    # programs after every file that follows.
+    with contextlib.suppress(AttributeError):  # glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _many() -> bool:
+    process = Path("/proc/self")
+    if not process.exists():
+        return True
+    resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident > MOST_RESIDENT or (process / "maps").read_bytes().count(b"\n") > MOST_MAPS

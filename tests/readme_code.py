@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import jax
+import programs
 
 
 def run(path: Path) -> int:
@@ -20,9 +20,8 @@ def run(path: Path) -> int:
         above = "\n" * text.count("\n", 0, block.start(1))  # so that errors name the line of the page
         exec(compile(above + block[1], str(path), "exec"), namespace)
     print(f"{count} blocks of {path.name} ran", flush=True)
-    # A process may map only so many pieces of memory (65,530 on Linux); compiled programs take some each.
     namespace.clear()
-    jax.clear_caches()
+    programs.release()
     return count
 
 
@@ -35,4 +34,6 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    programs.share_context()
+    programs.seldom_collect()
     main(sys.argv[1:])

@@ -123,8 +123,8 @@ def _of_cg(sizes: np.ndarray, taken: int, tol: float, sides: int) -> float:
         left = _tail(sizes, taken + sides * (steps + 1) - 1)
         return OUTLIER * steps + SHARE * np.sqrt(1 + left) / 2 * digits
 
-    first = after(np.zeros(1))
-    return float(np.min(after(np.arange(first[0] // OUTLIER + 1))))
+    at_most = int(after(np.zeros(1))[0] / OUTLIER)
+    return float(np.min(after(np.arange(at_most + 1))))
 
 
 def _tail(sizes: np.ndarray, which: np.ndarray) -> np.ndarray:

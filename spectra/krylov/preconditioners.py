@@ -43,7 +43,8 @@ def as_preconditioner(
     if isinstance(preconditioner, str):
         if preconditioner != "nystrom":
             raise SpectraError(
-                f"preconditioner={preconditioner!r}: use 'nystrom', Eigenpairs or an operator."
+                f"preconditioner={preconditioner!r}: use 'nystrom', Eigenpairs, or an operator, such as "
+                "spectra.KFACOperator(model_fn, loss_fn, params, data)."
             )
         if key is None:
             raise SpectraError("preconditioner='nystrom' draws a sketch: pass key, say jax.random.key(0).")

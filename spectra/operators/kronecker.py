@@ -88,9 +88,8 @@ class Kronecker:
 
     def moved(self, key: jax.Array) -> "Kronecker":
         """With each factor moved by one rounding, and symmetric."""
-        moved = draws.moved_parameters((self.input, self.output), key, 0.0)
-        sides = (side if side.ndim == 2 else (side + jnp.swapaxes(side, 1, 2)) / 2 for side in moved)
-        return Kronecker(*sides, self.place)
+        a, b = draws.moved_parameters((self.input, self.output), key, 0.0)
+        return Kronecker(_symmetric(a), _symmetric(b), self.place)
 
     def trace(self) -> jax.Array:
         """Σ tr A tr B over the groups."""
@@ -178,6 +177,10 @@ def _right(x: jax.Array, side: jax.Array) -> jax.Array:
 
 def _traces(side: jax.Array) -> jax.Array:
     return jnp.sum(side, -1) if side.ndim == 2 else jnp.trace(side, axis1=1, axis2=2)
+
+
+def _symmetric(side: jax.Array) -> jax.Array:
+    return side if side.ndim == 2 else (side + jnp.swapaxes(side, 1, 2)) / 2
 
 
 def _values(side: jax.Array) -> jax.Array:
@@ -342,9 +345,15 @@ class DampedInverse(FactoredOperator):
     @classmethod
     def of(cls, op: FactoredOperator, damping: Any, method: str) -> "DampedInverse":
         """The inverse of an operator."""
-        own = {"params": op.params, "stacks": op.stacks, "inverted": op.parts}
         damping = jnp.asarray(damping, op.dtype)
-        return cls(**own, parts=_inverses(op.parts, damping, method), damping=damping, method=method)
+        return cls(
+            params=op.params,
+            parts=_inverses(op.parts, damping, method),
+            stacks=op.stacks,
+            inverted=op.parts,
+            damping=damping,
+            method=method,
+        )
 
     def moved(self, key: jax.Array) -> "DampedInverse":
         """The inverse of moved blocks."""
