@@ -108,6 +108,15 @@ class SumOperator(LinearOperator):
             "much of what is left, and float64 makes it smaller."
         )
 
+    @property
+    def known_in_double(self) -> bool:
+        """Whether all terms are."""
+        return all(term.known_in_double for term in self.terms)
+
+    def evaluated_bytes(self) -> int:
+        """Those of the largest term."""
+        return max(term.evaluated_bytes() for term in self.terms)
+
     def moved(self, key: jax.Array) -> "SumOperator":
         """The sum of the moved terms: each is rounded relative to itself, and they may cancel."""
         return SumOperator(each_moved(self.terms, key))
@@ -196,6 +205,15 @@ class Wrapped(Derived):
     def recomputed_bytes(self) -> int | None:
         """As the wrapped operator."""
         return self.base.recomputed_bytes()
+
+    @property
+    def known_in_double(self) -> bool:
+        """As the wrapped operator."""
+        return self.base.known_in_double
+
+    def evaluated_bytes(self) -> int:
+        """As the wrapped operator."""
+        return self.base.evaluated_bytes()
 
     def moved(self, key: jax.Array) -> "LinearOperator | None":
         """The same made from the base at moved parameters."""

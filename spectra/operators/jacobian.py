@@ -378,6 +378,11 @@ class GramOperator(LinearOperator):
         """What to look at."""
         return _NON_FINITE
 
+    @property
+    def known_in_double(self) -> bool:
+        """True: parameters and inputs are what they are, and all else is inside of a product."""
+        return True
+
     def moved(self, key: jax.Array) -> "GramOperator":
         """The Gram matrix at parameters moved by one rounding each."""
         jacobian, rounding = self.jacobian, self.jacobian.rounding
