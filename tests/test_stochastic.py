@@ -169,6 +169,23 @@ def test_what_is_not_known_in_float64_is_moved():
         assert doubled(spectra.HessianOperator(chained, W.astype(float), X.astype(float))) is None
 
 
+def test_rounding_of_a_gram_matrix_is_measured():
+    gram = spectra.JacobianOperator(lambda w, x: jnp.tanh(x @ w), W, X).gram()
+    v = jnp.ones((4, 4))
+    product = gram @ v
+    other = gram.moved(KEY)
+    assert isinstance(other, StochasticOperator)
+    # A layer of sums of four terms and of eight, there and back, at parameters that are moved by eps.
+    assert 0.1 * EPS < float(jnp.linalg.norm(other.mv(v) - product) / jnp.linalg.norm(product)) < 50 * EPS
+    with jax.enable_x64(True):
+        exact = spectra.JacobianOperator(
+            lambda w, x: jnp.tanh(x @ w), W.astype(float), X.astype(float)
+        ).gram()
+        exact = np.asarray(exact @ v.astype(float))
+    found = doubled(gram).unrounded(np.ones(16))
+    np.testing.assert_allclose(found, exact.ravel(), rtol=1e-12)
+
+
 def test_what_is_exact_is_not_rounded():
     """Masks, permutations, signs and comparisons; an integer as a float."""
 

@@ -30,6 +30,7 @@ from spectra.operators.arguments import raised_by
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.jaxprs import Rounding, coarsest_rounding
 from spectra.operators.pytree import operator
+from spectra.operators.stochastic import StochasticOperator
 from spectra.operators.streams import StackedOutputs, open_inputs
 from spectra.results import format_bytes
 
@@ -383,11 +384,13 @@ class GramOperator(LinearOperator):
         """True: parameters and inputs are what they are, and all else is inside of a product."""
         return True
 
-    def moved(self, key: jax.Array) -> "GramOperator":
-        """The Gram matrix at parameters moved by one rounding each."""
+    def moved(self, key: jax.Array) -> LinearOperator:
+        """The Gram matrix at parameters moved by one rounding each; its products are in stochastic arithmetic
+        where inputs are no stream, whose pieces are programs of their own."""
         jacobian, rounding = self.jacobian, self.jacobian.rounding
         params = moved_parameters(jacobian.params, key, rounding.eps if rounding else 0.0)
-        return GramOperator(jacobian._with(params=params), self.unit)
+        other = GramOperator(jacobian._with(params=params), self.unit)
+        return other if self.on_host else StochasticOperator(other, jax.random.bits(key, (), "uint32"))
 
     def mv(self, v: PyTree) -> PyTree:
         """Jᵀ (J v)."""
