@@ -149,7 +149,7 @@ def eigenvalues(op: LinearOperator) -> Quadrature:
         weights=np.full((1, n), 1 / n),
         residuals=np.zeros((1, n)),
         lengths=np.array([n]),
-        asymmetry=np.array([matrix_error(op, values) / scale if scale else 0.0]),
+        asymmetry=np.array([matrix_error(op, matrix, values) / scale if scale else 0.0]),
         size=n,
         num_matvecs=n,
         precision=op.precision,

@@ -156,10 +156,10 @@ def condition_number(
 
 
 def _dense(op: LinearOperator, shift: float, rank_tol: float | None) -> ConditionNumber:
-    values = np.linalg.eigvalsh(np.asarray(op.as_matrix(), np.float64))
-    n = len(values)
+    matrix = np.asarray(op.as_matrix(), np.float64)
+    values, n = np.linalg.eigvalsh(matrix), len(matrix)
     # Products resolve eigenvalues relative to |H|, whatever is added to them later.
-    floor = matrix_error(op, values)
+    floor = matrix_error(op, matrix, values)
     sizes = np.sort(np.abs(values + shift))
     largest = float(sizes[-1])
     cut = max((rank_tol or 0.0) * largest, floor)

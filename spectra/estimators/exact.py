@@ -14,8 +14,9 @@ from spectra.base import arrays, trees
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.run import Run
-from spectra.krylov.wanted import KEY, SAMPLES, change_of_product, multiply
+from spectra.krylov.wanted import KEY, SAMPLES, change_of_product, is_measured, multiply
 from spectra.operators.base import LinearOperator
+from spectra.operators.doubled import doubled
 from spectra.operators.jaxprs import outside_loops
 from spectra.results import Estimate
 
@@ -75,13 +76,14 @@ def moved_products(run: Run) -> list[tuple[PyTree, PyTree, PyTree]]:
     jit, where it would double the program.
     """
     key = jax.random.key(KEY)
-    if run.traced or run.source.moved(key) is None:
+    if run.traced or not is_measured(run.source):
         return []
+    exact = doubled(run.source)
     found: list[tuple[PyTree, PyTree, PyTree]] = []
     for i in range(SAMPLES):
         one = jax.random.fold_in(key, i)
         vectors = blocks.draw(run.op, one, np.arange(1), "rademacher")
-        other = run.source.moved(one)
+        other = exact or run.source.moved(one)
         assert other is not None
         here, there = (blocks.products(op, vectors, 1) for op in (run.op, outside_loops(other.prepare())))
         vectors, here, there = (jax.tree.map(lambda x: x[0], tree) for tree in (vectors, here, there))
@@ -118,7 +120,7 @@ def relative_change(op: LinearOperator) -> float:
     operator does not say what it depends on.
     """
     key = jax.random.key(KEY)
-    if op.moved(key) is None:
+    if not is_measured(op):
         return 0.0
     here = op.prepare()
     vector = jax.tree.map(lambda x: x[0], blocks.draw(op, key, np.arange(1), "rademacher"))

@@ -353,6 +353,10 @@ class Band:
         vector = self.layout.unpack(sum_of_rows(self.state.basis, weights, self.filled, self.layout))
         return vector if self.home is None else jax.device_put(vector, self.op.device)
 
+    def images(self, mixtures: np.ndarray) -> list[PyTree]:
+        """H times combinations of the processed rows, whose coefficients are in rows, by their products."""
+        return [self.combination(self.coefficients[:, self.processed] @ mixture) for mixture in mixtures]
+
     def vectors(self, count: int) -> PyTree:
         """The first `count` rows after the locked ones as one pytree with leaves (count, *leaf.shape)."""
         first = len(self.locked)

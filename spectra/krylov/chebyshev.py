@@ -62,7 +62,7 @@ def smallest_eigenpairs(
     eigenvalues lie as dense near zero as elsewhere, that is more than n products.
     """
     if dense.allowed(op, max_matvecs):
-        return dense.dense_eigenpairs(op, k, "SM", tol, deflate)
+        return dense.dense_eigenpairs(op, k, "SM", tol, deflate)[0]
     known = [] if deflate is None else _stacks.split(deflate.vectors)
     width = min(k + max(5, k // 2), op.size - len(known))
     budget = 4000 * width if max_matvecs is None else max_matvecs

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import host, trees
+from spectra.base import host, stacks, trees
 from spectra.base.errors import SpectraError, Status, StructureError
 from spectra.base.host import one_thread
 from spectra.krylov import wanted
 from spectra.krylov.vanished import vanished
 from spectra.operators.base import LinearOperator
+from spectra.operators.doubled import doubled
 from spectra.operators.preconditioned import PreconditionedOperator
 from spectra.results import Eigenpairs, Interval, Solution
 
@@ -35,8 +36,8 @@ Residuals = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of values and vect
 
 def dense_eigenpairs(
     op: LinearOperator, k: int, which: str, tol: float, deflate: Eigenpairs | None = None
-) -> Eigenpairs:
-    """k eigenpairs by LAPACK in float64 on the host, from n products."""
+) -> tuple[Eigenpairs, list[PyTree]]:
+    """k eigenpairs by LAPACK in float64 on the host, from n products, and the images of their mixtures."""
     matrix = np.asarray(op.as_matrix(), np.float64)
     n = len(matrix)
     if deflate is None:
@@ -51,7 +52,9 @@ def dense_eigenpairs(
     def residuals(values: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         return np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
 
-    return chosen_pairs(op, k, which, tol, values, vectors, residuals, floor)
+    pairs = chosen_pairs(op, k, which, tol, values, vectors, residuals, floor)
+    images = wanted.mixtures(k) @ pairs.matrix().T.astype(np.float64) @ matrix
+    return pairs, stacks.split(as_tree(op, images.T))
 
 
 def chosen_pairs(
@@ -95,10 +98,11 @@ CLEAR = 0.1
 """Null vectors are known where rounding turns them by less than this."""
 
 
-def matrix_error(op: LinearOperator, values: np.ndarray) -> float:
+def matrix_error(op: LinearOperator, matrix: np.ndarray, values: np.ndarray) -> float:
     """A bound on the spectral norm of what rounding did to the matrix and to its eigenvalues.
 
-    The Frobenius norm bounds it. Columns are right to `precision` of themselves, or of |H|: measured on
+    It is measured where products are known in float64; constants of the program are still rounded. Elsewhere
+    the Frobenius norm bounds it. Columns are right to `precision` of themselves, or of |H|: measured on
     float32 Hessians of networks, the spectral norm was up to 1.8 precision sqrt(n) |H|. Where products
     subtract larger numbers it is more, as measured by eight of them. The float64 eigensolver is backward
     stable, with n eps |H| as in `numpy.linalg.matrix_rank`.
@@ -106,11 +110,14 @@ def matrix_error(op: LinearOperator, values: np.ndarray) -> float:
     n, norm = len(values), float(np.abs(values).max())
     if not norm:
         return vanished(op)
+    solver, exact = n * float(np.finfo(float).eps) * norm, doubled(op)
+    if exact is not None:
+        return wanted.error_of_matrix(exact, matrix) + float(jnp.finfo(op.dtype).eps) / 2 * norm + solver
     if op.cancels:
         columns = 4 * op.precision * np.sqrt(n) * norm
     else:
         columns = op.precision * norm * float(np.linalg.norm(values / norm)) if norm else 0.0
-    return max(columns, wanted.change_of_matrix(op)) + n * float(np.finfo(float).eps) * norm
+    return max(columns, wanted.change_of_matrix(op)) + solver
 
 
 def solution(
@@ -125,7 +132,7 @@ def solution(
     n = len(matrix)
     with one_thread():
         values, vectors = np.linalg.eigh(matrix)
-    error = matrix_error(op, values)
+    error = matrix_error(op, matrix, values)
     rows = np.asarray(_as_rows(b), np.float64)
     zero = np.abs(values) <= error
     coefficients = rows @ vectors

@@ -215,14 +215,16 @@ class EigenRun:
         self.band.restart(vectors[:, chosen])
         self.restarts += 1
 
-    def result(self) -> Eigenpairs:
-        """The best pairs, in ascending order."""
+    def result(self, images_too: bool) -> tuple[Eigenpairs, list[PyTree] | None]:
+        """The best pairs, in ascending order, and the images of their mixtures by the products of the run."""
         band, op = self.band, self.op
-        theta, vectors, _, _ = band.ritz()
+        (theta, vectors, _, _), images = band.ritz(), None
         chosen = np.sort(wanted.order(theta, self.which)[: self.k])
         values, scale = theta[chosen], band.scale
         if band.layout.row_dtype is None:
             band.restart(vectors[:, chosen])
+            if images_too:
+                images = band.images(wanted.mixtures(len(chosen)))
             residuals, found, asymmetry = band.residuals(values), band.vectors(len(values)), band.asymmetry
         else:
             values, residuals, found, asymmetry = self._measured(vectors[:, chosen])
@@ -232,7 +234,7 @@ class EigenRun:
         done = converged.all() and len(values) == self.k
         rounding = max(100 * op.precision, band.layout.row_precision)
         noisy = asymmetry > 100 * op.precision or band.asymmetry > rounding
-        return Eigenpairs(
+        pairs = Eigenpairs(
             values=values,
             vectors=found,
             residuals=residuals,
@@ -246,6 +248,7 @@ class EigenRun:
             noise_floor=scale * (max(asymmetry, 4 * op.precision) + EPS * (1 + self.restarts) ** 0.5),
             status=Status.NOT_CONVERGED if not done else Status.NOISY if noisy else Status.CONVERGED,
         )
+        return pairs, images
 
     def _measured(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, PyTree, float]:
         """Values, residuals, vectors and asymmetry, by a product with each vector in full precision.

@@ -25,6 +25,7 @@ from spectra.krylov.recurrence import check_start
 from spectra.krylov.vanished import vanished
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import beside_pairs
+from spectra.operators.doubled import doubled
 from spectra.operators.jaxprs import outside_loops
 from spectra.results import Eigenpairs
 from spectra.runs.checkpoint import Checkpoint
@@ -219,10 +220,10 @@ def eigsh(
         return plain | {"num_basis": num_basis, "block_size": int(block_size)} | digests
 
     with watched("eigsh", progress, checkpoint, max_matvecs, arguments) as watch:
-        pairs = _pairs(
+        pairs, images = _pairs(
             op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, places, watch
         )
-    found = wanted.with_measured_floor(op, pairs)
+    found = wanted.with_measured_floor(op, pairs, images)
     return found if found.noise_floor else dataclasses.replace(found, noise_floor=vanished(op))
 
 
@@ -240,15 +241,17 @@ def _pairs(
     deflate: Eigenpairs | None,
     places: tuple[Layout, Any],
     watch: Watch,
-) -> Eigenpairs:
-    """The pairs by what suits the order of the operator and the products allowed."""
+) -> tuple[Eigenpairs, list[PyTree] | None]:
+    """The pairs by what suits the order of the operator and the products allowed, and what H makes of their
+    `wanted.mixtures`, where these products say so."""
     ncv, rest = max(2 * k + 1, 20), op.size - (0 if deflate is None else len(deflate.values))
     if (rest <= ncv + 1 or k >= rest) and (max_matvecs is None or max_matvecs >= op.size):
         return dense_eigenpairs(op, k, which, tol, deflate)
     if which == "SM":
-        return smallest_eigenpairs(
+        found = smallest_eigenpairs(
             op, k, key=key, tol=tol, max_matvecs=max_matvecs, deflate=deflate, places=places, watch=watch
         )
+        return found, None
     limit = min(2 * ncv if num_basis is None else num_basis, rest)
     if limit < k + block_size + 2:
         if limit == rest:
@@ -275,9 +278,9 @@ def _pairs(
     spent = run.band.num_matvecs
     certain = run.converged and (verify is not True or run.missed <= wanted.CERTAIN)
     if small and not certain and spent >= run.budget:
-        found = dense_eigenpairs(op, k, which, tol, deflate)
-        return dataclasses.replace(found, num_matvecs=spent + op.size, status=Status.DENSE)
-    return run.result()
+        found, images = dense_eigenpairs(op, k, which, tol, deflate)
+        return dataclasses.replace(found, num_matvecs=spent + op.size, status=Status.DENSE), images
+    return run.result(images_too=doubled(op) is not None)
 
 
 def _budget(

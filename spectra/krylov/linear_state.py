@@ -203,7 +203,7 @@ def judged(
     x, noise = found["x"], noise_of(op)
     norms = np.asarray(sizes(x), np.float64)
     residual = np.asarray(found["residual"], np.float64)
-    measured = op.moved(jax.random.key(wanted.KEY)) is not None
+    measured = wanted.is_measured(op)
     seen = np.maximum(np.asarray(found["norm_a"], np.float64), 0.0 if measured else wanted.seen_norm(op))
     # Of the product, and of the difference and its norm.
     moved = noise * (seen * norms + residual)

@@ -58,7 +58,7 @@ def solve(
     formed. Otherwise `error_bound` is infinite: Krylov steps see only the eigenvectors along which b has a
     component, so no residual reveals other eigenvalues near zero. `condition_number(op, key=, shift=)` bounds
     the smallest |λ|: pass its `smallest_interval.lower`. `rounding` is that of the product, from its stated
-    precision; for a loss it is measured, by products at parameters that are moved by one rounding each. If CG
+    precision; for a loss it is measured, by a product in float64 or by some that are rounded at random. If CG
     has found x and a bound is known, `quadratic_form` brackets bᵀA⁻¹b: bᵀx ± (|x| |r| + |r|² / min |λ|).
 
     **Rounding** makes textbook CG find the largest eigenvalues again and again. So the directions of the

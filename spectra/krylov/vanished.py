@@ -1,6 +1,5 @@
 """What can be said of an operator whose products are all zero: not that its eigenvalues are."""
 
-import jax
 import jax.numpy as jnp
 
 from spectra.krylov import wanted
@@ -15,6 +14,6 @@ def vanished(op: LinearOperator) -> float:
     it: |H' - H|, as measured, and no less than the smallest number of the type. 0 for an operator without
     parameters, such as a matrix of zeros, which has nothing to round.
     """
-    if op.moved(jax.random.key(wanted.KEY)) is None:
+    if not wanted.is_measured(op):
         return 0.0
     return max(wanted.change_of_matrix(op), float(jnp.finfo(op.dtype).tiny))

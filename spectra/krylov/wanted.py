@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import draws, meshes, trees
+from spectra.base import draws, meshes, stacks, trees
 from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import ShiftedOperator
 from spectra.operators.base import LinearOperator, product
+from spectra.operators.doubled import DoubledOperator, doubled
 from spectra.quadrature.christoffel import chance
 from spectra.results import Eigenpairs
 
@@ -93,6 +94,10 @@ def beats(limits: list[End], theta: np.ndarray, margin: float) -> bool:
 
 SAMPLES = 4
 """Moved operators: as many degrees of freedom has what they say."""
+TRIED, UNSEEN = 8, 1.9
+"""Random vectors that a matrix is tried on, and what may be left to be seen by none of them."""
+MARGIN = 2.0
+"""What another product may differ by from that in float64, where one differs by 1."""
 KEY = 7
 
 
@@ -109,26 +114,54 @@ def _placed_product(op: LinearOperator, v: PyTree, where: meshes.Places) -> PyTr
     return meshes.placed(op.mv(v), where)
 
 
-def change_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> float:
-    """What |(H' - H) v| of one more moved operator H' stays below at 95 %, given the image H v.
+def is_measured(op: LinearOperator) -> bool:
+    """Whether rounding of the products is, and not only stated, as that of a matrix is."""
+    return doubled(op) is not None or op.moved(jax.random.key(KEY)) is not None
 
-    That is Student's t with the root mean square of `SAMPLES` of them. `op` is not prepared, and has `moved`.
+
+def change_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> float:
+    """What rounding does to a product as this one, H v, given as `image`.
+
+    It is `MARGIN` times the difference from the product in float64. Where there is none, it is what
+    |(H' - H) v| of one more moved operator H' stays below at 95 %: Student's t with the root mean square of
+    `SAMPLES` of them. `op` is not prepared, and `is_measured`.
     """
+    exact = doubled(op)
+    if exact is not None:
+        return MARGIN * exact.distance(v, image)
     return _limit([_change(op, i, v, image) for i in range(SAMPLES)])
 
 
 def change_of_matrix(op: LinearOperator) -> float:
-    """The same of |H' - H|, the Frobenius norm: the root mean square of sqrt(n) |(H' - H) v|, |v| = 1.
+    """The same of |H' - H|, the Frobenius norm: from sqrt(n) |(H' - H) v| for `SAMPLES` random v, |v| = 1.
 
     0 where the operator does not say what it depends on, as a matrix does not.
     """
-    if op.moved(jax.random.key(KEY)) is None:
+    if not is_measured(op):
         return 0.0
-    here, changes = op.prepare(), list[float]()
+    exact, here, changes = doubled(op), op.prepare(), list[float]()
     for i in range(SAMPLES):
         v = draws.unit_vector(jax.random.key(KEY + i), op)
-        changes.append(_change(op, i, v, multiply(here, v)))
+        image = multiply(here, v)
+        changes.append(_change(op, i, v, image) if exact is None else exact.distance(v, image))
     return float(np.sqrt(op.size)) * _limit(changes)
+
+
+def error_of_matrix(exact: DoubledOperator, matrix: np.ndarray) -> float:
+    """A bound on the spectral norm of E, by which a symmetric matrix differs from that in float64.
+
+    |E|² is below UNSEEN sqrt(n) |E E v| for one of `TRIED` vectors v on the unit sphere, with the probability
+    1 - (sqrt(2 / π) / UNSEEN)^TRIED = 0.999 (Dixon, doi:10.1137/0720053): each has of the vector that decides
+    the share of a normal number, or more. One product more makes n^(1/4) of what would be sqrt(n).
+    """
+    n, largest = len(matrix), 0.0
+    for i in range(TRIED):
+        v = np.asarray(trees.ravel(draws.unit_vector(jax.random.key(KEY + i), exact)))
+        once = matrix @ v - exact.unrounded(v)
+        size = float(np.linalg.norm(once))
+        v = (once / (size or 1.0)).astype(v.dtype)
+        largest = max(largest, size * float(np.linalg.norm(matrix @ v - exact.unrounded(v))))
+    return float(np.sqrt(UNSEEN * np.sqrt(n) * largest))
 
 
 def _change(op: LinearOperator, i: int, v: PyTree, image: PyTree) -> float:
@@ -148,29 +181,43 @@ def _distance(a: PyTree, b: PyTree) -> jax.Array:
     return trees.norm(jax.tree.map(jnp.subtract, a, b))
 
 
-def with_measured_floor(op: LinearOperator, pairs: Eigenpairs) -> Eigenpairs:
+def with_measured_floor(op: LinearOperator, pairs: Eigenpairs, images: list[PyTree] | None) -> Eigenpairs:
     """The pairs with a noise floor that holds what rounding does to their eigenvalues.
 
-    One vector stands for all: with u = Σ v_i / sqrt(k) the square of sqrt(k) |(H' - H) u| is
-    Σ |(H' - H) v_i|², on average over the signs of the v_i. Five products, four of them at other parameters;
-    none where an operator does not say what it depends on, as a matrix does not. What a shift cancels was as
-    large as the shift, and has been rounded.
+    Mixtures u of the vectors stand for all: with random signs the square of sqrt(k) |(H' - H) u| is
+    Σ |(H' - H) v_i|² on average, and the mean over both mixtures of two vectors is just that. `images` are
+    those by the products of the run; further products, where there are none, may be rounded otherwise.
+    Nothing is measured where an operator does not say what it depends on, as a matrix does not. What a shift
+    cancels was as large as the shift, and has been rounded.
     """
     if isinstance(op, ShiftedOperator):
         shifted = 2 * op.precision * abs(float(op.delta))
         pairs = dataclasses.replace(pairs, noise_floor=max(pairs.noise_floor, shifted))
-    if op.moved(jax.random.key(KEY)) is None:
+    if not is_measured(op):
         return pairs
-    k = len(pairs.values)
-    vector = _mean(pairs.vectors)
-    image = multiply(op.prepare(), vector)
-    change = float(np.sqrt(k)) * change_of_product(op, vector, image)
+    k, exact = len(pairs.values), doubled(op)
+    vectors = stacks.split(pairs.vectors if k == 1 else _mixed(pairs.vectors, mixtures(k)))
+    if exact is None:
+        change = float(np.sqrt(k)) * change_of_product(op, vectors[0], multiply(op.prepare(), vectors[0]))
+    else:
+        margin = MARGIN if images is None or k > len(vectors) else 1.0
+        if images is None:
+            here = op.prepare()
+            images = [multiply(here, v) for v in vectors]
+        changes = [exact.distance(v, x) for v, x in zip(vectors, images, strict=True)]
+        of_norms = float(jnp.finfo(op.dtype).eps * np.abs(pairs.values).max())  # |v| and |H v - λ v|
+        change = margin * float(np.sqrt(k * np.mean(np.square(changes)))) + of_norms
     return dataclasses.replace(pairs, noise_floor=max(pairs.noise_floor, change))
 
 
+def mixtures(k: int) -> np.ndarray:
+    """Coefficients of unit vectors, in rows, that each contain all of k orthonormal ones alike."""
+    return np.array([np.ones(k), (-1.0) ** np.arange(k)])[: min(k, 2)] / np.sqrt(k)
+
+
 @jax.jit
-def _mean(vectors: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: (x.sum(axis=0) / x.shape[0] ** 0.5).astype(x.dtype), vectors)
+def _mixed(vectors: PyTree, mixtures: Any) -> PyTree:
+    return stacks.combine(jnp.asarray(mixtures, trees.scalar_dtype(vectors)), vectors)
 
 
 POWERS = 3

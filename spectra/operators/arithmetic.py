@@ -43,6 +43,15 @@ class Composed(LinearOperator):
         held = [part.recomputed_bytes() for part in self.made_of]
         return max((size for size in held if size is not None), default=None)
 
+    @property
+    def known_in_double(self) -> bool:
+        """Whether all parts are."""
+        return all(part.known_in_double for part in self.made_of)
+
+    def evaluated_bytes(self) -> int:
+        """The most that a part holds."""
+        return max(part.evaluated_bytes() for part in self.made_of)
+
     def moved(self, key: jax.Array) -> LinearOperator | None:
         """The same made of parts at moved parameters, and of those that have none as they are."""
         keys = [jax.random.fold_in(key, i) if i else key for i in range(len(self.made_of))]

@@ -157,10 +157,20 @@ class LinearOperator(abc.ABC):
         where there is nothing to share."""
         return None
 
+    @property
+    def known_in_double(self) -> bool:
+        """Whether the program of a product, evaluated in float64, gives that with the exact matrix."""
+        return False
+
+    def evaluated_bytes(self) -> int:
+        """Bytes of the values inside of one product, where there are more than of vectors."""
+        return 0
+
     def moved(self, key: jax.Array) -> "LinearOperator | None":
         """The operator with its parameters, or the parts that it is made of, moved by one rounding each.
 
-        None where products are right to their stated precision: that of a matrix, a diagonal, a function.
+        None where products are right to their stated precision: that of a matrix, a diagonal, a function. It
+        is what rounding is measured by where products are not `known_in_double`.
         """
         del key
         return None

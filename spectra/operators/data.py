@@ -324,9 +324,18 @@ class DataOperator(LinearOperator):
             return None  # streams share each pass; differences evaluate at points of their own
         if self.linearized and not rematerialises(differentiate.loss.trace(self).jaxpr):
             return None
-        step = self.microbatch
-        pieces = 1 if step is None else -(-batch_size(self.data, self.shared) // step)
-        return self._saved_bytes // pieces
+        return self.evaluated_bytes()
+
+    @property
+    def known_in_double(self) -> bool:
+        """Parameters and data are what they are, and all else is inside of a product, until some is saved."""
+        return self.linear is None
+
+    def evaluated_bytes(self) -> int:
+        """Bytes of the saved values of one microbatch."""
+        piece, step = self.first_piece(), self.microbatch
+        pieces = 1 if step is None else -(-batch_size(piece.data, self.shared) // step)
+        return piece._saved_bytes // pieces
 
     @functools.cached_property
     def _saved_bytes(self) -> int:

@@ -192,7 +192,9 @@ class FunctionOperator(LinearOperator):
         mv: function from a vector to a vector of the same structure; traceable by JAX and linear. It is
             static: pass the same function object each time, since a new lambda recompiles. Arrays that it
             closes over become constants of the compiled program. Its matrix products are true float32 on
-            every device, unless they say otherwise themselves.
+            every device, unless they say otherwise themselves. It defines the matrix: rounding is stated by
+            the precision of its types, and not measured, since constants may be rounded or differences of
+            others themselves, of which the function does not tell.
         like: pytree of arrays or `jax.ShapeDtypeStruct`, the structure of a vector.
 
     Raises:

@@ -12,19 +12,29 @@ Rule = Callable[[Any, list[Any]], list[Any]]
 """An equation and its operands to its results."""
 Choice = Callable[[Any], bool]
 """Whether an equation is entered, so that the rule sees what is inside of it."""
+Lift = Callable[[Any, Any], Any]
+"""What stands for the value of a variable that no equation computes: an argument, a constant, a literal."""
 
 
-def evaluate(jaxpr: Any, args: Sequence[Any], rule: Rule, enters: Choice) -> list[Any]:
+def _as_it_is(value: Any, var: Any) -> Any:
+    del var
+    return value
+
+
+def evaluate(
+    jaxpr: Any, args: Sequence[Any], rule: Rule, enters: Choice, lift: Lift = _as_it_is
+) -> list[Any]:
     """The results of a jaxpr, closed or without constants."""
     consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
-    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    given = zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
+    values: dict[Any, Any] = {var: lift(value, var) for var, value in given}
 
     def read(var: Any) -> Any:
-        return var.val if hasattr(var, "val") else values[var]  # a literal
+        return lift(var.val, var) if hasattr(var, "val") else values[var]  # a literal
 
     for eqn in jaxpr.eqns:
         inputs: list[Any] = [read(var) for var in eqn.invars]
-        found = _enter(eqn, inputs, rule, enters) if enters(eqn) else rule(eqn, inputs)
+        found = _enter(eqn, inputs, rule, enters, lift) if enters(eqn) else rule(eqn, inputs)
         values.update(zip(eqn.outvars, found, strict=True))
     return [read(var) for var in jaxpr.outvars]
 
@@ -51,9 +61,9 @@ def bind(eqn: Any, inputs: list[Any]) -> list[Any]:
     return found if eqn.primitive.multiple_results else [found]
 
 
-def _enter(eqn: Any, inputs: list[Any], rule: Rule, enters: Choice) -> list[Any]:
+def _enter(eqn: Any, inputs: list[Any], rule: Rule, enters: Choice, lift: Lift) -> list[Any]:
     params, name = eqn.params, eqn.primitive.name
-    run = partial(evaluate, rule=rule, enters=enters)
+    run = partial(evaluate, rule=rule, enters=enters, lift=lift)
     if name == "scan":
         return _scan(eqn, inputs, run)
     if name == "while":

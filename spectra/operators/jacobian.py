@@ -31,6 +31,7 @@ from spectra.operators.arguments import raised_by
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.jaxprs import Rounding, coarsest_rounding
 from spectra.operators.pytree import operator
+from spectra.operators.stochastic import StochasticOperator
 from spectra.operators.streams import StackedOutputs, open_inputs
 from spectra.results import format_bytes
 
@@ -379,11 +380,18 @@ class GramOperator(LinearOperator):
         """What to look at."""
         return _NON_FINITE
 
-    def moved(self, key: jax.Array) -> "GramOperator":
-        """The Gram matrix at parameters moved by one rounding each."""
+    @property
+    def known_in_double(self) -> bool:
+        """True: parameters and inputs are what they are, and all else is inside of a product."""
+        return True
+
+    def moved(self, key: jax.Array) -> LinearOperator:
+        """The Gram matrix at parameters moved by one rounding each; its products are in stochastic arithmetic
+        where inputs are no stream, whose pieces are programs of their own."""
         jacobian, rounding = self.jacobian, self.jacobian.rounding
         params = moved_parameters(jacobian.params, key, rounding.eps if rounding else 0.0)
-        return GramOperator(jacobian._with(params=params), self.unit)
+        other = GramOperator(jacobian._with(params=params), self.unit)
+        return other if self.on_host else StochasticOperator(other, jax.random.bits(key, (), "uint32"))
 
     def mv(self, v: PyTree) -> PyTree:
         """Jᵀ (J v)."""

@@ -40,8 +40,11 @@ SUMS = frozenset[str]().union(
 _BITS = {2: (jnp.uint16, jnp.int16), 4: (jnp.uint32, jnp.int32), 8: (jnp.uint64, jnp.int64)}
 SPREAD = 0.7
 ODD = 0x9E3779B97F4A7C15  # the golden ratio, of which every bit of a number changes the first of the product
+EMITTERS: dict[str, bool | int] = {"xla_cpu_use_fusion_emitters": False}
+if jax.__version_info__ >= (0, 11):  # XLA has had no choice since, and ends at a flag that it does not know
+    EMITTERS = {}
 QUICK: dict[str, dict[str, bool | int]] = {
-    "cpu": {"xla_backend_optimization_level": 1},
+    "cpu": {"xla_backend_optimization_level": 1} | EMITTERS,
     "gpu": {"xla_gpu_autotune_level": 0},
 }
 """Compiler options, by platform, of a program that is several times as long as a product and runs four times.
@@ -50,8 +53,6 @@ at all it would be five times as slow."""
 LONG = 1000
 """Equations of a product from which on they are used on a CPU: that of an MLP, which has a fifth of them,
 compiles in a second with all optimisations, and runs in half the time."""
-if jax.__version_info__ < (0, 11):  # XLA has had no choice since, and ends at a flag that it does not know
-    QUICK["cpu"]["xla_cpu_use_fusion_emitters"] = False
 
 
 @operator(leaves=("base", "salt"))

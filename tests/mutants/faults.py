@@ -342,6 +342,20 @@ KRYLOV = [
         "operators/stochastic.py",
         "return _neighbour(x, salt) if",
         "return x if",
+        "test_stochastic.py::test_products_are_those_of_the_operator_but_for_rounding",
+    ),
+    fault(
+        "products in float64 are float32",
+        "operators/doubled.py",
+        "return np.dtype(np.float64)",
+        "return dtype",
+        "test_stochastic.py::test_products_in_float64_are_those_of_float64_arrays",
+    ),
+    fault(
+        "a hundredth of what rounding does to eigenvectors is their noise floor",
+        "krylov/wanted.py",
+        "change = margin * float(",
+        "change = 0.01 * float(",
         "test_stochastic.py::test_the_noise_floor_of_a_confident_classifier_holds",
     ),
     fault(
