@@ -111,6 +111,9 @@ class Program:
                 stated = re.search(r"operand_precision=\{(\w+)", instruction.rest)
                 algorithm = re.search(r"algorithm=(\w+)", instruction.rest)
                 found[algorithm[1] if algorithm else stated[1] if stated else "default"] += 1
+            elif "__cublas" in instruction.rest:
+                stated = re.search(r'operand_precision":\["(\w+)', instruction.rest)
+                found["cuBLAS, " + (stated[1] if stated else "default").lower()] += 1
         return found
 
     def instructions(self):

@@ -19,6 +19,7 @@ from benchmarks import problems
 from benchmarks.aot import model
 from benchmarks.aot.hlo import Program
 from spectra.base import meshes
+from spectra.base.programs import options
 from spectra.estimators import blocks, entrywise, hutchinson, low_rank
 from spectra.krylov import band, explored, linear_run, recurrence
 from spectra.krylov import basis as _basis
@@ -370,7 +371,8 @@ def figures(
     traced = time.perf_counter() - clock
     with tempfile.TemporaryDirectory() as folder:
         # As the compiler writes it: jaxlib cannot read all instructions of a TPU back from the executable.
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        written = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=written | options(platform(case)))
         seconds, cpu = time.perf_counter() - clock, time.process_time() - cpu
         text = next(Path(folder).glob("*jit_*after_optimizations.txt")).read_text()
         program = Program(text)
@@ -408,6 +410,11 @@ def figures(
         }
         | found
     )
+
+
+def platform(case: Case) -> str:
+    """As the package names it, "gpu" or "tpu"."""
+    return "tpu" if case.topology.startswith("v") else "gpu"
 
 
 def segment_shapes(setting: Setting) -> set[tuple[int, ...]]:

@@ -16,31 +16,41 @@ matrix product. GB is 10⁹ bytes.
 NOTES = """\
 ## What came of it
 
-A card was at hand for a quarter of an hour, most of which went into compilation; the transformer's
-steps, GPT-2, peers, attention and whole calls were not reached.
+A card was at hand twice for a quarter of an hour, most of which went into compilation; Lanczos steps of
+the transformer and of larger networks, peers on them, and whole calls were not reached.
 
+* **XLA's own kernels for matrix products in true float32 are slow, and slower to find.** It generates
+  several for each product with Triton and tries them out: 10 s for the first product of the MLP, 25 s for
+  the transformer's. Taken from cuBLAS, by `xla_gpu_enable_triton_gemm=false`, the first products took 0.4
+  and 2.4 s, and a later one of the MLP 0.16 ms for 0.42 to 0.47. The package has compiled its programs
+  that way since. Except for those under "from cuBLAS", the figures above are of before; what came after
+  has not run on a card.
+* **GPT-2** says the same: of the 244 ms that a product took, 238 went into Triton's kernels, found without
+  search at that (6 TFLOP/s of the card's 49). PyTorch, which asks cuBLAS, takes 91 ms.
+* **Peers on the MLP**: of the 84 ms behind our figure, 38 to 43 are `slq`; the rest is the curve with its
+  band, on the host. matfree's step takes 0.22 ms, with TF32 (its largest eigenvalue is off by 6e-5 of itself),
+  a product half as long, and no checks, noise floor, saved basis or band.
+* **Attention**: at 8,192 positions a product through `spectra.attention` takes 1.6 times as long as through
+  the whole square, in 0.15 GiB instead of 7; at 32,768, where the square would need 110 GiB, 0.36 s.
 * **The package's tests on the card** (Python 3.12, several processes at once, without XLA's search
   for kernels): of 882 tests of Lanczos, orthogonalisation, basis, breakdown, SLQ, eigenpairs,
   traces, diagonals, linear systems, matrix functions, precision, attention, KFAC, operators and
   others about 770 ran, in two runs. Four failed, each for a premise that holds on a CPU only: how
   many steps a program has, what shares memory with the compiler, convolutions outside of loops. The
   tests say so now. In the first run two more failed whose names were not kept.
-* **Compilation is what a first call costs**: 10 s for the product of the MLP, 25 s for that of the
-  transformer, 8 s more for a run. Without the search for kernels
-  (`XLA_FLAGS=--xla_gpu_autotune_level=0`) a process that only runs was through in 16 s, imports
-  included; but a step of the MLP then took 0.73 ms instead of 0.50.
 * **Small networks are bound by launches**: the card was at work for 44 % of a run on the MLP, whose
-  matrix products would take 0.04 ms at the card's rate. The product after a linearisation (0.42 ms)
-  is no faster there than `jvp` of `grad` (0.39 ms), which computes more.
+  matrix products would take 0.04 ms at the card's rate.
   With all rows in one segment, which needs one scatter and no conditional, a step took 0.66 ms for
   0.73 (without the search). It is not done: a checkpoint written on a CPU could no longer go on
   there.
 * **A step starts 102 kernels**, ten of them copies; the compiler of jax 0.10.2 had said 106 for an
   H100, and that none of them copies the basis.
 * **Two passes over 2 GB of rows take 1.12 of a copy's time**; the compiler had said 1.05 of the
-  floor in bytes.
+  floor in bytes. They are no matrix products to XLA, so that cuBLAS changes nothing there.
 * **A process that merely holds a key takes three quarters of the memory**, as JAX does when it
   starts: a second one beside it failed to allocate 11 GiB of the card's 140.
+* **Eighteen processes that compile side by side** on 16 cores took longer than one after another: single
+  kernels by Triton took two minutes.
 """
 
 
@@ -50,6 +60,7 @@ def page(known: dict) -> str:
     for section in (
         ceilings,
         steps,
+        library,
         orthogonalisation,
         kernels,
         densities,
@@ -117,6 +128,19 @@ def steps(known: dict) -> list[str]:
         "first run, s": lambda c: c["first run"],
     }
     return section("Products and steps", chosen(known, "steps, "), columns)
+
+
+def library(known: dict) -> list[str]:
+    columns = {
+        "parameters": lambda c: f"{c['n']:,}",
+        "product, ms": lambda c: f"{c['ms']:.2f}",
+        "first product, s": lambda c: c["first"],
+    }
+    text = (
+        "True float32, without Triton. Two processes shared the card, and 20 products were started at once: "
+        "a bound, not beside the figures above."
+    )
+    return section("Matrix products from cuBLAS", chosen(known, "library, "), columns, text)
 
 
 def orthogonalisation(known: dict) -> list[str]:
@@ -208,11 +232,13 @@ def gpt2(known: dict) -> list[str]:
     if "ms" not in cell:
         return []
     peer = f", PyTorch's {cell['torch']['ms']:.0f}" if "torch" in cell else ""
+    held = f"; PyTorch {cell['torch']['peak'] / 1e9:.1f}" if "torch" in cell else ""
     step = f", a Lanczos step {cell['ms']['step']:.0f}" if "step" in cell["ms"] else ""
     return [
         "## GPT-2 through the bridge",
         "",
         f"{cell['examples']} sequences of {cell['sequence']}, {cell['n']:,} parameters: a product takes "
-        f"{cell['ms']['product']:.0f} ms{peer}{step}.",
+        f"{cell['ms']['product']:.0f} ms{peer}{step}. It held {cell['peak'] / 1e9:.1f} GB at most, with the "
+        f"parameters twice{held}. {cell.get('flags', '')}".rstrip(),
         "",
     ]

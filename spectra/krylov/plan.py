@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from spectra.base import PLACES, host
+from spectra.base import PLACES, host, programs
 from spectra.base.calls import automatic
 from spectra.base.errors import MemoryLimitError, SpectraError
 from spectra.base.trees import PyTree
@@ -261,8 +261,7 @@ def _workspace(op: LinearOperator) -> int:
         prepared = op.first_piece()  # nothing is saved between products
     else:
         prepared = jax.eval_shape(type(op).prepare, op) if op.prepared_bytes() else op
-    compiled = jax.jit(_mv).lower(prepared, _shapes(op)).compile()
-    analysis = compiled.memory_analysis()
+    analysis = programs.jit(_mv).compiled(prepared, _shapes(op)).memory_analysis()
     return int(analysis.temp_size_in_bytes) if analysis is not None else 0
 
 
@@ -290,8 +289,8 @@ def _seconds(op: LinearOperator, layout: Layout, plan: Plan) -> float:
     """
     op, v = op.prepare(), jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), op.structure)
     one = _mv if op.on_host else product
-    panels = jax.jit(layout.pack)(v)
-    double = jax.jit(_doubled)
+    panels = programs.jit(layout.pack)(v)
+    double = programs.jit(_doubled)
     times: list[float] = []
     for run in (lambda: one(op, v), lambda: double(panels)):
         jax.block_until_ready(run())

@@ -1,0 +1,85 @@
+"""Programs that are compiled with options, as on a GPU: the same numbers, also inside other programs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectra
+from spectra.base import programs
+
+KEY = jax.random.key(0)
+MATRIX = jnp.diag(jnp.arange(1.0, 9.0)) + 0.1
+OP = spectra.MatrixOperator(MATRIX)
+CALLS = {
+    "slq": lambda op: spectra.slq(op, key=KEY, num_steps=5, num_probes=2).nodes,
+    "lanczos": lambda op: spectra.lanczos(op, jnp.ones(8), 4).alpha,
+    "trace": lambda op: spectra.trace(op, key=KEY, method="hutchinson", num_matvecs=4).value,
+    "solve": lambda op: spectra.solve(op, jnp.ones(8)).x,
+    "product": lambda op: op @ jnp.ones(8),
+}
+
+
+@pytest.fixture
+def options(monkeypatch):
+    """A GPU's options on the platform that is here, which ignores them, and how many programs had them."""
+    monkeypatch.setitem(programs.OPTIONS, jax.default_backend(), programs.OPTIONS["gpu"])
+    seen = []
+    own = jax.jit
+
+    def counted(function, **arguments):
+        if "compiler_options" in arguments:
+            seen.append(arguments["compiler_options"])
+        return own(function, **arguments)
+
+    monkeypatch.setattr(jax, "jit", counted)
+    return seen
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_with_options(options, name):
+    call = CALLS[name]
+    found = call(OP)
+    assert not options or options[0] == programs.OPTIONS["gpu"]
+    programs.OPTIONS.pop(jax.default_backend())
+    np.testing.assert_array_equal(found, call(OP))
+
+
+def test_every_program_of_its_own_has_them(options):
+    @programs.jit
+    def doubled(x):
+        return 2 * x
+
+    assert doubled(jnp.ones(3)).sum() == 6
+    assert options == [programs.OPTIONS["gpu"]]
+    doubled(jnp.ones(3))
+    assert len(options) == 1
+    assert doubled.compiled(jnp.ones(3))(jnp.ones(3)).sum() == 6
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_inside_other_programs(options, name):
+    """JAX takes options for whole programs: inside of one, also beside constants only, there are none."""
+    call = CALLS[name]
+    expected = call(OP)
+    np.testing.assert_allclose(jax.jit(call)(OP), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda: call(OP))(), expected, rtol=1e-5, atol=1e-5)
+    stacked = jax.vmap(lambda shift: call(spectra.MatrixOperator(MATRIX + shift * jnp.eye(8))))(jnp.zeros(2))
+    np.testing.assert_allclose(stacked[1], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["trace", "solve"])
+def test_gradients(options, name):
+    def total(scale):
+        return jnp.sum(CALLS[name](spectra.MatrixOperator(scale * MATRIX)))
+
+    power = 1 if name == "trace" else -1  # of the scale
+    assert jax.grad(total)(2.0) == pytest.approx(power * float(total(2.0)) / 2, rel=1e-4)
+
+
+def test_what_the_user_chose_stays(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert programs.options("gpu") == {}
+    monkeypatch.delenv("XLA_FLAGS")
+    assert programs.options("gpu") == {"xla_gpu_enable_triton_gemm": False}
+    assert programs.options("cpu") == {}
