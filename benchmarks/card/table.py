@@ -28,8 +28,8 @@ the transformer and of larger networks, peers on them, and whole calls were not 
 * **GPT-2** says the same: of the 244 ms that a product took, 238 went into Triton's kernels, found without
   search at that (6 TFLOP/s of the card's 49). PyTorch, which asks cuBLAS, takes 91 ms.
 * **Peers on the MLP**: of the 84 ms behind our figure, 38 to 43 are `slq`; the rest is the curve with its
-  band, on the host. matfree's step takes 0.22 ms, with TF32 (its largest eigenvalue is off by 6e-5 of itself),
-  a product half as long, and no checks, noise floor, saved basis or band.
+  band, on the host. matfree's step takes 0.22 ms, with TF32 (its largest eigenvalue is off by 6e-5 of
+  itself), a product half as long, and no checks, noise floor, saved basis or band.
 * **Attention**: at 8,192 positions a product through `spectra.attention` takes 1.6 times as long as through
   the whole square, in 0.15 GiB instead of 7; at 32,768, where the square would need 110 GiB, 0.36 s.
 * **The package's tests on the card** (Python 3.12, several processes at once, without XLA's search

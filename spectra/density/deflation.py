@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.trees import PyTree
 from spectra.krylov import dense, step
@@ -46,7 +46,7 @@ def project_start(layout: Layout, vectors: PyTree, state: LanczosState, batched:
     return dataclasses.replace(state, current=_project_panels(layout, vectors, state.current, batched))
 
 
-@partial(jax.jit, static_argnames=("layout", "batched"))
+@partial(programs.jit, static_argnames=("layout", "batched"))
 def _project_panels(layout: Layout, vectors: PyTree, current: Panels, batched: bool) -> Panels:
     def one(current: Panels) -> Panels:
         v = layout.unpack(current)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, draws, meshes, trees
+from spectra.base import arrays, draws, meshes, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError, Status
 from spectra.base.host import one_thread
@@ -260,7 +260,7 @@ def _require_symmetric(op: LinearOperator, dots: np.ndarray, size: float) -> Non
         )
 
 
-@partial(jax.jit, static_argnames="where")
+@partial(programs.jit, static_argnames="where")
 def _start(op: LinearOperator, key: jax.Array, indices: arrays.Indices, where: meshes.Places) -> _Pair:
     """(t_-1, t_0) = (anything, v) for each probe."""
 
@@ -285,15 +285,15 @@ def _advance(
     return (current, new), dots
 
 
-_absorb = jax.jit(_advance, donate_argnums=(0,))
+_absorb = programs.jit(_advance, donate_argnums=(0,))
 
 
-@jax.jit
+@programs.jit
 def _squares(stack: PyTree) -> jax.Array:
     return jax.vmap(trees.vdot)(stack, stack)
 
 
-@partial(jax.jit, static_argnames="count", donate_argnames="state")
+@partial(programs.jit, static_argnames="count", donate_argnames="state")
 def _run(
     op: LinearOperator, state: _Pair, map_: jax.Array, done: int | jax.Array, count: int
 ) -> tuple[_Pair, jax.Array]:

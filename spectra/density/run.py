@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra.base import arrays, draws
+from spectra.base import arrays, draws, programs
 from spectra.base.errors import Status
 from spectra.base.host import Progress
 from spectra.base.trees import PyTree
@@ -262,18 +262,18 @@ def _draw(layout: Layout, key: jax.Array, index: Any) -> PyTree:
     return draws.sphere_sample(jax.random.fold_in(key, index), layout.structure)
 
 
-@partial(jax.jit, static_argnames="layout")
+@partial(programs.jit, static_argnames="layout")
 def _draw_several(layout: Layout, key: jax.Array, indices: arrays.Indices) -> PyTree:
     return jax.vmap(partial(_draw, layout, key))(indices)
 
 
-@partial(jax.jit, static_argnames=("layout", "num_steps", "batched", "keep_basis"))
+@partial(programs.jit, static_argnames=("layout", "num_steps", "batched", "keep_basis"))
 def _states(layout: Layout, draws: Any, num_steps: int, batched: bool, keep_basis: bool) -> LanczosState:
     one = partial(recurrence.init, layout, num_steps=num_steps, keep_basis=keep_basis)
     return (jax.vmap(one) if batched else one)(draws)
 
 
-@partial(jax.jit, static_argnames=("layout", "num_steps", "batched", "keep_basis"))
+@partial(programs.jit, static_argnames=("layout", "num_steps", "batched", "keep_basis"))
 def _drawn_states(
     layout: Layout, key: jax.Array, indices: arrays.Indices, num_steps: int, batched: bool, keep_basis: bool
 ) -> LanczosState:

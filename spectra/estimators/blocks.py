@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import arrays, draws, meshes, trees
+from spectra.base import arrays, draws, meshes, programs, trees
 from spectra.base.stacks import combine, concatenate, gram, inner, length, row_dots, rows, subtract
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, in_batches
@@ -30,7 +30,7 @@ def draw(op: LinearOperator, key: jax.Array, indices: arrays.Indices, kind: str)
     return _drawn(op, key, indices, kind, meshes.places(op.like))
 
 
-@partial(jax.jit, static_argnames=("kind", "where"))
+@partial(programs.jit, static_argnames=("kind", "where"))
 def _drawn(
     op: LinearOperator, key: jax.Array, indices: arrays.Indices, kind: str, where: meshes.Places
 ) -> PyTree:
@@ -63,7 +63,7 @@ def _draw(
     return jax.vmap(one)(indices)
 
 
-@jax.jit
+@programs.jit
 def in_unit(stack: PyTree, unit: jax.Array) -> tuple[PyTree, jax.Array]:
     """Products in a unit in which their squares are numbers, and that unit: a power of two, which is exact.
 
@@ -76,7 +76,7 @@ def in_unit(stack: PyTree, unit: jax.Array) -> tuple[PyTree, jax.Array]:
     return trees.scale(1 / jnp.where(unit > 0, unit, 1), stack), unit
 
 
-@partial(jax.jit, static_argnames=("batch", "where"))
+@partial(programs.jit, static_argnames=("batch", "where"))
 def _products(op: LinearOperator, stack: PyTree, batch: int, where: meshes.Places) -> PyTree:
     return placed(in_batches(op, stack, batch), where)
 
@@ -116,7 +116,7 @@ def orthonormalize(stack: PyTree, against: PyTree | None, noise: PyTree) -> PyTr
     return _orthonormalize(stack, against, noise)
 
 
-@jax.jit
+@programs.jit
 def _orthonormalize(stack: PyTree, against: PyTree | None, noise: PyTree) -> PyTree:
     k = length(stack)
     dtype = trees.scalar_dtype(stack)
@@ -220,7 +220,7 @@ def with_products(pairs: Pairs, vectors: PyTree, images: PyTree) -> Pairs:
     )
 
 
-@jax.jit
+@programs.jit
 def _square(vector: PyTree) -> jax.Array:
     stack = jax.tree.map(lambda x: x[None], vector)
     return row_dots(stack, stack)[:, 0]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import draws, meshes, stacks, trees
+from spectra.base import draws, meshes, programs, stacks, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.trees import PyTree
@@ -174,7 +174,7 @@ def _wider(interval: Interval, error: float, least: float) -> Interval:
     return Interval(max(interval.lower - error, least), interval.estimate, interval.upper + error)
 
 
-@partial(jax.jit, static_argnames=("count", "exact", "where"))
+@partial(programs.jit, static_argnames=("count", "exact", "where"))
 def _probes(key: jax.Array, op: LinearOperator, count: int, exact: bool, where: meshes.Places) -> PyTree:
     structure = op.structure
     if exact:
@@ -183,12 +183,12 @@ def _probes(key: jax.Array, op: LinearOperator, count: int, exact: bool, where: 
     return jax.vmap(lambda own: draws.sample(own, structure, jax.random.rademacher, where=where))(keys)
 
 
-@jax.jit
+@programs.jit
 def _size(stack: PyTree) -> jax.Array:
     return trees.largest(stack)
 
 
-@jax.jit
+@programs.jit
 def _forms(probes: PyTree, first: PyTree, second: PyTree) -> jax.Array:
     """z_iᵀ M z_j, (k, k), for M of (A - B)², B², A and B, in units that do not overflow."""
     unit = trees.power_of_two(jnp.maximum(trees.largest(first), trees.largest(second)))
@@ -273,7 +273,7 @@ class _Top:
         self.angle = min(off / gap, 1.0) if gap > 0 else 1.0
 
 
-@jax.jit
+@programs.jit
 def _overlap(first: PyTree, second: PyTree) -> jax.Array:
     """|U_Aᵀ U_B|²_F of two stacks of vectors."""
     products = jax.vmap(lambda u: jax.vmap(lambda v: trees.vdot(u, v))(second))(first)

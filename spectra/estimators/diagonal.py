@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spectra.base import programs
 from spectra.base import trees as _tree
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
@@ -219,14 +220,14 @@ def _from_layers(
     return Estimate(_grouped(run, value), _grouped(run, stderr), total=total, **fields)
 
 
-@jax.jit
+@programs.jit
 def _norm_bounds(value: PyTree, precision: float) -> PyTree:
     """eps sqrt(H_ii tr H)."""
     root = jax.tree.map(jnp.sqrt, value)
     return _tree.scale(precision * _tree.norm(root), root)
 
 
-@jax.jit
+@programs.jit
 def _sums(tree: PyTree) -> jax.Array:
     """The sum of each leaf: not finite where the leaf is not."""
     return jnp.stack([jnp.sum(leaf) for leaf in jax.tree.leaves(tree)])

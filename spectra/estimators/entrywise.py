@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays
+from spectra.base import arrays, programs
 from spectra.base import trees as _tree
 from spectra.base.errors import Status
 from spectra.base.trees import PyTree
@@ -47,7 +47,7 @@ def _exact(run: Run, num_matvecs: int) -> _Found:
     return value, stderr, {"num_matvecs": run.op.size, "status": Status.COMPLETE, "dof": dof}
 
 
-@jax.jit
+@programs.jit
 def root_mean_square(trees: list[PyTree]) -> PyTree:
     """Entry by entry, over several pytrees."""
     stack, unit = blocks.in_unit(jax.tree.map(lambda *xs: jnp.stack(xs), *trees), jnp.zeros(()))
@@ -110,7 +110,7 @@ def _scaled(found: Sequence[PyTree], sound: Any, ended: Ended) -> tuple[PyTree, 
     return _scale(sound, value), _scale(sound * ended.widen, stderr)
 
 
-_scale = jax.jit(_tree.scale)
+_scale = programs.jit(_tree.scale)
 
 
 def _looped(run: Run, kind: str, count: int, unit: jax.Array, pairs: blocks.Pairs) -> _Carried:
@@ -138,7 +138,7 @@ def _accumulate(
     return _step(run.op, run.key, indices, state, unit, pairs, kind)
 
 
-@partial(jax.jit, static_argnames="kind")
+@partial(programs.jit, static_argnames="kind")
 def _step(
     op: LinearOperator,
     key: jax.Array,
@@ -152,7 +152,7 @@ def _step(
     return _merge(stack, op.mv_batch(stack), indices[0], state, unit, pairs)
 
 
-@jax.jit
+@programs.jit
 def _merge(
     stack: PyTree, products: PyTree, done: Any, state: _State | None, unit: jax.Array, pairs: blocks.Pairs
 ) -> tuple[_State, jax.Array, blocks.Pairs]:
@@ -183,7 +183,7 @@ AGREE = 4
 2^(1-k) of the keys. Their own spread says nothing then, and that of all entries stands in."""
 
 
-@jax.jit
+@programs.jit
 def _hutchinson_result(
     mean: PyTree,
     spread: PyTree,
@@ -218,7 +218,7 @@ def _hutchinson_result(
     )
 
 
-@jax.jit
+@programs.jit
 def _normal_result(
     mean: PyTree, square: PyTree, unit: jax.Array, count: float | jax.Array, precision: float | jax.Array
 ) -> tuple[PyTree, PyTree]:
@@ -291,13 +291,13 @@ def _xnysdiag(run: Run, num_matvecs: int) -> _Found:
     return value, stderr, {"num_matvecs": m, "status": ended.status, "dof": float(m - 1)}
 
 
-@jax.jit
+@programs.jit
 def _shifted(value: PyTree, stderr: PyTree, shift: jax.Array, floor: jax.Array) -> tuple[PyTree, PyTree]:
     value = jax.tree.map(lambda x: (x - shift).astype(x.dtype), value)
     return value, jax.tree.map(lambda x: jnp.hypot(x, floor).astype(x.dtype), stderr)
 
 
-@jax.jit
+@programs.jit
 def _leave_one_out(
     held: Held,
     u: jax.Array,

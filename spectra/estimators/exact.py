@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, trees
+from spectra.base import arrays, programs, trees
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.run import Run
@@ -46,12 +46,12 @@ def _unit(op: LinearOperator, i: int | jax.Array) -> PyTree:
     return trees.unravel(jnp.zeros(op.size, op.dtype).at[i].set(1), op.structure)
 
 
-@jax.jit
+@programs.jit
 def _units(op: LinearOperator, indices: arrays.Indices) -> PyTree:
     return jax.vmap(lambda i: _unit(op, i))(indices)
 
 
-@jax.jit
+@programs.jit
 def _entries(products: PyTree, indices: arrays.Indices, z: PyTree) -> _Columns:
     def one(product: PyTree, i: jax.Array) -> _Columns:
         return trees.ravel(product)[i], trees.norm(product), trees.vdot(z, product)
@@ -59,7 +59,7 @@ def _entries(products: PyTree, indices: arrays.Indices, z: PyTree) -> _Columns:
     return jax.vmap(one)(products, indices)
 
 
-@partial(jax.jit, static_argnames="batch")
+@partial(programs.jit, static_argnames="batch")
 def _columns(op: LinearOperator, z: PyTree, batch: int) -> _Columns:
     def one(i: jax.Array) -> _Columns:
         product = op.mv(_unit(op, i))
@@ -132,7 +132,7 @@ def relative_change(op: LinearOperator) -> float:
     return change_of_product(op, _in_unit(vector), image) / size if size > 0 else 0.0
 
 
-@jax.jit
+@programs.jit
 def _in_unit(vector: PyTree) -> PyTree:
     return trees.scale(1 / trees.power_of_two(trees.largest(vector)), vector)
 

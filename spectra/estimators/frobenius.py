@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, trees
+from spectra.base import arrays, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
@@ -183,7 +183,7 @@ def _norms(
     return run.host(found[0]), run.host(found[1]), pairs, unit
 
 
-@partial(jax.jit, static_argnames="batch")
+@partial(programs.jit, static_argnames="batch")
 def _norms_compiled(
     op: LinearOperator,
     key: jax.Array,
@@ -210,7 +210,7 @@ def _norms_compiled(
     return *found, *carried
 
 
-@jax.jit
+@programs.jit
 def _stack_norms(
     probes: PyTree, images: PyTree, pairs: blocks.Pairs
 ) -> tuple[jax.Array, jax.Array, blocks.Pairs]:

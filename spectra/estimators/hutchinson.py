@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, meshes
+from spectra.base import arrays, meshes, programs
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.run import Run, adaptive
@@ -72,7 +72,7 @@ def forms(
     return run.by_group(dots), run.by_group(squares), carried
 
 
-@partial(jax.jit, static_argnames=("kind", "batch"))
+@partial(programs.jit, static_argnames=("kind", "batch"))
 def _forms(
     op: LinearOperator, key: jax.Array, indices: arrays.Indices, carried: Carried, kind: str, batch: int
 ) -> tuple[jax.Array, jax.Array, Carried]:
@@ -90,7 +90,7 @@ def _forms(
     return dots, squares, carried
 
 
-@jax.jit
+@programs.jit
 def _stack_forms(
     vectors: PyTree, products: PyTree, first: int | jax.Array, carried: Carried
 ) -> tuple[jax.Array, jax.Array, Carried]:
@@ -107,7 +107,7 @@ def _stack_forms(
     return dots, squares, Carried(unit, blocks.with_products(carried.pairs, vectors, products), spread)
 
 
-@partial(jax.jit, static_argnames="count")
+@partial(programs.jit, static_argnames="count")
 def off_diagonal(spread: Spread, count: int) -> jax.Array:
     """Σ_a Σ_{b≠a} H_ab² for the rows a of each leaf, without bias from `count` Rademacher probes.
 

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import stacks
+from spectra.base import programs, stacks
 from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
@@ -250,5 +250,5 @@ def _images(run: Run, vectors: PyTree, count: int) -> PyTree:
     return stacks.stacked(images + [_zeros(images[0])] * (CHUNK - count))
 
 
-_split, _zeros = jax.jit(stacks.split), jax.jit(partial(jax.tree.map, jnp.zeros_like))
+_split, _zeros = programs.jit(stacks.split), programs.jit(partial(jax.tree.map, jnp.zeros_like))
 """Programs of all leaves, where an operation outside of any is one for each shape."""

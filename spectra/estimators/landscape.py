@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import stacks, trees
+from spectra.base import programs, stacks, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, StructureError
 from spectra.base.trees import PyTree
@@ -201,7 +201,7 @@ def losses_at(op: DataOperator, plane: PyTree, points: np.ndarray) -> jax.Array:
     return weighted_sum(lambda piece: _on_batch(piece, plane, where), op._pieces())
 
 
-@jax.jit
+@programs.jit
 def _on_batch(op: DataOperator, plane: PyTree, points: jax.Array) -> jax.Array:
     """One point after another: the memory is that of one evaluation."""
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from spectra.base import meshes, trees
+from spectra.base import meshes, programs, trees
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, leave_one_out
@@ -135,12 +135,12 @@ def _grow(
     return new, _inner_products(new, grouped) if project else None, unit
 
 
-_grow_compiled = jax.jit(
+_grow_compiled = programs.jit(
     _grow, static_argnames=("start", "stop", "kind", "batch", "project", "grouped", "where")
 )
 
 
-@partial(jax.jit, static_argnames="grouped")
+@partial(programs.jit, static_argnames="grouped")
 def _inner_products(held: Held, grouped: bool) -> list[jax.Array]:
     """QZᵀ, QYᵀ, QΩᵀ, the diagonals of ΩYᵀ, YYᵀ and ΩΩᵀ, and ZΩᵀ, leaf by leaf; for groups QQᵀ, too."""
     o, y, q, z = held
@@ -223,7 +223,7 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     )
 
 
-@jax.jit
+@programs.jit
 def _shift(factor: ArrayLike, vectors: PyTree, products: PyTree) -> PyTree:
     return trees.axpy(factor, vectors, products)
 
@@ -344,14 +344,14 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     )
 
 
-@jax.jit
+@programs.jit
 def project(basis: PyTree, vectors: PyTree) -> tuple[PyTree, jax.Array]:
     """The part of vectors orthogonal to the basis, and its squared lengths."""
     rest = blocks.subtract(vectors, blocks.combine(jnp.sum(blocks.gram(vectors, basis), axis=0), basis))
     return rest, jnp.sum(blocks.row_dots(rest, rest), axis=0)
 
 
-@jax.jit
+@programs.jit
 def complement_forms(
     basis: PyTree, vectors: PyTree, images: PyTree
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

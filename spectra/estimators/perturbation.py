@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import paths, trees
+from spectra.base import paths, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, StructureError
 from spectra.base.trees import PyTree
@@ -250,14 +250,14 @@ def _filled(op: DataOperator, parts: Parts) -> PyTree:
     )
 
 
-@jax.jit
+@programs.jit
 def _in_units(parts: Parts) -> tuple[jax.Array, Parts]:
     """The size of a perturbation, and the perturbation in units of it."""
     size = trees.power_of_two(trees.largest(parts))
     return size, [None if x is None else trees.scale(1 / size, x) for x in parts]
 
 
-@jax.jit
+@programs.jit
 def _dots(image: list[jax.Array], kept: list[Parts]) -> jax.Array:
     """Inner products of one vector with all perturbations."""
 

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import arrays, draws, trees
+from spectra.base import arrays, draws, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status, StructureError
 from spectra.base.trees import PyTree
@@ -187,7 +187,7 @@ def _fit(batches: Batches, folds: np.ndarray, k: int, key: jax.Array, tol: float
     return _Fits(parts, whole, products + whole.num_matvecs, cost)
 
 
-@jax.jit
+@programs.jit
 def _start(parts: list[PyTree], fresh: PyTree) -> PyTree:
     """The sum of the leading vectors, turned alike, and a little of a random one."""
     total = trees.scale(FRESH, fresh)
@@ -207,7 +207,7 @@ def _look(batches: Batches, folds: np.ndarray, fitted: _Fits, key: jax.Array, nu
     return Seen(held[:, ::-1, ::-1], inside[:, ::-1, ::-1], traces)
 
 
-@partial(jax.jit, static_argnames="num_probes")
+@partial(programs.jit, static_argnames="num_probes")
 def _of_batch(
     op: DataOperator, sets: tuple[PyTree, PyTree], key: jax.Array, num_probes: int
 ) -> tuple[jax.Array, ...]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.errors import NonFiniteError
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
@@ -63,7 +63,7 @@ def losses(op: DataOperator) -> np.ndarray:
     return found
 
 
-@jax.jit
+@programs.jit
 def _losses(op: DataOperator) -> jax.Array:
     def one(leaves: list[jax.Array]) -> jax.Array:
         piece = replace_owned(op.data, op.shared, [x[None] for x in leaves])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.errors import NonFiniteError, NotSymmetricError
 from spectra.base.host import one_thread
 from spectra.base.trees import PyTree
@@ -40,7 +40,7 @@ _Carry = tuple[jax.Array, jax.Array, jax.Array, BandState]
 """Of `chain`: products done, the row, the one before, the state."""
 
 
-@partial(jax.jit, static_argnames=("layout", "num_rows"))
+@partial(programs.jit, static_argnames=("layout", "num_rows"))
 def empty(layout: Layout, num_rows: int) -> BandState:
     """No rows, and room for `num_rows`."""
     dtype = jnp.result_type(*[panel.dtype for panel in layout.panels])
@@ -53,7 +53,7 @@ def empty(layout: Layout, num_rows: int) -> BandState:
     )
 
 
-@partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
+@partial(programs.jit, static_argnames=("layout",), donate_argnames=("state",))
 def append(layout: Layout, state: BandState, vector: PyTree) -> tuple[BandState, jax.Array]:
     """One more row, `vector` made orthogonal to all others, and the coefficients of `vector` on all rows."""
     w = layout.pack(vector)
@@ -68,7 +68,7 @@ def append(layout: Layout, state: BandState, vector: PyTree) -> tuple[BandState,
     return dataclasses.replace(state, basis=basis, filled=state.filled + 1), column
 
 
-@partial(jax.jit, static_argnames=("layout",))
+@partial(programs.jit, static_argnames=("layout",))
 def row_of(layout: Layout, state: BandState, row: int | jax.Array) -> PyTree:
     """One row as the pytree that it stands for."""
     return layout.unpack(_basis.take(state.basis, row))
@@ -105,7 +105,7 @@ def absorb(
     )
 
 
-@partial(jax.jit, static_argnames=("layout", "size"), donate_argnames=("state",))
+@partial(programs.jit, static_argnames=("layout", "size"), donate_argnames=("state",))
 def chain(
     op: LinearOperator,
     layout: Layout,
@@ -131,10 +131,10 @@ def chain(
     return lax.while_loop(going, one, first)[-1]
 
 
-absorb_one = jax.jit(absorb, static_argnames=("layout", "size"), donate_argnames=("state",))
+absorb_one = programs.jit(absorb, static_argnames=("layout", "size"), donate_argnames=("state",))
 
 
-@partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
+@partial(programs.jit, static_argnames=("layout",), donate_argnames=("state",))
 def replace(
     layout: Layout, state: BandState, weights: jax.Array, coefficients: jax.Array, filled: jax.Array
 ) -> BandState:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from spectra.base import programs
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
 from spectra.krylov.band import Band, BandState, absorb
@@ -18,7 +19,7 @@ _Carry = tuple[jax.Array, jax.Array, BandState]
 """Of `chain_block`: steps done, the first row without a product, the state."""
 
 
-@partial(jax.jit, static_argnames=("layout", "size", "width", "together"), donate_argnames=("state",))
+@partial(programs.jit, static_argnames=("layout", "size", "width", "together"), donate_argnames=("state",))
 def chain_block(
     op: LinearOperator,
     layout: Layout,
@@ -48,13 +49,13 @@ def chain_block(
     return lax.while_loop(going, one, (jnp.int32(0), jnp.asarray(first, jnp.int32), state))
 
 
-@partial(jax.jit, static_argnames=("layout", "width"))
+@partial(programs.jit, static_argnames=("layout", "width"))
 def rows_from(layout: Layout, state: BandState, first: int | jax.Array, width: int) -> PyTree:
     """The stack of `width` rows; zero where there are fewer."""
     return lax.map(lambda i: layout.unpack(_basis.take(state.basis, first + i)), jnp.arange(width))
 
 
-@partial(jax.jit, static_argnames=("layout", "size"), donate_argnames=("state",))
+@partial(programs.jit, static_argnames=("layout", "size"), donate_argnames=("state",))
 def absorb_rows(
     layout: Layout, size: int, state: BandState, first: int | jax.Array, products: PyTree
 ) -> BandState:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.base import arrays, draws
+from spectra.base import arrays, draws, programs
 from spectra.krylov.layout import Layout, Panels
 
 Basis = tuple[Panels, ...]
@@ -208,7 +208,7 @@ def _sweep(
     return parts if coefficients is None else vector
 
 
-@jax.jit
+@programs.jit
 def _dot(rows: jax.Array, x: jax.Array) -> jax.Array:
     """Block by block the inner products of the rows of a segment with a vector, for one panel."""
     axes = (tuple(range(2, rows.ndim)), tuple(range(1, x.ndim)))
@@ -238,7 +238,7 @@ def _dots_jvp(
     return _dots(segments, x), [_dot(d_rows, x) + _dot(rows, d_x) for rows, d_rows in pairs]
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "count"))
+@functools.partial(programs.jit, static_argnames=("layout", "count"))
 def _subtract(layout: Layout, count: int, segments: Basis, coefficients: jax.Array, vector: Panels) -> Panels:
     """v - Σ c_r q_r over all rows of the first `count` segments, in one sweep.
 
@@ -270,5 +270,5 @@ def sketch(layout: Layout, basis: Basis, key: jax.Array, *, batched: bool = Fals
     return jnp.moveaxis(lax.map(one, jnp.arange(SKETCHED)), 0, -1)
 
 
-sketches = functools.partial(jax.jit, static_argnames=("layout", "batched"))(sketch)
+sketches = functools.partial(programs.jit, static_argnames=("layout", "batched"))(sketch)
 """`sketch`, compiled: of each probe in flight where it is batched."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import draws
+from spectra.base import draws, programs
 from spectra.base import stacks as _stacks
 from spectra.base import trees as _tree
 from spectra.base.errors import SpectraError, Status
@@ -160,12 +160,12 @@ def _products(op: LinearOperator, block: PyTree) -> PyTree:
     return op.mv_batch(block) if op.on_host else _products_jit(op, block)
 
 
-@jax.jit
+@programs.jit
 def _products_jit(op: LinearOperator, block: PyTree) -> PyTree:
     return op.mv_batch(block)
 
 
-@jax.jit
+@programs.jit
 def _sizes(vectors: PyTree, images: PyTree, theta: jax.Array) -> tuple[jax.Array, jax.Array]:
     def one(v: PyTree, w: PyTree, value: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _tree.norm(w), _tree.norm(_tree.axpy(-value, v, w))
@@ -173,10 +173,10 @@ def _sizes(vectors: PyTree, images: PyTree, theta: jax.Array) -> tuple[jax.Array
     return jax.vmap(one)(vectors, images, theta)
 
 
-_following = jax.jit(following)
+_following = programs.jit(following)
 
 
-@jax.jit
+@programs.jit
 def _filter_jit(
     op: LinearOperator,
     before: PyTree,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import host, stacks, trees
+from spectra.base import host, programs, stacks, trees
 from spectra.base.errors import SpectraError, Status, StructureError
 from spectra.base.host import one_thread
 from spectra.krylov import wanted
@@ -176,7 +176,7 @@ def solution(
     )
 
 
-_as_rows = jax.jit(jax.vmap(trees.ravel))
+_as_rows = programs.jit(jax.vmap(trees.ravel))
 
 
 def _as_stack(op: LinearOperator, rows: np.ndarray) -> PyTree:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import draws, stacks, trees
+from spectra.base import draws, programs, stacks, trees
 from spectra.base.errors import Status
 from spectra.base.host import Progress
 from spectra.base.trees import PyTree
@@ -272,7 +272,7 @@ class EigenRun:
         return values, np.asarray(residuals, np.float64), vectors, asymmetry
 
 
-@jax.jit
+@programs.jit
 def _turned(stack: PyTree, images: PyTree, turn: jax.Array, values: jax.Array) -> tuple[PyTree, jax.Array]:
     """Combinations of vectors, and |H v - λ v| of each from the same of their images."""
     vectors, images = stacks.combine(turn, stack), stacks.combine(turn, images)

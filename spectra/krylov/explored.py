@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.base import draws, meshes, trees
+from spectra.base import draws, meshes, programs, trees
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
 from spectra.krylov import step
@@ -55,7 +55,7 @@ class Step:
     lengths: jax.Array  # (WAITING,) of the directions that wait now
 
 
-@partial(jax.jit, static_argnames=("layout", "num_rows"))
+@partial(programs.jit, static_argnames=("layout", "num_rows"))
 def empty(layout: Layout, num_rows: int) -> Explored:
     """Nothing explored, and room for `num_rows` directions."""
     dtype = jnp.result_type(*[panel.dtype for panel in layout.panels])
@@ -102,15 +102,15 @@ class _Rest(NamedTuple):
     column: jax.Array  # (rows,) its coefficients on them
 
 
-_unpack = jax.jit(Layout.unpack, static_argnums=0)
+_unpack = programs.jit(Layout.unpack, static_argnums=0)
 
 
-@partial(jax.jit, static_argnames=("layout",))
+@partial(programs.jit, static_argnames=("layout",))
 def _packed(layout: Layout, vector: PyTree) -> Panels:
     return _scaled(layout.place(layout.pack(vector)))
 
 
-@jax.jit
+@programs.jit
 def _waiting(waiting: Basis, slot: int | jax.Array) -> Panels:
     return _scaled(_basis.take(waiting, slot))
 
@@ -119,12 +119,12 @@ def _scaled(q: Panels) -> Panels:
     return trees.scale(1 / _positive(step.norm(q)), q)
 
 
-@jax.jit
+@programs.jit
 def _unit(rest: _Rest) -> Panels:
     return trees.scale(1 / _positive(rest.norm), rest.vector)
 
 
-@partial(jax.jit, static_argnames=("layout",))
+@partial(programs.jit, static_argnames=("layout",))
 def _orthogonal(layout: Layout, basis: Basis, vector: Panels, filled: jax.Array) -> _Rest:
     """`step.orthogonalize` with its second pass, where there is one, as another turn of a loop.
 
@@ -150,7 +150,7 @@ def _orthogonal(layout: Layout, basis: Basis, vector: Panels, filled: jax.Array)
     return lax.while_loop(going, one, (jnp.ones((), bool), jnp.ones((), bool), start))[-1]
 
 
-@partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
+@partial(programs.jit, static_argnames=("layout",), donate_argnames=("state",))
 def _take_in(
     layout: Layout, state: Explored, q: Panels, product: PyTree
 ) -> tuple[Explored, Panels, jax.Array]:
@@ -164,7 +164,7 @@ def _take_in(
     return state, trees.axpy(-form, q, w), form
 
 
-@partial(jax.jit, static_argnames=("layout",), donate_argnames=("state",))
+@partial(programs.jit, static_argnames=("layout",), donate_argnames=("state",))
 def _open(
     layout: Layout,
     state: Explored,

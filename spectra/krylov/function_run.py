@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import host, stacks, trees
+from spectra.base import host, programs, stacks, trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.host import Progress
 from spectra.base.trees import PyTree
@@ -285,7 +285,7 @@ def _look(done: int, steps: int, width: int) -> int:
     return look
 
 
-@jax.jit
+@programs.jit
 def split(vectors: PyTree) -> tuple[PyTree, jax.Array, jax.Array]:
     """Orthonormal rows Q, the norms of the vectors, and Z with vectors = norms Zᵀ Q; see `orthonormal`."""
     sizes = jax.vmap(trees.norm)(vectors)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
 from spectra.base.trees import PyTree
@@ -110,7 +110,7 @@ def _cut(state: LanczosState, length: int) -> LanczosState:
     )
 
 
-_init = jax.jit(init, static_argnames=("layout", "num_steps", "keep_basis"))
+_init = programs.jit(init, static_argnames=("layout", "num_steps", "keep_basis"))
 
 
 def finished(state: LanczosState, layout: Layout, status: Status) -> Tridiagonal:
@@ -129,7 +129,7 @@ def finished(state: LanczosState, layout: Layout, status: Status) -> Tridiagonal
     )
 
 
-@jax.jit
+@programs.jit
 def _numbers(
     beta: jax.Array, length: jax.Array, asymmetry: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -262,12 +262,12 @@ def _status(state: Steps, traced: bool) -> Status:
     return Status.COMPLETE if state.alive else Status.INVARIANT
 
 
-@partial(jax.jit, static_argnames="layout")
+@partial(programs.jit, static_argnames="layout")
 def _vector(layout: Layout, state: Steps) -> PyTree:
     return layout.unpack(state.lanczos.current)
 
 
-@partial(jax.jit, static_argnames="layout")
+@partial(programs.jit, static_argnames="layout")
 def _absorb(layout: Layout, state: Steps, product: PyTree) -> Steps:
     """The state after the next step, or, where there is no room for one, the same.
 
@@ -284,6 +284,6 @@ def _absorb(layout: Layout, state: Steps, product: PyTree) -> Steps:
     return Steps(placed(layout, dataclasses.replace(chosen, basis=after.basis)), state.done + room)
 
 
-@partial(jax.jit, static_argnames="layout")
+@partial(programs.jit, static_argnames="layout")
 def _step(layout: Layout, op: LinearOperator, state: Steps) -> Steps:
     return _absorb(layout, state, op.mv(layout.unpack(state.lanczos.current)))

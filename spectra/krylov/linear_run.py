@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import stacks, trees
+from spectra.base import programs, stacks, trees
 from spectra.base.trees import PyTree
 from spectra.krylov.layout import Layout
 from spectra.krylov.linear_block import WIDEST, Block, absorb_block, begin_block, hand_over
@@ -65,7 +65,7 @@ def prepared(
     return jax.vmap(one, out_axes=(axes, 0))(b, reference)
 
 
-begin = jax.jit(prepared, static_argnames=("method",))
+begin = programs.jit(prepared, static_argnames=("method",))
 
 
 def blocks(problem: Problem, method: str) -> list[tuple[int, int]]:
@@ -116,10 +116,10 @@ def block_loop(
     return lax.while_loop(going, step, block)
 
 
-_begin_block = jax.jit(begin_block, static_argnames=("kept",))
-_block_chunk = jax.jit(block_loop, static_argnames=("together", "layout"), donate_argnames=("block",))
-_absorb_block = jax.jit(absorb_block)
-_hand_over = jax.jit(hand_over)
+_begin_block = programs.jit(begin_block, static_argnames=("kept",))
+_block_chunk = programs.jit(block_loop, static_argnames=("together", "layout"), donate_argnames=("block",))
+_absorb_block = programs.jit(absorb_block)
+_hand_over = programs.jit(hand_over)
 
 
 def loop(op: LinearOperator, problem: Problem, state: State, stop: int | jax.Array) -> State:
@@ -144,10 +144,10 @@ def loop(op: LinearOperator, problem: Problem, state: State, stop: int | jax.Arr
     return jax.vmap(one, in_axes=(axes, 0))(problem, state)
 
 
-_chunk = jax.jit(loop, donate_argnames=("state",))
+_chunk = programs.jit(loop, donate_argnames=("state",))
 
 
-@jax.jit
+@programs.jit
 def _absorb(problem: Problem, state: State, products: PyTree) -> State:
     axes = sides_of(problem)
     return jax.vmap(absorb, in_axes=(axes, 0, 0))(problem, state, products)
@@ -262,18 +262,18 @@ def _form(like: PyTree, state: State) -> State:
     return dataclasses.replace(zeros, x=like, r=like, go=like, short=short)
 
 
-@jax.jit
+@programs.jit
 def _block_excess(problem: Problem, block: Block) -> jax.Array:
     return jnp.max(jnp.sqrt(jnp.sum(block.c**2, axis=0)) / problem.target)
 
 
-@jax.jit
+@programs.jit
 def _excess(problem: Problem, state: State) -> jax.Array:
     """The largest residual, as the recurrence has it, in units of what is accepted."""
     return jnp.max(jax.vmap(norm_of)(state.r) / problem.target)
 
 
-@jax.jit
+@programs.jit
 def outcome(problem: Problem, state: State, x0: PyTree | None) -> dict[str, Any]:
     """x and the numbers that judge it, in the user's units."""
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.errors import Status
 from spectra.base.trees import PyTree
 from spectra.krylov import wanted
@@ -274,18 +274,18 @@ def traced_solution(
     )
 
 
-@jax.jit
+@programs.jit
 def sizes(x: PyTree) -> jax.Array:
     """|x| of each of several vectors."""
     return jax.vmap(trees.norm)(x)
 
 
-@jax.jit
+@programs.jit
 def _dots(a: PyTree, b: PyTree) -> jax.Array:
     return jax.vmap(trees.vdot)(a, b)
 
 
-@jax.jit
+@programs.jit
 def distances(a: PyTree, b: PyTree) -> jax.Array:
     """|a - b| of each of several pairs."""
     return jax.vmap(trees.norm)(jax.tree.map(jnp.subtract, a, b))

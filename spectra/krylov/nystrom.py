@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, draws, host, stacks, trees
+from spectra.base import arrays, draws, host, programs, stacks, trees
 from spectra.base.trees import PyTree
 from spectra.krylov.linear_block import WIDEST
 from spectra.operators.base import LinearOperator
@@ -208,7 +208,7 @@ def _append(a: PyTree | None, b: PyTree) -> PyTree:
     return b if a is None else stacks.concatenate([a, b])
 
 
-@jax.jit
+@programs.jit
 def _extended(old: PyTree | None, new: PyTree) -> tuple[PyTree, PyTree]:
     """All columns, and the new ones, made orthonormal to each other and to the old ones."""
     for _ in range(2):
@@ -241,7 +241,7 @@ def _symmetric(a: jax.Array) -> jax.Array:
     return (a + a.T) / 2
 
 
-@jax.jit
+@programs.jit
 def _orthonormal(stack: PyTree) -> PyTree:
     """An orthonormal basis of the rows, zero where lost to rounding; two passes by Gram matrices."""
     unit = trees.power_of_two(trees.largest(stack))
@@ -255,7 +255,7 @@ def _orthonormal(stack: PyTree) -> PyTree:
     return stack
 
 
-@jax.jit
+@programs.jit
 def _nystrom_pairs(omega: PyTree, images: PyTree) -> tuple[PyTree, jax.Array]:
     """Eigenvectors and eigenvalues of Y (ΩᵀY)⁻¹ Yᵀ, by algorithm 2.1 of arXiv:2110.02820; zero where lost."""
     unit = trees.power_of_two(trees.largest(images))
@@ -283,7 +283,7 @@ def _tidy(basis: PyTree) -> PyTree:
     return stacks.combine(1.5 * eye - 0.5 * _symmetric(gram), basis)
 
 
-@jax.jit
+@programs.jit
 def _ritz_pairs(basis: PyTree, images: PyTree) -> tuple[PyTree, jax.Array]:
     values, vectors = arrays.eigh(_symmetric(stacks.inner(basis, images)))
     rotated = stacks.combine(vectors.T, basis)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import stacks, trees
+from spectra.base import programs, stacks, trees
 from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
@@ -153,7 +153,7 @@ def run(
     return lax.fori_loop(start, stop, body, state)
 
 
-_run_chunk = jax.jit(run, static_argnames=("layout", "batched"), donate_argnames=("state",))
+_run_chunk = programs.jit(run, static_argnames=("layout", "batched"), donate_argnames=("state",))
 
 
 def _clear(layout: Layout, known: PyTree, current: Panels) -> tuple[Panels, jax.Array]:
@@ -182,19 +182,19 @@ def _cleared(i: int | jax.Array, state: LanczosState, current: Panels, ended: ja
     return dataclasses.replace(state, current=current, beta=beta, alive=state.alive & ~ended)
 
 
-@partial(jax.jit, static_argnames=("layout", "batched"))
+@partial(programs.jit, static_argnames=("layout", "batched"))
 def _clear_one(layout: Layout, known: PyTree, current: Panels, batched: bool) -> tuple[Panels, jax.Array]:
     return (jax.vmap(partial(_clear, layout, known)) if batched else partial(_clear, layout, known))(current)
 
 
-@partial(jax.jit, static_argnames="batched")
+@partial(programs.jit, static_argnames="batched")
 def _cleared_one(
     i: int | jax.Array, state: LanczosState, current: Panels, ended: jax.Array, batched: bool
 ) -> LanczosState:
     return (jax.vmap(_cleared, in_axes=(None, 0, 0, 0)) if batched else _cleared)(i, state, current, ended)
 
 
-@partial(jax.jit, static_argnames=("layout", "batched"), donate_argnames=("state",))
+@partial(programs.jit, static_argnames=("layout", "batched"), donate_argnames=("state",))
 def _absorb_one(
     layout: Layout, i: int | jax.Array, w: Panels, state: LanczosState, batched: bool = False
 ) -> LanczosState:
@@ -204,17 +204,17 @@ def _absorb_one(
     return (jax.vmap(one, in_axes=(None, 0, 0)) if batched else one)(i, w, state)
 
 
-@partial(jax.jit, static_argnames=("layout", "batched"))
+@partial(programs.jit, static_argnames=("layout", "batched"))
 def _unpack(layout: Layout, panels: Panels, batched: bool = False) -> PyTree:
     return (jax.vmap(layout.unpack) if batched else layout.unpack)(panels)
 
 
-@partial(jax.jit, static_argnames=("layout", "batched"))
+@partial(programs.jit, static_argnames=("layout", "batched"))
 def _pack(layout: Layout, vectors: PyTree, batched: bool = False) -> Panels:
     return (jax.vmap(layout.pack) if batched else layout.pack)(vectors)
 
 
-@partial(jax.jit, static_argnames=("layout", "batched"))
+@partial(programs.jit, static_argnames=("layout", "batched"))
 def _multiply(op: LinearOperator, layout: Layout, panels: Panels, batched: bool = False) -> Panels:
     def one(panels: Panels) -> Panels:
         return layout.pack(op.mv(layout.unpack(panels)))

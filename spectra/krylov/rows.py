@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from spectra.base import arrays
+from spectra.base import arrays, programs
 from spectra.base.trees import PyTree
 from spectra.krylov.basis import Basis, subtract
 from spectra.krylov.layout import LANES, Layout, Panels
@@ -62,7 +62,7 @@ def _combine(portion: int, parts: Panels, weights: jax.Array) -> Panels:
     return replaced(rest, trips * portion, parts) if rest else parts
 
 
-@functools.partial(jax.jit, static_argnames="layout")
+@functools.partial(programs.jit, static_argnames="layout")
 def sum_of_rows(basis: Basis, coefficients: jax.Array, filled: int | jax.Array, layout: Layout) -> Panels:
     """Σ c_r q_r over the first `filled` rows, in float32 at least whatever they are stored in."""
     zeros = [jnp.zeros(x[:, 0].shape, jnp.promote_types(x.dtype, jnp.float32)) for x in basis[0]]
@@ -93,7 +93,7 @@ def gram(basis: Basis) -> jax.Array:
 
 
 @provides("orthogonality")
-@jax.jit
+@programs.jit
 def orthogonality(basis: Basis, length: jax.Array) -> jax.Array:
     """max |Q Qᵀ - I| over the first `length` rows."""
     products = gram(basis)
@@ -102,7 +102,7 @@ def orthogonality(basis: Basis, length: jax.Array) -> jax.Array:
 
 
 @provides("stack")
-@functools.partial(jax.jit, static_argnames=("layout", "first", "last"))
+@functools.partial(programs.jit, static_argnames=("layout", "first", "last"))
 def stack(basis: Basis, layout: Layout, first: int, last: int) -> PyTree:
     """The vectors in rows `first` to `last` - 1 as one pytree with leaves (rows, *leaf.shape). A copy."""
     size = basis[0][0].shape[1]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import stacks, trees
+from spectra.base import programs, stacks, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError
 from spectra.base.files import tree_digest
@@ -210,7 +210,7 @@ def _check_flushed(b: PyTree, op: LinearOperator) -> None:
             )
 
 
-_largest = jax.jit(jax.vmap(trees.largest))
+_largest = programs.jit(jax.vmap(trees.largest))
 
 
 def _check_dense(op: LinearOperator, preconditioner: Any, x0: PyTree | None, max_matvecs: int | None) -> None:

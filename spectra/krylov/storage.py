@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from spectra.base import programs
 from spectra.base.trees import PyTree
 from spectra.krylov.band import Band
 from spectra.krylov.layout import Layout, Panels
@@ -111,7 +112,7 @@ def _placed(layout: Layout, shape: Any, spec: PartitionSpec, beside: jax.Array) 
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-@partial(jax.jit, static_argnames=("layout", "batched"))
+@partial(programs.jit, static_argnames=("layout", "batched"))
 def _rows(layout: Layout, segment: Panels, batched: bool) -> list[jax.Array]:
     def one(segment: Panels) -> list[jax.Array]:
         return jax.vmap(layout.unpack)([jnp.moveaxis(x, 1, 0) for x in segment])
@@ -119,7 +120,7 @@ def _rows(layout: Layout, segment: Panels, batched: bool) -> list[jax.Array]:
     return (jax.vmap(one) if batched else one)(segment)
 
 
-@partial(jax.jit, static_argnames=("layout", "batched"))
+@partial(programs.jit, static_argnames=("layout", "batched"))
 def _segment(layout: Layout, leaves: list[jax.Array], batched: bool) -> Panels:
     def one(leaves: list[jax.Array]) -> Panels:
         panels = [jnp.moveaxis(x, 0, 1) for x in jax.vmap(layout.pack)(leaves)]
@@ -128,14 +129,14 @@ def _segment(layout: Layout, leaves: list[jax.Array], batched: bool) -> Panels:
     return (jax.vmap(one) if batched else one)(leaves)
 
 
-@partial(jax.jit, static_argnames=("layout", "batched"))
+@partial(programs.jit, static_argnames=("layout", "batched"))
 def _vectors(layout: Layout, state: LanczosState, batched: bool) -> dict[str, Any]:
     unpack = jax.vmap(layout.unpack) if batched else layout.unpack
     numbers = {name: layout.replicate(getattr(state, name)) for name in NUMBERS}
     return numbers | {name: unpack(getattr(state, name)) for name in VECTORS}
 
 
-@partial(jax.jit, static_argnames=("layout", "batched"))
+@partial(programs.jit, static_argnames=("layout", "batched"))
 def _packed(layout: Layout, leaves: list[jax.Array], batched: bool) -> Panels:
     def one(leaves: list[jax.Array]) -> Panels:
         return layout.place(layout.pack(leaves))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import draws, stacks, trees
+from spectra.base import draws, programs, stacks, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status, StructureError
 from spectra.base.host import one_thread
@@ -199,7 +199,7 @@ def _in_unit(jacobian: JacobianOperator, v: PyTree, unit: float) -> PyTree:
     return trees.scale(1 / unit, jacobian.product(v))
 
 
-@jax.jit
+@programs.jit
 def _geometry(images: PyTree) -> tuple[jax.Array, jax.Array]:
     """Lengths of the images, and the cosines between them, zero for those of length zero."""
     sizes = jax.vmap(trees.norm)(images)
@@ -208,7 +208,7 @@ def _geometry(images: PyTree) -> tuple[jax.Array, jax.Array]:
     return sizes, stacks.inner(unit, unit)
 
 
-@jax.jit
+@programs.jit
 def _rotated(turn: jax.Array, shares: jax.Array, vectors: PyTree, images: PyTree) -> tuple[PyTree, PyTree]:
     """The singular vectors on both sides, of length one; zero where the value is."""
     sizes = jax.vmap(trees.norm)(images)
@@ -219,7 +219,7 @@ def _rotated(turn: jax.Array, shares: jax.Array, vectors: PyTree, images: PyTree
     return stacks.combine(turn, vectors), far
 
 
-@jax.jit
+@programs.jit
 def _residuals(back: PyTree, near: PyTree, values: jax.Array) -> jax.Array:
     """|Jᵀ u - σ v| of each triplet."""
     return jax.vmap(lambda b, v, s: trees.norm(trees.axpy(-s, v, b)))(back, near, values)

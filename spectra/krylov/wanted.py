@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import draws, meshes, stacks, trees
+from spectra.base import draws, meshes, programs, stacks, trees
 from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import ShiftedOperator
 from spectra.operators.base import LinearOperator, product
@@ -109,7 +109,7 @@ def multiply(op: LinearOperator, v: PyTree) -> PyTree:
     return _placed_product(op, v, where) if any(where) else product(op, v)
 
 
-@partial(jax.jit, static_argnames="where")
+@partial(programs.jit, static_argnames="where")
 def _placed_product(op: LinearOperator, v: PyTree, where: meshes.Places) -> PyTree:
     return meshes.placed(op.mv(v), where)
 
@@ -176,7 +176,7 @@ def _limit(changes: list[float]) -> float:
     return float(stdtrit(SAMPLES, 0.975) * np.sqrt(np.mean(np.square(changes))))
 
 
-@jax.jit
+@programs.jit
 def _distance(a: PyTree, b: PyTree) -> jax.Array:
     return trees.norm(jax.tree.map(jnp.subtract, a, b))
 
@@ -215,7 +215,7 @@ def mixtures(k: int) -> np.ndarray:
     return np.array([np.ones(k), (-1.0) ** np.arange(k)])[: min(k, 2)] / np.sqrt(k)
 
 
-@jax.jit
+@programs.jit
 def _mixed(vectors: PyTree, mixtures: Any) -> PyTree:
     return stacks.combine(jnp.asarray(mixtures, trees.scalar_dtype(vectors)), vectors)
 
@@ -238,7 +238,7 @@ def seen_norm(op: LinearOperator) -> float:
     return max(ratio, abs(float(op.delta)) if isinstance(op, ShiftedOperator) else 0.0)
 
 
-@jax.jit
+@programs.jit
 def _in_unit(vector: PyTree) -> PyTree:
     return trees.scale(1 / trees.power_of_two(trees.largest(vector)), vector)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.trees import PyTree
 from spectra.operators.batches import Shared, batch_size, owned_leaves, replace_owned, rows, weigh
 
@@ -181,9 +181,9 @@ def _shares_threads(tree: PyTree) -> bool:
     return len(devices) > 1 and next(iter(devices)).platform == "cpu"
 
 
-_multiple = jax.jit(trees.scale)
+_multiple = programs.jit(trees.scale)
 
 
-@jax.jit
+@programs.jit
 def _add(weight: Any, part: PyTree, total: PyTree) -> PyTree:
     return trees.axpy(weight, part, total)

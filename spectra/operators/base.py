@@ -12,7 +12,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from spectra.base import calls, host, meshes, paths, trees
+from spectra.base import calls, host, meshes, paths, programs, trees
 from spectra.base.errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
 from spectra.base.trees import PyTree
 from spectra.operators.pytree import Field, register
@@ -439,13 +439,13 @@ def is_real_scalar(x: Any) -> bool:
     return x.ndim == 0 and not jnp.issubdtype(x.dtype, jnp.complexfloating)
 
 
-@jax.jit
+@programs.jit
 def product(op: LinearOperator, v: PyTree) -> PyTree:
     """The compiled product."""
     return op.mv(v)
 
 
-@jax.jit
+@programs.jit
 def _product_and_check(op: LinearOperator, v: PyTree) -> tuple[PyTree, jax.Array]:
     """The product and whether it is finite: one program, since starting a second takes as long as a small
     product."""
@@ -453,7 +453,7 @@ def _product_and_check(op: LinearOperator, v: PyTree) -> tuple[PyTree, jax.Array
     return result, trees.finite(result)
 
 
-@jax.jit
+@programs.jit
 def product_batch(op: LinearOperator, vectors: PyTree) -> PyTree:
     """The compiled products with a stack of vectors."""
     return jax.vmap(op.mv)(vectors)
@@ -470,9 +470,9 @@ def in_batches(op: LinearOperator, vectors: PyTree, batch: int) -> PyTree:
 
 
 # What a product with a flat vector adds, as one program each way.
-_ravel = jax.jit(trees.ravel)
+_ravel = programs.jit(trees.ravel)
 
 
-@partial(jax.jit, static_argnames="kinds")
+@partial(programs.jit, static_argnames="kinds")
 def _unravel(flat: jax.Array, kinds: trees.Kinds) -> list[jax.Array]:
     return trees.unravel(flat, [jax.ShapeDtypeStruct(*kind) for kind in kinds])

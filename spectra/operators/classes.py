@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, host, trees
+from spectra.base import arrays, host, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import DataError, MemoryLimitError, StructureError
 from spectra.base.trees import PyTree
@@ -217,7 +217,7 @@ def class_means(op: GGNOperator) -> ClassMeans:
     return ClassMeans(weights, jax.tree.map(divide, sums))
 
 
-@partial(jax.jit, static_argnames="classes")
+@partial(programs.jit, static_argnames="classes")
 def _moments(op: GGNOperator, classes: int) -> tuple[jax.Array, jax.Array, PyTree]:
     """The share of labels of no class, and Σ p_ic' / N and Σ p_ic' g_ic' / N over each class c."""
     variables = op._variables()
@@ -255,7 +255,7 @@ def _check(op: GGNOperator) -> int:
     return int(outputs)
 
 
-@jax.jit
+@programs.jit
 def _curvatures(op: GGNOperator) -> tuple[int, PyTree, jax.Array]:
     """Classes, and the curvature of the loss and that of a softmax along one direction."""
     inputs, targets = split(op.data)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, draws, trees
+from spectra.base import arrays, draws, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NotSymmetricError, StructureError
 from spectra.base.meshes import on_automatic_axes
@@ -57,14 +57,14 @@ def times_matrix(op: LinearOperator, matrix: jax.Array) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-@partial(jax.jit, static_argnames="kinds")
+@partial(programs.jit, static_argnames="kinds")
 def _as_vectors(matrix: jax.Array, kinds: trees.Kinds) -> list[jax.Array]:
     """The columns of a matrix as a stack of vectors."""
     like = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
     return jax.vmap(lambda column: trees.unravel(column, like), in_axes=1)(matrix)
 
 
-@jax.jit
+@programs.jit
 def _as_columns(vectors: PyTree) -> jax.Array:
     """A stack of vectors as the columns of a matrix."""
     return jax.vmap(trees.ravel, out_axes=1)(vectors)
@@ -92,7 +92,7 @@ def _require_symmetric(op: LinearOperator, matrix: jax.Array) -> None:
         )
 
 
-@jax.jit
+@programs.jit
 def _defects(matrix: jax.Array, start: PyTree, image: PyTree) -> tuple[jax.Array, ...]:
     """max |A|, max |A - Aᵀ|, a size for products and the error of one, over the numbers of a vector."""
     start, image = trees.ravel(start), trees.ravel(image)
@@ -109,13 +109,13 @@ def _column(op: LinearOperator, i: int | jax.Array) -> jax.Array:
     return trees.ravel(op.mv(trees.unravel(unit, op.structure)))
 
 
-@jax.jit
+@programs.jit
 def _columns(op: LinearOperator) -> jax.Array:
     rows = jax.lax.map(lambda i: _column(op, i), jnp.arange(op.size), batch_size=min(IN_FLIGHT, op.size))
     return rows.T
 
 
-@jax.jit
+@programs.jit
 def _symmetrise(matrix: jax.Array) -> jax.Array:
     return (matrix + matrix.T) / 2
 
@@ -178,7 +178,7 @@ class MatrixOperator(LinearOperator):
         return jnp.matmul(self.matrix, v, precision=lax.Precision.HIGHEST)
 
 
-@jax.jit
+@programs.jit
 def _asymmetry(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """max |A - Aᵀ| and max |A|."""
     return jnp.max(jnp.abs(matrix - matrix.T)), jnp.max(jnp.abs(matrix))

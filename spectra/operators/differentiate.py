@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.errors import DifferentiationError, SpectraError, StructureError, warn_user
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product, product_batch
@@ -77,17 +77,17 @@ def _mean_loss(op: "DataOperator") -> jax.Array:
     return op._mean(lambda piece: op._value(params, piece))
 
 
-loss = jax.jit(_mean_loss)
+loss = programs.jit(_mean_loss)
 
 
-@jax.jit
+@programs.jit
 def gradient(op: "DataOperator") -> PyTree:
     """The gradient of the mean loss, in the working dtypes."""
     variables = op._variables()
     return op._mean(lambda piece: op._gradient(piece)(variables))
 
 
-@jax.jit
+@programs.jit
 def linearize(op: "DataOperator") -> tuple[jax.Array, Callable[[PyTree], PyTree]]:
     """The loss, and v -> A v with all values that do not depend on v saved: pytrees that jit returns."""
     zero = jax.tree.map(jnp.zeros_like, op._variables())

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import DataError, SpectraError, StructureError
 from spectra.base.trees import PyTree, is_traced
@@ -85,13 +85,13 @@ def require_mean_of_outputs(op: Any) -> None:
     remember(kind)
 
 
-@jax.jit
+@programs.jit
 def _outputs(op: Any) -> PyTree:
     with jax.default_matmul_precision(op.matmul_precision):
         return op.model_fn(op._merge(op._variables()), split(op.data)[0])
 
 
-@jax.jit
+@programs.jit
 def _values_of_outputs(op: Any, outputs: PyTree) -> tuple[list[jax.Array], list[jax.Array]]:
     """The loss of the outputs, of their halves in the other order, and of each half, with its weight."""
     half = batch_size(op.data, op.shared) // 2
@@ -263,7 +263,7 @@ def _inner(a: PyTree, b: PyTree, terms: int) -> jax.Array:
     return sum((jnp.sum(x * y, axis=tuple(range(terms, x.ndim))) for x, y in pairs), jnp.zeros(()))
 
 
-@jax.jit
+@programs.jit
 def _with_samples(op: FisherOperator) -> tuple[PyTree, PyTree]:
     """The batch with its targets drawn anew, each example with a key of its own."""
     assert op.key is not None
@@ -312,7 +312,7 @@ def _check_layout(op: FisherOperator) -> None:
         likelihood.require_classes_last(jax.grad(op._output_loss)(outputs, targets))
 
 
-@jax.jit
+@programs.jit
 def _likelihood_error(op: FisherOperator) -> jax.Array:
     inputs, targets = split(op.data)
     outputs = op.model_fn(op._merge(op._variables()), inputs)

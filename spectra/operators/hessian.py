@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import arrays, trees
+from spectra.base import arrays, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
@@ -162,7 +162,7 @@ def _blocks(matrix: jax.Array, structure: PyTree) -> PyTree:
     return treedef.unflatten([treedef.unflatten(row) for row in rows])
 
 
-@partial(jax.jit, static_argnames="kinds")
+@partial(programs.jit, static_argnames="kinds")
 def _cut(matrix: jax.Array, kinds: trees.Kinds) -> list[list[jax.Array]]:
     leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
     offsets = _offsets(leaves)
@@ -216,7 +216,7 @@ def _upper(op: HessianOperator) -> jax.Array:
     return matrix
 
 
-@partial(jax.jit, static_argnames=("leaves", "count", "begin"), donate_argnames=("matrix",))
+@partial(programs.jit, static_argnames=("leaves", "count", "begin"), donate_argnames=("matrix",))
 def _fill(
     op: HessianOperator,
     matrix: jax.Array,
@@ -254,7 +254,7 @@ def _column(op: HessianOperator, first: int, last: int, index: int | jax.Array) 
     return trees.ravel(tail._mean(product))
 
 
-@jax.jit
+@programs.jit
 def _mirror(upper: jax.Array, owner: arrays.Indices) -> jax.Array:
     same = owner[:, None] == owner
     return jnp.where(same, 0.5, 1.0).astype(upper.dtype) * (upper + upper.T)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import PyTreeDef
 
-from spectra.base import host, paths, trees
+from spectra.base import host, paths, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.draws import moved_parameters
 from spectra.base.errors import (
@@ -418,7 +418,7 @@ class GramOperator(LinearOperator):
         return dataclasses.replace(self, jacobian=jacobian._with(selected=chosen))
 
 
-@jax.jit
+@programs.jit
 def jacobian_product(jacobian: JacobianOperator, v: PyTree) -> PyTree:
     """The compiled product."""
     return jacobian.mv(v)
@@ -428,7 +428,7 @@ def _flat(jacobian: JacobianOperator, flat: jax.Array) -> jax.Array:
     return trees.ravel(jacobian.mv(trees.unravel(flat, jacobian.structure)))
 
 
-_flat_product = jax.jit(_flat)
+_flat_product = programs.jit(_flat)
 
 
 def _kinds(outputs: PyTree) -> tuple[PyTreeDef, trees.Kinds]:
@@ -436,7 +436,7 @@ def _kinds(outputs: PyTree) -> tuple[PyTreeDef, trees.Kinds]:
     return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-@jax.jit
+@programs.jit
 def _rows(jacobian: JacobianOperator) -> jax.Array:
     """The rows of a matrix, from products with its transpose."""
     m, _ = jacobian.shape

@@ -11,6 +11,7 @@ from typing import Any, Literal, Unpack
 import jax
 import jax.numpy as jnp
 
+from spectra.base import programs
 from spectra.base.arrays import diagonal
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
@@ -90,7 +91,7 @@ class _Build:
         return (*moved, *factors[count:])
 
 
-@partial(jax.jit, static_argnames=("examples", "samples"))
+@partial(programs.jit, static_argnames=("examples", "samples"))
 def _keys(key: jax.Array, examples: int, samples: int) -> jax.Array:
     """(N, samples): the first sample of an example is that of `FisherOperator` with this key."""
     along = jax.vmap(jax.random.fold_in, (None, 0))
@@ -98,7 +99,7 @@ def _keys(key: jax.Array, examples: int, samples: int) -> jax.Array:
     return jax.vmap(along, (0, None), 1)(jnp.concatenate([key[None], more]), jnp.arange(examples))
 
 
-@jax.jit
+@programs.jit
 def _eigh(part: Kronecker) -> Corrected:
     return part.eigh()
 

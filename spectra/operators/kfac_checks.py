@@ -11,7 +11,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.errors import StructureError
 from spectra.base.trees import PyTree
 from spectra.operators.batches import batch_size, rows
@@ -29,14 +29,14 @@ def few_examples(fisher: FisherOperator) -> FisherOperator | None:
     return fisher._with(data=rows(fisher.data, 0, CHECKED_EXAMPLES, fisher.shared), microbatch=None)
 
 
-@jax.jit
+@programs.jit
 def model_outputs(fisher: FisherOperator) -> PyTree:
     """The outputs of all examples."""
     with jax.default_matmul_precision(fisher.matmul_precision):
         return fisher.model_fn(fisher._merge(fisher._variables()), split(fisher.data)[0])
 
 
-@jax.jit
+@programs.jit
 def _outputs_one_by_one(fisher: FisherOperator) -> list[jax.Array]:
     jaxpr, _, owned = traced(fisher)
     leaves = jax.tree.leaves(fisher._variables())

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.base import arrays
+from spectra.base import arrays, programs
 from spectra.base.errors import StructureError
 from spectra.base.trees import PyTree
 from spectra.operators.accumulate import mean_over_microbatches
@@ -145,7 +145,7 @@ def example_weights(op: FisherOperator, piece: PyTree) -> jax.Array:
     return weights / jnp.sum(weights)
 
 
-@partial(jax.jit, static_argnames="setup")
+@partial(programs.jit, static_argnames="setup")
 def factor_sums(
     op: FisherOperator, keys: jax.Array | None, setup: Setup
 ) -> tuple[list[list[jax.Array]], list[list[jax.Array]], list[jax.Array]]:
@@ -175,7 +175,7 @@ def factor_sums(
     return mean_over_pieces(op, piece_sums, keys)
 
 
-@partial(jax.jit, static_argnames="setup")
+@partial(programs.jit, static_argnames="setup")
 def second_moments(
     op: FisherOperator,
     keys: jax.Array | None,

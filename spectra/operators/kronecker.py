@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, draws, trees
+from spectra.base import arrays, draws, programs, trees
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
@@ -369,16 +369,16 @@ class DampedInverse(FactoredOperator):
         return super()._principal(indices)
 
 
-@jax.jit
+@programs.jit
 def _trace(parts: tuple[Block, ...]) -> jax.Array:
     return sum((part.trace() for part in parts), jnp.zeros(()))
 
 
-@jax.jit
+@programs.jit
 def _all_eigenvalues(parts: tuple[Block, ...]) -> jax.Array:
     return jnp.sort(jnp.concatenate([part.eigenvalues().ravel() for part in parts]))
 
 
-@partial(jax.jit, static_argnames="method")
+@partial(programs.jit, static_argnames="method")
 def _inverses(parts: tuple[Block, ...], damping: Any, method: str) -> tuple[Block, ...]:
     return tuple(part.inverse(damping, method) for part in parts)

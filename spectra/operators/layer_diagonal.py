@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spectra.base import arrays, draws, host, trees
+from spectra.base import arrays, draws, host, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import MemoryLimitError, StructureError
 from spectra.base.trees import PyTree
@@ -125,7 +125,7 @@ def _no_roots(op: FisherOperator, setup: Setup) -> str | None:
     return "the loss is not convex in the outputs, or sets examples against each other"
 
 
-@partial(jax.jit, static_argnames="setup")
+@partial(programs.jit, static_argnames="setup")
 def _error_of_roots(op: FisherOperator, setup: Setup) -> jax.Array:
     """|∇²ℓ u - Σ_k r_k (r_k · u)| over |∇²ℓ u|, with the sum example by example."""
     outputs = model_outputs(op)
@@ -154,7 +154,7 @@ def _words(op: FisherOperator, setup: Setup, passes: int) -> str:
     return text + (f"; gradients of single examples for {shown}" if others else "")
 
 
-@partial(jax.jit, static_argnames="setup")
+@partial(programs.jit, static_argnames="setup")
 def _diagonal(op: FisherOperator, setup: Setup) -> PyTree:
     plan = plan_of(op.like, traced(op)[1], setup)
 

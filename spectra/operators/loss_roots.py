@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import arrays, draws, host, trees
+from spectra.base import arrays, draws, host, programs, trees
 from spectra.base.errors import MemoryLimitError
 from spectra.base.trees import PyTree
 from spectra.operators import likelihood
@@ -64,7 +64,7 @@ def form_of(op: FisherOperator, outputs: PyTree, piece: PyTree, limit: float) ->
     return next((form for form, error in zip(FORMS, errors, strict=False) if error <= limit), "dense")
 
 
-@jax.jit
+@programs.jit
 def _form_errors(op: FisherOperator, outputs: PyTree, piece: PyTree) -> tuple[jax.Array, jax.Array]:
     targets = split(piece)[1]
     u = draws.sample(jax.random.key(0), outputs, jax.random.normal)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.errors import DataError, warn_user
 from spectra.base.files import array_digest
 from spectra.base.trees import PyTree
@@ -217,7 +217,7 @@ def _means(op: "DataOperator", params: PyTree, batches: list[PyTree], noisy: boo
     return np.atleast_1d(np.tensordot(weights / weights.sum(), np.asarray(values, float), 1))
 
 
-@jax.jit
+@programs.jit
 def _redrawn_losses(op: "DataOperator") -> jax.Array:
     jaxpr, leaves = jax.make_jaxpr(differentiate.loss)(op), jax.tree.leaves(op)
     return lax.map(lambda salt: redrawn(jaxpr, salt, *leaves)[0], salts(KEYS))
@@ -269,14 +269,14 @@ def waves(leaves: list[jax.Array], amount: float | jax.Array) -> list[jax.Array]
     return _waves(leaves, *_sizes(leaves), amount)
 
 
-@jax.jit
+@programs.jit
 def _sizes(leaves: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
     """The root mean square of each leaf, and the largest of them."""
     sizes = [trees.norm(trees.lift(x)) / max(x.size, 1) ** 0.5 for x in leaves]
     return sizes, jnp.max(jnp.stack(sizes))
 
 
-@jax.jit
+@programs.jit
 def _waves(
     leaves: list[jax.Array], sizes: list[jax.Array], largest: jax.Array, amount: float | jax.Array
 ) -> list[jax.Array]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
 from spectra.base.paths import leaf_paths
@@ -206,7 +206,7 @@ def _by_rule(
     return _scales(moments, numbers, rule=chosen, dtypes=dtypes, eps_in_sqrt=eps_in_sqrt)
 
 
-@partial(jax.jit, static_argnames=("rule", "dtypes", "eps_in_sqrt"))
+@partial(programs.jit, static_argnames=("rule", "dtypes", "eps_in_sqrt"))
 def _scales(
     moments: list[jax.Array],
     numbers: dict[str, Any],
@@ -231,7 +231,7 @@ def _roots(p: list[jax.Array], op: LinearOperator) -> PyTree:
     return treedef.unflatten(_inverse_roots(p, tuple(leaf.dtype for leaf in leaves)))
 
 
-@partial(jax.jit, static_argnames="dtypes")
+@partial(programs.jit, static_argnames="dtypes")
 def _inverse_roots(p: list[jax.Array], dtypes: tuple[Any, ...]) -> list[jax.Array]:
     return [(1 / jnp.sqrt(x)).astype(dtype) for x, dtype in zip(p, dtypes, strict=True)]
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.errors import SpectraError
 from spectra.base.paths import leaf_paths
 from spectra.base.trees import PyTree
@@ -123,7 +123,7 @@ class Response:
         return treedef.unflatten(values)
 
 
-@partial(jax.jit, static_argnames="update")
+@partial(programs.jit, static_argnames="update")
 def _evaluate(
     update: Callable[..., Any], state: PyTree, fields: dict[str, PyTree], gradient: PyTree, params: PyTree
 ) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import draws, meshes, stacks, trees
+from spectra.base import draws, meshes, programs, stacks, trees
 from spectra.base.trees import PyTree
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.arithmetic import Derived
@@ -45,7 +45,7 @@ if jax.__version_info__ >= (0, 11):  # XLA has had no choice since, and ends at 
     EMITTERS = {}
 QUICK: dict[str, dict[str, bool | int]] = {
     "cpu": {"xla_backend_optimization_level": 1} | EMITTERS,
-    "gpu": {"xla_gpu_autotune_level": 0},
+    "gpu": {"xla_gpu_autotune_level": 0} | programs.OPTIONS["gpu"],
 }
 """Compiler options, by platform, of a program that is several times as long as a product and runs four times.
 For a transformer of four layers that takes 15 s of a CPU, and 25 s with fusion emitters; with no optimisation

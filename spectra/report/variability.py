@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import draws, meshes, trees
+from spectra.base import draws, meshes, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
 from spectra.base.trees import PyTree
@@ -83,7 +83,7 @@ def summary(samples: Samples, size: int, precision: float, *, exact: bool, level
     return Interval(max(low - rounding, 0.0), middle, high + rounding)
 
 
-@partial(jax.jit, static_argnames=("exact", "where"))
+@partial(programs.jit, static_argnames=("exact", "where"))
 def _vectors(
     op: LinearOperator, key: jax.Array, indices: jax.Array | np.ndarray, exact: bool, where: meshes.Places
 ) -> PyTree:
@@ -98,7 +98,7 @@ def _vectors(
     return jax.vmap(one)(indices)
 
 
-@jax.jit
+@programs.jit
 def _inner_products(vectors: PyTree, images: list[PyTree]):
     """vᵀΔ_j v (k, s), r_i·r_j (k, s, s) and |H_j v|² (k, s), in a unit that is returned as well."""
     images, unit = blocks.in_unit(images, jnp.zeros((), trees.scalar_dtype(vectors)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import DataError, NonFiniteError, StructureError
 from spectra.base.trees import PyTree
@@ -119,12 +119,12 @@ def _blend(old: PyTree, new: PyTree, share: float) -> PyTree:
     return new if old is None else _mix(old, new, share)
 
 
-@jax.jit
+@programs.jit
 def _mix(old: PyTree, new: PyTree, share) -> PyTree:
     return jax.tree.map(lambda a, b: (a + share * (b - a)).astype(a.dtype), old, new)
 
 
-@partial(jax.jit, static_argnames="chunk")
+@partial(programs.jit, static_argnames="chunk")
 def _sums(op: GradientCovarianceOperator, chunk: int):
     """Σ w, Σ w², and the means of the gradients with weights w and w²."""
     with jax.default_matmul_precision(op.matmul_precision):
@@ -167,7 +167,7 @@ def _scan(body, carry, items, chunk: int):
     return carry, jax.tree.map(lambda *xs: jnp.concatenate(xs), *outputs)
 
 
-@partial(jax.jit, static_argnames="chunk")
+@partial(programs.jit, static_argnames="chunk")
 def _of_examples(op: GradientCovarianceOperator, units: list[PyTree], chunk: int):
     """Weight, |g_i|, and u·g_i for both unit vectors u, of each example; no squares, which may overflow."""
     with jax.default_matmul_precision(op.matmul_precision):

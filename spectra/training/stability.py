@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import draws, trees
+from spectra.base import draws, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, Status, StructureError
 from spectra.base.trees import PyTree
@@ -144,7 +144,7 @@ def _edge(value: complex) -> float:
     return value.real
 
 
-@jax.jit
+@programs.jit
 def _next(basis: PyTree, image: PyTree, count) -> tuple[PyTree, PyTree, jax.Array, jax.Array]:
     """The basis with one vector more, that vector, the coefficients of the image in it, and what is left."""
 

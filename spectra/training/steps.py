@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, StructureError
 from spectra.base.trees import PyTree
@@ -130,19 +130,19 @@ def require_loss(op: Any) -> None:
         raise StructureError(f"a {type(op).__name__} has no loss: pass an operator on data.")
 
 
-@jax.jit
+@programs.jit
 def _unit(update: PyTree) -> tuple[jax.Array, PyTree]:
     """The size of the update, and the update in units of it: dᵀHd of a small one would underflow."""
     size = trees.power_of_two(trees.largest(update))
     return size, trees.scale(1 / size, update)
 
 
-@jax.jit
+@programs.jit
 def _two(along: PyTree, gradient: PyTree, image: PyTree) -> tuple[jax.Array, jax.Array]:
     return trees.vdot(gradient, along), trees.vdot(image, along)
 
 
-@jax.jit
+@programs.jit
 def _shares(vectors: PyTree, gradient: PyTree) -> jax.Array:
     """v·g / |g| of a stack of vectors."""
     unit = trees.scale(1 / trees.norm(gradient), gradient)

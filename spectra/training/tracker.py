@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import draws, host, trees
+from spectra.base import draws, host, programs, trees
 from spectra.base.calls import automatic, checked, require_key
 from spectra.base.errors import SpectraError, warn_user
 from spectra.base.meshes import on_automatic_axes
@@ -319,7 +319,7 @@ def _continued(path: str | os.PathLike | None, name: str) -> tuple[SpectrumHisto
     return (read(Path(path)) if os.path.exists(path) else empty), None
 
 
-@jax.jit
+@programs.jit
 def _start(vectors: PyTree, fresh: PyTree, share) -> PyTree:
     """The sum of the last vectors, over the root of their number, and a share of a random one."""
     unit = 1 / len(jax.tree.leaves(vectors)[0]) ** 0.5

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import programs, trees
 from spectra.base.errors import StructureError
 from spectra.base.trees import PyTree
 from spectra.operators.batches import describe
@@ -104,7 +104,7 @@ def _called(
     return update(point.gradient, state, point.params, **options)
 
 
-@partial(jax.jit, static_argnames=("update", "more"))
+@partial(programs.jit, static_argnames=("update", "more"))
 def _once(update, more, state: PyTree, point: Seen) -> tuple[jax.Array, PyTree]:
     """Whether there is an update, and the state after it."""
     updates, new = _called(update, more, point, state)
@@ -145,7 +145,7 @@ def _wide(tree: PyTree) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-@partial(jax.jit, static_argnames=("update", "more", "calls"))
+@partial(programs.jit, static_argnames=("update", "more", "calls"))
 def _answer(update, more, calls, state: PyTree, point: Seen, change: Seen) -> PyTree:
     """-1/2 times the updates that answer alternating changes, summed over the calls of a cycle."""
     leaves, treedef = jax.tree.flatten(state)
