@@ -40,9 +40,9 @@ SUMS = frozenset[str]().union(
 _BITS = {2: (jnp.uint16, jnp.int16), 4: (jnp.uint32, jnp.int32), 8: (jnp.uint64, jnp.int64)}
 SPREAD = 0.7
 ODD = 0x9E3779B97F4A7C15  # the golden ratio, of which every bit of a number changes the first of the product
-EMITTERS: dict[str, bool | int] = {"xla_cpu_use_fusion_emitters": False}
-if jax.__version_info__ >= (0, 11):  # XLA has had no choice since, and ends at a flag that it does not know
-    EMITTERS = {}
+# Since jax 0.11 XLA has had no choice, and ends at a flag that it does not know.
+_CHOICE = ("xla_cpu_use_fusion_emitters",) if jax.__version_info__ < (0, 11) else ()
+EMITTERS: dict[str, bool | int] = dict.fromkeys(_CHOICE, False)
 QUICK: dict[str, dict[str, bool | int]] = {
     "cpu": {"xla_backend_optimization_level": 1} | EMITTERS,
     "gpu": {"xla_gpu_autotune_level": 0} | programs.OPTIONS["gpu"],
