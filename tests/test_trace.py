@@ -444,8 +444,12 @@ def test_arguments_out_of_range_are_named(text):
 
 def test_bad_operators_give_no_number(x64):
     indefinite = spectra.MatrixOperator(planted(np.linspace(-1.0, 1.0, N)))
-    with pytest.raises(spectra.SpectraError, match="positive semi-definite"):
+    with pytest.raises(spectra.SpectraError, match="positive semi-definite") as refused:
         spectra.trace(indefinite, key=KEY, method="xnystrace", num_matvecs=BUDGET)
+    least, largest = map(
+        float, re.search(r"below (\S+) and one at or above (\S+)\.", str(refused.value)).groups()
+    )
+    assert -1 <= least < 0 < largest <= 1  # Rayleigh quotients, of eigenvalues from -1 to 1
     skewed = spectra.FunctionOperator(jnp.cumsum, jnp.zeros(N))
     with pytest.raises(spectra.NotSymmetricError):
         spectra.trace(skewed, key=KEY, num_matvecs=BUDGET)

@@ -272,18 +272,20 @@ def nystrom(sketch: SketchRun, method: str, other: str) -> Factored:
         sketch.check(core, core.T)
         values, vectors = xp.linalg.eigh((core + core.T) / 2)
     if not run.traced:
-        _require_positive(values, run, method, other)
+        sizes = np.sum(vectors * (gram @ vectors), axis=0)  # |v|² of the vectors that have these forms
+        _require_positive(values, float(sketch.unit) * values / sizes, run, method, other)
     values = xp.maximum(values, xp.maximum(shift * weights[0], m * run.op.precision**2 * values[-1]))
     root = xp.sqrt(xp.where(values > 0, values, 1))
     factor = blocks.combine(jnp.asarray((vectors / root).T), images)
     return Factored(factor, vectors * root, vectors / root, inverse_gram, shift, smallest, squares)
 
 
-def _require_positive(values: np.ndarray, run: Run, method: str, other: str) -> None:
+def _require_positive(values: np.ndarray, quotients: np.ndarray, run: Run, method: str, other: str) -> None:
+    """Raise where a quadratic form is negative beyond rounding; vᵀHv / |v|² bounds an eigenvalue."""
     if values[0] < -(run.op.precision**0.5) * abs(values).max():
         raise SpectraError(
-            f"{method} needs a positive semi-definite operator: on the span of the probes it has the "
-            f"eigenvalue {values[0]:.2e} beside {values[-1]:.2e}. Use method='{other}', or shift it."
+            f"{method} needs a positive semi-definite operator, and this one has an eigenvalue at or below "
+            f"{quotients[0]:.2e} and one at or above {max(quotients):.2e}. Use method='{other}', or shift it."
         )
 
 
