@@ -68,3 +68,18 @@ def test_a_matrix_of_zeros_is_zero():
     assert report.noise_floor == report.trace.stderr == report.largest.upper == 0
     assert spectra.trace(op, key=KEY, num_matvecs=6).stderr == 0
     assert spectra.eigsh(op, 1, key=KEY).noise_floor == 0
+
+
+@pytest.mark.parametrize("delta", [1e-3, 1e-5])
+def test_a_dense_solve_bounds_what_saturation_hides(delta):
+    """The error bound holds x of the exact matrix, or is infinite where its rounding exceeds the shift."""
+    with jax.enable_x64(True):
+        matrix = np.asarray(hessian(rounds_to_one, jnp.float64).as_matrix())
+    op = hessian(rounds_to_one).shift(delta)
+    b = rng.standard_normal(op.size).astype(np.float32)
+    found = spectra.solve(op, op.as_vector(jnp.asarray(b), "b"), method="dense")
+    exact = np.linalg.solve(matrix + float(np.float32(delta)) * np.eye(op.size), b.astype(float))
+    error = np.linalg.norm(np.ravel(found.x) - exact)
+    assert error <= found.error_bound
+    assert delta < 1e-4 or found.error_bound <= 0.1 * np.linalg.norm(exact)
+    assert found.rounding > np.linalg.norm(matrix @ exact)

@@ -220,9 +220,7 @@ STATEMENTS = (
         sampled(_trace, spectra.trace, method="xnystrace"),
         _semidefinite,
     ),
-    Statement(
-        "trace", "trace in a report", QUADRATURES[:2], of_quadratures(trace_estimate, _trace), _few_steps
-    ),
+    Statement("trace", "trace in a report", QUADRATURES, of_quadratures(trace_estimate, _trace), _few_steps),
     *(
         Statement(
             "stopping",

@@ -111,7 +111,7 @@ def frobenius_norm(
         dof = float(sketch.num_probes - 1)
     value = run.xp.sqrt(run.xp.maximum(square, 0))
     stderr = error / run.xp.where(value > 0, 2 * value, 1)
-    found = run.estimate(
+    estimate = run.estimate(
         run.xp.asarray([value]),
         run.xp.asarray([stderr]),
         unit=unit,
@@ -122,7 +122,7 @@ def frobenius_norm(
         reason=reason,
         dof=dof,
     )
-    return exact.of_nothing(run, found, lambda _, change: float(trees.norm(change)))
+    return exact.of_nothing(run, estimate, lambda _, change: float(trees.norm(change)))
 
 
 def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Ended, int, Any]:

@@ -287,5 +287,6 @@ def _measured(
             change = jax.tree.map(jnp.subtract, wanted.multiply(other.prepare(), vector), image)
             entries = (unit * rng.choice([-1, 1], matrix.shape) * matrix) @ column
             total[i] += np.asarray(trees.ravel(change), np.float64) + entries
-    lengths = np.linalg.norm(scipy.linalg.solve_triangular(factor, total.T, lower=True), axis=0)
+    rest: np.ndarray = scipy.linalg.solve_triangular(factor, total.T, lower=True)
+    lengths: np.ndarray = np.linalg.norm(rest, axis=0)
     return float(stdtrit(wanted.SAMPLES, 0.975) * np.sqrt(np.mean(lengths**2)))
