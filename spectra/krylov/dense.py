@@ -229,7 +229,7 @@ def _dense(op: LinearOperator, metric: LinearOperator, k: int, which: str, tol: 
         )
     matrix, weight = (np.asarray(x.as_matrix(), np.float64) for x in (op, metric))
     spectrum = np.linalg.eigvalsh(weight)
-    noise = matrix_error(metric, spectrum)
+    noise = matrix_error(metric, weight, spectrum)
     if spectrum[0] <= noise:
         raise SpectraError(
             f"the metric is not positive definite to its rounding: its smallest eigenvalue is "
@@ -258,7 +258,7 @@ def _stated(op: LinearOperator, matrix: np.ndarray) -> float:
     """A bound on what rounding did to a matrix that cannot be measured, or to products with it in float64."""
     values = np.linalg.eigvalsh(matrix)
     if op.moved(jax.random.key(0)) is None:
-        return matrix_error(op, values)
+        return matrix_error(op, matrix, values)
     return len(values) * float(np.finfo(float).eps) * float(np.abs(values).max())
 
 
