@@ -70,6 +70,10 @@ of one product. It is so for any number of vectors, each of which gathers less t
 parameters are gathered once for four. Before, all right-hand sides of a block were multiplied at once, up
 to 64 of them.
 
+`solve, sides` keeps 64 directions, and as many images, of which there was a copy in the order of a product's
+collectives, with the split axis first (6.15 GiB in all). It is told the order of what it multiplies and of
+the products, and holds them once.
+
 Before, too, a step of `LanczosIteration` on eight cards gathered a whole vector (118 MB), copied nine
 segments of the basis and left four conditionals to the host, since nothing said where its result lies and a
 conditional was around all of it; and what sets the unit of an estimator's products was a conditional on the
