@@ -212,3 +212,10 @@ def test_asymmetry_by_rounding_is_named():
     op = spectra.HessianOperator(loss_fn, op.params, op.data)
     with pytest.raises(spectra.NotSymmetricError, match=r"Rounding alone changes .* float64"):
         spectra.slq(op, key=KEY, num_steps=9, num_probes=2)
+
+
+def test_what_was_saved_in_float32_says_nothing_in_float64():
+    """A prepared operator's products start from saved values, whose rounding float64 would not see."""
+    op, _ = confident(0, 3.0)
+    assert doubled(op) is not None
+    assert doubled(op.prepare()) is None

@@ -169,9 +169,8 @@ def trace(
             needs_key=method != "exact",
             journal=journal,
         )
-        if method == "exact":
-            return _exact(run, reason)
-        return _of_nothing(run, _RUNNERS[method](run, kind, num_matvecs, reason))
+        found = _exact(run, reason) if method == "exact" else _RUNNERS[method](run, kind, num_matvecs, reason)
+        return _of_nothing(run, found)
 
 
 def _of_nothing(run: Run, found: Estimate) -> Estimate:

@@ -224,7 +224,9 @@ def eigsh(
             op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, places, watch
         )
     found = wanted.with_measured_floor(op, pairs, images)
-    return found if found.noise_floor else dataclasses.replace(found, noise_floor=vanished(op))
+    if np.any(found.values) or which == "SM":
+        return found
+    return dataclasses.replace(found, noise_floor=max(found.noise_floor, vanished(op)))
 
 
 def _pairs(

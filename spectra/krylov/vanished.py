@@ -11,9 +11,10 @@ def vanished(op: LinearOperator) -> float:
 
     A saturated loss has second derivatives below what its type resolves: 1 - p of a probability that rounds
     to one, or an exponential that underflows. What rounding changes is then no share of |H|, but the whole of
-    it: |H' - H|, as measured, and no less than the smallest number of the type. 0 for an operator without
-    parameters, such as a matrix of zeros, which has nothing to round.
+    it: |H' - H|, as measured, and no less than the smallest number of the type. Products in float64 do not
+    say it, since they may vanish as well. 0 for an operator without parameters, such as a matrix of zeros,
+    which has nothing to round.
     """
     if not wanted.is_measured(op):
         return 0.0
-    return max(wanted.change_of_matrix(op), float(jnp.finfo(op.dtype).tiny))
+    return max(wanted.change_of_matrix(op, moved=True), float(jnp.finfo(op.dtype).tiny))
