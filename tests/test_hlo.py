@@ -51,6 +51,23 @@ def test_bytes_kernels_and_copies_of_a_step():
     assert program.conditionals() == 1
 
 
+def test_products_of_a_library_say_their_precision():
+    """As XLA writes them: what is asked for lies in the call's configuration."""
+    call = (
+        'custom-call(f32[2,3]{1,0} %a, f32[3,2]{1,0} %b), custom_call_target="__cublas$lt$matmul", '
+        'backend_config={"gemm_backend_config":{"precision_config":{"operand_precision":["HIGHEST","HIGHEST"]}}}'
+    )
+    lines = [
+        "HloModule jit_f, is_scheduled=true",
+        "ENTRY %main (a: f32[2,3], b: f32[3,2]) -> f32[2,2] {",
+        "  %a = f32[2,3]{1,0} parameter(0)",
+        "  %b = f32[3,2]{1,0} parameter(1)",
+        f"  ROOT %c = f32[2,2]{{1,0}} {call}",
+        "}",
+    ]
+    assert Program("\n".join(lines)).precisions() == {"cuBLAS, highest": 1}
+
+
 def test_what_the_host_runs_is_what_lies_outside_of_command_buffers():
     expected = {"kCopy": 2, "kWhile": 1, "kCustomKernel": 1, "kCommandBuffer": 1, "kConditional": 1}
     assert machine_code.on_host(THUNKS) == expected | {"kAllReduce": 1}

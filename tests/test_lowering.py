@@ -231,7 +231,7 @@ def test_a_step_on_a_gpu_copies_no_basis_and_asks_no_host():
     # One sweep of `dots` and of `subtract`; each again in the second pass, within one of its own.
     # None is left for the norm and the unit.
     assert figures["conditionals"] == 6
-    assert figures["precisions"].keys() == {"highest"}
+    assert figures["precisions"].keys() == {"cuBLAS, highest"}  # XLA's own kernels are slow in float32
     assert figures["instructions"] == {}  # neither tensor cores, whose float32 is tf32, nor float64
 
 
