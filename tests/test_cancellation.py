@@ -135,3 +135,15 @@ def test_a_comparison_holds_the_rounding_of_both(step, probes):
         assert found.frobenius.lower <= truth <= found.frobenius.upper
         assert found.trace.lower <= np.trace(exact[0]) / np.trace(exact[1]) <= found.trace.upper
         assert found.frobenius.upper <= 3 * truth + 1e-6
+
+
+def test_factors_of_a_product_do_not_cancel():
+    """A (-A) is -A²: that A - A is nothing says nothing of it."""
+    numbers = np.arange(1.0, 81.0)
+    op = spectra.MatrixOperator(jnp.asarray(np.diag(numbers), jnp.float32))
+    product = op @ (-1.0 * op)
+    found = spectra.trace(product, key=jax.random.key(0), method="xtrace", num_matvecs=40)
+    alone = spectra.trace(op @ op, key=jax.random.key(0), method="xtrace", num_matvecs=40)
+    np.testing.assert_allclose([found.value, found.stderr], [-alone.value, alone.stderr], rtol=1e-5)
+    low, _, high = found.interval(0.9999)
+    assert low <= -np.sum(numbers**2) <= high

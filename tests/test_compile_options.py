@@ -22,17 +22,15 @@ CALLS = {
 
 @pytest.fixture
 def options(monkeypatch):
-    """A GPU's options on the platform that is here, which ignores them, and how many programs had them."""
+    """A GPU's options on the platform that is here, which ignores them, and those of every call."""
     monkeypatch.setitem(programs.OPTIONS, jax.default_backend(), programs.OPTIONS["gpu"])
-    seen = []
-    own = jax.jit
+    seen, own = [], programs.options
 
-    def counted(function, **arguments):
-        if "compiler_options" in arguments:
-            seen.append(arguments["compiler_options"])
-        return own(function, **arguments)
+    def noted(platform):
+        seen.append(own(platform))
+        return seen[-1]
 
-    monkeypatch.setattr(jax, "jit", counted)
+    monkeypatch.setattr(programs, "options", noted)
     return seen
 
 
@@ -40,20 +38,27 @@ def options(monkeypatch):
 def test_calls_with_options(options, name):
     call = CALLS[name]
     found = call(OP)
-    assert not options or options[0] == programs.OPTIONS["gpu"]
+    assert options
+    assert all(chosen == programs.OPTIONS["gpu"] for chosen in options)
     programs.OPTIONS.pop(jax.default_backend())
     np.testing.assert_array_equal(found, call(OP))
 
 
-def test_every_program_of_its_own_has_them(options):
+def test_a_program_is_compiled_once_with_its_options(options, monkeypatch):
+    given, own = [], jax.jit
+
+    def counted(function, **arguments):
+        given.append(arguments.get("compiler_options"))
+        return own(function, **arguments)
+
+    monkeypatch.setattr(jax, "jit", counted)
+
     @programs.jit
     def doubled(x):
         return 2 * x
 
-    assert doubled(jnp.ones(3)).sum() == 6
-    assert options == [programs.OPTIONS["gpu"]]
-    doubled(jnp.ones(3))
-    assert len(options) == 1
+    assert doubled(jnp.ones(3)).sum() == doubled(jnp.ones(3)).sum() == 6
+    assert given == [None, programs.OPTIONS["gpu"]]  # the plain one is for programs of others
     assert doubled.compiled(jnp.ones(3))(jnp.ones(3)).sum() == 6
 
 

@@ -172,14 +172,15 @@ def subtract(
 ) -> Panels:
     """v - Q^T c over the first `filled` rows. Reads them once."""
     coefficients = coefficients.reshape(len(basis), -1)
-    programs = _programs(1, functools.partial(_subtract, layout))
-    return lax.platform_dependent(basis, filled, coefficients, vector, **programs)
+    return lax.platform_dependent(
+        basis, filled, coefficients, vector, **_programs(1, functools.partial(_subtract, layout))
+    )
 
 
 def _programs(sweep: int, visit: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """`_sweep` by platform, with as many segments at once as suit it there."""
-    programs = {name: functools.partial(_sweep, visit, counts[sweep]) for name, counts in AT_ONCE.items()}
-    return programs | {"default": functools.partial(_sweep, visit, 1)}
+    counts = {name: of_sweeps[sweep] for name, of_sweeps in AT_ONCE.items()} | {"default": 1}
+    return {name: functools.partial(_sweep, visit, count) for name, count in counts.items()}
 
 
 def _sweep(

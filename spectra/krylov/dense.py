@@ -272,7 +272,6 @@ def _measured(
     An entry that was made of others, as by a shift, has been rounded once more.
     """
     import scipy.linalg
-    from scipy.special import stdtrit
 
     total, rng = np.zeros((wanted.SAMPLES, len(factor))), np.random.default_rng(wanted.KEY)
     for op, matrix, weights in sides:
@@ -288,5 +287,4 @@ def _measured(
             entries = (unit * rng.choice([-1, 1], matrix.shape) * matrix) @ column
             total[i] += np.asarray(trees.ravel(change), np.float64) + entries
     rest: np.ndarray = scipy.linalg.solve_triangular(factor, total.T, lower=True)
-    lengths: np.ndarray = np.linalg.norm(rest, axis=0)
-    return float(stdtrit(wanted.SAMPLES, 0.975) * np.sqrt(np.mean(lengths**2)))
+    return wanted.limit(np.linalg.norm(rest, axis=0))

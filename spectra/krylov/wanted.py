@@ -129,7 +129,7 @@ def change_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> float:
     exact = doubled(op)
     if exact is not None:
         return MARGIN * exact.distance(v, image)
-    return _limit([_change(op, i, v, image) for i in range(SAMPLES)])
+    return limit([_change(op, i, v, image) for i in range(SAMPLES)])
 
 
 def change_of_matrix(op: LinearOperator, moved: bool = False) -> float:
@@ -145,7 +145,7 @@ def change_of_matrix(op: LinearOperator, moved: bool = False) -> float:
         v = draws.unit_vector(jax.random.key(KEY + i), op)
         image = multiply(here, v)
         changes.append(_change(op, i, v, image) if exact is None else exact.distance(v, image))
-    return float(np.sqrt(op.size)) * _limit(changes)
+    return float(np.sqrt(op.size)) * limit(changes)
 
 
 def error_of_matrix(exact: DoubledOperator, matrix: np.ndarray) -> float:
@@ -171,7 +171,8 @@ def _change(op: LinearOperator, i: int, v: PyTree, image: PyTree) -> float:
     return float(_distance(multiply(other.prepare(), v), image))
 
 
-def _limit(changes: list[float]) -> float:
+def limit(changes: list[float] | np.ndarray) -> float:
+    """What one more of `SAMPLES` normal numbers stays below at 95 %: Student's t."""
     from scipy.special import stdtrit
 
     return float(stdtrit(SAMPLES, 0.975) * np.sqrt(np.mean(np.square(changes))))

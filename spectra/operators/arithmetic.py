@@ -60,17 +60,10 @@ class Composed(LinearOperator):
         return self._remade(tuple(new or part for new, part in pairs)) if any(moved) else None
 
 
-@operator(leaves=("terms",))
-class SumOperator(Composed):
-    """The sum of operators on the same vectors; written `a + b` or `a - b`."""
+class OfTerms(Composed):
+    """An operator made of several on the same vectors: their sum, or their product."""
 
     terms: tuple[LinearOperator, ...]
-
-    def __init__(self, terms: tuple[LinearOperator, ...]):
-        flat = [t for term in terms for t in (term.terms if type(term) is SumOperator else (term,))]
-        for term in flat[1:]:
-            trees.check_structure(term.structure, flat[0].structure, "the second operator of a sum")
-        object.__setattr__(self, "terms", tuple(flat))
 
     @property
     def made_of(self) -> tuple[LinearOperator, ...]:
@@ -81,6 +74,26 @@ class SumOperator(Composed):
     def like(self) -> PyTree:
         """The vectors of the first term."""
         return self.terms[0].like
+
+    def moved(self, key: jax.Array) -> LinearOperator:
+        """The same of moved terms: each is rounded relative to itself, and they may cancel."""
+        return self._remade(each_moved(self.terms, key))
+
+    def _stacks(self) -> dict[int, str]:
+        return self.terms[0]._stacks()
+
+
+@operator(leaves=("terms",))
+class SumOperator(OfTerms):
+    """The sum of operators on the same vectors; written `a + b` or `a - b`."""
+
+    terms: tuple[LinearOperator, ...]
+
+    def __init__(self, terms: tuple[LinearOperator, ...]):
+        flat = [t for term in terms for t in (term.terms if isinstance(term, SumOperator) else (term,))]
+        for term in flat[1:]:
+            trees.check_structure(term.structure, flat[0].structure, "the second operator of a sum")
+        object.__setattr__(self, "terms", tuple(flat))
 
     def mv(self, v: PyTree) -> PyTree:
         """The sum of the terms' products."""
@@ -101,19 +114,12 @@ class SumOperator(Composed):
             first = jax.tree.map(jnp.add, first, image)
         return first
 
-    def _stacks(self) -> dict[int, str]:
-        return self.terms[0]._stacks()
-
     def explain_asymmetry(self) -> str:
         """What the coarsest term knows, and that terms may cancel."""
         return (
             f"{super().explain_asymmetry()} Each term of a sum is rounded relative to itself: where terms "
             "nearly cancel, that is much of what is left, and float64 makes it smaller."
         )
-
-    def moved(self, key: jax.Array) -> LinearOperator:
-        """The same of moved terms: each is rounded relative to itself, and they may cancel."""
-        return self._remade(each_moved(self.terms, key))
 
     def _remade(self, parts: tuple[LinearOperator, ...]) -> "SumOperator":
         return SumOperator(parts)

@@ -10,7 +10,7 @@ import numpy as np
 from spectra.base import stacks, trees
 from spectra.base.errors import StructureError
 from spectra.base.trees import PyTree
-from spectra.operators.arithmetic import SumOperator, Wrapped
+from spectra.operators.arithmetic import OfTerms, Wrapped
 from spectra.operators.base import LinearOperator
 from spectra.operators.pytree import operator
 from spectra.results.base import provides
@@ -110,7 +110,7 @@ class DeflatedOperator(Wrapped):
 
 
 @operator(leaves=("terms",))
-class ProductOperator(SumOperator):
+class ProductOperator(OfTerms):
     """A B …, written `a @ b`: a matrix of this package where it is symmetric.
 
     A B A is; A B is where the two commute. What is not symmetric is refused where a result rests on it, as a

@@ -5,22 +5,19 @@ and complex number in double precision, whatever it casts to. That rounds by 1e-
 error of the product itself, where stochastic arithmetic gives others of its size.
 """
 
-from collections.abc import Iterator
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import host, meshes, stacks, trees
+from spectra.base import host, meshes, trees
 from spectra.base.trees import PyTree
-from spectra.operators.accumulate import weighted_sum
-from spectra.operators.arithmetic import Derived
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.evaluate import can_enter, evaluate
 from spectra.operators.pytree import operator
-from spectra.operators.stochastic import EMITTERS
+from spectra.operators.stochastic import EMITTERS, Reevaluated
 
 QUICK: dict[str, bool | int] = {"xla_backend_optimization_level": 0} | EMITTERS
 """Compiler options of a program that runs once or four times: for a transformer of four layers it compiles in
@@ -31,25 +28,16 @@ HELD = 4
 
 
 @operator(leaves=("base",))
-class DoubledOperator(Derived):
+class DoubledOperator(Reevaluated):
     """Another operator whose products are computed in float64, and rounded once; made by `doubled`."""
 
-    base: Any  # with `_pieces` if its data are streamed
+    base: Any
 
-    @property
-    def on_host(self) -> bool:
-        """True: its programs are compiled by themselves, quickly."""
-        return True
-
-    def prepare(self) -> Self:
-        """Itself: what products share would be rounded if it were saved."""
-        return self
-
-    def mv(self, v: PyTree) -> PyTree:
-        """The product; with a stream, the sum of those with its batches."""
-        if self.base.on_host:
-            return weighted_sum(lambda piece: piece.mv(v), self._pieces())
+    def _evaluated(self, v: PyTree) -> PyTree:
         return self._run(_rounded_product, v, where=meshes.places(self.base.like))
+
+    def _of(self, piece: LinearOperator) -> "DoubledOperator":
+        return DoubledOperator(piece)
 
     def distance(self, v: PyTree, image: PyTree) -> float:
         """|H v - image|, as a product with a stream and one in float64 say."""
@@ -67,15 +55,6 @@ class DoubledOperator(Derived):
         base = jax.tree.map(jnp.asarray, self.base)
         with jax.enable_x64(True):
             return program(base, *vectors, **options)
-
-    def mv_batch(self, vectors: PyTree) -> PyTree:
-        """Products one by one."""
-        return stacks.stacked([self.mv(v) for v in stacks.split(vectors)])
-
-    def _pieces(self) -> Iterator[tuple[float, LinearOperator]]:
-        weight: float
-        for weight, piece in self.base._pieces():
-            yield weight, DoubledOperator(piece)
 
 
 def doubled(op: Any) -> DoubledOperator | None:

@@ -5,6 +5,7 @@ probabilities, what counts is the rounding of the numbers in between. Parameters
 leave these where they are: p = 1 - 7e-6 lies on a grid of 6e-8, and none of its neighbours is seen.
 """
 
+import abc
 import itertools
 from collections.abc import Iterator
 from typing import Any, Self
@@ -55,16 +56,18 @@ LONG = 1000
 compiles in a second with all optimisations, and runs in half the time."""
 
 
-@operator(leaves=("base", "salt"))
-class StochasticOperator(Derived):
-    """Another operator whose products are rounded at random, as the number `salt` says.
-
-    The difference between two products is what rounding does to one of them (Parker, Monte Carlo arithmetic,
-    1997; Vignes, doi:10.1016/0378-4754(93)90003-D).
-    """
+class Reevaluated(Derived):
+    """Another operator whose products are its program, evaluated otherwise than as it stands."""
 
     base: Any  # with `_pieces` if its data are streamed
-    salt: Any
+
+    @abc.abstractmethod
+    def _evaluated(self, v: PyTree) -> PyTree:
+        """The product of a base that is no stream."""
+
+    @abc.abstractmethod
+    def _of(self, piece: LinearOperator) -> LinearOperator:
+        """The same of another base."""
 
     @property
     def on_host(self) -> bool:
@@ -79,9 +82,7 @@ class StochasticOperator(Derived):
         """The product; with a stream, the sum of those with its batches."""
         if self.base.on_host:
             return weighted_sum(lambda piece: piece.mv(v), self._pieces())
-        if trees.is_traced((self, v)):
-            return _product(self.base, self.salt, v, ())
-        return _program(self.base, v)(self.base, self.salt, v, meshes.places(self.base.like))
+        return self._evaluated(v)
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """Products one by one."""
@@ -90,7 +91,27 @@ class StochasticOperator(Derived):
     def _pieces(self) -> Iterator[tuple[float, LinearOperator]]:
         weight: float
         for weight, piece in self.base._pieces():
-            yield weight, StochasticOperator(piece, self.salt)
+            yield weight, self._of(piece)
+
+
+@operator(leaves=("base", "salt"))
+class StochasticOperator(Reevaluated):
+    """Another operator whose products are rounded at random, as the number `salt` says.
+
+    The difference between two products is what rounding does to one of them (Parker, Monte Carlo arithmetic,
+    1997; Vignes, doi:10.1016/0378-4754(93)90003-D).
+    """
+
+    base: Any
+    salt: Any
+
+    def _evaluated(self, v: PyTree) -> PyTree:
+        if trees.is_traced((self, v)):
+            return _product(self.base, self.salt, v, ())
+        return _program(self.base, v)(self.base, self.salt, v, meshes.places(self.base.like))
+
+    def _of(self, piece: LinearOperator) -> "StochasticOperator":
+        return StochasticOperator(piece, self.salt)
 
 
 def _product(op: LinearOperator, salt: jax.Array, v: PyTree, where: meshes.Places) -> PyTree:
