@@ -98,6 +98,7 @@ def test_values_and_products_are_those_of_attention_written_out(name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@jax.default_matmul_precision("highest")  # on a GPU both would be TF32 otherwise, in different orders
 def test_lengths_scale_and_dtypes_are_those_of_jax(dtype):
     args = inputs(dtype=dtype)
     options = {
@@ -122,6 +123,7 @@ def test_lengths_scale_and_dtypes_are_those_of_jax(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
+@jax.default_matmul_precision("highest")
 def test_a_row_hidden_by_a_bias_of_any_dtype_averages_all_values(dtype):
     q, k, v = inputs(dtype=jnp.float32)
     out = spectra.attention(q, k, v, bias=jnp.zeros((1, 1, 37, 37), dtype).at[:, :, 4].set(-jnp.inf))
@@ -149,10 +151,14 @@ def temporary_bytes(attend, length):
 
 
 def test_a_product_takes_memory_that_is_linear_in_the_sequence():
-    """Lengths at which blocks no longer count; slope of the logarithms at most 1.1."""
+    """Lengths at which blocks no longer count; slope of the logarithms at most 1.1.
+
+    A block of a GPU is a 64th of the square of 8192, a CPU's less than a thousandth.
+    """
     short, long = temporary_bytes(spectra.attention, 2048), temporary_bytes(spectra.attention, 8192)
     assert np.log(long / short) <= 1.1 * np.log(4)
-    assert long <= temporary_bytes(jax.nn.dot_product_attention, 8192) / 100
+    part = 100 if jax.default_backend() == "cpu" else 40
+    assert long <= temporary_bytes(jax.nn.dot_product_attention, 8192) / part
 
 
 @pytest.mark.parametrize(

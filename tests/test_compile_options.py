@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import spectra
-from spectra.base import programs
+from spectra.base import arrays, programs
 
 KEY = jax.random.key(0)
 MATRIX = jnp.diag(jnp.arange(1.0, 9.0)) + 0.1
@@ -26,8 +26,8 @@ def options(monkeypatch):
     monkeypatch.setitem(programs.OPTIONS, jax.default_backend(), programs.OPTIONS["gpu"])
     seen, own = [], programs.options
 
-    def noted(platform):
-        seen.append(own(platform))
+    def noted(platform, those):
+        seen.append(own(platform, those))
         return seen[-1]
 
     monkeypatch.setattr(programs, "options", noted)
@@ -88,3 +88,12 @@ def test_what_the_user_chose_stays(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")
     assert programs.options("gpu") == {"xla_gpu_enable_triton_gemm": False}
     assert programs.options("cpu") == {}
+
+
+@pytest.mark.parametrize(("decompose", "chosen"), [(arrays.eigh, "algorithm = 1"), (arrays.svd, "gesvd_ffi")])
+def test_small_decompositions_are_by_qr_on_a_gpu(decompose, chosen):
+    """As LAPACK's are: Jacobi's rotations, JAX's choice there, are off by several times as much."""
+    traced = jax.jit(decompose).trace(jnp.eye(4))
+    there, here = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cuda", "cpu"))
+    assert chosen in next(line for line in there.split("\n") if "cusolver" in line)
+    assert "cusolver" not in here

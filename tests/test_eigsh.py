@@ -284,7 +284,8 @@ def test_memory_is_bounded_by_the_basis_and_nothing_compiles_again(x64):
     pairs = spectra.eigsh(op, 2, which="LA", key=KEY, tol=1e-8, num_basis=12)
     assert pairs.num_restarts > 5
     assert pairs.num_matvecs > 60
-    assert len(traces) == 2  # to see what the product is made of, and to compile it
+    # To compile it; and on a CPU, where convolutions are compiled otherwise, to see what it is made of.
+    assert len(traces) == 1 + (jax.default_backend() == "cpu")
     np.testing.assert_allclose(pairs.values, [498 / 499, 1.0], atol=1e-8)
 
 

@@ -343,18 +343,16 @@ NETWORKS = ("mlp", "transformer", "small")
 Cell = tuple[str, Callable[[], Iterator[dict]]]
 GROUPS: dict[str, list[Cell]] = {
     "programs": [
-        *((f"steps, {name}", partial(steps, name)) for name in NETWORKS[:2]),
-        *((f"one segment, {name}", partial(one_segment, name)) for name in NETWORKS[:2]),
-        ("orthogonalisation, 85002", partial(orthogonalisation, 85_002)),
-        ("orthogonalisation, 85002, one segment", partial(orthogonalisation, 85_002, segments=1)),
-        ("steps, small", partial(steps, "small")),
+        *((f"steps, {name}", partial(steps, name)) for name in NETWORKS),
         *(
             (f"orthogonalisation, {n}", partial(orthogonalisation, n))
-            for n in ([] if TINY else [5_000_000, 30_000_000])
+            for n in ((85_002,) if TINY else (85_002, 5_000_000, 30_000_000))
         ),
         ("ceilings", ceilings),
         ("truth", truth),
         ("estimates", estimates),
+        ("orthogonalisation, 85002, one segment", partial(orthogonalisation, 85_002, segments=1)),
+        *((f"one segment, {name}", partial(one_segment, name)) for name in NETWORKS[:2]),
     ],
     "densities": [(f"density, {name}", partial(densities, name)) for name in NETWORKS[:2]],
     "kernels": [(f"kernels, {name}", partial(traced, name)) for name in NETWORKS],

@@ -2,13 +2,14 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from spectra.base import trees
 
+Options = Mapping[str, Mapping[str, bool | int]]
 OPTIONS: dict[str, dict[str, bool | int]] = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 """Compiler options by platform.
 
@@ -17,22 +18,23 @@ one. On an H200 the first Hessian product of a transformer of 818k parameters to
 without, and later ones of an MLP 0.42 and 0.16 ms."""
 
 
-def jit(function: Callable[..., Any], **arguments: Any) -> "Program":
+def jit(function: Callable[..., Any], options: Options = OPTIONS, **arguments: Any) -> "Program":
     """`jax.jit` with the options of the platform; inside of a program of somebody else's, with theirs."""
-    return Program(function, arguments)
+    return Program(function, arguments, options)
 
 
-def options(platform: str) -> dict[str, bool | int]:
+def options(platform: str, those: Options = OPTIONS) -> dict[str, bool | int]:
     """Those of a platform, without what the user chose in XLA_FLAGS."""
     chosen = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in OPTIONS.get(platform, {}).items() if name not in chosen}
+    return {name: value for name, value in those.get(platform, {}).items() if name not in chosen}
 
 
 class Program:
     """What `jit` returns, called as what `jax.jit` returns."""
 
-    def __init__(self, function: Callable[..., Any], arguments: dict[str, Any]):
+    def __init__(self, function: Callable[..., Any], arguments: dict[str, Any], those: Options):
         functools.update_wrapper(self, function)
+        self._options = those
         self._plain = jax.jit(function, **arguments)
         self._by_options = functools.cache(
             lambda *pairs: jax.jit(function, compiler_options=dict(pairs), **arguments)
@@ -42,9 +44,9 @@ class Program:
         """The result; compiles at the first call for these shapes."""
         platform = jax.default_backend()
         # JAX takes options for a whole program only.
-        if platform not in OPTIONS or trees.is_traced((args, kwargs)):
+        if platform not in self._options or trees.is_traced((args, kwargs)):
             return self._plain(*args, **kwargs)
-        return self._by_options(*options(platform).items())(*args, **kwargs)
+        return self._by_options(*options(platform, self._options).items())(*args, **kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """As of `jax.jit`."""
@@ -57,7 +59,7 @@ class Program:
     def compiled(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
         """What runs for arguments of these shapes."""
         lowered: Any = self.lower(*args, **kwargs)
-        return lowered.compile(compiler_options=options(jax.default_backend()))
+        return lowered.compile(compiler_options=options(jax.default_backend(), self._options))
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """As of `jax.jit`."""

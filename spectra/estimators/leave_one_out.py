@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from spectra.base import arrays
 from spectra.base.host import one_thread
 
 Array = Any
@@ -90,7 +91,7 @@ def directions(sketch: Array, precision: float, xp: Any) -> Array:
 
 
 def _raised_inverse(sketch: Array, precision: float, xp: Any) -> Array:
-    left, values, right = xp.linalg.svd(sketch)
+    left, values, right = np.linalg.svd(sketch) if xp is np else arrays.svd(sketch)
     floor = len(values) * precision * values[0]
     values = xp.where(floor > 0, xp.maximum(values, floor), 1)
     return (right.T / values) @ left.T

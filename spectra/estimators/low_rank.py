@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from spectra.base import meshes, programs, trees
+from spectra.base import arrays, meshes, programs, trees
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, leave_one_out
@@ -262,7 +262,8 @@ def nystrom(sketch: SketchRun, method: str, other: str) -> Factored:
     squares = run.by_group(blocks.row_dots(images, images))
     gram = run.host(jnp.sum(blocks.gram(probes, probes), axis=0))
     with leave_one_out.careful():
-        weights, axes = xp.linalg.eigh(gram)
+        eigh: Any = np.linalg.eigh if xp is np else arrays.eigh
+        weights, axes = eigh(gram)
         smallest = xp.maximum(weights[0], run.op.precision * weights[-1])
         inverse_gram = (axes / xp.maximum(weights, smallest)) @ axes.T
         shift = run.op.precision * xp.sqrt(xp.mean(squares[-1]))
@@ -270,7 +271,7 @@ def nystrom(sketch: SketchRun, method: str, other: str) -> Factored:
         images = _shift(shift, probes, images)
         core = run.host(jnp.sum(blocks.gram(probes, images), axis=0))
         sketch.check(core, core.T)
-        values, vectors = xp.linalg.eigh((core + core.T) / 2)
+        values, vectors = eigh((core + core.T) / 2)
     if not run.traced:
         sizes = np.sum(vectors * (gram @ vectors), axis=0)  # |v|² of the vectors that have these forms
         _require_positive(values, float(sketch.unit) * values / sizes, run, method, other)

@@ -244,8 +244,9 @@ class EigenRun:
             num_matvecs=band.num_matvecs,
             num_restarts=self.restarts,
             missed=self.missed,
-            # As `Quadrature.noise_floor`, and what LAPACK and each restart on the host add.
-            noise_floor=scale * (max(asymmetry, 4 * op.precision) + EPS * (1 + self.restarts) ** 0.5),
+            # As `Quadrature.noise_floor`, and what LAPACK and each restart on the host add: about EPS / 2, of
+            # either sign, so that this is four standard deviations.
+            noise_floor=scale * (max(asymmetry, 4 * op.precision) + 2 * EPS * (1 + self.restarts) ** 0.5),
             status=Status.NOT_CONVERGED if not done else Status.NOISY if noisy else Status.CONVERGED,
         )
         return pairs, images

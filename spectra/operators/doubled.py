@@ -12,16 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import host, meshes, trees
+from spectra.base import host, meshes, programs, trees
 from spectra.base.trees import PyTree
+from spectra.operators import stochastic
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.evaluate import can_enter, evaluate
 from spectra.operators.pytree import operator
 from spectra.operators.stochastic import EMITTERS, Reevaluated
 
-QUICK: dict[str, bool | int] = {"xla_backend_optimization_level": 0} | EMITTERS
+QUICK = stochastic.QUICK | {"cpu": {"xla_backend_optimization_level": 0} | EMITTERS}
 """Compiler options of a program that runs once or four times: for a transformer of four layers it compiles in
 1.4 s of a CPU, and takes 0.77 s to run; with all optimisations 4.6 s and 0.65 s."""
+HALF_RATE = {"6.0", "7.0", "8.0", "9.0", "10.0"}
+"""Compute capabilities of NVIDIA cards that are at least half as fast in float64 as in float32; others are
+32 or 64 times as slow (CUDA C++ Programming Guide, throughput of arithmetic instructions)."""
 
 HELD = 4
 """Bytes of a product in float64 for each that one in float32 saves: as many again are its tangents."""
@@ -61,10 +65,10 @@ def doubled(op: Any) -> DoubledOperator | None:
     """The operator in float64; None where that says nothing, or costs more than products that are moved.
 
     That is: where it computes in float64 already, where parts of it are only known to a precision, on
-    accelerators, where float64 may be 64 times as slow, without memory for it, and where a program has parts
-    of a fixed type (a kernel of its own, a call of the host, `shard_map`).
+    accelerators that are slow in float64, without memory for it, and where a program has parts of a fixed
+    type (a kernel of its own, a call of the host, `shard_map`).
     """
-    if not op.known_in_double or op.device.platform != "cpu" or op.dtype == jnp.float64:
+    if not op.known_in_double or not _at_half_rate(op) or op.dtype == jnp.float64:
         return None
     free = host.available_bytes(op.device)
     if free is not None and HELD * op.evaluated_bytes() > free:
@@ -72,6 +76,10 @@ def doubled(op: Any) -> DoubledOperator | None:
     if op.on_host and not hasattr(op, "_pieces"):  # made from what is streamed
         return None
     return DoubledOperator(op) if _possible(op.first_piece() if op.on_host else op) else None
+
+
+def _at_half_rate(op: LinearOperator) -> bool:
+    return op.device.platform == "cpu" or getattr(op.device, "compute_capability", None) in HALF_RATE
 
 
 def _possible(op: LinearOperator) -> bool:
@@ -92,7 +100,7 @@ def _in_double(op: LinearOperator, v: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
-_compiled = partial(jax.jit, compiler_options=QUICK)
+_compiled = partial(programs.jit, options=QUICK)
 _product = _compiled(_in_double)
 
 

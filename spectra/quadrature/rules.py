@@ -96,9 +96,11 @@ def _eigh_traced(matrix):
     import jax
     import jax.numpy as jnp
 
+    from spectra.base import arrays
+
     @jax.custom_jvp
     def eigh(matrix):
-        return tuple(jnp.linalg.eigh(matrix))
+        return arrays.eigh(matrix)
 
     @eigh.defjvp
     def derivative(primals, tangents):
