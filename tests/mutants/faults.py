@@ -359,6 +359,20 @@ KRYLOV = [
         "test_compile_options.py::test_what_the_user_chose_stays",
     ),
     fault(
+        "small decompositions on a GPU by Jacobi's rotations",
+        "base/arrays.py",
+        "lax.linalg.eigh(x, implementation=lax.linalg.EighImplementation.QR)",
+        "lax.linalg.eigh(x)",
+        "test_compile_options.py::test_small_decompositions_are_by_qr_on_a_gpu",
+    ),
+    fault(
+        "a count lies outside of its limits by rounding",
+        "estimators/counts.py",
+        "middle = min(max(middle, low), high)",
+        "middle = float(middle)",
+        "test_trace_of.py::test_a_count_lies_between_its_limits",
+    ),
+    fault(
         "products in float64 are float32",
         "operators/doubled.py",
         "return np.dtype(np.float64)",
