@@ -104,7 +104,7 @@ def _row(key: jax.Array, draw: Distribution, leaf: tuple[jax.Array, jax.Array]) 
     """The numbers of a leaf, by its place and size, and then zeros."""
     place, size = leaf
     drawn = draw(jax.random.fold_in(key, place))
-    return jnp.where(arrays.positions(size.dtype, drawn.shape, 0) < size, drawn, 0)
+    return jnp.where(jnp.arange(len(drawn)) < size, drawn, 0)
 
 
 @jax.jit

@@ -728,7 +728,7 @@ DENSITY = [
     fault(
         "numbers of an operator's own are arrays",
         "operators/pytree.py",
-        "return trees.Static(leaf) if is_static else leaf",
+        "return paths.Static(leaf) if is_static else leaf",
         "return leaf",
         "test_own.py::test_an_operator_of_any_kind_works_under_jit_and_in_algorithms",
     ),
