@@ -173,11 +173,6 @@ class DataOperator(OnParameters, LinearOperator):
     """Whether the loss is evaluated on single examples."""
 
     @property
-    def like(self) -> PyTree:
-        """The parameters that vary; None in place of all others."""
-        return self._varying()
-
-    @property
     def on_host(self) -> bool:
         """Whether the data are streamed."""
         return self.stream is not None

@@ -154,7 +154,7 @@ class JacobianOperator(OnParameters):
     @property
     def like(self) -> PyTree:
         """A vector that `J @ v` takes: the parameters; for `J.T`, the shapes of the outputs."""
-        return self._outputs() if self.transposed else self._varying()
+        return self._outputs() if self.transposed else super().like
 
     @property
     def like_left(self) -> PyTree:
@@ -298,7 +298,7 @@ class JacobianOperator(OnParameters):
 
     def _working(self) -> PyTree:
         """The structure of the parameters that vary, float32 at least."""
-        return trees.vector_structure(self._varying())
+        return trees.vector_structure(super().like)
 
     def _evaluate(self, variables: PyTree, inputs: PyTree) -> PyTree:
         with jax.default_matmul_precision("float32"):
@@ -306,7 +306,7 @@ class JacobianOperator(OnParameters):
 
     def _products(self) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
         """v -> J v and u -> Jᵀ u at the parameters, which share one evaluation of the model."""
-        variables = trees.cast_like(self._varying(), self._working())
+        variables = trees.cast_like(super().like, self._working())
         outputs = self._outputs()
         values, push, pull = differentiate.jacobian(
             self.mode, lambda x: self._evaluate(x, self.inputs), variables

@@ -50,7 +50,8 @@ class OnParameters:
     params: PyTree
     selected: tuple[int, ...] | None  # leaves of params that vary; None for all
 
-    def _varying(self) -> PyTree:
+    @property
+    def like(self) -> PyTree:
         """The parameters that vary; None in place of all others."""
         if self.selected is None:
             return self.params
