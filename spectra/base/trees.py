@@ -93,12 +93,14 @@ def vector_structure(params: PyTree) -> PyTree:
     Without x64 a NumPy array of float64 is one of float32 to JAX.
     """
     leaves, treedef = jax.tree.flatten(params)
-    wrong = [not is_array(leaf) for leaf in leaves]
-    if any(wrong):  # only then the paths, which take longer to make than everything else here
-        path, leaf = jax.tree.leaves_with_path(params)[wrong.index(True)]
-        raise not_an_array(path_str(path), leaf)
+    try:
+        kinds = tuple((x.shape, x.dtype) for x in leaves)
+    except AttributeError:  # only then the paths, which take longer to make than everything else here
+        pairs = jax.tree.leaves_with_path(params)
+        path, leaf = next((path, leaf) for path, leaf in pairs if not is_array(leaf))
+        raise not_an_array(path_str(path), leaf) from None
     widest = jax.dtypes.canonicalize_dtype(np.float64)  # without x64 that of float64 is float32, too
-    return _vector_structure(treedef, tuple((x.shape, x.dtype) for x in leaves), widest)
+    return _vector_structure(treedef, kinds, widest)
 
 
 def _foreign(dtype: Any) -> bool:
