@@ -941,8 +941,8 @@ ESTIMATORS = [
     fault(
         "probes from a cube, not from the sphere",
         "base/draws.py",
-        "structure, jax.random.normal,",
-        "structure, jax.random.uniform,",
+        "distribution=jax.random.normal,",
+        "distribution=jax.random.uniform,",
         "test_slq.py::test_moments_up_to_degree_2m_minus_1_are_those_of_the_probes",
     ),
     fault(
