@@ -230,8 +230,7 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """Inner product sum_i a_i b_i over all leaves, in full precision."""
     total = jnp.zeros((), scalar_dtype(a))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        axes = tuple(range(x.ndim))
-        total = total + arrays.contract(x, y, (axes, axes)).astype(total.dtype)
+        total = total + arrays.inner(x, y).astype(total.dtype)
     return total
 
 

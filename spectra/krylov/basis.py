@@ -204,12 +204,9 @@ def _sweep(
     return parts if coefficients is None else vector
 
 
-@jax.jit
-def dot(rows: jax.Array, x: jax.Array) -> jax.Array:
-    """Block by block the inner products of a vector with the rows of a segment, or with one vector, for one
-    panel."""
-    axes = (tuple(range(rows.ndim - x.ndim + 1, rows.ndim)), tuple(range(1, x.ndim)))
-    return arrays.contract(rows.astype(x.dtype), x, axes, ((0,), (0,)))
+dot = jax.jit(functools.partial(arrays.inner, first=1, paired=True))
+"""Block by block the inner products of a vector, the second argument, with the rows of a segment, or with one
+vector, for one panel."""
 
 
 @jax.custom_jvp
