@@ -10,7 +10,7 @@ from cases import relative_error, slow_but
 from flax import linen, nnx
 
 import spectra
-from spectra.base import trees
+from spectra.base import paths, trees
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
@@ -262,9 +262,9 @@ def test_a_python_number_that_may_be_meant_to_vary_is_refused():
 
 
 def test_static_parts_tell_compiled_code_apart():
-    assert len({trees.Static(1), trees.Static(1), trees.Static(1.0)}) == 2
-    unhashable = trees.Static([1])
-    assert len({unhashable, unhashable, trees.Static([1])}) == 2
+    assert len({paths.Static(1), paths.Static(1), paths.Static(1.0)}) == 2
+    unhashable = paths.Static([1])
+    assert len({unhashable, unhashable, paths.Static([1])}) == 2
 
 
 def test_many_leaves_are_one_operator():

@@ -28,6 +28,17 @@ def contract(x: jax.Array, y: jax.Array, axes: Axes, batch: Axes = ((), ())) -> 
     return lax.dot_general(x, y, (axes, batch), precision=lax.Precision.HIGHEST)
 
 
+def inner(x: jax.Array, y: jax.Array, first: int = 0, *, paired: bool = False) -> jax.Array:
+    """Sums of products over all axes of `y` from the `first` on, which are the last ones of `x`.
+
+    Where the arrays are `paired`, axis 0 of both is the same, and comes first.
+    """
+    axes = tuple(range(x.ndim - y.ndim + first, x.ndim)), tuple(range(first, y.ndim))
+    batch: Axes = ((0,), (0,)) if paired else ((), ())
+    dtype = jnp.promote_types(x.dtype, y.dtype)
+    return lax.dot_general(x.astype(dtype), y.astype(dtype), (axes, batch), precision=lax.Precision.HIGHEST)
+
+
 def einsum(spec: str, *operands: jax.Array) -> jax.Array:
     """Sums of products as the letters of `spec` say."""
     return jnp.einsum(spec, *operands, precision=lax.Precision.HIGHEST)

@@ -36,12 +36,7 @@ class Shaped(Protocol):
 def unit_vector(key: jax.Array, op: Shaped) -> PyTree:
     """A vector for an operator, uniform on the unit sphere. On a mesh it lies as the parameters do; where the
     operator is traced, nothing says how they lie."""
-    return sphere_sample(key, op.structure, places(op.like))
-
-
-def sphere_sample(key: jax.Array, structure: PyTree, where: Places = ()) -> PyTree:
-    """A vector drawn uniformly from the unit sphere, see `sample`."""
-    return sample(key, structure, jax.random.normal, unit=True, where=where)
+    return sphere_sample(key, op.structure, where=places(op.like))
 
 
 def sample(
@@ -55,6 +50,10 @@ def sample(
     leaves, treedef = jax.tree.flatten(structure)
     kinds = tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)
     return treedef.unflatten(_samples(key, kinds, distribution, unit, where or (None,) * len(kinds)))
+
+
+sphere_sample = functools.partial(sample, distribution=jax.random.normal, unit=True)
+"""A vector drawn uniformly from the unit sphere."""
 
 
 @functools.partial(jax.jit, static_argnames=("kinds", "distribution", "unit", "where"))
@@ -104,7 +103,7 @@ def _row(key: jax.Array, draw: Distribution, leaf: tuple[jax.Array, jax.Array]) 
     """The numbers of a leaf, by its place and size, and then zeros."""
     place, size = leaf
     drawn = draw(jax.random.fold_in(key, place))
-    return jnp.where(arrays.positions(size.dtype, drawn.shape, 0) < size, drawn, 0)
+    return jnp.where(jnp.arange(len(drawn)) < size, drawn, 0)
 
 
 @jax.jit

@@ -1,5 +1,6 @@
-"""Names of the leaves of a parameter tree, and the ways to select and group them by name."""
+"""Names of the leaves of a parameter tree, ways to select and group them by name, and what is no array."""
 
+import dataclasses
 import fnmatch
 import math
 import re
@@ -11,12 +12,7 @@ import jax
 
 from spectra.base import GROUPINGS
 from spectra.base.errors import StructureError
-from spectra.base.trees import (
-    Static,
-    is_array,
-    not_an_array,
-    path_str,
-)
+from spectra.base.trees import is_array, not_an_array, path_str
 
 PyTree = Any
 Select = str | re.Pattern[str] | Callable[[str], bool]
@@ -169,6 +165,39 @@ def select_parameters(params: PyTree, select: Select | None) -> tuple[PyTree, tu
         raise not_an_array(leaf_paths(params)[chosen[0]], leaves[chosen[0]])
     pairs = zip(leaves, arrays, strict=True)
     return treedef.unflatten([leaf if array else Static(leaf) for leaf, array in pairs]), kept
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Static:
+    """What is no array among the parameters: part of the tree's structure, not one of its leaves."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Static) or type(self.value) is not type(other.value):
+            return False
+        return self.value is other.value or (_hashable(self.value) and self.value == other.value)
+
+    def __hash__(self) -> int:
+        return hash(self.value) if _hashable(self.value) else id(self.value)
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def replace_static(tree: PyTree, with_value: bool) -> PyTree:
+    """`tree` with what `Static` holds in its place, or with None there."""
+
+    def one(node: Any) -> Any:
+        return (node.value if with_value else None) if isinstance(node, Static) else node
+
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Static))
 
 
 def _predicate(select: Select) -> Callable[[str], Any]:

@@ -35,7 +35,11 @@ class Program:
     def __init__(self, function: Callable[..., Any], arguments: dict[str, Any], those: Options):
         functools.update_wrapper(self, function)
         self._options = those
-        self._plain = jax.jit(function, **arguments)
+        self._plain: Any = jax.jit(function, **arguments)
+        self.trace: Callable[..., jax.stages.Traced] = self._plain.trace
+        self.lower: Callable[..., jax.stages.Lowered] = self._plain.lower  # `options` are left to `compile`
+        self.eval_shape: Callable[..., Any] = self._plain.eval_shape
+>>>>>>> s45-core
         self._by_options = functools.cache(
             lambda *pairs: jax.jit(function, compiler_options=dict(pairs), **arguments)
         )
@@ -48,19 +52,7 @@ class Program:
             return self._plain(*args, **kwargs)
         return self._by_options(*options(platform, self._options).items())(*args, **kwargs)
 
-    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
-        """As of `jax.jit`."""
-        return self._plain.trace(*args, **kwargs)
-
-    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """As of `jax.jit`; `options` are left to `compile`."""
-        return self._plain.lower(*args, **kwargs)
-
     def compiled(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
         """What runs for arguments of these shapes."""
         lowered: Any = self.lower(*args, **kwargs)
         return lowered.compile(compiler_options=options(jax.default_backend(), self._options))
-
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
-        """As of `jax.jit`."""
-        return self._plain.eval_shape(*args, **kwargs)

@@ -75,22 +75,14 @@ def inner(a: PyTree, b: PyTree) -> jax.Array:
 
 
 def _leaf_grams(a: PyTree, b: PyTree) -> list[jax.Array]:
-    def one(x: jax.Array, y: jax.Array) -> jax.Array:
-        axes = tuple(range(1, x.ndim))
-        return arrays.contract(x, y, (axes, axes))
-
-    return [one(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+    return [arrays.inner(x, y, 1) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
 
 
 @jax.jit
 def row_dots(a: PyTree, b: PyTree) -> jax.Array:
     """Inner products a_i · b_i restricted to each leaf; shape (leaves, k)."""
-
-    def one(x: jax.Array, y: jax.Array) -> jax.Array:
-        axes = tuple(range(1, x.ndim))
-        return arrays.contract(x, y, (axes, axes), ((0,), (0,)))
-
-    parts = [one(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    parts = [arrays.inner(x, y, 1, paired=True) for x, y in pairs]
     return jnp.stack([part.astype(trees.scalar_dtype(a)) for part in parts])
 
 

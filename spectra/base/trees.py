@@ -1,7 +1,7 @@
 """Vectors as pytrees: structure, checks, and arithmetic leaf by leaf."""
 
-import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,39 +42,6 @@ def scalar_dtype(tree: PyTree) -> jnp.dtype:
     """Dtype of inner products over `tree`: float64 as soon as one leaf is."""
     dtypes = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in jax.tree.leaves(tree)]
     return jnp.result_type(jnp.float32, *dtypes)
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, eq=False)
-class Static:
-    """What is no array among the parameters: part of the tree's structure, not one of its leaves."""
-
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Static) or type(self.value) is not type(other.value):
-            return False
-        return self.value is other.value or (_hashable(self.value) and self.value == other.value)
-
-    def __hash__(self) -> int:
-        return hash(self.value) if _hashable(self.value) else id(self.value)
-
-
-def _hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
-
-
-def replace_static(tree: PyTree, with_value: bool) -> PyTree:
-    """`tree` with what `Static` holds in its place, or with None there."""
-
-    def one(node: Any) -> Any:
-        return (node.value if with_value else None) if isinstance(node, Static) else node
-
-    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Static))
 
 
 def is_array(leaf: Any) -> bool:
@@ -126,12 +93,14 @@ def vector_structure(params: PyTree) -> PyTree:
     Without x64 a NumPy array of float64 is one of float32 to JAX.
     """
     leaves, treedef = jax.tree.flatten(params)
-    wrong = [not is_array(leaf) for leaf in leaves]
-    if any(wrong):  # only then the paths, which take longer to make than everything else here
-        path, leaf = jax.tree.leaves_with_path(params)[wrong.index(True)]
-        raise not_an_array(path_str(path), leaf)
+    try:
+        kinds = tuple((x.shape, x.dtype) for x in leaves)
+    except AttributeError:  # only then the paths, which take longer to make than everything else here
+        pairs = jax.tree.leaves_with_path(params)
+        path, leaf = next((path, leaf) for path, leaf in pairs if not is_array(leaf))
+        raise not_an_array(path_str(path), leaf) from None
     widest = jax.dtypes.canonicalize_dtype(np.float64)  # without x64 that of float64 is float32, too
-    return _vector_structure(treedef, tuple((x.shape, x.dtype) for x in leaves), widest)
+    return _vector_structure(treedef, kinds, widest)
 
 
 def _foreign(dtype: Any) -> bool:
@@ -198,18 +167,6 @@ def replace_leaves(tree: PyTree, indices: tuple[int, ...], kept: PyTree) -> PyTr
     return treedef.unflatten(leaves)
 
 
-def varying(params: PyTree, selected: tuple[int, ...] | None) -> PyTree:
-    """The parameters that vary, of `paths.select_parameters`; None in place of all others."""
-    return params if selected is None else replace_static(keep_leaves(params, selected), with_value=False)
-
-
-def merged(params: PyTree, selected: tuple[int, ...] | None, variables: PyTree) -> PyTree:
-    """All parameters, with `variables` in the places of those that vary and the rest as constants."""
-    if selected is None:
-        return variables
-    return replace_static(replace_leaves(jax.tree.map(lift, params), selected, variables), with_value=True)
-
-
 def has_values(tree: PyTree) -> bool:
     """Whether all leaves are arrays, not only shapes."""
     return all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(tree))
@@ -260,21 +217,12 @@ def ravel(tree: PyTree) -> jax.Array:
     return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)])
 
 
-def unravel(
-    flat: jax.Array,
-    structure: PyTree,
-    cut: Callable[[list[jax.Array]], list[jax.Array]] = lambda pieces: pieces,
-) -> PyTree:
-    """The inverse of `ravel` for vectors of the given structure; `cut` is told of the leaves before they have
-    their shapes."""
+def unravel(flat: jax.Array, structure: PyTree) -> PyTree:
+    """The inverse of `ravel` for vectors of the given structure."""
     leaves, treedef = jax.tree.flatten(structure)
-    pieces: list[jax.Array] = []
-    start = 0
-    for leaf in leaves:
-        stop = start + math.prod(leaf.shape)
-        pieces.append(flat[start:stop])
-        start = stop
-    pairs = zip(cut(pieces), leaves, strict=True)
+    ends = itertools.accumulate((math.prod(leaf.shape) for leaf in leaves), initial=0)
+    pieces = [flat[start:stop] for start, stop in itertools.pairwise(ends)]
+    pairs = zip(pieces, leaves, strict=True)
     return treedef.unflatten([piece.reshape(leaf.shape).astype(leaf.dtype) for piece, leaf in pairs])
 
 
@@ -282,8 +230,7 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """Inner product sum_i a_i b_i over all leaves, in full precision."""
     total = jnp.zeros((), scalar_dtype(a))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        axes = tuple(range(x.ndim))
-        total = total + arrays.contract(x, y, (axes, axes)).astype(total.dtype)
+        total = total + arrays.inner(x, y).astype(total.dtype)
     return total
 
 
@@ -305,11 +252,11 @@ def power_of_two(size: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(size) & (size > 0), unit, 1)
 
 
-def norm(a: PyTree) -> jax.Array:
+def norm(a: PyTree, dot: Callable[[PyTree, PyTree], jax.Array] = vdot) -> jax.Array:
     """Euclidean norm over all leaves, of numbers of any size."""
     unit = power_of_two(largest(a))
     a = scale(1 / unit, a)
-    return unit * jnp.sqrt(vdot(a, a))
+    return unit * jnp.sqrt(dot(a, a))
 
 
 _length = jax.jit(norm)

@@ -265,7 +265,7 @@ def _start(op: LinearOperator, key: jax.Array, indices: arrays.Indices, where: m
     """(t_-1, t_0) = (anything, v) for each probe."""
 
     def one(i: arrays.Indices) -> PyTree:
-        return draws.sphere_sample(jax.random.fold_in(key, i), op.structure, where)
+        return draws.sphere_sample(jax.random.fold_in(key, i), op.structure, where=where)
 
     probes = jax.vmap(one)(indices)
     return jax.tree.map(jnp.zeros_like, probes), probes

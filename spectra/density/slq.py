@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, TypeGuard, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -176,9 +176,12 @@ def slq(
                 )
                 for i, (name, block) in enumerate(op.items())
             }
-    more = int(deflate) if _is_number(deflate) else 0
-    with watched, Progress(progress, num_steps * num_probes + more) as bar:
-        return _one(op, key, num_steps, bar, deflate=deflate, checkpoint=checkpoint, **options)
+    more = None
+    if isinstance(deflate, int | np.integer) and not isinstance(deflate, bool):
+        more, deflate = int(deflate), None
+    options |= {"deflate": deflate, "more": more, "checkpoint": checkpoint}
+    with watched, Progress(progress, num_steps * num_probes + (more or 0)) as bar:
+        return _one(op, key, num_steps, bar, **options)
 
 
 def _one(
@@ -193,15 +196,20 @@ def _one(
     basis: str,
     basis_dtype: Any,
     checkpoint: Checkpoint | None,
-    deflate: Eigenpairs | int | None = None,
+    deflate: Eigenpairs | None = None,
+    more: int | None = None,
     apart: bool = False,
 ) -> Quadrature:
-    """The measure of one operator. `apart`: with a recurrence that serves all operators of its size."""
+    """The measure of one operator.
+
+    `more`: Lanczos steps whose Ritz vectors are deflated. `apart`: with a recurrence that serves all
+    operators of its size.
+    """
     place, keep = place_basis(op, basis, basis_dtype), basis != "none"
     sizes: dict[str, Any] = {"num_steps": num_steps, "num_probes": num_probes, "probe_batch": probe_batch}
     plan = estimate(op, place, **sizes, keep_basis=keep)
     if trees.is_traced((op, key)):
-        if tol is not None or deflate is not None or checkpoint is not None:
+        if any(option is not None for option in (tol, deflate, more, checkpoint)):
             raise SpectraError(
                 "tol=, deflate= and checkpoint= need values, which do not exist inside jit or vmap."
             )
@@ -209,8 +217,8 @@ def _one(
     require_fit(plan)
     size, vectors, whole = op.size, None, 0.0
     space = None
-    if _is_number(deflate):
-        space = _space(op, key, int(deflate), num_steps, bar, (basis, basis_dtype, checkpoint))
+    if more is not None:
+        space = _space(op, key, more, num_steps, bar, (basis, basis_dtype, checkpoint))
         size, vectors, whole = op.size - len(space.values), space.vectors, space.norm
         op = DeflatedOperator(op, vectors)
     elif deflate is not None:
@@ -234,13 +242,9 @@ def _one(
             result = _adaptive(run, num_steps, num_probes, tol, plan.probe_batch, space)
     if space is not None:
         return space.joined(result)
-    if deflate is None and not np.any(result.nodes):
-        return dataclasses.replace(result, rounding=vanished(op))
-    return deflation.with_atoms(result, deflate) if isinstance(deflate, Eigenpairs) else result
-
-
-def _is_number(deflate: Eigenpairs | int | None) -> TypeGuard[int]:
-    return isinstance(deflate, int | np.integer) and not isinstance(deflate, bool)
+    if deflate is not None:
+        return deflation.with_atoms(result, deflate)
+    return result if np.any(result.nodes) else dataclasses.replace(result, rounding=vanished(op))
 
 
 def _space(

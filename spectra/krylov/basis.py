@@ -36,8 +36,8 @@ MAX_SEGMENTS = 16
 SMALL = 2**18
 """Numbers up to which a basis is one segment: read in vain from a cache, they cost less than code to compile.
 At n = 1550 the first call of 100 steps takes a third less time."""
-AT_ONCE = {"tpu": (7, 5), "cuda": (5, 5), "rocm": (5, 5)}
-"""Segments in one sweep of `dots` and of `subtract`, by platform; one elsewhere. The vector is read, and by
+AT_ONCE = {"tpu": (7, 5), "cuda": (5, 5), "rocm": (5, 5), "default": (1, 1)}
+"""Segments in one sweep of `dots` and of `subtract`, by platform. The vector is read, and by
 `subtract` written, once a sweep, so more move fewer bytes. A TPU copies segments where six are subtracted at
 once; on a GPU three sweeps of five for 104 rows also take fewer conditionals (benchmarks/results/tpu.md,
 gpu.md). On a CPU more rows at once are slower (15.9, 17.6 and 18.6 ms a step for one, two and four segments
@@ -145,7 +145,7 @@ def block_dots(
     def visit(count: int, segments: Basis, _: Any, vector: Panels) -> list[list[jax.Array]]:
         panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
         columns = [
-            _dots(rows, x) if count > 1 else [_dot(segment, x) for segment in rows]
+            _dots(rows, x) if count > 1 else [dot(segment, x) for segment in rows]
             for rows, x in zip(panels, vector, strict=True)
         ]
         read = [list(parts) for parts in zip(*columns, strict=True)]
@@ -155,9 +155,10 @@ def block_dots(
         ]
         return read + skipped
 
-    parts = lax.platform_dependent(basis, filled, None, vector, **_programs(0, visit))
+    sweeps = {name: functools.partial(_sweep, visit, count) for name, (count, _) in AT_ONCE.items()}
+    parts = lax.platform_dependent(basis, filled, None, vector, **sweeps)
     if square:
-        parts.append([_dot(x[:, None], x) for x in vector])
+        parts.append([dot(x, x)[:, None] for x in vector])
     return [jnp.concatenate(blocks, axis=1) for blocks in zip(*parts, strict=True)]
 
 
@@ -172,15 +173,9 @@ def subtract(
 ) -> Panels:
     """v - Q^T c over the first `filled` rows. Reads them once."""
     coefficients = coefficients.reshape(len(basis), -1)
-    return lax.platform_dependent(
-        basis, filled, coefficients, vector, **_programs(1, functools.partial(_subtract, layout))
-    )
-
-
-def _programs(sweep: int, visit: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """`_sweep` by platform, with as many segments at once as suit it there."""
-    counts = {name: of_sweeps[sweep] for name, of_sweeps in AT_ONCE.items()} | {"default": 1}
-    return {name: functools.partial(_sweep, visit, count) for name, count in counts.items()}
+    visit = functools.partial(_subtract, layout)
+    sweeps = {name: functools.partial(_sweep, visit, count) for name, (_, count) in AT_ONCE.items()}
+    return lax.platform_dependent(basis, filled, coefficients, vector, **sweeps)
 
 
 def _sweep(
@@ -209,16 +204,14 @@ def _sweep(
     return parts if coefficients is None else vector
 
 
-@programs.jit
-def _dot(rows: jax.Array, x: jax.Array) -> jax.Array:
-    """Block by block the inner products of the rows of a segment with a vector, for one panel."""
-    axes = (tuple(range(2, rows.ndim)), tuple(range(1, x.ndim)))
-    return arrays.contract(rows.astype(x.dtype), x, axes, ((0,), (0,)))
+dot = jax.jit(functools.partial(arrays.inner, first=1, paired=True))
+"""Block by block the inner products of a vector, the second argument, with the rows of a segment, or with one
+vector, for one panel."""
 
 
 @jax.custom_jvp
 def _dots(segments: list[jax.Array], x: jax.Array) -> list[jax.Array]:
-    """`_dot` for several segments of one panel.
+    """`dot` for several segments of one panel.
 
     One reduction of several arrays, for which XLA reads the vector once; several products are several sweeps
     on a TPU.
@@ -236,10 +229,10 @@ def _dots_jvp(
     """Of the bilinear form; a reduction of several arrays has no transpose of its own."""
     (segments, x), (d_segments, d_x) = primals, tangents
     pairs = zip(segments, d_segments, strict=True)
-    return _dots(segments, x), [_dot(d_rows, x) + _dot(rows, d_x) for rows, d_rows in pairs]
+    return _dots(segments, x), [dot(d_rows, x) + dot(rows, d_x) for rows, d_rows in pairs]
 
 
-@functools.partial(programs.jit, static_argnames=("layout", "count"))
+@functools.partial(jax.jit, static_argnames=("layout", "count"))
 def _subtract(layout: Layout, count: int, segments: Basis, coefficients: jax.Array, vector: Panels) -> Panels:
     """v - Σ c_r q_r over all rows of the first `count` segments, in one sweep.
 

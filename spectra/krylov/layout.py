@@ -4,6 +4,7 @@ Callers' vectors, one or several in any of the forms that users have them in, be
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -262,7 +263,10 @@ def _unpack(panel: Panel, array: jax.Array) -> list[jax.Array]:
         own, start = flat[start : start + part.share], start + part.share
         if part.axes:
             own = lax.all_gather(own, part.axes, tiled=True)
-        leaves += trees.unravel(own, part.held, cut=arrays.apart)
+        ends = itertools.accumulate((math.prod(leaf.shape) for leaf in part.held), initial=0)
+        pieces = arrays.apart([own[a:b] for a, b in itertools.pairwise(ends)])
+        pairs = zip(pieces, part.held, strict=True)
+        leaves += [piece.reshape(leaf.shape).astype(leaf.dtype) for piece, leaf in pairs]
     return leaves
 
 

@@ -113,7 +113,7 @@ def absorb(layout: Layout, i: int | jax.Array, w: Panels, state: LanczosState) -
         asymmetry = jnp.maximum(asymmetry, unit * before / jnp.where(scale > 0, scale, 1))
     size = sum(x.size for x in w)
     current, alive = step.following(w, beta, scale, size, state.alive)
-    return LanczosState(
+    after = LanczosState(
         basis=rows,
         current=current,
         previous=q,
@@ -125,6 +125,7 @@ def absorb(layout: Layout, i: int | jax.Array, w: Panels, state: LanczosState) -
         alive=alive,
         second_passes=second,
     )
+    return placed(layout, after)
 
 
 def run(
@@ -145,8 +146,7 @@ def run(
     def one(i: jax.Array, state: LanczosState) -> LanczosState:
         if known is not None:
             state = _cleared(i, state, *_clear(layout, known, state.current))
-        w = layout.pack(op.mv(layout.unpack(state.current)))
-        return placed(layout, absorb(layout, i, w, state))
+        return absorb(layout, i, layout.pack(op.mv(layout.unpack(state.current))), state)
 
     # The counter is not batched, so `lax.cond` on it stays a branch under vmap.
     body = jax.vmap(one, in_axes=(None, 0)) if batched else one
@@ -198,9 +198,7 @@ def _cleared_one(
 def _absorb_one(
     layout: Layout, i: int | jax.Array, w: Panels, state: LanczosState, batched: bool = False
 ) -> LanczosState:
-    def one(i: int | jax.Array, w: Panels, state: LanczosState) -> LanczosState:
-        return placed(layout, absorb(layout, i, w, state))
-
+    one = partial(absorb, layout)
     return (jax.vmap(one, in_axes=(None, 0, 0)) if batched else one)(i, w, state)
 
 

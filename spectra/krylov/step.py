@@ -34,23 +34,11 @@ REPEAT = 0.1
 
 def vdot(a: Panels, b: Panels) -> jax.Array:
     """Inner product over all panels, block by block."""
-    return _basis.added(_block_vdot(a, b))
+    return _basis.added([_basis.dot(x, y) for x, y in zip(a, b, strict=True)])
 
 
-def _block_vdot(a: Panels, b: Panels) -> list[jax.Array]:
-    """`vdot` block by block, shape (blocks,) for each panel: what a device computes alone."""
-    blocks: list[jax.Array] = []
-    for x, y in zip(a, b, strict=True):
-        axes = tuple(range(1, x.ndim))
-        blocks.append(arrays.contract(x, y, (axes, axes), ((0,), (0,))))
-    return blocks
-
-
-def norm(a: Panels) -> jax.Array:
-    """Euclidean norm over all panels, of numbers of any size."""
-    unit = trees.power_of_two(trees.largest(a))
-    a = trees.scale(1 / unit, a)
-    return unit * jnp.sqrt(vdot(a, a))
+norm = partial(trees.norm, dot=vdot)
+"""Euclidean norm over all panels, of numbers of any size."""
 
 
 def unit_of_step(first: bool | jax.Array, product: Panels, size: jax.Array) -> jax.Array:
@@ -153,7 +141,7 @@ def _second_pass(
     vector = lax.cond(anywhere, lambda x: less(vector=x), lambda x: x, vector)
     # At a breakdown nothing but rounding is left, and no difference of squares tells how much.
     nothing = [jnp.zeros_like(x) for x in before]
-    squares = lax.cond(anywhere, lambda x: _block_vdot(x, x), lambda _: nothing, vector)
+    squares = lax.cond(anywhere, lambda panels: [_basis.dot(x, x) for x in panels], lambda _: nothing, vector)
     # XLA makes no graph of fewer than five kernels between two reductions, and leaves their conditionals to
     # the host: so there are two conditionals, and the choice is apart from the sum.
     return vector, second, _basis.added(arrays.barrier(either(squares, before)))

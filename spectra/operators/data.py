@@ -40,6 +40,7 @@ from spectra.operators.batches import Shared, batch_size, rows, shared_leaves
 from spectra.operators.differentiate import resolve_mode
 from spectra.operators.jaxprs import Rounding, coarsest_rounding, rematerialises, scanned_inputs
 from spectra.operators.means import require_mean
+from spectra.operators.pytree import OnParameters
 from spectra.operators.stochastic import StochasticOperator, change_by_rounding
 from spectra.operators.streams import Stream
 
@@ -56,7 +57,7 @@ _LOW_PRECISION = {"bfloat16": 2.0**-8, "tensorfloat32": 2.0**-11, "high": 2.0**-
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
-class DataOperator(LinearOperator):
+class DataOperator(OnParameters, LinearOperator):
     """A curvature matrix that is a mean over the examples of a data set, at fixed parameters.
 
     Vectors are float32 at least: parameters in half precision are cast up, and the model is evaluated
@@ -170,11 +171,6 @@ class DataOperator(LinearOperator):
 
     takes_single_examples: ClassVar[bool] = False
     """Whether the loss is evaluated on single examples."""
-
-    @property
-    def like(self) -> PyTree:
-        """The parameters that vary; None in place of all others."""
-        return trees.varying(self.params, self.selected)
 
     @property
     def on_host(self) -> bool:
@@ -371,10 +367,6 @@ class DataOperator(LinearOperator):
     def _variables(self) -> PyTree:
         """The parameters that vary, in the working dtypes."""
         return trees.cast_like(self.like, self.structure)
-
-    def _merge(self, variables: PyTree) -> PyTree:
-        """All parameters, with `variables` in their places and the rest as constants."""
-        return trees.merged(self.params, self.selected, variables)
 
     def _gradient(self, piece: PyTree) -> Callable[[PyTree], PyTree]:
         """The gradient of the mean loss of one piece, as a function of the variables."""

@@ -30,7 +30,7 @@ from spectra.operators.accumulate import weighted_sum
 from spectra.operators.arguments import raised_by
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.jaxprs import Rounding, coarsest_rounding
-from spectra.operators.pytree import operator
+from spectra.operators.pytree import OnParameters, operator
 from spectra.operators.stochastic import StochasticOperator
 from spectra.operators.streams import StackedOutputs, open_inputs
 from spectra.results import format_bytes
@@ -44,7 +44,7 @@ ROWS = 64
 
 
 @operator(leaves=("params", "inputs"))
-class JacobianOperator:
+class JacobianOperator(OnParameters):
     """J = ∂ model_fn(params, inputs) / ∂ params, a matrix (m, n) that is never formed.
 
     `J @ v` is the change of the outputs along a vector v like the parameters; `J.T @ u` is the gradient of
@@ -154,7 +154,7 @@ class JacobianOperator:
     @property
     def like(self) -> PyTree:
         """A vector that `J @ v` takes: the parameters; for `J.T`, the shapes of the outputs."""
-        return self._outputs() if self.transposed else trees.varying(self.params, self.selected)
+        return self._outputs() if self.transposed else super().like
 
     @property
     def like_left(self) -> PyTree:
@@ -298,15 +298,15 @@ class JacobianOperator:
 
     def _working(self) -> PyTree:
         """The structure of the parameters that vary, float32 at least."""
-        return trees.vector_structure(trees.varying(self.params, self.selected))
+        return trees.vector_structure(super().like)
 
     def _evaluate(self, variables: PyTree, inputs: PyTree) -> PyTree:
         with jax.default_matmul_precision("float32"):
-            return self.model_fn(trees.merged(self.params, self.selected, variables), inputs)
+            return self.model_fn(self._merge(variables), inputs)
 
     def _products(self) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
         """v -> J v and u -> Jᵀ u at the parameters, which share one evaluation of the model."""
-        variables = trees.cast_like(trees.varying(self.params, self.selected), self._working())
+        variables = trees.cast_like(super().like, self._working())
         outputs = self._outputs()
         values, push, pull = differentiate.jacobian(
             self.mode, lambda x: self._evaluate(x, self.inputs), variables

@@ -12,7 +12,8 @@ from typing import Any, TypeVar, cast, dataclass_transform
 
 import jax
 
-from spectra.base import trees
+from spectra.base import paths, trees
+from spectra.base.trees import PyTree
 
 REBUILT = "_rebuilt"
 """Attribute of an instance that JAX made of its parts: by name these parts, which need not be arrays, and the
@@ -41,6 +42,29 @@ def operator(leaves: tuple[str, ...]) -> Callable[[T], T]:
         return made
 
     return declare
+
+
+class OnParameters:
+    """What operators share whose vectors are those parameters that vary, see `paths.select_parameters`."""
+
+    params: PyTree
+    selected: tuple[int, ...] | None  # leaves of params that vary; None for all
+
+    @property
+    def like(self) -> PyTree:
+        """The parameters that vary; None in place of all others."""
+        if self.selected is None:
+            return self.params
+        return paths.replace_static(trees.keep_leaves(self.params, self.selected), with_value=False)
+
+    def _merge(self, variables: PyTree) -> PyTree:
+        """All parameters, with `variables` in the places of those that vary and the rest as constants."""
+        if self.selected is None:
+            return variables
+        constants = jax.tree.map(trees.lift, self.params)
+        return paths.replace_static(
+            trees.replace_leaves(constants, self.selected, variables), with_value=True
+        )
 
 
 class Field:
@@ -109,7 +133,7 @@ def _flatten(op: Any) -> Flat:
         # An attribute that was assigned since then is not the one that JAX made.
         part = part if made is value else jax.tree.map(_wrapped, value)
         keys.append((jax.tree_util.GetAttrKey(name), part))
-    return keys, (names, static, tuple(trees.Static(getattr(op, name)) for name in static))
+    return keys, (names, static, tuple(paths.Static(getattr(op, name)) for name in static))
 
 
 def _unflatten(cls: type[Any]) -> Callable[[Any, Any], Any]:
@@ -118,7 +142,7 @@ def _unflatten(cls: type[Any]) -> Callable[[Any, Any], Any]:
         op: Any = object.__new__(cls)
         rebuilt: dict[str, tuple[Any, Any]] = {}
         for name, part in zip(names, children, strict=True):
-            value = trees.replace_static(part, with_value=True)
+            value = paths.replace_static(part, with_value=True)
             rebuilt[name] = part, value
             object.__setattr__(op, name, value)
         for name, value in zip(static, values, strict=True):
@@ -151,4 +175,4 @@ def _slots(op: object) -> Iterator[str]:
 
 def _wrapped(leaf: Any) -> Any:
     is_static = isinstance(leaf, jax.ShapeDtypeStruct) or not trees.is_array(leaf)
-    return trees.Static(leaf) if is_static else leaf
+    return paths.Static(leaf) if is_static else leaf

@@ -92,7 +92,7 @@ def _vectors(
     def one(i):
         if exact:
             return trees.unravel(jnp.zeros(op.size, op.dtype).at[i].set(1), op.structure)
-        drawn = draws.sphere_sample(jax.random.fold_in(key, i), op.structure, where)
+        drawn = draws.sphere_sample(jax.random.fold_in(key, i), op.structure, where=where)
         return trees.scale(op.size**0.5, drawn)
 
     return jax.vmap(one)(indices)

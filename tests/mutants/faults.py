@@ -742,7 +742,7 @@ DENSITY = [
     fault(
         "numbers of an operator's own are arrays",
         "operators/pytree.py",
-        "return trees.Static(leaf) if is_static else leaf",
+        "return paths.Static(leaf) if is_static else leaf",
         "return leaf",
         "test_own.py::test_an_operator_of_any_kind_works_under_jit_and_in_algorithms",
     ),
@@ -955,8 +955,8 @@ ESTIMATORS = [
     fault(
         "probes from a cube, not from the sphere",
         "base/draws.py",
-        "structure, jax.random.normal,",
-        "structure, jax.random.uniform,",
+        "distribution=jax.random.normal,",
+        "distribution=jax.random.uniform,",
         "test_slq.py::test_moments_up_to_degree_2m_minus_1_are_those_of_the_probes",
     ),
     fault(
