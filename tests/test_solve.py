@@ -133,6 +133,18 @@ def test_rounding_holds_what_it_is_and_is_no_more(method):
     assert np.median(ratio) <= 10
 
 
+def test_where_nothing_was_rounded_before_the_rounding_is_what_it_is():
+    """Numbers of few digits are exact in float32: what is left is what the residual is off by, to float64."""
+    rng = np.random.default_rng(2)
+    matrix = np.diag(np.arange(64.0, 64 + N)) + 0.5 * np.ones((N, N))
+    op = spectra.MatrixOperator(jnp.asarray(matrix))
+    for _ in range(4):
+        b = rng.integers(-9, 9, N) + 0.0
+        found = spectra.solve(op, jnp.asarray(b), method="cg")
+        away = abs(np.linalg.norm(b - matrix @ np.asarray(found.x, float)) - found.residual_norm)
+        assert away <= found.rounding <= 1.01 * away + 1e-12 * np.linalg.norm(b)
+
+
 def test_the_rounding_of_a_shift_counts():
     """0.1 in float32 is off by 1.5e-9: all that a residual of I - 0.1 I is, whose entries are exact."""
     b = np.arange(1.0, 4.0)
