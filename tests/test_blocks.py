@@ -102,6 +102,8 @@ def test_selection_by_glob_regex_and_predicate():
         op.block("D")
     with pytest.raises(spectra.StructureError, match="select is a int"):
         op.block(3)  # pyright: ignore
+    with pytest.raises(spectra.StructureError, match="select is a type"):
+        op.block(int)  # pyright: ignore
     with pytest.raises(spectra.StructureError, match="by='model'"):
         op.blocks(by="model")
 

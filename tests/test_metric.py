@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 
 import spectra
+from spectra.krylov import metric as generalised
 
 KEY = jax.random.key(0)
 N = 40
@@ -31,7 +32,8 @@ def test_pairs_are_scipys(kind, which):
     pairs = spectra.eigsh(spectra.MatrixOperator(jnp.asarray(MATRIX)), 3, which=which, key=KEY, metric=metric)
     error = np.abs(pairs.values - truth(weight, which, 3))
     assert (error <= pairs.residuals + pairs.noise_floor).all()
-    assert pairs.noise_floor <= 1e-3 * 5 / np.linalg.eigvalsh(weight)[0]  # 40 roundings, |H| |M⁻¹|
+    # Roundings of entries: Student's t of 16 draws at 1e-4 is 5, seven times the median normal number.
+    assert pairs.noise_floor <= (30 * error.max() if kind == "operator" else 5e-4)
     vectors = pairs.matrix()
     # float32 vectors, and products of the length of |M|^(1/2) times them
     bound = 1e-4 if pairs.converged.all() else np.inf
@@ -80,9 +82,39 @@ def on_network(seed, dtype):
     )
 
 
-@pytest.mark.parametrize("share", [1.0, 1e-3])
-def test_the_floor_holds_what_float32_does_to_a_loss_and_to_its_metric(share):
-    """Its products cancel: with the stated precision of either, errors were up to 1.25 times the floor."""
+PLAIN = {
+    "dense": (ORTHOGONAL * np.geomspace(1e-3, 1.0, N)) @ ORTHOGONAL.T,
+    "mass": (np.diag(np.full(N, 4.0)) + np.diag(np.ones(N - 1), 1) + np.diag(np.ones(N - 1), -1)) / 6,
+    "diagonal": np.diag(np.geomspace(1e-3, 10.0, N)),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_entries_of_a_plain_metric_that_were_rounded_are_held_and_no_more(kind):
+    """What 1/6 is rounded by is the same in all entries: drawn one by one, it would cancel."""
+    weight, ratio = PLAIN[kind], []
+    for seed in range(6):
+        matrix = np.random.default_rng(seed).standard_normal((N, N))
+        matrix = matrix + matrix.T
+        exact = scipy.linalg.eigh(matrix, weight, eigvals_only=True)
+        op, metric = spectra.MatrixOperator(jnp.asarray(matrix)), spectra.MatrixOperator(jnp.asarray(weight))
+        for k, which in ((1, "LA"), (5, "LM")):
+            pairs = spectra.eigsh(op, k, which=which, key=KEY, metric=metric)
+            error = np.abs(np.asarray(pairs.values)[:, None] - exact).min(axis=1)
+            assert (error <= pairs.residuals + pairs.noise_floor).all()
+            ratio.append(pairs.noise_floor / error.max())
+    assert np.median(ratio) <= 12  # 7, as above; it was 40 to 40,000
+
+
+@pytest.mark.parametrize(("share", "known"), [(1.0, True), (1e-3, True), (1e-3, False)])
+def test_the_floor_holds_what_float32_does_to_a_loss_and_to_its_metric(share, known, monkeypatch):
+    """Its products cancel: with the stated precision of either, errors were up to 1.25 times the floor.
+
+    In float64 errors are known to the first order, and to the second are far below; by moved operators,
+    floors are 30 times the error in the median of 180 such problems.
+    """
+    if not known:
+        monkeypatch.setattr(generalised, "in_double", lambda op: None)
     for seed in (0, 1, 2):
         with jax.enable_x64(True):
             hessian, gauss = (np.asarray(op.as_matrix()) for op in on_network(seed, jnp.float64))
@@ -92,7 +124,7 @@ def test_the_floor_holds_what_float32_does_to_a_loss_and_to_its_metric(share):
         exact = scipy.linalg.eigh(hessian, gauss + delta * np.eye(len(gauss)), eigvals_only=True)
         error = np.abs(np.asarray(pairs.values)[:, None] - exact).min(axis=1)
         assert (error <= pairs.residuals + pairs.noise_floor).all()
-        assert pairs.noise_floor <= 300 * error.max()  # 30 in the median of 180 such problems
+        assert pairs.noise_floor <= (5 if known else 300) * error.max()
 
 
 def test_a_diagonal_metric_that_is_rounded(x64):

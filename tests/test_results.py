@@ -92,7 +92,9 @@ def test_what_holds_several_results_prints_as_a_table(made):
     for result in several:
         head, *lines = repr(result).splitlines()
         assert head.split() == " ".join(result.table()[0]).split()
-        assert [line.split()[0] for line in lines] == list(result)
+        assert [line.split()[0] for line in lines] == list(result) == list(result.keys())
+        assert dict(result.items()) == {name: result[name] for name in result}
+        assert list(result.values()) == [result[name] for name in result]
 
 
 def test_arrays_have_the_axes_that_their_fields_state(made):

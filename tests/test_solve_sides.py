@@ -252,3 +252,10 @@ def test_step_and_check_of_a_block_at_once_give_what_the_wanted_one_gives_alone(
             )
         block = absorb_block(problem, block, products)
     assert met == {False, True}
+
+
+def test_a_preconditioner_that_turns_directions_round_is_refused():
+    """A block of them finds x all the same, and one right-hand side is refused by the steps of its own."""
+    op, sides = spectra.MatrixOperator(jnp.diag(jnp.linspace(1.0, 5.0, N))), jnp.asarray(columns()[:, :3])
+    with pytest.raises(spectra.SpectraError, match="not positive definite"):
+        spectra.solve(op, sides, preconditioner=jnp.negative, method="cg", max_matvecs=40)

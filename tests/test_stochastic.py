@@ -7,8 +7,9 @@ import pytest
 from jax import lax
 
 import spectra
+from spectra.base import host
 from spectra.operators.data import DataOperator
-from spectra.operators.doubled import DoubledOperator, doubled
+from spectra.operators.doubled import DoubledOperator, doubled, rounded_once
 from spectra.operators.stochastic import StochasticOperator
 
 KEY = jax.random.key(0)
@@ -147,9 +148,8 @@ def test_products_in_float64_are_those_of_float64_arrays(loss_fn, data):
     with jax.enable_x64(True):
         exact = spectra.HessianOperator(loss_fn, W.astype(float), X.astype(float), check_data=False)
         exact = np.asarray(exact @ jnp.asarray(v.reshape(4, 4), float)).ravel()
-    # 100 roundings, as above; those of two batches are added in float32.
-    eps = EPS if data is batches else np.finfo(float).eps
-    assert np.linalg.norm(found - exact) <= 100 * eps * np.linalg.norm(exact)
+    # 100 roundings, as above.
+    assert np.linalg.norm(found - exact) <= 100 * np.finfo(float).eps * np.linalg.norm(exact)
     image = op @ v
     change = doubled(op).distance(jnp.asarray(v.reshape(4, 4)), image.reshape(4, 4))
     np.testing.assert_allclose(change, np.linalg.norm(np.asarray(image) - exact), rtol=0.3)
@@ -164,6 +164,9 @@ def test_what_is_not_known_in_float64_is_moved():
     assert isinstance(doubled(spectra.HessianOperator(chained, W, X)), DoubledOperator)
     assert doubled(spectra.HessianOperator(called, W, X, check_data=False)) is None
     assert doubled(spectra.MatrixOperator(jnp.eye(3))) is None
+    function = spectra.FunctionOperator(subtracting, jnp.zeros(SIZE))
+    assert doubled(function.shift(1.0)) is not None
+    assert doubled(function - 2 * function) is None  # its constants may be rounded, too, which counts here
     assert doubled(spectra.HessianOperator(chained, W, batches, check_data=False).shift(1.0)) is None
     with jax.enable_x64(True):
         assert doubled(spectra.HessianOperator(chained, W.astype(float), X.astype(float))) is None
@@ -198,6 +201,53 @@ def test_what_is_exact_is_not_rounded():
 
     v = jnp.linspace(0.1, 1.0, 6)
     np.testing.assert_array_equal(StochasticOperator(Exact(), jnp.uint32(1)) @ v, Exact() @ v)
+
+
+SIZE, LARGE = 24, np.float32(1e4)
+TURN = np.linalg.qr(np.random.default_rng(9).standard_normal((SIZE, SIZE)))[0]
+DENSE = ((TURN * np.geomspace(1e-2, 1.0, SIZE)) @ TURN.T).astype(np.float32)
+DENSE = np.tril(DENSE) + np.tril(DENSE, -1).T
+
+
+def subtracting(v):
+    """D v, after numbers that are 10⁴ times as large."""
+    return (jnp.matmul(DENSE, v, precision="highest") + LARGE * v) - LARGE * v
+
+
+def test_what_a_function_subtracts_is_measured():
+    """10⁴ eps |v| for each product, where its types say eps |D v|: half of the values were outside of it."""
+    exact = np.linalg.eigvalsh(DENSE.astype(float))
+    op = spectra.FunctionOperator(subtracting, jnp.zeros(SIZE))
+    for seed in range(6):
+        pairs = spectra.eigsh(op, 2, which="LA", key=jax.random.key(seed))
+        away = np.abs(pairs.values[:, None] - exact).min(axis=1)
+        assert (away <= pairs.residuals + pairs.noise_floor).all()
+        assert pairs.noise_floor <= 2 * LARGE * EPS * np.sqrt(SIZE)  # each of its sums to half a rounding
+
+
+def test_numbers_before_they_were_rounded_are_drawn_by_their_digits():
+    """In units of the last digit they are spread evenly from -1/2 to 1/2, and alike where numbers are."""
+    x = np.random.default_rng(0).standard_normal(20_000).astype(np.float32)
+    x = np.concatenate([x, -4 * x, np.float32([0, 1, -0.5, 3])])
+    with jax.enable_x64(True):
+        first, second = (np.asarray(rounded_once(x, jnp.uint32(salt))) for salt in (0, 1))
+    np.testing.assert_array_equal(first.astype(np.float32), x)
+    away = (first - x) / np.spacing(np.abs(x))
+    np.testing.assert_allclose(np.mean(away[:20_000] ** 2), 1 / 12, rtol=0.05)  # 0.9 / sqrt(20,000) and 1e-3
+    assert abs(np.corrcoef(first - x, second - x)[0, 1]) < 0.1
+    np.testing.assert_array_equal(first[20_000:40_000], -4 * first[:20_000])
+    np.testing.assert_array_equal(first[40_000:], x[40_000:])
+
+
+def test_memory_for_float64_is_that_of_all_vectors_of_a_kronecker_product(monkeypatch):
+    hessian = spectra.HessianOperator(chained, W, X)
+    op = spectra.KroneckerOperator(hessian, hessian)
+    five = spectra.MatrixOperator(jnp.eye(5))
+    for other in (spectra.KroneckerOperator(hessian, five), spectra.KroneckerOperator(five, hessian)):
+        assert other.evaluated_bytes() == 5 * hessian.evaluated_bytes()
+    monkeypatch.setattr(host, "available_bytes", lambda device=None: 20 * hessian.evaluated_bytes())
+    assert doubled(hessian) is not None
+    assert doubled(op) is None
 
 
 def test_asymmetry_by_rounding_is_named():

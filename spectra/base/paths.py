@@ -206,7 +206,7 @@ def _predicate(select: Select) -> Callable[[str], Any]:
         return lambda path: any(fnmatch.fnmatchcase(path, glob) for glob in globs)
     if isinstance(select, re.Pattern):
         return select.search
-    if callable(select):
+    if callable(select) and not isinstance(select, type):  # which is no question about a path
         return select
     raise StructureError(
         f"select is a {type(select).__name__}; pass a glob such as 'Dense_0/*', a compiled regular "

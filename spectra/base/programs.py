@@ -39,7 +39,6 @@ class Program:
         self.trace: Callable[..., jax.stages.Traced] = self._plain.trace
         self.lower: Callable[..., jax.stages.Lowered] = self._plain.lower  # `options` are left to `compile`
         self.eval_shape: Callable[..., Any] = self._plain.eval_shape
->>>>>>> s45-core
         self._by_options = functools.cache(
             lambda *pairs: jax.jit(function, compiler_options=dict(pairs), **arguments)
         )

@@ -166,18 +166,22 @@ def _dense(op: LinearOperator, shift: float, rank_tol: float | None) -> Conditio
     rank = int(np.sum(sizes > cut))
     nullity = n - rank
     smallest = float(sizes[nullity]) if rank else 0.0
+    # Rounding may have taken what is near the cut across it.
+    surely = float(np.min(sizes[sizes > cut + floor], initial=largest)) if rank else 0.0
+    crossed = cut > floor and bool(np.any((sizes > cut - floor) & (sizes <= cut)))
+    near = bool(nullity and rank and (smallest < CLEAR * cut or crossed))
+    least = nullity if cut == floor and not near else int(np.sum(sizes <= cut - floor))
+    at_least, ends = 1.0, (1.0, 1.0)
     if rank:
-        ends = (largest - floor) / (smallest + floor), (largest + floor) / (smallest - floor)
-    else:
-        ends = 1.0, 1.0
-    near = bool(nullity and rank and smallest < CLEAR * cut)
+        at_least = (largest - floor) / (smallest + floor)
+        ends = (largest - floor) / (surely + floor), (largest + floor) / (smallest - floor)
     return _result(
         largest=Interval(largest - floor, largest, largest + floor),
-        smallest=Interval(max(smallest - floor, 0.0), smallest, smallest + floor),
+        smallest=Interval(cut if crossed else max(smallest - floor, 0.0), smallest, surely + floor),
         ends=(max(ends[0], 1.0), np.inf if near else max(ends[1], 1.0)),
         singular=bool(nullity),
-        at_least=ends[0],
-        nullity=Interval(*[float(nullity)] * 3),
+        at_least=at_least,
+        nullity=Interval(float(least), float(nullity), float(np.sum(sizes <= cut + floor))),
         floor=floor,
         cut=cut,
         value_within=DENSE_VALUE,

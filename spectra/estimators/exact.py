@@ -76,7 +76,7 @@ def moved_products(run: Run, moved: bool = False) -> list[tuple[PyTree, PyTree, 
     jit, where it would double the program.
     """
     key = jax.random.key(KEY)
-    if run.traced or not is_measured(run.source):
+    if run.traced or not is_measured(run.source, moved):
         return []
     exact = None if moved else doubled(run.source)
     found: list[tuple[PyTree, PyTree, PyTree]] = []

@@ -1,21 +1,19 @@
-"""Operators that are small enough for a dense matrix: eigenpairs, also in a metric, and linear systems."""
+"""Operators that are small enough for a dense matrix: eigenpairs and linear systems."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import host, programs, stacks, trees
-from spectra.base.errors import SpectraError, Status, StructureError
+from spectra.base.errors import Status
 from spectra.base.host import one_thread
 from spectra.krylov import wanted
+from spectra.krylov.linear_rounding import known_rounding
 from spectra.krylov.vanished import vanished
 from spectra.operators.base import LinearOperator
 from spectra.operators.doubled import doubled
-from spectra.operators.preconditioned import PreconditionedOperator
 from spectra.results import Eigenpairs, Interval, Solution
 
 PyTree = object
@@ -148,14 +146,16 @@ def solution(
     x = _as_stack(op, (coefficients * inverse) @ vectors.T)
     kept = np.asarray(_as_rows(x), np.float64)  # as it was rounded
     residual = np.linalg.norm(rows - kept @ matrix, axis=1)
-    rounding = error * np.linalg.norm(kept, axis=1)
+    sizes_x = np.linalg.norm(kept, axis=1)
+    rounding = known_rounding(op, b, x, residual, scale * sizes_x)
+    rounding = error * sizes_x if rounding is None else rounding
     least, source = float(np.abs(values).min()) - error, "the eigenvalues of the matrix"
     if known is not None and known[0] > least:  # rounding of the matrix says less than what is known
         least, source = known
     bounded = np.full(len(rows), np.inf) if least <= 0 else (residual + rounding) / least
     form = Interval(*[np.full(len(rows), np.nan)] * 3)
     if values[0] > error:
-        value, slack = np.sum(rows * kept, axis=1), np.linalg.norm(kept, axis=1) * (residual + rounding)
+        value, slack = np.sum(rows * kept, axis=1), sizes_x * (residual + rounding)
         form = Interval(value - slack, value, value + slack + (residual + rounding) ** 2 / least)
     residual: np.ndarray = np.where(singular, outside, residual)
     converged: np.ndarray = ~singular & (residual <= tol * sizes)
@@ -185,106 +185,3 @@ def _as_stack(op: LinearOperator, rows: np.ndarray) -> PyTree:
 
 def _like(flags: np.ndarray, leaf: jax.Array) -> np.ndarray:
     return flags.reshape(-1, *[1] * (leaf.ndim - 1))
-
-
-def generalized_eigenpairs(
-    op: LinearOperator,
-    metric: Any,
-    k: int,
-    which: str,
-    tol: float,
-    max_matvecs: int | None,
-    solve: Callable[[LinearOperator], Eigenpairs],
-) -> Eigenpairs:
-    """k pairs of H v = λ M v, with M given as an operator or by its diagonal.
-
-    A diagonal M makes M^(-1/2) H M^(-1/2) an operator like any other, which `solve` is given; an operator is
-    factorised as a dense matrix.
-    """
-    if isinstance(metric, LinearOperator):
-        if max_matvecs is not None and max_matvecs < op.size:
-            raise SpectraError(
-                f"max_matvecs={max_matvecs}: a metric that is an operator takes {op.size} products."
-            )
-        return _dense(op, metric, k, which, tol)
-    scaled = PreconditionedOperator(op, metric)
-    pairs = solve(scaled)
-    vectors = jax.tree.map(jnp.multiply, scaled.scale, pairs.vectors)
-    # An entry of M^(-1/2) is rounded twice, to 1.5 units, and D has it on both sides (Ostrowski).
-    rounding = 1.5 * float(jnp.finfo(scaled.dtype).eps) * float(np.abs(pairs.values).max())
-    return dataclasses.replace(pairs, vectors=vectors, noise_floor=pairs.noise_floor + rounding)
-
-
-def _dense(op: LinearOperator, metric: LinearOperator, k: int, which: str, tol: float) -> Eigenpairs:
-    """By LAPACK in float64 on the host, from n products with either."""
-    import scipy.linalg
-
-    n = op.size
-    if metric.size != n:
-        raise StructureError(f"the metric has order {metric.size}, the operator {n}.")
-    if n > LARGEST:
-        raise SpectraError(
-            f"a metric of order {n} would be factorised as a dense matrix, up to order {LARGEST}: give its "
-            "diagonal as a pytree like the parameters, or use op.block(...) of both."
-        )
-    matrix, weight = (np.asarray(x.as_matrix(), np.float64) for x in (op, metric))
-    spectrum = np.linalg.eigvalsh(weight)
-    noise = matrix_error(metric, weight, spectrum)
-    if spectrum[0] <= noise:
-        raise SpectraError(
-            f"the metric is not positive definite to its rounding: its smallest eigenvalue is "
-            f"{spectrum[0]:.2e} with errors up to {noise:.1e}. Shift it: metric.shift(delta)."
-        )
-    values, vectors = scipy.linalg.eigh(matrix, weight)
-    factor = np.linalg.cholesky(weight)
-
-    def residuals(values: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-        rest = matrix @ vectors - (weight @ vectors) * values
-        return np.linalg.norm(scipy.linalg.solve_triangular(factor, rest, lower=True), axis=0)
-
-    chosen = np.sort(wanted.order(values, which)[:k])
-    some, x = values[chosen], vectors[:, chosen]
-    sides = (op, matrix, np.ones(k)), (metric, weight, -some)
-    stated = sum(_stated(part, dense) * np.abs(weights) for part, dense, weights in sides)
-    floor = float(np.max(stated * np.linalg.norm(x, axis=0))) / float(np.sqrt(spectrum[0]))
-    floor += _measured(sides, x, factor)
-    # Both are lengths in the computed metric, which the true one may fall short of by its error.
-    share = noise / float(spectrum[0])
-    floor = (floor + share * float(residuals(some, x).max())) / (1 - share)
-    return chosen_pairs(op, k, which, tol, values, vectors, residuals, floor)
-
-
-def _stated(op: LinearOperator, matrix: np.ndarray) -> float:
-    """A bound on what rounding did to a matrix that cannot be measured, or to products with it in float64."""
-    values = np.linalg.eigvalsh(matrix)
-    if op.moved(jax.random.key(0)) is None:
-        return matrix_error(op, matrix, values)
-    return len(values) * float(np.finfo(float).eps) * float(np.abs(values).max())
-
-
-def _measured(
-    sides: tuple[tuple[LinearOperator, np.ndarray, np.ndarray], ...], vectors: np.ndarray, factor: np.ndarray
-) -> float:
-    """What |L⁻¹ (E - λ F) x| stays below at 95 %, with the rounding E of H and F of M = L Lᵀ.
-
-    By the residual theorem no λ is further than that from an eigenvalue. One sum of the vectors stands for
-    all, as in `wanted.with_measured_floor`; the sides are operators, matrices, and their factors in the sum.
-    An entry that was made of others, as by a shift, has been rounded once more.
-    """
-    import scipy.linalg
-
-    total, rng = np.zeros((wanted.SAMPLES, len(factor))), np.random.default_rng(wanted.KEY)
-    for op, matrix, weights in sides:
-        if op.moved(jax.random.key(0)) is None:
-            continue
-        column = vectors @ weights
-        vector = jax.tree.map(lambda x: x[0], as_tree(op, column[:, None]))
-        image, unit = wanted.multiply(op.prepare(), vector), float(jnp.finfo(op.dtype).eps)
-        for i in range(wanted.SAMPLES):
-            other = op.moved(jax.random.fold_in(jax.random.key(wanted.KEY), i))
-            assert other is not None
-            change = jax.tree.map(jnp.subtract, wanted.multiply(other.prepare(), vector), image)
-            entries = (unit * rng.choice([-1, 1], matrix.shape) * matrix) @ column
-            total[i] += np.asarray(trees.ravel(change), np.float64) + entries
-    rest: np.ndarray = scipy.linalg.solve_triangular(factor, total.T, lower=True)
-    return wanted.limit(np.linalg.norm(rest, axis=0))

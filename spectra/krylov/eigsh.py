@@ -16,9 +16,10 @@ from spectra.base.files import tree_digest
 from spectra.base.trees import PyTree
 from spectra.krylov import wanted
 from spectra.krylov.chebyshev import smallest_eigenpairs
-from spectra.krylov.dense import allowed, dense_eigenpairs, generalized_eigenpairs
+from spectra.krylov.dense import allowed, dense_eigenpairs
 from spectra.krylov.eigen_run import EigenRun
 from spectra.krylov.layout import Layout
+from spectra.krylov.metric import generalized_eigenpairs
 from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
 from spectra.krylov.recurrence import check_start

@@ -29,6 +29,7 @@ from spectra.krylov.linear_state import (
     choose,
     merge,
     norm_of,
+    refuse_inverse,
     sides_of,
     to_check,
     zeros_beside,
@@ -265,7 +266,8 @@ def hand_over(problem: Problem, block: Block) -> State:
         alone = to_check(alone, block.products >= problem.limit - 1, verdict=Verdict.BUDGET)
         reached = (block.checked & (norm <= problem.target)) | (norm_of(problem.b) <= problem.target)
         said = jnp.where(reached, jnp.int32(Verdict.CONVERGED), jnp.int32(Verdict.BUDGET))
-        return choose(reached | block.spent, dataclasses.replace(known, verdict=said), alone)
+        found = choose(reached | block.spent, dataclasses.replace(known, verdict=said), alone)
+        return refuse_inverse(found, trees.vdot(r, z), r)  # which a block does not ask
 
     return jax.vmap(one, in_axes=(sides_of(problem), 0, 0))(problem, block.x, claimed)
 

@@ -18,13 +18,13 @@ from spectra.base.trees import PyTree
 from spectra.krylov.layout import Layout
 from spectra.krylov.linear_block import WIDEST, Block, absorb_block, begin_block, hand_over
 from spectra.krylov.linear_kept import room
+from spectra.krylov.linear_rounding import noise_of
 from spectra.krylov.linear_state import (
     SHORT_VECTORS,
     Mode,
     Problem,
     State,
     Verdict,
-    noise_of,
     norm_of,
     sides_of,
 )

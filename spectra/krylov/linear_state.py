@@ -16,8 +16,8 @@ from spectra.base import programs, trees
 from spectra.base.errors import Status
 from spectra.base.trees import PyTree
 from spectra.krylov import wanted
+from spectra.krylov.linear_rounding import noise_of, rounding_of
 from spectra.operators.base import LinearOperator
-from spectra.quadrature.rules import breakdown_noise
 from spectra.results import Interval, Solution
 
 
@@ -154,11 +154,6 @@ def refuse_inverse(state: State, square: jax.Array, r: PyTree) -> State:
     return merge(state, bad, mode=jnp.int32(Mode.DONE), verdict=jnp.int32(Verdict.PRECONDITIONER))
 
 
-def noise_of(op: LinearOperator) -> float:
-    """What one product is off by, in units of |A|."""
-    return breakdown_noise(op.size, op.precision)
-
-
 def zeros_beside(v: PyTree) -> PyTree:
     """Zeros that lie on a mesh as v does. Nothing says so of constants: each device would have them whole."""
     return jax.tree.map(lambda x: x - x, v)
@@ -200,18 +195,10 @@ def judged(
     verdicts: np.ndarray,
 ) -> Solution:
     """The solution with its rounding, bound and status."""
-    x, noise = found["x"], noise_of(op)
+    x = found["x"]
     norms = np.asarray(sizes(x), np.float64)
-    residual = np.asarray(found["residual"], np.float64)
-    measured = wanted.is_measured(op)
-    seen = np.maximum(np.asarray(found["norm_a"], np.float64), 0.0 if measured else wanted.seen_norm(op))
-    # Of the product, and of the difference and its norm.
-    moved = noise * (seen * norms + residual)
-    if measured:
-        here = op.prepare()
-        for i in np.flatnonzero(np.isfinite(norms) & (norms > 0)):
-            vector = jax.tree.map(lambda leaf, i=i: leaf[i], x)
-            moved[i] = max(moved[i], wanted.change_of_product(op, vector, wanted.multiply(here, vector)))
+    residual, norm_a = (np.asarray(found[name], np.float64) for name in ("residual", "norm_a"))
+    moved = rounding_of(op, b, x, residual, norm_a, norms)
     error = np.full(len(norms), np.inf)
     form = Interval(*[np.full(len(norms), np.nan)] * 3)
     known = np.isfinite(norms)

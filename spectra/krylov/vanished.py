@@ -15,6 +15,6 @@ def vanished(op: LinearOperator) -> float:
     say it, since they may vanish as well. 0 for an operator without parameters, such as a matrix of zeros,
     which has nothing to round.
     """
-    if not wanted.is_measured(op):
+    if not wanted.is_measured(op, moved=True):
         return 0.0
     return max(wanted.change_of_matrix(op, moved=True), float(jnp.finfo(op.dtype).tiny))

@@ -94,6 +94,8 @@ def beats(limits: list[End], theta: np.ndarray, margin: float) -> bool:
 
 SAMPLES = 4
 """Moved operators: as many degrees of freedom has what they say."""
+DRAWN, RARE = 16, 1e-4
+"""Matrices that would be rounded to the one that is given, and how often what they say may not hold."""
 TRIED, UNSEEN = 8, 1.9
 """Random vectors that a matrix is tried on, and what may be left to be seen by none of them."""
 MARGIN = 2.0
@@ -114,9 +116,10 @@ def _placed_product(op: LinearOperator, v: PyTree, where: meshes.Places) -> PyTr
     return meshes.placed(op.mv(v), where)
 
 
-def is_measured(op: LinearOperator) -> bool:
-    """Whether rounding of the products is, and not only stated, as that of a matrix is."""
-    return doubled(op) is not None or op.moved(jax.random.key(KEY)) is not None
+def is_measured(op: LinearOperator, moved: bool = False) -> bool:
+    """Whether rounding of the products is, and not only stated, as that of a matrix is; with `moved`, without
+    those in float64."""
+    return (not moved and doubled(op) is not None) or op.moved(jax.random.key(KEY)) is not None
 
 
 def change_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> float:
@@ -138,7 +141,7 @@ def change_of_matrix(op: LinearOperator, moved: bool = False) -> float:
     0 where the operator does not say what it depends on, as a matrix does not. `moved` asks for products that
     are moved also where there are some in float64.
     """
-    if not is_measured(op):
+    if not is_measured(op, moved):
         return 0.0
     exact, here, changes = None if moved else doubled(op), op.prepare(), list[float]()
     for i in range(SAMPLES):
@@ -171,11 +174,12 @@ def _change(op: LinearOperator, i: int, v: PyTree, image: PyTree) -> float:
     return float(_distance(multiply(other.prepare(), v), image))
 
 
-def limit(changes: list[float] | np.ndarray) -> float:
-    """What one more of `SAMPLES` normal numbers stays below at 95 %: Student's t."""
+def limit(changes: list[float] | np.ndarray, outside: float = 0.05) -> float:
+    """What one more of a few normal numbers stays below but for a share `outside`: Student's t; 0 of none."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(SAMPLES, 0.975) * np.sqrt(np.mean(np.square(changes))))
+    count = len(changes)
+    return float(stdtrit(count, 1 - outside / 2) * np.sqrt(np.mean(np.square(changes)))) if count else 0.0
 
 
 @programs.jit

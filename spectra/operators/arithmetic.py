@@ -75,6 +75,11 @@ class OfTerms(Composed):
         """The vectors of the first term."""
         return self.terms[0].like
 
+    @property
+    def known_in_double(self) -> bool:
+        """Whether all terms are, and hold no constants: what rounded these counts where terms cancel."""
+        return super().known_in_double and not self.holds_constants
+
     def moved(self, key: jax.Array) -> LinearOperator:
         """The same of moved terms: each is rounded relative to itself, and they may cancel."""
         return self._remade(each_moved(self.terms, key))

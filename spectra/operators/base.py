@@ -159,8 +159,16 @@ class LinearOperator(abc.ABC):
 
     @property
     def known_in_double(self) -> bool:
-        """Whether the program of a product, evaluated in float64, gives that with the exact matrix."""
+        """Whether the program of a product, evaluated in float64, gives that with the matrix that is meant.
+
+        Not that of a matrix, whose entries may have been rounded before: see `doubled.rounded_once`.
+        """
         return False
+
+    @property
+    def holds_constants(self) -> bool:
+        """Whether products depend on numbers that are no leaves, as a function may: these may be rounded."""
+        return any(part.holds_constants for part in self.made_of)
 
     def evaluated_bytes(self) -> int:
         """Bytes of the values inside of one product, where there are more than of vectors."""

@@ -192,9 +192,9 @@ class FunctionOperator(LinearOperator):
         mv: function from a vector to a vector of the same structure; traceable by JAX and linear. It is
             static: pass the same function object each time, since a new lambda recompiles. Arrays that it
             closes over become constants of the compiled program. Its matrix products are true float32 on
-            every device, unless they say otherwise themselves. It defines the matrix: rounding is stated by
-            the precision of its types, and not measured, since constants may be rounded or differences of
-            others themselves, of which the function does not tell.
+            every device, unless they say otherwise themselves. It defines the matrix: that its constants may
+            be differences of larger numbers, rounded, it does not tell. What its own operations round is
+            measured on a CPU, by products in float64, and elsewhere stated by the precision of its types.
         like: pytree of arrays or `jax.ShapeDtypeStruct`, the structure of a vector.
 
     Raises:
@@ -239,6 +239,16 @@ class FunctionOperator(LinearOperator):
     def computes_in(self) -> str:
         """The coarser of what the vectors have and the function computes in."""
         return self.rounding.dtype if self.rounding else super().computes_in
+
+    @property
+    def known_in_double(self) -> bool:
+        """True: all that it computes is inside of a product."""
+        return True
+
+    @property
+    def holds_constants(self) -> bool:
+        """True: whatever the function closes over."""
+        return True
 
     @true_float32
     def mv(self, v: PyTree) -> PyTree:

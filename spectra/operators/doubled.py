@@ -3,6 +3,9 @@
 The user's function is traced in its own types, and the program that comes of it is evaluated with every float
 and complex number in double precision, whatever it casts to. That rounds by 1e-16, so the difference is the
 error of the product itself, where stochastic arithmetic gives others of its size.
+
+A matrix may have been rounded before, from float64 to the float32 that it is given in. What that does to a
+product is sampled: `rounded_once` draws numbers that would be rounded to those of the operator.
 """
 
 from functools import partial
@@ -11,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from spectra.base import host, meshes, programs, trees
 from spectra.base.trees import PyTree
@@ -18,7 +22,7 @@ from spectra.operators import stochastic
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.evaluate import can_enter, evaluate
 from spectra.operators.pytree import operator
-from spectra.operators.stochastic import EMITTERS, Reevaluated
+from spectra.operators.stochastic import BITS, EMITTERS, ODD, Reevaluated
 
 QUICK = stochastic.QUICK | {"cpu": {"xla_backend_optimization_level": 0} | EMITTERS}
 """Compiler options of a program that runs once or four times: for a transformer of four layers it compiles in
@@ -29,19 +33,31 @@ HALF_RATE = {"6.0", "7.0", "8.0", "9.0", "10.0"}
 
 HELD = 4
 """Bytes of a product in float64 for each that one in float32 saves: as many again are its tangents."""
+FEW = 10
+"""A number that ends in so many zeros was hardly rounded: one of a thousand that were does."""
 
 
-@operator(leaves=("base",))
+@operator(leaves=("base", "salt"))
 class DoubledOperator(Reevaluated):
-    """Another operator whose products are computed in float64, and rounded once; made by `doubled`."""
+    """Another operator whose products are computed in float64, and rounded once; made by `in_double`."""
 
     base: Any
+    salt: Any = None  # of `rounded_once`, where the operator's numbers are drawn
 
     def _evaluated(self, v: PyTree) -> PyTree:
         return self._run(_rounded_product, v, where=meshes.places(self.base.like))
 
     def _of(self, piece: LinearOperator) -> "DoubledOperator":
-        return DoubledOperator(piece)
+        return DoubledOperator(piece, self.salt)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether its numbers may have been rounded before they were given, as those of a matrix may."""
+        return not self.base.known_in_double or self.base.holds_constants
+
+    def before_rounding(self, salt: int) -> "DoubledOperator":
+        """With numbers that the operator's may have been rounded from."""
+        return DoubledOperator(self.base, jnp.uint32(salt))
 
     def distance(self, v: PyTree, image: PyTree) -> float:
         """|H v - image|, as a product with a stream and one in float64 say."""
@@ -49,29 +65,40 @@ class DoubledOperator(Reevaluated):
             return trees.length(jax.tree.map(jnp.subtract, self.mv(v), image))
         return float(self._run(_distance_of_product, v, image))
 
-    def unrounded(self, v: np.ndarray) -> np.ndarray:
-        """The product with a flat vector in float64, on the host; with a stream, rounded once."""
-        tree = trees.unravel(jnp.asarray(v, self.dtype), self.structure)
-        found = self.mv(tree) if self.base.on_host else self._run(_product, tree)
-        return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(found)])
+    def unrounded(self, v: PyTree) -> np.ndarray:
+        """The product with a vector, or with a flat array, in float64 on the host."""
+        v = trees.unravel(jnp.asarray(v, self.dtype), self.structure) if isinstance(v, np.ndarray) else v
+        if self.base.on_host:
+            return np.sum([weight * piece.unrounded(v) for weight, piece in self._pieces()], axis=0)
+        return flat(self._run(_product, v))
 
     def _run(self, program: Any, *vectors: PyTree, **options: Any) -> Any:
         base = jax.tree.map(jnp.asarray, self.base)
         with jax.enable_x64(True):
-            return program(base, *vectors, **options)
+            return program(base, *vectors, salt=self.salt, **options)
+
+
+def flat(v: PyTree) -> np.ndarray:
+    """All numbers of a vector, in float64 on the host."""
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(v)])
 
 
 def doubled(op: Any) -> DoubledOperator | None:
-    """The operator in float64; None where that says nothing, or costs more than products that are moved.
+    """The operator in float64, where its numbers are what they are, and not only known to a precision."""
+    return in_double(op) if op.known_in_double else None
 
-    That is: where it computes in float64 already, where parts of it are only known to a precision, on
-    accelerators that are slow in float64, without memory for it, and where a program has parts of a fixed
-    type (a kernel of its own, a call of the host, `shard_map`).
+
+def in_double(op: Any) -> DoubledOperator | None:
+    """Products in float64 with the numbers of an operator; None where that says nothing, or costs more than
+    products that are moved.
+
+    That is: where it computes in float64 already, on accelerators that are slow in it, without memory for it,
+    and where a program has parts of a fixed type (a kernel of its own, a call of the host, `shard_map`).
     """
-    if not op.known_in_double or not _at_half_rate(op) or op.dtype == jnp.float64:
+    if not _at_half_rate(op) or op.dtype == jnp.float64:
         return None
-    free = host.available_bytes(op.device)
-    if free is not None and HELD * op.evaluated_bytes() > free:
+    free, own = host.available_bytes(op.device), sum(getattr(x, "nbytes", 0) for x in jax.tree.leaves(op))
+    if free is not None and HELD * op.evaluated_bytes() + 2 * own > free:
         return None
     if op.on_host and not hasattr(op, "_pieces"):  # made from what is streamed
         return None
@@ -87,17 +114,38 @@ def _possible(op: LinearOperator) -> bool:
     v = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), op.structure)
     try:
         with jax.enable_x64(True):
-            _product.trace(op, v)
+            _product.trace(op, v, salt=None)
     except (TypeError, ValueError, NotImplementedError):
         return False
     return True
 
 
-def _in_double(op: LinearOperator, v: PyTree) -> PyTree:
+def _in_double(op: LinearOperator, v: PyTree, salt: jax.Array | None) -> PyTree:
     with jax.enable_x64(False):
         program, shapes = jax.make_jaxpr(product, return_shape=True)(op, v)
-    found = evaluate(program, jax.tree.leaves((op, v)), _rule, can_enter, _lifted)
+    vector = [x.astype(_wide(x.dtype)) for x in jax.tree.leaves(v)]  # which is what it is
+    lift = _lifted if salt is None else partial(_drawn, salt=salt)
+    found = evaluate(program, [*jax.tree.leaves(op), *vector], _rule, can_enter, lift)
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+def rounded_once(x: Any, salt: jax.Array) -> jax.Array:
+    """Numbers in float64 that are rounded to those of `x`, which has 16 or 32 bits.
+
+    How far each is from x is made of the digits of x and of the salt, so that numbers that are alike, but for
+    their sign and a power of two, have been rounded alike. Those of few digits have not: zero, one, a half.
+    """
+    x = jnp.asarray(x)
+    info, (unsigned, signed) = jnp.finfo(x.dtype), BITS[x.dtype.itemsize]
+    digits = lax.bitcast_convert_type(x, unsigned) & unsigned(2**info.nmant - 1)
+    salt = ((salt + 1) * jnp.uint32(0x85EBCA6B)).astype(unsigned)  # so that all bits differ
+    mixed = (digits ^ salt) * unsigned(ODD % 2**info.bits)
+    share = lax.bitcast_convert_type(mixed, signed).astype(jnp.float64) * 2.0 ** (1 - info.bits)
+    few = min(FEW, info.nmant // 2)
+    share = jnp.where(digits % unsigned(2**few) == 0, 0, share)
+    wide = x.astype(jnp.float64)
+    unit = wide / (1 + digits.astype(jnp.float64) * 2.0**-info.nmant)  # the power of two, with the sign
+    return wide + unit * share * float(info.eps) / 2
 
 
 _compiled = partial(programs.jit, options=QUICK)
@@ -105,14 +153,14 @@ _product = _compiled(_in_double)
 
 
 @partial(_compiled, static_argnames="where")
-def _rounded_product(op: LinearOperator, v: PyTree, where: meshes.Places) -> PyTree:
-    result = jax.tree.map(lambda x, y: x.astype(y.dtype), _in_double(op, v), v)
+def _rounded_product(op: LinearOperator, v: PyTree, salt: jax.Array | None, where: meshes.Places) -> PyTree:
+    result = jax.tree.map(lambda x, y: x.astype(y.dtype), _in_double(op, v, salt), v)
     return meshes.placed(result, where) if where else result
 
 
 @_compiled
-def _distance_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> jax.Array:
-    changes = jax.tree.map(lambda x, y: jnp.vdot(x - y, x - y), _in_double(op, v), image)
+def _distance_of_product(op: LinearOperator, v: PyTree, image: PyTree, salt: jax.Array | None) -> jax.Array:
+    changes = jax.tree.map(lambda x, y: jnp.vdot(x - y, x - y), _in_double(op, v, salt), image)
     return jnp.sqrt(sum(jax.tree.leaves(changes)))  # no square is out of the range of float64
 
 
@@ -129,6 +177,15 @@ def _lifted(x: Any, var: Any) -> Any:
     if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):
         return x
     return (x if isinstance(x, jax.Array) else np.asarray(x, dtype)).astype(_wide(dtype))
+
+
+def _drawn(x: Any, var: Any, salt: jax.Array) -> Any:
+    """The same, or what may have been rounded to it."""
+    dtype = getattr(var.aval, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in (2, 4):
+        return _lifted(x, var)
+    given = x if isinstance(x, jax.Array) else np.asarray(x, dtype)
+    return given if given.dtype == np.float64 else rounded_once(given, salt)
 
 
 def _rule(eqn: Any, inputs: list[Any]) -> list[Any]:

@@ -101,6 +101,11 @@ class KroneckerOperator(Composed):
         """None: of one vector, too, each factor multiplies many."""
         return None
 
+    def evaluated_bytes(self) -> int:
+        """Of one vector, too, each factor multiplies many, all at once."""
+        left, right = self.left, self.right
+        return max(left.evaluated_bytes() * right.size, right.evaluated_bytes() * left.size)
+
     def mv(self, v: PyTree) -> PyTree:
         """A X B."""
         matrix = self._matrix_of(v)

@@ -38,7 +38,7 @@ SUMS = frozenset[str]().union(
     ("conv_general_dilated", "dot_general", "ragged_dot_general"),
 )
 """Primitives that add many numbers: what they round is relative to these, and may be more than their sum."""
-_BITS = {2: (jnp.uint16, jnp.int16), 4: (jnp.uint32, jnp.int32), 8: (jnp.uint64, jnp.int64)}
+BITS = {2: (jnp.uint16, jnp.int16), 4: (jnp.uint32, jnp.int32), 8: (jnp.uint64, jnp.int64)}
 SPREAD = 0.7
 ODD = 0x9E3779B97F4A7C15  # the golden ratio, of which every bit of a number changes the first of the product
 # Since jax 0.11 XLA has had no choice, and ends at a flag that it does not know.
@@ -168,7 +168,7 @@ def _scales(var: Any) -> bool:
 
 def _rounded(x: Any, salt: jax.Array) -> Any:
     dtype = getattr(x, "dtype", np.dtype(bool))
-    return _neighbour(x, salt) if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize in _BITS else x
+    return _neighbour(x, salt) if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize in BITS else x
 
 
 @jax.jit
@@ -178,7 +178,7 @@ def _neighbour(x: jax.Array, salt: jax.Array) -> jax.Array:
     u, between -1 and 1, is made of the bits of x and of the salt.
     """
     info = jnp.finfo(x.dtype)
-    unsigned, signed = _BITS[x.dtype.itemsize]
+    unsigned, signed = BITS[x.dtype.itemsize]
     mixed = (lax.bitcast_convert_type(x, unsigned) ^ salt.astype(unsigned)) * unsigned(ODD % 2**info.bits)
     share = lax.bitcast_convert_type(mixed, signed).astype(x.dtype)
     return x + x * (share * jnp.asarray(SPREAD * float(info.eps) / 2.0 ** (info.bits - 1), x.dtype))

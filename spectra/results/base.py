@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 
 import jax
@@ -188,6 +188,18 @@ class Named(Result):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+    def keys(self) -> KeysView[str]:
+        """The names."""
+        return self._parts.keys()
+
+    def values(self) -> ValuesView[Any]:
+        """The results."""
+        return self._parts.values()
+
+    def items(self) -> ItemsView[str, Any]:
+        """Pairs of a name and its result."""
+        return self._parts.items()
 
     @property
     def status(self) -> Status:

@@ -46,7 +46,7 @@ class ConditionNumber(Result):
     smallest_nonzero: float
     rank: int
     nullity: int
-    nullity_interval: Interval  # 95 %; all three equal where eigenvalues were counted
+    nullity_interval: Interval  # 95 %; where they were counted, those that rounding may take across the cut
     noise_floor: float  # |λ| below which products do not resolve an eigenvalue from zero
     is_lower_bound: bool
     shift: float

@@ -1,0 +1,87 @@
+"""What rounding leaves unknown of |b - A x|, the residual on which the bound of a solution's error rests."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra.base.trees import PyTree
+from spectra.krylov import wanted
+from spectra.operators.arithmetic import ShiftedOperator
+from spectra.operators.base import LinearOperator
+from spectra.operators.doubled import DoubledOperator, flat, in_double, rounded_once
+from spectra.quadrature.rules import breakdown_noise
+
+
+def noise_of(op: LinearOperator) -> float:
+    """What one product is off by, in units of |A|."""
+    return breakdown_noise(op.size, op.precision)
+
+
+def rounding_of(
+    op: LinearOperator, b: PyTree, x: PyTree, stated: np.ndarray, norm_a: np.ndarray, norms: np.ndarray
+) -> np.ndarray:
+    """What the residuals of stacks x and b, which are `stated`, may be off by; NaN where x is.
+
+    Where no residual is known in float64, products are right to `noise_of` |A|, or to what moved operators
+    say. |A| is at least `norm_a`; `norms` are |x|.
+    """
+    known = known_rounding(op, b, x, stated, norm_a * norms)
+    if known is not None:
+        return known
+    measured = wanted.is_measured(op)
+    seen = np.maximum(norm_a, 0.0 if measured else wanted.seen_norm(op))
+    # Of the product, and of the difference and its norm.
+    moved = noise_of(op) * (seen * norms + stated)
+    if measured:
+        here = op.prepare()
+        for i in np.flatnonzero(np.isfinite(norms) & (norms > 0)):
+            vector = _side(i, x)
+            moved[i] = max(moved[i], wanted.change_of_product(op, vector, wanted.multiply(here, vector)))
+    return moved
+
+
+def known_rounding(
+    op: LinearOperator, b: PyTree, x: PyTree, stated: np.ndarray, images: np.ndarray
+) -> np.ndarray | None:
+    """The same by products in float64, which round a little of `images`, |A| |x|; None without them."""
+    exact = in_double(op)
+    if exact is None or not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(x)):
+        return None
+    left = noise_of(op) * float(np.finfo(float).eps / jnp.finfo(op.dtype).eps) * (images + stated)
+    sides = np.flatnonzero(np.isfinite(left))
+    found = np.full(len(stated), np.nan)
+    found[sides] = [_known(exact, _side(i, b), _side(i, x), stated[i]) for i in sides]
+    return found + left
+
+
+def _side(i: int, stack: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[i], stack)
+
+
+def _known(exact: DoubledOperator, b: PyTree, x: PyTree, stated: float) -> float:
+    """What a residual differs by from that in float64; and from those with what b, the shift, and the numbers
+    of a matrix may have been rounded from."""
+    image, op = exact.unrounded(x), exact.base
+    residual, drawn = float(np.linalg.norm(flat(b) - image)), list[float]()
+    for salt in range(wanted.DRAWN):
+        if exact.is_given:
+            image = exact.before_rounding(salt).unrounded(x)
+        drawn.append(float(np.linalg.norm(_before(b, salt) - image)) - residual)
+    found = abs(residual - stated) + wanted.limit(drawn, wanted.RARE)
+    if isinstance(op, ShiftedOperator):
+        found += abs(float(op.delta) - float(jnp.asarray(op.delta, op.dtype))) * float(
+            np.linalg.norm(flat(x))
+        )
+    return found
+
+
+def _before(b: PyTree, salt: int) -> np.ndarray:
+    with jax.enable_x64(True):
+        return flat(_drawn(b, jnp.uint32(salt)))
+
+
+@jax.jit
+def _drawn(b: PyTree, salt: jax.Array) -> PyTree:
+    return jax.tree.map(partial(rounded_once, salt=salt), b)
