@@ -25,10 +25,10 @@ product and keeps the fastest, took its first choice. "h100:8" are eight cards i
 * **Copies**: instructions anywhere in the program that copy a segment of the basis. The goal is none.
 * **Conditionals**: those that a step meets, and those that the host decides anywhere in the program. The
   others lie in a command buffer, which is launched as one. The goal is none on the host.
-* **Matrix products** by the precision that is asked for. They are cuBLAS's, as the package compiles them since
-  it was measured on a card ([card](card.md)), so that no kernel of theirs is in the program: "highest" is true
-  float32. What they multiply is an array in memory: with kernels of XLA's own, which compute some of it on the
-  way, a step of the larger networks started a tenth fewer kernels.
+* **Matrix products** by the precision that is asked for. They are cuBLAS's, as the package compiles them
+  since it was measured on a card ([card](card.md)), so that no kernel of theirs is in the program:
+  "highest" is true float32. What they multiply is an array in memory: with kernels of XLA's own, which
+  compute some of it on the way, a step of the larger networks started a tenth fewer kernels.
 * **Tensor cores**: their instructions in the machine code, by type; a true float32 product has none. float64
   would be listed beside them.
 * **Collectives**: number of times, bytes on one card in all (the larger of what goes in and what comes out).
