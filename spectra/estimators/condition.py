@@ -77,7 +77,7 @@ def condition_number(
     precision sqrt(n) |H| if a product may subtract larger numbers (losses, sums, functions), plus n eps |H|
     in float64 for the eigenproblem. `effective` is a value within `effective_interval`. It is only a lower
     bound if that interval is wider than a factor of 1.5, or if eigenvalues come so close to the threshold
-    that those below it may not be zero.
+    that those below it may not be zero. `nullity_interval` then has those in doubt, on either side.
 
     **Krylov.** For larger n, random probes are used, and each statement rests on a theorem:
 

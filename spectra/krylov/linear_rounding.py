@@ -36,7 +36,7 @@ def rounding_of(
     moved = noise_of(op) * (seen * norms + stated)
     if measured:
         here = op.prepare()
-        for i in np.flatnonzero(np.isfinite(norms) & (norms > 0)):
+        for i in np.flatnonzero(np.isfinite(norms) & (norms > 0)).tolist():
             vector = _side(i, x)
             moved[i] = max(moved[i], wanted.change_of_product(op, vector, wanted.multiply(here, vector)))
     return moved
@@ -50,7 +50,7 @@ def known_rounding(
     if exact is None or not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(x)):
         return None
     left = noise_of(op) * float(np.finfo(float).eps / jnp.finfo(op.dtype).eps) * (images + stated)
-    sides = np.flatnonzero(np.isfinite(left))
+    sides = np.flatnonzero(np.isfinite(left)).tolist()
     found = np.full(len(stated), np.nan)
     found[sides] = [_known(exact, _side(i, b), _side(i, x), stated[i]) for i in sides]
     return found + left

@@ -69,7 +69,8 @@ class DoubledOperator(Reevaluated):
         """The product with a vector, or with a flat array, in float64 on the host."""
         v = trees.unravel(jnp.asarray(v, self.dtype), self.structure) if isinstance(v, np.ndarray) else v
         if self.base.on_host:
-            return np.sum([weight * piece.unrounded(v) for weight, piece in self._pieces()], axis=0)
+            parts = [w * self._of(piece).unrounded(v) for w, piece in self.base._pieces()]
+            return np.sum(parts, axis=0)
         return flat(self._run(_product, v))
 
     def _run(self, program: Any, *vectors: PyTree, **options: Any) -> Any:
@@ -123,6 +124,8 @@ def _possible(op: LinearOperator) -> bool:
 def _in_double(op: LinearOperator, v: PyTree, salt: jax.Array | None) -> PyTree:
     with jax.enable_x64(False):
         program, shapes = jax.make_jaxpr(product, return_shape=True)(op, v)
+    if program.effects:
+        raise TypeError("A call of the host sees each product, and float64 is not what it expects.")
     vector = [x.astype(_wide(x.dtype)) for x in jax.tree.leaves(v)]  # which is what it is
     lift = _lifted if salt is None else partial(_drawn, salt=salt)
     found = evaluate(program, [*jax.tree.leaves(op), *vector], _rule, can_enter, lift)
