@@ -154,6 +154,7 @@ def test_repeated_eigenvalues_have_their_multiplicity_by_default(name, k, dtype)
     assert pairs.missed < 1 or pairs.num_matvecs > 20
 
 
+@pytest.mark.slow  # one key is tested above, and twenty of a spectrum that is as hard below
 def test_multiplicity_is_found_for_nearly_every_key():
     entries = REPEATED["all, three times"]
     op = diagonal(entries, jnp.float32)
