@@ -1,6 +1,7 @@
 """A run that was ended goes on as if it had not been; a checkpoint is never worse than none."""
 
 import errno
+import functools
 import json
 import re
 import shutil
@@ -13,12 +14,15 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import pytest
 from cases import slow_but
 from children import environment
+from typer.testing import CliRunner
 
 import spectra
+from spectra.cli import commands
 from spectra.density import recorder as module
 from spectra.krylov import basis
 from spectra.operators import accumulate
@@ -37,23 +41,23 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
+def end_after(patch, count):
+    """End a run after so many looks at the clock."""
+    original, seen = module.Recorder.after, []
+
+    def look(self, *args):
+        seconds = original(self, *args)
+        seen.append(seconds)
+        if len(seen) == count:
+            raise Killed
+        return seconds
+
+    patch.setattr(module.Recorder, "after", look)
+
+
 @pytest.fixture
 def interrupt(monkeypatch):
-    """End a run after so many looks at the clock."""
-
-    def after(count):
-        original, seen = module.Recorder.after, []
-
-        def look(self, *args):
-            seconds = original(self, *args)
-            seen.append(seconds)
-            if len(seen) == count:
-                raise Killed
-            return seconds
-
-        monkeypatch.setattr(module.Recorder, "after", look)
-
-    yield after
+    yield functools.partial(end_after, monkeypatch)
     monkeypatch.undo()
 
 
@@ -63,6 +67,27 @@ def interrupted(interrupt, monkeypatch, folder, count, **options):
     with pytest.raises(Killed):
         spectra.slq(operator(), **OPTIONS | options, checkpoint=spectra.Checkpoint(folder, steps=4))
     monkeypatch.undo()
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The run without interruption."""
+    return spectra.slq(operator(), **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """What a run saved that was ended after 40 looks at the clock."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(functools.partial(end_after, patch), patch, folder, 40)
+    return folder
+
+
+@pytest.fixture
+def saved(stopped, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(stopped, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("count", slow_but([5, 25, 40], 25))
@@ -337,24 +362,20 @@ def contents(folder):
         ("item", lambda path: path.unlink(missing_ok=True), "is damaged"),
     ],
 )
-def test_damage_is_noticed_and_the_run_before_used(what, damage, warning, interrupt, monkeypatch, tmp_path):
-    whole = spectra.slq(operator(), **OPTIONS)
-    interrupted(interrupt, monkeypatch, tmp_path, 40)
-    for path in [max(tmp_path.glob("record-*"))] if what == "record" else contents(tmp_path):
+def test_damage_is_noticed_and_the_run_before_used(what, damage, warning, whole, saved):
+    for path in [max(saved.glob("record-*"))] if what == "record" else contents(saved):
         damage(path)
     with pytest.warns(RuntimeWarning, match=warning):
-        again = spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
+        again = spectra.slq(operator(), **OPTIONS, checkpoint=saved)
     np.testing.assert_array_equal(again.nodes, whole.nodes)
 
 
-def test_what_a_killed_run_leaves_does_no_harm(interrupt, monkeypatch, tmp_path):
-    whole = spectra.slq(operator(), **OPTIONS)
-    interrupted(interrupt, monkeypatch, tmp_path, 40)
-    (tmp_path / "record-999999.part").write_text("{")
-    (tmp_path / "probe-00000-rows-009-008.orbax-checkpoint-tmp-1").mkdir()
-    again = spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
+def test_what_a_killed_run_leaves_does_no_harm(whole, saved):
+    (saved / "record-999999.part").write_text("{")
+    (saved / "probe-00000-rows-009-008.orbax-checkpoint-tmp-1").mkdir()
+    again = spectra.slq(operator(), **OPTIONS, checkpoint=saved)
     np.testing.assert_array_equal(again.nodes, whole.nodes)
-    assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*-tmp-*"))
+    assert not list(saved.glob("*.part")) + list(saved.glob("*-tmp-*"))
 
 
 @pytest.mark.slow  # 200 random damages of two kinds of run
@@ -391,9 +412,7 @@ def test_no_damage_is_an_error_or_another_answer(stream, interrupt, monkeypatch,
         shutil.rmtree(folder)
 
 
-def test_a_full_disk_costs_a_warning_and_nothing_that_was_finished(interrupt, monkeypatch, tmp_path):
-    whole = spectra.slq(operator(), **OPTIONS)
-    interrupted(interrupt, monkeypatch, tmp_path, 40)
+def test_a_full_disk_costs_a_warning_and_nothing_that_was_finished(whole, saved, monkeypatch):
     original = saver.write
     writes = []
 
@@ -406,10 +425,10 @@ def test_a_full_disk_costs_a_warning_and_nothing_that_was_finished(interrupt, mo
 
     monkeypatch.setattr(saver, "write", full)
     with pytest.warns(RuntimeWarning, match="No space left"):
-        result = spectra.slq(operator(), **OPTIONS, checkpoint=spectra.Checkpoint(tmp_path, steps=4))
+        result = spectra.slq(operator(), **OPTIONS, checkpoint=spectra.Checkpoint(saved, steps=4))
     np.testing.assert_array_equal(result.nodes, whole.nodes)
     monkeypatch.undo()
-    again = spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
+    again = spectra.slq(operator(), **OPTIONS, checkpoint=saved)
     np.testing.assert_array_equal(again.nodes, whole.nodes)
 
 
@@ -598,6 +617,13 @@ def shell(folder, *options, devices=1):
     return subprocess.Popen([*COMMAND, *options], cwd=folder, env=environment(devices), **streams)
 
 
+def in_this_process(folder, *options):
+    """The same command, without the time that an interpreter takes to start."""
+    mpl.use("Agg")
+    done = CliRunner().invoke(commands.app, ["run", str(folder / "problem.py"), "--probes", "2", *options])
+    assert done.exit_code == 0, done.output
+
+
 def ended_after_its_first_record(folder, saved):
     """What a run says that gets SIGTERM then."""
     process = shell(folder, *saved)
@@ -611,19 +637,19 @@ def ended_after_its_first_record(folder, saved):
 
 def test_sigterm_ends_with_code_75_and_the_same_command_goes_on_elsewhere(tmp_path):
     (tmp_path / "problem.py").write_text(textwrap.dedent(SCRIPT))
-    steps = ("--steps", "32", "--probes", "48")  # few steps compile soon, many probes take a while
-    saved = (*steps, "--checkpoint", "saved", "--checkpoint-minutes", "0.001")
-    text = ended_after_its_first_record(tmp_path, saved)
+    steps = ("--steps", "32", "--probes", "24")  # few steps compile soon, many probes take a while
+    saved = (*steps, "--checkpoint", "saved")
+    text = ended_after_its_first_record(tmp_path, (*saved, "--checkpoint-minutes", "0.001"))
     assert "resumes from there" in text
     assert_same_on_four_devices(tmp_path, steps, saved)
 
 
 def assert_same_on_four_devices(tmp_path, steps, saved):
-    """The rest on four devices, and the whole on one without interruption."""
-    for options in ((*saved, "--mesh", "data=2,model=2", "--out", "resumed"), (*steps, "--out", "whole")):
-        process = shell(tmp_path, *options, devices=4 if "--mesh" in options else 1)
-        assert process.wait(timeout=300) == 0, process.stdout.read()
-        process.stdout.close()
+    """The rest on four devices, and the whole in this process without interruption."""
+    process = shell(tmp_path, *saved, "--mesh", "data=2,model=2", "--out", "resumed", devices=4)
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, text
+    in_this_process(tmp_path, *steps, "--out", str(tmp_path / "whole"))
     one, other = (spectra.load(tmp_path / name / "spectrum.npz").quadrature for name in ("whole", "resumed"))
     size = max(map(abs, one.range))
     assert abs(np.array(other.range) - np.array(one.range)).max() <= 64 * np.finfo("f").eps * size

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPERATORS, SHARP, SPECTRA, N, Ridge, diagonal, planted, ridge_loss
+from cases import OPERATORS, SHARP, SPECTRA, N, Ridge, diagonal, planted, ridge_loss, slow_but
 from scipy.stats import t as student
 
 import spectra
@@ -200,7 +200,22 @@ def test_the_batch_of_probes_changes_rounding_only(method, x64):
     assert np.ptp(values, axis=0).max() <= 10 * N * np.finfo(np.float64).eps
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+# One of each kind: what they share is tested by their dense matrices, in test_operators.
+KINDS = (
+    *("matrix", "function", "one batch", "finite difference", "masked stream of microbatches"),
+    *(
+        "preconditioned",
+        "kfac stream of microbatches",
+        "diagonal",
+        "low rank",
+        "product",
+        "kronecker product",
+    ),
+    "submatrix",
+)
+
+
+@pytest.mark.parametrize("name", slow_but(OPERATORS, *KINDS))
 def test_every_operator_has_its_diagonal(name):
     op, dense = OPERATORS[name]()
     got = spectra.diagonal(op, key=KEY, num_matvecs=100)

@@ -7,16 +7,13 @@ import time
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 import pytest
 from children import environment
 from jax.sharding import PartitionSpec as P
-from test_checkpoint import COMMAND, SCRIPT
-from typer.testing import CliRunner
+from test_checkpoint import COMMAND, SCRIPT, in_this_process
 
 import spectra
-from spectra.cli import commands
 from spectra.distributed import make_mesh, shard_data, shard_params
 
 
@@ -104,10 +101,7 @@ def alone(tmp_path_factory):
     """The same command in this process."""
     folder = tmp_path_factory.mktemp("alone")
     (folder / "problem.py").write_text(SCRIPT)
-    mpl.use("Agg")
-    options = ["--probes", "2", "--steps", "12", "--out", str(folder / "alone")]
-    done = CliRunner().invoke(commands.app, ["run", str(folder / "problem.py"), *options])
-    assert done.exit_code == 0, done.output
+    in_this_process(folder, "--steps", "12", "--out", str(folder / "alone"))
     return quadrature(folder / "alone")
 
 
