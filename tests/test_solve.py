@@ -412,10 +412,10 @@ def test_no_more_products_than_allowed_watched_or_not(method, capsys):
     """The last one is that of the check, in whatever mode the budget ends; a bar changes nothing."""
     # b outside of the range: MINRES asks whether its residual is in the null space, again and again.
     op = spectra.MatrixOperator(jnp.diag(jnp.array([0.0, *np.linspace(1.0, 2.0, 9)])))
+    options = {"method": method, "tol": 1e-7, "preconditioner": lambda v: v}  # one function, one program
     for limit in range(2, 14):
-        options = {"method": method, "max_matvecs": limit, "tol": 1e-7, "preconditioner": lambda v: v}
-        plain = spectra.solve(op, jnp.ones(10), **options)
-        watched = spectra.solve(op, jnp.ones(10), progress=True, **options)
+        plain = spectra.solve(op, jnp.ones(10), max_matvecs=limit, **options)
+        watched = spectra.solve(op, jnp.ones(10), max_matvecs=limit, progress=True, **options)
         assert plain.num_matvecs <= limit
         assert (watched.num_matvecs, watched.status) == (plain.num_matvecs, plain.status)
 

@@ -175,11 +175,11 @@ def test_few_steps_know_less_of_the_spread_than_of_the_value(num_steps, x64):
         (np.repeat([0.0, 1.0, 10.0], [N - 13, 12, 1]), lambda x: np.log(x + 0.01)),
     ):
         held = 0
-        many = spectra.slq(diagonal(entries), key=KEY, num_steps=num_steps, num_probes=1600, probe_batch=100)
+        many = spectra.slq(diagonal(entries), key=KEY, num_steps=num_steps, num_probes=800, probe_batch=100)
         for part in runs_of(8, many):
             lower, _, upper = spectra.trace_of(part, f).interval()
             held += lower <= f(entries).sum() <= upper
-        assert held >= 0.92 * 200  # at a rate of 95 % less by three standard errors of 1.5 %
+        assert held >= 0.885 * 100  # at a rate of 95 % less by three standard errors of 2.2 %
 
 
 @pytest.mark.parametrize("f", [np.abs, np.exp])
