@@ -8,6 +8,8 @@ from function_sweep import Outcome, sweep, together
 from torch_functions import FUNCTIONS
 from torch_layers import LAYERS
 
+from spectra.bridge import agreement
+
 # PyTorch on functions that are young or old: no matter of ours.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:torch_functions",
@@ -40,7 +42,10 @@ def _wrong(outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
 
 
 @pytest.mark.usefixtures("_float64")
-def test_own_formulas_have_the_derivatives_of_pytorch():
+def test_own_formulas_have_the_derivatives_of_pytorch(monkeypatch):
+    """The export's own comparison of outputs and gradients, with a program for each node, is left out: this
+    one holds them, too. `test_functions` has both."""
+    monkeypatch.setattr(agreement, "check", lambda *_: None)
     names = re.split(r"\|\s*", OWN)
     everything = {name: f for family in FAMILIES.values() for name, f in family.items()}
     errors = together({name: everything[name] for name in names})

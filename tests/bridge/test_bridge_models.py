@@ -19,6 +19,7 @@ from bridge_cases import CASES, Case, minilm
 from model_families import TOLERANCES, inputs_of, prepare, problems
 
 from spectra import bridge
+from spectra.bridge import agreement
 from spectra.bridge.operators.registry import OPERATORS
 
 # PyTorch's own note on a kernel that it does not use.
@@ -59,7 +60,11 @@ FAMILIES = {"small": [n for n in QUICK if n not in ALONE], **{n: [n] for n in AL
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_float32(family):
+def test_float32(family, monkeypatch):
+    """The small ones without the export's own comparison of outputs and gradients, a program for each node:
+    this one holds both. `test_all_in_both_precisions` has it."""
+    if family == "small":
+        monkeypatch.setattr(agreement, "check", lambda *_: None)
     assert not problems({n: CASES[n] for n in FAMILIES[family]}, torch.float32, example=3, batch=5)
 
 
