@@ -2,11 +2,11 @@
 
 However many probes there are, m steps know the distribution of eigenvalues by its coefficients α_1, β_1,
 ..., α_m, β_m, and no further. Others have the same: the Gauss-Radau rules of m + 1 nodes, one with a node
-wherever that is wanted. Where the mass of that node is one eigenvalue or more, a spectrum like that exists,
-but for the rounding of masses to whole numbers, and it has all of this mass on either side of the point. An
-interval that holds for both, with 95 % each, is as wide as this mass and 1.645 standard deviations of
-sampling on each side. Few probes know slightly more, since each has coefficients of its own, of which the
-mean of the bracket is a concave function.
+wherever that is wanted. Where the mass of that node is some eigenvalues, a spectrum like that exists, but for
+the rounding of masses to whole numbers, and it has all of this mass on either side of the point. An interval
+that holds for both, with 95 % each, is as wide as this mass and 1.645 standard deviations of sampling on each
+side. Few probes know slightly more, since each has coefficients of its own, of which the mean of the bracket
+is a concave function.
 """
 
 import functools
@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.audit.matrices import Case
 
 PER_NODE = 5
-"""Eigenvalues at least for each step: with fewer, masses of whole eigenvalues are others."""
+"""Eigenvalues of a node, or on average for each step, at least: with fewer, rounding changes too much."""
 EXHAUSTED = 1e-10
 """Of |H|: a coefficient β as small ends the space, and eigenvalues as close are one."""
 MEMBERS = 12
@@ -48,7 +48,7 @@ def mass_at(case: Case, steps: int, x: np.ndarray) -> np.ndarray:
     """Of the rule with a node at each x: 1 / Σ p_j(x)², by the recurrence of orthonormal polynomials."""
     alpha, beta = coefficients(case, steps)
     x = np.asarray(x, np.float64)
-    if not beta[-1] or case.size < PER_NODE * steps:
+    if not beta[-1]:
         return np.zeros(x.shape)
     before, last = np.zeros(x.shape), np.ones(x.shape)
     total = np.ones(x.shape)
@@ -60,8 +60,9 @@ def mass_at(case: Case, steps: int, x: np.ndarray) -> np.ndarray:
 
 
 def eigenvalues_at(case: Case, steps: int, x: np.ndarray) -> np.ndarray:
-    """The same in whole eigenvalues."""
-    return np.floor(case.size * mass_at(case, steps, x))
+    """The same in whole eigenvalues, where these are some; else none."""
+    found = np.floor(case.size * mass_at(case, steps, x))
+    return np.where(found >= PER_NODE, found, 0.0)
 
 
 def members(case: Case, steps: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
