@@ -12,7 +12,7 @@ from scipy.stats import beta
 from scipy.stats import t as student
 
 import spectra
-from spectra.quadrature.distribution import share_upper_bound
+from spectra.quadrature.distribution import share_limits, share_upper_bound
 
 LEVEL = 0.5  # bands fail often enough to be counted
 
@@ -53,6 +53,26 @@ def test_a_bound_on_a_share_is_where_its_law_has_the_tail(normals):
             assert np.all(side * excess < 0)
     np.testing.assert_array_equal(share_upper_bound(np.array([0.0, 1.0]), normals, 0.025), [0, 1])
     np.testing.assert_array_equal(share_upper_bound(np.array([0.0, 0.5]), 0, 0.025), [0, 1])
+
+
+@pytest.mark.parametrize("truth", [0.02, 0.4, 0.9])
+@pytest.mark.parametrize("width", [0.0, 0.3, 1.0, 3.0, 30.0])
+def test_an_interval_about_a_bracket_fails_at_its_rate_where_the_truth_is_at_an_end(truth, width):
+    """Probes see a share by its law, here its quantiles, and a bracket of so many deviations that ends there.
+
+    A tenth of the draws may miss, half of that beyond each limit without a bracket, and all of it beyond the
+    near one beside a wide one, so that limits are closer. Beside one as wide as the law they are safe.
+    """
+    normals, level, each = 2000.0, 0.1, (np.arange(4000) + 0.5) / 4000
+    seen = beta.ppf(each, normals * truth / 2, normals * (1 - truth) / 2)
+    away = width * np.sqrt(2 * truth * (1 - truth) / normals)
+    for low, high in ((seen, np.minimum(seen + away, 1.0)), (np.maximum(seen - away, 0.0), seen)):
+        lower, upper = share_limits(low, high, normals, level / 2)
+        misses = np.mean((truth < lower) | (truth > upper))
+        assert level * (0.5 if 0 < width < 3 else 0.95) <= misses <= level * 1.02
+    if width == 30:  # no wider than one limit alone
+        inside = upper < 1
+        np.testing.assert_allclose(upper[inside], share_upper_bound(high[inside], normals, level), rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_probes", [1, 3])

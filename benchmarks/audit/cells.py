@@ -29,6 +29,7 @@ class Cell:
     share: float  # of what was stated that holds, over keys and entries
     width: float | None  # over that of the ideal interval; None where the result is exact
     broken: int | None = None  # of a bound: how often it failed
+    least: float | None = None  # of widths over the ideal one: what the steps alone leave open; None: nothing
 
     @property
     def place(self) -> tuple[str, str, str]:
@@ -54,14 +55,18 @@ class Cell:
     def _width(self) -> str:
         if self.width is None:
             return "exact"
-        return f"{self.width:.2f}" if self.width < FAR else f"> {FAR:g}"
+        least = f" [{self.least:.2f}]" if self.least and 1.005 <= self.least < FAR else ""
+        return (f"{self.width:.2f}" if self.width < FAR else f"> {FAR:g}") + least
 
 
-def cell(place: tuple[str, str, str], held: np.ndarray, width: float, bound: bool = False) -> Cell:
+def cell(
+    place: tuple[str, str, str], held: np.ndarray, width: float, bound: bool = False, least: float = 0.0
+) -> Cell:
     """The cell of what held; an axis of entries may follow that of keys."""
     finite = bool(np.isfinite(width)) and not bound
     broken = int(np.sum(~held)) if bound else None
-    return Cell(*place, len(held), float(np.mean(held)), float(width) if finite else None, broken)
+    widths = float(width) if finite else None, float(least) if finite and least > 0 else None
+    return Cell(*place, len(held), float(np.mean(held)), widths[0], broken, widths[1])
 
 
 def read(path: Path) -> dict[tuple[str, str, str], Cell]:

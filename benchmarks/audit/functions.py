@@ -6,11 +6,13 @@ import jax
 import numpy as np
 
 import spectra
+from benchmarks.audit import left_open
 from benchmarks.audit.matrices import Case
 from benchmarks.audit.statements import QUADRATURES, Outcome, Statement, from_keys, of_quadratures
 
 SHIFT = 1e-3
 """Of logarithm and inverse, in units of the largest |eigenvalue|, added to twice the most negative one."""
+ONE_SIDED = 1.645  # standard deviations with 95 % on one side
 COUNTED = 0.15, 0.5, 0.999999
 """Thresholds of counts, in units of the largest eigenvalue."""
 
@@ -48,6 +50,22 @@ def intervals(estimate, truth):
     return measure
 
 
+def counted(estimate, truth, threshold, unit):
+    """The same of a count beyond a threshold of the case, in this unit of one eigenvalue."""
+    found = intervals(estimate, truth)
+
+    def measure(case: Case, setting: tuple[int, int], keys: jax.Array) -> Outcome:
+        outcome = found(case, setting, keys)
+        x, (steps, probes) = threshold(case), setting
+        open_ = float(left_open.eigenvalues_at(case, min(steps, case.size), x))
+        share = np.mean(case.eigenvalues > x)
+        error = case.size * np.sqrt(2 * share * (1 - share) / probes / (case.size + 2))
+        least = unit(case) * (open_ + 2 * ONE_SIDED * error) if open_ else 0.0
+        return dataclasses.replace(outcome, least=least)
+
+    return measure
+
+
 def function(build):
     """`measure` of the interval of tr f(H)."""
     return intervals(
@@ -78,6 +96,8 @@ def _count(share: float):
     return (
         lambda case, q: spectra.count_above(q, share * case.eigenvalues[-1]),
         lambda case: float(np.sum(case.eigenvalues > share * case.eigenvalues[-1])),
+        lambda case: share * case.eigenvalues[-1],
+        lambda case: 1.0,
     )
 
 
@@ -99,23 +119,23 @@ def _small(case: Case, setting) -> bool:
 
 STATEMENTS = (
     *(
-        Statement(
-            "counts", f"eigenvalues above {share} of the largest", QUADRATURES, intervals(*_count(share))
-        )
+        Statement("counts", f"eigenvalues above {share} of the largest", QUADRATURES, counted(*_count(share)))
         for share in COUNTED
     ),
     Statement(
         "counts",
         "share of negative eigenvalues",
         QUADRATURES,
-        intervals(
+        counted(
             lambda case, q: spectra.negative_share(q),
             lambda case: float(np.mean(case.eigenvalues < -1e-12 * _scale(case))),
+            lambda case: 0.0,
+            lambda case: 1 / case.size,
         ),
         note=(
-            "Where the spectrum is dense at zero, the bracket of 30 steps is wider than what 8 probes leave "
-            "open. Of eigenvalues that are zero to rounding, as most of “repeated”, no sign is certain: the "
-            "interval reaches from none to all of them, about a value that is right."
+            "Where the spectrum is dense at zero, steps leave more open than probes do: in brackets is the "
+            "width that this alone asks for. Of eigenvalues that are zero to rounding, as most of “repeated” "
+            "are, no sign is certain: the interval reaches from none to all, about a value that is right."
         ),
     ),
     *(

@@ -34,15 +34,22 @@ class Outcome:
     value: np.ndarray
     upper: np.ndarray
     truth: Any
+    least: float = 0.0  # width that the steps of a quadrature leave open, with what sampling adds to it
 
     def held(self, slack: float) -> np.ndarray:
         return (self.lower - slack <= self.truth) & (self.truth <= self.upper + slack)
 
     def width_to_ideal(self, slack: float) -> float:
         """Mean half width over 1.96 root mean square errors: 1 for a normal law that is known."""
+        return self._to_ideal(float(np.mean(self.upper - self.lower)), slack)
+
+    def least_to_ideal(self, slack: float) -> float:
+        """The least half width over the same."""
+        return self._to_ideal(self.least, slack)
+
+    def _to_ideal(self, width: float, slack: float) -> float:
         error = float(np.sqrt(np.mean((self.value - self.truth) ** 2)))
-        half = float(np.mean(self.upper - self.lower)) / 2
-        return half / (1.96 * error) if error > slack else float("nan")
+        return width / 2 / (1.96 * error) if error > slack else float("nan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +58,16 @@ class Curves:
 
     holds: np.ndarray
     widths: np.ndarray
+    least: float = 0.0  # the least width, over the same ideal one
 
     def held(self, slack: float) -> np.ndarray:
         return self.holds
 
     def width_to_ideal(self, slack: float) -> float:
         return float(np.mean(self.widths))
+
+    def least_to_ideal(self, slack: float) -> float:
+        return self.least
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,89 +1,20 @@
-"""Bands of smoothed densities: what a quadrature leaves open, and then what a finite number of probes does.
+"""Bands of smoothed densities: what a quadrature leaves open, and then what few probes do."""
 
-A kernel K is smooth, and a Gauss rule of m nodes is exact up to degree 2m - 1, so that its error for K
-falls exponentially as soon as the kernel is wider than the spacing of the nodes. How much it is at most
-follows from what is known for certain of the measure μ of a probe. For z in the upper half plane all
-measures with the same recurrence coefficients α_1, β_1, ..., α_m, β_m have Stieltjes transforms in one disc
-(Weyl's circle), with the Gauss rule on its edge, whose diameter is
-
-    d(z) = |Σ_j (-1)^j sqrt(w_j) r_j / (θ_j - z)|² / (Im z (1 + Σ_j r_j² / |θ_j - z|²)).
-
-K is analytic, so by Cauchy's formula on a contour at the height y above the axis and its mirror image
-
-    |∫ K dμ - Σ_j w_j K(θ_j)| <= (1/π) ∫ |K(z)| d(z) |dz|.
-
-On the contour |K| is again a Gaussian in x: the bound is a smoothed density too, of "error masses" on the
-contour.
-
-References:
-    Akhiezer, The Classical Moment Problem, 1965, ch. 1 and 2 (the discs).
-"""
-
-import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
 
+from spectra.density.discs import open_errors
+from spectra.density.kernels import REACH, Width, peak
 from spectra.quadrature import distribution
-from spectra.quadrature.brackets import Origin, bracket, dropped, rules
+from spectra.quadrature.brackets import Origin, bracket
 from spectra.results import Quadrature
 
-RELATIVE_WIDTH = 0.05
-"""Default kernel width as a share of the distance from zero: an outlier is drawn 5 % wide."""
-HEIGHTS = (0.5, 1.0, 2.0, 3.0)
-"""Of the contours, in kernel widths: |K| grows as exp(y² / 2), and d falls as exp(-2 π y / spacing)."""
-REACH = 8.0  # kernel widths beyond which its mass, 1e-15, is not seen
-_PER_WIDTH = 4.0
-"""Points of a contour in a width of the kernel: features there are half a width wide, or more."""
-_BLOCK = 2_000_000  # numbers of a contour and the nodes side by side
 COARSE = 8.0
 """Cells of a grid wider than this many kernels are bracketed by the CDF in place of the kernel ..."""
 MANY = 8192
 """... if the grid spans more kernel widths than this."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Width:
-    """The width of the kernel for mass at t: sqrt(narrowest² + (share t)²), analytic near the real axis."""
-
-    narrowest: float
-    share: float = 0.0
-
-    def __call__(self, t: ArrayLike) -> np.ndarray:
-        """Width at real positions."""
-        return np.hypot(self.narrowest, self.share * np.asarray(t))
-
-    def squared(self, z: np.ndarray) -> np.ndarray:
-        """Its square at complex ones."""
-        return self.narrowest**2 + (self.share * z) ** 2
-
-    def count(self, t: ArrayLike) -> np.ndarray:
-        """Widths from zero to t: ∫ dt / h."""
-        if not self.share:
-            return np.asarray(t) / self.narrowest
-        return np.arcsinh(self.share * np.asarray(t) / self.narrowest) / self.share
-
-    def place(self, count: np.ndarray) -> np.ndarray:
-        """Where so many widths from zero end."""
-        if not self.share:
-            return count * self.narrowest
-        return np.sinh(self.share * count) * self.narrowest / self.share
-
-
-def peak(grid: np.ndarray, widths: Width) -> np.ndarray:
-    """No less than the largest kernel under the hat function of each grid point.
-
-    As a function of t the kernel N(x; t, h(t)²) is largest near t = x, where h changes by the share η in a
-    width: (1 + η²) / (sqrt(2π) h(x)) bounds it. The mean under a hat is below the inverse of its area, too.
-    """
-    cells = np.diff(grid)
-    near = np.stack([np.append(grid[0], grid[:-1]), grid, np.append(grid[1:], grid[-1])])
-    smallest = np.where((near[0] < 0) & (near[2] > 0), 0.0, np.abs(near).min(axis=0))
-    area = (np.append(0.0, cells) + np.append(cells, 0.0)) / 2
-    return np.minimum((1 + widths.share**2) / (np.sqrt(2 * np.pi) * widths(smallest)), 1 / area)
 
 
 def limits(
@@ -114,62 +45,10 @@ def limits(
         lower, upper = _cells(quadrature, grid, widths, moved, origin)
         lower, upper = np.where(coarse, lower, 0.0), np.where(coarse, upper, np.inf)
     if not coarse.all():
-        places = _places(counts, ~coarse)
-        errors = [smooth(*_error_masses(quadrature, widths, places, y, moved, origin)) for y in HEIGHTS]
-        error = np.where(coarse, np.inf, np.min(errors, axis=0))
-        lower, upper = np.maximum(lower, density - error), np.minimum(upper, density + error)
+        missed, error = open_errors(quadrature, grid, ~coarse, widths, moved, density, smooth, origin)
+        middle, error = density + missed, np.where(coarse, np.inf, error)
+        lower, upper = np.maximum(lower, middle - error), np.minimum(upper, middle + error)
     return np.minimum(lower, density), np.maximum(np.minimum(upper, peak(grid, widths)), density)
-
-
-def _places(counts: np.ndarray, fine: np.ndarray) -> np.ndarray:
-    """Points of a contour, as widths from zero, that the hats of the fine grid points can see."""
-    left = np.append(counts[0], counts[:-1])[fine] - REACH - 1
-    right = np.append(counts[1:], counts[-1])[fine] + REACH + 1
-    first, last = np.floor(left * _PER_WIDTH).astype(int), np.ceil(right * _PER_WIDTH).astype(int)
-    first = np.maximum(first, np.append(first[0], last[:-1] + 1))  # both grow with the grid
-    pieces: list[np.ndarray] = [np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]
-    return np.concatenate(pieces) / _PER_WIDTH
-
-
-def _error_masses(
-    quadrature: Quadrature,
-    widths: Width,
-    places: np.ndarray,
-    height: float,
-    moved: float,
-    origin: Origin | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centers, masses and widths of Gaussians whose sum bounds the error, as a mean over probes.
-
-    With 1 / h(z)² = a + i b and z = t + i y, |K_x(z)| = N(x; t - y b / a, 1 / a) times
-    exp(a y² (1 + b² / a²) / 2) / sqrt(a |h(z)²|). Where H is known to within `moved` = δ, the transform
-    vᵀ(H - z)⁻¹v changes by δ |(H - z)⁻¹v| |(H + E - z)⁻¹v| at most, and |(H - z)⁻¹v|² is its imaginary part
-    over y.
-    """
-    t = widths.place(places)
-    h = widths(t)
-    y = height * h
-    z = t + 1j * y
-    square = widths.squared(z)
-    a, b = (1 / square).real, (1 / square).imag
-    growth = np.exp(a * y**2 * (1 + (b / a) ** 2) / 2) / np.sqrt(a * np.abs(square))
-    length = h / _PER_WIDTH * np.hypot(1, height * widths.share**2 * t / h)
-    total, behind = np.zeros(len(t)), dropped(origin.whole if origin else quadrature)
-    blocks = np.array_split(np.arange(len(t)), 1 + len(t) * quadrature.num_steps // _BLOCK)
-    # Of the rest of a measure as much is open as of the measure, in units of the mass that is left.
-    none = np.zeros(0, int)
-    shares = origin.rules() if origin else ((rule, none) for rule in rules(quadrature))
-    for ((theta, w, r), taken), part in itertools.product(shares, blocks):
-        mass = 1 - w[taken].sum()
-        away, above, left = theta[:, None] - t[part], y[part], np.zeros(len(part))
-        seen = 1 / (away**2 + above**2)  # |θ - z|⁻²; the inverse itself is (θ - t + i y) times that
-        far = (moved if r.any() else moved + behind) / above
-        if r.any():
-            rows = np.sqrt(w) * r
-            square = (rows @ (away * seen)) ** 2 + (above * (rows @ seen)) ** 2
-            left = square / (above * (1 + r**2 @ seen))
-        total[part] += (left + far * (1 + far) * (above * (w @ seen) + left)) / mass
-    return t - y * b / a, growth * length * total / (np.pi * quadrature.num_probes), 1 / np.sqrt(a)
 
 
 def _cells(
@@ -213,14 +92,14 @@ class ShareLimit:
     def __init__(self, size: int, num_probes: int, tail: float):
         self.size, self.normals, self.tail = size, num_probes * size, tail
 
-    def exact(self, share: np.ndarray) -> np.ndarray:
-        """The limit itself."""
-        return distribution.share_upper_bound(share, self.normals, self.tail)
-
     def __call__(self, share: np.ndarray) -> np.ndarray:
         """From the table; the share itself where there is not room for one eigenvalue."""
         found = np.interp(share, SHARES, _limits(self.normals, self.tail))
         return np.where(found * self.size >= 1, np.maximum(found, share), share)
+
+    def of(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Both limits of shares that were seen between `low` and `high`, not from the table."""
+        return distribution.share_limits(low, high, self.normals, self.tail)
 
 
 def typical_kernels(
@@ -269,7 +148,8 @@ def sampling_band(
     """
     low, high = (np.maximum(part, mean) for part, mean in zip(kappa, (lower, upper), strict=True))
     low, high = (np.where(part > 0, part, 1.0) for part in (low, high))
-    return np.minimum(low * (1 - limit.exact(1 - lower / low)), lower), high * limit.exact(upper / high)
+    first, last = limit.of(lower / low, upper / high)
+    return np.minimum(low * first, lower), high * last
 
 
 def bonferroni(level: float, num_tests: float) -> float:

@@ -4,7 +4,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from spectra.base.errors import SpectraError
-from spectra.density.bands import RELATIVE_WIDTH, ShareLimit, bonferroni, sampling_band
+from spectra.density.bands import ShareLimit, bonferroni, sampling_band
+from spectra.density.kernels import RELATIVE_WIDTH
 from spectra.results import Density, Moments
 
 

@@ -10,7 +10,8 @@ from spectra.base import trees
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
 from spectra.density import bands
-from spectra.density.bands import RELATIVE_WIDTH, Width, coupling_of_kernels
+from spectra.density.bands import coupling_of_kernels
+from spectra.density.kernels import RELATIVE_WIDTH, Width, chunks, peak
 from spectra.density.moments import moments_density, points_of
 from spectra.quadrature.resolved import Parts
 from spectra.results import Density, Moments, Quadrature, as_quadrature
@@ -43,7 +44,7 @@ def spectral_density(
     The band encloses, at its level and for all grid points simultaneously, the density of the exact spectrum
     smoothed by the same kernel. Like that of `Quadrature.cdf` it has two parts: what m steps leave open for
     the probes drawn, which is certain and vanishes once the kernel is wider than the spacing of Ritz values
-    (see `spectra.density.bands`), and the known distribution of a probe that is uniform on the sphere. It
+    (see `spectra.density.discs`), and the known distribution of a probe that is uniform on the sphere. It
     says nothing about a density with a narrower kernel.
 
     Args:
@@ -184,7 +185,7 @@ def _curves(
 
     leak, origin = (parts.leak, parts.origin) if parts else (0.0, None)
     lower, upper = bands.limits(quadrature, grid, widths, density, moved, smooth, origin)
-    highest = bands.peak(grid, widths)
+    highest = peak(grid, widths)
     lower, upper = np.maximum(lower - leak * highest, 0), np.minimum(upper + leak * highest, highest)
     upper = np.maximum(upper, density)
     if level is not None:
@@ -281,19 +282,11 @@ def _hat_means(grid: np.ndarray, centers: np.ndarray, h: np.ndarray) -> np.ndarr
     return total / hat[:, None]
 
 
-def _chunks(grid: np.ndarray, size: int = 64) -> Iterator[tuple[slice, np.ndarray, slice]]:
-    """Slices of the grid with a neighbour on each side, so that hats are whole."""
-    for start in range(0, len(grid), size):
-        stop = min(start + size, len(grid))
-        low, high = max(start - 1, 0), min(stop + 1, len(grid))
-        yield slice(start, stop), grid[low:high], slice(start - low, stop - low)
-
-
 def _kernels(
     grid: np.ndarray, centers: np.ndarray, h: np.ndarray
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """(slice of the grid, centers that it sees, kernel between these) until the grid is through."""
-    for target, points, inner in _chunks(grid):
+    for target, points, inner in chunks(grid):
         near = (centers + 8 * h >= points[0]) & (centers - 8 * h <= points[-1])
         yield target, near, _hat_means(points, centers[near], h[near])[inner]
 

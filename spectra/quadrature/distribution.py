@@ -10,6 +10,11 @@ from spectra.quadrature.brackets import bracket
 
 ROOT_STEPS = 80
 """At most so many evaluations for a root: every fourth halves its bracket."""
+INSERTED = 4
+"""Times, an even number, that a tail is inserted in the equation for itself: each lands on the other side."""
+SKEWED = 1.0
+"""Standard deviations of a bracket that count for nothing: without, one eigenvalue in eight probes, whose law
+is skewed, is missed up to 1.37 times as often as stated; with them 1.09 times, and twenty as often."""
 
 
 class Split(NamedTuple):
@@ -68,7 +73,33 @@ def _at(quadrature: Measures, x: np.ndarray, shift: float | np.ndarray, open_: i
     return known, np.stack([np.maximum(lower - parts.leak, 0), estimate, np.minimum(upper + parts.leak, 1)])
 
 
-def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.ndarray:
+def tails(low: np.ndarray, high: np.ndarray, num_normals: float, tail: float) -> np.ndarray:
+    """What each end of an interval may fail with, of 2 `tail`, where probes saw between `low` and `high`.
+
+    A truth near one end of a bracket is far from the other, which then fails only where the share seen is off
+    by the bracket's width besides (Imbens and Manski, doi:10.1111/j.1468-0262.2004.00555.x). The angle of
+    which a share is the squared sine has nearly a normal law, of variance 1 / (2 num_normals). In its units
+    the bracket is d + `SKEWED` wide, and t + Q(Q⁻¹(t) + d) = 2 tail is solved by inserting, from below.
+    """
+    from scipy.special import ndtr, ndtri
+
+    first, last = (np.arcsin(np.sqrt(np.clip(share, 0, 1))) for share in (low, high))
+    width = np.maximum(np.sqrt(2 * num_normals) * (last - first) - SKEWED, 0)
+    each = np.full(np.shape(low), tail)
+    for _ in range(INSERTED):
+        each = 2 * tail - ndtr(ndtri(each) - width)
+    return each
+
+
+def share_limits(
+    low: np.ndarray, high: np.ndarray, num_normals: float, tail: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Limits of a share of which probes saw between `low` and `high`, failing with 2 `tail` together."""
+    each = tails(low, high, num_normals, tail)
+    return 1 - share_upper_bound(1 - low, num_normals, each), share_upper_bound(high, num_normals, each)
+
+
+def share_upper_bound(share: np.ndarray, num_normals: float, tail: float | np.ndarray) -> np.ndarray:
     """Largest F for which an observed share this small has probability at least `tail`.
 
     A probe uniform on the sphere in n dimensions sees a subspace of dimension nF with the law
@@ -79,25 +110,27 @@ def share_upper_bound(share: np.ndarray, num_normals: float, tail: float) -> np.
     """
     from scipy.special import betainc, ndtri
 
-    def beyond(angle, values):
+    def beyond(angle, values, quantiles):
         part = np.sin(angle) ** 2
         a, b = num_normals * part / 2, num_normals * (1 - part) / 2
-        return ndtri(betainc(np.maximum(a, 1e-300), np.maximum(b, 1e-300), values)) - ndtri(tail)
+        return ndtri(betainc(np.maximum(a, 1e-300), np.maximum(b, 1e-300), values)) - quantiles
 
-    shares, index = np.unique(np.asarray(share, np.float64).ravel(), return_inverse=True)
+    pairs = np.stack(np.broadcast_arrays(np.asarray(share, np.float64), tail)).reshape(2, -1)
+    (shares, quantiles), index = np.unique(pairs, axis=1, return_inverse=True)
+    quantiles = ndtri(quantiles)
     bound = np.clip(shares, 0.0, 1.0)  # what 0 and 1 keep
     if num_normals == 0:  # no direction was sampled, and none is excluded
         return np.ceil(bound)[index].reshape(np.shape(share))
     (open_,) = np.nonzero((shares > 0) & (shares < 1))
     low = np.arcsin(np.sqrt(shares[open_]))
-    high, last, found = np.full_like(low, np.pi / 2), low, low - ndtri(tail) / np.sqrt(2 * num_normals)
+    high, last, found = np.full_like(low, np.pi / 2), low, low - quantiles[open_] / np.sqrt(2 * num_normals)
     with np.errstate(divide="ignore", invalid="ignore"):
-        excess = beyond(last, shares[open_])
+        excess = beyond(last, shares[open_], quantiles[open_])
         for turn in range(ROOT_STEPS):
             if not len(open_):
                 break
             found = np.clip(found, low, high)
-            before, excess = excess, beyond(found, shares[open_])
+            before, excess = excess, beyond(found, shares[open_], quantiles[open_])
             low, high = np.where(excess >= 0, found, low), np.where(excess >= 0, high, found)
             secant = found - excess * (found - last) / (excess - before)
             good = np.isfinite(before) & (secant >= low) & (secant <= high) & (turn % 4 < 3)
@@ -118,9 +151,9 @@ def share_interval(
     span = most - least
     if span <= 0:
         return least, most
-    seen = np.clip([(most - low) / span, (high - least) / span], 0.0, 1.0)
-    beyond, within = share_upper_bound(seen, normals, tail)
-    first, last = (1 - beyond, within) if count is None else whole(1 - beyond, within, count)
+    below, above = np.clip([(low - least) / span, (high - least) / span], 0.0, 1.0)
+    first, last = share_limits(below, above, normals, tail)
+    first, last = (first, last) if count is None else whole(first, last, count)
     return float(least + span * first), float(least + span * last)
 
 
@@ -134,8 +167,7 @@ def sampling_band(
     num_nodes = int(np.max(quadrature.lengths))
     tail = (1 - level) / (2 * num_nodes)
     normals = quadrature.num_probes * quadrature.size
-    low, high = 1 - share_upper_bound(1 - lower, normals, tail), share_upper_bound(upper, normals, tail)
-    low, high = whole(low, high, quadrature.size)
+    low, high = whole(*share_limits(lower, upper, normals, tail), quadrature.size)
     return np.minimum(low, lower), np.maximum(high, upper)
 
 

@@ -565,6 +565,20 @@ DENSITY = [
         "test_laws.py",
     ),
     fault(
+        "both limits beside a wide bracket are at risk",
+        "quadrature/distribution.py",
+        "each = 2 * tail - ndtr(ndtri(each) - width)",
+        "pass",
+        "test_laws.py::test_an_interval_about_a_bracket_fails_at_its_rate_where_the_truth_is_at_an_end",
+    ),
+    fault(
+        "one limit alone is at risk beside any bracket",
+        "quadrature/distribution.py",
+        "(last - first) - SKEWED, 0)",
+        "(last - first) - SKEWED, 9)",
+        "test_laws.py::test_an_interval_about_a_bracket_fails_at_its_rate_where_the_truth_is_at_an_end",
+    ),
+    fault(
         "the CDF's band does not know how many probes there are",
         "quadrature/distribution.py",
         "normals = quadrature.num_probes * quadrature.size",
@@ -685,10 +699,24 @@ DENSITY = [
     ),
     fault(
         "the density's band without the quadrature's error",
-        "density/bands.py",
-        "total[part] += (left + far * (1 + far)",
-        "total[part] += (far * (1 + far)",
+        "density/discs.py",
+        "radius[part] += (half + far * (1 + far)",
+        "radius[part] += (far * (1 + far)",
         "test_density.py::test_the_density_of_the_probes_is_within_what_their_quadratures_leave_open",
+    ),
+    fault(
+        "discs about the values of the Gauss rule",
+        "density/discs.py",
+        "middle[part] += square / share",
+        "pass",
+        "test_discs.py",
+    ),
+    fault(
+        "discs of twice the radius",
+        "density/discs.py",
+        "half = np.abs(square)",
+        "half = 2 * np.abs(square)",
+        "test_discs.py",
     ),
     fault(
         "few products of a small operator take signs",
