@@ -1,9 +1,9 @@
 """Eigenpairs of H v = λ M v, and what the rounding of both matrices does to them.
 
 With X the eigenvectors of the computed pencil, Xᵀ M X = I, what H and M are off by, E and F, changes its
-eigenvalues to first order by those of Xᵀ (E - λ F) X, of which `_moved` makes a bound. On a CPU the columns
-(E - λ F) x are measured, by products in float64; entries of matrices, which may have been rounded before they
-were given, are drawn. Elsewhere (E - λ F) x is that of operators that are moved.
+eigenvalues to first order by those of Xᵀ (E - λ F) X, of which `_moved` makes a bound. Where float64 is fast
+the columns (E - λ F) x are measured, by products in it; entries of matrices, which may have been rounded
+before they were given, are drawn. Elsewhere (E - λ F) x is that of operators that are moved.
 """
 
 import dataclasses

@@ -57,11 +57,11 @@ def solve(
     (`GradientCovarianceOperator`, sampled and empirical `FisherOperator`) and shift > 0, or if the matrix was
     formed. Otherwise `error_bound` is infinite: Krylov steps see only the eigenvectors along which b has a
     component, so no residual reveals other eigenvalues near zero. `condition_number(op, key=, shift=)` bounds
-    the smallest |λ|: pass its `smallest_interval.lower`. `rounding` is what `residual_norm` may be off by: on
-    a CPU measured by a product in float64, with what b and the entries of a matrix may have been rounded by
-    before; elsewhere from the stated precision of a product, or for a loss by products that are rounded at
-    random. If CG has found x and a bound is known, `quadratic_form` brackets bᵀA⁻¹b: bᵀx ± (|x| |r| + |r|² /
-    min |λ|).
+    the smallest |λ|: pass its `smallest_interval.lower`. `rounding` is what `residual_norm` may be off by:
+    where float64 is fast, as on a CPU or an H100, measured by a product in it, with what b and the entries of
+    a matrix may have been rounded by before; elsewhere from the stated precision of a product, or for a loss
+    by products that are rounded at random. If CG has found x and a bound is known, `quadratic_form` brackets
+    bᵀA⁻¹b: bᵀx ± (|x| |r| + |r|² / min |λ|).
 
     **Rounding** makes textbook CG find the largest eigenvalues again and again. So the directions of the
     first steps are kept, and later ones made conjugate to them. At a damping of 1e-3 λ₁ that takes about half
@@ -117,11 +117,11 @@ def solve(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: one product per step, and those that measure rounding, which are not counted: on a CPU one in
-        float64 for each right-hand side, and 16 more for matrices and functions; elsewhere five for each
-        right-hand side for a loss, three for other operators. Memory: ten vectors, those of a preconditioner,
-        and those that are kept: 64 for one right-hand side, 128 for up to 32 together, 4 for each of more;
-        fewer where that is more than a quarter of the free memory.
+    Cost: one product per step, and those that measure rounding, which are not counted: one in float64, where
+        that is fast, for each right-hand side, and 16 more for matrices and functions; elsewhere five for
+        each right-hand side for a loss, three for other operators. Memory: ten vectors, those of a
+        preconditioner, and those that are kept: 64 for one right-hand side, 128 for up to 32 together, 4 for
+        each of more; fewer where that is more than a quarter of the free memory.
 
     Fails if A is singular but b lies in its range: x is one of many solutions, and `error_bound` is infinite.
 

@@ -194,7 +194,8 @@ class FunctionOperator(LinearOperator):
             closes over become constants of the compiled program. Its matrix products are true float32 on
             every device, unless they say otherwise themselves. It defines the matrix: that its constants may
             be differences of larger numbers, rounded, it does not tell. What its own operations round is
-            measured on a CPU, by products in float64, and elsewhere stated by the precision of its types.
+            measured by products in float64 where these are fast, as on a CPU or an H100, and elsewhere stated
+            by the precision of its types.
         like: pytree of arrays or `jax.ShapeDtypeStruct`, the structure of a vector.
 
     Raises:
