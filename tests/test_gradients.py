@@ -80,7 +80,7 @@ def test_the_gradient_of_lanczos_with_n_steps(x64):
 
     gradient = compare(f, 0.1)
     assert gradient == pytest.approx(15.0, rel=1e-8)  # the trace: 15 t
-    assert jax.grad(f)(0.1) == pytest.approx(gradient, rel=1e-12)  # outside of a program, too
+    assert jax.grad(f)(0.1) == pytest.approx(float(gradient), rel=1e-12)  # outside of a program, too
 
 
 def test_the_gradient_of_a_logdet_and_of_a_trace_of(x64):
@@ -98,4 +98,4 @@ def test_the_gradient_of_a_logdet_and_of_a_trace_of(x64):
         return spectra.trace_of(op, np.exp, key=KEY, num_steps=6, num_probes=2).value
 
     value, gradient = jax.jit(jax.value_and_grad(exponential))(0.0)
-    assert gradient == pytest.approx(value, rel=1e-8)  # d tr exp(A + t I) = tr exp(A)
+    assert gradient == pytest.approx(float(value), rel=1e-8)  # d tr exp(A + t I) = tr exp(A)

@@ -118,7 +118,7 @@ def solve(
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: one product per step, and those that measure rounding, which are not counted: one in float64, where
-        that is fast, for each right-hand side, and 16 more for matrices and functions; elsewhere five for
+        that is fast, for each right-hand side, and six more for matrices and functions; elsewhere five for
         each right-hand side for a loss, three for other operators. Memory: ten vectors, those of a
         preconditioner, and those that are kept: 64 for one right-hand side, 128 for up to 32 together, 4 for
         each of more; fewer where that is more than a quarter of the free memory.
