@@ -14,8 +14,7 @@ from spectra.operators.doubled import DoubledOperator, flat, in_double, rounded_
 from spectra.quadrature.rules import breakdown_noise
 
 PRODUCTS = 6
-"""Draws of a matrix or a function, of which each takes a product: `wanted.DRAWN` say half as much for three times
-as many."""
+"""Draws of a matrix or a function, each a product: from `wanted.DRAWN` of them the limit is 0.6 of theirs."""
 
 
 def noise_of(op: LinearOperator) -> float:
