@@ -34,7 +34,7 @@ def limits(
         widths: of the kernel.
         density: mean over probes of the smoothed quadratures, at the grid.
         moved: how far rounding can have moved an eigenvalue.
-        smooth: (centers, masses, widths) to the density at the grid.
+        smooth: (centers, rows of masses, widths) to the densities at the grid.
         origin: what the quadrature was made from, if resolved nodes were taken out.
     """
     counts = widths.count(grid)

@@ -103,19 +103,22 @@ def open_errors(
     than radii: where an error is no error to speak of, the disc of twice the radius about zero will do.
     """
     places = _places(widths.count(grid), fine)
-    found: list[tuple[Contour, NDArray[np.complex128], np.ndarray]] = []
+    found: list[tuple[Contour, NDArray[np.complex128]]] = []
+    radii: list[np.ndarray] = []
     for height in HEIGHTS:
         contour = Contour.at(places, height, widths)
-        center, radius = _discs(quadrature, contour, moved, origin)
+        center, *parts = _discs(quadrature, contour, moved, origin)
         centers, _, h = contour.sizes
-        found.append((contour, center * contour.dz / np.pi, smooth(centers, contour.masses * radius, h)))
-    errors = np.stack([error for _, _, error in found])
-    best, error = np.argmin(errors, axis=0), (1 + _SUMS) * np.min(errors, axis=0)
-    middle, seen = np.zeros(len(grid)), fine & (error > _NONE * density)
-    for number, (contour, masses, _) in enumerate(found):
+        found.append((contour, center * contour.dz / np.pi))
+        radii.append((1 + _SUMS) * smooth(centers, contour.masses * np.stack(parts), h))
+    own, around = np.stack(radii, axis=1)  # (heights, grid)
+    best = np.argmin(own + around, axis=0)
+    own, around = (np.take_along_axis(part, best[None], axis=0)[0] for part in (own, around))
+    middle, seen = np.zeros(len(grid)), fine & (own + around > _NONE * density)
+    for number, (contour, masses) in enumerate(found):
         mine = seen & (best == number)
         middle[mine] = contour.real_parts(grid, mine, masses)[mine]
-    return middle, np.where(seen, 1.0, 2.0) * error
+    return middle, np.where(seen, 1.0, 2.0) * own + around
 
 
 def _places(counts: np.ndarray, fine: np.ndarray) -> np.ndarray:
@@ -130,14 +133,15 @@ def _places(counts: np.ndarray, fine: np.ndarray) -> np.ndarray:
 
 def _discs(
     quadrature: Quadrature, contour: Contour, moved: float, origin: Origin | None
-) -> tuple[NDArray[np.complex128], np.ndarray]:
-    """Centers of the discs, less the Gauss rule's values and over i, and radii, as means over probes.
+) -> tuple[NDArray[np.complex128], np.ndarray, np.ndarray]:
+    """Centers of the discs, less the Gauss rule's values and over i, their radii, and what rounding adds to
+    these, as means over probes.
 
     Where H is known to within `moved` = δ, the transform vᵀ(H - z)⁻¹v changes by
     δ |(H - z)⁻¹v| |(H + E - z)⁻¹v| at most, and |(H - z)⁻¹v|² is its imaginary part over Im z.
     """
     t, y = contour.z.real, contour.z.imag
-    middle, radius = np.zeros(len(t), complex), np.zeros(len(t))
+    middle, radius, around = np.zeros(len(t), complex), np.zeros(len(t)), np.zeros(len(t))
     behind = dropped(origin.whole if origin else quadrature)
     blocks = np.array_split(np.arange(len(t)), 1 + len(t) * quadrature.num_steps // _BLOCK)
     # Of the rest of a measure as much is open as of the measure, in units of the mass that is left.
@@ -154,5 +158,6 @@ def _discs(
             square = g**2 / (2 * above * (1 + r**2 @ seen))
             half = np.abs(square)
             middle[part] += square / share
-        radius[part] += (half + far * (1 + far) * (above * (w @ seen) + 2 * half)) / share
-    return middle, radius
+        radius[part] += half / share
+        around[part] += far * (1 + far) * (above * (w @ seen) + 2 * half) / share
+    return middle, radius, around

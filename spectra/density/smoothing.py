@@ -181,7 +181,7 @@ def _curves(
     density = _curve(quadrature, grid, widths)
 
     def smooth(centers: np.ndarray, masses: np.ndarray, h: np.ndarray) -> np.ndarray:
-        return _smooth(grid, centers, masses[None], h)[0][0]
+        return _smooth(grid, centers, masses, h)[0]
 
     leak, origin = (parts.leak, parts.origin) if parts else (0.0, None)
     lower, upper = bands.limits(quadrature, grid, widths, density, moved, smooth, origin)

@@ -700,8 +700,8 @@ DENSITY = [
     fault(
         "the density's band without the quadrature's error",
         "density/discs.py",
-        "radius[part] += (half + far * (1 + far)",
-        "radius[part] += (far * (1 + far)",
+        "radius[part] += half / share",
+        "radius[part] += 0 * half",
         "test_density.py::test_the_density_of_the_probes_is_within_what_their_quadratures_leave_open",
     ),
     fault(
