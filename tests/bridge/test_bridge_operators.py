@@ -15,6 +15,7 @@ FAMILIES["keywords"] = KEYWORDS
 GROUPED = "transformers.grouped_mm_fallback.default"  # an operator of that package
 
 
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_operators(family):
     assert not differences(FAMILIES[family])
