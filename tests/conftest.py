@@ -41,8 +41,10 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 # Of each operation JAX writes down ten frames of the stack, which no test reads.
 jax.config.update("jax_traceback_in_locations_limit", 0)
 programs.share_context()
-# Tests and their processes take all cores already: threads of BLAS beside them wait for each other, spinning.
+# Tests and their processes take all cores already: threads of BLAS and of PyTorch, which is not imported yet,
+# beside them wait for each other, spinning.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 threadpool_limits(int(os.environ["OPENBLAS_NUM_THREADS"]), "blas")
 
 
