@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import hashlib
 import os
 import platform
@@ -63,8 +64,15 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if single else os.cpu_count()
 
 
-def pytest_collection_finish():
-    programs.seldom_collect()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported is no garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        programs.seldom_collect()
 
 
 @pytest.fixture(params=["float32", "float64"])
