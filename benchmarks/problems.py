@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.flatten_util import ravel_pytree
 
 from spectra.demos import digits
 
@@ -55,7 +56,7 @@ def decoder_loss(params, batch):
 def transformer():
     """Decoder-only transformer, 4 layers, width 128, batch 16 x 64 tokens: 0.82M parameters."""
     tokens = jax.random.randint(jax.random.key(1), (16, 65), 0, DECODER.vocabulary)
-    params = DECODER.init(jax.random.key(0), tokens[:, :-1])["params"]
+    params = jax.jit(DECODER.init)(jax.random.key(0), tokens[:1, :-1])["params"]
     return decoder_loss, params, tokens
 
 
@@ -141,5 +142,6 @@ def get(name: str, examples: int | None = None):
 
 
 def vector(params, seed: int = 2):
-    """Standard normal numbers in the shape of the parameters."""
-    return jax.tree.map(lambda x: jax.random.normal(jax.random.key(seed), x.shape, x.dtype), params)
+    """Independent standard normal numbers in the shape of the parameters, drawn by one program."""
+    flat, unravel = ravel_pytree(params)
+    return unravel(jax.random.normal(jax.random.key(seed), flat.shape, flat.dtype))

@@ -31,15 +31,15 @@ images = torch.tensor(digits.images[:, None] / 16, dtype=torch.float32)  # (1797
 labels = torch.tensor(digits.target)
 
 module = nn.Sequential(
-    nn.Conv2d(1, 16, 3, padding=1),
+    nn.Conv2d(1, 8, 3, padding=1),
     nn.GELU(),
-    nn.Conv2d(16, 32, 3, padding=1, stride=2),
+    nn.Conv2d(8, 16, 3, padding=1, stride=2),
     nn.GELU(),
     nn.Flatten(),
-    nn.Linear(512, 10),
+    nn.Linear(256, 10),
 )
 optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
-for _ in range(6):
+for _ in range(10):
     for index in torch.randperm(len(images)).split(128):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(module(images[index]), labels[index])

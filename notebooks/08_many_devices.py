@@ -35,7 +35,7 @@ mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 # spread, too (FSDP). A layout is a matter of `jax.device_put`: the operator takes what it gets.
 
 # %%
-images, labels = (jnp.asarray(x[:1024]) for x in digits.load_digits())
+images, labels = (jnp.asarray(x[:512]) for x in digits.load_digits())
 params = digits.MODEL.init(jax.random.key(0), images[:1])["params"]
 
 

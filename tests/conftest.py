@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import hashlib
 import os
 import platform
@@ -41,8 +42,10 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 # Of each operation JAX writes down ten frames of the stack, which no test reads.
 jax.config.update("jax_traceback_in_locations_limit", 0)
 programs.share_context()
-# Tests and their processes take all cores already: threads of BLAS beside them wait for each other, spinning.
+# Tests and their processes take all cores already: threads of BLAS and of PyTorch, which is not imported yet,
+# beside them wait for each other, spinning.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 threadpool_limits(int(os.environ["OPENBLAS_NUM_THREADS"]), "blas")
 
 
@@ -61,8 +64,15 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if single else os.cpu_count()
 
 
-def pytest_collection_finish():
-    programs.seldom_collect()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported is no garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        programs.seldom_collect()
 
 
 @pytest.fixture(params=["float32", "float64"])

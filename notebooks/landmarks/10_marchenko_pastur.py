@@ -24,7 +24,8 @@ top = spectra.eigsh(wishart, 4, which="LA", key=jax.random.key(1)).values
 print(f"Papyan's matrix: after three outliers {top[0]:.3f}; the law ends at {edge(1, 0.5):.3f}")
 assert abs(top[0] / edge(1, 0.5) - 1) < 0.02, "the bulk ends where the law does"
 
-op = digits.problem().operator()
+network = digits.problem()
+op = spectra.HessianOperator(network.loss_fn, network.params, tuple(x[:500] for x in network.data))
 outliers = spectra.eigsh(op, 9, which="LA", key=jax.random.key(2), tol=1e-4)
 q = spectra.slq(op, key=jax.random.key(3), num_steps=60, num_probes=4, deflate=outliers)
 mean, square = q.bulk.mean(np.asarray), q.bulk.mean(np.square)

@@ -33,11 +33,9 @@ def _deterministic():
 
 @pytest.fixture(autouse=True, scope="module")
 def _quickly():
-    """On programs of this size, optimisation and a second thread cost more time than they save."""
+    """On programs of this size, optimisation costs more time than it saves."""
     name = "jax_disable_most_optimizations"
-    before, threads = jax.config.values[name], torch.get_num_threads()
+    before = jax.config.values[name]
     jax.config.update(name, True)
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
     jax.config.update(name, before)
