@@ -218,3 +218,9 @@ def test_a_curve_that_is_known_is_the_exact_one_to_the_bit():
     exact = np.searchsorted(eigenvalues, x, side="right") / len(eigenvalues)
     for curve in q.cdf(x):
         np.testing.assert_array_equal(curve, exact)
+    inside = np.linspace(0.0, 0.1, 300)  # a limit of j eigenvalues is no less than a truth of j / n
+    for end in (q.cdf(inside).lower, q.cdf(inside).upper):
+        near = np.rint(len(eigenvalues) * end) / len(eigenvalues)
+        whole = np.abs(end - near) < 1e-12
+        assert whole.sum() > 100
+        np.testing.assert_array_equal(end[whole], near[whole])

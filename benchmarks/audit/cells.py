@@ -30,6 +30,7 @@ class Cell:
     width: float | None  # over that of the ideal interval; None where the result is exact
     broken: int | None = None  # of a bound: how often it failed
     least: float | None = None  # of widths over the ideal one: what the steps alone leave open; None: nothing
+    misses: float = 0.0  # of a bound: the probability that it may fail with
 
     @property
     def place(self) -> tuple[str, str, str]:
@@ -38,9 +39,9 @@ class Cell:
     @property
     def fails(self) -> bool:
         """Whether a bound is violated, or so few of the keys hold that it is no chance: binomial, a diagonal
-        counting as its key, since the entries of one key hang together."""
+        counting as its key, since the entries of one key hang together. A limit may be violated by chance."""
         if self.broken is not None:
-            return self.broken > 0
+            return bool(self.broken > (binom.isf(CHANCE, self.keys, self.misses) if self.misses else 0))
         return bool(round(self.share * self.keys, 6) < binom.ppf(CHANCE, self.keys, LEAST))
 
     def text(self, usual: int) -> str:
@@ -60,13 +61,18 @@ class Cell:
 
 
 def cell(
-    place: tuple[str, str, str], held: np.ndarray, width: float, bound: bool = False, least: float = 0.0
+    place: tuple[str, str, str],
+    held: np.ndarray,
+    width: float,
+    bound: bool = False,
+    least: float = 0.0,
+    misses: float = 0.0,
 ) -> Cell:
     """The cell of what held; an axis of entries may follow that of keys."""
     finite = bool(np.isfinite(width)) and not bound
     broken = int(np.sum(~held)) if bound else None
     widths = float(width) if finite else None, float(least) if finite and least > 0 else None
-    return Cell(*place, len(held), float(np.mean(held)), widths[0], broken, widths[1])
+    return Cell(*place, len(held), float(np.mean(held)), widths[0], broken, widths[1], misses)
 
 
 def read(path: Path) -> dict[tuple[str, str, str], Cell]:
@@ -76,9 +82,15 @@ def read(path: Path) -> dict[tuple[str, str, str], Cell]:
     return {found.place: found for found in (Cell(**row) for row in json.loads(path.read_text()))}
 
 
+def _fields(found: Cell) -> dict:
+    """What is not as by default, and the width, which is None where a result is exact."""
+    always = dataclasses.asdict(found)
+    return {f.name: always[f.name] for f in dataclasses.fields(found) if always[f.name] != f.default}
+
+
 def write(path: Path, cells: Iterable[Cell]) -> None:
     """One cell a line, so that differences can be read."""
-    rows = [json.dumps(dataclasses.asdict(found), ensure_ascii=False) for found in cells]
+    rows = [json.dumps(_fields(found), ensure_ascii=False) for found in cells]
     path.write_text("[\n" + ",\n".join(rows) + "\n]\n")
 
 

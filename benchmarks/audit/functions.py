@@ -1,4 +1,4 @@
-"""Counts, traces of functions, and condition numbers: their intervals, brackets and bounds."""
+"""Counts and traces of functions: their intervals, and brackets."""
 
 import dataclasses
 
@@ -101,18 +101,6 @@ def _count(share: float):
     )
 
 
-def condition(case: Case, _, keys: jax.Array) -> Outcome:
-    """max |λ| over the smallest |λ| that does not count as zero, in the interval of `condition_number`."""
-    sizes, found, truth = np.abs(case.eigenvalues), [], []
-    for key in keys:
-        result = spectra.condition_number(case.operator, key=key, method="krylov")
-        assert isinstance(result, spectra.ConditionNumber)
-        found.append(result.effective_interval)
-        truth.append(sizes.max() / sizes[sizes > result.rank_tol * result.largest].min())
-    lower, value, upper = np.array(found).T
-    return Outcome(lower, value, upper, np.array(truth))
-
-
 def _small(case: Case, setting) -> bool:
     return case.size < 1000
 
@@ -164,5 +152,4 @@ STATEMENTS = (
         Statement("brackets", f"bracket of the trace of {name}", ((12, 2),), brackets(build), _small, True, 8)
         for name, build in FUNCTIONS.items()
     ),
-    Statement("condition", "condition number", ("default",), condition, _small, True, 10),
 )

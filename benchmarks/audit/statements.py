@@ -79,7 +79,8 @@ class Statement:
     settings: tuple[Any, ...]
     measure: Callable[[Case, Any, jax.Array], "Outcome | Curves"]
     applies: Callable[[Case, Any], bool] = lambda case, setting: True
-    bound: bool = False  # holds always: what counts is violations, not coverage
+    bound: bool = False  # what counts is violations, not coverage
+    misses: float = 0.0  # of a bound: the probability that it fails
     keys: int | None = None  # at most so many
     note: str = ""  # below the table
 

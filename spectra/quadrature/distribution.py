@@ -195,7 +195,14 @@ def curves(quadrature: Measures, x: np.ndarray, level: float) -> list[np.ndarray
     # In counts, not in shares: where all is known the curve is j / n to the bit, and no sum of rounded parts.
     n, size = quadrature.size, round(share * quadrature.size)
     pairs = zip((lower, estimate, upper, *band), (*known, known[0], known[2]), strict=True)
-    return [np.clip((size * curve + np.rint(n * atoms)) / n, 0.0, 1.0) for curve, atoms in pairs]
+    counts = (_counted(size * curve, size) + np.rint(n * atoms) for curve, atoms in pairs)
+    return [np.clip(count / n, 0.0, 1.0) for count in counts]
+
+
+def _counted(count: np.ndarray, size: int) -> np.ndarray:
+    """Numbers of eigenvalues, whole ones without the rounding of a share and of its product with `size`."""
+    nearest = np.rint(count)
+    return np.where(np.abs(count - nearest) <= 2 * np.finfo(float).eps * size, nearest, count)
 
 
 def band_width_parts(quadrature: Measures, level: float) -> tuple[float, float]:
