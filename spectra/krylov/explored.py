@@ -23,7 +23,7 @@ from spectra.krylov import basis as _basis
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
-from spectra.krylov.wanted import multiply
+from spectra.krylov.product_rounding import multiply
 from spectra.operators.base import LinearOperator
 
 WAITING = _basis.SEGMENT

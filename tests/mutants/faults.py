@@ -269,7 +269,7 @@ KRYLOV = [
     ),
     fault(
         "the floor of eigsh is that of asymmetry",
-        "krylov/wanted.py",
+        "krylov/product_rounding.py",
         "noise_floor=max(pairs.noise_floor, change)",
         "noise_floor=pairs.noise_floor",
         "test_eigsh.py::test_residual_and_floor_hold_the_rounding_of_a_steep_loss",
@@ -396,8 +396,8 @@ KRYLOV = [
     fault(
         "a residual is what it is in float32",
         "krylov/linear_rounding.py",
-        "abs(residual - stated) + wanted.limit",
-        "wanted.limit",
+        "abs(residual - stated) + limit",
+        "limit",
         "test_solve.py::test_where_nothing_was_rounded_before_the_rounding_is_what_it_is",
     ),
     fault(
@@ -430,7 +430,7 @@ KRYLOV = [
     ),
     fault(
         "a hundredth of what rounding does to eigenvectors is their noise floor",
-        "krylov/wanted.py",
+        "krylov/product_rounding.py",
         "change = margin * float(",
         "change = 0.01 * float(",
         "test_stochastic.py::test_the_noise_floor_of_a_confident_classifier_holds",
@@ -473,7 +473,7 @@ KRYLOV = [
     fault(
         "products are rounded relative to what a run has seen of the operator",
         "krylov/linear_rounding.py",
-        "0.0 if measured else wanted.seen_norm(op)",
+        "0.0 if measured else seen_norm(op)",
         "0.0",
         "test_solve.py::test_rounding_is_that_of_the_whole_operator",
     ),
