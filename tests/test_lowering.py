@@ -16,7 +16,7 @@ import pytest
 from children import answer
 
 from benchmarks.aot.programs import PRODUCTS
-from spectra.krylov.linear_kept import KEPT
+from spectra.krylov.linear_step import KEPT
 from spectra.krylov.plan import SHARING
 
 ROWS = 24  # of the basis for 20 steps, in segments of 8

@@ -87,7 +87,7 @@ KRYLOV = [
     ),
     fault(
         "directions of an earlier cycle, or none, count as kept",
-        "krylov/linear_kept.py",
+        "krylov/linear_step.py",
         "    there = jnp.arange(len(along)) < steps * stacks.length(directions)\n",
         "    there = jnp.arange(len(along)) < 0 * steps\n",
         "test_solve_sides.py::test_rounding_does_not_bring_directions_back",
