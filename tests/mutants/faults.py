@@ -437,7 +437,7 @@ KRYLOV = [
     ),
     fault(
         "a product that asks for JAX's default precision is float32",
-        "operators/jaxprs.py",
+        "operators/loss_rounding.py",
         "if isinstance(stated, tuple) and eqn.outvars[0].aval.dtype == jnp.float32:",
         "if isinstance(stated, str):",
         "test_precision.py::test_what_a_function_rounds_by_itself_is_in_the_precision_of_its_products",
