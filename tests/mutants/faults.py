@@ -961,7 +961,7 @@ ESTIMATORS = [
     ),
     fault(
         "a cluster of copies counts as one eigenvalue in a plan",
-        "density/spending.py",
+        "density/plans.py",
         "(residuals <= SETTLED * _gaps(nodes)) & (weights * found.size <= SINGLE)",
         "(residuals <= SETTLED * _gaps(nodes)) & (weights <= SINGLE)",
         "test_spending.py::test_a_cluster_of_copies_is_not_taken_for_one_eigenvalue",
