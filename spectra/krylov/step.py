@@ -100,7 +100,7 @@ def orthogonalize(
     |w'|² = |w|² - |Qw|², both from one reduction; it loses no digits where the pass removes little, and
     where it removes much a second pass follows.
     """
-    blocks = _basis.block_dots(basis, vector, filled)
+    blocks = _basis.block_dots(basis, vector, filled, layout)
     sums = _basis.added(blocks)
     first, square = sums[:-1], sums[-1]
     removed = jnp.vdot(first, first, precision=lax.Precision.HIGHEST)
@@ -134,7 +134,7 @@ def _second_pass(
     # The compiler does not look into branches for how a result is split: that it may be one of the sums of
     # the first pass, tells it.
     either = partial(jax.tree.map, partial(jnp.where, wanted))
-    measure = partial(_basis.block_dots, basis, filled=filled, square=False)
+    measure = partial(_basis.block_dots, basis, filled=filled, layout=layout, square=False)
     measured = lax.cond(anywhere, measure, lambda _: [jnp.zeros_like(x) for x in first], vector)
     second = jnp.where(wanted, _basis.added(either(measured, first)), 0)
     less = partial(_basis.subtract, basis, second, filled=filled, layout=layout)
