@@ -26,7 +26,7 @@ from spectra.base import arrays, trees
 from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
-from spectra.quadrature.rules import breakdown_factor
+from spectra.quadrature.rules import breakdown_noise
 
 REPEAT = 0.1
 """A second Gram-Schmidt pass follows where the first removed more than this share of what is left."""
@@ -80,8 +80,7 @@ def following(
         size: numbers of a vector.
         going: whether the run has come this far.
     """
-    eps = jnp.finfo(scale.dtype).eps
-    alive = going & (norm > breakdown_factor(size) * eps * scale)
+    alive = going & (norm > breakdown_noise(size, float(jnp.finfo(scale.dtype).eps)) * scale)
     inverse = jnp.where(alive, 1 / jnp.where(alive, norm, 1), 0)
     return [jnp.where(alive, x, 0) for x in trees.scale(inverse, rest)], alive
 
