@@ -1,5 +1,6 @@
 """Parts of the recurrence: vectors drawn as documented, sweeps over the rows of a basis."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from cases import SHARP, slow_but
 
+import spectra
 from spectra.base import draws
-from spectra.krylov import basis
+from spectra.krylov import basis, recurrence
 from spectra.krylov.layout import Layout
 from spectra.krylov.rows import _combine
 from spectra.krylov.step import REPEAT, orthogonalize
@@ -118,6 +120,28 @@ def test_a_row_is_written_and_read_and_no_other(form, packed):
     for i, whole in enumerate(expected):
         got = np.concatenate([np.moveaxis(np.asarray(segment[i]), 1, 0) for segment in rows])
         np.testing.assert_array_equal(got, whole)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_rows_are_written_and_read_as_is_fast_elsewhere(platform, x64, monkeypatch):
+    """A run with the forms of another platform, on this one: T is the projection of H on orthonormal rows."""
+    monkeypatch.setattr(basis, "SMALL", 0)
+    n, steps = 75, 20
+    values = np.random.default_rng(0).normal(size=n)
+    op, start = spectra.DiagonalOperator(jnp.asarray(values)), jnp.ones(n)
+    own = Layout.of(start)
+    layout = dataclasses.replace(own, platform=platform)
+    run = jax.jit(lambda v: recurrence.run(op, layout, recurrence.init(layout, v, steps), 0, steps))
+    state = run(start)
+    write = jax.make_jaxpr(lambda rows, vector: basis.put(rows, 3, vector, layout))
+    assert ("scatter" in str(write(state.basis, state.current))) == (platform == "gpu")
+    assert own.platform == jax.default_backend()
+    q = np.concatenate([np.asarray(segment[0])[0] for segment in state.basis])[:steps]
+    projected = np.diag(state.alpha) + np.diag(state.beta[:-1], 1) + np.diag(state.beta[:-1], -1)
+    # Sums of n products, of numbers up to |H|, and `steps` subtractions of them.
+    tol = (n + steps) * np.finfo(float).eps * np.abs(values).max()
+    np.testing.assert_allclose(q @ q.T, np.eye(steps), rtol=0, atol=tol)
+    np.testing.assert_allclose(q @ (values[:, None] * q.T), projected, rtol=0, atol=tol)
 
 
 @pytest.mark.parametrize("portion", [1, 2, 5])

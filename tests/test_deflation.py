@@ -114,7 +114,7 @@ def test_a_space_that_ends_beside_known_vectors_is_no_asymmetry():
     op = repeated([1.0, -1.0])
     for seed in range(40):
         q = spectra.slq(op, key=jax.random.key(seed), num_steps=5, num_probes=4, deflate=1)
-        # Rows of coefficients are those of H to 40 roundings (see breakdown_factor), at most.
+        # Rows of coefficients are those of H to 40 roundings (see `breakdown_noise`), at most.
         assert np.abs(q.range).max() <= 1 + 40 * np.finfo(np.float32).eps
         assert q.status is not spectra.Status.NOISY
 

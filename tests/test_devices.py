@@ -14,7 +14,7 @@ import jax, jax.numpy as jnp, numpy as np, spectra
 from spectra.base import draws, meshes
 from spectra.estimators import blocks, comparison
 from spectra.estimators.low_rank import _grow_compiled
-from spectra.krylov import explored, wanted
+from spectra.krylov import explored, product_rounding
 from spectra.report import variability
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -79,7 +79,7 @@ def shares(op):  # of vectors and stacks that estimators and runs draw, multiply
         "unit vector": share(draws.unit_vector(key, op)),
         "comparison": share(comparison._probes(key, op, 3, False, options["where"])),
         "variability": share(variability._vectors(op, key, jnp.arange(3), False, options["where"])),
-        "product": share(wanted.multiply(op, drawn)),
+        "product": share(product_rounding.multiply(op, drawn)),
         "zeros": share(meshes.zeros(op.structure, op.like)),
     }
 

@@ -9,7 +9,7 @@ import pytest
 from cases import planted
 
 import spectra
-from spectra.krylov import wanted
+from spectra.krylov import product_rounding
 from spectra.operators.kronecker import INDEFINITE, FactoredOperator
 
 LEFT, RIGHT = planted(np.array([-1.0, 0.5, 2.0, 3.0])), planted(np.array([0.5, 1.0, 4.0]))
@@ -106,7 +106,7 @@ def test_an_inverse_states_what_rounding_does_to_it(method):
         x = rng.standard_normal((12, 8)).astype(np.float32)
         y = inverse @ x
         error = np.linalg.norm(np.asarray(y, float) - u @ ((u.T @ x @ v) / values) @ v.T)
-        change = wanted.change_of_product(inverse, jnp.asarray(x), y)
+        change = product_rounding.change_of_product(inverse, jnp.asarray(x), y)
         misses.append(error > change + inverse.precision * np.linalg.norm(x) / values.min())
         # No statement without it is wide enough: the error is hundreds of roundings.
         misses.append(method != "heuristic" and damping < 1e-3 and error < 100 * EPS32 * np.linalg.norm(y))

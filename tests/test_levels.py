@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binom, norm
 
 import spectra
-from spectra.density import deflation, spending
+from spectra.density import deflation, plans
 
 N, LONG, SHORT, STEPS = 150, 4, 40, 8
 KNOWN = np.array([30.0, 80.0])
@@ -86,7 +86,7 @@ def test_a_parabola_needs_one_step(x64):
 def test_no_split_is_cheaper(seed):
     rng = np.random.default_rng(seed)
     fixed, steps, least = rng.uniform(0, 0.8), int(rng.integers(2, 10)), int(rng.integers(1, 6))
-    parts = spending._Parts(fixed, *(10 ** rng.uniform(-2, 1.5, 2)))
+    parts = plans.Parts(fixed, *(10 ** rng.uniform(-2, 1.5, 2)))
 
     def error(k, s):
         return fixed + np.sqrt(parts.ends / (k + s) + parts.middle / k)

@@ -16,13 +16,13 @@ import pytest
 from children import answer
 
 from benchmarks.aot.programs import PRODUCTS
-from spectra.krylov.linear_kept import KEPT
+from spectra.krylov.linear_step import KEPT
 from spectra.krylov.plan import SHARING
 
 ROWS = 24  # of the basis for 20 steps, in segments of 8
 
 PROGRAM = """
-import json, re
+import dataclasses, json, re
 import jax, jax.numpy as jnp, spectra
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from spectra.krylov import linear_block, linear_run, recurrence
@@ -72,7 +72,8 @@ for name, (specs, batch, spread) in cases.items():
         "split": [p.sharding.shard_shape(p.shape) for p in state.basis[0]],
         "whole": [p.shape for p in state.basis[0]],
     }
-    exported = jax.export.export(recurrence._run_chunk, platforms=["cuda"])(*args)
+    on_gpus = (op, dataclasses.replace(layout, platform="gpu"), *args[2:])
+    exported = jax.export.export(recurrence._run_chunk, platforms=["cuda"])(*on_gpus)
     module = exported.mlir_module()
     dots = [line for line in module.splitlines() if "stablehlo.dot_general" in line]
     out[name]["cuda"] = {
@@ -91,7 +92,8 @@ out["solve"] = [(x.shape, place.shard_shape(x.shape)) for x, place in pairs]
 b = {k: struct((3, *s), P(None, *cases["fsdp"][0][k])) for k, s in shapes.items()}
 problem, _ = jax.eval_shape(lambda op, b: linear_run.prepared(op, b, None, "auto", 1e-5, 100, b), op, b)
 block = jax.eval_shape(lambda p: linear_block.begin_block(p, 2), problem)
-args = (op, problem, block, 1, 3, Layout.of(like).anonymous())
+layout = dataclasses.replace(Layout.of(like).anonymous(), platform="gpu")
+args = (op, problem, block, 1, 3, layout)
 module = linear_run._block_chunk.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 out["block"] = re.findall(r"LayoutConstraint.*-> tensor<([x\\d]+)xf32>", module)
 print(json.dumps(out))

@@ -81,7 +81,7 @@ def test_rounding_does_not_bring_directions_back(count, monkeypatch):
     least = products_without_rounding(b)
     assert found.converged.all()
     assert least <= found.num_matvecs / count <= 1.1 * least + 2
-    monkeypatch.setattr(linear_run, "room", lambda op, sides: 0)
+    monkeypatch.setattr(linear_run, "steps_kept", lambda op, sides: 0)
     without = spectra.solve(op, jnp.asarray(b, jnp.float32), tol=1e-3, method="cg")
     assert without.num_matvecs >= 1.3 * found.num_matvecs
 

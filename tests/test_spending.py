@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binom
 
 import spectra
-from spectra.density import spending
+from spectra.density import plans, spending
 from spectra.krylov import recurrence
 from spectra.quadrature import distribution
 
@@ -22,7 +22,7 @@ TRUTH = float(np.sum(np.log(DECAYING + SHIFT)))
 def test_steps_on_the_nodes_are_steps_of_the_run(x64):
     q = spectra.slq(spectra.MatrixOperator(np.diag(DECAYING)), key=KEY, num_steps=24, num_probes=1)
     short = spectra.slq(spectra.MatrixOperator(np.diag(DECAYING)), key=KEY, num_steps=9, num_probes=1)
-    found = spending._shortened(q.nodes[0], q.weights[0], q.residuals[0], 9)
+    found = plans._shortened(q.nodes[0], q.weights[0], q.residuals[0], 9)
     for ours, theirs in zip(found, (short.nodes, short.weights, short.residuals), strict=True):
         np.testing.assert_allclose(ours, theirs[0], rtol=0, atol=1e-12)
 
@@ -41,7 +41,7 @@ def open_share(goal):
 def test_a_space_is_taken_out_where_outliers_are_all_there_is_to_sample(x64):
     values = np.append(np.linspace(-0.01, 0.01, N - 8), np.linspace(5.0, 12.0, 8))
     q = spectra.slq(spectra.MatrixOperator(np.diag(values)), key=KEY, num_steps=20, num_probes=1)
-    plan = spending.best_plan(q, open_share(0.3), 2000)
+    plan = plans.best_plan(q, open_share(0.3), 2000)
     assert plan is not None
     # All eight are known from the first probe or resolved by all: what is left has a variance of nothing.
     assert plan.steps * plan.probes <= 100
@@ -52,17 +52,17 @@ def test_a_cluster_of_copies_is_not_taken_for_one_eigenvalue(x64):
     q = spectra.slq(spectra.MatrixOperator(np.diag(values)), key=KEY, num_steps=20, num_probes=1)
     at = int(np.argmin(np.abs(q.nodes[0])))
     assert q.residuals[0, at] < 1e-6  # it has converged, but for its other N/2 - 1 copies
-    left = spending._left(q, np.ones(20, bool))
+    left = plans._left(q, np.ones(20, bool))
     # n w of the zeros is χ² of N/2 degrees of freedom over n of them: 4 standard errors, √(2 / (N/2)) of it.
     assert abs(left[at] - 0.5) <= 4 * 0.5 * np.sqrt(4 / N) + 1 / N
-    assert not np.isin(0.0, np.round(spending._resolved(q, 20), 6))
+    assert not np.isin(0.0, np.round(plans._resolved(q, 20), 6))
 
 
 def test_a_goal_out_of_reach_has_no_plan(x64):
     q = spectra.slq(
         spectra.MatrixOperator(np.diag(np.linspace(-1, 1, N))), key=KEY, num_steps=8, num_probes=1
     )
-    assert spending.best_plan(q, open_share(1e-9), 100) is None
+    assert plans.best_plan(q, open_share(1e-9), 100) is None
 
 
 def test_intervals_hold_and_few_products_are_spent():
@@ -85,7 +85,7 @@ def test_runs_outside_of_a_space_say_what_is_known_and_what_it_cost(last, x64, m
 
     def plan(found, *_):
         steps = found.num_steps
-        return spending.Plan(40, 10, 4, np.arange(steps) >= 10) if 32 <= steps <= last else None
+        return plans.Plan(40, 10, 4, np.arange(steps) >= 10) if 32 <= steps <= last else None
 
     monkeypatch.setattr(spending, "best_plan", plan)
     q = spending.spend(op, lambda q: 0.5, key=KEY, num_steps=40, num_probes=8)

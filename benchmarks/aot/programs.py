@@ -27,7 +27,7 @@ from spectra.krylov.band_block import chain_block
 from spectra.krylov.lanczos import Steps
 from spectra.krylov.layout import Layout
 from spectra.krylov.linear_block import begin_block
-from spectra.krylov.linear_kept import KEPT
+from spectra.krylov.linear_step import KEPT
 from spectra.krylov.plan import SHARING
 from spectra.krylov.step import orthogonalize
 from spectra.operators import base, differentiate

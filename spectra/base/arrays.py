@@ -133,12 +133,9 @@ def barrier(x: T) -> T:
     return lax.optimization_barrier(x)
 
 
-def in_order(x: jax.Array, platforms: Sequence[str] = ("tpu",)) -> jax.Array:
-    """`x`, on these platforms with its axes in order in memory, where the compiler may choose another one."""
-
-    order = Layout(tuple(range(x.ndim)))
-    there = dict.fromkeys(platforms, lambda x: with_layout_constraint(x, order))
-    return lax.platform_dependent(x, **there, default=lambda x: x)
+def in_order(x: jax.Array) -> jax.Array:
+    """`x` with its axes in order in memory, where the compiler may choose another one."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def apart(pieces: list[jax.Array]) -> list[jax.Array]:

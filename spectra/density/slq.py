@@ -22,7 +22,7 @@ from spectra.krylov import recurrence
 from spectra.krylov.basis import sketch
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit
-from spectra.krylov.vanished import vanished
+from spectra.krylov.product_rounding import vanished
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import DeflatedOperator, beside_pairs
 from spectra.operators.jaxprs import outside_loops

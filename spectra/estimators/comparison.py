@@ -16,10 +16,10 @@ from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.trees import PyTree
 from spectra.density.slq import slq
-from spectra.estimators.cancelled import relative_precision
 from spectra.estimators.functions import trace_of
 from spectra.estimators.ratios import ratio
 from spectra.krylov.eigsh import eigsh
+from spectra.krylov.product_rounding import relative_precision
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.kronecker import FactoredOperator
 from spectra.results import Eigenpairs, Interval, OperatorComparison, Quadrature

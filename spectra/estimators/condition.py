@@ -14,7 +14,7 @@ from spectra.density.slq import slq
 from spectra.estimators.exact import relative_change
 from spectra.krylov.dense import matrix_error
 from spectra.krylov.plan import estimate, place_basis
-from spectra.krylov.wanted import change_of_matrix
+from spectra.krylov.product_rounding import change_of_matrix
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.christoffel import Openness
 from spectra.quadrature.christoffel import shift as shift_of

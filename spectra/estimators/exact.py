@@ -14,7 +14,7 @@ from spectra.base import arrays, programs, trees
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.run import Run
-from spectra.krylov.wanted import KEY, SAMPLES, change_of_product, is_measured, multiply
+from spectra.krylov.product_rounding import KEY, SAMPLES, change_of_product, is_measured, multiply
 from spectra.operators.base import LinearOperator
 from spectra.operators.doubled import doubled
 from spectra.operators.jaxprs import outside_loops

@@ -41,8 +41,8 @@ from spectra.estimators.low_rank import complement_forms, project
 from spectra.estimators.run import Run, adaptive
 from spectra.krylov import explored
 from spectra.krylov.layout import Layout
+from spectra.krylov.product_rounding import multiply
 from spectra.krylov.rows import stack
-from spectra.krylov.wanted import multiply
 from spectra.results import Estimate
 
 WINDOW = 4

@@ -17,8 +17,8 @@ from spectra.base.errors import MemoryLimitError, NonFiniteError, NotSymmetricEr
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.blocks import PROBES
-from spectra.estimators.cancelled import relative_precision
 from spectra.krylov.plan import VECTORS, choose_batch
+from spectra.krylov.product_rounding import relative_precision
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.jaxprs import outside_loops
 from spectra.results import Estimate, format_bytes

@@ -16,7 +16,7 @@ reduction between devices.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -36,8 +36,8 @@ MAX_SEGMENTS = 16
 SMALL = 2**18
 """Numbers up to which a basis is one segment: read in vain from a cache, they cost less than code to compile.
 At n = 1550 the first call of 100 steps takes a third less time."""
-AT_ONCE = {"tpu": (7, 5), "cuda": (5, 5), "rocm": (5, 5), "default": (1, 1)}
-"""Segments in one sweep of `dots` and of `subtract`, by platform. The vector is read, and by
+AT_ONCE = {"tpu": (7, 5), "gpu": (5, 5)}
+"""Segments in one sweep of `dots` and of `subtract`, by platform, elsewhere one. The vector is read, and by
 `subtract` written, once a sweep, so more move fewer bytes. A TPU copies segments where six are subtracted at
 once; on a GPU three sweeps of five for 104 rows also take fewer conditionals (benchmarks/results/tpu.md,
 gpu.md). On a CPU more rows at once are slower (15.9, 17.6 and 18.6 ms a step for one, two and four segments
@@ -72,9 +72,9 @@ def put(basis: Basis, row: jax.Array | int, vector: Panels, layout: Layout) -> B
     which `put_by_scatter` does not; a scatter is a loop over the blocks on a CPU and a TPU, and a row that is
     read, chosen and written back, which is in place on a GPU and a CPU, doubles the memory of a TPU.
     """
-    gpus = dict.fromkeys(("cuda", "rocm"), put_by_scatter)
-    by_branch = functools.partial(put_by_branch, layout=layout)
-    return lax.platform_dependent(basis, row, vector, default=by_branch, **gpus)
+    if layout.platform == "gpu":
+        return put_by_scatter(basis, row, vector)
+    return put_by_branch(basis, row, vector, layout)
 
 
 def put_by_branch(basis: Basis, row: jax.Array | int, vector: Panels, layout: Layout) -> Basis:
@@ -128,35 +128,23 @@ def take(basis: Basis, row: jax.Array | int) -> Panels:
     return lax.switch(jnp.where(row < 0, len(basis), row // size), branches, basis)
 
 
-def dots(basis: Basis, vector: Panels, filled: jax.Array | int) -> jax.Array:
+def dots(basis: Basis, vector: Panels, filled: jax.Array | int, layout: Layout) -> jax.Array:
     """Coefficients Q v on the first `filled` rows, zero beyond, shape (rows,). Reads rows once.
 
     They are summed over blocks in one reduction, which on a mesh is all that devices exchange.
     """
-    return added(block_dots(basis, vector, filled, square=False))
+    return added(block_dots(basis, vector, filled, layout, square=False))
 
 
 def block_dots(
-    basis: Basis, vector: Panels, filled: jax.Array | int, *, square: bool = True
+    basis: Basis, vector: Panels, filled: jax.Array | int, layout: Layout, *, square: bool = True
 ) -> list[jax.Array]:
     """`dots` block by block, shape (blocks, rows) for each panel: what a device computes alone. With the
     `square` of the vector as one more; without, it is read once less where nothing else has."""
-
-    def visit(count: int, segments: Basis, _: Any, vector: Panels) -> list[list[jax.Array]]:
-        panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
-        columns = [
-            _dots(rows, x) if count > 1 else [dot(segment, x) for segment in rows]
-            for rows, x in zip(panels, vector, strict=True)
-        ]
-        read = [list(parts) for parts in zip(*columns, strict=True)]
-        skipped = [
-            [jnp.zeros(rows.shape[:2], x.dtype) for rows, x in zip(part, vector, strict=True)]
-            for part in segments[count:]
-        ]
-        return read + skipped
-
-    sweeps = {name: functools.partial(_sweep, visit, count) for name, (count, _) in AT_ONCE.items()}
-    parts = lax.platform_dependent(basis, filled, None, vector, **sweeps)
+    parts: list[Panels] = []
+    for group, held in _groups(basis, filled, AT_ONCE.get(layout.platform, (1, 1))[0]):
+        branches = [functools.partial(_dots_of, count) for count in range(len(basis[group]) + 1)]
+        parts += lax.switch(held, branches, basis[group], vector)
     if square:
         parts.append([dot(x, x)[:, None] for x in vector])
     return [jnp.concatenate(blocks, axis=1) for blocks in zip(*parts, strict=True)]
@@ -173,40 +161,36 @@ def subtract(
 ) -> Panels:
     """v - Q^T c over the first `filled` rows. Reads them once."""
     coefficients = coefficients.reshape(len(basis), -1)
-    visit = functools.partial(_subtract, layout)
-    sweeps = {name: functools.partial(_sweep, visit, count) for name, (_, count) in AT_ONCE.items()}
-    return lax.platform_dependent(basis, filled, coefficients, vector, **sweeps)
+    for group, held in _groups(basis, filled, AT_ONCE.get(layout.platform, (1, 1))[1]):
+        branches = [functools.partial(_subtract, layout, count) for count in range(len(basis[group]) + 1)]
+        vector = lax.switch(held, branches, basis[group], coefficients[group], vector)
+    return vector
 
 
-def _sweep(
-    visit: Callable[..., Any],
-    at_once: int,
-    basis: Basis,
-    filled: jax.Array | int,
-    coefficients: jax.Array | None,
-    vector: Panels,
-) -> Any:
-    """Visit the segments that hold the first `filled` rows, a group `at_once`.
-
-    `visit(count, segments, coefficients, vector)` reads the first `count` segments of a group. It returns a
-    list, which is added to those of the others, or with coefficients the vector that the next group is given.
-    """
-    parts: list[Any] = []
+def _groups(basis: Basis, filled: jax.Array | int, at_once: int) -> Iterator[tuple[slice, jax.Array | int]]:
+    """Segments that a sweep reads together, and how many of each such group hold some of the first `filled`
+    rows, were there enough of them: `lax.switch` clips what exceeds its branches."""
     for start in range(0, len(basis), at_once):
-        group = slice(start, start + at_once)
-        # Were there enough of them: `lax.switch` clips what exceeds its branches.
-        held = -(-filled // basis[0][0].shape[1]) - start
-        branches = [functools.partial(visit, count) for count in range(len(basis[group]) + 1)]
-        if coefficients is None:
-            parts += lax.switch(held, branches, basis[group], None, vector)
-        else:
-            vector = lax.switch(held, branches, basis[group], coefficients[group], vector)
-    return parts if coefficients is None else vector
+        yield slice(start, start + at_once), -(-filled // basis[0][0].shape[1]) - start
 
 
 dot = jax.jit(functools.partial(arrays.inner, first=1, paired=True))
 """Block by block the inner products of a vector, the second argument, with the rows of a segment, or with one
 vector, for one panel."""
+
+
+def _dots_of(count: int, segments: Basis, vector: Panels) -> list[Panels]:
+    """The products with the first `count` segments of a group, in each of its panels, and zeros."""
+    panels = [[segment[i] for segment in segments[:count]] for i in range(len(vector))]
+    columns = [
+        _dots(rows, x) if count > 1 else [dot(segment, x) for segment in rows]
+        for rows, x in zip(panels, vector, strict=True)
+    ]
+    skipped = [
+        [jnp.zeros(rows.shape[:2], x.dtype) for rows, x in zip(part, vector, strict=True)]
+        for part in segments[count:]
+    ]
+    return [list(parts) for parts in zip(*columns, strict=True)] + skipped
 
 
 @jax.custom_jvp
@@ -258,7 +242,7 @@ def sketch(layout: Layout, basis: Basis, key: jax.Array, *, batched: bool = Fals
 
     def one(number: jax.Array) -> jax.Array:
         v = draws.sample(jax.random.fold_in(key, number), layout.structure, _UNIFORM)
-        products = functools.partial(dots, vector=layout.place(layout.pack(v)), filled=count)
+        products = functools.partial(dots, vector=layout.place(layout.pack(v)), filled=count, layout=layout)
         return (jax.vmap(products) if batched else products)(basis)
 
     return jnp.moveaxis(lax.map(one, jnp.arange(SKETCHED)), 0, -1)

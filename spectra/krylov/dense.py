@@ -11,7 +11,7 @@ from spectra.base.errors import Status
 from spectra.base.host import one_thread
 from spectra.krylov import wanted
 from spectra.krylov.linear_rounding import known_rounding
-from spectra.krylov.vanished import vanished
+from spectra.krylov.product_rounding import change_of_matrix, error_of_matrix, mixtures, vanished
 from spectra.operators.base import LinearOperator
 from spectra.operators.doubled import doubled
 from spectra.results import Eigenpairs, Interval, Solution
@@ -51,7 +51,7 @@ def dense_eigenpairs(
         return np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
 
     pairs = chosen_pairs(op, k, which, tol, values, vectors, residuals, floor)
-    images = wanted.mixtures(k) @ pairs.matrix().T.astype(np.float64) @ matrix
+    images = mixtures(k) @ pairs.matrix().T.astype(np.float64) @ matrix
     return pairs, stacks.split(as_tree(op, images.T))
 
 
@@ -110,12 +110,12 @@ def matrix_error(op: LinearOperator, matrix: np.ndarray, values: np.ndarray) -> 
         return vanished(op)
     solver, exact = n * float(np.finfo(float).eps) * norm, doubled(op)
     if exact is not None:
-        return wanted.error_of_matrix(exact, matrix) + float(jnp.finfo(op.dtype).eps) / 2 * norm + solver
+        return error_of_matrix(exact, matrix) + float(jnp.finfo(op.dtype).eps) / 2 * norm + solver
     if op.cancels:
         columns = 4 * op.precision * np.sqrt(n) * norm
     else:
         columns = op.precision * norm * float(np.linalg.norm(values / norm)) if norm else 0.0
-    return max(columns, wanted.change_of_matrix(op)) + solver
+    return max(columns, change_of_matrix(op)) + solver
 
 
 def solution(

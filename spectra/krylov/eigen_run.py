@@ -19,6 +19,7 @@ from spectra.base.trees import PyTree
 from spectra.krylov import storage, wanted
 from spectra.krylov.band import Band
 from spectra.krylov.layout import Layout
+from spectra.krylov.product_rounding import mixtures
 from spectra.operators.base import LinearOperator
 from spectra.results import Eigenpairs
 from spectra.runs import saver as _saver
@@ -224,7 +225,7 @@ class EigenRun:
         if band.layout.row_dtype is None:
             band.restart(vectors[:, chosen])
             if images_too:
-                images = band.images(wanted.mixtures(len(chosen)))
+                images = band.images(mixtures(len(chosen)))
             residuals, found, asymmetry = band.residuals(values), band.vectors(len(values)), band.asymmetry
         else:
             values, residuals, found, asymmetry = self._measured(vectors[:, chosen])

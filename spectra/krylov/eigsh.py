@@ -22,8 +22,8 @@ from spectra.krylov.layout import Layout
 from spectra.krylov.metric import generalized_eigenpairs
 from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
+from spectra.krylov.product_rounding import vanished, with_measured_floor
 from spectra.krylov.recurrence import check_start
-from spectra.krylov.vanished import vanished
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import beside_pairs
 from spectra.operators.doubled import doubled
@@ -224,7 +224,7 @@ def eigsh(
         pairs, images = _pairs(
             op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, places, watch
         )
-    found = wanted.with_measured_floor(op, pairs, images)
+    found = with_measured_floor(op, pairs, images)
     if np.any(found.values) or which == "SM":
         return found
     return dataclasses.replace(found, noise_floor=max(found.noise_floor, vanished(op)))
@@ -246,7 +246,7 @@ def _pairs(
     watch: Watch,
 ) -> tuple[Eigenpairs, list[PyTree] | None]:
     """The pairs by what suits the order of the operator and the products allowed, and what H makes of their
-    `wanted.mixtures`, where these products say so."""
+    `mixtures`, where these products say so."""
     ncv, rest = max(2 * k + 1, 20), op.size - (0 if deflate is None else len(deflate.values))
     if (rest <= ncv + 1 or k >= rest) and (max_matvecs is None or max_matvecs >= op.size):
         return dense_eigenpairs(op, k, which, tol, deflate)

@@ -23,7 +23,7 @@ from spectra.krylov import basis as _basis
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
-from spectra.krylov.wanted import multiply
+from spectra.krylov.product_rounding import multiply
 from spectra.operators.base import LinearOperator
 
 WAITING = _basis.SEGMENT
@@ -137,7 +137,7 @@ def _orthogonal(layout: Layout, basis: Basis, vector: Panels, filled: jax.Array)
 
     def one(carry: tuple[jax.Array, jax.Array, _Rest]) -> tuple[jax.Array, jax.Array, _Rest]:
         first, _, rest = carry
-        column = _basis.dots(basis, rest.vector, filled)
+        column = _basis.dots(basis, rest.vector, filled, layout)
         vector = _basis.subtract(basis, column, rest.vector, filled, layout)
         norm = jnp.sqrt(step.vdot(vector, vector))
         removed = jnp.vdot(column, column, precision=lax.Precision.HIGHEST)
@@ -177,7 +177,7 @@ def _open(
     """The state in which what the product of q, the last row, opens waits in `slot`."""
     row, column = state.filled - 1, rest.column
     form = form + column[row]
-    along = _basis.dots(state.waiting, q, WAITING)
+    along = _basis.dots(state.waiting, q, WAITING, layout)
     led, from_slot = state.origin >= 0, state.origin[slot]
     known = jnp.zeros_like(column).at[state.origin].add(jnp.where(led, along, 0))
     unknown = state.dropped | (jnp.arange(len(column)) == row)

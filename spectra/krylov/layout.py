@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from spectra.base import arrays, meshes, trees
 from spectra.base.errors import SpectraError
@@ -33,6 +33,8 @@ basis is equally orthogonal: with ten outliers 1e5 times the bulk, from a vector
 LANES = 128
 """Last axis of a packed panel. With the lanes of a TPU tile as an axis of their own, a row of a segment is
 read in place; rows of panels (blocks, width) are copied to another layout first, at twice the bytes."""
+
+_GPUS = {"cuda": "gpu", "rocm": "gpu"}  # a device that exists calls itself "gpu", one of a topology need not
 
 
 class Part(NamedTuple):
@@ -73,6 +75,7 @@ class Layout:
     mesh: Mesh | None = None
     specs: tuple[PartitionSpec, ...] = ()  # of the leaves, on a mesh
     row_dtype: Any = None  # of stored rows, where it differs from the vectors'
+    platform: str = "cpu"  # where rows lie: "cpu", "gpu", "tpu"; what is fast there decides how they are read
 
     @classmethod
     def of(cls, like: PyTree, *, spread: bool = False, row_dtype: Any = None) -> "Layout":
@@ -94,6 +97,10 @@ class Layout:
             )
         if row_dtype is not None and {jnp.dtype(row_dtype)} != set(layout.dtypes):
             layout = dataclasses.replace(layout, row_dtype=jnp.dtype(row_dtype))
+        concrete = [s for s in shardings if s and not isinstance(getattr(s, "mesh", None), AbstractMesh)]
+        if concrete:
+            name = next(iter(concrete[0].device_set)).platform
+            layout = dataclasses.replace(layout, platform=_GPUS.get(name, name))
         if mesh is not None:
             specs = tuple(s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings)
             return dataclasses.replace(layout, mesh=mesh, specs=specs)._on_mesh(mesh, spread)
@@ -104,13 +111,13 @@ class Layout:
 
     @classmethod
     def leafwise(cls, structure: PyTree) -> "Layout":
-        """Every leaf a panel of its own, placed by the compiler."""
+        """Every leaf a panel of its own, placed by the compiler; its platform is the default one."""
         leaves, treedef = jax.tree.flatten(structure)
         shapes = tuple(tuple(leaf.shape) for leaf in leaves)
         dtypes = tuple(jnp.dtype(leaf.dtype) for leaf in leaves)
         blocks = [shape if len(shape) > 1 else (1, math.prod(shape)) for shape in shapes]
         panels = [Panel((i,), (), dtypes[i], shape, shape) for i, shape in enumerate(blocks)]
-        return cls(treedef, shapes, dtypes, tuple(panels))
+        return cls(treedef, shapes, dtypes, tuple(panels), platform=jax.default_backend())
 
     def _on_mesh(self, mesh: Mesh, spread: bool) -> "Layout":
         """A panel for the leaves that the same axes of the mesh split, or one that all axes split."""
@@ -211,6 +218,8 @@ class Layout:
         Each device is told of what it holds: libtpu 0.0.42 gathers an array on all devices to be told of it.
         Within a caller's jit nobody knows how arrays are split; where that may be so nothing is said.
         """
+        if self.platform != "tpu":
+            return rows
         if self.mesh is not None:
             pairs = zip(rows, self.panels, strict=True)
             return [self.locally(arrays.in_order, p.spec, p.spec)(x) for x, p in pairs]
@@ -222,14 +231,13 @@ class Layout:
         A product's collectives have the axis that is split first, and all that a loop computes of it would
         have, too: what the loop begins with is copied to that order then, and back.
         """
-        if self.mesh is None:
+        if self.mesh is None or self.platform == "cpu":
             return stack
         leaves, treedef = jax.tree.flatten(stack)
-        on = partial(arrays.in_order, platforms=("cuda", "rocm", "tpu"))
 
         def one(x: jax.Array, spec: PartitionSpec) -> jax.Array:
             spec = PartitionSpec(None, *spec)
-            return self.locally(on, spec, spec)(x)
+            return self.locally(arrays.in_order, spec, spec)(x)
 
         return treedef.unflatten([one(x, spec) for x, spec in zip(leaves, self.specs, strict=True)])
 

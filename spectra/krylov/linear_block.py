@@ -19,7 +19,6 @@ from jax import lax
 
 from spectra.base import arrays, stacks, trees
 from spectra.base.trees import PyTree
-from spectra.krylov.linear_kept import Kept, conjugate, nothing_kept, stored
 from spectra.krylov.linear_short import PATIENCE, PROGRESS, begin_cg, begin_minres
 from spectra.krylov.linear_state import (
     Mode,
@@ -34,7 +33,7 @@ from spectra.krylov.linear_state import (
     to_check,
     zeros_beside,
 )
-from spectra.krylov.linear_step import HALF, start
+from spectra.krylov.linear_step import HALF, Kept, conjugate, nothing_kept, start, stored
 
 WIDEST = 64
 """Right-hand sides in one block: products of matrices of its width squared cost less than products with A."""

@@ -7,14 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base.trees import PyTree
-from spectra.krylov import wanted
+from spectra.krylov.product_rounding import (
+    DRAWN,
+    RARE,
+    change_of_product,
+    is_measured,
+    limit,
+    multiply,
+    seen_norm,
+)
 from spectra.operators.arithmetic import ShiftedOperator
 from spectra.operators.base import LinearOperator
 from spectra.operators.doubled import DoubledOperator, flat, in_double, rounded_once
 from spectra.quadrature.rules import breakdown_noise
 
 PRODUCTS = 6
-"""Draws of a matrix or a function, each a product: from `wanted.DRAWN` of them the limit is 0.6 of theirs."""
+"""Draws of a matrix or a function, each a product: from `DRAWN` of them the limit is 0.6 of theirs."""
 
 
 def noise_of(op: LinearOperator) -> float:
@@ -33,15 +41,15 @@ def rounding_of(
     known = known_rounding(op, b, x, stated, norm_a * norms)
     if known is not None:
         return known
-    measured = wanted.is_measured(op)
-    seen = np.maximum(norm_a, 0.0 if measured else wanted.seen_norm(op))
+    measured = is_measured(op)
+    seen = np.maximum(norm_a, 0.0 if measured else seen_norm(op))
     # Of the product, and of the difference and its norm.
     moved = noise_of(op) * (seen * norms + stated)
     if measured:
         here = op.prepare()
         for i in np.flatnonzero(np.isfinite(norms) & (norms > 0)).tolist():
             vector = _side(i, x)
-            moved[i] = max(moved[i], wanted.change_of_product(op, vector, wanted.multiply(here, vector)))
+            moved[i] = max(moved[i], change_of_product(op, vector, multiply(here, vector)))
     return moved
 
 
@@ -68,11 +76,11 @@ def _known(exact: DoubledOperator, b: PyTree, x: PyTree, stated: float) -> float
     of a matrix may have been rounded from."""
     image, op = exact.unrounded(x), exact.base
     residual, drawn = float(np.linalg.norm(flat(b) - image)), list[float]()
-    for salt in range(PRODUCTS if exact.is_given else wanted.DRAWN):
+    for salt in range(PRODUCTS if exact.is_given else DRAWN):
         if exact.is_given:
             image = exact.before_rounding(salt).unrounded(x)
         drawn.append(float(np.linalg.norm(_before(b, salt) - image)) - residual)
-    found = abs(residual - stated) + wanted.limit(drawn, wanted.RARE)
+    found = abs(residual - stated) + limit(drawn, RARE)
     if isinstance(op, ShiftedOperator):
         found += abs(float(op.delta) - float(jnp.asarray(op.delta, op.dtype))) * float(
             np.linalg.norm(flat(x))

@@ -17,7 +17,6 @@ from spectra.base import programs, stacks, trees
 from spectra.base.trees import PyTree
 from spectra.krylov.layout import Layout
 from spectra.krylov.linear_block import WIDEST, Block, absorb_block, begin_block, hand_over
-from spectra.krylov.linear_kept import room
 from spectra.krylov.linear_rounding import noise_of
 from spectra.krylov.linear_state import (
     SHORT_VECTORS,
@@ -28,7 +27,7 @@ from spectra.krylov.linear_state import (
     norm_of,
     sides_of,
 )
-from spectra.krylov.linear_step import absorb, start
+from spectra.krylov.linear_step import absorb, start, steps_kept
 from spectra.krylov.plan import choose_together
 from spectra.operators.base import LinearOperator, in_batches
 from spectra.runs.watch import Journal
@@ -96,7 +95,7 @@ def whole_run(op: LinearOperator, problem: Problem, state: State, method: str, l
 
 def _handed_over(op: LinearOperator, problem: Problem, limit: int) -> State:
     """What a block from its first product to its last hands over."""
-    block = begin_block(problem, room(op, stacks.length(problem.b)))
+    block = begin_block(problem, steps_kept(op, stacks.length(problem.b)))
     together, layout = choose_together(op, len(block.c)), Layout.of(op.like).anonymous()
     return hand_over(problem, block_loop(op, problem, block, limit, together, layout))
 
@@ -160,7 +159,7 @@ def drive(
     watched. The program and its numbers are the same for a chunk of any length."""
     found: list[State] = []
     for ends in blocks(problem, method):
-        part, kept = part_of(problem, *ends), room(op, ends[1] - ends[0])
+        part, kept = part_of(problem, *ends), steps_kept(op, ends[1] - ends[0])
         if journal is not None:  # as before, since the free memory may have changed
             kept = int(journal.keep(lambda kept=kept: jnp.int32(kept), 0))
         block = _whole_block(op, part, _begin_block(part, kept), journal)

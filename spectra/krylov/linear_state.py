@@ -15,8 +15,8 @@ import numpy as np
 from spectra.base import programs, trees
 from spectra.base.errors import Status
 from spectra.base.trees import PyTree
-from spectra.krylov import wanted
 from spectra.krylov.linear_rounding import noise_of, rounding_of
+from spectra.krylov.product_rounding import seen_norm_traced
 from spectra.operators.base import LinearOperator
 from spectra.results import Interval, Solution
 
@@ -243,7 +243,7 @@ def traced_solution(
     """The same inside jit, vmap and grad, without looking at values; `still` is x with no derivative."""
     count = jax.tree.leaves(still)[0].shape[0]
     residual = found["residual"]
-    seen = jnp.maximum(found["norm_a"], wanted.seen_norm_traced(op))
+    seen = jnp.maximum(found["norm_a"], seen_norm_traced(op))
     moved = noise_of(op) * (seen * sizes(still) + residual)
     error = jnp.full(count, jnp.inf) if bound is None else (residual + moved) / bound
     return Solution(

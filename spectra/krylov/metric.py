@@ -18,6 +18,7 @@ from spectra.base import stacks
 from spectra.base.errors import SpectraError, StructureError
 from spectra.krylov import wanted
 from spectra.krylov.dense import LARGEST, as_tree, chosen_pairs, matrix_error
+from spectra.krylov.product_rounding import DRAWN, KEY, RARE, SAMPLES, limit, multiply
 from spectra.operators.base import LinearOperator
 from spectra.operators.doubled import DoubledOperator, flat, in_double
 from spectra.operators.preconditioned import PreconditionedOperator
@@ -148,31 +149,31 @@ def _measured(sides: list[_Side], values: np.ndarray, vectors: np.ndarray, chose
     given = [pair for pair in pairs if pair[0][1].is_given]
     before = [
         sum(images(side, exact.before_rounding(salt)) - image for (side, exact), image in given)
-        for salt in range(wanted.DRAWN)
+        for salt in range(DRAWN)
         if given
     ]
     drawn = [_moved(vectors.T @ change, values, chosen) for change in before]
-    return _moved(vectors.T @ here, values, chosen) + wanted.limit(drawn, wanted.RARE)
+    return _moved(vectors.T @ here, values, chosen) + limit(drawn, RARE)
 
 
 def _sampled(sides: list[_Side], vectors: np.ndarray, chosen: np.ndarray) -> float:
     """What |L⁻¹ (E - λ F) x| stays below at 95 % by moved operators, where nothing is known in float64.
 
     By the residual theorem no λ is further than that from an eigenvalue. One sum of the vectors stands for
-    all, as in `wanted.with_measured_floor`. An entry that was made of others, as by a shift, has been rounded
+    all, as in `with_measured_floor`. An entry that was made of others, as by a shift, has been rounded
     once more.
     """
-    total, rng = np.zeros((wanted.SAMPLES, len(vectors))), np.random.default_rng(wanted.KEY)
+    total, rng = np.zeros((SAMPLES, len(vectors))), np.random.default_rng(KEY)
     for side in sides:
         if side.exact is not None or side.is_stated:
             continue
         op, column = side.op, vectors[:, chosen] @ side.factors
         vector = jax.tree.map(lambda x: x[0], as_tree(op, column[:, None]))
-        image, unit = wanted.multiply(op.prepare(), vector), float(jnp.finfo(op.dtype).eps)
-        for i in range(wanted.SAMPLES):
-            other = op.moved(jax.random.fold_in(jax.random.key(wanted.KEY), i))
+        image, unit = multiply(op.prepare(), vector), float(jnp.finfo(op.dtype).eps)
+        for i in range(SAMPLES):
+            other = op.moved(jax.random.fold_in(jax.random.key(KEY), i))
             assert other is not None
-            change = jax.tree.map(jnp.subtract, wanted.multiply(other.prepare(), vector), image)
+            change = jax.tree.map(jnp.subtract, multiply(other.prepare(), vector), image)
             entries = (unit * rng.choice([-1, 1], side.matrix.shape) * side.matrix) @ column
             total[i] += flat(change) + entries
-    return wanted.limit(np.linalg.norm(total @ vectors, axis=1))  # M⁻¹ = X Xᵀ
+    return limit(np.linalg.norm(total @ vectors, axis=1))  # M⁻¹ = X Xᵀ

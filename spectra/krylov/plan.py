@@ -166,7 +166,8 @@ def place_basis(op: LinearOperator, basis: str = "inherit", dtype: Any = None) -
             'basis="host" is for one device. On a mesh basis="sharded" divides the basis of replicated '
             'parameters by the number of devices, and basis_dtype="bfloat16" halves it.'
         )
-    return Place(layout, jax.local_devices(backend="cpu")[0])
+    home = jax.local_devices(backend="cpu")[0]
+    return Place(dataclasses.replace(layout, platform=home.platform), home)
 
 
 def require_fit(plan: Plan) -> None:

@@ -30,8 +30,7 @@ def combine(basis: Basis, weights: jax.Array, layout: Layout) -> Basis:
         blocks = len(parts[0])
         if blocks == 1 or not layout.packed:
             return _combine(blocks, parts, weights)
-        portions = functools.partial(_combine, max(1, blocks // PORTIONS))
-        return lax.platform_dependent(parts, weights, cpu=functools.partial(_combine, 1), default=portions)
+        return _combine(1 if layout.platform == "cpu" else max(1, blocks // PORTIONS), parts, weights)
 
     panels = [list(parts) for parts in zip(*basis, strict=True)]
     columns = [

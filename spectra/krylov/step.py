@@ -26,7 +26,7 @@ from spectra.base import arrays, trees
 from spectra.krylov import basis as _basis
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
-from spectra.quadrature.rules import breakdown_factor
+from spectra.quadrature.rules import breakdown_noise
 
 REPEAT = 0.1
 """A second Gram-Schmidt pass follows where the first removed more than this share of what is left."""
@@ -80,8 +80,7 @@ def following(
         size: numbers of a vector.
         going: whether the run has come this far.
     """
-    eps = jnp.finfo(scale.dtype).eps
-    alive = going & (norm > breakdown_factor(size) * eps * scale)
+    alive = going & (norm > breakdown_noise(size, float(jnp.finfo(scale.dtype).eps)) * scale)
     inverse = jnp.where(alive, 1 / jnp.where(alive, norm, 1), 0)
     return [jnp.where(alive, x, 0) for x in trees.scale(inverse, rest)], alive
 
@@ -100,7 +99,7 @@ def orthogonalize(
     |w'|² = |w|² - |Qw|², both from one reduction; it loses no digits where the pass removes little, and
     where it removes much a second pass follows.
     """
-    blocks = _basis.block_dots(basis, vector, filled)
+    blocks = _basis.block_dots(basis, vector, filled, layout)
     sums = _basis.added(blocks)
     first, square = sums[:-1], sums[-1]
     removed = jnp.vdot(first, first, precision=lax.Precision.HIGHEST)
@@ -134,7 +133,7 @@ def _second_pass(
     # The compiler does not look into branches for how a result is split: that it may be one of the sums of
     # the first pass, tells it.
     either = partial(jax.tree.map, partial(jnp.where, wanted))
-    measure = partial(_basis.block_dots, basis, filled=filled, square=False)
+    measure = partial(_basis.block_dots, basis, filled=filled, layout=layout, square=False)
     measured = lax.cond(anywhere, measure, lambda _: [jnp.zeros_like(x) for x in first], vector)
     second = jnp.where(wanted, _basis.added(either(measured, first)), 0)
     less = partial(_basis.subtract, basis, second, filled=filled, layout=layout)

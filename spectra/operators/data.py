@@ -38,7 +38,8 @@ from spectra.operators.arguments import (
 from spectra.operators.base import LinearOperator, product, product_batch
 from spectra.operators.batches import Shared, batch_size, rows, shared_leaves
 from spectra.operators.differentiate import resolve_mode
-from spectra.operators.jaxprs import Rounding, coarsest_rounding, rematerialises, scanned_inputs
+from spectra.operators.jaxprs import rematerialises, scanned_inputs
+from spectra.operators.loss_rounding import Rounding, coarsest_rounding
 from spectra.operators.means import require_mean
 from spectra.operators.pytree import OnParameters
 from spectra.operators.stochastic import StochasticOperator, change_by_rounding

@@ -18,7 +18,7 @@ from spectra.base.errors import NotSymmetricError, StructureError
 from spectra.base.meshes import on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
-from spectra.operators.jaxprs import Rounding, coarsest_rounding
+from spectra.operators.loss_rounding import Rounding, coarsest_rounding
 from spectra.operators.pytree import operator, true_float32
 from spectra.results.base import provides
 

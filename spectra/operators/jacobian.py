@@ -29,7 +29,7 @@ from spectra.operators import differentiate
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.arguments import raised_by
 from spectra.operators.base import LinearOperator, product
-from spectra.operators.jaxprs import Rounding, coarsest_rounding
+from spectra.operators.loss_rounding import Rounding, coarsest_rounding
 from spectra.operators.pytree import OnParameters, operator
 from spectra.operators.stochastic import StochasticOperator
 from spectra.operators.streams import StackedOutputs, open_inputs

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=Measures)
 
 MOST = 64.0
-"""Largest `breakdown_factor`."""
+"""Largest residual of a breakdown, in roundings."""
 COPIES = 50.0
 """How far, in units of β_d, the rest of a run strays from every single Ritz value of an exhausted space. The
 rest of a bulk stays within a few β_d of its node."""
@@ -115,23 +115,17 @@ def _eigh_traced(matrix):
         return eigh(matrix)
 
 
-def breakdown_factor(size: int) -> float:
-    """The residual that rounding leaves of a vanishing one, in units of eps |H|.
+def breakdown_noise(size: int, precision: float) -> float:
+    """What rounding leaves of a residual that vanishes, in units of |H|, for products of a given precision.
 
     A dense product of order n sums n terms of random sign one after another, which costs √n / 2 roundings;
     ten more are those of the recurrence. Beyond n = 1e4 products are no longer dense, and sums are taken in
     blocks: 64 at most, so that a bulk of 1e-5 |H| stays visible in float32.
-    """
-    return min(10 + np.sqrt(size) / 2, MOST)
-
-
-def breakdown_noise(size: int, precision: float) -> float:
-    """The same in units of |H|, for products of a given precision.
 
     Products in bfloat16 or less state what they are off by as a whole, and are summed in float32: the sums
     add nothing to that.
     """
-    return (breakdown_factor(size) if precision < COARSE else 4) * precision
+    return (min(10 + np.sqrt(size) / 2, MOST) if precision < COARSE else 4) * precision
 
 
 def invariant_length(

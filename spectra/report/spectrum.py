@@ -26,7 +26,7 @@ from spectra.estimators.counts import count_above
 from spectra.estimators.exact import relative_change
 from spectra.estimators.functions import trace_of
 from spectra.krylov.plan import check_probe_batch
-from spectra.krylov.vanished import vanished
+from spectra.krylov.product_rounding import vanished
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.report.provenance import provenance_of
 from spectra.results import Density, Estimate, Interval, Quadrature, Result, notebook_view, result, text_table

@@ -87,7 +87,7 @@ KRYLOV = [
     ),
     fault(
         "directions of an earlier cycle, or none, count as kept",
-        "krylov/linear_kept.py",
+        "krylov/linear_step.py",
         "    there = jnp.arange(len(along)) < steps * stacks.length(directions)\n",
         "    there = jnp.arange(len(along)) < 0 * steps\n",
         "test_solve_sides.py::test_rounding_does_not_bring_directions_back",
@@ -269,7 +269,7 @@ KRYLOV = [
     ),
     fault(
         "the floor of eigsh is that of asymmetry",
-        "krylov/wanted.py",
+        "krylov/product_rounding.py",
         "noise_floor=max(pairs.noise_floor, change)",
         "noise_floor=pairs.noise_floor",
         "test_eigsh.py::test_residual_and_floor_hold_the_rounding_of_a_steep_loss",
@@ -396,8 +396,8 @@ KRYLOV = [
     fault(
         "a residual is what it is in float32",
         "krylov/linear_rounding.py",
-        "abs(residual - stated) + wanted.limit",
-        "wanted.limit",
+        "abs(residual - stated) + limit",
+        "limit",
         "test_solve.py::test_where_nothing_was_rounded_before_the_rounding_is_what_it_is",
     ),
     fault(
@@ -430,14 +430,14 @@ KRYLOV = [
     ),
     fault(
         "a hundredth of what rounding does to eigenvectors is their noise floor",
-        "krylov/wanted.py",
+        "krylov/product_rounding.py",
         "change = margin * float(",
         "change = 0.01 * float(",
         "test_stochastic.py::test_the_noise_floor_of_a_confident_classifier_holds",
     ),
     fault(
         "a product that asks for JAX's default precision is float32",
-        "operators/jaxprs.py",
+        "operators/loss_rounding.py",
         "if isinstance(stated, tuple) and eqn.outvars[0].aval.dtype == jnp.float32:",
         "if isinstance(stated, str):",
         "test_precision.py::test_what_a_function_rounds_by_itself_is_in_the_precision_of_its_products",
@@ -473,7 +473,7 @@ KRYLOV = [
     fault(
         "products are rounded relative to what a run has seen of the operator",
         "krylov/linear_rounding.py",
-        "0.0 if measured else wanted.seen_norm(op)",
+        "0.0 if measured else seen_norm(op)",
         "0.0",
         "test_solve.py::test_rounding_is_that_of_the_whole_operator",
     ),
@@ -961,7 +961,7 @@ ESTIMATORS = [
     ),
     fault(
         "a cluster of copies counts as one eigenvalue in a plan",
-        "density/spending.py",
+        "density/plans.py",
         "(residuals <= SETTLED * _gaps(nodes)) & (weights * found.size <= SINGLE)",
         "(residuals <= SETTLED * _gaps(nodes)) & (weights <= SINGLE)",
         "test_spending.py::test_a_cluster_of_copies_is_not_taken_for_one_eigenvalue",

@@ -1,0 +1,235 @@
+"""What rounding does to products: measured, where an operator says what they depend on.
+
+Products in float64 tell, where there are some (`operators.doubled`); else those of the operator with all that
+it depends on moved by one rounding (`LinearOperator.moved`).
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from spectra.base import draws, meshes, programs, stacks, trees
+from spectra.base.trees import PyTree
+from spectra.operators.arithmetic import ScaledOperator, ShiftedOperator, SumOperator
+from spectra.operators.base import LinearOperator, product
+from spectra.operators.doubled import DoubledOperator, doubled
+from spectra.results import Eigenpairs
+
+Rounded = tuple[PyTree, float]  # a product, and the length of its error
+SAMPLES = 4
+"""Moved operators: as many degrees of freedom has what they say."""
+DRAWN, RARE = 16, 1e-4
+"""Matrices that would be rounded to the one that is given, and how often what they say may not hold."""
+TRIED, UNSEEN = 8, 1.9
+"""Random vectors that a matrix is tried on, and what may be left to be seen by none of them."""
+MARGIN = 2.0
+"""What another product may differ by from that in float64, where one differs by 1."""
+KEY = 7
+
+
+def multiply(op: LinearOperator, v: PyTree) -> PyTree:
+    """One product outside of any loop; on a mesh it lies as the parameters do, see `blocks.products`."""
+    if op.on_host:
+        return op.mv(v)
+    where = meshes.places(op.like)
+    return _placed_product(op, v, where) if any(where) else product(op, v)
+
+
+@partial(programs.jit, static_argnames="where")
+def _placed_product(op: LinearOperator, v: PyTree, where: meshes.Places) -> PyTree:
+    return meshes.placed(op.mv(v), where)
+
+
+def is_measured(op: LinearOperator, moved: bool = False) -> bool:
+    """Whether rounding of the products is, and not only stated, as that of a matrix is; with `moved`, without
+    those in float64."""
+    return (not moved and doubled(op) is not None) or op.moved(jax.random.key(KEY)) is not None
+
+
+def change_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> float:
+    """What rounding does to a product as this one, H v, given as `image`.
+
+    It is `MARGIN` times the difference from the product in float64. Where there is none, it is what
+    |(H' - H) v| of one more moved operator H' stays below at 95 %: Student's t with the root mean square of
+    `SAMPLES` of them. `op` is not prepared, and `is_measured`.
+    """
+    exact = doubled(op)
+    if exact is not None:
+        return MARGIN * exact.distance(v, image)
+    return limit([_change(op, i, v, image) for i in range(SAMPLES)])
+
+
+def change_of_matrix(op: LinearOperator, moved: bool = False) -> float:
+    """The same of |H' - H|, the Frobenius norm: from sqrt(n) |(H' - H) v| for `SAMPLES` random v, |v| = 1.
+
+    0 where the operator does not say what it depends on, as a matrix does not. `moved` asks for products that
+    are moved also where there are some in float64.
+    """
+    if not is_measured(op, moved):
+        return 0.0
+    exact, here, changes = None if moved else doubled(op), op.prepare(), list[float]()
+    for i in range(SAMPLES):
+        v = draws.unit_vector(jax.random.key(KEY + i), op)
+        image = multiply(here, v)
+        changes.append(_change(op, i, v, image) if exact is None else exact.distance(v, image))
+    return float(np.sqrt(op.size)) * limit(changes)
+
+
+def error_of_matrix(exact: DoubledOperator, matrix: np.ndarray) -> float:
+    """A bound on the spectral norm of E, by which a symmetric matrix differs from that in float64.
+
+    |E|² is below UNSEEN sqrt(n) |E E v| for one of `TRIED` vectors v on the unit sphere, with the probability
+    1 - (sqrt(2 / π) / UNSEEN)^TRIED = 0.999 (Dixon, doi:10.1137/0720053): each has of the vector that decides
+    the share of a normal number, or more. One product more makes n^(1/4) of what would be sqrt(n).
+    """
+    n, largest = len(matrix), 0.0
+    for i in range(TRIED):
+        v = np.asarray(trees.ravel(draws.unit_vector(jax.random.key(KEY + i), exact)))
+        once = matrix @ v - exact.unrounded(v)
+        size = float(np.linalg.norm(once))
+        v = (once / (size or 1.0)).astype(v.dtype)
+        largest = max(largest, size * float(np.linalg.norm(matrix @ v - exact.unrounded(v))))
+    return float(np.sqrt(UNSEEN * np.sqrt(n) * largest))
+
+
+def _change(op: LinearOperator, i: int, v: PyTree, image: PyTree) -> float:
+    other = op.moved(jax.random.fold_in(jax.random.key(KEY), i))
+    assert other is not None
+    return float(_distance(multiply(other.prepare(), v), image))
+
+
+def limit(changes: list[float] | np.ndarray, outside: float = 0.05) -> float:
+    """What one more of a few normal numbers stays below but for a share `outside`: Student's t; 0 of none."""
+    from scipy.special import stdtrit
+
+    count = len(changes)
+    return float(stdtrit(count, 1 - outside / 2) * np.sqrt(np.mean(np.square(changes)))) if count else 0.0
+
+
+@programs.jit
+def _distance(a: PyTree, b: PyTree) -> jax.Array:
+    return trees.norm(jax.tree.map(jnp.subtract, a, b))
+
+
+def with_measured_floor(op: LinearOperator, pairs: Eigenpairs, images: list[PyTree] | None) -> Eigenpairs:
+    """The pairs with a noise floor that holds what rounding does to their eigenvalues.
+
+    Mixtures u of the vectors stand for all: with random signs the square of sqrt(k) |(H' - H) u| is
+    Σ |(H' - H) v_i|² on average, and the mean over both mixtures of two vectors is just that. `images` are
+    those by the products of the run; further products, where there are none, may be rounded otherwise.
+    Nothing is measured where an operator does not say what it depends on, as a matrix does not. What a shift
+    cancels was as large as the shift, and has been rounded.
+    """
+    if isinstance(op, ShiftedOperator):
+        shifted = 2 * op.precision * abs(float(op.delta))
+        pairs = dataclasses.replace(pairs, noise_floor=max(pairs.noise_floor, shifted))
+    if not is_measured(op):
+        return pairs
+    k, exact = len(pairs.values), doubled(op)
+    vectors = stacks.split(pairs.vectors if k == 1 else _mixed(pairs.vectors, mixtures(k)))
+    if exact is None:
+        change = float(np.sqrt(k)) * change_of_product(op, vectors[0], multiply(op.prepare(), vectors[0]))
+    else:
+        margin = MARGIN if images is None or k > len(vectors) else 1.0
+        if images is None:
+            here = op.prepare()
+            images = [multiply(here, v) for v in vectors]
+        changes = [exact.distance(v, x) for v, x in zip(vectors, images, strict=True)]
+        of_norms = float(jnp.finfo(op.dtype).eps * np.abs(pairs.values).max())  # |v| and |H v - λ v|
+        change = margin * float(np.sqrt(k * np.mean(np.square(changes)))) + of_norms
+    return dataclasses.replace(pairs, noise_floor=max(pairs.noise_floor, change))
+
+
+def mixtures(k: int) -> np.ndarray:
+    """Coefficients of unit vectors, in rows, that each contain all of k orthonormal ones alike."""
+    return np.array([np.ones(k), (-1.0) ** np.arange(k)])[: min(k, 2)] / np.sqrt(k)
+
+
+@programs.jit
+def _mixed(vectors: PyTree, mixtures: Any) -> PyTree:
+    return stacks.combine(jnp.asarray(mixtures, trees.scalar_dtype(vectors)), vectors)
+
+
+POWERS = 3
+
+
+def seen_norm(op: LinearOperator) -> float:
+    """|A| from below, by `POWERS` products with a random vector, and no less than its shift.
+
+    A run whose right-hand side lies in a part of the spectrum sees no other, but what a product with its x
+    is rounded by comes from all of A. What the last product gains is |A| but for a factor of n^(-1 / 2
+    POWERS) at the very worst, a lone eigenvalue above a bulk that is just as large without it.
+    """
+    vector, ratio = draws.unit_vector(jax.random.key(KEY), op), 0.0
+    for _ in range(POWERS):
+        image = multiply(op, vector)
+        ratio = max(ratio, trees.length(image) / (trees.length(vector) or 1.0))
+        vector = _in_unit(image)
+    return max(ratio, abs(float(op.delta)) if isinstance(op, ShiftedOperator) else 0.0)
+
+
+@programs.jit
+def _in_unit(vector: PyTree) -> PyTree:
+    return trees.scale(1 / trees.power_of_two(trees.largest(vector)), vector)
+
+
+def seen_norm_traced(op: LinearOperator) -> jax.Array:
+    """The same inside jit."""
+
+    def step(_: Any, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
+        image = op.mv(carry[0])
+        return _in_unit(image), jnp.maximum(carry[1], trees.norm(image) / trees.norm(carry[0]))
+
+    start = draws.unit_vector(jax.random.key(KEY), op), jnp.zeros((), op.dtype)
+    ratio = lax.fori_loop(0, POWERS, step, start)[1]
+    ratio = jnp.where(jnp.isfinite(ratio), ratio, 0)  # 0 / 0 of A = 0
+    return jnp.maximum(ratio, jnp.abs(op.delta)) if isinstance(op, ShiftedOperator) else ratio
+
+
+def vanished(op: LinearOperator) -> float:
+    """A noise floor where all products are zero, in the units of an eigenvalue.
+
+    A saturated loss has second derivatives below what its type resolves: 1 - p of a probability that rounds
+    to one, or an exponential that underflows. What rounding changes is then no share of |H|, but the whole of
+    it: |H' - H|, as measured, and no less than the smallest number of the type. Products in float64 do not
+    say it, since they may vanish as well. 0 for an operator without parameters, such as a matrix of zeros,
+    which has nothing to round.
+    """
+    if not is_measured(op, moved=True):
+        return 0.0
+    return max(change_of_matrix(op, moved=True), float(jnp.finfo(op.dtype).tiny))
+
+
+def relative_precision(op: LinearOperator) -> float:
+    """The relative error of a product: what the operator states, or more where a sum or a shift cancels.
+
+    Each term is right to its own precision, so that the error of their sum is known from one product of a
+    random vector with each. 1 where nothing is left.
+    """
+    if not isinstance(op, SumOperator | ScaledOperator | ShiftedOperator):
+        return op.precision
+    image, error = _product(op, draws.unit_vector(jax.random.key(0), op))
+    size = trees.length(image)
+    return max(op.precision, min(error / size, 1.0) if size else 1.0)
+
+
+def _product(op: LinearOperator, v: PyTree) -> Rounded:
+    if isinstance(op, SumOperator):
+        parts = [_product(term, v) for term in op.terms]
+        image = parts[0][0]
+        for other, _ in parts[1:]:
+            image = jax.tree.map(jnp.add, image, other)
+        return image, sum(error for _, error in parts)
+    if isinstance(op, ScaledOperator):
+        image, error = _product(op.base, v)
+        return trees.scale(op.factor, image), abs(float(op.factor)) * error
+    if isinstance(op, ShiftedOperator):
+        image, error = _product(op.base, v)
+        return trees.axpy(op.delta, v, image), error + op.precision * abs(float(op.delta)) * trees.length(v)
+    image = multiply(op.prepare(), v)
+    return image, op.precision * trees.length(image)
