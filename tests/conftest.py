@@ -48,7 +48,7 @@ threadpool_limits(int(os.environ["OPENBLAS_NUM_THREADS"]), "blas")
 
 def pytest_configure(config):
     """Before the workers start: how programs are compiled, and no more of them than the limit."""
-    programs.set_flags(programs.choose(config.option.markexpr))
+    programs.set_flags(programs.choose())
     if hasattr(config, "workerinput") or _folder != _kept_programs() or not _folder.exists():
         return
     if sum(path.stat().st_size for path in _folder.iterdir()) > LARGEST:
