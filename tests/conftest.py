@@ -78,6 +78,15 @@ def x64():
         yield
 
 
+@pytest.fixture
+def optimised(monkeypatch):
+    """The package's own programs with one level of optimisation, for problems of millions of numbers."""
+    from spectra.base import programs as package  # not before the settings above
+
+    monkeypatch.setitem(package.OPTIONS, "cpu", {})
+    monkeypatch.setattr(package, "options", lambda *_: programs.OFTEN)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _release_compiled_code():
     """Files of tests share programs, which cost memory and maps of it: thousands exceed what Linux allows."""

@@ -1,4 +1,4 @@
-"""How the tests compile, quickly unless SPECTRA_TEST_PROGRAMS says "optimised"; and how many programs they keep.
+"""How the tests compile, quickly unless SPECTRA_TEST_PROGRAMS says "optimised"; how many programs they keep.
 
 Most of a cold run is XLA's optimisation of small programs that run once. Without it, and without the
 emitters of fusions, they compile in a third of the time and compute the same up to rounding, on which no
@@ -30,7 +30,7 @@ OPTIMISED: dict[str, bool | int] = {
 }
 """XLA's defaults, as `compiler_options` of a test that reads from a program what users get."""
 OFTEN: dict[str, bool | int] = {"xla_backend_optimization_level": 1}
-"""As `compiler_options` of a program that runs thousands of times: convolutions without are 15 times slower."""
+"""As `compiler_options` of a program that runs thousands of times: without, convolutions are 15 times slower."""
 if jax.__version_info__ < (0, 11):  # XLA has had no choice since, and ends at a flag that it does not know
     QUICK["xla_cpu_use_fusion_emitters"] = False
     OPTIMISED["xla_cpu_use_fusion_emitters"] = True

@@ -36,7 +36,7 @@ def test_a_wrong_operator_is_noticed_and_named(monkeypatch):
 
 @pytest.mark.slow
 def test_every_operator_is_tested(monkeypatch):
-    """Each function of the table is called here or by a model of the registry, which need not be compared here."""
+    """Each function of the table is called here or by a model of the registry, which is only exported."""
     monkeypatch.setattr(agreement, "check", lambda *_: None)
     from bridge_coverage import covered_by_functions, covered_by_models
     from test_bridge_ties import TIES
