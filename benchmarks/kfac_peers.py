@@ -7,6 +7,7 @@ its layers to be modules, so attention is written with `nn.Linear`. It has no em
 out. Examples are more than any layer has inputs, so that eigenvectors are unique.
 """
 
+import functools
 import itertools
 import warnings
 
@@ -19,6 +20,7 @@ import spectra
 WIDTH, HEADS, TOKENS, CLASSES, EXAMPLES = 8, 2, 5, 3, 48
 
 
+@functools.cache
 def networks():
     """{name: (module, inputs)}, all with classes of whole examples as outputs."""
     import torch
@@ -86,6 +88,13 @@ def losses():
     return {"cross_entropy": (nn.CrossEntropyLoss(), cross_entropy, labels), "mse": (nn.MSELoss(), mse, real)}
 
 
+@functools.cache
+def exported(network: str):
+    """The network for JAX."""
+    module, inputs = networks()[network]
+    return spectra.from_torch(module, (inputs,))
+
+
 def terms(batch):
     """curvlinops takes an example of PyTorch's MSELoss as as many terms as it has numbers."""
     return batch[1].size
@@ -113,7 +122,7 @@ def compare(network: str, loss: str, *, kind="type2", sequence="expand", correct
             check_deterministic=False,
         )
         dense = (reference @ torch.eye(reference.shape[1], dtype=torch.float64)).numpy()
-        model = spectra.from_torch(module, (inputs,))
+        model = exported(network)
     operator = spectra.EKFACOperator if corrected else spectra.KFACOperator
     data = jnp.asarray(inputs.numpy()), jnp.asarray(targets.numpy())
     options = {"weight_fn": terms} if kind == "empirical" and loss == "mse" else {}

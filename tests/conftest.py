@@ -51,7 +51,7 @@ threadpool_limits(int(os.environ["OPENBLAS_NUM_THREADS"]), "blas")
 
 def pytest_configure(config):
     """Before the workers start: how programs are compiled, and no more of them than the limit."""
-    programs.set_flags(programs.choose(config.option.markexpr))
+    programs.set_flags(programs.choose())
     if hasattr(config, "workerinput") or _folder != _kept_programs() or not _folder.exists():
         return
     if sum(path.stat().st_size for path in _folder.iterdir()) > LARGEST:
@@ -86,6 +86,15 @@ def dtype(request):
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def optimised(monkeypatch):
+    """The package's own programs with one level of optimisation, for problems of millions of numbers."""
+    from spectra.base import programs as package  # not before the settings above
+
+    monkeypatch.setitem(package.OPTIONS, "cpu", {})
+    monkeypatch.setattr(package, "options", lambda *_: programs.OFTEN)
 
 
 @pytest.fixture(autouse=True, scope="module")

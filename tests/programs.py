@@ -1,9 +1,8 @@
-"""How the tests compile, quickly by default, as for users with `-m ''`; and how many programs they keep.
+"""How the tests compile, quickly unless SPECTRA_TEST_PROGRAMS says "optimised"; how many programs they keep.
 
 Most of a cold run is XLA's optimisation of small programs that run once. Without it, and without the
-emitters of fusions, they compile in less than half the time and compute the same up to rounding, on which
-no test may depend. What users run is the optimised form: `pytest -m ''` and `pytest -m slow` test that, and
-SPECTRA_TEST_PROGRAMS says otherwise, "quick" or "optimised".
+emitters of fusions, they compile in a third of the time and compute the same up to rounding, on which no
+test may depend. What users run is the optimised form: SPECTRA_TEST_PROGRAMS=optimised tests that.
 """
 
 import contextlib
@@ -20,7 +19,6 @@ MOST_RESIDENT, MOST_MAPS = 2 * 2**30, 30_000
 """Bytes and memory maps of a process beyond which it releases its programs; Linux allows 65,530 maps."""
 SWITCH = "SPECTRA_TEST_PROGRAMS"
 CHOICES = ("quick", "optimised")
-DEFAULT_MARKERS = "not slow"
 # A program in several parts compiles on several cores, which other tests need, and takes longer in all.
 QUICK: dict[str, bool | int] = {
     "xla_backend_optimization_level": 0,
@@ -31,14 +29,16 @@ OPTIMISED: dict[str, bool | int] = {
     "xla_cpu_parallel_codegen_split_count": 32,
 }
 """XLA's defaults, as `compiler_options` of a test that reads from a program what users get."""
+OFTEN: dict[str, bool | int] = {"xla_backend_optimization_level": 1}
+"""As `compiler_options` of a program that runs thousands of times: convolutions are 15 times faster."""
 if jax.__version_info__ < (0, 11):  # XLA has had no choice since, and ends at a flag that it does not know
     QUICK["xla_cpu_use_fusion_emitters"] = False
     OPTIMISED["xla_cpu_use_fusion_emitters"] = True
 
 
-def choose(markers: str) -> str:
-    """The form for a run of pytest with this argument of `-m`, or what the environment says."""
-    chosen = os.environ.get(SWITCH) or ("quick" if markers == DEFAULT_MARKERS else "optimised")
+def choose() -> str:
+    """The form of this run, "quick" or what the environment says."""
+    chosen = os.environ.get(SWITCH) or "quick"
     if chosen not in CHOICES:
         raise ValueError(f"{SWITCH}={chosen}: use one of {CHOICES}.")
     return chosen

@@ -132,6 +132,7 @@ def test_an_eigenvalue_that_is_alone_just_below_a_cluster_is_found():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_a_million_eigenvalues_far_from_zero():
     entries = np.linspace(0.05, 1.0, 10**6, dtype=np.float32)
     result = spectra.condition_number(Diagonal(jnp.asarray(entries)), key=jax.random.key(0))

@@ -4,6 +4,8 @@ The start has a component on every distinct eigenvalue, so the Krylov space has 
 are distinct eigenvalues. What rounding leaves of the vanishing residual reaches 1e4 eps |H| here.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,8 @@ DISTINCT = [
     [0.0, 1, 2, 3, 4, 5],
 ]
 PROBES, STEPS = 20, 9
+turned = functools.lru_cache(1)(rotation)
+"""Of order 3,000 it takes seconds."""
 
 
 def quadratic(params, batch):
@@ -36,7 +40,7 @@ def operator(kind, values, n, dtype):
     values = np.sort(np.resize(np.asarray(values, np.float64), n))
     if kind == "diagonal":
         return diagonal(values, dtype)
-    q = rotation(n)
+    q = turned(n)
     if kind == "dense":
         a = (q * values) @ q.T
         return spectra.MatrixOperator(jnp.asarray((a + a.T) / 2, dtype))

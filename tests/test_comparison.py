@@ -179,6 +179,12 @@ def test_operators_on_other_vectors_are_refused():
 @pytest.mark.slow
 def test_one_operator_is_equal_to_itself(x64):
     result = spectra.compare_operators(Diagonal(jnp.asarray(B)), diagonal(B), key=KEY, num_pairs=2)
-    assert result.frobenius == (0.0, 0.0, 0.0)
-    assert result.trace == (1.0, 1.0, 1.0)
+    # What is left is the rounding of both products, eps |Bz| each: eps √n |B| / tr B of the trace, whose
+    # two ends are rounded themselves.
+    rounding = 2 * np.finfo(float).eps
+    share = len(B) ** 0.5 * np.linalg.norm(B) / B.sum()
+    assert result.frobenius[:2] == (0.0, 0.0)
+    assert result.frobenius.upper <= rounding
+    assert result.trace.estimate == 1.0
+    assert max(1 - result.trace.lower, result.trace.upper - 1) <= (share + 1) * rounding
     assert result.wasserstein.lower == result.wasserstein.estimate == 0.0

@@ -3,6 +3,8 @@
 Dense truths are Jᵀ H J of `jax.jacobian` or NumPy; `test_operators.py` has a network of two layers in NumPy.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -321,14 +323,35 @@ def test_an_operator_is_made_inside_jit_and_equals_the_one_made_outside(x64):
     assert relative_error(inside(net.params(), data), small().as_matrix()) <= TOLERANCE
 
 
+CHOICES = (
+    ("cross_entropy", "mse"),
+    ("type2", "empirical"),
+    ("expand", "reduce"),
+    (False, True),  # whether EKFAC
+    ("joint", "separate"),
+)
+PEERS = ("dense", "convolution", "attention", "embedding")
+
+
+def pairwise(network):
+    """Eight of the 32 combinations: any two choices in all four ways, and all 32 over the four networks.
+
+    These are the runs of a fractional factorial design, those with two given parities.
+    """
+    parities = divmod(PEERS.index(network), 2)
+    for bits in itertools.product((0, 1), repeat=len(CHOICES)):
+        loss, kind, sequence, corrected, bias = bits
+        if (loss ^ kind ^ sequence, loss ^ corrected ^ bias) == parities:
+            yield network, *(choice[bit] for choice, bit in zip(CHOICES, bits, strict=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("bias", ["joint", "separate"])
-@pytest.mark.parametrize("corrected", [False, True], ids=["kfac", "ekfac"])
-@pytest.mark.parametrize("sequence", ["expand", "reduce"])
-@pytest.mark.parametrize("kind", ["type2", "empirical"])
-@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-@pytest.mark.parametrize("network", ["dense", "convolution", "attention", "embedding"])
+@pytest.mark.parametrize(
+    ("network", "loss", "kind", "sequence", "corrected", "bias"),
+    [case for network in PEERS for case in pairwise(network)],
+)
 def test_curvlinops_has_the_same(network, loss, kind, sequence, corrected, bias, x64):
+    """`python -m benchmarks.kfac_peers` compares all 32 for each network."""
     pytest.importorskip("curvlinops")
     from benchmarks.kfac_peers import compare, unique
 

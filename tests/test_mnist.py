@@ -66,6 +66,7 @@ def test_measure_and_extremes_agree_with_the_dense_spectrum(operator, eigenvalue
 
 
 @pytest.mark.slow  # as in test_density.py, on a trained network
+@pytest.mark.usefixtures("optimised")
 def test_cdf_band_contains_the_true_cdf_at_the_promised_rate(operator, eigenvalues):
     """100 keys; more than 11 misses of a 95 % band has probability 0.4 %.
 

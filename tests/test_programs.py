@@ -9,29 +9,16 @@ QUICK = " ".join(programs.as_flags(programs.QUICK))
 LEVEL = programs.as_flags({"xla_backend_optimization_level": 2})[0]
 
 
-@pytest.mark.parametrize(
-    ("said", "markers", "chosen"),
-    [
-        ("", programs.DEFAULT_MARKERS, "quick"),
-        ("", "", "optimised"),
-        ("", "slow", "optimised"),
-        ("optimised", programs.DEFAULT_MARKERS, "optimised"),
-        ("quick", "", "quick"),
-    ],
-)
-def test_all_tests_and_slow_ones_run_what_users_run(said, markers, chosen, monkeypatch):
+@pytest.mark.parametrize(("said", "chosen"), [("", "quick"), ("quick", "quick"), ("optimised", "optimised")])
+def test_programs_are_compiled_quickly_unless_the_environment_says_otherwise(said, chosen, monkeypatch):
     monkeypatch.setenv(programs.SWITCH, said)
-    assert programs.choose(markers) == chosen
+    assert programs.choose() == chosen
 
 
 def test_a_form_that_does_not_exist_is_refused(monkeypatch):
     monkeypatch.setenv(programs.SWITCH, "fast")
     with pytest.raises(ValueError, match="SPECTRA_TEST_PROGRAMS=fast"):
-        programs.choose("")
-
-
-def test_the_default_is_that_of_the_configuration(pytestconfig):
-    assert programs.DEFAULT_MARKERS in pytestconfig.getini("addopts")
+        programs.choose()
 
 
 @pytest.mark.parametrize("own", ["", "--xla_cpu_max_isa=AVX2", LEVEL])

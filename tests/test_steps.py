@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from programs import OFTEN
 
 import spectra
 from benchmarks import edge as edge_of
@@ -304,7 +305,7 @@ def test_muon_is_at_the_edge_of_its_whole_update_map():
     ],
 )
 def test_networks_turn_unstable_within_a_tenth_of_it(network, optimizer):
-    run = edge_of.Run(network, *edge_of.OPTIMIZERS[optimizer])
+    run = edge_of.Run(network, *edge_of.OPTIMIZERS[optimizer], compiler_options=OFTEN)
     run.prepare()
     found = float(run.stable_step())
     run.move()
@@ -317,7 +318,7 @@ def test_networks_turn_unstable_within_a_tenth_of_it(network, optimizer):
 @pytest.mark.parametrize("network", edge_of.NETWORKS)
 def test_at_rest_all_networks_turn_unstable_within_a_tenth_of_it(network, optimizer):
     """Where the curvature stands still: on the way there that of the attention moves by more than a tenth."""
-    run = edge_of.Run(network, *edge_of.OPTIMIZERS[optimizer])
+    run = edge_of.Run(network, *edge_of.OPTIMIZERS[optimizer], compiler_options=OFTEN)
     run.prepare()
     run.rest()
     found = float(run.stable_step())

@@ -274,16 +274,18 @@ def test_intervals_of_adaptive_runs_hold(x64):
 
 @pytest.mark.parametrize("method", slow_but(METHODS[1:], "xtrace"))
 def test_a_tolerance_ends_a_sketch_early(method, x64):
+    # Hutch++ has a third of its products for the samples that it counts, and looks after twelve.
+    budget = 42 if method == "hutch++" else 36
     op = spectra.MatrixOperator(planted(DECAYS["exponential"]))
     truth = DECAYS["exponential"].sum()
-    estimate = spectra.trace(op, key=KEY, method=method, num_matvecs=36, tol=0.05)
+    estimate = spectra.trace(op, key=KEY, method=method, num_matvecs=budget, tol=0.05)
     assert estimate.status is spectra.Status.CONVERGED
-    assert estimate.num_matvecs < 36
+    assert estimate.num_matvecs < budget
     assert abs(estimate.value - truth) <= 4 * estimate.stderr
     flat = spectra.MatrixOperator(planted(DECAYS["flat"]))
-    tight = spectra.trace(flat, key=KEY, method=method, num_matvecs=36, tol=1e-9)
+    tight = spectra.trace(flat, key=KEY, method=method, num_matvecs=budget, tol=1e-9)
     assert tight.status is spectra.Status.BUDGET_EXHAUSTED
-    assert tight.num_matvecs <= 36
+    assert tight.num_matvecs <= budget
 
 
 @pytest.mark.parametrize("method", slow_but([*METHODS, "exact"], "hutchinson", "xtrace", "exact"))

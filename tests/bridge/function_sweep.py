@@ -1,7 +1,7 @@
 """PyTorch's functions one by one: value, gradient and Hessian product against PyTorch's, in float64.
 
-Each stands in a module of its own, whose parameters are its arguments, and is exported alone; the products of
-a family are one compiled program. The scalar is that of `bridge_reference`.
+Each stands in a module of its own, whose parameters are its arguments. `together` exports several at once;
+`sweep` each alone, and says which are refused. The scalar is that of `bridge_reference`.
 """
 
 import inspect
@@ -81,22 +81,24 @@ class Together(nn.Module):
 def together(functions: Functions) -> dict[str, float]:
     """The largest relative error among value, gradient and product of each function."""
     module, one = Together(functions), torch.ones((), dtype=torch.float64)
-    reference_module = Together({name: TWINS.get(name, f) for name, f in functions.items()})
     model = bridge.from_torch(module, (one,), batch_axis=None)
     rng = np.random.default_rng(0)
     vector = {k: rng.standard_normal(p.shape) for k, p in model.params.items()}
-    theirs = reference.torch_derivatives(reference_module, (one,), vector)
-    ours = reference.jax_derivatives(model, (one.numpy(),), vector)
-    counts = [len(reference.torch_outputs(part, (one,))) for part in reference_module.parts]
-    ends = np.cumsum(counts)
-    errors = {}
-    for index, name in enumerate(functions):
-        pieces = [[side[0][ends[index] - counts[index] : ends[index]] for side in (ours, theirs)]]
-        for kind in (1, 2):
-            keys = [k for k in vector if k.startswith(f"parts.{index}.")]
-            pieces.append([[side[kind][k] for k in keys] for side in (ours, theirs)])
-        errors[name] = max(_relative(a, b) for a, b in pieces)
+    outputs, *derivatives = reference.jax_derivatives(model, (one.numpy(),), vector)
+    errors, start = {}, 0
+    for index, (name, part) in enumerate(zip(functions, module.parts, strict=True)):
+        own, *ours = (_of_part(tree, index) for tree in (vector, *derivatives))
+        theirs, _ = _truth(name, part, one, own)
+        stop = start + len(theirs[0])
+        pairs = zip((outputs[start:stop], *ours), theirs, strict=True)
+        errors[name], start = max(_relative(a, b) for a, b in pairs), stop
+    assert start == len(outputs)
     return errors
+
+
+def _of_part(tree: dict[str, Any], index: int) -> dict[str, Any]:
+    prefix = f"parts.{index}."
+    return {k.removeprefix(prefix): v for k, v in tree.items() if k.startswith(prefix)}
 
 
 @dataclass(frozen=True)

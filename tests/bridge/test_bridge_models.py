@@ -72,15 +72,14 @@ def test_float32(family, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", list(CASES))
 def test_all_in_both_precisions(name, dtype):
-    """Derivatives at two batch sizes, neither of them the example's, and outputs at batch one."""
+    """Derivatives at another batch size than the example's, in float64 also outputs at batch one."""
     case = CASES[name]
     with jax.enable_x64(dtype == torch.float64), reference.precision(dtype, case.heavy):
         module, example = prepare(case, dtype, 3)
         model = bridge.from_torch(module, example, **case.options)
-        for batch in (2, 5):
-            inputs = inputs_of(case, dtype, batch)
-            check_derivatives(case, module, model, inputs, TOLERANCES[dtype])
-        if not case.options.get("train"):
+        inputs = inputs_of(case, dtype, 5 if dtype == torch.float32 else 2)
+        check_derivatives(case, module, model, inputs, TOLERANCES[dtype])
+        if dtype == torch.float64 and not case.options.get("train"):
             check_outputs(module, model, inputs_of(case, dtype, 1), TOLERANCES[dtype][0])
 
 
