@@ -74,6 +74,27 @@ def test_what_another_argument_leaves_no_meaning_is_refused_by_name(name, op):
         call(op)
 
 
+COUNTED = {
+    "slq": ("num_probes", lambda op, n: spectra.slq(op, key=KEY, num_probes=n)),
+    "kpm": ("num_moments", lambda op, n: spectra.kpm(op, key=KEY, num_moments=n)),
+    "trace": ("num_matvecs", lambda op, n: spectra.trace(op, key=KEY, method="hutchinson", num_matvecs=n)),
+    "diagonal": (
+        "num_matvecs",
+        lambda op, n: spectra.diagonal(op, key=KEY, method="hutchinson", num_matvecs=n),
+    ),
+    "count_above": ("num_probes", lambda op, n: spectra.count_above(op, 1.5, key=KEY, num_probes=n)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("number", [2**31, 10**30])
+def test_more_than_can_be_counted_is_refused_at_once(name, number, op):
+    """A call of 10³⁰ probes ran without an end, or JAX could not convert the number."""
+    argument, call = COUNTED[name]
+    with pytest.raises(spectra.SpectraError, match=f"{argument}={number}: use at most 2,147,483,647"):
+        call(op, number)
+
+
 def test_where_the_method_is_chosen_the_same_call_serves_all_sizes():
     """A loop over blocks passes the same arguments to small and to large ones."""
     small = spectra.MatrixOperator(jnp.diag(jnp.arange(1.0, 4.0)))

@@ -145,6 +145,21 @@ def test_where_nothing_was_rounded_before_the_rounding_is_what_it_is():
         assert away <= found.rounding <= 1.01 * away + 1e-12 * np.linalg.norm(b)
 
 
+def test_the_rounding_of_the_constants_of_a_loss_counts():
+    """Entries 2 c, exact but for c, which float32 rounds by up to eps / 2: x and b cannot show that."""
+    entries = jnp.asarray(np.random.default_rng(0).integers(4, 36, 40) / 4.0, jnp.float32)
+    for c in (0.1, 0.3, 0.7, 1.1, 2.3):
+        op = spectra.HessianOperator(
+            lambda p, batch, c=c: c * jnp.sum(p**2 * batch[0]), entries, entries[None]
+        )
+        found = spectra.solve(op, jnp.ones(40, jnp.float32), tol=1e-7, method="cg")
+        truth = 2 * c * np.asarray(entries, float)
+        away = abs(np.linalg.norm(1 - truth * np.asarray(found.x, float)) - found.residual_norm)
+        # eps / 2 of |A| |x|, and what the residual itself is off by, at most as much again.
+        most = np.finfo(np.float32).eps * truth.max() * np.linalg.norm(found.x)
+        assert away <= found.rounding <= most, c
+
+
 def test_the_rounding_of_a_shift_counts():
     """0.1 in float32 is off by 1.5e-9: all that a residual of I - 0.1 I is, whose entries are exact."""
     b = np.arange(1.0, 4.0)

@@ -22,6 +22,8 @@ from spectra.base.errors import SpectraError, StructureError
 P = ParamSpec("P")
 T = TypeVar("T")
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by place and by name
+MOST = 2**31 - 1
+"""Of what is counted: probes, steps, products."""
 KEY_ADVICE = "pass a JAX random key, for example jax.random.key(0)."
 _EXPLICIT_LOSS = (
     "spectra computes on automatic axes. Wrap a function that names explicit axes with the shardings of its "
@@ -130,6 +132,9 @@ def checks(fn: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]]
                     break
             else:
                 raise _refusal(name, value, allowed)
+            found: Any = bound.arguments[name]
+            if name.startswith("num_") and isinstance(found, int) and found > MOST:
+                raise SpectraError(f"{name}={value}: use at most {MOST:,}, as JAX counts in 32 bits.")
         return bound.args, bound.kwargs
 
     return check

@@ -309,7 +309,7 @@ def _null_dimension(quadrature: Quadrature, found: _Found, n: int) -> Interval:
     below, above = quadrature.cdf(np.nextafter(-found.cut, -np.inf)), quadrature.cdf(found.cut)
     shares = max(above.lower - below.upper, 0.0), min(above.upper - below.lower, 1.0)
     low, high = (np.round(n * share) for share in whole(*shares, n))
-    low = max(low, float(found.singular))
+    low = max(float(found.singular), low)  # in this order -0.0 gives way to 0
     high = max(high, low)
     sizes, residuals = np.abs(np.asarray(quadrature.nodes, np.float64)), np.asarray(quadrature.residuals)
     small = (sizes - residuals <= found.cut) & (sizes + residuals <= 0.1 * found.bottom.upper)

@@ -95,14 +95,15 @@ def frobenius_norm(
         def step(count: int) -> list[Any]:
             sketch.extend(count)
             inner = sketch.inner_products()
-            values, pairs, most = leave_one_out.xtrace_values(
+            values, pairs, known = leave_one_out.xtrace_values(
                 sketch.squared(inner),
                 sketch.directions(inner),
                 op.size,
+                op.precision,
                 resphere=True,
                 xp=run.xp,
             )
-            mean, error = with_rounding(run, values, pairs, 0.0, most=most)
+            mean, error = with_rounding(run, values, pairs, 0.0, known=known)
             found[:] = [mean[-1], run.xp.hypot(error[-1], 2 * run.precision * mean[-1])]
             return found
 

@@ -158,14 +158,15 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     def step(count: int) -> tuple[Any, Any]:
         sketch.extend(count)
         inner = sketch.inner_products()
-        values, pairs, most = leave_one_out.xtrace_values(
+        values, pairs, known = leave_one_out.xtrace_values(
             inner,
             sketch.directions(inner),
             run.op.size,
+            run.op.precision,
             resphere=kind == "normal",
             xp=run.xp,
         )
-        found[:] = with_rounding(run, values, pairs, run.rounding(inner.yy), most=most)
+        found[:] = with_rounding(run, values, pairs, run.rounding(inner.yy), known=known)
         return found[0][-1], found[1][-1]
 
     ended = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)

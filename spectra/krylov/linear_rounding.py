@@ -56,11 +56,16 @@ def rounding_of(
 def known_rounding(
     op: LinearOperator, b: PyTree, x: PyTree, stated: np.ndarray, images: np.ndarray
 ) -> np.ndarray | None:
-    """The same by products in float64, which round a little of `images`, |A| |x|; None without them."""
+    """The same by products in float64, which round a little of `images`, |A| |x|; None without them.
+
+    The constants of a loss stay as its type rounds them, each by half of `eps`.
+    """
     exact = in_double(op)
     if exact is None or not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(x)):
         return None
-    left = noise_of(op) * float(np.finfo(float).eps / jnp.finfo(op.dtype).eps) * (images + stated)
+    eps = float(jnp.finfo(op.dtype).eps)
+    left = noise_of(op) * float(np.finfo(float).eps) / eps * (images + stated)
+    left = left + (0.0 if exact.is_given else eps / 2) * images
     sides = np.flatnonzero(np.isfinite(left)).tolist()
     found = np.full(len(stated), np.nan)
     found[sides] = [_known(exact, _side(i, b), _side(i, x), stated[i]) for i in sides]
