@@ -7,13 +7,12 @@ topology, with the packages of CUDA for GPUs. Nothing of them is run.
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from children import answer
+from children import answer, environment
 
 from benchmarks.aot.programs import PRODUCTS
 from spectra.krylov.linear_step import KEPT
@@ -168,7 +167,7 @@ def compiled_for(hardware, **case):
     """The figures of a case of `benchmarks.tpu` or `benchmarks.gpu`, compiled in a process of its own."""
     run = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{hardware}", "--one", json.dumps(case)],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+        env=environment(optimised=True, cache=False) | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
