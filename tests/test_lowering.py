@@ -297,9 +297,9 @@ def test_a_linear_system_on_eight_gpus_asks_no_host():
 
 @needs_cuda
 def test_what_is_asked_of_tensor_cores_is_seen():
-    """The same reader finds tf32 where JAX's own precision is asked for."""
+    """The same reader finds the library's default, which is TF32, where JAX's own precision is asked for."""
     figures = compiled_for("gpu", program="product", topology="h100:1", size="mlp", precision="default")
-    assert figures["instructions"].keys() == {"tf32"}
+    assert figures["precisions"].keys() == {"cuBLAS, default"}
 
 
 def floor(figures):

@@ -47,7 +47,7 @@ def _mask(self, x):
 
 X = torch.ones(3, 4)
 CASES = {
-    "the width": (nn.Linear(4, 2), torch.ones(3, 5), r"itself rejects the example: RuntimeError: .*mat1 .*3x5"),
+    "the width": (nn.Linear(4, 2), torch.ones(3, 5), "itself rejects the example: RuntimeError: .*mat1.*3x5"),
     "its own line": (
         _Of(lambda self, x: x + torch.ones(7)), X, r"itself rejects the example.*torch.ones.7.*RuntimeError",
     ),
