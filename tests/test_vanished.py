@@ -1,4 +1,4 @@
-"""A saturated loss whose products are all zero: nothing claims that its eigenvalues are."""
+"""A saturated loss whose products are all zero, or nearly: nothing claims that its eigenvalues are."""
 
 import jax
 import jax.numpy as jnp
@@ -83,3 +83,29 @@ def test_a_dense_solve_bounds_what_saturation_hides(delta):
     assert error <= found.error_bound
     assert delta < 1e-4 or found.error_bound <= 0.1 * np.linalg.norm(exact)
     assert found.rounding > np.linalg.norm(matrix @ exact)
+
+
+def logistic(weights, inputs):
+    logits = inputs @ weights
+    return jnp.mean(jnp.logaddexp(0.0, logits) - (logits > 0) * logits)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_hold_what_a_loss_rounds_that_is_sure_of_all_but_one_example(seed):
+    """The Hessian, the mean of p (1 - p) x xᵀ, is of rank one: samples of it leave no error. The one logit
+    of 1 is a sum of hundreds, so that p (1 - p) is off by about a hundred times what a product rounds."""
+    random = np.random.default_rng(seed)
+    inputs = random.standard_normal((8, 12)).astype(np.float32)
+    weights = (300 * random.standard_normal(12)).astype(np.float32)
+    inputs[0] -= (inputs[0] @ weights - 1) / (weights @ weights) * weights
+    sure = np.exp(-np.abs(inputs.astype(float) @ weights))
+    factors = np.sqrt(sure / len(inputs)) / (1 + sure)
+    exact = np.linalg.svd(factors[:, None] * inputs, compute_uv=False) ** 2
+
+    op = spectra.HessianOperator(logistic, jnp.asarray(weights), jnp.asarray(inputs))
+    traces = [spectra.trace(op, key=KEY, method=method, num_matvecs=6) for method in ("hutch++", "xtrace")]
+    norm = spectra.frobenius_norm(op, key=KEY, num_matvecs=6)
+    for found, truth in [*((trace, exact.sum()) for trace in traces), (norm, np.linalg.norm(exact))]:
+        low, value, high = found.interval()
+        assert low <= truth <= high
+        assert high - low < 1e-3 * value

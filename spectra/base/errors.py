@@ -122,7 +122,7 @@ num_probes the sampling part), or accept the reported width.
     )
     STAGNATED = (
         "stagnated",
-        "the residual has met the precision of the products before the tolerance",
+        "the precision of the products was met before the tolerance",
         "Loosen tol, or compute in float64; a larger shift makes the system better conditioned.",
     )
     NOISY = (

@@ -21,6 +21,9 @@ from spectra.operators.jaxprs import outside_loops
 from spectra.results import Estimate
 
 _Columns = tuple[jax.Array, jax.Array, jax.Array]  # entries, norms, and products with a vector
+SHARP = 2.5e4
+"""Roundings of its value within which an estimate from samples is stated where rounding is measured, 0.3 % in
+float32. It costs eight products; what rounding does to a loss is hidden by a spread that is larger."""
 
 
 def columns(run: Run) -> tuple[jax.Array, jax.Array, Any]:
@@ -110,6 +113,28 @@ def of_nothing(run: Run, found: Estimate, measure: Callable[[PyTree, PyTree], Py
 
     stderr = jax.tree.map(error, *samples)
     return dataclasses.replace(found, stderr=stderr, dof=float(len(samples)))
+
+
+def of_little(run: Run, found: Estimate, measure: Callable[[PyTree, PyTree, PyTree], PyTree]) -> Estimate:
+    """The estimate with rounding as measured, where samples leave hardly any other error.
+
+    The stated precision is that of products; a loss that is nearly saturated loses more. `measure` makes of
+    v, H v and (H' - H) v what the estimate is off by. Degrees of freedom are those of both (Satterthwaite).
+    """
+    values, errors = (np.asarray(jax.tree.leaves(x), float) for x in (found.value, found.stderr))
+    sharp = errors < SHARP * float(jnp.finfo(run.op.dtype).eps) * np.abs(values)
+    if found.method == "exact" or not sharp.any():
+        return found
+    samples = [measure(*moved) for moved in moved_products(run)]
+    if not samples:
+        return found
+    measured = jax.tree.map(lambda *x: float(root_mean_square([*x])), *samples)
+    stderr = jax.tree.map(lambda a, b: float(np.hypot(a, b)), found.stderr, measured)
+    spread, rounding = (np.square(jax.tree.leaves(x)) for x in (found.stderr, measured))
+    terms = spread**2 / (found.dof or np.inf) + rounding**2 / len(samples)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        dof = float(np.nanmin((spread + rounding) ** 2 / terms, initial=np.inf))
+    return dataclasses.replace(found, stderr=stderr, dof=dof if np.isfinite(dof) else None)
 
 
 def relative_change(op: LinearOperator) -> float:

@@ -38,6 +38,7 @@ def frobenius_norm(
     ‖H‖_F² = tr H² needs only products with H: XTrace of H² uses the sketch of H, with |Hv|² in place of vᵀHv.
     If 2 num_matvecs vectors do not fit into half of the free memory, or for fewer than four products, it is
     the mean of |Hv|² over normal probes. The error is propagated through the square root to first order.
+    Rounding is measured where it is for `trace`.
 
     Args:
         op: symmetric operator of order n.
@@ -52,7 +53,7 @@ def frobenius_norm(
     Raises:
         SpectraError: as `trace`.
 
-    Cost: at most num_matvecs products, memory as `trace`.
+    Cost: at most num_matvecs products, and 8 where rounding is measured; memory as `trace`.
 
     References:
         Epperly, Tropp and Webber, arXiv:2301.07825.
@@ -123,6 +124,14 @@ def frobenius_norm(
         reason=reason,
         dof=dof,
     )
+    if run.traced:
+        return estimate
+
+    def off_by(v: PyTree, product: PyTree, change: PyTree) -> float:
+        """tr H (H' - H) / |H|, to first order what the norm is off by."""
+        return exact.form(product, change, unit) / float(value) * float(unit)
+
+    estimate = exact.of_little(run, estimate, off_by)
     return exact.of_nothing(run, estimate, lambda _, change: float(trees.norm(change)))
 
 

@@ -876,6 +876,13 @@ DENSITY = [
 
 ESTIMATORS = [
     fault(
+        "samples of a loss state the precision of products, however little else they leave",
+        "estimators/exact.py",
+        'if found.method == "exact" or not sharp.any():',
+        "if True:",
+        "test_vanished.py::test_samples_hold_what_a_loss_rounds_that_is_sure_of_all_but_one_example",
+    ),
+    fault(
         "samples of a Krylov-aware trace are not scaled to the dimension that is left",
         "estimators/krylov_aware.py",
         "run.op.size - split.spent, float(np.sum(forms))",
