@@ -34,7 +34,8 @@ def evaluate(
 
     for eqn in jaxpr.eqns:
         inputs: list[Any] = [read(var) for var in eqn.invars]
-        found = _enter(eqn, inputs, rule, enters, lift) if enters(eqn) else rule(eqn, inputs)
+        with eqn.ctx.manager:  # the mesh that a function names, say
+            found = _enter(eqn, inputs, rule, enters, lift) if enters(eqn) else rule(eqn, inputs)
         values.update(zip(eqn.outvars, found, strict=True))
     return [read(var) for var in jaxpr.outvars]
 
