@@ -121,11 +121,11 @@ def of_little(run: Run, found: Estimate, measure: Callable[[PyTree, PyTree, PyTr
     The stated precision is that of products; a loss that is nearly saturated loses more. `measure` makes of
     v, H v and (H' - H) v what the estimate is off by. Degrees of freedom are those of both (Satterthwaite).
     """
+    if run.traced or found.method == "exact":
+        return found
     values, errors = (np.asarray(jax.tree.leaves(x), float) for x in (found.value, found.stderr))
     sharp = errors < SHARP * float(jnp.finfo(run.op.dtype).eps) * np.abs(values)
-    if found.method == "exact" or not sharp.any():
-        return found
-    samples = [measure(*moved) for moved in moved_products(run)]
+    samples = [measure(*moved) for moved in moved_products(run)] if sharp.any() else []
     if not samples:
         return found
     measured = jax.tree.map(lambda *x: float(root_mean_square([*x])), *samples)

@@ -124,8 +124,6 @@ def frobenius_norm(
         reason=reason,
         dof=dof,
     )
-    if run.traced:
-        return estimate
 
     def off_by(v: PyTree, product: PyTree, change: PyTree) -> float:
         """tr H (H' - H) / |H|, to first order what the norm is off by."""

@@ -172,7 +172,7 @@ def trace(
             journal=journal,
         )
         found = _exact(run, reason) if method == "exact" else _RUNNERS[method](run, kind, num_matvecs, reason)
-        return found if run.traced else _rounded(run, found)
+        return _rounded(run, found)
 
 
 def _rounded(run: Run, found: Estimate) -> Estimate:

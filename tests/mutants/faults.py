@@ -878,7 +878,7 @@ ESTIMATORS = [
     fault(
         "samples of a loss state the precision of products, however little else they leave",
         "estimators/exact.py",
-        'if found.method == "exact" or not sharp.any():',
+        'if run.traced or found.method == "exact":',
         "if True:",
         "test_vanished.py::test_samples_hold_what_a_loss_rounds_that_is_sure_of_all_but_one_example",
     ),
