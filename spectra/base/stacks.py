@@ -14,8 +14,6 @@ from jax import lax
 from spectra.base import arrays, trees
 
 PyTree = Any
-_one_program = functools.partial(jax.jit, inline=True)
-"""For all leaves: outside of any, JAX compiles each operation for each shape by itself."""
 
 
 def length(stack: PyTree) -> int:
@@ -23,14 +21,20 @@ def length(stack: PyTree) -> int:
     return jax.tree.leaves(stack)[0].shape[0]
 
 
+@trees.one_program
 def row(stack: PyTree, i: int) -> PyTree:
     """Vector i."""
-    return jax.tree.map(lambda x: x[i], stack)
+    return jax.tree.map(lambda x: x[0], _rows(stack, i, 1))
 
 
 def rows(stack: PyTree, start: int, stop: int) -> PyTree:
     """Vectors start..stop-1."""
-    return jax.tree.map(lambda x: x[start:stop], stack)
+    return _rows(stack, start, stop - start)
+
+
+@functools.partial(trees.one_program, static_argnames="count")
+def _rows(stack: PyTree, start: int, count: int) -> PyTree:
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, count), stack)
 
 
 def split(stack: PyTree) -> list[PyTree]:
@@ -38,7 +42,7 @@ def split(stack: PyTree) -> list[PyTree]:
     return [row(stack, i) for i in range(length(stack))]
 
 
-@_one_program
+@trees.one_program
 def stacked(vectors: list[PyTree]) -> PyTree:
     """The stack of some vectors."""
     return jax.tree.map(lambda *xs: jnp.stack(xs), *vectors)
@@ -49,12 +53,12 @@ def concatenate(stacks: list[PyTree]) -> PyTree:
     return stacks[0] if len(stacks) == 1 else _concatenate(stacks)
 
 
-@_one_program
+@trees.one_program
 def _concatenate(stacks: list[PyTree]) -> PyTree:
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)
 
 
-@functools.partial(_one_program, static_argnames="count")
+@functools.partial(trees.one_program, static_argnames="count")
 def padded(stack: PyTree, count: int) -> PyTree:
     """`count` vectors: those of the stack, and zeros."""
     missing = count - length(stack)

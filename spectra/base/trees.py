@@ -19,6 +19,8 @@ from spectra.base.errors import SpectraError, StructureError
 
 PyTree = Any
 Kinds = tuple[tuple[tuple[int, ...], jnp.dtype], ...]  # shape and dtype of each leaf
+one_program = functools.partial(jax.jit, inline=True)
+"""For all leaves: outside of any, JAX compiles each operation for each shape by itself."""
 _ANY = np.float32(0)
 """What `is_traced` computes with."""
 
@@ -211,6 +213,7 @@ def is_tracer(leaf: Any) -> bool:
     return isinstance(leaf, Tracer)
 
 
+@one_program
 def ravel(tree: PyTree) -> jax.Array:
     """One flat vector, leaves in tree order. Only for interfaces that are flat by nature."""
     dtype = scalar_dtype(tree)
@@ -218,12 +221,19 @@ def ravel(tree: PyTree) -> jax.Array:
 
 
 def unravel(flat: jax.Array, structure: PyTree) -> PyTree:
-    """The inverse of `ravel` for vectors of the given structure."""
+    """The inverse of `ravel` for vectors of the given structure; what is on the host stays there."""
     leaves, treedef = jax.tree.flatten(structure)
-    ends = itertools.accumulate((math.prod(leaf.shape) for leaf in leaves), initial=0)
-    pieces = [flat[start:stop] for start, stop in itertools.pairwise(ends)]
-    pairs = zip(pieces, leaves, strict=True)
-    return treedef.unflatten([piece.reshape(leaf.shape).astype(leaf.dtype) for piece, leaf in pairs])
+    kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    return treedef.unflatten((_pieces if isinstance(flat, np.ndarray) else _cut)(flat, kinds))
+
+
+def _pieces(flat: Any, kinds: Kinds) -> list[Any]:
+    ends = itertools.accumulate((math.prod(shape) for shape, _ in kinds), initial=0)
+    pairs = zip(itertools.pairwise(ends), kinds, strict=True)
+    return [flat[start:stop].reshape(shape).astype(dtype) for (start, stop), (shape, dtype) in pairs]
+
+
+_cut = one_program(_pieces, static_argnums=1)
 
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:

@@ -147,9 +147,7 @@ class Run:
 
     def check_columns(self, across: Array, image: Array) -> Array:
         """The same for (zᵀH e_i) and H z, which agree if the columns H e_i make a symmetric matrix."""
-        largest = jnp.maximum(jnp.max(jnp.abs(image)), jnp.max(jnp.abs(across)))
-        unit = jnp.where(largest > 0, largest, 1)
-        worst, size = (self.host(jnp.linalg.norm(x / unit)) for x in (across - image, image))
+        worst, size = map(self.host, _disagreement(across, image))
         return self._sound(
             worst, size, blocks.limit(self.op, self.precision), "of a vector and all columns amounts to"
         )
@@ -246,6 +244,14 @@ def check_probes(probes: str | None, default: str) -> str:
     if probes is not None and probes not in PROBES:
         raise SpectraError(f"probes={probes!r}: use one of {PROBES}.")
     return probes or default
+
+
+@trees.one_program
+def _disagreement(across: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """|across - image| and |image|, in a unit of their size."""
+    largest = jnp.maximum(jnp.max(jnp.abs(image)), jnp.max(jnp.abs(across)))
+    unit = jnp.where(largest > 0, largest, 1)
+    return trees.norm((across - image) / unit), trees.norm(image / unit)
 
 
 GROWTH = 1.5

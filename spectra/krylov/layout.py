@@ -16,7 +16,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from spectra.base import arrays, meshes, trees
+from spectra.base import arrays, meshes, stacks, trees
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
@@ -309,7 +309,7 @@ def stacked(op: LinearOperator, b: PyTree, what: str) -> tuple[PyTree, bool, Cal
     flat = op.is_flat(b)
 
     def back(x: jax.Array) -> jax.Array:
-        one = jax.tree.map(lambda leaf: leaf[0], x)
+        one = stacks.row(x, 0)
         return trees.ravel(one) if flat else one
 
     return vector, False, back

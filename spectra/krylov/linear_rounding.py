@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spectra.base import stacks
 from spectra.base.trees import PyTree
 from spectra.krylov.product_rounding import (
     DRAWN,
@@ -48,7 +49,7 @@ def rounding_of(
     if measured:
         here = op.prepare()
         for i in np.flatnonzero(np.isfinite(norms) & (norms > 0)).tolist():
-            vector = _side(i, x)
+            vector = stacks.row(x, i)
             moved[i] = max(moved[i], change_of_product(op, vector, multiply(here, vector)))
     return moved
 
@@ -68,12 +69,8 @@ def known_rounding(
     left = left + (0.0 if exact.is_given else eps / 2) * images
     sides = np.flatnonzero(np.isfinite(left)).tolist()
     found = np.full(len(stated), np.nan)
-    found[sides] = [_known(exact, _side(i, b), _side(i, x), stated[i]) for i in sides]
+    found[sides] = [_known(exact, stacks.row(b, i), stacks.row(x, i), stated[i]) for i in sides]
     return found + left
-
-
-def _side(i: int, stack: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[i], stack)
 
 
 def _known(exact: DoubledOperator, b: PyTree, x: PyTree, stated: float) -> float:

@@ -2,7 +2,6 @@
 
 import abc
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import jax
@@ -211,9 +210,7 @@ class LinearOperator(abc.ABC):
         """`v`, a pytree or a flat array of shape (n,), as a pytree in the working dtypes."""
         structure, v = self.structure, meshes.on_automatic_axes(v)
         if self.is_flat(v):
-            leaves, treedef = jax.tree.flatten(structure)
-            kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-            v = treedef.unflatten(_unravel(v, kinds))
+            v = trees.unravel(jnp.asarray(v), structure)
         trees.check_structure(v, structure, what)
         return trees.cast_like(v, structure)
 
@@ -237,7 +234,7 @@ class LinearOperator(abc.ABC):
         else:
             result, finite = _product_and_check(self, vector)
             self._require_finite_product(finite)
-        return _ravel(result) if self.is_flat(v) else result
+        return trees.ravel(result) if self.is_flat(v) else result
 
     def require_finite(self) -> None:
         """Raise a `NonFiniteError` if the function whose derivatives the products are is not finite."""
@@ -475,12 +472,3 @@ def in_batches(op: LinearOperator, vectors: PyTree, batch: int) -> PyTree:
     # `lax.map` puts the results of batches together by a reshape, which leaves without numbers refuse.
     plain = batch == 1 or any(x.size == 0 for x in leaves)
     return lax.map(op.mv, vectors, batch_size=None if plain else batch)
-
-
-# What a product with a flat vector adds, as one program each way.
-_ravel = programs.jit(trees.ravel)
-
-
-@partial(programs.jit, static_argnames="kinds")
-def _unravel(flat: jax.Array, kinds: trees.Kinds) -> list[jax.Array]:
-    return trees.unravel(flat, [jax.ShapeDtypeStruct(*kind) for kind in kinds])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, draws, programs, trees
+from spectra.base import arrays, draws, programs, stacks, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NotSymmetricError, StructureError
 from spectra.base.meshes import on_automatic_axes
@@ -171,7 +171,7 @@ class MatrixOperator(LinearOperator):
     @property
     def like(self) -> jax.Array:
         """One row of the matrix."""
-        return self.matrix[0]
+        return stacks.row(self.matrix, 0)
 
     def mv(self, v: jax.Array) -> jax.Array:
         """A v."""

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from spectra.base import stacks
 from spectra.base.errors import DataError
 from spectra.base.trees import PyTree
 from spectra.operators.batches import batch_size, owned_leaves, replace_owned
@@ -118,12 +118,11 @@ def _pair(op: "DataOperator", batch: PyTree, start: int, middle: int, stop: int)
 
 
 def rows(op: "DataOperator", batch: PyTree, start: int, stop: int) -> PyTree:
-    """Examples of a batch, by one program for all places of an array on a device."""
-
-    def one(x: Any) -> Any:
-        return lax.dynamic_slice_in_dim(x, start, stop - start) if isinstance(x, jax.Array) else x[start:stop]
-
-    return replace_owned(batch, op.shared, [one(x) for x in owned_leaves(batch, op.shared)])
+    """Examples of a batch; of arrays on a device by one program for all places."""
+    owned = owned_leaves(batch, op.shared)
+    if all(isinstance(x, jax.Array) for x in owned):
+        return replace_owned(batch, op.shared, stacks.rows(owned, start, stop))
+    return replace_owned(batch, op.shared, [x[start:stop] for x in owned])
 
 
 def comparisons(op: "DataOperator", whole: PyTree, first: PyTree, second: PyTree) -> Iterator[Cut]:
@@ -147,5 +146,5 @@ def _alike(a: PyTree, b: PyTree) -> bool:
 
 def joined(op: "DataOperator", a: PyTree, b: PyTree) -> PyTree:
     """The examples of two batches, with what the first one's examples share."""
-    pairs = zip(owned_leaves(a, op.shared), owned_leaves(b, op.shared), strict=True)
-    return replace_owned(a, op.shared, [jnp.concatenate(pair) for pair in pairs])
+    examples = stacks.concatenate([owned_leaves(a, op.shared), owned_leaves(b, op.shared)])
+    return replace_owned(a, op.shared, examples)
