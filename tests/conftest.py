@@ -34,10 +34,10 @@ def _kept_programs() -> Path:
 # for all workers and the processes that tests start. Before the tests are imported, since JAX looks for its
 # cache once, at the first program.
 _folder = Path(os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_kept_programs())))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 jax.config.update("jax_compilation_cache_dir", str(_folder))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 # Of each operation JAX writes down ten frames of the stack, which no test reads.
 jax.config.update("jax_traceback_in_locations_limit", 0)
@@ -98,7 +98,12 @@ def optimised(monkeypatch):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _release_compiled_code():
-    """Files of tests share programs, which cost memory and maps of it: thousands exceed what Linux allows."""
+def _release():
+    """Figures that a file left open, of which matplotlib warns; programs where a process holds many.
+
+    Files of tests share programs, which cost memory and maps of it: thousands exceed what Linux allows.
+    """
     yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
     programs.release()

@@ -18,7 +18,7 @@ from spectra.base.meshes import on_automatic_axes
 
 ROWS = P("d", None)
 LAYOUTS = {"often": ["fsdp"], "rarely": ["replicated", "written"]}
-OFTEN = ["largest", "quadrature", "trace", "condition", "report"]
+OFTEN = ["largest", "quadrature", "condition", "report"]
 OFTEN_ARRAYS = [
     "product",
     "scaled",

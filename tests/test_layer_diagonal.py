@@ -39,7 +39,7 @@ def dense_diagonal(model_fn, loss_fn, params, batch):
     inputs, targets = batch
     outputs = model_fn(params, inputs)
     size = outputs.size
-    hessian = jax.hessian(lambda f: loss_fn(f.reshape(outputs.shape), targets))(outputs.ravel())
+    hessian = jax.jit(jax.hessian(lambda f: loss_fn(f.reshape(outputs.shape), targets)))(outputs.ravel())
     rows = jax.jit(jax.jacobian(lambda x: model_fn(unravel(x), inputs).reshape(size)))(flat)
     rows, hessian = np.asarray(rows), np.asarray(hessian)
     return np.einsum("an,ab,bn->n", rows, hessian, rows)

@@ -232,7 +232,7 @@ def test_what_is_no_array_is_a_constant(scale, x64):
     def written_in(w):
         return whole_loss(dataclasses.replace(model, weight=w.reshape(4, 2)), x)
 
-    exact = jax.hessian(written_in)(weight.ravel())
+    exact = jax.jit(jax.hessian(written_in))(weight.ravel())
     assert relative_error(op.as_matrix(), exact) <= 64 * np.finfo(float).eps
     v = jax.tree.map(jnp.ones_like, op.like)
     assert v.activation is None
@@ -249,7 +249,7 @@ def test_all_arrays_of_a_model_with_functions_vary_by_default(x64):
     def of_arrays(flat):
         return whole_loss(dataclasses.replace(model, weight=flat[:8].reshape(4, 2), scale=flat[8]), X)
 
-    exact = jax.hessian(of_arrays)(jnp.append(jnp.ones(8), 0.7))
+    exact = jax.jit(jax.hessian(of_arrays))(jnp.append(jnp.ones(8), 0.7))
     limit = 64 * np.finfo(float).eps * float(jnp.linalg.norm(exact))
     np.testing.assert_allclose(op @ jnp.ones(9), exact @ jnp.ones(9), atol=limit)
 

@@ -48,10 +48,10 @@ OPTIMIZERS = {
 def after_steps(optimizer, params, count=3):
     """The state after some steps along fixed gradients, and the last gradient and update."""
     rng = np.random.default_rng(0)
-    state = optimizer.init(params)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     for _ in range(count):
         gradient = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), params)
-        updates, state = optimizer.update(gradient, state, params)
+        updates, state = update(gradient, state, params)
     return state, gradient, updates
 
 

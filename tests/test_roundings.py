@@ -136,7 +136,7 @@ def test_a_model_in_bfloat16_has_its_noise_stated():
     """Against float64 at the same weights; the floor is 4 eps |H|, and 0.8 to 1.4 eps |H| were seen."""
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS["body"])
-        full = jax.hessian(lambda w: network({**PARAMS, "body": w}, X.astype(jnp.float64)))(exact)
+        full = jax.jit(jax.hessian(lambda w: network({**PARAMS, "body": w}, X.astype(jnp.float64))))(exact)
         values = np.linalg.eigvalsh(np.asarray(full).reshape(16, 16))
     op = spectra.HessianOperator(cast_layer, PARAMS, X, wrt="body")
     quadrature = spectra.slq(op, key=jax.random.key(0), num_steps=8, num_probes=2)
