@@ -1542,9 +1542,23 @@ SAMPLES = [
     fault(
         "the means of the folds cost no degrees of freedom",
         "estimators/law.py",
-        "rest * math.sqrt(count / (count - known))",
-        "rest",
+        "rest[of] = longer * (values[of]",
+        "rest[of] = (values[of]",
         "test_population.py",
+    ),
+    fault(
+        "batches vary alike, however many examples they have",
+        "estimators/law.py",
+        "_unbiased(share, 1 / sizes[of])",
+        "_unbiased(share, np.ones(of.sum()))",
+        "test_data.py::test_subsets_of_unequal_size_tell_of_the_distribution",
+    ),
+    fault(
+        "a Ritz value is as far as an eigenvalue goes",
+        "report/variability.py",
+        "(extreme(q, 0, level=SEEN).lower, extreme(q, -1, level=SEEN).upper)",
+        "q.range",
+        "test_data.py::test_few_steps_leave_open_how_far_eigenvalues_go",
     ),
     fault(
         "two limits are taken as one, however near their centres are",
