@@ -337,7 +337,7 @@ def test_subsets_speak_about_the_distribution_that_they_are_drawn_from():
         shape = sign * np.mean((values - values.mean()) ** 3) / np.std(values) ** 3
         t = stats.t.ppf(0.976, 9)  # the rest of 2.5 % is that of the probes, which see everything here
         t += max(shape, 0) * (1 + 2 * t**2) / 6 / 10**0.5  # Johnson
-        # Further out by what rounding may have moved an eigenvalue: at most (16 + 128) roundings of |H|, twice.
+        # Further out by what rounding may have moved an eigenvalue: at most 16 + 128 roundings of |H|, twice.
         rounding = 2 * 144 * float(jnp.finfo(jnp.float32).eps) * max(np.linalg.norm(a, 2) for a in parts)
         assert 0 <= sign * (limit - values.mean()) - t * stderr <= rounding
     low, middle, high = found.trace_population

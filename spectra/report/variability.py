@@ -142,7 +142,7 @@ def _interval(d: np.ndarray, covariance: np.ndarray, num_probes: int, level: flo
 
 TAIL = 0.975
 SEEN = 0.999
-"""Probability that the probes would have shown an eigenvalue further out: the rest of 1 - TAIL is Student's."""
+"""Probability that probes would have shown an eigenvalue further out; the rest of 1 - TAIL is Student's."""
 OPEN = 0.01
 """Residual, relative to the eigenvalue, from which a Ritz value is stated as a bound alone."""
 
