@@ -1547,6 +1547,20 @@ SAMPLES = [
         "test_population.py",
     ),
     fault(
+        "the variance of signs is lost beside a large diagonal",
+        "estimators/hutchinson.py",
+        "np.where(few, 0, LOST * run.precision)",
+        "np.where(few, 0, 0.0)",
+        "test_cancellation.py::test_a_large_diagonal_hides_nothing_of_the_spread_of_signs",
+    ),
+    fault(
+        "a second shift leaves the rounding of the first",
+        "operators/arithmetic.py",
+        "return ShiftedOperator(op.base, op.delta + delta)",
+        "return ShiftedOperator(op, delta)",
+        "test_cancellation.py::test_shifts_meet_as_numbers",
+    ),
+    fault(
         "batches vary alike, however many examples they have",
         "estimators/law.py",
         "_unbiased(share, 1 / sizes[of])",
@@ -1584,8 +1598,8 @@ SAMPLES = [
     fault(
         "the data count as the distribution they are from",
         "estimators/law.py",
-        "            if self.total:\n                parts.append(np.sqrt",
-        "            if False:\n                parts.append(np.sqrt",
+        "            if self.total:\n                share",
+        "            if False:\n                share",
         "test_strata.py",
     ),
     fault(
