@@ -279,7 +279,7 @@ provides("sum")(SumOperator)
 
 @provides("multiple")
 def multiple(op: LinearOperator, factor: Any) -> LinearOperator:
-    """factor H; of a shifted operator, a multiple that is shifted, so that shifts meet and cancel as numbers."""
+    """factor H; of a shifted operator, a shifted multiple, so that shifts meet and cancel as numbers."""
     if isinstance(op, ShiftedOperator):
         return ShiftedOperator(multiple(op.base, factor), factor * op.delta)
     return ScaledOperator(op, factor)
@@ -287,8 +287,8 @@ def multiple(op: LinearOperator, factor: Any) -> LinearOperator:
 
 @provides("shift")
 def shifted(op: LinearOperator, delta: Any) -> LinearOperator:
-    """H + delta I; of a shifted operator, with the sum of both shifts: products would keep the rounding of the
-    larger one."""
+    """H + delta I; of a shifted operator, with the sum of both shifts: of products, the rounding of the larger
+    one would be left."""
     if isinstance(op, ShiftedOperator):
         return ShiftedOperator(op.base, op.delta + delta)
     return ShiftedOperator(op, delta)
