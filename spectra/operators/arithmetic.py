@@ -287,8 +287,8 @@ def multiple(op: LinearOperator, factor: Any) -> LinearOperator:
 
 @provides("shift")
 def shifted(op: LinearOperator, delta: Any) -> LinearOperator:
-    """H + delta I; of a shifted operator, with the sum of both shifts: of products, the rounding of the larger
-    one would be left."""
+    """H + delta I; of a shifted operator, with the sum of both shifts: of products the rounding of the
+    larger one would be left."""
     if isinstance(op, ShiftedOperator):
         return ShiftedOperator(op.base, op.delta + delta)
     return ShiftedOperator(op, delta)
