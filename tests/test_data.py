@@ -425,6 +425,8 @@ def test_subsets_that_cannot_be_made():
         spectra.data_variability(op, key=key, num_subsets=1)
     with pytest.raises(spectra.SpectraError, match="function from a batch"):
         spectra.data_variability(jnp.ones(3), key=key)  # pyright: ignore
+    with pytest.raises(DataError, match="one batch has all of the weight"):
+        Law(np.array([1.0, 0.0]), np.zeros(2, int), 0.975).errors(np.ones(2))
 
 
 def test_a_subset_of_the_batches(x64):

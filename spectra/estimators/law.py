@@ -230,7 +230,7 @@ def _unbiased(share: np.ndarray, variance: np.ndarray) -> tuple[float, float, fl
     left = variance - 2 * scaled + total
     mean = float(form @ left)
     if not mean > 0:
-        raise DataError("one batch has all of the weight: what is known from others is their spread.")
+        raise DataError("one batch has all of the weight: a spread takes two batches that have some.")
     # (x_i - Σ p x)(x_j - Σ p x) is Σ p² v - p_i v_i - p_j v_j on average, and v_i more where i = j.
     apart = total - 2 * scaled
     size, middle = form.sum(), form @ apart / form.sum()
