@@ -188,3 +188,30 @@ def test_it_is_saved_and_loaded(tmp_path):
     again = spectra.load(spectra.save(found, tmp_path / "population"))
     assert repr(again) == repr(found)
     assert again.interval() == found.interval()
+
+
+def masked_loss(w, batch):
+    return 0.5 * jnp.sum(batch["weight"] * (batch["x"] @ w) ** 2) / jnp.sum(batch["weight"])
+
+
+def test_batches_of_padding_do_not_count():
+    """A batch without weight has no mean: the truth is the interval without its examples, one a batch."""
+    x = np.float32(np.random.default_rng(0).standard_normal((24, 2)))
+    weight = np.repeat(np.float32([1, 0]), [16, 8])
+    op = spectra.HessianOperator(
+        masked_loss, jnp.ones(2), {"x": x, "weight": weight}, weight_fn=lambda b: jnp.sum(b["weight"])
+    )
+    found = spectra.population(op, key=jax.random.key(0), num_batches=24)
+    exact = np.linalg.eigvalsh(x[:16].T.astype(float) @ x[:16] / 16)[-1]
+    np.testing.assert_allclose(found.in_sample[0], exact, rtol=1e-2)  # `tol`
+    np.testing.assert_allclose(found.trace.estimate, np.sum(np.float64(x[:16]) ** 2) / 16, rtol=0.5)
+    assert found.num_batches == 16
+    assert found.lower[0] < found.held_out[0] <= exact * 1.01
+    few = spectra.HessianOperator(
+        masked_loss,
+        jnp.ones(2),
+        {"x": x, "weight": np.roll(weight, 8) * (np.arange(24) < 12)},
+        weight_fn=lambda b: jnp.sum(b["weight"]),
+    )
+    with pytest.raises(spectra.DataError, match="4 batches: their spread takes at least 8"):
+        spectra.population(few, key=jax.random.key(0), num_batches=24)

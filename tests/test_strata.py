@@ -98,7 +98,7 @@ def test_the_variance_of_the_law_is_that_over_many_draws(total):
         weights = np.repeat([len(group) / 400 / 6 for group in groups], 6)
         left = 1 - np.array([24 / len(group) for group in groups])
         folds, of = np.arange(18) % 2, np.repeat(np.arange(3), 6)
-        law = Law(weights, folds, 0.975, of, left, 4, total)
+        law = Law(weights, folds, 0.975, of, left, np.full(18, 4), total)
         forms = values[rows].mean(1)
         errors = law.errors(forms)
         means.append(weights @ forms)

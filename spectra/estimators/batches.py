@@ -121,7 +121,12 @@ def _of_one_batch(
     weights = np.ones(count)
     if op.weight_fn is not None:
         weights = _weights(op.weight_fn, each())
-    alone, drawn = np.zeros(count, int), np.array([count * size / total])
+    drawn = np.array([count * size / total])
+    used = np.flatnonzero(weights)  # others are padding only, and may have no mean at all
+    if len(used) < count:
+        _require_used(len(used), folds)
+        order, weights, count = order[used], weights[used], len(used)
+    alone = np.zeros(count, int)
     return Batches(_shares(weights), np.full(count, size), each, union, alone, drawn)
 
 
@@ -171,13 +176,18 @@ def _require_two_a_fold(count: int, what: str, folds: int) -> None:
         raise DataError(f"{count} {what} for num_folds={folds}: use at least two for each fold.")
 
 
+def _require_used(count: int, folds: int) -> None:
+    """Of batches that have weight."""
+    if count < LEAST:
+        raise DataError(f"{count} batches: their spread takes at least {LEAST}.")
+    _require_two_a_fold(count, "batches", folds)
+
+
 def _of_stream(op: DataOperator, folds: int) -> Batches:
     assert op.stream is not None
     stream = op.stream
     used = [i for i, weight in enumerate(stream.weights) if weight > 0]
-    if len(used) < LEAST:
-        raise DataError(f"{len(used)} batches: their spread takes at least {LEAST}.")
-    _require_two_a_fold(len(used), "batches", folds)
+    _require_used(len(used), folds)
     weights = np.array([stream.weights[i] for i in used])
 
     def union(batches: Indices) -> DataOperator:

@@ -120,6 +120,8 @@ def off_diagonal(spread: Spread, count: int) -> jax.Array:
 
 EIGENVECTOR = 16
 """Order from which a vector of signs is no eigenvector by chance but of a multiple of the identity."""
+LOST = 16
+"""Roundings of |Hv|² and (vᵀHv)² / n, sums of n numbers of one sign, by which their difference may be off."""
 
 
 def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
@@ -151,8 +153,10 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         second = xp.mean(squares, axis=-1)
         if signs:
             sizes = run.sizes
-            seen = np.where(sizes < EIGENVECTOR, 0, 1 / sizes) * values**2
-            second = xp.maximum(second - seen, 0) / np.where(sizes < EIGENVECTOR, 1, 1 - 2 / sizes)
+            few = sizes < EIGENVECTOR
+            seen = np.where(few, 0, 1 / sizes) * values**2
+            lost = np.where(few, 0, LOST * run.precision) * second  # where a diagonal is most of H
+            second = (xp.maximum(second - seen, 0) + lost) / np.where(few, 1, 1 - 2 / sizes)
         if carried.spread is not None and k > 4:
             off = xp.maximum(run.by_group(off_diagonal(carried.spread, k)), 0)
             second = xp.minimum(second, off * (k - 1) / (k - 4))

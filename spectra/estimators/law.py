@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spectra.base.errors import DataError
 from spectra.results import Interval
 from spectra.results.estimates import fieller, skewed_t
 
@@ -82,7 +83,8 @@ class Law:
         strata: (b,) what each batch was drawn from; default one for all.
         left: (s,) share of each stratum that was not drawn: the variance of a mean without replacement is
             smaller by it. 1 of a distribution.
-        size: examples a batch, and
+        sizes: (b,) examples of each batch, to which the inverse of its variance is taken to be proportional;
+            default all alike.
         total: examples of the data, where the mean is that of the distribution they were drawn from and the
             batches are drawn from them; 0 where that is nothing to add.
     """
@@ -94,10 +96,11 @@ class Law:
         tail: float,
         strata: np.ndarray | None = None,
         left: np.ndarray | None = None,
-        size: int = 1,
+        sizes: np.ndarray | None = None,
         total: int = 0,
     ):
-        self.weights, self.folds, self.tail, self.size, self.total = weights, folds, tail, size, total
+        self.weights, self.folds, self.tail, self.total = weights, folds, tail, total
+        self.sizes = np.ones(len(weights)) if sizes is None else np.asarray(sizes, float)
         self.strata = np.zeros(len(weights), int) if strata is None else strata
         self.left = np.ones(self.strata.max() + 1) if left is None else left
 
@@ -108,22 +111,16 @@ class Law:
         folds = self.folds if by_fold else np.zeros_like(self.folds)
         for stratum in range(self.strata.max() + 1):
             mine = self.strata == stratum
-            weights, own = self.weights[mine], values[mine]
-            share, cells = weights.sum(), folds[mine]
-            rest = np.zeros_like(own)
-            for fold in np.unique(cells):
-                cell = cells == fold
-                rest[cell] = own[cell] - np.average(own[cell], axis=0, weights=weights[cell])
-            known, count = len(np.unique(cells)), len(own)
-            rest = rest * math.sqrt(count / (count - known))
+            weights, own, cells, sizes = self.weights[mine], values[mine], folds[mine], self.sizes[mine]
+            rest, dof = _residuals(own, weights, cells, sizes)
             each = weights.reshape(-1, *[1] * (values.ndim - 1))
             parts = [math.sqrt(self.left[stratum]) * each * rest]
             if self.total:
-                parts.append(np.sqrt(each * self.size / self.total) * rest)
+                share = sizes.reshape(each.shape) / self.total
+                parts.append(np.sqrt(each * share) * rest)
                 between = np.average(own, axis=0, weights=weights) - mean
-                parts.append(math.sqrt(share / self.total) * between[None])
+                parts.append(math.sqrt(weights.sum() / self.total) * between[None])
             found.append(np.concatenate(parts))
-            dof = max(share**2 / float(np.sum(weights**2)) - known, 1.0)
             freedom += float(np.sum(found[-1] ** 2)) ** 2 / dof
         parts = np.concatenate(found)
         variance = float(np.sum(parts**2))
@@ -178,7 +175,7 @@ class Law:
         # The spread between batches has the probes' in it, as far as it counts.
         counted = self.left[self.strata] * self.weights**2
         if self.total:
-            counted = counted + self.weights * self.size / self.total
+            counted = counted + self.weights * self.sizes / self.total
         of_examples = math.sqrt(max(errors.stderr**2 - float(counted @ within), 0.0))
         stderr = math.hypot(of_examples, of_probes)
         below, above = (errors.reach(self.tail, up) * stderr for up in (False, True))
@@ -202,3 +199,40 @@ class Law:
                 limits[int(up), j] = fieller(top, mean, parts.T @ parts, t, up=up)
         value = np.cumsum(values) / mean
         return Interval(np.minimum(limits[0], value), value, np.maximum(limits[1], value))
+
+
+def _residuals(
+    values: np.ndarray, weights: np.ndarray, cells: np.ndarray, sizes: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Of values from the mean of their cell, lengthened so that the variance of the sum of these means, which
+    follows from their squares, has no bias; and the degrees of freedom of that variance."""
+    rest = np.zeros_like(values)
+    variances, dof = np.zeros(cells.max() + 1), np.ones(cells.max() + 1)
+    for cell in np.unique(cells):
+        of = cells == cell
+        total = weights[of].sum()
+        share = weights[of] / total if total > 0 else np.full(of.sum(), 1 / of.sum())
+        longer, variance, dof[cell] = _unbiased(share, 1 / sizes[of])
+        variances[cell] = total**2 * variance
+        rest[of] = longer * (values[of] - np.tensordot(share, values[of], 1))
+    return rest, max(float(variances.sum() ** 2 / np.sum(variances**2 / dof)), 1.0)
+
+
+def _unbiased(share: np.ndarray, variance: np.ndarray) -> tuple[float, float, float]:
+    """What lengthens residuals x_i - Σ p x, the variance Σ p² v of that mean, and its degrees of freedom.
+
+    Where the x_i have the variances v_i, up to a factor in common, the residuals have v_i - 2 p_i v_i + Σ p²
+    v. Their sum with p² is a quadratic form zᵀMz of normal z, with (tr M)² / |M|²_F degrees of freedom (Bell
+    and McCaffrey, Survey Methodology 28, 2002): one less than there are values where all are alike.
+    """
+    scaled, form = share * variance, share**2
+    total = float(share @ scaled)
+    left = variance - 2 * scaled + total
+    mean = float(form @ left)
+    if not mean > 0:
+        raise DataError("one batch has all of the weight: a spread takes two batches that have some.")
+    # (x_i - Σ p x)(x_j - Σ p x) is Σ p² v - p_i v_i - p_j v_j on average, and v_i more where i = j.
+    apart = total - 2 * scaled
+    size, middle = form.sum(), form @ apart / form.sum()
+    pairs = size**2 * middle**2 + size * (form @ (apart - middle) ** 2) / 2
+    return math.sqrt(total / mean), total, mean**2 / float(pairs + form**2 @ (left**2 - apart**2))

@@ -147,12 +147,13 @@ def population(
 
 def _law(op: DataOperator, batches: Batches, folds: np.ndarray, of: str, level: float) -> Law:
     tail = (1 + level) / 2
+    strata, sizes = batches.strata, batches.sizes
     if of == "data":
-        return Law(batches.weights, folds, tail, batches.strata, 1 - batches.drawn)
+        return Law(batches.weights, folds, tail, strata, 1 - batches.drawn, sizes)
     if len(batches.drawn) == 1:  # draws from a distribution, all alike
-        return Law(batches.weights, folds, tail)
+        return Law(batches.weights, folds, tail, sizes=sizes)
     total = batch_size(op.data, op.shared)
-    return Law(batches.weights, folds, tail, batches.strata, 1 - batches.drawn, int(batches.sizes[0]), total)
+    return Law(batches.weights, folds, tail, strata, 1 - batches.drawn, sizes, total)
 
 
 class _Fits(NamedTuple):

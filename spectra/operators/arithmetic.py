@@ -275,5 +275,20 @@ class StepwiseOperator(Derived):
 
 # `LinearOperator` stands below these classes, and makes them by name.
 provides("sum")(SumOperator)
-provides("multiple")(ScaledOperator)
-provides("shift")(ShiftedOperator)
+
+
+@provides("multiple")
+def multiple(op: LinearOperator, factor: Any) -> LinearOperator:
+    """factor H; of a shifted operator, a shifted multiple, so that shifts meet and cancel as numbers."""
+    if isinstance(op, ShiftedOperator):
+        return ShiftedOperator(multiple(op.base, factor), factor * op.delta)
+    return ScaledOperator(op, factor)
+
+
+@provides("shift")
+def shifted(op: LinearOperator, delta: Any) -> LinearOperator:
+    """H + delta I; of a shifted operator, with the sum of both shifts: of products the rounding of the
+    larger one would be left."""
+    if isinstance(op, ShiftedOperator):
+        return ShiftedOperator(op.base, op.delta + delta)
+    return ShiftedOperator(op, delta)

@@ -15,6 +15,7 @@ from spectra.base import draws, meshes, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
 from spectra.base.trees import PyTree
+from spectra.density.extremes import extreme
 from spectra.density.slq import slq
 from spectra.estimators import blocks
 from spectra.estimators.batches import Batches, in_order, listed
@@ -140,6 +141,8 @@ def _interval(d: np.ndarray, covariance: np.ndarray, num_probes: int, level: flo
 
 
 TAIL = 0.975
+SEEN = 0.999
+"""Probability that probes would have shown an eigenvalue further out; the rest of 1 - TAIL is Student's."""
 OPEN = 0.01
 """Residual, relative to the eigenvalue, from which a Ritz value is stated as a bound alone."""
 
@@ -226,7 +229,8 @@ def data_variability(
     """Measure the spread of the leading eigenvalues and of the trace over disjoint subsets of the data.
 
     If the subsets are draws from one distribution, as for `population`, `trace_population` is an interval for
-    its trace, and `limits` enclose its eigenvalues, by Jensen's inequality and Student's t over subsets.
+    its trace, and `limits` enclose its eigenvalues, by Jensen's inequality and Student's t over subsets. They
+    are infinite where so few steps and probes leave open how far the spectrum of a subset goes.
     `population` gives both ends of its largest eigenvalue from fewer products; this function shows the
     spectra of the subsets.
 
@@ -250,7 +254,7 @@ def data_variability(
 
     Raises:
         SpectraError: fewer than two subsets, or more eigenvalues than steps.
-        DataError: fewer examples or batches than subsets.
+        DataError: fewer examples or batches than subsets; one subset has all of the weight.
 
     Cost: (s + 1) num_steps num_probes + s num_steps products; those with a subset use only its share of the
     data.
@@ -277,7 +281,7 @@ def data_variability(
     s = len(subsets)
     spread = spread_of_traces(list(subsets), jax.random.fold_in(key, 2**31 - 1), num_steps, num_probes)
     each = np.array([t.value for t in traces[:s]])
-    law = Law(drawn.weights, np.zeros(s, int), TAIL)
+    law = Law(drawn.weights, np.zeros(s, int), TAIL, sizes=drawn.sizes)
     return DataVariability(
         largest=np.array([high for _, high, *_ in ends[:s]]),
         smallest=np.array([low for low, *_ in ends[:s]]),
@@ -289,7 +293,7 @@ def data_variability(
         num_matvecs=sum(q.num_matvecs for q in results) + s * min(num_steps, whole.size),
         trace_spread=spread,
         trace_population=_of_distribution(law, each, float(traces[-1].stderr)),
-        limits=_limits(law, ends[:s]),
+        limits=_limits(law, results[:s]),
         largest_residuals=np.array([residuals for *_, residuals in ends[:s]]),
         smallest_residuals=np.array([residuals for _, _, residuals, _ in ends[:s]]),
         status=worst(q.status for q in results),
@@ -305,13 +309,18 @@ def _of_distribution(law: Law, traces: np.ndarray, of_probes: float) -> Interval
     return Interval(mean - below, mean, mean + above)
 
 
-def _limits(law: Law, ends: list[tuple[np.ndarray, ...]]) -> np.ndarray:
-    """The mean of the outermost Ritz values over subsets, further out by their residuals and their error."""
-    low, high, low_residuals, high_residuals = (np.array([end[i][0] for end in ends]) for i in range(4))
-    found = []
-    for values, sign in ((low - low_residuals, -1), (high + high_residuals, 1)):
+def _limits(law: Law, quadratures: list[Quadrature]) -> np.ndarray:
+    """The mean over subsets of limits of their extreme eigenvalues, further out by its error; infinite where
+    the steps leave open how far a spectrum goes."""
+    outer = [(extreme(q, 0, level=SEEN).lower, extreme(q, -1, level=SEEN).upper) for q in quadratures]
+    found: list[float] = []
+    for values, sign in zip(np.array(outer).T, (-1, 1), strict=True):
+        if not np.isfinite(values).all():
+            found.append(sign * math.inf)
+            continue
         errors = law.errors(values)
-        found.append(law.weights @ values + sign * errors.reach(TAIL, sign > 0) * errors.stderr)
+        reach = errors.reach(TAIL + 1 - SEEN, sign > 0)
+        found.append(float(law.weights @ values) + sign * reach * errors.stderr)
     return np.array(found)
 
 

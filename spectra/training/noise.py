@@ -53,8 +53,8 @@ def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScal
     Cost: three gradients of every example. Memory: the gradients of `microbatch` single examples, by default
     as many as fill 64 MiB.
 
-    Fails if few examples carry most of the gradient: with fewer than about 100 examples, the interval may
-    then cover less often than stated.
+    Fails if few examples carry most of the gradient, and if there are fewer than about 30: the interval then
+    covers less often than stated (docs/guarantees.md has figures), and with a heavy tail at any number.
 
     References:
         McCandlish, Kaplan, Amodei et al., arXiv:1812.06162; Fieller, doi:10.1111/j.2517-6161.1954.tb00159.x;

@@ -1542,9 +1542,37 @@ SAMPLES = [
     fault(
         "the means of the folds cost no degrees of freedom",
         "estimators/law.py",
-        "rest * math.sqrt(count / (count - known))",
-        "rest",
+        "rest[of] = longer * (values[of]",
+        "rest[of] = (values[of]",
         "test_population.py",
+    ),
+    fault(
+        "the variance of signs is lost beside a large diagonal",
+        "estimators/hutchinson.py",
+        "np.where(few, 0, LOST * run.precision)",
+        "np.where(few, 0, 0.0)",
+        "test_cancellation.py::test_a_large_diagonal_hides_nothing_of_the_spread_of_signs",
+    ),
+    fault(
+        "a second shift leaves the rounding of the first",
+        "operators/arithmetic.py",
+        "return ShiftedOperator(op.base, op.delta + delta)",
+        "return ShiftedOperator(op, delta)",
+        "test_cancellation.py::test_shifts_meet_as_numbers",
+    ),
+    fault(
+        "batches vary alike, however many examples they have",
+        "estimators/law.py",
+        "_unbiased(share, 1 / sizes[of])",
+        "_unbiased(share, np.ones(of.sum()))",
+        "test_data.py::test_subsets_of_unequal_size_tell_of_the_distribution",
+    ),
+    fault(
+        "a Ritz value is as far as an eigenvalue goes",
+        "report/variability.py",
+        "(extreme(q, 0, level=SEEN).lower, extreme(q, -1, level=SEEN).upper)",
+        "q.range",
+        "test_data.py::test_few_steps_leave_open_how_far_eigenvalues_go",
     ),
     fault(
         "two limits are taken as one, however near their centres are",
@@ -1570,8 +1598,8 @@ SAMPLES = [
     fault(
         "the data count as the distribution they are from",
         "estimators/law.py",
-        "            if self.total:\n                parts.append(np.sqrt",
-        "            if False:\n                parts.append(np.sqrt",
+        "            if self.total:\n                share",
+        "            if False:\n                share",
         "test_strata.py",
     ),
     fault(
