@@ -54,7 +54,8 @@ def test_counts_are_of_the_thresholds_that_are_printed():
 
 def test_shares_of_a_norm_in_doubt_hold_for_all_that_it_may_be():
     """Ritz values after 6 steps are up to 2 % inside of the edges, and half of the largest may be on
-    the other side of what lies just below half of |H|: 1 in 6 of all were said to be beyond it, for all keys."""
+    the other side of what lies just below half of |H|: 1 in 6 of all were said to be beyond it, with all
+    keys."""
     edge = np.linspace(0.7, 1.0, 500)
     values = np.concatenate([edge, np.zeros(500), np.full(200, 0.4985)])
     held = []
