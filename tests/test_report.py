@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import spectra
 from spectra.cli import commands
+from spectra.report.spectrum import beyond, share_near_zero
 
 VALUES = np.concatenate([np.linspace(-0.5, 1, 395), [5.0, 10, 20, 40, 80]])
 
@@ -42,6 +43,32 @@ def report():
 def test_a_share_of_the_norm_is_no_negative_number(zero_tol):
     with pytest.raises(spectra.SpectraError, match="zero_tol"):
         spectra.spectrum(diagonal(VALUES, "float32"), key=jax.random.key(0), zero_tol=zero_tol)
+
+
+def test_counts_are_of_the_thresholds_that_are_printed():
+    """Of |H| = 2.449, a tenth is 0.2449 and printed as 0.24: 0.242 is above that."""
+    values = np.array([2.449, 0.242, 0.02445, *np.zeros(17)])
+    report = spectra.spectrum(diagonal(values, "float32"), key=jax.random.key(0))
+    assert "1 above 1.2, 2 above 0.24, 3 above 0.024" in repr(report)
+
+
+def test_shares_of_a_norm_in_doubt_hold_for_all_that_it_may_be():
+    """Ritz values after 6 steps are up to 2 % inside of the edges, and half of the largest may be on
+    the other side of what lies just below half of |H|: 1 in 6 of all were said to be beyond it, with all
+    keys."""
+    edge = np.linspace(0.7, 1.0, 500)
+    values = np.concatenate([edge, np.zeros(500), np.full(200, 0.4985)])
+    held = []
+    for seed in range(6):
+        q = spectra.slq(diagonal(values, "float32"), key=jax.random.key(seed), num_steps=6, num_probes=8)
+        below, above = beyond(q, 0.5)
+        near = share_near_zero(q, 0.5)
+        held.append(
+            below.lower <= np.mean(values < -0.5) <= below.upper
+            and above.lower <= np.mean(values > 0.5) <= above.upper
+            and near.lower <= np.mean(np.abs(values) <= 0.5) <= near.upper
+        )
+    assert sum(held) >= 5
 
 
 def short_run(values, num_probes):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import spectra
+from spectra.estimators import loss_errors
 
 X = jnp.diag(jnp.array([1.0, 2.0, 5.0, 0.1]))
 W = jnp.array([1.0, -2.0, 0.5, 3.0])
@@ -109,6 +110,38 @@ def test_brackets_hold_where_the_loss_is_rounded(shift, scale):
     assert np.isfinite(found.upper) or abs(shift) > 1e6
     if abs(shift) == 1e8:
         assert (found.status.code, found.upper) == ("stagnated", np.inf)
+
+
+RNG = np.random.default_rng(0)
+INPUTS, TRUE = RNG.standard_normal((50, 6)).astype(np.float32), RNG.standard_normal(6).astype(np.float32)
+NEAR = (TRUE + 1e-4 * RNG.standard_normal(6)).astype(np.float32)
+TARGETS = (np.asarray(INPUTS, float) @ TRUE).astype(np.float32)
+
+
+def squared(w, batch):
+    x, y = batch
+    return jnp.mean((x @ w - y) ** 2)
+
+
+@pytest.mark.parametrize("slow_in_double", [False, True])
+def test_brackets_hold_where_a_good_fit_is_rounded_as_its_outputs_are(slow_in_double, monkeypatch):
+    """Residuals of 1e-4 of outputs near 1 are known to 1e-3 of themselves, and so is the loss."""
+    if slow_in_double:
+        monkeypatch.setattr(loss_errors, "doubled", lambda op: None)
+    data = jnp.asarray(INPUTS), jnp.asarray(TARGETS)
+    x, w, rng = np.asarray(INPUTS, float), np.asarray(NEAR, float), np.random.default_rng(1)
+    slope = 2 * x.T @ (x @ w - TARGETS) / 50
+    op = spectra.HessianOperator(squared, jnp.asarray(NEAR), data)
+    for _ in range(12):
+        d = (slope * (1 + rng.standard_normal(6))).astype(np.float32)
+        edge = 2 * np.mean((x @ d) ** 2) / abs(slope @ d)
+        found = spectra.critical_sharpness(squared, jnp.asarray(NEAR), data, jnp.asarray(d), tol=1e-5)
+        assert found.lower <= edge * (1 + 1e-6)
+        assert found.upper >= edge * (1 - 1e-6)
+        update = (1e-3 * rng.standard_normal(6) * np.abs(slope).max()).astype(np.float32)
+        quality = spectra.step_quality(op, jnp.asarray(update))
+        exact = slope @ update + np.mean((x @ update) ** 2)
+        assert abs(quality.measured - exact) <= quality.rounding
 
 
 def test_a_loss_that_does_not_move_has_no_critical_sharpness():

@@ -197,12 +197,12 @@ def losses_at(op: DataOperator, plane: PyTree, points: np.ndarray) -> jax.Array:
     """The mean loss over all data at θ + Σ_j x_j v_j for each point x (p, k), with k stacked vectors v."""
     where = jnp.asarray(points, op.dtype)
     if op.stream is None:
-        return _on_batch(op, plane, where)
-    return weighted_sum(lambda piece: _on_batch(piece, plane, where), op._pieces())
+        return on_batch(op, plane, where)
+    return weighted_sum(lambda piece: on_batch(piece, plane, where), op._pieces())
 
 
 @programs.jit
-def _on_batch(op: DataOperator, plane: PyTree, points: jax.Array) -> jax.Array:
+def on_batch(op: DataOperator, plane: PyTree, points: jax.Array) -> jax.Array:
     """One point after another: the memory is that of one evaluation."""
 
     def one(point: jax.Array) -> jax.Array:

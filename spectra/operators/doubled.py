@@ -121,11 +121,21 @@ def _possible(op: LinearOperator) -> bool:
     return True
 
 
-def _in_double(op: LinearOperator, v: PyTree, salt: jax.Array | None) -> PyTree:
+def in_wide(function: Any, *args: PyTree) -> list[Any]:
+    """The results of a function, flat, with every number of its program in double precision; inside jit."""
+    return evaluate(_traced(function, *args)[0], jax.tree.leaves(args), _rule, can_enter, _lifted)
+
+
+def _traced(function: Any, *args: PyTree) -> tuple[Any, PyTree]:
     with jax.enable_x64(False):
-        program, shapes = jax.make_jaxpr(product, return_shape=True)(op, v)
+        program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     if program.effects:
         raise TypeError("A call of the host sees each product, and float64 is not what it expects.")
+    return program, shapes
+
+
+def _in_double(op: LinearOperator, v: PyTree, salt: jax.Array | None) -> PyTree:
+    program, shapes = _traced(product, op, v)
     vector = [x.astype(_wide(x.dtype)) for x in jax.tree.leaves(v)]  # which is what it is
     lift = _lifted if salt is None else partial(_drawn, salt=salt)
     found = evaluate(program, [*jax.tree.leaves(op), *vector], _rule, can_enter, lift)

@@ -116,7 +116,13 @@ class StochasticOperator(Reevaluated):
 
 def _product(op: LinearOperator, salt: jax.Array, v: PyTree, where: meshes.Places) -> PyTree:
     """H v with every number rounded; on a mesh it lies as the parameters do."""
-    program, shapes = jax.make_jaxpr(product, return_shape=True)(op, v)
+    result = jax.tree.unflatten(jax.tree.structure(v), rounded_at_random(product, salt, op, v))
+    return meshes.placed(result, where) if where else result
+
+
+def rounded_at_random(function: Any, salt: jax.Array, *args: PyTree) -> list[Any]:
+    """The results of a function, flat, with every number of its program rounded."""
+    program = jax.make_jaxpr(function)(*args)
     count, salt = itertools.count(1), (salt + 1) * jnp.uint32(0x85EBCA6B)  # so that all bits differ
 
     def rule(eqn: Any, inputs: list[Any]) -> list[Any]:
@@ -126,9 +132,7 @@ def _product(op: LinearOperator, salt: jax.Array, v: PyTree, where: meshes.Place
         found = bind(eqn, inputs)
         return [_rounded(x, own) for x in found] if _rounds(eqn) else found
 
-    found = evaluate(program, jax.tree.leaves((op, v)), rule, can_enter)
-    result = jax.tree.unflatten(jax.tree.structure(shapes), found)
-    return meshes.placed(result, where) if where else result
+    return evaluate(program, jax.tree.leaves(args), rule, can_enter)
 
 
 def _equations(jaxpr: Any) -> int:

@@ -17,6 +17,7 @@ from spectra.density.extremes import (
     LEVEL,
     condition_lower_bound,
     extreme,
+    norm,
     sampling_error,
     shows_fourth_powers,
 )
@@ -47,7 +48,8 @@ class SpectrumReport(Result):
 
     Print it, `.plot()` it, `.save(path)` it; `spectra.load(path)` restores it. The intervals of the two
     extreme eigenvalues have a bound on the inner side (a Rayleigh quotient) and a limit that holds with
-    probability `level` on the outer side, see `spectra.density.extremes`. All other intervals are at 95 %.
+    probability `level` on the outer side, see `spectra.density.extremes`. All other intervals are at 95 %,
+    or 94 % where they depend on |H|: ranks, and shares beyond or within a part of it.
 
     The [glossary](glossary.md) defines density, outlier, bulk, band and noise floor.
     """
@@ -74,33 +76,20 @@ class SpectrumReport(Result):
     @functools.cached_property
     def effective_rank(self) -> Interval:
         """Σ|λ| / |λ|max: how many eigenvalues of the largest magnitude would have the same sum."""
-        return self._of_units(np.abs)
+        return rank(self.quadrature, 1)
 
     @functools.cached_property
     def stable_rank(self) -> Interval:
         """|H|_F² / |H|²: the same for squares."""
-        return self._of_units(np.square)
+        return rank(self.quadrature, 2)
 
     def beyond(self, share: float) -> tuple[Interval, Interval]:
         """Shares of eigenvalues below -share |H| and above share |H|."""
-        below = self.quadrature.cdf(np.nextafter(-share * self._scale, -np.inf))
-        lower, estimate, upper = self.quadrature.cdf(share * self._scale)
-        return below, Interval(1 - upper, 1 - estimate, 1 - lower)
+        return beyond(self.quadrature, share)
 
     def count_above(self, threshold: float) -> Interval:
         """The number of eigenvalues above a threshold."""
         return count_above(self.quadrature, threshold).interval()
-
-    @property
-    def _scale(self) -> float:
-        return max(map(abs, self.quadrature.range))
-
-    def _of_units(self, f) -> Interval:
-        """Σ f(λ / |λ|max)."""
-        if not self._scale:
-            return Interval(0.0, 0.0, 0.0)
-        units = trace_of(self.quadrature, lambda x: f(x / self._scale), one_signed=f is np.square)
-        return Interval(*(float(end) for end in units.interval()))
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed report."""
@@ -141,10 +130,9 @@ class SpectrumReport(Result):
         text = f"{len(resolved):,} eigenvalues, one by one"
         if len(resolved):
             text += f": {resolved[0]:.4g} to {resolved[-1]:.4g}"
-        counts = ", ".join(
-            f"{_number(self.count_above(share * self._scale))} above {share * self._scale:.2g}"
-            for share in COUNTED
-        )
+        scale = max(map(abs, self.quadrature.range))
+        printed = [f"{share * scale:.2g}" for share in COUNTED]  # these digits are what is counted above
+        counts = ", ".join(f"{_number(self.count_above(float(x)))} above {x}" for x in printed)
         below, above = self.beyond(FAR)
         ranks = (("effective", self.effective_rank), ("stable", self.stable_rank))
         return [
@@ -259,7 +247,6 @@ def spectrum(
     quadrature = dataclasses.replace(quadrature, rounding=measured)
     seconds = time.perf_counter() - start
     floor = quadrature.noise_floor
-    scale = max(map(abs, quadrature.range))
     return SpectrumReport(
         name=name,
         quadrature=quadrature,
@@ -268,7 +255,7 @@ def spectrum(
         smallest=extreme(quadrature, 0),
         trace=trace_estimate(quadrature),
         negative=quadrature.cdf(np.nextafter(-floor, -np.inf)),  # H = 0 has no floor, and none is negative
-        near_zero=_share_between(quadrature, -zero_tol * scale, zero_tol * scale),
+        near_zero=share_near_zero(quadrature, zero_tol),
         zero_tol=zero_tol,
         condition_lower_bound=condition_lower_bound(quadrature),
         noise_floor=floor,
@@ -328,9 +315,32 @@ def _root_mean_square(nodes: np.ndarray, weights: np.ndarray) -> float:
     return scale * float(np.sqrt(np.mean(np.sum(weights * (nodes / (scale or 1.0)) ** 2, axis=1))))
 
 
-def _share_between(quadrature: Quadrature, low: float, high: float) -> Interval:
-    below = quadrature.cdf(np.nextafter(low, -np.inf))
-    above, n = quadrature.cdf(high), quadrature.size
-    ends = max(above.lower - below.upper, 0.0), above.estimate - below.estimate, above.upper - below.lower
-    counts = [n * float(end) for end in ends]  # whole ones where all is known, but for rounding
+def rank(quadrature: Quadrature, power: int) -> Interval:
+    """Σ |λ|^p / |H|^p: the interval of 95 % of the numerator and that of 99 % of the denominator."""
+    size = norm(quadrature)
+    if not size.estimate:
+        return Interval(0.0, 0.0, 0.0)
+    low, value, high = trace_of(
+        quadrature, lambda x: np.abs(x / size.estimate) ** power, one_signed=power == 2
+    ).interval()
+    low *= (size.estimate / size.upper) ** power
+    high = high * (size.estimate / size.lower) ** power if size.lower else np.inf
+    return Interval(max(float(low), 1.0), max(float(value), 1.0), min(float(high), float(quadrature.size)))
+
+
+def beyond(quadrature: Quadrature, share: float) -> tuple[Interval, Interval]:
+    """Shares of eigenvalues below -share |H| and above share |H|, wherever |H| is within its limits."""
+    x = share * np.array(norm(quadrature)) if share else np.zeros(3)
+    points = np.stack([np.nextafter(-x, -np.inf), x])
+    lower, value, upper = (np.asarray(end) for end in quadrature.cdf(points))  # (2, 3)
+    below = Interval(float(lower[0, 2]), float(value[0, 1]), float(upper[0, 0]))
+    return below, Interval(1 - float(upper[1, 2]), 1 - float(value[1, 1]), 1 - float(lower[1, 0]))
+
+
+def share_near_zero(quadrature: Quadrature, share: float) -> Interval:
+    """The share of eigenvalues with |λ| <= share |H|: what is not beyond."""
+    below, above = beyond(quadrature, share)
+    ends = (1 - x - y for x, y in zip(below[::-1], above[::-1], strict=True))
+    n = quadrature.size
+    counts = [n * max(float(end), 0.0) for end in ends]  # whole ones where all is known, but for rounding
     return Interval(*(round(c) / n if abs(c - round(c)) <= 1e-9 * n else c / n for c in counts))

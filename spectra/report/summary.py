@@ -10,12 +10,10 @@ from spectra.base.calls import automatic, require_key
 from spectra.base.errors import SpectraError
 from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
 from spectra.density.slq import slq
-from spectra.estimators.functions import trace_of
 from spectra.models.problem import Problem
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.report.spectrum import trace_estimate
+from spectra.report.spectrum import rank, trace_estimate
 from spectra.results import (
-    Interval,
     Named,
     Quadrature,
     as_quadrature,
@@ -118,7 +116,7 @@ def _record(name: str, q: Quadrature) -> dict[str, Any]:
         "largest": extreme(q, -1),
         "smallest": extreme(q, 0),
         "trace": trace,
-        "stable_rank": stable_rank(q),
+        "stable_rank": rank(q, 2),
         "negative": negative,
     }
     columns = {
@@ -137,23 +135,11 @@ def _record(name: str, q: Quadrature) -> dict[str, Any]:
     }
 
 
-def stable_rank(q: Quadrature) -> Interval:
-    """tr H² / |H|² with the interval of 95 % of the numerator and that of 99 % of the denominator."""
-    ends = [extreme(q, end) for end in (-1, 0)]
-    size = max(abs(float(end.estimate)) for end in ends)
-    if not size:
-        return Interval(0.0, 0.0, 0.0)
-    least = max(float(ends[0].lower), -float(ends[1].upper))
-    most = max(float(ends[0].upper), -float(ends[1].lower))
-    low, value, high = trace_of(q, lambda x: (x / size) ** 2, one_signed=True).interval()
-    low, high = low * (size / most) ** 2, high * (size / least) ** 2
-    return Interval(max(low, 1.0), max(value, 1.0), min(high, float(q.size)))
-
-
 def _cells(name: str, q: Quadrature) -> list[str]:
     low, trace, high = trace_estimate(q).interval()
-    rank = stable_rank(q)
-    least, most = (directed(end, up=up, digits=3) for end, up in ((rank.lower, False), (rank.upper, True)))
+    stable = rank(q, 2)
+    least = directed(stable.lower, up=False, digits=3)
+    most = directed(stable.upper, up=True, digits=3)
     shares = q.cdf(np.nextafter(-q.noise_floor, -np.inf))
     return [
         name,
@@ -162,6 +148,6 @@ def _cells(name: str, q: Quadrature) -> list[str]:
         extreme_cell(extreme(q, 0), 0, LEVEL),
         f"{rounded(trace, (high - low) / 2)} ± {(high - low) / 2:.1g}",
         f"≥ {directed(condition_lower_bound(q), up=False, digits=3)}",
-        f"{rounded(rank.estimate, rank.upper - rank.lower)} [{least}, {most}]",
+        f"{rounded(stable.estimate, stable.upper - stable.lower)} [{least}, {most}]",
         f"{100 * shares.estimate:.3g} % [{100 * shares.lower:.3g}, {100 * shares.upper:.3g}]",
     ]

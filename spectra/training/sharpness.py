@@ -12,11 +12,11 @@ from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.trees import PyTree
 from spectra.estimators.landscape import losses_at
+from spectra.estimators.loss_errors import measured_rounding, stated_rounding
 from spectra.operators.arguments import DataOptions
 from spectra.operators.data import shows_options
 from spectra.operators.hessian import HessianOperator
 from spectra.results import Sharpness
-from spectra.training.steps import rounding_of
 
 
 @shows_options
@@ -53,8 +53,9 @@ def critical_sharpness(
 
     Returns:
         `Sharpness` with its bracket. Its status is `BUDGET_EXHAUSTED` if the evaluations ran out before
-        the bracket was narrow, and `STAGNATED` if the loss is within its rounding, 4 `precision` |L|, over
-        the rest of it: `lower` is 0 if the loss never rose, `upper` infinite if it never fell.
+        the bracket was narrow, and `STAGNATED` if the loss is within its rounding (as measured, and at least
+        4 `precision` |L|) over the rest of it: `lower` is 0 if the loss never rose, `upper` infinite if it
+        never fell.
 
     Raises:
         SpectraError: step, tol or max_evaluations out of range, or a direction that is zero.
@@ -62,7 +63,9 @@ def critical_sharpness(
         StructureError: `direction` is not like the parameters.
 
     Cost: evaluations of the loss over all data: 8 from a `step` that is right to a factor of two (4 with
-    tol=0.5), and two more for each factor of four by which it is too long. Memory is that of an evaluation.
+    tol=0.5), and two more for each factor of four by which it is too long. Three more in float64, or twelve
+    in stochastic arithmetic where that is slow, measure the rounding of the loss; `num_evaluations` leaves
+    them out. Memory is that of an evaluation.
 
     References:
         Kalra, Gagnon-Audet, Gromov, Mediratta, Niu, Miller and Shvartsman, arXiv:2601.16979.
@@ -92,10 +95,9 @@ def critical_sharpness(
     line = _Line(op, along, max_evaluations)
     if not math.isfinite(line.origin):
         raise NonFiniteError(op.explain_non_finite())
-    sign, low, high = _bracket(line, step)
-    seen = line.left and low > 0 and high < math.inf
-    while line.left and seen and (1 + tol) * low < high:
-        low, high, seen = _halved(line, sign, low, high, tol)
+    sign, low, high = _narrowed(line, step, tol)
+    while not line.tells([sign * x for x in (low, high) if 0 < x < math.inf]):
+        sign, low, high = _narrowed(line, step, tol) if line.left else (1.0, 0.0, math.inf)
     done = low > 0 and high <= (1 + tol) * low
     return Sharpness(
         value=2 / math.sqrt(low * high) if low > 0 and high < math.inf else (math.inf if low == 0 else 0.0),
@@ -112,10 +114,15 @@ class _Line:
     """The mean loss along a direction; counts its evaluations."""
 
     def __init__(self, op: HessianOperator, along: PyTree, budget: int):
-        self.op, self.budget, self.count = op, budget, 0
-        self.along = jax.tree.map(lambda x: x[None], along)
+        self.op, self.along, self.budget = op, along, budget
+        self._losses: dict[float, float] = {}
         self.origin = self._loss(0.0)
-        self.rounding = rounding_of(op, self.origin)
+        self.rounding = stated_rounding(op, self.origin)
+
+    @property
+    def count(self) -> int:
+        """Evaluations so far."""
+        return len(self._losses)
 
     @property
     def left(self) -> bool:
@@ -123,8 +130,22 @@ class _Line:
         return self.count < self.budget
 
     def _loss(self, step: float) -> float:
-        self.count += 1
-        return float(losses_at(self.op, self.along, np.array([[step]]))[0])
+        if step not in self._losses:
+            plane = jax.tree.map(lambda x: x[None], self.along)
+            self._losses[step] = float(losses_at(self.op, plane, np.array([[step]]))[0])
+        return self._losses[step]
+
+    def tells(self, steps: list[float]) -> bool:
+        """Whether the loss has changed by more than rounding at these steps, which have been tried. It is
+        measured; where it hides a change, it is taken to be as large from then on, and twice as before."""
+        if not steps:
+            return True
+        losses = [self.origin, *(self._losses[step] for step in steps)]
+        measured = measured_rounding(self.op, self.along, steps, losses)
+        if not any(abs(loss - self.origin) <= measured for loss in losses[1:]):
+            return True
+        self.rounding = max(measured, 2 * self.rounding)
+        return False
 
     def change(self, step: float) -> int:
         """1 if the loss is above its value at the parameters or not finite, -1 if it is below it, and 0 if
@@ -133,6 +154,15 @@ class _Line:
         if not change <= self.rounding:
             return 1
         return -1 if change < -self.rounding else 0
+
+
+def _narrowed(line: _Line, step: float, tol: float) -> tuple[float, float, float]:
+    """The same as `_bracket`, as narrow as the tolerance, or as evaluations and rounding allow."""
+    sign, low, high = _bracket(line, step)
+    seen = line.left and low > 0 and high < math.inf
+    while line.left and seen and (1 + tol) * low < high:
+        low, high, seen = _halved(line, sign, low, high, tol)
+    return sign, low, high
 
 
 def _bracket(line: _Line, step: float) -> tuple[float, float, float]:

@@ -12,11 +12,9 @@ from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, StructureError
 from spectra.base.trees import PyTree
 from spectra.estimators.landscape import losses_at
+from spectra.estimators.loss_errors import measured_rounding, stated_rounding
 from spectra.operators.data import DataOperator
 from spectra.results import Eigenpairs, GradientOverlap, StepQuality
-
-ROUNDINGS = 4
-"""Roundings by which two evaluations of one loss may differ, in units of its precision."""
 
 
 @automatic
@@ -39,7 +37,8 @@ def step_quality(op: DataOperator, update: PyTree, *, measure: bool = True) -> S
         SpectraError: the update is zero.
         NonFiniteError: the loss is NaN or infinite at the parameters.
 
-    Cost: one gradient, one product, and two evaluations of the loss.
+    Cost: one gradient, one product, and two evaluations of the loss, once more in float64, or
+    four times more in stochastic arithmetic, to measure their rounding.
 
     References:
         Kalra et al., arXiv:2601.16979.
@@ -62,17 +61,18 @@ def step_quality(op: DataOperator, update: PyTree, *, measure: bool = True) -> S
         raise NonFiniteError(op.explain_non_finite())
     size, unit = _unit(along)
     slope, curvature = (float(x) for x in jax.device_get(_two(unit, op.gradient(), op @ unit)))
-    moved = math.nan
+    moved, rounding = math.nan, stated_rounding(op, loss)
     if measure:
         stack = jax.tree.map(lambda x: x[None], along)
-        moved = float(losses_at(op, stack, np.ones((1, 1)))[0]) - loss
+        there = float(losses_at(op, stack, np.ones((1, 1)))[0])
+        moved, rounding = there - loss, measured_rounding(op, along, [1.0], [loss, there])
     return StepQuality(
         slope=float(size) * slope,
         curvature=float(size) ** 2 * curvature,
         length=length,
         loss=loss,
         measured=moved,
-        rounding=rounding_of(op, loss),
+        rounding=rounding,
     )
 
 
@@ -117,11 +117,6 @@ def gradient_overlap(op: DataOperator, pairs: Eigenpairs) -> GradientOverlap:
         raise SpectraError(f"the gradient has length {length}: it has no direction.")
     along = jax.device_get(_shares(pairs.vectors, gradient))
     return GradientOverlap(np.asarray(along, float) ** 2, length)
-
-
-def rounding_of(op: DataOperator, loss: float) -> float:
-    """By how much two evaluations of one loss may differ."""
-    return ROUNDINGS * op.loss_precision * abs(loss)
 
 
 def require_loss(op: Any) -> None:

@@ -1,0 +1,72 @@
+"""What rounding does to values of a loss: measured, since a loss may subtract what is nearly equal.
+
+The stated precision is that of the loss as a number. But log Σ exp z - z_y of a classifier that is sure of an
+example is 1e-5 where z is 10, and a squared residual of a good fit is rounded as the outputs are. What such
+a value is off by is no share of it.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+from spectra.base import programs
+from spectra.base.trees import PyTree
+from spectra.estimators.landscape import on_batch
+from spectra.krylov.product_rounding import KEY, SAMPLES, limit
+from spectra.operators.accumulate import weighted_sum
+from spectra.operators.data import DataOperator
+from spectra.operators.doubled import QUICK, doubled, in_wide
+from spectra.operators.stochastic import rounded_at_random
+
+ROUNDINGS = 4
+"""Roundings by which two evaluations of one loss may differ, in units of its precision."""
+
+
+def stated_rounding(op: DataOperator, loss: float) -> float:
+    """By how much two evaluations of one loss may differ, if it is as precise as it states."""
+    return ROUNDINGS * op.loss_precision * abs(loss)
+
+
+def measured_rounding(op: DataOperator, along: PyTree, steps: list[float], losses: list[float]) -> float:
+    """By how much rounding moves the change of the loss from θ to θ + s d, for the steps s that are given.
+
+    `losses` are those at θ and at the steps. In float64, where that is possible, they tell what these are off
+    by, to which what is stated is added. Elsewhere each is evaluated four times more in stochastic
+    arithmetic; see `limit`. Losses that are not finite tell nothing.
+    """
+    plane = jax.tree.map(lambda x: x[None], along)
+    where = jnp.asarray([[0.0], *([step] for step in steps)], op.dtype)
+    exact = doubled(op) is not None
+    if exact:
+        with jax.enable_x64(True):
+            rows = [_over_data(op, _in_double, plane, where)]
+    else:
+        salts = [jnp.uint32(KEY + i) for i in range(SAMPLES)]
+        rows = [_over_data(op, partial(_at_random, salt), plane, where) for salt in salts]
+    errors = np.asarray(losses, float) - np.asarray(rows, float)
+    first = np.roll(errors[:, :1], 1, axis=0)  # with another salt: equal numbers are moved alike by one
+    changes = (errors[:, 1:] - first).ravel()
+    changes = changes[np.isfinite(changes)]
+    stated = stated_rounding(op, losses[0])
+    return stated + float(np.abs(changes).max(initial=0.0)) if exact else max(stated, limit(changes))
+
+
+def _over_data(op: DataOperator, program: Any, plane: PyTree, where: jax.Array) -> Any:
+    if op.stream is None:
+        return program(jax.tree.map(jnp.asarray, op), plane, where)
+    return weighted_sum(lambda piece: program(jax.tree.map(jnp.asarray, piece), plane, where), op._pieces())
+
+
+@partial(programs.jit, options=QUICK)
+def _in_double(op: DataOperator, plane: PyTree, where: jax.Array) -> jax.Array:
+    return in_wide(on_batch, op, plane, where)[0]
+
+
+@partial(programs.jit, options=QUICK)
+def _at_random(salt: jax.Array, op: DataOperator, plane: PyTree, where: jax.Array) -> jax.Array:
+    return rounded_at_random(on_batch, salt, op, plane, where)[0]
