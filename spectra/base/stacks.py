@@ -28,8 +28,8 @@ def row(stack: PyTree, i: int) -> PyTree:
 
 
 def rows(stack: PyTree, start: int, stop: int) -> PyTree:
-    """Vectors start..stop-1."""
-    return _rows(stack, start, stop - start)
+    """Vectors start..stop-1, as far as there are."""
+    return _rows(stack, start, min(stop, length(stack)) - start)
 
 
 @functools.partial(trees.one_program, static_argnames="count")
