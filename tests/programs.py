@@ -15,8 +15,9 @@ from pathlib import Path
 import jax
 from jax._src.interpreters import mlir
 
-MOST_RESIDENT, MOST_MAPS = 2 * 2**30, 30_000
-"""Bytes and memory maps of a process beyond which it releases its programs; Linux allows 65,530 maps."""
+LEAST_RESIDENT, MOST_RESIDENT, MOST_MAPS = 3 * 2**29, 3 * 2**30, 40_000
+"""Bytes and memory maps of a process beyond which it releases its programs, and compiles or reads them anew:
+half of the machine's memory, divided by the processes, within these two. Linux allows 65,530 maps."""
 SWITCH = "SPECTRA_TEST_PROGRAMS"
 CHOICES = ("quick", "optimised")
 # A program in several parts compiles on several cores, which other tests need, and takes longer in all.
@@ -97,5 +98,8 @@ def _many() -> bool:
     process = Path("/proc/self")
     if not process.exists():
         return True
-    resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resident > MOST_RESIDENT or (process / "maps").read_bytes().count(b"\n") > MOST_MAPS
+    page, processes = os.sysconf("SC_PAGE_SIZE"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    share = page * os.sysconf("SC_PHYS_PAGES") // (2 * processes)
+    resident = int((process / "statm").read_text().split()[1]) * page
+    limit = min(max(share, LEAST_RESIDENT), MOST_RESIDENT)
+    return resident > limit or (process / "maps").read_bytes().count(b"\n") > MOST_MAPS
