@@ -36,6 +36,12 @@ def problem(dtype=jnp.float64):
 jax_hessian = jax.jit(jax.hessian(network))
 
 
+@pytest.fixture(autouse=True)
+def _cut_as_large_matrices_are(monkeypatch):
+    """A block column for each leaf, or for a few: symmetry saves too little of small matrices."""
+    monkeypatch.setattr(hessian, "WORTH", 1)
+
+
 @pytest.mark.parametrize("mode", ["forward-over-reverse", "reverse-over-reverse"])
 def test_blocks_are_those_of_jax_hessian(mode, x64):
     params, inputs = problem()
@@ -89,10 +95,25 @@ def test_chunks_and_groups_change_nothing(monkeypatch, x64):
     params, inputs = problem()
     whole = spectra.dense_hessian(network, params, inputs)
     monkeypatch.setattr(hessian, "CHUNK", 4)  # does not divide the leaves of 20, 15 and 6
-    monkeypatch.setattr(hessian, "MAX_GROUPS", 4)  # two leaves to a group
+    monkeypatch.setattr(hessian, "MAX_GROUPS", 4)  # some leaves share a group
     jax.clear_caches()
     split = spectra.dense_hessian(network, params, inputs)
     np.testing.assert_allclose(split, whole, rtol=0, atol=100 * EPS * float(jnp.abs(whole).max()))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "edges"),
+    [
+        ((2352, 12, 144, 12, 120, 10), [0, 6]),  # 2352 · 298 entries are fewer than a million
+        ((2000, 10, 2000), [0, 2, 3]),  # 2010 · 2000, as many as a cut after the first; no second one
+        ((4000, 100, 4000, 100, 4000), [0, 2, 3, 5]),  # 8100 · 4100, then 4100 · 4000
+        ((1000,) * 16, list(range(0, 17, 2))),  # no more than eight
+        ((5000,), [0, 1]),
+    ],
+)
+def test_columns_are_cut_where_symmetry_saves_most(sizes, edges, monkeypatch):
+    monkeypatch.setattr(hessian, "WORTH", 2**20)
+    assert hessian._edges([0, *itertools.accumulate(sizes)]) == edges
 
 
 def test_only_blocks_on_and_below_the_diagonal_are_differentiated(x64):

@@ -94,9 +94,10 @@ COLUMNS = 64
 CHUNK = 1024
 """Columns of one compiled call: bounds what is copied into the matrix at a time."""
 MAX_GROUPS = 8
-"""A block column is code to compile; more leaves than this share columns, a few at a time."""
-SMALL = 32
-"""Up to this order all leaves share their columns: symmetry would save less than another program costs."""
+"""Block columns at most, each of which is a program to compile."""
+WORTH = 2**20
+"""Entries that symmetry must save for another program. To compile it takes as long as to differentiate along
+so many, with some thousand examples."""
 STRUCTURES = ("matrix", "blocks")
 
 
@@ -134,8 +135,8 @@ def dense_hessian(
         MemoryLimitError: 3 n² numbers exceed the limit; the message names matrix-free alternatives.
         NonFiniteError: an entry is NaN or infinite.
 
-    Cost: n products, 64 at a time, where those of leaf j differentiate only leaf j and later ones; 3 n²
-    numbers at the peak.
+    Cost: n products, 64 at a time; 3 n² numbers at the peak. Where it saves a million entries, products along
+    leaf j differentiate only leaf j and later ones.
 
     Examples:
         >>> import jax.numpy as jnp, spectra
@@ -192,11 +193,27 @@ def _offsets(leaves: list[Any]) -> list[int]:
 
 def _groups(op: HessianOperator) -> list[tuple[int, int, int, int]]:
     """Runs of leaves that share a block column: (first leaf, last + 1, first parameter, last + 1)."""
-    leaves = jax.tree.leaves(op.structure)
-    groups = MAX_GROUPS if op.size > SMALL else 1
-    offsets, run = _offsets(leaves), -(-len(leaves) // groups)
-    edges = [*range(0, len(leaves), run), len(leaves)]
-    return [(a, b, offsets[a], offsets[b]) for a, b in itertools.pairwise(edges)]
+    offsets = _offsets(jax.tree.leaves(op.structure))
+    return [(a, b, offsets[a], offsets[b]) for a, b in itertools.pairwise(_edges(offsets))]
+
+
+def _edges(offsets: list[int]) -> list[int]:
+    """Where block columns begin and end, in leaves: cut where most is saved, as long as that is worth it.
+
+    A cut at i of a block from a to b saves the rows from a to i of the columns from i to b.
+    """
+    edges = [0, len(offsets) - 1]
+    while len(edges) <= MAX_GROUPS:
+        cuts = [
+            ((offsets[i] - offsets[a]) * (offsets[b] - offsets[i]), i)
+            for a, b in itertools.pairwise(edges)
+            for i in range(a + 1, b)
+        ]
+        saved, cut = max(cuts, default=(0, 0))
+        if saved < WORTH:
+            break
+        edges = sorted([*edges, cut])
+    return edges
 
 
 def _owners(op: HessianOperator) -> np.ndarray:
