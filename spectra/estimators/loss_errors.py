@@ -43,8 +43,8 @@ def measured_change(op: DataOperator, vectors: list[PyTree], loss: float) -> tup
 def measured_rounding(op: DataOperator, plane: PyTree, points: np.ndarray, losses: list[float]) -> float:
     """By how much rounding moves the change of the loss from θ to θ + Σ_j x_j v_j, for some points x (p, k).
 
-    `losses` are those at θ and at the points. In float64, where that is possible, they tell what these are off
-    by, to which what is stated is added. Elsewhere each is evaluated four times more in stochastic
+    `losses` are those at θ and at the points. In float64, where that is possible, they tell what these are
+    off by, to which what is stated is added. Elsewhere each is evaluated four times more in stochastic
     arithmetic; see `limit`. Losses that are not finite tell nothing.
     """
     where = jnp.asarray(np.concatenate([np.zeros_like(points[:1]), points]), op.dtype)

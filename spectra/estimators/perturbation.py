@@ -153,17 +153,17 @@ def perturbation(op: DataOperator, deltas: Mapping[str, PyTree], *, measure: boo
             rounding does to these changes.
 
     Returns:
-        `Perturbation`: `.changes`, `.pairs`, `.change(names)`, `.ranking`, `.measured` to within `.rounding`; print
-        it for the table.
+        `Perturbation`: `.changes`, `.pairs`, `.change(names)`, `.ranking`, `.measured` to within
+        `.rounding`; print it for the table.
 
     Raises:
         StructureError: `op` has no loss, or a perturbation is not like the parameters.
         SpectraError: there are no perturbations.
         NonFiniteError: the loss, or a perturbation, is NaN or infinite.
 
-    Cost: one gradient and p products; with `measure` p + 2 evaluations of the loss, and 2 (p + 1) in float64, or
-    8 (p + 1) in stochastic arithmetic where that is slow, for their rounding. One product in memory at a
-    time, besides the perturbations.
+    Cost: one gradient and p products; with `measure` p + 2 evaluations of the loss, and for their
+    rounding 2 (p + 1) in float64, or 8 (p + 1) in stochastic arithmetic where that is slow. One product in
+    memory at a time, besides the perturbations.
 
     Fails where the loss is not quadratic over the length of δ, as with four bits or fewer: `measure` shows
     it.

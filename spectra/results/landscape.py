@@ -220,7 +220,8 @@ class Perturbation(Result):
         for i in np.argsort(-self.changes, kind="stable"):
             text = f"{self.changes[i]:+.3g} = {self.slopes[i]:+.2g} {self.curvature[i, i] / 2:+.2g}"
             if self.measured is not None:
-                text += f"; measured {_within(self.measured[i], None if self.rounding is None else self.rounding[i])}"
+                rounding = None if self.rounding is None else float(self.rounding[i])
+                text += f"; measured {_within(float(self.measured[i]), rounding)}"
             rows.append((self.names[i], text))
         total = f"{self.change():+.3g} on a loss of {self.loss:.5g}"
         if self.measured_all is not None:
