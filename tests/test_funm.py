@@ -254,7 +254,6 @@ def test_a_pole_between_the_eigenvalues_is_no_bound():
     assert spectra.funm(op, lambda x: 1 / (x + 0.1), vector(), num_steps=16).error_bound == np.inf
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sign", "inv", "step"])
 def test_the_bound_holds_where_rounding_moves_eigenvalues_across_a_step_or_pole(name):
     """Rounding turns zeros into ±1e-9, and vectors of small eigenvalues into those of one 10⁴ as large."""
@@ -273,6 +272,7 @@ def test_the_bound_holds_where_rounding_moves_eigenvalues_across_a_step_or_pole(
         assert name != "step" or found.error_bound < np.linalg.norm(v)
 
 
+@pytest.mark.slow
 def test_the_same_inside_jit():
     op, v = planted(SPECTRA["bulk"], jnp.float32), jnp.asarray(vector(), jnp.float32)
     inside = jax.jit(lambda v: spectra.funm(op, "sqrt", v, num_steps=16).value)(v)
