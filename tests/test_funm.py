@@ -254,6 +254,24 @@ def test_a_pole_between_the_eigenvalues_is_no_bound():
     assert spectra.funm(op, lambda x: 1 / (x + 0.1), vector(), num_steps=16).error_bound == np.inf
 
 
+@pytest.mark.parametrize("name", ["sign", "inv", "step"])
+def test_the_bound_holds_where_rounding_moves_eigenvalues_across_a_step_or_pole(name):
+    """Rounding turns zeros into ±1e-9, and vectors of small eigenvalues into those of one 10⁴ as large."""
+    rng, n = np.random.default_rng(0), 12
+    f = {"sign": np.sign, "inv": lambda x: 1 / x, "step": lambda x: (x > 0.3) * 1.0}[name]
+    small = np.linspace(0.1, 1, 11) if name == "step" else np.linspace(0.5, 1, 6)
+    values = np.r_[1e4, small] if name == "step" else np.r_[np.zeros(6), small]
+    for _ in range(4):
+        q = np.linalg.qr(rng.standard_normal((n, n)))[0]
+        half = np.tril((q * values) @ q.T)
+        matrix = (half + np.tril(half, -1).T).astype(np.float32)
+        v = rng.standard_normal(n).astype(np.float32)
+        found = spectra.funm(spectra.MatrixOperator(jnp.asarray(matrix)), f, jnp.asarray(v))
+        theta, u = np.linalg.eigh(matrix.astype(float))
+        assert np.linalg.norm(found.value - (u * f(theta)) @ (u.T @ v)) <= found.error_bound
+        assert name != "step" or found.error_bound < np.linalg.norm(v)
+
+
 @pytest.mark.slow
 def test_the_same_inside_jit():
     op, v = planted(SPECTRA["bulk"], jnp.float32), jnp.asarray(vector(), jnp.float32)

@@ -9,6 +9,7 @@ import pytest
 from networks import Network, cross_entropy, model_fn
 
 import spectra
+from spectra.estimators import loss_errors
 
 NET = Network()
 
@@ -72,6 +73,33 @@ def test_rounded_layers_change_the_loss_as_predicted(stream):
     moved = weights | changed
     assert abs(found.change() - (value(moved) - value(weights))) <= 1e-5
     assert "measured" in repr(found)
+
+
+@pytest.mark.parametrize("slow_in_double", [False, True])
+def test_measured_changes_of_a_good_fit_are_right_to_their_rounding(slow_in_double, monkeypatch):
+    """Residuals of 1e-4 of outputs near one are rounded as the outputs are; the second parts overlap."""
+    if slow_in_double:
+        monkeypatch.setattr(loss_errors, "doubled", lambda op: None)
+    rng = np.random.default_rng(0)
+    x, near = rng.standard_normal((50, 6)).astype(np.float32), rng.standard_normal(6).astype(np.float32)
+    y = (x.astype(float) @ near).astype(np.float32)
+    w = (near + 1e-4 * rng.standard_normal(6)).astype(np.float32)
+    op = spectra.HessianOperator(
+        lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2),
+        jnp.asarray(w),
+        (jnp.asarray(x), jnp.asarray(y)),
+    )
+
+    def change(d):
+        return np.mean((x.astype(float) @ (w + d) - y) ** 2) - np.mean((x.astype(float) @ w - y) ** 2)
+
+    for _ in range(6):
+        deltas = {str(s): (s * rng.standard_normal(6)).astype(np.float32) for s in (1e-1, 1e-3, 1e-5)}
+        found = spectra.perturbation(op, {k: jnp.asarray(d) for k, d in deltas.items()}, measure=True)
+        for d, one, rounding in zip(deltas.values(), found.measured, found.rounding, strict=True):
+            assert abs(one - change(d.astype(float))) <= rounding
+        together = sum(d.astype(float) for d in deltas.values())
+        assert abs(found.measured_all - change(together)) <= found.rounding_all
 
 
 def test_rounding_is_that_of_the_definition():

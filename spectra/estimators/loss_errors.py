@@ -15,8 +15,9 @@ import numpy as np
 # pyright: reportPrivateUsage=false
 # Operators have parts that only this package uses.
 from spectra.base import programs
+from spectra.base.stacks import stacked
 from spectra.base.trees import PyTree
-from spectra.estimators.landscape import on_batch
+from spectra.estimators.landscape import losses_at, on_batch
 from spectra.krylov.product_rounding import KEY, SAMPLES, limit
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.data import DataOperator
@@ -32,15 +33,21 @@ def stated_rounding(op: DataOperator, loss: float) -> float:
     return ROUNDINGS * op.loss_precision * abs(loss)
 
 
-def measured_rounding(op: DataOperator, along: PyTree, steps: list[float], losses: list[float]) -> float:
-    """By how much rounding moves the change of the loss from θ to θ + s d, for the steps s that are given.
+def measured_change(op: DataOperator, vectors: list[PyTree], loss: float) -> tuple[float, float]:
+    """L(θ + d) - L(θ) for the sum d of some vectors, with `loss` for L(θ), and what rounding moves it by."""
+    plane, points = stacked(vectors), np.ones((1, len(vectors)))
+    there = float(losses_at(op, plane, points)[0])
+    return there - loss, measured_rounding(op, plane, points, [loss, there])
 
-    `losses` are those at θ and at the steps. In float64, where that is possible, they tell what these are off
-    by, to which what is stated is added. Elsewhere each is evaluated four times more in stochastic
+
+def measured_rounding(op: DataOperator, plane: PyTree, points: np.ndarray, losses: list[float]) -> float:
+    """By how much rounding moves the change of the loss from θ to θ + Σ_j x_j v_j, for some points x (p, k).
+
+    `losses` are those at θ and at the points. In float64, where that is possible, they tell what these are
+    off by, to which what is stated is added. Elsewhere each is evaluated four times more in stochastic
     arithmetic; see `limit`. Losses that are not finite tell nothing.
     """
-    plane = jax.tree.map(lambda x: x[None], along)
-    where = jnp.asarray([[0.0], *([step] for step in steps)], op.dtype)
+    where = jnp.asarray(np.concatenate([np.zeros_like(points[:1]), points]), op.dtype)
     exact = doubled(op) is not None
     if exact:
         with jax.enable_x64(True):

@@ -15,7 +15,7 @@ from spectra.base import paths, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, StructureError
 from spectra.base.trees import PyTree
-from spectra.estimators.landscape import losses_at
+from spectra.estimators.loss_errors import measured_change
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.data import DataOperator
 from spectra.results import Perturbation
@@ -149,18 +149,21 @@ def perturbation(op: DataOperator, deltas: Mapping[str, PyTree], *, measure: boo
             Fisher operator, the curvature is that of its matrix.
         deltas: perturbations by name: vectors like the parameters, flat or as a tree in which leaves that do
             not change may be None.
-        measure: also evaluate the loss at θ + δ, for each perturbation and for all combined.
+        measure: also evaluate the loss at θ + δ, for each perturbation and for all combined, and measure what
+            rounding does to these changes.
 
     Returns:
-        `Perturbation`: `.changes`, `.pairs`, `.change(names)`, `.ranking`; print it for the table.
+        `Perturbation`: `.changes`, `.pairs`, `.change(names)`, `.ranking`, `.measured` to within
+        `.rounding`; print it for the table.
 
     Raises:
         StructureError: `op` has no loss, or a perturbation is not like the parameters.
         SpectraError: there are no perturbations.
         NonFiniteError: the loss, or a perturbation, is NaN or infinite.
 
-    Cost: one gradient and p products; with `measure` p + 2 evaluations of the loss. One product in memory at
-    a time, besides the perturbations.
+    Cost: one gradient and p products; with `measure` p + 2 evaluations of the loss, and for their
+    rounding 2 (p + 1) in float64, or 8 (p + 1) in stochastic arithmetic where that is slow. One product in
+    memory at a time, besides the perturbations.
 
     Fails where the loss is not quadratic over the length of δ, as with four bits or fewer: `measure` shows
     it.
@@ -200,7 +203,7 @@ def perturbation(op: DataOperator, deltas: Mapping[str, PyTree], *, measure: boo
     rows = [_dots(jax.tree.leaves(prepared @ _filled(op, unit)), units) for unit in units]
     curvature = np.outer(sizes, sizes) * np.asarray(jax.device_get(rows), float)
     lengths = [trees.length(part) for part in kept]
-    measured, together = _measured(op, kept, loss) if measure else (None, None)
+    measured = _measured(op, kept, loss) if measure else {}
     return Perturbation(
         names=tuple(parts),
         slopes=slopes,
@@ -208,8 +211,7 @@ def perturbation(op: DataOperator, deltas: Mapping[str, PyTree], *, measure: boo
         lengths=np.array(lengths),
         loss=loss,
         num_matvecs=len(parts),
-        measured=measured,
-        measured_all=together,
+        **measured,
     )
 
 
@@ -268,17 +270,25 @@ def _dots(image: list[jax.Array], kept: list[Parts]) -> jax.Array:
     return jnp.stack([one(parts) for parts in kept])
 
 
-def _measured(op: DataOperator, kept: list[Parts], loss: float) -> tuple[np.ndarray, float]:
-    """True changes, of each perturbation and of their sum."""
-
-    def change(vector: PyTree) -> float:
-        stack = jax.tree.map(lambda x: x[None], vector)
-        return float(losses_at(op, stack, np.ones((1, 1)))[0]) - loss
-
+def _measured(op: DataOperator, kept: list[Parts], loss: float) -> dict[str, Any]:
+    """True changes and what rounding moves them by, of each perturbation and of their sum."""
     vectors = (_filled(op, parts) for parts in kept)
-    total: PyTree = None
-    changes: list[float] = []
+    total: list[PyTree] = []
+    found: list[tuple[float, float]] = []
     for vector in vectors:
-        changes.append(change(vector))
-        total = vector if total is None else trees.axpy(1.0, vector, total)
-    return np.array(changes), change(total)
+        found.append(measured_change(op, [vector], loss))
+        total = _added(*total, vector) if total else [vector, jax.tree.map(jnp.zeros_like, vector)]
+    changes, rounding = np.array(found).T
+    together, unsure = measured_change(op, total, loss)
+    return {"measured": changes, "measured_all": together, "rounding": rounding, "rounding_all": unsure}
+
+
+@programs.jit
+def _added(total: PyTree, left: PyTree, vector: PyTree) -> list[PyTree]:
+    """The sum with a further vector, and what its rounding has left of all (Knuth's TwoSum)."""
+
+    def lost(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+        return (a - (c - (c - a))) + (b - (c - a))
+
+    new = jax.tree.map(jnp.add, total, vector)
+    return [new, jax.tree.map(jnp.add, left, jax.tree.map(lost, total, vector, new))]

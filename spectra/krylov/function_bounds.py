@@ -29,6 +29,12 @@ from spectra.quadrature.rules import breakdown_noise
 Intervals = Sequence[tuple[float, float]]
 SAMPLES = 1500
 """Of g over the intervals, denser towards their ends, and between the Ritz values."""
+FEWEST = 17
+"""Of these for one interval of many."""
+NEAR = np.concatenate([s * 0.25 ** np.arange(12) for s in (-1, 1)])
+"""Where f is sampled beside a Ritz value, in units of what that may be off by: a pole may be anywhere."""
+TOGETHER = 2**22
+"""Quotients of f in memory at a time."""
 REFINEMENTS, GROWTH = 6, 1.2
 """How often samples are added beside the largest, and by how much that may grow before more are."""
 FAILS = 1e-6
@@ -62,7 +68,7 @@ def truncation(
         with np.errstate(divide="ignore", invalid="ignore"):
             return (f(x)[:, None] - at_nodes) / (x[:, None] - theta)
 
-    points = [_samples(low, high, theta) for low, high in intervals]
+    points = [_samples(low, high, theta, len(intervals)) for low, high in intervals]
     sampled = [quotients(x) for x in points]
     if not all(np.isfinite(x).all() for x in sampled):
         return np.full(len(first.T), np.inf)
@@ -74,7 +80,9 @@ def truncation(
         for x, values, (low, high) in zip(points, sampled, intervals, strict=True):
             apart = 1e-7 * (high - low)
             found = [
-                _largest(quotients, one, x, values @ one, theta, apart) if one.any() else 0.0
+                _largest(lambda x, one=one: quotients(x) @ one, x, values @ one, theta, apart)
+                if one.any()
+                else 0.0
                 for one in weights.T
             ]
             largest = np.maximum(largest, found)
@@ -91,8 +99,7 @@ def _main_axes(samples: list[np.ndarray]) -> np.ndarray:
 
 
 def _largest(
-    quotients: Function,
-    weights: np.ndarray,
+    g: Function,
     x: np.ndarray,
     found: np.ndarray,
     theta: np.ndarray,
@@ -107,7 +114,7 @@ def _largest(
     for _ in range(REFINEMENTS):
         x = np.linspace(float(left), float(right), 42)[1:-1]
         x = x[np.abs(x[:, None] - theta).min(axis=1) > apart]
-        finer = np.abs(quotients(x) @ weights) if len(x) else np.zeros(1)
+        finer = np.abs(g(x)) if len(x) else np.zeros(1)
         if not np.isfinite(finer).all():
             return np.inf
         if finer.max() <= GROWTH * largest:
@@ -117,15 +124,15 @@ def _largest(
     return np.inf
 
 
-def _samples(low: float, high: float, theta: np.ndarray) -> np.ndarray:
-    """Points of an interval, none within a millionth of it of a Ritz value, where f(λ) - f(θ) cancels."""
+def _samples(low: float, high: float, theta: np.ndarray, of: int) -> np.ndarray:
+    """Points of one of so many intervals, none within 1e-6 of it of a Ritz value: f(λ) - f(θ) cancels."""
     middle, half = (low + high) / 2, (high - low) / 2
     inside = theta[(theta > low) & (theta < high)]
     edges = np.concatenate([[low], inside, [high]])
     between = edges[:-1, None] + np.diff(edges)[:, None] * np.linspace(0.05, 0.95, 7)
-    x = middle - half * np.cos(np.pi * np.linspace(0, 1, SAMPLES))
+    x = middle - half * np.cos(np.pi * np.linspace(0, 1, max(SAMPLES // of, FEWEST)))
     # Functions with a pole or a branch point at zero move fast beside it.
-    near = low + (high - low) * np.geomspace(1e-12, 1, 200) if low >= 0 else np.zeros(0)
+    near = low + (high - low) * np.geomspace(1e-12, 1, 200) if low >= 0 and of == 1 else np.zeros(0)
     x = np.unique(np.clip(np.concatenate([x, between.ravel(), near]), low, high))
     apart = 1e-6 * max(high - low, np.finfo(float).tiny)
     gaps = np.abs(x[:, None] - theta).min(axis=1)
@@ -133,16 +140,44 @@ def _samples(low: float, high: float, theta: np.ndarray) -> np.ndarray:
     return kept if len(kept) else np.asarray([low - 2 * apart])
 
 
-def rounding(f: Function, intervals: Intervals, moved: float) -> tuple[float, float]:
-    """How far f moves on the intervals where eigenvalues are moved by `moved`, and the largest |f|."""
-    change = largest = 0.0
+def rounding(
+    f: Function, theta: np.ndarray, first: np.ndarray, intervals: Intervals, noise: float
+) -> tuple[np.ndarray, float]:
+    """Bounds on what rounding moves f(H) of each vector by, and the largest |f|.
+
+    Of Ritz pairs with H y_j = θ_j y_j + r_j the vector Σ_j a_j y_j has
+
+        f(H) Σ_j a_j y_j - Σ_j a_j f(θ_j) y_j = Σ_j a_j f[H, θ_j] r_j,
+
+    which along an eigenvector of λ is at most (Σ_j a_j² f[λ, θ_j]²)^½ |R|, where |R| is `noise`. A part of
+    r_j along it is no larger than |λ - θ_j|: a step of f counts once, however close to it a Ritz value is.
+    """
+    at_nodes = f(theta)
+
+    def some(x: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore", over="ignore"):
+            change = np.abs(f(x)[:, None] - at_nodes)
+            change = change / np.maximum(1, np.abs(x[:, None] - theta) / noise)
+            return np.sqrt(change**2 @ first**2)
+
+    def moved(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([some(part) for part in np.array_split(x, 1 + len(x) * len(theta) // TOGETHER)])
+
+    bounds, largest = np.zeros(len(first.T)), float(np.abs(at_nodes).max())
+    if not noise:
+        return bounds, largest
     for low, high in intervals:
-        x = np.linspace(low, high, SAMPLES)
-        values = f(x)
-        change_here = np.abs(f(np.clip(x + moved, low, high)) - values)
-        change = max(change, float(np.max(change_here[np.isfinite(change_here)], initial=0.0)))
-        largest = max(largest, float(np.abs(values).max()) if np.isfinite(values).all() else np.inf)
-    return change, largest
+        near = theta[(theta > low - noise) & (theta < high + noise), None] + noise * NEAR
+        x = np.concatenate([_samples(low, high, theta, len(intervals)), near.ravel()])
+        x = np.unique(np.clip(x, low, high))
+        found, values = moved(x), f(x)
+        if not np.isfinite(found).all() or np.isinf(_largest(f, x, values, theta, 0.0)):
+            return np.full(len(bounds), np.inf), np.inf
+        largest = max(largest, float(np.abs(values).max()))
+        for i, column in enumerate(found.T):
+            here = _largest(lambda x, i=i: moved(x)[:, i], x, column, theta, 0.0)
+            bounds[i] = max(bounds[i], here)
+    return np.minimum(bounds, 2 * largest * np.linalg.norm(first, axis=0)), largest
 
 
 def margin(size: int, steps: int) -> float:
@@ -153,6 +188,13 @@ def margin(size: int, steps: int) -> float:
     """
     share = (np.log(1.648 * np.sqrt(size) / FAILS) / (2 * steps - 1)) ** 2
     return float(share / (1 - 2 * share)) if share < 0.45 else np.inf
+
+
+def around(theta: np.ndarray, noise: float, low: float, high: float) -> list[tuple[float, float]]:
+    """What holds all eigenvalues, of which these are right to `noise`, within an interval."""
+    apart = np.flatnonzero(np.diff(theta) > 2 * noise)
+    starts, ends = theta[np.r_[0, apart + 1]] - noise, theta[np.r_[apart, len(theta) - 1]] + noise
+    return [(float(a), float(b)) for a, b in np.clip(np.stack([starts, ends], 1), low, high)]
 
 
 RANGE_STEPS = 40
@@ -230,12 +272,15 @@ class Range:
         found = lanczos(op, draws.unit_vector(key, op), count)
         theta = eigh(found.alpha, found.beta, int(found.length))[0]
         exact = found.status is Status.INVARIANT or count == op.size
+        whole = int(found.length) == op.size and len(given) == 1
         beyond = 0.0 if exact else margin(op.size, count) * (theta[-1] - theta[0])
         noise = breakdown_noise(op.size, op.precision) * float(np.abs(theta).max())
         a = low if np.isfinite(low) else theta[0] - beyond - noise
         b = high if np.isfinite(high) else theta[-1] + beyond + noise
         edges = [(x if np.isfinite(x) else a, y if np.isfinite(y) else b) for x, y in given]
         edges[0], edges[-1] = (a, edges[0][1]), (edges[-1][0], b)
+        if whole:
+            edges = around(theta, noise, a, b)
         reason = "the ends of the spectrum, which a random run leaves out with probability 1e-6"
         return cls(tuple(edges), low, high, max(abs(a), abs(b)), reason, int(found.length))
 

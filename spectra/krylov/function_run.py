@@ -20,6 +20,7 @@ from spectra.krylov.band_block import extend_block
 from spectra.krylov.function_bounds import (
     Named,
     Range,
+    around,
     extended,
     inside,
     on_reals,
@@ -124,12 +125,14 @@ class FunctionRun:
             # Of a vector that depends on others, so much may have been left out.
             lost = LOST * float(jnp.finfo(self.op.dtype).eps) * step.largest
             errors += np.where((np.diagonal(z) == 0) & (sizes > 0), lost, 0)
+        # Of the value and of the parts that it is the sum of, devices take for zero what is below this.
+        flushed = np.where(sizes > 0, 2 * np.sqrt(self.op.size) * float(jnp.finfo(self.op.dtype).tiny), 0)
         full = np.zeros((len(band.coefficients), len(sizes)))
         full[band.processed] = sizes * step.coefficients
         ended = [Status.CONVERGED if one else Status.BUDGET_EXHAUSTED for one in step.reached(self.tol)]
         return [
             Found(band.combination(column), float(error), status if band.pending else Status.INVARIANT)
-            for column, error, status in zip(full.T, sizes * errors, ended, strict=True)
+            for column, error, status in zip(full.T, sizes * errors + flushed, ended, strict=True)
         ]
 
     def _until_reached(
@@ -159,7 +162,9 @@ class FunctionRun:
         coefficients = vectors @ (values[:, None] * first)
         norms = np.linalg.norm(coefficients, axis=0)
         intervals = extended(known.intervals, theta)
-        moved, largest = rounding(f, intervals, noise * known.norm)
+        if len(theta) == self.op.size:
+            intervals = around(theta, noise * known.norm, intervals[0][0], intervals[-1][1])
+        moved, largest = rounding(f, theta, first, intervals, noise * known.norm)
         bounds = truncation(f, theta, first, coupling, intervals)
         return _Step(coefficients, norms, bounds, moved + noise * norms, largest)
 

@@ -236,8 +236,8 @@ def funm(
 
     Returns:
         `FunctionProduct` with value and error_bound. `status` is CONVERGED, INVARIANT where the Krylov space
-        is exhausted and the value exact to rounding, BUDGET_EXHAUSTED, or TRACED inside jit, where the bound
-        is infinite.
+        is exhausted and the value exact to rounding, which the bound holds, BUDGET_EXHAUSTED, or TRACED
+        inside jit, where the bound is infinite.
 
     Raises:
         SpectraError: f is not finite at a Ritz value, as for the root of an operator with a negative

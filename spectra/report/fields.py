@@ -159,6 +159,7 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "names": _names, "slopes": _array("p"), "curvature": _array("p p"), "lengths": _array("p", low=0),
         "loss": _REAL, "num_matvecs": _COUNT, "status": _STATUS, "measured": _or_none(_array("p")),
         "measured_all": _or_none(_REAL),
+        "rounding": _or_none(_array("p", low=0)), "rounding_all": _or_none(_POSITIVE),
     },
     Solution: {
         "x": _numbers, **dict.fromkeys(("residual_norm", "rounding", "error_bound"), _numbers),

@@ -81,7 +81,7 @@ class Perturbation(Result):
     """Change of the loss under each perturbation and any sum of them, to second order.
 
     gᵀδ + ½ δᵀHδ for δ = Σ of the perturbations in a set: linear parts add, and every pair adds δ_iᵀHδ_j.
-    `measured` holds the true changes, if requested.
+    `measured` holds the true changes, if requested, each to within its `rounding`.
 
     Returned by `perturbation`, one product per perturbation.
 
@@ -105,6 +105,8 @@ class Perturbation(Result):
     status: Status = Status.COMPLETE
     measured: Float[Array, " perturbations"] | None = None  # true change of each
     measured_all: float | None = None  # of all together
+    rounding: Float[Array, " perturbations"] | None = None  # of `measured`: smaller changes are not resolved
+    rounding_all: float | None = None
 
     @property
     def changes(self) -> Float[np.ndarray, " perturbations"]:
@@ -218,11 +220,12 @@ class Perturbation(Result):
         for i in np.argsort(-self.changes, kind="stable"):
             text = f"{self.changes[i]:+.3g} = {self.slopes[i]:+.2g} {self.curvature[i, i] / 2:+.2g}"
             if self.measured is not None:
-                text += f"; measured {self.measured[i]:+.3g}"
+                rounding = None if self.rounding is None else float(self.rounding[i])
+                text += f"; measured {_within(float(self.measured[i]), rounding)}"
             rows.append((self.names[i], text))
         total = f"{self.change():+.3g} on a loss of {self.loss:.5g}"
         if self.measured_all is not None:
-            total += f"; measured {self.measured_all:+.3g}"
+            total += f"; measured {_within(self.measured_all, self.rounding_all)}"
         return [*rows, ("all together", total), ("products", f"{self.num_matvecs}")]
 
     def __repr__(self) -> str:
@@ -230,3 +233,7 @@ class Perturbation(Result):
 
     def _repr_html_(self) -> str:
         return html_table("Change of the loss = slope + curvature", self.rows())
+
+
+def _within(change: float, rounding: float | None) -> str:
+    return f"{change:+.3g}" + ("" if rounding is None else f" ± {rounding:.2g}")

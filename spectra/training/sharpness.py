@@ -114,7 +114,7 @@ class _Line:
     """The mean loss along a direction; counts its evaluations."""
 
     def __init__(self, op: HessianOperator, along: PyTree, budget: int):
-        self.op, self.along, self.budget = op, along, budget
+        self.op, self.plane, self.budget = op, jax.tree.map(lambda x: x[None], along), budget
         self._losses: dict[float, float] = {}
         self.origin = self._loss(0.0)
         self.rounding = stated_rounding(op, self.origin)
@@ -131,8 +131,7 @@ class _Line:
 
     def _loss(self, step: float) -> float:
         if step not in self._losses:
-            plane = jax.tree.map(lambda x: x[None], self.along)
-            self._losses[step] = float(losses_at(self.op, plane, np.array([[step]]))[0])
+            self._losses[step] = float(losses_at(self.op, self.plane, np.array([[step]]))[0])
         return self._losses[step]
 
     def tells(self, steps: list[float]) -> bool:
@@ -141,7 +140,7 @@ class _Line:
         if not steps:
             return True
         losses = [self.origin, *(self._losses[step] for step in steps)]
-        measured = measured_rounding(self.op, self.along, steps, losses)
+        measured = measured_rounding(self.op, self.plane, np.array(steps)[:, None], losses)
         if not any(abs(loss - self.origin) <= measured for loss in losses[1:]):
             return True
         self.rounding = max(measured, 2 * self.rounding)

@@ -11,8 +11,7 @@ from spectra.base import programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, StructureError
 from spectra.base.trees import PyTree
-from spectra.estimators.landscape import losses_at
-from spectra.estimators.loss_errors import measured_rounding, stated_rounding
+from spectra.estimators.loss_errors import measured_change, stated_rounding
 from spectra.operators.data import DataOperator
 from spectra.results import Eigenpairs, GradientOverlap, StepQuality
 
@@ -63,9 +62,7 @@ def step_quality(op: DataOperator, update: PyTree, *, measure: bool = True) -> S
     slope, curvature = (float(x) for x in jax.device_get(_two(unit, op.gradient(), op @ unit)))
     moved, rounding = math.nan, stated_rounding(op, loss)
     if measure:
-        stack = jax.tree.map(lambda x: x[None], along)
-        there = float(losses_at(op, stack, np.ones((1, 1)))[0])
-        moved, rounding = there - loss, measured_rounding(op, along, [1.0], [loss, there])
+        moved, rounding = measured_change(op, [along], loss)
     return StepQuality(
         slope=float(size) * slope,
         curvature=float(size) ** 2 * curvature,
