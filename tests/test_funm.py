@@ -9,7 +9,7 @@ from cases import SHARP, rotation, slow_but
 
 import spectra
 from spectra import Status
-from spectra.krylov import function_run
+from spectra.krylov import function_bounds, function_run
 
 M = 120
 FUNCTIONS = {
@@ -270,6 +270,22 @@ def test_the_bound_holds_where_rounding_moves_eigenvalues_across_a_step_or_pole(
         theta, u = np.linalg.eigh(matrix.astype(float))
         assert np.linalg.norm(found.value - (u * f(theta)) @ (u.T @ v)) <= found.error_bound
         assert name != "step" or found.error_bound < np.linalg.norm(v)
+
+
+@pytest.mark.parametrize(
+    ("g", "bounds"),
+    [
+        (lambda x: 1 / x, (np.inf, np.inf)),  # one sample is beside the pole by chance
+        (lambda x: 1 / (1 + (1e3 * x) ** 2), (1.0, 1.5)),  # and half of what samples differ by
+        (lambda x: np.where(x > 0, 1.0, 0.0), (1.0, 1.5)),
+    ],
+    ids=["pole", "peak", "step"],
+)
+def test_samples_find_the_largest_value_or_a_pole(g, bounds):
+    x = np.array([-1.0, 1e-9, 1.0])
+    low, high = bounds
+    found = function_bounds._largest(g, x, g(x), np.array([5.0]), 0.0)
+    assert low <= found <= high
 
 
 @pytest.mark.slow

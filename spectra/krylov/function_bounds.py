@@ -105,23 +105,26 @@ def _largest(
     theta: np.ndarray,
     apart: float,
 ) -> float:
-    """max |g| on one interval: of the samples `found` at x, and of more beside the largest while they find
-    more. Beside a pole of f they always do: there is no bound then.
+    """max |g| on one interval: of the samples `found` at x, and of more beside the largest until they are as
+    large. Beside a pole of f they grow to the end: there is no bound then. Rounding does not.
     """
     between = np.max(np.abs(np.diff(found)), initial=0.0) / 2
-    largest, best = float(np.abs(found).max()), int(np.argmax(np.abs(found)))
-    left, right = x[max(best - 1, 0)], x[min(best + 1, len(x) - 1)]
+    sizes, growing = np.abs(found), False
     for _ in range(REFINEMENTS):
-        x = np.linspace(float(left), float(right), 42)[1:-1]
-        x = x[np.abs(x[:, None] - theta).min(axis=1) > apart]
-        finer = np.abs(g(x)) if len(x) else np.zeros(1)
+        best = int(np.argmax(sizes))
+        largest, edges = float(sizes[best]), x[[max(best - 1, 0), best, min(best + 1, len(x) - 1)]]
+        inner = np.linspace(float(edges[0]), float(edges[-1]), 42)[1:-1]
+        inner = inner[np.abs(inner[:, None] - theta).min(axis=1) > apart]
+        finer = np.abs(g(inner)) if len(inner) else np.full(1, largest)
         if not np.isfinite(finer).all():
             return np.inf
-        if finer.max() <= GROWTH * largest:
+        if largest / GROWTH <= finer.max() <= GROWTH * largest:
             return max(largest, float(finer.max())) + float(between)
-        largest, best = float(finer.max()), int(np.argmax(finer))
-        left, right = x[max(best - 1, 0)], x[min(best + 1, len(x) - 1)]
-    return np.inf
+        growing = bool(finer.max() > largest)
+        # The largest stays: a sample may be beside a pole by chance, closer than those that are added.
+        x, first = np.unique(np.append(inner, edges[1]), return_index=True)
+        sizes = np.append(finer, largest)[first]
+    return np.inf if growing else float(sizes.max() + between)
 
 
 def _samples(low: float, high: float, theta: np.ndarray, of: int) -> np.ndarray:

@@ -118,11 +118,12 @@ def _pair(op: "DataOperator", batch: PyTree, start: int, middle: int, stop: int)
 
 
 def rows(op: "DataOperator", batch: PyTree, start: int, stop: int) -> PyTree:
-    """Examples of a batch; of arrays on a device by one program for all places."""
-    owned = owned_leaves(batch, op.shared)
-    if all(isinstance(x, jax.Array) for x in owned):
-        return replace_owned(batch, op.shared, stacks.rows(owned, start, stop))
-    return replace_owned(batch, op.shared, [x[start:stop] for x in owned])
+    """Examples of a batch, by one program for all places of an array on a device."""
+
+    def one(x: Any) -> Any:
+        return stacks.rows(x, start, stop) if isinstance(x, jax.Array) else x[start:stop]
+
+    return replace_owned(batch, op.shared, [one(x) for x in owned_leaves(batch, op.shared)])
 
 
 def comparisons(op: "DataOperator", whole: PyTree, first: PyTree, second: PyTree) -> Iterator[Cut]:
