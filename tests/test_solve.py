@@ -116,13 +116,14 @@ def test_rounding_holds_what_it_is_and_is_no_more(method):
     """Of a product, and of the entries of matrix and b, in float64 before: it was 100 to 5,000 times that.
 
     Beside what the product is off by, it is 5 times the standard deviation of what the entries may be, as
-    Student's t of 16 draws has it at 1e-4; the median of normal numbers is 0.7 of theirs.
+    Student's t of 16 draws has it at 1e-4; the median of normal numbers is 0.7 of theirs, give or take 0.06 for
+    192 of them (the median of 16 passed 10 on one processor of three).
     """
     rng, ratio = np.random.default_rng(0), []
     for kappa in (1e1, 1e3):
         q = rotation(N, 3)
         matrix = (q * np.geomspace(1 / kappa, 1.0, N)) @ q.T
-        matrix, sides = (matrix + matrix.T) / 2, rng.standard_normal((N, 8))
+        matrix, sides = (matrix + matrix.T) / 2, rng.standard_normal((N, 96))
         op, least = spectra.MatrixOperator(jnp.asarray(matrix)), 1 / kappa - 1e-9
         found = spectra.solve(op, jnp.asarray(sides), method=method, lower_bound=least)
         x = np.asarray(found.x, np.float64)
