@@ -188,3 +188,15 @@ def test_stationary_points_that_rounding_hides_are_left_out(width):
         elif width == 0.3:  # there rounding hides nothing
             assert not x[g] + 1e-9 < truth < x[g + 1] - 1e-9
     assert known >= 1
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-20, 1.0, 1e20, 1e150])
+def test_the_largest_mass_knows_no_scale_and_nodes_may_coincide(scale):
+    """At a node it is that of the node; of two that rounding has made one, finite."""
+    nodes, weights = np.array([-1.0, 0.5, 0.5, 2.0]), np.array([0.2, 0.3, 0.1, 0.4])
+    residuals, x = np.array([1e-3, -10.0, 1e-9, 2.0]), np.array([-1.0, 0.5, 0.75, 2.0])
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        found = brackets.largest_mass(scale * nodes, weights, scale * residuals, scale * x)
+    assert found[[0, 3]] == pytest.approx([0.2, 0.4], rel=1e-12)
+    assert 0.3 * (1 - 1e-9) <= found[1] <= 0.4
+    assert found == pytest.approx(brackets.largest_mass(nodes, weights, residuals, x), rel=1e-12)

@@ -400,3 +400,15 @@ def test_a_count_lies_between_its_limits(x64):
             for threshold in (50.0, 99.99):
                 found = spectra.count_above(q, threshold)
                 assert found.lower <= found.value <= found.upper
+
+
+@pytest.mark.parametrize("rank", [20, 32])
+def test_what_is_left_beside_resolved_eigenvalues_has_a_spread(rank):
+    """The spread of what is left is a difference that cancels: it came out negative, and its root NaN."""
+    values = np.append(np.zeros(rank), np.linspace(0.1, 1.0, rank))
+    op = spectra.MatrixOperator(jnp.asarray(planted(values), jnp.float32))
+    for seed in range(10):
+        q = spectra.slq(op, key=jax.random.key(seed), num_steps=2 * rank, num_probes=4)
+        low, _, high = spectra.trace_of(q, lambda x: x**2).interval()
+        truth = np.sum(values**2)
+        assert low <= truth <= high <= 1.001 * truth

@@ -260,7 +260,8 @@ def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_sign
     parts, floor = q.parts, q.noise_floor
     known = parts.total(at)
     fields: dict[str, Any] = {"num_matvecs": q.num_matvecs, "method": "slq", "status": q.status}
-    rounding = float(np.sum(_moved(at, parts.atoms, floor + parts.coupling)))
+    off = _changes(at, parts.atoms, floor + parts.coupling)
+    rounding, slack = float(np.sum(np.abs(off).max(axis=0))), off.sum(axis=1)
     rest = parts.rest
     if rest is None:
         return Estimate(known, rounding, **fields, reason="all eigenvalues are known")
@@ -280,7 +281,8 @@ def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_sign
         stderr, dof = spread(q, f, inner, mean)
     if dof is not None and not shows_fourth_powers(q):
         dof = float(k)
-    rounding += n * float(np.sum(np.where(weights > 0, weights * _moved(at, nodes, floor), 0.0)) / k)
+    moves = np.abs(_changes(at, nodes, floor)).max(axis=0)
+    rounding += n * float(np.sum(np.where(weights > 0, weights * moves, 0.0)) / k)
     rounding += parts.spill(at, mean)
     lower, upper, reach, reason = bracket(q, f, inner, rests, one_signed)
     known += moved
@@ -293,8 +295,8 @@ def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_sign
     else:
         rounding += above - below
     least, most = (
-        None if end is None or not excludes else known + more + pick(end, n * mean)
-        for end, more, pick in zip(reach, (below, above), (min, max), strict=True)
+        None if end is None or not excludes else known + off + more + pick(end, n * mean)
+        for end, off, more, pick in zip(reach, slack, (below, above), (min, max), strict=True)
     )
     if short is not None:
         reason = f"{len(short)} more probes of one step each see a parabola; {reason}"
@@ -327,10 +329,11 @@ def _within(
     return max(ends[0], low), min(ends[1], high)
 
 
-def _moved(f: Function, x: np.ndarray, shift: float) -> np.ndarray:
-    """How far f changes where x moves by `shift`, as far as it is defined there."""
-    shifted, values = np.asarray([f(x - shift), f(x + shift)]), f(x)
-    return np.where(np.isfinite(shifted), np.abs(shifted - values), 0.0).max(axis=0)
+def _changes(f: Function, x: np.ndarray, shift: float) -> np.ndarray:
+    """How far f falls (at most 0) and rises where x moves by `shift`, as far as it is defined there."""
+    changes = np.asarray([f(x - shift), f(x + shift)]) - f(x)
+    changes = np.where(np.isfinite(changes), changes, 0.0)
+    return np.array([np.minimum(changes, 0.0).min(axis=0), np.maximum(changes, 0.0).max(axis=0)])
 
 
 def _check_finite(q: Quadrature, f: Function) -> None:

@@ -157,11 +157,11 @@ def largest_mass(nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, 
 
     (Σ_j sqrt(w_j) r_j / (θ_j - x))² / (1 + Σ_j r_j² / (θ_j - x)²), and w_j at θ_j itself.
     """
-    away = nodes - np.asarray(x)[..., None]
-    tiny = np.finfo(float).tiny ** 0.5
-    away = np.where(np.abs(away) < tiny, tiny, away)
-    inverse = 1 / away
-    return (inverse @ (np.sqrt(weights) * residuals)) ** 2 / (1 + inverse**2 @ residuals**2)
+    size = max(np.abs(nodes).max(), np.abs(residuals).max()) or 1.0
+    away, r = (nodes - np.asarray(x)[..., None]) / size, residuals / size
+    nearest = 1e-150  # a node itself; neither its square nor sums of such squares leave the range of float64
+    inverse = 1 / np.where(np.abs(away) < nearest, nearest, away)
+    return (inverse @ (np.sqrt(weights) * r)) ** 2 / (1 + inverse**2 @ r**2)
 
 
 def dropped(quadrature: Measures) -> float:
