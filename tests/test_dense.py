@@ -10,7 +10,7 @@ from cases import Ridge, relative_error, ridge_count, ridge_loss
 from programs import OPTIMISED
 
 import spectra
-from spectra.operators import hessian
+from spectra.operators import dense, hessian
 
 EPS = np.finfo(float).eps
 WIDTHS = (4, 5, 3, 2)
@@ -99,6 +99,38 @@ def test_chunks_and_groups_change_nothing(monkeypatch, x64):
     jax.clear_caches()
     split = spectra.dense_hessian(network, params, inputs)
     np.testing.assert_allclose(split, whole, rtol=0, atol=100 * EPS * float(jnp.abs(whole).max()))
+
+
+@pytest.mark.parametrize("make", [spectra.HessianOperator, spectra.GradientCovarianceOperator])
+def test_no_more_columns_side_by_side_than_memory_holds_activations_of(make, monkeypatch, x64):
+    """Half of what is free, the largest power of two, 64 at most and one at least; the matrix is the same."""
+    op = make(network, *problem())
+    whole, held, found = op.as_matrix(), op.evaluated_bytes(), {}
+    for name, free in {"none": 0, "three": 7 * held, "many": 10**4 * held}.items():
+        monkeypatch.setattr(dense.host, "available_bytes", lambda device=None, free=free: free)
+        found[name] = dense.in_flight(op)
+        np.testing.assert_allclose(
+            op.as_matrix(memory_limit=2**30), whole, rtol=0, atol=100 * EPS * float(jnp.abs(whole).max())
+        )
+    assert found == {"none": 1, "three": 2, "many": 64}
+
+
+def test_columns_share_each_pass_over_a_stream(x64):
+    """The matrix of a stream took a pass for every column."""
+    params, inputs = problem()
+    passes = []
+
+    def batches():
+        passes.append(None)
+        yield inputs[:4]
+        yield inputs[4:]
+
+    op = spectra.GradientCovarianceOperator(network, params, batches)
+    passes.clear()
+    matrix = op.as_matrix()
+    assert len(passes) < 10 < op.size  # some look at the data; all columns are in flight at once
+    whole = spectra.GradientCovarianceOperator(network, params, inputs).as_matrix()
+    np.testing.assert_allclose(matrix, whole, rtol=0, atol=100 * EPS * float(jnp.abs(whole).max()))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, draws, programs, stacks, trees
+from spectra.base import arrays, draws, host, programs, stacks, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NotSymmetricError, StructureError
 from spectra.base.meshes import on_automatic_axes
@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 IN_FLIGHT = 64
-"""Columns in one vmapped product: bounds the batched activations."""
+"""Columns in one vmapped product at most: more are no faster."""
+
+
+def in_flight(op: LinearOperator) -> int:
+    """Columns in one vmapped product: half of what is free holds their activations, and no fewer than one."""
+    each, free = 0 if trees.is_traced(op) else op.evaluated_bytes(), host.available_bytes(op.device)
+    if not each or free is None:
+        return IN_FLIGHT
+    return min(IN_FLIGHT, 2 ** max((free // 2 // each).bit_length() - 1, 0))
 
 
 @provides("matrix")
@@ -36,8 +44,11 @@ def symmetric_matrix(op: LinearOperator) -> jax.Array:
     What may differ is the square root of the precision of products, as in a Lanczos run. One product more
     than there are columns tells an affine map, whose columns may be symmetric, from a linear one.
     """
-    op = op.prepare()
-    matrix = jnp.stack([_column(op, i) for i in range(op.size)]).T if op.on_host else _columns(op)
+    count, op = min(in_flight(op), op.size), op.prepare()
+    if op.on_host:  # as many columns share each pass over the data
+        matrix = times_matrix(op, jnp.eye(op.size, dtype=op.dtype))
+    else:
+        matrix = _columns(op, count)
     if not trees.is_tracer(matrix):
         _require_symmetric(op, matrix)
     return _symmetrise(matrix)
@@ -51,8 +62,9 @@ def times_matrix(op: LinearOperator, matrix: jax.Array) -> jax.Array:
     leaves, treedef = jax.tree.flatten(op.structure)
     kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
     parts: list[jax.Array] = []
-    for start in range(0, matrix.shape[1], IN_FLIGHT):
-        vectors = treedef.unflatten(_as_vectors(matrix[:, start : start + IN_FLIGHT], kinds))
+    count = in_flight(op)
+    for start in range(0, matrix.shape[1], count):
+        vectors = treedef.unflatten(_as_vectors(matrix[:, start : start + count], kinds))
         parts.append(_as_columns(op.mv_batch(vectors)))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
@@ -109,10 +121,9 @@ def _column(op: LinearOperator, i: int | jax.Array) -> jax.Array:
     return trees.ravel(op.mv(trees.unravel(unit, op.structure)))
 
 
-@programs.jit
-def _columns(op: LinearOperator) -> jax.Array:
-    rows = jax.lax.map(lambda i: _column(op, i), jnp.arange(op.size), batch_size=min(IN_FLIGHT, op.size))
-    return rows.T
+@partial(programs.jit, static_argnames="count")
+def _columns(op: LinearOperator, count: int) -> jax.Array:
+    return jax.lax.map(lambda i: _column(op, i), jnp.arange(op.size), batch_size=count).T
 
 
 @programs.jit

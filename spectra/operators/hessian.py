@@ -23,6 +23,7 @@ from spectra.operators import differentiate
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.arguments import DataOptions
 from spectra.operators.data import DataOperator, shows_options
+from spectra.operators.dense import in_flight
 from spectra.operators.pytree import operator
 
 
@@ -89,8 +90,6 @@ class HessianOperator(DataOperator):
         return hessian_matrix(self)
 
 
-COLUMNS = 64
-"""Columns in flight in one vmapped product: bounds the batched activations."""
 CHUNK = 1024
 """Columns of one compiled call: bounds what is copied into the matrix at a time."""
 MAX_GROUPS = 8
@@ -224,16 +223,24 @@ def _owners(op: HessianOperator) -> np.ndarray:
 
 def _upper(op: HessianOperator) -> jax.Array:
     """Block rows from the diagonal to the right, zero below: rows j are columns j, by symmetry."""
-    matrix = jnp.zeros((op.size, op.size), op.dtype)
+    matrix, together = jnp.zeros((op.size, op.size), op.dtype), in_flight(op)
     for first, last, begin, end in _groups(op):
         count = min(CHUNK, end - begin)
         for start in range(begin, end, max(count, 1)):
             start = min(start, end - count)  # the last chunk repeats some columns
-            matrix = _fill(op, matrix, start, leaves=(first, last), count=count, begin=begin)
+            matrix = _fill(
+                op,
+                matrix,
+                start,
+                leaves=(first, last),
+                count=count,
+                begin=begin,
+                together=min(together, count),
+            )
     return matrix
 
 
-@partial(programs.jit, static_argnames=("leaves", "count", "begin"), donate_argnames=("matrix",))
+@partial(programs.jit, static_argnames=("leaves", "count", "begin", "together"), donate_argnames=("matrix",))
 def _fill(
     op: HessianOperator,
     matrix: jax.Array,
@@ -242,9 +249,10 @@ def _fill(
     leaves: tuple[int, int],
     count: int,
     begin: int,
+    together: int,
 ) -> jax.Array:
     columns = start - begin + jnp.arange(count)
-    rows = jax.lax.map(partial(_column, op, *leaves), columns, batch_size=min(COLUMNS, count))
+    rows = jax.lax.map(partial(_column, op, *leaves), columns, batch_size=together)
     return jax.lax.dynamic_update_slice(matrix, rows.astype(matrix.dtype), (start, begin))
 
 
