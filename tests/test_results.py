@@ -314,6 +314,32 @@ def test_a_summary_holds_the_truth_of_every_block():
         assert row["condition_at_least"] <= (1 + 1e-5) * sizes.max() / sizes[sizes > row["noise_floor"]].min()
 
 
+def test_small_blocks_of_a_summary_are_known_exactly():
+    """As `spectrum` and `condition_number` know them, for no more products than their order."""
+    x = jax.random.normal(KEY, (64, 12))
+    params = {"hidden": jax.random.normal(KEY, (12, 5)), "out": jnp.linspace(0.5, 1.5, 5)}
+    op = spectra.HessianOperator(loss_fn, params, x)
+    table = spectra.summary(op, key=KEY, num_steps=10, num_probes=2)
+    sizes = {row["layer"]: (row["status"], row["num_matvecs"]) for row in table.records()}
+    assert sizes == {"hidden": ("complete", 20), "out": ("exact", 5)}
+    small = next(row for row in table.records() if row["layer"] == "out")
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda v: jnp.asarray(np.asarray(v), jnp.float64), (params, x))
+        values = np.linalg.eigvalsh(spectra.HessianOperator(loss_fn, *wide).block("out").as_matrix())
+    for name, truth in {"largest": values[-1], "smallest": values[0], "trace": values.sum()}.items():
+        assert small[f"{name}_lower"] <= truth <= small[f"{name}_upper"]
+        assert small[f"{name}_upper"] - small[f"{name}_lower"] <= 1e-5 * values[-1]
+    low, high = small["condition_at_least"], small["condition_at_most"]
+    assert low <= values[-1] / values[0] <= high <= 1.001 * low
+    found = spectra.condition_number(op.block("out"), key=KEY)
+    np.testing.assert_allclose((low, high), found.effective_interval[::2], rtol=1e-6)
+    assert small["noise_floor"] == pytest.approx(found.noise_floor, rel=1e-12)
+    report = spectra.spectrum(op.block("out"), key=KEY)
+    assert report.noise_floor == small["noise_floor"]
+    assert dict(report.rows())["effective condition number"] == found.text
+    assert found.text in str(table)
+
+
 def test_a_summary_of_results_costs_nothing_and_needs_names(made):
     table = spectra.summary({"a": made["Quadrature"], "b": made["SpectrumReport"]})
     assert list(table) == ["a", "b"]

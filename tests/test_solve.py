@@ -116,8 +116,8 @@ def test_rounding_holds_what_it_is_and_is_no_more(method):
     """Of a product, and of the entries of matrix and b, in float64 before: it was 100 to 5,000 times that.
 
     Beside what the product is off by, it is 5 times the standard deviation of what the entries may be, as
-    Student's t of 16 draws has it at 1e-4; the median of normal numbers is 0.7 of theirs, give or take 0.06 for
-    192 of them (the median of 16 passed 10 on one processor of three).
+    Student's t of 16 draws has it at 1e-4; the median of normal numbers is 0.7 of theirs, give or take 0.06
+    for 192 of them (the median of 16 passed 10 on one processor of three).
     """
     rng, ratio = np.random.default_rng(0), []
     for kappa in (1e1, 1e3):

@@ -143,18 +143,19 @@ def eigenvalues(op: LinearOperator) -> Quadrature:
     require_operator(op)
     matrix = np.asarray(op.as_matrix(), np.float64)
     values, n = np.linalg.eigvalsh(matrix), len(matrix)
-    scale = float(np.abs(values).max())
+    scale, error = float(np.abs(values).max()), matrix_error(op, matrix, values)
     return Quadrature(
         nodes=values[None],
         weights=np.full((1, n), 1 / n),
         residuals=np.zeros((1, n)),
         lengths=np.array([n]),
-        asymmetry=np.array([matrix_error(op, matrix, values) / scale if scale else 0.0]),
+        asymmetry=np.array([error / scale if scale else 0.0]),
         size=n,
         num_matvecs=n,
         precision=op.precision,
         status=Status.EXACT,
         atoms=values,
+        rounding=0.0 if scale else error,
     )
 
 

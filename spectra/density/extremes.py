@@ -33,12 +33,16 @@ def extreme(quadrature: Quadrature, end: int, *, level: float = LEVEL, far: floa
     far = sampled_ends(quadrature, level)[end] if far is None else far
     if (links := quadrature.parts.links) is not None:
         far = links.end(far, sign)
-    if quadrature.status is Status.EXACT:  # known to the rounding of the matrix (Weyl)
-        moved = quadrature.noise_floor
+    moved = _moved(quadrature)
+    if quadrature.status is Status.EXACT:
         return Interval(value - moved, value, value + moved)
-    moved = shift(quadrature)
     inner, outer = value - sign * moved, sign * max(sign * far, sign * value + moved)
     return Interval(min(inner, outer), value, max(inner, outer))
+
+
+def _moved(quadrature: Quadrature) -> float:
+    """How far rounding can have moved an eigenvalue; of a dense matrix as far as the matrix itself (Weyl)."""
+    return quadrature.noise_floor if quadrature.status is Status.EXACT else shift(quadrature)
 
 
 def sampled_ends(quadrature: Quadrature, level: float = LEVEL) -> tuple[float, float]:
@@ -96,9 +100,22 @@ def condition_lower_bound(quadrature: Quadrature) -> float:
     Ritz pair that is certainly of an eigenvalue other than zero, see `nonzero_bound`. Zeros may be there or
     not, and nothing smaller than the noise floor is claimed. It is 1 where nothing is known.
     """
-    moved, top = shift(quadrature), max(map(abs, quadrature.range))
+    moved, top = _moved(quadrature), max(map(abs, quadrature.range))
     smallest, _ = nonzero_bound(*ritz_pairs([quadrature]), moved, ZERO * moved)
     return max((top - moved) / smallest, 1.0) if top else 1.0
+
+
+def condition(quadrature: Quadrature) -> Interval:
+    """|λ|max over the smallest |λ| that is not zero: a lower bound, the value, and an upper bound.
+
+    The upper bound is infinite, and the value the lower bound, unless all eigenvalues are known and each of
+    them differs from zero.
+    """
+    least, top = condition_lower_bound(quadrature), max(map(abs, quadrature.range))
+    smallest, moved = float(np.min(np.abs(quadrature.nodes))), _moved(quadrature)
+    if quadrature.status is not Status.EXACT or not top or smallest <= ZERO * moved:
+        return Interval(least, least, np.inf)
+    return Interval(least, top / smallest, (top + moved) / (smallest - moved))
 
 
 def sampling_error(weights: np.ndarray, values: np.ndarray, size: int) -> tuple[float, float | None]:

@@ -15,6 +15,7 @@ from spectra.base.errors import SpectraError, Status
 from spectra.density import deflation as dense
 from spectra.density.extremes import (
     LEVEL,
+    condition,
     condition_lower_bound,
     extreme,
     norm,
@@ -32,7 +33,7 @@ from spectra.operators.base import LinearOperator, require_operator
 from spectra.report.provenance import provenance_of
 from spectra.results import Density, Estimate, Interval, Quadrature, Result, notebook_view, result, text_table
 from spectra.results.base import extreme_text
-from spectra.results.text import directed
+from spectra.results.text import between, directed
 from spectra.runs.checkpoint import Checkpoint
 
 __all__ = ["SpectrumReport", "spectrum"]
@@ -83,6 +84,11 @@ class SpectrumReport(Result):
         """|H|_F² / |H|²: the same for squares."""
         return rank(self.quadrature, 2)
 
+    @functools.cached_property
+    def condition(self) -> Interval:
+        """|λ|max over the smallest |λ| that is not zero; the upper end is finite where all λ are known."""
+        return condition(self.quadrature)
+
     def beyond(self, share: float) -> tuple[Interval, Interval]:
         """Shares of eigenvalues below -share |H| and above share |H|."""
         return beyond(self.quadrature, share)
@@ -112,10 +118,7 @@ class SpectrumReport(Result):
                 _share(self.negative) + f" of all (λ < -{self.noise_floor:.1e})",
             ),
             ("near zero", _share(self.near_zero) + f" of all (|λ| <= {self.zero_tol:g} |H|)"),
-            (
-                "effective condition number",
-                f"at least {directed(self.condition_lower_bound, up=False, digits=3)}",
-            ),
+            ("effective condition number", condition_text(self.condition, "at least ")),
             (
                 "noise floor",
                 f"{self.noise_floor:.1e}: smaller |λ| are not resolved by {self._precision()} products",
@@ -156,6 +159,13 @@ def _number(found: Interval) -> str:
     """`14` where both ends agree, or `14.5 [11, 18]`."""
     ends = [f"{end:.3g}" for end in found]
     return ends[1] if len(set(ends)) == 1 else f"{ends[1]} [{ends[0]}, {ends[2]}]"
+
+
+def condition_text(found: Interval, least: str) -> str:
+    """The value between its bounds, or after `least` the lower bound alone."""
+    if np.isfinite(found.upper):
+        return between(*map(float, found))
+    return least + directed(float(found.lower), up=False, digits=3)
 
 
 def _share(share: Interval) -> str:
@@ -229,7 +239,7 @@ def spectrum(
     steps = min(100, op.size) if num_steps is None else num_steps
     plain = checkpoint is None and basis == "inherit" and basis_dtype is None
     if dense.choose(op, exact, steps, num_probes, tol, plain):
-        quadrature = dense.eigenvalues(op)
+        quadrature = dense.eigenvalues(op)  # whose rounding is measured
     else:
         quadrature = slq(
             op,
@@ -243,8 +253,8 @@ def spectrum(
             basis=basis,
             basis_dtype=basis_dtype,
         )
-    measured = relative_change(op) if any(quadrature.range) else quadrature.rounding or vanished(op)
-    quadrature = dataclasses.replace(quadrature, rounding=measured)
+        measured = relative_change(op) if any(quadrature.range) else quadrature.rounding or vanished(op)
+        quadrature = dataclasses.replace(quadrature, rounding=measured)
     seconds = time.perf_counter() - start
     floor = quadrature.noise_floor
     return SpectrumReport(

@@ -8,11 +8,12 @@ import numpy as np
 
 from spectra.base.calls import automatic, require_key
 from spectra.base.errors import SpectraError
-from spectra.density.extremes import LEVEL, condition_lower_bound, extreme
+from spectra.density import deflation as dense
+from spectra.density.extremes import LEVEL, condition, extreme
 from spectra.density.slq import slq
 from spectra.models.problem import Problem
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.report.spectrum import rank, trace_estimate
+from spectra.report.spectrum import condition_text, rank, trace_estimate
 from spectra.results import (
     Named,
     Quadrature,
@@ -32,8 +33,9 @@ class Summary(Named):
     `records()`, `to_dataframe()` and the printed table are computed from the quadratures, without further
     products. For each operator: its order n, the extreme eigenvalues (see `spectra.density.extremes`: a bound
     on the inner side, a limit that holds with probability 0.99 on the outer side), the trace with its 95 %
-    interval, a lower bound on the condition number over the non-zero eigenvalues, the stable rank tr H² /
-    |H|² (94 % interval), and the share of negative eigenvalues (95 %).
+    interval, bounds of the condition number over the non-zero eigenvalues (the upper one is finite where all
+    eigenvalues are known, see `spectra.density.extremes.condition`), the stable rank tr H² / |H|² (94 %
+    interval), and the share of negative eigenvalues (95 %).
     """
 
     quadratures: dict[str, Quadrature]
@@ -63,6 +65,9 @@ def summary(
 ) -> Summary:
     """Compare the blocks of an operator in a table: one row per block, every number with its error.
 
+    Of a block whose order num_steps x num_probes reaches, all eigenvalues are computed from its dense matrix,
+    as `spectrum` does; the status of its row is EXACT.
+
     Args:
         source: an operator with blocks, a `Problem`, or a mapping of results (quadratures or reports), which
             costs no products.
@@ -79,7 +84,7 @@ def summary(
     Raises:
         SpectraError: as `slq`; or no key for an operator.
 
-    Cost: num_steps x num_probes products per block, as `slq`.
+    Cost: at most num_steps x num_probes products per block, as `slq`, and n for a small one.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra
@@ -102,11 +107,16 @@ def summary(
     require_operator(op)
     key = require_key(key)
     blocks = op.blocks(by=by)
-    steps, probes = (
-        (STEPS if num_steps is None else num_steps),
-        (PROBES if num_probes is None else num_probes),
-    )
-    return Summary(slq(blocks, key=key, num_steps=steps, num_probes=probes, progress=progress))
+    steps = STEPS if num_steps is None else num_steps
+    probes = PROBES if num_probes is None else num_probes
+    small = {
+        name: dense.eigenvalues(block)
+        for name, block in blocks.items()
+        if dense.choose(block, None, min(steps, block.size), probes, None, True)
+    }
+    large = {name: block for name, block in blocks.items() if name not in small}
+    found = small | slq(large, key=key, num_steps=steps, num_probes=probes, progress=progress)
+    return Summary({name: found[name] for name in blocks})
 
 
 def _record(name: str, q: Quadrature) -> dict[str, Any]:
@@ -128,7 +138,8 @@ def _record(name: str, q: Quadrature) -> dict[str, Any]:
         "layer": name,
         "n": q.size,
         **columns,
-        "condition_at_least": condition_lower_bound(q),
+        "condition_at_least": condition(q).lower,
+        "condition_at_most": condition(q).upper,
         "noise_floor": q.noise_floor,
         "num_matvecs": q.num_matvecs,
         "status": q.status,
@@ -147,7 +158,7 @@ def _cells(name: str, q: Quadrature) -> list[str]:
         extreme_cell(extreme(q, -1), -1, LEVEL),
         extreme_cell(extreme(q, 0), 0, LEVEL),
         f"{rounded(trace, (high - low) / 2)} ± {(high - low) / 2:.1g}",
-        f"≥ {directed(condition_lower_bound(q), up=False, digits=3)}",
+        condition_text(condition(q), "≥ "),
         f"{rounded(stable.estimate, stable.upper - stable.lower)} [{least}, {most}]",
         f"{100 * shares.estimate:.3g} % [{100 * shares.lower:.3g}, {100 * shares.upper:.3g}]",
     ]

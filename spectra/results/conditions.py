@@ -9,7 +9,7 @@ import numpy as np
 from spectra.base.errors import Status
 from spectra.results.base import Array, Interval, Named, Result, flat, result
 from spectra.results.estimates import Estimate
-from spectra.results.text import directed, html_table, rounded, text_table
+from spectra.results.text import between, directed, html_table, rounded, text_table
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -98,9 +98,7 @@ class ConditionNumber(Result):
         if self.is_lower_bound:
             above = f", at most {directed(high, up=True, digits=3)}" if np.isfinite(high) else ""
             return f"at least {directed(low, up=False, digits=3)}{above}"
-        if high == low:
-            return f"{value:.6g}"
-        return f"{rounded(value, high - low)} [{directed(low, False, 4)}, {directed(high, True, 4)}]"
+        return between(low, value, high)
 
     def _smallest(self) -> str:
         if self.is_lower_bound and self.smallest_interval is not None:

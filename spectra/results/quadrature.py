@@ -107,12 +107,14 @@ class Quadrature(Result):
 
         It is never below 4 precision * |H|, because the product, both terms that a step subtracts and the
         normalisation each round a coefficient once. Without reorthogonalisation, it is `spread` times as
-        large. Where all products of a loss are zero, it is what rounding changes them by.
+        large. Of eigenvalues of the dense matrix, which no step has touched, it is what rounding did to the
+        matrix. Where all products of a loss are zero, it is what rounding changes them by.
         """
         scale = self.spread * max(map(abs, self.range))
         if not scale:
             return self.rounding
-        return scale * max(float(np.max(self.asymmetry)), 4 * self.precision, self.rounding)
+        steps = 0.0 if self.status is Status.EXACT else 4 * self.precision
+        return scale * max(float(np.max(self.asymmetry)), steps, self.rounding)
 
     def cdf(self, x: ArrayLike, *, level: float = 0.95) -> Interval:
         """Share of eigenvalues at or below `x`, with a band that holds for the whole curve.

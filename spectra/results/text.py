@@ -82,3 +82,15 @@ def directed(value: float, up: bool, digits: int = 2) -> str:
     unit = 10.0 ** (math.floor(math.log10(abs(value))) - digits + 1)
     steps = math.ceil(value / unit) if up else math.floor(value / unit)
     return f"{steps * unit:.{digits}g}"
+
+
+def between(low: float, value: float, high: float) -> str:
+    """A value between two bounds, each rounded to its own side.
+
+    >>> between(3.9996, 4.0, 4.0003), between(4.0, 4.0, 4.0)
+    ('4.000 [3.999, 4.001]', '4')
+    """
+    if low == high:
+        return f"{value:.6g}"
+    ends = f"[{directed(low, up=False, digits=4)}, {directed(high, up=True, digits=4)}]"
+    return f"{rounded(value, high - low)} {ends}"
