@@ -45,10 +45,8 @@ def symmetric_matrix(op: LinearOperator) -> jax.Array:
     than there are columns tells an affine map, whose columns may be symmetric, from a linear one.
     """
     count, op = min(in_flight(op), op.size), op.prepare()
-    if op.on_host:  # as many columns share each pass over the data
-        matrix = times_matrix(op, jnp.eye(op.size, dtype=op.dtype))
-    else:
-        matrix = _columns(op, count)
+    # Those of a stream share each pass over the data.
+    matrix = times_matrix(op, jnp.eye(op.size, dtype=op.dtype)) if op.on_host else _columns(op, count)
     if not trees.is_tracer(matrix):
         _require_symmetric(op, matrix)
     return _symmetrise(matrix)
