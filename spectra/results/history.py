@@ -35,7 +35,8 @@ class Snapshot(Result):
 
     Made by `SpectrumTracker`, whose history consists of snapshots. `largest` is bounded on the inside by a
     Rayleigh quotient and on the outside with probability `level`, as in `spectrum`; see `SpectrumTracker` for
-    the cost.
+    the cost. Snapshots of one run see the same probes, so that their intervals hold or miss together where the
+    spectrum hardly changes.
 
     The [glossary](glossary.md#snapshot) defines snapshot.
     """
