@@ -261,7 +261,7 @@ def test_older_files_keep_what_they_said():
     new = spectra.SpectrumTracker(lambda _: Diagonal(jnp.linspace(-1.0, 3.0, 60)), 1)(0, None)
     old = dataclasses.replace(new, smallest=spectra.Interval(-1.1, -1.0, -0.9), level=None)
     assert old.smallest_kind == "residual"
-    assert dict(old.rows())["smallest eigenvalue"] == "an eigenvalue within 0.1 of -1.0"
+    assert dict(old.rows())["smallest eigenvalue"] == "an eigenvalue within 0.1 of -1.00"
 
 
 def test_digits_follow_the_error():

@@ -341,7 +341,9 @@ def test_a_figure_of_its_own_says_what_its_marks_are():
         return {text.get_text() for legend in figure.legends for text in legend.get_texts()}
 
     ax = spectra.plot_density(density(), learning_rate=0.1)
-    assert marks(ax.figure) == {"density", "95 % band", "single eigenvalues", "2 / learning rate"}
+    assert marks(ax.figure) == {"density", "95 % band", "isolated eigenvalues", "2 / learning rate"}
+    known = dataclasses.replace(density(), single=np.ones(len(density().outliers), bool))
+    assert "single eigenvalues" in marks(spectra.plot_density(known).figure)
     assert marks(spectra.plot_density(density(), band=False, outliers=False).figure) == {"density"}
     assert marks(spectra.plot_landscape(plane()).figure) == {
         "parameters",

@@ -139,10 +139,12 @@ def _run_probes(
     done = 0
     while done < num_probes:
         stop = min(done + batch, num_probes)
-        moments[done:stop] = _moments(op, key, range(done, stop), num_moments, bounds, journal)
+        found = _moments(op, key, range(done, stop), num_moments, bounds, journal)
+        moments[done:stop] = found[:, :num_moments]
         count += (stop - done) * _num_products(num_moments)
-        # Outside of [a, b] Chebyshev polynomials grow like cosh: beyond rounding, |μ| <= 1 inside.
-        if (np.abs(moments[done:stop]) <= 1 + np.sqrt(op.precision)).all():
+        # Outside of [a, b] Chebyshev polynomials grow like cosh: beyond rounding, |μ| <= 1 inside. All that
+        # the products give is looked at, since the first two moments say next to nothing of it.
+        if (np.abs(found) <= 1 + np.sqrt(op.precision)).all():
             done = stop
         elif given:
             raise SpectraError(
@@ -199,7 +201,7 @@ def _moments(
     bounds: tuple[float, float],
     journal: Journal | None,
 ) -> np.ndarray:
-    """Moments of some probes side by side, float64 (k, num_moments)."""
+    """Moments of some probes side by side, float64 (k, num_moments at least): all that the products give."""
     a, b = bounds
     map_ = jnp.asarray([2 / (b - a), -(a + b) / (b - a)], op.dtype)
     steps, columns = _num_products(num_moments), list[np.ndarray]()
@@ -236,7 +238,7 @@ def _moments(
     if num_moments % 2:  # the last even one needs one more inner product, not one more product
         last = np.asarray(_squares(state[1]), np.float64)
         moments = np.concatenate([moments, (2 * last - dots[0, 0])[None]])
-    return (moments[:num_moments] / dots[0, 0]).T  # of probes of length one, to the last bit
+    return (moments / dots[0, 0]).T  # of probes of length one, to the last bit
 
 
 def _require_symmetric(op: LinearOperator, dots: np.ndarray, size: float) -> None:

@@ -101,6 +101,7 @@ def spectral_density(
     if parts.links is not None:
         more = coupling_of_kernels(quadrature, grid, widths)
         lower, upper = np.maximum(lower - more, 0), upper + more
+    outliers, single = _apart(quadrature, widths, grid, density)
     return Density(
         grid=grid,
         density=density,
@@ -108,10 +109,11 @@ def spectral_density(
         upper=upper,
         bandwidth=widths(grid),
         linear_scale=float(scale),
-        outliers=_apart(quadrature, widths, grid, density),
+        outliers=outliers,
         size=quadrature.size,
         level=level,
         status=quadrature.status,
+        single=single,
     )
 
 
@@ -306,14 +308,22 @@ def _smooth(
 _BULK = 5.0  # eigenvalues within a kernel's width: where that many are, none of them is an outlier
 
 
-def _apart(quadrature: Quadrature, widths: Width, grid: np.ndarray, density: np.ndarray) -> np.ndarray:
-    """Eigenvalues that are known one by one, where the curve is no bulk of many."""
+def _apart(
+    quadrature: Quadrature, widths: Width, grid: np.ndarray, density: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues that stand alone, where the curve is no bulk of many, and which are known one by one.
+
+    A node of every probe may be a repeated eigenvalue as well: that it is none, only `resolved` tells.
+    """
     known, found = np.asarray(quadrature.resolved), resolved_outliers(quadrature)
     if len(known):
         found = found[np.abs(found[:, None] - known).min(axis=1) > 0.1 * widths(found)]
-    outliers = np.sort(np.append(known, found))
-    single = 1 / (quadrature.size * widths(outliers) * np.sqrt(2 * np.pi))
-    return outliers[np.interp(outliers, grid, density) <= _BULK * single]
+    outliers = np.append(known, found)
+    order = np.argsort(outliers, kind="stable")
+    outliers, single = outliers[order], (np.arange(len(outliers)) < len(known))[order]
+    one = 1 / (quadrature.size * widths(outliers) * np.sqrt(2 * np.pi))
+    shown = np.interp(outliers, grid, density) <= _BULK * one
+    return outliers[shown], single[shown]
 
 
 def resolved_outliers(quadrature: Quadrature, *, share: float = 0.01) -> np.ndarray:

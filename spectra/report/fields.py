@@ -79,7 +79,7 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     Density: {
         **dict.fromkeys(("grid", "density", "lower", "upper", "bandwidth"), _array("points")),
         "linear_scale": _POSITIVE, "outliers": _array("outliers"), "size": _SIZE, "level": _SHARE,
-        "status": _STATUS,
+        "status": _STATUS, "single": _or_none(_array("outliers", "b")),
     },
     Estimate: _ESTIMATE,
     NoiseScale: _ESTIMATE | {
@@ -178,6 +178,8 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         **dict.fromkeys(("trace_spread", "trace_population"), _or_none(_interval)),
         "limits": _or_none(_array("2")),
         **dict.fromkeys(("largest_residuals", "smallest_residuals"), _or_none(_array("subsets k", low=0))),
+        "whole_largest_residuals": _or_none(_array("k", low=0)),
+        "whole_smallest_residuals": _or_none(_array("k", low=0)),
         "status": _STATUS,
     },
     Snapshot: {

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from spectra.base.calls import checked
-from spectra.base.errors import SpectraError
+from spectra.base.errors import SpectraError, Status
 from spectra.base.files import replacing
 from spectra.report.encode import CLASSES, encode
 from spectra.report.files import load
 from spectra.report.reading import SCRIPT
 from spectra.report.sections import Section, pairs_table, paragraph, sections, table
-from spectra.report.spectrum import SpectrumReport
+from spectra.report.spectrum import ZERO_TOL, SpectrumReport
 from spectra.results import SpectrumHistory, format_bytes
 
 CSS = Path(__file__).with_name("page.css")
@@ -145,11 +145,10 @@ def _reproduce(result: Any, facts: dict[str, Any], source: str) -> Section:
     ]
     key = str(facts.get("key", "[0, 0]"))
     if isinstance(result, SpectrumReport) and _KEY.fullmatch(key):
-        q = result.quadrature
         command = (
             "import jax, numpy as np, spectra\n\n"
             f"key = jax.random.wrap_key_data(np.array({key}, np.uint32))\n"
-            f"report = spectra.spectrum(op, key=key, num_steps={q.num_steps}, num_probes={q.num_probes})"
+            f"report = spectra.spectrum(op, key=key, {_options(result)})"
         )
         text += paragraph("To compute it again, where op is the same operator on the same data:")
         text += f"<pre>{html.escape(command)}</pre>"
@@ -157,6 +156,20 @@ def _reproduce(result: Any, facts: dict[str, Any], source: str) -> Section:
         text += paragraph("In an environment with the versions of the run:")
         text += f"<pre>{html.escape('pip install ' + ' '.join(versions))}</pre>"
     return Section("How to reproduce", text)
+
+
+def _options(report: SpectrumReport) -> str:
+    """The arguments by which `spectrum` does the same again."""
+    q = report.quadrature
+    if q.status is Status.EXACT:
+        options = "exact=True"
+    else:
+        options = f"num_steps={q.num_steps:d}, num_probes={q.num_probes:d}"
+        if q.coefficients is not None:
+            options += ', basis="none"'
+        elif q.num_steps * q.num_probes >= q.size:
+            options += ", exact=False"
+    return options if report.zero_tol == ZERO_TOL else f"{options}, zero_tol={float(report.zero_tol)!r}"
 
 
 def _contents(result: Any, facts: dict[str, Any]) -> Section:

@@ -12,6 +12,7 @@ from spectra.report.plots.density import as_density, plot_density, set_axes
 from spectra.report.plots.gallery import svg
 from spectra.report.plots.style import new_axes
 from spectra.results import Density, Interval, Quadrature
+from spectra.results.text import span
 
 SCRIPT = Path(__file__).with_name("page.js")
 _DRAWN = 600  # points of a curve that a page draws: narrower peaks than three of them there are none
@@ -107,10 +108,15 @@ def _curve(ax, density: Density, quadrature: Quadrature | None) -> dict[str, lis
         (x, y, _at_point(density.size, value, [curve[i] for curve in curves], [end[i] for end in beyond]))
         for i, (x, y, value) in enumerate(zip(*_places(ax, grid, curves[0]), grid, strict=True))
     ]
-    outliers = np.sort(np.asarray(density.outliers, float))
+    outliers = np.asarray(density.outliers, float)  # ascending
     seen = outliers[(outliers >= grid[0]) & (outliers <= grid[-1])]
     places = _places(ax, seen, np.full(len(seen), ax.get_ylim()[0]))
-    points += [(x, y, _at_outlier(value, outliers)) for x, y, value in zip(*places, seen, strict=True)]
+    one = np.zeros(len(outliers), bool) if density.single is None else np.asarray(density.single)
+    single = one[np.isin(outliers, seen)]
+    points += [
+        (x, y, _at_outlier(value, outliers, known))
+        for x, y, value, known in zip(*places, seen, single, strict=True)
+    ]
     x, y, text = zip(*sorted(points, key=lambda point: point[0]), strict=True)
     height = ax.figure.bbox.height
     ends = [_INCH * (height - end) / ax.figure.dpi for end in (box.y1, box.y0)]
@@ -143,12 +149,14 @@ def _at_point(size: int, value: float, curve: list, beyond: list) -> str:
     height, least, most = (max(float(end), 0.0) for end in curve)
     return (
         f"λ = {value:.4g}: {count}{band} of {size:,} eigenvalues {side}; "
-        f"density {height:.3g} [{least:.2g}, {most:.2g}]"
+        f"density {height:.3g} {span(least, most, 2)}"
     )
 
 
-def _at_outlier(value: float, outliers: np.ndarray) -> str:
-    """By its place among those that are resolved on its side of zero, counted from the outside."""
+def _at_outlier(value: float, outliers: np.ndarray, single: bool) -> str:
+    """By its place among those that stand alone on its side of zero, counted from the outside."""
+    if not single:
+        return f"λ = {value:.6g}: an eigenvalue that stands alone, or several equal ones"
     place = np.sum(outliers < value) if value < 0 else np.sum(outliers > value)
     rank = "the" if place == 0 else f"no. {place + 1} of the"
     end = "smallest" if value < 0 else "largest"

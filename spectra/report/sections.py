@@ -6,6 +6,9 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
+from spectra.base.errors import Status
 from spectra.report.plots.blocks import plot_blocks
 from spectra.report.plots.density import as_density
 from spectra.report.plots.eigenvalues import plot_cdf, plot_eigenvalues, plot_eigenvector_mass
@@ -105,6 +108,11 @@ def _spectrum(quadrature: Quadrature, density: Density) -> list[Section]:
         f"leaves {doubt:.2g} % of the eigenvalues in doubt: more steps narrow the strong part, more probes "
         "the faint part."
     )
+    if quadrature.status is Status.EXACT:
+        cdf = (
+            f"The share of the {quadrature.size:,} eigenvalues at or below each point, from {low:.4g} to "
+            f"{high:.4g}. All of them were computed: nothing but rounding, the noise floor, is left open."
+        )
     trust = str(quadrature.status) + "."
     floor = (
         f"Eigenvalues smaller than {quadrature.noise_floor:.2g} in magnitude, the noise floor of the "
@@ -119,20 +127,41 @@ def _spectrum(quadrature: Quadrature, density: Density) -> list[Section]:
 
 def _density_section(density: Density, quadrature: Quadrature | None = None) -> Section:
     words = (
-        "The density of the eigenvalues, smoothed by a kernel whose width grows with the distance from zero. "
+        f"The density of the eigenvalues, smoothed by a kernel {_width_in_words(density)}. "
         "The shaded band contains the true spectrum, smoothed by the same kernel, with probability "
         f"{100 * density.level:g} % on the whole axis at once. The vertical axis ends at a tenth of the peak "
         f"that a single one of the {density.size:,} eigenvalues would make."
     )
-    if len(density.outliers):
-        words += f" Orange stems are the {len(density.outliers)} eigenvalues that are resolved individually."
+    if count := len(density.outliers):
+        words += _words_stems(count, density.num_single)
     return Section("Density", readable(density, quadrature, words))
+
+
+def _width_in_words(density: Density) -> str:
+    """Of the kernel, as its widths on the grid show it."""
+    widths = np.asarray(density.bandwidth)[np.argsort(np.abs(density.grid), kind="stable")]
+    if np.ptp(widths) <= 1e-9 * widths.max():
+        return f"of the width {widths[0]:.3g}"
+    if (np.diff(widths) >= -1e-9 * widths.max()).all():
+        return "whose width grows with the distance from zero"
+    return "that is narrower near both ends of the axis"  # Jackson's
+
+
+def _words_stems(count: int, single: int) -> str:
+    if single == count:
+        which = "the eigenvalue that is" if count == 1 else f"the {count} eigenvalues that are"
+        return f" Orange stems are {which} resolved individually."
+    which = f"; {single} of them are resolved individually" if single else ""
+    return (
+        f" Orange stems are {count} places where eigenvalues stand alone{which}. "
+        f"{'The others' if single else 'Each'} may be several equal ones."
+    )
 
 
 def _eigenpairs(pairs: Eigenpairs) -> list[Section]:
     words = (
-        "Bars are residuals: an eigenvalue lies within each of them, whatever the random start. Open circles "
-        "mark pairs that have not converged to the tolerance."
+        "Bars are residuals and rounding: an eigenvalue lies within each of them, whatever the random start. "
+        "Open circles mark pairs that have not converged to the tolerance."
     )
     mass = (
         "Where the eigenvectors live: the sum of squares of their entries in each layer. The first column "
@@ -151,7 +180,7 @@ def runs(histories: Mapping[str, SpectrumHistory]) -> list[Section]:
     for name, history in histories.items():
         last = history[-1] if len(history) else None
         cells = (
-            [f"{last.step:,}", f"{last.sharpness:.5g}", measured(last.trace.value, last.trace.stderr)]
+            [f"{last.step:,}", last.largest_cell, measured(last.trace.value, last.trace.stderr)]
             if last
             else ["", "", ""]
         )
@@ -192,7 +221,7 @@ def _history(history: SpectrumHistory) -> list[Section]:
     rows += [
         [
             f"{s.step:,}",
-            f"{s.sharpness:.5g}",
+            s.largest_cell,
             extreme_cell(s.smallest, 0, s.level),
             measured(s.trace.value, s.trace.stderr),
         ]
@@ -214,7 +243,7 @@ def _blocks(results: dict[str, Any]) -> list[Section]:
         choice = dict(itertools.islice(spectra.items(), _CHOICES))
         words = (
             "The density of the block whose row is chosen below, on axes that all blocks share: its line, "
-            "its 95 % band, and in orange the eigenvalues that are resolved individually."
+            "its 95 % band, and in orange eigenvalues that stand alone."
         )
         if len(spectra) > len(choice):
             words += f" The first {len(choice)} rows have such a curve."

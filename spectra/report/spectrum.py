@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import time
 from typing import Any
@@ -33,12 +34,14 @@ from spectra.operators.base import LinearOperator, require_operator
 from spectra.report.provenance import provenance_of
 from spectra.results import Density, Estimate, Interval, Quadrature, Result, notebook_view, result, text_table
 from spectra.results.base import extreme_text
-from spectra.results.text import between, directed
+from spectra.results.text import agree, between, directed, enclosed, measured, span
 from spectra.runs.checkpoint import Checkpoint
 
 __all__ = ["SpectrumReport", "spectrum"]
 COUNTED = (0.5, 0.1, 0.01)
 """Of |H|: the report counts the eigenvalues above."""
+ZERO_TOL = 1e-3
+"""Of |H|: what counts as near zero by default."""
 FAR = 1e-3
 """Of |H|: the share of eigenvalues further from zero is known better than that of negative ones."""
 
@@ -100,9 +103,7 @@ class SpectrumReport(Result):
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed report."""
         q = self.quadrature
-        settings = f"{q.num_steps} steps x {q.num_probes} probes, {q.num_matvecs:,} products"
-        if q.status is Status.EXACT:
-            settings = f"none: all eigenvalues from {q.num_matvecs:,} products"
+        settings = q.settings
         seconds = self.provenance.get("seconds")
         if seconds is not None:
             settings += f", {seconds:.1f} s"
@@ -111,13 +112,13 @@ class SpectrumReport(Result):
             ("Lanczos", settings),
             ("largest eigenvalue", extreme_text(self.largest, -1, self.level)),
             ("smallest eigenvalue", extreme_text(self.smallest, 0, self.level)),
-            ("trace", f"{self.trace.value:.5g} ± {self.trace.stderr:.2g}"),
+            ("trace", measured(self.trace.value, self.trace.stderr)),
             *self._sharp_rows(),
             (
                 "negative eigenvalues",
-                _share(self.negative) + f" of all (λ < -{self.noise_floor:.1e})",
+                share_text(self.negative) + f" of all (λ < -{self.noise_floor:.1e})",
             ),
-            ("near zero", _share(self.near_zero) + f" of all (|λ| <= {self.zero_tol:g} |H|)"),
+            ("near zero", share_text(self.near_zero) + f" of all (|λ| <= {self.zero_tol:g} |H|)"),
             ("effective condition number", condition_text(self.condition, "at least ")),
             (
                 "noise floor",
@@ -131,18 +132,20 @@ class SpectrumReport(Result):
         """What is known best: single eigenvalues and their numbers, shares well away from zero, ranks."""
         resolved = self.quadrature.resolved
         text = f"{len(resolved):,} eigenvalues, one by one"
-        if len(resolved):
+        if len(resolved) == 1:
+            text = f"1 eigenvalue: {resolved[0]:.4g}"
+        elif len(resolved):
             text += f": {resolved[0]:.4g} to {resolved[-1]:.4g}"
         scale = max(map(abs, self.quadrature.range))
         printed = [f"{share * scale:.2g}" for share in COUNTED]  # these digits are what is counted above
-        counts = ", ".join(f"{_number(self.count_above(float(x)))} above {x}" for x in printed)
+        counts = ", ".join(f"{_count(self.count_above(float(x)))} above {x}" for x in printed)
         below, above = self.beyond(FAR)
         ranks = (("effective", self.effective_rank), ("stable", self.stable_rank))
         return [
             ("resolved", text),
             ("counts", counts),
-            (f"beyond {FAR:g} |H|", f"{_share(above)} above, {_share(below)} below"),
-            ("rank", ", ".join(f"{kind} {_number(rank)}" for kind, rank in ranks)),
+            (f"beyond {FAR:g} |H|", f"{share_text(above)} above, {share_text(below)} below"),
+            ("rank", ", ".join(f"{kind} {enclosed(rank[1], *rank[::2])}" for kind, rank in ranks)),
         ]
 
     def _precision(self) -> str:
@@ -155,10 +158,13 @@ class SpectrumReport(Result):
         return notebook_view(self, f"Spectrum of {self.name}", self.rows())
 
 
-def _number(found: Interval) -> str:
-    """`14` where both ends agree, or `14.5 [11, 18]`."""
-    ends = [f"{end:.3g}" for end in found]
-    return ends[1] if len(set(ends)) == 1 else f"{ends[1]} [{ends[0]}, {ends[2]}]"
+def _count(found: Interval) -> str:
+    """`14` where both ends agree, or `14.5 [11, 18]`; of whole numbers, all digits."""
+    low, value, high = map(float, found)
+    first, last = math.floor(low), math.ceil(high)
+    if first == last:
+        return f"{first:,}"
+    return f"{value:,.0f} [{first:,}, {last:,}]" if value >= 100 else f"{value:.3g} [{first:,}, {last:,}]"
 
 
 def condition_text(found: Interval, least: str) -> str:
@@ -168,8 +174,10 @@ def condition_text(found: Interval, least: str) -> str:
     return least + directed(float(found.lower), up=False, digits=3)
 
 
-def _share(share: Interval) -> str:
-    return f"{100 * share.estimate:.3g} % [{100 * share.lower:.3g}, {100 * share.upper:.3g}]"
+def share_text(share: Interval) -> str:
+    """`76.6 %` where that is certain, or `77 % [72.3, 84.2]`."""
+    low, value, high = (100 * float(end) for end in share)
+    return f"{value:.3g} %" + ("" if agree(low, high) else f" {span(low, high)}")
 
 
 @automatic
@@ -180,7 +188,7 @@ def spectrum(
     num_steps: int | None = None,
     num_probes: int = 8,
     tol: float | None = None,
-    zero_tol: float = 1e-3,
+    zero_tol: float = ZERO_TOL,
     probe_batch: int | None = None,
     progress: bool = False,
     checkpoint: Checkpoint | str | os.PathLike | None = None,

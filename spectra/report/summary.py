@@ -13,7 +13,7 @@ from spectra.density.extremes import LEVEL, condition, extreme
 from spectra.density.slq import slq
 from spectra.models.problem import Problem
 from spectra.operators.base import LinearOperator, require_operator
-from spectra.report.spectrum import condition_text, rank, trace_estimate
+from spectra.report.spectrum import condition_text, rank, share_text, trace_estimate
 from spectra.results import (
     Named,
     Quadrature,
@@ -23,7 +23,7 @@ from spectra.results import (
     result,
 )
 from spectra.results.base import extreme_cell
-from spectra.results.text import directed, rounded
+from spectra.results.text import enclosed, within
 
 
 @result()
@@ -149,16 +149,14 @@ def _record(name: str, q: Quadrature) -> dict[str, Any]:
 def _cells(name: str, q: Quadrature) -> list[str]:
     low, trace, high = trace_estimate(q).interval()
     stable = rank(q, 2)
-    least = directed(stable.lower, up=False, digits=3)
-    most = directed(stable.upper, up=True, digits=3)
     shares = q.cdf(np.nextafter(-q.noise_floor, -np.inf))
     return [
         name,
         f"{q.size:,}",
         extreme_cell(extreme(q, -1), -1, LEVEL),
         extreme_cell(extreme(q, 0), 0, LEVEL),
-        f"{rounded(trace, (high - low) / 2)} ± {(high - low) / 2:.1g}",
+        within(trace, max(high - trace, trace - low)),
         condition_text(condition(q), "≥ "),
-        f"{rounded(stable.estimate, stable.upper - stable.lower)} [{least}, {most}]",
-        f"{100 * shares.estimate:.3g} % [{100 * shares.lower:.3g}, {100 * shares.upper:.3g}]",
+        enclosed(stable.estimate, stable.lower, stable.upper),
+        share_text(shares),
     ]

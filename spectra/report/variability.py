@@ -26,7 +26,7 @@ from spectra.operators.data import DataOperator
 from spectra.operators.jaxprs import outside_loops
 from spectra.report.spectrum import trace_estimate
 from spectra.results import Array, Interval, Quadrature, Result, result, text_table, worst
-from spectra.results.text import directed
+from spectra.results.text import directed, span
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -155,9 +155,9 @@ class DataVariability(Result):
     eigenvalues, and the smallest is at least the mean of their smallest. The gap between the whole and the
     subsets is the curvature that cancels in the average.
 
-    Eigenvalues are Ritz values: the largest are never above the true eigenvalue of the same rank and the
-    smallest never below it, and each is within its residual of *some* eigenvalue. If the residual is more
-    than 1 %, the printed result says "at least" and "at most".
+    Eigenvalues are Ritz values: but for rounding, the largest are never above the true eigenvalue of the same
+    rank and the smallest never below it, and each is within its residual of *some* eigenvalue. If the
+    residual is more than 1 %, the printed result says "at least" and "at most".
     """
 
     largest: Float[Array, "subsets eigenvalues"]  # of each subset, descending
@@ -174,6 +174,8 @@ class DataVariability(Result):
     largest_residuals: Float[Array, "subsets eigenvalues"] | None = None
     smallest_residuals: Float[Array, "subsets eigenvalues"] | None = None
     status: Status = Status.COMPLETE  # the first of the quadratures' that is something to be wary of
+    whole_largest_residuals: Float[Array, " eigenvalues"] | None = None  # None in older files
+    whole_smallest_residuals: Float[Array, " eigenvalues"] | None = None
 
     @property
     def trace_data_std(self) -> float:
@@ -197,19 +199,28 @@ class DataVariability(Result):
         for name, side in (("largest", "at least"), ("smallest", "at most")):
             values, whole = getattr(self, name), getattr(self, f"whole_{name}")
             residuals = getattr(self, f"{name}_residuals")
+            of_whole = getattr(self, f"whole_{name}_residuals")
             for i in range(values.shape[1]):
-                text = f"{values[:, i].mean():.5g} ± {values[:, i].std(ddof=1):.2g}; all data {whole[i]:.5g}"
+                mean, spread_of, all_data = values[:, i].mean(), values[:, i].std(ddof=1), f"{whole[i]:.5g}"
+                text, note = f"{mean:.5g}", ""
                 if residuals is not None and (residuals[:, i] > OPEN * np.abs(values[:, i])).any():
-                    text = f"{side} {text}; not converged"
+                    text, note = f"{side} {directed(float(mean), name == 'smallest', 5)}", "; not converged"
+                # Files of versions that kept no residuals of the whole: they may be what those of parts are.
+                if (of_whole is None and note) or (
+                    of_whole is not None and of_whole[i] > OPEN * abs(whole[i])
+                ):
+                    all_data = f"{side} {directed(float(whole[i]), name == 'smallest', 5)}"
+                    note = "; not converged"
+                text += f" ± {spread_of:.2g}; all data {all_data}{note}"
                 spread.append((f"{name} eigenvalue" if i == 0 else f"  no. {i + 1}", text))
         text = f"{np.mean(self.trace):.5g}; between subsets ± {self.trace_data_std:.2g}"
         if self.trace_spread is not None:
             low, _, high = self.trace_spread
-            text += f" [{directed(low, up=False)}, {directed(high, up=True)}] (95 %)"
+            text += f" {span(low, high, 2)} (95 %)"
         spread.append(("trace", f"{text}, from probes ± {self.trace_probe_std:.2g}"))
         if self.trace_population is not None and self.limits is not None:
             low, value, high = self.trace_population
-            text = f"trace {value:.5g} [{directed(low, up=False)}, {directed(high, up=True)}]"
+            text = f"trace {value:.5g} {span(low, high, 2)}"
             low, high = (directed(float(x), up=bool(i)) for i, x in enumerate(self.limits))
             spread.append(("population", f"{text}; eigenvalues from {low} to {high}"))
         return text_table("Data variability", spread)
@@ -297,6 +308,8 @@ def data_variability(
         largest_residuals=np.array([residuals for *_, residuals in ends[:s]]),
         smallest_residuals=np.array([residuals for _, _, residuals, _ in ends[:s]]),
         status=worst(q.status for q in results),
+        whole_largest_residuals=ends[-1][3],
+        whole_smallest_residuals=ends[-1][2],
     )
 
 

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from spectra.base.errors import SpectraError, Status
 from spectra.base.paths import leaf_paths
-from spectra.results.text import directed, html_grid, html_table, rounded, text_grid
+from spectra.results.text import directed, html_grid, html_table, rounded, text_grid, within
 
 
 def plain(value: Any) -> Any:
@@ -272,10 +272,10 @@ def extreme_text(value: Interval, end: int, level: float | None) -> str:
     low, estimate, high = map(float, value)
     error = max(high - estimate, estimate - low)
     if level is None:
-        return f"an eigenvalue within {error:.1g} of {rounded(estimate, error)}"
+        return "an eigenvalue within {1} of {0}".format(*within(estimate, error).split(" ± "))
     chance, converged = f"({100 * level:g} %)", is_converged(value, end)
     if converged and error <= max(0.01 * abs(estimate), 10 * min(high - estimate, estimate - low)):
-        return f"{rounded(estimate, error)} ± {error:.1g} {chance}"
+        return f"{within(estimate, error)} {chance}"
     bound, other = (high, low) if end == 0 else (low, high)
     words = ("at most", "at least") if end == 0 else ("at least", "at most")
     text = f"{words[0]} {directed(bound, up=end == 0, digits=4 if converged else 3)}"
@@ -284,11 +284,11 @@ def extreme_text(value: Interval, end: int, level: float | None) -> str:
     return text if converged else text + "; not converged"
 
 
-def extreme_cell(value: Interval, end: int, level: float | None) -> str:
-    """The same for a table: a number, with ≤ or ≥ in front where it is only a bound."""
+def extreme_cell(value: Interval, end: int, level: float | None, digits: int = 3) -> str:
+    """The same for a table: a number, with ≤ or ≥ in front where it is only a bound, in so many digits."""
     low, estimate, high = map(float, value)
     error = max(high - estimate, estimate - low)
     if level is None or is_converged(value, end):
         return rounded(estimate, error)
     bound = high if end == 0 else low
-    return ("≤ " if end == 0 else "≥ ") + directed(bound, up=end == 0, digits=3)
+    return ("≤ " if end == 0 else "≥ ") + directed(bound, up=end == 0, digits=digits)

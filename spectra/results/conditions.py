@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from spectra.base.errors import Status
 from spectra.results.base import Array, Interval, Named, Result, flat, result
 from spectra.results.estimates import Estimate
-from spectra.results.text import between, directed, html_table, rounded, text_table
+from spectra.results.text import agree, between, directed, enclosed, html_table, measured, rounded, text_table
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -67,8 +68,6 @@ class ConditionNumber(Result):
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed result."""
-        low, _, high = self.nullity_interval
-        counted = f"{self.nullity:,}" + ("" if low == high else f" [{low:,.0f}, {high:,.0f}]")
         cut = max(self.rank_tol * self.largest, self.noise_floor)
         value = self.text if self.value == self.effective else f"at least {directed(self.value, up=False)}"
         if not np.isfinite(self.value):
@@ -81,8 +80,8 @@ class ConditionNumber(Result):
             ("over the numerical range", self.text),
             ("largest |λ|", self._size(self.largest, self.largest_interval)),
             ("smallest |λ| above zero", self._smallest()),
-            ("rank", f"{self.rank:,} of {self.size:,}"),
-            ("nullity", counted),
+            ("rank", f"{_counted(self.rank, *self._ranks())} of {self.size:,}"),
+            ("nullity", _counted(self.nullity, *self.nullity_interval[::2])),
             ("counted as zero", f"|λ| <= {cut:.2g}"),
             ("noise floor", f"{self.noise_floor:.2g}"),
             ("method", f"{self.method}, {self.num_matvecs:,} products"),
@@ -99,6 +98,30 @@ class ConditionNumber(Result):
             above = f", at most {directed(high, up=True, digits=3)}" if np.isfinite(high) else ""
             return f"at least {directed(low, up=False, digits=3)}{above}"
         return between(low, value, high)
+
+    def cells(self) -> list[str]:
+        """Order, rank, largest and smallest |λ| and condition numbers for a table, bounds marked as such."""
+        count, rank = f"{self.size:,}", _counted(self.rank, *self._ranks())
+        if not self.is_lower_bound:
+            effective = _cell(self.effective, self.effective_interval)
+            value = effective if self.value == self.effective else f"{self.value:.4g}"
+            sizes = (
+                _cell(self.largest, self.largest_interval),
+                _cell(self.smallest_nonzero, self.smallest_interval),
+            )
+            return [count, rank, *sizes, effective, value]
+        ends = self.largest_interval or Interval(self.largest, self.largest, self.largest)
+        largest = _cell(self.largest, ends)
+        if not agree(float(ends.lower), float(ends.upper), 4):
+            largest = f"≥ {directed(float(ends.lower), False, 4)}"
+        least = [directed(x, False, 4) for x in (self.effective, self.value)]
+        values = [f"≥ {text}" if math.isfinite(float(text)) else text for text in least]
+        return [count, rank, largest, f"≤ {directed(self.smallest_nonzero, True, 4)}", *values]
+
+    def _ranks(self) -> tuple[float, float]:
+        """The interval of the rank: what the nullity leaves."""
+        low, _, high = self.nullity_interval
+        return self.size - high, self.size - low
 
     def _smallest(self) -> str:
         if self.is_lower_bound and self.smallest_interval is not None:
@@ -153,24 +176,22 @@ class LayerConditions(Named):
     def table(self) -> list[list[str]]:
         """Cells of the table, the head first."""
         head = ["layer", "n", "rank", "largest |λ|", "smallest |λ| > 0", "effective", "condition number"]
-        body = [
-            [
-                name,
-                f"{c.size:,}",
-                f"{c.rank:,}",
-                f"{c.largest:.4g}",
-                ("≤ " if c.is_lower_bound else "") + f"{c.smallest_nonzero:.4g}",
-                ("≥ " if c.is_lower_bound else "") + f"{c.effective:.4g}",
-                ("≥ " if c.is_lower_bound and np.isfinite(c.value) else "") + f"{c.value:.4g}",
-            ]
-            for name, c in self.layers.items()
-        ]
-        return [head, *body]
+        return [head, *([name, *found.cells()] for name, found in self.layers.items())]
+
+
+def _cell(value: float, interval: Interval | None) -> str:
+    """A number in four digits at most, and no more than its interval leaves."""
+    width = 0.0 if interval is None else float(interval[2]) - float(interval[0])
+    return rounded(value, max(width if math.isfinite(width) else 0.0, 1e-4 * abs(value)))
+
+
+def _counted(value: int, low: float, high: float) -> str:
+    return f"{value:,}" if low == high else f"{value:,} [{low:,.0f}, {high:,.0f}]"
 
 
 def _shown(interval: Interval) -> str:
     low, value, high = interval
-    return f"{value:.3g}" if low == high else f"{value:.3g} [{low:.3g}, {high:.3g}]"
+    return enclosed(value, low, high)
 
 
 @result("size", "num_matvecs", "level", "status")
@@ -265,7 +286,7 @@ class ClassSplit(Result):
             ("within", self.within, self.within_trace),
             ("same class", self.same, self.same_trace),
         ):
-            parts.append((name, values, f"{trace.value:.4g} ± {trace.stderr:.2g}"))
+            parts.append((name, values, measured(trace.value, trace.stderr)))
         rows = [(name, some(values) + (f"; trace {trace}" if trace else "")) for name, values, trace in parts]
         return [*rows, ("classes", f"{self.num_classes}"), ("products", f"{self.num_matvecs}")]
 

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from spectra.base.errors import SpectraError, Status
 from spectra.quadrature.distribution import share_interval
 from spectra.results.base import Array, Interval, Result, result
-from spectra.results.text import directed, html_table, text_table
+from spectra.results.text import directed, html_table, measured, span, text_table
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -129,9 +129,9 @@ class Estimate(Result):
         if isinstance(self.value, Tracer):
             return f"Estimate {tail}"
         if isinstance(self.value, (int, float)) or getattr(self.value, "ndim", 1) == 0:
-            return f"{float(self.value):.6g} ± {float(self.stderr):.2g} {tail}"
+            return f"{measured(float(self.value), float(self.stderr))} {tail}"
         if isinstance(self.value, dict) and all(isinstance(x, float) for x in self.value.values()):
-            rows = [(name, f"{v:.6g} ± {self.stderr[name]:.2g}") for name, v in self.value.items()]
+            rows = [(name, measured(v, self.stderr[name])) for name, v in self.value.items()]
             return text_table(f"Estimate {tail}", rows)
         return f"Estimate of {len(jax.tree.leaves(self.value))} arrays {tail}"
 
@@ -180,10 +180,10 @@ class NoiseScale(Estimate):
 
     def __repr__(self) -> str:
         low, _, high = self.interval()
-        upper = "no upper end: |g|² is within its error" if math.isinf(high) else f"{high:.4g}"
+        upper = "no upper end: |g|² is within its error" if math.isinf(high) else directed(high, True, 4)
         return (
-            f"Gradient noise scale {self.value:.4g} [{low:.4g}, {upper}] (95 %): tr Σ = {self.noise:.4g}, "
-            f"|g|² = {self.signal:.4g}, {self.num_examples:,} examples"
+            f"Gradient noise scale {self.value:.4g} [{directed(low, False, 4)}, {upper}] (95 %): "
+            f"tr Σ = {self.noise:.4g}, |g|² = {self.signal:.4g}, {self.num_examples:,} examples"
         )
 
 
@@ -231,16 +231,16 @@ class Population(Result):
         rows = []
         for i in range(len(self)):
             low, value, high = self.interval(i)
-            text = f"{value:.4g} [{directed(low, up=False)}, {directed(high, up=True)}]"
+            text = f"{value:.4g} {span(low, high, 2)}"
             rows.append(("largest eigenvalue" if i == 0 else f"  no. {i + 1}", text))
         low, value, high = self.trace
-        rows.append(("trace", f"{value:.4g} [{directed(low, up=False)}, {directed(high, up=True)}]"))
+        rows.append(("trace", f"{value:.4g} {span(low, high, 2)}"))
         rows.append(
             ("  its errors", f"examples ± {self.trace_stderr:.2g}, probes ± {self.trace_probe_stderr:.2g}")
         )
         low, value, high = (float(x[-1]) for x in self.shares)
         if math.isfinite(value):
-            text = f"{100 * value:.3g} % [{100 * low:.3g}, {100 * high:.3g}]"
+            text = f"{100 * value:.3g} % {span(100 * low, 100 * high)}"
             rows.append((f"share of the largest {len(self)}" if len(self) > 1 else "its share of it", text))
         rows += [
             ("drawn", f"{self.num_examples:,} examples in {self.num_batches} batches"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from spectra.results.base import (
 )
 from spectra.results.estimates import Estimate
 from spectra.results.quadrature import Quadrature
-from spectra.results.text import directed, html_table, measured, rounded, text_table
+from spectra.results.text import DIGITS, directed, html_table, measured, text_table
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -34,14 +35,15 @@ class Snapshot(Result):
 
     Made by `SpectrumTracker`, whose history consists of snapshots. `largest` is bounded on the inside by a
     Rayleigh quotient and on the outside with probability `level`, as in `spectrum`; see `SpectrumTracker` for
-    the cost.
+    the cost. Snapshots of one run see the same probes, so that their intervals hold or miss together where
+    the spectrum hardly changes.
 
     The [glossary](glossary.md#snapshot) defines snapshot.
     """
 
     step: int
     eigenvalues: Float[Array, " eigenvalues"]  # the largest, descending
-    residuals: Float[Array, " eigenvalues"]  # an eigenvalue lies within this distance
+    residuals: Float[Array, " eigenvalues"]  # an eigenvalue lies within this distance, but for rounding
     largest: Interval  # scalars: λmax, the sharpness, >= lower always, and <= upper with probability `level`
     smallest: Interval  # λmin <= upper always, and >= lower with probability `level`
     trace: Estimate
@@ -83,14 +85,28 @@ class Snapshot(Result):
         """One row, as those of a history."""
         return [plain(_record(self))]
 
+    @property
+    def largest_cell(self) -> str:
+        """`largest` for a table: a number, or a bound with as many digits as the residual leaves."""
+        return extreme_cell(self.largest, -1, self.level, self._digits)
+
+    @property
+    def _digits(self) -> int:
+        """Of the leading eigenvalue: those that its residual leaves, three at least."""
+        value, residual = abs(float(self.eigenvalues[0])), float(self.residuals[0])
+        if not 0 < residual < value:
+            return 3 if residual else DIGITS
+        return min(max(math.ceil(math.log10(value / residual)) + 1, 3), DIGITS)
+
     def _largest(self) -> str:
         """The leading pair with its residual, where the probes say less than it."""
         value, residual = float(self.eigenvalues[0]), float(self.residuals[0])
         if self.level is None or is_converged(self.largest, -1) or value < self.sharpness:
             return extreme_text(self.largest, -1, self.level)
-        above = float(self.largest.upper)
+        least, above = float(self.largest.lower), float(self.largest.upper)
         most = f"; at most {directed(above, up=True)} ({100 * self.level:g} %)" if np.isfinite(above) else ""
-        return f"at least {rounded(value, residual)} (residual {residual:.1g}){most}"
+        text = f"at least {directed(least, up=False, digits=self._digits)}"
+        return f"{text} (residual {directed(residual, up=True, digits=1)}){most}"
 
     def __repr__(self) -> str:
         return text_table(f"Snapshot of step {self.step}", self.rows())
@@ -258,14 +274,14 @@ class SpectrumHistory(Result):
         """Label and value of each line of the printed history."""
         if not self.snapshots:
             return [("snapshots", "none yet")]
-        sharpness, top = self.sharpness, int(np.argmax(self.sharpness))
+        top = int(np.argmax(self.sharpness))
         first, last = (
             measured(s.trace.value, s.trace.stderr) for s in (self.snapshots[0], self.snapshots[-1])
         )
         rows = [
             ("snapshots", f"{len(self)}, steps {self.steps[0]:,} to {self.steps[-1]:,}"),
-            ("largest eigenvalue", f"{sharpness[0]:.5g} at first, {sharpness[-1]:.5g} at last"),
-            ("at its largest", f"{sharpness[top]:.5g} in step {self.steps[top]:,}"),
+            ("largest eigenvalue", f"{self[0].largest_cell} at first, {self[-1].largest_cell} at last"),
+            ("at its largest", f"{self[top].largest_cell} in step {self.steps[top]:,}"),
             ("smallest eigenvalue", self._ends()),
             ("trace", f"{first} at first, {last} at last"),
             ("products", f"{sum(s.num_matvecs for s in self.snapshots):,}"),

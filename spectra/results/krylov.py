@@ -14,7 +14,7 @@ from spectra.base.errors import Status
 from spectra.base.trees import PyTree
 from spectra.quadrature import rules
 from spectra.results.base import Array, Interval, Result, call, notebook_view, plain, result
-from spectra.results.text import html_table, rounded, text_table
+from spectra.results.text import directed, html_table, text_table, within
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -144,7 +144,7 @@ class Eigenpairs(Result):
         """Label and value of each line of the printed result."""
         pairs = zip(self.values, self.residuals + self.noise_floor, self.converged, strict=True)
         lines = [
-            (f"{i}", f"{rounded(value, error)} ± {error:.1g}" + ("" if done else "  not converged"))
+            (f"{i}", within(float(value), float(error)) + ("" if done else "  not converged"))
             for i, (value, error, done) in enumerate(pairs)
         ]
         return [
@@ -197,7 +197,7 @@ class SingularTriplets(Result):
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed result."""
         lines = [
-            (f"{i}", f"{rounded(value, error)} ± {error:.1g}" + ("" if done else "  not converged"))
+            (f"{i}", within(float(value), float(error)) + ("" if done else "  not converged"))
             for i, (value, error, done) in enumerate(
                 zip(self.values, self.errors, self.converged, strict=True)
             )
@@ -254,8 +254,8 @@ class Solution(Result):
             self.preconditioner_matvecs
         )
         return [
-            ("|b - A x|", f"{_largest(self.residual_norm):.2g} ± {_largest(self.rounding):.1g}"),
-            ("|x - x*|", f"at most {error:.2g} ({self.bound})" if np.isfinite(error) else "not bounded"),
+            ("|b - A x|", within(_largest(self.residual_norm), _largest(self.rounding))),
+            ("|x - x*|", _at_most(error) + (f" ({self.bound})" if np.isfinite(error) else "")),
             ("method", f"{self.method}, {self.num_matvecs:,} products{built}"),
             ("status", str(self.status)),
         ]
@@ -295,7 +295,7 @@ class FunctionProduct(Result):
         """Label and value of each line of the printed result."""
         error = _largest(self.error_bound)
         return [
-            ("|value - f(H) v|", f"at most {error:.2g}" if np.isfinite(error) else "not bounded"),
+            ("|value - f(H) v|", _at_most(error)),
             ("rests on", self.bound),
             ("products", f"{self.num_matvecs:,} ({self.num_steps} steps)"),
             ("status", str(self.status)),
@@ -315,4 +315,8 @@ def _largest(x: Any) -> float:
 
 
 def _missed_row(missed: float) -> tuple[str, str]:
-    return "probability of a missed copy", f"at most {missed:.2g}" if missed < 1 else "not bounded"
+    return "probability of a missed copy", _at_most(missed if missed < 1 else np.inf)
+
+
+def _at_most(error: float) -> str:
+    return f"at most {directed(error, up=True)}" if np.isfinite(error) else "not bounded"

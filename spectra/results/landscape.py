@@ -11,7 +11,7 @@ import numpy as np
 
 from spectra.base.errors import SpectraError, Status
 from spectra.results.base import Array, Result, notebook_view, result
-from spectra.results.text import html_table, text_table
+from spectra.results.text import html_table, text_table, within
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -236,4 +236,6 @@ class Perturbation(Result):
 
 
 def _within(change: float, rounding: float | None) -> str:
-    return f"{change:+.3g}" + ("" if rounding is None else f" ± {rounding:.2g}")
+    if rounding is None:
+        return f"{change:+.3g}"
+    return ("" if change < 0 else "+") + within(change, rounding)

@@ -20,7 +20,7 @@ from spectra.quadrature.resolved import Parts, parts
 from spectra.results.base import Array, Interval, Result, notebook_view, result
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 
 @result("size", "num_matvecs", "precision", "status", "coupling", "rounding")
@@ -116,6 +116,13 @@ class Quadrature(Result):
         steps = 0.0 if self.status is Status.EXACT else 4 * self.precision
         return scale * max(float(np.max(self.asymmetry)), steps, self.rounding)
 
+    @property
+    def settings(self) -> str:
+        """What was run, in words."""
+        if self.status is Status.EXACT:
+            return f"none: all eigenvalues from {self.num_matvecs:,} products"
+        return f"{self.num_steps} steps x {self.num_probes} probes, {self.num_matvecs:,} products"
+
     def cdf(self, x: ArrayLike, *, level: float = 0.95) -> Interval:
         """Share of eigenvalues at or below `x`, with a band that holds for the whole curve.
 
@@ -169,7 +176,7 @@ class Quadrature(Result):
         low, high = self.range
         rows = [
             ("parameters", f"{self.size:,}"),
-            ("Lanczos", f"{self.num_steps} steps x {self.num_probes} probes, {self.num_matvecs:,} products"),
+            ("Lanczos", self.settings),
             ("range", f"{low:.6g} to {high:.6g}"),
             ("CDF in doubt", f"{100 * self.band_width():.2g} % on average over the range (95 % band)"),
             ("noise floor", f"{self.noise_floor:.1e}"),
@@ -244,10 +251,16 @@ class Density(Result):
     upper: Float[Array, " grid"]
     bandwidth: Float[Array, " grid"]  # width of the kernel for mass at each grid point
     linear_scale: float  # |eigenvalue| below which a signed-log axis should be linear
-    outliers: Float[Array, " outliers"]  # mean positions of eigenvalues resolved one by one
+    outliers: Float[Array, " outliers"]  # mean positions of eigenvalues that stand alone
     size: int  # n
     level: float
     status: Status = Status.COMPLETE  # of the quadrature or the moments that it shows
+    single: Bool[Array, " outliers"] | None = None  # known to be one eigenvalue, not several; None: not known
+
+    @property
+    def num_single(self) -> int:
+        """How many of the outliers are known to be one eigenvalue each, and not several at one place."""
+        return 0 if self.single is None else int(np.sum(self.single))
 
     def integral(self) -> float:
         """Mass on the grid by the trapezoidal rule; below one where the grid cuts the spectrum off."""
@@ -264,7 +277,7 @@ class Density(Result):
             ("parameters", f"{self.size:,}"),
             ("range", f"{self.grid[0]:.4g} to {self.grid[-1]:.4g}"),
             ("integral", f"{self.integral():.6f}"),
-            ("eigenvalues resolved one by one", f"{len(self.outliers)}"),
+            ("eigenvalues resolved one by one", f"{self.num_single:,}"),
             ("band", f"{100 * self.level:g} % on the whole grid"),
         ]
         return notebook_view(self, "Spectral density", rows)

@@ -9,7 +9,7 @@ import numpy as np
 
 from spectra.base.errors import Status
 from spectra.results.base import Array, Result, result
-from spectra.results.text import html_table, text_table
+from spectra.results.text import html_table, span, text_table
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -50,7 +50,7 @@ class Sharpness(Result):
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed result."""
         return [
-            ("critical sharpness", f"{self.value:.4g} [{self.lower:.4g}, {self.upper:.4g}]"),
+            ("critical sharpness", f"{self.value:.4g} {span(self.lower, self.upper, 4)}"),
             ("largest step", f"{self.step:.4g} {'along' if self.descends else 'against'} the direction"),
             ("evaluations", f"{self.num_evaluations}"),
             ("status", str(self.status)),
@@ -202,7 +202,7 @@ class StableStep(Result):
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed result."""
         return [
-            ("stable up to", f"{self.multiple:.4g} times the update [{self.lower:.4g}, {self.upper:.4g}]"),
+            ("stable up to", f"{self.multiple:.4g} times the update {span(self.lower, self.upper, 4)}"),
             ("learning rate", f"{self.learning_rate:.4g}"),
             ("products", f"{self.num_matvecs}"),
             ("status", str(self.status)),

@@ -1,5 +1,6 @@
 """Results in print: tables as text and for notebooks, and numbers with as many digits as are known."""
 
+import decimal
 import math
 
 
@@ -47,7 +48,11 @@ def format_bytes(count: int) -> str:
 
 
 DIGITS = 7
-"""At most, however small the error."""
+"""Of a number that stands by itself, at most, however small the error."""
+_ALL = 17
+"""Digits that tell all numbers of float64 apart."""
+_ROUNDING = 2.0**-52
+"""Of a number: the half width of an interval around it is not known better."""
 
 
 def rounded(value: float, error: float) -> str:
@@ -58,17 +63,50 @@ def rounded(value: float, error: float) -> str:
     """
     if not (math.isfinite(value) and math.isfinite(error)) or value == 0 or error <= 0:
         return f"{value:.{DIGITS}g}"
-    digits = math.floor(math.log10(abs(value))) - math.floor(math.log10(error)) + 1
-    return f"{value:#.{min(max(digits, 1), DIGITS)}g}".rstrip(".").replace(".e", "e")
+    return _significant(value, min(_digits(value, error), DIGITS))
 
 
 def measured(value: float, error: float) -> str:
     """The number and its error, both up to the second digit of the error.
 
-    >>> measured(9.3052, 1.04), measured(14.377, 0.16), measured(2.0, 0.0)
-    ('9.3 ± 1', '14.38 ± 0.16', '2 ± 0')
+    Numbers have as many digits as that takes: seven beside an error of 1e-12 would be off by more.
+
+    >>> measured(9.3052, 1.04), measured(14.377, 0.16), measured(2.0, 0.0), measured(2 / 3, 1e-9)
+    ('9.3 ± 1.0', '14.38 ± 0.16', '2 ± 0', '0.6666666667 ± 1.0e-09')
     """
-    return f"{rounded(value, error / 10)} ± {error:.2g}"
+    shown = _significant(error, 2) if math.isfinite(error) and error > 0 else f"{error:g}"
+    return f"{_beside(value, error)} ± {shown}"
+
+
+def within(value: float, error: float) -> str:
+    """An interval in the form of `measured`: what is printed contains value ± error.
+
+    >>> within(2.4449, 0.1449), within(7.0, 4.9e-13), within(-0.3, 0.0)
+    ('2.44 ± 0.15', '7.00000000000000 ± 4.9e-13', '-0.3 ± 0')
+    """
+    text = _beside(value, error)
+    error += abs(value - float(text))
+    nearest = f"{error:.2g}"  # where it is less by no more than rounding of the two ends, it is right
+    enough = float(nearest) >= error - _ROUNDING * abs(value)
+    return f"{text} ± {nearest if enough else directed(error, up=True)}"
+
+
+def _beside(value: float, error: float) -> str:
+    """The number up to the second digit of an error that stands next to it."""
+    if not (math.isfinite(value) and math.isfinite(error)):
+        return f"{value:.{DIGITS}g}"
+    if value == 0 or error <= 0:
+        return repr(float(value)).removesuffix(".0")
+    return _significant(value, min(_digits(value, error) + 1, _ALL))
+
+
+def _digits(value: float, error: float) -> int:
+    """Digits of the number up to the first one of its error, one at least."""
+    return max(math.floor(math.log10(abs(value))) - math.floor(math.log10(error)) + 1, 1)
+
+
+def _significant(value: float, digits: int) -> str:
+    return f"{value:#.{digits}g}".rstrip(".").replace(".e", "e")
 
 
 def directed(value: float, up: bool, digits: int = 2) -> str:
@@ -76,12 +114,36 @@ def directed(value: float, up: bool, digits: int = 2) -> str:
 
     >>> directed(-0.00616, up=True), directed(-0.00616, up=False), directed(9.99, up=True)
     ('-0.0061', '-0.0062', '10')
+    >>> directed(70.1, False, 3)
+    '70.1'
     """
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    unit = 10.0 ** (math.floor(math.log10(abs(value))) - digits + 1)
-    steps = math.ceil(value / unit) if up else math.floor(value / unit)
-    return f"{steps * unit:.{digits}g}"
+    text = f"{value:.{digits}g}"
+    if (float(text) < value) if up else (float(text) > value):
+        side = decimal.ROUND_CEILING if up else decimal.ROUND_FLOOR
+        text = f"{float(decimal.Context(digits, side).create_decimal_from_float(value)):.{digits}g}"
+    return text
+
+
+def span(low: float, high: float, digits: int = 3) -> str:
+    """An interval in few digits that contains it: `[11.9, 18]`."""
+    return f"[{directed(low, False, digits)}, {directed(high, True, digits)}]"
+
+
+def agree(low: float, high: float, digits: int = 3) -> bool:
+    """Whether all numbers of an interval are one in so many digits: it needs no ends, then."""
+    return f"{low:.{digits}g}" == f"{high:.{digits}g}"
+
+
+def enclosed(value: float, low: float, high: float, digits: int = 3) -> str:
+    """A number with its interval, or by itself where the digits shown are certain.
+
+    >>> enclosed(14.5, 11.96, 17.31), enclosed(1 / 3, 1 / 3, 1 / 3)
+    ('14.5 [11.9, 17.4]', '0.333')
+    """
+    number = f"{value:.{digits}g}"
+    return number if agree(low, high, digits) else f"{number} {span(low, high, digits)}"
 
 
 def between(low: float, value: float, high: float) -> str:
@@ -92,5 +154,4 @@ def between(low: float, value: float, high: float) -> str:
     """
     if low == high:
         return f"{value:.6g}"
-    ends = f"[{directed(low, up=False, digits=4)}, {directed(high, up=True, digits=4)}]"
-    return f"{rounded(value, high - low)} {ends}"
+    return f"{rounded(value, high - low)} {span(low, high, 4)}"

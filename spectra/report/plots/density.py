@@ -80,7 +80,8 @@ def plot_density(
         linestyle: style of the line.
         label: label for a legend.
         band: draw the band.
-        outliers: draw a stem for each resolved eigenvalue, up to the peak that a single eigenvalue has there.
+        outliers: draw a stem for each eigenvalue that stands alone, up to the peak that a single one has
+            there; "single" in the legend if all of them are known to be one eigenvalue each.
         counts: draw the number of eigenvalues beyond each point, as seen from zero, as a grey line with its
             own axis on the right.
         bandwidth: kernel width, see `spectral_density`; not for a density, which already has one.
@@ -122,7 +123,8 @@ def plot_density(
     if outliers:
         add_stems(ax, density, xscale)
         if own and np.any((density.outliers > low) & (density.outliers < high)):
-            ax.collections[-1].set_label("single eigenvalues")
+            known = density.num_single == len(density.outliers)
+            ax.collections[-1].set_label("single eigenvalues" if known else "isolated eigenvalues")
     _set_axes(ax, [density], xscale, yscale, density.linear_scale, (low, high), learning_rate, band)
     if kernel:
         add_kernel(ax, density, color)

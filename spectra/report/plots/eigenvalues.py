@@ -108,7 +108,7 @@ def plot_cdf(
 def plot_eigenvalues(
     result: Eigenpairs | Quadrature | SpectrumReport, ax: "Axes | None" = None, *, color: "ColorType" = COLOR
 ) -> "Axes":
-    """Draw eigenpairs by rank, with their residuals, or a quadrature as `plot_cdf` does.
+    """Draw eigenpairs by rank, with their residuals and rounding, or a quadrature as `plot_cdf` does.
 
     Args:
         result: result of `eigsh` or of `slq`, or a report.
@@ -131,7 +131,8 @@ def plot_eigenvalues(
     from matplotlib.ticker import MaxNLocator
 
     own, ax = ax is None, new_axes(ax)
-    values, residuals = np.asarray(result.values)[::-1], np.asarray(result.residuals)[::-1]
+    values = np.asarray(result.values)[::-1]
+    residuals = np.asarray(result.residuals)[::-1] + result.noise_floor
     rank = np.arange(1, len(values) + 1)
     done = np.asarray(result.converged)[::-1]
     ax.errorbar(rank, values, residuals, fmt="none", ecolor=color, elinewidth=0.8, capsize=1.5)

@@ -74,7 +74,7 @@ def add_kernel(ax, density: Density, color: Any) -> None:
 
 
 def add_stems(ax, density: Density, xscale: str) -> None:
-    """A stem for each eigenvalue resolved one by one, to the peak that a single one makes there."""
+    """A stem for each eigenvalue that stands alone, to the peak that a single one makes there."""
     values = np.asarray(density.outliers, float)
     widths = np.interp(values, density.grid, density.bandwidth)
     tops = 1 / (density.size * widths * np.sqrt(2 * np.pi))

@@ -1,0 +1,6 @@
+import numpy as np
+from numpy.typing import NDArray
+
+def dct(
+    x: NDArray[np.float64], type: int = ..., n: int | None = ..., axis: int = ...
+) -> NDArray[np.float64]: ...
