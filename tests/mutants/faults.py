@@ -665,8 +665,8 @@ DENSITY = [
     fault(
         "the spread of few steps is that of the Gauss rule",
         "estimators/bracket.py",
-        "found += count * [(np.max(some, axis=0) - known)",
-        "found += count * [(some[0] - np.array(known))",
+        "np.maximum(np.max(some, axis=0) - known, seen)",
+        "np.array(seen)",
         "test_trace_of.py::test_few_steps_know_less_of_the_spread_than_of_the_value",
     ),
     fault(
