@@ -272,6 +272,28 @@ def test_the_bound_holds_where_rounding_moves_eigenvalues_across_a_step_or_pole(
         assert name != "step" or found.error_bound < np.linalg.norm(v)
 
 
+@pytest.mark.parametrize("name", ["bump", "step", "kink"])
+def test_the_bound_holds_where_f_is_about_a_bulk_far_below_the_largest_eigenvalues(name, x64):
+    """The bulk is 1e-8 of the spectrum: no sample was in it, and errors were up to 250 times the bound."""
+    rng, n = np.random.default_rng(1), 60
+    values = np.r_[np.full(3, 1e8), rng.uniform(0.5, 1.5, n - 3)]
+    q = np.linalg.qr(rng.standard_normal((n, n)))[0]
+    half = np.tril((q * values) @ q.T)
+    matrix = half + np.tril(half, -1).T
+    theta, u = np.linalg.eigh(matrix)
+    op, v = spectra.MatrixOperator(jnp.asarray(matrix)), rng.standard_normal(n)
+    for center in np.linspace(0.6, 1.4, 4):
+        f = {
+            "bump": lambda x, c=center: np.exp(-(((x - c) / 0.1) ** 2)),
+            "step": lambda x, c=center: (x > c) * 1.0,
+            "kink": lambda x, c=center: np.abs(x - c) / (1 + np.abs(x - c)),
+        }[name]
+        for steps in (10, 14, 18):
+            found = spectra.funm(op, f, jnp.asarray(v), num_steps=steps, tol=0, bounds=(-1e6, 1.01e8))
+            error = np.linalg.norm(found.value - (u * f(theta)) @ (u.T @ v))
+            assert error <= found.error_bound <= 2.1 * np.linalg.norm(v)
+
+
 @pytest.mark.parametrize(
     ("g", "bounds"),
     [
@@ -284,7 +306,7 @@ def test_the_bound_holds_where_rounding_moves_eigenvalues_across_a_step_or_pole(
 def test_samples_find_the_largest_value_or_a_pole(g, bounds):
     x = np.array([-1.0, 1e-9, 1.0])
     low, high = bounds
-    found = function_bounds._largest(g, x, g(x), np.array([5.0]), 0.0)
+    found = function_bounds._largest(lambda x: (x, g(x)), x, g(x))
     assert low <= found <= high
 
 

@@ -491,6 +491,17 @@ def test_the_quadratic_form_holds_where_cg_did_not_see_that_the_operator_is_inde
     assert low <= 1 - 0.3**2 / 0.01 <= high
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_the_quadratic_form_holds_where_its_type_has_no_such_numbers(scale):
+    """In float32 bᵀx, 1e-40 or 1e40 times 3, was 0 ± 1e-46, or infinite."""
+    b = scale * jnp.ones(3)
+    found = spectra.solve(spectra.MatrixOperator(jnp.eye(3)), b, method="cg", lower_bound=0.9)
+    low, _, high = found.quadratic_form
+    truth = float(np.sum(np.square(np.asarray(b, float))))
+    assert low <= truth <= high
+    assert high - low <= 1e-4 * truth
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

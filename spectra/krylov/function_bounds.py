@@ -13,6 +13,7 @@ or a derivative of f. One vector has one p, the next of its Lanczos run; a block
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from spectra.base.errors import SpectraError, Status
 from spectra.base.host import one_thread
 from spectra.krylov.lanczos import lanczos
 from spectra.operators.base import LinearOperator
+from spectra.quadrature.hinges import kinks
 from spectra.quadrature.rules import breakdown_noise
 
 Intervals = Sequence[tuple[float, float]]
@@ -31,6 +33,13 @@ SAMPLES = 1500
 """Of g over the intervals, denser towards their ends, and between the Ritz values."""
 FEWEST = 17
 """Of these for one interval of many."""
+FEW = 4
+"""Up to so many intervals are looked at closely: where they hold single eigenvalues there are hundreds."""
+NARROWEST, LADDER = 1e-10, 8.0 ** np.arange(12)
+"""Samples go from a Ritz value into a wide gap by steps that grow like this, from the gap on its other side
+or from this part of the interval."""
+BLURRED = 1e-12
+"""Of f: what rounding of a difference of f may make of a sample of the error."""
 NEAR = np.concatenate([s * 0.25 ** np.arange(12) for s in (-1, 1)])
 """Where f is sampled beside a Ritz value, in units of what that may be off by: a pole may be anywhere."""
 TOGETHER = 2**22
@@ -42,6 +51,8 @@ FAILS = 1e-6
 
 
 Function = Callable[[np.ndarray], np.ndarray]
+Sampled = tuple[np.ndarray, np.ndarray]
+"""Points, and values at them."""
 
 
 def truncation(
@@ -63,31 +74,43 @@ def truncation(
     if not last.any():
         return np.zeros(len(first.T))
     at_nodes = f(theta)
+    # So close to a Ritz value what a difference of f is rounded by would count.
+    apart = np.abs(first).max(axis=1) * np.abs(last).max(axis=0) * (np.finfo(float).eps / BLURRED)
 
-    def quotients(x: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (f(x)[:, None] - at_nodes) / (x[:, None] - theta)
+    def quotients(x: np.ndarray, apart: np.ndarray) -> Sampled:
+        """The points that are far enough from all Ritz values, and f[x, θ_j]."""
+        gaps = x[:, None] - theta
+        kept = (np.abs(gaps) > apart).all(axis=1)
+        with np.errstate(invalid="ignore"):
+            return x[kept], (f(x[kept])[:, None] - at_nodes) / gaps[kept]
 
-    points = [_samples(low, high, theta, len(intervals)) for low, high in intervals]
-    sampled = [quotients(x) for x in points]
-    if not all(np.isfinite(x).all() for x in sampled):
+    sampled: list[Sampled] = []
+    for low, high in intervals:
+        found = quotients(_samples(f, low, high, theta, len(intervals)), apart)
+        beyond = low - 2 * max(apart.max(), 1e-6 * (high - low), np.finfo(float).tiny)
+        sampled.append(found if len(found[0]) else quotients(np.array([beyond]), 0 * apart))
+    if not all(np.isfinite(values).all() for _, values in sampled):
         return np.full(len(first.T), np.inf)
     bounds: list[float] = []
+    noise = BLURRED * len(theta) * len(last) ** 0.5 * float(np.abs(at_nodes).max())
     for column in first.T:
         weights = column[:, None] * last.T
-        weights = weights @ _main_axes([x @ weights for x in sampled])
+        weights = weights @ _main_axes([values @ weights for _, values in sampled])
         largest = np.zeros(len(last))
-        for x, values, (low, high) in zip(points, sampled, intervals, strict=True):
-            apart = 1e-7 * (high - low)
+        for x, values in sampled:
             found = [
-                _largest(lambda x, one=one: quotients(x) @ one, x, values @ one, theta, apart)
-                if one.any()
-                else 0.0
+                _largest(partial(_along, one, quotients, apart), x, values @ one, noise) if one.any() else 0.0
                 for one in weights.T
             ]
             largest = np.maximum(largest, found)
         bounds.append(float(largest.sum()))
     return np.array(bounds)
+
+
+def _along(one: np.ndarray, quotients: Any, apart: np.ndarray, x: np.ndarray) -> Sampled:
+    x, values = quotients(x, apart)
+    with np.errstate(invalid="ignore"):  # beside a pole
+        return x, values @ one
 
 
 def _main_axes(samples: list[np.ndarray]) -> np.ndarray:
@@ -99,23 +122,18 @@ def _main_axes(samples: list[np.ndarray]) -> np.ndarray:
 
 
 def _largest(
-    g: Function,
-    x: np.ndarray,
-    found: np.ndarray,
-    theta: np.ndarray,
-    apart: float,
+    g: Callable[[np.ndarray], Sampled], x: np.ndarray, found: np.ndarray, noise: float = 0.0
 ) -> float:
     """max |g| on one interval: of the samples `found` at x, and of more beside the largest until they are as
-    large. Beside a pole of f they grow to the end: there is no bound then. Rounding does not.
+    large. Beside a pole of f they grow to the end: there is no bound then. So does rounding, up to `noise`.
     """
     between = np.max(np.abs(np.diff(found)), initial=0.0) / 2
     sizes, growing = np.abs(found), False
     for _ in range(REFINEMENTS):
         best = int(np.argmax(sizes))
         largest, edges = float(sizes[best]), x[[max(best - 1, 0), best, min(best + 1, len(x) - 1)]]
-        inner = np.linspace(float(edges[0]), float(edges[-1]), 42)[1:-1]
-        inner = inner[np.abs(inner[:, None] - theta).min(axis=1) > apart]
-        finer = np.abs(g(inner)) if len(inner) else np.full(1, largest)
+        inner, values = g(np.linspace(float(edges[0]), float(edges[-1]), 42)[1:-1])
+        finer = np.abs(values) if len(inner) else np.full(1, largest)
         if not np.isfinite(finer).all():
             return np.inf
         if largest / GROWTH <= finer.max() <= GROWTH * largest:
@@ -124,23 +142,49 @@ def _largest(
         # The largest stays: a sample may be beside a pole by chance, closer than those that are added.
         x, first = np.unique(np.append(inner, edges[1]), return_index=True)
         sizes = np.append(finer, largest)[first]
-    return np.inf if growing else float(sizes.max() + between)
+    return np.inf if growing and sizes.max() > noise else float(sizes.max() + between)
 
 
-def _samples(low: float, high: float, theta: np.ndarray, of: int) -> np.ndarray:
-    """Points of one of so many intervals, none within 1e-6 of it of a Ritz value: f(λ) - f(θ) cancels."""
+def _samples(f: Function, low: float, high: float, theta: np.ndarray, of: int) -> np.ndarray:
+    """Points of one of so many intervals.
+
+    Most of a spectrum may be a millionth of the interval, below a few large eigenvalues, and f may be about
+    that part alone: so some are between the Ritz values, more where these begin to be far apart, beside zero,
+    where f often has a pole or a branch point, and where f bends most.
+    """
     middle, half = (low + high) / 2, (high - low) / 2
     inside = theta[(theta > low) & (theta < high)]
     edges = np.concatenate([[low], inside, [high]])
-    between = edges[:-1, None] + np.diff(edges)[:, None] * np.linspace(0.05, 0.95, 7)
-    x = middle - half * np.cos(np.pi * np.linspace(0, 1, max(SAMPLES // of, FEWEST)))
-    # Functions with a pole or a branch point at zero move fast beside it.
-    near = low + (high - low) * np.geomspace(1e-12, 1, 200) if low >= 0 and of == 1 else np.zeros(0)
-    x = np.unique(np.clip(np.concatenate([x, between.ravel(), near]), low, high))
-    apart = 1e-6 * max(high - low, np.finfo(float).tiny)
-    gaps = np.abs(x[:, None] - theta).min(axis=1)
-    kept = x[gaps > apart]
-    return kept if len(kept) else np.asarray([low - 2 * apart])
+    gaps = np.diff(edges)
+    parts: list[Any] = [
+        middle - half * np.cos(np.pi * np.linspace(0, 1, max(SAMPLES // of, FEWEST))),
+        (edges[:-1, None] + gaps[:, None] * np.linspace(0.05, 0.95, 7)).ravel(),
+    ]
+    if of <= FEW and high > low:
+        least = np.maximum(gaps, NARROWEST * (high - low))
+        for ends, beside, sign in ((edges[1:-1], least[:-1], 1), (edges[1:-1], least[1:], -1)):
+            wide = gaps[1:] if sign > 0 else gaps[:-1]
+            steps = beside[:, None] * LADDER
+            parts.append((ends[:, None] + sign * steps)[steps < wide[:, None] / 20])
+        zero = max(low, 0.0) if high > 0 else high
+        near = (high - low) * np.geomspace(1e-12, 1, 200)
+        parts += [zero + near, zero - near]
+        parts.append(_bends(f, np.concatenate([edges, *parts[2:]]), low, high))
+    x = np.concatenate(parts)
+    return np.unique(x[(x >= low) & (x <= high)])
+
+
+def _bends(f: Function, x: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Where f bends most, with as much of the search in each cell of x, however narrow."""
+    x = np.unique(x[(x >= low) & (x <= high)])
+    ranks = np.arange(len(x), dtype=float)
+
+    def at(rank: np.ndarray) -> np.ndarray:
+        return np.interp(rank, ranks, x)
+
+    with np.errstate(all="ignore"):
+        found = at(kinks(lambda rank: f(at(rank)), 0.0, ranks[-1], ranks))
+        return found[np.isfinite(f(found))]
 
 
 def rounding(
@@ -171,14 +215,14 @@ def rounding(
         return bounds, largest
     for low, high in intervals:
         near = theta[(theta > low - noise) & (theta < high + noise), None] + noise * NEAR
-        x = np.concatenate([_samples(low, high, theta, len(intervals)), near.ravel()])
+        x = np.concatenate([_samples(f, low, high, theta, len(intervals)), near.ravel()])
         x = np.unique(np.clip(x, low, high))
         found, values = moved(x), f(x)
-        if not np.isfinite(found).all() or np.isinf(_largest(f, x, values, theta, 0.0)):
+        if not np.isfinite(found).all() or np.isinf(_largest(lambda x: (x, f(x)), x, values)):
             return np.full(len(bounds), np.inf), np.inf
         largest = max(largest, float(np.abs(values).max()))
         for i, column in enumerate(found.T):
-            here = _largest(lambda x, i=i: moved(x)[:, i], x, column, theta, 0.0)
+            here = _largest(lambda x, i=i: (x, moved(x)[:, i]), x, column)
             bounds[i] = max(bounds[i], here)
     return np.minimum(bounds, 2 * largest * np.linalg.norm(first, axis=0)), largest
 

@@ -165,7 +165,10 @@ class FunctionRun:
         if len(theta) == self.op.size:
             intervals = around(theta, noise * known.norm, intervals[0][0], intervals[-1][1])
         moved, largest = rounding(f, theta, first, intervals, noise * known.norm)
-        bounds = truncation(f, theta, first, coupling, intervals)
+        # Neither f(H) v nor the value is longer than |f| allows.
+        bounds = np.minimum(
+            truncation(f, theta, first, coupling, intervals), largest * np.linalg.norm(first, axis=0) + norms
+        )
         return _Step(coefficients, norms, bounds, moved + noise * norms, largest)
 
     def _values(

@@ -206,12 +206,12 @@ def funm(
     reached the tolerance.
 
     **What the bound rests on.** It needs a set that contains the spectrum. With both ends in `bounds` it is
-    certain, up to the variation of g between 1,500 samples. Ends that are not given are found by 40 Lanczos
-    steps from a random vector, and hold with probability 1 - 1e-6 each (Kuczynski and Wozniakowski); an
-    operator that is positive semi-definite by construction needs none below zero. The lower end matters where
-    f has a pole or a branch point there: 1/x, log and 1/sqrt are bounded only if the spectrum is known to
-    stay away from zero, so pass `bounds=(shift, None)` for a damped operator. For "sign" and "abs" pass two
-    intervals, on both sides of zero: between them f needs no approximation. The effect of rounding in the
+    certain, up to the variation of g between some 2,000 samples. Ends that are not given are found by 40
+    Lanczos steps from a random vector, and hold with probability 1 - 1e-6 each (Kuczynski and Wozniakowski);
+    an operator that is positive semi-definite by construction needs none below zero. The lower end matters
+    where f has a pole or a branch point there: 1/x, log and 1/sqrt are bounded only if the spectrum is known
+    to stay away from zero, so pass `bounds=(shift, None)` for a damped operator. For "sign" and "abs" pass
+    two intervals, on both sides of zero: between them f needs no approximation. The effect of rounding in the
     products is added.
 
     **Derivatives.** Inside jit, vmap and grad num_steps are taken without a bound. jax.grad differentiates

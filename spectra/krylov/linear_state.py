@@ -230,8 +230,8 @@ def _quadratic_form(b: PyTree, x: PyTree, residual: np.ndarray, bound: float, op
 
     rᵀA⁻¹r may be negative: that CG has met no negative curvature does not make A definite.
     """
-    value = np.asarray(_dots(b, x), np.float64)
     norms = np.asarray(sizes(x), np.float64)
+    value = _dots(b, x)
     summed = noise_of(op) * norms * np.asarray(sizes(b), np.float64)
     slack = norms * residual + summed + residual**2 / bound
     return Interval(value - slack, value, value + slack)
@@ -267,9 +267,19 @@ def sizes(x: PyTree) -> jax.Array:
     return jax.vmap(trees.norm)(x)
 
 
+def _dots(a: PyTree, b: PyTree) -> np.ndarray:
+    """aᵀb of each pair, on the host: in the type of the vectors it may be too small or too large."""
+    found, *units = (np.asarray(x, np.float64) for x in _dots_in_units(a, b))
+    return found * units[0] * units[1]
+
+
 @programs.jit
-def _dots(a: PyTree, b: PyTree) -> jax.Array:
-    return jax.vmap(trees.vdot)(a, b)
+def _dots_in_units(a: PyTree, b: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def one(a: PyTree, b: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+        unit_a, unit_b = (trees.power_of_two(trees.largest(x)) for x in (a, b))
+        return trees.vdot(trees.scale(1 / unit_a, a), trees.scale(1 / unit_b, b)), unit_a, unit_b
+
+    return jax.vmap(one)(a, b)
 
 
 @programs.jit
