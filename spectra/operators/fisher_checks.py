@@ -191,7 +191,7 @@ def _likelihood_error(op: Any) -> jax.Array:
     targets = split(op.data)[1]
     keys = jax.random.split(jax.random.key(0), batch_size(op.data, op.shared))
     drawn = op._redraw(keys, outputs, targets, op.data)
-    axis = op._class_axis(outputs, targets)
+    axis: int | None = op._class_axis(outputs, targets)
     if axis is None:
         return _finite(
             likelihood.regression_error(

@@ -1257,6 +1257,13 @@ OPERATORS = [
         "test_curvature_matrices.py::test_empirical_fisher_is_the_second_moment_of_gradients",
     ),
     fault(
+        "whether a loss is a mean is tried where the data begin, and nowhere else",
+        "operators/means.py",
+        "itertools.islice(unlike_pieces(op, size), PLACES)",
+        "itertools.islice(unlike_pieces(op, size), 0)",
+        "test_means.py::test_terms_that_do_not_count_are_found_wherever_they_are",
+    ),
+    fault(
         "class weights count twice in an empirical Fisher matrix",
         "operators/fisher.py",
         "roots = jnp.where(weights > 0, 1 / jnp.sqrt(jnp.where(weights > 0, weights, 1)), 0)",
