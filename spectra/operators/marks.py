@@ -9,7 +9,7 @@ in one piece of a hundred: the last batch, padded to be as long as the others.
 # Operators have parts that only this package uses.
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def _numbers(leaf: Any) -> np.ndarray | None:
         return None
     if not isinstance(leaf, np.ndarray) and (leaf.size > MOST or not leaf.is_fully_addressable):
         return None
-    return np.asarray(leaf)
+    return np.asarray(cast("Any", leaf))
 
 
 def unlike_pieces(op: "DataOperator", size: int | None) -> Iterator[tuple[PyTree, PyTree, PyTree]]:

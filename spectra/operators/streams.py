@@ -132,8 +132,8 @@ class Stream:
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
             raise DataError(f"weight_fn gave weights {weights[:8]}...; they must be >= 0 and not all 0.")
         share = tuple(weights / weights.sum())
-        found = (tuple(each[i] for i in chosen) for each in (digests, kinds, marks))
-        return cls(source, share, indices, *found)
+        own_digests, own_kinds = tuple(digests[i] for i in chosen), tuple(kinds[i] for i in chosen)
+        return cls(source, share, indices, own_digests, own_kinds, tuple(marks[i] for i in chosen))
 
     @staticmethod
     def _read(source: Any, stop: int | None = None) -> Iterator[PyTree]:

@@ -1257,6 +1257,13 @@ OPERATORS = [
         "test_curvature_matrices.py::test_empirical_fisher_is_the_second_moment_of_gradients",
     ),
     fault(
+        "the finest parameters say how precise a product is",
+        "base/trees.py",
+        "return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(tree)), default=0.0)",
+        "return min((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(tree)), default=0.0)",
+        "test_params.py::test_parameters_of_two_types_have_the_precision_of_the_coarser",
+    ),
+    fault(
         "whether a loss is a mean is tried where the data begin, and nowhere else",
         "operators/means.py",
         "itertools.islice(unlike_pieces(op, size), PLACES)",
