@@ -267,3 +267,44 @@ def test_a_loss_that_brings_its_weight(x64):
         assert relative_error(op.as_matrix(), exact) <= 1e-10
     with pytest.raises(DataError, match="not a mean"):
         HessianOperator(loss_fn, jnp.asarray(W), parts, weight_fn=lambda batch: len(batch["x"]))
+
+
+def of_labels(w, batch):
+    """The mean over the examples whose label is not -1; the loss of none is zero."""
+    kept = batch[1] >= 0
+    each = jnp.where(kept, (batch[0] @ w[:, 0] - batch[1]) ** 2, 0)
+    return jnp.sum(each) / jnp.maximum(jnp.sum(kept), 1)
+
+
+def of_mask(w, batch):
+    mask = batch[1].astype(w.dtype)
+    return jnp.sum(mask * (batch[0] @ w[:, 0]) ** 2) / jnp.maximum(jnp.sum(mask), 1)
+
+
+PADDED = np.arange(40) % 4
+PADDED[33:] = -1
+SKIPPED = np.arange(40) % 4
+SKIPPED[17] = -1
+RARE = {
+    "padding at the end": (of_labels, PADDED),
+    "one label in the middle": (of_labels, SKIPPED),
+    "a mask of booleans": (of_mask, PADDED >= 0),
+    "a mask of floats": (of_mask, (PADDED >= 0) * 1.0),
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_terms_that_do_not_count_are_found_wherever_they_are(name):
+    loss_fn, labels = RARE[name]
+    x = np.random.default_rng(5).standard_normal((40, 3))
+    data = jnp.asarray(x, jnp.float32), jnp.asarray(labels, jnp.float32 if labels.dtype == float else None)
+    parts = [jax.tree.map(lambda a, i=i: a[i : i + 2], data) for i in range(0, 40, 2)]
+    w = jnp.ones((3, 1))
+    for make in (
+        lambda **options: HessianOperator(loss_fn, w, parts, **options),
+        lambda **options: HessianOperator(loss_fn, w, data, microbatch=2, **options),
+        lambda **options: GradientCovarianceOperator(loss_fn, w, data, **options),
+    ):
+        with pytest.raises(DataError, match="not a mean over examples"):
+            make()
+        make(weight_fn=lambda batch: jnp.sum(batch[1] >= (0 if loss_fn is of_labels else 1)))

@@ -283,3 +283,31 @@ def test_vectors_of_numpy_parameters_have_the_dtype_that_jax_computes_in(x64):
     with jax.enable_x64(x64):
         got = jax.tree.map(lambda leaf: leaf.dtype, trees.vector_structure(params))
         assert got == jax.tree.map(lambda leaf: jnp.asarray(leaf).dtype, params)
+
+
+def two_types_loss(params, batch):
+    hidden = jnp.tanh(batch[0] @ params["a"].astype(batch[0].dtype))
+    return jnp.mean((hidden @ params["b"] - batch[1]) ** 2)
+
+
+def two_types_model(params, x):
+    return jnp.tanh(x @ params["a"].astype(x.dtype)) @ params["b"]
+
+
+def test_parameters_of_two_types_have_the_precision_of_the_coarser(x64):
+    """Vectors hold what belongs to a float32 leaf in float32, whatever the others are."""
+    rng = np.random.default_rng(0)
+    batch = jnp.asarray(rng.standard_normal((30, 5))), jnp.asarray(rng.standard_normal(30))
+    a, b = rng.standard_normal((5, 8)), rng.standard_normal(8)
+    params = {"a": jnp.asarray(a, jnp.float32), "b": jnp.asarray(b)}
+    eps = float(jnp.finfo(jnp.float32).eps)
+    op = spectra.HessianOperator(two_types_loss, params, batch)
+    kernel = spectra.TangentKernelOperator(two_types_model, params, batch[0])
+    for each in (op, kernel, op.block("a"), 2.0 * op):
+        assert each.precision == eps
+    assert op.block("b").precision == float(jnp.finfo(jnp.float64).eps)
+    found = spectra.trace(op, key=jax.random.key(0), method="exact")  # was refused as not symmetric
+    double = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    dense = spectra.HessianOperator(two_types_loss, double, batch).as_matrix()
+    interval = found.interval()
+    assert interval.lower <= np.trace(dense) <= interval.upper

@@ -46,6 +46,11 @@ def scalar_dtype(tree: PyTree) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *dtypes)
 
 
+def roundoff(tree: PyTree) -> float:
+    """The unit roundoff of the coarsest leaf of vectors over `tree`, which is that of a product."""
+    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(tree)), default=0.0)
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array, or the shape of one."""
     return hasattr(leaf, "dtype") and hasattr(leaf, "shape")

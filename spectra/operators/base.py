@@ -105,7 +105,7 @@ class LinearOperator(abc.ABC):
     @property
     def precision(self) -> float:
         """Relative error to expect of one product; the unit roundoff unless a subclass knows worse."""
-        eps = float(jnp.finfo(self.dtype).eps)
+        eps = max(float(jnp.finfo(self.dtype).eps), trees.roundoff(self.structure))
         return max((part.precision for part in self.made_of), default=eps)
 
     @property

@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import host, trees
@@ -189,7 +188,7 @@ class DataOperator(OnParameters, LinearOperator):
     def loss_precision(self) -> float:
         """Unit roundoff of the loss, or that of its coarse products or its own casts."""
         own = self.rounding.eps if self.rounding else 0.0
-        return max(float(jnp.finfo(self.dtype).eps), own, _LOW_PRECISION.get(self.matmul_precision, 0.0))
+        return max(trees.roundoff(self.structure), own, _LOW_PRECISION.get(self.matmul_precision, 0.0))
 
     @property
     def known_linear(self) -> bool:

@@ -1,7 +1,4 @@
-"""The Fisher information matrix of a model: exact in the targets, sampled, or empirical.
-
-It takes for granted that a loss is the mean over terms with a gradient for each; that is tried.
-"""
+"""The Fisher information matrix of a model: exact in the targets, sampled, or empirical."""
 
 # pyright: reportPrivateUsage=false
 # Operators have parts that only this package uses.
@@ -11,101 +8,21 @@ from typing import Any, Literal, Self, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from spectra.base import programs, trees
 from spectra.base.calls import automatic
-from spectra.base.errors import DataError, SpectraError, StructureError
-from spectra.base.trees import PyTree, is_traced
+from spectra.base.errors import SpectraError
+from spectra.base.trees import PyTree
 from spectra.operators import likelihood
 from spectra.operators.accumulate import map_microbatches
 from spectra.operators.arguments import DataOptions
-from spectra.operators.batches import batch_size, rows, shared_leaves, weigh
+from spectra.operators.batches import batch_size, shared_leaves, weigh
 from spectra.operators.data import shows_options
+from spectra.operators.fisher_checks import look_at_loss, require_examples_first, softmax_error
 from spectra.operators.ggn import ModelFn, ModelOperator, OutputLossFn, split
-from spectra.operators.jaxprs import drawn_shapes, largest_epsilon, rounding_of_sums
-from spectra.operators.means import FAR, MARGIN, kind_of, known_means, remember, waves
 from spectra.operators.pytree import operator
-from spectra.operators.redraws import joined
-from spectra.operators.redraws import rows as examples
-
-OUTPUTS = 64
-"""Examples whose outputs are looked at."""
-
-
-def require_mean_of_outputs(op: Any) -> None:
-    """Raise if the loss on the outputs of some examples is not the mean of that on two halves of them.
-
-    For matrices that are sums over terms of the loss, each with a gradient of its own in output space.
-
-    Raises:
-        DataError: the loss is not a mean over examples.
-
-    Cost: the outputs of some examples once, and a few evaluations of the loss on them.
-    """
-    if not trees.has_values((op.params, op.data)) or trees.is_traced((op.params, op.data)):
-        return
-    half = min(batch_size(op.data, op.shared), OUTPUTS) // 2
-    if half == 0:
-        return
-    few = op._with(data=examples(op, op.data, 0, 2 * half))
-    outputs = _outputs(few)
-    floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(outputs))
-    if not floating or any(x.shape[:1] != (2 * half,) for x in jax.tree.leaves(outputs)):
-        return
-    kind = kind_of(few, few.data)
-    if kind in known_means:
-        return
-    try:
-        jaxpr = _values_of_outputs.trace(few, outputs).jaxpr
-    except Exception:  # it takes no batches of this size
-        return
-    if drawn_shapes(jaxpr):
-        return
-    unit = max(largest_epsilon(jaxpr), op.precision)
-    treedef, leaves = jax.tree.structure(outputs), jax.tree.leaves(outputs)
-    for amount in (0.0, FAR):
-        values = jax.device_get(_values_of_outputs(few, treedef.unflatten(waves(leaves, amount))))
-        whole, turned, first, second = map(float, np.asarray(values[0], float))
-        weights = np.asarray(values[1], float)
-        mean = float(np.array([first, second]) @ weights / weights.sum()) if weights.all() else whole
-        size = max(map(abs, (whole, first, second)))
-        if not np.isfinite(size):
-            return
-        rounding = size * (unit / 2 + rounding_of_sums(jaxpr))
-        by_order = abs(whole - turned)  # a mean changes by its rounding alone
-        if by_order > MARGIN**2 * rounding or abs(whole - mean) > MARGIN * (rounding + by_order):
-            raise DataError(
-                f"kind={op.kind!r} needs a loss that is the mean over its terms: on the outputs of "
-                f"{2 * half} examples it is {whole:.6g}, the mean of its values on two halves {mean:.6g}. "
-                "If it is a sum, divide it by the number of examples; if its terms count otherwise (tokens, "
-                "masks), give their number by weight_fn=; a loss that sets examples against each other has "
-                "no such matrix: use GGNOperator on one batch."
-            )
-    remember(kind)
-
-
-@programs.jit
-def _outputs(op: Any) -> PyTree:
-    with jax.default_matmul_precision(op.matmul_precision):
-        return op.model_fn(op._merge(op._variables()), split(op.data)[0])
-
-
-@programs.jit
-def _values_of_outputs(op: Any, outputs: PyTree) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The loss of the outputs, of their halves in the other order, and of each half, with its weight."""
-    half = batch_size(op.data, op.shared) // 2
-    first, second = (examples(op, op.data, a, a + half) for a in (0, half))
-    here, there = (jax.tree.map(lambda x, a=a: x[a : a + half], outputs) for a in (0, half))
-    swapped = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), there, here)
-    pairs = [(outputs, op.data), (swapped, joined(op, second, first)), (here, first), (there, second)]
-    values = [op._output_loss(f, split(piece)[1]) for f, piece in pairs]
-    return values, [op._num_terms(f, split(piece)[1], piece) for f, piece in pairs[2:]]
-
 
 KINDS = ("type2", "mc", "empirical")
-CHECKED_EXAMPLES = 64
-"""Examples on which the loss is compared with the likelihood it is taken for."""
 
 
 @operator(leaves=("params", "data", "key", "linear"))
@@ -113,7 +30,9 @@ class FisherOperator(ModelOperator):
     """The Fisher information Σ_t w_t E[∇log p(y|f_t) ∇log p(y|f_t)ᵀ] of a model's predictions.
 
     The loss is read as the weighted mean Σ_t w_t ℓ_t of negative log-likelihoods ℓ_t over *terms*: the
-    entries of integer targets (examples, or tokens), else the examples. The kinds differ in y:
+    entries of integer targets (examples, or tokens), else the examples. For a softmax cross-entropy the w_t
+    are read from its curvature: class weights, masks, ignored labels and sums over tokens count as they do in
+    the loss. Terms of other losses count alike. The kinds differ in y:
 
     * "type2": the exact expectation over y ~ p(·|f_t), by E[∇ℓ ∇ℓᵀ] = E[∇²ℓ]. If ∇²ℓ does not depend on y
       (softmax cross-entropy, squared error, binary cross-entropy with logits, every natural exponential
@@ -128,9 +47,10 @@ class FisherOperator(ModelOperator):
         loss_fn: pure function (outputs, targets) -> scalar, the mean over the batch. Static.
         params: pytree of parameters.
         data: one batch, a pair (inputs, targets), or a re-iterable of such pairs. Targets may contain masks
-            or weights next to the labels; `weight_fn` then gives the number of terms of a batch. If the loss
-            is a mean over more than the examples (such as the numbers of a regression target), `weight_fn`
-            also sets the scale of the empirical matrix, which is quadratic in the terms. If the loss has an
+            or weights next to the labels; where data are cut, `weight_fn` then gives what a batch weighs.
+            For losses other than a softmax cross-entropy it gives the number of terms, which sets the scale
+            of the empirical matrix, quadratic in the terms: pass it if the loss is a mean over more than the
+            examples (such as the numbers of a regression target), or over some of them. If the loss has an
             attribute `weight`, it is used where targets are classes.
         kind: "type2", "mc" or "empirical".
         key: JAX random key of the samples, for "mc". The sample of an example depends only on the key, the
@@ -141,7 +61,7 @@ class FisherOperator(ModelOperator):
 
     Raises:
         StructureError: "type2" for a loss whose curvature depends on the targets; "mc" for targets or a
-            loss of no known likelihood.
+            loss of no known likelihood; "mc" and "empirical" for outputs that are not those of examples.
         SpectraError: as `GGNOperator` otherwise.
 
     Cost: a product is one J v and one Jᵀ u; gradients of single terms exist in output space only. "mc"
@@ -169,6 +89,8 @@ class FisherOperator(ModelOperator):
     kind: str
     sample_fn: Callable[[jax.Array, PyTree, PyTree], PyTree] | None
     count_fn: Callable[[PyTree], Any] | None  # weight_fn as given: not what the loss brings
+    labels: int | None  # which leaf of the targets is drawn; None as far as nothing but shapes is known
+    softmax: bool | None  # whether classes have a softmax cross-entropy; None decides where it is computed
     key: jax.Array | None
 
     @shows_options
@@ -191,11 +113,10 @@ class FisherOperator(ModelOperator):
             raise SpectraError("kind='mc' draws targets and needs key=; the other kinds draw nothing.")
         functions: dict[str, Any] = {"model_fn": model_fn, "loss_fn": loss_fn, "sample_fn": sample_fn}
         functions["count_fn"] = options.get("weight_fn")
-        self._open(params, data, kind=kind, key=None, **functions, **options)
-        piece = self.first_piece()
-        _check_likelihood(piece)
-        if kind != "type2" and options.get("check_data", True):
-            require_mean_of_outputs(piece)
+        own: dict[str, Any] = {"kind": kind, "key": None, "labels": None, "softmax": None}
+        self._open(params, data, **own, **functions, **options)
+        piece = self if self.stream is None else self._with(data=next(iter(self.stream))[1], stream=None)
+        self._set(**look_at_loss(piece, options.get("check_data", True)))
         if kind == "mc":
             self._set(key=key)
             if self.stream is None:
@@ -219,42 +140,79 @@ class FisherOperator(ModelOperator):
             return self._gauss_newton_product(variables, piece, v)
         inputs, targets = split(piece)
         outputs, push, pull = self._jacobian(variables, inputs)
-        scores = self._scores(outputs, targets, piece)
-        axis = likelihood.class_axis(outputs, targets)
+        axis = self._class_axis(outputs, targets)
+        if axis is None:
+            require_examples_first(self, outputs, piece)
+        scores, pushed = self._scores(outputs, targets, piece), push(v)
         terms = 1 if axis is None else outputs.ndim - 1
-        scores, pushed = (likelihood.terms_first(x, axis) for x in (scores, push(v)))
-        along = _inner(scores, pushed, terms)
-        scaled = jax.tree.map(lambda s: s * along.reshape(along.shape + (1,) * (s.ndim - terms)), scores)
-        return pull(likelihood.classes_back(scaled, axis))
+        first, along = (likelihood.terms_first(x, axis) for x in (scores, pushed))
+        along = _inner(first, along, terms)
+        scaled = jax.tree.map(lambda s: s * along.reshape(along.shape + (1,) * (s.ndim - terms)), first)
+        return pull(trees.cast_like(likelihood.classes_back(scaled, axis), pushed))
+
+    def _class_axis(self, outputs: PyTree, targets: PyTree) -> int | None:
+        """The axis of the outputs that counts classes; None where examples are the terms."""
+        if self.labels is None:
+            return likelihood.class_axis(outputs, targets)
+        return likelihood.class_leaves(outputs, targets).get(self.labels)
 
     def _scores(self, outputs: PyTree, targets: PyTree, piece: PyTree) -> PyTree:
-        """√w_t ∇ℓ_t for each term: the gradient of the mean loss, w_t ∇ℓ_t, over √w_t."""
+        """√w_t ∇ℓ_t for each term: the gradient of the loss, w_t ∇ℓ_t, over √w_t."""
         gradient = jax.grad(self._output_loss)(outputs, targets)
+        axis = self._class_axis(outputs, targets)
+        if axis is not None and self.softmax is not False:
+            return gradient * self._inverse_roots(outputs, targets, piece, axis)
         weight = self._num_terms(outputs, targets, piece)
         if self.kind == "mc" and self.sample_fn is None:
-            index, classes = likelihood.label_index(outputs, targets)
-            if not classes:
-                loss = self._output_loss
-                second, mixed = likelihood.regression_curvature(loss, outputs, targets, index)
-                bernoulli = jnp.where(mixed > 0, gradient / jnp.sqrt(jnp.where(mixed > 0, mixed, 1)), 0)
-                return jnp.where(second > 0, jnp.sqrt(weight) * gradient, bernoulli)
+            index = self._label_leaf(outputs, targets)
+            second, mixed = likelihood.regression_curvature(self._output_loss, outputs, targets, index)
+            bernoulli = jnp.where(mixed > 0, gradient / jnp.sqrt(jnp.where(mixed > 0, mixed, 1)), 0)
+            return jnp.where(second > 0, jnp.sqrt(weight) * gradient, bernoulli)
         return jax.tree.map(lambda g: jnp.sqrt(weight).astype(g.dtype) * g, gradient)
 
+    def _inverse_roots(self, outputs: jax.Array, targets: PyTree, piece: PyTree, axis: int) -> jax.Array:
+        """1 / √w_t, zero for terms that do not count; of a loss that is no softmax, √ of their number."""
+        weights = self._softmax_weights(outputs, targets, axis)
+        roots = jnp.where(weights > 0, 1 / jnp.sqrt(jnp.where(weights > 0, weights, 1)), 0)
+        if self.softmax:
+            return roots
+        fits = softmax_error(self, outputs, targets, axis) <= self.precision**0.5
+        return jnp.where(fits, roots, jnp.sqrt(self._num_terms(outputs, targets, piece)).astype(roots.dtype))
+
+    def _softmax_weights(self, outputs: jax.Array, targets: PyTree, axis: int) -> jax.Array:
+        """The weight of each term, in the form of the outputs with one entry along the axis of classes."""
+        return likelihood.softmax_weights(lambda z, u: self._curvature(z, targets, u), outputs, axis)
+
     def _num_terms(self, outputs: PyTree, targets: PyTree, piece: PyTree) -> jax.Array:
-        axis = likelihood.class_axis(outputs, targets)
+        axis = self._class_axis(outputs, targets)
         count = self.count_fn if axis is None else self.weight_fn  # a mean over numbers is one over examples
         if count is not None:
             return jnp.asarray(weigh(count, piece), float)
         first = jax.tree.leaves(outputs)[0]
         return jnp.asarray(len(first) if axis is None else first.size // first.shape[axis], float)
 
-    def _draw(self, piece: PyTree, keys: jax.Array) -> PyTree:
-        inputs, targets = split(piece)
-        outputs = self.model_fn(self._merge(self._variables()), inputs)
+    def _label_leaf(self, outputs: PyTree, targets: PyTree) -> int:
+        """The leaf of the targets that a likelihood speaks of."""
+        likelihood.require_known(outputs, targets)
+        numbers = likelihood.number_leaf(outputs, targets)
+        found = [self.labels, *likelihood.class_leaves(outputs, targets), numbers]
+        return next(index for index in found if index is not None)
+
+    def _redraw(self, keys: jax.Array, outputs: PyTree, targets: PyTree, piece: PyTree) -> PyTree:
+        """The targets with labels drawn at the outputs, one key an example."""
         if self.sample_fn is not None:
             return jax.vmap(self.sample_fn)(keys, outputs, targets)
-        weight = self._num_terms(outputs, targets, piece)
-        return likelihood.sample(self._output_loss, keys, outputs, targets, weight)
+        index = self._label_leaf(outputs, targets)
+        axis = likelihood.class_leaves(outputs, targets).get(index)
+        if axis is None:
+            weight = self._num_terms(outputs, targets, piece)
+        else:
+            weight = self._softmax_weights(outputs, targets, axis)
+        return likelihood.sample(self._output_loss, keys, outputs, targets, index, weight)
+
+    def _draw(self, piece: PyTree, keys: jax.Array) -> PyTree:
+        inputs, targets = split(piece)
+        return self._redraw(keys, self.model_fn(self._merge(self._variables()), inputs), targets, piece)
 
 
 def _inner(a: PyTree, b: PyTree, terms: int) -> jax.Array:
@@ -275,64 +233,3 @@ def _with_samples(op: FisherOperator) -> tuple[PyTree, PyTree]:
     alike = shared_leaves(op.data, op.shared)[-len(leaves) :]  # every piece has these, class weights say
     new = zip(leaves, jax.tree.leaves(drawn), alike, strict=True)
     return inputs, treedef.unflatten([old if whole else label for old, label, whole in new])
-
-
-def _check_likelihood(op: FisherOperator) -> None:
-    """Raise where the kind does not fit the loss, as far as a few examples of concrete data show it."""
-    if op.sample_fn is not None:
-        return
-    if op.kind == "mc":
-        shapes = jax.eval_shape(lambda op: op.model_fn(op._merge(op._variables()), split(op.data)[0]), op)
-        likelihood.label_index(shapes, split(op.data)[1])
-    arrays = (op.params, op.data)
-    if not all(isinstance(x, (jax.Array, np.ndarray)) for x in jax.tree.leaves(arrays)) or is_traced(arrays):
-        return
-    few = op._with(data=rows(op.data, 0, CHECKED_EXAMPLES, op.shared))
-    if op.kind == "empirical":
-        _check_layout(few)
-        return
-    error = float(_likelihood_error(few))
-    if error > op.precision**0.5:
-        what = {
-            "type2": "its curvature depends on the targets; use GGNOperator for the curvature at the data's "
-            "own targets, or kind='mc' with sample_fn=",
-            "mc": "for integer targets it is not the mean softmax cross-entropy of its terms (class weights? "
-            "label smoothing? another loss?); pass sample_fn=, weight_fn= if weights or masks are at work, "
-            "or use GGNOperator",
-        }[op.kind]
-        raise StructureError(f"kind='{op.kind}' does not fit this loss: {what} (relative error {error:.1e}).")
-
-
-def _check_layout(op: FisherOperator) -> None:
-    inputs, targets = split(op.data)
-    outputs = jax.eval_shape(lambda op: op.model_fn(op._merge(op._variables()), split(op.data)[0]), op)
-    axis = likelihood.class_axis(outputs, targets)
-    if axis not in (None, 1) and outputs.ndim > 2 and outputs.shape[1] == outputs.shape[-1]:
-        outputs = op.model_fn(op._merge(op._variables()), inputs)
-        likelihood.require_classes_last(jax.grad(op._output_loss)(outputs, targets))
-
-
-@programs.jit
-def _likelihood_error(op: FisherOperator) -> jax.Array:
-    inputs, targets = split(op.data)
-    outputs = op.model_fn(op._merge(op._variables()), inputs)
-    if not likelihood.is_known(outputs, targets):
-        return jnp.zeros(())
-    keys = jax.random.split(jax.random.key(0), batch_size(op.data, op.shared))
-    # "type2" compares curvatures at targets of any spread, also of a sum, which has no number of terms
-    weight = jnp.ones(()) if op.kind == "type2" else op._num_terms(outputs, targets, op.data)
-    drawn = likelihood.sample(op._output_loss, keys, outputs, targets, weight)
-    if op.kind == "type2":
-        u = jax.random.normal(keys[0], outputs.shape, outputs.dtype)
-        own, other = (op._curvature(outputs, y, u) for y in (targets, drawn))
-        error = jnp.max(jnp.abs(own - other)) / jnp.max(jnp.abs(own))
-    elif likelihood.is_classification(outputs, targets):
-        index, _ = likelihood.label_index(outputs, targets)
-        labels = jax.tree.leaves(drawn)[index]
-        expected = jax.nn.softmax(outputs) - jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
-        gradient = weight * jax.grad(op._output_loss)(outputs, drawn)
-        masked = jnp.all(gradient == 0, axis=-1, keepdims=True)
-        error = jnp.max(jnp.where(masked, 0, jnp.abs(gradient - expected)))
-    else:
-        return jnp.zeros(())
-    return jnp.where(jnp.isfinite(error), error, 0)  # a non-finite loss is reported when it is used

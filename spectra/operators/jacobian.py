@@ -367,8 +367,8 @@ class GramOperator(LinearOperator):
     @property
     def precision(self) -> float:
         """Unit roundoff, or that of the model's own casts."""
-        rounding = self.jacobian.rounding
-        return max(super().precision, rounding.eps if rounding else 0.0)
+        rounding, sides = self.jacobian.rounding, (self.jacobian.structure, self.jacobian.structure_left)
+        return max(trees.roundoff(sides), rounding.eps if rounding else 0.0)
 
     @property
     def computes_in(self) -> str:

@@ -15,7 +15,8 @@ from spectra.base import programs, trees
 from spectra.base.errors import StructureError
 from spectra.base.trees import PyTree
 from spectra.operators.batches import batch_size, rows
-from spectra.operators.fisher import CHECKED_EXAMPLES, FisherOperator
+from spectra.operators.fisher import FisherOperator
+from spectra.operators.fisher_checks import CHECKED_EXAMPLES
 from spectra.operators.ggn import split
 from spectra.operators.kfac_sums import traced
 from spectra.operators.loss_roots import form_of

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.base import arrays, programs
+from spectra.base import arrays, programs, trees
 from spectra.base.errors import StructureError
 from spectra.base.trees import PyTree
 from spectra.operators.accumulate import mean_over_microbatches
@@ -113,7 +113,7 @@ class Pass:
             live = k < count
             column = self._roots.column(jnp.minimum(k, count - 1))
             column = jax.tree.map(lambda x: jnp.where(live, x, 0), column)
-            moves, rest = self._pull(jax.tree.leaves(column))
+            moves, rest = self._pull(jax.tree.leaves(trees.cast_like(column, self.outputs)))
             moved = {path: jax.vmap(partial(output_rows, self.sites[path]))(g) for path, g in moves.items()}
             return moved, rest
 

@@ -89,7 +89,8 @@ def _as_fisher(op: ModelOperator, kind: str) -> FisherOperator:
     if isinstance(op, FisherOperator):
         return op
     fisher = object.__new__(FisherOperator)
-    fisher._set(**(vars(op) | {"kind": kind, "key": None, "sample_fn": None, "count_fn": op.weight_fn}))
+    own = {"key": None, "sample_fn": None, "count_fn": op.weight_fn, "labels": None, "softmax": None}
+    fisher._set(**(vars(op) | {"kind": kind} | own))
     return fisher
 
 

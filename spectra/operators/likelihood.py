@@ -2,7 +2,8 @@
 
 A loss L = Σ_t w_t ℓ_t is a weighted mean over terms t, with ℓ_t = -log p(y_t | f_t) up to a constant:
 
-* integer targets of shape (...), outputs (..., C): each target is a term and p is softmax(f_t).
+* integer targets of shape (...), outputs (..., C): each target is a term and p is softmax(f_t). Weights w_t
+  are read from the loss, zeros included: masks, ignored labels, class weights.
 * targets of the shape of the outputs, loss quadratic in them: each example is a term, p is Gaussian with
   mean f and the variance that the loss's own curvature in y gives.
 * targets of the shape of the outputs, loss linear in them: each number is a term, p is Bernoulli with
@@ -15,20 +16,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spectra.base import trees
 from spectra.base.errors import StructureError
 from spectra.base.trees import PyTree
 
+Curvature = Callable[[jax.Array, jax.Array], jax.Array]
+"""(outputs, u) -> (∇²ℓ) u at the outputs."""
 
-def label_index(outputs: PyTree, targets: PyTree) -> tuple[int, bool]:
-    """Which leaf of `targets` holds the labels, and whether they are classes."""
-    if hasattr(outputs, "shape"):
-        leaves = jax.tree.leaves(targets)
-        for index, leaf in enumerate(leaves):
-            if jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.shape == outputs.shape[:-1]:
-                return index, True
-        for index, leaf in enumerate(leaves):
-            if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.shape == outputs.shape:
-                return index, False
+
+def class_leaves(outputs: PyTree, targets: PyTree) -> dict[int, int]:
+    """The leaves of `targets` that may hold classes, with the axis of the outputs that counts these.
+
+    That is the last, or the second as in PyTorch's layout. Booleans are labels of two classes where there are
+    no integers, and no numbers like the outputs that they could be the mask of.
+    """
+    if not hasattr(outputs, "shape") or outputs.ndim == 0:
+        return {}
+    axes = {outputs.shape[:1] + outputs.shape[2:]: 1} if outputs.ndim > 2 else {}
+    axes[outputs.shape[:-1]] = outputs.ndim - 1
+    leaves = list(enumerate(jax.tree.leaves(targets)))
+
+    def found(kind: Any) -> dict[int, int]:
+        return {i: axes[x.shape] for i, x in leaves if x.shape in axes and jnp.issubdtype(x.dtype, kind)}
+
+    masks = {} if number_leaf(outputs, targets) is not None else found(jnp.bool_)
+    return found(jnp.integer) or {i: axis for i, axis in masks.items() if outputs.shape[axis] == 2}
+
+
+def number_leaf(outputs: PyTree, targets: PyTree) -> int | None:
+    """The first leaf of `targets` with a floating number for each of the outputs."""
+    shape = getattr(outputs, "shape", None)
+    leaves = enumerate(jax.tree.leaves(targets))
+    return next((i for i, x in leaves if x.shape == shape and jnp.issubdtype(x.dtype, jnp.floating)), None)
+
+
+def require_known(outputs: PyTree, targets: PyTree) -> None:
+    """Raise unless the shapes of the targets say how they are distributed."""
+    if class_leaves(outputs, targets) or number_leaf(outputs, targets) is not None:
+        return
     shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", (outputs, targets))
     raise StructureError(
         "the distribution of the targets cannot be recognised: outputs and targets are "
@@ -37,28 +62,60 @@ def label_index(outputs: PyTree, targets: PyTree) -> tuple[int, bool]:
     )
 
 
-def is_known(outputs: PyTree, targets: PyTree) -> bool:
-    """Whether `label_index` recognises the targets."""
-    try:
-        label_index(outputs, targets)
-    except StructureError:
-        return False
-    return True
-
-
-def is_classification(outputs: PyTree, targets: PyTree) -> bool:
-    """Whether the terms of the loss are the entries of integer targets."""
-    return is_known(outputs, targets) and label_index(outputs, targets)[1]
-
-
 def class_axis(outputs: PyTree, targets: PyTree) -> int | None:
-    """The axis of the outputs that counts classes: the last, or the second as in PyTorch's layout."""
-    if not hasattr(outputs, "shape") or outputs.ndim == 0:
-        return None
-    shapes = [x.shape for x in jax.tree.leaves(targets) if jnp.issubdtype(x.dtype, jnp.integer)]
-    if outputs.shape[:-1] in shapes:
-        return outputs.ndim - 1
-    return 1 if outputs.ndim > 2 and outputs.shape[:1] + outputs.shape[2:] in shapes else None
+    """The axis of the outputs that counts classes, as far as shapes tell; None for other targets."""
+    axes = class_leaves(outputs, targets).values()
+    return max(axes, default=None)
+
+
+def matching_labels(gradient: jax.Array, labels: jax.Array, axis: int) -> jax.Array:
+    """The share of terms whose label a gradient in the outputs points away from, among those that count.
+
+    That of a softmax cross-entropy is negative for the label alone.
+    """
+    counts = jnp.any(gradient != 0, axis)
+    right = (jnp.argmin(gradient, axis) == labels) & counts
+    return jnp.sum(right) / jnp.maximum(jnp.sum(counts), 1)
+
+
+def softmax_weights(curvature: Curvature, outputs: jax.Array, axis: int) -> jax.Array:
+    """The weight of each term in a sum of softmax cross-entropies, read from its curvature.
+
+    It is read where two classes have half of the probability each, which is w/4 for one of them: any number
+    of classes, and predictions however sure, leave it far from the rounding.
+    """
+    x = at_least_float32(outputs)
+    place = jnp.arange(x.shape[axis]).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+    even, unit = (jnp.broadcast_to(y, x.shape).astype(x.dtype) for y in (-60 * (place > 1), place == 0))
+    return jnp.maximum(4 * jnp.sum(unit * curvature(even, unit), axis, keepdims=True), 0)
+
+
+def softmax_error(
+    curvature: Curvature, gradient: Callable[[jax.Array], jax.Array], outputs: jax.Array, axis: int
+) -> jax.Array:
+    """How far the curvature of a loss is from w (diag p - p pᵀ) for each term, as a share of the largest.
+
+    At the outputs, and at normal ones, since predictions that are sure leave nothing to compare.
+    """
+    x = at_least_float32(outputs)
+    weights = softmax_weights(curvature, x, axis)
+    keys = jax.random.split(jax.random.key(0))
+    u, other = (jax.random.normal(key, x.shape, x.dtype) for key in keys)
+
+    def error(logits: jax.Array) -> jax.Array:
+        p, own = jax.nn.softmax(logits, axis), curvature(logits, u)
+        difference = jnp.max(jnp.abs(own - weights * p * (u - jnp.sum(p * u, axis, keepdims=True))))
+        rounding = 8 * jnp.finfo(x.dtype).eps * jnp.max(weights)  # of p - p², at most
+        size = jnp.maximum(jnp.max(jnp.abs(own)), rounding)
+        return jnp.where(size > 0, difference / jnp.where(size > 0, size, 1), difference)
+
+    lost = jnp.any((weights == 0) & (gradient(x) != 0))  # such a term has a gradient, but no curvature
+    return jnp.where(lost, jnp.inf, jnp.maximum(error(x), error(other)))
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Outputs in which weights of single terms, 1 / N, and small probabilities do not vanish."""
+    return x.astype(trees.working_dtype(x.dtype))
 
 
 def terms_first(tree: PyTree, axis: int | None) -> PyTree:
@@ -109,19 +166,82 @@ def regression_curvature(
 
 
 def sample(
-    loss: Callable[..., Any], keys: jax.Array, outputs: jax.Array, targets: PyTree, weight: Any
+    loss: Callable[..., Any], keys: jax.Array, outputs: jax.Array, targets: PyTree, index: int, weight: Any
 ) -> PyTree:
     """Targets drawn at the outputs, with one key an example: the same however the data are cut.
 
-    `weight` is 1 / w_t, the number of terms that the loss is a mean over.
+    `index` is the leaf of the labels. `weight` is 1 / w_t, the number of terms that the loss is a mean over,
+    for regression, and for classes the weight of each term: labels of terms that do not count stay as they
+    are, since they may say so. Numbers are drawn in float32 at least: of 2⁸, rare ones would be too many.
     """
-    index, classes = label_index(outputs, targets)
-    if classes:
-        return replace_labels(targets, index, jax.vmap(jax.random.categorical)(keys, outputs))
-    curvature, _ = regression_curvature(loss, outputs, targets, index)
+    axis = class_leaves(outputs, targets).get(index)
+    working = at_least_float32(outputs)
+    if axis is not None:
+        own = jax.tree.leaves(targets)[index]
+        drawn = jax.vmap(jax.random.categorical)(keys, terms_first(working, axis))
+        return replace_labels(targets, index, jnp.where(jnp.squeeze(weight > 0, axis), drawn, own))
+    curvature, mixed = regression_curvature(loss, working, targets, index)
     precision = jnp.where(curvature > 0, weight * curvature, 1)
-    noise = jax.vmap(lambda k, f: jax.random.normal(k, f.shape, f.dtype))(keys, outputs)
-    uniform = jax.vmap(lambda k, f: jax.random.uniform(k, f.shape, f.dtype))(keys, outputs)
-    coin = (uniform < jax.nn.sigmoid(outputs)).astype(outputs.dtype)
-    labels = jnp.where(curvature > 0, outputs + noise / jnp.sqrt(precision), coin)
-    return replace_labels(targets, index, labels)
+    noise = jax.vmap(lambda k, f: jax.random.normal(k, f.shape, f.dtype))(keys, working)
+    uniform = jax.vmap(lambda k, f: jax.random.uniform(k, f.shape, f.dtype))(keys, working)
+    coin = (uniform < jax.nn.sigmoid(working)).astype(working.dtype)
+    own = jax.tree.leaves(targets)[index].astype(working.dtype)
+    other = jnp.where(mixed > 0, coin, own)
+    return replace_labels(
+        targets, index, jnp.where(curvature > 0, working + noise / jnp.sqrt(precision), other)
+    )
+
+
+def regression_error(
+    curvature: Curvature,
+    loss: Callable[..., Any],
+    outputs: jax.Array,
+    targets: PyTree,
+    drawn: PyTree,
+    index: int,
+) -> jax.Array:
+    """How far a loss is from the normal or the Bernoulli law that it is taken for, as a share of its size.
+
+    Scores of a law have mean zero, and the variance that the loss's curvature is; `curvature` is that at the
+    targets `drawn`.
+    """
+    f = at_least_float32(outputs)
+    y = jax.tree.leaves(targets)[index].astype(f.dtype)
+    second, mixed = regression_curvature(loss, f, targets, index)
+    normal, coin, p = second > 0, (second <= 0) & (mixed > 0), jax.nn.sigmoid(f)
+    means = jnp.where(normal, f, jnp.where(coin, p, y))
+    of_coin = jnp.where(coin, mixed * p * (1 - p), 0)
+    variance = jnp.where(normal, mixed**2 / jnp.where(normal, second, 1), of_coin)
+
+    def slope(y: PyTree) -> jax.Array:
+        return jnp.abs(jax.grad(loss)(f, y))
+
+    u = jax.random.normal(jax.random.key(0), f.shape, f.dtype)
+    own = curvature(f, u)
+    scale = jnp.max(jnp.where(coin, mixed, 0))
+    sizes = jnp.maximum(jnp.max(slope(drawn)), scale), jnp.maximum(jnp.max(jnp.abs(own)), scale / 64)
+    errors = jnp.max(slope(replace_labels(targets, index, means))), jnp.max(jnp.abs(own - variance * u))
+    shares = [jnp.where(e > 0, e / jnp.where(s > 0, s, 1), 0) for e, s in zip(errors, sizes, strict=True)]
+    return jnp.maximum(*shares)
+
+
+def other_targets(gradient: PyTree, outputs: PyTree, targets: PyTree, index: int | None) -> PyTree | None:
+    """Targets of other examples and other classes, of the same kind; None where no leaf is known.
+
+    What has no gradient stays, and goes nowhere else: it may say that a term does not count.
+    """
+    leaves, classes = jax.tree.leaves(targets), class_leaves(outputs, targets)
+    if index is None:
+        alike = [i for i, x in enumerate(leaves) if x.shape == getattr(outputs, "shape", None)]
+        index = alike[0] if len(alike) == 1 else None
+    if index is None:
+        return None
+    y, axis = leaves[index], classes.get(index)
+    if axis is not None:
+        counts = jnp.any(gradient != 0, axis)
+        return replace_labels(targets, index, jnp.where(counts, (y.astype(int) + 1) % outputs.shape[axis], y))
+    rows = y.reshape(-1, y.shape[-1]) if y.ndim > 1 else y.reshape(-1, 1)  # one-hot ones stay such
+    counts = gradient.reshape(rows.shape) != 0
+    alike = jnp.all(counts == jnp.roll(counts, 1, 0), 1, keepdims=True)
+    moved = jnp.where(alike, jnp.roll(rows, 1, 0), rows)
+    return replace_labels(targets, index, moved.reshape(y.shape))

@@ -19,7 +19,6 @@ import numpy as np
 from spectra.base import arrays, draws, host, programs, trees
 from spectra.base.errors import MemoryLimitError
 from spectra.base.trees import PyTree
-from spectra.operators import likelihood
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import split
 from spectra.results import format_bytes
@@ -54,7 +53,7 @@ def num_roots(op: FisherOperator, outputs: PyTree, targets: PyTree) -> int:
     """How many there are for an example, from shapes alone."""
     if op.kind == "type2":
         return _numbers(outputs)
-    axis = likelihood.class_axis(outputs, targets)
+    axis = op._class_axis(outputs, targets)
     return 1 if axis is None else math.prod(n for i, n in enumerate(outputs.shape) if i not in (0, axis))
 
 
@@ -76,7 +75,7 @@ def _form_errors(op: FisherOperator, outputs: PyTree, piece: PyTree) -> tuple[ja
         return jnp.where(size > 0, difference / size, difference)
 
     softmax = jnp.asarray(jnp.inf)
-    if likelihood.class_axis(outputs, targets) is not None:
+    if op._class_axis(outputs, targets) is not None:
         p, weight, axis = _probabilities(op, outputs, targets)
         softmax = error(weight * p * (u - jnp.sum(p * u, axis, keepdims=True)))
     ones = jax.tree.map(jnp.ones_like, outputs)
@@ -86,18 +85,11 @@ def _form_errors(op: FisherOperator, outputs: PyTree, piece: PyTree) -> tuple[ja
 def _probabilities(
     op: FisherOperator, outputs: jax.Array, targets: PyTree
 ) -> tuple[jax.Array, jax.Array, int]:
-    """p, the weight of each term, and the axis of the classes.
-
-    The weight is read at equal probabilities, where w (diag p - p pᵀ) is far from singular.
-    """
-    axis = likelihood.class_axis(outputs, targets)
+    """p, the weight of each term, and the axis of the classes."""
+    axis = op._class_axis(outputs, targets)
     assert axis is not None
-    classes = outputs.shape[axis]
-    first = jax.nn.one_hot(0, classes, axis=0, dtype=outputs.dtype)
-    first = first.reshape([classes if i == axis else 1 for i in range(outputs.ndim)])
-    u = jnp.broadcast_to(first, outputs.shape)
-    found = jnp.sum(u * op._curvature(jnp.zeros_like(outputs), targets, u), axis, keepdims=True)
-    return jax.nn.softmax(outputs, axis), found * (classes**2 / max(classes - 1, 1)), axis
+    weights = op._softmax_weights(outputs, targets, axis)
+    return jax.nn.softmax(outputs, axis), weights, axis
 
 
 def _softmax(op: FisherOperator, outputs: jax.Array, targets: PyTree) -> Roots:
@@ -164,11 +156,7 @@ def _sampled(op: FisherOperator, outputs: PyTree, piece: PyTree, keys: jax.Array
     targets, samples = split(piece)[1], keys.shape[1]
 
     def one(keys: jax.Array) -> PyTree:
-        if op.sample_fn is not None:
-            drawn = jax.vmap(op.sample_fn)(keys, outputs, targets)
-        else:
-            weight = op._num_terms(outputs, targets, piece)
-            drawn = likelihood.sample(op._output_loss, keys, outputs, targets, weight)
+        drawn = op._redraw(keys, outputs, targets, piece)
         scores = op._scores(outputs, drawn, piece)
         return jax.tree.map(lambda g: g / np.sqrt(samples).astype(g.dtype), scores)
 
@@ -180,7 +168,7 @@ def _of_terms(op: FisherOperator, outputs: PyTree, piece: PyTree) -> Roots:
     """√w_t ∇ℓ_t for one term of every example at a time."""
     targets = split(piece)[1]
     scores = op._scores(outputs, targets, piece)
-    axis = likelihood.class_axis(outputs, targets)
+    axis = op._class_axis(outputs, targets)
     if axis is None:
         return Roots(1, lambda k: scores)
     shape = [1 if i in (0, axis) else n for i, n in enumerate(outputs.shape)]

@@ -21,6 +21,7 @@ from spectra.base.errors import DataError, StructureError
 from spectra.base.files import array_digest
 from spectra.base.trees import PyTree
 from spectra.operators.batches import Shared, as_batch, batch_size, describe, weigh
+from spectra.operators.marks import Mark, far_apart, marks_of
 
 Kind = tuple[PyTreeDef, trees.Kinds]  # the tree of a batch, and the shape and dtype of each leaf
 
@@ -66,6 +67,7 @@ class Stream:
     indices: tuple[int, ...] | None  # batches that are used, ascending; None for all
     digests: tuple[int, ...]  # checksums of these batches
     kinds: tuple[Kind, ...]  # what these batches look like
+    marks: tuple[tuple[Mark | None, ...], ...]  # what may say that some of their terms do not count
 
     @classmethod
     def open(
@@ -98,7 +100,7 @@ class Stream:
         if num_batches is None and subsample_key is not None:
             raise DataError("subsample_key draws num_batches batches: pass num_batches.")
         stop = num_batches if subsample_key is None else None
-        first, digests, kinds = cls._survey(source, weight_fn, shared, stop)
+        first, digests, kinds, marks = cls._survey(source, weight_fn, shared, stop)
         if not first:
             raise DataError("the data source is empty: it gives no batches.")
         if num_batches is not None and len(first) < num_batches:
@@ -130,7 +132,8 @@ class Stream:
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
             raise DataError(f"weight_fn gave weights {weights[:8]}...; they must be >= 0 and not all 0.")
         share = tuple(weights / weights.sum())
-        return cls(source, share, indices, tuple(digests[i] for i in chosen), tuple(kinds[i] for i in chosen))
+        own_digests, own_kinds = tuple(digests[i] for i in chosen), tuple(kinds[i] for i in chosen)
+        return cls(source, share, indices, own_digests, own_kinds, tuple(marks[i] for i in chosen))
 
     @staticmethod
     def _read(source: Any, stop: int | None = None) -> Iterator[PyTree]:
@@ -140,15 +143,17 @@ class Stream:
     @classmethod
     def _survey(
         cls, source: Any, weight_fn: Callable[[PyTree], Any] | None, shared: Shared, stop: int | None
-    ) -> tuple[list[float], list[int], list[Kind]]:
-        """Weight, digest and kind of each batch; the weight of a single one is 1, whatever it holds."""
+    ) -> tuple[list[float], list[int], list[Kind], list[tuple[Mark | None, ...]]]:
+        """Weight, digest, kind and marks of each batch; a single one weighs 1, whatever it holds."""
         weights: list[float] = []
         digests: list[int] = []
         kinds: list[Kind] = []
+        marks: list[tuple[Mark | None, ...]] = []
         known: dict[Kind, Kind] = {}  # of each one object, for however many batches
         alone: PyTree = None
         for index, batch in enumerate(cls._read(source, stop)):
             digests.append(_digest(batch))
+            marks.append(marks_of(batch))
             kinds.append(known.setdefault(kind := _kind(batch), kind))
             if index == 0:
                 alone = batch
@@ -157,7 +162,7 @@ class Stream:
                 weights.append(_weight(alone, weight_fn, shared, 0))
                 alone = None
             weights.append(_weight(batch, weight_fn, shared, index))
-        return weights if alone is None else [1.0], digests, kinds
+        return weights if alone is None else [1.0], digests, kinds, marks
 
     def unlike(self) -> dict[int, PyTree]:
         """Shapes of the batches that differ from the first in more than their number of examples, one of each
@@ -170,6 +175,22 @@ class Stream:
                 found[place] = kind[0].unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in kind[1]])
         return found
 
+    def unlike_marks(self) -> list[tuple[int, int]]:
+        """Pairs of batches, by their place, of which one has far more of some mark; the furthest apart first.
+
+        Batches of one form only, whose leaves are those of the first.
+        """
+        forms = [_form(kind) for kind in self.kinds]
+        weights = [w if form == forms[0] else 0 for w, form in zip(self.weights, forms, strict=True)]
+        pairs = list(zip(self.marks, weights, strict=True))
+        leaves = ([m[i] if w > 0 else None for m, w in pairs] for i in range(len(self.marks[0])))
+        found = [each for leaf in leaves for each in far_apart(leaf)]
+        return [(a, b) for _, a, b in sorted(found, reverse=True)]
+
+    def places(self, last: int) -> Iterator[tuple[int, PyTree]]:
+        """The batches that are used, with their places, to that place."""
+        return zip(range(last + 1), self._used(), strict=False)
+
     def part(self, chosen: Sequence[int], weights: np.ndarray) -> "Stream":
         """Some of the batches, with weights of their own."""
         indices = range(len(self.weights)) if self.indices is None else self.indices
@@ -179,6 +200,7 @@ class Stream:
             tuple(indices[i] for i in chosen),
             tuple(self.digests[i] for i in chosen),
             tuple(self.kinds[i] for i in chosen),
+            tuple(self.marks[i] for i in chosen),
         )
 
     def split(self, count: int) -> "list[Stream]":

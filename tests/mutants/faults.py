@@ -1320,6 +1320,41 @@ OPERATORS = [
         "test_curvature_matrices.py::test_empirical_fisher_is_the_second_moment_of_gradients",
     ),
     fault(
+        "the finest parameters say how precise a product is",
+        "base/trees.py",
+        "return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(tree)), default=0.0)",
+        "return min((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(tree)), default=0.0)",
+        "test_params.py::test_parameters_of_two_types_have_the_precision_of_the_coarser",
+    ),
+    fault(
+        "whether a loss is a mean is tried where the data begin, and nowhere else",
+        "operators/means.py",
+        "itertools.islice(unlike_pieces(op, size), PLACES)",
+        "itertools.islice(unlike_pieces(op, size), 0)",
+        "test_means.py::test_terms_that_do_not_count_are_found_wherever_they_are",
+    ),
+    fault(
+        "class weights count twice in an empirical Fisher matrix",
+        "operators/fisher.py",
+        "roots = jnp.where(weights > 0, 1 / jnp.sqrt(jnp.where(weights > 0, weights, 1)), 0)",
+        "roots = jnp.where(weights > 0, jnp.sqrt(1 / jnp.mean(weights)), 0)",
+        "test_fisher_terms.py::test_empirical_fisher_weighs_each_term_as_the_loss_does",
+    ),
+    fault(
+        "labels are drawn for terms that do not count",
+        "operators/likelihood.py",
+        "jnp.where(jnp.squeeze(weight > 0, axis), drawn, own)",
+        "drawn",
+        "test_fisher_terms.py::test_labels_that_do_not_count_are_not_drawn",
+    ),
+    fault(
+        "targets are drawn in the precision of a model's outputs",
+        "operators/likelihood.py",
+        "    return x.astype(trees.working_dtype(x.dtype))",
+        "    return x",
+        "test_fisher_terms.py::test_rare_targets_of_a_model_in_bfloat16_are_as_rare_as_they_should_be",
+    ),
+    fault(
         "scores of a Fisher matrix weigh as their squares",
         "operators/fisher.py",
         "jax.tree.map(lambda g: jnp.sqrt(weight).astype(g.dtype) * g, gradient)",
@@ -1329,8 +1364,8 @@ OPERATORS = [
     fault(
         "sampled targets with the inverse of their deviation",
         "operators/likelihood.py",
-        "outputs + noise / jnp.sqrt(precision)",
-        "outputs + noise * jnp.sqrt(precision)",
+        "working + noise / jnp.sqrt(precision)",
+        "working + noise * jnp.sqrt(precision)",
         "test_laws.py",
     ),
     fault(

@@ -1,0 +1,271 @@
+"""What a Fisher matrix takes for granted of a loss, seen on few examples.
+
+That is the likelihood that the kind needs, and the weights of its terms: those of a softmax cross-entropy are
+read from its curvature, others have to be equal, so that the loss is a mean.
+"""
+
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectra.base import programs, trees
+from spectra.base.errors import DataError, StructureError
+from spectra.base.trees import PyTree
+from spectra.operators import likelihood
+from spectra.operators.batches import batch_size, rows
+from spectra.operators.ggn import split
+from spectra.operators.jaxprs import drawn_shapes, largest_epsilon, rounding_of_sums
+from spectra.operators.means import FAR, MARGIN, kind_of, known_means, remember, waves
+from spectra.operators.redraws import joined
+from spectra.operators.redraws import rows as examples
+
+OUTPUTS = 64
+"""Examples whose outputs are looked at."""
+CHECKED_EXAMPLES = 64
+"""Examples on which the loss is compared with the likelihood it is taken for."""
+FITS = 0.9
+"""Share of terms whose label the gradient has to point away from, to be taken for the labels."""
+
+
+def look_at_loss(op: Any, check_mean: bool) -> dict[str, Any]:
+    """The fields `labels` and `softmax` of a Fisher operator on one batch, found on a few of its examples.
+
+    Raises:
+        StructureError: the kind does not fit the loss, as far as concrete data show it.
+        DataError: as `require_mean_of_outputs`, if that is asked for and weights cannot be read.
+    """
+    drawn = op.kind == "mc" and op.sample_fn is None
+    outputs, targets = outputs_shape(op), split(op.data)[1]
+    if drawn:
+        likelihood.require_known(outputs, targets)
+    classes, numbers = likelihood.class_leaves(outputs, targets), likelihood.number_leaf(outputs, targets)
+    candidates = [*classes] if numbers is None else [*classes, numbers]
+    op = op._with(labels=candidates[0] if candidates else None)
+    arrays = (op.params, op.data)
+    concrete = all(isinstance(x, (jax.Array, np.ndarray)) for x in jax.tree.leaves(arrays))
+    if not concrete or trees.is_traced(arrays):
+        if op.kind != "type2" and len(candidates) > 1 and (drawn or numbers is not None):
+            raise StructureError(
+                f"kind={op.kind!r}: several leaves of the targets have the shape of labels, "
+                f"{jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', targets)}, and only values tell which "
+                "ones are: make the operator outside of jit."
+            )
+        return {"labels": op.labels, "softmax": None}
+    few = op._with(data=rows(op.data, 0, CHECKED_EXAMPLES, op.shared), microbatch=None)
+    if len(candidates) > 1:
+        shares = jax.device_get(_label_fits(few, tuple(classes.items())))
+        best = int(np.argmax(shares))
+        known = list(classes)[best] if shares[best] >= FITS or numbers is None else numbers
+        few = few._with(labels=known)
+    axis = classes.get(-1 if few.labels is None else few.labels)
+    if op.kind == "type2":
+        _require_alike_curvature(few)
+        return {"labels": few.labels, "softmax": None}
+    if axis is not None:
+        _check_layout(few, outputs, axis)
+    softmax = axis is not None and float(_softmax_error_of(few, axis)) <= op.precision**0.5
+    few = few._with(softmax=softmax)
+    if check_mean and not softmax:
+        require_mean_of_outputs(op._with(labels=few.labels, softmax=softmax))
+    if drawn and not (error := float(_likelihood_error(few))) <= op.precision**0.5:
+        raise _refusal(op.kind, "targets" if axis is None else "classes", error)
+    return {"labels": few.labels, "softmax": softmax}
+
+
+def outputs_shape(op: Any) -> PyTree:
+    """The structure of the model's outputs."""
+    return jax.eval_shape(lambda op: op.model_fn(op._merge(op._variables()), split(op.data)[0]), op)
+
+
+def require_examples_first(op: Any, outputs: PyTree, piece: PyTree) -> None:
+    """Raise where the outputs' leaves are not those of single examples, whose scores are wanted."""
+    found = {x.shape[:1] for x in jax.tree.leaves(outputs)}
+    try:
+        sizes = {(batch_size(piece, op.shared),)}
+    except DataError:  # a batch that is not cut may have leaves of any shape
+        sizes = found - {()}
+    own_logits = hasattr(op.loss_fn, "gauss_newton")
+    if not own_logits and len(found) == 1 and found <= sizes:
+        return
+    advice = "return outputs of every example along the first axis of each leaf"
+    if own_logits:
+        advice = "return logits, and take a loss of logits"
+    raise StructureError(
+        f"kind={op.kind!r} takes the gradient of every example in the model's outputs, whose shapes are "
+        f"{[list(x.shape) for x in jax.tree.leaves(outputs)]}: {advice}, or use kind='type2' or GGNOperator."
+    )
+
+
+def _require_alike_curvature(op: Any) -> None:
+    if op.sample_fn is not None:
+        return
+    if (error := float(_change_of_curvature(op))) > op.precision**0.5:
+        raise _refusal("type2", "targets", error)
+
+
+def _refusal(kind: str, terms: str, error: float) -> StructureError:
+    what = {
+        (
+            "type2",
+            "targets",
+        ): "its curvature depends on the targets; use GGNOperator for the curvature at the "
+        "data's own targets, or kind='mc' with sample_fn=",
+        ("mc", "classes"): "for integer targets it is not the sum of softmax cross-entropies with weights "
+        "that do not depend on the label (class weights? label smoothing? another loss?); pass sample_fn=, "
+        "or use GGNOperator",
+        ("mc", "targets"): "as a function of targets like the outputs it is neither a squared error around "
+        "the outputs, entry by entry, nor a binary cross-entropy of logits; pass sample_fn=, for one-hot "
+        "targets lambda key, outputs, targets: jax.nn.one_hot(jax.random.categorical(key, outputs), "
+        "outputs.shape[-1]), or use GGNOperator",
+    }[kind, terms]
+    return StructureError(f"kind='{kind}' does not fit this loss: {what} (relative error {error:.1e}).")
+
+
+def _check_layout(op: Any, outputs: jax.Array, axis: int) -> None:
+    if axis != 1 and outputs.ndim > 2 and outputs.shape[1] == outputs.shape[-1]:
+        likelihood.require_classes_last(_gradient(op))
+
+
+def _finite(error: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(error), error, 0)  # a non-finite loss is reported when it is used
+
+
+@programs.jit
+def outputs_of(op: Any) -> PyTree:
+    """The model's outputs on the operator's data."""
+    with jax.default_matmul_precision(op.matmul_precision):
+        return op.model_fn(op._merge(op._variables()), split(op.data)[0])
+
+
+@programs.jit
+def _gradient(op: Any) -> PyTree:
+    return jax.grad(op._output_loss)(outputs_of(op), split(op.data)[1])
+
+
+@partial(programs.jit, static_argnames="classes")
+def _label_fits(op: Any, classes: tuple[tuple[int, int], ...]) -> list[jax.Array]:
+    """For each leaf that may hold labels, the share of terms that point away from it."""
+    gradient, leaves = _gradient(op), jax.tree.leaves(split(op.data)[1])
+    return [likelihood.matching_labels(gradient, leaves[i], axis) for i, axis in classes]
+
+
+def softmax_error(op: Any, outputs: jax.Array, targets: PyTree, axis: int) -> jax.Array:
+    """How far the loss is from a sum of softmax cross-entropies; infinite where it cannot be told."""
+    error = likelihood.softmax_error(
+        lambda z, u: op._curvature(z, targets, u),
+        lambda z: jax.grad(op._output_loss)(z, targets),
+        outputs,
+        axis,
+    )
+    return jnp.where(jnp.isfinite(error), error, jnp.inf)
+
+
+@partial(programs.jit, static_argnames="axis")
+def _softmax_error_of(op: Any, axis: int) -> jax.Array:
+    return softmax_error(op, outputs_of(op), split(op.data)[1], axis)
+
+
+@programs.jit
+def _change_of_curvature(op: Any) -> jax.Array:
+    """How much other targets change the curvature, relative to its size."""
+    outputs, targets = outputs_of(op), split(op.data)[1]
+    gradient = jax.grad(op._output_loss)(outputs, targets)
+    other = likelihood.other_targets(gradient, outputs, targets, op.labels)
+    if other is None:
+        return jnp.zeros(())
+    u = jax.random.normal(jax.random.key(0), outputs.shape, outputs.dtype)
+    here, there = (op._curvature(outputs, y, u) for y in (targets, other))
+    return _finite(jnp.max(jnp.abs(here - there)) / jnp.max(jnp.abs(here)))
+
+
+@programs.jit
+def _likelihood_error(op: Any) -> jax.Array:
+    """How far the loss at drawn targets is from the law that they are drawn from."""
+    outputs: Any = outputs_of(op)
+    targets = split(op.data)[1]
+    keys = jax.random.split(jax.random.key(0), batch_size(op.data, op.shared))
+    drawn = op._redraw(keys, outputs, targets, op.data)
+    axis: int | None = op._class_axis(outputs, targets)
+    if axis is None:
+        return _finite(
+            likelihood.regression_error(
+                lambda z, u: op._curvature(z, drawn, u), op._output_loss, outputs, targets, drawn, op.labels
+            )
+        )
+    z: jax.Array = likelihood.at_least_float32(outputs)
+    weights = op._softmax_weights(outputs, targets, axis)
+    labels = jax.tree.leaves(drawn)[op.labels]
+    hot = jax.nn.one_hot(labels, z.shape[axis], axis=axis, dtype=z.dtype)
+    gradient = jax.grad(op._output_loss)(z, drawn) / jnp.where(weights > 0, weights, 1)
+    expected = jnp.where(weights > 0, jax.nn.softmax(z, axis) - hot, 0)
+    return _finite(jnp.max(jnp.abs(gradient - expected)))
+
+
+def require_mean_of_outputs(op: Any) -> None:
+    """Raise if the loss on the outputs of some examples is not the mean of that on two halves of them.
+
+    For matrices that are sums over terms of the loss, each with a gradient of its own in output space.
+
+    Raises:
+        DataError: the loss is not a mean over examples.
+
+    Cost: the outputs of some examples once, and a few evaluations of the loss on them.
+    """
+    if not trees.has_values((op.params, op.data)) or trees.is_traced((op.params, op.data)):
+        return
+    half = min(batch_size(op.data, op.shared), OUTPUTS) // 2
+    if half == 0:
+        return
+    few = op._with(data=examples(op, op.data, 0, 2 * half))
+    outputs = outputs_of(few)
+    floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(outputs))
+    if not floating or any(x.shape[:1] != (2 * half,) for x in jax.tree.leaves(outputs)):
+        return
+    kind = kind_of(few, few.data)
+    if kind in known_means:
+        return
+    try:
+        jaxpr = _values_of_outputs.trace(few, outputs).jaxpr
+    except Exception:  # it takes no batches of this size
+        return
+    if drawn_shapes(jaxpr):
+        return
+    unit = max(largest_epsilon(jaxpr), op.precision)
+    treedef, leaves = jax.tree.structure(outputs), jax.tree.leaves(outputs)
+    for amount in (0.0, FAR):
+        values = jax.device_get(_values_of_outputs(few, treedef.unflatten(waves(leaves, amount))))
+        whole, turned, first, second = map(float, np.asarray(values[0], float))
+        weights = np.asarray(values[1], float)
+        mean = float(np.array([first, second]) @ weights / weights.sum()) if weights.all() else whole
+        size = max(map(abs, (whole, first, second)))
+        if not np.isfinite(size):
+            return
+        rounding = size * (unit / 2 + rounding_of_sums(jaxpr))
+        by_order = abs(whole - turned)  # a mean changes by its rounding alone
+        if by_order > MARGIN**2 * rounding or abs(whole - mean) > MARGIN * (rounding + by_order):
+            raise DataError(
+                f"kind={op.kind!r} needs a loss that is the mean over its terms: on the outputs of "
+                f"{2 * half} examples it is {whole:.6g}, the mean of its values on two halves {mean:.6g}. "
+                "If it is a sum, divide it by the number of examples; if its terms count otherwise (tokens, "
+                "masks), give their number by weight_fn=; a loss that sets examples against each other has "
+                "no such matrix: use GGNOperator on one batch."
+            )
+    remember(kind)
+
+
+@programs.jit
+def _values_of_outputs(op: Any, outputs: PyTree) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The loss of the outputs, of their halves in the other order, and of each half, with its weight."""
+    half = batch_size(op.data, op.shared) // 2
+    first, second = (examples(op, op.data, a, a + half) for a in (0, half))
+    here, there = (jax.tree.map(lambda x, a=a: x[a : a + half], outputs) for a in (0, half))
+    swapped = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), there, here)
+    pairs = [(outputs, op.data), (swapped, joined(op, second, first)), (here, first), (there, second)]
+    values = [op._output_loss(f, split(piece)[1]) for f, piece in pairs]
+    return values, [op._num_terms(f, split(piece)[1], piece) for f, piece in pairs[2:]]

@@ -1,0 +1,244 @@
+"""What the terms of a Fisher matrix are, what each weighs, and which laws targets are drawn from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import relative_error
+from networks import cross_entropy, softmax
+
+import spectra
+from spectra import FisherOperator, GGNOperator
+from spectra.bridge import losses
+
+BATCH, TOKENS, INPUTS, CLASSES = 6, 5, 4, 3
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((BATCH, TOKENS, INPUTS))
+W = RNG.standard_normal((INPUTS, CLASSES))
+LABELS = RNG.integers(0, CLASSES, (BATCH, TOKENS))
+MASK = np.ones((BATCH, TOKENS), int)
+MASK[[1, 3, 4], [2, 0, 4]] = 0
+NUMBERS = RNG.standard_normal((BATCH, TOKENS, CLASSES))
+HOT = np.eye(CLASSES)[LABELS]
+EVERY = np.full((BATCH, TOKENS), 1 / LABELS.size)
+CLASS_WEIGHTS = np.array([0.0, 1.0, 4.0])
+KEY = jax.random.key(0)
+
+
+def model(w, x):
+    return x @ w
+
+
+def model_of_pytorch(w, x):
+    return jnp.swapaxes(x @ w, 1, 2)
+
+
+def second_moment(weights, labels, w=W, x=X):
+    """Σ_t w_t g_t g_tᵀ of the gradients of single tokens."""
+    scores = softmax(x @ w) - np.eye(w.shape[1])[labels]
+    gradients = np.einsum("bti,btc->btic", x, scores).reshape(weights.size, -1)
+    return np.einsum("t,ti,tj->ij", weights.ravel(), gradients, gradients)
+
+
+def gauss_newton(weights):
+    p = softmax(X @ W)
+    middle = np.einsum("btc,cd->btcd", p, np.eye(CLASSES)) - np.einsum("btc,btd->btcd", p, p)
+    rows = np.einsum("bti,cd->btcid", X, np.eye(CLASSES)).reshape(BATCH, TOKENS, CLASSES, -1)
+    return np.einsum("bt,btcm,btcd,btdn->mn", weights, rows, middle, rows)
+
+
+def nll(logits, labels):
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None], -1)[..., 0]
+
+
+def ignoring(logits, labels):
+    kept = labels >= 0
+    return jnp.sum(jnp.where(kept, nll(logits, labels), 0)) / jnp.sum(kept)
+
+
+def summed_over_tokens(logits, labels):
+    return jnp.mean(jnp.sum(nll(logits, labels), -1))
+
+
+def class_weighted(logits, labels):
+    each = jnp.asarray(CLASS_WEIGHTS, logits.dtype)[labels]
+    return jnp.sum(each * nll(logits, labels)) / jnp.sum(each)
+
+
+def class_weighted_of_pytorch(logits, labels):
+    return losses.cross_entropy(logits, labels, weight=CLASS_WEIGHTS)
+
+
+def of_booleans(logits, labels):
+    return jnp.mean(nll(logits, labels.astype(int)))
+
+
+def masked(logits, targets):
+    mask = targets["attention_mask"]
+    return jnp.sum(mask * nll(logits, targets["labels"])) / jnp.sum(mask)
+
+
+LAST = np.where(np.arange(TOKENS) < TOKENS - 1, LABELS, -100)
+COUNTED = CLASS_WEIGHTS[LABELS] / CLASS_WEIGHTS[LABELS].sum()
+BESIDE = {"attention_mask": MASK, "labels": LABELS}
+TERMS = {
+    "the last label of every sequence is ignored": (model, ignoring, LAST, (LAST >= 0) / (LAST >= 0).sum()),
+    "summed over tokens, a mean over sequences": (model, summed_over_tokens, LABELS, EVERY * TOKENS),
+    "class weights, one of them zero": (model, class_weighted, LABELS, COUNTED),
+    "the same in PyTorch's layout": (model_of_pytorch, class_weighted_of_pytorch, LABELS, COUNTED),
+    "a mask of integers before the labels": (model, masked, BESIDE, MASK / MASK.sum()),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_empirical_fisher_weighs_each_term_as_the_loss_does(name, x64):
+    model_fn, loss_fn, targets, weights = TERMS[name]
+    data = jnp.asarray(X), jax.tree.map(jnp.asarray, targets)
+    expected = second_moment(weights, LABELS)
+
+    def make(data):
+        return FisherOperator(model_fn, loss_fn, jnp.asarray(W), data, kind="empirical")
+
+    assert relative_error(make(data).as_matrix(), expected) <= 1e-12
+    v = jnp.cos(jnp.arange(W.size)).reshape(W.shape)
+    traced = np.ravel(jax.jit(lambda data: make(data).mv(v))(data))  # the loss is looked at in the program
+    np.testing.assert_allclose(traced, expected @ np.ravel(v), rtol=1e-10)
+    factored = spectra.EKFACOperator(model_fn, loss_fn, jnp.asarray(W), data, kind="empirical")
+    if model_fn is model:  # the layer alone is the model; terms of a sequence are separate
+        np.testing.assert_allclose(float(factored.trace()), np.trace(expected), rtol=1e-10)
+
+
+def test_booleans_are_labels_of_two_classes(x64):
+    w, labels = W[:, :2], LABELS > 0
+    op = FisherOperator(
+        model, of_booleans, jnp.asarray(w), (jnp.asarray(X), jnp.asarray(labels)), kind="empirical"
+    )
+    assert relative_error(op.as_matrix(), second_moment(EVERY, labels.astype(int), w)) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["the last label of every sequence is ignored", *list(TERMS)[4:]])
+def test_labels_that_do_not_count_are_not_drawn(name, x64):
+    model_fn, loss_fn, targets, weights = TERMS[name]
+    data = jnp.asarray(X), jax.tree.map(jnp.asarray, targets)
+    exact = FisherOperator(model_fn, loss_fn, jnp.asarray(W), data)
+    assert relative_error(exact.as_matrix(), gauss_newton(weights)) <= 1e-12
+    op = FisherOperator(model_fn, loss_fn, jnp.asarray(W), data, kind="mc", key=KEY)
+    drawn, own = (x if loss_fn is ignoring else x["labels"] for x in (op.data[1], targets))
+    np.testing.assert_array_equal(np.asarray(drawn)[weights == 0], own[weights == 0])
+    assert (np.asarray(drawn) != LABELS)[weights > 0].any()
+    assert relative_error(op.as_matrix(), second_moment(weights, np.maximum(drawn, 0))) <= 1e-12
+
+
+def cross_entropy_of_rows(logits, rows):
+    return -jnp.mean(jnp.sum(rows * jax.nn.log_softmax(logits), -1))
+
+
+def class_weighted_rows(logits, rows):
+    return -jnp.mean(
+        jnp.sum(jnp.asarray(CLASS_WEIGHTS, logits.dtype) * rows * jax.nn.log_softmax(logits), -1)
+    )
+
+
+def poisson(logits, counts):
+    return jnp.mean(jnp.exp(logits) - counts * logits)
+
+
+def of_probabilities(logits, targets):
+    return jnp.mean((jax.nn.sigmoid(logits) - targets) ** 2)
+
+
+def of_sums(outputs, targets):
+    return jnp.mean(jnp.sum(outputs - targets, -1) ** 2)
+
+
+def huber(outputs, targets):
+    return losses.huber_loss(outputs, targets)
+
+
+def positives_weighted(logits, targets):
+    return losses.bce_with_logits(logits, targets, pos_weight=3.0)
+
+
+NO_LAW = {
+    "one-hot targets": (cross_entropy_of_rows, HOT),
+    "counts": (poisson, np.abs(NUMBERS).round()),
+    "a squared error of probabilities": (of_probabilities, NUMBERS),
+    "a squared error of sums": (of_sums, NUMBERS),
+    "a squared error with a linear tail": (huber, 3 * NUMBERS),
+    "a binary loss that weighs ones": (positives_weighted, HOT),
+}
+
+
+@pytest.mark.parametrize("name", NO_LAW)
+def test_targets_are_not_drawn_from_a_law_that_the_loss_does_not_have(name):
+    loss_fn, targets = NO_LAW[name]
+    data = jnp.asarray(X), jnp.asarray(targets)
+    with pytest.raises(spectra.StructureError, match="kind='mc' does not fit this loss: as a function of"):
+        FisherOperator(model, loss_fn, jnp.asarray(W), data, kind="mc", key=KEY)
+
+
+def test_curvature_that_depends_on_targets_is_found_in_every_form_of_these():
+    x, w = jnp.asarray(X), jnp.asarray(W)
+    FisherOperator(model, cross_entropy_of_rows, w, (x, jnp.asarray(HOT)))  # its rows sum to one
+    FisherOperator(model, losses.bce_with_logits, w, (x, jnp.asarray(HOT > 0)))
+    for model_fn, loss_fn, targets in (
+        (model, class_weighted_rows, HOT),
+        (model_of_pytorch, class_weighted_of_pytorch, LABELS),
+        (model, positives_weighted, HOT.astype(int)),
+    ):
+        with pytest.raises(spectra.StructureError, match="its curvature depends on the targets"):
+            FisherOperator(model_fn, loss_fn, w, (x, jnp.asarray(targets)))
+
+
+def of_one_logit(w, x):
+    return jnp.broadcast_to(w.astype(jnp.bfloat16), (len(x), 2))
+
+
+def binary(logits, targets):
+    logits = logits.astype(jnp.float32)
+    return jnp.mean(jax.nn.softplus(logits) - targets * logits)
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_rare_targets_of_a_model_in_bfloat16_are_as_rare_as_they_should_be(kind):
+    """Of 2·10⁵ with probability 0.002, five standard deviations are 5 %; of 2⁷ levels each is 0.8 %."""
+    count = 200_000
+    logits = jnp.log(jnp.array([0.998, 0.002])) if kind == "classes" else jnp.array([-6.2, -6.2])
+    logits = np.asarray(logits.astype(jnp.bfloat16), float)
+    targets = jnp.zeros(count, int) if kind == "classes" else jnp.zeros((count, 2))
+    loss_fn = cross_entropy if kind == "classes" else binary
+    args = of_one_logit, loss_fn, jnp.asarray(logits, jnp.float32), (jnp.zeros((count, 1)), targets)
+    op = FisherOperator(*args, kind="mc", key=KEY)
+    p = softmax(logits)[1] if kind == "classes" else 1 / (1 + np.exp(-logits[0]))
+    seen, size = float(np.asarray(op.data[1]).sum()), targets.size
+    assert abs(seen - p * size) <= 5 * np.sqrt(p * (1 - p) * size)
+
+
+def words(w, x):
+    return x, w
+
+
+def test_scores_need_outputs_of_every_example(x64):
+    data = jnp.asarray(X[:4, :4]), jnp.asarray(LABELS[:4, :4])  # as many rows of W as examples
+    loss_fn = spectra.VocabularyLoss(chunk=4)
+    for examples in (4, 3):
+        few = jax.tree.map(lambda x, n=examples: x[:n], data)
+        with pytest.raises(spectra.StructureError, match="return logits"):
+            FisherOperator(words, loss_fn, jnp.asarray(W), few, kind="empirical")
+    exact = FisherOperator(words, loss_fn, jnp.asarray(W), data)
+    ggn = GGNOperator(model, cross_entropy, jnp.asarray(W), data)
+    assert relative_error(exact.as_matrix(), ggn.as_matrix()) <= 1e-12
+
+
+def test_a_first_batch_of_padding_says_nothing_of_the_loss(x64):
+    empty = np.full_like(LAST[:2], -100)
+    data = [(jnp.asarray(X[:2]), jnp.asarray(empty)), (jnp.asarray(X), jnp.asarray(LAST))]
+    op = FisherOperator(
+        model,
+        ignoring,
+        jnp.asarray(W),
+        data,
+        kind="empirical",
+        weight_fn=lambda batch: (batch[1] >= 0).sum(),
+    )
+    assert relative_error(op.as_matrix(), second_moment((LAST >= 0) / (LAST >= 0).sum(), LABELS)) <= 1e-12
