@@ -128,6 +128,27 @@ def test_a_first_order_loss_falls_back_to_finite_differences(microbatch, dtype):
     assert relative_error(op.as_matrix(), exact_hessian()) <= 32 * eps ** (2 / 3)
 
 
+def test_a_first_order_loss_has_everything_that_a_dense_matrix_gives():
+    """How much a product holds was read from a derivative that such a loss does not have."""
+    with pytest.warns(UserWarning, match="products use finite-difference"):
+        op = build(host_sin)
+    values, key = np.linalg.eigvalsh(exact_hessian()), jax.random.key(0)
+    report = spectra.spectrum(op, key=key)
+    assert report.status is spectra.Status.EXACT
+    np.testing.assert_allclose(report.quadrature.nodes[0], values, rtol=0, atol=report.noise_floor)
+    pairs = spectra.eigsh(op, 2, which="SA", key=key)
+    np.testing.assert_allclose(
+        pairs.values, values[:2], rtol=0, atol=float(np.max(pairs.residuals)) + pairs.noise_floor
+    )
+    low, _, high = spectra.trace(op, key=key).interval()
+    assert low <= values.sum() <= high
+    low, _, high = spectra.condition_number(op, key=key).effective_interval
+    assert low <= np.abs(values).max() / np.abs(values).min() <= high
+    found = spectra.solve(op.shift(2.0), jnp.ones(4))
+    wanted = np.linalg.solve(exact_hessian() + 2 * np.eye(4), np.ones(4))
+    assert np.linalg.norm(found.x - wanted) <= found.error_bound
+
+
 def test_finite_differences_do_not_depend_on_the_length_of_the_vector(x64):
     op = build(jnp.sin, mode="finite-difference")
     v = jnp.array([1.0, -2.0, 0.5, 3.0])

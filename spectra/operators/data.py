@@ -328,7 +328,9 @@ class DataOperator(OnParameters, LinearOperator):
         return self.linear is None
 
     def evaluated_bytes(self) -> int:
-        """Bytes of the saved values of one microbatch."""
+        """Bytes of the saved values of one microbatch; for differences of gradients nothing is saved."""
+        if self.mode == "finite-difference":
+            return 0
         piece, step = self.first_piece(), self.microbatch
         pieces = 1 if step is None else -(-batch_size(piece.data, self.shared) // step)
         return piece._saved_bytes // pieces
