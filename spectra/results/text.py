@@ -150,7 +150,7 @@ def between(low: float, value: float, high: float) -> str:
     """A value between two bounds, each rounded to its own side.
 
     >>> between(3.9996, 4.0, 4.0003), between(4.0, 4.0, 4.0)
-    ('4.000 [3.999, 4.001]', '4')
+    ('4.0000 [3.999, 4.001]', '4')
     """
     if low == high:
         return f"{value:.6g}"
