@@ -115,8 +115,7 @@ class FisherOperator(ModelOperator):
         functions["count_fn"] = options.get("weight_fn")
         own: dict[str, Any] = {"kind": kind, "key": None, "labels": None, "softmax": None}
         self._open(params, data, **own, **functions, **options)
-        piece = self if self.stream is None else self._with(data=next(iter(self.stream))[1], stream=None)
-        self._set(**look_at_loss(piece, options.get("check_data", True)))
+        self._set(**look_at_loss(self.first_piece(), options.get("check_data", True)))
         if kind == "mc":
             self._set(key=key)
             if self.stream is None:

@@ -121,7 +121,7 @@ def summary(
 
 def _record(name: str, q: Quadrature) -> dict[str, Any]:
     trace = trace_estimate(q).interval()
-    negative = q.cdf(np.nextafter(-q.noise_floor, -np.inf))
+    negative, bounds = q.cdf(np.nextafter(-q.noise_floor, -np.inf)), condition(q)
     numbers = {
         "largest": extreme(q, -1),
         "smallest": extreme(q, 0),
@@ -138,8 +138,8 @@ def _record(name: str, q: Quadrature) -> dict[str, Any]:
         "layer": name,
         "n": q.size,
         **columns,
-        "condition_at_least": condition(q).lower,
-        "condition_at_most": condition(q).upper,
+        "condition_at_least": bounds.lower,
+        "condition_at_most": bounds.upper,
         "noise_floor": q.noise_floor,
         "num_matvecs": q.num_matvecs,
         "status": q.status,

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from spectra.base.errors import SpectraError, Status
 from spectra.base.paths import leaf_paths
-from spectra.results.text import directed, html_grid, html_table, rounded, text_grid, within
+from spectra.results.text import contained, directed, html_grid, html_table, rounded, text_grid, within
 
 
 def plain(value: Any) -> Any:
@@ -272,7 +272,8 @@ def extreme_text(value: Interval, end: int, level: float | None) -> str:
     low, estimate, high = map(float, value)
     error = max(high - estimate, estimate - low)
     if level is None:
-        return "an eigenvalue within {1} of {0}".format(*within(estimate, error).split(" ± "))
+        number, reach = contained(estimate, error)
+        return f"an eigenvalue within {reach} of {number}"
     chance, converged = f"({100 * level:g} %)", is_converged(value, end)
     if converged and error <= max(0.01 * abs(estimate), 10 * min(high - estimate, estimate - low)):
         return f"{within(estimate, error)} {chance}"

@@ -84,11 +84,16 @@ def within(value: float, error: float) -> str:
     >>> within(2.4449, 0.1449), within(7.0, 4.9e-13), within(-0.3, 0.0)
     ('2.44 ± 0.15', '7.00000000000000 ± 4.9e-13', '-0.3 ± 0')
     """
+    return " ± ".join(contained(value, error))
+
+
+def contained(value: float, error: float) -> tuple[str, str]:
+    """A number and an error in print, which together contain value ± error."""
     text = _beside(value, error)
     error += abs(value - float(text))
     nearest = f"{error:.2g}"  # where it is less by no more than rounding of the two ends, it is right
     enough = float(nearest) >= error - _ROUNDING * abs(value)
-    return f"{text} ± {nearest if enough else directed(error, up=True)}"
+    return text, nearest if enough else directed(error, up=True)
 
 
 def _beside(value: float, error: float) -> str:
