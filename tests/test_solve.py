@@ -470,6 +470,35 @@ def test_what_the_start_loses_to_rounding_is_not_called_converged(traced):
     assert not (np.asarray(found.converged) & ~reached).any()
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_rounding_of_a_far_start_is_no_part_of_b(traced):
+    """b - A x0 has lost eps |A| |x0|, also along the null space: with 8 starts 1e4 and 1e8 times as far
+    off, b was said to be outside of the range, by up to 29 |b|."""
+    op, entries, b = system("singular, b in the range", 10.0, 0, jnp.float32)
+    scales = np.repeat([1.0, 1e4, 1e8], 4)
+    starts = np.random.default_rng(1).standard_normal((12, N)) * scales[:, None]
+
+    def run(x0):
+        return spectra.solve(op, jnp.tile(b, (12, 1)), x0=x0, method="minres", max_matvecs=200)
+
+    found = (jax.jit(run) if traced else run)(jnp.asarray(starts, jnp.float32))
+    residuals = np.linalg.norm(np.asarray(b, float) - np.asarray(found.x, float) @ entries, axis=1)
+    assert np.asarray(found.converged).all()
+    assert (np.abs(residuals - found.residual_norm) <= found.rounding).all()
+
+
+def test_a_start_along_the_null_space_does_not_make_b_leave_the_range():
+    """It is no worse than zero, so it is kept, with the rounding of its product: below |b| here."""
+    op, entries, b = system("singular, b in the range", 10.0, 0, jnp.float32)
+    null = np.linalg.eigh(entries)[1][:, np.argsort(np.abs(np.linalg.eigvalsh(entries)))[:7]]
+    for seed, scale in enumerate([1e3, 1e4, 1e5]):
+        x0 = jnp.asarray(scale * null @ np.random.default_rng(seed).standard_normal(7), jnp.float32)
+        found = spectra.solve(op, b, x0=x0, method="minres", max_matvecs=200)
+        assert found.status in (Status.CONVERGED, Status.STAGNATED)
+        residual = np.linalg.norm(np.asarray(b, float) - entries @ np.asarray(found.x, float))
+        assert abs(residual - found.residual_norm) <= found.rounding
+
+
 @pytest.mark.parametrize("method", slow_but(["cg", "minres"], "minres"))
 def test_no_more_products_than_allowed_watched_or_not(method, capsys):
     """The last one is that of the check, in whatever mode the budget ends; a bar changes nothing."""

@@ -24,6 +24,7 @@ from spectra.krylov.linear_state import (
     Problem,
     State,
     Verdict,
+    choose,
     norm_of,
     sides_of,
 )
@@ -44,27 +45,53 @@ def prepared(
     tol: float,
     limit: int,
     reference: PyTree,
+    x0: PyTree | None = None,
 ) -> tuple[Problem, State]:
-    """The problem and its first state for every right-hand side; `reference` are those that tol refers to."""
+    """The problem and its first state for every right-hand side; `reference` are those that tol refers to.
+
+    b is what x0 leaves of them.
+    """
     dtype = op.dtype
 
-    def one(b: PyTree, reference: PyTree) -> tuple[Problem, State]:
+    def one(b: PyTree, reference: PyTree, x0: PyTree | None) -> tuple[Problem, State]:
         unit = trees.power_of_two(trees.largest(b)).astype(dtype)
         b = trees.scale(1 / unit, b)
         target = tol * trees.norm(reference) / unit
         unit_p = jnp.ones((), dtype)
         if inverse is not None:
             unit_p = trees.power_of_two(trees.largest(inverse.mv(b))).astype(dtype)
-        numbers = (target.astype(dtype), jnp.int32(limit), jnp.asarray(noise_of(op), dtype))
+        began = jnp.zeros((), dtype) if x0 is None else (trees.norm(x0) / unit).astype(dtype)
+        numbers = (target.astype(dtype), jnp.int32(limit), jnp.asarray(noise_of(op), dtype), began)
         problem = Problem(b, inverse, unit, unit_p, *numbers, only_cg=method == "cg")
         return problem, start(problem, dtype, Mode.MINRES if method == "minres" else Mode.CG)
 
     none: Any = None
-    axes = sides_of(Problem(none, inverse, none, none, none, none, none, only_cg=method == "cg"))
-    return jax.vmap(one, out_axes=(axes, 0))(b, reference)
+    axes = sides_of(Problem(none, inverse, none, none, none, none, none, none, only_cg=method == "cg"))
+    return jax.vmap(one, out_axes=(axes, 0))(b, reference, x0)
 
 
 begin = programs.jit(prepared, static_argnames=("method",))
+
+
+def from_start(
+    op: LinearOperator, b: PyTree, x0: PyTree, images: PyTree, tol: float
+) -> tuple[PyTree, PyTree]:
+    """What x0, with products `images`, leaves of b, and where to start: zero instead of a start that is
+    farther off than zero, and so far that the rounding of its product alone misses the tolerance.
+
+    The iteration is for dx, so rounding of A x0 stays in x0 + dx, and looks like a b outside of the range.
+    """
+
+    def one(b: PyTree, x0: PyTree, image: PyTree) -> tuple[PyTree, PyTree]:
+        rest, all_of_b = jax.tree.map(jnp.subtract, b, image), trees.norm(b)
+        lost = noise_of(op) / 8 * trees.norm(image)
+        far = ~(trees.norm(rest) <= all_of_b) & (lost > tol * all_of_b)
+        return choose(far, b, rest), choose(far, jax.tree.map(jnp.zeros_like, x0), x0)
+
+    return jax.vmap(one)(b, x0, images)
+
+
+begin_from = programs.jit(from_start)
 
 
 def blocks(problem: Problem, method: str) -> list[tuple[int, int]]:

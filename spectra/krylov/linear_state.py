@@ -56,6 +56,7 @@ class Problem:
     target: jax.Array  # of |r|, in unit_b
     limit: jax.Array  # products
     noise: jax.Array  # rounding of one product, in units of |A|
+    began: jax.Array  # |x0|, in unit_b: b is a residual, which has lost noise |A| |x0|
     only_cg: bool = dataclasses.field(metadata={"static": True})
 
     def precondition(self, r: PyTree) -> PyTree:
@@ -67,7 +68,7 @@ def sides_of(problem: Problem) -> Any:
     """Which parts of a problem are there for every right-hand side: zeros and None in place of arrays."""
     shared = None if problem.inverse is None else jax.tree.map(lambda _: None, problem.inverse)
     each: Any = 0
-    return Problem(each, shared, each, each, each, each, each, only_cg=problem.only_cg)
+    return Problem(each, shared, each, each, each, each, each, each, only_cg=problem.only_cg)
 
 
 SHORT_VECTORS = ("v", "before", "d1", "d2", "u")

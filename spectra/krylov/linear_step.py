@@ -219,8 +219,11 @@ def _null(problem: Problem, state: State, w: PyTree, along: jax.Array) -> Step:
     """Whether the recurrence's residual r is in the null space, given A r, or what to do to find out."""
     del along
     assert state.short is not None
-    singular = norm_of(w) <= 2 * problem.noise * state.norm_a * norm_of(state.r)
-    verdict = jnp.where(singular, Verdict.SINGULAR, Verdict.OPEN).astype(jnp.int32)
+    size, lost = norm_of(state.r), problem.noise * state.norm_a
+    singular = norm_of(w) <= 2 * lost * size
+    # The part of b in the null space, or what b - A x0 has lost to rounding: no range is known from that.
+    there = jnp.where(size > lost * problem.began * state.unit_a, Verdict.SINGULAR, Verdict.STAGNATED)
+    verdict = jnp.where(singular, there, Verdict.OPEN).astype(jnp.int32)
     judged = to_check(dataclasses.replace(state, verdict=verdict), jnp.ones((), bool))
     clear = ~singular & ~state.resume & ~state.short.ranged
     return w, lambda z: choose(clear, begin_minres(state, state.x, state.r, z, w), judged)

@@ -16,7 +16,7 @@ from spectra.base.files import tree_digest
 from spectra.base.trees import PyTree
 from spectra.krylov import dense
 from spectra.krylov.layout import stacked
-from spectra.krylov.linear_run import begin, drive, outcome, prepared, whole_run
+from spectra.krylov.linear_run import begin, begin_from, drive, from_start, outcome, prepared, whole_run
 from spectra.krylov.linear_state import Verdict, distances, in_form, judged, sizes, traced_solution
 from spectra.krylov.preconditioners import as_preconditioner, identity
 from spectra.operators.base import LinearOperator, is_real_scalar, require_operator
@@ -96,7 +96,8 @@ def solve(
             may follow, 2 n. At least n for method="dense".
         lower_bound: lower bound on the |eigenvalues| of H + shift I, if known.
         x0: starting point, in the same form as b; costs two more products for each right-hand side; default
-            zero. Not for method="dense".
+            zero, which is also taken where x0 is farther off, and rounding of A x0 would miss the tolerance.
+            Not for method="dense".
         key: JAX random key, for "nystrom".
         progress: show the number of products and the residual.
         checkpoint: a folder, or a `Checkpoint`, to save the run in. The same call resumes from there, with
@@ -104,11 +105,11 @@ def solve(
             up its own. Nothing is saved where a dense matrix is formed.
 
     Returns:
-        `Solution`. `status` is CONVERGED; STAGNATED, if the precision of products prevents reaching the
-        tolerance; SINGULAR, if b lies outside the range, up to rounding, in which case x is NaN and
-        `residual_norm` is the distance of b from the range; BUDGET_EXHAUSTED; or INDEFINITE. For several
-        right-hand sides it is the worst of their statuses, and `converged` distinguishes them. Inside jit it
-        is TRACED: use `converged` there.
+        `Solution`. `status` is CONVERGED; STAGNATED, if the precision of products, also of that with x0,
+        prevents reaching the tolerance; SINGULAR, if b lies outside the range, up to rounding, in which case
+        x is NaN and `residual_norm` is the distance of b from the range; BUDGET_EXHAUSTED; or INDEFINITE. For
+        several right-hand sides it is the worst of their statuses, and `converged` distinguishes them. Inside
+        jit it is TRACED: use `converged` there.
 
     Raises:
         SpectraError: an argument out of range; a preconditioner that is not positive definite.
@@ -266,8 +267,8 @@ def _concrete(
     run = outside_loops(op.prepare())
     rest, extra = b, 0
     if x0 is not None:
-        rest, extra = jax.tree.map(jnp.subtract, b, run.mv_batch(x0)), 1
-    problem, state = begin(run, rest, inverse, method, tol, limit, b)
+        (rest, x0), extra = begin_from(run, b, x0, run.mv_batch(x0), tol), 1
+    problem, state = begin(run, rest, inverse, method, tol, limit, b, x0)
     state = drive(run, problem, state, method, journal)
     found = outcome(problem, state, x0)
     verdicts = np.asarray(found["verdict"])
@@ -315,9 +316,9 @@ def _traced(
     fixed, inverse, x0 = lax.stop_gradient((op, inverse, x0))
 
     def iterate(_: Any, b: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        rest = b if x0 is None else jax.tree.map(jnp.subtract, b, jax.vmap(fixed.mv)(x0))
-        problem, state = prepared(fixed, rest, inverse, method, tol, limit, b)
-        found = outcome(problem, whole_run(fixed, problem, state, method, limit), x0)
+        rest, begun = (b, None) if x0 is None else from_start(fixed, b, x0, jax.vmap(fixed.mv)(x0), tol)
+        problem, state = prepared(fixed, rest, inverse, method, tol, limit, b, begun)
+        found = outcome(problem, whole_run(fixed, problem, state, method, limit), begun)
         return found.pop("x"), found
 
     x, found = lax.custom_linear_solve(jax.vmap(op.mv), b, iterate, symmetric=True, has_aux=True)

@@ -163,6 +163,20 @@ KRYLOV = [
         "test_orthogonalize.py::test_under_vmap_a_second_pass_runs_where_one_lane_wants_it_and_changes_that_lane_alone",
     ),
     fault(
+        "what the product with a start loses to rounding is a part of b",
+        "krylov/linear_step.py",
+        "size > lost * problem.began * state.unit_a",
+        "size >= 0",
+        "test_solve.py::test_a_start_along_the_null_space_does_not_make_b_leave_the_range",
+    ),
+    fault(
+        "a start that is farther off than zero is kept",
+        "krylov/linear_run.py",
+        "far = ~(trees.norm(rest) <= all_of_b) & (lost > tol * all_of_b)",
+        "far = jnp.zeros((), bool)",
+        "test_solve.py::test_the_rounding_of_a_far_start_is_no_part_of_b",
+    ),
+    fault(
         "CG takes any curvature for positive",
         "krylov/linear_short.py",
         "return curvature > problem.noise * _scale(state, curvature) * state.size",
