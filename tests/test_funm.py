@@ -45,6 +45,19 @@ def vector():
     return np.random.default_rng(0).standard_normal(M)
 
 
+@pytest.mark.parametrize("scale", [2.0**-700, 2.0**1000])
+def test_a_function_of_any_size_has_the_bound_of_its_unit(scale):
+    """Squares of f are neither 0 nor infinite: the bound of 1e-200 exp was 1e-307, and 1e155 x warned."""
+    with jax.enable_x64(True):
+        op, v = planted(SPECTRA["bulk"], jnp.float64), jnp.asarray(vector())
+        for steps in (10, 40):
+            one = spectra.funm(op, np.exp, v, num_steps=steps)
+            found = spectra.funm(op, lambda x: scale * np.exp(x), v, num_steps=steps)
+            assert (found.status, found.error_bound) == (one.status, pytest.approx(scale * one.error_bound))
+            error = np.asarray(found.value) / scale - dense(op, np.exp, v)
+            assert np.linalg.norm(error) <= found.error_bound / scale
+
+
 @SHARP
 @pytest.mark.parametrize("spectrum", slow_but(SPECTRA, "decaying", "both signs"))
 def test_the_bound_holds(spectrum, dtype):

@@ -38,6 +38,8 @@ from spectra.runs.saver import Saver
 
 ROWS = 1024
 """Of the basis of a block, at most: the eigenproblem of so many takes the host half a second."""
+LEAST = -900
+"""Exponent of two of the unit of f, at least: elsewhere f may be far larger than at the Ritz values."""
 MEMORY = 0.5
 """Share of the free memory that the basis of a block may fill; a single vector's may fill more."""
 
@@ -159,6 +161,8 @@ class FunctionRun:
         f = on_reals(self.named.numpy)
         first = vectors[: len(z)].T @ z  # the vectors are in the span of the first rows
         values = self._values(f, theta, noise * known.norm, float(sizes.max()))
+        unit = 2.0 ** max(int(np.frexp(np.abs(values).max())[1]) - 1, LEAST)
+        values, f = values / unit, _divided(f, unit)
         coefficients = vectors @ (values[:, None] * first)
         norms = np.linalg.norm(coefficients, axis=0)
         intervals = extended(known.intervals, theta)
@@ -169,7 +173,9 @@ class FunctionRun:
         bounds = np.minimum(
             truncation(f, theta, first, coupling, intervals), largest * np.linalg.norm(first, axis=0) + norms
         )
-        return _Step(coefficients, norms, bounds, moved + noise * norms, largest)
+        moved += noise * norms
+        with np.errstate(over="ignore"):
+            return _Step(coefficients * unit, norms * unit, bounds * unit, moved * unit, largest * unit)
 
     def _values(
         self, f: Callable[[np.ndarray], np.ndarray], theta: np.ndarray, noise: float, size: float
@@ -178,7 +184,7 @@ class FunctionRun:
         values = f(theta)
         if not np.isfinite(values).all():
             raise undefined(self.name, float(theta[~np.isfinite(values)][0]), noise)
-        if size * np.abs(values).max() > float(jnp.finfo(self.op.dtype).max):
+        if np.abs(values).max() > float(jnp.finfo(self.op.dtype).max) / size:
             raise SpectraError(
                 f"{self.name} reaches {np.abs(values).max():.1e} on the spectrum, beyond {self.op.dtype}."
             )
@@ -275,6 +281,16 @@ class _Step:
     def reached(self, tol: float) -> np.ndarray:
         """Whether the error of each is below the tolerance."""
         return self.truncation <= tol * self.norms
+
+
+def _divided(f: Callable[[np.ndarray], np.ndarray], unit: float) -> Callable[[np.ndarray], np.ndarray]:
+    """f in a unit, a power of two: no square of its values is then too large or too small for float64."""
+
+    def values(x: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return f(x) / unit
+
+    return values
 
 
 def _value_name(i: int) -> str:

@@ -177,6 +177,20 @@ KRYLOV = [
         "test_solve.py::test_the_rounding_of_a_far_start_is_no_part_of_b",
     ),
     fault(
+        "a function of a vector is squared in no unit",
+        "krylov/function_run.py",
+        "values, f = values / unit, _divided(f, unit)",
+        "unit = 1.0",
+        "test_funm.py::test_a_function_of_any_size_has_the_bound_of_its_unit",
+    ),
+    fault(
+        "the least of a function is looked for beside zero, not at it",
+        "estimators/bracket.py",
+        "places = np.append(np.ravel(q.nodes), 0.0)",
+        "places = np.ravel(q.nodes)",
+        "test_trace_of.py::test_no_limit_of_a_trace_is_above_what_a_cusp_at_zero_allows",
+    ),
+    fault(
         "CG takes any curvature for positive",
         "krylov/linear_short.py",
         "return curvature > problem.noise * _scale(state, curvature) * state.size",
