@@ -470,6 +470,19 @@ def test_what_the_start_loses_to_rounding_is_not_called_converged(traced):
     assert not (np.asarray(found.converged) & ~reached).any()
 
 
+def test_a_shift_in_float64_of_a_matrix_in_float32():
+    """With x64 on: rounding is that of the product, where the shift is not rounded; warnings are errors."""
+    with jax.enable_x64(True):
+        op, entries, b = system("definite", 10.0, 0, jnp.float32)
+        for shift in (0.1, np.float64(0.1), np.array(0.1), jnp.float64(0.1)):
+            found = spectra.solve(op, b, shift=shift, method="cg")
+            x = np.asarray(found.x, np.float64)
+            residual = np.linalg.norm(np.asarray(b, np.float64) - entries @ x - 0.1 * x)
+            assert found.converged
+            assert abs(residual - found.residual_norm) <= found.rounding
+            assert found.rounding <= 1e-5 * np.linalg.norm(b)
+
+
 @pytest.mark.parametrize("traced", [False, True])
 def test_the_rounding_of_a_far_start_is_no_part_of_b(traced):
     """b - A x0 has lost eps |A| |x0|, also along the null space: with 8 starts 1e4 and 1e8 times as far

@@ -127,11 +127,17 @@ def in_wide(function: Any, *args: PyTree) -> list[Any]:
 
 
 def _traced(function: Any, *args: PyTree) -> tuple[Any, PyTree]:
+    args = jax.tree.map(_narrow, args)
     with jax.enable_x64(False):
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     if program.effects:
         raise TypeError("A call of the host sees each product, and float64 is not what it expects.")
     return program, shapes
+
+
+def _narrow(x: Any) -> Any:
+    """For its type: one float64 among float32, as a shift may be, is no type where float64 is off."""
+    return x.astype(jnp.float32) if getattr(x, "dtype", None) == jnp.float64 else x
 
 
 def _in_double(op: LinearOperator, v: PyTree, salt: jax.Array | None) -> PyTree:
