@@ -248,7 +248,12 @@ def test_bounds_are_checked_and_poles_are_noticed(quadratures, x64):
     assert "Gauss and Radau" in estimated.reason
     nowhere = spectra.trace_of(q, lambda x: np.where(x > q.range[1], np.nan, x))
     assert (nowhere.lower, nowhere.upper) == (None, None)
-    assert nowhere.reason.startswith("no bracket")
+    assert nowhere.reason.startswith("no bracket: f has a pole between the smallest Ritz value and")
+    nodes = np.sort(np.ravel(q.nodes))
+    widest = int(np.argmax(np.diff(nodes)))
+    low, high = nodes[widest : widest + 2]
+    between = spectra.trace_of(q, lambda x: np.where((x > low) & (x < high), np.nan, x))
+    assert between.reason == "no bracket: f is not finite between the Ritz values"
     for beyond in (np.reciprocal, lambda x: 1 / x):  # what five steps leave reaches across the pole at zero
         got = spectra.trace_of(q, beyond)
         assert np.isfinite([got.lower, got.upper]).all()

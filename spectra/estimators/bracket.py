@@ -97,6 +97,13 @@ def domain(
     if is_good(a):
         return (a, b), rests
     if not is_good(smallest - (smallest - a) / 2**40):
+        if _is_finite(f, smallest, largest, smallest):  # the fault lies beyond
+            why = (
+                "does not bend one way"
+                if one_signed and _is_finite(f, smallest, b, smallest)
+                else "has a pole"
+            )
+            return None, f"no bracket: f {why} between the smallest Ritz value and {b:.6g}, the upper bound"
         return None, "no bracket: f is not finite between the Ritz values"
     good = _first_good(lambda x: evaluate(f, x), is_good, a, smallest)
     # Semi-definite as far as it is seen, and f is defined at zero, as log(x + δ) is. One step sees no more
