@@ -60,8 +60,10 @@ class FisherOperator(ModelOperator):
         **options: see `DataOperator`.
 
     Raises:
-        StructureError: "type2" for a loss whose curvature depends on the targets; "mc" for targets or a
-            loss of no known likelihood; "mc" and "empirical" for outputs that are not those of examples.
+        StructureError: "type2" for a loss whose curvature depends on the targets, which is seen for targets
+            that are one array, or labels beside others, and for a loss that has a gradient and no curvature;
+            "mc" for targets or a loss of no known likelihood; "mc" and "empirical" for outputs that are not
+            those of examples.
         SpectraError: as `GGNOperator` otherwise.
 
     Cost: a product is one J v and one Jᵀ u; gradients of single terms exist in output space only. "mc"

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import programs, trees
+from spectra.base import draws, programs, trees
 from spectra.base.errors import DataError, StructureError
 from spectra.base.trees import PyTree
 from spectra.operators import likelihood
@@ -103,9 +103,17 @@ def require_examples_first(op: Any, outputs: PyTree, piece: PyTree) -> None:
 
 
 def _require_alike_curvature(op: Any) -> None:
-    if op.sample_fn is not None:
+    if op.sample_fn is not None or hasattr(op.loss_fn, "gauss_newton"):
         return
-    if (error := float(_change_of_curvature(op))) > op.precision**0.5:
+    error, is_flat = jax.device_get(_curvature_seen(op))
+    if is_flat:
+        raise StructureError(
+            "kind='type2' does not fit this loss: it has a gradient in the model's outputs and no curvature, "
+            "so E[∇ℓ ∇ℓᵀ] is not E[∇²ℓ]. If the model returns log-probabilities, let it return logits, and "
+            "take log_softmax in loss_fn; for an absolute error or a hinge use kind='mc' with sample_fn=, or "
+            "kind='empirical'."
+        )
+    if error > op.precision**0.5:
         raise _refusal("type2", "targets", error)
 
 
@@ -172,16 +180,26 @@ def _softmax_error_of(op: Any, axis: int) -> jax.Array:
 
 
 @programs.jit
-def _change_of_curvature(op: Any) -> jax.Array:
-    """How much other targets change the curvature, relative to its size."""
+def _curvature_seen(op: Any) -> tuple[jax.Array, jax.Array]:
+    """How much other targets change the curvature, as a share of it; and whether there is a gradient alone.
+
+    That is looked for at normal outputs, too: the curvature of predictions that are sure may underflow.
+    """
     outputs, targets = outputs_of(op), split(op.data)[1]
     gradient = jax.grad(op._output_loss)(outputs, targets)
+    u, elsewhere = (
+        draws.sample(key, outputs, jax.random.normal) for key in jax.random.split(jax.random.key(0))
+    )
+    own = op._curvature(outputs, targets, u)
+    size = trees.largest(own)
+    size_elsewhere = trees.largest(op._curvature(elsewhere, targets, u))
+    is_flat = (size == 0) & (size_elsewhere == 0) & (trees.largest(gradient) > 0)
     other = likelihood.other_targets(gradient, outputs, targets, op.labels)
     if other is None:
-        return jnp.zeros(())
-    u = jax.random.normal(jax.random.key(0), outputs.shape, outputs.dtype)
-    here, there = (op._curvature(outputs, y, u) for y in (targets, other))
-    return _finite(jnp.max(jnp.abs(here - there)) / jnp.max(jnp.abs(here)))
+        return jnp.zeros(()), is_flat
+    there = op._curvature(outputs, other, u)
+    change = trees.largest(jax.tree.map(jnp.subtract, own, there))
+    return _finite(change / jnp.maximum(size, trees.largest(there))), is_flat
 
 
 @programs.jit
@@ -192,12 +210,13 @@ def _likelihood_error(op: Any) -> jax.Array:
     keys = jax.random.split(jax.random.key(0), batch_size(op.data, op.shared))
     drawn = op._redraw(keys, outputs, targets, op.data)
     axis: int | None = op._class_axis(outputs, targets)
+    slope = jax.grad(op._output_loss)(outputs, targets)
     if axis is None:
-        return _finite(
-            likelihood.regression_error(
-                lambda z, u: op._curvature(z, drawn, u), op._output_loss, outputs, targets, drawn, op.labels
-            )
+        error = likelihood.regression_error(
+            lambda z, u: op._curvature(z, drawn, u), op._output_loss, outputs, targets, drawn, op.labels
         )
+        # No law has targets at which a loss is NaN that is a number at those of the data.
+        return jnp.where(jnp.isnan(error) & trees.finite(slope), jnp.inf, _finite(error))
     z: jax.Array = likelihood.at_least_float32(outputs)
     weights = op._softmax_weights(outputs, targets, axis)
     labels = jax.tree.leaves(drawn)[op.labels]
