@@ -230,6 +230,42 @@ def test_the_curvature_of_a_variance_depends_on_targets_of_another_form(model_fn
     assert relative_error(exact.as_matrix(), ggn.as_matrix()) <= 1e-6
 
 
+def weighted(outputs, targets):
+    """A mean over examples with the weights beside the numbers."""
+    numbers, weights = targets
+    return jnp.sum(weights * jnp.sum((outputs - numbers) ** 2, (1, 2))) / jnp.sum(weights)
+
+
+def total_weight(batch):
+    return jnp.sum(batch[1][1])
+
+
+def test_a_mask_of_which_both_halves_have_as_much_is_seen(x64):
+    """The matrix of 4 of 6 examples was that of 6, half as large again."""
+    mask = np.array([1.0, 0, 1, 1, 0, 1])
+    args = model, weighted, jnp.asarray(W), (jnp.asarray(X), (jnp.asarray(NUMBERS), jnp.asarray(mask)))
+    with pytest.raises(spectra.DataError, match="the mean over its terms"):
+        FisherOperator(*args, kind="empirical")
+    op = FisherOperator(*args, kind="empirical", weight_fn=total_weight)
+    gradients = np.einsum("bti,btc->bic", X, 2 * (X @ W - NUMBERS)).reshape(BATCH, -1)
+    expected = np.einsum("b,bi,bj->ij", mask / mask.sum(), gradients, gradients)
+    assert relative_error(op.as_matrix(), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("weights", [np.linspace(0.3, 2.0, BATCH), np.arange(1.0, BATCH + 1) * 10])
+def test_weights_of_examples_are_no_numbers_of_terms(weights, x64):
+    """They counted twice; where they count once is named, and has the matrix of the definition."""
+    batch = jnp.asarray(X), (jnp.asarray(NUMBERS), jnp.asarray(weights))
+    with pytest.raises(spectra.DataError, match=r"would count twice.*GradientCovarianceOperator"):
+        FisherOperator(model, weighted, jnp.asarray(W), batch, kind="empirical", weight_fn=total_weight)
+    op = spectra.GradientCovarianceOperator(
+        lambda w, b: weighted(model(w, b[0]), b[1]), jnp.asarray(W), batch, weight_fn=total_weight
+    )
+    gradients = np.einsum("bti,btc->bic", X, 2 * (X @ W - NUMBERS)).reshape(BATCH, -1)
+    expected = np.einsum("b,bi,bj->ij", weights / weights.sum(), gradients, gradients)
+    assert relative_error(op.as_matrix(), expected) <= 1e-12
+
+
 def log_probabilities(w, x):
     return jax.nn.log_softmax(model(w, x))
 

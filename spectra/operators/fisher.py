@@ -50,8 +50,9 @@ class FisherOperator(ModelOperator):
             or weights next to the labels; where data are cut, `weight_fn` then gives what a batch weighs.
             For losses other than a softmax cross-entropy it gives the number of terms, which sets the scale
             of the empirical matrix, quadratic in the terms: pass it if the loss is a mean over more than the
-            examples (such as the numbers of a regression target), or over some of them. If the loss has an
-            attribute `weight`, it is used where targets are classes.
+            examples (such as the numbers of a regression target), or over some of them. Weights of examples
+            are no numbers of terms: `GradientCovarianceOperator` has them. If the loss has an attribute
+            `weight`, it is used where targets are classes.
         kind: "type2", "mc" or "empirical".
         key: JAX random key of the samples, for "mc". The sample of an example depends only on the key, the
             position of the batch in the stream and that of the example in the batch.
@@ -64,6 +65,8 @@ class FisherOperator(ModelOperator):
             that are one array, or labels beside others, and for a loss that has a gradient and no curvature;
             "mc" for targets or a loss of no known likelihood; "mc" and "empirical" for outputs that are not
             those of examples.
+        DataError: "mc" and "empirical" for a loss that is no mean over its terms, and weights of examples in
+            the place of their number.
         SpectraError: as `GGNOperator` otherwise.
 
     Cost: a product is one J v and one Jᵀ u; gradients of single terms exist in output space only. "mc"

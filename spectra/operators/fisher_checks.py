@@ -18,7 +18,7 @@ from spectra.base import draws, programs, trees
 from spectra.base.errors import DataError, StructureError
 from spectra.base.trees import PyTree
 from spectra.operators import likelihood
-from spectra.operators.batches import batch_size, rows
+from spectra.operators.batches import batch_size, owned_leaves, replace_owned, rows, weigh
 from spectra.operators.ggn import split
 from spectra.operators.jaxprs import drawn_shapes, largest_epsilon, rounding_of_sums
 from spectra.operators.means import FAR, MARGIN, kind_of, known_means, remember, waves
@@ -249,6 +249,7 @@ def require_mean_of_outputs(op: Any) -> None:
     kind = kind_of(few, few.data)
     if kind in known_means:
         return
+    _require_counts(few, outputs)
     try:
         jaxpr = _values_of_outputs.trace(few, outputs).jaxpr
     except Exception:  # it takes no batches of this size
@@ -270,7 +271,8 @@ def require_mean_of_outputs(op: Any) -> None:
         if by_order > MARGIN**2 * rounding or abs(whole - mean) > MARGIN * (rounding + by_order):
             raise DataError(
                 f"kind={op.kind!r} needs a loss that is the mean over its terms: on the outputs of "
-                f"{2 * half} examples it is {whole:.6g}, the mean of its values on two halves {mean:.6g}. "
+                f"{2 * half} examples it is {whole:.6g}, the mean of its values on two halves, by the size of "
+                f"their gradients, {mean:.6g}. "
                 "If it is a sum, divide it by the number of examples; if its terms count otherwise (tokens, "
                 "masks), give their number by weight_fn=; a loss that sets examples against each other has "
                 "no such matrix: use GGNOperator on one batch."
@@ -278,10 +280,56 @@ def require_mean_of_outputs(op: Any) -> None:
     remember(kind)
 
 
+def _require_counts(op: Any, outputs: PyTree) -> None:
+    """Raise where a weight of an example is no number of terms: in g gᵀ it would count twice."""
+    axis = op._class_axis(outputs, split(op.data)[1])
+    count = op.count_fn if axis is None else op.weight_fn
+    if count is None or (
+        op.kind == "mc" and op.sample_fn is None
+    ):  # which draws with the weights of the loss
+        return
+    try:
+        weights = np.asarray(_single_weights(op, count), float)
+    except Exception:  # it takes no single examples
+        return
+    most = sum(leaf[0].size for leaf in jax.tree.leaves(outputs))
+    wrong = weights[(weights != np.round(weights)) | (weights > most)]
+    if len(wrong):
+        raise DataError(
+            f"kind={op.kind!r}: weight_fn gives {wrong[0]:.4g} for an example of {most} outputs, which is no "
+            "number of terms, and a weight would count twice, in both gradients of a product. Where it counts "
+            "once is GradientCovarianceOperator(lambda params, batch: loss_fn(model_fn(params, batch[0]), "
+            "batch[1]), params, data, weight_fn=...). check_data=False takes it for a number of terms."
+        )
+
+
+@partial(programs.jit, static_argnames="count")
+def _single_weights(op: Any, count: Any) -> jax.Array:
+    def one(example: list[jax.Array]) -> jax.Array:
+        return jnp.asarray(weigh(count, replace_owned(op.data, op.shared, [x[None] for x in example])), float)
+
+    return jax.vmap(one)(owned_leaves(op.data, op.shared))
+
+
+def _by_slope(op: Any, outputs: PyTree) -> tuple[PyTree, PyTree]:
+    """The outputs and their data in another order: examples without a gradient, masked ones, in one half.
+
+    Halves of which as much is masked have a mean in which the examples that do not count count, too. The
+    example with the steepest loss stays with those without, so that each half has something that counts.
+    """
+    gradient = jax.grad(op._output_loss)(outputs, split(op.data)[1])
+    rows = [jnp.max(jnp.abs(g.reshape(len(g), -1)), 1, initial=0) for g in jax.tree.leaves(gradient)]
+    order = jnp.roll(jnp.argsort(jnp.max(jnp.stack(rows), 0)), 1)
+    owned = [jnp.asarray(x)[order] for x in owned_leaves(op.data, op.shared)]
+    return jax.tree.map(lambda x: x[order], outputs), replace_owned(op.data, op.shared, owned)
+
+
 @programs.jit
 def _values_of_outputs(op: Any, outputs: PyTree) -> tuple[list[jax.Array], list[jax.Array]]:
     """The loss of the outputs, of their halves in the other order, and of each half, with its weight."""
     half = batch_size(op.data, op.shared) // 2
+    outputs, data = _by_slope(op, outputs)
+    op = op._with(data=data)
     first, second = (examples(op, op.data, a, a + half) for a in (0, half))
     here, there = (jax.tree.map(lambda x, a=a: x[a : a + half], outputs) for a in (0, half))
     swapped = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), there, here)

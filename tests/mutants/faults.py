@@ -1875,6 +1875,20 @@ FACTORS = [
         "test_fisher_terms.py::test_the_curvature_of_a_variance_depends_on_targets_of_another_form",
     ),
     fault(
+        "a loss is compared with halves of its examples as they come",
+        "operators/fisher_checks.py",
+        "order = jnp.roll(jnp.argsort(jnp.max(jnp.stack(rows), 0)), 1)",
+        "order = jnp.arange(len(rows[0]))",
+        "test_fisher_terms.py::test_a_mask_of_which_both_halves_have_as_much_is_seen",
+    ),
+    fault(
+        "a weight of an example is taken for a number of terms",
+        "operators/fisher_checks.py",
+        "(weights != np.round(weights)) | (weights > most)",
+        "weights < 0",
+        "test_fisher_terms.py::test_weights_of_examples_are_no_numbers_of_terms",
+    ),
+    fault(
         "gradients of words that occur twice are squared one by one",
         "operators/layer_diagonal.py",
         "products = g * arrays.einsum",
