@@ -21,6 +21,7 @@ from spectra.operators.data import shows_options
 from spectra.operators.fisher_checks import look_at_loss, require_examples_first, softmax_error
 from spectra.operators.ggn import ModelFn, ModelOperator, OutputLossFn, split
 from spectra.operators.pytree import operator
+from spectra.operators.stochastic import QUICK
 
 KINDS = ("type2", "mc", "empirical")
 
@@ -124,7 +125,7 @@ class FisherOperator(ModelOperator):
         if kind == "mc":
             self._set(key=key)
             if self.stream is None:
-                self._set(data=_with_samples(self), key=None)
+                self._set(data=_with_samples_once(self), key=None)
 
     @property
     def semidefinite(self) -> bool:
@@ -225,8 +226,7 @@ def _inner(a: PyTree, b: PyTree, terms: int) -> jax.Array:
     return sum((jnp.sum(x * y, axis=tuple(range(terms, x.ndim))) for x, y in pairs), jnp.zeros(()))
 
 
-@programs.jit
-def _with_samples(op: FisherOperator) -> tuple[PyTree, PyTree]:
+def _sampled_batch(op: FisherOperator) -> tuple[PyTree, PyTree]:
     """The batch with its targets drawn anew, each example with a key of its own."""
     assert op.key is not None
     keys = jax.vmap(jax.random.fold_in, (None, 0))(op.key, jnp.arange(batch_size(op.data, op.shared)))
@@ -237,3 +237,7 @@ def _with_samples(op: FisherOperator) -> tuple[PyTree, PyTree]:
     alike = shared_leaves(op.data, op.shared)[-len(leaves) :]  # every piece has these, class weights say
     new = zip(leaves, jax.tree.leaves(drawn), alike, strict=True)
     return inputs, treedef.unflatten([old if whole else label for old, label, whole in new])
+
+
+_with_samples = programs.jit(_sampled_batch)
+_with_samples_once = programs.jit(_sampled_batch, options=QUICK)  # a generator compiles for seconds otherwise

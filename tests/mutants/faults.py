@@ -1876,14 +1876,14 @@ FACTORS = [
     ),
     fault(
         "a loss is compared with halves of its examples as they come",
-        "operators/fisher_checks.py",
+        "operators/term_means.py",
         "order = jnp.roll(jnp.argsort(jnp.max(jnp.stack(rows), 0)), 1)",
         "order = jnp.arange(len(rows[0]))",
         "test_fisher_terms.py::test_a_mask_of_which_both_halves_have_as_much_is_seen",
     ),
     fault(
         "a weight of an example is taken for a number of terms",
-        "operators/fisher_checks.py",
+        "operators/term_means.py",
         "(weights != np.round(weights)) | (weights > most)",
         "weights < 0",
         "test_fisher_terms.py::test_weights_of_examples_are_no_numbers_of_terms",
