@@ -497,3 +497,13 @@ def test_whole_numbers_of_any_type_are_whole_numbers():
         for count in (8, 8.0, np.int64(8), np.float32(8), jnp.int32(8))
     )
     assert others == [first] * 4
+
+
+def test_complex_parameters_are_given_as_two_leaves():
+    """A cast would drop the imaginary part."""
+    with pytest.raises(spectra.StructureError, match=r"leaf 'w' has dtype complex64.*two leaves"):
+        spectra.HessianOperator(
+            lambda p, x: jnp.mean(jnp.abs(x @ p["w"]) ** 2),
+            {"w": jnp.ones(3, jnp.complex64)},
+            jnp.ones((4, 3)),
+        )

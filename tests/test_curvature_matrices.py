@@ -202,7 +202,7 @@ def test_a_likelihood_that_is_not_there_is_refused():
         FisherOperator(model_fn, LOSSES["cross_entropy"], net.params(), data, kind="mc")
     with pytest.raises(spectra.SpectraError, match="kind="):
         FisherOperator(model_fn, LOSSES["cross_entropy"], net.params(), data, kind="exact")  # pyright: ignore
-    with pytest.raises(spectra.DataError, match="not a pair"):
+    with pytest.raises(spectra.DataError, match=r"a batch is float\d\d\[.*\], not a pair"):
         GGNOperator(model_fn, LOSSES["cross_entropy"], net.params(), data[0])
 
 

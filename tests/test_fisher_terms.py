@@ -155,6 +155,13 @@ def huber(outputs, targets):
     return losses.huber_loss(outputs, targets)
 
 
+def focal(logits, targets):
+    """Lin, Goyal, Girshick, He and Dollár, arXiv:1708.02002: no number beyond 0 and 1 has a curvature."""
+    p = jax.nn.sigmoid(logits)
+    missed = 1 - (p * targets + (1 - p) * (1 - targets))
+    return jnp.mean(missed**1.5 * (jax.nn.softplus(logits) - targets * logits))
+
+
 def positives_weighted(logits, targets):
     return losses.bce_with_logits(logits, targets, pos_weight=3.0)
 
@@ -166,6 +173,7 @@ NO_LAW = {
     "a squared error of sums": (of_sums, NUMBERS),
     "a squared error with a linear tail": (huber, 3 * NUMBERS),
     "a binary loss that weighs ones": (positives_weighted, HOT),
+    "a binary loss that weighs what is missed": (focal, HOT),
 }
 
 
@@ -188,6 +196,101 @@ def test_curvature_that_depends_on_targets_is_found_in_every_form_of_these():
     ):
         with pytest.raises(spectra.StructureError, match="its curvature depends on the targets"):
             FisherOperator(model_fn, loss_fn, w, (x, jnp.asarray(targets)))
+
+
+def mean_and_variance(outputs, targets):
+    """Normal targets of unknown variance: a loss of outputs of another form than these."""
+    mean, log_variance = outputs
+    return jnp.mean(jnp.sum((targets - mean) ** 2 * jnp.exp(-log_variance) + log_variance, -1)) / 2
+
+
+def two_outputs(w, x):
+    return jnp.split(model(w, x)[..., :2], 2, -1)
+
+
+def side_by_side(w, x):
+    return model(w, x)[..., :2]
+
+
+def of_both(outputs, targets):
+    return mean_and_variance(jnp.split(outputs, 2, -1), targets)
+
+
+def of_the_mean(outputs, targets):
+    return jnp.mean((outputs[0] - targets) ** 2)
+
+
+@pytest.mark.parametrize(("model_fn", "loss_fn"), [(two_outputs, mean_and_variance), (side_by_side, of_both)])
+def test_the_curvature_of_a_variance_depends_on_targets_of_another_form(model_fn, loss_fn):
+    x, targets = jnp.asarray(X), jnp.asarray(NUMBERS[..., :1])
+    with pytest.raises(spectra.StructureError, match="its curvature depends on the targets"):
+        FisherOperator(model_fn, loss_fn, jnp.asarray(W), (x, targets))
+    exact = FisherOperator(two_outputs, of_the_mean, jnp.asarray(W), (x, targets))
+    ggn = GGNOperator(two_outputs, of_the_mean, jnp.asarray(W), (x, targets))
+    assert relative_error(exact.as_matrix(), ggn.as_matrix()) <= 1e-6
+
+
+def weighted(outputs, targets):
+    """A mean over examples with the weights beside the numbers."""
+    numbers, weights = targets
+    return jnp.sum(weights * jnp.sum((outputs - numbers) ** 2, (1, 2))) / jnp.sum(weights)
+
+
+def total_weight(batch):
+    return jnp.sum(batch[1][1])
+
+
+def test_a_mask_of_which_both_halves_have_as_much_is_seen(x64):
+    """The matrix of 4 of 6 examples was that of 6, half as large again."""
+    mask = np.array([1.0, 0, 1, 1, 0, 1])
+    args = model, weighted, jnp.asarray(W), (jnp.asarray(X), (jnp.asarray(NUMBERS), jnp.asarray(mask)))
+    with pytest.raises(spectra.DataError, match="the mean over its terms"):
+        FisherOperator(*args, kind="empirical")
+    op = FisherOperator(*args, kind="empirical", weight_fn=total_weight)
+    gradients = np.einsum("bti,btc->bic", X, 2 * (X @ W - NUMBERS)).reshape(BATCH, -1)
+    expected = np.einsum("b,bi,bj->ij", mask / mask.sum(), gradients, gradients)
+    assert relative_error(op.as_matrix(), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("weights", [np.linspace(0.3, 2.0, BATCH), np.arange(1.0, BATCH + 1) * 10])
+def test_weights_of_examples_are_no_numbers_of_terms(weights, x64):
+    """They counted twice; where they count once is named, and has the matrix of the definition."""
+    batch = jnp.asarray(X), (jnp.asarray(NUMBERS), jnp.asarray(weights))
+    with pytest.raises(spectra.DataError, match=r"would count twice.*GradientCovarianceOperator"):
+        FisherOperator(model, weighted, jnp.asarray(W), batch, kind="empirical", weight_fn=total_weight)
+    op = spectra.GradientCovarianceOperator(
+        lambda w, b: weighted(model(w, b[0]), b[1]), jnp.asarray(W), batch, weight_fn=total_weight
+    )
+    gradients = np.einsum("bti,btc->bic", X, 2 * (X @ W - NUMBERS)).reshape(BATCH, -1)
+    expected = np.einsum("b,bi,bj->ij", weights / weights.sum(), gradients, gradients)
+    assert relative_error(op.as_matrix(), expected) <= 1e-12
+
+
+def log_probabilities(w, x):
+    return jax.nn.log_softmax(model(w, x))
+
+
+def of_log_probabilities(outputs, labels):
+    return -jnp.mean(jnp.take_along_axis(outputs, labels[..., None], -1))
+
+
+def absolute(outputs, targets):
+    return jnp.mean(jnp.abs(outputs - targets))
+
+
+def sure(w, x):
+    return 1e6 * model(w, x)
+
+
+def test_a_gradient_without_curvature_is_no_fisher_matrix_of_zeros():
+    x, w = jnp.asarray(X), jnp.asarray(W)
+    for model_fn, loss_fn, targets in (
+        (log_probabilities, of_log_probabilities, LABELS),
+        (model, absolute, NUMBERS),
+    ):
+        with pytest.raises(spectra.StructureError, match=r"no curvature.* take log_softmax in loss_fn"):
+            FisherOperator(model_fn, loss_fn, w, (x, jnp.asarray(targets)))
+    FisherOperator(sure, cross_entropy, w, (x, jnp.asarray(LABELS)))  # whose curvature underflows
 
 
 def of_one_logit(w, x):

@@ -182,3 +182,14 @@ def test_all_data_of_subsets_may_be_the_ones_that_have_not_converged():
     told = dict(line.strip().split("  ", 1) for line in repr(found).splitlines()[1:])["largest eigenvalue"]
     wary = found.whole_largest_residuals[0] > 0.01 * found.whole_largest[0]
     assert ("all data at least" in told) == wary
+
+
+def test_a_rank_of_which_the_probes_see_too_little_is_not_certain():
+    """With these keys the shares of the largest eigenvalue end the interval below 1, which no rank is."""
+    values = np.r_[np.linspace(-0.2, 0.2, 19), 1.0]
+    for seed in (2, 6, 21, 60):
+        run = spectra.slq(diagonal(values), key=jax.random.key(seed), num_steps=6, num_probes=2)
+        (record,) = spectra.summary({"a": run}).records()
+        low, value, high = (record[f"stable_rank{end}"] for end in ("_lower", "", "_upper"))
+        assert 1 <= low <= value < high
+        assert low <= np.sum(values**2) <= high

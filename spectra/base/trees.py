@@ -128,9 +128,12 @@ def _vector_structure(treedef: PyTreeDef, kinds: Kinds, widest: jnp.dtype) -> Py
                 "as by np.asarray(leaf, np.float32)."
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            advice = "or cast it"
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):  # a cast would drop the imaginary part
+                advice = "or give its real and imaginary parts as two leaves, joined by jax.lax.complex"
             raise StructureError(
                 f"parameter leaf '{path_str(path)}' has dtype {leaf.dtype}; a Hessian needs real "
-                "floating-point parameters. Make it a constant with wrt=, or cast it."
+                f"floating-point parameters. Make it a constant with wrt=, {advice}."
             )
         own = jax.dtypes.canonicalize_dtype(leaf.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, working_dtype(own))

@@ -21,7 +21,7 @@ from spectra.estimators.landscape import losses_at, on_batch
 from spectra.krylov.product_rounding import KEY, SAMPLES, limit
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.data import DataOperator
-from spectra.operators.doubled import QUICK, doubled, in_wide
+from spectra.operators.doubled import QUICK, doubled, in_wide, types
 from spectra.operators.stochastic import rounded_at_random
 
 ROUNDINGS = 4
@@ -50,8 +50,9 @@ def measured_rounding(op: DataOperator, plane: PyTree, points: np.ndarray, losse
     where = jnp.asarray(np.concatenate([np.zeros_like(points[:1]), points]), op.dtype)
     exact = doubled(op) is not None
     if exact:
+        program = partial(_in_double, own=types())
         with jax.enable_x64(True):
-            rows = [_over_data(op, _in_double, plane, where)]
+            rows = [_over_data(op, program, plane, where)]
     else:
         salts = [jnp.uint32(KEY + i) for i in range(SAMPLES)]
         rows = [_over_data(op, partial(_at_random, salt), plane, where) for salt in salts]
@@ -69,9 +70,9 @@ def _over_data(op: DataOperator, program: Any, plane: PyTree, where: jax.Array) 
     return weighted_sum(lambda piece: program(jax.tree.map(jnp.asarray, piece), plane, where), op._pieces())
 
 
-@partial(programs.jit, options=QUICK)
-def _in_double(op: DataOperator, plane: PyTree, where: jax.Array) -> jax.Array:
-    return in_wide(on_batch, op, plane, where)[0]
+@partial(programs.jit, options=QUICK, static_argnames="own")
+def _in_double(op: DataOperator, plane: PyTree, where: jax.Array, own: bool) -> jax.Array:
+    return in_wide(on_batch, op, plane, where, own=own)[0]
 
 
 @partial(programs.jit, options=QUICK)

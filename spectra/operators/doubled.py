@@ -74,9 +74,9 @@ class DoubledOperator(Reevaluated):
         return flat(self._run(_product, v))
 
     def _run(self, program: Any, *vectors: PyTree, **options: Any) -> Any:
-        base = jax.tree.map(jnp.asarray, self.base)
+        base, own = jax.tree.map(jnp.asarray, self.base), types()
         with jax.enable_x64(True):
-            return program(base, *vectors, salt=self.salt, **options)
+            return program(base, *vectors, salt=self.salt, own=own, **options)
 
 
 def flat(v: PyTree) -> np.ndarray:
@@ -111,24 +111,33 @@ def _at_half_rate(op: LinearOperator) -> bool:
 
 
 def _possible(op: LinearOperator) -> bool:
-    op = jax.tree.map(jnp.asarray, op)
+    op, own = jax.tree.map(jnp.asarray, op), types()
     v = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), op.structure)
     try:
         with jax.enable_x64(True):
-            _product.trace(op, v, salt=None)
+            _product.trace(op, v, salt=None, own=own)
     except (TypeError, ValueError, NotImplementedError):
         return False
     return True
 
 
-def in_wide(function: Any, *args: PyTree) -> list[Any]:
-    """The results of a function, flat, with every number of its program in double precision; inside jit."""
-    return evaluate(_traced(function, *args)[0], jax.tree.leaves(args), _rule, can_enter, _lifted)
+def types() -> bool:
+    """Whether JAX has 64 bits here: in a program traced without them random numbers are others, and labels of
+    64 bits are cut."""
+    return jnp.result_type(float) == jnp.float64
 
 
-def _traced(function: Any, *args: PyTree) -> tuple[Any, PyTree]:
-    args = jax.tree.map(_narrow, args)
-    with jax.enable_x64(False):
+def in_wide(function: Any, *args: PyTree, own: bool) -> list[Any]:
+    """The results of a function, flat, with every number of its program in double precision; inside jit.
+
+    `own` are the `types` that the program has where the user calls.
+    """
+    return evaluate(_traced(function, *args, own=own)[0], jax.tree.leaves(args), _rule, can_enter, _lifted)
+
+
+def _traced(function: Any, *args: PyTree, own: bool) -> tuple[Any, PyTree]:
+    args = args if own else jax.tree.map(_narrow, args)
+    with jax.enable_x64(own):
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     if program.effects:
         raise TypeError("A call of the host sees each product, and float64 is not what it expects.")
@@ -140,8 +149,8 @@ def _narrow(x: Any) -> Any:
     return x.astype(jnp.float32) if getattr(x, "dtype", None) == jnp.float64 else x
 
 
-def _in_double(op: LinearOperator, v: PyTree, salt: jax.Array | None) -> PyTree:
-    program, shapes = _traced(product, op, v)
+def _in_double(op: LinearOperator, v: PyTree, salt: jax.Array | None, own: bool) -> PyTree:
+    program, shapes = _traced(product, op, v, own=own)
     vector = [x.astype(_wide(x.dtype)) for x in jax.tree.leaves(v)]  # which is what it is
     lift = _lifted if salt is None else partial(_drawn, salt=salt)
     found = evaluate(program, [*jax.tree.leaves(op), *vector], _rule, can_enter, lift)
@@ -168,18 +177,22 @@ def rounded_once(x: Any, salt: jax.Array) -> jax.Array:
 
 
 _compiled = partial(programs.jit, options=QUICK)
-_product = _compiled(_in_double)
+_product = _compiled(_in_double, static_argnames="own")
 
 
-@partial(_compiled, static_argnames="where")
-def _rounded_product(op: LinearOperator, v: PyTree, salt: jax.Array | None, where: meshes.Places) -> PyTree:
-    result = jax.tree.map(lambda x, y: x.astype(y.dtype), _in_double(op, v, salt), v)
+@partial(_compiled, static_argnames=("own", "where"))
+def _rounded_product(
+    op: LinearOperator, v: PyTree, salt: jax.Array | None, own: bool, where: meshes.Places
+) -> PyTree:
+    result = jax.tree.map(lambda x, y: x.astype(y.dtype), _in_double(op, v, salt, own), v)
     return meshes.placed(result, where) if where else result
 
 
-@_compiled
-def _distance_of_product(op: LinearOperator, v: PyTree, image: PyTree, salt: jax.Array | None) -> jax.Array:
-    changes = jax.tree.map(lambda x, y: jnp.vdot(x - y, x - y), _in_double(op, v, salt), image)
+@partial(_compiled, static_argnames="own")
+def _distance_of_product(
+    op: LinearOperator, v: PyTree, image: PyTree, salt: jax.Array | None, own: bool
+) -> jax.Array:
+    changes = jax.tree.map(lambda x, y: jnp.vdot(x - y, x - y), _in_double(op, v, salt, own), image)
     return jnp.sqrt(sum(jax.tree.leaves(changes)))  # no square is out of the range of float64
 
 

@@ -21,6 +21,7 @@ from spectra.operators.data import shows_options
 from spectra.operators.fisher_checks import look_at_loss, require_examples_first, softmax_error
 from spectra.operators.ggn import ModelFn, ModelOperator, OutputLossFn, split
 from spectra.operators.pytree import operator
+from spectra.operators.stochastic import QUICK
 
 KINDS = ("type2", "mc", "empirical")
 
@@ -50,8 +51,9 @@ class FisherOperator(ModelOperator):
             or weights next to the labels; where data are cut, `weight_fn` then gives what a batch weighs.
             For losses other than a softmax cross-entropy it gives the number of terms, which sets the scale
             of the empirical matrix, quadratic in the terms: pass it if the loss is a mean over more than the
-            examples (such as the numbers of a regression target), or over some of them. If the loss has an
-            attribute `weight`, it is used where targets are classes.
+            examples (such as the numbers of a regression target), or over some of them. Weights of examples
+            are no numbers of terms: `GradientCovarianceOperator` has them. If the loss has an attribute
+            `weight`, it is used where targets are classes.
         kind: "type2", "mc" or "empirical".
         key: JAX random key of the samples, for "mc". The sample of an example depends only on the key, the
             position of the batch in the stream and that of the example in the batch.
@@ -60,8 +62,12 @@ class FisherOperator(ModelOperator):
         **options: see `DataOperator`.
 
     Raises:
-        StructureError: "type2" for a loss whose curvature depends on the targets; "mc" for targets or a
-            loss of no known likelihood; "mc" and "empirical" for outputs that are not those of examples.
+        StructureError: "type2" for a loss whose curvature depends on the targets, which is seen for targets
+            that are one array, or labels beside others, and for a loss that has a gradient and no curvature;
+            "mc" for targets or a loss of no known likelihood; "mc" and "empirical" for outputs that are not
+            those of examples.
+        DataError: "mc" and "empirical" for a loss that is no mean over its terms, and weights of examples in
+            the place of their number.
         SpectraError: as `GGNOperator` otherwise.
 
     Cost: a product is one J v and one Jᵀ u; gradients of single terms exist in output space only. "mc"
@@ -119,7 +125,7 @@ class FisherOperator(ModelOperator):
         if kind == "mc":
             self._set(key=key)
             if self.stream is None:
-                self._set(data=_with_samples(self), key=None)
+                self._set(data=_with_samples_once(self), key=None)
 
     @property
     def semidefinite(self) -> bool:
@@ -220,8 +226,7 @@ def _inner(a: PyTree, b: PyTree, terms: int) -> jax.Array:
     return sum((jnp.sum(x * y, axis=tuple(range(terms, x.ndim))) for x, y in pairs), jnp.zeros(()))
 
 
-@programs.jit
-def _with_samples(op: FisherOperator) -> tuple[PyTree, PyTree]:
+def _sampled_batch(op: FisherOperator) -> tuple[PyTree, PyTree]:
     """The batch with its targets drawn anew, each example with a key of its own."""
     assert op.key is not None
     keys = jax.vmap(jax.random.fold_in, (None, 0))(op.key, jnp.arange(batch_size(op.data, op.shared)))
@@ -232,3 +237,7 @@ def _with_samples(op: FisherOperator) -> tuple[PyTree, PyTree]:
     alike = shared_leaves(op.data, op.shared)[-len(leaves) :]  # every piece has these, class weights say
     new = zip(leaves, jax.tree.leaves(drawn), alike, strict=True)
     return inputs, treedef.unflatten([old if whole else label for old, label, whole in new])
+
+
+_with_samples = programs.jit(_sampled_batch)
+_with_samples_once = programs.jit(_sampled_batch, options=QUICK)  # a generator compiles for seconds otherwise

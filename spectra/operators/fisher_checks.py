@@ -14,19 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import programs, trees
+from spectra.base import draws, trees
 from spectra.base.errors import DataError, StructureError
 from spectra.base.trees import PyTree
 from spectra.operators import likelihood
 from spectra.operators.batches import batch_size, rows
 from spectra.operators.ggn import split
-from spectra.operators.jaxprs import drawn_shapes, largest_epsilon, rounding_of_sums
-from spectra.operators.means import FAR, MARGIN, kind_of, known_means, remember, waves
-from spectra.operators.redraws import joined
-from spectra.operators.redraws import rows as examples
+from spectra.operators.term_means import once, outputs_of, require_mean_of_outputs
 
-OUTPUTS = 64
-"""Examples whose outputs are looked at."""
 CHECKED_EXAMPLES = 64
 """Examples on which the loss is compared with the likelihood it is taken for."""
 FITS = 0.9
@@ -103,9 +98,17 @@ def require_examples_first(op: Any, outputs: PyTree, piece: PyTree) -> None:
 
 
 def _require_alike_curvature(op: Any) -> None:
-    if op.sample_fn is not None:
+    if op.sample_fn is not None or hasattr(op.loss_fn, "gauss_newton"):
         return
-    if (error := float(_change_of_curvature(op))) > op.precision**0.5:
+    error, is_flat = jax.device_get(_curvature_seen(op))
+    if is_flat:
+        raise StructureError(
+            "kind='type2' does not fit this loss: it has a gradient in the model's outputs and no curvature, "
+            "so E[∇ℓ ∇ℓᵀ] is not E[∇²ℓ]. If the model returns log-probabilities, let it return logits, and "
+            "take log_softmax in loss_fn; for an absolute error or a hinge use kind='mc' with sample_fn=, or "
+            "kind='empirical'."
+        )
+    if error > op.precision**0.5:
         raise _refusal("type2", "targets", error)
 
 
@@ -136,19 +139,12 @@ def _finite(error: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(error), error, 0)  # a non-finite loss is reported when it is used
 
 
-@programs.jit
-def outputs_of(op: Any) -> PyTree:
-    """The model's outputs on the operator's data."""
-    with jax.default_matmul_precision(op.matmul_precision):
-        return op.model_fn(op._merge(op._variables()), split(op.data)[0])
-
-
-@programs.jit
+@once
 def _gradient(op: Any) -> PyTree:
     return jax.grad(op._output_loss)(outputs_of(op), split(op.data)[1])
 
 
-@partial(programs.jit, static_argnames="classes")
+@partial(once, static_argnames="classes")
 def _label_fits(op: Any, classes: tuple[tuple[int, int], ...]) -> list[jax.Array]:
     """For each leaf that may hold labels, the share of terms that point away from it."""
     gradient, leaves = _gradient(op), jax.tree.leaves(split(op.data)[1])
@@ -166,25 +162,35 @@ def softmax_error(op: Any, outputs: jax.Array, targets: PyTree, axis: int) -> ja
     return jnp.where(jnp.isfinite(error), error, jnp.inf)
 
 
-@partial(programs.jit, static_argnames="axis")
+@partial(once, static_argnames="axis")
 def _softmax_error_of(op: Any, axis: int) -> jax.Array:
     return softmax_error(op, outputs_of(op), split(op.data)[1], axis)
 
 
-@programs.jit
-def _change_of_curvature(op: Any) -> jax.Array:
-    """How much other targets change the curvature, relative to its size."""
+@once
+def _curvature_seen(op: Any) -> tuple[jax.Array, jax.Array]:
+    """How much other targets change the curvature, as a share of it; and whether there is a gradient alone.
+
+    That is looked for at normal outputs, too: the curvature of predictions that are sure may underflow.
+    """
     outputs, targets = outputs_of(op), split(op.data)[1]
     gradient = jax.grad(op._output_loss)(outputs, targets)
+    u, elsewhere = (
+        draws.sample(key, outputs, jax.random.normal) for key in jax.random.split(jax.random.key(0))
+    )
+    own = op._curvature(outputs, targets, u)
+    size = trees.largest(own)
+    size_elsewhere = trees.largest(op._curvature(elsewhere, targets, u))
+    is_flat = (size == 0) & (size_elsewhere == 0) & (trees.largest(gradient) > 0)
     other = likelihood.other_targets(gradient, outputs, targets, op.labels)
     if other is None:
-        return jnp.zeros(())
-    u = jax.random.normal(jax.random.key(0), outputs.shape, outputs.dtype)
-    here, there = (op._curvature(outputs, y, u) for y in (targets, other))
-    return _finite(jnp.max(jnp.abs(here - there)) / jnp.max(jnp.abs(here)))
+        return jnp.zeros(()), is_flat
+    there = op._curvature(outputs, other, u)
+    change = trees.largest(jax.tree.map(jnp.subtract, own, there))
+    return _finite(change / jnp.maximum(size, trees.largest(there))), is_flat
 
 
-@programs.jit
+@once
 def _likelihood_error(op: Any) -> jax.Array:
     """How far the loss at drawn targets is from the law that they are drawn from."""
     outputs: Any = outputs_of(op)
@@ -192,12 +198,13 @@ def _likelihood_error(op: Any) -> jax.Array:
     keys = jax.random.split(jax.random.key(0), batch_size(op.data, op.shared))
     drawn = op._redraw(keys, outputs, targets, op.data)
     axis: int | None = op._class_axis(outputs, targets)
+    slope = jax.grad(op._output_loss)(outputs, targets)
     if axis is None:
-        return _finite(
-            likelihood.regression_error(
-                lambda z, u: op._curvature(z, drawn, u), op._output_loss, outputs, targets, drawn, op.labels
-            )
+        error = likelihood.regression_error(
+            lambda z, u: op._curvature(z, drawn, u), op._output_loss, outputs, targets, drawn, op.labels
         )
+        # No law has targets at which a loss is NaN that is a number at those of the data.
+        return jnp.where(jnp.isnan(error) & trees.finite(slope), jnp.inf, _finite(error))
     z: jax.Array = likelihood.at_least_float32(outputs)
     weights = op._softmax_weights(outputs, targets, axis)
     labels = jax.tree.leaves(drawn)[op.labels]
@@ -205,67 +212,3 @@ def _likelihood_error(op: Any) -> jax.Array:
     gradient = jax.grad(op._output_loss)(z, drawn) / jnp.where(weights > 0, weights, 1)
     expected = jnp.where(weights > 0, jax.nn.softmax(z, axis) - hot, 0)
     return _finite(jnp.max(jnp.abs(gradient - expected)))
-
-
-def require_mean_of_outputs(op: Any) -> None:
-    """Raise if the loss on the outputs of some examples is not the mean of that on two halves of them.
-
-    For matrices that are sums over terms of the loss, each with a gradient of its own in output space.
-
-    Raises:
-        DataError: the loss is not a mean over examples.
-
-    Cost: the outputs of some examples once, and a few evaluations of the loss on them.
-    """
-    if not trees.has_values((op.params, op.data)) or trees.is_traced((op.params, op.data)):
-        return
-    half = min(batch_size(op.data, op.shared), OUTPUTS) // 2
-    if half == 0:
-        return
-    few = op._with(data=examples(op, op.data, 0, 2 * half))
-    outputs = outputs_of(few)
-    floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(outputs))
-    if not floating or any(x.shape[:1] != (2 * half,) for x in jax.tree.leaves(outputs)):
-        return
-    kind = kind_of(few, few.data)
-    if kind in known_means:
-        return
-    try:
-        jaxpr = _values_of_outputs.trace(few, outputs).jaxpr
-    except Exception:  # it takes no batches of this size
-        return
-    if drawn_shapes(jaxpr):
-        return
-    unit = max(largest_epsilon(jaxpr), op.precision)
-    treedef, leaves = jax.tree.structure(outputs), jax.tree.leaves(outputs)
-    for amount in (0.0, FAR):
-        values = jax.device_get(_values_of_outputs(few, treedef.unflatten(waves(leaves, amount))))
-        whole, turned, first, second = map(float, np.asarray(values[0], float))
-        weights = np.asarray(values[1], float)
-        mean = float(np.array([first, second]) @ weights / weights.sum()) if weights.all() else whole
-        size = max(map(abs, (whole, first, second)))
-        if not np.isfinite(size):
-            return
-        rounding = size * (unit / 2 + rounding_of_sums(jaxpr))
-        by_order = abs(whole - turned)  # a mean changes by its rounding alone
-        if by_order > MARGIN**2 * rounding or abs(whole - mean) > MARGIN * (rounding + by_order):
-            raise DataError(
-                f"kind={op.kind!r} needs a loss that is the mean over its terms: on the outputs of "
-                f"{2 * half} examples it is {whole:.6g}, the mean of its values on two halves {mean:.6g}. "
-                "If it is a sum, divide it by the number of examples; if its terms count otherwise (tokens, "
-                "masks), give their number by weight_fn=; a loss that sets examples against each other has "
-                "no such matrix: use GGNOperator on one batch."
-            )
-    remember(kind)
-
-
-@programs.jit
-def _values_of_outputs(op: Any, outputs: PyTree) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The loss of the outputs, of their halves in the other order, and of each half, with its weight."""
-    half = batch_size(op.data, op.shared) // 2
-    first, second = (examples(op, op.data, a, a + half) for a in (0, half))
-    here, there = (jax.tree.map(lambda x, a=a: x[a : a + half], outputs) for a in (0, half))
-    swapped = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), there, here)
-    pairs = [(outputs, op.data), (swapped, joined(op, second, first)), (here, first), (there, second)]
-    values = [op._output_loss(f, split(piece)[1]) for f, piece in pairs]
-    return values, [op._num_terms(f, split(piece)[1], piece) for f, piece in pairs[2:]]

@@ -10,6 +10,7 @@ from spectra.base.errors import DataError
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.arguments import DataOptions
+from spectra.operators.batches import describe
 from spectra.operators.data import DataOperator, shows_options
 from spectra.operators.pytree import operator
 
@@ -22,8 +23,10 @@ def split(piece: PyTree) -> tuple[PyTree, PyTree]:
     items = cast("list[Any]", piece) if isinstance(piece, (tuple, list)) else []
     if len(items) == 2:
         return items[0], items[1]
+    other = cast("Any", piece)
+    found = describe(other) if hasattr(other, "dtype") else f"a {type(other).__name__}"
     raise DataError(
-        f"a batch is a {type(cast(Any, piece)).__name__}, not a pair (inputs, targets): the operator calls "
+        f"a batch is {found}, not a pair (inputs, targets): the operator calls "
         "model_fn(params, inputs) and loss_fn(outputs, targets)."
     )
 

@@ -221,21 +221,23 @@ def regression_error(
     scale = jnp.max(jnp.where(coin, mixed, 0))
     sizes = jnp.maximum(jnp.max(slope(drawn)), scale), jnp.maximum(jnp.max(jnp.abs(own)), scale / 64)
     errors = jnp.max(slope(replace_labels(targets, index, means))), jnp.max(jnp.abs(own - variance * u))
-    shares = [jnp.where(e > 0, e / jnp.where(s > 0, s, 1), 0) for e, s in zip(errors, sizes, strict=True)]
+    shares = [jnp.where(e == 0, 0, e / jnp.where(s == 0, 1, s)) for e, s in zip(errors, sizes, strict=True)]
     return jnp.maximum(*shares)
 
 
 def other_targets(gradient: PyTree, outputs: PyTree, targets: PyTree, index: int | None) -> PyTree | None:
     """Targets of other examples and other classes, of the same kind; None where no leaf is known.
 
-    What has no gradient stays, and goes nowhere else: it may say that a term does not count.
+    What has no gradient stays, and goes nowhere else: it may say that a term does not count. A single leaf is
+    known whatever its form, as of a model that returns a mean and a variance; one of several may be a weight.
     """
     leaves, classes = jax.tree.leaves(targets), class_leaves(outputs, targets)
     if index is None:
         alike = [i for i, x in enumerate(leaves) if x.shape == getattr(outputs, "shape", None)]
         index = alike[0] if len(alike) == 1 else None
     if index is None:
-        return None
+        examples = {x.shape[:1] for x in (*jax.tree.leaves(outputs), *leaves)}
+        return _of_other_examples(gradient, targets) if len(leaves) == len(examples) == 1 else None
     y, axis = leaves[index], classes.get(index)
     if axis is not None:
         counts = jnp.any(gradient != 0, axis)
@@ -245,3 +247,14 @@ def other_targets(gradient: PyTree, outputs: PyTree, targets: PyTree, index: int
     alike = jnp.all(counts == jnp.roll(counts, 1, 0), 1, keepdims=True)
     moved = jnp.where(alike, jnp.roll(rows, 1, 0), rows)
     return replace_labels(targets, index, moved.reshape(y.shape))
+
+
+def _of_other_examples(gradient: PyTree, targets: PyTree) -> PyTree | None:
+    """The single leaf of the targets with its rows moved by one, where both examples count."""
+    y = jax.tree.leaves(targets)[0]
+    if y.ndim == 0:
+        return None
+    rows = [jnp.any(g.reshape(len(y), -1) != 0, 1) for g in jax.tree.leaves(gradient)]
+    counts = jnp.any(jnp.stack(rows), 0)
+    both = (counts & jnp.roll(counts, 1)).reshape(-1, *[1] * (y.ndim - 1))
+    return replace_labels(targets, 0, jnp.where(both, jnp.roll(y, 1, 0), y))

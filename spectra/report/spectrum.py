@@ -343,7 +343,10 @@ def rank(quadrature: Quadrature, power: int) -> Interval:
     ).interval()
     low *= (size.estimate / size.upper) ** power
     high = high * (size.estimate / size.lower) ** power if size.lower else np.inf
-    return Interval(max(float(low), 1.0), max(float(value), 1.0), min(float(high), float(quadrature.size)))
+    # The largest is one of those that are summed. Where the probes see so little of it that the interval ends
+    # below 1, they do not tell the others either: it keeps its width.
+    high = 1 + high - low if high < 1 else high
+    return Interval(*(min(max(float(x), 1.0), float(quadrature.size)) for x in (low, value, high)))
 
 
 def beyond(quadrature: Quadrature, share: float) -> tuple[Interval, Interval]:
