@@ -49,6 +49,7 @@ _KEPT = (
     _ATEN.smooth_l1_loss.default,
     _ATEN.linalg_vector_norm.default,
     _ATEN.std.correction,
+    _ATEN.std_mean.correction,
 )
 
 

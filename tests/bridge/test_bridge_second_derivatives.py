@@ -41,6 +41,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
     "norm along an axis": (lambda x: torch.linalg.vector_norm(x, dim=1), GRID),
     "distances along an axis": (lambda x: torch.cdist(x, OTHERS), GRID),
     "std of constants": (lambda x: x.std(0), ONES),
+    "std_mean of constants": (lambda x: torch.std_mean(x, 0)[0], ONES),
     "gaussian_nll_loss below its eps": (lambda x: F.gaussian_nll_loss(x, ONES, x.abs() + 0.1, eps=0.5), TIE),
 }  # fmt: skip
 

@@ -68,6 +68,11 @@ def std(self, dim=None, correction=1, keepdim=False):
     return _root(var(self, dim, correction, keepdim), 2)
 
 
+@aten("std_mean.correction")
+def std_mean(self, dim=None, correction=1, keepdim=False):
+    return std(self, dim, correction, keepdim), mean(self, dim, keepdim)
+
+
 def _root(total, ord):
     """total^(1/ord) with derivatives 0 at 0, as in PyTorch; a bare root has an infinite one."""
     zero = total == 0
