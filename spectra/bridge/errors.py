@@ -22,12 +22,18 @@ class UnsupportedOperatorError(BridgeError):
         operators: `{operator name: module paths}`.
     """
 
-    def __init__(self, operators: dict[str, list[str]], hints: dict[str, str] | None = None):
+    def __init__(
+        self,
+        operators: dict[str, list[str]],
+        hints: dict[str, str] | None = None,
+        places: dict[tuple[str, str], str] | None = None,
+    ):
         self.operators = operators
-        hints = hints or {}
+        hints, places = hints or {}, places or {}
         lines = []
         for name, paths in sorted(operators.items()):
-            shown = ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+            shown = ", ".join(path + places.get((name, path), "") for path in paths[:5])
+            shown += f" and {len(paths) - 5} more" if len(paths) > 5 else ""
             hint = hints.get(name.rpartition(".")[0])  # by name, for all overloads
             reason = f" ({hint})" if hint else ""
             lines.append(f"  {name[:80]}{reason} in module {shown}")

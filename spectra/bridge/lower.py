@@ -14,6 +14,7 @@ from spectra.bridge.dtypes import DTYPES
 from spectra.bridge.errors import BridgeError, UnsupportedOperatorError
 from spectra.bridge.graph import CONSTANTS
 from spectra.bridge.operators.registry import ABSENT, OPERATORS
+from spectra.bridge.refusals import recorded_place
 from spectra.bridge.schema import FORMAT, VERSION, reachable
 from spectra.bridge.stand_ins import written_out
 
@@ -202,6 +203,7 @@ def _node(node: torch.fx.Node, names: _Names) -> dict[str, Any]:
     return {
         "name": node.name,
         "op": known,
+        **({"place": recorded_place(node.meta.get("stack_trace") or "")} if unknown else {}),
         # The operands of an unknown operator may have no JSON form; its name is reported instead.
         "args": _references(node) if unknown else [_argument(x, names) for x in node.args],
         "kwargs": {} if unknown else {k: _argument(v, names) for k, v in kwargs.items()},
@@ -292,10 +294,12 @@ def _with_branches(nodes: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _refuse_unknown(nodes: list[dict[str, Any]]) -> None:
     unknown: dict[str, list[str]] = {}
+    places: dict[tuple[str, str], str] = {}
     for node in _with_branches(nodes):
         if node["op"] not in OPERATORS:
             paths = unknown.setdefault(node["op"], [])
             if (path := node["module"] or "(top)") not in paths:
                 paths.append(path)
+                places[node["op"], path] = node["place"]
     if unknown:
-        raise UnsupportedOperatorError(unknown, ABSENT)
+        raise UnsupportedOperatorError(unknown, ABSENT, places)

@@ -5,6 +5,7 @@ import inspect
 import io
 import logging
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -50,6 +51,18 @@ def place_of(error: BaseException) -> str:
 def current_place(frame: FrameType | None) -> str:
     """Return the same of a running frame and its callers, outermost first."""
     return _describe([(_rank(f.filename), f) for f in traceback.extract_stack(frame)])
+
+
+_RECORDED = re.compile(r'File "(.+)", line (\d+), in (\S+)(?:\n +(.+))?')
+
+
+def recorded_place(trace: str) -> str:
+    """Return the same of a stack that `torch.export` has written down for a node of its graph."""
+    frames = (
+        traceback.FrameSummary(file, int(number), function, line=code, lookup_line=False)
+        for file, number, function, code in _RECORDED.findall(trace)
+    )
+    return _describe((_rank(f.filename), f) for f in frames)
 
 
 def _describe(found: Iterable[tuple[int, traceback.FrameSummary]]) -> str:

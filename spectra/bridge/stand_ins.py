@@ -26,9 +26,8 @@ def _gaussian_nll_loss(
         var = var.unsqueeze(-1)
     elif [v for v, n in zip(var.shape, input.shape, strict=True) if v != n] not in ([], [1]):
         raise ValueError("var is of incorrect size")
-    with torch.no_grad():  # the derivative passes the bound, as in PyTorch
-        shift = var.clamp(min=eps) - var
-    var = var + shift
+    # The derivative passes the bound, as in PyTorch. A block without gradients would not be recorded here.
+    var = var + (var.clamp(min=eps) - var).detach()
     loss = 0.5 * (torch.log(var) + (input - target) ** 2 / var)
     if full:
         loss = loss + 0.9189385332046727  # log(2π) / 2

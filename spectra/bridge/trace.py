@@ -27,7 +27,8 @@ _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 # Composite operators that stay whole. Decomposed they would cost speed (a linear layer on a
 # transposed input becomes a batched product with a copied weight), the batch's freedom (recurrent
 # layers unroll over time), or exactness (attention's rows without any allowed key; the derivative of
-# the hard activations at their kinks, where a clamp in their place has another).
+# the hard activations at their kinks, where a clamp in their place has another; what takes one of two forms,
+# where the derivative of the other is infinite; squares that are taken of |x|; roots of zero).
 _KEPT = (
     _ATEN.linear.default,
     _ATEN.matmul.default,
@@ -40,6 +41,15 @@ _KEPT = (
     _ATEN.hardsigmoid.default,
     _ATEN.hardswish.default,
     _ATEN.relu6.default,
+    _ATEN.binary_cross_entropy.default,
+    _ATEN.special_log_ndtr.default,
+    _ATEN.softplus.default,
+    _ATEN.celu.default,
+    _ATEN.huber_loss.default,
+    _ATEN.smooth_l1_loss.default,
+    _ATEN.linalg_vector_norm.default,
+    _ATEN.std.correction,
+    _ATEN.std_mean.correction,
 )
 
 

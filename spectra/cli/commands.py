@@ -7,6 +7,7 @@ completion wait neither for JAX nor for matplotlib.
 import io
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,7 @@ from spectra.cli.arguments import (
     Steps,
     Tol,
 )
-from spectra.cli.ending import end, starting
+from spectra.cli.ending import end, starting, warn
 
 app = typer.Typer(
     help="See the curvature of neural networks: Hessian spectra with error bars.",
@@ -235,6 +236,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without ± is no reason to lose a result
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = warn
     try:
         app()
     except SystemExit as done:

@@ -42,6 +42,12 @@ def end(error: BaseException) -> NoReturn:
     raise error
 
 
+def warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    """Print a warning as errors are, without the line of whichever package called the command."""
+    where = "" if issubclass(category, UserWarning) else f"{filename}, line {lineno}: {category.__name__}: "
+    typer.echo(f"warning: {printable(where + str(message))}", err=True)
+
+
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
     """Let Ctrl-C end the process at once while modules are imported: JAX's makes an ImportError of it."""

@@ -152,8 +152,10 @@ def _in_one(result: Any) -> Any:
 
 
 def _records(result: Any) -> list[dict[str, Any]]:
+    from spectra.results import called
+
     if not hasattr(result, "records"):
-        raise SpectraError(f"a {type(result).__name__} has no rows: use --json.")
+        raise SpectraError(f"{called(result)} has no rows: use --json.")
     return result.records()
 
 
@@ -207,10 +209,11 @@ def draw(result: Any, path: Path, voice: Voice, learning_rate: float | None = No
     from spectra.base.files import replacing
     from spectra.report.plots.gallery import draw as axes_of
     from spectra.report.plots.style import plot_style
+    from spectra.results import called
 
     ax = axes_of(result, learning_rate=learning_rate)
     if ax is None:
-        raise SpectraError(f"a {type(result).__name__} has no picture: print it with spectra show.")
+        raise SpectraError(f"{called(result)} has no picture: print it with spectra show.")
     path = picture_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, plot_style():  # which has fonts that editors can change

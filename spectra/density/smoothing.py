@@ -59,7 +59,8 @@ def spectral_density(
         `Density` with grid, density, lower, upper.
 
     Raises:
-        SpectraError: bandwidth not positive, grid not increasing, or level not between 0 and 1.
+        SpectraError: bandwidth not positive, grid not increasing, level not between 0 and 1, or nodes
+            that are no numbers.
 
     References:
         Lin, Saad and Yang, doi:10.1137/130934283.
@@ -79,6 +80,12 @@ def spectral_density(
         return moments_density(quadrature, grid, level)
     quadrature = as_quadrature(quadrature)
     trees.require_values("spectral_density", quadrature.nodes)
+    if not np.isfinite(quadrature.nodes).all():
+        raise SpectraError(
+            "the quadrature's nodes are NaN or infinite, which have no density. A run inside jit gives NaN "
+            "where an operator is not symmetric or its products are no numbers: outside of jit, `slq` says "
+            "which."
+        )
     scale = linear_scale(quadrature)
     if bandwidth is None:
         widths = _relative_width(scale)

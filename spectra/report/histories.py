@@ -6,6 +6,7 @@ import math
 import os
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -206,13 +207,18 @@ def _ends(file: BinaryIO, at: int) -> bytes:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines that have an end, without it; of one that is too long, a part that is no JSON."""
+    """The lines that have an end, without it; of one that is too long, a part that is no JSON.
+
+    Ends as Windows has them, and its mark at the beginning of a file, come from programs that copy text.
+    """
+    if file.tell() == 0 and file.read(len(BOM_UTF8)) != BOM_UTF8:
+        file.seek(0)
     while line := file.readline(MAX_LINE):
         rest = line
         while not rest.endswith(b"\n"):
             if not (rest := file.readline(MAX_LINE)):
                 return
-        yield line.rstrip(b"\n") if rest is line else b""
+        yield line.rstrip(b"\r\n") if rest is line else b""
 
 
 def _content(line: bytes, marked: bool) -> tuple[list[Snapshot | int], bool]:

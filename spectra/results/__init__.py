@@ -11,7 +11,15 @@ from spectra.results.history import Snapshot, SpectrumHistory
 from spectra.results.krylov import Eigenpairs, FunctionProduct, SingularTriplets, Solution, Tridiagonal
 from spectra.results.landscape import LossSlice, Perturbation
 from spectra.results.plan import Plan
-from spectra.results.quadrature import Density, Moments, Quadrature, as_quadrature, as_spectrum, by_name
+from spectra.results.quadrature import (
+    Density,
+    Moments,
+    Quadrature,
+    as_quadrature,
+    as_spectrum,
+    by_name,
+    called,
+)
 from spectra.results.steps import GradientOverlap, Sharpness, StableStep, StepQuality
 from spectra.results.text import format_bytes, html_grid, html_table, text_grid, text_table
 
@@ -47,6 +55,7 @@ __all__ = [
     "as_quadrature",
     "as_spectrum",
     "by_name",
+    "called",
     "format_bytes",
     "html_grid",
     "html_table",

@@ -300,7 +300,7 @@ def as_quadrature(held: Any) -> Quadrature:
         hint = "`spectra.load` reads one from a file."
     else:
         hint = "`slq` and `spectrum` make one of an operator."
-    raise SpectraError(f"a Quadrature or a report is needed, not {_called(held)}. {hint}")
+    raise SpectraError(f"a Quadrature or a report is needed, not {called(held)}. {hint}")
 
 
 def as_spectrum(held: Any) -> Quadrature | Moments | Density:
@@ -334,6 +334,7 @@ def _named(parts: Iterable[Any]) -> dict[str, Any]:
     return named
 
 
-def _called(held: Any) -> str:
+def called(held: Any) -> str:
+    """The kind of a value with its article."""
     name = type(held).__name__
     return f"an {name}" if name[:1] in "AEIOU" else f"a {name}"

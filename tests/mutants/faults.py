@@ -1491,6 +1491,20 @@ BRIDGE = [
         "bridge/test_bridge_derivatives.py::test_gradients_at_kinks",
     ),
     fault(
+        "a norm squares |x|, without a second derivative at zero",
+        "bridge/operators/reduce.py",
+        "if jnp.iscomplexobj(x) else x * x",
+        "if jnp.iscomplexobj(x) else absolute(x) ** 2",
+        "bridge/test_bridge_second_derivatives.py::test_products_are_those_of_pytorch",
+    ),
+    fault(
+        "Huber's loss is taken apart, with a square of |x|",
+        "bridge/trace.py",
+        "    _ATEN.huber_loss.default,",
+        "    _ATEN.relu6.default,",
+        "bridge/test_bridge_second_derivatives.py::test_products_are_those_of_pytorch",
+    ),
+    fault(
         "attention scales by the width, not by its root",
         "bridge/operators/products.py",
         "query.shape[-1] ** -0.5",

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.bridge.dtypes import cast, promote_float
+from spectra.bridge.dtypes import broadcast, cast, promote, promote_float
 from spectra.bridge.errors import BridgeError
-from spectra.bridge.operators.pointwise import clamp_inclusive
+from spectra.bridge.operators.pointwise import absolute, clamp_inclusive
 from spectra.bridge.operators.registry import RANDOM, aten
 
 
@@ -47,14 +47,18 @@ def rrelu(self, noise, lower=0.125, upper=1 / 3, training=False):
 def prelu(self, weight):
     if weight.ndim == 1 and self.ndim > 1:
         weight = weight.reshape((1, -1) + (1,) * (self.ndim - 2))
-    return jnp.where(self > 0, self, self * weight)
+    # At 0 PyTorch has the slope of the negative side and no second derivative, as in `elu`.
+    straight = jnp.where(self > 0, self, self * lax.stop_gradient(weight))
+    return jnp.where(self < 0, self * weight, straight)
 
 
 @aten("elu.default")
 def elu(self, alpha=1.0, scale=1.0, input_scale=1.0):
-    # The inner selection keeps exp finite where it is not used, so that no derivative is NaN.
-    negative = jnp.where(self > 0, jnp.zeros_like(self), self)
-    return jnp.where(self > 0, self * scale, jnp.expm1(negative * input_scale) * (alpha * scale))
+    # The inner selection keeps exp finite where it is not used, so that no derivative is NaN. At 0 PyTorch
+    # has the slope of the negative side and no second derivative.
+    negative = jnp.where(self < 0, self, jnp.zeros_like(self))
+    straight = self * jnp.where(self > 0, scale, alpha * scale * input_scale).astype(self.dtype)
+    return jnp.where(self < 0, jnp.expm1(negative * input_scale) * (alpha * scale), straight)
 
 
 @aten("celu.default")
@@ -101,6 +105,66 @@ def hardsigmoid(self):
 @aten("hardswish.default")
 def hardswish(self):
     return self * hardtanh(self + 3, 0.0, 6.0) / 6
+
+
+@aten("binary_cross_entropy.default")
+def binary_cross_entropy(self, target, weight=None, reduction=1):
+    x, y = broadcast(*promote_float(self, target))
+    total = _binary_cross_entropy(x, y)
+    return _reduced(total if weight is None else total * weight, reduction)
+
+
+# A sigmoid in float32 rounds to 0 and 1. The logarithm's derivative is infinite there and the sigmoid's zero:
+# their product would be NaN. As PyTorch's, these three are finite, with its limits.
+_SMALLEST_LOG, _SMALLEST = -100.0, 1e-12
+
+
+@jax.custom_jvp
+def _binary_cross_entropy(x, y):
+    """-y log x - (1 - y) log(1 - x)."""
+    return -y * jnp.maximum(jnp.log(x), _SMALLEST_LOG) - (1 - y) * jnp.maximum(jnp.log1p(-x), _SMALLEST_LOG)
+
+
+@jax.custom_jvp
+def _slope(x, y):
+    return (x - y) / jnp.maximum(x * (1 - x), _SMALLEST)
+
+
+@jax.custom_jvp
+def _log_odds(x):
+    return jnp.maximum(jnp.log(x), _SMALLEST_LOG) - jnp.maximum(jnp.log1p(-x), _SMALLEST_LOG)
+
+
+_binary_cross_entropy.defjvps(
+    lambda dx, value, x, y: _slope(x, y) * dx,
+    lambda dy, value, x, y: -_log_odds(x) * dy,
+)
+_slope.defjvps(
+    lambda dx, value, x, y: (x * x - 2 * x * y + y) / ((x + _SMALLEST) * (1 - x + _SMALLEST)) ** 2 * dx,
+    lambda dy, value, x, y: -dy / jnp.maximum(x * (1 - x), _SMALLEST),
+)
+_log_odds.defjvps(lambda dx, value, x: dx / jnp.maximum(x * (1 - x), _SMALLEST))
+
+
+def _reduced(values, reduction):
+    """PyTorch's numbers for "none", "mean" and "sum"."""
+    return values if reduction == 0 else jnp.mean(values) if reduction == 1 else jnp.sum(values)
+
+
+# Parts of the square itself rather than of |x|², which has no second derivative where x is 0.
+@aten("huber_loss.default")
+def huber_loss(self, target, reduction=1, delta=1.0):
+    x = jnp.subtract(*promote(self, target))
+    far = delta * (jnp.abs(x) - 0.5 * delta)
+    return _reduced(jnp.where(jnp.abs(x) < delta, 0.5 * x * x, far), reduction)
+
+
+@aten("smooth_l1_loss.default")
+def smooth_l1_loss(self, target, reduction=1, beta=1.0):
+    x = jnp.subtract(*promote(self, target))
+    if beta == 0:
+        return _reduced(absolute(x), reduction)
+    return _reduced(jnp.where(jnp.abs(x) < beta, 0.5 * x * x / beta, jnp.abs(x) - 0.5 * beta), reduction)
 
 
 @aten("threshold.default")

@@ -130,7 +130,13 @@ def power(self, exponent):
             # x**k with a static k has every derivative at 0; a traced exponent gives NaN there.
             return lax.integer_pow(base, int(exponent))
         return jnp.power(base, exponent)
-    return jnp.power(*promote(self, exponent))
+    base, exponent = promote(self, exponent)
+    if not is_float(base):
+        return jnp.power(base, exponent)
+    # 0**0 and 0**1, as in the powers of a polynomial: the rule for any exponent has a NaN second derivative.
+    plain = (base == 0) & ((exponent == 0) | (exponent == 1))
+    general = jnp.power(jnp.where(plain, jnp.ones_like(base), base), exponent)
+    return jnp.where(plain, jnp.where(exponent == 0, jnp.ones_like(base), base), general)
 
 
 @aten("maximum.default")
@@ -145,12 +151,23 @@ def minimum(self, other):
 
 @aten("fmax.default")
 def fmax(self, other):
-    return jnp.fmax(*promote(self, other))
+    return _unless_missing(jnp.maximum, *promote(self, other))
 
 
 @aten("fmin.default")
 def fmin(self, other):
-    return jnp.fmin(*promote(self, other))
+    return _unless_missing(jnp.minimum, *promote(self, other))
+
+
+def _unless_missing(function, self, other):
+    """One of two numbers, or that which is no NaN.
+
+    Equal numbers share the derivative; up to PyTorch 2.13 the first had it.
+    """
+    chosen = function(self, other)
+    if exporter().torch < (2, 14):
+        chosen = jnp.where(chosen == self, self, other)
+    return jnp.where(jnp.isnan(other), self, jnp.where(jnp.isnan(self), other, chosen))
 
 
 @aten("atan2.default")
@@ -170,9 +187,13 @@ def copysign(self, other):
 
 @aten("abs.default")
 def absolute(self):
+    # The derivatives at 0 are 0 in PyTorch. In JAX the first of a real number is 1, and the second of |z|² is
+    # the part that the first does not have.
+    if category(self.dtype) == 3:
+        zero = self == 0
+        return jnp.where(zero, 0, jnp.abs(jnp.where(zero, jnp.ones_like(self), self)))
     if category(self.dtype) != 2:
         return jnp.abs(self)
-    # The derivative at 0 is 0 in PyTorch, 1 in JAX.
     return jnp.where(self == 0, jnp.zeros_like(self), jnp.where(self < 0, -self, self))
 
 

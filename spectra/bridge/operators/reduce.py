@@ -68,12 +68,35 @@ def std(self, dim=None, correction=1, keepdim=False):
     return _root(var(self, dim, correction, keepdim), 2)
 
 
+@aten("std_mean.correction")
+def std_mean(self, dim=None, correction=1, keepdim=False):
+    return std(self, dim, correction, keepdim), mean(self, dim, keepdim)
+
+
 def _root(total, ord):
-    """total^(1/ord) with derivative 0 at 0, as in PyTorch; a bare root has an infinite one."""
-    positive = total > 0
-    safe = jnp.where(positive, total, jnp.ones_like(total))
+    """total^(1/ord) with derivatives 0 at 0, as in PyTorch; a bare root has an infinite one."""
+    zero = total == 0
+    safe = jnp.where(zero, jnp.ones_like(total), total)
     root = jnp.sqrt(safe) if ord == 2 else safe ** (1 / ord)
-    return jnp.where(positive, root, total)
+    return jnp.where(zero, jnp.zeros_like(total), root)
+
+
+@jax.custom_jvp
+def _length(total):
+    """A root whose first derivative is 0 at 0, and whose second is not a number there, as in PyTorch.
+
+    A length has none, and a zero would make that of its square, which is 2, a zero as well.
+    """
+    return jnp.sqrt(total)
+
+
+@jax.custom_jvp
+def _half_over_root(total):
+    return jnp.where(total == 0, 0, 0.5 * lax.rsqrt(total))
+
+
+_length.defjvps(lambda d, root, total: _half_over_root(total) * d)
+_half_over_root.defjvps(lambda d, value, total: -0.25 * lax.rsqrt(total) / total * d)
 
 
 @aten("amax.default")
@@ -190,6 +213,20 @@ def _softmax_input(self, half_to_float):
 @aten("linalg_vector_norm.default")
 def vector_norm(self, ord=2, dim=None, keepdim=False, dtype=None):
     self = self if dtype is None else cast(self, dtype)
+    if ord == 2:
+        return _length(_square(self, axes_of(dim, self.ndim), keepdim))
+    return _norm(self, ord, dim, keepdim)
+
+
+def _square(x, axes, keepdim):
+    """Not of |x|, whose derivatives are zero at zero."""
+    real, imag = jnp.real(x), jnp.imag(x)
+    parts = real * real + imag * imag if jnp.iscomplexobj(x) else x * x
+    return jnp.sum(parts, axes, keepdims=keepdim)
+
+
+def _norm(self, ord, dim=None, keepdim=False):
+    """A norm with derivatives 0 where it is 0."""
     axes = axes_of(dim, self.ndim)
     size = absolute(self)
     if ord == math.inf:
@@ -200,8 +237,9 @@ def vector_norm(self, ord=2, dim=None, keepdim=False, dtype=None):
         return jnp.sum((self != 0).astype(size.dtype), axes, keepdims=keepdim)
     if ord == 1:
         return jnp.sum(size, axes, keepdims=keepdim)
-    total = jnp.sum(size * size if ord == 2 else size**ord, axes, keepdims=keepdim)
-    return _root(total, ord)
+    if ord == 2:
+        return _root(_square(self, axes, keepdim), 2)
+    return _root(jnp.sum(size**ord, axes, keepdims=keepdim), ord)
 
 
 MAX_POINTS = 2**12  # the indices of all pairs are made on the host
@@ -209,7 +247,7 @@ MAX_POINTS = 2**12  # the indices of all pairs are made on the host
 
 @aten("_cdist_forward.default")
 def cdist(x1, x2, p=2.0, compute_mode=None):
-    return vector_norm(x1[..., :, None, :] - x2[..., None, :, :], p, [-1])
+    return _norm(x1[..., :, None, :] - x2[..., None, :, :], p, [-1])
 
 
 @aten("_pdist_forward.default")
@@ -218,7 +256,7 @@ def pdist(self, p=2.0):
         raise BridgeError(f"pdist of {self.shape[0]} points: at most {MAX_POINTS}")
     spend(self.shape[0] ** 2 // 2**11)
     rows, columns = np.triu_indices(self.shape[0], 1)
-    return vector_norm(self[rows] - self[columns], p, [-1])
+    return _norm(self[rows] - self[columns], p, [-1])
 
 
 @aten("count_nonzero.dim_IntList", "count_nonzero.default")

@@ -30,6 +30,7 @@ from spectra.report.plots.style import (
     shades,
     styled,
     symlog,
+    wrapped,
 )
 from spectra.report.spectrum import SpectrumReport
 from spectra.results import Density, Moments, Quadrature, Snapshot, as_quadrature, as_spectrum, by_name
@@ -114,7 +115,7 @@ def plot_density(
     density = as_density(density, bandwidth)
     own, ax = ax is None, new_axes(ax)
     low, high = visible_range(density)
-    xscale = _fitting(xscale, density.linear_scale, low, high)
+    xscale = _fitting(xscale, density.linear_scale, low, _with_edge(high, learning_rate))
     if own and label is None:  # in Axes of the caller's, the caller says what a legend holds
         label = "density"
     add_curve(ax, density, xscale, color, linestyle, label, alpha=0.22 if band else 0.0)
@@ -131,7 +132,7 @@ def plot_density(
     if counts:
         add_count_axis(ax, density, xscale)
     if title is not None:
-        ax.set_title(title, parse_math=False)
+        ax.set_title(wrapped(title, 44) if own else title, parse_math=False)
     if own or learning_rate is not None:
         add_legend(ax, own)
     return ax
@@ -185,7 +186,7 @@ def plot_comparison(
     drawn = list(densities.values())
     few = len(drawn) <= len(COLORS)
     colors = COLORS if few else shades(len(drawn))
-    xscale = _common(drawn, xscale)[0]
+    xscale = _common(drawn, xscale, learning_rate)[0]
     for (name, density), color, dash in zip(densities.items(), colors, itertools.cycle(DASHES), strict=False):
         add_curve(ax, density, xscale, color, dash, name, alpha=0.1 * few, edge=0.4 * few)
     set_axes(ax, drawn, xscale, yscale, learning_rate, band=few)
@@ -205,17 +206,24 @@ def set_axes(
     band: bool = True,
 ) -> str:
     """Make room for all of the densities, and return the horizontal scale that fits them."""
-    xscale, scale, ends = _common(densities, xscale)
+    xscale, scale, ends = _common(densities, xscale, learning_rate)
     _set_axes(ax, densities, xscale, yscale, scale, ends, learning_rate, band)
     return xscale
 
 
-def _common(densities: Sequence[Density], xscale: str) -> tuple[str, float, tuple[float, float]]:
+def _common(
+    densities: Sequence[Density], xscale: str, learning_rate: float | None = None
+) -> tuple[str, float, tuple[float, float]]:
     """The horizontal scale that fits all, up to where it is linear, and its ends."""
     ranges = [visible_range(density) for density in densities]
     low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
     scale = min(density.linear_scale for density in densities)
-    return _fitting(xscale, scale, low, high), scale, (low, high)
+    return _fitting(xscale, scale, low, _with_edge(high, learning_rate)), scale, (low, high)
+
+
+def _with_edge(high: float, learning_rate: float | None) -> float:
+    """The right end of an axis that shows the line of a learning rate too."""
+    return high if learning_rate is None else max(high, 1.5 * edge_of_stability(learning_rate))
 
 
 def edge_of_stability(learning_rate: float) -> float:
@@ -257,14 +265,17 @@ def _set_axes(ax, densities, xscale, yscale, scale, ends, learning_rate, band=Tr
     if learning_rate is not None:
         limit = edge_of_stability(learning_rate)
         ax.axvline(limit, color=ACCENT, linewidth=0.9, linestyle="--", label=EDGE)
-        high = max(high, limit * 1.5)
+        high = _with_edge(high, learning_rate)
     if xscale == "symlog":
         linear = symlog(ax.xaxis, scale, low, high)
         mark_linear(ax, linear)
         left, right = max(low, -linear), min(high, linear)
         if left < right:
             place = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top"}
-            ax.text((left + right) / 2, 0.99, "linear", color="0.5", in_layout=False, **place)
+            middle = (left + right) / 2
+            across = ax.transAxes.inverted().transform(ax.transData.transform((middle, ax.get_ylim()[1])))[0]
+            height = 0.99 if across < 0.55 else 0.85  # the width of the kernel is written at the right
+            ax.text(middle, height, "linear", color="0.5", in_layout=False, **place)
     elif xscale == "linear":
         ax.set_xlim(low, high)
     else:

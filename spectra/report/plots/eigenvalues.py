@@ -146,6 +146,11 @@ def plot_eigenvalues(
     else:
         ax.axhline(0, color=ACCENT, linewidth=0.6, linestyle=":")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(values) < 3:  # the locator has no whole steps that small
+        ax.set_xticks(rank)
+        ax.set_xlim(0.5, len(values) + 0.5)
+    elif own:
+        ax.set_xlim(left=max(0.5, ax.get_xlim()[0]))  # there is no rank 0
     ax.set_xlabel("rank")
     ax.set_ylabel("eigenvalue")
     if own and not done.all():

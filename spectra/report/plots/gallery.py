@@ -27,6 +27,7 @@ from spectra.results import (
     Quadrature,
     Snapshot,
     SpectrumHistory,
+    called,
     provides,
 )
 
@@ -51,7 +52,7 @@ def plot(result: Any, ax: Any = None, **options: Any) -> Any:
         return plot_density(result, ax, **options)
     if isinstance(result, Summary):
         return plot_blocks(result.quadratures, **options)
-    raise SpectraError(f"a {type(result).__name__} has no picture: print it, or take its `to_dict()`.")
+    raise SpectraError(f"{called(result)} has no picture: print it, or take its `to_dict()`.")
 
 
 def draw(result: Any, *, learning_rate: float | None = None) -> Any:

@@ -110,7 +110,8 @@ def add_colorbar(mappable, ax: "Axes", label: str, **options) -> None:
 def label_text(name: str) -> str:
     """A name as a legend shows it: matplotlib's mathematics where it is that, and letter by letter elsewhere.
 
-    A dollar in the name of a parameter begins no formula, and a leading underscore hides nothing.
+    A dollar in the name of a parameter begins no formula, and a leading underscore, or an empty name, hides
+    nothing.
     """
     from matplotlib.mathtext import MathTextParser
 
@@ -119,7 +120,7 @@ def label_text(name: str) -> str:
             MathTextParser("path").parse(name)
         except ValueError:
             name = name.replace("$", r"\$")
-    return f" {name}" if name.startswith("_") else name
+    return f" {name}" if name.startswith("_") or not name else name
 
 
 def add_legend(ax: "Axes", own: bool) -> None:
