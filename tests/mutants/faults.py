@@ -30,6 +30,20 @@ def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
 
 KRYLOV = [
     fault(
+        "the first rows of a module's matrix are those of each of its blocks",
+        "krylov/matrices.py",
+        "rows = np.concatenate([places[i] for i in block.selected or ()])",
+        "rows = np.arange(block.size)",
+        "test_block_matrices.py::test_blocks_of_one_module_share_a_program_and_keep_their_own_error",
+    ),
+    fault(
+        "small blocks are computed together however long their products take",
+        "krylov/matrices.py",
+        "if whole.evaluated_bytes() * whole.size > WORTH * (len(blocks) - 1):",
+        "if False:",
+        "test_block_matrices.py::test_by_themselves_where_products_are_dear",
+    ),
+    fault(
         "what is left of a vector beside deflated ones is shorter than one",
         "krylov/recurrence.py",
         "unit = jnp.where(ended, 0, lax.rsqrt(jnp.where(ended, 1, square)))",
