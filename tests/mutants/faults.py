@@ -637,9 +637,16 @@ DENSITY = [
     fault(
         "columns of a dense matrix fill all of the free memory",
         "operators/dense.py",
-        "(free // 2 // each)",
-        "(free // each)",
+        "None if free is None else free // 2",
+        "free",
         "test_dense.py",
+    ),
+    fault(
+        "columns side by side on a CPU take as much as memory holds",
+        "operators/dense.py",
+        "CACHE if room is None else min(room, CACHE)",
+        "room",
+        "test_dense.py::test_no_more_columns_side_by_side_than_memory_holds_activations_of",
     ),
     fault(
         "the bracket of a curve forgets the mass at the point",
