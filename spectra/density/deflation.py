@@ -13,6 +13,7 @@ from spectra.base.trees import PyTree
 from spectra.krylov import dense, step
 from spectra.krylov.dense import matrix_error
 from spectra.krylov.layout import Layout, Panels
+from spectra.krylov.matrices import Matrix, matrix_of
 from spectra.krylov.recurrence import LanczosState
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import project
@@ -135,14 +136,14 @@ def pays(op: LinearOperator, num_steps: int, num_probes: int, tol: float | None)
     return dense.allowed(op, products)
 
 
-def eigenvalues(op: LinearOperator) -> Quadrature:
+def eigenvalues(op: LinearOperator, matrix: Matrix | None = None) -> Quadrature:
     """All eigenvalues from the dense matrix, by LAPACK in float64 on the host: atoms of weight 1/n.
 
     The noise floor is a bound on what rounding did to the matrix, see `matrix_error`.
     """
     require_operator(op)
-    matrix = np.asarray(op.as_matrix(), np.float64)
-    values, n = np.linalg.eigvalsh(matrix), len(matrix)
+    matrix = matrix or matrix_of(op)
+    values, n = np.linalg.eigvalsh(matrix.entries), op.size
     scale, error = float(np.abs(values).max()), matrix_error(op, matrix, values)
     return Quadrature(
         nodes=values[None],

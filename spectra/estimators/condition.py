@@ -13,6 +13,7 @@ from spectra.density import extremes
 from spectra.density.slq import slq
 from spectra.estimators.exact import relative_change
 from spectra.krylov.dense import matrix_error
+from spectra.krylov.matrices import Matrix, matrices_of, matrix_of
 from spectra.krylov.plan import estimate, place_basis
 from spectra.krylov.product_rounding import change_of_matrix
 from spectra.operators.base import LinearOperator, require_operator
@@ -141,23 +142,33 @@ def condition_number(
         if value is not None and value < 1:
             raise SpectraError(f"{name}={value}: use at least one.")
     if per_layer:
+        op.require_finite()  # the loss, which is the same of all blocks
         blocks = op.blocks(by="layer")
         keys = jax.random.split(key, len(blocks))
         arguments: dict[str, Any] = {"shift": shift, "rank_tol": rank_tol, "method": method, **options}
-        layers = {
-            name: condition_number(block, key=one, **arguments)
-            for (name, block), one in zip(blocks.items(), keys, strict=True)
+        small = {name: block for name, block in blocks.items() if _is_dense(block, method)}
+        layers: dict[str, Any] = {
+            name: _dense(blocks[name], shift, rank_tol, matrix) for name, matrix in matrices_of(small).items()
         }
-        return LayerConditions(layers)  # pyright: ignore[reportArgumentType]
-    if method == "dense" or (method == "auto" and op.size <= (DENSE_STREAM if op.on_host else DENSE)):
+        for (name, block), one in zip(blocks.items(), keys, strict=True):
+            if name not in layers:
+                layers[name] = condition_number(block, key=one, **arguments)
+        return LayerConditions({name: layers[name] for name in blocks})  # pyright: ignore[reportArgumentType]
+    if _is_dense(op, method):
         return _dense(op, shift, rank_tol)
     steps, probes = (100 if num_steps is None else num_steps), (4 if num_probes is None else num_probes)
     return _krylov(op, key, shift, rank_tol, steps, probes)
 
 
-def _dense(op: LinearOperator, shift: float, rank_tol: float | None) -> ConditionNumber:
-    matrix = np.asarray(op.as_matrix(), np.float64)
-    values, n = np.linalg.eigvalsh(matrix), len(matrix)
+def _is_dense(op: LinearOperator, method: str) -> bool:
+    return method == "dense" or (method == "auto" and op.size <= (DENSE_STREAM if op.on_host else DENSE))
+
+
+def _dense(
+    op: LinearOperator, shift: float, rank_tol: float | None, matrix: Matrix | None = None
+) -> ConditionNumber:
+    matrix = matrix or matrix_of(op)
+    values, n = np.linalg.eigvalsh(matrix.entries), op.size
     # Products resolve eigenvalues relative to |H|, whatever is added to them later.
     floor = matrix_error(op, matrix, values)
     sizes = np.sort(np.abs(values + shift))

@@ -11,14 +11,12 @@ from spectra.base.errors import Status
 from spectra.base.host import one_thread
 from spectra.krylov import wanted
 from spectra.krylov.linear_rounding import known_rounding
+from spectra.krylov.matrices import LARGEST, Matrix, matrix_of
 from spectra.krylov.product_rounding import change_of_matrix, error_of_matrix, mixtures, vanished
 from spectra.operators.base import LinearOperator
-from spectra.operators.doubled import doubled
 from spectra.results import Eigenpairs, Interval, Solution
 
 PyTree = object
-LARGEST = 2000
-"""Up to this order n products and LAPACK, some seconds, are what an iteration may give way to."""
 
 
 def allowed(op: LinearOperator, max_matvecs: int | None) -> bool:
@@ -96,8 +94,8 @@ CLEAR = 0.1
 """Null vectors are known where rounding turns them by less than this."""
 
 
-def matrix_error(op: LinearOperator, matrix: np.ndarray, values: np.ndarray) -> float:
-    """A bound on the spectral norm of what rounding did to the matrix and to its eigenvalues.
+def matrix_error(op: LinearOperator, matrix: Matrix, values: np.ndarray) -> float:
+    """A bound on the spectral norm of what rounding did to the matrix of `op` and to its eigenvalues.
 
     It is measured where products are known in float64; constants of the program are still rounded. Elsewhere
     the Frobenius norm bounds it. Columns are right to `precision` of themselves, or of |H|: measured on
@@ -108,9 +106,13 @@ def matrix_error(op: LinearOperator, matrix: np.ndarray, values: np.ndarray) -> 
     n, norm = len(values), float(np.abs(values).max())
     if not norm:
         return vanished(op)
-    solver, exact = n * float(np.finfo(float).eps) * norm, doubled(op)
-    if exact is not None:
-        return error_of_matrix(exact, matrix) + float(jnp.finfo(op.dtype).eps) / 2 * norm + solver
+    solver = n * float(np.finfo(float).eps) * norm
+    if matrix.unrounded is not None:
+        return (
+            error_of_matrix(op, matrix.entries, matrix.unrounded)
+            + float(jnp.finfo(op.dtype).eps) / 2 * norm
+            + solver
+        )
     if op.cancels:
         columns = 4 * op.precision * np.sqrt(n) * norm
     else:
@@ -126,11 +128,11 @@ def solution(
     Eigenvalues within the error of the matrix count as zero. By Weyl's theorem no |λ| of the operator is
     below the smallest of the matrix less that error, on which the error bound rests.
     """
-    matrix = np.asarray(op.as_matrix(), np.float64)
-    n = len(matrix)
+    found = matrix_of(op)
+    matrix, n = found.entries, op.size
     with one_thread():
         values, vectors = np.linalg.eigh(matrix)
-    error = matrix_error(op, matrix, values)
+    error = matrix_error(op, found, values)
     rows = np.asarray(_as_rows(b), np.float64)
     zero = np.abs(values) <= error
     coefficients = rows @ vectors

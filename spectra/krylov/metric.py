@@ -17,7 +17,8 @@ import numpy as np
 from spectra.base import stacks
 from spectra.base.errors import SpectraError, StructureError
 from spectra.krylov import wanted
-from spectra.krylov.dense import LARGEST, as_tree, chosen_pairs, matrix_error
+from spectra.krylov.dense import as_tree, chosen_pairs, matrix_error
+from spectra.krylov.matrices import LARGEST, Matrix, matrix_of
 from spectra.krylov.product_rounding import DRAWN, KEY, RARE, SAMPLES, limit, multiply
 from spectra.operators.base import LinearOperator
 from spectra.operators.doubled import DoubledOperator, flat, in_double
@@ -74,7 +75,7 @@ class _Side:
         """On what rounding did to a matrix that cannot be measured, or to products with it in float64."""
         values = np.linalg.eigvalsh(self.matrix)
         if self.is_stated:
-            return matrix_error(self.op, self.matrix, values)
+            return matrix_error(self.op, Matrix(self.matrix, None), values)
         return len(values) * float(np.finfo(float).eps) * float(np.abs(values).max())
 
 
@@ -90,9 +91,10 @@ def _dense(op: LinearOperator, metric: LinearOperator, k: int, which: str, tol: 
             f"a metric of order {n} would be factorised as a dense matrix, up to order {LARGEST}: give its "
             "diagonal as a pytree like the parameters, or use op.block(...) of both."
         )
-    matrix, weight = (np.asarray(x.as_matrix(), np.float64) for x in (op, metric))
+    matrix, known = np.asarray(op.as_matrix(), np.float64), matrix_of(metric)
+    weight = known.entries
     spectrum = np.linalg.eigvalsh(weight)
-    noise = matrix_error(metric, weight, spectrum)
+    noise = matrix_error(metric, known, spectrum)
     if spectrum[0] <= noise:
         raise SpectraError(
             f"the metric is not positive definite to its rounding: its smallest eigenvalue is "

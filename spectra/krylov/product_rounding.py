@@ -15,9 +15,10 @@ from jax import lax
 
 from spectra.base import draws, meshes, programs, stacks, trees
 from spectra.base.trees import PyTree
+from spectra.krylov.matrices import Unrounded
 from spectra.operators.arithmetic import ScaledOperator, ShiftedOperator, SumOperator
 from spectra.operators.base import LinearOperator, product
-from spectra.operators.doubled import DoubledOperator, doubled
+from spectra.operators.doubled import doubled
 from spectra.results import Eigenpairs
 
 Rounded = tuple[PyTree, float]  # a product, and the length of its error
@@ -80,7 +81,7 @@ def change_of_matrix(op: LinearOperator, moved: bool = False) -> float:
     return float(np.sqrt(op.size)) * limit(changes)
 
 
-def error_of_matrix(exact: DoubledOperator, matrix: np.ndarray) -> float:
+def error_of_matrix(op: LinearOperator, matrix: np.ndarray, unrounded: Unrounded) -> float:
     """A bound on the spectral norm of E, by which a symmetric matrix differs from that in float64.
 
     |E|² is below UNSEEN sqrt(n) |E E v| for one of `TRIED` vectors v on the unit sphere, with the probability
@@ -89,11 +90,11 @@ def error_of_matrix(exact: DoubledOperator, matrix: np.ndarray) -> float:
     """
     n, largest = len(matrix), 0.0
     for i in range(TRIED):
-        v = np.asarray(trees.ravel(draws.unit_vector(jax.random.key(KEY + i), exact)))
-        once = matrix @ v - exact.unrounded(v)
+        v = np.asarray(trees.ravel(draws.unit_vector(jax.random.key(KEY + i), op)))
+        once = matrix @ v - unrounded(v)
         size = float(np.linalg.norm(once))
         v = (once / (size or 1.0)).astype(v.dtype)
-        largest = max(largest, size * float(np.linalg.norm(matrix @ v - exact.unrounded(v))))
+        largest = max(largest, size * float(np.linalg.norm(matrix @ v - unrounded(v))))
     return float(np.sqrt(UNSEEN * np.sqrt(n) * largest))
 
 

@@ -240,8 +240,13 @@ class DataOperator(OnParameters, LinearOperator):
         return coarsest_rounding(jaxpr, moves, super().precision)
 
     def _principal(self, indices: tuple[int, ...]) -> Self:
-        chosen = tuple(self.selected[i] for i in indices) if self.selected is not None else indices
-        block = self._with(selected=chosen)
+        return self._of_leaves(
+            tuple(self.selected[i] for i in indices) if self.selected is not None else indices
+        )
+
+    def _of_leaves(self, selected: tuple[int, ...]) -> Self:
+        """The block of these leaves of all parameters. Its loss is the same number."""
+        block = self._with(selected=selected, _finite=vars(self).get("_finite"))
         if self.rounding is not None:  # what is cast may not depend on the block
             block._set(rounding=block._coarsest_rounding())
         return block
@@ -294,9 +299,12 @@ class DataOperator(OnParameters, LinearOperator):
         """
         if self.linear is not None:
             return self
-        loss, linear = differentiate.linearize(self) if self.linearized else (self.loss(), None)
+        if not self.linearized:
+            self.require_finite()
+            return self
+        loss, linear = differentiate.linearize(self)
         self._require_finite(loss)
-        return self if linear is None else self._with(linear=linear, _finite=vars(self).get("_finite"))
+        return self._with(linear=linear, _finite=vars(self).get("_finite"))
 
     def require_finite(self) -> None:
         """Raise a `NonFiniteError` if the loss is NaN or infinite; evaluated once."""

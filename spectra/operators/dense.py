@@ -27,14 +27,21 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 64
 """Columns in one vmapped product at most: more are no faster."""
+CACHED, CACHE = 16, 2**24
+"""The same on a CPU, and bytes of activations of all of them that stay in its cache. With 64 side by side,
+columns of the Hessian of a small network took 2 to 4 times as long as with 16, and those of a transformer
+with 15 MB of activations 1.3 to 2.6 times as long as one by one."""
 
 
 def in_flight(op: LinearOperator) -> int:
-    """Columns in one vmapped product: half of what is free holds their activations, and no fewer than one."""
-    each, free = 0 if trees.is_traced(op) else op.evaluated_bytes(), host.available_bytes(op.device)
-    if not each or free is None:
-        return IN_FLIGHT
-    return min(IN_FLIGHT, 2 ** max((free // 2 // each).bit_length() - 1, 0))
+    """Columns in one vmapped product, at least one: half of what is free holds their activations, or a CPU's
+    cache."""
+    each = 0 if trees.is_traced(op) else op.evaluated_bytes()
+    free = host.available_bytes(op.device) if each else None
+    most, room = IN_FLIGHT, None if free is None else free // 2
+    if each and op.device.platform == "cpu":
+        most, room = CACHED, CACHE if room is None else min(room, CACHE)
+    return most if room is None else min(most, 2 ** max((room // each).bit_length() - 1, 0))
 
 
 @provides("matrix")

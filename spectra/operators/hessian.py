@@ -86,7 +86,7 @@ class HessianOperator(DataOperator):
         return differentiate.derivative(self.mode, self._gradient(piece), variables, v)
 
     def _matrix(self) -> jax.Array:
-        self._require_finite(self.loss())
+        self.require_finite()
         return hessian_matrix(self)
 
 
@@ -134,8 +134,8 @@ def dense_hessian(
         MemoryLimitError: 3 n² numbers exceed the limit; the message names matrix-free alternatives.
         NonFiniteError: an entry is NaN or infinite.
 
-    Cost: n products, 64 at a time; 3 n² numbers at the peak. Where it saves a million entries, products along
-    leaf j differentiate only leaf j and later ones.
+    Cost: n products, up to 64 at a time; 3 n² numbers at the peak. Where it saves a million entries, products
+    along leaf j differentiate only leaf j and later ones.
 
     Examples:
         >>> import jax.numpy as jnp, spectra

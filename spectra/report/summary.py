@@ -11,6 +11,7 @@ from spectra.base.errors import SpectraError
 from spectra.density import deflation as dense
 from spectra.density.extremes import LEVEL, condition, extreme
 from spectra.density.slq import slq
+from spectra.krylov.matrices import matrices_of
 from spectra.models.problem import Problem
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.report.spectrum import condition_text, rank, share_text, trace_estimate
@@ -106,16 +107,18 @@ def summary(
     op = source.operator() if isinstance(source, Problem) else source
     require_operator(op)
     key = require_key(key)
+    op.require_finite()  # the loss, which is the same of all blocks
     blocks = op.blocks(by=by)
     steps = STEPS if num_steps is None else num_steps
     probes = PROBES if num_probes is None else num_probes
     small = {
-        name: dense.eigenvalues(block)
+        name: block
         for name, block in blocks.items()
         if dense.choose(block, None, min(steps, block.size), probes, None, True)
     }
     large = {name: block for name, block in blocks.items() if name not in small}
-    found = small | slq(large, key=key, num_steps=steps, num_probes=probes, progress=progress)
+    exact = {name: dense.eigenvalues(blocks[name], matrix) for name, matrix in matrices_of(small).items()}
+    found = exact | slq(large, key=key, num_steps=steps, num_probes=probes, progress=progress)
     return Summary({name: found[name] for name in blocks})
 
 

@@ -30,6 +30,20 @@ def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
 
 KRYLOV = [
     fault(
+        "the first rows of a module's matrix are those of each of its blocks",
+        "krylov/matrices.py",
+        "rows = np.concatenate([places[i] for i in block.selected or ()])",
+        "rows = np.arange(block.size)",
+        "test_block_matrices.py::test_blocks_of_one_module_share_a_program_and_keep_their_own_error",
+    ),
+    fault(
+        "small blocks are computed together however long their products take",
+        "krylov/matrices.py",
+        "if whole.evaluated_bytes() * whole.size > WORTH * (len(blocks) - 1):",
+        "if False:",
+        "test_block_matrices.py::test_by_themselves_where_products_are_dear",
+    ),
+    fault(
         "what is left of a vector beside deflated ones is shorter than one",
         "krylov/recurrence.py",
         "unit = jnp.where(ended, 0, lax.rsqrt(jnp.where(ended, 1, square)))",
@@ -651,9 +665,16 @@ DENSITY = [
     fault(
         "columns of a dense matrix fill all of the free memory",
         "operators/dense.py",
-        "(free // 2 // each)",
-        "(free // each)",
+        "None if free is None else free // 2",
+        "free",
         "test_dense.py",
+    ),
+    fault(
+        "columns side by side on a CPU take as much as memory holds",
+        "operators/dense.py",
+        "CACHE if room is None else min(room, CACHE)",
+        "room",
+        "test_dense.py::test_no_more_columns_side_by_side_than_memory_holds_activations_of",
     ),
     fault(
         "the bracket of a curve forgets the mass at the point",

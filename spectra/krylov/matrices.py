@@ -1,0 +1,97 @@
+"""Dense matrices in float64 on the host, of one operator or of several small blocks at once.
+
+Each block of a loss is a program of its own, which takes seconds to compile and milliseconds to run where the
+block is a bias. Small blocks of one module are therefore cut from the matrix of all their parameters, whose n
+columns are as many products as they would take one by one.
+"""
+
+# pyright: reportPrivateUsage=false
+# Operators have parts that only this package uses.
+
+import collections
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from spectra.operators.base import LinearOperator
+from spectra.operators.data import DataOperator
+from spectra.operators.doubled import doubled
+
+LARGEST = 2000
+"""Up to this order n products and LAPACK, some seconds, are what an iteration may give way to, and blocks are
+cut from one matrix."""
+WORTH = 4e9
+"""Bytes of saved values that all columns together may read for each program that is not compiled, which takes
+four seconds. A column of the whole goes back to the first of its parameters, one of a block only to its own:
+over both layers of a transformer it takes four times as long, within one of them hardly longer."""
+
+Unrounded = Callable[[np.ndarray], np.ndarray]  # a product with a flat vector, in float64
+
+
+class Matrix(NamedTuple):
+    """The entries (n, n) as products gave them, and the products in float64 that tell their rounding."""
+
+    entries: np.ndarray
+    unrounded: Unrounded | None
+
+
+def matrix_of(op: LinearOperator) -> Matrix:
+    """The matrix of an operator, from n products."""
+    exact = doubled(op)
+    return Matrix(np.asarray(op.as_matrix(), np.float64), None if exact is None else exact.unrounded)
+
+
+def matrices_of(blocks: Mapping[str, LinearOperator]) -> dict[str, Matrix]:
+    """The matrices of blocks of one operator, those of small ones together where it saves time."""
+    found: dict[str, Matrix] = {}
+    for group in _groups(blocks):
+        found |= _together(group)
+    return {name: found[name] if name in found else matrix_of(block) for name, block in blocks.items()}
+
+
+def _groups(blocks: Mapping[str, LinearOperator]) -> list[dict[str, DataOperator]]:
+    """The blocks of leaves that lie side by side in one module, in groups of at most `LARGEST` numbers."""
+    groups: dict[tuple[str, int], dict[str, DataOperator]] = {}
+    sizes: collections.Counter[str] = collections.Counter()
+    for name, block in blocks.items():
+        if not isinstance(block, DataOperator) or block.selected is None or block.on_host:
+            continue
+        module = re.sub(r"[/.]?[^/.]*$", "", name)
+        sizes[module] += block.size
+        groups.setdefault((module, sizes[module] // LARGEST), {})[name] = block
+    return list(groups.values())
+
+
+def _together(blocks: dict[str, DataOperator]) -> dict[str, Matrix]:
+    """The blocks cut from the matrix of all their leaves; none where that takes longer."""
+    if len(blocks) < 2:
+        return {}
+    first = next((block for block in blocks.values() if block.rounding), next(iter(blocks.values())))
+    leaves = sorted({i for block in blocks.values() for i in block.selected or ()})
+    whole = first._of_leaves(tuple(leaves))
+    if whole.evaluated_bytes() * whole.size > WORTH * (len(blocks) - 1):
+        return {}
+    entries, unrounded = matrix_of(whole)
+    sizes = [leaf.size for leaf in jax.tree.leaves(whole.structure)]
+    places = dict(zip(leaves, np.split(np.arange(whole.size), np.cumsum(sizes)[:-1]), strict=True))
+    found: dict[str, Matrix] = {}
+    for name, block in blocks.items():
+        rows = np.concatenate([places[i] for i in block.selected or ()])
+        found[name] = Matrix(entries[np.ix_(rows, rows)], _restricted(unrounded, rows, whole.size))
+    return found
+
+
+def _restricted(product: Unrounded | None, rows: np.ndarray, size: int) -> Unrounded | None:
+    """The product of the block that lies in these rows."""
+    if product is None:
+        return None
+
+    def of_block(v: np.ndarray) -> np.ndarray:
+        vector = np.zeros(size, v.dtype)
+        vector[rows] = v
+        return product(vector)[rows]
+
+    return of_block
