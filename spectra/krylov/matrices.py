@@ -8,7 +8,6 @@ columns are as many products as they would take one by one.
 # pyright: reportPrivateUsage=false
 # Operators have parts that only this package uses.
 
-import collections
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -54,15 +53,15 @@ def matrices_of(blocks: Mapping[str, LinearOperator]) -> dict[str, Matrix]:
 
 def _groups(blocks: Mapping[str, LinearOperator]) -> list[dict[str, DataOperator]]:
     """The blocks of leaves that lie side by side in one module, in groups of at most `LARGEST` numbers."""
-    groups: dict[tuple[str, int], dict[str, DataOperator]] = {}
-    sizes: collections.Counter[str] = collections.Counter()
+    modules: dict[str, list[dict[str, DataOperator]]] = {}
     for name, block in blocks.items():
         if not isinstance(block, DataOperator) or block.selected is None or block.on_host:
             continue
-        module = re.sub(r"[/.]?[^/.]*$", "", name)
-        sizes[module] += block.size
-        groups.setdefault((module, sizes[module] // LARGEST), {})[name] = block
-    return list(groups.values())
+        groups = modules.setdefault(re.sub(r"[/.]?[^/.]*$", "", name), [{}])
+        if block.size + sum(other.size for other in groups[-1].values()) > LARGEST:
+            groups.append({})
+        groups[-1][name] = block
+    return [group for groups in modules.values() for group in groups]
 
 
 def _together(blocks: dict[str, DataOperator]) -> dict[str, Matrix]:
