@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 import spectra
 from spectra.estimators import bracket
 from spectra.quadrature import hinges
+from spectra.quadrature.changes import last_change
 from spectra.report.spectrum import trace_estimate
 
 KEY = jax.random.key(0)
@@ -262,6 +263,28 @@ def test_bounds_are_checked_and_poles_are_noticed(quadratures, x64):
         spectra.trace_of(diagonal(EIGENVALUES), np.log)
     with pytest.raises(spectra.SpectraError, match="tol="):
         spectra.trace_of(q, np.log, tol=-1)
+
+
+def test_where_nothing_bounds_the_quadrature_its_last_change_is_in_the_interval(x64):
+    """Of 1/|x - p| with p among the eigenvalues, intervals held for 5 % of keys after ten steps."""
+    values = np.linspace(-1, 1, N)
+    many, held = spectra.slq(diagonal(values), key=KEY, num_steps=10, num_probes=160), []
+
+    def inverse(x):
+        return 1 / np.abs(x - 0.0013)
+
+    for quadrature in runs_of(8, many):
+        found = spectra.trace_of(quadrature, inverse)
+        assert found.lower is None
+        held.append(found.interval()[0] <= np.sum(inverse(values)) <= found.interval()[2])
+    assert np.mean(held) >= 0.93
+    # With the pole outside, and many steps, nothing is left of it.
+    exact = dataclasses.replace(many, residuals=np.zeros_like(many.residuals))
+    assert last_change(exact, inverse) == 0.0
+    few, more = (spectra.slq(diagonal(values), key=KEY, num_steps=m, num_probes=8) for m in (6, 24))
+    changes = [last_change(q, lambda x: 1 / (x - 1.5)) for q in (few, more)]
+    assert changes[1] < 1e-6 * changes[0] < 1e-6
+    assert last_change(spectra.slq(diagonal(values), key=KEY, num_steps=1, num_probes=2), np.exp) == np.inf
 
 
 def test_a_quadrature_is_no_other_run_than_it_was(quadratures, x64):

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,63 +79,81 @@ def frobenius_norm(
         needs_key=method != "exact",
     )
     if method == "exact":
-        _, norms, sound = exact.columns(run)
-        norms, unit = blocks.in_unit(norms, run.no_unit)
-        square = run.xp.sum(run.host(norms) ** 2)
-        error, ended, dof, count = 2 * op.precision * square, ALL_DONE, None, op.size
-        if moved := exact.moved_products(run):
-            forms = [2 * exact.form(product, change, unit) for _, product, change in moved]
-            error, dof = np.hypot(error, exact.root_mean_square(forms)), float(len(moved))
+        found = _exact(run)
     elif method == "hutchinson":
-        square, error, unit, ended, count, sound = _sampled(run, num_matvecs)
-        dof = count / 2
+        found = _sampled(run, num_matvecs)
     else:
-        sketch = SketchRun(run, "normal")
-        found: list[Any] = []
-
-        def step(count: int) -> list[Any]:
-            sketch.extend(count)
-            inner = sketch.inner_products()
-            values, pairs, known = leave_one_out.xtrace_values(
-                sketch.squared(inner),
-                sketch.directions(inner),
-                op.size,
-                op.precision,
-                resphere=True,
-                xp=run.xp,
-            )
-            mean, error = with_rounding(run, values, pairs, 0.0, known=known)
-            found[:] = [mean[-1], run.xp.hypot(error[-1], 2 * run.precision * mean[-1])]
-            return found
-
-        ended = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
-        (square, error), unit, count, sound = found, sketch.unit, 2 * sketch.num_probes, sketch.sound
-        dof = float(sketch.num_probes - 1)
-    value = run.xp.sqrt(run.xp.maximum(square, 0))
-    stderr = error / run.xp.where(value > 0, 2 * value, 1)
+        found = _sketched(run, num_matvecs)
+    value = run.xp.sqrt(run.xp.maximum(found.square, 0))
+    stderr = found.error / run.xp.where(value > 0, 2 * value, 1)
     estimate = run.estimate(
         run.xp.asarray([value]),
         run.xp.asarray([stderr]),
-        unit=unit,
-        num_matvecs=count,
+        unit=found.unit,
+        num_matvecs=found.num_matvecs,
         method=method,
-        ended=ended,
-        sound=sound,
+        ended=found.ended,
+        sound=found.sound,
         reason=reason,
-        dof=dof,
+        dof=found.dof,
     )
 
     def off_by(v: PyTree, product: PyTree, change: PyTree) -> float:
         """tr H (H' - H) / |H|, to first order what the norm is off by."""
-        return exact.form(product, change, unit) / float(value) * float(unit)
+        return exact.form(product, change, found.unit) / float(value) * float(found.unit)
 
     estimate = exact.of_little(run, estimate, off_by)
     return exact.of_nothing(run, estimate, lambda _, change: float(trees.norm(change)))
 
 
-def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Ended, int, Any]:
-    """Mean of |Hv|² over normal probes and its standard error, the unit of |Hv|, how the run ended, the
-    number of probes, and whether the products are sound.
+class _Squared(NamedTuple):
+    """|H|_F² and its standard error, in the unit squared, and what they are known from."""
+
+    square: Any
+    error: Any
+    unit: Any
+    num_matvecs: int
+    ended: Ended
+    sound: Any  # whether the products are finite and symmetric
+    dof: float | None
+
+
+def _exact(run: Run) -> _Squared:
+    """The sum of |H e_i|²."""
+    _, norms, sound = exact.columns(run)
+    norms, unit = blocks.in_unit(norms, run.no_unit)
+    square = run.xp.sum(run.host(norms) ** 2)
+    error, dof = 2 * run.op.precision * square, None
+    if moved := exact.moved_products(run):
+        forms = [2 * exact.form(product, change, unit) for _, product, change in moved]
+        error, dof = np.hypot(error, exact.root_mean_square(forms)), float(len(moved))
+    return _Squared(square, error, unit, run.op.size, ALL_DONE, sound, dof)
+
+
+def _sketched(run: Run, num_matvecs: int) -> _Squared:
+    """XTrace of H²."""
+    sketch = SketchRun(run, "normal")
+    found: list[Any] = []
+
+    def step(count: int) -> list[Any]:
+        sketch.extend(count)
+        inner = sketch.inner_products()
+        squared, directions = sketch.squared(inner), sketch.directions(inner)
+        values, pairs, known = leave_one_out.xtrace_values(
+            squared, directions, run.op.size, run.op.precision, resphere=True, xp=run.xp
+        )
+        mean, error = with_rounding(run, values, pairs, 0.0, known=known)
+        found[:] = [mean[-1], run.xp.hypot(error[-1], 2 * run.precision * mean[-1])]
+        return found
+
+    ended = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
+    square, error = found
+    probes = sketch.num_probes
+    return _Squared(square, error, sketch.unit, 2 * probes, ended, sketch.sound, float(probes - 1))
+
+
+def _sampled(run: Run, num_matvecs: int) -> _Squared:
+    """Mean of |Hv|² over normal probes.
 
     |Hv|² has the law Σ λ_i² χ²_1, so that k of them are close to χ² with ν = k |H|_F⁴ / tr H⁴ >= k degrees of
     freedom (Satterthwaite), and the root has the standard error |H|_F / sqrt(2 ν). Both the spread of |Hv|²
@@ -165,7 +183,8 @@ def _sampled(run: Run, num_matvecs: int) -> tuple[Any, Any, Any, Ended, int, Any
         return result()
 
     ended = adaptive(run, step, num_matvecs)
-    return *result(), unit, ended, num_probes(), run.check_pairs(pairs)
+    square, error = result()
+    return _Squared(square, error, unit, num_probes(), ended, run.check_pairs(pairs), num_probes() / 2)
 
 
 def _norms(

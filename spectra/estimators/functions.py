@@ -26,6 +26,7 @@ from spectra.estimators.bracket import (
     spread,
 )
 from spectra.operators.base import LinearOperator, is_real_scalar, require_operator
+from spectra.quadrature.changes import last_change
 from spectra.results import Estimate, Quadrature
 
 Source = LinearOperator | Quadrature
@@ -71,8 +72,8 @@ def trace_of(
     bracketed and that polynomials of degree 2m - 1 are integrated exactly; the variation of f between the
     nodes is sampled. Brackets are certain if `bounds` are given and f has the stated property; otherwise a
     and b are the 99 % limits that the probes imply for the extreme eigenvalues, with a clipped to the domain
-    of f. If f is not finite on [a, b] there is no bracket, and the interval does not include the error of the
-    quadrature.
+    of f. If f is not finite on [a, b] there is no bracket: in the interval, what the last step changed stands
+    for the error of the quadrature.
 
     `stderr` is the spread over probes: for v uniform on the sphere Var vᵀf(H)v = 2 (mean f² - (mean f)²) / (n
     + 2), which the quadrature estimates; the interval uses Student's t with the degrees of freedom of that
@@ -293,7 +294,7 @@ def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_sign
     if lower is not None and upper is not None:  # sums in another order
         lower, upper = known + below + min(lower, n * mean), known + above + max(upper, n * mean)
     else:
-        rounding += above - below
+        rounding += above - below + n * last_change(rest, at)
     least, most = (
         None if end is None or not excludes else known + off + more + pick(end, n * mean)
         for end, off, more, pick in zip(reach, slack, (below, above), (min, max), strict=True)
