@@ -103,7 +103,7 @@ def test_chunks_and_groups_change_nothing(monkeypatch, x64):
 
 @pytest.mark.parametrize("make", [spectra.HessianOperator, spectra.GradientCovarianceOperator])
 def test_no_more_columns_side_by_side_than_memory_holds_activations_of(make, monkeypatch, x64):
-    """Half of what is free, the largest power of two, 16 at most on a CPU and one at least; the matrix is the
+    """Half of what is free, the largest power of two, 32 at most on a CPU and one at least; the matrix is the
     same."""
     op = make(network, *problem())
     whole, held, found = op.as_matrix(), op.evaluated_bytes(), {}

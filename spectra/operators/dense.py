@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 64
 """Columns in one vmapped product at most: more are no faster."""
-CACHED, CACHE = 16, 2**24
-"""The same on a CPU, and bytes of activations of all of them that stay in its cache. With 64 side by side,
-columns of the Hessian of a small network took 2 to 4 times as long as with 16, and those of a transformer
-with 15 MB of activations 1.3 to 2.6 times as long as one by one."""
+CACHED, CACHE = 32, 2**25
+"""The same on a CPU, and bytes of activations of all of them, which its cache about holds. On two cores, with
+1 to 15 MB of activations each, columns of Hessians took up to twice as long with 64 side by side."""
 
 
 def in_flight(op: LinearOperator) -> int:
