@@ -156,6 +156,7 @@ def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:
     if above:
         low, middle, high, least, most = 1 - high, 1 - middle, 1 - low, 1 - most, 1 - least
     low, high, normals = max(low, least), min(high, most), float(q.num_probes * size)
+    low, high = min(low, high), max(low, high)  # limits that are equal are sums in different orders
     middle = min(max(middle, low), high)  # n times a share is rounded, as its limits are
     in_doubt = max(round((most - least) * q.size), 1)  # with atoms too close to tell the side
     stderr = float(unit * share * np.sqrt(2 * variance / (size + 2) / q.num_probes))

@@ -46,6 +46,18 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
 }  # fmt: skip
 
 
+def has_double_backward(function, x):
+    """Whether this PyTorch has one: that of `cdist` came with 2.14."""
+    try:
+        torch.autograd.functional.vhp(lambda x: function(x).sum(), x, x)
+    except NotImplementedError:
+        return False
+    return True
+
+
+FUNCTIONS = {name: (f, x) for name, (f, x) in FUNCTIONS.items() if has_double_backward(f, x)}
+
+
 class _All(nn.Module):
     def __init__(self):
         super().__init__()
