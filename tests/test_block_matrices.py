@@ -65,9 +65,9 @@ def blocks_in_float64(op):
 def test_blocks_of_one_module_share_a_program_and_keep_their_own_error(made):
     op = spectra.HessianOperator(loss_fn, *problem())
     truth, blocks = blocks_in_float64(op), op.blocks()
-    found = matrices.matrices_of(blocks)
+    found = dict(matrices.matrices_of(blocks))
     assert made == [24, 24, 4]  # two layers, and the head
-    assert list(found) == list(truth)
+    assert found.keys() == truth.keys()
     for name, matrix in found.items():
         values = np.linalg.eigvalsh(matrix.entries)
         error = np.linalg.norm(matrix.entries - truth[name], 2)
@@ -81,18 +81,24 @@ def test_blocks_of_one_module_share_a_program_and_keep_their_own_error(made):
 
 def test_by_themselves_where_products_are_dear(made, monkeypatch):
     blocks = spectra.HessianOperator(loss_fn, *problem()).blocks()
-    together = matrices.matrices_of(blocks)
+    together = dict(matrices.matrices_of(blocks))
     made.clear()
     monkeypatch.setattr(matrices, "WORTH", 0.0)
-    for name, matrix in matrices.matrices_of(blocks).items():
+    for name, matrix in matrices.matrices_of(blocks):
         scale = np.abs(matrix.entries).max()
         np.testing.assert_allclose(matrix.entries, together[name].entries, rtol=0, atol=1e-5 * scale)
     assert made == [block.size for block in blocks.values()]
 
 
+def test_no_matrix_is_computed_before_it_is_asked_for(made):
+    """All of them at once would be gigabytes for a network of many layers."""
+    next(matrices.matrices_of(spectra.HessianOperator(loss_fn, *problem()).blocks()))
+    assert len(made) == 1
+
+
 def test_groups_are_no_larger_than_a_matrix_may_be(made, monkeypatch):
     monkeypatch.setattr(matrices, "LARGEST", 9)
-    matrices.matrices_of(spectra.HessianOperator(loss_fn, *problem()).blocks())
+    list(matrices.matrices_of(spectra.HessianOperator(loss_fn, *problem()).blocks()))
     assert sorted(made) == [4, 8, 8, 16, 16]  # bias and gain of either layer together
 
 

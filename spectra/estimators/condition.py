@@ -148,7 +148,7 @@ def condition_number(
         arguments: dict[str, Any] = {"shift": shift, "rank_tol": rank_tol, "method": method, **options}
         small = {name: block for name, block in blocks.items() if _is_dense(block, method)}
         layers: dict[str, Any] = {
-            name: _dense(blocks[name], shift, rank_tol, matrix) for name, matrix in matrices_of(small).items()
+            name: _dense(blocks[name], shift, rank_tol, matrix) for name, matrix in matrices_of(small)
         }
         for (name, block), one in zip(blocks.items(), keys, strict=True):
             if name not in layers:

@@ -9,7 +9,7 @@ columns are as many products as they would take one by one.
 # Operators have parts that only this package uses.
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -23,9 +23,9 @@ LARGEST = 2000
 """Up to this order n products and LAPACK, some seconds, are what an iteration may give way to, and blocks are
 cut from one matrix."""
 WORTH = 4e9
-"""Bytes of saved values that all columns together may read for each program that is not compiled, which takes
-four seconds. A column of the whole goes back to the first of its parameters, one of a block only to its own:
-over both layers of a transformer it takes four times as long, within one of them hardly longer."""
+"""Bytes of saved values that all columns together may read for each program that is not compiled: two cores
+read so many in about the three seconds that one takes to compile. A column of the whole goes back to the
+first of its parameters, one of a block only to its own, which is a small difference within one module."""
 
 Unrounded = Callable[[np.ndarray], np.ndarray]  # a product with a flat vector, in float64
 
@@ -43,12 +43,18 @@ def matrix_of(op: LinearOperator) -> Matrix:
     return Matrix(np.asarray(op.as_matrix(), np.float64), None if exact is None else exact.unrounded)
 
 
-def matrices_of(blocks: Mapping[str, LinearOperator]) -> dict[str, Matrix]:
-    """The matrices of blocks of one operator, those of small ones together where it saves time."""
-    found: dict[str, Matrix] = {}
+def matrices_of(blocks: Mapping[str, LinearOperator]) -> Iterator[tuple[str, Matrix]]:
+    """The matrices of blocks of one operator by name, small ones together where it saves time.
+
+    In an order of its own: the next is computed when it is asked for, so that few are held at a time.
+    """
+    alone = dict(blocks)
     for group in _groups(blocks):
-        found |= _together(group)
-    return {name: found[name] if name in found else matrix_of(block) for name, block in blocks.items()}
+        for name, matrix in _together(group).items():
+            del alone[name]
+            yield name, matrix
+    for name, block in alone.items():
+        yield name, matrix_of(block)
 
 
 def _groups(blocks: Mapping[str, LinearOperator]) -> list[dict[str, DataOperator]]:

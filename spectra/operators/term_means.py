@@ -95,9 +95,8 @@ def _require_counts(op: Any, outputs: PyTree) -> None:
     """Raise where a weight of an example is no number of terms: in g gᵀ it would count twice."""
     axis = op._class_axis(outputs, split(op.data)[1])
     count = op.count_fn if axis is None else op.weight_fn
-    if count is None or (
-        op.kind == "mc" and op.sample_fn is None
-    ):  # which draws with the weights of the loss
+    draws_with_weights = op.kind == "mc" and op.sample_fn is None  # those of the loss
+    if count is None or draws_with_weights:
         return
     try:
         weights = np.asarray(_single_weights(op, count), float)

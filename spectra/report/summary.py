@@ -117,7 +117,7 @@ def summary(
         if dense.choose(block, None, min(steps, block.size), probes, None, True)
     }
     large = {name: block for name, block in blocks.items() if name not in small}
-    exact = {name: dense.eigenvalues(blocks[name], matrix) for name, matrix in matrices_of(small).items()}
+    exact = {name: dense.eigenvalues(blocks[name], matrix) for name, matrix in matrices_of(small)}
     found = exact | slq(large, key=key, num_steps=steps, num_probes=probes, progress=progress)
     return Summary({name: found[name] for name in blocks})
 
