@@ -31,12 +31,10 @@ from spectra.results import Quadrature
 
 Function = Callable[[np.ndarray], Any]
 Bounds = tuple[float | None, float | None]
-POLE = 1e-9
-"""How close a pole is found, in units of the interval that is searched."""
 ROUNDING = 256 * np.finfo(float).eps
 """Of the larger |f| at the ends: where a Chebyshev series leaves no more, it is f but for rounding."""
 _CELLS = 64
-"""Between two points, at once, in which the end of a domain is looked for: seven times, 64^7 = 2^42."""
+"""Between two points, at once, in which the end of a domain is looked for: twelve times, 64^12 = 2^72."""
 COUPLING_SAMPLES = 1025
 """Of f between the ends, of which its variation and its slope are read where Ritz vectors were taken out."""
 _SHARES = np.linspace(0.0, 1.0, 65)
@@ -96,32 +94,32 @@ def domain(
 
     if is_good(a):
         return (a, b), rests
-    if not is_good(smallest - (smallest - a) / 2**40):
-        if _is_finite(f, smallest, largest, smallest):  # the fault lies beyond
-            why = (
-                "does not bend one way"
-                if one_signed and _is_finite(f, smallest, b, smallest)
-                else "has a pole"
-            )
-            return None, f"no bracket: f {why} between the smallest Ritz value and {b:.6g}, the upper bound"
-        return None, "no bracket: f is not finite between the Ritz values"
-    good = _first_good(lambda x: evaluate(f, x), is_good, a, smallest)
-    # Semi-definite as far as it is seen, and f is defined at zero, as log(x + δ) is. One step sees no more
-    # than the mean of the eigenvalues, whose sign is not theirs.
-    middle = (smallest + good) / 2
-    zero = good < -POLE * (smallest - a) and smallest >= -floor
-    lower = min(0.0, smallest, *[middle] * (q.num_steps == 1)) if zero else middle
-    text = f"{lower:.3g} as lower bound, since f is not defined down to {a:.3g}: likely, not certain"
-    return (lower, b), text
+    zero = min(0.0, smallest)
+    if q.num_steps > 1 and smallest >= -floor and is_good(zero):  # as sqrt or log(x + δ)
+        return (zero, b), f"{zero:.3g} as lower bound: no Ritz value is negative; likely, not certain"
+    if not is_good(smallest):
+        if not _is_finite(f, smallest, largest, smallest):
+            return None, "no bracket: f is not finite between the Ritz values"
+        bent = one_signed and _is_finite(f, smallest, b, smallest)
+        why = "does not bend one way" if bent else "has a pole"
+        return None, f"no bracket: f {why} between the smallest Ritz value and {b:.6g}, the upper limit"
+    end = _first_good(lambda x: evaluate(f, x), is_good, a, smallest)
+    beyond = evaluate(f, np.linspace(a, end, _CELLS, endpoint=False))
+    if not one_signed and np.isfinite(beyond).any():
+        return None, f"no bracket: f has a pole near {end:.6g}, where an eigenvalue may be"
+    # Of an eigenvalue that is closer to the end a product does not tell on which side it is.
+    lower = min(smallest, end + q.precision * max(map(abs, q.range)))
+    return (lower, b), f"{lower:.3g} as lower bound, since f ends or has a pole there: likely, not certain"
 
 
 def _first_good(f: Function, is_good: Callable[[float], bool], bad: float, good: float) -> float:
-    """The end of the domain of f, or a pole: between a bad point and a good one, to 2^-40 of their distance.
+    """The end of the domain of f, or a pole: between a bad point and a good one.
 
-    Where f stops to be finite many points at once tell; what else is bad is found by halving.
+    Where f stops to be finite many points at once tell, to 2^-72 of the distance: an end at zero is found to
+    far less than a noise floor. What else is bad is found by halving, to 2^-40.
     """
     first = good
-    for _ in range(7):
+    for _ in range(12):
         x = np.linspace(bad, first, _CELLS + 1)
         infinite = np.append(0, 1 + np.flatnonzero(~np.isfinite(f(x[1:-1]))))[-1]
         bad, first = float(x[infinite]), float(x[infinite + 1])

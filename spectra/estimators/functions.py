@@ -11,22 +11,11 @@ import numpy as np
 from spectra.base import trees
 from spectra.base.calls import automatic, require_key
 from spectra.base.errors import SpectraError, Status
-from spectra.density.extremes import sampled_ends, sampling_error, shows_fourth_powers
 from spectra.density.slq import slq
 from spectra.density.spending import spend
-from spectra.estimators import levels
-from spectra.estimators.bracket import (
-    Bounds,
-    Function,
-    bracket,
-    domain,
-    evaluate,
-    interval_of,
-    linked,
-    spread,
-)
+from spectra.estimators.bracket import Bounds, Function
+from spectra.estimators.of_quadrature import from_quadrature
 from spectra.operators.base import LinearOperator, is_real_scalar, require_operator
-from spectra.quadrature.changes import last_change
 from spectra.results import Estimate, Quadrature
 
 Source = LinearOperator | Quadrature
@@ -71,9 +60,11 @@ def trace_of(
     `one_signed=True`. For any other f the bracket is wider: it uses that the distribution seen by a probe is
     bracketed and that polynomials of degree 2m - 1 are integrated exactly; the variation of f between the
     nodes is sampled. Brackets are certain if `bounds` are given and f has the stated property; otherwise a
-    and b are the 99 % limits that the probes imply for the extreme eigenvalues, with a clipped to the domain
-    of f. If f is not finite on [a, b] there is no bracket: in the interval, what the last step changed stands
-    for the error of the quadrature.
+    and b are the 99 % limits that the probes imply for the extreme eigenvalues. Where f ends between them, as
+    log does at zero, all eigenvalues are taken to be where it is defined, and the bracket reaches to its end;
+    it is wide until more steps, or `bounds`, exclude eigenvalues there. Where f is finite on both sides of a
+    pole there is no bracket: the interval is an estimate, and what the last steps changed stands for the
+    error of the quadrature.
 
     `stderr` is the spread over probes: for v uniform on the sphere Var vᵀf(H)v = 2 (mean f² - (mean f)²) / (n
     + 2), which the quadrature estimates; the interval uses Student's t with the degrees of freedom of that
@@ -136,7 +127,7 @@ def trace_of(
     signed = _is_known(f) if one_signed is None else one_signed
 
     def estimate(quadrature: Quadrature) -> Estimate:
-        return _from_quadrature(quadrature, f, bounds, signed)
+        return from_quadrature(quadrature, f, bounds, signed)
 
     def open_share(found: Estimate) -> float:
         """The error and half of the bracket, in units of what is asked for."""
@@ -247,107 +238,6 @@ def _require_no_run(q: Quadrature, **given: int | None) -> None:
                 f"{name}={value} has no effect on a quadrature, which is a run of {q.num_steps} steps of "
                 f"{q.num_probes} probes: leave it out, or pass the operator."
             )
-
-
-def _from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_signed: bool) -> Estimate:
-    q, short = levels.split(q)
-    sampled = sampled_ends(q)
-    (a, b), excludes = interval_of(q, bounds, sampled)
-
-    def at(x: np.ndarray) -> np.ndarray:
-        return evaluate(f, np.clip(x, a, b))
-
-    _check_finite(q, at)
-    parts, floor = q.parts, q.noise_floor
-    known = parts.total(at)
-    fields: dict[str, Any] = {"num_matvecs": q.num_matvecs, "method": "slq", "status": q.status}
-    off = _changes(at, parts.atoms, floor + parts.coupling)
-    rounding, slack = float(np.sum(np.abs(off).max(axis=0))), off.sum(axis=1)
-    rest = parts.rest
-    if rest is None:
-        return Estimate(known, rounding, **fields, reason="all eigenvalues are known")
-    n, k = rest.size, rest.num_probes
-    nodes, weights = np.asarray(rest.nodes, np.float64), np.asarray(rest.weights, np.float64)
-    weights = weights / weights.sum(axis=1, keepdims=True)
-    values = np.where(weights > 0, at(nodes), 0.0)
-    mean = float(np.sum(weights * values) / k)
-    ends, rests = domain(q, f, (a, b), excludes, bounds, one_signed)
-    inner = _within(q, ends, sampled)
-    stderr, dof = sampling_error(weights, values, n)
-    moved = 0.0
-    if inner is not None and short is not None:
-        moved, stderr, dof, rounded = levels.combined(q, short, f, inner)
-        rounding += rounded
-    elif inner is not None:
-        stderr, dof = spread(q, f, inner, mean)
-    if dof is not None and not shows_fourth_powers(q):
-        dof = float(k)
-    moves = np.abs(_changes(at, nodes, floor)).max(axis=0)
-    rounding += n * float(np.sum(np.where(weights > 0, weights * moves, 0.0)) / k)
-    rounding += parts.spill(at, mean)
-    lower, upper, reach, reason = bracket(q, f, inner, rests, one_signed)
-    known += moved
-    below, above = (0.0, 0.0)
-    if parts.links is not None:
-        known_ends = ends or (float(np.min(q.nodes)), float(np.max(q.nodes)))
-        below, above = linked(f, parts.links, known_ends, one_signed)
-    if lower is not None and upper is not None:  # sums in another order
-        lower, upper = known + below + min(lower, n * mean), known + above + max(upper, n * mean)
-    else:
-        rounding += above - below + n * last_change(rest, at)
-    least, most = (
-        None if end is None or not excludes else known + off + more + pick(end, n * mean)
-        for end, off, more, pick in zip(reach, slack, (below, above), (min, max), strict=True)
-    )
-    if short is not None:
-        reason = f"{len(short)} more probes of one step each see a parabola; {reason}"
-    if parts.links is not None:
-        reason = f"{len(parts.links.theta)} Ritz vectors are taken out; {reason}"
-    elif len(parts.atoms):
-        reason = f"{len(parts.atoms)} eigenvalues are resolved; {reason}"
-    return Estimate(
-        value=known + n * mean,
-        stderr=float(np.hypot(stderr, rounding)),
-        **fields,
-        reason=reason,
-        dof=dof,
-        lower=lower,
-        upper=upper,
-        least=least,
-        most=most,
-    )
-
-
-def _within(
-    q: Quadrature, ends: tuple[float, float] | None, sampled: tuple[float, float]
-) -> tuple[float, float] | None:
-    """The ends of what is sampled, where eigenpairs or a space were taken out, within those of all."""
-    if ends is None or q.bulk is None:
-        return ends
-    floor, nodes = q.noise_floor, np.asarray(q.bulk.nodes)
-    low = min(sampled[0], float(nodes.min()) - floor)
-    high = max(sampled[1], float(nodes.max()) + floor)
-    return max(ends[0], low), min(ends[1], high)
-
-
-def _changes(f: Function, x: np.ndarray, shift: float) -> np.ndarray:
-    """How far f falls (at most 0) and rises where x moves by `shift`, as far as it is defined there."""
-    changes = np.asarray([f(x - shift), f(x + shift)]) - f(x)
-    changes = np.where(np.isfinite(changes), changes, 0.0)
-    return np.array([np.minimum(changes, 0.0).min(axis=0), np.maximum(changes, 0.0).max(axis=0)])
-
-
-def _check_finite(q: Quadrature, f: Function) -> None:
-    """Raise unless f is finite at the Ritz values."""
-    nodes, weights = np.asarray(q.nodes, np.float64), np.asarray(q.weights)
-    bad = ~np.isfinite(f(nodes)) & (weights > 0)
-    if bad.any():
-        raise SpectraError(
-            f"f is not finite at the Ritz value {nodes[bad][0]:.6g} (the noise floor is "
-            f"{q.noise_floor:.1e}): for log, inverse and powers shift the operator, op.shift(delta), by "
-            "more than its most negative eigenvalue and the noise floor, or pass bounds=(0, None) if it is "
-            "positive semi-definite."
-        )
 
 
 def module_of(x: Any) -> Any:

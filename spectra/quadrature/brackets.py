@@ -51,9 +51,10 @@ def gauss_radau(
     nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, fixed: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights of the rule with one more node, at `fixed`, which is none of the nodes."""
-    return tuple(
-        part[0] for part in _members(nodes, weights, residuals, [parameter(nodes, residuals, fixed)])
-    )  # pyright: ignore[reportReturnType]
+    theta, masses = _members(nodes, weights, residuals, [parameter(nodes, residuals, fixed)])
+    points = theta[0]
+    points[np.argmin(np.abs(points - fixed))] = fixed  # but for rounding, which counts where f has a pole
+    return points, masses[0]
 
 
 def parameter(nodes, residuals, x):

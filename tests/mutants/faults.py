@@ -31,10 +31,24 @@ def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
 KRYLOV = [
     fault(
         "what the last step changed is left out where nothing bounds a quadrature",
-        "estimators/functions.py",
-        "rounding += above - below + n * last_change(rest, at)",
+        "estimators/of_quadrature.py",
+        "rounding += above - below + parts.rest.size * estimated_error(parts.rest, at)",
         "rounding += above - below",
-        "test_trace_of.py::test_where_nothing_bounds_the_quadrature_its_last_change_is_in_the_interval",
+        "test_trace_of.py::test_where_nothing_bounds_the_quadrature_its_last_changes_are_in_the_interval",
+    ),
+    fault(
+        "convergence from one side is as fast as it is for a pole in between",
+        "quadrature/changes.py",
+        "return last * max(1.0, rate / (1 - rate))",
+        "return last",
+        "test_trace_of.py::test_slow_convergence_from_one_side_is_many_times_the_last_change",
+    ),
+    fault(
+        "a function that ends at zero ends halfway to the smallest Ritz value",
+        "estimators/bracket.py",
+        "lower = min(smallest, end + q.precision * max(map(abs, q.range)))",
+        "lower = (smallest + end) / 2",
+        "test_trace_of.py::test_a_function_that_ends_at_zero_is_bounded_down_to_zero[log-3]",
     ),
     fault(
         "the first rows of a module's matrix are those of each of its blocks",
@@ -657,9 +671,9 @@ DENSITY = [
     ),
     fault(
         "limits of a trace of f take resolved eigenvalues for exact",
-        "estimators/functions.py",
-        "else known + off + more + pick(end, n * mean)",
-        "else known + more + pick(end, n * mean)",
+        "estimators/of_quadrature.py",
+        "else elsewhere + off + more + pick(end, total)",
+        "else elsewhere + more + pick(end, total)",
         "test_trace_of.py",
     ),
     fault(
