@@ -7,7 +7,9 @@ from cases import diagonal, runs_of, slow_but
 from scipy.stats import norm
 
 import spectra
-from spectra.density.smoothing import _curves, _hat_means, _relative_width, _smooth, spectral_density
+from spectra.density.hats import hat_means, moved_kernels, smooth
+from spectra.density.kernels import Width
+from spectra.density.smoothing import _curves, _relative_width, spectral_density
 
 BULK_AND_OUTLIERS = np.concatenate([np.random.default_rng(0).normal(size=990), 1e4 * (1 + np.arange(10))])
 SPECTRA = {
@@ -52,7 +54,7 @@ def test_hat_means_agree_with_numerical_integration():
     from scipy.integrate import quad
 
     grid, center, width = np.array([-1.0, -0.2, 0.1, 0.9]), 0.15, 0.3
-    got = _hat_means(grid, np.array([center]), np.array([width]))[:, 0]
+    got = hat_means(grid, np.array([center]), np.array([width]))[:, 0]
     for i, value in enumerate(got):
         hat = np.eye(4)[i]
         total = quad(
@@ -124,7 +126,7 @@ def test_density_band_contains_the_smoothed_truth_at_the_promised_rate(name):
         density = spectral_density(quadrature)
         widths = 0.05 * np.hypot(values, density.linear_scale)
         equal = np.full((1, len(values)), 1 / len(values))
-        truth = _smooth(density.grid, values, equal, widths)[0][0]
+        truth = smooth(density.grid, values, equal, widths)[0][0]
         # The ends of the grid hold the tails of kernels only; compare where one eigenvalue is seen.
         seen = truth > 0.1 / (len(values) * density.bandwidth.max() * np.sqrt(2 * np.pi))
         inside = (density.lower <= truth * (1 + 1e-6)) & (truth * (1 - 1e-6) <= density.upper)
@@ -150,7 +152,7 @@ def smoothed(density, values, masses=None):
     """The spectrum under the kernel that a density states, with equal masses or those of a probe."""
     widths = 0.05 * np.hypot(values, density.linear_scale)
     masses = np.full((1, len(values)), 1 / len(values)) if masses is None else masses[None]
-    return _smooth(density.grid, values, masses, widths)[0][0]
+    return smooth(density.grid, values, masses, widths)[0][0]
 
 
 @pytest.mark.parametrize("name", slow_but(WIDE_RANGE, "mostly zeros"))
@@ -203,7 +205,7 @@ def test_a_grid_much_coarser_than_the_kernel_has_a_finite_band_that_holds(bandwi
     misses = 0
     for q in runs_of(4, run(values, 0, num_probes=40)):
         density = spectral_density(q, bandwidth=bandwidth, grid=grid)
-        truth = _smooth(grid, values, np.full((1, 1000), 1e-3), np.full(1000, bandwidth))[0][0]
+        truth = smooth(grid, values, np.full((1, 1000), 1e-3), np.full(1000, bandwidth))[0][0]
         misses += not ((density.lower <= truth + 1e-9) & (truth <= density.upper + 1e-9)).all()
         assert density.upper.max() <= 1 / 0.5  # all mass under one hat
     assert misses <= 3  # of ten: four or more with probability 1e-3
@@ -220,7 +222,7 @@ def test_the_density_band_is_no_wider_than_its_level_asks_for():
     for seed in range(10):
         density = spectral_density(run(values, seed, num_probes=4))
         equal, widths = np.full((1, 1000), 1e-3), 0.05 * np.hypot(values, density.linear_scale)
-        (truth,), square = _smooth(density.grid, values, equal, widths)
+        (truth,), square = smooth(density.grid, values, equal, widths)
         inside = truth > 0.1 * truth.max()
         tests = np.sum(np.diff(density.grid) / density.bandwidth[1:])
         ideal = 2 * norm.isf(0.025 / tests) * np.sqrt(2 * (square - truth**2) / (1000 + 2) / 4)
@@ -315,3 +317,35 @@ def test_more_probes_extend_a_run():
 def test_bad_smoothing_arguments_are_named(options, word):
     with pytest.raises(spectra.SpectraError, match=word):
         spectral_density(run(SPECTRA["decay"], 0, num_probes=1), **options)
+
+
+@pytest.mark.parametrize("moved", [1e-12, 2e-3, 1e-2], ids=["little", "some", "a fifth of a kernel"])
+def test_eigenvalues_known_to_within_a_distance_have_the_band_of_that_distance(moved):
+    """Of sixty zeros, rounding of a tenth of a kernel left nothing known of the density there."""
+    values = np.append(np.zeros(60), np.linspace(0.1, 3, 40))
+    widths, equal = Width(0.05, 0.05), np.full((1, 100), 0.01)
+    grid = np.linspace(-0.6, 4.5, 700)
+    lower, density, upper = moved_kernels(grid, values, widths, moved)
+    (truth,) = smooth(grid, values, equal, widths(values))[0]
+    np.testing.assert_allclose(density, truth, rtol=1e-12, atol=1e-12)
+    rng, furthest = np.random.default_rng(0), []
+    for shift in (-moved, moved, *(moved * rng.uniform(-1, 1, (20, 100)))):
+        places = values + shift
+        (truth,) = smooth(grid, places, equal, widths(places))[0]
+        furthest.append(truth)
+        rounding = 1e-13 * truth.max()
+        assert np.all(truth >= lower - rounding)
+        assert np.all(truth <= upper + rounding)
+    ends = np.ptp(furthest[:2], axis=0)  # all eigenvalues moved one way, and the other
+    assert np.trapezoid(upper - lower, grid) < 2 * np.trapezoid(ends, grid)
+
+
+def test_the_band_of_an_exact_spectrum_with_many_zeros_is_that_of_its_rounding():
+    values = np.append(np.zeros(60), np.linspace(0.1, 1, 40))
+    rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((100, 100)))[0]
+    report = spectra.spectrum(
+        spectra.MatrixOperator(jax.numpy.asarray((rotation * values) @ rotation.T, np.float32)),
+        key=jax.random.key(0),
+    )
+    density = spectra.spectral_density(report)
+    assert np.trapezoid(density.upper - density.lower, density.grid) < 0.2  # it was 1.8

@@ -9,8 +9,9 @@ import pytest
 from scipy.linalg import eigh_tridiagonal
 
 import spectra
+from spectra.density.hats import smooth
 from spectra.density.kernels import Width, complex_hat_means
-from spectra.density.smoothing import _curves, _default_grid, _smooth
+from spectra.density.smoothing import _curves, _default_grid
 
 STEPS = 16
 
@@ -61,7 +62,7 @@ def test_every_measure_with_the_same_coefficients_is_within_limits_that_are_no_w
     grid = _default_grid(found.nodes[0], h)
     lower, middle, upper = _curves(found, grid, h, found.noise_floor, None)
     curves = [
-        _smooth(grid, nodes, masses[None], h(nodes))[0][0]
+        smooth(grid, nodes, masses[None], h(nodes))[0][0]
         for nodes, masses in extensions(run[0], run[1], np.random.default_rng(0))
     ]
     curves, slack = np.array(curves), 1e-8 * middle.max()

@@ -1,7 +1,6 @@
 """From a quadrature to a smooth density with a band, at no further product."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,7 +10,8 @@ from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
 from spectra.density import bands
 from spectra.density.bands import coupling_of_kernels
-from spectra.density.kernels import RELATIVE_WIDTH, Width, chunks, peak
+from spectra.density.hats import NARROW, kernels, moved_kernels, smooth
+from spectra.density.kernels import RELATIVE_WIDTH, Width, peak
 from spectra.density.moments import moments_density, points_of
 from spectra.quadrature.resolved import Parts
 from spectra.results import Density, Moments, Quadrature, as_quadrature
@@ -102,7 +102,7 @@ def spectral_density(
         found = _curves(parts.rest, grid, widths, moved, level, parts)
         curves.append((parts.rest.size / quadrature.size, found))
     if len(parts.atoms):
-        found = _curves(_of_atoms(quadrature, parts.atoms), grid, widths, moved, None)
+        found = _known(quadrature, parts.atoms, grid, widths, moved)
         curves.append((len(parts.atoms) / quadrature.size, found))
     lower, density, upper = np.sum([share * np.stack(found) for share, found in curves], axis=0)
     if parts.links is not None:
@@ -147,7 +147,7 @@ def smoothed(quadrature: Quadrature, grid: np.ndarray) -> np.ndarray:
 
 def _curve(quadrature: Quadrature, grid: np.ndarray, widths: Width) -> np.ndarray:
     nodes = np.asarray(quadrature.nodes, np.float64).ravel()
-    return _smooth(grid, nodes, _masses(quadrature)[None], widths(nodes))[0][0]
+    return smooth(grid, nodes, _masses(quadrature)[None], widths(nodes))[0][0]
 
 
 def _masses(quadrature: Quadrature) -> np.ndarray:
@@ -173,6 +173,15 @@ def _of_atoms(quadrature: Quadrature, atoms: np.ndarray) -> Quadrature:
     )
 
 
+def _known(
+    quadrature: Quadrature, atoms: np.ndarray, grid: np.ndarray, widths: Width, moved: float
+) -> tuple[np.ndarray, ...]:
+    """(lower, density, upper) of eigenvalues that are known to within `moved`."""
+    if NARROW * moved <= np.min(widths(atoms)):
+        return moved_kernels(grid, atoms, widths, moved)
+    return _curves(_of_atoms(quadrature, atoms), grid, widths, moved, None)
+
+
 def _curves(
     quadrature: Quadrature,
     grid: np.ndarray,
@@ -189,11 +198,11 @@ def _curves(
     h, masses = widths(nodes), _masses(quadrature)
     density = _curve(quadrature, grid, widths)
 
-    def smooth(centers: np.ndarray, masses: np.ndarray, h: np.ndarray) -> np.ndarray:
-        return _smooth(grid, centers, masses, h)[0]
+    def sums(centers: np.ndarray, masses: np.ndarray, h: np.ndarray) -> np.ndarray:
+        return smooth(grid, centers, masses, h)[0]
 
     leak, origin = (parts.leak, parts.origin) if parts else (0.0, None)
-    lower, upper = bands.limits(quadrature, grid, widths, density, moved, smooth, origin)
+    lower, upper = bands.limits(quadrature, grid, widths, density, moved, sums, origin)
     highest = peak(grid, widths)
     lower, upper = np.maximum(lower - leak * highest, 0), np.minimum(upper + leak * highest, highest)
     upper = np.maximum(upper, density)
@@ -202,7 +211,7 @@ def _curves(
         tail = bands.bonferroni(level, num_tests)
         limit = bands.ShareLimit(quadrature.size, quadrature.num_probes, tail)
         unseen, found = (upper - density) / highest, np.zeros((3, len(grid)))
-        for target, near, kernel in _kernels(grid, nodes, h):
+        for target, near, kernel in kernels(grid, nodes, h):
             seen = kernel, masses[near], unseen[target], highest[target]
             found[:, target] = bands.typical_kernels(*seen, limit)
         below, above = upper, found[2]
@@ -263,53 +272,6 @@ def _default_grid(centers: np.ndarray, widths: Width) -> np.ndarray:
     pieces.append(end)
     grid = np.unique(np.array(pieces))
     return grid[np.concatenate([[True], np.diff(grid) > 0])]
-
-
-def _hat_means(grid: np.ndarray, centers: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """(g, c) means of Gaussians under the hat functions of the grid: ∫ hat_i N_c / ∫ hat_i.
-
-    With Φ, φ the normal distribution and density at z = (x - c) / h, the integral over a cell [a, b] of
-    the rising hat is ((c - a) ΔΦ - h Δφ) / (b - a), and of the falling one ΔΦ minus that.
-    """
-    from scipy.special import ndtr
-
-    z = np.clip((grid[:, None] - centers) / h, -_REACH - 2, _REACH + 2)
-    x = centers + h * z  # beyond the reach a point counts as its edge: no cancellation far away
-    phi = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
-    tail = ndtr(-np.abs(z))  # differences of the smaller tails, unless the center lies in the cell
-    inside = (z[:-1] <= 0) & (z[1:] > 0)
-    mass = np.where(inside, 1 - tail[1:] - tail[:-1], np.abs(np.diff(tail, axis=0)))
-    cell = np.diff(grid)[:, None]
-    rising = (x[:-1] - grid[:-1, None]) * mass + (centers - x[:-1]) * mass - h * np.diff(phi, axis=0)
-    rising = np.clip(rising / cell, 0, mass)
-    total = np.zeros_like(z)
-    total[1:] += rising
-    total[:-1] += mass - rising
-    hat = np.zeros(len(grid))
-    hat[1:] += np.diff(grid) / 2
-    hat[:-1] += np.diff(grid) / 2
-    return total / hat[:, None]
-
-
-def _kernels(
-    grid: np.ndarray, centers: np.ndarray, h: np.ndarray
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """(slice of the grid, centers that it sees, kernel between these) until the grid is through."""
-    for target, points, inner in chunks(grid):
-        near = (centers + 8 * h >= points[0]) & (centers - 8 * h <= points[-1])
-        yield target, near, _hat_means(points, centers[near], h[near])[inner]
-
-
-def _smooth(
-    grid: np.ndarray, centers: np.ndarray, masses: np.ndarray, h: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Smoothed density of each row (k, g) from masses (k, c), and the mean of the squared kernel (g,)."""
-    density = np.zeros((len(masses), len(grid)))
-    square = np.zeros(len(grid))
-    for target, near, kernel in _kernels(grid, centers, h):
-        density[:, target] = masses[:, near] @ kernel.T
-        square[target] = kernel**2 @ masses[:, near].mean(axis=0)
-    return density, square
 
 
 _BULK = 5.0  # eigenvalues within a kernel's width: where that many are, none of them is an outlier
