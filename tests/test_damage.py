@@ -133,6 +133,16 @@ def test_every_class_has_a_rule_for_each_of_its_fields_and_is_among_the_sound_fi
         assert repr(loaded) == repr(result)
 
 
+@pytest.mark.parametrize(
+    ("value", "residual"), [(1e300, 1e-300), (np.inf, 1.0), (1.0, np.inf), (np.nan, np.nan)]
+)
+def test_a_history_prints_whatever_numbers_it_holds(value, residual):
+    (snapshot,) = history(1)
+    snapshot = dataclasses.replace(snapshot, eigenvalues=np.array([value]), residuals=np.array([residual]))
+    assert str(snapshot)
+    assert str(spectra.SpectrumHistory([snapshot], {}))
+
+
 def check(counts, count):
     assert counts["wrong"] == []
     assert counts["ran"] == []

@@ -96,7 +96,8 @@ class Snapshot(Result):
         value, residual = abs(float(self.eigenvalues[0])), float(self.residuals[0])
         if not 0 < residual < value:
             return 3 if residual else DIGITS
-        return min(max(math.ceil(math.log10(value / residual)) + 1, 3), DIGITS)
+        known = min(math.log10(value) - math.log10(residual), DIGITS)  # their quotient may overflow
+        return min(max(math.ceil(known) + 1, 3), DIGITS)
 
     def _largest(self) -> str:
         """The leading pair with its residual, where the probes say less than it."""

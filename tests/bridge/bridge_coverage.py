@@ -1,6 +1,7 @@
 """Which operators the models of the registry reach, found by exporting them."""
 
 import jax
+import test_bridge_second_derivatives as second
 import torch
 from bridge_cases import CASES
 from function_sweep import Swept
@@ -20,6 +21,13 @@ def covered_by_functions() -> set[str]:
             model = bridge.from_torch(module, torch.ones((), dtype=torch.float64), batch_axis=None)
             found |= set(model.operators)
     return found
+
+
+def covered_by_second_derivatives() -> set[str]:
+    """The operators kept whole since PyTorch's second derivatives of them are not those of their parts."""
+    with jax.enable_x64(True):
+        module, one = second.AllFunctions(), torch.ones((), dtype=torch.float64)
+        return set(bridge.from_torch(module, one).operators)
 
 
 def covered_by_models() -> set[str]:

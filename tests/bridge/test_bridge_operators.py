@@ -39,12 +39,14 @@ def test_a_wrong_operator_is_noticed_and_named(monkeypatch):
 def test_every_operator_is_tested(monkeypatch):
     """Each function of the table is called here or by a model of the registry, which is only exported."""
     monkeypatch.setattr(agreement, "check", lambda *_: None)
-    from bridge_coverage import covered_by_functions, covered_by_models
+    from bridge_coverage import covered_by_functions, covered_by_models, covered_by_second_derivatives
     from test_bridge_ties import TIES
 
     calls = [call for family in FAMILIES.values() for call in family]
     called = {name for name, _, _ in calls + SIZES} | covered_by_models()
-    called |= covered_by_functions() | {f"aten.{row[0]}" for row in TIES.values()}
+    called |= (
+        covered_by_second_derivatives() | covered_by_functions() | {f"aten.{row[0]}" for row in TIES.values()}
+    )
     called |= {GROUPED, "spectra.packed"}  # below; packed sequences in test_bridge_containers.py
     functions = {OPERATORS[n] for n in called if n in OPERATORS}
     untested = sorted(n for n, f in OPERATORS.items() if f not in functions)

@@ -58,7 +58,7 @@ def has_double_backward(function, x):
 FUNCTIONS = {name: (f, x) for name, (f, x) in FUNCTIONS.items() if has_double_backward(f, x)}
 
 
-class _All(nn.Module):
+class AllFunctions(nn.Module):
     def __init__(self):
         super().__init__()
         self.values = nn.ParameterList([nn.Parameter(x.clone()) for _, x in FUNCTIONS.values()])
@@ -69,7 +69,7 @@ class _All(nn.Module):
 
 def test_products_are_those_of_pytorch(x64):
     """Of Σ exp(f/2), so that first and second derivatives count; float64, a few roundings."""
-    module, one = _All(), torch.ones((), dtype=torch.float64)
+    module, one = AllFunctions(), torch.ones((), dtype=torch.float64)
     model = bridge.from_torch(module, one)
     vectors = [torch.cos(torch.arange(1.0, x.numel() + 1)).reshape(x.shape).to(x) for x in module.values]
 
