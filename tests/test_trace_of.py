@@ -489,3 +489,30 @@ def test_no_limit_of_a_trace_is_above_what_a_cusp_at_zero_allows():
         assert found.least <= truth <= found.most
         low, _, high = found.interval()
         assert low <= truth <= high
+
+
+FAR = np.concatenate([[-0.5], np.zeros(50), np.full(47, 1e-3), [5.0, 50.0]])
+PAIRS = np.repeat([-0.2, 0.8], [40, 60])
+ENDS = np.geomspace(1e-6, 1, 5)
+
+
+@pytest.mark.parametrize(
+    ("values", "f", "num_steps"),
+    [
+        (FAR, lambda x: np.sqrt(np.abs(x)), 3),
+        (PAIRS, lambda x: (x > -0.2) * 1.0, 1),
+        (ENDS, lambda x: np.abs(x - 10**-4.5), 1),
+    ],
+    ids=["cusp between samples", "step at the end", "kink beside the end"],
+)
+def test_a_bracket_holds_where_samples_of_a_polynomial_miss_a_kink(values, f, num_steps, x64):
+    """A cusp at zero lay between two samples that agree: 5 of 12 brackets missed, by up to half."""
+    op = diagonal(values)
+    for seed in range(8):
+        options = {"key": jax.random.key(seed), "num_probes": 1}
+        ends = (values.min(), values.max())
+        found = spectra.trace_of(op, f, num_steps=num_steps, bounds=ends, **options)
+        whole = spectra.slq(op, num_steps=len(np.unique(values)), **options)  # the measure of this probe
+        weights = np.asarray(whole.weights[0]) / np.sum(whole.weights[0])
+        exact, rounding = len(values) * np.sum(weights * f(np.asarray(whole.nodes[0]))), 1e-4
+        assert found.lower - rounding <= exact <= found.upper + rounding

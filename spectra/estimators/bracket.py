@@ -265,15 +265,18 @@ def _of_any(f: Function, rule: Rule, a: float, b: float, extra: np.ndarray) -> t
     gauss = float(w @ evaluate(f, np.clip(theta, a, b)))
     if not r.any():
         return gauss, gauss
-    low, high = _by_polynomial(f, rule, a, b)
+    low, high = _by_polynomial(f, rule, a, b, extra)
     if high - low <= ROUNDING * np.abs(evaluate(f, np.array([a, b]))).max():
         return min(low, gauss), max(high, gauss)  # f is a polynomial: steps and hinges cost more, for nothing
     down, up = deviation(lambda x: evaluate(f, x), rule, a, b, extra)
     return gauss - max(min(down, gauss - low), 0.0), gauss + max(min(up, high - gauss), 0.0)
 
 
-def _by_polynomial(f: Function, rule: Rule, a: float, b: float) -> tuple[float, float]:
-    """p is the Chebyshev series of f up to degree 2m - 1; samples of f - p are half their steps off."""
+def _by_polynomial(f: Function, rule: Rule, a: float, b: float, extra: np.ndarray) -> tuple[float, float]:
+    """p is the Chebyshev series of f up to degree 2m - 1; samples of f - p are half their steps off.
+
+    At a kink or a cusp two samples may agree, and f be far from both between them: `extra` is where f bends.
+    """
     from numpy.polynomial import chebyshev
 
     theta, w, _ = rule
@@ -284,7 +287,8 @@ def _by_polynomial(f: Function, rule: Rule, a: float, b: float) -> tuple[float, 
     values = evaluate(f, middle + half * x)
     series = 2 / count * np.cos(np.outer(np.arange(degree + 1), np.arccos(x))) @ values
     series[0] /= 2
-    rest = values - chebyshev.chebval(x, series)
+    places = np.sort(np.concatenate([middle + half * x, extra]))
+    rest = evaluate(f, places) - chebyshev.chebval((places - middle) / half, series)
     exact = float(w @ chebyshev.chebval(np.clip((theta - middle) / half, -1, 1), series))
     between = np.max(np.abs(np.diff(rest))) / 2
     return exact + float(rest.min() - between), exact + float(rest.max() + between)

@@ -210,11 +210,15 @@ EXACT = 6
 
 
 def kinks(f: Function, a: float, b: float, nodes: np.ndarray) -> np.ndarray:
-    """Points where f bends most, from halving the cells in which it is furthest from straight."""
-    x = np.sort(np.concatenate([np.linspace(a, b, 257), np.clip(nodes, a, b)]))
+    """Points where f bends most, from halving the cells in which it is furthest from straight.
+
+    The ends are among them, and zero: a cusp there, as that of |x|^(1/2), to the bit.
+    """
+    known = np.unique([a, np.clip(0.0, a, b), b])
+    x = np.sort(np.concatenate([np.linspace(a, b, 257), np.clip(nodes, a, b), known]))
     left, right, values = x[:-1], x[1:].copy(), f(x)
     low, high, middle = values[:-1], values[1:].copy(), np.array(f((left + right) / 2))
-    found = []
+    found = [known]
     for _ in range(ROUNDS):  # calls of one shape: a compiled f is compiled once
         bent = np.where(right - left > NARROW * (b - a), np.abs(middle - (low + high) / 2), -1.0)
         worst = np.argsort(bent)[-SPLITS:]

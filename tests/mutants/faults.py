@@ -44,6 +44,20 @@ KRYLOV = [
         "test_density.py::test_eigenvalues_known_to_within_a_distance_have_the_band_of_that_distance",
     ),
     fault(
+        "a polynomial is compared with a function at its own points alone",
+        "estimators/bracket.py",
+        "places = np.sort(np.concatenate([middle + half * x, extra]))",
+        "places = np.sort(middle + half * x)",
+        "test_trace_of.py::test_a_bracket_holds_where_samples_of_a_polynomial_miss_a_kink",
+    ),
+    fault(
+        "kinks are looked for between the ends alone",
+        "quadrature/hinges.py",
+        "found = [known]",
+        "found = []",
+        "test_trace_of.py::test_a_bracket_holds_where_samples_of_a_polynomial_miss_a_kink",
+    ),
+    fault(
         "convergence from one side is as fast as it is for a pole in between",
         "quadrature/changes.py",
         "return last * max(1.0, rate / (1 - rate))",
