@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import tracemalloc
 import warnings
 
 import jax
@@ -14,6 +15,7 @@ from scipy import stats
 import spectra
 from spectra import DataError
 from spectra.estimators.law import Law
+from spectra.operators.doubled import in_double
 from spectra.report import variability
 
 CUTS = {"equal": (4, 8), "unequal": (1, 9), "a batch each": tuple(range(1, 12))}
@@ -360,6 +362,28 @@ def test_a_stream_of_thousands_of_batches_is_as_precise_as_one_batch():
     error = np.linalg.norm(np.asarray(op @ jnp.asarray(v), np.float64) - wanted)
     # Each of 3000 products has a few roundings of its own, whose mean is far below one.
     assert error <= np.finfo(np.float32).eps * np.linalg.norm(wanted)
+
+
+def square(w, x):
+    return 0.5 * jnp.mean(x[:, 0]) * jnp.sum(w**2)
+
+
+def test_products_in_float64_hold_no_list_of_the_batches():
+    """Two or three vectors of 8 n bytes at a time; of 100 batches a list would be 100."""
+    n, scales = 20_000, np.arange(1.0, 101.0, dtype=np.float32)
+    op = spectra.HessianOperator(square, jnp.ones(n), list(scales.reshape(-1, 1, 1)), check_data=False)
+    wide = in_double(op)
+    assert wide is not None
+    v = jnp.ones(n)
+    wide.unrounded(v)
+    tracemalloc.start()
+    try:
+        found = wide.unrounded(v)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(found, scales.mean(), rtol=1e-12)
+    assert peak < 20 * 8 * n
 
 
 def test_subsets_speak_about_the_distribution_that_they_are_drawn_from():
