@@ -579,6 +579,11 @@ def test_a_course_that_leads_below_the_limit_warns_ahead():
     assert [step for step, _ in warned(-falling[::-1] + 2, warn_ahead=30)] != []  # numbers of any sign
 
 
+def test_a_reading_is_shown_on_its_own_side_of_the_limit():
+    [(_, text)] = warned([2.0, 0.99999])
+    assert "m = 0.9999 has fallen below 1" in text  # and not 1
+
+
 def test_no_course_no_warning():
     rng = np.random.default_rng(2)
     assert warned(1.5 + 2.5 * 0.8 ** np.arange(30), warn_ahead=30) == []  # levels out at 1.5
