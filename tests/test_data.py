@@ -386,6 +386,19 @@ def test_products_in_float64_hold_no_list_of_the_batches():
     assert peak < 20 * 8 * n
 
 
+def test_printed_means_of_unequal_subsets_are_those_that_bound_the_whole():
+    """By Jensen's inequality, with weights; the plain mean of these is 2.1, below the whole's 3.9."""
+    x = np.concatenate([np.tile([[2.0, 0.0]], (97, 1)), np.tile([[0.5, 0.1]], (3, 1))])
+    batches = [jnp.asarray(x[:97]), jnp.asarray(x[97:])]
+    op = spectra.HessianOperator(linear_loss, jnp.ones(2), batches)
+    found = spectra.data_variability(op, key=jax.random.key(0), num_subsets=2, num_steps=2)
+    np.testing.assert_allclose(found.weights, [0.97, 0.03])
+    mean = float(found.weights @ found.largest[:, 0])
+    assert found.largest.mean() < found.whole_largest[0] <= mean * (1 + 1e-6)
+    assert f"largest eigenvalue   {mean:.5g} ±" in str(found)
+    assert f"trace                {found.weights @ found.trace:.5g}; between" in str(found)
+
+
 def test_subsets_speak_about_the_distribution_that_they_are_drawn_from():
     """Student's limits of NumPy's traces and eigenvalues of ten subsets, four parameters: all exact."""
     rng = np.random.default_rng(3)

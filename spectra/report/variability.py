@@ -181,8 +181,9 @@ class DataVariability(Result):
     """Leading eigenvalues and trace on disjoint subsets of the data.
 
     By convexity, the largest eigenvalue of a mean of matrices is at most the mean of their largest
-    eigenvalues, and the smallest is at least the mean of their smallest. The gap between the whole and the
-    subsets is the curvature that cancels in the average.
+    eigenvalues, and the smallest is at least the mean of their smallest, with the same weights in both. The
+    gap between the whole and the subsets is the curvature that cancels in the average. Printed means have the
+    weights of the subsets in the whole, spreads have none.
 
     Eigenvalues are Ritz values: but for rounding, the largest are never above the true eigenvalue of the same
     rank and the smallest never below it, and each is within its residual of *some* eigenvalue. If the
@@ -205,6 +206,7 @@ class DataVariability(Result):
     status: Status = Status.COMPLETE  # the first of the quadratures' that is something to be wary of
     whole_largest_residuals: Float[Array, " eigenvalues"] | None = None  # None in older files
     whole_smallest_residuals: Float[Array, " eigenvalues"] | None = None
+    weights: Float[Array, " subsets"] | None = None  # of each subset in the whole; None in older files: equal
 
     @property
     def trace_data_std(self) -> float:
@@ -230,7 +232,7 @@ class DataVariability(Result):
             residuals = getattr(self, f"{name}_residuals")
             of_whole = getattr(self, f"whole_{name}_residuals")
             for i in range(values.shape[1]):
-                mean, spread_of, all_data = values[:, i].mean(), values[:, i].std(ddof=1), f"{whole[i]:.5g}"
+                mean, all_data = np.average(values[:, i], weights=self.weights), f"{whole[i]:.5g}"
                 text, note = f"{mean:.5g}", ""
                 if residuals is not None and (residuals[:, i] > OPEN * np.abs(values[:, i])).any():
                     text, note = f"{side} {directed(float(mean), name == 'smallest', 5)}", "; not converged"
@@ -240,9 +242,11 @@ class DataVariability(Result):
                 ):
                     all_data = f"{side} {directed(float(whole[i]), name == 'smallest', 5)}"
                     note = "; not converged"
-                text += f" ± {spread_of:.2g}; all data {all_data}{note}"
+                text += f" ± {values[:, i].std(ddof=1):.2g}; all data {all_data}{note}"
                 spread.append((f"{name} eigenvalue" if i == 0 else f"  no. {i + 1}", text))
-        text = f"{np.mean(self.trace):.5g}; between subsets ± {self.trace_data_std:.2g}"
+        text = (
+            f"{np.average(self.trace, weights=self.weights):.5g}; between subsets ± {self.trace_data_std:.2g}"
+        )
         if self.trace_spread is not None:
             low, _, high = self.trace_spread
             text += f" {span(low, high, 2)} (95 %)"
@@ -339,6 +343,7 @@ def data_variability(
         status=worst(q.status for q in results),
         whole_largest_residuals=ends[-1][3],
         whole_smallest_residuals=ends[-1][2],
+        weights=drawn.weights,
     )
 
 
