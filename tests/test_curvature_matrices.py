@@ -316,3 +316,30 @@ def test_empirical_fisher_of_tokens_does_not_depend_on_the_layout(classes, x64):
             FisherOperator(*other, kind="empirical")
         return
     assert relative_error(FisherOperator(*other, kind="empirical").as_matrix(), plain.as_matrix()) <= 1e-12
+
+
+def mean_of_projections(w, x):
+    """Its gradient for an example is the example."""
+    return jnp.mean(x @ w)
+
+
+@pytest.mark.parametrize("cut", ["one batch", "microbatches", "stream"])
+def test_the_noise_of_gradients_survives_a_mean_that_is_far_longer(cut):
+    """In float32 C - ḡ ḡᵀ would be off by eps |ḡ|²; the sum of (g - ḡ)(g - ḡ)ᵀ is by eps |ḡ| |g - ḡ|."""
+    rng = np.random.default_rng(0)
+    x = np.float32(rng.standard_normal((96, 12)) + 300 * rng.standard_normal(12))
+    expected = np.cov(np.float64(x), rowvar=False, bias=True)
+    mean, noise = np.linalg.norm(x.mean(0)), np.sqrt(np.trace(expected))
+    options = {"microbatch": 40} if cut == "microbatches" else {}
+    data = [x[:40], x[40:80], x[80:]] if cut == "stream" else jnp.asarray(x)
+    op = GradientCovarianceOperator(mean_of_projections, jnp.ones(12), data, centered=True, **options)
+    eps = float(np.finfo(np.float32).eps)
+    error = np.linalg.norm(np.asarray(op.as_matrix(), np.float64) - expected)
+    assert error <= 4 * eps * mean * noise
+    pairs = spectra.eigsh(op, 2, which="LA", key=jax.random.key(0))
+    largest = np.linalg.eigvalsh(expected)[-2:]
+    assert np.all(
+        np.abs(np.asarray(pairs.values, np.float64) - largest) <= pairs.residuals + pairs.noise_floor
+    )
+    # Rounding is measured with the mean taken out: the floor of a stream was that of C, 10⁵ times the noise.
+    assert pairs.noise_floor <= 16 * eps * mean * noise

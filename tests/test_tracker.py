@@ -409,6 +409,42 @@ def test_a_full_disk_costs_no_snapshot_and_ends_no_training(tmp_path):
     same(spectra.load(path), tracker.history)
 
 
+def doubling(t):
+    return spectra.MatrixOperator((1 + t) * jnp.diag(jnp.linspace(0.0, 1.0, 6)))
+
+
+def test_a_run_that_goes_back_and_looks_more_often_leaves_a_history_in_order(tmp_path):
+    path = tmp_path / "run.jsonl"
+    tracker = spectra.SpectrumTracker(doubling, 4, path=path, num_steps=6)
+    for step in range(17):
+        tracker(step, step / 16)
+    tracker = spectra.SpectrumTracker(doubling, 2, path=path, num_steps=6)
+    for step in range(9, 15):  # from the checkpoint of step 8
+        tracker(step, step / 16)
+    for history in (tracker.history, spectra.load(path)):
+        np.testing.assert_array_equal(history.steps, [0, 4, 8, 10, 12, 14, 16])
+        np.testing.assert_allclose(history.sharpness, 1 + history.steps / 16, rtol=1e-5)
+        assert "7, steps 0 to 16" in str(history)
+        assert history.cost > 0  # the time trained is that of both runs, whatever was recorded last
+
+
+def test_a_step_that_was_left_out_twice_counts_once_and_one_taken_later_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    tracker = spectra.SpectrumTracker(doubling, 2, path=path, num_steps=6, budget=0.5)
+    monkeypatch.setattr(tracker, "_exceeds_budget", lambda *_: True)
+    tracker(0, 0.0)
+    with pytest.warns(UserWarning, match="left out"):
+        tracker(2, 0.0)
+    tracker(2, 0.0)
+    tracker(4, 0.0)
+    assert tracker.history.skipped == (2, 4)
+    again = spectra.SpectrumTracker(doubling, 2, path=path, num_steps=6)
+    again(2, 0.0)
+    for history in (again.history, spectra.load(path)):
+        assert history.skipped == (4,)
+        np.testing.assert_array_equal(history.steps, [0, 2])
+
+
 @pytest.mark.parametrize("name", ["", "a" * 300 + ".jsonl"], ids=["folder", "long"])
 def test_a_place_that_cannot_be_written_is_refused_before_training(name, tmp_path):
     with pytest.raises(spectra.SpectraError, match="cannot be written"):
@@ -541,6 +577,11 @@ def test_a_course_that_leads_below_the_limit_warns_ahead():
     assert "will fall below 1 in about 22 steps" in text
     assert [step for step, _ in warned(falling)] == [80]
     assert [step for step, _ in warned(-falling[::-1] + 2, warn_ahead=30)] != []  # numbers of any sign
+
+
+def test_a_reading_is_shown_on_its_own_side_of_the_limit():
+    [(_, text)] = warned([2.0, 0.99999])
+    assert "m = 0.9999 has fallen below 1" in text  # and not 1
 
 
 def test_no_course_no_warning():

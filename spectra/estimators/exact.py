@@ -72,23 +72,30 @@ def _columns(op: LinearOperator, z: PyTree, batch: int) -> _Columns:
 
 
 def moved_products(run: Run, moved: bool = False) -> list[tuple[PyTree, PyTree, PyTree]]:
+    """`changes_of_products` of a run; empty inside a caller's jit, where it would double the program."""
+    return [] if run.traced else changes_of_products(run.op, run.source, moved)
+
+
+def changes_of_products(
+    op: LinearOperator, source: LinearOperator, moved: bool = False
+) -> list[tuple[PyTree, PyTree, PyTree]]:
     """(v, H v, (H' - H) v) for `SAMPLES` vectors of random signs v and H' in float64, or moved operators H'.
 
-    Empty where an operator does not say what it depends on, as a matrix does not: its entries are what is
-    asked for, and the rounding of its products is their stated precision. Empty as well inside a caller's
-    jit, where it would double the program.
+    `op` is the prepared form of `source`. Empty where an operator does not say what it depends on, as a
+    matrix does not: its entries are what is asked for, and the rounding of its products is their stated
+    precision.
     """
     key = jax.random.key(KEY)
-    if run.traced or not is_measured(run.source, moved):
+    if not is_measured(source, moved):
         return []
-    exact = None if moved else doubled(run.source)
+    exact = None if moved else doubled(source)
     found: list[tuple[PyTree, PyTree, PyTree]] = []
     for i in range(SAMPLES):
         one = jax.random.fold_in(key, i)
-        vectors = blocks.draw(run.op, one, np.arange(1), "rademacher")
-        other = exact or run.source.moved(one)
+        vectors = blocks.draw(op, one, np.arange(1), "rademacher")
+        other = exact or source.moved(one)
         assert other is not None
-        here, there = (blocks.products(op, vectors, 1) for op in (run.op, outside_loops(other.prepare())))
+        here, there = (blocks.products(x, vectors, 1) for x in (op, outside_loops(other.prepare())))
         vectors, here, there = (jax.tree.map(lambda x: x[0], tree) for tree in (vectors, here, there))
         found.append((vectors, here, jax.tree.map(lambda x, y: x - y, there, here)))
     return found

@@ -105,8 +105,8 @@ class Passes:
     """The passes over streams within one product: how far each is, so that a run can end between batches.
 
     Args:
-        sums: (batches added, their sum) of each pass, in the order in which the product makes them; where
-            a run goes on inside a product, those of the run before.
+        sums: two for each pass, in the order in which the product makes them, (batches added, their sum) and
+            (0, what rounding took from it); where a run goes on inside a product, those of the run before.
         look: called between batches with the sums and the seconds since the last call; what it returns, in
             place of the seconds, decides after how many batches it is called again.
         pace: seconds that should lie between two calls.
@@ -118,7 +118,9 @@ class Passes:
         look: Callable[[list[tuple[int, PyTree]], float], float],
         pace: float,
     ):
-        self.sums, self._look, self._pace = list(sums), look, pace
+        in_pairs = len(sums) % 2 == 0 and not any(count for count, _ in sums[1::2])
+        self.sums = list(sums) if in_pairs else []  # older versions kept the sums alone
+        self._look, self._pace = look, pace
         self._begun = self._batches = 0
         self._stride, self._looked = 1, time.monotonic()
 
@@ -131,16 +133,17 @@ class Passes:
         finally:
             _observer.reset(token)
 
-    def begin(self) -> tuple[int, PyTree]:
-        """Batches that the next pass has behind it, and their sum."""
+    def begin(self) -> tuple[int, tuple[PyTree, PyTree] | None]:
+        """Batches that the next pass has behind it, their sum and what rounding took from it."""
         self._begun += 1
-        if len(self.sums) < self._begun:
-            self.sums.append((0, None))
-        return self.sums[self._begun - 1]
+        if len(self.sums) < 2 * self._begun:
+            self.sums += [(0, None), (0, None)]
+        (count, total), (_, lost) = self.sums[2 * self._begun - 2 : 2 * self._begun]
+        return count, None if total is None else (total, lost)
 
-    def after(self, count: int, total: PyTree) -> None:
+    def after(self, count: int, total: tuple[PyTree, PyTree]) -> None:
         """Note a batch of the pass under way."""
-        self.sums[self._begun - 1] = count, total
+        self.sums[2 * self._begun - 2 : 2 * self._begun] = (count, total[0]), (0, total[1])
         self._batches += 1
         if self._batches < self._stride:
             return
@@ -158,6 +161,9 @@ def weighted_sum(fn: Callable[[Any], PyTree], pieces: Iterable[tuple[float, Any]
     Products are dispatched without waiting, so the next batch is read while the device works; without
     a bound a fast source would queue all its batches in the device's memory. What a saved pass has behind
     it is read, since streams cannot skip, and not computed again.
+
+    What rounding takes from the sum is added at the end: of thousands of batches that would be several times
+    the precision of a product, and a second sum in float64 of the same batches would not show it.
     """
     passes = _observer.get()
     done, total = passes.begin() if passes else (0, None)
@@ -165,11 +171,11 @@ def weighted_sum(fn: Callable[[Any], PyTree], pieces: Iterable[tuple[float, Any]
         if count <= done:
             continue
         before, part = total, fn(piece)
-        total = _multiple(weight, part) if total is None else _add(weight, part, total)
+        total = _first(weight, part) if total is None else _add(weight, part, *total)
         jax.block_until_ready(total if _shares_threads(total) else before)
         if passes:
             passes.after(count, total)
-    return total
+    return total if total is None else _whole(*total)
 
 
 def _shares_threads(tree: PyTree) -> bool:
@@ -181,9 +187,28 @@ def _shares_threads(tree: PyTree) -> bool:
     return len(devices) > 1 and next(iter(devices)).platform == "cpu"
 
 
-_multiple = programs.jit(trees.scale)
+@programs.jit
+def _first(weight: Any, part: PyTree) -> tuple[PyTree, PyTree]:
+    total = trees.scale(weight, part)
+    return total, jax.tree.map(jnp.zeros_like, total)
 
 
 @programs.jit
-def _add(weight: Any, part: PyTree, total: PyTree) -> PyTree:
-    return trees.axpy(weight, part, total)
+def _add(weight: Any, part: PyTree, total: PyTree, lost: PyTree) -> tuple[PyTree, PyTree]:
+    """The rounded sum, and what rounding has taken from it so far (Knuth's two-sum)."""
+
+    def one(x: jax.Array, old: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = (weight * x).astype(old.dtype)
+        new = old + x
+        added = new - old
+        return new, rest + ((old - (new - added)) + (x - added))
+
+    leaves, treedef = jax.tree.flatten(total)
+    pairs = map(one, jax.tree.leaves(part), leaves, jax.tree.leaves(lost))
+    sums, rests = zip(*pairs, strict=True)
+    return treedef.unflatten(sums), treedef.unflatten(rests)
+
+
+@programs.jit
+def _whole(total: PyTree, lost: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, rest: jnp.where(jnp.isfinite(x), x + rest, x), total, lost)

@@ -80,22 +80,6 @@ class GradientCovarianceOperator(DataOperator):
         """True: a mean of outer products, less that of their mean."""
         return True
 
-    def mv(self, v: PyTree) -> PyTree:
-        """C v, or C v - ḡ (ḡᵀ v)."""
-        v = trees.cast_like(v, self.structure)
-        product = super().mv(v)
-        done = self.mean is None or self.linear is not None  # what `prepare` saved is centred
-        return product if done else self._center(product, v)
-
-    def mv_batch(self, vectors: PyTree) -> PyTree:
-        """The same for a stack of vectors."""
-        results = super().mv_batch(vectors)
-        done = self.mean is None or self.stream is None  # without a stream `mv` itself has centred them
-        return results if done else jax.vmap(self._center)(results, trees.cast_like(vectors, self.structure))
-
-    def _center(self, product: PyTree, v: PyTree) -> PyTree:
-        return trees.axpy(-trees.vdot(self.mean, v), self.mean, product)
-
     def _principal(self, indices: tuple[int, ...]) -> "GradientCovarianceOperator":
         block = super()._principal(indices)
         return block if self.mean is None else block._with(mean=trees.keep_leaves(self.mean, indices))
@@ -103,10 +87,6 @@ class GradientCovarianceOperator(DataOperator):
     def _on(self, **data: Any) -> "GradientCovarianceOperator":
         other = self._with(**data, mean=None)
         return other._with(mean=other.gradient()) if self.centered else other
-
-    def _pieces(self) -> Any:
-        for weight, piece in super()._pieces():
-            yield weight, piece._with(mean=None)  # the mean over all pieces is taken out at the end
 
     def _value(self, params: PyTree, piece: PyTree) -> jax.Array:
         return differentiate.check_scalar(self.loss_fn(params, piece), "loss_fn")
@@ -119,7 +99,13 @@ class GradientCovarianceOperator(DataOperator):
 
         _, push, pull = differentiate.jacobian(self.mode, losses, variables)
         along = push(v)
-        return pull((weights / jnp.sum(weights)).astype(along.dtype) * along)
+        shares = (weights / jnp.sum(weights)).astype(along.dtype)
+        if self.mean is None:
+            return pull(shares * along)
+        # Σ p (g - ḡ) (g - ḡ)ᵀ v: with C v - ḡ ḡᵀ v, all of the noise below eps |ḡ|² would be lost, and
+        # a ḡ that is off by its rounding would count with |ḡ| in place of with its own length.
+        along = shares * (along - trees.vdot(self.mean, v).astype(along.dtype))
+        return trees.axpy(-jnp.sum(along), self.mean, pull(along))
 
     def _examples(self, piece: PyTree) -> tuple[jax.Array, list[jax.Array], Callable[..., jax.Array]]:
         """Weights and leaves of the examples, and the loss of one: (variables, weight, example) -> scalar."""

@@ -69,8 +69,10 @@ class DoubledOperator(Reevaluated):
         """The product with a vector, or with a flat array, in float64 on the host."""
         v = trees.unravel(jnp.asarray(v, self.dtype), self.structure) if isinstance(v, np.ndarray) else v
         if self.base.on_host:
-            parts = [w * self._of(piece).unrounded(v) for w, piece in self.base._pieces()]
-            return np.sum(parts, axis=0)
+            total: Any = 0.0  # of as many batches as there are: no list of them
+            for w, piece in self.base._pieces():
+                total = total + w * self._of(piece).unrounded(v)
+            return total
         return flat(self._run(_product, v))
 
     def _run(self, program: Any, *vectors: PyTree, **options: Any) -> Any:

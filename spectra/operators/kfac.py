@@ -218,7 +218,10 @@ class KFACOperator(_FromData):
     A layer y = W a + b, seen N times with inputs a_n (a one appended for the bias) and vectors g_nk whose
     outer products sum to the loss's curvature in y, has the block Σ_nk (a_n a_nᵀ) ⊗ (g_nk g_nkᵀ). KFAC
     replaces the mean of products by the product of means: A ⊗ B with A = Σ_n w_n a_n a_nᵀ and B = Σ_nk g_nk
-    g_nkᵀ. It is exact for one example, and for deep linear networks with squared error.
+    g_nkᵀ. It is exact for one example that each layer sees once, and for deep linear networks with squared
+    error whose layers see an example once, see positions that the loss counts one by one and alike
+    ("expand"), or see positions that are pooled before the loss ("reduce"). Positions that a mask takes from
+    the loss still count in A.
 
     Layers need no registration: they are found in the jaxpr of `model_fn`, through transposes, reshapes,
     casts, `jit`, `remat` and `scan`. They are products with a parameter (dense layers, the projections of

@@ -179,6 +179,7 @@ _RULES: dict[type, Mapping[str, Rule]] = {
         "limits": _or_none(_array("2")),
         **dict.fromkeys(("largest_residuals", "smallest_residuals"), _or_none(_array("subsets k", low=0))),
         "whole_largest_residuals": _or_none(_array("k", low=0)),
+        "weights": _or_none(_array("subsets", low=0)),
         "whole_smallest_residuals": _or_none(_array("k", low=0)),
         "status": _STATUS,
     },
@@ -234,7 +235,10 @@ _CLAIMS: dict[type, dict[str, Callable[[Any], bool]]] = {
     SingularTriplets: {"the vectors are not those of the Jacobian": _whole_sides},
     Tridiagonal: {"beta has another length than alpha": lambda t: t.beta.shape[-1] == t.alpha.shape[-1] - 1},
     LossSlice: {"the plane is empty": lambda plane: plane.loss.size > 0},
-    DataVariability: {"there are no subsets": lambda v: v.largest.size > 0},
+    DataVariability: {
+        "there are no subsets": lambda v: v.largest.size > 0,
+        "no subset has a weight": lambda v: v.weights is None or np.sum(v.weights) > 0,
+    },
     Snapshot: {
         "there are no eigenvalues": lambda s: len(s.eigenvalues) > 0,
         "its trace is not a number": lambda s: all(

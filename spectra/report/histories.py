@@ -160,7 +160,7 @@ class HistoryReader:
                 f"'{self.path}' is damaged in line {shown}{more}, which is left out; "
                 f"{len(self._snapshots)} snapshots are whole.",
             )
-        return SpectrumHistory(tuple(self._snapshots), provenance, tuple(self._skipped))
+        return SpectrumHistory.of(self._snapshots, provenance, self._skipped)
 
     def _take(self, file: BinaryIO) -> None:
         """Decode the lines that are new, and note where they end."""

@@ -19,7 +19,9 @@ from spectra.density.extremes import extreme
 from spectra.density.slq import slq
 from spectra.estimators import blocks
 from spectra.estimators.batches import Batches, in_order, listed
+from spectra.estimators.exact import SHARP, changes_of_products, form
 from spectra.estimators.law import Law
+from spectra.krylov.product_rounding import SAMPLES
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.batches import batch_size
 from spectra.operators.data import DataOperator
@@ -41,13 +43,35 @@ def spread_of_traces(
     """The standard deviation (with s - 1) of tr H_j over s operators of one structure, and its interval.
 
     The interval is about the probes alone: the operators are those given. Up to n = `num_probes` unit vectors
-    take the place of probes, and all that is left is rounding.
+    take the place of probes, and all that is left is rounding: it is measured, as where probes leave hardly
+    any other error.
 
-    Cost: min(num_probes, n) products with each operator, `together` at a time.
+    Cost: min(num_probes, n) products with each operator, `together` at a time, and eight more with each where
+    rounding is measured.
     """
-    exact = ops[0].size <= num_probes
-    samples = _samples(ops, key, min(num_probes, ops[0].size), together, exact)
-    return summary(samples, ops[0].size, max(op.precision for op in ops), exact=exact, level=level)
+    from scipy.special import stdtrit
+
+    exact, n = ops[0].size <= num_probes, ops[0].size
+    prepared = [outside_loops(op.prepare()) for op in ops]
+    samples = _samples(prepared, key, min(num_probes, n), together, exact)
+    found = summary(samples, n, max(op.precision for op in ops), exact=exact, level=level)
+    low, middle, high = found
+    resolution = float(jnp.finfo(ops[0].dtype).eps) * _largest_form(samples, n, exact)
+    if high - low > 2 * SHARP * resolution:
+        return found
+    reach = -float(stdtrit(SAMPLES, (1 - level) / 2)) * _rounding_of_spread(prepared, ops)
+    return Interval(max(low - reach, 0.0), middle, high + reach)
+
+
+def _rounding_of_spread(prepared: list[LinearOperator], ops: list[LinearOperator]) -> float:
+    """The root mean square, over random signs v, of the spread of vᵀ(H'_j - H_j)v; H' is H as in float64, or
+    moved. All operators have the same v, so that what rounding does to all alike makes no spread."""
+    each = [changes_of_products(op, source) for op, source in zip(prepared, ops, strict=True)]
+    if not all(each):
+        return 0.0
+    unit = jnp.zeros((), ops[0].dtype)
+    forms = np.array([[form(v, change, unit) for v, _, change in own] for own in each])
+    return float(np.sqrt(np.mean(np.var(forms, axis=0, ddof=1))))
 
 
 class Samples(NamedTuple):
@@ -59,27 +83,32 @@ class Samples(NamedTuple):
 
 
 def _samples(ops: list[LinearOperator], key: jax.Array, count: int, together: int, exact: bool) -> Samples:
-    """Of `count` probes, or unit vectors if `exact`."""
-    prepared, found = [outside_loops(op.prepare()) for op in ops], []
+    """Of `count` probes, or unit vectors if `exact`, with prepared operators."""
+    found = []
     for start in range(0, count, together):
         indices = np.arange(start, min(start + together, count))
         vectors = _vectors(ops[0], key, indices, exact, meshes.places(ops[0].like))
-        images = [blocks.products(op, vectors, len(indices)) for op in prepared]
+        images = [blocks.products(op, vectors, len(indices)) for op in ops]
         *parts, unit = (np.asarray(x, np.float64) for x in jax.device_get(_inner_products(vectors, images)))
         unit = unit or 1.0
         found.append([part * unit**power for part, power in zip(parts, (1, 2, 2), strict=True)])
     return Samples(*map(np.concatenate, zip(*found, strict=True)))
 
 
+def _largest_form(samples: Samples, size: int, exact: bool) -> float:
+    """The largest |v| |H_j v| of an operator, in the mean; of unit vectors the root of the sum of squares."""
+    squares = samples.squares
+    return float(np.max(np.sqrt(np.sum(squares, axis=0) if exact else size * np.mean(squares, axis=0))))
+
+
 def summary(samples: Samples, size: int, precision: float, *, exact: bool, level: float) -> Interval:
     """The standard deviation of the traces and its interval."""
-    forms, rests, squares = samples
+    forms, rests, _ = samples
     k, s = forms.shape
     d = np.sum(forms, axis=0) if exact else np.mean(forms, axis=0)
     covariance = np.zeros((s, s)) if exact else 2 / k * np.mean(rests, axis=0)
     # A form is off by precision |v| |Hv|; of unit vectors the errors add up.
-    largest = np.max(np.sqrt(np.sum(squares, axis=0) if exact else size * np.mean(squares, axis=0)))
-    rounding = precision * float(largest) * np.sqrt(s / (s - 1))
+    rounding = precision * _largest_form(samples, size, exact) * np.sqrt(s / (s - 1))
     low, middle, high = map(float, _interval(d - d.mean(), covariance, k, level) / np.sqrt(s - 1))
     return Interval(max(low - rounding, 0.0), middle, high + rounding)
 
@@ -152,8 +181,9 @@ class DataVariability(Result):
     """Leading eigenvalues and trace on disjoint subsets of the data.
 
     By convexity, the largest eigenvalue of a mean of matrices is at most the mean of their largest
-    eigenvalues, and the smallest is at least the mean of their smallest. The gap between the whole and the
-    subsets is the curvature that cancels in the average.
+    eigenvalues, and the smallest is at least the mean of their smallest, with the same weights in both. The
+    gap between the whole and the subsets is the curvature that cancels in the average. Printed means have the
+    weights of the subsets in the whole, spreads have none.
 
     Eigenvalues are Ritz values: but for rounding, the largest are never above the true eigenvalue of the same
     rank and the smallest never below it, and each is within its residual of *some* eigenvalue. If the
@@ -176,6 +206,7 @@ class DataVariability(Result):
     status: Status = Status.COMPLETE  # the first of the quadratures' that is something to be wary of
     whole_largest_residuals: Float[Array, " eigenvalues"] | None = None  # None in older files
     whole_smallest_residuals: Float[Array, " eigenvalues"] | None = None
+    weights: Float[Array, " subsets"] | None = None  # of each subset in the whole; None in older files: equal
 
     @property
     def trace_data_std(self) -> float:
@@ -201,7 +232,7 @@ class DataVariability(Result):
             residuals = getattr(self, f"{name}_residuals")
             of_whole = getattr(self, f"whole_{name}_residuals")
             for i in range(values.shape[1]):
-                mean, spread_of, all_data = values[:, i].mean(), values[:, i].std(ddof=1), f"{whole[i]:.5g}"
+                mean, all_data = np.average(values[:, i], weights=self.weights), f"{whole[i]:.5g}"
                 text, note = f"{mean:.5g}", ""
                 if residuals is not None and (residuals[:, i] > OPEN * np.abs(values[:, i])).any():
                     text, note = f"{side} {directed(float(mean), name == 'smallest', 5)}", "; not converged"
@@ -211,9 +242,11 @@ class DataVariability(Result):
                 ):
                     all_data = f"{side} {directed(float(whole[i]), name == 'smallest', 5)}"
                     note = "; not converged"
-                text += f" ± {spread_of:.2g}; all data {all_data}{note}"
+                text += f" ± {values[:, i].std(ddof=1):.2g}; all data {all_data}{note}"
                 spread.append((f"{name} eigenvalue" if i == 0 else f"  no. {i + 1}", text))
-        text = f"{np.mean(self.trace):.5g}; between subsets ± {self.trace_data_std:.2g}"
+        text = (
+            f"{np.average(self.trace, weights=self.weights):.5g}; between subsets ± {self.trace_data_std:.2g}"
+        )
         if self.trace_spread is not None:
             low, _, high = self.trace_spread
             text += f" {span(low, high, 2)} (95 %)"
@@ -310,6 +343,7 @@ def data_variability(
         status=worst(q.status for q in results),
         whole_largest_residuals=ends[-1][3],
         whole_smallest_residuals=ends[-1][2],
+        weights=drawn.weights,
     )
 
 

@@ -50,6 +50,22 @@ def fieller(top: float, bottom: float, covariance: np.ndarray, t: float, *, up: 
     return c / (b + root) if b + root > 0 else 0.0
 
 
+def fieller_of_length(top: float, bottom: float, covariance: np.ndarray, t: float, share: float) -> float:
+    """The smaller end of `fieller` where `bottom` is |ḡ|² - share top, the squared length of a mean unbiased.
+
+    The error of |ḡ|² grows with |g|, so that of a ḡ which is short by chance is too small. A ratio r says
+    what |g|² is, top / r, and its error is taken there: Var bottom (top / r + share top) / |ḡ|².
+    """
+    (tt, tb), (_, bb) = np.asarray(covariance, float) * t**2
+    square = bottom + share * top
+    slope = bb * top / square if square > 0 else 0.0
+    a, b, c = bottom**2 - share * slope, top * bottom - tb + slope / 2, top**2 - tt
+    if c <= 0 or b * b < a * c or top <= 0:
+        return 0.0
+    root = math.sqrt(b * b - a * c)
+    return c / (b + root) if b + root > 0 else 0.0
+
+
 @result("num_matvecs", "method", "status", "reason", "dof", "normals", "num_sampled")
 class Estimate(Result):
     """A number, or a pytree of them, with its standard error, what the error rests on, and what it cost.
@@ -142,7 +158,8 @@ class NoiseScale(Estimate):
 
     `interval()` is Fieller's: all ratios r at which tr Σ - r |g|² is within its error of zero. If |g|² is
     within its own error of zero, no ratio can be excluded as too large; there is only a lower end, and
-    `is_one_sided` is True.
+    `is_one_sided` is True, and it takes the whole risk. For the lower end the error of |g|² is that at the
+    |g|² which r says.
 
     The [glossary](glossary.md#noise-scale) defines noise scale.
     """
@@ -164,18 +181,15 @@ class NoiseScale(Estimate):
 
         if not 0 < level < 1:
             raise SpectraError(f"level={level} is not between 0 and 1.")
-        side = (1 + level) / 2
-        t = float(ndtri(side) if self.dof is None else stdtrit(self.dof, side))
-        low, high = (
-            fieller(
-                self.noise,
-                self.signal,
-                self.covariance,
-                skewed_t(t, self.skewness, self.num_examples, up),
-                up=up,
-            )
-            for up in (False, True)
-        )
+
+        def t(side: float, up: bool) -> float:
+            own = float(ndtri(side) if self.dof is None else stdtrit(self.dof, side))
+            return skewed_t(own, self.skewness, self.num_examples, up)
+
+        parts, share = (self.noise, self.signal, self.covariance), 1 / (1 + (self.dof or math.inf))
+        high = fieller(*parts, t((1 + level) / 2, True), up=True)
+        below = t(level if math.isinf(high) else (1 + level) / 2, False)  # of one end the whole risk
+        low = fieller_of_length(*parts, below, share)
         return Interval(min(low, self.value), self.value, max(high, self.value))
 
     def __repr__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -166,6 +166,15 @@ class SpectrumHistory(Result):
     provenance: dict[str, Any]
     skipped: tuple[int, ...] = ()  # steps left out to stay within the budget
 
+    @classmethod
+    def of(
+        cls, snapshots: Iterable[Snapshot], provenance: dict[str, Any], skipped: Iterable[int] = ()
+    ) -> SpectrumHistory:
+        """The history of what was recorded in any order: a run that goes on from an earlier step may record
+        steps between those that are there, and some that were left out before."""
+        taken = tuple(sorted(snapshots, key=lambda snapshot: snapshot.step))
+        return cls(taken, provenance, tuple(sorted({*skipped} - {s.step for s in taken})))
+
     def __len__(self) -> int:
         return len(self.snapshots)
 
@@ -267,9 +276,9 @@ class SpectrumHistory(Result):
     @property
     def cost(self) -> float:
         """Time of all snapshots except the first, which compiles, as a share of training time."""
-        rest = self.snapshots[1:]
-        trained = rest[-1].trained - self.snapshots[0].trained if rest else 0.0
-        return sum(s.seconds for s in rest) / trained if trained > 0 else float("nan")
+        taken = sorted(self.snapshots, key=lambda s: s.trained)  # as they were recorded
+        trained = taken[-1].trained - taken[0].trained if taken else 0.0
+        return sum(s.seconds for s in taken[1:]) / trained if trained > 0 else float("nan")
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed history."""
@@ -280,7 +289,7 @@ class SpectrumHistory(Result):
             measured(s.trace.value, s.trace.stderr) for s in (self.snapshots[0], self.snapshots[-1])
         )
         rows = [
-            ("snapshots", f"{len(self)}, steps {self.steps[0]:,} to {self.steps[-1]:,}"),
+            ("snapshots", f"{len(self):,}, steps {self.steps[0]:,} to {self.steps[-1]:,}"),
             ("largest eigenvalue", f"{self[0].largest_cell} at first, {self[-1].largest_cell} at last"),
             ("at its largest", f"{self[top].largest_cell} in step {self.steps[top]:,}"),
             ("smallest eigenvalue", self._ends()),
@@ -290,7 +299,7 @@ class SpectrumHistory(Result):
         if np.isfinite(self.cost):
             rows.append(("cost", f"{100 * self.cost:.0f} % of training time, without the first snapshot"))
         if self.skipped:
-            rows.append(("left out for the budget", f"{len(self.skipped)} snapshots"))
+            rows.append(("left out for the budget", f"{len(self.skipped):,} snapshots"))
         return rows
 
     def __repr__(self) -> str:
@@ -302,7 +311,7 @@ class SpectrumHistory(Result):
     def _ends(self) -> str:
         first, last = (extreme_cell(s.smallest, 0, s.level) for s in (self[0], self[-1]))
         known = np.isin(self.smallest_kind, ("value", "residual"))
-        note = "" if known.all() else f"; not converged in {np.sum(~known)} of {len(self)}"
+        note = "" if known.all() else f"; not converged in {np.sum(~known):,} of {len(self):,}"
         return f"{first} at first, {last} at last{note}"
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spectra.base.errors import SpectraError, warn_user
+from spectra.results.text import directed
 
 Measure = Callable[..., Any]  # (*state) -> what float() makes a number of
 COURSE = 8
@@ -132,7 +133,8 @@ class Console:
         self._alarms[name] = reading.step
         if known:
             return
-        what = f"step {reading.step}: {name} = {reading.value:.4g} "
+        shown = directed(reading.value, up=not below, digits=4)  # on its own side of the limit
+        what = f"step {reading.step}: {name} = {shown} "
         if math.isnan(reading.value):
             what += "is no number."
         elif below:

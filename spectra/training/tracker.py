@@ -169,7 +169,7 @@ class SpectrumTracker:
         self._lock = threading.RLock()  # one file, and each snapshot starts from the last one
         self._vectors: PyTree = None  # the leading eigenvectors of the last snapshot
         self._start: float | None = None  # when training began, moved on by the time of each snapshot
-        self._before = self._history[-1].trained if len(self._history) else 0.0  # in the run continued
+        self._before = max((s.trained for s in self._history), default=0.0)  # in the run continued
         self._seconds = self._cost = 0.0  # of all snapshots but the first; of the last
 
     @property
@@ -293,12 +293,14 @@ class SpectrumTracker:
                 "next ones are taken as soon as it allows them; history.skipped lists those left out. A "
                 "smaller part of the data, fewer num_steps or a larger `every` make room.",
             )
-        self._history = dataclasses.replace(self._history, skipped=(*self._history.skipped, step))
-        if self._file is not None:
+        known, repeated = self._history, step in self._history.skipped
+        self._history = known.of(known.snapshots, known.provenance, (*known.skipped, step))
+        if self._file is not None and not repeated:
             self._file.skip(step)
 
     def _record(self, snapshot: Snapshot) -> None:
-        self._history = dataclasses.replace(self._history, snapshots=(*self._history.snapshots, snapshot))
+        known = self._history
+        self._history = known.of((*known.snapshots, snapshot), known.provenance, known.skipped)
         if self._file is not None:
             self._file.add(snapshot)
         for callback in self.callbacks:

@@ -1334,6 +1334,27 @@ OPERATORS = [
         "test_data.py::test_any_cut_of_the_data_gives_the_same_hessian",
     ),
     fault(
+        "what rounding takes from a sum over batches is lost",
+        "operators/accumulate.py",
+        "x + rest, x), total, lost)",
+        "x, x), total, lost)",
+        "test_data.py::test_a_stream_of_thousands_of_batches_is_as_precise_as_one_batch",
+    ),
+    fault(
+        "a gradient is centred on one side only",
+        "operators/covariance.py",
+        "shares * (along - trees.vdot(self.mean, v).astype(along.dtype))",
+        "shares * along",
+        "test_curvature_matrices.py::test_the_noise_of_gradients_survives_a_mean_that_is_far_longer",
+    ),
+    fault(
+        "snapshots are in the order of recording",
+        "results/history.py",
+        "tuple(sorted(snapshots, key=lambda snapshot: snapshot.step))",
+        "tuple(snapshots)",
+        "test_tracker.py::test_a_run_that_goes_back_and_looks_more_often_leaves_a_history_in_order",
+    ),
+    fault(
         "batches of a stream weigh the same",
         "operators/streams.py",
         "share = tuple(weights / weights.sum())",
@@ -1404,11 +1425,11 @@ OPERATORS = [
         "test_dense.py",
     ),
     fault(
-        "the mean gradient is added to the covariance",
+        "what a mean gradient is off by counts twice",
         "operators/covariance.py",
-        "trees.axpy(-trees.vdot(self.mean, v), self.mean, product)",
-        "trees.axpy(trees.vdot(self.mean, v), self.mean, product)",
-        "test_curvature_matrices.py::test_empirical_fisher_is_the_second_moment_of_gradients",
+        "trees.axpy(-jnp.sum(along), self.mean, pull(along))",
+        "trees.axpy(jnp.sum(along), self.mean, pull(along))",
+        "test_curvature_matrices.py::test_the_noise_of_gradients_survives_a_mean_that_is_far_longer",
     ),
     fault(
         "the finest parameters say how precise a product is",
@@ -1728,6 +1749,20 @@ KFAC = [
 
 
 SAMPLES = [
+    fault(
+        "a mean gradient that is short by chance has the error of a short one",
+        "results/estimates.py",
+        "low = fieller_of_length(*parts, below, share)",
+        "low = fieller(*parts, below, up=False)",
+        "test_noise_scale.py::test_coverage_where_the_mean_is_about_its_error",
+    ),
+    fault(
+        "exact traces of subsets differ by the stated rounding alone",
+        "report/variability.py",
+        "if high - low > 2 * SHARP * resolution:",
+        "if exact or high - low > 2 * SHARP * resolution:",
+        "test_data.py::test_the_exact_spread_of_traces_contains_the_rounding_of_sure_classifiers",
+    ),
     fault(
         "the gradient's length keeps the noise in it",
         "training/noise.py",
