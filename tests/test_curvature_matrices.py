@@ -58,6 +58,57 @@ def test_gauss_newton_matrix(name, cut, dtype):
     assert relative_error(op.as_matrix(), expected) <= tolerance(dtype)
 
 
+def linear(w, x):
+    return x @ w
+
+
+def log_probabilities(w, x):
+    return jax.nn.log_softmax(x @ w)
+
+
+def of_log_probabilities(outputs, labels):
+    return -jnp.mean(jnp.take_along_axis(outputs, labels[:, None], 1))
+
+
+def absolute(outputs, labels):
+    return jnp.mean(jnp.abs(outputs - labels[:, None]))
+
+
+def hinge(outputs, labels):
+    return jnp.mean(jax.nn.relu(1 - outputs * (2 * labels[:, None] - 1)))
+
+
+def largest_output(outputs, _):
+    return jax.lax.scan(lambda total, row: (total + jnp.max(row), None), 0.0, outputs)[0] / len(outputs)
+
+
+def huber(outputs, labels):
+    error = jnp.abs(outputs[:, 0] - labels)
+    return jnp.mean(jnp.where(error < 1, error**2 / 2, error - 0.5))
+
+
+def far(w, x):
+    return 1e6 * (1 + x**2) @ w
+
+
+X6, LABELS6 = np.random.default_rng(0).standard_normal((6, 3)).astype("float32"), np.arange(6) % 2
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "reverse-over-reverse"}, {"microbatch": 2}], ids=str)
+@pytest.mark.parametrize("loss_fn", [of_log_probabilities, absolute, hinge, largest_output])
+def test_a_loss_linear_in_the_outputs_has_no_gauss_newton_matrix(loss_fn, options):
+    """It is zero whatever the numbers, which says nothing about the network."""
+    model = log_probabilities if loss_fn is of_log_probabilities else linear
+    with pytest.raises(spectra.StructureError, match=r"linear in the.*take log_softmax in loss_fn"):
+        GGNOperator(model, loss_fn, jnp.eye(3, 2), (X6, LABELS6), **options)
+
+
+def test_a_loss_that_is_linear_at_these_outputs_has_one():
+    """Zero is true of these parameters alone: residuals are large, or a probability rounds to one."""
+    for loss_fn in (huber, lambda f, y: of_log_probabilities(jax.nn.log_softmax(f), y)):
+        assert not jnp.any(GGNOperator(far, loss_fn, jnp.eye(3, 2), (X6, LABELS6)).as_matrix())
+
+
 @SHARP
 @pytest.mark.parametrize("name", NAMES)
 def test_hessian_is_gauss_newton_plus_the_residual_term(name, dtype):

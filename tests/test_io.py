@@ -1,5 +1,6 @@
 """Result files: complete, readable by NumPy alone, atomic, and damage is always noticed."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -301,6 +302,30 @@ def test_what_cannot_be_read_again_is_not_written(tmp_path):
         with pytest.raises(spectra.SpectraError, match=message):
             spectra.save(tree, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def with_nan(result, field):
+    return dataclasses.replace(result, **{field: np.full_like(getattr(result, field), np.nan)})
+
+
+@pytest.mark.parametrize("name", ["quadrature", "pairs", "report"])
+def test_nan_in_place_of_a_spectrum_is_no_complete_result(name, report, tmp_path, monkeypatch):
+    """What computes one raises; inside jit it is NaN, and its status says "traced"."""
+    quadrature = with_nan(report.quadrature, "nodes")
+    op = spectra.DiagonalOperator(jnp.arange(1.0, 9.0))
+    lost = {
+        "quadrature": quadrature,
+        "report": dataclasses.replace(report, quadrature=quadrature),
+        "pairs": with_nan(spectra.eigsh(op, 2, key=KEY), "values"),
+    }[name]
+    with pytest.raises(spectra.SpectraError, match=r"cannot save .*is NaN or infinite, and the status"):
+        spectra.save(lost, tmp_path / "x")
+    monkeypatch.setattr("spectra.report.encode.contradiction", lambda result: None)  # a file from elsewhere
+    path = spectra.save(lost, tmp_path / "x")
+    with pytest.raises(spectra.ResultFileError, match="is NaN or infinite, and the status is"):
+        spectra.load(path)
+    traced = dataclasses.replace(quadrature, status=spectra.Status.TRACED)
+    assert np.isnan(spectra.load(spectra.save(traced, tmp_path / "y")).nodes).all()
 
 
 def test_a_file_claims_no_more_memory_than_its_size_allows(tmp_path, monkeypatch):

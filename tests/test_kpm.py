@@ -231,3 +231,26 @@ def test_the_band_holds_what_rounding_does():
         assert (exact_density(values, moments, density.grid) <= density.upper).all()
     # It does grow with the degree: a hundred degrees up it is far more than what one step rounds.
     assert np.max(errors) > 10 * moments.precision
+
+
+DECAYING = {
+    "geometric": 0.8 ** np.arange(400),
+    "outliers": np.r_[np.linspace(-0.01, 0.02, 395), 0.3, 0.5, 1.0, 2.0, 3.0],
+}
+
+
+@pytest.mark.parametrize("name", DECAYING)
+def test_rounding_does_not_move_the_bounds(name):
+    """Copies of converged ends have residuals that it decides: bounds with these moved by up to a fifth."""
+    values = DECAYING[name]
+    signs = np.random.default_rng(0).choice([-1, 1], len(values))
+    for seed in range(6):
+        key = jax.random.key(seed)
+        bounds = [
+            spectra.kpm(diagonal(moved, jnp.float32), key=key, num_moments=2, num_probes=1).bounds
+            for moved in (values, values * (1 + 2.0**-23 * signs))
+        ]
+        # A residual of sqrt(eps) |H| = 3.5e-4 ends orthogonality: rounding decides what is smaller.
+        assert np.max(np.abs(bounds[0] - bounds[1])) <= 3.5e-4 * np.ptp(values)
+        assert bounds[0][0] < values.min()
+        assert bounds[0][1] > values.max()

@@ -217,3 +217,82 @@ def test_dropout_of_attention_is_refused():
     variables = module.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, SEQUENCE[0])
     with pytest.raises(spectra.SpectraError, match="deterministic=True"):
         model(variables, SEQUENCE[0])
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=True):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(2)(x))
+        return nn.Dropout(0.5, deterministic=not train)(x)
+
+
+class InTraining(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(x)[:, :2]
+
+
+noisy = Noisy()
+VARIABLES = noisy.init(jax.random.key(0), X, train=False)
+BATCH = jnp.asarray(X), jnp.asarray(Y)
+
+
+def forgot_the_statistics(params, x):
+    return noisy.apply({"params": params["params"]}, x, train=False)
+
+
+def no_key_for_dropout(variables, x):
+    return noisy.apply(variables, x, mutable=["batch_stats"])[0]
+
+
+def closes_over_a_module(params, x):
+    return changed(x) + 0 * params["params"]["Dense_0"]["bias"]
+
+
+changed = InTraining()
+FLAX = {
+    "statistics are updated": (
+        spectra.linen_model(noisy),
+        r"immutable.*linen_model\(module, batch_stats='batch'",
+    ),
+    "no collection": (forgot_the_statistics, "what module.init returned.*wrt='params'"),
+    "no key": (no_key_for_dropout, "deterministic=True"),
+    "unbound": (lambda variables, x: noisy(x), r"linen_model\(module\) is a function"),
+    "nnx": (closes_over_a_module, r"nnx_model\(module\) gives a function"),
+    "inputs alone": (changed, r"take the parameters, too: spectra.nnx_model\(module\)"),
+}
+
+
+@pytest.mark.parametrize(("model_fn", "words"), FLAX.values(), ids=FLAX)
+def test_errors_of_flax_come_with_what_to_do(model_fn, words):
+    with pytest.raises(spectra.StructureError, match=words):
+        spectra.GGNOperator(model_fn, half_square, VARIABLES, BATCH, wrt="params")
+
+
+def evaluated(variables, batch):
+    return half_square(noisy.apply(variables, batch[0], train=False), batch[1])
+
+
+def test_running_statistics_that_would_vary_are_named():
+    """Without wrt= nothing says that they are no parameters, and the Hessian has their rows, too."""
+    with pytest.warns(UserWarning, match=r"4 numbers of the model's state.*wrt='params'"):
+        op = spectra.HessianOperator(evaluated, VARIABLES, BATCH)
+    assert op.size == 16
+    for wrt, size in (("params", 12), ("*", 16)):
+        assert spectra.HessianOperator(evaluated, VARIABLES, BATCH, wrt=wrt).size == size
+    module = nnx.BatchNorm(3, use_running_average=True, rngs=nnx.Rngs(0))
+    with pytest.warns(UserWarning, match="6 numbers of the model's state"):
+        spectra.HessianOperator(
+            lambda module, batch: half_square(module(batch[0])[:, :2], batch[1]), module, BATCH
+        )
+    parameters = {"params": VARIABLES["params"], "head": jnp.ones(2)}  # no state
+    assert (
+        spectra.HessianOperator(
+            lambda p, b: evaluated({**VARIABLES, "params": p["params"]}, b) * p["head"].sum(),
+            parameters,
+            BATCH,
+        ).size
+        == 14
+    )

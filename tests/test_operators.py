@@ -1,5 +1,7 @@
 """Every operator of the registry against its dense float64 reference."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,3 +104,48 @@ def test_multiples_from_either_side_and_from_numpy_scalars():
 def test_the_data_shared_by_losses_without_data_may_be_none(dtype):
     op = spectra.HessianOperator(lambda p, _: jnp.sum(p**4) / 12, jnp.array([1.0, 2.0, 3.0]), None)
     np.testing.assert_allclose(op.as_matrix(), np.diag([1.0, 4.0, 9.0]), rtol=32 * op.precision)
+
+
+def _mean_square(params, x):
+    return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
+
+
+PARAMETERS = {"w": np.ones((3, 2), "float32"), "b": np.ones(2, "float32")}
+PRODUCTS = {
+    "loss": lambda: spectra.HessianOperator(_mean_square, PARAMETERS, jnp.eye(4, 3)),
+    "prepared": lambda: spectra.HessianOperator(_mean_square, PARAMETERS, jnp.eye(4, 3)).prepare(),
+    "shifted": lambda: spectra.HessianOperator(_mean_square, PARAMETERS, jnp.eye(4, 3)).shift(1.0),
+    "own": lambda: spectra.FunctionOperator(lambda v: {"w": 2 * v["w"], "b": v["b"]}, PARAMETERS),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_says_what_is_wrong_with_its_vector(name):
+    """`op.mv` takes what the operator's functions take, and JAX's words are about these."""
+    op = PRODUCTS[name]()
+    assert op.shape == (8, 8)
+    half = op.mv(jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMETERS))
+    assert jnp.allclose(half["w"], op.mv(PARAMETERS)["w"], rtol=1e-6)
+    gone = jax.tree.map(jnp.array, PARAMETERS)
+    jax.jit(lambda v: jax.tree.map(jnp.negative, v), donate_argnums=0)(gone)
+    with pytest.raises(spectra.StructureError, match=r"the vector's leaf 'b' was deleted.*donated"):
+        op.mv(gone)
+    with pytest.raises(spectra.StructureError, match="op @ v takes a flat array"):
+        op.mv(jnp.ones(8))
+    if name != "own":  # a function of the user's may take what it likes
+        with pytest.raises(spectra.StructureError, match=r"'w' has shape \(2, 3\), expected \(3, 2\)"):
+            jax.jit(op.mv)({"w": jnp.ones((2, 3)), "b": jnp.ones(2)})
+
+
+def test_an_operator_may_have_a_shape_of_its_own():
+    @dataclasses.dataclass(frozen=True)
+    class Image(spectra.LinearOperator):
+        like: jax.Array
+        shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+        def mv(self, v):
+            return v * self.shape[0]
+
+    op = Image(jnp.ones(3), (5, 7))
+    assert op.shape == (5, 7)
+    assert spectra.eigsh(op, 1, key=jax.random.key(0)).values == 5

@@ -12,7 +12,7 @@ import jax
 
 from spectra.base import GROUPINGS
 from spectra.base.errors import StructureError
-from spectra.base.trees import is_array, not_an_array, path_str
+from spectra.base.trees import is_array, is_torch, not_an_array, path_str
 
 PyTree = Any
 Select = str | re.Pattern[str] | Callable[[str], bool]
@@ -149,9 +149,13 @@ def select_parameters(params: PyTree, select: Select | None) -> tuple[PyTree, tu
     number with a fraction may be meant to vary, and nobody can tell.
 
     Raises:
-        StructureError: nothing matches, or a Python float or complex number is among what is to vary.
+        StructureError: nothing matches, a Python float or complex number is among what is to vary, or a
+            leaf is PyTorch's.
     """
     leaves, treedef = jax.tree.flatten(params)
+    for i, leaf in enumerate(leaves):
+        if is_torch(leaf):
+            raise not_an_array(leaf_paths(params)[i], leaf)
     arrays = [is_array(leaf) for leaf in leaves]
     chosen = None if select is None else select_leaves(params, select)
     if all(arrays):

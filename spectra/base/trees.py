@@ -56,8 +56,19 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
 
 
+def is_torch(value: Any) -> bool:
+    """Whether something is PyTorch's: a tensor, a parameter, a layer, or a subclass of one."""
+    return any(kind.__module__.partition(".")[0] == "torch" for kind in type(value).__mro__)
+
+
 def not_an_array(path: str, leaf: Any) -> StructureError:
     """What to do about a leaf that should be an array."""
+    if is_torch(leaf):
+        return StructureError(
+            f"parameter leaf '{path}' is PyTorch's ({type(leaf).__name__}), and spectra differentiates JAX "
+            "functions of JAX arrays: spectra.from_torch(module, example_inputs) gives .params and .apply, "
+            "spectra.bridge.make_loss the loss."
+        )
     return StructureError(
         f"parameter leaf '{path}' is a {type(leaf).__name__}, not an array. Make it one, jnp.asarray(...), "
         "if it is a parameter; leave it out with wrt= if not, or pass arrays only: those of an Equinox "
@@ -158,7 +169,8 @@ def check_structure(tree: PyTree, structure: PyTree, what: str) -> None:
         shape = leaf.shape if hasattr(leaf, "shape") else np.shape(leaf)
         if shape != want.shape:
             raise StructureError(f"{what}: leaf '{path_str(path)}' has shape {shape}, expected {want.shape}.")
-        dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
+        dtype = np.asarray(leaf).dtype if is_torch(leaf) else getattr(leaf, "dtype", None)
+        dtype = dtype or np.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise StructureError(f"{what}: leaf '{path_str(path)}' has dtype {dtype}, expected {want.dtype}.")
 

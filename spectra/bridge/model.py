@@ -19,7 +19,7 @@ from spectra.operators.batches import to_numpy
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TorchModel:
     """A PyTorch module as a pure JAX function and flat dictionaries of arrays.
 
@@ -78,6 +78,14 @@ class TorchModel:
         tensors = {**self.buffers, **self.constants, **self.frozen, **params}
         outputs = evaluate(self.graph, tensors, leaves)
         return _structure.unflatten(self.graph.output_tree, outputs)
+
+    def __repr__(self) -> str:
+        numbers = sum(array.size for array in self.params.values())
+        sizes = "any batch size" if self.dynamic_batch else "the example's sizes only"
+        return (
+            f"TorchModel({numbers:,} parameters in {len(self.params)} arrays, {len(self.frozen)} frozen, "
+            f"{len(self.buffers)} buffers; {len(self.graph.nodes)} operations; {sizes})"
+        )
 
     @property
     def operators(self) -> dict[str, int]:

@@ -178,14 +178,28 @@ def _find_bounds(op: LinearOperator, key: jax.Array) -> tuple[tuple[float, float
     run = lanczos(op, start, steps, reorthogonalize="none")
     length = int(run.length)
     alpha, beta = (np.asarray(x, np.float64) for x in jax.device_get((run.alpha, run.beta)))
-    matrix = dense(alpha, beta, np)[:length, :length]
-    with one_thread():
-        theta, vectors = np.linalg.eigh(matrix)
-    reach = float(run.residual_norm) * np.abs(vectors[-1])
-    low, high = float(np.min(theta - reach)), float(np.max(theta + reach))
+    low, high = _outer_ends(
+        dense(alpha, beta, np)[:length, :length], [*beta[: length - 1], run.residual_norm]
+    )
     size = max(abs(low), abs(high)) or 1.0  # H = 0 has no scale
     margin = MARGIN * max(high - low, size)
     return (low - margin, high + margin), length
+
+
+def _outer_ends(matrix: np.ndarray, norms: list[float]) -> tuple[float, float]:
+    """The ends of T, each moved out by the smallest residual of that end in any leading part of T.
+
+    Without reorthogonalisation copies of an end appear once it has converged. Rounding decides when, and so
+    how large their residuals are after the last step; ends that hold these differ between devices.
+    """
+    ends: list[np.ndarray] = []
+    with one_thread():
+        for m, norm in enumerate(norms, 1):
+            theta, vectors = np.linalg.eigh(matrix[:m, :m])
+            ends.append(np.array([[-theta[0], theta[-1]], norm * np.abs(vectors[-1, [0, -1]])]))
+    last, (values, reach) = ends[-1][0], np.stack(ends, axis=1)
+    low, high = last + np.min(np.where(values + reach >= last, reach, np.inf), axis=0)
+    return -float(low), float(high)
 
 
 def _num_products(num_moments: int) -> int:

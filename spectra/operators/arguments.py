@@ -15,7 +15,7 @@ import numpy as np
 from spectra.base import paths, trees
 from spectra.base.errors import DataError, SpectraError, StructureError
 from spectra.base.trees import PyTree
-from spectra.operators import differentiate
+from spectra.operators import advice, differentiate
 from spectra.operators.batches import Shared, as_batch, describe
 from spectra.operators.streams import Stream, are_arrays, is_stream
 
@@ -59,6 +59,12 @@ def check_functions(functions: Mapping[str, Any]) -> None:
         may_be_none = name not in ("model_fn", "loss_fn")
         if name.endswith("_fn") and not callable(function) and not (function is None and may_be_none):
             raise StructureError(f"{name} is a {type(function).__name__}; pass a function.")
+        if trees.is_torch(function):
+            raise StructureError(
+                f"{name} is a module of PyTorch, {type(function).__name__}, and spectra differentiates JAX "
+                "functions: model = spectra.from_torch(module, example_inputs), then "
+                "spectra.bridge.make_loss(model, 'cross_entropy') as loss_fn and model.params as params."
+            )
 
 
 def explain_non_finite(op: Any) -> str:
@@ -123,21 +129,26 @@ def _check_signature(name: str, function: Any, arguments: tuple[str, str], batch
         return
     first, second = arguments
     given = batch if second == "batch" else _half(batch, second)
-    advice = ""
+    words = ""
     if isinstance(given, (tuple, list)) and _takes(signature, first, *given):
-        advice = f" Write lambda {first}, {second}: {name}({first}, *{second})."
+        words = f" Write lambda {first}, {second}: {name}({first}, *{second})."
     elif _takes(signature, first):
-        advice = f" Write lambda {first}, {second}: {name}({first})."
+        words = f" Write lambda {first}, {second}: {name}({first})."
+        if name == "model_fn":  # of the inputs alone: it holds its parameters
+            words = (
+                " It has to take the parameters, too: spectra.nnx_model(module) makes such a function of a "
+                "module of Flax nnx, and lambda module, inputs: jax.vmap(module)(inputs) is one for Equinox."
+            )
     elif isinstance(given, dict) and all(isinstance(key, str) for key in cast("dict[Any, Any]", given)):
         try:
             signature.bind(first, **given)
-            advice = f" Write lambda {first}, {second}: {name}({first}, **{second})."
+            words = f" Write lambda {first}, {second}: {name}({first}, **{second})."
         except TypeError:
             pass
-    advice = advice or f" Close over all else: lambda {first}, {second}: {name}({first}, {second}, ...)."
+    words = words or f" Close over all else: lambda {first}, {second}: {name}({first}, {second}, ...)."
     raise StructureError(
         f"{name}{signature} is called as {name}({first}, {second}), where {second} is one argument"
-        f"{'' if given is None else ', here ' + describe(given)}.{advice}"
+        f"{'' if given is None else ', here ' + describe(given)}.{words}"
         + (" data=None gives None as the batch." if given is None and second == "batch" else "")
     )
 
@@ -177,7 +188,7 @@ def raised_by(call: str, error: Exception, batch: PyTree, where: str) -> Structu
     words = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
     return StructureError(
         f"{call} raised {type(error).__name__}{_line(error)}: {words}. {where} was {describe(batch)}."
-        f"{_hint(batch)}"
+        f"{_hint(batch)}{advice.explain(error)}"
     )
 
 

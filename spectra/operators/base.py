@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from spectra.base import calls, host, meshes, paths, programs, trees
 from spectra.base.errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
 from spectra.base.trees import PyTree
-from spectra.operators.pytree import Field, register
+from spectra.operators.pytree import Field, Order, register
 from spectra.operators.pytree import operator as operator
 from spectra.results import format_bytes
 from spectra.results.base import call
@@ -60,8 +60,14 @@ class LinearOperator(abc.ABC):
         def like(self) -> PyTree:
             """Arrays (or their shapes) with the structure of a vector, placed where vectors should be."""
 
+        @property
+        def shape(self) -> tuple[int, int]:
+            """(n, n)."""
+            ...
+
     else:
         like = Field()
+        shape = Order()
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         """A new instance of a class that JAX knows from here on.

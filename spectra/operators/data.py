@@ -24,6 +24,7 @@ from spectra.base.meshes import on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import mean_over_microbatches, weighted_sum
+from spectra.operators.advice import warn_of_state
 from spectra.operators.arguments import (
     DataOptions,
     check_functions,
@@ -40,7 +41,7 @@ from spectra.operators.differentiate import resolve_mode
 from spectra.operators.jaxprs import rematerialises, scanned_inputs
 from spectra.operators.loss_rounding import Rounding, coarsest_rounding
 from spectra.operators.means import require_mean
-from spectra.operators.pytree import OnParameters
+from spectra.operators.pytree import OnParameters, explain_vector
 from spectra.operators.stochastic import StochasticOperator, change_by_rounding
 from spectra.operators.streams import Stream
 
@@ -121,6 +122,8 @@ class DataOperator(OnParameters, LinearOperator):
         check_options(mode, microbatch, linearize, matmul_precision)
         check_functions(functions | {"weight_fn": weight_fn})
         trees.check_alive(params, "parameter leaf")
+        if wrt is None:
+            warn_of_state(params)
         params, selected = _paths.select_parameters(params, wrt)
         self._set(
             params=on_automatic_axes(params),
@@ -272,18 +275,22 @@ class DataOperator(OnParameters, LinearOperator):
 
         `v` may be of another floating dtype than the operator's vectors, that of half-precision parameters.
         """
-        if self.linear is not None:
-            return self.linear(v)
-        v = trees.cast_like(v, self.structure)
-        if self.stream is not None:
-            if trees.is_traced(v):
-                raise SpectraError(
-                    "streamed data cannot be read inside jit or vmap: pass one batch instead, with "
-                    "microbatch= if it is large, or call outside."
-                )
-            return weighted_sum(lambda piece: product(piece, v), self._pieces())
-        variables = self._variables()
-        return self._mean(partial(self._piece_product, variables, v=v))
+        try:
+            v = trees.cast_like(v, self.structure)
+            if self.linear is not None:
+                return self.linear(v)
+            if self.stream is not None:
+                if trees.is_traced(v):
+                    raise SpectraError(
+                        "streamed data cannot be read inside jit or vmap: pass one batch instead, with "
+                        "microbatch= if it is large, or call outside."
+                    )
+                return weighted_sum(lambda piece: product(piece, v), self._pieces())
+            variables = self._variables()
+            return self._mean(partial(self._piece_product, variables, v=v))
+        except Exception as error:  # not by a decorator, which every call would pass through
+            explain_vector(self, v, error)
+            raise
 
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """Products with a stack of vectors, sharing each pass over streamed data."""

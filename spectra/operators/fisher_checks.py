@@ -36,7 +36,7 @@ def look_at_loss(op: Any, check_mean: bool) -> dict[str, Any]:
         DataError: as `require_mean_of_outputs`, if that is asked for and weights cannot be read.
     """
     drawn = op.kind == "mc" and op.sample_fn is None
-    outputs, targets = outputs_shape(op), split(op.data)[1]
+    outputs, targets = op._outputs_shape(), split(op.data)[1]
     if drawn:
         likelihood.require_known(outputs, targets)
     classes, numbers = likelihood.class_leaves(outputs, targets), likelihood.number_leaf(outputs, targets)
@@ -71,11 +71,6 @@ def look_at_loss(op: Any, check_mean: bool) -> dict[str, Any]:
     if drawn and not (error := float(_likelihood_error(few))) <= op.precision**0.5:
         raise _refusal(op.kind, "targets" if axis is None else "classes", error)
     return {"labels": few.labels, "softmax": softmax}
-
-
-def outputs_shape(op: Any) -> PyTree:
-    """The structure of the model's outputs."""
-    return jax.eval_shape(lambda op: op.model_fn(op._merge(op._variables()), split(op.data)[0]), op)
 
 
 def require_examples_first(op: Any, outputs: PyTree, piece: PyTree) -> None:

@@ -6,12 +6,13 @@ from typing import Any, Unpack, cast
 
 import jax
 
-from spectra.base.errors import DataError
+from spectra.base.errors import DataError, StructureError
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.arguments import DataOptions
 from spectra.operators.batches import describe
 from spectra.operators.data import DataOperator, shows_options
+from spectra.operators.jaxprs import uses
 from spectra.operators.pytree import operator
 
 ModelFn = Callable[[PyTree, PyTree], PyTree]
@@ -57,6 +58,10 @@ class ModelOperator(DataOperator):
     def _output_loss(self, outputs: PyTree, targets: PyTree) -> jax.Array:
         return differentiate.check_scalar(self.loss_fn(outputs, targets), "loss_fn")
 
+    def _outputs_shape(self) -> PyTree:
+        """The structure of the model's outputs."""
+        return jax.eval_shape(lambda op: op.model_fn(op._merge(op._variables()), split(op.data)[0]), self)
+
     def _jacobian(
         self, variables: PyTree, inputs: PyTree
     ) -> tuple[PyTree, Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
@@ -95,6 +100,8 @@ class GGNOperator(ModelOperator):
     Raises:
         SpectraError: as `HessianOperator`.
         DataError: a batch is not a pair.
+        StructureError: the loss is linear in the outputs, or piecewise linear, so that the matrix is zero at
+            all parameters.
 
     Cost: a product is one J v and one Jᵀ u, about 3 evaluations of the model beyond the shared one, in the
     memory of a gradient plus a few arrays of the size of the outputs: neither a Jacobian nor a matrix in
@@ -128,6 +135,21 @@ class GGNOperator(ModelOperator):
         **options: Unpack[DataOptions],
     ):
         self._open(params, data, model_fn=model_fn, loss_fn=loss_fn, **options)
+        self._require_curvature()
+
+    def _require_curvature(self) -> None:
+        """Raise where ∇²ℓ is zero by the form of the loss, whatever the numbers: so is Jᵀ (∇²ℓ) J then."""
+        if hasattr(self.loss_fn, "gauss_newton"):
+            return
+        piece = self.first_piece()
+        outputs, targets = piece._outputs_shape(), split(piece.data)[1]
+        if not uses(piece._curvature, outputs, targets, outputs):
+            raise StructureError(
+                "the Gauss-Newton matrix of this loss is zero at all parameters: loss_fn is linear in the "
+                "model's outputs, or piecewise linear, and has no curvature there. If the model returns "
+                "log-probabilities, let it return logits, and take log_softmax in loss_fn; for an absolute "
+                "error or a hinge use HessianOperator, or FisherOperator with kind='empirical'."
+            )
 
     def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
         return self._gauss_newton_product(variables, piece, v)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters import partial_eval
 
 from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import StepwiseOperator
@@ -61,6 +62,13 @@ def rounding_of_sums(jaxpr: ClosedJaxpr) -> float:
 
 def _avals(jaxpr: ClosedJaxpr) -> Iterator[Any]:
     return (var.aval for eqn in _equations(jaxpr.jaxpr) for var in eqn.outvars)
+
+
+def uses(fn: Callable[..., PyTree], *args: PyTree) -> bool:
+    """Whether the results of a function depend on its last argument, as far as its program shows."""
+    jaxpr: Any = jax.make_jaxpr(fn)(*args).jaxpr
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return any(used[len(jax.tree.leaves(args[:-1])) :])
 
 
 def drawn_shapes(jaxpr: Jaxpr) -> list[tuple[int, ...]]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast, dataclass_transform
 import jax
 
 from spectra.base import paths, trees
+from spectra.base.errors import SpectraError, StructureError
 from spectra.base.trees import PyTree
 
 REBUILT = "_rebuilt"
@@ -37,6 +38,8 @@ def operator(leaves: tuple[str, ...]) -> Callable[[T], T]:
         init = "__init__" not in vars(cls)
         made: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False, init=init)(cls)
         names = [field.name for field in dataclasses.fields(made)]
+        if "mv" in vars(cls):
+            made.mv = explained(made.mv)
         made._children = leaves, tuple(name for name in names if name not in leaves)
         register(made)
         return made
@@ -77,6 +80,15 @@ class Field:
         raise AttributeError(f"{owner.__name__} defines no `{self.name}`")
 
 
+class Order:
+    """The shape (n, n) of an operator, unless a subclass has an attribute or a field of that name."""
+
+    def __get__(self, instance: Any, owner: type) -> tuple[int, int]:
+        if instance is None:  # so that no field finds a default here
+            raise AttributeError(f"the shape is that of an operator, not of {owner.__name__}")
+        return instance.size, instance.size
+
+
 def register(cls: type[Any]) -> None:
     """Make a class of operators known to JAX, once."""
     if cls in _known:
@@ -84,7 +96,7 @@ def register(cls: type[Any]) -> None:
     _known.add(cls)
     declared = vars(cls).get("_children")
     if not declared:
-        cls.mv = true_float32(cls.mv)
+        cls.mv = explained(true_float32(cls.mv))
     functions = _of_fields(cls, *declared) if declared else (_flatten, _unflatten(cls))
     with contextlib.suppress(ValueError):  # its author has registered it
         jax.tree_util.register_pytree_with_keys(cls, *functions)  # pyright: ignore[reportUnknownMemberType]
@@ -102,6 +114,37 @@ def true_float32(product: F) -> F:
             return product(*args)
 
     return cast("F", precise)
+
+
+def explained(product: F) -> F:
+    """A product that says what is wrong with its vector, where it raises for one."""
+
+    @functools.wraps(product)
+    def call(self: Any, v: PyTree) -> PyTree:
+        try:
+            return product(self, v)
+        except Exception as error:
+            explain_vector(self, v, error)
+            raise
+
+    return cast("F", call)
+
+
+def explain_vector(op: Any, v: PyTree, error: Exception) -> None:
+    """Raise a StructureError in place of what `op.mv` raised for something that is no vector of its own.
+
+    Nothing is looked at before a product, which is not slower for it.
+    """
+    if isinstance(error, SpectraError) or not hasattr(op, "is_flat"):  # a Jacobian says so itself
+        return
+    try:
+        trees.check_alive(op, "the operator's leaf")
+        trees.check_alive(v, "the vector's leaf")
+        if op.is_flat(v):
+            raise StructureError("op.mv takes a pytree like the parameters; op @ v takes a flat array, too.")
+        trees.check_structure(v, op.structure, "the vector")
+    except SpectraError as refusal:
+        raise refusal from error
 
 
 def _of_fields(

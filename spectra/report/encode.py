@@ -13,7 +13,7 @@ import numpy as np
 from spectra.base.errors import SpectraError, Status
 from spectra.base.files import MAX_BYTES, MAX_DEPTH, memory_of
 from spectra.base.paths import leaf_paths
-from spectra.report.fields import checked
+from spectra.report.fields import checked, contradiction
 from spectra.report.spectrum import SpectrumReport
 from spectra.report.summary import Summary
 from spectra.report.variability import DataVariability
@@ -98,6 +98,8 @@ def encode(value: Any, store: Store, prefix: str = "", depth: int = 0) -> Any:
         plain = dataclasses.is_dataclass(value)
         names = [field.name for field in dataclasses.fields(value)] if plain else list(value._fields)
         kind = type(value).__name__
+        if (wrong := contradiction(value)) is not None:
+            raise SpectraError(f"cannot save a {kind}: {wrong}.")
         fields = {name: inner(_NOT_SAVED.get((kind, name), getattr(value, name)), name) for name in names}
         return {"class": kind, "fields": fields}
     if isinstance(value, Status):

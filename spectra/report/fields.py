@@ -221,6 +221,27 @@ def _whole_sides(triplets: SingularTriplets) -> bool:
     return all(sum(leaf.size for leaf in jax.tree.leaves(side)) == count * size for side, size in sides)
 
 
+_FINITE: dict[type, tuple[str, ...]] = {
+    Quadrature: ("nodes", "weights"),
+    Moments: ("moments", "bounds"),
+    Density: ("grid", "density"),
+    Eigenpairs: ("values",),
+    SingularTriplets: ("values",),
+    Tridiagonal: ("alpha", "beta"),
+}
+"""Fields that are finite unless they were computed inside jit: what computes them raises otherwise."""
+
+
+def contradiction(result: Any) -> str | None:
+    """How numbers that are NaN or infinite contradict the status of a result, if they do."""
+    if type(result) not in _FINITE or result.status is Status.TRACED:
+        return None
+    for name in _FINITE[type(result)]:
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(getattr(result, name))):
+            return f"'{name}' is NaN or infinite, and the status is '{result.status.code}'"
+    return None
+
+
 _CLAIMS: dict[type, dict[str, Callable[[Any], bool]]] = {
     Quadrature: {
         "a quadrature has nodes": lambda q: q.nodes.size > 0 and bool(np.any(q.lengths)),
@@ -271,4 +292,6 @@ def checked(cls: type, fields: dict[str, Any]) -> Any:
     for claim, holds in _CLAIMS.get(cls, {}).items():
         if not holds(result):
             raise ValueError(f"{cls.__name__}: {claim}")
+    if (wrong := contradiction(result)) is not None:
+        raise ValueError(f"{cls.__name__}: {wrong}")
     return result

@@ -314,3 +314,25 @@ def test_default_dtype_of_the_exporting_program(dtype, x64, tmp_path):
     assert str(result.dtype) == str(expected.dtype).removeprefix("torch.")
     # A dozen roundings of sums below 20.
     np.testing.assert_allclose(result, expected, atol=12 * 20 * torch.finfo(dtype).eps)
+
+
+def test_a_model_in_a_line():
+    """Weights and graph of a large model fill pages."""
+    module = torch.nn.Sequential(torch.nn.Linear(300, 40), torch.nn.BatchNorm1d(40), torch.nn.Linear(40, 3))
+    model = spectra.from_torch(module.eval(), torch.zeros(4, 300))
+    assert repr(model).startswith("TorchModel(12,243 parameters in 6 arrays, 0 frozen, 3 buffers; ")
+    assert len(repr(spectra.bridge.make_loss(model, "cross_entropy"))) < 500
+
+
+def test_modules_and_tensors_in_the_place_of_functions_and_arrays():
+    module, batch = torch.nn.Linear(3, 2), (torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
+    own = dict(module.named_parameters())
+    for loss_fn, params, words in (
+        (module, torch.nn.CrossEntropyLoss(), r"loss_fn is a module of PyTorch, Linear.*spectra.from_torch"),
+        (lambda params, batch: 0.0, own, r"'bias' is PyTorch's \(Parameter\).*spectra.from_torch"),
+    ):
+        with pytest.raises(spectra.StructureError, match=words):
+            spectra.HessianOperator(loss_fn, params, batch)
+    model = spectra.from_torch(module, batch[:1])
+    op = spectra.HessianOperator(spectra.bridge.make_loss(model, "cross_entropy"), model.params, batch)
+    assert (op @ {name: value.detach() for name, value in own.items()})["weight"].shape == (2, 3)

@@ -908,6 +908,27 @@ DENSITY = [
         "test_kpm.py::test_moments_are_those_of_the_probes",
     ),
     fault(
+        "bounds of Chebyshev moments with the residuals of copies",
+        "density/kpm.py",
+        "np.min(np.where(values + reach >= last, reach, np.inf), axis=0)",
+        "reach[-1]",
+        "test_kpm.py::test_rounding_does_not_move_the_bounds",
+    ),
+    fault(
+        "the Gauss-Newton matrix of a loss without curvature is one of zeros",
+        "operators/ggn.py",
+        "if not uses(piece._curvature, outputs, targets, outputs):",
+        "if not outputs:",
+        "test_curvature_matrices.py::test_a_loss_linear_in_the_outputs_has_no_gauss_newton_matrix",
+    ),
+    fault(
+        "NaN in place of nodes is a complete result",
+        "report/fields.py",
+        "if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(getattr(result, name))):",
+        "if not jax.tree.leaves(getattr(result, name)):",
+        "test_io.py::test_nan_in_place_of_a_spectrum_is_no_complete_result",
+    ),
+    fault(
         "the Chebyshev series is not damped",
         "density/moments.py",
         "return ((count - n + 1) * np.cos(q * n) + np.sin(q * n) / np.tan(q)) / (count + 1)",

@@ -1,0 +1,60 @@
+"""What Flax's users run into first, in words: state among the parameters, and errors of a module's call."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from spectra.base.errors import warn_user
+from spectra.base.trees import PyTree
+
+_STATE = ("batch_stats", "state")
+"""What stands beside "params" in linen's variables, in those of `nnx_model`, and on the page about Haiku."""
+_WORDS = {
+    "ModifyScopeVariableError": "BatchNorm updates its running statistics here. For the network at "
+    "inference make it use them, such as by train=False; for the statistics of the batch take "
+    "spectra.linen_model(module, batch_stats='batch', train=True), which drops the update.",
+    "ScopeCollectionNotFound": "A module's apply takes all collections: as params give the operator what "
+    "module.init returned, with 'params' and all that is beside it, and wrt='params'.",
+    "ScopeParamNotFoundError": "A module's apply takes all collections: as params give the operator what "
+    "module.init returned, with 'params' and all that is beside it, and wrt='params'.",
+    "InvalidRngError": "Make the module deterministic, such as by train=False or deterministic=True; or fix "
+    "one mask, by rngs={'dropout': key}.",
+    "CallCompactUnboundModuleError": "spectra.linen_model(module) is a function of (variables, inputs).",
+    "TraceContextError": "A module that the loss closes over is changed: spectra.nnx_model(module) gives a "
+    "function of (variables, inputs), with BatchNorm and dropout as in evaluation, and the variables.",
+}
+
+
+def explain(error: Exception) -> str:
+    """What to do about an error of Flax, after a space; nothing for others."""
+    kind = type(error)
+    words = _WORDS.get(kind.__name__) if kind.__module__.startswith("flax.") else None
+    return f" {words}" if words else ""
+
+
+def warn_of_state(params: PyTree) -> None:
+    """Warn where running statistics would vary, since nothing says what does."""
+    count = 0
+    if isinstance(params, Mapping) and "params" in params:
+        beside = cast("Mapping[str, Any]", params)
+        count = sum(_numbers(beside[name]) for name in _STATE if name in beside)
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and not count:
+        state = nnx.BatchStat, nnx.Cache
+        nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, state))
+        count = sum(_numbers(node) for node in nodes if isinstance(node, state))
+    if count:
+        warn_user(
+            f"{count:,} numbers of the model's state (running statistics, say) are taken as parameters: "
+            "pass wrt='params' to keep them constant, for an nnx module after spectra.nnx_model(module); or "
+            "wrt='*' if they shall vary."
+        )
+
+
+def _numbers(tree: PyTree) -> int:
+    """How many floating numbers a tree holds in arrays."""
+    leaves = (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+    return sum(leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
