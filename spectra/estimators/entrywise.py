@@ -40,7 +40,7 @@ def _exact(run: Run, num_matvecs: int) -> _Found:
     del num_matvecs
     *columns, sound = exact.columns(run)
     value, norms = (_tree.unravel(sound * column, run.op.structure) for column in columns)
-    stderr, dof = jax.tree.map(lambda x: run.op.precision * x, norms), None
+    stderr, dof = jax.tree.map(lambda x: run.column_precision * x, norms), None
     if moved := exact.moved_products(run):
         changes = root_mean_square([x for *_, x in moved])
         stderr, dof = jax.tree.map(jnp.hypot, stderr, changes), float(len(moved))

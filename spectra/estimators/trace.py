@@ -245,7 +245,7 @@ def _exact(run: Run, reason: str) -> Estimate:
         run.by_group(run.xp.stack([run.xp.sum(run.host(leaf)) for leaf in jax.tree.leaves(tree)]))
         for tree in (trees.unravel(column, run.op.structure) for column in (entries, run.host(norms) ** 2))
     )
-    stderr, dof = run.op.precision * run.host(unit) * run.xp.sqrt(squares), None
+    stderr, dof = run.column_precision * run.host(unit) * run.xp.sqrt(squares), None
     if moved := exact.moved_products(run):
         forms = [run.by_group(exact.leaf_dots(v, change)) for v, _, change in moved]
         stderr, dof = np.hypot(stderr, exact.root_mean_square(forms)), float(len(moved))

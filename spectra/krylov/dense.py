@@ -13,6 +13,7 @@ from spectra.krylov import wanted
 from spectra.krylov.linear_rounding import known_rounding
 from spectra.krylov.matrices import LARGEST, Matrix, matrix_of
 from spectra.krylov.product_rounding import change_of_matrix, error_of_matrix, mixtures, vanished
+from spectra.krylov.shifts import largest_shift
 from spectra.operators.base import LinearOperator
 from spectra.results import Eigenpairs, Interval, Solution
 
@@ -117,7 +118,8 @@ def matrix_error(op: LinearOperator, matrix: Matrix, values: np.ndarray) -> floa
         columns = 4 * op.precision * np.sqrt(n) * norm
     else:
         columns = op.precision * norm * float(np.linalg.norm(values / norm)) if norm else 0.0
-    return max(columns, change_of_matrix(op)) + solver
+    shifted = 2 * op.precision * float(largest_shift(op))
+    return max(columns, change_of_matrix(op), shifted if op.cancels else 0.0) + solver
 
 
 def solution(
