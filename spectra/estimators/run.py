@@ -17,7 +17,7 @@ from spectra.base.errors import MemoryLimitError, NonFiniteError, NotSymmetricEr
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.blocks import PROBES
-from spectra.krylov.cancelled import column_precision, relative_precision
+from spectra.krylov.cancelled import relative_precision, rounds_columns
 from spectra.krylov.plan import VECTORS, choose_batch
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.jaxprs import outside_loops
@@ -57,7 +57,7 @@ class Run:
     @property
     def column_precision(self) -> float:
         """The same of columns H e_i."""
-        return self.precision if self.traced else column_precision(self.source, self.precision)
+        return self.precision if rounds_columns(self.source) else self.op.precision
 
     @property
     def xp(self) -> Any:

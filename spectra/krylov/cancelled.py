@@ -35,17 +35,15 @@ def relative_precision(op: LinearOperator) -> float:
     return max(op.precision, min(op.precision * trees.length(error) / size, 1.0) if size else 1.0)
 
 
-def column_precision(op: LinearOperator, precision: float) -> float:
-    """That of columns H e_i, where random vectors have products of `precision`.
+def rounds_columns(op: LinearOperator) -> bool:
+    """Whether a column H e_i is rounded as a product with any vector is.
 
-    A column of a matrix is one of its products at a time, which are exact, and a shift that it meets rounds
-    what is left.
+    That of a matrix is not: it is exact, and a shift that it meets rounds what is left. What terms of a sum
+    lose is measured, since they are moved.
     """
-    part = op
-    while isinstance(part, _KEEP_ENTRIES):
-        part = part.base
-    # What terms of a sum lose is measured: they are moved.
-    return op.precision if isinstance(part, SumOperator) or not part.cancels else precision
+    while isinstance(op, _KEEP_ENTRIES):
+        op = op.base
+    return not isinstance(op, SumOperator) and op.cancels
 
 
 def _may_cancel(op: LinearOperator) -> bool:

@@ -10,6 +10,7 @@ from spectra.base import host, programs, stacks, trees
 from spectra.base.errors import Status
 from spectra.base.host import one_thread
 from spectra.krylov import wanted
+from spectra.krylov.cancelled import rounds_columns
 from spectra.krylov.linear_rounding import known_rounding
 from spectra.krylov.matrices import LARGEST, Matrix, matrix_of
 from spectra.krylov.product_rounding import change_of_matrix, error_of_matrix, mixtures, vanished
@@ -100,7 +101,8 @@ def matrix_error(op: LinearOperator, matrix: Matrix, values: np.ndarray) -> floa
 
     It is measured where products are known in float64; constants of the program are still rounded. Elsewhere
     the Frobenius norm bounds it. Columns are right to `precision` of themselves, or of |H|: measured on
-    float32 Hessians of networks, the spectral norm was up to 1.8 precision sqrt(n) |H|. Where products
+    float32 Hessians of networks, the spectral norm was up to 1.8 precision sqrt(n) |H|, with |H| before it is
+    shifted. Where products
     subtract larger numbers it is more, as measured by eight of them. The float64 eigensolver is backward
     stable, with n eps |H| as in `numpy.linalg.matrix_rank`.
     """
@@ -114,12 +116,13 @@ def matrix_error(op: LinearOperator, matrix: Matrix, values: np.ndarray) -> floa
             + float(jnp.finfo(op.dtype).eps) / 2 * norm
             + solver
         )
-    if op.cancels:
+    if rounds_columns(op):
+        columns = 4 * op.precision * np.sqrt(n) * (norm + float(largest_shift(op)))
+    elif op.cancels:
         columns = 4 * op.precision * np.sqrt(n) * norm
     else:
         columns = op.precision * norm * float(np.linalg.norm(values / norm)) if norm else 0.0
-    shifted = 2 * op.precision * float(largest_shift(op))
-    return max(columns, change_of_matrix(op), shifted if op.cancels else 0.0) + solver
+    return max(columns, change_of_matrix(op)) + solver
 
 
 def solution(

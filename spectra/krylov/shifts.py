@@ -63,7 +63,9 @@ def in_random_direction(op: LinearOperator, size: jax.Array, like: PyTree) -> Py
 
 
 def together(a: PyTree, b: PyTree) -> PyTree:
-    """A vector along a + b as long as both one after the other."""
-    both, most = jax.tree.map(jnp.add, a, b), trees.norm(a) + trees.norm(b)
-    size = trees.norm(both)
-    return trees.scale(most / jnp.where(size > 0, size, 1), both)
+    """A vector as long as both one after the other, in the direction of the longer one."""
+    one, other = trees.norm(a), trees.norm(b)
+    most = jnp.where(one + other > 0, jnp.maximum(one, other), 1)
+    return jax.tree.map(
+        lambda x, y: ((one + other) / most * jnp.where(one < other, y, x)).astype(x.dtype), a, b
+    )
