@@ -18,8 +18,8 @@ from spectra.base.trees import PyTree
 from spectra.density.slq import slq
 from spectra.estimators.functions import trace_of
 from spectra.estimators.ratios import ratio
+from spectra.krylov.cancelled import relative_precision
 from spectra.krylov.eigsh import eigsh
-from spectra.krylov.product_rounding import relative_precision
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.kronecker import FactoredOperator
 from spectra.results import Eigenpairs, Interval, OperatorComparison, Quadrature

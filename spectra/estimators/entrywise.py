@@ -39,8 +39,9 @@ _Sums = tuple[jax.Array, jax.Array, jax.Array]
 def _exact(run: Run, num_matvecs: int) -> _Found:
     del num_matvecs
     *columns, sound = exact.columns(run)
-    value, norms = (_tree.unravel(sound * column, run.op.structure) for column in columns)
-    stderr, dof = jax.tree.map(lambda x: run.op.precision * x, norms), None
+    columns[1] = exact.stated(run, columns[1])
+    value, stderr = (_tree.unravel(sound * column, run.op.structure) for column in columns)
+    dof = None
     if moved := exact.moved_products(run):
         changes = root_mean_square([x for *_, x in moved])
         stderr, dof = jax.tree.map(jnp.hypot, stderr, changes), float(len(moved))

@@ -45,6 +45,16 @@ def columns(run: Run) -> tuple[jax.Array, jax.Array, Any]:
     return entries, norms, run.check_columns(across, trees.ravel(image))
 
 
+def stated(run: Run, norms: jax.Array) -> jax.Array:
+    """What an entry of each column is off by, as its norm says, or where parts cancel that of all."""
+    size = norms
+    if not run.traced and run.column_precision > run.op.precision:
+        unit = jnp.max(norms)
+        mean = unit * jnp.sqrt(jnp.mean((norms / jnp.where(unit > 0, unit, 1)) ** 2))
+        size = jnp.maximum(norms, mean)
+    return run.column_precision * size
+
+
 def _unit(op: LinearOperator, i: int | jax.Array) -> PyTree:
     return trees.unravel(jnp.zeros(op.size, op.dtype).at[i].set(1), op.structure)
 

@@ -213,8 +213,11 @@ def xtrace_values(
     vector in the complement of P has on average, which removes the variance of its length. The groups
     sum to XTrace, the last row.
 
-    The third result is what is known of the variance. It is at most the square of that last term, on average.
-    For groups it is nothing.
+    The third result is what is known of the variance. It is at most the square of that last term, on average
+    (of a group, whose own may be small by chance, of that or of the whole's), and at least what
+    `_least_variance` says. For the part Π of a group, with A for what is outside of the sketch, it is that of
+    μᵀΠAμ, |ΠA|² + tr (ΠA)² less its mean: of a single direction q with the share s = |Πq|² it shows
+    s (1 + s) / 2 of that of the whole.
 
     References:
         Epperly, Tropp and Webber, arXiv:2301.07825, sections 2.2 and 2.3.
@@ -228,11 +231,12 @@ def xtrace_values(
         least = least + _least_variance(g, tails, u, size, precision, xp)
     if len(g.qz) > 1:
         groups = Sketch(*[part[:-1] for part in g[:-1]], oo=g.oo)
-        formula = _of_groups(groups, core, g.qy[-1], g.qo[-1], size, resphere, xp)
+        formula, known = _of_groups(groups, core, g.qy[-1], g.qo[-1], size, resphere, xp)
         parts = _with_pairs(formula, u, len(groups.qz), xp)
         found = [xp.concatenate(pair, axis=-2) for pair in zip(parts, found, strict=True)]
-        most = xp.concatenate([xp.full_like(parts[0], xp.inf), most])
-        least = xp.concatenate([xp.zeros_like(parts[0]), least])
+        share = _dots(u @ groups.qq, u, xp)
+        most = xp.concatenate([xp.maximum((parts[0] - known([u])) ** 2, most), most])
+        least = xp.concatenate([share * (1 + share) / 2 * least, least])
     return found[0], found[1], Known(most, least)
 
 
@@ -256,8 +260,8 @@ def _whole(g: Sketch, tails: Tails, core: Array, u: Array, size: int, resphere: 
 
 def _of_groups(
     g: Sketch, core: Array, sketch: Array, probes: Array, size: int, resphere: bool, xp: Any
-) -> Formula:
-    """The same restricted to each group, where Q has no orthonormal rows."""
+) -> tuple[Formula, Callable[[list[Array]], Array]]:
+    """The same restricted to each group, where Q has no orthonormal rows; and the part that is no sample."""
     m, mixed = len(core), core @ g.qq
     fixed = 2 * xp.trace(g.qz, axis1=-2, axis2=-1) - xp.trace(mixed, axis1=-2, axis2=-1)
 
@@ -273,14 +277,17 @@ def _of_groups(
             rest = rest - _dots(xp.swapaxes(a, -1, -2), b, xp)
         if resphere:
             rest = rest * (size - (m - len(removed))) / (g.oo - _dots(x, x, xp))
-        total = rest + fixed[:, None]
+        return rest + known(removed)
+
+    def known(removed: list[Array]) -> Array:
+        total = fixed[:, None]
         for a in removed:
             total = total - 2 * form(a, g.qz - mixed, a)
             for b in removed:
                 total = total - form(a, core, b) * form(b, g.qq, a)
         return total
 
-    return formula
+    return formula, known
 
 
 @careful()

@@ -17,8 +17,8 @@ from spectra.base.errors import MemoryLimitError, NonFiniteError, NotSymmetricEr
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.blocks import PROBES
+from spectra.krylov.cancelled import relative_precision, rounds_columns
 from spectra.krylov.plan import VECTORS, choose_batch
-from spectra.krylov.product_rounding import relative_precision
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.jaxprs import outside_loops
 from spectra.results import Estimate, format_bytes
@@ -53,6 +53,11 @@ class Run:
     traced: bool
     precision: float  # relative error of a product, also where terms cancel
     journal: Journal | None = None  # where somebody watches the run, or it is saved
+
+    @property
+    def column_precision(self) -> float:
+        """The same of columns H e_i."""
+        return self.precision if rounds_columns(self.source) else self.op.precision
 
     @property
     def xp(self) -> Any:

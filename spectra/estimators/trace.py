@@ -240,12 +240,12 @@ def _for_krylov(
 def _exact(run: Run, reason: str) -> Estimate:
     # Summed on the host in float64: n roundings of a float32 sum are none of the operator's.
     entries, norms, sound = exact.columns(run)
-    norms, unit = blocks.in_unit(norms, run.no_unit)
+    errors, unit = blocks.in_unit(exact.stated(run, norms), run.no_unit)
     values, squares = (
         run.by_group(run.xp.stack([run.xp.sum(run.host(leaf)) for leaf in jax.tree.leaves(tree)]))
-        for tree in (trees.unravel(column, run.op.structure) for column in (entries, run.host(norms) ** 2))
+        for tree in (trees.unravel(column, run.op.structure) for column in (entries, run.host(errors) ** 2))
     )
-    stderr, dof = run.op.precision * run.host(unit) * run.xp.sqrt(squares), None
+    stderr, dof = run.host(unit) * run.xp.sqrt(squares), None
     if moved := exact.moved_products(run):
         forms = [run.by_group(exact.leaf_dots(v, change)) for v, _, change in moved]
         stderr, dof = np.hypot(stderr, exact.root_mean_square(forms)), float(len(moved))

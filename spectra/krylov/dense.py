@@ -10,9 +10,11 @@ from spectra.base import host, programs, stacks, trees
 from spectra.base.errors import Status
 from spectra.base.host import one_thread
 from spectra.krylov import wanted
+from spectra.krylov.cancelled import rounds_columns
 from spectra.krylov.linear_rounding import known_rounding
 from spectra.krylov.matrices import LARGEST, Matrix, matrix_of
 from spectra.krylov.product_rounding import change_of_matrix, error_of_matrix, mixtures, vanished
+from spectra.krylov.shifts import largest_shift
 from spectra.operators.base import LinearOperator
 from spectra.results import Eigenpairs, Interval, Solution
 
@@ -99,7 +101,8 @@ def matrix_error(op: LinearOperator, matrix: Matrix, values: np.ndarray) -> floa
 
     It is measured where products are known in float64; constants of the program are still rounded. Elsewhere
     the Frobenius norm bounds it. Columns are right to `precision` of themselves, or of |H|: measured on
-    float32 Hessians of networks, the spectral norm was up to 1.8 precision sqrt(n) |H|. Where products
+    float32 Hessians of networks, the spectral norm was up to 1.8 precision sqrt(n) |H|, with |H| before it is
+    shifted. Where products
     subtract larger numbers it is more, as measured by eight of them. The float64 eigensolver is backward
     stable, with n eps |H| as in `numpy.linalg.matrix_rank`.
     """
@@ -113,7 +116,9 @@ def matrix_error(op: LinearOperator, matrix: Matrix, values: np.ndarray) -> floa
             + float(jnp.finfo(op.dtype).eps) / 2 * norm
             + solver
         )
-    if op.cancels:
+    if rounds_columns(op):
+        columns = 4 * op.precision * np.sqrt(n) * (norm + float(largest_shift(op)))
+    elif op.cancels:
         columns = 4 * op.precision * np.sqrt(n) * norm
     else:
         columns = op.precision * norm * float(np.linalg.norm(values / norm)) if norm else 0.0

@@ -16,12 +16,11 @@ from jax import lax
 from spectra.base import draws, meshes, programs, stacks, trees
 from spectra.base.trees import PyTree
 from spectra.krylov.matrices import Unrounded
-from spectra.operators.arithmetic import ScaledOperator, ShiftedOperator, SumOperator
+from spectra.krylov.shifts import largest_shift, of_shifts
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.doubled import doubled
 from spectra.results import Eigenpairs
 
-Rounded = tuple[PyTree, float]  # a product, and the length of its error
 SAMPLES = 4
 """Moved operators: as many degrees of freedom has what they say."""
 DRAWN, RARE = 16, 1e-4
@@ -126,9 +125,8 @@ def with_measured_floor(op: LinearOperator, pairs: Eigenpairs, images: list[PyTr
     Nothing is measured where an operator does not say what it depends on, as a matrix does not. What a shift
     cancels was as large as the shift, and has been rounded.
     """
-    if isinstance(op, ShiftedOperator):
-        shifted = 2 * op.precision * abs(float(op.delta))
-        pairs = dataclasses.replace(pairs, noise_floor=max(pairs.noise_floor, shifted))
+    if shifted := _shift_along(op, pairs.vectors):
+        pairs = dataclasses.replace(pairs, noise_floor=max(pairs.noise_floor, 2 * op.precision * shifted))
     if not is_measured(op):
         return pairs
     k, exact = len(pairs.values), doubled(op)
@@ -156,11 +154,18 @@ def _mixed(vectors: PyTree, mixtures: Any) -> PyTree:
     return stacks.combine(jnp.asarray(mixtures, trees.scalar_dtype(vectors)), vectors)
 
 
+def _shift_along(op: LinearOperator, vectors: PyTree) -> float:
+    """The most that shifts are of a product with one of the unit vectors."""
+    if of_shifts(op, stacks.row(vectors, 0)) is None:
+        return 0.0
+    return max(trees.length(of_shifts(op, v)) for v in stacks.split(vectors))
+
+
 POWERS = 3
 
 
 def seen_norm(op: LinearOperator) -> float:
-    """|A| from below, by `POWERS` products with a random vector, and no less than its shift.
+    """|A| from below, by `POWERS` products with a random vector, and no less than its shifts.
 
     A run whose right-hand side lies in a part of the spectrum sees no other, but what a product with its x
     is rounded by comes from all of A. What the last product gains is |A| but for a factor of n^(-1 / 2
@@ -171,7 +176,7 @@ def seen_norm(op: LinearOperator) -> float:
         image = multiply(op, vector)
         ratio = max(ratio, trees.length(image) / (trees.length(vector) or 1.0))
         vector = _in_unit(image)
-    return max(ratio, abs(float(op.delta)) if isinstance(op, ShiftedOperator) else 0.0)
+    return max(ratio, float(largest_shift(op)))
 
 
 @programs.jit
@@ -189,7 +194,7 @@ def seen_norm_traced(op: LinearOperator) -> jax.Array:
     start = draws.unit_vector(jax.random.key(KEY), op), jnp.zeros((), op.dtype)
     ratio = lax.fori_loop(0, POWERS, step, start)[1]
     ratio = jnp.where(jnp.isfinite(ratio), ratio, 0)  # 0 / 0 of A = 0
-    return jnp.maximum(ratio, jnp.abs(op.delta)) if isinstance(op, ShiftedOperator) else ratio
+    return jnp.maximum(ratio, largest_shift(op))
 
 
 def vanished(op: LinearOperator) -> float:
@@ -204,33 +209,3 @@ def vanished(op: LinearOperator) -> float:
     if not is_measured(op, moved=True):
         return 0.0
     return max(change_of_matrix(op, moved=True), float(jnp.finfo(op.dtype).tiny))
-
-
-def relative_precision(op: LinearOperator) -> float:
-    """The relative error of a product: what the operator states, or more where a sum or a shift cancels.
-
-    Each term is right to its own precision, so that the error of their sum is known from one product of a
-    random vector with each. 1 where nothing is left.
-    """
-    if not isinstance(op, SumOperator | ScaledOperator | ShiftedOperator):
-        return op.precision
-    image, error = _product(op, draws.unit_vector(jax.random.key(0), op))
-    size = trees.length(image)
-    return max(op.precision, min(error / size, 1.0) if size else 1.0)
-
-
-def _product(op: LinearOperator, v: PyTree) -> Rounded:
-    if isinstance(op, SumOperator):
-        parts = [_product(term, v) for term in op.terms]
-        image = parts[0][0]
-        for other, _ in parts[1:]:
-            image = jax.tree.map(jnp.add, image, other)
-        return image, sum(error for _, error in parts)
-    if isinstance(op, ScaledOperator):
-        image, error = _product(op.base, v)
-        return trees.scale(op.factor, image), abs(float(op.factor)) * error
-    if isinstance(op, ShiftedOperator):
-        image, error = _product(op.base, v)
-        return trees.axpy(op.delta, v, image), error + op.precision * abs(float(op.delta)) * trees.length(v)
-    image = multiply(op.prepare(), v)
-    return image, op.precision * trees.length(image)

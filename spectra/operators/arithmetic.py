@@ -59,6 +59,10 @@ class Composed(LinearOperator):
         pairs = zip(moved, self.made_of, strict=True)
         return self._remade(tuple(new or part for new, part in pairs)) if any(moved) else None
 
+    def of_moved_parts(self, key: jax.Array) -> LinearOperator:
+        """The same with each part moved by a rounding, whether it has parameters or not."""
+        return self._remade(each_moved(self.made_of, key))
+
 
 class OfTerms(Composed):
     """An operator made of several on the same vectors: their sum, or their product."""
@@ -82,7 +86,7 @@ class OfTerms(Composed):
 
     def moved(self, key: jax.Array) -> LinearOperator:
         """The same of moved terms: each is rounded relative to itself, and they may cancel."""
-        return self._remade(each_moved(self.terms, key))
+        return self.of_moved_parts(key)
 
     def _stacks(self) -> dict[int, str]:
         return self.terms[0]._stacks()
@@ -206,9 +210,11 @@ def each_moved(terms: tuple[LinearOperator, ...], key: jax.Array) -> tuple[Linea
     """Parts of one product, moved by a rounding each, independently: at moved parameters if they have any."""
 
     def one(term: LinearOperator, key: jax.Array) -> LinearOperator:
-        return term.moved(key) or DiagonallyScaledOperator(
-            term, _roundings(key, term.structure, term.precision)
-        )
+        if moved := term.moved(key):
+            return moved
+        if isinstance(term, Composed):  # what a shift inside of it leaves may be far less than was rounded
+            return term.of_moved_parts(key)
+        return DiagonallyScaledOperator(term, _roundings(key, term.structure, term.precision))
 
     return tuple(one(term, jax.random.fold_in(key, i)) for i, term in enumerate(terms))
 
