@@ -102,9 +102,8 @@ def matrix_error(op: LinearOperator, matrix: Matrix, values: np.ndarray) -> floa
     It is measured where products are known in float64; constants of the program are still rounded. Elsewhere
     the Frobenius norm bounds it. Columns are right to `precision` of themselves, or of |H|: measured on
     float32 Hessians of networks, the spectral norm was up to 1.8 precision sqrt(n) |H|, with |H| before it is
-    shifted. Where products
-    subtract larger numbers it is more, as measured by eight of them. The float64 eigensolver is backward
-    stable, with n eps |H| as in `numpy.linalg.matrix_rank`.
+    shifted. Where products subtract larger numbers it is more, as measured by eight of them. The float64
+    eigensolver is backward stable, with n eps |H| as in `numpy.linalg.matrix_rank`.
     """
     n, norm = len(values), float(np.abs(values).max())
     if not norm:
