@@ -131,8 +131,8 @@ def test_a_run_that_cannot_be_shown_hides_no_other(recorded, tmp_path):
     for line in (header, *lines):
         del line["crc32"]
     for line in lines:  # each field is what it may be, and there is no spectrum like this
-        nodes = line["snapshot"]["fields"]["quadrature"]["fields"]["nodes"]["array"]
-        nodes["values"] = [{"float": "nan"} for _ in nodes["values"]]
+        weights = line["snapshot"]["fields"]["quadrature"]["fields"]["weights"]["array"]
+        weights["values"] = [0.0 for _ in weights["values"]]
     bad.write_text("".join(json.dumps(line) + "\n" for line in (header, *lines)))
     both = LivePage([good, bad])
     assert "bad: cannot be shown: its numbers contradict each other" in words(both)
