@@ -39,7 +39,7 @@ def _error(rule: Rule, f: Function) -> float:
     if not len(changes) or not np.isfinite(changes).all():
         return np.inf
     last = abs(float(changes[0]))
-    if len(changes) == 1 or np.any(changes * changes[0] <= 0):
+    if not last or len(changes) == 1 or np.any(np.sign(changes) != np.sign(changes[0])):
         return last
     rates = (changes[0] / changes[1:]) ** (1 / np.arange(1, len(changes)))
     rate = min(SLOWEST, float(rates.max()))
@@ -58,7 +58,8 @@ def _latest(rule: Rule) -> Iterator[Rule]:
 def _before(rule: Rule) -> Rule:
     """The rule of one step less."""
     theta, weights, residuals = rule
-    last = residuals / np.linalg.norm(residuals)
+    last = residuals / np.abs(residuals).max()  # squares of the smallest numbers are zero
+    last /= np.linalg.norm(last)
     rest = np.linalg.qr(last[:, None], mode="complete")[0][:, 1:]
     nodes, vectors = np.linalg.eigh(rest.T @ (theta[:, None] * rest))
     first = np.sqrt(weights) @ rest @ vectors
