@@ -11,6 +11,7 @@ from scipy.special import stdtrit
 
 import spectra
 from spectra.estimators import bracket
+from spectra.estimators.bracket import _is_finite
 from spectra.quadrature import hinges
 from spectra.quadrature.changes import estimated_error
 from spectra.report.spectrum import trace_estimate
@@ -516,3 +517,13 @@ def test_a_bracket_holds_where_samples_of_a_polynomial_miss_a_kink(values, f, nu
         weights = np.asarray(whole.weights[0]) / np.sum(whole.weights[0])
         exact, rounding = len(values) * np.sum(weights * f(np.asarray(whole.nodes[0]))), 1e-4
         assert found.lower - rounding <= exact <= found.upper + rounding
+
+
+def test_a_pole_is_noticed_wherever_samples_lie():
+    """Where one of them happened to be close to it, values grew no more: 3 % of poles went unnoticed."""
+    rng, finite = np.random.default_rng(0), []
+    for pole, low, high in rng.uniform([-0.9, -1.2, 1.0], [0.9, -1.0, 1.2], (300, 3)):
+        finite.append(_is_finite(lambda x, at=pole: 1 / (x - at), low, high, 0.95))
+    assert not any(finite)
+    for harmless in (np.exp, np.abs, lambda x: x > 0.3, lambda x: 1 / (1 + (x / 1e-3) ** 2)):
+        assert _is_finite(harmless, -1.0, 1.0, 0.95)

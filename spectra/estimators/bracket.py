@@ -217,6 +217,8 @@ def _each(q: Quadrature, f: Function, ends: tuple[float, float], extra: np.ndarr
 
 def _is_finite(f: Function, a: float, b: float, smallest: float) -> bool:
     """Whether f is finite on [a, b], as far as samples show, more of them below the smallest node."""
+    if not np.isfinite(evaluate(f, np.clip(np.zeros(1), a, b))).all():
+        return False
     for end in (b, smallest):
         x = np.linspace(a, max(a, end), 65)
         values = evaluate(f, x)
@@ -226,16 +228,19 @@ def _is_finite(f: Function, a: float, b: float, smallest: float) -> bool:
 
 
 def _has_pole(f: Function, x: np.ndarray, values: np.ndarray) -> bool:
-    """Whether f still grows where it bends most after that place has been magnified a billion times."""
-    before = largest = np.abs(values).max()
+    """Whether f still grows where it bends most after that place has been magnified a billion times.
+
+    From the third level on: one sample may be far closer to a pole than the others of its level.
+    """
+    largest = [np.abs(values).max()]
     for _ in range(6):
         i = int(np.argmax(np.abs(values[2:] + values[:-2] - 2 * values[1:-1]))) + 1
         x = x[i - 1] + (x[i + 1] - x[i - 1]) * _SHARES
-        values, before = evaluate(f, x), largest
-        largest = np.abs(values).max()
-        if not np.isfinite(largest):
+        values = evaluate(f, x)
+        largest.append(np.abs(values).max())
+        if not np.isfinite(largest[-1]):
             return True
-    return bool(largest > 2 * before)
+    return bool(largest[-1] > 2 * largest[-4])
 
 
 def _bends_once(f: Function, a: float, b: float) -> bool:

@@ -58,6 +58,13 @@ KRYLOV = [
         "test_trace_of.py::test_a_bracket_holds_where_samples_of_a_polynomial_miss_a_kink",
     ),
     fault(
+        "a pole is what doubles from the last level but one",
+        "estimators/bracket.py",
+        "return bool(largest[-1] > 2 * largest[-4])",
+        "return bool(largest[-1] > 2 * largest[-2])",
+        "test_trace_of.py::test_a_pole_is_noticed_wherever_samples_lie",
+    ),
+    fault(
         "convergence from one side is as fast as it is for a pole in between",
         "quadrature/changes.py",
         "return last * max(1.0, rate / (1 - rate))",
