@@ -522,8 +522,8 @@ def test_a_bracket_holds_where_samples_of_a_polynomial_miss_a_kink(values, f, nu
 def test_a_pole_is_noticed_wherever_samples_lie():
     """Where one of them happened to be close to it, values grew no more: 3 % of poles went unnoticed."""
     rng, finite = np.random.default_rng(0), []
-    for pole, low, high in rng.uniform([-0.9, -1.2, 1.0], [0.9, -1.0, 1.2], (300, 3)):
-        finite.append(_is_finite(lambda x, at=pole: 1 / (x - at), low, high, 0.95))
+    for pole, low, high, node in rng.uniform([-0.9, -1.2, 1.0, -0.9], [0.9, -1.0, 1.2, 1.0], (300, 4)):
+        finite.append(_is_finite(lambda x, at=pole: 1 / (x - at), low, high, node))
     assert not any(finite)
     for harmless in (np.exp, np.abs, lambda x: x > 0.3, lambda x: 1 / (1 + (x / 1e-3) ** 2)):
         assert _is_finite(harmless, -1.0, 1.0, 0.95)
