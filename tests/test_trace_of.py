@@ -299,7 +299,7 @@ def test_where_nothing_bounds_the_quadrature_its_last_changes_are_in_the_interva
 
 
 def test_slow_convergence_from_one_side_is_many_times_the_last_change(x64):
-    """With a pole just beyond the spectrum: of 20 intervals, none held, at a fifth of the error."""
+    """With a pole just beyond the spectrum 8 of 20 intervals held by the last change alone."""
     values = np.linspace(-1, 1, N) + 0.003
 
     def inverse(x):
@@ -314,7 +314,7 @@ def test_slow_convergence_from_one_side_is_many_times_the_last_change(x64):
 @pytest.mark.parametrize("num_steps", [3, 10])
 @pytest.mark.parametrize("f", [np.log, np.reciprocal, lambda x: x**-0.25], ids=["log", "inverse", "power"])
 def test_a_function_that_ends_at_zero_is_bounded_down_to_zero(f, num_steps, x64):
-    """Half of the smallest Ritz value stood for the smallest eigenvalue: no interval of log held."""
+    """Half of the smallest Ritz value stood for the smallest eigenvalue: after 3 steps no interval held."""
     held, found = share_held(np.geomspace(1e-3, 1, N), f, num_steps)
     assert held == 1.0
     assert all("likely, not certain" in e.reason and np.isfinite([e.lower, e.upper]).all() for e in found)
@@ -507,7 +507,7 @@ ENDS = np.geomspace(1e-6, 1, 5)
     ids=["cusp between samples", "step at the end", "kink beside the end"],
 )
 def test_a_bracket_holds_where_samples_of_a_polynomial_miss_a_kink(values, f, num_steps, x64):
-    """A cusp at zero lay between two samples that agree: 5 of 12 brackets missed, by up to half."""
+    """A cusp at zero lay between two samples that agree: 33 of 40 brackets missed, by up to three times."""
     op = diagonal(values)
     for seed in range(8):
         options = {"key": jax.random.key(seed), "num_probes": 1}
@@ -515,7 +515,9 @@ def test_a_bracket_holds_where_samples_of_a_polynomial_miss_a_kink(values, f, nu
         found = spectra.trace_of(op, f, num_steps=num_steps, bounds=ends, **options)
         whole = spectra.slq(op, num_steps=len(np.unique(values)), **options)  # the measure of this probe
         weights = np.asarray(whole.weights[0]) / np.sum(whole.weights[0])
-        exact, rounding = len(values) * np.sum(weights * f(np.asarray(whole.nodes[0]))), 1e-4
+        nearest = np.abs(np.asarray(whole.nodes[0])[:, None] - np.unique(values)).argmin(axis=1)
+        exact = len(values) * np.sum(weights * f(np.unique(values)[nearest]))
+        rounding = 1e-12 * len(values) * np.abs(f(values)).max()  # of weights, to some hundred eps
         assert found.lower - rounding <= exact <= found.upper + rounding
 
 

@@ -43,12 +43,19 @@ def hat_means(grid: np.ndarray, centers: np.ndarray, h: np.ndarray) -> np.ndarra
     return total / hat[:, None]
 
 
+def _parts(
+    grid: np.ndarray, centers: np.ndarray, h: np.ndarray
+) -> Iterator[tuple[slice, np.ndarray, slice, np.ndarray]]:
+    """(slice of the grid, its points with neighbours, those that count, the centers they see)."""
+    for target, points, inner in chunks(grid):
+        yield target, points, inner, (centers + _NEAR * h >= points[0]) & (centers - _NEAR * h <= points[-1])
+
+
 def kernels(
     grid: np.ndarray, centers: np.ndarray, h: np.ndarray
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """(slice of the grid, centers that it sees, kernel between these) until the grid is through."""
-    for target, points, inner in chunks(grid):
-        near = (centers + _NEAR * h >= points[0]) & (centers - _NEAR * h <= points[-1])
+    for target, points, inner, near in _parts(grid, centers, h):
         yield target, near, hat_means(points, centers[near], h[near])[inner]
 
 
@@ -74,8 +81,7 @@ def moved_kernels(
     """
     lower, mean, upper = (np.zeros(len(grid)) for _ in range(3))
     h = widths(centers)
-    for target, points, inner in chunks(grid):
-        near = (centers + _NEAR * h >= points[0]) & (centers - _NEAR * h <= points[-1])
+    for target, points, inner, near in _parts(grid, centers, h):
         c, own = centers[near], h[near]
         three = np.stack(
             [hat_means(points, c + shift, widths(c + shift))[inner] for shift in (-moved, 0.0, moved)]

@@ -42,11 +42,16 @@ def fieller(top: float, bottom: float, covariance: np.ndarray, t: float, *, up: 
     """
     (tt, tb), (_, bb) = np.asarray(covariance, float) * t**2
     a, b, c = bottom**2 - bb, top * bottom - tb, top**2 - tt
-    root = math.sqrt(max(b * b - a * c, 0.0))
     if up:
-        return (b + root) / a if a > 0 and bottom > 0 else math.inf
-    if c <= 0 or b * b < a * c or top <= 0:
+        return (b + math.sqrt(max(b * b - a * c, 0.0))) / a if a > 0 and bottom > 0 else math.inf
+    return _smaller_ratio(a, b, c) if top > 0 else 0.0
+
+
+def _smaller_ratio(a: float, b: float, c: float) -> float:
+    """The smaller r with a r² - 2 b r + c = 0; 0 where zero itself is not excluded."""
+    if c <= 0 or b * b < a * c:
         return 0.0
+    root = math.sqrt(b * b - a * c)
     return c / (b + root) if b + root > 0 else 0.0
 
 
@@ -60,10 +65,7 @@ def fieller_of_length(top: float, bottom: float, covariance: np.ndarray, t: floa
     square = bottom + share * top
     slope = bb * top / square if square > 0 else 0.0
     a, b, c = bottom**2 - share * slope, top * bottom - tb + slope / 2, top**2 - tt
-    if c <= 0 or b * b < a * c or top <= 0:
-        return 0.0
-    root = math.sqrt(b * b - a * c)
-    return c / (b + root) if b + root > 0 else 0.0
+    return _smaller_ratio(a, b, c) if top > 0 else 0.0
 
 
 @result("num_matvecs", "method", "status", "reason", "dof", "normals", "num_sampled")
