@@ -8,6 +8,8 @@ from spectra.base.errors import SpectraError
 from spectra.quadrature import Measures
 from spectra.quadrature.brackets import bracket
 
+NEAR = 1e-9
+"""Relative change of a root by a secant that ends the search: what the next one changes is of its square."""
 ROOT_STEPS = 80
 """At most so many evaluations for a root: every fourth halves its bracket."""
 INSERTED = 4
@@ -136,7 +138,7 @@ def share_upper_bound(share: np.ndarray, num_normals: float, tail: float | np.nd
             good = np.isfinite(before) & (secant >= low) & (secant <= high) & (turn % 4 < 3)
             last, found = found, np.where(good, secant, (low + high) / 2)
             bound[open_] = np.maximum(np.sin(found) ** 2, shares[open_])
-            left = np.abs(found - last) > 4 * np.finfo(float).eps * found
+            left = np.abs(found - last) > np.where(good, NEAR, 4 * np.finfo(float).eps) * found
             open_, low, high, last, found, excess = (
                 part[left] for part in (open_, low, high, last, found, excess)
             )
