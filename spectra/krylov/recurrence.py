@@ -304,5 +304,5 @@ def check_steps(num_steps: int, size: int) -> None:
     if not 1 <= num_steps <= size:
         raise SpectraError(
             f"num_steps={num_steps} is not between 1 and the order of the operator, {size}: a Krylov "
-            f"space has at most {size} dimensions."
+            f"space has at most {size} dimensions. Use num_steps={size}, after which it is whole, or fewer."
         )
