@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from spectra.base import host
-from spectra.base.trees import PyTree
 from spectra.krylov import storage
 from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import LanczosState
+from spectra.operators.accumulate import Sum
 from spectra.operators.base import LinearOperator
 from spectra.runs.checkpoint import Checkpoint, describe
 from spectra.runs.saver import Saver
@@ -62,7 +62,7 @@ class Recorder(Saver):
         own = dict(items[:-1] if flight["sums"] else items)
         return storage.lanczos_state(self, self.layout, state, own, batched=state.alpha.ndim > 1)
 
-    def sums(self, probes: range, state: LanczosState, done: int) -> list[tuple[int, PyTree]]:
+    def sums(self, probes: range, state: LanczosState, done: int) -> list[tuple[int, Sum]]:
         """The passes over a stream that the product of this step has behind it; see `Passes`."""
         flight = self.flight
         if not flight or flight["probes"] != [probes.start, probes.stop] or flight["done"] != done:
@@ -71,10 +71,11 @@ class Recorder(Saver):
         if not counts:
             return []
         name, digest = list(flight["items"].items())[-1]
-        read = self.item(name, storage.sums_like(self.layout, len(counts), state), digest)
+        read = self.item(name, storage.sums_like(self.layout, 2 * len(counts), state), digest)
         if read is None:
             return []
-        return [(count, self.treedef.unflatten(sum)) for count, sum in zip(counts, read, strict=True)]
+        parts = [self.treedef.unflatten(leaves) for leaves in read]
+        return list(zip(counts, zip(parts[::2], parts[1::2], strict=True), strict=True))
 
     def finished(self, probes: range, rows: list[dict[str, Any]]) -> None:
         """Record probes that are done, whose basis is no longer needed."""
@@ -93,7 +94,7 @@ class Recorder(Saver):
         state: LanczosState,
         done: int,
         seconds: float,
-        sums: Sequence[tuple[int, PyTree]] = (),
+        sums: Sequence[tuple[int, Sum]] = (),
     ) -> float:
         """Called between chunks, and with `sums` between the batches of a product: saves where it is time
         to, raises where the run is to end.
@@ -108,7 +109,7 @@ class Recorder(Saver):
         return seconds
 
     def save(
-        self, probes: range, state: LanczosState, done: int, sums: Sequence[tuple[int, PyTree]] = ()
+        self, probes: range, state: LanczosState, done: int, sums: Sequence[tuple[int, Sum]] = ()
     ) -> None:
         """Write what is new since the last checkpoint. What it names is never written again in place."""
         batched, steps = state.alpha.ndim > 1, state.alpha.shape[-1]
@@ -118,14 +119,13 @@ class Recorder(Saver):
         trees = storage.lanczos_items(self.layout, state, done, stem, batched=batched)
         if sums:
             trees[f"{stem}-step-{done:06d}-batch-{sum(counts):06d}"] = lambda: [
-                jax.tree.leaves(total) for _, total in sums
+                jax.tree.leaves(part) for _, total in sums for part in total
             ]
         if self.flight and self.flight["probes"] != span:
             self.flight = None
         self.write(trees, {"probes": span, "steps": steps, "done": done, "sums": counts}, done)
 
-    def _is_vector(self, total: PyTree, state: LanczosState) -> bool:
+    def _is_vector(self, total: Sum, state: LanczosState) -> bool:
         """Whether a sum is what the operator's own products are; parts of another operator's need not be."""
-        return [x.shape for x in jax.tree.leaves(total)] == [
-            state.alpha.shape[:-1] + shape for shape in self.layout.shapes
-        ]
+        shapes = [state.alpha.shape[:-1] + shape for shape in self.layout.shapes]
+        return all([x.shape for x in jax.tree.leaves(part)] == shapes for part in total)

@@ -16,6 +16,8 @@ from spectra.base.trees import PyTree
 from spectra.operators.batches import Shared, batch_size, owned_leaves, replace_owned, rows, weigh
 
 WeightFn = Callable[[PyTree], Any]
+Sum = tuple[PyTree, PyTree]
+"""A rounded sum, and what rounding has taken from it."""
 
 
 def mean_over_microbatches(
@@ -105,8 +107,8 @@ class Passes:
     """The passes over streams within one product: how far each is, so that a run can end between batches.
 
     Args:
-        sums: two for each pass, in the order in which the product makes them, (batches added, their sum) and
-            (0, what rounding took from it); where a run goes on inside a product, those of the run before.
+        sums: batches added and their sum for each pass, in the order in which the product makes them; where a
+            run goes on inside a product, those of the run before.
         look: called between batches with the sums and the seconds since the last call; what it returns, in
             place of the seconds, decides after how many batches it is called again.
         pace: seconds that should lie between two calls.
@@ -114,12 +116,11 @@ class Passes:
 
     def __init__(
         self,
-        sums: list[tuple[int, PyTree]],
-        look: Callable[[list[tuple[int, PyTree]], float], float],
+        sums: list[tuple[int, Sum]],
+        look: Callable[[list[tuple[int, Sum]], float], float],
         pace: float,
     ):
-        in_pairs = len(sums) % 2 == 0 and not any(count for count, _ in sums[1::2])
-        self.sums = list(sums) if in_pairs else []  # older versions kept the sums alone
+        self.sums = list(sums)
         self._look, self._pace = look, pace
         self._begun = self._batches = 0
         self._stride, self._looked = 1, time.monotonic()
@@ -133,17 +134,14 @@ class Passes:
         finally:
             _observer.reset(token)
 
-    def begin(self) -> tuple[int, tuple[PyTree, PyTree] | None]:
-        """Batches that the next pass has behind it, their sum and what rounding took from it."""
+    def begin(self) -> tuple[int, Sum | None]:
+        """Batches that the next pass has behind it, and their sum."""
         self._begun += 1
-        if len(self.sums) < 2 * self._begun:
-            self.sums += [(0, None), (0, None)]
-        (count, total), (_, lost) = self.sums[2 * self._begun - 2 : 2 * self._begun]
-        return count, None if total is None else (total, lost)
+        return self.sums[self._begun - 1] if len(self.sums) >= self._begun else (0, None)
 
-    def after(self, count: int, total: tuple[PyTree, PyTree]) -> None:
+    def after(self, count: int, total: Sum) -> None:
         """Note a batch of the pass under way."""
-        self.sums[2 * self._begun - 2 : 2 * self._begun] = (count, total[0]), (0, total[1])
+        self.sums[self._begun - 1 :] = [(count, total)]
         self._batches += 1
         if self._batches < self._stride:
             return
@@ -188,13 +186,13 @@ def _shares_threads(tree: PyTree) -> bool:
 
 
 @programs.jit
-def _first(weight: Any, part: PyTree) -> tuple[PyTree, PyTree]:
+def _first(weight: Any, part: PyTree) -> Sum:
     total = trees.scale(weight, part)
     return total, jax.tree.map(jnp.zeros_like, total)
 
 
 @programs.jit
-def _add(weight: Any, part: PyTree, total: PyTree, lost: PyTree) -> tuple[PyTree, PyTree]:
+def _add(weight: Any, part: PyTree, total: PyTree, lost: PyTree) -> Sum:
     """The rounded sum, and what rounding has taken from it so far (Knuth's two-sum)."""
 
     def one(x: jax.Array, old: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
