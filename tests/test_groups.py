@@ -88,6 +88,18 @@ def test_a_group_that_the_sketch_all_but_spans_has_little_error(matrix, x64):
     assert student.ppf(0.975, dof) * np.sqrt(np.mean(stderr**2)) <= 1.5 * 1.96 * np.sqrt(np.mean(off**2))
 
 
+def test_a_group_without_curvature_holds_the_rounding_of_a_basis_of_the_range():
+    """The sketch has twelve directions and the range two: the others are orthogonal to it to a rounding,
+    which times the trace is what the group is off by. By its own products alone 82 % of the keys held."""
+    matrix = np.zeros((N, N))
+    matrix[3:, 3:] = planted(np.append([1.0, 0.5], np.zeros(N - 5)))
+    found, dof = errors(matrix, "hutch++", 36)
+    for name in ("one", "two"):
+        off, stderr = found[name]
+        assert np.mean(np.abs(off) <= student.ppf(0.975, dof) * stderr) >= 0.97
+        assert np.max(stderr) <= 10 * np.finfo(np.float32).eps
+
+
 def test_what_a_sketch_leaves_of_a_product_is_that_of_a_projector(x64):
     """|Π (1-P) H (1-P) ω_j|², each P from the images of all other probes, by a QR of these."""
     run = begin(

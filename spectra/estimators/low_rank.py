@@ -329,6 +329,8 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     qz, qq = inner.qz, inner.qq
     with leave_one_out.careful():
         fixed = xp.trace(2 * qz - qz[-1] @ qq, axis1=-2, axis2=-1)
+    # A group without curvature has its part of a basis that is orthonormal to rounding.
+    lost = run.precision * xp.sqrt(xp.sum(qz[-1] ** 2) * xp.sum(qq**2, axis=(-2, -1)) / rank)
     parts: list[Any] = []
 
     def step(count: int) -> tuple[Any, Any]:
@@ -354,7 +356,8 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     def result() -> tuple[Any, Any]:
         samples, squares = (xp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
         stderr = xp.sqrt(2 * xp.mean(squares, axis=-1) / num_samples())
-        return xp.mean(samples, axis=-1) + fixed, xp.hypot(stderr, run.rounding(inner.yy))
+        rounding = xp.hypot(run.rounding(inner.yy), lost)
+        return xp.mean(samples, axis=-1) + fixed, xp.hypot(stderr, rounding)
 
     def num_samples() -> int:
         return sum(samples.shape[-1] for samples, _ in parts)
