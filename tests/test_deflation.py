@@ -1,9 +1,13 @@
 """Deflated quadratures: known eigenpairs are atoms, the rest is resolved, and the band still holds."""
 
+import dataclasses
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import diagonal, runs_of
+from cases import diagonal, planted, runs_of
 from scipy.stats import norm
 
 import spectra
@@ -129,3 +133,29 @@ def test_probes_are_independent_of_pairs_from_the_same_key():
         low, _, high = spectra.slq(op, key=key, num_steps=5, num_probes=4, deflate=pairs).cdf(0.5)
         missed += not low <= 0.5 <= high
     assert missed <= 4  # 5 % each: five and more of 20 have probability 0.3 %
+
+
+def test_pairs_of_another_operator_are_refused(x64):
+    """Of parameters before the last steps of training, or changed by hand: their atoms are in the wrong
+    place. Pairs that have hardly converged belong to it."""
+    values = np.append(np.linspace(-1.0, 1.0, 44), [20.0, 12.0, 8.0, 5.0])
+    op = spectra.MatrixOperator(planted(values))
+    pairs = spectra.eigsh(op, 4, which="LA", key=jax.random.key(0))
+    run = partial(spectra.slq, key=jax.random.key(0), num_steps=6, num_probes=2)
+    moved = spectra.MatrixOperator(planted(values) + 0.01 * np.diag(np.cos(np.arange(48.0))))
+    x = np.asarray(pairs.vectors)
+    for case, text in (
+        (dataclasses.replace(pairs, values=np.asarray(pairs.values) * 1.001), "not those of this operator"),
+        (dataclasses.replace(pairs, vectors=jnp.asarray(x[::-1].copy())), "not those of this operator"),
+        (dataclasses.replace(pairs, vectors=jnp.asarray(x * 1.01)), "not orthonormal"),
+        (dataclasses.replace(pairs, vectors=jnp.asarray(x[[0, 0, 1, 2]])), "not orthonormal"),
+        (dataclasses.replace(pairs, vectors=jnp.asarray(x * np.nan)), "not orthonormal"),
+    ):
+        with pytest.raises(spectra.SpectraError, match=text):
+            run(op, deflate=case)
+    with pytest.raises(spectra.SpectraError, match="not those of this operator"):
+        run(moved, deflate=pairs)
+    for tol in (1e-8, 0.3):
+        assert run(
+            op, deflate=spectra.eigsh(op, 4, which="LA", key=jax.random.key(0), tol=tol)
+        ).atoms.shape == (4,)

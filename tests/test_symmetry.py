@@ -142,6 +142,53 @@ def test_a_run_that_was_lucky_states_its_tolerance():
         np.testing.assert_allclose(ended.widen, factor, rtol=2e-6)  # `WITHIN` of it
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.05])
+def test_a_value_about_zero_does_not_end_a_run_by_luck(mean):
+    """Normal numbers with a mean near zero, a tolerance of 0.45 and eleven looks. Where two standard errors
+    end a run the intervals hold for 80 and 91 % of 4,000 seeds, now for 95 and 96 %."""
+    run: Any = types.SimpleNamespace(tol=0.45)
+    rng, most, held, early = np.random.default_rng(0), 1280, 0, 0
+    for _ in range(4000):
+        numbers = rng.standard_normal(most)
+        sums, squares = np.cumsum(numbers + mean), np.cumsum(numbers**2)
+        looks = [(0.0, 0.0)]
+
+        def step(count, sums=sums, squares=squares, looks=looks):
+            looks.append((sums[count - 1] / count, np.sqrt(squares[count - 1]) / count))
+            return looks[-1]
+
+        ended = adaptive(run, step, most, signed=True)
+        value, stderr = looks[-1]
+        held += abs(value - mean) <= 1.96 * ended.widen * stderr
+        early += ended.status is spectra.Status.CONVERGED
+    assert held >= 0.935 * 4000
+    assert early < 2000
+
+
+def test_a_loose_tolerance_that_the_whole_budget_meets_is_met(monkeypatch):
+    """Only values that may be zero are asked for more before the budget is spent; at its end none are."""
+    monkeypatch.setattr("spectra.estimators.run.LOOSEST", 1e-12)
+    for signed, products in ((True, 100), (False, 16)):
+        counts = []
+
+        def step(count, counts=counts):
+            counts.append(count)
+            return 1.0, 0.3
+
+        ended = adaptive(types.SimpleNamespace(tol=0.5), step, 100, signed=signed)
+        assert ended.status is spectra.Status.CONVERGED
+        assert counts[-1] == products
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
+def test_traces_are_asked_as_values_that_may_be_zero(method, monkeypatch):
+    monkeypatch.setattr("spectra.estimators.run.LOOSEST", 1e-12)
+    op = spectra.MatrixOperator(np.diag(np.linspace(1.0, 2.0, 60)))
+    estimate = spectra.trace(op, key=KEY, method=method, num_matvecs=48, tol=0.9)
+    assert estimate.num_matvecs == 48
+    assert estimate.status is spectra.Status.CONVERGED
+
+
 @pytest.mark.slow
 def test_intervals_of_runs_that_stop_early_hold(x64):
     """Of 300 keys a true rate of 95 % leaves less than 92 % in 1 of 100 cases; stopping on the error alone

@@ -115,6 +115,25 @@ def naive_residual(a, probes, j, groups):
     return np.array([rest[g] @ rest[g] for g in groups[:-1]] + [rest @ rest - (mu @ rest) ** 2 / (mu @ mu)])
 
 
+def naive_least(a, probes, groups):
+    """What the samples μᵀΠAμ, A = (1-P) H (1-P), show of the variance of one of a group; 0 for the whole."""
+    n, m = probes.shape
+    rest, shown, sampled = n - (m - 1), np.zeros((m, len(groups) - 1)), np.zeros((m, len(groups) - 1))
+    for j in range(m):
+        outside = np.eye(n) - projector(a @ np.delete(probes, j, axis=1))
+        mu = outside @ probes[:, j]
+        mu = mu * np.sqrt(rest / (mu @ mu))
+        w = outside @ a @ mu
+        for i, g in enumerate(groups[:-1]):
+            part = np.zeros(n)
+            part[g] = w[g]
+            shown[j, i], sampled[j, i] = np.sum((outside @ part) ** 2), mu[g] @ w[g]
+    shown, mean = shown.mean(axis=0), np.abs(sampled.mean(axis=0))
+    sizes = np.array([len(np.arange(n)[g]) for g in groups[:-1]])
+    alone = np.minimum((mean + np.sqrt(2 * shown / m)) ** 2 / sizes, shown)
+    return np.append(shown + alone - 2 * mean**2 / rest, 0.0)
+
+
 def naive_covariance(products):
     """Mean over pairs and its jackknife error, at most the mean of absolute values; products (m, m)."""
     m = len(products)
@@ -128,7 +147,7 @@ def naive_covariance(products):
     return min(max(mean(range(m)), 0) + error, np.mean(np.abs(products[off])))
 
 
-def naive_mean_and_error(estimate, m, num_groups, own=None):
+def naive_mean_and_error(estimate, m, num_groups, own=None, least=0.0):
     """Mean over leave-one-out estimates, and its error with their covariance from leaving out two."""
     everyone = range(m)
     single = np.array([estimate([i for i in everyone if i != j], j) for j in everyone])
@@ -141,7 +160,7 @@ def naive_mean_and_error(estimate, m, num_groups, own=None):
     pairs = np.array([naive_covariance(one) for one in products])
     if own is not None:
         return single.mean(axis=0), np.sqrt(own.mean(axis=0) / m + pairs * (1 - 1 / m))
-    return single.mean(axis=0), np.sqrt(single.var(axis=0, ddof=1) / m + pairs)
+    return single.mean(axis=0), np.sqrt(np.maximum(single.var(axis=0, ddof=1), least) / m + pairs)
 
 
 @pytest.mark.parametrize("name", slow_but([*DECAYS, "indefinite"], "polynomial", "indefinite"))
@@ -155,10 +174,11 @@ def test_sketches_equal_a_naive_leave_one_out(method, name, x64):
     probes = np.stack([np.concatenate([draw(15, i), draw(25, i, leaf=1)]) for i in range(m)], axis=1)
     groups = [slice(0, 15), slice(15, n), slice(0, n)]
     one = partial({"xtrace": naive_xtrace, "xnystrace": naive_xnystrace}[method], a, probes, groups=groups)
-    own = None
     if method == "xnystrace":
-        own = 2 * np.array([naive_residual(a, probes, j, groups) for j in range(m)])
-    values, errors = naive_mean_and_error(one, m, 3, own)
+        known = {"own": 2 * np.array([naive_residual(a, probes, j, groups) for j in range(m)])}
+    else:
+        known = {"least": naive_least(a, probes, groups)}
+    values, errors = naive_mean_and_error(one, m, 3, **known)
     num_matvecs = 2 * m if method == "xtrace" else m
     got = spectra.trace(op, key=KEY, method=method, num_matvecs=num_matvecs, by="leaf")
     # Forms of vectors of length sqrt(n), m of them, each with n roundings of |H|; the core that XNysTrace

@@ -529,3 +529,16 @@ def test_a_pole_is_noticed_wherever_samples_lie():
     assert not any(finite)
     for harmless in (np.exp, np.abs, lambda x: x > 0.3, lambda x: 1 / (1 + (x / 1e-3) ** 2)):
         assert _is_finite(harmless, -1.0, 1.0, 0.95)
+
+
+def test_a_sum_of_both_signs_does_not_end_a_run_by_luck(monkeypatch):
+    """All products are spent where f has both signs, and a tolerance that they meet is met."""
+    monkeypatch.setattr("spectra.estimators.functions.LOOSEST", 0.01)
+    op = diagonal(np.linspace(0.5, 3.0, 120))
+    spent = []
+    for f in (np.log, np.sqrt):
+        found = spectra.trace_of(op, f, key=KEY, num_steps=8, num_probes=10, tol=0.9, bounds=(0.4, 3.1))
+        assert found.status is spectra.Status.CONVERGED
+        spent.append(found.num_matvecs)
+    assert spent[0] > 60  # of 80
+    assert spent[1] < 30

@@ -133,9 +133,9 @@ def slq(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: k m products, and two more to test symmetry if m = 1; r more with deflate=r. Memory as `plan`
-    states: (m + 6) n numbers per probe in progress, 6 n without a basis, and r n for r deflated pairs, 2 r n
-    at first for deflate=r.
+    Cost: k m products, and two more to test symmetry if m = 1; r more with deflate=r, and one to test that
+    pairs are those of the operator. Memory as `plan` states: (m + 6) n numbers per probe in progress, 6 n
+    without a basis, and r n for r deflated pairs, 2 r n at first for deflate=r.
 
     References:
         Golub and Welsch, doi:10.1090/S0025-5718-69-99647-1; Ubaru, Chen and Saad,
@@ -226,6 +226,7 @@ def _one(
         size, vectors = op.size - len(pairs.values), pairs.vectors
         whole = float(np.max(np.abs(pairs.values), initial=0.0))
         recurrence.check_steps(num_steps, size)
+        deflation.require_own(op, pairs)
         op, key = DeflatedOperator(op, vectors), beside_pairs(key, len(pairs.values), use=1)
     recorder = None
     if checkpoint is not None:

@@ -13,8 +13,9 @@ from spectra.base.calls import automatic, require_key
 from spectra.base.errors import SpectraError, Status
 from spectra.density.slq import slq
 from spectra.density.spending import spend
-from spectra.estimators.bracket import Bounds, Function
+from spectra.estimators.bracket import Bounds, Function, evaluate
 from spectra.estimators.of_quadrature import from_quadrature
+from spectra.estimators.run import LOOSEST
 from spectra.operators.base import LinearOperator, is_real_scalar, require_operator
 from spectra.results import Estimate, Quadrature
 
@@ -81,7 +82,8 @@ def trace_of(
             products.
         tol: spend products until stderr and half of the bracket together are below tol |value|: on steps, on
             probes, or on deflated Ritz vectors, whichever is predicted to gain most (see
-            `spectra.density.spending`). The first probe may then take up to four times num_steps.
+            `spectra.density.spending`). The first probe may then take up to four times num_steps. Where f
+            has both signs, as for `trace`, products are spent until 1/4 is reached, too.
         bounds: (a, b) known to contain the spectrum; None for an unknown end. (0, None) says that H is
             positive semi-definite; nodes that rounding puts below zero then count as zero.
         one_signed: whether every derivative of f keeps one sign on the interval; None: decided by the name of
@@ -129,16 +131,17 @@ def trace_of(
     def estimate(quadrature: Quadrature) -> Estimate:
         return from_quadrature(quadrature, f, bounds, signed)
 
-    def open_share(found: Estimate) -> float:
+    def open_share(found: Estimate, tol: float) -> float:
         """The error and half of the bracket, in units of what is asked for."""
-        assert tol is not None
         half = 0.0 if found.lower is None else (found.upper - found.lower) / 2
         goal = tol * abs(found.value)
         return (found.stderr + half) / goal if goal > 0 else np.inf if found.stderr + half > 0 else 0.0
 
     def error(quadrature: Quadrature) -> float:
+        assert tol is not None
         try:
-            return open_share(estimate(quadrature))
+            early = min(tol, LOOSEST) if _has_both_signs(quadrature, f, bounds) else tol
+            return open_share(estimate(quadrature), early)
         except SpectraError:  # f is not finite at a node that other probes may not have
             return np.inf
 
@@ -146,10 +149,17 @@ def trace_of(
     found = estimate(quadrature_of(source, key, num_steps, num_probes, probe_batch, stop, short=True))
     if tol is None:
         return found
-    if open_share(found) > 1:
+    if open_share(found, tol) > 1:
         return dataclasses.replace(found, status=Status.BUDGET_EXHAUSTED)
     noisy = found.status is Status.NOISY  # a tolerance that is reached makes products no more symmetric
     return found if noisy else dataclasses.replace(found, status=Status.CONVERGED)
+
+
+def _has_both_signs(quadrature: Quadrature, f: Function, bounds: Bounds | None) -> bool:
+    """Whether f of some nodes is positive and of others negative: then their sum may be zero."""
+    nodes = np.asarray(quadrature.nodes, np.float64)[np.asarray(quadrature.weights) > 0]
+    values = evaluate(f, nodes if bounds is None else np.clip(nodes, *bounds))
+    return bool(values.min() < 0 < values.max())
 
 
 def _are_ends(bounds: Any) -> bool:

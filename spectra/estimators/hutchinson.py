@@ -174,7 +174,7 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     def num_probes() -> int:
         return sum(samples.shape[-1] for samples, _ in parts)
 
-    ended = adaptive(run, step, num_matvecs - aside)
+    ended = adaptive(run, step, num_matvecs - aside, signed=True)
     return run.estimate(
         *result(),
         unit=carried.unit,

@@ -38,7 +38,7 @@ from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.low_rank import complement_forms, project
-from spectra.estimators.run import Run, adaptive
+from spectra.estimators.run import LOOSEST, Run, adaptive
 from spectra.krylov import explored
 from spectra.krylov.layout import Layout
 from spectra.krylov.product_rounding import multiply
@@ -165,7 +165,7 @@ def krylov(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         return np.array([value]), np.array([stderr])
 
     least = max(SAMPLES, math.ceil(MARGIN * split.wanted))
-    ended = adaptive(run, step, num_matvecs - split.spent, least=least)
+    ended = adaptive(run, step, num_matvecs - split.spent, least=least, signed=True)
     text = f"a Krylov space of {split.spent} vectors is known, {num_samples()} samples are outside of it"
     return run.estimate(
         *result(),
@@ -182,7 +182,7 @@ def _explore(
     run: Run, layout: Layout, num_matvecs: int
 ) -> tuple[Split, list[float], list[float], explored.Explored]:
     """The basis: how the budget was split, α and |Hq|² of each direction, and the state."""
-    split = Split(run.op.size, num_matvecs, run.tol)
+    split = Split(run.op.size, num_matvecs, run.tol and min(run.tol, LOOSEST))
     state = explored.empty(layout, -(-(num_matvecs - split.least) // ROWS) * ROWS)
     waiting, forms, squares = np.zeros(explored.WAITING), list[float](), list[float]()
     floor = run.op.size**0.5 * float(jnp.finfo(run.op.dtype).eps)

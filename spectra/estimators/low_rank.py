@@ -16,6 +16,7 @@ from spectra.base import arrays, meshes, programs, trees
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, leave_one_out
+from spectra.estimators.hutchinson import LOST
 from spectra.estimators.leave_one_out import Nystrom, Sketch
 from spectra.estimators.run import Run, adaptive
 from spectra.operators.base import LinearOperator
@@ -86,6 +87,12 @@ class SketchRun:
         """Compare uᵀHv with vᵀHu for all rows u of one set and v of another."""
         self.sound = self.sound * self.run.check_symmetric(form, other)
 
+    def outside(self, inner: Sketch, directions: Any) -> Any:
+        """|Π (1-P) H (1-P) ω_j|² for each group, with P the sketch without probe j; (G, m)."""
+        dtype = self.run.op.dtype
+        x, c = (jnp.asarray(a, dtype) for a in leave_one_out.outside_of(inner, directions, self.run.xp))
+        return self.run.by_group(_outside(self.held, x, c))
+
     def squared(self, inner: Sketch) -> Sketch:
         """The same for H² in place of H, from the same products; for the whole only."""
         run, held = self.run, self.held
@@ -150,6 +157,14 @@ def _inner_products(held: Held, grouped: bool) -> list[jax.Array]:
     return [*parts, blocks.gram(q, q)] if grouped else parts
 
 
+@programs.jit
+def _outside(held: Held, x: jax.Array, c: jax.Array) -> jax.Array:
+    """Squares of rows of Y - x Z - c Q, leaf by leaf."""
+    rest = blocks.subtract(held.images, blocks.combine(x, held.basis_images))
+    rest = blocks.subtract(rest, blocks.combine(c, held.basis))
+    return blocks.row_dots(rest, rest)
+
+
 def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     """XTrace of m probes from 2 m products; see `leave_one_out`."""
     sketch = SketchRun(run, kind)
@@ -158,18 +173,21 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     def step(count: int) -> tuple[Any, Any]:
         sketch.extend(count)
         inner = sketch.inner_products()
+        u = sketch.directions(inner)
         values, pairs, known = leave_one_out.xtrace_values(
             inner,
-            sketch.directions(inner),
+            u,
             run.op.size,
             run.op.precision,
             resphere=kind == "normal",
             xp=run.xp,
+            outside=sketch.outside(inner, u) if run.by and kind == "normal" else None,
+            sizes=run.sizes,
         )
         found[:] = with_rounding(run, values, pairs, run.rounding(inner.yy), known=known)
         return found[0][-1], found[1][-1]
 
-    ended = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
+    ended = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH, signed=True)
     return run.estimate(
         *found,
         unit=sketch.unit,
@@ -297,7 +315,8 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     Given the range Q the samples are independent. For v uniform on the sphere |v|² = n - r in its complement,
     with w = (1 - QQᵀ) H v, Var vᵀw = 2 E |w - v (vᵀw) / |v|²|²: the residual shows the variance, with at
     least one degree of freedom a probe as in `hutchinson`, and the interval rests on Student's t. For
-    groups of parameters, and for signs, 2 E |w|² is a bound.
+    signs 2 E |w|² is a bound, and for a group of parameters 2 E |(1 - QQᵀ) Π w|²: of one that the sketch all
+    but spans there is little of v.
 
     References:
         Meyer, Musco, Musco and Woodruff, arXiv:2010.09649.
@@ -310,6 +329,8 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     qz, qq = inner.qz, inner.qq
     with leave_one_out.careful():
         fixed = xp.trace(2 * qz - qz[-1] @ qq, axis1=-2, axis2=-1)
+    # A group without curvature has its part of a basis that is orthonormal to rounding.
+    lost = run.precision * xp.sqrt(xp.sum(qz[-1] ** 2) * xp.sum(qq**2, axis=(-2, -1)) / rank)
     parts: list[Any] = []
 
     def step(count: int) -> tuple[Any, Any]:
@@ -319,6 +340,11 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         complement = run.keep(complement)
         images, sketch.unit = blocks.in_unit(run.products(complement), sketch.unit)
         samples, squares, residuals = map(run.by_group, complement_forms(q, complement, images))
+        if run.by is not None:  # of vᵀΠw only v's complement counts, |(1-QQᵀ)Πw|²; a difference
+            inside = run.by_group(_within(q, images))[:-1]
+            whole = squares[:-1]
+            less = xp.maximum(whole - xp.sum(inside**2, axis=-1), 0)
+            squares = xp.concatenate([xp.minimum(less + LOST * run.precision * whole, whole), squares[-1:]])
         if kind == "normal":
             scale = rest / run.host(square)
             squares = scale * xp.concatenate([squares[:-1], residuals[-1:]])
@@ -330,12 +356,13 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     def result() -> tuple[Any, Any]:
         samples, squares = (xp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
         stderr = xp.sqrt(2 * xp.mean(squares, axis=-1) / num_samples())
-        return xp.mean(samples, axis=-1) + fixed, xp.hypot(stderr, run.rounding(inner.yy))
+        rounding = xp.hypot(run.rounding(inner.yy), lost)
+        return xp.mean(samples, axis=-1) + fixed, xp.hypot(stderr, rounding)
 
     def num_samples() -> int:
         return sum(samples.shape[-1] for samples, _ in parts)
 
-    ended = adaptive(run, step, num_matvecs - 2 * rank, least=MIN_SKETCH)
+    ended = adaptive(run, step, num_matvecs - 2 * rank, least=MIN_SKETCH, signed=True)
     return run.estimate(
         *result(),
         unit=sketch.unit,
@@ -346,6 +373,12 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         reason=reason,
         dof=float(num_samples()),
     )
+
+
+@programs.jit
+def _within(basis: PyTree, images: PyTree) -> jax.Array:
+    """Q Π w, w = (1 - QQᵀ) H v, for each leaf; (leaves, k, r)."""
+    return blocks.gram(project(basis, images)[0], basis)
 
 
 @programs.jit

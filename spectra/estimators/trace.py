@@ -98,8 +98,9 @@ def trace(
         num_matvecs: budget of products. If it covers n, "exact" replaces the sketching methods.
         tol: stop as soon as stderr <= tol |value|, checking after 12 probes (16 for "hutchinson") and then
             whenever their number has grown by half; the status says whether it was reached. After the first
-            check, the error stated is the tolerance itself, but at most 1.22 times the error found. "exact"
-            always takes all of its products.
+            check, the error stated is the tolerance itself, but at most 1.22 times the error found. A
+            tolerance above 1/4 ends no run before the budget does, unless 1/4 is reached, too: a trace of
+            zero looks like two standard errors by luck. "exact" always takes all of its products.
         probes: "rademacher" (default for "hutchinson" from four probes on: exact for a diagonal H) or
             "normal" (default for fewer, and for the other methods, which scale the projected probe to the
             length it has on average). Not for method="exact".
