@@ -513,6 +513,20 @@ KRYLOV = [
         "test_metric.py::test_the_floor_holds_what_float32_does_to_a_loss_and_to_its_metric",
     ),
     fault(
+        "functions of what nearly cancels are rounded relative to what is left",
+        "krylov/function_run.py",
+        "noise * max(known.norm, self.before)",
+        "noise * known.norm",
+        "test_cancellation.py::test_functions_of_what_is_left_hold_the_rounding_of_the_parts",
+    ),
+    fault(
+        "what nearly cancels is taken for asymmetry",
+        "krylov/cancelled.py",
+        "return relative_precision(op) ** 0.5",
+        "return op.precision**0.5",
+        "test_cancellation.py::test_what_nearly_cancels_is_not_taken_for_asymmetry",
+    ),
+    fault(
         "the constants of a loss are not rounded",
         "krylov/linear_rounding.py",
         "0.0 if exact.is_given else eps / 2",
@@ -1560,6 +1574,13 @@ OPERATORS = [
 ]
 
 BRIDGE = [
+    fault(
+        "decisions at ties excuse another gradient",
+        "bridge/rounding.py",
+        "FURTHER, HALF_FURTHER = 256.0, 16.0",
+        "FURTHER, HALF_FURTHER = 1.0, 1.0",
+        "bridge/test_bridge_agreement.py::test_another_gradient_is_refused_with_its_cause",
+    ),
     fault(
         "equal elements do not share the derivative of what is scattered",
         "bridge/operators/index.py",
