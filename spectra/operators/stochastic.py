@@ -173,9 +173,8 @@ def _scales(var: Any) -> bool:
 
 def _rounded(x: Any, salt: jax.Array, spread: float) -> Any:
     dtype = getattr(x, "dtype", np.dtype(bool))
-    return (
-        _neighbour(x, salt, spread) if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize in BITS else x
-    )
+    floating = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize in BITS
+    return _neighbour(x, salt, spread) if floating else x
 
 
 @partial(jax.jit, static_argnums=2)
