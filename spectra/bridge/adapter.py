@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -236,15 +236,18 @@ def _parameters(value: torch.distributions.Distribution) -> dict[str, Any]:
 
 @contextmanager
 def traceable() -> Iterator[None]:
-    """Trace recurrent layers whole, and leave out the checks of distributions, which look at values."""
-    kind = torch.distributions.Distribution
-    before = kind._validate_args
+    """Trace recurrent layers whole, without what looks at values: the checks of distributions, and the order
+    in which PyTorch contracts three factors and more, which fixes the batch size."""
+    kind, orders = torch.distributions.Distribution, cast("Any", torch.backends.opt_einsum)
+    before = kind._validate_args, orders.enabled
     kind.set_default_validate_args(False)
+    orders.enabled = False
     try:
         with whole_layers():
             yield
     finally:
-        kind.set_default_validate_args(before)
+        kind.set_default_validate_args(before[0])
+        orders.enabled = before[1]
 
 
 def has_experts(module: torch.nn.Module) -> bool:

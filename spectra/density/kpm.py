@@ -13,6 +13,7 @@ from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError, Status
 from spectra.base.host import one_thread
 from spectra.base.trees import PyTree
+from spectra.krylov.cancelled import asymmetry_limit
 from spectra.krylov.chebyshev import following
 from spectra.krylov.lanczos import lanczos
 from spectra.krylov.plan import VECTORS, check_probe_batch, choose_batch
@@ -268,7 +269,7 @@ def _require_symmetric(op: LinearOperator, dots: np.ndarray, size: float) -> Non
         # Outside of [a, b] everything grows, and so does what is rounded.
         error /= np.maximum.accumulate(dots[:, 0], axis=0)[1:]
     worst = float(np.max(error, initial=0.0, where=np.isfinite(error)))
-    if worst > limit:
+    if worst > limit and worst > (limit := max(limit, asymmetry_limit(op) * max(size, 1.0))):
         raise NotSymmetricError(
             "the operator is not symmetric, or not linear: T_j-1·T_j+1 - T_j² misses T_1² - T_0² by "
             f"{worst:.1e}, and the precision of its products explains {limit:.1e}. A loss that is random or "

@@ -19,6 +19,7 @@ from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
+from spectra.krylov.cancelled import asymmetry_limit
 from spectra.krylov.layout import Layout
 from spectra.krylov.rows import combine, stack, sum_of_rows
 from spectra.krylov.step import orthogonalize
@@ -255,7 +256,7 @@ class Band:
         # Rounded rows look like asymmetry.
         limit = max(float(np.sqrt(self.op.precision)), self.layout.row_precision)
         scale = self.scale or 1.0
-        if self.asymmetry > limit:
+        if self.asymmetry > limit and self.asymmetry > (limit := max(limit, asymmetry_limit(self.op))):
             raise NotSymmetricError(
                 f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {self.asymmetry:.1e} |H| "
                 f"(|H| at least {scale:.1e}), above {limit:.1e}, the square root of the precision of its "

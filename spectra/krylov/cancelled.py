@@ -19,6 +19,7 @@ from spectra.operators.composed import (
     ProductOperator,
     SubmatrixOperator,
 )
+from spectra.results.base import provides
 
 _KEEP_ENTRIES = (ScaledOperator, ShiftedOperator, BlockOperator, LayerOperator, SubmatrixOperator)
 
@@ -33,6 +34,26 @@ def relative_precision(op: LinearOperator) -> float:
     image, error = _product(op, draws.unit_vector(jax.random.key(0), op))
     size = trees.length(image)
     return max(op.precision, min(op.precision * trees.length(error) / size, 1.0) if size else 1.0)
+
+
+def size_before(op: LinearOperator) -> float:
+    """What products with a unit vector are rounded relative to, if not to |H|: the parts, where they cancel.
+
+    It is known as in `relative_precision`, and 0 where nothing can cancel.
+    """
+    if not _may_cancel(op):
+        return 0.0
+    return trees.length(_product(op, draws.unit_vector(jax.random.key(0), op))[1])
+
+
+@provides("asymmetry_limit")
+def asymmetry_limit(op: LinearOperator) -> float:
+    """How far from symmetric, or linear, products may be in units of |H|: the square root of their precision.
+
+    Where parts cancel that takes a product with each of them, so ask where the precision of an operator does
+    not explain what was found.
+    """
+    return relative_precision(op) ** 0.5
 
 
 def rounds_columns(op: LinearOperator) -> bool:

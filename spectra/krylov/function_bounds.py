@@ -23,6 +23,7 @@ import numpy as np
 from spectra.base import draws
 from spectra.base.errors import SpectraError, Status
 from spectra.base.host import one_thread
+from spectra.krylov.cancelled import size_before
 from spectra.krylov.lanczos import lanczos
 from spectra.operators.base import LinearOperator
 from spectra.quadrature.hinges import kinks
@@ -321,7 +322,7 @@ class Range:
         exact = found.status is Status.INVARIANT or count == op.size
         whole = int(found.length) == op.size and len(given) == 1
         beyond = 0.0 if exact else margin(op.size, count) * (theta[-1] - theta[0])
-        noise = breakdown_noise(op.size, op.precision) * float(np.abs(theta).max())
+        noise = breakdown_noise(op.size, op.precision) * max(float(np.abs(theta).max()), size_before(op))
         a = low if np.isfinite(low) else theta[0] - beyond - noise
         b = high if np.isfinite(high) else theta[-1] + beyond + noise
         edges = [(x if np.isfinite(x) else a, y if np.isfinite(y) else b) for x, y in given]

@@ -17,6 +17,7 @@ from spectra.base.trees import PyTree
 from spectra.krylov import storage
 from spectra.krylov.band import Band
 from spectra.krylov.band_block import extend_block
+from spectra.krylov.cancelled import size_before
 from spectra.krylov.function_bounds import (
     Named,
     Range,
@@ -83,6 +84,7 @@ class FunctionRun:
     ):
         self.op, self.named, self.name, self.steps, self.tol = op, named, name, steps, tol
         self.bar, self.saver, self.layout = bar, saver, Layout.of(op.like)
+        self.before = size_before(op)
         self.known: Range | None = None
         self.found: list[Found] = []
         self.width = 0  # of a block
@@ -157,18 +159,19 @@ class FunctionRun:
         """What the basis as it is gives, for vectors of norm one."""
         theta, vectors, coupling, _ = band.ritz()
         noise = breakdown_noise(self.op.size, self.op.precision)
-        theta = inside(theta, self.named, self.name, known, noise * known.norm, self.op)
+        rounded = noise * max(known.norm, self.before)
+        theta = inside(theta, self.named, self.name, known, rounded, self.op)
         f = on_reals(self.named.numpy)
         first = vectors[: len(z)].T @ z  # the vectors are in the span of the first rows
-        values = self._values(f, theta, noise * known.norm, float(sizes.max()))
+        values = self._values(f, theta, rounded, float(sizes.max()))
         unit = 2.0 ** max(int(np.frexp(np.abs(values).max())[1]) - 1, LEAST)
         values, f = values / unit, _divided(f, unit)
         coefficients = vectors @ (values[:, None] * first)
         norms = np.linalg.norm(coefficients, axis=0)
         intervals = extended(known.intervals, theta)
         if len(theta) == self.op.size:
-            intervals = around(theta, noise * known.norm, intervals[0][0], intervals[-1][1])
-        moved, largest = rounding(f, theta, first, intervals, noise * known.norm)
+            intervals = around(theta, rounded, intervals[0][0], intervals[-1][1])
+        moved, largest = rounding(f, theta, first, intervals, rounded)
         # Neither f(H) v nor the value is longer than |f| allows.
         bounds = np.minimum(
             truncation(f, theta, first, coupling, intervals), largest * np.linalg.norm(first, axis=0) + norms

@@ -23,6 +23,7 @@ from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
+from spectra.krylov.cancelled import asymmetry_limit
 from spectra.krylov.layout import Layout, Panels
 from spectra.operators.accumulate import Passes
 from spectra.operators.base import LinearOperator
@@ -284,7 +285,7 @@ def check(
     limit = max(float(np.sqrt(op.precision)), row_precision)  # rounded rows look like asymmetry
     scale = np.maximum(scale, whole)
     worst = float(np.max(asymmetry / np.where(scale > 0, scale, 1)))
-    if worst > limit:
+    if worst > limit and worst > (limit := max(limit, asymmetry_limit(op))):
         raise NotSymmetricError(
             f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {worst:.1e} |H| within {stop} steps, "
             f"above {limit:.1e}, the square root of the precision of its products. Lanczos needs a "

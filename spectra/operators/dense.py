@@ -20,7 +20,7 @@ from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.loss_rounding import Rounding, coarsest_rounding
 from spectra.operators.pytree import operator, true_float32
-from spectra.results.base import provides
+from spectra.results.base import call, provides
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -93,6 +93,8 @@ def _require_symmetric(op: LinearOperator, matrix: jax.Array) -> None:
     if not np.isfinite([largest, size, defect]).all():
         return  # the caller says so
     limit = float(np.sqrt(op.precision))
+    if asymmetry > limit * largest or defect > limit * size:
+        limit = max(limit, call("asymmetry_limit", op))
     above = f"above {limit:.1e}, the square root of the precision of its products."
     if asymmetry > limit * largest:
         raise NotSymmetricError(

@@ -8,6 +8,7 @@ leave these where they are: p = 1 - 7e-6 lies on a grid of 6e-8, and none of its
 import abc
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -120,17 +121,17 @@ def _product(op: LinearOperator, salt: jax.Array, v: PyTree, where: meshes.Place
     return meshes.placed(result, where) if where else result
 
 
-def rounded_at_random(function: Any, salt: jax.Array, *args: PyTree) -> list[Any]:
-    """The results of a function, flat, with every number of its program rounded."""
+def rounded_at_random(function: Any, salt: jax.Array, *args: PyTree, spread: float = SPREAD) -> list[Any]:
+    """The results of a function, flat, with every number of its program rounded, or moved by `spread` eps."""
     program = jax.make_jaxpr(function)(*args)
     count, salt = itertools.count(1), (salt + 1) * jnp.uint32(0x85EBCA6B)  # so that all bits differ
 
     def rule(eqn: Any, inputs: list[Any]) -> list[Any]:
         own = salt + jnp.uint32(next(count) * 0x9E3779B9 % 2**32)  # steps of the golden ratio
         if eqn.primitive.name in SUMS:
-            inputs[0] = _rounded(inputs[0], own ^ 1)
+            inputs[0] = _rounded(inputs[0], own ^ 1, spread)
         found = bind(eqn, inputs)
-        return [_rounded(x, own) for x in found] if _rounds(eqn) else found
+        return [_rounded(x, own, spread) for x in found] if _rounds(eqn) else found
 
     return evaluate(program, jax.tree.leaves(args), rule, can_enter)
 
@@ -170,14 +171,15 @@ def _scales(var: Any) -> bool:
     return np.ndim(value) == 0 and abs(float(np.frexp(value)[0])) in (0.0, 0.5)
 
 
-def _rounded(x: Any, salt: jax.Array) -> Any:
+def _rounded(x: Any, salt: jax.Array, spread: float) -> Any:
     dtype = getattr(x, "dtype", np.dtype(bool))
-    return _neighbour(x, salt) if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize in BITS else x
+    floating = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize in BITS
+    return _neighbour(x, salt, spread) if floating else x
 
 
-@jax.jit
-def _neighbour(x: jax.Array, salt: jax.Array) -> jax.Array:
-    """x (1 + SPREAD eps u), rounded: in half of the cases, about, a number next to x.
+@partial(jax.jit, static_argnums=2)
+def _neighbour(x: jax.Array, salt: jax.Array, spread: float = SPREAD) -> jax.Array:
+    """x (1 + spread eps u), rounded: with SPREAD in half of the cases, about, a number next to x.
 
     u, between -1 and 1, is made of the bits of x and of the salt.
     """
@@ -185,7 +187,7 @@ def _neighbour(x: jax.Array, salt: jax.Array) -> jax.Array:
     unsigned, signed = BITS[x.dtype.itemsize]
     mixed = (lax.bitcast_convert_type(x, unsigned) ^ salt.astype(unsigned)) * unsigned(ODD % 2**info.bits)
     share = lax.bitcast_convert_type(mixed, signed).astype(x.dtype)
-    return x + x * (share * jnp.asarray(SPREAD * float(info.eps) / 2.0 ** (info.bits - 1), x.dtype))
+    return x + x * (share * jnp.asarray(spread * float(info.eps) / 2.0 ** (info.bits - 1), x.dtype))
 
 
 def change_by_rounding(op: LinearOperator) -> float:

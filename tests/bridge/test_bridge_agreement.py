@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spectra import bridge
-from spectra.bridge import BridgeError, agreement
+from spectra.bridge import BridgeError, rounding
 
 
 class _Sign(torch.autograd.Function):
@@ -91,6 +91,18 @@ def _parameter_hook():
     return net
 
 
+class _Deciding(nn.Module):
+    """A decision at a tie, which rounding takes either way, beside a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        near_a_half = self.first.bias.detach() / self.first.bias.detach() * 2.5
+        return self.last(_halving_hook(self.first(x)) * near_a_half.round())
+
+
 OTHERS = {
     "straight-through": (lambda: _Net(_Sign.apply), "autograd.Function _Sign"),
     "reversal": (lambda: _Net(_Reversal.apply), "autograd.Function _Reversal"),
@@ -99,6 +111,7 @@ OTHERS = {
     "parameter hook": (_parameter_hook, "hook on the parameter 'first.weight'"),
     "no_grad": (lambda: _Net(_doubled_unseen), r"in-place change under torch.no_grad.*h.mul_"),
     "half precision": (lambda: _Net(_Sign.apply).bfloat16(), "autograd.Function _Sign"),
+    "decisions at ties": (_Deciding, r"hook on a tensor .*test_bridge_agreement.py, line"),
     "inference_mode": (lambda: _Net(_inference), r"inference_mode.*torch.sigmoid"),
 }
 
@@ -176,7 +189,24 @@ def _observed():
     return net
 
 
+class _Sharp(nn.Module):
+    def forward(self, x):
+        return torch.tanh(1e3 * x)
+
+
+def _saturated(layer: nn.Module, *further: nn.Module) -> nn.Module:
+    """Steep in the first layer and at the end: what is left of the gradient behind it is rounding."""
+    first = nn.Linear(4, 6)
+    with torch.no_grad():
+        for p in first.parameters():
+            p.mul_(30)
+    return nn.Sequential(first, layer, *further, _Sharp())
+
+
 LEGITIMATE = {
+    "a softmax and a tanh that are one": lambda: _saturated(nn.Softmax(-1), nn.Linear(6, 3)),
+    "tails of a GELU": lambda: _saturated(nn.GELU()),
+    "tails of its approximation": lambda: _saturated(nn.GELU("tanh")),
     "a consistent Function": lambda: _Net(_Cube.apply),
     "straight-through by detach": lambda: _Net(lambda h: h + (h.sign() - h).detach()),
     "no derivative, detached": lambda: _Net(lambda h: h * torch.special.zeta(h.detach() ** 2 + 2, 1.5)),
@@ -255,7 +285,7 @@ def test_numbers_of_any_size_are_moved_by_a_rounding(scale):
     least = np.finfo(np.float32).min
     x = np.float32(scale) * np.array([1.0, -2.0, 0.0, 3.0], np.float32)
     masked = np.concatenate([x, np.array([-np.inf, least], np.float32)])
-    moved = np.asarray(agreement._rounded(jax.numpy.asarray(masked), 1e-6, np.random.default_rng(0)))
+    moved = np.asarray(rounding.moved(jax.numpy.asarray(masked), 1e-6, np.random.default_rng(0)))
     np.testing.assert_array_equal(moved[4:], masked[4:])
     change = np.abs(moved[:4] - x)
     assert np.all(change > 0)

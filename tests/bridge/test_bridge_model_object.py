@@ -171,6 +171,23 @@ def test_example_of_batch_one_is_dynamic():
     assert model.apply(model.params, jnp.ones((6, 3))).shape == (6, 2)
 
 
+class _Trilinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.core, self.side = nn.Parameter(torch.randn(4, 3, 5)), nn.Parameter(torch.randn(5, 2))
+
+    def forward(self, x):
+        return torch.einsum("...i,ijk,kl->...jl", x, self.core, self.side)
+
+
+def test_a_product_of_three_factors_takes_any_batch_size():
+    """PyTorch searches for the order of such a product by sizes, which would fix them."""
+    module, x = _Trilinear(), torch.randn(7, 4)
+    model = bridge.from_torch(module, x[:2])
+    expected = module(x).detach().numpy()
+    np.testing.assert_allclose(model.apply(model.params, x.numpy()), expected, rtol=1e-5, atol=1e-5)
+
+
 class _FixedBatch(nn.Module):
     def forward(self, x):
         return x * torch.arange(3.0)[:, None] if x.shape[0] == 3 else x
