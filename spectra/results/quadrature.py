@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from numpy.typing import ArrayLike
 
+from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.quadrature import distribution, rules
 from spectra.quadrature.resolved import Parts, parts
@@ -152,10 +153,12 @@ class Quadrature(Result):
             >>> bool(lower < 0.25 < upper)
             True
         """
+        trees.require_values("Quadrature.cdf", self.nodes)
         return Interval(*distribution.cdf_band(self, np.asarray(x, np.float64), level))
 
     def mean(self, f: Callable[[np.ndarray], Any]) -> float:
         """Estimate of tr f(H) / n for a function of an array of eigenvalues."""
+        trees.require_values("Quadrature.mean", self.nodes)
         return float(np.mean(np.sum(self.weights * f(np.asarray(self.nodes)), axis=1)))
 
     def band_width(self, *, level: float = 0.95) -> float:
@@ -163,6 +166,7 @@ class Quadrature(Result):
 
         Multiplied by the range, it bounds the Wasserstein-1 distance between estimate and truth.
         """
+        trees.require_values("Quadrature.band_width", self.nodes)
         return sum(distribution.band_width_parts(self, level))
 
     def __repr__(self) -> str:
