@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import os
 import re
 import shutil
 import signal
@@ -430,6 +431,21 @@ def test_a_full_disk_costs_a_warning_and_nothing_that_was_finished(whole, saved,
     monkeypatch.undo()
     again = spectra.slq(operator(), **OPTIONS, checkpoint=saved)
     np.testing.assert_array_equal(again.nodes, whole.nodes)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_disk_that_is_full_from_the_start_ends_no_run(whole, tmp_path):
+    """The lock holds without the name of its holder, which could not be written."""
+    (tmp_path / "lock").symlink_to("/dev/full")
+    result = spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
+    np.testing.assert_array_equal(result.nodes, whole.nodes)
+
+
+@pytest.mark.parametrize("name", ["a file", "n" * 300, "a file/in it"])
+def test_a_place_that_can_be_no_folder_is_named(name, tmp_path):
+    (tmp_path / "a file").touch()
+    with pytest.raises(spectra.CheckpointError, match=r"cannot be used as a folder: .*Pass one that"):
+        spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path / name)
 
 
 def test_only_what_is_new_is_written(monkeypatch, tmp_path):

@@ -141,3 +141,41 @@ def test_the_next_checkpoint_traces_and_compiles_nothing(options, caplog):
     # What the test itself does to the parameters may compile; nothing of the first time does again.
     assert not before & compiled()
     assert not np.allclose(first.nodes, second.nodes)
+
+
+def test_results_that_vmap_has_stacked_are_not_read_as_one():
+    """The steps of several quadratures were taken for those of one: `mean` gave another number."""
+    matrices = jnp.stack([jnp.diag(jnp.arange(1.0, 6.0)), jnp.diag(jnp.arange(2.0, 7.0))])
+
+    def one(matrix):
+        return spectra.slq(spectra.MatrixOperator(matrix), key=jax.random.key(0), num_steps=5, num_probes=3)
+
+    several = jax.vmap(one)(matrices)
+    for call in (
+        lambda q: q.cdf(0.0),
+        lambda q: q.mean(np.exp),
+        lambda q: q.band_width(),
+        lambda q: spectra.spectral_density(q),
+        lambda q: spectra.trace_of(q, np.exp),
+    ):
+        with pytest.raises(spectra.SpectraError, match="these are 2 quadratures, as vmap"):
+            call(several)
+    assert "several" in repr(several)
+    second = jax.tree.map(lambda x: x[1], several)
+    assert second.mean(lambda x: x) == pytest.approx(one(matrices[1]).mean(lambda x: x), rel=1e-5)
+
+
+def _cubes(params, x):
+    return jnp.mean((x @ params) ** 3)
+
+
+def test_matrices_of_an_ensemble():
+    """Without JAX's warning of a buffer that could not be given away."""
+    x = jnp.cos(jnp.arange(12.0)).reshape(4, 3)
+
+    def matrix(params):
+        return spectra.HessianOperator(_cubes, params, x).as_matrix()
+
+    params = jnp.array([[1.0, 2.0, 3.0], [0.5, -1.0, 0.2]])
+    found = jax.vmap(matrix)(params)
+    np.testing.assert_allclose(found, jnp.stack([matrix(p) for p in params]), rtol=1e-5, atol=1e-6)

@@ -99,3 +99,75 @@ def test_the_gradient_of_a_logdet_and_of_a_trace_of(x64):
 
     value, gradient = jax.jit(jax.value_and_grad(exponential))(0.0)
     assert gradient == pytest.approx(float(value), rel=1e-8)  # d tr exp(A + t I) = tr exp(A)
+
+
+ERRORS = {
+    "xtrace": lambda op: spectra.trace(op, key=KEY, method="xtrace", num_matvecs=12).stderr,
+    "norm": lambda op: spectra.frobenius_norm(op, key=KEY, num_matvecs=12).stderr,
+    "xdiag": lambda op: spectra.diagonal(op, key=KEY, method="xdiag", num_matvecs=12).stderr.sum(),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(ERRORS, "xtrace"))
+def test_the_gradient_of_a_standard_error(name, x64):
+    """The pairs of one probe with itself are zero, and the root of zero has no derivative."""
+    compare(lambda t: ERRORS[name](spectra.MatrixOperator(SYMMETRIC + t * RAMP)), 0.0)
+
+
+def test_the_gradient_of_an_error_of_zero_and_at_an_operator_of_zeros(x64):
+    """Of a diagonal matrix signs know the trace: Σ i, and ± 0, also where all products are zero."""
+
+    def f(t, at):
+        op = spectra.MatrixOperator(at + t * RAMP)
+        found = spectra.trace(op, key=KEY, method="hutchinson", num_matvecs=12)
+        return found.value, found.stderr
+
+    for at in (np.zeros((N, N)), np.eye(N)):
+        value, error = jax.jit(jax.jacrev(f))(0.0, at)
+        assert value == pytest.approx(N * (N - 1) / 2, rel=1e-12)
+        assert abs(error) < 1e-12 * value
+
+
+@pytest.mark.parametrize("metric", [None, "a metric"])
+def test_second_derivatives_of_eigenvalues_are_refused(metric, x64):
+    """They were zero where H is linear in t: what the vectors change by was missing."""
+
+    def largest(t):
+        op = spectra.MatrixOperator(SMALL + t * np.diag(np.arange(6.0)))
+        weights = None if metric is None else jnp.ones(6) * jnp.exp(t)
+        return spectra.eigsh(op, 1, which="LA", key=KEY, metric=weights).values[0]
+
+    for second in (jax.grad(jax.grad(largest)), jax.hessian(largest)):
+        with pytest.raises(spectra.SpectraError, match="no second derivatives"):
+            second(0.1)
+
+
+def test_a_nystrom_sketch_of_an_indefinite_operator_is_nan_inside_jit(x64):
+    """Outside it is refused; inside, 4e15 came for a trace of 2."""
+    op = spectra.MatrixOperator(SYMMETRIC)
+
+    @jax.jit
+    def inside(op):
+        trace = spectra.trace(op, key=KEY, method="xnystrace", num_matvecs=12)
+        return trace.value, spectra.diagonal(op, key=KEY, method="xnysdiag", num_matvecs=12).value
+
+    for found in jax.tree.leaves(inside(op)):
+        assert np.isnan(found).all()
+    positive = inside(spectra.MatrixOperator(RANK_FIVE))
+    assert positive[0] == pytest.approx(np.trace(RANK_FIVE), rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda op, key: spectra.spectrum(op, key=key),
+        lambda op, key: spectra.compare_operators(op, op, key=key),
+        lambda op, key: spectra.slq(op, key=key, num_steps=2).cdf(0.0),
+        lambda op, key: spectra.slq(op, key=key, num_steps=2).mean(np.exp),
+    ],
+    ids=["spectrum", "comparison", "cdf", "mean"],
+)
+def test_what_reads_numbers_says_so_where_the_key_alone_is_traced(call):
+    op = spectra.MatrixOperator(np.diag(np.arange(6.0)))
+    with pytest.raises(spectra.SpectraError, match="reads numbers on the host: call it outside jit and vmap"):
+        jax.vmap(lambda key: call(op, key))(jax.random.split(KEY, 2))

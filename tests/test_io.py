@@ -432,3 +432,8 @@ def test_the_memory_of_json_is_bounded_before_it_is_read():
         files.parse(b"[" + b"[]," * 1000 + b"1]", max_bytes=10_000)
     with pytest.raises(files.JsonError, match="nested"):
         files.parse(b"[" * 100_000)
+
+
+def test_the_name_of_a_folder_is_no_file():
+    with pytest.raises(spectra.SpectraError, match="is a folder: pass the name of a file in it"):
+        spectra.save(spectra.Estimate(1.0, 0.1, 4, "slq"), ".")

@@ -127,6 +127,18 @@ def test_an_eigenvalue_that_overtakes_in_an_orthogonal_direction_is_seen():
         np.testing.assert_allclose(snapshot.sharpness, max(2.0, 1.0 + step), rtol=1e-3)
 
 
+def test_a_network_that_has_grown_is_begun_anew():
+    """Vectors of the network before are no start for it; and a count of tokens is a step, too."""
+    small = start()
+    grown = {"a": jnp.concatenate([small["a"], small["a"] / 2], axis=1), "b": jnp.ones(16) / 4}
+    tracker = spectra.SpectrumTracker(factory, 1, tol=1e-3, num_steps=8)
+    for step, params in ((0, small), (1, grown), (2**33, small)):
+        snapshot = tracker(step, params)
+        matrix = np.asarray(factory(params).as_matrix(), np.float64)
+        np.testing.assert_allclose(snapshot.eigenvalues[0], np.linalg.eigvalsh(matrix)[-1], rtol=1e-4)
+    assert list(tracker.history.steps) == [0, 1, 2**33]
+
+
 def test_scalars_callbacks_and_time():
     seen = []
     tracker = spectra.SpectrumTracker(factory, 4, callbacks=[seen.append])

@@ -9,7 +9,7 @@ sum products do it in full precision, whatever `jax_default_matmul_precision` is
 # The one place where JAX is called through signatures that are partly unknown.
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,14 @@ def diagonal(x: jax.Array) -> jax.Array:
 def norm(x: jax.Array) -> jax.Array:
     """The Euclidean norm of all entries."""
     return jnp.linalg.norm(x)
+
+
+def root(x: Any, xp: Any = jnp) -> Any:
+    """The square root, with the derivative zero at zero: JAX's is infinite there, and NaN times zero."""
+    if xp is np:
+        return np.sqrt(x)
+    none = x == 0
+    return jnp.where(none, 0, jnp.sqrt(jnp.where(none, 1, x)))
 
 
 def cholesky(x: jax.Array) -> jax.Array:

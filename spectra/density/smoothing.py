@@ -15,6 +15,7 @@ from spectra.density.kernels import RELATIVE_WIDTH, Width, peak
 from spectra.density.moments import moments_density, points_of
 from spectra.quadrature.resolved import Parts
 from spectra.results import Density, Moments, Quadrature, as_quadrature
+from spectra.results.quadrature import require_one
 
 NODES_A_WIDTH = 2.0
 """Default kernel width near zero in units of the typical spacing of Ritz values there."""
@@ -80,6 +81,7 @@ def spectral_density(
         return moments_density(quadrature, grid, level)
     quadrature = as_quadrature(quadrature)
     trees.require_values("spectral_density", quadrature.nodes)
+    require_one(quadrature.nodes, "quadratures")
     if not np.isfinite(quadrature.nodes).all():
         raise SpectraError(
             "the quadrature's nodes are NaN or infinite, which have no density. A run inside jit gives NaN "

@@ -76,6 +76,11 @@ def in_unit(stack: PyTree, unit: jax.Array) -> tuple[PyTree, jax.Array]:
     return trees.scale(1 / jnp.where(unit > 0, unit, 1), stack), unit
 
 
+def some_unit(unit: Any) -> Any:
+    """1 where no unit was found, as all products are zero: their derivatives need not be."""
+    return jnp.where(unit == 0, 1, unit)
+
+
 @partial(programs.jit, static_argnames=("batch", "where"))
 def _products(op: LinearOperator, stack: PyTree, batch: int, where: meshes.Places) -> PyTree:
     return placed(in_batches(op, stack, batch), where)

@@ -55,7 +55,7 @@ def class_split(
         (3, (3,), (6,))
     """
     require_split(op)
-    trees.require_values("class_split", (op.params, op.data))
+    trees.require_values("class_split", (op.params, op.data, key))
     means = class_means(op)
     parts, classes = parts_of(op, means), len(means.weights)
     k = min(classes + 2, op.size) if num_eigenvalues is None else num_eigenvalues

@@ -90,7 +90,7 @@ def compare_operators(
     """
     for op in (a, b):
         require_operator(op)
-    trees.require_values("compare_operators", (a, b))
+    trees.require_values("compare_operators", (a, b, key))
     trees.check_structure(a.structure, b.structure, "the first operator")
     if num_pairs < 1 or num_probes < 4 or num_steps < 1 or not 0 < level < 1:
         raise SpectraError(

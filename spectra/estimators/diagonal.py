@@ -101,7 +101,8 @@ def diagonal(
         `Estimate` whose value and stderr are pytrees like the parameters, with the same placement.
 
     Raises:
-        SpectraError: an argument is out of range, or "xnysdiag" meets an indefinite operator.
+        SpectraError: an argument is out of range, or "xnysdiag" meets an indefinite operator (inside
+            `jit` the values are NaN then).
         NonFiniteError: a product is NaN or infinite.
         NotSymmetricError: the operator is not symmetric, or not linear, see `trace`; NaN inside `jit`.
         MemoryLimitError: the sketch does not fit.

@@ -212,8 +212,9 @@ def _hutchinson_result(
 
     def error(s: jax.Array, q: jax.Array) -> jax.Array:
         s = jnp.where(count > AGREE, s, jnp.maximum(s, jnp.asarray(pooled, s.dtype)))
-        return jnp.sqrt(s + precision**2 * q)
+        return arrays.root(s + precision**2 * q)
 
+    unit = blocks.some_unit(unit)
     return _tree.scale(unit, mean), jax.tree.map(
         lambda s, q: (unit * error(s, q)).astype(q.dtype), variances, square
     )
@@ -229,8 +230,9 @@ def _normal_result(
     """
 
     def error(q: jax.Array) -> jax.Array:
-        return (unit * jnp.sqrt((2 / count + precision**2) * q)).astype(q.dtype)
+        return (unit * arrays.root((2 / count + precision**2) * q)).astype(q.dtype)
 
+    unit = blocks.some_unit(unit)
     return _tree.scale(unit, mean), jax.tree.map(error, square)
 
 
@@ -312,7 +314,7 @@ def _leave_one_out(
     With a_j = Q u_j, b_j = Z u_j and r_j = Q y_j, estimate j is diag(Q Zᵀ) - a_j ⊙ b_j + (u_j·r_j) ω_j ⊙ a_j.
     Leaving out i as well adds the same terms for the second direction, x u_i - y u_j.
     """
-    among, own, other = seconds
+    (among, own, other), unit = seconds, blocks.some_unit(unit)
     m, d = len(u), len(among)
     own_weights = jnp.sum(u * sketch, axis=1)
     weights = jnp.sum(among * sketch[:d], axis=-1)
@@ -341,7 +343,7 @@ def _leave_one_out(
         )
         covariance = _covariance(total, size, bound, d)
         rounding = precision**2 * jnp.mean(y**2, axis=0)
-        stderr = jnp.sqrt(variance + covariance + rounding)
+        stderr = arrays.root(variance + covariance + rounding)
         return _tree.scale(unit, (mean + jnp.sum(q * z, axis=0), stderr))
 
     stacks = zip(
@@ -356,7 +358,7 @@ def _covariance(total: jax.Array, size: jax.Array, bound: jax.Array, d: int) -> 
     """`leave_one_out._covariance` entry by entry, from sums over pairs, the norm of the d sums over j, and a
     bound."""
     mean, size = jnp.abs(total) / d, size / d**0.5
-    spread = jnp.sqrt(jnp.maximum(size - mean, 0)) * jnp.sqrt(size + mean)
+    spread = arrays.root(jnp.maximum(size - mean, 0)) * arrays.root(size + mean)
     error = 2 * (d - 1) ** 0.5 * spread / ((d - 1) * (d - 2))
     return jnp.minimum(jnp.maximum(total, 0) / (d * (d - 1)) + error, bound / (d * (d - 1)))
 

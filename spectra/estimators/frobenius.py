@@ -84,7 +84,7 @@ def frobenius_norm(
         found = _sampled(run, num_matvecs)
     else:
         found = _sketched(run, num_matvecs)
-    value = run.xp.sqrt(run.xp.maximum(found.square, 0))
+    value = arrays.root(run.xp.maximum(found.square, 0), run.xp)
     stderr = found.error / run.xp.where(value > 0, 2 * value, 1)
     estimate = run.estimate(
         run.xp.asarray([value]),
@@ -143,7 +143,7 @@ def _sketched(run: Run, num_matvecs: int) -> _Squared:
             squared, directions, run.op.size, run.op.precision, resphere=True, xp=run.xp
         )
         mean, error = with_rounding(run, values, pairs, 0.0, known=known)
-        found[:] = [mean[-1], run.xp.hypot(error[-1], 2 * run.precision * mean[-1])]
+        found[:] = [mean[-1], arrays.root(error[-1] ** 2 + (2 * run.precision * mean[-1]) ** 2, run.xp)]
         return found
 
     ended = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH)
@@ -171,7 +171,7 @@ def _sampled(run: Run, num_matvecs: int) -> _Squared:
         if k > 1:
             crossed = xp.sum(crosses[1:] ** 2) / (k - 1)
             fourth = xp.minimum(xp.maximum(xp.var(squares, ddof=1) / 2, crossed), mean**2)
-        return mean, xp.hypot(xp.sqrt(2 * fourth / k), 2 * run.precision * mean)
+        return mean, arrays.root(2 * fourth / k + (2 * run.precision * mean) ** 2, xp)
 
     def num_probes() -> int:
         return sum(len(squares) for squares, _ in parts)

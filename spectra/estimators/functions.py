@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import arrays, trees
 from spectra.base.calls import automatic, require_key
 from spectra.base.errors import SpectraError, Status
 from spectra.density.slq import slq
@@ -195,7 +195,7 @@ def _traced(
     # `error_of_powers`: the spread of few samples says too little where one eigenvalue dominates.
     values, weights = jax.lax.stop_gradient((values, weights))
     variance = jnp.sum(weights * (values - jnp.sum(weights * values) / q.num_probes) ** 2) / q.num_probes
-    stderr = op.size * jnp.sqrt(2 * variance / (op.size + 2) / q.num_probes)
+    stderr = op.size * arrays.root(2 * variance / (op.size + 2) / q.num_probes)
     return Estimate(
         value=jnp.mean(samples),
         stderr=jnp.where(jnp.all(whole), 0.0, stderr),

@@ -162,7 +162,7 @@ def hutchinson(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
             second = xp.minimum(second, off * (k - 1) / (k - 4))
         if signs:
             second = second * ((k + 1) / k)
-        return values, xp.hypot(xp.sqrt(2 * second / k), run.rounding(squares))
+        return values, arrays.root(2 * second / k + run.rounding(squares) ** 2, xp)
 
     def step(count: int) -> tuple[Any, Any]:
         nonlocal carried

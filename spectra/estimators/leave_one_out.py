@@ -116,7 +116,7 @@ def _inverse_derivative(
 
 def unit_rows(rows: Array, xp: Any) -> Array:
     """Rows at unit length; those of zeros stay."""
-    size = xp.sqrt(_dots(rows, rows, xp))[..., None]
+    size = arrays.root(_dots(rows, rows, xp), xp)[..., None]
     return rows / xp.where(size > 0, size, 1)
 
 
@@ -139,7 +139,7 @@ def seconds(u: Array, count: int, xp: Any) -> tuple[Array, Array, Array]:
     among = _second(first, xp.arange(count), xp)
     left = _drop([first], first[:, None, :], xp)
     more = _dots(first, left, xp)
-    size = xp.sqrt(xp.maximum(_dots(left, left, xp) - more**2, 0))
+    size = arrays.root(xp.maximum(_dots(left, left, xp) - more**2, 0), xp)
     apart = ~xp.eye(count, dtype=bool)
     own = xp.where(apart & (size > 0), 1 / xp.where(size > 0, size, 1), 0)
     other = own * (_dots(first[:, None, :], first, xp) + more)
@@ -422,5 +422,5 @@ def _covariance(products: Array, xp: Any) -> Array:
         return bound
     total, rows = xp.sum(products, axis=(-2, -1)), xp.sum(products, axis=-1)
     without = (total[:, None] - 2 * rows) / ((d - 1) * (d - 2))
-    error = xp.sqrt((d - 1) * xp.var(without, axis=-1))
+    error = arrays.root((d - 1) * xp.var(without, axis=-1), xp)
     return xp.minimum(xp.maximum(total, 0) / (d * (d - 1)) + error, bound)

@@ -203,7 +203,7 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
 def with_rounding(run: Run, values: Any, pairs: Any, rounding: Any, **known: Any) -> tuple[Any, Any]:
     """Mean of leave-one-out estimates, and its error with that of rounding; see `mean_and_variance`."""
     mean, variance = leave_one_out.mean_and_variance(values, pairs, run.xp, **known)
-    return mean, run.xp.sqrt(variance + rounding**2)
+    return mean, arrays.root(variance + rounding**2, run.xp)
 
 
 def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
@@ -285,28 +285,30 @@ def nystrom(sketch: SketchRun, method: str, other: str) -> Factored:
         weights, axes = eigh(gram)
         smallest = xp.maximum(weights[0], run.op.precision * weights[-1])
         inverse_gram = (axes / xp.maximum(weights, smallest)) @ axes.T
-        shift = run.op.precision * xp.sqrt(xp.mean(squares[-1]))
+        shift = run.op.precision * arrays.root(xp.mean(squares[-1]), xp)
         shift = shift * xp.maximum(run.op.size**-0.5, 2 * m**0.5 / smallest)
         images = _shift(shift, probes, images)
         core = run.host(jnp.sum(blocks.gram(probes, images), axis=0))
         sketch.check(core, core.T)
         values, vectors = eigh((core + core.T) / 2)
-    if not run.traced:
+    negative = values[0] < -(run.op.precision**0.5) * xp.max(xp.abs(values))  # beyond rounding
+    if run.traced:
+        sketch.sound = sketch.sound * jnp.where(negative, jnp.nan, 1.0).astype(run.op.dtype)
+    elif negative:
         sizes = np.sum(vectors * (gram @ vectors), axis=0)  # |v|² of the vectors that have these forms
-        _require_positive(values, float(sketch.unit) * values / sizes, run, method, other)
+        raise _indefinite(float(sketch.unit) * values / sizes, method, other)
     values = xp.maximum(values, xp.maximum(shift * weights[0], m * run.op.precision**2 * values[-1]))
     root = xp.sqrt(xp.where(values > 0, values, 1))
     factor = blocks.combine(jnp.asarray((vectors / root).T), images)
     return Factored(factor, vectors * root, vectors / root, inverse_gram, shift, smallest, squares)
 
 
-def _require_positive(values: np.ndarray, quotients: np.ndarray, run: Run, method: str, other: str) -> None:
-    """Raise where a quadratic form is negative beyond rounding; vᵀHv / |v|² bounds an eigenvalue."""
-    if values[0] < -(run.op.precision**0.5) * abs(values).max():
-        raise SpectraError(
-            f"{method} needs a positive semi-definite operator, and this one has an eigenvalue at or below "
-            f"{quotients[0]:.2e} and one at or above {max(quotients):.2e}. Use method='{other}', or shift it."
-        )
+def _indefinite(quotients: np.ndarray, method: str, other: str) -> SpectraError:
+    """For forms vᵀHv / |v|², of which each bounds an eigenvalue."""
+    return SpectraError(
+        f"{method} needs a positive semi-definite operator, and this one has an eigenvalue at or below "
+        f"{quotients[0]:.2e} and one at or above {max(quotients):.2e}. Use method='{other}', or shift it."
+    )
 
 
 def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
@@ -330,7 +332,7 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     with leave_one_out.careful():
         fixed = xp.trace(2 * qz - qz[-1] @ qq, axis1=-2, axis2=-1)
     # A group without curvature has its part of a basis that is orthonormal to rounding.
-    lost = run.precision * xp.sqrt(xp.sum(qz[-1] ** 2) * xp.sum(qq**2, axis=(-2, -1)) / rank)
+    lost = run.precision**2 * xp.sum(qz[-1] ** 2) * xp.sum(qq**2, axis=(-2, -1)) / rank
     parts: list[Any] = []
 
     def step(count: int) -> tuple[Any, Any]:
@@ -355,9 +357,8 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
 
     def result() -> tuple[Any, Any]:
         samples, squares = (xp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
-        stderr = xp.sqrt(2 * xp.mean(squares, axis=-1) / num_samples())
-        rounding = xp.hypot(run.rounding(inner.yy), lost)
-        return xp.mean(samples, axis=-1) + fixed, xp.hypot(stderr, rounding)
+        variance = 2 * xp.mean(squares, axis=-1) / num_samples() + run.rounding(inner.yy) ** 2 + lost
+        return xp.mean(samples, axis=-1) + fixed, arrays.root(variance, xp)
 
     def num_samples() -> int:
         return sum(samples.shape[-1] for samples, _ in parts)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spectra.base import arrays, paths, trees
 from spectra.base import host as _memory
-from spectra.base import paths, trees
 from spectra.base.calls import require_key
 from spectra.base.errors import MemoryLimitError, NonFiniteError, NotSymmetricError, SpectraError, Status
 from spectra.base.trees import PyTree
@@ -132,7 +132,7 @@ class Run:
 
     def rounding(self, squares: Array) -> Array:
         """Error of vᵀHv by rounding, eps |v| |Hv|, for each group; `squares` (G, k) holds |(Hv)_g|²."""
-        return self.precision * self.xp.sqrt(self.sizes * self.xp.mean(squares, axis=-1))
+        return self.precision * arrays.root(self.sizes * self.xp.mean(squares, axis=-1), self.xp)
 
     def check_symmetric(self, form: Array, other: Array) -> Array:
         """What estimates are multiplied by: 1, and NaN inside `jit` where uᵀHv contradicts vᵀHu.
@@ -181,7 +181,7 @@ class Run:
 
         `sound` is what `check_symmetric` and `check_pairs` return.
         """
-        unit = sound * self.host(unit)
+        unit = sound * (blocks.some_unit(unit) if self.traced else self.host(unit))
         values, stderr = unit * values, ended.widen * unit * stderr
         fields["status"] = Status.TRACED if self.traced else ended.status
         if not self.traced:

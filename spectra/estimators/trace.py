@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra.base import host, trees
+from spectra.base import arrays, host, trees
 from spectra.base.calls import automatic, checked
 from spectra.base.errors import SpectraError, Status
 from spectra.base.trees import PyTree
@@ -116,7 +116,8 @@ def trace(
         `Estimate` with value and stderr.
 
     Raises:
-        SpectraError: an argument is out of range, or "xnystrace" meets an indefinite operator.
+        SpectraError: an argument is out of range, or "xnystrace" meets an indefinite operator (inside
+            `jit` the value is NaN then).
         NonFiniteError: a product is NaN or infinite.
         NotSymmetricError: the operator is not symmetric, or not linear; inside `jit` the value is NaN.
         MemoryLimitError: the sketch does not fit.
@@ -246,7 +247,7 @@ def _exact(run: Run, reason: str) -> Estimate:
         run.by_group(run.xp.stack([run.xp.sum(run.host(leaf)) for leaf in jax.tree.leaves(tree)]))
         for tree in (trees.unravel(column, run.op.structure) for column in (entries, run.host(errors) ** 2))
     )
-    stderr, dof = run.host(unit) * run.xp.sqrt(squares), None
+    stderr, dof = run.host(unit) * arrays.root(squares, run.xp), None
     if moved := exact.moved_products(run):
         forms = [run.by_group(exact.leaf_dots(v, change)) for v, _, change in moved]
         stderr, dof = np.hypot(stderr, exact.root_mean_square(forms)), float(len(moved))

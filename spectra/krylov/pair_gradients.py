@@ -31,11 +31,11 @@ def differentiable(op: LinearOperator, metric: Any, pairs: Eigenpairs) -> Eigenp
     """The pairs, found at the values of `op` and `metric`, as functions of what these are traced in."""
     if op.on_host:
         raise SpectraError("an operator that streams its data cannot be differentiated: pass one batch.")
-    images = jax.vmap(op.mv)(pairs.vectors)
+    images = _once(jax.vmap(op.mv)(pairs.vectors))
     own = images
     if metric is not None:
         weights = jnp.asarray(pairs.values, op.dtype)
-        moved = jax.vmap(lambda v: _weighted(metric, v))(pairs.vectors)
+        moved = _once(jax.vmap(lambda v: _weighted(metric, v))(pairs.vectors))
         own = jax.tree.map(
             lambda x, y: x - weights.reshape(-1, *[1] * (y.ndim - 1)).astype(y.dtype) * y, images, moved
         )
@@ -57,6 +57,29 @@ def differentiable(op: LinearOperator, metric: Any, pairs: Eigenpairs) -> Eigenp
 
     vectors.defvjp(forward, backward)
     return dataclasses.replace(pairs, values=values, vectors=vectors(images))
+
+
+@jax.custom_vjp
+def _once(images: PyTree) -> PyTree:
+    """The same, of which nothing but a first derivative is asked: the vectors were found on the host, and
+    what they change by would be missing in a second one."""
+    return images
+
+
+def _once_forward(images: PyTree) -> tuple[PyTree, None]:
+    if trees.is_traced(images):
+        raise SpectraError(
+            "eigenpairs have no second derivatives here, nor derivatives inside of jit and vmap: call "
+            "jax.grad once. For a second derivative of an eigenvalue take differences of its gradient."
+        )
+    return images, None
+
+
+def _once_backward(_: None, cotangent: PyTree) -> tuple[PyTree]:
+    return (cotangent,)
+
+
+_once.defvjp(_once_forward, _once_backward)
 
 
 def _weighted(metric: Any, v: PyTree) -> PyTree:

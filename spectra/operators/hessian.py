@@ -224,11 +224,12 @@ def _owners(op: HessianOperator) -> np.ndarray:
 def _upper(op: HessianOperator) -> jax.Array:
     """Block rows from the diagonal to the right, zero below: rows j are columns j, by symmetry."""
     matrix, together = jnp.zeros((op.size, op.size), op.dtype), in_flight(op)
+    fill = _fill if trees.is_traced(op) else _fill_in_place  # under vmap a buffer of one matrix is of no use
     for first, last, begin, end in _groups(op):
         count = min(CHUNK, end - begin)
         for start in range(begin, end, max(count, 1)):
             start = min(start, end - count)  # the last chunk repeats some columns
-            matrix = _fill(
+            matrix = fill(
                 op,
                 matrix,
                 start,
@@ -240,8 +241,7 @@ def _upper(op: HessianOperator) -> jax.Array:
     return matrix
 
 
-@partial(programs.jit, static_argnames=("leaves", "count", "begin", "together"), donate_argnames=("matrix",))
-def _fill(
+def _filled(
     op: HessianOperator,
     matrix: jax.Array,
     start: int | jax.Array,
@@ -254,6 +254,11 @@ def _fill(
     columns = start - begin + jnp.arange(count)
     rows = jax.lax.map(partial(_column, op, *leaves), columns, batch_size=together)
     return jax.lax.dynamic_update_slice(matrix, rows.astype(matrix.dtype), (start, begin))
+
+
+_STATIC = ("leaves", "count", "begin", "together")
+_fill = programs.jit(_filled, static_argnames=_STATIC)
+_fill_in_place = programs.jit(_filled, static_argnames=_STATIC, donate_argnames=("matrix",))
 
 
 def _column(op: HessianOperator, first: int, last: int, index: int | jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ def save(result: Any, path: str | os.PathLike, *, overwrite: bool = True) -> Pat
         The path that was written.
 
     Raises:
-        SpectraError: `result` is not a result, or holds values of a trace.
+        SpectraError: `result` is not a result, or holds values of a trace; `path` is a folder.
         FileExistsError: the file exists, and `overwrite` is false.
         OSError: the file cannot be written; an existing file is unchanged.
 
@@ -48,6 +48,8 @@ def save(result: Any, path: str | os.PathLike, *, overwrite: bool = True) -> Pat
     if type(result).__name__ not in CLASSES and not isinstance(result, dict):
         raise SpectraError(f"cannot save a {type(result).__name__}; results are {', '.join(CLASSES)}.")
     path = Path(path)
+    if not path.name:
+        raise SpectraError(f"path='{path}' is a folder: pass the name of a file in it.")
     if path.suffix != ".npz":
         path = path.with_name(path.name + ".npz")
     try:

@@ -238,7 +238,7 @@ def spectrum(
     """
     start = time.perf_counter()
     require_operator(op)
-    trees.require_values("spectrum", op)
+    trees.require_values("spectrum", (op, key))
     if not zero_tol >= 0:
         raise SpectraError(f"zero_tol={zero_tol} is a share of |H|: use 0 or a positive number.")
     if num_probes < 1 or not (tol is None or tol > 0):

@@ -313,7 +313,7 @@ def data_variability(
         >>> bool(spread.whole_largest[0] <= spread.largest.mean())
         True
     """
-    trees.require_values("data_variability", operator)
+    trees.require_values("data_variability", (operator, key))
     drawn = _subsets(operator, batches, num_subsets)
     subsets, whole = list(drawn.each()), drawn.union(range(len(drawn.weights)))
     steps = min(num_steps, whole.size)

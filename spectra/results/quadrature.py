@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from numpy.typing import ArrayLike
 
+from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
 from spectra.quadrature import distribution, rules
 from spectra.quadrature.resolved import Parts, parts
@@ -21,6 +22,15 @@ from spectra.results.base import Array, Interval, Result, notebook_view, result
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+
+
+def require_one(values: Array, what: str) -> None:
+    """Raise where `vmap` or `scan` has stacked results: what is read as probes and steps would be others."""
+    if np.ndim(values) > 2:
+        raise SpectraError(
+            f"these are {'×'.join(map(str, values.shape[:-2]))} {what}, as vmap and scan return them: take "
+            "one of them, jax.tree.map(lambda x: x[i], result)."
+        )
 
 
 @result("size", "num_matvecs", "precision", "status", "coupling", "rounding")
@@ -83,6 +93,7 @@ class Quadrature(Result):
     @property
     def num_probes(self) -> int:
         """k, the number of probes."""
+        require_one(self.nodes, "quadratures")
         return self.nodes.shape[0]
 
     @property
@@ -152,10 +163,14 @@ class Quadrature(Result):
             >>> bool(lower < 0.25 < upper)
             True
         """
+        trees.require_values("Quadrature.cdf", self.nodes)
+        require_one(self.nodes, "quadratures")
         return Interval(*distribution.cdf_band(self, np.asarray(x, np.float64), level))
 
     def mean(self, f: Callable[[np.ndarray], Any]) -> float:
         """Estimate of tr f(H) / n for a function of an array of eigenvalues."""
+        trees.require_values("Quadrature.mean", self.nodes)
+        require_one(self.nodes, "quadratures")
         return float(np.mean(np.sum(self.weights * f(np.asarray(self.nodes)), axis=1)))
 
     def band_width(self, *, level: float = 0.95) -> float:
@@ -163,9 +178,13 @@ class Quadrature(Result):
 
         Multiplied by the range, it bounds the Wasserstein-1 distance between estimate and truth.
         """
+        trees.require_values("Quadrature.band_width", self.nodes)
+        require_one(self.nodes, "quadratures")
         return sum(distribution.band_width_parts(self, level))
 
     def __repr__(self) -> str:
+        if np.ndim(self.nodes) > 2:
+            return f"Quadrature(several of a vmap or scan, shape={self.nodes.shape}, size={self.size})"
         text = f"Quadrature(num_probes={self.num_probes}, num_steps={self.num_steps}, size={self.size}"
         if not isinstance(self.nodes, Tracer):
             low, high = self.range
@@ -207,6 +226,7 @@ class Moments(Result):
     @property
     def num_probes(self) -> int:
         """k, the number of probes."""
+        require_one(self.moments, "results of kpm")
         return self.moments.shape[0]
 
     @property

@@ -47,8 +47,15 @@ class Records:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.number = max(self._numbers(), default=-1)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.number = max(self._numbers(), default=-1)
+        except OSError as error:
+            reason = "there is a file of that name" if os.path.isfile(folder) else error.strerror or error
+            raise CheckpointError(
+                f"checkpoint='{folder}' cannot be used as a folder: {reason}. Pass one that can be written "
+                "to."
+            ) from error
 
     def _numbers(self) -> list[int]:
         found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
@@ -129,11 +136,10 @@ def _take(file: Any) -> str | None:
         return file.read().strip() or "another process"
     except OSError:  # a file system without locks
         return None
-    file.truncate(0)
-    file.write(
-        f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-    )
-    file.flush()
+    text = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without the name of its holder
+        os.truncate(file.fileno(), 0)
+        os.write(file.fileno(), text.encode())  # not kept for later, when closing the file would fail
     return None
 
 
@@ -287,9 +293,9 @@ class Saver:
         host.largest(0.0)  # nobody goes on to overwrite what this record may still need
 
     def _not_written(self, error: Exception) -> None:
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
         self._warn(
-            f"no checkpoint could be written to '{self.folder}': {reason} The run goes on, and the "
+            f"no checkpoint could be written to '{self.folder}': {reason}. The run goes on, and the "
             "checkpoint before stays."
         )
 

@@ -83,7 +83,7 @@ def stable_step(
         raise SpectraError(f"learning_rate={learning_rate}: the current rate is a positive number.")
     if max_matvecs < 1 or not 0 < tol < 1:
         raise SpectraError(f"max_matvecs={max_matvecs}, tol={tol}: use one product or more, and 0 < tol < 1.")
-    trees.require_values("stable_step", (op.params, op.data, optimizer_state))
+    trees.require_values("stable_step", (op.params, op.data, optimizer_state, key))
     prepared, gradient = op.prepare(), op.gradient()
     start = draws.unit_vector(key, op)
 

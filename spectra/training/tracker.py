@@ -260,10 +260,11 @@ class SpectrumTracker:
 
         A Ritz value of the probes above what was found is a direction that the last vectors did not reach.
         """
-        key = jax.random.fold_in(self.key, step)
+        key = jax.random.fold_in(self.key, step % 2**32)  # of a count of tokens, which may be longer
         k = min(self.num_eigenvalues, op.size)
         options = {"which": "LA", "tol": self.tol, "num_basis": min(2 * k + 10, op.size), "verify": False}
-        first, fresh = self._vectors is None, draws.unit_vector(key, op)
+        fresh = draws.unit_vector(key, op)
+        first = not _are_like(self._vectors, fresh)  # also of a network that has grown since
         if first:
             self._vectors = jax.tree.map(lambda x: jnp.broadcast_to(0 * x, (k, *x.shape)), fresh)
         start = _start(self._vectors, fresh, 1.0 if first else FRESH * self.tol)
@@ -328,6 +329,14 @@ def _continued(path: str | os.PathLike | None, name: str) -> tuple[SpectrumHisto
         file = HistoryFile(path, empty.provenance)
         return file.history, file
     return (read(Path(path)) if os.path.exists(path) else empty), None
+
+
+def _are_like(vectors: PyTree, one: PyTree) -> bool:
+    """Whether vectors, leading axis first, are of the space of one."""
+    leaves, others = jax.tree.leaves(vectors), jax.tree.leaves(one)
+    if jax.tree.structure(vectors) != jax.tree.structure(one):
+        return False
+    return all(x.shape[1:] == y.shape for x, y in zip(leaves, others, strict=True))
 
 
 @programs.jit

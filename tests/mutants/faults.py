@@ -1333,8 +1333,8 @@ ESTIMATORS = [
     fault(
         "a group without curvature has no rounding",
         "estimators/low_rank.py",
-        "rounding = xp.hypot(run.rounding(inner.yy), lost)",
-        "rounding = run.rounding(inner.yy)",
+        "+ run.rounding(inner.yy) ** 2 + lost\n",
+        "+ run.rounding(inner.yy) ** 2\n",
         "test_groups.py::test_a_group_without_curvature_holds_the_rounding_of_a_basis_of_the_range",
     ),
     fault(
@@ -2174,6 +2174,20 @@ FACTORS = [
         "np.sum((points @ curvature) * points, axis=1) / 2",
         "points**2 @ values / 2",
         "test_slices.py::test_the_gradient_and_a_direction_of_ones_own",
+    ),
+    fault(
+        "the derivative of a standard error is NaN where a root is zero",
+        "base/arrays.py",
+        "none = x == 0",
+        "none = x != x",
+        "test_gradients.py::test_the_gradient_of_a_standard_error",
+    ),
+    fault(
+        "eigenvalues have second derivatives of fixed vectors",
+        "krylov/pair_gradients.py",
+        "if trees.is_traced(images):",
+        "if False:",
+        "test_gradients.py::test_second_derivatives_of_eigenvalues_are_refused",
     ),
 ]
 
