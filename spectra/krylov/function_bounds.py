@@ -23,7 +23,6 @@ import numpy as np
 from spectra.base import draws
 from spectra.base.errors import SpectraError, Status
 from spectra.base.host import one_thread
-from spectra.krylov.cancelled import size_before
 from spectra.krylov.lanczos import lanczos
 from spectra.operators.base import LinearOperator
 from spectra.quadrature.hinges import kinks
@@ -306,8 +305,10 @@ class Range:
     products: int
 
     @classmethod
-    def of(cls, op: LinearOperator, given: list[tuple[float, float]], key: jax.Array | None) -> "Range":
-        """The given ends, and for those not given a random run of Lanczos."""
+    def of(
+        cls, op: LinearOperator, given: list[tuple[float, float]], key: jax.Array | None, before: float
+    ) -> "Range":
+        """The given ends, and for those not given a random run of Lanczos; `before` as of `size_before`."""
         low, high = given[0][0], given[-1][1]
         if op.semidefinite:
             low = max(low, 0.0)
@@ -322,7 +323,7 @@ class Range:
         exact = found.status is Status.INVARIANT or count == op.size
         whole = int(found.length) == op.size and len(given) == 1
         beyond = 0.0 if exact else margin(op.size, count) * (theta[-1] - theta[0])
-        noise = breakdown_noise(op.size, op.precision) * max(float(np.abs(theta).max()), size_before(op))
+        noise = breakdown_noise(op.size, op.precision) * max(float(np.abs(theta).max()), before)
         a = low if np.isfinite(low) else theta[0] - beyond - noise
         b = high if np.isfinite(high) else theta[-1] + beyond + noise
         edges = [(x if np.isfinite(x) else a, y if np.isfinite(y) else b) for x, y in given]

@@ -286,7 +286,7 @@ def funm(
         run = FunctionRun(outside_loops(op.prepare()), named, name, steps, tol, watch.bar, saver)
         run.restore()
         if run.known is None:
-            run.known = Range.of(run.op, intervals, key)
+            run.known = Range.of(run.op, intervals, key, run.before)
             watch.bar.update(run.known.products)
         run.values(rows, run.known)
     found, errors = run.found, np.array([one.error for one in run.found])
