@@ -55,7 +55,7 @@ CALLS |= {
     ),
 }
 CALLS["funm"] = lambda op, **more: spectra.funm(op, "exp", SIDES, bounds=(-1.0, 9.0), num_steps=12, **more)
-DEFAULT = ("eigsh", "trace", "solve", "funm")
+DEFAULT = ("eigsh", "trace", "funm")
 ANY = ("eigsh", "solve", "funm")
 """Whose bits do not depend on whether they are saved, and which look at the clock after every step."""
 
