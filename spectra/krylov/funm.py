@@ -246,8 +246,8 @@ def funm(
         CheckpointError: the folder holds the checkpoint of another run.
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
-    Cost: one product per step for each vector, and 40 for the ends of the spectrum; num_steps vectors of
-        memory for each vector of a block.
+    Cost: one product per step for each vector, and 40 for the ends of the spectrum; one more, which is not
+        counted, where parts of a sum may cancel. Memory: num_steps vectors for each vector of a block.
 
     References:
         Saad, doi:10.1137/0729014; Chen, Greenbaum, Musco and Musco, arXiv:2106.09806; of blocks Frommer, Lund
