@@ -275,7 +275,8 @@ def test_what_nearly_cancels_is_not_taken_for_asymmetry():
     pairs = spectra.eigsh(op, 1, which="LA", key=key)
     assert abs(float(pairs.values[0]) - top) <= pairs.residuals[0] + pairs.noise_floor
     rule = spectra.slq(op, key=key, num_steps=20, num_probes=2)
-    assert np.max(rule.nodes) <= top + 1e-6
+    eps = float(jnp.finfo(jnp.float32).eps)
+    assert np.max(rule.nodes) <= top + 8 * eps  # of the parts, of norm one
     spectra.kpm(op, key=key, num_moments=20, num_probes=2)
     # Asymmetry of the size of what is left is none of rounding.
     lopsided = jnp.asarray(np.eye(N) + 1e-2 * np.triu(np.ones((N, N))), jnp.float32)
@@ -294,4 +295,4 @@ def test_functions_of_what_is_left_hold_the_rounding_of_the_parts(size):
     for f in (lambda x: x, lambda x: np.exp(x / size)):
         result = spectra.funm(op, f, v)
         error = np.linalg.norm(np.asarray(result.value, float) - vectors @ (f(values) * (vectors.T @ v)))
-        assert error <= result.error_bound <= 500 * error
+        assert error <= result.error_bound <= 500 * error  # 36 to 140 times for f(x) = x, as measured

@@ -263,13 +263,14 @@ def _require_symmetric(op: LinearOperator, dots: np.ndarray, size: float) -> Non
     runs the square root of the precision may be missing.
     """
     square, _, across = dots[1:].swapaxes(0, 1)
-    limit = float(np.sqrt(op.precision)) * max(size, 1.0)
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(across - square - (dots[1, 0] - dots[0, 0]))
         # Outside of [a, b] everything grows, and so does what is rounded.
         error /= np.maximum.accumulate(dots[:, 0], axis=0)[1:]
     worst = float(np.max(error, initial=0.0, where=np.isfinite(error)))
-    if worst > limit and worst > (limit := max(limit, asymmetry_limit(op) * max(size, 1.0))):
+    unit = max(size, 1.0)
+    limit = asymmetry_limit(op, worst / unit) * unit
+    if worst > limit:
         raise NotSymmetricError(
             "the operator is not symmetric, or not linear: T_j-1·T_j+1 - T_j² misses T_1² - T_0² by "
             f"{worst:.1e}, and the precision of its products explains {limit:.1e}. A loss that is random or "

@@ -186,7 +186,10 @@ def _tails(g: Sketch, core: Array, u: Array, xp: Any) -> Tails:
 @careful()
 def outside_of(g: Sketch, u: Array, xp: Any) -> tuple[Array, Array]:
     """Coefficients x and c (m, m) of what is outside of each sketch: (1-P) H μ_j = y_j - x_j Z - c_j Q."""
-    tails = _tails(g, (g.qz[-1] + g.qz[-1].T) / 2, u, xp)
+    return _outside_of(g, _tails(g, (g.qz[-1] + g.qz[-1].T) / 2, u, xp), u, xp)
+
+
+def _outside_of(g: Sketch, tails: Tails, u: Array, xp: Any) -> tuple[Array, Array]:
     return tails.x, _drop([u], g.qy[-1].T - tails.hx, xp)
 
 
@@ -210,21 +213,35 @@ def _least_variance(g: Sketch, tails: Tails, u: Array, size: int, precision: flo
     return 2 * (size - (len(u) - 1)) / tails.length * square / apart
 
 
-def _shown_by_groups(
-    g: Sketch, x: Array, c: Array, outside: Array, u: Array, precision: float, xp: Any
+def _least_of_groups(
+    g: Sketch,
+    whole: tuple[Sketch, Tails, int],
+    outside: Array,
+    sampled: Array,
+    sizes: Array,
+    u: Array,
+    precision: float,
+    xp: Any,
 ) -> Array:
-    """What the samples μᵀΠAμ of groups show of |(1-P)ΠA|², (G, m), from `outside`, |ΠAμ|²; A = (1-P) H (1-P).
+    """Least variance (G, 1) of the samples μᵀΠAμ of groups, from `outside`, |ΠAω|²; A = (1-P) H (1-P).
 
-    On the sphere it is |(1-P)ΠAμ|², on average, and the variance is that and tr (ΠA)², less what the mean
-    takes. tr (ΠA)² is at most |(1-P)ΠA|², and at least (tr ΠA)² over the number of parameters, which of a
-    group of one is all; tr ΠA is taken to be off by its standard error. Few samples that are χ² with one
+    On the sphere |(1-P)ΠA|² is |(1-P)ΠAμ|², on average, and the variance is that and tr (ΠA)², less what the
+    mean takes. tr (ΠA)² is at most |(1-P)ΠA|², and at least (tr ΠA)² over the number of parameters, which of
+    a group of one is all; tr ΠA is taken to be off by its standard error. Few samples that are χ² with one
     degree of freedom have too small a spread when their mean is off: by that alone, intervals of one
     parameter held for 85 to 91 % of the keys, of two for 90 to 94 %. What may be rounding is taken off.
     """
+    sketch, tails, size = whole
+    rest = size - (len(u) - 1)
+    x, c = _outside_of(sketch, tails, u, xp)
     inside = xp.swapaxes(g.qy, -1, -2) - x @ xp.swapaxes(g.qz, -1, -2) - c @ g.qq
     inside = _drop([u], inside, xp)
     shown = outside * (1 - CLEAR * precision) - _dots(inside, inside, xp)
-    return xp.maximum(shown - (CLEAR * precision) ** 2 * g.yy, 0)
+    shown = xp.maximum(shown - (CLEAR * precision) ** 2 * g.yy, 0)
+    shown = xp.mean(rest / tails.length * shown, axis=-1, keepdims=True)
+    mean = xp.abs(xp.mean(sampled, axis=-1, keepdims=True))
+    alone = (mean + arrays.root(2 * shown / len(u), xp)) ** 2 / sizes[:, None]
+    return shown + xp.minimum(alone, shown) - 2 / rest * mean**2
 
 
 @careful()
@@ -249,7 +266,7 @@ def xtrace_values(
     (of a group, whose own may be small by chance, of that or of the whole's), and at least what
     `_least_variance` says. For the part Π of a group, with A for what is outside of the sketch, it is that of
     μᵀΠAμ, |ΠA|² + tr (ΠA)² less its mean: of a single direction q with the share s = |Πq|² it shows
-    s (1 + s) / 2 of that of the whole. More is known of a group by itself, see `_shown_by_groups`.
+    s (1 + s) / 2 of that of the whole. More is known of a group by itself, see `_least_of_groups`.
 
     References:
         Epperly, Tropp and Webber, arXiv:2301.07825, sections 2.2 and 2.3.
@@ -270,13 +287,9 @@ def xtrace_values(
         most = xp.concatenate([xp.maximum(sampled**2, most), most])
         of_parts = share * (1 + share) / 2 * least
         if resphere and outside is not None:
-            rest = size - (len(u) - 1)
-            shown = _shown_by_groups(groups, *outside_of(g, u, xp), outside[:-1], u, precision, xp)
-            shown = xp.mean(rest / tails.length * shown, axis=-1, keepdims=True)
-            mean = xp.abs(xp.mean(sampled, axis=-1, keepdims=True))
-            alone = (mean + xp.sqrt(2 * shown / len(u))) ** 2 / xp.asarray(sizes)[:-1, None]
-            shown = shown + xp.minimum(alone, shown) - 2 / rest * mean**2
-            of_parts = of_parts + xp.maximum(shown - xp.mean(of_parts, axis=-1, keepdims=True), 0)
+            rows = xp.asarray(sizes)[:-1]
+            own = _least_of_groups(groups, (g, tails, size), outside[:-1], sampled, rows, u, precision, xp)
+            of_parts = of_parts + xp.maximum(own - xp.mean(of_parts, axis=-1, keepdims=True), 0)
         least = xp.concatenate([of_parts, least])
     return found[0], found[1], Known(most, least)
 

@@ -254,9 +254,9 @@ class Band:
                 f"{self.op.explain_non_finite()}"
             )
         # Rounded rows look like asymmetry.
-        limit = max(float(np.sqrt(self.op.precision)), self.layout.row_precision)
+        limit = asymmetry_limit(self.op, self.asymmetry, self.layout.row_precision)
         scale = self.scale or 1.0
-        if self.asymmetry > limit and self.asymmetry > (limit := max(limit, asymmetry_limit(self.op))):
+        if self.asymmetry > limit:
             raise NotSymmetricError(
                 f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {self.asymmetry:.1e} |H| "
                 f"(|H| at least {scale:.1e}), above {limit:.1e}, the square root of the precision of its "

@@ -47,13 +47,14 @@ def size_before(op: LinearOperator) -> float:
 
 
 @provides("asymmetry_limit")
-def asymmetry_limit(op: LinearOperator) -> float:
+def asymmetry_limit(op: LinearOperator, found: float, least: float = 0.0) -> float:
     """How far from symmetric, or linear, products may be in units of |H|: the square root of their precision.
 
-    Where parts cancel that takes a product with each of them, so ask where the precision of an operator does
-    not explain what was found.
+    Where parts cancel that takes a product with each of them, which are made only if the precision that the
+    operator states, and `least`, do not explain what was `found`.
     """
-    return relative_precision(op) ** 0.5
+    limit = max(op.precision**0.5, least)
+    return max(limit, relative_precision(op) ** 0.5) if found > limit else limit
 
 
 def rounds_columns(op: LinearOperator) -> bool:

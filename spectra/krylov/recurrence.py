@@ -282,10 +282,12 @@ def check(
         raise NonFiniteError(
             f"the product of Lanczos step {step + 1} is NaN or infinite. {op.explain_non_finite()}"
         )
-    limit = max(float(np.sqrt(op.precision)), row_precision)  # rounded rows look like asymmetry
     scale = np.maximum(scale, whole)
     worst = float(np.max(asymmetry / np.where(scale > 0, scale, 1)))
-    if worst > limit and worst > (limit := max(limit, asymmetry_limit(op))):
+    if not worst > max(float(np.sqrt(op.precision)), row_precision):  # rounded rows look like asymmetry
+        return
+    limit = asymmetry_limit(op, worst, row_precision)
+    if worst > limit:
         raise NotSymmetricError(
             f"the operator is not symmetric: |uᵀHv - vᵀHu| reaches {worst:.1e} |H| within {stop} steps, "
             f"above {limit:.1e}, the square root of the precision of its products. Lanczos needs a "

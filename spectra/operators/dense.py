@@ -92,20 +92,20 @@ def _require_symmetric(op: LinearOperator, matrix: jax.Array) -> None:
     largest, asymmetry, size, defect = map(float, jax.device_get(_defects(matrix, start, image)))
     if not np.isfinite([largest, size, defect]).all():
         return  # the caller says so
-    limit = float(np.sqrt(op.precision))
-    if asymmetry > limit * largest or defect > limit * size:
-        limit = max(limit, call("asymmetry_limit", op))
+    asymmetry, defect = (
+        x / unit if unit else np.inf if x else 0.0 for x, unit in ((asymmetry, largest), (defect, size))
+    )
+    limit = call("asymmetry_limit", op, max(asymmetry, defect))
     above = f"above {limit:.1e}, the square root of the precision of its products."
-    if asymmetry > limit * largest:
+    if asymmetry > limit:
         raise NotSymmetricError(
-            f"the operator is not symmetric: |A - Aᵀ| of its columns A reaches {asymmetry / largest:.1e} "
+            f"the operator is not symmetric: |A - Aᵀ| of its columns A reaches {asymmetry:.1e} "
             f"max |A|, {above} {op.explain_asymmetry()} If half the sum with its transpose is "
             "meant, pass that."
         )
-    if defect > limit * size:
-        error = defect / size if size else np.inf
+    if defect > limit:
         raise NotSymmetricError(
-            f"the operator is not linear: H v is {error:.1e} |H v| away from the sum of v_i H e_i, {above} "
+            f"the operator is not linear: H v is {defect:.1e} |H v| away from the sum of v_i H e_i, {above} "
             f"A constant that is added is not linear. {op.explain_asymmetry()}"
         )
 

@@ -163,14 +163,12 @@ class Quadrature(Result):
             >>> bool(lower < 0.25 < upper)
             True
         """
-        trees.require_values("Quadrature.cdf", self.nodes)
-        require_one(self.nodes, "quadratures")
+        self._require_numbers("cdf")
         return Interval(*distribution.cdf_band(self, np.asarray(x, np.float64), level))
 
     def mean(self, f: Callable[[np.ndarray], Any]) -> float:
         """Estimate of tr f(H) / n for a function of an array of eigenvalues."""
-        trees.require_values("Quadrature.mean", self.nodes)
-        require_one(self.nodes, "quadratures")
+        self._require_numbers("mean")
         return float(np.mean(np.sum(self.weights * f(np.asarray(self.nodes)), axis=1)))
 
     def band_width(self, *, level: float = 0.95) -> float:
@@ -178,9 +176,13 @@ class Quadrature(Result):
 
         Multiplied by the range, it bounds the Wasserstein-1 distance between estimate and truth.
         """
-        trees.require_values("Quadrature.band_width", self.nodes)
-        require_one(self.nodes, "quadratures")
+        self._require_numbers("band_width")
         return sum(distribution.band_width_parts(self, level))
+
+    def _require_numbers(self, method: str) -> None:
+        """Raise inside `jit`, and where several are stacked."""
+        trees.require_values(f"Quadrature.{method}", self.nodes)
+        require_one(self.nodes, "quadratures")
 
     def __repr__(self) -> str:
         if np.ndim(self.nodes) > 2:

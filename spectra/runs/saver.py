@@ -53,8 +53,8 @@ class Records:
         except OSError as error:
             reason = "there is a file of that name" if os.path.isfile(folder) else error.strerror or error
             raise CheckpointError(
-                f"checkpoint='{folder}' cannot be used as a folder: {reason}. Pass one that can be written "
-                "to."
+                f"checkpoint='{folder}' cannot be used as a folder: {reason}. Pass one that can "
+                "be written to."
             ) from error
 
     def _numbers(self) -> list[int]:
