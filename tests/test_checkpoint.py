@@ -28,6 +28,7 @@ from spectra.density import recorder as module
 from spectra.krylov import basis
 from spectra.operators import accumulate
 from spectra.runs import saver
+from spectra.runs.checkpoint import differences
 from spectra.runs.saver import Records
 
 KEY = jax.random.key(3)
@@ -36,6 +37,9 @@ OPTIONS = {"key": KEY, "num_steps": 30, "num_probes": 3}
 
 def operator(scale=1.0, n=200):
     return spectra.MatrixOperator(scale * jnp.diag(jnp.linspace(-1.0, 3.0, n, dtype=jnp.float32)))
+
+
+NOTHING = {"length": 0, "asymmetry": 0.0}
 
 
 class Killed(Exception):
@@ -219,6 +223,50 @@ def test_a_changed_problem_is_noticed(what, tmp_path):
     spectra.slq(mine, **options)
 
 
+def in_bfloat16(loss_fn=sum_of_squares, flipped=()):
+    def coarse(params, batch):
+        x, y = batch
+        low = {"w": params["w"].astype(jnp.bfloat16)}
+        return loss_fn(low, (x.astype(jnp.bfloat16), y)).astype(jnp.float32)
+
+    return regression(coarse, flipped)
+
+
+def test_a_coarse_model_is_told_from_another_elsewhere_too(monkeypatch, tmp_path):
+    """By another version of JAX programs may differ, but neither data nor products by more than rounding."""
+    options = {"key": KEY, "num_steps": 3, "num_probes": 1, "checkpoint": tmp_path}
+    first = spectra.slq(in_bfloat16(), **options)
+    monkeypatch.setattr(jax, "__version__", "0.0.1")
+    for other, what in (
+        (in_bfloat16(sum_of_fourth_powers), r"these differ: product"),
+        (in_bfloat16(flipped=[7]), r"these differ: data\."),
+    ):
+        with pytest.raises(spectra.CheckpointError, match=what):
+            spectra.slq(other, **options)
+    np.testing.assert_array_equal(spectra.slq(in_bfloat16(), **options).nodes, first.nodes)
+
+
+def test_a_key_of_another_generator_is_refused(tmp_path):
+    """Its numbers may be the same, but not what is drawn with them."""
+    options = {"num_steps": 3, "num_probes": 1, "checkpoint": tmp_path}
+    spectra.slq(operator(), key=jax.random.key(5, impl="rbg"), **options)
+    with pytest.raises(spectra.CheckpointError, match="draws"):
+        spectra.slq(operator(), key=jax.random.key(5, impl="unsafe_rbg"), **options)
+
+
+def test_products_of_large_operators_are_compared_in_length_too():
+    """Along a random vector a sum of terms of either sign is as near to zero as their number says."""
+    mine = {"product": [1e-5, 1.0], "leaves": [0.5, 0.5], "place": ["1", 1]}
+    assert not differences(mine, {"product": [1.0001e-5, 1.0], "leaves": [0.5, 0.5], "place": ["2", 4]}, 1e-7)
+    for other in (
+        {"product": [1e-5, 1.001], "leaves": [0.5, 0.5]},
+        {"product": [1e-5, 1.0], "leaves": [0.501, 0.499]},
+    ):
+        assert differences(mine, other | {"place": ["2", 4]}, 1e-7) == ["product (loss function or data)"]
+    # An older version saved neither lengths of leaves nor draws.
+    assert not differences(mine | {"draws": [1, 2]}, {"product": [1e-5, 1.0], "place": ["1", 1]}, 1e-7)
+
+
 def changed(rng):
     """The regression with a small change of a random kind, and its name."""
     kind = rng.choice(["parameter", "input", "label", "constant", "exponent", "order", "weights", "fewer"])
@@ -320,6 +368,16 @@ def test_a_folder_in_use_is_refused_and_the_error_says_by_whom(tmp_path):
     with Records(tmp_path).held(), refused:
         spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
     spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
+
+
+def test_a_run_that_waited_for_another_writes_newer_records(tmp_path):
+    early, other = Records(tmp_path), Records(tmp_path)
+    record = {"description": {}, "rows": [], "flight": None}
+    for _ in range(4):
+        other.write(record)
+    with early.held():
+        early.write(record | {"rows": [{"probe": 7} | dict.fromkeys(["alpha", "beta"], []) | NOTHING]})
+    assert early.read()[0][0]["rows"][0]["probe"] == 7
 
 
 def emptied(path):
@@ -537,6 +595,7 @@ HOST = """
 import sys, jax, numpy as np, spectra
 from spectra.operators import accumulate
 from spectra.runs import saver
+from spectra.runs.checkpoint import differences
 
 saver.PACE = 0.0
 rng = np.random.default_rng(0)
@@ -677,6 +736,7 @@ def assert_same_on_four_devices(tmp_path, steps, saved):
 STREAM = """
 import time
 from spectra.runs import saver
+from spectra.runs.checkpoint import differences
 
 saver.PACE = 0.05
 

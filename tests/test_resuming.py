@@ -234,6 +234,28 @@ def test_a_function_that_refuses_numbers_beyond_the_spectrum_is_told_from_anothe
         call(2.0)
 
 
+def test_functions_that_differ_within_the_spectrum_alone_are_told_apart(looks, tmp_path):
+    """Between two points of a coarse set, as filters of an interval do; and not by their last bits."""
+
+    def call(edge, last=0.0, **more):
+        def beyond(x):
+            return np.where(x > edge, np.nextafter(np.sqrt(np.abs(x)), last), 0.0)
+
+        return spectra.funm(operator(), beyond, SIDES[0], bounds=(-1.0, 9.0), num_steps=20, **more)
+
+    first = call(2.03, checkpoint=tmp_path)
+    assert_same(call(2.03, np.inf, checkpoint=tmp_path), first)
+    with pytest.raises(spectra.CheckpointError, match=r"these differ: f\. "):
+        call(2.12, checkpoint=tmp_path)
+    looks(5, kill)
+    with pytest.raises(Killed):
+        call(2.03, checkpoint=spectra.Checkpoint(tmp_path / "ended", steps=1))
+    looks(0, nothing)
+    with pytest.raises(spectra.CheckpointError, match=r"these differ: f\. "):
+        call(2.12, checkpoint=tmp_path / "ended")
+    assert_same(call(2.03, checkpoint=tmp_path / "ended"), first)
+
+
 def test_a_checkpoint_of_another_system_is_refused(tmp_path):
     def quarter(v):
         return v / 4

@@ -32,6 +32,7 @@ from spectra.krylov.function_bounds import (
 from spectra.krylov.layout import Layout
 from spectra.krylov.linear_block import LOST, WIDEST, orthonormal
 from spectra.krylov.recurrence import CHUNK
+from spectra.krylov.same_function import digest, on_spectrum
 from spectra.operators.base import LinearOperator
 from spectra.quadrature.rules import breakdown_noise
 from spectra.runs import saver as _saver
@@ -87,6 +88,7 @@ class FunctionRun:
         self.before = size_before(op)
         self.known: Range | None = None
         self.found: list[Found] = []
+        self.theta: list[list[float]] = []  # Ritz values that `found` are made of, of each block
         self.width = 0  # of a block
         self.products = 0  # of the blocks that are done
         self.longest = 0  # steps of a block
@@ -124,6 +126,7 @@ class FunctionRun:
                 band.append(stacks.row(q, i))
         step, done = self._until_reached(band, done, z[kept], sizes, known)
         self.products, self.longest = self.products + band.num_matvecs, max(self.longest, done)
+        self.theta.append(step.theta.tolist())
         errors = step.truncation + step.rounding
         if len(kept) < len(sizes):
             # Of a vector that depends on others, so much may have been left out.
@@ -178,7 +181,9 @@ class FunctionRun:
         )
         moved += noise * norms
         with np.errstate(over="ignore"):
-            return _Step(coefficients * unit, norms * unit, bounds * unit, moved * unit, largest * unit)
+            return _Step(
+                theta, coefficients * unit, norms * unit, bounds * unit, moved * unit, largest * unit
+            )
 
     def _values(
         self, f: Callable[[np.ndarray], np.ndarray], theta: np.ndarray, noise: float, size: float
@@ -229,19 +234,29 @@ class FunctionRun:
         flight: dict[str, Any] = {"known": dataclasses.asdict(self.known), "done": done, "band": None}
         flight |= {name: getattr(self, name) for name in COUNTS}
         flight["found"] = [[one.error, one.status.name] for one in self.found]
+        flight["theta"] = self.theta
+        flight["f"] = digest(self.named.numpy, on_spectrum(self.known.intervals, self.theta))
         if band is not None:
             rows, flight["band"] = storage.band_items(band)
             items |= rows
         self.saver.write(items, flight, self.products + (band.num_matvecs if band else 0))
 
     def restore(self) -> None:
-        """Take over what was saved, by the newest record whose values can be read."""
+        """Take over what was saved, by the newest record whose values can be read.
+
+        Raises:
+            CheckpointError: they are of another function.
+        """
         if self.saver is None:
             return
         for record in self.saver.saved:
             flight = record["flight"]
             if not flight or not self._values_read(flight):
                 continue
+            self.theta = flight.get("theta", [])  # an older version kept none
+            points = on_spectrum(flight["known"]["intervals"], self.theta)
+            if flight.get("f") not in (None, digest(self.named.numpy, points)):
+                self.saver.refuse(["f"])
             self.flight, self.known = flight, Range(**flight["known"])
             for name in COUNTS:
                 setattr(self, name, flight[name])
@@ -275,6 +290,7 @@ COUNTS = ("width", "products", "longest")
 class _Step:
     """Values and bounds at a time, for s vectors of norm one and a basis of m rows."""
 
+    theta: np.ndarray  # (m,) Ritz values
     coefficients: np.ndarray  # (m, s) of f(H) v on the rows
     norms: np.ndarray  # (s,) |f(H) v|
     truncation: np.ndarray  # (s,) bounds on the error of the approximation

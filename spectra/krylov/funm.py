@@ -10,7 +10,6 @@ space of v do for the value. The derivative of the iteration would be another: a
 depends on the others or whose space is exhausted leaves no trace in it of where it could move to.
 """
 
-import contextlib
 import os
 from collections.abc import Callable
 from functools import partial
@@ -28,11 +27,12 @@ from spectra.base.files import tree_digest
 from spectra.base.trees import PyTree
 from spectra.krylov.band import BandState, append, empty
 from spectra.krylov.band_block import run_block
-from spectra.krylov.function_bounds import Range, given_intervals, named_function, on_reals
+from spectra.krylov.function_bounds import Range, given_intervals, named_function
 from spectra.krylov.function_run import FunctionRun, split, width_of
 from spectra.krylov.layout import Layout, stacked
 from spectra.krylov.recurrence import check_steps
 from spectra.krylov.rows import stack
+from spectra.krylov.same_function import digest
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.jaxprs import outside_loops
 from spectra.results import FunctionProduct
@@ -173,8 +173,6 @@ def _appended(layout: Layout, row: PyTree, state: BandState) -> BandState:
     return append(layout, state, row)[0]
 
 
-POINTS = np.concatenate([-np.geomspace(1e-6, 1e6, 25), [0.0], np.geomspace(1e-6, 1e6, 25)])
-"""Where a function is evaluated to tell whether a checkpoint is of the same one."""
 STEPS = 128
 """Lanczos steps at most where num_steps is not given."""
 TRACED_STEPS = 64
@@ -280,7 +278,7 @@ def funm(
 
     def arguments() -> dict[str, Any]:
         own = {"num_steps": steps, "tol": float(tol), "bounds": [list(pair) for pair in intervals]}
-        return own | {"f": [name, _digest(named.numpy)], "v": tree_digest(rows)}
+        return own | {"f": [name, digest(named.numpy)], "v": tree_digest(rows)}
 
     with watched("funm", progress, checkpoint, None, arguments) as watch, watch.saver(op, key) as saver:
         run = FunctionRun(outside_loops(op.prepare()), named, name, steps, tol, watch.bar, saver)
@@ -300,16 +298,3 @@ def funm(
         bound=run.known.reason,
         status=min((one.status for one in found), key=worst.index),
     )
-
-
-def _digest(f: Callable[[Any], Any]) -> int:
-    """Of the values at `POINTS`; a function may refuse those that its operator's spectrum is away from."""
-    values = on_reals(f)
-    try:
-        found = values(POINTS)
-    except Exception:  # whatever a user's function raises
-        found = np.full(len(POINTS), np.nan)
-        for i in range(len(POINTS)):
-            with contextlib.suppress(Exception):
-                found[i] = values(POINTS[i : i + 1])[0]
-    return tree_digest(found.view(np.uint32))  # the bits: float32 does not hold all of them

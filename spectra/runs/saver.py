@@ -19,7 +19,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -119,6 +119,7 @@ class Records:
                 "has ended, or use another folder."
             )
         try:
+            self.number = max(self._numbers(), default=-1)  # another run may have ended just before
             yield
         finally:
             if file is not None:
@@ -231,10 +232,14 @@ class Saver:
         for record in self.saved:
             found = differences(self.description, record["description"], self.precision)
             if found:
-                raise CheckpointError(
-                    f"the checkpoint in '{self.folder}' belongs to another run; these differ: "
-                    f"{', '.join(found)}. Use another folder, or remove this one to start anew."
-                )
+                self.refuse(found)
+
+    def refuse(self, found: list[str]) -> NoReturn:
+        """Raise for what is saved of another run, of which these are the names of what differs."""
+        raise CheckpointError(
+            f"the checkpoint in '{self.folder}' belongs to another run; these differ: "
+            f"{', '.join(found)}. Use another folder, or remove this one to start anew."
+        )
 
     def item(self, name: str, like: PyTree, digest: int) -> PyTree | None:
         """The arrays of an item; None, with a warning, if they are not those that were written."""
