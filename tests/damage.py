@@ -190,7 +190,7 @@ def forge_npz(data: bytes, rng: np.random.Generator) -> bytes:
 
 def forge_lines(data: bytes, rng: np.random.Generator) -> bytes:
     """Lines that are well-formed, with a checksum or without one, and hold something else."""
-    from spectra.report.histories import _line
+    from spectra.report.growing import _line
 
     lines = data.splitlines(keepends=True)
     at = int(rng.integers(len(lines)))

@@ -109,7 +109,7 @@ def sound(tmp_path_factory):
         (folder / kind).mkdir()
     for name, result in results().items():
         spectra.save(result, folder / "npz" / name)
-    file = spectra.report.histories.HistoryFile(folder / "jsonl" / "run.jsonl", {"name": "H", "seconds": 1.0})
+    file = spectra.report.growing.HistoryFile(folder / "jsonl" / "run.jsonl", {"name": "H", "seconds": 1.0})
     for snapshot in history(4):
         file.add(snapshot)
     file.skip(9)

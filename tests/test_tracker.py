@@ -3,7 +3,10 @@
 import json
 import re
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -13,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from cases import Ridge
+from children import environment
 from flax import nnx
 
 import spectra
@@ -419,6 +423,78 @@ def test_a_full_disk_costs_no_snapshot_and_ends_no_training(tmp_path):
     assert list(tracker.history.steps) == [0, 1, 2]
     tracker(3, params)
     same(spectra.load(path), tracker.history)
+
+
+@pytest.mark.parametrize("content", [b'{"rate": 0.1}', b"words", bytes(range(11, 200))], ids=str)
+def test_a_file_of_another_kind_is_left_as_it_is(content, tmp_path):
+    """Also one without an end of line, which a torn first line has not either."""
+    path = tmp_path / "settings.json"
+    path.write_bytes(content)
+    with pytest.raises(spectra.ResultFileError, match="stays as it is"):
+        spectra.SpectrumTracker(factory, path=path)
+    assert path.read_bytes() == content
+
+
+def test_a_file_that_was_removed_is_written_anew_with_all_that_is_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tracker = spectra.SpectrumTracker(doubling, 1, path="run/h.jsonl", num_steps=4, name="tiny")
+    tracker(0, 0.0)
+    shutil.rmtree("run")
+    monkeypatch.chdir("/")
+    tracker(1, 0.0)
+    tracker(2, 0.0)
+    same(spectra.load(tmp_path / "run/h.jsonl"), tracker.history)
+    assert spectra.load(tmp_path / "run/h.jsonl").provenance["name"] == "tiny"
+
+
+def test_two_runs_at_one_path_lose_no_snapshot_and_are_noticed(tmp_path):
+    path = tmp_path / "shared.jsonl"
+    one, other = (spectra.SpectrumTracker(doubling, 1, path=path, num_steps=4) for _ in range(2))
+    one(0, 0.0)
+    for step, tracker in ((1, other), (2, one)):  # each has one warning
+        with pytest.warns(UserWarning, match="changed by something else"):
+            tracker(step, 0.0)
+    for step in range(3, 7):
+        (one if step % 2 == 0 else other)(step, 0.0)
+    np.testing.assert_array_equal(spectra.load(path).steps, range(7))
+
+
+ADDING = """
+import sys
+from pathlib import Path
+from spectra.report.growing import _append
+for i in range(400):
+    _append(Path(sys.argv[1]), [b"%d\\n" % i])
+"""
+
+
+def test_processes_that_add_lines_wait_for_each_other(tmp_path):
+    pytest.importorskip("fcntl")
+    path = tmp_path / "lines"
+    path.touch()
+    command = [sys.executable, "-c", ADDING, str(path)]
+    running = [subprocess.Popen(command, env=environment()) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert sorted(map(int, path.read_text().split())) == sorted([*range(400)] * 3)
+
+
+def test_another_run_with_the_path_of_one_is_noticed_by_its_numbers(tmp_path):
+    path = tmp_path / "run.jsonl"
+    first = spectra.SpectrumTracker(doubling, 1, path=path, num_steps=4)
+    for step in range(3):
+        first(step, 0.0, loss=2.0 - step, rate=0.1)
+    again = spectra.SpectrumTracker(doubling, 1, path=path, num_steps=4)
+    again(0, 0.0, loss=2.001, rate=None)  # of a sum in another order
+    with pytest.warns(
+        UserWarning, match=r"step 1 is in '.*run\.jsonl' already .* loss was 1 there and is 1\.5"
+    ):
+        again(1, 0.5, loss=1.5)
+    again(2, 0.5, loss=1.4)  # one warning is enough
+    memory = spectra.SpectrumTracker(doubling, 1, num_steps=4)
+    memory(0, 0.0, loss=np.nan)
+    memory(0, 0.0, loss=jnp.nan)
+    with pytest.warns(UserWarning, match="step 0 is in the history already"):
+        memory(0, 0.0, loss=1.0)
 
 
 def doubling(t):

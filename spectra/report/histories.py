@@ -1,9 +1,5 @@
-"""The file that grows with a run: one JSON object a line, each on disk before the next is begun."""
+"""The file that grows with a run, as it is read: one JSON object a line, of which any may be damaged."""
 
-import contextlib
-import json
-import math
-import os
 import re
 import zlib
 from codecs import BOM_UTF8
@@ -13,9 +9,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from spectra.base.errors import ResultFileError, SpectraError, warn_user
+from spectra.base.errors import ResultFileError, warn_user
 from spectra.base.files import JsonError, parse
-from spectra.report.encode import DAMAGE, decode, encode
+from spectra.report.encode import DAMAGE, decode
 from spectra.report.fields import facts
 from spectra.report.npz import check_header
 from spectra.results import Snapshot, SpectrumHistory
@@ -25,7 +21,7 @@ SCHEMA = 1
 MAX_LINE = 2**26
 """Bytes of the longest line that is read; a snapshot of 100 steps and 8 probes has 60,000."""
 _KNOWN = 4096  # bytes by which a file is recognised: checksum and step of its last snapshot are among them
-_START = f'{{"format": "{FORMAT}"'
+START = f'{{"format": "{FORMAT}"'
 _CHECK = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
 _BEGINNINGS = (b'{"snapshot": ', b'{"skipped": ')
 _DTYPES = (
@@ -40,82 +36,8 @@ _DTYPES = (
 def is_history(path: Path) -> bool:
     """Whether a file is, or begins like, a history."""
     with path.open("rb") as file:
-        start = file.read(len(_START))
-    return path.suffix == ".jsonl" or start == _START.encode()
-
-
-class HistoryFile:
-    """A history open for writing. A file that is there already is continued.
-
-    What cannot be written (the disk is full) is kept, with a warning, and written with the next line; the
-    file then ends with its last whole line. A run in training is not ended for that.
-    """
-
-    def __init__(self, path: str | os.PathLike, provenance: dict[str, Any]):
-        self.path = Path(path)
-        self._waiting: list[bytes] = []  # lines that could not be written yet
-        self._warned = False
-        self.history = SpectrumHistory((), provenance, ())
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and (whole := _whole_lines(self.path)):
-                self.history = read(self.path)
-                os.truncate(self.path, whole)
-            else:
-                self.path.write_bytes(b"")
-                _append(self.path, [_line({"format": FORMAT, "schema": SCHEMA, "provenance": provenance})])
-                _sync_folder(self.path.parent)
-        except OSError as error:
-            raise SpectraError(
-                f"'{self.path}' cannot be written ({error.strerror or error}): choose another path for "
-                "the history."
-            ) from error
-
-    def add(self, snapshot: Snapshot) -> None:
-        """Append a snapshot; on return it is on disk, or there has been a warning."""
-        self._write({"snapshot": encode(snapshot, lambda _, array: _listed(array))})
-
-    def skip(self, step: int) -> None:
-        """Note a snapshot that was due and was left out for its cost."""
-        self._write({"skipped": step})
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self._waiting.append(_line(line))
-        try:
-            _append(self.path, self._waiting)
-        except OSError as error:
-            if not self._warned:
-                self._warned = True
-                warn_user(
-                    f"'{self.path}' cannot be written ({error.strerror or error}). Training goes on, and "
-                    "snapshots are kept in memory (`tracker.history`); they follow as soon as there is room.",
-                )
-        else:
-            self._waiting, self._warned = [], False
-
-
-def _append(path: Path, lines: list[bytes]) -> None:
-    """Add lines after the last whole one; if that fails, the file is what it was."""
-    with path.open("r+b", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size and (file.seek(size - 1), file.read(1))[1] != b"\n":
-            size = _whole_lines(path)
-        data = memoryview(b"".join(lines))
-        try:
-            file.truncate(size)
-            file.seek(size)
-            while data:
-                data = data[file.write(data) :]
-            os.fsync(file.fileno())
-        except OSError:
-            with contextlib.suppress(OSError):
-                file.truncate(size)
-            raise
-
-
-def _line(content: dict[str, Any]) -> bytes:
-    text = json.dumps(_finite(content), allow_nan=False).encode()
-    return text[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(text)
+        start = file.read(len(START))
+    return path.suffix == ".jsonl" or start == START.encode()
 
 
 def read(path: Path) -> SpectrumHistory:
@@ -263,23 +185,6 @@ def _unchecked(line: bytes) -> Any:
         return None
 
 
-def _whole_lines(path: Path) -> int:
-    """Bytes up to the end of the last line that is whole."""
-    with path.open("rb") as file:
-        at = file.seek(0, os.SEEK_END)
-        while at:
-            start = max(0, at - 2**20)
-            file.seek(start)
-            if (found := file.read(at - start).rfind(b"\n")) >= 0:
-                return start + found + 1
-            at = start
-    return 0
-
-
-def _listed(array: np.ndarray) -> Any:
-    return {"dtype": array.dtype.name, "shape": list(array.shape), "values": array.ravel().tolist()}
-
-
 def _array(stored: Any) -> np.ndarray:
     if stored["dtype"] not in _DTYPES:
         raise TypeError(f"dtype {str(stored['dtype'])[:40]}")
@@ -287,22 +192,3 @@ def _array(stored: Any) -> np.ndarray:
     if not all(type(x) in (bool, int, float) for x in values):
         raise TypeError("an array of something else than numbers")
     return np.array(values, stored["dtype"]).reshape(stored["shape"])
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity (a loss that diverged has): they become `{"float": "nan"}`."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list) else value
-
-
-def _sync_folder(folder: Path) -> None:
-    """The name of a new file is on disk only when its folder is."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

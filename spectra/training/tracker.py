@@ -1,6 +1,7 @@
 """Record how the spectrum moves while a network trains."""
 
 import dataclasses
+import math
 import os
 import threading
 import time
@@ -23,7 +24,8 @@ from spectra.estimators.exact import relative_change
 from spectra.krylov.eigsh import eigsh
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.christoffel import shift
-from spectra.report.histories import HistoryFile, read
+from spectra.report.growing import HistoryFile
+from spectra.report.histories import read
 from spectra.report.provenance import environment
 from spectra.report.spectrum import trace_estimate
 from spectra.results import Eigenpairs, Interval, Quadrature, Snapshot, SpectrumHistory
@@ -36,6 +38,9 @@ ROUGH = 4.0
 """Asymmetry, in units of the stated precision of products, from which their rounding is measured: a loss that
 subtracts what is nearly equal, as that of a classifier which is sure of its examples, loses far more than
 its asymmetry in a few steps shows."""
+SAME_RUN = 0.01
+"""By which numbers of one step differ at most where a run goes on: sums in another order change a loss by
+less, also after some hundred steps."""
 OUTSIDE = "the tracker works on the host: call it in the training loop, outside jit and scan."
 
 
@@ -63,8 +68,10 @@ class SpectrumTracker:
         every: steps between snapshots; one is taken if `step % every == 0`.
         path: a `.jsonl` file to which every snapshot is appended, on disk before the call returns, and which
             `spectra.load` can read during the run. An existing file is continued: steps that it contains are
-            not recorded again. If the disk is full, there is a warning, training continues, and the snapshots
-            are written when there is space again. None: keep the history in memory only.
+            not recorded again, with a warning where a number passed along (`loss=`, `learning_rate=`) differs
+            from the one there by more than 1 %, as in another run. If the disk is full, there is a warning,
+            training continues, and the snapshots are written when there is space again. None: keep the
+            history in memory only.
         key: JAX random key of the probes; default key(0).
         num_eigenvalues: k.
         tol: residual of the eigenvalues in units of |H|. They are accurate to tol² |H|² / gap.
@@ -166,6 +173,7 @@ class SpectrumTracker:
         self.callbacks = callbacks
         self.console = Console(measures, warn_below, warn_ahead)
         self._history, self._file = _continued(path, name)
+        self._doubted = False  # whether there was a warning that the history is of another run
         self._lock = threading.RLock()  # one file, and each snapshot starts from the last one
         self._vectors: PyTree = None  # the leading eigenvectors of the last snapshot
         self._start: float | None = None  # when training began, moved on by the time of each snapshot
@@ -194,7 +202,10 @@ class SpectrumTracker:
             if self._start is None:
                 self._start = time.perf_counter()
             self._measure(step, state)
-            if step % self.every or step in {s.step for s in self._history.snapshots}:
+            if step % self.every:
+                return None
+            if (known := next((s for s in self._history if s.step == step), None)) is not None:
+                self._compare(known, scalars)
                 return None
             if trees.is_traced(state):
                 raise SpectraError(OUTSIDE)
@@ -213,6 +224,22 @@ class SpectrumTracker:
             if not first:
                 self._seconds, self._cost = self._seconds + cost, cost
             return snapshot
+
+    def _compare(self, known: Snapshot, scalars: Mapping[str, Any]) -> None:
+        """Warn where a step that is in the history already was of another run, as its numbers tell."""
+        for name, x in scalars.items():
+            if self._doubted or x is None or name not in known.scalars:
+                continue
+            now, then = number(f"{name}=", x), known.scalars[name]
+            if math.isclose(now, then, rel_tol=SAME_RUN) or (math.isnan(now) and math.isnan(then)):
+                continue
+            self._doubted = True
+            where = "the history" if self._file is None else f"'{self._file.path}'"
+            warn_user(
+                f"step {known.step} is in {where} already and is not recorded again, but {name} was "
+                f"{then:.5g} there and is {now:.5g} now. A history continues one run: give another run a "
+                "tracker and a path of its own.",
+            )
 
     def _measure(self, step: int, state: tuple) -> None:
         """The measures that are due, as far as the budget goes."""
