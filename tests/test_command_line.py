@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,13 +16,15 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pytest
+from children import environment
 from test_damage import report, results
 from typer.testing import CliRunner
 
 import spectra
+from spectra.base import host
 from spectra.base.host import Lines, Progress
 from spectra.cli import commands, output, running, scripts
-from spectra.cli.ending import starting
+from spectra.cli.ending import starting, warn
 
 ROOT = Path(spectra.__file__).parents[1]
 PROBLEM = """
@@ -532,6 +535,98 @@ def test_an_interrupt_after_the_run_says_where_the_result_is(problem, tmp_path, 
     assert done.exit_code == 130
     assert f"the result is in '{tmp_path / 'out' / 'spectrum.npz'}'" in done.stderr
     assert "nothing was kept" not in done.stderr
+
+
+def without_reader():
+    """A stream into a pipe that nobody reads any more, as after `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize("form", [(), ("--json",), ("--quiet",)], ids=["text", "json", "quiet"])
+def test_a_reader_that_has_gone_costs_neither_result_nor_picture(
+    form, problem, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "stdout", without_reader())
+    with pytest.raises(
+        output.ResultElsewhereError, match=r"not be printed \(Broken pipe\); it is in '.*npz'"
+    ):
+        commands.app(["run", str(problem), "-o", str(tmp_path / "out"), *form], standalone_mode=False)
+    sys.stdout.close()
+    assert names(tmp_path / "out") == ["spectrum.npz", "spectrum.png"]
+    assert repr(spectra.load(tmp_path / "out" / "spectrum.npz")) == repr(report())
+
+
+def test_what_can_be_neither_written_nor_printed_is_kept_elsewhere(problem, tmp_path, monkeypatch):
+    save = output.save
+
+    def full(result, path, **options):
+        if path.parent == tmp_path / "out":
+            raise OSError(28, "No space left on device")
+        return save(result, path, **options)
+
+    monkeypatch.setattr(output, "save", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "stdout", without_reader())
+    with pytest.raises(
+        output.ResultElsewhereError, match=r"printed \(Broken pipe\), but is saved as '.*npz'"
+    ):
+        commands.app(["run", str(problem), "-o", str(tmp_path / "out")], standalone_mode=False)
+    sys.stdout.close()
+    (kept,) = tmp_path.rglob("spectrum.npz")
+    assert repr(spectra.load(kept)) == repr(report())
+
+
+def test_a_result_that_is_shown_on_a_full_disk_is_said_not_to_be(tmp_path, monkeypatch):
+    path = spectra.save(report(), tmp_path / "r")
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
+    with pytest.raises(spectra.SpectraError, match=r"could not be printed \(No space left on device\)"):
+        commands.app(["show", str(path)], standalone_mode=False)
+    sys.stdout.close()
+
+
+def test_an_interrupt_while_the_result_is_printed_says_where_it_is(problem, tmp_path, monkeypatch):
+    monkeypatch.setattr(output.Voice, "show", interrupt)
+    done = invoke("run", problem, "-o", tmp_path / "out")
+    assert done.exit_code == 130
+    assert f"the result is in '{tmp_path / 'out' / 'spectrum.npz'}'" in done.stderr
+    assert "nothing was kept" not in done.stderr
+
+
+def test_a_log_that_cannot_be_written_any_more_ends_no_run(monkeypatch):
+    """Nor does a warning, or the answer to Ctrl-C."""
+    monkeypatch.setattr(host.Lines, "PACE", 0.0)
+    monkeypatch.setattr(sys, "stderr", without_reader())
+    with host.Progress(True, 10) as bar:
+        for _ in range(3):
+            bar.update(1)
+            bar.note("still")
+    warn("of a reader that has gone", UserWarning, "file.py", 1)
+    with host.watching():
+        signal.raise_signal(signal.SIGINT)
+        assert host.pending() == signal.SIGINT
+    sys.stderr.close()
+    monkeypatch.setattr(sys, "stderr", None)  # as where a window starts a program
+    with host.Progress(True, 10) as bar:
+        bar.update(1)
+
+
+CLOSED = """
+import os, sys
+from spectra.cli.ending import require_streams
+require_streams()
+print("to nobody", file=sys.stderr)
+print(os.open(os.devnull, os.O_RDONLY) > 2)
+"""
+
+
+def test_no_file_takes_the_place_of_a_closed_stream():
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(CLOSED)} 2>&- <&-"
+    done = subprocess.run(
+        ["sh", "-c", command], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\n"
 
 
 def test_completion_can_be_installed():

@@ -155,16 +155,20 @@ class Progress:
 
     def __init__(self, show: bool, total: int | None, name: str = "Lanczos"):
         self.bar = None
-        if show and is_first():
+        if show and is_first() and sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
             from tqdm.auto import tqdm
 
             watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-            self.bar = tqdm(total=total, unit="product", desc=name) if watched else Lines(total, name)
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                self.bar = tqdm(total=total, unit="product", desc=name) if watched else Lines(total, name)
 
     def update(self, count: int) -> None:
-        """Count products."""
+        """Count products. A terminal or a log that cannot be written any more ends the bar, not the run."""
         if self.bar is not None:
-            self.bar.update(count)
+            try:
+                self.bar.update(count)
+            except OSError:
+                self.bar = None
 
     def note(self, text: str) -> None:
         """How near the run is to its goal."""
@@ -176,7 +180,8 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with contextlib.suppress(OSError):
+                self.bar.close()
 
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
@@ -229,7 +234,8 @@ def _note(number: int, _frame: object) -> None:
     if number == signal.SIGINT:
         if _pending == signal.SIGINT:
             raise KeyboardInterrupt
-        print("\nending after a last checkpoint; press Ctrl-C again to end at once", file=sys.stderr)
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            print("\nending after a last checkpoint; press Ctrl-C again to end at once", file=sys.stderr)
     _pending = number
 
 

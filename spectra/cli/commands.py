@@ -36,7 +36,7 @@ from spectra.cli.arguments import (
     Steps,
     Tol,
 )
-from spectra.cli.ending import end, starting, warn
+from spectra.cli.ending import end, require_streams, starting, warn
 
 app = typer.Typer(
     help="See the curvature of neural networks: Hessian spectra with error bars.",
@@ -233,6 +233,7 @@ def export_torch(
 
 def main() -> None:
     """Entry point: errors of spectra are printed as one message, without a traceback."""
+    require_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without ± is no reason to lose a result
             stream.reconfigure(errors="backslashreplace")

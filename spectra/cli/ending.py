@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -19,6 +20,8 @@ RESUME = 75
 """Exit code of a run that was ended from outside and goes on when started again (EX_TEMPFAIL)."""
 ELSEWHERE = 74
 """Exit code of a run that has a result, but could not write it where it was asked for (EX_IOERR)."""
+
+_unwritable: weakref.WeakKeyDictionary[Any, OSError] = weakref.WeakKeyDictionary()  # streams, and why
 
 
 class ResultElsewhereError(SpectraError):
@@ -45,7 +48,37 @@ def end(error: BaseException) -> NoReturn:
 def warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
     """Print a warning as errors are, without the line of whichever package called the command."""
     where = "" if issubclass(category, UserWarning) else f"{filename}, line {lineno}: {category.__name__}: "
-    typer.echo(f"warning: {printable(where + str(message))}", err=True)
+    echo(f"warning: {printable(where + str(message))}", err=True)
+
+
+def echo(text: str, *, err: bool = False) -> OSError | None:
+    """Print a line, and return why that was not possible: who reads it may have gone, or the disk of a log
+    be full. That ends no run, whose result is not lost; what follows is not tried any more.
+    """
+    stream = sys.stderr if err else sys.stdout
+    if stream is None:  # pyright: ignore[reportUnnecessaryComparison]
+        return None
+    if stream not in _unwritable:
+        try:
+            typer.echo(text, err=err)
+        except OSError as error:
+            _unwritable[stream] = error
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what it still holds goes there
+    return _unwritable.get(stream)
+
+
+def require_streams() -> None:
+    """Stand-ins for standard streams that whoever started the process has closed: a file that is opened later
+    would take their numbers, and messages of XLA go into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison]
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 @contextlib.contextmanager
@@ -73,8 +106,9 @@ def leave(code: int) -> NoReturn:
 
 def fail(message: str) -> int:
     """Print an error, and return the exit code that it has unless there is a better one."""
-    sys.stdout.flush()
-    typer.echo(f"error: {printable(message)}", err=True)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    echo(f"error: {printable(message)}", err=True)
     return 1
 
 

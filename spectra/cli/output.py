@@ -19,7 +19,7 @@ import typer
 from spectra.base.errors import SpectraError
 from spectra.base.files import sweep
 from spectra.base.host import is_first
-from spectra.cli.ending import INTERRUPTED, ResultElsewhereError, fail, printable
+from spectra.cli.ending import INTERRUPTED, ResultElsewhereError, echo, fail, printable
 from spectra.report.files import save
 
 _NAME = "spectrum"
@@ -81,18 +81,22 @@ def require_free(force: bool, *paths: Path) -> None:
         )
 
 
-def keep_elsewhere(result: Any, error: OSError, place: Place) -> ResultElsewhereError:
-    """Save the result in a folder for temporary files, and say so in the error that is returned."""
-    reason = error.strerror or error
-    cause = f"the result could not be written to '{place.folder}' ({reason}). It is printed above"
+def keep_elsewhere(result: Any, error: OSError, place: Place, unprinted: OSError | None) -> str:
+    """Save the result in a folder for temporary files, and say in words what has become of it."""
+    printed = "It is printed above" if unprinted is None else f"It could not be printed ({_why(unprinted)})"
+    cause = f"the result could not be written to '{place.folder}' ({_why(error)}). {printed}"
     try:
         path = Place(Path(tempfile.mkdtemp(prefix="spectra-")), False).keep(result)
     except OSError as second:
-        return ResultElsewhereError(f"{cause}, but saved nowhere ({second.strerror or second}).")
-    return ResultElsewhereError(
-        f"{cause}, and saved as '{path}'. Copy it before that folder is emptied; "
-        f"`spectra plot {shlex.quote(str(path))} -o FILE` draws it."
+        return f"{cause}, {'but' if unprinted is None else 'and'} saved nowhere ({_why(second)})."
+    return (
+        f"{cause}, {'and' if unprinted is None else 'but is'} saved as '{path}'. Copy it before that folder "
+        f"is emptied; `spectra plot {shlex.quote(str(path))} -o FILE` draws it."
     )
+
+
+def _why(error: OSError) -> str:
+    return str(error.strerror or error)
 
 
 class Voice(NamedTuple):
@@ -104,11 +108,11 @@ class Voice(NamedTuple):
     def say(self, message: str) -> None:
         """Print a message, in the first process only; to stderr where stdout is for a program to read."""
         if is_first() and not self.quiet:
-            typer.echo(message, err=self.form != "text")
+            echo(message, err=self.form != "text")
 
-    def show(self, result: Any) -> None:
-        """Print a result."""
-        typer.echo(printable({"text": text_of, "json": json_of, "csv": csv_of}[self.form](result)))
+    def show(self, result: Any) -> OSError | None:
+        """Print a result, and return why that was not possible."""
+        return echo(printable({"text": text_of, "json": json_of, "csv": csv_of}[self.form](result)))
 
 
 def text_of(result: Any) -> str:
@@ -163,27 +167,35 @@ def keep(result: Any, place: Place, voice: Voice) -> None:
     """Save, then print, then draw; of several processes the first does it for all."""
     if not is_first():
         return
-    failure, path = None, None
+    failure, path, unprinted = None, None, None
     try:
-        path = place.keep(result)
-    except OSError as error:
-        failure = keep_elsewhere(result, error, place)
-    finally:  # whatever went wrong, the numbers have been paid for
-        voice.say("")
-        voice.show(result)
-        voice.say("")
-    if path is None:
-        raise failure or AssertionError
-    voice.say(f"result   {path}")
-    try:
+        try:
+            path = place.keep(result)
+        except OSError as error:
+            failure = error
+        finally:  # whatever went wrong, the numbers have been paid for
+            voice.say("")
+            unprinted = voice.show(result)
+            voice.say("")
+        if path is None:
+            raise ResultElsewhereError(
+                keep_elsewhere(result, failure or OSError("no reason"), place, unprinted)
+            )
+        voice.say(f"result   {path}")
         draw(result, path.with_suffix(".png"), voice)
     except KeyboardInterrupt:  # not one that has lost a result
+        if path is None:
+            raise
         fail(f"interrupted: the result is in '{path}', but there is no picture yet: `spectra plot` draws it.")
         raise typer.Exit(INTERRUPTED) from None
     except OSError as error:
         raise ResultElsewhereError(
-            f"the picture could not be written ({error.strerror or error}); the result is in '{path}'."
+            f"the picture could not be written ({_why(error)}); the result is in '{path}'."
         ) from error
+    if unprinted is not None:
+        raise ResultElsewhereError(
+            f"the result could not be printed ({_why(unprinted)}); it is in '{path}'."
+        ) from unprinted
 
 
 def picture_path(path: Path) -> Path:

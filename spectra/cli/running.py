@@ -124,13 +124,13 @@ def export_torch(target: str, output: Path, force: bool) -> None:
             raise bridge.BridgeError(
                 f"{function}() in '{name}' returned {kind_of(made)}, not (module, example_inputs)."
             )
-        typer.echo("Exporting ...")
+        Voice().say("Exporting ...")
         bridge.export(*made, output)
         with jax.enable_x64(True):
             model = bridge.load(output)
     size = sum(p.size for p in model.params.values())
     batch = "any" if model.dynamic_batch else "only that of the example"
-    typer.echo(
+    Voice().say(
         f"module   {type(made[0]).__name__}, {size:,} parameters in {len(model.params)} arrays\n"
         f"graph    {len(model.graph.nodes)} nodes of {len(model.operators)} operators, batch size: {batch}\n"
         f"written  {output / 'graph.json'}\n         {output / 'weights.safetensors'}"

@@ -22,7 +22,8 @@ def show(result: Path, voice: Voice) -> None:
     """Print a result."""
     loaded = _load(result)
     with _about(result):
-        voice.show(loaded)
+        unprinted = voice.show(loaded)
+    _printed(unprinted)
 
 
 def compare(results: list[Path], out: Path | None, voice: Voice, force: bool) -> None:
@@ -30,7 +31,7 @@ def compare(results: list[Path], out: Path | None, voice: Voice, force: bool) ->
     if out is not None:
         require_free(force, _named(picture_path, out))
     table = Summary({name: q for path in results for name, q in _spectra_of(path, results).items()})
-    voice.show(table)
+    _printed(voice.show(table))
     if out is not None:
         with _writing(out):
             draw(table.quadratures, out, voice)
@@ -50,7 +51,7 @@ def report(result: Path, output: Path, title: str | None, force: bool) -> None:
     loaded = _load(result)
     with _about(result), _writing(output):
         page = write_report(loaded, output, title=title, source=result.name)
-    typer.echo(f"page     {page}")
+    Voice().say(f"page     {page}")
 
 
 def watch(runs: list[Path], output: Path | None, port: int, seconds: int, once: bool) -> None:
@@ -60,15 +61,23 @@ def watch(runs: list[Path], output: Path | None, port: int, seconds: int, once: 
     with contextlib.suppress(KeyboardInterrupt):
         if output is None:
             with serve(page, port) as server:
-                typer.echo(f"page     http://127.0.0.1:{server.server_port}/   (Ctrl-C ends)")
+                Voice().say(f"page     http://127.0.0.1:{server.server_port}/   (Ctrl-C ends)")
                 server.serve_forever()
         else:
             path = _named(page_path, output)
             page.write(path)
-            typer.echo(f"page     {path}")
+            Voice().say(f"page     {path}")
             while not once:
                 time.sleep(seconds)
                 page.write(path)
+
+
+def _printed(error: OSError | None) -> None:
+    """Raise for what could not be printed; that who read it has gone is no news."""
+    if error is not None and not isinstance(error, BrokenPipeError):
+        raise SpectraError(f"the result could not be printed ({error.strerror or error}).") from error
+    if error is not None:
+        raise typer.Exit(1)
 
 
 def _named(of_kind: Callable[[Path], Path], path: Path) -> Path:
