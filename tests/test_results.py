@@ -292,6 +292,15 @@ def test_records_have_a_row_for_each_part(made):
     assert conditions["value"].dtype == np.float64  # with its infinities
 
 
+def test_records_of_every_result_are_json_whatever_numbers_they_hold(made):
+    """JSON knows no infinity and no NaN: they are texts, as in `to_dict`."""
+    for result in made.values():
+        json.dumps(result.records(), allow_nan=False)
+    comparison = dataclasses.replace(made["OperatorComparison"], frobenius=spectra.Interval(0.1, 0.2, np.inf))
+    assert comparison.records()[0]["upper"] == "inf"
+    assert comparison.metrics()["whole/upper"] == np.inf
+
+
 def test_a_summary_holds_the_truth_of_every_block():
     x = jax.random.normal(KEY, (32, 4))
     params = {"hidden": jax.random.normal(KEY, (4, 3)), "out": jnp.ones(3)}

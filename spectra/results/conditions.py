@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectra.base.errors import Status
-from spectra.results.base import Array, Interval, Named, Result, flat, result
+from spectra.results.base import Array, Interval, Named, Result, flat, plain, result
 from spectra.results.estimates import Estimate
 from spectra.results.text import agree, between, directed, enclosed, html_table, measured, rounded, text_table
 
@@ -242,7 +242,7 @@ class OperatorComparison(Result):
             whole = f"({whole})"
         named = [(whole, self.frobenius), *self.layers.items()]
         return [
-            {"layer": name, "frobenius": float(x), "lower": float(low), "upper": float(high)}
+            plain({"layer": name, "frobenius": float(x), "lower": float(low), "upper": float(high)})
             for name, (low, x, high) in named
         ]
 
