@@ -752,3 +752,47 @@ def test_bounds_hold_where_a_classifier_is_sure_of_its_examples():
 
 def unflatten(flat):
     return {"a": flat[:48].reshape(6, 8), "b": flat[48:].reshape(8, 3)}
+
+
+# Of two classifiers along their training, whose products are as symmetric as float32 says.
+QUIET = {
+    13: (
+        [[-5.62100267, -1.83941495, 9.81947231, 4.98053503], [1.9759016, -2.19075155, -4.7082305, 4.92055988],
+         [-3.73984885, -2.0969367, -4.180264, -6.13238955], [-0.750674427, -0.292623699, -4.16236877,
+         -4.64498186], [1.21271884, -2.68700624, -2.77775884, 0.453991085]],
+        [[1.81116927, 3.48548627, 0.772700846], [-1.97266543, 0.573505104, -1.02448559],
+         [3.61432767, -1.75475574, -2.5516417], [-0.949819684, 5.67083836, -1.50888324]],
+    ),
+    17: (
+        [[4.97650385, 4.548666, -0.854567885, -5.89427519], [-2.43773961, 0.177029759, -7.19110918,
+         -1.51716399], [-1.96748793, -5.10500288, 7.36672306, 1.71514368], [-1.25187612, -1.025267,
+         -0.108462505, 4.00183582], [-3.89022899, 0.385206103, 0.11081697, -5.25272322]],
+        [[4.13661575, -4.05504465, -0.67576623], [2.06397319, -0.959014714, -7.37783623],
+         [-0.261394292, -6.76483297, 3.05878258], [-1.16775131, 0.61391896, -2.58856893]],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", QUIET)
+def test_bounds_hold_where_asymmetry_does_not_show_what_a_loss_rounds(seed):
+    """λmax was 18 units of rounding off, of which the bound took 16 into account."""
+    rng = np.random.default_rng(seed)
+    rng.uniform()
+    x = rng.standard_normal((40, 5)).astype(np.float32)
+    batch = x, x[:, :3].argmax(axis=1).astype(np.int32)
+    params = dict(zip("ab", (np.array(part, np.float32) for part in QUIET[seed]), strict=True))
+    with jax.enable_x64(True):
+        flat = np.concatenate([part.ravel() for part in params.values()]).astype(float)
+        dense = jax.hessian(
+            lambda v: sure_loss(
+                {"a": v[:20].reshape(5, 4), "b": v[20:].reshape(4, 3)}, (x.astype(float), batch[1])
+            )
+        )
+        values = np.linalg.eigvalsh(np.asarray(dense(flat)))
+    op = spectra.HessianOperator(sure_loss, *jax.tree.map(jnp.asarray, (params, batch)))
+    tracker = spectra.SpectrumTracker(lambda _: op, 1, key=jax.random.key(seed), num_probes=2, num_steps=20)
+    snapshot = tracker(0, params)
+    assert snapshot.largest.lower <= values[-1] <= snapshot.largest.upper
+    assert snapshot.smallest.lower <= values[0] <= snapshot.smallest.upper
+    # Four floors of 16 units, or of what was measured, of which up to 41 were seen.
+    assert snapshot.largest.estimate - snapshot.largest.lower <= 4 * 64 * np.finfo("f").eps * values[-1]
