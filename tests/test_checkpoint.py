@@ -23,6 +23,7 @@ from children import environment
 from typer.testing import CliRunner
 
 import spectra
+from spectra.base.files import tree_digest
 from spectra.cli import commands
 from spectra.density import recorder as module
 from spectra.krylov import basis
@@ -221,6 +222,15 @@ def test_a_changed_problem_is_noticed(what, tmp_path):
     with pytest.raises(spectra.CheckpointError, match=r"data|program|product|operator"):
         spectra.slq(other, **options)
     spectra.slq(mine, **options)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint2", "float4_e2m1fn", "float8_e4m3fn"])
+def test_data_of_any_dtype_are_told_apart(dtype):
+    """Also those of quantised models, of which several numbers share a byte."""
+    x = jnp.array([[1, 0, 1], [0, 0, 1]]).astype(dtype)
+    assert tree_digest(x) == tree_digest(x + jnp.zeros_like(x))
+    others = [x.at[1, 0].set(1), x.at[0, 2].set(0), x[::-1], x.T, x.astype("int8"), x[:1]]
+    assert len({tree_digest(other) for other in [x, *others]}) == 1 + len(others)
 
 
 def in_bfloat16(loss_fn=sum_of_squares, flipped=()):
@@ -499,9 +509,10 @@ def test_a_disk_that_is_full_from_the_start_ends_no_run(whole, tmp_path):
     np.testing.assert_array_equal(result.nodes, whole.nodes)
 
 
-@pytest.mark.parametrize("name", ["a file", "n" * 300, "a file/in it"])
+@pytest.mark.parametrize("name", ["a file", "n" * 300, "a file/in it", "a link", "a zero \0"])
 def test_a_place_that_can_be_no_folder_is_named(name, tmp_path):
     (tmp_path / "a file").touch()
+    (tmp_path / "a link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(spectra.CheckpointError, match=r"cannot be used as a folder: .*Pass one that"):
         spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path / name)
 

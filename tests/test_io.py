@@ -121,6 +121,15 @@ def test_an_existing_file_is_replaced_and_readable_by_others(saved, report):
     assert saved.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
+def test_a_file_system_without_modes_costs_no_result(saved, report, monkeypatch):
+    def chmod(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(type(saved), "chmod", chmod)
+    spectra.save(report.trace, saved)
+    assert_same(spectra.load(saved), report.trace)
+
+
 def refused(path, match=None):
     with pytest.raises(spectra.ResultFileError, match=match) as info:
         spectra.load(path)

@@ -51,7 +51,8 @@ def replacing(path: Path, *, overwrite: bool = True) -> Generator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's own mode is for the owner only
+        with contextlib.suppress(OSError):  # file systems of networks and clouds may have no modes
+            temporary.chmod(0o666 & ~_umask())  # mkstemp's own mode is for the owner only
         if overwrite:
             os.replace(temporary, path)
         else:
@@ -205,6 +206,10 @@ def _mixed(x: jax.Array) -> jax.Array:
     """Σ_i mix(bits of x_i, i) modulo 2^32: integers, so no order of summation changes it."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag])
+    elif x.dtype != bool:
+        limits = jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo
+        if limits(x.dtype).bits < 8:  # several share a byte
+            x = x.astype(jnp.float32)
     if x.dtype == bool:
         bits = x.astype(jnp.uint32)
     elif x.dtype.itemsize < 4:

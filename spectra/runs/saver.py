@@ -50,8 +50,12 @@ class Records:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.number = max(self._numbers(), default=-1)
-        except OSError as error:
-            reason = "there is a file of that name" if os.path.isfile(folder) else error.strerror or error
+        except (OSError, ValueError) as error:  # a zero in the name
+            reason = getattr(error, "strerror", None) or error
+            if os.path.isfile(folder):
+                reason = "there is a file of that name"
+            elif os.path.islink(folder) and not os.path.exists(folder):
+                reason = "there is a link of that name to what does not exist"
             raise CheckpointError(
                 f"checkpoint='{folder}' cannot be used as a folder: {reason}. Pass one that can "
                 "be written to."
