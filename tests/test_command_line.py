@@ -537,6 +537,43 @@ def test_an_interrupt_after_the_run_says_where_the_result_is(problem, tmp_path, 
     assert "nothing was kept" not in done.stderr
 
 
+@pytest.mark.parametrize("options", [("--json",), ("--quiet",)], ids=["json", "quiet"])
+def test_what_a_problem_prints_is_no_part_of_the_result(options, problem, tmp_path, monkeypatch):
+    text = "print('loading')\n" + PROBLEM.replace("    return", "    print('made')\n    return")
+    problem.write_text(text)
+
+    def spectrum(*_, **__):
+        print("traced")
+        return report()
+
+    monkeypatch.setattr(running, "spectrum", spectrum)
+    done = invoke("run", problem, "-o", tmp_path / "out", *options)
+    assert done.exit_code == 0, done.output
+    for word in ("loading", "made", "traced"):
+        assert word in done.stderr
+        assert word not in done.stdout
+    if options == ("--json",):
+        assert json.loads(done.stdout)["name"] == "net"
+    assert "loading" in invoke("run", problem, "-o", tmp_path / "other").stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import sys\nsys.exit()", r"called sys\.exit\(None\): there is nothing"),
+        ("import sys\ndef problem():\n    sys.exit('no data')", r"called sys\.exit\('no data'\)"),
+        ("def problem(mesh, rate):\n    return None", "needs several arguments"),
+    ],
+    ids=["at import", "with words", "arguments"],
+)
+def test_a_problem_that_ends_the_process_is_no_success(text, message, problem, tmp_path):
+    problem.write_text(text)
+    done = invoke("run", problem, "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert isinstance(done.exception, spectra.SpectraError)
+    assert re.search(message, str(done.exception))
+
+
 def without_reader():
     """A stream into a pipe that nobody reads any more, as after `| head`."""
     reader, writer = os.pipe()

@@ -3,12 +3,14 @@
 The output path is tested before anything is computed, and no other result is overwritten.
 """
 
+import contextlib
 import csv
 import io
 import itertools
 import json
 import os
 import shlex
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -109,6 +111,12 @@ class Voice(NamedTuple):
         """Print a message, in the first process only; to stderr where stdout is for a program to read."""
         if is_first() and not self.quiet:
             echo(message, err=self.form != "text")
+
+    def others(self) -> contextlib.AbstractContextManager[Any]:
+        """Around code of the user's: where stdout is for the result alone, what it prints goes to stderr."""
+        if self.quiet or self.form != "text":
+            return contextlib.redirect_stdout(sys.stderr)
+        return contextlib.nullcontext()
 
     def show(self, result: Any) -> OSError | None:
         """Print a result, and return why that was not possible."""

@@ -69,8 +69,9 @@ def run(
             place.check()
         if checkpoint is not None:
             options["checkpoint"] = Checkpoint(checkpoint, minutes=minutes)
-        op, name = _operator(subject, jax.random.key(seed))
-        parts = None if subject.blocks is None else op.blocks(by=subject.blocks)
+        with voice.others():
+            op, name = _operator(subject, jax.random.key(seed))
+            parts = None if subject.blocks is None else op.blocks(by=subject.blocks)
         host.begin()
         if parts is None:
             _analyse(op, name, place, voice, jax.random.key(seed), **options)
@@ -99,13 +100,17 @@ def _interruptible(how: str) -> Iterator[None]:
 
 def _analyse(op, name: str, place: Place, voice: Voice, key, **options) -> None:
     voice.say(f"Computing the spectrum of {name}, {op.size:,} parameters ...")
-    keep(spectrum(op, key=key, progress=not voice.quiet, name=name, **options), place, voice)
+    with voice.others():
+        found = spectrum(op, key=key, progress=not voice.quiet, name=name, **options)
+    keep(found, place, voice)
 
 
 def _analyse_blocks(blocks, name: str, place: Place, voice: Voice, key, **options) -> None:
     sizes = sum(block.size for block in blocks.values())
     voice.say(f"Computing the spectra of {len(blocks)} blocks of {name}, {sizes:,} parameters ...")
-    keep(slq(blocks, key=key, progress=not voice.quiet, **options), place, voice)
+    with voice.others():
+        found = slq(blocks, key=key, progress=not voice.quiet, **options)
+    keep(found, place, voice)
 
 
 def export_torch(target: str, output: Path, force: bool) -> None:

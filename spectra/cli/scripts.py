@@ -26,7 +26,11 @@ _loaded: set[str] = set()  # names in `sys.modules` of files that were imported 
 def load_problem(file: Path, mesh: Any = None) -> Problem:
     """The problem of a file, on the mesh if there is one; its function may take the mesh as an argument."""
     make: Callable[..., Any] = function_of(file, "problem", "a spectra.Problem")
-    problem = call(file, make, *([mesh] if inspect.signature(make).parameters else []))
+    taken = inspect.signature(make).parameters.values()
+    needed = [one for one in taken if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    if sum(one.default is one.empty for one in needed) > 1:
+        raise SpectraError(f"problem() in '{file}' needs several arguments: it is given a mesh, or none.")
+    problem = call(file, make, *([mesh] if taken else []))
     if not isinstance(problem, Problem):
         raise SpectraError(f"problem() in '{file}' returned {kind_of(problem)}, not a spectra.Problem.")
     return problem if mesh is None else problem.on(mesh)
@@ -62,6 +66,10 @@ def call(file: Path, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
     except SpectraError:
         raise
+    except SystemExit as error:  # which would end the command as if all were done, or without a word why
+        raise SpectraError(
+            f"'{file}' called sys.exit({error.code!r}): there is nothing to work on."
+        ) from error
     except SyntaxError as error:
         line = "" if error.text is None else f"\n    {error.text.strip()}"
         raise SpectraError(f"'{error.filename}', line {error.lineno}: {error.msg}{line}") from error
