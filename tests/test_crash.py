@@ -14,6 +14,7 @@ from test_checkpoint import KEY, OPTIONS, SCRIPT, STREAM, operator
 from test_distributed import finish, processes
 
 import spectra
+from spectra.base import host
 from spectra.cli import commands
 from spectra.density import run as density_run
 from spectra.krylov import recurrence
@@ -54,6 +55,20 @@ def test_a_second_interrupt_ends_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(recurrence, "advance", advance)
     with pytest.raises(KeyboardInterrupt):
         spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    """As Ctrl-C by what a shell has put into the background, where it would end the run of another."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with host.watching():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGINT)
+            assert host.pending() == 0
+            signal.raise_signal(signal.SIGTERM)
+            assert host.pending() == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_between_blocks_is_heeded(monkeypatch, tmp_path):

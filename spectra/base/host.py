@@ -211,7 +211,8 @@ def watching(*, begun: bool = True) -> Generator[None]:
         yield
         return
     _pending, _watching, _begun = None, True, begun
-    before = {number: signal.signal(number, _note) for number in WATCHED}
+    heeded = [number for number in WATCHED if signal.getsignal(number) is not signal.SIG_IGN]  # as by nohup
+    before = {number: signal.signal(number, _note) for number in heeded}
     try:
         yield
     finally:
