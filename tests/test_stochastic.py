@@ -15,6 +15,7 @@ from spectra.operators.stochastic import StochasticOperator
 KEY = jax.random.key(0)
 EPS = float(jnp.finfo(jnp.float32).eps)
 N, D, K = 40, 3, 3
+SCALE = 1e5
 
 
 def softmax_loss(w, batch):
@@ -269,3 +270,24 @@ def test_what_was_saved_in_float32_says_nothing_in_float64():
     op, _ = confident(0, 3.0)
     assert doubled(op) is not None
     assert doubled(op.prepare()) is None
+
+
+def exact_and_sure(params, factors):
+    """Curvatures that products have exactly, and p (1 - p) of classifiers that are sure, times 10⁵."""
+    sure = jnp.sum(jnp.log(1 + jnp.exp(params["logits"])))
+    return 0.5 * jnp.sum(factors * params["exact"] ** 2) + SCALE * sure
+
+
+def test_rounding_is_sought_beyond_the_directions_of_largest_curvature():
+    """The forty smallest eigenvalues are off by eps / (1 - p) at most, the others by nothing."""
+    exact, logits = np.arange(16, 129), np.linspace(11, 12.5, 40).astype(np.float32)
+    params = {"exact": jnp.ones(len(exact)), "logits": jnp.asarray(logits)}
+    op = spectra.HessianOperator(
+        exact_and_sure, params, jnp.asarray(exact, jnp.float32), shared=lambda path: True
+    )
+    x = logits.astype(np.float64)
+    true = np.concatenate([exact, SCALE * np.exp(x) / (1 + np.exp(x)) ** 2])
+    off = np.abs(np.diag(op.as_matrix()) - true).max()
+    report = spectra.spectrum(op, key=KEY, exact=False)
+    assert off > 32 * EPS * 128  # far more than products of this size are stated to be off by
+    assert off <= 2 * report.quadrature.rounding * 128  # three steps may not find the largest of forty

@@ -1006,6 +1006,13 @@ DENSITY = [
         "test_statements.py::test_printed_intervals_contain_those_that_are_stated",
     ),
     fault(
+        "rounding is looked for along dominant eigenvectors alone",
+        "krylov/product_rounding.py",
+        "EXPLORED = 3",
+        "EXPLORED = 1",
+        "test_stochastic.py::test_rounding_is_sought_beyond_the_directions_of_largest_curvature",
+    ),
+    fault(
         "rounding of a snapshot is what its few steps show",
         "training/tracker.py",
         "quadrature = dataclasses.replace(quadrature, rounding=relative_change(whole))",
