@@ -291,3 +291,20 @@ def test_rounding_is_sought_beyond_the_directions_of_largest_curvature():
     report = spectra.spectrum(op, key=KEY, exact=False)
     assert off > 32 * EPS * 128  # far more than products of this size are stated to be off by
     assert off <= 2 * report.quadrature.rounding * 128  # three steps may not find the largest of forty
+
+
+def gelus(z, _):
+    return jnp.sum(jax.nn.gelu(z))
+
+
+@pytest.mark.usefixtures("optimised")
+def test_a_matrix_is_made_of_single_columns_where_several_are_rounded_more():
+    """The second derivative of GELU at |z| = 500 is zero, and a rounding times 10¹¹ where it is fused."""
+    z = np.concatenate([np.linspace(-500, 500, 64), np.linspace(-2, 2, 16)]).astype(np.float32)
+    x, a, c = z.astype(np.float64), 0.044715, (2 / np.pi) ** 0.5
+    t, slope = np.tanh(c * (x + a * x**3)), c * (1 + 3 * a * x**2)
+    true = (1 - t**2) * (slope + x / 2 * (6 * c * a * x - 2 * t * slope**2))
+    op = spectra.HessianOperator(gelus, jnp.asarray(z), jnp.zeros(1), shared=lambda path: True)
+    report = spectra.spectrum(op, key=KEY)
+    assert report.noise_floor < 0.01 * np.abs(true).max()
+    assert np.abs(np.sort(report.quadrature.resolved) - np.sort(true)).max() <= report.noise_floor

@@ -1013,6 +1013,13 @@ DENSITY = [
         "test_stochastic.py::test_rounding_is_sought_beyond_the_directions_of_largest_curvature",
     ),
     fault(
+        "columns that are rounded together are kept",
+        "krylov/matrices.py",
+        "key=error)",
+        "key=lambda matrix: -error(matrix))",
+        "test_stochastic.py::test_a_matrix_is_made_of_single_columns_where_several_are_rounded_more",
+    ),
+    fault(
         "rounding of a snapshot is what its few steps show",
         "training/tracker.py",
         "quadrature = dataclasses.replace(quadrature, rounding=relative_change(whole))",
