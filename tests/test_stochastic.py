@@ -15,6 +15,7 @@ from spectra.operators.stochastic import StochasticOperator
 KEY = jax.random.key(0)
 EPS = float(jnp.finfo(jnp.float32).eps)
 N, D, K = 40, 3, 3
+SCALE = 1e5
 
 
 def softmax_loss(w, batch):
@@ -269,3 +270,41 @@ def test_what_was_saved_in_float32_says_nothing_in_float64():
     op, _ = confident(0, 3.0)
     assert doubled(op) is not None
     assert doubled(op.prepare()) is None
+
+
+def exact_and_sure(params, factors):
+    """Curvatures that products have exactly, and p (1 - p) of classifiers that are sure, times 10⁵."""
+    sure = jnp.sum(jnp.log(1 + jnp.exp(params["logits"])))
+    return 0.5 * jnp.sum(factors * params["exact"] ** 2) + SCALE * sure
+
+
+def test_rounding_is_sought_beyond_the_directions_of_largest_curvature():
+    """The forty smallest eigenvalues are off by eps / (1 - p) at most, the others by nothing."""
+    exact, logits = np.arange(16, 129), np.linspace(11, 12.5, 40).astype(np.float32)
+    params = {"exact": jnp.ones(len(exact)), "logits": jnp.asarray(logits)}
+    op = spectra.HessianOperator(
+        exact_and_sure, params, jnp.asarray(exact, jnp.float32), shared=lambda path: True
+    )
+    x = logits.astype(np.float64)
+    true = np.concatenate([exact, SCALE * np.exp(x) / (1 + np.exp(x)) ** 2])
+    off = np.abs(np.diag(op.as_matrix()) - true).max()
+    report = spectra.spectrum(op, key=KEY, exact=False)
+    assert off > 32 * EPS * 128  # far more than products of this size are stated to be off by
+    assert off <= 2 * report.quadrature.rounding * 128  # three steps may not find the largest of forty
+
+
+def gelus(z, _):
+    return jnp.sum(jax.nn.gelu(z))
+
+
+@pytest.mark.usefixtures("optimised")
+def test_a_matrix_is_made_of_single_columns_where_several_are_rounded_more():
+    """The second derivative of GELU at |z| = 500 is zero, and a rounding times 10¹¹ where it is fused."""
+    z = np.concatenate([np.linspace(-500, 500, 64), np.linspace(-2, 2, 16)]).astype(np.float32)
+    x, a, c = z.astype(np.float64), 0.044715, (2 / np.pi) ** 0.5
+    t, slope = np.tanh(c * (x + a * x**3)), c * (1 + 3 * a * x**2)
+    true = (1 - t**2) * (slope + x / 2 * (6 * c * a * x - 2 * t * slope**2))
+    op = spectra.HessianOperator(gelus, jnp.asarray(z), jnp.zeros(1), shared=lambda path: True)
+    report = spectra.spectrum(op, key=KEY)
+    assert report.noise_floor < 0.01 * np.abs(true).max()
+    assert np.abs(np.sort(report.quadrature.resolved) - np.sort(true)).max() <= report.noise_floor

@@ -15,8 +15,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from spectra.base import draws, trees
 from spectra.operators.base import LinearOperator
 from spectra.operators.data import DataOperator
+from spectra.operators.dense import matrix_one_by_one
 from spectra.operators.doubled import doubled
 
 LARGEST = 2000
@@ -38,9 +40,23 @@ class Matrix(NamedTuple):
 
 
 def matrix_of(op: LinearOperator) -> Matrix:
-    """The matrix of an operator, from n products."""
-    exact = doubled(op)
-    return Matrix(np.asarray(op.as_matrix(), np.float64), None if exact is None else exact.unrounded)
+    """The matrix of an operator, from n products.
+
+    Where columns that were multiplied together are off by more than what may be asymmetric, and single ones
+    are not, it is made of these.
+    """
+    exact, entries = doubled(op), np.asarray(op.as_matrix(), np.float64)
+    if exact is None:
+        return Matrix(entries, None)
+    v = np.asarray(trees.ravel(draws.unit_vector(jax.random.key(0), op)))
+    image = exact.unrounded(v)
+
+    def error(matrix: np.ndarray) -> float:
+        return float(np.linalg.norm(matrix @ v - image))
+
+    if not op.on_host and error(entries) > op.precision**0.5 * float(np.linalg.norm(image)):
+        entries = min(entries, np.asarray(matrix_one_by_one(op), np.float64), key=error)
+    return Matrix(entries, exact.unrounded)
 
 
 def matrices_of(blocks: Mapping[str, LinearOperator]) -> Iterator[tuple[str, Matrix]]:

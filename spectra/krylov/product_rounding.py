@@ -29,6 +29,10 @@ TRIED, UNSEEN = 8, 1.9
 """Random vectors that a matrix is tried on, and what may be left to be seen by none of them."""
 MARGIN = 2.0
 """What another product may differ by from that in float64, where one differs by 1."""
+EXPLORED = 3
+"""Vectors on which the norm of what rounding does to products is sought. On 21 trained networks twice the
+largest of three was 1.45 times what an eigenvalue moves by, or more, but for one start in twenty; twice the
+first alone was 0.4 times that."""
 KEY = 7
 
 
@@ -62,6 +66,26 @@ def change_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> float:
     if exact is not None:
         return MARGIN * exact.distance(v, image)
     return limit([_change(op, i, v, image) for i in range(SAMPLES)])
+
+
+def change_along(op: LinearOperator, here: LinearOperator, v: PyTree, image: PyTree) -> float:
+    """What rounding does to products with unit vectors; `v` is one, and H v given as `image`.
+
+    Where products are known in float64 their differences E are followed as in a power iteration, from v to
+    E v and E E v: rounding may do more to other directions than to those in which H is large, and an
+    eigenvalue moves by |E|. Elsewhere it is `change_of_product`. `here` is `op`, prepared.
+    """
+    exact = doubled(op)
+    if exact is None:
+        return change_of_product(op, v, image)
+    largest = 0.0
+    for left in reversed(range(EXPLORED)):
+        size, v = exact.change(v, image)
+        largest = max(largest, size)
+        if not (left and size):
+            break
+        image = multiply(here, v)
+    return MARGIN * largest
 
 
 def change_of_matrix(op: LinearOperator, moved: bool = False) -> float:

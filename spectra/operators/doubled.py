@@ -65,6 +65,15 @@ class DoubledOperator(Reevaluated):
             return trees.length(jax.tree.map(jnp.subtract, self.mv(v), image))
         return float(self._run(_distance_of_product, v, image))
 
+    def change(self, v: PyTree, image: PyTree) -> tuple[float, PyTree]:
+        """The same distance, and the direction in which a product in float64 lies from `image`."""
+        if self.base.on_host:
+            off = jax.tree.map(jnp.subtract, self.mv(v), image)
+            size = trees.length(off)
+            return size, trees.scale(1 / size, off) if size else off
+        size, direction = self._run(_change_of_product, v, image, where=meshes.places(self.base.like))
+        return float(size), direction
+
     def unrounded(self, v: PyTree) -> np.ndarray:
         """The product with a vector, or with a flat array, in float64 on the host."""
         v = trees.unravel(jnp.asarray(v, self.dtype), self.structure) if isinstance(v, np.ndarray) else v
@@ -196,6 +205,16 @@ def _distance_of_product(
 ) -> jax.Array:
     changes = jax.tree.map(lambda x, y: jnp.vdot(x - y, x - y), _in_double(op, v, salt, own), image)
     return jnp.sqrt(sum(jax.tree.leaves(changes)))  # no square is out of the range of float64
+
+
+@partial(_compiled, static_argnames=("own", "where"))
+def _change_of_product(
+    op: LinearOperator, v: PyTree, image: PyTree, salt: jax.Array | None, own: bool, where: meshes.Places
+) -> tuple[jax.Array, PyTree]:
+    off = jax.tree.map(jnp.subtract, _in_double(op, v, salt, own), image)
+    size = jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(off)))
+    unit = jax.tree.map(lambda x, y: (x / jnp.where(size > 0, size, 1)).astype(y.dtype), off, image)
+    return size, meshes.placed(unit, where) if where else unit
 
 
 def _wide(dtype: Any) -> Any:

@@ -115,8 +115,10 @@ class FisherOperator(ModelOperator):
     ):
         if kind not in KINDS:
             raise SpectraError(f"kind={kind!r}: use one of {KINDS}.")
-        if (kind == "mc") != (key is not None):
-            raise SpectraError("kind='mc' draws targets and needs key=; the other kinds draw nothing.")
+        if kind == "mc" and key is None:
+            raise SpectraError("kind='mc' draws targets and needs key=, a JAX random key.")
+        if kind != "mc" and key is not None:
+            raise SpectraError(f"kind={kind!r} draws nothing: leave key= out, or use kind='mc'.")
         functions: dict[str, Any] = {"model_fn": model_fn, "loss_fn": loss_fn, "sample_fn": sample_fn}
         functions["count_fn"] = options.get("weight_fn")
         own: dict[str, Any] = {"kind": kind, "key": None, "labels": None, "softmax": None}

@@ -226,8 +226,9 @@ def spectrum(
     Raises:
         SpectraError: zero_tol is negative or NaN, and as `slq`.
 
-    Cost: as `slq`, or n products. For a loss, seven more products measure its rounding, four of them at other
-    parameters (see `spectra.estimators.exact`). Everything else is arithmetic on the nodes.
+    Cost: as `slq`, or n products. For a loss, up to eight more products measure its rounding, three of them
+    in float64 or four at other parameters (see `spectra.estimators.exact`). Everything else is arithmetic on
+    the nodes.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra

@@ -1006,6 +1006,20 @@ DENSITY = [
         "test_statements.py::test_printed_intervals_contain_those_that_are_stated",
     ),
     fault(
+        "rounding is looked for along dominant eigenvectors alone",
+        "krylov/product_rounding.py",
+        "EXPLORED = 3",
+        "EXPLORED = 1",
+        "test_stochastic.py::test_rounding_is_sought_beyond_the_directions_of_largest_curvature",
+    ),
+    fault(
+        "columns that are rounded together are kept",
+        "krylov/matrices.py",
+        "key=error)",
+        "key=lambda matrix: -error(matrix))",
+        "test_stochastic.py::test_a_matrix_is_made_of_single_columns_where_several_are_rounded_more",
+    ),
+    fault(
         "rounding of a snapshot is what its few steps show",
         "training/tracker.py",
         "rounding = relative_change(whole) if rough",
