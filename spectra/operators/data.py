@@ -39,7 +39,7 @@ from spectra.operators.arguments import (
 from spectra.operators.base import LinearOperator, product, product_batch
 from spectra.operators.batches import Shared, batch_size, rows, shared_leaves
 from spectra.operators.differentiate import resolve_mode
-from spectra.operators.jaxprs import rematerialises, scanned_inputs
+from spectra.operators.jaxprs import captured, rematerialises, scanned_inputs, traced
 from spectra.operators.loss_rounding import Rounding, coarsest_rounding
 from spectra.operators.means import require_mean
 from spectra.operators.pytree import OnParameters, explain_vector
@@ -101,6 +101,7 @@ class DataOperator(OnParameters, LinearOperator):
     stream: Stream | None
     rounding: Rounding | None  # of the loss itself, where it computes in less than the vectors have
     linear: Callable[[PyTree], PyTree] | None  # v -> H v with what products share saved: `prepare`
+    captured: tuple[Any, ...]  # traced values that the functions close over, in a caller's `grad` or `vmap`
 
     @automatic
     def _open(
@@ -140,6 +141,7 @@ class DataOperator(OnParameters, LinearOperator):
             stream=None,
             rounding=None,
             linear=None,
+            captured=(),
             **functions,
         )
         trees.vector_structure(self.like)
@@ -152,6 +154,7 @@ class DataOperator(OnParameters, LinearOperator):
             require_call(self._with(data=shapes, stream=None), f"Batch {place} of the stream")
         self._set(mode=resolve_mode(piece))
         self._set(rounding=self._coarsest_rounding())
+        self._set(captured=captured(jax.make_jaxpr(differentiate.loss)(piece)))
         if check_data:
             require_mean(self)
 
@@ -226,9 +229,8 @@ class DataOperator(OnParameters, LinearOperator):
         )
 
     def _stacks(self) -> dict[int, str]:
-        jaxpr = differentiate.loss.trace(self.first_piece()).jaxpr
-        chosen = self._leaves
-        found, names = scanned_inputs(jaxpr, chosen), _paths.leaf_paths(self.like)
+        chosen, names = self._leaves, _paths.leaf_paths(self.like)
+        found = scanned_inputs(*traced(differentiate.loss, self.first_piece()), chosen)
         of_scan: dict[tuple[Any, ...], list[int]] = {}
         for place, i in enumerate(chosen):
             if i in found:
@@ -238,9 +240,9 @@ class DataOperator(OnParameters, LinearOperator):
 
     def _coarsest_rounding(self) -> Rounding | None:
         """What the loss rounds by itself between the parameters that vary and its value."""
-        piece = self.first_piece()
-        jaxpr = differentiate.loss.trace(piece._with(rounding=None, matmul_precision="float32")).jaxpr
-        moves = [i in self._leaves for i in range(len(jaxpr.jaxpr.invars))]  # parameters are the first leaves
+        piece = self.first_piece()._with(rounding=None, matmul_precision="float32")
+        jaxpr, first = traced(differentiate.loss, piece)
+        moves = [i - first in self._leaves for i in range(len(jaxpr.jaxpr.invars))]
         return coarsest_rounding(jaxpr, moves, super().precision)
 
     def _principal(self, indices: tuple[int, ...]) -> Self:
@@ -339,7 +341,7 @@ class DataOperator(OnParameters, LinearOperator):
             self._require_finite(self.loss())
 
     def _require_finite(self, loss: jax.Array) -> None:
-        if trees.is_traced((self.params, self.data)):
+        if trees.is_traced(self):
             return
         if not np.isfinite(float(loss)):
             raise NonFiniteError(self.explain_non_finite())
