@@ -101,6 +101,38 @@ def test_the_gradient_of_a_logdet_and_of_a_trace_of(x64):
     assert gradient == pytest.approx(float(value), rel=1e-8)  # d tr exp(A + t I) = tr exp(A)
 
 
+ENDS = {
+    "all rows": (SMALL[:4, :4], "inherit"),
+    "all rows of a multiple of the identity": (2 * np.eye(4), "inherit"),
+    "no rows": (2 * np.eye(4), "none"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_gradient_where_nothing_is_left_in_float32(name):
+    """What is left of a vector may be zero exactly, and the root of zero has no derivative."""
+    matrix, basis = ENDS[name]
+    matrix = jnp.asarray(matrix, jnp.float32)
+
+    @jax.jit
+    @jax.grad
+    def mean(t, key):
+        op = spectra.MatrixOperator(matrix + t * jnp.eye(4))
+        q = spectra.slq(op, key=key, num_steps=4, num_probes=1, basis=basis)
+        return jnp.sum(q.weights * q.nodes)
+
+    for key in jax.random.split(KEY, 8):
+        assert mean(0.0, key) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_gradient_of_the_rounding_of_a_column_of_zeros():
+    def error(t):
+        op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0, 0.0])) * t)
+        return spectra.diagonal(op, key=KEY, method="exact").stderr.sum()
+
+    assert jax.jit(jax.grad(error))(1.0) == pytest.approx(float(error(1.0)), rel=1e-5)  # a multiple of t
+
+
 ERRORS = {
     "xtrace": lambda op: spectra.trace(op, key=KEY, method="xtrace", num_matvecs=12).stderr,
     "norm": lambda op: spectra.frobenius_norm(op, key=KEY, num_matvecs=12).stderr,

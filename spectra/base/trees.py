@@ -283,10 +283,11 @@ def power_of_two(size: jax.Array) -> jax.Array:
 
 
 def norm(a: PyTree, dot: Callable[[PyTree, PyTree], jax.Array] = vdot) -> jax.Array:
-    """Euclidean norm over all leaves, of numbers of any size."""
+    """Euclidean norm over all leaves, of numbers of any size; its derivative at zero is zero, not NaN."""
     unit = power_of_two(largest(a))
     a = scale(1 / unit, a)
-    return unit * jnp.sqrt(dot(a, a))
+    square = dot(a, a)
+    return jnp.where(square == 0, 0, unit * jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 _length = jax.jit(norm)

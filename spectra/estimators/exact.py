@@ -50,7 +50,7 @@ def stated(run: Run, norms: jax.Array) -> jax.Array:
     size = norms
     if not run.traced and run.column_precision > run.op.precision:
         unit = jnp.max(norms)
-        mean = unit * jnp.sqrt(jnp.mean((norms / jnp.where(unit > 0, unit, 1)) ** 2))
+        mean = unit * arrays.root(jnp.mean((norms / jnp.where(unit > 0, unit, 1)) ** 2))
         size = jnp.maximum(norms, mean)
     return run.column_precision * size
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import programs, stacks, trees
+from spectra.base import arrays, programs, stacks, trees
 from spectra.base.errors import NonFiniteError, NotSymmetricError, SpectraError
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
@@ -106,7 +106,7 @@ def absorb(layout: Layout, i: int | jax.Array, w: Panels, state: LanczosState) -
         asymmetry = jnp.maximum(asymmetry, unit * jnp.max(jnp.abs(others)))
         second = second + repeated
     else:
-        beta = jnp.sqrt(step.vdot(w, w))
+        beta = arrays.root(step.vdot(w, w))
     scale = jnp.maximum(state.scale / unit, jnp.abs(alpha) + beta + beta_previous)
     if not rows:
         # The same of the one row at hand. q_i is orthogonal to it to |H| eps / β_{i-1}: as much is rounding.

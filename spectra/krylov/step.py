@@ -104,12 +104,12 @@ def orthogonalize(
     first, square = sums[:-1], sums[-1]
     removed = jnp.vdot(first, first, precision=lax.Precision.HIGHEST)
     left = jnp.maximum(square - removed, 0)
+    vector = _basis.subtract(basis, first, vector, filled, layout)
+    repeat = removed > REPEAT**2 * left
+    vector, second, square = _second_pass(basis, vector, filled, layout, repeat, blocks)
+    left = jnp.where(repeat, square, left)
     # The derivative is 0 at 0: where a space ends, the norm of what is left says nothing.
     norm = jnp.where(left > 0, jnp.sqrt(jnp.where(left > 0, left, 1)), 0)
-    vector = _basis.subtract(basis, first, vector, filled, layout)
-    repeat = removed > (REPEAT * norm) ** 2
-    vector, second, square = _second_pass(basis, vector, filled, layout, repeat, blocks)
-    norm = jnp.where(repeat, jnp.sqrt(jnp.where(repeat, square, 1)), norm)
     return vector, norm, first, first + second, repeat
 
 

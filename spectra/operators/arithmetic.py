@@ -59,6 +59,12 @@ class Composed(LinearOperator):
         pairs = zip(moved, self.made_of, strict=True)
         return self._remade(tuple(new or part for new, part in pairs)) if any(moved) else None
 
+    def _block_of(self, whole: LinearOperator) -> LinearOperator:
+        if type(whole) is not type(self):
+            return self
+        pairs = zip(self.made_of, whole.made_of, strict=True)
+        return self._remade(tuple(part._block_of(its_whole) for part, its_whole in pairs))
+
     def of_moved_parts(self, key: jax.Array) -> LinearOperator:
         """The same with each part moved by a rounding, whether it has parameters or not."""
         return self._remade(each_moved(self.made_of, key))

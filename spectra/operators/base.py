@@ -356,12 +356,15 @@ class LinearOperator(abc.ABC):
         `layers/1` and so on. Those that a loss runs `lax.scan` over (Flax's `nn.scan`) are found; others,
         such as the members of an ensemble under `jax.vmap`, are selected by `scanned`, which takes what
         `block` takes.
+
+        A block of an operator on data saves, when it is prepared, what the products of the whole share, if
+        that fits: one program serves all blocks. One that is chosen by `block` saves only its own part.
         """
         stacks = self._stacks() if scanned is None else paths.stacks_of(self.like, scanned)
         leaves = jax.tree.leaves(self.structure)
         blocks: dict[str, LinearOperator] = {}
         for name, indices, stack in paths.stacked_groups(self.like, by, stacks):
-            block = self._principal(indices)
+            block = self._principal(indices)._block_of(self)
             if stack is None:
                 blocks[name] = block
                 continue
@@ -381,6 +384,11 @@ class LinearOperator(abc.ABC):
 
     def _principal(self, indices: tuple[int, ...]) -> "LinearOperator":
         return call("block", self, indices)
+
+    def _block_of(self, whole: "LinearOperator") -> "LinearOperator":
+        """The same, told that it is one of several blocks of another operator."""
+        del whole
+        return self
 
     @calls.automatic
     def to_scipy(self) -> "scipy.sparse.linalg.LinearOperator":

@@ -30,7 +30,7 @@ AGREE = 1e-3
 """Relative difference allowed between the curvature of the loss and that of softmax cross-entropy."""
 
 
-@operator(leaves=("params", "data", "linear"))
+@operator(leaves=("params", "data", "linear", "captured"))
 class _Terms(ModelOperator):
     """Σ w g gᵀ over the terms of the example's own class, or over those of all others."""
 

@@ -16,7 +16,7 @@ from spectra.operators.data import DataOperator, shows_options
 from spectra.operators.pytree import operator
 
 
-@operator(leaves=("params", "data", "mean", "linear"))
+@operator(leaves=("params", "data", "mean", "linear", "captured"))
 class GradientCovarianceOperator(DataOperator):
     """The second moment Σ w_i g_i g_iᵀ / Σ w_i of the gradients g_i of single examples.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import jax
 import numpy as np
+from jax.tree_util import Partial
 
 from spectra.base import host, trees
 from spectra.base import paths as _paths
@@ -38,10 +39,11 @@ from spectra.operators.arguments import (
 from spectra.operators.base import LinearOperator, product, product_batch
 from spectra.operators.batches import Shared, batch_size, rows, shared_leaves
 from spectra.operators.differentiate import resolve_mode
-from spectra.operators.jaxprs import rematerialises, scanned_inputs
+from spectra.operators.jaxprs import captured, rematerialises, scanned_inputs, traced
 from spectra.operators.loss_rounding import Rounding, coarsest_rounding
 from spectra.operators.means import require_mean
 from spectra.operators.pytree import OnParameters, explain_vector
+from spectra.operators.restricted import Restricted
 from spectra.operators.stochastic import StochasticOperator, change_by_rounding
 from spectra.operators.streams import Stream
 
@@ -99,6 +101,7 @@ class DataOperator(OnParameters, LinearOperator):
     stream: Stream | None
     rounding: Rounding | None  # of the loss itself, where it computes in less than the vectors have
     linear: Callable[[PyTree], PyTree] | None  # v -> H v with what products share saved: `prepare`
+    captured: tuple[Any, ...]  # traced values that the functions close over, in a caller's `grad` or `vmap`
 
     @automatic
     def _open(
@@ -138,6 +141,7 @@ class DataOperator(OnParameters, LinearOperator):
             stream=None,
             rounding=None,
             linear=None,
+            captured=(),
             **functions,
         )
         trees.vector_structure(self.like)
@@ -150,6 +154,7 @@ class DataOperator(OnParameters, LinearOperator):
             require_call(self._with(data=shapes, stream=None), f"Batch {place} of the stream")
         self._set(mode=resolve_mode(piece))
         self._set(rounding=self._coarsest_rounding())
+        self._set(captured=captured(jax.make_jaxpr(differentiate.loss)(piece)))
         if check_data:
             require_mean(self)
 
@@ -224,9 +229,8 @@ class DataOperator(OnParameters, LinearOperator):
         )
 
     def _stacks(self) -> dict[int, str]:
-        jaxpr = differentiate.loss.trace(self.first_piece()).jaxpr
-        chosen = tuple(range(len(jax.tree.leaves(self.params)))) if self.selected is None else self.selected
-        found, names = scanned_inputs(jaxpr, chosen), _paths.leaf_paths(self.like)
+        chosen, names = self._leaves, _paths.leaf_paths(self.like)
+        found = scanned_inputs(*traced(differentiate.loss, self.first_piece()), chosen)
         of_scan: dict[tuple[Any, ...], list[int]] = {}
         for place, i in enumerate(chosen):
             if i in found:
@@ -236,10 +240,9 @@ class DataOperator(OnParameters, LinearOperator):
 
     def _coarsest_rounding(self) -> Rounding | None:
         """What the loss rounds by itself between the parameters that vary and its value."""
-        piece, leaves = self.first_piece(), len(jax.tree.leaves(self.params))
-        jaxpr = differentiate.loss.trace(piece._with(rounding=None, matmul_precision="float32")).jaxpr
-        varying = range(leaves) if self.selected is None else self.selected
-        moves = [i in varying for i in range(len(jaxpr.jaxpr.invars))]  # parameters are the first leaves
+        piece = self.first_piece()._with(rounding=None, matmul_precision="float32")
+        jaxpr, first = traced(differentiate.loss, piece)
+        moves = [i - first in self._leaves for i in range(len(jaxpr.jaxpr.invars))]
         return coarsest_rounding(jaxpr, moves, super().precision)
 
     def _principal(self, indices: tuple[int, ...]) -> Self:
@@ -253,6 +256,19 @@ class DataOperator(OnParameters, LinearOperator):
         if self.rounding is not None:  # what is cast may not depend on the block
             block._set(rounding=block._coarsest_rounding())
         return block
+
+    def _block_of(self, whole: LinearOperator) -> Self:
+        """The same, to be prepared through the whole; in reverse mode by itself, as maps may refuse `jvp`."""
+        if not isinstance(whole, DataOperator) or not set(self._leaves) < set(whole._leaves):
+            return self
+        if self.mode != "forward-over-reverse" or whole.linear is not None or trees.is_traced(self):
+            return self
+        return self._with(_whole=whole, _finite=vars(self).get("_finite"))
+
+    @property
+    def _leaves(self) -> tuple[int, ...]:
+        """Which leaves of all parameters vary."""
+        return tuple(range(len(jax.tree.leaves(self.params)))) if self.selected is None else self.selected
 
     @automatic
     def loss(self) -> 'Float[jax.Array, ""]':
@@ -301,16 +317,22 @@ class DataOperator(OnParameters, LinearOperator):
     def prepare(self) -> Self:
         """Save what all products share, if asked to or if it fits; check the loss.
 
+        One of several blocks saves what the whole does: one program to compile for all of them.
+
         Raises:
             NonFiniteError: the loss is NaN or infinite at these parameters.
         """
         if self.linear is not None:
             return self
-        if not self.linearized:
+        saving = self.saving
+        if saving is None:
             self.require_finite()
             return self
-        loss, linear = differentiate.linearize(self)
+        loss, linear = differentiate.linearize(saving)
         self._require_finite(loss)
+        if saving is not self:
+            places = tuple(map(saving._leaves.index, self._leaves))
+            linear = Partial(Restricted.to(places, saving.structure), linear)
         return self._with(linear=linear, _finite=vars(self).get("_finite"))
 
     def require_finite(self) -> None:
@@ -319,7 +341,7 @@ class DataOperator(OnParameters, LinearOperator):
             self._require_finite(self.loss())
 
     def _require_finite(self, loss: jax.Array) -> None:
-        if trees.is_traced((self.params, self.data)):
+        if trees.is_traced(self):
             return
         if not np.isfinite(float(loss)):
             raise NonFiniteError(self.explain_non_finite())
@@ -327,13 +349,14 @@ class DataOperator(OnParameters, LinearOperator):
 
     def prepared_bytes(self) -> int:
         """Bytes of the saved values, from shapes alone; parameters and data are not counted twice."""
-        return self._saved_bytes if self.linear is None and self.linearized else 0
+        saving = self.saving if self.linear is None else None
+        return 0 if saving is None else saving._saved_bytes
 
     def recomputed_bytes(self) -> int | None:
         """Bytes of the tangents of saved values, of one microbatch: what `jax.vmap` holds for each vector."""
         if self.linear is not None or self.stream is not None or self.mode == "finite-difference":
             return None  # streams share each pass; differences evaluate at points of their own
-        if self.linearized and not rematerialises(differentiate.loss.trace(self).jaxpr):
+        if self.saving and not rematerialises(differentiate.loss.trace(self).jaxpr):
             return None
         return self.evaluated_bytes()
 
@@ -368,14 +391,21 @@ class DataOperator(OnParameters, LinearOperator):
         return StochasticOperator(other, jax.random.bits(key, (), "uint32"))
 
     @property
+    def saving(self) -> "DataOperator | None":
+        """Whose values `prepare` saves for products to share: of the operator that this is one of several
+        blocks of, so that one program serves all of them, or its own; None where they are not saved."""
+        if self.stream is not None or self.mode == "finite-difference" or not self.linearize:
+            return None
+        for op in (vars(self).get("_whole", self), self):
+            available = host.available_bytes() if self.linearize == "auto" else None
+            if available is None or op._saved_bytes <= LINEARIZE_SHARE * available:
+                return op
+        return None
+
+    @property
     def linearized(self) -> bool:
-        """What `prepare` will choose: whether the values that products share are saved and reused."""
-        if self.stream is not None or self.mode == "finite-difference":
-            return False
-        if self.linearize != "auto":
-            return bool(self.linearize)
-        available = host.available_bytes()
-        return available is None or self._saved_bytes <= LINEARIZE_SHARE * available
+        """Whether `prepare` saves values that products share."""
+        return self.saving is not None
 
     def explain_non_finite(self) -> str:
         """Name the parameter leaf, the loss or the gradient leaf that is not finite."""

@@ -18,6 +18,7 @@ from spectra.base.errors import NotSymmetricError, StructureError
 from spectra.base.meshes import on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product
+from spectra.operators.jaxprs import captured
 from spectra.operators.loss_rounding import Rounding, coarsest_rounding
 from spectra.operators.pytree import operator, true_float32
 from spectra.results.base import call, provides
@@ -210,7 +211,7 @@ def _asymmetry(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.max(jnp.abs(matrix - matrix.T)), jnp.max(jnp.abs(matrix))
 
 
-@operator(leaves=("example",))
+@operator(leaves=("example", "captured"))
 class FunctionOperator(LinearOperator):
     """A symmetric operator given by its product with a vector.
 
@@ -239,6 +240,7 @@ class FunctionOperator(LinearOperator):
     function: Callable[[PyTree], PyTree]
     example: PyTree
     rounding: Rounding | None  # of the function itself, where it computes in less than the vectors have
+    captured: tuple[Any, ...]  # traced values that it closes over, in a caller's `grad` or `vmap`
 
     @automatic
     def __init__(self, mv: Callable[[PyTree], PyTree], like: PyTree):
@@ -251,6 +253,7 @@ class FunctionOperator(LinearOperator):
         trees.check_structure(result, structure, "the result of mv")
         varying = [True] * len(jaxpr.jaxpr.invars)
         object.__setattr__(self, "rounding", coarsest_rounding(jaxpr, varying, super().precision))
+        object.__setattr__(self, "captured", captured(jaxpr))
 
     @property
     def like(self) -> PyTree:

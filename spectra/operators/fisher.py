@@ -26,7 +26,7 @@ from spectra.operators.stochastic import QUICK
 KINDS = ("type2", "mc", "empirical")
 
 
-@operator(leaves=("params", "data", "key", "linear"))
+@operator(leaves=("params", "data", "key", "linear", "captured"))
 class FisherOperator(ModelOperator):
     """The Fisher information Σ_t w_t E[∇log p(y|f_t) ∇log p(y|f_t)ᵀ] of a model's predictions.
 

@@ -81,7 +81,7 @@ class ModelOperator(DataOperator):
         return pull(curvature(outputs, targets, push(v)))
 
 
-@operator(leaves=("params", "data", "linear"))
+@operator(leaves=("params", "data", "linear", "captured"))
 class GGNOperator(ModelOperator):
     """The generalised Gauss-Newton matrix Jᵀ (∇²ℓ) J of a loss ℓ on the outputs of a model.
 

@@ -27,7 +27,7 @@ from spectra.operators.dense import in_flight
 from spectra.operators.pytree import operator
 
 
-@operator(leaves=("params", "data", "linear"))
+@operator(leaves=("params", "data", "linear", "captured"))
 class HessianOperator(DataOperator):
     """The Hessian ∇²L(θ) of a loss, as products with vectors; the matrix is never formed.
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
+from spectra.base import trees
+from spectra.base.programs import Program
 from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import StepwiseOperator
 from spectra.operators.base import LinearOperator, product
@@ -145,11 +147,27 @@ def _suspect(eqn: Any) -> str | None:
     return f"{primitive} '{where}'" if where else primitive
 
 
-def scanned_inputs(jaxpr: Any, chosen: tuple[int, ...]) -> dict[int, tuple[Any, ...]]:
-    """The scans, of one length, that run over each chosen input; without those that anything else uses."""
+def traced(program: Program, *args: Any) -> tuple[Any, int]:
+    """The jaxpr of a program, and which of its inputs is the first leaf of its arguments: traced values that
+    it closes over are inputs before these."""
+    jaxpr = program.trace(*args).jaxpr
+    return jaxpr, len(jaxpr.jaxpr.invars) - len(jax.tree.leaves(args))
+
+
+def captured(jaxpr: Any) -> tuple[Any, ...]:
+    """The values that a function closes over and that the caller's `grad` or `vmap` traces.
+
+    As leaves of an operator they say that its values are out of reach. Within `jit` all are, anyway.
+    """
+    return () if trees.is_traced(()) else tuple(filter(trees.is_tracer, jaxpr.consts))
+
+
+def scanned_inputs(jaxpr: Any, first: int, chosen: tuple[int, ...]) -> dict[int, tuple[Any, ...]]:
+    """The scans, of one length, that run over each chosen input, counted from the first; without those that
+    anything else uses."""
     scans: dict[int, set[tuple[int, int]]] = {i: set() for i in chosen}
     elsewhere: set[int] = set()
-    _follow_names(jaxpr.jaxpr, {id(jaxpr.jaxpr.invars[i]): i for i in chosen}, scans, elsewhere)
+    _follow_names(jaxpr.jaxpr, {id(jaxpr.jaxpr.invars[first + i]): i for i in chosen}, scans, elsewhere)
     alone = {i: sorted(found) for i, found in scans.items() if found and i not in elsewhere}
     return {i: tuple(found) for i, found in alone.items() if len({length for _, length in found}) == 1}
 

@@ -64,7 +64,7 @@ def layer_diagonal(op: LinearOperator, most: int) -> LayerDiagonal | str:
         return ""
     assert isinstance(op, ModelOperator)
     piece = op.first_piece()
-    if trees.is_traced((op.params, piece.data)) or not trees.has_values((op.params, piece.data)):
+    if trees.is_traced(piece) or not trees.has_values((op.params, piece.data)):
         return "there are no values, as inside jit"
     if hasattr(op.loss_fn, "gauss_newton"):
         return "the loss computes its own logits"

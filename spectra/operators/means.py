@@ -64,7 +64,7 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
     Cost: about thirty evaluations of the loss on two pieces, 100 if it draws random numbers, once for the
     same structure and data.
     """
-    if not trees.has_values((op.params, op.data)) or trees.is_traced((op.params, op.data)):
+    if not trees.has_values((op.params, op.data)) or trees.is_traced(op):
         return
     limit: Limit | None = None
     kinds: list[Any] = []

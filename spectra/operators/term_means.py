@@ -48,7 +48,7 @@ def require_mean_of_outputs(op: Any) -> None:
 
     Cost: the outputs of some examples once, and a few evaluations of the loss on them.
     """
-    if not trees.has_values((op.params, op.data)) or trees.is_traced((op.params, op.data)):
+    if not trees.has_values((op.params, op.data)) or trees.is_traced(op):
         return
     half = min(batch_size(op.data, op.shared), OUTPUTS) // 2
     if half == 0:

@@ -86,6 +86,20 @@ KRYLOV = [
         "test_block_matrices.py::test_blocks_of_one_module_share_a_program_and_keep_their_own_error",
     ),
     fault(
+        "products of a block cost as much as those of the whole",
+        "operators/restricted.py",
+        "return jax.jvp(within, (jax.tree.map(jnp.zeros_like, v),), (v,))[1]",
+        "return within(v)",
+        "test_blocks_prepared.py::test_a_product_costs_what_that_of_the_block_alone_does",
+    ),
+    fault(
+        "each of several blocks saves values of its own",
+        "operators/data.py",
+        'for op in (vars(self).get("_whole", self), self):',
+        "for op in (self,):",
+        "test_blocks_prepared.py::test_every_block_saves_what_the_whole_does",
+    ),
+    fault(
         "small blocks are computed together however long their products take",
         "krylov/matrices.py",
         "if whole.evaluated_bytes() * whole.size > WORTH * (len(blocks) - 1):",
