@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Ridge, relative_error, ridge_count, ridge_loss
+from cases import Ridge, relative_error, ridge_count, ridge_loss, slow_but
 from programs import OPTIMISED
 
 import spectra
@@ -211,3 +211,40 @@ def test_ten_thousand_parameters_fit():
     v = jnp.asarray(rng.standard_normal(n), jnp.float32)
     # Two float32 sums over n terms, in different orders.
     assert relative_error(matrix @ v, op @ v) <= 1e-7 * np.sqrt(n)
+
+
+@jax.custom_jvp
+def scaled(x, by):
+    """tanh x, with a derivative that is not its own: what depends on `by` is missing from the value."""
+    del by
+    return jnp.tanh(x)
+
+
+@scaled.defjvp
+def _(values, tangents):
+    x, by = values
+    return scaled(x, by), tangents[0] * (1 + jnp.sum(by**2))
+
+
+def one_sided(params, x):
+    return jnp.mean((jnp.tanh(x @ scaled(params["a"], params["b"])) @ params["b"] - 1) ** 2)
+
+
+DENSE = {
+    "matrix": lambda op: op.as_matrix(),
+    "condition number": lambda op: spectra.condition_number(op, key=jax.random.key(0)),
+    "report": lambda op: spectra.spectrum(op, key=jax.random.key(0)),
+    "smallest": lambda op: spectra.eigsh(op, 2, which="SM", key=jax.random.key(0)),
+}
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+@pytest.mark.parametrize("name", slow_but(DENSE, "matrix", "condition number"))
+def test_derivatives_that_are_no_hessian_are_refused(name, groups, monkeypatch):
+    """A derivative of one's own need not be that of any function; of two groups one is multiplied once."""
+    monkeypatch.setattr(hessian, "MAX_GROUPS", groups)
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"a": jax.random.normal(keys[0], (5, 4)), "b": jax.random.normal(keys[1], (4,))}
+    op = spectra.HessianOperator(one_sided, params, jax.random.normal(keys[2], (20, 5)))
+    with pytest.raises(spectra.NotSymmetricError, match="not symmetric"):
+        DENSE[name](op)

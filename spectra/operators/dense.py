@@ -49,12 +49,18 @@ def symmetric_matrix(op: LinearOperator) -> jax.Array:
     """(A + Aᵀ) / 2 of the n columns A, which have to be symmetric and to be those of a linear map.
 
     What may differ is the square root of the precision of products, as in a Lanczos run. One product more
-    than there are columns tells an affine map, whose columns may be symmetric, from a linear one.
+    than there are columns tells an affine map, whose columns may be symmetric, from a linear one. Columns
+    that are not symmetric are multiplied once more, one by one: see `matrix_one_by_one`.
     """
+    if op.on_host:  # those of a stream share each pass over the data
+        matrix = times_matrix(op, jnp.eye(op.size, dtype=op.dtype))
+        _require_symmetric(op, matrix)
+        return _symmetrise(matrix)
     count, op = min(in_flight(op), op.size), op.prepare()
-    # Those of a stream share each pass over the data.
-    matrix = times_matrix(op, jnp.eye(op.size, dtype=op.dtype)) if op.on_host else _columns(op, count)
+    matrix = _columns(op, count)
     if not trees.is_tracer(matrix):
+        if count > 1 and max(defects(op, matrix)) > op.precision**0.5:
+            matrix = _columns(op, 1)
         _require_symmetric(op, matrix)
     return _symmetrise(matrix)
 
@@ -96,15 +102,22 @@ def _as_columns(vectors: PyTree) -> jax.Array:
     return jax.vmap(trees.ravel, out_axes=1)(vectors)
 
 
-def _require_symmetric(op: LinearOperator, matrix: jax.Array) -> None:
+def defects(op: LinearOperator, matrix: jax.Array) -> tuple[float, float]:
+    """How far columns are from symmetric, in units of the largest entry, and from linear: what the product of
+    one more vector differs by from theirs, in units of its size. NaN where a number is not finite."""
     start = draws.unit_vector(jax.random.key(0), op)
     image = op.mv(start) if op.on_host else product(op, start)
     largest, asymmetry, size, defect = map(float, jax.device_get(_defects(matrix, start, image)))
     if not np.isfinite([largest, size, defect]).all():
-        return  # the caller says so
-    asymmetry, defect = (
+        return np.nan, np.nan  # the caller says so
+    first, second = (
         x / unit if unit else np.inf if x else 0.0 for x, unit in ((asymmetry, largest), (defect, size))
     )
+    return first, second
+
+
+def _require_symmetric(op: LinearOperator, matrix: jax.Array) -> None:
+    asymmetry, defect = defects(op, matrix)
     limit = call("asymmetry_limit", op, max(asymmetry, defect))
     above = f"above {limit:.1e}, the square root of the precision of its products."
     if asymmetry > limit:

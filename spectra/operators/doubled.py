@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import host, meshes, programs, trees
+from spectra.base import draws, host, meshes, programs, trees
 from spectra.base.trees import PyTree
 from spectra.operators import stochastic
 from spectra.operators.base import LinearOperator, product
@@ -115,6 +115,17 @@ def in_double(op: Any) -> DoubledOperator | None:
     if op.on_host and not hasattr(op, "_pieces"):  # made from what is streamed
         return None
     return DoubledOperator(op) if _possible(op.first_piece() if op.on_host else op) else None
+
+
+def symmetric_in_double(op: LinearOperator) -> bool:
+    """Whether products with two random vectors in float64 are symmetric; False where that cannot be had."""
+    exact = doubled(op)
+    if exact is None:
+        return False
+    vectors = [draws.unit_vector(jax.random.key(i), op) for i in range(2)]
+    (u, v), (of_u, of_v) = map(flat, vectors), map(exact.unrounded, vectors)
+    limit = float(np.finfo(np.float64).eps) ** 0.5 * float(np.linalg.norm(of_u) + np.linalg.norm(of_v))
+    return abs(u @ of_v - v @ of_u) <= limit
 
 
 def _at_half_rate(op: LinearOperator) -> bool:

@@ -17,14 +17,17 @@ import numpy as np
 
 from spectra.base import arrays, programs, trees
 from spectra.base.calls import automatic
-from spectra.base.errors import SpectraError
+from spectra.base.errors import NotSymmetricError, SpectraError
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.arguments import DataOptions
 from spectra.operators.data import DataOperator, shows_options
-from spectra.operators.dense import in_flight
+from spectra.operators.dense import defects, in_flight
+from spectra.operators.doubled import symmetric_in_double
 from spectra.operators.pytree import operator
+from spectra.operators.stochastic import change_by_rounding
+from spectra.results.base import call
 
 
 @operator(leaves=("params", "data", "linear", "captured"))
@@ -87,9 +90,25 @@ class HessianOperator(DataOperator):
 
     def _matrix(self) -> jax.Array:
         self.require_finite()
-        return hessian_matrix(self)
+        matrix, asymmetry = hessian_matrix(self)
+        if trees.is_tracer(matrix):
+            return matrix
+        found = float(asymmetry)
+        if len(_groups(self)) > 1:  # what lies beside the diagonal blocks was computed once
+            found = max(found, *defects(self, matrix))
+        if found <= call("asymmetry_limit", self, found):
+            return matrix
+        try:
+            return call("matrix", self)  # all columns, if need be one by one, tell what is wrong
+        except NotSymmetricError:
+            if symmetric_in_double(self) or found <= ENTRIES * change_by_rounding(self):
+                return matrix  # rounding alone: what it does is measured where a matrix is used
+            raise
 
 
+ENTRIES = 16
+"""By how much more rounding may change the entry that it changes most, in units of the largest, than a
+product with a random vector, in units of its length."""
 CHUNK = 1024
 """Columns of one compiled call: bounds what is copied into the matrix at a time."""
 MAX_GROUPS = 8
@@ -176,11 +195,10 @@ def _cut(matrix: jax.Array, kinds: trees.Kinds) -> list[list[jax.Array]]:
     return [[block(i, j) for j in count] for i in count]
 
 
-def hessian_matrix(op: HessianOperator) -> jax.Array:
-    """The (n, n) Hessian, not yet checked for NaN."""
-    if op.stream is not None:
-        return _mirror(weighted_sum(_upper, op._pieces()), _owners(op))
-    return _mirror(_upper(op), _owners(op))
+def hessian_matrix(op: HessianOperator) -> tuple[jax.Array, jax.Array]:
+    """The (n, n) Hessian, not yet checked for NaN, and how far from symmetric its diagonal blocks were."""
+    upper = _upper(op) if op.stream is None else weighted_sum(_upper, op._pieces())
+    return _mirror(upper, _owners(op))
 
 
 def _offsets(leaves: list[Any]) -> list[int]:
@@ -285,6 +303,9 @@ def _column(op: HessianOperator, first: int, last: int, index: int | jax.Array) 
 
 
 @programs.jit
-def _mirror(upper: jax.Array, owner: arrays.Indices) -> jax.Array:
-    same = owner[:, None] == owner
-    return jnp.where(same, 0.5, 1.0).astype(upper.dtype) * (upper + upper.T)
+def _mirror(upper: jax.Array, owner: arrays.Indices) -> tuple[jax.Array, jax.Array]:
+    """The matrix whose upper blocks these are, and max |A - Aᵀ| / max |A| of its diagonal blocks."""
+    same, largest = owner[:, None] == owner, jnp.max(jnp.abs(upper))
+    asymmetry = jnp.max(jnp.where(same, jnp.abs(upper - upper.T), 0))
+    matrix = jnp.where(same, 0.5, 1.0).astype(upper.dtype) * (upper + upper.T)
+    return matrix, jnp.where(largest > 0, asymmetry / largest, 0)
