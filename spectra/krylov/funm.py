@@ -24,6 +24,7 @@ from spectra.base import arrays, stacks, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.files import tree_digest
+from spectra.base.reverse import refused_as, reverse_only
 from spectra.base.trees import PyTree
 from spectra.krylov.band import BandState, append, empty
 from spectra.krylov.band_block import run_block
@@ -42,6 +43,12 @@ from spectra.runs.watch import watched
 _product = partial(jnp.matmul, precision="highest")
 GAUSS = ((0.5 - 0.15**0.5, 5 / 18), (0.5, 8 / 18), (0.5 + 0.15**0.5, 5 / 18))
 """Points and weights on (0, 1) of the rule that is exact for polynomials of degree 5."""
+
+
+FORWARD = (
+    "f(H) v has derivatives in reverse mode only: use jax.grad, jax.vjp or jax.jacrev, not jax.jvp, "
+    "jax.jacfwd or jax.hessian."
+)
 
 
 def traced_values(op: LinearOperator, f: Callable[[Any], Any], vectors: PyTree, steps: int) -> PyTree:
@@ -69,11 +76,13 @@ def traced_values(op: LinearOperator, f: Callable[[Any], Any], vectors: PyTree, 
         return _pullback(function, steps, op, constants, vectors, cotangent)
 
     block.defvjp(forward, backward)
-    if width == 1:
-        alone = jax.vmap(lambda v: block(op, constants, jax.tree.map(lambda x: x[None], v)))(vectors)
-        return jax.tree.map(lambda x: x[:, 0], alone)
-    parts = [stacks.rows(vectors, i, min(i + width, count)) for i in range(0, count, width)]
-    return stacks.concatenate([block(op, constants, part) for part in parts])
+    op, constants, vectors = reverse_only((op, constants, vectors), FORWARD)
+    with refused_as(FORWARD):
+        if width == 1:
+            alone = jax.vmap(lambda v: block(op, constants, jax.tree.map(lambda x: x[None], v)))(vectors)
+            return jax.tree.map(lambda x: x[:, 0], alone)
+        parts = [stacks.rows(vectors, i, min(i + width, count)) for i in range(0, count, width)]
+        return stacks.concatenate([block(op, constants, part) for part in parts])
 
 
 def _values(op: LinearOperator, f: Callable[[Any], Any], vectors: PyTree, steps: int) -> PyTree:
