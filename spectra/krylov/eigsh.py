@@ -27,6 +27,7 @@ from spectra.krylov.recurrence import check_start
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import beside_pairs
 from spectra.operators.doubled import doubled
+from spectra.operators.hoisted import hoisted
 from spectra.operators.jaxprs import outside_loops
 from spectra.results import Eigenpairs
 from spectra.runs.checkpoint import Checkpoint
@@ -184,6 +185,7 @@ def eigsh(
     outside: dict[str, Any] = {"progress": progress, "checkpoint": checkpoint, "basis": basis}
     outside["basis_dtype"] = basis_dtype
     if trees.is_traced((op, metric, key)):
+        op = hoisted(op)
         still = lax.stop_gradient((op, metric, v0, deflate))
         if trees.is_traced((still, key)):
             raise SpectraError(

@@ -35,6 +35,7 @@ from spectra.krylov.recurrence import check_steps
 from spectra.krylov.rows import stack
 from spectra.krylov.same_function import digest
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.hoisted import hoisted
 from spectra.operators.jaxprs import outside_loops
 from spectra.results import FunctionProduct
 from spectra.runs.checkpoint import Checkpoint
@@ -53,7 +54,7 @@ FORWARD = (
 
 def traced_values(op: LinearOperator, f: Callable[[Any], Any], vectors: PyTree, steps: int) -> PyTree:
     """f(H) v of each of some vectors, in blocks, without looking at values."""
-    count, dtype = stacks.length(vectors), op.dtype
+    op, count, dtype = hoisted(op), stacks.length(vectors), op.dtype
     width = width_of(count, steps)
     # What f is made of may be differentiated, too; a function of a single number takes arrays of any shape.
     plain, constants = cast("Any", jax).closure_convert(f, jnp.zeros((), dtype))
