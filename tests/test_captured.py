@@ -52,6 +52,27 @@ def test_derivatives_and_batches_by_what_a_loss_closes_over(kind, use, x64):
     assert jax.grad(value)(0.5) == pytest.approx(slope, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["hessian", "shifted"])
+def test_eigenvalues_and_functions_by_what_a_loss_closes_over(kind):
+    """Both have derivatives of their own, which see what is a leaf of the operator."""
+
+    def make(weight):
+        return hessian(weight) if kind == "hessian" else hessian(weight).shift(0.5)
+
+    def largest(weight):
+        return spectra.eigsh(make(weight), 1, which="LA", key=KEY).values[0]
+
+    def exponential(weight):
+        return jnp.sum(spectra.funm(make(weight), jnp.exp, AT, num_steps=4).value)
+
+    step = 1e-2
+    for f in (largest, exponential):
+        slope = (float(f(0.5 + step)) - float(f(0.5 - step))) / (2 * step)
+        assert jax.grad(f)(0.5) == pytest.approx(slope, rel=1e-2)
+    inside = jax.jit(jax.grad(exponential))(0.5)
+    assert inside == pytest.approx(float(jax.grad(exponential)(0.5)), rel=1e-4)
+
+
 def test_what_needs_values_says_that_there_are_none():
     with pytest.raises(spectra.SpectraError, match="cannot run inside jit or vmap"):
         jax.vmap(lambda w: spectra.eigsh(hessian(w), 1, key=KEY).values[0])(jnp.ones(2))

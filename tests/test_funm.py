@@ -229,6 +229,16 @@ def test_derivatives_where_a_space_is_exhausted_and_eigenvalues_are_close(values
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("inside", [lambda f: f, jax.jit], ids=["outside", "inside jit"])
+def test_forward_mode_is_refused(inside):
+    def total(t):
+        return spectra.funm(spectra.MatrixOperator(t * jnp.eye(3)), jnp.exp, jnp.ones(3)).value.sum()
+
+    for derivative in (jax.jacfwd(total), lambda t: jax.jvp(total, (t,), (1.0,))[1]):
+        with pytest.raises(spectra.SpectraError, match="in reverse mode only"):
+            inside(derivative)(1.0)
+
+
 def test_a_vector_of_zeros_by_itself(x64):
     """f may have a pole where no eigenvalue is: it counts for nothing."""
     op = planted(SPECTRA["bulk"], jnp.float64)

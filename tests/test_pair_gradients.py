@@ -90,3 +90,25 @@ def test_values_in_a_metric_and_of_the_parameters_of_a_loss(x64):
 def test_inside_jit_it_is_refused():
     with pytest.raises(spectra.SpectraError, match="inside jit"):
         jax.jit(lambda t: pairs(jnp.asarray(MATRIX, jnp.float32) * t).values)(1.0)
+
+
+def test_values_have_derivatives_in_forward_mode_and_vectors_nan(x64):
+    """Also the sum of two that are equal, whose vectors have no derivative."""
+    q = rotation(N)
+    equal = (q * np.concatenate([[3.0, 3.0], np.linspace(-1, 1, N - 2)])) @ q.T
+
+    def values(t):
+        return jnp.arange(1.0, 4.0) @ pairs(MATRIX + t * MOVE).values
+
+    def common(t):
+        return pairs((equal + equal.T) / 2 + t * MOVE, which="LA", block_size=2).values[1:].sum()
+
+    for f in (values, common):
+        assert jax.jacfwd(f)(0.0) == pytest.approx(float(jax.grad(f)(0.0)), rel=1e-10)
+    primal, tangent = jax.jvp(lambda t: pairs(MATRIX + t * MOVE), (0.0,), (1.0,))
+    np.testing.assert_allclose(primal.values, dense(MATRIX)[0], rtol=1e-12)
+    assert np.isnan(tangent.vectors).all()
+    assert np.isfinite(tangent.values).all()
+    for second in (jax.jacfwd(jax.jacfwd(values)), jax.jacrev(jax.jacfwd(values))):
+        with pytest.raises(spectra.SpectraError, match="no second derivatives"):
+            second(0.0)

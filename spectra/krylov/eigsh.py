@@ -27,6 +27,7 @@ from spectra.krylov.recurrence import check_start
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import beside_pairs
 from spectra.operators.doubled import doubled
+from spectra.operators.hoisted import hoisted
 from spectra.operators.jaxprs import outside_loops
 from spectra.results import Eigenpairs
 from spectra.runs.checkpoint import Checkpoint
@@ -85,8 +86,8 @@ def eigsh(
     **Derivatives.** jax.grad differentiates the values, dλ = vᵀ dH v, and the vectors, by one linear system
     for each vector used; it does not go through the iteration. Of equal eigenvalues only the sum has a
     derivative, if all of them are among the k. A vector that is not separated from the others has no
-    derivative, and asking for it is an error. Derivatives work in reverse mode only, once, outside jit, and
-    cost k more products.
+    derivative, and asking for it is an error. In forward mode, jax.jvp and jax.jacfwd, values have
+    derivatives, and those of vectors are NaN. Both work once, outside jit, and cost k more products.
 
     Args:
         op: symmetric operator of order n.
@@ -184,6 +185,7 @@ def eigsh(
     outside: dict[str, Any] = {"progress": progress, "checkpoint": checkpoint, "basis": basis}
     outside["basis_dtype"] = basis_dtype
     if trees.is_traced((op, metric, key)):
+        op = hoisted(op)
         still = lax.stop_gradient((op, metric, v0, deflate))
         if trees.is_traced((still, key)):
             raise SpectraError(

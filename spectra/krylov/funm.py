@@ -24,6 +24,7 @@ from spectra.base import arrays, stacks, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NonFiniteError, SpectraError, Status
 from spectra.base.files import tree_digest
+from spectra.base.reverse import refused_as, reverse_only
 from spectra.base.trees import PyTree
 from spectra.krylov.band import BandState, append, empty
 from spectra.krylov.band_block import run_block
@@ -34,6 +35,7 @@ from spectra.krylov.recurrence import check_steps
 from spectra.krylov.rows import stack
 from spectra.krylov.same_function import digest
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.hoisted import hoisted
 from spectra.operators.jaxprs import outside_loops
 from spectra.results import FunctionProduct
 from spectra.runs.checkpoint import Checkpoint
@@ -44,9 +46,15 @@ GAUSS = ((0.5 - 0.15**0.5, 5 / 18), (0.5, 8 / 18), (0.5 + 0.15**0.5, 5 / 18))
 """Points and weights on (0, 1) of the rule that is exact for polynomials of degree 5."""
 
 
+FORWARD = (
+    "f(H) v has derivatives in reverse mode only: use jax.grad, jax.vjp or jax.jacrev, not jax.jvp, "
+    "jax.jacfwd or jax.hessian."
+)
+
+
 def traced_values(op: LinearOperator, f: Callable[[Any], Any], vectors: PyTree, steps: int) -> PyTree:
     """f(H) v of each of some vectors, in blocks, without looking at values."""
-    count, dtype = stacks.length(vectors), op.dtype
+    op, count, dtype = hoisted(op), stacks.length(vectors), op.dtype
     width = width_of(count, steps)
     # What f is made of may be differentiated, too; a function of a single number takes arrays of any shape.
     plain, constants = cast("Any", jax).closure_convert(f, jnp.zeros((), dtype))
@@ -69,11 +77,13 @@ def traced_values(op: LinearOperator, f: Callable[[Any], Any], vectors: PyTree, 
         return _pullback(function, steps, op, constants, vectors, cotangent)
 
     block.defvjp(forward, backward)
-    if width == 1:
-        alone = jax.vmap(lambda v: block(op, constants, jax.tree.map(lambda x: x[None], v)))(vectors)
-        return jax.tree.map(lambda x: x[:, 0], alone)
-    parts = [stacks.rows(vectors, i, min(i + width, count)) for i in range(0, count, width)]
-    return stacks.concatenate([block(op, constants, part) for part in parts])
+    op, constants, vectors = reverse_only((op, constants, vectors), FORWARD)
+    with refused_as(FORWARD):
+        if width == 1:
+            alone = jax.vmap(lambda v: block(op, constants, jax.tree.map(lambda x: x[None], v)))(vectors)
+            return jax.tree.map(lambda x: x[:, 0], alone)
+        parts = [stacks.rows(vectors, i, min(i + width, count)) for i in range(0, count, width)]
+        return stacks.concatenate([block(op, constants, part) for part in parts])
 
 
 def _values(op: LinearOperator, f: Callable[[Any], Any], vectors: PyTree, steps: int) -> PyTree:

@@ -4,10 +4,12 @@ With H v_i = λ_i M v_i and v_iᵀ M v_j = δ_ij, dλ_i = v_iᵀ (dH - λ_i dM) 
 eigenvalues that coincide the sum over all of them is right, whatever basis the vectors are of their space.
 Without a metric, dv_i = (λ_i I - H)⁺ dH v_i: along the vectors known by their eigenvalues, across them by a
 linear system. It grows like one over the distance to the nearest other eigenvalue; for equal ones there is
-none (Magnus, doi:10.1017/S0266466600011671).
+none (Magnus, doi:10.1017/S0266466600011671). Forward mode would solve such systems for vectors that nothing
+depends on, and fail for those of equal eigenvalues: there values have derivatives, and vectors NaN.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from jax import lax
 
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
+from spectra.base.reverse import unknown_forward
 from spectra.base.trees import PyTree
 from spectra.krylov.solve import solve
 from spectra.operators.base import LinearOperator
@@ -42,44 +45,25 @@ def differentiable(op: LinearOperator, metric: Any, pairs: Eigenpairs) -> Eigenp
     forms = jax.vmap(trees.vdot)(pairs.vectors, own)
     values = jnp.asarray(pairs.values, op.dtype) + (forms - lax.stop_gradient(forms))
     fixed = lax.stop_gradient(op)
-
-    @jax.custom_vjp
-    def vectors(images: PyTree) -> PyTree:
-        del images
-        return pairs.vectors
-
-    def forward(images: PyTree) -> tuple[PyTree, None]:
-        del images
-        return pairs.vectors, None
-
-    def backward(_: Any, cotangent: PyTree) -> tuple[PyTree]:
-        return (_vectors_pullback(fixed, metric is not None, pairs, cotangent),)
-
-    vectors.defvjp(forward, backward)
-    return dataclasses.replace(pairs, values=values, vectors=vectors(images))
+    pullback = partial(_vectors_pullback, fixed, metric is not None, pairs)
+    return dataclasses.replace(pairs, values=values, vectors=unknown_forward(images, pairs.vectors, pullback))
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _once(images: PyTree) -> PyTree:
     """The same, of which nothing but a first derivative is asked: the vectors were found on the host, and
     what they change by would be missing in a second one."""
     return images
 
 
-def _once_forward(images: PyTree) -> tuple[PyTree, None]:
-    if trees.is_traced(images):
+@_once.defjvp
+def _once_forward(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:  # pyright: ignore[reportUnusedFunction]
+    if trees.is_traced(primals):
         raise SpectraError(
             "eigenpairs have no second derivatives here, nor derivatives inside of jit and vmap: call "
             "jax.grad once. For a second derivative of an eigenvalue take differences of its gradient."
         )
-    return images, None
-
-
-def _once_backward(_: None, cotangent: PyTree) -> tuple[PyTree]:
-    return (cotangent,)
-
-
-_once.defvjp(_once_forward, _once_backward)
+    return primals[0], tangents[0]
 
 
 def _weighted(metric: Any, v: PyTree) -> PyTree:
