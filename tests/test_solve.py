@@ -161,6 +161,26 @@ def test_the_rounding_of_the_constants_of_a_loss_counts():
         assert away <= found.rounding <= most, c
 
 
+def masked_cross_entropy(w, x):
+    logits = jnp.where(jnp.arange(3) < 2, x @ w.reshape(-1, 3), -jnp.inf)
+    return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])
+
+
+def test_the_rounding_is_a_number_where_a_loss_has_infinite_constants():
+    """Numbers of a matrix may have been rounded before they were given; -inf, which masks logits, was not."""
+    draw = np.random.default_rng(0)
+    w, x, b = (draw.standard_normal(s, np.float32) for s in ((12,), (20, 4), (12,)))
+    known = spectra.LowRankOperator(draw.standard_normal((2, 12), np.float32))
+    op = spectra.HessianOperator(masked_cross_entropy, jnp.asarray(w), jnp.asarray(x)) + known
+    found = spectra.solve(op, jnp.asarray(b), shift=4.0, key=jax.random.key(0))
+    matrix = np.asarray(op.as_matrix(), float) + 4 * np.eye(12)
+    true = np.linalg.norm(b - matrix @ np.asarray(found.x, float))
+    # The matrix itself is rounded, entry by entry: 12 eps of its norm times |x|.
+    slack = 12 * np.finfo(np.float32).eps * np.linalg.norm(matrix, 2) * np.linalg.norm(found.x)
+    assert abs(true - found.residual_norm) <= found.rounding + slack
+    assert found.rounding <= 8 * slack
+
+
 def test_the_rounding_of_a_shift_counts():
     """0.1 in float32 is off by 1.5e-9: all that a residual of I - 0.1 I is, whose entries are exact."""
     b = np.arange(1.0, 4.0)

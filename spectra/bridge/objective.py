@@ -212,10 +212,10 @@ def make_loss(
             )
         return Loss(model, None, output, targets)
     name, own = _named(name)
-    known = list(inspect.signature(LOSSES[name]).parameters)[2:]
+    known = _options(name)
+    options = {**own, **options}
     if unknown := sorted(set(options) - set(known)):
         raise BridgeError(f"{name} has no options {unknown}, but {known}")
-    options = {**{k: v for k, v in own.items() if k in known and v is not None}, **options}
     if options.get("reduction", "mean") not in ("mean", "sum"):
         raise BridgeError("a loss for curvature is a scalar: reduction must be 'mean' or 'sum'")
     options = {k: to_numpy(v) if hasattr(v, "__array__") else v for k, v in options.items()}
@@ -232,11 +232,14 @@ def _named(loss: Any) -> tuple[str, dict[str, Any]]:
         if loss.args:
             raise BridgeError("a loss made by functools.partial may fix options by name only")
         name, own = _named(loss.func)
-        return name, {**own, **loss.keywords}
+        return name, {**own, **_current(loss.keywords)}
     kind = type(loss)
     from_torch = str(getattr(loss, "__module__", "")).partition(".")[0] == "torch"
     if from_torch and kind.__name__ in MODULES:
-        return MODULES[kind.__name__], {**vars(loss), **getattr(loss, "_buffers", {})}
+        name, fields = MODULES[kind.__name__], {**vars(loss), **getattr(loss, "_buffers", {})}
+        # Other fields than those that the loss or the constructor takes are PyTorch's own.
+        taken = {*_options(name), *inspect.signature(kind).parameters}
+        return name, _current({k: v for k, v in fields.items() if k in taken})
     name = getattr(loss, "__name__", "")
     if from_torch and name in LOSSES:
         return name, {}
@@ -245,3 +248,16 @@ def _named(loss: Any) -> tuple[str, dict[str, Any]]:
         "it in the module, which then returns the loss (`make_loss(model)`), or write it in JAX: "
         "`lambda params, batch: my_loss(model.apply(params, batch[0]), batch[1])`"
     )
+
+
+def _options(name: str) -> list[str]:
+    return list(inspect.signature(LOSSES[name]).parameters)[2:]
+
+
+def _current(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that are set; PyTorch's former `size_average` and `reduce` as the reduction they stand for."""
+    options = {k: v for k, v in options.items() if v is not None}
+    average, reduce = options.pop("size_average", None), options.pop("reduce", None)
+    if average is not None or reduce is not None:  # they take precedence in PyTorch
+        options["reduction"] = "none" if reduce is False else "sum" if average is False else "mean"
+    return options

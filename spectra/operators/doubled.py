@@ -183,7 +183,8 @@ def rounded_once(x: Any, salt: jax.Array) -> jax.Array:
     """Numbers in float64 that are rounded to those of `x`, which has 16 or 32 bits.
 
     How far each is from x is made of the digits of x and of the salt, so that numbers that are alike, but for
-    their sign and a power of two, have been rounded alike. Those of few digits have not: zero, one, a half.
+    their sign and a power of two, have been rounded alike. Those of few digits have not: zero, one, a half,
+    nor has infinity, with which a mask fills logits.
     """
     x = jnp.asarray(x)
     info, (unsigned, signed) = jnp.finfo(x.dtype), BITS[x.dtype.itemsize]
@@ -195,7 +196,7 @@ def rounded_once(x: Any, salt: jax.Array) -> jax.Array:
     share = jnp.where(digits % unsigned(2**few) == 0, 0, share)
     wide = x.astype(jnp.float64)
     unit = wide / (1 + digits.astype(jnp.float64) * 2.0**-info.nmant)  # the power of two, with the sign
-    return wide + unit * share * float(info.eps) / 2
+    return jnp.where(share == 0, wide, wide + unit * share * float(info.eps) / 2)
 
 
 _compiled = partial(programs.jit, options=QUICK)

@@ -1,6 +1,7 @@
 """Losses against torch.nn.functional, and loaders. Tolerance: a dozen float32 roundings, 1e-6."""
 
 import itertools
+import warnings
 from functools import cache, partial
 
 import bridge_reference as reference
@@ -204,6 +205,28 @@ def test_unknown_losses():
         bridge.make_loss(model, "hinge")
     with pytest.raises(BridgeError, match="scalar"):
         bridge.make_loss(model, "mse_loss", reduction="none")
+
+
+@pytest.mark.parametrize("former", [{"size_average": False}, {"reduce": True}, {"reduction": "sum"}])
+def test_options_of_a_partial_function_are_pytorchs(former):
+    """All of them, also the former names of a reduction; a dozen float32 roundings."""
+    module, model = _classifier()
+    x, y = rng.standard_normal((6, 4), np.float32), rng.standard_normal((6, 3), np.float32)
+    loss = partial(partial(F.smooth_l1_loss, beta=0.5), **former)
+    ours = bridge.make_loss(model, loss)(model.params, (x, y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of former names
+        _same(ours, loss(module(torch.tensor(x)), torch.tensor(y)).detach())
+
+
+def test_an_option_that_is_not_known_is_refused_wherever_it_is_set():
+    _, model = _classifier()
+    assert bridge.make_loss(model, nn.MSELoss(reduction="sum")).options == {"reduction": "sum"}
+    with pytest.raises(BridgeError, match=r"mse_loss has no options \['weight'\]"):
+        bridge.make_loss(model, partial(F.mse_loss, weight=torch.ones(6, 3)))
+    for former in ({"reduce": False}, {"reduction": "none"}):
+        with pytest.raises(BridgeError, match="scalar"):
+            bridge.make_loss(model, partial(F.mse_loss, **former))
 
 
 def test_several_outputs_need_a_choice():
