@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -47,6 +48,9 @@ programs.share_context()
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 threadpool_limits(int(os.environ["OPENBLAS_NUM_THREADS"]), "blas")
+# What a shell starts in the background ignores Ctrl-C, and so would runs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
