@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from jax import lax
 
 import spectra
@@ -36,10 +37,15 @@ USES = {
     "solve": lambda op: jnp.sum(spectra.solve(op, AT, shift=4.0).x),
 }
 OPERATORS = {"hessian": hessian, "covariance": covariance, "function": function}
-CASES = [("hessian", use) for use in USES] + [("covariance", "trace"), ("function", "slq")]
+CASES = [("hessian", use) for use in USES] + [
+    ("covariance", "trace"),
+    ("function", "slq"),
+    ("function", "trace"),
+]
+QUICK = [("hessian", "trace"), ("hessian", "matrix"), ("hessian", "prepared"), ("function", "trace")]
 
 
-@pytest.mark.parametrize(("kind", "use"), CASES)
+@pytest.mark.parametrize(("kind", "use"), slow_but(CASES, *QUICK))
 def test_derivatives_and_batches_by_what_a_loss_closes_over(kind, use, x64):
     def value(weight):
         return USES[use](OPERATORS[kind](weight))
@@ -52,7 +58,7 @@ def test_derivatives_and_batches_by_what_a_loss_closes_over(kind, use, x64):
     assert jax.grad(value)(0.5) == pytest.approx(slope, rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["hessian", "shifted"])
+@pytest.mark.parametrize("kind", slow_but(["hessian", "shifted"], "shifted"))
 def test_eigenvalues_and_functions_by_what_a_loss_closes_over(kind):
     """Both have derivatives of their own, which see what is a leaf of the operator."""
 
