@@ -101,7 +101,7 @@ class HessianOperator(DataOperator):
         try:
             return call("matrix", self)  # all columns, if need be one by one, tell what is wrong
         except NotSymmetricError:
-            if symmetric_in_double(self) or found <= ENTRIES * change_by_rounding(self):
+            if symmetric_in_double(self) or found <= ENTRIES * change_by_rounding(self._with()):
                 return matrix  # rounding alone: what it does is measured where a matrix is used
             raise
 
