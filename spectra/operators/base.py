@@ -276,8 +276,8 @@ class LinearOperator(abc.ABC):
             MemoryLimitError: 3 n² numbers (columns, transpose, result) exceed the limit.
             NotSymmetricError: the columns are not symmetric, or the operator is not linear.
 
-        Cost: n products in chunks of at most 64 columns, and one that checks linearity; 3 n² numbers at
-        the peak.
+        Cost: n products in chunks of at most 64 columns, and one that checks linearity; n more, one by one,
+        where the columns are not symmetric; 3 n² numbers at the peak.
         """
         n = self.size
         needed = 3 * n * n * jnp.dtype(self.dtype).itemsize

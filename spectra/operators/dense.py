@@ -52,16 +52,16 @@ def symmetric_matrix(op: LinearOperator) -> jax.Array:
     than there are columns tells an affine map, whose columns may be symmetric, from a linear one. Columns
     that are not symmetric are multiplied once more, one by one: see `matrix_one_by_one`.
     """
-    if op.on_host:  # those of a stream share each pass over the data
-        matrix = times_matrix(op, jnp.eye(op.size, dtype=op.dtype))
-        _require_symmetric(op, matrix)
+    streamed, count, op = op.on_host, min(in_flight(op), op.size), op.prepare()
+    # Those of a stream share each pass over the data.
+    matrix = times_matrix(op, jnp.eye(op.size, dtype=op.dtype)) if streamed else _columns(op, count)
+    if trees.is_tracer(matrix):
         return _symmetrise(matrix)
-    count, op = min(in_flight(op), op.size), op.prepare()
-    matrix = _columns(op, count)
-    if not trees.is_tracer(matrix):
-        if count > 1 and max(defects(op, matrix)) > op.precision**0.5:
-            matrix = _columns(op, 1)
-        _require_symmetric(op, matrix)
+    found = defects(op, matrix)
+    if count > 1 and not streamed and max(found) > call("asymmetry_limit", op, max(found)):
+        matrix = _columns(op, 1)
+        found = defects(op, matrix)
+    _require_symmetric(op, *found)
     return _symmetrise(matrix)
 
 
@@ -116,8 +116,8 @@ def defects(op: LinearOperator, matrix: jax.Array) -> tuple[float, float]:
     return first, second
 
 
-def _require_symmetric(op: LinearOperator, matrix: jax.Array) -> None:
-    asymmetry, defect = defects(op, matrix)
+def _require_symmetric(op: LinearOperator, asymmetry: float, defect: float) -> None:
+    """Raise unless `defects` are what rounding may leave."""
     limit = call("asymmetry_limit", op, max(asymmetry, defect))
     above = f"above {limit:.1e}, the square root of the precision of its products."
     if asymmetry > limit:
