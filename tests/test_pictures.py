@@ -495,6 +495,32 @@ def test_more_than_twenty_blocks_are_rows_of_colours():
     assert len(spectra.plot_blocks(dict(list(results.items())[:3]), heat_map=True)) == 1
 
 
+def test_blocks_are_drawn_into_the_axes_of_the_caller():
+    results = {f"layer_{i}": density(scale=10.0**i, seed=i) for i in range(3)}
+    figure, grid = plt.subplots(2, 2)
+    panels = spectra.plot_blocks(results, grid.ravel()[:3])
+    assert list(panels) == list(grid.ravel()[:3])
+    alone = spectra.plot_blocks(results)
+    for panel, own, (name, held) in zip(panels, alone, results.items(), strict=True):
+        assert panel.get_title().startswith(name)
+        assert (panel.get_xlim(), panel.get_ylim()) == (own.get_xlim(), own.get_ylim())
+        assert panel.get_xlabel() == "eigenvalue"
+        np.testing.assert_array_equal(panel.lines[0].get_data(), own.lines[0].get_data())
+        spectra.plot_blocks({name: held}, panel)  # a single Axes for a single result is a panel
+        assert len(panel.lines) == 2
+    spectra.plot_blocks(results, grid[1, 1])  # and for several a heat map
+    assert [label.get_text() for label in grid[1, 1].get_yticklabels()] == list(results)
+    assert set(plt.get_fignums()) == {figure.number, alone[0].figure.number}
+    for options, text in (
+        ({"ax": grid}, "ax holds 4 Axes, and 3 are drawn"),
+        ({"ax": grid[0, 0], "heat_map": False}, "ax holds 1 Axes, and 3 are drawn"),
+        ({"ax": grid.ravel()[:3], "columns": 2}, "columns= is for a new figure"),
+        ({"ax": figure}, "ax is a Figure"),
+    ):
+        with pytest.raises(spectra.SpectraError, match=text):
+            spectra.plot_blocks(results, **options)
+
+
 def test_the_cdf_shows_the_bracket_inside_the_band():
     q = quadrature()
     ax = spectra.plot_cdf(q)

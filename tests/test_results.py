@@ -382,4 +382,6 @@ def test_plots_draw_the_same_of_all_that_contains_it(made):
     assert len(spectra.plot_blocks(report)) == 1
     lines = spectra.plot_density({"a": report, "b": report.quadrature}).get_lines()
     assert [line.get_label() for line in lines] == ["a", "b"]
+    ax = plt.subplots()[1]
+    assert made["Summary"].plot(ax).tolist() == [ax]
     plt.close("all")

@@ -1,7 +1,8 @@
 """Densities of many operators side by side: small multiples, or a heat map with a row for each."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from spectra.report.plots.style import (
     add_colorbar,
     asks_for_logarithm,
     mark_linear,
+    new_axes,
     plot_style,
     symlog,
     symlog_grid,
@@ -22,6 +24,7 @@ from spectra.report.plots.style import (
 from spectra.results import Density, by_name
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.typing import ColorType
 
 _PANELS = 20  # beyond which they are too many to be looked at one by one
@@ -31,6 +34,7 @@ _POINTS = 400  # of the eigenvalue axis of a heat map
 @checked
 def plot_blocks(
     results: Mapping[str, Held] | Sequence[Held],
+    ax: "Axes | Sequence[Axes] | np.ndarray | None" = None,
     *,
     columns: int | None = None,
     color: "ColorType" = COLOR,
@@ -41,18 +45,20 @@ def plot_blocks(
 
     Args:
         results: reports, quadratures or densities by name, such as `slq(op.blocks(by="layer"), key=key)`.
-        columns: panels in a row; default: as square as possible, at most six.
+        ax: where to draw: one Axes for each result, such as the array that `plt.subplots` returns, row by
+            row, or a single one for a heat map; default: a new figure.
+        columns: panels in a row of a new figure; default: as square as possible, at most six.
         color: of lines and bands.
-        own_x: give each panel its own horizontal axis instead of a shared one.
+        own_x: give each panel its own horizontal axis instead of the same one.
         heat_map: draw a row of colours for each result instead of a panel; default: if there are more than
-            twenty.
+            twenty, or in a single `ax` more than one.
 
     Returns:
         Array of the Axes: one for each result, in order, or only one for a heat map. `axes[0].figure` is the
         figure.
 
     Raises:
-        SpectraError: there is nothing to draw, or fewer than one column.
+        SpectraError: there is nothing to draw, fewer than one column, or another number of Axes.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -63,46 +69,66 @@ def plot_blocks(
         >>> [ax.get_title() for ax in axes]
         ['layer 1, n = 50', 'layer 2, n = 50', 'layer 3, n = 50']
     """
-    import matplotlib.pyplot as plt
-
     results = by_name(results)
     if not results:
         raise SpectraError("there are no blocks to draw.")
     densities = [as_density(result) for result in results.values()]
+    given = None if ax is None else [new_axes(one) for one in np.ravel(np.array(ax, object))]
     if heat_map:
-        for name, given in {"columns": columns is not None, "own_x": own_x}.items():
-            if given:
+        for name, chosen in {"columns": columns is not None, "own_x": own_x}.items():
+            if chosen:
                 raise SpectraError(f"{name}= is for panels: leave it out, or leave out heat_map=True.")
-    if heat_map or (heat_map is None and len(results) > _PANELS):
-        return np.array([_rows(list(results), densities)], object)
+    if heat_map is None:
+        heat_map = len(results) > _PANELS if given is None else len(given) == 1 < len(results)
+    if given is not None:
+        _check_given(given, 1 if heat_map else len(results), columns)
+    if heat_map:
+        return np.array([_rows(list(results), densities, given[0] if given else None)], object)
+    axes = given or _panels(len(results), columns, share=not own_x)
+    for panel, name, density in zip(axes, results, densities, strict=True):
+        plot_density(density, panel, color=color, xscale="linear", kernel=False)  # until the axis is known
+        title = _title(name, density.size)
+        panel.set_title(title, fontsize=5.5 if given is None else "small", parse_math=False)
+        _set_x(panel, [density] if own_x else densities)
+        panel.set_ylim(min(map(floor, densities)), top_of(densities, band=True, room=4.0))
+        if given is None:  # labels are the figure's
+            panel.set_xlabel("")
+            panel.set_ylabel("")
+    return np.array(axes, object)
+
+
+def _check_given(axes: list["Axes"], needed: int, columns: int | None) -> None:
+    """The caller's Axes are as many as are drawn into, and arranged already."""
+    if columns is not None:
+        raise SpectraError("columns= is for a new figure: leave it out, or leave out ax=.")
+    if len(axes) != needed:
+        raise SpectraError(
+            f"ax holds {len(axes)} Axes, and {needed} are drawn: give one for each result, or a single one "
+            "for a heat map."
+        )
+
+
+def _panels(count: int, columns: int | None, share: bool) -> list["Axes"]:
+    """The Axes of a new figure, row by row; the lowest of each column has labels of its ticks."""
+    import matplotlib.pyplot as plt
+
     if columns is not None and columns < 1:
         raise SpectraError(f"columns={columns}: use 1 or more, or None.")
-    columns = columns or min(6, int(np.ceil(np.sqrt(len(densities)))))
-    rows = -(-len(densities) // columns)
+    columns = columns or min(6, int(np.ceil(np.sqrt(count))))
+    rows = -(-count // columns)
     size = (1.55 * columns + 0.4, 1.25 * rows + 0.4)
     with plot_style(xtick_labelsize=6, ytick_labelsize=6):
         figure, grid = plt.subplots(
-            rows, columns, figsize=size, sharex=not own_x, sharey=True, squeeze=False, layout="constrained"
+            rows, columns, figsize=size, sharex=share, sharey=True, squeeze=False, layout="constrained"
         )
-    axes = grid.ravel()[: len(densities)]
-    for ax in grid.ravel()[len(densities) :]:
+    axes = list(grid.ravel())
+    for ax in axes[count:]:
         ax.set_visible(False)
-    for ax, name, density in zip(axes, results, densities, strict=True):
-        plot_density(density, ax, color=color, xscale="linear", kernel=False)  # until the axis is known
-        ax.set_title(_title(name, density.size), fontsize=5.5, parse_math=False)
-        ax.set_xlabel("")
-        ax.set_ylabel("")
-    for ax in axes[-columns:]:  # the lowest panel of each column
+    for ax in axes[:count][-columns:]:
         ax.tick_params(labelbottom=True)
-    if own_x:
-        for ax, density in zip(axes, densities, strict=True):
-            _set_x([ax], [density])
-    else:
-        _set_x(list(axes), densities)
-    axes[0].set_ylim(min(map(floor, densities)), top_of(densities, band=True, room=4.0))
     figure.supxlabel("eigenvalue", fontsize=8)
     figure.supylabel("density", fontsize=8)
-    return axes
+    return axes[:count]
 
 
 def _title(name: str, size: int) -> str:
@@ -111,16 +137,14 @@ def _title(name: str, size: int) -> str:
     return wrapped(f"{name}, n{kept}={kept}{size:,}", 34).replace(kept, " ")
 
 
-def _set_x(axes: list, densities: list[Density]) -> None:
-    """One horizontal axis, which these panels share, for these densities."""
+def _set_x(ax: "Axes", densities: list[Density]) -> None:
+    """A horizontal axis for these densities."""
     scale, low, high = _extent(densities)
     if asks_for_logarithm(scale, low, high):
-        linear = symlog(axes[0].xaxis, scale, low, high, labels=4)
-        for ax in axes:
-            mark_linear(ax, linear)
+        mark_linear(ax, symlog(ax.xaxis, scale, low, high, labels=4))
     else:
-        axes[0].set_xscale("linear")
-        axes[0].set_xlim(low, high)
+        ax.set_xscale("linear")
+        ax.set_xlim(low, high)
 
 
 def _extent(densities: list[Density]) -> tuple[float, float, float]:
@@ -129,17 +153,14 @@ def _extent(densities: list[Density]) -> tuple[float, float, float]:
     return scale, min(float(d.grid[0]) for d in densities), max(float(d.grid[-1]) for d in densities)
 
 
-def _rows(names: list[str], densities: list[Density]) -> Any:
+def _rows(names: list[str], densities: list[Density], ax: "Axes | None") -> "Axes":
     """A heat map with a row for each density, the first above."""
-    import matplotlib.pyplot as plt
-
     scale, low, high = _extent(densities)
     wide = asks_for_logarithm(scale, low, high)
     grid = symlog_grid(scale, low, high, _POINTS) if wide else np.linspace(low, high, _POINTS)
     values = np.array([np.interp(grid, d.grid, d.density, left=0, right=0) for d in densities])
-    with plot_style(ytick_labelsize=5):
-        height = min(1.0 + 0.09 * len(names), 8.0)
-        _, ax = plt.subplots(figsize=(3.15, height), layout="constrained")
+    with plot_style(ytick_labelsize=5) if ax is None else contextlib.nullcontext():
+        ax = new_axes(ax, height=min(1.0 + 0.09 * len(names), 8.0))
         mesh = heat(ax, grid, np.arange(len(names)), values, min(map(floor, densities)))
         stride = -(-len(names) // 80)
         labels = [name if len(name) <= 26 else f"…{name[-25:]}" for name in names[::stride]]

@@ -51,7 +51,7 @@ def plot(result: Any, ax: Any = None, **options: Any) -> Any:
     if isinstance(result, (SpectrumReport, Quadrature, Moments, Density, Snapshot)):
         return plot_density(result, ax, **options)
     if isinstance(result, Summary):
-        return plot_blocks(result.quadratures, **options)
+        return plot_blocks(result.quadratures, ax, **options)
     raise SpectraError(f"{called(result)} has no picture: print it, or take its `to_dict()`.")
 
 
