@@ -235,6 +235,10 @@ _HINTS = {
     "data-dependent": _VALUES,
     "data dependent": _VALUES,
     "dynamic shape": _VALUES,
+    "_ctc_loss": (
+        "PyTorch chooses a kernel of CTC by the lengths' values, which a graph cannot: export the network "
+        "without the loss, and compute it in JAX (optax.ctc_loss) from `model.apply(params, inputs)`."
+    ),
     "not a known type": "Return tensors in tuples, lists, dictionaries, named tuples or data classes.",
     ".numpy() is not supported": "NumPy sees no tensors that are traced: compute it with torch there.",
     "fake tensor in the exported program constant": (

@@ -45,6 +45,11 @@ def _mask(self, x):
     return self.layer(x)[x[:, 0] > 0]
 
 
+def _ctc(self, x):
+    lengths = torch.tensor([3]), torch.tensor([2])
+    return nn.functional.ctc_loss(self.layer(x)[:, None].log_softmax(-1), torch.ones(1, 2).long(), *lengths)
+
+
 X = torch.ones(3, 4)
 CASES = {
     "the width": (nn.Linear(4, 2), torch.ones(3, 5), "itself rejects the example: RuntimeError: .*mat1.*3x5"),
@@ -60,6 +65,7 @@ CASES = {
     "torch.func": (_Of(_gradient), X, r"differentiates .*line \d+: return torch.func.grad.*jax.vmap"),
     "autograd": (_Of(_autograd), X, r"differentiates .*line \d+: return torch.autograd.grad.*jax.grad"),
     "a mask": (_Of(_mask), X, r"aten.index.Tensor .* depends on values .*torch.where"),
+    "CTC": (_Of(_ctc), X, r"line \d+: return nn.functional.ctc_loss.*optax.ctc_loss"),
     "an object": (_Of(lambda self, x: object()), X, "Return tensors in tuples"),
     "a lazy layer": (nn.LazyLinear(3), X, r"'weight', 'bias'.* no shape yet"),
     "parallel": (nn.DataParallel(nn.Linear(4, 2)), X, "pass its .module"),
