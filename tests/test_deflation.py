@@ -142,6 +142,7 @@ def test_pairs_of_another_operator_are_refused(x64):
     op = spectra.MatrixOperator(planted(values))
     pairs = spectra.eigsh(op, 4, which="LA", key=jax.random.key(0))
     run = partial(spectra.slq, key=jax.random.key(0), num_steps=6, num_probes=2)
+    more = partial(spectra.eigsh, k=2, which="LA", key=jax.random.key(0))
     moved = spectra.MatrixOperator(planted(values) + 0.01 * np.diag(np.cos(np.arange(48.0))))
     x = np.asarray(pairs.vectors)
     for case, text in (
@@ -151,11 +152,29 @@ def test_pairs_of_another_operator_are_refused(x64):
         (dataclasses.replace(pairs, vectors=jnp.asarray(x[[0, 0, 1, 2]])), "not orthonormal"),
         (dataclasses.replace(pairs, vectors=jnp.asarray(x * np.nan)), "not orthonormal"),
     ):
-        with pytest.raises(spectra.SpectraError, match=text):
-            run(op, deflate=case)
-    with pytest.raises(spectra.SpectraError, match="not those of this operator"):
-        run(moved, deflate=pairs)
+        for function in (run, more):
+            with pytest.raises(spectra.SpectraError, match=text):
+                function(op, deflate=case)
+    for function in (run, more):
+        with pytest.raises(spectra.SpectraError, match="not those of this operator"):
+            function(moved, deflate=pairs)
+        with pytest.raises(spectra.SpectraError, match="vectors of order 48, the operator has 60"):
+            function(spectra.MatrixOperator(jnp.eye(60)), deflate=pairs)
     for tol in (1e-8, 0.3):
         assert run(
             op, deflate=spectra.eigsh(op, 4, which="LA", key=jax.random.key(0), tol=tol)
         ).atoms.shape == (4,)
+
+
+def test_pairs_beside_rough_ones_are_as_rough_and_say_so():
+    """Of an order that is computed by LAPACK, whose residuals are of the matrix and not of the complement."""
+    op = spectra.MatrixOperator(planted(np.append(np.linspace(-1.0, 1.0, 44), [20.0, 12.0, 8.0, 5.0])))
+    rough = spectra.eigsh(op, 4, which="LA", key=jax.random.key(0), tol=1e-8, max_matvecs=9)
+    assert not rough.converged.all()
+    for which, k in (("LA", 25), ("SM", 2)):
+        found = spectra.eigsh(op, k, which=which, key=jax.random.key(0), tol=1e-6, deflate=rough)
+        x = found.matrix()
+        true = np.linalg.norm(np.asarray(op.as_matrix()) @ x - x * found.values, axis=0)
+        np.testing.assert_allclose(found.residuals, true, rtol=1e-2, atol=1e-5)
+        assert not found.converged.all()
+        assert found.status is spectra.Status.NOT_CONVERGED

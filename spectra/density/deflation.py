@@ -5,39 +5,31 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import programs, stacks, trees
+from spectra.base import programs, trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.trees import PyTree
-from spectra.krylov import dense, step
+from spectra.krylov import dense, known_pairs, step
 from spectra.krylov.dense import matrix_error
 from spectra.krylov.layout import Layout, Panels
 from spectra.krylov.matrices import Matrix, matrix_of
-from spectra.krylov.product_rounding import multiply
 from spectra.krylov.recurrence import LanczosState
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.composed import project
 from spectra.results import Eigenpairs, Quadrature
 
-ORTHONORMAL = 1e-3
-"""Entry of XᵀX - 1 of vectors X that are deflated, at most."""
-CLEAR = 64
-"""Roundings of a product that are no sign of another operator."""
 CONVERGED = 1e-6
 """Residual of a Ritz pair that is an eigenpair, in units of |H|; eight roundings where that is more."""
 
 
 def check(op: LinearOperator, pairs: Any) -> Eigenpairs:
-    """The eigenpairs, which belong to an operator like this one and are fit for deflation; else raises."""
+    """The eigenpairs, which `known_pairs` finds fit for deflation and which leave something; else raises."""
     if not isinstance(pairs, Eigenpairs):
         raise SpectraError(
             f"deflate is of type {type(pairs).__name__}: pass the result of eigsh, or a number of steps."
         )
-    if pairs.size != op.size:
-        raise SpectraError(f"deflate has vectors of order {pairs.size}, the operator has {op.size}.")
-    trees.check_structure(jax.tree.map(lambda x: x[0], pairs.vectors), op.structure, "a vector of deflate")
+    known_pairs.check(op, pairs)
     if not np.all(pairs.converged):
         raise SpectraError(
             f"{int(np.sum(~pairs.converged))} of the eigenpairs to deflate have not converged: their values "
@@ -45,35 +37,7 @@ def check(op: LinearOperator, pairs: Any) -> Eigenpairs:
         )
     if len(pairs.values) >= op.size:
         raise SpectraError("deflate holds all eigenpairs: nothing is left to estimate.")
-    gram = np.asarray(jnp.sum(stacks.gram(pairs.vectors, pairs.vectors), axis=0), np.float64)
-    if not np.abs(gram - np.eye(len(gram))).max() <= ORTHONORMAL:  # NaN, too
-        raise SpectraError(
-            "the vectors to deflate are not orthonormal: XᵀX - 1 has an entry of "
-            f"{np.abs(gram - np.eye(len(gram))).max():.1e}. Pass the result of eigsh as it is."
-        )
     return pairs
-
-
-def require_own(op: LinearOperator, pairs: Eigenpairs) -> None:
-    """Raise where the pairs are not those of this operator; of one product, with their sum at random signs.
-
-    Of pairs with residuals r_j, H Σ ± x_j - Σ ± θ_j x_j is Σ |r_j| at most. Pairs of another operator, as of
-    parameters before the last steps of training, are atoms in the wrong place, and what they leave of the
-    outliers is counted once more.
-    """
-    values, residuals = (np.asarray(x, np.float64) for x in (pairs.values, pairs.residuals))
-    if not len(values):
-        return
-    signs = np.random.default_rng(len(values)).choice([-1.0, 1.0], len(values))
-    total, expected = (stacks.combine(jnp.asarray(c), pairs.vectors) for c in (signs, signs * values))
-    off = trees.length(stacks.subtract(multiply(op, total), expected))
-    rounding = CLEAR * op.precision * len(values) ** 0.5 * float(np.abs(values).max())
-    rounding += len(values) * pairs.noise_floor
-    if off > 2 * (float(np.sum(residuals)) + rounding):
-        raise SpectraError(
-            f"the pairs to deflate are not those of this operator: H x - λ x of their sum is {off:.1e}, and "
-            f"their residuals add up to {np.sum(residuals):.1e}. Pass pairs from eigsh of the same operator."
-        )
 
 
 def project_start(layout: Layout, vectors: PyTree, state: LanczosState, batched: bool) -> LanczosState:

@@ -18,7 +18,7 @@ from spectra.base.host import Progress
 from spectra.density import deflation, krylov_space
 from spectra.density.recorder import Recorder
 from spectra.density.run import ProbeRun
-from spectra.krylov import recurrence
+from spectra.krylov import known_pairs, recurrence
 from spectra.krylov.basis import sketch
 from spectra.krylov.layout import Layout
 from spectra.krylov.plan import estimate, place_basis, require_fit
@@ -226,7 +226,7 @@ def _one(
         size, vectors = op.size - len(pairs.values), pairs.vectors
         whole = float(np.max(np.abs(pairs.values), initial=0.0))
         recurrence.check_steps(num_steps, size)
-        deflation.require_own(op, pairs)
+        known_pairs.require_own(op, pairs)
         op, key = DeflatedOperator(op, vectors), beside_pairs(key, len(pairs.values), use=1)
     recorder = None
     if checkpoint is not None:

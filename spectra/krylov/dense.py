@@ -70,19 +70,21 @@ def chosen_pairs(
     chosen = np.sort(wanted.order(values, which)[:k])
     values, vectors = values[chosen], vectors[:, chosen]
     errors = residuals(values, vectors)
+    converged = errors <= max(tol * scale, floor)  # unless pairs that are deflated are rough
     null = bool(np.any(np.abs(values) <= floor))
+    done = Status.CONVERGED if converged.all() else Status.NOT_CONVERGED
     return Eigenpairs(
         values=values,
         vectors=as_tree(op, vectors),
         residuals=errors,
-        converged=errors <= max(tol * scale, floor),
+        converged=converged,
         which=which,
         size=op.size,
         num_matvecs=op.size,
         num_restarts=0,
         missed=0.0,
         noise_floor=floor,
-        status=Status.SINGULAR if which == "SM" and null else Status.CONVERGED,
+        status=Status.SINGULAR if which == "SM" and null else done,
     )
 
 

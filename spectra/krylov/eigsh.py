@@ -14,7 +14,7 @@ from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
 from spectra.base.files import tree_digest
 from spectra.base.trees import PyTree
-from spectra.krylov import wanted
+from spectra.krylov import known_pairs, wanted
 from spectra.krylov.chebyshev import smallest_eigenpairs
 from spectra.krylov.dense import allowed, dense_eigenpairs
 from spectra.krylov.eigen_run import EigenRun
@@ -108,8 +108,9 @@ def eigsh(
         verify: look for missed copies: "auto", True (until the probability is at most 1e-6), or False. Not
             used for "SM", whose block finds them, nor for dense matrices.
         v0: first start vector, a pytree or a flat array; default random. Not for "SM".
-        deflate: known pairs; the operator is restricted to their orthogonal complement. Start vectors are
-            independent of those of the run that found these pairs, even with the same key.
+        deflate: known pairs of this operator, which one product tells; it is restricted to their orthogonal
+            complement. Start vectors are independent of those of the run that found these pairs, even with
+            the same key.
         metric: M of H v = λ M v, positive definite: an operator, up to order 2000, or its diagonal, a pytree
             like the parameters. Vectors are orthonormal in it, v_iᵀ M v_j = δ_ij, and residuals are
             |H v - λ M v| in the norm of M⁻¹. If M is an operator, this takes n products with each, and ten
@@ -135,7 +136,8 @@ def eigsh(
         `spectra.krylov.wanted`).
 
     Raises:
-        SpectraError: k, which or another argument out of range; called inside jit or vmap.
+        SpectraError: k, which or another argument out of range; `deflate` holds pairs of another operator;
+            called inside jit or vmap.
         NonFiniteError: a product is NaN or infinite.
         NotSymmetricError: the operator is not symmetric.
         CheckpointError: the folder holds the checkpoint of another run.
@@ -192,14 +194,16 @@ def eigsh(
                 "eigsh restarts from the host and cannot run inside jit or vmap: call it outside, or use "
                 "lanczos, which can. jax.grad goes through it."
             )
-        fixed, weight, start, known_pairs = still
-        rest: dict[str, Any] = {"v0": start, "deflate": known_pairs, "metric": weight, **limits, **outside}
+        fixed, weight, start, own = still
+        rest: dict[str, Any] = {"v0": start, "deflate": own, "metric": weight, **limits, **outside}
         pairs = eigsh(fixed, k, which=which, key=key, tol=tol, verify=verify, **rest)
         return differentiable(op, metric, pairs)
     if v0 is not None:
         v0 = op.as_vector(v0, "v0")
         check_start(v0)
-    if known:
+    if deflate is not None and known:
+        known_pairs.check(op, deflate)
+        known_pairs.require_own(op, deflate)
         key = beside_pairs(key, known, use=0)
     places = place_basis(op, basis, basis_dtype)
     _check_rows(places[0], which, tol)

@@ -143,7 +143,7 @@ KRYLOV = [
     ),
     fault(
         "pairs of another operator are deflated",
-        "density/deflation.py",
+        "krylov/known_pairs.py",
         "if off > 2 * (float(np.sum(residuals)) + rounding):",
         "if False:",
         "test_deflation.py::test_pairs_of_another_operator_are_refused",
