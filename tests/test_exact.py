@@ -40,6 +40,15 @@ def test_the_status_says_so_and_everything_is_known(report):
     assert "all eigenvalues" in str(report)
 
 
+def test_a_report_lists_the_eigenvalues_that_are_known(report):
+    np.testing.assert_allclose(report.eigenvalues, VALUES, rtol=0, atol=report.noise_floor)
+    values = np.append(np.linspace(0.0, 1.0, 280), [5.0, 9.0, 9.0, 20.0])  # 9 is no simple eigenvalue
+    op = spectra.MatrixOperator(jnp.diag(jnp.asarray(values, jnp.float32)))
+    few = spectra.spectrum(op, key=jax.random.key(0), exact=False, num_steps=30, num_probes=4)
+    np.testing.assert_allclose(few.eigenvalues, [5.0, 20.0], rtol=0, atol=few.noise_floor)
+    assert {round(float(x)) for x in few.outliers} == {5, 9, 20}
+
+
 def test_functions_of_it_are_exact(report):
     found = spectra.trace_of(report, np.square)
     assert found.value == pytest.approx(np.sum(VALUES**2), rel=1e-5)

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -36,6 +36,9 @@ from spectra.results import Density, Estimate, Interval, Quadrature, Result, not
 from spectra.results.base import extreme_text
 from spectra.results.text import agree, between, directed, enclosed, measured, span
 from spectra.runs.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["SpectrumReport", "spectrum"]
 COUNTED = (0.5, 0.1, 0.01)
@@ -76,6 +79,20 @@ class SpectrumReport(Result):
     def status(self) -> Status:
         """The status of the quadrature."""
         return self.quadrature.status
+
+    @property
+    def eigenvalues(self) -> "Float[np.ndarray, ' resolved']":
+        """Eigenvalues that are known to within the noise floor, ascending.
+
+        All n where the status is `EXACT`; otherwise those that are simple and that every probe resolves,
+        which may be none. For chosen ones with their vectors see `eigsh`.
+        """
+        return self.quadrature.resolved
+
+    @property
+    def outliers(self) -> "Float[np.ndarray, ' outliers']":
+        """Mean positions of the eigenvalues that stand alone in the density, ascending; not all are known."""
+        return np.asarray(self.density.outliers, float)
 
     @functools.cached_property
     def effective_rank(self) -> Interval:
