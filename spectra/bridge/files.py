@@ -139,6 +139,9 @@ def _to_jax(key: str, array: np.ndarray, where: str) -> jax.Array:
 def save(folder: Path, document: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Write the two files, the weights first, so that the graph never points to nothing."""
     try:
+        if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+            kind = "a file" if folder.exists() else "a link that leads nowhere"
+            raise BridgeError(f"cannot write {folder}: it is {kind}, and an exported model is a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         weights.write(folder / WEIGHTS, arrays)
         document["weights"] = schema.file_digest(folder / WEIGHTS)

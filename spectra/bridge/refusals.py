@@ -9,7 +9,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -252,7 +252,11 @@ def prepare(module: Any) -> torch.nn.Module:
     if isinstance(module, torch.export.ExportedProgram):
         module = module.module()
     if not isinstance(module, torch.nn.Module):
-        raise BridgeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+        hint = " A state dict holds weights alone: give it to load_state_dict of its module, and pass that."
+        raise BridgeError(
+            f"expected a torch.nn.Module, got {type(module).__name__}."
+            + (hint if isinstance(module, Mapping) else "")
+        )
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     if isinstance(module, torch.jit.ScriptModule):
         raise BridgeError(
@@ -265,6 +269,12 @@ def prepare(module: Any) -> torch.nn.Module:
     if lazy:
         raise BridgeError(
             f"{lazy[:4]} have no shape yet: run the module once on the example, then export it."
+        )
+    empty = [k for k, x in (*module.named_parameters(), *module.named_buffers()) if x.is_meta]
+    if empty:
+        raise BridgeError(
+            f"{empty[:4]} are on the meta device, which holds no numbers: give them memory "
+            '(module.to_empty(device="cpu")) and load the weights, then export the module.'
         )
     return module
 

@@ -436,6 +436,15 @@ def test_damaged_weights_alone(files, tmp_path):
     assert refused > 100
 
 
+def test_what_cannot_be_a_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, kind in (("file", "a file"), ("link", "a link that leads nowhere")):
+        with pytest.raises(BridgeError, match=f"{name}: it is {kind}, and an exported"):
+            bridge.export(torch.nn.Linear(2, 1), torch.ones(3, 2), tmp_path / name)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 @pytest.mark.parametrize("path", ["nothing", "nothing/at/all"])
 def test_missing_folder(tmp_path, path):
     with pytest.raises(BridgeError, match=r"graph\.json"):

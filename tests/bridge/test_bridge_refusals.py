@@ -68,6 +68,8 @@ CASES = {
     "CTC": (_Of(_ctc), X, r"line \d+: return nn.functional.ctc_loss.*optax.ctc_loss"),
     "an object": (_Of(lambda self, x: object()), X, "Return tensors in tuples"),
     "a lazy layer": (nn.LazyLinear(3), X, r"'weight', 'bias'.* no shape yet"),
+    "weights alone": (nn.Linear(4, 2).state_dict(), X, r"got OrderedDict.*load_state_dict of its module"),
+    "no numbers": (nn.BatchNorm1d(4, device="meta"), X, r"'weight', 'bias', 'running_mean'.*meta .*to_empty"),
     "parallel": (nn.DataParallel(nn.Linear(4, 2)), X, "pass its .module"),
 }  # fmt: skip
 
