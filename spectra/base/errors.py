@@ -106,8 +106,9 @@ num_probes the sampling part), or accept the reported width.
     )
     NOT_CONVERGED = (
         "not_converged",
-        "the products allowed ended before every eigenpair met the tolerance",
-        "Raise max_matvecs or num_basis, loosen tol, or use the pairs whose `converged` is true.",
+        "not every eigenpair met the tolerance with the products allowed",
+        "Raise max_matvecs or num_basis, loosen tol, deflate pairs that are accurate to it, or use "
+        "the pairs whose `converged` is true.",
     )
     SINGULAR = (
         "singular",

@@ -236,7 +236,7 @@ _HINTS = {
     "data dependent": _VALUES,
     "dynamic shape": _VALUES,
     "_ctc_loss": (
-        "PyTorch chooses a kernel of CTC by the lengths' values, which a graph cannot: export the network "
+        "What PyTorch computes for CTC has a size that depends on the lengths' values: export the network "
         "without the loss, and compute it in JAX (optax.ctc_loss) from `model.apply(params, inputs)`."
     ),
     "not a known type": "Return tensors in tuples, lists, dictionaries, named tuples or data classes.",

@@ -108,9 +108,9 @@ def eigsh(
         verify: look for missed copies: "auto", True (until the probability is at most 1e-6), or False. Not
             used for "SM", whose block finds them, nor for dense matrices.
         v0: first start vector, a pytree or a flat array; default random. Not for "SM".
-        deflate: known pairs of this operator, which one product checks; it is restricted to their orthogonal
-            complement. Start vectors are independent of those of the run that found these pairs, even with
-            the same key.
+        deflate: known pairs of this operator, as one product verifies; the operator is restricted to their
+            orthogonal complement. Start vectors are independent of those of the run that found these pairs,
+            even with the same key.
         metric: M of H v = λ M v, positive definite: an operator, up to order 2000, or its diagonal, a pytree
             like the parameters. Vectors are orthonormal in it, v_iᵀ M v_j = δ_ij, and residuals are
             |H v - λ M v| in the norm of M⁻¹. If M is an operator, this takes n products with each, and ten

@@ -22,10 +22,11 @@ def check(op: LinearOperator, pairs: Eigenpairs) -> None:
         raise SpectraError(f"deflate has vectors of order {pairs.size}, the operator has {op.size}.")
     trees.check_structure(jax.tree.map(lambda x: x[0], pairs.vectors), op.structure, "a vector of deflate")
     gram = np.asarray(jnp.sum(stacks.gram(pairs.vectors, pairs.vectors), axis=0), np.float64)
-    if not np.abs(gram - np.eye(len(gram))).max() <= ORTHONORMAL:  # NaN, too
+    off = float(np.abs(gram - np.eye(len(gram))).max(initial=0.0))
+    if not off <= ORTHONORMAL:  # NaN, too
         raise SpectraError(
-            "the vectors to deflate are not orthonormal: XᵀX - 1 has an entry of "
-            f"{np.abs(gram - np.eye(len(gram))).max():.1e}. Pass the result of eigsh as it is."
+            f"the vectors to deflate are not orthonormal: XᵀX - 1 has an entry of {off:.1e}. Pass the "
+            "result of eigsh as it is."
         )
 
 

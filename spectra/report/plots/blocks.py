@@ -89,11 +89,13 @@ def plot_blocks(
         plot_density(density, panel, color=color, xscale="linear", kernel=False)  # until the axis is known
         title = _title(name, density.size)
         panel.set_title(title, fontsize=5.5 if given is None else "small", parse_math=False)
-        _set_x(panel, [density] if own_x else densities)
-        panel.set_ylim(min(map(floor, densities)), top_of(densities, band=True, room=4.0))
         if given is None:  # labels are the figure's
             panel.set_xlabel("")
             panel.set_ylabel("")
+    bottom, top = min(map(floor, densities)), top_of(densities, band=True, room=4.0)
+    for panel, density in zip(axes, densities, strict=True):
+        _set_x(panel, [density] if own_x else densities)
+        panel.set_ylim(bottom, top)
     return np.array(axes, object)
 
 
