@@ -17,6 +17,8 @@ from scipy.stats import binom
 from scipy.stats import t as student
 
 import spectra
+from benchmarks.audit.__main__ import STATEMENTS
+from benchmarks.audit.matrices import case
 from spectra.report.spectrum import rank, trace_estimate
 
 N, KEYS = 60, 400
@@ -280,3 +282,22 @@ def test_ranks_hold_while_the_norm_is_in_doubt():
         low, _, high = rank(spectra.slq(op, key=jax.random.key(seed), num_steps=10, num_probes=8), power)
         held.append(low <= np.sum(np.abs(values) ** power) <= high)
     assert np.mean(held) > 0.8
+
+
+def test_the_audit_measures_what_follows_from_a_quadrature(x64):
+    """Two keys of one spectrum: what the audit takes from the package exists there."""
+    measure([statement for statement in STATEMENTS if statement.settings[0] == (12, 2)])
+
+
+@pytest.mark.slow
+def test_the_audit_measures_every_statement(x64):
+    measure(STATEMENTS)
+
+
+def measure(statements):
+    spectrum, keys = case("forty, indefinite"), jax.random.split(jax.random.key(0), 2)
+    for statement in statements:
+        settings = [setting for setting in statement.settings if statement.applies(spectrum, setting)]
+        for setting in settings[:1]:
+            found = statement.measure(spectrum, setting, keys)
+            assert len(found.held(1e-10)) == 2, statement.name

@@ -10,7 +10,8 @@ import spectra
 from benchmarks.audit import left_open
 from benchmarks.audit.matrices import Case
 from benchmarks.audit.statements import BARE, QUADRATURES, Curves, Statement, from_keys
-from spectra.density import smoothing
+from spectra.density.hats import smooth
+from spectra.density.kernels import RELATIVE_WIDTH
 
 NEGLIGIBLE = 1e-9
 """Of the largest density: the kernel is cut off where its mass is as small."""
@@ -100,8 +101,8 @@ def _sampled(
 
 def _under_kernel(found: spectra.Density, nodes: np.ndarray, masses: np.ndarray):
     """A measure under the kernel of a density, and the mean of the squared kernel."""
-    widths = smoothing.RELATIVE_WIDTH * np.hypot(nodes, found.linear_scale)
-    (curve,), square = smoothing._smooth(found.grid, nodes, masses[None], widths)
+    widths = RELATIVE_WIDTH * np.hypot(nodes, found.linear_scale)
+    (curve,), square = smooth(found.grid, nodes, masses[None], widths)
     return curve, square
 
 
