@@ -563,8 +563,11 @@ def test_what_a_problem_prints_is_no_part_of_the_result(options, problem, tmp_pa
         ("import sys\nsys.exit()", r"called sys\.exit\(None\): there is nothing"),
         ("import sys\ndef problem():\n    sys.exit('no data')", r"called sys\.exit\('no data'\)"),
         ("def problem(mesh, rate):\n    return None", "needs several arguments"),
+        ("def problem(*, rate):\n    return None", "needs several arguments, or one by its name"),
+        ("def problem(rate=3, *rest, seed=0, **options):\n    return rate + seed", "returned an int"),
+        ("def problem(**options):\n    return len(options)", "returned an int"),
     ],
-    ids=["at import", "with words", "arguments"],
+    ids=["at import", "with words", "arguments", "by name", "defaults", "options"],
 )
 def test_a_problem_that_ends_the_process_is_no_success(text, message, problem, tmp_path):
     problem.write_text(text)

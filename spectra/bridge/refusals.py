@@ -252,11 +252,14 @@ def prepare(module: Any) -> torch.nn.Module:
     if isinstance(module, torch.export.ExportedProgram):
         module = module.module()
     if not isinstance(module, torch.nn.Module):
-        hint = " A state dict holds weights alone: give it to load_state_dict of its module, and pass that."
-        raise BridgeError(
-            f"expected a torch.nn.Module, got {type(module).__name__}."
-            + (hint if isinstance(module, Mapping) else "")
-        )
+        hint = ""
+        if isinstance(module, type):
+            hint = f" {module.__name__} is a class: pass the module that it makes when it is called."
+        elif isinstance(module, Mapping):
+            hint = (
+                " A state dict holds weights alone: give it to load_state_dict of its module, and pass that."
+            )
+        raise BridgeError(f"expected a torch.nn.Module, got {type(module).__name__}.{hint}")
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     if isinstance(module, torch.jit.ScriptModule):
         raise BridgeError(
@@ -265,6 +268,12 @@ def prepare(module: Any) -> torch.nn.Module:
         )
     if isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
         raise BridgeError(f"{type(module).__name__} spreads a module over devices: pass its .module.")
+    integers = [k for k, part in module.named_modules() if _is_quantized(part)]
+    if integers:
+        raise BridgeError(
+            f"{integers[:4]} are quantized: integers have no derivatives. Pass the float module that was "
+            "quantized, or quantize copies of it."
+        )
     lazy = [k for k, p in module.named_parameters() if torch.nn.parameter.is_lazy(p)]
     if lazy:
         raise BridgeError(
@@ -277,6 +286,11 @@ def prepare(module: Any) -> torch.nn.Module:
             '(module.to_empty(device="cpu")) and load the weights, then export the module.'
         )
     return module
+
+
+def _is_quantized(module: torch.nn.Module) -> bool:
+    parts = type(module).__module__.split(".")
+    return parts[0] == "torch" and "quantized" in parts
 
 
 def explain(error: Exception, module: torch.nn.Module, args: Any, kwargs: Any) -> BridgeError:

@@ -64,6 +64,11 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+_FIXED = (
+    ", which its code treats as a fixed number: x.shape[0] stays free where it reads the size, len(x) and "
+    "int(x.shape[0]) do not"
+)
+
 Axes = tuple[torch.Tensor, tuple[int, ...]]  # a tensor of the example and the axes that may change
 
 
@@ -89,7 +94,7 @@ def trace(module: torch.nn.Module, example_inputs: Any, batch_axis: Any, train: 
     if axes and not document["symbols"]:
         warn_user(
             "the module could only be exported for the example's batch size"
-            + (f": {problem}" if problem else ", which its code treats as a fixed number"),
+            + (f": {problem}" if problem else _FIXED),
             StaticBatchWarning,
         )
 

@@ -44,10 +44,7 @@ class Place(NamedTuple):
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise SpectraError(
-                f"results cannot be written to '{self.folder}' ({error.strerror or error}); nothing has been "
-                "computed yet: choose another folder with --out."
-            ) from error
+            raise _no_place(self.folder, error) from error
 
     def keep(self, result: Any) -> Path:
         """Save the result under a name that no other has."""
@@ -67,6 +64,22 @@ class Place(NamedTuple):
             path = self.folder / (f"{_NAME}.npz" if number == 1 else f"{_NAME}-{number}.npz")
             if not path.exists() and not path.with_suffix(".png").exists():
                 yield path
+
+
+def require_writable(folder: Path) -> None:
+    """Raise before anything is done unless files can be made in a folder, or in the one it would be in."""
+    there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise _no_place(folder, error) from error
+
+
+def _no_place(folder: Path, error: OSError) -> SpectraError:
+    return SpectraError(
+        f"results cannot be written to '{folder}' ({error.strerror or error}); nothing has been computed "
+        "yet: choose another folder with --out."
+    )
 
 
 def require_free(force: bool, *paths: Path) -> None:

@@ -12,8 +12,8 @@ from spectra import bridge
 from spectra.base import host
 from spectra.base.host import is_first
 from spectra.cli.ending import INTERRUPTED, fail, leave
-from spectra.cli.output import Place, Voice, keep, require_free
-from spectra.cli.scripts import call, function_of, kind_of, load_problem
+from spectra.cli.output import Place, Voice, keep, require_free, require_writable
+from spectra.cli.scripts import call, function_of, kind_of, load_problem, require_no_arguments
 from spectra.density.slq import slq
 from spectra.distributed import initialize, make_mesh
 from spectra.report.spectrum import spectrum
@@ -119,12 +119,15 @@ def export_torch(target: str, output: Path, force: bool) -> None:
     if not name or not function:
         raise typer.BadParameter(f"'{target}': pass FILE.py:FUNCTION, the function that builds the module.")
     require_free(force, *(output / name for name in ("graph.json", "weights.safetensors")))
+    require_writable(output)
     how = (
         f"the export is not complete. The same command starts it anew, with --force if '{output}' holds files"
     )
     with _interruptible(how):
         file = Path(name)
-        made = call(file, function_of(file, function, "(module, example_inputs)"))
+        make = function_of(file, function, "(module, example_inputs)")
+        require_no_arguments(file, make)
+        made = call(file, make)
         if not isinstance(made, tuple) or len(made) != 2:
             raise bridge.BridgeError(
                 f"{function}() in '{name}' returned {kind_of(made)}, not (module, example_inputs)."

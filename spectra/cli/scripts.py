@@ -20,20 +20,46 @@ _OURS = frozenset((
     "spectra", "jax", "jaxlib", "flax", "optax", "orbax", "numpy", "scipy", "matplotlib", "mpl_toolkits",
     "safetensors", "threadpoolctl", "tqdm", "typer", "sklearn", "torch", "ml_dtypes", "PIL",
 ))  # fmt: skip
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_IN_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _loaded: set[str] = set()  # names in `sys.modules` of files that were imported here
 
 
 def load_problem(file: Path, mesh: Any = None) -> Problem:
     """The problem of a file, on the mesh if there is one; its function may take the mesh as an argument."""
     make: Callable[..., Any] = function_of(file, "problem", "a spectra.Problem")
-    taken = inspect.signature(make).parameters.values()
-    needed = [one for one in taken if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
-    if sum(one.default is one.empty for one in needed) > 1:
-        raise SpectraError(f"problem() in '{file}' needs several arguments: it is given a mesh, or none.")
-    problem = call(file, make, *([mesh] if taken else []))
+    problem = call(file, make, *_taken(file, make, mesh))
     if not isinstance(problem, Problem):
         raise SpectraError(f"problem() in '{file}' returned {kind_of(problem)}, not a spectra.Problem.")
     return problem if mesh is None else problem.on(mesh)
+
+
+def _taken(file: Path, make: Callable[..., Any], mesh: Any) -> list[Any]:
+    """The arguments for `problem`: the mesh if there is one, or if its only argument has no default."""
+    first, needed = _inputs(make)
+    if any(one is not first for one in needed):
+        raise SpectraError(
+            f"problem() in '{file}' needs several arguments, or one by its name: it is given a mesh, or none."
+        )
+    return [] if first is None or (mesh is None and not needed) else [mesh]
+
+
+def require_no_arguments(file: Path, make: Callable[..., Any]) -> None:
+    """Raise unless a function of the user's can be called without arguments."""
+    needed = [one.name for one in _inputs(make)[1]]
+    if needed:
+        name = getattr(make, "__name__", "the function")
+        raise SpectraError(
+            f"{name}() in '{file}' needs {', '.join(needed)}: it is called without arguments. Give them "
+            "defaults, or name another function that sets them."
+        )
+
+
+def _inputs(make: Callable[..., Any]) -> tuple[inspect.Parameter | None, list[inspect.Parameter]]:
+    """The first parameter that a value in its place goes to, and all that need one."""
+    inputs = inspect.signature(make).parameters.values()
+    first = next((one for one in inputs if one.kind in _IN_PLACE), None)
+    return first, [one for one in inputs if one.default is one.empty and one.kind not in _ANY]
 
 
 def kind_of(value: Any) -> str:

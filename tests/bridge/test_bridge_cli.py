@@ -25,6 +25,10 @@ def only_module():
     return torch.nn.Linear(3, 4)
 
 
+def of_width(width, *, seed):
+    return torch.nn.Linear(3, width), torch.zeros(5, 3)
+
+
 def randomly():
     return torch.nn.Linear(3, 4), (torch.zeros(5, 7),)
 
@@ -80,6 +84,7 @@ def test_export_then_spectrum(file, tmp_path):
         ("{file}:VALUE", r"no function VALUE\(\)"),
         ("{file}:only_module", "returned a Linear"),
         ("{file}:randomly", "the module itself rejects the example"),
+        ("{file}:of_width", r"of_width\(\) in .* needs width, seed: it is called without arguments"),
         ("{folder}/absent.py:small", "no file"),
         ("{folder}/text.txt:small", "not a Python file"),
     ],
@@ -98,6 +103,15 @@ def test_a_file_without_a_function_is_a_wrong_argument(file, tmp_path, target):
     assert done.exit_code == 2
     assert "FILE.py:FUNCTION" in done.output
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/deeper/still"])
+def test_a_path_that_can_be_no_folder_is_named_before_the_module_is_made(file, tmp_path, place):
+    (tmp_path / "taken").write_text("")
+    file.write_text("raise AssertionError")
+    done = invoke("export-torch", f"{file}:small", "-o", tmp_path / place)
+    with pytest.raises(spectra.SpectraError, match=r"cannot be written to .*nothing has been computed"):
+        raise done.exception
 
 
 def test_without_torch(file, tmp_path, monkeypatch):

@@ -70,6 +70,7 @@ CASES = {
     "a lazy layer": (nn.LazyLinear(3), X, r"'weight', 'bias'.* no shape yet"),
     "weights alone": (nn.Linear(4, 2).state_dict(), X, r"got OrderedDict.*load_state_dict of its module"),
     "no numbers": (nn.BatchNorm1d(4, device="meta"), X, r"'weight', 'bias', 'running_mean'.*meta .*to_empty"),
+    "a class": (nn.Tanh, X, "Tanh is a class: pass the module that it makes"),
     "parallel": (nn.DataParallel(nn.Linear(4, 2)), X, "pass its .module"),
 }  # fmt: skip
 
@@ -84,6 +85,13 @@ def test_the_message(name, capfd):
     if name not in ("a branch", "a mask"):
         assert "tensor's values" not in str(caught.value)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings(r"ignore:.*are deprecated")
+def test_quantized_layers_are_named():
+    module = nn.Sequential(nn.Tanh(), torch.ao.nn.quantized.dynamic.Linear(4, 2))
+    with pytest.raises(BridgeError, match=r"'1'.* quantized: .*Pass the float module"):
+        bridge.from_torch(module, X)
 
 
 @pytest.mark.filterwarnings(r"ignore:.*is deprecated")
