@@ -55,6 +55,11 @@ def test_parameter_leaves_that_are_not_real_arrays(leaf, found):
         hessian(lambda p, _: 0.0, {"layer": {"kernel": leaf}, "bias": np.ones(2)})
 
 
+def test_parameters_that_can_be_read_only_once():
+    with pytest.raises(StructureError, match="a generator can be read only once: pass a list"):
+        hessian(lambda p, _: 0.0, (x for x in [jnp.ones(2)]))
+
+
 def half_of_squares(p, _):
     return jnp.sum(p**2) / 2
 
@@ -133,17 +138,32 @@ def test_overflow_in_a_product():
         ({"w": np.ones(5)}, "another structure"),
         ({"w": np.ones(4), "b": np.ones(())}, r"leaf 'w' has shape \(4,\), expected \(5,\)"),
         ({"w": np.ones(5, int), "b": np.ones(())}, "leaf 'w' has dtype int64, expected float32"),
-        (np.ones(7), "another structure"),
+        (np.ones(7), r"another structure.*an array of shape \(7,\).*a flat array of shape \(6,\)"),
+        (np.ones(6) * 1j, "dtype complex.*, and the operator is real"),
         ([np.ones(5), np.ones(())], "another structure"),
     ],
-    ids=["missing leaf", "shape", "integer", "flat of wrong length", "list"],
+    ids=["missing leaf", "shape", "integer", "flat of wrong length", "complex", "list"],
 )
 def test_vectors_that_do_not_match_the_parameters(v, found):
     op = Ridge().operator()
-    with pytest.raises(StructureError, match=f"the vector.*{found}"):
+    with pytest.raises(StructureError, match=f"(?s)the vector.*{found}"):
         op @ v
-    with pytest.raises(StructureError, match=f"v0.*{found}"):
+    with pytest.raises(StructureError, match=f"(?s)v0.*{found}"):
         spectra.lanczos(op, v, 2)
+
+
+def test_complex_columns_are_refused_and_those_of_scipy_multiplied():
+    """A cast would drop their imaginary parts."""
+    op = spectra.MatrixOperator(np.diag([1.0, 2.0, 3.0]))
+    columns = np.ones((3, 2)) * 1j
+    for call in (
+        lambda: op @ columns,
+        lambda: spectra.solve(op, columns),
+        lambda: spectra.solve(op, columns.T),
+    ):
+        with pytest.raises(StructureError, match="complex"):
+            call()
+    np.testing.assert_allclose(op.to_scipy() @ (columns[:, 0] + 1), [1 + 1j, 2 + 2j, 3 + 3j])
 
 
 def test_sums_of_operators_on_other_vectors():

@@ -142,6 +142,12 @@ def test_a_loss_of_another_signature(loss_fn, data, found):
         HessianOperator(loss_fn, PARAMS, data)
 
 
+def test_lists_of_numbers_in_place_of_arrays():
+    with pytest.raises(StructureError, match=r"\.\.\..*make one array of a list, by np.asarray") as caught:
+        HessianOperator(lambda p, batch: jnp.sum(batch[0] @ p), PARAMS, ([[1.0, 2.0]] * 300, [0] * 300))
+    assert len(str(caught.value)) < 900
+
+
 def test_a_model_of_another_signature():
     with pytest.raises(StructureError, match=r"model_fn\(x\) is called as model_fn\(params, inputs\)"):
         spectra.GGNOperator(lambda x: x, lambda f, y: jnp.mean(f - y), PARAMS, (X, X))  # pyright: ignore

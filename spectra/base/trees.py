@@ -3,8 +3,8 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -79,12 +79,15 @@ def not_an_array(path: str, leaf: Any) -> StructureError:
 def check_alive(tree: PyTree, what: str) -> None:
     """Raise a `StructureError` for an array whose memory JAX has given to another.
 
-    Raises one, too, for a dict that JAX cannot take as a tree.
+    Raises one, too, for a dict that JAX cannot take as a tree, and for an iterator.
     """
+    whose = what.removesuffix(" leaf").removesuffix(":")
+    if isinstance(tree, Iterator):
+        kind = type(cast("Any", tree)).__name__
+        raise StructureError(f"{whose}: a {kind} can be read only once: pass a list or a dict of arrays.")
     try:
         leaves = jax.tree.leaves(tree)
     except ValueError as error:
-        whose = what.removesuffix(" leaf").removesuffix(":")
         raise StructureError(
             f"{whose}: JAX sorts the keys of a dict, and cannot ({error}) Use keys of "
             "one type in each dict, all strings or all whole numbers."
@@ -156,13 +159,29 @@ def _vector_structure(treedef: PyTreeDef, kinds: Kinds, widest: jnp.dtype) -> Py
     return structure
 
 
+def as_real(array: Any, what: str, dtype: Any = None) -> jax.Array:
+    """A user's flat vectors as JAX's array; a cast would drop imaginary parts.
+
+    Raises:
+        StructureError: the array is complex.
+    """
+    array = jnp.asarray(array)
+    if jnp.iscomplexobj(array):
+        raise StructureError(
+            f"{what} has dtype {array.dtype}, and the operator is real: apply it to the real part and to the "
+            "imaginary part."
+        )
+    return array if dtype is None else array.astype(dtype)
+
+
 def check_structure(tree: PyTree, structure: PyTree, what: str) -> None:
     """Raise unless `tree` has the structure and shapes of `structure`; names the first difference."""
     got, expected = jax.tree.structure(tree), jax.tree.structure(structure)
     if got != expected:
+        given = f"an array of shape {tree.shape}" if hasattr(tree, "shape") else str(got)
         raise StructureError(
             f"{what} has another structure than the operator.\n  expected: {expected}\n  got:      "
-            f"{got}\nPass a pytree like the parameters, or a flat array of shape (n,)."
+            f"{given}\nPass a pytree like the parameters, or a flat array of shape ({tree_size(structure)},)."
         )
     leaves = zip(jax.tree.leaves_with_path(structure), jax.tree.leaves(tree), strict=True)
     for (path, want), leaf in leaves:

@@ -296,10 +296,10 @@ def stacked(op: LinearOperator, b: PyTree, what: str) -> tuple[PyTree, bool, Cal
     structure = op.structure
     shape, own = getattr(b, "shape", None), getattr(op.like, "shape", None)
     if op.is_matrix(b):
-        rows = jax.vmap(lambda row: trees.unravel(row, structure))(jnp.asarray(b, op.dtype).T)
+        rows = jax.vmap(lambda row: trees.unravel(row, structure))(trees.as_real(b, what, op.dtype).T)
         return rows, True, lambda x: jax.vmap(trees.ravel)(x).T
     if own is None and shape is not None and len(shape) == 2 and shape[0] and shape[1] == op.size:
-        rows = jax.vmap(lambda row: trees.unravel(row, structure))(jnp.asarray(b, op.dtype))
+        rows = jax.vmap(lambda row: trees.unravel(row, structure))(trees.as_real(b, what, op.dtype))
         return rows, True, jax.vmap(trees.ravel)
     if (count := _common_axis(b, structure)) is not None:
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), structure)

@@ -205,11 +205,18 @@ def _line(error: Exception) -> str:
 
 def _hint(batch: PyTree) -> str:
     items = list(cast("list[Any]", batch)) if isinstance(batch, (tuple, list)) else []
+    if any(_are_numbers(item) for item in items):
+        return " Each number in a list is an array of its own: make one array of a list, by np.asarray."
     if len(items) > 1 and not are_arrays(items):
         return " A tuple is one batch: for a stream of batches pass a list."
     if hasattr(cast("Any", batch), "shape"):
         return " A list is a stream of batches: for one batch of several arrays pass a tuple."
     return ""
+
+
+def _are_numbers(item: Any) -> bool:
+    leaves = jax.tree.leaves(cast("list[Any]", item)) if isinstance(item, list) else []
+    return bool(leaves) and all(np.ndim(x) == 0 for x in leaves)
 
 
 def open_data(

@@ -216,7 +216,7 @@ class LinearOperator(abc.ABC):
         """`v`, a pytree or a flat array of shape (n,), as a pytree in the working dtypes."""
         structure, v = self.structure, meshes.on_automatic_axes(v)
         if self.is_flat(v):
-            v = trees.unravel(jnp.asarray(v), structure)
+            v = trees.unravel(trees.as_real(v, what), structure)
         trees.check_structure(v, structure, what)
         return trees.cast_like(v, structure)
 
@@ -233,7 +233,7 @@ class LinearOperator(abc.ABC):
         if not trees.is_traced((self, v)):
             self.require_finite()
         if self.is_matrix(v):
-            return self._checked(call("matrix_product", self, jnp.asarray(v)))
+            return self._checked(call("matrix_product", self, trees.as_real(v, "the matrix")))
         vector = self.as_vector(v)
         if self.on_host:
             result = self._checked(self.mv(vector))
@@ -398,7 +398,9 @@ class LinearOperator(abc.ABC):
         op = self.prepare()
         dtype = np.dtype(self.dtype)
 
-        def matvec(x: np.ndarray) -> np.ndarray:
+        def matvec(x: "np.ndarray[Any, np.dtype[Any]]") -> np.ndarray:
+            if np.iscomplexobj(x):  # of a solver for matrices that are not symmetric
+                return matvec(np.real(x)) + 1j * matvec(np.imag(x))
             with calls.own_rules():
                 return np.asarray(op @ jnp.asarray(np.ravel(x), dtype))
 

@@ -5,6 +5,7 @@ random key, the edges of a graph). The axis is needed only where a batch is cut 
 a batch that is used whole may hold leaves of any shape.
 """
 
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -192,9 +193,12 @@ def rows(batch: PyTree, start: int, stop: int, shared: Shared = None) -> PyTree:
 
 
 def describe(batch: PyTree) -> str:
-    """The structure of a batch with dtypes and shapes in place of its arrays."""
+    """The structure of a batch with dtypes and shapes in place of its arrays; of long lists the first few."""
     shapes = jax.tree.map(lambda x: _Shape(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"), batch)
-    return repr(shapes)
+    short = reprlib.Repr()
+    short.maxlist = short.maxtuple = 8
+    short.maxdict, short.maxother = 40, 1000
+    return short.repr(shapes)
 
 
 class _Shape(str):

@@ -202,7 +202,7 @@ class JacobianOperator(OnParameters):
                 "a Jacobian multiplies vectors: J.gram() and J.cogram() are its products with its transpose."
             )
         if domain.is_matrix(v):
-            columns = jnp.asarray(v, self.dtype).T
+            columns = trees.as_real(v, "the matrix", self.dtype).T
             if self.batches is not None:
                 return self._checked(jax.vmap(lambda x: _flat(self, x))(columns)).T
             return self._checked(lax.map(lambda x: _flat_product(self, x), columns, batch_size=ROWS)).T

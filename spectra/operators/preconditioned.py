@@ -166,7 +166,8 @@ def _diagonal(state: PyTree, op: LinearOperator) -> list[jax.Array] | None:
     if leaf_paths(state) != leaf_paths(op.like) or not all(map(trees.is_array, leaves)):
         return None
     for path, leaf in zip(leaf_paths(state), leaves, strict=True):
-        if not trees.is_traced(leaf) and not np.all(np.asarray(leaf) > 0):
+        # NumPy compares complex numbers by their real parts first.
+        if jnp.iscomplexobj(leaf) or (not trees.is_traced(leaf) and not np.all(np.asarray(leaf) > 0)):
             raise SpectraError(f"P of '{path}' is not positive everywhere, so it has no square root.")
     return matching(by_name(state), op, "diagonal")
 
