@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +115,9 @@ class TorchModel:
 
     def _check_params(self, params: Mapping[str, jax.Array]) -> None:
         known = {**self.params, **self.frozen}
+        if not isinstance(params, Mapping):
+            kind = type(cast("Any", params)).__name__
+            raise BridgeError(f"params is a {kind}: pass a mapping of names to arrays, like .params, first")
         if not set(self.params) <= set(params) <= set(known):
             missing = sorted(set(self.params) - set(params))
             unexpected = sorted(set(params) - set(known))
@@ -146,6 +149,12 @@ def as_jax(value: Any) -> jax.Array:
     return value if isinstance(value, jax.Array) else jnp.asarray(to_numpy(value))
 
 
+def _text(shape: tuple[int | str, ...]) -> str:
+    """A shape in words: sizes that are free have names of PyTorch's, which say nothing."""
+    sizes = ["any" if isinstance(size, str) else str(size) for size in shape]
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
 def _bind_one(
     spec: Input, value: Any, sizes: dict[str, tuple[int, str]], symbols: dict[str, int]
 ) -> jax.Array:
@@ -154,7 +163,7 @@ def _bind_one(
     if category(array.dtype) != category(dtype):
         raise BridgeError(f"input {spec.name} must be {spec.dtype}, got {array.dtype}")
     if array.ndim != len(spec.shape):
-        raise BridgeError(f"input {spec.name} must have shape {spec.shape}, got {array.shape}")
+        raise BridgeError(f"input {spec.name} must have shape {_text(spec.shape)}, got {array.shape}")
     for axis, (expected, size) in enumerate(zip(spec.shape, array.shape, strict=True)):
         if isinstance(expected, str):
             known, place = sizes.setdefault(expected, (size, f"input {spec.name}"))
@@ -169,7 +178,8 @@ def _bind_one(
                 else " (the module could only be exported for the example's sizes: export it again "
                 "with an example of this size)"
             )
-            raise BridgeError(f"input {spec.name} must have shape {spec.shape}, got {array.shape}{advice}")
+            wanted = _text(spec.shape)
+            raise BridgeError(f"input {spec.name} must have shape {wanted}, got {array.shape}{advice}")
     # Integers are brought to the exported width; floats keep theirs, so that a float32 export can
     # be evaluated on float64 parameters and inputs.
     return array.astype(dtype) if category(dtype) < 2 else array

@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,12 @@ class Loss:
     def outputs(self, params: Mapping[str, jax.Array], inputs: Any) -> jax.Array:
         """Return the array that the loss takes: the `model_fn` of a Gauss-Newton or Fisher operator."""
         args, kwargs = self._arguments(inputs)
+        taken = len(self.model.graph.input_tree["items"][0]["items"])
+        if self.name is None and len(args) > max(taken, 1):
+            raise BridgeError(
+                f"a loss without a name is the model's own output, and the model takes {taken} of the "
+                f"{len(args)} arrays in the batch: name a loss, as in make_loss(model, 'cross_entropy')"
+            )
         default = "loss" if self.name is None else "logits"
         return _pick(self.model.apply(params, *args, **kwargs), self.output, default)
 
@@ -205,6 +211,9 @@ def make_loss(
         >>> loss(model.params, (jnp.ones((5, 3)), jnp.zeros(5, int))).shape
         ()
     """
+    if not isinstance(model, TorchModel):
+        kind = type(cast("Any", model)).__name__
+        raise BridgeError(f"model is a {kind}: pass what from_torch(module, example_inputs) returns")
     if name is None:
         if options:
             raise BridgeError(
@@ -233,6 +242,8 @@ def _named(loss: Any) -> tuple[str, dict[str, Any]]:
             raise BridgeError("a loss made by functools.partial may fix options by name only")
         name, own = _named(loss.func)
         return name, {**own, **_current(loss.keywords)}
+    if isinstance(loss, type):
+        raise BridgeError(f"{loss.__name__} is a class: pass the loss that it makes, {loss.__name__}(...)")
     kind = type(loss)
     from_torch = str(getattr(loss, "__module__", "")).partition(".")[0] == "torch"
     if from_torch and kind.__name__ in MODULES:

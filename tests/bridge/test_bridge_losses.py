@@ -203,6 +203,13 @@ def test_unknown_losses():
     _, model = _classifier()
     with pytest.raises(BridgeError, match="unknown loss"):
         bridge.make_loss(model, "hinge")
+    with pytest.raises(BridgeError, match=r"a class: .*MSELoss\(\.\.\.\)"):
+        bridge.make_loss(model, nn.MSELoss)
+    for first in ("mse_loss", nn.Linear(4, 3)):
+        with pytest.raises(BridgeError, match=r"model is a (str|Linear): pass what from_torch"):
+            bridge.make_loss(first, model)  # type: ignore[arg-type]
+    with pytest.raises(BridgeError, match="takes 1 of the 2 arrays in the batch: name a loss"):
+        bridge.make_loss(model)(model.params, (jnp.ones((2, 4)), jnp.ones((2, 3))))
     with pytest.raises(BridgeError, match="scalar"):
         bridge.make_loss(model, "mse_loss", reduction="none")
 

@@ -87,6 +87,7 @@ def test_matmul_precision_is_the_callers(mlp):
         ((jnp.ones((2, 4), int),), "float32"),
         ((), "length 1"),
         ((jnp.ones((2, 4)), 1), "length 1"),
+        ((jnp.ones((2, 5)),), r"shape \(any, 4\), got \(2, 5\)"),
     ],
 )
 def test_wrong_inputs(mlp, inputs, message):
@@ -95,6 +96,8 @@ def test_wrong_inputs(mlp, inputs, message):
 
 
 def test_wrong_params(mlp):
+    with pytest.raises(BridgeError, match=r"params is a .*Array.*like \.params, first"):
+        mlp.apply(jnp.ones((2, 4)))
     with pytest.raises(BridgeError, match="missing"):
         mlp.apply({}, jnp.ones((2, 4)))
     with pytest.raises(BridgeError, match="shape"):
