@@ -22,6 +22,7 @@ from spectra import Status
 from spectra.density.smoothing import default_points, smoothed
 from spectra.report.plots import gallery
 from spectra.report.plots.history import in_colour
+from spectra.report.plots.style import wrapped
 from spectra.report.sections import sections
 
 # Root mean square of the differences of all pixels, from 0 to 255. On these pictures outlier ticks in another
@@ -491,6 +492,11 @@ def test_more_than_twenty_blocks_are_rows_of_colours():
     assert panels[0].get_title() == "layer_0, n = 500"
     (long,) = spectra.plot_blocks({"encoder.layers.0.self_attention": results["layer_0"]})
     assert long.get_title() == "encoder.layers.0.self_attention,\nn = 500"
+    name = "encoder.transformer.layers.0.self_attention.query_key_value"
+    assert wrapped(f"{name}, of 16", 34) == (
+        "encoder.transformer.layers.0.\nself_attention.query_key_value,\nof 16"
+    )
+    assert wrapped(f"{name}/bias", 52) == f"{name[:44]}\n{name[44:]}/bias"
     assert not panels[0].get_shared_x_axes().joined(panels[0], panels[1])
     assert len(spectra.plot_blocks(dict(list(results.items())[:3]), heat_map=True)) == 1
 

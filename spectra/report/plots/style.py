@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -148,9 +149,14 @@ def _legend_width(labels: list[str], columns: int) -> int:
 
 
 def wrapped(name: str, width: int) -> str:
-    """A long name of a parameter in lines that end with a stroke where there is one."""
-    lines = textwrap.wrap(name.replace("/", "/ "), width, break_long_words=len(name) > 2 * width)
-    return "\n".join(lines).replace("/ ", "/") if len(name) > width else name
+    """A long name of a parameter in lines that end with a stroke, or a dot where a line is too short."""
+    if len(name) <= width:
+        return name
+    long = rf"[^\s/]{{{width},}}"
+    places = re.sub(long, lambda word: re.sub(r"\.(?=[^\W\d])", ".\x00 ", word[0]), name)
+    places = places.replace("/", "/\x00 ")
+    lines = textwrap.wrap(places, width, break_long_words=len(name) > 2 * width)
+    return "\n".join(lines).replace("\x00 ", "").replace("\x00", "")
 
 
 def shades(count: int) -> list[str]:
