@@ -202,6 +202,8 @@ def test_what_ends_while_it_is_first_looked_at_is_refused():
     for passes in range(2, 6):
         refuse(Loader(lambda i, n=passes: ridge.parts(5) if i < n else []), "gives no|ended after 0")
     refuse(lambda: 1, "data is a function that returned int")
+    refuse(lambda: {"x": np.ones(3)}, "data is a function that returned dict")
+    refuse(lambda name: [name], "a function that needs arguments, .*lambda: batches")
 
 
 def test_the_probe_can_be_switched_off():

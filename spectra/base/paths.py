@@ -214,5 +214,5 @@ def _predicate(select: Select) -> Callable[[str], Any]:
         return select
     raise StructureError(
         f"select is a {type(select).__name__}; pass a glob such as 'Dense_0/*', a compiled regular "
-        "expression, or a function of the path."
+        "expression (re.compile('a|b') for several names), or a function of the path."
     )

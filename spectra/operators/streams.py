@@ -6,6 +6,7 @@ of a model on a stream are those of all its batches, one after another along the
 """
 
 import dataclasses
+import inspect
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,13 +43,29 @@ def are_arrays(items: list[Any]) -> bool:
     return bool(items) and (len({jax.tree.structure(x) for x in items}) > 1 or hasattr(items[0], "shape"))
 
 
+def _takes_nothing(source: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(source).bind()
+    except TypeError:
+        return False
+    except ValueError:  # of C, without a signature
+        pass
+    return True
+
+
 def _iterator(source: Any) -> Iterator[PyTree]:
     """A fresh pass over a source."""
-    batches: Any = source() if callable(source) else source
-    if callable(source) and not hasattr(batches, "__iter__"):
+    if callable(source) and not _takes_nothing(source):
         raise DataError(
-            f"data is a function that returned {type(batches).__name__}: a function is a source of batches, "
-            "and returns a fresh iterator over them, as a generator function does."
+            "data is a function that needs arguments, and a source of batches is called without any: pass "
+            "lambda: batches(...), which gives them."
+        )
+    batches: Any = source() if callable(source) else source
+    if callable(source) and (not hasattr(batches, "__iter__") or isinstance(batches, (Mapping, str))):
+        kind = type(cast("Any", batches)).__name__
+        raise DataError(
+            f"data is a function that returned {kind}: a function is a source of batches, and returns a "
+            "fresh iterator over them, as a generator function does."
         )
     return iter(batches)
 
