@@ -66,6 +66,7 @@ def test_a_matrix_of_zeros_is_zero():
     op = spectra.MatrixOperator(jnp.zeros((20, 20)))
     report = spectra.spectrum(op, key=KEY, num_steps=3, num_probes=2)
     assert report.noise_floor == report.trace.stderr == report.largest.upper == 0
+    assert "-0" not in str(report)
     assert spectra.trace(op, key=KEY, num_matvecs=6).stderr == 0
     assert spectra.eigsh(op, 1, key=KEY).noise_floor == 0
 

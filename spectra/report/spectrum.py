@@ -124,6 +124,10 @@ class SpectrumReport(Result):
         seconds = self.provenance.get("seconds")
         if seconds is not None:
             settings += f", {seconds:.1f} s"
+        below, floor = "0", "0: all products are zero, which has nothing to round"
+        if self.noise_floor:
+            below = f"-{self.noise_floor:.1e}"
+            floor = f"{self.noise_floor:.1e}: smaller |λ| are not resolved by {self._precision()} products"
         return [
             ("parameters", f"{q.size:,}"),
             ("Lanczos", settings),
@@ -131,16 +135,10 @@ class SpectrumReport(Result):
             ("smallest eigenvalue", extreme_text(self.smallest, 0, self.level)),
             ("trace", measured(self.trace.value, self.trace.stderr)),
             *self._sharp_rows(),
-            (
-                "negative eigenvalues",
-                share_text(self.negative) + f" of all (λ < -{self.noise_floor:.1e})",
-            ),
+            ("negative eigenvalues", share_text(self.negative) + f" of all (λ < {below})"),
             ("near zero", share_text(self.near_zero) + f" of all (|λ| <= {self.zero_tol:g} |H|)"),
             ("effective condition number", condition_text(self.condition, "at least ")),
-            (
-                "noise floor",
-                f"{self.noise_floor:.1e}: smaller |λ| are not resolved by {self._precision()} products",
-            ),
+            ("noise floor", floor),
             ("CDF in doubt", f"{100 * q.band_width():.2g} % on average over the range (95 % band)"),
             ("status", str(q.status)),
         ]
