@@ -38,9 +38,14 @@ ROUGH = 4.0
 """Asymmetry, in units of the stated precision of products, from which their rounding is measured: a loss that
 subtracts what is nearly equal, as that of a classifier which is sure of its examples, loses far more than
 its asymmetry in a few steps shows."""
-ASSUMED = 16.0
-"""Rounding of a loss's products that is not measured, in the same units: eigenvalues of classifiers whose
-products are as symmetric as stated were up to 38 of these off, against 4 times a floor of 4 without this."""
+ASSUMED = 256.0
+"""Rounding of a loss's products that is not measured, in the same units, of which bounds allow four times as
+much. Of 3,400 snapshots of small classifiers (tanh, ReLU and GELU networks of 1 to 9 hidden layers, a CNN, a
+transformer block; untrained to a loss of 1e-4) whose products are as symmetric as stated, an eigenvalue was
+up to 454 of these off, deep networks being rounded most: by more than 64 in 10 % of those of the transformer
+block."""
+COARSE = 1e-3
+"""Share of |H| above which rounding is measured, too, and not assumed: as of a network in bfloat16."""
 SAME_RUN = 0.01
 """By which numbers of one step differ at most where a run goes on: sums in another order change a loss by
 less, also after some hundred steps."""
@@ -102,7 +107,7 @@ class SpectrumTracker:
     Cost: num_steps num_probes + about 2 k products per snapshot, each 1 to 2 gradients of the loss over
     the data of the operator, so use a fixed subset of a large data set. Seven more measure rounding where
     products contradict symmetry by more than their precision explains, as in float32 for a classifier that is
-    sure of its examples.
+    sure of its examples, and where the network computes in less than float32.
     `tracker.history.cost` is the measured share of training time.
 
     References:
@@ -265,8 +270,10 @@ class SpectrumTracker:
         quadrature = slq(op, key=self.key, num_steps=min(self.num_steps, op.size), num_probes=self.num_probes)
         if is_measured(whole) and any(quadrature.range):
             rough = float(np.max(quadrature.asymmetry)) > ROUGH * quadrature.precision
-            rounding = relative_change(whole) if rough else ASSUMED * quadrature.precision
-            quadrature = dataclasses.replace(quadrature, rounding=max(rounding, quadrature.rounding))
+            assumed = ASSUMED * quadrature.precision
+            least = max(quadrature.rounding, assumed if assumed <= COARSE else 0.0)
+            rounding = relative_change(whole) if rough or assumed > COARSE else 0.0
+            quadrature = dataclasses.replace(quadrature, rounding=max(least, rounding))
         pairs, products = self._leading(op, step, quadrature)
         largest, value = extreme(quadrature, -1), float(pairs.values[-1])
         if value > largest.estimate:  # a Rayleigh quotient too: it raises the bound, not the limit

@@ -1071,9 +1071,23 @@ DENSITY = [
     fault(
         "what a loss rounds is what asymmetry shows of it",
         "training/tracker.py",
-        "if rough else ASSUMED * quadrature.precision",
-        "if rough else 0.0",
+        "assumed if assumed <= COARSE else 0.0",
+        "0.0",
         "test_tracker.py::test_bounds_hold_where_asymmetry_does_not_show_what_a_loss_rounds",
+    ),
+    fault(
+        "rounding of bfloat16 is assumed to be as many of its units as that of float32",
+        "training/tracker.py",
+        "COARSE = 1e-3",
+        "COARSE = 1e3",
+        "test_tracker.py::test_rounding_is_measured_of_a_network_in_bfloat16",
+    ),
+    fault(
+        "a deep network rounds as much as a shallow one",
+        "training/tracker.py",
+        "ASSUMED = 256.0",
+        "ASSUMED = 16.0",
+        "test_tracker.py::test_bounds_hold_of_a_deep_network_whose_products_are_symmetric",
     ),
     fault(
         "a history is continued by any run",
