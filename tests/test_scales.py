@@ -119,3 +119,16 @@ def test_a_start_vector_of_any_size(size):
     np.testing.assert_allclose(got.alpha[0], expected.alpha[0], rtol=10 * N * 1.2e-7)
     pairs = spectra.eigsh(op, 1, which="LA", key=KEY, v0=size * start)
     assert pairs.values[0] == pytest.approx(3.0, rel=1e-5)  # `tol`
+
+
+@pytest.mark.parametrize("scale", [2.0**-530, 2.0**530])
+def test_residuals_of_eigenpairs_whose_squares_are_no_numbers(x64, scale):
+    """At 1e-160 the residuals were zero, and four wrong values had converged."""
+    entries = np.linspace(-1, 2, 30)
+    expected, found = (
+        spectra.eigsh(spectra.DiagonalOperator(jnp.asarray(c * entries)), 4, which="LM", key=KEY)
+        for c in (1.0, scale)
+    )
+    np.testing.assert_allclose(found.values / scale, expected.values, rtol=1e-12)
+    np.testing.assert_allclose(found.residuals / scale, expected.residuals, rtol=1e-3, atol=1e-12)
+    assert np.abs(found.values / scale - entries[-4:]).max() <= np.max(found.residuals) / scale

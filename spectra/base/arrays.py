@@ -84,6 +84,16 @@ def norm(x: jax.Array) -> jax.Array:
     return jnp.linalg.norm(x)
 
 
+def norms(x: np.ndarray, axis: int) -> np.ndarray:
+    """Euclidean norms along an axis, on the host, whose squares neither under- nor overflow.
+
+    The unit is a power of two, so that other exponents change no digit.
+    """
+    largest = np.max(np.abs(x), axis=axis, keepdims=True, initial=0.0)
+    power = np.frexp(np.where(np.isfinite(largest), largest, 1.0))[1]
+    return np.ldexp(np.linalg.norm(np.ldexp(x, -power), axis=axis), np.squeeze(power, axis))
+
+
 def root(x: Any, xp: Any = jnp) -> Any:
     """The square root, with the derivative zero at zero: JAX's is infinite there, and NaN times zero."""
     if xp is np:

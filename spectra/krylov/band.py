@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import programs, trees
+from spectra.base import arrays, programs, trees
 from spectra.base.errors import NonFiniteError, NotSymmetricError
 from spectra.base.host import one_thread
 from spectra.base.trees import PyTree
@@ -285,7 +285,7 @@ class Band:
         residual = columns @ vectors
         residual[rows] -= theta * vectors
         coupling = columns[self.pending] @ vectors
-        return theta, vectors, coupling, np.linalg.norm(residual, axis=0)
+        return theta, vectors, coupling, arrays.norms(residual, axis=0)
 
     def _separate(self, theta: np.ndarray, vectors: np.ndarray, pending: np.ndarray) -> None:
         """Within each group of equal Ritz values, turn the vectors so that the converged ones come first.
@@ -303,7 +303,7 @@ class Band:
         """|H v - λ v| of the processed rows as they are, with these values."""
         columns = self.coefficients[:, self.processed].copy()
         columns[self.processed, range(len(values))] -= values
-        return np.linalg.norm(columns, axis=0)
+        return arrays.norms(columns, axis=0)
 
     @one_thread()
     def restart(self, vectors: np.ndarray, rows: list[int] | None = None) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import host, programs, stacks, trees
+from spectra.base import arrays, host, programs, stacks, trees
 from spectra.base.errors import Status
 from spectra.base.host import one_thread
 from spectra.krylov import wanted
@@ -48,7 +48,7 @@ def dense_eigenpairs(
     floor = max(op.precision, np.sqrt(n) * np.finfo(float).eps) * np.sqrt(n) * float(np.abs(values).max())
 
     def residuals(values: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-        return np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
+        return arrays.norms(matrix @ vectors - vectors * values, axis=0)
 
     pairs = chosen_pairs(op, k, which, tol, values, vectors, residuals, floor)
     images = mixtures(k) @ pairs.matrix().T.astype(np.float64) @ matrix
@@ -147,14 +147,14 @@ def solution(
     gap = float(np.min(np.abs(values[~zero]), initial=scale))
     turned = 4 * error / gap
     slack = max(tol, turned) if turned < CLEAR else tol
-    sizes = np.linalg.norm(rows, axis=1)
-    outside = np.linalg.norm(coefficients[:, zero], axis=1)
+    sizes = arrays.norms(rows, axis=1)
+    outside = arrays.norms(coefficients[:, zero], axis=1)
     singular = outside > slack * sizes
     inverse = np.where(zero, 0, 1 / np.where(zero, 1, values))
     x = _as_stack(op, (coefficients * inverse) @ vectors.T)
     kept = np.asarray(_as_rows(x), np.float64)  # as it was rounded
-    residual = np.linalg.norm(rows - kept @ matrix, axis=1)
-    sizes_x = np.linalg.norm(kept, axis=1)
+    residual = arrays.norms(rows - kept @ matrix, axis=1)
+    sizes_x = arrays.norms(kept, axis=1)
     rounding = known_rounding(op, b, x, residual, scale * sizes_x)
     rounding = error * sizes_x if rounding is None else rounding
     least, source = float(np.abs(values).min()) - error, "the eigenvalues of the matrix"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import draws, programs, stacks, trees
+from spectra.base import arrays, draws, programs, stacks, trees
 from spectra.base.errors import Status
 from spectra.base.host import Progress
 from spectra.base.trees import PyTree
@@ -137,7 +137,7 @@ class EigenRun:
             if len(band.processed):
                 theta, vectors, coupling, _ = band.ritz()
                 best = wanted.order(theta, self.which)
-                error = np.linalg.norm(coupling[:, best[: self.k]], axis=0)
+                error = arrays.norms(coupling[:, best[: self.k]], axis=0)
                 open_ = error > self.aim
                 self.converged = bool(len(best) >= self.k and not open_.any())
                 self._note(error)
@@ -155,7 +155,7 @@ class EigenRun:
                 continue
             self.row = band.pending[-1]
             if len(best):
-                weight = np.linalg.norm(coupling[:, best[: self.k]][:, open_], axis=1)
+                weight = arrays.norms(coupling[:, best[: self.k]][:, open_], axis=1)
                 self.row = band.pending[int(np.argmax(weight))] if open_.any() else self.row
             chunk = min(room, self._chunk(len(best)), self.budget - band.num_matvecs)
             self.goal = band.num_matvecs + chunk
