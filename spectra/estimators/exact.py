@@ -14,7 +14,7 @@ from spectra.base import arrays, programs, trees
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.run import Run
-from spectra.krylov.product_rounding import KEY, SAMPLES, change_along, is_measured, multiply
+from spectra.krylov.product_rounding import KEY, SAMPLES, is_measured
 from spectra.operators.base import LinearOperator
 from spectra.operators.doubled import doubled
 from spectra.operators.jaxprs import outside_loops
@@ -152,34 +152,6 @@ def of_little(run: Run, found: Estimate, measure: Callable[[PyTree, PyTree, PyTr
     with np.errstate(divide="ignore", invalid="ignore"):
         dof = float(np.nanmin((spread + rounding) ** 2 / terms, initial=np.inf))
     return dataclasses.replace(found, stderr=stderr, dof=dof if np.isfinite(dof) else None)
-
-
-def relative_change(op: LinearOperator) -> float:
-    """What rounding does to products, in units of |H|: an eigenvalue moves by |H' - H| at most (Weyl).
-
-    That norm is followed from u = H H v, v of random signs, near dominant eigenvectors (see `change_along`).
-    Where there are no products in float64, it is what |(H' - H) u| / |H u| of one more moved operator stays
-    below at 95 %: Student's t with the root mean square of `SAMPLES` of them. 0 where the operator does not
-    say what it depends on.
-    """
-    key = jax.random.key(KEY)
-    if not is_measured(op):
-        return 0.0
-    here = op.prepare()
-    vector = jax.tree.map(lambda x: x[0], blocks.draw(op, key, np.arange(1), "rademacher"))
-    for _ in range(2):
-        vector = multiply(here, _in_unit(vector))
-    size = trees.length(vector := _in_unit(vector))
-    if not size:
-        return 0.0
-    image = multiply(here, vector := trees.scale(1 / size, vector))
-    norm = trees.length(image)
-    return change_along(op, here, vector, image) / norm if norm > 0 else 0.0
-
-
-@programs.jit
-def _in_unit(vector: PyTree) -> PyTree:
-    return trees.scale(1 / trees.power_of_two(trees.largest(vector)), vector)
 
 
 def root_mean_square(samples: list[Any]) -> Any:

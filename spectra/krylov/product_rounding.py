@@ -5,6 +5,7 @@ it depends on moved by one rounding (`LinearOperator.moved`).
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -68,19 +69,29 @@ def change_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> float:
     return limit([_change(op, i, v, image) for i in range(SAMPLES)])
 
 
-def change_along(op: LinearOperator, here: LinearOperator, v: PyTree, image: PyTree) -> float:
+def change_along(
+    op: LinearOperator,
+    here: LinearOperator,
+    v: PyTree,
+    image: PyTree,
+    keep: Callable[[PyTree], PyTree] | None = None,
+) -> float:
     """What rounding does to products with unit vectors; `v` is one, and H v given as `image`.
 
     Where products are known in float64 their differences E are followed as in a power iteration, from v to
     E v and E E v: rounding may do more to other directions than to those in which H is large, and an
-    eigenvalue moves by |E|. Elsewhere it is `change_of_product`. `here` is `op`, prepared.
+    eigenvalue moves by |E|. Elsewhere it is `change_of_product`. `here` is `op`, prepared. What counts of
+    each product is what the projection `keep` leaves of it: of a block its own numbers.
     """
     exact = doubled(op)
     if exact is None:
-        return change_of_product(op, v, image)
+        return limit([_change(op, i, v, image, keep) for i in range(SAMPLES)])
     largest = 0.0
     for left in reversed(range(EXPLORED)):
         size, v = exact.change(v, image)
+        if keep is not None:
+            share = trees.length(v := keep(v))
+            size, v = size * share, trees.scale(1 / (share or 1.0), v)
         largest = max(largest, size)
         if not (left and size):
             break
@@ -121,10 +132,13 @@ def error_of_matrix(op: LinearOperator, matrix: np.ndarray, unrounded: Unrounded
     return float(np.sqrt(UNSEEN * np.sqrt(n) * largest))
 
 
-def _change(op: LinearOperator, i: int, v: PyTree, image: PyTree) -> float:
+def _change(
+    op: LinearOperator, i: int, v: PyTree, image: PyTree, keep: Callable[[PyTree], PyTree] | None = None
+) -> float:
     other = op.moved(jax.random.fold_in(jax.random.key(KEY), i))
     assert other is not None
-    return float(_distance(multiply(other.prepare(), v), image))
+    there = multiply(other.prepare(), v)
+    return float(_distance(*((there, image) if keep is None else map(keep, (there, image)))))
 
 
 def limit(changes: list[float] | np.ndarray, outside: float = 0.05) -> float:

@@ -1,5 +1,6 @@
 """A table of the blocks of an operator: extremes, trace, condition and signs of each, with their errors."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from spectra.base.errors import SpectraError
 from spectra.density import deflation as dense
 from spectra.density.extremes import LEVEL, condition, extreme
 from spectra.density.slq import slq
+from spectra.estimators.floors import relative_changes
 from spectra.krylov.matrices import matrices_of
 from spectra.models.problem import Problem
 from spectra.operators.base import LinearOperator, require_operator
@@ -85,7 +87,9 @@ def summary(
     Raises:
         SpectraError: as `slq`; or no key for an operator.
 
-    Cost: at most num_steps x num_probes products per block, as `slq`, and n for a small one.
+    Cost: at most num_steps x num_probes products per block, as `slq`, and n for a small one. Where the
+    operator says what it depends on, as that of a loss does, seven of the whole more per block measure its
+    rounding.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra
@@ -119,6 +123,9 @@ def summary(
     large = {name: block for name, block in blocks.items() if name not in small}
     exact = {name: dense.eigenvalues(blocks[name], matrix) for name, matrix in matrices_of(small)}
     found = exact | slq(large, key=key, num_steps=steps, num_probes=probes, progress=progress)
+    for name, rounding in relative_changes(op, by) if large else ():
+        if name in large and any(found[name].range):
+            found[name] = dataclasses.replace(found[name], rounding=rounding)
     return Summary({name: found[name] for name in blocks})
 
 

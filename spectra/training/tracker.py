@@ -20,8 +20,9 @@ from spectra.base.meshes import on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.density.extremes import LEVEL, extreme
 from spectra.density.slq import slq
-from spectra.estimators.exact import is_measured, relative_change
+from spectra.estimators.floors import relative_change
 from spectra.krylov.eigsh import eigsh
+from spectra.krylov.product_rounding import is_measured
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.christoffel import shift
 from spectra.report.growing import HistoryFile

@@ -1076,6 +1076,13 @@ DENSITY = [
         "test_tracker.py::test_bounds_hold_where_asymmetry_does_not_show_what_a_loss_rounds",
     ),
     fault(
+        "rounding of blocks is what their few steps show",
+        "report/summary.py",
+        "rounding=rounding)",
+        "rounding=0.0 * rounding)",
+        "test_block_floors.py::test_bounds_of_a_table_hold_where_asymmetry_does_not_show_what_a_loss_rounds",
+    ),
+    fault(
         "rounding of bfloat16 is assumed to be as many of its units as that of float32",
         "training/tracker.py",
         "COARSE = 1e-3",
