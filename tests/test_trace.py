@@ -531,3 +531,26 @@ def test_groups_of_a_sketch_that_holds_the_range_are_exact(rank, products):
             assert lower[name] <= exact <= upper[name]
             # On average a few roundings of |v| |H v|; of three degrees of freedom and ten probes at worst.
             assert found.stderr[name] <= 3e-4 * rank
+
+
+def half_a_form(w, matrix):
+    return w @ matrix @ w / 2
+
+
+def test_an_estimate_from_a_sketch_holds_where_products_have_little_precision():
+    """The sketch without a probe is that of the images as they are, whatever they are off by."""
+    matrix = planted(1 / np.arange(1.0, N + 1))
+    entries = jnp.asarray(matrix, jnp.float32)
+    op = spectra.HessianOperator(half_a_form, jnp.ones(N), entries, matmul_precision="bfloat16")
+    true = {"trace": np.trace(matrix), "norm": np.linalg.norm(matrix), "diagonal": np.diag(matrix)}
+    for seed in range(3):
+        options = {"key": jax.random.key(seed), "num_matvecs": 44}
+        found = {
+            "trace": spectra.trace(op, method="xtrace", **options),
+            "norm": spectra.frobenius_norm(op, **options),
+            "diagonal": spectra.diagonal(op, method="xdiag", **options),
+        }
+        for name, value in true.items():
+            low, _, high = found[name].interval()
+            outside = np.mean((value < np.asarray(low)) | (value > np.asarray(high)))
+            assert outside <= (0.2 if name == "diagonal" else 0), name

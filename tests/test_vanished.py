@@ -1,5 +1,7 @@
 """A saturated loss whose products are all zero, or nearly: nothing claims that its eigenvalues are."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,23 +88,27 @@ def test_a_dense_solve_bounds_what_saturation_hides(delta):
     assert found.rounding > np.linalg.norm(matrix @ exact)
 
 
-def logistic(weights, inputs):
-    logits = inputs @ weights
+def logistic(weights, inputs, dtype="float32"):
+    logits = (inputs.astype(dtype) @ weights.astype(dtype)).astype("float32")
     return jnp.mean(jnp.logaddexp(0.0, logits) - (logits > 0) * logits)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_samples_hold_what_a_loss_rounds_that_is_sure_of_all_but_one_example(seed):
-    """The Hessian, the mean of p (1 - p) x xᵀ, is of rank one: samples of it leave no error. The one logit
-    of 1 is a sum of hundreds, so that p (1 - p) is off by about a hundred times what a product rounds."""
+def sure_of_all_but_one(seed):
+    """Inputs, weights, and the eigenvalues of the mean of p (1 - p) x xᵀ; one logit is 1."""
     random = np.random.default_rng(seed)
     inputs = random.standard_normal((8, 12)).astype(np.float32)
     weights = (300 * random.standard_normal(12)).astype(np.float32)
     inputs[0] -= (inputs[0] @ weights - 1) / (weights @ weights) * weights
     sure = np.exp(-np.abs(inputs.astype(float) @ weights))
     factors = np.sqrt(sure / len(inputs)) / (1 + sure)
-    exact = np.linalg.svd(factors[:, None] * inputs, compute_uv=False) ** 2
+    return inputs, weights, np.linalg.svd(factors[:, None] * inputs, compute_uv=False) ** 2
 
+
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_hold_what_a_loss_rounds_that_is_sure_of_all_but_one_example(seed):
+    """The Hessian, the mean of p (1 - p) x xᵀ, is of rank one: samples of it leave no error. The one logit
+    of 1 is a sum of hundreds, so that p (1 - p) is off by about a hundred times what a product rounds."""
+    inputs, weights, exact = sure_of_all_but_one(seed)
     op = spectra.HessianOperator(logistic, jnp.asarray(weights), jnp.asarray(inputs))
     traces = [spectra.trace(op, key=KEY, method=method, num_matvecs=6) for method in ("hutch++", "xtrace")]
     norm = spectra.frobenius_norm(op, key=KEY, num_matvecs=6)
@@ -110,3 +116,15 @@ def test_samples_hold_what_a_loss_rounds_that_is_sure_of_all_but_one_example(see
         low, value, high = found.interval()
         assert low <= truth <= high
         assert high - low < 1e-3 * value
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_of_a_model_below_float32_hold_what_it_rounds(seed):
+    """25,000 roundings of its products are more than any spread."""
+    inputs, weights, exact = sure_of_all_but_one(seed)
+    op = spectra.HessianOperator(
+        partial(logistic, dtype="bfloat16"), jnp.asarray(weights), jnp.asarray(inputs)
+    )
+    for estimate, truth in [(spectra.trace, exact.sum()), (spectra.frobenius_norm, np.linalg.norm(exact))]:
+        low, _, high = estimate(op, key=KEY, num_matvecs=6).interval()
+        assert low <= truth <= high

@@ -141,7 +141,7 @@ def of_little(run: Run, found: Estimate, measure: Callable[[PyTree, PyTree, PyTr
     if run.traced or found.method == "exact":
         return found
     values, errors = (np.asarray(jax.tree.leaves(x), float) for x in (found.value, found.stderr))
-    sharp = errors < SHARP * float(jnp.finfo(run.op.dtype).eps) * np.abs(values)
+    sharp = errors < SHARP * run.op.precision * np.abs(values)
     samples = [measure(*moved) for moved in moved_products(run)] if sharp.any() else []
     if not samples:
         return found

@@ -81,14 +81,15 @@ def careful() -> Generator[None]:
 
 
 @careful()
-def directions(sketch: Array, precision: float, xp: Any) -> Array:
+def directions(sketch: Array, rounding: float, xp: Any) -> Array:
     """Unit rows u_j orthogonal to all columns of the sketch R = Q Yᵀ but column j.
 
     They are the normalised columns of R^{-T}. Where R is rank-deficient its singular values are raised
-    to the rounding of the products, m eps |R|: the leave-one-out estimates are those of an operator
-    that differs by rounding, and exist always.
+    to the rounding of its entries, m eps |R|: the leave-one-out estimates are those of an operator
+    that differs by rounding, and exist always. A row that is not orthogonal to the others leaves a sketch
+    that knows the probe it is tested by: with eps of a model in bfloat16, all estimates are off.
     """
-    inverse = _inverse(sketch, precision) if xp is jnp else _raised_inverse(sketch, precision, xp)
+    inverse = _inverse(sketch, rounding) if xp is jnp else _raised_inverse(sketch, rounding, xp)
     return unit_rows(inverse, xp)
 
 

@@ -71,8 +71,12 @@ class SketchRun:
         self.num_probes = count
 
     def directions(self, inner: Sketch) -> Any:
-        """Unit directions that leaving out a probe removes from the basis, shape (m, m)."""
-        return leave_one_out.directions(inner.qy[-1], self.run.op.precision, self.run.xp)
+        """Unit directions that leaving out a probe removes from the basis, shape (m, m).
+
+        What products are off by does not count: the basis is that of the images as they are.
+        """
+        rounding = trees.roundoff(self.run.op.structure)
+        return leave_one_out.directions(inner.qy[-1], rounding, self.run.xp)
 
     def inner_products(self) -> Sketch:
         """All that XTrace needs, for each group and for the whole."""

@@ -54,9 +54,10 @@ def spread_of_traces(
     exact, n = ops[0].size <= num_probes, ops[0].size
     prepared = [outside_loops(op.prepare()) for op in ops]
     samples = _samples(prepared, key, min(num_probes, n), together, exact)
-    found = summary(samples, n, max(op.precision for op in ops), exact=exact, level=level)
+    precision = max(op.precision for op in ops)
+    found = summary(samples, n, precision, exact=exact, level=level)
     low, middle, high = found
-    resolution = float(jnp.finfo(ops[0].dtype).eps) * _largest_form(samples, n, exact)
+    resolution = precision * _largest_form(samples, n, exact)
     if high - low > 2 * SHARP * resolution:
         return found
     reach = -float(stdtrit(SAMPLES, (1 - level) / 2)) * _rounding_of_spread(prepared, ops)

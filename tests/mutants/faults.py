@@ -1219,6 +1219,20 @@ DENSITY = [
 
 ESTIMATORS = [
     fault(
+        "a sketch without a probe is off by what products are off by",
+        "estimators/low_rank.py",
+        "rounding = trees.roundoff(self.run.op.structure)",
+        "rounding = self.run.op.precision",
+        "test_trace.py::test_an_estimate_from_a_sketch_holds_where_products_have_little_precision",
+    ),
+    fault(
+        "samples measure the rounding of a model in bfloat16 as of one in float32",
+        "estimators/exact.py",
+        "SHARP * run.op.precision",
+        "SHARP * float(jnp.finfo(run.op.dtype).eps)",
+        "test_vanished.py::test_samples_of_a_model_below_float32_hold_what_it_rounds",
+    ),
+    fault(
         "samples of a loss state the precision of products, however little else they leave",
         "estimators/exact.py",
         'if run.traced or found.method == "exact":',
