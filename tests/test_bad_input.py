@@ -480,7 +480,8 @@ WRONG_TYPES = {
     "text for measures": (lambda: spectra.SpectrumTracker(square, measures="x"), "measures='x'"),
     "keys among the parameters": (
         lambda: spectra.HessianOperator(square, {"a": jax.random.key(0)}, X),
-        "'a' has dtype key<fry>",
+        "'a' has dtype key<fry>; a Hessian needs real floating-point parameters. Make it a constant with "
+        "wrt=, or pass floating-point arrays only",
     ),
     "a model on other inputs": (
         lambda: spectra.JacobianOperator(lambda w, x: w @ x, jnp.ones(2), jnp.ones(3)),

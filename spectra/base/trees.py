@@ -61,6 +61,12 @@ def is_torch(value: Any) -> bool:
     return any(kind.__module__.partition(".")[0] == "torch" for kind in type(value).__mro__)
 
 
+_FLOATS = (
+    "pass floating-point arrays only: those of an Equinox module are `params, static = eqx.partition(model, "
+    "eqx.is_inexact_array)`, which the loss combines."
+)
+
+
 def not_an_array(path: str, leaf: Any) -> StructureError:
     """What to do about a leaf that should be an array."""
     if is_torch(leaf):
@@ -71,8 +77,7 @@ def not_an_array(path: str, leaf: Any) -> StructureError:
         )
     return StructureError(
         f"parameter leaf '{path}' is a {type(leaf).__name__}, not an array. Make it one, jnp.asarray(...), "
-        "if it is a parameter; leave it out with wrt= if not, or pass arrays only: those of an Equinox "
-        "module are `params, static = eqx.partition(model, eqx.is_inexact_array)`, which the loss combines."
+        f"if it is a parameter; leave it out with wrt= if not, or {_FLOATS}"
     )
 
 
@@ -142,12 +147,14 @@ def _vector_structure(treedef: PyTreeDef, kinds: Kinds, widest: jnp.dtype) -> Py
                 "as by np.asarray(leaf, np.float32)."
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            advice = "or cast it"
+            advice = f"cast it, or {_FLOATS}"
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):  # a random key
+                advice = f"or {_FLOATS}"
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating):  # a cast would drop the imaginary part
-                advice = "or give its real and imaginary parts as two leaves, joined by jax.lax.complex"
+                advice = "or give its real and imaginary parts as two leaves, joined by jax.lax.complex."
             raise StructureError(
                 f"parameter leaf '{path_str(path)}' has dtype {leaf.dtype}; a Hessian needs real "
-                f"floating-point parameters. Make it a constant with wrt=, {advice}."
+                f"floating-point parameters. Make it a constant with wrt=, {advice}"
             )
         own = jax.dtypes.canonicalize_dtype(leaf.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, working_dtype(own))
