@@ -165,6 +165,7 @@ def test_arrays_that_were_donated():
     for call in (
         lambda: op @ jnp.ones(3),
         op.loss,
+        op.prepare,
         lambda: spectra.eigsh(op, 1, key=jax.random.key(0)),
         lambda: HessianOperator(single_loss, params, X),
     ):

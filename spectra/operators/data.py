@@ -324,6 +324,7 @@ class DataOperator(OnParameters, LinearOperator):
         """
         if self.linear is not None:
             return self
+        trees.check_alive(self, "the operator's leaf")
         saving = self.saving
         if saving is None:
             self.require_finite()
