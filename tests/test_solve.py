@@ -161,6 +161,19 @@ def test_the_rounding_of_the_constants_of_a_loss_counts():
         assert away <= found.rounding <= most, c
 
 
+def test_the_rounding_of_constants_is_that_of_the_type_that_a_loss_computes_in():
+    """The Hessian is 2 c, and c is bfloat16's."""
+    for c in (0.1, 0.3, 0.7):
+        op = spectra.HessianOperator(
+            lambda p, _, c=c: jnp.sum(jnp.bfloat16(c) * p.astype("bfloat16") ** 2).astype("float32"),
+            jnp.ones(8),
+            None,
+        )
+        found = spectra.solve(op, jnp.ones(8), method="cg")
+        away = abs(np.linalg.norm(1 - 2 * c * np.asarray(found.x, float)) - found.residual_norm)
+        assert away <= found.rounding, c
+
+
 def masked_cross_entropy(w, x):
     logits = jnp.where(jnp.arange(3) < 2, x @ w.reshape(-1, 3), -jnp.inf)
     return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])

@@ -59,14 +59,14 @@ def known_rounding(
 ) -> np.ndarray | None:
     """The same by products in float64, which round a little of `images`, |A| |x|; None without them.
 
-    The constants of a loss stay as its type rounds them, each by half of `eps`.
+    The constants of a loss stay as its type rounds them, or the one that it computes in: each by half of eps.
     """
     exact = in_double(op)
     if exact is None or not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(x)):
         return None
     eps = float(jnp.finfo(op.dtype).eps)
     left = noise_of(op) * float(np.finfo(float).eps) / eps * (images + stated)
-    left = left + (0.0 if exact.is_given else eps / 2) * images
+    left = left + (0.0 if exact.is_given else max(eps, op.precision) / 2) * images
     sides = np.flatnonzero(np.isfinite(left)).tolist()
     found = np.full(len(stated), np.nan)
     found[sides] = [_known(exact, stacks.row(b, i), stacks.row(x, i), stated[i]) for i in sides]
