@@ -128,3 +128,19 @@ def test_samples_of_a_model_below_float32_hold_what_it_rounds(seed):
     for estimate, truth in [(spectra.trace, exact.sum()), (spectra.frobenius_norm, np.linalg.norm(exact))]:
         low, _, high = estimate(op, key=KEY, num_matvecs=6).interval()
         assert low <= truth <= high
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bound_of_a_function_holds_what_a_loss_rounds(dtype):
+    for seed in range(3):
+        inputs, weights, _ = sure_of_all_but_one(seed)
+        op = spectra.HessianOperator(
+            partial(logistic, dtype=dtype), jnp.asarray(weights), jnp.asarray(inputs)
+        )
+        sure = np.exp(-np.abs(inputs.astype(float) @ weights))
+        values, vectors = np.linalg.eigh((inputs.T * (sure / (1 + sure) ** 2)) @ inputs.astype(float) / 8)
+        v = np.random.default_rng(seed).standard_normal(12)
+        for f in (lambda x: x, np.exp):
+            found = spectra.funm(op, f, jnp.asarray(v, jnp.float32))
+            error = np.linalg.norm(found.value - vectors @ (f(values) * (vectors.T @ np.float32(v))))
+            assert error <= found.error_bound

@@ -306,9 +306,15 @@ class Range:
 
     @classmethod
     def of(
-        cls, op: LinearOperator, given: list[tuple[float, float]], key: jax.Array | None, before: float
+        cls,
+        op: LinearOperator,
+        given: list[tuple[float, float]],
+        key: jax.Array | None,
+        before: float,
+        measured: float,
     ) -> "Range":
-        """The given ends, and for those not given a random run of Lanczos; `before` as of `size_before`."""
+        """The given ends, and for those not given a random run of Lanczos; `before` as of `size_before`, and
+        `measured` is what rounding does to products, in units of |H|."""
         low, high = given[0][0], given[-1][1]
         if op.semidefinite:
             low = max(low, 0.0)
@@ -323,7 +329,8 @@ class Range:
         exact = found.status is Status.INVARIANT or count == op.size
         whole = int(found.length) == op.size and len(given) == 1
         beyond = 0.0 if exact else margin(op.size, count) * (theta[-1] - theta[0])
-        noise = breakdown_noise(op.size, op.precision) * max(float(np.abs(theta).max()), before)
+        largest = float(np.abs(theta).max())
+        noise = max(breakdown_noise(op.size, op.precision) * max(largest, before), measured * largest)
         a = low if np.isfinite(low) else theta[0] - beyond - noise
         b = high if np.isfinite(high) else theta[-1] + beyond + noise
         edges = [(x if np.isfinite(x) else a, y if np.isfinite(y) else b) for x, y in given]

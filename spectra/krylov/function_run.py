@@ -71,6 +71,7 @@ class FunctionRun:
         tol: as in `funm`.
         bar: shows the products.
         saver: where the run is saved, if it is.
+        measured: what rounding does to products, in units of |H|, or 0 where that is only stated.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class FunctionRun:
         tol: float,
         bar: Progress,
         saver: Saver | None,
+        measured: float = 0.0,
     ):
+        self.measured = measured
         self.op, self.named, self.name, self.steps, self.tol = op, named, name, steps, tol
         self.bar, self.saver, self.layout = bar, saver, Layout.of(op.like)
         self.before = size_before(op)
@@ -162,7 +165,7 @@ class FunctionRun:
         """What the basis as it is gives, for vectors of norm one."""
         theta, vectors, coupling, _ = band.ritz()
         noise = breakdown_noise(self.op.size, self.op.precision)
-        rounded = noise * max(known.norm, self.before)
+        rounded = max(noise * max(known.norm, self.before), self.measured * known.norm)
         theta = inside(theta, self.named, self.name, known, rounded, self.op)
         f = on_reals(self.named.numpy)
         first = vectors[: len(z)].T @ z  # the vectors are in the span of the first rows

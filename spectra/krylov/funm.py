@@ -31,6 +31,7 @@ from spectra.krylov.band_block import run_block
 from spectra.krylov.function_bounds import Range, given_intervals, named_function
 from spectra.krylov.function_run import FunctionRun, split, width_of
 from spectra.krylov.layout import Layout, stacked
+from spectra.krylov.product_rounding import change_of_dominant
 from spectra.krylov.recurrence import check_steps
 from spectra.krylov.rows import stack
 from spectra.krylov.same_function import digest
@@ -220,7 +221,7 @@ def funm(
     where f has a pole or a branch point there: 1/x, log and 1/sqrt are bounded only if the spectrum is known
     to stay away from zero, so pass `bounds=(shift, None)` for a damped operator. For "sign" and "abs" pass
     two intervals, on both sides of zero: between them f needs no approximation. The effect of rounding in the
-    products is added.
+    products is added, as measured where an operator has parameters.
 
     **Derivatives.** Inside jit, vmap and grad num_steps are taken without a bound. jax.grad differentiates
     f(H) v, not the iteration: with respect to v, the operator's parameters and data, and what f is made of,
@@ -255,7 +256,8 @@ def funm(
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: one product per step for each vector, and 40 for the ends of the spectrum; one more, which is not
-        counted, where parts of a sum may cancel. Memory: num_steps vectors for each vector of a block.
+        counted, where parts of a sum may cancel, and six to eight where rounding is measured. Memory:
+        num_steps vectors for each vector of a block.
 
     References:
         Saad, doi:10.1137/0729014; Chen, Greenbaum, Musco and Musco, arXiv:2106.09806; of blocks Frommer, Lund
@@ -291,10 +293,11 @@ def funm(
         return own | {"f": [name, digest(named.numpy)], "v": tree_digest(rows)}
 
     with watched("funm", progress, checkpoint, None, arguments) as watch, watch.saver(op, key) as saver:
-        run = FunctionRun(outside_loops(op.prepare()), named, name, steps, tol, watch.bar, saver)
+        measured = change_of_dominant(op)
+        run = FunctionRun(outside_loops(op.prepare()), named, name, steps, tol, watch.bar, saver, measured)
         run.restore()
         if run.known is None:
-            run.known = Range.of(run.op, intervals, key, run.before)
+            run.known = Range.of(run.op, intervals, key, run.before, measured)
             watch.bar.update(run.known.products)
         run.values(rows, run.known)
     found, errors = run.found, np.array([one.error for one in run.found])
