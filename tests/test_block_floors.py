@@ -1,5 +1,7 @@
 """What rounding does to blocks is measured by products of the whole: bounds of a table hold."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,7 @@ import pytest
 
 import spectra
 from spectra.density.extremes import extreme
-from spectra.estimators import floors
-from spectra.krylov import product_rounding
+from spectra.krylov import floors, product_rounding
 
 SIZES = (8, 16, 16, 16, 16, 3)
 KEY = jax.random.key(0)
@@ -27,8 +28,8 @@ def stacked_loss(params, batch):
 def problem(seed):
     """Weights of four times the usual size: rounding grows from layer to layer, and nothing shows it."""
     rng = np.random.default_rng(seed)
-    pairs = zip(SIZES[:-1], SIZES[1:], strict=True)
-    weights = [(4 * rng.standard_normal((a, b)) / np.sqrt(a)).astype(np.float32) for a, b in pairs]
+    shapes = itertools.pairwise(SIZES)
+    weights = [(4 * rng.standard_normal(s) / np.sqrt(s[0])).astype(np.float32) for s in shapes]
     params = {"first": weights[0], "inner": np.stack(weights[1:-1]), "last": weights[-1]}
     return params, (rng.standard_normal((40, 8)).astype(np.float32), rng.integers(0, 3, 40).astype(np.int32))
 

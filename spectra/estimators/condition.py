@@ -11,8 +11,8 @@ from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
 from spectra.density import extremes
 from spectra.density.slq import slq
-from spectra.estimators.floors import relative_change
 from spectra.krylov.dense import matrix_error
+from spectra.krylov.floors import relative_change
 from spectra.krylov.matrices import Matrix, matrices_of, matrix_of
 from spectra.krylov.plan import estimate, place_basis
 from spectra.krylov.product_rounding import change_of_matrix

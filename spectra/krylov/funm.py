@@ -28,10 +28,10 @@ from spectra.base.reverse import refused_as, reverse_only
 from spectra.base.trees import PyTree
 from spectra.krylov.band import BandState, append, empty
 from spectra.krylov.band_block import run_block
+from spectra.krylov.floors import relative_change
 from spectra.krylov.function_bounds import Range, given_intervals, named_function
 from spectra.krylov.function_run import FunctionRun, split, width_of
 from spectra.krylov.layout import Layout, stacked
-from spectra.krylov.product_rounding import change_of_dominant
 from spectra.krylov.recurrence import check_steps
 from spectra.krylov.rows import stack
 from spectra.krylov.same_function import digest
@@ -293,7 +293,7 @@ def funm(
         return own | {"f": [name, digest(named.numpy)], "v": tree_digest(rows)}
 
     with watched("funm", progress, checkpoint, None, arguments) as watch, watch.saver(op, key) as saver:
-        measured = change_of_dominant(op)
+        measured = relative_change(op)
         run = FunctionRun(outside_loops(op.prepare()), named, name, steps, tol, watch.bar, saver, measured)
         run.restore()
         if run.known is None:

@@ -99,25 +99,6 @@ def change_along(
     return MARGIN * largest
 
 
-def change_of_dominant(op: LinearOperator) -> float:
-    """What rounding does to products, in units of |H|, as `change_along` follows it from H H u, u random.
-
-    0 where the operator does not say what it depends on, as a matrix does not.
-    """
-    if not is_measured(op):
-        return 0.0
-    here, vector = op.prepare(), draws.unit_vector(jax.random.key(KEY), op)
-    image = multiply(here, vector)
-    for _ in range(2):
-        norm = trees.length(image)
-        if not (np.isfinite(norm) and norm):
-            return 0.0
-        vector = trees.scale(1 / norm, image)
-        image = multiply(here, vector)
-    norm = trees.length(image)
-    return change_along(op, here, vector, image) / norm if np.isfinite(norm) and norm else 0.0
-
-
 def change_of_matrix(op: LinearOperator, moved: bool = False) -> float:
     """The same of |H' - H|, the Frobenius norm: from sqrt(n) |(H' - H) v| for `SAMPLES` random v, |v| = 1.
 

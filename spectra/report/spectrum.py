@@ -26,8 +26,8 @@ from spectra.density.extremes import (
 from spectra.density.slq import slq
 from spectra.density.smoothing import spectral_density
 from spectra.estimators.counts import count_above
-from spectra.estimators.floors import relative_change
 from spectra.estimators.functions import trace_of
+from spectra.krylov.floors import relative_change
 from spectra.krylov.plan import check_probe_batch
 from spectra.krylov.product_rounding import vanished
 from spectra.operators.base import LinearOperator, require_operator

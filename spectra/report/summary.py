@@ -12,7 +12,7 @@ from spectra.base.errors import SpectraError
 from spectra.density import deflation as dense
 from spectra.density.extremes import LEVEL, condition, extreme
 from spectra.density.slq import slq
-from spectra.estimators.floors import relative_changes
+from spectra.krylov.floors import relative_changes
 from spectra.krylov.matrices import matrices_of
 from spectra.models.problem import Problem
 from spectra.operators.base import LinearOperator, require_operator

@@ -20,8 +20,8 @@ from spectra.base.meshes import on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.density.extremes import LEVEL, extreme
 from spectra.density.slq import slq
-from spectra.estimators.floors import relative_change
 from spectra.krylov.eigsh import eigsh
+from spectra.krylov.floors import relative_change
 from spectra.krylov.product_rounding import is_measured
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.christoffel import shift

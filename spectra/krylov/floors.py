@@ -1,5 +1,7 @@
 """Noise floors in units of the norm: what rounding does to an operator, and to each of its blocks."""
 
+# pyright: reportPrivateUsage=false
+
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -7,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import paths, programs, trees
+from spectra.base import draws, paths, programs, trees
 from spectra.base.trees import PyTree
-from spectra.estimators import blocks
 from spectra.krylov.product_rounding import KEY, change_along, is_measured, multiply
 from spectra.operators.base import LinearOperator
 
@@ -17,7 +18,7 @@ from spectra.operators.base import LinearOperator
 def relative_change(op: LinearOperator) -> float:
     """What rounding does to products, in units of |H|: an eigenvalue moves by |H' - H| at most (Weyl).
 
-    That norm is followed from u = H H v, v of random signs, near dominant eigenvectors (see `change_along`).
+    That norm is followed from u = H H v, v random, near dominant eigenvectors (see `change_along`).
     Where there are no products in float64, it is what |(H' - H) u| / |H u| of one more moved operator stays
     below at 95 %: Student's t with the root mean square of `SAMPLES` of them. 0 where the operator does not
     say what it depends on.
@@ -39,8 +40,7 @@ def relative_changes(op: LinearOperator, by: str) -> Iterator[tuple[str, float]]
 
 def _measured(op: LinearOperator, here: LinearOperator, keep: Callable[[PyTree], PyTree] | None) -> float:
     """`relative_change` of what is left of products by `keep`, a projection; `here` is `op`, prepared."""
-    vector = blocks.draw(op, jax.random.key(KEY), np.arange(1), "rademacher")
-    vector = _part(jax.tree.map(lambda x: x[0], vector), keep)
+    vector = _part(draws.unit_vector(jax.random.key(KEY), op), keep)
     for _ in range(2):
         vector = _part(multiply(here, _in_unit(vector)), keep)
     size = trees.length(vector := _in_unit(vector))
