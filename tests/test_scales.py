@@ -132,3 +132,38 @@ def test_residuals_of_eigenpairs_whose_squares_are_no_numbers(x64, scale):
     np.testing.assert_allclose(found.values / scale, expected.values, rtol=1e-12)
     np.testing.assert_allclose(found.residuals / scale, expected.residuals, rtol=1e-3, atol=1e-12)
     assert np.abs(found.values / scale - entries[-4:]).max() <= np.max(found.residuals) / scale
+
+
+def bands(op, scale):
+    """What is computed from a quadrature and from moments, in units of the scale."""
+    found = spectra.slq(op, key=KEY, num_steps=10, num_probes=2)
+    moments = spectra.kpm(op, key=KEY, num_moments=20, num_probes=2)
+    grid = scale * np.linspace(-2.0, 6.0, 9)
+    curves = (spectra.spectral_density(source, grid=grid) for source in (found, moments))
+    return np.concatenate(
+        [
+            np.ravel(found.cdf(scale * np.array([0.5, 1.5]))),
+            *(np.ravel([curve.lower, curve.density, curve.upper]) * scale for curve in curves),
+            spectra.count_above(found, 1.5 * scale).interval(),
+            np.array(spectra.trace_of(found, np.abs).interval()) / scale,
+        ]
+    )
+
+
+def test_bands_in_float64_know_no_scale_up_to_1e90_and_are_refused_beyond(x64):
+    values = np.linspace(-1.0, 3.0, N)
+    base = bands(diagonal(values), 1.0)
+    for scale in (2.0**-296, 2.0**296):
+        np.testing.assert_allclose(bands(diagonal(scale * values), scale), base, rtol=1e-9, atol=1e-12)
+    for scale in (2.0**-350, 2.0**350):
+        found = spectra.slq(diagonal(scale * values), key=KEY, num_steps=10, num_probes=2)
+        moments = spectra.kpm(diagonal(scale * values), key=KEY, num_moments=20, num_probes=2)
+        for refused in (
+            lambda q=found: q.cdf(0.0),
+            lambda q=found: spectra.spectral_density(q),
+            lambda q=found, s=scale: spectra.count_above(q, s),
+            lambda q=found: spectra.trace_of(q, np.abs),
+            lambda m=moments: spectra.spectral_density(m),
+        ):
+            with pytest.raises(spectra.SpectraError, match="multiply the operator by a power of two"):
+                refused()

@@ -15,7 +15,7 @@ from spectra.density.kernels import RELATIVE_WIDTH, Width, peak
 from spectra.density.moments import moments_density, points_of
 from spectra.quadrature.resolved import Parts
 from spectra.results import Density, Moments, Quadrature, as_quadrature
-from spectra.results.quadrature import require_one
+from spectra.results.quadrature import require_one, require_scale
 
 NODES_A_WIDTH = 2.0
 """Default kernel width near zero in units of the typical spacing of Ritz values there."""
@@ -60,8 +60,8 @@ def spectral_density(
         `Density` with grid, density, lower, upper.
 
     Raises:
-        SpectraError: bandwidth not positive, grid not increasing, level not between 0 and 1, or nodes
-            that are no numbers.
+        SpectraError: bandwidth not positive, grid not increasing, level not between 0 and 1, nodes that are
+            no numbers, or eigenvalues beyond 1e±90.
 
     References:
         Lin, Saad and Yang, doi:10.1137/130934283.
@@ -78,6 +78,7 @@ def spectral_density(
     if isinstance(quadrature, Moments):
         if bandwidth is not None:
             raise SpectraError("the number of moments sets the width of a KPM density: leave out bandwidth.")
+        require_scale(quadrature.bounds, "density's band")
         return moments_density(quadrature, grid, level)
     quadrature = as_quadrature(quadrature)
     trees.require_values("spectral_density", quadrature.nodes)

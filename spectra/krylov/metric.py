@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import stacks
+from spectra.base import arrays, stacks
 from spectra.base.errors import SpectraError, StructureError
 from spectra.krylov import wanted
 from spectra.krylov.dense import as_tree, chosen_pairs, matrix_error
@@ -103,7 +103,7 @@ def _dense(op: LinearOperator, metric: LinearOperator, k: int, which: str, tol: 
     values, vectors = scipy.linalg.eigh(matrix, weight)
 
     def residuals(values: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-        return np.linalg.norm(all_vectors.T @ (matrix @ vectors - (weight @ vectors) * values), axis=0)
+        return arrays.norms(all_vectors.T @ (matrix @ vectors - (weight @ vectors) * values), axis=0)
 
     all_vectors, chosen = vectors, np.sort(wanted.order(values, which)[:k])
     some, x = values[chosen], vectors[:, chosen]

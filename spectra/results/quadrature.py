@@ -24,12 +24,27 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 
+EXPONENT = 300
+"""Of two: beyond 1e±90 bands, brackets and counts lose what they are computed from. All hold at 300, and the
+band of the density does not at 350."""
+
+
 def require_one(values: Array, what: str) -> None:
     """Raise where `vmap` or `scan` has stacked results: what is read as probes and steps would be others."""
     if np.ndim(values) > 2:
         raise SpectraError(
             f"these are {'×'.join(map(str, values.shape[:-2]))} {what}, as vmap and scan return them: take "
             "one of them, jax.tree.map(lambda x: x[i], result)."
+        )
+
+
+def require_scale(values: Array, what: str) -> None:
+    """Raise where cubes of eigenvalues or their inverses are not in float64: bands are made of them."""
+    largest = float(np.max(np.abs(values), initial=0.0))
+    if largest and abs(int(np.frexp(largest)[1])) > EXPONENT:
+        raise SpectraError(
+            f"the eigenvalues reach {largest:.2g}, and the {what} needs their cubes, which leave the range "
+            "of float64: multiply the operator by a power of two, 2.0**k * op, and take the factor off again."
         )
 
 
@@ -83,6 +98,7 @@ class Quadrature(Result):
     @functools.cached_property
     def parts(self) -> Parts:
         """Eigenvalues that are known, deflated or resolved by every probe, and the quadrature of the rest."""
+        require_scale(self.nodes, "quadrature's error")
         return parts(self)
 
     @property
