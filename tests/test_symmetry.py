@@ -218,3 +218,24 @@ def test_few_probes_of_signs_do_not_tell_entries_apart():
     assert "probes of signs" in found.reason
     np.testing.assert_allclose(found.value, entries, rtol=1e-5)
     assert spectra.diagonal(op, key=KEY, method="xdiag", num_matvecs=16).method == "xdiag"
+
+
+@jax.custom_vjp
+def reversed_gradient(x):
+    return x
+
+
+reversed_gradient.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+
+
+@pytest.mark.filterwarnings("ignore:.*custom_vjp")
+def test_a_derivative_written_by_hand_is_named_as_a_reason():
+    def loss(params, x):
+        return jnp.mean((reversed_gradient(jnp.tanh(x @ params["inner"])) @ params["outer"]) ** 2)
+
+    params = {"inner": jax.random.normal(KEY, (4, 3)), "outer": jnp.ones(3)}
+    op = spectra.HessianOperator(loss, params, jax.random.normal(KEY, (20, 4)))
+    with pytest.raises(
+        spectra.NotSymmetricError, match=r"written by hand .*where gradients are clipped or reversed"
+    ):
+        spectra.slq(op, key=KEY, num_steps=4, num_probes=2)

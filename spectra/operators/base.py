@@ -199,7 +199,8 @@ class LinearOperator(abc.ABC):
             return self._coarsest.explain_asymmetry()
         return (
             "A loss that is random or depends on call order (dropout, batch statistics that are updated) is "
-            "a common reason."
+            "a common reason; so is a derivative written by hand (custom_vjp, custom_jvp) that is not that "
+            "of a function, as where gradients are clipped or reversed."
         )
 
     @property
