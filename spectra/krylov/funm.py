@@ -256,7 +256,7 @@ def funm(
         PreemptedError: the process was asked to end (SIGTERM or Ctrl-C), and the run is saved.
 
     Cost: one product per step for each vector, and 40 for the ends of the spectrum; one more, which is not
-        counted, where parts of a sum may cancel, and six to eight where rounding is measured. Memory:
+        counted, where parts of a sum may cancel, and seven or eight where rounding is measured. Memory:
         num_steps vectors for each vector of a block.
 
     References:

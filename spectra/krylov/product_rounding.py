@@ -36,6 +36,13 @@ largest of three was 1.45 times what an eigenvalue moves by, or more, but for on
 first alone was 0.4 times that."""
 KEY = 7
 
+Projection = Callable[[PyTree], PyTree]
+
+
+def whole(v: PyTree) -> PyTree:
+    """The projection that leaves a vector as it is."""
+    return v
+
 
 def multiply(op: LinearOperator, v: PyTree) -> PyTree:
     """One product outside of any loop; on a mesh it lies as the parameters do, see `blocks.products`."""
@@ -70,11 +77,7 @@ def change_of_product(op: LinearOperator, v: PyTree, image: PyTree) -> float:
 
 
 def change_along(
-    op: LinearOperator,
-    here: LinearOperator,
-    v: PyTree,
-    image: PyTree,
-    keep: Callable[[PyTree], PyTree] | None = None,
+    op: LinearOperator, here: LinearOperator, v: PyTree, image: PyTree, keep: Projection = whole
 ) -> float:
     """What rounding does to products with unit vectors; `v` is one, and H v given as `image`.
 
@@ -89,7 +92,7 @@ def change_along(
     largest = 0.0
     for left in reversed(range(EXPLORED)):
         size, v = exact.change(v, image)
-        if keep is not None:
+        if keep is not whole:
             share = trees.length(v := keep(v))
             size, v = size * share, trees.scale(1 / (share or 1.0), v)
         largest = max(largest, size)
@@ -132,13 +135,10 @@ def error_of_matrix(op: LinearOperator, matrix: np.ndarray, unrounded: Unrounded
     return float(np.sqrt(UNSEEN * np.sqrt(n) * largest))
 
 
-def _change(
-    op: LinearOperator, i: int, v: PyTree, image: PyTree, keep: Callable[[PyTree], PyTree] | None = None
-) -> float:
+def _change(op: LinearOperator, i: int, v: PyTree, image: PyTree, keep: Projection = whole) -> float:
     other = op.moved(jax.random.fold_in(jax.random.key(KEY), i))
     assert other is not None
-    there = multiply(other.prepare(), v)
-    return float(_distance(*((there, image) if keep is None else map(keep, (there, image)))))
+    return float(_distance(keep(multiply(other.prepare(), v)), keep(image)))
 
 
 def limit(changes: list[float] | np.ndarray, outside: float = 0.05) -> float:
@@ -213,12 +213,13 @@ def seen_norm(op: LinearOperator) -> float:
     for _ in range(POWERS):
         image = multiply(op, vector)
         ratio = max(ratio, trees.length(image) / (trees.length(vector) or 1.0))
-        vector = _in_unit(image)
+        vector = in_unit(image)
     return max(ratio, float(largest_shift(op)))
 
 
 @programs.jit
-def _in_unit(vector: PyTree) -> PyTree:
+def in_unit(vector: PyTree) -> PyTree:
+    """The vector over the power of two nearest to its largest number, so that its square is one, too."""
     return trees.scale(1 / trees.power_of_two(trees.largest(vector)), vector)
 
 
@@ -227,7 +228,7 @@ def seen_norm_traced(op: LinearOperator) -> jax.Array:
 
     def step(_: Any, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
         image = op.mv(carry[0])
-        return _in_unit(image), jnp.maximum(carry[1], trees.norm(image) / trees.norm(carry[0]))
+        return in_unit(image), jnp.maximum(carry[1], trees.norm(image) / trees.norm(carry[0]))
 
     start = draws.unit_vector(jax.random.key(KEY), op), jnp.zeros((), op.dtype)
     ratio = lax.fori_loop(0, POWERS, step, start)[1]

@@ -88,8 +88,8 @@ def summary(
         SpectraError: as `slq`; or no key for an operator.
 
     Cost: at most num_steps x num_probes products per block, as `slq`, and n for a small one. Where the
-    operator says what it depends on, as that of a loss does, seven of the whole more per block measure its
-    rounding.
+    operator says what it depends on, as that of a loss does, seven or eight more of the whole measure the
+    rounding of each block that is not small.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra
@@ -123,9 +123,9 @@ def summary(
     large = {name: block for name, block in blocks.items() if name not in small}
     exact = {name: dense.eigenvalues(blocks[name], matrix) for name, matrix in matrices_of(small)}
     found = exact | slq(large, key=key, num_steps=steps, num_probes=probes, progress=progress)
-    for name, rounding in relative_changes(op, by) if large else ():
-        if name in large and any(found[name].range):
-            found[name] = dataclasses.replace(found[name], rounding=rounding)
+    some = {name for name in large if any(found[name].range)}
+    for name, rounding in relative_changes(op, by, some).items():
+        found[name] = dataclasses.replace(found[name], rounding=rounding)
     return Summary({name: found[name] for name in blocks})
 
 

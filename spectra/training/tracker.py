@@ -106,9 +106,9 @@ class SpectrumTracker:
         NonFiniteError: the loss or a product is NaN or infinite: training has diverged.
 
     Cost: num_steps num_probes + about 2 k products per snapshot, each 1 to 2 gradients of the loss over
-    the data of the operator, so use a fixed subset of a large data set. Seven more measure rounding where
-    products contradict symmetry by more than their precision explains, as in float32 for a classifier that is
-    sure of its examples, and where the network computes in less than float32.
+    the data of the operator, so use a fixed subset of a large data set. Seven or eight more measure
+    rounding where products contradict symmetry by more than their precision explains, as in float32 for a
+    classifier that is sure of its examples, and where the network computes in less than float32.
     `tracker.history.cost` is the measured share of training time.
 
     References:
