@@ -84,7 +84,7 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     Estimate: _ESTIMATE,
     NoiseScale: _ESTIMATE | {
         **dict.fromkeys(("noise", "signal", "skewness"), _REAL), "covariance": _array("2 2"),
-        "num_examples": _COUNT,
+        "num_examples": _COUNT, "noise_dof": _or_none(_POSITIVE),
     },
     Interval: dict.fromkeys(Interval._fields, _curve_or_number),
     ConditionNumber: {

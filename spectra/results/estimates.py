@@ -68,6 +68,34 @@ def fieller_of_length(top: float, bottom: float, covariance: np.ndarray, t: floa
     return _smaller_ratio(a, b, c) if top > 0 else 0.0
 
 
+def longest_ratio(
+    top: float, bottom: float, covariance: np.ndarray, t_top: float, t: float, points: int = 721
+) -> float:
+    """The larger end of `fieller` where `top` is a variance, whose error grows with it: it is t_top standard
+    errors away on a logarithmic scale.
+
+    A variance that is short by chance has too small an error. With n degrees of freedom it is above its 2.5 %
+    quantile by the factor n / χ², 13.9 for three, where exp(t sqrt(2 / n)) is 13.4 and 1 + t sqrt(2 / n) is
+    3.6. What of its error is more than `top` itself is rounding, and added. `bottom` is t of its own away.
+    """
+    (tt, tb), (_, bb) = np.asarray(covariance, float)
+    if bottom**2 <= t**2 * bb or bottom <= 0:
+        return math.inf
+    above, below = math.sqrt(tt), math.sqrt(bb)
+    both = tb / (above * below) if above > 0 and below > 0 else 0.0
+    alone = math.sqrt(max(1 - both**2, 0.0))
+    relative = min(above / top, 1.0) if top > 0 else 0.0
+
+    def ratio(angles: np.ndarray) -> np.ndarray:
+        x = t_top * np.cos(angles)
+        found = top * np.exp(relative * x) + (above - relative * top) * x
+        return found / (bottom + t * below * (both * np.cos(angles) + alone * np.sin(angles)))
+
+    angles = np.linspace(-math.pi, math.pi, points)
+    best = angles[np.argmax(ratio(angles))]
+    return float(np.max(ratio(np.linspace(best - angles[-1] / points, best + angles[-1] / points, points))))
+
+
 @result("num_matvecs", "method", "status", "reason", "dof", "normals", "num_sampled")
 class Estimate(Result):
     """A number, or a pytree of them, with its standard error, what the error rests on, and what it cost.
@@ -161,7 +189,7 @@ class NoiseScale(Estimate):
     `interval()` is Fieller's: all ratios r at which tr Σ - r |g|² is within its error of zero. If |g|² is
     within its own error of zero, no ratio can be excluded as too large; there is only a lower end, and
     `is_one_sided` is True, and it takes the whole risk. For the lower end the error of |g|² is that at the
-    |g|² which r says.
+    |g|² which r says, and for the upper one that of tr Σ grows with it, as that of a variance does.
 
     The [glossary](glossary.md#noise-scale) defines noise scale.
     """
@@ -171,6 +199,7 @@ class NoiseScale(Estimate):
     covariance: Float[Array, "2 2"] = None  # of (noise, signal), by the jackknife over examples
     skewness: float = 0.0  # of what single examples add to noise - value · signal
     num_examples: int = 0
+    noise_dof: float | None = None  # of the error of `noise`, which a heavy tail makes few; None: `dof`
 
     @property
     def is_one_sided(self) -> bool:
@@ -184,13 +213,14 @@ class NoiseScale(Estimate):
         if not 0 < level < 1:
             raise SpectraError(f"level={level} is not between 0 and 1.")
 
-        def t(side: float, up: bool) -> float:
-            own = float(ndtri(side) if self.dof is None else stdtrit(self.dof, side))
+        def t(side: float, up: bool, dof: float | None = self.dof) -> float:
+            own = float(ndtri(side) if dof is None else stdtrit(dof, side))
             return skewed_t(own, self.skewness, self.num_examples, up)
 
         parts, share = (self.noise, self.signal, self.covariance), 1 / (1 + (self.dof or math.inf))
-        high = fieller(*parts, t((1 + level) / 2, True), up=True)
-        below = t(level if math.isinf(high) else (1 + level) / 2, False)  # of one end the whole risk
+        side = (1 + level) / 2
+        high = longest_ratio(*parts, t(side, True, self.noise_dof or self.dof), t(side, True))
+        below = t(level if math.isinf(high) else side, False)  # of one end the whole risk
         low = fieller_of_length(*parts, below, share)
         return Interval(min(low, self.value), self.value, max(high, self.value))
 

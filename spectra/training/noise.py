@@ -53,8 +53,8 @@ def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScal
     Cost: three gradients of every example. Memory: the gradients of `microbatch` single examples, by default
     as many as fill 64 MiB.
 
-    Fails if few examples carry most of the gradient, and if there are fewer than about 30: the interval then
-    covers less often than stated (docs/guarantees.md has figures), and with a heavy tail at any number.
+    Fails if few examples carry most of the gradient, because those drawn say too little of them: with a heavy
+    tail the interval covers less often than stated at any number (docs/guarantees.md has figures).
 
     References:
         McCandlish, Kaplan, Amodei et al., arXiv:1812.06162; Fieller, doi:10.1111/j.2517-6161.1954.tb00159.x;
@@ -213,7 +213,15 @@ def _estimate(x: _Statistics, rounding: float) -> NoiseScale:
         covariance=scale**2 * covariance,
         skewness=skewness(along),
         num_examples=count,
+        noise_dof=_freedom(influence[0], 1 / float(np.sum(x.share**2)) - 1),
     )
+
+
+def _freedom(influence: np.ndarray, most: float) -> float:
+    """Degrees of freedom of the mean of the squares of these numbers, from its own variance."""
+    squares = influence**2
+    variance = float(np.var(squares))
+    return min(most, 2 * len(squares) * float(np.mean(squares)) ** 2 / variance) if variance > 0 else most
 
 
 def _noise_and_signal(x: _Statistics) -> tuple[float, float]:
