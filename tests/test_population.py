@@ -146,6 +146,21 @@ def test_a_number_between_two_means_is_missed_no_more_often_than_stated(dof):
     assert one_at_risk(0.975, 1e6, dof) == pytest.approx(0.95, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_examples_that_are_all_alike_leave_rounding(seed):
+    """They have no spread. Without rounding the lower end of an eigenvalue may be above the upper one."""
+    x = np.tile(draw(seed, 1), (64, 1))
+    found = spectra.population(operator(x), key=jax.random.key(seed), num_batches=8)
+    truth = float(np.sum(np.float64(x[0]) ** 2))
+    low, value, high = found.interval()
+    assert low < truth < high < low + 1e-5 * truth
+    assert low < value < high
+    one = spectra.population(operator(x * np.eye(6)[0]), key=jax.random.key(seed), num_batches=8)
+    truth = float(np.float64(x[0, 0]) ** 2)  # a single parameter has any: signs leave nothing to chance
+    assert one.trace.lower < truth < one.trace.upper < one.trace.lower + 1e-5 * truth
+    assert float(one.shares.lower[0]) < 1 < float(one.shares.upper[0])
+
+
 def test_batches_are_equal_and_leave_few_examples_over():
     assert _count(32, 440, 2) == 24  # 432 of the examples, where 32 batches have 416
     assert _count(32, 2000, 2) == 32

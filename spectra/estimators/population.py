@@ -37,11 +37,13 @@ from spectra.estimators.law import Law, Seen
 from spectra.krylov.eigsh import eigsh
 from spectra.operators.batches import batch_size
 from spectra.operators.data import DataOperator
-from spectra.results import Eigenpairs, Population
+from spectra.results import Eigenpairs, Interval, Population
 
 LOOSER = 5.0
 """Tolerance of the vectors to hold out, in units of `tol`: any vector bounds from below, and an error of the
 residual's size costs its square."""
+ROUNDINGS = 4
+"""By how many roundings of |H v| a form vᵀHv may be off, as that of a report."""
 FRESH = 0.1
 """Random vector in the start from known vectors, whose invariant space may leave the leading one out."""
 
@@ -141,8 +143,8 @@ def population(
     batches = draw_batches(op, order, num_batches, num_examples, num_folds)
     folds = np.arange(len(batches.weights)) % num_folds
     fitted = _fit(batches, folds, k, starts, tol)
-    seen = _look(batches, folds, fitted, probes, num_probes)
-    return _summary(op, batches, _law(op, batches, folds, of, level), fitted, seen, level)
+    seen, rounding = _look(batches, folds, fitted, probes, num_probes)
+    return _summary(op, batches, _law(op, batches, folds, of, level), fitted, seen, rounding, level)
 
 
 def _law(op: DataOperator, batches: Batches, folds: np.ndarray, of: str, level: float) -> Law:
@@ -199,20 +201,23 @@ def _start(parts: list[PyTree], fresh: PyTree) -> PyTree:
     return total
 
 
-def _look(batches: Batches, folds: np.ndarray, fitted: _Fits, key: jax.Array, num_probes: int) -> Seen:
+def _look(
+    batches: Batches, folds: np.ndarray, fitted: _Fits, key: jax.Array, num_probes: int
+) -> tuple[Seen, float]:
+    """What the batches show, and what rounding does to the trace of one, on average."""
     rows: list[tuple[np.ndarray, ...]] = []
     for b, op in enumerate(batches.each()):
         sets = (fitted.parts[folds[b]], fitted.whole.vectors)
         rows.append(jax.device_get(_of_batch(op, sets, jax.random.fold_in(key, b), num_probes)))
-    held, inside, traces = (np.stack([row[i] for row in rows]).astype(np.float64) for i in range(3))
-    return Seen(held[:, ::-1, ::-1], inside[:, ::-1, ::-1], traces)
+    held, inside, traces, sizes = (np.stack([row[i] for row in rows]).astype(np.float64) for i in range(4))
+    return Seen(held[:, ::-1, ::-1], inside[:, ::-1, ::-1], traces), float(batches.weights @ sizes)
 
 
 @partial(programs.jit, static_argnames="num_probes")
 def _of_batch(
     op: DataOperator, sets: tuple[PyTree, PyTree], key: jax.Array, num_probes: int
 ) -> tuple[jax.Array, ...]:
-    """VᵀHV of both sets of vectors, and vᵀHv of random signs."""
+    """VᵀHV of both sets of vectors, vᵀHv of random signs, and by how much rounding may move the latter."""
     probes = blocks.draw(op, key, jnp.arange(num_probes), "rademacher")
     stacks = [*sets, probes]
     images = jax.vmap(op.mv)(blocks.concatenate(stacks))
@@ -223,20 +228,28 @@ def _of_batch(
         found.append(jnp.sum(blocks.gram(stack, blocks.rows(images, start, stop)), axis=0))
         start = stop
     first, second, last = found
-    return (first + first.T) / 2, (second + second.T) / 2, arrays.diagonal(last)
+    lengths = jax.vmap(trees.norm)(blocks.rows(images, start - num_probes, start))
+    rounding = ROUNDINGS * op.precision * op.size**0.5 * jnp.mean(lengths)
+    return (first + first.T) / 2, (second + second.T) / 2, arrays.diagonal(last), rounding
 
 
 def _summary(
-    op: DataOperator, batches: Batches, law: Law, fitted: _Fits, seen: Seen, level: float
+    op: DataOperator, batches: Batches, law: Law, fitted: _Fits, seen: Seen, rounding: float, level: float
 ) -> Population:
     num_folds, count = law.folds.max() + 1, len(law.folds)
     whole = np.asarray(fitted.whole.values, float)[::-1]
     most = whole + np.asarray(fitted.whole.residuals, float)[::-1]
     held, stderr, below, above = law.ends(seen, whole)
-    lower, upper = held - below, most + above
+    # Rounding is no draw: examples that are all alike have no spread but this. That of a batch is relative
+    # to its own curvature, which may be larger than that of all.
+    own = float(np.max(law.weights @ np.abs(np.diagonal(seen.in_sample, axis1=1, axis2=2))))
+    size = float(np.max(np.abs(whole)))
+    floor = float(fitted.whole.noise_floor) * max(own / size if size > 0 else 1.0, 1.0)
+    lower, upper = held - below - floor, most + above + floor
     # To second order biases are +c/m in the sample and -c/m' of vectors fitted to m' = (1 - 1/f) m.
     value = np.clip((num_folds * whole + (num_folds - 1) * held) / (2 * num_folds - 1), lower, upper)
     trace, trace_error, probe_error = law.trace(seen.traces)
+    trace = Interval(trace.lower - rounding, trace.estimate, trace.upper + rounding)
     m = int(batches.sizes.sum())
     k, num_probes = len(whole), seen.traces.shape[1]
     extra = (2 * k + num_probes) * m
@@ -250,7 +263,7 @@ def _summary(
         trace=trace,
         trace_stderr=trace_error,
         trace_probe_stderr=probe_error,
-        shares=law.shares(seen, most, value),
+        shares=_with_rounding(law.shares(seen, most, value), trace.estimate, floor, rounding),
         size=op.size,
         num_examples=m,
         num_batches=count,
@@ -260,6 +273,14 @@ def _summary(
         level=level,
         status=Status.COMPLETE if np.all(fitted.whole.converged) else Status.NOT_CONVERGED,
     )
+
+
+def _with_rounding(shares: Interval, trace: float, floor: float, rounding: float) -> Interval:
+    """Shares of the j largest eigenvalues, j = 1 ... k, with what rounding does to these and to the trace."""
+    if not trace > 0:
+        return shares
+    reach = (floor * np.arange(1, len(shares.estimate) + 1) + rounding * np.abs(shares.estimate)) / trace
+    return Interval(shares.lower - reach, shares.estimate, shares.upper + reach)
 
 
 def _for_half(count: int, error: float, width: float) -> int:
