@@ -68,6 +68,14 @@ def resident_bytes() -> int | None:
         return None
 
 
+def on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """JAX's computations on a CPU, where JAX may use one."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def one_thread() -> Generator[None]:
     """Hold the BLAS of NumPy and SciPy to one thread; also a decorator. The caller's number comes back."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as torch_pytree
 
+from spectra.base import host
 from spectra.bridge import interpreter
 from spectra.bridge.adapter import Adapter, experts_by, has_experts
 from spectra.bridge.dtypes import canonical
@@ -65,7 +66,7 @@ def check(module: Adapter, args: Any, kwargs: Any, model: TorchModel) -> None:
     trainable = {k: p for k, p in inner.named_parameters() if k in model.params and p.is_floating_point()}
     with _differentiable(trainable):
         point = _reference(module, args, kwargs, trainable)
-    with _on_host(), jax.default_matmul_precision("highest"):
+    with host.on_cpu(), jax.default_matmul_precision("highest"):
         _compare(model, point, list(trainable), lambda: likely_cause(module, inner, args, kwargs))
 
 
@@ -80,14 +81,6 @@ def _differentiable(parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[No
     finally:
         for p in frozen:
             p.requires_grad_(False)
-
-
-def _on_host() -> Any:
-    """JAX's computations on the CPU where it may use it: there a product of matrices is what it says."""
-    try:
-        return jax.default_device(jax.devices("cpu")[0])
-    except RuntimeError:
-        return jax.default_device(None)
 
 
 # ---- the module's side ------------------------------------------------------------------------------

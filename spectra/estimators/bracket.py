@@ -16,20 +16,18 @@ may be off by where Ritz vectors were taken out is bounded by `linked`.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 
 from spectra.base.errors import SpectraError
 from spectra.density.extremes import LEVEL, error_of_powers, extreme
-from spectra.krylov.function_bounds import one_each
 from spectra.quadrature import Rule
 from spectra.quadrature.brackets import alike, gauss_radau, rules
 from spectra.quadrature.hinges import deviation, kinks
 from spectra.quadrature.links import Links
 from spectra.results import Quadrature
 
-Function = Callable[[np.ndarray], Any]
+Function = Callable[[np.ndarray], np.ndarray]
 Bounds = tuple[float | None, float | None]
 ROUNDING = 256 * np.finfo(float).eps
 """Of the larger |f| at the ends: where a Chebyshev series leaves no more, it is f but for rounding."""
@@ -40,12 +38,6 @@ COUPLING_SAMPLES = 1025
 _SHARES = np.linspace(0.0, 1.0, 65)
 _SAMPLES = 16
 """Of f between neighbouring nodes, and for each degree of the polynomial."""
-
-
-def evaluate(f: Function, x: np.ndarray) -> np.ndarray:
-    """f without warnings, in float64; a scalar result is broadcast."""
-    with np.errstate(all="ignore"):
-        return np.asarray(one_each(f(x), x), np.float64)
 
 
 def interval_of(
@@ -103,8 +95,8 @@ def domain(
         bent = one_signed and _is_finite(f, smallest, b, smallest)
         why = "does not bend one way" if bent else "has a pole"
         return None, f"no bracket: f {why} between the smallest Ritz value and {b:.6g}, the upper limit"
-    end = _first_good(lambda x: evaluate(f, x), is_good, a, smallest)
-    beyond = evaluate(f, np.linspace(a, end, _CELLS, endpoint=False))
+    end = _first_good(f, is_good, a, smallest)
+    beyond = f(np.linspace(a, end, _CELLS, endpoint=False))
     if not one_signed and np.isfinite(beyond).any():
         return None, f"no bracket: f has a pole near {end:.6g}, where an eigenvalue may be"
     # Of an eigenvalue that is closer to the end a product does not tell on which side it is.
@@ -145,9 +137,9 @@ def bracket(
     kind, extra = "that of Gauss and Radau", None
     if not one_signed:
         kind = "from the variation of f"
-        extra = kinks(lambda x: evaluate(f, x), a, b, np.ravel(np.asarray(q.nodes[0], np.float64)))
+        extra = kinks(f, a, b, np.ravel(np.asarray(q.nodes[0], np.float64)))
     low, high = np.mean(_each(q, f, (a, b), extra), axis=0) * rest.size
-    reach = -_largest(lambda x: -evaluate(f, x), q, a, b), _largest(lambda x: evaluate(f, x), q, a, b)
+    reach = -_largest(lambda x: -f(x), q, a, b), _largest(f, q, a, b)
     reason = f"the bracket is {kind} and rests on {rests}"
     return float(low), float(high), (rest.size * reach[0], rest.size * reach[1]), reason
 
@@ -188,7 +180,7 @@ def spread(q: Quadrature, f: Function, ends: tuple[float, float], mean: float) -
     rest = q.parts.rest
 
     def deviation(x: np.ndarray) -> np.ndarray:
-        return evaluate(f, np.clip(x, *ends)) - mean
+        return f(np.clip(x, *ends)) - mean
 
     reached = np.append(np.ravel(q.nodes), ends)
     scale = float(np.abs(deviation(reached)).max())
@@ -209,7 +201,7 @@ def _each(q: Quadrature, f: Function, ends: tuple[float, float], extra: np.ndarr
     a, b = ends
     for rule, taken, count in _measures(q):
         nodes, w, _ = rule
-        known = float(w[taken] @ evaluate(f, np.clip(nodes[taken], a, b)))
+        known = float(w[taken] @ f(np.clip(nodes[taken], a, b)))
         bounds = of_one_sign(f, rule, a, b) if extra is None else _of_any(f, rule, a, b, extra)
         found += count * [(np.array(bounds) - known) / (1 - w[taken].sum())]
     return np.array(found)
@@ -217,11 +209,11 @@ def _each(q: Quadrature, f: Function, ends: tuple[float, float], extra: np.ndarr
 
 def _is_finite(f: Function, a: float, b: float, smallest: float) -> bool:
     """Whether f is finite on [a, b], as far as samples show, more of them below the smallest node."""
-    if not np.isfinite(evaluate(f, np.clip(np.zeros(1), a, b))).all():
+    if not np.isfinite(f(np.clip(np.zeros(1), a, b))).all():
         return False
     for end in (b, smallest):
         x = np.linspace(a, max(a, end), 65)
-        values = evaluate(f, x)
+        values = f(x)
         if not np.isfinite(values).all() or _has_pole(f, x, values):
             return False
     return True
@@ -236,7 +228,7 @@ def _has_pole(f: Function, x: np.ndarray, values: np.ndarray) -> bool:
     for _ in range(6):
         i = int(np.argmax(np.abs(values[2:] + values[:-2] - 2 * values[1:-1]))) + 1
         x = x[i - 1] + (x[i + 1] - x[i - 1]) * _SHARES
-        values = evaluate(f, x)
+        values = f(x)
         largest.append(np.abs(values).max())
         if not np.isfinite(largest[-1]):
             return True
@@ -245,16 +237,14 @@ def _has_pole(f: Function, x: np.ndarray, values: np.ndarray) -> bool:
 
 def _bends_once(f: Function, a: float, b: float) -> bool:
     """Whether f is convex, or concave, as far as samples show: finds poles."""
-    x = evaluate(f, np.linspace(a, b, 65))
+    x = f(np.linspace(a, b, 65))
     bend = x[2:] + x[:-2] - 2 * x[1:-1]
     return len(set(np.sign(bend[np.abs(bend) > 16 * np.finfo(float).eps * np.abs(x).max()]))) < 2
 
 
 def of_one_sign(f: Function, rule: Rule, a: float, b: float) -> tuple[float, float]:
     """Least and largest of the Gauss rule and both Gauss-Radau rules."""
-    found = [
-        float(masses @ evaluate(f, np.clip(points, a, b))) for points, masses in _three_rules(rule, a, b)
-    ]
+    found = [float(masses @ f(np.clip(points, a, b))) for points, masses in _three_rules(rule, a, b)]
     return min(found), max(found)
 
 
@@ -267,13 +257,13 @@ def _three_rules(rule: Rule, a: float, b: float) -> list[tuple[np.ndarray, np.nd
 def _of_any(f: Function, rule: Rule, a: float, b: float, extra: np.ndarray) -> tuple[float, float]:
     """What the theorems for any f leave, with the Gauss rule inside; `extra` are points where f bends."""
     theta, w, r = rule
-    gauss = float(w @ evaluate(f, np.clip(theta, a, b)))
+    gauss = float(w @ f(np.clip(theta, a, b)))
     if not r.any():
         return gauss, gauss
     low, high = _by_polynomial(f, rule, a, b, extra)
-    if high - low <= ROUNDING * np.abs(evaluate(f, np.array([a, b]))).max():
+    if high - low <= ROUNDING * np.abs(f(np.array([a, b]))).max():
         return min(low, gauss), max(high, gauss)  # f is a polynomial: steps and hinges cost more, for nothing
-    down, up = deviation(lambda x: evaluate(f, x), rule, a, b, extra)
+    down, up = deviation(f, rule, a, b, extra)
     return gauss - max(min(down, gauss - low), 0.0), gauss + max(min(up, high - gauss), 0.0)
 
 
@@ -289,11 +279,11 @@ def _by_polynomial(f: Function, rule: Rule, a: float, b: float, extra: np.ndarra
     count = _SAMPLES * (degree + 1)
     x = np.cos(np.pi * (np.arange(count) + 0.5) / count)
     middle, half = (a + b) / 2, (b - a) / 2
-    values = evaluate(f, middle + half * x)
+    values = f(middle + half * x)
     series = 2 / count * np.cos(np.outer(np.arange(degree + 1), np.arccos(x))) @ values
     series[0] /= 2
     places = np.sort(np.concatenate([middle + half * x, extra]))
-    rest = evaluate(f, places) - chebyshev.chebval((places - middle) / half, series)
+    rest = f(places) - chebyshev.chebval((places - middle) / half, series)
     exact = float(w @ chebyshev.chebval(np.clip((theta - middle) / half, -1, 1), series))
     between = np.max(np.abs(np.diff(rest))) / 2
     return exact + float(rest.min() - between), exact + float(rest.max() + between)
@@ -310,7 +300,7 @@ def linked(f: Function, links: Links, ends: tuple[float, float], one_signed: boo
     if beta == 0 or b <= a:
         return 0.0, 0.0
     x = np.linspace(a, b, COUPLING_SAMPLES)
-    values, step = evaluate(f, x), float(x[1] - x[0])
+    values, step = f(x), float(x[1] - x[0])
     bound = _least(np.sum(np.abs(np.diff(values))), 2 * beta * np.max(np.abs(np.diff(values))) / step)
     if not one_signed:
         return -bound, bound
@@ -323,7 +313,7 @@ def linked(f: Function, links: Links, ends: tuple[float, float], one_signed: boo
 def _at_ends(f: Function, ends: tuple[float, float], step: float) -> tuple[float, float]:
     """The largest |f'| and |f''| at the ends; infinite where f is not defined beyond one."""
     around = np.asarray(ends)[:, None] + step * np.array([-1.0, 0.0, 1.0])
-    values = evaluate(f, around)
+    values = f(around)
     first = np.max(np.abs(np.diff(values, axis=1))) / step
     second = np.max(np.abs(np.diff(values, n=2, axis=1))) / step**2
     return _finite(first), _finite(second)

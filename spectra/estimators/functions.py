@@ -11,9 +11,10 @@ import numpy as np
 from spectra.base import arrays, trees
 from spectra.base.calls import automatic, require_key
 from spectra.base.errors import SpectraError, Status
+from spectra.base.reals import RealFunction
 from spectra.density.slq import slq
 from spectra.density.spending import spend
-from spectra.estimators.bracket import Bounds, Function, evaluate
+from spectra.estimators.bracket import Bounds, Function
 from spectra.estimators.of_quadrature import from_quadrature
 from spectra.estimators.run import LOOSEST
 from spectra.operators.base import LinearOperator, is_real_scalar, require_operator
@@ -75,7 +76,8 @@ def trace_of(
     Args:
         source: symmetric operator of order n, or a `Quadrature` of it, which costs no product and has its
             steps and probes.
-        f: vectorised NumPy function of eigenvalues.
+        f: vectorised function of eigenvalues, of NumPy or JAX, evaluated in float64. One that computes in
+            float32 whatever it is given adds its own rounding to the interval.
         key: JAX random key; needed for an operator.
         num_steps: Lanczos steps per probe; default 100, or n for smaller operators.
         num_probes: number of probes, default 8; with `tol`, num_steps x num_probes is the maximum number of
@@ -127,9 +129,10 @@ def trace_of(
         options = {"num_probes": PROBES if num_probes is None else num_probes, "probe_batch": probe_batch}
         return _traced(source, f, key, num_steps, tol, bounds, options)
     signed = _is_known(f) if one_signed is None else one_signed
+    real = RealFunction(f)
 
     def estimate(quadrature: Quadrature) -> Estimate:
-        return from_quadrature(quadrature, f, bounds, signed)
+        return from_quadrature(quadrature, real, bounds, signed)
 
     def open_share(found: Estimate, tol: float) -> float:
         """The error and half of the bracket, in units of what is asked for."""
@@ -140,7 +143,7 @@ def trace_of(
     def error(quadrature: Quadrature) -> float:
         assert tol is not None
         try:
-            early = min(tol, LOOSEST) if _has_both_signs(quadrature, f, bounds) else tol
+            early = min(tol, LOOSEST) if _has_both_signs(quadrature, real, bounds) else tol
             return open_share(estimate(quadrature), early)
         except SpectraError:  # f is not finite at a node that other probes may not have
             return np.inf
@@ -158,7 +161,7 @@ def trace_of(
 def _has_both_signs(quadrature: Quadrature, f: Function, bounds: Bounds | None) -> bool:
     """Whether f of some nodes is positive and of others negative: then their sum may be zero."""
     nodes = np.asarray(quadrature.nodes, np.float64)[np.asarray(quadrature.weights) > 0]
-    values = evaluate(f, nodes if bounds is None else np.clip(nodes, *bounds))
+    values = f(nodes if bounds is None else np.clip(nodes, *bounds))
     return bool(values.min() < 0 < values.max())
 
 
@@ -207,7 +210,7 @@ def _traced(
     )
 
 
-def _is_known(f: Function) -> bool:
+def _is_known(f: Callable[[Any], Any]) -> bool:
     """Whether f is one of the functions whose derivatives of order two and more each keep one sign."""
     return any(f is getattr(module, name) for module in (np, jnp) for name in ONE_SIGNED)
 

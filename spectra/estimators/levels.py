@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.polynomial import Polynomial
 
-from spectra.estimators.bracket import Function, evaluate, spread
+from spectra.estimators.bracket import Function, spread
 from spectra.results import Quadrature
 
 _ROWS = ("nodes", "weights", "residuals", "lengths", "asymmetry")
@@ -61,7 +61,7 @@ def combined(q: Quadrature, short: np.ndarray, f: Function, ends: tuple[float, f
     n, k, count = rest.size, rest.num_probes, rest.num_probes + len(short)
 
     def inside(x: np.ndarray) -> np.ndarray:
-        return evaluate(f, np.clip(x, *ends))
+        return f(np.clip(x, *ends))
 
     nodes, weights = np.asarray(rest.nodes, np.float64).ravel(), np.asarray(rest.weights, np.float64).ravel()
     nodes, weights = nodes[weights > 0], weights[weights > 0] / weights.sum()

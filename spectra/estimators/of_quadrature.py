@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spectra.base.errors import SpectraError
+from spectra.base.reals import RealFunction
 from spectra.density.extremes import sampled_ends, sampling_error, shows_fourth_powers
 from spectra.estimators import levels
 from spectra.estimators.bracket import (
@@ -12,7 +13,6 @@ from spectra.estimators.bracket import (
     Function,
     bracket,
     domain,
-    evaluate,
     interval_of,
     linked,
     spread,
@@ -21,17 +21,17 @@ from spectra.quadrature.changes import estimated_error
 from spectra.results import Estimate, Quadrature
 
 
-def from_quadrature(q: Quadrature, f: Function, bounds: Bounds | None, one_signed: bool) -> Estimate:
+def from_quadrature(q: Quadrature, f: RealFunction, bounds: Bounds | None, one_signed: bool) -> Estimate:
     """The estimate of `spectra.estimators.functions.trace_of`, whose arguments these are."""
     q, short = levels.split(q)
     sampled_between = sampled_ends(q)
     (a, b), excludes = interval_of(q, bounds, sampled_between)
 
     def at(x: np.ndarray) -> np.ndarray:
-        return evaluate(f, np.clip(x, a, b))
+        return f(np.clip(x, a, b))
 
     _check_finite(q, at)
-    parts, known = q.parts, _known(q, at)
+    parts, known = q.parts, _known(q, at, f.rounding)
     fields: dict[str, Any] = {"num_matvecs": q.num_matvecs, "method": "slq", "status": q.status}
     if parts.rest is None:
         return Estimate(known.value, known.rounding, **fields, reason="all eigenvalues are known")
@@ -74,9 +74,9 @@ class _Known(NamedTuple):
     slack: np.ndarray
 
 
-def _known(q: Quadrature, f: Function) -> _Known:
+def _known(q: Quadrature, f: Function, rounding: float) -> _Known:
     parts = q.parts
-    off = _changes(f, parts.atoms, q.noise_floor + parts.coupling)
+    off = _changes(f, parts.atoms, q.noise_floor + parts.coupling, rounding)
     return _Known(parts.total(f), float(np.sum(np.abs(off).max(axis=0))), off.sum(axis=1))
 
 
@@ -91,7 +91,7 @@ class _Sampled(NamedTuple):
 
 
 def _sampled(
-    q: Quadrature, short: np.ndarray | None, f: Function, at: Function, ends: tuple[float, float] | None
+    q: Quadrature, short: np.ndarray | None, f: RealFunction, at: Function, ends: tuple[float, float] | None
 ) -> _Sampled:
     """`at` is f inside of the limits of the spectrum, and `ends` are those of the domain, None at a pole."""
     parts, rest = q.parts, q.parts.rest
@@ -108,7 +108,7 @@ def _sampled(
         stderr, dof = spread(q, f, ends, mean)
     if dof is not None and not shows_fourth_powers(q):
         dof = float(k)
-    moves = np.abs(_changes(at, nodes, q.noise_floor)).max(axis=0)
+    moves = np.abs(_changes(at, nodes, q.noise_floor, f.rounding)).max(axis=0)
     rounding += n * float(np.sum(np.where(weights > 0, weights * moves, 0.0)) / k)
     return _Sampled(n * mean, moved, stderr, dof, rounding + parts.spill(at, mean))
 
@@ -136,11 +136,16 @@ def _within(
     return max(ends[0], low), min(ends[1], high)
 
 
-def _changes(f: Function, x: np.ndarray, shift: float) -> np.ndarray:
-    """How far f falls (at most 0) and rises where x moves by `shift`, as far as it is defined there."""
-    changes = np.asarray([f(x - shift), f(x + shift)]) - f(x)
+def _changes(f: Function, x: np.ndarray, shift: float, rounding: float) -> np.ndarray:
+    """How far f falls (at most 0) and rises where x moves by `shift`, as far as it is defined there.
+
+    `rounding` is that of f's own numbers and values, relative to them.
+    """
+    shifts, values = shift + rounding * np.abs(x), f(x)
+    changes = np.asarray([f(x - shifts), f(x + shifts)]) - values
     changes = np.where(np.isfinite(changes), changes, 0.0)
-    return np.array([np.minimum(changes, 0.0).min(axis=0), np.maximum(changes, 0.0).max(axis=0)])
+    off = rounding * np.abs(values)
+    return np.array([np.minimum(changes, 0.0).min(axis=0) - off, np.maximum(changes, 0.0).max(axis=0) + off])
 
 
 def _check_finite(q: Quadrature, f: Function) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from spectra.base import draws
 from spectra.base.errors import SpectraError, Status
 from spectra.base.host import one_thread
+from spectra.base.reals import RealFunction
 from spectra.krylov.lanczos import lanczos
 from spectra.operators.base import LinearOperator
 from spectra.quadrature.hinges import kinks
@@ -250,22 +251,22 @@ RANGE_STEPS = 40
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-    """A function by name: in NumPy and in JAX, and where it is defined."""
+    """A function by name: of real numbers and of arrays of JAX, and where it is defined."""
 
-    numpy: Callable[[Any], Any]
+    numpy: RealFunction
     jax: Callable[[Any], Any]
     least: float = -np.inf  # defined above
     closed: bool = False  # and at `least` itself
 
 
 NAMED = {
-    "exp": Named(np.exp, jnp.exp),
-    "log": Named(np.log, jnp.log, 0.0),
-    "sqrt": Named(np.sqrt, jnp.sqrt, 0.0, closed=True),
-    "inv_sqrt": Named(lambda x: 1 / np.sqrt(x), lambda x: 1 / jnp.sqrt(x), 0.0),
-    "inv": Named(lambda x: 1 / x, lambda x: 1 / x),
-    "sign": Named(np.sign, jnp.sign),
-    "abs": Named(np.abs, jnp.abs),
+    "exp": Named(RealFunction(np.exp), jnp.exp),
+    "log": Named(RealFunction(np.log), jnp.log, 0.0),
+    "sqrt": Named(RealFunction(np.sqrt), jnp.sqrt, 0.0, closed=True),
+    "inv_sqrt": Named(RealFunction(lambda x: 1 / np.sqrt(x)), lambda x: 1 / jnp.sqrt(x), 0.0),
+    "inv": Named(RealFunction(lambda x: 1 / x), lambda x: 1 / x),
+    "sign": Named(RealFunction(np.sign), jnp.sign),
+    "abs": Named(RealFunction(np.abs), jnp.abs),
 }
 
 
@@ -277,20 +278,7 @@ def named_function(f: Any) -> tuple[Named, str]:
         return NAMED[f], f
     if not callable(f):
         raise SpectraError(f"f is a {type(f).__name__}: pass a function of real numbers, or its name.")
-    return Named(f, f), getattr(f, "__name__", type(f).__name__)
-
-
-def on_reals(f: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], np.ndarray]:
-    """f in float64, NaN where it is not a real number."""
-
-    def values(x: np.ndarray) -> np.ndarray:
-        with np.errstate(all="ignore"):
-            found = one_each(f(np.asarray(x, np.float64)), x)
-        if np.iscomplexobj(found):
-            found = np.where(np.imag(found) == 0, np.real(found), np.nan)
-        return np.asarray(found, np.float64)
-
-    return values
+    return Named(RealFunction(f), f), getattr(f, "__name__", type(f).__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,14 +383,3 @@ def eigh(alpha: Any, beta: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
 
     values, vectors = eigh_tridiagonal(alpha, beta)
     return values, vectors
-
-
-def one_each(values: Any, x: np.ndarray) -> np.ndarray:
-    """What a function of a user's makes of an array of numbers: as many of them, or one for all."""
-    found = np.asarray(values)
-    if found.dtype.kind in "USmM" or found.shape not in ((), np.shape(x)):
-        raise SpectraError(
-            f"f makes an array of {found.dtype} of shape {found.shape} of {np.shape(x)} eigenvalues: use a "
-            "function of one real number, applied to each."
-        )
-    return found if found.shape == np.shape(x) else np.broadcast_to(found, np.shape(x))

@@ -19,12 +19,12 @@ from spectra.krylov.band import Band
 from spectra.krylov.band_block import extend_block
 from spectra.krylov.cancelled import size_before
 from spectra.krylov.function_bounds import (
+    Function,
     Named,
     Range,
     around,
     extended,
     inside,
-    on_reals,
     rounding,
     truncation,
     undefined,
@@ -167,9 +167,10 @@ class FunctionRun:
         noise = breakdown_noise(self.op.size, self.op.precision)
         rounded = max(noise * max(known.norm, self.before), self.measured * known.norm)
         theta = inside(theta, self.named, self.name, known, rounded, self.op)
-        f = on_reals(self.named.numpy)
+        f: Function = self.named.numpy
         first = vectors[: len(z)].T @ z  # the vectors are in the span of the first rows
         values = self._values(f, theta, rounded, float(sizes.max()))
+        rounded = max(rounded, self.named.numpy.rounding * known.norm)
         unit = 2.0 ** max(int(np.frexp(np.abs(values).max())[1]) - 1, LEAST)
         values, f = values / unit, _divided(f, unit)
         coefficients = vectors @ (values[:, None] * first)
@@ -182,7 +183,7 @@ class FunctionRun:
         bounds = np.minimum(
             truncation(f, theta, first, coupling, intervals), largest * np.linalg.norm(first, axis=0) + norms
         )
-        moved += noise * norms
+        moved += (noise + self.named.numpy.rounding) * norms
         with np.errstate(over="ignore"):
             return _Step(
                 theta, coefficients * unit, norms * unit, bounds * unit, moved * unit, largest * unit

@@ -230,8 +230,8 @@ def funm(
 
     Args:
         op: symmetric operator of order n.
-        f: "exp", "log", "sqrt", "inv_sqrt", "inv", "sign", "abs", or a vectorised NumPy function of real
-            numbers; inside jit, of JAX.
+        f: "exp", "log", "sqrt", "inv_sqrt", "inv", "sign", "abs", or a vectorised function of real
+            numbers, of NumPy or JAX, as for `trace_of`; inside jit, of JAX.
         v: a vector, a pytree like the parameters or a flat array (n,); or several, as the columns of an (n,
             k) array or with a leading axis.
         num_steps: maximum number of Lanczos steps, each a product for each vector; default 128, or n.

@@ -6,13 +6,12 @@ is bounded: a filter may differ from another between two points of any fixed set
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from spectra.base.files import tree_digest
-from spectra.krylov.function_bounds import on_reals
+from spectra.base.reals import RealFunction
 
 _SIZES = np.ldexp(np.linspace(1.0, 1.75, 4)[:, None], np.arange(-20, 21)).ravel()
 POINTS = np.concatenate([-_SIZES, [0.0], _SIZES])
@@ -23,16 +22,15 @@ BITS = 30
 """Of a value that are compared: the last of exp and its like depend on the processor's instructions."""
 
 
-def digest(f: Callable[[Any], Any], points: np.ndarray = POINTS) -> int:
+def digest(f: RealFunction, points: np.ndarray = POINTS) -> int:
     """Of the values at points; a function may refuse those that its operator's spectrum is away from."""
-    values = on_reals(f)
     try:
-        found = values(points)
+        found = f(points)
     except Exception:  # whatever a user's function raises
         found = np.full(len(points), np.nan)
         for i in range(len(points)):
             with contextlib.suppress(Exception):
-                found[i] = values(points[i : i + 1])[0]
+                found[i] = f(points[i : i + 1])[0]
     return tree_digest(_rounded(found).view(np.uint32))  # the bits: float32 does not hold all of them
 
 

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
+from spectra.base.reals import RealFunction
 from spectra.quadrature import distribution, rules
 from spectra.quadrature.resolved import Parts, parts
 from spectra.results.base import Array, Interval, Result, notebook_view, result
@@ -186,9 +187,10 @@ class Quadrature(Result):
         return Interval(*distribution.cdf_band(self, np.asarray(x, np.float64), level))
 
     def mean(self, f: Callable[[np.ndarray], Any]) -> float:
-        """Estimate of tr f(H) / n for a function of an array of eigenvalues."""
+        """Estimate of tr f(H) / n for a vectorised function of eigenvalues, of NumPy or JAX, in float64."""
         self._require_numbers("mean")
-        return float(np.mean(np.sum(self.weights * f(np.asarray(self.nodes)), axis=1)))
+        weights, values = np.asarray(self.weights), RealFunction(f)(self.nodes)
+        return float(np.mean(np.sum(weights * np.where(weights > 0, values, 0.0), axis=1)))
 
     def band_width(self, *, level: float = 0.95) -> float:
         """Mean width of the CDF's band over the spectral range: the share of eigenvalues in doubt.
