@@ -157,5 +157,5 @@ def _check_finite(q: Quadrature, f: Function) -> None:
             f"f is not finite at the Ritz value {nodes[bad][0]:.6g} (the noise floor is "
             f"{q.noise_floor:.1e}): for log, inverse and powers shift the operator, op.shift(delta), by "
             "more than its most negative eigenvalue and the noise floor, or pass bounds=(0, None) if it is "
-            "positive semi-definite."
+            "positive semi-definite. Where f overflows, as exp does, scale the operator or f."
         )
