@@ -168,6 +168,27 @@ def test_the_fallback_works_for_streams_and_at_zero_parameters(x64):
     assert relative_error(zero.as_matrix(), 2 * X.T @ X / len(X)) <= 32 * zero.precision
 
 
+def test_the_step_of_differences_fits_leaves_of_unlike_sizes(dtype):
+    """eps^(1/3) |θ| is far longer than what bends the loss along `w`: half of a product was wrong."""
+
+    def loss_fn(params, x):
+        return jnp.mean((jnp.tanh(x @ params["w"]) @ params["v"]) ** 2)
+
+    params = {"w": jnp.asarray(0.5 * np.outer(W, [1.0, -0.5])), "v": jnp.asarray([150.0, -100.0])}
+    op = spectra.HessianOperator(loss_fn, params, jnp.asarray(X), mode="finite-difference")
+    exact = spectra.HessianOperator(loss_fn, params, jnp.asarray(X))
+    matrix = np.asarray(exact.as_matrix(), float)
+    errors = np.asarray(op @ jnp.eye(op.size), float) - matrix
+    assert np.linalg.norm(errors, 2) <= 64 * op.precision * np.linalg.norm(matrix, 2)
+    assert op.precision <= 100 * float(jnp.finfo(dtype).eps) ** (2 / 3)
+    report = spectra.spectrum(op, key=jax.random.key(0))
+    np.testing.assert_allclose(
+        report.quadrature.nodes[0], np.linalg.eigvalsh(matrix), rtol=0, atol=4 * report.noise_floor
+    )
+    block, wanted = op.block("w"), exact.block("w").as_matrix()
+    assert relative_error(block.as_matrix(), wanted) <= 64 * block.precision
+
+
 def test_lanczos_runs_on_the_fallbacks():
     with pytest.warns(UserWarning, match="reverse-over-reverse"):
         op = build(recursive_sin)

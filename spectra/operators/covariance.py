@@ -97,7 +97,7 @@ class GradientCovarianceOperator(DataOperator):
         def losses(x: PyTree) -> jax.Array:
             return jax.vmap(lambda weight, example: one(x, weight, example))(weights, owned)
 
-        _, push, pull = differentiate.jacobian(self.mode, losses, variables)
+        _, push, pull = differentiate.jacobian(self.mode, losses, variables, self.differences)
         along = push(v)
         shares = (weights / jnp.sum(weights)).astype(along.dtype)
         if self.mean is None:

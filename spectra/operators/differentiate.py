@@ -13,25 +13,31 @@ from spectra.base import programs, trees
 from spectra.base.errors import DifferentiationError, SpectraError, StructureError, warn_user
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator, product, product_batch
+from spectra.operators.differences import Differences, measured
 from spectra.operators.jaxprs import may_refuse_at_lowering, refusing_operations
 
 if TYPE_CHECKING:
     from spectra.operators.data import DataOperator
 
 Function = Callable[[PyTree], PyTree]
+USUAL = Differences()
 MODES = ("forward-over-reverse", "reverse-over-reverse", "finite-difference")
 
 
-def derivative(mode: str, gradient: Function, params: PyTree, v: PyTree) -> PyTree:
+def derivative(
+    mode: str, gradient: Function, params: PyTree, v: PyTree, differences: Differences = USUAL
+) -> PyTree:
     """(∂g/∂θ) v for a function whose derivative is symmetric: the gradient of something."""
     if mode == "forward-over-reverse":
         return jax.jvp(gradient, (params,), (v,))[1]
     if mode == "reverse-over-reverse":
         return jax.vjp(gradient, params)[1](v)[0]
-    return central_difference(gradient, params, v)
+    return central_difference(gradient, params, v, differences)
 
 
-def jacobian(mode: str, fn: Function, params: PyTree) -> tuple[PyTree, Function, Function]:
+def jacobian(
+    mode: str, fn: Function, params: PyTree, differences: Differences = USUAL
+) -> tuple[PyTree, Function, Function]:
     """(f(θ), v -> J v, u -> Jᵀ u), sharing one evaluation of the function where the mode admits it."""
     if mode == "forward-over-reverse":
         outputs, push = jax.linearize(fn, params)
@@ -44,14 +50,23 @@ def jacobian(mode: str, fn: Function, params: PyTree) -> tuple[PyTree, Function,
 
     if mode == "reverse-over-reverse":  # u -> Jᵀ u is linear, so its own vjp multiplies by J
         return outputs, lambda v: jax.vjp(pull, outputs)[1](v)[0], pull
-    return outputs, lambda v: central_difference(fn, params, v), pull
+    return outputs, lambda v: central_difference(fn, params, v, differences), pull
 
 
-def central_difference(fn: Function, params: PyTree, v: PyTree) -> PyTree:
-    """(∂f/∂θ) v from two evaluations along the normalised direction."""
+def central_difference(
+    fn: Function,
+    params: PyTree,
+    v: PyTree,
+    differences: Differences = USUAL,
+    length: jax.Array | None = None,
+) -> PyTree:
+    """(∂f/∂θ) v from two evaluations along the normalised direction.
+
+    `length` is that of all parameters, where `params` are some of those that the step is for.
+    """
     eps = jnp.finfo(trees.scalar_dtype(params)).eps
-    theta, size = trees.norm(params), trees.norm(v)
-    step = eps ** (1 / 3) * jnp.where(theta > 0, theta, 1)
+    theta, size = trees.norm(params) if length is None else length, trees.norm(v)
+    step = differences.step * eps ** (1 / 3) * jnp.where(theta > 0, theta, 1)
     per_unit = step / jnp.where(size > 0, size, 1)
     plus = fn(trees.axpy(per_unit, v, params))
     minus = fn(trees.axpy(-per_unit, v, params))
@@ -101,8 +116,10 @@ def _first(pullback: Callable[[PyTree], tuple[PyTree, ...]], u: PyTree) -> PyTre
     return pullback(u)[0]
 
 
-def resolve_mode(piece: "DataOperator") -> str:
+def resolve_mode(piece: "DataOperator") -> tuple[str, Differences]:
     """The first mode that an operator on one batch admits; says what refused the ones before it.
+
+    Beside it the step of finite differences, which is measured where they are what is left.
 
     Traces of the compiled functions are kept: the next checkpoint of a model traces nothing again.
 
@@ -125,10 +142,11 @@ def resolve_mode(piece: "DataOperator") -> str:
         except Exception as error:
             refusals.append((mode, error))
             continue
+        found = measured(piece._with(mode=mode)) if mode == "finite-difference" else USUAL
         if refusals:
             blame = refusing_operations(lambda op: op._value(op._merge(op._variables()), op.data), piece)
-            _warn(piece, mode, refusals, blame)
-        return mode
+            _warn(piece._with(mode=mode, differences=found), refusals, blame)
+        return mode, found
     mode, error = refusals[-1]
     if piece.mode == "auto":
         raise DifferentiationError(
@@ -149,14 +167,13 @@ def require_product(op: LinearOperator) -> None:
         product_batch.trace(op, two)
 
 
-def _warn(op: "DataOperator", mode: str, refusals: list[tuple[str, Exception]], blame: str) -> None:
+def _warn(op: "DataOperator", refusals: list[tuple[str, Exception]], blame: str) -> None:
     accuracy = ""
-    if mode == "finite-difference":
-        error = float(jnp.finfo(op.dtype).eps) ** (2 / 3)
-        accuracy = f" Expect relative errors near {error:.0e} in each product."
+    if op.mode == "finite-difference":
+        accuracy = f" Expect relative errors near {op.precision:.0e} in each product."
     warn_user(
         f"the loss refuses second derivatives in {refusals[-1][0]} mode because of {blame}; "
-        f"products use {mode}.{accuracy} ({_reasons(refusals)})",
+        f"products use {op.mode}.{accuracy} ({_reasons(refusals)})",
     )
 
 

@@ -66,7 +66,9 @@ class ModelOperator(DataOperator):
         self, variables: PyTree, inputs: PyTree
     ) -> tuple[PyTree, Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
         """Outputs, v -> J v and u -> Jᵀ u of the model at the variables."""
-        return differentiate.jacobian(self.mode, lambda x: self.model_fn(self._merge(x), inputs), variables)
+        return differentiate.jacobian(
+            self.mode, lambda x: self.model_fn(self._merge(x), inputs), variables, self.differences
+        )
 
     def _curvature(self, outputs: PyTree, targets: PyTree, u: PyTree) -> PyTree:
         """(∇²ℓ) u in output space."""

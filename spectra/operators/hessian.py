@@ -86,7 +86,7 @@ class HessianOperator(DataOperator):
         return differentiate.check_scalar(self.loss_fn(params, piece), "loss_fn")
 
     def _piece_product(self, variables: PyTree, piece: PyTree, v: PyTree) -> PyTree:
-        return differentiate.derivative(self.mode, self._gradient(piece), variables, v)
+        return differentiate.derivative(self.mode, self._gradient(piece), variables, v, self.differences)
 
     def _matrix(self) -> jax.Array:
         self.require_finite()
@@ -297,7 +297,10 @@ def _column(op: HessianOperator, first: int, last: int, index: int | jax.Array) 
         if op.mode == "reverse-over-reverse":  # the same block, as a row
             upper = jax.vjp(lambda x: jax.tree.leaves(tail._gradient(piece)(x))[: len(group)], variables)
             return upper[1](unit)[0]
-        return differentiate.central_difference(lambda x: gradient(x, piece), group, unit)
+        length = trees.norm(op._variables())  # of all that the step was measured for
+        return differentiate.central_difference(
+            lambda x: gradient(x, piece), group, unit, op.differences, length
+        )
 
     return trees.ravel(tail._mean(product))
 
