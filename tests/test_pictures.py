@@ -436,6 +436,25 @@ def test_steps_are_whole_and_open_circles_are_explained():
     assert not spectra.plot_eigenvalues(dataclasses.replace(found, converged=np.full(5, True))).figure.legends
 
 
+def test_eigenvalues_and_distributions_of_several_results_are_told_apart():
+    q, found = quadrature(), dataclasses.replace(pairs(), converged=np.full(5, True))
+    doubled = dataclasses.replace(found, values=2 * np.asarray(found.values), converged=np.arange(5) > 1)
+    ax = spectra.plot_eigenvalues({"a": found, "b": doubled})
+    (legend,) = ax.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "b, not converged"]
+    drawn = np.concatenate([line.get_ydata() for line in ax.lines if line.get_label() == "a"])
+    np.testing.assert_array_equal(drawn, np.asarray(found.values)[::-1])
+    further = dataclasses.replace(q, nodes=np.asarray(q.nodes) + 5)
+    ax = spectra.plot_cdf({"q": q, "further": further})
+    assert [line.get_label() for line in ax.lines] == ["q", "further"]
+    for line in ax.lines:  # to both ends of the axis
+        x, y = line.get_data()
+        assert x[0] <= ax.get_xlim()[0] <= ax.get_xlim()[1] <= x[-1]
+        assert y[0] == 0
+        assert y[-1] == pytest.approx(1)
+    assert len(spectra.plot_eigenvalues({"q": q, "further": further}).lines) == 2
+
+
 def test_what_is_no_picture_is_refused_in_words():
     q, (figure, axes) = quadrature(), plt.subplots(1, 2)
     for words, draw in {
@@ -444,6 +463,11 @@ def test_what_is_no_picture_is_refused_in_words():
         "learning_rate='0.1': use a real number": lambda: spectra.plot_density(q, learning_rate="0.1"),
         "not a str. `spectra.load` reads one": lambda: spectra.plot_density("spectrum.npz"),
         "Eigenpairs are needed, which `eigsh` returns, not a Quad": lambda: spectra.plot_eigenvector_mass(q),
+        "0 results: one picture": lambda: spectra.plot_eigenvalues({}),
+        "q is no Eigenpairs": lambda: spectra.plot_eigenvalues({"q": q, "pairs": pairs()}),
+        "there are no eigenpairs": lambda: spectra.plot_eigenvalues(
+            jax.tree.map(lambda x: np.asarray(x)[:0] if np.ndim(x) else x, pairs())
+        ),
         "columns=-1: use 1 or more": lambda: spectra.plot_blocks([q], columns=-1),
     }.items():
         with pytest.raises(spectra.SpectraError, match=re.escape(words)):

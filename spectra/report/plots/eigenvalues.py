@@ -1,6 +1,7 @@
 """Pictures of eigenvalues: their cumulative distribution, pairs by rank, and where eigenvectors live."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -11,28 +12,32 @@ from spectra.quadrature import distribution
 from spectra.report.plots.style import (
     ACCENT,
     COLOR,
+    COLORS,
+    DASHES,
     MAP,
     add_colorbar,
     add_legend,
     asks_for_logarithm,
+    label_text,
     new_axes,
     styled,
     symlog,
 )
 from spectra.report.spectrum import SpectrumReport
-from spectra.results import Eigenpairs, Quadrature, as_quadrature
+from spectra.results import Eigenpairs, Quadrature, as_quadrature, by_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.typing import ColorType
 
+Held = Quadrature | SpectrumReport
 YSCALES = ("linear", "log", "complement")
 _NOTHING = 1e-30  # stands for zero on a logarithmic axis
 
 
 @styled
 def plot_cdf(
-    quadrature: Quadrature | SpectrumReport,
+    quadrature: Held | Mapping[str, Held],
     ax: "Axes | None" = None,
     *,
     level: float = 0.95,
@@ -46,19 +51,20 @@ def plot_cdf(
     probability `level`.
 
     Args:
-        quadrature: result of `slq`, or a report, which contains it.
+        quadrature: result of `slq`, or a report, which contains it; or a mapping of several, at most six, of
+            which each is drawn with its band, in a colour and dashes of its own.
         ax: where to draw; default: a new figure of 8 cm width.
         level: confidence of the band.
         yscale: "linear"; "log", which shows the few eigenvalues at the lower end; or "complement", the
             number of eigenvalues above each point on a logarithmic axis: the distribution of a network is
             a single step on a linear one.
-        color: color of line, bracket and band.
+        color: color of line, bracket and band; not for a mapping.
 
     Returns:
         The Axes.
 
     Raises:
-        SpectraError: unknown yscale.
+        SpectraError: unknown yscale; a mapping of none or of more than six.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -72,51 +78,84 @@ def plot_cdf(
 
     if yscale not in YSCALES:
         raise SpectraError(f"yscale={yscale!r}: use one of {YSCALES}.")
-    quadrature = as_quadrature(quadrature)
-    density = spectral_density(quadrature)
+    several = isinstance(quadrature, Mapping)
+    held = _few(quadrature) if several else {"estimate": quadrature}
+    quadratures = {name: as_quadrature(each) for name, each in held.items()}
+    densities = [spectral_density(each) for each in quadratures.values()]
+    low, high = (float(end([d.grid[i] for d in densities])) for end, i in ((min, 0), (max, -1)))
     own, ax = ax is None, new_axes(ax)
-    x = np.unique(np.concatenate([density.grid, np.asarray(quadrature.nodes).ravel()]))
-    inner_lower, estimate, inner_upper, lower, upper = distribution.curves(quadrature, x, level)
-    curves = [lower, upper, inner_lower, inner_upper, np.clip(estimate, lower, upper)]
-    if yscale == "complement":
-        curves = [quadrature.size * (1 - curve) for curve in curves]
-    if yscale != "linear":  # zero is below the picture, not nowhere
-        curves = [np.maximum(curve, _NOTHING) for curve in curves]
-    lower, upper, inner_lower, inner_upper, estimate = curves
-    step = {"step": "post", "color": color, "linewidth": 0}
-    ax.fill_between(x, lower, upper, alpha=0.2, label=f"{100 * level:g} % band", **step)
-    ax.fill_between(x, inner_lower, inner_upper, alpha=0.4, label="bracket", **step)
-    ax.step(x, estimate, where="post", color=color, linewidth=1.0, label="estimate")
-    low, high = float(density.grid[0]), float(density.grid[-1])
-    if asks_for_logarithm(density.linear_scale, low, high):
-        symlog(ax.xaxis, density.linear_scale, low, high)
+    colors = COLORS if several else (color,)
+    for (name, each), density, tone, dash in zip(
+        quadratures.items(), densities, colors, DASHES, strict=False
+    ):
+        x = np.unique(np.concatenate([density.grid, np.asarray(each.nodes).ravel(), [low, high]]))
+        lower, upper, inner_lower, inner_upper, estimate = _distribution(each, x, level, yscale)
+        step = {"step": "post", "color": tone, "linewidth": 0}
+        if several:
+            ax.fill_between(x, lower, upper, alpha=0.15, **step)
+        else:
+            ax.fill_between(x, lower, upper, alpha=0.2, label=f"{100 * level:g} % band", **step)
+            ax.fill_between(x, inner_lower, inner_upper, alpha=0.4, label="bracket", **step)
+        line = {"color": tone, "linewidth": 1.0, "linestyle": dash, "label": label_text(name)}
+        ax.step(x, estimate, where="post", **line)
+    scale = min(density.linear_scale for density in densities)
+    if asks_for_logarithm(scale, low, high):
+        symlog(ax.xaxis, scale, low, high)
     else:
         ax.set_xlim(low, high)
     if yscale == "linear":
         ax.set_ylim(-0.02, 1.02)
     else:
         ax.set_yscale("log")
-        unit = 1.0 if yscale == "complement" else 1 / quadrature.size
-        ax.set_ylim(unit / 2, 1.5 * unit * quadrature.size)
+        size = max(each.size for each in quadratures.values())
+        unit = 1.0 if yscale == "complement" else 1 / size
+        ax.set_ylim(unit / 2, 1.5 * unit * size)
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("number of eigenvalues above" if yscale == "complement" else "share of eigenvalues below")
     add_legend(ax, own)
     return ax
 
 
+def _distribution(quadrature: Quadrature, x: np.ndarray, level: float, yscale: str) -> list[np.ndarray]:
+    """Band, bracket and estimate at the points of a picture; zero is below the picture, not nowhere."""
+    inner_lower, estimate, inner_upper, lower, upper = distribution.curves(quadrature, x, level)
+    curves = [lower, upper, inner_lower, inner_upper, np.clip(estimate, lower, upper)]
+    if yscale == "complement":
+        curves = [quadrature.size * (1 - curve) for curve in curves]
+    return curves if yscale == "linear" else [np.maximum(curve, _NOTHING) for curve in curves]
+
+
+def _few(results: Any) -> dict[str, Any]:
+    """The results of a mapping, if one picture can tell them apart."""
+    named = by_name(results)
+    if not 1 <= len(named) <= len(COLORS):
+        raise SpectraError(
+            f"{len(named)} results: one picture can tell 1 to {len(COLORS)} apart; draw others into Axes of "
+            "their own."
+        )
+    return named
+
+
 @styled
 def plot_eigenvalues(
-    result: Eigenpairs | Quadrature | SpectrumReport, ax: "Axes | None" = None, *, color: "ColorType" = COLOR
+    result: Eigenpairs | Held | Mapping[str, Eigenpairs | Held],
+    ax: "Axes | None" = None,
+    *,
+    color: "ColorType" = COLOR,
 ) -> "Axes":
     """Draw eigenpairs by rank, with their residuals and rounding, or a quadrature as `plot_cdf` does.
 
     Args:
-        result: result of `eigsh` or of `slq`, or a report.
+        result: result of `eigsh` or of `slq`, or a report. Several, at most six, in a mapping: all of them
+            pairs, or none.
         ax: where to draw; default: a new figure of 8 cm width.
-        color: color of the eigenvalues. Pairs that have not converged are open circles.
+        color: color of the eigenvalues; not for a mapping. Pairs that have not converged are open circles.
 
     Returns:
         The Axes.
+
+    Raises:
+        SpectraError: a mapping of none, of more than six, or of pairs beside other results; no pairs.
 
     Examples:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -126,36 +165,56 @@ def plot_eigenvalues(
         >>> spectra.plot_eigenvalues(pairs).get_ylabel()
         'eigenvalue'
     """
-    if not isinstance(result, Eigenpairs):
-        return plot_cdf(result, ax, color=color)
+    several = isinstance(result, Mapping)
+    held = _few(result) if several else {"": result}
+    pairs = {name: each for name, each in held.items() if isinstance(each, Eigenpairs)}
+    if not pairs:
+        return plot_cdf(cast("Any", result), ax, color=color)
+    if len(pairs) < len(held):
+        others = ", ".join(name for name in held if name not in pairs)
+        raise SpectraError(
+            f"one picture shows either eigenpairs or distributions, and {others} is no Eigenpairs: draw them "
+            "into Axes of their own."
+        )
     from matplotlib.ticker import MaxNLocator
 
+    values = np.concatenate([np.asarray(each.values) for each in pairs.values()])
+    if not len(values):
+        raise SpectraError("there are no eigenpairs to draw.")
     own, ax = ax is None, new_axes(ax)
-    values = np.asarray(result.values)[::-1]
-    residuals = np.asarray(result.residuals)[::-1] + result.noise_floor
-    rank = np.arange(1, len(values) + 1)
-    done = np.asarray(result.converged)[::-1]
-    ax.errorbar(rank, values, residuals, fmt="none", ecolor=color, elinewidth=0.8, capsize=1.5)
-    ax.plot(rank[done], values[done], "o", color=color, markersize=3)
-    if not done.all():
-        open_circles = {"markersize": 3, "markerfacecolor": "white", "label": "not converged, ± residual"}
-        ax.plot(rank[~done], values[~done], "o", color=color, **open_circles)
-    sizes = np.abs(values)
-    if (values > 0).all() and sizes.max() > 50 * sizes.min():
+    for (name, each), tone in zip(pairs.items(), COLORS if several else (color,), strict=False):
+        _add_pairs(ax, each, tone, label_text(name) if several else None)
+    most = max(len(each.values) for each in pairs.values())
+    done = all(np.all(each.converged) for each in pairs.values())
+    if (values > 0).all() and values.max() > 50 * values.min():
         ax.set_yscale("log")
     else:
         ax.axhline(0, color=ACCENT, linewidth=0.6, linestyle=":")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(values) < 3:  # the locator has no whole steps that small
-        ax.set_xticks(rank)
-        ax.set_xlim(0.5, len(values) + 0.5)
+    if most < 3:  # the locator has no whole steps that small
+        ax.set_xticks(np.arange(1, most + 1))
+        ax.set_xlim(0.5, most + 0.5)
     elif own:
         ax.set_xlim(left=max(0.5, ax.get_xlim()[0]))  # there is no rank 0
     ax.set_xlabel("rank")
     ax.set_ylabel("eigenvalue")
-    if own and not done.all():
+    if several or (own and not done):
         add_legend(ax, own)
     return ax
+
+
+def _add_pairs(ax: "Axes", pairs: Eigenpairs, color: "ColorType", label: str | None) -> None:
+    """Eigenvalues by rank, the largest first, with what they may be off by."""
+    values = np.asarray(pairs.values)[::-1]
+    residuals = np.asarray(pairs.residuals)[::-1] + pairs.noise_floor
+    rank = np.arange(1, len(values) + 1)
+    done = np.asarray(pairs.converged)[::-1]
+    ax.errorbar(rank, values, residuals, fmt="none", ecolor=color, elinewidth=0.8, capsize=1.5)
+    ax.plot(rank[done], values[done], "o", color=color, markersize=3, label=label)
+    if not done.all():
+        hollow = "not converged, ± residual" if label is None else f"{label}, not converged"
+        circles = {"markersize": 3, "markerfacecolor": "white", "label": hollow}
+        ax.plot(rank[~done], values[~done], "o", color=color, **circles)
 
 
 _NAME = 26  # characters of a layer's name that are shown
