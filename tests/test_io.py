@@ -443,6 +443,11 @@ def test_the_memory_of_json_is_bounded_before_it_is_read():
         files.parse(b"[" * 100_000)
 
 
-def test_the_name_of_a_folder_is_no_file():
+def test_the_name_of_a_folder_is_no_file(tmp_path):
     with pytest.raises(spectra.SpectraError, match="is a folder: pass the name of a file in it"):
         spectra.save(spectra.Estimate(1.0, 0.1, 4, "slq"), ".")
+    (tmp_path / "run").mkdir()
+    for path in (tmp_path / "run", f"{tmp_path}/new/"):
+        with pytest.raises(spectra.SpectraError, match="is a folder: pass the name of a file in it"):
+            spectra.save(spectra.Estimate(1.0, 0.1, 4, "slq"), path)
+    assert not (tmp_path / "run.npz").exists()

@@ -47,9 +47,9 @@ def save(result: Any, path: str | os.PathLike, *, overwrite: bool = True) -> Pat
     """
     if type(result).__name__ not in CLASSES and not isinstance(result, dict):
         raise SpectraError(f"cannot save a {type(result).__name__}; results are {', '.join(CLASSES)}.")
-    path = Path(path)
-    if not path.name:
-        raise SpectraError(f"path='{path}' is a folder: pass the name of a file in it.")
+    named, path = os.fspath(path), Path(path)
+    if not path.name or path.is_dir() or named.endswith(("/", os.sep)):
+        raise SpectraError(f"path='{named}' is a folder: pass the name of a file in it.")
     if path.suffix != ".npz":
         path = path.with_name(path.name + ".npz")
     try:
