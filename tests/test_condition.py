@@ -268,3 +268,15 @@ def test_bad_input_raises():
 def test_the_page_on_condition_numbers_runs(pytestconfig, capsys):
     readme_code.main([str(pytestconfig.rootpath / "docs" / "condition-numbers.md")])
     assert "blocks of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["dense", "krylov"])
+def test_a_matrix_of_zeros_has_no_condition_number_over_its_range(method):
+    op = spectra.FunctionOperator(lambda v: 0 * v, jnp.zeros(40))
+    found = spectra.condition_number(op, method=method, key=jax.random.key(0))
+    rows = dict(found.rows())
+    assert rows["over the numerical range"] == rows["smallest |λ| above zero"] == "none"
+    assert "-0" not in repr(found)
+    assert found.cells()[4] == "none"
+    report = spectra.spectrum(op, key=jax.random.key(0), num_steps=5, num_probes=2)
+    assert dict(report.rows())["effective condition number"] == "none"

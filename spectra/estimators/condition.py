@@ -367,7 +367,8 @@ def _result(
     size: int,
     **fields: Any,
 ) -> ConditionNumber:
-    zero = not largest.estimate  # A = 0: a multiple of an orthogonal matrix
+    largest = Interval(*(float(end) + 0.0 for end in largest))  # no negative zeros
+    cut, zero = cut + 0.0, not largest.estimate  # A = 0: a multiple of an orthogonal matrix
     lower, upper = ends
     known = zero or upper <= value_within * lower
     ratio = 1.0 if zero or not smallest.estimate else largest.estimate / smallest.estimate

@@ -137,7 +137,7 @@ class SpectrumReport(Result):
             *self._sharp_rows(),
             ("negative eigenvalues", share_text(self.negative) + f" of all (λ < {below})"),
             ("near zero", share_text(self.near_zero) + f" of all (|λ| <= {self.zero_tol:g} |H|)"),
-            ("effective condition number", condition_text(self.condition, "at least ")),
+            ("effective condition number", condition_text(self.quadrature, "at least ")),
             ("noise floor", floor),
             ("CDF in doubt", f"{100 * q.band_width():.2g} % on average over the range (95 % band)"),
             ("status", str(q.status)),
@@ -182,8 +182,11 @@ def _count(found: Interval) -> str:
     return f"{value:,.0f} [{first:,}, {last:,}]" if value >= 100 else f"{value:.3g} [{first:,}, {last:,}]"
 
 
-def condition_text(found: Interval, least: str) -> str:
-    """The value between its bounds, or after `least` the lower bound alone."""
+def condition_text(quadrature: Quadrature, least: str) -> str:
+    """The value between its bounds, or after `least` the lower bound alone; none of a matrix of zeros."""
+    if not any(quadrature.range):
+        return "none"
+    found = condition(quadrature)
     if np.isfinite(found.upper):
         return between(*map(float, found))
     return least + directed(float(found.lower), up=False, digits=3)

@@ -166,7 +166,7 @@ def _cells(name: str, q: Quadrature) -> list[str]:
         extreme_cell(extreme(q, -1), -1, LEVEL),
         extreme_cell(extreme(q, 0), 0, LEVEL),
         within(trace, max(high - trace, trace - low)),
-        condition_text(condition(q), "≥ "),
+        condition_text(q, "≥ "),
         enclosed(stable.estimate, stable.lower, stable.upper),
         share_text(shares),
     ]

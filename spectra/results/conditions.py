@@ -89,8 +89,15 @@ class ConditionNumber(Result):
         ]
 
     @property
+    def _is_zero(self) -> bool:
+        """Whether no eigenvalue can be told from zero, so that there is nothing to take a ratio of."""
+        return not self.rank and self.largest <= max(self.rank_tol * self.largest, self.noise_floor)
+
+    @property
     def text(self) -> str:
-        """`effective` in words: a value with its interval, or a bound."""
+        """`effective` in words: a value with its interval, or a bound; none where all are zero."""
+        if self._is_zero:
+            return "none"
         if self.effective_interval is None:
             return ("at least " if self.is_lower_bound else "") + f"{self.effective:.6g}"
         low, value, high = map(float, self.effective_interval)
@@ -103,11 +110,11 @@ class ConditionNumber(Result):
         """Order, rank, largest and smallest |λ| and condition numbers for a table, bounds marked as such."""
         count, rank = f"{self.size:,}", _counted(self.rank, *self._ranks())
         if not self.is_lower_bound:
-            effective = _cell(self.effective, self.effective_interval)
+            effective = _cell(self.effective, self.effective_interval) if not self._is_zero else "none"
             value = effective if self.value == self.effective else f"{self.value:.4g}"
             sizes = (
                 _cell(self.largest, self.largest_interval),
-                _cell(self.smallest_nonzero, self.smallest_interval),
+                _cell(self.smallest_nonzero, self.smallest_interval) if not self._is_zero else "none",
             )
             return [count, rank, *sizes, effective, value]
         ends = self.largest_interval or Interval(self.largest, self.largest, self.largest)
@@ -124,6 +131,8 @@ class ConditionNumber(Result):
         return self.size - high, self.size - low
 
     def _smallest(self) -> str:
+        if self._is_zero:
+            return "none"
         if self.is_lower_bound and self.smallest_interval is not None:
             return f"at most {directed(self.smallest_nonzero, up=True, digits=3)}"
         return self._size(self.smallest_nonzero, self.smallest_interval)
