@@ -1,5 +1,7 @@
 """Losses that are no mean over examples: refused where the data are cut, accepted where they are not."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -308,3 +310,16 @@ def test_terms_that_do_not_count_are_found_wherever_they_are(name):
         with pytest.raises(DataError, match="not a mean over examples"):
             make()
         make(weight_fn=lambda batch: jnp.sum(batch[1] >= (0 if loss_fn is of_labels else 1)))
+
+
+def test_values_that_differ_in_late_digits_are_shown_to_differ(x64):
+    """As those of an adaptive solver do, whose steps depend on the batch."""
+
+    def loss_fn(w, batch):
+        return mean_of_squares(w, batch) + 1e-9 * jnp.mean(batch["x"] @ w) ** 2
+
+    with pytest.raises(DataError, match="not a mean over examples") as info:
+        HessianOperator(loss_fn, jnp.asarray(W), {"x": jnp.asarray(X), "t": jnp.asarray(T)}, microbatch=6)
+    here, there = re.findall(r"is (\d\.\d+)", str(info.value))[:2]
+    assert here != there
+    assert "adaptive solver" in str(info.value)

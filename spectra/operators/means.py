@@ -183,10 +183,9 @@ def _rounding_of_value(op: "DataOperator", cut: Cut, relative: float, unit: floa
     by_order, by_rounding = (x if np.isfinite(x) else 0.0 for x in (abs(turned - here), abs(rounded - here)))
     if by_order > MARGIN * (relative * size + MARGIN * by_rounding):
         count = sum(batch_size(piece, op.shared) for piece in cut.here)
+        first, second = _apart(here, turned)
         raise DataError(
-            _message(
-                op, f"on {count} examples it is {here:.6g}, and {turned:.6g} on the same in another order"
-            )
+            _message(op, f"on {count} examples it is {first}, and {second} on the same in another order")
         )
     return MARGIN * max(by_order, by_rounding)
 
@@ -237,12 +236,19 @@ def _redrawn_losses(op: "DataOperator") -> jax.Array:
 
 def _difference(op: "DataOperator", cut: Cut, here: float, there: float) -> str:
     counts = [batch_size(piece, op.shared) for piece in cut.there]
+    first, second = _apart(here, there)
     if len(cut.here) == 1:
         return (
-            f"on {sum(counts)} examples it is {here:.6g}, and the mean of its values on the first "
-            f"{counts[0]} and the other {counts[1]} is {there:.6g}"
+            f"on {sum(counts)} examples it is {first}, and the mean of its values on the first "
+            f"{counts[0]} and the other {counts[1]} is {second}"
         )
-    return f"its mean on two pieces of {counts[0]} is {here:.6g}, and {there:.6g} as they exchange examples"
+    return f"its mean on two pieces of {counts[0]} is {first}, and {second} as they exchange examples"
+
+
+def _apart(a: float, b: float) -> tuple[str, str]:
+    """Two numbers in as many digits as tell them apart, six at least."""
+    digits = next((n for n in range(6, 17) if f"{a:.{n}g}" != f"{b:.{n}g}"), 17)
+    return f"{a:.{digits}g}", f"{b:.{digits}g}"
 
 
 def _message(op: "DataOperator", found: str) -> str:
@@ -257,8 +263,8 @@ def _message(op: "DataOperator", found: str) -> str:
         f"the loss is not a mean over examples: {found}. But {where}. If it is a sum, divide it by the "
         "number of examples; if its terms count otherwise (tokens, masks, class weights), give each piece's "
         "weight by weight_fn=; if it sets examples against each other (contrastive losses, batch "
-        f"statistics, neighbours in a sequence), {whole}. If the mean of the pieces' own losses is what you "
-        "want, pass check_data=False."
+        f"statistics, neighbours in a sequence, steps of an adaptive solver), {whole}. If the mean of the "
+        "pieces' own losses is what you want, pass check_data=False."
     )
 
 
