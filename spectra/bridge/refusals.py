@@ -173,6 +173,11 @@ def _differentiating() -> bool:
 def _unrecorded(name: str, args: Any, kwargs: Any) -> str:
     if name == "register_hook":
         return f"a hook on a tensor{{place}}, which changes gradients only. {_STRAIGHT}"
+    if name == "cosine_similarity" and _has_short(*args, **(kwargs or {})):
+        return (
+            "cosine_similarity{place} of a vector shorter than its eps=, where PyTorch's gradient is not the "
+            "derivative. Use a smaller eps, or an example of longer vectors"
+        )
     if torch.is_inference_mode_enabled():
         return (
             "torch.inference_mode(){place}: autograd sees a constant there, the graph a function. Use "
@@ -184,6 +189,12 @@ def _unrecorded(name: str, args: Any, kwargs: Any) -> str:
             "derivative. For the same without it: `h = h + (new - h).detach()`"
         )
     return ""
+
+
+def _has_short(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> bool:
+    """Whether the length of a vector is below `eps`, as `cosine_similarity` takes these."""
+    with torch.no_grad():
+        return any(bool((torch.linalg.vector_norm(x, dim=dim) < eps).any()) for x in (x1, x2))
 
 
 def _in_place(name: str, kwargs: Any) -> bool:

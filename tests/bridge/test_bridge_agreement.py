@@ -91,6 +91,10 @@ def _parameter_hook():
     return net
 
 
+def _cosine(h):
+    return h * torch.cosine_similarity(h, h.roll(1, -1), dim=-1, eps=3.0)[:, None]
+
+
 class _Deciding(nn.Module):
     """A decision at a tie, which rounding takes either way, beside a hook."""
 
@@ -112,6 +116,7 @@ OTHERS = {
     "no_grad": (lambda: _Net(_doubled_unseen), r"in-place change under torch.no_grad.*h.mul_"),
     "half precision": (lambda: _Net(_Sign.apply).bfloat16(), "autograd.Function _Sign"),
     "decisions at ties": (_Deciding, r"hook on a tensor .*test_bridge_agreement.py, line"),
+    "cosine of short vectors": (lambda: _Net(_cosine), r"cosine_similarity .*shorter than its eps=.*"),
     "inference_mode": (lambda: _Net(_inference), r"inference_mode.*torch.sigmoid"),
 }
 
