@@ -281,14 +281,16 @@ def _xnysdiag(run: Run, num_matvecs: int) -> _Found:
             jax.tree.map(lambda x: jnp.asarray(x, run.op.dtype), seconds),
             jnp.asarray(made.root, run.op.dtype),
             sketch.unit,
-            run.precision,
+            sketch.precision,
         )
         # The shift is taken off; rounding of the core counts in units of the smallest eigenvalue of ΩΩᵀ.
-        floor = run.rounding(made.squares)[-1] / made.smallest + made.shift
+        floor = run.rounding(made.squares, sketch.precision)[-1] / made.smallest + made.shift
         found[:] = _shifted(value, stderr, sketch.unit * made.shift, sketch.unit * floor)
         return _relative(run, *found)
 
     ended = adaptive(run, step, num_matvecs, least=MIN_SKETCH)
+    if not run.traced:
+        ended = sketch.remade(step, ended, *map(_tree.length, found))
     m = sketch.num_probes
     value, stderr = _scaled(found, sketch.sound, ended)
     return value, stderr, {"num_matvecs": m, "status": ended.status, "dof": float(m - 1)}

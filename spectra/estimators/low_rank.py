@@ -13,12 +13,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from spectra.base import arrays, meshes, programs, trees
-from spectra.base.errors import SpectraError
+from spectra.base.errors import SpectraError, Status
 from spectra.base.trees import PyTree
-from spectra.estimators import blocks, leave_one_out
+from spectra.estimators import blocks, exact, leave_one_out
 from spectra.estimators.hutchinson import LOST
 from spectra.estimators.leave_one_out import Nystrom, Sketch
-from spectra.estimators.run import Run, adaptive
+from spectra.estimators.run import Ended, Run, adaptive
 from spectra.operators.base import LinearOperator
 from spectra.results import Estimate
 
@@ -44,6 +44,8 @@ class SketchRun:
 
     def __init__(self, run: Run, kind: str):
         self.run, self.kind = run, kind
+        self.precision = run.precision  # of products, as stated; `remade` measures it
+        self.is_noisy = False  # whether the core says that it is more
         self.num_probes, self.unit = 0, run.no_unit
         self.sound: Any = 1.0  # what estimates are multiplied by, see `Run.check_symmetric`
         self.held: Any = None
@@ -52,6 +54,8 @@ class SketchRun:
     def extend(self, count: int, *, project: bool = True) -> None:
         """Raise the number of probes to `count`: one product each, and another one with `project`."""
         run = self.run
+        if count == self.num_probes:
+            return
         grow = _grow_compiled
         if run.op.on_host or run.journal is not None:  # products come from the host
             grow = partial(_grow, keep=run.keep, multiply=run.products)
@@ -69,6 +73,22 @@ class SketchRun:
             where=meshes.places(run.op.like),
         )
         self.num_probes = count
+
+    def remade(self, step: Callable[[int], Any], ended: Ended, value: float, stderr: float) -> Ended:
+        """Take the last step of a Nyström approximation again if it is finer than products are.
+
+        With a shift below what rounding does to the core, it divides by that. Rounding is measured where the
+        core shows more than is stated, and where hardly any other error is left.
+        """
+        run, stated = self.run, self.precision
+        if run.traced or not (self.is_noisy or exact.is_sharp(run, value, stderr)):
+            return ended
+        self.precision = max(stated, exact.measured_precision(run))
+        if self.precision == stated:
+            return ended
+        value, stderr = step(self.num_probes)
+        missed = ended.status is Status.CONVERGED and stderr > (run.tol or 1) * abs(value)
+        return ended._replace(status=Status.STAGNATED) if missed else ended
 
     def directions(self, inner: Sketch) -> Any:
         """Unit directions that leaving out a probe removes from the basis, shape (m, m).
@@ -224,16 +244,17 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         sketch.extend(count, project=False)
         made = nystrom(sketch, "xnystrace", "xtrace")
         estimates, pairs, own = leave_one_out.xnystrace_values(
-            made.inner(run, sketch), run.op.size, run.op.precision, resphere=kind == "normal", xp=xp
+            made.inner(run, sketch), run.op.size, sketch.precision, resphere=kind == "normal", xp=xp
         )
         taken = (made.shift * xp.asarray(run.sizes))[:, None]
         estimates, pairs = estimates - taken, pairs - taken
         # Rounding of the core counts in units of the smallest eigenvalue of ΩΩᵀ.
-        floor = run.rounding(made.squares) * run.op.size / made.smallest
+        floor = run.rounding(made.squares, sketch.precision) * run.op.size / made.smallest
         found[:] = with_rounding(run, estimates, pairs, floor, own=own)
         return found[0][-1], found[1][-1]
 
     ended = adaptive(run, step, num_matvecs, least=MIN_SKETCH)
+    ended = sketch.remade(step, ended, found[0][-1], found[1][-1])
     return run.estimate(
         *found,
         unit=sketch.unit,
@@ -287,21 +308,22 @@ def nystrom(sketch: SketchRun, method: str, other: str) -> Factored:
     with leave_one_out.careful():
         eigh: Any = np.linalg.eigh if xp is np else arrays.eigh
         weights, axes = eigh(gram)
-        smallest = xp.maximum(weights[0], run.op.precision * weights[-1])
+        smallest = xp.maximum(weights[0], sketch.precision * weights[-1])
         inverse_gram = (axes / xp.maximum(weights, smallest)) @ axes.T
-        shift = run.op.precision * arrays.root(xp.mean(squares[-1]), xp)
+        shift = sketch.precision * arrays.root(xp.mean(squares[-1]), xp)
         shift = shift * xp.maximum(run.op.size**-0.5, 2 * m**0.5 / smallest)
         images = _shift(shift, probes, images)
         core = run.host(jnp.sum(blocks.gram(probes, images), axis=0))
         sketch.check(core, core.T)
         values, vectors = eigh((core + core.T) / 2)
-    negative = values[0] < -(run.op.precision**0.5) * xp.max(xp.abs(values))  # beyond rounding
+    negative = values[0] < -(sketch.precision**0.5) * xp.max(xp.abs(values))  # beyond rounding
     if run.traced:
         sketch.sound = sketch.sound * jnp.where(negative, jnp.nan, 1.0).astype(run.op.dtype)
     elif negative:
         sizes = np.sum(vectors * (gram @ vectors), axis=0)  # |v|² of the vectors that have these forms
         raise _indefinite(float(sketch.unit) * values / sizes, method, other)
-    values = xp.maximum(values, xp.maximum(shift * weights[0], m * run.op.precision**2 * values[-1]))
+    sketch.is_noisy = not run.traced and values[0] < shift * weights[0] / 2
+    values = xp.maximum(values, xp.maximum(shift * weights[0], m * sketch.precision**2 * values[-1]))
     root = xp.sqrt(xp.where(values > 0, values, 1))
     factor = blocks.combine(jnp.asarray((vectors / root).T), images)
     return Factored(factor, vectors * root, vectors / root, inverse_gram, shift, smallest, squares)

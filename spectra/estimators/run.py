@@ -130,9 +130,10 @@ class Run:
         parts = self.host(leafwise)
         return self.xp.stack([sum(parts[i] for i in leaves) for leaves in self.leaf_sets])
 
-    def rounding(self, squares: Array) -> Array:
+    def rounding(self, squares: Array, precision: float | None = None) -> Array:
         """Error of vᵀHv by rounding, eps |v| |Hv|, for each group; `squares` (G, k) holds |(Hv)_g|²."""
-        return self.precision * arrays.root(self.sizes * self.xp.mean(squares, axis=-1), self.xp)
+        error = arrays.root(self.sizes * self.xp.mean(squares, axis=-1), self.xp)
+        return (precision or self.precision) * error
 
     def check_symmetric(self, form: Array, other: Array) -> Array:
         """What estimates are multiplied by: 1, and NaN inside `jit` where uᵀHv contradicts vᵀHu.
