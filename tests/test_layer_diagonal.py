@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import slow_but
-from networks import cross_entropy, half_square
+from networks import Network, cross_entropy, curvature, half_square, model_fn
 from test_kfac import normal, tied_fn, words_fn, words_params
 
 import spectra
+from spectra.base import trees
 from spectra.operators.layer_diagonal import layer_diagonal
 
 TOLERANCE = 1e-10
@@ -204,3 +205,20 @@ def test_the_error_holds_the_rounding_of_float32():
     ratio = np.abs(value - truth) / stderr
     assert np.mean(ratio <= 2.8) >= 0.95  # Student's t of 4 degrees of freedom
     assert np.all(stderr <= 1e-5 * truth.max())
+
+
+def test_outputs_below_float32_have_a_diagonal():
+    """Weights of terms are float32 at least, so that roots are not of the outputs' type."""
+    network = Network()
+    op = spectra.GGNOperator(
+        lambda params, x: model_fn(params, x).astype(jnp.bfloat16),
+        cross_entropy,
+        jax.tree.map(jnp.float32, network.params()),
+        (jnp.float32(network.x), network.labels),
+    )
+    lower, _, upper = map(trees.ravel, spectra.diagonal(op, key=None, method="exact").interval())
+    truth = np.einsum(
+        "iam,iab,ibm->m", network.jacobians(), curvature("cross_entropy", network)[0], network.jacobians()
+    )
+    assert np.all((lower <= truth) & (truth <= upper))
+    assert np.all(upper - lower <= 0.2 * truth.max())

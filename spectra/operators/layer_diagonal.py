@@ -138,9 +138,10 @@ def _error_of_roots(op: FisherOperator, setup: Setup) -> jax.Array:
         column = found.column(k)
         dots = jax.vmap(trees.vdot)(column, u)
         moved = jax.tree.map(lambda c: c * dots.reshape(-1, *[1] * (c.ndim - 1)), column)
-        return jax.tree.map(jnp.add, total, moved), None
+        return jax.tree.map(jnp.add, total, trees.cast_like(moved, total)), None
 
-    made, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, outputs), jnp.arange(found.count))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, trees.working_dtype(x.dtype)), outputs)
+    made, _ = jax.lax.scan(add, zero, jnp.arange(found.count))
     size = trees.largest(own)
     error = trees.largest(jax.tree.map(jnp.subtract, own, made))
     return jnp.where(size > 0, error / jnp.where(size > 0, size, 1), error)
