@@ -87,7 +87,8 @@ def eigsh(
     for each vector used; it does not go through the iteration. Of equal eigenvalues only the sum has a
     derivative, if all of them are among the k. A vector that is not separated from the others has no
     derivative, and asking for it is an error. In forward mode, jax.jvp and jax.jacfwd, values have
-    derivatives, and those of vectors are NaN. Both work once, outside jit, and cost k more products.
+    derivatives, and those of vectors are NaN. Both work once, outside jit, and cost k more products. For all
+    other fields, such as residuals, derivatives are zero.
 
     Args:
         op: symmetric operator of order n.

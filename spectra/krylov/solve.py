@@ -75,7 +75,8 @@ def solve(
 
     **Derivatives.** Inside jit, vmap and grad the same methods run. jax.grad differentiates x by the
     implicit function theorem, dx = A⁻¹ (db - dA x), at the cost of one more solve: with respect to b, the
-    shift, and the operator's parameters and data.
+    shift, and the operator's parameters and data. x is what has derivatives, those of A⁻¹b however far off it
+    is; for all other fields they are zero. For bᵀA⁻¹b differentiate the product of b and x.
 
     **Small operators.** If n products were not enough, and n is at most 2000, n more give the dense matrix,
     as for `eigsh`; `method` of the result is then "dense". These products count towards `max_matvecs`.
