@@ -358,3 +358,24 @@ def test_curvlinops_has_the_same(network, loss, kind, sequence, corrected, bias,
     if not unique(network, sequence, corrected):
         pytest.skip("any basis of a null space has its own EKFAC")
     assert compare(network, loss, kind=kind, sequence=sequence, corrected=corrected, bias=bias) <= 1e-5
+
+
+@pytest.mark.parametrize("made", ["trace", "eigenbasis"])
+def test_derivatives_are_those_of_the_factors(made, x64):
+    """Of the activations in A, too, and through the zero eigenvalue of a softmax's Hessian."""
+    network = Network()
+    data = jnp.asarray(network.x), jnp.asarray(network.labels)
+    along = {"A": jnp.cos(jnp.arange(9.0)).reshape(3, 3), "B": jnp.ones((3, 2)), "c": jnp.arange(3.0)}
+
+    def number(params):
+        if made == "trace":
+            return spectra.KFACOperator(small_fn, cross_entropy, params, data).trace()
+        return spectra.EKFACOperator(small_fn, cross_entropy, params, data).logdet(0.1)
+
+    def at(step):
+        return number(jax.tree.map(lambda x, d: x + step * d, network.params(), along))
+
+    differences = (at(1e-4) - at(-1e-4)) / 2e-4
+    gradient = jax.grad(number)(network.params())
+    slope = sum(jnp.vdot(gradient[name], along[name]) for name in along)
+    np.testing.assert_allclose(slope, differences, rtol=1e-5)

@@ -145,10 +145,34 @@ def _dense(op: FisherOperator, outputs: PyTree, targets: PyTree) -> Roots:
     ravel = jax.vmap(trees.ravel)
     rows = jax.lax.map(lambda k: ravel(op._curvature(outputs, targets, _unit(outputs, k))), jnp.arange(count))
     hessian = jnp.moveaxis(rows, 0, 1)
-    values, basis = arrays.eigh((hessian + jnp.swapaxes(hessian, 1, 2)) / 2)
-    root = basis * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
+    root = _root((hessian + jnp.swapaxes(hessian, 1, 2)) / 2)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), outputs)
     return Roots(count, lambda k: jax.vmap(lambda flat: trees.unravel(flat, one))(jnp.take(root, k, axis=2)))
+
+
+@jax.custom_jvp
+def _root(matrices: jax.Array) -> jax.Array:
+    """V √Λ of symmetric V Λ Vᵀ, without negative eigenvalues."""
+    return _decomposed(matrices)[1]
+
+
+def _decomposed(matrices: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """V, V √Λ, and the diagonal of 1 / √Λ, zero for eigenvalues of rounding."""
+    values, basis = arrays.eigh(matrices)
+    least = matrices.shape[-1] * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values), -1, keepdims=True)
+    inverse = jnp.where(values > least, 1 / jnp.sqrt(jnp.where(values > least, values, 1)), 0)
+    return basis, basis * jnp.sqrt(jnp.maximum(values, 0))[:, None, :], inverse
+
+
+@_root.defjvp
+def _root_forward(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:  # pyright: ignore[reportUnusedFunction]
+    """(dH - P dH / 2) V / √Λ with P the projector on the range: of one of the roots of H + dH, in which zero
+    eigenvalues, as a softmax has one, have no part. Those of the eigenvectors would divide by them."""
+    basis, root, inverse = _decomposed(primals[0])
+    moved = arrays.einsum("nij,njk->nik", tangents[0], basis * inverse[:, None, :])
+    within = basis * (inverse > 0)[:, None, :]
+    projected = arrays.einsum("nij,nkj->nik", within, within)
+    return root, moved - arrays.einsum("nij,njk->nik", projected, moved) / 2
 
 
 def _sampled(op: FisherOperator, outputs: PyTree, piece: PyTree, keys: jax.Array) -> Roots:

@@ -100,7 +100,7 @@ def _scan(
 
 
 def _rows(site: Site, operands: list[Any]) -> jax.Array:
-    eqn, activation = site.eqn, lax.stop_gradient(operands[site.activation])
+    eqn, activation = site.eqn, operands[site.activation]
     if site.kind == "dense":
         return _dense_rows(site, activation)
     if site.kind == "convolution":
