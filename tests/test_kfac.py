@@ -379,3 +379,11 @@ def test_derivatives_are_those_of_the_factors(made, x64):
     gradient = jax.grad(number)(network.params())
     slope = sum(jnp.vdot(gradient[name], along[name]) for name in along)
     np.testing.assert_allclose(slope, differences, rtol=1e-5)
+
+
+def test_a_leaf_that_the_model_does_not_use_is_said_to_be_none(x64):
+    data = jnp.asarray(np.eye(3, 2)), jnp.zeros((3, 2))
+    params = {"used": jnp.eye(2), "left": jnp.ones(3)}
+    op = spectra.KFACOperator(lambda p, x: x @ p["used"], half_square, params, data)
+    assert op.coverage["left"] == "exact block, 3: no output depends on it"
+    assert not jnp.any(op.block("left").as_matrix())

@@ -118,6 +118,11 @@ def plan_of(like: PyTree, found: Found, setup: Any) -> Plan:
         for i, leaf in enumerate(leaves)
         if i not in taken
     )
+    for place in rest:
+        known = place.leaf in found.biases
+        reasons.setdefault(
+            place.leaf, "it is not the bias of one layer" if known else "no output depends on it"
+        )
     return Plan(tuple(groups), rest, _coverage(names, groups, rest, reasons))
 
 
@@ -197,8 +202,7 @@ def _coverage(
         if group.place.bias is not None:
             said[group.place.bias] = f"Kronecker, with {group.place.name}"
     for place in rest:
-        why = reasons.get(place.leaf, "it is not the bias of one layer" if place.leaf not in reasons else "")
         size = f"{place.layout.groups} of " if place.layout.groups > 1 else ""
         form = "exact block" if place.kind == "exact" else "diagonal"
-        said[place.leaf] = f"{form}, {size}{place.layout.inputs}: {why}"
+        said[place.leaf] = f"{form}, {size}{place.layout.inputs}: {reasons[place.leaf]}"
     return tuple((name, said[i]) for i, name in enumerate(names))
