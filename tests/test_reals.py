@@ -38,7 +38,8 @@ def test_values_are_those_of_numpy(name):
     f, expected = FUNCTIONS[name]
     of = RealFunction(f)
     for x in (VALUES, VALUES.reshape(5, 6), VALUES[0], np.zeros(1), np.zeros(0)):
-        assert of(x).dtype == np.float64 and of(x).shape == np.shape(x)
+        assert of(x).dtype == np.float64
+        assert of(x).shape == np.shape(x)
         np.testing.assert_allclose(of(x), expected(x), rtol=of.rounding or 4 * np.finfo(float).eps)
     assert (of.rounding > 0) == ("float32" in name)
 
@@ -55,7 +56,8 @@ def test_a_function_of_jax_meets_few_numbers_of_eigenvalues():
     spectra.funm(spectra.MatrixOperator(SMALL), f, jnp.ones(30))
     first, *others = dict.fromkeys(seen)
     sizes = [size for (size,) in others if size >= FEWEST]
-    assert len(seen) > 50 and all(size & (size - 1) == 0 for size in sizes)
+    assert len(seen) > 50
+    assert all(size & (size - 1) == 0 for size in sizes)
     assert len(others) - len(sizes) <= 1, (first, others)  # the first call of either
 
 

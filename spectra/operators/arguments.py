@@ -79,8 +79,9 @@ def explain_non_finite(op: Any) -> str:
         if not trees.all_finite(leaf):
             return (
                 f"The loss is finite but its gradient is not, in leaf '{trees.path_str(path)}': "
-                "look for sqrt, log, norm or division at zero, also in a branch of jnp.where that is not taken "
-                "(zero times infinity is NaN): give the function in it a harmless number by a jnp.where inside."
+                "look for sqrt, log, norm or division at zero, also in a branch of jnp.where that is not "
+                "taken (zero times infinity is NaN): give the function there a harmless number, by another "
+                "jnp.where inside of it."
             )
     return (
         "Loss and gradient are finite, second derivatives are not: look for sqrt, norm or "
