@@ -1240,6 +1240,13 @@ DENSITY = [
 
 ESTIMATORS = [
     fault(
+        "a Nyström sketch is as fine as products are stated to be",
+        "estimators/low_rank.py",
+        "self.precision = max(stated, exact.measured_precision(run))",
+        "self.precision = stated",
+        "test_vanished.py::test_a_nystrom_sketch_is_not_finer_than_products",
+    ),
+    fault(
         "a sketch without a probe is off by what products are off by",
         "estimators/low_rank.py",
         "rounding = trees.roundoff(self.run.op.structure)",
@@ -1557,6 +1564,13 @@ ESTIMATORS = [
 ]
 
 OPERATORS = [
+    fault(
+        "finite differences have the step of leaves that are all alike",
+        "operators/differences.py",
+        "best = int(np.argmin(errors))",
+        "best = int(np.flatnonzero(STEPS == 1)[0])",
+        "test_hessian_modes.py::test_the_step_of_differences_fits_leaves_of_unlike_sizes",
+    ),
     fault(
         "the gradient in the place of its derivative",
         "operators/differentiate.py",
@@ -1963,6 +1977,13 @@ BRIDGE = [
 
 KFAC = [
     fault(
+        "activations are constants in the derivative of a Kronecker factor",
+        "operators/replay.py",
+        "eqn, activation = site.eqn, operands[site.activation]",
+        "eqn, activation = site.eqn, lax.stop_gradient(operands[site.activation])",
+        "test_kfac.py::test_derivatives_are_those_of_the_factors",
+    ),
+    fault(
         "a sum over positions in the place of their mean",
         "operators/kfac_sums.py",
         "scaled = rows * (weights / rows.shape[2])[:, None, None, None]",
@@ -2015,6 +2036,20 @@ KFAC = [
 
 
 SAMPLES = [
+    fault(
+        "the error of the noise of gradients does not grow with it",
+        "results/estimates.py",
+        "found = top * np.exp(relative * x) + (above - relative * top) * x",
+        "found = top + above * x",
+        "test_noise_scale.py::test_coverage_of_few_gradients_along_one_direction",
+    ),
+    fault(
+        "a population is known beyond rounding",
+        "estimators/population.py",
+        "lower, upper = held - below - floor, most + above + floor",
+        "lower, upper = held - below, most + above",
+        "test_population.py::test_examples_that_are_all_alike_leave_rounding",
+    ),
     fault(
         "a mean gradient that is short by chance has the error of a short one",
         "results/estimates.py",
