@@ -78,6 +78,20 @@ def test_an_error_of_the_function_is_its_own():
         spectra.trace_of(spectra.MatrixOperator(SMALL), f, key=jax.random.key(0))
 
 
+def test_a_traced_number_in_a_function_is_refused():
+    op = spectra.MatrixOperator(SMALL)
+
+    def number(c, find):
+        return find(lambda x: jnp.exp(c * x))
+
+    for find in (
+        lambda f: spectra.trace_of(op, f, key=jax.random.key(0)).value,
+        lambda f: spectra.funm(op, f, jnp.ones(30)).value.sum(),
+    ):
+        with pytest.raises(spectra.SpectraError, match="vmap or grad traces, and the operator does not"):
+            jax.grad(number)(1.0, find)
+
+
 def test_the_mean_of_a_quadrature_is_that_of_its_nodes():
     zeros = spectra.DiagonalOperator(jnp.array([0.0] * 20 + [1.0, 2.0]))
     quadrature = spectra.slq(zeros.shift(1.0), key=jax.random.key(0), num_steps=5, num_probes=4)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import host
+from spectra.base import host, trees
 from spectra.base.errors import SpectraError
 
 FEWEST = 64
@@ -63,6 +63,11 @@ class RealFunction:
 
     def _checked(self, values: Any, x: np.ndarray) -> np.ndarray:
         self._is_jax = isinstance(values, jax.Array)
+        if trees.is_tracer(values):
+            raise SpectraError(
+                "f depends on what jax.jit, vmap or grad traces, and the operator does not: its eigenvalues "
+                "are numbers. Trace the operator, too, as an argument of the same function, or leave f out."
+            )
         found = np.asarray(values)
         if found.dtype.kind in "USmM" or found.shape not in ((), x.shape):
             raise SpectraError(
