@@ -166,10 +166,17 @@ def test_saturated_probabilities_are_those_of_a_softmax_too():
 
 
 def test_what_is_left_of_terms_that_cancel_is_said_to_be_rounding():
-    """An example twice: within its class there is no variation, but that of the rounding."""
+    """An example twice: within its class there is no variation, but that of the rounding.
+
+    By chance that is symmetric, too, as with jax 0.12 on some processors.
+    """
     op = network(data=jax.tree.map(lambda x: x[jnp.array([0, 0])], network().data))
-    with pytest.raises(spectra.NotSymmetricError, match="terms nearly cancel"):
-        spectra.class_operators(op)["within"].as_matrix()
+    try:
+        left = spectra.class_operators(op)["within"].as_matrix()
+    except spectra.NotSymmetricError as error:
+        assert "terms nearly cancel" in str(error)
+    else:
+        assert jnp.linalg.norm(left) <= 16 * jnp.finfo(left.dtype).eps * jnp.linalg.norm(op.as_matrix())
 
 
 @pytest.mark.parametrize("streamed", [False, True])
