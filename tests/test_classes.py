@@ -171,10 +171,13 @@ def test_what_is_left_of_terms_that_cancel_is_said_to_be_rounding():
     By chance that is symmetric, too, as with jax 0.12 on some processors.
     """
     op = network(data=jax.tree.map(lambda x: x[jnp.array([0, 0])], network().data))
+    left, refusal = None, ""
     try:
         left = spectra.class_operators(op)["within"].as_matrix()
     except spectra.NotSymmetricError as error:
-        assert "terms nearly cancel" in str(error)
+        refusal = str(error)
+    if left is None:
+        assert "terms nearly cancel" in refusal
     else:
         assert jnp.linalg.norm(left) <= 16 * jnp.finfo(left.dtype).eps * jnp.linalg.norm(op.as_matrix())
 

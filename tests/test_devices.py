@@ -13,7 +13,7 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np, spectra
 from spectra.base import draws, meshes
 from spectra.estimators import blocks, comparison
-from spectra.estimators.low_rank import _grow_compiled
+from spectra.estimators.sketches import _grow_compiled
 from spectra.krylov import explored, product_rounding
 from spectra.report import variability
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P

@@ -14,8 +14,8 @@ from cases import planted, slow_but
 from scipy.stats import t as student
 
 import spectra
-from spectra.estimators.low_rank import SketchRun
 from spectra.estimators.run import begin
+from spectra.estimators.sketches import SketchRun
 from spectra.operators.base import LinearOperator
 from spectra.operators.pytree import operator
 

@@ -20,7 +20,7 @@ from benchmarks.aot import model
 from benchmarks.aot.hlo import Program
 from spectra.base import meshes
 from spectra.base.programs import options
-from spectra.estimators import blocks, entrywise, hutchinson, low_rank
+from spectra.estimators import blocks, entrywise, hutchinson, low_rank, sketches
 from spectra.krylov import band, explored, linear_run, recurrence
 from spectra.krylov import basis as _basis
 from spectra.krylov.band_block import chain_block
@@ -263,7 +263,7 @@ def _sketch(s: Setting):
     unit = jax.ShapeDtypeStruct((), jnp.float32)
     options = {"start": 0, "stop": PROBES, "kind": "normal", "project": True, "grouped": False}
     options |= {"where": meshes.places(s.like)}
-    return low_rank._grow_compiled.lower(s.op, s.key, None, unit, batch=SHARING, **options)
+    return sketches._grow_compiled.lower(s.op, s.key, None, unit, batch=SHARING, **options)
 
 
 def _entries(s: Setting):

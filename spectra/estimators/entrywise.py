@@ -15,8 +15,9 @@ from spectra.base.errors import Status
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, exact, leave_one_out
 from spectra.estimators.hutchinson import EIGENVECTOR
-from spectra.estimators.low_rank import MIN_SKETCH, Held, SketchRun, nystrom
+from spectra.estimators.low_rank import nystrom
 from spectra.estimators.run import Ended, Run, adaptive
+from spectra.estimators.sketches import MIN_SKETCH, Held, SketchRun
 from spectra.operators.base import LinearOperator
 from spectra.operators.jaxprs import slow_in_loops
 

@@ -14,8 +14,9 @@ from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, exact, leave_one_out
-from spectra.estimators.low_rank import MIN_SKETCH, SketchRun, with_rounding
+from spectra.estimators.low_rank import with_rounding
 from spectra.estimators.run import ALL_DONE, Ended, Run, adaptive, begin
+from spectra.estimators.sketches import MIN_SKETCH, SketchRun
 from spectra.estimators.trace import STACKS, choose
 from spectra.operators.base import LinearOperator
 from spectra.results import Estimate

@@ -1241,14 +1241,14 @@ DENSITY = [
 ESTIMATORS = [
     fault(
         "a Nyström sketch is as fine as products are stated to be",
-        "estimators/low_rank.py",
+        "estimators/sketches.py",
         "self.precision = max(stated, exact.measured_precision(run))",
         "self.precision = stated",
         "test_vanished.py::test_a_nystrom_sketch_is_not_finer_than_products",
     ),
     fault(
         "a sketch without a probe is off by what products are off by",
-        "estimators/low_rank.py",
+        "estimators/sketches.py",
         "rounding = trees.roundoff(self.run.op.structure)",
         "rounding = self.run.op.precision",
         "test_trace.py::test_an_estimate_from_a_sketch_holds_where_products_have_little_precision",
