@@ -463,7 +463,8 @@ def test_what_is_no_picture_is_refused_in_words():
         "learning_rate='0.1': use a real number": lambda: spectra.plot_density(q, learning_rate="0.1"),
         "not a str. `spectra.load` reads one": lambda: spectra.plot_density("spectrum.npz"),
         "Eigenpairs are needed, which `eigsh` returns, not a Quad": lambda: spectra.plot_eigenvector_mass(q),
-        "0 results: one picture": lambda: spectra.plot_eigenvalues({}),
+        "no results to draw": lambda: spectra.plot_eigenvalues({}),
+        "no spectra to draw": lambda: spectra.plot_comparison({}),
         "q is no Eigenpairs": lambda: spectra.plot_eigenvalues({"q": q, "pairs": pairs()}),
         "there are no eigenpairs": lambda: spectra.plot_eigenvalues(
             jax.tree.map(lambda x: np.asarray(x)[:0] if np.ndim(x) else x, pairs())

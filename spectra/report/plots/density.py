@@ -175,9 +175,11 @@ def plot_comparison(
         ['flat', 'steep']
     """
     results = by_name(results)
-    if not 1 <= len(results) <= _MOST:
+    if not results:
+        raise SpectraError("there are no spectra to draw: the mapping is empty.")
+    if len(results) > _MOST:
         raise SpectraError(
-            f"{len(results)} spectra: one picture can tell 1 to {_MOST} apart; plot_blocks draws any number "
+            f"{len(results)} spectra: one picture can tell {_MOST} apart; plot_blocks draws any number "
             "side by side."
         )
     _check(xscale, yscale)

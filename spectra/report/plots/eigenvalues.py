@@ -128,9 +128,11 @@ def _distribution(quadrature: Quadrature, x: np.ndarray, level: float, yscale: s
 def _few(results: Any) -> dict[str, Any]:
     """The results of a mapping, if one picture can tell them apart."""
     named = by_name(results)
-    if not 1 <= len(named) <= len(COLORS):
+    if not named:
+        raise SpectraError("there are no results to draw: the mapping is empty.")
+    if len(named) > len(COLORS):
         raise SpectraError(
-            f"{len(named)} results: one picture can tell 1 to {len(COLORS)} apart; draw others into Axes of "
+            f"{len(named)} results: one picture can tell {len(COLORS)} apart; draw others into Axes of "
             "their own."
         )
     return named
