@@ -58,7 +58,8 @@ def traced(op: FisherOperator) -> tuple[Any, Found, list[jax.Array]]:
 
 
 def _first(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    """Of an example, as JAX would have it: of labels that NumPy holds in 64 bits it warns otherwise."""
+    return jax.ShapeDtypeStruct(x.shape[1:], jax.dtypes.canonicalize_dtype(x.dtype))
 
 
 class Pass:
