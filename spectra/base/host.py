@@ -69,7 +69,7 @@ def resident_bytes() -> int | None:
 
 
 def on_cpu() -> contextlib.AbstractContextManager[Any]:
-    """JAX's computations on a CPU, where JAX may use one."""
+    """JAX's computations on a CPU, where JAX may use one: there float64 and products are what they say."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:

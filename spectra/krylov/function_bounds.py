@@ -253,7 +253,7 @@ RANGE_STEPS = 40
 class Named:
     """A function by name: of real numbers and of arrays of JAX, and where it is defined."""
 
-    numpy: RealFunction
+    real: RealFunction
     jax: Callable[[Any], Any]
     least: float = -np.inf  # defined above
     closed: bool = False  # and at `least` itself

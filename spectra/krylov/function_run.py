@@ -167,10 +167,10 @@ class FunctionRun:
         noise = breakdown_noise(self.op.size, self.op.precision)
         rounded = max(noise * max(known.norm, self.before), self.measured * known.norm)
         theta = inside(theta, self.named, self.name, known, rounded, self.op)
-        f: Function = self.named.numpy
+        f: Function = self.named.real
         first = vectors[: len(z)].T @ z  # the vectors are in the span of the first rows
         values = self._values(f, theta, rounded, float(sizes.max()))
-        rounded = max(rounded, self.named.numpy.rounding * known.norm)
+        rounded = max(rounded, self.named.real.rounding * known.norm)
         unit = 2.0 ** max(int(np.frexp(np.abs(values).max())[1]) - 1, LEAST)
         values, f = values / unit, _divided(f, unit)
         coefficients = vectors @ (values[:, None] * first)
@@ -183,7 +183,7 @@ class FunctionRun:
         bounds = np.minimum(
             truncation(f, theta, first, coupling, intervals), largest * np.linalg.norm(first, axis=0) + norms
         )
-        moved += (noise + self.named.numpy.rounding) * norms
+        moved += (noise + self.named.real.rounding) * norms
         with np.errstate(over="ignore"):
             return _Step(
                 theta, coefficients * unit, norms * unit, bounds * unit, moved * unit, largest * unit
@@ -239,7 +239,7 @@ class FunctionRun:
         flight |= {name: getattr(self, name) for name in COUNTS}
         flight["found"] = [[one.error, one.status.name] for one in self.found]
         flight["theta"] = self.theta
-        flight["f"] = digest(self.named.numpy, on_spectrum(self.known.intervals, self.theta))
+        flight["f"] = digest(self.named.real, on_spectrum(self.known.intervals, self.theta))
         if band is not None:
             rows, flight["band"] = storage.band_items(band)
             items |= rows
@@ -259,7 +259,7 @@ class FunctionRun:
                 continue
             self.theta = flight.get("theta", [])  # an older version kept none
             points = on_spectrum(flight["known"]["intervals"], self.theta)
-            if flight.get("f") not in (None, digest(self.named.numpy, points)):
+            if flight.get("f") not in (None, digest(self.named.real, points)):
                 self.saver.refuse(["f"])
             self.flight, self.known = flight, Range(**flight["known"])
             for name in COUNTS:

@@ -290,7 +290,7 @@ def funm(
 
     def arguments() -> dict[str, Any]:
         own = {"num_steps": steps, "tol": float(tol), "bounds": [list(pair) for pair in intervals]}
-        return own | {"f": [name, digest(named.numpy)], "v": tree_digest(rows)}
+        return own | {"f": [name, digest(named.real)], "v": tree_digest(rows)}
 
     with watched("funm", progress, checkpoint, None, arguments) as watch, watch.saver(op, key) as saver:
         measured = relative_change(op)

@@ -27,8 +27,10 @@ DIRECTIONS = 4
 """Groups of leaves that are tried one by one, beside all together."""
 RESOLVED = 0.1
 """Share of a product by which two steps may differ that are said to agree."""
-USUAL = 16
-"""Multiple of eps^(2/3) that products by the step of no measurement may be off by."""
+TOLERATED = 16
+"""Multiple of eps^(2/3) that neighbouring steps may differ by where all leaves are alike: the usual step
+truncates and rounds by eps^(2/3) each, and an eighth of it rounds eight times as much. That is ten, with
+room for constants of the loss."""
 
 
 class Differences(NamedTuple):
@@ -54,10 +56,10 @@ def measured(op: "DataOperator") -> Differences:
     if size == 0:
         return Differences()
     errors = np.max([error for _, error in found], axis=0) / size
-    if errors[np.flatnonzero(STEPS == 1)[0]] <= USUAL * usual:
+    if errors[np.flatnonzero(STEPS == 1)[0]] <= TOLERATED * usual:
         return Differences()
     best = int(np.argmin(errors))
-    error = 2.0 ** np.ceil(np.log2(errors[best])) if errors[best] > USUAL * usual else 0.0
+    error = 2.0 ** np.ceil(np.log2(errors[best])) if errors[best] > TOLERATED * usual else 0.0
     return Differences(float(STEPS[best]), float(error))
 
 

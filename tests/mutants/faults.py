@@ -1197,7 +1197,7 @@ DENSITY = [
     fault(
         "a checkpoint does not look at a function within the spectrum",
         "krylov/function_run.py",
-        'if flight.get("f") not in (None, digest(self.named.numpy, points)):',
+        'if flight.get("f") not in (None, digest(self.named.real, points)):',
         "if not len(points):",
         "test_resuming.py::test_functions_that_differ_within_the_spectrum_alone_are_told_apart",
     ),
