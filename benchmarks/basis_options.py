@@ -40,11 +40,13 @@ KEY, PROBES, TRUTH = jax.random.key(1), 2, 80
 
 def orthogonality(op, steps: int, place: str, dtype) -> float:
     """max |Q Q^T - I| of the rows as they are stored, for the first probe."""
-    layout, home = place_basis(op, place, dtype)
-    with jax.default_device(home):
+    where = place_basis(op, place, dtype)
+    layout = where.layout
+    with jax.default_device(where.device):
         start = draws.sphere_sample(jax.random.fold_in(KEY, 0), layout.anonymous().structure)
         state = recurrence.init(layout.anonymous(), start, steps)
-    state = recurrence.advance(op.prepare(), layout, state, 0, steps, batched=False, home=home)
+    setup = recurrence.Setup(op.prepare(), where)
+    state = recurrence.advance(setup, state, 0, steps, batched=False)
     products = np.asarray(gram(state.basis))[:steps, :steps]
     return float(np.max(np.abs(products - np.eye(steps))))
 

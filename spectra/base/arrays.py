@@ -156,7 +156,7 @@ def in_order(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def apart(pieces: list[jax.Array]) -> list[jax.Array]:
+def cut_out(pieces: list[jax.Array]) -> list[jax.Array]:
     """Slices of a vector, on a TPU each cut out before it is given a shape.
 
     XLA gives the whole vector a shape first, with the last axis of the slice's: there a copy of all of it to

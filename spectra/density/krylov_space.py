@@ -11,7 +11,8 @@ from spectra.base.host import Progress
 from spectra.base.trees import PyTree
 from spectra.density import deflation
 from spectra.density.run import ProbeRun
-from spectra.krylov.layout import Layout
+from spectra.krylov.layout import Place
+from spectra.krylov.recurrence import Setup
 from spectra.krylov.rows import stack
 from spectra.operators.base import LinearOperator
 from spectra.operators.composed import DeflatedOperator
@@ -44,7 +45,7 @@ class Space:
         return dataclasses.replace(found, num_matvecs=rest.num_matvecs + self.num_matvecs)
 
 
-def taken_out(run: ProbeRun, layout: Layout, found: Quadrature, taken: np.ndarray) -> Space:
+def taken_out(run: ProbeRun, found: Quadrature, taken: np.ndarray) -> Space:
     """Some Ritz vectors of the first m steps of the one probe of a run, whose basis it forgets.
 
     `taken` is (m,). The run may have gone on since: Ritz values and residuals are those of m steps, too, not
@@ -56,13 +57,13 @@ def taken_out(run: ProbeRun, layout: Layout, found: Quadrature, taken: np.ndarra
     residuals = np.abs(beta[m - 1] * vectors[-1])
     at = vectors[:, taken] if not taken.all() else np.eye(m)  # all of them: the basis itself is as good
     at = np.pad(at, ((0, 0), (0, -at.shape[1] % ROWS)))
-    stacked = stacks.combine(jnp.asarray(at.T), stack(run.last.basis, layout, 0, m))
+    stacked = stacks.combine(jnp.asarray(at.T), stack(run.last.basis, run.place.layout, 0, m))
     run.forget()
     return Space(values[taken], residuals[taken], stacked, found.size, found.num_matvecs)
 
 
-def outside(op: LinearOperator, space: Space, layout: Layout, key: jax.Array, bar: Progress) -> ProbeRun:
+def outside(op: LinearOperator, space: Space, place: Place, key: jax.Array, bar: Progress) -> ProbeRun:
     """A run of probes in the complement of a space."""
     inner = outside_loops(DeflatedOperator(op, space.vectors).prepare())
-    size = op.size - len(space.values)
-    return ProbeRun(inner, layout, key, bar, size=size, known=space.vectors, whole=space.norm)
+    setup = Setup(inner, place, deflated=space.vectors, norm=space.norm)
+    return ProbeRun(setup, key, bar, size=op.size - len(space.values))

@@ -18,9 +18,8 @@ from spectra.density.recorder import Recorder
 from spectra.krylov import recurrence
 from spectra.krylov.basis import SKETCHED, sketches
 from spectra.krylov.layout import Layout
-from spectra.krylov.recurrence import LanczosState
+from spectra.krylov.recurrence import LanczosState, Setup
 from spectra.operators.accumulate import Passes
-from spectra.operators.base import LinearOperator
 from spectra.quadrature.rules import gauss_rule, invariant_length, merged
 from spectra.results import Quadrature
 from spectra.runs import saver
@@ -31,29 +30,21 @@ class ProbeRun:
 
     def __init__(
         self,
-        op: LinearOperator,
-        layout: Layout,
+        setup: Setup,
         key: jax.Array,
         bar: Progress,
         *,
         size: int,
-        apart: bool = False,
-        known: Any = None,
-        whole: float = 0.0,
-        home: Any = None,
         recorder: Recorder | None = None,
         keep_basis: bool = True,
         keep_last: bool = False,
     ):
         self.keep_last, self.last = keep_last, None  # the state of the last probe, for its vectors
-        self.keep_basis = keep_basis
-        self.known = known  # vectors that the probes are made orthogonal to
-        self.whole = whole  # norm of the operator with them
-        self.home = home  # where the basis lives, if not with the operator
-        self.at_home = partial(jax.default_device, home) if home else contextlib.nullcontext
-        self.op, self.layout, self.key, self.bar = op, layout, key, bar
-        self.apart, self.recorder = apart, recorder
-        self.size, self.precision = size, op.precision
+        self.setup, self.place, self.key, self.bar = setup, setup.place, key, bar
+        device = setup.place.device
+        self.at_basis = partial(jax.default_device, device) if device else contextlib.nullcontext
+        self.recorder, self.keep_basis = recorder, keep_basis
+        self.size, self.precision = size, setup.op.precision
         self.rows: list[dict[str, Any]] = []
         self.chunk = recurrence.CHUNK if recorder is None else 1
 
@@ -110,16 +101,11 @@ class ProbeRun:
             stop = min(done + self.chunk, goal)
             started = time.monotonic()
             state = recurrence.advance(
-                self.op,
-                self.layout,
+                self.setup,
                 state,
                 done,
                 stop,
                 batched=batched,
-                apart=self.apart,
-                home=self.home,
-                known=self.known,
-                whole=self.whole,
                 passes=self._passes(probes, state, done) if stop == done + 1 else None,
             )
             self.bar.update((stop - done) * len(probes))
@@ -138,8 +124,8 @@ class ProbeRun:
             self.last = state
         sketch = None
         if state.basis:
-            with self.at_home():
-                sketch = sketches(self.layout.anonymous(), state.basis, self.key, batched=batched)
+            with self.at_basis():
+                sketch = sketches(self.place.layout.anonymous(), state.basis, self.key, batched=batched)
         rows = _rows(state, done, batched, sketch)
         self.rows += rows
         if self.recorder is not None:
@@ -170,16 +156,14 @@ class ProbeRun:
         def look(sums: Any, seconds: float) -> float:
             return recorder.after(probes, state, done, seconds, sums)
 
-        sums = recorder.sums(probes, state, done)
-        if self.home is not None:  # they were read to where the basis lives
-            sums = [(count, jax.device_put(total, self.op.device)) for count, total in sums]
+        sums = recorder.sums(probes, state, done)  # they are read to where the basis lies
+        sums = [(count, self.place.to_operator(self.setup.op, total)) for count, total in sums]
         return Passes(sums, look, saver.PACE)
 
     def _require_symmetric(self) -> None:
         """Two steps of the first probe: a single one has no coefficient that symmetry makes zero."""
         state = self._fresh(range(1), 2, False)
-        places: dict[str, Any] = {"batched": False, "apart": self.apart, "home": self.home}
-        recurrence.advance(self.op, self.layout, state, 0, 2, **places, whole=self.whole)
+        recurrence.advance(self.setup, state, 0, 2, batched=False)
 
     def _fresh(self, probes: range, num_steps: int, batched: bool) -> LanczosState:
         """The state before the first step.
@@ -190,16 +174,16 @@ class ProbeRun:
         """
         indices = np.asarray(probes if batched else probes[0], np.int32)
         options: dict[str, Any] = {"num_steps": num_steps, "batched": batched, "keep_basis": self.keep_basis}
-        with self.at_home():
-            layout = self.layout.anonymous()
+        with self.at_basis():
+            layout = self.place.layout.anonymous()
             if layout.mesh is not None:
                 state = _drawn_states(layout, self.key, indices, **options)
             else:
                 draw = _draw_several if batched else _draw
                 state = _states(layout, draw(layout, self.key, indices), **options)
-        if self.known is None:
+        if self.setup.deflated is None:
             return state
-        return deflation.project_start(self.layout, self.known, state, batched)
+        return deflation.project_start(self.place.layout, self.setup.deflated, state, batched)
 
     def result(self, status: Status | None = None, rows: list[dict[str, Any]] | None = None) -> Quadrature:
         """The quadratures of all probes done, or of these rows."""
@@ -219,9 +203,9 @@ class ProbeRun:
             status = Status.INVARIANT if exact else Status.COMPLETE
         # Coefficients that symmetry makes zero are rounding: beyond ten times their natural size
         # something in the loss is rougher than its precision.
-        rounding = max(100 * self.precision, self.layout.row_precision)
+        rounding = max(100 * self.precision, self.place.layout.row_precision)
         size = float(np.abs(nodes).max())
-        share = size / max(size, self.whole) if size > 0 else 1.0
+        share = size / max(size, self.setup.norm) if size > 0 else 1.0
         if asymmetry.max() * share > rounding * np.sqrt(steps):
             status = Status.NOISY
         found = Quadrature(

@@ -170,7 +170,7 @@ def slq(
                     jax.random.fold_in(key, i),
                     min(num_steps, block.size),
                     bar,
-                    apart=True,
+                    shared=True,
                     checkpoint=checkpoint and checkpoint.child(name),
                     **options,
                 )
@@ -198,11 +198,11 @@ def _one(
     checkpoint: Checkpoint | None,
     deflate: Eigenpairs | None = None,
     more: int | None = None,
-    apart: bool = False,
+    shared: bool = False,
 ) -> Quadrature:
     """The measure of one operator.
 
-    `more`: Lanczos steps whose Ritz vectors are deflated. `apart`: with a recurrence that serves all
+    `more`: Lanczos steps whose Ritz vectors are deflated. `shared`: with a recurrence that serves all
     operators of its size.
     """
     place, keep = place_basis(op, basis, basis_dtype), basis != "none"
@@ -215,16 +215,16 @@ def _one(
             )
         return _traced(op, key, num_steps, num_probes, plan.probe_batch, keep)
     require_fit(plan)
-    size, vectors, whole = op.size, None, 0.0
+    size, vectors, norm = op.size, None, 0.0
     space = None
     if more is not None:
         space = _space(op, key, more, num_steps, bar, (basis, basis_dtype, checkpoint))
-        size, vectors, whole = op.size - len(space.values), space.vectors, space.norm
+        size, vectors, norm = op.size - len(space.values), space.vectors, space.norm
         op = DeflatedOperator(op, vectors)
     elif deflate is not None:
         pairs = deflation.check(op, deflate)
         size, vectors = op.size - len(pairs.values), pairs.vectors
-        whole = float(np.max(np.abs(pairs.values), initial=0.0))
+        norm = float(np.max(np.abs(pairs.values), initial=0.0))
         recurrence.check_steps(num_steps, size)
         known_pairs.require_own(op, pairs)
         op, key = DeflatedOperator(op, vectors), beside_pairs(key, len(pairs.values), use=1)
@@ -232,9 +232,9 @@ def _one(
     if checkpoint is not None:
         recorder = Recorder(checkpoint, op, place.layout, key, keep_basis=keep)
     with recorder.running() if recorder else contextlib.nullcontext():
-        places: dict[str, Any] = {"apart": apart, "known": vectors, "whole": whole, "home": place.home}
-        places |= {"recorder": recorder, "keep_basis": keep}
-        run = ProbeRun(outside_loops(op.prepare()), place.layout, key, bar, size=size, **places)
+        prepared = outside_loops(op.prepare())
+        setup = recurrence.Setup(prepared, place, vectors, norm, shared)
+        run = ProbeRun(setup, key, bar, size=size, recorder=recorder, keep_basis=keep)
         if tol is None:
             for start in range(0, num_probes, plan.probe_batch):
                 run.add(range(start, min(start + plan.probe_batch, num_probes)), num_steps)
@@ -267,12 +267,12 @@ def _space(
         )
     place = place_basis(op)
     require_fit(estimate(op, place, num_steps=steps, num_probes=1))
-    layout = place.layout
     key = jax.random.fold_in(key, SPACE)
-    run = ProbeRun(outside_loops(op.prepare()), layout, key, bar, size=op.size, keep_last=True)
+    setup = recurrence.Setup(outside_loops(op.prepare()), place)
+    run = ProbeRun(setup, key, bar, size=op.size, keep_last=True)
     run.add(range(1), steps)
     found = run.result()
-    return krylov_space.taken_out(run, layout, found, np.ones(int(found.lengths[0]), bool))
+    return krylov_space.taken_out(run, found, np.ones(int(found.lengths[0]), bool))
 
 
 def _adaptive(

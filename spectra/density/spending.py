@@ -61,9 +61,9 @@ def spend(
     memory = estimate(op, place, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
     require_fit(memory)
     layout, batch = place.layout, memory.probe_batch
-    prepared = outside_loops(op.prepare())
+    setup = recurrence.Setup(outside_loops(op.prepare()), place)
     with Progress(False, budget) as bar:
-        first = ProbeRun(prepared, layout, key, bar, size=op.size, keep_last=True)
+        first = ProbeRun(setup, key, bar, size=op.size, keep_last=True)
         look = _Look(error, num_steps, budget, least, short)
         early = EARLY if least == 1 else recurrence.CHUNK
         first.add(range(1), _longest(op, layout, num_steps, budget), stop_when=look, early=early)
@@ -79,8 +79,8 @@ def spend(
             plan = Plan(budget, steps, num_probes if reachable else least, None)
             budget = budget if reachable else plan.steps * plan.probes  # no probe narrows a bracket
         if plan.taken is not None:
-            space = taken_out(first, layout, found, plan.taken)
-            run = outside(op, space, layout, key, bar)
+            space = taken_out(first, found, plan.taken)
+            run = outside(op, space, place, key, bar)
             return _until(run, error, plan, 1, budget - found.num_matvecs, batch, space)
         first.forget()
         return _until(first, error, plan, 0, budget, batch, None)

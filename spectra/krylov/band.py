@@ -5,7 +5,6 @@ The device's part comes first: rows, their coefficients, and a compiled program 
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from spectra.krylov import basis as _basis
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.cancelled import asymmetry_limit
-from spectra.krylov.layout import Layout
+from spectra.krylov.layout import Layout, Place
 from spectra.krylov.rows import combine, stack, sum_of_rows
 from spectra.krylov.step import orthogonalize
 from spectra.operators.base import LinearOperator, product
@@ -162,14 +161,13 @@ class Band:
 
     Args:
         op: where products come from.
-        layout: of the rows.
+        place: where the rows lie.
         num_rows: room for so many.
-        home: the device that the rows live on, if it is not the operator's.
     """
 
-    def __init__(self, op: LinearOperator, layout: Layout, num_rows: int, home: Any = None):
-        self.op, self.layout, self.home = op, layout, home
-        self.state = self._at_home(empty(layout, num_rows))
+    def __init__(self, op: LinearOperator, place: Place, num_rows: int):
+        self.op, self.place, self.layout = op, place, place.layout
+        self.state = place.to_basis(empty(place.layout, num_rows))
         self.coefficients = np.zeros(self.state.coefficients.shape)
         self.locked: list[int] = []
         self.processed: list[int] = []
@@ -192,12 +190,9 @@ class Band:
     def append(self, vector: PyTree, *, locked: bool = False) -> int:
         """A new pending (or locked) row from a vector that need not be orthogonal to the others."""
         row = self.filled
-        self.state, _ = append(self.layout, self.state, self._at_home(vector))
+        self.state, _ = append(self.layout, self.state, self.place.to_basis(vector))
         (self.locked if locked else self.pending).append(row)
         return row
-
-    def _at_home(self, tree: PyTree) -> PyTree:
-        return tree if self.home is None else jax.device_put(tree, self.home)
 
     def extend(self, row: int, steps: int) -> int | None:
         """Take up to `steps` products, beginning with the pending `row`; fewer at a breakdown.
@@ -206,7 +201,7 @@ class Band:
         """
         before = self.filled
         previous = self.parent.pop(row, -1)
-        if self.op.on_host or self.home is not None:
+        if self.op.on_host or self.place.device is not None:
             self._extend_on_host(row, previous, steps)
         else:
             self.state = chain(self.op, self.layout, self.op.size, self.state, row, previous, steps)
@@ -242,10 +237,10 @@ class Band:
             filled += 1
 
     def _product(self, vector: PyTree) -> PyTree:
-        if self.home is None:
+        if self.place.device is None:
             return self.op.mv(vector)
-        vector = jax.device_put(vector, self.op.device)
-        return self._at_home(self.op.mv(vector) if self.op.on_host else product(self.op, vector))
+        vector = self.place.to_operator(self.op, vector)
+        return self.place.to_basis(self.op.mv(vector) if self.op.on_host else product(self.op, vector))
 
     def _check(self) -> None:
         if not np.isfinite(self.coefficients).all():
@@ -352,7 +347,7 @@ class Band:
         """Σ c_i v_i over all rows, in the operator's precision and where it computes."""
         weights = jnp.asarray(coefficients, self.op.dtype)
         vector = self.layout.unpack(sum_of_rows(self.state.basis, weights, self.filled, self.layout))
-        return vector if self.home is None else jax.device_put(vector, self.op.device)
+        return self.place.to_operator(self.op, vector)
 
     def images(self, mixtures: np.ndarray) -> list[PyTree]:
         """H times combinations of the processed rows, whose coefficients are in rows, by their products."""
@@ -362,4 +357,4 @@ class Band:
         """The first `count` rows after the locked ones as one pytree with leaves (count, *leaf.shape)."""
         first = len(self.locked)
         vectors = stack(self.state.basis, self.layout, first, first + count)
-        return vectors if self.home is None else jax.device_put(vectors, self.op.device)
+        return self.place.to_operator(self.op, vectors)

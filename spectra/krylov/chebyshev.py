@@ -19,7 +19,7 @@ from spectra.base.host import Progress, one_thread
 from spectra.base.trees import PyTree
 from spectra.krylov import dense, storage
 from spectra.krylov.band import Band
-from spectra.krylov.layout import Layout
+from spectra.krylov.layout import Layout, Place
 from spectra.operators.base import LinearOperator
 from spectra.operators.jaxprs import outside_loops
 from spectra.results import Eigenpairs
@@ -49,7 +49,7 @@ def smallest_eigenpairs(
     tol: float,
     max_matvecs: int | None = None,
     deflate: Eigenpairs | None = None,
-    places: tuple[Layout, Any],
+    place: Place,
     watch: Watch,
 ) -> Eigenpairs:
     """k eigenpairs of smallest |λ|; see `spectra.eigsh`. Dense up to order 2000, where n products are cheaper
@@ -72,7 +72,7 @@ def smallest_eigenpairs(
         )
     with watch.saver(op, key) as saver:
         op = outside_loops(op.prepare())
-        return _filtered(op, k, key, tol, budget, known, width, places, Rounds(watch.bar, saver, places[0]))
+        return _filtered(op, k, key, tol, budget, known, width, place, Rounds(watch.bar, saver, place.layout))
 
 
 def _filtered(
@@ -83,13 +83,13 @@ def _filtered(
     budget: int,
     known: list[PyTree],
     width: int,
-    places: tuple[Layout, Any],
+    place: Place,
     run: "Rounds",
 ) -> Eigenpairs:
     """Rounds of Rayleigh-Ritz and filter until the pairs have converged or the products are spent."""
     fresh = []
     if not run.restored(op, width):
-        run.norm, run.products = _norm_bound(op, places, key, min(NORM_STEPS, op.size, budget - width))
+        run.norm, run.products = _norm_bound(op, place, key, min(NORM_STEPS, op.size, budget - width))
         run.cut = 0.9 * run.norm
         keys = [jax.random.fold_in(key, i + 1) for i in range(width)]
         fresh = [draws.unit_vector(each, op) for each in keys]
@@ -98,7 +98,7 @@ def _filtered(
     while True:
         if run.degree:
             run.filter(op)
-        band = Band(op, places[0], len(known) + width, places[1])
+        band = Band(op, place, len(known) + width)
         for i, vector in enumerate([*known, *(fresh or _stacks.split(run.block))]):
             band.append(vector, locked=i < len(known))
         values, sizes, residuals, vectors = _rayleigh_ritz(op, band.vectors(width))
@@ -134,11 +134,9 @@ def _filtered(
     )
 
 
-def _norm_bound(
-    op: LinearOperator, places: tuple[Layout, Any], key: jax.Array, steps: int
-) -> tuple[float, int]:
+def _norm_bound(op: LinearOperator, place: Place, key: jax.Array, steps: int) -> tuple[float, int]:
     """An upper bound on |H|: the largest |Ritz value| of a short run plus the norm of its residual."""
-    band = Band(op, places[0], steps + 1, places[1])
+    band = Band(op, place, steps + 1)
     band.extend(band.append(draws.unit_vector(key, op)), steps)
     theta, _, coupling, _ = band.ritz()
     tail = float(np.abs(band.coefficients[band.pending][:, band.processed]).sum()) if coupling.size else 0.0

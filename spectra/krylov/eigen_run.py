@@ -6,7 +6,6 @@ that goes on takes the same decisions from the same numbers.
 
 import dataclasses
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from spectra.base.host import Progress
 from spectra.base.trees import PyTree
 from spectra.krylov import storage, wanted
 from spectra.krylov.band import Band
-from spectra.krylov.layout import Layout
+from spectra.krylov.layout import Place
 from spectra.krylov.product_rounding import mixtures
 from spectra.operators.base import LinearOperator
 from spectra.results import Eigenpairs
@@ -48,7 +47,7 @@ class EigenRun:
         block_size: start vectors.
         v0: the first of them, or None.
         deflate: pairs that the basis stays orthogonal to, or None.
-        places: the layout of the rows, and the device that they live on if it is not the operator's.
+        place: where the rows lie.
         bar: shows the products.
         saver: where the run is saved, if it is.
     """
@@ -65,7 +64,7 @@ class EigenRun:
         v0: PyTree | None,
         deflate: Eigenpairs | None,
         *,
-        places: tuple[Layout, Any],
+        place: Place,
         bar: Progress,
         saver: Saver | None,
     ):
@@ -83,7 +82,7 @@ class EigenRun:
         given = [] if deflate is None else stacks.split(deflate.vectors)
         known = len(given)
         self.capacity = limit + block_size + known
-        self.band = Band(op, places[0], self.capacity, places[1])
+        self.band = Band(op, place, self.capacity)
         self.history: list[tuple[int, float]] = []
         if saver is not None and self._restored():
             return
@@ -100,7 +99,7 @@ class EigenRun:
         return max(self.tol, 10 * self.op.precision) * self.band.scale
 
     @property
-    def aim(self) -> float:
+    def target_residual(self) -> float:
         """Where the iteration stops: turning copies of an eigenpair mixes their residuals."""
         share = 0.5 if self.copies else 0.95
         return max(share * self.tol, float(jnp.finfo(self.op.dtype).eps)) * self.band.scale
@@ -138,7 +137,7 @@ class EigenRun:
                 theta, vectors, coupling, _ = band.ritz()
                 best = wanted.order(theta, self.which)
                 error = arrays.norms(coupling[:, best[: self.k]], axis=0)
-                open_ = error > self.aim
+                open_ = error > self.target_residual
                 self.converged = bool(len(best) >= self.k and not open_.any())
                 self._note(error)
                 if self.converged:
@@ -163,7 +162,9 @@ class EigenRun:
     def _note(self, error: np.ndarray) -> None:
         """Say how many pairs have converged, and the largest residual."""
         worst = float(error.max()) / (self.band.scale or 1.0)
-        self.bar.note(f"{int((error <= self.aim).sum())} of {self.k} pairs, residual {worst:.1e} |H|")
+        self.bar.note(
+            f"{int((error <= self.target_residual).sum())} of {self.k} pairs, residual {worst:.1e} |H|"
+        )
 
     def pause(self) -> None:
         """Between products: save the run where it is time to, and end it where it was asked to."""
@@ -205,7 +206,7 @@ class EigenRun:
             return 2
         (a, before), (b, now) = self.history[-2:]
         rate = np.log(before / now) / (b - a) if 0 < now < before and b > a else 0.0
-        left = np.log(now / self.aim) / rate if rate > 0 else np.inf
+        left = np.log(now / self.target_residual) / rate if rate > 0 else np.inf
         return int(np.clip(left / 2, 1, max(1, min(self.band.num_matvecs // 12, 8))))
 
     def restart(self, vectors: np.ndarray, best: np.ndarray) -> None:

@@ -18,7 +18,7 @@ from spectra.krylov import known_pairs, wanted
 from spectra.krylov.chebyshev import smallest_eigenpairs
 from spectra.krylov.dense import allowed, dense_eigenpairs
 from spectra.krylov.eigen_run import EigenRun
-from spectra.krylov.layout import Layout
+from spectra.krylov.layout import Layout, Place
 from spectra.krylov.metric import generalized_eigenpairs
 from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
@@ -206,9 +206,9 @@ def eigsh(
         known_pairs.check(op, deflate)
         known_pairs.require_own(op, deflate)
         key = beside_pairs(key, known, use=0)
-    places = place_basis(op, basis, basis_dtype)
-    _check_rows(places[0], which, tol)
-    least = k if places[0].row_dtype is None else 2 * k  # with rounded rows, k more measure the residuals
+    place = place_basis(op, basis, basis_dtype)
+    _check_rows(place.layout, which, tol)
+    least = k if place.layout.row_dtype is None else 2 * k  # with rounded rows, k more measure the residuals
     if max_matvecs is not None and max_matvecs < least:
         raise SpectraError(f"max_matvecs={max_matvecs}: {k} pairs take at least {least} products.")
     if metric is not None:
@@ -224,12 +224,12 @@ def eigsh(
         }
         digests = {name: None if x is None else tree_digest(x) for name, x in given.items()}
         plain = {"k": int(k), "which": which, "tol": float(tol), "verify": verify}
-        plain["basis_dtype"] = str(places[0].row_dtype or op.dtype)
+        plain["basis_dtype"] = str(place.layout.row_dtype or op.dtype)
         return plain | {"num_basis": num_basis, "block_size": int(block_size)} | digests
 
     with watched("eigsh", progress, checkpoint, max_matvecs, arguments) as watch:
         pairs, images = _pairs(
-            op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, places, watch
+            op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, place, watch
         )
     found = with_measured_floor(op, pairs, images)
     if np.any(found.values) or which == "SM":
@@ -249,7 +249,7 @@ def _pairs(
     verify: bool | str,
     v0: PyTree,
     deflate: Eigenpairs | None,
-    places: tuple[Layout, Any],
+    place: Place,
     watch: Watch,
 ) -> tuple[Eigenpairs, list[PyTree] | None]:
     """The pairs by what suits the order of the operator and the products allowed, and what H makes of their
@@ -259,7 +259,7 @@ def _pairs(
         return dense_eigenpairs(op, k, which, tol, deflate)
     if which == "SM":
         found = smallest_eigenpairs(
-            op, k, key=key, tol=tol, max_matvecs=max_matvecs, deflate=deflate, places=places, watch=watch
+            op, k, key=key, tol=tol, max_matvecs=max_matvecs, deflate=deflate, place=place, watch=watch
         )
         return found, None
     limit = min(2 * ncv if num_basis is None else num_basis, rest)
@@ -273,11 +273,11 @@ def _pairs(
     with watch.saver(op, key) as saver:
         run = EigenRun(
             *(outside_loops(op.prepare()), k, which, key, tol, limit, block_size, v0, deflate),
-            places=places,
+            place=place,
             bar=watch.bar,
             saver=saver,
         )
-        run.budget = budget - (k if places[0].row_dtype is not None else 0)  # the last k measure residuals
+        run.budget = budget - (k if place.layout.row_dtype is not None else 0)  # the last k measure residuals
         going = not run.done
         while going:
             if run.search is None:

@@ -31,10 +31,11 @@ from spectra.krylov.band_block import run_block
 from spectra.krylov.floors import relative_change
 from spectra.krylov.function_bounds import Range, given_intervals, named_function
 from spectra.krylov.function_run import FunctionRun, split, width_of
-from spectra.krylov.layout import Layout, stacked
+from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import check_steps
 from spectra.krylov.rows import stack
 from spectra.krylov.same_function import digest
+from spectra.krylov.vectors import as_stack
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.hoisted import hoisted
 from spectra.operators.jaxprs import outside_loops
@@ -278,7 +279,7 @@ def funm(
     most = TRACED_STEPS if traced else STEPS
     steps = min(most, op.size) if num_steps is None else num_steps
     check_steps(steps, op.size)
-    rows, several, back = stacked(op, v, "v")
+    rows, several, back = as_stack(op, v, "v")
     if traced:
         if checkpoint is not None:
             raise SpectraError("checkpoint= needs values, which do not exist inside jit or vmap.")

@@ -1,7 +1,4 @@
-"""How a vector lies in memory: as panels, arrays whose first axis counts blocks.
-
-Callers' vectors, one or several in any of the forms that users have them in, become stacks here.
-"""
+"""How a vector lies in memory, as panels, arrays whose first axis counts blocks; and on which device."""
 
 import dataclasses
 import itertools
@@ -16,7 +13,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from spectra.base import arrays, meshes, stacks, trees
+from spectra.base import arrays, meshes, trees
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
@@ -248,6 +245,22 @@ class Layout:
         return lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where basis vectors lie: how each does, and on which device, if not on that of the operator."""
+
+    layout: Layout
+    device: Any = None
+
+    def to_operator(self, op: LinearOperator, tree: PyTree) -> PyTree:
+        """Vectors of the basis on the device of the operator."""
+        return tree if self.device is None else jax.device_put(tree, op.device)
+
+    def to_basis(self, tree: PyTree) -> PyTree:
+        """Vectors of the operator where the basis lies."""
+        return tree if self.device is None else jax.device_put(tree, self.device)
+
+
 def _pack(panel: Panel, leaves: list[jax.Array]) -> jax.Array:
     """What one device holds of a panel."""
     rest, pieces = iter(leaves), list[jax.Array]()
@@ -272,7 +285,7 @@ def _unpack(panel: Panel, array: jax.Array) -> list[jax.Array]:
         if part.axes:
             own = lax.all_gather(own, part.axes, tiled=True)
         ends = itertools.accumulate((math.prod(leaf.shape) for leaf in part.held), initial=0)
-        pieces = arrays.apart([own[a:b] for a, b in itertools.pairwise(ends)])
+        pieces = arrays.cut_out([own[a:b] for a, b in itertools.pairwise(ends)])
         pairs = zip(pieces, part.held, strict=True)
         leaves += [piece.reshape(leaf.shape).astype(leaf.dtype) for piece, leaf in pairs]
     return leaves
@@ -285,45 +298,3 @@ def _names(spec: PartitionSpec) -> set[str]:
             cast("tuple[str, ...]", entry) if isinstance(entry, tuple) else () if entry is None else (entry,)
         )
     return names
-
-
-def stacked(op: LinearOperator, b: PyTree, what: str) -> tuple[PyTree, bool, Callable[[PyTree], PyTree]]:
-    """`b` as leaves (k, *leaf.shape), whether it is more than one vector, and the way back to its form.
-
-    One vector is a pytree or a flat array (n,). Several are the columns of an (n, k) array, as for `op @ V`,
-    or have a leading axis: a pytree with leaves (k, *leaf.shape), or an array (k, n).
-    """
-    structure = op.structure
-    shape, own = getattr(b, "shape", None), getattr(op.like, "shape", None)
-    if op.is_matrix(b):
-        rows = jax.vmap(lambda row: trees.unravel(row, structure))(trees.as_real(b, what, op.dtype).T)
-        return rows, True, lambda x: jax.vmap(trees.ravel)(x).T
-    if own is None and shape is not None and len(shape) == 2 and shape[0] and shape[1] == op.size:
-        rows = jax.vmap(lambda row: trees.unravel(row, structure))(trees.as_real(b, what, op.dtype))
-        return rows, True, jax.vmap(trees.ravel)
-    if (count := _common_axis(b, structure)) is not None:
-        like = jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), structure)
-        trees.check_structure(b, like, what)
-        return trees.cast_like(b, like), True, lambda x: x
-    vector = jax.tree.map(lambda x: x[None], op.as_vector(b, what))
-    flat = op.is_flat(b)
-
-    def back(x: jax.Array) -> jax.Array:
-        one = stacks.row(x, 0)
-        return trees.ravel(one) if flat else one
-
-    return vector, False, back
-
-
-def _common_axis(b: PyTree, structure: PyTree) -> int | None:
-    """k, if every leaf of b has the shape of its vector's behind an axis of k."""
-    if jax.tree.structure(b) != jax.tree.structure(structure):
-        return None
-    shapes: list[tuple[int, ...]] = [tuple(getattr(leaf, "shape", ())) for leaf in jax.tree.leaves(b)]
-    wanted = [leaf.shape for leaf in jax.tree.leaves(structure)]
-    if any(
-        shape[1:] != want or len(shape) != len(want) + 1 for shape, want in zip(shapes, wanted, strict=True)
-    ):
-        return None
-    counts = {shape[0] for shape in shapes}
-    return counts.pop() if len(counts) == 1 and 0 not in counts else None

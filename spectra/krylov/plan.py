@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from spectra.base.calls import automatic
 from spectra.base.errors import MemoryLimitError, SpectraError
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
-from spectra.krylov.layout import Layout, Panels
+from spectra.krylov.layout import Layout, Panels, Place
 from spectra.krylov.recurrence import check_steps
 from spectra.operators.base import LinearOperator, product, require_operator
 from spectra.operators.data import DataOperator
@@ -30,13 +30,6 @@ COMPILING = 6 * 2**20
 """Bytes that compiling a run takes for each array of the parameters, without the product of `plan`."""
 _BATCH_NUMBERS, _CPU_BATCH_NUMBERS = 2**22, 2**14
 """Vectors side by side hold up to this many numbers: enough to fill an accelerator, or the cores of a CPU."""
-
-
-class Place(NamedTuple):
-    """Where basis vectors lie."""
-
-    layout: Layout
-    home: Any  # the device, where it is not the operator's
 
 
 @automatic
@@ -112,14 +105,14 @@ def estimate(
     if num_probes < 1:
         raise SpectraError(f"num_probes={num_probes}: at least one probe is needed.")
     check_probe_batch(probe_batch, num_probes)
-    layout, home = place
+    layout = place.layout
     vector = layout.device_bytes()
     count, rows = _basis.segments(num_steps)
     stored = count * rows * layout.device_bytes(layout.row_dtype) if keep_basis else 0
     num_devices = 1 if layout.mesh is None else layout.mesh.size
     linearization = op.prepared_bytes() // _num_pieces(op)
     available = host.available_bytes(op.device)
-    kept, vectors = (stored, VECTORS) if home is None else (0, 3)
+    kept, vectors = (stored, VECTORS) if place.device is None else (0, 3)
     if probe_batch is None:
         one = kept + vectors * vector
         probe_batch = choose_batch(op, one, linearization, available, num_probes)
@@ -160,14 +153,14 @@ def place_basis(op: LinearOperator, basis: str = "inherit", dtype: Any = None) -
             )
     layout = Layout.of(op.like, spread=basis == "sharded", row_dtype=dtype)
     if basis != "host":
-        return Place(layout, None)
+        return Place(layout)
     if layout.mesh is not None:
         raise SpectraError(
             'basis="host" is for one device. On a mesh basis="sharded" divides the basis of replicated '
             'parameters by the number of devices, and basis_dtype="bfloat16" halves it.'
         )
-    home = jax.local_devices(backend="cpu")[0]
-    return Place(dataclasses.replace(layout, platform=home.platform), home)
+    cpu = jax.local_devices(backend="cpu")[0]
+    return Place(dataclasses.replace(layout, platform=cpu.platform), cpu)
 
 
 def require_fit(plan: Plan) -> None:

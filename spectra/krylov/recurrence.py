@@ -10,7 +10,6 @@ What a step computes is in `spectra.krylov.step`; here are the books of T, and t
 import contextlib
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +23,24 @@ from spectra.krylov import basis as _basis
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.cancelled import asymmetry_limit
-from spectra.krylov.layout import Layout, Panels
+from spectra.krylov.layout import Layout, Panels, Place
 from spectra.operators.accumulate import Passes
 from spectra.operators.base import LinearOperator
 from spectra.operators.composed import along
 
 CHUNK = 16
 """Steps in one compiled call: how often a run can report, stop, or notice a NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all steps of a run have in common, and all of its probes."""
+
+    op: LinearOperator
+    place: Place
+    deflated: PyTree = None  # orthonormal vectors that every q_i is kept orthogonal to
+    norm: float = 0.0  # of the operator with their part, whose rounding is in what is left
+    shared: bool = False  # whether the recurrence is a program of its own, for all operators of this size
 
 
 @jax.tree_util.register_dataclass
@@ -135,18 +145,18 @@ def run(
     state: LanczosState,
     start: int | jax.Array,
     stop: int | jax.Array,
-    known: PyTree = None,
+    deflated: PyTree = None,
     *,
     batched: bool = False,
 ) -> LanczosState:
     """Steps start..stop-1 under `lax` control flow; `batched` states carry a leading probe axis.
 
-    q_i is kept orthogonal to `known` vectors.
+    q_i is kept orthogonal to the `deflated` vectors.
     """
 
     def one(i: jax.Array, state: LanczosState) -> LanczosState:
-        if known is not None:
-            state = _cleared(i, state, *_clear(layout, known, state.current))
+        if deflated is not None:
+            state = _cleared(i, state, *_clear(layout, deflated, state.current))
         return absorb(layout, i, layout.pack(op.mv(layout.unpack(state.current))), state)
 
     # The counter is not batched, so `lax.cond` on it stays a branch under vmap.
@@ -157,7 +167,7 @@ def run(
 _run_chunk = programs.jit(run, static_argnames=("layout", "batched"), donate_argnames=("state",))
 
 
-def _clear(layout: Layout, known: PyTree, current: Panels) -> tuple[Panels, jax.Array]:
+def _clear(layout: Layout, deflated: PyTree, current: Panels) -> tuple[Panels, jax.Array]:
     """q_i without what rounding has left along deflated vectors, and whether the run has ended before it.
 
     Their eigenvalue is zero where they are deflated. The product does not see that part, but the three terms
@@ -168,12 +178,12 @@ def _clear(layout: Layout, known: PyTree, current: Panels) -> tuple[Panels, jax.
     gets unit length again. Where that is less than half, there was rounding alone.
     """
     vector = layout.unpack(current)
-    found = along(known, vector)
+    found = along(deflated, vector)
     square = 1 - jnp.vdot(found, found, precision=lax.Precision.HIGHEST)
     ended = square < 0.25
     unit = jnp.where(ended, 0, lax.rsqrt(jnp.where(ended, 1, square)))
     # Scaled before the difference, which takes no vector more: the length is known beforehand.
-    left = stacks.subtract(trees.scale(unit, vector), stacks.combine(unit * found, known))
+    left = stacks.subtract(trees.scale(unit, vector), stacks.combine(unit * found, deflated))
     return layout.pack(left), ended
 
 
@@ -184,8 +194,9 @@ def _cleared(i: int | jax.Array, state: LanczosState, current: Panels, ended: ja
 
 
 @partial(programs.jit, static_argnames=("layout", "batched"))
-def _clear_one(layout: Layout, known: PyTree, current: Panels, batched: bool) -> tuple[Panels, jax.Array]:
-    return (jax.vmap(partial(_clear, layout, known)) if batched else partial(_clear, layout, known))(current)
+def _clear_one(layout: Layout, deflated: PyTree, current: Panels, batched: bool) -> tuple[Panels, jax.Array]:
+    one = partial(_clear, layout, deflated)
+    return (jax.vmap(one) if batched else one)(current)
 
 
 @partial(programs.jit, static_argnames="batched")
@@ -221,60 +232,44 @@ def _multiply(op: LinearOperator, layout: Layout, panels: Panels, batched: bool 
     return (jax.vmap(one) if batched else one)(panels)
 
 
-def _product(op: LinearOperator, layout: Layout, panels: Panels, batched: bool, home: Any) -> Panels:
-    if home is not None:
-        panels = jax.device_put(panels, op.device)
+def _product(setup: Setup, panels: Panels, batched: bool) -> Panels:
+    op, layout = setup.op, setup.place.layout
+    panels = setup.place.to_operator(op, panels)
     if op.on_host:
         vectors = _unpack(layout, panels, batched=batched)
         panels = _pack(layout, op.mv_batch(vectors) if batched else op.mv(vectors), batched=batched)
     else:
         panels = _multiply(op, layout, panels, batched=batched)
-    return panels if home is None else jax.device_put(panels, home)
+    return setup.place.to_basis(panels)
 
 
 def advance(
-    op: LinearOperator,
-    layout: Layout,
-    state: LanczosState,
-    start: int,
-    stop: int,
-    *,
-    batched: bool,
-    apart: bool = False,
-    home: Any = None,
-    passes: Passes | None = None,
-    known: PyTree = None,
-    whole: float = 0.0,
+    setup: Setup, state: LanczosState, start: int, stop: int, *, batched: bool, passes: Passes | None = None
 ) -> LanczosState:
     """Steps start..stop-1 from the host, checked for NaN and for symmetry. Consumes `state`.
 
-    Product and recurrence are one compiled loop, or, `apart`, two programs: the one of the recurrence
-    then serves all operators of the same size, and can run on a device of its own, `home`. A product that
-    streams its data is seen by `passes` between batches. `known` as in `run`, `whole` as in `check`.
+    Product and recurrence are one compiled loop where they can be, and programs of their own otherwise. A
+    product that streams its data is seen by `passes` between batches.
     """
-    if op.on_host or apart or home is not None:
+    op, place, deflated = setup.op, setup.place, setup.deflated
+    layout = place.layout
+    if op.on_host or setup.shared or place.device is not None:
         for i in range(start, stop):
-            if known is not None:
-                current = state.current if home is None else jax.device_put(state.current, op.device)
-                found = _clear_one(layout, known, current, batched=batched)
-                found = found if home is None else jax.device_put(found, home)
-                state = _cleared_one(i, state, *found, batched=batched)
+            if deflated is not None:
+                found = _clear_one(layout, deflated, place.to_operator(op, state.current), batched=batched)
+                state = _cleared_one(i, state, *place.to_basis(found), batched=batched)
             with passes.observed() if passes else contextlib.nullcontext():
-                w = _product(op, layout, state.current, batched, home)
+                w = _product(setup, state.current, batched)
             state = _absorb_one(layout.anonymous(), i, w, state, batched=batched)
     else:
-        state = _run_chunk(op, layout, state, start, stop, known, batched=batched)
-    check(op, state, stop, layout.row_precision, whole)
+        state = _run_chunk(op, layout, state, start, stop, deflated, batched=batched)
+    check(setup, state, stop)
     return state
 
 
-def check(
-    op: LinearOperator, state: LanczosState, stop: int, row_precision: float, whole: float = 0.0
-) -> None:
-    """Raise if a product was not finite or the operator is not symmetric.
-
-    `whole` is the norm of an operator of which this is a part: what is left of that may be rounding alone.
-    """
+def check(setup: Setup, state: LanczosState, stop: int) -> None:
+    """Raise if a product was not finite or the operator is not symmetric."""
+    op, row_precision = setup.op, setup.place.layout.row_precision
     alpha, beta, scale, asymmetry = jax.device_get((state.alpha, state.beta, state.scale, state.asymmetry))
     bad = ~(np.isfinite(alpha[..., :stop]) & np.isfinite(beta[..., :stop]))
     if bad.any():
@@ -282,7 +277,7 @@ def check(
         raise NonFiniteError(
             f"the product of Lanczos step {step + 1} is NaN or infinite. {op.explain_non_finite()}"
         )
-    scale = np.maximum(scale, whole)
+    scale = np.maximum(scale, setup.norm)
     worst = float(np.max(asymmetry / np.where(scale > 0, scale, 1)))
     if not worst > max(float(np.sqrt(op.precision)), row_precision):  # rounded rows look like asymmetry
         return

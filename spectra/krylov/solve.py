@@ -15,10 +15,10 @@ from spectra.base.errors import NonFiniteError, SpectraError
 from spectra.base.files import tree_digest
 from spectra.base.trees import PyTree
 from spectra.krylov import dense
-from spectra.krylov.layout import stacked
 from spectra.krylov.linear_run import begin, begin_from, drive, from_start, outcome, prepared, whole_run
 from spectra.krylov.linear_state import Verdict, distances, in_form, judged, sizes, traced_solution
 from spectra.krylov.preconditioners import as_preconditioner, identity
+from spectra.krylov.vectors import as_stack
 from spectra.operators.base import LinearOperator, is_real_scalar, require_operator
 from spectra.operators.jaxprs import outside_loops
 from spectra.results import Solution
@@ -150,13 +150,13 @@ def solve(
         raise SpectraError("checkpoint= needs values, which do not exist inside jit, vmap or grad.")
     if method == "dense":
         _check_dense(op, preconditioner, x0, max_matvecs)
-    b, several, back = stacked(op, b, "b")
+    b, several, back = as_stack(op, b, "b")
     if not traced and not trees.all_finite(b):
         raise NonFiniteError("b is NaN or infinite somewhere.")
     if not traced and method != "dense":
         _check_flushed(b, op)
     if x0 is not None:
-        x0, many, _ = stacked(op, x0, "x0")
+        x0, many, _ = as_stack(op, x0, "x0")
         count = jax.tree.leaves(b)[0].shape[0]
         if many != several or jax.tree.leaves(x0)[0].shape[0] != count:
             raise SpectraError("x0 and b have different numbers of vectors.")
