@@ -20,6 +20,7 @@ from spectra.base.trees import PyTree
 from spectra.krylov import dense, storage
 from spectra.krylov.band import Band
 from spectra.krylov.layout import Layout, Place
+from spectra.krylov.wanted import Request
 from spectra.operators.base import LinearOperator
 from spectra.operators.jaxprs import outside_loops
 from spectra.results import Eigenpairs
@@ -41,17 +42,7 @@ MAX_DEGREE = 500
 NORM_STEPS = 20
 
 
-def smallest_eigenpairs(
-    op: LinearOperator,
-    k: int,
-    *,
-    key: jax.Array,
-    tol: float,
-    max_matvecs: int | None = None,
-    deflate: Eigenpairs | None = None,
-    place: Place,
-    watch: Watch,
-) -> Eigenpairs:
+def smallest_eigenpairs(op: LinearOperator, request: Request, watch: Watch) -> Eigenpairs:
     """k eigenpairs of smallest |λ|; see `spectra.eigsh`. Dense up to order 2000, where n products are cheaper
     than a filter at a condition number of 100.
 
@@ -61,35 +52,25 @@ def smallest_eigenpairs(
     Cost: a round multiplies a block of k + max(5, k/2) vectors 2 d times, with d about 5 |H| / a. Where
     eigenvalues lie as dense near zero as elsewhere, that is more than n products.
     """
+    k, max_matvecs = request.k, request.max_matvecs
     if dense.allowed(op, max_matvecs):
-        return dense.dense_eigenpairs(op, k, "SM", tol, deflate)[0]
-    known = [] if deflate is None else _stacks.split(deflate.vectors)
-    width = min(k + max(5, k // 2), op.size - len(known))
+        return dense.dense_eigenpairs(op, k, "SM", request.tol, request.deflate)[0]
+    width = min(k + max(5, k // 2), op.size - len(request.deflated))
     budget = 4000 * width if max_matvecs is None else max_matvecs
     if budget <= width:
         raise SpectraError(
             f"max_matvecs={budget}: the smallest take a block of {width} vectors, {width + 1} products."
         )
-    with watch.saver(op, key) as saver:
-        op = outside_loops(op.prepare())
-        return _filtered(op, k, key, tol, budget, known, width, place, Rounds(watch.bar, saver, place.layout))
+    with watch.saver(op, request.key) as saver:
+        run = Rounds(watch.bar, saver, request.place.layout)
+        return _filtered(outside_loops(op.prepare()), request, budget, width, run)
 
 
-def _filtered(
-    op: LinearOperator,
-    k: int,
-    key: jax.Array,
-    tol: float,
-    budget: int,
-    known: list[PyTree],
-    width: int,
-    place: Place,
-    run: "Rounds",
-) -> Eigenpairs:
+def _filtered(op: LinearOperator, request: Request, budget: int, width: int, run: "Rounds") -> Eigenpairs:
     """Rounds of Rayleigh-Ritz and filter until the pairs have converged or the products are spent."""
-    fresh = []
+    k, key, known, fresh = request.k, request.key, request.deflated, []
     if not run.restored(op, width):
-        run.norm, run.products = _norm_bound(op, place, key, min(NORM_STEPS, op.size, budget - width))
+        run.norm, run.products = _norm_bound(op, request.place, key, min(NORM_STEPS, op.size, budget - width))
         run.cut = 0.9 * run.norm
         keys = [jax.random.fold_in(key, i + 1) for i in range(width)]
         fresh = [draws.unit_vector(each, op) for each in keys]
@@ -98,7 +79,7 @@ def _filtered(
     while True:
         if run.degree:
             run.filter(op)
-        band = Band(op, place, len(known) + width)
+        band = Band(op, request.place, len(known) + width)
         for i, vector in enumerate([*known, *(fresh or _stacks.split(run.block))]):
             band.append(vector, locked=i < len(known))
         values, sizes, residuals, vectors = _rayleigh_ritz(op, band.vectors(width))
@@ -106,7 +87,7 @@ def _filtered(
         # A block that lies far below the cut has come loose from all others: the filter fits.
         cut = run.cut if sizes.max() < run.cut / 30 else float(np.clip(sizes.max(), floor, run.cut))
         best = np.argsort(sizes, kind="stable")[:k]
-        converged = residuals <= np.maximum(tol * np.abs(values), floor)
+        converged = residuals <= np.maximum(request.tol * np.abs(values), floor)
         run.bar.update(width)
         run.bar.note(f"{int(converged[best].sum())} of {k} pairs, |λ| up to {cut / norm:.1e} |H|")
         degree = np.ceil(np.arccosh(GROWTH) * norm / (2 * max(cut, 1e-300)))

@@ -17,7 +17,6 @@ from spectra.base.host import Progress
 from spectra.base.trees import PyTree
 from spectra.krylov import storage, wanted
 from spectra.krylov.band import Band
-from spectra.krylov.layout import Place
 from spectra.krylov.product_rounding import mixtures
 from spectra.operators.base import LinearOperator
 from spectra.results import Eigenpairs
@@ -39,15 +38,8 @@ class EigenRun:
 
     Args:
         op: the operator, prepared.
-        k: pairs that are wanted.
-        which: which of them.
-        key: of the random vectors.
-        tol: as in `eigsh`.
+        request: what the call asks for.
         limit: rows of the basis.
-        block_size: start vectors.
-        v0: the first of them, or None.
-        deflate: pairs that the basis stays orthogonal to, or None.
-        place: where the rows lie.
         bar: shows the products.
         saver: where the run is saved, if it is.
     """
@@ -55,20 +47,13 @@ class EigenRun:
     def __init__(
         self,
         op: LinearOperator,
-        k: int,
-        which: str,
-        key: jax.Array,
-        tol: float,
+        request: wanted.Request,
         limit: int,
-        block_size: int,
-        v0: PyTree | None,
-        deflate: Eigenpairs | None,
-        *,
-        place: Place,
         bar: Progress,
         saver: Saver | None,
     ):
-        self.op, self.k, self.which, self.key, self.tol = op, k, which, key, tol
+        self.op, self.key = op, request.key
+        self.k, self.which, self.tol = request.k, request.which, request.tol
         self.bar, self.saver = bar, saver
         self.starts, self.restarts, self.missed = 0, 0, 1.0
         self.converged, self.budget, self.done = False, 0, False
@@ -79,18 +64,16 @@ class EigenRun:
         self.row: int | None = None  # on the way there
         self.part = 1  # products between two looks at the clock
         self.seconds = time.monotonic()  # of the last one
-        given = [] if deflate is None else stacks.split(deflate.vectors)
-        known = len(given)
-        self.capacity = limit + block_size + known
-        self.band = Band(op, place, self.capacity)
+        self.capacity = limit + request.block_size + len(request.deflated)
+        self.band = Band(op, request.place, self.capacity)
         self.history: list[tuple[int, float]] = []
         if saver is not None and self._restored():
             return
-        for vector in given:
+        for vector in request.deflated:
             self.band.append(vector, locked=True)
-        if v0 is not None:
-            self.band.append(v0)
-        while len(self.band.pending) < block_size:
+        if request.v0 is not None:
+            self.band.append(request.v0)
+        while len(self.band.pending) < request.block_size:
             self.append_random()
 
     @property
@@ -182,18 +165,18 @@ class EigenRun:
         """Write what is new since the last time; nothing without a place for it."""
         if self.saver is not None:
             search = self.search and dataclasses.asdict(self.search)
-            known = {name: getattr(self, name) for name in FIELDS}
-            storage.save(self.saver, self.band, known | {"search": search})
+            fields = {name: getattr(self, name) for name in FIELDS}
+            storage.save(self.saver, self.band, fields | {"search": search})
 
     def _restored(self) -> bool:
         """Whether the run goes on with what was saved."""
         assert self.saver is not None
-        known = storage.restore(self.saver, self.band)
-        if known is None:
+        fields = storage.restore(self.saver, self.band)
+        if fields is None:
             return False
         for name in FIELDS:
-            setattr(self, name, known[name])
-        self.search = known["search"] and wanted.Search.of(known["search"])
+            setattr(self, name, fields[name])
+        self.search = fields["search"] and wanted.Search.of(fields["search"])
         self.history = [(count, error) for count, error in self.history]
         self.bar.update(self.band.num_matvecs)
         return True

@@ -18,7 +18,7 @@ from spectra.krylov import known_pairs, wanted
 from spectra.krylov.chebyshev import smallest_eigenpairs
 from spectra.krylov.dense import allowed, dense_eigenpairs
 from spectra.krylov.eigen_run import EigenRun
-from spectra.krylov.layout import Layout, Place
+from spectra.krylov.layout import Layout
 from spectra.krylov.metric import generalized_eigenpairs
 from spectra.krylov.pair_gradients import differentiable
 from spectra.krylov.plan import place_basis
@@ -227,10 +227,11 @@ def eigsh(
         plain["basis_dtype"] = str(place.layout.row_dtype or op.dtype)
         return plain | {"num_basis": num_basis, "block_size": int(block_size)} | digests
 
+    request = wanted.Request(
+        k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, place
+    )
     with watched("eigsh", progress, checkpoint, max_matvecs, arguments) as watch:
-        pairs, images = _pairs(
-            op, k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, place, watch
-        )
+        pairs, images = _pairs(op, request, watch)
     found = with_measured_floor(op, pairs, images)
     if np.any(found.values) or which == "SM":
         return found
@@ -238,55 +239,39 @@ def eigsh(
 
 
 def _pairs(
-    op: LinearOperator,
-    k: int,
-    which: str,
-    key: jax.Array,
-    tol: float,
-    num_basis: int | None,
-    block_size: int,
-    max_matvecs: int | None,
-    verify: bool | str,
-    v0: PyTree,
-    deflate: Eigenpairs | None,
-    place: Place,
-    watch: Watch,
+    op: LinearOperator, request: wanted.Request, watch: Watch
 ) -> tuple[Eigenpairs, list[PyTree] | None]:
     """The pairs by what suits the order of the operator and the products allowed, and what H makes of their
     `mixtures`, where these products say so."""
-    ncv, rest = max(2 * k + 1, 20), op.size - (0 if deflate is None else len(deflate.values))
+    k, which, tol, deflate = request.k, request.which, request.tol, request.deflate
+    num_basis, max_matvecs = request.num_basis, request.max_matvecs
+    ncv, rest = max(2 * k + 1, 20), op.size - len(request.deflated)
     if (rest <= ncv + 1 or k >= rest) and (max_matvecs is None or max_matvecs >= op.size):
         return dense_eigenpairs(op, k, which, tol, deflate)
     if which == "SM":
-        found = smallest_eigenpairs(
-            op, k, key=key, tol=tol, max_matvecs=max_matvecs, deflate=deflate, place=place, watch=watch
-        )
-        return found, None
+        return smallest_eigenpairs(op, request, watch), None
     limit = min(2 * ncv if num_basis is None else num_basis, rest)
-    if limit < k + block_size + 2:
+    if limit < k + request.block_size + 2:
         if limit == rest:
             raise SpectraError(f"max_matvecs={max_matvecs}: an operator this small takes {op.size} products.")
-        raise SpectraError(f"num_basis={limit} is too small for k={k}: at least {k + block_size + 2}.")
+        least = k + request.block_size + 2
+        raise SpectraError(f"num_basis={limit} is too small for k={k}: at least {least}.")
     budget, small = _budget(op, 50 * limit + 1000, max_matvecs, num_basis)
     if small and budget <= ncv:
         return dense_eigenpairs(op, k, which, tol, deflate)
-    with watch.saver(op, key) as saver:
-        run = EigenRun(
-            *(outside_loops(op.prepare()), k, which, key, tol, limit, block_size, v0, deflate),
-            place=place,
-            bar=watch.bar,
-            saver=saver,
-        )
-        run.budget = budget - (k if place.layout.row_dtype is not None else 0)  # the last k measure residuals
+    with watch.saver(op, request.key) as saver:
+        run = EigenRun(outside_loops(op.prepare()), request, limit, watch.bar, saver)
+        rounded = request.place.layout.row_dtype is not None
+        run.budget = budget - (k if rounded else 0)  # the last k measure residuals
         going = not run.done
         while going:
             if run.search is None:
                 run.until_converged()
-            going = run.converged and wanted.search(run, verify, ncv)
+            going = run.converged and wanted.search(run, request.verify, ncv)
         run.save()
         wanted.leave(run)
     spent = run.band.num_matvecs
-    certain = run.converged and (verify is not True or run.missed <= wanted.CERTAIN)
+    certain = run.converged and (request.verify is not True or run.missed <= wanted.CERTAIN)
     if small and not certain and spent >= run.budget:
         found, images = dense_eigenpairs(op, k, which, tol, deflate)
         return dataclasses.replace(found, num_matvecs=spent + op.size, status=Status.DENSE), images

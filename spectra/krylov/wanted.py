@@ -4,14 +4,41 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
+from spectra.base import stacks
+from spectra.base.trees import PyTree
+from spectra.krylov.layout import Place
 from spectra.quadrature.christoffel import chance
+from spectra.results import Eigenpairs
 
 if TYPE_CHECKING:
     from spectra.krylov.eigen_run import EigenRun
 
 WHICH = ("LA", "SA", "LM", "BE", "SM")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The pairs that a call of `eigsh` asks for, and the means that it allows, by its arguments."""
+
+    k: int
+    which: str
+    key: jax.Array
+    tol: float
+    num_basis: int | None
+    block_size: int
+    max_matvecs: int | None
+    verify: bool | str
+    v0: PyTree
+    deflate: Eigenpairs | None
+    place: Place  # where the rows lie
+
+    @property
+    def deflated(self) -> list[PyTree]:
+        """The vectors that the pairs are orthogonal to."""
+        return [] if self.deflate is None else stacks.split(self.deflate.vectors)
 
 
 def order(values: np.ndarray, which: str) -> np.ndarray:
