@@ -177,12 +177,9 @@ def diagonal(
 
 def _chosen(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]:
     """The method that is taken, and the reason; of a positive semi-definite operator "auto" uses that."""
-    found, reason = choose(op, {"xdiag": "xtrace"}.get(method, method), num_matvecs)
-    if found != "xtrace":
-        return found, reason
-    if method == "auto" and op.semidefinite and num_matvecs >= 2 * LEAST:
-        return "xnysdiag", f"{reason}, and no eigenvalue is negative".replace("xtrace", "xnysdiag")
-    return "xdiag", reason.replace("xtrace", "xdiag")
+    definite = op.semidefinite and num_matvecs >= 2 * LEAST
+    found, reason = choose(op, method, num_matvecs, "xnysdiag" if definite else "xdiag")
+    return found, f"{reason}, and no eigenvalue is negative" if reason and found == "xnysdiag" else reason
 
 
 def _layers(op: LinearOperator, method: str, num_matvecs: int) -> LayerDiagonal | str:

@@ -199,8 +199,11 @@ def _rounded(run: Run, found: Estimate) -> Estimate:
     return dataclasses.replace(both(found, parts), total=total, status=total.status)
 
 
-def choose(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]:
-    """The method that "auto" stands for, and the reason; sketches of all of the space give way too."""
+def choose(op: LinearOperator, method: str, num_matvecs: int, sketch: str = "xtrace") -> tuple[str, str]:
+    """The method that "auto" stands for, `sketch` where it fits, and the reason.
+
+    Sketches of all of the space give way too.
+    """
     require_operator(op)
     if method in ("exact", "hutchinson"):
         return method, ""
@@ -214,8 +217,8 @@ def choose(op: LinearOperator, method: str, num_matvecs: int) -> tuple[str, str]
         return "hutchinson", f"num_matvecs={num_matvecs} is too few for a sketch"
     if available is not None and needed > available // 2:
         held = f"{format_bytes(int(needed))} of vectors"
-        return "hutchinson", f"xtrace would hold {held}, {format_bytes(available)} are free"
-    return "xtrace", f"n={op.size:,} exceeds num_matvecs={num_matvecs} and the sketch fits into memory"
+        return "hutchinson", f"{sketch} would hold {held}, {format_bytes(available)} are free"
+    return sketch, f"n={op.size:,} exceeds num_matvecs={num_matvecs} and the sketch fits into memory"
 
 
 def _default_probes(op: LinearOperator, method: str, num_matvecs: int) -> str:

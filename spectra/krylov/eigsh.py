@@ -12,7 +12,6 @@ from jax import lax
 from spectra.base import trees
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
-from spectra.base.files import tree_digest
 from spectra.base.trees import PyTree
 from spectra.krylov import known_pairs, wanted
 from spectra.krylov.chebyshev import smallest_eigenpairs
@@ -169,36 +168,14 @@ def eigsh(
         (3, 100)
     """
     require_operator(op)
-    if metric is not None and (v0 is not None or deflate is not None):
-        raise SpectraError("v0 and deflate work only without a metric: leave them out.")
-    if not isinstance(deflate, Eigenpairs | None):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise SpectraError(f"deflate is of type {type(deflate).__name__}: pass the result of eigsh.")
+    _check_kinds(which, v0, deflate, metric, basis)
     known = 0 if deflate is None else len(deflate.values)
     _check_arguments(op, k, which, tol, block_size, verify, known)
-    if which == "SM" and v0 is not None:
-        raise SpectraError(
-            "v0 has no effect with which='SM', which filters a block of its own: leave it out, or use 'LA', "
-            "'SA', 'LM' or 'BE'."
-        )
-    if basis == "none":
-        raise SpectraError(
-            'basis="none": eigenvectors are sums of basis vectors. Use slq, which works without a basis.'
-        )
-    limits: dict[str, Any] = {"num_basis": num_basis, "block_size": block_size, "max_matvecs": max_matvecs}
-    outside: dict[str, Any] = {"progress": progress, "checkpoint": checkpoint, "basis": basis}
-    outside["basis_dtype"] = basis_dtype
+    means: dict[str, Any] = {"num_basis": num_basis, "block_size": block_size, "max_matvecs": max_matvecs}
+    means |= {"progress": progress, "checkpoint": checkpoint, "basis": basis, "basis_dtype": basis_dtype}
     if trees.is_traced((op, metric, key)):
-        op = hoisted(op)
-        still = lax.stop_gradient((op, metric, v0, deflate))
-        if trees.is_traced((still, key)):
-            raise SpectraError(
-                "eigsh restarts from the host and cannot run inside jit or vmap: call it outside, or use "
-                "lanczos, which can. jax.grad goes through it."
-            )
-        fixed, weight, start, own = still
-        rest: dict[str, Any] = {"v0": start, "deflate": own, "metric": weight, **limits, **outside}
-        pairs = eigsh(fixed, k, which=which, key=key, tol=tol, verify=verify, **rest)
-        return differentiable(op, metric, pairs)
+        options = {"k": k, "which": which, "tol": tol, "verify": verify} | means
+        return _traced(op, metric, key, v0, deflate, options)
     if v0 is not None:
         v0 = op.as_vector(v0, "v0")
         check_start(v0)
@@ -212,30 +189,39 @@ def eigsh(
     if max_matvecs is not None and max_matvecs < least:
         raise SpectraError(f"max_matvecs={max_matvecs}: {k} pairs take at least {least} products.")
     if metric is not None:
-        solve = functools.partial(
-            eigsh, k=k, which=which, key=key, tol=tol, verify=verify, **limits, **outside
-        )
+        solve = functools.partial(eigsh, k=k, which=which, key=key, tol=tol, verify=verify, **means)
         return generalized_eigenpairs(op, metric, k, which, tol, max_matvecs, solve)
-
-    def arguments() -> dict[str, Any]:
-        given: dict[str, PyTree] = {
-            "v0": v0,
-            "deflate": None if deflate is None else (deflate.values, deflate.vectors),
-        }
-        digests = {name: None if x is None else tree_digest(x) for name, x in given.items()}
-        plain = {"k": int(k), "which": which, "tol": float(tol), "verify": verify}
-        plain["basis_dtype"] = str(place.layout.row_dtype or op.dtype)
-        return plain | {"num_basis": num_basis, "block_size": int(block_size)} | digests
 
     request = wanted.Request(
         k, which, key, tol, num_basis, block_size, max_matvecs, verify, v0, deflate, place
     )
-    with watched("eigsh", progress, checkpoint, max_matvecs, arguments) as watch:
+    with watched("eigsh", progress, checkpoint, max_matvecs, request.described) as watch:
         pairs, images = _pairs(op, request, watch)
     found = with_measured_floor(op, pairs, images)
     if np.any(found.values) or which == "SM":
         return found
     return dataclasses.replace(found, noise_floor=max(found.noise_floor, vanished(op)))
+
+
+def _traced(
+    op: LinearOperator,
+    metric: LinearOperator | None,
+    key: jax.Array,
+    v0: PyTree,
+    deflate: Eigenpairs | None,
+    options: dict[str, Any],
+) -> Eigenpairs:
+    """The pairs of values behind the tracers of `jax.grad`, with the derivatives of eigenpairs."""
+    op = hoisted(op)
+    still = lax.stop_gradient((op, metric, v0, deflate))
+    if trees.is_traced((still, key)):
+        raise SpectraError(
+            "eigsh restarts from the host and cannot run inside jit or vmap: call it outside, or use "
+            "lanczos, which can. jax.grad goes through it."
+        )
+    fixed, weight, start, own = still
+    pairs = eigsh(fixed, key=key, v0=start, deflate=own, metric=weight, **options)
+    return differentiable(op, metric, pairs)
 
 
 def _pairs(
@@ -286,6 +272,23 @@ def _budget(
     if num_basis is not None or not allowed(op, max_matvecs):
         return default if max_matvecs is None else max_matvecs, False
     return n if max_matvecs is None else min(n, max_matvecs - n), True
+
+
+def _check_kinds(which: str, v0: PyTree, deflate: object, metric: object, basis: str) -> None:
+    """Raise where arguments do not go together."""
+    if metric is not None and (v0 is not None or deflate is not None):
+        raise SpectraError("v0 and deflate work only without a metric: leave them out.")
+    if not isinstance(deflate, Eigenpairs | None):
+        raise SpectraError(f"deflate is of type {type(deflate).__name__}: pass the result of eigsh.")
+    if which == "SM" and v0 is not None:
+        raise SpectraError(
+            "v0 has no effect with which='SM', which filters a block of its own: leave it out, or use 'LA', "
+            "'SA', 'LM' or 'BE'."
+        )
+    if basis == "none":
+        raise SpectraError(
+            'basis="none": eigenvectors are sums of basis vectors. Use slq, which works without a basis.'
+        )
 
 
 def _check_arguments(

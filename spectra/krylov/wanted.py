@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from spectra.base import stacks
+from spectra.base import stacks, trees
+from spectra.base.files import tree_digest
 from spectra.base.trees import PyTree
 from spectra.krylov.layout import Place
 from spectra.quadrature.christoffel import chance
@@ -39,6 +40,17 @@ class Request:
     def deflated(self) -> list[PyTree]:
         """The vectors that the pairs are orthogonal to."""
         return [] if self.deflate is None else stacks.split(self.deflate.vectors)
+
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint knows its run by, beside the operator and `max_matvecs`; of vectors a digest."""
+        deflate = self.deflate and (self.deflate.values, self.deflate.vectors)
+        vectors = {"v0": self.v0, "deflate": deflate}
+        layout = self.place.layout
+        dtype = layout.row_dtype or trees.scalar_dtype(layout.structure)
+        plain: dict[str, Any] = {"k": int(self.k), "which": self.which, "tol": float(self.tol)}
+        plain |= {"verify": self.verify, "basis_dtype": str(dtype)}
+        plain |= {"num_basis": self.num_basis, "block_size": int(self.block_size)}
+        return plain | {name: None if x is None else tree_digest(x) for name, x in vectors.items()}
 
 
 def order(values: np.ndarray, which: str) -> np.ndarray:
