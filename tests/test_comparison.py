@@ -43,6 +43,7 @@ def test_small_operators_are_compared_exactly(x64):
     rounding = 1e3 * np.finfo(float).eps
     np.testing.assert_allclose(result.frobenius, np.linalg.norm(a - b) / np.linalg.norm(b), rtol=rounding)
     np.testing.assert_allclose(result.trace, np.trace(a) / np.trace(b), rtol=rounding)
+    rounding *= 10  # of eigenvalues relative to |A| + |B|, 20 times their mean; of vectors over the gap
     np.testing.assert_allclose(
         result.wasserstein, np.abs(np.sort(A[-30:]) - B[-30:]).mean() / B[-30:].mean(), rtol=rounding
     )
@@ -51,6 +52,39 @@ def test_small_operators_are_compared_exactly(x64):
     )
     np.testing.assert_allclose(result.eigenvalues[1], B[-1:-4:-1], rtol=rounding)
     assert result.status is spectra.Status.DENSE
+
+
+def test_exact_comparisons_hold_the_rounding_of_the_matrices():
+    """In float32, against the same in float64; of six equal eigenvalues, three vectors are any."""
+    q, values = rotation(30), np.r_[np.full(6, 1.0), np.linspace(0.1, 0.5, 24)]
+    a, b = ((q * (scale * values)) @ q.T for scale in (1.1, 1.0))
+    ops = [spectra.MatrixOperator(jnp.asarray(x, jnp.float32)) for x in (a, b)]
+    for k, least in ((3, 0.0), (6, 1 - 1e-4)):
+        found = spectra.compare_operators(*ops, key=KEY, num_pairs=k, by=None)
+        assert found.overlap.lower == pytest.approx(least, abs=1e-4)
+        assert found.overlap.upper == 1.0
+        assert found.wasserstein.lower < 0.1 < found.wasserstein.upper
+        assert found.wasserstein.upper - found.wasserstein.lower < 1e-5
+
+
+def test_the_distance_of_spectra_is_within_that_of_the_matrices(x64):
+    """The same matrix twice, and 1.5 times it: tr (A - B) and |A - B|_F leave open what the unit is, the mean
+    of B by two probes. Between the bands of four steps there is room for all of it, and more."""
+    values = np.linspace(1.0, 2.0, 100)
+    for factor, width in ((1.0, 1e-12), (1.5, 0.5)):
+        found = spectra.compare_operators(
+            diagonal(factor * values),
+            diagonal(values),
+            key=KEY,
+            num_pairs=2,
+            num_probes=4,
+            num_steps=4,
+            by=None,
+        )
+        low, value, high = found.wasserstein
+        assert low <= value <= high
+        assert low <= factor - 1 <= high
+        assert high - low <= width
 
 
 @pytest.mark.slow
@@ -142,7 +176,7 @@ class TestIntervals:
         held = 0
         for key in jax.random.split(KEY, keys):
             a, b = (comparison._Curve(diagonal(x), key, 2, 12, 0.975) for x in (values + moved, values))
-            low, _, high = comparison._wasserstein(a, b, (0.0, 1.3))
+            low, _, high = comparison._wasserstein(a, b, (0.0, 1.3), (0.0, np.inf))
             held += low <= 0.3 / values.sum() <= high
         assert binom.cdf(held, keys, 0.95) > 1e-3
 

@@ -196,10 +196,36 @@ def test_a_nystrom_sketch_of_an_indefinite_operator_is_nan_inside_jit(x64):
         lambda op, key: spectra.compare_operators(op, op, key=key),
         lambda op, key: spectra.slq(op, key=key, num_steps=2).cdf(0.0),
         lambda op, key: spectra.slq(op, key=key, num_steps=2).mean(np.exp),
+        lambda op, key: spectra.summary(op, key=key),
+        lambda op, key: spectra.summary({"one": spectra.slq(op, key=key, num_steps=2)}),
+        lambda op, key: spectra.spectral_distances([spectra.slq(op, key=key, num_steps=2)] * 2),
     ],
-    ids=["spectrum", "comparison", "cdf", "mean"],
+    ids=["spectrum", "comparison", "cdf", "mean", "summary", "table", "distances"],
 )
 def test_what_reads_numbers_says_so_where_the_key_alone_is_traced(call):
     op = spectra.MatrixOperator(np.diag(np.arange(6.0)))
-    with pytest.raises(spectra.SpectraError, match="reads numbers on the host: call it outside jit and vmap"):
+    with pytest.raises(spectra.SpectraError, match="on the host: call it outside jit, vmap and grad"):
         jax.vmap(lambda key: call(op, key))(jax.random.split(KEY, 2))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda op: spectra.class_operators(op),
+        lambda op: spectra.loss_slice(op, directions=["gradient"], num_points=3),
+        lambda op: spectra.condition_number(op, key=KEY),
+    ],
+    ids=["classes", "slice", "condition"],
+)
+def test_what_reads_numbers_of_parameters_says_so_under_grad(call):
+    def loss_fn(logits, labels):
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(3), labels])
+
+    def along(scale):
+        model = spectra.GGNOperator(
+            lambda w, x: x @ w, loss_fn, scale * jnp.eye(3), (jnp.eye(3), jnp.arange(3))
+        )
+        return call(model)
+
+    with pytest.raises(spectra.SpectraError, match="on the host: call it outside jit, vmap and grad"):
+        jax.grad(along)(1.0)

@@ -566,6 +566,27 @@ def test_the_quadratic_form_holds_where_cg_did_not_see_that_the_operator_is_inde
     assert low <= 1 - 0.3**2 / 0.01 <= high
 
 
+def test_the_quadratic_form_is_bracketed_for_any_symmetric_operator_and_under_jit_and_grad(x64):
+    """bᵀA⁻¹b has the derivative -bᵀA⁻¹b in a factor of A; the form was NaN here, and its derivative zero."""
+    _, entries, b = system("indefinite", 3.0, 0, jnp.float64)
+    truth = float(np.asarray(b) @ np.linalg.solve(entries, b))
+    least = 0.999 * float(np.abs(np.linalg.eigvalsh(entries)).min())
+    close = 1e-4 * np.linalg.norm(b) ** 2 / least  # of a residual of 1e-6 |b|
+
+    def of(scale, bound=None):
+        scaled = spectra.MatrixOperator(scale * jnp.asarray(entries))
+        return spectra.solve(scaled, b, tol=1e-6, method="minres", lower_bound=bound).quadratic_form
+
+    for found in (of(1.0, least), jax.jit(lambda scale: of(scale, least))(1.0)):
+        assert found.lower <= truth <= found.upper
+        assert found.upper - found.lower <= close
+        assert found.lower <= found.estimate <= found.upper
+    value, slope = jax.value_and_grad(lambda scale: of(scale).estimate)(1.0)
+    assert abs(value - truth) <= close
+    assert abs(value + slope) <= close
+    assert np.isinf(of(1.0)[::2]).all()  # nothing says how near to zero an eigenvalue is
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_the_quadratic_form_holds_where_its_type_has_no_such_numbers(scale):
     """In float32 bᵀx, 1e-40 or 1e40 times 3, was 0 ± 1e-46, or infinite."""

@@ -251,7 +251,7 @@ def is_traced(tree: PyTree) -> bool:
 def require_values(what: str, tree: PyTree) -> None:
     """Raise a SpectraError where a function that reads numbers on the host has none to read."""
     if is_traced(tree):
-        raise SpectraError(f"{what} reads numbers on the host: call it outside jit and vmap.")
+        raise SpectraError(f"{what} reads numbers on the host: call it outside jit, vmap and grad.")
 
 
 def is_tracer(leaf: Any) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from spectra.base import trees
 from spectra.base.calls import checked
 from spectra.base.errors import SpectraError
 from spectra.density.smoothing import linear_scale
@@ -58,6 +59,7 @@ def spectral_distances(
     spectra = [as_quadrature(held) for held in by_name(quadratures).values()]
     if len(spectra) < 2:
         raise SpectraError("distances need at least two spectra: pass a mapping or a list of them.")
+    trees.require_values("spectral_distances", spectra)
     if metric not in METRICS:
         raise SpectraError(f"metric={metric!r}: use one of {METRICS}.")
     units = [max(map(abs, q.range)) or 1.0 if normalize else 1.0 for q in spectra]

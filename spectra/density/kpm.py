@@ -93,7 +93,7 @@ def kpm(
     """
     require_operator(op)
     if trees.is_traced((op, key)):
-        raise SpectraError("kpm chooses its bounds by values: call it outside jit and vmap, or use slq.")
+        raise SpectraError("kpm chooses bounds by values: call it outside jit, vmap and grad, or use slq.")
     if num_moments < 2 or num_probes < 1:
         raise SpectraError(f"num_moments={num_moments} and num_probes={num_probes}: use at least 2 and 1.")
     check_probe_batch(probe_batch, num_probes)

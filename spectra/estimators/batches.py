@@ -48,7 +48,7 @@ def draw_batches(
         SpectraError: `num_examples` with a stream, whose batches are chosen when it is opened.
     """
     if trees.is_traced((op.params, op.data, key)):
-        raise SpectraError("batches are drawn on the host: call outside jit and vmap.")
+        raise SpectraError("batches are drawn on the host: call outside jit, vmap and grad.")
     if op.stream is not None:
         if num_examples is not None:
             raise SpectraError(

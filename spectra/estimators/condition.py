@@ -136,7 +136,7 @@ def condition_number(
     if rank_tol is not None and not 0 <= rank_tol < 1:
         raise SpectraError(f"rank_tol={rank_tol} is relative to |λ|max: use a number in [0, 1), or None.")
     if trees.is_traced((op, key)):
-        raise SpectraError("condition_number counts on the host: call it outside jit and vmap.")
+        raise SpectraError("condition_number counts on the host: call it outside jit, vmap and grad.")
     options = {"num_steps": num_steps, "num_probes": num_probes}
     for name, value in options.items():
         if value is not None and value < 1:

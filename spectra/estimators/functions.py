@@ -229,12 +229,12 @@ def quadrature_of(
     source = getattr(source, "quadrature", source)  # a report stands for its quadrature
     if isinstance(source, Quadrature):
         if trees.is_traced(source):
-            raise SpectraError("functions of an operator need values: call them outside jit and vmap.")
+            raise SpectraError("functions of an operator need values: call them outside jit, vmap and grad.")
         _require_no_run(source, num_steps=num_steps, num_probes=num_probes, probe_batch=probe_batch)
         return source
     require_operator(source)
     if trees.is_traced((source, key)):
-        raise SpectraError("functions of an operator need values: call them outside jit and vmap.")
+        raise SpectraError("functions of an operator need values: call them outside jit, vmap and grad.")
     steps = min(100, source.size) if num_steps is None else num_steps
     probes = PROBES if num_probes is None else num_probes
     options: dict[str, Any] = {"key": require_key(key), "num_steps": steps, "num_probes": probes}

@@ -80,6 +80,7 @@ def loss_slice(
         raise StructureError(
             f"a {type(op).__name__} has no loss; pass the operator on data that it was made of."
         )
+    trees.require_values("loss_slice", (op, pairs, directions))
     if (pairs is None) == (directions is None):
         raise SpectraError("pass eigenpairs, or directions=[...] with one or two directions.")
     if num_points < 3 or num_points % 2 == 0:

@@ -12,11 +12,12 @@ from spectra.base.host import one_thread
 from spectra.krylov import wanted
 from spectra.krylov.cancelled import rounds_columns
 from spectra.krylov.linear_rounding import known_rounding
+from spectra.krylov.linear_state import quadratic_form
 from spectra.krylov.matrices import LARGEST, Matrix, matrix_of
 from spectra.krylov.product_rounding import change_of_matrix, error_of_matrix, mixtures, vanished
 from spectra.krylov.shifts import largest_shift
 from spectra.operators.base import LinearOperator
-from spectra.results import Eigenpairs, Interval, Solution
+from spectra.results import Eigenpairs, Solution
 
 PyTree = object
 
@@ -161,10 +162,8 @@ def solution(
     if known is not None and known[0] > least:  # rounding of the matrix says less than what is known
         least, source = known
     bounded = np.full(len(rows), np.inf) if least <= 0 else (residual + rounding) / least
-    form = Interval(*[np.full(len(rows), np.nan)] * 3)
-    if values[0] > error:
-        value, slack = np.sum(rows * kept, axis=1), sizes_x * (residual + rounding)
-        form = Interval(value - slack, value, value + slack + (residual + rounding) ** 2 / least)
+    value = np.where(singular, np.nan, np.sum(rows * kept, axis=1))
+    form = quadratic_form(value, sizes_x, residual + rounding, 0.0, least if least > 0 else None)
     residual: np.ndarray = np.where(singular, outside, residual)
     converged: np.ndarray = ~singular & (residual <= tol * sizes)
     x = jax.tree.map(lambda leaf: jnp.where(_like(singular, leaf), jnp.nan, leaf), x)

@@ -5,12 +5,14 @@ The modes, and what a product is for in each of them, are explained in `linear_s
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from spectra.base import programs, trees
 from spectra.base.errors import Status
@@ -201,14 +203,13 @@ def judged(
     residual, norm_a = (np.asarray(found[name], np.float64) for name in ("residual", "norm_a"))
     moved = rounding_of(op, b, x, residual, norm_a, norms)
     error = np.full(len(norms), np.inf)
-    form = Interval(*[np.full(len(norms), np.nan)] * 3)
     known = np.isfinite(norms)
     basis = UNBOUNDED
     if bound is not None:
         error = np.where(known, (residual + moved) / bound[0], np.inf)
         basis = bound[1]
-        if np.all(np.asarray(found["method"]) == Mode.CG):
-            form = _quadratic_form(b, x, residual + moved, bound[0], op)
+    lost = noise_of(op) * norms * np.asarray(sizes(b), np.float64)
+    form = quadratic_form(_dots(b, x), norms, residual + moved, lost, bound and bound[0])
     worst = max(verdicts.tolist(), key=list(_STATUS).index)
     names = {Mode.CG: "cg", Mode.MINRES: "minres"}
     return Solution(
@@ -226,33 +227,35 @@ def judged(
     )
 
 
-def _quadratic_form(b: PyTree, x: PyTree, residual: np.ndarray, bound: float, op: LinearOperator) -> Interval:
+def quadratic_form(value: Any, norms: Any, residual: Any, lost: Any, bound: float | None) -> Interval:
     """bᵀA⁻¹b = bᵀx + xᵀr + rᵀA⁻¹r for r = b - Ax, of which the last two are bounded by norms.
 
-    rᵀA⁻¹r may be negative: that CG has met no negative curvature does not make A definite.
+    `value` is bᵀx, of which `lost` is rounding, and `bound` one on |λ|, without which no end is known. That
+    holds for every symmetric A: CG may have met no negative curvature of one that is not definite.
     """
-    norms = np.asarray(sizes(x), np.float64)
-    value = _dots(b, x)
-    summed = noise_of(op) * norms * np.asarray(sizes(b), np.float64)
-    slack = norms * residual + summed + residual**2 / bound
+    slack = lost + (math.inf if bound is None else norms * residual + residual**2 / bound)
     return Interval(value - slack, value, value + slack)
 
 
 def traced_solution(
-    op: LinearOperator, x: PyTree, still: PyTree, found: dict[str, Any], method: str, bound: float | None
+    op: LinearOperator, b: PyTree, x: PyTree, found: dict[str, Any], method: str, bound: float | None
 ) -> Solution:
-    """The same inside jit, vmap and grad, without looking at values; `still` is x with no derivative."""
+    """The same inside jit, vmap and grad, without looking at values. Only x and bᵀx have derivatives."""
+    still, b_still = lax.stop_gradient((x, b))
     count = jax.tree.leaves(still)[0].shape[0]
     residual = found["residual"]
     seen = jnp.maximum(found["norm_a"], seen_norm_traced(op))
     moved = noise_of(op) * (seen * sizes(still) + residual)
     error = jnp.full(count, jnp.inf) if bound is None else (residual + moved) / bound
+    norms = sizes(still)
+    lost = noise_of(op) * norms * sizes(b_still)
+    form = quadratic_form(jax.vmap(trees.vdot)(b, x), norms, residual + moved, lost, bound)
     return Solution(
         x=x,
         residual_norm=residual,
         rounding=moved,
         error_bound=error,
-        quadratic_form=Interval(*[jnp.full(count, jnp.nan)] * 3),
+        quadratic_form=form,
         converged=found["verdict"] == Verdict.CONVERGED,
         num_matvecs=0,
         preconditioner_matvecs=0,

@@ -60,8 +60,8 @@ def solve(
     the smallest |λ|: pass its `smallest_interval.lower`. `rounding` is what `residual_norm` may be off by:
     where float64 is fast, as on a CPU or an H100, measured by a product in it, with what b and the entries of
     a matrix may have been rounded by before; elsewhere from the stated precision of a product, or for a loss
-    by products that are rounded at random. If CG has found x and a bound is known, `quadratic_form` brackets
-    bᵀA⁻¹b: bᵀx ± (|x| |r| + |r|² / min |λ|).
+    by products that are rounded at random. If a bound is known, `quadratic_form` brackets bᵀA⁻¹b: bᵀx ±
+    (|x| |r| + |r|² / min |λ|); its ends are infinite otherwise.
 
     **Rounding** makes textbook CG find the largest eigenvalues again and again. So the directions of the
     first steps are kept, and later ones made conjugate to them. At a damping of 1e-3 λ₁ that takes about half
@@ -75,8 +75,8 @@ def solve(
 
     **Derivatives.** Inside jit, vmap and grad the same methods run. jax.grad differentiates x by the
     implicit function theorem, dx = A⁻¹ (db - dA x), at the cost of one more solve: with respect to b, the
-    shift, and the operator's parameters and data. x is what has derivatives, those of A⁻¹b however far off it
-    is; for all other fields they are zero. For bᵀA⁻¹b differentiate the product of b and x.
+    shift, and the operator's parameters and data. x has derivatives, those of A⁻¹b however far off it is, and
+    so has bᵀx, the estimate of `quadratic_form`; for all other fields they are zero.
 
     **Small operators.** If n products were not enough, and n is at most 2000, n more give the dense matrix,
     as for `eigsh`; `method` of the result is then "dense". These products count towards `max_matvecs`.
@@ -328,4 +328,4 @@ def _traced(
     if x0 is not None:
         found["residual"] = distances(b_still, jax.vmap(fixed.mv)(x_still))
         found["verdict"] = _of_the_sum(found["verdict"], found["residual"], b_still, tol)
-    return traced_solution(fixed, x, x_still, found, method, bound)
+    return traced_solution(fixed, b, x, found, method, bound)

@@ -192,6 +192,7 @@ def require_split(op: Any) -> None:
 def class_means(op: GGNOperator) -> ClassMeans:
     """Means of the gradients as if each class were the label, by true class."""
     require_split(op)
+    trees.require_values("class_operators", (op.params, op.data))
     classes = _check(op)
     needed, free = 3 * classes**2 * trees.tree_bytes(op.structure), host.available_bytes()
     if free is not None and needed > free // 2:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from spectra.base import trees
 from spectra.base.calls import automatic, require_key
 from spectra.base.errors import SpectraError
 from spectra.density import deflation as dense
@@ -107,9 +108,12 @@ def summary(
                 raise SpectraError(
                     f"{name}={value} has no effect on results, whose runs are done: leave it out."
                 )
-        return Summary({name: as_quadrature(held) for name, held in by_name(source).items()})
+        found = {name: as_quadrature(held) for name, held in by_name(source).items()}
+        trees.require_values("summary", found)
+        return Summary(found)
     op = source.operator() if isinstance(source, Problem) else source
     require_operator(op)
+    trees.require_values("summary", (op, key))
     key = require_key(key)
     op.require_finite()  # the loss, which is the same of all blocks
     blocks = op.blocks(by=by)

@@ -239,7 +239,7 @@ class Solution(Result):
     residual_norm: Float[Array, " *sides"]  # |b - (H + shift I) x|, computed from x at the end
     rounding: Float[Array, " *sides"]  # how far rounding can have moved that norm
     error_bound: Float[Array, " *sides"]  # |x - x*| is not above this; inf where the spectrum may come near 0
-    quadratic_form: Interval  # bᵀ(H + shift I)⁻¹b: bracketed; of CG with a known bound, or dense and definite
+    quadratic_form: Interval  # bᵀ(H + shift I)⁻¹b: bracketed where error_bound is finite, else by infinity
     converged: Bool[Array, " *sides"]
     num_matvecs: int  # of all right-hand sides, checks included
     preconditioner_matvecs: int  # products that built the preconditioner

@@ -50,7 +50,7 @@ COARSE = 1e-3
 SAME_RUN = 0.01
 """By which numbers of one step differ at most where a run goes on: sums in another order change a loss by
 less, also after some hundred steps."""
-OUTSIDE = "the tracker works on the host: call it in the training loop, outside jit and scan."
+OUTSIDE = "the tracker works on the host: call it in the training loop, outside jit, grad and scan."
 
 
 class SpectrumTracker:
