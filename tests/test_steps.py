@@ -190,6 +190,22 @@ def test_an_optimizer_may_ask_for_the_loss():
         spectra.stable_step(OP, search, search.init(W), key=KEY)
 
 
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_the_stable_step_is_held_where_large_eigenvalues_are_close(momentum):
+    """A third of all are within 1 % of the largest. A ball of the residual about the Ritz value holds one of
+    them: in none of 20 keys was it the largest. The limit fails for 1 % of keys, so for three with 1e-3."""
+    scales = np.float32(np.r_[np.linspace(0.99, 1.0, 30), np.zeros(60)])
+    op = spectra.HessianOperator(lambda w, _: jnp.sum(scales * w**2) / 2, jnp.ones(90), None)
+    optimizer = optax.sgd(0.1, momentum=momentum)
+    truth, held = (2 + 2 * (momentum or 0.0)) / 0.1, 0
+    for key in jax.random.split(KEY, 20):
+        found = spectra.stable_step(op, optimizer, optimizer.init(op.params), key=key)
+        assert found.status is spectra.Status.CONVERGED
+        assert 0.98 * truth <= found.lower <= found.multiple <= found.upper
+        held += found.lower <= truth <= found.upper
+    assert held >= 18
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",

@@ -187,7 +187,7 @@ class StableStep(Result):
     """
 
     multiple: float
-    lower: float  # the multiple is between these as far as the iteration has converged
+    lower: float  # limits where the update map is symmetric, else what the residual of its eigenvalue leaves
     upper: float
     learning_rate: float
     num_matvecs: int
