@@ -10,6 +10,7 @@ from cases import OPERATORS, SHARP, SPECTRA, N, Ridge, diagonal, planted, ridge_
 from scipy.stats import t as student
 
 import spectra
+from spectra.estimators import exact
 
 KEY = jax.random.key(0)
 BUDGET = 32  # one order and one budget wherever neither matters: the compiled code is shared
@@ -92,6 +93,25 @@ def test_xnysdiag_equals_a_naive_leave_one_out(x64):
             method="xnysdiag",
             num_matvecs=BUDGET,
         )
+
+
+def test_a_tolerance_below_the_rounding_that_is_measured_is_not_reached(monkeypatch):
+    """Three vectors hold all of H, so that the stated precision is all there is, until it is measured."""
+    root = jnp.asarray(np.random.default_rng(0).standard_normal((3, N)), jnp.float32)
+    op, options = spectra.MatrixOperator(root.T @ root), {"key": KEY, "num_matvecs": 24, "tol": 1e-3}
+
+    def run():
+        return (
+            spectra.diagonal(op, method="xnysdiag", **options),
+            spectra.trace(op, method="xnystrace", **options),
+        )
+
+    assert [found.status for found in run()] == [spectra.Status.CONVERGED] * 2
+    monkeypatch.setattr(exact, "measured_precision", lambda run: 1e-2)
+    for found in run():
+        assert found.status is spectra.Status.STAGNATED
+        error, value = (np.linalg.norm(x) for x in (found.stderr, found.value))
+        assert error > options["tol"] * value
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5])

@@ -230,3 +230,18 @@ def test_batches_of_padding_do_not_count():
     )
     with pytest.raises(spectra.DataError, match="4 batches: their spread takes at least 8"):
         spectra.population(few, key=jax.random.key(0), num_batches=24)
+
+
+def test_no_share_of_a_trace_that_nothing_is_taken_from_is_above_all_of_it():
+    """Of rank one: the largest eigenvalue is all of the trace, and its limits are about that."""
+
+    def model_fn(w, x):
+        return x @ w
+
+    def squares(outputs, targets):
+        return jnp.mean((outputs - targets) ** 2)
+
+    x = jnp.asarray(np.outer(np.random.default_rng(3).standard_normal(64), np.ones(4)), jnp.float32)
+    op = spectra.FisherOperator(model_fn, squares, jnp.ones(4), (x, jnp.zeros(64)), kind="empirical")
+    shares = spectra.population(op, key=jax.random.key(0), num_batches=16).shares
+    assert 0 <= shares.lower[0] <= shares.upper[0] <= 1

@@ -269,10 +269,13 @@ def _xnysdiag(run: Run, num_matvecs: int) -> _Found:
     """
     sketch = SketchRun(run, "rademacher")
     found: list[Any] = []
+    is_noisy = False
 
     def step(count: int) -> tuple[float, float]:
+        nonlocal is_noisy
         sketch.extend(count, project=False)
         made = nystrom(sketch, "xnysdiag", "xdiag")
+        is_noisy = made.is_noisy
         u = leave_one_out.unit_rows(made.inverse_root, run.xp)
         seconds = leave_one_out.seconds(u, min(count, PAIRS), run.xp)
         held = Held(sketch.held.probes, sketch.held.images, made.factor, made.factor)
@@ -291,7 +294,7 @@ def _xnysdiag(run: Run, num_matvecs: int) -> _Found:
 
     ended = adaptive(run, step, num_matvecs, least=MIN_SKETCH)
     if not run.traced:
-        ended = sketch.remade(step, ended, *map(_tree.length, found))
+        ended = sketch.remade(step, ended, *map(_tree.length, found), is_noisy=is_noisy)
     m = sketch.num_probes
     value, stderr = _scaled(found, sketch.sound, ended)
     return value, stderr, {"num_matvecs": m, "status": ended.status, "dof": float(m - 1)}

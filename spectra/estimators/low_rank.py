@@ -68,10 +68,13 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     """
     xp, sketch = run.xp, SketchRun(run, kind)
     found: list[Any] = []
+    is_noisy = False
 
     def step(count: int) -> tuple[Any, Any]:
+        nonlocal is_noisy
         sketch.extend(count, project=False)
         made = nystrom(sketch, "xnystrace", "xtrace")
+        is_noisy = made.is_noisy
         estimates, pairs, own = leave_one_out.xnystrace_values(
             made.inner(run, sketch), run.op.size, sketch.precision, resphere=kind == "normal", xp=xp
         )
@@ -83,7 +86,7 @@ def xnystrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         return found[0][-1], found[1][-1]
 
     ended = adaptive(run, step, num_matvecs, least=MIN_SKETCH)
-    ended = sketch.remade(step, ended, found[0][-1], found[1][-1])
+    ended = sketch.remade(step, ended, found[0][-1], found[1][-1], is_noisy=is_noisy)
     return run.estimate(
         *found,
         unit=sketch.unit,
@@ -111,6 +114,7 @@ class Factored(NamedTuple):
     shift: Any  # ν
     smallest: Any  # eigenvalue of Ω Ωᵀ
     squares: Any  # (G, m) |(Hω)_g|²
+    is_noisy: bool  # the core shows more rounding than is stated of products
 
     def inner(self, run: Run, sketch: SketchRun) -> Nystrom:
         """Its inner products, for each group and for the whole."""
@@ -151,11 +155,11 @@ def nystrom(sketch: SketchRun, method: str, other: str) -> Factored:
     elif negative:
         sizes = np.sum(vectors * (gram @ vectors), axis=0)  # |v|² of the vectors that have these forms
         raise _indefinite(float(sketch.unit) * values / sizes, method, other)
-    sketch.is_noisy = not run.traced and values[0] < shift * weights[0] / 2
+    is_noisy = not run.traced and bool(values[0] < shift * weights[0] / 2)
     values = xp.maximum(values, xp.maximum(shift * weights[0], m * sketch.precision**2 * values[-1]))
     root = xp.sqrt(xp.where(values > 0, values, 1))
     factor = blocks.combine(jnp.asarray((vectors / root).T), images)
-    return Factored(factor, vectors * root, vectors / root, inverse_gram, shift, smallest, squares)
+    return Factored(factor, vectors * root, vectors / root, inverse_gram, shift, smallest, squares, is_noisy)
 
 
 def _indefinite(quotients: np.ndarray, method: str, other: str) -> SpectraError:

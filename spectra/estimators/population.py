@@ -263,7 +263,7 @@ def _summary(
         trace=trace,
         trace_stderr=trace_error,
         trace_probe_stderr=probe_error,
-        shares=_with_rounding(law.shares(seen, most, value), trace.estimate, floor, rounding),
+        shares=_possible(op, _with_rounding(law.shares(seen, most, value), trace.estimate, floor, rounding)),
         size=op.size,
         num_examples=m,
         num_batches=count,
@@ -281,6 +281,11 @@ def _with_rounding(shares: Interval, trace: float, floor: float, rounding: float
         return shares
     reach = (floor * np.arange(1, len(shares.estimate) + 1) + rounding * np.abs(shares.estimate)) / trace
     return Interval(shares.lower - reach, shares.estimate, shares.upper + reach)
+
+
+def _possible(op: DataOperator, shares: Interval) -> Interval:
+    """Of a trace that no eigenvalue takes from, all of it at most."""
+    return Interval(*(np.clip(x, 0.0, 1.0) for x in shares)) if op.semidefinite else shares
 
 
 def _for_half(count: int, error: float, width: float) -> int:

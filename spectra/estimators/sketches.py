@@ -42,7 +42,6 @@ class SketchRun:
     def __init__(self, run: Run, kind: str):
         self.run, self.kind = run, kind
         self.precision = run.precision  # of products, as stated; `remade` measures it
-        self.is_noisy = False  # whether the core says that it is more
         self.num_probes, self.unit = 0, run.no_unit
         self.sound: Any = 1.0  # what estimates are multiplied by, see `Run.check_symmetric`
         self.held: Any = None
@@ -71,14 +70,16 @@ class SketchRun:
         )
         self.num_probes = count
 
-    def remade(self, step: Callable[[int], Any], ended: Ended, value: float, stderr: float) -> Ended:
+    def remade(
+        self, step: Callable[[int], Any], ended: Ended, value: float, stderr: float, *, is_noisy: bool
+    ) -> Ended:
         """Take the last step of a Nyström approximation again if it is finer than products are.
 
         With a shift below what rounding does to the core, it divides by that. Rounding is measured where the
-        core shows more than is stated, and where hardly any other error is left.
+        core shows more than is stated, as `is_noisy` says, and where hardly any other error is left.
         """
         run, stated = self.run, self.precision
-        if run.traced or not (self.is_noisy or exact.is_sharp(run, value, stderr)):
+        if run.traced or not (is_noisy or exact.is_sharp(run, value, stderr)):
             return ended
         self.precision = max(stated, exact.measured_precision(run))
         if self.precision == stated:
