@@ -2014,9 +2014,16 @@ KFAC = [
     fault(
         "the error is relative to the approximation",
         "estimators/comparison.py",
-        "pairs = ((difference, difference), (second, second),",
-        "pairs = ((difference, difference), (first, first),",
+        "pairs = (difference, difference), (second, second),",
+        "pairs = (difference, difference), (first, first),",
         "test_comparison.py::test_small_operators_are_compared_exactly",
+    ),
+    fault(
+        "eigenvalues are as far apart as the mean square of what matrices differ by",
+        "estimators/comparison.py",
+        "(math.sqrt(square.upper) + lost)",
+        "(square.upper + lost)",
+        "test_comparison.py::test_the_distance_of_spectra_is_within_that_of_the_matrices",
     ),
     fault(
         "ratios of two traces: a direction that all probes miss shows in no skewness",
@@ -2168,6 +2175,13 @@ SAMPLES = [
         "return jnp.where(x == 0, NORMAL * least, x)",
         "return x",
         "test_steps.py::test_parameters_without_a_gradient_change_no_edge",
+    ),
+    fault(
+        "no eigenvalue is beyond the residual of the largest Ritz value",
+        "training/stability.py",
+        "low, high = value - moved, _limit(h, float(length), size, moved)",
+        "low, high = value - moved, value + reach",
+        "test_steps.py::test_the_stable_step_is_held_where_large_eigenvalues_are_close",
     ),
     fault(
         "a pair of eigenvalues counts as its real part",
