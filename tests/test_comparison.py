@@ -8,7 +8,7 @@ from cases import Diagonal, diagonal, rotation, slow_but
 from scipy.stats import binom
 
 import spectra
-from spectra.estimators import comparison
+from spectra.estimators import compared_spectra, comparison
 from spectra.estimators.ratios import ratio
 
 KEY = jax.random.key(0)
@@ -122,7 +122,8 @@ class TestIntervals:
         a, b = (jnp.asarray((q * x) @ q.T) for x in (A, B))
         one, other = spectra.MatrixOperator(a), spectra.MatrixOperator(b)
         value = truth(A, B)[0]
-        found = [comparison._norms(one, other, jax.random.key(i), 16, 0.95)[0] for i in range(self.KEYS)]
+        keys = map(jax.random.key, range(self.KEYS))
+        found = [comparison._Seen(one, other, key, 16).ratios(0.95)[0] for key in keys]
         held = sum(low <= value <= high for low, _, high in found)
         assert binom.cdf(held, self.KEYS, 0.95) > 1e-3
         widths = [high - low for low, _, high in found]
@@ -175,8 +176,8 @@ class TestIntervals:
         moved = 0.3 * np.eye(1, 100)[0]
         held = 0
         for key in jax.random.split(KEY, keys):
-            a, b = (comparison._Curve(diagonal(x), key, 2, 12, 0.975) for x in (values + moved, values))
-            low, _, high = comparison._wasserstein(a, b, (0.0, 1.3), (0.0, np.inf))
+            a, b = (compared_spectra._Curve(diagonal(x), key, 2, 12, 0.975) for x in (values + moved, values))
+            low, _, high = compared_spectra._wasserstein(a, b, (0.0, 1.3), (0.0, np.inf))
             held += low <= 0.3 / values.sum() <= high
         assert binom.cdf(held, keys, 0.95) > 1e-3
 
