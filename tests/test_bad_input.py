@@ -1,5 +1,7 @@
 """Every bad input gives an error that names the argument or the leaf, and never a number."""
 
+import itertools
+import random
 import re
 
 import jax
@@ -12,6 +14,7 @@ import spectra
 from spectra import NonFiniteError, NotSymmetricError, SpectraError, StructureError
 
 KEY = jax.random.key(0)
+COUNTER = itertools.count()
 OP = spectra.MatrixOperator(planted(SPECTRA["indefinite"]))
 
 
@@ -37,6 +40,53 @@ def test_losses_that_are_not_one_real_number(loss_fn, found):
 def test_losses_with_auxiliary_outputs():
     with pytest.raises(StructureError, match="auxiliary"):
         hessian(lambda p, _: (jnp.sum(p**2), {"accuracy": 1.0}))
+
+
+def mask():
+    return np.random.rand(3) < 0.5  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda p, _: jnp.sum((p * mask()) ** 2),
+        lambda p, _: jnp.sum(p**2) * random.random(),
+        lambda p, _: jax.lax.scan(lambda x, _: (x + jnp.sum(p**2) * random.random(), None), 0.0, length=2)[0],
+        lambda p, _: jnp.sum(p ** (2 + next(COUNTER))),
+    ],
+    ids=["array", "number", "inside a loop", "another program"],
+)
+def test_losses_that_are_another_program_at_each_trace(loss_fn):
+    # A gradient and a product would be those of two functions: here of two masks.
+    np.random.seed(0)  # noqa: NPY002
+    with pytest.raises(StructureError, match=r"another program .*\(test_bad_input.py:\d+\).*jax.random"):
+        hessian(loss_fn)
+    assert hessian(loss_fn, check_data=False).size == 3
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda p, _: jnp.sum(jnp.cos(jnp.ones(3)) ** 2),
+        lambda p, _: jnp.sum(jax.lax.stop_gradient(p) ** 2),
+        lambda p, _: jnp.mean((p > 0).astype(float)),
+    ],
+    ids=["closed over", "stopped", "of whole numbers"],
+)
+def test_a_loss_that_its_parameters_do_not_reach_is_warned_of(loss_fn):
+    with pytest.warns(UserWarning, match="the loss does not depend on the parameters that vary"):
+        op = hessian(loss_fn)
+    assert not op.as_matrix().any()
+
+
+def test_a_rule_that_gives_a_loss_its_gradient_is_no_reason_to_warn():
+    @jax.custom_jvp
+    def sign(x):
+        return jnp.where(x > 0, 1, -1).astype(x.dtype)
+
+    sign.defjvp(lambda x, t: (sign(*x), jnp.cos(x[0]) * t[0]))
+    matrix = hessian(lambda p, _: jnp.sum(sign(p))).as_matrix()
+    np.testing.assert_allclose(matrix, -jnp.sin(1.0) * jnp.eye(3), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

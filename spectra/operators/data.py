@@ -43,6 +43,7 @@ from spectra.operators.differentiate import resolve_mode
 from spectra.operators.jaxprs import captured, rematerialises, scanned_inputs, traced
 from spectra.operators.loss_rounding import Rounding, coarsest_rounding
 from spectra.operators.means import require_mean
+from spectra.operators.purity import require_function
 from spectra.operators.pytree import OnParameters, explain_vector
 from spectra.operators.restricted import Restricted
 from spectra.operators.stochastic import StochasticOperator, change_by_rounding
@@ -87,8 +88,8 @@ class DataOperator(OnParameters, LinearOperator):
       batch that is split, or weighted by its size, share a leading axis.
     * num_batches, subsample_key: use the first `num_batches` of a stream, or, with a key, as many drawn
       without replacement.
-    * check_data: read a stream twice and refuse it if the passes differ; where data are split, check once
-      that the loss is a mean over examples.
+    * check_data: read a stream twice and refuse it if the passes differ; trace the loss twice and refuse it
+      if its constants differ; where data are split, check once that the loss is a mean over examples.
     """
 
     params: PyTree
@@ -161,6 +162,7 @@ class DataOperator(OnParameters, LinearOperator):
         self._set(rounding=self._coarsest_rounding())
         self._set(captured=captured(jax.make_jaxpr(differentiate.loss)(piece)))
         if check_data:
+            require_function(self.first_piece())
             require_mean(self)
 
     def _set(self, **fields: Any) -> None:

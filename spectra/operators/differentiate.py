@@ -87,12 +87,13 @@ def check_scalar(value: Any, name: str) -> jax.Array:
     )
 
 
-def _mean_loss(op: "DataOperator") -> jax.Array:
+def mean_loss(op: "DataOperator") -> jax.Array:
+    """The mean loss of an operator on one batch; `loss` is the compiled program of it."""
     params = op._merge(op._variables())
     return op._mean(lambda piece: op._value(params, piece))
 
 
-loss = programs.jit(_mean_loss)
+loss = programs.jit(mean_loss)
 
 
 @programs.jit
@@ -108,8 +109,8 @@ def linearize(op: "DataOperator") -> tuple[jax.Array, Callable[[PyTree], PyTree]
     zero = jax.tree.map(jnp.zeros_like, op._variables())
     if op.mode == "reverse-over-reverse":  # the product itself may refuse forward mode
         pullback = jax.vjp(op.mv, zero)[1]  # A is symmetric: Aᵀ u is A u
-        return _mean_loss(op), jax.tree_util.Partial(_first, pullback)
-    return _mean_loss(op), jax.linearize(op.mv, zero)[1]
+        return mean_loss(op), jax.tree_util.Partial(_first, pullback)
+    return mean_loss(op), jax.linearize(op.mv, zero)[1]
 
 
 def _first(pullback: Callable[[PyTree], tuple[PyTree, ...]], u: PyTree) -> PyTree:

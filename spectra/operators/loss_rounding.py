@@ -50,6 +50,11 @@ def coarsest_rounding(jaxpr: Any, varying: list[bool], eps: float) -> Rounding |
     return Rounding(dtype, coarse, _describe(eqn, dtype))
 
 
+def reaches(jaxpr: Any, varying: list[bool]) -> bool:
+    """Whether the value varies with these arguments, through operations that have derivatives."""
+    return any(_follow(jaxpr.jaxpr, varying, [True] * len(jaxpr.jaxpr.outvars), float("inf"), []))
+
+
 def _follow(jaxpr: Any, varying: list[bool], used: list[bool], eps: float, found: list[Any]) -> list[bool]:
     """Which results vary; adds to `found` what is rounded on the way."""
     equations = _used_equations(jaxpr, used)
@@ -143,9 +148,12 @@ def _describe(eqn: Any, dtype: str) -> str:
     what = f"'{eqn.primitive.name}'"
     if eqn.primitive.name == "convert_element_type":
         what = f"a cast of {source.dtype}{list(source.shape)} to {dtype}"
-    info = eqn.source_info
-    layer = str(info.name_stack)
-    frames = getattr(info.traceback, "frames", ())
+    layer = str(eqn.source_info.name_stack)
+    return what + (f" in {layer}" if layer else "") + line_of(eqn)
+
+
+def line_of(eqn: Any) -> str:
+    """The line of the user's file that an operation comes from, in parentheses after a space; or nothing."""
+    frames = getattr(eqn.source_info.traceback, "frames", ())
     own = (f for f in frames if not any(other in f.file_name for other in (_HERE, *_OTHERS)))
-    line = next((f"{Path(f.file_name).name}:{f.line_num}" for f in own), "")
-    return what + (f" in {layer}" if layer else "") + (f" ({line})" if line else "")
+    return next((f" ({Path(f.file_name).name}:{f.line_num})" for f in own), "")
