@@ -136,6 +136,7 @@ class Watch(TorchFunctionMode):
         found: what autograd does not record, in words.
         derivatives: where the forward pass takes derivatives itself.
         data: where it takes a tensor's `.data`.
+        mapped: what it does under `torch.vmap`.
     """
 
     def __init__(self) -> None:
@@ -143,6 +144,7 @@ class Watch(TorchFunctionMode):
         self.found: list[str] = []
         self.derivatives: list[str] = []
         self.data: list[str] = []
+        self.mapped: list[str] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -150,6 +152,8 @@ class Watch(TorchFunctionMode):
         place = sys._getframe(1)
         if func == _DATA:
             self.data.append(current_place(place))
+        elif _transform() == _KINDS.Vmap:
+            self.mapped.append(current_place(place))
         elif func is torch.autograd.grad or _differentiating():
             self.derivatives.append(current_place(place))
         elif text := _unrecorded(getattr(func, "__name__", ""), args, kwargs):
@@ -161,13 +165,18 @@ _DATA: Any = vars(torch._C.TensorBase)["data"].__get__
 
 
 _FUNCTORCH: Any = sys.modules["torch._C._functorch"]
+_KINDS = _FUNCTORCH.TransformType
+
+
+def _transform() -> Any:
+    """Which transformation of torch.func's is being taken; None outside of them."""
+    interpreter = _FUNCTORCH.peek_interpreter_stack()
+    return None if interpreter is None else interpreter.key()
 
 
 def _differentiating() -> bool:
     """Whether a derivative of torch.func's is being taken (vmap alone is none)."""
-    interpreter = _FUNCTORCH.peek_interpreter_stack()
-    kinds = _FUNCTORCH.TransformType
-    return interpreter is not None and interpreter.key() in (kinds.Grad, kinds.Jvp)
+    return _transform() in (_KINDS.Grad, _KINDS.Jvp)
 
 
 def _unrecorded(name: str, args: Any, kwargs: Any) -> str:
@@ -235,6 +244,11 @@ def _source(owner: Any) -> str:
 _VALUES = (
     "A branch, a loop or a shape there depends on a tensor's values: choose with torch.where or by a mask, "
     "and keep shapes fixed."
+)
+_MAPPED = (
+    "torch.export does not trace all that torch.vmap maps{place}: map the first axis of everything "
+    "(in_dims=0, out_dims=0, with x.movedim around it), or write it out, as by torch.einsum('bmi,mio->bmo', "
+    "x, weights)."
 )
 _JAX_WAY = (
     "The forward pass differentiates{place}, and torch.export does not trace that. Export the network alone "
@@ -304,7 +318,13 @@ def _is_quantized(module: torch.nn.Module) -> bool:
     return parts[0] == "torch" and "quantized" in parts
 
 
-def explain(error: Exception, module: torch.nn.Module, args: Any, kwargs: Any) -> BridgeError:
+def explain(
+    error: Exception,
+    module: torch.nn.Module,
+    args: Any,
+    kwargs: Any,
+    failed: str = "torch.export cannot trace the module",
+) -> BridgeError:
     """Return what to raise for an export that failed with `error`; the module is run once for it."""
     watch = Watch()
     try:
@@ -317,10 +337,11 @@ def explain(error: Exception, module: torch.nn.Module, args: Any, kwargs: Any) -
     text = f"{type(error).__name__} {error}".lower()
     hint = next((advice for part, advice in _HINTS.items() if part in text), "")
     if "{data}" in hint:
-        hint = hint.format(data=next(iter(watch.data), ""))
-    return BridgeError(
-        f"torch.export cannot trace the module{place_of(error)}: {first_line(error)}. {hint}".rstrip()
-    )
+        leaves = watch.data or not watch.mapped
+        hint = (
+            hint.format(data=next(iter(watch.data), "")) if leaves else _MAPPED.format(place=watch.mapped[0])
+        )
+    return BridgeError(f"{failed}{place_of(error)}: {first_line(error)}. {hint}".rstrip())
 
 
 def rejection(error: Exception, args: Any, kwargs: Any) -> BridgeError:

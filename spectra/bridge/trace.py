@@ -126,7 +126,8 @@ def _recorded(adapter: Adapter, args: Any, kwargs: Any, axes: Any) -> Any:
         try:
             program = program.run_decompositions(_decompositions())
         except Exception as error:
-            raise BridgeError(f"PyTorch cannot decompose the module's graph: {first_line(error)}") from error
+            failed = "PyTorch cannot decompose the module's graph"
+            raise explain(error, adapter, args, kwargs, failed) from error
     return *lower(program, adapter.module), problem
 
 

@@ -36,6 +36,15 @@ def _gradient(self, x):
     return torch.func.grad(lambda z: torch.tanh(self.layer(z)).sum())(x)
 
 
+def _gradient_of_a_row(self, x):  # which torch.export traces, and cannot decompose
+    return torch.func.grad(lambda z: torch.tanh(z @ self.layer.weight[0]).sum())(x)
+
+
+def _mapped(self, x):
+    weights, x = self.layer.weight.reshape(2, 2, 2), x.reshape(-1, 2, 2)
+    return torch.vmap(lambda w, z: z @ w, in_dims=(0, 1), out_dims=1)(weights, x)
+
+
 def _autograd(self, x):
     x = x.detach().requires_grad_()
     return torch.autograd.grad(torch.tanh(self.layer(x)).sum(), x, create_graph=True)[0]
@@ -63,6 +72,8 @@ CASES = {
     "NumPy inside": (_Of(_numpy), X, r"test_bridge_refusals.py, line \d+: return x \* float.*with torch"),
     ".data": (_Of(_data), X, r"test_bridge_refusals.py, line \d+: return x \* x.data.*use .detach"),
     "torch.func": (_Of(_gradient), X, r"differentiates .*line \d+: return torch.func.grad.*jax.vmap"),
+    "torch.func of a row": (_Of(_gradient_of_a_row), X, r"differentiates .*line \d+: return torch.func.grad"),
+    "vmap": (_Of(_mapped), X, r"torch.vmap maps .*line \d+: return torch.vmap.*torch.einsum"),
     "autograd": (_Of(_autograd), X, r"differentiates .*line \d+: return torch.autograd.grad.*jax.grad"),
     "a mask": (_Of(_mask), X, r"aten.index.Tensor .* depends on values .*torch.where"),
     "CTC": (_Of(_ctc), X, r"line \d+: return nn.functional.ctc_loss.*optax.ctc_loss"),
