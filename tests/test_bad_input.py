@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
 from cases import SPECTRA, Ridge, planted, ridge_loss
 
 import spectra
-from spectra import NonFiniteError, NotSymmetricError, SpectraError, StructureError
+from spectra import DataError, NonFiniteError, NotSymmetricError, SpectraError, StructureError
 
 KEY = jax.random.key(0)
 COUNTER = itertools.count()
@@ -40,6 +41,39 @@ def test_losses_that_are_not_one_real_number(loss_fn, found):
 def test_losses_with_auxiliary_outputs():
     with pytest.raises(StructureError, match="auxiliary"):
         hessian(lambda p, _: (jnp.sum(p**2), {"accuracy": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "found"),
+    [
+        (lambda p, _: float(jnp.sum(p)), "keep it an array"),
+        (lambda p, _: np.sum(np.tanh(p)), "use jax.numpy"),
+        (lambda p, _: jnp.sum(p) if p[0] > 0 else 0.0, "use jnp.where or jax.lax.cond"),
+        (lambda p, _: jnp.sum(p[p > 0]), "use jnp.where or weights of 0 and 1"),
+        (lambda p, _: jnp.sum(p) * [1, 2][p[0].astype(int)], "index a jax.numpy array"),
+    ],
+    ids=["float", "numpy", "branch", "mask", "index"],
+)
+def test_a_loss_that_reads_values_is_told_how_to_do_without(loss_fn, found):
+    with pytest.raises(StructureError, match=rf"raised \w+ in .*test_bad_input.py, line \d+: .*{found}"):
+        hessian(loss_fn)
+
+
+def test_params_and_data_that_are_exchanged():
+    params, x = jnp.ones(3), jnp.ones((4, 3))
+    with pytest.raises(StructureError, match=r"params and data exchanged only.*\(loss_fn, params, data\)"):
+        spectra.HessianOperator(lambda p, b: jnp.mean((b["x"] @ p) ** 2), {"x": x}, params)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "found"),
+    [(scipy.sparse.csr_matrix(np.eye(3)), r"a csr_matrix of SciPy: give leaf.toarray\(\)"),
+     (Ridge, "a batch holds arrays, in .*register_dataclass")],
+    ids=["sparse", "object"],
+)  # fmt: skip
+def test_leaves_of_a_batch_that_are_no_arrays_come_with_what_to_do(leaf, found):
+    with pytest.raises(DataError, match=f"data: leaf 'x' is {found}" if leaf is not Ridge else found):
+        spectra.HessianOperator(lambda p, b: jnp.sum(p), jnp.ones(3), {"x": leaf})
 
 
 def mask():

@@ -1,4 +1,5 @@
-"""What Flax's users run into first, in words: state among the parameters, and errors of a module's call."""
+"""What users run into first, in words: Flax's state among the parameters, errors of a module's call, values
+that a loss reads while JAX traces it."""
 
 import sys
 from collections.abc import Mapping
@@ -28,10 +29,28 @@ _WORDS = {
 }
 
 
+_VALUES_READ = {
+    jax.errors.TracerArrayConversionError: "NumPy computes there with what JAX traces: use jax.numpy.",
+    jax.errors.TracerBoolConversionError: "A branch there depends on values that JAX traces: use jnp.where "
+    "or jax.lax.cond.",
+    jax.errors.TracerIntegerConversionError: "An index or a size there depends on values that JAX traces: "
+    "index a jax.numpy array, and keep sizes fixed.",
+    jax.errors.NonConcreteBooleanIndexError: "A mask there chooses how many entries there are: use jnp.where "
+    "or weights of 0 and 1.",
+    jax.errors.ConcretizationTypeError: "A number is read there (float(), int() or .item()) or gives a size, "
+    "while JAX traces it: keep it an array.",
+}
+"""By class, the most special one first."""
+
+
 def explain(error: Exception) -> str:
-    """What to do about an error of Flax, after a space; nothing for others."""
+    """What to do about an error of Flax, or where a value is read that JAX traces; nothing for others.
+
+    After a space.
+    """
     kind = type(error)
     words = _WORDS.get(kind.__name__) if kind.__module__.startswith("flax.") else None
+    words = words or next((text for read, text in _VALUES_READ.items() if isinstance(error, read)), None)
     return f" {words}" if words else ""
 
 

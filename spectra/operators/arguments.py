@@ -182,7 +182,20 @@ def require_call(op: "DataOperator", where: str = "The batch") -> None:
     except Exception as error:
         model = hasattr(op, "model_fn")
         call = "loss_fn(model_fn(params, inputs), targets)" if model else "loss_fn(params, batch)"
+        if not model and _takes_exchanged(op):
+            raise StructureError(
+                "the loss can be called with params and data exchanged only: it is called as "
+                "loss_fn(params, batch), and an operator takes (loss_fn, params, data), in this order."
+            ) from error
         raise raised_by(call, error, op.data, where) from error
+
+
+def _takes_exchanged(op: "DataOperator") -> bool:
+    """Whether the loss gives one number for the data in the place of the parameters, and the reverse."""
+    try:
+        return jax.eval_shape(cast("Any", op).loss_fn, op.data, op.params).shape == ()
+    except Exception:  # whatever the loss says to what is not for it
+        return False
 
 
 def raised_by(call: str, error: Exception, batch: PyTree, where: str) -> StructureError:

@@ -36,6 +36,9 @@ class Labels:
     def __hash__(self) -> int:
         return hash(Labels)
 
+    def __repr__(self) -> str:
+        return "a list of text"
+
     def __len__(self) -> int:
         raise DataError(
             "the loss reads a list of text in the batch, which a compiled program cannot: encode it as an "
@@ -73,13 +76,21 @@ def as_batch(batch: PyTree, where: str = "data") -> PyTree:
             array = to_numpy(leaf)
         elif isinstance(leaf, jax.ShapeDtypeStruct):  # enough to plan with
             array = leaf
+        elif hasattr(leaf, "toarray"):
+            raise DataError(
+                f"{name} is a {type(leaf).__name__} of SciPy: give leaf.toarray(), or for a batch that is "
+                "used whole jax.experimental.sparse.BCOO.from_scipy_sparse(leaf)."
+            )
         elif hasattr(leaf, "__getitem__") and hasattr(leaf, "__len__"):  # a Dataset of PyTorch
             raise DataError(
                 f"{name} is a {type(leaf).__name__}, which has single examples in the place of batches: give "
                 "torch.utils.data.DataLoader(dataset, batch_size=...), or another re-iterable of batches."
             )
         else:
-            raise DataError(f"{name} is a {type(leaf).__name__}; a batch holds arrays.")
+            raise DataError(
+                f"{name} is a {type(leaf).__name__}; a batch holds arrays, in tuples, dictionaries and "
+                "classes that JAX knows (jax.tree_util.register_dataclass)."
+            )
         if array.dtype == object:
             raise DataError(f"{name} holds Python objects; pad or stack examples to one array.")
         return array
