@@ -379,6 +379,7 @@ def test_an_ending_that_nothing_writes_is_a_wrong_argument(tmp_path):
         (("plot", path, "-o", path), "a picture ends in"),  # nor is the result lost
         (("compare", path, path.with_name("y.npz"), "-o", tmp_path / "a.docx"), "a picture ends in"),
         (("export-torch", "model.py", "-o", tmp_path / "model"), "pass FILE.py:FUNCTION"),
+        (("run", "problem.py", "--seed", str(10**20)), "Invalid value for '--seed'"),
     ):
         done = invoke(*arguments)
         assert done.exit_code == 2, arguments
@@ -566,8 +567,13 @@ def test_what_a_problem_prints_is_no_part_of_the_result(options, problem, tmp_pa
         ("def problem(*, rate):\n    return None", "needs several arguments, or one by its name"),
         ("def problem(rate=3, *rest, seed=0, **options):\n    return rate + seed", "returned an int"),
         ("def problem(**options):\n    return len(options)", "returned an int"),
+        ("def problem(x):\n    return x", r"returned None.*Its argument was None, as there is no --mesh"),
+        (
+            "import spectra\ndef problem():\n    return spectra.Problem",
+            r"returned the class, not .*Problem\(",
+        ),
     ],
-    ids=["at import", "with words", "arguments", "by name", "defaults", "options"],
+    ids=["at import", "with words", "arguments", "by name", "defaults", "options", "a mesh", "a class"],
 )
 def test_a_problem_that_ends_the_process_is_no_success(text, message, problem, tmp_path):
     problem.write_text(text)

@@ -424,6 +424,21 @@ def test_an_existing_file_is_kept_where_that_is_asked(links, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("below", ["x.npz", "deeper/still/x.npz"])
+@pytest.mark.parametrize("write", [spectra.save, spectra.write_report], ids=["save", "report"])
+def test_a_file_in_the_place_of_a_folder_is_named(write, below, tmp_path):
+    file = tmp_path / "results"
+    file.touch()
+    path = (file / below).with_suffix(".npz" if write is spectra.save else ".html")
+    with pytest.raises(NotADirectoryError, match=r"in the place of a folder of '.*x\.\w+': '.*results'$"):
+        write(spectra.Estimate(1.0, 0.1, 4, "slq"), path)
+
+
+def test_a_name_with_a_zero_byte_is_refused(tmp_path):
+    with pytest.raises(spectra.SpectraError, match="holds a zero byte"):
+        spectra.save(spectra.Estimate(1.0, 0.1, 4, "slq"), str(tmp_path / "a\0b"))
+
+
 def test_the_memory_of_json_is_bounded_before_it_is_read():
     for text in (b"[[]]" * 50, b'{"a": {"b": 1.5}}' * 20, '["日本", "é"]'.encode() * 20, b"1, 2, 3, " * 50):
         value = (

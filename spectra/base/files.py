@@ -5,6 +5,7 @@ arrays, however they are placed, and of programs, whatever they are called.
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -29,6 +30,20 @@ OLD = 24 * 3600.0
 """Seconds after which a half-written file counts as left behind where its process cannot be asked for."""
 _LONGEST = 100  # bytes of a name that its temporary neighbour repeats: names end at 255
 _in_use: set[str] = set()  # temporary files that this process is writing
+
+
+def make_folder_of(path: Path) -> None:
+    """Make the folder of a file, and those above it.
+
+    Raises:
+        NotADirectoryError: a file has the name of one of them; the message has that name.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        taken = next(above for above in path.parents if above.exists() or above.is_symlink())
+        words = f"a file is in the place of a folder of '{path}'"
+        raise NotADirectoryError(errno.ENOTDIR, words, str(taken)) from None
 
 
 @contextlib.contextmanager

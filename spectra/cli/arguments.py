@@ -43,7 +43,9 @@ Tol = Annotated[
     float | None,
     typer.Option("--tol", callback=_share, help="Stop when the mean width of the CDF's band is below this."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the probes.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=-(2**63), max=2**63 - 1, help="Seed of the probes, of 64 bits.")
+]
 Kind = Annotated[str, _one_of("--operator", OPERATORS, f"Matrix: one of {', '.join(OPERATORS)}.")]
 Block = Annotated[
     str | None, typer.Option("--block", help="Only parameters whose paths match, such as 'Dense_0/*'.")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import typer
 
 from spectra.base.errors import SpectraError
-from spectra.base.files import sweep
+from spectra.base.files import make_folder_of, sweep
 from spectra.base.host import is_first
 from spectra.cli.ending import INTERRUPTED, ResultElsewhereError, echo, fail, printable
 from spectra.report.files import save
@@ -248,7 +248,7 @@ def draw(result: Any, path: Path, voice: Voice, learning_rate: float | None = No
     if ax is None:
         raise SpectraError(f"{called(result)} has no picture: print it with spectra show.")
     path = picture_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(path)
     with replacing(path) as temporary, plot_style():  # which has fonts that editors can change
         ax.figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=300)
     voice.say(f"picture  {path}")

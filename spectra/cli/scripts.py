@@ -28,9 +28,15 @@ _loaded: set[str] = set()  # names in `sys.modules` of files that were imported 
 def load_problem(file: Path, mesh: Any = None) -> Problem:
     """The problem of a file, on the mesh if there is one; its function may take the mesh as an argument."""
     make: Callable[..., Any] = function_of(file, "problem", "a spectra.Problem")
-    problem = call(file, make, *_taken(file, make, mesh))
+    given = _taken(file, make, mesh)
+    problem = call(file, make, *given)
     if not isinstance(problem, Problem):
-        raise SpectraError(f"problem() in '{file}' returned {kind_of(problem)}, not a spectra.Problem.")
+        what = "the class" if problem is Problem else kind_of(problem)
+        words = f" Its argument was {'the mesh' if mesh is not None else 'None, as there is no --mesh'}."
+        raise SpectraError(
+            f"problem() in '{file}' returned {what}, not a spectra.Problem(loss_fn, params, data)."
+            + (words if given else "")
+        )
     return problem if mesh is None else problem.on(mesh)
 
 

@@ -33,7 +33,7 @@ def save(result: Any, path: str | os.PathLike, *, overwrite: bool = True) -> Pat
         The path that was written.
 
     Raises:
-        SpectraError: `result` is not a result, or holds values of a trace; `path` is a folder.
+        SpectraError: `result` is not a result, or holds values of a trace; `path` is a folder or no name.
         FileExistsError: the file exists, and `overwrite` is false.
         OSError: the file cannot be written; an existing file is unchanged.
 
@@ -50,6 +50,8 @@ def save(result: Any, path: str | os.PathLike, *, overwrite: bool = True) -> Pat
     named, path = os.fspath(path), Path(path)
     if not path.name or path.is_dir() or named.endswith(("/", os.sep)):
         raise SpectraError(f"path='{named}' is a folder: pass the name of a file in it.")
+    if "\0" in str(path):
+        raise SpectraError(f"path={named!r} holds a zero byte, which no name of a file may.")
     if path.suffix != ".npz":
         path = path.with_name(path.name + ".npz")
     try:

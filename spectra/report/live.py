@@ -10,7 +10,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 from spectra.base.errors import ResultFileError, SpectraError
-from spectra.base.files import replacing
+from spectra.base.files import make_folder_of, replacing
 from spectra.report.files import load
 from spectra.report.histories import HistoryReader, is_history
 from spectra.report.page import assemble
@@ -61,7 +61,7 @@ class LivePage:
         before, text = self._text, self.text()
         if text is before and path.exists():
             return False
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder_of(path)
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         return True

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base.errors import ResultFileError, SpectraError
-from spectra.base.files import JsonError, parse, replacing
+from spectra.base.files import JsonError, make_folder_of, parse, replacing
 from spectra.report.encode import DAMAGE, checked_text, decode, encode
 
 FORMAT = "spectra-result"
@@ -41,7 +41,7 @@ def write(result: Any, path: Path, *, overwrite: bool = True) -> None:
 
     header = {"format": FORMAT, "schema": SCHEMA, "result": encode(result, store)}
     arrays["header"] = np.array(checked_text(header))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(path)
     with replacing(path, overwrite=overwrite) as temporary, zipfile.ZipFile(temporary, "w") as file:
         room = COMPRESSED
         for name, array in arrays.items():

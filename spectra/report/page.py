@@ -13,7 +13,7 @@ import numpy as np
 
 from spectra.base.calls import checked
 from spectra.base.errors import SpectraError, Status
-from spectra.base.files import replacing
+from spectra.base.files import make_folder_of, replacing
 from spectra.report.encode import CLASSES, encode
 from spectra.report.files import load
 from spectra.report.reading import SCRIPT
@@ -68,7 +68,7 @@ def write_report(
     if type(result).__name__ not in CLASSES and not isinstance(result, dict):
         raise SpectraError(f"a {type(result).__name__} is not a result of spectra; nothing to report.")
     path = page_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(path)
     text = page(result, title or _title(result), source or "RESULT.npz")
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
