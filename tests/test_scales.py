@@ -4,6 +4,8 @@ Scales are powers of two, so that c H is H with other exponents: each number of 
 for bit, but for those that fall below the least float32, tiny. Of those at most N add up to one result.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +109,49 @@ def test_a_saturated_classifier(x64):
     limit = 10 * 45 * float(jnp.finfo(jnp.float32).eps)
     assert report.largest.estimate == pytest.approx(exact[-1], rel=limit)
     assert spectra.frobenius_norm(op, key=KEY).value == pytest.approx(np.linalg.norm(exact), rel=limit)
+
+
+def small_square(params, batch):
+    return jnp.mean((batch[0] @ params) ** 2) / 2
+
+
+WORDS = "float32 has zero alone.*Multiply the loss by a power of two"
+
+
+def holds_or_says_why(call, holds):
+    try:
+        found = call()
+    except spectra.NotSymmetricError as error:
+        return re.search(WORDS, str(error)) is not None
+    return holds(found)
+
+
+@pytest.mark.parametrize("cut", ["one batch", "stream"])
+def test_underflow_is_in_what_is_stated_or_is_said_to_be_the_reason(cut):
+    """Of data at 1e-18 the terms of a product are 1e-37, of which float32 has no digits below 1e-38.
+
+    Where a processor keeps those all the same there is nothing to say.
+    """
+    x = (1e-18 * np.random.default_rng(0).standard_normal((40, 3))).astype(np.float32)
+    values = np.linalg.eigvalsh(x.astype(float).T @ x / len(x))
+    data = [(x[:20],), (x[20:],)] if cut == "stream" else (jnp.asarray(x),)
+    op = spectra.HessianOperator(small_square, jnp.ones(3), data)
+    assert holds_or_says_why(
+        lambda: spectra.eigsh(op, 1, key=KEY),
+        lambda found: np.abs(values - found.values[0]).min() <= found.residuals[0] + found.noise_floor,
+    )
+    assert holds_or_says_why(
+        lambda: spectra.trace(op, key=KEY, method="exact").interval(1 - 1e-6),
+        lambda found: found.lower <= values.sum() <= found.upper,
+    )
+
+
+def test_of_a_loss_that_underflows_nothing_else_is_said():
+    """What values of 1e-36 differ by may be what their terms lose, and says nothing of means: here of a sum,
+    which differs on every processor."""
+    x = jnp.full((8, 3), 1e-18)
+    with pytest.raises(spectra.DataError, match=f"too small for its type.*{WORDS}"):
+        spectra.HessianOperator(lambda p, b: jnp.sum((b[0] @ p) ** 2), jnp.ones(3), (x,), microbatch=4)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])

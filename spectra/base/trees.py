@@ -329,6 +329,16 @@ def axpy(factor: ArrayLike, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: (factor * x + y).astype(y.dtype), a, b)
 
 
+def difference(a: PyTree, b: PyTree) -> PyTree:
+    """a - b; what is below the least normal number, and so zero in XLA, is that number with its sign."""
+
+    def one(x: jax.Array, y: jax.Array) -> jax.Array:
+        found, tiny = x - y, jnp.finfo(y.dtype).tiny
+        return jnp.where((found == 0) & (x != y), jnp.where(x > y, tiny, -tiny), found).astype(y.dtype)
+
+    return jax.tree.map(one, a, b)
+
+
 def all_finite(tree: PyTree) -> bool:
     """Whether no leaf holds NaN or infinity, on the host."""
     return bool(finite(tree))

@@ -107,7 +107,7 @@ def changes_of_products(
         assert other is not None
         here, there = (blocks.products(x, vectors, 1) for x in (op, outside_loops(other.prepare())))
         vectors, here, there = (jax.tree.map(lambda x: x[0], tree) for tree in (vectors, here, there))
-        found.append((vectors, here, jax.tree.map(lambda x, y: x - y, there, here)))
+        found.append((vectors, here, trees.difference(there, here)))
     return found
 
 

@@ -46,7 +46,12 @@ from spectra.operators.means import require_mean
 from spectra.operators.purity import require_function
 from spectra.operators.pytree import OnParameters, explain_vector
 from spectra.operators.restricted import Restricted
-from spectra.operators.stochastic import StochasticOperator, change_by_rounding
+from spectra.operators.stochastic import (
+    StochasticOperator,
+    change_by_rounding,
+    explain_underflow,
+    largest_of_product,
+)
 from spectra.operators.streams import Stream
 
 if TYPE_CHECKING:
@@ -226,6 +231,8 @@ class DataOperator(OnParameters, LinearOperator):
                 "model compute in float32 for the analysis, such as by dtype=jnp.float32 of its layers or "
                 "its policy."
             )
+        if underflow := explain_underflow(largest_of_product(self), self.dtype, "products"):
+            return underflow
         share = change_by_rounding(self._with())
         if share < SEEN:
             return super().explain_asymmetry()

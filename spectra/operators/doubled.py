@@ -62,13 +62,13 @@ class DoubledOperator(Reevaluated):
     def distance(self, v: PyTree, image: PyTree) -> float:
         """|H v - image|, as a product with a stream and one in float64 say."""
         if self.base.on_host:
-            return trees.length(jax.tree.map(jnp.subtract, self.mv(v), image))
+            return trees.length(trees.difference(self.mv(v), image))
         return float(self._run(_distance_of_product, v, image))
 
     def change(self, v: PyTree, image: PyTree) -> tuple[float, PyTree]:
         """The same distance, and the direction in which a product in float64 lies from `image`."""
         if self.base.on_host:
-            off = jax.tree.map(jnp.subtract, self.mv(v), image)
+            off = trees.difference(self.mv(v), image)
             size = trees.length(off)
             return size, trees.scale(1 / size, off) if size else off
         size, direction = self._run(_change_of_product, v, image, where=meshes.places(self.base.like))
@@ -207,7 +207,7 @@ _product = _compiled(_in_double, static_argnames="own")
 def _rounded_product(
     op: LinearOperator, v: PyTree, salt: jax.Array | None, own: bool, where: meshes.Places
 ) -> PyTree:
-    result = jax.tree.map(lambda x, y: x.astype(y.dtype), _in_double(op, v, salt, own), v)
+    result = jax.tree.map(_rounded, _in_double(op, v, salt, own), v)
     return meshes.placed(result, where) if where else result
 
 
@@ -227,6 +227,14 @@ def _change_of_product(
     size = jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(off)))
     unit = jax.tree.map(lambda x, y: (x / jnp.where(size > 0, size, 1)).astype(y.dtype), off, image)
     return size, meshes.placed(unit, where) if where else unit
+
+
+def _rounded(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Numbers in the type of `like`. Those below its least normal one are that one: zero would be what XLA
+    makes of them in a product, which is then said to have lost nothing."""
+    tiny = float(jnp.finfo(like.dtype).tiny)
+    flushed = (x != 0) & (jnp.abs(x) < tiny)
+    return jnp.where(flushed, jnp.copysign(tiny, x), x).astype(like.dtype)
 
 
 def _wide(dtype: Any) -> Any:

@@ -26,6 +26,7 @@ from spectra.operators.batches import batch_size, weigh
 from spectra.operators.jaxprs import drawn_shapes, largest_epsilon, rounding_of_sums
 from spectra.operators.marks import unlike_pieces
 from spectra.operators.redraws import PLACES, Cut, can_redraw, comparisons, neighbours, places, redrawn, salts
+from spectra.operators.stochastic import explain_underflow
 
 if TYPE_CHECKING:
     from spectra.operators.data import DataOperator
@@ -185,7 +186,9 @@ def _rounding_of_value(op: "DataOperator", cut: Cut, relative: float, unit: floa
         count = sum(batch_size(piece, op.shared) for piece in cut.here)
         first, second = _apart(here, turned)
         raise DataError(
-            _message(op, f"on {count} examples it is {first}, and {second} on the same in another order")
+            _message(
+                op, f"on {count} examples it is {first}, and {second} on the same in another order", size
+            )
         )
     return MARGIN * max(by_order, by_rounding)
 
@@ -205,7 +208,7 @@ def _require_equal(op: "DataOperator", cut: Cut, params: PyTree, limit: Limit, n
     differences, allowed = here - there, limit.relative * size + limit.absolute
     spread = np.std(differences, ddof=1) / len(differences) ** 0.5 if noisy else 0.0
     if abs(differences.mean()) > allowed + STUDENT * spread:
-        raise DataError(_message(op, _difference(op, cut, here.mean(), there.mean())))
+        raise DataError(_message(op, _difference(op, cut, here.mean(), there.mean()), size))
     return float(np.abs(differences).max() / allowed)
 
 
@@ -251,7 +254,10 @@ def _apart(a: float, b: float) -> tuple[str, str]:
     return f"{a:.{digits}g}", f"{b:.{digits}g}"
 
 
-def _message(op: "DataOperator", found: str) -> str:
+def _message(op: "DataOperator", found: str, size: float = np.inf) -> str:
+    """What was found of a loss whose values reach `size`, and what to do about it."""
+    if underflow := explain_underflow(float(size), op.dtype, "values"):
+        return f"the loss is too small for its type: {found}. {underflow}"
     batches = 0 if op.stream is None else len(op.stream.weights)
     if op.takes_single_examples:
         where, whole = "this operator takes the gradients of single examples", "there is no such matrix"

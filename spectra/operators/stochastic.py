@@ -190,6 +190,27 @@ def _neighbour(x: jax.Array, salt: jax.Array, spread: float = SPREAD) -> jax.Arr
     return x + x * (share * jnp.asarray(spread * float(info.eps) / 2.0 ** (info.bits - 1), x.dtype))
 
 
+def largest_of_product(op: LinearOperator) -> float:
+    """The largest number of H v for a random unit vector v."""
+    v = draws.unit_vector(jax.random.key(0), op)
+    return float(trees.largest(op.mv(v) if op.on_host else product(op, v)))
+
+
+def explain_underflow(largest: float, dtype: Any, what: str) -> str:
+    """What to do where a type loses digits of numbers as small as these, or of their terms; else nothing.
+
+    A number below tiny / eps has digits below tiny, the least normal number, where XLA has zero.
+    """
+    info = jnp.finfo(dtype)
+    if not largest < float(info.tiny) / float(info.eps):
+        return ""
+    return (
+        f"The largest of its {what} is {largest:.1g}, and below {float(info.tiny):.2g} "
+        f"{jnp.dtype(dtype).name} has zero alone: digits and whole terms are lost (underflow). Multiply the "
+        "loss by a power of two, such as 2.0**60, and divide what comes of it, or scale the data."
+    )
+
+
 def change_by_rounding(op: LinearOperator) -> float:
     """The largest |H' v - H v| / |H v| of a random v and four H' that are moved; 0 where H v = 0."""
     v = draws.unit_vector(jax.random.key(0), op)

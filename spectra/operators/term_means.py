@@ -24,6 +24,7 @@ from spectra.operators.jaxprs import drawn_shapes, largest_epsilon, rounding_of_
 from spectra.operators.means import FAR, MARGIN, kind_of, known_means, remember, waves
 from spectra.operators.redraws import joined
 from spectra.operators.redraws import rows as examples
+from spectra.operators.stochastic import explain_underflow
 
 OUTPUTS = 64
 """Examples whose outputs are looked at."""
@@ -81,6 +82,8 @@ def require_mean_of_outputs(op: Any) -> None:
         rounding = size * (unit / 2 + rounding_of_sums(jaxpr))
         by_order = abs(whole - turned)  # a mean changes by its rounding alone
         if by_order > MARGIN**2 * rounding or abs(whole - mean) > MARGIN * (rounding + by_order):
+            if underflow := explain_underflow(size, op.dtype, "values"):
+                raise DataError(f"the loss is too small for its type. {underflow}")
             raise DataError(
                 f"kind={op.kind!r} needs a loss that is the mean over its terms: on the outputs of "
                 f"{2 * half} examples it is {whole:.6g}, the mean of its values on two halves, by the size "
