@@ -381,6 +381,28 @@ def test_derivatives_are_those_of_the_factors(made, x64):
     np.testing.assert_allclose(slope, differences, rtol=1e-5)
 
 
+def test_an_inverse_has_its_derivative_where_eigenvalues_are_equal(x64):
+    """Two inputs of five numbers leave a null space of three, and both eigenvalues of B are one.
+
+    Those of eigenvectors divide by the gaps, which are roundings. K = xᵀx/N ⊗ I, so the truth is that of a
+    dense inverse.
+    """
+    x, along, v, weight = normal(2, 5), normal(2, 5, seed=1), normal(5, 2, seed=2), normal(5, 2)
+
+    def form(x):
+        op = spectra.KFACOperator(lambda w, x: x @ w, half_square, weight, (x, jnp.zeros((2, 2))))
+        return jnp.vdot(v, op.inverse(0.1).mv(v))
+
+    def dense(x):
+        return jnp.vdot(v, jnp.linalg.solve(x.T @ x / len(x) + 0.1 * jnp.eye(5), v))
+
+    expected, slope = (jax.jvp(f, (x,), (along,)) for f in (dense, form))
+    np.testing.assert_allclose(slope, expected, rtol=TOLERANCE)
+    np.testing.assert_allclose(
+        jax.grad(form)(x), jax.grad(dense)(x), rtol=0, atol=TOLERANCE * abs(expected[0])
+    )
+
+
 def test_a_leaf_that_the_model_does_not_use_is_said_to_be_none(x64):
     data = jnp.asarray(np.eye(3, 2)), jnp.zeros((3, 2))
     params = {"used": jnp.eye(2), "left": jnp.ones(3)}

@@ -232,9 +232,10 @@ class KFACOperator(_FromData):
     traces as the sum over its uses. Everything else, such as scales and biases of norms, has its exact block,
     or only the diagonal of it if it is large; `coverage` says which.
 
-    An operator that is made inside jax.grad has derivatives in parameters and inputs, through its factors. An
-    exact inverse, eigenvalues and an EKFAC use eigenvectors of these, whose derivatives are NaN where two
-    eigenvalues are equal.
+    An operator that is made inside jax.grad has derivatives in parameters and inputs, through its factors;
+    products with its inverse have the first ones. An EKFAC and second derivatives of an exact inverse use
+    eigenvectors of the factors, whose derivatives are NaN where two eigenvalues are equal, and wrong where
+    these differ by rounding alone, as in a null space.
 
     Args:
         model_fn: pure function (params, inputs) -> outputs, which processes examples independently. Static.
