@@ -222,3 +222,21 @@ def test_outputs_below_float32_have_a_diagonal():
     )
     assert np.all((lower <= truth) & (truth <= upper))
     assert np.all(upper - lower <= 0.2 * truth.max())
+
+
+@pytest.mark.parametrize(("size", "scale"), [(1e-20, 4096.0), (1e10, 1e-38)])
+def test_squares_of_gradients_do_not_underflow_one_by_one(size, scale):
+    """Those of single examples are below float32, and their sum, or their product with rows, is not."""
+    x = np.float32(size * np.random.default_rng(0).standard_normal((64, 3)))
+    op = spectra.GGNOperator(
+        lambda w, x: x @ w,
+        lambda f, y: 0.5 * scale * jnp.mean((f - y) ** 2),
+        jnp.ones((3, 1), jnp.float32),
+        (jnp.asarray(x), jnp.zeros((64, 1))),
+    )
+    found = spectra.diagonal(op, key=None, method="exact")
+    assert "layers" in found.reason
+    truth = scale * np.mean(x.astype(float) ** 2, 0)[:, None]
+    lower, value, upper = map(np.asarray, found.interval())
+    assert np.all((lower <= truth) & (truth <= upper))
+    np.testing.assert_allclose(value, truth, rtol=1e-5)  # 1e-38 is no normal number of float32: 3e-6

@@ -206,7 +206,7 @@ def _from_layers(
     run = begin(op, key=None, count=1, needs_key=False, **options)
     value = layers.value()
     run.host(_sums(value))
-    stderr, dof = _norm_bounds(value, op.precision), None
+    stderr, dof = _norm_bounds(value, op.precision, layers.terms), None
     if moved := exact.moved_products(run):
         changes = root_mean_square([x for *_, x in moved])
         stderr, dof = jax.tree.map(jnp.hypot, stderr, changes), float(len(moved))
@@ -219,10 +219,11 @@ def _from_layers(
 
 
 @programs.jit
-def _norm_bounds(value: PyTree, precision: float) -> PyTree:
-    """eps sqrt(H_ii tr H)."""
+def _norm_bounds(value: PyTree, precision: float, terms: int) -> PyTree:
+    """eps sqrt(H_ii tr H), and no less than what so many squares are that underflow one by one."""
     root = jax.tree.map(jnp.sqrt, value)
-    return _tree.scale(precision * _tree.norm(root), root)
+    bounds = _tree.scale(precision * _tree.norm(root), root)
+    return jax.tree.map(lambda x: jnp.maximum(x, terms * float(jnp.finfo(x.dtype).tiny)), bounds)
 
 
 @programs.jit

@@ -282,6 +282,10 @@ def _moments(place: Place, g: jax.Array) -> jax.Array:
     return _einsum("kngi,kngi->gi" if place.kind == "diagonal" else "kngi,kngj->gij", flat, flat)
 
 
+Part = tuple[bool, jax.Array, jax.Array]
+"""Of one use of a layer: whether its weights are turned, the rows that come in, and the gradients."""
+
+
 def squares(
     run: Pass,
     gradients: dict[Path, jax.Array],
@@ -290,12 +294,30 @@ def squares(
     v: jax.Array | None,
     dtype: Any,
 ) -> jax.Array:
-    """Σ over roots and examples of (Uᵀ G V)², (groups, inputs, outputs)."""
-    parts: list[tuple[bool, jax.Array, jax.Array]] = []
+    """Σ over roots and examples of (Uᵀ G V)², (groups, inputs, outputs).
+
+    In units of the largest numbers: the square of a gradient of 1e-20 underflows, whatever its rows are.
+    """
+    parts: list[Part] = []
     for turned in group.turns:
         rows, g = _rows(run, group, turned, dtype), _gradients(gradients, group, turned, dtype)
         left, right = (v, u) if turned else (u, v)
         parts.append((turned, _rotated_rows(rows, left, group.input_size(turned), dtype), _turn(g, right)))
+    unit, parts = _in_units(parts)
+    return unit * (unit * _squares(parts, group))
+
+
+def _in_units(parts: list[Part]) -> tuple[jax.Array, list[Part]]:
+    """The unit of the products of rows and gradients, and both divided by their own."""
+    floating = [rows for _, rows, _ in parts if not jnp.issubdtype(rows.dtype, jnp.integer)]
+    of_g = trees.power_of_two(trees.largest([g for *_, g in parts]))
+    if len(floating) < len(parts):  # numbers of rows, which are ones and zeros
+        return of_g, [(turned, rows, g / of_g) for turned, rows, g in parts]
+    of_rows = trees.power_of_two(trees.largest(floating))
+    return of_g * of_rows, [(turned, rows / of_rows, g / of_g) for turned, rows, g in parts]
+
+
+def _squares(parts: list[Part], group: Group) -> jax.Array:
     if len(parts) == 1 and parts[0][1].ndim == 4 and parts[0][1].shape[2] == 1:
         ((_, rows, g),) = parts
         summed = _einsum("ngsi,kngso->gio", rows**2, g**2)
@@ -316,7 +338,7 @@ def _rotated_rows(rows: jax.Array, basis: jax.Array | None, size: int, dtype: An
     return rows if basis is None else _einsum("ngsi,gij->ngsj", rows, basis)
 
 
-def _by_examples(parts: list[tuple[bool, jax.Array, jax.Array]], group: Group) -> jax.Array:
+def _by_examples(parts: list[Part], group: Group) -> jax.Array:
     """The squares of whole gradients, of a few examples at a time."""
     count, columns = parts[0][1].shape[0], parts[0][2].shape[0]
     size = group.groups * group.input_size(False) * group.output_size(False)

@@ -42,6 +42,7 @@ class LayerDiagonal:
     op: FisherOperator  # the matrix, as a sum over roots of the loss's Hessian
     setup: Setup
     passes: int  # backward passes, one for each root of an example
+    terms: int  # squares that are added up to an entry, of one batch
     reason: str
 
     def value(self) -> PyTree:
@@ -81,7 +82,8 @@ def layer_diagonal(op: LinearOperator, most: int) -> LayerDiagonal | str:
             return wrong
     except (StructureError, MemoryLimitError) as error:
         return str(error).split(":")[0].split(",")[0]
-    return LayerDiagonal(fisher, setup, passes, _words(first, setup, passes))
+    terms = passes * batch_size(first.data, first.shared)
+    return LayerDiagonal(fisher, setup, passes, terms, _words(first, setup, passes))
 
 
 def _as_fisher(op: ModelOperator, kind: str) -> FisherOperator:
