@@ -345,3 +345,47 @@ def test_a_first_batch_of_padding_says_nothing_of_the_loss(x64):
         weight_fn=lambda batch: (batch[1] >= 0).sum(),
     )
     assert relative_error(op.as_matrix(), second_moment((LAST >= 0) / (LAST >= 0).sum(), LABELS)) <= 1e-12
+
+
+SURE = np.float32([[0, -3, -30], [-25, 0, -40], [-20, -45, 0], [-60, -1, 0], [0, -41, -42], [-43, 0, -44]])
+"""Margins of logits in which 1 - p of the label has no digits in float32, and partly none in float64."""
+
+
+@pytest.mark.parametrize("kind", ["empirical", "mc", "type2"])
+def test_scores_of_predictions_that_are_sure_keep_their_digits(kind):
+    """One entry of the parameters for each number of the outputs, so that the diagonal has them all."""
+    labels = SURE.argmax(1)
+    op = FisherOperator(
+        model,
+        cross_entropy,
+        jnp.asarray(SURE),
+        (jnp.eye(6), jnp.asarray(labels)),
+        kind=kind,
+        key=KEY if kind == "mc" else None,
+    )
+    p = np.exp(SURE - SURE.max(1, keepdims=True).astype(float))
+    p /= p.sum(1, keepdims=True)
+    others = np.array([[np.delete(row, c).sum() for c in range(3)] for row in p])
+    drawn = np.eye(3)[np.asarray(op.data[1])]
+    exact = (p * others if kind == "type2" else np.where(drawn, others, p) ** 2) / 6
+    found = spectra.diagonal(op, key=None, method="exact")
+    resolved = exact > 1e-36
+    np.testing.assert_allclose(np.asarray(found.value)[resolved], exact[resolved], rtol=1e-5)
+    if kind != "mc":  # whose diagonal is made of products
+        lower, _, upper = map(np.asarray, found.interval())
+        assert np.all((lower <= exact) & (exact <= upper))
+
+
+def to_bfloat16(logits, labels):
+    return cross_entropy(logits.astype(jnp.bfloat16), labels).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("loss_fn", [cross_entropy, to_bfloat16])
+def test_a_softmax_of_predictions_that_are_sure_is_one(loss_fn):
+    """Its curvature is small, and what it is compared with is rounded: that says nothing against it."""
+    labels = SURE.argmax(1)
+    margins = 12 * (np.eye(3)[labels] - 1) * (1 + np.arange(18).reshape(6, 3) / 40)
+    w = jnp.asarray(margins, jnp.float32)
+    op = FisherOperator(model, loss_fn, w, (jnp.eye(6), jnp.asarray(labels)), kind="mc", key=KEY)
+    assert op.softmax
+    assert np.all(np.isfinite(op.mv(w)))

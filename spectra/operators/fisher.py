@@ -168,9 +168,13 @@ class FisherOperator(ModelOperator):
         gradient = jax.grad(self._output_loss)(outputs, targets)
         axis = self._class_axis(outputs, targets)
         if axis is not None and self.softmax is not False:
+            if self.softmax:
+                weights = self._softmax_weights(outputs, targets, axis)
+                labels = jax.tree.leaves(targets)[self._label_leaf(outputs, targets)]
+                gradient = likelihood.sum_to_zero(gradient, weights, labels, axis)
             return gradient * self._inverse_roots(outputs, targets, piece, axis)
         weight = self._num_terms(outputs, targets, piece)
-        if self.kind == "mc" and self.sample_fn is None:
+        if self.kind == "mc" and self.sample_fn is None and axis is None:
             index = self._label_leaf(outputs, targets)
             second, mixed = likelihood.regression_curvature(self._output_loss, outputs, targets, index)
             bernoulli = jnp.where(mixed > 0, gradient / jnp.sqrt(jnp.where(mixed > 0, mixed, 1)), 0)

@@ -64,7 +64,10 @@ def look_at_loss(op: Any, check_mean: bool) -> dict[str, Any]:
         return {"labels": few.labels, "softmax": None}
     if axis is not None:
         _check_layout(few, outputs, axis)
-    softmax = axis is not None and float(_softmax_error_of(few, axis)) <= op.precision**0.5
+    unlike = float(_softmax_error_of(few, axis)) if axis is not None else np.inf
+    softmax = unlike <= op.precision**0.5
+    if drawn and not softmax and np.isfinite(unlike):  # what is not finite is reported when it is used
+        raise _refusal(op.kind, "classes", unlike)
     few = few._with(softmax=softmax)
     if check_mean and not softmax:
         require_mean_of_outputs(op._with(labels=few.labels, softmax=softmax))
@@ -153,6 +156,7 @@ def softmax_error(op: Any, outputs: jax.Array, targets: PyTree, axis: int) -> ja
         lambda z: jax.grad(op._output_loss)(z, targets),
         outputs,
         axis,
+        op.precision,
     )
     return jnp.where(jnp.isfinite(error), error, jnp.inf)
 

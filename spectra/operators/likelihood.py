@@ -91,26 +91,46 @@ def softmax_weights(curvature: Curvature, outputs: jax.Array, axis: int) -> jax.
 
 
 def softmax_error(
-    curvature: Curvature, gradient: Callable[[jax.Array], jax.Array], outputs: jax.Array, axis: int
+    curvature: Curvature,
+    gradient: Callable[[jax.Array], jax.Array],
+    outputs: jax.Array,
+    axis: int,
+    precision: float,
 ) -> jax.Array:
     """How far the curvature of a loss is from w (diag p - p pᵀ) for each term, as a share of the largest.
 
-    At the outputs, and at normal ones, since predictions that are sure leave nothing to compare.
+    At the outputs, and at normal ones: predictions that are sure leave little to compare, or the rounding of
+    p (u - p · u) alone, by the eps of the type or the `precision` of the loss. That counts nowhere.
     """
     x = at_least_float32(outputs)
     weights = softmax_weights(curvature, x, axis)
     keys = jax.random.split(jax.random.key(0))
     u, other = (jax.random.normal(key, x.shape, x.dtype) for key in keys)
+    eps, most = float(jnp.finfo(x.dtype).eps), jnp.max(weights)
+    lost = 8 * max(eps, precision) * most * jnp.max(jnp.abs(u))
 
-    def error(logits: jax.Array) -> jax.Array:
+    def error(logits: jax.Array, rounding: jax.Array | float) -> jax.Array:
         p, own = jax.nn.softmax(logits, axis), curvature(logits, u)
         difference = jnp.max(jnp.abs(own - weights * p * (u - jnp.sum(p * u, axis, keepdims=True))))
-        rounding = 8 * jnp.finfo(x.dtype).eps * jnp.max(weights)  # of p - p², at most
-        size = jnp.maximum(jnp.max(jnp.abs(own)), rounding)
-        return jnp.where(size > 0, difference / jnp.where(size > 0, size, 1), difference)
+        difference = jnp.maximum(difference - rounding, 0)
+        return jnp.where(difference > 0, difference / jnp.maximum(jnp.max(jnp.abs(own)), 8 * eps * most), 0)
 
-    lost = jnp.any((weights == 0) & (gradient(x) != 0))  # such a term has a gradient, but no curvature
-    return jnp.where(lost, jnp.inf, jnp.maximum(error(x), error(other)))
+    uncurved = jnp.any((weights == 0) & (gradient(x) != 0))  # such a term has a gradient all the same
+    return jnp.where(uncurved, jnp.inf, jnp.maximum(error(x, lost), error(other, 0.0)))
+
+
+def sum_to_zero(gradient: jax.Array, weights: jax.Array, labels: jax.Array, axis: int) -> jax.Array:
+    """The gradient of a softmax cross-entropy, with the label's entry from those of the other classes.
+
+    w (p_y - 1) of a prediction that is sure has no digits left, and is zero from p_y = 1 - eps on; minus the
+    sum of the others, w p_j, has them all. Where these sums are further from zero than the rounding of p_y,
+    as with an L1 penalty on the outputs, the gradient stays as it is.
+    """
+    own = jax.nn.one_hot(labels.astype(int), gradient.shape[axis], axis=axis) > 0
+    total, others = (jnp.sum(x, axis, keepdims=True) for x in (gradient, jnp.where(own, 0, gradient)))
+    size = weights + jnp.sum(jnp.abs(gradient), axis, keepdims=True)
+    fits = jnp.abs(total) <= 4 * jnp.finfo(gradient.dtype).eps * size
+    return jnp.where(own & fits, -others, gradient)
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

@@ -104,7 +104,8 @@ def _softmax(op: FisherOperator, outputs: jax.Array, targets: PyTree) -> Roots:
         row = jnp.take(last, term, axis=1)
         own = jnp.take(row, c, axis=1)[:, None]
         unit = jax.nn.one_hot(c, classes, dtype=p.dtype)
-        values = jnp.sqrt(own) * (unit - row)
+        others = row * (1 - unit)  # whose sum is 1 - p_c, of which a prediction that is sure leaves no digits
+        values = jnp.sqrt(own) * (unit * jnp.sum(others, 1, keepdims=True) - others)
         only = jax.nn.one_hot(term, terms, dtype=p.dtype)
         moved = (only[:, None] * values[:, None, :]).reshape(jnp.moveaxis(p, axis, -1).shape)
         return size * jnp.moveaxis(moved, -1, axis)
