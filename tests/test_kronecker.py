@@ -10,7 +10,8 @@ from cases import planted
 
 import spectra
 from spectra.krylov import product_rounding
-from spectra.operators.kronecker import INDEFINITE, FactoredOperator
+from spectra.operators.factored import FactoredOperator
+from spectra.operators.kronecker import INDEFINITE
 
 LEFT, RIGHT = planted(np.array([-1.0, 0.5, 2.0, 3.0])), planted(np.array([0.5, 1.0, 4.0]))
 DENSE = np.kron(LEFT, RIGHT)

@@ -17,7 +17,7 @@ from spectra.krylov.dense import matrix_error
 from spectra.krylov.eigsh import eigsh
 from spectra.krylov.matrices import matrix_of
 from spectra.operators.base import LinearOperator
-from spectra.operators.kronecker import FactoredOperator
+from spectra.operators.factored import FactoredOperator
 from spectra.results import Eigenpairs, Interval, Quadrature
 
 EQUAL_CELLS = 4096

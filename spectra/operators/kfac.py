@@ -20,12 +20,13 @@ from spectra.operators.accumulate import weighted_sum
 from spectra.operators.arguments import DataOptions
 from spectra.operators.batches import as_batch, batch_size
 from spectra.operators.data import shows_options
+from spectra.operators.factored import FactoredOperator
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import ModelFn, OutputLossFn
 from spectra.operators.kfac_checks import loss_form, require_examples
 from spectra.operators.kfac_plan import Group, Plan, plan_of
 from spectra.operators.kfac_sums import Setup, factor_sums, second_moments, traced
-from spectra.operators.kronecker import Block, Corrected, FactoredOperator, Kronecker, Place
+from spectra.operators.kronecker import Block, Corrected, Kronecker, Place
 from spectra.operators.pytree import operator
 
 SEQUENCES = ("expand", "reduce")

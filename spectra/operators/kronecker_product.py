@@ -12,7 +12,8 @@ from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import Composed
 from spectra.operators.base import LinearOperator
 from spectra.operators.dense import DiagonalOperator, LowRankOperator, MatrixOperator
-from spectra.operators.kronecker import INDEFINITE, DampedInverse, FactoredOperator, Kronecker, Place
+from spectra.operators.factored import DampedInverse, FactoredOperator
+from spectra.operators.kronecker import INDEFINITE, Kronecker, Place
 from spectra.operators.layouts import Layout
 from spectra.operators.pytree import operator
 
