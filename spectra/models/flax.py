@@ -58,12 +58,39 @@ def _flat(x, lead: tuple[int, ...]):
 
 
 @dataclasses.dataclass(frozen=True)
+class Options:
+    """Keyword arguments of a call, equal where all of them are: arrays, such as keys, by their contents."""
+
+    keywords: dict[str, Any] = dataclasses.field(compare=False)
+    contents: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, keywords: dict[str, Any]) -> "Options":
+        """The arrays are read once, here: `==` between arrays is an array, and has no truth value."""
+        import jax
+
+        leaves, tree = jax.tree.flatten(keywords)
+        return cls(keywords, (tree, *map(_content, leaves)))
+
+
+def _content(leaf: Any) -> Any:
+    """What two equal options share: True and 1 are different ones."""
+    import jax
+    import numpy as np
+
+    if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):
+        return type(leaf), leaf
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return str(leaf.dtype), leaf.shape, np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
+
+
+@dataclasses.dataclass(frozen=True)
 class LinenModel:
     """A pure function of variables and inputs; equal for equal modules, so compiled code is shared."""
 
     module: Any
     batch_stats: str
-    options: tuple[tuple[str, Any], ...]
+    options: Options
     attention: Callable[..., Any] | None = None
 
     def __call__(self, variables: PyTree, inputs: PyTree) -> PyTree:
@@ -71,8 +98,10 @@ class LinenModel:
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         with self._attending():
             if self.batch_stats == "running":
-                return self.module.apply(variables, *inputs, **dict(self.options))
-            outputs, _ = self.module.apply(variables, *inputs, mutable=["batch_stats"], **dict(self.options))
+                return self.module.apply(variables, *inputs, **self.options.keywords)
+            outputs, _ = self.module.apply(
+                variables, *inputs, mutable=["batch_stats"], **self.options.keywords
+            )
             return outputs
 
     def _attending(self) -> contextlib.AbstractContextManager[Any]:
@@ -131,7 +160,7 @@ def linen_model(
         9
     """
     _check(batch_stats)
-    return LinenModel(module, batch_stats, tuple(sorted(options.items())), attention)
+    return LinenModel(module, batch_stats, Options.of(options), attention)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +173,8 @@ class NnxModel:
         """The outputs of the module; `inputs` is one argument, or a tuple of positional ones."""
         from flax import nnx
 
-        module = nnx.merge(self.graphdef, variables["params"], variables["state"])
+        # A copy: running statistics that the call updates would be written into `variables`.
+        module = nnx.merge(self.graphdef, variables["params"], variables["state"], copy=True)
         return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
 
 
