@@ -1,5 +1,7 @@
 """Runs that are ended at random moments go on to the same answer, to the bit."""
 
+import errno
+import logging
 import random
 import signal
 import subprocess
@@ -45,6 +47,41 @@ def test_a_signal_at_any_step_saves_and_says_how_to_resume(number, at, monkeypat
     again = spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
     assert len(steps) == 3 * 30  # nothing twice
     np.testing.assert_array_equal(again.nodes, whole.nodes)
+
+
+def test_a_run_that_could_not_be_saved_does_not_say_that_it_was(monkeypatch, tmp_path):
+    original = recurrence.advance
+
+    def advance(*args, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*args, **options)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saver, "PACE", 0.0)
+    monkeypatch.setattr(recurrence, "advance", advance)
+    monkeypatch.setattr(saver, "write", full)
+    words = r"\(SIGTERM\) and did, .*; but its last checkpoint could not be written to .*No space left"
+    with (
+        pytest.warns(RuntimeWarning, match="no checkpoint could be written"),
+        pytest.raises(spectra.PreemptedError, match=words),
+    ):
+        spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path)
+
+
+def test_orbax_logs_no_traces_of_what_it_raises(monkeypatch, tmp_path):
+    """A limit on the size of files is as a full disk is."""
+    resource = pytest.importorskip("resource")
+    logged, limits = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(logging.getLogger("absl"), "callHandlers", logged.append)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        with pytest.raises((OSError, ValueError)):
+            saver.write(tmp_path / "item", {"x": np.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [record.getMessage() for record in logged if record.levelno >= logging.WARNING] == []
 
 
 def test_a_second_interrupt_ends_at_once(monkeypatch, tmp_path):

@@ -248,11 +248,16 @@ def _note(number: int, _frame: object) -> None:
     _pending = number
 
 
-def end(number: int, where: str, folder: Path) -> NoReturn:
-    """Raise for a run that was saved in the folder; `where` says how far it came."""
+def end(number: int, where: str, folder: Path, unwritten: str = "") -> NoReturn:
+    """Raise for a run that was saved in the folder, or why not; `where` says how far it came."""
+    saved = f"its checkpoint is in '{folder}'. The same command resumes from there."
+    if unwritten:
+        saved = (
+            f"but its last checkpoint could not be written to '{folder}': {unwritten}. The same command "
+            "resumes from the checkpoint before, or starts anew if there is none."
+        )
     name = signal.Signals(number).name
     raise PreemptedError(
-        f"the run was asked to end ({name}) and did, {where}; its checkpoint is in '{folder}'. "
-        "The same command resumes from there.",
+        f"the run was asked to end ({name}) and did, {where}; {saved}",
         signal=number,
     )

@@ -77,10 +77,11 @@ def _content(leaf: Any) -> Any:
     """What two equal options share: True and 1 are different ones."""
     import jax
     import numpy as np
+    from jax.core import Tracer
 
-    if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):
+    if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, Tracer):
         return type(leaf), leaf
-    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    is_key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return str(leaf.dtype), leaf.shape, np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
 
 

@@ -9,6 +9,7 @@ last two records stay.
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -195,8 +196,23 @@ def write(path: Path, tree: PyTree) -> None:
     """Write arrays to a folder that appears whole or not at all; every process writes what it holds."""
     import orbax.checkpoint as ocp
 
-    with _ONE_AT_A_TIME, ocp.StandardCheckpointer() as saver:
+    with _ONE_AT_A_TIME, _silent(), ocp.StandardCheckpointer() as saver:
         saver.save(path, tree, force=True)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Orbax logs what it then raises, with the traces of all its threads; the run says it in one line."""
+
+    def from_elsewhere(record: logging.LogRecord) -> bool:
+        return "orbax" not in Path(record.pathname).parts
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(from_elsewhere)
+    try:
+        yield
+    finally:
+        logger.removeFilter(from_elsewhere)
 
 
 def read(path: Path, like: PyTree) -> PyTree:
@@ -219,6 +235,7 @@ class Saver:
         self.rows: dict[int, dict[str, Any]] = {}  # of what is finished, by number
         self.flight: dict[str, Any] | None = None  # what is under way: restored, or saved last
         self.saved_at, self.saved_step = time.monotonic(), 0
+        self.unwritten = ""  # why the last checkpoint could not be written
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -270,7 +287,7 @@ class Saver:
     def end(self, stop: int, done: str) -> None:
         """Raise for a run that is saved, if a signal asked it to end."""
         if stop:
-            host.end(stop, done, self.folder)
+            host.end(stop, done, self.folder, self.unwritten)
 
     def write(self, trees: dict[str, Callable[[], PyTree]], flight: dict[str, Any], done: int) -> None:
         """Write the items that are new and the record that names them all, or warn if the disk refuses."""
@@ -297,14 +314,15 @@ class Saver:
             rows = list(self.rows.values())
             try:
                 self.records.write({"description": self.description, "rows": rows, "flight": flight})
+                self.unwritten = ""
             except OSError as error:
                 self._not_written(error)
         host.largest(0.0)  # nobody goes on to overwrite what this record may still need
 
     def _not_written(self, error: Exception) -> None:
-        reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
+        self.unwritten = (str(error) or repr(error)).splitlines()[0].rstrip(".")
         self._warn(
-            f"no checkpoint could be written to '{self.folder}': {reason}. The run goes on, and the "
+            f"no checkpoint could be written to '{self.folder}': {self.unwritten}. The run goes on, and the "
             "checkpoint before stays."
         )
 
