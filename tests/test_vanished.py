@@ -55,6 +55,27 @@ def test_every_error_holds_the_matrix_that_was_not_resolved(loss):
     assert spectra.frobenius_norm(op, key=KEY, num_matvecs=6).interval().upper >= np.linalg.norm(matrix)
 
 
+def test_an_eigenvalue_that_rounding_hides_is_within_the_errors_of_the_largest():
+    """1 - σ(17.5) is 2.5e-8, which float32 rounds to zero; beside it softplus has 2.1e-9 and less."""
+    params = {"hidden": jnp.full(1, 17.5, jnp.float32), "rest": jnp.linspace(20, 30, 29, dtype=jnp.float32)}
+
+    def loss(p, _):
+        return jnp.sum(jax.nn.softplus(-p["rest"])) - jnp.log(jax.nn.sigmoid(p["hidden"][0]))
+
+    op = spectra.HessianOperator(loss, params, None)
+    assert op.mv({"hidden": jnp.ones(1), "rest": jnp.zeros(29)})["hidden"] == 0
+    pairs = spectra.eigsh(op, 1, which="LA", key=KEY)
+    assert pairs.status is spectra.Status.NOISY
+    assert abs(pairs.values[0] - np.exp(-17.5)) <= pairs.residuals[0] + pairs.noise_floor
+    report = spectra.spectrum(op, key=KEY, num_steps=3, num_probes=2)
+    assert report.status is spectra.Status.NOISY
+    assert report.largest.lower <= np.exp(-17.5) <= report.largest.upper
+    found = spectra.condition_number(op, key=KEY)
+    assert found.status is spectra.Status.NOISY
+    assert found.largest_interval.lower >= 0
+    assert "0 ± " in str(found)
+
+
 @LOSSES
 def test_errors_of_groups_and_entries_are_not_zero_either(loss):
     op = hessian(loss)

@@ -64,6 +64,10 @@ class EndedEarlyError(BaseException):
         self.signal = number
 
 
+DIGIT = 0.1
+"""Share of a number that rounding has no digit of right where it is off by more."""
+
+
 class Status(enum.Enum):
     """How a computation ended. Each member has a `message` and a `remedy`.
 
@@ -128,7 +132,8 @@ num_probes the sampling part), or accept the reported width.
     )
     NOISY = (
         "noisy",
-        "products with the operator are less symmetric than their precision explains",
+        "products with the operator are less symmetric than their precision explains, or rounding leaves "
+        "no digit of the largest eigenvalue",
         "Eigenvalues below the reported noise floor are not resolved: use "
         "matmul_precision='float32', float64, or a smoother loss.",
     )
@@ -147,6 +152,13 @@ num_probes the sampling part), or accept the reported width.
     def ok(self) -> bool:
         """Whether the computation did all that was requested, without a reservation."""
         return self in (Status.COMPLETE, Status.CONVERGED, Status.INVARIANT, Status.DENSE, Status.EXACT)
+
+    def beside(self, floor: float, size: float) -> "Status":
+        """This status, or NOISY in place of one that is `ok` where rounding leaves no digit of |H|.
+
+        `floor` is how far rounding may move an eigenvalue, and `size` is |H|.
+        """
+        return Status.NOISY if self.ok and 0 < floor >= DIGIT * size else self
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}" + (f" ({self.remedy})" if self.remedy else "")

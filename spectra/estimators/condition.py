@@ -365,9 +365,10 @@ def _result(
     cut: float,
     value_within: Any,
     size: int,
+    status: Status,
     **fields: Any,
 ) -> ConditionNumber:
-    largest = Interval(*(float(end) + 0.0 for end in largest))  # no negative zeros
+    largest = Interval(*(max(0.0, float(end)) for end in largest))  # no negative zeros
     cut, zero = cut + 0.0, not largest.estimate  # A = 0: a multiple of an orthogonal matrix
     lower, upper = ends
     known = zero or upper <= value_within * lower
@@ -390,5 +391,6 @@ def _result(
         largest_interval=largest,
         smallest_interval=smallest,
         effective_interval=Interval(float(lower), effective, float(upper)),
+        status=status.beside(floor, largest.estimate),
         **fields,
     )

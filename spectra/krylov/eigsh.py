@@ -131,9 +131,9 @@ def eigsh(
         and `converged` for each. Residuals are those of the vectors returned, computed at the end from
         the products of the run (H v = Σ s_i H q_i) and not from the recurrence: exact to the rounding
         of one product. `status` is NOT_CONVERGED if the products ran out, SINGULAR if "SM" met null
-        directions, whose number is `num_null`. Some eigenvalue of H lies within the residual plus
-        `noise_floor` of each value; the floor is measured where there are parameters (see
-        `spectra.krylov.wanted`).
+        directions, whose number is `num_null`, and NOISY where rounding leaves no digit of |H|. Some
+        eigenvalue of H lies within the residual plus `noise_floor` of each value; the floor is measured where
+        there are parameters (see `spectra.krylov.wanted`).
 
     Raises:
         SpectraError: k, which or another argument out of range; `deflate` holds pairs of another operator;
@@ -151,7 +151,7 @@ def eigsh(
     1000 (k=2, tol=1e-3), and with it none.
 
     Cost: num_basis n numbers of memory, whatever the number of products; for n <= ncv + 1, and for "SM" up to
-    n = 2000, n products and a dense eigenproblem in float64. For a loss, five more products measure its
+    n = 2000, n products and a dense eigenproblem in float64. For a loss, seven more products measure its
     rounding.
 
     References:
@@ -200,7 +200,8 @@ def eigsh(
     found = with_measured_floor(op, pairs, images)
     if np.any(found.values) or which == "SM":
         return found
-    return dataclasses.replace(found, noise_floor=max(found.noise_floor, vanished(op)))
+    floor = max(found.noise_floor, vanished(op))
+    return dataclasses.replace(found, noise_floor=floor, status=found.status.beside(floor, 0.0))
 
 
 def _traced(

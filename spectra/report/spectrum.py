@@ -77,8 +77,9 @@ class SpectrumReport(Result):
 
     @property
     def status(self) -> Status:
-        """The status of the quadrature."""
-        return self.quadrature.status
+        """The status of the quadrature, or NOISY where rounding leaves no digit of |H|."""
+        q = self.quadrature
+        return q.status.beside(self.noise_floor, max(map(abs, q.range)))
 
     @property
     def eigenvalues(self) -> "Float[np.ndarray, ' resolved']":
@@ -140,7 +141,7 @@ class SpectrumReport(Result):
             ("effective condition number", condition_text(self.quadrature, "at least ")),
             ("noise floor", floor),
             ("CDF in doubt", f"{100 * q.band_width():.2g} % on average over the range (95 % band)"),
-            ("status", str(q.status)),
+            ("status", str(self.status)),
         ]
 
     def _sharp_rows(self) -> list[tuple[str, str]]:

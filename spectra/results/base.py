@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from spectra.base.errors import SpectraError, Status
 from spectra.base.paths import leaf_paths
-from spectra.results.text import contained, directed, html_grid, html_table, rounded, text_grid, within
+from spectra.results.text import contained, directed, html_grid, html_table, text_grid, told, within
 
 
 def plain(value: Any) -> Any:
@@ -290,6 +290,6 @@ def extreme_cell(value: Interval, end: int, level: float | None, digits: int = 3
     low, estimate, high = map(float, value)
     error = max(high - estimate, estimate - low)
     if level is None or is_converged(value, end):
-        return rounded(estimate, error)
+        return told(estimate, error)
     bound = high if end == 0 else low
     return ("≤ " if end == 0 else "≥ ") + directed(bound, up=end == 0, digits=digits)

@@ -10,7 +10,17 @@ import numpy as np
 from spectra.base.errors import Status
 from spectra.results.base import Array, Interval, Named, Result, flat, plain, result
 from spectra.results.estimates import Estimate
-from spectra.results.text import agree, between, directed, enclosed, html_table, measured, rounded, text_table
+from spectra.results.text import (
+    agree,
+    between,
+    directed,
+    enclosed,
+    html_table,
+    measured,
+    rounded,
+    text_table,
+    told,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -143,7 +153,7 @@ class ConditionNumber(Result):
             return f"{value:.6g}"
         low, _, high = map(float, interval)
         if np.isfinite(high):
-            return rounded(value, max(high - value, value - low))
+            return told(value, max(high - value, value - low))
         return f"at least {directed(low, up=False, digits=3)}"
 
     def __repr__(self) -> str:

@@ -66,6 +66,17 @@ def rounded(value: float, error: float) -> str:
     return _significant(value, min(_digits(value, error), DIGITS))
 
 
+def told(value: float, error: float) -> str:
+    """The number up to the first digit of its error, and with the error where it cannot be told from zero.
+
+    >>> told(-0.080013, 3e-4), told(1.3e-26, 9e-26)
+    ('-0.0800', '0 ± 2e-25')
+    """
+    if 0 < abs(value) < error < math.inf:
+        return f"0 ± {directed(abs(value) + error, up=True, digits=1)}"
+    return rounded(value, error)
+
+
 def measured(value: float, error: float) -> str:
     """The number and its error, both up to the second digit of the error.
 

@@ -1069,6 +1069,20 @@ DENSITY = [
         "test_stochastic.py::test_rounding_is_sought_beyond_the_directions_of_largest_curvature",
     ),
     fault(
+        "rounding is looked for where products are large alone",
+        "krylov/product_rounding.py",
+        "v = _unit(trees.axpy(1.0, _unit(",
+        "v = _unit(trees.axpy(0.0, _unit(",
+        "test_vanished.py::test_an_eigenvalue_that_rounding_hides_is_within_the_errors_of_the_largest",
+    ),
+    fault(
+        "eigenpairs pass over what rounding hides beside them",
+        "krylov/product_rounding.py",
+        "return _with_what_is_hidden(op, pairs)",
+        "return pairs",
+        "test_vanished.py::test_an_eigenvalue_that_rounding_hides_is_within_the_errors_of_the_largest",
+    ),
+    fault(
         "columns that are rounded together are kept",
         "krylov/matrices.py",
         "key=error)",
