@@ -250,6 +250,14 @@ def test_complex_columns_are_refused_and_those_of_scipy_multiplied():
     np.testing.assert_allclose(op.to_scipy() @ (columns[:, 0] + 1), [1 + 1j, 2 + 2j, 3 + 3j])
 
 
+def test_inside_jit_scipy_has_no_numbers():
+    """Neither of an operator on traced numbers, nor of one that stands outside."""
+    op = spectra.DiagonalOperator(jnp.ones(3))
+    for make in (spectra.DiagonalOperator, lambda _: op):
+        with pytest.raises(spectra.SpectraError, match="to_scipy reads numbers on the host: call it outside"):
+            jax.jit(lambda d, make=make: make(d).to_scipy() @ np.ones(3, np.float32))(jnp.ones(3))
+
+
 def test_sums_of_operators_on_other_vectors():
     with pytest.raises(StructureError, match="second operator of a sum"):
         OP + spectra.MatrixOperator(np.eye(3))

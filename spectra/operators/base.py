@@ -396,6 +396,7 @@ class LinearOperator(abc.ABC):
         """A `scipy.sparse.linalg.LinearOperator` on flat vectors, with the linearisation reused."""
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
+        trees.require_values("to_scipy", self)
         op = self.prepare()
         dtype = np.dtype(self.dtype)
 
@@ -403,7 +404,9 @@ class LinearOperator(abc.ABC):
             if np.iscomplexobj(x):  # of a solver for matrices that are not symmetric
                 return matvec(np.real(x)) + 1j * matvec(np.imag(x))
             with calls.own_rules():
-                return np.asarray(op @ jnp.asarray(np.ravel(x), dtype))
+                image = op @ jnp.asarray(np.ravel(x), dtype)
+                trees.require_values("to_scipy", image)  # inside jit those of numbers have none either
+                return np.asarray(image)
 
         return ScipyOperator((self.size, self.size), matvec=matvec, rmatvec=matvec, dtype=dtype)
 
