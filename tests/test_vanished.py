@@ -76,6 +76,14 @@ def test_an_eigenvalue_that_rounding_hides_is_within_the_errors_of_the_largest()
     assert "0 ± " in str(found)
 
 
+def test_zeros_that_no_rounding_is_seen_in_are_not_noisy():
+    """A loss that is linear has no curvature, and its products are exact."""
+    op = spectra.HessianOperator(lambda p, x: jnp.mean(x @ p), jnp.ones(30), jnp.ones((4, 30)))
+    assert spectra.eigsh(op, 2, key=KEY).status.ok
+    assert spectra.spectrum(op, key=KEY, num_steps=3, num_probes=2).status.ok
+    assert spectra.condition_number(op, key=KEY).status.ok
+
+
 @LOSSES
 def test_errors_of_groups_and_entries_are_not_zero_either(loss):
     op = hessian(loss)

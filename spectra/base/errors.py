@@ -66,6 +66,8 @@ class EndedEarlyError(BaseException):
 
 DIGIT = 0.1
 """Share of a number that rounding has no digit of right where it is off by more."""
+LEAST = 2.0**-126
+"""The least normal number of float32: of zero an error up to this says that nothing was seen to be off."""
 
 
 class Status(enum.Enum):
@@ -158,7 +160,8 @@ num_probes the sampling part), or accept the reported width.
 
         `floor` is how far rounding may move an eigenvalue, and `size` is |H|.
         """
-        return Status.NOISY if self.ok and 0 < floor >= DIGIT * size else self
+        lost = floor >= DIGIT * size if size else floor > LEAST
+        return Status.NOISY if self.ok and lost else self
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}" + (f" ({self.remedy})" if self.remedy else "")
