@@ -100,8 +100,12 @@ class Steps:
         return self.least[below], self.most[above]
 
 
-def _steps(nodes, weights, residuals, parameters) -> Steps:
+def _steps(nodes, weights, residuals, parameters, fixed=None) -> Steps:
+    """From these members; each has a node at its own of the `fixed` points, but for what LAPACK rounds."""
     theta, masses = _members(nodes, weights, residuals, parameters)
+    if fixed is not None:
+        own = np.argmin(np.abs(theta - fixed[:, None]), axis=1)
+        np.put_along_axis(theta, own[:, None], fixed[:, None], axis=1)
     most = np.cumsum(masses, axis=1)
     gauss = np.cumsum(weights)  # the member without a mass at its last node, which is infinite
     return Steps(
@@ -146,10 +150,7 @@ def _at_points(nodes, weights, residuals, low, high) -> tuple[np.ndarray, np.nda
     with np.errstate(divide="ignore", invalid="ignore"):
         parameters = parameter(nodes, residuals, ends)
     own = np.isfinite(parameters)  # a point on a node has the Gauss rule
-    steps = _steps(nodes, weights, residuals, parameters[own])
-    # The node of a member that belongs to a point is that point but for rounding.
-    slack = 4 * np.finfo(float).eps * np.abs(nodes).max()
-    least, most = steps.at(ends[0] + slack, ends[1] - slack)
+    least, most = _steps(nodes, weights, residuals, parameters[own], ends[own]).at(*ends)
     return least.reshape(low.shape), most.reshape(high.shape)
 
 
