@@ -66,7 +66,7 @@ class EndedEarlyError(BaseException):
 
 DIGIT = 0.1
 """Share of a number that rounding has no digit of right where it is off by more."""
-LEAST = 2.0**-126
+LEAST_NORMAL = 2.0**-126
 """The least normal number of float32: of zero an error up to this says that nothing was seen to be off."""
 
 
@@ -160,7 +160,7 @@ num_probes the sampling part), or accept the reported width.
 
         `floor` is how far rounding may move an eigenvalue, and `size` is |H|.
         """
-        lost = floor >= DIGIT * size if size else floor > LEAST
+        lost = floor >= DIGIT * size if size else floor > LEAST_NORMAL
         return Status.NOISY if self.ok and lost else self
 
     def __str__(self) -> str:

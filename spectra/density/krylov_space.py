@@ -11,7 +11,7 @@ from spectra.base.host import Progress
 from spectra.base.trees import PyTree
 from spectra.density import deflation
 from spectra.density.run import ProbeRun
-from spectra.krylov.layout import Place
+from spectra.krylov.layout import BasisPlace
 from spectra.krylov.recurrence import Setup
 from spectra.krylov.rows import stack
 from spectra.operators.base import LinearOperator
@@ -62,7 +62,7 @@ def taken_out(run: ProbeRun, found: Quadrature, taken: np.ndarray) -> Space:
     return Space(values[taken], residuals[taken], stacked, found.size, found.num_matvecs)
 
 
-def outside(op: LinearOperator, space: Space, place: Place, key: jax.Array, bar: Progress) -> ProbeRun:
+def outside(op: LinearOperator, space: Space, place: BasisPlace, key: jax.Array, bar: Progress) -> ProbeRun:
     """A run of probes in the complement of a space."""
     inner = outside_loops(DeflatedOperator(op, space.vectors).prepare())
     setup = Setup(inner, place, deflated=space.vectors, norm=space.norm)

@@ -19,7 +19,7 @@ from spectra.krylov import basis as _basis
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.cancelled import asymmetry_limit
-from spectra.krylov.layout import Layout, Place
+from spectra.krylov.layout import BasisPlace, Layout
 from spectra.krylov.rows import combine, stack, sum_of_rows
 from spectra.krylov.step import orthogonalize
 from spectra.operators.base import LinearOperator, product
@@ -165,7 +165,7 @@ class Band:
         num_rows: room for so many.
     """
 
-    def __init__(self, op: LinearOperator, place: Place, num_rows: int):
+    def __init__(self, op: LinearOperator, place: BasisPlace, num_rows: int):
         self.op, self.place, self.layout = op, place, place.layout
         self.state = place.to_basis(empty(place.layout, num_rows))
         self.coefficients = np.zeros(self.state.coefficients.shape)

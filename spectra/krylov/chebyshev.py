@@ -19,7 +19,7 @@ from spectra.base.host import Progress, one_thread
 from spectra.base.trees import PyTree
 from spectra.krylov import dense, storage
 from spectra.krylov.band import Band
-from spectra.krylov.layout import Layout, Place
+from spectra.krylov.layout import BasisPlace, Layout
 from spectra.krylov.wanted import Request
 from spectra.operators.base import LinearOperator
 from spectra.operators.jaxprs import outside_loops
@@ -115,7 +115,7 @@ def _filtered(op: LinearOperator, request: Request, budget: int, width: int, run
     )
 
 
-def _norm_bound(op: LinearOperator, place: Place, key: jax.Array, steps: int) -> tuple[float, int]:
+def _norm_bound(op: LinearOperator, place: BasisPlace, key: jax.Array, steps: int) -> tuple[float, int]:
     """An upper bound on |H|: the largest |Ritz value| of a short run plus the norm of its residual."""
     band = Band(op, place, steps + 1)
     band.extend(band.append(draws.unit_vector(key, op)), steps)

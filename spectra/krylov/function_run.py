@@ -29,7 +29,7 @@ from spectra.krylov.function_bounds import (
     truncation,
     undefined,
 )
-from spectra.krylov.layout import Layout, Place
+from spectra.krylov.layout import BasisPlace, Layout
 from spectra.krylov.linear_block import LOST, WIDEST, orthonormal
 from spectra.krylov.recurrence import CHUNK
 from spectra.krylov.same_function import digest, on_spectrum
@@ -121,7 +121,7 @@ class FunctionRun:
         kept = np.flatnonzero(np.diagonal(z))
         if not len(kept):
             return [Found(v, 0.0, Status.INVARIANT) for v in stacks.split(vectors)]
-        band = Band(self.op, Place(self.layout), min((self.steps + 1) * len(kept), self.op.size))
+        band = Band(self.op, BasisPlace(self.layout), min((self.steps + 1) * len(kept), self.op.size))
         done = self._begin(band)
         if not done:
             band.generation = len(self.found)  # the items of each block have names of their own

@@ -13,7 +13,7 @@ from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
-from spectra.krylov.layout import Layout, Place
+from spectra.krylov.layout import BasisPlace, Layout
 from spectra.krylov.recurrence import (
     CHUNK,
     LanczosState,
@@ -89,7 +89,7 @@ def lanczos(op: LinearOperator, v0: PyTree, num_steps: int, *, reorthogonalize: 
         state = run(op, layout, init(layout, v0, num_steps, keep_basis=keep), 0, num_steps)
         return finished(state, layout, Status.TRACED)
     check_start(v0)
-    setup = Setup(outside_loops(op.prepare()), Place(layout))
+    setup = Setup(outside_loops(op.prepare()), BasisPlace(layout))
     state = _init(layout, v0, num_steps, keep_basis=keep)
     for start in range(0, num_steps, CHUNK):
         stop = min(start + CHUNK, num_steps)
@@ -251,7 +251,7 @@ class LanczosIteration:
         if not traced:
             if not int(state.done):
                 raise SpectraError("no step was taken: call step, or absorb, before finish.")
-            check(Setup(op, Place(self._layout)), found, int(state.done))
+            check(Setup(op, BasisPlace(self._layout)), found, int(state.done))
         result = finished(found, self._layout, _status(state, traced))
         # Behind the last step there is a residual, and no row of T.
         within = jnp.arange(self.num_steps - 1) < result.length - 1

@@ -246,7 +246,7 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class BasisPlace:
     """Where basis vectors lie: how each does, and on which device, if not on that of the operator."""
 
     layout: Layout

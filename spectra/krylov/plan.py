@@ -14,7 +14,7 @@ from spectra.base.calls import automatic
 from spectra.base.errors import MemoryLimitError, SpectraError
 from spectra.base.trees import PyTree
 from spectra.krylov import basis as _basis
-from spectra.krylov.layout import Layout, Panels, Place
+from spectra.krylov.layout import BasisPlace, Layout, Panels
 from spectra.krylov.recurrence import check_steps
 from spectra.operators.base import LinearOperator, product, require_operator
 from spectra.operators.data import DataOperator
@@ -93,7 +93,7 @@ def plan(
 
 def estimate(
     op: LinearOperator,
-    place: Place,
+    place: BasisPlace,
     *,
     num_steps: int,
     num_probes: int,
@@ -133,7 +133,7 @@ def estimate(
     )
 
 
-def place_basis(op: LinearOperator, basis: str = "inherit", dtype: Any = None) -> Place:
+def place_basis(op: LinearOperator, basis: str = "inherit", dtype: Any = None) -> BasisPlace:
     """Where basis vectors lie, by the arguments of a user."""
     require_operator(op)
     if basis not in PLACES:
@@ -153,14 +153,14 @@ def place_basis(op: LinearOperator, basis: str = "inherit", dtype: Any = None) -
             )
     layout = Layout.of(op.like, spread=basis == "sharded", row_dtype=dtype)
     if basis != "host":
-        return Place(layout)
+        return BasisPlace(layout)
     if layout.mesh is not None:
         raise SpectraError(
             'basis="host" is for one device. On a mesh basis="sharded" divides the basis of replicated '
             'parameters by the number of devices, and basis_dtype="bfloat16" halves it.'
         )
     cpu = jax.local_devices(backend="cpu")[0]
-    return Place(dataclasses.replace(layout, platform=cpu.platform), cpu)
+    return BasisPlace(dataclasses.replace(layout, platform=cpu.platform), cpu)
 
 
 def require_fit(plan: Plan) -> None:

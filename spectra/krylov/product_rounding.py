@@ -200,14 +200,16 @@ def _with_what_is_hidden(op: LinearOperator, pairs: Eigenpairs) -> Eigenpairs:
     (Weyl). A random vector tells where that is to be looked at, by sqrt(n) |(H' - H) v|, near the Frobenius
     norm; without products in float64 the floor of the pairs does.
     """
-    floor, status, size = pairs.noise_floor, pairs.status, float(np.abs(pairs.values).max())
-    exact, here, v = doubled(op), op.prepare(), draws.unit_vector(jax.random.key(KEY), op)
-    image = multiply(here, v)
-    suspected = 0.0 if exact is None else float(np.sqrt(op.size)) * exact.distance(v, image)
-    if status.beside(max(floor, suspected), size) is status:
+    status, size, exact = pairs.status, float(np.abs(pairs.values).max()), doubled(op)
+    suspected, norm = pairs.noise_floor, partial(change_of_matrix, op)
+    if exact is not None:
+        here, v = op.prepare(), draws.unit_vector(jax.random.key(KEY), op)
+        image = multiply(here, v)
+        suspected = max(suspected, float(np.sqrt(op.size)) * exact.distance(v, image))
+        norm = partial(change_along, op, here, v, image)
+    if status.beside(suspected, size) is status:
         return pairs
-    norm = change_of_matrix(op) if exact is None else change_along(op, here, v, image)
-    floor = max(floor, norm)
+    floor = max(pairs.noise_floor, norm())
     noisy = status.beside(floor, max(size, seen_norm(op)))
     return pairs if noisy is status else dataclasses.replace(pairs, noise_floor=floor, status=noisy)
 

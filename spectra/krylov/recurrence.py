@@ -23,7 +23,7 @@ from spectra.krylov import basis as _basis
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.cancelled import asymmetry_limit
-from spectra.krylov.layout import Layout, Panels, Place
+from spectra.krylov.layout import BasisPlace, Layout, Panels
 from spectra.operators.accumulate import Passes
 from spectra.operators.base import LinearOperator
 from spectra.operators.composed import along
@@ -37,7 +37,7 @@ class Setup:
     """What all steps of a run have in common, and all of its probes."""
 
     op: LinearOperator
-    place: Place
+    place: BasisPlace
     deflated: PyTree = None  # orthonormal vectors that every q_i is kept orthogonal to
     norm: float = 0.0  # of the operator with their part, whose rounding is in what is left
     shared: bool = False  # whether the recurrence is a program of its own, for all operators of this size

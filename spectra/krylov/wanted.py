@@ -10,7 +10,7 @@ import numpy as np
 from spectra.base import stacks, trees
 from spectra.base.files import tree_digest
 from spectra.base.trees import PyTree
-from spectra.krylov.layout import Place
+from spectra.krylov.layout import BasisPlace
 from spectra.quadrature.christoffel import chance
 from spectra.results import Eigenpairs
 
@@ -34,7 +34,7 @@ class Request:
     verify: bool | str
     v0: PyTree
     deflate: Eigenpairs | None
-    place: Place  # where the rows lie
+    place: BasisPlace  # where the rows lie
 
     @property
     def deflated(self) -> list[PyTree]:

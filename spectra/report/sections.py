@@ -113,7 +113,7 @@ def _spectrum(quadrature: Quadrature, density: Density) -> list[Section]:
             f"The share of the {quadrature.size:,} eigenvalues at or below each point, from {low:.4g} to "
             f"{high:.4g}. All of them were computed: nothing but rounding, the noise floor, is left open."
         )
-    trust = str(quadrature.status) + "."
+    trust = str(quadrature.judged) + "."
     floor = (
         f"Eigenvalues smaller than {quadrature.noise_floor:.2g} in magnitude, the noise floor of the "
         "products, cannot be distinguished from zero."

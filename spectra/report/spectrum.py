@@ -78,8 +78,7 @@ class SpectrumReport(Result):
     @property
     def status(self) -> Status:
         """The status of the quadrature, or NOISY where rounding leaves no digit of |H|."""
-        q = self.quadrature
-        return q.status.beside(self.noise_floor, max(map(abs, q.range)))
+        return self.quadrature.judged
 
     @property
     def eigenvalues(self) -> "Float[np.ndarray, ' resolved']":

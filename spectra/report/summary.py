@@ -156,7 +156,7 @@ def _record(name: str, q: Quadrature) -> dict[str, Any]:
         "condition_at_most": bounds.upper,
         "noise_floor": q.noise_floor,
         "num_matvecs": q.num_matvecs,
-        "status": q.status.beside(q.noise_floor, max(map(abs, q.range))),
+        "status": q.judged,
     }
 
 

@@ -148,6 +148,11 @@ class Quadrature(Result):
         return scale * max(float(np.max(self.asymmetry)), steps, self.rounding)
 
     @property
+    def judged(self) -> Status:
+        """The status, or NOISY where rounding, as far as it was measured, leaves no digit of |H|."""
+        return self.status.beside(self.noise_floor, max(map(abs, self.range)))
+
+    @property
     def settings(self) -> str:
         """What was run, in words."""
         if self.status is Status.EXACT:
