@@ -28,6 +28,7 @@ OFTEN_ARRAYS = [
     "eigenvector",
     "basis",
     "matrix",
+    "Gauss-Newton",
     "Fisher",
     "function",
 ]
@@ -52,10 +53,18 @@ def output_loss(outputs, targets):
     return 0.5 * jnp.mean(jnp.sum((outputs - targets) ** 2, axis=-1))
 
 
+def class_loss(outputs, labels):
+    """The cross-entropy of classes."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs, labels))
+
+
 def arrays(part, loss, model, w, x, m):
     """Results that live where the parameters do."""
     op, key = spectra.HessianOperator(loss, w, x), jax.random.key(0)
     adam, on_model = optax.scale_by_adam(), (model, output_loss, w, (x, x[:, :4]))
+    factors = spectra.KFACOperator(*on_model, kind="mc", key=key)
+    labels = jnp.argmax(x[:, :4], axis=-1)
+    classifier = spectra.GGNOperator(model, class_loss, w, (x, labels))
     pairs, krylov = spectra.eigsh(op, 2, which="LA", key=key), spectra.lanczos(op, w, 8)
     results = {
         "product": lambda: op @ w,
@@ -73,9 +82,20 @@ def arrays(part, loss, model, w, x, m):
         "sampled Fisher": lambda: spectra.FisherOperator(*on_model, kind="mc", key=key) @ w,
         # Of single examples.
         "covariance": lambda: spectra.GradientCovarianceOperator(naive_loss, w, x) @ w,
+        "centred": lambda: spectra.GradientCovarianceOperator(naive_loss, w, x, centered=True) @ w,
         "preconditioned": lambda: (
             spectra.PreconditionedOperator(op, adam.update(w, adam.init(w))[1], update_fn=adam.update) @ w
         ),
+        "Kronecker factors": lambda: factors @ w,
+        "inverse": lambda: factors.inverse(1.0) @ w,
+        "corrected": lambda: spectra.EKFACOperator(*on_model, kind="empirical").inverse(1.0) @ w,
+        "eigenvalues": factors.eigenvalues,
+        "Kronecker product": lambda: spectra.KroneckerOperator(m, m).inverse(1.0) @ (m + 1),
+        "determinant": lambda: spectra.KroneckerOperator(m, m).logdet(),
+        "block": lambda: (spectra.HessianOperator(in_layers, [w], x).blocks()["0"] @ [w])[0],
+        "class": lambda: next(iter(spectra.class_operators(classifier).values())) @ w,
+        "submatrix": lambda: spectra.MatrixOperator(m).submatrix(jnp.arange(8)) @ np.arange(8.0),
+        "Jacobian": lambda: spectra.JacobianOperator(model, w, x).as_matrix(),
         "function": lambda: spectra.FunctionOperator(lambda v: 3 * v, w) @ w,
         "of a matrix": lambda: spectra.MatrixOperator(m) @ jnp.sum(m, axis=0),
     }
@@ -134,6 +154,11 @@ def message(call):
 def naive_loss(w, x):
     """Mean of squared outputs."""
     return jnp.mean(naive(w, x) ** 2)
+
+
+def in_layers(layers, x):
+    """Of parameters in a list."""
+    return naive_loss(layers[0], x)
 
 
 def written_loss(w, x):

@@ -41,9 +41,19 @@ def twin(mesh: Mesh) -> Mesh:
 
 
 def moved_from_twin(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Arrays on the automatic twin of a mesh as the same arrays on the mesh itself."""
+    """Arrays on the automatic twin of a mesh as the same arrays on the mesh itself.
+
+    Operators stay where they multiply.
+    """
     own = twin(mesh)
-    return jax.tree.map(lambda leaf: _moved(leaf, mesh) if _mesh(leaf) == own else leaf, tree)
+
+    def one(leaf: Any) -> Any:
+        return _moved(leaf, mesh) if _mesh(leaf) == own else leaf
+
+    def multiplies(node: Any) -> bool:
+        return hasattr(node, "mv")
+
+    return jax.tree.map(one, tree, is_leaf=multiplies)
 
 
 def places(like: PyTree) -> Places:

@@ -328,6 +328,7 @@ class LinearOperator(abc.ABC):
             raise StructureError(f"the block {select!r} holds no numbers: its leaves are empty.")
         return self._principal(indices)
 
+    @calls.automatic
     def submatrix(self, indices: Any) -> "LinearOperator":
         """The principal submatrix of some rows and columns, on flat vectors.
 

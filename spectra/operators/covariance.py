@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from spectra.base import trees
-from spectra.base.calls import checked
+from spectra.base.calls import automatic
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.arguments import DataOptions
@@ -56,7 +56,7 @@ class GradientCovarianceOperator(DataOperator):
     takes_single_examples: ClassVar[bool] = True
 
     @shows_options
-    @checked
+    @automatic
     def __init__(
         self,
         loss_fn: Callable[[PyTree, PyTree], jax.Array],

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import arrays, programs, trees
+from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
@@ -57,10 +58,12 @@ class FactoredOperator(LinearOperator):
         """That of one block."""
         return self.parts[index].apply(x)
 
+    @automatic
     def trace(self) -> 'Float[jax.Array, ""]':
         """The trace: Σ tr A tr B, exactly."""
         return _trace(self.parts)
 
+    @automatic
     def eigenvalues(self) -> 'Float[jax.Array, " n"]':
         """All n eigenvalues in ascending order: the products of those of the factors.
 
@@ -68,10 +71,12 @@ class FactoredOperator(LinearOperator):
         """
         return _all_eigenvalues(self.parts)
 
+    @automatic
     def logdet(self, damping: float = 0.0) -> 'Float[jax.Array, ""]':
         """log det(K + damping I), from the eigenvalues of the factors; -inf where it is singular."""
         return jnp.sum(jnp.log(self.eigenvalues() + damping))
 
+    @automatic
     def inverse(self, damping: float, *, method: str = "exact") -> "FactoredOperator":
         """(K + damping I)⁻¹ as an operator of the same kind, which costs as much to multiply by.
 
@@ -144,6 +149,7 @@ class FactoredOperator(LinearOperator):
                 found[part.place.name] = (a[0], b[0]) if single else (a, b)
         return found
 
+    @automatic
     def factor_eigenvalues(self) -> dict[str, tuple[jax.Array, jax.Array]]:
         """{path of the weight: eigenvalues of A and of B}, ascending, of the Kronecker blocks."""
 

@@ -6,6 +6,7 @@ from typing import Any, Unpack, cast
 
 import jax
 
+from spectra.base.calls import automatic
 from spectra.base.errors import DataError, StructureError
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
@@ -128,6 +129,7 @@ class GGNOperator(ModelOperator):
     loss_fn: OutputLossFn
 
     @shows_options
+    @automatic
     def __init__(
         self,
         model_fn: ModelFn,

@@ -211,6 +211,7 @@ class JacobianOperator(OnParameters):
             self.flat_product(trees.ravel(vector)) if domain.is_flat(v) else self.product(vector)
         )
 
+    @automatic
     def as_matrix(self, *, memory_limit: int | None = None) -> 'Float[jax.Array, "m n"]':
         """The dense matrix, in the order of flat vectors.
 

@@ -135,6 +135,7 @@ class KroneckerOperator(Composed):
             row += outer.size
         return trees.cast_like(jax.tree.unflatten(jax.tree.structure(like), found), like)
 
+    @automatic
     def trace(self) -> 'Float[jax.Array, ""]':
         """tr A tr B, exactly.
 
@@ -144,6 +145,7 @@ class KroneckerOperator(Composed):
         """
         return _trace(self.left) * _trace(self.right)
 
+    @automatic
     def eigenvalues(self) -> 'Float[jax.Array, " a*b"]':
         """All a b eigenvalues in ascending order: the products of those of the factors.
 
@@ -154,6 +156,7 @@ class KroneckerOperator(Composed):
         """
         return jnp.sort(jnp.outer(_eigenvalues(self.left), _eigenvalues(self.right)).ravel())
 
+    @automatic
     def logdet(self, damping: float = 0.0) -> 'Float[jax.Array, ""]':
         """log det(A ⊗ B + damping I); -inf where it is singular, NaN inside `jit` where it is not positive.
 
@@ -170,6 +173,7 @@ class KroneckerOperator(Composed):
             )
         return jnp.sum(jnp.log(values))
 
+    @automatic
     def inverse(self, damping: float = 0.0) -> FactoredOperator:
         """(A ⊗ B + damping I)⁻¹ for matrices A and B, by their eigenvectors; A and B may be indefinite.
 
