@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from spectra.base import host
 from spectra.cli import commands
 from spectra.density import run as density_run
 from spectra.krylov import recurrence
+from spectra.results import Estimate
 from spectra.runs import saver
 
 
@@ -82,6 +84,21 @@ def test_orbax_logs_no_traces_of_what_it_raises(monkeypatch, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [record.getMessage() for record in logged if record.levelno >= logging.WARNING] == []
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    resource = pytest.importorskip("resource")
+    path, limits = tmp_path / "trace.npz", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as full:
+            spectra.save(Estimate(1.0, 0.1, 64, "slq"), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(OSError, match="too long") as long:
+        spectra.save(Estimate(1.0, 0.1, 64, "slq"), tmp_path / f"{'a' * 300}.npz")
+    assert (full.value.filename, Path(long.value.filename).name) == (str(path), f"{'a' * 300}.npz")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_interrupt_ends_at_once(monkeypatch, tmp_path):

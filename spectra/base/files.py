@@ -58,11 +58,7 @@ def replacing(path: Path, *, overwrite: bool = True) -> Generator[Path]:
     """
     path = Path(path)
     sweep(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_start(path)}{_owner()}-", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    _in_use.add(temporary.name)
-    try:
+    with _named(path), _temporary(path) as temporary:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -72,12 +68,32 @@ def replacing(path: Path, *, overwrite: bool = True) -> Generator[Path]:
             os.replace(temporary, path)
         else:
             _publish(temporary, path)
-    except BaseException:
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Generator[Path]:
+    """A new file beside `path`, which is gone after the block unless it has another name."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_start(path)}{_owner()}-", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    _in_use.add(temporary.name)
+    try:
+        yield temporary
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise
-    finally:
         _in_use.discard(temporary.name)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Generator[None]:
+    """Errors of the system in the block name `path`, not a file beside it, nor nothing, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and str(error.filename or ".part").endswith(".part"):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def sweep(path: Path) -> None:
