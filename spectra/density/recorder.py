@@ -21,6 +21,7 @@ from spectra.operators.base import LinearOperator
 from spectra.runs.checkpoint import Checkpoint, describe
 from spectra.runs.saver import Saver
 
+NUMBERS = ("length", "asymmetry")
 ARRAYS = {"alpha", "beta", "sketch"}
 """Of a finished probe; the sketch is none that an older version wrote."""
 
@@ -39,10 +40,9 @@ class Recorder(Saver):
     def _load(self) -> None:
         super()._load()
         for record in self.saved[:1]:
-            self.rows = {
-                row["probe"]: row | {name: np.asarray(row[name], np.float64) for name in ARRAYS & row.keys()}
-                for row in record["rows"]
-            }
+            for row in record["rows"]:
+                arrays = {name: np.asarray(row[name], np.float64) for name in ARRAYS & row.keys()}
+                self.rows[row["probe"]] = {name: row[name] for name in NUMBERS} | arrays
         self.flights = [record["flight"] for record in self.saved if record["flight"]]
 
     def restore(self, probes: range, state: LanczosState) -> tuple[LanczosState, int]:
@@ -80,7 +80,7 @@ class Recorder(Saver):
     def finished(self, probes: range, rows: list[dict[str, Any]]) -> None:
         """Record probes that are done, whose basis is no longer needed."""
         self.saved_step = 0
-        self.rows |= {probe: {"probe": probe} | row for probe, row in zip(probes, rows, strict=True)}
+        self.rows |= zip(probes, rows, strict=True)
         self.commit(None)
 
     def between(self) -> None:

@@ -1,6 +1,7 @@
 """Probes done so far, and how to add more: the engine of `slq`, driven from the host."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,13 +17,58 @@ from spectra.base.trees import PyTree
 from spectra.density import deflation
 from spectra.density.recorder import Recorder
 from spectra.krylov import recurrence
-from spectra.krylov.basis import SKETCHED, sketches
+from spectra.krylov.basis import sketches
 from spectra.krylov.layout import Layout
 from spectra.krylov.recurrence import LanczosState, Setup
 from spectra.operators.accumulate import Passes
 from spectra.quadrature.rules import gauss_rule, invariant_length, merged
 from spectra.results import Quadrature
 from spectra.runs import saver
+
+
+@dataclasses.dataclass(frozen=True)
+class Coefficients:
+    """What the recurrence from one probe found, in float64."""
+
+    alpha: np.ndarray  # (steps,); zeros behind the end of a run that ended by itself
+    beta: np.ndarray  # (steps,)
+    length: int  # steps that were run
+    asymmetry: float  # as a share of the size of the products
+    sketch: np.ndarray | None = None  # (steps, s) of the basis, where there is one
+
+    @classmethod
+    def of(cls, state: LanczosState, done: int, batched: bool, sketch: Any = None) -> "list[Coefficients]":
+        """Those of each probe of a state, cut to the steps that were done."""
+        found = {name: getattr(state, name) for name in ("alpha", "beta", "length", "asymmetry", "scale")}
+        found = jax.device_get(found | ({} if sketch is None else {"sketch": sketch}))
+        found = {name: np.asarray(x) if batched else np.asarray(x)[None] for name, x in found.items()}
+        scale = found.pop("scale")
+        lengths, shares = found.pop("length"), found.pop("asymmetry") / np.where(scale > 0, scale, 1)
+        columns = {name: x[:, :done].astype(np.float64) for name, x in found.items()}
+        return [
+            cls(length=int(length), asymmetry=float(share), **{name: x[i] for name, x in columns.items()})
+            for i, (length, share) in enumerate(zip(lengths, shares, strict=True))
+        ]
+
+    def resized(self, steps: int) -> "Coefficients":
+        """The first steps; zeros follow those of a run that ended by itself."""
+
+        def cut(column: np.ndarray) -> np.ndarray:
+            return np.concatenate([column, np.zeros((steps, *column.shape[1:]))])[:steps]
+
+        sketch = None if self.sketch is None else cut(self.sketch)
+        length = min(self.length, steps)
+        return Coefficients(cut(self.alpha), cut(self.beta), length, self.asymmetry, sketch)
+
+    def of_length(self, length: int) -> "Coefficients":
+        """Those of the invariant space that the first steps span; the others are zeros."""
+        steps = np.arange(len(self.alpha))
+        alpha, beta = np.where(steps < length, self.alpha, 0), np.where(steps < length - 1, self.beta, 0)
+        return dataclasses.replace(self, alpha=alpha, beta=beta, length=length)
+
+    def record(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 class ProbeRun:
@@ -45,18 +91,18 @@ class ProbeRun:
         self.at_basis = partial(jax.default_device, device) if device else contextlib.nullcontext
         self.recorder, self.keep_basis = recorder, keep_basis
         self.size, self.precision = size, setup.op.precision
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Coefficients] = []
         self.chunk = recurrence.CHUNK if recorder is None else 1
 
     @property
     def steps_done(self) -> int:
         """Steps of the longest run so far."""
-        return max((len(row["alpha"]) for row in self.rows), default=0)
+        return max((len(row.alpha) for row in self.rows), default=0)
 
     @property
     def num_matvecs(self) -> int:
         """Products done so far."""
-        return sum(row["length"] for row in self.rows)
+        return sum(row.length for row in self.rows)
 
     @property
     def num_probes(self) -> int:
@@ -82,7 +128,7 @@ class ProbeRun:
         if self.recorder is not None:
             while probes and (row := self._recorded(probes[0], num_steps, stop_when)) is not None:
                 self.rows.append(row)
-                self.bar.update(row["length"])
+                self.bar.update(row.length)
                 probes = probes[1:]
             if not probes:
                 return
@@ -110,7 +156,7 @@ class ProbeRun:
             )
             self.bar.update((stop - done) * len(probes))
             steps, done = stop - done, stop
-            rows = _rows(state, done, batched)
+            rows = Coefficients.of(state, done, batched)
             if all(self._invariant_part(row) is not None for row in rows):
                 break
             if stop_when is not None and done == goal and stop_when(self.result(rows=rows)):
@@ -126,26 +172,27 @@ class ProbeRun:
         if state.basis:
             with self.at_basis():
                 sketch = sketches(self.place.layout.anonymous(), state.basis, self.key, batched=batched)
-        rows = _rows(state, done, batched, sketch)
+        rows = Coefficients.of(state, done, batched, sketch)
         self.rows += rows
         if self.recorder is not None:
-            self.recorder.finished(probes, rows)
+            self.recorder.finished(probes, [row.record() for row in rows])
 
     def _recorded(
         self, probe: int, num_steps: int, stop_when: Callable[[Quadrature], bool] | None
-    ) -> dict[str, Any] | None:
+    ) -> Coefficients | None:
         """What `add` would make of a probe, if the checkpoint holds enough of it."""
-        row = None if self.recorder is None else self.recorder.rows.get(probe)
-        if row is None:
+        record = None if self.recorder is None else self.recorder.rows.get(probe)
+        if record is None:
             return None
+        row = Coefficients(**record)
         whole = self._invariant_part(row) is not None
         for goal in range(recurrence.CHUNK, num_steps, recurrence.CHUNK) if stop_when else ():
-            if not whole and len(row["alpha"]) < goal:
+            if not whole and len(row.alpha) < goal:
                 return None
-            part = _resized(row, goal)
+            part = row.resized(goal)
             if self._invariant_part(part) is not None or (stop_when and stop_when(self.result(rows=[part]))):
                 return part
-        return _resized(row, num_steps) if whole or len(row["alpha"]) >= num_steps else None
+        return row.resized(num_steps) if whole or len(row.alpha) >= num_steps else None
 
     def _passes(self, probes: range, state: LanczosState, done: int) -> Passes | None:
         """What looks at the clock inside a product that takes longer than the pace: it reads a stream."""
@@ -185,19 +232,18 @@ class ProbeRun:
             return state
         return deflation.project_start(self.place.layout, self.setup.deflated, state, batched)
 
-    def result(self, status: Status | None = None, rows: list[dict[str, Any]] | None = None) -> Quadrature:
+    def result(self, status: Status | None = None, rows: list[Coefficients] | None = None) -> Quadrature:
         """The quadratures of all probes done, or of these rows."""
         rows = self.rows if rows is None else rows
-        steps, num_matvecs = max(len(row["alpha"]) for row in rows), sum(row["length"] for row in rows)
+        steps, num_matvecs = max(len(row.alpha) for row in rows), sum(row.length for row in rows)
         rows = [self._invariant_part(row) or row for row in rows]
-        parts = ((row["alpha"], row["beta"], row["length"], row.get("sketch")) for row in rows)
-        rules = [gauss_rule(*part) for part in parts]
+        rules = [gauss_rule(row.alpha, row.beta, row.length, row.sketch) for row in rows]
         nodes, weights, residuals = (
             np.stack([np.pad(r[i], (0, steps - r[0].size), mode=mode) for r in rules])
             for i, mode in enumerate(("edge", "constant", "constant"))
         )
         sketched = [np.pad(r[3], ((0, steps - len(r[3])), (0, 0))) for r in rules if len(r) > 3]
-        asymmetry = np.array([row["asymmetry"] for row in rows])
+        asymmetry = np.array([row.asymmetry for row in rows])
         if status is None:
             exact = (residuals == 0).all()
             status = Status.INVARIANT if exact else Status.COMPLETE
@@ -212,7 +258,7 @@ class ProbeRun:
             nodes=nodes,
             weights=weights,
             residuals=residuals,
-            lengths=np.array([row["length"] for row in rows]),
+            lengths=np.array([row.length for row in rows]),
             asymmetry=asymmetry,
             size=self.size,
             num_matvecs=num_matvecs,
@@ -222,24 +268,19 @@ class ProbeRun:
         )
         if self.keep_basis:
             return found
-        resized = (_resized(row, steps) for row in rows)
-        return merged(found, np.stack([np.stack([row["alpha"], row["beta"]]) for row in resized]))
+        resized = (row.resized(steps) for row in rows)
+        return merged(found, np.stack([np.stack([row.alpha, row.beta]) for row in resized]))
 
     def coefficients(self, probe: int) -> tuple[np.ndarray, np.ndarray]:
         """α and β of the steps of a probe; those behind an invariant space are zeros."""
-        row = self.rows[probe]
-        row = self._invariant_part(row) or row
-        return row["alpha"], row["beta"]
+        row = self._invariant_part(self.rows[probe]) or self.rows[probe]
+        return row.alpha, row.beta
 
-    def _invariant_part(self, row: dict[str, Any]) -> dict[str, Any] | None:
+    def _invariant_part(self, row: Coefficients) -> Coefficients | None:
         """What a run did within the invariant space that it went through; None if it went through none."""
-        numbers = row["alpha"], row["beta"], row["length"]
+        numbers = row.alpha, row.beta, row.length
         length = invariant_length(*numbers, self.size, self.precision, orthogonal=self.keep_basis)
-        if length is None:
-            return None
-        steps = np.arange(len(row["alpha"]))
-        alpha, beta = np.where(steps < length, row["alpha"], 0), np.where(steps < length - 1, row["beta"], 0)
-        return row | {"alpha": alpha, "beta": beta, "length": length}
+        return None if length is None else row.of_length(length)
 
 
 def _draw(layout: Layout, key: jax.Array, index: Any) -> PyTree:
@@ -265,29 +306,3 @@ def _drawn_states(
         return recurrence.init(layout, _draw(layout, key, index), num_steps, keep_basis=keep_basis)
 
     return (jax.vmap(one) if batched else one)(indices)
-
-
-def _resized(row: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The first steps of a probe; zeros follow those of a run that ended by itself."""
-    kept = {name: np.append(row[name], np.zeros(steps))[:steps] for name in ("alpha", "beta")}
-    if "sketch" in row:
-        kept["sketch"] = np.concatenate([row["sketch"], np.zeros((steps, SKETCHED))])[:steps]
-    return row | kept | {"length": min(row["length"], steps)}
-
-
-def _rows(
-    state: LanczosState, done: int, batched: bool, sketch: jax.Array | None = None
-) -> list[dict[str, Any]]:
-    """Coefficients of each probe in float64, and its sketch, cut to the steps that were run."""
-    names = ("alpha", "beta", "length", "asymmetry", "scale")
-    numbers = {name: getattr(state, name) for name in names}
-    numbers |= {} if sketch is None else {"sketch": sketch}
-    numbers = {name: np.asarray(x) for name, x in jax.device_get(numbers).items()}
-    scale = numbers.pop("scale")
-    numbers["asymmetry"] = numbers["asymmetry"] / np.where(scale > 0, scale, 1)
-    rows = [{name: x[i] for name, x in numbers.items()} for i in range(len(scale))] if batched else [numbers]
-    return [
-        {name: x[:done].astype(np.float64) for name, x in row.items() if x.ndim}
-        | {"length": int(row["length"]), "asymmetry": float(row["asymmetry"])}
-        for row in rows
-    ]

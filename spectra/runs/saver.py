@@ -311,7 +311,7 @@ class Saver:
         """A new record of what is done and what is under way."""
         self.flight = flight
         if host.is_first():
-            rows = list(self.rows.values())
+            rows = [{"probe": number} | row for number, row in self.rows.items()]
             try:
                 self.records.write({"description": self.description, "rows": rows, "flight": flight})
                 self.unwritten = ""
