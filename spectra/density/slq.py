@@ -135,7 +135,7 @@ def slq(
 
     Cost: k m products, and two more to test symmetry if m = 1; r more with deflate=r, and one to test that
     pairs are those of the operator. Memory as `plan` states: (m + 6) n numbers per probe in progress, 6 n
-    without a basis, and r n for r deflated pairs, 2 r n at first for deflate=r.
+    without a basis, n more for streamed data, and r n for r deflated pairs, 2 r n at first for deflate=r.
 
     References:
         Golub and Welsch, doi:10.1090/S0025-5718-69-99647-1; Ubaru, Chen and Saad,

@@ -24,6 +24,9 @@ from spectra.results import Plan, format_bytes
 VECTORS = 6
 """Working vectors beside the basis: q_i, q_{i-1}, the product as a pytree and packed, w before and after
 a Gram-Schmidt pass."""
+STREAMED = 5
+"""Vectors of a product over a stream: q_i as a pytree, the sum over its batches and what rounding has taken
+from it, and the parts of two batches."""
 SHARING = 4
 """Probes that share an evaluation: twice as many save another 5 % and hold twice the memory."""
 COMPILING = 6 * 2**20
@@ -45,8 +48,9 @@ def plan(
     """State the bytes and products that `slq` would need, without running or allocating anything.
 
     The peak is linearization + probe_batch * (basis + 6 vectors + workspace), on top of parameters and
-    data; on a mesh, all figures are per device. The workspace of a product is found by compiling it for the
-    device, which takes as long as the first product of a run; of a stream it is that of its first batch.
+    data, with 7 vectors for streamed data; on a mesh, all figures are per device. The workspace of a
+    product, of a stream with its first batch, is found by compiling it for the device, which takes as long as
+    the first product of a run.
 
     On a CPU the process also holds Python, JAX, parameters, data and compiled programs; `process` is what it
     holds now. Compiling the rest of the run, mostly the drawing of a probe, takes about 6 MiB per array of
@@ -112,7 +116,9 @@ def estimate(
     num_devices = 1 if layout.mesh is None else layout.mesh.size
     linearization = op.prepared_bytes() // _num_pieces(op)
     available = host.available_bytes(op.device)
-    kept, vectors = (stored, VECTORS) if place.device is None else (0, 3)
+    kept, vectors, packed = (stored, VECTORS, 2) if place.device is None else (0, 3, 0)
+    if op.on_host:
+        vectors = max(vectors, packed + STREAMED)
     if probe_batch is None:
         one = kept + vectors * vector
         probe_batch = choose_batch(op, one, linearization, available, num_probes)

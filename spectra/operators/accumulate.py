@@ -165,12 +165,14 @@ def weighted_sum(fn: Callable[[Any], PyTree], pieces: Iterable[tuple[float, Any]
     """
     passes = _observer.get()
     done, total = passes.begin() if passes else (0, None)
+    before = None
     for count, (weight, piece) in enumerate(pieces, start=1):
         if count <= done:
             continue
-        before, part = total, fn(piece)
-        total = _first(weight, part) if total is None else _add(weight, part, *total)
+        part = fn(piece)
+        total, added = _first(weight, part) if total is None else _add(weight, part, total)
         jax.block_until_ready(total if _shares_threads(total) else before)
+        before = added
         if passes:
             passes.after(count, total)
     return total if total is None else _whole(*total)
@@ -185,15 +187,19 @@ def _shares_threads(tree: PyTree) -> bool:
     return len(devices) > 1 and next(iter(devices)).platform == "cpu"
 
 
+_ADDED = 0.0
+"""What a program returns beside a sum, to be waited for: the next part is added in place of the sum."""
+
+
 @programs.jit
-def _first(weight: Any, part: PyTree) -> Sum:
+def _first(weight: Any, part: PyTree) -> tuple[Sum, Any]:
     total = trees.scale(weight, part)
-    return total, jax.tree.map(jnp.zeros_like, total)
+    return (total, jax.tree.map(jnp.zeros_like, total)), _ADDED
 
 
-@programs.jit
-def _add(weight: Any, part: PyTree, total: PyTree, lost: PyTree) -> Sum:
-    """The rounded sum, and what rounding has taken from it so far (Knuth's two-sum)."""
+@partial(programs.jit, donate_argnames="total")
+def _add(weight: Any, part: PyTree, total: Sum) -> tuple[Sum, Any]:
+    """The rounded sum, and what rounding has taken from it so far (Knuth's two-sum), in place."""
 
     def one(x: jax.Array, old: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = (weight * x).astype(old.dtype)
@@ -201,10 +207,10 @@ def _add(weight: Any, part: PyTree, total: PyTree, lost: PyTree) -> Sum:
         added = new - old
         return new, rest + ((old - (new - added)) + (x - added))
 
-    leaves, treedef = jax.tree.flatten(total)
-    pairs = map(one, jax.tree.leaves(part), leaves, jax.tree.leaves(lost))
+    leaves, treedef = jax.tree.flatten(total[0])
+    pairs = map(one, jax.tree.leaves(part), leaves, jax.tree.leaves(total[1]))
     sums, rests = zip(*pairs, strict=True)
-    return treedef.unflatten(sums), treedef.unflatten(rests)
+    return (treedef.unflatten(sums), treedef.unflatten(rests)), _ADDED
 
 
 @programs.jit
