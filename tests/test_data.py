@@ -300,12 +300,16 @@ def test_the_spread_of_traces_lies_in_its_interval(name, x64):
     ops = [spectra.MatrixOperator(jnp.asarray(a)) for a in matrices]
     # 400 keys of 20 probes each: probes are independent, so one call draws them all.
     samples = variability._samples(ops, jax.random.key(0), 8000, 8000, exact=False)
-    parts = zip(*(np.split(x, 400) for x in samples), strict=True)
-    found = [
-        variability.summary(variability.Samples(*part), 24, 2.2e-16, exact=False, level=0.95)
-        for part in parts
-    ]
-    low, middle, high = np.array(found).T
+
+    def found(count):
+        parts = zip(*(np.split(x[: 400 * count], 400) for x in samples), strict=True)
+        each = [variability.Samples(*part) for part in parts]
+        return np.array([variability.summary(x, 24, 2.2e-16, exact=False, level=0.95) for x in each]).T
+
+    low, _, high = found(variability.FEWEST)
+    # 94 % of some rates by simulation, less two standard deviations of 400 keys.
+    assert np.mean((low <= exact) & (exact <= high)) >= 0.916
+    low, middle, high = found(20)
     # 93 % at least; two standard deviations of 400 keys are 2.2 % at 95 %.
     assert np.mean((low <= exact) & (exact <= high)) >= 0.93
     # The other side: twice 1.96 standard errors is the least there is, but for a truth at the end, zero.
@@ -480,6 +484,20 @@ def test_few_steps_leave_open_how_far_eigenvalues_go(steps):
         assert found.limits[0] <= -1.2
         assert found.limits[1] >= 1.2
         assert "population" in repr(found)
+        assert found.num_matvecs == 3 * steps + 2 * 3  # one probe tells no spread of traces
+
+
+def test_the_error_of_the_probes_has_degrees_of_freedom_of_its_own():
+    """Subsets that are one matrix leave that error alone: the interval is that of a report, from one probe,
+    and has Student's t of one probe and not of four subsets."""
+    op = spectra.MatrixOperator(jnp.diag(jnp.asarray([30.0] + [1.0] * 59)))
+    options = {"key": jax.random.key(2), "num_steps": 3, "num_probes": 1}
+    found = spectra.data_variability(lambda batch: op, [np.ones((5, 1))] * 4, **options)
+    report = spectra.spectrum(op, exact=False, **options)
+    np.testing.assert_allclose(found.trace_population, report.trace.interval(), rtol=1e-5)
+    reach = stats.t.ppf(0.975, report.trace.dof) / stats.t.ppf(0.975, 3)
+    assert reach > 2
+    assert report.trace.interval().upper - report.trace.value >= 0.99 * reach * 3.18 * report.trace.stderr
 
 
 def test_ritz_values_that_have_not_converged_are_called_bounds(x64):

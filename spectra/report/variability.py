@@ -27,7 +27,7 @@ from spectra.operators.batches import batch_size
 from spectra.operators.data import DataOperator
 from spectra.operators.jaxprs import outside_loops
 from spectra.report.spectrum import trace_estimate
-from spectra.results import Array, Interval, Quadrature, Result, result, text_table, worst
+from spectra.results import Array, Estimate, Interval, Quadrature, Result, result, text_table, worst
 from spectra.results.text import directed, span
 
 if TYPE_CHECKING:
@@ -173,6 +173,9 @@ def _interval(d: np.ndarray, covariance: np.ndarray, num_probes: int, level: flo
 TAIL = 0.975
 SEEN = 0.999
 """Probability that probes would have shown an eigenvalue further out; the rest of 1 - TAIL is Student's."""
+FEWEST = 3
+"""Probes of the spread of traces where there are fewer steps: by simulation of ten families of matrices 1,500
+times each, its interval would hold for 57 to 99 % of one probe, 92.5 to 99.7 % of two and 94 % of three."""
 OPEN = 0.01
 """Residual, relative to the eigenvalue, from which a Ritz value is stated as a bound alone."""
 
@@ -294,15 +297,15 @@ def data_variability(
         `DataVariability`; print it.
 
     `trace_spread` is a 95 % interval over the probes for the standard deviation of the trace between the
-    given subsets; it says nothing about other subsets. It takes num_steps more products with each subset; up
-    to n = num_steps it is exact.
+    given subsets; it says nothing about other subsets. It takes num_steps more products with each subset, at
+    least three; up to n = num_steps it is exact.
 
     Raises:
         SpectraError: fewer than two subsets, or more eigenvalues than steps.
         DataError: fewer examples or batches than subsets; one subset has all of the weight.
 
-    Cost: (s + 1) num_steps num_probes + s num_steps products; those with a subset use only its share of the
-    data.
+    Cost: (s + 1) num_steps num_probes + s max(num_steps, 3) products; those with a subset use only its share
+    of the data.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra
@@ -323,8 +326,8 @@ def data_variability(
     results = [slq(op, key=key, num_steps=steps, num_probes=num_probes) for op in [*subsets, whole]]
     traces = [trace_estimate(q) for q in results]
     ends = [_ends(q, num_eigenvalues) for q in results]
-    s = len(subsets)
-    spread = spread_of_traces(list(subsets), jax.random.fold_in(key, 2**31 - 1), num_steps, num_probes)
+    s, of_spread = len(subsets), max(num_steps, FEWEST)
+    spread = spread_of_traces(list(subsets), jax.random.fold_in(key, 2**31 - 1), of_spread, num_probes)
     each = np.array([t.value for t in traces[:s]])
     law = Law(drawn.weights, np.zeros(s, int), TAIL, sizes=drawn.sizes)
     return DataVariability(
@@ -335,9 +338,9 @@ def data_variability(
         whole_largest=ends[-1][1],
         whole_smallest=ends[-1][0],
         whole_trace=traces[-1].value,
-        num_matvecs=sum(q.num_matvecs for q in results) + s * min(num_steps, whole.size),
+        num_matvecs=sum(q.num_matvecs for q in results) + s * min(of_spread, whole.size),
         trace_spread=spread,
-        trace_population=_of_distribution(law, each, float(traces[-1].stderr)),
+        trace_population=_of_distribution(law, each, traces[-1]),
         limits=_limits(law, results[:s]),
         largest_residuals=np.array([residuals for *_, residuals in ends[:s]]),
         smallest_residuals=np.array([residuals for _, _, residuals, _ in ends[:s]]),
@@ -348,13 +351,16 @@ def data_variability(
     )
 
 
-def _of_distribution(law: Law, traces: np.ndarray, of_probes: float) -> Interval:
-    """The mean trace, with its error over subsets and that of the probes, which all subsets share."""
-    mean, errors = float(law.weights @ traces), law.errors(traces)
-    below, above = (
-        math.hypot(errors.reach(TAIL, up) * errors.stderr, errors.t(TAIL) * of_probes) for up in (False, True)
-    )
-    return Interval(mean - below, mean, mean + above)
+def _of_distribution(law: Law, traces: np.ndarray, whole: Estimate) -> Interval:
+    """The trace of all data, with the error of their draw, from traces of subsets, and that of the probes.
+
+    The mean of the subsets' traces is that of all data, whose own interval says how far the probes are off:
+    few of them have few degrees of freedom, and what all data resolve is not sampled.
+    """
+    value, errors = float(whole.value), law.errors(traces)
+    of_probes = float(whole.interval(2 * TAIL - 1).upper) - value
+    below, above = (math.hypot(errors.reach(TAIL, up) * errors.stderr, of_probes) for up in (False, True))
+    return Interval(value - below, value, value + above)
 
 
 def _limits(law: Law, quadratures: list[Quadrature]) -> np.ndarray:

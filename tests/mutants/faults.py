@@ -2128,6 +2128,13 @@ SAMPLES = [
         "test_data.py::test_subsets_of_unequal_size_tell_of_the_distribution",
     ),
     fault(
+        "the error of the probes has the degrees of freedom of the subsets",
+        "report/variability.py",
+        "of_probes = float(whole.interval(2 * TAIL - 1).upper) - value",
+        "of_probes = errors.t(TAIL) * float(whole.stderr)",
+        "test_data.py::test_the_error_of_the_probes_has_degrees_of_freedom_of_its_own",
+    ),
+    fault(
         "a Ritz value is as far as an eigenvalue goes",
         "report/variability.py",
         "(extreme(q, 0, level=SEEN).lower, extreme(q, -1, level=SEEN).upper)",
