@@ -1,5 +1,6 @@
 """A saturated loss whose products are all zero, or nearly: nothing claims that its eigenvalues are."""
 
+import html
 from functools import partial
 
 import jax
@@ -55,7 +56,7 @@ def test_every_error_holds_the_matrix_that_was_not_resolved(loss):
     assert spectra.frobenius_norm(op, key=KEY, num_matvecs=6).interval().upper >= np.linalg.norm(matrix)
 
 
-def test_an_eigenvalue_that_rounding_hides_is_within_the_errors_of_the_largest():
+def test_an_eigenvalue_that_rounding_hides_is_within_the_errors_of_the_largest(tmp_path):
     """1 - σ(17.5) is 2.5e-8, which float32 rounds to zero; beside it softplus has 2.1e-9 and less."""
     params = {"hidden": jnp.full(1, 17.5, jnp.float32), "rest": jnp.linspace(20, 30, 29, dtype=jnp.float32)}
 
@@ -70,6 +71,12 @@ def test_an_eigenvalue_that_rounding_hides_is_within_the_errors_of_the_largest()
     report = spectra.spectrum(op, key=KEY, num_steps=3, num_probes=2)
     assert report.status is spectra.Status.NOISY
     assert report.largest.lower <= np.exp(-17.5) <= report.largest.upper
+    count = spectra.count_above(report.quadrature, 0.0)
+    for made in (report.density, spectra.trace_of(report.quadrature, np.square), count):
+        assert made.status is spectra.Status.NOISY
+    assert repr(report.quadrature).endswith("noisy)")
+    page = spectra.write_report(report, tmp_path / "page.html").read_text()
+    assert f"The run ended as {html.escape(str(spectra.Status.NOISY))}" in page
     found = spectra.condition_number(op, key=KEY)
     assert found.status is spectra.Status.NOISY
     assert found.largest_interval.lower >= 0

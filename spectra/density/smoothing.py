@@ -122,7 +122,7 @@ def spectral_density(
         outliers=outliers,
         size=quadrature.size,
         level=level,
-        status=quadrature.status,
+        status=quadrature.judged,
         single=single,
     )
 

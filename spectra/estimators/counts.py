@@ -170,7 +170,7 @@ def _count(q: Quadrature, x: float, *, above: bool, unit: float) -> Estimate:
         stderr=stderr,
         num_matvecs=q.num_matvecs,
         method="slq",
-        status=q.status,
+        status=q.judged,
         reason=reason,
         lower=_whole(unit * low),
         upper=_whole(unit * high),

@@ -32,7 +32,7 @@ def from_quadrature(q: Quadrature, f: RealFunction, bounds: Bounds | None, one_s
 
     _check_finite(q, at)
     parts, known = q.parts, _known(q, at, f.rounding)
-    fields: dict[str, Any] = {"num_matvecs": q.num_matvecs, "method": "slq", "status": q.status}
+    fields: dict[str, Any] = {"num_matvecs": q.num_matvecs, "method": "slq", "status": q.judged}
     if parts.rest is None:
         return Estimate(known.value, known.rounding, **fields, reason="all eigenvalues are known")
     ends, rests = domain(q, f, (a, b), excludes, bounds, one_signed)

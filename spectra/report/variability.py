@@ -344,7 +344,7 @@ def data_variability(
         limits=_limits(law, results[:s]),
         largest_residuals=np.array([residuals for *_, residuals in ends[:s]]),
         smallest_residuals=np.array([residuals for _, _, residuals, _ in ends[:s]]),
-        status=worst(q.status for q in results),
+        status=worst(q.judged for q in results),
         whole_largest_residuals=ends[-1][3],
         whole_smallest_residuals=ends[-1][2],
         weights=drawn.weights,

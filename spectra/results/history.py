@@ -56,8 +56,8 @@ class Snapshot(Result):
 
     @property
     def status(self) -> Status:
-        """That of the quadrature."""
-        return self.quadrature.status
+        """That of the quadrature, or NOISY where rounding leaves no digit of |H|."""
+        return self.quadrature.judged
 
     @property
     def sharpness(self) -> float:

@@ -149,7 +149,11 @@ class Quadrature(Result):
 
     @property
     def judged(self) -> Status:
-        """The status, or NOISY where rounding, as far as it was measured, leaves no digit of |H|."""
+        """The status, or NOISY where rounding, as far as it was measured, leaves no digit of |H|.
+
+        Results that are made from a quadrature have it for their status. `status` itself says how the run
+        ended, and so which theorems hold.
+        """
         return self.status.beside(self.noise_floor, max(map(abs, self.range)))
 
     @property
@@ -214,10 +218,10 @@ class Quadrature(Result):
         if np.ndim(self.nodes) > 2:
             return f"Quadrature(several of a vmap or scan, shape={self.nodes.shape}, size={self.size})"
         text = f"Quadrature(num_probes={self.num_probes}, num_steps={self.num_steps}, size={self.size}"
-        if not isinstance(self.nodes, Tracer):
-            low, high = self.range
-            text += f", range=({low:.6g}, {high:.6g})"
-        return f"{text}, {self.status.code})"
+        if isinstance(self.nodes, Tracer):
+            return f"{text}, {self.status.code})"
+        low, high = self.range
+        return f"{text}, range=({low:.6g}, {high:.6g}), {self.judged.code})"
 
     def _repr_html_(self) -> str:
         low, high = self.range
@@ -227,7 +231,7 @@ class Quadrature(Result):
             ("range", f"{low:.6g} to {high:.6g}"),
             ("CDF in doubt", f"{100 * self.band_width():.2g} % on average over the range (95 % band)"),
             ("noise floor", f"{self.noise_floor:.1e}"),
-            ("status", str(self.status)),
+            ("status", str(self.judged)),
         ]
         return notebook_view(self, "Quadrature of the spectral measure", rows)
 
