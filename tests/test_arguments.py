@@ -1,5 +1,7 @@
 """Arguments that could have no effect with the others given are refused by name, whatever their value."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,3 +102,45 @@ def test_where_the_method_is_chosen_the_same_call_serves_all_sizes():
     small = spectra.MatrixOperator(jnp.diag(jnp.arange(1.0, 4.0)))
     assert spectra.condition_number(small, key=KEY, num_steps=9, num_probes=2).method == "dense"
     assert spectra.trace(small, key=KEY, probes="normal").method == "exact"
+
+
+def loss_fn(params, batch):
+    return jnp.mean((batch[0] @ params - batch[1]) ** 2)
+
+
+def model_fn(params, inputs):
+    return inputs @ params
+
+
+def output_loss(outputs, targets):
+    return jnp.mean((outputs - targets) ** 2)
+
+
+ON_DATA = {
+    "HessianOperator": (loss_fn,),
+    "GradientCovarianceOperator": (loss_fn,),
+    "dense_hessian": (loss_fn,),
+    "critical_sharpness": (loss_fn,),
+    "GGNOperator": (model_fn, output_loss),
+    "FisherOperator": (model_fn, output_loss),
+    "KFACOperator": (model_fn, output_loss),
+    "EKFACOperator": (model_fn, output_loss),
+}
+
+
+@pytest.mark.parametrize("name", ON_DATA)
+@pytest.mark.parametrize(("argument", "meant"), [("weigth_fn", "weight_fn"), ("microbach", "microbatch")])
+def test_a_misspelt_option_of_an_operator_is_refused(name, argument, meant):
+    """Taken for a field of a subclass, it had no effect: without its weights, the matrix is another one."""
+    given = (*ON_DATA[name], jnp.ones(2), (jnp.ones((3, 2)), jnp.ones(3)))
+    given = (*given, jnp.ones(2)) if name == "critical_sharpness" else given
+    with pytest.raises(
+        TypeError, match=rf"{name}\(\) got an unexpected keyword argument '{argument}'.*{meant}"
+    ):
+        getattr(spectra, name)(*given, **{argument: 2})
+
+
+def test_an_option_of_another_operator_is_refused():
+    foreign: Any = {"centered": True}
+    with pytest.raises(TypeError, match=r"'centered'\. It has .*loss_fn, params, data, wrt, .*check_data"):
+        spectra.HessianOperator(loss_fn, jnp.ones(2), (jnp.ones((3, 2)), jnp.ones(3)), **foreign)

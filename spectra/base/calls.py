@@ -1,13 +1,14 @@
 """Where a user's call comes in: its plain arguments are checked; the rules of JAX are this package's own."""
 
 import contextlib
+import difflib
 import functools
 import inspect
 import operator
 import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
@@ -99,6 +100,16 @@ def _on_twin(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
                 error.add_note(_EXPLICIT_LOSS)
             raise
     return meshes.moved_from_twin(result, mesh)
+
+
+def require_known(function: str, signature: inspect.Signature, given: Iterable[str]) -> None:
+    """Raise Python's `TypeError` for a keyword that the signature has not, with the one that is meant."""
+    known = list(signature.parameters)
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"Did you mean {close[0]!r}?" if close else f"It has {', '.join(known)}."
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}. {meant}")
 
 
 def checked_fields(cls: type[T]) -> type[T]:

@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 
 from spectra.base import host, trees
 from spectra.base import paths as _paths
-from spectra.base.calls import automatic
+from spectra.base.calls import automatic, require_known
 from spectra.base.draws import moved_parameters
 from spectra.base.errors import DataError, NonFiniteError, SpectraError
 from spectra.base.meshes import on_automatic_axes
@@ -473,12 +473,20 @@ class DataOperator(OnParameters, LinearOperator):
 
 
 def shows_options(function: F) -> F:
-    """`function` whose signature spells out its `**options`, for `help` and completion."""
+    """`function` whose signature spells out its `**options`, for `help` and completion, and has no others."""
     signature = inspect.signature(function)
     own = [
         parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD
     ]
     defaults = inspect.signature(DataOperator._open).parameters
     options = [defaults[name] for name in DataOptions.__annotations__ if name not in signature.parameters]
-    function.__signature__ = signature.replace(parameters=[*own, *options])
-    return function
+    whole = signature.replace(parameters=[*own, *options])
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        made = function.__name__ == "__init__"
+        require_known(type(args[0]).__name__ if made else function.__name__, whole, kwargs)
+        return function(*args, **kwargs)
+
+    cast("Any", call).__signature__ = whole
+    return cast("F", call)
