@@ -7,7 +7,9 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from spectra.base import trees
 from spectra.base.errors import warn_user
 from spectra.base.trees import PyTree
 
@@ -52,6 +54,23 @@ def explain(error: Exception) -> str:
     words = _WORDS.get(kind.__name__) if kind.__module__.startswith("flax.") else None
     words = words or next((text for read, text in _VALUES_READ.items() if isinstance(error, read)), None)
     return f" {words}" if words else ""
+
+
+def non_finite_data(data: PyTree, stream: Any) -> str:
+    """`, and leaf 'x' of batch 3 holds NaN or infinite values`, the first that does; nothing if none does."""
+    batches = [("the data", data)]
+    if stream is not None:
+        places = stream.places(len(stream.weights) - 1)
+        batches = ((f"batch {i}", batch) for i, batch in places if stream.weights[i] > 0)
+    for name, batch in batches:
+        for path, leaf in jax.tree.leaves_with_path(batch):
+            if _floating(leaf) and not trees.all_finite(leaf):
+                return f", and leaf '{trees.path_str(path)}' of {name} holds NaN or infinite values"
+    return ""
+
+
+def _floating(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(cast("Any", leaf).dtype, jnp.inexact)
 
 
 def warn_of_state(params: PyTree) -> None:

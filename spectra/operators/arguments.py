@@ -74,7 +74,8 @@ def explain_non_finite(op: Any) -> str:
             return f"The parameter leaf '{trees.path_str(path)}' holds NaN or infinite values."
     loss = float(op.loss())
     if not np.isfinite(loss):
-        return f"The loss is {loss} at these parameters: check the data and the loss function."
+        found = advice.non_finite_data(op.data, op.stream)
+        return f"The loss is {loss} at these parameters{found}: check the data and the loss function."
     for path, leaf in jax.tree.leaves_with_path(op.gradient()):
         if not trees.all_finite(leaf):
             return (
