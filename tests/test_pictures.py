@@ -22,7 +22,7 @@ from spectra import Status
 from spectra.density.smoothing import default_points, smoothed
 from spectra.report.plots import gallery
 from spectra.report.plots.history import in_colour
-from spectra.report.plots.style import wrapped
+from spectra.report.plots.style import NAME, short_names, wrapped
 from spectra.report.sections import sections
 
 # Root mean square of the differences of all pixels, from 0 to 255. On these pictures outlier ticks in another
@@ -603,6 +603,22 @@ def test_a_long_history_is_drawn_without_what_is_not_seen(monkeypatch):
     np.testing.assert_array_equal(in_colour(8), np.arange(8))
     words = sections(recorded)[1].body
     assert "at 300 of the 2,000 snapshots, evenly chosen, and the largest of them at each snapshot" in words
+
+
+def test_rows_of_long_names_are_told_apart():
+    """Their ends alone are the same for all layers of a transformer."""
+    assert short_names(["a/kernel", "b/bias"]) == ["a/kernel", "b/bias"]
+    apart = [f"encoder/layers/all_heads/{kind}_projection/kernel" for kind in ("query", "key")]
+    assert short_names(apart) == [f"…{name[-25:]}" for name in apart]
+    alike = [f"transformer/encoder/layer_{i}/attention/query_key_value/kernel" for i in range(200)]
+    short = short_names(alike)
+    assert short[17] == "…layer_17/att…value/kernel"
+    assert len(set(short)) == 200
+    assert max(map(len, short)) == NAME
+    hidden = [f"first_part_{'x' * 20}_{i}_{'y' * 40}" for i in range(3)]  # wider than the room, if need be
+    assert len(set(short_names(hidden))) == 3
+    (ax,) = spectra.plot_blocks({name: density(seed=0) for name in alike[:21]})
+    assert [label.get_text() for label in ax.get_yticklabels()] == short_names(alike[:21])
 
 
 def test_the_mass_of_eigenvectors_adds_up_to_one():

@@ -17,6 +17,7 @@ from spectra.report.plots.style import (
     mark_linear,
     new_axes,
     plot_style,
+    short_names,
     symlog,
     symlog_grid,
     wrapped,
@@ -165,7 +166,7 @@ def _rows(names: list[str], densities: list[Density], ax: "Axes | None") -> "Axe
         ax = new_axes(ax, height=min(1.0 + 0.09 * len(names), 8.0))
         mesh = heat(ax, grid, np.arange(len(names)), values, min(map(floor, densities)))
         stride = -(-len(names) // 80)
-        labels = [name if len(name) <= 26 else f"…{name[-25:]}" for name in names[::stride]]
+        labels = short_names(names[::stride])
         if wide:  # long names take the room of labels below
             symlog(ax.xaxis, scale, low, high, labels=7 if max(map(len, labels)) < 12 else 4)
         ax.invert_yaxis()

@@ -20,6 +20,7 @@ from spectra.report.plots.style import (
     asks_for_logarithm,
     label_text,
     new_axes,
+    short_names,
     styled,
     symlog,
 )
@@ -219,9 +220,6 @@ def _add_pairs(ax: "Axes", pairs: Eigenpairs, color: "ColorType", label: str | N
         ax.plot(rank[~done], values[~done], "o", color=color, **circles)
 
 
-_NAME = 26  # characters of a layer's name that are shown
-
-
 @styled
 def plot_eigenvector_mass(pairs: Eigenpairs, ax: "Axes | None" = None, *, by: str = "layer") -> "Axes":
     """Draw the mass of each eigenvector in each layer: the sum of the squares of its entries there.
@@ -265,7 +263,7 @@ def plot_eigenvector_mass(pairs: Eigenpairs, ax: "Axes | None" = None, *, by: st
     shown = np.arange(0, k, max(1, -(-k // 8)))
     ax.set_xticks(np.append(0, shown + 2), ["all", *(f"{i + 1}" for i in shown)])
     stride = max(1, -(-rows // 40))
-    ax.set_yticks(np.arange(0, rows, stride), [_short(name) for name in names[::stride]], parse_math=False)
+    ax.set_yticks(np.arange(0, rows, stride), short_names(names[::stride]), parse_math=False)
     ax.tick_params(axis="y", labelsize=6 if rows <= 24 else 5, length=0)
     ax.spines[:].set_visible(False)
     ax.grid(False)
@@ -281,8 +279,3 @@ def layer_mass(pairs: Eigenpairs, by: str) -> tuple[list[str], np.ndarray, np.nd
     mass = np.array([sum(np.sum(leaves[i] ** 2, axis=1) for i in group) for group in groups.values()])
     count = np.array([sum(leaves[i].shape[1] for i in group) for group in groups.values()])
     return list(groups), count / count.sum(), mass / mass.sum(axis=0)
-
-
-def _short(name: str) -> str:
-    """The end of a long name, which tells layers apart."""
-    return name if len(name) <= _NAME else "…" + name[-_NAME + 1 :]

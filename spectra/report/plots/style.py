@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -146,6 +147,31 @@ def _legend_width(labels: list[str], columns: int) -> int:
     return sum(
         6 + max((len(line) for label in part for line in label.split("\n")), default=0) for part in parts
     )
+
+
+NAME = 26  # characters of a layer's name that a row has room for
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Long names cut to what tells the layers apart, which stay distinct: `…layer_11/att…/kernel`.
+
+    The ends are enough for most trees. Where they are alike, as in a transformer whose layers differ by
+    their number only, what all names begin with is left out, and what is in the middle.
+    """
+    pairs = zip(min(names), max(names), strict=False)  # of all names, these two have least in common
+    common = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    shared = max(common.rfind("/"), common.rfind(".")) + 1
+
+    def end(name: str) -> str:
+        return name if len(name) <= NAME else "…" + name[1 - NAME :]
+
+    def around(name: str, width: int) -> str:
+        rest = ("…" if shared else "") + name[shared:]
+        return rest if len(rest) <= width else rest[: width // 2] + "…" + rest[width // 2 + 1 - width :]
+
+    widths = range(NAME, max(map(len, names)) + 1, 2)  # wider only if need be
+    cuts = [[end(name) for name in names], *([around(name, width) for name in names] for width in widths)]
+    return next((cut for cut in cuts if len(set(cut)) == len(set(names))), names)
 
 
 def wrapped(name: str, width: int) -> str:
