@@ -1827,6 +1827,20 @@ BRIDGE = [
         "bridge/test_bridge_functions.py::test_own_formulas_have_the_derivatives_of_pytorch",
     ),
     fault(
+        "an exponential scaled to twice the norm",
+        "bridge/operators/factors.py",
+        "jnp.ceil(jnp.log2(norm",
+        "jnp.floor(jnp.log2(norm",
+        "bridge/test_bridge_derivatives.py::test_exponentials_of_any_norm",
+    ),
+    fault(
+        "a completed basis is orthonormal to first order only",
+        "bridge/operators/factors.py",
+        "rest + rest @ (_adjoint(inner) @ inner) / 2",
+        "rest",
+        "bridge/test_bridge_derivatives.py::test_singular_vectors_that_complete_a_basis",
+    ),
+    fault(
         "a branch sees the names around it",
         "bridge/schema.py",
         "outside, self.names = self.names, set()",
