@@ -2,10 +2,12 @@
 
 import dataclasses
 import os
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spectra.base import programs
 from spectra.base import trees as _tree
@@ -18,6 +20,7 @@ from spectra.estimators.entrywise import RUNNERS, root_mean_square
 from spectra.estimators.run import Run, begin
 from spectra.estimators.trace import choose
 from spectra.operators.base import LinearOperator, require_operator
+from spectra.operators.doubled import flat
 from spectra.operators.layer_diagonal import LayerDiagonal, layer_diagonal
 from spectra.results import Estimate
 from spectra.runs.checkpoint import Checkpoint
@@ -197,19 +200,25 @@ def _from_layers(
     num_matvecs: int,
     probe_batch: int | None,
 ) -> Estimate:
-    """The exact diagonal; its error is that of rounding.
+    """The exact diagonal; its error is that of rounding, see `_of_both` where there is one in float64.
 
-    |H e_i|² = Σ_j H_ij² is at most H_ii tr H of a semidefinite matrix, which stands for the rounding of
-    sums; what the rounding of the loss does is measured, as for columns.
+    Elsewhere it has three parts: what one of a product is, |H e_i|² = Σ_j H_ij² being at most H_ii tr H of a
+    semidefinite matrix; what sums of squares lose, half a rounding with each addition; and what rounding does
+    to the loss, which is measured as for columns.
     """
     options: dict[str, Any] = {"by": by, "tol": tol, "num_matvecs": num_matvecs, "probe_batch": probe_batch}
     run = begin(op, key=None, count=1, needs_key=False, **options)
     value = layers.value()
     run.host(_sums(value))
-    stderr, dof = _norm_bounds(value, op.precision, layers.terms), None
-    if moved := exact.moved_products(run):
-        changes = root_mean_square([x for *_, x in moved])
-        stderr, dof = jax.tree.map(jnp.hypot, stderr, changes), float(len(moved))
+    if layers.in_double:
+        value, stderr = _of_both(op, flat(value), layers.unrounded())
+        dof = None
+    else:
+        bounds = _norm_bounds(value, op.precision), _sum_bounds(value, layers.chain, layers.terms)
+        stderr, dof = jax.tree.map(jnp.hypot, *bounds), None
+        if moved := exact.moved_products(run):
+            changes = root_mean_square([x for *_, x in moved])
+            stderr, dof = jax.tree.map(jnp.hypot, stderr, changes), float(len(moved))
     fields: dict[str, Any] = {"num_matvecs": layers.passes, "method": "exact"}
     fields |= {"reason": layers.reason, "dof": dof}
     total = Estimate(value, stderr, **fields)
@@ -218,12 +227,43 @@ def _from_layers(
     return Estimate(_grouped(run, value), _grouped(run, stderr), total=total, **fields)
 
 
+def _of_both(op: LinearOperator, rounded: np.ndarray, unrounded: np.ndarray) -> tuple[PyTree, PyTree]:
+    """A diagonal in float64 as one in the operator's type, and its error, from what it is in that type.
+
+    One rounding, and of what float64 itself is off by no more than this: as many digits as the other one has
+    right, twice. If that has 7, 4 or 2, float64 has 16, 13 or 11, and 14, 8 or 4 are stated. If it has none,
+    as where a probability rounds to one, those of float64 may be few. An entry counts as no better than all
+    are together: of those without digits some are right by chance.
+    """
+    info, size, change = jnp.finfo(op.dtype), np.abs(unrounded), np.abs(rounded - unrounded)
+    norm = float(np.linalg.norm(unrounded))
+    change = np.maximum(change, size * min(float(np.linalg.norm(change)) / (norm or 1.0), 1.0))
+    share = np.where(size > change, change / np.where(size > 0, size, 1), 1)
+    stderr = np.hypot(share * change, float(info.eps) / 2 * size) + float(info.tiny)
+
+    def as_vector(numbers: Any) -> PyTree:
+        return jax.tree.map(jnp.asarray, _tree.unravel(numbers, op.structure))
+
+    return as_vector(unrounded), as_vector(stderr)
+
+
 @programs.jit
-def _norm_bounds(value: PyTree, precision: float, terms: int) -> PyTree:
-    """eps sqrt(H_ii tr H), and no less than what so many squares are that underflow one by one."""
+def _norm_bounds(value: PyTree, precision: float) -> PyTree:
+    """eps sqrt(H_ii tr H)."""
     root = jax.tree.map(jnp.sqrt, value)
-    bounds = _tree.scale(precision * _tree.norm(root), root)
-    return jax.tree.map(lambda x: jnp.maximum(x, terms * float(jnp.finfo(x.dtype).tiny)), bounds)
+    return _tree.scale(precision * _tree.norm(root), root)
+
+
+@partial(programs.jit, static_argnames=("chain", "terms"))
+def _sum_bounds(value: PyTree, chain: int, terms: int) -> PyTree:
+    """Half a rounding of each entry for every addition in a row, and no less than what so many squares are
+    that underflow one by one."""
+
+    def one(x: jax.Array) -> jax.Array:
+        info = jnp.finfo(x.dtype)
+        return jnp.maximum(chain * float(info.eps) / 2 * x, terms * float(info.tiny))
+
+    return jax.tree.map(one, value)
 
 
 @programs.jit
