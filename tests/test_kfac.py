@@ -403,6 +403,31 @@ def test_an_inverse_has_its_derivative_where_eigenvalues_are_equal(x64):
     )
 
 
+@pytest.mark.parametrize("cls", [spectra.KFACOperator, spectra.EKFACOperator])
+def test_the_determinant_of_a_singular_matrix_is_not_made_of_rounding(cls):
+    """Two inputs of five numbers leave a null space of three, which in float32 has eigenvalues of 1e-9."""
+    x, weight = normal(2, 5), normal(5, 2)
+    op = cls(lambda w, x: x @ w, half_square, weight, (x, jnp.zeros((2, 2))))
+    assert op.logdet() == -np.inf
+    data = jnp.diag(jnp.array([1.0, 0.1])), jnp.zeros((2, 2))
+    small = cls(lambda w, x: x @ w, half_square, jnp.ones((2, 2)), data)
+    np.testing.assert_allclose(small.logdet(), 2 * np.log(0.5 * 0.005), rtol=1e-5)
+
+
+def test_a_word_that_is_read_seldom_is_no_rounding():
+    """The factor of an embedding is a diagonal: 1e-9 of it is known as well as the rest."""
+    ids, weights = jnp.arange(2), jnp.array([1.0, 1e-9])
+    op = spectra.KFACOperator(
+        lambda w, batch: w[batch[0]],
+        lambda outputs, batch: half_square(outputs, jnp.zeros(2)),
+        jnp.eye(2),
+        ((ids, weights), weights),
+        weight_fn=lambda batch: batch[1][0],
+    )
+    np.testing.assert_allclose(op.logdet(), 2 * np.log(1e-9), rtol=1e-5)
+    assert np.all(np.isfinite(op.inverse(0.0).mv(jnp.ones((2, 2)))))
+
+
 def test_a_leaf_that_the_model_does_not_use_is_said_to_be_none(x64):
     data = jnp.asarray(np.eye(3, 2)), jnp.zeros((3, 2))
     params = {"used": jnp.eye(2), "left": jnp.ones(3)}

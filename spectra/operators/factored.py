@@ -73,8 +73,12 @@ class FactoredOperator(LinearOperator):
 
     @automatic
     def logdet(self, damping: float = 0.0) -> 'Float[jax.Array, ""]':
-        """log det(K + damping I), from the eigenvalues of the factors; -inf where it is singular."""
-        return jnp.sum(jnp.log(self.eigenvalues() + damping))
+        """log det(K + damping I), from the eigenvalues of the factors; -inf where it is singular.
+
+        Those of a factor of side d are known to d eps of its largest one: without damping, what is below
+        that counts as zero, and with one far below that, it is what rounding makes of it.
+        """
+        return _logdet(self.parts, damping)
 
     @automatic
     def inverse(self, damping: float, *, method: str = "exact") -> "FactoredOperator":
@@ -103,11 +107,10 @@ class FactoredOperator(LinearOperator):
         return DampedInverse.of(self, damping, method)
 
     def _require_definite(self, damping: float) -> None:
-        """Raise unless every block is positive definite by more than its rounding, d eps of its largest."""
+        """Raise unless every block is positive definite by more than its rounding."""
         for part in self.parts:
             values = np.asarray(_all_eigenvalues((part,)))
-            rounding = max(part.eigenvalues().shape) * float(jnp.finfo(self.dtype).eps)
-            if damping < 0 or (values.size and not values[0] > rounding * values[-1]):
+            if damping < 0 or (values.size and not np.isfinite(_logdet((part,), 0.0))):
                 raise SpectraError(
                     f"damping={damping}: the block of '{part.place.name}' has eigenvalues from "
                     f"{values[0]:.3g} to {values[-1]:.3g} and no positive definite inverse; pass a positive "
@@ -213,6 +216,15 @@ def _trace(parts: tuple[Block, ...]) -> jax.Array:
 @programs.jit
 def _all_eigenvalues(parts: tuple[Block, ...]) -> jax.Array:
     return jnp.sort(jnp.concatenate([part.eigenvalues().ravel() for part in parts]))
+
+
+@programs.jit
+def _logdet(parts: tuple[Block, ...], damping: Any) -> jax.Array:
+    total = jnp.zeros(())
+    for part in parts:
+        values = part.eigenvalues()
+        total += jnp.sum(jnp.log(jnp.where((damping == 0) & part.in_rounding(), 0, values + damping)))
+    return total
 
 
 @partial(programs.jit, static_argnames="method")

@@ -93,6 +93,11 @@ class Kronecker:
         """All products of eigenvalues, (groups, inputs, outputs); those of rounding below zero are zero."""
         return _values(self.input)[:, :, None] * _values(self.output)[:, None, :]
 
+    def in_rounding(self) -> jax.Array:
+        """Which of them are not known to be positive: those that are rounding of others of a factor."""
+        a, b = (_in_rounding(_values(x), (1,) if x.ndim == 3 else ()) for x in (self.input, self.output))
+        return a[:, :, None] | b[:, None, :]
+
     def eigh(self, *, definite: bool = True) -> "Corrected":
         """The same block by the eigenvectors of its factors; if definite, without negative eigenvalues."""
         (a, u), (b, v) = _eigh(self.input, definite), _eigh(self.output, definite)
@@ -153,6 +158,11 @@ class Corrected:
         """Λ."""
         return self.values
 
+    def in_rounding(self) -> jax.Array:
+        """Which of them are not known to be positive: those that are rounding of others along a basis."""
+        bases = (self.input_basis, self.output_basis)
+        return _in_rounding(self.values, tuple(i + 1 for i, basis in enumerate(bases) if basis is not None))
+
     def inverse(self, damping: Any, method: str) -> "Corrected":
         """The same bases with 1 / (Λ + δ)."""
         return dataclasses.replace(self, values=1 / (self.values + damping))
@@ -205,6 +215,12 @@ def _symmetric(side: jax.Array) -> jax.Array:
 
 def _values(side: jax.Array) -> jax.Array:
     return jnp.maximum(side if side.ndim == 2 else arrays.eigvalsh(side), 0)
+
+
+def _in_rounding(values: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Which are within d eps of the largest along axes of eigenvectors, of up to d; or zero, along none."""
+    d, largest = max((values.shape[i] for i in axes), default=0), jnp.max(values, axes, keepdims=True)
+    return values / jnp.where(largest > 0, largest, 1) <= d * jnp.finfo(values.dtype).eps
 
 
 def _eigh(side: jax.Array, definite: bool) -> tuple[jax.Array, jax.Array | None]:
