@@ -189,6 +189,29 @@ def test_losses_that_are_not_finite(loss_fn, params, found, linearize):
             call()
 
 
+@pytest.mark.parametrize("made", ["products of gradients", "the loss"])
+def test_overflow_is_told_from_a_loss_that_has_no_value(made):
+    """All is finite in float64; the advice for NaN would be to look for square roots."""
+    if made == "the loss":
+        op = hessian(lambda p, _: jnp.sum((1e15 * p["w"]) ** 4), {"w": jnp.ones(3)})
+    else:
+        op = spectra.FisherOperator(
+            lambda p, x: x @ p,
+            lambda f, y: 1e25 * jnp.mean((f - y) ** 2),
+            jnp.ones(3),
+            (jnp.eye(3), jnp.zeros(3)),
+            kind="empirical",
+        )
+    with pytest.raises(NonFiniteError, match=rf"(?is){made}.*In float64 all is finite.*overflow.*power of"):
+        op.as_matrix()
+
+
+def test_products_that_are_zero_are_no_unit_of_what_columns_are():
+    op = spectra.FunctionOperator(lambda v: jnp.where(jnp.count_nonzero(v) == 1, v, 0), jnp.zeros(4))
+    with pytest.raises(spectra.NotSymmetricError, match="more than zero, though products are zero"):
+        spectra.trace(op, key=None, method="exact")
+
+
 def test_a_loss_that_is_not_finite_on_one_batch_of_a_stream():
     x, m = Ridge().batch()
     op = Ridge().operator([(x, m), (x.at[0, 0].set(jnp.nan), m)])

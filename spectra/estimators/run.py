@@ -162,8 +162,9 @@ class Run:
         if self.traced:
             return jnp.where(worst > limit * size, jnp.nan, 1.0).astype(self.op.dtype)
         if worst > limit * size:
+            found = f"{worst / size:.1e} |H|" if size else "more than zero, though products are zero"
             raise NotSymmetricError(
-                f"the operator is not symmetric, or not linear: |uᵀHv - vᵀHu| {what} {worst / size:.1e} |H|, "
+                f"the operator is not symmetric, or not linear: |uᵀHv - vᵀHu| {what} {found}, "
                 f"and the precision of its products explains {limit:.1e}. {self.op.explain_asymmetry()}"
             )
         return 1.0

@@ -1,5 +1,5 @@
 """What users run into first, in words: Flax's state among the parameters, errors of a module's call, values
-that a loss reads while JAX traces it."""
+that a loss reads while JAX traces it, numbers beyond the range of their type."""
 
 import sys
 from collections.abc import Mapping
@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import trees
+from spectra.base import draws, trees
 from spectra.base.errors import warn_user
 from spectra.base.trees import PyTree
+from spectra.operators.base import LinearOperator
+from spectra.operators.doubled import in_double
 
 _STATE = ("batch_stats", "state")
 """What stands beside "params" in linen's variables, in those of `nnx_model`, and on the page about Haiku."""
@@ -71,6 +73,22 @@ def non_finite_data(data: PyTree, stream: Any) -> str:
 
 def _floating(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(cast("Any", leaf).dtype, jnp.inexact)
+
+
+def explain_overflow(op: LinearOperator) -> str:
+    """What to do where products are finite in float64 alone; nothing where they are not, or not known."""
+    exact = in_double(op)
+    if exact is None:
+        return ""
+    product = exact.unrounded(draws.unit_vector(jax.random.key(0), op))
+    if not np.isfinite(product).all():
+        return ""
+    return (
+        "In float64 all is finite, and the largest number of a product with a unit vector is "
+        f"{np.abs(product).max():.1g}: numbers on the way to it are beyond the range of the type that they "
+        "are computed in (overflow). Multiply the loss by a power of two, such as 2.0**-60, and divide what "
+        "comes of it, scale the data, or compute in a type of a larger range."
+    )
 
 
 def warn_of_state(params: PyTree) -> None:

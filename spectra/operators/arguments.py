@@ -68,26 +68,25 @@ def check_functions(functions: Mapping[str, Any]) -> None:
 
 
 def explain_non_finite(op: Any) -> str:
-    """Name the parameter leaf, the loss or the gradient leaf that is not finite."""
+    """Name the parameter leaf, the loss or the gradient leaf that is not finite, and tell overflow."""
     for path, leaf in jax.tree.leaves_with_path(op.like):
         if not trees.all_finite(leaf):
             return f"The parameter leaf '{trees.path_str(path)}' holds NaN or infinite values."
-    loss = float(op.loss())
+    loss, words = float(op.loss()), advice.explain_overflow(op)
     if not np.isfinite(loss):
         found = advice.non_finite_data(op.data, op.stream)
-        return f"The loss is {loss} at these parameters{found}: check the data and the loss function."
+        words = words or "Check the data and the loss function."
+        return f"The loss is {loss} at these parameters{found}. {words}"
     for path, leaf in jax.tree.leaves_with_path(op.gradient()):
         if not trees.all_finite(leaf):
-            return (
-                f"The loss is finite but its gradient is not, in leaf '{trees.path_str(path)}': "
-                "look for sqrt, log, norm or division at zero, also in a branch of jnp.where that is not "
+            words = words or (
+                "Look for sqrt, log, norm or division at zero, also in a branch of jnp.where that is not "
                 "taken (zero times infinity is NaN): give the function there a harmless number, by another "
                 "jnp.where inside of it."
             )
-    return (
-        "Loss and gradient are finite, second derivatives are not: look for sqrt, norm or "
-        "jnp.where with a branch that overflows."
-    )
+            return f"The loss is finite but its gradient is not, in leaf '{trees.path_str(path)}'. {words}"
+    words = words or "Look for sqrt, norm or jnp.where with a branch that overflows."
+    return f"Loss and gradient are finite, second derivatives are not, or products of gradients. {words}"
 
 
 Weight = Callable[[PyTree], Any]
