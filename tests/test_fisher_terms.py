@@ -371,9 +371,8 @@ def test_scores_of_predictions_that_are_sure_keep_their_digits(kind):
     found = spectra.diagonal(op, key=None, method="exact")
     resolved = exact > 1e-36
     np.testing.assert_allclose(np.asarray(found.value)[resolved], exact[resolved], rtol=1e-5)
-    if kind != "mc":  # whose diagonal is made of products
-        lower, _, upper = map(np.asarray, found.interval())
-        assert np.all((lower <= exact) & (exact <= upper))
+    lower, _, upper = map(np.asarray, found.interval())
+    assert np.all((lower <= exact) & (exact <= upper))
 
 
 def to_bfloat16(logits, labels):

@@ -44,8 +44,10 @@ def _exact(run: Run, num_matvecs: int) -> _Found:
     value, stderr = (_tree.unravel(sound * column, run.op.structure) for column in columns)
     dof = None
     if moved := exact.moved_products(run):
-        changes = root_mean_square([x for *_, x in moved])
-        stderr, dof = jax.tree.map(jnp.hypot, stderr, changes), float(len(moved))
+        changes, least = root_mean_square([x for *_, x in moved]), float(jnp.finfo(run.op.dtype).tiny)
+        # Differences of entries near the least normal number are below it, where XLA has zero.
+        stderr = jax.tree.map(lambda a, b: jnp.maximum(jnp.hypot(a, b), least), stderr, changes)
+        dof = float(len(moved))
     return value, stderr, {"num_matvecs": run.op.size, "status": Status.COMPLETE, "dof": dof}
 
 

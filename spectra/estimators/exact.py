@@ -112,24 +112,25 @@ def changes_of_products(
 
 
 def of_nothing(run: Run, found: Estimate, measure: Callable[[PyTree, PyTree], PyTree]) -> Estimate:
-    """The estimate, or where all products vanished that of a moved operator as its error.
+    """The estimate, or where all products vanished that of H' - H as its error, H' in float64 or moved.
 
     Samples that are all zero have no spread, and no rounding that would be a share of them. `measure` makes
-    of v and (H' - H) v what the estimate would be of H' - H.
+    of v and (H' - H) v what the estimate would be of H' - H. As in `product_rounding.vanished` both H' count.
     """
     if run.traced or any(map(np.any, jax.tree.leaves((found.value, found.stderr)))):
         return found
-    samples = [measure(v, change) for v, _, change in moved_products(run, moved=True)]
-    if not samples:
+    both = [moved_products(run, moved) for moved in ((True, False) if is_measured(run.source, True) else ())]
+    if not both:
         return found
     tiny = float(jnp.finfo(run.op.dtype).tiny)
 
     def error(*changes: Any) -> Any:
-        found = np.maximum(root_mean_square([*changes]), tiny)
+        by_kind = [root_mean_square([*kind]) for kind in np.split(np.asarray(changes, float), len(both))]
+        found = np.maximum(np.max(by_kind, axis=0), tiny)
         return float(found) if np.ndim(found) == 0 else jnp.asarray(found, run.op.dtype)
 
-    stderr = jax.tree.map(error, *samples)
-    return dataclasses.replace(found, stderr=stderr, dof=float(len(samples)))
+    stderr = jax.tree.map(error, *(measure(v, change) for kind in both for v, _, change in kind))
+    return dataclasses.replace(found, stderr=stderr, dof=float(SAMPLES))
 
 
 def of_little(run: Run, found: Estimate, measure: Callable[[PyTree, PyTree, PyTree], PyTree]) -> Estimate:

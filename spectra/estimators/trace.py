@@ -254,6 +254,7 @@ def _exact(run: Run, reason: str) -> Estimate:
     if moved := exact.moved_products(run):
         forms = [run.by_group(exact.leaf_dots(v, change)) for v, _, change in moved]
         stderr, dof = np.hypot(stderr, exact.root_mean_square(forms)), float(len(moved))
+        stderr = np.maximum(stderr, run.sizes * float(np.finfo(run.op.dtype).tiny))
     return run.estimate(
         values,
         stderr,

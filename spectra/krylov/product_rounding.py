@@ -273,10 +273,11 @@ def vanished(op: LinearOperator) -> float:
 
     A saturated loss has second derivatives below what its type resolves: 1 - p of a probability that rounds
     to one, or an exponential that underflows. What rounding changes is then no share of |H|, but the whole of
-    it: |H' - H|, as measured, and no less than the smallest number of the type. Products in float64 do not
-    say it, since they may vanish as well. 0 for an operator without parameters, such as a matrix of zeros,
-    which has nothing to round.
+    it: |H' - H|, as measured, and no less than the smallest number of the type. Products in float64 may
+    vanish as well, where all probabilities round to one, and moved ones may, where all underflows; so both
+    are asked. 0 for an operator without parameters, such as a matrix of zeros, which has nothing to round.
     """
     if not is_measured(op, moved=True):
         return 0.0
-    return max(change_of_matrix(op, moved=True), float(jnp.finfo(op.dtype).tiny))
+    changes = [change_of_matrix(op, moved) for moved in (False, True)]
+    return max(*changes, float(jnp.finfo(op.dtype).tiny))
