@@ -305,7 +305,8 @@ class EKFACOperator(_FromData):
     With A = U diag(a) Uᵀ and B = V diag(b) Vᵀ of `KFACOperator`, each layer's block is
     (U ⊗ V) diag(Λ) (U ⊗ V)ᵀ with Λ = Σ_nk (Uᵀ G_nk V)², where G_nk = Σ_s a_ns g_nksᵀ is the gradient of
     example n and root k over all positions and uses. Among all operators with these eigenvectors it is the
-    nearest to the block in the Frobenius norm, and its trace is the block's own.
+    nearest to the block in the Frobenius norm, and its trace is the block's own. Where eigenvalues of a
+    factor are equal to rounding its eigenvectors may be any, and so may this operator be among those.
 
     Args:
         model_fn: as for `KFACOperator`.
