@@ -172,7 +172,7 @@ def _no_roots(op: FisherOperator, setup: Setup) -> str | None:
     return "the loss is not convex in the outputs, or sets examples against each other"
 
 
-@partial(programs.jit, static_argnames="setup")
+@partial(programs.jit, static_argnames="setup", options=QUICK)
 def _error_of_roots(op: FisherOperator, setup: Setup) -> jax.Array:
     """|∇²ℓ u - Σ_k r_k (r_k · u)| over |∇²ℓ u|, with the sum example by example."""
     outputs = model_outputs(op)

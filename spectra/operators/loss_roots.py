@@ -10,6 +10,7 @@ as its mean ("mc"), or is Σ_t w_t ∇ℓ_t ∇ℓ_tᵀ at the data's own target
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from spectra.base.errors import MemoryLimitError
 from spectra.base.trees import PyTree
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import split
+from spectra.operators.stochastic import QUICK
 from spectra.results import format_bytes
 
 FORMS = ("softmax", "diagonal", "dense")
@@ -63,7 +65,7 @@ def form_of(op: FisherOperator, outputs: PyTree, piece: PyTree, limit: float) ->
     return next((form for form, error in zip(FORMS, errors, strict=False) if error <= limit), "dense")
 
 
-@programs.jit
+@partial(programs.jit, options=QUICK)
 def _form_errors(op: FisherOperator, outputs: PyTree, piece: PyTree) -> tuple[jax.Array, jax.Array]:
     targets = split(piece)[1]
     u = draws.sample(jax.random.key(0), outputs, jax.random.normal)
