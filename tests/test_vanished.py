@@ -84,6 +84,9 @@ def test_an_eigenvalue_that_rounding_hides_is_within_the_errors_of_the_largest(t
     assert repr(report.quadrature).endswith("noisy)")
     page = spectra.write_report(report, tmp_path / "page.html").read_text()
     assert f"The run ended as {html.escape(str(spectra.Status.NOISY))}" in page
+    snapshot = spectra.SpectrumTracker(lambda: op, every=1, num_steps=3)(0)
+    assert snapshot.status is spectra.Status.NOISY
+    assert snapshot.largest.lower <= np.exp(-17.5) <= snapshot.largest.upper
     found = spectra.condition_number(op, key=KEY)
     assert found.status is spectra.Status.NOISY
     assert found.largest_interval.lower >= 0

@@ -200,18 +200,30 @@ def _with_what_is_hidden(op: LinearOperator, pairs: Eigenpairs) -> Eigenpairs:
     (Weyl). A random vector tells where that is to be looked at, by sqrt(n) |(H' - H) v|, near the Frobenius
     norm; without products in float64 the floor of the pairs does.
     """
-    status, size, exact = pairs.status, float(np.abs(pairs.values).max()), doubled(op)
+    status, size = pairs.status, float(np.abs(pairs.values).max())
     suspected, norm = pairs.noise_floor, partial(change_of_matrix, op)
-    if exact is not None:
-        here, v = op.prepare(), draws.unit_vector(jax.random.key(KEY), op)
-        image = multiply(here, v)
-        suspected = max(suspected, float(np.sqrt(op.size)) * exact.distance(v, image))
-        norm = partial(change_along, op, here, v, image)
+    if (found := seen_change(op)) is not None:
+        suspected, norm = max(suspected, found[0]), found[1]
     if status.beside(suspected, size) is status:
         return pairs
     floor = max(pairs.noise_floor, norm())
     noisy = status.beside(floor, max(size, seen_norm(op)))
     return pairs if noisy is status else dataclasses.replace(pairs, noise_floor=floor, status=noisy)
+
+
+def seen_change(
+    op: LinearOperator, here: LinearOperator | None = None
+) -> tuple[float, Callable[[], float]] | None:
+    """√n |(H' - H) v| of a random unit vector v, near the Frobenius norm, and what follows it to |H' - H|.
+
+    None where there are no products in float64. `here` is the operator, if it is prepared already.
+    """
+    exact = doubled(op)
+    if exact is None:
+        return None
+    here, v = here or op.prepare(), draws.unit_vector(jax.random.key(KEY), op)
+    image = multiply(here, v)
+    return float(np.sqrt(op.size)) * exact.distance(v, image), partial(change_along, op, here, v, image)
 
 
 def mixtures(k: int) -> np.ndarray:

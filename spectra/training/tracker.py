@@ -22,7 +22,7 @@ from spectra.density.extremes import LEVEL, extreme
 from spectra.density.slq import slq
 from spectra.krylov.eigsh import eigsh
 from spectra.krylov.floors import relative_change
-from spectra.krylov.product_rounding import is_measured
+from spectra.krylov.product_rounding import is_measured, seen_change
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.quadrature.christoffel import shift
 from spectra.report.growing import HistoryFile
@@ -108,7 +108,8 @@ class SpectrumTracker:
     Cost: num_steps num_probes + about 2 k products per snapshot, each 1 to 2 gradients of the loss over
     the data of the operator, so use a fixed subset of a large data set. Seven or eight more measure
     rounding where products contradict symmetry by more than their precision explains, as in float32 for a
-    classifier that is sure of its examples, and where the network computes in less than float32.
+    classifier that is sure of its examples, and where the network computes in less than float32. What
+    rounding hides from all products is sought by two, at first and wherever |H| has halved.
     `tracker.history.cost` is the measured share of training time.
 
     References:
@@ -178,6 +179,7 @@ class SpectrumTracker:
         self.budget, self.name = budget, name
         self.key = on_automatic_axes(jax.random.key(0) if key is None else require_key(key))
         self.num_eigenvalues, self.tol = num_eigenvalues, tol
+        self._hidden, self._looked = False, math.inf  # |H| where that was looked at, see `_hides`
         self.num_steps, self.num_probes = num_steps, num_probes
         self.callbacks = callbacks
         self.console = Console(measures, warn_below, warn_ahead)
@@ -270,8 +272,9 @@ class SpectrumTracker:
         whole, op = op, op.prepare()  # once for both runs
         quadrature = slq(op, key=self.key, num_steps=min(self.num_steps, op.size), num_probes=self.num_probes)
         if is_measured(whole) and any(quadrature.range):
-            rough = float(np.max(quadrature.asymmetry)) > ROUGH * quadrature.precision
             assumed = ASSUMED * quadrature.precision
+            rough = float(np.max(quadrature.asymmetry)) > ROUGH * quadrature.precision
+            rough = self._hides(whole, op, quadrature, assumed) or rough
             least = max(quadrature.rounding, assumed if assumed <= COARSE else 0.0)
             rounding = relative_change(whole) if rough or assumed > COARSE else 0.0
             quadrature = dataclasses.replace(quadrature, rounding=max(least, rounding))
@@ -294,6 +297,19 @@ class SpectrumTracker:
             trained=trained,
             level=LEVEL,
         )
+
+    def _hides(self, op: LinearOperator, here: LinearOperator, seen: Quadrature, assumed: float) -> bool:
+        """Whether rounding may hide an eigenvalue from all products, as 1 - p of an example that is sure.
+
+        That is looked at by one product, and one in float64, at first, where |H| has halved since, and for as
+        long as it is so.
+        """
+        size = max(map(abs, seen.range))
+        if not self._hidden and size > self._looked / 2:
+            return False
+        found, self._looked = seen_change(op, here), size
+        self._hidden = found is not None and found[0] > assumed * size
+        return self._hidden
 
     def _leading(self, op: LinearOperator, step: int, seen: Quadrature) -> tuple[Eigenpairs, int]:
         """The largest eigenpairs and what they cost, from the last vectors or else from a random one.

@@ -2240,6 +2240,13 @@ SAMPLES = [
         "test_steps.py::test_gradients_that_are_gathered_count_by_the_cycle",
     ),
     fault(
+        "what rounding hides from a snapshot is not sought",
+        "training/tracker.py",
+        "self._hides(whole, op, quadrature, assumed) or rough",
+        "rough",
+        "test_vanished.py::test_an_eigenvalue_that_rounding_hides_is_within_the_errors_of_the_largest",
+    ),
+    fault(
         "a forecast is believed as it is",
         "training/console.py",
         "+ stdtrit(len(at) - 2, DOUBT) * doubt < limit",
