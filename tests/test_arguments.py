@@ -140,6 +140,16 @@ def test_a_misspelt_option_of_an_operator_is_refused(name, argument, meant):
         getattr(spectra, name)(*given, **{argument: 2})
 
 
+@pytest.mark.parametrize("name", ["HessianOperator", "FisherOperator"])
+def test_inputs_and_targets_as_two_arguments_are_refused_with_what_to_do(name):
+    two = *ON_DATA[name], jnp.ones(2), jnp.ones((3, 2)), jnp.ones(3)
+    words = (
+        r"takes .*loss_fn, params, data by position, and 1 more: a batch is one argument, such as \(inputs"
+    )
+    with pytest.raises(TypeError, match=words):
+        getattr(spectra, name)(*two)
+
+
 def test_an_option_of_another_operator_is_refused():
     foreign: Any = {"centered": True}
     with pytest.raises(TypeError, match=r"'centered'\. It has .*loss_fn, params, data, wrt, .*check_data"):

@@ -102,13 +102,22 @@ def _on_twin(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
     return meshes.moved_from_twin(result, mesh)
 
 
-def require_known(function: str, signature: inspect.Signature, given: Iterable[str]) -> None:
-    """Raise Python's `TypeError` for a keyword that the signature has not, with the one that is meant."""
-    known = list(signature.parameters)
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            meant = f"Did you mean {close[0]!r}?" if close else f"It has {', '.join(known)}."
+def require_arguments(
+    function: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Iterable[str]
+) -> None:
+    """Raise Python's `TypeError` for arguments that the signature has not, with what is meant."""
+    names = [name for name in signature.parameters if name != "self"]
+    of_place = [x.name for x in signature.parameters.values() if x.kind == x.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(of_place):
+        raise TypeError(
+            f"{function}() takes {', '.join(name for name in of_place if name != 'self')} by position, and "
+            f"{len(args) - len(of_place)} more: a batch is one argument, such as (inputs, targets), and "
+            "options are named."
+        )
+    for name in kwargs:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            meant = f"Did you mean {close[0]!r}?" if close else f"It has {', '.join(names)}."
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}. {meant}")
 
 

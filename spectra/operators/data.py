@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 
 from spectra.base import host, trees
 from spectra.base import paths as _paths
-from spectra.base.calls import automatic, require_known
+from spectra.base.calls import automatic, require_arguments
 from spectra.base.draws import moved_parameters
 from spectra.base.errors import DataError, NonFiniteError, SpectraError
 from spectra.base.meshes import on_automatic_axes
@@ -485,7 +485,7 @@ def shows_options(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         made = function.__name__ == "__init__"
-        require_known(type(args[0]).__name__ if made else function.__name__, whole, kwargs)
+        require_arguments(type(args[0]).__name__ if made else function.__name__, whole, args, kwargs)
         return function(*args, **kwargs)
 
     cast("Any", call).__signature__ = whole
