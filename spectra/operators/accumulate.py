@@ -170,7 +170,10 @@ def weighted_sum(fn: Callable[[Any], PyTree], pieces: Iterable[tuple[float, Any]
         if count <= done:
             continue
         part = fn(piece)
-        total, added = _first(weight, part) if total is None else _add(weight, part, total)
+        add = (
+            _add if trees.is_traced(part) else _add_in_place
+        )  # under vmap what is lost may have no such axis
+        total, added = _first(weight, part) if total is None else add(weight, part, total)
         jax.block_until_ready(total if _shares_threads(total) else before)
         before = added
         if passes:
@@ -197,9 +200,8 @@ def _first(weight: Any, part: PyTree) -> tuple[Sum, Any]:
     return (total, jax.tree.map(jnp.zeros_like, total)), _ADDED
 
 
-@partial(programs.jit, donate_argnames="total")
-def _add(weight: Any, part: PyTree, total: Sum) -> tuple[Sum, Any]:
-    """The rounded sum, and what rounding has taken from it so far (Knuth's two-sum), in place."""
+def _sums(weight: Any, part: PyTree, total: Sum) -> tuple[Sum, Any]:
+    """The rounded sum, and what rounding has taken from it so far (Knuth's two-sum)."""
 
     def one(x: jax.Array, old: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = (weight * x).astype(old.dtype)
@@ -211,6 +213,10 @@ def _add(weight: Any, part: PyTree, total: Sum) -> tuple[Sum, Any]:
     pairs = map(one, jax.tree.leaves(part), leaves, jax.tree.leaves(total[1]))
     sums, rests = zip(*pairs, strict=True)
     return (treedef.unflatten(sums), treedef.unflatten(rests)), _ADDED
+
+
+_add = programs.jit(_sums)
+_add_in_place = programs.jit(_sums, donate_argnames="total")
 
 
 @programs.jit
