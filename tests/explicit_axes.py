@@ -62,9 +62,10 @@ def arrays(part, loss, model, w, x, m):
     """Results that live where the parameters do."""
     op, key = spectra.HessianOperator(loss, w, x), jax.random.key(0)
     adam, on_model = optax.scale_by_adam(), (model, output_loss, w, (x, x[:, :4]))
-    factors = spectra.KFACOperator(*on_model, kind="mc", key=key)
+    single = naive, *on_model[1:]  # evaluated on single examples
+    factors = spectra.KFACOperator(*single, kind="mc", key=key)
     labels = jnp.argmax(x[:, :4], axis=-1)
-    classifier = spectra.GGNOperator(model, class_loss, w, (x, labels))
+    classifier = spectra.GGNOperator(naive, class_loss, w, (x, labels))
     pairs, krylov = spectra.eigsh(op, 2, which="LA", key=key), spectra.lanczos(op, w, 8)
     results = {
         "product": lambda: op @ w,
@@ -88,14 +89,14 @@ def arrays(part, loss, model, w, x, m):
         ),
         "Kronecker factors": lambda: factors @ w,
         "inverse": lambda: factors.inverse(1.0) @ w,
-        "corrected": lambda: spectra.EKFACOperator(*on_model, kind="empirical").inverse(1.0) @ w,
+        "corrected": lambda: spectra.EKFACOperator(*single, kind="empirical").inverse(1.0) @ w,
         "eigenvalues": factors.eigenvalues,
         "Kronecker product": lambda: spectra.KroneckerOperator(m, m).inverse(1.0) @ (m + 1),
         "determinant": lambda: spectra.KroneckerOperator(m, m).logdet(),
         "block": lambda: (spectra.HessianOperator(in_layers, [w], x).blocks()["0"] @ [w])[0],
         "class": lambda: next(iter(spectra.class_operators(classifier).values())) @ w,
         "submatrix": lambda: spectra.MatrixOperator(m).submatrix(jnp.arange(8)) @ np.arange(8.0),
-        "Jacobian": lambda: spectra.JacobianOperator(model, w, x).as_matrix(),
+        "Jacobian": lambda: spectra.JacobianOperator(naive, w, x).as_matrix(),
         "function": lambda: spectra.FunctionOperator(lambda v: 3 * v, w) @ w,
         "of a matrix": lambda: spectra.MatrixOperator(m) @ jnp.sum(m, axis=0),
     }
