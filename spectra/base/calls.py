@@ -106,13 +106,13 @@ def require_arguments(
     function: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Iterable[str]
 ) -> None:
     """Raise Python's `TypeError` for arguments that the signature has not, with what is meant."""
-    names = [name for name in signature.parameters if name != "self"]
-    of_place = [x.name for x in signature.parameters.values() if x.kind == x.POSITIONAL_OR_KEYWORD]
-    if len(args) > len(of_place):
+    own = [x for x in signature.parameters.values() if x.name != "self"]
+    names, of_place = [x.name for x in own], [x.name for x in own if x.kind == x.POSITIONAL_OR_KEYWORD]
+    more = len(args) - len(of_place) - ("self" in signature.parameters)
+    if more > 0:
         raise TypeError(
-            f"{function}() takes {', '.join(name for name in of_place if name != 'self')} by position, and "
-            f"{len(args) - len(of_place)} more: a batch is one argument, such as (inputs, targets), and "
-            "options are named."
+            f"{function}() takes {', '.join(of_place)} by position, and was given {more} more: a batch is "
+            "one argument, such as (inputs, targets), and options are named."
         )
     for name in kwargs:
         if name not in names:

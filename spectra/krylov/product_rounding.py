@@ -221,7 +221,8 @@ def seen_change(
     exact = doubled(op)
     if exact is None:
         return None
-    here, v = here or op.prepare(), draws.unit_vector(jax.random.key(KEY), op)
+    here = op.prepare() if here is None else here
+    v = draws.unit_vector(jax.random.key(KEY), op)
     image = multiply(here, v)
     return float(np.sqrt(op.size)) * exact.distance(v, image), partial(change_along, op, here, v, image)
 

@@ -170,9 +170,8 @@ def weighted_sum(fn: Callable[[Any], PyTree], pieces: Iterable[tuple[float, Any]
         if count <= done:
             continue
         part = fn(piece)
-        add = (
-            _add if trees.is_traced(part) else _add_in_place
-        )  # under vmap what is lost may have no such axis
+        # What vmap has stacked is no place for what is not: nothing is lost of the first part, of any vector.
+        add = _add if trees.is_traced(part) else _add_in_place
         total, added = _first(weight, part) if total is None else add(weight, part, total)
         jax.block_until_ready(total if _shares_threads(total) else before)
         before = added

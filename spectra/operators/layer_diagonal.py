@@ -40,7 +40,7 @@ from spectra.operators.stochastic import QUICK
 from spectra.results import format_bytes
 
 CHUNK = 256
-"""Examples whose squares are added up in one sum, where that is not in float64."""
+"""Examples whose squares are added up in one sum, in the type of the operator."""
 _WHOLE: dict[str, Any] = {"sequence": "expand", "bias": "joint", "exact_limit": 0, "factor_limit": 2**62}
 
 
