@@ -66,7 +66,7 @@ def population(
 
     On average, the largest eigenvalue of a batch is too large, by a factor of two for a small batch, and the
     curvature along its eigenvector on other examples is too small. Both, with their errors over examples,
-    form the ends of an interval (docs/guarantees.md explains why it holds). The trace of any batch is
+    form the ends of an interval (docs/evidence.md explains why it holds). The trace of any batch is
     unbiased.
 
     Args:

@@ -54,7 +54,7 @@ def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScal
     as many as fill 64 MiB.
 
     Fails if few examples carry most of the gradient, because those drawn say too little of them: with a heavy
-    tail the interval covers less often than stated at any number (docs/guarantees.md has figures).
+    tail the interval covers less often than stated at any number (docs/evidence.md has figures).
 
     References:
         McCandlish, Kaplan, Amodei et al., arXiv:1812.06162; Fieller, doi:10.1111/j.2517-6161.1954.tb00159.x;
