@@ -45,6 +45,16 @@ def test_calls_with_options(options, name):
     np.testing.assert_array_equal(found, call(OP))
 
 
+def test_programs_of_a_cpu_compile_without_emitters_unless_the_user_says_so(monkeypatch):
+    """In a process without flags; JAX refuses an option that XLA does not know."""
+    monkeypatch.delenv("XLA_FLAGS")
+    expected = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+    assert programs.options("cpu") == expected
+    assert programs.jit(lambda x: jnp.tanh(x) + x)(jnp.zeros(3)).sum() == 0
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=true")
+    assert programs.options("cpu") == {}
+
+
 def test_a_program_is_compiled_once_with_its_options(options, monkeypatch):
     given, own = [], jax.jit
 
@@ -88,7 +98,6 @@ def test_what_the_user_chose_stays(monkeypatch):
     assert programs.options("gpu") == {}
     monkeypatch.delenv("XLA_FLAGS")
     assert programs.options("gpu") == {"xla_gpu_enable_triton_gemm": False}
-    assert programs.options("cpu") == {}
 
 
 @pytest.mark.parametrize(("decompose", "chosen"), [(arrays.eigh, "algorithm = 1"), (arrays.svd, "gesvd_ffi")])

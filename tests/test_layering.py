@@ -5,6 +5,7 @@ import doctest
 import graphlib
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,15 @@ def test_no_module_needs_a_private_part_of_jax():
         text = path.read_text()
         assert "jax._src" not in text, path
         assert "jax.config.update" not in text, f"{path}: global flags are the user's"
+
+
+def test_programs_are_compiled_in_one_way():
+    """With the options of the platform. The bridge compiles each operator alone, with options of its own;
+    what `krylov.basis` calls a program is part of others."""
+    for path, unit in modules():
+        if unit not in ("bridge", "demos") and path.stem not in ("programs", "basis"):
+            calls = re.findall(r"^@jax\.jit|= jax\.jit\(|partial\(jax\.jit", path.read_text(), flags=re.M)
+            assert not calls, path
 
 
 def test_public_names_are_declared_once_and_sorted():

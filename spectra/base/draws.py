@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.base import arrays, trees
+from spectra.base import arrays, programs, trees
 from spectra.base.meshes import Places, placed, places
 from spectra.base.trees import Kinds, PyTree
 
@@ -56,7 +56,7 @@ sphere_sample = functools.partial(sample, distribution=jax.random.normal, unit=T
 """A vector drawn uniformly from the unit sphere."""
 
 
-@functools.partial(jax.jit, static_argnames=("kinds", "distribution", "unit", "where"))
+@functools.partial(programs.jit, static_argnames=("kinds", "distribution", "unit", "where"))
 def _samples(
     key: jax.Array, kinds: Kinds, distribution: Distribution, unit: bool, where: Places
 ) -> list[jax.Array]:
@@ -106,7 +106,7 @@ def _row(key: jax.Array, draw: Distribution, leaf: tuple[jax.Array, jax.Array]) 
     return jnp.where(jnp.arange(len(drawn)) < size, drawn, 0)
 
 
-@jax.jit
+@programs.jit
 def moved_parameters(params: PyTree, key: jax.Array, coarse: float) -> PyTree:
     """Each times 1 ± the roundoff of its type, or `coarse` where that is more, with random signs."""
     leaves, treedef = jax.tree.flatten(params)

@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from spectra.base import arrays
+from spectra.base import arrays, programs
 from spectra.base import host as _processes
 
 OLD = 24 * 3600.0
@@ -232,7 +232,7 @@ def array_digest(array: Any) -> int:
     return int(_mixed(array))
 
 
-@jax.jit
+@programs.jit
 def _mixed(x: jax.Array) -> jax.Array:
     """Σ_i mix(bits of x_i, i) modulo 2^32: integers, so no order of summation changes it."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.base import arrays, trees
+from spectra.base import arrays, programs, trees
 
 PyTree = Any
 
@@ -65,13 +65,13 @@ def padded(stack: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda x: arrays.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), stack)
 
 
-@jax.jit
+@programs.jit
 def gram(a: PyTree, b: PyTree) -> jax.Array:
     """Inner products a_i · b_j restricted to each leaf; shape (leaves, k, l). Their sum is A Bᵀ."""
     return jnp.stack([part.astype(trees.scalar_dtype(a)) for part in _leaf_grams(a, b)])
 
 
-@jax.jit
+@programs.jit
 def inner(a: PyTree, b: PyTree) -> jax.Array:
     """A Bᵀ, the inner products a_i · b_j; shape (k, l)."""
     dtype = trees.scalar_dtype(a)
@@ -82,7 +82,7 @@ def _leaf_grams(a: PyTree, b: PyTree) -> list[jax.Array]:
     return [arrays.inner(x, y, 1) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
 
 
-@jax.jit
+@programs.jit
 def row_dots(a: PyTree, b: PyTree) -> jax.Array:
     """Inner products a_i · b_i restricted to each leaf; shape (leaves, k)."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -90,7 +90,7 @@ def row_dots(a: PyTree, b: PyTree) -> jax.Array:
     return jnp.stack([part.astype(trees.scalar_dtype(a)) for part in parts])
 
 
-@jax.jit
+@programs.jit
 def combine(coefficients: jax.Array, stack: PyTree) -> PyTree:
     """Σ_j c_j v_j of a vector of coefficients; of a matrix a stack whose row i is Σ_j c_ij v_j."""
 

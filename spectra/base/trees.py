@@ -14,15 +14,14 @@ from jax.core import Tracer
 from jax.tree_util import PyTreeDef
 from jax.typing import ArrayLike, DTypeLike
 
-from spectra.base import arrays
+from spectra.base import arrays, programs
 from spectra.base.errors import SpectraError, StructureError
+from spectra.base.programs import is_traced
 
 PyTree = Any
 Kinds = tuple[tuple[tuple[int, ...], jnp.dtype], ...]  # shape and dtype of each leaf
-one_program = functools.partial(jax.jit, inline=True)
+one_program = functools.partial(programs.jit, inline=True)
 """For all leaves: outside of any, JAX compiles each operation for each shape by itself."""
-_ANY = np.float32(0)
-"""What `is_traced` computes with."""
 
 
 def path_str(path: tuple[Any, ...]) -> str:
@@ -232,20 +231,15 @@ def tree_bytes(structure: PyTree) -> int:
 
 def cast_like(tree: PyTree, structure: PyTree) -> PyTree:
     """`tree` as JAX arrays in the dtypes of `structure`."""
-
-    def one(leaf: Any, like: Any) -> jax.Array:  # JAX takes longer to find that nothing is to be done
-        ready = isinstance(leaf, jax.Array) and leaf.dtype == like.dtype and not leaf.weak_type
-        return leaf if ready else jnp.asarray(leaf, like.dtype)
-
-    return jax.tree.map(one, tree, structure)
-
-
-def is_traced(tree: PyTree) -> bool:
-    """Whether values are out of reach: a leaf is a tracer, or the caller itself is being traced.
-
-    Under `jit` JAX stages every operation, also those on concrete arrays that a function closes over.
-    """
-    return any(isinstance(leaf, Tracer) for leaf in [*jax.tree.leaves(tree), lax.neg(_ANY)])
+    return jax.tree.map(
+        lambda x, like: (  # JAX takes longer to find that nothing is to be done
+            x
+            if isinstance(x, jax.Array) and x.dtype == like.dtype and not x.weak_type
+            else jnp.asarray(x, like.dtype)
+        ),
+        tree,
+        structure,
+    )
 
 
 def require_values(what: str, tree: PyTree) -> None:
@@ -316,7 +310,7 @@ def norm(a: PyTree, dot: Callable[[PyTree, PyTree], jax.Array] = vdot) -> jax.Ar
     return jnp.where(square == 0, 0, unit * jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
-_length = jax.jit(norm)
+_length = programs.jit(norm)
 
 
 def scale(factor: ArrayLike, a: PyTree) -> PyTree:
@@ -344,7 +338,7 @@ def all_finite(tree: PyTree) -> bool:
     return bool(finite(tree))
 
 
-@jax.jit
+@programs.jit
 def finite(tree: PyTree) -> jax.Array:
     """Whether no leaf holds NaN or infinity.
 

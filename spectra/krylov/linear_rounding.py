@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import stacks
+from spectra.base import programs, stacks
 from spectra.base.trees import PyTree
 from spectra.krylov.product_rounding import (
     DRAWN,
@@ -95,6 +95,6 @@ def _before(b: PyTree, salt: int) -> np.ndarray:
         return flat(_drawn(b, jnp.uint32(salt)))
 
 
-@jax.jit
+@programs.jit
 def _drawn(b: PyTree, salt: jax.Array) -> PyTree:
     return jax.tree.map(partial(rounded_once, salt=salt), b)

@@ -22,9 +22,9 @@ from spectra.operators import stochastic
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.evaluate import can_enter, evaluate
 from spectra.operators.pytree import operator
-from spectra.operators.stochastic import BITS, EMITTERS, ODD, Reevaluated
+from spectra.operators.stochastic import BITS, ODD, Reevaluated
 
-QUICK = stochastic.QUICK | {"cpu": {"xla_backend_optimization_level": 0} | EMITTERS}
+QUICK = stochastic.QUICK | {"cpu": {"xla_backend_optimization_level": 0} | programs.EMITTERS}
 """Compiler options of a program that runs once or four times: for a transformer of four layers it compiles in
 1.4 s of a CPU, and takes 0.77 s to run; with all optimisations 4.6 s and 0.65 s."""
 HALF_RATE = {"6.0", "7.0", "8.0", "9.0", "10.0"}

@@ -42,11 +42,8 @@ SUMS = frozenset[str]().union(
 BITS = {2: (jnp.uint16, jnp.int16), 4: (jnp.uint32, jnp.int32), 8: (jnp.uint64, jnp.int64)}
 SPREAD = 0.7
 ODD = 0x9E3779B97F4A7C15  # the golden ratio, of which every bit of a number changes the first of the product
-# Since jax 0.11 XLA has had no choice, and ends at a flag that it does not know.
-_CHOICE = ("xla_cpu_use_fusion_emitters",) if jax.__version_info__ < (0, 11) else ()
-EMITTERS: dict[str, bool | int] = dict.fromkeys(_CHOICE, False)
 QUICK: dict[str, dict[str, bool | int]] = {
-    "cpu": {"xla_backend_optimization_level": 1} | EMITTERS,
+    "cpu": {"xla_backend_optimization_level": 1} | programs.EMITTERS,
     "gpu": {"xla_gpu_autotune_level": 0} | programs.OPTIONS["gpu"],
 }
 """Compiler options, by platform, of a program that is several times as long as a product and runs four times.
@@ -142,17 +139,12 @@ def _equations(jaxpr: Any) -> int:
 
 def _program(op: Any, v: PyTree) -> Any:
     """`_product`, compiled as suits its length."""
-    platform = op.device.platform
-    if platform == "cpu" and _equations(product.trace(op, v).jaxpr.jaxpr) < LONG:
-        return _ELSEWHERE
-    return _PROGRAMS.get(platform, _ELSEWHERE)
+    on_cpu = op.device.platform == "cpu"
+    return _short if on_cpu and _equations(product.trace(op, v).jaxpr.jaxpr) < LONG else _long
 
 
-_ELSEWHERE = jax.jit(_product, static_argnames="where")
-_PROGRAMS = {
-    name: jax.jit(_product, static_argnames="where", compiler_options=options)
-    for name, options in QUICK.items()
-}
+_short = programs.jit(_product, static_argnames="where")
+_long = programs.jit(_product, static_argnames="where", options=QUICK)
 
 
 def _rounds(eqn: Any) -> bool:
@@ -177,7 +169,7 @@ def _rounded(x: Any, salt: jax.Array, spread: float) -> Any:
     return _neighbour(x, salt, spread) if floating else x
 
 
-@partial(jax.jit, static_argnums=2)
+@partial(programs.jit, static_argnums=2)
 def _neighbour(x: jax.Array, salt: jax.Array, spread: float = SPREAD) -> jax.Array:
     """x (1 + spread eps u), rounded: with SPREAD in half of the cases, about, a number next to x.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import calls, meshes
+from spectra.base import calls, meshes, programs
 from spectra.base.errors import Status
 from spectra.base.trees import PyTree
 from spectra.quadrature import rules
@@ -19,7 +19,7 @@ from spectra.results.text import directed, html_table, text_table, within
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-_dense = jax.jit(functools.partial(rules.dense, xp=jnp))
+_dense = programs.jit(functools.partial(rules.dense, xp=jnp))
 
 
 def _is_jax(x) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectra.base import draws, trees
+from spectra.base import draws, programs, trees
 from spectra.base.calls import checked_fields
 from spectra.base.errors import SpectraError
 from spectra.base.files import program_digest, tree_digest
@@ -207,7 +207,7 @@ def _num_devices(op: LinearOperator) -> int:
     return max((len(leaf.sharding.device_set) for leaf in arrays), default=1)
 
 
-@jax.jit
+@programs.jit
 def _numbers(u, product):
     """uᵀ H u and |H u|, and the share that each leaf has of the square of the latter."""
     size = trees.norm(product)
