@@ -2114,6 +2114,13 @@ SAMPLES = [
         "test_noise_scale.py",
     ),
     fault(
+        "a difference of squares keeps their rounding, whatever it is divided by",
+        "training/noise.py",
+        "rounding *= float(x.share @ x.square) / apart",
+        "rounding *= float(x.share @ x.square)",
+        "test_noise_scale.py",
+    ),
+    fault(
         "vectors are tested on the batches that they were fitted to",
         "estimators/population.py",
         "chosen = np.flatnonzero(folds != fold)",
