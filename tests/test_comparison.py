@@ -1,5 +1,7 @@
 """compare_operators: exact for small operators, and its intervals hold what they say."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,6 +171,33 @@ class TestIntervals:
                 low, _, high = ratio(*forms, 0.95, precision=1e-15, positive=i == 0)
                 held[i] += low <= true[i] <= high
         assert (binom.cdf(held, keys, 0.95) > 1e-3).all(), held
+
+    @pytest.mark.parametrize("change", ["one parameter", "a block", "of a trace near zero"])
+    def test_of_ratios_where_operators_differ_in_few_parameters(self, change):
+        """Signs see nothing of a diagonal, and the interval is about as wide as what they see."""
+        n, probes, rng = 60, 16, np.random.default_rng(2)
+        x = rng.standard_normal((n, 2 * n))
+        b, d = x @ x.T / n, np.zeros((n, n))
+        if change == "one parameter":
+            d[7, 7] = b[7, 7]
+        elif change == "a block":
+            d[:8, :8] = 0.1 + 0.9 * np.eye(8)
+            d += np.diag(rng.standard_normal(n))
+            b = np.diag(np.linspace(0.5, 2.0, n))
+        else:  # two standard errors of it
+            b -= np.diag(np.diagonal(b))
+            b += 2 * math.sqrt(2 / probes) * np.linalg.norm(b) / n * np.eye(n)
+            d = np.diag(0.3 * rng.standard_normal(n))
+        true = np.sum(d**2) / np.sum(b**2), np.trace(b + d) / np.trace(b)
+        z = rng.choice([-1.0, 1.0], (self.KEYS, probes, n))
+        found = np.zeros((2, self.KEYS, 3))
+        for key, (signs, dz, bz) in enumerate(zip(z, z @ d, z @ b, strict=True)):
+            for i, forms in enumerate([(dz @ dz.T, bz @ bz.T), (signs @ (dz + bz).T, signs @ bz.T)]):
+                found[i, key] = ratio(*forms, 0.95, precision=1e-15, positive=i == 0)
+        for (low, value, high), truth in zip(found.transpose(0, 2, 1), true, strict=True):
+            assert binom.cdf(np.sum((low <= truth) & (truth <= high)), self.KEYS, 0.95) > 1e-3
+            if change != "of a trace near zero":  # t_15 of the error of 12 degrees of freedom, and skewness
+                assert np.median(high - low) <= 2 * 2 * 1.96 * np.sqrt(np.mean((value - truth) ** 2))
 
     def test_of_the_distance_of_spectra_holds_the_error_of_its_unit(self, x64):
         """One eigenvalue is half of the mean of B, which two probes know badly, and all of the distance."""

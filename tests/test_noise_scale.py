@@ -193,3 +193,22 @@ def test_a_noise_scale_without_degrees_of_freedom_takes_those_of_the_normal_law(
     assert few.lower < normal.lower < 4.0 < normal.upper < few.upper
     uncounted = spectra.NoiseScale(4.0, 0.1, 1, "exact", **parts | {"num_examples": 0})
     assert uncounted.interval() == normal  # without skewness their number does not matter
+
+
+@pytest.mark.parametrize("weight", [1e4, 1e8])
+def test_one_example_of_almost_all_the_weight_leaves_the_interval_open(weight):
+    """Student's quantile of so few degrees of freedom has no square, and squares differ by rounding alone."""
+    found = estimate(X[:10], np.array([weight, *np.ones(9)]))
+    low, _, high = found.interval()
+    assert (low, high) == (0.0, np.inf)
+    assert "no upper end" in repr(found)
+    with pytest.raises(spectra.DataError, match="one example has all of the weight"):
+        estimate(X[:10], np.array([1e20, *np.ones(9)]))
+
+
+def test_the_rounding_of_squares_counts_in_units_of_what_their_difference_is_divided_by():
+    """Equal gradients have no other error. One of ten has 100 of 109 parts of the weight."""
+    share = np.array([100.0, *np.ones(9)]) / 109
+    square, sizes = np.sum(share**2), np.full(10, 4.0)
+    found = noise._estimate(noise._Statistics(share, sizes, sizes, square * sizes), 1e-6)
+    np.testing.assert_allclose(np.sqrt(np.diagonal(found.covariance)), 4e-6 / (1 - square), rtol=1e-6)

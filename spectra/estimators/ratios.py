@@ -11,6 +11,9 @@ probes that happen to miss u show a small mean with a small spread. So tr G³ te
 direction stands out. As if zᵀGz had the law χ² of that skewness, with ν = |G|⁶ / (tr G³)² >= 1 degrees of
 freedom, a mean m that is expected to be 1 and shows its own scale is excluded from below where it is less
 than the quantile of χ²_{kν} / (kν): in units of its error (1 / m - 1) (kν / 2)^½.
+
+Of a G that is mostly diagonal, as that of operators which differ in a few parameters is, signs see little:
+there the interval is that of Student's t, from the spread of the forms at r and their skewness (Johnson).
 """
 
 import math
@@ -18,14 +21,17 @@ import math
 import numpy as np
 
 from spectra.results import Interval
+from spectra.results.estimates import skewed_t, skewness
 
 DOUBT = 3.0
 """What k probes show of the skewness may be off by this over k: 4 of them say next to nothing of it."""
 AGREE = 16
 """Probes of signs from which no spread means no error: all of them agree by chance on a pair of entries with
 a probability of 2^(1 - 16), and on three rows of ones with (3/4)^16 = 1 %. Of eight it was 10 %."""
-SMALL = 1e-3
-"""Variance of the forms, in units of its bound, of a G that is all but diagonal: signs see none of that."""
+SMALL = 0.05
+"""Variance of the forms, in units of its bound, of a G that is mostly diagonal: signs see none of that.
+Without a diagonal so small a spread is chance: that of 16 forms with the law χ²_1, as for an error of rank
+one, is so small for 0.2 % of the keys."""
 ROUNDING = 32.0
 """Of products and of their differences, in units of `precision`."""
 REACH = np.geomspace(1e-2, 1e9, 441)
@@ -45,15 +51,29 @@ def ratio(
     square = float(moments.square(np.zeros(())))
     if square <= (ROUNDING * precision) ** 2 * np.mean(first**2):  # M is a multiple of N, on all that is seen
         return Interval(value, value, value)
-    spread = float(np.var(x - value * y, ddof=1))
-    if k >= AGREE and spread <= SMALL * 2 * square:
-        # As if the spread were about the truth, two standard errors off: see `hutchinson`.
-        variance = spread * (k - 1) / (k - 4) * _few(k) / k
-        reach = _student(k - 1, level) * math.sqrt(variance) / abs(float(y.mean()))
-        low, high = value - reach, value + reach
+    if k >= AGREE and float(np.var(x - value * y, ddof=1)) <= SMALL * 2 * square:
+        low, high = _of_spread(x, y, value, level)
     else:
         low, high = (value + sign * moments.reach(sign, level) for sign in (-1, 1))
     return Interval(max(low, 0.0) if positive else low, value, high)
+
+
+def _of_spread(x: np.ndarray, y: np.ndarray, value: float, level: float) -> tuple[float, float]:
+    """The ratios r at which the mean of x - r y is within its error, as their spread tells; may be infinite.
+
+    At r = value + d that mean is -d times that of y, and its variance a quadratic function of d.
+    """
+    forms, k, square = x - value * y, len(x), float(y.mean()) ** 2
+    skew, t = math.copysign(1, y.mean()) * skewness(forms), _student(k - 1, level)
+    own, both, other = (np.cov(forms, y)[i] for i in ((0, 0), (0, 1), (1, 1)))
+    ends: list[float] = []
+    for sign in (-1, 1):
+        # As if the spread were about the truth, two standard errors off: see `hutchinson`.
+        unit = skewed_t(t, skew, k, sign > 0) ** 2 * (k - 1) / (k - 4) * _few(k) / k
+        left, along = square - unit * other, unit * both
+        root = math.sqrt(max(along**2 + left * unit * own, 0.0))
+        ends.append(value + (sign * root - along) / left if left > 0 else sign * math.inf)
+    return ends[0], ends[1]
 
 
 class _Moments:

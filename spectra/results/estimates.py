@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+FARTHEST = 1e9
+"""Of Student's quantiles: that of 0.01 degrees of freedom, where one example has almost all of the weight, is
+1e130, and that of fewer has no square. Neither excludes anything."""
+
+
 def skewed_t(t: float, skewness: float, count: float, up: bool) -> float:
     """Student's t with what skewness adds to one side (Johnson, doi:10.1080/01621459.1978.10480051).
 
@@ -215,7 +220,7 @@ class NoiseScale(Estimate):
 
         def t(side: float, up: bool, dof: float | None = self.dof) -> float:
             own = float(ndtri(side) if dof is None else stdtrit(dof, side))
-            return skewed_t(own, self.skewness, self.num_examples, up)
+            return skewed_t(min(own, FARTHEST), self.skewness, self.num_examples, up)
 
         parts, share = (self.noise, self.signal, self.covariance), 1 / (1 + (self.dof or math.inf))
         side = (1 + level) / 2

@@ -47,7 +47,7 @@ def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScal
 
     Raises:
         StructureError: another operator.
-        DataError: fewer than three examples of positive weight.
+        DataError: fewer than three examples of positive weight, or one that has all of it.
         NonFiniteError: a gradient is NaN or infinite.
 
     Cost: three gradients of every example. Memory: the gradients of `microbatch` single examples, by default
@@ -188,11 +188,14 @@ def _estimate(x: _Statistics, rounding: float) -> NoiseScale:
     count = len(x.share)
     if count < 3:
         raise DataError(f"{count} examples of positive weight: an error takes at least three.")
+    apart = 1 - float(np.sum(x.share**2))
+    if apart <= count * float(np.finfo(float).eps):
+        raise DataError("one example has all of the weight: an error takes three examples that have some.")
     scale = float(np.max(x.square)) or 1.0  # squares of squares are within reach in this unit
     x = x._replace(square=x.square / scale, mean=x.mean / scale, second=x.second / scale)
     noise, signal = _noise_and_signal(x)
     noise = max(noise, 0.0)  # below zero by rounding only
-    rounding *= float(x.share @ x.square)
+    rounding *= float(x.share @ x.square) / apart  # by which differences of the squares are divided
     left_out = np.stack(_without_each(x))
     influence = -(count - 1) * (left_out - left_out.mean(axis=1, keepdims=True))
     covariance = influence @ influence.T / (count * (count - 1)) + rounding**2 * np.eye(2)
