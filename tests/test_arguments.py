@@ -140,6 +140,17 @@ def test_a_misspelt_option_of_an_operator_is_refused(name, argument, meant):
         getattr(spectra, name)(*given, **{argument: 2})
 
 
+def test_a_misspelt_argument_of_a_function_is_refused_with_what_is_meant():
+    op = spectra.MatrixOperator(jnp.eye(3))
+    for function, name, meant in [
+        (spectra.spectrum, "num_step", "num_steps"),
+        (spectra.slq, "n_probes", "num_probes"),
+        (spectra.plan, "num_probs", "num_probes"),
+    ]:
+        with pytest.raises(TypeError, match=rf"{function.__name__}\(\) got an .*'{name}'.*mean '{meant}'"):
+            function(op, **{name: 3})
+
+
 @pytest.mark.parametrize("name", ["HessianOperator", "FisherOperator"])
 def test_inputs_and_targets_as_two_arguments_are_refused_with_what_to_do(name):
     two = *ON_DATA[name], jnp.ones(2), jnp.ones((3, 2)), jnp.ones(3)

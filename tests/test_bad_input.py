@@ -206,6 +206,24 @@ def test_overflow_is_told_from_a_loss_that_has_no_value(made):
         op.as_matrix()
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["batch", "stream"])
+def test_labels_outside_of_the_classes_are_named(split):
+    """The NaN does not reach the derivatives: products alone are finite, in float64 as in float32."""
+
+    def loss(p, batch):
+        log_probs = jax.nn.log_softmax(batch["x"] @ p)
+        return -jnp.mean(jnp.take_along_axis(log_probs, batch["label"][:, None], 1))
+
+    batch = {"x": jnp.ones((6, 2)), "label": jnp.arange(6) % 3 + 1}  # the classes are 0, 1 and 2
+    data = [{name: leaf[i : i + 3] for name, leaf in batch.items()} for i in (0, 3)]
+    op = spectra.HessianOperator(loss, jnp.ones((2, 3)), data if split else batch)
+    with pytest.raises(
+        NonFiniteError, match=r"(?s)loss is nan.*label beyond.*from 1 to 3 in leaf 'label'"
+    ) as e:
+        op.as_matrix()
+    assert "overflow" not in str(e.value)
+
+
 def test_products_that_are_zero_are_no_unit_of_what_columns_are():
     op = spectra.FunctionOperator(lambda v: jnp.where(jnp.count_nonzero(v) == 1, v, 0), jnp.zeros(4))
     with pytest.raises(spectra.NotSymmetricError, match="more than zero, though products are zero"):

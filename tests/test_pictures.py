@@ -319,13 +319,36 @@ def test_the_bar_is_a_kernel_width_to_each_side(options):
     assert not bars(spectra.plot_blocks([held])[0])
 
 
-def test_the_bar_of_a_negative_spectrum_on_log_axes_is_that_of_its_mirror_image():
-    held = density()
+def mirrored(held):
     parts = ("density", "lower", "upper", "bandwidth")
     turned = {name: getattr(held, name)[::-1] for name in parts}
-    mirrored = dataclasses.replace(held, grid=-held.grid[::-1], outliers=-held.outliers, **turned)
-    drawn = [spectra.plot_density(each, xscale="loglog") for each in (held, mirrored)]
+    return dataclasses.replace(held, grid=-held.grid[::-1], outliers=-held.outliers, **turned)
+
+
+def test_the_bar_of_a_negative_spectrum_on_log_axes_is_that_of_its_mirror_image():
+    held = density()
+    drawn = [spectra.plot_density(each, xscale="loglog") for each in (held, mirrored(held))]
     np.testing.assert_allclose(bars(drawn[1]), bars(drawn[0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"xscale": "linear", "yscale": "linear"}, {"xscale": "loglog"}])
+def test_marks_keep_away_from_what_is_written_and_from_the_frame(options):
+    """A tenth of the axis is for the kernel's width; a peak at the right end, as of a wholly negative
+    spectrum, or next to the peak of one 1e20 times as wide, would cross it."""
+    wide, tiny = density(), density(scale=1e-20, seed=3)
+    for ax in (
+        spectra.plot_density(mirrored(wide), **options),
+        spectra.plot_comparison({"wide": wide, "tiny": tiny}, **options),
+    ):
+        place = ax.transScale.transform
+        (left, bottom), (right, top) = place(ax.viewLim.get_points())
+        drawn = [place(line.get_xydata()) for line in ax.lines if not line.get_label().startswith("_")]
+        assert max((curve[:, 1].max() - bottom) / (top - bottom) for curve in drawn) < 0.901
+        stems = [c for c in ax.collections if "eigenvalues" in c.get_label()]
+        for x, y in [path.vertices[0] for stem in stems for path in stem.get_paths()]:
+            across = (place((x, max(y, 1e-300)))[0] - left) / (right - left)
+            assert 0.015 < across < 0.985
+        plt.close(ax.figure)
 
 
 def test_kernels_of_two_widths_are_two_bars_and_of_one_width_one():

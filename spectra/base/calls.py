@@ -107,13 +107,19 @@ def require_arguments(
 ) -> None:
     """Raise Python's `TypeError` for arguments that the signature has not, with what is meant."""
     own = [x for x in signature.parameters.values() if x.name != "self"]
-    names, of_place = [x.name for x in own], [x.name for x in own if x.kind == x.POSITIONAL_OR_KEYWORD]
+    of_place = [x.name for x in own if x.kind == x.POSITIONAL_OR_KEYWORD]
     more = len(args) - len(of_place) - ("self" in signature.parameters)
     if more > 0:
         raise TypeError(
             f"{function}() takes {', '.join(of_place)} by position, and was given {more} more: a batch is "
             "one argument, such as (inputs, targets), and options are named."
         )
+    require_names(function, signature, kwargs)
+
+
+def require_names(function: str, signature: inspect.Signature, kwargs: Iterable[str]) -> None:
+    """Raise Python's `TypeError` for a name that no argument has, with the one that is meant."""
+    names = [name for name in signature.parameters if name != "self"]
     for name in kwargs:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
@@ -134,10 +140,12 @@ def checks(fn: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]]
 
     def check(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         try:
-            bound = signature.bind(*args, **kwargs) if kinds else None
+            bound = signature.bind(*args, **kwargs)
         except TypeError:
-            bound = None  # the call says what is missing
-        if bound is None:
+            if all(one.kind != one.VAR_KEYWORD for one in signature.parameters.values()):
+                require_names(fn.__qualname__.removesuffix(".__init__"), signature, kwargs)
+            return args, kwargs  # the call says what is missing
+        if not kinds:
             return args, kwargs
         for name in [name for name in bound.arguments if name in kinds]:
             value, allowed = bound.arguments[name], kinds[name]

@@ -54,7 +54,10 @@ def cross_entropy(
     if not jnp.issubdtype(targets.dtype, jnp.floating):
         return _from_indices(log_probs, targets, weight, ignore_index, label_smoothing, reduction)
     if targets.shape != logits.shape:
-        raise BridgeError(f"class probabilities of shape {targets.shape}, logits of {logits.shape}")
+        raise BridgeError(
+            "targets must be class indices, which are integers, or class probabilities of the shape of the "
+            f"logits, {logits.shape}; got {_described(targets)}"
+        )
     q = jnp.moveaxis(targets, axis, -1) * (1 - label_smoothing) + label_smoothing / log_probs.shape[-1]
     total = -jnp.sum(_class_weights(weight, log_probs) * q * log_probs, -1)
     return _reduce(total, max(total.size, 1), reduction)
@@ -78,9 +81,10 @@ def _from_indices(log_probs, targets, weight, ignore_index, smoothing, reduction
     """Cross entropy of class indices, the classes on the last axis."""
     classes = log_probs.shape[-1]
     if not jnp.issubdtype(targets.dtype, jnp.integer) or targets.shape != log_probs.shape[:-1]:
+        one_hot = ": one-hot rows are probabilities, and these are floats" if targets.ndim > 1 else ""
         raise BridgeError(
-            f"targets must be class indices of shape {log_probs.shape[:-1]}, got "
-            f"{targets.dtype}{list(targets.shape)}"
+            f"targets must be class indices, which are integers, of shape {log_probs.shape[:-1]}; got "
+            f"{_described(targets)}{one_hot if targets.shape == log_probs.shape else ''}"
         )
     w = _class_weights(weight, log_probs)
     keep, valid = targets != ignore_index, (targets >= 0) & (targets < classes)
@@ -134,9 +138,20 @@ def huber_loss(
 
 
 def _difference(name: str, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    if outputs.shape != targets.shape:
-        raise BridgeError(f"{name} of outputs {outputs.shape} and targets {targets.shape}")
+    _require_same_shape(name, outputs, targets)
     return outputs - targets
+
+
+def _require_same_shape(name: str, outputs: jax.Array, targets: jax.Array) -> None:
+    if outputs.shape != targets.shape:
+        raise BridgeError(
+            f"{name} needs targets of the shape of the outputs, {outputs.shape}; got {_described(targets)}"
+        )
+
+
+def _described(x: jax.Array) -> str:
+    """The type and shape of an array: `float32[40, 3]`."""
+    return f"{x.dtype}{list(x.shape)}"
 
 
 def bce_with_logits(
@@ -156,8 +171,7 @@ def bce_with_logits(
         pos_weight: p, broadcast against the shape.
         reduction: "mean", "sum" or "none".
     """
-    if logits.shape != targets.shape:
-        raise BridgeError(f"bce_with_logits of logits {logits.shape} and targets {targets.shape}")
+    _require_same_shape("bce_with_logits", logits, targets)
     y = targets.astype(logits.dtype)
     positive = y if pos_weight is None else y * jnp.asarray(pos_weight, logits.dtype)
     total = -(positive * jax.nn.log_sigmoid(logits) + (1 - y) * jax.nn.log_sigmoid(-logits))

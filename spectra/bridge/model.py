@@ -155,6 +155,14 @@ def _text(shape: tuple[int | str, ...]) -> str:
     return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
 
 
+def _is_one(array: jax.Array, spec: Input) -> bool:
+    """Whether an array has the shape of an input without its first axis, that of examples."""
+    rest = spec.shape[1:]
+    if len(rest) != array.ndim or len(rest) == len(spec.shape) or not isinstance(spec.shape[0], str):
+        return False
+    return all(isinstance(size, str) or size == own for size, own in zip(rest, array.shape, strict=True))
+
+
 def _bind_one(
     spec: Input, value: Any, sizes: dict[str, tuple[int, str]], symbols: dict[str, int]
 ) -> jax.Array:
@@ -163,7 +171,8 @@ def _bind_one(
     if category(array.dtype) != category(dtype):
         raise BridgeError(f"input {spec.name} must be {spec.dtype}, got {array.dtype}")
     if array.ndim != len(spec.shape):
-        raise BridgeError(f"input {spec.name} must have shape {_text(spec.shape)}, got {array.shape}")
+        advice = ": one example, to which x[None] gives the first axis" if _is_one(array, spec) else ""
+        raise BridgeError(f"input {spec.name} must have shape {_text(spec.shape)}, got {array.shape}{advice}")
     for axis, (expected, size) in enumerate(zip(spec.shape, array.shape, strict=True)):
         if isinstance(expected, str):
             known, place = sizes.setdefault(expected, (size, f"input {spec.name}"))

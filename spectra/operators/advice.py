@@ -2,7 +2,7 @@
 that a loss reads while JAX traces it, numbers beyond the range of their type."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import jax
@@ -60,28 +60,52 @@ def explain(error: Exception) -> str:
 
 def non_finite_data(data: PyTree, stream: Any) -> str:
     """`, and leaf 'x' of batch 3 holds NaN or infinite values`, the first that does; nothing if none does."""
-    batches = [("the data", data)]
-    if stream is not None:
-        places = stream.places(len(stream.weights) - 1)
-        batches = ((f"batch {i}", batch) for i, batch in places if stream.weights[i] > 0)
-    for name, batch in batches:
+    for name, batch in _batches(data, stream):
         for path, leaf in jax.tree.leaves_with_path(batch):
-            if _floating(leaf) and not trees.all_finite(leaf):
+            if _has(leaf, jnp.inexact) and not trees.all_finite(leaf):
                 return f", and leaf '{trees.path_str(path)}' of {name} holds NaN or infinite values"
     return ""
 
 
-def _floating(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(cast("Any", leaf).dtype, jnp.inexact)
+def explain_indices(data: PyTree, stream: Any) -> str:
+    """What a label outside of the classes does, with the integers that the data hold; nothing without any."""
+    ranges: dict[str, tuple[int, int]] = {}
+    for _, batch in _batches(data, stream):
+        for path, leaf in jax.tree.leaves_with_path(batch):
+            if _has(leaf, jnp.integer) and leaf.size:
+                low, high = ranges.get(trees.path_str(path), (int(leaf.min()), int(leaf.max())))
+                ranges[trees.path_str(path)] = min(low, int(leaf.min())), max(high, int(leaf.max()))
+    if not ranges:
+        return ""
+    found = ", ".join(f"from {low} to {high} in leaf '{path}'" for path, (low, high) in ranges.items())
+    return (
+        " An index outside of an array, such as a label beyond the classes, gives NaN: they count from 0, "
+        f"and the integers of the data go {found}."
+    )
+
+
+def _batches(data: PyTree, stream: Any) -> Iterable[tuple[str, PyTree]]:
+    """What there is of data, with its name: one batch, or those of a stream that have a weight."""
+    if stream is None:
+        return [("the data", data)]
+    places = stream.places(len(stream.weights) - 1)
+    return ((f"batch {i}", batch) for i, batch in places if stream.weights[i] > 0)
+
+
+def _has(leaf: Any, kind: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(cast("Any", leaf).dtype, kind)
 
 
 def explain_overflow(op: LinearOperator) -> str:
-    """What to do where products are finite in float64 alone; nothing where they are not, or not known."""
+    """What to do where loss and products are finite in float64 alone; nothing where one is not, or not known.
+
+    A NaN that the parameters do not reach, as for a label outside of the classes, leaves products finite.
+    """
     exact = in_double(op)
     if exact is None:
         return ""
     product = exact.unrounded(draws.unit_vector(jax.random.key(0), op))
-    if not np.isfinite(product).all():
+    if not (np.isfinite(product).all() and np.isfinite(exact.loss())):
         return ""
     return (
         "In float64 all is finite, and the largest number of a product with a unit vector is "

@@ -75,7 +75,8 @@ def explain_non_finite(op: Any) -> str:
     loss, words = float(op.loss()), advice.explain_overflow(op)
     if not np.isfinite(loss):
         found = advice.non_finite_data(op.data, op.stream)
-        words = words or "Check the data and the loss function."
+        indices = "" if found else advice.explain_indices(op.data, op.stream)
+        words = words or f"Check the data and the loss function.{indices}"
         return f"The loss is {loss} at these parameters{found}. {words}"
     for path, leaf in jax.tree.leaves_with_path(op.gradient()):
         if not trees.all_finite(leaf):

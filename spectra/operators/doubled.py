@@ -18,7 +18,7 @@ from jax import lax
 
 from spectra.base import draws, host, meshes, programs, trees
 from spectra.base.trees import PyTree
-from spectra.operators import stochastic
+from spectra.operators import differentiate, stochastic
 from spectra.operators.base import LinearOperator, product
 from spectra.operators.evaluate import can_enter, evaluate
 from spectra.operators.pytree import operator
@@ -83,6 +83,12 @@ class DoubledOperator(Reevaluated):
                 total = total + w * self._of(piece).unrounded(v)
             return total
         return flat(self._run(_product, v))
+
+    def loss(self) -> float:
+        """The loss of a base that has one, in float64."""
+        if self.base.on_host:
+            return float(sum(w * self._of(piece).loss() for w, piece in self.base._pieces()))
+        return float(self._run(_loss))
 
     def _run(self, program: Any, *vectors: PyTree, **options: Any) -> Any:
         base, own = jax.tree.map(jnp.asarray, self.base), types()
@@ -201,6 +207,11 @@ def rounded_once(x: Any, salt: jax.Array) -> jax.Array:
 
 _compiled = partial(programs.jit, options=QUICK)
 _product = _compiled(_in_double, static_argnames="own")
+
+
+@partial(_compiled, static_argnames="own")
+def _loss(op: Any, salt: None, own: bool) -> jax.Array:
+    return in_wide(differentiate.loss, op, own=own)[0]
 
 
 @partial(_compiled, static_argnames=("own", "where"))

@@ -120,10 +120,24 @@ def test_elementwise_losses(reduction):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: _losses.mse_loss(jnp.ones(3), jnp.ones((3, 1))), "mse_loss"),
-        (lambda: _losses.bce_with_logits(jnp.ones(3), jnp.ones(2)), "bce_with_logits"),
+        (
+            lambda: _losses.mse_loss(jnp.ones(3), jnp.ones((3, 1))),
+            r"mse_loss needs .*\(3,\); got float32\[3, 1\]",
+        ),
+        (lambda: _losses.bce_with_logits(jnp.ones(3), jnp.ones(2)), "bce_with_logits needs"),
         (lambda: _losses.nll_loss(jnp.ones((3, 2)), jnp.ones(3)), "class indices"),
-        (lambda: _losses.cross_entropy(jnp.ones((3, 2)), jnp.ones(2, int)), "class indices"),
+        (
+            lambda: _losses.cross_entropy(jnp.ones((3, 2)), jnp.ones(2, int)),
+            r"class indices.*\(3,\); got int32\[2\]",
+        ),
+        (
+            lambda: _losses.cross_entropy(jnp.ones((3, 2)), jnp.ones(3)),
+            "class indices, which are integers, or",
+        ),
+        (
+            lambda: _losses.cross_entropy(jnp.ones((3, 2)), jnp.ones((3, 2), int)),
+            "one-hot rows are probabilities",
+        ),
         (
             lambda: _losses.cross_entropy(jnp.ones((1, 2)), jnp.ones(1, int), weight=[1.0]),
             "weights",

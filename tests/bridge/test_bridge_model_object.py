@@ -83,11 +83,11 @@ def test_matmul_precision_is_the_callers(mlp):
     ("inputs", "message"),
     [
         ((jnp.ones((2, 5)),), "shape"),
-        ((jnp.ones(4),), "shape"),
         ((jnp.ones((2, 4), int),), "float32"),
         ((), "length 1"),
         ((jnp.ones((2, 4)), 1), "length 1"),
         ((jnp.ones((2, 5)),), r"shape \(any, 4\), got \(2, 5\)"),
+        ((jnp.ones(4),), r"\(any, 4\), got \(4,\): one example, to which x\[None\] gives the first axis"),
     ],
 )
 def test_wrong_inputs(mlp, inputs, message):

@@ -12,6 +12,7 @@ from spectra.report.plots.density import Held, as_density, plot_density
 from spectra.report.plots.marks import floor, heat, top_of
 from spectra.report.plots.style import (
     COLOR,
+    ROOM,
     add_colorbar,
     asks_for_logarithm,
     mark_linear,
@@ -93,7 +94,8 @@ def plot_blocks(
         if given is None:  # labels are the figure's
             panel.set_xlabel("")
             panel.set_ylabel("")
-    bottom, top = min(map(floor, densities)), top_of(densities, band=True, room=4.0)
+    bottom = min(map(floor, densities))
+    top = top_of(densities, True, bottom)
     for panel, density in zip(axes, densities, strict=True):
         _set_x(panel, [density] if own_x else densities)
         panel.set_ylim(bottom, top)
@@ -144,7 +146,7 @@ def _set_x(ax: "Axes", densities: list[Density]) -> None:
     """A horizontal axis for these densities."""
     scale, low, high = _extent(densities)
     if asks_for_logarithm(scale, low, high):
-        mark_linear(ax, symlog(ax.xaxis, scale, low, high, labels=4))
+        mark_linear(ax, symlog(ax.xaxis, scale, low, high, labels=4, room=ROOM))
     else:
         ax.set_xscale("linear")
         ax.set_xlim(low, high)

@@ -22,6 +22,7 @@ from spectra.report.plots.style import (
     COLOR,
     COLORS,
     DASHES,
+    ROOM,
     add_legend,
     asks_for_logarithm,
     label_decades,
@@ -261,15 +262,16 @@ def _set_axes(ax, densities, xscale, yscale, scale, ends, learning_rate, band=Tr
     low, high = ends
     if yscale == "log":
         ax.set_yscale("log")
-        ax.set_ylim(min(map(floor, densities)), top_of(densities, band, room=4.0))
+        bottom = min(map(floor, densities))
+        ax.set_ylim(bottom, top_of(densities, band, bottom))
     else:
-        ax.set_ylim(0, top_of(densities, band, room=1.08))
+        ax.set_ylim(0, top_of(densities, band))
     if learning_rate is not None:
         limit = edge_of_stability(learning_rate)
         ax.axvline(limit, color=ACCENT, linewidth=0.9, linestyle="--", label=EDGE)
         high = _with_edge(high, learning_rate)
     if xscale == "symlog":
-        linear = symlog(ax.xaxis, scale, low, high)
+        linear = symlog(ax.xaxis, scale, low, high, room=ROOM)
         mark_linear(ax, linear)
         left, right = max(low, -linear), min(high, linear)
         if left < right:
@@ -282,7 +284,8 @@ def _set_axes(ax, densities, xscale, yscale, scale, ends, learning_rate, band=Tr
         ax.set_xlim(low, high)
     else:
         ax.set_xscale("log")
-        ax.set_xlim(scale / 10, max(abs(low), abs(high)))
+        least, most = scale / 10, max(abs(low), abs(high))
+        ax.set_xlim(least, most * (most / least) ** ROOM)
         label_decades(ax.xaxis)
     ax.set_xlabel("|eigenvalue|" if xscale == "loglog" else "eigenvalue")
     ax.set_ylabel("density")

@@ -8,6 +8,7 @@ import numpy as np
 from spectra.report.plots.style import ACCENT, MAP, label_text
 from spectra.results import Density
 
+_WRITTEN = 0.1  # the share of an axis, at its top, where the kernel's width and "linear" are written
 _KERNEL = "kernel"  # what marks the bars of kernel widths among the lines of a picture
 EDGE = "2 / learning rate"
 _SMALL = 5.5  # points
@@ -123,11 +124,15 @@ def floor_of(size: int, widths: np.ndarray) -> float:
     return 0.1 / (size * float(np.max(widths)) * np.sqrt(2 * np.pi))
 
 
-def top_of(densities: Sequence[Density], band: bool, room: float) -> float:
-    """Where an axis of these densities ends: their highest peak with `room`, and no band cut off."""
+def top_of(densities: Sequence[Density], band: bool, bottom: float | None = None) -> float:
+    """Where an axis of these densities ends: their curves stay below what is written there, and no band is
+    cut off. `bottom` is the lower end of a logarithmic axis; a linear one begins at zero."""
     curve = max(float(np.max(density.density)) for density in densities)
     upper = max(float(np.max(density.upper)) for density in densities) if band else 0.0
-    return max(room * curve, 1.08 * upper)
+    share = _WRITTEN / (1 - _WRITTEN)  # of what is below it
+    if bottom is None:
+        return max((1 + share) * curve, 1.08 * upper)
+    return max(curve * max(4.0, (curve / bottom) ** share), 1.08 * upper)
 
 
 def visible_range(density: Density) -> tuple[float, float]:

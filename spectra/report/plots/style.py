@@ -204,8 +204,15 @@ def asks_for_logarithm(scale: float, low: float, high: float) -> bool:
     return scale > 0 and max(abs(low), abs(high)) > DYNAMIC * smallest
 
 
-def symlog(axis, scale: float, low: float, high: float, labels: int = 7) -> float:
-    """Make an axis signed-logarithmic, with at most `labels` labels; returns up to where it is linear."""
+ROOM = 0.02
+"""The share of a logarithmic axis beyond the outermost stem: a few kernels may be less than a pixel there."""
+
+
+def symlog(axis, scale: float, low: float, high: float, labels: int = 7, room: float = 0.0) -> float:
+    """Make an axis signed-logarithmic, with at most `labels` labels; returns up to where it is linear.
+
+    `room` is the share of the axis that is left beyond each end.
+    """
     from matplotlib.ticker import FixedLocator, MaxNLocator, ScalarFormatter
 
     first = np.floor(np.log10(scale))
@@ -216,6 +223,10 @@ def symlog(axis, scale: float, low: float, high: float, labels: int = 7) -> floa
         else (axis.axes.set_yscale, axis.axes.set_ylim)
     )
     set_scale("symlog", linthresh=linthresh, linscale=0.6)
+    if room:
+        along = axis.get_transform()
+        ends = along.transform(np.array([low, high]))
+        low, high = along.inverted().transform(ends + room * np.ptp(ends) * np.array([-1, 1]))
     set_limits(low, high)
     ticks = [0.0]
     spans = [
