@@ -126,6 +126,24 @@ def test_an_argument_that_was_donated_is_named():
     assert tracker(0, PARAMS).step == 0
 
 
+def test_shapes_without_numbers_are_enough_to_plan_with_and_named_elsewhere():
+    """A TypeError of `jax.jit`, that ShapeDtypeStruct is not a valid JAX type, came from all of these."""
+    op = hessian(params=jax.eval_shape(lambda: PARAMS))
+    assert spectra.plan(op, num_steps=2, num_probes=1).num_matvecs == 2
+    for call in (
+        lambda: op @ PARAMS,
+        lambda: op.mv(PARAMS),
+        op.as_matrix,
+        lambda: spectra.slq(op, key=KEY, num_steps=2, num_probes=1),
+        lambda: spectra.spectrum(op, key=KEY),
+        lambda: spectra.solve(op, PARAMS),
+    ):
+        with pytest.raises(StructureError, match=r"'params/hidden' is a jax\.ShapeDtypeStruct, a shape"):
+            call()
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'key'"):
+        spectra.slq(op)
+
+
 @pytest.mark.parametrize(
     "second",
     [{"x": X, "y": Y}, (X, Y, Y), (X[:, :2], Y), None],

@@ -47,8 +47,8 @@ def checked(fn: Callable[P, T]) -> Callable[P, T]:
         args, kwargs = cast("Any", check(args, cast("dict[str, Any]", kwargs)))
         try:
             return fn(*args, **kwargs)
-        except (RuntimeError, ValueError) as error:
-            explain_deleted(fn, args, kwargs, error)
+        except (RuntimeError, TypeError, ValueError) as error:
+            explain_leaves(fn, args, kwargs, error)
             raise
 
     return call
@@ -71,8 +71,8 @@ def automatic(fn: Callable[P, T]) -> Callable[P, T]:
                 if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
                     return fn(*args, **kwargs)
                 return _on_twin(fn, args, kwargs)
-            except (RuntimeError, ValueError) as error:
-                explain_deleted(fn, args, kwargs, error)
+            except (RuntimeError, TypeError, ValueError) as error:
+                explain_leaves(fn, args, kwargs, error)
                 raise
 
     return call
@@ -160,17 +160,22 @@ def checks(fn: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]]
     return check
 
 
-def explain_deleted(
+def explain_leaves(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
 ) -> None:
-    """Raise a StructureError in place of JAX's error where an argument of the call was donated."""
+    """Raise a StructureError in place of JAX's error where an argument was donated, or is a shape alone."""
     if isinstance(error, SpectraError):
         return
-    for name, value in inspect.signature(fn).bind(*args, **kwargs).arguments.items():
+    try:
+        arguments = inspect.signature(fn).bind(*args, **kwargs).arguments
+    except TypeError:  # the call says what is missing
+        return
+    for name, value in arguments.items():
         if name == "self" and fn.__name__ in ("__init__", "_open"):  # not made yet
             continue
+        what = "the operator's leaf" if name in ("self", "op") else f"{name}: leaf"
         try:
-            trees.check_alive(value, "the operator's leaf" if name in ("self", "op") else f"{name}: leaf")
+            trees.check_computable(value, what)
         except SpectraError as refusal:
             raise refusal from error
 
