@@ -62,6 +62,18 @@ def test_jax_checks_the_code_of_its_user_and_not_that_of_the_package(name):
         np.testing.assert_array_equal(flat(found), plain)
 
 
+def test_a_search_for_nans_is_one_in_the_code_of_the_user():
+    """A square root was tried at -1e-8, below a zero eigenvalue: FloatingPointError."""
+    one, v = spectra.MatrixOperator(jnp.diag(jnp.array([2.0, 0.0, 0.0]))), jnp.array([1.0, 1.0, 0.0])
+    plain = spectra.funm(one, jnp.sqrt, v, key=KEY)
+    with jax.debug_nans(True), jax.debug_infs(True):
+        found = spectra.funm(one, jnp.sqrt, v, key=KEY)
+        assert spectra.solve(one, v).status.code == "singular"
+        with pytest.raises(spectra.NonFiniteError, match="'hidden'"):
+            _ = hessian(params=PARAMS | {"hidden": np.full((3, 2), np.nan, np.float32)}) @ V
+    np.testing.assert_array_equal(found.value, plain.value)
+
+
 def test_operators_are_made_under_checks_too():
     batches = halves(4, 4)
     for strict in STRICT.values():

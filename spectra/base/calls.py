@@ -183,9 +183,10 @@ def explain_leaves(
 def own_rules() -> contextlib.AbstractContextManager[Any]:
     """The rules of JAX that this package is written for, in this thread and until the block ends.
 
-    JAX can refuse what is often a mistake in a user's code: promotion of dtypes and of shapes, and transfers
-    that nobody asked for. The package promotes, and moves numbers between host and device, on purpose. A
-    user's loss that keeps to the stricter rules computes the same under these.
+    JAX can refuse what is often a mistake in a user's code: promotion of dtypes and of shapes, transfers that
+    nobody asked for, numbers that are NaN or infinite. The package promotes, moves numbers between host and
+    device, and tries functions where they may have no value, on purpose; what is not finite in a loss it
+    names itself. A user's loss that keeps to the stricter rules computes the same under these.
     """
     config: Any = jax.config
     rules: list[contextlib.AbstractContextManager[Any]] = []
@@ -195,6 +196,10 @@ def own_rules() -> contextlib.AbstractContextManager[Any]:
         rules.append(jax.numpy_rank_promotion("allow"))
     if any(getattr(config, f"jax_transfer_guard_{way}") not in (None, "allow") for way in _WAYS):
         rules.append(jax.transfer_guard("allow"))
+    if config.jax_debug_nans:
+        rules.append(jax.debug_nans(False))
+    if config.jax_debug_infs:
+        rules.append(jax.debug_infs(False))
     if not rules:
         return contextlib.nullcontext()
     stack = contextlib.ExitStack()
