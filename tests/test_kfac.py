@@ -305,6 +305,23 @@ def coupled_fn(params, x):
     return (x - x.mean(0)) @ params["w"]
 
 
+def contrastive(outputs, labels):
+    """The trace of EKFAC was 97 times that of the matrix for such a loss."""
+    scores = jax.nn.log_softmax(outputs @ outputs.T)
+    return -jnp.mean(jnp.where(labels[:, None] == labels, scores, 0))
+
+
+def log_of_mean(outputs, targets):
+    return jnp.log(jnp.mean(jnp.exp(outputs**2)))
+
+
+@pytest.mark.parametrize("loss_fn", [contrastive, log_of_mean])
+def test_a_loss_that_sets_examples_against_each_other_is_refused(loss_fn, x64):
+    data = normal(N, 3), jnp.arange(N) % OUTPUTS
+    with pytest.raises(spectra.StructureError, match="sets examples against each other"):
+        spectra.EKFACOperator(lambda p, x: jnp.tanh(x @ p["w"]), loss_fn, {"w": normal(3, OUTPUTS)}, data)
+
+
 def test_what_has_no_gradients_of_single_examples_is_refused(x64):
     data = normal(N, 3), normal(N, OUTPUTS)
     with pytest.raises(spectra.StructureError, match="change with the others of its batch"):

@@ -62,6 +62,18 @@ def test_jax_checks_the_code_of_its_user_and_not_that_of_the_package(name):
         np.testing.assert_array_equal(flat(found), plain)
 
 
+def test_a_search_for_nans_is_one_in_the_code_of_the_user():
+    """A square root was tried at -1e-8, below a zero eigenvalue: FloatingPointError."""
+    one, v = spectra.MatrixOperator(jnp.diag(jnp.array([2.0, 0.0, 0.0]))), jnp.array([1.0, 1.0, 0.0])
+    plain = spectra.funm(one, jnp.sqrt, v, key=KEY)
+    with jax.debug_nans(True), jax.debug_infs(True):
+        found = spectra.funm(one, jnp.sqrt, v, key=KEY)
+        assert spectra.solve(one, v).status.code == "singular"
+        with pytest.raises(spectra.NonFiniteError, match="'hidden'"):
+            _ = hessian(params=PARAMS | {"hidden": np.full((3, 2), np.nan, np.float32)}) @ V
+    np.testing.assert_array_equal(found.value, plain.value)
+
+
 def test_operators_are_made_under_checks_too():
     batches = halves(4, 4)
     for strict in STRICT.values():
@@ -124,6 +136,24 @@ def test_an_argument_that_was_donated_is_named():
         with pytest.raises(StructureError, match=f"{name} was deleted: it was donated"):
             call()
     assert tracker(0, PARAMS).step == 0
+
+
+def test_shapes_without_numbers_are_enough_to_plan_with_and_named_elsewhere():
+    """A TypeError of `jax.jit`, that ShapeDtypeStruct is not a valid JAX type, came from all of these."""
+    op = hessian(params=jax.eval_shape(lambda: PARAMS))
+    assert spectra.plan(op, num_steps=2, num_probes=1).num_matvecs == 2
+    for call in (
+        lambda: op @ PARAMS,
+        lambda: op.mv(PARAMS),
+        op.as_matrix,
+        lambda: spectra.slq(op, key=KEY, num_steps=2, num_probes=1),
+        lambda: spectra.spectrum(op, key=KEY),
+        lambda: spectra.solve(op, PARAMS),
+    ):
+        with pytest.raises(StructureError, match=r"'params/hidden' is a jax\.ShapeDtypeStruct, a shape"):
+            call()
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'key'"):
+        spectra.slq(op)
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def checked(fn: Callable[P, T]) -> Callable[P, T]:
         args, kwargs = cast("Any", check(args, cast("dict[str, Any]", kwargs)))
         try:
             return fn(*args, **kwargs)
-        except (RuntimeError, ValueError) as error:
-            explain_deleted(fn, args, kwargs, error)
+        except (RuntimeError, TypeError, ValueError) as error:
+            explain_leaves(fn, args, kwargs, error)
             raise
 
     return call
@@ -71,8 +71,8 @@ def automatic(fn: Callable[P, T]) -> Callable[P, T]:
                 if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
                     return fn(*args, **kwargs)
                 return _on_twin(fn, args, kwargs)
-            except (RuntimeError, ValueError) as error:
-                explain_deleted(fn, args, kwargs, error)
+            except (RuntimeError, TypeError, ValueError) as error:
+                explain_leaves(fn, args, kwargs, error)
                 raise
 
     return call
@@ -168,17 +168,22 @@ def checks(fn: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]]
     return check
 
 
-def explain_deleted(
+def explain_leaves(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
 ) -> None:
-    """Raise a StructureError in place of JAX's error where an argument of the call was donated."""
+    """Raise a StructureError in place of JAX's error where an argument was donated, or is a shape alone."""
     if isinstance(error, SpectraError):
         return
-    for name, value in inspect.signature(fn).bind(*args, **kwargs).arguments.items():
+    try:
+        arguments = inspect.signature(fn).bind(*args, **kwargs).arguments
+    except TypeError:  # the call says what is missing
+        return
+    for name, value in arguments.items():
         if name == "self" and fn.__name__ in ("__init__", "_open"):  # not made yet
             continue
+        what = "the operator's leaf" if name in ("self", "op") else f"{name}: leaf"
         try:
-            trees.check_alive(value, "the operator's leaf" if name in ("self", "op") else f"{name}: leaf")
+            trees.check_computable(value, what)
         except SpectraError as refusal:
             raise refusal from error
 
@@ -186,9 +191,10 @@ def explain_deleted(
 def own_rules() -> contextlib.AbstractContextManager[Any]:
     """The rules of JAX that this package is written for, in this thread and until the block ends.
 
-    JAX can refuse what is often a mistake in a user's code: promotion of dtypes and of shapes, and transfers
-    that nobody asked for. The package promotes, and moves numbers between host and device, on purpose. A
-    user's loss that keeps to the stricter rules computes the same under these.
+    JAX can refuse what is often a mistake in a user's code: promotion of dtypes and of shapes, transfers that
+    nobody asked for, numbers that are NaN or infinite. The package promotes, moves numbers between host and
+    device, and tries functions where they may have no value, on purpose; what is not finite in a loss it
+    names itself. A user's loss that keeps to the stricter rules computes the same under these.
     """
     config: Any = jax.config
     rules: list[contextlib.AbstractContextManager[Any]] = []
@@ -198,6 +204,10 @@ def own_rules() -> contextlib.AbstractContextManager[Any]:
         rules.append(jax.numpy_rank_promotion("allow"))
     if any(getattr(config, f"jax_transfer_guard_{way}") not in (None, "allow") for way in _WAYS):
         rules.append(jax.transfer_guard("allow"))
+    if config.jax_debug_nans:
+        rules.append(jax.debug_nans(False))
+    if config.jax_debug_infs:
+        rules.append(jax.debug_infs(False))
     if not rules:
         return contextlib.nullcontext()
     stack = contextlib.ExitStack()

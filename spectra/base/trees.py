@@ -107,6 +107,20 @@ def check_alive(tree: PyTree, what: str) -> None:
     )
 
 
+def check_computable(tree: PyTree, what: str) -> None:
+    """Raise as `check_alive`, and for a leaf that is a shape without numbers.
+
+    These are enough to plan with, so they are looked for only where something could not be computed.
+    """
+    check_alive(tree, what)
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise StructureError(
+                f"{what} '{path_str(path)}' is a jax.ShapeDtypeStruct, a shape without numbers, which is "
+                "enough for spectra.plan alone: pass an operator of arrays."
+            )
+
+
 def lift(leaf: jax.Array) -> jax.Array:
     """A constant among the parameters: floats in the working dtype, all else as it is."""
     return leaf.astype(working_dtype(leaf.dtype)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

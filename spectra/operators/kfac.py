@@ -262,7 +262,8 @@ class KFACOperator(_FromData):
 
     Raises:
         StructureError: the model's outputs for an example depend on the others (batch statistics), or have no
-            axis of examples; as `FisherOperator` otherwise.
+            axis of examples; the loss sets examples against each other (a contrastive one, a function of a
+            mean); as `FisherOperator` otherwise.
         MemoryLimitError: "type2" with many outputs and a loss that is neither a softmax nor diagonal.
 
     Cost: the model once and, for "type2", as many backward passes as an example has outputs (tokens times

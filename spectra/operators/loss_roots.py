@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectra.base import arrays, draws, host, programs, trees
-from spectra.base.errors import MemoryLimitError
+from spectra.base.errors import MemoryLimitError, StructureError
 from spectra.base.trees import PyTree
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import split
@@ -26,6 +26,8 @@ from spectra.operators.stochastic import QUICK
 from spectra.results import format_bytes
 
 FORMS = ("softmax", "diagonal", "dense")
+UNITS = 11
+"""Powers of two that examples are told apart by, as many in turn in an order of chance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +62,25 @@ def num_roots(op: FisherOperator, outputs: PyTree, targets: PyTree) -> int:
 
 
 def form_of(op: FisherOperator, outputs: PyTree, piece: PyTree, limit: float) -> str:
-    """Which root the loss's Hessian has, seen on a few examples."""
-    errors = jax.device_get(_form_errors(op, outputs, piece))
-    return next((form for form, error in zip(FORMS, errors, strict=False) if error <= limit), "dense")
+    """Which root the loss's Hessian has, seen on a few examples.
+
+    Raises:
+        StructureError: it is not made of a block for each example, whose roots there are.
+    """
+    *errors, coupled = jax.device_get(_form_errors(op, outputs, piece))
+    form = next((form for form, error in zip(FORMS, errors, strict=False) if error <= limit), "dense")
+    if form == "dense" and coupled > limit:
+        raise StructureError(
+            "the loss sets examples against each other: a move of the outputs of one changes the gradient in "
+            f"those of others (relative error {coupled:.1e}), as in contrastive losses and in functions of a "
+            "mean. Kronecker factors are means over single examples: use GGNOperator."
+        )
+    return form
 
 
 @partial(programs.jit, options=QUICK)
-def _form_errors(op: FisherOperator, outputs: PyTree, piece: PyTree) -> tuple[jax.Array, jax.Array]:
+def _form_errors(op: FisherOperator, outputs: PyTree, piece: PyTree) -> tuple[jax.Array, ...]:
+    """How far ∇²ℓ is from that of a softmax, from a diagonal, and from a block for each example."""
     targets = split(piece)[1]
     u = draws.sample(jax.random.key(0), outputs, jax.random.normal)
     own = op._curvature(outputs, targets, u)
@@ -81,7 +95,27 @@ def _form_errors(op: FisherOperator, outputs: PyTree, piece: PyTree) -> tuple[ja
         p, weight, axis = _probabilities(op, outputs, targets)
         softmax = error(weight * p * (u - jnp.sum(p * u, axis, keepdims=True)))
     ones = jax.tree.map(jnp.ones_like, outputs)
-    return softmax, error(jax.tree.map(jnp.multiply, op._curvature(outputs, targets, ones), u))
+    diagonal = error(jax.tree.map(jnp.multiply, op._curvature(outputs, targets, ones), u))
+    return softmax, diagonal, _coupling(op, outputs, targets, u)
+
+
+def _coupling(op: FisherOperator, outputs: PyTree, targets: PyTree, u: PyTree) -> jax.Array:
+    """|∇²ℓ S u - S ∇²ℓ u| over |S ∇²ℓ u|, zero for blocks: S multiplies each example by a number of its own.
+
+    These are powers of two, with which no product of a block is rounded otherwise: predictions that are sure
+    have little more than rounding in theirs.
+    """
+    count = len(jax.tree.leaves(outputs)[0])
+    units = np.exp2(np.random.default_rng(0).permutation(count) % UNITS)
+
+    def scaled(x: jax.Array) -> jax.Array:
+        return x * jnp.asarray(units, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+    both = jax.tree.map(lambda x: jnp.stack([x, scaled(x)]), u)
+    images = jax.vmap(lambda v: op._curvature(outputs, targets, v))(both)
+    own = jax.tree.map(lambda x: scaled(x[0]), images)
+    size, off = trees.largest(own), trees.largest(jax.tree.map(lambda x, y: x[1] - y, images, own))
+    return jnp.where(size > 0, off / jnp.where(size > 0, size, 1), off)
 
 
 def _probabilities(

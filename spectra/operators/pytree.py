@@ -138,8 +138,8 @@ def explain_vector(op: Any, v: PyTree, error: Exception) -> None:
     if isinstance(error, SpectraError) or not hasattr(op, "is_flat"):  # a Jacobian says so itself
         return
     try:
-        trees.check_alive(op, "the operator's leaf")
-        trees.check_alive(v, "the vector's leaf")
+        trees.check_computable(op, "the operator's leaf")
+        trees.check_computable(v, "the vector's leaf")
         if op.is_flat(v):
             raise StructureError("op.mv takes a pytree like the parameters; op @ v takes a flat array, too.")
         trees.check_structure(v, op.structure, "the vector")

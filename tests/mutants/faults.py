@@ -2012,6 +2012,13 @@ KFAC = [
         "test_kfac.py::test_derivatives_are_those_of_the_factors",
     ),
     fault(
+        "all examples have one unit where it is asked whether a loss sets them against each other",
+        "operators/loss_roots.py",
+        "permutation(count) % UNITS",
+        "permutation(count) % 1",
+        "test_kfac.py::test_a_loss_that_sets_examples_against_each_other_is_refused",
+    ),
+    fault(
         "a sum over positions in the place of their mean",
         "operators/kfac_sums.py",
         "scaled = rows * (weights / rows.shape[2])[:, None, None, None]",
