@@ -134,7 +134,7 @@ def chain(
 absorb_one = programs.jit(absorb, static_argnames=("layout", "size"), donate_argnames=("state",))
 
 
-@partial(programs.jit, static_argnames=("layout",), donate_argnames=("state",))
+@partial(programs.jit, options=programs.FUSED, static_argnames=("layout",), donate_argnames=("state",))
 def replace(
     layout: Layout, state: BandState, weights: jax.Array, coefficients: jax.Array, filled: jax.Array
 ) -> BandState:
