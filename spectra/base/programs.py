@@ -29,8 +29,8 @@ library has one. On an H200 the first Hessian product of a transformer of 818k p
 and 2.2 s without; later ones of GPT-2 take 49 ms, with kernels that were not tried out 244."""
 
 FUSED: Options = OPTIONS | {"cpu": {}}
-"""With the emitters on a CPU, where a long run may spend its time: combining the rows of a basis takes a third
-more time without (n = 300,000)."""
+"""With the emitters on a CPU, where a long run may spend its time: to combine the rows of a basis takes a
+third more without them (n = 300,000)."""
 _ANY = np.float32(0)
 """What `is_traced` computes with."""
 
