@@ -20,7 +20,7 @@ OPTIONS: dict[str, dict[str, bool | int]] = {
 }
 """Compiler options by platform.
 
-On a CPU, XLA's emitters of fusions take twice as long to compile and make programs that are no faster. On two
+On a CPU, XLA's emitters of fusions take twice as long to compile and make most programs no faster. On two
 cores of an EPYC the first `slq` of an MLP took 14.8 s of processor time with them and 6.7 without, that of a
 CNN 13.8 and 7.1; later ones the same, and those of a million numbers, all orthogonalisation, 2 to 3 % more.
 
