@@ -337,6 +337,7 @@ def axpy(factor: ArrayLike, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: (factor * x + y).astype(y.dtype), a, b)
 
 
+@one_program
 def difference(a: PyTree, b: PyTree) -> PyTree:
     """a - b; what is below the least normal number, and so zero in XLA, is that number with its sign."""
 

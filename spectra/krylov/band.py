@@ -346,7 +346,7 @@ class Band:
     def combination(self, coefficients: np.ndarray) -> PyTree:
         """Σ c_i v_i over all rows, in the operator's precision and where it computes."""
         weights = jnp.asarray(coefficients, self.op.dtype)
-        vector = self.layout.unpack(sum_of_rows(self.state.basis, weights, self.filled, self.layout))
+        vector = sum_of_rows(self.state.basis, weights, self.filled, self.layout)
         return self.place.to_operator(self.op, vector)
 
     def images(self, mixtures: np.ndarray) -> list[PyTree]:

@@ -18,6 +18,7 @@ from spectra.krylov.product_rounding import (
     in_unit,
     is_measured,
     multiply,
+    unit,
     whole,
 )
 from spectra.operators.base import LinearOperator
@@ -54,10 +55,9 @@ def _measured(op: LinearOperator, here: LinearOperator, keep: Projection) -> flo
     vector = keep(signs)
     for _ in range(2):
         vector = keep(multiply(here, in_unit(vector)))
-    size = trees.length(vector := in_unit(vector))
-    if not size:
+    if not trees.length(vector := unit(in_unit(vector))):
         return 0.0
-    image = multiply(here, vector := trees.scale(1 / size, vector))
+    image = multiply(here, vector)
     norm = trees.length(keep(image))
     return change_along(op, here, vector, image, keep) / norm if norm > 0 else 0.0
 

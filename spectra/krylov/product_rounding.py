@@ -94,21 +94,30 @@ def change_along(
     largest = 0.0
     for i in range(EXPLORED):
         if i == 1:
-            v = _unit(trees.axpy(1.0, _unit(keep(draws.unit_vector(jax.random.key(KEY), op))), v))
+            v = _between(keep(draws.unit_vector(jax.random.key(KEY), op)), v)
         if i:
             image = multiply(here, v)
         size, v = exact.change(v, image)
         if keep is not whole:
             share = trees.length(v := keep(v))
-            size, v = size * share, trees.scale(1 / (share or 1.0), v)
+            size, v = size * share, unit(v)
         largest = max(largest, size)
         if i and not size:
             break
     return MARGIN * largest
 
 
-def _unit(v: PyTree) -> PyTree:
-    return trees.scale(1 / (trees.length(v) or 1.0), v)
+@programs.jit
+def unit(v: PyTree) -> PyTree:
+    """v / |v|; zero stays zero."""
+    size = trees.norm(v)
+    return trees.scale(1 / jnp.where(size > 0, size, 1), v)
+
+
+@programs.jit
+def _between(u: PyTree, v: PyTree) -> PyTree:
+    """The unit vector halfway from u, of any length, to a unit vector v."""
+    return unit(trees.axpy(1.0, unit(u), v))
 
 
 def change_of_matrix(op: LinearOperator, moved: bool = False) -> float:

@@ -62,10 +62,10 @@ def _combine(portion: int, parts: Panels, weights: jax.Array) -> Panels:
 
 
 @functools.partial(programs.jit, static_argnames="layout")
-def sum_of_rows(basis: Basis, coefficients: jax.Array, filled: int | jax.Array, layout: Layout) -> Panels:
-    """Σ c_r q_r over the first `filled` rows, in float32 at least whatever they are stored in."""
+def sum_of_rows(basis: Basis, coefficients: jax.Array, filled: int | jax.Array, layout: Layout) -> PyTree:
+    """Σ c_r q_r over the first `filled` rows as a pytree, in float32 at least whatever they are stored in."""
     zeros = [jnp.zeros(x[:, 0].shape, jnp.promote_types(x.dtype, jnp.float32)) for x in basis[0]]
-    return subtract(basis, -coefficients, zeros, filled, layout)
+    return layout.unpack(subtract(basis, -coefficients, zeros, filled, layout))
 
 
 def gram(basis: Basis) -> jax.Array:
