@@ -258,9 +258,9 @@ def test_slq_of_all_blocks_shares_the_code_of_the_recurrence(x64):
 
     op = spectra.HessianOperator(product_loss, params, jnp.asarray(rng.standard_normal((7, 4))))
     blocks = op.blocks()
-    before = recurrence._absorb_one._plain._cache_size()
+    before = recurrence._absorb_one.cache_size()
     results = spectra.slq(blocks, key=jax.random.key(0), num_steps=30, num_probes=2)
-    assert recurrence._absorb_one._plain._cache_size() == before + 1
+    assert recurrence._absorb_one.cache_size() == before + 1
     for name, block in blocks.items():
         exact = np.linalg.eigvalsh(block.as_matrix())
         assert results[name].num_steps == 20  # n of a block

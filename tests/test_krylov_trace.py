@@ -88,18 +88,18 @@ def test_a_vector_almost_within_the_basis_becomes_orthogonal(x64):
 
 
 def test_a_direction_and_its_product_share_compiled_sweeps(x64):
-    before = explored._orthogonal._plain._cache_size()
+    before = explored._orthogonal.cache_size()
     walked(np.diag(np.arange(1.0, 60.0)))  # an order that no other test has
-    assert explored._orthogonal._plain._cache_size() == before + 1
+    assert explored._orthogonal.cache_size() == before + 1
 
 
 def test_no_number_of_samples_has_a_program_of_its_own(x64):
-    op, before = operator("flat"), blocks._products._plain._cache_size()
+    op, before = operator("flat"), blocks._products.cache_size()
     found = [
         spectra.trace(op, key=KEY, num_matvecs=BUDGET - i, method="krylov", probe_batch=1) for i in range(3)
     ]
     assert len({estimate.dof % krylov_aware.CHUNK for estimate in found}) == 3
-    assert blocks._products._plain._cache_size() == before
+    assert blocks._products.cache_size() == before
 
 
 @pytest.mark.parametrize("name", SPECTRA)

@@ -60,21 +60,26 @@ class Program:
     def __init__(self, function: Callable[..., Any], arguments: dict[str, Any], those: Options):
         functools.update_wrapper(self, function)
         self._options = those
-        self._plain: Any = jax.jit(function, **arguments)
+        self._jit = functools.partial(jax.jit, function, **arguments)
+        self._plain: Any = self._jit()
+        self._with: dict[tuple[Any, ...], Any] = {}
         self.trace: Callable[..., jax.stages.Traced] = self._plain.trace
         self.lower: Callable[..., jax.stages.Lowered] = self._plain.lower  # `options` are left to `compile`
         self.eval_shape: Callable[..., Any] = self._plain.eval_shape
-        self._by_options = functools.cache(
-            lambda *pairs: jax.jit(function, compiler_options=dict(pairs), **arguments)
-        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The result; compiles at the first call for these shapes."""
-        platform = jax.default_backend()
-        # JAX takes options for a whole program only.
-        if platform not in self._options or is_traced((args, kwargs)):
+        chosen = options(jax.default_backend(), self._options)
+        if not chosen or is_traced((args, kwargs)):  # JAX takes options for a whole program only
             return self._plain(*args, **kwargs)
-        return self._by_options(*options(platform, self._options).items())(*args, **kwargs)
+        pairs = tuple(chosen.items())
+        if pairs not in self._with:
+            self._with[pairs] = self._jit(compiler_options=chosen)
+        return self._with[pairs](*args, **kwargs)
+
+    def cache_size(self) -> int:
+        """For how many arguments, by shape and type, it has been compiled, or was made part of a program."""
+        return sum(each._cache_size() for each in (self._plain, *self._with.values()))
 
     def compiled(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
         """What runs for arguments of these shapes."""
