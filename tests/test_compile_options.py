@@ -45,7 +45,7 @@ def test_calls_with_options(options, name):
     np.testing.assert_array_equal(found, call(OP))
 
 
-def test_programs_of_a_cpu_compile_without_emitters_unless_the_user_says_so(monkeypatch):
+def test_programs_of_a_cpu_compile_quickly_unless_the_user_says_otherwise(monkeypatch):
     """In a process without flags; JAX refuses an option that XLA does not know."""
     monkeypatch.delenv("XLA_FLAGS")
     expected = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}

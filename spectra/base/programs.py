@@ -20,17 +20,18 @@ OPTIONS: dict[str, dict[str, bool | int]] = {
 }
 """Compiler options by platform.
 
-On a CPU, XLA's emitters of fusions take twice as long to compile and make most programs no faster. On two
-cores of an EPYC the first `slq` of an MLP took 14.8 s of processor time with them and 6.7 without, that of a
-CNN 13.8 and 7.1; later ones the same, and those of a million numbers, all orthogonalisation, 2 to 3 % more.
+On a CPU, XLA's emitters of fusions compile for longer and make most programs no faster. The first `slq` of an
+MLP took 8.0 s of an EPYC's processor time with them and 5.7 without, that of a CNN 9.5 and 6.6. Later ones of
+these and of a transformer took as much, within 2 %, and those of vectors alone up to a fifth more. A lower
+level of optimisation would compile faster still, but a product of the transformer would take 7 % more.
 
 On a GPU, for a matrix product in true float32 XLA would generate kernels and try them out, where the card's
 library has one. On an H200 the first Hessian product of a transformer of 818k parameters took 25 s with them
 and 2.2 s without; later ones of GPT-2 take 49 ms, with kernels that were not tried out 244."""
 
 FUSED: Options = OPTIONS | {"cpu": {}}
-"""With the emitters on a CPU, where a long run may spend its time: to combine the rows of a basis takes a
-third more without them (n = 300,000)."""
+"""With the emitters on a CPU, for the exceptions: without them, combining the rows of a basis takes a third more
+time (n = 300,000), and so does compiling an orthonormalisation that is written out."""
 _ANY = np.float32(0)
 """What `is_traced` computes with."""
 

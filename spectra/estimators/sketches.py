@@ -165,7 +165,9 @@ def _grow(
 
 
 _grow_compiled = programs.jit(
-    _grow, static_argnames=("start", "stop", "kind", "batch", "project", "grouped", "where")
+    _grow,
+    options=programs.FUSED,
+    static_argnames=("start", "stop", "kind", "batch", "project", "grouped", "where"),
 )
 
 
