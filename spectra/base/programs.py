@@ -30,8 +30,8 @@ library has one. On an H200 the first Hessian product of a transformer of 818k p
 and 2.2 s without; later ones of GPT-2 take 49 ms, with kernels that were not tried out 244."""
 
 FUSED: Options = OPTIONS | {"cpu": {}}
-"""With the emitters on a CPU, for the exceptions: without them, combining the rows of a basis takes a third more
-time (n = 300,000), and so does compiling an orthonormalisation that is written out."""
+"""With the emitters on a CPU, for the exceptions: without them, to combine the rows of a basis takes a third
+more time (n = 300,000), and so does compiling an orthonormalisation that is written out."""
 _ANY = np.float32(0)
 """What `is_traced` computes with."""
 

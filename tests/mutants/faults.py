@@ -1071,8 +1071,8 @@ DENSITY = [
     fault(
         "rounding is looked for where products are large alone",
         "krylov/product_rounding.py",
-        "v = _unit(trees.axpy(1.0, _unit(",
-        "v = _unit(trees.axpy(0.0, _unit(",
+        "return unit(trees.axpy(1.0, unit(u), v))",
+        "return unit(trees.axpy(0.0, unit(u), v))",
         "test_vanished.py::test_an_eigenvalue_that_rounding_hides_is_within_the_errors_of_the_largest",
     ),
     fault(
