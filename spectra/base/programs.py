@@ -22,7 +22,7 @@ OPTIONS: dict[str, dict[str, bool | int]] = {
 
 On a CPU, XLA's emitters of fusions compile for longer and make most programs no faster. The first `slq` of an
 MLP took 8.0 s of an EPYC's processor time with them and 5.7 without, that of a CNN 9.5 and 6.6. Later ones of
-these and of a transformer took as much, within 2 %, and those of vectors alone up to a fifth more. A lower
+these and of a transformer took as much, within 3 %, and those of vectors alone up to a fifth more. A lower
 level of optimisation would compile faster still, but a product of the transformer would take 7 % more.
 
 On a GPU, for a matrix product in true float32 XLA would generate kernels and try them out, where the card's
@@ -31,7 +31,7 @@ and 2.2 s without; later ones of GPT-2 take 49 ms, with kernels that were not tr
 
 FUSED: Options = OPTIONS | {"cpu": {}}
 """With the emitters on a CPU, for the exceptions: without them, to combine the rows of a basis takes a third
-more time (n = 300,000), and so does compiling an orthonormalisation that is written out."""
+more time (n = 300,000), and to compile an orthonormalisation, four passes written out, takes 60 % more."""
 _ANY = np.float32(0)
 """What `is_traced` computes with."""
 
@@ -56,7 +56,11 @@ def options(platform: str, those: Options = OPTIONS) -> dict[str, bool | int]:
 
 
 class Program:
-    """What `jit` returns, called as what `jax.jit` returns."""
+    """What `jit` returns, called as what `jax.jit` returns.
+
+    By itself it is compiled with the options of the default platform, once for each set of them, since
+    XLA_FLAGS may change; as a part of another program, or without options, as `jax.jit` would.
+    """
 
     def __init__(self, function: Callable[..., Any], arguments: dict[str, Any], those: Options):
         functools.update_wrapper(self, function)

@@ -121,7 +121,7 @@ def orthonormalize(stack: PyTree, against: PyTree | None, noise: PyTree) -> PyTr
     return _orthonormalize(stack, against, noise)
 
 
-@programs.jit
+@partial(programs.jit, options=programs.FUSED)
 def _orthonormalize(stack: PyTree, against: PyTree | None, noise: PyTree) -> PyTree:
     k = length(stack)
     dtype = trees.scalar_dtype(stack)

@@ -95,7 +95,7 @@ def plot_blocks(
             panel.set_xlabel("")
             panel.set_ylabel("")
     bottom = min(map(floor, densities))
-    top = top_of(densities, True, bottom)
+    top = top_of(densities, band=True, bottom=bottom)
     for panel, density in zip(axes, densities, strict=True):
         _set_x(panel, [density] if own_x else densities)
         panel.set_ylim(bottom, top)
