@@ -101,7 +101,7 @@ def saved(stopped, tmp_path):
     "options",
     [
         {},
-        {"probe_batch": 2},
+        pytest.param({"probe_batch": 2}, marks=pytest.mark.slow),
         pytest.param({"basis_dtype": "bfloat16"}, marks=pytest.mark.slow),
         {"tol": 0.02, "num_probes": 6},
     ],
@@ -341,7 +341,7 @@ def test_how_data_are_cut_and_what_functions_are_called_makes_no_other_problem(t
     "then",
     [
         pytest.param({"num_probes": 2}, marks=pytest.mark.slow),
-        {"num_steps": 20},
+        pytest.param({"num_steps": 20}, marks=pytest.mark.slow),
         {"num_steps": 40},
         {"tol": 0.3, "num_steps": 100},
         {"tol": 0.02, "num_steps": 100, "num_probes": 5},
@@ -569,7 +569,11 @@ def streamed(kind):
 @pytest.mark.parametrize("probe_batch", slow_but([1, 2], 2))
 @pytest.mark.parametrize(
     ("kind", "reads", "saved"),
-    [("hessian", 4, (1, 4)), ("sum", 8, (2, 6)), ("covariance", 4, (3, 5))],
+    [
+        pytest.param("hessian", 4, (1, 4), marks=pytest.mark.slow),
+        ("sum", 8, (2, 6)),
+        ("covariance", 4, (3, 5)),
+    ],
     ids=["hessian", "sum", "covariance"],
 )
 def test_a_run_goes_on_within_a_pass_over_a_stream(kind, reads, saved, probe_batch, monkeypatch, tmp_path):
@@ -721,20 +725,31 @@ def ended_after_its_first_record(folder, saved):
     return text
 
 
-def test_sigterm_ends_with_code_75_and_the_same_command_goes_on_elsewhere(tmp_path):
+@pytest.mark.parametrize("devices", slow_but([1, 4], 1))
+def test_sigterm_ends_with_code_75_and_the_same_command_goes_on_elsewhere(devices, tmp_path):
+    """In another process, and on as many devices."""
     (tmp_path / "problem.py").write_text(textwrap.dedent(SCRIPT))
     steps = ("--steps", "32", "--probes", "24")  # few steps compile soon, many probes take a while
-    saved = (*steps, "--checkpoint", "saved")
+    saved = (*steps, "--checkpoint", str(tmp_path / "saved"))
     text = ended_after_its_first_record(tmp_path, (*saved, "--checkpoint-minutes", "0.001"))
     assert "resumes from there" in text
-    assert_same_on_four_devices(tmp_path, steps, saved)
+    if devices == 4:
+        assert_same_on_four_devices(tmp_path, steps, saved)
+    else:
+        in_this_process(tmp_path, *saved, "--out", str(tmp_path / "resumed"))
+        assert_same(tmp_path, steps)
 
 
 def assert_same_on_four_devices(tmp_path, steps, saved):
-    """The rest on four devices, and the whole in this process without interruption."""
+    """The rest on four devices."""
     process = shell(tmp_path, *saved, "--mesh", "data=2,model=2", "--out", "resumed", devices=4)
     text = process.communicate(timeout=300)[0]
     assert process.returncode == 0, text
+    assert_same(tmp_path, steps)
+
+
+def assert_same(tmp_path, steps):
+    """As the whole in this process, without interruption."""
     in_this_process(tmp_path, *steps, "--out", str(tmp_path / "whole"))
     one, other = (spectra.load(tmp_path / name / "spectrum.npz").quadrature for name in ("whole", "resumed"))
     size = max(map(abs, one.range))

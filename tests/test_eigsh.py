@@ -435,7 +435,7 @@ def test_what_the_dense_matrix_must_not_cost():
         pairs = spectra.eigsh(op, 6, which="LA", key=KEY, tol=1e-7, **options)
         assert pairs.status is spectra.Status.NOT_CONVERGED
         assert pairs.num_matvecs <= options["max_matvecs"]
-    for budget in (10, 60, ORDER - 1):
+    for budget in (10, ORDER - 1):
         pairs = spectra.eigsh(op, 2, which="SM", key=KEY, max_matvecs=budget)
         assert pairs.num_matvecs <= budget
     small = spectra.eigsh(diagonal(CROWDED[:15], jnp.float32), 2, which="LA", key=KEY, max_matvecs=10)

@@ -120,7 +120,9 @@ def nested(p):
     return {"first": [p["k1"], p["b1"]], "second": (p["k2"], p["b2"])}
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", slow_but([jnp.bfloat16, jnp.float16], jnp.bfloat16), ids=["bfloat16", "float16"]
+)
 def test_half_precision_parameters_give_the_float32_hessian_at_their_values(dtype):
     half = nested(parameters(dtype))
     full = jax.tree.map(lambda x: x.astype(jnp.float32), half)
@@ -175,9 +177,7 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(TREES, "scalar leaf", "tuple of tuples", "empty leaf", "custom node", "numpy leaves")
-)
+@pytest.mark.parametrize("name", slow_but(TREES, "scalar leaf", "empty leaf", "custom node"))
 def test_shapes_and_containers_of_leaves(name):
     params = TREES[name]
 
@@ -268,12 +268,12 @@ def test_static_parts_tell_compiled_code_apart():
 
 
 def test_many_leaves_are_one_operator():
-    params = {f"{i:03}": jnp.full((2,), 1.0 + i) for i in range(150)}
+    params = {f"{i:03}": jnp.full((2,), 1.0 + i) for i in range(60)}
     op = spectra.HessianOperator(lambda p, _: sum(jnp.sum(x**3) / 6 for x in p.values()), params, None)
     result = spectra.lanczos(op, jax.tree.map(jnp.ones_like, params), 5)
     assert float(result.orthogonality) <= 64 * 1.2e-7
-    # alpha_0 is the mean of the diagonal, 1 .. 150.
-    assert float(result.alpha[0]) == pytest.approx(75.5, rel=1e-5)
+    # alpha_0 is the mean of the diagonal, 1 .. 60.
+    assert float(result.alpha[0]) == pytest.approx(30.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("x64", [False, True])

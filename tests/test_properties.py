@@ -58,7 +58,7 @@ def check(test, examples, **strategies):
     settings(max_examples=examples, **options)(given(**strategies)(test))()
 
 
-@pytest.mark.parametrize("examples", slow_but([8, 30], 8))
+@pytest.mark.parametrize("examples", slow_but([4, 30], 4))
 def test_symmetric_and_positive_semi_definite(examples):
     check(
         symmetric_and_positive_semi_definite,
