@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from cases import slow_but
 from torch import nn
 
 from spectra import bridge
@@ -121,7 +122,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name",
+    slow_but(OTHERS, "reversal", "module hook", "parameter hook", "no_grad", "decisions at ties"),
+)
 def test_another_gradient_is_refused_with_its_cause(name):
     """Also at an example of zeros, which is what people pass, and where the first gradient vanishes."""
     build, cause = OTHERS[name]
@@ -224,7 +228,14 @@ LEGITIMATE = {
 }
 
 
-@pytest.mark.parametrize("name", LEGITIMATE)
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        LEGITIMATE,
+        *("a softmax and a tanh that are one", "a consistent Function", "kinks", "a bias before a norm"),
+        "no parameter, no gradient",
+    ),
+)
 def test_what_agrees_is_accepted(name):
     module = LEGITIMATE[name]()
     bridge.from_torch(module, torch.randn(3, 4), train=name.endswith("norm"))

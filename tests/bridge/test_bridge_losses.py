@@ -289,8 +289,8 @@ def _columns(op) -> np.ndarray:
         pytest.param(
             "cross_entropy", {"ignore_index": 2, "weight": [0.3, 1.0, 2.0]}, None, marks=pytest.mark.slow
         ),
-        ("mse_loss", {}, None),
-        ("bce_with_logits", {"pos_weight": [1.0, 2.0, 0.5]}, None),
+        pytest.param("mse_loss", {}, None, marks=pytest.mark.slow),
+        pytest.param("bce_with_logits", {"pos_weight": [1.0, 2.0, 0.5]}, None, marks=pytest.mark.slow),
     ],
 )
 def test_a_torch_loader_gives_pytorchs_hessian(name, options, microbatch, x64):
