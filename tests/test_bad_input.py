@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse
-from cases import SPECTRA, Ridge, planted, ridge_loss
+from cases import SHARP, SPECTRA, Ridge, planted, ridge_loss
 
 import spectra
 from spectra import DataError, NonFiniteError, NotSymmetricError, SpectraError, StructureError
@@ -473,6 +473,7 @@ DENSE = {
 }
 
 
+@SHARP
 @pytest.mark.parametrize("call", DENSE.values(), ids=DENSE)
 @pytest.mark.parametrize("n", [12, 40])
 def test_dense_matrices_of_maps_without_a_symmetric_one(n, call, dtype):

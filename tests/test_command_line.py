@@ -590,7 +590,11 @@ def without_reader():
     return os.fdopen(writer, "w")
 
 
-@pytest.mark.parametrize("form", [(), ("--json",), ("--quiet",)], ids=["text", "json", "quiet"])
+@pytest.mark.parametrize(
+    "form",
+    [(), ("--json",), pytest.param(("--quiet",), marks=pytest.mark.slow)],
+    ids=["text", "json", "quiet"],
+)
 def test_a_reader_that_has_gone_costs_neither_result_nor_picture(
     form, problem, tmp_path, monkeypatch, capsys
 ):

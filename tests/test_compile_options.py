@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 
 import spectra
 from spectra.base import arrays, programs
@@ -73,7 +74,7 @@ def test_a_program_is_compiled_once_with_its_options(options, monkeypatch):
     assert doubled.compiled(jnp.ones(3))(jnp.ones(3)).sum() == 6
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", slow_but(CALLS, "lanczos", "trace", "product"))
 def test_inside_other_programs(options, name):
     """JAX takes options for whole programs: inside of one, also beside constants only, there are none."""
     call = CALLS[name]
@@ -84,7 +85,7 @@ def test_inside_other_programs(options, name):
     np.testing.assert_allclose(stacked[1], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["trace", "solve"])
+@pytest.mark.parametrize("name", slow_but(["trace", "solve"], "trace"))
 def test_gradients(options, name):
     def total(scale):
         return jnp.sum(CALLS[name](spectra.MatrixOperator(scale * MATRIX)))

@@ -24,7 +24,7 @@ def close(got, want, precision, size=1.0):
     np.testing.assert_allclose(got, want, rtol=0, atol=64 * precision * size)
 
 
-@pytest.mark.parametrize("name", slow_but(COMPILED, "one batch, not linearised", "masked microbatches"))
+@pytest.mark.parametrize("name", slow_but(COMPILED, "one batch, not linearised"))
 def test_jit_vmap_and_eager_agree_for_every_operator(name, x64):
     op, dense = OPERATORS[name]()
     size, m = np.linalg.norm(dense, 2), 3
@@ -104,7 +104,13 @@ def test_adaptive_runs_inside_jit_are_refused():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"linearize": False}, {"microbatch": 4}, {"mode": "reverse-over-reverse"}, "stream"],
+    [
+        {},
+        pytest.param({"linearize": False}, marks=pytest.mark.slow),
+        {"microbatch": 4},
+        pytest.param({"mode": "reverse-over-reverse"}, marks=pytest.mark.slow),
+        "stream",
+    ],
     ids=str,
 )
 def test_the_next_checkpoint_traces_and_compiles_nothing(options, caplog):

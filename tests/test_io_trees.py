@@ -29,7 +29,7 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(TREES, "dicts", "block"))
+@pytest.mark.parametrize("name", slow_but(TREES, "block"))
 def test_eigenpairs_come_back_with_their_tree(name, tmp_path):
     op = spectra.HessianOperator(quadratic, TREES[name], None)
     pairs = spectra.eigsh(op, 3, which="LA", key=jax.random.key(0))

@@ -206,7 +206,7 @@ def test_command_line_runs_a_problem_shows_and_plots_it(tmp_path):
         (["show", "empty.npz"], "truncated"),
         pytest.param(["show", "missing.npz"], "missing.npz", marks=pytest.mark.slow),
         pytest.param(["run", "none.py"], "none.py", marks=pytest.mark.slow),
-        (["run", "lacking.py"], "problem()"),
+        pytest.param(["run", "lacking.py"], "problem()", marks=pytest.mark.slow),
         (["run", "wrong.py"], "spectra.Problem"),
     ],
 )

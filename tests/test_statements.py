@@ -111,7 +111,13 @@ def test_a_page_says_which_kernel_it_drew(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"exact": False, "zero_tol": 0.01}, {"num_steps": 12, "basis": "none"}], ids=str
+    "options",
+    [
+        {},
+        {"exact": False, "zero_tol": 0.01},
+        pytest.param({"num_steps": 12, "basis": "none"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_the_command_on_a_page_does_the_same_again(options, tmp_path):
     op = diagonal(np.linspace(-1.0, 3.0, 90))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from scipy.stats import t as student
 
 import spectra
@@ -88,7 +89,7 @@ def test_inside_jit_they_give_no_number(name):
         assert np.isfinite(np.asarray(call(op))).all(), kind
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16", "float16"], "bfloat16"))
 def test_rounding_is_no_asymmetry(dtype):
     """Products of a deep network in half precision: |uᵀHv - vᵀHu| is 0.6 to 3 roundings of |Hv| there."""
     rng = np.random.default_rng(0)
@@ -180,7 +181,7 @@ def test_a_loose_tolerance_that_the_whole_budget_meets_is_met(monkeypatch):
         assert counts[-1] == products
 
 
-@pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
+@pytest.mark.parametrize("method", slow_but(["hutchinson", "hutch++", "xtrace"], "hutchinson", "xtrace"))
 def test_traces_are_asked_as_values_that_may_be_zero(method, monkeypatch):
     monkeypatch.setattr("spectra.estimators.run.LOOSEST", 1e-12)
     op = spectra.MatrixOperator(np.diag(np.linspace(1.0, 2.0, 60)))
