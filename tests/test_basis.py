@@ -33,7 +33,9 @@ def test_every_leaf_is_drawn_with_a_key_of_its_own(distribution, dtype):
         np.testing.assert_allclose(drawn[name], expected, rtol=10 * float(np.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("generator", ["threefry2x32", "counted otherwise", "rbg"])
+@pytest.mark.parametrize(
+    "generator", slow_but(["threefry2x32", "counted otherwise", "rbg"], "threefry2x32", "rbg")
+)
 def test_leaves_that_are_drawn_together_are_those_drawn_alone(generator):
     """Of any size, by any generator; what a row has beyond its leaf enters no norm."""
     sizes = [1, draws.LEAST, draws.LEAST + 1, 0, 3, draws.MOST, draws.MOST + 1, 3]
@@ -61,7 +63,7 @@ put = jax.jit(basis.put, donate_argnums=0, static_argnums=3)
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("filled", [0, 9, 33, 52])
-@pytest.mark.parametrize("at_once", slow_but([1, 2, 4], 1, 4))
+@pytest.mark.parametrize("at_once", slow_but([1, 2, 4], 4))
 def test_sweeps_over_several_segments(at_once, filled, packed, x64, monkeypatch):
     """As many segments at once as on a TPU, here; the sums are those of NumPy."""
     monkeypatch.setattr(basis, "AT_ONCE", {"cpu": (at_once, at_once)})

@@ -49,6 +49,7 @@ def operator(kind, values, n, dtype):
     return spectra.HessianOperator(quadratic, jnp.zeros(n, dtype), data)
 
 
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("kind", ["diagonal", "dense", "Hessian"])
 @pytest.mark.parametrize("n", slow_but([3, 48, 300, 3000], 3, 300))
 def test_every_probe_ends_with_the_true_length(n, kind, dtype):

@@ -155,7 +155,7 @@ class TestIntervals:
         assert (binom.cdf(held, self.KEYS, 0.95) > 1e-3).all(), held
         assert (finite >= 0.9 * self.KEYS).all()
 
-    @pytest.mark.parametrize("width", [2, 3])
+    @pytest.mark.parametrize("width", slow_but([2, 3], 2))
     def test_of_ratios_where_signs_agree_by_chance(self, width):
         """Off a diagonal there are a few rows of ones: all of 8 forms are equal for 1 or 10 % of the keys."""
         keys, n = 400, 20

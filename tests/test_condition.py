@@ -207,7 +207,8 @@ SPECTRA = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(SPECTRA, "dense around zero"))
+@pytest.mark.slow  # in test_bounds.py on smaller ones
+@pytest.mark.parametrize("name", SPECTRA)
 def test_large_operators_without_a_matrix(name, x64):
     entries, kappa, bound = SPECTRA[name]
     result = spectra.condition_number(diagonal(entries), key=KEY, method="krylov")

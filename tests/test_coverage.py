@@ -65,7 +65,7 @@ def test_eight_products_of_hutchpp_cover(name, x64):
     assert coverage(planted(KNOWN[name]), KNOWN[name].sum(), "hutch++", 8) >= 0.92
 
 
-@pytest.mark.parametrize("num_matvecs", [2, 4, 5, 8, 16])
+@pytest.mark.parametrize("num_matvecs", slow_but([2, 4, 5, 8, 16], 2, 5))
 def test_signs_that_agree_by_chance_are_no_certainty(num_matvecs, x64):
     """One pair off the diagonal: vᵀHv = ±2, the same for all of k probes in 2^(1-k) of the keys."""
     matrix = np.zeros((20, 20))

@@ -192,7 +192,7 @@ def test_degenerate_operators_give_no_nan(name, method, dtype):
     assert traced.status is spectra.Status.TRACED
 
 
-@pytest.mark.parametrize("name", ["flat", "polynomial", "exponential"])
+@pytest.mark.parametrize("name", slow_but(["flat", "polynomial", "exponential"], "flat", "polynomial"))
 @pytest.mark.parametrize("method", ["hutchinson", "xdiag", "xnysdiag"])
 def test_intervals_hold_at_their_rate(method, name, x64):
     index = np.arange(float(N))
@@ -222,16 +222,8 @@ def test_the_batch_of_probes_changes_rounding_only(method, x64):
 
 # One of each kind: what they share is tested by their dense matrices, in test_operators.
 KINDS = (
-    *("matrix", "function", "one batch", "finite difference", "masked stream of microbatches"),
-    *(
-        "preconditioned",
-        "kfac stream of microbatches",
-        "diagonal",
-        "low rank",
-        "product",
-        "kronecker product",
-    ),
-    "submatrix",
+    *("matrix", "one batch", "masked stream of microbatches", "preconditioned"),
+    *("kfac stream of microbatches", "diagonal", "low rank", "kronecker product"),
 )
 
 

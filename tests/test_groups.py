@@ -66,7 +66,7 @@ def errors(matrix, method, num_matvecs):
     return {name: (np.asarray(value[name]) - truth[name], np.asarray(stderr[name])) for name in SIZES}, dof
 
 
-@pytest.mark.parametrize("num_matvecs", slow_but([8, 16, 32], 8, 32))
+@pytest.mark.parametrize("num_matvecs", slow_but([8, 16, 32], 32))
 def test_the_trace_of_one_or_two_parameters_is_covered(num_matvecs, x64):
     """By the spread of the estimates 82 to 90 % of one, and 88 to 93 % of two."""
     found, dof = errors(BULK, "xtrace", num_matvecs)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SPECTRA, N, diagonal, laplacian_eigenvalues, negative_laplacian, planted, slow_but
+from cases import SHARP, SPECTRA, N, diagonal, laplacian_eigenvalues, negative_laplacian, planted, slow_but
 from scipy.linalg import eigh_tridiagonal
 
 import spectra
@@ -70,6 +70,7 @@ BREAKDOWNS = {
 jitted_lanczos = jax.jit(lambda op, v, steps: spectra.lanczos(op, v, steps), static_argnums=2)
 
 
+@SHARP
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
 @pytest.mark.parametrize("name", BREAKDOWNS)
 def test_breakdown_ends_with_exact_values_weights_and_length(name, scale, dtype):
@@ -96,6 +97,7 @@ def test_breakdown_ends_with_exact_values_weights_and_length(name, scale, dtype)
 CASES = [(name, start) for name in ("uniform", "outliers", "decaying") for start in ("ones", "random")]
 
 
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize(("name", "start"), slow_but(CASES, ("outliers", "random")))
 def test_basis_is_orthonormal_after_a_hundred_steps(name, start, dtype):
     n = 100_000
@@ -124,6 +126,7 @@ def test_extreme_eigenvalues_of_a_one_dimensional_laplacian(dtype):
     np.testing.assert_allclose(theta, laplacian_eigenvalues(n), rtol=0, atol=bound)
 
 
+@SHARP
 def test_extreme_eigenvalues_of_a_two_dimensional_laplacian(dtype):
     shape = (12, 9)
     op = spectra.FunctionOperator(negative_laplacian, jnp.zeros(shape))

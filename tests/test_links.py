@@ -131,7 +131,7 @@ def test_resolved_eigenvalues_are_eigenvalues(x64):
     assert count.upper < 8.5  # what is not resolved may have some weight there
 
 
-@pytest.mark.parametrize("name", slow_but([*SPECTRA], "flat", "repeated"))
+@pytest.mark.parametrize("name", slow_but([*SPECTRA], "repeated"))
 def test_bands_limits_and_intervals_hold_at_their_rate(name, x64):
     values = np.sort(SPECTRA[name])
     truth = np.searchsorted(values, X, side="right") / N

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from cases import slow_but
 
 import spectra
 from spectra.krylov import metric as generalised
@@ -89,7 +90,7 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", slow_but(PLAIN, "mass"))
 def test_entries_of_a_plain_metric_that_were_rounded_are_held_and_no_more(kind):
     """What 1/6 is rounded by is the same in all entries: drawn one by one, it would cancel."""
     weight, ratio = PLAIN[kind], []

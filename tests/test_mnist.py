@@ -49,6 +49,7 @@ def eigenvalues():
     return values
 
 
+@pytest.mark.slow
 def test_measure_and_extremes_agree_with_the_dense_spectrum(operator, eigenvalues):
     report = spectra.spectrum(operator, key=jax.random.key(0), num_steps=90, num_probes=10)
     q = report.quadrature

@@ -297,12 +297,12 @@ def second_derivatives_of_a_solve():
 slow = pytest.mark.slow
 PROPERTIES = [
     pytest.param("matfree", lanczos_compresses, marks=slow),
-    ("matfree", functions_are_the_dense_ones),
+    pytest.param("matfree", functions_are_the_dense_ones, marks=slow),
     pytest.param("matfree", quadratic_forms_have_frechet_derivatives, marks=slow),
     pytest.param("matfree", a_determinant_has_the_inverse_as_derivative, marks=slow),
     ("matfree", signs_see_a_diagonal_exactly),
     pytest.param("matfree", a_partial_cholesky_factor_preconditions, marks=slow),
-    ("CoLA", a_kronecker_product_is_solved_by_its_factors),
+    pytest.param("CoLA", a_kronecker_product_is_solved_by_its_factors, marks=slow),
     ("CoLA", roots_of_roots),
     pytest.param("CoLA", a_multiple_has_the_inverse_of_the_number, marks=slow),
     pytest.param("CoLA", a_diagonal_and_a_low_rank_by_woodbury, marks=slow),
@@ -316,7 +316,7 @@ PROPERTIES = [
         for name, sign, matrix, method, marks in (
             ("definite, auto", 1, DEFINITE, "auto", ()),
             ("definite, minres", 1, DEFINITE, "minres", slow),
-            ("negative, auto", -1, DEFINITE, "auto", ()),
+            ("negative, auto", -1, DEFINITE, "auto", slow),
             ("indefinite, auto", 1, INDEFINITE, "auto", ()),
             ("indefinite, minres", 1, INDEFINITE, "minres", ()),
             ("indefinite, dense", 1, INDEFINITE, "dense", slow),
@@ -329,7 +329,7 @@ PROPERTIES = [
     pytest.param("lineax", tangents_are_those_of_the_solution, marks=slow),
     ("lineax", a_start_at_the_solution_takes_no_step),
     pytest.param("lineax", batches_are_solved_one_by_one, marks=slow),
-    ("curvlinops", damped_inverses_invert),
+    pytest.param("curvlinops", damped_inverses_invert, marks=slow),
     ("curvlinops", eigenvalues_give_trace_determinant_and_norm),
     pytest.param("curvlinops", batches_of_any_size_are_one, marks=slow),
     pytest.param("curvlinops", the_correction_keeps_the_trace, marks=slow),

@@ -202,7 +202,7 @@ def test_a_search_whose_products_ran_out_goes_on_with_more(tmp_path):
     ("name", "more", "differs"),
     [
         ("trace", {"by": "leaf"}, "by"),
-        ("funm", {"tol": 1e-3}, "tol"),
+        pytest.param("funm", {"tol": 1e-3}, "tol", marks=pytest.mark.slow),
         pytest.param("eigsh", {"verify": False}, "verify", marks=pytest.mark.slow),
         pytest.param("kpm", {"bounds": (-2, 10)}, "bounds", marks=pytest.mark.slow),
         pytest.param("solve", {"preconditioner": halved}, "preconditioner", marks=pytest.mark.slow),
@@ -275,6 +275,7 @@ def test_a_checkpoint_of_another_system_is_refused(tmp_path):
             spectra.solve(matrix, b, **own | more, checkpoint=saved)
 
 
+@pytest.mark.slow
 def test_the_width_of_a_sketch_is_that_before_where_memory_has_changed(looks, monkeypatch, tmp_path):
     call, op = CALLS["solve, nystrom"], operator()
     monkeypatch.setattr(nystrom, "_saved", lambda *args: np.inf)

@@ -28,8 +28,11 @@ def exact_weights(entries, i):
     return np.array([np.sum(v[entries == x] ** 2) for x in np.unique(entries)]) / np.sum(v**2)
 
 
+QUICK = [name for name in BREAKDOWNS if name not in ("thirty ones and thirty fives", "three pairs")]
+
+
 @SHARP
-@pytest.mark.parametrize("name", BREAKDOWNS)
+@pytest.mark.parametrize("name", slow_but(BREAKDOWNS, *QUICK))
 def test_breakdown_gives_exact_nodes_and_nothing_else(name, dtype):
     entries = BREAKDOWNS[name]
     values = np.unique(entries)
@@ -52,10 +55,8 @@ def test_breakdown_gives_exact_nodes_and_nothing_else(name, dtype):
             np.testing.assert_allclose(mass, exact_weights(entries, i), rtol=0, atol=5 * n * eps)
 
 
-@pytest.mark.parametrize(
-    "name",
-    list(BREAKDOWNS),
-)
+@SHARP
+@pytest.mark.parametrize("name", slow_but(BREAKDOWNS, *QUICK))
 def test_breakdown_from_random_probes_has_the_true_length(name, dtype):
     entries = BREAKDOWNS[name]
     count = len(np.unique(entries))
@@ -96,9 +97,7 @@ def test_moments_up_to_degree_2m_minus_1_are_those_of_the_probes(name, x64):
             w = a @ w / size
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(OPERATORS, "function", "one batch", "masked stream of microbatches", "preconditioned")
-)
+@pytest.mark.parametrize("name", slow_but(OPERATORS, "masked stream of microbatches", "preconditioned"))
 def test_a_full_run_on_every_operator_finds_its_spectrum(name):
     op, dense = OPERATORS[name]()
     exact, n = np.linalg.eigvalsh(dense), len(dense)

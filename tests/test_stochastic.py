@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from jax import lax
 
 import spectra
@@ -49,7 +50,10 @@ def confident(seed, margin):
 
 @pytest.mark.parametrize(
     ("margin", "in_double", "widest"),
-    [(3.0, True, 8), (8.0, True, 8), (11.0, True, 8), (14.0, True, 8), (11.0, False, 100)],
+    slow_but(
+        [(3.0, True, 8), (8.0, True, 8), (11.0, True, 8), (14.0, True, 8), (11.0, False, 100)],
+        *[(11.0, True, 8), (11.0, False, 100)],
+    ),
 )
 def test_the_noise_floor_of_a_confident_classifier_holds(margin, in_double, widest, monkeypatch):
     """1 - p of 1e-5 has the spacing of numbers at one, 6e-8. The floors held a twentieth of it.

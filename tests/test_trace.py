@@ -53,7 +53,8 @@ def sum_of_squares(params, batch):
     return jnp.sum(params**2)
 
 
-@pytest.mark.parametrize("num_matvecs", [1, 2, 3, 8, 64])
+@SHARP
+@pytest.mark.parametrize("num_matvecs", slow_but([1, 2, 3, 8, 64], 1, 3, 8))
 def test_the_trace_of_a_sum_of_squares_is_exactly_four(num_matvecs, dtype):
     op = spectra.HessianOperator(sum_of_squares, jnp.array([1.0, 2.0], dtype), None)
     assert spectra.trace(op, key=None, method="exact").value == 4.0
@@ -241,7 +242,7 @@ def test_the_exponential_of_a_rank_deficient_matrix(method, x64):
     assert estimate.stderr <= 0.1 * estimate.value
 
 
-@pytest.mark.parametrize("name", DECAYS)
+@pytest.mark.parametrize("name", slow_but(DECAYS, "flat", "polynomial"))
 @pytest.mark.parametrize("method", METHODS)
 def test_intervals_hold_at_their_rate(method, name, x64):
     # 400 keys: a true rate of 95 % gives 95 ± 1.1 %. Student's t is for samples that are not too skewed:
@@ -363,9 +364,7 @@ def test_estimates_are_equivariant_under_scaling(name, method, scale, x64):
     assert abs(norms[1].value / scale - norms[0].value) <= tol
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(OPERATORS, "matrix", "one batch", "masked stream of microbatches", "preconditioned")
-)
+@pytest.mark.parametrize("name", slow_but(OPERATORS, "matrix", "masked stream of microbatches"))
 def test_every_operator_has_its_trace(name):
     op, dense = OPERATORS[name]()
     n, size = len(dense), np.linalg.norm(dense, 2)

@@ -311,7 +311,7 @@ def test_slow_convergence_from_one_side_is_many_times_the_last_change(x64):
     assert np.median(wide) < 8 * np.median([abs(e.value - truth) for e in found])
 
 
-@pytest.mark.parametrize("num_steps", [3, 10])
+@pytest.mark.parametrize("num_steps", slow_but([3, 10], 3))
 @pytest.mark.parametrize("f", [np.log, np.reciprocal, lambda x: x**-0.25], ids=["log", "inverse", "power"])
 def test_a_function_that_ends_at_zero_is_bounded_down_to_zero(f, num_steps, x64):
     """Half of the smallest Ritz value stood for the smallest eigenvalue: after 3 steps no interval held."""
