@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from jax.flatten_util import ravel_pytree
 
 import spectra
@@ -102,7 +103,9 @@ def test_groups_are_no_larger_than_a_matrix_may_be(made, monkeypatch):
     assert sorted(made) == [4, 8, 8, 16, 16]  # bias and gain of either layer together
 
 
-@pytest.mark.parametrize("ask", [spectra.summary, spectra.condition_number])
+@pytest.mark.parametrize(
+    "ask", slow_but([spectra.summary, spectra.condition_number], spectra.condition_number)
+)
 def test_the_loss_is_evaluated_once_for_all_blocks(ask, monkeypatch):
     """It is the same number, and was a program and a pass over the data for each of them."""
     params, x = problem()

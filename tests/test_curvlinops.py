@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SHARP, relative_error
+from cases import SHARP, relative_error, slow_but
 from networks import cross_entropy
 
 import spectra
@@ -65,8 +65,10 @@ def operator(kind, loss, params, data, sampled):
 
 
 @SHARP
-@pytest.mark.parametrize("kind", ["hessian", "ggn", "type2", "empirical", "mc"])
-@pytest.mark.parametrize("loss", [cross_entropy, mse], ids=["cross_entropy", "mse"])
+@pytest.mark.parametrize(
+    "kind", slow_but(["hessian", "ggn", "type2", "empirical", "mc"], "hessian", "ggn", "empirical", "mc")
+)
+@pytest.mark.parametrize("loss", slow_but([cross_entropy, mse], cross_entropy), ids=["cross_entropy", "mse"])
 def test_matrix(reference, loss, kind, dtype):
     name = "mse" if loss is mse else "cross_entropy"
     params = {key: jnp.asarray(reference[f"params/{key}"], dtype) for key in NAMES}

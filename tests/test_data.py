@@ -26,7 +26,7 @@ def hessian(ridge, data, **options):
 
 
 @pytest.mark.parametrize("microbatch", [None, 5, 100])
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", slow_but(CUTS, "unequal", "a batch each"))
 @pytest.mark.parametrize("masked", [False, True], ids=["examples", "tokens"])
 def test_any_cut_of_the_data_gives_the_same_hessian(masked, cut, microbatch, x64):
     ridge = Ridge(num_examples=12, width=3, masked=masked)

@@ -80,8 +80,19 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("name", CASES)
+QUICK = [
+    ("one batch", False),
+    ("one batch", True),
+    ("microbatches with a rest", False),
+    ("masked microbatches", True),
+    ("reverse over reverse", False),
+    ("finite difference", False),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "streamed"), slow_but([(name, part) for name in CASES for part in (False, True)], *QUICK)
+)
 def test_closed_form(name, streamed, x64):
     ridge = Ridge(masked="weight_fn" in CASES[name])
     data = ridge.parts(5) if streamed else ridge.batch()

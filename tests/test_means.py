@@ -148,9 +148,23 @@ NOT_MEANS = [
     (sum_in_control_flow, "microbatch"),
     (contrastive_with_dropout, "stream"),
 ]
+QUICK = [
+    (sum_of_squares, "single examples"),
+    (contrastive, "microbatch"),
+    (contrastive_of_four, "stream"),
+    (normalised, "ragged"),
+    (differences, "microbatch"),
+    (differences, "gradient covariance"),
+    (sum_with_dropout, "stream"),
+    (sum_in_control_flow, "microbatch"),
+    (contrastive_with_dropout, "stream"),
+]
+"""Each loss, and each cut, once."""
 
 
-@pytest.mark.parametrize(("loss_fn", "cut"), NOT_MEANS, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    ("loss_fn", "cut"), slow_but(NOT_MEANS, *QUICK), ids=lambda x: getattr(x, "__name__", x)
+)
 def test_losses_that_are_no_mean_are_refused_where_they_are_cut(loss_fn, cut):
     with pytest.raises(DataError, match=r"not a mean over examples.*sum.*weight_fn.*contrastive.*check_data"):
         CUTS[cut](loss_fn)

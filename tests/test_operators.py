@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPERATORS, SHARP, SPECTRA, Ridge, planted, relative_error
+from cases import OPERATORS, SHARP, SPECTRA, Ridge, planted, relative_error, slow_but
 
 import spectra
 from spectra.base import trees
@@ -22,7 +22,15 @@ def tolerance(op) -> float:
     return 32 * op.precision
 
 
-@pytest.fixture(params=OPERATORS, ids=str)
+SELDOM = (
+    *("one batch, linearised", "forward over reverse", "reverse over reverse, not linearised"),
+    *("microbatches that divide", "microbatches with a rest", "microbatches, not linearised"),
+    *("masked microbatches", "stream", "masked stream", "preconditioned stream", "sum with a stream"),
+)
+"""Other combinations of what further cases have: "masked stream of microbatches" is all three."""
+
+
+@pytest.fixture(params=slow_but(OPERATORS, *(OPERATORS.keys() - {*SELDOM})), ids=str)
 def case(request, dtype):
     op, dense = OPERATORS[request.param]()
     assert str(op.dtype) == dtype
