@@ -19,10 +19,9 @@ from spectra.base.meshes import on_automatic_axes
 
 ROWS = P("d", None)
 LAYOUTS = {"often": ["fsdp"], "rarely": ["replicated", "written"]}
-OFTEN = ["largest", "quadrature", "report"]
+OFTEN = ["largest", "quadrature"]
 OFTEN_ARRAYS = [
     "product",
-    "scaled",
     "gradient",
     "loss",
     "diagonal",
@@ -30,7 +29,6 @@ OFTEN_ARRAYS = [
     "basis",
     "matrix",
     "Gauss-Newton",
-    "Fisher",
     "function",
 ]
 rng = np.random.default_rng(0)

@@ -534,7 +534,7 @@ def test_restarts_do_not_shorten_the_rows(x64):
     matrix = turn @ np.diag(np.linspace(0.0, 1.0, 120)) @ turn.T
     matrix = (matrix + matrix.T) / 2
     op = spectra.MatrixOperator(jnp.asarray(matrix))
-    for seed in range(4):
+    for seed in range(2):
         pairs = spectra.eigsh(op, 2, which="LA", key=jax.random.key(seed), tol=1e-8, num_basis=12)
         vectors = pairs.matrix().astype(np.longdouble)
         quotients = (vectors * (matrix.astype(np.longdouble) @ vectors)).sum(0) / (vectors**2).sum(0)

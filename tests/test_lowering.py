@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import slow_but
 from children import answer, environment
 
 from benchmarks.aot.programs import PRODUCTS
@@ -21,7 +22,7 @@ from spectra.krylov.plan import SHARING
 ROWS = 24  # of the basis for 20 steps, in segments of 8
 
 PROGRAM = """
-import dataclasses, json, re
+import dataclasses, json, re, sys
 import jax, jax.numpy as jnp, spectra
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from spectra.krylov import linear_block, linear_run, recurrence
@@ -54,7 +55,8 @@ def collectives(text):
     return [(kind, [[int(d) for d in a.split(",") if d] for a in shapes]) for kind, shapes in arrays]
 
 out = {}
-for name, (specs, batch, spread) in cases.items():
+for name in sys.argv[1:]:
+    specs, batch, spread = cases[name]
     like = {k: struct(s, specs[k]) for k, s in shapes.items()}
     data = struct((64, 64), P(batch, None))
     op = spectra.HessianOperator(loss_fn, like, data, mode="forward-over-reverse", linearize=False)
@@ -97,12 +99,22 @@ module = linear_run._block_chunk.trace(*args).lower(lowering_platforms=("cuda",)
 out["block"] = re.findall(r"LayoutConstraint.*-> tensor<([x\\d]+)xf32>", module)
 print(json.dumps(out))
 """
-CASES = ("replicated", "spread", "fsdp", "tensor", "mixed")
+OFTEN, SELDOM = ("spread", "fsdp", "mixed"), ("replicated", "tensor")
+CASES = slow_but(["replicated", "spread", "fsdp", "tensor", "mixed"], *OFTEN)
+
+
+class Lowered(dict):
+    """What the program says of the cases of every run, or of the others, when it is first asked."""
+
+    def __missing__(self, name):
+        # Collectives are there before XLA optimises for a processor.
+        self.update(answer("-c", PROGRAM, *(SELDOM if name in SELDOM else OFTEN), devices=8))
+        return self[name]
 
 
 @pytest.fixture(scope="module")
 def lowered():
-    return answer("-c", PROGRAM, devices=8)  # collectives are there before XLA optimises for a processor
+    return Lowered()
 
 
 def moved(collectives, *, reductions: bool):

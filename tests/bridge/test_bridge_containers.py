@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from cases import slow_but
 from torch import distributions as D
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -108,10 +109,10 @@ def _agrees(module, example, inputs, tolerance=TOLERANCE, twin=None):
 
 
 class _Packed(nn.Module):
-    def __init__(self, kind, batch_first=True, enforce_sorted=False, bidirectional=True):
+    def __init__(self, kind, batch_first=True, enforce_sorted=False, bidirectional=True, depth=2):
         super().__init__()
         self.embed = nn.Embedding(9, 3)
-        self.layers = getattr(nn, kind)(3, 2, 2, batch_first=batch_first, bidirectional=bidirectional)
+        self.layers = getattr(nn, kind)(3, 2, depth, batch_first=batch_first, bidirectional=bidirectional)
         self.batch_first, self.enforce_sorted = batch_first, enforce_sorted
 
     def forward(self, ids, lengths):
@@ -124,15 +125,14 @@ class _Packed(nn.Module):
 
 
 PACKED = {
+    "RNN, one layer": _Packed("RNN", depth=1),
     "LSTM": _Packed("LSTM"),
     "GRU, time first": _Packed("GRU", batch_first=False),
     "RNN, sorted": _Packed("RNN", enforce_sorted=True, bidirectional=False),
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["LSTM", *(pytest.param(n, marks=pytest.mark.slow) for n in PACKED if n != "LSTM")]
-)
+@pytest.mark.parametrize("name", slow_but(PACKED, "RNN, one layer"))
 def test_packed_sequences(name, x64):
     module = PACKED[name].double()
     ids = torch.randint(0, 9, (4, 7))
