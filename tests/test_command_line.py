@@ -538,7 +538,9 @@ def test_an_interrupt_after_the_run_says_where_the_result_is(problem, tmp_path, 
     assert "nothing was kept" not in done.stderr
 
 
-@pytest.mark.parametrize("options", [("--json",), ("--quiet",)], ids=["json", "quiet"])
+@pytest.mark.parametrize(
+    "options", [("--json",), pytest.param(("--quiet",), marks=pytest.mark.slow)], ids=["json", "quiet"]
+)
 def test_what_a_problem_prints_is_no_part_of_the_result(options, problem, tmp_path, monkeypatch):
     text = "print('loading')\n" + PROBLEM.replace("    return", "    print('made')\n    return")
     problem.write_text(text)

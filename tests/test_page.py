@@ -154,7 +154,9 @@ def received(**facts):
 COMMAND = 'x"; rm -rf ~ #'
 
 
-@pytest.mark.parametrize("name", ["spectra", "jax", "key", "date", "source"])
+@pytest.mark.parametrize(
+    "name", slow_but(["spectra", "jax", "key", "date", "source"], "spectra", "key", "source")
+)
 def test_what_a_file_says_enters_no_command_that_a_reader_copies(name, tmp_path):
     """But quoted, as the name of a file; in the table of the provenance it may stand."""
     hostile = {} if name == "source" else {name: COMMAND}

@@ -68,7 +68,10 @@ def test_functions(family):
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("random", "it draws random numbers"), ("shapes that depend on values", "depends on the values")],
+    [
+        pytest.param("random", "it draws random numbers", marks=pytest.mark.slow),
+        ("shapes that depend on values", "depends on the values"),
+    ],
 )
 def test_refusals_say_why(family, reason):
     outcomes = sweep(FAMILIES[family])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import slow_but
 from torch import nn
 
 import spectra
@@ -385,7 +386,7 @@ def _double_backward(module, data):
     return torch.autograd.functional.hessian(loss, start).numpy()
 
 
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("train", slow_but([True, False], True))
 def test_statistics_of_a_batch_are_those_of_all_its_examples(train, x64):
     """In training mode a batch may not be cut, not into pieces, not into batches, not into examples."""
     loss, params, data, module = _batch_norm_loss(train)
