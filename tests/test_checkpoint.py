@@ -100,7 +100,7 @@ def saved(stopped, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"probe_batch": 2}, marks=pytest.mark.slow),
         pytest.param({"basis_dtype": "bfloat16"}, marks=pytest.mark.slow),
         {"tol": 0.02, "num_probes": 6},
@@ -214,7 +214,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize("what", slow_but(OTHERS, *(OTHERS.keys() - {"an eigenvalue"})))
 def test_a_changed_problem_is_noticed(what, tmp_path):
     mine, other = OTHERS[what]
     options = {"key": KEY, "num_steps": 3, "num_probes": 1, "checkpoint": tmp_path}

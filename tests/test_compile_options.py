@@ -36,7 +36,7 @@ def options(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", slow_but(CALLS, "lanczos", "trace", "solve", "product"))
 def test_calls_with_options(options, name):
     call = CALLS[name]
     found = call(OP)

@@ -236,7 +236,7 @@ SUBSETS = {
 }
 
 
-@pytest.mark.parametrize("kind", SUBSETS)
+@pytest.mark.parametrize("kind", slow_but(SUBSETS, "a stream", "a function"))
 def test_spread_over_disjoint_subsets(kind, x64):
     x = examples()
     operator, batches = SUBSETS[kind](x)

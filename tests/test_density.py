@@ -30,7 +30,7 @@ def exact_cdf(values, x):
     return np.searchsorted(np.sort(values), x, side="right") / len(values)
 
 
-@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("name", slow_but(SPECTRA, "semicircle", "bulk and outliers"))
 def test_density_integrates_to_one_without_renormalising(name):
     density = spectral_density(run(SPECTRA[name], 0))
     # Kernels are cut 6 widths out, where 2e-9 of their mass lies.

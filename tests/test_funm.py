@@ -207,9 +207,7 @@ def test_derivatives_by_zero_and_dependent_vectors_and_eigenvectors(name, x64):
 
 
 @pytest.mark.parametrize(
-    ("values", "order"),
-    slow_but([((1, 2, 3, 5, 7, 9), 2), (CLOSE := (1, 1 + 1e-9, 3, 5, 7, 9), 1)], (CLOSE, 1)),
-    ids=["apart", "close"],
+    ("values", "order"), [((1, 2, 3, 5, 7, 9), 2), ((1, 1 + 1e-9, 3, 5, 7, 9), 1)], ids=["apart", "close"]
 )
 def test_derivatives_where_a_space_is_exhausted_and_eigenvalues_are_close(values, order, x64):
     """exp of [[A, S, 0], [0, A, S], [0, 0, A]] holds exp(A + s S) in its first row: value, slope, half of

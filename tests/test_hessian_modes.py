@@ -344,7 +344,7 @@ def plain_layers(params, x):
     return x
 
 
-@pytest.mark.parametrize("wrap", ["checkpoint", "scan"])
+@pytest.mark.parametrize("wrap", slow_but(["checkpoint", "scan"], "scan"))
 def test_rematerialised_and_scanned_layers(wrap, x64):
     """The same model written plainly; `linearize` and its transpose go through both constructs."""
     rng = np.random.default_rng(5)

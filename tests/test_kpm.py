@@ -181,7 +181,7 @@ ISOLATED = {
     ("num_moments", "num_probes"),
     slow_but([(2, 1), (7, 8), (40, 1), (150, 8), (150, 1)], (2, 1), (7, 8), (150, 8)),
 )
-@pytest.mark.parametrize("name", slow_but(ISOLATED, "all but one at zero"))
+@pytest.mark.parametrize("name", slow_but(ISOLATED, "a narrow bulk and one"))
 def test_the_band_holds_for_isolated_eigenvalues_and_few_moments(name, num_moments, num_probes):
     """The moments are those of random probes, without a product: only the band is tested.
 

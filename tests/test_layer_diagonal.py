@@ -207,7 +207,7 @@ def test_the_error_holds_the_rounding_of_float32():
     assert np.all(stderr <= 1e-5 * truth.max())
 
 
-@pytest.mark.parametrize("in_double", [True, False])
+@pytest.mark.parametrize("in_double", slow_but([True, False], True))
 def test_sums_over_many_equal_examples_are_within_the_error(in_double, monkeypatch):
     """Each addition rounds the same way: off by 1e-5 after 3,000 of them in float32, and stated as 1e-7."""
     if not in_double:

@@ -240,7 +240,10 @@ def test_eigenvalues_of_the_complement_are_not_taken_for_those_of_the_whole(seed
 
 @pytest.mark.parametrize(
     ("values", "count"),
-    [(np.append(np.zeros(35), np.arange(1.0, 6.0)), 8), (np.zeros(40), 5)],
+    [
+        (np.append(np.zeros(35), np.arange(1.0, 6.0)), 8),
+        pytest.param(np.zeros(40), 5, marks=pytest.mark.slow),
+    ],
 )
 def test_a_space_longer_than_the_spectrum_leaves_rounding_which_is_no_asymmetry(values, count, x64):
     op = spectra.MatrixOperator(np.diag(values))
@@ -254,6 +257,7 @@ def test_a_space_longer_than_the_spectrum_leaves_rounding_which_is_no_asymmetry(
         assert low - 1e-9 <= np.abs(values).sum() <= high + 1e-9
 
 
+@pytest.mark.slow  # as the space above, which holds them
 def test_eigenpairs_that_are_all_leave_rounding_which_is_no_asymmetry(x64):
     values = np.append(np.zeros(35), np.arange(1.0, 6.0))
     op = spectra.MatrixOperator(np.diag(values))

@@ -27,7 +27,7 @@ SELDOM = (
     *("microbatches that divide", "microbatches with a rest", "microbatches, not linearised"),
     *("masked microbatches", "stream", "masked stream", "preconditioned stream", "sum with a stream"),
 )
-"""Other combinations of what further cases have: "masked stream of microbatches" is all three."""
+"""Combinations of what others have: "masked stream of microbatches" is a stream, cut, and weighted."""
 
 
 @pytest.fixture(params=slow_but(OPERATORS, *(OPERATORS.keys() - {*SELDOM})), ids=str)

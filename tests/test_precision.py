@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import slow_but
 from jax import lax
 
 import spectra
@@ -63,7 +64,7 @@ def test_estimates_multiply_in_full_precision(name, precisions):
     assert set(precisions) == {HIGHEST}
 
 
-@pytest.mark.parametrize("name", DIFFERENTIATED)
+@pytest.mark.parametrize("name", slow_but(DIFFERENTIATED, "slq", "trace"))
 def test_derivatives_of_estimates_multiply_in_full_precision(name, precisions):
     jax.eval_shape(jax.grad(of_matrix(ESTIMATES[name])), MATRIX)
     assert set(precisions) == {HIGHEST}
