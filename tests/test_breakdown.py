@@ -5,6 +5,7 @@ are distinct eigenvalues. What rounding leaves of the vanishing residual reaches
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +50,17 @@ def operator(kind, values, n, dtype):
     return spectra.HessianOperator(quadratic, jnp.zeros(n, dtype), data)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)], indirect=True)
-@pytest.mark.parametrize("kind", ["diagonal", "dense", "Hessian"])
-@pytest.mark.parametrize("n", slow_but([3, 48, 300, 3000], 3, 300))
+CASES = itertools.product(("float32", "float64"), (3, 48, 300, 3000), ("diagonal", "dense", "Hessian"))
+QUICK = [
+    ("float32", 3, "diagonal"),
+    ("float32", 300, "dense"),
+    ("float64", 3, "Hessian"),
+    ("float64", 300, "diagonal"),
+    ("float64", 300, "dense"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "n", "kind"), slow_but([*CASES], *QUICK), indirect=["dtype"])
 def test_every_probe_ends_with_the_true_length(n, kind, dtype):
     for values in DISTINCT:
         if len(values) > n:

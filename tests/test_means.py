@@ -153,7 +153,7 @@ QUICK = [
     (contrastive, "microbatch"),
     (contrastive_of_four, "stream"),
     (normalised, "ragged"),
-    (differences, "microbatch"),
+    (differences, "stream"),
     (differences, "gradient covariance"),
     (sum_with_dropout, "stream"),
     (sum_in_control_flow, "microbatch"),
