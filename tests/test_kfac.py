@@ -322,6 +322,37 @@ def test_a_loss_that_sets_examples_against_each_other_is_refused(loss_fn, x64):
         spectra.EKFACOperator(lambda p, x: jnp.tanh(x @ p["w"]), loss_fn, {"w": normal(3, OUTPUTS)}, data)
 
 
+def negated(outputs, labels):
+    return -cross_entropy(outputs, labels)
+
+
+def saddle(outputs, targets):
+    """Of its two outputs the second has a tenth of the curvature of the first, negative."""
+    return jnp.mean((outputs - targets) ** 2 @ jnp.array([1.0, -0.1]))
+
+
+@pytest.mark.parametrize("loss_fn", [negated, saddle])
+def test_a_loss_whose_negative_curvature_would_be_left_out_is_refused(loss_fn, x64):
+    """The matrix of the first was zero, with a trace of 1e-7 of that of its negative in float32."""
+    targets = jnp.arange(N) % OUTPUTS if loss_fn is negated else normal(N, OUTPUTS)
+    data = normal(N, 3), targets
+    with pytest.raises(spectra.StructureError, match="not convex in the model's outputs"):
+        spectra.KFACOperator(lambda p, x: jnp.tanh(x @ p["w"]), loss_fn, {"w": normal(3, OUTPUTS)}, data)
+
+
+def two_sides(outputs, targets):
+    """A binary cross-entropy in a form that loses its digits where a sigmoid rounds to one, from 17 on."""
+    sides = jax.nn.sigmoid(outputs), jax.nn.sigmoid(-outputs)
+    return -jnp.mean(targets * jnp.log(sides[0]) + (1 - targets) * jnp.log(sides[1]))
+
+
+def test_a_loss_is_convex_whatever_signs_rounding_gives_its_curvature():
+    data = jnp.eye(6), jax.nn.one_hot(jnp.arange(6) % 3, 3)
+    sure = 18 * jnp.sign(jnp.asarray(normal(6, 3), jnp.float32))
+    op = spectra.KFACOperator(lambda p, x: x @ p, two_sides, sure, data)
+    assert op.size == 18
+
+
 def test_what_has_no_gradients_of_single_examples_is_refused(x64):
     data = normal(N, 3), normal(N, OUTPUTS)
     with pytest.raises(spectra.StructureError, match="change with the others of its batch"):

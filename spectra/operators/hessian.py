@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import arrays, programs, trees
+from spectra.base import arrays, draws, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NotSymmetricError, SpectraError
 from spectra.base.trees import PyTree
@@ -24,7 +24,7 @@ from spectra.operators.accumulate import weighted_sum
 from spectra.operators.arguments import DataOptions
 from spectra.operators.data import DataOperator, shows_options
 from spectra.operators.dense import defects, in_flight
-from spectra.operators.doubled import symmetric_in_double
+from spectra.operators.doubled import doubled, flat, symmetric_in_double
 from spectra.operators.pytree import operator
 from spectra.operators.stochastic import change_by_rounding
 from spectra.results.base import call
@@ -97,13 +97,27 @@ class HessianOperator(DataOperator):
         if len(_groups(self)) > 1:  # what lies beside the diagonal blocks was computed once
             found = max(found, *defects(self, matrix))
         if found <= call("asymmetry_limit", self, found):
-            return matrix
+            return matrix if self.rounding is None else _with_digits(self, matrix)
         try:
             return call("matrix", self)  # all columns, if need be one by one, tell what is wrong
         except NotSymmetricError:
-            if symmetric_in_double(self) or found <= ENTRIES * change_by_rounding(self._with()):
-                return matrix  # rounding alone: what it does is measured where a matrix is used
+            if symmetric_in_double(self):
+                return call("matrix", doubled(self))  # rounding alone, of which float64 has little
+            if found <= ENTRIES * change_by_rounding(self._with()):
+                return matrix  # the same: what it does is measured where a matrix is used
             raise
+
+
+def _with_digits(op: HessianOperator, matrix: jax.Array) -> jax.Array:
+    """The matrix of a loss that computes in less than its parameters have. Where that leaves less digits than
+    its precision promises, as float16 has zero below 6e-8, it is the one that float64 finds."""
+    exact = doubled(op)
+    if exact is None:
+        return matrix
+    v = draws.unit_vector(jax.random.key(0), op)
+    expected, found = exact.unrounded(v), np.asarray(matrix, np.float64) @ flat(v)
+    lost = np.linalg.norm(found - expected) > op.precision**0.5 * np.linalg.norm(expected)
+    return call("matrix", exact) if lost else matrix
 
 
 ENTRIES = 16

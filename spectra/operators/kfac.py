@@ -23,7 +23,7 @@ from spectra.operators.data import shows_options
 from spectra.operators.factored import FactoredOperator
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import ModelFn, OutputLossFn
-from spectra.operators.kfac_checks import loss_form, require_examples
+from spectra.operators.kfac_checks import loss_form, require_convex, require_examples
 from spectra.operators.kfac_plan import Group, Plan, plan_of
 from spectra.operators.kfac_sums import Setup, factor_sums, second_moments, traced
 from spectra.operators.kronecker import Block, Corrected, Kronecker, Place
@@ -185,6 +185,8 @@ class _FromData(FactoredOperator):
         )
         require_examples(fisher)
         form = "dense" if kind != "type2" else loss_form(fisher.first_piece())
+        if kind == "type2":
+            require_convex(fisher.first_piece(), form)
         setup = Setup(sequence, bias, form, exact_limit, factor_limit)
         build = _Build(fisher, data, key, num_samples, setup)
         fields = {
@@ -263,7 +265,7 @@ class KFACOperator(_FromData):
     Raises:
         StructureError: the model's outputs for an example depend on the others (batch statistics), or have no
             axis of examples; the loss sets examples against each other (a contrastive one, a function of a
-            mean); as `FisherOperator` otherwise.
+            mean), or is not convex in the outputs (a negated one); as `FisherOperator` otherwise.
         MemoryLimitError: "type2" with many outputs and a loss that is neither a softmax nor diagonal.
 
     Cost: the model once and, for "type2", as many backward passes as an example has outputs (tokens times

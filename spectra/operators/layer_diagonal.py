@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import arrays, draws, host, programs, trees
+from spectra.base import arrays, host, programs, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import MemoryLimitError, StructureError
 from spectra.base.trees import PyTree
@@ -31,11 +31,17 @@ from spectra.operators.batches import batch_size
 from spectra.operators.doubled import doubled, in_wide, types
 from spectra.operators.fisher import FisherOperator
 from spectra.operators.ggn import GGNOperator, ModelOperator, split
-from spectra.operators.kfac_checks import few_examples, loss_form, model_outputs, require_examples
+from spectra.operators.kfac_checks import (
+    error_of_roots,
+    few_examples,
+    loss_form,
+    model_outputs,
+    require_examples,
+)
 from spectra.operators.kfac_plan import Group, plan_of
 from spectra.operators.kfac_sums import COLUMNS, Pass, Setup, mean_over_pieces, squares, traced
 from spectra.operators.layers import Path
-from spectra.operators.loss_roots import num_roots, roots
+from spectra.operators.loss_roots import num_roots
 from spectra.operators.stochastic import QUICK
 from spectra.results import format_bytes
 
@@ -166,31 +172,9 @@ def _no_roots(op: FisherOperator, setup: Setup) -> str | None:
     few = few_examples(op)
     if op.kind != "type2" or few is None:
         return None
-    error = float(_error_of_roots(few, setup))
-    if error <= op.precision**0.5:
+    if float(error_of_roots(few, setup.form)) <= op.precision**0.5:
         return None
     return "the loss is not convex in the outputs, or sets examples against each other"
-
-
-@partial(programs.jit, static_argnames="setup", options=QUICK)
-def _error_of_roots(op: FisherOperator, setup: Setup) -> jax.Array:
-    """|∇²ℓ u - Σ_k r_k (r_k · u)| over |∇²ℓ u|, with the sum example by example."""
-    outputs = model_outputs(op)
-    found = roots(op, setup.form, outputs, op.data, None)
-    u = draws.sample(jax.random.key(0), outputs, jax.random.normal)
-    own = op._curvature(outputs, split(op.data)[1], u)
-
-    def add(total: Any, k: Any) -> Any:
-        column = found.column(k)
-        dots = jax.vmap(trees.vdot)(column, u)
-        moved = jax.tree.map(lambda c: c * dots.reshape(-1, *[1] * (c.ndim - 1)), column)
-        return jax.tree.map(jnp.add, total, trees.cast_like(moved, total)), None
-
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, trees.working_dtype(x.dtype)), outputs)
-    made, _ = jax.lax.scan(add, zero, jnp.arange(found.count))
-    size = trees.largest(own)
-    error = trees.largest(jax.tree.map(jnp.subtract, own, made))
-    return jnp.where(size > 0, error / jnp.where(size > 0, size, 1), error)
 
 
 def _words(op: FisherOperator, setup: Setup, passes: int) -> str:
