@@ -98,6 +98,42 @@ def test_losses_that_are_another_program_at_each_trace(loss_fn):
     assert hessian(loss_fn, check_data=False).size == 3
 
 
+def test_a_value_of_an_earlier_trace_is_none():
+    """As of a generator of keys, which keeps its state: the first product raised UnexpectedTracerError."""
+    kept = [jnp.ones(3)]
+
+    def keeping(p, _=None):
+        kept.append(kept[-1] * p)
+        return kept[-1]
+
+    message = r"reads a value that it has kept from an earlier call, .* \(test_bad_input.py:\d+\)"
+    with pytest.raises(StructureError, match=message):
+        hessian(lambda p, _: jnp.sum(keeping(p)))
+    kept[:] = [jnp.ones(3)]
+    jax.make_jaxpr(keeping)(jnp.ones(3))
+    with pytest.raises(StructureError, match=message):
+        spectra.FunctionOperator(keeping, jnp.ones(3))
+
+
+class OneUse:
+    """What Equinox does with the state of a layer, of which a new one is made."""
+
+    used = False
+
+    def update(self, p):
+        if self.used:
+            raise ValueError("Attempted to use old state. Probably you have done something like:\n...")
+        self.used = True
+        return p
+
+
+def test_a_state_that_can_be_updated_once_is_explained():
+    """It was said that the loss could not be differentiated, perhaps because of integers."""
+    state = OneUse()
+    with pytest.raises(StructureError, match=r"test_bad_input.py, line \d+.*a copy of the state each time"):
+        hessian(lambda p, _: jnp.sum(state.update(p) ** 2))
+
+
 @pytest.mark.parametrize(
     "loss_fn",
     [

@@ -357,6 +357,9 @@ def test_what_has_no_gradients_of_single_examples_is_refused(x64):
     data = normal(N, 3), normal(N, OUTPUTS)
     with pytest.raises(spectra.StructureError, match="change with the others of its batch"):
         spectra.KFACOperator(coupled_fn, half_square, {"w": normal(3, OUTPUTS)}, data)
+    by_numpy = lambda p, x: jax.pure_callback(np.sin, x, x) @ p["w"]  # noqa: E731
+    with pytest.raises(spectra.StructureError, match=r"cannot be mapped over its examples by jax\.vmap"):
+        spectra.KFACOperator(by_numpy, half_square, {"w": normal(3, OUTPUTS)}, data)
     with pytest.raises(spectra.SpectraError, match="sequence='mean'"):
         small(sequence="mean")
     with pytest.raises(spectra.SpectraError, match="num_samples=3"):

@@ -8,6 +8,7 @@ from flax import linen as nn
 from flax import nnx
 
 import spectra
+from spectra.base.errors import StructureError
 
 X = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
 
@@ -60,3 +61,20 @@ def test_functions_of_equal_keys_are_equal(make):
 def test_options_that_python_takes_for_equal_are_told_apart():
     one, true = (spectra.linen_model(Dropped(), deterministic=value) for value in (1, True))
     assert one != true
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: spectra.nnx_model(nnx.state(Normalised(nnx.Rngs(0)))),
+        lambda: spectra.nnx_model(Normalised),
+        lambda: spectra.nnx_model(Dropped()),
+        lambda: spectra.linen_model(Normalised(nnx.Rngs(0))),
+        lambda: spectra.linen_model({"params": {}}),
+    ],
+    ids=["state", "class", "linen", "nnx", "variables"],
+)
+def test_what_is_no_module_of_the_kind_is_refused(made):
+    """An AttributeError, 'No attribute set_attributes in State', or at the first call one on `apply`."""
+    with pytest.raises(StructureError, match=r"a module of flax.(nnx|linen), and is given (a|the class)"):
+        made()

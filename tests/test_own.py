@@ -267,3 +267,33 @@ def test_what_is_known_of_an_operator_is_known_of_what_it_is_made_of():
     assert matrix.precision == np.finfo(np.float32).eps
     with pytest.raises(spectra.NonFiniteError, match="parameter leaf"):
         Through(spectra.HessianOperator(squares, jnp.full(3, jnp.nan), data)) @ jnp.ones(3)
+
+
+def by_numpy(v):
+    """A product that `jax.vmap` refuses: NumPy's, without `vmap_method=`."""
+    return jax.pure_callback(lambda x: np.asarray(x) * np.asarray(DIGITS), v, v)
+
+
+DIGITS = jnp.array([1.0, 2.0, 4.0, 5.0])
+TIMES = {
+    "matrix": (lambda op: op.as_matrix(), np.diag([1, 2, 4, 5])),
+    "columns": (lambda op: op @ jnp.eye(4), np.diag([1, 2, 4, 5])),
+    "exact": (lambda op: spectra.trace(op, key=None, method="exact").value, 12),
+    "samples": (lambda op: spectra.trace(op, key=KEY, method="hutchinson", probes="rademacher").value, 12),
+    "traced": (
+        lambda op: jax.jit(lambda b: spectra.solve(op, b, tol=1e-6).x)(jnp.ones(4)),
+        1 / DIGITS,
+    ),
+    "quadratures": (
+        lambda op: jax.jit(lambda k: spectra.slq(op, key=k, num_steps=4, num_probes=2).nodes)(KEY),
+        [[1, 2, 4, 5]] * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_products_that_cannot_be_mapped_are_called_one_after_the_other(name):
+    """A NotImplementedError of JAX came from most functions: "vmap is only supported for ..."."""
+    call, expected = TIMES[name]
+    found = call(spectra.FunctionOperator(by_numpy, jnp.ones(4)))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

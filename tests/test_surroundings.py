@@ -45,6 +45,7 @@ STRICT = {
     "dtypes": partial(jax.numpy_dtype_promotion, "strict"),
     "shapes": partial(jax.numpy_rank_promotion, "raise"),
     "transfers": partial(jax.transfer_guard, "disallow_explicit"),
+    "keys": partial(jax.debug_key_reuse, True),
 }
 """Refusals of JAX that the package's own code does not keep to. The loss above keeps to all of them."""
 
@@ -73,6 +74,21 @@ def test_a_search_for_nans_is_one_in_the_code_of_the_user():
         with pytest.raises(spectra.NonFiniteError, match="'hidden'"):
             _ = hessian(params=PARAMS | {"hidden": np.full((3, 2), np.nan, np.float32)}) @ V
     np.testing.assert_array_equal(found.value, plain.value)
+
+
+def test_keys_of_a_batch_are_those_of_every_product():
+    """KeyReuseError: the first product had consumed them."""
+    keys = jax.random.split(KEY, 3)
+
+    def noisy(p, keys):
+        return jnp.mean(jax.vmap(jax.random.normal)(keys) * p["w"] ** 3)
+
+    op = spectra.HessianOperator(noisy, {"w": jnp.ones(())}, keys)
+    plain = op @ jnp.ones(1)
+    with jax.debug_key_reuse(True):
+        op = spectra.HessianOperator(noisy, {"w": jnp.ones(())}, keys)
+        for _ in range(2):
+            np.testing.assert_array_equal(op @ jnp.ones(1), plain)
 
 
 def test_operators_are_made_under_checks_too():

@@ -192,9 +192,10 @@ def own_rules() -> contextlib.AbstractContextManager[Any]:
     """The rules of JAX that this package is written for, in this thread and until the block ends.
 
     JAX can refuse what is often a mistake in a user's code: promotion of dtypes and of shapes, transfers that
-    nobody asked for, numbers that are NaN or infinite. The package promotes, moves numbers between host and
-    device, and tries functions where they may have no value, on purpose; what is not finite in a loss it
-    names itself. A user's loss that keeps to the stricter rules computes the same under these.
+    nobody asked for, numbers that are NaN or infinite, keys that are used twice. The package promotes, moves
+    numbers between host and device, tries functions where they may have no value, and draws the same numbers
+    in every product, on purpose; what is not finite in a loss it names itself. A user's loss that keeps to
+    the stricter rules computes the same under these.
     """
     config: Any = jax.config
     rules: list[contextlib.AbstractContextManager[Any]] = []
@@ -208,6 +209,8 @@ def own_rules() -> contextlib.AbstractContextManager[Any]:
         rules.append(jax.debug_nans(False))
     if config.jax_debug_infs:
         rules.append(jax.debug_infs(False))
+    if config.jax_debug_key_reuse:
+        rules.append(jax.debug_key_reuse(False))
     if not rules:
         return contextlib.nullcontext()
     stack = contextlib.ExitStack()

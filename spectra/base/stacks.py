@@ -5,6 +5,7 @@ parameters and nothing is gathered: only (k, k) matrices are summed over devices
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,6 +41,20 @@ def _rows(stack: PyTree, start: int, count: int) -> PyTree:
 def split(stack: PyTree) -> list[PyTree]:
     """The vectors one by one."""
     return [row(stack, i) for i in range(length(stack))]
+
+
+def mapped(fn: Callable[[PyTree], PyTree], stack: PyTree, batch: int | None = None) -> PyTree:
+    """fn of each vector, all side by side, or `batch` at a time.
+
+    One after the other where an operation in `fn` refuses `jax.vmap`: `lax.ragged_dot` of a mixture of
+    experts, a callback of NumPy's products without `vmap_method=`.
+    """
+    if batch == 1:
+        return lax.map(fn, stack)
+    try:
+        return jax.vmap(fn)(stack) if batch is None else lax.map(fn, stack, batch_size=batch)
+    except (NotImplementedError, ValueError):  # the latter of ordered callbacks; others raise it again
+        return lax.map(fn, stack)
 
 
 @trees.one_program

@@ -9,9 +9,8 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from spectra.base import draws, host, trees
+from spectra.base import draws, host, stacks, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status
 from spectra.base.host import Progress
@@ -327,8 +326,7 @@ def _traced(
         merged = merge_traced(theta, weights, residuals, state.length, 2 * spread(num_steps) * floor)
         return (*merged, asymmetry), (jnp.stack([state.alpha, state.beta]), None)
 
-    batch_size = batch if batch > 1 else None
-    columns, (coefficients, sketched) = lax.map(probe, jnp.arange(num_probes), batch_size=batch_size)
+    columns, (coefficients, sketched) = stacks.mapped(probe, jnp.arange(num_probes), max(batch, 1))
     nodes, *columns = columns
     asymmetry = jnp.max(columns[-1])
     if num_steps == 1 < size:  # a single step has no coefficient that symmetry makes zero

@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from spectra.base import arrays, programs, trees
+from spectra.base import arrays, programs, stacks, trees
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.run import Run
@@ -78,7 +77,7 @@ def _columns(op: LinearOperator, z: PyTree, batch: int) -> _Columns:
         product = op.mv(_unit(op, i))
         return trees.ravel(product)[i], trees.norm(product), trees.vdot(z, product)
 
-    return lax.map(one, jnp.arange(op.size), batch_size=batch)
+    return stacks.mapped(one, jnp.arange(op.size), batch)
 
 
 def moved_products(run: Run, moved: bool = False) -> list[tuple[PyTree, PyTree, PyTree]]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, programs, trees
+from spectra.base import arrays, programs, stacks, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
@@ -225,7 +225,7 @@ def _norms_compiled(
     ) -> tuple[tuple[blocks.Pairs, jax.Array], list[jax.Array]]:
         pairs, unit = carried
         probes = blocks.draw(op, key, part, "normal")
-        images, unit = blocks.in_unit(jax.vmap(op.mv)(probes), unit)
+        images, unit = blocks.in_unit(stacks.mapped(op.mv, probes), unit)
         *dots, pairs = _stack_norms(probes, images, pairs)
         return (pairs, unit), dots
 

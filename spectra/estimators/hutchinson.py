@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import arrays, meshes, programs
+from spectra.base import arrays, meshes, programs, stacks
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.run import Run, adaptive
@@ -78,7 +78,7 @@ def _forms(
 ) -> tuple[jax.Array, jax.Array, Carried]:
     def step(carried: Carried, part: arrays.Indices) -> tuple[Carried, tuple[jax.Array, jax.Array]]:
         v = blocks.draw(op, key, part, kind)
-        dots, squares, carried = _stack_forms(v, jax.vmap(op.mv)(v), part[0], carried)
+        dots, squares, carried = _stack_forms(v, stacks.mapped(op.mv, v), part[0], carried)
         return carried, (dots, squares)
 
     whole = len(indices) - len(indices) % batch

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import arrays, draws, programs, trees
+from spectra.base import arrays, draws, programs, stacks, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import SpectraError, Status, StructureError
 from spectra.base.trees import PyTree
@@ -219,11 +219,11 @@ def _of_batch(
 ) -> tuple[jax.Array, ...]:
     """VᵀHV of both sets of vectors, vᵀHv of random signs, and by how much rounding may move the latter."""
     probes = blocks.draw(op, key, jnp.arange(num_probes), "rademacher")
-    stacks = [*sets, probes]
-    images = jax.vmap(op.mv)(blocks.concatenate(stacks))
+    parts = [*sets, probes]
+    images = stacks.mapped(op.mv, blocks.concatenate(parts))
     found: list[jax.Array] = []
     start = 0
-    for stack in stacks:
+    for stack in parts:
         stop = start + blocks.length(stack)
         found.append(jnp.sum(blocks.gram(stack, blocks.rows(images, start, stop)), axis=0))
         start = stop

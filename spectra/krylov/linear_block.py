@@ -96,9 +96,10 @@ def _cycle(problem: Problem, block: Block, q: PyTree, c: jax.Array, s: PyTree) -
 
 
 def _preconditioned(problem: Problem, q: PyTree) -> PyTree:
-    if problem.inverse is None:
+    inverse, unit = problem.inverse, problem.unit_p
+    if inverse is None:
         return q
-    return jax.vmap(lambda row: trees.scale(1 / problem.unit_p[0], problem.inverse.mv(row)))(q)  # pyright: ignore[reportOptionalMemberAccess]
+    return stacks.mapped(lambda row: trees.scale(1 / unit[0], inverse.mv(row)), q)
 
 
 def _relative(problem: Problem, norms: jax.Array) -> jax.Array:

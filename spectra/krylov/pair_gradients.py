@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spectra.base import trees
+from spectra.base import stacks, trees
 from spectra.base.errors import SpectraError, Status
 from spectra.base.reverse import unknown_forward
 from spectra.base.trees import PyTree
@@ -34,7 +34,7 @@ def differentiable(op: LinearOperator, metric: Any, pairs: Eigenpairs) -> Eigenp
     """The pairs, found at the values of `op` and `metric`, as functions of what these are traced in."""
     if op.on_host:
         raise SpectraError("an operator that streams its data cannot be differentiated: pass one batch.")
-    images = _once(jax.vmap(op.mv)(pairs.vectors))
+    images = _once(stacks.mapped(op.mv, pairs.vectors))
     own = images
     if metric is not None:
         weights = jnp.asarray(pairs.values, op.dtype)

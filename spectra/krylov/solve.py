@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import jax
@@ -317,15 +318,17 @@ def _traced(
     fixed, inverse, x0 = lax.stop_gradient((op, inverse, x0))
 
     def iterate(_: Any, b: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        rest, begun = (b, None) if x0 is None else from_start(fixed, b, x0, jax.vmap(fixed.mv)(x0), tol)
+        rest, begun = (b, None) if x0 is None else from_start(fixed, b, x0, stacks.mapped(fixed.mv, x0), tol)
         problem, state = prepared(fixed, rest, inverse, method, tol, limit, b, begun)
         found = outcome(problem, whole_run(fixed, problem, state, method, limit), begun)
         return found.pop("x"), found
 
-    x, found = lax.custom_linear_solve(jax.vmap(op.mv), b, iterate, symmetric=True, has_aux=True)
+    x, found = lax.custom_linear_solve(
+        partial(stacks.mapped, op.mv), b, iterate, symmetric=True, has_aux=True
+    )
     found = lax.stop_gradient(found)
     x_still, b_still = lax.stop_gradient((x, b))
     if x0 is not None:
-        found["residual"] = distances(b_still, jax.vmap(fixed.mv)(x_still))
+        found["residual"] = distances(b_still, stacks.mapped(fixed.mv, x_still))
         found["verdict"] = _of_the_sum(found["verdict"], found["residual"], b_still, tol)
     return traced_solution(fixed, b, x, found, method, bound)

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from spectra.base.errors import SpectraError
+from spectra.base.errors import SpectraError, StructureError
 from spectra.base.trees import PyTree
 
 BATCH_STATS = ("running", "batch")
@@ -145,7 +145,7 @@ def linen_model(
         the operator's parameters, with `wrt="params"`.
 
     Raises:
-        SpectraError: unknown `batch_stats`.
+        SpectraError: `module` is no such module, or `batch_stats` is unknown.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra
@@ -160,7 +160,9 @@ def linen_model(
         >>> op.size
         9
     """
-    _check(batch_stats)
+    from flax import linen
+
+    _check(module, linen.Module, "linen_model", batch_stats)
     return LinenModel(module, batch_stats, Options.of(options), attention)
 
 
@@ -201,7 +203,7 @@ def nnx_model(
         them to an operator with `wrt="params"`.
 
     Raises:
-        SpectraError: unknown `batch_stats`.
+        SpectraError: `module` is no such module, or `batch_stats` is unknown.
 
     Examples:
         >>> import jax.numpy as jnp, spectra
@@ -212,7 +214,7 @@ def nnx_model(
     """
     from flax import nnx
 
-    _check(batch_stats)
+    _check(module, nnx.Module, "nnx_model", batch_stats)
     module = nnx.clone(module)
     module.set_attributes(deterministic=True, raise_if_not_found=False)
     module.set_attributes(use_running_average=batch_stats == "running", raise_if_not_found=False)
@@ -222,6 +224,14 @@ def nnx_model(
     return NnxModel(graphdef), {"params": params, "state": state}
 
 
-def _check(batch_stats: str) -> None:
+def _check(module: Any, kind: type, name: str, batch_stats: str) -> None:
+    if not isinstance(module, kind):
+        what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+        raise StructureError(
+            f"{name}(module) takes a module of {kind.__module__.rpartition('.')[0]}, and is given {what}: "
+            "pass the module itself, neither its class nor its variables or state. linen_model takes modules "
+            "of flax.linen and nnx_model those of flax.nnx; an Equinox module or a function of Haiku needs "
+            "neither."
+        )
     if batch_stats not in BATCH_STATS:
         raise SpectraError(f"batch_stats={batch_stats!r}: use one of {BATCH_STATS}.")

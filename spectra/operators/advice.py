@@ -45,15 +45,23 @@ _VALUES_READ = {
     "while JAX traces it: keep it an array.",
 }
 """By class, the most special one first."""
+_OLD_STATE = "Attempted to use old state"
+"""How Equinox begins what it says of a state from which a layer has made a new one: a plain ValueError."""
 
 
 def explain(error: Exception) -> str:
-    """What to do about an error of Flax, or where a value is read that JAX traces; nothing for others.
+    """What to do about an error of Flax or Equinox, or where a value is read that JAX traces; nothing for
+    others.
 
     After a space.
     """
     kind = type(error)
     words = _WORDS.get(kind.__name__) if kind.__module__.startswith("flax.") else None
+    if str(error).startswith(_OLD_STATE):
+        words = (
+            "A layer of Equinox can update a state once only, and a loss is called more often: with "
+            "params={'net': params, 'state': state} and wrt='net' it is given a copy of the state each time."
+        )
     words = words or next((text for read, text in _VALUES_READ.items() if isinstance(error, read)), None)
     return f" {words}" if words else ""
 

@@ -170,25 +170,29 @@ def _takes(signature: inspect.Signature, *arguments: Any) -> bool:
     return True
 
 
-def require_call(op: "DataOperator", where: str = "The batch") -> None:
-    """Trace the loss on the operator's batch, which is called `where`.
+def require_call(
+    op: "DataOperator",
+    where: str = "The batch",
+    call: Callable[["DataOperator"], Any] = differentiate.loss.eval_shape,
+) -> None:
+    """Trace the loss by `call` on the operator's batch, which is called `where`.
 
     Raises:
         StructureError: it raised; the message has its words, its line, and the batch that it was given.
     """
     try:
-        differentiate.loss.eval_shape(op)
+        call(op)
     except SpectraError:
         raise
     except Exception as error:
         model = hasattr(op, "model_fn")
-        call = "loss_fn(model_fn(params, inputs), targets)" if model else "loss_fn(params, batch)"
+        name = "loss_fn(model_fn(params, inputs), targets)" if model else "loss_fn(params, batch)"
         if not model and _takes_exchanged(op):
             raise StructureError(
                 "the loss can be called with params and data exchanged only: it is called as "
                 "loss_fn(params, batch), and an operator takes (loss_fn, params, data), in this order."
             ) from error
-        raise raised_by(call, error, op.data, where) from error
+        raise raised_by(name, error, op.data, where) from error
 
 
 def _takes_exchanged(op: "DataOperator") -> bool:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from spectra.base import calls, host, meshes, paths, programs, trees
+from spectra.base import calls, host, meshes, paths, programs, stacks, trees
 from spectra.base.errors import MemoryLimitError, NonFiniteError, SpectraError, StructureError
 from spectra.base.trees import PyTree
 from spectra.operators.pytree import Field, Order, register
@@ -210,7 +209,7 @@ class LinearOperator(abc.ABC):
     def mv_batch(self, vectors: PyTree) -> PyTree:
         """Products with a stack of vectors: leaves (k, *leaf.shape) in and out."""
         if self.on_host or trees.is_traced((self, vectors)):
-            return jax.vmap(self.mv)(vectors)
+            return stacks.mapped(self.mv, vectors)
         return product_batch(self, vectors)
 
     def as_vector(self, v: PyTree, what: str = "the vector") -> PyTree:
@@ -482,14 +481,14 @@ def _product_and_check(op: LinearOperator, v: PyTree) -> tuple[PyTree, jax.Array
 @programs.jit
 def product_batch(op: LinearOperator, vectors: PyTree) -> PyTree:
     """The compiled products with a stack of vectors."""
-    return jax.vmap(op.mv)(vectors)
+    return stacks.mapped(op.mv, vectors)
 
 
 def in_batches(op: LinearOperator, vectors: PyTree, batch: int) -> PyTree:
     """Products with a stack of vectors, `batch` of them side by side, as part of a program."""
     leaves = jax.tree.leaves(vectors)
     if batch >= leaves[0].shape[0]:
-        return jax.vmap(op.mv)(vectors)
+        return stacks.mapped(op.mv, vectors)
     # `lax.map` puts the results of batches together by a reshape, which leaves without numbers refuse.
     plain = batch == 1 or any(x.size == 0 for x in leaves)
-    return lax.map(op.mv, vectors, batch_size=None if plain else batch)
+    return stacks.mapped(op.mv, vectors, 1 if plain else batch)

@@ -20,7 +20,7 @@ from spectra.base import host, trees
 from spectra.base import paths as _paths
 from spectra.base.calls import automatic, require_arguments
 from spectra.base.draws import moved_parameters
-from spectra.base.errors import DataError, NonFiniteError, SpectraError
+from spectra.base.errors import DataError, DifferentiationError, NonFiniteError, SpectraError
 from spectra.base.meshes import on_automatic_axes
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
@@ -43,7 +43,7 @@ from spectra.operators.differentiate import resolve_mode
 from spectra.operators.jaxprs import captured, rematerialises, scanned_inputs, traced
 from spectra.operators.loss_rounding import Rounding, coarsest_rounding
 from spectra.operators.means import require_mean
-from spectra.operators.purity import require_function
+from spectra.operators.purity import require_function, traced_anew
 from spectra.operators.pytree import OnParameters, explain_vector
 from spectra.operators.restricted import Restricted
 from spectra.operators.stochastic import (
@@ -162,7 +162,11 @@ class DataOperator(OnParameters, LinearOperator):
         require_call(piece)
         for place, shapes in (self.stream.unlike() if self.stream else {}).items():
             require_call(self._with(data=shapes, stream=None), f"Batch {place} of the stream")
-        mode, differences = resolve_mode(piece)
+        try:
+            mode, differences = resolve_mode(piece)
+        except DifferentiationError:
+            require_call(piece, call=traced_anew)  # a loss that can be called once only says so by itself
+            raise
         self._set(mode=mode, differences=differences)
         self._set(rounding=self._coarsest_rounding())
         self._set(captured=captured(jax.make_jaxpr(differentiate.loss)(piece)))

@@ -152,7 +152,7 @@ def _column(op: LinearOperator, i: int | jax.Array) -> jax.Array:
 
 @partial(programs.jit, static_argnames="count")
 def _columns(op: LinearOperator, count: int) -> jax.Array:
-    return jax.lax.map(lambda i: _column(op, i), jnp.arange(op.size), batch_size=count).T
+    return stacks.mapped(lambda i: _column(op, i), jnp.arange(op.size), count).T
 
 
 @programs.jit

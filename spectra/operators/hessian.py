@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import arrays, draws, programs, trees
+from spectra.base import arrays, draws, programs, stacks, trees
 from spectra.base.calls import automatic
 from spectra.base.errors import NotSymmetricError, SpectraError
 from spectra.base.trees import PyTree
@@ -284,7 +284,7 @@ def _filled(
     together: int,
 ) -> jax.Array:
     columns = start - begin + jnp.arange(count)
-    rows = jax.lax.map(partial(_column, op, *leaves), columns, batch_size=together)
+    rows = stacks.mapped(partial(_column, op, *leaves), columns, together)
     return jax.lax.dynamic_update_slice(matrix, rows.astype(matrix.dtype), (start, begin))
 
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.tree_util import PyTreeDef
 
-from spectra.base import host, paths, programs, trees
+from spectra.base import host, paths, programs, stacks, trees
 from spectra.base.calls import automatic
 from spectra.base.draws import moved_parameters
 from spectra.base.errors import (
@@ -205,7 +204,7 @@ class JacobianOperator(OnParameters):
             columns = trees.as_real(v, "the matrix", self.dtype).T
             if self.batches is not None:
                 return self._checked(jax.vmap(lambda x: _flat(self, x))(columns)).T
-            return self._checked(lax.map(lambda x: _flat_product(self, x), columns, batch_size=ROWS)).T
+            return self._checked(stacks.mapped(lambda x: _flat_product(self, x), columns, ROWS)).T
         vector = domain.as_vector(v)
         return self._checked(
             self.flat_product(trees.ravel(vector)) if domain.is_flat(v) else self.product(vector)
@@ -447,7 +446,7 @@ def _rows(jacobian: JacobianOperator) -> jax.Array:
         unit = jnp.zeros(m, jacobian.dtype).at[i].set(1)
         return trees.ravel(turned.mv(trees.unravel(unit, turned.structure)))
 
-    return lax.map(one, jnp.arange(m), batch_size=min(ROWS, m))
+    return stacks.mapped(one, jnp.arange(m), min(ROWS, m))
 
 
 def _require_outputs(outputs: PyTree) -> None:

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
 from spectra.base import trees
+from spectra.base.errors import StructureError
 from spectra.base.programs import Program
 from spectra.base.trees import PyTree
 from spectra.operators.arithmetic import StepwiseOperator
@@ -26,6 +29,8 @@ _SUSPECTS = (
     "custom_call",
     "while",
 )
+_HERE = str(Path(__file__).parent.parent)
+_OTHERS = ("site-packages", "dist-packages", "<frozen", "/lib/python")
 _REMAT = ("checkpoint", "remat", "remat2")
 _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform", "random_gamma")
 
@@ -158,8 +163,43 @@ def captured(jaxpr: Any) -> tuple[Any, ...]:
     """The values that a function closes over and that the caller's `grad` or `vmap` traces.
 
     As leaves of an operator they say that its values are out of reach. Within `jit` all are, anyway.
+
+    Raises:
+        StructureError: a value is left from a trace that has ended, and will never have numbers.
     """
-    return () if trees.is_traced(()) else tuple(filter(trees.is_tracer, jaxpr.consts))
+    if trees.is_traced(()):
+        return ()
+    constants: list[Any] = jaxpr.consts
+    found = tuple(x for x in constants if trees.is_tracer(x))
+    for value in found:
+        try:
+            lax.expand_dims(value, (0,))
+        except jax.errors.UnexpectedTracerError as error:
+            places = (var for var, x in zip(jaxpr.jaxpr.constvars, constants, strict=True) if x is value)
+            raise StructureError(
+                "the function reads a value that it has kept from an earlier call, where JAX traced it"
+                f"{_line_that_reads(jaxpr.jaxpr, next(places))}: there are no numbers in it. Let it write "
+                "nothing outside of itself; of a generator of keys (hk.PRNGSequence, nnx.Rngs) take one "
+                "outside, and close over that."
+            ) from error
+    return found
+
+
+def _line_that_reads(jaxpr: Jaxpr, var: Any) -> str:
+    """Where a variable is computed with first, as `line_of`."""
+    for eqn in jaxpr.eqns:
+        for place, read in enumerate(eqn.invars):
+            if read is var:
+                inner = _inner(eqn)
+                return line_of(eqn) if inner is None else _line_that_reads(inner, inner.invars[place])
+    return ""
+
+
+def line_of(eqn: Any) -> str:
+    """The line of the user's file that an operation comes from, in parentheses after a space; or nothing."""
+    frames = getattr(eqn.source_info.traceback, "frames", ())
+    own = (f for f in frames if not any(other in f.file_name for other in (_HERE, *_OTHERS)))
+    return next((f" ({Path(f.file_name).name}:{f.line_num})" for f in own), "")
 
 
 def scanned_inputs(jaxpr: Any, first: int, chosen: tuple[int, ...]) -> dict[int, tuple[Any, ...]]:

@@ -110,7 +110,13 @@ def require_examples(fisher: FisherOperator) -> None:
             f"the model's outputs for {size} examples have shapes {shapes}: KFAC needs the examples along "
             "the first axis of each, and the inputs' leading axis to be theirs (shared= names what is not)."
         )
-    alone = _outputs_one_by_one(few)
+    try:
+        alone = _outputs_one_by_one(few)
+    except NotImplementedError as error:
+        raise StructureError(
+            "the model cannot be mapped over its examples by jax.vmap, which makes gradients of single ones: "
+            f"{str(error).splitlines()[0].rstrip('.')}. Use GGNOperator, or an operation that jax.vmap knows."
+        ) from error
     limit = fisher.precision**0.5
     for together, own in zip(whole, alone, strict=True):
         scale = float(jnp.max(jnp.abs(together)))

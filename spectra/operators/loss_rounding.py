@@ -2,16 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import lax
 
-from spectra.operators.jaxprs import scan_parts
+from spectra.operators.jaxprs import line_of, scan_parts
 
-_HERE = str(Path(__file__).parent.parent)
-_OTHERS = ("site-packages", "dist-packages", "<frozen", "/lib/python")
 # What a product computes in where it says so itself; whoever leaves it open gets matmul_precision.
 _ALGORITHMS = {"BF16": "bfloat16", "F16": "float16", "TF32": "tensorfloat32"}
 _EPS = {"tensorfloat32": 2.0**-10}
@@ -150,10 +147,3 @@ def _describe(eqn: Any, dtype: str) -> str:
         what = f"a cast of {source.dtype}{list(source.shape)} to {dtype}"
     layer = str(eqn.source_info.name_stack)
     return what + (f" in {layer}" if layer else "") + line_of(eqn)
-
-
-def line_of(eqn: Any) -> str:
-    """The line of the user's file that an operation comes from, in parentheses after a space; or nothing."""
-    frames = getattr(eqn.source_info.traceback, "frames", ())
-    own = (f for f in frames if not any(other in f.file_name for other in (_HERE, *_OTHERS)))
-    return next((f" ({Path(f.file_name).name}:{f.line_num})" for f in own), "")

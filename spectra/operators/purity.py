@@ -19,8 +19,8 @@ from spectra.base import trees
 from spectra.base.errors import StructureError, warn_user
 from spectra.base.files import array_digest
 from spectra.operators import differentiate
-from spectra.operators.jaxprs import inner_jaxprs, traced
-from spectra.operators.loss_rounding import line_of, reaches
+from spectra.operators.jaxprs import inner_jaxprs, line_of, traced
+from spectra.operators.loss_rounding import reaches
 
 if TYPE_CHECKING:
     from spectra.operators.data import DataOperator
@@ -47,7 +47,7 @@ def require_function(op: "DataOperator") -> None:
     jaxpr, first = traced(differentiate.loss, op)
     nothing = None, ["the end"]
     for (eqn, one), (_, other) in itertools.zip_longest(
-        _steps(jaxpr), _steps(_traced_anew(op)), fillvalue=nothing
+        _steps(jaxpr), _steps(traced_anew(op)), fillvalue=nothing
     ):
         if not _are_same(one, other):
             where = line_of(eqn) if eqn is not None else ""
@@ -68,7 +68,9 @@ def require_function(op: "DataOperator") -> None:
     _known.add(kind)
 
 
-def _traced_anew(op: "DataOperator") -> Any:
+def traced_anew(op: "DataOperator") -> Any:
+    """The program of the loss from a call of its own, where `loss` has one of an earlier call."""
+
     def loss(op: Any) -> jax.Array:  # a new function, of which JAX has cached no trace
         return differentiate.mean_loss(op)
 
