@@ -76,6 +76,8 @@ def make_mesh(axes: str | Mapping[str, int], devices: Any = None) -> Mesh:
         pairs = re.findall(r"(\w+)\s*=\s*(-?\d+)", axes)
         if not pairs or re.sub(r"(\w+)\s*=\s*(-?\d+)", "", axes).strip(" ,"):
             raise SpectraError(f"mesh '{axes}': write the axes as in data=4,model=2.")
+        if len(dict(pairs)) < len(pairs):
+            raise SpectraError(f"mesh '{axes}': two axes have the same name.")
         axes = {name: int(size) for name, size in pairs}
     sizes = dict(axes)
     known = math.prod(size for size in sizes.values() if size != -1)

@@ -358,6 +358,7 @@ def test_wrong_paths_are_said_in_words(tmp_path):
         (("show", tmp_path), f"is a folder, with '{path}': name a file."),
         (("show", tmp_path / "new"), "no result file at"),
         (("plot", path, "-o", path / "a.png"), "a.png' could not be written ("),
+        (("watch", path, "--once", "-o", path / "a.html"), "a.html' could not be written ("),
     ):
         done = invoke(*arguments)
         assert words in str(done.exception)

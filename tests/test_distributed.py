@@ -17,7 +17,9 @@ import spectra
 from spectra.distributed import make_mesh, shard_data, shard_params
 
 
-@pytest.mark.parametrize("axes", ["", "data", "data=3,model=1", "data=0", "data=-1,model=-1", "data=1;x"])
+@pytest.mark.parametrize(
+    "axes", ["", "data", "data=3,model=1", "data=0", "data=-1,model=-1", "data=1;x", "data=1,data=1"]
+)
 def test_a_mesh_that_cannot_be_is_refused(axes):
     with pytest.raises(spectra.SpectraError, match="mesh"):
         make_mesh(axes)

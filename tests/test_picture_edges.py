@@ -5,10 +5,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 import spectra
+from spectra.report.plots.style import symlog
 
 KEY = jax.random.key(0)
 
@@ -28,6 +30,16 @@ def test_the_line_of_a_small_learning_rate_leaves_the_spectrum_visible():
     assert ends[1] - ends[0] > 0.3
     both = spectra.plot_comparison({"a": _spiked(), "b": _spiked()}, learning_rate=1e-4)
     assert both.get_xscale() == ax.get_xscale() == "symlog"
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_narrow_axis_on_one_side_of_zero_is_labelled_by_powers_of_ten(sign):
+    """Four labels on three decades name every second power, of which only 1 lies on this axis."""
+    ax = plt.subplots()[1]
+    low, high = sorted((sign * 0.06, sign * 5.5))
+    symlog(ax.xaxis, 6e-3, low, high, labels=4)
+    ticks = ax.get_xticks()
+    np.testing.assert_allclose(sorted(abs(ticks[(low <= ticks) & (ticks <= high)])), [0.1, 1.0])
 
 
 def test_ranks_are_whole_numbers():

@@ -136,6 +136,17 @@ def test_what_is_no_adaptive_optimizer_is_refused():
 
 
 @pytest.mark.parametrize(
+    "number", [{"b2": 1.0}, {"b2": -0.5}, {"b2": np.nan}, {"b1": 1.0}, {"eps": -1e-8}, {"eps_root": np.inf}]
+)
+def test_numbers_that_no_optimizer_has_are_refused(number):
+    """With b2=1 P was infinite, and the matrix zero without a word."""
+    ridge = Ridge()
+    state, _, _ = after_steps(optax.adam(RATE), ridge.params())
+    with pytest.raises(spectra.SpectraError, match=f"{next(iter(number))}=.*: use "):
+        spectra.PreconditionedOperator(ridge.operator(), state, **ADAM_RULE | number)
+
+
+@pytest.mark.parametrize(
     ("options", "inside"), [({}, True), ({"eps_in_sqrt": False}, False), ({"eps": 1e-5}, True)]
 )
 def test_rmsprop_with_parameters_that_have_seen_no_gradient(options, inside):

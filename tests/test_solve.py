@@ -607,6 +607,8 @@ def test_the_quadratic_form_holds_where_its_type_has_no_such_numbers(scale):
         ({"tol": 2.0}, "tol=2.0"),
         ({"max_matvecs": 1}, "max_matvecs=1"),
         ({"lower_bound": -1.0}, "lower_bound=-1.0"),
+        ({"lower_bound": 1e3}, r"lower_bound=1000.0: .A x. is at most .*eigenvalue. .* is below"),
+        ({"lower_bound": 1e3, "method": "dense"}, "lower_bound=1000.0: .A x. is at most"),
         ({"shift": np.inf}, "shift=inf"),
         ({"shift": jnp.ones(2)}, "finite real number"),
         ({"shift": "a"}, "shift='a'"),

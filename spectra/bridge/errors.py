@@ -15,6 +15,18 @@ class BridgeError(SpectraError):
     """
 
 
+class NodeError(BridgeError):
+    """Report an operator of a graph that refuses its operands, or whose result is not PyTorch's.
+
+    Attributes:
+        node: the operator's node, by which its line in the user's file is found.
+    """
+
+    def __init__(self, message: str, node: str):
+        self.node = node
+        super().__init__(message)
+
+
 class UnsupportedOperatorError(BridgeError):
     """Report graph operators that have no JAX counterpart, each with the modules that use it.
 

@@ -17,7 +17,7 @@ from spectra.base.errors import warn_user
 from spectra.base.files import replacing
 from spectra.bridge import schema, weights
 from spectra.bridge.dtypes import canonical, category
-from spectra.bridge.errors import BridgeError, FrozenParametersWarning
+from spectra.bridge.errors import BridgeError, FrozenParametersWarning, NodeError
 from spectra.bridge.graph import Graph
 from spectra.bridge.interpreter import verify
 from spectra.bridge.model import TorchModel
@@ -208,7 +208,7 @@ def export(
     """
     traced = _traced(module, example_inputs, batch_axis, train)
     with jax.enable_x64(True):  # the file keeps every dtype; whoever loads it decides
-        traced.check(assemble(schema.build(traced.document, WHERE), traced.arrays, WHERE))
+        traced.check(_assembled(traced))
     save(Path(path), traced.document, traced.arrays)
 
 
@@ -235,7 +235,7 @@ def from_torch(
         ['bias', 'weight']
     """
     traced = _traced(module, example_inputs, batch_axis, train)
-    model = assemble(schema.build(traced.document, WHERE), traced.arrays, WHERE)
+    model = _assembled(traced)
     traced.check(model)
     note_frozen(model)
     return model
@@ -252,3 +252,11 @@ def _traced(module: Any, example_inputs: Any, batch_axis: Any, train: bool) -> "
     from spectra.bridge.trace import trace
 
     return trace(module, example_inputs, batch_axis, train)
+
+
+def _assembled(traced: "Traced") -> TorchModel:
+    """The model of a module just traced; what its graph is refused for is said with the user's line."""
+    try:
+        return assemble(schema.build(traced.document, WHERE), traced.arrays, WHERE)
+    except NodeError as error:
+        raise BridgeError(f"{error}{traced.place(error.node)}") from error.__cause__

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from spectra.bridge import written_attention
 from spectra.bridge.dtypes import Exporter, canonical, exported_by
-from spectra.bridge.errors import BridgeError, limited
+from spectra.bridge.errors import BridgeError, NodeError, limited
 from spectra.bridge.graph import MAX_ELEMENTS, Branch, DType, Graph, Node, Ref
 from spectra.bridge.operators.registry import OPERATORS
 
@@ -74,15 +74,17 @@ def _call(node: Node, values: Mapping[str, Any], check: Check | None) -> Any:
     except RecursionError:
         raise
     except VALUES_WANTED as error:
-        raise BridgeError(
-            f"{node.op} at node {node.name} of module {node.module or '(top)'} gives an array whose size "
-            "depends on values (an index by a mask?): keep the size, and choose with torch.where or weights "
-            "of 0 and 1"
-        ) from error
+        problem = (
+            "gives an array whose size depends on values (an index by a mask?): keep the size, and choose "
+            "with torch.where or weights of 0 and 1"
+        )
+        raise _refused(node, problem) from error
     except Exception as error:
-        raise BridgeError(
-            f"{node.op} failed at node {node.name} of module {node.module or '(top)'}: {error}"
-        ) from error
+        raise _refused(node, f"failed: {error}") from error
+
+
+def _refused(node: Node, problem: str) -> NodeError:
+    return NodeError(f"{node.op} at node {node.name} of module {node.module or '(top)'} {problem}", node.name)
 
 
 def resolve(argument: Any, values: Mapping[str, Any], check: Check | None = None) -> Any:
@@ -150,6 +152,8 @@ def verify(graph: Graph, tensors: Mapping[str, Any], fixed: Mapping[str, Any], w
     try:
         with limited(len(graph.nodes)):
             jax.eval_shape(run, structs, inputs)
+    except NodeError as error:
+        raise NodeError(f"{where}: {error}", error.node) from error.__cause__
     except BridgeError as error:
         raise BridgeError(f"{where}: {error}") from error.__cause__
     except Exception as error:
@@ -159,22 +163,17 @@ def verify(graph: Graph, tensors: Mapping[str, Any], fixed: Mapping[str, Any], w
 def _check_result(node: Node, result: Any) -> None:
     for part in result if isinstance(result, (tuple, list)) else [result]:
         if isinstance(part, jax.Array) and part.size > MAX_ELEMENTS:
-            raise BridgeError(
-                f"node {node.name} ({node.op}) makes an array of shape {part.shape}, more than "
-                f"{MAX_ELEMENTS} elements"
-            )
+            raise _refused(node, f"makes an array of shape {part.shape}, more than {MAX_ELEMENTS} elements")
     if node.dtype is None or node.shape is None:
         return
     if not isinstance(result, jax.Array):
-        raise BridgeError(f"node {node.name} ({node.op}) gave a {type(result).__name__}")
+        raise _refused(node, f"gave a {type(result).__name__}, PyTorch an array")
     fits = len(node.shape) == result.ndim and all(
         d is None or d == n for d, n in zip(node.shape, result.shape, strict=True)
     )
     if not fits or jnp.dtype(canonical(node.dtype)) != result.dtype:
-        raise BridgeError(
-            f"node {node.name} ({node.op}) of module {node.module or '(top)'} gave "
-            f"{result.dtype}{list(result.shape)}, PyTorch {node.dtype}{list(node.shape)}"
-        )
+        gave = f"gave {result.dtype}{list(result.shape)}, PyTorch {node.dtype}{list(node.shape)}"
+        raise _refused(node, gave)
 
 
 # Each program runs a few times: to optimise it costs more than it saves.

@@ -54,8 +54,8 @@ _IGNORED_KEYWORDS = {"layout", "device", "pin_memory", "memory_format", "non_blo
 
 def lower(
     program: torch.export.ExportedProgram, module: torch.nn.Module
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the document (without digests) and the tensors it needs by key.
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, str]]:
+    """Return the document (without digests), the tensors it needs by key, and the call stack of each node.
 
     The program is that of an `Adapter`, the names are those of the `module` in it.
 
@@ -102,7 +102,11 @@ def lower(
             program.call_spec.out_spec, (graph.leaf(i) for i in range(len(outputs)))
         ),
     }
-    return document, names.values
+    return document, names.values, {node.name: _stack(node) for node in program.graph.nodes}
+
+
+def _stack(node: torch.fx.Node) -> str:
+    return node.meta.get("stack_trace") or ""
 
 
 class _Names:
@@ -203,7 +207,7 @@ def _node(node: torch.fx.Node, names: _Names) -> dict[str, Any]:
     return {
         "name": node.name,
         "op": known,
-        **({"place": recorded_place(node.meta.get("stack_trace") or "")} if unknown else {}),
+        **({"place": recorded_place(_stack(node))} if unknown else {}),
         # The operands of an unknown operator may have no JSON form; its name is reported instead.
         "args": _references(node) if unknown else [_argument(x, names) for x in node.args],
         "kwargs": {} if unknown else {k: _argument(v, names) for k, v in kwargs.items()},

@@ -94,10 +94,11 @@ def likely_cause(module: torch.nn.Module, inner: torch.nn.Module, args: Any, kwa
     found = list(dict.fromkeys(found))
     if not found:
         return (
-            "No cause was found. Look for hooks, a custom autograd.Function, in-place changes under "
-            "torch.no_grad() or of a detached tensor, numbers drawn by NumPy or Python, and branches on "
-            "torch.compiler.is_exporting(); if there is none, an operator is converted wrongly, which is a "
-            "defect to report."
+            "No cause was found. If the module's first call does what later ones don't (it rescales or sets "
+            "up weights), call it once on the example and export it then. Otherwise look for hooks, a custom "
+            "autograd.Function, in-place changes under torch.no_grad() or of a detached tensor, numbers that "
+            "NumPy or Python draws, and branches on torch.compiler.is_exporting(); if there is none, an "
+            "operator is converted wrongly, which is a defect to report."
         )
     return "Likely cause: " + "; ".join(found[:3])
 

@@ -17,7 +17,7 @@ from spectra.bridge.errors import BridgeError, StaticBatchWarning
 from spectra.bridge.lower import lower
 from spectra.bridge.model import TorchModel
 from spectra.bridge.operators.registry import OPERATORS
-from spectra.bridge.refusals import explain, first_line, prepare, quiet
+from spectra.bridge.refusals import explain, first_line, prepare, quiet, recorded_place
 from spectra.bridge.stand_ins import StandIns, write_out_sparse
 from spectra.operators.batches import to_numpy
 
@@ -74,11 +74,15 @@ Axes = tuple[torch.Tensor, tuple[int, ...]]  # a tensor of the example and the a
 
 @dataclass(frozen=True)
 class Traced:
-    """A module as a document (without digests) and arrays, and the comparison of a model with the module."""
+    """A module as a document (without digests) and arrays, and the comparison of a model with the module.
+
+    `place` says which line of the user's a node of the document comes from.
+    """
 
     document: dict[str, Any]
     arrays: dict[str, np.ndarray]
     check: Callable[[TorchModel], None]
+    place: Callable[[str], str]
 
 
 def trace(module: torch.nn.Module, example_inputs: Any, batch_axis: Any, train: bool) -> Traced:
@@ -90,7 +94,7 @@ def trace(module: torch.nn.Module, example_inputs: Any, batch_axis: Any, train: 
     with preserved(adapter, train), warnings.catch_warnings(), quiet():
         # Deprecations inside torch.export and notices about its own tracing: not the caller's.
         warnings.simplefilter("ignore")
-        document, tensors, problem = _record(adapter, args, kwargs, axes)
+        document, tensors, stacks, problem = _record(adapter, args, kwargs, axes)
     if axes and not document["symbols"]:
         warn_user(
             "the module could only be exported for the example's batch size"
@@ -103,11 +107,12 @@ def trace(module: torch.nn.Module, example_inputs: Any, batch_axis: Any, train: 
             warnings.simplefilter("ignore")
             agreement.check(adapter, args, kwargs, model)
 
-    return Traced(document, {key: to_numpy(tensor) for key, tensor in tensors.items()}, check)
+    arrays = {key: to_numpy(tensor) for key, tensor in tensors.items()}
+    return Traced(document, arrays, check, lambda node: recorded_place(stacks[node]))
 
 
 def _record(adapter: Adapter, args: Any, kwargs: Any, axes: Any) -> Any:
-    """The document, the tensors, and why the batch size is fixed; with experts in a form that has a graph."""
+    """What `lower` returns, and why the batch size is fixed; with experts in a form that has a graph."""
     try:
         return _recorded(adapter, args, kwargs, axes)
     except BridgeError:

@@ -65,11 +65,13 @@ def watch(runs: list[Path], output: Path | None, port: int, seconds: int, once: 
                 server.serve_forever()
         else:
             path = _named(page_path, output)
-            page.write(path)
+            with _writing(path):
+                page.write(path)
             Voice().say(f"page     {path}")
             while not once:
                 time.sleep(seconds)
-                page.write(path)
+                with _writing(path):
+                    page.write(path)
 
 
 def _printed(error: OSError | None) -> None:

@@ -114,7 +114,8 @@ def solve(
         jit it is TRACED: use `converged` there.
 
     Raises:
-        SpectraError: an argument out of range; a preconditioner that is not positive definite.
+        SpectraError: an argument out of range; a preconditioner that is not positive definite; a lower bound
+            above an |eigenvalue|, where the solution shows it.
         StructureError: b does not match the operator.
         NonFiniteError: b or a product is NaN or infinite.
         CheckpointError: the folder holds the checkpoint of another run.
@@ -178,6 +179,7 @@ def solve(
         if not traced:
             bound = _known_bound(op, shift, lower_bound)
             found = _concrete(shifted, b, x0, inverse, method, tol, max_matvecs, bound, journal)
+            _check_bound(lower_bound, b, found)
         else:
             found = _traced(shifted, b, x0, inverse, method, tol, max_matvecs, lower_bound)
     return in_form(found, several, back, built)
@@ -240,6 +242,24 @@ def _known_bound(op: LinearOperator, shift: Any, given: float | None) -> tuple[f
     if op.semidefinite and float(shift) > 0:
         return float(shift), "a positive semi-definite operator and its shift"
     return None
+
+
+def _check_bound(given: float | None, b: PyTree, found: Solution) -> None:
+    """Raise where a solution belies the bound given: |Ax| is at least min |λ| |x|, at most |b| + |b - Ax|."""
+    if given is None:
+        return
+    norms = np.asarray(sizes(found.x), np.float64)
+    images = np.asarray(sizes(b), np.float64) + found.residual_norm + found.rounding
+    belied = np.flatnonzero(given * norms > images * (1 + _SLACK))
+    if len(belied):
+        least = float(images[belied[0]] / norms[belied[0]])
+        raise SpectraError(
+            f"lower_bound={given}: |A x| is at most {least:.3g} |x| for the x found here, so an |eigenvalue| "
+            "of A = H + shift I is below. Pass a bound on the smallest of them, or leave it out."
+        )
+
+
+_SLACK = 1e-3  # above what rounding takes from the norms of vectors in half precision, sums in float32
 
 
 # Outside of jit.

@@ -108,6 +108,7 @@ class PreconditionedOperator(DiagonallyScaledOperator):
         require_operator(op)
         numbers = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
         given = {name: x for name, x in numbers.items() if x is not None}
+        _check_numbers(given)
         scale = _roots(_preconditioner(op, optimizer_state, update_fn, rule, given, eps_in_sqrt), op)
         if not trees.is_traced((scale, op)):
             _check(scale)
@@ -119,6 +120,17 @@ class PreconditionedOperator(DiagonallyScaledOperator):
 
     def _principal(self, indices: tuple[int, ...]) -> "PreconditionedOperator":
         return _make(self.base._principal(indices), trees.keep_leaves(self.scale, indices))
+
+
+def _check_numbers(given: dict[str, Any]) -> None:
+    """Raise for what no optimizer has: with a decay of 1 P is infinite, and the matrix zero."""
+    for name, value in given.items():
+        if trees.is_traced(value):
+            continue
+        if name in ("b1", "b2") and not 0 <= value < 1:
+            raise SpectraError(f"{name}={value} is the decay of an average: use a number in [0, 1).")
+        if not 0 <= value < np.inf:
+            raise SpectraError(f"{name}={value} is added to what P divides by: use zero or more.")
 
 
 def _preconditioner(

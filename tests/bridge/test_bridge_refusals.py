@@ -54,6 +54,12 @@ def _mask(self, x):
     return self.layer(x)[x[:, 0] > 0]
 
 
+def _masked_rows(self, x):
+    x = x.clone()
+    x[x[:, 0] > 0] = x[0]
+    return self.layer(x)
+
+
 def _ctc(self, x):
     lengths = torch.tensor([3]), torch.tensor([2])
     return nn.functional.ctc_loss(self.layer(x)[:, None].log_softmax(-1), torch.ones(1, 2).long(), *lengths)
@@ -75,7 +81,8 @@ CASES = {
     "torch.func of a row": (_Of(_gradient_of_a_row), X, r"differentiates .*line \d+: return torch.func.grad"),
     "vmap": (_Of(_mapped), X, r"torch.vmap maps .*line \d+: return torch.vmap.*torch.einsum"),
     "autograd": (_Of(_autograd), X, r"differentiates .*line \d+: return torch.autograd.grad.*jax.grad"),
-    "a mask": (_Of(_mask), X, r"aten.index.Tensor .* depends on values .*torch.where"),
+    "a mask": (_Of(_mask), X, r"aten.index.Tensor .*depends on values.*torch.where.*line \d+: return s"),
+    "masked rows": (_Of(_masked_rows), X, r"a boolean mask needs a scalar.*torch.where.*py, line \d+"),
     "CTC": (_Of(_ctc), X, r"line \d+: return nn.functional.ctc_loss.*optax.ctc_loss"),
     "an object": (_Of(lambda self, x: object()), X, "Return tensors in tuples"),
     "a lazy layer": (nn.LazyLinear(3), X, r"'weight', 'bias'.* no shape yet"),

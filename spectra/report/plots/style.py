@@ -239,6 +239,9 @@ def symlog(axis, scale: float, low: float, high: float, labels: int = 7, room: f
         ticks += [sign * 10.0**e for e in np.arange(last, inner - 0.5, -stride)]
     least = (0.1 if labels > 4 else 0.2) if axis.axis_name == "x" else 0.05
     shown = [tick for tick in _apart(axis, ticks, low, high, least) if low <= tick <= high]
+    if len(shown) < 2:  # all on one side of zero: the stride may have passed over what is on the axis
+        every = [sign * 10.0**e for sign, last in spans for e in np.arange(first, last + 1)]
+        shown = sorted(tick for tick in every if low <= tick <= high)
     if len(shown) < 2:  # a narrow range that lies between two powers of ten
         shown = list(MaxNLocator(4).tick_values(low, high))
         axis.set_major_formatter(ScalarFormatter())
