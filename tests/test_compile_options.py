@@ -27,8 +27,8 @@ def options(monkeypatch):
     monkeypatch.setitem(programs.OPTIONS, jax.default_backend(), programs.OPTIONS["gpu"])
     seen, own = [], programs.options
 
-    def noted(platform, those):
-        found = own(platform, those)
+    def noted(platform, those, arrays):
+        found = own(platform, those, arrays)
         seen.extend([found] if those is programs.OPTIONS else [])  # products in float64 have their own
         return found
 
@@ -51,7 +51,14 @@ def test_programs_of_a_cpu_compile_quickly_unless_the_user_says_otherwise(monkey
     monkeypatch.delenv("XLA_FLAGS")
     expected = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
     assert programs.options("cpu") == expected
-    assert programs.jit(lambda x: jnp.tanh(x) + x)(jnp.zeros(3)).sum() == 0
+    given, own = [], jax.jit
+    monkeypatch.setattr(jax, "jit", lambda f, **arguments: given.append(arguments) or own(f, **arguments))
+    total = programs.jit(lambda xs: sum(jnp.tanh(x) + x for x in xs))
+    few, many = [jnp.zeros(3)], [jnp.zeros(3)] * programs.MANY
+    assert total(few).sum() == 0
+    assert given == ([{}, {"compiler_options": expected}] if expected else [{}])
+    assert total(many).sum() == 0  # what is saved of a deep network has the emitters
+    assert len(given) == (2 if expected else 1)
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=true")
     assert programs.options("cpu") == {}
 

@@ -23,7 +23,8 @@ OPTIONS: dict[str, dict[str, bool | int]] = {
 On a CPU, XLA's emitters of fusions compile for longer and make most programs no faster. The first `slq` of an
 MLP took 8.0 s of an EPYC's processor time with them and 5.7 without, that of a CNN 9.5 and 6.6. Later ones of
 these and of a transformer took as much, within 3 %, and those of vectors alone up to a fifth more. A lower
-level of optimisation would compile faster still, but a product of the transformer would take 7 % more.
+level of optimisation would compile faster still, but a product of the transformer would take 7 % more. The
+programs of deep networks are the exception, see `MANY`.
 
 On a GPU, for a matrix product in true float32 XLA would generate kernels and try them out, where the card's
 library has one. On an H200 the first Hessian product of a transformer of 818k parameters took 25 s with them
@@ -31,7 +32,13 @@ and 2.2 s without; later ones of GPT-2 take 49 ms, with kernels that were not tr
 
 FUSED: Options = OPTIONS | {"cpu": {}}
 """With the emitters on a CPU, for the exceptions: without them, to combine the rows of a basis takes a third
-more time (n = 300,000), and to compile an orthonormalisation, four passes written out, takes 60 % more."""
+more time (n = 300,000), and to compile an orthonormalisation, four passes written out, takes 60 % more. To
+save what a product needs of an MLP of 30 layers takes 0.7 s with them and 3.2 without."""
+MANY = 200
+"""Arrays that go into a program, from which on it has the emitters as well: what is saved for the product of
+a deep network. Its layers are alike, and emitters compile what is alike once. Hessian products take 1.4 s
+with them and 7.6 without (an MLP of 30 layers, 275 arrays), 12 and 19 (a transformer of 8, 838), 4.9 and 16
+(a CNN of 21, 637); with fewer 6.4 and 5.0 (a transformer of 2, 238) or 3.6 and 4.1 (a CNN of 5, 141)."""
 _ANY = np.float32(0)
 """What `is_traced` computes with."""
 
@@ -49,8 +56,9 @@ def jit(function: Callable[..., Any], options: Options = OPTIONS, **arguments: A
     return Program(function, arguments, options)
 
 
-def options(platform: str, those: Options = OPTIONS) -> dict[str, bool | int]:
-    """Those of a platform, without what the user chose in XLA_FLAGS."""
+def options(platform: str, those: Options = OPTIONS, arrays: int = 0) -> dict[str, bool | int]:
+    """Those of a platform for a program of so many arrays, without what the user chose in XLA_FLAGS."""
+    those = FUSED if those is OPTIONS and arrays >= MANY else those
     chosen = os.environ.get("XLA_FLAGS", "")
     return {name: value for name, value in those.get(platform, {}).items() if name not in chosen}
 
@@ -74,8 +82,9 @@ class Program:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The result; compiles at the first call for these shapes."""
-        chosen = options(jax.default_backend(), self._options)
-        if not chosen or is_traced((args, kwargs)):  # JAX takes options for a whole program only
+        leaves = jax.tree.leaves((args, kwargs))
+        chosen = options(jax.default_backend(), self._options, len(leaves))
+        if not chosen or is_traced(leaves):  # JAX takes options for a whole program only
             return self._plain(*args, **kwargs)
         pairs = tuple(chosen.items())
         if pairs not in self._with:
@@ -89,4 +98,5 @@ class Program:
     def compiled(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
         """What runs for arguments of these shapes."""
         lowered: Any = self.lower(*args, **kwargs)
-        return lowered.compile(compiler_options=options(jax.default_backend(), self._options))
+        arrays = len(jax.tree.leaves((args, kwargs)))
+        return lowered.compile(compiler_options=options(jax.default_backend(), self._options, arrays))

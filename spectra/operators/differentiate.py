@@ -4,6 +4,7 @@
 # Operators have parts that only this package uses.
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -103,7 +104,7 @@ def gradient(op: "DataOperator") -> PyTree:
     return op._mean(lambda piece: op._gradient(piece)(variables))
 
 
-@programs.jit
+@partial(programs.jit, options=programs.FUSED)
 def linearize(op: "DataOperator") -> tuple[jax.Array, Callable[[PyTree], PyTree]]:
     """The loss, and v -> A v with all values that do not depend on v saved: pytrees that jit returns."""
     zero = jax.tree.map(jnp.zeros_like, op._variables())
