@@ -13,6 +13,7 @@ import numpy as np
 from spectra.base import arrays, draws, meshes, programs, trees
 from spectra.base.stacks import combine, concatenate, gram, inner, length, row_dots, rows, subtract
 from spectra.base.trees import PyTree
+from spectra.krylov.packed import like_those_of, unpacked
 from spectra.operators.base import LinearOperator, in_batches
 
 PROBES = ("rademacher", "normal")
@@ -27,14 +28,14 @@ them orthonormal, the fourth to the last bit."""
 def draw(op: LinearOperator, key: jax.Array, indices: arrays.Indices, kind: str) -> PyTree:
     """The probes with the given numbers, entries ±1 ("rademacher") or N(0, 1) ("normal"). On a mesh
     they lie as the parameters do, no device has all of one."""
-    return _drawn(op, key, indices, kind, meshes.places(op.like))
+    return _drawn(op, key, indices, kind, meshes.places(unpacked(op).like))
 
 
 @partial(programs.jit, static_argnames=("kind", "where"))
 def _drawn(
     op: LinearOperator, key: jax.Array, indices: arrays.Indices, kind: str, where: meshes.Places
 ) -> PyTree:
-    return _draw(key, indices, op.structure, kind, where)
+    return _draw(key, indices, op, kind, where)
 
 
 def draw_with_noise(
@@ -44,21 +45,22 @@ def draw_with_noise(
 
     Together where both are normal: compiling the generator takes longer than all else in a sketch.
     """
-    others, where = jnp.arange(len(indices)), meshes.places(op.like)
+    others, where = jnp.arange(len(indices)), meshes.places(unpacked(op).like)
     if kind != "normal":
         return draw(op, key, indices, kind), draw(op, noise, others, "normal")
     keys, numbers = jnp.stack([key, noise]), jnp.stack([indices, others])
-    both = jax.vmap(lambda key, indices: _draw(key, indices, op.structure, kind, where))(keys, numbers)
+    both = jax.vmap(lambda key, indices: _draw(key, indices, op, kind, where))(keys, numbers)
     return tuple(jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1))
 
 
 def _draw(
-    key: jax.Array, indices: arrays.Indices, structure: PyTree, kind: str, where: meshes.Places
+    key: jax.Array, indices: arrays.Indices, op: LinearOperator, kind: str, where: meshes.Places
 ) -> PyTree:
     distribution = getattr(jax.random, kind)
 
     def one(i: arrays.Indices) -> PyTree:
-        return draws.sample(jax.random.fold_in(key, i), structure, distribution, where=where)
+        own = jax.random.fold_in(key, i)
+        return like_those_of(op, lambda op: draws.sample(own, op.structure, distribution, where=where))
 
     return jax.vmap(one)(indices)
 

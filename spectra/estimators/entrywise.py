@@ -90,7 +90,7 @@ def _hutchinson(run: Run, num_matvecs: int) -> _Found:
         mean, spread, square = state
         if kind == "normal":
             return _normal_result(mean, square, unit, float(done), run.precision)
-        return _hutchinson_result(mean, spread, square, unit, float(done), run.precision)
+        return _hutchinson_result(mean, spread, square, unit, float(done), run.precision, run.op.size)
 
     ended = adaptive(run, step, num_matvecs - aside)
     value, stderr = _scaled(result(), run.check_pairs(pairs), ended)
@@ -195,6 +195,7 @@ def _hutchinson_result(
     unit: jax.Array,
     count: float | jax.Array,
     precision: float | jax.Array,
+    size: int,
 ) -> tuple[PyTree, PyTree]:
     """Value and error of k probes of signs.
 
@@ -211,7 +212,7 @@ def _hutchinson_result(
 
     variances = jax.tree.map(variance, spread, square)
     leaves = jax.tree.leaves(variances)
-    pooled = jnp.asarray(sum(jnp.sum(leaf) for leaf in leaves) / sum(leaf.size for leaf in leaves))
+    pooled = jnp.asarray(sum(jnp.sum(leaf) for leaf in leaves) / size)
 
     def error(s: jax.Array, q: jax.Array) -> jax.Array:
         s = jnp.where(count > AGREE, s, jnp.maximum(s, jnp.asarray(pooled, s.dtype)))

@@ -13,6 +13,7 @@ from spectra.base import arrays, programs, stacks, trees
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.run import Run
+from spectra.krylov.packed import unpacked
 from spectra.krylov.product_rounding import KEY, SAMPLES, is_measured
 from spectra.operators.base import LinearOperator
 from spectra.operators.doubled import doubled
@@ -82,7 +83,7 @@ def _columns(op: LinearOperator, z: PyTree, batch: int) -> _Columns:
 
 def moved_products(run: Run, moved: bool = False) -> list[tuple[PyTree, PyTree, PyTree]]:
     """`changes_of_products` of a run; empty inside a caller's jit, where it would double the program."""
-    return [] if run.traced else changes_of_products(run.op, run.source, moved)
+    return [] if run.traced else changes_of_products(unpacked(run.op), run.source, moved)
 
 
 def changes_of_products(

@@ -82,9 +82,9 @@ def frobenius_norm(
     if method == "exact":
         found = _exact(run)
     elif method == "hutchinson":
-        found = _sampled(run, num_matvecs)
+        found = _sampled(run.packed, num_matvecs)
     else:
-        found = _sketched(run, num_matvecs)
+        found = _sketched(run.packed, num_matvecs)
     value = arrays.root(run.xp.maximum(found.square, 0), run.xp)
     stderr = found.error / run.xp.where(value > 0, 2 * value, 1)
     estimate = run.estimate(

@@ -18,6 +18,7 @@ from spectra.base.trees import PyTree
 from spectra.estimators import blocks
 from spectra.estimators.blocks import PROBES
 from spectra.krylov.cancelled import relative_precision, rounds_columns
+from spectra.krylov.packed import layout_of, packed
 from spectra.krylov.plan import VECTORS, choose_batch
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.jaxprs import outside_loops
@@ -55,6 +56,13 @@ class Run:
     journal: Journal | None = None  # where somebody watches the run, or it is saved
 
     @property
+    def packed(self) -> "Run":
+        """The same on packed vectors where they can be, for a single number or for entries."""
+        if self.traced or self.by is not None:
+            return self
+        return dataclasses.replace(self, op=packed(layout_of(self.op), self.op))
+
+    @property
     def column_precision(self) -> float:
         """The same of columns H e_i."""
         return self.precision if rounds_columns(self.source) else self.op.precision
@@ -85,6 +93,8 @@ class Run:
     @property
     def sizes(self) -> np.ndarray:
         """Number of parameters of each group, and of all."""
+        if not self.groups:
+            return np.array([self.op.size], float)
         leaves = [math.prod(leaf.shape) for leaf in jax.tree.leaves(self.op.structure)]
         return np.array([sum(leaves[i] for i in group) for group in self.leaf_sets], float)
 

@@ -173,7 +173,10 @@ def trace(
             needs_key=method != "exact",
             journal=journal,
         )
-        found = _exact(run, reason) if method == "exact" else _RUNNERS[method](run, kind, num_matvecs, reason)
+        if method == "exact":
+            found = _exact(run, reason)
+        else:
+            found = _RUNNERS[method](run.packed, kind, num_matvecs, reason)
         return _rounded(run, found)
 
 

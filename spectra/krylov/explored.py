@@ -23,6 +23,7 @@ from spectra.krylov import basis as _basis
 from spectra.krylov import step
 from spectra.krylov.basis import Basis
 from spectra.krylov.layout import Layout, Panels
+from spectra.krylov.packed import like_those_of
 from spectra.krylov.product_rounding import multiply
 from spectra.operators.base import LinearOperator
 
@@ -90,8 +91,12 @@ def grow(
 
 def draw(key: jax.Array, number: int, op: LinearOperator) -> PyTree:
     """A normal vector; vectors of other numbers are independent of it."""
-    where = meshes.places(op.like)
-    return draws.sample(jax.random.fold_in(key, number), op.structure, jax.random.normal, where=where)
+
+    def drawn(op: LinearOperator) -> PyTree:
+        where = meshes.places(op.like)
+        return draws.sample(jax.random.fold_in(key, number), op.structure, jax.random.normal, where=where)
+
+    return like_those_of(op, drawn)
 
 
 class _Rest(NamedTuple):

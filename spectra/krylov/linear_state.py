@@ -196,10 +196,11 @@ def judged(
     spent: int,
     bound: tuple[float, str] | None,
     verdicts: np.ndarray,
+    flat: tuple[PyTree, PyTree],
 ) -> Solution:
-    """The solution with its rounding, bound and status."""
-    x = found["x"]
-    norms = np.asarray(sizes(x), np.float64)
+    """The solution with its rounding, bound and status; `flat` are b and x as the run had them, packed."""
+    x, (flat_b, flat_x) = found["x"], flat
+    norms = np.asarray(sizes(flat_x), np.float64)
     residual, norm_a = (np.asarray(found[name], np.float64) for name in ("residual", "norm_a"))
     moved = rounding_of(op, b, x, residual, norm_a, norms)
     error = np.full(len(norms), np.inf)
@@ -208,8 +209,8 @@ def judged(
     if bound is not None:
         error = np.where(known, (residual + moved) / bound[0], np.inf)
         basis = bound[1]
-    lost = noise_of(op) * norms * np.asarray(sizes(b), np.float64)
-    form = quadratic_form(_dots(b, x), norms, residual + moved, lost, bound and bound[0])
+    lost = noise_of(op) * norms * np.asarray(sizes(flat_b), np.float64)
+    form = quadratic_form(_dots(flat_b, flat_x), norms, residual + moved, lost, bound and bound[0])
     worst = max(verdicts.tolist(), key=list(_STATUS).index)
     names = {Mode.CG: "cg", Mode.MINRES: "minres"}
     return Solution(

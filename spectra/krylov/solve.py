@@ -18,6 +18,7 @@ from spectra.base.trees import PyTree
 from spectra.krylov import dense
 from spectra.krylov.linear_run import begin, begin_from, drive, from_start, outcome, prepared, whole_run
 from spectra.krylov.linear_state import Verdict, distances, in_form, judged, sizes, traced_solution
+from spectra.krylov.packed import layout_of, pack, packed, unpack
 from spectra.krylov.preconditioners import as_preconditioner, identity
 from spectra.krylov.vectors import as_stack
 from spectra.operators.base import LinearOperator, is_real_scalar, require_operator
@@ -286,13 +287,18 @@ def _concrete(
             return dense.solution(op, b, tol, 0, bound)
     else:
         limit = DEFAULT_LIMIT if max_matvecs is None else max_matvecs
-    run = outside_loops(op.prepare())
-    rest, extra = b, 0
+    base = outside_loops(op.prepare())
+    layout = layout_of(base)
+    run, inverse = packed(layout, base), packed(layout, inverse)
+    whole, x0 = pack(layout, b), pack(layout, x0)
+    rest, extra = whole, 0
     if x0 is not None:
-        (rest, x0), extra = begin_from(run, b, x0, run.mv_batch(x0), tol), 1
-    problem, state = begin(run, rest, inverse, method, tol, limit, b, x0)
+        (rest, x0), extra = begin_from(run, whole, x0, run.mv_batch(x0), tol), 1
+    problem, state = begin(run, rest, inverse, method, tol, limit, whole, x0)
     state = drive(run, problem, state, method, journal)
     found = outcome(problem, state, x0)
+    flat = whole, found["x"]
+    found["x"] = unpack(layout, flat[1])
     verdicts = np.asarray(found["verdict"])
     spent = int(np.sum(found["products"])) + extra * len(verdicts)
     if (verdicts == Verdict.NONFINITE).any():
@@ -305,11 +311,11 @@ def _concrete(
     if may_be_dense and (verdicts == Verdict.BUDGET).any():
         return dense.solution(op, b, tol, spent, bound)
     if x0 is not None:
-        images = run.mv_batch(found["x"])
+        images = base.mv_batch(found["x"])
         found["residual"] = jnp.where(verdicts == Verdict.SINGULAR, found["residual"], distances(b, images))
         verdicts = np.asarray(_of_the_sum(verdicts, found["residual"], b, tol))
         spent += len(verdicts)
-    return judged(op, b, found, spent, bound, verdicts)
+    return judged(op, b, found, spent, bound, verdicts, flat)
 
 
 def _of_the_sum(verdicts: Any, residual: Any, b: PyTree, tol: float) -> jax.Array:

@@ -1,0 +1,124 @@
+"""An operator on packed vectors: programs of vector algebra are then as large for 300 leaves as for one.
+
+Written leaf by leaf, each sum, product and choice of a program is compiled once for every leaf: the first
+`solve` of an MLP of 21 leaves took 62 s of an EPYC's processor time, of which 56 went to the compiler.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from spectra.base import programs
+from spectra.base.trees import PyTree
+from spectra.krylov.layout import Layout
+from spectra.operators.arithmetic import Composed
+from spectra.operators.base import LinearOperator
+from spectra.operators.pytree import operator
+
+
+@operator(leaves=("base",))
+class PackedOperator(Composed):
+    """The base on lists of the layout's panels; what pads them is zero, and stays so."""
+
+    base: LinearOperator
+    layout: Layout
+
+    @property
+    def made_of(self) -> tuple[LinearOperator, ...]:
+        """The base."""
+        return (self.base,)
+
+    @property
+    def like(self) -> PyTree:
+        """The shapes of the panels."""
+        return [jax.ShapeDtypeStruct(panel.shape, panel.dtype) for panel in self.layout.panels]
+
+    @property
+    def size(self) -> int:
+        """The order of the base, without what pads the panels."""
+        return self.base.size
+
+    def mv(self, v: PyTree) -> PyTree:
+        """The base's product, unpacked and packed."""
+        return pack_vector(self.layout, self.base.mv(unpack_vector(self.layout, v)))
+
+    def mv_batch(self, vectors: PyTree) -> PyTree:
+        """The base's batched products."""
+        if not self.on_host:
+            return super().mv_batch(vectors)
+        return pack(self.layout, self.base.mv_batch(unpack(self.layout, vectors)))
+
+    def _remade(self, parts: tuple[LinearOperator, ...]) -> "PackedOperator":
+        return PackedOperator(parts[0], self.layout)
+
+
+def layout_of(op: LinearOperator) -> Layout | None:
+    """How an operator's vectors are packed; None where they are not.
+
+    Not on a mesh, where each leaf lies as its parameter does, nor inside a caller's jit, where nobody knows
+    how it lies. Not where leaves differ in their type, since a vector between two products would hold
+    numbers that its leaves cannot. And one leaf is a single array as it is.
+    """
+    layout = Layout.of(op.like)
+    fits = layout.packed and layout.mesh is None and len(set(layout.dtypes)) == 1 and len(layout.shapes) > 1
+    return layout if fits else None
+
+
+def pack(layout: Layout | None, stack: PyTree) -> PyTree:
+    """A stack of vectors, packed; as it is without a layout, and None as None."""
+    if layout is None or stack is None:
+        return stack
+    return _pack(layout.anonymous(), layout.treedef.flatten_up_to(stack))
+
+
+def unpack(layout: Layout | None, stack: PyTree) -> PyTree:
+    """A stack of packed vectors as pytrees again."""
+    return stack if layout is None else layout.treedef.unflatten(_unpack(layout.anonymous(), stack))
+
+
+def packed(layout: Layout | None, op: Any) -> Any:
+    """The operator on packed vectors; as it is without a layout, and None as None."""
+    return op if layout is None or op is None else PackedOperator(op, layout)
+
+
+def unpacked(op: LinearOperator) -> LinearOperator:
+    """The operator on vectors as they are."""
+    return op.base if isinstance(op, PackedOperator) else op
+
+
+def like_those_of(op: LinearOperator, made: Callable[[LinearOperator], PyTree]) -> PyTree:
+    """What `made` makes for an operator, a vector, as the vectors of `op` are: packed if they are."""
+    vector = made(unpacked(op))
+    return pack_vector(op.layout, vector) if isinstance(op, PackedOperator) else vector
+
+
+def pack_vector(layout: Layout, vector: PyTree) -> PyTree:
+    """A vector, packed."""
+    return _pack_vector(layout.anonymous(), layout.treedef.flatten_up_to(vector))
+
+
+def unpack_vector(layout: Layout | None, vector: PyTree) -> PyTree:
+    """A packed vector as a pytree again; as it is without a layout."""
+    return vector if layout is None else layout.treedef.unflatten(_unpack_vector(layout.anonymous(), vector))
+
+
+@partial(programs.jit, static_argnames="layout")
+def _pack_vector(layout: Layout, vector: list[jax.Array]) -> list[jax.Array]:
+    return layout.pack(vector)
+
+
+@partial(programs.jit, static_argnames="layout")
+def _unpack_vector(layout: Layout, vector: list[jax.Array]) -> list[jax.Array]:
+    return layout.unpack(vector)
+
+
+@partial(programs.jit, static_argnames="layout")
+def _pack(layout: Layout, stack: list[jax.Array]) -> list[jax.Array]:
+    return jax.vmap(layout.pack)(stack)
+
+
+@partial(programs.jit, static_argnames="layout")
+def _unpack(layout: Layout, stack: list[jax.Array]) -> list[jax.Array]:
+    return jax.vmap(layout.unpack)(stack)
