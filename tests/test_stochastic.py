@@ -289,6 +289,22 @@ def test_a_matrix_of_which_a_sure_classifier_leaves_no_digits_is_that_of_float64
         np.testing.assert_allclose(values, exact, rtol=0, atol=EPS * np.sqrt(D * K) * exact[-1])
 
 
+def log_sigmoid(logits, _):
+    return -jnp.mean(jnp.log(jax.nn.sigmoid(logits)))
+
+
+def test_a_symmetric_matrix_without_digits_is_that_of_float64():
+    """p (1 - p) of a margin of 15 is 3e-7, in multiples of 6e-8; its outer products are symmetric anyway."""
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal(D).astype(np.float32), rng.standard_normal((N, D))
+    x = (15 * x / (x @ w)[:, None]).astype(np.float32)
+    exact = (x.T / (2 + 2 * np.cosh(x.astype(float) @ w.astype(float)))) @ x.astype(float) / N
+    op = spectra.GGNOperator(linear, log_sigmoid, jnp.asarray(w), (jnp.asarray(x), jnp.zeros(N)))
+    limit = 2 * EPS * np.abs(exact).max()
+    np.testing.assert_allclose(op.as_matrix(), exact, rtol=0, atol=limit)
+    assert np.abs(np.stack([op @ e for e in jnp.eye(D)]) - exact).max() > 1e4 * limit
+
+
 def test_what_was_saved_in_float32_says_nothing_in_float64():
     """A prepared operator's products start from saved values, whose rounding float64 would not see."""
     op, _ = confident(0, 3.0)
