@@ -340,6 +340,27 @@ def test_sums_of_operators_on_other_vectors():
         OP + spectra.MatrixOperator(np.eye(3))
 
 
+@pytest.mark.parametrize("array", [np.ones(3), jnp.ones(3), np.ones((3, 3))], ids=["numpy", "jax", "matrix"])
+def test_arrays_are_no_factors_of_operators_and_no_terms(array):
+    op = spectra.MatrixOperator(jnp.eye(3))
+    for product in (lambda: op * array, lambda: array * op, lambda: op / array):
+        with pytest.raises(StructureError, match=r"times an array of shape \(3.*: .* write op @ v"):
+            product()
+    for total in (lambda: op + array, lambda: array + op):
+        with pytest.raises(StructureError, match=r"plus an array of shape \(3.*: wrap a matrix"):
+            total()
+    for factor in (np.float32(2), np.array(2.0), jnp.array(2.0)):
+        np.testing.assert_array_equal((factor * op).as_matrix(), 2 * np.eye(3))
+
+
+@pytest.mark.parametrize("x", ["a", None, 1j, np.ones(2) * 1j, [1, [2]]], ids=repr)
+def test_points_of_a_distribution_that_are_no_real_numbers(x):
+    op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0, 3.0])))
+    quadrature = spectra.slq(op, key=jax.random.key(0), num_steps=3, num_probes=1)
+    with pytest.raises(spectra.SpectraError, match=r"^x is .*: pass a real number, or an array of such"):
+        quadrature.cdf(x)
+
+
 @pytest.mark.parametrize("call", [spectra.spectrum, spectra.condition_number, spectra.trace])
 def test_the_blocks_of_an_operator_in_place_of_one(call):
     blocks = hessian(lambda p, _: jnp.sum(p["a"] * p["b"]), {"a": jnp.ones(2), "b": jnp.ones(2)}).blocks()

@@ -560,6 +560,18 @@ def test_no_more_products_than_allowed_watched_or_not(method, capsys):
         assert (watched.num_matvecs, watched.status) == (plain.num_matvecs, plain.status)
 
 
+@pytest.mark.parametrize("method", ["minres", "dense"])
+def test_where_there_is_no_solution_the_distance_of_b_from_the_range_is_bounded(method):
+    op = spectra.MatrixOperator(jnp.diag(jnp.array([0.0, *np.linspace(1.0, 2.0, 9)])))
+    found = spectra.solve(op, jnp.ones(10), method=method, tol=1e-7)
+    assert found.status is Status.SINGULAR
+    assert np.isnan(found.x).all()
+    assert found.error_bound == np.inf
+    # The residual of ten steps holds part of the range: sqrt(1 + 1e-6) at most.
+    assert 1 <= found.residual_norm + found.rounding <= 1 + 1e-5
+    assert "distance of b from the range  at most 1.0000" in str(found)
+
+
 def test_the_quadratic_form_holds_where_cg_did_not_see_that_the_operator_is_indefinite():
     op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, -0.01])))
     found = spectra.solve(op, jnp.array([1.0, 0.3]), tol=0.5, method="cg", lower_bound=0.0099)

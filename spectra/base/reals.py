@@ -17,6 +17,21 @@ ULPS = 4
 """What a function that computes below float64 may be off by, in machine epsilons of its values' dtype."""
 
 
+def real_numbers(x: Any, what: str) -> np.ndarray:
+    """Numbers that a user passed, of any shape, in float64.
+
+    Raises:
+        SpectraError: they are none, such as a text or None, or complex.
+    """
+    try:
+        found = np.asarray(x)
+        if found.dtype.kind not in "cOUS":
+            return found.astype(np.float64)
+    except (TypeError, ValueError):
+        pass
+    raise SpectraError(f"{what} is {x!r:.60}: pass a real number, or an array of such.")
+
+
 class RealFunction:
     """f in float64, NaN where it is not a real number, without warnings; a scalar stands for all.
 

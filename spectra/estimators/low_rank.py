@@ -12,7 +12,7 @@ from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.estimators import blocks, leave_one_out
 from spectra.estimators.hutchinson import LOST
-from spectra.estimators.leave_one_out import Nystrom
+from spectra.estimators.leave_one_out import Nystrom, Sketch
 from spectra.estimators.run import Run, adaptive
 from spectra.estimators.sketches import MIN_SKETCH, SketchRun
 from spectra.results import Estimate
@@ -37,7 +37,8 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
             outside=sketch.outside(inner, u) if run.by and kind == "normal" else None,
             sizes=run.sizes,
         )
-        found[:] = with_rounding(run, values, pairs, run.rounding(inner.yy), known=known)
+        rounding = arrays.root(run.rounding(inner.yy) ** 2 + lost_in_basis(run, inner), run.xp)
+        found[:] = with_rounding(run, values, pairs, rounding, known=known)
         return found[0][-1], found[1][-1]
 
     ended = adaptive(run, step, num_matvecs // 2, least=MIN_SKETCH, signed=True)
@@ -51,6 +52,16 @@ def xtrace(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
         reason=reason,
         dof=float(sketch.num_probes - 1),
     )
+
+
+def lost_in_basis(run: Run, inner: Sketch) -> Any:
+    """Variance by rounding of what the sketch takes out of each group's trace, from the core Q H Qᵀ.
+
+    A group without curvature has no part in products, but one in the rows of a basis, which are orthonormal
+    to rounding: with it the core cancels to eps |QHQᵀ| |Q_g Q_gᵀ|, spread over the rows.
+    """
+    core, shares = inner.qz[-1], inner.qq
+    return run.precision**2 * run.xp.sum(core**2) * run.xp.sum(shares**2, axis=(-2, -1)) / core.shape[-1]
 
 
 def with_rounding(run: Run, values: Any, pairs: Any, rounding: Any, **known: Any) -> tuple[Any, Any]:
@@ -190,8 +201,7 @@ def hutchpp(run: Run, kind: str, num_matvecs: int, reason: str) -> Estimate:
     qz, qq = inner.qz, inner.qq
     with leave_one_out.careful():
         fixed = xp.trace(2 * qz - qz[-1] @ qq, axis1=-2, axis2=-1)
-    # A group without curvature has its part of a basis that is orthonormal to rounding.
-    lost = run.precision**2 * xp.sum(qz[-1] ** 2) * xp.sum(qq**2, axis=(-2, -1)) / rank
+    lost = lost_in_basis(run, inner)
     parts: list[Any] = []
 
     def step(count: int) -> tuple[Any, Any]:

@@ -164,7 +164,6 @@ def solution(
     bounded = np.full(len(rows), np.inf) if least <= 0 else (residual + rounding) / least
     value = np.where(singular, np.nan, np.sum(rows * kept, axis=1))
     form = quadratic_form(value, sizes_x, residual + rounding, 0.0, least if least > 0 else None)
-    residual: np.ndarray = np.where(singular, outside, residual)
     converged: np.ndarray = ~singular & (residual <= tol * sizes)
     x = jax.tree.map(lambda leaf: jnp.where(_like(singular, leaf), jnp.nan, leaf), x)
     status = Status.CONVERGED if converged.all() else Status.SINGULAR if singular.any() else Status.STAGNATED

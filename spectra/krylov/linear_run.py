@@ -23,7 +23,6 @@ from spectra.krylov.linear_state import (
     Mode,
     Problem,
     State,
-    Verdict,
     choose,
     norm_of,
     sides_of,
@@ -305,11 +304,8 @@ def outcome(problem: Problem, state: State, x0: PyTree | None) -> dict[str, Any]
 
     def one(b: PyTree, unit: jax.Array, state: State, x0: PyTree | None) -> dict[str, Any]:
         x = trees.scale(unit / state.unit_a, state.x)
-        x = x if x0 is None else jax.tree.map(jnp.add, x0, x)
-        known = (state.verdict != Verdict.SINGULAR) & (state.verdict != Verdict.NONFINITE)
-        x = jax.tree.map(lambda leaf: jnp.where(known, leaf, jnp.nan), x)
         return {
-            "x": x,
+            "x": x if x0 is None else jax.tree.map(jnp.add, x0, x),
             "verdict": state.verdict,
             "method": state.method,
             "products": state.products,

@@ -198,19 +198,25 @@ def judged(
     verdicts: np.ndarray,
     flat: tuple[PyTree, PyTree],
 ) -> Solution:
-    """The solution with its rounding, bound and status; `flat` are b and x as the run had them, packed."""
+    """The solution with its rounding, bound and status; `flat` are b and x as the run had them, packed.
+
+    Where there is no solution, |b - A x| and its rounding are those of the x at which the run ended, which
+    bound the distance of b from the range; x itself is NaN.
+    """
     x, (flat_b, flat_x) = found["x"], flat
+    known = (verdicts != Verdict.SINGULAR) & (verdicts != Verdict.NONFINITE)
     norms = np.asarray(sizes(flat_x), np.float64)
     residual, norm_a = (np.asarray(found[name], np.float64) for name in ("residual", "norm_a"))
     moved = rounding_of(op, b, x, residual, norm_a, norms)
     error = np.full(len(norms), np.inf)
-    known = np.isfinite(norms)
+    x = x if known.all() else _unless(known, x)
     basis = UNBOUNDED
     if bound is not None:
         error = np.where(known, (residual + moved) / bound[0], np.inf)
         basis = bound[1]
     lost = noise_of(op) * norms * np.asarray(sizes(flat_b), np.float64)
-    form = quadratic_form(_dots(flat_b, flat_x), norms, residual + moved, lost, bound and bound[0])
+    value = np.where(known, _dots(flat_b, flat_x), np.nan)
+    form = quadratic_form(value, norms, residual + moved, lost, bound and bound[0])
     worst = max(verdicts.tolist(), key=list(_STATUS).index)
     names = {Mode.CG: "cg", Mode.MINRES: "minres"}
     return Solution(
@@ -228,6 +234,13 @@ def judged(
     )
 
 
+@programs.jit
+def _unless(known: Any, x: PyTree) -> PyTree:
+    """The vectors of a stack that are known, NaN in place of others: added, so that derivatives pass."""
+    none = jnp.where(jnp.asarray(known), 0.0, jnp.nan)
+    return jax.tree.map(lambda leaf: leaf + none.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype), x)
+
+
 def quadratic_form(value: Any, norms: Any, residual: Any, lost: Any, bound: float | None) -> Interval:
     """bᵀA⁻¹b = bᵀx + xᵀr + rᵀA⁻¹r for r = b - Ax, of which the last two are bounded by norms.
 
@@ -242,12 +255,17 @@ def traced_solution(
     op: LinearOperator, b: PyTree, x: PyTree, found: dict[str, Any], method: str, bound: float | None
 ) -> Solution:
     """The same inside jit, vmap and grad, without looking at values. Only x and bᵀx have derivatives."""
+    verdicts = found["verdict"]
     still, b_still = lax.stop_gradient((x, b))
+    known = (verdicts != Verdict.SINGULAR) & (verdicts != Verdict.NONFINITE)
+    x = _unless(known, x)
     count = jax.tree.leaves(still)[0].shape[0]
     residual = found["residual"]
     seen = jnp.maximum(found["norm_a"], seen_norm_traced(op))
     moved = noise_of(op) * (seen * sizes(still) + residual)
-    error = jnp.full(count, jnp.inf) if bound is None else (residual + moved) / bound
+    error = jnp.full(count, jnp.inf)
+    if bound is not None:
+        error = jnp.where(known, (residual + moved) / bound, jnp.inf)
     norms = sizes(still)
     lost = noise_of(op) * norms * sizes(b_still)
     form = quadratic_form(jax.vmap(trees.vdot)(b, x), norms, residual + moved, lost, bound)
@@ -257,7 +275,7 @@ def traced_solution(
         rounding=moved,
         error_bound=error,
         quadratic_form=form,
-        converged=found["verdict"] == Verdict.CONVERGED,
+        converged=verdicts == Verdict.CONVERGED,
         num_matvecs=0,
         preconditioner_matvecs=0,
         method=method,

@@ -110,9 +110,9 @@ def solve(
     Returns:
         `Solution`. `status` is CONVERGED; STAGNATED, if the precision of products, also of that with x0,
         prevents reaching the tolerance; SINGULAR, if b lies outside the range, up to rounding, in which case
-        x is NaN and `residual_norm` is the distance of b from the range; BUDGET_EXHAUSTED; or INDEFINITE. For
-        several right-hand sides it is the worst of their statuses, and `converged` distinguishes them. Inside
-        jit it is TRACED: use `converged` there.
+        x is NaN, and b is no farther from the range than `residual_norm` with its `rounding`, those of the
+        x where the run ended; BUDGET_EXHAUSTED; or INDEFINITE. For several right-hand sides it is the worst
+        of their statuses, and `converged` distinguishes them. Inside jit it is TRACED: use `converged` there.
 
     Raises:
         SpectraError: an argument out of range; a preconditioner that is not positive definite; a lower bound
@@ -311,8 +311,7 @@ def _concrete(
     if may_be_dense and (verdicts == Verdict.BUDGET).any():
         return dense.solution(op, b, tol, spent, bound)
     if x0 is not None:
-        images = base.mv_batch(found["x"])
-        found["residual"] = jnp.where(verdicts == Verdict.SINGULAR, found["residual"], distances(b, images))
+        found["residual"] = distances(b, base.mv_batch(found["x"]))
         verdicts = np.asarray(_of_the_sum(verdicts, found["residual"], b, tol))
         spent += len(verdicts)
     return judged(op, b, found, spent, bound, verdicts, flat)

@@ -410,13 +410,29 @@ class LinearOperator(abc.ABC):
 
         return ScipyOperator((self.size, self.size), matvec=matvec, rmatvec=matvec, dtype=dtype)
 
+    # An array of NumPy's would meet the operator with each of its entries, and become an array of objects.
+    __array_ufunc__ = None
+
     def __add__(self, other: Any) -> "LinearOperator":
+        if not isinstance(other, LinearOperator) and getattr(other, "shape", ()):
+            raise StructureError(
+                f"an operator plus an array of shape {other.shape}: wrap a matrix in MatrixOperator, a "
+                "diagonal in DiagonalOperator; H + delta I is op.shift(delta)."
+            )
         return call("sum", (self, other)) if isinstance(other, LinearOperator) else NotImplemented
+
+    __radd__ = __add__
 
     def __sub__(self, other: Any) -> "LinearOperator":
         return self + (-1.0) * other if isinstance(other, LinearOperator) else NotImplemented
 
     def __rmul__(self, factor: Any) -> "LinearOperator":
+        if getattr(factor, "shape", ()):
+            raise StructureError(
+                f"an operator times an array of shape {factor.shape}: a factor is one real number. For the "
+                "product with a vector or a matrix write op @ v; for a weight at each parameter multiply by "
+                "a DiagonalOperator, d @ op @ d."
+            )
         return call("multiple", self, factor) if is_real_scalar(factor) else NotImplemented
 
     __mul__ = __rmul__

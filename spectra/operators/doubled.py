@@ -123,15 +123,16 @@ def in_double(op: Any) -> DoubledOperator | None:
     return DoubledOperator(op) if _possible(op.first_piece() if op.on_host else op) else None
 
 
-def symmetric_in_double(op: LinearOperator) -> bool:
-    """Whether products with two random vectors in float64 are symmetric; False where that cannot be had."""
+def symmetric_in_double(op: LinearOperator) -> DoubledOperator | None:
+    """The operator in float64, if products with two random vectors are symmetric there; None if they are not,
+    or cannot be had."""
     exact = doubled(op)
     if exact is None:
-        return False
+        return None
     vectors = [draws.unit_vector(jax.random.key(i), op) for i in range(2)]
     (u, v), (of_u, of_v) = map(flat, vectors), map(exact.unrounded, vectors)
     limit = float(np.finfo(np.float64).eps) ** 0.5 * float(np.linalg.norm(of_u) + np.linalg.norm(of_v))
-    return abs(u @ of_v - v @ of_u) <= limit
+    return exact if abs(u @ of_v - v @ of_u) <= limit else None
 
 
 def _at_half_rate(op: LinearOperator) -> bool:

@@ -15,18 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectra.base import arrays, draws, programs, stacks, trees
+from spectra.base import arrays, programs, stacks, trees
 from spectra.base.calls import automatic
-from spectra.base.errors import NotSymmetricError, SpectraError
+from spectra.base.errors import SpectraError
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
 from spectra.operators.accumulate import weighted_sum
 from spectra.operators.arguments import DataOptions
 from spectra.operators.data import DataOperator, shows_options
-from spectra.operators.dense import defects, in_flight
-from spectra.operators.doubled import doubled, flat, symmetric_in_double
+from spectra.operators.dense import defects, in_flight, with_digits
 from spectra.operators.pytree import operator
-from spectra.operators.stochastic import change_by_rounding
 from spectra.results.base import call
 
 
@@ -97,32 +95,10 @@ class HessianOperator(DataOperator):
         if len(_groups(self)) > 1:  # what lies beside the diagonal blocks was computed once
             found = max(found, *defects(self, matrix))
         if found <= call("asymmetry_limit", self, found):
-            return matrix if self.rounding is None else _with_digits(self, matrix)
-        try:
-            return call("matrix", self)  # all columns, if need be one by one, tell what is wrong
-        except NotSymmetricError:
-            if symmetric_in_double(self):
-                return call("matrix", doubled(self))  # rounding alone, of which float64 has little
-            if found <= ENTRIES * change_by_rounding(self._with()):
-                return matrix  # the same: what it does is measured where a matrix is used
-            raise
+            return with_digits(self, matrix)
+        return call("matrix", self)  # all columns, if need be one by one or in float64, tell what is wrong
 
 
-def _with_digits(op: HessianOperator, matrix: jax.Array) -> jax.Array:
-    """The matrix of a loss that computes in less than its parameters have. Where that leaves less digits than
-    its precision promises, as float16 has zero below 6e-8, it is the one that float64 finds."""
-    exact = doubled(op)
-    if exact is None:
-        return matrix
-    v = draws.unit_vector(jax.random.key(0), op)
-    expected, found = exact.unrounded(v), np.asarray(matrix, np.float64) @ flat(v)
-    lost = np.linalg.norm(found - expected) > op.precision**0.5 * np.linalg.norm(expected)
-    return call("matrix", exact) if lost else matrix
-
-
-ENTRIES = 16
-"""By how much more rounding may change the entry that it changes most, in units of the largest, than a
-product with a random vector, in units of its length."""
 CHUNK = 1024
 """Columns of one compiled call: bounds what is copied into the matrix at a time."""
 MAX_GROUPS = 8

@@ -72,6 +72,11 @@ class Reevaluated(Derived):
         """True: its programs are compiled by themselves, quickly."""
         return True
 
+    @property
+    def known_in_double(self) -> bool:
+        """False: its products are not those of the program as it stands."""
+        return False
+
     def prepare(self) -> Self:
         """Itself: what products share is rounded in each of them, too."""
         return self

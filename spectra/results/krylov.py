@@ -226,7 +226,8 @@ class Solution(Result):
     """x with (H + shift I) x = b, and a bound on its distance from the exact solution.
 
     For several right-hand sides, x is stacked in the same way as they were, and the arrays have shape (k,).
-    If there is no solution, `x` is NaN and `status` is SINGULAR.
+    If there is no solution, `x` is NaN, `status` is SINGULAR, and `residual_norm` with its `rounding`, of the
+    x at which the run ended, bounds how far b is from the range.
 
     Returned by `solve`, whose page has an example, the cost and the sources.
 
@@ -253,8 +254,15 @@ class Solution(Result):
         built = f" and {self.preconditioner_matvecs:,} of the preconditioner" * bool(
             self.preconditioner_matvecs
         )
+        residual, rounding = _largest(self.residual_norm), _largest(self.rounding)
+        left = ("|b - A x|", within(residual, rounding))
+        if self.status is Status.SINGULAR:  # of an x that is not given
+            left = (
+                "distance of b from the range",
+                f"at most {directed(residual + rounding, up=True, digits=6)}",
+            )
         return [
-            ("|b - A x|", within(_largest(self.residual_norm), _largest(self.rounding))),
+            left,
             ("|x - x*|", _at_most(error) + (f" ({self.bound})" if np.isfinite(error) else "")),
             ("method", f"{self.method}, {self.num_matvecs:,} products{built}"),
             ("status", str(self.status)),

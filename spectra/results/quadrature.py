@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from spectra.base import trees
 from spectra.base.errors import SpectraError, Status
-from spectra.base.reals import RealFunction
+from spectra.base.reals import RealFunction, real_numbers
 from spectra.quadrature import distribution, rules
 from spectra.quadrature.resolved import Parts, parts
 from spectra.results.base import Array, Interval, Result, notebook_view, result
@@ -180,6 +180,9 @@ class Quadrature(Result):
         Returns:
             Interval(lower, estimate, upper), float64 arrays of the shape of `x`.
 
+        Raises:
+            SpectraError: `x` holds no real numbers, or `level` is not between 0 and 1.
+
         References:
             Golub and Meurant, Matrices, Moments and Quadrature, 2010, ch. 6; Chen, Trogdon and Ubaru,
             arXiv:2105.06595.
@@ -193,7 +196,7 @@ class Quadrature(Result):
             True
         """
         self._require_numbers("cdf")
-        return Interval(*distribution.cdf_band(self, np.asarray(x, np.float64), level))
+        return Interval(*distribution.cdf_band(self, real_numbers(x, "x"), level))
 
     def mean(self, f: Callable[[np.ndarray], Any]) -> float:
         """Estimate of tr f(H) / n for a vectorised function of eigenvalues, of NumPy or JAX, in float64."""
