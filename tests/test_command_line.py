@@ -167,12 +167,14 @@ def test_a_picture_that_cannot_be_written_costs_no_result(problem, tmp_path, mon
 
 
 def shell(folder, *arguments):
-    """The command in a process of its own, which sees no file of the folder by itself."""
+    """The command in a process of its own, which sees no file of the folder by itself, and whose backend of
+    matplotlib is one of elsewhere, as that of a notebook is."""
     code = "from spectra.cli.commands import main; main()"
+    ours = {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "latin-1", "MPLBACKEND": "elsewhere"}
     return subprocess.run(
         [sys.executable, "-P", "-c", code, *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "latin-1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **ours},
         capture_output=True,
         encoding="latin-1",
     )
@@ -308,6 +310,15 @@ def test_the_module_is_the_command():
         [sys.executable, "-m", "spectra", "--version"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout == f"spectra {spectra.__version__}\n"
+
+
+@pytest.mark.parametrize("words", ["--help", "--version"])
+def test_help_of_which_only_the_head_is_read_is_no_failure(words):
+    with without_reader() as stream:
+        done = subprocess.run(
+            [sys.executable, "-m", "spectra", words], stdout=stream, stderr=subprocess.PIPE, cwd=ROOT
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(

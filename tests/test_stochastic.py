@@ -122,6 +122,11 @@ def reduced(w, x):
     return jnp.mean(jnp.tanh((rows + windows.sum(axis=1))[:, None] * (x @ w)) ** 2)
 
 
+def solved(w, x):
+    """A linear system of a condition number near 1, with the derivatives that JAX has for its solution."""
+    return jnp.mean(jnp.linalg.solve(jnp.eye(4) + w @ w.T / 40, jnp.tanh(x.T)) ** 2)
+
+
 def batches():
     yield from (X[:4], X[4:])
 
@@ -132,8 +137,8 @@ W = jnp.asarray(np.random.default_rng(4).standard_normal((4, 4)), jnp.float32)
 
 @pytest.mark.parametrize(
     ("loss_fn", "data"),
-    [(chained, X), (chained, batches), (reduced, X)],
-    ids=["batch", "stream", "reductions"],
+    [(chained, X), (chained, batches), (reduced, X), (solved, X)],
+    ids=["batch", "stream", "reductions", "system"],
 )
 def test_products_are_those_of_the_operator_but_for_rounding(loss_fn, data):
     op = spectra.HessianOperator(loss_fn, W, data, check_data=False)
@@ -151,8 +156,8 @@ def test_products_are_those_of_the_operator_but_for_rounding(loss_fn, data):
 
 @pytest.mark.parametrize(
     ("loss_fn", "data"),
-    [(chained, X), (chained, batches), (reduced, X)],
-    ids=["batch", "stream", "reductions"],
+    [(chained, X), (chained, batches), (reduced, X), (solved, X)],
+    ids=["batch", "stream", "reductions", "system"],
 )
 def test_products_in_float64_are_those_of_float64_arrays(loss_fn, data):
     op = spectra.HessianOperator(loss_fn, W, data, check_data=False)

@@ -213,15 +213,34 @@ def _trace(
             shapes[tensor] = dict.fromkeys(dims, torch.export.Dim.AUTO)
         try:
             dynamic = shapes.dynamic_shapes(module, args, kwargs)
-            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic), ""
+            program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic)
         except Exception as error:  # torch.export has no common base class for its refusals
             problem = first_line(error)
+            continue
+        problem = _other_branch(program)
+        if not problem:
+            return program, ""
     try:
         return torch.export.export(module, args, kwargs), problem
     except BridgeError:
         raise
     except Exception as error:
         raise explain(error, module, args, kwargs) from error
+
+
+_ANY = 2**20
+"""Limits of this size come of what a tensor can hold, not of a branch."""
+
+
+def _other_branch(program: torch.export.ExportedProgram) -> str:
+    """The limit of a free size, in words: above it the module takes a branch that was not traced. Those below
+    mostly come of one size that is larger than another, and are not looked at."""
+    given = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    sizes = {str(size) for value in given if isinstance(value, torch.Tensor) for size in value.shape}
+    for size, values in program.range_constraints.items():
+        if str(size) in sizes and values.upper < _ANY:
+            return f"it takes another branch where a size is above {values.upper}"
+    return ""
 
 
 def _mark_stopped_gradients(graph_module: torch.fx.GraphModule) -> None:

@@ -5,6 +5,7 @@ completion wait neither for JAX nor for matplotlib.
 """
 
 import io
+import os
 import signal
 import sys
 import warnings
@@ -234,6 +235,7 @@ def export_torch(
 def main() -> None:
     """Entry point: errors of spectra are printed as one message, without a traceback."""
     require_streams()
+    os.environ["MPLBACKEND"] = "agg"  # pictures go into files: a backend for windows need not even exist
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without ± is no reason to lose a result
             stream.reconfigure(errors="backslashreplace")
@@ -241,6 +243,8 @@ def main() -> None:
     try:
         app()
     except SystemExit as done:
+        if isinstance(done.__context__, BrokenPipeError) and "jax" not in sys.modules:
+            sys.exit(0)  # nothing was computed: of a help text the head was enough, as in `| head`
         if not done.code:  # all is written: a signal that comes now finds nothing to end
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise

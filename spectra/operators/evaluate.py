@@ -43,7 +43,7 @@ def evaluate(
 def can_enter(eqn: Any) -> bool:
     """Whether an equation has a program inside of it that `evaluate` knows how to run."""
     name, inner = eqn.primitive.name, inner_jaxprs(eqn)
-    return name in ("scan", "while", "cond") or (
+    return name in ("scan", "while", "cond", "custom_linear_solve") or (
         len(inner) == 1
         and name != "shard_map"
         # A call, and not what combines two entries of a reduction.
@@ -71,6 +71,8 @@ def _enter(eqn: Any, inputs: list[Any], rule: Rule, enters: Choice, lift: Lift) 
         return _while(params, inputs, run)
     if name == "cond":
         return lax.switch(inputs[0], [partial(_branch, b, run) for b in params["branches"]], *inputs[1:])
+    if name == "custom_linear_solve":
+        return _linear_solve(params, inputs, run)
     (inner,) = (x for x in params.values() if hasattr(getattr(x, "jaxpr", x), "eqns"))
     return run(inner, inputs)
 
@@ -99,3 +101,12 @@ def _while(params: dict[str, Any], inputs: list[Any], run: Any) -> list[Any]:
         lambda state: run(params["body_jaxpr"], [*fixed, *state]),
         start,
     )
+
+
+def _linear_solve(params: dict[str, Any], inputs: list[Any], run: Any) -> list[Any]:
+    """By the solver that it has: the product and the transposed solver are for derivatives, and the programs
+    that are evaluated have theirs taken."""
+    lengths = params["const_lengths"]
+    before = lengths.matvec + lengths.vecmat
+    fixed, right = inputs[before : before + lengths.solve], inputs[sum(lengths) :]
+    return run(params["jaxprs"].solve, [*fixed, *right])

@@ -191,14 +191,28 @@ def test_a_product_of_three_factors_takes_any_batch_size():
     np.testing.assert_allclose(model.apply(model.params, x.numpy()), expected, rtol=1e-5, atol=1e-5)
 
 
-class _FixedBatch(nn.Module):
+class _Branching(nn.Module):
+    """Takes another branch, which is not traced, at batches of other sizes."""
+
+    def __init__(self, condition):
+        super().__init__()
+        self.condition = condition
+
     def forward(self, x):
-        return x * torch.arange(3.0)[:, None] if x.shape[0] == 3 else x
+        return x.cumsum(0) if self.condition(x.shape[0]) else x
 
 
-def test_static_batch_is_announced():
-    with pytest.warns(StaticBatchWarning, match="batch size"):
-        model = bridge.from_torch(_FixedBatch(), torch.ones(3, 2))
+@pytest.mark.parametrize(
+    ("condition", "reason"),
+    [
+        (lambda size: size == 3, "batch size"),
+        (lambda size: size <= 3, "another branch where a size is above 3"),
+    ],
+    ids=["one", "small"],
+)
+def test_static_batch_is_announced(condition, reason):
+    with pytest.warns(StaticBatchWarning, match=reason):
+        model = bridge.from_torch(_Branching(condition), torch.ones(3, 2))
     assert not model.dynamic_batch
     assert model.apply({}, jnp.ones((3, 2))).shape == (3, 2)
     with pytest.raises(BridgeError, match="export it again"):

@@ -2379,6 +2379,13 @@ FACTORS = [
         "test_types.py::test_random_numbers_of_a_loss_are_those_of_64_bits",
     ),
     fault(
+        "a linear system of a program in float64 has the right-hand side of another",
+        "operators/evaluate.py",
+        "before = lengths.matvec + lengths.vecmat",
+        "before = lengths.matvec",
+        "test_stochastic.py::test_products_in_float64_are_those_of_float64_arrays",
+    ),
+    fault(
         "a loss that is NaN at targets drawn for it fits its likelihood",
         "operators/fisher_checks.py",
         "jnp.isnan(error) & trees.finite(slope)",
