@@ -10,6 +10,7 @@ import pytest
 
 import spectra
 from spectra.base import trees
+from spectra.estimators.run import FEW
 from spectra.krylov import linear_run
 from spectra.krylov.packed import layout_of, pack, packed, unpack, unpack_vector
 from spectra.krylov.plan import choose_together
@@ -89,7 +90,7 @@ def test_a_leaf_costs_a_program_of_the_solver_its_own_product_alone():
 
 
 def test_results_are_in_the_form_of_the_parameters():
-    op, key = diagonal(4), jax.random.key(0)
+    op, key = diagonal(FEW + 1), jax.random.key(0)
     spectrum = entries(op)
     b = jax.tree.map(jnp.ones_like, op.like)
     found = spectra.solve(op, b, tol=1e-6, lower_bound=0.5)

@@ -60,14 +60,16 @@ def confident(seed, margin):
     ("margin", "in_double", "widest"),
     slow_but(
         [(3.0, True, 8), (8.0, True, 8), (11.0, True, 8), (14.0, True, 8), (11.0, False, 100)],
-        *[(11.0, True, 8), (11.0, False, 100)],
+        *[(8.0, True, 8), (11.0, False, 100)],
     ),
 )
 def test_the_noise_floor_of_a_confident_classifier_holds(margin, in_double, widest, monkeypatch):
     """1 - p of 1e-5 has the spacing of numbers at one, 6e-8. The floors held a twentieth of it.
 
     In float64 errors E are seen. For a random v the bound sqrt(1.9 sqrt(n) |E E v|) is at most 1.9 |E| for
-    n = 9 if E has one large eigenvalue, 2.4 |E| if all are alike; eigenvalues move by less than |E|.
+    n = 9 if E has one large eigenvalue, 2.4 |E| if all are alike; eigenvalues move by less than |E|. From a
+    margin of 11 on the matrix is one of float64, with entries that are rounded once. What rounding may have
+    done to constants of the program, half an eps of |H|, is stated beside that and does not occur here.
     """
     if not in_double:
         monkeypatch.setattr(DataOperator, "known_in_double", False)
@@ -79,7 +81,7 @@ def test_the_noise_floor_of_a_confident_classifier_holds(margin, in_double, wide
         error = np.abs(values - exact).max()
         assert error <= found.noise_floor
         assert found.largest_interval.lower <= exact[-1] <= found.largest_interval.upper
-        wide.append(found.noise_floor / error)
+        wide.append((found.noise_floor - EPS / 2 * exact[-1]) / error)
         pairs = spectra.eigsh(op, 1, which="LA", key=KEY)
         away = np.abs(exact - pairs.values[0]).min()
         assert away <= pairs.residuals[0] + pairs.noise_floor
