@@ -231,6 +231,20 @@ def test_rank_deficient_operators_need_a_shift_and_get_advice():
     assert lower <= np.sum(DEFICIENT / (DEFICIENT + 1e-2)) <= upper
 
 
+def test_eigenvalues_at_a_pole_to_rounding_have_no_estimate():
+    """1/x of zeros is finite at their Ritz values, which rounding has moved: the sum was -4e9 ± 1e10."""
+    found = spectra.slq(diagonal(DEFICIENT), key=KEY, num_steps=20, num_probes=2)
+    for f in (lambda x: 1 / x, lambda x: np.log(np.abs(x)), lambda x: np.abs(x) ** -0.3):
+        with pytest.raises(spectra.SpectraError, match="f has a pole closer to the Ritz value"):
+            spectra.trace_of(found, f)
+    for f in (
+        lambda x: np.sqrt(np.abs(x)),
+        lambda x: 1 - np.abs(x) ** 0.5,
+        lambda x: np.log(np.abs(x) + 1e-3),
+    ):
+        assert np.isfinite(spectra.trace_of(found, f).stderr)
+
+
 def test_one_step_says_nothing_of_the_signs_of_eigenvalues():
     """Its node is their mean: positive here, where two in five are negative, as f is at them."""
     eigenvalues = np.concatenate([np.linspace(-1, -0.1, 20), np.linspace(0.1, 3, 30)])

@@ -100,7 +100,8 @@ def trace_of(
     are moved to them there, since their values cannot be checked.
 
     Raises:
-        SpectraError: f is not finite at a Ritz value, or a Ritz value lies outside `bounds`.
+        SpectraError: f is not finite at a Ritz value, or has a pole within the noise floor of one; a Ritz
+            value lies outside `bounds`.
         SpectraError: as `slq`.
 
     Cost: num_probes x num_steps products, memory as `slq`.

@@ -149,13 +149,41 @@ def _changes(f: Function, x: np.ndarray, shift: float, rounding: float) -> np.nd
 
 
 def _check_finite(q: Quadrature, f: Function) -> None:
-    """Raise unless f is finite at the Ritz values."""
-    nodes, weights = np.asarray(q.nodes, np.float64), np.asarray(q.weights)
-    bad = ~np.isfinite(f(nodes)) & (weights > 0)
-    if bad.any():
+    """Raise unless f is finite at the Ritz values, and has a limit at all numbers that they may stand for."""
+    nodes, floor = np.asarray(q.nodes, np.float64)[np.asarray(q.weights) > 0], q.noise_floor
+    if (bad := ~np.isfinite(f(nodes))).any():
         raise SpectraError(
-            f"f is not finite at the Ritz value {nodes[bad][0]:.6g} (the noise floor is "
-            f"{q.noise_floor:.1e}): for log, inverse and powers shift the operator, op.shift(delta), by "
-            "more than its most negative eigenvalue and the noise floor, or pass bounds=(0, None) if it is "
-            "positive semi-definite. Where f overflows, as exp does, scale the operator or f."
+            f"f is not finite at the Ritz value {nodes[bad][0]:.6g} (the noise floor is {floor:.1e}): for "
+            "log, inverse and powers shift the operator, op.shift(delta), by more than its most negative "
+            "eigenvalue and the noise floor, or pass bounds=(0, None) if it is positive semi-definite. Where "
+            "f overflows, as exp does, scale the operator or f."
         )
+    if (bad := _has_pole_within(f, nodes, floor)).any():
+        raise SpectraError(
+            f"f has a pole closer to the Ritz value {nodes[bad][0]:.6g} than the noise floor, {floor:.1e}: "
+            "where the eigenvalue lies f may be any number. Shift the operator, op.shift(delta), by more "
+            "than its most negative eigenvalue and the noise floor, or pass bounds= that exclude the pole."
+        )
+
+
+def _has_pole_within(f: Function, x: np.ndarray, reach: float) -> np.ndarray:
+    """Whether |f| has no limit within `reach` of each x: no less is added as its largest place is magnified.
+
+    A logarithm adds as much with each of equal steps towards its pole, an inverse more; what is finite at the
+    end of its domain, as a square root is, or at a kink, adds ever less.
+    """
+    at, half, largest = x, reach, list[np.ndarray]()
+    for _ in range(_LEVELS):
+        points = at[:, None] + half * _SHARES
+        values = np.abs(f(points))
+        values = np.where(np.isfinite(values) & (np.abs(points - x[:, None]) <= reach), values, -1.0)
+        best = np.argmax(values, axis=1)[:, None]
+        at = np.take_along_axis(points, best, axis=1)[:, 0]
+        largest.append(np.take_along_axis(values, best, axis=1)[:, 0])
+        half = half / (len(_SHARES) // 4)  # two steps to each side
+    first, last = largest[3] - largest[0], largest[-1] - largest[-4]
+    return (last > _LITTLE * largest[-1]) & (last > first / 4)
+
+
+_LEVELS, _SHARES = 8, np.linspace(-1.0, 1.0, 33)
+_LITTLE = 1e-6  # of |f|, above its rounding in float32
