@@ -95,10 +95,6 @@ def as_tree(op: LinearOperator, columns: np.ndarray) -> PyTree:
     return jax.vmap(lambda row: trees.unravel(row, structure))(jnp.asarray(columns.T, op.dtype))
 
 
-CLEAR = 0.1
-"""Null vectors are known where rounding turns them by less than this."""
-
-
 def matrix_error(op: LinearOperator, matrix: Matrix, values: np.ndarray) -> float:
     """A bound on the spectral norm of what rounding did to the matrix of `op` and to its eigenvalues.
 
@@ -143,11 +139,11 @@ def solution(
     rows = np.asarray(_as_rows(b), np.float64)
     zero = np.abs(values) <= error
     coefficients = rows @ vectors
-    # What rounding of the vectors lets a b of the range have along the null ones.
+    # What rounding of the vectors lets a b of the range have along the null ones: all of it, where they are
+    # no better known than others.
     scale = float(np.abs(values).max()) or 1.0
     gap = float(np.min(np.abs(values[~zero]), initial=scale))
-    turned = 4 * error / gap
-    slack = max(tol, turned) if turned < CLEAR else tol
+    slack = max(tol, 4 * error / gap)
     sizes = arrays.norms(rows, axis=1)
     outside = arrays.norms(coefficients[:, zero], axis=1)
     singular = outside > slack * sizes
