@@ -1,6 +1,7 @@
 """Vectors packed into few arrays: the same products, and programs that do not grow with the leaves."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -64,6 +65,15 @@ def test_products_are_those_of_the_operator_and_padding_stays_zero():
 def test_what_is_left_as_it_is(like):
     with jax.enable_x64(True):
         assert layout_of(Diagonal(like)) is None
+
+
+def test_a_run_that_is_saved_holds_vectors_as_those_of_any_number_of_devices(tmp_path):
+    op, b = diagonal(3), jax.tree.map(jnp.ones_like, diagonal(3).like)
+    saved = tmp_path / "run"
+    spectra.solve(op, b, tol=0.0, max_matvecs=3, method="cg", checkpoint=saved)
+    kinds = json.dumps([json.loads(path.read_text()) for path in saved.rglob("*.json")])
+    assert "[1, 7]" in kinds  # a leaf of one right-hand side
+    assert "21" not in re.findall(r"\[1, 1, (\d+)\]", kinds)  # a panel
 
 
 def test_inside_a_callers_jit_nothing_is_packed():

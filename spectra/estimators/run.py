@@ -66,7 +66,7 @@ class Run:
         """The same on packed vectors where that is worth it (see `FEW`): for one number, or for entries."""
         if self.traced or self.by is not None or len(jax.tree.leaves(self.op.structure)) <= FEW:
             return self
-        return dataclasses.replace(self, op=packed(layout_of(self.op), self.op))
+        return dataclasses.replace(self, op=packed(layout_of(self.op, self.journal), self.op))
 
     @property
     def column_precision(self) -> float:

@@ -16,6 +16,7 @@ from spectra.krylov.layout import Layout
 from spectra.operators.arithmetic import Composed
 from spectra.operators.base import LinearOperator
 from spectra.operators.pytree import operator
+from spectra.runs.watch import Journal
 
 
 @operator(leaves=("base",))
@@ -54,13 +55,16 @@ class PackedOperator(Composed):
         return PackedOperator(parts[0], self.layout)
 
 
-def layout_of(op: LinearOperator) -> Layout | None:
+def layout_of(op: LinearOperator, journal: Journal | None = None) -> Layout | None:
     """How an operator's vectors are packed; None where they are not.
 
     Not on a mesh, where each leaf lies as its parameter does, nor inside a caller's jit, where nobody knows
-    how it lies. Not where leaves differ in their type, since a vector between two products would hold
-    numbers that its leaves cannot. And one leaf is a single array as it is.
+    how it lies. Not where they are saved, to be read again on any number of devices. Not where leaves differ
+    in their type, since a vector between two products would hold numbers that its leaves cannot. And one leaf
+    is a single array as it is.
     """
+    if journal is not None and journal.saver is not None:
+        return None
     layout = Layout.of(op.like)
     fits = layout.packed and layout.mesh is None and len(set(layout.dtypes)) == 1 and len(layout.shapes) > 1
     return layout if fits else None

@@ -288,7 +288,7 @@ def _concrete(
     else:
         limit = DEFAULT_LIMIT if max_matvecs is None else max_matvecs
     base = outside_loops(op.prepare())
-    layout = layout_of(base)
+    layout = layout_of(base, journal)
     run, inverse = packed(layout, base), packed(layout, inverse)
     whole, x0 = pack(layout, b), pack(layout, x0)
     rest, extra = whole, 0
