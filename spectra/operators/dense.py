@@ -57,7 +57,8 @@ def symmetric_matrix(op: LinearOperator) -> jax.Array:
     than there are columns tells an affine map, whose columns may be symmetric, from a linear one. Columns
     that are not symmetric are multiplied once more, one by one: see `matrix_one_by_one`. Those that rounding
     alone makes so, as where a classifier is sure of every example, are products in float64, where there are
-    some; elsewhere half the sum is returned if it is off by no more than what products show.
+    some; elsewhere half the sum of derivatives is returned if it is off by no more than what products show,
+    and a function, which may be anything, is refused.
     """
     given, streamed, count, op = op, op.on_host, min(in_flight(op), op.size), op.prepare()
     # Those of a stream share each pass over the data.
@@ -73,7 +74,7 @@ def symmetric_matrix(op: LinearOperator) -> jax.Array:
         exact = symmetric_in_double(given)
         if exact is not None:
             return _columns_in_double(exact)
-        if max(found) > ENTRIES * change_by_rounding(given):
+        if not given.known_linear or max(found) > ENTRIES * change_by_rounding(given):
             raise _not_symmetric(op, limit, *found)
     return with_digits(given, _symmetrise(matrix))
 
