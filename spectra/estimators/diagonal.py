@@ -19,7 +19,7 @@ from spectra.estimators import exact
 from spectra.estimators.entrywise import RUNNERS, root_mean_square
 from spectra.estimators.run import Run, begin
 from spectra.estimators.trace import choose
-from spectra.krylov.packed import PackedOperator, unpack_vector
+from spectra.krylov.packed import as_trees
 from spectra.operators.base import LinearOperator, require_operator
 from spectra.operators.doubled import flat
 from spectra.operators.layer_diagonal import LayerDiagonal, layer_diagonal
@@ -166,8 +166,7 @@ def diagonal(
         )
         inner = run if method == "exact" else run.packed
         found = RUNNERS[method](inner, num_matvecs)
-    layout = inner.op.layout if isinstance(inner.op, PackedOperator) else None
-    value, stderr = (unpack_vector(layout, vector) for vector in found[:2])
+    value, stderr = as_trees(inner.op, [*found[:2]])
     fields: dict[str, Any] = found[2]
     if not run.traced:
         run.host(_sums((value, stderr)))

@@ -237,7 +237,7 @@ def judged(
 @programs.jit
 def _unless(known: Any, x: PyTree) -> PyTree:
     """The vectors of a stack that are known, NaN in place of others: added, so that derivatives pass."""
-    none = jnp.where(jnp.asarray(known), 0.0, jnp.nan)
+    none = jnp.where(known, 0.0, jnp.nan)
     return jax.tree.map(lambda leaf: leaf + none.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype), x)
 
 

@@ -13,23 +13,18 @@ import jax
 from spectra.base import programs
 from spectra.base.trees import PyTree
 from spectra.krylov.layout import Layout
-from spectra.operators.arithmetic import Composed
+from spectra.operators.arithmetic import Wrapped
 from spectra.operators.base import LinearOperator
 from spectra.operators.pytree import operator
 from spectra.runs.watch import Journal
 
 
 @operator(leaves=("base",))
-class PackedOperator(Composed):
+class PackedOperator(Wrapped):
     """The base on lists of the layout's panels; what pads them is zero, and stays so."""
 
     base: LinearOperator
     layout: Layout
-
-    @property
-    def made_of(self) -> tuple[LinearOperator, ...]:
-        """The base."""
-        return (self.base,)
 
     @property
     def like(self) -> PyTree:
@@ -41,18 +36,11 @@ class PackedOperator(Composed):
         """The order of the base, without what pads the panels."""
         return self.base.size
 
-    def mv(self, v: PyTree) -> PyTree:
-        """The base's product, unpacked and packed."""
-        return pack_vector(self.layout, self.base.mv(unpack_vector(self.layout, v)))
+    def _apply(self, multiply: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+        return pack(self.layout, multiply(unpack(self.layout, v)))
 
-    def mv_batch(self, vectors: PyTree) -> PyTree:
-        """The base's batched products."""
-        if not self.on_host:
-            return super().mv_batch(vectors)
-        return pack(self.layout, self.base.mv_batch(unpack(self.layout, vectors)))
-
-    def _remade(self, parts: tuple[LinearOperator, ...]) -> "PackedOperator":
-        return PackedOperator(parts[0], self.layout)
+    def _with_base(self, base: LinearOperator) -> "PackedOperator":
+        return PackedOperator(base, self.layout)
 
 
 def layout_of(op: LinearOperator, journal: Journal | None = None) -> Layout | None:
@@ -70,18 +58,6 @@ def layout_of(op: LinearOperator, journal: Journal | None = None) -> Layout | No
     return layout if fits else None
 
 
-def pack(layout: Layout | None, stack: PyTree) -> PyTree:
-    """A stack of vectors, packed; as it is without a layout, and None as None."""
-    if layout is None or stack is None:
-        return stack
-    return _pack(layout.anonymous(), layout.treedef.flatten_up_to(stack))
-
-
-def unpack(layout: Layout | None, stack: PyTree) -> PyTree:
-    """A stack of packed vectors as pytrees again."""
-    return stack if layout is None else layout.treedef.unflatten(_unpack(layout.anonymous(), stack))
-
-
 def packed(layout: Layout | None, op: Any) -> Any:
     """The operator on packed vectors; as it is without a layout, and None as None."""
     return op if layout is None or op is None else PackedOperator(op, layout)
@@ -95,34 +71,33 @@ def unpacked(op: LinearOperator) -> LinearOperator:
 def like_those_of(op: LinearOperator, made: Callable[[LinearOperator], PyTree]) -> PyTree:
     """What `made` makes for an operator, a vector, as the vectors of `op` are: packed if they are."""
     vector = made(unpacked(op))
-    return pack_vector(op.layout, vector) if isinstance(op, PackedOperator) else vector
+    return pack(op.layout, vector) if isinstance(op, PackedOperator) else vector
 
 
-def pack_vector(layout: Layout, vector: PyTree) -> PyTree:
-    """A vector, packed."""
-    return _pack_vector(layout.anonymous(), layout.treedef.flatten_up_to(vector))
+def as_trees(op: LinearOperator, vectors: list[PyTree]) -> list[PyTree]:
+    """Vectors of an operator, unpacked if they are packed."""
+    return [unpack(op.layout, v) for v in vectors] if isinstance(op, PackedOperator) else vectors
 
 
-def unpack_vector(layout: Layout | None, vector: PyTree) -> PyTree:
-    """A packed vector as a pytree again; as it is without a layout."""
-    return vector if layout is None else layout.treedef.unflatten(_unpack_vector(layout.anonymous(), vector))
+def pack(layout: Layout | None, vectors: PyTree) -> PyTree:
+    """A vector, or a stack of them, packed; as it is without a layout, and None as None."""
+    if layout is None or vectors is None:
+        return vectors
+    return _pack(layout.anonymous(), layout.treedef.flatten_up_to(vectors))
 
 
-@partial(programs.jit, static_argnames="layout")
-def _pack_vector(layout: Layout, vector: list[jax.Array]) -> list[jax.Array]:
-    return layout.pack(vector)
-
-
-@partial(programs.jit, static_argnames="layout")
-def _unpack_vector(layout: Layout, vector: list[jax.Array]) -> list[jax.Array]:
-    return layout.unpack(vector)
+def unpack(layout: Layout | None, panels: PyTree) -> PyTree:
+    """A packed vector, or a stack of them, as a pytree again."""
+    return panels if layout is None else layout.treedef.unflatten(_unpack(layout.anonymous(), panels))
 
 
 @partial(programs.jit, static_argnames="layout")
-def _pack(layout: Layout, stack: list[jax.Array]) -> list[jax.Array]:
-    return jax.vmap(layout.pack)(stack)
+def _pack(layout: Layout, leaves: list[jax.Array]) -> list[jax.Array]:
+    stacked = leaves[0].ndim > len(layout.shapes[0])
+    return (jax.vmap(layout.pack) if stacked else layout.pack)(leaves)
 
 
 @partial(programs.jit, static_argnames="layout")
-def _unpack(layout: Layout, stack: list[jax.Array]) -> list[jax.Array]:
-    return jax.vmap(layout.unpack)(stack)
+def _unpack(layout: Layout, panels: list[jax.Array]) -> list[jax.Array]:
+    stacked = panels[0].ndim > len(layout.panels[0].shape)
+    return (jax.vmap(layout.unpack) if stacked else layout.unpack)(panels)
