@@ -33,8 +33,8 @@ MIN_PROBES = 16
 FEW = 8
 """Leaves up to which vectors are not packed: to pack a product takes time in every call, to compile for many
 leaves in the first. With 19 of them (983,400 parameters, 64 examples, where products cost least) the first
-XTrace takes 11.9 s of an EPYC's time for 16.3 and the next ones 2.6 for 2.1, `diagonal` 13.7 for 25.9 and then
-2.6 for 1.9."""
+XTrace takes 11.9 s of an EPYC's time for 16.3 and the next ones 2.6 for 2.1, `diagonal` 13.7 for 25.9 and
+then 2.6 for 1.9."""
 
 
 class Ended(NamedTuple):
